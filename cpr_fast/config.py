@@ -1,0 +1,266 @@
+"""Every setting of a run: frozen dataclasses hold the defaults, TOML files only what differs.
+
+`load(path, overrides)` reads a file, applies `--section.key value` overrides, and rejects unknown keys by
+naming the valid ones. Functions receive the section they need, never the root.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+View = Literal["rgb", "flow"]
+Mining = Literal["none", "label", "cascade"]
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type, or contradicts another one."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read and how a clip is cut and augmented."""
+
+    index: str = ""  # INDEX.csv, as written by `cpr-fast index`
+    split: str = "train"
+    frames: int = 32  # T, frames of a clip
+    stride: int = 1  # source frames from one clip frame to the next
+    size: int = 128  # side of the square clip, pixels
+    augment: Literal["coclr", "none"] = "coclr"
+    batch_size: int = 16  # B, videos per rank and step
+    workers: int = 2  # decoding workers per rank
+    prefetch: int = 2  # batches prepared ahead
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder: backbone, then projection head."""
+
+    arch: Literal["s3d"] = "s3d"
+    width: float = 1.0  # multiplies every channel count of the backbone
+    feature_dim: int = 128  # D, width of the projected, L2-normalised feature
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The MoCo queue and its key encoder."""
+
+    size: int = 2048  # K
+    ema_momentum: float = 0.999
+    shuffle_bn_groups: int = 1  # virtual groups over which the key encoder's BatchNorm sees shuffled clips
+
+
+@dataclass(frozen=True)
+class MiningConfig:
+    """The cascade [paper, Algorithm 1]; used by cycles whose mining is "cascade"."""
+
+    stages: int = 7  # n; n = 1 is CoCLR
+    ratio: float = 0.5  # r, share of the memory that survives each stage before the last
+    top_k: int = 5  # P, what the last stage keeps
+    anchor: Literal["key", "query"] = "key"  # f_q+ [paper] or f_q [published code]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """MIL-NCE [paper, Eq. 2]. `protocol` sets what siblings in the memory mean and the drop of q+."""
+
+    temperature: float = 0.07
+    protocol: Literal["paper", "coclr"] = "paper"
+    self_positive_drop: float = 0.9  # share of iterations that drop q+ from the numerator (protocol "coclr" only)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser of the query encoder."""
+
+    name: Literal["adam", "sgd"] = "adam"
+    lr: float = 1e-3
+    weight_decay: float = 1e-5
+    momentum: float = 0.9  # sgd only
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # bf16 and fp16 are autocast; fp16 scales gradients
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One co-training cycle: which view learns, how its positives are mined, for how long."""
+
+    view: View
+    epochs: int
+    mining: Mining = "cascade"
+    milestones: tuple[int, ...] = ()  # epochs of the cycle at which lr is multiplied by `schedule.gamma`
+    top_k: int | None = None  # overrides mining.top_k (progressive training)
+    lr: float | None = None  # overrides optim.lr
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The cycles, in order. A cycle starts from its view's latest weights with a new optimiser and memory."""
+
+    cycles: tuple[Cycle, ...] = (
+        Cycle("rgb", 300, "none", (250, 280)),
+        Cycle("flow", 300, "none", (250, 280)),
+        Cycle("rgb", 100, "cascade", (80,)),
+        Cycle("flow", 100, "cascade", (80,)),
+    )
+    gamma: float = 0.1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and what it writes."""
+
+    out: str = "runs/default"
+    seed: int = 0
+    device: str = "auto"  # "auto" | "cpu" | "cuda"
+    log_every: int = 1  # steps between rows of metrics.jsonl
+    checkpoint_every: int = 0  # steps between checkpoints inside an epoch; one is written at the end of every epoch
+    keep_checkpoints: int = 2
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    mining: MiningConfig = field(default_factory=MiningConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        return _build(cls, values, "")
+
+
+def load(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """The config of a TOML file with dotted overrides applied, e.g. ``{"data.batch_size": "8"}``.
+
+    Override values are strings as typed on the command line (TOML values, or bare words for strings) or
+    Python values. Raises ConfigError naming the key, what came and what was expected.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"config file {str(path)!r} does not exist") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"config file {str(path)!r} is not valid TOML: {error}") from None
+    for dotted, value in (overrides or {}).items():
+        section, _, key = dotted.partition(".")
+        if not key:
+            raise ConfigError(f"override {dotted!r}: expected section.key, e.g. data.batch_size")
+        if not isinstance(values.setdefault(section, {}), dict):
+            raise ConfigError(f"section {section!r}: expected a table, got {values[section]!r}")
+        values[section][key] = _parse_override(value)
+    return Config.from_dict(values)
+
+
+def _parse_override(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value  # a bare word is a string
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` (plain TOML or JSON data) as `kind`, checked all the way down."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where or 'config'}: expected a table, got {value!r}")
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                raise ConfigError(f"unknown key {_join(where, key)!r}; valid keys: {', '.join(hints)}")
+        arguments = {key: _build(hints[key], item, _join(where, key)) for key, item in value.items()}
+        missing = [
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.name not in arguments
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise ConfigError(f"{where}: missing {', '.join(map(repr, missing))}")
+        return kind(**arguments)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: expected one of {', '.join(map(repr, args))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        return tuple(_build(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is types.UnionType:
+        return None if value is None else _build(args[0], value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _validate(config: Config) -> None:
+    data, memory, mining, schedule = config.data, config.memory, config.mining, config.schedule
+    for where, value in {
+        "data.frames": data.frames,
+        "data.stride": data.stride,
+        "data.size": data.size,
+        "data.batch_size": data.batch_size,
+        "data.workers": data.workers,
+        "data.prefetch": data.prefetch,
+        "model.width": config.model.width,
+        "model.feature_dim": config.model.feature_dim,
+        "memory.size": memory.size,
+        "memory.shuffle_bn_groups": memory.shuffle_bn_groups,
+        "mining.stages": mining.stages,
+        "mining.top_k": mining.top_k,
+        "loss.temperature": config.loss.temperature,
+        "optim.lr": config.optim.lr,
+        "run.log_every": config.run.log_every,
+        "run.keep_checkpoints": config.run.keep_checkpoints,
+    }.items():
+        if not value > 0:
+            raise ConfigError(f"{where}: expected a positive number, got {value}")
+    for where, value in {
+        "memory.ema_momentum": memory.ema_momentum,
+        "loss.self_positive_drop": config.loss.self_positive_drop,
+    }.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{where}: expected a fraction in 0..1, got {value}")
+    if not 0 < mining.ratio <= 1:
+        raise ConfigError(f"mining.ratio: expected a fraction in (0, 1], got {mining.ratio}")
+    if memory.size < data.batch_size:
+        raise ConfigError(
+            f"memory.size: expected at least data.batch_size = {data.batch_size} entries, got {memory.size}"
+        )
+    if not schedule.cycles:
+        raise ConfigError("schedule.cycles: expected at least one cycle, got none")
+    for i, cycle in enumerate(schedule.cycles):
+        where = f"schedule.cycles[{i}]"
+        if cycle.epochs < 1:
+            raise ConfigError(f"{where}.epochs: expected at least 1, got {cycle.epochs}")
+        top_k = mining.top_k if cycle.top_k is None else cycle.top_k
+        if cycle.mining == "cascade" and not 1 <= top_k <= memory.size:
+            raise ConfigError(f"{where}.top_k: expected 1..memory.size = {memory.size}, got {top_k}")

@@ -1,0 +1,112 @@
+// The C interface of every cpr_fast kernel: raw pointers, sizes, and nothing of torch.
+//
+// Letters: B queries, V views, K memory entries, D feature width, n stages, P positives,
+//          T frames, H x W pixels.
+// Tensors are dense and row-major, in the shape written beside them. `out` marks what is written.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define CPR_API __attribute__((visibility("default")))
+
+enum cpr_dtype { CPR_F32 = 0, CPR_BF16 = 1, CPR_F16 = 2, CPR_F64 = 3 };
+enum cpr_precision { CPR_EXACT = 0, CPR_APPROX_BF16 = 1 };
+enum cpr_same_id { CPR_SAME_POSITIVE = 0, CPR_SAME_IGNORE = 1, CPR_SAME_NEGATIVE = 2 };
+enum cpr_self_positive { CPR_SELF_KEEP = 0, CPR_SELF_DENOMINATOR = 1, CPR_SELF_DROP_BOTH = 2 };
+
+// Runs body(begin, end, context) over disjoint ranges that cover [0, count), on the caller's thread
+// pool. The operator library passes torch's, so there is one OpenMP runtime and
+// torch.set_num_threads is honoured. Results never depend on how the ranges are cut.
+typedef void (*cpr_range_body)(int64_t begin, int64_t end, void* context);
+typedef void (*cpr_parallel_for)(int64_t count, int64_t grain, cpr_range_body body, void* context);
+
+// ---- cascade_select: multi-stage, multi-view similarity-and-select -------------------------------
+typedef struct {
+  const void* queries;         // [V, B, D] dtype
+  const void* memory;          // [V, K, D] dtype
+  const int64_t* query_ids;    // [B] or null
+  const int64_t* memory_ids;   // [K] or null; -1 = empty slot
+  int64_t* indices;            // out [B, keep[n-1]], -1 where fewer remain
+  float* scores;               // out [B, keep[n-1]], -inf where fewer remain
+  const int64_t* views;        // [n] host memory
+  const int64_t* keep;         // [n] host memory, non-increasing
+  int64_t V, B, K, D, n;
+  int dtype;                   // CPR_F32 | CPR_BF16 | CPR_F16
+  int precision;               // cpr_precision
+} cpr_cascade_args;
+
+// Both return null, or a static message saying what failed (CUDA's own text for a CUDA error).
+CPR_API const char* cpr_cascade_select_cpu(const cpr_cascade_args* args, cpr_parallel_for parallel);
+CPR_API size_t cpr_cascade_select_cuda_workspace(const cpr_cascade_args* args);
+CPR_API const char* cpr_cascade_select_cuda(const cpr_cascade_args* args, void* workspace, void* stream);
+
+// ---- mil_nce: fused MIL-NCE loss over a memory, and its gradients --------------------------------
+typedef struct {
+  const void* query;           // [B, D] dtype
+  const void* own_key;         // [B, D] dtype
+  const void* memory;          // [K, D] dtype
+  const int64_t* positives;    // [B, P] memory slots, -1 = none; or null
+  const int64_t* query_ids;    // [B] or null
+  const int64_t* memory_ids;   // [K] or null
+  const int64_t* self_mode;    // [B] cpr_self_positive of each row, or null: self_positive for all
+  int64_t B, K, D, P;
+  int dtype;                   // CPR_F32 | CPR_BF16 | CPR_F16, on the CPU also CPR_F64
+  int same_id;                 // cpr_same_id
+  int self_positive;           // cpr_self_positive
+  double temperature;
+} cpr_mil_nce_args;
+
+// `acc` is float, or double for CPR_F64.
+typedef struct {
+  void* loss;                  // out [B] acc
+  void* grad_query;            // out [B, D] acc: d loss[b] / d query[b]
+  void* own_coefficient;       // out [B] acc: d loss[b] / d own_key[b] = own_coefficient[b] * query[b]
+  void* lse_all;               // out [B] acc: logsumexp of the denominator
+  void* lse_positive;          // out [B] acc: logsumexp of the numerator
+} cpr_mil_nce_outputs;
+
+// One pass over the memory; extra memory independent of K.
+CPR_API const char* cpr_mil_nce_forward_cpu(const cpr_mil_nce_args* args, const cpr_mil_nce_outputs* outputs,
+                                            cpr_parallel_for parallel);
+CPR_API size_t cpr_mil_nce_forward_cuda_workspace(const cpr_mil_nce_args* args);
+CPR_API const char* cpr_mil_nce_forward_cuda(const cpr_mil_nce_args* args, const cpr_mil_nce_outputs* outputs,
+                                             void* workspace, void* stream);
+
+// Gradient to the memory, for in-batch methods: out grad_memory [K, D] acc, given grad_loss [B] acc and the
+// forward's lse_all and lse_positive. Reads the memory again; every other gradient does not.
+CPR_API const char* cpr_mil_nce_grad_memory_cpu(const cpr_mil_nce_args* args, const void* grad_loss,
+                                                const void* lse_all, const void* lse_positive,
+                                                void* grad_memory, cpr_parallel_for parallel);
+CPR_API const char* cpr_mil_nce_grad_memory_cuda(const cpr_mil_nce_args* args, const void* grad_loss,
+                                                 const void* lse_all, const void* lse_positive,
+                                                 void* grad_memory, void* stream);
+
+// ---- tvl1_flow: TV-L1 optical flow ----------------------------------------------------------------
+typedef struct {
+  const void* frames;          // [N, T, H, W] uint8 0..255, or float 0..1
+  float* flow;                 // out [N, T-1, 2, H, W]: (u, v) in pixels
+  int64_t* pixel_iterations;   // out [N, T-1] or null: pixels x inner iterations done, summed over scales and warps
+  int64_t N, T, H, W;
+  int frames_are_uint8;
+  double tau, lambda, theta, scale_step, epsilon;
+  int scales, warps, inner_iterations, outer_iterations, median;
+} cpr_tvl1_args;
+
+CPR_API const char* cpr_tvl1_flow_cpu(const cpr_tvl1_args* args, cpr_parallel_for parallel);
+
+// ---- what this build is ----------------------------------------------------------------------------
+// The CPU variants this machine can run, best first, comma-separated ("avx512,avx2,portable").
+CPR_API const char* cpr_cpu_variants(void);
+// Forces a variant by name for this process (tests, bench); null restores the best. Non-zero if it cannot run here.
+CPR_API int cpr_force_cpu_variant(const char* name);
+// The CUDA architectures compiled in ("80-real,80-virtual,90a-real"), or "" for a CPU-only build.
+CPR_API const char* cpr_cuda_architectures(void);
+
+#ifdef __cplusplus
+}
+#endif
