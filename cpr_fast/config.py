@@ -1,7 +1,7 @@
 """Every setting of a run: frozen dataclasses hold the defaults, TOML files only what differs.
 
-`load(path, overrides)` reads a file, applies `--section.key value` overrides, and rejects unknown keys by
-naming the valid ones. Functions receive the section they need, never the root.
+`load(path)` reads a file and rejects unknown keys by naming the valid ones; the command line overrides single
+keys (`--section.key value`). Functions receive the section they need, never the root.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .errors import InputError
+
 View = Literal["rgb", "flow"]
 Mining = Literal["none", "label", "cascade"]
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A setting is unknown, of the wrong type, or contradicts another one."""
 
 
@@ -146,37 +148,15 @@ class Config:
         return _build(cls, values, "")
 
 
-def load(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
-    """The config of a TOML file with dotted overrides applied, e.g. ``{"data.batch_size": "8"}``.
-
-    Override values are strings as typed on the command line (TOML values, or bare words for strings) or
-    Python values. Raises ConfigError naming the key, what came and what was expected.
-    """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise ConfigError(f"config file {str(path)!r} does not exist") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"config file {str(path)!r} is not valid TOML: {error}") from None
-    for dotted, value in (overrides or {}).items():
-        section, _, key = dotted.partition(".")
-        if not key:
-            raise ConfigError(f"override {dotted!r}: expected section.key, e.g. data.batch_size")
-        if not isinstance(values.setdefault(section, {}), dict):
-            raise ConfigError(f"section {section!r}: expected a table, got {values[section]!r}")
-        values[section][key] = _parse_override(value)
-    return Config.from_dict(values)
-
-
-def _parse_override(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
+def load(path: str | Path) -> Config:
+    """The config of a TOML file. Raises ConfigError naming the key, what came and what was expected."""
     try:
-        return tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return value  # a bare word is a string
+        values = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config file {str(path)!r} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(path)!r} is not valid TOML: {error}") from None
+    return Config.from_dict(values)
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
@@ -192,9 +172,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         missing = [
             f.name
             for f in dataclasses.fields(kind)
-            if f.name not in arguments
-            and f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
+            if f.name not in arguments and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         ]
         if missing:
             raise ConfigError(f"{where}: missing {', '.join(map(repr, missing))}")

@@ -1,0 +1,190 @@
+"""The command line: `cpr-fast COMMAND …` or `python -m cpr_fast COMMAND …`.
+
+Tables and logs go to stderr when `--json` asks for one JSON object on stdout. Exit code 0 on success, 2 for bad
+input (one line that names it), 1 for any other failure (with its traceback). Each command imports what it needs,
+so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from .errors import InputError
+
+Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Print one JSON object on stdout.")]
+
+
+def quickstart(out: Path = Path("runs/quickstart"), *, seed: int = 0, json: Json = False) -> None:
+    """The main job on the embedded default: videos, flow, InfoNCE start, CPR, retrieval, report.
+
+    Args:
+        out: Folder of the run; a finished part found there is not done again.
+        seed: Seed of the training; the videos are the same for every seed.
+    """
+    from .quickstart import quickstart as run
+
+    _show(run(out, seed=seed), json)
+
+
+def synth(
+    out: tyro.conf.Positional[Path], *, classes: int = 12, videos: int = 24, seed: int = 0, json: Json = False
+) -> None:
+    """Write encoded videos of synthetic actions, with siblings and a source-disjoint train/test split.
+
+    Args:
+        out: Folder to write; OUT/index.csv lists the videos.
+        classes: Number of classes (scene kind x motion programme).
+        videos: Videos of each class.
+        seed: Seed of every draw.
+    """
+    from .data.synthetic import write_synthetic
+
+    _show({"index": str(write_synthetic(out, classes=classes, videos=videos, seed=seed, progress=True))}, json)
+
+
+def index(
+    root: tyro.conf.Positional[Path],
+    *,
+    out: Path,
+    layout: Literal["folders", "ucf101"] = "folders",
+    splits: Path | None = None,
+    split: int = 1,
+    json: Json = False,
+) -> None:
+    """List the videos below a folder and count the frames that really decode; names what is broken.
+
+    Args:
+        root: Folder of the data set.
+        out: The index (CSV) to write.
+        layout: How the folder is laid out.
+        splits: Folder of the official split lists (ucf101).
+        split: Number of the official split.
+    """
+    from .data.index import build_index
+
+    listed, broken = build_index(root, layout=layout, splits=splits, split=split, out=out, progress=True)
+    named = [{"path": str(path), "reason": reason} for path, reason in broken]
+    _show({"index": str(out), "videos": len(listed), "classes": len(listed.classes), "broken": named}, json)
+
+
+def flow(
+    index: tyro.conf.Positional[Path],
+    *,
+    out: Path,
+    device: Literal["cpu"] = "cpu",
+    shard: str = "0/1",
+    json: Json = False,
+) -> None:
+    """TV-L1 flow of every video of an index; resumable. Fills the index's flow_path column.
+
+    Args:
+        index: The index (CSV).
+        out: Folder of the flow videos.
+        device: Where the flow is computed.
+        shard: i/n: this process does the i-th of n shares of the videos, 0 <= i < n.
+    """
+    from .data.flow import write_flow
+    from .ops import tvl1_flow
+
+    _show(write_flow(index, out, compute=tvl1_flow, shard=_parse_shard(shard), progress=True), json)
+
+
+def pretrain(config: tyro.conf.Positional[Path], *, resume: bool = False) -> None:
+    """Pretrain as a config says; any setting can be overridden: `--section.key value`.
+
+    `cpr-fast pretrain CONFIG.toml --help` lists the settings with the file's values. Under `torchrun` every
+    process trains on its share of a batch.
+
+    Args:
+        config: The TOML file.
+        resume: Continue from the run folder's last checkpoint.
+    """
+    raise AssertionError("main() routes pretrain to _pretrain, which parses the overrides")
+
+
+def retrieve(
+    checkpoint: tyro.conf.Positional[Path],
+    *,
+    index: Path,
+    protocol: Literal["train_test", "leave_source_out"] = "train_test",
+    json: Json = False,
+) -> None:
+    """Nearest-neighbour retrieval R@1, 5, 10, 20, 50 of a checkpoint's encoders, per view and two-stream.
+
+    Args:
+        checkpoint: A checkpoint of `pretrain`.
+        index: The index (CSV).
+        protocol: Test split against train split, or every video against all others but its own source's.
+    """
+    from .evaluate.retrieval import retrieve as run
+
+    _show(run(checkpoint, index, protocol=protocol, progress=True), json)
+
+
+def report(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path | None = None, json: Json = False) -> None:
+    """One self-contained HTML page of one or more run folders.
+
+    Args:
+        runs: The run folders.
+        out: The page to write; report.html in the first run folder by default.
+    """
+    from .report.page import write_report
+
+    if not runs:
+        raise InputError("runs: expected at least one run folder, got none")
+    _show({"report": str(write_report(runs, out or runs[0] / "report.html"))}, json)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command for command in (quickstart, synth, index, flow, pretrain, retrieve, report)
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        if arguments[:1] == ["pretrain"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+            _pretrain(Path(arguments[1]), arguments[2:])
+        else:
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cpr-fast", args=arguments)
+    except (InputError, FileNotFoundError) as error:
+        print(f"cpr-fast: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _pretrain(path: Path, arguments: list[str]) -> None:
+    from .config import Config, load
+
+    resume = "--resume" in arguments
+    overrides = [argument for argument in arguments if argument != "--resume"]
+    config = tyro.cli(Config, default=load(path), args=overrides, prog=f"cpr-fast pretrain {path}")
+
+    from .pretrain.loop import pretrain as run
+
+    _show({"run": str(run(config, resume=resume))}, json=False)
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"--shard: expected i/n with 0 <= i < n, got {text!r}")
+    return int(index), int(count)
+
+
+def _show(result: dict[str, Any], json: bool) -> None:
+    if json:
+        print(json_module.dumps(result))
+        return
+    from rich.console import Console
+
+    Console().print_json(data=result)

@@ -1,0 +1,73 @@
+"""The config: TOML files hold differences, unknown or contradictory settings are named."""
+
+import dataclasses
+
+import pytest
+
+from cpr_fast.config import Config, ConfigError, Cycle, load
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    return path
+
+
+def test_file_overrides_only_what_it_names(tmp_path):
+    config = load(write(tmp_path, "[data]\nbatch_size = 8\n[optim]\nlr = 1\n"))
+    assert config.data.batch_size == 8
+    assert config.optim.lr == 1.0 and isinstance(config.optim.lr, float)
+    assert config == dataclasses.replace(
+        Config(),
+        data=dataclasses.replace(Config().data, batch_size=8),
+        optim=dataclasses.replace(Config().optim, lr=1.0),
+    )
+
+
+def test_cycles_are_read_as_written(tmp_path):
+    text = """
+    [schedule]
+    cycles = [
+      { view = "rgb", epochs = 3, mining = "none", milestones = [1, 2] },
+      { view = "flow", epochs = 2, top_k = 1, lr = 1e-4 },
+    ]
+    """
+    assert load(write(tmp_path, text)).schedule.cycles == (
+        Cycle("rgb", 3, "none", (1, 2)),
+        Cycle("flow", 2, "cascade", (), 1, 1e-4),
+    )
+
+
+def test_round_trip_through_json_data():
+    config = Config()
+    assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[data]\nbatchsize = 8", "unknown key 'data.batchsize'; valid keys: index, split"),
+        ("[optimizer]\nlr = 1", "unknown key 'optimizer'; valid keys: data, model"),
+        ("[data]\nbatch_size = '8'", "data.batch_size: expected int, got '8'"),
+        ("[data]\nbatch_size = true", "data.batch_size: expected int, got True"),
+        ("data = 3", "data: expected a table, got 3"),
+        ("[data]\naugment = 'x'", "data.augment: expected one of 'coclr', 'none', got 'x'"),
+        ("[memory]\nsize = 8", "memory.size: expected at least data.batch_size = 16 entries, got 8"),
+        ("[memory]\nsize = 0", "memory.size: expected a positive number, got 0"),
+        ("[mining]\nratio = 1.5", r"mining.ratio: expected a fraction in \(0, 1\], got 1.5"),
+        ("[mining]\ntop_k = 4096", r"top_k: expected 1..memory.size = 2048, got 4096"),
+        ("[schedule]\ncycles = []", "schedule.cycles: expected at least one cycle"),
+        ("[schedule]\ncycles = [{ view = 'rgb' }]", r"schedule.cycles\[0\]: missing 'epochs'"),
+        ("[schedule]\ncycles = [{ view = 'rgb', epochs = 0 }]", r"cycles\[0\].epochs: expected at least 1, got 0"),
+        ("[optim]\nlr = nan", "optim.lr: expected a positive number, got nan"),
+        ("[data]\nbatch_size = 8\nbatch_size = 9", "not valid TOML"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path, text))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(tmp_path / "nowhere.toml")
