@@ -1,0 +1,1 @@
+"""Judging a run: mining quality, retrieval, baselines."""

@@ -1,0 +1,181 @@
+"""How good the mined positives are: PMR, mining R@1 and CMR [paper, Eq. 3, 4].
+
+Everything runs on the device of its inputs and never syncs with the host, except `MiningQuality.summary`.
+Letters: B queries, P positives mined per query, K memory slots, N videos of the index, C classes, U units.
+Labels are class positions, -1 where unknown. Own video and siblings never appear: mining excludes them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Unit = Literal["source", "video"]
+
+
+def gather_slots(values: Tensor, mined: Tensor) -> Tensor:
+    """Per-slot `values` [K] int64 at the `mined` slots [B, P] int64, and -1 where a slot is padding (-1)."""
+    return torch.where(mined >= 0, values[mined.clamp(min=0)], -1)  # [B, P]
+
+
+def judge(mined_labels: Tensor, query_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which mined entries are true positives, and which can be told at all.
+
+    Args:
+        mined_labels: [B, P] int64, -1 for padding or unknown.
+        query_labels: [B] int64, -1 for unknown.
+    Returns:
+        true_positive [B, P] bool: the entry has the query's label.
+        known [B, P] bool: an entry was mined and both labels are known; the rest counts nowhere.
+    """
+    if mined_labels.dim() != 2 or query_labels.shape != mined_labels.shape[:1]:
+        raise ValueError(
+            f"mined_labels, query_labels: expected [B, P] and [B], "
+            f"got {list(mined_labels.shape)} and {list(query_labels.shape)}"
+        )
+    known = (mined_labels >= 0) & (query_labels >= 0)[:, None]
+    return known & (mined_labels == query_labels[:, None]), known
+
+
+def positive_mining_rate(true_positive: Tensor, known: Tensor) -> Tensor:
+    """PMR [paper, Eq. 3]: ``|true positives| / |mined|`` of each query, [B] float32; NaN where nothing is known."""
+    return true_positive.sum(1) / known.sum(1)
+
+
+def mining_r1(true_positive: Tensor, known: Tensor) -> Tensor:
+    """1 where the first mined entry is a true positive, else 0, [B] float32; NaN where it is not known."""
+    return true_positive[:, 0] / known[:, 0]
+
+
+def class_mining_rate(found: Tensor, unit_class: Tensor, num_classes: int) -> Tensor:
+    """CMR [paper, Eq. 4] of each class, [C] float32; NaN for a class without units.
+
+    ``CMR(c) = |distinct true positives mined for the queries of c in an epoch| / |units of c|``
+
+    Args:
+        found: [U] bool, the unit was mined as a true positive at least once.
+        unit_class: [U] int64, -1 where unknown.
+    """
+    bins = torch.where(
+        unit_class >= 0, unit_class, num_classes
+    )  # one more bin takes the unknown
+    counts = torch.zeros(2, num_classes + 1, device=found.device)
+    counts[0].index_add_(0, bins, found.float())
+    counts[1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float32))
+    return (counts[0] / counts[1])[:num_classes]
+
+
+def class_units(labels: Tensor, sources: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
+    """The things CMR counts: unit of every video [N] int64, and class of every unit [U] int64.
+
+    A "source" is the pair of class and source id, so one source cut into clips of two classes is a unit of each.
+    The paper's printed rates are multiples of 1/18, the source groups per class of UCF101: its unit is the source.
+    """
+    if unit not in ("source", "video"):
+        raise ValueError(f"unit: expected 'source' or 'video', got {unit!r}")
+    if labels.shape != sources.shape or labels.dim() != 1:
+        raise ValueError(
+            f"labels, sources: expected two [N], got {list(labels.shape)} and {list(sources.shape)}"
+        )
+    if unit == "video":
+        return torch.arange(len(labels), device=labels.device), labels
+    pairs, unit_of_video = torch.unique(
+        torch.stack([labels, sources], 1), dim=0, return_inverse=True
+    )
+    return unit_of_video, pairs[:, 0].contiguous()
+
+
+class MiningQuality:
+    """PMR, mining R@1 and CMR over an epoch of mined batches, accumulated on the device.
+
+    Args:
+        labels: [N] int64 class of every video of the training index, -1 where unknown.
+        sources: [N] int64 source id of every video.
+    Ranks combine by summing `totals` and taking the maximum of each tensor in `found`.
+    """
+
+    def __init__(
+        self, labels: Tensor, sources: Tensor, *, device: torch.device | str = "cpu"
+    ) -> None:
+        self.labels = torch.as_tensor(labels, dtype=torch.int64).to(device)
+        sources = torch.as_tensor(sources, dtype=torch.int64).to(device)
+        self.num_classes = int(self.labels.max()) + 1 if len(self.labels) else 0
+        self._units = {
+            unit: class_units(self.labels, sources, unit)
+            for unit in ("source", "video")
+        }
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the epoch."""
+        device = self.labels.device
+        # Sums of PMR and R@1 and the queries each was counted for; float64, for epochs of any length.
+        self.totals = torch.zeros(4, dtype=torch.float64, device=device)
+        self.found = {
+            unit: torch.zeros(len(unit_class), dtype=torch.int8, device=device)
+            for unit, (_, unit_class) in self._units.items()
+        }
+
+    def update(
+        self, mined_videos: Tensor, query_videos: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Count one batch; its mean PMR and mining R@1 as 0-d float32 tensors (NaN if no label is known).
+
+        Args:
+            mined_videos: [B, P] int64 videos of the mined slots, -1 for padding, best first.
+            query_videos: [B] int64.
+        """
+        true_positive, known = judge(
+            gather_slots(self.labels, mined_videos), self.labels[query_videos]
+        )
+        rates = torch.stack(
+            [
+                positive_mining_rate(true_positive, known),
+                mining_r1(true_positive, known),
+            ]
+        )  # [2, B]
+        counted = ~rates.isnan()
+        self.totals += torch.cat([rates.nan_to_num(0).sum(1), counted.sum(1)])
+        for unit, (unit_of_video, _) in self._units.items():
+            # amax over int8 rather than boolean indexing: a mask would need its count on the host (a sync).
+            slots = unit_of_video[mined_videos.clamp(min=0)].flatten()
+            self.found[unit].scatter_reduce_(
+                0, slots, true_positive.flatten().to(torch.int8), "amax"
+            )
+        pmr, r1 = rates.nanmean(1).unbind()
+        return pmr, r1
+
+    def class_rates(self, unit: Unit = "source") -> Tensor:
+        """CMR of every class so far, [C] float32 on the device."""
+        return class_mining_rate(
+            self.found[unit].bool(), self._units[unit][1], self.num_classes
+        )
+
+    def summary(self) -> dict[str, float | None]:
+        """The epoch on the host (one sync): `pmr`, `mining_r1`, `cmr_median`, `cmr_mean` (unit source) and
+        `cmr_median_video`; None where no label was known."""
+        source, video = self.class_rates("source"), self.class_rates("video")
+        sums, counts = self.totals[:2], self.totals[2:]
+        values = torch.cat(
+            [
+                sums / counts,
+                torch.stack([_median(source), source.nanmean(), _median(video)]),
+            ]
+        )
+        names = ("pmr", "mining_r1", "cmr_median", "cmr_mean", "cmr_median_video")
+        return {
+            name: None if math.isnan(value) else value
+            for name, value in zip(names, values.tolist(), strict=True)
+        }
+
+
+def _median(rates: Tensor) -> Tensor:
+    """The median over classes with units; the mean of the middle two for an even count. NaN for none."""
+    return (
+        torch.nanquantile(rates, 0.5)
+        if len(rates)
+        else torch.tensor(float("nan"), device=rates.device)
+    )
