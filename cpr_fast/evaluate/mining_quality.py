@@ -59,9 +59,7 @@ def class_mining_rate(found: Tensor, unit_class: Tensor, num_classes: int) -> Te
         found: [U] bool, the unit was mined as a true positive at least once.
         unit_class: [U] int64, -1 where unknown.
     """
-    bins = torch.where(
-        unit_class >= 0, unit_class, num_classes
-    )  # one more bin takes the unknown
+    bins = torch.where(unit_class >= 0, unit_class, num_classes)  # one more bin takes the unknown
     counts = torch.zeros(2, num_classes + 1, device=found.device)
     counts[0].index_add_(0, bins, found.float())
     counts[1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float32))
@@ -77,14 +75,10 @@ def class_units(labels: Tensor, sources: Tensor, unit: Unit) -> tuple[Tensor, Te
     if unit not in ("source", "video"):
         raise ValueError(f"unit: expected 'source' or 'video', got {unit!r}")
     if labels.shape != sources.shape or labels.dim() != 1:
-        raise ValueError(
-            f"labels, sources: expected two [N], got {list(labels.shape)} and {list(sources.shape)}"
-        )
+        raise ValueError(f"labels, sources: expected two [N], got {list(labels.shape)} and {list(sources.shape)}")
     if unit == "video":
         return torch.arange(len(labels), device=labels.device), labels
-    pairs, unit_of_video = torch.unique(
-        torch.stack([labels, sources], 1), dim=0, return_inverse=True
-    )
+    pairs, unit_of_video = torch.unique(torch.stack([labels, sources], 1), dim=0, return_inverse=True)
     return unit_of_video, pairs[:, 0].contiguous()
 
 
@@ -97,16 +91,11 @@ class MiningQuality:
     Ranks combine by summing `totals` and taking the maximum of each tensor in `found`.
     """
 
-    def __init__(
-        self, labels: Tensor, sources: Tensor, *, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, labels: Tensor, sources: Tensor, *, device: torch.device | str = "cpu") -> None:
         self.labels = torch.as_tensor(labels, dtype=torch.int64).to(device)
         sources = torch.as_tensor(sources, dtype=torch.int64).to(device)
         self.num_classes = int(self.labels.max()) + 1 if len(self.labels) else 0
-        self._units = {
-            unit: class_units(self.labels, sources, unit)
-            for unit in ("source", "video")
-        }
+        self._units = {unit: class_units(self.labels, sources, unit) for unit in ("source", "video")}
         self.reset()
 
     def reset(self) -> None:
@@ -119,18 +108,14 @@ class MiningQuality:
             for unit, (_, unit_class) in self._units.items()
         }
 
-    def update(
-        self, mined_videos: Tensor, query_videos: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, mined_videos: Tensor, query_videos: Tensor) -> tuple[Tensor, Tensor]:
         """Count one batch; its mean PMR and mining R@1 as 0-d float32 tensors (NaN if no label is known).
 
         Args:
             mined_videos: [B, P] int64 videos of the mined slots, -1 for padding, best first.
             query_videos: [B] int64.
         """
-        true_positive, known = judge(
-            gather_slots(self.labels, mined_videos), self.labels[query_videos]
-        )
+        true_positive, known = judge(gather_slots(self.labels, mined_videos), self.labels[query_videos])
         rates = torch.stack(
             [
                 positive_mining_rate(true_positive, known),
@@ -142,17 +127,13 @@ class MiningQuality:
         for unit, (unit_of_video, _) in self._units.items():
             # amax over int8 rather than boolean indexing: a mask would need its count on the host (a sync).
             slots = unit_of_video[mined_videos.clamp(min=0)].flatten()
-            self.found[unit].scatter_reduce_(
-                0, slots, true_positive.flatten().to(torch.int8), "amax"
-            )
+            self.found[unit].scatter_reduce_(0, slots, true_positive.flatten().to(torch.int8), "amax")
         pmr, r1 = rates.nanmean(1).unbind()
         return pmr, r1
 
     def class_rates(self, unit: Unit = "source") -> Tensor:
         """CMR of every class so far, [C] float32 on the device."""
-        return class_mining_rate(
-            self.found[unit].bool(), self._units[unit][1], self.num_classes
-        )
+        return class_mining_rate(self.found[unit].bool(), self._units[unit][1], self.num_classes)
 
     def summary(self) -> dict[str, float | None]:
         """The epoch on the host (one sync): `pmr`, `mining_r1`, `cmr_median`, `cmr_mean` (unit source) and
@@ -166,16 +147,9 @@ class MiningQuality:
             ]
         )
         names = ("pmr", "mining_r1", "cmr_median", "cmr_mean", "cmr_median_video")
-        return {
-            name: None if math.isnan(value) else value
-            for name, value in zip(names, values.tolist(), strict=True)
-        }
+        return {name: None if math.isnan(value) else value for name, value in zip(names, values.tolist(), strict=True)}
 
 
 def _median(rates: Tensor) -> Tensor:
     """The median over classes with units; the mean of the middle two for an even count. NaN for none."""
-    return (
-        torch.nanquantile(rates, 0.5)
-        if len(rates)
-        else torch.tensor(float("nan"), device=rates.device)
-    )
+    return torch.nanquantile(rates, 0.5) if len(rates) else torch.tensor(float("nan"), device=rates.device)

@@ -1,0 +1,202 @@
+"""Nearest-neighbour retrieval R@1, 5, 10, 20, 50 [paper, Table 6; protocol of CoCLR].
+
+Protocols:
+    "train_test": the test split queries the train split, as published.
+    "leave_source_out": for data without a usable split, every video queries all others but those of its own
+        source; only queries whose class has another source count.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import load_encoders
+from ..data.index import Index, Video
+from ..data.pipeline import WindowLoader
+from ..errors import InputError
+from ..metrics import MetricsWriter
+from ..models import build_encoder
+from .baselines import BASELINES
+from .features import Embedding, calibrate_batch_norm, encoder_embeddings, video_features
+from .ranking import NO_HIT, RANKS, Comparison, prepare, recall
+
+Protocol = Literal["train_test", "leave_source_out"]
+EXAMPLES, NEAREST = 8, 5  # queries shown in the report, and what each found
+
+log = logging.getLogger(__name__)
+
+
+def retrieve(
+    checkpoint: str | Path,
+    index_csv: str | Path,
+    *,
+    protocol: Protocol = "train_test",
+    run_dir: str | Path | None = None,
+    untrained_seed: int = 0,
+    clips_per_video: int | None = None,
+    device: str = "auto",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """R@k of a checkpoint, of the same network untrained, and of the label-free baselines, over the same windows.
+
+    Args:
+        checkpoint: as written by `pretrain`.
+        index_csv: the labelled videos.
+        run_dir: run folder whose metrics.jsonl receives a row per result.
+        untrained_seed: initialisation of the untrained twin.
+        clips_per_video: uniform windows per video; None takes all of them [CoCLR].
+    Returns:
+        `protocol`, `view` (the headline: two_stream where both views are there), its `r@1` … `r@50`, and
+        `results`: a row per name (trained, untrained, single_frame, mean_colour, mean_flow) and view with `r@k`,
+        `r@1_ci95`, `gallery`, `queries`. Rates are fractions; None where k exceeds the gallery.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    config, encoders = load_encoders(checkpoint, device=device)
+    index = Index.load(index_csv)
+    _check_flow(index, encoders, index_csv)
+
+    def open_loader(part: Index) -> Collection:
+        return WindowLoader(part, config.data, list(encoders), clips_per_video=clips_per_video, device=device)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(untrained_seed)
+        untrained = {view: build_encoder(config.model).to(device).eval() for view in encoders}
+    calibrate_batch_norm(untrained, open_loader(_split(index, protocol)[0]))
+    embeddings = encoder_embeddings("trained", encoders) | encoder_embeddings("untrained", untrained)
+    embeddings |= {name: baseline for name, baseline in BASELINES.items() if baseline.view in encoders}
+    results, examples = evaluate(index, embeddings, open_loader, protocol=protocol, progress=progress)
+    if run_dir is not None:
+        with MetricsWriter(run_dir) as writer:
+            for row in results:
+                writer.write({"kind": "retrieval", "protocol": protocol, "checkpoint": str(checkpoint), **row})
+            for row in examples:
+                writer.write({"kind": "retrieved", **row})
+    headline = [row for row in results if row["name"] == "trained"][-1]
+    rates = {f"r@{k}": headline[f"r@{k}"] for k in RANKS}
+    return {"protocol": protocol, "view": headline["view"], **rates, "results": results}
+
+
+def evaluate(
+    index: Index,
+    embeddings: Mapping[str, Embedding],
+    open_loader: Callable[[Index], Collection],
+    *,
+    protocol: Protocol = "train_test",
+    progress: bool = False,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Retrieval by every embedding, named "name/view", and by "name/two_stream" where a name has both views.
+
+    Returns:
+        A row of R@k for each of them, and examples of what the first name's last view finds: rows of `view`,
+        `query` and `nearest`, videos as {"path", "label"}.
+    """
+    gallery_index, query_index = _split(index, protocol)
+    gallery = queries = _embed(gallery_index, index, embeddings, open_loader, "gallery", progress)
+    if protocol == "train_test":
+        queries = _embed(query_index, index, embeddings, open_loader, "queries", progress)
+        _warn_of_shared_sources(queries, gallery)
+    rows, examples = [], []
+    for name, streams in _streams(embeddings).items():
+        metric = embeddings[streams[0]].metric
+        pairs = [prepare(queries.features[s], gallery.features[s], metric) for s in streams]
+        own_source = (queries.sources, gallery.sources) if protocol == "leave_source_out" else ()
+        comparison = Comparison(pairs, metric, *own_source)
+        ranks = comparison.ranks(queries.labels, gallery.labels)
+        counted = queries.labels >= 0
+        if protocol == "leave_source_out":
+            counted &= ranks != NO_HIT
+        if not counted.any():
+            raise InputError(f"index: no query can be judged by protocol {protocol!r} (labels or sources are missing)")
+        model, view = name.split("/")
+        rates = recall(ranks[counted], queries.sources[counted], len(gallery.labels))
+        rows.append({"name": model, "view": view, **rates})
+        if model == rows[0]["name"]:
+            examples = _examples(view, comparison, queries.videos, gallery.videos, counted)
+    return rows, examples
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """M videos with features {name: [M, F]}, labels [M] int64 (-1 unknown) and sources [M] int64."""
+
+    videos: list[Video]
+    features: dict[str, Tensor]
+    labels: Tensor
+    sources: Tensor
+
+
+def _embed(
+    part: Index,
+    whole: Index,
+    embeddings: Mapping[str, Embedding],
+    open_loader: Callable[[Index], Collection],
+    description: str,
+    progress: bool,
+) -> FeatureSet:
+    """Features, labels and sources of the videos of `part` that gave a window; ids are positions in `whole`."""
+    features, windows = video_features(
+        embeddings, open_loader(part), len(part), description=description, progress=progress
+    )
+    source_id = {video.source: i for video, i in zip(whole, whole.source_ids.tolist(), strict=True)}
+    labels = torch.from_numpy(part.labels)  # a selection keeps the classes of its index, but not the source ids
+    sources = torch.tensor([source_id[video.source] for video in part])
+    kept = windows > 0
+    lost = [str(video.path) for video, found in zip(part, kept.tolist(), strict=True) if not found]
+    if lost:
+        log.warning("%s: %d videos gave no window and are left out: %s", description, len(lost), ", ".join(lost))
+    videos = [video for video, found in zip(part, kept.tolist(), strict=True) if found]
+    return FeatureSet(videos, {name: value[kept] for name, value in features.items()}, labels[kept], sources[kept])
+
+
+def _split(index: Index, protocol: Protocol) -> tuple[Index, Index]:
+    """The gallery and the queries."""
+    if protocol == "leave_source_out":
+        return index, index
+    if protocol != "train_test":
+        raise InputError(f"protocol: expected 'train_test' or 'leave_source_out', got {protocol!r}")
+    return index.select(split="train"), index.select(split="test")
+
+
+def _warn_of_shared_sources(queries: FeatureSet, gallery: FeatureSet) -> None:
+    shared = len(set(queries.sources.tolist()) & set(gallery.sources.tolist()))
+    if shared:
+        log.warning("%d sources are in both splits: a query may find clips of its own source", shared)
+
+
+def _examples(
+    view: str, comparison: Comparison, queries: list[Video], gallery: list[Video], counted: Tensor
+) -> list[dict[str, Any]]:
+    """What EXAMPLES queries, spread evenly over those that count, find."""
+
+    def show(video: Video) -> dict[str, str]:
+        return {"path": str(video.path.absolute()), "label": video.label}
+
+    positions = counted.nonzero()[:, 0]
+    chosen = positions[torch.linspace(0, len(positions) - 1, min(EXAMPLES, len(positions))).long()]
+    return [
+        {"view": view, "query": show(queries[q]), "nearest": [show(gallery[i]) for i in comparison.nearest(q, NEAREST)]}
+        for q in chosen.tolist()
+    ]
+
+
+def _streams(embeddings: Mapping[str, Embedding]) -> dict[str, list[str]]:
+    """What to rank by: every embedding alone, then rgb + flow of each name that has both."""
+    streams = {name: [name] for name in embeddings}
+    for model in dict.fromkeys(name.split("/")[0] for name in embeddings):
+        if {f"{model}/rgb", f"{model}/flow"} <= set(embeddings):
+            streams[f"{model}/two_stream"] = [f"{model}/rgb", f"{model}/flow"]
+    return streams
+
+
+def _check_flow(index: Index, views: Iterable[str], index_csv: str | Path) -> None:
+    missing = [video for video in index if video.flow_path is None]
+    if "flow" in views and missing:
+        raise InputError(f"{index_csv}: {len(missing)} videos have no flow_path; `cpr-fast flow` fills it in")
