@@ -1,0 +1,328 @@
+"""The index: one CSV row per video, and the listing and probing of data sets that writes it.
+
+    path,label,source,split,num_frames,fps,width,height,flow_path
+
+`path` and `flow_path` are relative to the folder of the CSV file; `label` is the class name; `source` names the
+source video a clip was cut from, so clips of equal `source` are *siblings*; `num_frames` counts the frames that
+really decode, not what the header claims; `fps` is frames per second, `width` and `height` are pixels.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cpr_fast.data.video import VideoError, VideoInfo, probe_video
+from cpr_fast.errors import InputError
+from cpr_fast.progress import track
+
+COLUMNS = ("path", "label", "source", "split", "num_frames", "fps", "width", "height", "flow_path")
+VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+
+
+class IndexFileError(InputError):
+    """An index, a split list or a data folder is not as expected; says where, what came and what was expected."""
+
+
+@dataclass(frozen=True)
+class Video:
+    path: Path
+    label: str  # class name; "" where unlabelled
+    source: str  # equal for siblings
+    split: str
+    num_frames: int
+    fps: float
+    width: int  # pixels
+    height: int
+    flow_path: Path | None = None
+
+
+class Index(Sequence[Video]):
+    """An immutable list of videos; a video's position is its id.
+
+    `classes` are the class names in order of first appearance (so the official order where the rows follow it);
+    a selection keeps the classes of the index it was taken from, so that labels agree between train and test.
+    """
+
+    def __init__(self, videos: Iterable[Video], classes: Sequence[str] | None = None) -> None:
+        self._videos = tuple(videos)
+        self.classes = list(classes) if classes is not None else _distinct(v.label for v in self._videos if v.label)
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def __getitem__(self, position: int) -> Video:
+        return self._videos[position]
+
+    def __iter__(self) -> Iterator[Video]:
+        return iter(self._videos)
+
+    def select(self, split: str) -> Index:
+        """The videos of one split, numbered from 0. Raises IndexFileError where the split holds none."""
+        chosen = [video for video in self if video.split == split]
+        if not chosen:
+            splits = ", ".join(map(repr, _distinct(video.split for video in self)))
+            raise IndexFileError(f"split {split!r}: the index holds no such video; its splits are {splits}")
+        return Index(chosen, self.classes)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """int64 [N]: position in `classes`, -1 where unlabelled."""
+        number = {name: i for i, name in enumerate(self.classes)} | {"": -1}
+        return np.array([number[video.label] for video in self], dtype=np.int64)
+
+    @cached_property
+    def source_ids(self) -> np.ndarray:
+        """int64 [N]: equal for siblings; numbered from 0 in order of first appearance."""
+        number = {name: i for i, name in enumerate(_distinct(video.source for video in self))}
+        return np.array([number[video.source] for video in self], dtype=np.int64)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Index:
+        """Reads an index. Raises IndexFileError naming file, line, column, what came and what was expected."""
+        path = Path(path)
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.reader(file, strict=True)
+                header = _checked_header(path, next(reader, []))
+                # a quoted field may span lines: line_num is where the row ends
+                rows = [(f"{path}:{reader.line_num}", row) for row in reader if row]
+        except FileNotFoundError:
+            raise IndexFileError(f"index {str(path)!r} does not exist") from None
+        except (csv.Error, UnicodeDecodeError, IsADirectoryError) as error:
+            raise IndexFileError(f"{path}: expected a UTF-8 CSV file, got {error}") from None
+        if not rows:
+            raise IndexFileError(f"{path}: expected at least one video below the header, got none")
+        first_line: dict[Path, str] = {}
+        videos = []
+        for line, row in rows:
+            video = _parse_row(line, header, row, path.parent)
+            if video.path in first_line:
+                raise IndexFileError(f"{line}, column path: {row[header.index('path')]!r} repeats line "
+                                     f"{first_line[video.path].rpartition(':')[2]}")  # fmt: skip
+            first_line[video.path] = line
+            videos.append(video)
+        return cls(videos)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the index; the file appears, or is replaced, in one step."""
+        path = Path(path)
+        rows = []
+        for v in self:
+            flow = "" if v.flow_path is None else _relative(v.flow_path, path)
+            rows.append((_relative(v.path, path), v.label, v.source, v.split, v.num_frames, f"{v.fps:.6g}", v.width,
+                         v.height, flow))  # fmt: skip
+        _write_csv(path, COLUMNS, rows)
+
+
+def build_index(
+    root: str | Path,
+    layout: str = "folders",
+    splits: str | Path | None = None,
+    split: int = 1,
+    out: str | Path | None = None,
+    *,
+    progress: bool = False,
+) -> tuple[Index, list[tuple[Path, str]]]:
+    """Lists the videos below `root`, decodes each whole to count its frames, and writes the index to `out`.
+
+    Layouts:
+
+    - "folders": ROOT/<class>/<video> or ROOT/<split>/<class>/<video>, with <split> any folder name ("train"). Files
+      named <name>_cNN.<suffix> are clips of one source, "<class>/<name>"; any other file is a source of its own.
+      Classes are in alphabetical order.
+    - "ucf101": the videos that the official lists name (`splits` holds classInd.txt, trainlist0N.txt and testlist0N.txt
+      with N = `split`), wherever below `root` they are and whatever their suffix: the class is that of the list, for
+      some copies spell a folder unlike the file names. The source of v_X_gNN_cMM is v_X_gNN. Classes are in the order
+      of classInd.txt.
+
+    Returns the index and, as (path, reason), what is not in it: files that do not decode, and listed videos that are
+    not there. These are also written beside `out`, as <name>.left_out.csv (path,reason; absent where none is left out).
+    Raises IndexFileError where nothing is left to index.
+    """
+    root = Path(root)
+    if layout not in LAYOUTS:
+        raise IndexFileError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if not root.is_dir():
+        raise IndexFileError(f"root: expected a folder, got {str(root)!r}")
+    listed, left_out = LAYOUTS[layout](root, None if splits is None else Path(splits), split)
+    videos = []
+    for item, info in zip(listed, _probe_all([item.path for item in listed], progress), strict=True):
+        if isinstance(info, VideoError):
+            left_out.append((item.path, info.reason))
+        else:
+            videos.append(Video(*item, info.num_frames, info.fps, info.width, info.height))
+    if not videos:
+        reason = f"; first: {left_out[0][0]}: {left_out[0][1]}" if left_out else ""
+        raise IndexFileError(f"root {str(root)!r}: no video of layout {layout!r} that decodes, "
+                             f"{len(left_out)} left out{reason}")  # fmt: skip
+    index = Index(videos)
+    if out is not None:
+        _save_with_sidecar(index, left_out, Path(out))
+    return index, left_out
+
+
+class _Listed(NamedTuple):
+    path: Path
+    label: str
+    source: str
+    split: str
+
+
+def _list_folders(root: Path, splits: Path | None, split: int) -> tuple[list[_Listed], list[tuple[Path, str]]]:
+    if splits is not None:
+        raise IndexFileError(f"splits: layout 'folders' reads the split from the folders, got {str(splits)!r}")
+    listed = []
+    for path in _video_files(root):
+        parents = path.relative_to(root).parts[:-1]
+        if len(parents) not in (1, 2):
+            raise IndexFileError(f"{path}: expected ROOT/<class>/<video> or ROOT/<split>/<class>/<video>")
+        source = re.sub(r"_c\d+$", "", path.stem)
+        listed.append(_Listed(path, parents[-1], f"{parents[-1]}/{source}", parents[0] if len(parents) == 2 else ""))
+    return sorted(listed, key=lambda item: (item.label, item.split, item.path)), []
+
+
+def _list_ucf101(root: Path, splits: Path | None, split: int) -> tuple[list[_Listed], list[tuple[Path, str]]]:
+    if splits is None:
+        raise IndexFileError("splits: layout 'ucf101' needs the folder of classInd.txt and the train and test lists")
+    classes = [row[1] for _, row in _list_rows(splits / "classInd.txt", fields=(2,), expected="<number> <class>")]
+    files: dict[str, Path] = {}
+    for path in _video_files(root):
+        files.setdefault(path.stem.lower(), path)  # folder HandstandPushups holds files v_HandStandPushups_*
+    listed, absent = [], []
+    for name, file in (("train", f"trainlist{split:02d}.txt"), ("test", f"testlist{split:02d}.txt")):
+        for where, row in _list_rows(splits / file, fields=(1, 2), expected="<class>/<video> [<number>]"):
+            label, _, video = row[0].partition("/")
+            if label not in classes:
+                raise IndexFileError(f"{where}: class {label!r} is not one of the {len(classes)} in classInd.txt")
+            stem = Path(video).stem
+            path = files.get(stem.lower())
+            if path is None:
+                absent.append((root / row[0], f"listed in {file}, not found"))
+            else:
+                listed.append(_Listed(path, label, re.sub(r"_c\d+$", "", stem), name))
+    return sorted(listed, key=lambda item: classes.index(item.label)), absent
+
+
+# A layout is a function of (root, splits folder, split number) that lists what should be there.
+LAYOUTS: dict[str, Callable[[Path, Path | None, int], tuple[list[_Listed], list[tuple[Path, str]]]]] = {
+    "folders": _list_folders,
+    "ucf101": _list_ucf101,
+}
+
+
+def _video_files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+
+
+def _list_rows(path: Path, fields: Sequence[int], expected: str) -> Iterator[tuple[str, list[str]]]:
+    """("file:line", words) of every non-empty line of a split list."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise IndexFileError(f"split list {str(path)!r} does not exist") from None
+    for number, line in enumerate(lines, start=1):
+        words = line.split()
+        if words and len(words) not in fields:
+            raise IndexFileError(f"{path}:{number}: expected {expected}, got {line!r}")
+        if words:
+            yield f"{path}:{number}", words
+
+
+def _probe_all(paths: Sequence[Path], progress: bool) -> list[VideoInfo | VideoError]:
+    """What each video holds, or why it cannot be read; FFmpeg decodes without the interpreter's lock."""
+
+    def probe(path: Path) -> VideoInfo | VideoError:
+        try:
+            return probe_video(path)
+        except VideoError as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(probe, paths)
+        return list(track(results, "counting frames", total=len(paths), unit="videos", progress=progress))
+
+
+def _save_with_sidecar(index: Index, left_out: list[tuple[Path, str]], out: Path) -> None:
+    sidecar = out.with_suffix(".left_out.csv")
+    sidecar.unlink(missing_ok=True)  # never one that belongs to an earlier index
+    if left_out:
+        _write_csv(sidecar, ("path", "reason"), [(_relative(path, out), reason) for path, reason in left_out])
+    index.save(out)
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _checked_header(path: Path, header: list[str]) -> list[str]:
+    if missing := [name for name in COLUMNS if name not in header]:
+        raise IndexFileError(f"{path}:1: missing column {', '.join(map(repr, missing))}; "
+                             f"expected the header {','.join(COLUMNS)}, got {','.join(header)!r}")  # fmt: skip
+    if len(header) != len(COLUMNS):
+        unknown = [name for name in header if name not in COLUMNS] or "a repeated column"
+        raise IndexFileError(f"{path}:1: expected the header {','.join(COLUMNS)}, got {unknown} besides")
+    return header
+
+
+def _parse_row(line: str, header: list[str], row: list[str], folder: Path) -> Video:
+    if len(row) != len(header):
+        raise IndexFileError(f"{line}: expected {len(header)} fields, got {len(row)}")
+    fields = dict(zip(header, row, strict=True))
+
+    def number(column: str, kind: type) -> int | float:
+        try:
+            value = kind(fields[column])
+            if not 0 < value < float("inf"):
+                raise ValueError
+        except ValueError:
+            expected = "a positive whole number" if kind is int else "a positive number"
+            raise IndexFileError(f"{line}, column {column}: expected {expected}, got {fields[column]!r}") from None
+        return value
+
+    def file(column: str) -> Path:
+        path = folder / fields[column]
+        if not path.is_file():
+            raise IndexFileError(f"{line}, column {column}: file {str(path)!r} does not exist")
+        return path
+
+    return Video(
+        path=file("path"),
+        label=fields["label"],
+        source=fields["source"] or fields["path"],  # no source given: a source of its own
+        split=fields["split"],
+        num_frames=number("num_frames", int),
+        fps=number("fps", float),
+        width=number("width", int),
+        height=number("height", int),
+        flow_path=file("flow_path") if fields["flow_path"] else None,
+    )
+
+
+def _relative(path: Path, csv_path: Path) -> str:
+    return os.path.relpath(path, csv_path.parent)
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """In order of first appearance."""
+    return list(dict.fromkeys(names))
