@@ -1,0 +1,45 @@
+# Every target sets up what it needs: `make demo` and `make test` work from a clean clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.cu' 'tests/*.h')
+BUILD_INPUTS := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc cmake -type f)
+# The CPU wheel where no NVIDIA GPU is visible: plain torch is the CUDA build, 5 GB.
+TORCH ?= $(if $(wildcard /dev/nvidia0),torch>=2.10,torch==2.13.0)
+
+.PHONY: setup demo test bench format check
+
+setup: $(VENV)/.built
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" cmake ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*p["dependencies"], *p["optional-dependencies"]["test"], sep="\n")' > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/requirements.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext
+	touch $@
+
+demo: setup
+	$(BIN)/python -m cpr_fast quickstart
+
+test: setup check
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m pip install --quiet pytest-benchmark
+	$(BIN)/python -m pytest bench --benchmark-only
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)

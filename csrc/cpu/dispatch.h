@@ -1,0 +1,36 @@
+// Run-time choice of the CPU variant. Kernel sources are compiled once per variant (CMakeLists.txt defines
+// CPR_VARIANT as avx512, avx2 or portable, and sets the matching instruction set) into a namespace of that name.
+// Such a source may call no inline function of a shared header (std::sort, std::vector, ...) that the compiler might
+// emit out of line: the linker keeps one copy for all variants, possibly one this machine cannot run.
+#pragma once
+
+#include "cpr_fast.h"
+
+namespace cpr {
+
+struct KernelTable {
+  const char* name;
+  const char* (*cascade_select)(const cpr_cascade_args*, cpr_parallel_for);
+  const char* (*mil_nce_forward)(const cpr_mil_nce_args*, const cpr_mil_nce_outputs*, cpr_parallel_for);
+  const char* (*mil_nce_grad_memory)(const cpr_mil_nce_args*, const void* grad_loss, const void* lse_all,
+                                     const void* lse_positive, void* grad_memory, cpr_parallel_for);
+};
+
+// The variant in force: the best this machine can run, or the forced one.
+const KernelTable& kernels();
+
+#define CPR_DECLARE_VARIANT(variant)                                                                          \
+  namespace variant {                                                                                         \
+  const char* cascade_select(const cpr_cascade_args*, cpr_parallel_for);                                      \
+  const char* mil_nce_forward(const cpr_mil_nce_args*, const cpr_mil_nce_outputs*, cpr_parallel_for);         \
+  const char* mil_nce_grad_memory(const cpr_mil_nce_args*, const void*, const void*, const void*, void*,      \
+                                  cpr_parallel_for);                                                          \
+  }
+CPR_DECLARE_VARIANT(portable)
+#if defined(__x86_64__)
+CPR_DECLARE_VARIANT(avx2)
+CPR_DECLARE_VARIANT(avx512)
+#endif
+#undef CPR_DECLARE_VARIANT
+
+}  // namespace cpr

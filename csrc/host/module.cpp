@@ -1,0 +1,84 @@
+// The NumPy-facing host module cpr_fast._host. It knows no torch, so importing it costs nothing.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpr_fast.h"
+#include "philox.h"
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr auto kDense = py::array::c_style;
+
+void check_columns(const char* name, const py::array& array, py::ssize_t columns) {
+  if (array.ndim() == 2 && array.shape(1) == columns) return;
+  std::string shape;
+  for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) shape += std::string(axis ? ", " : "") + std::to_string(array.shape(axis));
+  throw py::value_error(std::string(name) + ": expected shape [N, " + std::to_string(columns) + "], got [" + shape +
+                        "]");
+}
+
+py::array_t<uint32_t> philox(uint64_t seed, const py::array_t<uint32_t, kDense>& counters) {
+  check_columns("counters", counters, 4);
+  const py::ssize_t n = counters.shape(0);
+  py::array_t<uint32_t> words({n, py::ssize_t{4}});
+  const uint32_t* in = counters.data();
+  uint32_t* out = words.mutable_data();
+  py::gil_scoped_release release;
+  for (py::ssize_t i = 0; i < n; ++i, in += 4, out += 4) {
+    const auto word = cpr::philox4x32(seed, {in[0], in[1], in[2], in[3]});
+    for (int j = 0; j < 4; ++j) out[j] = word[j];
+  }
+  return words;
+}
+
+py::array_t<double> philox_uniform(uint64_t seed, const py::array_t<uint64_t, kDense>& streams, int64_t blocks) {
+  check_columns("streams", streams, 3);
+  if (blocks < 1) throw py::value_error("blocks: expected at least 1, got " + std::to_string(blocks));
+  const py::ssize_t n = streams.shape(0);
+  const uint64_t* in = streams.data();
+  for (py::ssize_t i = 0; i < 3 * n; ++i) {
+    if (in[i] >> 32) throw py::value_error("streams: expected values below 2**32, got " + std::to_string(in[i]));
+  }
+  py::array_t<double> uniforms({n, py::ssize_t{4 * blocks}});
+  double* out = uniforms.mutable_data();
+  py::gil_scoped_release release;
+  for (py::ssize_t i = 0; i < n; ++i, in += 3) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const auto word = cpr::philox4x32(seed, {static_cast<uint32_t>(in[0]), static_cast<uint32_t>(in[1]),
+                                               static_cast<uint32_t>(in[2]), static_cast<uint32_t>(block)});
+      for (int j = 0; j < 4; ++j) *out++ = word[j] * 0x1p-32;
+    }
+  }
+  return uniforms;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = CPR_VERSION;
+  info["cpu_variants"] = cpr_cpu_variants();
+  info["cuda_architectures"] = cpr_cuda_architectures();
+  info["compiler"] = CPR_COMPILER;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, module) {
+  module.doc() =
+      "Host code for NumPy users, without torch.\n\n"
+      "philox(seed, counters)                   raw Philox4x32-10 words\n"
+      "philox_uniform(seed, streams, blocks=1)  uniform draws as a pure function of (seed, stream)\n"
+      "build_info()                             what this build contains";
+  module.def("philox", &philox, py::arg("seed"), py::arg("counters"),
+             "Philox4x32-10 with the 64-bit key `seed`: uint32 [N, 4] counters -> uint32 [N, 4] words.");
+  module.def("philox_uniform", &philox_uniform, py::arg("seed"), py::arg("streams"), py::arg("blocks") = 1,
+             "Independent uniforms in [0, 1) with 32 random bits each: uint64 [N, 3] streams (every value below 2**32,\n"
+             "e.g. epoch, video, purpose) -> float64 [N, 4 * blocks]. Row i depends on seed and streams[i] alone, and\n"
+             "more blocks extend a row without changing its beginning. Raises ValueError on another shape or value.");
+  module.def("build_info", &build_info,
+             "dict of str: version, cpu_variants (best first) and cuda_architectures, comma-separated, and compiler.");
+}
