@@ -1,0 +1,330 @@
+// TV-L1 optical flow: pyramid, warps and stop test around the SIMD loops of tvl1_rows.cpp.
+//
+// Zach, Pock, Bischof, "A duality based approach for realtime TV-L1 optical flow", 2007, with the choices of OpenCV's
+// DualTVL1OpticalFlow: gray values 0..255, bilinear pyramid that ends before a side falls below 16 pixels, bicubic
+// warps with a border of 0, a median filter before every outer iteration, and a stop once the mean squared change of
+// an inner iteration is at most epsilon^2.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "cpr_fast.h"
+#include "cpu/dispatch.h"
+#include "cpu/tvl1_rows.h"
+
+namespace cpr::tvl1 {
+namespace {
+
+constexpr int kMinSide = 16;  // pixels; no coarser level has a shorter side
+
+Level make_level(int height, int width) {
+  const int vectors = (width + kLanes - 1) / kLanes;
+  return {height, width, vectors, (vectors + 1) * kLanes};
+}
+
+std::vector<Level> make_levels(const cpr_tvl1_args& a) {
+  std::vector<Level> levels{make_level(static_cast<int>(a.H), static_cast<int>(a.W))};
+  while (static_cast<int>(levels.size()) < a.scales) {
+    const int height = static_cast<int>(std::nearbyint(levels.back().height * a.scale_step));
+    const int width = static_cast<int>(std::nearbyint(levels.back().width * a.scale_step));
+    if (std::min(height, width) < kMinSide) break;
+    levels.push_back(make_level(height, width));
+  }
+  return levels;
+}
+
+// One channel of pixels whose rows start `pitch` floats apart.
+template <class Float>
+struct Image {
+  Float* data;
+  int height, width;
+  ptrdiff_t pitch;
+  Float* row(int y) const { return data + y * pitch; }
+};
+
+// Where bilinear interpolation reads along one axis: source[i] * (1 - t[i]) + source[i + 1] * t[i], centres aligned.
+struct Taps {
+  std::vector<int> first, second;
+  std::vector<float> t;
+
+  Taps(int source, int target, double scale) : first(target), second(target), t(target) {
+    for (int i = 0; i < target; ++i) {
+      const float position = static_cast<float>((i + 0.5) * scale - 0.5);
+      const int floor = static_cast<int>(std::floor(position));
+      first[i] = std::clamp(floor, 0, source - 1);
+      second[i] = std::min(first[i] + 1, source - 1);
+      t[i] = floor < 0 || floor >= source - 1 ? 0.0f : position - static_cast<float>(floor);
+    }
+  }
+};
+
+// target = gain * source resized; scale_y and scale_x are source pixels per target pixel.
+void resize(Image<const float> source, Image<float> target, double scale_y, double scale_x, float gain) {
+  const Taps column(source.width, target.width, scale_x), row(source.height, target.height, scale_y);
+  std::vector<float> wide(static_cast<size_t>(source.height) * target.width);
+  for (int y = 0; y < source.height; ++y) {
+    const float* in = source.row(y);
+    float* out = wide.data() + static_cast<size_t>(y) * target.width;
+    for (int x = 0; x < target.width; ++x) {
+      out[x] = in[column.first[x]] * (1 - column.t[x]) + in[column.second[x]] * column.t[x];
+    }
+  }
+  for (int y = 0; y < target.height; ++y) {
+    const float* above = wide.data() + static_cast<size_t>(row.first[y]) * target.width;
+    const float* below = wide.data() + static_cast<size_t>(row.second[y]) * target.width;
+    const float t = row.t[y];
+    float* out = target.row(y);
+    for (int x = 0; x < target.width; ++x) out[x] = (above[x] * (1 - t) + below[x] * t) * gain;
+  }
+}
+
+// The gray pyramid of one frame, finest level first; rows padded to whole vectors.
+class Pyramid {
+ public:
+  explicit Pyramid(const std::vector<Level>& levels) : levels_(&levels) {
+    for (const Level& level : levels) pixels_.emplace_back(static_cast<size_t>(level.height) * level.vectors * kLanes);
+  }
+
+  Image<float> image(size_t scale) {
+    const Level& level = (*levels_)[scale];
+    return {pixels_[scale].data(), level.height, level.width, ptrdiff_t{level.vectors} * kLanes};
+  }
+
+  // frame: [H, W] of uint8 0..255 or float 0..1
+  void build(const cpr_tvl1_args& a, int64_t frame) {
+    const Image<float> finest = image(0);
+    const size_t offset = static_cast<size_t>(frame) * a.H * a.W;
+    for (int y = 0; y < finest.height; ++y) {
+      const size_t start = offset + static_cast<size_t>(y) * a.W;
+      for (int x = 0; x < finest.width; ++x) {
+        finest.row(y)[x] = a.frames_are_uint8 ? static_cast<const uint8_t*>(a.frames)[start + x]
+                                              : static_cast<const float*>(a.frames)[start + x] * 255.0f;
+      }
+    }
+    for (size_t scale = 1; scale < levels_->size(); ++scale) {
+      const Image<float> finer = image(scale - 1);
+      resize({finer.data, finer.height, finer.width, finer.pitch}, image(scale), 1 / a.scale_step, 1 / a.scale_step,
+             1.0f);
+    }
+  }
+
+ private:
+  const std::vector<Level>* levels_;  // a pointer, so that pyramids can be swapped
+  std::vector<std::vector<float>> pixels_;
+};
+
+// out: [height + 2 kBorder][width + 2 kBorder][4] = (I, dI/dx, dI/dy, 0), border 0; central differences, one-sided
+// (and still halved) at the edges.
+void interleave_gradient(Image<const float> image, float* out) {
+  const ptrdiff_t pitch = 4 * (ptrdiff_t{image.width} + 2 * kBorder);
+  std::fill(out, out + (image.height + 2 * kBorder) * pitch, 0.0f);
+  for (int y = 0; y < image.height; ++y) {
+    const float* here = image.row(y);
+    const float* above = image.row(std::max(y - 1, 0));
+    const float* below = image.row(std::min(y + 1, image.height - 1));
+    float* pixel = out + (y + kBorder) * pitch + 4 * kBorder;
+    for (int x = 0; x < image.width; ++x, pixel += 4) {
+      pixel[0] = here[x];
+      pixel[1] = 0.5f * (here[std::min(x + 1, image.width - 1)] - here[std::max(x - 1, 0)]);
+      pixel[2] = 0.5f * (below[x] - above[x]);
+    }
+  }
+}
+
+// How many inner iterations to run before looking at their errors. The error falls about geometrically, ever slower,
+// so extrapolating its last ratio seldom overshoots the stop; an overshoot costs time, never the result.
+int block_length(double previous, double error, double threshold, int remaining) {
+  int length = kMaxBlock;
+  if (error == std::numeric_limits<double>::max()) {
+    length = kMaxBlock / 2;
+  } else if (error < previous) {
+    length = static_cast<int>(
+        std::min<double>(kMaxBlock, std::ceil(std::log(threshold / error) / std::log(error / previous))));
+  }
+  return std::clamp(length, 1, std::min(kMaxBlock, remaining));
+}
+
+// Solves frame pairs one after the other; owns every buffer, sized for the finest level.
+class Solver {
+ public:
+  Solver(const cpr_tvl1_args& a, const std::vector<Level>& levels, const Rows& rows)
+      : a_(a),
+        levels_(levels),
+        rows_(rows),
+        step_{static_cast<float>(a.lambda * a.theta), static_cast<float>(a.theta),
+              static_cast<float>(a.tau / a.theta)} {
+    const Level& finest = levels[0];
+    const size_t row = finest.stride, height = finest.height;
+    // One zero row above the image (its divergence reads p of row -1) and one margin after the last row.
+    state_.resize((height + 1) * kStateFields * row + kLanes);
+    next_.resize(state_.size());
+    constants_.resize(height * kConstantFields * row + kLanes);
+    interleaved_.resize((height + 2 * kBorder) * (finest.width + 2 * kBorder) * 4);
+    ring_.resize(10 * (row + 2 * kLanes));
+    coarse_.resize(2 * height * finest.width);
+  }
+
+  // flow: out [2, H, W]. Returns the pixel-iterations done.
+  int64_t solve(Pyramid& first, Pyramid& second, float* flow) {
+    int64_t pixel_iterations = 0;
+    for (size_t scale = levels_.size(); scale-- > 0;) {
+      const Level& level = levels_[scale];
+      start_level(scale);
+      const Image<float> i1 = second.image(scale);
+      interleave_gradient({i1.data, i1.height, i1.width, i1.pitch}, interleaved_.data());
+      for (int warp = 0; warp < a_.warps; ++warp) {
+        rows_.warp(level, first.image(scale).data, interleaved_.data(), pixels(state_, level),
+                   constants_.data() + kLanes);
+        pixel_iterations += iterate_to_convergence(level) * level.height * level.width;
+      }
+      store_flow(level, scale == 0 ? flow : coarse_.data());
+    }
+    return pixel_iterations;
+  }
+
+ private:
+  // First pixel of row 0 of the first field.
+  static float* pixels(std::vector<float>& state, const Level& level) {
+    return state.data() + kStateFields * level.stride + kLanes;
+  }
+
+  // Zero duals and margins; u from the coarser level, zero at the coarsest.
+  void start_level(size_t scale) {
+    std::fill(state_.begin(), state_.end(), 0.0f);
+    std::fill(next_.begin(), next_.end(), 0.0f);
+    if (scale + 1 == levels_.size()) return;
+    const Level &level = levels_[scale], &coarser = levels_[scale + 1];
+    for (int field : {kU1, kU2}) {
+      const size_t offset = static_cast<size_t>(field) * coarser.height * coarser.width;
+      resize({coarse_.data() + offset, coarser.height, coarser.width, coarser.width},
+             {pixels(state_, level) + field * level.stride, level.height, level.width,
+              ptrdiff_t{kStateFields} * level.stride},
+             static_cast<double>(coarser.height) / level.height, static_cast<double>(coarser.width) / level.width,
+             static_cast<float>(1 / a_.scale_step));
+    }
+  }
+
+  // out: [2, height, width]
+  void store_flow(const Level& level, float* out) {
+    for (int field : {kU1, kU2}) {
+      const float* row = pixels(state_, level) + field * level.stride;
+      for (int y = 0; y < level.height; ++y, row += kStateFields * level.stride) {
+        out = std::copy(row, row + level.width, out);
+      }
+    }
+  }
+
+  // Outer and inner iterations of one warp; returns the inner iterations done.
+  int64_t iterate_to_convergence(const Level& level) {
+    const double threshold = static_cast<float>(a_.epsilon * a_.epsilon * level.height * level.width);
+    double previous = 0, error = std::numeric_limits<double>::max();
+    int64_t iterations = 0;
+    for (int outer = 0; outer < a_.outer_iterations && error > threshold; ++outer) {
+      if (a_.median > 1) rows_.median(level, a_.median, pixels(state_, level), ring_.data());
+      for (int inner = 0; inner < a_.inner_iterations && error > threshold;) {
+        const int done = iterate_block(level, threshold, a_.inner_iterations - inner, previous, error);
+        inner += done;
+        iterations += done;
+      }
+    }
+    return iterations;
+  }
+
+  // Runs a block of inner iterations, and again fewer from the same start where the stop test holds earlier.
+  int iterate_block(const Level& level, double threshold, int remaining, double& previous, double& error) {
+    int count = block_length(previous, error, threshold, remaining);
+    double errors[kMaxBlock];
+    const auto run = [&](int length) {
+      rows_.iterate(level, step_, constants_.data() + kLanes, pixels(state_, level), pixels(next_, level), length,
+                    errors);
+    };
+    run(count);
+    const int stop =
+        static_cast<int>(std::find_if(errors, errors + count, [&](double e) { return !(e > threshold); }) - errors);
+    if (stop + 1 < count) run(count = stop + 1);
+    std::swap(state_, next_);
+    previous = count > 1 ? errors[count - 2] : error;
+    error = errors[count - 1];
+    return count;
+  }
+
+  const cpr_tvl1_args& a_;
+  const std::vector<Level>& levels_;
+  const Rows& rows_;
+  const Step step_;
+  std::vector<float> state_, next_, constants_, interleaved_, ring_, coarse_;
+};
+
+struct Job {
+  const cpr_tvl1_args& args;
+  const std::vector<Level>& levels;
+  const Rows& rows;
+  std::atomic<bool> out_of_memory{false};
+};
+
+// Frame pairs [begin, end) of all clips in order. A frame's pyramid serves both pairs that the frame is in.
+void solve_pairs(int64_t begin, int64_t end, void* context) {
+  Job& job = *static_cast<Job*>(context);
+  const cpr_tvl1_args& a = job.args;
+  try {
+    Solver solver(a, job.levels, job.rows);
+    Pyramid first(job.levels), second(job.levels);
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t clip = pair / (a.T - 1), t = pair % (a.T - 1), frame = clip * a.T + t;
+      if (pair == begin || t == 0) {
+        first.build(a, frame);
+      } else {
+        std::swap(first, second);
+      }
+      second.build(a, frame + 1);
+      const int64_t pixel_iterations = solver.solve(first, second, a.flow + pair * 2 * a.H * a.W);
+      if (a.pixel_iterations) a.pixel_iterations[pair] = pixel_iterations;
+    }
+  } catch (const std::bad_alloc&) {
+    job.out_of_memory = true;
+  }
+}
+
+// The loops of the CPU variant in force.
+const Rows& current_rows() {
+#if defined(__x86_64__)
+  if (std::strcmp(kernels().name, "avx512") == 0) return avx512::tvl1_rows;
+  if (std::strcmp(kernels().name, "avx2") == 0) return avx2::tvl1_rows;
+#endif
+  return portable::tvl1_rows;
+}
+
+const char* check(const cpr_tvl1_args& a) {
+  constexpr int64_t kMaxSide = 1 << 20;
+  if (a.T < 2) return "frames: at least 2 per clip are needed";
+  if (a.H < 1 || a.W < 1 || a.H > kMaxSide || a.W > kMaxSide) return "frames: height and width must be 1..2^20";
+  if (!(a.tau > 0 && a.lambda > 0 && a.theta > 0)) return "tau, lambda and theta must be positive";
+  if (!(a.epsilon >= 0)) return "epsilon must not be negative";
+  if (!(a.scale_step > 0 && a.scale_step < 1)) return "scale_step must lie between 0 and 1";
+  if (a.scales < 1 || a.warps < 1 || a.inner_iterations < 1 || a.outer_iterations < 1) {
+    return "scales, warps, inner_iterations and outer_iterations must be at least 1";
+  }
+  if (a.median != 0 && a.median != 1 && a.median != 3 && a.median != 5) return "median must be 0 or 1 (none), 3 or 5";
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace cpr::tvl1
+
+const char* cpr_tvl1_flow_cpu(const cpr_tvl1_args* args, cpr_parallel_for parallel) {
+  using namespace cpr::tvl1;
+  if (const char* error = check(*args)) return error;
+  try {
+    const std::vector<Level> levels = make_levels(*args);
+    Job job{*args, levels, current_rows()};
+    parallel(args->N * (args->T - 1), 1, solve_pairs, &job);
+    return job.out_of_memory ? "tvl1_flow: out of memory" : nullptr;
+  } catch (const std::bad_alloc&) {
+    return "tvl1_flow: out of memory";
+  }
+}
