@@ -1,0 +1,1 @@
+"""Pretraining: encoders, memory, mining and the loop that ties them to the data."""

@@ -1,0 +1,118 @@
+"""What a run writes while it trains, and the one place where a step waits for the device."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.index import Index
+from ..metrics import MetricsWriter
+from .cycle import CycleState
+
+MINED_QUERIES = 6  # queries per epoch kept for the contact sheet
+
+
+class NonFiniteError(ArithmeticError):
+    """Features or loss became NaN or infinite; the message names the step and the videos of its batch."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves on the device. B clips per rank, R ranks, P positives.
+
+    loss, pmr, mining_r1: 0-d float32, NaN where there is none (memory not yet full, nothing mined).
+    finite: 0-d bool, no feature and no loss is NaN or infinite.
+    video, start: [R*B] int64 of the key clips; mined_video, mined_start: [R*B, P] int64, -1 = padding, or None.
+    """
+
+    loss: Tensor
+    pmr: Tensor
+    mining_r1: Tensor
+    finite: Tensor
+    video: Tensor
+    start: Tensor
+    mined_video: Tensor | None
+    mined_start: Tensor | None
+
+
+class StepLog:
+    """Writes the rows of one cycle; on processes other than the first (`writer` None) it only checks for NaN."""
+
+    def __init__(self, writer: MetricsWriter | None, state: CycleState, number: int, index: Index) -> None:
+        self.writer, self.state, self.index = writer, state, index
+        self.common = {"cycle": number, "view": state.cycle.view, "mining": state.cycle.mining}
+        self.pending: list[tuple[int, StepResult]] = []
+        self.clips_per_step = 2 * state.config.data.batch_size * state.world.size
+        self.epoch_began = time.perf_counter()
+        self._restart_clock()
+
+    def step(self, step: int, epoch: int, lr: float, data_wait_s: float, result: StepResult) -> None:
+        """Notes a step; every `run.log_every` steps writes a row, with times averaged over the steps since the last."""
+        self.pending.append((step, result))
+        self.data_wait_s += data_wait_s
+        self.steps += 1
+        if (step + 1) % self.state.config.run.log_every:
+            return
+        loss, pmr, mining_r1 = self.check()
+        wall_s, wait_s = (time.perf_counter() - self.clock_began) / self.steps, self.data_wait_s / self.steps
+        self._restart_clock()
+        row = {"step": step, "epoch": epoch, **self.common, "loss": loss, "lr": lr, "pmr": pmr, "mining_r1": mining_r1}
+        times = {"step_time_s": wall_s - wait_s, "data_wait_s": wait_s, "clips_per_s": self.clips_per_step / wall_s}
+        self._write({"kind": "step", **row, **times})
+
+    def check(self) -> tuple[float, float, float]:
+        """Loss, PMR and mining R@1 of the newest step. Raises NonFiniteError if any step since the last call had one.
+
+        This is the one place where a step waits for the device: everything it reads comes over in one copy.
+        """
+        if not self.pending:
+            return float("nan"), float("nan"), float("nan")
+        newest = self.pending[-1][1]
+        flags = [result.finite for _, result in self.pending]
+        values = torch.stack([newest.loss, newest.pmr, newest.mining_r1, *(flag.float() for flag in flags)]).tolist()
+        for (step, result), finite in zip(self.pending, values[3:], strict=True):
+            if not finite:
+                videos = ", ".join(str(self.index[i].path) for i in result.video.tolist())
+                raise NonFiniteError(
+                    f"step {step}: features or loss are NaN or infinite; videos of its batch: {videos}"
+                )
+        self.pending.clear()
+        return values[0], values[1], values[2]
+
+    def epoch(self, epoch: int, skipped: int, result: StepResult) -> None:
+        """Writes the row of a finished epoch and, if it mined, a few queries with what its last step mined for them."""
+        loss_sum, steps = self.state.loss_sum.tolist()
+        quality = dict.fromkeys(("pmr", "mining_r1", "cmr_median", "cmr_per_class"))
+        if self.state.cycle.mining == "cascade" and steps:
+            quality = self.state.quality.summary() | {"cmr_per_class": self.state.quality.class_rates().tolist()}
+        row = {"epoch": epoch, **self.common, "loss": loss_sum / steps if steps else None, **quality}
+        epoch_time_s = time.perf_counter() - self.epoch_began
+        self._write({"kind": "epoch", **row, "epoch_time_s": epoch_time_s, "skipped": skipped})
+        if result.mined_video is not None:
+            for query in range(min(MINED_QUERIES, len(result.video))):
+                self._write({"kind": "mined", "epoch": epoch, **self.common, **self._mined(result, query)})
+        self.epoch_began = time.perf_counter()
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self.clock_began, self.data_wait_s, self.steps = time.perf_counter(), 0.0, 0
+
+    def _mined(self, result: StepResult, query: int) -> dict[str, Any]:
+        label = self.index.labels[int(result.video[query])]
+        pairs = zip(result.mined_video[query].tolist(), result.mined_start[query].tolist(), strict=True)
+        return {
+            "query": {"video": int(result.video[query]), "start": int(result.start[query])},
+            "mined": [
+                {"video": video, "start": start, "correct": bool(label >= 0 and self.index.labels[video] == label)}
+                for video, start in pairs
+                if video >= 0
+            ],
+        }
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.writer is not None:
+            self.writer.write(row)

@@ -1,0 +1,285 @@
+"""Pretraining: cycles of epochs of steps, from random weights or a checkpoint to the run folder.
+
+Read `train_step` beside Algorithm 1 of the paper. Letters: B clips per rank, R ranks, V views, K memory slots,
+D feature width, P positives, T frames.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..checkpoint import LAST, CheckpointError, load_checkpoint, save_step
+from ..config import Config
+from ..data.index import Index
+from ..distributed import World
+from ..errors import InputError
+from ..evaluate.mining_quality import gather_slots
+from ..metrics import FILE as METRICS_FILE
+from ..metrics import MetricsWriter, environment, rewind
+from ..ops import mil_nce
+from ..progress import track
+from .cycle import CycleState
+from .log import StepLog, StepResult
+from .mining import id_meaning, mine
+from .schedule import cycle_epochs, learning_rate
+
+if TYPE_CHECKING:
+    from ..data.pipeline import Batch
+
+
+class Loader(Protocol):
+    """What the loop asks of `cpr_fast.data.pipeline.TrainLoader`."""
+
+    skipped: Sequence[Any]
+
+    def __len__(self) -> int: ...
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step to the last."""
+
+    config: Config
+    world: World
+    index: Index
+    folder: Path
+    make_loader: Callable[..., Loader]
+    writer: MetricsWriter | None  # None on all processes but the first
+    progress: bool
+
+
+def pretrain(
+    config: Config,
+    *,
+    resume: bool = False,
+    index: Index | None = None,
+    make_loader: Callable[..., Loader] | None = None,
+    progress: bool = True,
+) -> Path:
+    """Trains the cycles of `config.schedule` and returns the run folder, `config.run.out`.
+
+    Deterministic: every draw is a function of the seed and the step, so a resumed run computes what an uninterrupted
+    one does (bitwise on the CPU). Under `torchrun` all processes train together and the first one writes.
+
+    Args:
+        resume: goes on from `checkpoints/last.pt` of the run folder, mid-epoch if it was written there.
+        index: the training videos; by default the rows of `data.index` whose split is `data.split`.
+        make_loader: called as `TrainLoader` of `cpr_fast.data.pipeline`, the default.
+        progress: draws a bar on stderr.
+    Raises:
+        InputError: the run folder, index or config does not fit.
+        NonFiniteError: features or loss became NaN or infinite.
+    """
+    if make_loader is None:
+        from ..data.pipeline import TrainLoader as make_loader  # here, so that other loaders need no DALI
+    world = distributed.init(config.run.device)
+    _set_precision(config, world)
+    index = Index.load(config.data.index).select(split=config.data.split) if index is None else index
+    folder = Path(config.run.out)
+    saved = _open_run(config, folder, resume, world)
+    writer = MetricsWriter(folder, tensorboard=config.run.tensorboard) if world.is_main else None
+    run = Run(config, world, index, folder, make_loader, writer, progress and world.is_main)
+    try:
+        if writer:
+            about = {"kind": "note", "text": f"resumed at step {saved['step']}"} if saved else {"kind": "run"}
+            writer.write({**about, **environment(world.device), "config": config.to_dict()})
+        _run_cycles(run, saved)
+    finally:
+        if writer:
+            writer.close()
+    return folder
+
+
+def _run_cycles(run: Run, saved: dict[str, Any] | None) -> None:
+    """Every cycle of the schedule, or those that `saved`, a checkpoint, leaves to do."""
+    weights = saved["encoders"] if saved else {}
+    for number, epochs in enumerate(cycle_epochs(run.config.schedule)):
+        if saved and saved["epoch"] >= epochs.stop:
+            continue  # done before the checkpoint
+        cycle = run.config.schedule.cycles[number]
+        state = CycleState(run.config, cycle, weights, run.index, run.world)
+        start_step = 0
+        if saved and saved["cycle"] == number and saved["epoch"] in epochs:
+            state.load_state_dict(saved["cycle_state"])
+            epochs, start_step = range(saved["epoch"], epochs.stop), saved["step_in_epoch"]
+        _run_cycle(run, state, number, epochs, start_step, weights)
+        weights = weights | {cycle.view: state.encoders.query.state_dict()}
+
+
+def _run_cycle(
+    run: Run, state: CycleState, number: int, epochs: range, start_step: int, weights: dict[str, Any]
+) -> None:
+    """The steps of a cycle from `start_step` of the first of `epochs`; a checkpoint at the end of every epoch."""
+    config, world = run.config, run.world
+    loader = run.make_loader(
+        run.index, config.data, state.views, seed=config.run.seed, device=world.device, rank=world.rank,
+        world_size=world.size,
+    )  # fmt: skip
+    log = StepLog(run.writer, state, number, run.index)
+    steps = len(loader)  # of an epoch
+    description = f"cycle {number + 1}/{len(config.schedule.cycles)}: {state.cycle.view}, mining {state.cycle.mining}"
+    batches = _timed_batches(loader, epochs, start_step)
+    left = len(epochs) * steps - start_step
+    try:
+        for epoch, i, batch, data_wait_s in track(
+            batches, description, total=left, unit="steps", progress=run.progress
+        ):
+            step = epoch * steps + i
+            lr = learning_rate(epoch - cycle_epochs(config.schedule)[number].start, state.cycle, config.optim,
+                               config.schedule.gamma)  # fmt: skip
+            state.set_learning_rate(lr)
+            result = train_step(state, batch, step)
+            log.step(step, epoch, lr, data_wait_s, result)
+            last = i + 1 == steps
+            if last:
+                log.epoch(epoch, len(loader.skipped), result)
+                state.start_epoch()
+            every = config.run.checkpoint_every
+            if last or (every and (step + 1) % every == 0):
+                log.check()
+                where = {"step": step + 1, "epoch": epoch + last, "step_in_epoch": 0 if last else i + 1}
+                _save(run, state, {**where, "cycle": number}, weights)
+    finally:
+        loader.close()
+
+
+def _timed_batches(loader: Loader, epochs: range, start_step: int) -> Iterator[tuple[int, int, Batch, float]]:
+    """(epoch, step in it, batch, seconds the loop waited for it) from `start_step` of the first epoch on."""
+    for epoch in epochs:
+        batches = iter(loader.epoch(epoch, start_step))
+        for i in range(start_step, len(loader)):
+            began = time.perf_counter()
+            batch = next(batches)
+            yield epoch, i, batch, time.perf_counter() - began
+        start_step = 0
+
+
+def train_step(state: CycleState, batch: Batch, step: int) -> StepResult:
+    """One batch of Algorithm 1 [paper]; nothing in it waits for the device.
+
+    Until the memory is full the encoder's weights stay as they are: only BatchNorm's statistics, the moving average
+    and the memory move [published code].
+    """
+    config, encoders, memory, cycle = state.config, state.encoders, state.memory, state.cycle
+    own_clips = batch.clips[cycle.view]  # [B, 2, 3, T, H, W]
+    learning = memory.full
+    with torch.set_grad_enabled(learning), state.autocast():
+        f_q = encoders.encode_query(own_clips[:, 0])  # [B, D]
+    encoders.update_key()
+    with torch.no_grad(), state.autocast():
+        keys = [encoders.encode_keys(own_clips[:, 1], step)]  # f_q+ of all ranks, [R*B, D] per view
+        keys += [encoders.encode_other(batch.clips[view][:, 1]) for view in state.views[1:]]
+    keys = torch.stack(keys)  # [V, R*B, D]
+    rows = torch.stack([batch.source, batch.video, batch.label, batch.start[:, 1]], dim=1)  # [B, 4]
+    source, video, label, start = distributed.all_gather(rows).unbind(1)  # [R*B] each
+    here = slice(state.world.rank * len(f_q), (state.world.rank + 1) * len(f_q))  # this rank's part of them
+
+    loss, mined = torch.full_like(f_q[0, 0], float("nan")).detach(), None
+    if learning:
+        if cycle.mining == "cascade":
+            anchors = keys[:, here]
+            if config.mining.anchor == "query":
+                anchors = torch.stack([f_q.detach(), keys[1, here]])
+            mined = mine(anchors, memory, batch.source, config.mining, state.top_k)  # [B, P]
+        meaning = id_meaning(cycle.mining, config.loss, seed=config.run.seed, step=step)
+        loss = mil_nce(
+            f_q, keys[0, here], memory.features[0], mined,
+            query_ids=getattr(batch, meaning.ids), memory_ids=getattr(memory, meaning.ids),
+            same_id=meaning.same_id, self_positive=meaning.self_positive, temperature=config.loss.temperature,
+        )  # fmt: skip
+        state.optimise(loss)
+    result = _measure(state, f_q, keys, loss, mined, video, start)
+    memory.enqueue(keys, source=source, video=video, label=label, start=start, step=step)
+    return result
+
+
+@torch.no_grad()
+def _measure(
+    state: CycleState, f_q: Tensor, keys: Tensor, loss: Tensor, mined: Tensor | None, video: Tensor, start: Tensor
+) -> StepResult:
+    """What the log wants to know of a step, the same on every rank; stays on the device."""
+    loss = loss.detach().clone()
+    distributed.mean_([loss])
+    nan = torch.full_like(loss, float("nan"))
+    finite = f_q.isfinite().all() & keys.isfinite().all()
+    if not state.memory.full:
+        return StepResult(nan, nan, nan, finite, video, start, None, None)
+    state.loss_sum += torch.stack([loss, torch.ones_like(loss)])
+    finite = finite & loss.isfinite()
+    if mined is None:
+        return StepResult(loss, nan, nan, finite, video, start, None, None)
+    mined = distributed.all_gather(mined)  # [R*B, P]
+    mined_video = gather_slots(state.memory.video, mined)
+    pmr, mining_r1 = state.quality.update(mined_video, video)
+    mined_start = gather_slots(state.memory.start, mined)
+    return StepResult(loss, pmr, mining_r1, finite, video, start, mined_video, mined_start)
+
+
+def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str, Any]) -> None:
+    """Writes a checkpoint from which `pretrain(resume=True)` goes on exactly here."""
+    state.encoders.sync_running_statistics()
+    if not run.world.is_main:
+        return
+    payload = {
+        "config": run.config.to_dict(),
+        "environment": environment(run.world.device),
+        "encoders": weights | {state.cycle.view: state.encoders.query.state_dict()},
+        "cycle_state": state.state_dict(),
+        **where,
+    }
+    save_step(run.folder / "checkpoints", where["step"], payload, keep=run.config.run.keep_checkpoints)
+
+
+def _open_run(config: Config, folder: Path, resume: bool, world: World) -> dict[str, Any] | None:
+    """The checkpoint to go on from, or None and a fresh run folder. Refuses to overwrite or to mix runs."""
+    last = folder / "checkpoints" / LAST
+    if not resume:
+        if last.exists():
+            raise InputError(f"run.out: {str(folder)!r} already holds a run; resume it, or choose another folder")
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / METRICS_FILE).unlink(missing_ok=True)
+            temporary = folder / "config.json.tmp"
+            temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+            os.replace(temporary, folder / "config.json")
+        return None
+    saved = load_checkpoint(last, device=world.device)
+    for section, values in _what_counts(saved["config"]).items():
+        for key, was in values.items():
+            now = _what_counts(config.to_dict())[section][key]
+            if now != was:
+                raise CheckpointError(f"{section}.{key}: the run in {str(folder)!r} has {was!r}, got {now!r}")
+    if world.is_main:
+        rewind(folder, step=saved["step"], epoch=saved["epoch"])
+    return saved
+
+
+def _what_counts(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of a `Config.to_dict()` that decide what is computed, not where and how fast."""
+    kept = {section: dict(values) for section, values in config.items()}
+    kept["run"] = {"seed": kept["run"]["seed"]}
+    for key in ("index", "workers", "prefetch"):
+        kept["data"].pop(key)
+    return kept
+
+
+def _set_precision(config: Config, world: World) -> None:
+    """TensorFloat-32 and cuDNN's search for the fastest convolution on CUDA."""
+    if world.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    elif config.optim.precision == "fp16":
+        raise InputError("optim.precision: 'fp16' expects a CUDA device; got the CPU, where 'bf16' is the faster one")

@@ -1,0 +1,74 @@
+"""The memory of past keys: a ring over K slots, one feature per view in each [MoCo, He et al. 2020; paper §3].
+
+Letters: V views, B keys enqueued at once, K slots, D feature width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EMPTY = -1  # source id of a slot that holds nothing
+
+_COLUMNS = ("source", "video", "label", "start", "enqueued_at")
+
+
+class Memory:
+    """The newest K keys and where each came from.
+
+    features: [V, K, D] float32, zero where empty.
+    source, video, label, start: [K] int64: sibling group (-1 = empty slot), position in the index, class (-1 unknown),
+        first source frame of the key's clip.
+    enqueued_at: [K] int64, the step that wrote the slot (-1 = never).
+    count: keys enqueued so far; on the host, so asking whether the memory is full costs no sync.
+    """
+
+    def __init__(self, views: int, size: int, feature_dim: int, *, device: torch.device | str = "cpu") -> None:
+        self.features = torch.zeros(views, size, feature_dim, device=device)
+        empty = torch.full((size,), EMPTY, dtype=torch.int64, device=device)
+        self.source, self.video, self.label, self.start = empty.clone(), empty.clone(), empty.clone(), empty.clone()
+        self.enqueued_at = empty.clone()
+        self.count = 0
+
+    @property
+    def size(self) -> int:
+        return self.features.shape[1]
+
+    @property
+    def full(self) -> bool:
+        return self.count >= self.size
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, *, source: Tensor, video: Tensor, label: Tensor, start: Tensor, step: int) -> None:
+        """Overwrites the oldest B slots with `keys` [V, B, D]; `source`, `video`, `label`, `start` are [B] int64.
+
+        Raises:
+            ValueError: more keys than slots, or of another shape.
+        """
+        views, size, width = self.features.shape
+        if keys.dim() != 3 or keys.shape[0] != views or keys.shape[2] != width:
+            raise ValueError(f"keys: expected [{views}, B, {width}], got {list(keys.shape)}")
+        batch = keys.shape[1]
+        if batch > size:
+            raise ValueError(f"keys: expected at most memory.size = {size} keys at once, got {batch}")
+        slots = (self.count + torch.arange(batch, device=keys.device)) % size  # [B]
+        self.features.index_copy_(1, slots, keys.to(self.features.dtype))
+        for name, values in (("source", source), ("video", video), ("label", label), ("start", start)):
+            getattr(self, name).index_copy_(0, slots, values)
+        self.enqueued_at.index_fill_(0, slots, step)
+        self.count += batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"features": self.features, "count": self.count, **{name: getattr(self, name) for name in _COLUMNS}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copies a `state_dict` in. Raises ValueError if it is of another shape."""
+        if state["features"].shape != self.features.shape:
+            raise ValueError(
+                f"memory features: expected {list(self.features.shape)}, got {list(state['features'].shape)}"
+            )
+        for name in ("features", *_COLUMNS):
+            getattr(self, name).copy_(state[name])
+        self.count = state["count"]

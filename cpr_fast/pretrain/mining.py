@@ -1,0 +1,69 @@
+"""Which memory entries are positives: none (InfoNCE), equal labels (UberNCE), the cascade (CoCLR at n = 1, CPR).
+
+A method is a setting. Letters: V views, B queries, K memory entries, P positives, D feature width, n stages.
+View 0 of the memory is the query's, view 1 the other one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ..config import LossConfig, Mining, MiningConfig
+from ..ops import cascade_select
+from .memory import Memory
+from .schedule import generator
+
+DROP_STREAM = 2  # of `schedule.generator`
+
+
+def stage_views(stages: int) -> tuple[int, ...]:
+    """SV(s) for s = 1..n: the other view (1) if n - s is even, else the query view (0) [paper, Fig. 1]."""
+    return tuple(1 if (stages - s) % 2 == 0 else 0 for s in range(1, stages + 1))
+
+
+def stage_keep(stages: int, memory_size: int, ratio: float, top_k: int) -> tuple[int, ...]:
+    """Survivors of each stage: ``max(top_k, int(K * r**s))`` for s < n, top_k at last."""
+    return (*(max(top_k, int(memory_size * ratio**s)) for s in range(1, stages)), top_k)
+
+
+def mine(anchors: Tensor, memory: Memory, source: Tensor, config: MiningConfig, top_k: int) -> Tensor:
+    """The cascade's positives of each query, best first.
+
+    Args:
+        anchors: [2, B, D] float32, the positives' features: query view, other view.
+        source: [B] int64 sibling groups; entries of an equal one are never mined.
+    Returns:
+        slots [B, top_k] int64, -1 where fewer remain.
+    """
+    slots, _ = cascade_select(
+        anchors,
+        memory.features,
+        stage_views(config.stages),
+        stage_keep(config.stages, memory.size, config.ratio, top_k),
+        query_ids=source,
+        memory_ids=memory.source,
+    )
+    return slots
+
+
+@dataclass(frozen=True)
+class IdMeaning:
+    """What equal ids mean in the loss: the arguments of `mil_nce` of these names."""
+
+    ids: Literal["source", "label"]
+    same_id: Literal["positive", "negative"]
+    self_positive: Literal["keep", "denominator"]
+
+
+def id_meaning(mining: Mining, loss: LossConfig, *, seed: int, step: int) -> IdMeaning:
+    """The reading of ids at a step. Siblings in the memory are negatives [paper, Alg. 1] or positives [published code],
+    which also drops q+ from the numerator in a share of the iterations, drawn anew from (seed, step)."""
+    if mining == "label":
+        return IdMeaning("label", "positive", "keep")
+    if mining == "none" or loss.protocol == "paper":
+        return IdMeaning("source", "negative", "keep")
+    dropped = generator(seed, DROP_STREAM, step).random() < loss.self_positive_drop
+    return IdMeaning("source", "positive", "denominator" if dropped else "keep")
