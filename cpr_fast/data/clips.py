@@ -1,0 +1,122 @@
+"""Planned clips to source material, in parallel: decoded frames for the CPU graph, packets for the GPU graph.
+
+A video that cannot be read is replaced, in training by another video of the same epoch, in evaluation by nothing; it
+is counted and named once.
+
+Letters: M clips of a job (one video), T frames, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cpr_fast.config import DataConfig
+from cpr_fast.data.index import Index, Video
+from cpr_fast.data.sampling import Clips, clip_frames
+from cpr_fast.data.video import VideoError, read_frames, slice_packets
+from cpr_fast.errors import InputError
+
+log = logging.getLogger(__name__)
+
+Fetch = Callable[[Video, np.ndarray, str, DataConfig], list]
+
+
+@dataclass(frozen=True)
+class Material:
+    """The clips of one video and, per view, what the graph decodes or augments for each of them."""
+
+    clips: Clips
+    views: dict[str, list]  # M entries: uint8 [T, H, W, C], or (uint8 [L], int32 [T])
+
+
+def fetch_frames(video: Video, start: np.ndarray, view: str, data: DataConfig) -> list[np.ndarray]:
+    """Decoded clips at the given starts: uint8 [T, H, W, 3] (rgb) or [T, H, W, 2] (flow), one pass over the file."""
+    path, num_frames = _file(video, view)
+    frames = np.stack([clip_frames(s, data) for s in start])  # [M, T]
+    needed, place = np.unique(frames, return_inverse=True)
+    pixels = read_frames(path, needed, view, num_frames)
+    if pixels.shape[1:3] != (video.height, video.width):
+        raise VideoError(
+            path, f"decodes to {pixels.shape[2]}x{pixels.shape[1]}, the index says {video.width}x{video.height}"
+        )
+    return [_take(pixels, row) for row in place.reshape(frames.shape)]
+
+
+def fetch_packets(video: Video, start: np.ndarray, view: str, data: DataConfig) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Encoded clips at the given starts: (bytes uint8 [L], frame numbers in them int32 [T])."""
+    path, num_frames = _file(video, view)
+    out = []
+    for s in start:
+        frames = clip_frames(s, data)
+        encoded, first = slice_packets(path, frames, num_frames)
+        out.append((encoded, (frames - first).astype(np.int32)))
+    return out
+
+
+def fetch_checked_packets(video: Video, start: np.ndarray, view: str, data: DataConfig) -> list:
+    """As `fetch_packets`, after decoding the same clips here: raises VideoError where the packets would fail."""
+    fetch_frames(video, start, view, data)
+    return fetch_packets(video, start, view, data)
+
+
+@dataclass
+class ClipReader:
+    """Reads the clips of one video per call, from any number of threads, and keeps the list of what failed."""
+
+    index: Index
+    data: DataConfig
+    views: Sequence[str]
+    fetch: Fetch
+    skipped: list[tuple[Path, str]] = field(default_factory=list)  # (path, reason), once per file
+    _bad: set[int] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(self, clips: Clips, *, fetch: Fetch | None = None) -> Material | None:
+        """Every view of the clips of one video, or None if the video cannot be read."""
+        video = int(clips.video[0])
+        if video in self._bad:
+            return None
+        try:
+            fetch = fetch or self.fetch
+            return Material(clips, {v: fetch(self.index[video], clips.start, v, self.data) for v in self.views})
+        except VideoError as error:
+            with self._lock:
+                if video not in self._bad:
+                    self._bad.add(video)
+                    self.skipped.append((error.path, error.reason))
+                    log.warning("skipped %s: %s", error.path, error.reason)
+            return None
+
+    def read_or_substitute(self, clips: Clips, substitutes: Iterable[Clips], **options) -> Material:
+        """As `read`, going through `substitutes` in order until one can be read.
+
+        Which video stands in depends on the files alone, never on who found out first that one is bad.
+        """
+        for candidate in itertools.chain([clips], substitutes):
+            material = self.read(candidate, **options)
+            if material is not None:
+                return material
+        path, reason = self.skipped[0]
+        raise InputError(f"none of the {len(self.index)} videos of the index can be read; the first: {path}: {reason}")
+
+
+def _file(video: Video, view: str) -> tuple[Path, int]:
+    if view == "rgb":
+        return video.path, video.num_frames
+    if video.flow_path is None:
+        raise VideoError(video.path, "has no flow_path in the index; run `cpr-fast flow` first")
+    return video.flow_path, video.num_frames - 1
+
+
+def _take(pixels: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """pixels[rows], without a copy where the rows are consecutive (every stride of 1 without padding)."""
+    if rows[-1] - rows[0] == len(rows) - 1 and np.all(np.diff(rows) == 1):
+        return pixels[rows[0] : rows[-1] + 1]
+    return pixels[rows]

@@ -1,0 +1,201 @@
+"""What every clip of a run is: a pure function of (seed, epoch, video, clip), fixed before anything is decoded.
+
+The draws come from a counter-based generator (Philox4x32-10, Salmon et al. 2011) whose counter names what is drawn, so
+a video's clips are the same whatever the batch size, the worker or the rank, and a run resumes by index. RGB and flow
+share one plan; only the colour part is for RGB alone.
+
+Letters: N videos, M clips, T frames of a clip, B videos of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+from cpr_fast._host import philox_uniform
+
+if TYPE_CHECKING:
+    from cpr_fast.config import DataConfig
+    from cpr_fast.data.index import Index
+
+CENTRE_FRACTION = 224 / 256  # of the short side: the published evaluation crops 224 from frames of short side 256
+CROP_AREA, CROP_RATIO, CROP_ATTEMPTS = (0.2, 1.0), (3 / 4, 4 / 3), 10
+JITTER, HUE_DEGREES, SIGMA = 0.4, 36.0, (0.1, 2.0)  # ColorJitter(.4, .4, .4, .1): a hue of .1 is 36 degrees
+BASE_P, FLIP_P, JITTER_P, GRAYSCALE_P, BLUR_P = 0.3, 0.5, 0.8, 0.2, 0.5
+
+# Which of a video's independent streams a draw belongs to; 0 and 1 are its two clips.
+_PAIR_STREAM, _ORDER_STREAM = 2, 3
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the plan needs to know of every video of an index, as arrays."""
+
+    num_frames: np.ndarray  # int64 [N], frames that every view has: min(RGB, flow)
+    height: np.ndarray  # int64 [N]
+    width: np.ndarray  # int64 [N]
+
+    @classmethod
+    def of(cls, index: Index) -> Sources:
+        frames = [video.num_frames - (video.flow_path is not None) for video in index]  # flow has one field less
+        return cls(
+            np.array(frames, np.int64),
+            np.array([video.height for video in index], np.int64),
+            np.array([video.width for video in index], np.int64),
+        )
+
+
+@dataclass(frozen=True)
+class Clips:
+    """M planned clips. Without augmentation flip, colour and blur are neutral."""
+
+    video: np.ndarray  # int64 [M], position in the index
+    start: np.ndarray  # int64 [M], first source frame; negative: that many source frames of padding with frame 0
+    box: np.ndarray  # int64 [M, 4], crop (top, left, bottom, right) in source pixels, ends exclusive
+    flip: np.ndarray  # bool [M]
+    brightness: np.ndarray  # float32 [M], factor
+    contrast: np.ndarray  # float32 [M], factor
+    saturation: np.ndarray  # float32 [M], factor; 0 is grayscale
+    hue: np.ndarray  # float32 [M], degrees
+    sigma: np.ndarray  # float32 [M], Gaussian blur in output pixels; 0 is none
+
+    def __len__(self) -> int:
+        return len(self.video)
+
+    def __getitem__(self, rows: slice | list[int] | np.ndarray) -> Clips:
+        return Clips(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Clips]) -> Clips:
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+def epoch_order(num_videos: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch visits the videos: a permutation, int64 [N]."""
+    draw = _draws(np.arange(num_videos), seed, epoch, _ORDER_STREAM, blocks=1)
+    return np.lexsort((draw[:, 1], draw[:, 0])).astype(np.int64)
+
+
+def step_videos(order: np.ndarray, step: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
+    """The videos of one rank's batch, int64 [B]; a global batch is a run of `order`, so ranks only cut it."""
+    begin = (step * world_size + rank) * batch_size
+    return order[begin : begin + batch_size]
+
+
+def plan_pairs(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Clips:
+    """The two training clips of each video: first clips, then second clips, M = 2 N.
+
+    CoCLR's augmentation. Half the time the clips have two time positions and each is "base" with p = .3, else "null";
+    otherwise both have one position, one of them is base and the other null. null = random resized crop + flip;
+    base = null + colour jitter, grayscale and blur. With `data.augment = "none"`: two positions, centre crop.
+    """
+    start, is_base = _positions(sources.num_frames[video], data, seed, epoch, video)
+    clips = [
+        _clip(sources, video, start[:, c], is_base[:, c], data, _draws(video, seed, epoch, c, blocks=8)) for c in (0, 1)
+    ]
+    return Clips.concatenate(clips)
+
+
+def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video: int | None) -> Clips:
+    """The evaluation clips of one video, centre crop: windows that overlap by half (starts 0, T/2 - 1, ... times the
+    stride), or `clips_per_video` at uniform positions. A video shorter than a clip gives one, left-padded."""
+    slack = int(sources.num_frames[video]) - _span(data)
+    if slack <= 0:
+        start = np.array([slack])
+    elif clips_per_video is None:
+        start = np.arange(0, slack + 1, max(1, data.frames // 2 - 1) * data.stride)
+    else:
+        start = np.linspace(0, slack, clips_per_video).round().astype(np.int64)
+    videos = np.full(len(start), video, np.int64)
+    return _neutral(videos, start.astype(np.int64), _centre_box(sources.height[videos], sources.width[videos]))
+
+
+def clip_frames(start: int, data: DataConfig) -> np.ndarray:
+    """The source frame of each frame of a clip, int64 [T]; before the first comes frame 0 again."""
+    return np.maximum(start + data.stride * np.arange(data.frames, dtype=np.int64), 0)
+
+
+def _span(data: DataConfig) -> int:
+    return (data.frames - 1) * data.stride + 1
+
+
+def _draws(video: np.ndarray, seed: int, epoch: int, stream: int, blocks: int) -> np.ndarray:
+    """Uniforms in [0, 1) of each video, float64 [N, 4 * blocks]."""
+    streams = np.empty((len(video), 3), np.uint64)
+    streams[:, 0], streams[:, 1], streams[:, 2] = epoch, video, stream
+    return philox_uniform(seed % 2**64, streams, blocks)
+
+
+def _below(draw: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Uniforms as int64 in 0 .. count - 1 (exact below 2^20: a draw has 32 bits)."""
+    return np.floor(draw * count).astype(np.int64)
+
+
+def _positions(
+    num_frames: np.ndarray, data: DataConfig, seed: int, epoch: int, video: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Start of both clips, int64 [N, 2], and whether each takes the base augmentation, bool [N, 2]."""
+    draw = _draws(video, seed, epoch, _PAIR_STREAM, blocks=2)
+    slack = (num_frames - _span(data))[:, None]
+    # Uniform in 0 .. slack - 1, as published: the last legal start is drawn only where it is the only one.
+    start = np.where(slack < 0, slack, _below(draw[:, :2], np.maximum(slack, 1)))
+    if data.augment == "none":
+        return start, np.zeros(start.shape, bool)
+    two_positions = draw[:, 2:3] < 0.5
+    first_is_base = draw[:, 3] < 0.5
+    is_base = np.where(two_positions, draw[:, 4:6] < BASE_P, np.stack([first_is_base, ~first_is_base], axis=1))
+    return np.where(two_positions, start, start[:, :1]), is_base
+
+
+def _clip(
+    sources: Sources, video: np.ndarray, start: np.ndarray, is_base: np.ndarray, data: DataConfig, draw: np.ndarray
+) -> Clips:
+    """One clip per video from its 32 draws, float64 [N, 32]."""
+    height, width = sources.height[video], sources.width[video]
+    if data.augment == "none":
+        return _neutral(video, start, _centre_box(height, width))
+    jitter = is_base & (draw[:, 1] < JITTER_P)
+    factor = 1 + np.where(jitter[:, None], JITTER * (2 * draw[:, 4:7] - 1), 0)  # [N, 3]
+    grayscale = is_base & (draw[:, 2] < GRAYSCALE_P)
+    blur = is_base & (draw[:, 3] < BLUR_P)
+    return Clips(
+        video=video,
+        start=start,
+        box=_random_box(height, width, draw[:, 8:28].reshape(-1, CROP_ATTEMPTS, 2), draw[:, 28:30]),
+        flip=draw[:, 0] < FLIP_P,
+        brightness=factor[:, 0].astype(np.float32),
+        contrast=factor[:, 1].astype(np.float32),
+        saturation=np.where(grayscale, 0, factor[:, 2]).astype(np.float32),
+        hue=np.where(jitter, HUE_DEGREES * (2 * draw[:, 7] - 1), 0).astype(np.float32),
+        sigma=np.where(blur, SIGMA[0] + (SIGMA[1] - SIGMA[0]) * draw[:, 30], 0).astype(np.float32),
+    )
+
+
+def _neutral(video: np.ndarray, start: np.ndarray, box: np.ndarray) -> Clips:
+    one, zero = np.ones(len(video), np.float32), np.zeros(len(video), np.float32)
+    return Clips(video, start, box, np.zeros(len(video), bool), one, one, one, zero, zero)
+
+
+def _centre_box(height: np.ndarray, width: np.ndarray) -> np.ndarray:
+    side = np.maximum(1, np.round(CENTRE_FRACTION * np.minimum(height, width))).astype(np.int64)
+    top, left = (height - side) // 2, (width - side) // 2
+    return np.stack([top, left, top + side, left + side], axis=1)
+
+
+def _random_box(height: np.ndarray, width: np.ndarray, attempts: np.ndarray, corner: np.ndarray) -> np.ndarray:
+    """RandomResizedCrop: the first of the attempts (float64 [N, 10, 2]: area, log ratio) that fits, placed by
+    `corner` (float64 [N, 2]); the largest centred box of an allowed ratio where none does. int64 [N, 4]."""
+    area = (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * attempts[..., 0]) * (height * width)[:, None]
+    low, high = np.log(CROP_RATIO)
+    ratio = np.exp(low + (high - low) * attempts[..., 1])  # width / height
+    w, h = np.round(np.sqrt(area * ratio)).astype(np.int64), np.round(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])  # [N, 10]
+    first = (np.arange(len(w)), fits.argmax(axis=1))
+    some = fits.any(axis=1)
+    h = np.where(some, h[first], np.minimum(height, np.round(width / CROP_RATIO[0]).astype(np.int64)))
+    w = np.where(some, w[first], np.minimum(width, np.round(height * CROP_RATIO[1]).astype(np.int64)))
+    top = np.where(some, _below(corner[:, 0], height - h + 1), (height - h) // 2)
+    left = np.where(some, _below(corner[:, 1], width - w + 1), (width - w) // 2)
+    return np.stack([top, left, top + h, left + w], axis=1)

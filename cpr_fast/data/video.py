@@ -1,0 +1,213 @@
+"""Frame-exact decoding of chosen frames, and the packets that carry them.
+
+A frame's number is its place in presentation order when the file is decoded from its start, which is the only
+definition that every container shares: header counts lie, and AVI carries no presentation times. Where the packets'
+timestamps prove the numbering (as many distinct times as frames that decode) decoding starts at the previous key
+frame; elsewhere it starts at frame 0. UCF101's XviD files are of the second kind and most hold a single key frame, so
+nothing is lost there.
+
+Letters: F frames, H x W pixels, L bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+
+class VideoError(RuntimeError):
+    """A video cannot be read: `path` says which, `reason` why."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"video {str(path)!r}: {reason}")
+        self.path, self.reason = Path(path), reason
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video really holds: `num_frames` frames decode, then comes its end or `error` ("" at a clean end)."""
+
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+    codec: str
+    error: str = ""
+
+
+def probe_video(path: str | Path) -> VideoInfo:
+    """Decodes the whole video and says what came out. Raises VideoError if no frame does."""
+    count, info, error = 0, None, ""
+    try:
+        with _open(path) as (container, stream):
+            for frame in container.decode(stream):
+                if info is None:
+                    _refuse_rotation(path, frame)
+                    rate = stream.average_rate or stream.guessed_rate or 0
+                    info = (float(rate), frame.width, frame.height, stream.codec_context.name)
+                count += 1
+    except VideoError as failure:
+        if info is None:
+            raise
+        error = failure.reason
+    if info is None:
+        raise VideoError(path, "no frame decodes")
+    return VideoInfo(count, *info, error)
+
+
+def read_frames(path: str | Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int) -> np.ndarray:
+    """The frames of the given numbers, in one pass over the file.
+
+    `frames` is strictly increasing; `num_frames` is what `probe_video` counted. Returns uint8 [F, H, W, 3] (RGB), or
+    for view "flow" [F, H, W, 2] (u, v): the luma plane as stored, cut into its upper and lower half. Raises VideoError
+    for a video that does not give every one of them.
+    """
+    with _open(path) as (container, stream):
+        packets = PacketTable(container, stream, num_frames)
+        wanted = {int(number): place for place, number in enumerate(frames)}
+        last = int(frames[-1])
+        write = _FrameWriter(path, len(wanted), view)
+        for number, frame in packets.decode(int(frames[0])):
+            if number in wanted:
+                write(wanted.pop(number), frame)
+                if not wanted:
+                    return write.out
+            if number > last:
+                break
+    raise VideoError(path, f"frame {min(wanted)} of {num_frames} does not decode")
+
+
+def slice_packets(path: str | Path, frames: Sequence[int] | np.ndarray, num_frames: int) -> tuple[np.ndarray, int]:
+    """The shortest part of a video from which a decoder gets `frames` (any order) without seeking.
+
+    Returns the encoded bytes, uint8 [L], and the number in the original video of the first frame they hold. The
+    packets from the previous key frame to the last needed one come as Matroska, never as mp4, in which VP9 and MJPEG
+    decode to wrong frames without an error. A video whose timestamps do not prove the numbering comes whole.
+    """
+    first, last = int(min(frames)), int(max(frames))
+    if not 0 <= first <= last < num_frames:
+        raise VideoError(path, f"frames {first}..{last} asked of {num_frames}")
+    with _open(path) as (container, stream):
+        table = PacketTable(container, stream, num_frames)
+        if table.ranks is None:
+            return np.fromfile(path, np.uint8), 0
+        begin = table.key_packet(first)
+        base = table.ranks[begin]
+        end = 1 + int(np.flatnonzero(table.ranks <= last)[-1])
+        chosen = [i for i in range(begin, end) if table.ranks[i] >= base]
+        return _matroska(stream, [table.packets[i] for i in chosen], table.ranks[chosen] - base), int(base)
+
+
+class PacketTable:
+    """A video's packets in decoding order, and the frame number of each where that is certain."""
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, num_frames: int) -> None:
+        self._stream = stream
+        if container.format.name == "avi":  # its "presentation" times are decoding times
+            self.packets, self.ranks = container.demux(stream), None
+            return
+        packets = list(container.demux(stream))
+        shown = [p.pts for p in packets if p.size and not p.is_discard]
+        if None not in shown and len(set(shown)) == len(shown) == num_frames:
+            packets = [p for p in packets if p.size and not p.is_discard]
+            self.ranks = np.argsort(np.argsort(shown))
+        else:
+            self.ranks = None
+        self.packets = packets
+
+    def key_packet(self, frame: int) -> int:
+        """Index of the last key packet at or before `frame`, in presentation as in decoding order.
+
+        The frames of one presentation range may lie before its key frame in the file only if they are shown before
+        it (leading pictures of an open GOP), so starting there loses none of the frames from `frame` on.
+        """
+        keys = [i for i, p in enumerate(self.packets) if p.is_keyframe and self.ranks[i] <= frame]
+        return max(keys, key=lambda i: self.ranks[i], default=0)
+
+    def decode(self, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(number, frame) in presentation order, from `first` or earlier to the end of the video."""
+        decoder = self._stream.codec_context
+        if self.ranks is None:
+            numbered = (frame for packet in self.packets for frame in decoder.decode(packet))
+            yield from enumerate(numbered)
+            return
+        number_of = {packet.pts: int(rank) for packet, rank in zip(self.packets, self.ranks, strict=True)}
+        begin = self.key_packet(first)
+        base = self.ranks[begin]
+        for packet in [*self.packets[begin:], None]:
+            for frame in decoder.decode(packet):
+                number = number_of.get(frame.pts, -1)
+                if number >= base:
+                    yield number, frame
+
+
+class _FrameWriter:
+    """Converts decoded frames into one array; the scaler and the array are made once per video."""
+
+    def __init__(self, path: str | Path, count: int, view: str) -> None:
+        self._path, self._count, self._view = path, count, view
+        self._scaler = VideoReformatter()  # a new one per frame costs three times the conversion itself
+        self._size: tuple[int, int] | None = None
+        self.out: np.ndarray | None = None
+
+    def __call__(self, place: int, frame: av.VideoFrame) -> None:
+        if self._size is None:
+            _refuse_rotation(self._path, frame)
+            self._size = (frame.height, frame.width)
+            height, channels = (frame.height, 3) if self._view == "rgb" else (frame.height // 2, 2)
+            self.out = np.empty((self._count, height, frame.width, channels), np.uint8)
+        if (frame.height, frame.width) != self._size:
+            raise VideoError(self._path, f"the frame size changes from {self._size} to {(frame.height, frame.width)}")
+        if self._view == "rgb":
+            plane = self._scaler.reformat(frame, format="rgb24", threads=1).planes[0]
+            rows = np.frombuffer(plane, np.uint8).reshape(frame.height, plane.line_size)
+            self.out[place] = rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
+        else:
+            if frame.format.components[0].bits != 8 or not frame.format.name.startswith(("yuv", "gray", "nv")):
+                raise VideoError(self._path, f"flow is stored in 8-bit luma, this is {frame.format.name}")
+            plane = frame.planes[0]
+            rows = np.frombuffer(plane, np.uint8).reshape(frame.height, plane.line_size)[:, : frame.width]
+            half = frame.height // 2
+            self.out[place, ..., 0], self.out[place, ..., 1] = rows[:half], rows[half : 2 * half]
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """The file and its first video stream; every failure of FFmpeg inside the block becomes a VideoError."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError(path, "holds no video stream")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # videos are decoded in parallel, not the frames of one
+            yield container, stream
+    except (av.FFmpegError, OSError, EOFError) as error:
+        raise VideoError(path, str(error) or type(error).__name__) from error
+
+
+def _refuse_rotation(path: str | Path, frame: av.VideoFrame) -> None:
+    """Hardware decoders ignore the display matrix: the same file must not give two pictures."""
+    if frame.rotation % 360:
+        raise VideoError(path, f"is stored rotated by {frame.rotation} degrees; transcode it upright")
+
+
+def _matroska(stream: av.VideoStream, packets: list[av.Packet], ranks: np.ndarray) -> np.ndarray:
+    """The packets (decoding order, frame numbers `ranks` from 0) as a Matroska file in memory, uint8 [L]."""
+    buffer = io.BytesIO()
+    delay = int(np.max(np.arange(len(packets)) - ranks))  # decoding times must not lie after presentation times
+    with av.open(buffer, "w", format="matroska") as output:
+        copy = output.add_stream_from_template(stream)
+        copy.time_base = "1/25"  # one tick per frame, whatever the source's clock was
+        for position, (packet, rank) in enumerate(zip(packets, ranks, strict=True)):
+            packet.stream = copy
+            packet.time_base = copy.time_base
+            packet.pts, packet.dts = int(rank), position - delay
+            output.mux(packet)
+    return np.frombuffer(buffer.getbuffer(), np.uint8)
