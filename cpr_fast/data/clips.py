@@ -42,6 +42,8 @@ def fetch_frames(video: Video, start: np.ndarray, view: str, data: DataConfig) -
     frames = np.stack([clip_frames(s, data) for s in start])  # [M, T]
     needed, place = np.unique(frames, return_inverse=True)
     pixels = read_frames(path, needed, view, num_frames)
+    if view == "flow":
+        pixels = pixels[:, :, : video.width]  # flow files pad an odd width by one column
     if pixels.shape[1:3] != (video.height, video.width):
         raise VideoError(
             path, f"decodes to {pixels.shape[2]}x{pixels.shape[1]}, the index says {video.width}x{video.height}"

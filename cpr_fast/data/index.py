@@ -12,26 +12,24 @@ from __future__ import annotations
 import csv
 import io
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from cpr_fast.data.layouts import LAYOUTS
 from cpr_fast.data.video import VideoError, VideoInfo, probe_video
 from cpr_fast.errors import InputError
 from cpr_fast.progress import track
 
 COLUMNS = ("path", "label", "source", "split", "num_frames", "fps", "width", "height", "flow_path")
-VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
 
 class IndexFileError(InputError):
-    """An index, a split list or a data folder is not as expected; says where, what came and what was expected."""
+    """An index is not as expected; says where, what came and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,11 @@ class Index(Sequence[Video]):
         return np.array([number[video.source] for video in self], dtype=np.int64)
 
     @classmethod
-    def load(cls, path: str | Path) -> Index:
-        """Reads an index. Raises IndexFileError naming file, line, column, what came and what was expected."""
+    def load(cls, path: str | Path, *, require_flow: bool = True) -> Index:
+        """Reads an index. Raises IndexFileError naming file, line, column, what came and what was expected.
+
+        Every file named must be there; with `require_flow` False a flow file that is not there counts as none.
+        """
         path = Path(path)
         try:
             with path.open(newline="", encoding="utf-8") as file:
@@ -106,7 +107,7 @@ class Index(Sequence[Video]):
         first_line: dict[Path, str] = {}
         videos = []
         for line, row in rows:
-            video = _parse_row(line, header, row, path.parent)
+            video = _parse_row(line, header, row, path.parent, require_flow)
             if video.path in first_line:
                 raise IndexFileError(f"{line}, column path: {row[header.index('path')]!r} repeats line "
                                      f"{first_line[video.path].rpartition(':')[2]}")  # fmt: skip
@@ -146,97 +147,34 @@ def build_index(
       some copies spell a folder unlike the file names. The source of v_X_gNN_cMM is v_X_gNN. Classes are in the order
       of classInd.txt.
 
-    Returns the index and, as (path, reason), what is not in it: files that do not decode, and listed videos that are
-    not there. These are also written beside `out`, as <name>.left_out.csv (path,reason; absent where none is left out).
-    Raises IndexFileError where nothing is left to index.
+    Returns the index and, as (path, reason), what is not in it or only in part: listed videos that are not there,
+    files of which no frame decodes, and files that stop decoding before their end. These are also written beside
+    `out`, as <name>.broken.csv (path,reason), where there are any. Raises InputError where no video is left.
     """
     root = Path(root)
     if layout not in LAYOUTS:
-        raise IndexFileError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+        raise InputError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     if not root.is_dir():
-        raise IndexFileError(f"root: expected a folder, got {str(root)!r}")
-    listed, left_out = LAYOUTS[layout](root, None if splits is None else Path(splits), split)
+        raise InputError(f"root: expected a folder, got {str(root)!r}")
+    listed, broken = LAYOUTS[layout](root, None if splits is None else Path(splits), split)
     videos = []
     for item, info in zip(listed, _probe_all([item.path for item in listed], progress), strict=True):
         if isinstance(info, VideoError):
-            left_out.append((item.path, info.reason))
-        else:
-            videos.append(Video(*item, info.num_frames, info.fps, info.width, info.height))
+            broken.append((item.path, info.reason))
+            continue
+        if info.error:
+            broken.append(
+                (item.path, f"damaged: kept with the {info.num_frames} frames that decode, then {info.error}")
+            )
+        videos.append(Video(*item, info.num_frames, info.fps, info.width, info.height))
     if not videos:
-        reason = f"; first: {left_out[0][0]}: {left_out[0][1]}" if left_out else ""
-        raise IndexFileError(f"root {str(root)!r}: no video of layout {layout!r} that decodes, "
-                             f"{len(left_out)} left out{reason}")  # fmt: skip
+        reason = f"; first: {broken[0][0]}: {broken[0][1]}" if broken else ""
+        raise InputError(f"root {str(root)!r}: no video of layout {layout!r} that decodes, "
+                             f"{len(broken)} broken{reason}")  # fmt: skip
     index = Index(videos)
     if out is not None:
-        _save_with_sidecar(index, left_out, Path(out))
-    return index, left_out
-
-
-class _Listed(NamedTuple):
-    path: Path
-    label: str
-    source: str
-    split: str
-
-
-def _list_folders(root: Path, splits: Path | None, split: int) -> tuple[list[_Listed], list[tuple[Path, str]]]:
-    if splits is not None:
-        raise IndexFileError(f"splits: layout 'folders' reads the split from the folders, got {str(splits)!r}")
-    listed = []
-    for path in _video_files(root):
-        parents = path.relative_to(root).parts[:-1]
-        if len(parents) not in (1, 2):
-            raise IndexFileError(f"{path}: expected ROOT/<class>/<video> or ROOT/<split>/<class>/<video>")
-        source = re.sub(r"_c\d+$", "", path.stem)
-        listed.append(_Listed(path, parents[-1], f"{parents[-1]}/{source}", parents[0] if len(parents) == 2 else ""))
-    return sorted(listed, key=lambda item: (item.label, item.split, item.path)), []
-
-
-def _list_ucf101(root: Path, splits: Path | None, split: int) -> tuple[list[_Listed], list[tuple[Path, str]]]:
-    if splits is None:
-        raise IndexFileError("splits: layout 'ucf101' needs the folder of classInd.txt and the train and test lists")
-    classes = [row[1] for _, row in _list_rows(splits / "classInd.txt", fields=(2,), expected="<number> <class>")]
-    files: dict[str, Path] = {}
-    for path in _video_files(root):
-        files.setdefault(path.stem.lower(), path)  # folder HandstandPushups holds files v_HandStandPushups_*
-    listed, absent = [], []
-    for name, file in (("train", f"trainlist{split:02d}.txt"), ("test", f"testlist{split:02d}.txt")):
-        for where, row in _list_rows(splits / file, fields=(1, 2), expected="<class>/<video> [<number>]"):
-            label, _, video = row[0].partition("/")
-            if label not in classes:
-                raise IndexFileError(f"{where}: class {label!r} is not one of the {len(classes)} in classInd.txt")
-            stem = Path(video).stem
-            path = files.get(stem.lower())
-            if path is None:
-                absent.append((root / row[0], f"listed in {file}, not found"))
-            else:
-                listed.append(_Listed(path, label, re.sub(r"_c\d+$", "", stem), name))
-    return sorted(listed, key=lambda item: classes.index(item.label)), absent
-
-
-# A layout is a function of (root, splits folder, split number) that lists what should be there.
-LAYOUTS: dict[str, Callable[[Path, Path | None, int], tuple[list[_Listed], list[tuple[Path, str]]]]] = {
-    "folders": _list_folders,
-    "ucf101": _list_ucf101,
-}
-
-
-def _video_files(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
-
-
-def _list_rows(path: Path, fields: Sequence[int], expected: str) -> Iterator[tuple[str, list[str]]]:
-    """("file:line", words) of every non-empty line of a split list."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise IndexFileError(f"split list {str(path)!r} does not exist") from None
-    for number, line in enumerate(lines, start=1):
-        words = line.split()
-        if words and len(words) not in fields:
-            raise IndexFileError(f"{path}:{number}: expected {expected}, got {line!r}")
-        if words:
-            yield f"{path}:{number}", words
+        _save_with_sidecar(index, broken, Path(out))
+    return index, broken
 
 
 def _probe_all(paths: Sequence[Path], progress: bool) -> list[VideoInfo | VideoError]:
@@ -253,11 +191,11 @@ def _probe_all(paths: Sequence[Path], progress: bool) -> list[VideoInfo | VideoE
         return list(track(results, "counting frames", total=len(paths), unit="videos", progress=progress))
 
 
-def _save_with_sidecar(index: Index, left_out: list[tuple[Path, str]], out: Path) -> None:
-    sidecar = out.with_suffix(".left_out.csv")
+def _save_with_sidecar(index: Index, broken: list[tuple[Path, str]], out: Path) -> None:
+    sidecar = out.with_suffix(".broken.csv")
     sidecar.unlink(missing_ok=True)  # never one that belongs to an earlier index
-    if left_out:
-        _write_csv(sidecar, ("path", "reason"), [(_relative(path, out), reason) for path, reason in left_out])
+    if broken:
+        _write_csv(sidecar, ("path", "reason"), [(_relative(path, out), reason) for path, reason in broken])
     index.save(out)
 
 
@@ -285,7 +223,7 @@ def _checked_header(path: Path, header: list[str]) -> list[str]:
     return header
 
 
-def _parse_row(line: str, header: list[str], row: list[str], folder: Path) -> Video:
+def _parse_row(line: str, header: list[str], row: list[str], folder: Path, require_flow: bool) -> Video:
     if len(row) != len(header):
         raise IndexFileError(f"{line}: expected {len(header)} fields, got {len(row)}")
     fields = dict(zip(header, row, strict=True))
@@ -306,6 +244,7 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path) -> Vi
             raise IndexFileError(f"{line}, column {column}: file {str(path)!r} does not exist")
         return path
 
+    flow_there = fields["flow_path"] and (require_flow or (folder / fields["flow_path"]).is_file())
     return Video(
         path=file("path"),
         label=fields["label"],
@@ -315,7 +254,7 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path) -> Vi
         fps=number("fps", float),
         width=number("width", int),
         height=number("height", int),
-        flow_path=file("flow_path") if fields["flow_path"] else None,
+        flow_path=file("flow_path") if flow_there else None,
     )
 
 

@@ -89,9 +89,9 @@ def write_synthetic(
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy and x264 work without the interpreter's lock
         done = track(pool.map(write, sources), "writing videos", total=len(sources), unit="sources", progress=progress)
         clips = sum(done)
-    index, left_out = build_index(out, "folders", out=index_path, progress=progress)
-    if left_out or len(index) != clips or any(video.num_frames != frames for video in index):
-        raise RuntimeError(f"{out}: wrote {clips} videos of {frames} frames, found {len(index)}; left out: {left_out}")
+    index, broken = build_index(out, "folders", out=index_path, progress=progress)
+    if broken or len(index) != clips or any(video.num_frames != frames for video in index):
+        raise RuntimeError(f"{out}: wrote {clips} videos of {frames} frames, found {len(index)}; broken: {broken}")
     (out / UNFINISHED).write_text(json.dumps(settings))
     os.replace(out / UNFINISHED, out / SETTINGS)
     return index_path
