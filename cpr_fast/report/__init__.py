@@ -1,0 +1,1 @@
+"""One self-contained HTML page from run folders. Import from `cpr_fast.report.page`."""
