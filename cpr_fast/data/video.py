@@ -15,6 +15,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -204,7 +205,7 @@ def _matroska(stream: av.VideoStream, packets: list[av.Packet], ranks: np.ndarra
     delay = int(np.max(np.arange(len(packets)) - ranks))  # decoding times must not lie after presentation times
     with av.open(buffer, "w", format="matroska") as output:
         copy = output.add_stream_from_template(stream)
-        copy.time_base = "1/25"  # one tick per frame, whatever the source's clock was
+        copy.time_base = Fraction(1, 25)  # one tick per frame, whatever the source's clock was
         for position, (packet, rank) in enumerate(zip(packets, ranks, strict=True)):
             packet.stream = copy
             packet.time_base = copy.time_base

@@ -1,0 +1,182 @@
+"""Frames are the ones asked for, whatever the codec and container; packets decode to them; bad files are named."""
+
+import threading
+
+import av
+import numpy as np
+import pytest
+from numbered_videos import (
+    KINDS,
+    decode_linearly,
+    numbers_shown,
+    shared_data,
+    write_numbered,
+    write_video,
+)
+
+from cpr_fast.data.video import VideoError, probe_video, read_frames, slice_packets
+
+FRAMES = 47  # of every numbered video: no multiple of a group of pictures
+CHOICES = ([0], [46], [11, 12, 13], [5, 24, 25, 40], list(range(30, 46)), list(range(FRAMES)))
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("numbered")
+    return {kind: write_numbered(folder / kind, FRAMES, kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frames_show_the_number_asked_for(numbered, kind):
+    path = numbered[kind]
+    info = probe_video(path)
+    assert (info.num_frames, info.width, info.height, info.fps, info.error) == (FRAMES, 64, 48, 25.0, "")
+    truth = decode_linearly(path)
+    for frames in CHOICES:
+        pixels = read_frames(path, frames, "rgb", FRAMES)
+        assert numbers_shown(pixels) == frames
+        np.testing.assert_array_equal(pixels, truth[frames])
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        ("ucf101_100", "Archery", "v_Archery_g02_c02.avi"),
+        ("ucf101_100", "BabyCrawling", "v_BabyCrawling_g18_c06.avi"),
+        ("tiny", "mmaction2_test.avi"),
+        ("tiny", "eat.mkv"),
+        ("tiny", "h264_10bits.mp4"),
+    ],
+    ids=lambda clip: clip[-1],
+)
+def test_real_clips_equal_a_linear_decode(clip):
+    path = shared_data(*clip)
+    truth = decode_linearly(path)
+    num_frames = len(truth)
+    assert probe_video(path).num_frames == num_frames
+    rng = np.random.default_rng(0)
+    for first in [0, num_frames - 16, *rng.integers(0, num_frames - 16, 3)]:
+        frames = np.arange(first, first + 16)
+        np.testing.assert_array_equal(read_frames(path, frames, "rgb", num_frames), truth[frames])
+
+
+def test_a_header_that_counts_too_many_frames_is_not_believed():
+    """The UCF101 clips were probed by decoding them: the counts must agree for every one of a sample."""
+    table = np.genfromtxt(shared_data("ucf101_100", "PROBE.csv"), delimiter=",", names=True, dtype=None, encoding=None)
+    for row in table[::20]:
+        assert probe_video(shared_data("ucf101_100", row["path"])).num_frames == row["frames"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sliced_packets_hold_the_frames(numbered, kind, tmp_path):
+    path = numbered[kind]
+    for frames in CHOICES:
+        encoded, first = slice_packets(path, frames, FRAMES)
+        assert encoded.dtype == np.uint8 and first <= frames[0]
+        (tmp_path / "slice").write_bytes(encoded)
+        shown = numbers_shown(decode_linearly(tmp_path / "slice"))
+        assert [shown[f - first] for f in frames] == frames
+
+
+def test_a_slice_starts_at_the_previous_key_frame_and_ends_at_the_last_frame(numbered, tmp_path):
+    for kind in ("h264-bframes", "vp9", "mjpeg-mkv"):
+        encoded, first = slice_packets(numbered[kind], [26, 27], FRAMES)
+        (tmp_path / "slice").write_bytes(encoded)
+        assert {"h264-bframes": 24, "vp9": 20, "mjpeg-mkv": 26}[kind] == first
+        assert len(decode_linearly(tmp_path / "slice")) <= 27 - first + 1 + 2  # at most the references of B-frames
+
+
+def test_flow_is_the_two_halves_of_the_luma_as_stored(tmp_path):
+    rng = np.random.default_rng(0)
+    uv = rng.integers(0, 256, (9, 2, 3, 8)).repeat(8, 2).repeat(8, 3).astype(np.uint8)  # [F, 2, 24, 64]
+    path = write_video(tmp_path / "flow", uv.reshape(9, 48, 64), "mjpeg-mkv")
+    read = read_frames(path, [2, 3, 8], "flow", 9)
+    assert read.shape == (3, 24, 64, 2)
+    assert np.abs(read.astype(int) - uv[[2, 3, 8]].transpose(0, 2, 3, 1)).max() <= 12  # the codec's own error
+    limited = write_video(tmp_path / "limited", uv.reshape(9, 48, 64), "h264-bframes")
+    with av.open(str(limited)) as container:
+        stored = [np.frombuffer(f.planes[0], np.uint8).reshape(48, -1)[:, :64] for f in container.decode(video=0)]
+    luma = np.stack(stored).reshape(9, 2, 24, 64).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(read_frames(limited, range(9), "flow", 9), luma)
+
+
+def test_reading_from_many_threads_gives_the_same_frames(numbered):
+    truth = {kind: decode_linearly(path) for kind, path in numbered.items()}
+    wrong = []
+
+    def read(kind):
+        for first in range(0, 30, 7):
+            frames = np.arange(first, first + 9)
+            if not np.array_equal(read_frames(numbered[kind], frames, "rgb", FRAMES), truth[kind][frames]):
+                wrong.append((kind, first))
+
+    threads = [threading.Thread(target=read, args=(kind,)) for kind in [*KINDS, *KINDS]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class TestBadFiles:
+    def refuse(self, path, reason, num_frames=20):
+        with pytest.raises(VideoError, match=reason) as caught:
+            read_frames(path, np.arange(4, 10), "rgb", num_frames)
+        assert caught.value.path == path and str(path) in str(caught.value)
+
+    def test_missing(self, tmp_path):
+        self.refuse(tmp_path / "none.mp4", "No such file")
+        with pytest.raises(VideoError, match="No such file"):
+            probe_video(tmp_path / "none.mp4")
+
+    def test_not_a_video(self, tmp_path):
+        (tmp_path / "text.mp4").write_text("no video, but a long enough text " * 40)
+        self.refuse(tmp_path / "text.mp4", "Invalid data")
+
+    def test_empty(self, tmp_path):
+        (tmp_path / "empty.avi").touch()
+        self.refuse(tmp_path / "empty.avi", ".")
+        with pytest.raises(VideoError):
+            probe_video(tmp_path / "empty.avi")
+
+    def test_sound_only(self, tmp_path):
+        path = tmp_path / "sound.mkv"
+        with av.open(str(path), "w") as output:
+            stream = output.add_stream("pcm_s16le", rate=8000)
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+            frame.sample_rate = 8000
+            output.mux(stream.encode(frame))
+        self.refuse(path, "no video stream")
+
+    def test_truncated_is_counted_up_to_the_damage(self, numbered, tmp_path):
+        whole = numbered["mjpeg-avi"].read_bytes()
+        path = tmp_path / "cut.avi"
+        path.write_bytes(whole[: len(whole) // 2])
+        info = probe_video(path)
+        assert 10 < info.num_frames < FRAMES
+        frames = np.arange(info.num_frames - 3, info.num_frames)
+        assert numbers_shown(read_frames(path, frames, "rgb", info.num_frames)) == frames.tolist()
+        self.refuse_frames(path, [info.num_frames + 2], FRAMES)
+
+    def refuse_frames(self, path, frames, num_frames):
+        with pytest.raises(VideoError, match="does not decode|Invalid data"):
+            read_frames(path, frames, "rgb", num_frames)
+
+    def test_fewer_frames_than_the_index_says(self, numbered):
+        for path in numbered.values():
+            with pytest.raises(VideoError, match=f"frame {FRAMES} of {FRAMES + 5} does not decode"):
+                read_frames(path, [FRAMES - 1, FRAMES, FRAMES + 1], "rgb", FRAMES + 5)
+
+    def test_slices_outside_the_video(self, numbered):
+        with pytest.raises(VideoError, match=r"frames 40\.\.50 asked of 47"):
+            slice_packets(numbered["vp9"], [40, 50], FRAMES)
+
+    def test_rotated_is_refused_by_probe_and_read(self):
+        path = shared_data("tiny", "rotated_90.mov")
+        with pytest.raises(VideoError, match="rotated"):
+            probe_video(path)
+        self.refuse(path, "rotated")
+
+    def test_damage_in_the_middle_is_reported(self):
+        info = probe_video(shared_data("tiny", "corrupted.mp4"))
+        assert info.num_frames == 28 and "Invalid data" in info.error
