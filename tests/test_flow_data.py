@@ -1,0 +1,261 @@
+"""Flow files: what is stored is what was computed, and a killed or sharded run ends up whole."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from cpr_fast.config import DataConfig
+from cpr_fast.data.clips import fetch_frames
+from cpr_fast.data.flow import CHUNK, dequantise, quantise, write_flow
+from cpr_fast.data.index import Index, build_index
+from cpr_fast.errors import InputError
+
+LEVEL = 40 / 255  # pixels
+
+
+def smooth_flow(frames: torch.Tensor) -> torch.Tensor:
+    """A stand-in for TV-L1: a field that depends on both frames of the pair. [T, H, W] -> [T - 1, 2, H, W]."""
+    assert frames.dtype == torch.uint8 and frames.dim() == 3
+    first, second = frames[:-1].float(), frames[1:].float()
+    rows = torch.linspace(0, 3, frames.shape[1])[:, None].expand_as(first)
+    return torch.stack([second.mean((1, 2), keepdim=True) / 10 - rows, 5 - first / 20], dim=1)
+
+
+def write_video(path: Path, frames: int, width: int = 48, height: int = 32) -> Path:
+    """Each frame a ramp of its own brightness, lossless."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ramp = np.linspace(0, 90, width).astype(np.uint8)[None, :]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = width, height, "gray"
+        for i in range(frames):
+            image = np.repeat(ramp + np.uint8(7 * i % 120), height, axis=0)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="gray")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def gray_frames(path: Path) -> torch.Tensor:
+    with av.open(str(path)) as container:
+        return torch.from_numpy(np.stack([frame.to_ndarray(format="gray") for frame in container.decode(video=0)]))
+
+
+def read_levels(path: Path, width: int) -> np.ndarray:
+    """A flow file read by nothing but FFmpeg: uint8 [N - 1, 2, H, W]."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    planes = [np.frombuffer(f.planes[0], np.uint8).reshape(f.height, -1)[:, : f.width] for f in frames]
+    return np.stack(planes).reshape(len(frames), 2, frames[0].height // 2, -1)[..., :width]
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    """Five videos of several lengths, one longer than a chunk, one with an odd width."""
+    lengths = {"train/A/a_c01": 6, "train/A/a_c02": 2, "train/B/b": CHUNK + 3, "test/A/c": 9, "test/B/d": 5}
+    for name, frames in lengths.items():
+        write_video(tmp_path / "set" / f"{name}.mkv", frames, width=49 if name.endswith("d") else 48)
+    build_index(tmp_path / "set", out=tmp_path / "set" / "index.csv")
+    return tmp_path / "set" / "index.csv"
+
+
+# ---- quantisation
+
+
+def test_quantisation_is_the_published_one():
+    flow = np.array([0.0, -0.0, 1e-9, -20, 20, -1e6, 1e6, 19.93, 10, -3.7])
+    np.testing.assert_array_equal(quantise(flow), [128, 128, 128, 0, 255, 0, 255, 255, 191, 104])
+    everywhere = np.linspace(-20, 20, 100_001)
+    np.testing.assert_array_equal(quantise(everywhere), np.round((everywhere + 20) * 255 / 40))
+    assert quantise(np.zeros((3, 2), np.float32)).dtype == np.uint8
+
+
+def test_quantisation_errs_by_half_a_level_at_most():
+    flow = np.random.default_rng(0).uniform(-20, 20, 100_000).astype(np.float32)
+    error = dequantise(quantise(flow)) - flow
+    assert np.abs(error).max() < LEVEL / 2 + 1e-5
+    np.testing.assert_array_equal(quantise(dequantise(np.arange(256, dtype=np.uint8))), np.arange(256))
+
+
+# ---- whole data sets
+
+
+def test_flow_files_hold_what_was_computed(data_set, tmp_path):
+    report = write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
+    assert report == {"index": str(data_set), "videos": 5, "written": 5, "kept": 0, "skipped": []}
+    index = Index.load(data_set)
+    for video in index:
+        expected = smooth_flow(gray_frames(video.path)).numpy()
+        stored = read_levels(video.flow_path, video.width)
+        assert stored.shape == expected.shape == (video.num_frames - 1, 2, video.height, video.width)
+        error = dequantise(stored) - np.clip(expected, -20, 20)
+        assert np.sqrt(np.mean(error**2)) < 0.07 and np.abs(error).max() < 0.5
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_flow_files_are_what_hardware_decoders_take(data_set, tmp_path):
+    write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
+    for video in Index.load(data_set):
+        with av.open(str(video.flow_path)) as container:
+            stream = container.streams.video[0]
+            frames = list(container.decode(stream))
+            assert stream.codec_context.name == "h264" and stream.codec_context.profile in ("High", "Main")
+        assert {frame.format.name for frame in frames} <= {"yuv420p", "yuvj420p"}
+        assert all(frame.color_range == 2 for frame in frames)  # full: 0 and 255 mean what they say
+        chroma = frames[-1].to_ndarray(format="yuv420p")[frames[-1].height :]
+        assert frames[0].key_frame and np.abs(chroma.astype(int) - 128).max() <= 1
+
+
+def test_the_loader_reads_them_and_an_odd_width_too(data_set, tmp_path):
+    write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
+    for video in Index.load(data_set):
+        if video.num_frames < 5:
+            continue
+        clip = fetch_frames(video, np.array([1]), "flow", DataConfig(frames=3, size=16))[0]
+        expected = read_levels(video.flow_path, video.width)[1:4].transpose(0, 2, 3, 1)
+        np.testing.assert_array_equal(clip, expected)
+
+
+def test_a_second_run_computes_nothing(data_set, tmp_path):
+    write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
+    before = data_set.read_text()
+
+    def refuse(frames):
+        raise AssertionError("computed again")
+
+    report = write_flow(data_set, tmp_path / "flow", compute=refuse)
+    assert (report["written"], report["kept"]) == (0, 5) and data_set.read_text() == before
+
+
+def test_a_file_of_the_wrong_length_is_made_again(data_set, tmp_path):
+    write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
+    videos = {video.num_frames: video for video in Index.load(data_set)}
+    os.replace(videos[6].flow_path, videos[9].flow_path)  # 5 fields where 8 belong, and none where 5 do
+    report = write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
+    assert (report["written"], report["kept"]) == (2, 3)
+    assert len(read_levels(videos[9].flow_path, 48)) == 8
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_shards_together_are_the_whole(count, data_set, tmp_path):
+    whole = write_flow(data_set, tmp_path / "whole", compute=smooth_flow)
+    reports = [write_flow(data_set, tmp_path / "flow", compute=smooth_flow, shard=(i, count)) for i in range(count)]
+    assert sum(report["written"] for report in reports) == whole["written"] == 5
+    files = {path.relative_to(tmp_path / "flow"): path.read_bytes() for path in (tmp_path / "flow").rglob("*.mp4")}
+    assert files == {
+        path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").rglob("*.mp4")
+    }
+    assert all("whole" not in video.flow_path.parts and video.flow_path.is_file() for video in Index.load(data_set))
+
+
+def test_a_killed_run_leaves_no_half_file_and_is_continued(data_set, tmp_path):
+    """The process dies, without any clean-up, while it encodes its third video."""
+    script = f"""
+        import os, av
+        from pathlib import Path
+        from cpr_fast.data import flow
+        from tests.test_flow_data import smooth_flow
+        replace, done = os.replace, []
+        def die_at_the_third(source, target):
+            if len(done) == 2 and str(target).endswith(".flow.mp4"):
+                os._exit(9)
+            done.append(target)
+            replace(source, target)
+        os.replace = die_at_the_third
+        flow.write_flow({str(data_set)!r}, {str(tmp_path / "flow")!r}, compute=smooth_flow)
+    """
+    root = Path(__file__).parents[1]
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=root)
+    assert killed.returncode == 9
+    complete = list((tmp_path / "flow").rglob("*.flow.mp4"))
+    assert len(complete) == 2 and all(len(read_levels(path, 48)) for path in complete)
+    assert all(video.flow_path is None for video in Index.load(data_set))
+    report = write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
+    assert (report["written"], report["kept"]) == (3, 2)
+    assert not list(tmp_path.rglob("*.part"))
+    assert all(video.flow_path is not None for video in Index.load(data_set))
+
+
+def test_a_failure_while_encoding_stops_the_run_and_leaves_no_half_file(data_set, tmp_path, monkeypatch):
+    def full_disk(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cpr_fast.data.flow.os.replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
+    assert not [path for path in (tmp_path / "flow").rglob("*") if path.is_file()]
+
+
+def test_videos_that_cannot_be_read_are_skipped_by_name(data_set, tmp_path):
+    videos = {video.num_frames: video for video in Index.load(data_set)}
+    videos[6].path.write_bytes(b"not a video any more")
+    videos[9].path.write_bytes(videos[CHUNK + 3].path.read_bytes()[:400])
+    write_video(videos[5].path, 4, width=49)
+    report = write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
+    assert report["written"] == 2
+    named = {row["path"]: row["reason"] for row in report["skipped"]}
+    assert named.keys() == {str(videos[n].path) for n in (5, 6, 9)}
+    assert "holds 4 frames, the index says 5" in named[str(videos[5].path)]
+    with_flow = {video.num_frames for video in Index.load(data_set) if video.flow_path}
+    assert with_flow == {2, CHUNK + 3}
+
+
+def test_a_single_frame_has_no_flow(tmp_path):
+    write_video(tmp_path / "A" / "one.mkv", 1)
+    write_video(tmp_path / "A" / "two.mkv", 2)
+    build_index(tmp_path, out=tmp_path / "index.csv")
+    report = write_flow(tmp_path / "index.csv", tmp_path / "flow", compute=smooth_flow)
+    assert [row["reason"] for row in report["skipped"]] == ["has a single frame: no flow"]
+
+
+def test_videos_outside_the_folder_of_the_index(tmp_path):
+    write_video(tmp_path / "videos" / "A" / "v.mkv", 3)
+    build_index(tmp_path / "videos", out=tmp_path / "lists" / "deep" / "index.csv")
+    write_flow(tmp_path / "lists" / "deep" / "index.csv", tmp_path / "flow", compute=smooth_flow)
+    video = Index.load(tmp_path / "lists" / "deep" / "index.csv")[0]
+    assert video.flow_path.resolve() == (tmp_path / "flow" / "videos" / "A" / "v.flow.mp4").resolve()
+
+
+def test_two_videos_never_share_a_flow_file(tmp_path):
+    write_video(tmp_path / "A" / "v.mkv", 3)
+    write_video(tmp_path / "A" / "v.avi", 3)
+    build_index(tmp_path, out=tmp_path / "index.csv")
+    with pytest.raises(InputError, match=r"v.mkv' and '.*v.avi' would share"):
+        write_flow(tmp_path / "index.csv", tmp_path / "flow", compute=smooth_flow)
+
+
+@pytest.mark.parametrize("shard", [(1, 1), (-1, 2), (0, 0)])
+def test_an_impossible_shard_is_named(shard, data_set, tmp_path):
+    with pytest.raises(InputError, match="shard: expected"):
+        write_flow(data_set, tmp_path / "flow", compute=smooth_flow, shard=shard)
+
+
+def test_real_flow_op_from_video_to_file(tmp_path):
+    """A texture that moves 2 pixels right and 1 up a frame, through the real op and back from the file."""
+    tvl1_flow = pytest.importorskip("cpr_fast.ops").tvl1_flow
+    rng = np.random.default_rng(0)
+    coarse = rng.uniform(0, 255, (30, 34)).repeat(4, axis=0).repeat(4, axis=1)
+    kernel = np.ones(5) / 5
+    smooth = np.apply_along_axis(np.convolve, 0, np.apply_along_axis(np.convolve, 1, coarse, kernel, "same"), kernel,
+                                 "same")  # fmt: skip
+    path = tmp_path / "A" / "v.mp4"
+    path.parent.mkdir()
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"qp": "4"})
+        stream.width, stream.height, stream.pix_fmt = 96, 80, "yuv420p"
+        for i in range(4):
+            image = smooth[10 + i : 90 + i, 20 - 2 * i : 116 - 2 * i].astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="gray")))
+        container.mux(stream.encode(None))
+    build_index(tmp_path, out=tmp_path / "index.csv")
+    write_flow(tmp_path / "index.csv", tmp_path / "flow", compute=tvl1_flow)
+    flow = dequantise(read_levels(Index.load(tmp_path / "index.csv")[0].flow_path, 96))
+    inside = flow[:, :, 16:-16, 16:-16]
+    assert np.median(inside[:, 0]) == pytest.approx(2, abs=0.2)
+    assert np.median(inside[:, 1]) == pytest.approx(-1, abs=0.2)
