@@ -24,10 +24,12 @@ class Windows:
     """1 to 3 noisy windows per video around a point that depends on its path; videos named in `broken` give none."""
 
     def __init__(self, index: Index, broken: tuple[str, ...] = (), batch_size: int = 5) -> None:
-        windows = []
+        windows, self.skipped, self.closed = [], [], False
         for position, entry in enumerate(index):
             rng = np.random.default_rng(int(entry.path.stem))
-            if entry.path.stem not in broken:
+            if entry.path.stem in broken:
+                self.skipped.append((entry.path, "does not decode"))
+            else:
                 centre = rng.normal(size=12) + (0 if entry.label == "" else 2 * len(entry.label))
                 windows += [(position, centre + 0.3 * rng.normal(size=12)) for _ in range(rng.integers(1, 4))]
         self.windows = windows
@@ -35,6 +37,9 @@ class Windows:
 
     def __len__(self):
         return len(self.batches)
+
+    def close(self):
+        self.closed = True
 
     def __iter__(self):
         for batch in self.batches:
@@ -140,8 +145,15 @@ def test_examples_are_the_nearest_entries_of_the_two_streams():
 
 def test_a_video_without_windows_is_named_and_left_out(caplog):
     index = data_set(20, 6, 2)
-    rows, _ = evaluate(index, EMBEDDINGS, lambda part: Windows(part, broken=("3", "21")))
-    assert "3.mp4" in caplog.text and "21.mp4" in caplog.text
+    loaders = []
+
+    def open_loader(part):
+        loaders.append(Windows(part, broken=("3", "21")))
+        return loaders[-1]
+
+    rows, _ = evaluate(index, EMBEDDINGS, open_loader)
+    assert "3.mp4 is left out: does not decode" in caplog.text and "21.mp4" in caplog.text
+    assert len(loaders) == 2 and all(loader.closed for loader in loaders)
     assert (rows[0]["gallery"], rows[0]["queries"]) == (19, 5)
 
 
@@ -212,8 +224,8 @@ def test_untrained_batch_norm_takes_the_statistics_of_the_data_and_keeps_the_wei
 
     net, loader = Net().eval(), Windows(data_set(30, 0, 3))
     weight = net.conv.weight.detach().clone()
-    calibrate_batch_norm({"rgb": net}, loader, batches=4)
-    seen = [net.conv(batch.clips["rgb"]).detach() for batch in list(loader)[:4]]
+    calibrate_batch_norm({"rgb": net}, loader)
+    seen = [net.conv(batch.clips["rgb"]).detach() for batch in loader]
     assert torch.allclose(net.norm.running_mean, torch.stack([s.mean((0, 2, 3, 4)) for s in seen]).mean(0), atol=1e-5)
     assert not net.norm.training and net.norm.momentum == 0.1 and torch.equal(net.conv.weight, weight)
     features, _ = video_features(encoder_embeddings("net", {"rgb": net}), loader, 30)

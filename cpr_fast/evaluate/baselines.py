@@ -34,11 +34,8 @@ def mean_colour(clips: Tensor) -> Tensor:
 
 
 def mean_flow(clips: Tensor) -> Tensor:
-    """Mean of u, v, |u| and |v| over the clip: flow clips [N, 3, T, H, W] -> [N, 6].
-
-    Taken over all three channels, whose order differs between data sets; the constant one gives 0.
-    """
-    motion = _pixels(clips) - ZERO_FLOW
+    """Mean of v, u, |v| and |u| over the clip: flow clips [N, 3, T, H, W], channels (128, v, u) -> [N, 4]."""
+    motion = _pixels(clips)[:, 1:] - ZERO_FLOW
     return torch.cat([motion.mean((2, 3, 4)), motion.abs().mean((2, 3, 4))], 1)
 
 

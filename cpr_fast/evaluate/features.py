@@ -5,8 +5,7 @@ Letters: N windows of a batch, M videos of an index, F feature width, T frames.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,7 +85,7 @@ def encoder_embeddings(
     return {f"{name}/{view}": Embedding(view, embed(encoder)) for view, encoder in encoders.items()}
 
 
-def calibrate_batch_norm(encoders: Mapping[str, nn.Module], loader: Collection, batches: int = 8) -> None:
+def calibrate_batch_norm(encoders: Mapping[str, nn.Module], loader: Iterable) -> None:
     """Set the BatchNorm statistics of untrained encoders from data; nothing else changes.
 
     With the statistics of the initialisation (mean 0, variance 1) a random S3D shrinks its signal layer by layer
@@ -99,7 +98,7 @@ def calibrate_batch_norm(encoders: Mapping[str, nn.Module], loader: Collection, 
         norm.momentum = None  # a plain average over the batches
         norm.train()
     with torch.no_grad():
-        for batch in itertools.islice(loader, batches):
+        for batch in loader:
             for view, encoder in encoders.items():
                 encoder.features(batch.clips[view])
     for norm, momentum in zip(norms, momenta, strict=True):

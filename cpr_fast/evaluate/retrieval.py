@@ -9,7 +9,9 @@ Protocols:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+import math
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +30,7 @@ from .features import Embedding, calibrate_batch_norm, encoder_embeddings, video
 from .ranking import NO_HIT, RANKS, Comparison, prepare, recall
 
 Protocol = Literal["train_test", "leave_source_out"]
+CALIBRATION_VIDEOS = 32  # spread over the index, so over its classes
 EXAMPLES, NEAREST = 8, 5  # queries shown in the report, and what each found
 
 log = logging.getLogger(__name__)
@@ -61,15 +64,17 @@ def retrieve(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     config, encoders = load_encoders(checkpoint, device=device)
     index = Index.load(index_csv)
-    _check_flow(index, encoders, index_csv)
 
-    def open_loader(part: Index) -> Collection:
+    def open_loader(part: Index) -> WindowLoader:
         return WindowLoader(part, config.data, list(encoders), clips_per_video=clips_per_video, device=device)
 
     with torch.random.fork_rng():
         torch.manual_seed(untrained_seed)
         untrained = {view: build_encoder(config.model).to(device).eval() for view in encoders}
-    calibrate_batch_norm(untrained, open_loader(_split(index, protocol)[0]))
+    gallery = _split(index, protocol)[0]
+    spread = Index(gallery[i] for i in range(0, len(gallery), math.ceil(len(gallery) / CALIBRATION_VIDEOS)))
+    with closing(open_loader(spread)) as loader:
+        calibrate_batch_norm(untrained, loader)
     embeddings = encoder_embeddings("trained", encoders) | encoder_embeddings("untrained", untrained)
     embeddings |= {name: baseline for name, baseline in BASELINES.items() if baseline.view in encoders}
     results, examples = evaluate(index, embeddings, open_loader, protocol=protocol, progress=progress)
@@ -87,7 +92,7 @@ def retrieve(
 def evaluate(
     index: Index,
     embeddings: Mapping[str, Embedding],
-    open_loader: Callable[[Index], Collection],
+    open_loader: Callable[[Index], WindowLoader],
     *,
     protocol: Protocol = "train_test",
     progress: bool = False,
@@ -96,7 +101,7 @@ def evaluate(
 
     Returns:
         A row of R@k for each of them, and examples of what the first name's last view finds: rows of `view`,
-        `query` and `nearest`, videos as {"path", "label"}.
+        `query` and `nearest`, videos as {"path", "label", "source", "num_frames"}.
     """
     gallery_index, query_index = _split(index, protocol)
     gallery = queries = _embed(gallery_index, index, embeddings, open_loader, "gallery", progress)
@@ -137,21 +142,19 @@ def _embed(
     part: Index,
     whole: Index,
     embeddings: Mapping[str, Embedding],
-    open_loader: Callable[[Index], Collection],
+    open_loader: Callable[[Index], WindowLoader],
     description: str,
     progress: bool,
 ) -> FeatureSet:
     """Features, labels and sources of the videos of `part` that gave a window; ids are positions in `whole`."""
-    features, windows = video_features(
-        embeddings, open_loader(part), len(part), description=description, progress=progress
-    )
+    with closing(open_loader(part)) as loader:
+        features, windows = video_features(embeddings, loader, len(part), description=description, progress=progress)
+        for path, reason in loader.skipped:
+            log.warning("%s: %s is left out: %s", description, path, reason)
     source_id = {video.source: i for video, i in zip(whole, whole.source_ids.tolist(), strict=True)}
     labels = torch.from_numpy(part.labels)  # a selection keeps the classes of its index, but not the source ids
     sources = torch.tensor([source_id[video.source] for video in part])
     kept = windows > 0
-    lost = [str(video.path) for video, found in zip(part, kept.tolist(), strict=True) if not found]
-    if lost:
-        log.warning("%s: %d videos gave no window and are left out: %s", description, len(lost), ", ".join(lost))
     videos = [video for video, found in zip(part, kept.tolist(), strict=True) if found]
     return FeatureSet(videos, {name: value[kept] for name, value in features.items()}, labels[kept], sources[kept])
 
@@ -176,8 +179,9 @@ def _examples(
 ) -> list[dict[str, Any]]:
     """What EXAMPLES queries, spread evenly over those that count, find."""
 
-    def show(video: Video) -> dict[str, str]:
-        return {"path": str(video.path.absolute()), "label": video.label}
+    def show(video: Video) -> dict[str, Any]:
+        path = str(video.path.absolute())
+        return {"path": path, "label": video.label, "source": video.source, "num_frames": video.num_frames}
 
     positions = counted.nonzero()[:, 0]
     chosen = positions[torch.linspace(0, len(positions) - 1, min(EXAMPLES, len(positions))).long()]
@@ -194,9 +198,3 @@ def _streams(embeddings: Mapping[str, Embedding]) -> dict[str, list[str]]:
         if {f"{model}/rgb", f"{model}/flow"} <= set(embeddings):
             streams[f"{model}/two_stream"] = [f"{model}/rgb", f"{model}/flow"]
     return streams
-
-
-def _check_flow(index: Index, views: Iterable[str], index_csv: str | Path) -> None:
-    missing = [video for video in index if video.flow_path is None]
-    if "flow" in views and missing:
-        raise InputError(f"{index_csv}: {len(missing)} videos have no flow_path; `cpr-fast flow` fills it in")

@@ -35,7 +35,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         loader=jinja2.PackageLoader("cpr_fast.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": _percent, "number": _number, "breakable": _breakable}
-    page = environment.get_template("page.html.jinja").render(
+    page = environment.get_template("page.html.j2").render(
         runs=[_section(run) for run in loaded],
         comparison=_comparison(loaded) if len(loaded) > 1 else None,
         published=published,
