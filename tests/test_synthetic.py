@@ -1,5 +1,6 @@
 """The synthetic actions: reproducible, honest about what a class is, and safe to make twice."""
 
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -120,6 +121,15 @@ def test_a_reused_set_with_a_missing_video_is_an_error(tmp_path):
     victim.unlink()
     with pytest.raises(InputError, match=victim.name):
         write_synthetic(index.parent, **TINY)
+
+
+def test_a_reused_set_may_have_lost_its_flow(tmp_path):
+    path = write_synthetic(tmp_path / "set", **TINY)
+    index = Index.load(path)
+    (tmp_path / "lost.mp4").touch()
+    Index(dataclasses.replace(video, flow_path=tmp_path / "lost.mp4") for video in index).save(path)
+    (tmp_path / "lost.mp4").unlink()
+    assert write_synthetic(tmp_path / "set", **TINY) == path
 
 
 def test_an_interrupted_set_is_made_anew(tiny_set, tmp_path, monkeypatch):

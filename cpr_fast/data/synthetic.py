@@ -78,7 +78,7 @@ def write_synthetic(
     settings |= {"width": width, "height": height}
     index_path = out / "index.csv"
     if _is_complete(out, settings):
-        Index.load(index_path)
+        Index.load(index_path, require_flow=False)
         return index_path
     _start_afresh(out)
     sources = [(pair, number) for pair in pairs for number in range(videos)]
