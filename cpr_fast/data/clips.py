@@ -44,6 +44,8 @@ def fetch_frames(video: Video, start: np.ndarray, view: str, data: DataConfig) -
     pixels = read_frames(path, needed, view, num_frames)
     if view == "flow":
         pixels = pixels[:, :, : video.width]  # flow files pad an odd width by one column
+    if view == "flow" and video.width % 2:  # flow files pad an odd width by one column, for 4:2:0
+        pixels = np.ascontiguousarray(pixels[:, :, : video.width])
     if pixels.shape[1:3] != (video.height, video.width):
         raise VideoError(
             path, f"decodes to {pixels.shape[2]}x{pixels.shape[1]}, the index says {video.width}x{video.height}"
@@ -77,21 +79,18 @@ class ClipReader:
     views: Sequence[str]
     fetch: Fetch
     skipped: list[tuple[Path, str]] = field(default_factory=list)  # (path, reason), once per file
-    _bad: set[int] = field(default_factory=set)
+    _named: set[Path] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read(self, clips: Clips, *, fetch: Fetch | None = None) -> Material | None:
         """Every view of the clips of one video, or None if the video cannot be read."""
-        video = int(clips.video[0])
-        if video in self._bad:
-            return None
+        video, fetch = self.index[int(clips.video[0])], fetch or self.fetch
         try:
-            fetch = fetch or self.fetch
-            return Material(clips, {v: fetch(self.index[video], clips.start, v, self.data) for v in self.views})
+            return Material(clips, {view: fetch(video, clips.start, view, self.data) for view in self.views})
         except VideoError as error:
             with self._lock:
-                if video not in self._bad:
-                    self._bad.add(video)
+                if error.path not in self._named:
+                    self._named.add(error.path)
                     self.skipped.append((error.path, error.reason))
                     log.warning("skipped %s: %s", error.path, error.reason)
             return None
@@ -99,7 +98,8 @@ class ClipReader:
     def read_or_substitute(self, clips: Clips, substitutes: Iterable[Clips], **options) -> Material:
         """As `read`, going through `substitutes` in order until one can be read.
 
-        Which video stands in depends on the files alone, never on who found out first that one is bad.
+        Which video stands in depends on the plan and the files alone: no memory of earlier failures is consulted, since
+        a damaged file may give one clip and not another, and a resumed run would remember less.
         """
         for candidate in itertools.chain([clips], substitutes):
             material = self.read(candidate, **options)
