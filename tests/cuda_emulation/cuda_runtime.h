@@ -1,0 +1,136 @@
+// Stands in for CUDA's header when the kernels' own source is compiled by a host compiler: every thread of a block
+// is a fiber, blocks run one after another. Barriers, warp exchanges and shared memory behave as on the device,
+// and what a device would leave undefined is made to fail: shared memory starts as NaN, writing past what was asked
+// for and barriers that not every thread reaches abort. Only what the kernels use is here.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <functional>
+#include <tuple>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __grid_constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+typedef struct cudaStream* cudaStream_t;
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  void* attrs;
+  unsigned numAttrs;
+};
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs
+
+namespace emulation {
+constexpr int kWarp = 32;
+
+cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
+void block_barrier();
+void warp_barrier();
+uint64_t* lane_values();  // [32] of the running warp, alternating between exchanges
+bool block_or(bool value);
+
+// Every lane of the warp offers a value, then reads: one barrier, because the next exchange uses other memory.
+template <typename T>
+T* exchange(unsigned mask, T value) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  if (mask != 0xffffffffu) __builtin_trap();  // the kernels exchange by whole warps only
+  uint64_t* values = lane_values();
+  memcpy(&values[threadIdx.x % kWarp], &value, sizeof(T));
+  warp_barrier();
+  return reinterpret_cast<T*>(values);
+}
+
+template <typename T>
+T lane_value(const T* values, int lane) {
+  return *reinterpret_cast<const T*>(reinterpret_cast<const uint64_t*>(values) + lane);
+}
+}  // namespace emulation
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
+  return emulation::run(*config, [&] { std::apply(kernel, values); });
+}
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+}
+
+inline void __syncthreads() { emulation::block_barrier(); }
+inline int __syncthreads_or(int value) { return emulation::block_or(value != 0); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return emulation::lane_value(emulation::exchange(mask, value), (threadIdx.x % emulation::kWarp) ^ lanes);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int distance) {
+  const T* values = emulation::exchange(mask, value);
+  const int source = static_cast<int>(threadIdx.x % emulation::kWarp) - distance;
+  return source < 0 ? value : emulation::lane_value(values, source);
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool vote) {
+  const bool* votes = emulation::exchange(mask, vote);
+  unsigned bits = 0;
+  for (int lane = 0; lane < emulation::kWarp; ++lane) bits |= unsigned(emulation::lane_value(votes, lane)) << lane;
+  return bits;
+}
+
+inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Fibers share one operating-system thread and give way at barriers only: plain updates are atomic.
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  const unsigned old = *address;
+  *address += value;
+  return old;
+}
+
+inline unsigned atomicOr(unsigned* address, unsigned value) {
+  const unsigned old = *address;
+  *address |= value;
+  return old;
+}

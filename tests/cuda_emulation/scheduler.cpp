@@ -1,0 +1,203 @@
+// The emulated device: runs the threads of a block as fibers, in an order the tests choose.
+//
+// A fiber runs until it must wait, and forwards and backwards a warp runs as far ahead of the others as barriers
+// let it. A missing barrier shows as a wrong result: in one of the orders something is read before it is written,
+// or overwritten before it is read.
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <random>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cpr {
+constexpr size_t kSharedBytes = 228 * 1024;
+float4 dynamic_shared[kSharedBytes / sizeof(float4)];  // what `extern __shared__` names
+}  // namespace cpr
+
+namespace emulation {
+namespace {
+
+constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr size_t kDefaultSharedBytes = 48 * 1024;
+constexpr unsigned char kPoison = 0xff;  // a NaN in every float
+
+struct Barrier {
+  unsigned arrived = 0, passed = 0;
+};
+
+struct Fiber {
+  dim3 index;
+  jmp_buf resume;
+  bool started = false, finished = true;
+  const unsigned* waits_for = nullptr;  // a barrier's `passed`; runnable once it differs from `seen`
+  unsigned seen = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  uint64_t values[2][kWarp];
+};
+
+enum Order { kForward = 0, kBackward = 1, kShuffled = 2 };
+
+Fiber fibers[kMaxThreads];
+Warp warps[kMaxThreads / kWarp];
+Barrier block;
+bool votes[2];
+unsigned threads;  // of a block
+Fiber* current;
+jmp_buf scheduler;
+ucontext_t entry_return;
+const std::function<void()>* body;
+Order order = kForward;
+
+[[noreturn]] void fail(const char* what) {
+  fprintf(stderr, "emulated device: %s (block %u,%u,%u thread %u)\n", what, blockIdx.x, blockIdx.y, blockIdx.z,
+          threadIdx.x);
+  abort();
+}
+
+void give_way() {
+  if (_setjmp(current->resume) == 0) _longjmp(scheduler, 1);
+}
+
+// A fiber outlives its block and takes the next one's thread of the same number.
+void fiber_main() {
+  for (;;) {
+    (*body)();
+    current->finished = true;
+    give_way();
+  }
+}
+
+void start(Fiber& fiber) {
+  void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (stack == MAP_FAILED) fail("no memory for a stack");
+  mprotect(stack, 4096, PROT_NONE);  // an overflow faults
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, fiber_main, 0);
+  fiber.started = true;
+  swapcontext(&entry_return, &context);
+}
+
+void resume(Fiber& fiber) {
+  current = &fiber;
+  threadIdx = fiber.index;
+  if (_setjmp(scheduler) == 0) {
+    if (fiber.started) _longjmp(fiber.resume, 1);
+    start(fiber);
+  }
+}
+
+void wait(Barrier& barrier, unsigned expected) {
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    ++barrier.passed;
+    return;
+  }
+  current->waits_for = &barrier.passed;
+  current->seen = barrier.passed;
+  give_way();
+}
+
+// Gives every runnable fiber of a group one turn; false if there was none.
+bool run_group(const unsigned* sequence, unsigned count, unsigned* running) {
+  bool progress = false;
+  for (unsigned i = 0; i < count; ++i) {
+    Fiber& fiber = fibers[sequence[i]];
+    if (fiber.finished || (fiber.waits_for != nullptr && *fiber.waits_for == fiber.seen)) continue;
+    fiber.waits_for = nullptr;
+    resume(fiber);
+    *running -= fiber.finished;
+    progress = true;
+  }
+  return progress;
+}
+
+void run_block(const std::vector<unsigned>& sequence) {
+  for (unsigned t = 0; t < threads; ++t) {
+    fibers[t].finished = false;
+    fibers[t].waits_for = nullptr;
+    fibers[t].index = dim3(t, 0, 0);
+  }
+  const unsigned group = order == kShuffled ? threads : kWarp;
+  for (unsigned running = threads; running > 0;) {
+    bool progress = false;
+    for (unsigned first = 0; first < threads; first += group) {
+      while (run_group(&sequence[first], group, &running)) progress = true;
+    }
+    if (!progress) fail("a barrier that not every thread reaches");
+  }
+}
+
+std::vector<unsigned> ordered(unsigned count) {
+  static std::mt19937 random(0);
+  std::vector<unsigned> sequence(count);
+  for (unsigned i = 0; i < count; ++i) sequence[i] = order == kBackward ? count - 1 - i : i;
+  if (order == kShuffled) std::shuffle(sequence.begin(), sequence.end(), random);
+  return sequence;
+}
+
+}  // namespace
+
+void block_barrier() { wait(block, threads); }
+
+void warp_barrier() { wait(warps[threadIdx.x / kWarp].barrier, kWarp); }
+
+uint64_t* lane_values() {
+  Warp& warp = warps[threadIdx.x / kWarp];
+  return warp.values[warp.barrier.passed & 1];
+}
+
+bool block_or(bool value) {
+  const unsigned turn = block.passed & 1;
+  votes[turn] |= value;
+  if (block.arrived + 1 == threads) votes[turn ^ 1] = false;  // everyone has read the turn before
+  block_barrier();
+  return votes[turn];
+}
+
+cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
+  const dim3 grid = config.gridDim;
+  threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
+  if (threads == 0 || threads > kMaxThreads || threads % kWarp != 0 || config.blockDim.x != threads ||
+      config.dynamicSmemBytes > kDefaultSharedBytes || grid.x == 0 || grid.x > INT32_MAX || grid.y == 0 ||
+      grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
+    return cudaErrorInvalidConfiguration;
+  }
+  body = &kernel;
+  gridDim = grid;
+  blockDim = config.blockDim;
+  const std::vector<unsigned> sequence = ordered(threads);
+  for (const unsigned b : ordered(grid.x * grid.y * grid.z)) {
+    blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
+    auto* shared = reinterpret_cast<unsigned char*>(cpr::dynamic_shared);
+    memset(shared, kPoison, kDefaultSharedBytes + sizeof(float4) * kWarp);
+    votes[0] = votes[1] = false;
+    run_block(sequence);
+    for (size_t i = config.dynamicSmemBytes; i < kDefaultSharedBytes + sizeof(float4) * kWarp; ++i) {
+      if (shared[i] != kPoison) fail("a write past the shared memory asked for");
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace emulation
+
+// 0 forwards, 1 backwards, 2 shuffled: the order of a block's threads and of a grid's blocks.
+extern "C" __attribute__((visibility("default"))) void emulation_set_order(int order) {
+  emulation::order = static_cast<emulation::Order>(order);
+}
