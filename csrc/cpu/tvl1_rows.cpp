@@ -24,13 +24,8 @@ inline Vec16 first_lanes(int count) {
 // Divergence of (pa, pb) by backward differences; `left` is pa one pixel to the left.
 inline Vec16 divergence(Vec16 pa, Vec16 left, Vec16 pb, Vec16 above) { return (pa - left) + (pb - above); }
 
-// Dual step of one flow component: (pa, pb) + tau/theta grad u, projected by 1 + tau/theta |grad u|.
-inline void dual_step(Vec16 ux, Vec16 uy, Vec16 taut, Vec16& pa, Vec16& pb) {
-  const Vec16 one = broadcast(1.0f);
-  const Vec16 shrink = one / (one + taut * sqrt(ux * ux + uy * uy));
-  pa = (pa + taut * ux) * shrink;
-  pb = (pb + taut * uy) * shrink;
-}
+// 1 + tau/theta |grad u|, by which the dual step of one flow component is projected.
+inline Vec16 dual_norm(Vec16 ux, Vec16 uy, Vec16 taut) { return broadcast(1.0f) + taut * sqrt(ux * ux + uy * uy); }
 
 // The rows one fused step touches. kPrimal updates u of row y, kDual then updates p of row y-1, which only needs the
 // new u of rows y-1 and y. Source and target may be the same buffer.
@@ -67,15 +62,16 @@ inline void fused_vector(const StepRows& r, int S, int x, Vec16 l_t, Vec16 theta
   }
   if constexpr (kDual) {
     const Vec16 a1 = load(r.target_above + kU1 * S + x), a2 = load(r.target_above + kU2 * S + x);
-    const Vec16 zero = broadcast(0.0f);
-    Vec16 pa = load(r.source_above + kP11 * S + x), pb = p12_above;
-    dual_step(load(r.target_above + kU1 * S + x + 1) - a1, kPrimal ? u1 - a1 : zero, taut, pa, pb);
-    store(r.target_above + kP11 * S + x, pa);
-    store(r.target_above + kP12 * S + x, pb);
-    pa = load(r.source_above + kP21 * S + x), pb = p22_above;
-    dual_step(load(r.target_above + kU2 * S + x + 1) - a2, kPrimal ? u2 - a2 : zero, taut, pa, pb);
-    store(r.target_above + kP21 * S + x, pa);
-    store(r.target_above + kP22 * S + x, pb);
+    const Vec16 u1x = load(r.target_above + kU1 * S + x + 1) - a1, u1y = kPrimal ? u1 - a1 : broadcast(0.0f);
+    const Vec16 u2x = load(r.target_above + kU2 * S + x + 1) - a2, u2y = kPrimal ? u2 - a2 : broadcast(0.0f);
+    // The divider is the bottleneck of this loop: one quotient serves both components.
+    const Vec16 norm1 = dual_norm(u1x, u1y, taut), norm2 = dual_norm(u2x, u2y, taut);
+    const Vec16 inverse = broadcast(1.0f) / (norm1 * norm2);
+    const Vec16 shrink1 = inverse * norm2, shrink2 = inverse * norm1;
+    store(r.target_above + kP11 * S + x, (load(r.source_above + kP11 * S + x) + taut * u1x) * shrink1);
+    store(r.target_above + kP12 * S + x, (p12_above + taut * u1y) * shrink1);
+    store(r.target_above + kP21 * S + x, (load(r.source_above + kP21 * S + x) + taut * u2x) * shrink2);
+    store(r.target_above + kP22 * S + x, (p22_above + taut * u2y) * shrink2);
   }
 }
 
