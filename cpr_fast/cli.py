@@ -106,7 +106,7 @@ def pretrain(config: tyro.conf.Positional[Path], *, resume: bool = False) -> Non
         config: The TOML file.
         resume: Continue from the run folder's last checkpoint.
     """
-    raise AssertionError("main() routes pretrain to _pretrain, which parses the overrides")
+    raise InputError(f"config: expected a .toml file, got {str(config)!r}")  # main() takes those to _pretrain
 
 
 def retrieve(
@@ -152,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        if arguments[:1] == ["pretrain"] and len(arguments) > 1 and not arguments[1].startswith("-"):
-            _pretrain(Path(arguments[1]), arguments[2:])
+        if arguments[:1] == ["pretrain"] and any(argument.endswith(".toml") for argument in arguments):
+            _pretrain(arguments[1:])
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cpr-fast", args=arguments)
     except (InputError, FileNotFoundError) as error:
@@ -162,11 +162,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _pretrain(path: Path, arguments: list[str]) -> None:
+def _pretrain(arguments: list[str]) -> None:
+    """`pretrain` with its overrides: the file's values are the defaults of a parser over every setting."""
     from .config import Config, load
 
+    path = next(argument for argument in arguments if argument.endswith(".toml"))
     resume = "--resume" in arguments
-    overrides = [argument for argument in arguments if argument != "--resume"]
+    overrides = [argument for argument in arguments if argument not in (path, "--resume")]
     config = tyro.cli(Config, default=load(path), args=overrides, prog=f"cpr-fast pretrain {path}")
 
     from .pretrain.loop import pretrain as run
