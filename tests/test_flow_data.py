@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -143,9 +144,14 @@ def test_a_file_of_the_wrong_length_is_made_again(data_set, tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
-def test_shards_together_are_the_whole(count, data_set, tmp_path):
+def test_shards_at_the_same_time_are_the_whole(count, data_set, tmp_path):
     whole = write_flow(data_set, tmp_path / "whole", compute=smooth_flow)
-    reports = [write_flow(data_set, tmp_path / "flow", compute=smooth_flow, shard=(i, count)) for i in range(count)]
+
+    def run(i):
+        return write_flow(data_set, tmp_path / "flow", compute=smooth_flow, shard=(i, count))
+
+    with ThreadPoolExecutor(count) as pool:
+        reports = list(pool.map(run, range(count)))
     assert sum(report["written"] for report in reports) == whole["written"] == 5
     files = {path.relative_to(tmp_path / "flow"): path.read_bytes() for path in (tmp_path / "flow").rglob("*.mp4")}
     assert files == {
