@@ -209,7 +209,7 @@ def test_the_interval_resamples_sources_not_videos():
 
 
 def test_video_features_refuse_an_empty_loader():
-    with pytest.raises(ValueError, match="windows of 3 videos"):
+    with pytest.raises(InputError, match="none of the 3 videos"):
         video_features(EMBEDDINGS, [], 3)
 
 
@@ -230,3 +230,32 @@ def test_untrained_batch_norm_takes_the_statistics_of_the_data_and_keeps_the_wei
     assert not net.norm.training and net.norm.momentum == 0.1 and torch.equal(net.conv.weight, weight)
     features, _ = video_features(encoder_embeddings("net", {"rgb": net}), loader, 30)
     assert features["net/rgb"].shape == (30, 16)
+
+
+def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path):
+    pytest.importorskip("nvidia.dali")
+    from cpr_fast.checkpoint import save_checkpoint
+    from cpr_fast.config import Config
+    from cpr_fast.data.synthetic import write_synthetic
+    from cpr_fast.evaluate.retrieval import retrieve
+    from cpr_fast.metrics import read_metrics
+    from cpr_fast.models import build_encoder
+
+    index_csv = write_synthetic(tmp_path / "data", classes=4, videos=2, frames=12, width=64, height=48)
+    config = Config.from_dict({"data": {"frames": 8, "size": 32, "workers": 1}, "model": {"width": 0.0625}})
+    encoder = build_encoder(config.model)
+    path = save_checkpoint(
+        tmp_path / "run" / "c.pt", {"config": config.to_dict(), "encoders": {"rgb": encoder.state_dict()}}
+    )
+    result = retrieve(path, index_csv, run_dir=tmp_path / "run", device="cpu")
+    again = retrieve(path, index_csv, run_dir=tmp_path / "run", device="cpu")
+    assert result == again  # the untrained twin is drawn from its own seed
+    index = Index.load(index_csv)
+    names = ["trained", "untrained", "single_frame", "mean_colour"]
+    assert [row["name"] for row in result["results"]] == names
+    assert result["view"] == "rgb" and result["r@1"] == result["results"][0]["r@1"]
+    assert result["results"][0]["queries"] == len(index.select("test")) and result["r@50"] is None
+    rows = read_metrics(tmp_path / "run")
+    assert [row["name"] for row in rows if row["kind"] == "retrieval"] == 2 * names
+    shown = [row for row in rows if row["kind"] == "retrieved"]
+    assert shown and all(Path(found["path"]).exists() for row in shown for found in row["nearest"])

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
+from ..models import Encoder
 from ..progress import track
 
 Metric = Literal["cosine", "euclidean"]
@@ -65,31 +67,21 @@ def video_features(
                 sums[name].index_add_(0, batch.video.to(features.device), features)
             windows += torch.bincount(batch.video.cpu(), minlength=videos)
     if not sums:
-        raise ValueError(f"loader: expected windows of {videos} videos, got none")
+        raise InputError(f"{description}: none of the {videos} videos of the index gave a window")
     counts = windows.clamp(min=1)[:, None]
     return {name: total.cpu() / counts for name, total in sums.items()}, windows
 
 
-def encoder_embeddings(
-    name: str, encoders: Mapping[str, nn.Module], *, precision: Literal["fp32", "bf16"] = "fp32"
-) -> dict[str, Embedding]:
+def encoder_embeddings(name: str, encoders: Mapping[str, Encoder]) -> dict[str, Embedding]:
     """{"name/view": embedding} of the backbone features (no projection head) of encoders in eval mode."""
-
-    def embed(encoder: nn.Module) -> Callable[[Tensor], Tensor]:
-        def function(clips: Tensor) -> Tensor:
-            with torch.autocast(clips.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                return encoder.features(clips)
-
-        return function
-
-    return {f"{name}/{view}": Embedding(view, embed(encoder)) for view, encoder in encoders.items()}
+    return {f"{name}/{view}": Embedding(view, encoder.features) for view, encoder in encoders.items()}
 
 
-def calibrate_batch_norm(encoders: Mapping[str, nn.Module], loader: Iterable) -> None:
+def calibrate_batch_norm(encoders: Mapping[str, Encoder], loader: Iterable) -> None:
     """Set the BatchNorm statistics of untrained encoders from data; nothing else changes.
 
-    With the statistics of the initialisation (mean 0, variance 1) a random S3D shrinks its signal layer by layer
-    to ~1e-11 and ranks rounding noise. With the data's, "untrained" means untrained weights and no more.
+    With the statistics of the initialisation (mean 0, variance 1) a random S3D shrinks its signal layer by layer, to
+    6e-13 (1e-18 at width 1/8), and ranks rounding noise. "Untrained" shall mean untrained weights and no more.
     """
     norms = [m for e in encoders.values() for m in e.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import load_encoders
+from ..config import ModelConfig
 from ..data.index import Index, Video
 from ..data.pipeline import WindowLoader
 from ..errors import InputError
 from ..metrics import MetricsWriter
-from ..models import build_encoder
+from ..models import Encoder, build_encoder
 from .baselines import BASELINES
 from .features import Embedding, calibrate_batch_norm, encoder_embeddings, video_features
 from .ranking import NO_HIT, RANKS, Comparison, prepare, recall
@@ -68,13 +69,10 @@ def retrieve(
     def open_loader(part: Index) -> WindowLoader:
         return WindowLoader(part, config.data, list(encoders), clips_per_video=clips_per_video, device=device)
 
-    with torch.random.fork_rng():
-        torch.manual_seed(untrained_seed)
-        untrained = {view: build_encoder(config.model).to(device).eval() for view in encoders}
     gallery = _split(index, protocol)[0]
     spread = Index(gallery[i] for i in range(0, len(gallery), math.ceil(len(gallery) / CALIBRATION_VIDEOS)))
     with closing(open_loader(spread)) as loader:
-        calibrate_batch_norm(untrained, loader)
+        untrained = _untrained_twin(config.model, encoders, loader, untrained_seed, device)
     embeddings = encoder_embeddings("trained", encoders) | encoder_embeddings("untrained", untrained)
     embeddings |= {name: baseline for name, baseline in BASELINES.items() if baseline.view in encoders}
     results, examples = evaluate(index, embeddings, open_loader, protocol=protocol, progress=progress)
@@ -87,6 +85,17 @@ def retrieve(
     headline = [row for row in results if row["name"] == "trained"][-1]
     rates = {f"r@{k}": headline[f"r@{k}"] for k in RANKS}
     return {"protocol": protocol, "view": headline["view"], **rates, "results": results}
+
+
+def _untrained_twin(
+    config: ModelConfig, views: Iterable[str], loader: WindowLoader, seed: int, device: str
+) -> dict[str, Encoder]:
+    """Randomly initialised encoders, in eval mode, whose BatchNorm statistics are those of the loader's windows."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoders = {view: build_encoder(config).to(device).eval() for view in views}
+    calibrate_batch_norm(encoders, loader)
+    return encoders
 
 
 def evaluate(
