@@ -285,7 +285,6 @@ Tensor mil_nce_grad_memory(const Tensor& query, const Tensor& own_key, const Ten
 }
 
 // ---- tvl1_flow -------------------------------------------------------------------------------------------
-#ifdef CPR_WITH_TVL1_FLOW
 std::tuple<Tensor, Tensor> tvl1_flow(const Tensor& frames_in, double tau, double lambda, double theta, int64_t scales,
                                      double scale_step, int64_t warps, double epsilon, int64_t inner_iterations,
                                      int64_t outer_iterations, int64_t median) {
@@ -319,7 +318,6 @@ std::tuple<Tensor, Tensor> tvl1_flow(const Tensor& frames_in, double tau, double
   raise_failure(cpr_tvl1_flow_cpu(&args, parallel_for));
   return {flow, pixel_iterations};
 }
-#endif
 
 // ---- one boxed kernel per device ---------------------------------------------------------------------------
 template <bool cuda>
@@ -372,9 +370,7 @@ STABLE_TORCH_LIBRARY_IMPL(cpr_fast, CPU, m) {
   m.impl("cascade_select", TORCH_BOX(&cascade_select_on<false>));
   m.impl("mil_nce", TORCH_BOX(&mil_nce_on<false>));
   m.impl("mil_nce_grad_memory", TORCH_BOX(&mil_nce_grad_memory_on<false>));
-#ifdef CPR_WITH_TVL1_FLOW
   m.impl("tvl1_flow", TORCH_BOX(&tvl1_flow));
-#endif
 }
 
 #ifdef CPR_FAST_WITH_CUDA
