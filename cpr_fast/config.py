@@ -38,6 +38,7 @@ class DataConfig:
     batch_size: int = 16  # B, videos per rank and step
     workers: int = 2  # decoding workers per rank
     prefetch: int = 2  # batches prepared ahead
+    cache_gib: float = 2.0  # RAM per rank for decoded videos (CPU route); 0 decodes every clip anew
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,8 @@ def _validate(config: Config) -> None:
     }.items():
         if not 0 <= value <= 1:
             raise ConfigError(f"{where}: expected a fraction in 0..1, got {value}")
+    if data.cache_gib < 0:
+        raise ConfigError(f"data.cache_gib: expected 0 or more, got {data.cache_gib}")
     if not 0 < mining.ratio <= 1:
         raise ConfigError(f"mining.ratio: expected a fraction in (0, 1], got {mining.ratio}")
     if memory.size < data.batch_size:

@@ -168,6 +168,17 @@ class TestSameBits:
             data = dataclasses.replace(DATA, workers=workers, prefetch=prefetch)
             assert_same_batches(collect(TrainLoader(index, data, ["rgb", "flow"], seed=5), epoch=1), reference)
 
+    def test_the_cache_changes_nothing(self, index):
+        """Neither one that holds every video, nor one that fills up, nor the first reading after it."""
+        plain = TrainLoader(index, dataclasses.replace(DATA, cache_gib=0), ["rgb", "flow"], seed=5)
+        reference = [list(plain.epoch(epoch)) for epoch in (0, 1)]
+        plain.close()
+        for cache_gib in (1, 3e-4):
+            loader = TrainLoader(index, dataclasses.replace(DATA, cache_gib=cache_gib), ["rgb", "flow"], seed=5)
+            for epoch in (0, 1):
+                assert_same_batches(list(loader.epoch(epoch)), reference[epoch])
+            loader.close()
+
     def test_batch_size_and_rank_change_nothing(self, index):
         whole = collect(TrainLoader(index, DATA, ["rgb"], seed=5))
         for world_size in (2, 4):
@@ -305,9 +316,10 @@ class TestBadFiles:
         assert any("text.mp4" in n for n in names) and any("none.mp4" in n for n in names)
         assert all(sum(name in r.getMessage() for r in caplog.records) == 1 for name in names)
 
-    def test_the_substitute_depends_on_the_files_alone(self, damaged):
+    @pytest.mark.parametrize("cache_gib", [0.0, 1.0])
+    def test_the_substitute_depends_on_the_files_alone(self, damaged, cache_gib):
         reference = collect(TrainLoader(damaged, DATA, ["rgb", "flow"], seed=0), epoch=1)
-        data = dataclasses.replace(DATA, workers=1, prefetch=1)
+        data = dataclasses.replace(DATA, workers=1, prefetch=1, cache_gib=cache_gib)
         fresh = TrainLoader(damaged, data, ["rgb", "flow"], seed=0)
         list(fresh.epoch(0))
         assert_same_batches(collect(fresh, epoch=1), reference)

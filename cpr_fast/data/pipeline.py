@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.background import run_ahead
-from cpr_fast.data.clips import ClipReader, Material, fetch_checked_packets, fetch_frames, fetch_packets
+from cpr_fast.data.clips import ClipReader, FrameCache, Material, fetch_checked_packets, fetch_frames, fetch_packets
 from cpr_fast.data.index import Index
 from cpr_fast.data.sampling import Clips, Sources, epoch_order, plan_pairs, plan_windows, step_videos
 from cpr_fast.errors import InputError
@@ -170,7 +171,8 @@ class _ClipStream:
                 if video.flow_path is None:
                     raise InputError(f"video {str(video.path)!r} has no flow_path in the index; run `cpr-fast flow`")
         self._encoded, self._ahead = device.type == "cuda", data.prefetch
-        self.reader = ClipReader(index, data, views, fetch_packets if self._encoded else fetch_frames)
+        fetch = fetch_packets if self._encoded else partial(fetch_frames, read=FrameCache(data.cache_gib).read)
+        self.reader = ClipReader(index, data, views, fetch)
         self._graph = ClipGraph(data, views, device, max_clips, "mixed" if self._encoded else None)
         # Threads, not processes: FFmpeg and the scaler run without the GIL, and frames need no second copy.
         self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="cpr-fast-read")
