@@ -40,12 +40,7 @@ def reference(batches, labels, sources):
         instances["video"][label].add(video)
         instances["source"][label].add(source)
     cmr = {
-        unit: {
-            c: len(found[unit][c]) / len(instances[unit][c])
-            for c in instances[unit]
-            if c >= 0
-        }
-        for unit in found
+        unit: {c: len(found[unit][c]) / len(instances[unit][c]) for c in instances[unit] if c >= 0} for unit in found
     }
     return pmr, r1, cmr
 
@@ -72,26 +67,16 @@ def test_an_epoch_equals_its_definition(videos, classes, batch, mined, unknown):
     quality = MiningQuality(torch.from_numpy(labels), torch.from_numpy(sources))
     for mined_videos, queries in batches:
         step_pmr, step_r1 = quality.update(mined_videos, queries)
-        expected_pmr, expected_r1, _ = reference(
-            [(mined_videos, queries)], labels.tolist(), sources.tolist()
-        )
-        assert step_pmr.item() == pytest.approx(
-            np.mean(expected_pmr) if expected_pmr else math.nan, nan_ok=True
-        )
-        assert step_r1.item() == pytest.approx(
-            np.mean(expected_r1) if expected_r1 else math.nan, nan_ok=True
-        )
+        expected_pmr, expected_r1, _ = reference([(mined_videos, queries)], labels.tolist(), sources.tolist())
+        assert step_pmr.item() == pytest.approx(np.mean(expected_pmr) if expected_pmr else math.nan, nan_ok=True)
+        assert step_r1.item() == pytest.approx(np.mean(expected_r1) if expected_r1 else math.nan, nan_ok=True)
     pmr, r1, cmr = reference(batches, labels.tolist(), sources.tolist())
     summary = quality.summary()
     assert summary["pmr"] == pytest.approx(np.mean(pmr))
     assert summary["mining_r1"] == pytest.approx(np.mean(r1))
-    assert summary["cmr_median"] == pytest.approx(
-        np.median(list(cmr["source"].values()))
-    )
+    assert summary["cmr_median"] == pytest.approx(np.median(list(cmr["source"].values())))
     assert summary["cmr_mean"] == pytest.approx(np.mean(list(cmr["source"].values())))
-    assert summary["cmr_median_video"] == pytest.approx(
-        np.median(list(cmr["video"].values()))
-    )
+    assert summary["cmr_median_video"] == pytest.approx(np.median(list(cmr["video"].values())))
     for unit, rates in cmr.items():
         measured = quality.class_rates(unit)
         assert {c: measured[c].item() for c in rates} == pytest.approx(rates)
@@ -107,15 +92,9 @@ def test_paper_cmr_is_a_multiple_of_one_over_the_sources_of_a_class():
 
 
 def test_padding_is_not_part_of_the_mined_set():
-    true_positive, known = judge(
-        torch.tensor([[3, 4, -1, -1], [-1, -1, -1, -1]]), torch.tensor([3, 3])
-    )
-    assert positive_mining_rate(true_positive, known).tolist() == pytest.approx(
-        [0.5, math.nan], nan_ok=True
-    )
-    assert mining_r1(true_positive, known).tolist() == pytest.approx(
-        [1.0, math.nan], nan_ok=True
-    )
+    true_positive, known = judge(torch.tensor([[3, 4, -1, -1], [-1, -1, -1, -1]]), torch.tensor([3, 3]))
+    assert positive_mining_rate(true_positive, known).tolist() == pytest.approx([0.5, math.nan], nan_ok=True)
+    assert mining_r1(true_positive, known).tolist() == pytest.approx([1.0, math.nan], nan_ok=True)
 
 
 def test_slots_are_looked_up_and_padding_stays_padding():
@@ -127,6 +106,12 @@ def test_unlabelled_data_has_no_quality_and_no_exception():
     quality = MiningQuality(torch.full((4,), -1), torch.arange(4))
     pmr, r1 = quality.update(torch.tensor([[1, 2], [0, 3]]), torch.tensor([0, 1]))
     assert pmr.isnan() and r1.isnan()
+    assert set(quality.summary().values()) == {None}
+
+
+def test_an_epoch_that_mined_nothing_has_no_quality():
+    quality = MiningQuality(torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    quality.update(torch.full((2, 3), -1), torch.tensor([0, 1]))
     assert set(quality.summary().values()) == {None}
 
 
@@ -159,9 +144,7 @@ def test_two_ranks_combine_to_the_whole():
 
 
 def test_a_class_without_units_is_nan_and_unknown_units_count_nowhere():
-    rates = class_mining_rate(
-        torch.tensor([True, False, True]), torch.tensor([0, 0, -1]), 2
-    )
+    rates = class_mining_rate(torch.tensor([True, False, True]), torch.tensor([0, 0, -1]), 2)
     assert rates.tolist() == pytest.approx([0.5, math.nan], nan_ok=True)
 
 
@@ -169,15 +152,11 @@ def test_a_class_without_units_is_nan_and_unknown_units_count_nowhere():
     ("call", "message"),
     [
         (
-            lambda: judge(
-                torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
-            ),
+            lambda: judge(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)),
             "mined_labels",
         ),
         (
-            lambda: judge(
-                torch.zeros(3, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-            ),
+            lambda: judge(torch.zeros(3, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)),
             r"\[3, 2\] and \[2\]",
         ),
         (

@@ -96,7 +96,7 @@ def retrieval_rows(index: Path) -> list[dict]:
             "r@1_ci95": [r1 - 0.1, r1 + 0.1],
         }
         rows.append({"kind": "retrieval", "protocol": "train_test", "name": name, "view": view, **rates})
-        rows[-1] |= {"gallery": 30, "queries": 16}
+        rows[-1] |= {"gallery": 30, "queries": 16, "chance_r@1": 0.0625}
     show = [
         {"path": str(index.parent / f"{i}.mp4"), "label": LABELS[i], "source": SOURCES[i], "num_frames": FRAMES}
         for i in range(VIDEOS)
@@ -157,6 +157,7 @@ def test_a_complete_run_shows_its_numbers(run):
         "first mining epoch 50.0 %",
         "Trained RGB + flow 62.5 72.5 82.5 100.0 –",
         "16 queries, 30 gallery videos",
+        "Chance R@1 is 6.2 %",
         "25.0 % of a step waits for data",
         "1 of 2 classes at 100 %",
         "2. RGB CPR 2 3 2 50.0 % 60.0 % 50.0 % 2:02 min",
@@ -212,6 +213,14 @@ def test_missing_pieces_become_sentences(tmp_path, index):
         assert sentence in text
     bare = write_run(tmp_path / "b", [{"kind": "note", "text": "imported elsewhere"}])
     assert "imported elsewhere" in text_of(write_report([bare], tmp_path / "b.html"))
+
+
+def test_the_first_values_of_a_cycle_are_those_after_the_memory_is_full(tmp_path, index):
+    rows = training_rows()
+    filling = next(row for row in rows if row["kind"] == "epoch" and row["mining"] == "cascade")
+    filling |= {"loss": None, "pmr": None, "mining_r1": None}
+    run = write_run(tmp_path / "run", [start_row(index), *rows])
+    assert "2. RGB CPR 2 2 2 60.0 % 60.0 %" in text_of(write_report([run], tmp_path / "r.html"))
 
 
 def test_a_torn_last_line_and_a_half_epoch_are_survived(tmp_path, index):

@@ -126,6 +126,11 @@ def test_leave_source_out_equals_brute_force(count):
         expected, counted = brute_force(index, index, name, True)
         assert {k: row[k] for k in expected} == pytest.approx(expected)
         assert row["queries"] == counted
+        shares = []
+        for query in index:
+            others = [entry.label == query.label for entry in index if entry.source != query.source]
+            shares += [np.mean(others)] if any(others) else []
+        assert row["chance_r@1"] == pytest.approx(np.mean(shares))
     source = {str(entry.path.absolute()): entry.source for entry in index}
     for example in examples:
         assert source[example["query"]["path"]] not in {source[found["path"]] for found in example["nearest"]}

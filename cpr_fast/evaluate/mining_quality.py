@@ -137,15 +137,11 @@ class MiningQuality:
 
     def summary(self) -> dict[str, float | None]:
         """The epoch on the host (one sync): `pmr`, `mining_r1`, `cmr_median`, `cmr_mean` (unit source) and
-        `cmr_median_video`; None where no label was known."""
+        `cmr_median_video`; None where no label was known or nothing was mined."""
         source, video = self.class_rates("source"), self.class_rates("video")
         sums, counts = self.totals[:2], self.totals[2:]
-        values = torch.cat(
-            [
-                sums / counts,
-                torch.stack([_median(source), source.nanmean(), _median(video)]),
-            ]
-        )
+        cmr = torch.stack([_median(source), source.nanmean(), _median(video)])
+        values = torch.cat([sums / counts, cmr.masked_fill(counts[0] == 0, torch.nan)])
         names = ("pmr", "mining_r1", "cmr_median", "cmr_mean", "cmr_median_video")
         return {name: None if math.isnan(value) else value for name, value in zip(names, values.tolist(), strict=True)}
 

@@ -55,6 +55,15 @@ class Comparison:
             total = total.masked_fill(own, -torch.inf)
         return total
 
+    def chance_r1(self, query_labels: Tensor, gallery_labels: Tensor) -> Tensor:
+        """R@1 of a random order for every query, [Q] float32: the share of its class in what it may find."""
+        shares = []
+        for chunk in torch.arange(len(query_labels)).split(QUERY_CHUNK):
+            allowed = self.similarity(chunk) > -torch.inf
+            right = allowed & (query_labels[chunk, None] == gallery_labels)
+            shares.append(right.sum(1) / allowed.sum(1))
+        return torch.cat(shares)
+
     def ranks(self, query_labels: Tensor, gallery_labels: Tensor) -> Tensor:
         """`first_hit_rank` of every query, [Q] int64. At most QUERY_CHUNK x G similarities are held at once."""
         chunks = torch.arange(len(query_labels)).split(QUERY_CHUNK)

@@ -59,7 +59,7 @@ def retrieve(
     Returns:
         `protocol`, `view` (the headline: two_stream where both views are there), its `r@1` … `r@50`, and
         `results`: a row per name (trained, untrained, single_frame, mean_colour, mean_flow) and view with `r@k`,
-        `r@1_ci95`, `gallery`, `queries`. Rates are fractions; None where k exceeds the gallery.
+        `r@1_ci95`, `chance_r@1`, `gallery`, `queries`. Rates are fractions; None where k exceeds the gallery.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,7 +131,8 @@ def evaluate(
             raise InputError(f"index: no query can be judged by protocol {protocol!r} (labels or sources are missing)")
         model, view = name.split("/")
         rates = recall(ranks[counted], queries.sources[counted], len(gallery.labels))
-        rows.append({"name": model, "view": view, **rates})
+        chance = comparison.chance_r1(queries.labels, gallery.labels)[counted].mean().item()
+        rows.append({"name": model, "view": view, **rates, "chance_r@1": chance})
         if model == rows[0]["name"]:
             examples = _examples(view, comparison, queries.videos, gallery.videos, counted)
     return rows, examples

@@ -40,7 +40,7 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Line:
-    """A curve; None in `y` leaves a gap."""
+    """A curve; None in `y` leaves a gap. "" or "_" as label keeps it out of the legend."""
 
     label: str
     x: Sequence[float]
@@ -89,7 +89,7 @@ def line_figure(
                 linestyle=(0, (4, 3)) if line.dashed else "-",
                 marker="o" if few and not line.dashed else None,
                 markersize=3.5,
-                label=None if line.faint else line.label,
+                label=line.label or None,
             )
         if zero:
             axes.set_ylim(bottom=0)
@@ -102,7 +102,7 @@ def line_figure(
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
         axes.set_xlabel(x)
         axes.set_title(y, loc="left", fontsize=12)
-        if sum(not line.faint for line in lines) > 1:
+        if any(line.label.strip("_") for line in lines):
             figure.legend(loc="outside lower center", ncols=3, fontsize=11, handlelength=1.6, columnspacing=1.2)
         return _to_svg(figure, y)
 

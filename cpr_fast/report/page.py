@@ -178,7 +178,7 @@ def _step_losses(run: Run) -> list[Line]:
             per_epoch.setdefault(row["epoch"], []).append(row["loss"])
         x = [epoch - 0.5 + (i + 0.5) / len(rows) for epoch, rows in per_epoch.items() for i in range(len(rows))]
         y = [loss for rows in per_epoch.values() for loss in rows]
-        lines.append(Line("", x, y, SERIES[cycle.view], faint=True))
+        lines.append(Line("", x, y, SERIES[cycle.view], faint=True, marker=False))
     return lines
 
 
@@ -238,12 +238,12 @@ def _whole_video(video: dict[str, Any], correct: bool | None = None) -> dict[str
 
 
 def _cycle_row(cycle: Cycle) -> dict[str, Any]:
-    """A line of the table of cycles: first and last epoch, and the values there."""
-    rows = cycle.epochs or [{}]
-    values = {f"{key}_{when}": row.get(key) for key in ("loss", "pmr", "mining_r1") for when, row in
-              (("first", rows[0]), ("last", rows[-1]))}  # fmt: skip
-    seconds = sum(row.get("epoch_time_s") or 0 for row in cycle.epochs)
-    return values | {"name": cycle.name, "epochs": len(cycle.epochs), "seconds": seconds}
+    """A line of the table of cycles: values of the first epoch that has them (the memory fills first) and the last."""
+    row: dict[str, Any] = {"name": cycle.name, "epochs": len(cycle.epochs)}
+    for key in ("loss", "pmr", "mining_r1"):
+        values = [epoch[key] for epoch in cycle.epochs if epoch.get(key) is not None] or [None]
+        row |= {f"{key}_first": values[0], f"{key}_last": values[-1]}
+    return row | {"seconds": sum(epoch.get("epoch_time_s") or 0 for epoch in cycle.epochs)}
 
 
 def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
