@@ -237,6 +237,20 @@ def test_ids_exclude_empty_slots_and_the_own_source(device):
     assert (indices == -1).all() and (scores == -torch.inf).all()
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_the_cpu_kernel_gives_the_same_bits(device, seed):
+    ops = pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
+    draw = np.random.default_rng(seed)
+    B, K, D, n = (int(draw.integers(1, high)) for high in (40, 900, 70, 6))
+    keep = sorted((int(k) for k in draw.integers(1, K + 3, n)), reverse=True)
+    views = draw.integers(0, 3, n).tolist()
+    dtype = [torch.float32, torch.bfloat16, torch.float16][seed % 3]
+    inputs = normal(3, B, D, seed=seed, dtype=dtype), normal(3, K, D, seed=seed + 100, dtype=dtype), views, keep
+    ids = {"query_ids": integers(-1, 9, B, seed=seed), "memory_ids": integers(-1, 9, K, seed=seed + 1)}
+    found, expected = device.cascade_select(*inputs, **ids), ops.cascade_select(*inputs, **ids)
+    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+
+
 def test_a_row_does_not_depend_on_its_batch(device):
     queries, memory = normal(2, 40, 20, seed=15), normal(2, 256, 20, seed=16)
     together = device.cascade_select(queries, memory, [0, 1], [100, 7])

@@ -1,0 +1,155 @@
+"""What only a GPU can confirm about the CUDA kernels: one check per name (see results/gpu_pending.md).
+
+Run from the repository root: `python3 bench/gpu_probe.py stream|graph|assert|million|time`. Exits non-zero where a
+check fails; `time` writes gpu_time.json into $OUT (default bench/results).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from cpr_fast.ops import cascade_select, cascade_select_ref, mil_nce, mil_nce_ref
+
+# Floors of one H200 in microseconds at D = 128, fp32: bytes over 4.3 TB/s or operations over 60 TFLOP/s, whichever is
+# more, plus a launch of 2.5: (B, K) -> cascade_select with two views, mil_nce with its gradient to the query.
+FLOOR_US = {
+    (32, 2048): (3.1, 3.1),
+    (32, 16384): (7.0, 7.0),
+    (256, 16384): (38, 38),
+    (256, 65536): (146, 146),
+    (1024, 65536): (575, 575),
+}
+
+
+def features(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape, device="cuda"), dim=-1).to(dtype)
+
+
+def cascade(B: int, K: int, stages: int = 7, top_k: int = 5, D: int = 128, dtype: torch.dtype = torch.float32) -> tuple:
+    keep = [max(top_k, K >> s) for s in range(1, stages)] + [top_k]
+    views = [1 if (stages - 1 - s) % 2 == 0 else 0 for s in range(stages)]
+    return features(2, B, D, dtype=dtype), features(2, K, D, dtype=dtype), views, keep
+
+
+def stream() -> None:
+    """A copy queued on a side stream lands before the kernels queued behind it read."""
+    side = torch.cuda.Stream()
+    inputs = cascade(64, 4096)
+    expected = cascade_select(*inputs)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        late = torch.zeros_like(inputs[1])
+        torch.cuda._sleep(200_000_000)  # keeps the stream busy: work on another stream would run first
+        late.copy_(inputs[1])
+        found = cascade_select(inputs[0], late, *inputs[2:])
+    side.synchronize()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def graph() -> None:
+    """Both ops replayed on inputs written after the capture."""
+    queries, memory, views, keep = cascade(32, 2048)
+    query, own_key = features(32, 128).requires_grad_(), features(32, 128)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        mined, _ = cascade_select(queries, memory, views, keep)
+        loss = mil_nce(query, own_key, memory[0], mined)
+        return mined, loss, *torch.autograd.grad(loss, query)
+
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        step()
+    torch.cuda.current_stream().wait_stream(warm_up)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        outputs = step()
+    for _ in range(3):
+        with torch.no_grad():
+            for tensor in (queries, memory, query, own_key):
+                tensor.copy_(features(*tensor.shape))
+        captured.replay()
+        replayed = [output.clone() for output in outputs]
+        torch.testing.assert_close(replayed, list(step()), rtol=0, atol=0)
+
+
+def device_assert() -> None:
+    program = (
+        "import torch\nfrom cpr_fast.ops import mil_nce\nx = torch.ones(1, 8, device='cuda')\n"
+        "mil_nce(x, x, x, torch.tensor([[1]], device='cuda'))\ntorch.cuda.synchronize()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.returncode != 0, "a slot outside the memory went unnoticed"
+    assert "a slot outside the memory" in result.stderr, result.stderr
+
+
+def million() -> None:
+    """Lattice features, so that float64 sums are the float32 ones and ties are everywhere."""
+    B, K, D = 70, 1_000_000, 128
+    lattice = [torch.randint(-8, 9, (2, rows, D), device="cuda") / 4.0 for rows in (B, K)]
+    ids = {"memory_ids": torch.randint(-1, 50_000, (K,), device="cuda"), "query_ids": torch.arange(B, device="cuda")}
+    views, keep = [1, 0, 1], [K // 2, K // 4, 1000]
+    found = cascade_select(*lattice, views, keep, **ids)
+    expected = cascade_select_ref(*lattice, views, keep, **ids)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+    query, own_key, memory = features(B, D), features(B, D), features(K, D)
+    loss = mil_nce(query, own_key, memory, found[0][:, :5].contiguous(), reduction="none")
+    truth = mil_nce_ref(query.double(), own_key.double(), memory.double(), found[0][:, :5], reduction="none")
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def replay_us(issue, repeats: int = 30) -> float:
+    """Median time of a replay of `issue` captured into a CUDA graph, microseconds; caches warm."""
+    issue()
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        issue()
+    times = []
+    for _ in range(repeats + 5):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        captured.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return sorted(times[5:])[repeats // 2]
+
+
+def time() -> None:
+    rows = []
+    for (B, K), floors in FLOOR_US.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = cascade(B, K, dtype=dtype)
+            query, own_key = features(B, 128, dtype=dtype).requires_grad_(), features(B, 128, dtype=dtype)
+            memory, mined = inputs[1][0].contiguous(), cascade_select(*inputs)[0]
+
+            def loss(query=query, own_key=own_key, memory=memory, mined=mined):
+                torch.autograd.grad(mil_nce(query, own_key, memory, mined), query)
+
+            measured = replay_us(lambda inputs=inputs: cascade_select(*inputs)), replay_us(loss)
+            for op, time_us, floor_us in zip(("cascade_select", "mil_nce"), measured, floors, strict=True):
+                rows.append({"op": op, "B": B, "K": K, "D": 128, "dtype": str(dtype)[6:], "time_us": round(time_us, 1)})
+                rows[-1] |= {"fp32_floor_us": floor_us, "ratio": round(time_us / floor_us, 2)}
+                print(*rows[-1].values(), sep="\t")
+    out = Path(os.environ.get("OUT", "bench/results"))
+    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
+    (out / "gpu_time.json").write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    checks = {"stream": stream, "graph": graph, "assert": device_assert, "million": million, "time": time}
+    if len(sys.argv) != 2 or sys.argv[1] not in checks:
+        raise SystemExit(f"usage: gpu_probe.py {'|'.join(checks)}")
+    torch.manual_seed(0)
+    checks[sys.argv[1]]()
+    print("ok")
