@@ -16,10 +16,12 @@ pytest.importorskip("nvidia.dali")
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.background import run_ahead
-from cpr_fast.data.clips import fetch_frames, fetch_packets
+from cpr_fast.data.clips import ClipReader, fetch_frames, fetch_packets
 from cpr_fast.data.index import Index, Video
 from cpr_fast.data.pipeline import MEAN, STD, ClipGraph, TrainLoader, WindowLoader
 from cpr_fast.data.sampling import Clips, Sources, clip_frames, epoch_order, plan_pairs, plan_windows
+from cpr_fast.data.stream import ClipStream, Job
+from cpr_fast.data.video import VideoError
 from cpr_fast.errors import InputError
 
 DATA = DataConfig(frames=4, size=32, batch_size=4, workers=2, prefetch=2)
@@ -332,6 +334,29 @@ class TestBadFiles:
         with pytest.raises(InputError, match=r"none of the 10 videos.*none\d\.avi.*No such file"):
             next(loader.epoch(0))
         loader.close()
+
+    def test_a_batch_the_graph_fails_on_is_read_again_with_every_video_checked(self, index):
+        """What the hardware decoder needs: it fails on a whole batch and names nobody."""
+
+        def checked(video, start, view, data):
+            if video is index[1]:
+                raise VideoError(video.path, "damaged")
+            return [video] * len(start)
+
+        class Graph:
+            def run(self, clips, samples):
+                if index[1] in samples["rgb"]:
+                    raise RuntimeError("decoder error")
+                return samples
+
+        plans = [plan_pairs(Sources.of(index), np.array([video]), DATA, 0, 0) for video in range(3)]
+        jobs = [Job(plans[0]), Job(plans[1], lambda: iter([plans[1], plans[2]]))]
+        reader = ClipReader(index, DATA, ["rgb"], lambda video, start, view, data: [video] * len(start))
+        stream = ClipStream(reader, Graph(), workers=1, prefetch=1, checked_fetch=checked)
+        batches = list(stream.stream([jobs], lambda materials: stream.run([(m, 0) for m in materials])[0].video))
+        stream.close()
+        assert [batch.tolist() for batch in batches] == [[0, 2]]
+        assert reader.skipped == [(index[1].path, "damaged")]
 
     def test_a_size_other_than_the_index_says(self, index):
         videos = [dataclasses.replace(index[0], width=99), index[1]]

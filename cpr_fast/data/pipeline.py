@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,10 +23,10 @@ import torch
 from torch import Tensor
 
 from cpr_fast.config import DataConfig
-from cpr_fast.data.background import run_ahead
 from cpr_fast.data.clips import ClipReader, FrameCache, Material, fetch_checked_packets, fetch_frames, fetch_packets
 from cpr_fast.data.index import Index
 from cpr_fast.data.sampling import Clips, Sources, epoch_order, plan_pairs, plan_windows, step_videos
+from cpr_fast.data.stream import ClipStream, Job
 from cpr_fast.errors import InputError
 
 try:
@@ -122,8 +120,9 @@ class ClipGraph:
         """`decoder` None: fed with frames; "mixed" or "cpu": fed with packets for that `fn.decoders.video`."""
         self._views, self._encoded, self._lock = tuple(views), decoder is not None, threading.Lock()
         options: dict[str, Any] = {"batch_size": max_clips, "num_threads": data.workers, "device_id": None}
-        if device.type == "cuda":
-            options["device_id"] = torch.cuda.current_device() if device.index is None else device.index
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            options["device_id"] = self._stream.device.index
         if decoder is None:
             self._pipeline = decoded_graph(self._views, data.size, **options)
         else:
@@ -131,7 +130,7 @@ class ClipGraph:
         self._pipeline.build()
 
     def run(self, clips: Clips, samples: dict[str, list]) -> dict[str, Tensor]:
-        """view -> float32 [M, 3, T, S, S], channels_last_3d, without a copy out of DALI's buffer."""
+        """view -> float32 [M, 3, T, S, S], channels_last_3d."""
         with self._lock:  # two epochs of one loader may be read at the same time
             self._pipeline.feed_input("draw", _draw_rows(clips))
             for view in self._views:
@@ -140,9 +139,20 @@ class ClipGraph:
                     self._pipeline.feed_input(f"{view}_frames", [frames for _, frames in samples[view]])
                 else:
                     self._pipeline.feed_input(view, samples[view])
-            outputs = self._pipeline.run()
-            tensors = [torch.from_dlpack(output.as_tensor()) for output in outputs]  # [M, T, S, S, 3]
+            tensors = self._owned(self._pipeline.run())  # [M, T, S, S, 3]
         return {view: t.permute(0, 4, 1, 2, 3) for view, t in zip(self._views, tensors, strict=True)}
+
+    def _owned(self, outputs: Sequence[Any]) -> list[Tensor]:
+        """DALI's outputs as tensors that live as long as they are referenced."""
+        if self._stream is None:  # no copy: the tensor holds DALI's buffer
+            return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        # DALI's pool does not know when the kernels of torch's streams have read a buffer that is given back to it.
+        with torch.cuda.stream(self._stream):
+            tensors = [torch.from_dlpack(output.as_tensor()).clone() for output in outputs]
+        self._stream.synchronize()  # in the background thread, and on the copies alone
+        for tensor in tensors:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return tensors
 
 
 def _draw_rows(clips: Clips) -> np.ndarray:
@@ -152,80 +162,22 @@ def _draw_rows(clips: Clips) -> np.ndarray:
     return np.column_stack([clips.box, clips.flip, *colour, ~neutral, clips.sigma]).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The clips of one video in one batch; `substitutes` stand in for it if it cannot be read."""
-
-    clips: Clips
-    substitutes: Callable[[], Iterable[Clips]] | None = None
-
-
-class _ClipStream:
-    """Threads that read jobs ahead, and the graph they feed; what the two loaders share."""
-
-    def __init__(
-        self, index: Index, data: DataConfig, views: Sequence[str], device: torch.device, max_clips: int
-    ) -> None:
-        if "flow" in views:
-            for video in index:
-                if video.flow_path is None:
-                    raise InputError(f"video {str(video.path)!r} has no flow_path in the index; run `cpr-fast flow`")
-        self._encoded, self._ahead = device.type == "cuda", data.prefetch
-        fetch = fetch_packets if self._encoded else partial(fetch_frames, read=FrameCache(data.cache_gib).read)
-        self.reader = ClipReader(index, data, views, fetch)
-        self._graph = ClipGraph(data, views, device, max_clips, "mixed" if self._encoded else None)
-        # Threads, not processes: FFmpeg and the scaler run without the GIL, and frames need no second copy.
-        self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="cpr-fast-read")
-
-    def stream(self, steps: Iterable[list[_Job]], collect: Callable[[list[Material]], Any]) -> Iterator[Any]:
-        """`collect(materials)` orders the graph run and returns the batch; steps without a readable video are left
-        out."""
-        return run_ahead(self._batches(steps, collect), depth=1)
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def run(self, order: list[tuple[Material, int]]) -> tuple[Clips, dict[str, Tensor]]:
-        """The graph's answer for the given (material, clip of it) in this order, and their plan."""
-        clips = Clips.concatenate([material.clips[[clip]] for material, clip in order])
-        views = order[0][0].views
-        return clips, self._graph.run(clips, {v: [material.views[v][clip] for material, clip in order] for v in views})
-
-    def _batches(self, steps: Iterable[list[_Job]], collect: Callable) -> Generator[Any, None, None]:
-        pending: deque[tuple[list[_Job], list[Future]]] = deque()
-        try:
-            for jobs in steps:
-                pending.append((jobs, [self._pool.submit(self._read, job) for job in jobs]))
-                if len(pending) > self._ahead:
-                    yield from self._finish(*pending.popleft(), collect)
-            while pending:
-                yield from self._finish(*pending.popleft(), collect)
-        finally:
-            for _, futures in pending:
-                for future in futures:
-                    future.cancel()
-
-    def _finish(self, jobs: list[_Job], futures: list[Future], collect: Callable) -> Iterator[Any]:
-        materials = [material for future in futures if (material := future.result()) is not None]
-        if not materials:
-            return
-        try:
-            batch = collect(materials)
-        except RuntimeError:
-            if not self._encoded:
-                raise
-            # The hardware decoder does not say which sample failed: decode here, and replace what fails.
-            checked = [self._read(job, fetch=fetch_checked_packets) for job in jobs]
-            materials = [material for material in checked if material is not None]
-            if not materials:
-                return
-            batch = collect(materials)
-        yield batch
-
-    def _read(self, job: _Job, **options) -> Material | None:
-        if job.substitutes is None:
-            return self.reader.read(job.clips, **options)
-        return self.reader.read_or_substitute(job.clips, job.substitutes(), **options)
+def _clip_stream(
+    index: Index, data: DataConfig, views: Sequence[str], device: torch.device, max_clips: int
+) -> ClipStream:
+    """Packets and the hardware decoder for a CUDA device, decoded frames elsewhere."""
+    if "flow" in views:
+        for video in index:
+            if video.flow_path is None:
+                raise InputError(f"video {str(video.path)!r} has no flow_path in the index; run `cpr-fast flow` first")
+    threads = {"workers": data.workers, "prefetch": data.prefetch}
+    if device.type == "cuda":
+        graph = ClipGraph(data, views, device, max_clips, "mixed")
+        reader = ClipReader(index, data, views, fetch_packets)
+        return ClipStream(reader, graph, checked_fetch=fetch_checked_packets, **threads)
+    cache = FrameCache(data.cache_gib)
+    reader = ClipReader(index, data, views, partial(fetch_frames, read=cache.read))
+    return ClipStream(reader, ClipGraph(data, views, device, max_clips, None), **threads)
 
 
 class TrainLoader:
@@ -255,7 +207,7 @@ class TrainLoader:
         self._index, self._data, self._seed = index, data, seed
         self._rank, self._world_size = rank, world_size
         self._sources = Sources.of(index)
-        self._clips = _ClipStream(index, data, views, torch.device(device), 2 * data.batch_size)
+        self._clips = _clip_stream(index, data, views, torch.device(device), 2 * data.batch_size)
         self._labels, self._source_ids = torch.from_numpy(index.labels), torch.from_numpy(index.source_ids)
 
     def __len__(self) -> int:
@@ -276,13 +228,13 @@ class TrainLoader:
         """Ends the threads and frees the graph. Closed twice is closed."""
         self._clips.close()
 
-    def _plan(self, order: np.ndarray, epoch: int, step: int) -> list[_Job]:
+    def _plan(self, order: np.ndarray, epoch: int, step: int) -> list[Job]:
         videos = step_videos(order, step, self._data.batch_size, self._rank, self._world_size)
         pairs = plan_pairs(self._sources, videos, self._data, self._seed, epoch)
         first = (step * self._world_size + self._rank) * self._data.batch_size
         batch = len(videos)
         return [
-            _Job(pairs[[row, batch + row]], lambda place=first + row: self._substitutes(order, epoch, place))
+            Job(pairs[[row, batch + row]], lambda place=first + row: self._substitutes(order, epoch, place))
             for row in range(batch)
         ]
 
@@ -329,7 +281,7 @@ class WindowLoader:
         sources = Sources.of(index)
         windows = [plan_windows(sources, video, data, clips_per_video) for video in range(len(index))]
         self._windows = Clips.concatenate(windows)
-        self._clips = _ClipStream(index, data, views, torch.device(device), self._batch_size)
+        self._clips = _clip_stream(index, data, views, torch.device(device), self._batch_size)
 
     def __len__(self) -> int:
         """Batches, if every file can be read."""
@@ -347,9 +299,9 @@ class WindowLoader:
         """Ends the threads and frees the graph. Closed twice is closed."""
         self._clips.close()
 
-    def _plan(self, step: int) -> list[_Job]:
+    def _plan(self, step: int) -> list[Job]:
         batch = self._windows[step * self._batch_size : (step + 1) * self._batch_size]
-        return [_Job(batch[batch.video == video]) for video in np.unique(batch.video)]
+        return [Job(batch[batch.video == video]) for video in np.unique(batch.video)]
 
     def _batch(self, materials: list[Material]) -> WindowBatch:
         order = [(material, clip) for material in materials for clip in range(len(material.clips))]

@@ -189,8 +189,8 @@ def _open(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.Vi
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # videos are decoded in parallel, not the frames of one
             yield container, stream
-    except (av.FFmpegError, OSError, EOFError) as error:
-        raise VideoError(path, str(error) or type(error).__name__) from error
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(path, error.strerror or str(error) or type(error).__name__) from error
 
 
 def _refuse_rotation(path: str | Path, frame: av.VideoFrame) -> None:
