@@ -20,8 +20,16 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ t
 
 
 @pytest.fixture(scope="module")
-def device() -> Device:
+def emulated() -> Device:
     return Device(build())
+
+
+@pytest.fixture(params=ORDERS)
+def every_order(request, emulated):
+    """Threads and blocks run forwards, backwards and shuffled."""
+    emulated.set_order(request.param)
+    yield
+    emulated.set_order("forward")
 
 
 # ---- oracles --------------------------------------------------------------------------------------------------------
@@ -119,16 +127,16 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.nn.functional.normalize(normal(*shape, seed=seed), dim=-1)
 
 
-def assert_selects(device, queries, memory, views, keep, **ids):
-    indices, scores = device.cascade_select(queries, memory, views, keep, **ids)
+def assert_selects(emulated, queries, memory, views, keep, **ids):
+    indices, scores = emulated.cascade_select(queries, memory, views, keep, **ids)
     expected_indices, expected_scores = select_by_sorting(queries, memory, views, keep, **ids)
     np.testing.assert_array_equal(indices.numpy(), expected_indices)
     np.testing.assert_array_equal(scores.numpy(), expected_scores)
 
 
-def assert_loss(device, query, own_key, memory, *, tolerance=2e-5, **options):
+def assert_loss(emulated, query, own_key, memory, *, tolerance=2e-5, **options):
     """Loss and every gradient against float64, relative to the largest entry of each."""
-    out = device.mil_nce(query, own_key, memory, **options)
+    out = emulated.mil_nce(query, own_key, memory, **options)
     loss, grad_query, grad_own, grad_memory = mil_nce_float64(query, own_key, memory, **options)
     own = out["own_coefficient"][:, None] * query.float()
     found = {"loss": out["loss"], "query": out["grad_query"], "own_key": own, "memory": out["grad_memory"]}
@@ -143,21 +151,19 @@ def assert_loss(device, query, own_key, memory, *, tolerance=2e-5, **options):
 # ---- cascade_select -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.usefixtures("every_order")
 @pytest.mark.parametrize("inputs", [normal, lattice])
-def test_cascade_matches_sorting_in_every_thread_order(device, inputs, order):
-    device.set_order(order)
+def test_cascade_matches_sorting_in_every_thread_order(emulated, inputs):
     queries, memory = inputs(2, 3, 24, seed=1), inputs(2, 700, 24, seed=2)
-    assert_selects(device, queries, memory, [1, 0, 1], [350, 175, 5])
-    device.set_order("forward")
+    assert_selects(emulated, queries, memory, [1, 0, 1], [350, 175, 5])
 
 
 @pytest.mark.parametrize("stages", range(1, 8))
-def test_every_number_of_stages(device, stages):
+def test_every_number_of_stages(emulated, stages):
     queries, memory = normal(2, 2, 7, seed=stages), normal(2, 300, 7, seed=100 + stages)
     views = [1 if (stages - 1 - s) % 2 == 0 else 0 for s in range(stages)]
     keep = [max(5, int(300 * 0.5 ** (s + 1))) for s in range(stages - 1)] + [5]
-    assert_selects(device, queries, memory, views, keep)
+    assert_selects(emulated, queries, memory, views, keep)
 
 
 @pytest.mark.parametrize(
@@ -172,36 +178,36 @@ def test_every_number_of_stages(device, stages):
         (3, 1100, 4, [2000, 1100]),
     ],
 )
-def test_ugly_sizes(device, B, K, D, keep):
+def test_ugly_sizes(emulated, B, K, D, keep):
     queries, memory = normal(2, B, D, seed=3), normal(2, K, D, seed=4)
-    assert_selects(device, queries, memory, [0, 1][: len(keep)], keep)
+    assert_selects(emulated, queries, memory, [0, 1][: len(keep)], keep)
 
 
-def test_many_queries_take_several_chunks(device):
+def test_many_queries_take_several_chunks(emulated):
     # Rows of 33,000 entries no longer fit the cache all together: 128 queries at a time.
     queries, memory = lattice(1, 130, 1, seed=5), normal(1, 33_000, 1, seed=6)
-    indices, _ = device.cascade_select(queries, memory, [0], [1])
+    indices, _ = emulated.cascade_select(queries, memory, [0], [1])
     scores = queries[0] @ memory[0].T
     best = (scores == scores.max(1, keepdim=True).values).float().argmax(1)
     np.testing.assert_array_equal(indices[:, 0].numpy(), best.numpy())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_input_types_are_widened_exactly(device, dtype):
+def test_input_types_are_widened_exactly(emulated, dtype):
     queries, memory = normal(2, 4, 36, seed=7, dtype=dtype), normal(2, 200, 36, seed=8, dtype=dtype)
-    assert_selects(device, queries, memory, [0, 1], [60, 10])
+    assert_selects(emulated, queries, memory, [0, 1], [60, 10])
 
 
-def test_rows_that_start_off_a_vector_boundary(device):
+def test_rows_that_start_off_a_vector_boundary(emulated):
     queries, memory = (
         normal(2 * 3 * 8 + 1, seed=9)[1:].view(2, 3, 8),
         normal(2 * 90 * 8 + 1, seed=10)[1:].view(2, 90, 8),
     )
-    assert_selects(device, queries, memory, [1, 0], [30, 3])
+    assert_selects(emulated, queries, memory, [1, 0], [30, 3])
 
 
 @pytest.mark.parametrize("case", ["all equal", "two outliers", "infinities", "overflowing range", "subnormal"])
-def test_crowded_buckets_fall_back_exactly(device, case):
+def test_crowded_buckets_fall_back_exactly(emulated, case):
     queries, memory = torch.ones(1, 2, 1), normal(1, 1500, 1, seed=11)
     if case == "all equal":
         memory.fill_(0.25)
@@ -214,31 +220,31 @@ def test_crowded_buckets_fall_back_exactly(device, case):
         memory[0, 1::4] = -3e38
     else:
         memory *= 1e-41
-    assert_selects(device, queries, memory, [0, 0, 0], [900, 700, 600])
+    assert_selects(emulated, queries, memory, [0, 0, 0], [900, 700, 600])
 
 
-def test_nan_is_never_selected_and_zeros_of_either_sign_tie(device):
+def test_nan_is_never_selected_and_zeros_of_either_sign_tie(emulated):
     queries, memory = torch.zeros(2, 1, 16), torch.zeros(2, 40, 16)
     queries[..., -1], memory[..., -1] = 1e-30, 1e-30
     memory[:, ::2] *= -1  # every score underflows, half of them to -0
     memory[0, 3, 0], memory[1, 5, 0] = torch.nan, torch.nan  # in either view
-    assert_selects(device, queries, memory, [0, 1], [39, 38])
+    assert_selects(emulated, queries, memory, [0, 1], [39, 38])
     memory[1, 9, 0] = torch.nan
-    assert_selects(device, queries, memory, [0], [40])  # a view not compared is not looked at
+    assert_selects(emulated, queries, memory, [0], [40])  # a view not compared is not looked at
 
 
-def test_ids_exclude_empty_slots_and_the_own_source(device):
+def test_ids_exclude_empty_slots_and_the_own_source(emulated):
     queries, memory = normal(2, 4, 8, seed=12), normal(2, 150, 8, seed=13)
     ids = {"query_ids": torch.tensor([0, 1, -1, 99]), "memory_ids": integers(-1, 3, 150, seed=14)}
-    assert_selects(device, queries, memory, [0, 1, 0], [70, 30, 30], **ids)
-    assert_selects(device, queries, memory, [0], [150], memory_ids=ids["memory_ids"])
+    assert_selects(emulated, queries, memory, [0, 1, 0], [70, 30, 30], **ids)
+    assert_selects(emulated, queries, memory, [0], [150], memory_ids=ids["memory_ids"])
     ids["memory_ids"].fill_(-1)
-    indices, scores = device.cascade_select(queries, memory, [0], [3], **ids)
+    indices, scores = emulated.cascade_select(queries, memory, [0], [3], **ids)
     assert (indices == -1).all() and (scores == -torch.inf).all()
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_cpu_kernel_gives_the_same_bits(device, seed):
+def test_the_cpu_kernel_gives_the_same_bits(emulated, seed):
     ops = pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
     draw = np.random.default_rng(seed)
     B, K, D, n = (int(draw.integers(1, high)) for high in (40, 900, 70, 6))
@@ -247,23 +253,23 @@ def test_the_cpu_kernel_gives_the_same_bits(device, seed):
     dtype = [torch.float32, torch.bfloat16, torch.float16][seed % 3]
     inputs = normal(3, B, D, seed=seed, dtype=dtype), normal(3, K, D, seed=seed + 100, dtype=dtype), views, keep
     ids = {"query_ids": integers(-1, 9, B, seed=seed), "memory_ids": integers(-1, 9, K, seed=seed + 1)}
-    found, expected = device.cascade_select(*inputs, **ids), ops.cascade_select(*inputs, **ids)
+    found, expected = emulated.cascade_select(*inputs, **ids), ops.cascade_select(*inputs, **ids)
     torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
 
 
-def test_a_row_does_not_depend_on_its_batch(device):
+def test_a_row_does_not_depend_on_its_batch(emulated):
     queries, memory = normal(2, 40, 20, seed=15), normal(2, 256, 20, seed=16)
-    together = device.cascade_select(queries, memory, [0, 1], [100, 7])
-    alone = device.cascade_select(queries[:, 17:18].contiguous(), memory, [0, 1], [100, 7])
+    together = emulated.cascade_select(queries, memory, [0, 1], [100, 7])
+    alone = emulated.cascade_select(queries[:, 17:18].contiguous(), memory, [0, 1], [100, 7])
     torch.testing.assert_close([t[17:18] for t in together], list(alone), rtol=0, atol=0)
 
 
-def test_what_the_kernel_cannot_take_is_said(device):
+def test_what_the_kernel_cannot_take_is_said(emulated):
     queries, memory = normal(1, 1, 2), normal(1, 3, 2)
     with pytest.raises(RuntimeError, match="256 stages"):
-        device.cascade_select(queries, memory, [0] * 257, [1] * 257)
+        emulated.cascade_select(queries, memory, [0] * 257, [1] * 257)
     with pytest.raises(RuntimeError, match="float32, bfloat16 and float16"):
-        device.cascade_select(queries.double(), memory.double(), [0], [1])
+        emulated.cascade_select(queries.double(), memory.double(), [0], [1])
 
 
 # ---- mil_nce --------------------------------------------------------------------------------------------------------
@@ -285,62 +291,60 @@ def loss_inputs(B: int, K: int, D: int, P: int, seed: int = 0) -> dict[str, torc
 
 @pytest.mark.parametrize("same_id", ["positive", "ignore", "negative"])
 @pytest.mark.parametrize("self_positive", ["keep", "denominator", "drop_both", "per row"])
-def test_loss_in_every_mode(device, same_id, self_positive):
+def test_loss_in_every_mode(emulated, same_id, self_positive):
     mode = integers(0, 3, 7, seed=20) if self_positive == "per row" else self_positive
-    assert_loss(device, **loss_inputs(7, 200, 12, 4), same_id=same_id, self_positive=mode)
+    assert_loss(emulated, **loss_inputs(7, 200, 12, 4), same_id=same_id, self_positive=mode)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_loss_in_every_thread_order(device, order):
-    device.set_order(order)
-    assert_loss(device, **loss_inputs(35, 150, 20, 3, seed=30))
-    device.set_order("forward")
+@pytest.mark.usefixtures("every_order")
+def test_loss_in_every_thread_order(emulated):
+    assert_loss(emulated, **loss_inputs(35, 150, 20, 3, seed=30))
 
 
 @pytest.mark.parametrize(
     ("B", "K", "D", "P"), [(1, 1, 1, 1), (1, 64, 129, 2), (33, 65, 3, 5), (70, 31, 260, 1), (2, 8300, 2, 3)]
 )
-def test_loss_ugly_sizes(device, B, K, D, P):
-    assert_loss(device, **loss_inputs(B, K, D, P, seed=40))
+def test_loss_ugly_sizes(emulated, B, K, D, P):
+    assert_loss(emulated, **loss_inputs(B, K, D, P, seed=40))
 
 
-def test_loss_merges_chunks_of_queries(device):
-    assert_loss(device, **loss_inputs(300, 70, 4, 2, seed=50))
+def test_loss_merges_chunks_of_queries(emulated):
+    assert_loss(emulated, **loss_inputs(300, 70, 4, 2, seed=50))
 
 
-def test_info_nce_without_positives_or_ids(device):
-    assert_loss(device, unit(5, 16, seed=60), unit(5, 16, seed=61), unit(90, 16, seed=62))
+def test_info_nce_without_positives_or_ids(emulated):
+    assert_loss(emulated, unit(5, 16, seed=60), unit(5, 16, seed=61), unit(90, 16, seed=62))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_loss_of_narrow_inputs_accumulates_in_float32(device, dtype):
+def test_loss_of_narrow_inputs_accumulates_in_float32(emulated, dtype):
     inputs = loss_inputs(6, 130, 24, 3, seed=70)
     inputs |= {name: inputs[name].to(dtype) for name in ("query", "own_key", "memory")}
-    assert_loss(device, **inputs)
+    assert_loss(emulated, **inputs)
 
 
-def test_a_cold_temperature_and_long_vectors_do_not_overflow(device):
+def test_a_cold_temperature_and_long_vectors_do_not_overflow(emulated):
     inputs = loss_inputs(5, 100, 8, 3, seed=80)
-    assert_loss(device, **inputs, temperature=0.01, tolerance=5e-5)
+    assert_loss(emulated, **inputs, temperature=0.01, tolerance=5e-5)
     inputs["query"] = inputs["query"] * 30  # logits of a few thousand
-    assert_loss(device, **inputs, temperature=0.01, tolerance=2e-3)
+    assert_loss(emulated, **inputs, temperature=0.01, tolerance=2e-3)
 
 
-def test_an_empty_memory_loses_nothing_whatever_it_holds(device):
+def test_an_empty_memory_loses_nothing_whatever_it_holds(emulated):
     inputs = loss_inputs(4, 66, 5, 2, seed=90)
     inputs["memory_ids"].fill_(-1)
     inputs["memory"].fill_(torch.nan)
     for self_positive in ("keep", "denominator", "drop_both"):
-        out = device.mil_nce(**inputs, self_positive=self_positive)
+        out = emulated.mil_nce(**inputs, self_positive=self_positive)
         for name in ("loss", "grad_query", "own_coefficient", "grad_memory"):
             assert (out[name] == 0).all(), name
 
 
-def test_loss_of_a_row_does_not_depend_on_its_batch(device):
+def test_loss_of_a_row_does_not_depend_on_its_batch(emulated):
     inputs = loss_inputs(40, 300, 16, 3, seed=100)
-    together = device.mil_nce(**inputs)
+    together = emulated.mil_nce(**inputs)
     rows = {name: inputs[name][11:12] for name in ("query", "own_key", "positives", "query_ids")}
-    alone = device.mil_nce(**(inputs | rows))
+    alone = emulated.mil_nce(**(inputs | rows))
     for name in ("loss", "grad_query", "own_coefficient", "lse_all", "lse_positive"):
         np.testing.assert_array_equal(alone[name].numpy(), together[name][11:12].numpy())
 
