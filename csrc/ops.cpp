@@ -54,17 +54,20 @@ OptionalTensor dense_int64(const char* name, const OptionalTensor& tensor, std::
   return torch::stable::contiguous(*tensor);
 }
 
-const int64_t* pointer(const OptionalTensor& tensor) {
-  return tensor ? tensor->const_data_ptr<int64_t>() : nullptr;
-}
+const int64_t* pointer(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr<int64_t>() : nullptr; }
 
 int dtype_code(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return CPR_F32;
-    case ScalarType::BFloat16: return CPR_BF16;
-    case ScalarType::Half: return CPR_F16;
-    case ScalarType::Double: return CPR_F64;
-    default: throw std::invalid_argument(std::string(name) + ": expected a floating-point dtype");
+    case ScalarType::Float:
+      return CPR_F32;
+    case ScalarType::BFloat16:
+      return CPR_BF16;
+    case ScalarType::Half:
+      return CPR_F16;
+    case ScalarType::Double:
+      return CPR_F64;
+    default:
+      throw std::invalid_argument(std::string(name) + ": expected a floating-point dtype");
   }
 }
 
@@ -106,10 +109,9 @@ Tensor workspace(const Tensor& like, size_t bytes) {
 #endif
 
 // ---- cascade_select --------------------------------------------------------------------------------------
-std::tuple<Tensor, Tensor> cascade_select(const Tensor& queries_in, const Tensor& memory_in,
-                                          std::vector<int64_t> views, std::vector<int64_t> keep,
-                                          const OptionalTensor& query_ids_in, const OptionalTensor& memory_ids_in,
-                                          std::string precision, bool cuda) {
+std::tuple<Tensor, Tensor> cascade_select(const Tensor& queries_in, const Tensor& memory_in, std::vector<int64_t> views,
+                                          std::vector<int64_t> keep, const OptionalTensor& query_ids_in,
+                                          const OptionalTensor& memory_ids_in, std::string precision, bool cuda) {
   check(queries_in.dim() == 3, "queries: expected shape [V, B, D], got " + shape_text(queries_in));
   check(memory_in.dim() == 3, "memory: expected shape [V, K, D], got " + shape_text(memory_in));
   const int64_t V = queries_in.size(0), B = queries_in.size(1), D = queries_in.size(2), K = memory_in.size(1);
@@ -328,10 +330,12 @@ std::tuple<Tensor, Tensor> cascade_select_on(const Tensor& queries, const Tensor
 }
 
 template <bool cuda>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mil_nce_on(
-    const Tensor& query, const Tensor& own_key, const Tensor& memory, const OptionalTensor& positives,
-    const OptionalTensor& query_ids, const OptionalTensor& memory_ids, const OptionalTensor& self_mode,
-    std::string same_id, std::string self_positive, double temperature) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mil_nce_on(const Tensor& query, const Tensor& own_key,
+                                                              const Tensor& memory, const OptionalTensor& positives,
+                                                              const OptionalTensor& query_ids,
+                                                              const OptionalTensor& memory_ids,
+                                                              const OptionalTensor& self_mode, std::string same_id,
+                                                              std::string self_positive, double temperature) {
   return mil_nce(query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id, self_positive,
                  temperature, cuda);
 }

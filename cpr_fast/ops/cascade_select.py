@@ -87,7 +87,7 @@ def _check(queries, memory, views, keep, query_ids, memory_ids, precision) -> No
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
     (V, B, D), (memory_V, K, memory_D) = queries.shape, memory.shape
-    if (V, D) != (memory_V, memory_D):
+    if (memory_V, memory_D) != (V, D):
         raise ValueError(f"memory: expected shape [V={V}, K, D={D}], got {list(memory.shape)}")
     if memory.dtype != queries.dtype:
         raise TypeError(f"memory: expected the dtype of queries, {queries.dtype}, got {memory.dtype}")

@@ -115,6 +115,7 @@ def _setup_context(ctx, inputs, output) -> None:
     query, own_key, memory, positives, query_ids, memory_ids, self_mode, *ctx.settings = inputs
     _, grad_query, own_coefficient, lse_all, lse_positive = output
     ctx.dtype = query.dtype
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     saved = [query, grad_query, own_coefficient]
     # The memory is kept only for its own gradient: otherwise a queue may be overwritten before backward.
@@ -124,9 +125,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 @once_differentiable
-def _backward(ctx, grad_loss, *grad_other):
-    if any(grad is not None for grad in grad_other):
-        raise NotImplementedError("cpr_fast::mil_nce: only its first output, the loss, is differentiable")
+def _backward(ctx, grad_loss, *_):
     grads = [None] * 10
     if grad_loss is None:
         return tuple(grads)

@@ -12,22 +12,22 @@
 namespace cpr::CPR_VARIANT {
 namespace {
 
-constexpr int64_t kChunk = 64;         // memory entries scored at a time
-constexpr int64_t kBlock = 32;         // queries whose score rows exist at a time
-constexpr int kSample = 64;            // keys sampled to bracket a threshold
-constexpr int kMaxRounds = 8;          // brackets tried before the bisection that always ends
+constexpr int64_t kChunk = 64;  // memory entries scored at a time
+constexpr int64_t kBlock = 32;  // queries whose score rows exist at a time
+constexpr int kSample = 64;     // keys sampled to bracket a threshold
+constexpr int kMaxRounds = 8;   // brackets tried before the bisection that always ends
 constexpr const char* kNoMemory = "cascade_select: out of memory";
 
 struct Job {
   const cpr_cascade_args& args;
-  int64_t* view_of;       // [U] compared views
-  int64_t* stage_row;     // [n] position of views[s] in view_of
+  int64_t* view_of;    // [U] compared views
+  int64_t* stage_row;  // [n] position of views[s] in view_of
   int64_t U;
-  int64_t row_stride;     // K rounded up to whole chunks
-  float* panels;          // [U, D, lanes] queries of the block
-  int32_t* rows;          // [U, kBlock, row_stride] keys of the block
+  int64_t row_stride;  // K rounded up to whole chunks
+  float* panels;       // [U, D, lanes] queries of the block
+  int32_t* rows;       // [U, kBlock, row_stride] keys of the block
   int64_t block_begin, block_size;
-  const char* failure;    // the same text whichever thread sets it
+  const char* failure;  // the same text whichever thread sets it
 };
 
 // ---- scoring -------------------------------------------------------------------------------------------
@@ -183,8 +183,8 @@ Threshold select_rank(const int32_t* keys, int64_t n, int64_t rank, int32_t* con
 
 // The survivors of one query: `count` entries in slot order, their keys in each compared view beside their slots.
 struct Survivors {
-  int32_t* slots;       // [K]
-  int32_t* keys;        // [U, ...] rows `stride` apart
+  int32_t* slots;  // [K]
+  int32_t* keys;   // [U, ...] rows `stride` apart
   int64_t stride, U, count;
 };
 

@@ -19,12 +19,12 @@ struct KernelTable {
 // The variant in force: the best this machine can run, or the forced one.
 const KernelTable& kernels();
 
-#define CPR_DECLARE_VARIANT(variant)                                                                          \
-  namespace variant {                                                                                         \
-  const char* cascade_select(const cpr_cascade_args*, cpr_parallel_for);                                      \
-  const char* mil_nce_forward(const cpr_mil_nce_args*, const cpr_mil_nce_outputs*, cpr_parallel_for);         \
-  const char* mil_nce_grad_memory(const cpr_mil_nce_args*, const void*, const void*, const void*, void*,      \
-                                  cpr_parallel_for);                                                          \
+#define CPR_DECLARE_VARIANT(variant)                                                                     \
+  namespace variant {                                                                                    \
+  const char* cascade_select(const cpr_cascade_args*, cpr_parallel_for);                                 \
+  const char* mil_nce_forward(const cpr_mil_nce_args*, const cpr_mil_nce_outputs*, cpr_parallel_for);    \
+  const char* mil_nce_grad_memory(const cpr_mil_nce_args*, const void*, const void*, const void*, void*, \
+                                  cpr_parallel_for);                                                     \
   }
 CPR_DECLARE_VARIANT(portable)
 #if defined(__x86_64__)

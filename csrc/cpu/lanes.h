@@ -24,11 +24,11 @@ inline int count_lanes(Mask16 mask) { return __builtin_popcount(mask); }
 struct Double16 {
   double v[16];
 };
-#define CPR_EACH(expression)                   \
-  do {                                         \
-    Double16 r;                                \
+#define CPR_EACH(expression)                          \
+  do {                                                \
+    Double16 r;                                       \
     for (int i = 0; i < 16; ++i) r.v[i] = expression; \
-    return r;                                  \
+    return r;                                         \
   } while (0)
 inline Double16 load(const double* p) { CPR_EACH(p[i]); }
 inline void store(double* p, Double16 a) {
@@ -147,8 +147,8 @@ inline Mask16 less(Vec16 a, Vec16 b) {
 }
 inline Vec16 scale_exponent(Vec16 x, Vec16 shifted) {
   return each_lane([&](int i) {
-    return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, x.v[i]) +
-                                         (__builtin_bit_cast(uint32_t, shifted.v[i]) << 23));
+    return __builtin_bit_cast(
+        float, __builtin_bit_cast(uint32_t, x.v[i]) + (__builtin_bit_cast(uint32_t, shifted.v[i]) << 23));
   });
 }
 #endif

@@ -14,8 +14,8 @@
 namespace cpr::CPR_VARIANT {
 namespace {
 
-constexpr int64_t kChunk = 64;       // memory entries at a time
-constexpr int64_t kSplit = 1024;     // fewest memory entries of a part
+constexpr int64_t kChunk = 64;    // memory entries at a time
+constexpr int64_t kSplit = 1024;  // fewest memory entries of a part
 constexpr int64_t kMaxSplits = 16;
 constexpr int64_t kBlock = kTileVectors * 16;  // queries at a time
 constexpr const char* kNoMemory = "mil_nce: out of memory";
@@ -42,9 +42,9 @@ template <class T>
 struct Job {
   const cpr_mil_nce_args& args;
   int64_t blocks, splits, chunks_per_split;
-  T* panels;         // [blocks, D, kBlock] queries
-  T* all_parts;      // [blocks, splits] Part
-  T* positive_parts; // [blocks, splits] Part, or null where the memory holds no positives
+  T* panels;          // [blocks, D, kBlock] queries
+  T* all_parts;       // [blocks, splits] Part
+  T* positive_parts;  // [blocks, splits] Part, or null where the memory holds no positives
   const cpr_mil_nce_outputs* outputs;
   const char* failure;  // the same text whichever thread sets it
 };
@@ -53,9 +53,9 @@ struct Job {
 
 // Which entries of a chunk count for which query of a block; bit = lane.
 struct Membership {
-  bool dense;                                   // all entries are in the denominator, none in the numerator
-  Mask16 present[kChunk][kTileVectors];         // in the denominator
-  Mask16 positive[kChunk][kTileVectors];        // in the numerator
+  bool dense;                             // all entries are in the denominator, none in the numerator
+  Mask16 present[kChunk][kTileVectors];   // in the denominator
+  Mask16 positive[kChunk][kTileVectors];  // in the numerator
 };
 
 void find_members(const cpr_mil_nce_args& a, int64_t block, int64_t chunk_begin, int64_t count, Membership& members) {
@@ -70,7 +70,8 @@ void find_members(const cpr_mil_nce_args& a, int64_t block, int64_t chunk_begin,
   if (members.dense) return;
 
   int64_t ids[kBlock];
-  for (int64_t lane = 0; lane < kBlock; ++lane) ids[lane] = a.query_ids && lane < queries ? a.query_ids[first_query + lane] : -1;
+  for (int64_t lane = 0; lane < kBlock; ++lane)
+    ids[lane] = a.query_ids && lane < queries ? a.query_ids[first_query + lane] : -1;
   for (int64_t k = 0; k < count; ++k) {
     const bool empty = a.memory_ids && a.memory_ids[chunk_begin + k] == -1;
     for (int v = 0; v < kTileVectors; ++v) {
@@ -219,8 +220,7 @@ struct Softmax {
 
 // Merges the parts of one query, adds own_key and writes the outputs.
 template <class T>
-void finish_query(const Job<T>& job, int64_t b, const T* query, const T* own_key, Softmax<T> all,
-                  Softmax<T> positive) {
+void finish_query(const Job<T>& job, int64_t b, const T* query, const T* own_key, Softmax<T> all, Softmax<T> positive) {
   const cpr_mil_nce_args& a = job.args;
   const int64_t block = b / kBlock, lane = b % kBlock, D = a.D;
   bool has_other = false;
@@ -292,7 +292,7 @@ const char* forward(const cpr_mil_nce_args& a, const cpr_mil_nce_outputs* output
   const Scratch<T> row(a.D), panels(blocks * a.D * kBlock), all(part_elements),
       positive(has_positives ? part_elements : 0);
   if (!row.data || !panels.data || !all.data || !positive.data) return kNoMemory;
-  Job<T> job{a,           blocks, splits, chunks_per_split, panels.data, all.data, has_positives ? positive.data : nullptr,
+  Job<T> job{a,       blocks, splits, chunks_per_split, panels.data, all.data, has_positives ? positive.data : nullptr,
              outputs, nullptr};
   pack_queries(job, row.data);
   parallel(blocks * splits, 1, accumulate_parts<T>, &job);
@@ -322,8 +322,8 @@ void entry_weights(const GradJob<T>& job, int64_t block, int64_t count, const Me
       const bool valid = b < job.forward.args.B;
       const bool present = valid && (members.dense || (members.present[k][lane / 16] >> lane % 16 & 1));
       const bool positive = valid && !members.dense && (members.positive[k][lane / 16] >> lane % 16 & 1);
-      score = (present ? exp_scalar(score - job.lse_all[b]) : 0) -
-              (positive ? exp_scalar(score - job.lse_positive[b]) : 0);
+      score =
+          (present ? exp_scalar(score - job.lse_all[b]) : 0) - (positive ? exp_scalar(score - job.lse_positive[b]) : 0);
     }
   }
 }
@@ -359,8 +359,8 @@ void grad_chunks(int64_t begin, int64_t end, void* context) {
 }
 
 template <class T>
-const char* grad_memory(const cpr_mil_nce_args& a, const void* grad_loss, const void* lse_all,
-                        const void* lse_positive, void* out, cpr_parallel_for parallel) {
+const char* grad_memory(const cpr_mil_nce_args& a, const void* grad_loss, const void* lse_all, const void* lse_positive,
+                        void* out, cpr_parallel_for parallel) {
   const int64_t blocks = ceil_div(a.B, kBlock), width = ceil_div(a.D, 16) * 16;
   const Scratch<T> row(width), panels(blocks * a.D * kBlock), rows(blocks * kBlock * width);
   if (!row.data || !panels.data || !rows.data) return kNoMemory;

@@ -16,7 +16,8 @@ constexpr auto kDense = py::array::c_style;
 void check_columns(const char* name, const py::array& array, py::ssize_t columns) {
   if (array.ndim() == 2 && array.shape(1) == columns) return;
   std::string shape;
-  for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) shape += std::string(axis ? ", " : "") + std::to_string(array.shape(axis));
+  for (py::ssize_t axis = 0; axis < array.ndim(); ++axis)
+    shape += std::string(axis ? ", " : "") + std::to_string(array.shape(axis));
   throw py::value_error(std::string(name) + ": expected shape [N, " + std::to_string(columns) + "], got [" + shape +
                         "]");
 }
@@ -75,10 +76,11 @@ PYBIND11_MODULE(_host, module) {
       "build_info()                             what this build contains";
   module.def("philox", &philox, py::arg("seed"), py::arg("counters"),
              "Philox4x32-10 with the 64-bit key `seed`: uint32 [N, 4] counters -> uint32 [N, 4] words.");
-  module.def("philox_uniform", &philox_uniform, py::arg("seed"), py::arg("streams"), py::arg("blocks") = 1,
-             "Independent uniforms in [0, 1) with 32 random bits each: uint64 [N, 3] streams (every value below 2**32,\n"
-             "e.g. epoch, video, purpose) -> float64 [N, 4 * blocks]. Row i depends on seed and streams[i] alone, and\n"
-             "more blocks extend a row without changing its beginning. Raises ValueError on another shape or value.");
+  module.def(
+      "philox_uniform", &philox_uniform, py::arg("seed"), py::arg("streams"), py::arg("blocks") = 1,
+      "Independent uniforms in [0, 1) with 32 random bits each: uint64 [N, 3] streams (every value below 2**32,\n"
+      "e.g. epoch, video, purpose) -> float64 [N, 4 * blocks]. Row i depends on seed and streams[i] alone, and\n"
+      "more blocks extend a row without changing its beginning. Raises ValueError on another shape or value.");
   module.def("build_info", &build_info,
              "dict of str: version, cpu_variants (best first) and cuda_architectures, comma-separated, and compiler.");
 }

@@ -1,0 +1,59 @@
+"""Fixtures shared by the tests: devices, CPU variants and the real clips."""
+
+import ctypes
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> torch.device:
+    """Every device. FAIL_WITHOUT_CUDA=1 turns the skip into a failure, so that a GPU job cannot pass by skipping."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
+            pytest.fail("FAIL_WITHOUT_CUDA=1, but torch sees no CUDA device")
+        pytest.skip("torch sees no CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The directory of real clips, $CPR_FAST_SHARED/data."""
+    path = Path(os.environ.get("CPR_FAST_SHARED", ROOT.parent / "shared")) / "data"
+    if not path.is_dir():
+        pytest.skip(f"no real clips: {path} does not exist (set CPR_FAST_SHARED)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def kernel_library() -> ctypes.CDLL:
+    """The operator library through its C interface, csrc/cpr_fast.h."""
+    from cpr_fast.ops import _library
+
+    library = ctypes.CDLL(str(_library._PATH))
+    for name in ("cpr_cpu_variants", "cpr_cuda_architectures"):
+        getattr(library, name).restype = ctypes.c_char_p
+    return library
+
+
+@pytest.fixture
+def cpu_variants(kernel_library):
+    """(names, force): the CPU variants of this machine, best first, and a function that forces one for this test."""
+
+    def force(name: str) -> None:
+        assert kernel_library.cpr_force_cpu_variant(name.encode()) == 0, name
+
+    yield kernel_library.cpr_cpu_variants().decode().split(","), force
+    kernel_library.cpr_force_cpu_variant(None)
+
+
+@pytest.fixture
+def thread_counts():
+    """Thread counts to compare; torch's own count is restored afterwards."""
+    before = torch.get_num_threads()
+    yield (1, 2, 5)
+    torch.set_num_threads(before)
