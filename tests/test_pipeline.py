@@ -295,6 +295,19 @@ def test_the_packet_graph_gives_the_frames_of_the_frame_graph(tmp_path, kind):
             assert difference < {"rgb": 2, "flow": 1e-6}[view] and another > 3, (view, difference, another)
 
 
+def test_the_packet_graph_still_works_after_packets_that_do_not_decode(tmp_path):
+    path = write_video(tmp_path / "rgb", texture(0, 48, 64, 30), "vp9")
+    video = Video(path, "a", "a", "train", 30, 25.0, 64, 48, None)
+    clips = plan_windows(Sources(np.array([30]), np.array([48]), np.array([64])), 0, DATA, 2)
+    packets = fetch_packets(video, clips.start, "rgb", DATA)
+    graph = ClipGraph(DATA, ["rgb"], torch.device("cpu"), 2, "cpu")
+    before = graph.run(clips, {"rgb": packets})["rgb"]
+    for damaged in (np.frombuffer(b"garbage" * 100, np.uint8), packets[1][0][:300]):
+        with pytest.raises(RuntimeError):
+            graph.run(clips, {"rgb": [packets[0], (damaged, packets[1][1])]})
+        assert torch.equal(graph.run(clips, {"rgb": packets})["rgb"], before)
+
+
 class TestBadFiles:
     @pytest.fixture
     def damaged(self, index, tmp_path) -> Index:
