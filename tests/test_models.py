@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cpr_fast.config import ModelConfig
 from cpr_fast.models import S3D, ProjectionHead, build_encoder
+from cpr_fast.models.s3d import TemporalConv
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,26 @@ def test_separable_block_is_a_spatial_then_a_temporal_convolution(small):
     y = norm_relu(F.conv3d(y, block.conv2.weight.double(), None, (2, 1, 1), (3, 0, 0)), block.bn2)
     with torch.no_grad():
         torch.testing.assert_close(block(x).double(), y, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (7, 2)])
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 6, 7, 8, 16])
+def test_temporal_convolution_of_few_frames(frames, kernel, stride, dtype):
+    """Value and both gradients against a float64 conv3d; the library's own 3-D gradient fails here."""
+    generator = torch.Generator().manual_seed(frames)
+    convolution = TemporalConv(16, kernel, stride).to(dtype)
+    x = torch.randn(4, 16, frames, 5, 5, generator=generator, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    y = convolution(x)
+    grad = torch.randn(y.shape, generator=generator, dtype=dtype)
+    y.backward(grad)
+    x64, weight64 = x.detach().double().requires_grad_(), convolution.weight.detach().double().requires_grad_()
+    y64 = F.conv3d(x64, weight64, None, (stride, 1, 1), (kernel // 2, 0, 0))
+    y64.backward(grad.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for got, expected in ((y, y64), (x.grad, x64.grad), (convolution.weight.grad, weight64.grad)):
+        assert (got.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_head_is_the_published_one_written_with_convolutions():

@@ -14,7 +14,9 @@ class ProjectionHead(nn.Sequential):
     """
 
     def __init__(self, in_channels: int, feature_dim: int) -> None:
-        super().__init__(nn.Linear(in_channels, in_channels), nn.ReLU(inplace=True), nn.Linear(in_channels, feature_dim))
+        super().__init__(
+            nn.Linear(in_channels, in_channels), nn.ReLU(inplace=True), nn.Linear(in_channels, feature_dim)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         # float(): under autocast the projection is half precision, and a norm must not be.
