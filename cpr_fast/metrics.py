@@ -101,7 +101,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     ).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)",
         "commit": commit or None,
     }
