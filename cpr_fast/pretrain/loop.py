@@ -270,7 +270,7 @@ def _what_counts(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The settings of a `Config.to_dict()` that decide what is computed, not where and how fast."""
     kept = {section: dict(values) for section, values in config.items()}
     kept["run"] = {"seed": kept["run"]["seed"]}
-    for key in ("index", "workers", "prefetch"):
+    for key in ("index", "workers", "prefetch", "cache_gib"):
         kept["data"].pop(key)
     return kept
 
