@@ -27,17 +27,17 @@ typedef void (*cpr_parallel_for)(int64_t count, int64_t grain, cpr_range_body bo
 
 // ---- cascade_select: multi-stage, multi-view similarity-and-select -------------------------------
 typedef struct {
-  const void* queries;         // [V, B, D] dtype
-  const void* memory;          // [V, K, D] dtype
-  const int64_t* query_ids;    // [B] or null
-  const int64_t* memory_ids;   // [K] or null; -1 = empty slot
-  int64_t* indices;            // out [B, keep[n-1]], -1 where fewer remain
-  float* scores;               // out [B, keep[n-1]], -inf where fewer remain
-  const int64_t* views;        // [n] host memory
-  const int64_t* keep;         // [n] host memory, non-increasing
+  const void* queries;        // [V, B, D] dtype
+  const void* memory;         // [V, K, D] dtype
+  const int64_t* query_ids;   // [B] or null
+  const int64_t* memory_ids;  // [K] or null; -1 = empty slot
+  int64_t* indices;           // out [B, keep[n-1]], -1 where fewer remain
+  float* scores;              // out [B, keep[n-1]], -inf where fewer remain
+  const int64_t* views;       // [n] host memory
+  const int64_t* keep;        // [n] host memory, non-increasing
   int64_t V, B, K, D, n;
-  int dtype;                   // CPR_F32 | CPR_BF16 | CPR_F16
-  int precision;               // cpr_precision
+  int dtype;      // CPR_F32 | CPR_BF16 | CPR_F16
+  int precision;  // cpr_precision
 } cpr_cascade_args;
 
 // Both return null, or a static message saying what failed (CUDA's own text for a CUDA error).
@@ -47,27 +47,27 @@ CPR_API const char* cpr_cascade_select_cuda(const cpr_cascade_args* args, void* 
 
 // ---- mil_nce: fused MIL-NCE loss over a memory, and its gradients --------------------------------
 typedef struct {
-  const void* query;           // [B, D] dtype
-  const void* own_key;         // [B, D] dtype
-  const void* memory;          // [K, D] dtype
-  const int64_t* positives;    // [B, P] memory slots, -1 = none; or null
-  const int64_t* query_ids;    // [B] or null
-  const int64_t* memory_ids;   // [K] or null
-  const int64_t* self_mode;    // [B] cpr_self_positive of each row, or null: self_positive for all
+  const void* query;          // [B, D] dtype
+  const void* own_key;        // [B, D] dtype
+  const void* memory;         // [K, D] dtype
+  const int64_t* positives;   // [B, P] memory slots, -1 = none; or null
+  const int64_t* query_ids;   // [B] or null
+  const int64_t* memory_ids;  // [K] or null
+  const int64_t* self_mode;   // [B] cpr_self_positive of each row, or null: self_positive for all
   int64_t B, K, D, P;
-  int dtype;                   // CPR_F32 | CPR_BF16 | CPR_F16, on the CPU also CPR_F64
-  int same_id;                 // cpr_same_id
-  int self_positive;           // cpr_self_positive
+  int dtype;          // CPR_F32 | CPR_BF16 | CPR_F16, on the CPU also CPR_F64
+  int same_id;        // cpr_same_id
+  int self_positive;  // cpr_self_positive
   double temperature;
 } cpr_mil_nce_args;
 
 // `acc` is float, or double for CPR_F64.
 typedef struct {
-  void* loss;                  // out [B] acc
-  void* grad_query;            // out [B, D] acc: d loss[b] / d query[b]
-  void* own_coefficient;       // out [B] acc: d loss[b] / d own_key[b] = own_coefficient[b] * query[b]
-  void* lse_all;               // out [B] acc: logsumexp of the denominator
-  void* lse_positive;          // out [B] acc: logsumexp of the numerator
+  void* loss;             // out [B] acc
+  void* grad_query;       // out [B, D] acc: d loss[b] / d query[b]
+  void* own_coefficient;  // out [B] acc: d loss[b] / d own_key[b] = own_coefficient[b] * query[b]
+  void* lse_all;          // out [B] acc: logsumexp of the denominator
+  void* lse_positive;     // out [B] acc: logsumexp of the numerator
 } cpr_mil_nce_outputs;
 
 // One pass over the memory; extra memory independent of K.
@@ -80,17 +80,17 @@ CPR_API const char* cpr_mil_nce_forward_cuda(const cpr_mil_nce_args* args, const
 // Gradient to the memory, for in-batch methods: out grad_memory [K, D] acc, given grad_loss [B] acc and the
 // forward's lse_all and lse_positive. Reads the memory again; every other gradient does not.
 CPR_API const char* cpr_mil_nce_grad_memory_cpu(const cpr_mil_nce_args* args, const void* grad_loss,
-                                                const void* lse_all, const void* lse_positive,
-                                                void* grad_memory, cpr_parallel_for parallel);
+                                                const void* lse_all, const void* lse_positive, void* grad_memory,
+                                                cpr_parallel_for parallel);
 CPR_API const char* cpr_mil_nce_grad_memory_cuda(const cpr_mil_nce_args* args, const void* grad_loss,
-                                                 const void* lse_all, const void* lse_positive,
-                                                 void* grad_memory, void* stream);
+                                                 const void* lse_all, const void* lse_positive, void* grad_memory,
+                                                 void* stream);
 
 // ---- tvl1_flow: TV-L1 optical flow ----------------------------------------------------------------
 typedef struct {
-  const void* frames;          // [N, T, H, W] uint8 0..255, or float 0..1
-  float* flow;                 // out [N, T-1, 2, H, W]: (u, v) in pixels
-  int64_t* pixel_iterations;   // out [N, T-1] or null: pixels x inner iterations done, summed over scales and warps
+  const void* frames;         // [N, T, H, W] uint8 0..255, or float 0..1
+  float* flow;                // out [N, T-1, 2, H, W]: (u, v) in pixels
+  int64_t* pixel_iterations;  // out [N, T-1] or null: pixels x inner iterations done, summed over scales and warps
   int64_t N, T, H, W;
   int frames_are_uint8;
   double tau, lambda, theta, scale_step, epsilon;
