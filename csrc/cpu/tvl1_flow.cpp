@@ -62,21 +62,27 @@ struct Image {
   Float* row(int y) const { return data + y * pitch; }
 };
 
-// Where bilinear interpolation reads along one axis: source[i] * (1 - t[i]) + source[i + 1] * t[i], centres aligned.
+// Where bilinear interpolation reads along one axis: from source[first] a share t of the way to
+// source[second], pixel centres aligned.
 struct Taps {
   std::vector<int> first, second;
   std::vector<float> t;
 
   Taps(int source, int target, double scale) : first(target), second(target), t(target) {
     for (int i = 0; i < target; ++i) {
-      const float position = static_cast<float>((i + 0.5) * scale - 0.5);
+      const double position = (i + 0.5) * scale - 0.5;
       const int floor = static_cast<int>(std::floor(position));
       first[i] = std::clamp(floor, 0, source - 1);
       second[i] = std::min(first[i] + 1, source - 1);
-      t[i] = floor < 0 || floor >= source - 1 ? 0.0f : position - static_cast<float>(floor);
+      t[i] = floor < 0 || floor >= source - 1 ? 0.0f : static_cast<float>(position - floor);
     }
   }
 };
+
+// a + (b - a) t with one rounding after the difference, as a fused multiply-add has: the product is exact in double.
+inline float lerp(float a, float b, float t) {
+  return static_cast<float>(static_cast<double>(b - a) * static_cast<double>(t) + static_cast<double>(a));
+}
 
 // target = gain * source resized; scale_y and scale_x are source pixels per target pixel.
 void resize(Image<const float> source, Image<float> target, double scale_y, double scale_x, float gain) {
@@ -86,7 +92,7 @@ void resize(Image<const float> source, Image<float> target, double scale_y, doub
     const float* in = source.row(y);
     float* out = wide.data() + static_cast<size_t>(y) * target.width;
     for (int x = 0; x < target.width; ++x) {
-      out[x] = in[column.first[x]] * (1 - column.t[x]) + in[column.second[x]] * column.t[x];
+      out[x] = lerp(in[column.first[x]], in[column.second[x]], column.t[x]);
     }
   }
   for (int y = 0; y < target.height; ++y) {
@@ -94,7 +100,7 @@ void resize(Image<const float> source, Image<float> target, double scale_y, doub
     const float* below = wide.data() + static_cast<size_t>(row.second[y]) * target.width;
     const float t = row.t[y];
     float* out = target.row(y);
-    for (int x = 0; x < target.width; ++x) out[x] = (above[x] * (1 - t) + below[x] * t) * gain;
+    for (int x = 0; x < target.width; ++x) out[x] = lerp(above[x], below[x], t) * gain;
   }
 }
 

@@ -1,7 +1,7 @@
 // The inner loops of TV-L1 flow (Zach, Pock, Bischof 2007, in the form of OpenCV's DualTVL1OpticalFlow).
 //
-// Compiled once per CPU variant. Lane order, operation order and the lack of fused multiply-adds are part of the
-// result: every variant gives the same bits, and the flow stays close to OpenCV's, whose stop test amplifies rounding.
+// Compiled once per CPU variant. The order and rounding of every operation are part of the result: they are OpenCV's,
+// whose median filter and stop test amplify a last bit into pixels, and all variants give the same bits.
 #include "cpu/tvl1_rows.h"
 
 #include <cstddef>
@@ -21,11 +21,25 @@ inline Vec16 first_lanes(int count) {
 
 // ---- one inner iteration ---------------------------------------------------------------------------
 
-// Divergence of (pa, pb) by backward differences; `left` is pa one pixel to the left.
-inline Vec16 divergence(Vec16 pa, Vec16 left, Vec16 pb, Vec16 above) { return (pa - left) + (pb - above); }
+// sqrt(x^2 + y^2) rounded once, as hypotf: what the squares, their sum and the root lost by rounding comes back in one
+// Newton step.
+inline Vec16 hypot(Vec16 x, Vec16 y) {
+  const Vec16 zero = broadcast(0.0f);
+  const Vec16 xx = x * x, yy = y * y;
+  const Vec16 greater = max(xx, yy), lesser = min(xx, yy), sum = greater + lesser;
+  const Vec16 lost_by_squares = fma(x, x, zero - xx) + fma(y, y, zero - yy);
+  const Vec16 lost_by_sum = lesser - (sum - greater);
+  const Vec16 root = sqrt(sum);
+  const Vec16 residual = fnma(root, root, sum) + (lost_by_squares + lost_by_sum);
+  return root + residual / max(root + root, broadcast(1e-30f));
+}
 
-// 1 + tau/theta |grad u|, by which the dual step of one flow component is projected.
-inline Vec16 dual_norm(Vec16 ux, Vec16 uy, Vec16 taut) { return broadcast(1.0f) + taut * sqrt(ux * ux + uy * uy); }
+// Dual step of one flow component: (pa, pb) + tau/theta grad u, divided by 1 + tau/theta |grad u|.
+inline void dual_step(Vec16 taut, Vec16 ux, Vec16 uy, Vec16& pa, Vec16& pb) {
+  const Vec16 norm = broadcast(1.0f) + taut * hypot(ux, uy);
+  pa = (pa + taut * ux) / norm;
+  pb = (pb + taut * uy) / norm;
+}
 
 // The rows one fused step touches. kPrimal updates u of row y, kDual then updates p of row y-1, which only needs the
 // new u of rows y-1 and y. Source and target may be the same buffer.
@@ -47,12 +61,17 @@ inline void fused_vector(const StepRows& r, int S, int x, Vec16 l_t, Vec16 theta
     const Vec16 old1 = load(r.source + kU1 * S + x), old2 = load(r.source + kU2 * S + x);
     const Vec16 wx = load(r.constants + kI1wx * S + x), wy = load(r.constants + kI1wy * S + x);
     const Vec16 rho = load(r.constants + kRhoC * S + x) + (wx * old1 + wy * old2);
-    // The three cases of the thresholding step are one clamp: -rho / |grad|^2 between -l_t and l_t.
-    const Vec16 scale = max(min(rho * load(r.constants + kInverseGrad * S + x), l_t), broadcast(0.0f) - l_t);
-    const Vec16 div1 = divergence(load(r.source + kP11 * S + x), load(r.source + kP11 * S + x - 1),
-                                  load(r.source + kP12 * S + x), p12_above);
-    const Vec16 div2 = divergence(load(r.source + kP21 * S + x), load(r.source + kP21 * S + x - 1),
-                                  load(r.source + kP22 * S + x), p22_above);
+    // The three cases of the thresholding step are one clamp. Where the gradient vanishes the quotient is infinite or
+    // NaN, which min turns into l_t, times a gradient of 0.
+    const Vec16 scale = max(min(rho / load(r.constants + kSquaredGrad * S + x), l_t), broadcast(0.0f) - l_t);
+    const Vec16 p11 = load(r.source + kP11 * S + x), p12 = load(r.source + kP12 * S + x);
+    const Vec16 p21 = load(r.source + kP21 * S + x), p22 = load(r.source + kP22 * S + x);
+    Vec16 div1 = (p11 - load(r.source + kP11 * S + x - 1)) + (p12 - p12_above);
+    Vec16 div2 = (p21 - load(r.source + kP21 * S + x - 1)) + (p22 - p22_above);
+    if (x == 0) {  // OpenCV adds in another order where there is no pixel to the left
+      div1 = first_lane((p11 + p12) - p12_above, div1);
+      div2 = first_lane((p21 + p22) - p22_above, div2);
+    }
     u1 = (old1 - scale * wx) + theta * div1;
     u2 = (old2 - scale * wy) + theta * div2;
     store(r.target + kU1 * S + x, u1);
@@ -62,16 +81,15 @@ inline void fused_vector(const StepRows& r, int S, int x, Vec16 l_t, Vec16 theta
   }
   if constexpr (kDual) {
     const Vec16 a1 = load(r.target_above + kU1 * S + x), a2 = load(r.target_above + kU2 * S + x);
-    const Vec16 u1x = load(r.target_above + kU1 * S + x + 1) - a1, u1y = kPrimal ? u1 - a1 : broadcast(0.0f);
-    const Vec16 u2x = load(r.target_above + kU2 * S + x + 1) - a2, u2y = kPrimal ? u2 - a2 : broadcast(0.0f);
-    // The divider is the bottleneck of this loop: one quotient serves both components.
-    const Vec16 norm1 = dual_norm(u1x, u1y, taut), norm2 = dual_norm(u2x, u2y, taut);
-    const Vec16 inverse = broadcast(1.0f) / (norm1 * norm2);
-    const Vec16 shrink1 = inverse * norm2, shrink2 = inverse * norm1;
-    store(r.target_above + kP11 * S + x, (load(r.source_above + kP11 * S + x) + taut * u1x) * shrink1);
-    store(r.target_above + kP12 * S + x, (p12_above + taut * u1y) * shrink1);
-    store(r.target_above + kP21 * S + x, (load(r.source_above + kP21 * S + x) + taut * u2x) * shrink2);
-    store(r.target_above + kP22 * S + x, (p22_above + taut * u2y) * shrink2);
+    const Vec16 zero = broadcast(0.0f);
+    Vec16 pa = load(r.source_above + kP11 * S + x), pb = p12_above;
+    dual_step(taut, load(r.target_above + kU1 * S + x + 1) - a1, kPrimal ? u1 - a1 : zero, pa, pb);
+    store(r.target_above + kP11 * S + x, pa);
+    store(r.target_above + kP12 * S + x, pb);
+    pa = load(r.source_above + kP21 * S + x), pb = p22_above;
+    dual_step(taut, load(r.target_above + kU2 * S + x + 1) - a2, kPrimal ? u2 - a2 : zero, pa, pb);
+    store(r.target_above + kP21 * S + x, pa);
+    store(r.target_above + kP22 * S + x, pb);
   }
 }
 
@@ -123,14 +141,14 @@ void iterate(const Level& level, const Step& step, const float* constants, const
 
 constexpr float kA = -0.75f;  // OpenCV's cubic convolution coefficient
 
-// Weights of the four taps at offsets -1..2 for a position t in [0, 1) between taps 0 and 1.
+// Weights of the four taps at offsets -1..2 for a position t in [0, 1) between taps 0 and 1, rounded as OpenCV's.
 inline void cubic_weights(Vec16 t, Vec16 w[4]) {
   const Vec16 one = broadcast(1.0f), a = broadcast(kA);
-  const Vec16 s = t + one, r = one - t;
-  w[0] = ((a * s - broadcast(5 * kA)) * s + broadcast(8 * kA)) * s - broadcast(4 * kA);
-  w[1] = (broadcast(kA + 2) * t - broadcast(kA + 3)) * t * t + one;
-  w[2] = (broadcast(kA + 2) * r - broadcast(kA + 3)) * r * r + one;
-  w[3] = one - w[0] - w[1] - w[2];
+  const Vec16 r = one - t;
+  w[0] = a * ((r * r) * t);
+  w[1] = fma(fma(broadcast(kA + 2), t, broadcast(-(kA + 3))), t * t, one);
+  w[3] = a * ((t * t) * r);
+  w[2] = one - w[0] - w[1] - w[3];
 }
 
 // Sixteen neighbouring pixels (x.., y) of the three warped images, as I1w, I1wx, I1wy.
@@ -143,24 +161,24 @@ inline void warp_vector(const Level& level, const float* i1, Vec16 fx, Vec16 fy,
   Vec16 weights_x[4], weights_y[4];
   cubic_weights(fx - floor_x, weights_x);
   cubic_weights(fy - floor_y, weights_y);
-  alignas(64) float column[kLanes], row[kLanes], wx[kLanes][4], wy[4][kLanes], pixel[kLanes][4];
+  alignas(64) float column[kLanes], row[kLanes], wx[4][kLanes], wy[4][kLanes], pixel[kLanes][4];
   store(column, floor_x);
   store(row, floor_y);
-  alignas(64) float by_tap[4][kLanes];
   for (int tap = 0; tap < 4; ++tap) {
-    store(by_tap[tap], weights_x[tap]);
+    store(wx[tap], weights_x[tap]);
     store(wy[tap], weights_y[tap]);
-  }
-  for (int i = 0; i < kLanes; ++i) {
-    for (int tap = 0; tap < 4; ++tap) wx[i][tap] = by_tap[tap][i];
   }
   for (int i = 0; i < kLanes; ++i) {
     const float* taps =
         i1 + 4 * ((static_cast<int>(row[i]) + kBorder - 1) * pitch + static_cast<int>(column[i]) + kBorder - 1);
-    // Four taps of four channels in one vector: rows are combined first, then the four columns.
-    Vec16 sum = load(taps) * broadcast(wy[0][i]);
-    for (int tap = 1; tap < 4; ++tap) sum = sum + load(taps + 4 * tap * pitch) * broadcast(wy[tap][i]);
-    store_sum_of_quarters(pixel[i], sum * repeat_each_4(wx[i]));
+    Vec4 along_x[4];
+    for (int y = 0; y < 4; ++y, taps += 4 * pitch) {
+      along_x[y] = load4(taps) * wx[0][i];
+      for (int x = 1; x < 4; ++x) along_x[y] = fma(load4(taps + 4 * x), wx[x][i], along_x[y]);
+    }
+    Vec4 sum = along_x[0] * wy[0][i];
+    for (int y = 1; y < 4; ++y) sum = fma(along_x[y], wy[y][i], sum);
+    store(pixel[i], sum);
   }
   alignas(64) float channel[kLanes];
   for (int c = 0; c < 3; ++c) {
@@ -180,8 +198,7 @@ void warp(const Level& level, const float* i0, const float* i1, const float* sta
       const Vec16 wx = warped[1], wy = warped[2];
       store(constants + kI1wx * S + x, wx);
       store(constants + kI1wy * S + x, wy);
-      // 1 / |grad|^2, finite where the gradient vanishes: the step is then 0 or clamped, times a gradient of 0.
-      store(constants + kInverseGrad * S + x, broadcast(1.0f) / max(wx * wx + wy * wy, broadcast(1e-30f)));
+      store(constants + kSquaredGrad * S + x, wx * wx + wy * wy);
       store(constants + kRhoC * S + x,
             warped[0] - wx * u1 - wy * u2 - load(i0 + ptrdiff_t{y} * level.vectors * kLanes + x));
     }

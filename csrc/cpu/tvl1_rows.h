@@ -19,7 +19,7 @@ struct Level {
   int stride;   // (vectors + 1) * kLanes
 };
 enum StateField { kU1, kU2, kP11, kP12, kP21, kP22, kStateFields };
-enum ConstantField { kI1wx, kI1wy, kInverseGrad, kRhoC, kConstantFields };
+enum ConstantField { kI1wx, kI1wy, kSquaredGrad, kRhoC, kConstantFields };
 
 struct Step {
   float l_t;  // lambda * theta
