@@ -1,8 +1,8 @@
 """cascade_select beside the strongest forms in plain torch.
 
-`PYTHONPATH=. python bench/bench_cascade_select.py` measures single-thread CPU time of the process, all forms interleaved in one run
-(wall time of two threads is bimodal on shared machines), and writes one JSON row per form and shape to
-bench/results/cascade_select_cpu.jsonl. `pytest bench --benchmark-only` times the same forms by wall clock.
+`PYTHONPATH=. python bench/bench_cascade_select.py` measures single-thread CPU time of the process, all forms
+interleaved in one run (wall time of two threads is bimodal on shared machines), and writes one JSON row per form and
+shape to bench/results/cascade_select_cpu.jsonl. `pytest bench --benchmark-only` times the same forms by wall clock.
 """
 
 import pytest

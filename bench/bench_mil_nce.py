@@ -1,8 +1,8 @@
 """mil_nce, loss and gradient to the query, beside the strongest forms in plain torch.
 
-`PYTHONPATH=. python bench/bench_mil_nce.py` measures single-thread CPU time of the process, all forms interleaved in one run, and
-writes one JSON row per form and shape to bench/results/mil_nce_cpu.jsonl. `pytest bench --benchmark-only` times the
-same forms by wall clock.
+`PYTHONPATH=. python bench/bench_mil_nce.py` measures single-thread CPU time of the process, all forms interleaved in
+one run, and writes one JSON row per form and shape to bench/results/mil_nce_cpu.jsonl. `pytest bench --benchmark-only`
+times the same forms by wall clock.
 """
 
 import pytest
