@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cpr_fast.cascade import stage_keep, stage_views
 from cpr_fast.config import LossConfig, MiningConfig
 from cpr_fast.pretrain.memory import Memory
-from cpr_fast.pretrain.mining import id_meaning, mine, stage_keep, stage_views
+from cpr_fast.pretrain.mining import id_meaning, mine
 
 
 def test_stage_views_end_in_the_other_view_and_alternate():

@@ -17,6 +17,7 @@ from stand_in_loader import RandomLoader, make_index
 from torch.nn import functional as F
 
 from cpr_fast import config as config_module
+from cpr_fast.cascade import stage_keep, stage_views
 from cpr_fast.checkpoint import CheckpointError, load_checkpoint, load_encoders
 from cpr_fast.config import Config, Cycle, ModelConfig, OptimConfig, ScheduleConfig
 from cpr_fast.data.index import Index
@@ -28,7 +29,6 @@ from cpr_fast.pretrain.cycle import CycleState, initial_encoder, views_of
 from cpr_fast.pretrain.encoders import Encoders, GroupedEncoder, running_statistics
 from cpr_fast.pretrain.log import NonFiniteError
 from cpr_fast.pretrain.loop import pretrain, train_step
-from cpr_fast.pretrain.mining import stage_keep, stage_views
 from cpr_fast.pretrain.schedule import cycle_epochs, generator, learning_rate
 
 ROOT = Path(__file__).parents[1]

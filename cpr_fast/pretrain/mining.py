@@ -11,22 +11,13 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..cascade import stage_keep, stage_views
 from ..config import LossConfig, Mining, MiningConfig
 from ..ops import cascade_select
 from .memory import Memory
 from .schedule import generator
 
 DROP_STREAM = 2  # of `schedule.generator`
-
-
-def stage_views(stages: int) -> tuple[int, ...]:
-    """SV(s) for s = 1..n: the other view (1) if n - s is even, else the query view (0) [paper, Fig. 1]."""
-    return tuple(1 if (stages - s) % 2 == 0 else 0 for s in range(1, stages + 1))
-
-
-def stage_keep(stages: int, memory_size: int, ratio: float, top_k: int) -> tuple[int, ...]:
-    """Survivors of each stage: ``max(top_k, int(K * r**s))`` for s < n, top_k at last."""
-    return (*(max(top_k, int(memory_size * ratio**s)) for s in range(1, stages)), top_k)
 
 
 def mine(anchors: Tensor, memory: Memory, source: Tensor, config: MiningConfig, top_k: int) -> Tensor:

@@ -1,0 +1,16 @@
+"""The stage rules of a cascade [CPR, arXiv 2201.07989, Algorithm 1 and Fig. 1]: pure functions of its settings.
+
+View 0 is the query's, view 1 the other one.
+"""
+
+from __future__ import annotations
+
+
+def stage_views(stages: int) -> tuple[int, ...]:
+    """SV(s) for s = 1..n: the other view (1) if n - s is even, else the query view (0) [paper, Fig. 1]."""
+    return tuple(1 if (stages - s) % 2 == 0 else 0 for s in range(1, stages + 1))
+
+
+def stage_keep(stages: int, memory_size: int, ratio: float, top_k: int) -> tuple[int, ...]:
+    """Survivors of each stage: ``max(top_k, int(K * r**s))`` for s < n, top_k at last."""
+    return (*(max(top_k, int(memory_size * ratio**s)) for s in range(1, stages)), top_k)
