@@ -1,4 +1,4 @@
-// What the two feature kernels need beyond vec16.h: fused multiply-adds, masks, sortable keys and compaction, each
+// What the two feature kernels need beyond vec16.h: doubles, masks, sortable keys and compaction, each
 // with one meaning on every instruction set, so that all CPU variants return the same bits.
 #pragma once
 
@@ -39,7 +39,7 @@ inline Double16 operator+(Double16 a, Double16 b) { CPR_EACH(a.v[i] + b.v[i]); }
 inline Double16 operator-(Double16 a, Double16 b) { CPR_EACH(a.v[i] - b.v[i]); }
 inline Double16 operator*(Double16 a, Double16 b) { CPR_EACH(a.v[i] * b.v[i]); }
 inline Double16 max(Double16 a, Double16 b) { CPR_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-inline Double16 multiply_add(Double16 a, Double16 b, Double16 c) { CPR_EACH(__builtin_fma(a.v[i], b.v[i], c.v[i])); }
+inline Double16 fma(Double16 a, Double16 b, Double16 c) { CPR_EACH(__builtin_fma(a.v[i], b.v[i], c.v[i])); }
 inline Double16 keep_lanes(Mask16 mask, Double16 a) { CPR_EACH(mask >> i & 1 ? a.v[i] : 0.0); }
 inline Double16 select(Mask16 mask, Double16 a, Double16 b) { CPR_EACH(mask >> i & 1 ? a.v[i] : b.v[i]); }
 inline Mask16 less(Double16 a, Double16 b) {
@@ -59,7 +59,6 @@ constexpr int32_t kNoKey = INT32_MIN;
 struct Key16 {
   __m512i v;
 };
-inline Vec16 multiply_add(Vec16 a, Vec16 b, Vec16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Mask16 less(Vec16 a, Vec16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 inline Vec16 keep_lanes(Mask16 mask, Vec16 a) { return {_mm512_maskz_mov_ps(mask, a.v)}; }
 inline Vec16 select(Mask16 mask, Vec16 a, Vec16 b) { return {_mm512_mask_mov_ps(b.v, mask, a.v)}; }
@@ -122,9 +121,6 @@ struct Key16 {
   int32_t v[16];
 };
 #if defined(__AVX2__)
-inline Vec16 multiply_add(Vec16 a, Vec16 b, Vec16 c) {
-  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
-}
 inline Mask16 less(Vec16 a, Vec16 b) {
   return static_cast<Mask16>(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)) |
                              _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ)) << 8);
@@ -137,9 +133,6 @@ inline Vec16 scale_exponent(Vec16 x, Vec16 shifted) {
   return {scaled(x.lo, shifted.lo), scaled(x.hi, shifted.hi)};
 }
 #else
-inline Vec16 multiply_add(Vec16 a, Vec16 b, Vec16 c) {
-  return each_lane([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
-}
 inline Mask16 less(Vec16 a, Vec16 b) {
   Mask16 mask = 0;
   for (int i = 0; i < 16; ++i) mask |= static_cast<Mask16>((a.v[i] < b.v[i]) << i);
@@ -231,17 +224,17 @@ inline float score_of(int32_t key) { return __builtin_bit_cast(float, key ^ (key
 inline Vec16 exp(Vec16 x) {
   x = max(broadcast(-87.0f), x);
   const Vec16 shift = broadcast(12582912.0f);  // 1.5 * 2^23: the integer part lands in the low bits
-  const Vec16 shifted = multiply_add(x, broadcast(1.44269504f), shift);
+  const Vec16 shifted = fma(x, broadcast(1.44269504f), shift);
   const Vec16 n = shifted - shift;
-  const Vec16 r = multiply_add(n, broadcast(-1.42860677e-6f), multiply_add(n, broadcast(-0.693145752f), x));
+  const Vec16 r = fma(n, broadcast(-1.42860677e-6f), fma(n, broadcast(-0.693145752f), x));
   Vec16 p = broadcast(1.98412698e-4f);
-  p = multiply_add(p, r, broadcast(1.38888889e-3f));
-  p = multiply_add(p, r, broadcast(8.33333333e-3f));
-  p = multiply_add(p, r, broadcast(4.16666667e-2f));
-  p = multiply_add(p, r, broadcast(1.66666667e-1f));
-  p = multiply_add(p, r, broadcast(0.5f));
-  p = multiply_add(p, r, broadcast(1.0f));
-  p = multiply_add(p, r, broadcast(1.0f));
+  p = fma(p, r, broadcast(1.38888889e-3f));
+  p = fma(p, r, broadcast(8.33333333e-3f));
+  p = fma(p, r, broadcast(4.16666667e-2f));
+  p = fma(p, r, broadcast(1.66666667e-1f));
+  p = fma(p, r, broadcast(0.5f));
+  p = fma(p, r, broadcast(1.0f));
+  p = fma(p, r, broadcast(1.0f));
   return scale_exponent(p, shifted) + (x - x);
 }
 template <class T>
@@ -272,7 +265,7 @@ inline void tile(Operand<T> rows, const T* panel, int64_t panel_stride, int64_t 
     for (int v = 0; v < N; ++v) lanes[v] = load(panel + v * 16);
     for (int r = 0; r < R; ++r) {
       const auto x = broadcast(row[r * rows.row_stride]);
-      for (int v = 0; v < N; ++v) acc[r][v] = multiply_add(x, lanes[v], acc[r][v]);
+      for (int v = 0; v < N; ++v) acc[r][v] = fma(x, lanes[v], acc[r][v]);
     }
   }
   for (int r = 0; r < R; ++r) {
