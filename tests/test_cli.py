@@ -63,9 +63,9 @@ def test_unknown_setting_is_refused(tmp_path, capsys):
 
 
 def test_json_is_alone_on_stdout(tmp_path):
-    done = run("synth", tmp_path / "data", "--classes", 2, "--videos", 4, "--json")
+    done = run("synth", tmp_path / "data", "--classes", 4, "--videos", 4, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"index": str(tmp_path / "data" / "index.csv")}
     done = run("index", tmp_path / "data", "--out", tmp_path / "again.csv", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["videos"] == 8
+    assert json.loads(done.stdout)["videos"] == 24
