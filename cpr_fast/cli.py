@@ -128,6 +128,45 @@ def retrieve(
     _show(run(checkpoint, index, protocol=protocol, progress=True), json)
 
 
+def mine(
+    features: tyro.conf.Positional[Path],
+    *,
+    stages: tuple[int, ...] = (1, 3, 5, 7),
+    ratio: tuple[float, ...] = (0.5,),
+    top_k: tuple[int, ...] = (5,),
+    query_view: tuple[Literal["rgb", "flow"], ...] = ("rgb",),
+    raw: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    heatmap: Path | None = None,
+    json: Json = False,
+) -> None:
+    """The mining lab: PMR, CMR and mining R@1 of any cascade on stored two-view features; sweeps every combination.
+
+    Args:
+        features: An .npz file of the arrays rgb, flow [N, D], label, group [N]; rows of the same label and the same
+            group are siblings, never mined.
+        stages: Numbers of stages.
+        ratio: Shares of the rows that survive each stage before the last.
+        top_k: How many entries the last stage keeps.
+        query_view: The views whose training is imitated; the ranking ends in the other one.
+        raw: Take the features as they are, neither centred nor L2-normalised.
+        heatmap: A PNG to write: PMR over stages and ratio.
+    """
+    from .evaluate.mining_lab import load_two_view_features, results_table, sweep
+
+    data = load_two_view_features(features, raw=raw)
+    rows = sweep(data, stages=stages, ratios=ratio, top_ks=top_k, query_views=query_view, progress=True)
+    if heatmap is not None:
+        from .report.heatmap import write_heatmap
+
+        write_heatmap(rows, heatmap)
+    if json:
+        _show({"features": str(features), "rows": len(data.labels), "results": rows}, json)
+        return
+    from rich.console import Console
+
+    Console().print(results_table(rows))
+
+
 def report(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path | None = None, json: Json = False) -> None:
     """One self-contained HTML page of one or more run folders.
 
@@ -143,7 +182,7 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path | None = N
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (quickstart, synth, index, flow, pretrain, retrieve, report)
+    command.__name__: command for command in (quickstart, synth, index, flow, pretrain, retrieve, mine, report)
 }
 
 

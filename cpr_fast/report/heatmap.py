@@ -1,0 +1,49 @@
+"""A picture of a mining sweep: PMR over stages and ratio, a panel for every query view and top-k."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+CELL_INCHES = 0.75
+
+
+def write_heatmap(rows: Sequence[dict[str, Any]], out: Path) -> Path:
+    """Writes the PMR of `evaluate.mining_lab.sweep` rows as a PNG; cells are percent, one colour scale for all."""
+    views, top_ks, ratios, stages = (
+        list(dict.fromkeys(row[name] for row in rows)) for name in ("query_view", "top_k", "ratio", "stages")
+    )
+    cells = {tuple(row[name] for name in ("query_view", "top_k", "ratio", "stages")): row["pmr"] for row in rows}
+    known = [pmr for pmr in cells.values() if pmr is not None]
+    scale = {"vmin": min(known, default=0), "vmax": max(known, default=1), "cmap": "viridis"}
+    size = (len(top_ks) * (len(stages) * CELL_INCHES + 1), len(views) * (len(ratios) * CELL_INCHES + 1.2))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(views), len(top_ks), squeeze=False)
+    for row_of_panels, view in zip(panels, views, strict=True):
+        for axes, top_k in zip(row_of_panels, top_ks, strict=True):
+            pmr = [[cells[view, top_k, ratio, n] for n in stages] for ratio in ratios]
+            _draw(axes, pmr, scale)
+            axes.set_xticks(range(len(stages)), stages)
+            axes.set_yticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
+            axes.set(xlabel="stages", ylabel="ratio")
+            axes.set_title(f"PMR [%], {view} query, top-{top_k}", fontsize=10)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=150)
+    os.replace(temporary, out)
+    return out
+
+
+def _draw(axes: Axes, pmr: list[list[float | None]], scale: dict[str, Any]) -> None:
+    image = axes.imshow([[float("nan") if rate is None else rate for rate in line] for line in pmr], **scale)
+    for y, line in enumerate(pmr):
+        for x, rate in enumerate(line):
+            if rate is None:
+                continue
+            ink = "black" if image.norm(rate) > 0.55 else "white"
+            axes.text(x, y, f"{100 * rate:.1f}", ha="center", va="center", color=ink, fontsize=10)
