@@ -88,7 +88,7 @@ def test_more_stages_mine_better_on_real_features(shared_data, capsys):
     scores = score_matrices(arrays)
     for row in results:
         assert (row["ratio"], row["top_k"], row["query_view"]) == (0.5, 5, "rgb")
-        # One entry mined differently moves PMR by 5e-5: within 1e-6 means not one is.
+        # One true positive more or less moves PMR by 5e-5: within 1e-6 the counts are the same.
         assert rates(row) == pytest.approx(brute_force(arrays, scores, row["stages"], 0.5, 5, "rgb"), abs=1e-6)
 
 
