@@ -70,11 +70,11 @@ struct Taps {
 
   Taps(int source, int target, double scale) : first(target), second(target), t(target) {
     for (int i = 0; i < target; ++i) {
-      const double position = (i + 0.5) * scale - 0.5;
-      const int floor = static_cast<int>(std::floor(position));
-      first[i] = std::clamp(floor, 0, source - 1);
+      const double position = std::clamp((i + 0.5) * scale - 0.5, 0.0, source - 1.0);
+      // The last pixel is read as `second`, a whole step from its neighbour: rounded so, the edge is OpenCV's too.
+      first[i] = std::min(static_cast<int>(position), std::max(source - 2, 0));
       second[i] = std::min(first[i] + 1, source - 1);
-      t[i] = floor < 0 || floor >= source - 1 ? 0.0f : static_cast<float>(position - floor);
+      t[i] = static_cast<float>(position - first[i]);
     }
   }
 };
