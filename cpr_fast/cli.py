@@ -118,14 +118,20 @@ def retrieve(
 ) -> None:
     """Nearest-neighbour retrieval R@1, 5, 10, 20, 50 of a checkpoint's encoders, per view and two-stream.
 
+    The results join the metrics of the run that the checkpoint lies in, for `report`.
+
     Args:
-        checkpoint: A checkpoint of `pretrain`.
+        checkpoint: A checkpoint of `pretrain`, RUN/checkpoints/*.pt.
         index: The index (CSV).
         protocol: Test split against train split, or every video against all others but its own source's.
     """
     from .evaluate.retrieval import retrieve as run
+    from .metrics import FILE as METRICS_FILE
 
-    _show(run(checkpoint, index, protocol=protocol, progress=True), json)
+    run_dir = checkpoint.absolute().parent.parent
+    if not (run_dir / METRICS_FILE).exists():
+        run_dir = None
+    _show(run(checkpoint, index, protocol=protocol, run_dir=run_dir, progress=True), json)
 
 
 def mine(
