@@ -5,9 +5,12 @@
 // that ids define. A finishing kernel merges the splits in order and adds the own key and the explicit positives;
 // it has everything the gradient needs. Splits depend on K only and no float is added atomically: one result per
 // input, whatever the batch around a row.
+// 16-bit features of width 128 and 512 are scanned on tensor cores (mil_nce_tensor_core.cuh), all others in fp32 here.
 // Letters: B queries, K memory entries, D feature width, P explicit positives, S splits.
 #include "cpr_fast.h"
 #include "launch.cuh"
+#include "mil_nce.cuh"
+#include "mil_nce_tensor_core.cuh"
 #include "tile.cuh"
 
 #undef NDEBUG  // a positive outside the memory must stop the device in release builds too
@@ -17,51 +20,7 @@ namespace cpr {
 namespace {
 
 constexpr int kThreadKeys = kSumTerms / kTileLanes;  // keys per thread of a tile of kSumTerms
-constexpr int64_t kMaxSplits = 128;
-constexpr int64_t kChunk = 256;  // queries whose partial results the workspace holds
-constexpr int kGroups = 2;       // what is summed: everything in the denominator, and positives by id
-constexpr int kAll = 0, kPositive = 1;
-
-struct Problem {
-  const int64_t* positives;
-  const int64_t* query_ids;
-  const int64_t* memory_ids;
-  const int64_t* self_mode;
-  int64_t B, K, D, P;
-  int same_id, self_positive;
-  float inverse_temperature;
-
-  // What slot k means to a query of id `own`, explicit positives aside.
-  __device__ bool live(int64_t k) const { return k < K && (memory_ids == nullptr || memory_ids[k] != -1); }
-  __device__ bool same(int64_t own, int64_t k) const { return own != -1 && memory_ids[k] == own; }
-  __device__ int64_t own_id(int64_t b) const { return query_ids != nullptr && b < B ? query_ids[b] : -1; }
-};
-
-// How the memory is cut: split s covers tiles of kSumTerms keys s * tiles .. (s + 1) * tiles - 1.
-struct Splits {
-  int64_t count, tiles;
-  explicit Splits(int64_t K) {
-    const int64_t all = ceil_div(K, kSumTerms);
-    tiles = ceil_div(all, all < kMaxSplits ? all : kMaxSplits);
-    count = ceil_div(all, tiles);
-  }
-};
-
 enum Membership : int { kNone = 0, kNumeratorOnly = 1, kBoth = 2 };
-
-// An explicit positive in the finish: what it still adds to, and its score, later its gradient coefficient.
-struct Named {
-  float value;
-  int membership;
-};
-
-// The workspace, for a chunk of queries.
-struct Partials {
-  float* maximum;   // [groups, S, kChunk]
-  float* sum;       // [groups, S, kChunk]
-  float* weighted;  // [groups, S, kChunk, D]
-  Named* named;     // [kChunk, P]
-};
 
 Partials partials_at(void* workspace, const cpr_mil_nce_args& args, int64_t* bytes) {
   const int64_t rows = Splits(args.K).count * kChunk;
@@ -446,10 +405,15 @@ const char* forward(const cpr_mil_nce_args& args, const cpr_mil_nce_outputs& out
   const T* memory = static_cast<const T*>(args.memory);
   for (int64_t first = 0; first < args.B; first += kChunk) {
     const int64_t queries = args.B - first < kChunk ? args.B - first : kChunk;
-    const dim3 grid(static_cast<unsigned>(ceil_div(queries, kSumRows)), static_cast<unsigned>(splits.count),
-                    static_cast<unsigned>(ceil_div(args.D, kSumColumns)));
-    const char* error = launch<ScanShared>(scan_kernel<T, kPositiveById>, grid, kTileThreads, stream, problem, query,
-                                           memory, first, queries, splits.tiles, partials);
+    bool scanned = false;
+    const char* error =
+        launch_tensor_scan<kPositiveById>(problem, query, memory, first, queries, splits, partials, stream, &scanned);
+    if (error == nullptr && !scanned) {
+      const dim3 grid(static_cast<unsigned>(ceil_div(queries, kSumRows)), static_cast<unsigned>(splits.count),
+                      static_cast<unsigned>(ceil_div(args.D, kSumColumns)));
+      error = launch<ScanShared>(scan_kernel<T, kPositiveById>, grid, kTileThreads, stream, problem, query, memory,
+                                 first, queries, splits.tiles, partials);
+    }
     if (error != nullptr) return error;
     error = launch<FinishShared>(finish_kernel<T>, dim3(static_cast<unsigned>(queries)), kFinishThreads, stream,
                                  problem, query, own_key, memory, first, splits.count, kPositiveById ? splits.count : 0,

@@ -29,11 +29,17 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 
+struct alignas(8) float2 {
+  float x, y;
+};
+
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 typedef struct cudaStream* cudaStream_t;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -48,34 +54,49 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs
 namespace emulation {
 constexpr int kWarp = 32;
 
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
+cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel);
+cudaError_t allow_shared(const void* function, int bytes);
+int shared_limit();  // bytes of a block, after opting in
 void block_barrier();
 void warp_barrier();
-uint64_t* lane_values();  // [32] of the running warp, alternating between exchanges
+void* lane_values();  // 32 values of the running warp, alternating between exchanges
 bool block_or(bool value);
 
 // Every lane of the warp offers a value, then reads: one barrier, because the next exchange uses other memory.
-template <typename T>
-T* exchange(unsigned mask, T value) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  if (mask != 0xffffffffu) __builtin_trap();  // the kernels exchange by whole warps only
-  uint64_t* values = lane_values();
-  memcpy(&values[threadIdx.x % kWarp], &value, sizeof(T));
-  warp_barrier();
-  return reinterpret_cast<T*>(values);
-}
+constexpr size_t kLaneBytes = 32;
 
 template <typename T>
-T lane_value(const T* values, int lane) {
-  return *reinterpret_cast<const T*>(reinterpret_cast<const uint64_t*>(values) + lane);
+T* exchange(unsigned mask, T value) {
+  static_assert(sizeof(T) <= kLaneBytes);
+  if (mask != 0xffffffffu) __builtin_trap();  // the kernels exchange by whole warps only
+  T* values = static_cast<T*>(lane_values());
+  values[threadIdx.x % kWarp] = value;
+  warp_barrier();
+  return values;
 }
+
 }  // namespace emulation
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
-  return emulation::run(*config, [&] { std::apply(kernel, values); });
+  return emulation::run(*config, reinterpret_cast<const void*>(kernel), [&] { std::apply(kernel, values); });
+}
+
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  return emulation::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulation::shared_limit();
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -89,25 +110,27 @@ inline int __syncthreads_or(int value) { return emulation::block_or(value != 0);
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  return emulation::lane_value(emulation::exchange(mask, value), (threadIdx.x % emulation::kWarp) ^ lanes);
+  return emulation::exchange(mask, value)[(threadIdx.x % emulation::kWarp) ^ lanes];
 }
 
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, int distance) {
   const T* values = emulation::exchange(mask, value);
   const int source = static_cast<int>(threadIdx.x % emulation::kWarp) - distance;
-  return source < 0 ? value : emulation::lane_value(values, source);
+  return source < 0 ? value : values[source];
 }
 
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
   const bool* votes = emulation::exchange(mask, vote);
   unsigned bits = 0;
-  for (int lane = 0; lane < emulation::kWarp; ++lane) bits |= unsigned(emulation::lane_value(votes, lane)) << lane;
+  for (int lane = 0; lane < emulation::kWarp; ++lane) bits |= unsigned(votes[lane]) << lane;
   return bits;
 }
 
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline float __expf(float x) { return expf(x); }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 inline uint32_t __float_as_uint(float value) {

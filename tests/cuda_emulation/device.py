@@ -83,11 +83,19 @@ class Device:
         self._library = ctypes.CDLL(str(library))
         for name in ("cpr_cascade_select_cuda", "cpr_mil_nce_forward_cuda", "cpr_mil_nce_grad_memory_cuda"):
             getattr(self._library, name).restype = ctypes.c_char_p
-        for name in ("cpr_cascade_select_cuda_workspace", "cpr_mil_nce_forward_cuda_workspace"):
+        for name in ("cpr_cascade_select_cuda_workspace", "cpr_mil_nce_forward_cuda_workspace", "emulation_products"):
             getattr(self._library, name).restype = ctypes.c_size_t
 
     def set_order(self, order: str) -> None:
         self._library.emulation_set_order(ORDERS[order])
+
+    def set_shared_limit(self, limit: int) -> None:
+        """The bytes of shared memory that a block can opt in to."""
+        self._library.emulation_set_shared_limit(limit)
+
+    def products(self) -> int:
+        """How many matrix products the tensor cores have made since the library was loaded."""
+        return self._library.emulation_products()
 
     def _workspace(self, size_function: str, args: ctypes.Structure) -> torch.Tensor:
         size = getattr(self._library, size_function)(ctypes.byref(args))

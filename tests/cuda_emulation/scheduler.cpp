@@ -10,15 +10,17 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <map>
 #include <random>
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "emulated_tensor_core.h"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cpr {
-constexpr size_t kSharedBytes = 228 * 1024;
+constexpr size_t kSharedBytes = 232 * 1024;
 float4 dynamic_shared[kSharedBytes / sizeof(float4)];  // what `extern __shared__` names
 }  // namespace cpr
 
@@ -40,11 +42,12 @@ struct Fiber {
   bool started = false, finished = true;
   const unsigned* waits_for = nullptr;  // a barrier's `passed`; runnable once it differs from `seen`
   unsigned seen = 0;
+  Copies copies;
 };
 
 struct Warp {
   Barrier barrier;
-  uint64_t values[2][kWarp];
+  alignas(16) unsigned char values[2][kWarp * kLaneBytes];
 };
 
 enum Order { kForward = 0, kBackward = 1, kShuffled = 2 };
@@ -59,6 +62,8 @@ jmp_buf scheduler;
 ucontext_t entry_return;
 const std::function<void()>* body;
 Order order = kForward;
+std::map<const void*, size_t> allowed_shared;  // of kernels that opted in to more than the default
+int limit = 227 * 1024;                        // what they may opt in to
 
 [[noreturn]] void fail(const char* what) {
   fprintf(stderr, "emulated device: %s (block %u,%u,%u thread %u)\n", what, blockIdx.x, blockIdx.y, blockIdx.z,
@@ -74,6 +79,8 @@ void give_way() {
 void fiber_main() {
   for (;;) {
     (*body)();
+    const Copies& own = current->copies;
+    if (!own.open.empty() || !own.committed.empty()) fail("a thread ended before its copies had landed");
     current->finished = true;
     give_way();
   }
@@ -157,7 +164,7 @@ void block_barrier() { wait(block, threads); }
 
 void warp_barrier() { wait(warps[threadIdx.x / kWarp].barrier, kWarp); }
 
-uint64_t* lane_values() {
+void* lane_values() {
   Warp& warp = warps[threadIdx.x / kWarp];
   return warp.values[warp.barrier.passed & 1];
 }
@@ -170,25 +177,38 @@ bool block_or(bool value) {
   return votes[turn];
 }
 
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
+unsigned long products = 0;
+
+Copies& copies() { return current->copies; }
+
+int shared_limit() { return limit; }
+
+cudaError_t allow_shared(const void* function, int bytes) {
+  if (bytes > limit) return cudaErrorInvalidValue;
+  allowed_shared[function] = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+
+cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel) {
   const dim3 grid = config.gridDim;
   threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
   if (threads == 0 || threads > kMaxThreads || threads % kWarp != 0 || config.blockDim.x != threads ||
-      config.dynamicSmemBytes > kDefaultSharedBytes || grid.x == 0 || grid.x > INT32_MAX || grid.y == 0 ||
-      grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
+      config.dynamicSmemBytes > std::max(kDefaultSharedBytes, allowed_shared[function]) || grid.x == 0 ||
+      grid.x > INT32_MAX || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
   body = &kernel;
   gridDim = grid;
   blockDim = config.blockDim;
   const std::vector<unsigned> sequence = ordered(threads);
+  const size_t guarded = config.dynamicSmemBytes + sizeof(float4) * kWarp;
   for (const unsigned b : ordered(grid.x * grid.y * grid.z)) {
     blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
     auto* shared = reinterpret_cast<unsigned char*>(cpr::dynamic_shared);
-    memset(shared, kPoison, kDefaultSharedBytes + sizeof(float4) * kWarp);
+    memset(shared, kPoison, guarded);
     votes[0] = votes[1] = false;
     run_block(sequence);
-    for (size_t i = config.dynamicSmemBytes; i < kDefaultSharedBytes + sizeof(float4) * kWarp; ++i) {
+    for (size_t i = config.dynamicSmemBytes; i < guarded; ++i) {
       if (shared[i] != kPoison) fail("a write past the shared memory asked for");
     }
   }
@@ -201,3 +221,11 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& k
 extern "C" __attribute__((visibility("default"))) void emulation_set_order(int order) {
   emulation::order = static_cast<emulation::Order>(order);
 }
+
+// The shared memory a block may opt in to, in bytes: the regimes of a smaller or larger device.
+extern "C" __attribute__((visibility("default"))) void emulation_set_shared_limit(int bytes) {
+  emulation::limit = bytes;
+}
+
+// How many matrix products warps have made so far.
+extern "C" __attribute__((visibility("default"))) unsigned long emulation_products() { return emulation::products; }

@@ -1,0 +1,108 @@
+// What tensor cores need and CUDA C++ has no names for: asynchronous copies into shared memory, matrix loads from it
+// and the warp's matrix product. sm_80 instructions; the host's meaning of each, for the tests that run the kernels
+// without a device, is in tests/cuda_emulation.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#ifndef __CUDACC__
+#include "emulated_tensor_core.h"
+#else
+
+namespace cpr {
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// Starts a copy of kBytes (8 or 16, aligned to as many) to shared memory, of zeros where not `valid`; `global` must be
+// an address of the tensor all the same. It has landed once a wait of this thread covers its commit.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  static_assert(kBytes == 8 || kBytes == 16);
+  const uint32_t to = shared_address(shared);
+  const int bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+  }
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kPending of this thread's last commits are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements: lane 8m + r gives the address of row r of matrix m, 16 bytes. Register m of
+// lane l becomes elements (l/4, 2(l%4)) and (l/4, 2(l%4) + 1) of matrix m.
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same of the transposed matrices: elements (2(l%4), l/4) and (2(l%4) + 1, l/4).
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// sum [16, 8] += a [16, 16] b [16, 8] of element type T, in float. With g = lane / 4 and c = 2 (lane % 4):
+// a: (g, c..), (g + 8, c..), (g, c + 8..), (g + 8, c + 8..); b0, b1: (c.., g), (c + 8.., g); sum: (g, c..), (g + 8,
+// c..).
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                            uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void multiply_add<__half>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                     uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+}  // namespace cpr
+
+#endif
+
+namespace cpr {
+
+// Two neighbouring 16-bit elements.
+template <typename T>
+struct Pair;
+
+template <>
+struct Pair<__nv_bfloat16> {
+  __nv_bfloat162 values;
+  __device__ __forceinline__ Pair(float x, float y) : values(__floats2bfloat162_rn(x, y)) {}
+  __device__ __forceinline__ float2 widened() const { return __bfloat1622float2(values); }
+};
+
+template <>
+struct Pair<__half> {
+  __half2 values;
+  __device__ __forceinline__ Pair(float x, float y) : values(__floats2half2_rn(x, y)) {}
+  __device__ __forceinline__ float2 widened() const { return __half22float2(values); }
+};
+
+}  // namespace cpr
