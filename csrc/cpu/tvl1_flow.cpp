@@ -71,8 +71,9 @@ struct Taps {
   Taps(int source, int target, double scale) : first(target), second(target), t(target) {
     for (int i = 0; i < target; ++i) {
       const double position = std::clamp((i + 0.5) * scale - 0.5, 0.0, source - 1.0);
-      // The last pixel is read as `second`, a whole step from its neighbour: rounded so, the edge is OpenCV's too.
-      first[i] = std::min(static_cast<int>(position), std::max(source - 2, 0));
+      // OpenCV's rounding at the far edge: shrinking takes the last pixel as a whole step from its neighbour,
+      // enlarging takes it as it is.
+      first[i] = std::min(static_cast<int>(position), scale > 1 ? std::max(source - 2, 0) : source - 1);
       second[i] = std::min(first[i] + 1, source - 1);
       t[i] = static_cast<float>(position - first[i]);
     }
