@@ -32,6 +32,23 @@ def every_order(request, emulated):
     emulated.set_order("forward")
 
 
+ROUTES = {  # of cascade_select, by what the device has
+    "on chip": {},
+    "in cache": {"shared_limit": 0},
+    "refined": {"shared_limit": 0, "cache_size": 0},
+}
+
+
+@pytest.fixture(params=ROUTES)
+def every_route(request, emulated):
+    """The same call through every route; the refined one must have used tensor cores."""
+    emulated.resize(**ROUTES[request.param])
+    before = emulated.products()
+    yield request.param
+    assert (emulated.products() > before) == (request.param == "refined")
+    emulated.resize()
+
+
 # ---- oracles --------------------------------------------------------------------------------------------------------
 
 
@@ -151,13 +168,14 @@ def assert_loss(emulated, query, own_key, memory, *, tolerance=2e-5, **options):
 # ---- cascade_select -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("every_order")
+@pytest.mark.usefixtures("every_order", "every_route")
 @pytest.mark.parametrize("inputs", [normal, lattice])
 def test_cascade_matches_sorting_in_every_thread_order(emulated, inputs):
     queries, memory = inputs(2, 3, 24, seed=1), inputs(2, 700, 24, seed=2)
     assert_selects(emulated, queries, memory, [1, 0, 1], [350, 175, 5])
 
 
+@pytest.mark.usefixtures("every_route")
 @pytest.mark.parametrize("stages", range(1, 8))
 def test_every_number_of_stages(emulated, stages):
     queries, memory = normal(2, 2, 7, seed=stages), normal(2, 300, 7, seed=100 + stages)
@@ -166,6 +184,7 @@ def test_every_number_of_stages(emulated, stages):
     assert_selects(emulated, queries, memory, views, keep)
 
 
+@pytest.mark.usefixtures("every_route")
 @pytest.mark.parametrize(
     ("B", "K", "D", "keep"),
     [
@@ -183,21 +202,23 @@ def test_ugly_sizes(emulated, B, K, D, keep):
     assert_selects(emulated, queries, memory, [0, 1][: len(keep)], keep)
 
 
-def test_many_queries_take_several_chunks(emulated):
-    # Rows of 33,000 entries no longer fit the cache all together: 128 queries at a time.
-    queries, memory = lattice(1, 130, 1, seed=5), normal(1, 33_000, 1, seed=6)
-    indices, _ = emulated.cascade_select(queries, memory, [0], [1])
-    scores = queries[0] @ memory[0].T
-    best = (scores == scores.max(1, keepdim=True).values).float().argmax(1)
-    np.testing.assert_array_equal(indices[:, 0].numpy(), best.numpy())
+@pytest.mark.parametrize("route", ["in cache", "refined"])
+def test_many_queries_take_several_chunks(emulated, route):
+    # A cache for the rows of 33 queries, or of none: chunks are of 128, enough to fill a device.
+    emulated.resize(shared_limit=0, cache_size=900_000 if route == "in cache" else 0)
+    queries, memory = lattice(2, 130, 4, seed=5), lattice(2, 2_000, 4, seed=6)
+    assert_selects(emulated, queries, memory, [1, 0], [600, 3])
+    emulated.resize()
 
 
+@pytest.mark.usefixtures("every_route")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_input_types_are_widened_exactly(emulated, dtype):
     queries, memory = normal(2, 4, 36, seed=7, dtype=dtype), normal(2, 200, 36, seed=8, dtype=dtype)
     assert_selects(emulated, queries, memory, [0, 1], [60, 10])
 
 
+@pytest.mark.usefixtures("every_route")
 def test_rows_that_start_off_a_vector_boundary(emulated):
     queries, memory = (
         normal(2 * 3 * 8 + 1, seed=9)[1:].view(2, 3, 8),
@@ -206,6 +227,7 @@ def test_rows_that_start_off_a_vector_boundary(emulated):
     assert_selects(emulated, queries, memory, [1, 0], [30, 3])
 
 
+@pytest.mark.usefixtures("every_route")
 @pytest.mark.parametrize("case", ["all equal", "two outliers", "infinities", "overflowing range", "subnormal"])
 def test_crowded_buckets_fall_back_exactly(emulated, case):
     queries, memory = torch.ones(1, 2, 1), normal(1, 1500, 1, seed=11)
@@ -223,6 +245,7 @@ def test_crowded_buckets_fall_back_exactly(emulated, case):
     assert_selects(emulated, queries, memory, [0, 0, 0], [900, 700, 600])
 
 
+@pytest.mark.usefixtures("every_route")
 def test_nan_is_never_selected_and_zeros_of_either_sign_tie(emulated):
     queries, memory = torch.zeros(2, 1, 16), torch.zeros(2, 40, 16)
     queries[..., -1], memory[..., -1] = 1e-30, 1e-30
@@ -233,6 +256,7 @@ def test_nan_is_never_selected_and_zeros_of_either_sign_tie(emulated):
     assert_selects(emulated, queries, memory, [0], [40])  # a view not compared is not looked at
 
 
+@pytest.mark.usefixtures("every_route")
 def test_ids_exclude_empty_slots_and_the_own_source(emulated):
     queries, memory = normal(2, 4, 8, seed=12), normal(2, 150, 8, seed=13)
     ids = {"query_ids": torch.tensor([0, 1, -1, 99]), "memory_ids": integers(-1, 3, 150, seed=14)}
@@ -243,6 +267,7 @@ def test_ids_exclude_empty_slots_and_the_own_source(emulated):
     assert (indices == -1).all() and (scores == -torch.inf).all()
 
 
+@pytest.mark.usefixtures("every_route")
 @pytest.mark.parametrize("seed", range(12))
 def test_the_cpu_kernel_gives_the_same_bits(emulated, seed):
     ops = pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
@@ -257,11 +282,54 @@ def test_the_cpu_kernel_gives_the_same_bits(emulated, seed):
     torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("every_route")
 def test_a_row_does_not_depend_on_its_batch(emulated):
     queries, memory = normal(2, 40, 20, seed=15), normal(2, 256, 20, seed=16)
     together = emulated.cascade_select(queries, memory, [0, 1], [100, 7])
     alone = emulated.cascade_select(queries[:, 17:18].contiguous(), memory, [0, 1], [100, 7])
     torch.testing.assert_close([t[17:18] for t in together], list(alone), rtol=0, atol=0)
+
+
+def test_most_of_the_memory_is_decided_without_rescoring(emulated):
+    """The refined route reads a score from the tensor cores where that decides: only near a threshold does it not."""
+    emulated.resize(**ROUTES["refined"])
+    queries, memory = unit(2, 2, 128, seed=17), unit(2, 600, 128, seed=18)
+    assert_selects(emulated, queries, memory, [0, 1, 0], [300, 150, 5])
+    memory[1, 40] *= 1e25  # outside the range of the error bound, and then some
+    memory[0, 41], memory[0, 42] = torch.inf, 1e-30 * memory[0, 42]
+    queries[0, 1] *= 1e20
+    assert_selects(emulated, queries, memory, [0, 1, 0], [300, 150, 5])
+    emulated.resize()
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-12, 1.0, 1e8])
+def test_ties_and_near_ties_across_a_threshold_are_refined_exactly(emulated, scale):
+    # Groups of equal entries that differ from the next group in a last place: all of it within the error bound.
+    emulated.resize(**ROUTES["refined"])
+    memory = unit(1, 1, 96, seed=19).repeat(1, 200, 1)
+    for group in range(50):
+        memory[0, group * 4 : group * 4 + 4, group] *= 1 + 2.0**-23 * (1 + group % 5)
+    assert_selects(emulated, unit(1, 2, 96, seed=20) * scale, memory * scale, [0, 0, 0], [101, 50, 7])
+    emulated.resize()
+
+
+@pytest.mark.parametrize("route", ["on chip", "in cache"])
+def test_approximate_scores_are_those_of_rounded_features(emulated, route):
+    emulated.resize(**ROUTES[route])
+    queries, memory = normal(2, 5, 40, seed=21), normal(2, 300, 40, seed=22)
+    before = emulated.products()
+    _, scores = emulated.cascade_select(queries, memory, [0], [300], precision=1)
+    assert emulated.products() > before
+    rounded = (queries[0].bfloat16().double() @ memory[0].bfloat16().double().T).sort(dim=1, descending=True).values
+    assert (scores.double() - rounded).abs().max() < 1e-4
+    found, _ = emulated.cascade_select(queries, memory, [0, 1], [100, 20], precision=1)
+    exact, _ = emulated.cascade_select(queries, memory, [0, 1], [100, 20])
+    agreement = np.mean([len(set(a) & set(b)) / 20 for a, b in zip(found.tolist(), exact.tolist(), strict=True)])
+    assert agreement > 0.9
+    halves = lattice(2, 5, 40, seed=23).half(), lattice(2, 300, 40, seed=24).half()  # exact in every precision
+    found, expected = (emulated.cascade_select(*halves, [0, 1], [100, 20], precision=p) for p in (1, 0))
+    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+    emulated.resize()
 
 
 def test_what_the_kernel_cannot_take_is_said(emulated):
@@ -347,7 +415,7 @@ def test_tensor_core_loss_in_every_mode(emulated, same_id, self_positive):
 
 
 @pytest.mark.usefixtures("on_tensor_cores")
-@pytest.mark.parametrize(("B", "K", "D"), [(1, 1, 128), (1, 31, 512), (66, 65, 128), (2, 8300, 128), (1, 2050, 512)])
+@pytest.mark.parametrize(("B", "K", "D"), [(1, 1, 128), (1, 31, 512), (66, 65, 128), (1, 8200, 128), (2, 300, 512)])
 def test_tensor_core_loss_ugly_sizes(emulated, B, K, D):
     assert_loss(emulated, **narrow(loss_inputs(B, K, D, 2, seed=130)))
 
@@ -426,9 +494,9 @@ def test_what_tensor_cores_cannot_take_goes_the_general_way(emulated):
     before = emulated.products()
     memory = torch.zeros(70 * 128 + 1, dtype=torch.bfloat16)[1:].view(70, 128).copy_(inputs["memory"])
     assert_loss(emulated, **(inputs | {"memory": memory}))  # rows off a 16-byte boundary
-    emulated.set_shared_limit(99 * 1024)
+    emulated.resize(shared_limit=99 << 10)
     assert_loss(emulated, **narrow(loss_inputs(3, 70, 512, 2, seed=210)))  # a device with less shared memory
-    emulated.set_shared_limit(227 * 1024)
+    emulated.resize()
     assert emulated.products() == before
 
 

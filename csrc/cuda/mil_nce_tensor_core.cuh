@@ -4,7 +4,7 @@
 // asynchronously while this one is used. Its warps share the scores of a tile by keys, then the weighted sum of keys
 // by columns, so every key is read from shared memory twice whatever the width. Sums are float. Weights are split
 // into two 16-bit terms: the gradient is a difference of two weighted sums that cancel as the loss falls, and one
-// term's rounding (2^-9 of 1 / temperature for bfloat16) would be all that is left of it.
+// term's rounding (2^-8 of 1 / temperature for bfloat16) would be all that is left of it.
 //
 // In every product lane l owns rows l/4 and l/4 + 8 of a 16 x 8 piece, columns 2(l%4) and 2(l%4) + 1.
 #pragma once
@@ -307,11 +307,15 @@ __device__ __forceinline__ void score_keys(const TensorScanShared<T, kWidth>& sh
   }
 }
 
+// Blocks that a multiprocessor must be able to hold: bounds the registers of a thread.
+template <int kWidth, bool kPositiveById>
+constexpr int kScanBlocks = kWidth > 128    ? 1
+                            : kPositiveById ? 2
+                                            : 3;
+
 // Grid (tiles of 32 queries, S). Feature rows must be 16-byte aligned.
 template <typename T, int kWidth, bool kPositiveById>
-__global__ void __launch_bounds__(ScanShape<kWidth>::kThreads, kWidth > 128    ? 1
-                                                               : kPositiveById ? 3
-                                                                               : 4)
+__global__ void __launch_bounds__(ScanShape<kWidth>::kThreads, kScanBlocks<kWidth, kPositiveById>)
     tensor_scan_kernel(const __grid_constant__ Problem problem, const T* queries, const T* memory, int64_t first_query,
                        int64_t chunk_queries, int64_t tiles, Partials out) {
   using Shape = ScanShape<kWidth>;

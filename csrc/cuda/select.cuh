@@ -33,13 +33,6 @@ struct SelectShared {
   uint64_t result;
 };
 
-// One query's survivors in one view. A score is never NaN or -0; slots ascend.
-struct Survivors {
-  const float* scores;    // [K]
-  const uint32_t* slots;  // [count]
-  unsigned count;
-};
-
 __device__ __forceinline__ uint64_t rank_of(float score, uint32_t slot) {
   const uint32_t bits = __float_as_uint(score);
   const uint32_t ordered = bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
@@ -52,6 +45,53 @@ __device__ __forceinline__ float score_of(uint64_t rank) {
 }
 
 __device__ __forceinline__ uint32_t slot_of(uint64_t rank) { return ~static_cast<uint32_t>(rank); }
+
+// Survivors of one query as a list of their slots, ascending, in global memory.
+struct ListedSurvivors {
+  const float* scores;  // [K] in the view that is compared; never NaN or -0 where a survivor is
+  uint32_t* slots;      // [count]
+  unsigned count;
+
+  // visit(slot, score) for each of this thread's share.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each(Visit visit) const {
+    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) visit(slots[i], scores[slots[i]]);
+  }
+
+  __device__ __forceinline__ void keep_from(uint64_t last, unsigned keep, SelectShared& shared);
+};
+
+constexpr int kMarkWords = 2;
+constexpr int64_t kMaxMarked = kMarkWords * 32 * kSelectThreads;
+
+// Survivors of one query as bits in registers: bit i of a thread marks slot 512 i + t.
+struct MarkedSurvivors {
+  const float* scores;  // as above
+  uint32_t marks[kMarkWords];
+  unsigned count;
+
+  template <typename Visit>
+  __device__ __forceinline__ void for_each(Visit visit) const {
+#pragma unroll
+    for (int word = 0; word < kMarkWords; ++word) {
+      for (uint32_t left = marks[word]; left != 0; left &= left - 1) {
+        const uint32_t slot = (word * 32 + __ffs(left) - 1) * kSelectThreads + threadIdx.x;
+        visit(slot, scores[slot]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void keep_from(uint64_t last, unsigned keep, SelectShared&) {
+#pragma unroll
+    for (int word = 0; word < kMarkWords; ++word) {
+      for (uint32_t left = marks[word]; left != 0; left &= left - 1) {
+        const uint32_t slot = (word * 32 + __ffs(left) - 1) * kSelectThreads + threadIdx.x;
+        if (rank_of(scores[slot], slot) < last) marks[word] ^= left & -left;
+      }
+    }
+    count = keep;
+  }
+};
 
 // Linear buckets over [low, high], bucket 0 the best. Monotone for every score: rounding is, and what lies
 // outside is clamped. Where no scale exists (nothing finite, no width, overflow) all share the last bucket.
@@ -70,15 +110,15 @@ struct LinearBuckets {
 };
 
 // The least and greatest finite score; low > high where there is none.
-__device__ inline void score_range(const Survivors& survivors, SelectShared& shared, float* low, float* high) {
+template <typename Survivors>
+__device__ __forceinline__ void score_range(const Survivors& survivors, SelectShared& shared, float* low, float* high) {
   float least = INFINITY, greatest = -INFINITY;
-  for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) {
-    const float score = survivors.scores[survivors.slots[i]];
+  survivors.for_each([&](uint32_t, float score) {
     if (fabsf(score) < INFINITY) {
       least = fminf(least, score);
       greatest = fmaxf(greatest, score);
     }
-  }
+  });
   *low = block_reduce<kSelectThreads>(least, Min(), shared.scratch);
   *high = block_reduce<kSelectThreads>(greatest, Max(), shared.scratch);
 }
@@ -119,17 +159,17 @@ __device__ __forceinline__ unsigned place_among(const uint64_t* candidates, unsi
 }
 
 // The fallback for a crowded bucket (ties, outliers): radix select over the whole rank, most significant digit first.
-__device__ inline uint64_t kth_best_by_radix(const Survivors& survivors, unsigned k, SelectShared& shared) {
+template <typename Survivors>
+__device__ __forceinline__ uint64_t kth_best_by_radix(const Survivors& survivors, unsigned k, SelectShared& shared) {
   uint64_t prefix = 0, known = 0;
   for (int shift = 64 - kBucketBits;; shift = shift > kBucketBits ? shift - kBucketBits : 0) {
     clear_histogram(shared);
-    for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) {
-      const uint32_t slot = survivors.slots[i];
-      const uint64_t rank = rank_of(survivors.scores[slot], slot);
+    survivors.for_each([&](uint32_t slot, float score) {
+      const uint64_t rank = rank_of(score, slot);
       if ((rank & known) == prefix) {
         atomicAdd(&shared.histogram[kBuckets - 1 - ((rank >> shift) & (kBuckets - 1))], 1u);
       }
-    }
+    });
     const Boundary boundary = find_boundary(k, shared);
     k = boundary.place;
     prefix |= static_cast<uint64_t>(kBuckets - 1 - boundary.bucket) << shift;
@@ -139,24 +179,21 @@ __device__ inline uint64_t kth_best_by_radix(const Survivors& survivors, unsigne
 }
 
 // The rank of the k-th best survivor, 1 <= k <= count. [low, high] only steers the bucket widths: any is correct.
-__device__ inline uint64_t kth_best(const Survivors& survivors, unsigned k, float low, float high,
-                                    SelectShared& shared) {
+template <typename Survivors>
+__device__ __forceinline__ uint64_t kth_best(const Survivors& survivors, unsigned k, float low, float high,
+                                             SelectShared& shared) {
   const LinearBuckets bucket_of(low, high);
   if (threadIdx.x == 0) shared.gathered = 0;
   clear_histogram(shared);
-  for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) {
-    atomicAdd(&shared.histogram[bucket_of(survivors.scores[survivors.slots[i]])], 1u);
-  }
+  survivors.for_each([&](uint32_t, float score) { atomicAdd(&shared.histogram[bucket_of(score)], 1u); });
   const Boundary boundary = find_boundary(k, shared);
   if (boundary.population > kCandidates) return kth_best_by_radix(survivors, k, shared);
 
-  for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) {
-    const uint32_t slot = survivors.slots[i];
-    const float score = survivors.scores[slot];
+  survivors.for_each([&](uint32_t slot, float score) {
     if (bucket_of(score) == boundary.bucket) {
       shared.candidates[atomicAdd(&shared.gathered, 1u)] = rank_of(score, slot);
     }
-  }
+  });
   __syncthreads();
   if (threadIdx.x < boundary.population) {
     const uint64_t rank = shared.candidates[threadIdx.x];
@@ -183,6 +220,12 @@ __device__ __forceinline__ unsigned compact(unsigned count, SlotAt slot_at, Keep
   }
   __syncthreads();
   return kept;
+}
+
+__device__ __forceinline__ void ListedSurvivors::keep_from(uint64_t last, unsigned, SelectShared& shared) {
+  auto listed = [&](unsigned i) { return slots[i]; };
+  auto kept = [&](uint32_t slot) { return rank_of(scores[slot], slot) >= last; };
+  count = compact(count, listed, kept, slots, shared);
 }
 
 // Sorts ranks [count], best first, in place: a bitonic network whose every comparator puts the better rank

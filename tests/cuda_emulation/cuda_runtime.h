@@ -39,7 +39,7 @@ typedef struct cudaStream* cudaStream_t;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr { cudaDevAttrL2CacheSize = 38, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -56,7 +56,7 @@ constexpr int kWarp = 32;
 
 cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel);
 cudaError_t allow_shared(const void* function, int bytes);
-int shared_limit();  // bytes of a block, after opting in
+extern int shared_limit, cache_size;  // of a block after opting in, and of the L2 cache; bytes
 void block_barrier();
 void warp_barrier();
 void* lane_values();  // 32 values of the running warp, alternating between exchanges
@@ -94,8 +94,13 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulation::shared_limit();
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrL2CacheSize ? emulation::cache_size : emulation::shared_limit;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  memset(to, value, bytes);
   return cudaSuccess;
 }
 
@@ -155,5 +160,11 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
 inline unsigned atomicOr(unsigned* address, unsigned value) {
   const unsigned old = *address;
   *address |= value;
+  return old;
+}
+
+inline unsigned atomicMax(unsigned* address, unsigned value) {
+  const unsigned old = *address;
+  *address = old > value ? old : value;
   return old;
 }

@@ -89,9 +89,9 @@ class Device:
     def set_order(self, order: str) -> None:
         self._library.emulation_set_order(ORDERS[order])
 
-    def set_shared_limit(self, limit: int) -> None:
-        """The bytes of shared memory that a block can opt in to."""
-        self._library.emulation_set_shared_limit(limit)
+    def resize(self, shared_limit: int = 227 << 10, cache_size: int = 50 << 20) -> None:
+        """The bytes of shared memory that a block can opt in to, and of the L2 cache: they decide the route."""
+        self._library.emulation_set_device(shared_limit, cache_size)
 
     def products(self) -> int:
         """How many matrix products the tensor cores have made since the library was loaded."""

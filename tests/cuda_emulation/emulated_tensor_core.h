@@ -79,6 +79,16 @@ void wait_for_copies() {
 inline void load_matrices(uint32_t (&out)[4], const void* row) { emulation::load_matrices(out, row, false); }
 inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) { emulation::load_matrices(out, row, true); }
 
+// The sum of 17 addends as tensor cores form it, or worse: all cut off at 24 bits of the greatest, then the sum.
+inline float truncated_sum(const double (&addends)[17]) {
+  double greatest = 0, total = 0;
+  for (const double addend : addends) greatest = fabs(addend) > greatest ? fabs(addend) : greatest;
+  const double unit = greatest > 0 && greatest < HUGE_VAL ? ldexp(1.0, ilogb(greatest) - 23) : 0;
+  for (const double addend : addends) total += unit > 0 ? trunc(addend / unit) * unit : addend;
+  const float rounded = static_cast<float>(total);
+  return fabs(rounded) > fabs(total) ? nextafterf(rounded, 0.0f) : rounded;
+}
+
 template <typename T>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Operands {
@@ -89,15 +99,16 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   emulation::products += lane == 0;
   for (int at = 0; at < 4; ++at) {
     const int row = lane / 4 + at / 2 * 8, column = lane % 4 * 2 + at % 2;
-    double total = sum[at];
+    double addends[17];
     for (int k = 0; k < 16; ++k) {
       const Operands& of_row = lanes[row % 8 * 4 + k % 8 / 2];
       const Operands& of_column = lanes[column * 4 + k % 8 / 2];
       const uint32_t x = of_row.a[row / 8 + k / 8 * 2], y = of_column.b[k / 8];
-      total += static_cast<double>(emulation::widen_bits(static_cast<uint16_t>(x >> k % 2 * 16), T())) *
-               emulation::widen_bits(static_cast<uint16_t>(y >> k % 2 * 16), T());
+      addends[k] = static_cast<double>(emulation::widen_bits(static_cast<uint16_t>(x >> k % 2 * 16), T())) *
+                   emulation::widen_bits(static_cast<uint16_t>(y >> k % 2 * 16), T());
     }
-    sum[at] = static_cast<float>(total);
+    addends[16] = sum[at];
+    sum[at] = truncated_sum(addends);
   }
 }
 

@@ -63,7 +63,6 @@ ucontext_t entry_return;
 const std::function<void()>* body;
 Order order = kForward;
 std::map<const void*, size_t> allowed_shared;  // of kernels that opted in to more than the default
-int limit = 227 * 1024;                        // what they may opt in to
 
 [[noreturn]] void fail(const char* what) {
   fprintf(stderr, "emulated device: %s (block %u,%u,%u thread %u)\n", what, blockIdx.x, blockIdx.y, blockIdx.z,
@@ -178,13 +177,12 @@ bool block_or(bool value) {
 }
 
 unsigned long products = 0;
+int shared_limit = 227 * 1024, cache_size = 50 << 20;  // an H200 unless a test says otherwise
 
 Copies& copies() { return current->copies; }
 
-int shared_limit() { return limit; }
-
 cudaError_t allow_shared(const void* function, int bytes) {
-  if (bytes > limit) return cudaErrorInvalidValue;
+  if (bytes > shared_limit) return cudaErrorInvalidValue;
   allowed_shared[function] = static_cast<size_t>(bytes);
   return cudaSuccess;
 }
@@ -222,9 +220,10 @@ extern "C" __attribute__((visibility("default"))) void emulation_set_order(int o
   emulation::order = static_cast<emulation::Order>(order);
 }
 
-// The shared memory a block may opt in to, in bytes: the regimes of a smaller or larger device.
-extern "C" __attribute__((visibility("default"))) void emulation_set_shared_limit(int bytes) {
-  emulation::limit = bytes;
+// What the device reports, in bytes: the routes of a smaller or larger one.
+extern "C" __attribute__((visibility("default"))) void emulation_set_device(int shared_limit, int cache_size) {
+  emulation::shared_limit = shared_limit;
+  emulation::cache_size = cache_size;
 }
 
 // How many matrix products warps have made so far.
