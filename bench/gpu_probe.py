@@ -1,7 +1,7 @@
 """What only a GPU can confirm about the CUDA kernels: one check per name (see results/gpu_pending.md).
 
-Run from the repository root: `python3 bench/gpu_probe.py stream|graph|assert|million|time`. Exits non-zero where a
-check fails; `time` writes gpu_time.json into $OUT (default bench/results).
+Run from the repository root: `python3 bench/gpu_probe.py stream|graph|assert|routes|million|approximate|time`.
+Exits non-zero where a check fails; `time` writes gpu_time.json into $OUT (default bench/results).
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import torch
 
 from cpr_fast.ops import cascade_select, cascade_select_ref, mil_nce, mil_nce_ref
 
-# Floors of one H200 in microseconds at D = 128, fp32: bytes over 4.3 TB/s or operations over 60 TFLOP/s, whichever is
-# more, plus a launch of 2.5: (B, K) -> cascade_select with two views, mil_nce with its gradient to the query.
+# Floors of one H200 in microseconds at D = 128: bytes over 4.3 TB/s or operations over 60 (fp32) and 790 (bf16)
+# TFLOP/s, whichever is more, plus a launch of 2.5: (B, K) -> of either op, fp32 and bf16; cascade_select with two
+# views, mil_nce with its gradient to the query.
 FLOOR_US = {
-    (32, 2048): (3.1, 3.1),
-    (32, 16384): (7.0, 7.0),
-    (256, 16384): (38, 38),
-    (256, 65536): (146, 146),
-    (1024, 65536): (575, 575),
+    (32, 2048): (3.1, 2.8),
+    (32, 16384): (7.0, 4.5),
+    (256, 16384): (38, 5.2),
+    (256, 65536): (146, 13),
+    (1024, 65536): (575, 46),
+    (1024, 1_000_000): (9200, 700),
 }
 
 
@@ -92,6 +94,30 @@ def device_assert() -> None:
     assert "a slot outside the memory" in result.stderr, result.stderr
 
 
+def routes() -> None:
+    """Every route of cascade_select, at the sizes where one ends and the next begins, against the CPU's kernel."""
+    for K in (1, 511, 16_384, 26_000, 27_000, 32_769, 60_000, 140_000, 400_000):
+        for dtype in (torch.float32, torch.bfloat16):
+            queries, memory, views, keep = cascade(35, K, top_k=min(600, K), D=36, dtype=dtype)
+            ids = {"memory_ids": torch.randint(-1, 99, (K,), device="cuda"), "query_ids": torch.arange(35).cuda()}
+            found = cascade_select(queries, memory, views, keep, **ids)
+            on_cpu = {name: value.cpu() for name, value in ids.items()}
+            expected = cascade_select(queries.cpu(), memory.cpu(), views, keep, **on_cpu)
+            torch.testing.assert_close([t.cpu() for t in found], list(expected), rtol=0, atol=0, msg=f"{K=} {dtype=}")
+
+
+def approximate() -> None:
+    """How much of the exact top 5 after 7 stages `precision="bf16"` finds, on random unit vectors."""
+    for B, K in FLOOR_US:
+        inputs = cascade(min(B, 256), K)
+        exact, _ = cascade_select(*inputs)
+        found, _ = cascade_select(*inputs, precision="bf16")
+        shared = (exact[:, :, None] == found[:, None, :]).any(2).float().mean().item()
+        same = (exact.sort(1).values == found.sort(1).values).all(1).float().mean().item()
+        print(f"B={B} K={K}: {shared:.3f} of the entries, {same:.3f} of the rows whole")
+        assert shared > 0.8
+
+
 def million() -> None:
     """Lattice features, so that float64 sums are the float32 ones and ties are everywhere."""
     B, K, D = 70, 1_000_000, 128
@@ -127,27 +153,33 @@ def replay_us(issue, repeats: int = 30) -> float:
 
 def time() -> None:
     rows = []
-    for (B, K), floors in FLOOR_US.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            inputs = cascade(B, K, dtype=dtype)
+    for (B, K), (fp32_us, bf16_us) in FLOOR_US.items():
+        exact = cascade(B, K)
+        calls = {
+            ("cascade_select", "fp32", fp32_us): lambda exact=exact: cascade_select(*exact),
+            ("cascade_select", "bf16", bf16_us): lambda exact=exact: cascade_select(*exact, precision="bf16"),
+        }
+        for dtype, floor_us in ((torch.float32, fp32_us), (torch.bfloat16, bf16_us)):
             query, own_key = features(B, 128, dtype=dtype).requires_grad_(), features(B, 128, dtype=dtype)
-            memory, mined = inputs[1][0].contiguous(), cascade_select(*inputs)[0]
+            memory, mined = exact[1][0].to(dtype), torch.randint(K, (B, 5), device="cuda")
 
             def loss(query=query, own_key=own_key, memory=memory, mined=mined):
                 torch.autograd.grad(mil_nce(query, own_key, memory, mined), query)
 
-            measured = replay_us(lambda inputs=inputs: cascade_select(*inputs)), replay_us(loss)
-            for op, time_us, floor_us in zip(("cascade_select", "mil_nce"), measured, floors, strict=True):
-                rows.append({"op": op, "B": B, "K": K, "D": 128, "dtype": str(dtype)[6:], "time_us": round(time_us, 1)})
-                rows[-1] |= {"fp32_floor_us": floor_us, "ratio": round(time_us / floor_us, 2)}
-                print(*rows[-1].values(), sep="\t")
+            calls["mil_nce", str(dtype)[6:], floor_us] = loss
+        for (op, precision, floor_us), call in calls.items():
+            time_us = replay_us(call)
+            rows.append({"op": op, "B": B, "K": K, "D": 128, "precision": precision, "time_us": round(time_us, 1)})
+            rows[-1] |= {"floor_us": floor_us, "ratio": round(time_us / floor_us, 2)}
+            print(*rows[-1].values(), sep="\t")
     out = Path(os.environ.get("OUT", "bench/results"))
     report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
     (out / "gpu_time.json").write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
-    checks = {"stream": stream, "graph": graph, "assert": device_assert, "million": million, "time": time}
+    checks = {"stream": stream, "graph": graph, "assert": device_assert, "routes": routes, "million": million}
+    checks |= {"approximate": approximate, "time": time}
     if len(sys.argv) != 2 or sys.argv[1] not in checks:
         raise SystemExit(f"usage: gpu_probe.py {'|'.join(checks)}")
     torch.manual_seed(0)

@@ -34,7 +34,8 @@ def cascade_select(
     queries, memory: float32, bfloat16 or float16, one dtype and device, any strides.
     views: n ints in 0..V-1.  keep: n ints, non-increasing, >= 1; may exceed K.
     query_ids, memory_ids: int64; query_ids requires memory_ids.
-    precision: "fp32" (exact, as above) or "bf16" (scores may be approximated).
+    precision: "fp32" (exact, as above) or "bf16": approximate on CUDA, where tensor cores score features rounded to
+        bfloat16 (about 99 % of the top 5 of random unit vectors stay, and 94 % of the rows); exact on the CPU.
 
     Returns indices [B, keep[-1]] int64 and scores [B, keep[-1]] float32 of the last stage; -1 and -inf where fewer
     than keep[-1] entries remain. Raises ValueError or TypeError naming the bad argument.

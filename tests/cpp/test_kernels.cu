@@ -229,6 +229,11 @@ int main() {
       {16, 1000, 130, {0, 1, 1}, {500, 250, 20}, CPR_BF16, false, true},
       {16, 1000, 64, {0, 1, 1}, {500, 250, 20}, CPR_F16, false, true},
       {130, 40000, 4, {1, 0}, {20000, 600}, CPR_F32, true, true},
+      {3, 16384, 128, {1, 0, 1}, {8192, 4096, 5}, CPR_F32, false, true},
+      {40, 300000, 12, {1, 0, 1}, {150000, 70000, 600}, CPR_F32, false, true},  // rows too long for the cache: refined
+      {33, 300001, 8, {0, 1}, {200000, 7}, CPR_F32, true, true},
+      {5, 300000, 36, {1, 0}, {100000, 50}, CPR_BF16, false, true},
+      {5, 300000, 36, {1, 0}, {100000, 50}, CPR_F16, false, false},
   };
   const std::vector<LossCase> losses = {
       {1, 1, 1, 1, CPR_F32, CPR_SAME_POSITIVE, CPR_SELF_KEEP, false, false},
@@ -236,6 +241,8 @@ int main() {
       {32, 2048, 128, 5, CPR_F32, CPR_SAME_NEGATIVE, CPR_SELF_KEEP, true, false},
       {33, 2000, 128, 5, CPR_BF16, CPR_SAME_IGNORE, CPR_SELF_DROP_BOTH, true, false},
       {7, 300, 512, 0, CPR_F16, CPR_SAME_POSITIVE, CPR_SELF_KEEP, false, false},
+      {70, 9000, 128, 5, CPR_F16, CPR_SAME_POSITIVE, CPR_SELF_KEEP, true, false},
+      {33, 1000, 512, 5, CPR_BF16, CPR_SAME_POSITIVE, CPR_SELF_DENOMINATOR, true, true},
       {300, 9000, 20, 4, CPR_F32, CPR_SAME_POSITIVE, CPR_SELF_KEEP, true, true},
   };
   bool all = true;
