@@ -96,7 +96,7 @@ def flow(
     _show(write_flow(index, out, compute=tvl1_flow, shard=_parse_shard(shard), progress=True), json)
 
 
-def pretrain(config: tyro.conf.Positional[Path], *, resume: bool = False) -> None:
+def pretrain(config: tyro.conf.Positional[Path], *, resume: bool = False, json: Json = False) -> None:
     """Pretrain as a config says; any setting can be overridden: `--section.key value`.
 
     `cpr-fast pretrain CONFIG.toml --help` lists the settings with the file's values. Under `torchrun` every
@@ -212,13 +212,16 @@ def _pretrain(arguments: list[str]) -> None:
     from .config import Config, load
 
     path = next(argument for argument in arguments if argument.endswith(".toml"))
-    resume = "--resume" in arguments
-    overrides = [argument for argument in arguments if argument not in (path, "--resume")]
+    overrides = [argument for argument in arguments if argument not in (path, "--resume", "--json")]
     config = tyro.cli(Config, default=load(path), args=overrides, prog=f"cpr-fast pretrain {path}")
 
+    from . import distributed
     from .pretrain.loop import pretrain as run
 
-    _show({"run": str(run(config, resume=resume))}, json=False)
+    folder = run(config, resume="--resume" in arguments)
+    if distributed.is_main():
+        _show({"run": str(folder)}, "--json" in arguments)
+    distributed.finish()
 
 
 def _parse_shard(text: str) -> tuple[int, int]:

@@ -56,7 +56,9 @@ class MemoryConfig:
 
     size: int = 2048  # K
     ema_momentum: float = 0.999
-    shuffle_bn_groups: int = 1  # virtual groups over which the key encoder's BatchNorm sees shuffled clips
+    # Groups of clips whose BatchNorm statistics are apart, the keys shuffled among them; set, the results do not depend
+    # on the number of processes. None: one per process, as published.
+    shuffle_bn_groups: int | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def _validate(config: Config) -> None:
         "model.width": config.model.width,
         "model.feature_dim": config.model.feature_dim,
         "memory.size": memory.size,
-        "memory.shuffle_bn_groups": memory.shuffle_bn_groups,
+        "memory.shuffle_bn_groups": 1 if memory.shuffle_bn_groups is None else memory.shuffle_bn_groups,
         "mining.stages": mining.stages,
         "mining.top_k": mining.top_k,
         "loss.temperature": config.loss.temperature,

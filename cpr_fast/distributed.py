@@ -6,6 +6,7 @@ Letters: R ranks, B clips per rank. Every function is the identity on one proces
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,11 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
+def is_main() -> bool:
+    """Whether this is the first process of the run."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def all_gather(local: Tensor) -> Tensor:
     """[B, ...] of every rank -> [R*B, ...] in rank order, without gradient."""
     if not dist.is_initialized():
@@ -65,21 +71,18 @@ def all_gather(local: Tensor) -> Tensor:
     return torch.cat(everyone)
 
 
+def union(local: Iterable[Hashable]) -> set[Hashable]:
+    """The distinct items of all ranks."""
+    if not dist.is_initialized():
+        return set(local)
+    everyone: list[set[Hashable]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(everyone, set(local))
+    return set().union(*everyone)
+
+
 def mean_(tensors: list[Tensor]) -> None:
     """Replaces each float tensor by its mean over the ranks."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
             tensor /= dist.get_world_size()
-
-
-def sum_(tensor: Tensor) -> None:
-    """Replaces a tensor by its sum over the ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-
-
-def max_(tensor: Tensor) -> None:
-    """Replaces a tensor by its maximum over the ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)

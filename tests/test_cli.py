@@ -1,17 +1,28 @@
 """The command line as a user meets it: exit codes, one-line errors, JSON on stdout and nothing else there."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
+from cpr_fast.checkpoint import load_checkpoint
 from cpr_fast.cli import COMMANDS, main
+from cpr_fast.data.synthetic import write_synthetic
+from cpr_fast.metrics import read_metrics
+
+
+def run_module(*arguments):
+    """`python -m` of the arguments; processes that share few cores get one thread each."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "cpr_fast", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_module("cpr_fast", *arguments)
 
 
 def test_help_lists_every_command():
@@ -60,6 +71,27 @@ def test_unknown_setting_is_refused(tmp_path, capsys):
         main(["pretrain", str(path), "--data.batchsize", "8"])
     assert stopped.value.code == 2
     assert "--data.batchsize" in capsys.readouterr().err
+
+
+def test_torchrun_trains_on_two_processes_without_a_setting(tmp_path):
+    """The real loader, every default: each process takes its share of the batches, the first one writes and prints."""
+    pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")
+    index = write_synthetic(tmp_path / "data", classes=4, videos=4, frames=8, width=64, height=48, progress=False)
+    path = tmp_path / "c.toml"
+    path.write_text(f"""
+        data = {{ index = "{index}", frames = 5, size = 32, batch_size = 4 }}
+        model = {{ width = 0.125 }}
+        memory = {{ size = 8 }}
+        schedule = {{ cycles = [{{ view = "rgb", epochs = 2, mining = "none" }}] }}
+        run = {{ out = "{tmp_path / "run"}", device = "cpu" }}
+    """)
+    done = run_module("torch.distributed.run", "--nproc-per-node", 2, "-m", "cpr_fast", "pretrain", path, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"run": str(tmp_path / "run")}
+    steps = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "step"]
+    assert [row["step"] for row in steps] == [0, 1, 2, 3]  # 16 training videos: two steps of 2 x 4
+    assert [row["loss"] is None for row in steps] == [True, False, False, False]
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["processes"] == 2
 
 
 def test_json_is_alone_on_stdout(tmp_path):

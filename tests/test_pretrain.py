@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from cpr_fast import config as config_module
 from cpr_fast.cascade import stage_keep, stage_views
 from cpr_fast.checkpoint import CheckpointError, load_checkpoint, load_encoders
-from cpr_fast.config import Config, Cycle, ModelConfig, OptimConfig, ScheduleConfig
+from cpr_fast.config import Config, Cycle, MemoryConfig, ModelConfig, OptimConfig, ScheduleConfig
 from cpr_fast.data.index import Index
 from cpr_fast.distributed import World
 from cpr_fast.errors import InputError
 from cpr_fast.metrics import read_metrics
 from cpr_fast.models import build_encoder
 from cpr_fast.pretrain.cycle import CycleState, initial_encoder, views_of
-from cpr_fast.pretrain.encoders import Encoders, GroupedEncoder, running_statistics
+from cpr_fast.pretrain.encoders import Encoders, GroupedEncoder, batch_norm_groups, running_statistics
 from cpr_fast.pretrain.log import NonFiniteError
 from cpr_fast.pretrain.loop import pretrain, train_step
 from cpr_fast.pretrain.schedule import cycle_epochs, generator, learning_rate
@@ -221,6 +221,8 @@ def test_optimiser_of_the_published_baseline_resumes(tmp_path):
 def test_resume_refuses_other_settings_and_missing_checkpoints(finished, tmp_path):
     with pytest.raises(InputError, match=r"optim.lr: the run in .* has 0.001, got 0.5"):
         run(settings(finished, optim={"lr": 0.5}), resume=True)
+    with pytest.raises(InputError, match=r"data.batch_size x processes: the run in .* has 6, got 3"):
+        run(settings(finished, data={"batch_size": 3, "frames": 5, "size": 20}), resume=True)
     with pytest.raises(CheckpointError, match=r"last.pt' does not exist"):
         run(settings(tmp_path / "none"), resume=True)
 
@@ -483,9 +485,20 @@ def test_shuffled_keys_stay_with_their_queries():
 def test_groups_that_do_not_divide_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"memory.shuffle_bn_groups: expected a divisor of the 6 clips of a step"):
         run(settings(tmp_path, memory={"size": 10, "shuffle_bn_groups": 4}))
-    encoder = build_encoder(ModelConfig(width=0.125, feature_dim=8))
     with pytest.raises(InputError, match=r"memory.shuffle_bn_groups: expected a multiple of the 2 processes, got 3"):
-        Encoders(encoder, None, momentum=0.9, groups=3, seed=0, world=World(0, 2, torch.device("cpu")))
+        batch_norm_groups(3, clips=6, processes=2)
+
+
+def test_without_a_setting_there_is_one_group_per_process():
+    assert MemoryConfig().shuffle_bn_groups is None
+    assert [batch_norm_groups(None, clips=6, processes=processes) for processes in (1, 2, 3)] == [1, 2, 3]
+    assert batch_norm_groups(6, clips=12, processes=3) == 6
+
+
+def test_a_memory_shorter_than_the_keys_of_all_processes_is_refused(tmp_path):
+    config = settings(tmp_path)  # 10 slots, 6 videos per process
+    with pytest.raises(InputError, match=r"memory.size: expected at least the 12 keys of a step, .* got 10"):
+        CycleState(config, Cycle("rgb", 1, "none"), {}, INDEX, World(0, 2, torch.device("cpu")))
 
 
 def test_two_processes_compute_what_one_does(tmp_path):

@@ -14,7 +14,7 @@ from ..distributed import World
 from ..errors import InputError
 from ..evaluate.mining_quality import MiningQuality
 from ..models import Encoder, build_encoder
-from .encoders import Encoders
+from .encoders import Encoders, batch_norm_groups
 from .memory import Memory
 
 _VIEWS: tuple[View, ...] = ("rgb", "flow")
@@ -39,12 +39,18 @@ class CycleState:
         self.views = views_of(cycle)
         if cycle.mining == "label" and (index.labels < 0).any():
             raise InputError("schedule.cycles: mining = 'label' expects every video of the index to have a label")
+        clips = config.data.batch_size * world.size  # keys of a step
+        if config.memory.size < clips:
+            raise InputError(
+                f"memory.size: expected at least the {clips} keys of a step, data.batch_size x {world.size} processes, "
+                f"got {config.memory.size}"
+            )
         encoders = [initial_encoder(config, view, weights) for view in self.views]
         self.encoders = Encoders(
             encoders[0],
             encoders[1] if len(encoders) > 1 else None,
             momentum=config.memory.ema_momentum,
-            groups=config.memory.shuffle_bn_groups,
+            groups=batch_norm_groups(config.memory.shuffle_bn_groups, clips, world.size),
             seed=config.run.seed,
             world=world,
         )
@@ -67,6 +73,7 @@ class CycleState:
         self.scaler.update()
 
     def set_learning_rate(self, lr: float) -> None:
+        """Takes effect with the next step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -87,6 +94,7 @@ class CycleState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict`."""
         self.encoders.key.load_state_dict(state["key"])
         self.memory.load_state_dict(state["memory"])
         self.optimizer.load_state_dict(state["optimizer"])

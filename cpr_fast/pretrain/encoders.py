@@ -2,8 +2,8 @@
 
 Letters: B clips per rank, R ranks, G groups, V views, D feature width.
 
-BatchNorm sees one of G groups of B*R/G clips at a time, whatever the number of processes: the published runs use one
-group per GPU, and G groups on one GPU compute the same.
+BatchNorm sees one of G groups of B*R/G clips at a time: the published runs use one group per GPU, and G groups on one
+GPU compute the same.
 """
 
 from __future__ import annotations
@@ -21,6 +21,20 @@ from ..models import Encoder
 from .schedule import generator
 
 SHUFFLE_STREAM = 1  # of `schedule.generator`
+
+
+def batch_norm_groups(groups: int | None, clips: int, processes: int) -> int:
+    """G for steps of `clips` clips (all processes together): `groups`, or one per process where it is None.
+
+    Raises InputError if the groups would not be equal parts of every process's clips.
+    """
+    if groups is None:
+        return processes
+    if groups % processes:
+        raise InputError(f"memory.shuffle_bn_groups: expected a multiple of the {processes} processes, got {groups}")
+    if clips % groups:
+        raise InputError(f"memory.shuffle_bn_groups: expected a divisor of the {clips} clips of a step, got {groups}")
+    return groups
 
 
 class GroupedEncoder(nn.Module):
@@ -58,16 +72,12 @@ class Encoders:
         query: encoder of the view that learns; trained in place.
         other: encoder of the other view, frozen in eval mode; None where the cycle does not look at it.
         momentum: share of the old key weights kept by an update.
-        groups: G, see the module's docstring. Must be a multiple of the number of processes.
+        groups: G, see the module's docstring, from `batch_norm_groups`.
     """
 
     def __init__(
         self, query: Encoder, other: Encoder | None, *, momentum: float, groups: int, seed: int, world: World
     ) -> None:
-        if groups % world.size:
-            raise InputError(
-                f"memory.shuffle_bn_groups: expected a multiple of the {world.size} processes, got {groups}"
-            )
         self.momentum, self.groups, self.seed, self.world = momentum, groups, seed, world
         self.query = query.to(world.device).train()
         self.key = _frozen(copy.deepcopy(self.query))
@@ -100,12 +110,7 @@ class Encoders:
         if self.groups == 1:
             return self._key_groups(clips)
         everyone = distributed.all_gather(clips)  # [R*B, 3, T, H, W]
-        batch = len(everyone)
-        if batch % self.groups:
-            raise InputError(
-                f"memory.shuffle_bn_groups: expected a divisor of the {batch} clips of a step, got {self.groups}"
-            )
-        order = torch.from_numpy(generator(self.seed, SHUFFLE_STREAM, step).permutation(batch)).to(clips.device)
+        order = torch.from_numpy(generator(self.seed, SHUFFLE_STREAM, step).permutation(len(everyone))).to(clips.device)
         mine = order.chunk(self.world.size)[self.world.rank]
         shuffled = distributed.all_gather(self._key_groups(everyone[mine]))  # [R*B, D]
         keys = torch.empty_like(shuffled)

@@ -144,7 +144,7 @@ def _run_cycle(
             log.step(step, epoch, lr, data_wait_s, result)
             last = i + 1 == steps
             if last:
-                log.epoch(epoch, len(loader.skipped), result)
+                log.epoch(epoch, len(distributed.union(path for path, _ in loader.skipped)), result)
                 state.start_epoch()
             every = config.run.checkpoint_every
             if last or (every and (step + 1) % every == 0):
@@ -237,6 +237,7 @@ def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str,
         "environment": environment(run.world.device),
         "encoders": weights | {state.cycle.view: state.encoders.query.state_dict()},
         "cycle_state": state.state_dict(),
+        "processes": run.world.size,
         **where,
     }
     save_step(run.folder / "checkpoints", where["step"], payload, keep=run.config.run.keep_checkpoints)
@@ -256,9 +257,10 @@ def _open_run(config: Config, folder: Path, resume: bool, world: World) -> dict[
             os.replace(temporary, folder / "config.json")
         return None
     saved = load_checkpoint(last, device=world.device)
-    for section, values in _what_counts(saved["config"]).items():
+    asked = _what_counts(config.to_dict(), world.size)
+    for section, values in _what_counts(saved["config"], saved.get("processes", 1)).items():
         for key, was in values.items():
-            now = _what_counts(config.to_dict())[section][key]
+            now = asked[section][key]
             if now != was:
                 raise CheckpointError(f"{section}.{key}: the run in {str(folder)!r} has {was!r}, got {now!r}")
     if world.is_main:
@@ -266,12 +268,14 @@ def _open_run(config: Config, folder: Path, resume: bool, world: World) -> dict[
     return saved
 
 
-def _what_counts(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The settings of a `Config.to_dict()` that decide what is computed, not where and how fast."""
+def _what_counts(config: dict[str, Any], processes: int) -> dict[str, dict[str, Any]]:
+    """The settings of a `Config.to_dict()` that decide what is computed, not where, by how many and how fast."""
     kept = {section: dict(values) for section, values in config.items()}
     kept["run"] = {"seed": kept["run"]["seed"]}
     for key in ("index", "workers", "prefetch", "cache_gib"):
         kept["data"].pop(key)
+    kept["data"]["batch_size x processes"] = kept["data"].pop("batch_size") * processes
+    kept["memory"]["shuffle_bn_groups"] = kept["memory"]["shuffle_bn_groups"] or processes
     return kept
 
 
