@@ -47,8 +47,6 @@ def fetch_frames(
     frames = np.stack([clip_frames(s, data) for s in start])  # [M, T]
     needed, place = np.unique(frames, return_inverse=True)
     pixels = read(path, needed, view, num_frames)
-    if view == "flow":
-        pixels = pixels[:, :, : video.width]  # flow files pad an odd width by one column
     if view == "flow" and video.width % 2:  # flow files pad an odd width by one column, for 4:2:0
         pixels = np.ascontiguousarray(pixels[:, :, : video.width])
     if pixels.shape[1:3] != (video.height, video.width):
