@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from cpr_fast._host import philox_uniform
 
 if TYPE_CHECKING:
