@@ -202,6 +202,14 @@ def test_ugly_sizes(emulated, B, K, D, keep):
     assert_selects(emulated, queries, memory, [0, 1][: len(keep)], keep)
 
 
+def test_on_chip_all_stages_take_two_launches(emulated):
+    # More entries than one word a thread marks; room for them in shared memory.
+    queries, memory = lattice(1, 2, 3, seed=25), normal(1, 17_000, 3, seed=26)
+    before = emulated.launches()
+    assert_selects(emulated, queries, memory, [0] * 4, [9000, 4000, 700, 600])
+    assert emulated.launches() == before + 2
+
+
 @pytest.mark.parametrize("route", ["in cache", "refined"])
 def test_many_queries_take_several_chunks(emulated, route):
     # A cache for the rows of 33 queries, or of none: chunks are of 128, enough to fill a device.

@@ -83,8 +83,10 @@ class Device:
         self._library = ctypes.CDLL(str(library))
         for name in ("cpr_cascade_select_cuda", "cpr_mil_nce_forward_cuda", "cpr_mil_nce_grad_memory_cuda"):
             getattr(self._library, name).restype = ctypes.c_char_p
-        for name in ("cpr_cascade_select_cuda_workspace", "cpr_mil_nce_forward_cuda_workspace", "emulation_products"):
+        for name in ("cpr_cascade_select_cuda_workspace", "cpr_mil_nce_forward_cuda_workspace"):
             getattr(self._library, name).restype = ctypes.c_size_t
+        for name in ("emulation_products", "emulation_launches"):
+            getattr(self._library, name).restype = ctypes.c_ulong
 
     def set_order(self, order: str) -> None:
         self._library.emulation_set_order(ORDERS[order])
@@ -96,6 +98,10 @@ class Device:
     def products(self) -> int:
         """How many matrix products the tensor cores have made since the library was loaded."""
         return self._library.emulation_products()
+
+    def launches(self) -> int:
+        """How many kernels have run since the library was loaded."""
+        return self._library.emulation_launches()
 
     def _workspace(self, size_function: str, args: ctypes.Structure) -> torch.Tensor:
         size = getattr(self._library, size_function)(ctypes.byref(args))

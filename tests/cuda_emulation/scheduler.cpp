@@ -176,7 +176,7 @@ bool block_or(bool value) {
   return votes[turn];
 }
 
-unsigned long products = 0;
+unsigned long products = 0, launches = 0;
 int shared_limit = 227 * 1024, cache_size = 50 << 20;  // an H200 unless a test says otherwise
 
 Copies& copies() { return current->copies; }
@@ -195,6 +195,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const st
       grid.x > INT32_MAX || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
+  ++launches;
   body = &kernel;
   gridDim = grid;
   blockDim = config.blockDim;
@@ -228,3 +229,5 @@ extern "C" __attribute__((visibility("default"))) void emulation_set_device(int 
 
 // How many matrix products warps have made so far.
 extern "C" __attribute__((visibility("default"))) unsigned long emulation_products() { return emulation::products; }
+
+extern "C" __attribute__((visibility("default"))) unsigned long emulation_launches() { return emulation::launches; }
