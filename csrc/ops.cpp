@@ -168,13 +168,17 @@ struct MilNce {
   ScalarType accumulator;
 };
 
-void check_slots(const MilNce& call) {
+void check_values(const MilNce& call) {
   const int64_t *slots = call.args.positives, K = call.args.K;
   for (int64_t i = 0; slots != nullptr && i < call.args.B * call.args.P; ++i) {
     if (slots[i] < -1 || slots[i] >= K) {
       throw std::out_of_range("positives: expected memory slots 0.." + std::to_string(K - 1) + " or -1, got " +
                               std::to_string(slots[i]));
     }
+  }
+  const int64_t* modes = call.args.self_mode;
+  for (int64_t b = 0; modes != nullptr && b < call.args.B; ++b) {
+    check(modes[b] >= 0 && modes[b] <= 2, "self_positive: expected 0, 1 or 2, got " + std::to_string(modes[b]));
   }
 }
 
@@ -223,7 +227,7 @@ MilNce mil_nce_inputs(const Tensor& query, const Tensor& own_key, const Tensor& 
                .same_id = choice("same_id", same_id, {"positive", "ignore", "negative"}),
                .self_positive = choice("self_positive", self_positive, {"keep", "denominator", "drop_both"}),
                .temperature = temperature};
-  if (!cuda) check_slots(call);
+  if (!cuda) check_values(call);
   return call;
 }
 

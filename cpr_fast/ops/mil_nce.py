@@ -5,7 +5,6 @@ Letters: B queries, K memory entries, D feature width, P positives.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cpr_fast.ops import _library  # noqa: F401 - registers torch.ops.cpr_fast
 
@@ -124,8 +123,10 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*saved)
 
 
-@once_differentiable
 def _backward(ctx, grad_loss, *_):
+    # Without this a gradient penalty would be a constant: the gradients below are not functions of the inputs.
+    if torch.is_grad_enabled():
+        raise RuntimeError("mil_nce: cannot be differentiated twice (backward was asked for with create_graph=True)")
     grads = [None] * 10
     if grad_loss is None:
         return tuple(grads)
@@ -169,7 +170,9 @@ def _check(
         if tensor.device != query.device:
             raise ValueError(f"{name}: expected the device of query, {query.device}, got {tensor.device}")
     modes = self_positive if isinstance(self_positive, Tensor) else None
-    P = positives.shape[-1] if positives is not None and positives.dim() else 0
+    if positives is not None and positives.dim() != 2:
+        raise ValueError(f"positives: expected shape [B={B}, P], got {list(positives.shape)}")
+    P = 0 if positives is None else positives.shape[1]
     for name, tensor, shape in (
         ("positives", positives, (B, P)),
         ("query_ids", query_ids, (B,)),
