@@ -192,6 +192,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+# Paths that are not what a command expected; the message of each names its path.
+PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -201,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _pretrain(arguments[1:])
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cpr-fast", args=arguments)
-    except (InputError, FileNotFoundError) as error:
+    except (InputError, *PATH_ERRORS) as error:
         print(f"cpr-fast: {error}", file=sys.stderr)
         return 2
     return 0

@@ -64,6 +64,18 @@ def test_bad_input_is_one_named_line_and_exit_code_2(tmp_path, monkeypatch, caps
     assert not list(tmp_path.iterdir())  # nothing half-written
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["pretrain", "folder.toml"], ["synth", "file/data"], ["quickstart", "--out", "file"], ["mine", "folder.toml"]],
+)
+def test_files_in_the_place_of_folders_are_bad_input(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.toml").mkdir()
+    (tmp_path / "file").touch()
+    assert main(arguments) == 2
+    assert arguments[-1] in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_unknown_setting_is_refused(tmp_path, capsys):
     path = tmp_path / "c.toml"
     path.write_text("")
