@@ -9,18 +9,24 @@ MAX_JOBS                    parallel compilations
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))
 from build_backend import torch_root  # noqa: E402
+
+# Older ones answer the license field of pyproject.toml with pages of JSON schema.
+if int(re.match(r"\d+", setuptools.__version__)[0]) < 77:
+    raise SystemExit(f"setuptools >= 77 is needed, this is {setuptools.__version__}: pip install 'setuptools>=77'")
 
 
 class CMakeBuild(build_ext):
