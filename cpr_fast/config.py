@@ -35,6 +35,7 @@ class DataConfig:
     stride: int = 1  # source frames from one clip frame to the next
     size: int = 128  # side of the square clip, pixels
     augment: Literal["coclr", "none"] = "coclr"
+    crop_area: float = 0.2  # smallest share of the frame that a random crop covers; the largest is all of it
     batch_size: int = 16  # B, videos per rank and step
     workers: int = 2  # decoding workers per rank
     prefetch: int = 2  # batches prepared ahead
@@ -47,6 +48,7 @@ class ModelConfig:
 
     arch: Literal["s3d"] = "s3d"
     width: float = 1.0  # multiplies every channel count of the backbone
+    conv_std: float = 0.01  # of the initial convolution weights [CoCLR]; lr / conv_std is the relative step of Adam
     feature_dim: int = 128  # D, width of the projected, L2-normalised feature
 
 
@@ -213,6 +215,7 @@ def _validate(config: Config) -> None:
         "data.prefetch": data.prefetch,
         "model.width": config.model.width,
         "model.feature_dim": config.model.feature_dim,
+        "model.conv_std": config.model.conv_std,
         "memory.size": memory.size,
         "memory.shuffle_bn_groups": 1 if memory.shuffle_bn_groups is None else memory.shuffle_bn_groups,
         "mining.stages": mining.stages,
@@ -232,6 +235,12 @@ def _validate(config: Config) -> None:
             raise ConfigError(f"{where}: expected a fraction in 0..1, got {value}")
     if data.cache_gib < 0:
         raise ConfigError(f"data.cache_gib: expected 0 or more, got {data.cache_gib}")
+    if data.frames < 5 or data.size < 17:
+        raise ConfigError(
+            f"data.frames, data.size: S3D expects at least 5 frames of 17 pixels, got {data.frames} of {data.size}"
+        )
+    if not 0 < data.crop_area <= 1:
+        raise ConfigError(f"data.crop_area: expected a fraction in (0, 1], got {data.crop_area}")
     if not 0 < mining.ratio <= 1:
         raise ConfigError(f"mining.ratio: expected a fraction in (0, 1], got {mining.ratio}")
     if memory.size < data.batch_size:

@@ -10,7 +10,6 @@ import pytest
 from cpr_fast import _host
 from cpr_fast.config import DataConfig
 from cpr_fast.data.sampling import (
-    CROP_AREA,
     CROP_RATIO,
     Clips,
     Sources,
@@ -143,7 +142,7 @@ class TestPairs:
         height, width = bottom - top, right - left
         assert top.min() == 0 and left.min() == 0 and bottom.max() == 240 and right.max() == 320
         area, ratio = height * width / (240 * 320), width / height
-        assert CROP_AREA[0] * 0.98 < area.min() and area.max() <= 1
+        assert DATA.crop_area * 0.98 < area.min() and area.max() <= 1
         assert CROP_RATIO[0] * 0.98 < ratio.min() and ratio.max() < CROP_RATIO[1] * 1.02
         small = area < 0.5  # such a crop fits whatever its ratio: both are uniform there
         assert abs(area[small].mean() - 0.35) < 0.005 and abs(np.log(ratio[small]).mean()) < 0.01

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cpr_fast.data.index import Index
 
 CENTRE_FRACTION = 224 / 256  # of the short side: the published evaluation crops 224 from frames of short side 256
-CROP_AREA, CROP_RATIO, CROP_ATTEMPTS = (0.2, 1.0), (3 / 4, 4 / 3), 10
+CROP_RATIO, CROP_ATTEMPTS = (3 / 4, 4 / 3), 10
 JITTER, HUE_DEGREES, SIGMA = 0.4, 36.0, (0.1, 2.0)  # ColorJitter(.4, .4, .4, .1): a hue of .1 is 36 degrees
 BASE_P, FLIP_P, JITTER_P, GRAYSCALE_P, BLUR_P = 0.3, 0.5, 0.8, 0.2, 0.5
 
@@ -164,7 +164,7 @@ def _clip(
     return Clips(
         video=video,
         start=start,
-        box=_random_box(height, width, draw[:, 8:28].reshape(-1, CROP_ATTEMPTS, 2), draw[:, 28:30]),
+        box=_random_box(height, width, data.crop_area, draw[:, 8:28].reshape(-1, CROP_ATTEMPTS, 2), draw[:, 28:30]),
         flip=draw[:, 0] < FLIP_P,
         brightness=factor[:, 0].astype(np.float32),
         contrast=factor[:, 1].astype(np.float32),
@@ -185,10 +185,12 @@ def _centre_box(height: np.ndarray, width: np.ndarray) -> np.ndarray:
     return np.stack([top, left, top + side, left + side], axis=1)
 
 
-def _random_box(height: np.ndarray, width: np.ndarray, attempts: np.ndarray, corner: np.ndarray) -> np.ndarray:
+def _random_box(
+    height: np.ndarray, width: np.ndarray, smallest: float, attempts: np.ndarray, corner: np.ndarray
+) -> np.ndarray:
     """RandomResizedCrop: the first of the attempts (float64 [N, 10, 2]: area, log ratio) that fits, placed by
     `corner` (float64 [N, 2]); the largest centred box of an allowed ratio where none does. int64 [N, 4]."""
-    area = (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * attempts[..., 0]) * (height * width)[:, None]
+    area = (smallest + (1 - smallest) * attempts[..., 0]) * (height * width)[:, None]
     low, high = np.log(CROP_RATIO)
     ratio = np.exp(low + (high - low) * attempts[..., 1])  # width / height
     w, h = np.round(np.sqrt(area * ratio)).astype(np.int64), np.round(np.sqrt(area / ratio)).astype(np.int64)

@@ -32,5 +32,5 @@ class Encoder(nn.Module):
 
 def build_encoder(config: ModelConfig) -> Encoder:
     """The encoder of a config, randomly initialised from torch's global generator."""
-    encoder = Encoder(S3D(config.width), config.feature_dim)
+    encoder = Encoder(S3D(config.width, config.conv_std), config.feature_dim)
     return encoder.to(memory_format=torch.channels_last_3d)

@@ -104,9 +104,12 @@ class S3D(nn.Module):
 
     Args:
         width: multiplies every channel count, each rounded to a multiple of 8.
+        conv_std: standard deviation of the initial convolution weights. BatchNorm follows every convolution, so it
+            leaves the function as it is; it sets how fast the weights turn: Adam moves them by about lr / conv_std of
+            themselves in a step.
     """
 
-    def __init__(self, width: float = 1.0) -> None:
+    def __init__(self, width: float = 1.0, conv_std: float = 0.01) -> None:
         super().__init__()
         stem, second = scaled(64, width), scaled(192, width)
         self.Conv_1a = STConv3d(3, stem, kernel=7, stride=2)
@@ -126,7 +129,7 @@ class S3D(nn.Module):
         self.out_channels = channels
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
-                nn.init.normal_(module.weight, std=0.01)
+                nn.init.normal_(module.weight, std=conv_std)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 5 or x.shape[1] != 3 or x.shape[2] < 5 or min(x.shape[3:]) < 17:
