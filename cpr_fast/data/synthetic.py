@@ -129,8 +129,9 @@ def _write_source(out: Path, pair: tuple[str, str], number: int, settings: dict[
 
 def _encode(path: Path, clip: np.ndarray) -> None:
     """Writes uint8 RGB [T, H, W, 3] as H.264 yuv420p with a key frame every 12 frames."""
-    # one thread: x264's frame threads change the bits with their number
-    options = {"preset": "veryfast", "crf": "20", "g": "12", "bf": "0", "threads": "1"}
+    # One thread: x264's frame threads change the bits with their number. No macroblock tree: at a few dozen pixels its
+    # look-ahead reads memory nobody wrote, and the bits change from run to run.
+    options = {"preset": "veryfast", "crf": "20", "g": "12", "bf": "0", "threads": "1", "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], "yuv420p"
