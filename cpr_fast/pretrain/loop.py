@@ -258,7 +258,7 @@ def _open_run(config: Config, folder: Path, resume: bool, world: World) -> dict[
         return None
     saved = load_checkpoint(last, device=world.device)
     asked = _what_counts(config.to_dict(), world.size)
-    for section, values in _what_counts(saved["config"], saved.get("processes", 1)).items():
+    for section, values in _what_counts(saved["config"], saved["processes"]).items():
         for key, was in values.items():
             now = asked[section][key]
             if now != was:
