@@ -89,6 +89,10 @@ MOTIONS: dict[str, Callable[[Motion, Array], Pose]] = {
     "glide": _glide,
 }
 
+# A motion has its pace, as walking and running do: pixels a frame, rms; a source's is .8 to 1.25 times it, so that
+# those of neighbours overlap.
+PACE = {"rotate": 2.3, "shuttle": 1.5, "pulse": 1.0, "orbit": 1.9, "rock": 1.25, "glide": 2.8}
+
 
 def _clouds(x: Array, y: Array, rng: np.random.Generator) -> Array:
     """Smooth noise of about one wavelength: plane waves of random direction, standard deviation 1."""
@@ -121,15 +125,25 @@ _OUTLINES: dict[str, Callable[[Array], Array]] = {
 SCENES = tuple(_PATTERNS)  # a scene kind is a pattern, on figures and background alike, and an outline of figures
 
 
-def _palette(rng: np.random.Generator) -> Array:
-    """A dark and a bright colour of unrelated random hues, in random order, [2, 3] in 0..255."""
-    dark = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.2, 0.7), rng.uniform(0.2, 0.45))
-    bright = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.1, 0.6), rng.uniform(0.65, 1.0))
+# A kind of scene has its colours, as pools are blue and pitches green: the mean hue (in turns) of its ground and of the
+# figures on it, from which a source strays by HUE_SPREAD (standard deviation), and the relative size of its pattern.
+_GROUND_HUE = {"stripes": 0.08, "checks": 0.33, "blobs": 0.58, "rings": 0.83, "dots": 0.20, "zigzag": 0.45}
+_FIGURE_HUE = {"stripes": 0.50, "checks": 0.00, "blobs": 0.13, "rings": 0.30, "dots": 0.70, "zigzag": 0.92}
+_COARSENESS = {"stripes": 1.0, "checks": 1.25, "blobs": 1.4, "rings": 0.85, "dots": 0.75, "zigzag": 1.1}
+HUE_SPREAD = 0.05
+
+
+def _palette(hue: float, rng: np.random.Generator) -> Array:
+    """A dark and a bright colour of hues about `hue`, in random order, [2, 3] in 0..255."""
+    first, second = rng.normal(hue, HUE_SPREAD, 2) % 1
+    dark = colorsys.hsv_to_rgb(first, rng.uniform(0.4, 0.8), rng.uniform(0.2, 0.45))
+    bright = colorsys.hsv_to_rgb(second, rng.uniform(0.2, 0.6), rng.uniform(0.65, 1.0))
     return 255 * np.array([dark, bright] if rng.uniform() < 0.5 else [bright, dark])
 
 
-def _texture(scene: str, height: int, width: int, wavelength: float, rng: np.random.Generator) -> Array:
-    """A piece of the scene's pattern at random place and angle in two random colours, [height, width, 3] 0..255."""
+def _texture(scene: str, hue: float, height: int, width: int, wavelength: float, rng: np.random.Generator) -> Array:
+    """A piece of the scene's pattern at random place and angle, two colours about `hue`: [height, width, 3] 0..255."""
+    wavelength *= _COARSENESS[scene]
     angle, (x0, y0) = rng.uniform(0, 2 * math.pi), rng.uniform(-3, 3, 2)
     across = (np.arange(width) - width / 2)[None, :] / wavelength
     down = (np.arange(height) - height / 2)[:, None] / wavelength
@@ -137,7 +151,7 @@ def _texture(scene: str, height: int, width: int, wavelength: float, rng: np.ran
     y = math.sin(angle) * across + math.cos(angle) * down + y0
     value = np.tanh(1.6 * _PATTERNS[scene](x, y, rng)) + 0.35 * _clouds(x, y, rng)  # no instance repeats exactly
     share = np.clip(0.5 + 0.42 * value, 0, 1)[..., None]
-    first, second = _palette(rng)
+    first, second = _palette(hue, rng)
     return (first * (1 - share) + second * share).astype(np.float32)
 
 
@@ -182,7 +196,8 @@ def make_source(motion: str, scene: str, rng: np.random.Generator, *, height: in
     unit = min(height, width) / 120
     drift = unit * rng.uniform(1.5, 5)
     margin = math.ceil(drift) + 2
-    background = _texture(scene, height + 2 * margin, width + 2 * margin, unit * rng.uniform(16, 34), rng)
+    wavelength = unit * rng.uniform(18, 28)
+    background = _texture(scene, _GROUND_HUE[scene], height + 2 * margin, width + 2 * margin, wavelength, rng)
     distractors = [_distractor(rng, height, width) for _ in range(rng.integers(1, 3))]
     angle, slope = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.2)
     x, y = np.linspace(-1, 1, width)[None, :], np.linspace(-1, 1, height)[:, None]
@@ -210,7 +225,7 @@ def _performers(motion: str, scene: str, rng: np.random.Generator, height: int, 
     """One to three figures, side by side, of one pace; each with its own texture, direction, sense and phase."""
     unit = min(height, width) / 120
     count = int(rng.integers(1, 4))
-    speed, period = unit * rng.uniform(1.2, 2.6), rng.uniform(12, 24)
+    speed, period = unit * PACE[motion] * rng.uniform(0.8, 1.25), rng.uniform(12, 24)
     places = (rng.permutation(count) + rng.uniform(0.35, 0.65, count)) / count * width
     figures = []
     for x in places:
@@ -251,7 +266,7 @@ def _figure_texture(scene: str, radius: float, wavelength: float, rng: np.random
     distance = np.hypot(x, y)
     outline = np.minimum(_OUTLINES[scene](np.arctan2(y, x)), 1.1)
     alpha = np.clip(radius * (outline - distance) + 0.5, 0, 1)[..., None].astype(np.float32)
-    colour = _texture(scene, 2 * half + 1, 2 * half + 1, wavelength, rng)
+    colour = _texture(scene, _FIGURE_HUE[scene], 2 * half + 1, 2 * half + 1, wavelength, rng)
     return np.concatenate([colour * alpha, alpha], axis=2)
 
 

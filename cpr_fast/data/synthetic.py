@@ -5,16 +5,19 @@ kind occurs with at least two motions and every motion with at least two scene k
 class and the two together do. With 12 classes each of four scenes meets three of four motions: knowing one of the two
 leaves three classes.
 
-**What one class shares**: the programme (rotate, shuttle, pulse, orbit, rock, glide: see `actions.MOTIONS`), the
-pattern (stripes, checks, blobs, rings, dots, zigzag) of figures and background, and the figures' outline.
+**What one class shares**, as in real footage, where a pool is blue and a sprint is fast: of the motion, the programme
+(rotate, shuttle, pulse, orbit, rock, glide: see `actions.MOTIONS`) and a typical pace; of the scene, the pattern
+(stripes, checks, blobs, rings, dots, zigzag) of figures and background, its typical size and colours, and the figures'
+outline. Pace, size and colours are weak cues: those of neighbouring motions and scenes overlap, and none tells more
+than the motion or the scene.
 
-**What varies from source to source**, drawn alike for every class: colours (random hues, dark and bright in random
-order, so the mean colour says nothing), the instance, angle and wavelength of each pattern, one to three figures and
-their size, place and texture, pace (1.2-2.6 pixels a frame rms, for every programme alike, so the amount of motion says
-nothing), period (0.5-1 s, shorter where growing or rocking at that pace would go too far), direction, sense and phase
-of each figure (so the mean flow says nothing), one or two distractors of any scene kind that drift without a programme,
-camera drift, light fall-off, change of lighting, sensor noise. Clips of one source (siblings) share all of these and
-differ in the time they were cut from it: phase, camera position, lighting and noise differ.
+**What varies from source to source**, drawn alike for every class: hues about the scene's (dark and bright in random
+order), the instance, angle and wavelength of each pattern, one to three figures and their size, place and texture,
+pace (.8 to 1.25 times the motion's), period (0.5-1 s, shorter where growing or rocking at that pace would go too far),
+direction, sense and phase of each figure (so the direction of the mean flow says nothing), one or two distractors of
+any scene kind that drift without a programme, camera drift, light fall-off, change of lighting, sensor noise. Clips of
+one source (siblings) share all of these and differ in the time they were cut from it: phase, camera position, lighting
+and noise differ.
 
 Every second source gives two clips, the others one. A quarter of the sources of each class are the test split.
 """
@@ -74,7 +77,7 @@ def write_synthetic(
     out = Path(out)
     _check_sizes(videos, frames, width, height)
     pairs = class_table(classes)
-    settings = {"version": 1, "classes": classes, "videos": videos, "seed": seed, "frames": frames}
+    settings = {"version": 2, "classes": classes, "videos": videos, "seed": seed, "frames": frames}
     settings |= {"width": width, "height": height}
     index_path = out / "index.csv"
     if _is_complete(out, settings):
