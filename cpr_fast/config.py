@@ -119,6 +119,40 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class ClassifierConfig:
+    """How a classifier is trained on top of a pretrained backbone; the defaults finetune all of it [paper, App. A]."""
+
+    epochs: int = 500  # 100 in the ablations, Tables 1-5
+    milestones: tuple[int, ...] = (400, 450)  # epochs at which every rate is multiplied by gamma
+    gamma: float = 0.1
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 1e-3  # of the classifier
+    backbone_lr: float = 1e-3  # 1e-4 [CoCLR]; 0 freezes the backbone, BatchNorm's statistics included
+    layer_decay: float = 1.0  # each layer of the backbone learns at this share of the rate of the one above it
+    momentum: float = 0.9  # sgd only
+    weight_decay: float = 1e-3
+    dropout: float = 0.9  # of the pooled features
+    normalize: bool = False  # L2, then BatchNorm, before the linear layer
+    batch_size: int = 16
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class ProbeConfig(ClassifierConfig):
+    """The linear probe [CoCLR]: the same with a frozen backbone, features -> L2 -> BatchNorm -> linear."""
+
+    inputs: Literal["features", "clips"] = "features"  # one stored feature per video, or augmented clips end to end
+    epochs: int = 100
+    milestones: tuple[int, ...] = (60, 80)
+    optimizer: Literal["adam", "sgd"] = "sgd"
+    lr: float = 1.0  # 0.1 where inputs = "clips"
+    backbone_lr: float = 0.0
+    dropout: float = 0.0
+    normalize: bool = True
+    batch_size: int = 1024  # 16 where inputs = "clips"
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where the run lives and what it writes."""
 
@@ -140,6 +174,8 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    finetune: ClassifierConfig = field(default_factory=ClassifierConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -247,6 +283,8 @@ def _validate(config: Config) -> None:
         raise ConfigError(
             f"memory.size: expected at least data.batch_size = {data.batch_size} entries, got {memory.size}"
         )
+    _validate_classifier("probe", config.probe)
+    _validate_classifier("finetune", config.finetune)
     if not schedule.cycles:
         raise ConfigError("schedule.cycles: expected at least one cycle, got none")
     for i, cycle in enumerate(schedule.cycles):
@@ -256,3 +294,13 @@ def _validate(config: Config) -> None:
         top_k = mining.top_k if cycle.top_k is None else cycle.top_k
         if cycle.mining == "cascade" and not 1 <= top_k <= memory.size:
             raise ConfigError(f"{where}.top_k: expected 1..memory.size = {memory.size}, got {top_k}")
+
+
+def _validate_classifier(where: str, config: ClassifierConfig) -> None:
+    for name in ("epochs", "batch_size", "lr", "gamma", "layer_decay"):
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{where}.{name}: expected a positive number, got {getattr(config, name)}")
+    if config.backbone_lr < 0:
+        raise ConfigError(f"{where}.backbone_lr: expected 0 or more, got {config.backbone_lr}")
+    if not 0 <= config.dropout < 1:
+        raise ConfigError(f"{where}.dropout: expected a fraction in [0, 1), got {config.dropout}")

@@ -272,6 +272,8 @@ def _what_counts(config: dict[str, Any], processes: int) -> dict[str, dict[str, 
     """The settings of a `Config.to_dict()` that decide what is computed, not where, by how many and how fast."""
     kept = {section: dict(values) for section, values in config.items()}
     kept["run"] = {"seed": kept["run"]["seed"]}
+    for section in ("probe", "finetune"):  # come after pretraining
+        kept.pop(section, None)
     for key in ("index", "workers", "prefetch", "cache_gib"):
         kept["data"].pop(key)
     kept["data"]["batch_size x processes"] = kept["data"].pop("batch_size") * processes
