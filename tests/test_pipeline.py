@@ -19,7 +19,7 @@ from cpr_fast.data.background import run_ahead
 from cpr_fast.data.clips import ClipReader, fetch_frames, fetch_packets
 from cpr_fast.data.index import Index, Video
 from cpr_fast.data.pipeline import MEAN, STD, ClipGraph, TrainLoader, WindowLoader
-from cpr_fast.data.sampling import Clips, Sources, clip_frames, epoch_order, plan_pairs, plan_windows
+from cpr_fast.data.sampling import Clips, Sources, clip_frames, epoch_order, plan_labelled, plan_pairs, plan_windows
 from cpr_fast.data.stream import ClipStream, Job
 from cpr_fast.data.video import VideoError
 from cpr_fast.errors import InputError
@@ -125,6 +125,19 @@ class TestBatches:
                     assert np.abs(levels(batch.clips["rgb"][place, clip]) - rgb).max() <= 1.01
                     checked += 1
         assert checked >= 6
+
+    def test_another_plan_gives_its_clips(self, index):
+        """One clip of a video, to learn its label: the frames, boxes and flips of `plan_labelled`."""
+        checked = 0
+        for batch in collect(TrainLoader(index, DATA, ["rgb"], seed=1, plan=plan_labelled)):
+            assert batch.clips["rgb"].shape == (4, 1, 3, 4, 32, 32) and batch.start.shape == (4, 1)
+            plan = plan_labelled(Sources.of(index), batch.video.numpy(), DATA, 1, 0)
+            for row in np.nonzero(neutral(plan))[0]:
+                frames = decode_linearly(index[plan.video[row]].path)[clip_frames(plan.start[row], DATA)]
+                expected = resized(frames, plan.box[row], plan.flip[row], 32)
+                assert np.abs(levels(batch.clips["rgb"][row, 0]) - expected).max() <= 1.01
+                checked += 1
+        assert checked >= 3
 
     def test_rgb_and_flow_share_the_draw(self, index):
         """The flow videos are the RGB videos' red channel: the clips must be the same picture."""

@@ -15,9 +15,12 @@ from cpr_fast.data.sampling import (
     Sources,
     clip_frames,
     epoch_order,
+    plan_labelled,
     plan_pairs,
+    plan_selection,
     plan_windows,
     step_videos,
+    with_test_jitter,
 )
 
 DATA = DataConfig(frames=32)
@@ -175,6 +178,37 @@ class TestPairs:
             assert (getattr(plan, field) == value).all(), field
         start = plan.start.reshape(2, 100)
         assert (start[0] != start[1]).sum() > 90
+
+
+class TestClassifierClips:
+    def test_one_clip_with_null_augmentation_and_some_jitter(self):
+        plan = plan_labelled(sources(20000), np.arange(20000), DATA, 0, 3)
+        assert len(plan) == 20000 and plan.video.tolist() == list(range(20000))
+        assert (plan.sigma == 0).all() and (plan.saturation >= 0.6).all()  # neither blur nor grayscale
+        assert abs(plan.flip.mean() - 0.5) < 0.015
+        jittered = plan.hue != 0
+        assert abs(jittered.mean() - 0.3) < 0.015
+        assert (plan.brightness[~jittered] == 1).all() and abs(plan.brightness[jittered]).max() <= 1.4
+        area = np.prod(plan.box[:, 2:] - plan.box[:, :2], axis=1) / (240 * 320)
+        assert area.min() > 0.19 and area.max() <= 1
+        assert plan.start.min() == 0 and plan.start.max() == 67  # the last legal start, 68, is never drawn
+        assert same(plan_labelled(sources(20000), np.arange(5, 9), DATA, 0, 3), plan[5:9])
+        assert not same(plan_labelled(sources(20000), np.arange(20000), DATA, 0, 4), plan)
+
+    def test_selection_clips_are_random_crops_and_nothing_else(self):
+        plan = plan_selection(sources(500), np.arange(500), DATA, 0, 0)
+        assert not plan.flip.any() and len(np.unique(plan.box, axis=0)) > 400
+        for field, value in {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "sigma": 0}.items():
+            assert (getattr(plan, field) == value).all(), field
+
+    def test_test_jitter_is_one_draw_per_video(self):
+        windows = Clips.concatenate([plan_windows(sources(3000), video, DATA, 2) for video in range(3000)])
+        plan = with_test_jitter(windows, 7)
+        for field in ("brightness", "contrast", "saturation", "hue"):
+            pairs = getattr(plan, field).reshape(3000, 2)
+            assert (pairs[:, 0] == pairs[:, 1]).all()
+        assert abs((plan.hue != 0).mean() - 0.3) < 0.03 and abs(plan.contrast - 1).max() <= 0.2
+        assert np.array_equal(plan.box, windows.box) and np.array_equal(plan.start, windows.start)
 
 
 class TestWindows:

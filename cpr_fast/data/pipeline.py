@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,15 @@ from torch import Tensor
 from cpr_fast.config import DataConfig
 from cpr_fast.data.clips import ClipReader, FrameCache, Material, fetch_checked_packets, fetch_frames, fetch_packets
 from cpr_fast.data.index import Index
-from cpr_fast.data.sampling import Clips, Sources, epoch_order, plan_pairs, plan_windows, step_videos
+from cpr_fast.data.sampling import (
+    Clips,
+    Sources,
+    epoch_order,
+    plan_pairs,
+    plan_windows,
+    step_videos,
+    with_test_jitter,
+)
 from cpr_fast.data.stream import ClipStream, Job
 from cpr_fast.errors import InputError
 
@@ -42,13 +50,16 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, for both v
 
 @dataclass(frozen=True)
 class Batch:
-    """What one training step sees. `clips[view][:, c]` is contiguous in channels_last_3d: no copy in a network."""
+    """What one training step sees; C clips of every video, two in pretraining.
 
-    clips: dict[str, Tensor]  # view -> float32 [B, 2, 3, T, S, S], normalised
+    `clips[view][:, c]` is contiguous in channels_last_3d: no copy in a network.
+    """
+
+    clips: dict[str, Tensor]  # view -> float32 [B, C, 3, T, S, S], normalised
     video: Tensor  # int64 [B], position in the index
     source: Tensor  # int64 [B], equal for siblings
     label: Tensor  # int64 [B], -1 where unlabelled
-    start: Tensor  # int64 [B, 2], first source frame of each clip
+    start: Tensor  # int64 [B, C], first source frame of each clip
 
 
 @dataclass(frozen=True)
@@ -183,8 +194,9 @@ def _clip_stream(
 
 
 class TrainLoader:
-    """Two augmented clips of every video, one epoch after another.
+    """Augmented clips of every video, one epoch after another: two of each for `plan_pairs`, the default.
 
+    `plan` is a function like it, whose M is a multiple of its N: the first clips of all videos, then the second ones.
     `skipped` lists (path, reason) of every file that could not be read; another video of the epoch takes its place.
     Raises InputError for an index too small for one global batch, or without the flow that `views` asks for.
     """
@@ -199,6 +211,7 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
+        plan: Callable[[Sources, np.ndarray, DataConfig, int, int], Clips] = plan_pairs,
     ) -> None:
         self._steps = len(index) // (data.batch_size * world_size)
         if self._steps == 0:
@@ -208,8 +221,9 @@ class TrainLoader:
             )
         self._index, self._data, self._seed = index, data, seed
         self._rank, self._world_size = rank, world_size
-        self._sources = Sources.of(index)
-        self._clips = _clip_stream(index, data, views, torch.device(device), 2 * data.batch_size)
+        self._sources, self._plan_clips = Sources.of(index), plan
+        clips = len(plan(self._sources, np.array([0]), data, seed, 0))  # of a video
+        self._clips = _clip_stream(index, data, views, torch.device(device), clips * data.batch_size)
         self._labels, self._source_ids = torch.from_numpy(index.labels), torch.from_numpy(index.source_ids)
 
     def __len__(self) -> int:
@@ -232,11 +246,14 @@ class TrainLoader:
 
     def _plan(self, order: np.ndarray, epoch: int, step: int) -> list[Job]:
         videos = step_videos(order, step, self._data.batch_size, self._rank, self._world_size)
-        pairs = plan_pairs(self._sources, videos, self._data, self._seed, epoch)
+        clips = self._plan_clips(self._sources, videos, self._data, self._seed, epoch)
         first = (step * self._world_size + self._rank) * self._data.batch_size
         batch = len(videos)
         return [
-            Job(pairs[[row, batch + row]], lambda place=first + row: self._substitutes(order, epoch, place))
+            Job(
+                clips[np.arange(row, len(clips), batch)],
+                lambda place=first + row: self._substitutes(order, epoch, place),
+            )
             for row in range(batch)
         ]
 
@@ -245,15 +262,16 @@ class TrainLoader:
         count = len(order)
         for offset in range(count):
             video = order[(place + count // 2 + offset) % count]
-            yield plan_pairs(self._sources, np.array([video]), self._data, self._seed, epoch)
+            yield self._plan_clips(self._sources, np.array([video]), self._data, self._seed, epoch)
 
     def _batch(self, materials: list[Material]) -> Batch:
         count = len(materials)  # B; the graph gets all first clips, then all second clips
-        clips, tensors = self._clips.run([(material, clip) for clip in (0, 1) for material in materials])
+        order = [(material, clip) for clip in range(len(materials[0].clips)) for material in materials]
+        clips, tensors = self._clips.run(order)
         video = torch.from_numpy(clips.video[:count])
-        start = torch.from_numpy(np.maximum(clips.start, 0)).view(2, count)
+        start = torch.from_numpy(np.maximum(clips.start, 0)).view(-1, count)
         return Batch(
-            {view: t.unflatten(0, (2, count)).transpose(0, 1) for view, t in tensors.items()},
+            {view: t.unflatten(0, (-1, count)).transpose(0, 1) for view, t in tensors.items()},
             video,
             self._source_ids[video],
             self._labels[video],
@@ -276,13 +294,17 @@ class WindowLoader:
         views: Sequence[str],
         *,
         clips_per_video: int | None = None,
+        jitter_seed: int | None = None,
         batch_size: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        """`jitter_seed` not None: with the colour jitter of `with_test_jitter`."""
         self._batch_size = batch_size or data.batch_size
         sources = Sources.of(index)
         windows = [plan_windows(sources, video, data, clips_per_video) for video in range(len(index))]
         self._windows = Clips.concatenate(windows)
+        if jitter_seed is not None:
+            self._windows = with_test_jitter(self._windows, jitter_seed)
         self._clips = _clip_stream(index, data, views, torch.device(device), self._batch_size)
 
     def __len__(self) -> int:

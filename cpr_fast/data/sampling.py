@@ -10,7 +10,7 @@ Letters: N videos, M clips, T frames of a clip, B videos of a batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,8 +26,11 @@ CROP_RATIO, CROP_ATTEMPTS = (3 / 4, 4 / 3), 10
 JITTER, HUE_DEGREES, SIGMA = 0.4, 36.0, (0.1, 2.0)  # ColorJitter(.4, .4, .4, .1): a hue of .1 is 36 degrees
 BASE_P, FLIP_P, JITTER_P, GRAYSCALE_P, BLUR_P = 0.3, 0.5, 0.8, 0.2, 0.5
 
+LABELLED_JITTER_P = 0.3  # of a clip that learns its label: jitter alone, no grayscale, no blur
+TEST_JITTER, TEST_JITTER_P = 0.2, 0.3  # of the published code's test clips; its hue is that of training
+
 # Which of a video's independent streams a draw belongs to; 0 and 1 are its two clips.
-_PAIR_STREAM, _ORDER_STREAM = 2, 3
+_PAIR_STREAM, _ORDER_STREAM, _LABELLED_STREAM, _TEST_STREAM = 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,31 @@ def plan_pairs(sources: Sources, video: np.ndarray, data: DataConfig, seed: int,
     base = null + colour jitter, grayscale and blur. With `data.augment = "none"`: two positions, centre crop.
     """
     start, is_base = _positions(sources.num_frames[video], data, seed, epoch, video)
+    chances = np.array([JITTER_P, GRAYSCALE_P, BLUR_P])
     clips = [
-        _clip(sources, video, start[:, c], is_base[:, c], data, _draws(video, seed, epoch, c, blocks=8)) for c in (0, 1)
+        _clip(sources, video, start[:, c], is_base[:, [c]] * chances, data, _draws(video, seed, epoch, c, blocks=8))
+        for c in (0, 1)
     ]
     return Clips.concatenate(clips)
+
+
+def plan_labelled(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Clips:
+    """The training clip of each video for a classifier, M = N: CoCLR's "null" augmentation, and colour jitter with
+    p = .3. With `data.augment = "none"`: a random position, centre crop."""
+    return _single(sources, video, data, seed, epoch, LABELLED_JITTER_P)
+
+
+def plan_selection(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Clips:
+    """The clip of each video by which the published code selects a model: a random position and crop, M = N."""
+    clips = _single(sources, video, data, seed, epoch, 0.0)
+    return replace(clips, flip=np.zeros(len(clips), bool))
+
+
+def _single(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int, jitter_p: float) -> Clips:
+    draw = _draws(video, seed, epoch, _LABELLED_STREAM, blocks=8)
+    slack = sources.num_frames[video] - _span(data)
+    start = np.where(slack < 0, slack, _below(draw[:, 31], np.maximum(slack, 1)))
+    return _clip(sources, video, start, np.array([jitter_p, 0, 0]), data, draw)
 
 
 def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video: int | None) -> Clips:
@@ -111,6 +135,15 @@ def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video
         start = np.linspace(0, slack, clips_per_video).round().astype(np.int64)
     videos = np.full(len(start), video, np.int64)
     return _neutral(videos, start.astype(np.int64), _centre_box(sources.height[videos], sources.width[videos]))
+
+
+def with_test_jitter(clips: Clips, seed: int) -> Clips:
+    """The same clips under the colour jitter that the published code leaves on at test time, one draw per video."""
+    draw = _draws(clips.video, seed, 0, _TEST_STREAM, blocks=2)
+    jitter = draw[:, 0] < TEST_JITTER_P
+    factor = (1 + np.where(jitter[:, None], TEST_JITTER * (2 * draw[:, 1:4] - 1), 0)).astype(np.float32)
+    hue = np.where(jitter, HUE_DEGREES * (2 * draw[:, 4] - 1), 0).astype(np.float32)
+    return replace(clips, brightness=factor[:, 0], contrast=factor[:, 1], saturation=factor[:, 2], hue=hue)
 
 
 def clip_frames(start: int, data: DataConfig) -> np.ndarray:
@@ -151,16 +184,14 @@ def _positions(
 
 
 def _clip(
-    sources: Sources, video: np.ndarray, start: np.ndarray, is_base: np.ndarray, data: DataConfig, draw: np.ndarray
+    sources: Sources, video: np.ndarray, start: np.ndarray, chances: np.ndarray, data: DataConfig, draw: np.ndarray
 ) -> Clips:
-    """One clip per video from its 32 draws, float64 [N, 32]."""
+    """One clip per video from its 32 draws, float64 [N, 32]; chances of jitter, grayscale and blur, [3] or [N, 3]."""
     height, width = sources.height[video], sources.width[video]
     if data.augment == "none":
         return _neutral(video, start, _centre_box(height, width))
-    jitter = is_base & (draw[:, 1] < JITTER_P)
+    jitter, grayscale, blur = (draw[:, 1:4] < chances).T
     factor = 1 + np.where(jitter[:, None], JITTER * (2 * draw[:, 4:7] - 1), 0)  # [N, 3]
-    grayscale = is_base & (draw[:, 2] < GRAYSCALE_P)
-    blur = is_base & (draw[:, 3] < BLUR_P)
     return Clips(
         video=video,
         start=start,
