@@ -1,7 +1,6 @@
 """Pretraining: cycles of epochs of steps, from random weights or a checkpoint to the run folder.
 
-Read `train_step` beside Algorithm 1 of the paper. Letters: B clips per rank, R ranks, V views, K memory slots,
-D feature width, P positives, T frames.
+The step itself, Algorithm 1 of the paper, is `cpr_fast.pretrain.step.train_step`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
 
 from .. import distributed
 from ..checkpoint import LAST, CheckpointError, load_checkpoint, save_step
@@ -23,15 +21,13 @@ from ..config import Config
 from ..data.index import Index
 from ..distributed import World
 from ..errors import InputError
-from ..evaluate.mining_quality import gather_slots
 from ..metrics import FILE as METRICS_FILE
 from ..metrics import MetricsWriter, environment, rewind
-from ..ops import mil_nce
 from ..progress import track
 from .cycle import CycleState
-from .log import StepLog, StepResult
-from .mining import id_meaning, mine
+from .log import StepLog
 from .schedule import cycle_epochs, learning_rate
+from .step import train_step
 
 if TYPE_CHECKING:
     from ..data.pipeline import Batch
@@ -164,67 +160,6 @@ def _timed_batches(loader: Loader, epochs: range, start_step: int) -> Iterator[t
             batch = next(batches)
             yield epoch, i, batch, time.perf_counter() - began
         start_step = 0
-
-
-def train_step(state: CycleState, batch: Batch, step: int) -> StepResult:
-    """One batch of Algorithm 1 [paper]; nothing in it waits for the device.
-
-    Until the memory is full the encoder's weights stay as they are: only BatchNorm's statistics, the moving average
-    and the memory move [published code].
-    """
-    config, encoders, memory, cycle = state.config, state.encoders, state.memory, state.cycle
-    own_clips = batch.clips[cycle.view]  # [B, 2, 3, T, H, W]
-    learning = memory.full
-    with torch.set_grad_enabled(learning), state.autocast():
-        f_q = encoders.encode_query(own_clips[:, 0])  # [B, D]
-    encoders.update_key()
-    with torch.no_grad(), state.autocast():
-        keys = [encoders.encode_keys(own_clips[:, 1], step)]  # f_q+ of all ranks, [R*B, D] per view
-        keys += [encoders.encode_other(batch.clips[view][:, 1]) for view in state.views[1:]]
-    keys = torch.stack(keys)  # [V, R*B, D]
-    rows = torch.stack([batch.source, batch.video, batch.label, batch.start[:, 1]], dim=1)  # [B, 4]
-    source, video, label, start = distributed.all_gather(rows).unbind(1)  # [R*B] each
-    here = slice(state.world.rank * len(f_q), (state.world.rank + 1) * len(f_q))  # this rank's part of them
-
-    loss, mined = torch.full_like(f_q[0, 0], float("nan")).detach(), None
-    if learning:
-        if cycle.mining == "cascade":
-            anchors = keys[:, here]
-            if config.mining.anchor == "query":
-                anchors = torch.stack([f_q.detach(), keys[1, here]])
-            mined = mine(anchors, memory, batch.source, config.mining, state.top_k)  # [B, P]
-        meaning = id_meaning(cycle.mining, config.loss, seed=config.run.seed, step=step)
-        loss = mil_nce(
-            f_q, keys[0, here], memory.features[0], mined,
-            query_ids=getattr(batch, meaning.ids), memory_ids=getattr(memory, meaning.ids),
-            same_id=meaning.same_id, self_positive=meaning.self_positive, temperature=config.loss.temperature,
-        )  # fmt: skip
-        state.optimise(loss)
-    result = _measure(state, f_q, keys, loss, mined, video, start)
-    memory.enqueue(keys, source=source, video=video, label=label, start=start, step=step)
-    return result
-
-
-@torch.no_grad()
-def _measure(
-    state: CycleState, f_q: Tensor, keys: Tensor, loss: Tensor, mined: Tensor | None, video: Tensor, start: Tensor
-) -> StepResult:
-    """What the log wants to know of a step, the same on every rank; stays on the device."""
-    loss = loss.detach().clone()
-    distributed.mean_([loss])
-    nan = torch.full_like(loss, float("nan"))
-    finite = f_q.isfinite().all() & keys.isfinite().all()
-    if not state.memory.full:
-        return StepResult(nan, nan, nan, finite, video, start, None, None)
-    state.loss_sum += torch.stack([loss, torch.ones_like(loss)])
-    finite = finite & loss.isfinite()
-    if mined is None:
-        return StepResult(loss, nan, nan, finite, video, start, None, None)
-    mined = distributed.all_gather(mined)  # [R*B, P]
-    mined_video = gather_slots(state.memory.video, mined)
-    pmr, mining_r1 = state.quality.update(mined_video, video)
-    mined_start = gather_slots(state.memory.start, mined)
-    return StepResult(loss, pmr, mining_r1, finite, video, start, mined_video, mined_start)
 
 
 def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str, Any]) -> None:
