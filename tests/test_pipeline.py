@@ -231,7 +231,7 @@ class TestAugmentation:
     """One clip at a time through the graph, against NumPy, PIL and OpenCV. Tolerances are in levels of 255."""
 
     def run(self, pixels, **draw):
-        neutral_draw = {"flip": False, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "sigma": 0}
+        neutral_draw = {"flip": False, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "sigma": 0, "crop": 0}
         box = draw.pop("box", [0, 0, *pixels.shape[1:3]])
         rest = {name: np.array([value]) for name, value in (neutral_draw | draw).items()}
         clips = Clips(np.zeros(1, int), np.zeros(1, int), np.array([box]), **rest)
@@ -434,6 +434,17 @@ class TestWindowLoader:
         assert sum(len(batch.video) for batch in first) == 3 * 9 + 1  # the short video has one
         assert all(torch.equal(a.clips["rgb"], b.clips["rgb"]) for a, b in zip(first, second, strict=True))
         loader.close()
+
+    def test_ten_crops_of_every_window_in_one_pass(self, index):
+        loader = WindowLoader(index, DATA, ["rgb"], clips_per_video=2, crops=10, batch_size=7)
+        batches = list(loader)
+        loader.close()
+        plan = Clips.concatenate([plan_windows(Sources.of(index), video, DATA, 2, 10) for video in range(len(index))])
+        assert torch.cat([batch.crop for batch in batches]).tolist() == plan.crop.tolist()
+        clips = torch.cat([batch.clips["rgb"] for batch in batches])
+        for row in range(10):
+            frames = decode_linearly(index[0].path)[clip_frames(plan.start[row], DATA)]
+            assert np.abs(levels(clips[row]) - resized(frames, plan.box[row], plan.flip[row], 32)).max() <= 1.01
 
 
 class TestEnd:

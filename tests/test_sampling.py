@@ -22,6 +22,7 @@ from cpr_fast.data.sampling import (
     step_videos,
     with_test_jitter,
 )
+from cpr_fast.errors import InputError
 
 DATA = DataConfig(frames=32)
 
@@ -223,6 +224,24 @@ class TestWindows:
     def test_uniform_windows_reach_from_the_first_frame_to_the_last(self):
         assert plan_windows(sources(1, num_frames=132), 0, DATA, 5).start.tolist() == [0, 25, 50, 75, 100]
         assert plan_windows(sources(1), 0, DATA, 1).start.tolist() == [0]
+
+    def test_five_and_ten_crops_are_those_of_torchs_slices(self):
+        height, width, side = 49, 80, 43
+        pixels = np.arange(height * width).reshape(height, width)
+        table = sources(1, num_frames=47, height=height, width=width)
+        slices = [pixels[3:46, 18:61], pixels[:side, :side], pixels[:side, -side:], pixels[-side:, :side],
+                  pixels[-side:, -side:]]  # fmt: skip
+        slices += [cut[:, ::-1] for cut in slices]
+        for crops in (1, 5, 10):
+            plan = plan_windows(table, 0, DATA, None, crops)
+            assert plan.start.tolist() == [0] * crops + [15] * crops
+            assert plan.crop.tolist() == 2 * list(range(crops))
+            for row, expected in enumerate(2 * slices[:crops]):
+                top, left, bottom, right = plan.box[row]
+                cut = pixels[top:bottom, left:right]
+                np.testing.assert_array_equal(cut[:, ::-1] if plan.flip[row] else cut, expected)
+        with pytest.raises(InputError, match="expected 1 .centre., 5 .and corners. or 10 .and flipped., got 3"):
+            plan_windows(table, 0, DATA, None, 3)
 
     def test_a_short_video_gives_one_padded_window(self):
         for clips_per_video in (None, 10):

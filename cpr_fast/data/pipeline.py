@@ -68,6 +68,7 @@ class WindowBatch:
 
     clips: dict[str, Tensor]  # view -> float32 [N, 3, T, S, S], normalised
     video: Tensor  # int64 [N], position in the index
+    crop: Tensor  # int64 [N], number of the crop, 0 the centre one
 
 
 def augment(frames, draw, view: str, size: int):
@@ -280,11 +281,11 @@ class TrainLoader:
 
 
 class WindowLoader:
-    """Every evaluation window of every video, centre crop, in the order of the index.
+    """Every evaluation window of every video, in the order of the index.
 
-    Windows overlap by half (starts 0, T/2 - 1, ... times the stride), or are `clips_per_video` uniform ones. The last
-    batch may be smaller. `skipped` lists (path, reason) of the files that could not be read: their windows are the
-    only ones missing.
+    Windows overlap by half (starts 0, T/2 - 1, ... times the stride), or are `clips_per_video` uniform ones; each is
+    cut in the centre, or 5 or 10 times (`crops`, see `plan_windows`). The last batch may be smaller. `skipped` lists
+    (path, reason) of the files that could not be read: their windows are the only ones missing.
     """
 
     def __init__(
@@ -294,6 +295,7 @@ class WindowLoader:
         views: Sequence[str],
         *,
         clips_per_video: int | None = None,
+        crops: int = 1,
         jitter_seed: int | None = None,
         batch_size: int | None = None,
         device: torch.device | str = "cpu",
@@ -301,7 +303,7 @@ class WindowLoader:
         """`jitter_seed` not None: with the colour jitter of `with_test_jitter`."""
         self._batch_size = batch_size or data.batch_size
         sources = Sources.of(index)
-        windows = [plan_windows(sources, video, data, clips_per_video) for video in range(len(index))]
+        windows = [plan_windows(sources, video, data, clips_per_video, crops) for video in range(len(index))]
         self._windows = Clips.concatenate(windows)
         if jitter_seed is not None:
             self._windows = with_test_jitter(self._windows, jitter_seed)
@@ -330,4 +332,4 @@ class WindowLoader:
     def _batch(self, materials: list[Material]) -> WindowBatch:
         order = [(material, clip) for material in materials for clip in range(len(material.clips))]
         clips, tensors = self._clips.run(order)
-        return WindowBatch(tensors, torch.from_numpy(clips.video))
+        return WindowBatch(tensors, torch.from_numpy(clips.video), torch.from_numpy(clips.crop))

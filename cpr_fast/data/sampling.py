@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpr_fast._host import philox_uniform
+from cpr_fast.errors import InputError
 
 if TYPE_CHECKING:
     from cpr_fast.config import DataConfig
     from cpr_fast.data.index import Index
 
 CENTRE_FRACTION = 224 / 256  # of the short side: the published evaluation crops 224 from frames of short side 256
+CROPS = (1, 5, 10)
 CROP_RATIO, CROP_ATTEMPTS = (3 / 4, 4 / 3), 10
 JITTER, HUE_DEGREES, SIGMA = 0.4, 36.0, (0.1, 2.0)  # ColorJitter(.4, .4, .4, .1): a hue of .1 is 36 degrees
 BASE_P, FLIP_P, JITTER_P, GRAYSCALE_P, BLUR_P = 0.3, 0.5, 0.8, 0.2, 0.5
@@ -64,6 +66,7 @@ class Clips:
     saturation: np.ndarray  # float32 [M], factor; 0 is grayscale
     hue: np.ndarray  # float32 [M], degrees
     sigma: np.ndarray  # float32 [M], Gaussian blur in output pixels; 0 is none
+    crop: np.ndarray  # int64 [M], number of an evaluation crop, 0..9 (see `plan_windows`); 0 in training
 
     def __len__(self) -> int:
         return len(self.video)
@@ -123,9 +126,14 @@ def _single(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, ep
     return _clip(sources, video, start, np.array([jitter_p, 0, 0]), data, draw)
 
 
-def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video: int | None) -> Clips:
-    """The evaluation clips of one video, centre crop: windows that overlap by half (starts 0, T/2 - 1, ... times the
-    stride), or `clips_per_video` at uniform positions. A video shorter than a clip gives one, left-padded."""
+def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video: int | None, crops: int = 1) -> Clips:
+    """The evaluation clips of one video: windows that overlap by half (starts 0, T/2 - 1, ... times the stride), or
+    `clips_per_video` at uniform positions. A video shorter than a clip gives one, left-padded.
+
+    Each window is cut `crops` times, crop after crop: centre (1), and the corners (5), and these five flipped (10).
+    """
+    if crops not in CROPS:
+        raise InputError(f"crops: expected 1 (centre), 5 (and corners) or 10 (and flipped), got {crops}")
     slack = int(sources.num_frames[video]) - _span(data)
     if slack <= 0:
         start = np.array([slack])
@@ -133,8 +141,11 @@ def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video
         start = np.arange(0, slack + 1, max(1, data.frames // 2 - 1) * data.stride)
     else:
         start = np.linspace(0, slack, clips_per_video).round().astype(np.int64)
-    videos = np.full(len(start), video, np.int64)
-    return _neutral(videos, start.astype(np.int64), _centre_box(sources.height[videos], sources.width[videos]))
+    crop = np.tile(np.arange(crops), len(start))
+    videos = np.full(len(crop), video, np.int64)
+    box = _corner_box(sources.height[videos], sources.width[videos], crop % 5)
+    clips = _neutral(videos, start.astype(np.int64).repeat(crops), box)
+    return replace(clips, flip=crop >= 5, crop=crop)
 
 
 def with_test_jitter(clips: Clips, seed: int) -> Clips:
@@ -189,7 +200,7 @@ def _clip(
     """One clip per video from its 32 draws, float64 [N, 32]; chances of jitter, grayscale and blur, [3] or [N, 3]."""
     height, width = sources.height[video], sources.width[video]
     if data.augment == "none":
-        return _neutral(video, start, _centre_box(height, width))
+        return _neutral(video, start, _corner_box(height, width, np.zeros(len(video), np.int64)))
     jitter, grayscale, blur = (draw[:, 1:4] < chances).T
     factor = 1 + np.where(jitter[:, None], JITTER * (2 * draw[:, 4:7] - 1), 0)  # [N, 3]
     return Clips(
@@ -202,17 +213,22 @@ def _clip(
         saturation=np.where(grayscale, 0, factor[:, 2]).astype(np.float32),
         hue=np.where(jitter, HUE_DEGREES * (2 * draw[:, 7] - 1), 0).astype(np.float32),
         sigma=np.where(blur, SIGMA[0] + (SIGMA[1] - SIGMA[0]) * draw[:, 30], 0).astype(np.float32),
+        crop=np.zeros(len(video), np.int64),
     )
 
 
 def _neutral(video: np.ndarray, start: np.ndarray, box: np.ndarray) -> Clips:
-    one, zero = np.ones(len(video), np.float32), np.zeros(len(video), np.float32)
-    return Clips(video, start, box, np.zeros(len(video), bool), one, one, one, zero, zero)
+    count = len(video)
+    one, zero = np.ones(count, np.float32), np.zeros(count, np.float32)
+    return Clips(video, start, box, np.zeros(count, bool), one, one, one, zero, zero, np.zeros(count, np.int64))
 
 
-def _centre_box(height: np.ndarray, width: np.ndarray) -> np.ndarray:
+def _corner_box(height: np.ndarray, width: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Squares of 7/8 of the short side: place 0 in the centre, 1..4 top left, top right, bottom left, bottom right."""
     side = np.maximum(1, np.round(CENTRE_FRACTION * np.minimum(height, width))).astype(np.int64)
-    top, left = (height - side) // 2, (width - side) // 2
+    free_height, free_width = height - side, width - side
+    top = np.where(place == 0, free_height // 2, np.where(place >= 3, free_height, 0))
+    left = np.where(place == 0, free_width // 2, np.where(place % 2 == 0, free_width, 0))
     return np.stack([top, left, top + side, left + side], axis=1)
 
 
