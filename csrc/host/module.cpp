@@ -2,9 +2,12 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
+#include <vector>
 
 #include "cpr_fast.h"
+#include "msgpack.h"
 #include "philox.h"
 
 namespace py = pybind11;
@@ -57,6 +60,20 @@ py::array_t<double> philox_uniform(uint64_t seed, const py::array_t<uint64_t, kD
   return uniforms;
 }
 
+py::array_t<uint64_t> msgpack_spans(const py::buffer& record) {
+  const py::buffer_info bytes = record.request();
+  if (bytes.ndim != 1 || bytes.itemsize != 1 || bytes.strides[0] != 1)
+    throw py::value_error("record: expected a contiguous buffer of bytes");
+  std::vector<cpr::Span> spans;
+  {
+    py::gil_scoped_release release;  // a page of the mapped file may have to be read first
+    spans = cpr::byte_string_spans(static_cast<const uint8_t*>(bytes.ptr), bytes.size);
+  }
+  py::array_t<uint64_t> out({static_cast<py::ssize_t>(spans.size()), py::ssize_t{2}});
+  std::copy_n(reinterpret_cast<const uint64_t*>(spans.data()), 2 * spans.size(), out.mutable_data());
+  return out;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = CPR_VERSION;
@@ -73,6 +90,7 @@ PYBIND11_MODULE(_host, module) {
       "Host code for NumPy users, without torch.\n\n"
       "philox(seed, counters)                   raw Philox4x32-10 words\n"
       "philox_uniform(seed, streams, blocks=1)  uniform draws as a pure function of (seed, stream)\n"
+      "msgpack_spans(record)                    where the byte strings of a msgpack array lie\n"
       "build_info()                             what this build contains";
   module.def("philox", &philox, py::arg("seed"), py::arg("counters"),
              "Philox4x32-10 with the 64-bit key `seed`: uint32 [N, 4] counters -> uint32 [N, 4] words.");
@@ -81,6 +99,10 @@ PYBIND11_MODULE(_host, module) {
       "Independent uniforms in [0, 1) with 32 random bits each: uint64 [N, 3] streams (every value below 2**32,\n"
       "e.g. epoch, video, purpose) -> float64 [N, 4 * blocks]. Row i depends on seed and streams[i] alone, and\n"
       "more blocks extend a row without changing its beginning. Raises ValueError on another shape or value.");
+  module.def(
+      "msgpack_spans", &msgpack_spans, py::arg("record"),
+      "uint64 [N, 2]: offset and size in bytes of each element of `record`, a buffer that holds a msgpack array of\n"
+      "bytes, in the encoding of any msgpack version. No element is copied. Raises ValueError on anything else.");
   module.def("build_info", &build_info,
              "dict of str: version, cpu_variants (best first) and cuda_architectures, comma-separated, and compiler.");
 }

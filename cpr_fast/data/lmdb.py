@@ -1,0 +1,201 @@
+"""Videos as JPEG records in an LMDB file, as CoCLR and CPR publish them: a reader that decodes only what it is asked
+for, and a writer of the same format.
+
+The path of such a video is FILE.lmdb#CLASS/VIDEO: the LMDB file (or folder), "#", and the video's name in it. Keys:
+
+    __order__   msgpack list of the names "Class/video"
+    %09d        the video at that place of __order__: msgpack list of its frames as JPEG, in order
+    __keys__    msgpack list of those keys, in the order they were written
+    __len__     how many there are
+    __vlen__    frames of each, aligned with __keys__; absent in some published files
+
+Files of msgpack before 1.0 hold bytes and text as "raw": both encodings are read. A flow record is a picture (u, v,
+128) in the order of OpenCV, so (128, v, u) as every RGB decoder gives it.
+
+Letters: F frames, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+
+import lmdb
+import msgpack
+import numpy as np
+import simplejpeg
+
+from cpr_fast._host import msgpack_spans
+from cpr_fast.data.video import VideoError
+from cpr_fast.errors import InputError
+
+MARK = ".lmdb#"
+META = (b"__keys__", b"__len__", b"__order__", b"__vlen__")
+
+
+def split_record(path: str | Path) -> tuple[Path, str] | None:
+    """(LMDB file, name) of FILE.lmdb#NAME, None for the path of an ordinary file."""
+    file, mark, name = str(path).partition(MARK)
+    return (Path(file + MARK[:-1]), name) if mark else None
+
+
+def record_path(file: Path, name: str) -> Path:
+    """FILE.lmdb#NAME."""
+    return Path(f"{file}#{name}")
+
+
+def read_jpegs(path: Path, frames: Sequence[int] | np.ndarray) -> list[memoryview]:
+    """The JPEG of every frame asked for, as slices of the mapped file: nothing is copied. Raises VideoError."""
+    file, name = split_record(path)
+    try:
+        record, spans = open_records(file).record(name)
+    except (KeyError, ValueError, InputError) as error:
+        raise VideoError(path, str(error.args[0])) from error
+    if int(max(frames)) >= len(spans):
+        raise VideoError(path, f"frame {int(max(frames))} asked of {len(spans)}")
+    return [record[offset : offset + size] for offset, size in spans[np.asarray(frames)].tolist()]
+
+
+def read_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str) -> np.ndarray:
+    """Decoded frames, as PIL decodes them: uint8 [F, H, W, 3] (rgb), or [F, H, W, 2] (u, v) for view "flow"."""
+    jpegs = read_jpegs(path, frames)
+    out: np.ndarray | None = None
+    for place, jpeg in enumerate(jpegs):
+        try:
+            if out is None:
+                out = np.empty((len(jpegs), *simplejpeg.decode_jpeg_header(jpeg)[:2], 3), np.uint8)
+            picture = simplejpeg.decode_jpeg(jpeg, "BGR" if view == "flow" else "RGB", buffer=out[place])
+        except ValueError as error:
+            raise VideoError(path, f"frame {int(frames[place])} does not decode: {error}") from error
+        if picture.shape != out.shape[1:]:
+            raise VideoError(path, f"the frame size changes from {out.shape[1:3]} to {picture.shape[:2]}")
+    return np.ascontiguousarray(out[..., :2]) if view == "flow" else out
+
+
+def frame_size(path: Path) -> tuple[int, int, int]:
+    """(frames, height, width) of a record; the first JPEG's header gives the size. Raises VideoError."""
+    file, name = split_record(path)
+    jpeg = read_jpegs(path, [0])[0]
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+    except ValueError as error:
+        raise VideoError(path, f"frame 0 is no JPEG: {error}") from error
+    return len(open_records(file).record(name)[1]), height, width
+
+
+class Records:
+    """One LMDB file, open for reading. Safe to use from any number of threads."""
+
+    def __init__(self, file: Path) -> None:
+        if not file.exists():
+            raise InputError(f"LMDB {str(file)!r} does not exist")
+        try:
+            # readahead off: clips lie anywhere in terabytes. lock off: nobody writes, and the disk may be read-only.
+            self._environment = lmdb.open(
+                str(file), subdir=file.is_dir(), readonly=True, lock=False, readahead=False, meminit=False
+            )
+            # One transaction for the life of the process: its buffers are the mapped file.
+            self._transaction = self._environment.begin(buffers=True)
+            order = self._transaction.get(b"__order__")
+        except lmdb.Error as error:
+            raise InputError(f"LMDB {str(file)!r}: {error}") from error
+        if order is None:
+            raise InputError(f"LMDB {str(file)!r}: expected the key '__order__', as CoCLR's files have")
+        self.names: list[str] = [_text(name) for name in msgpack.unpackb(order, raw=True)]
+        self._place = {name: place for place, name in enumerate(self.names)}
+        self._lock = threading.Lock()
+        self.record = lru_cache(maxsize=2**16)(self._record)  # 2.4 kB for 300 frames: 160 MB when full
+
+    def num_frames(self) -> dict[str, int]:
+        """Frames of every video by its name, from __vlen__ where the file has it, else from the records' headers."""
+        stored = {key: self._transaction.get(key) for key in (b"__keys__", b"__vlen__")}
+        if all(value is not None for value in stored.values()):
+            keys, lengths = (msgpack.unpackb(stored[key], raw=True) for key in (b"__keys__", b"__vlen__"))
+            return {self.names[int(key)]: length for key, length in zip(keys, lengths, strict=True)}
+        return {name: len(self.record(name)[1]) for name in self.names if self._get(name) is not None}
+
+    def _record(self, name: str) -> tuple[memoryview, np.ndarray]:
+        """The mapped record and, uint32 [F, 2], offset and size of each JPEG in it; the headers are read once."""
+        if name not in self._place:
+            raise KeyError(f"the LMDB has no video {name!r}")
+        record = self._get(name)
+        if record is None:
+            raise KeyError(f"the LMDB names {name!r} but holds no record of it")
+        spans = msgpack_spans(record)
+        if len(record) >= 2**32:
+            raise ValueError(f"expected a record below 4 GiB, got {len(record)} bytes")
+        return record, spans.astype(np.uint32)
+
+    def _get(self, name: str) -> memoryview | None:
+        with self._lock:
+            return self._transaction.get(b"%09d" % self._place[name])
+
+
+@cache
+def open_records(file: Path) -> Records:
+    """The file, opened once per process: LMDB refuses a second time. Raises InputError."""
+    resolved = file.resolve()
+    return Records(file) if resolved == file else open_records(resolved)
+
+
+class RecordWriter:
+    """Writes FILE.lmdb: `put` video after video, then leave the `with` block.
+
+    The file appears under its name when that block ends well. Until then it is FILE.lmdb.part, which a later writer
+    continues: `name in writer` says what it already holds.
+    """
+
+    _WRITTEN = b"~"  # ~%09d holds [name, frames] of a video until the file is complete
+
+    def __init__(self, file: Path) -> None:
+        if split_record(f"{file}#") is None or file.is_dir():
+            raise InputError(f"file: expected the name of a file that ends in .lmdb, got {str(file)!r}")
+        self._file, self._part = file, Path(f"{file}.part")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._environment = lmdb.open(str(self._part), subdir=False, map_size=2**30, lock=False, meminit=False)
+        with self._environment.begin() as transaction, transaction.cursor() as cursor:
+            rows = cursor.iternext() if cursor.set_range(self._WRITTEN) else ()
+            self._written = dict(msgpack.unpackb(value) for _, value in rows)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._written
+
+    def put(self, name: str, jpegs: Sequence[bytes]) -> None:
+        """Adds a video; it is on the disk when this returns."""
+        if name in self._written:
+            raise InputError(f"name: {name!r} is already in {str(self._file)!r}")
+        key = b"%09d" % len(self._written)
+        self._commit({key: msgpack.packb(list(jpegs)), self._WRITTEN + key: msgpack.packb([name, len(jpegs)])})
+        self._written[name] = len(jpegs)
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            keys = [b"%09d" % place for place in range(len(self._written))]
+            meta = (keys, len(keys), list(self._written), list(self._written.values()))
+            notes = {self._WRITTEN + key: None for key in keys}
+            self._commit({key: msgpack.packb(value) for key, value in zip(META, meta, strict=True)} | notes)
+        self._environment.close()
+        if kind is None:
+            os.replace(self._part, self._file)
+
+    def _commit(self, entries: dict[bytes, bytes | None]) -> None:
+        """Puts all entries, or deletes those of value None, in one transaction; the map, which is the largest size of
+        the file, doubles where they do not fit."""
+        while True:
+            try:
+                with self._environment.begin(write=True) as transaction:
+                    for key, value in entries.items():
+                        transaction.delete(key) if value is None else transaction.put(key, value)
+                return
+            except lmdb.MapFullError:
+                self._environment.set_mapsize(2 * self._environment.info()["map_size"])
+
+
+def _text(name: bytes | str) -> str:
+    return name.decode() if isinstance(name, bytes) else name
