@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import lmdb
@@ -134,11 +134,17 @@ class Records:
             return self._transaction.get(b"%09d" % self._place[name])
 
 
-@cache
+_opened: dict[Path, Records] = {}
+_opening = threading.Lock()
+
+
 def open_records(file: Path) -> Records:
-    """The file, opened once per process: LMDB refuses a second time. Raises InputError."""
-    resolved = file.resolve()
-    return Records(file) if resolved == file else open_records(resolved)
+    """The file, opened once per process, as LMDB demands. Raises InputError."""
+    with _opening:
+        if file not in _opened:
+            resolved = file.resolve()
+            _opened[file] = _opened[resolved] = _opened.get(resolved) or Records(resolved)
+        return _opened[file]
 
 
 class RecordWriter:
