@@ -44,12 +44,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The encoder: backbone, then projection head."""
+    """The encoder: backbone, then head."""
 
-    arch: Literal["s3d"] = "s3d"
+    arch: Literal["s3d", "s3dg", "r3d", "r21d", "c3d"] = "s3d"
     width: float = 1.0  # multiplies every channel count of the backbone
-    conv_std: float = 0.01  # of the initial convolution weights [CoCLR]; lr / conv_std is the relative step of Adam
-    feature_dim: int = 128  # D, width of the projected, L2-normalised feature
+    conv_std: float = 0.01  # of S3D's initial convolution weights [CoCLR]; lr / conv_std is the relative step of Adam
+    # "mlp": two linear layers and L2 [CoCLR]; "unit": the pooled features, L2; "pooled": as they are [IIC]
+    head: Literal["mlp", "unit", "pooled"] = "mlp"
+    feature_dim: int = 128  # D, width of a feature; 512 for the pooled features of r3d, r21d and c3d
 
 
 @dataclass(frozen=True)
@@ -271,9 +273,11 @@ def _validate(config: Config) -> None:
             raise ConfigError(f"{where}: expected a fraction in 0..1, got {value}")
     if data.cache_gib < 0:
         raise ConfigError(f"data.cache_gib: expected 0 or more, got {data.cache_gib}")
-    if data.frames < 5 or data.size < 17:
+    frames, size = (5, 17) if config.model.arch.startswith("s3d") else (8, 16)
+    if data.frames < frames or data.size < size:
         raise ConfigError(
-            f"data.frames, data.size: S3D expects at least 5 frames of 17 pixels, got {data.frames} of {data.size}"
+            f"data.frames, data.size: model.arch {config.model.arch!r} expects at least {frames} frames of {size} "
+            f"pixels, got {data.frames} of {data.size}"
         )
     if not 0 < data.crop_area <= 1:
         raise ConfigError(f"data.crop_area: expected a fraction in (0, 1], got {data.crop_area}")

@@ -62,7 +62,7 @@ def test_round_trip_through_json_data():
         ("[schedule]\ncycles = []", "schedule.cycles: expected at least one cycle"),
         ("[schedule]\ncycles = [{ view = 'rgb' }]", r"schedule.cycles\[0\]: missing 'epochs'"),
         ("[schedule]\ncycles = [{ view = 'rgb', epochs = 0 }]", r"cycles\[0\].epochs: expected at least 1, got 0"),
-        ("[data]\nsize = 16", "data.size: S3D expects at least 5 frames of 17 pixels, got 32 of 16"),
+        ("[data]\nsize = 16", "data.size: model.arch 's3d' expects at least 5 frames of 17 pixels, got 32 of 16"),
         ("[data]\ncrop_area = 0", r"data.crop_area: expected a fraction in \(0, 1\], got 0.0"),
         ("[optim]\nlr = nan", "optim.lr: expected a positive number, got nan"),
         ("[data]\nbatch_size = 8\nbatch_size = 9", "not valid TOML"),

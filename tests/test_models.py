@@ -1,4 +1,4 @@
-"""S3D and its head: the published counts and shapes, and the layouts and sizes that training uses."""
+"""The networks and their heads: the published counts and shapes, and the layouts and sizes that training uses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from cpr_fast.config import ModelConfig
-from cpr_fast.models import S3D, ProjectionHead, build_encoder
+from cpr_fast.errors import InputError
+from cpr_fast.models import C3D, R3D, S3D, ProjectionHead, R2Plus1D, build_encoder
+from cpr_fast.models.r3d import PaddedConv3d
 from cpr_fast.models.s3d import TemporalConv
 
 
@@ -136,3 +138,131 @@ def test_autocast_returns_unit_float32_and_weights_stay_channels_last(small):
     assert projected.dtype == torch.float32
     torch.testing.assert_close(projected.norm(dim=1), torch.ones(2))
     assert small.backbone.Conv_1a.conv1.weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+# ---- the backbones of IIC, and S3D-G ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters", "tensors", "shape"),
+    [
+        (R3D, 14_361_792, 72, (512, 2, 7, 7)),  # "14.36 M"; 512 x 2 x 3 x 3 = 9,216 after IIC's spatial max pool
+        (R2Plus1D, 14_365_303, 144, (512, 2, 7, 7)),  # "14.37 M"
+        (C3D, 27_661_440, 56, (512, 2, 7, 7)),  # "27.66 M"
+        (lambda: S3D(gating=True), 9_098_000, 534, (1024, 2, 3, 3)),
+    ],
+    ids=["r3d", "r21d", "c3d", "s3dg"],
+)
+def test_published_counts_and_shapes(network, parameters, tensors, shape):
+    with torch.device("meta"):
+        network = network()
+        assert tuple(network(torch.zeros(1, 3, 16, 112, 112)).shape[1:]) == shape
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert len(network.state_dict()) == tensors
+
+
+def test_module_names_are_those_of_the_published_weights():
+    with torch.device("meta"):
+        joint, split, c3d = R3D().state_dict(), R2Plus1D().state_dict(), C3D().state_dict()
+    assert tuple(joint["conv1.temporal_spatial_conv.weight"].shape) == (64, 3, 3, 7, 7)
+    assert tuple(joint["conv3.block1.downsampleconv.temporal_spatial_conv.weight"].shape) == (128, 64, 1, 1, 1)
+    assert tuple(split["conv1.spatial_conv.weight"].shape) == (83, 3, 1, 7, 7)
+    assert tuple(split["conv5.block1.conv2.temporal_conv.weight"].shape) == (512, 1152, 3, 1, 1)
+    assert tuple(c3d["conv4a.bias"].shape) == tuple(c3d["bn4a.weight"].shape) == (512,)
+
+
+def reference_conv(x, conv):
+    return F.conv3d(x, conv.weight.double(), None, conv.stride, conv.padding)
+
+
+def reference_norm(x, bn):
+    shape = (1, -1, 1, 1, 1)
+    scale = (bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()).view(shape)
+    return (x - bn.running_mean.double().view(shape)) * scale + bn.bias.double().view(shape)
+
+
+def test_residual_blocks_against_their_definition_in_float64():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 5, 7, 6)
+
+    def conv(x, module):
+        if hasattr(module, "temporal_spatial_conv"):
+            return reference_conv(x, module.temporal_spatial_conv)
+        middle = reference_norm(reference_conv(x, module.spatial_conv), module.bn).relu()
+        return reference_conv(middle, module.temporal_conv)
+
+    for network in (R3D(0.125), R2Plus1D(0.125)):
+        block = network.eval().conv3.block1
+        x64 = x.double()
+        y = reference_norm(conv(x64, block.conv1), block.bn1).relu()
+        y = reference_norm(conv(y, block.conv2), block.bn2)
+        y = (y + reference_norm(conv(x64, block.downsampleconv), block.downsamplebn)).relu()
+        with torch.no_grad():
+            torch.testing.assert_close(block(x).double(), y, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [((3, 3, 3), (1, 1, 1), (1, 1, 1)), ((3, 3, 3), (2, 2, 2), (1, 1, 1)), ((3, 1, 1), (2, 1, 1), (1, 0, 0))],
+)
+@pytest.mark.parametrize("frames", [1, 2, 3, 4])
+def test_padded_convolution_of_few_frames(frames, kernel, stride, padding, dtype):
+    """Value and both gradients against float64; the library's own padding writes past its memory here."""
+    generator = torch.Generator().manual_seed(frames)
+    convolution = PaddedConv3d(16, 16, kernel, stride, padding, bias=False).to(dtype)
+    x = torch.randn(4, 16, frames, 5, 5, generator=generator, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    y = convolution(x)
+    grad = torch.randn(y.shape, generator=generator, dtype=dtype)
+    y.backward(grad)
+    x64, weight64 = x.detach().double().requires_grad_(), convolution.weight.detach().double().requires_grad_()
+    y64 = F.conv3d(x64, weight64, None, stride, padding)
+    y64.backward(grad.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for got, expected in ((y, y64), (x.grad, x64.grad), (convolution.weight.grad, weight64.grad)):
+        assert (got.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_gating_scales_each_channel_by_a_sigmoid_of_all_means():
+    torch.manual_seed(0)
+    gate = S3D(0.125, gating=True).Mixed_3b.gating_b1
+    x = torch.randn(2, gate.fc.in_features, 3, 4, 5)
+    logits = x.double().mean((2, 3, 4)) @ gate.fc.weight.double().T + gate.fc.bias.double()
+    expected = x.double() / (1 + (-logits).exp())[:, :, None, None, None]
+    torch.testing.assert_close(gate(x).double(), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["s3dg", "r3d", "r21d", "c3d"])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 32, 32), (3, 3, 9, 17, 33)])
+def test_other_backbones_train_on_small_and_odd_clips(arch, shape):
+    torch.manual_seed(0)
+    encoder = build_encoder(ModelConfig(arch=arch, width=0.125, feature_dim=16))
+    features = encoder.features(torch.randn(shape))
+    assert features.shape == (shape[0], encoder.backbone.out_channels)
+    projected = encoder(torch.randn(shape))
+    torch.testing.assert_close(projected.norm(dim=1), torch.ones(shape[0]))
+    projected[:, 0].sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("arch", ["r3d", "r21d", "c3d"])
+@pytest.mark.parametrize("shape", [(3, 8, 64, 64), (1, 1, 8, 64, 64), (1, 3, 7, 64, 64), (1, 3, 8, 15, 64)])
+def test_clips_too_small_for_the_other_backbones_are_named(arch, shape):
+    encoder = build_encoder(ModelConfig(arch=arch, width=0.125, feature_dim=16))
+    with pytest.raises(ValueError, match=r"x: expected \[N, 3, T >= 8.*got"):
+        encoder.backbone(torch.zeros(shape))
+
+
+def test_heads_without_weights():
+    torch.manual_seed(0)
+    clips = torch.randn(2, 3, 8, 32, 32)
+    for head in ("unit", "pooled"):
+        encoder = build_encoder(ModelConfig(arch="r3d", width=0.125, head=head, feature_dim=64)).eval()
+        with torch.no_grad():
+            features, got = encoder.features(clips), encoder(clips)
+        expected = features / features.norm(dim=1, keepdim=True) if head == "unit" else features
+        torch.testing.assert_close(got, expected)
+        assert not list(encoder.head.parameters())
+    with pytest.raises(InputError, match=r"model.feature_dim: expected 64, what 'r3d' pools at width 0.125.*got 128"):
+        build_encoder(ModelConfig(arch="r3d", width=0.125, head="unit"))

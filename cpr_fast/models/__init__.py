@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from cpr_fast.config import ModelConfig
-from cpr_fast.models.heads import ProjectionHead
+from cpr_fast.errors import InputError
+from cpr_fast.models.heads import PooledHead, ProjectionHead
+from cpr_fast.models.r3d import C3D, R3D, R2Plus1D
 from cpr_fast.models.s3d import S3D
 
-__all__ = ["S3D", "Encoder", "ProjectionHead", "build_encoder"]
+__all__ = ["C3D", "R3D", "S3D", "Encoder", "PooledHead", "ProjectionHead", "R2Plus1D", "build_encoder"]
+
+_BACKBONES: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "s3d": lambda config: S3D(config.width, config.conv_std),
+    "s3dg": lambda config: S3D(config.width, config.conv_std, gating=True),
+    "r3d": lambda config: R3D(config.width),
+    "r21d": lambda config: R2Plus1D(config.width),
+    "c3d": lambda config: C3D(config.width),
+}
 
 
 class Encoder(nn.Module):
-    """A backbone and a projection head: clips [N, 3, T, H, W] float -> unit vectors [N, D] float32."""
+    """A backbone and a head: clips [N, 3, T, H, W] float -> features [N, D] float32, unit vectors unless the head is
+    "pooled".
 
-    def __init__(self, backbone: S3D, feature_dim: int) -> None:
+    Args:
+        backbone: clips to [N, `backbone.out_channels`, T', H', W'].
+        head: pooled features [N, C] to [N, D].
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = ProjectionHead(backbone.out_channels, feature_dim)
+        self.head = head
 
     def features(self, clips: Tensor) -> Tensor:
         """Pooled backbone features [N, C] float32, C = `backbone.out_channels`: what retrieval compares."""
@@ -31,6 +49,18 @@ class Encoder(nn.Module):
 
 
 def build_encoder(config: ModelConfig) -> Encoder:
-    """The encoder of a config, randomly initialised from torch's global generator."""
-    encoder = Encoder(S3D(config.width, config.conv_std), config.feature_dim)
-    return encoder.to(memory_format=torch.channels_last_3d)
+    """The encoder of a config, randomly initialised from torch's global generator.
+
+    Raises InputError where a head without weights cannot give `model.feature_dim`.
+    """
+    backbone = _BACKBONES[config.arch](config)
+    if config.head == "mlp":
+        head = ProjectionHead(backbone.out_channels, config.feature_dim)
+    elif config.feature_dim != backbone.out_channels:
+        raise InputError(
+            f"model.feature_dim: expected {backbone.out_channels}, what {config.arch!r} pools at width {config.width}, "
+            f"for head {config.head!r}; got {config.feature_dim}"
+        )
+    else:
+        head = PooledHead(unit=config.head == "unit")
+    return Encoder(backbone, head).to(memory_format=torch.channels_last_3d)

@@ -21,3 +21,14 @@ class ProjectionHead(nn.Sequential):
     def forward(self, features: Tensor) -> Tensor:
         # float(): under autocast the projection is half precision, and a norm must not be.
         return F.normalize(super().forward(features).float(), dim=1)
+
+
+class PooledHead(nn.Module):
+    """The pooled features [N, C] themselves, float32; `unit` scales them to length 1."""
+
+    def __init__(self, unit: bool) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.normalize(features.float(), dim=1) if self.unit else features.float()

@@ -72,10 +72,21 @@ class STConv3d(nn.Module):
         return F.relu(self.bn2(self.conv2(x)), inplace=True)
 
 
-class SepInception(nn.Module):
-    """Four parallel branches, concatenated along the channels; `channels` as in `_MIXED`."""
+class SelfGating(nn.Module):
+    """Scales each channel by a sigmoid of all the channels' means: the "G" of S3D-G."""
 
-    def __init__(self, in_channels: int, channels: tuple[int, ...]) -> None:
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.fc(x.mean((2, 3, 4))))[:, :, None, None, None] * x
+
+
+class SepInception(nn.Module):
+    """Four parallel branches, gated or not, concatenated along the channels; `channels` as in `_MIXED`."""
+
+    def __init__(self, in_channels: int, channels: tuple[int, ...], gating: bool = False) -> None:
         super().__init__()
         c0, c1_in, c1, c2_in, c2, c3 = channels
         self.branch0 = nn.Sequential(BasicConv3d(in_channels, c0))
@@ -83,9 +94,17 @@ class SepInception(nn.Module):
         self.branch2 = nn.Sequential(BasicConv3d(in_channels, c2_in), STConv3d(c2_in, c2, 3))
         self.branch3 = nn.Sequential(nn.MaxPool3d(3, 1, 1), BasicConv3d(in_channels, c3))
         self.out_channels = c0 + c1 + c2 + c3
+        for i, c in enumerate((c0, c1, c2, c3)):
+            self.add_module(f"gating_b{i}", SelfGating(c) if gating else nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((self.branch0(x), self.branch1(x), self.branch2(x), self.branch3(x)), dim=1)
+        branches = (
+            self.gating_b0(self.branch0(x)),
+            self.gating_b1(self.branch1(x)),
+            self.gating_b2(self.branch2(x)),
+            self.gating_b3(self.branch3(x)),
+        )
+        return torch.cat(branches, dim=1)
 
 
 def scaled(channels: int, width: float) -> int:
@@ -96,7 +115,7 @@ def scaled(channels: int, width: float) -> int:
 
 
 class S3D(nn.Module):
-    """S3D without gating: 7.91 M parameters at width 1.
+    """S3D: 7.91 M parameters at width 1; with gating, S3D-G: 9.10 M.
 
     Input [N, 3, T, H, W] float, T >= 5 and H, W >= 17; output [N, `out_channels`, T/8, H/32, W/32] (stem stride 2 in
     time, floor in the last pooling). At width 1 and 3 x 32 x 128 x 128 the blocks give 64x16x64x64, 192x16x32x32,
@@ -107,9 +126,10 @@ class S3D(nn.Module):
         conv_std: standard deviation of the initial convolution weights. BatchNorm follows every convolution, so it
             leaves the function as it is; it sets how fast the weights turn: Adam moves them by about lr / conv_std of
             themselves in a step.
+        gating: gates the branches of every Inception block by their means (S3D-G).
     """
 
-    def __init__(self, width: float = 1.0, conv_std: float = 0.01) -> None:
+    def __init__(self, width: float = 1.0, conv_std: float = 0.01, gating: bool = False) -> None:
         super().__init__()
         stem, second = scaled(64, width), scaled(192, width)
         self.Conv_1a = STConv3d(3, stem, kernel=7, stride=2)
@@ -123,7 +143,7 @@ class S3D(nn.Module):
                 self.MaxPool_4a = nn.MaxPool3d(3, 2, 1)
             if name == "Mixed_5b":
                 self.MaxPool_5a = nn.MaxPool3d(2, 2)
-            block = SepInception(channels, tuple(scaled(c, width) for c in branches))
+            block = SepInception(channels, tuple(scaled(c, width) for c in branches), gating)
             self.add_module(name, block)
             channels = block.out_channels
         self.out_channels = channels
