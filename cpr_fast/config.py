@@ -43,15 +43,24 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Checkpoints whose encoder of a view this run starts from: of `pretrain` or `import-checkpoint`; "" is random."""
+
+    rgb: str = ""
+    flow: str = ""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The encoder: backbone, then head."""
 
-    arch: Literal["s3d", "s3dg", "r3d", "r21d", "c3d"] = "s3d"
+    arch: Literal["s3d", "s3dg", "s3d_milnce", "r3d", "r21d", "c3d"] = "s3d"
     width: float = 1.0  # multiplies every channel count of the backbone
     conv_std: float = 0.01  # of S3D's initial convolution weights [CoCLR]; lr / conv_std is the relative step of Adam
     # "mlp": two linear layers and L2 [CoCLR]; "unit": the pooled features, L2; "pooled": as they are [IIC]
     head: Literal["mlp", "unit", "pooled"] = "mlp"
     feature_dim: int = 128  # D, width of a feature; 512 for the pooled features of r3d, r21d and c3d
+    init: InitConfig = field(default_factory=InitConfig)
 
 
 @dataclass(frozen=True)

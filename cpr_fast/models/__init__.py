@@ -12,12 +12,14 @@ from cpr_fast.errors import InputError
 from cpr_fast.models.heads import PooledHead, ProjectionHead
 from cpr_fast.models.r3d import C3D, R3D, R2Plus1D
 from cpr_fast.models.s3d import S3D
+from cpr_fast.models.s3d_milnce import S3DMilNce
 
-__all__ = ["C3D", "R3D", "S3D", "Encoder", "PooledHead", "ProjectionHead", "R2Plus1D", "build_encoder"]
+__all__ = ["C3D", "R3D", "S3D", "Encoder", "PooledHead", "ProjectionHead", "R2Plus1D", "S3DMilNce", "build_encoder"]
 
 _BACKBONES: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "s3d": lambda config: S3D(config.width, config.conv_std),
     "s3dg": lambda config: S3D(config.width, config.conv_std, gating=True),
+    "s3d_milnce": lambda config: S3DMilNce(config.width, config.conv_std),
     "r3d": lambda config: R3D(config.width),
     "r21d": lambda config: R2Plus1D(config.width),
     "c3d": lambda config: C3D(config.width),
