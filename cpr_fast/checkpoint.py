@@ -7,14 +7,18 @@ Layout of the dict: `format` and `version` (written here), `config` (`Config.to_
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .config import Config
+from .config import Config, ModelConfig
 from .errors import InputError
 from .models import Encoder, build_encoder
 
@@ -28,28 +32,35 @@ class CheckpointError(InputError):
 
 
 def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> Path:
-    """Writes `payload` (tensors and plain Python values) to `path`, replacing it in one step.
+    """Writes `payload` (tensors and plain Python values) to `path`, replacing it in one step; see `written_whole`."""
+    path = Path(path)
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        torch.save({"format": FORMAT, "version": VERSION, **payload}, file)
+    return path
 
-    The bytes go to a temporary name beside it and reach the disk before the rename: a killed process or a full disk
-    leaves the previous file as it was, and at worst a stray `*.tmp`, which the next save of that name overwrites.
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, for the block to write; it replaces `path` when the block is done.
+
+    The bytes reach the disk before the rename: a killed process or a full disk leaves the previous file as it was, and
+    at worst a stray `*.tmp`, which the next save of that name overwrites.
 
     Raises:
         CheckpointError: the file could not be written.
     """
-    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **payload}, file)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         _replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
         temporary.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
         kept = "the previous file is untouched" if path.exists() else "nothing was left behind"
-        raise CheckpointError(f"could not write checkpoint {str(path)!r}: {error}; {kept}") from error
-    return path
+        raise CheckpointError(f"could not write {str(path)!r}: {reason}; {kept}") from error
 
 
 def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -58,23 +69,43 @@ def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> 
     Raises:
         CheckpointError: no such file, truncated, written by another program, or of a newer version.
     """
-    path = Path(path)
-    expected = f"expected a file written by cpr_fast.checkpoint.save_checkpoint, version {VERSION}"
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {str(path)!r} does not exist; {expected}")
-    try:
-        payload = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # whatever the unpickler meets in a damaged or foreign file
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise CheckpointError(
-            f"checkpoint {str(path)!r} is truncated or not a checkpoint ({reason}); {expected}"
-        ) from error
+    expected = (
+        f"expected a file written by cpr_fast.checkpoint.save_checkpoint, version {VERSION} "
+        "(`cpr-fast import-checkpoint` reads those of other programs)"
+    )
+    payload = read_torch(path, device=device, expected=expected)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         keys = sorted(map(str, payload))[:5] if isinstance(payload, dict) else type(payload).__name__
         raise CheckpointError(f"checkpoint {str(path)!r} comes from another program (holds {keys}); {expected}")
     if payload.get("version") != VERSION:
         raise CheckpointError(f"checkpoint {str(path)!r} has version {payload.get('version')!r}; {expected}")
     return payload
+
+
+def read_torch(path: str | Path, *, device: torch.device | str = "cpu", expected: str) -> Any:
+    """What `torch.save` wrote to `path`, read without executing anything.
+
+    Raises:
+        CheckpointError: no such file, damaged, or holding more than data; it ends with `expected`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {str(path)!r} does not exist; {expected}")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # whatever the unpickler meets in a damaged or foreign file
+        raise CheckpointError(f"checkpoint {str(path)!r} {_damage(path, error)}; {expected}") from error
+
+
+def _damage(path: Path, error: Exception) -> str:
+    """What is wrong with a file that `torch.load` refused: torch's own messages run over many lines."""
+    if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"would run code to be read ({code[1]})"
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if not start:
+        return "is empty"
+    return "is truncated or damaged" if start in (b"PK", b"\x80\x02") else "is not a checkpoint"
 
 
 def save_step(folder: str | Path, step: int, payload: dict[str, Any], *, keep: int) -> Path:
@@ -103,6 +134,25 @@ def load_encoders(path: str | Path, *, device: torch.device | str = "cpu") -> tu
         encoder.load_state_dict(state)
         encoders[view] = encoder.to(device).eval()
     return config, encoders
+
+
+def load_initial(model: ModelConfig) -> dict[str, dict[str, torch.Tensor]]:
+    """{view: state_dict} of the encoders that `model.init` names. Raises CheckpointError if one is of another model."""
+    weights = {}
+    for view, path in dataclasses.asdict(model.init).items():
+        if not path:
+            continue
+        payload = load_checkpoint(path)
+        if view not in payload["encoders"]:
+            raise CheckpointError(f"model.init.{view}: {path!r} holds the views {', '.join(payload['encoders'])}")
+        was = Config.from_dict(payload["config"]).model
+        for key in ("arch", "width", "feature_dim"):
+            if getattr(was, key) != getattr(model, key):
+                raise CheckpointError(
+                    f"model.init.{view}: {path!r} has model.{key} {getattr(was, key)!r}, got {getattr(model, key)!r}"
+                )
+        weights[view] = payload["encoders"][view]
+    return weights
 
 
 def _replace(temporary: Path, path: Path) -> None:

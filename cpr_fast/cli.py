@@ -187,8 +187,47 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path | None = N
     _show({"report": str(write_report(runs, out or runs[0] / "report.html"))}, json)
 
 
+def import_checkpoint(
+    file: tyro.conf.Positional[Path], *, out: Path, view: Literal["rgb", "flow"] = "rgb", json: Json = False
+) -> None:
+    """Read a checkpoint of CoCLR, CPR, IIC or MIL-NCE's S3D; reports what matched, what is missing and what is unused.
+
+    The result serves `retrieve`, `probe`, `finetune`, `export`, and `pretrain --model.init.rgb OUT`.
+
+    Args:
+        file: The published checkpoint.
+        out: The checkpoint to write.
+        view: What the file's (query) encoder looks at.
+    """
+    from .foreign import import_checkpoint as run
+
+    _show(run(file, out, view=view), json)
+
+
+def export(
+    checkpoint: tyro.conf.Positional[Path],
+    *,
+    out: Path,
+    to: Literal["safetensors", "onnx", "coclr"] = "safetensors",
+    view: Literal["rgb", "flow"] | None = None,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint's encoders for other programs.
+
+    Args:
+        checkpoint: A checkpoint of `pretrain` or `import-checkpoint`.
+        out: The file to write.
+        to: safetensors (every view), onnx (one view, any batch size), or a checkpoint of CoCLR's and CPR's own code.
+        view: The encoder of onnx and coclr; the one that trained last by default.
+    """
+    from .export import export as run
+
+    _show(run(checkpoint, out, to=to, view=view), json)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (quickstart, synth, index, flow, pretrain, retrieve, mine, report)
+    command.__name__.replace("_", "-"): command
+    for command in (quickstart, synth, index, flow, pretrain, retrieve, mine, report, import_checkpoint, export)
 }
 
 

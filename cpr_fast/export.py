@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, load_checkpoint, load_encoders, written_whole
+from .checkpoint import load_checkpoint, load_encoders, written_whole
 from .config import Config
 from .errors import InputError
 from .foreign import COCLR_ALIASES, COCLR_HEAD
@@ -136,7 +136,7 @@ def _coclr_encoder(role: str, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _coclr_queues(memory: Mapping[str, Any], labelled: bool) -> dict[str, Tensor]:
-    """Their queues [D, K] and what stands beside them. `labelled`: not of an InfoNCE cycle, whose model has no labels."""
+    """Their queues [D, K] and what stands beside them. `labelled`: False of an InfoNCE cycle: its model has none."""
     features = memory["features"]  # [V, K, D]
     state = {name: rows.T.contiguous() for name, rows in zip(("queue", "queue_second"), features, strict=False)}
     state["queue_ptr"] = torch.tensor([memory["count"] % features.shape[1]])

@@ -132,7 +132,9 @@ def _coclr(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[ModelConfig
     ours = {name: key for key, name in roles.get("encoder_q", {}).items()}
     stem, last = ours.get("backbone.Conv_1a.conv1.weight"), ours.get("head.2.weight")
     if stem is None:
-        raise CheckpointError(f"checkpoint {str(path)!r}: no tensor of an S3D's Conv_1a; the file holds {_some(tensors)}")
+        raise CheckpointError(
+            f"checkpoint {str(path)!r}: no tensor of an S3D's Conv_1a; the file holds {_some(tensors)}"
+        )
     gating = any(".gating_b0." in name for name in ours)
     width = len(tensors[stem]) / 64
     feature_dim = ModelConfig().feature_dim if last is None else len(tensors[last])

@@ -51,6 +51,15 @@ def cpu_variants(kernel_library):
     kernel_library.cpr_force_cpu_variant(None)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny tensors: threads only wait for each other, all the more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def thread_counts():
     """Thread counts to compare; torch's own count is restored afterwards."""

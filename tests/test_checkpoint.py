@@ -41,7 +41,7 @@ def test_a_truncated_file_is_refused(tmp_path, share):
     path = save_checkpoint(tmp_path / "a.pt", {"x": torch.randn(1000)})
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(CheckpointError, match=rf"a.pt' is truncated or not a checkpoint.*{EXPECTED}"):
+    with pytest.raises(CheckpointError, match=rf"a.pt' is (empty|truncated or damaged); {EXPECTED}"):
         load_checkpoint(path)
 
 
@@ -53,7 +53,7 @@ def test_a_foreign_file_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"another program \(holds list\)"):
         load_checkpoint(tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(CheckpointError, match=r"not a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"text.pt' is not a checkpoint; "):
         load_checkpoint(tmp_path / "text.pt")
     torch.save({"format": checkpoint.FORMAT, "version": 99}, tmp_path / "new.pt")
     with pytest.raises(CheckpointError, match=r"has version 99; expected"):
@@ -68,7 +68,7 @@ def test_loading_executes_nothing(tmp_path):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     torch.save({"format": checkpoint.FORMAT, "version": 1, "trap": Trap()}, tmp_path / "trap.pt")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=rf"trap.pt' would run code to be read \((posix|nt).mkdir\); {EXPECTED}"):
         load_checkpoint(tmp_path / "trap.pt")
     assert not (tmp_path / "executed").exists()
 
@@ -95,7 +95,7 @@ def test_a_write_that_fails_half_way(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limits[1]))
-        with pytest.raises(CheckpointError, match=r"could not write checkpoint .*the previous file is untouched"):
+        with pytest.raises(CheckpointError, match=r"could not write .*the previous file is untouched"):
             save_checkpoint(path, {"step": 2, "large": torch.zeros(1 << 20)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

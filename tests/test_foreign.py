@@ -135,10 +135,16 @@ def test_what_is_missing_and_unused_is_reported(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("payload", "message"),
     [
-        ({"state_dict": {"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(2)}}, r"holds conv1.weight, fc.bias; ex"),
+        (
+            {"state_dict": {"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(2)}},
+            r"holds conv1.weight, fc.bias; ex",
+        ),
         ({"state_dict": {}}, r"holds no tensor; expected a checkpoint of CoCLR or CPR"),
         ([1, 2], r"holds a list; expected"),
-        ({"state_dict": {"encoder_q.0.layer1.weight": torch.zeros(3)}}, r"no tensor of an S3D's Conv_1a; the file holds"),
+        (
+            {"state_dict": {"encoder_q.0.layer1.weight": torch.zeros(3)}},
+            r"no tensor of an S3D's Conv_1a; the file holds",
+        ),
     ],
 )
 def test_a_file_that_matches_nothing_is_refused(tmp_path, payload, message):
@@ -152,7 +158,9 @@ def test_other_shapes_and_aliases_that_differ_are_refused(tmp_path):
     state = coclr_encoder("encoder_q", 0.125, 16)
     torch.save({"state_dict": state | {"encoder_q.0.Mixed_3b.branch0.0.conv.weight": torch.zeros(8, 8, 1, 1, 1)}},
                tmp_path / "a.pt")  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"branch0.0.conv.weight: expected shape \[8, 24, 1, 1, 1\] \(s3d of width "):
+    with pytest.raises(
+        CheckpointError, match=r"branch0.0.conv.weight: expected shape \[8, 24, 1, 1, 1\] \(s3d of width "
+    ):
         import_checkpoint(tmp_path / "a.pt", tmp_path / "ours.pt")
     state["encoder_q.0.block2.1.bn.bias"] = state["encoder_q.0.block2.1.bn.bias"] + 1
     torch.save({"state_dict": state}, tmp_path / "a.pt")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from .. import distributed
-from ..checkpoint import LAST, CheckpointError, load_checkpoint, save_step
+from ..checkpoint import LAST, CheckpointError, load_checkpoint, load_initial, save_step
 from ..config import Config
 from ..data.index import Index
 from ..distributed import World
@@ -100,7 +100,7 @@ def pretrain(
 
 def _run_cycles(run: Run, saved: dict[str, Any] | None) -> None:
     """Every cycle of the schedule, or those that `saved`, a checkpoint, leaves to do."""
-    weights = saved["encoders"] if saved else {}
+    weights = saved["encoders"] if saved else load_initial(run.config.model)
     for number, epochs in enumerate(cycle_epochs(run.config.schedule)):
         if saved and saved["epoch"] >= epochs.stop:
             continue  # done before the checkpoint
@@ -193,7 +193,8 @@ def _open_run(config: Config, folder: Path, resume: bool, world: World) -> dict[
         return None
     saved = load_checkpoint(last, device=world.device)
     asked = _what_counts(config.to_dict(), world.size)
-    for section, values in _what_counts(saved["config"], saved["processes"]).items():
+    before = Config.from_dict(saved["config"]).to_dict()  # with today's default where that version had no such setting
+    for section, values in _what_counts(before, saved["processes"]).items():
         for key, was in values.items():
             now = asked[section][key]
             if now != was:
@@ -207,6 +208,7 @@ def _what_counts(config: dict[str, Any], processes: int) -> dict[str, dict[str, 
     """The settings of a `Config.to_dict()` that decide what is computed, not where, by how many and how fast."""
     kept = {section: dict(values) for section, values in config.items()}
     kept["run"] = {"seed": kept["run"]["seed"]}
+    kept["model"].pop("init")  # the checkpoint holds those weights
     for section in ("probe", "finetune"):  # come after pretraining
         kept.pop(section, None)
     for key in ("index", "workers", "prefetch", "cache_gib"):
