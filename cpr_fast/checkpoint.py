@@ -146,7 +146,7 @@ def load_initial(model: ModelConfig) -> dict[str, dict[str, torch.Tensor]]:
         if view not in payload["encoders"]:
             raise CheckpointError(f"model.init.{view}: {path!r} holds the views {', '.join(payload['encoders'])}")
         was = Config.from_dict(payload["config"]).model
-        for key in ("arch", "width", "feature_dim"):
+        for key in ("arch", "width", "head", "feature_dim"):
             if getattr(was, key) != getattr(model, key):
                 raise CheckpointError(
                     f"model.init.{view}: {path!r} has model.{key} {getattr(was, key)!r}, got {getattr(model, key)!r}"

@@ -21,8 +21,9 @@ from torch import Tensor
 from .checkpoint import CheckpointError, read_torch, save_checkpoint
 from .config import Config, DataConfig, ModelConfig
 from .models import build_encoder
+from .models.s3d import scaled
 
-Source = Literal["coclr", "milnce"]
+Source = Literal["coclr", "iic", "milnce"]
 
 # CoCLR's S3D registers every layer twice: by its name, and by its place in a block.
 _BLOCKS = {
@@ -34,7 +35,7 @@ _BLOCKS = {
 }
 COCLR_ALIASES = {f"{block}.{i}.": f"{name}." for block, names in _BLOCKS.items() for i, name in enumerate(names)}
 COCLR_HEAD = {"2.": "head.0.", "4.": "head.2."}  # after the pool and the ReLU of their nn.Sequential
-_EXPECTED = "expected a checkpoint of CoCLR or CPR (encoder_q.*), or of MIL-NCE's S3D (mixed_5c.*)"
+_EXPECTED = "expected a checkpoint of CoCLR or CPR (encoder_q.*), IIC (conv1.*, conv5*), or MIL-NCE's S3D (mixed_5c.*)"
 
 # What their training scripts put beside the tensors; reading these runs no code of theirs.
 _HARMLESS = [
@@ -50,11 +51,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Match:
-    """One encoder of a file, as ours: a whole state_dict, and which of its names came from the file or did not."""
+    """One encoder of a file, as ours: a whole state_dict, which of its names came from the file and which did not, and
+    the file's names that were used."""
 
     state: dict[str, Tensor]
     matched: list[str]
     missing: list[str]
+    used: set[str]
 
 
 def import_checkpoint(path: str | Path, out: str | Path, *, view: str = "rgb") -> dict[str, Any]:
@@ -74,10 +77,10 @@ def import_checkpoint(path: str | Path, out: str | Path, *, view: str = "rgb") -
     model, roles = _SOURCES[source](tensors, path)
     matches = {role: _match(names, tensors, model, path) for role, names in roles.items()}
     memory, memory_names = _memory(tensors)
-    used = memory_names.union(*roles.values())
+    used = memory_names.union(*(match.used for match in matches.values()))
     other = {"rgb": "flow", "flow": "rgb"}[view]
     views = {"encoder_q": view, "sampler": other}
-    data = DataConfig(size=224) if source == "milnce" else DataConfig()
+    data = {"coclr": DataConfig(), "iic": DataConfig(frames=16, size=112), "milnce": DataConfig(size=224)}[source]
     payload: dict[str, Any] = {
         "config": Config(data=data, model=model).to_dict(),
         "view": view,
@@ -109,7 +112,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _source_of(tensors: Mapping[str, Tensor], path: str | Path) -> Source:
-    marks = {"coclr": ("encoder_q.", "backbone."), "milnce": ("mixed_5c.",)}
+    marks = {"coclr": ("encoder_q.", "backbone."), "milnce": ("mixed_5c.",), "iic": ("conv5.block1.", "conv5b.")}
     for source, prefixes in marks.items():
         if any(key.startswith(prefixes) for key in tensors):
             return source
@@ -154,6 +157,20 @@ def _coclr_name(rest: str) -> str | None:
     return f"backbone.{rest}"
 
 
+def _iic(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[ModelConfig, Roles]:
+    """IIC's R3D, R(2+1)D or C3D, which keep their names; one network looks at RGB and at frame residuals."""
+    stems = {"r3d": "conv1.temporal_spatial_conv", "r21d": "conv1.temporal_conv", "c3d": "conv1"}
+    found = [(arch, tensors[f"{name}.weight"]) for arch, name in stems.items() if f"{name}.weight" in tensors]
+    if not found:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r}: no tensor of the first convolution; it holds {_some(tensors)}"
+        )
+    arch, stem = found[0]
+    width = len(stem) / 64
+    model = ModelConfig(arch, width, head="pooled", feature_dim=scaled(512, width))
+    return model, {"encoder_q": {key: f"backbone.{key}" for key in tensors if not key.startswith("linear.")}}
+
+
 _MILNCE_BRANCHES = {
     "conv_b0": "branch0.0",
     "conv_b1_a": "branch1.0",
@@ -193,6 +210,7 @@ def _milnce_name(key: str) -> str | None:
 
 _SOURCES: dict[Source, Callable[[Mapping[str, Tensor], str | Path], tuple[ModelConfig, Roles]]] = {
     "coclr": _coclr,
+    "iic": _iic,
     "milnce": _milnce,
 }
 
@@ -203,6 +221,7 @@ def _match(names: Mapping[str, str], tensors: Mapping[str, Tensor], model: Model
         torch.manual_seed(0)
         state = build_encoder(model).state_dict()
     found: dict[str, Tensor] = {}
+    used = set()
     for theirs, ours in names.items():
         if ours not in state:
             continue
@@ -217,6 +236,7 @@ def _match(names: Mapping[str, str], tensors: Mapping[str, Tensor], model: Model
         if ours in found and not torch.equal(found[ours], value):
             raise CheckpointError(f"checkpoint {str(path)!r}: {theirs} differs from its alias of the same layer")
         found[ours] = value
+        used.add(theirs)
     if not any(name.startswith("backbone.") for name in found):
         raise CheckpointError(f"checkpoint {str(path)!r}: no tensor matched {model.arch}; it holds {_some(tensors)}")
     missing = [name for name in state if name not in found]
@@ -224,7 +244,7 @@ def _match(names: Mapping[str, str], tensors: Mapping[str, Tensor], model: Model
         log.warning("%s: %d tensors of the network are not in the file", path, len(missing))
     for name, value in found.items():
         state[name].copy_(value)
-    return Match(state, sorted(found), missing)
+    return Match(state, sorted(found), missing, used)
 
 
 def _memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], set[str]]:
