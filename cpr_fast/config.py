@@ -34,7 +34,7 @@ class DataConfig:
     frames: int = 32  # T, frames of a clip
     stride: int = 1  # source frames from one clip frame to the next
     size: int = 128  # side of the square clip, pixels
-    augment: Literal["coclr", "none"] = "coclr"
+    augment: Literal["coclr", "iic", "none"] = "coclr"  # "iic": a random crop of 112 from 128x171, nothing else
     crop_area: float = 0.2  # smallest share of the frame that a random crop covers; the largest is all of it
     batch_size: int = 16  # B, videos per rank and step
     workers: int = 2  # decoding workers per rank

@@ -16,14 +16,18 @@ pytest.importorskip("nvidia.dali")
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.background import run_ahead
-from cpr_fast.data.clips import ClipReader, fetch_frames, fetch_packets
+from cpr_fast.data.clips import ClipReader, fetch_frames, fetch_jpegs, fetch_packets
+from cpr_fast.data.graph import ClipGraph
 from cpr_fast.data.index import Index, Video
-from cpr_fast.data.pipeline import MEAN, STD, ClipGraph, TrainLoader, WindowLoader
+from cpr_fast.data.lmdb import RecordWriter, record_path, split_record
+from cpr_fast.data.pipeline import TrainLoader, WindowLoader, _route
+from cpr_fast.data.pixels import IMAGENET_MEAN as MEAN
+from cpr_fast.data.pixels import IMAGENET_STD as STD
 from cpr_fast.data.sampling import Clips, Sources, clip_frames, epoch_order, plan_labelled, plan_pairs, plan_windows
 from cpr_fast.data.stream import ClipStream, Job
-from cpr_fast.data.video import VideoError
 from cpr_fast.errors import InputError
 
+CPU = torch.device("cpu")
 DATA = DataConfig(frames=4, size=32, batch_size=4, workers=2, prefetch=2)
 SHAPES = [(48, 64), (60, 44), (72, 96), (50, 70)]  # height, width; several of them in one batch
 LENGTHS = [12, 9, 17, 3, 11, 20, 14, 10, 8, 13]  # one is shorter than a clip
@@ -235,7 +239,7 @@ class TestAugmentation:
         box = draw.pop("box", [0, 0, *pixels.shape[1:3]])
         rest = {name: np.array([value]) for name, value in (neutral_draw | draw).items()}
         clips = Clips(np.zeros(1, int), np.zeros(1, int), np.array([box]), **rest)
-        graph = ClipGraph(DATA, ["rgb"], torch.device("cpu"), 1, None)
+        graph = ClipGraph(DATA, {"rgb": "frames"}, CPU, 1)
         return levels(graph.run(clips, {"rgb": [pixels]})["rgb"][0])
 
     @pytest.mark.parametrize("box", [[0, 0, 60, 80], [3, 5, 23, 65], [10, 0, 60, 41], [30, 30, 41, 39]])
@@ -274,7 +278,7 @@ class TestAugmentation:
         assert np.abs(self.run(pixels, sigma=sigma) - np.stack(expected)).max() <= 2
 
     def test_normalisation(self):
-        graph = ClipGraph(DATA, ["rgb", "flow"], torch.device("cpu"), 1, None)
+        graph = ClipGraph(DATA, {"rgb": "frames", "flow": "frames"}, CPU, 1)
         clips = plan_windows(Sources(np.array([4]), np.array([32]), np.array([32])), 0, DATA, None)
         out = graph.run(
             clips,
@@ -285,27 +289,92 @@ class TestAugmentation:
             torch.testing.assert_close(out[view].mean(dim=(0, 2, 3, 4)), torch.tensor(expected), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["vp9", "mjpeg-mkv"])
-def test_the_packet_graph_gives_the_frames_of_the_frame_graph(tmp_path, kind):
-    """DALI's own decoder, on the codecs it has on the CPU: every frame identical up to the colour conversion."""
+def other_route(folder: Path, kind: str, route: str) -> tuple[Video, Index]:
+    """A video of 30 frames and its flow, as files that DALI decodes on the CPU or as JPEG records."""
     pictures = texture(0, 48, 64, 30)
-    path = write_video(tmp_path / "rgb", pictures, kind)
     red = pictures[:-1, ..., 0]
-    flow = write_video(tmp_path / "flow", np.concatenate([red, 255 - red], axis=1), "mjpeg-mkv")
+    if route == "packets":
+        path = write_video(folder / "rgb", pictures, kind)
+        flow = write_video(folder / "flow", np.concatenate([red, 255 - red], axis=1), "mjpeg-mkv")
+    else:
+        path, flow = record_path(folder / "rgb.lmdb", "a/b"), record_path(folder / "flow.lmdb", "a/b")
+        bgr = np.stack([red, 255 - red, np.full_like(red, 128)], axis=-1)  # (u, v, 128)
+        for target, frames in ((path, pictures[..., ::-1]), (flow, bgr)):
+            with RecordWriter(split_record(target)[0]) as writer:
+                writer.put(
+                    "a/b", [cv2.imencode(".jpg", f, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes() for f in frames]
+                )
     video = Video(path, "a", "a", "train", 30, 25.0, 64, 48, flow)
-    start = np.array([0, 9, 13, 25, -2])
-    clips = plan_windows(Sources(np.array([30]), np.array([48]), np.array([64])), 0, DATA, 5)
+    return video, Index([video])
+
+
+@pytest.mark.parametrize(("kind", "route"), [("vp9", "packets"), ("mjpeg-mkv", "packets"), ("jpeg", "jpegs")])
+@pytest.mark.parametrize(
+    ("group", "same_frames", "clip_major"), [(1, False, False), (2, False, True), (3, True, False)]
+)
+def test_the_other_routes_give_the_frames_of_the_frame_graph(tmp_path, kind, route, group, same_frames, clip_major):
+    """DALI's own decoders, on what they have on the CPU: every frame identical up to the colour conversion, and
+    wholly so for JPEG. Starts overlap, repeat, run backwards and pad; a group is one video's."""
+    video, _ = other_route(tmp_path, kind, route)
+    start = np.array([0, 9, 13, 25, 12, 12, -2, 3, 20, 2, 7, 7])
+    start = start.repeat(3) if same_frames else start
+    clips = Clips.concatenate([plan_windows(Sources(*np.array([[30], [48], [64]])), 0, DATA, 1, 10)] * 4)[: len(start)]
     clips = dataclasses.replace(clips, start=start)
-    views, cpu = ["rgb", "flow"], torch.device("cpu")
+    options = {"group": group, "same_frames": same_frames, "clip_major": clip_major}
+    views = ("rgb", "flow")
     frames = {view: fetch_frames(video, start, view, DATA) for view in views}
-    packets = {view: fetch_packets(video, start, view, DATA) for view in views}
-    expected = ClipGraph(DATA, views, cpu, 5, None).run(clips, frames)
-    got = ClipGraph(DATA, views, cpu, 5, "cpu").run(clips, packets)
-    for view in views:
-        for a, b in zip(got[view], expected[view], strict=True):
-            difference = np.abs(levels(a) - levels(b)).mean()
-            another = np.abs(np.roll(levels(a), 1, axis=0) - levels(b)).mean()  # what a wrong frame differs by
-            assert difference < {"rgb": 2, "flow": 1e-6}[view] and another > 3, (view, difference, another)
+    expected = ClipGraph(DATA, dict.fromkeys(views, "frames"), CPU, len(start), **options)
+    other = ClipGraph(DATA, dict.fromkeys(views, route), CPU, len(start), **options)
+    for repeat in (len(start), len(start) // 2):  # the second run is smaller
+        few = {view: frames[view][:repeat] for view in views}
+        if route == "jpegs":
+            samples = {view: fetch_jpegs(video, start[:repeat], view, DATA) for view in views}
+        else:
+            samples = {view: fetch_packets(video, start[:repeat], view, DATA, group=group) for view in views}
+        want, got = expected.run(clips[np.arange(repeat)], few), other.run(clips[np.arange(repeat)], samples)
+        np.testing.assert_array_equal(other.rows(repeat), expected.rows(repeat))
+        for view in views:
+            for a, b in zip(got[view], want[view], strict=True):
+                difference = np.abs(levels(a) - levels(b)).mean()
+                another = np.abs(np.roll(levels(a), 1, axis=0) - levels(b)).mean()  # what a wrong frame differs by
+                limit = 2 if view == "rgb" and route == "packets" else 1e-6
+                assert difference < limit and another > 1.5, (view, difference, another)
+
+
+@pytest.mark.parametrize("route", ["packets", "jpegs"])
+def test_loaders_by_the_other_routes(tmp_path, monkeypatch, route):
+    """What a GPU does, with DALI's CPU decoders: training pairs and ten crops, both views."""
+    _, index = other_route(tmp_path, "vp9", route)
+    data = dataclasses.replace(DATA, batch_size=1)
+    made = {}
+    for chosen in ("frames", route):
+        monkeypatch.setattr("cpr_fast.data.pipeline._route", lambda *_, chosen=chosen: chosen)
+        train = TrainLoader(index, data, ["rgb", "flow"], seed=2)
+        windows = WindowLoader(index, data, ["rgb", "flow"], clips_per_video=3, crops=10, batch_size=20)
+        made[chosen] = [batch for epoch in range(4) for batch in train.epoch(epoch)], list(windows)
+        train.close()
+        windows.close()
+    for expected, got in zip(made["frames"], made[route], strict=True):
+        assert len(expected) == len(got)
+        for a, b in zip(expected, got, strict=True):
+            for view in ("rgb", "flow"):
+                assert a.clips[view].shape == b.clips[view].shape
+                difference = 58 * (a.clips[view] - b.clips[view]).abs().mean()  # levels
+                assert difference < (3 if view == "rgb" and route == "packets" else 1e-4)
+
+
+def test_files_and_records_together_need_the_cpu(tmp_path):
+    (tmp_path / "a").mkdir()
+    video, _ = other_route(tmp_path, "vp9", "packets")
+    record, _ = other_route(tmp_path, "jpeg", "jpegs")
+    mixed = Index([video, dataclasses.replace(record, width=64)])
+    with pytest.raises(InputError, match="expected the rgb of all videos in files or of all in LMDB.*lmdb#a/b"):
+        _route(mixed, "rgb", torch.device("cuda"))
+    assert _route(Index([record]), "flow", torch.device("cuda")) == "jpegs"
+    assert _route(Index([video]), "flow", torch.device("cuda")) == "packets"
+    loader = TrainLoader(mixed, dataclasses.replace(DATA, batch_size=2), ["rgb", "flow"], seed=0)
+    assert next(loader.epoch(0)).clips["flow"].shape == (2, 2, 3, 4, 32, 32)
+    loader.close()
 
 
 def test_the_packet_graph_still_works_after_packets_that_do_not_decode(tmp_path):
@@ -313,12 +382,58 @@ def test_the_packet_graph_still_works_after_packets_that_do_not_decode(tmp_path)
     video = Video(path, "a", "a", "train", 30, 25.0, 64, 48, None)
     clips = plan_windows(Sources(np.array([30]), np.array([48]), np.array([64])), 0, DATA, 2)
     packets = fetch_packets(video, clips.start, "rgb", DATA)
-    graph = ClipGraph(DATA, ["rgb"], torch.device("cpu"), 2, "cpu")
+    graph = ClipGraph(DATA, {"rgb": "packets"}, CPU, 2)
     before = graph.run(clips, {"rgb": packets})["rgb"]
     for damaged in (np.frombuffer(b"garbage" * 100, np.uint8), packets[1][0][:300]):
         with pytest.raises(RuntimeError):
-            graph.run(clips, {"rgb": [packets[0], (damaged, packets[1][1])]})
+            graph.run(clips, {"rgb": [packets[0], (damaged, *packets[1][1:])]})
         assert torch.equal(graph.run(clips, {"rgb": packets})["rgb"], before)
+
+
+class TestIIC:
+    """IIC's clips against its own recipe: PIL's bilinear resize to 128x171, a crop of 112, x / 255; its residual."""
+
+    DATA = dataclasses.replace(DATA, augment="iic", size=112)
+
+    def expected(self, frames: np.ndarray, row: int, column: int) -> np.ndarray:
+        resized = [np.asarray(Image.fromarray(frame).resize((171, 128), Image.BILINEAR)) for frame in frames]
+        return np.stack(resized)[:, row : row + 112, column : column + 112]
+
+    def test_training_clips_and_residuals(self, index):
+        corners = set()
+        for batch in collect(TrainLoader(index, self.DATA, ["residual", "rgb"], seed=0)):
+            plan = plan_pairs(Sources.of(index), batch.video.numpy(), self.DATA, 0, 0)
+            for row in range(8):
+                video, (clip, place) = index[plan.video[row]], divmod(row, 4)
+                corner = plan.box[row, :2] * [128, 171] / [video.height, video.width]
+                np.testing.assert_allclose(corner, corner.round(), atol=1e-9)
+                corners.add(tuple(corner.round().astype(int)))
+                frames = decode_linearly(video.path)[clip_frames(plan.start[row], self.DATA)]
+                rgb = batch.clips["rgb"][place, clip].permute(1, 2, 3, 0).numpy()
+                want = self.expected(frames, *corner.round().astype(int)) / 255
+                assert np.abs(rgb - want).max() <= 2.01 / 255 and np.abs(rgb - want).mean() < 0.6 / 255
+                moved = batch.clips["residual"][place, clip].permute(1, 2, 3, 0).numpy()
+                np.testing.assert_allclose(moved, (rgb - np.roll(rgb, 1, axis=0) + 1) / 2, atol=1e-6)
+        assert len(corners) > 12 and not plan.flip.any() and neutral(plan).all()
+
+    def test_windows_are_the_centre_crop(self, index):
+        loader = WindowLoader(index, self.DATA, ["rgb"], clips_per_video=1)
+        clip = next(iter(loader)).clips["rgb"][0].permute(1, 2, 3, 0).numpy()
+        loader.close()
+        want = self.expected(decode_linearly(index[0].path)[:4], 8, 30) / 255
+        assert np.abs(clip - want).max() <= 2.01 / 255
+
+    def test_the_residual_of_normalised_clips(self, index):
+        data = dataclasses.replace(DATA, augment="none")
+        batch = collect(TrainLoader(index, data, ["rgb", "residual"], seed=0))[0]
+        pixels, moved = (levels(batch.clips[view][0, 0]) / 255 for view in ("rgb", "residual"))
+        np.testing.assert_allclose(moved, (pixels - np.roll(pixels, 1, axis=0) + 1) / 2, atol=1e-6)
+        alone = collect(TrainLoader(index, data, ["residual"], seed=0))[0]
+        assert list(alone.clips) == ["residual"] and torch.equal(alone.clips["residual"], batch.clips["residual"])
+
+    def test_a_view_that_does_not_exist(self, index):
+        with pytest.raises(InputError, match="views: expected some of rgb, flow, residual, got depth"):
+            TrainLoader(index, DATA, ["rgb", "depth"], seed=0)
 
 
 class TestBadFiles:
@@ -361,28 +476,30 @@ class TestBadFiles:
             next(loader.epoch(0))
         loader.close()
 
-    def test_a_batch_the_graph_fails_on_is_read_again_with_every_video_checked(self, index):
+    def test_a_batch_the_graph_fails_on_is_read_again_with_every_video_checked(self, index, tmp_path):
         """What the hardware decoder needs: it fails on a whole batch and names nobody."""
 
-        def checked(video, start, view, data):
-            if video is index[1]:
-                raise VideoError(video.path, "damaged")
-            return [video] * len(start)
+        (tmp_path / "text.mp4").write_text("not a video " * 100)
+        bad = dataclasses.replace(index[1], path=tmp_path / "text.mp4")
+        videos = Index([index[0], bad, index[2]])
 
         class Graph:
+            def rows(self, clips):
+                return np.arange(clips)
+
             def run(self, clips, samples):
-                if index[1] in samples["rgb"]:
+                if bad in samples["rgb"]:
                     raise RuntimeError("decoder error")
                 return samples
 
-        plans = [plan_pairs(Sources.of(index), np.array([video]), DATA, 0, 0) for video in range(3)]
+        plans = [plan_pairs(Sources.of(videos), np.array([video]), DATA, 0, 0) for video in range(3)]
         jobs = [Job(plans[0]), Job(plans[1], lambda: iter([plans[1], plans[2]]))]
-        reader = ClipReader(index, DATA, ["rgb"], lambda video, start, view, data: [video] * len(start))
-        stream = ClipStream(reader, Graph(), workers=1, prefetch=1, checked_fetch=checked)
-        batches = list(stream.stream([jobs], lambda materials: stream.run([(m, 0) for m in materials])[0].video))
+        reader = ClipReader(videos, DATA, {"rgb": lambda video, start, view, data: [video]})
+        stream = ClipStream(reader, Graph(), workers=1, prefetch=1, check=True)
+        batches = list(stream.stream([jobs], lambda materials: stream.run(materials)[0].video))
         stream.close()
-        assert [batch.tolist() for batch in batches] == [[0, 2]]
-        assert reader.skipped == [(index[1].path, "damaged")]
+        assert [batch.tolist() for batch in batches] == [[0, 0, 2, 2]]
+        assert reader.skipped == [(bad.path, "Invalid data found when processing input")]
 
     def test_a_size_other_than_the_index_says(self, index):
         videos = [dataclasses.replace(index[0], width=99), index[1]]

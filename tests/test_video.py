@@ -70,20 +70,28 @@ def test_a_header_that_counts_too_many_frames_is_not_believed():
 @pytest.mark.parametrize("kind", KINDS)
 def test_sliced_packets_hold_the_frames(numbered, kind, tmp_path):
     path = numbered[kind]
-    for frames in CHOICES:
-        encoded, first = slice_packets(path, frames, FRAMES)
-        assert encoded.dtype == np.uint8 and first <= frames[0]
+    for frames in (*CHOICES, [*range(4, 9), *range(37, 41)], [0, 46], [9, 10, 21, 22, 33]):
+        encoded, places = slice_packets(path, frames, FRAMES)
+        assert encoded.dtype == np.uint8 and places.dtype == np.int32
         (tmp_path / "slice").write_bytes(encoded)
         shown = numbers_shown(decode_linearly(tmp_path / "slice"))
-        assert [shown[f - first] for f in frames] == frames
+        assert [shown[place] for place in places] == frames
 
 
 def test_a_slice_starts_at_the_previous_key_frame_and_ends_at_the_last_frame(numbered, tmp_path):
-    for kind in ("h264-bframes", "vp9", "mjpeg-mkv"):
-        encoded, first = slice_packets(numbered[kind], [26, 27], FRAMES)
+    for kind, key in {"h264-bframes": 24, "vp9": 20, "mjpeg-mkv": 26}.items():
+        encoded, places = slice_packets(numbered[kind], [26, 27], FRAMES)
         (tmp_path / "slice").write_bytes(encoded)
-        assert {"h264-bframes": 24, "vp9": 20, "mjpeg-mkv": 26}[kind] == first
-        assert len(decode_linearly(tmp_path / "slice")) <= 27 - first + 1 + 2  # at most the references of B-frames
+        assert places.tolist() == [26 - key, 27 - key]
+        assert len(decode_linearly(tmp_path / "slice")) <= 27 - key + 1 + 2  # at most the references of B-frames
+
+
+def test_a_slice_leaves_out_the_groups_of_pictures_between_two_clips(numbered, tmp_path):
+    for kind, key in {"h264-bframes": 36, "vp9": 40, "mjpeg-mkv": 41}.items():
+        encoded, places = slice_packets(numbered[kind], [0, 1, 41, 42], FRAMES)
+        (tmp_path / "slice").write_bytes(encoded)
+        assert len(decode_linearly(tmp_path / "slice")) <= 2 + (42 - key + 1) + 4
+        assert places[2] <= 41 - key + 2 + 2
 
 
 def test_flow_is_the_two_halves_of_the_luma_as_stored(tmp_path):

@@ -1,9 +1,9 @@
-"""Planned clips to source material, in parallel: decoded frames for the CPU graph, packets for the GPU graph.
+"""Planned clips to source material, in parallel: decoded frames for the CPU graph, packets or JPEGs for the GPU graph.
 
 A video that cannot be read is replaced, in training by another video of the same epoch, in evaluation by nothing; it
 is counted and named once.
 
-Letters: M clips of a job (one video), T frames, H x W pixels.
+Letters: M clips of a job (one video) = N groups of G, T frames, U distinct frames of a group, H x W pixels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +19,10 @@ import numpy as np
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.index import Index, Video
+from cpr_fast.data.lmdb import read_jpegs
+from cpr_fast.data.media import is_record, read_frames
 from cpr_fast.data.sampling import Clips, clip_frames
-from cpr_fast.data.video import VideoError, read_frames, slice_packets
+from cpr_fast.data.video import VideoError, slice_packets
 from cpr_fast.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -30,10 +32,10 @@ Fetch = Callable[[Video, np.ndarray, str, DataConfig], list]
 
 @dataclass(frozen=True)
 class Material:
-    """The clips of one video and, per view, what the graph decodes or augments for each of them."""
+    """The clips of one video and, per view, what the graph decodes or augments (see `ClipGraph.run`)."""
 
     clips: Clips
-    views: dict[str, list]  # M entries: uint8 [T, H, W, C], or (uint8 [L], int32 [T])
+    views: dict[str, list]
 
 
 def fetch_frames(
@@ -56,21 +58,36 @@ def fetch_frames(
     return [_take(pixels, row) for row in place.reshape(frames.shape)]
 
 
-def fetch_packets(video: Video, start: np.ndarray, view: str, data: DataConfig) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Encoded clips at the given starts: (bytes uint8 [L], frame numbers in them int32 [T])."""
+def fetch_packets(
+    video: Video, start: np.ndarray, view: str, data: DataConfig, *, group: int = 1
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Encoded clips at the given starts, one entry for every `group` of them, so that their video is decoded once:
+    (bytes uint8 [L], frame numbers in them int32 [U], place in those of every clip's frames int32 [G, T])."""
     path, num_frames = _file(video, view)
     out = []
-    for s in start:
-        frames = clip_frames(s, data)
-        encoded, first = slice_packets(path, frames, num_frames)
-        out.append((encoded, (frames - first).astype(np.int32)))
+    for starts in start.reshape(-1, group):
+        frames = np.stack([clip_frames(s, data) for s in starts])  # [G, T]
+        needed, order = np.unique(frames, return_inverse=True)
+        encoded, chosen = slice_packets(path, needed, num_frames)
+        out.append((encoded, chosen, order.reshape(frames.shape).astype(np.int32)))
     return out
 
 
-def fetch_checked_packets(video: Video, start: np.ndarray, view: str, data: DataConfig) -> list:
-    """As `fetch_packets`, after decoding the same clips here: raises VideoError where the packets would fail."""
-    fetch_frames(video, start, view, data)
-    return fetch_packets(video, start, view, data)
+def fetch_jpegs(video: Video, start: np.ndarray, view: str, data: DataConfig) -> list[list[np.ndarray]]:
+    """Encoded clips of a record at the given starts: T JPEGs each, uint8 [L], in the mapped file."""
+    path, _ = _file(video, view)
+    clips = (read_jpegs(path, clip_frames(s, data)) for s in start)
+    return [[np.frombuffer(jpeg, np.uint8) for jpeg in jpegs] for jpegs in clips]
+
+
+def checked(fetch: Fetch) -> Fetch:
+    """As `fetch`, after decoding the same clips here: raises VideoError where the graph would fail on them."""
+
+    def fetch_checked(video: Video, start: np.ndarray, view: str, data: DataConfig) -> list:
+        fetch_frames(video, start, view, data)
+        return fetch(video, start, view, data)
+
+    return fetch_checked
 
 
 class FrameCache:
@@ -88,7 +105,8 @@ class FrameCache:
     def read(self, path: Path, frames: np.ndarray, view: str, num_frames: int) -> np.ndarray:
         pixels = self._videos.get(path)
         if pixels is None:
-            if self._free_bytes <= 0 or path in self._damaged:
+            # a record gives any frame at its own cost: none is decoded before it is asked for
+            if self._free_bytes <= 0 or path in self._damaged or is_record(path):
                 return read_frames(path, frames, view, num_frames)
             try:
                 pixels = read_frames(path, np.arange(num_frames), view, num_frames)
@@ -115,17 +133,17 @@ class ClipReader:
 
     index: Index
     data: DataConfig
-    views: Sequence[str]
-    fetch: Fetch
+    fetch: Mapping[str, Fetch]  # by view
     skipped: list[tuple[Path, str]] = field(default_factory=list)  # (path, reason), once per file
     _named: set[Path] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def read(self, clips: Clips, *, fetch: Fetch | None = None) -> Material | None:
-        """Every view of the clips of one video, or None if the video cannot be read."""
-        video, fetch = self.index[int(clips.video[0])], fetch or self.fetch
+    def read(self, clips: Clips, *, check: bool = False) -> Material | None:
+        """Every view of the clips of one video, or None if the video cannot be read; `check`: decoded to be sure."""
+        video = self.index[int(clips.video[0])]
+        fetch = {view: checked(fetch) if check else fetch for view, fetch in self.fetch.items()}
         try:
-            return Material(clips, {view: fetch(video, clips.start, view, self.data) for view in self.views})
+            return Material(clips, {view: fetch[view](video, clips.start, view, self.data) for view in fetch})
         except VideoError as error:
             with self._lock:
                 if error.path not in self._named:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from cpr_fast.data.layouts import LAYOUTS
+from cpr_fast.data.media import exists
 from cpr_fast.data.video import VideoError, VideoInfo, probe_video
 from cpr_fast.errors import InputError
 from cpr_fast.progress import track
@@ -240,11 +241,11 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
 
     def file(column: str) -> Path:
         path = folder / fields[column]
-        if not path.is_file():
+        if not exists(path):
             raise IndexFileError(f"{line}, column {column}: file {str(path)!r} does not exist")
         return path
 
-    flow_there = fields["flow_path"] and (require_flow or (folder / fields["flow_path"]).is_file())
+    flow_there = fields["flow_path"] and (require_flow or exists(folder / fields["flow_path"]))
     return Video(
         path=file("path"),
         label=fields["label"],

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CENTRE_FRACTION = 224 / 256  # of the short side: the published evaluation crops 224 from frames of short side 256
 CROPS = (1, 5, 10)
+IIC_FRAME, IIC_SIDE = (128, 171), 112  # IIC resizes a frame to 128x171 and crops 112 of it
 CROP_RATIO, CROP_ATTEMPTS = (3 / 4, 4 / 3), 10
 JITTER, HUE_DEGREES, SIGMA = 0.4, 36.0, (0.1, 2.0)  # ColorJitter(.4, .4, .4, .1): a hue of .1 is 36 degrees
 BASE_P, FLIP_P, JITTER_P, GRAYSCALE_P, BLUR_P = 0.3, 0.5, 0.8, 0.2, 0.5
@@ -59,7 +60,7 @@ class Clips:
 
     video: np.ndarray  # int64 [M], position in the index
     start: np.ndarray  # int64 [M], first source frame; negative: that many source frames of padding with frame 0
-    box: np.ndarray  # int64 [M, 4], crop (top, left, bottom, right) in source pixels, ends exclusive
+    box: np.ndarray  # int64 (IIC: float64) [M, 4], crop (top, left, bottom, right) in source pixels, ends exclusive
     flip: np.ndarray  # bool [M]
     brightness: np.ndarray  # float32 [M], factor
     contrast: np.ndarray  # float32 [M], factor
@@ -96,7 +97,8 @@ def plan_pairs(sources: Sources, video: np.ndarray, data: DataConfig, seed: int,
 
     CoCLR's augmentation. Half the time the clips have two time positions and each is "base" with p = .3, else "null";
     otherwise both have one position, one of them is base and the other null. null = random resized crop + flip;
-    base = null + colour jitter, grayscale and blur. With `data.augment = "none"`: two positions, centre crop.
+    base = null + colour jitter, grayscale and blur. With `data.augment = "none"`: two positions, centre crop. With
+    "iic": two positions, each with a random crop of its own.
     """
     start, is_base = _positions(sources.num_frames[video], data, seed, epoch, video)
     chances = np.array([JITTER_P, GRAYSCALE_P, BLUR_P])
@@ -143,7 +145,8 @@ def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video
         start = np.linspace(0, slack, clips_per_video).round().astype(np.int64)
     crop = np.tile(np.arange(crops), len(start))
     videos = np.full(len(crop), video, np.int64)
-    box = _corner_box(sources.height[videos], sources.width[videos], crop % 5)
+    corner_box = _iic_corner_box if data.augment == "iic" else _corner_box
+    box = corner_box(sources.height[videos], sources.width[videos], crop % 5)
     clips = _neutral(videos, start.astype(np.int64).repeat(crops), box)
     return replace(clips, flip=crop >= 5, crop=crop)
 
@@ -186,7 +189,7 @@ def _positions(
     slack = (num_frames - _span(data))[:, None]
     # Uniform in 0 .. slack - 1, as published: the last legal start is drawn only where it is the only one.
     start = np.where(slack < 0, slack, _below(draw[:, :2], np.maximum(slack, 1)))
-    if data.augment == "none":
+    if data.augment != "coclr":
         return start, np.zeros(start.shape, bool)
     two_positions = draw[:, 2:3] < 0.5
     first_is_base = draw[:, 3] < 0.5
@@ -201,6 +204,9 @@ def _clip(
     height, width = sources.height[video], sources.width[video]
     if data.augment == "none":
         return _neutral(video, start, _corner_box(height, width, np.zeros(len(video), np.int64)))
+    if data.augment == "iic":
+        free = np.array(IIC_FRAME) - IIC_SIDE
+        return _neutral(video, start, _iic_box(height, width, _below(draw[:, 28:30], free + 1)))
     jitter, grayscale, blur = (draw[:, 1:4] < chances).T
     factor = 1 + np.where(jitter[:, None], JITTER * (2 * draw[:, 4:7] - 1), 0)  # [N, 3]
     return Clips(
@@ -230,6 +236,20 @@ def _corner_box(height: np.ndarray, width: np.ndarray, place: np.ndarray) -> np.
     top = np.where(place == 0, free_height // 2, np.where(place >= 3, free_height, 0))
     left = np.where(place == 0, free_width // 2, np.where(place % 2 == 0, free_width, 0))
     return np.stack([top, left, top + side, left + side], axis=1)
+
+
+def _iic_corner_box(height: np.ndarray, width: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """As `_corner_box`, of IIC's frames; its centre is torchvision's."""
+    free_height, free_width = np.array(IIC_FRAME) - IIC_SIDE
+    rows = np.array([round(free_height / 2), 0, 0, free_height, free_height])
+    columns = np.array([round(free_width / 2), 0, free_width, 0, free_width])
+    return _iic_box(height, width, np.stack([rows[place], columns[place]], axis=1))
+
+
+def _iic_box(height: np.ndarray, width: np.ndarray, corner: np.ndarray) -> np.ndarray:
+    """IIC's crop at `corner` (row, column, [N, 2]) of its resized frame, in source pixels: float64 [N, 4]."""
+    box = np.concatenate([corner, corner + IIC_SIDE], axis=1)
+    return box * np.stack([height, width, height, width], axis=1) / np.tile(IIC_FRAME, 2)
 
 
 def _random_box(

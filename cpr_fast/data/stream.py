@@ -11,16 +11,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from cpr_fast.data.background import run_ahead
-from cpr_fast.data.clips import ClipReader, Fetch, Material
+from cpr_fast.data.clips import ClipReader, Material
 from cpr_fast.data.sampling import Clips
 
 
 class Graph(Protocol):
+    def rows(self, clips: int) -> np.ndarray:
+        """Which input clip each row of the output is, int64 [M]."""
+
     def run(self, clips: Clips, samples: dict[str, list]) -> dict[str, Tensor]:
-        """View -> clips [M, 3, T, S, S] made of each view's M samples as `clips` plans them."""
+        """View -> clips [M, 3, T, S, S] made of each view's samples as `clips` plans them, in the order of `rows`."""
 
 
 @dataclass(frozen=True)
@@ -34,30 +38,28 @@ class Job:
 class ClipStream:
     """Threads that read jobs ahead, and the graph they feed; what the two loaders share."""
 
-    def __init__(
-        self, reader: ClipReader, graph: Graph, *, workers: int, prefetch: int, checked_fetch: Fetch | None = None
-    ) -> None:
-        """`prefetch` batches are read ahead. If `checked_fetch` is given, a batch that the graph fails on is read again
-        by it: a hardware decoder does not say which of its samples was damaged."""
+    def __init__(self, reader: ClipReader, graph: Graph, *, workers: int, prefetch: int, check: bool = False) -> None:
+        """`prefetch` batches are read ahead. With `check` a batch that the graph fails on is read again and decoded by
+        the reader: a hardware decoder does not say which of its samples was damaged."""
         self.reader, self._graph = reader, graph
-        self._ahead, self._checked_fetch = prefetch, checked_fetch
+        self._ahead, self._check = prefetch, check
         # Threads, not processes: FFmpeg and the scaler run without the GIL (on two cores within 7 % of processes), and
         # frames need no way across.
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="cpr-fast-read")
 
     def stream(self, steps: Iterable[list[Job]], collect: Callable[[list[Material]], Any]) -> Iterator[Any]:
-        """`collect(materials)` orders the graph run and returns the batch; steps without a readable video are left
-        out."""
+        """`collect(materials)` runs the graph and returns the batch; steps without a readable video are left out."""
         return run_ahead(self._batches(steps, collect), depth=1)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def run(self, order: list[tuple[Material, int]]) -> tuple[Clips, dict[str, Tensor]]:
-        """The graph's answer for the given (material, clip of it) in this order, and their plan."""
-        clips = Clips.concatenate([material.clips[[clip]] for material, clip in order])
-        views = order[0][0].views
-        return clips, self._graph.run(clips, {v: [material.views[v][clip] for material, clip in order] for v in views})
+    def run(self, materials: list[Material]) -> tuple[Clips, dict[str, Tensor]]:
+        """The graph's answer for the clips of the given videos, and their plan in the same order."""
+        clips = Clips.concatenate([material.clips for material in materials])
+        views = materials[0].views
+        tensors = self._graph.run(clips, {v: [sample for m in materials for sample in m.views[v]] for v in views})
+        return clips[self._graph.rows(len(clips))], tensors
 
     def _batches(self, steps: Iterable[list[Job]], collect: Callable) -> Generator[Any, None, None]:
         pending: deque[tuple[list[Job], list[Future]]] = deque()
@@ -80,9 +82,9 @@ class ClipStream:
         try:
             batch = collect(materials)
         except RuntimeError:
-            if self._checked_fetch is None:
+            if not self._check:
                 raise
-            checked = [self._read(job, fetch=self._checked_fetch) for job in jobs]
+            checked = [self._read(job, check=True) for job in jobs]
             materials = [material for material in checked if material is not None]
             if not materials:
                 return

@@ -85,25 +85,30 @@ def read_frames(path: str | Path, frames: Sequence[int] | np.ndarray, view: str,
     raise VideoError(path, f"frame {min(wanted)} of {num_frames} does not decode")
 
 
-def slice_packets(path: str | Path, frames: Sequence[int] | np.ndarray, num_frames: int) -> tuple[np.ndarray, int]:
-    """The shortest part of a video from which a decoder gets `frames` (any order) without seeking.
+def slice_packets(
+    path: str | Path, frames: Sequence[int] | np.ndarray, num_frames: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The shortest part of a video from which a decoder gets `frames` (strictly increasing) without seeking.
 
-    Returns the encoded bytes, uint8 [L], and the number in the original video of the first frame they hold. The
-    packets from the previous key frame to the last needed one come as Matroska, never as mp4, in which VP9 and MJPEG
-    decode to wrong frames without an error. A video whose timestamps do not prove the numbering comes whole.
+    Returns the encoded bytes, uint8 [L], and the number that each of `frames` has in them, int32 [F]. Of every group of
+    pictures that holds a wanted frame (if they are closed; else from the first such group on), the packets up to the
+    last needed one come as Matroska, never as mp4, in which VP9 and MJPEG decode to wrong frames without an error. A
+    video whose timestamps do not prove the numbering comes whole.
     """
-    first, last = int(min(frames)), int(max(frames))
-    if not 0 <= first <= last < num_frames:
-        raise VideoError(path, f"frames {first}..{last} asked of {num_frames}")
+    frames = np.asarray(frames)
+    if not 0 <= frames[0] <= frames[-1] < num_frames:
+        raise VideoError(path, f"frames {frames[0]}..{frames[-1]} asked of {num_frames}")
     with _open(path) as (container, stream):
         table = PacketTable(container, stream, num_frames)
         if table.ranks is None:
-            return np.fromfile(path, np.uint8), 0
-        begin = table.key_packet(first)
-        base = table.ranks[begin]
-        end = 1 + int(np.flatnonzero(table.ranks <= last)[-1])
-        chosen = [i for i in range(begin, end) if table.ranks[i] >= base]
-        return _matroska(stream, [table.packets[i] for i in chosen], table.ranks[chosen] - base), int(base)
+            return np.fromfile(path, np.uint8), frames.astype(np.int32)
+        chosen = table.needed(frames)
+        ranks = table.ranks[chosen]
+        order = np.sort(ranks)
+        packets = [table.packets[i] for i in chosen]
+        return _matroska(stream, packets, np.searchsorted(order, ranks)), np.searchsorted(order, frames).astype(
+            np.int32
+        )
 
 
 class PacketTable:
@@ -123,14 +128,33 @@ class PacketTable:
             self.ranks = None
         self.packets = packets
 
-    def key_packet(self, frame: int) -> int:
-        """Index of the last key packet at or before `frame`, in presentation as in decoding order.
+    def key_packet(self, frames: int | np.ndarray) -> np.ndarray:
+        """Index of the last key packet at or before each frame, in presentation as in decoding order.
 
         The frames of one presentation range may lie before its key frame in the file only if they are shown before
-        it (leading pictures of an open GOP), so starting there loses none of the frames from `frame` on.
+        it (leading pictures of an open GOP), so starting there loses none of the frames from it on.
         """
-        keys = [i for i, p in enumerate(self.packets) if p.is_keyframe and self.ranks[i] <= frame]
-        return max(keys, key=lambda i: self.ranks[i], default=0)
+        keys = np.flatnonzero([packet.is_keyframe for packet in self.packets])
+        keys = keys[np.argsort(self.ranks[keys])]
+        before = np.searchsorted(self.ranks[keys], frames, side="right")
+        return np.where(before > 0, keys[before - 1], 0) if len(keys) else np.zeros_like(before)
+
+    def needed(self, frames: np.ndarray) -> np.ndarray:
+        """Indices of the packets that `frames` (increasing) need, increasing; each run starts at a key packet."""
+        begins = self.key_packet(frames)
+        if not self._closed():  # an open group of pictures shows errors after a gap: from the first key to the end
+            begins = np.full_like(begins, begins[0])
+        keep = np.zeros(len(self.packets), bool)
+        for begin in np.unique(begins):
+            last = frames[begins == begin][-1]
+            end = 1 + int(np.flatnonzero(self.ranks <= last)[-1])
+            keep[begin:end] |= self.ranks[begin:end] >= self.ranks[begin]
+        return np.flatnonzero(keep)
+
+    def _closed(self) -> bool:
+        """Whether no packet that follows a key packet is shown before it."""
+        earliest_after = np.minimum.accumulate(self.ranks[::-1])[::-1]  # of the packet itself and all later ones
+        return all(earliest_after[i] == self.ranks[i] for i, packet in enumerate(self.packets) if packet.is_keyframe)
 
     def decode(self, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
         """(number, frame) in presentation order, from `first` or earlier to the end of the video."""
@@ -140,7 +164,7 @@ class PacketTable:
             yield from enumerate(numbered)
             return
         number_of = {packet.pts: int(rank) for packet, rank in zip(self.packets, self.ranks, strict=True)}
-        begin = self.key_packet(first)
+        begin = int(self.key_packet(first))
         base = self.ranks[begin]
         for packet in [*self.packets[begin:], None]:
             for frame in decoder.decode(packet):

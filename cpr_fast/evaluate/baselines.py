@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from .features import Embedding
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 ZERO_FLOW = 128 / 255  # the grey level that stores no motion
 THUMBNAIL = 16  # side of the single frame, pixels
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..data.video import VideoError, read_frames
+from ..data.media import read_frames
+from ..data.video import VideoError
 
 STRIP_FRAMES = 8
 THUMB_WIDTH, THUMB_HEIGHT = 128, 96  # pixels of one frame
