@@ -51,7 +51,7 @@ def test_round_trip_through_json_data():
         ("[data]\nbatch_size = '8'", "data.batch_size: expected int, got '8'"),
         ("[data]\nbatch_size = true", "data.batch_size: expected int, got True"),
         ("data = 3", "data: expected a table, got 3"),
-        ("[data]\naugment = 'x'", "data.augment: expected one of 'coclr', 'none', got 'x'"),
+        ("[data]\naugment = 'x'", "data.augment: expected one of 'coclr', 'iic', 'none', got 'x'"),
         ("[memory]\nsize = 8", "memory.size: expected at least data.batch_size = 16 entries, got 8"),
         ("[memory]\nsize = 0", "memory.size: expected a positive number, got 0"),
         ("[mining]\nratio = 1.5", r"mining.ratio: expected a fraction in \(0, 1\], got 1.5"),
