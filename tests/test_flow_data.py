@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from cpr_fast.config import DataConfig
+from cpr_fast.data.build import build_index
 from cpr_fast.data.clips import fetch_frames
 from cpr_fast.data.flow import CHUNK, dequantise, quantise, write_flow
-from cpr_fast.data.index import Index, build_index
+from cpr_fast.data.index import Index
 from cpr_fast.errors import InputError
 
 LEVEL = 40 / 255  # pixels

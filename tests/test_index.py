@@ -8,7 +8,8 @@ import av
 import numpy as np
 import pytest
 
-from cpr_fast.data.index import COLUMNS, Index, IndexFileError, Video, build_index
+from cpr_fast.data.build import build_index
+from cpr_fast.data.index import COLUMNS, Index, IndexFileError, Video
 from cpr_fast.errors import InputError
 
 SHARED = Path(os.environ.get("CPR_FAST_SHARED", Path(__file__).parents[2] / "shared")) / "data"
@@ -176,19 +177,8 @@ def test_folders_with_splits_siblings_and_broken_files(tmp_path):
         ("one_c02.avi", "Jump", "Jump/one", "train", 6),
     ]
     assert [(v.fps, v.width, v.height) for v in index] == [(10.0, 48, 32)] * 4
-    assert sorted(path.name for path, _ in broken) == ["empty.mp4", "text.avi"] and all(why for _, why in broken)
-    sidecar = (tmp_path / "index.broken.csv").read_text()
-    assert sidecar.startswith("path,reason\n") and "empty.mp4" in sidecar and "text.avi" in sidecar
-
-
-def test_the_list_of_broken_files_does_not_outlive_them(tmp_path):
-    write_video(tmp_path / "set" / "Jump" / "good.mp4")
-    bad = tmp_path / "set" / "Jump" / "bad.mp4"
-    bad.touch()
-    build_index(tmp_path / "set", out=tmp_path / "index.csv")
-    bad.unlink()
-    build_index(tmp_path / "set", out=tmp_path / "index.csv")
-    assert not (tmp_path / "index.broken.csv").exists()
+    assert sorted((p.path.name, p.kind) for p in broken) == [("empty.mp4", "empty"), ("text.avi", "broken")]
+    assert all(problem.reason for problem in broken)
 
 
 def test_a_file_cut_short_counts_what_decodes(tmp_path):
@@ -210,13 +200,13 @@ def test_flow_files_below_the_root_are_not_videos(tmp_path):
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (lambda root: None, {}, r"root: expected a folder, got '.*set'"),
+        (lambda root: None, {}, r"root: expected a folder or an LMDB file, got '.*set'"),
         (lambda root: root.mkdir(), {}, r"no video of layout 'folders'"),
         (lambda root: write_video(root / "v.mp4"), {}, r"v.mp4: expected ROOT/<class>/<video>"),
         (lambda root: write_video(root / "a" / "b" / "c" / "v.mp4"), {}, r"v.mp4: expected ROOT/<class>/<video>"),
         (lambda root: (write_video(root / "a" / "v.mp4"), (root / "a" / "v.mp4").write_bytes(b"")), {},
          r"no video .* 1 broken; first: .*v.mp4"),
-        (lambda root: root.mkdir(), {"layout": "imagenet"}, r"layout: expected one of folders, ucf101, got 'imagenet'"),
+        (lambda root: root.mkdir(), {"layout": "imagenet"}, r"layout: expected one of .*lmdb, got 'imagenet'"),
         (lambda root: root.mkdir(), {"splits": "lists"}, r"splits: layout 'folders'.* got 'lists'"),
         (lambda root: root.mkdir(), {"layout": "ucf101"}, r"splits: layout 'ucf101' needs"),
         (lambda root: root.mkdir(), {"layout": "ucf101", "splits": "lists"}, r"split list .* does not exist"),
@@ -261,8 +251,8 @@ def test_ucf101_lists_decide_and_the_handstand_trap_is_known(tmp_path):
         ("Archery", "v_Archery_g08", "train"),
         ("Archery", "v_Archery_g08", "train"),
     ]
-    assert [(str(path.relative_to(root)), reason) for path, reason in broken] == [
-        ("Archery/v_Archery_g01_c01.avi", "listed in testlist02.txt, not found")
+    assert [(str(path.relative_to(root)), reason) for path, _, reason in broken] == [
+        ("Archery/v_Archery_g01_c01", "listed in testlist02.txt, not found")
     ]
 
 
@@ -308,7 +298,7 @@ def test_real_files_in_other_codecs_and_the_broken_ones(tmp_path):
         (tmp_path / "set" / "x").mkdir(parents=True, exist_ok=True)
         shutil.copy(SHARED / "tiny" / name, tmp_path / "set" / "x" / name)
     index, broken = build_index(tmp_path / "set")
-    reasons = {path.name: reason for path, reason in broken}
-    assert reasons.keys() == {"corrupted.mp4", "rotated_90.mov"} and "90 degrees" in reasons["rotated_90.mov"]
+    reasons = {path.name: reason for path, _, reason in broken}
+    assert reasons.keys() == {"corrupted.mp4", "rotated_90.mov"} and "270 degrees" in reasons["rotated_90.mov"]
     assert "rotated_90.mov" not in {video.path.name for video in index}
     assert {"h264_10bits.mp4", "mmaction2_test.avi"} <= {video.path.name for video in index}

@@ -1,10 +1,11 @@
-"""The index: one CSV row per video, and the listing and probing of data sets that writes it.
+"""The index: one CSV row per video. `cpr_fast.data.build` writes it for a data set.
 
     path,label,source,split,num_frames,fps,width,height,flow_path
 
-`path` and `flow_path` are relative to the folder of the CSV file; `label` is the class name; `source` names the
-source video a clip was cut from, so clips of equal `source` are *siblings*; `num_frames` counts the frames that
-really decode, not what the header claims; `fps` is frames per second, `width` and `height` are pixels.
+`path` and `flow_path` are relative to the folder of the CSV file, and may be records of an LMDB file,
+FILE.lmdb#CLASS/VIDEO (`cpr_fast.data.lmdb`); `label` is the class name; `source` names the source video a clip was cut
+from, so clips of equal `source` are *siblings*; `num_frames` counts the frames that really decode (or, of a very large
+data set, the packets), not what the header claims; `fps` is frames per second, `width` and `height` are pixels.
 """
 
 from __future__ import annotations
@@ -13,18 +14,14 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from cpr_fast.data.layouts import LAYOUTS
 from cpr_fast.data.media import exists
-from cpr_fast.data.video import VideoError, VideoInfo, probe_video
 from cpr_fast.errors import InputError
-from cpr_fast.progress import track
 
 COLUMNS = ("path", "label", "source", "split", "num_frames", "fps", "width", "height", "flow_path")
 
@@ -125,79 +122,6 @@ class Index(Sequence[Video]):
             rows.append((_relative(v.path, path), v.label, v.source, v.split, v.num_frames, f"{v.fps:.6g}", v.width,
                          v.height, flow))  # fmt: skip
         _write_csv(path, COLUMNS, rows)
-
-
-def build_index(
-    root: str | Path,
-    layout: str = "folders",
-    splits: str | Path | None = None,
-    split: int = 1,
-    out: str | Path | None = None,
-    *,
-    progress: bool = False,
-) -> tuple[Index, list[tuple[Path, str]]]:
-    """Lists the videos below `root`, decodes each whole to count its frames, and writes the index to `out`.
-
-    Layouts:
-
-    - "folders": ROOT/<class>/<video> or ROOT/<split>/<class>/<video>, with <split> any folder name ("train"). Files
-      named <name>_cNN.<suffix> are clips of one source, "<class>/<name>"; any other file is a source of its own.
-      Classes are in alphabetical order.
-    - "ucf101": the videos that the official lists name (`splits` holds classInd.txt, trainlist0N.txt and testlist0N.txt
-      with N = `split`), wherever below `root` they are and whatever their suffix: the class is that of the list, for
-      some copies spell a folder unlike the file names. The source of v_X_gNN_cMM is v_X_gNN. Classes are in the order
-      of classInd.txt.
-
-    Returns the index and, as (path, reason), what is not in it or only in part: listed videos that are not there,
-    files of which no frame decodes, and files that stop decoding before their end. These are also written beside
-    `out`, as <name>.broken.csv (path,reason), where there are any. Raises InputError where no video is left.
-    """
-    root = Path(root)
-    if layout not in LAYOUTS:
-        raise InputError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if not root.is_dir():
-        raise InputError(f"root: expected a folder, got {str(root)!r}")
-    listed, broken = LAYOUTS[layout](root, None if splits is None else Path(splits), split)
-    videos = []
-    for item, info in zip(listed, _probe_all([item.path for item in listed], progress), strict=True):
-        if isinstance(info, VideoError):
-            broken.append((item.path, info.reason))
-            continue
-        if info.error:
-            broken.append(
-                (item.path, f"damaged: kept with the {info.num_frames} frames that decode, then {info.error}")
-            )
-        videos.append(Video(*item, info.num_frames, info.fps, info.width, info.height))
-    if not videos:
-        reason = f"; first: {broken[0][0]}: {broken[0][1]}" if broken else ""
-        raise InputError(f"root {str(root)!r}: no video of layout {layout!r} that decodes, "
-                             f"{len(broken)} broken{reason}")  # fmt: skip
-    index = Index(videos)
-    if out is not None:
-        _save_with_sidecar(index, broken, Path(out))
-    return index, broken
-
-
-def _probe_all(paths: Sequence[Path], progress: bool) -> list[VideoInfo | VideoError]:
-    """What each video holds, or why it cannot be read; FFmpeg decodes without the interpreter's lock."""
-
-    def probe(path: Path) -> VideoInfo | VideoError:
-        try:
-            return probe_video(path)
-        except VideoError as error:
-            return error
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(probe, paths)
-        return list(track(results, "counting frames", total=len(paths), unit="videos", progress=progress))
-
-
-def _save_with_sidecar(index: Index, broken: list[tuple[Path, str]], out: Path) -> None:
-    sidecar = out.with_suffix(".broken.csv")
-    sidecar.unlink(missing_ok=True)  # never one that belongs to an earlier index
-    if broken:
-        _write_csv(sidecar, ("path", "reason"), [(_relative(path, out), reason) for path, reason in broken])
-    index.save(out)
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -36,7 +36,8 @@ import av
 import numpy as np
 
 from cpr_fast.data.actions import MOTIONS, SCENES, make_source, render
-from cpr_fast.data.index import Index, build_index
+from cpr_fast.data.build import build_index
+from cpr_fast.data.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.progress import track
 
