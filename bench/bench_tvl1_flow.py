@@ -21,26 +21,17 @@ import cv2
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import real_clips
+
 from cpr_fast.ops import _library, tvl1_flow
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("CPR_FAST_SHARED", ROOT / "../shared")) / "data" / "ucf101_100"
 SIZES = ((340, 256), (160, 120))
 MOVING_PX = 0.5  # pixels of OpenCV's flow from which on a pixel counts as moving
 DEFAULTS = (0.25, 0.15, 0.3, 5, 0.8, 5, 0.01, 30, 10, 5)
-
-
-def read_clips(count: int, frames: int, size: tuple[int, int]) -> torch.Tensor:
-    """[count, frames, H, W] uint8, from frame 20 of evenly spaced videos."""
-    paths = sorted(SHARED.glob("*/*.avi"))
-    if len(paths) < count:
-        sys.exit(f"bench_tvl1_flow: needs {count} videos in {SHARED}, found {len(paths)}")
-    clips = []
-    for path in paths[:: len(paths) // count][:count]:
-        video = cv2.VideoCapture(str(path))
-        gray = [cv2.cvtColor(video.read()[1], cv2.COLOR_BGR2GRAY) for _ in range(20 + frames)][20:]
-        clips.append(np.stack([cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in gray]))
-    return torch.from_numpy(np.stack(clips))
 
 
 def opencv_flow(clip: torch.Tensor) -> torch.Tensor:
@@ -96,7 +87,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     rows = []
     for width, height in SIZES:
-        clips = read_clips(options.clips, 3, (width, height))
+        clips = real_clips.read_gray(options.clips, 3, (width, height))
         _, pixel_iterations = torch.ops.cpr_fast.tvl1_flow(clips, *DEFAULTS)
         for variant in library.cpr_cpu_variants().decode().split(","):
             library.cpr_force_cpu_variant(variant.encode())

@@ -1,7 +1,8 @@
 """What only a GPU can confirm about the CUDA kernels: one check per name (see results/gpu_pending.md).
 
-Run from the repository root: `python3 bench/gpu_probe.py stream|graph|assert|routes|million|approximate|time`.
-Exits non-zero where a check fails; `time` writes gpu_time.json into $OUT (default bench/results).
+Run from the repository root: `python3 bench/gpu_probe.py stream|graph|assert|routes|million|approximate|time|flow`.
+Exits non-zero where a check fails; `time` and `flow` write gpu_time.json and gpu_flow.json into $OUT (default
+bench/results).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from cpr_fast.ops import cascade_select, cascade_select_ref, mil_nce, mil_nce_ref
+from cpr_fast.ops import cascade_select, cascade_select_ref, mil_nce, mil_nce_ref, tvl1_flow
 
 # Floors of one H200 in microseconds at D = 128: bytes over 4.3 TB/s or operations over 60 (fp32) and 790 (bf16)
 # TFLOP/s, whichever is more, plus a launch of 2.5: (B, K) -> of either op, fp32 and bf16; cascade_select with two
@@ -29,6 +30,7 @@ FLOOR_US = {
     (1024, 65536): (575, 46),
     (1024, 1_000_000): (9200, 700),
 }
+FLOW_DEFAULTS = (0.25, 0.15, 0.3, 5, 0.8, 5, 0.01, 30, 10, 5)
 
 
 def features(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -177,9 +179,45 @@ def time() -> None:
     (out / "gpu_time.json").write_text(json.dumps(report, indent=1))
 
 
+def moving_clips(pairs: int, height: int, width: int) -> torch.Tensor:
+    """[pairs, 2, H, W] uint8: smooth noise that moves by up to 3 pixels."""
+    noise = torch.rand(pairs, 1, height // 4 + 4, width // 4 + 4, device="cuda")
+    large = torch.nn.functional.interpolate(noise, scale_factor=4, mode="bicubic").clamp(0, 1)
+    shifts = torch.randint(4, (pairs, 2)).tolist()
+    second = torch.stack([large[i, 0, y : y + height, x : x + width] for i, (y, x) in enumerate(shifts)])
+    return (torch.stack([large[:, 0, :height, :width], second], 1) * 255).to(torch.uint8)
+
+
+def flow() -> None:
+    """tvl1_flow against the CPU's kernel, twice the same bits, and pairs per second at 340x256 by pairs of a call."""
+    clips = moving_clips(24, 256, 340)
+    found, counted = torch.ops.cpr_fast.tvl1_flow(clips, *FLOW_DEFAULTS)
+    assert torch.equal(found, tvl1_flow(clips)), "two runs differ"
+    expected, expected_count = torch.ops.cpr_fast.tvl1_flow(clips.cpu(), *FLOW_DEFAULTS)
+    error = (found.cpu() - expected).norm(dim=2)
+    print(
+        f"equal pairs {sum(map(torch.equal, found.cpu(), expected))} of {len(clips)}, mean error {error.mean():.2e} px"
+    )
+    assert error.mean() <= 0.05 and error.quantile(0.99) <= 0.5
+    assert abs(counted.sum().item() / expected_count.sum().item() - 1) <= 0.02
+    rows = []
+    for pairs in (1, 8, 32, 132, 264, 528):
+        clips = moving_clips(pairs, 256, 340)
+        iterations = torch.ops.cpr_fast.tvl1_flow(clips, *FLOW_DEFAULTS)[1].sum().item()
+        time_us = replay_us(lambda clips=clips: tvl1_flow(clips), repeats=5)
+        rows.append(
+            {"pairs": pairs, "pairs_per_s": round(pairs / time_us * 1e6, 1), "time_ms": round(time_us / 1e3, 2)}
+        )
+        rows[-1]["ns_per_pixel_iteration"] = round(time_us * 1e3 / iterations, 4)
+        print(*rows[-1].values(), sep="\t")
+    out = Path(os.environ.get("OUT", "bench/results"))
+    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "size": "340x256", "rows": rows}
+    (out / "gpu_flow.json").write_text(json.dumps(report, indent=1))
+
+
 if __name__ == "__main__":
     checks = {"stream": stream, "graph": graph, "assert": device_assert, "routes": routes, "million": million}
-    checks |= {"approximate": approximate, "time": time}
+    checks |= {"approximate": approximate, "time": time, "flow": flow}
     if len(sys.argv) != 2 or sys.argv[1] not in checks:
         raise SystemExit(f"usage: gpu_probe.py {'|'.join(checks)}")
     torch.manual_seed(0)

@@ -89,7 +89,7 @@ CPR_API const char* cpr_mil_nce_grad_memory_cuda(const cpr_mil_nce_args* args, c
 // ---- tvl1_flow: TV-L1 optical flow ----------------------------------------------------------------
 typedef struct {
   const void* frames;         // [N, T, H, W] uint8 0..255, or float 0..1
-  float* flow;                // out [N, T-1, 2, H, W]: (u, v) in pixels
+  float* flow;                // out [N, T-1, 2, H, W]: (u, v) in pixels; NaN where a frame has a NaN or infinite pixel
   int64_t* pixel_iterations;  // out [N, T-1] or null: pixels x inner iterations done, summed over scales and warps
   int64_t N, T, H, W;
   int frames_are_uint8;
@@ -98,6 +98,8 @@ typedef struct {
 } cpr_tvl1_args;
 
 CPR_API const char* cpr_tvl1_flow_cpu(const cpr_tvl1_args* args, cpr_parallel_for parallel);
+CPR_API size_t cpr_tvl1_flow_cuda_workspace(const cpr_tvl1_args* args);
+CPR_API const char* cpr_tvl1_flow_cuda(const cpr_tvl1_args* args, void* workspace, void* stream);
 
 // ---- what this build is ----------------------------------------------------------------------------
 // The CPU variants this machine can run, best first, comma-separated ("avx512,avx2,portable").

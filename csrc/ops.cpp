@@ -293,7 +293,7 @@ Tensor mil_nce_grad_memory(const Tensor& query, const Tensor& own_key, const Ten
 // ---- tvl1_flow -------------------------------------------------------------------------------------------
 std::tuple<Tensor, Tensor> tvl1_flow(const Tensor& frames_in, double tau, double lambda, double theta, int64_t scales,
                                      double scale_step, int64_t warps, double epsilon, int64_t inner_iterations,
-                                     int64_t outer_iterations, int64_t median) {
+                                     int64_t outer_iterations, int64_t median, bool cuda) {
   check(frames_in.dim() == 4, "frames: expected shape [N, T, H, W], got " + shape_text(frames_in));
   const bool uint8 = frames_in.scalar_type() == ScalarType::Byte;
   check(uint8 || frames_in.scalar_type() == ScalarType::Float, "frames: expected dtype uint8 or float32");
@@ -321,7 +321,14 @@ std::tuple<Tensor, Tensor> tvl1_flow(const Tensor& frames_in, double tau, double
                            .inner_iterations = static_cast<int>(inner_iterations),
                            .outer_iterations = static_cast<int>(outer_iterations),
                            .median = static_cast<int>(median)};
-  raise_failure(cpr_tvl1_flow_cpu(&args, parallel_for));
+  if (!cuda) raise_failure(cpr_tvl1_flow_cpu(&args, parallel_for));
+#ifdef CPR_FAST_WITH_CUDA
+  if (cuda) {
+    const torch::stable::accelerator::DeviceGuard guard(frames.get_device_index());
+    Tensor scratch = workspace(frames, cpr_tvl1_flow_cuda_workspace(&args));
+    raise_failure(cpr_tvl1_flow_cuda(&args, scratch.mutable_data_ptr(), current_cuda_stream(frames)));
+  }
+#endif
   return {flow, pixel_iterations};
 }
 
@@ -354,6 +361,14 @@ Tensor mil_nce_grad_memory_on(const Tensor& query, const Tensor& own_key, const 
                              self_positive, temperature, lse_all, lse_positive, grad_loss, cuda);
 }
 
+template <bool cuda>
+std::tuple<Tensor, Tensor> tvl1_flow_on(const Tensor& frames, double tau, double lambda, double theta, int64_t scales,
+                                        double scale_step, int64_t warps, double epsilon, int64_t inner_iterations,
+                                        int64_t outer_iterations, int64_t median) {
+  return tvl1_flow(frames, tau, lambda, theta, scales, scale_step, warps, epsilon, inner_iterations, outer_iterations,
+                   median, cuda);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(cpr_fast, m) {
@@ -378,7 +393,7 @@ STABLE_TORCH_LIBRARY_IMPL(cpr_fast, CPU, m) {
   m.impl("cascade_select", TORCH_BOX(&cascade_select_on<false>));
   m.impl("mil_nce", TORCH_BOX(&mil_nce_on<false>));
   m.impl("mil_nce_grad_memory", TORCH_BOX(&mil_nce_grad_memory_on<false>));
-  m.impl("tvl1_flow", TORCH_BOX(&tvl1_flow));
+  m.impl("tvl1_flow", TORCH_BOX(&tvl1_flow_on<false>));
 }
 
 #ifdef CPR_FAST_WITH_CUDA
@@ -386,5 +401,6 @@ STABLE_TORCH_LIBRARY_IMPL(cpr_fast, CUDA, m) {
   m.impl("cascade_select", TORCH_BOX(&cascade_select_on<true>));
   m.impl("mil_nce", TORCH_BOX(&mil_nce_on<true>));
   m.impl("mil_nce_grad_memory", TORCH_BOX(&mil_nce_grad_memory_on<true>));
+  m.impl("tvl1_flow", TORCH_BOX(&tvl1_flow_on<true>));
 }
 #endif

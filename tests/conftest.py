@@ -2,12 +2,13 @@
 
 import ctypes
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import real_clips
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
+from cuda_emulation.device import ORDERS, Device, build
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -23,10 +24,9 @@ def device(request) -> torch.device:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The directory of real clips, $CPR_FAST_SHARED/data."""
-    path = Path(os.environ.get("CPR_FAST_SHARED", ROOT.parent / "shared")) / "data"
-    if not path.is_dir():
-        pytest.skip(f"no real clips: {path} does not exist (set CPR_FAST_SHARED)")
-    return path
+    if not real_clips.ROOT.is_dir():
+        pytest.skip(f"no real clips: {real_clips.ROOT} does not exist (set CPR_FAST_SHARED)")
+    return real_clips.ROOT
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +66,19 @@ def thread_counts():
     before = torch.get_num_threads()
     yield (1, 2, 5)
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def emulated() -> Device:
+    """The CUDA kernels' own source on the host."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++ to compile the kernels for the host")
+    return Device(build())
+
+
+@pytest.fixture(params=ORDERS)
+def every_order(request, emulated):
+    """Threads and blocks run forwards, backwards and shuffled."""
+    emulated.set_order(request.param)
+    yield
+    emulated.set_order("forward")

@@ -1,11 +1,11 @@
 """Encoded videos whose frames show their own number, and clips of the shared data, for the tests of `cpr_fast.data`."""
 
-import os
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import real_clips
 
 HEIGHT, WIDTH = 48, 64  # a grid of 2 x 4 blocks: the bits of the frame number, black or white
 
@@ -67,8 +67,7 @@ def decode_linearly(path: Path) -> np.ndarray:
 
 def shared_data(*parts: str) -> Path:
     """A path below the shared data, or the test is skipped."""
-    root = Path(os.environ.get("CPR_FAST_SHARED", Path(__file__).parents[2] / "shared"))
-    path = root.joinpath("data", *parts)
+    path = real_clips.ROOT.joinpath(*parts)
     if not path.exists():
         pytest.skip(f"needs {path} (set CPR_FAST_SHARED)")
     return path

@@ -14,22 +14,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cuda_emulation.device import ORDERS, REPOSITORY, Device, build
+from cuda_emulation.device import REPOSITORY
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels for the host")
-
-
-@pytest.fixture(scope="module")
-def emulated() -> Device:
-    return Device(build())
-
-
-@pytest.fixture(params=ORDERS)
-def every_order(request, emulated):
-    """Threads and blocks run forwards, backwards and shuffled."""
-    emulated.set_order(request.param)
-    yield
-    emulated.set_order("forward")
 
 
 ROUTES = {  # of cascade_select, by what the device has

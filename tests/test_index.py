@@ -12,8 +12,6 @@ from cpr_fast.data.build import build_index
 from cpr_fast.data.index import COLUMNS, Index, IndexFileError, Video
 from cpr_fast.errors import InputError
 
-SHARED = Path(os.environ.get("CPR_FAST_SHARED", Path(__file__).parents[2] / "shared")) / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real clips: {SHARED} is absent (CPR_FAST_SHARED)")
 HEADER = ",".join(COLUMNS)
 
 
@@ -273,16 +271,15 @@ def test_a_bad_split_list_is_named(line, message, tmp_path):
 # ---- real clips
 
 
-@needs_shared
-def test_real_ucf101_clips(tmp_path):
+def test_real_ucf101_clips(tmp_path, shared_data):
     subset = tmp_path / "UCF-101"
-    clips = sorted((SHARED / "ucf101_100").glob("*/*.avi"))[::4]
+    clips = sorted((shared_data / "ucf101_100").glob("*/*.avi"))[::4]
     for clip in clips:
         (subset / clip.parent.name).mkdir(parents=True, exist_ok=True)
         (subset / clip.parent.name / clip.name).symlink_to(clip)
-    index, broken = build_index(subset, "ucf101", SHARED / "splits" / "ucf101_official", 1)
+    index, broken = build_index(subset, "ucf101", shared_data / "splits" / "ucf101_official", 1)
     known = {}
-    for line in (SHARED / "ucf101_100" / "PROBE.csv").read_text().splitlines()[1:]:
+    for line in (shared_data / "ucf101_100" / "PROBE.csv").read_text().splitlines()[1:]:
         path, frames, width, height, fps = line.split(",")[:5]
         known[Path(path).name] = (int(frames), int(width), int(height), float(fps))
     assert len(index) == len(clips) and len(index) + len(broken) == 13_320
@@ -292,11 +289,10 @@ def test_real_ucf101_clips(tmp_path):
         assert video.source == video.path.stem[: video.path.stem.index("_c0")]
 
 
-@needs_shared
-def test_real_files_in_other_codecs_and_the_broken_ones(tmp_path):
+def test_real_files_in_other_codecs_and_the_broken_ones(tmp_path, shared_data):
     for name in ("corrupted.mp4", "rotated_90.mov", "h264_10bits.mp4", "mmaction2_test.avi"):
         (tmp_path / "set" / "x").mkdir(parents=True, exist_ok=True)
-        shutil.copy(SHARED / "tiny" / name, tmp_path / "set" / "x" / name)
+        shutil.copy(shared_data / "tiny" / name, tmp_path / "set" / "x" / name)
     index, broken = build_index(tmp_path / "set")
     reasons = {path.name: reason for path, _, reason in broken}
     assert reasons.keys() == {"corrupted.mp4", "rotated_90.mov"} and "270 degrees" in reasons["rotated_90.mov"]

@@ -5,11 +5,10 @@ runs are therefore compared in the mean and at the 99th percentile, short runs (
 """
 
 import ctypes
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
+import real_clips
 import torch
 
 from cpr_fast.ops import _library, tvl1_flow, tvl1_flow_ref
@@ -33,7 +32,6 @@ DEFAULTS = {
     "median": 5,
 }
 SHORT = {"scales": 1, "warps": 1, "outer_iterations": 1, "inner_iterations": 8, "epsilon": 0.0}
-SHARED = Path(os.environ.get("CPR_FAST_SHARED", Path(__file__).parents[1] / "../shared")) / "data" / "ucf101_100"
 
 
 def moving_texture(frames: int, height: int, width: int, seed: int, velocity=(1.5, -0.7)) -> torch.Tensor:
@@ -53,17 +51,12 @@ def moving_texture(frames: int, height: int, width: int, seed: int, velocity=(1.
     return torch.from_numpy(np.stack(clip))
 
 
-def real_clips(count: int, frames: int, size: tuple[int, int]) -> torch.Tensor:
-    """[count, frames, H, W] uint8 from the middle of UCF101 videos, or a skip where they are absent."""
-    paths = sorted(SHARED.glob("*/*.avi"))
-    if len(paths) < count:
-        pytest.skip(f"needs {count} UCF101 videos in {SHARED}, found {len(paths)}")
-    clips = []
-    for path in paths[:: len(paths) // count][:count]:
-        video = cv2.VideoCapture(str(path))
-        gray = [cv2.cvtColor(video.read()[1], cv2.COLOR_BGR2GRAY) for _ in range(20 + frames)][20:]
-        clips.append(np.stack([cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in gray]))
-    return torch.from_numpy(np.stack(clips))
+def read_or_skip(count: int, frames: int, size: tuple[int, int]) -> torch.Tensor:
+    """`real_clips.read_gray`, or a skip where the clips are absent."""
+    try:
+        return real_clips.read_gray(count, frames, size)
+    except real_clips.Absent as absent:
+        pytest.skip(str(absent))
 
 
 def opencv_flow(frames: torch.Tensor, **settings) -> torch.Tensor:
@@ -134,10 +127,10 @@ def minimise(u: np.ndarray, dual: np.ndarray, g: np.ndarray, residual: np.ndarra
     return u, iteration + 1
 
 
-def test_finds_a_known_translation():
-    clip = moving_texture(2, 96, 128, seed=0, velocity=(1.5, -0.7))
+def test_finds_a_known_translation(device):
+    clip = moving_texture(2, 96, 128, seed=0, velocity=(1.5, -0.7)).to(device)
     centre = tvl1_flow(clip)[0, :, 38:58, 54:74]  # well inside the disc
-    assert (centre - torch.tensor([1.5, -0.7])[:, None, None]).norm(dim=0).mean() < 0.1
+    assert (centre.cpu() - torch.tensor([1.5, -0.7])[:, None, None]).norm(dim=0).mean() < 0.1
 
 
 def test_a_still_video_has_exactly_no_flow():
@@ -145,20 +138,20 @@ def test_a_still_video_has_exactly_no_flow():
     assert not tvl1_flow(frame.expand(3, -1, -1)).any()
 
 
-def test_synthetic_videos_as_opencv():
+def test_synthetic_videos_as_opencv(device):
     clips = torch.stack([moving_texture(2, 120, 160, seed, (1.2 + seed / 2, -0.6)) for seed in range(4)])
-    assert_close_to_opencv(tvl1_flow(clips), torch.stack([opencv_flow(clip) for clip in clips]))
+    assert_close_to_opencv(tvl1_flow(clips.to(device)).cpu(), torch.stack([opencv_flow(clip) for clip in clips]))
 
 
-def test_real_videos_as_opencv():
-    clips = real_clips(6, 2, (160, 120))
-    assert_close_to_opencv(tvl1_flow(clips), torch.stack([opencv_flow(clip) for clip in clips]))
+def test_real_videos_as_opencv(device):
+    clips = read_or_skip(6, 2, (160, 120))
+    assert_close_to_opencv(tvl1_flow(clips.to(device)).cpu(), torch.stack([opencv_flow(clip) for clip in clips]))
 
 
 def test_pixel_iterations_as_opencv():
     try:
-        clips = real_clips(5, 2, (96, 72))
-    except pytest.skip.Exception:  # still an independent check without the real videos
+        clips = real_clips.read_gray(5, 2, (96, 72))
+    except real_clips.Absent:  # still an independent check without the real videos
         clips = torch.stack([moving_texture(2, 72, 96, seed) for seed in range(5)])
     _, counted = torch.ops.cpr_fast.tvl1_flow(clips, *DEFAULTS.values())
     flows, expected = zip(*(step_by_step(*clip.numpy()) for clip in clips), strict=True)
@@ -176,8 +169,8 @@ def test_short_run_as_opencv(settings):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 37), (37, 1), (2, 3), (16, 16), (15, 64), (20, 33), (48, 17), (31, 97)])
-def test_any_size_as_reference(size):
-    clip = moving_texture(3, *size, seed=3)
+def test_any_size_as_reference(size, device):
+    clip = moving_texture(3, *size, seed=3).to(device)
     torch.testing.assert_close(tvl1_flow(clip, **SHORT), tvl1_flow_ref(clip, **SHORT), atol=1e-3, rtol=0)
     assert tvl1_flow(clip).isfinite().all()
 
@@ -188,8 +181,8 @@ def test_whole_run_as_reference():
     assert (tvl1_flow(clips, **coarse) - tvl1_flow_ref(clips, **coarse)).norm(dim=-3).mean() < 0.05
 
 
-def test_leading_dimensions_and_pairs_are_independent():
-    clips = torch.stack([moving_texture(4, 33, 50, seed) for seed in range(6)]).reshape(2, 3, 4, 33, 50)
+def test_leading_dimensions_and_pairs_are_independent(device):
+    clips = torch.stack([moving_texture(4, 33, 50, seed) for seed in range(6)]).reshape(2, 3, 4, 33, 50).to(device)
     flow = tvl1_flow(clips)
     assert flow.shape == (2, 3, 3, 2, 33, 50)
     assert torch.equal(flow[1, 2, 1], tvl1_flow(clips[1, 2, 1:3])[0])
@@ -229,8 +222,8 @@ def test_cpu_variants_give_the_same_bits():
     assert all(torch.equal(flow, flows[b"portable"]) for flow in flows.values())
 
 
-def test_operator_registration():
-    clip = moving_texture(2, 20, 24, seed=9)
+def test_operator_registration(device):
+    clip = moving_texture(2, 20, 24, seed=9).to(device)
     torch.library.opcheck(torch.ops.cpr_fast.tvl1_flow.default, (clip[None], *DEFAULTS.values()))
     compiled = torch.compile(lambda frames: 2 * tvl1_flow(frames), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(clip), 2 * tvl1_flow(clip))
@@ -262,7 +255,11 @@ def test_bad_arguments_are_named(frames, settings, error, message):
         tvl1_flow(frames, **settings)
 
 
-def test_nan_pixels_end_the_run():
-    clip = moving_texture(2, 30, 40, seed=10) / 255
-    clip[0, 3, 3], clip[1, 8, 8] = float("nan"), float("inf")
-    assert tvl1_flow(clip).shape == (1, 2, 30, 40)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_pixel_that_is_not_finite_gives_nan_flow_to_its_two_pairs_alone(value, device):
+    clip = moving_texture(5, 30, 40, seed=10).to(device) / 255
+    expected = tvl1_flow(clip)
+    clip[2, 3, 3] = value
+    flow, counted = torch.ops.cpr_fast.tvl1_flow(clip[None], *DEFAULTS.values())
+    assert flow[0, 1:3].isnan().all() and counted[0, 1:3].tolist() == [0, 0]
+    assert torch.equal(flow[0, [0, 3]], expected[[0, 3]])

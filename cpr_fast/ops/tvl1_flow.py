@@ -32,17 +32,19 @@ def tvl1_flow(
 
     Minimises the total variation of the flow plus `lambda_` times the absolute brightness difference, coarse to fine.
     The defaults are OpenCV's, and so is the answer, within what rounding makes of it: the stop test amplifies the last
-    bit, in OpenCV against itself too. A pair's flow does not depend on the other pairs or on the number of threads.
-    Not differentiable. CPU only: NotImplementedError on other devices.
+    bit, in OpenCV against itself too. A pair's flow does not depend on the other pairs or on the number of threads; on
+    CUDA every operation is rounded as on the CPU, and only a stop test within rounding of its threshold can differ. All
+    pairs of a call run at once there, in one launch, without waiting for the host. Not differentiable.
 
-    frames: gray, uint8 in 0..255 or float32 in 0..1, T >= 2, any strides.
+    frames: gray, uint8 in 0..255 or float32 in 0..1, T >= 2, any strides, on the CPU or a CUDA device. The flow between
+        two frames is NaN everywhere if either holds a NaN or infinite pixel.
     tau: step of the dual variables.  theta: coupling of the two halves of the splitting.
     scales: most pyramid levels, each `scale_step` (in 0..1) the size of the last, none shorter than 16 pixels.
     warps: warpings per level.  epsilon: stop once an inner iteration moves pixels by less (root mean square, pixels).
     inner_iterations, outer_iterations: most of them; a median filter over `median` x `median` pixels (3 or 5; 0 or 1
     for none) precedes every outer iteration.
 
-    Raises ValueError or TypeError naming the bad argument.
+    Raises ValueError or TypeError naming the bad argument, NotImplementedError on other devices.
     """
     settings = (tau, lambda_, theta, scales, scale_step, warps, epsilon, inner_iterations, outer_iterations, median)
     _check(frames, *settings)
@@ -172,8 +174,8 @@ def _check(
         raise TypeError(f"frames: expected uint8 or float32, got {frames.dtype}")
     if frames.dim() < 3 or frames.shape[-3] < 2 or 0 in frames.shape[-2:]:
         raise ValueError(f"frames: expected shape [..., T, H, W] with T >= 2, H, W >= 1, got {list(frames.shape)}")
-    if frames.device.type != "cpu":
-        raise NotImplementedError(f"frames: tvl1_flow runs on the CPU, got a tensor on {frames.device}")
+    if frames.device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"frames: tvl1_flow runs on the CPU and on CUDA, got a tensor on {frames.device}")
     for name, value in (("tau", tau), ("lambda_", lambda_), ("theta", theta)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a positive number, got {value}")

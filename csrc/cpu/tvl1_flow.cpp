@@ -16,11 +16,10 @@
 #include "cpr_fast.h"
 #include "cpu/dispatch.h"
 #include "cpu/tvl1_rows.h"
+#include "tvl1.h"
 
 namespace cpr::tvl1 {
 namespace {
-
-constexpr int kMinSide = 16;  // pixels; no coarser level has a shorter side
 
 Level make_level(int height, int width) {
   const int vectors = (width + kLanes - 1) / kLanes;
@@ -28,12 +27,10 @@ Level make_level(int height, int width) {
 }
 
 std::vector<Level> make_levels(const cpr_tvl1_args& a) {
-  std::vector<Level> levels{make_level(static_cast<int>(a.H), static_cast<int>(a.W))};
-  while (static_cast<int>(levels.size()) < a.scales) {
-    const int height = static_cast<int>(std::nearbyint(levels.back().height * a.scale_step));
-    const int width = static_cast<int>(std::nearbyint(levels.back().width * a.scale_step));
-    if (std::min(height, width) < kMinSide) break;
-    levels.push_back(make_level(height, width));
+  std::vector<Level> levels;
+  Size size = {static_cast<int>(a.H), static_cast<int>(a.W)};
+  for (int left = count_levels(a); left > 0; --left, size = coarser(size, a.scale_step)) {
+    levels.push_back(make_level(size.height, size.width));
   }
   return levels;
 }
@@ -117,15 +114,19 @@ class Pyramid {
     return {pixels_[scale].data(), level.height, level.width, ptrdiff_t{level.vectors} * kLanes};
   }
 
+  bool finite() const { return finite_; }
+
   // frame: [H, W] of uint8 0..255 or float 0..1
   void build(const cpr_tvl1_args& a, int64_t frame) {
     const Image<float> finest = image(0);
+    finite_ = true;
     const size_t offset = static_cast<size_t>(frame) * a.H * a.W;
     for (int y = 0; y < finest.height; ++y) {
       const size_t start = offset + static_cast<size_t>(y) * a.W;
       for (int x = 0; x < finest.width; ++x) {
         finest.row(y)[x] = a.frames_are_uint8 ? static_cast<const uint8_t*>(a.frames)[start + x]
                                               : static_cast<const float*>(a.frames)[start + x] * 255.0f;
+        finite_ &= std::isfinite(finest.row(y)[x]);
       }
     }
     for (size_t scale = 1; scale < levels_->size(); ++scale) {
@@ -138,6 +139,7 @@ class Pyramid {
  private:
   const std::vector<Level>* levels_;  // a pointer, so that pyramids can be swapped
   std::vector<Buffer> pixels_;
+  bool finite_ = true;
 };
 
 // out: [height + 2 kBorder][width + 2 kBorder][4] = (I, dI/dx, dI/dy, 0), border 0; central differences, one-sided
@@ -156,19 +158,6 @@ void interleave_gradient(Image<const float> image, float* out) {
       pixel[2] = 0.5f * (below[x] - above[x]);
     }
   }
-}
-
-// How many inner iterations to run before looking at their errors. The error falls about geometrically, ever slower,
-// so extrapolating its last ratio seldom overshoots the stop; an overshoot costs time (8-11 % of the iterations,
-// measured on real clips), never the result.
-int block_length(double previous, double error, double threshold, int remaining) {
-  double length = 2;
-  if (error == std::numeric_limits<double>::max()) {
-    length = 3;
-  } else if (error < previous) {
-    length = std::ceil(std::log(threshold / error) / std::log(error / previous));
-  }
-  return static_cast<int>(std::clamp<double>(length, 1, std::min(kMaxBlock, remaining)));
 }
 
 // Solves frame pairs one after the other; owns every buffer, sized for the finest level.
@@ -244,8 +233,8 @@ class Solver {
 
   // Outer and inner iterations of one warp; returns the inner iterations done.
   int64_t iterate_to_convergence(const Level& level) {
-    const double threshold = static_cast<float>(a_.epsilon * a_.epsilon * level.height * level.width);
-    double previous = 0, error = std::numeric_limits<double>::max();
+    const double threshold = stop_threshold(a_.epsilon, {level.height, level.width});
+    double previous = 0, error = kNoError;
     int64_t iterations = 0;
     for (int outer = 0; outer < a_.outer_iterations && error > threshold; ++outer) {
       if (a_.median > 1) rows_.median(level, a_.median, pixels(state_, level), ring_.data());
@@ -260,7 +249,7 @@ class Solver {
 
   // Runs a block of inner iterations, and again fewer from the same start where the stop test holds earlier.
   int iterate_block(const Level& level, double threshold, int remaining, double& previous, double& error) {
-    int count = block_length(previous, error, threshold, remaining);
+    int count = block_length(previous, error, threshold, std::min(kMaxBlock, remaining));
     double errors[kMaxBlock];
     const auto run = [&](int length) {
       rows_.iterate(level, step_, constants_.data() + kLanes, pixels(state_, level), pixels(next_, level), length,
@@ -305,7 +294,13 @@ void solve_pairs(int64_t begin, int64_t end, void* context) {
         std::swap(first, second);
       }
       second.build(a, frame + 1);
-      const int64_t pixel_iterations = solver.solve(first, second, a.flow + pair * 2 * a.H * a.W);
+      float* flow = a.flow + pair * 2 * a.H * a.W;
+      int64_t pixel_iterations = 0;
+      if (first.finite() && second.finite()) {
+        pixel_iterations = solver.solve(first, second, flow);
+      } else {
+        std::fill_n(flow, 2 * a.H * a.W, std::numeric_limits<float>::quiet_NaN());
+      }
       if (a.pixel_iterations) a.pixel_iterations[pair] = pixel_iterations;
     }
   } catch (const std::bad_alloc&) {
@@ -320,20 +315,6 @@ const Rows& current_rows() {
   if (std::strcmp(kernels().name, "avx2") == 0) return avx2::tvl1_rows;
 #endif
   return portable::tvl1_rows;
-}
-
-const char* check(const cpr_tvl1_args& a) {
-  constexpr int64_t kMaxSide = 1 << 20;
-  if (a.T < 2) return "frames: at least 2 per clip are needed";
-  if (a.H < 1 || a.W < 1 || a.H > kMaxSide || a.W > kMaxSide) return "frames: height and width must be 1..2^20";
-  if (!(a.tau > 0 && a.lambda > 0 && a.theta > 0)) return "tau, lambda and theta must be positive";
-  if (!(a.epsilon >= 0)) return "epsilon must not be negative";
-  if (!(a.scale_step > 0 && a.scale_step < 1)) return "scale_step must lie between 0 and 1";
-  if (a.scales < 1 || a.warps < 1 || a.inner_iterations < 1 || a.outer_iterations < 1) {
-    return "scales, warps, inner_iterations and outer_iterations must be at least 1";
-  }
-  if (a.median != 0 && a.median != 1 && a.median != 3 && a.median != 5) return "median must be 0 or 1 (none), 3 or 5";
-  return nullptr;
 }
 
 }  // namespace

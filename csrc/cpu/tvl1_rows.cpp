@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cpu/vec16.h"
+#include "tvl1.h"
 
 namespace cpr::tvl1 {
 namespace {
@@ -139,8 +140,6 @@ void iterate(const Level& level, const Step& step, const float* constants, const
 
 // ---- warping ---------------------------------------------------------------------------------------
 
-constexpr float kA = -0.75f;  // OpenCV's cubic convolution coefficient
-
 // Weights of the four taps at offsets -1..2 for a position t in [0, 1) between taps 0 and 1, rounded as OpenCV's.
 inline void cubic_weights(Vec16 t, Vec16 w[4]) {
   const Vec16 one = broadcast(1.0f), a = broadcast(kA);
@@ -213,8 +212,6 @@ inline void exchange(Vec16& a, Vec16& b) {
   a = low;
 }
 
-// A compare-exchange network is a list of wire pairs; the lesser value goes to the first.
-using Wire = unsigned char;
 template <const auto& kNetwork, size_t... kIndex>
 inline void exchange_each(Vec16* wires, std::index_sequence<kIndex...>) {
   (exchange(wires[kNetwork[kIndex][0]], wires[kNetwork[kIndex][1]]), ...);
@@ -223,22 +220,6 @@ template <const auto& kNetwork>
 inline void apply(Vec16* wires) {  // unrolled at compile time: halves of exchanges that nothing reads disappear
   exchange_each<kNetwork>(wires, std::make_index_sequence<std::size(kNetwork)>{});
 }
-
-constexpr Wire kSort3[][2] = {{0, 1}, {1, 2}, {0, 1}};
-constexpr Wire kSort5[][2] = {{0, 1}, {3, 4}, {2, 4}, {2, 3}, {0, 3}, {0, 2}, {1, 4}, {1, 3}, {1, 2}};
-// Wires 3 r + c, columns sorted: the median is the median of (largest of row 0, median of row 1, least of row 2).
-constexpr Wire kMedian9[][2] = {{0, 1}, {1, 2}, {3, 4}, {4, 5}, {3, 4}, {7, 8}, {6, 7}, {2, 4}, {4, 6}, {2, 4}};
-constexpr int kMedian9Wire = 4;
-// Wires 5 r + c, columns sorted: pruned from row sorts and a median of the 13 wires that can hold it, so that all
-// 6^5 sorted-column 0-1 inputs still give the median (the 0-1 principle). 88 min/max operations remain.
-constexpr Wire kMedian25[][2] = {{0, 1},   {3, 4},   {2, 3},   {0, 3},   {1, 4},   {1, 3},   {5, 6},   {8, 9},
-                                 {7, 9},   {5, 8},   {6, 9},   {6, 8},   {6, 7},   {10, 11}, {13, 14}, {12, 14},
-                                 {12, 13}, {10, 12}, {11, 14}, {11, 12}, {15, 16}, {17, 19}, {17, 18}, {15, 18},
-                                 {15, 17}, {16, 19}, {16, 18}, {23, 24}, {22, 24}, {22, 23}, {20, 23}, {20, 22},
-                                 {21, 22}, {11, 13}, {15, 11}, {12, 13}, {13, 17}, {11, 7},  {13, 9},  {7, 16},
-                                 {8, 13},  {7, 8},   {12, 13}, {13, 16}, {8, 3},   {20, 12}, {8, 20},  {12, 13},
-                                 {13, 3},  {20, 4},  {12, 13}, {20, 12}, {13, 4},  {12, 21}, {12, 13}, {13, 21}};
-constexpr int kMedian25Wire = 13;
 
 // Row y of one field with its edge pixels repeated `kLanes` to either side.
 void copy_bordered(const Level& level, const float* row, float* out) {

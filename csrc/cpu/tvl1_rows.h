@@ -7,7 +7,6 @@ namespace cpr::tvl1 {
 
 constexpr int kLanes = 16;
 constexpr int kMaxBlock = 8;  // inner iterations run over the rows in one wave
-constexpr int kBorder = 4;    // zero pixels around a warped image: a tap outside reads the constant border 0
 
 // One pyramid level. A field row is `kLanes` floats of left margin, then the pixels rounded up to whole vectors; the
 // margin of the next row doubles as right margin. The fields of one image row lie side by side, so a wave over the

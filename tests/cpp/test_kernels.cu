@@ -212,6 +212,67 @@ bool loss_agrees(const LossCase& c) {
   return close;
 }
 
+struct FlowCase {
+  int64_t N, T, H, W;
+  bool uint8;
+  int warps;
+};
+
+// Frames of noise smoothed by a box and moved by a pixel a frame; values 0..255.
+std::vector<float> moving_noise(const FlowCase& c) {
+  constexpr int64_t kBox = 7;
+  const int64_t height = c.H + c.T + kBox, width = c.W + c.T + kBox;
+  std::uniform_real_distribution<float> draw(0, 255);
+  std::vector<float> frames;
+  for (int64_t clip = 0; clip < c.N; ++clip) {
+    std::vector<float> noise(height * width);
+    for (float& value : noise) value = draw(generator);
+    for (int64_t i = 0; i < c.T * c.H * c.W; ++i) {
+      const int64_t t = i / (c.H * c.W), y = i / c.W % c.H + t, x = i % c.W + t;
+      float sum = 0;
+      for (int64_t at = 0; at < kBox * kBox; ++at) sum += noise[(y + at / kBox) * width + x + at % kBox];
+      frames.push_back(std::floor(sum / (kBox * kBox)));
+    }
+  }
+  return frames;
+}
+
+bool flow_agrees(const FlowCase& c) {
+  std::vector<float> frames = moving_noise(c);
+  const std::vector<unsigned char> bytes(frames.begin(), frames.end());
+  for (float& value : frames) value /= 255;
+  const size_t pairs = c.N * (c.T - 1), values = pairs * 2 * c.H * c.W;
+  std::vector<float> flow(values);
+  std::vector<int64_t> counted(pairs);
+  cpr_tvl1_args args = {};
+  args.N = c.N, args.T = c.T, args.H = c.H, args.W = c.W, args.frames_are_uint8 = c.uint8;
+  args.tau = 0.25, args.lambda = 0.15, args.theta = 0.3, args.scale_step = 0.8, args.epsilon = 0.01;
+  args.scales = 5, args.warps = c.warps, args.inner_iterations = 30, args.outer_iterations = 10, args.median = 5;
+  args.frames = c.uint8 ? static_cast<const void*>(bytes.data()) : frames.data();
+  args.flow = flow.data(), args.pixel_iterations = counted.data();
+  require(cpr_tvl1_flow_cpu(&args, serially));
+
+  const DeviceBytes d_bytes(bytes), d_frames(frames), d_flow(values * sizeof(float)), d_counted(pairs * 8);
+  args.frames = c.uint8 ? d_bytes.as<void>() : d_frames.as<void>();
+  args.flow = d_flow.as<float>(), args.pixel_iterations = d_counted.as<int64_t>();
+  const DeviceBytes workspace(cpr_tvl1_flow_cuda_workspace(&args));
+  run_captured([&](cudaStream_t stream) { require(cpr_tvl1_flow_cuda(&args, workspace.as<void>(), stream)); });
+
+  // Bit for bit, but where an error sum lies within rounding of the stop test's threshold.
+  const std::vector<float> found = d_flow.read<float>(values);
+  size_t same = 0;
+  for (size_t i = 0; i < values; ++i) same += found[i] == flow[i];
+  int64_t expected_count = 0, found_count = 0;
+  for (const int64_t count : counted) expected_count += count;
+  for (const int64_t count : d_counted.read<int64_t>(pairs)) found_count += count;
+  const float error = distance(found, flow);
+  const bool close = error < 0.05f && std::llabs(found_count - expected_count) * 50 <= expected_count;
+  std::printf("%s tvl1_flow N=%ld T=%ld %ldx%ld %s equal %zu of %zu, error %.1e, pixel-iterations %ld (%ld)\n",
+              close ? "ok  " : "FAIL", c.N, c.T, c.W, c.H, c.uint8 ? "uint8" : "float32", same, values, error,
+              found_count, expected_count);
+  return close;
+}
+
 }  // namespace
 
 int main() {
@@ -245,8 +306,14 @@ int main() {
       {33, 1000, 512, 5, CPR_BF16, CPR_SAME_POSITIVE, CPR_SELF_DENOMINATOR, true, true},
       {300, 9000, 20, 4, CPR_F32, CPR_SAME_POSITIVE, CPR_SELF_KEEP, true, true},
   };
+  const std::vector<FlowCase> flows = {
+      {1, 2, 1, 1, true, 5},     {1, 2, 37, 53, true, 5},
+      {2, 3, 64, 129, false, 2}, {1, 2, 256, 340, true, 1},  // a team of many blocks
+      {3, 101, 24, 33, true, 1},                             // more pairs than teams
+  };
   bool all = true;
   for (const CascadeCase& c : cascades) all &= cascade_agrees(c);
   for (const LossCase& c : losses) all &= loss_agrees(c);
+  for (const FlowCase& c : flows) all &= flow_agrees(c);
   return all ? 0 : 1;
 }

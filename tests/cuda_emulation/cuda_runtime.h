@@ -1,7 +1,7 @@
 // Stands in for CUDA's header when the kernels' own source is compiled by a host compiler: every thread of a block
-// is a fiber, blocks run one after another. Barriers, warp exchanges and shared memory behave as on the device,
-// and what a device would leave undefined is made to fail: shared memory starts as NaN, writing past what was asked
-// for and barriers that not every thread reaches abort. Only what the kernels use is here.
+// is a fiber; blocks run one after another, those of a cooperative launch in turns. Barriers, warp exchanges and shared
+// memory behave as on the device, and what a device would leave undefined is made to fail: shared memory starts as NaN,
+// writing past what was asked for and barriers that not every thread reaches abort. Only what the kernels use is here.
 #pragma once
 
 #include <math.h>
@@ -18,6 +18,7 @@
 #define __shared__
 #define __grid_constant__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -33,19 +34,40 @@ struct alignas(8) float2 {
   float x, y;
 };
 
+struct float3 {
+  float x, y, z;
+};
+
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 typedef struct cudaStream* cudaStream_t;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorCooperativeLaunchTooLarge = 720
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrL2CacheSize = 38, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrL2CacheSize = 38,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
-  void* attrs;
+  cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
 
@@ -57,7 +79,9 @@ constexpr int kWarp = 32;
 cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel);
 cudaError_t allow_shared(const void* function, int bytes);
 extern int shared_limit, cache_size;  // of a block after opting in, and of the L2 cache; bytes
+extern int processors;                // each holds one block of a cooperative launch
 void block_barrier();
+void sleep();  // the other resident blocks go on
 void warp_barrier();
 void* lane_values();  // 32 values of the running warp, alternating between exchanges
 bool block_or(bool value);
@@ -95,7 +119,15 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrL2CacheSize ? emulation::cache_size : emulation::shared_limit;
+  *value = attribute == cudaDevAttrL2CacheSize           ? emulation::cache_size
+           : attribute == cudaDevAttrMultiProcessorCount ? emulation::processors
+                                                         : emulation::shared_limit;
+  return cudaSuccess;
+}
+
+template <typename... Parameters>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(Parameters...), int, size_t) {
+  *blocks = 1;
   return cudaSuccess;
 }
 
@@ -111,6 +143,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 
 inline void __syncthreads() { emulation::block_barrier(); }
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) { emulation::sleep(); }
 inline int __syncthreads_or(int value) { return emulation::block_or(value != 0); }
 
 template <typename T>

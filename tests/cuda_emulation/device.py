@@ -42,6 +42,16 @@ class MilNceArgs(ctypes.Structure):
     ]
 
 
+class Tvl1Args(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("frames", "flow", "pixel_iterations")),
+        *((name, _INT64) for name in "NTHW"),
+        ("frames_are_uint8", ctypes.c_int),
+        *((name, ctypes.c_double) for name in ("tau", "lambda_", "theta", "scale_step", "epsilon")),
+        *((name, ctypes.c_int) for name in ("scales", "warps", "inner_iterations", "outer_iterations", "median")),
+    ]
+
+
 class MilNceOutputs(ctypes.Structure):
     _fields_ = [(name, _POINTER) for name in ("loss", "grad_query", "own_coefficient", "lse_all", "lse_positive")]
 
@@ -50,8 +60,8 @@ def build() -> Path:
     """Compiles the library, unless these very sources already are; returns its path."""
     cuda = REPOSITORY / "csrc" / "cuda"
     emulation = Path(__file__).parent
-    sources = [cuda / "cascade_select.cu", cuda / "mil_nce.cu", emulation / "scheduler.cpp"]
-    headers = [*cuda.glob("*.cuh"), *emulation.glob("*.h"), REPOSITORY / "csrc" / "cpr_fast.h", Path(__file__)]
+    sources = [*sorted(cuda.glob("*.cu")), emulation / "scheduler.cpp"]
+    headers = [*cuda.glob("*.cuh"), *emulation.glob("*.h"), *cuda.parent.glob("*.h"), Path(__file__)]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*sources, *sorted(headers)])).hexdigest()[:16]
     library = REPOSITORY / "build" / "cuda_emulation" / f"{digest}.so"
     if library.exists():
@@ -67,6 +77,7 @@ def build() -> Path:
         "-fvisibility=hidden",
         "-ffp-contract=off",
         "-fno-strict-aliasing",
+        "-fno-tree-slp-vectorize",  # with it GCC 12 leaves out the rounding to float of a pair of doubles
     ]
     warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-U_FORTIFY_SOURCE"]  # longjmp between stacks
     includes = [f"-I{emulation}", f"-I{cuda.parent}", f"-I{cuda}"]
@@ -81,19 +92,20 @@ class Device:
 
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
-        for name in ("cpr_cascade_select_cuda", "cpr_mil_nce_forward_cuda", "cpr_mil_nce_grad_memory_cuda"):
-            getattr(self._library, name).restype = ctypes.c_char_p
-        for name in ("cpr_cascade_select_cuda_workspace", "cpr_mil_nce_forward_cuda_workspace"):
-            getattr(self._library, name).restype = ctypes.c_size_t
+        for name in ("cascade_select", "mil_nce_forward", "mil_nce_grad_memory", "tvl1_flow"):
+            getattr(self._library, f"cpr_{name}_cuda").restype = ctypes.c_char_p
+        for name in ("cascade_select", "mil_nce_forward", "tvl1_flow"):
+            getattr(self._library, f"cpr_{name}_cuda_workspace").restype = ctypes.c_size_t
         for name in ("emulation_products", "emulation_launches"):
             getattr(self._library, name).restype = ctypes.c_ulong
 
     def set_order(self, order: str) -> None:
         self._library.emulation_set_order(ORDERS[order])
 
-    def resize(self, shared_limit: int = 227 << 10, cache_size: int = 50 << 20) -> None:
-        """The bytes of shared memory that a block can opt in to, and of the L2 cache: they decide the route."""
-        self._library.emulation_set_device(shared_limit, cache_size)
+    def resize(self, shared_limit: int = 227 << 10, cache_size: int = 50 << 20, processors: int = 132) -> None:
+        """The bytes of shared memory that a block can opt in to and of the L2 cache, and how many blocks of a
+        cooperative launch are resident: they decide the route."""
+        self._library.emulation_set_device(shared_limit, cache_size, processors)
 
     def products(self) -> int:
         """How many matrix products the tensor cores have made since the library was loaded."""
@@ -145,6 +157,17 @@ class Device:
         tensors = (ones, outputs["lse_all"], outputs["lse_positive"], outputs["grad_memory"])
         _check(self._library.cpr_mil_nce_grad_memory_cuda(ctypes.byref(args), *map(_address, tensors), None))
         return outputs
+
+    def tvl1_flow(self, frames: torch.Tensor, settings: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """flow [N, T-1, 2, H, W], pixel-iterations [N, T-1] of frames [N, T, H, W]; every setting of the op by name."""
+        N, T, H, W = frames.shape
+        flow, counted = torch.full((N, T - 1, 2, H, W), torch.nan), torch.full((N, T - 1), -7)
+        pointers = map(_address, (frames, flow, counted))
+        args = Tvl1Args(*pointers, N, T, H, W, frames.dtype == torch.uint8, **settings)
+        workspace = self._workspace("cpr_tvl1_flow_cuda_workspace", args)
+        _check(self._library.cpr_tvl1_flow_cuda(ctypes.byref(args), _POINTER(workspace.data_ptr()), None))
+        assert (workspace[-4096:] == 0xFF).all(), "a write past the workspace"
+        return flow, counted
 
 
 def _address(tensor: torch.Tensor | None) -> _POINTER:

@@ -2,7 +2,8 @@
 //
 // A fiber runs until it must wait, and forwards and backwards a warp runs as far ahead of the others as barriers
 // let it. A missing barrier shows as a wrong result: in one of the orders something is read before it is written,
-// or overwritten before it is read.
+// or overwritten before it is read. The blocks of a cooperative launch are all resident and take turns: one goes on
+// until all of its threads wait or sleep.
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,6 +12,7 @@
 
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -39,7 +41,7 @@ struct Barrier {
 struct Fiber {
   dim3 index;
   jmp_buf resume;
-  bool started = false, finished = true;
+  bool started = false, finished = true, asleep = false;
   const unsigned* waits_for = nullptr;  // a barrier's `passed`; runnable once it differs from `seen`
   unsigned seen = 0;
   Copies copies;
@@ -52,11 +54,22 @@ struct Warp {
 
 enum Order { kForward = 0, kBackward = 1, kShuffled = 2 };
 
-Fiber fibers[kMaxThreads];
-Warp warps[kMaxThreads / kWarp];
-Barrier block;
-bool votes[2];
-unsigned threads;  // of a block
+// A resident block. Its shared memory is in cpr::dynamic_shared while it runs, here while others do.
+struct Block {
+  dim3 index;
+  Fiber fibers[kMaxThreads];
+  Warp warps[kMaxThreads / kWarp];
+  Barrier barrier;
+  bool votes[2];
+  unsigned running;  // threads that have not ended
+  std::vector<unsigned char> shared;
+};
+
+constexpr unsigned kPatience = 100000;  // turns of all resident blocks in which threads do no more than wake and sleep
+
+std::vector<std::unique_ptr<Block>> blocks;  // their fibers are used again by every launch
+Block* here;                                 // the block that runs
+unsigned threads;                            // of a block
 Fiber* current;
 jmp_buf scheduler;
 ucontext_t entry_return;
@@ -120,33 +133,38 @@ void wait(Barrier& barrier, unsigned expected) {
 }
 
 // Gives every runnable fiber of a group one turn; false if there was none.
-bool run_group(const unsigned* sequence, unsigned count, unsigned* running) {
+bool run_group(const unsigned* sequence, unsigned count) {
   bool progress = false;
   for (unsigned i = 0; i < count; ++i) {
-    Fiber& fiber = fibers[sequence[i]];
-    if (fiber.finished || (fiber.waits_for != nullptr && *fiber.waits_for == fiber.seen)) continue;
+    Fiber& fiber = here->fibers[sequence[i]];
+    if (fiber.finished || fiber.asleep || (fiber.waits_for != nullptr && *fiber.waits_for == fiber.seen)) continue;
     fiber.waits_for = nullptr;
     resume(fiber);
-    *running -= fiber.finished;
+    here->running -= fiber.finished;
     progress = true;
   }
   return progress;
 }
 
-void run_block(const std::vector<unsigned>& sequence) {
+// Runs a block until all of its threads have ended, wait or sleep. Whether it did more than wake and sleep again.
+bool run_block(const std::vector<unsigned>& sequence) {
+  bool any_asleep = false;
   for (unsigned t = 0; t < threads; ++t) {
-    fibers[t].finished = false;
-    fibers[t].waits_for = nullptr;
-    fibers[t].index = dim3(t, 0, 0);
+    any_asleep |= here->fibers[t].asleep;
+    here->fibers[t].asleep = false;
   }
   const unsigned group = order == kShuffled ? threads : kWarp;
-  for (unsigned running = threads; running > 0;) {
-    bool progress = false;
+  unsigned turns = 0;
+  for (bool progress = true; progress;) {
+    progress = false;
     for (unsigned first = 0; first < threads; first += group) {
-      while (run_group(&sequence[first], group, &running)) progress = true;
+      while (run_group(&sequence[first], group)) progress = true;
     }
-    if (!progress) fail("a barrier that not every thread reaches");
+    turns += progress;
   }
+  const bool asleep = std::any_of(here->fibers, here->fibers + threads, [](const Fiber& f) { return f.asleep; });
+  if (here->running > 0 && !asleep) fail("a barrier that not every thread reaches");
+  return !(any_asleep && asleep && turns <= 1);
 }
 
 std::vector<unsigned> ordered(unsigned count) {
@@ -159,25 +177,31 @@ std::vector<unsigned> ordered(unsigned count) {
 
 }  // namespace
 
-void block_barrier() { wait(block, threads); }
+void block_barrier() { wait(here->barrier, threads); }
 
-void warp_barrier() { wait(warps[threadIdx.x / kWarp].barrier, kWarp); }
+void warp_barrier() { wait(here->warps[threadIdx.x / kWarp].barrier, kWarp); }
+
+void sleep() {
+  current->asleep = true;
+  give_way();
+}
 
 void* lane_values() {
-  Warp& warp = warps[threadIdx.x / kWarp];
+  Warp& warp = here->warps[threadIdx.x / kWarp];
   return warp.values[warp.barrier.passed & 1];
 }
 
 bool block_or(bool value) {
-  const unsigned turn = block.passed & 1;
-  votes[turn] |= value;
-  if (block.arrived + 1 == threads) votes[turn ^ 1] = false;  // everyone has read the turn before
+  const unsigned turn = here->barrier.passed & 1;
+  here->votes[turn] |= value;
+  if (here->barrier.arrived + 1 == threads) here->votes[turn ^ 1] = false;  // everyone has read the turn before
   block_barrier();
-  return votes[turn];
+  return here->votes[turn];
 }
 
 unsigned long products = 0, launches = 0;
 int shared_limit = 227 * 1024, cache_size = 50 << 20;  // an H200 unless a test says otherwise
+int processors = 132;
 
 Copies& copies() { return current->copies; }
 
@@ -187,6 +211,49 @@ cudaError_t allow_shared(const void* function, int bytes) {
   return cudaSuccess;
 }
 
+namespace {
+
+// Makes `here` the block of this number, all threads at their start, shared memory poisoned.
+void enter(unsigned slot, dim3 index, size_t shared_bytes) {
+  while (blocks.size() <= slot) blocks.push_back(std::make_unique<Block>());
+  here = blocks[slot].get();
+  here->index = index;
+  here->running = threads;
+  here->votes[0] = here->votes[1] = false;
+  here->shared.assign(shared_bytes, kPoison);
+  for (unsigned t = 0; t < threads; ++t) {
+    here->fibers[t].finished = here->fibers[t].asleep = false;
+    here->fibers[t].waits_for = nullptr;
+    here->fibers[t].index = dim3(t, 0, 0);
+  }
+}
+
+// Runs the first `resident` entered blocks to their end, in turns.
+void run_resident(unsigned resident, const std::vector<unsigned>& sequence, size_t asked_bytes) {
+  for (unsigned idle = 0, ended = 0; ended < resident;) {
+    bool progress = false;
+    ended = 0;
+    for (unsigned slot = 0; slot < resident; ++slot) {
+      here = blocks[slot].get();
+      if (here->running > 0) {
+        blockIdx = here->index;
+        memcpy(cpr::dynamic_shared, here->shared.data(), here->shared.size());
+        progress |= run_block(sequence);
+        memcpy(here->shared.data(), cpr::dynamic_shared, here->shared.size());
+      }
+      if (here->running > 0) continue;
+      ++ended;
+      for (size_t i = asked_bytes; i < here->shared.size(); ++i) {
+        if (here->shared[i] != kPoison) fail("a write past the shared memory asked for");
+      }
+    }
+    idle = progress ? 0 : idle + 1;
+    if (idle > kPatience) fail("blocks that wait for each other, or for one that is not resident");
+  }
+}
+
+}  // namespace
+
 cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel) {
   const dim3 grid = config.gridDim;
   threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
@@ -195,21 +262,25 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const st
       grid.x > INT32_MAX || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
+  const unsigned count = grid.x * grid.y * grid.z;
+  bool cooperative = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    cooperative |= config.attrs[i].id == cudaLaunchAttributeCooperative && config.attrs[i].val.cooperative != 0;
+  }
+  if (cooperative && count > static_cast<unsigned>(processors)) return cudaErrorCooperativeLaunchTooLarge;
   ++launches;
   body = &kernel;
   gridDim = grid;
   blockDim = config.blockDim;
   const std::vector<unsigned> sequence = ordered(threads);
   const size_t guarded = config.dynamicSmemBytes + sizeof(float4) * kWarp;
-  for (const unsigned b : ordered(grid.x * grid.y * grid.z)) {
-    blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
-    auto* shared = reinterpret_cast<unsigned char*>(cpr::dynamic_shared);
-    memset(shared, kPoison, guarded);
-    votes[0] = votes[1] = false;
-    run_block(sequence);
-    for (size_t i = config.dynamicSmemBytes; i < guarded; ++i) {
-      if (shared[i] != kPoison) fail("a write past the shared memory asked for");
-    }
+  const unsigned resident = cooperative ? count : 1;
+  unsigned entered = 0;
+  for (const unsigned b : ordered(count)) {
+    enter(entered++, dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y), guarded);
+    if (entered < resident) continue;
+    run_resident(resident, sequence, config.dynamicSmemBytes);
+    entered = 0;
   }
   return cudaSuccess;
 }
@@ -221,10 +292,12 @@ extern "C" __attribute__((visibility("default"))) void emulation_set_order(int o
   emulation::order = static_cast<emulation::Order>(order);
 }
 
-// What the device reports, in bytes: the routes of a smaller or larger one.
-extern "C" __attribute__((visibility("default"))) void emulation_set_device(int shared_limit, int cache_size) {
+// What the device reports (bytes, multiprocessors): the routes of a smaller or larger one.
+extern "C" __attribute__((visibility("default"))) void emulation_set_device(int shared_limit, int cache_size,
+                                                                            int processors) {
   emulation::shared_limit = shared_limit;
   emulation::cache_size = cache_size;
+  emulation::processors = processors;
 }
 
 // How many matrix products warps have made so far.
