@@ -250,9 +250,54 @@ def export(
     _show(run(checkpoint, out, to=to, view=view), json)
 
 
+def show_sample(
+    index: tyro.conf.Positional[Path],
+    *,
+    out: Path,
+    position: Annotated[int, tyro.conf.arg(name="index")] = 0,
+    epoch: int = 0,
+    config: Path | None = None,
+    views: tuple[Literal["rgb", "flow", "residual"], ...] = ("rgb",),
+    json: Json = False,
+) -> None:
+    """Write the exact clips that a video gives in an epoch as a picture (.png) or a video (.mp4).
+
+    Args:
+        index: The index (CSV).
+        out: The file to write.
+        position: Which video: its place in the index, or, with a config, in the config's split of it.
+        epoch: Which epoch of the run.
+        config: The run's TOML file or config.json, for its data settings and seed; by default those of no file.
+        views: What to show of each clip.
+    """
+    from .config import Config, load
+    from .data.index import Index
+    from .data.show import show_sample as run
+
+    videos, settings = Index.load(index), Config()
+    if config is not None:
+        settings = load(config)
+        videos = videos.select(settings.data.split)
+    _show(
+        run(videos, settings.data, seed=settings.run.seed, epoch=epoch, position=position, out=out, views=views), json
+    )
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__.replace("_", "-"): command
-    for command in (quickstart, synth, index, flow, pretrain, retrieve, mine, report, import_checkpoint, export)
+    for command in (
+        quickstart,
+        synth,
+        index,
+        flow,
+        pretrain,
+        retrieve,
+        mine,
+        report,
+        import_checkpoint,
+        export,
+        show_sample,
+    )
 }
 
 

@@ -39,6 +39,7 @@ class DataConfig:
     batch_size: int = 16  # B, videos per rank and step
     workers: int = 2  # decoding workers per rank
     prefetch: int = 2  # batches prepared ahead
+    exact: bool = False  # PyAV and PIL in DALI's place: slower, the same bits on every device
     cache_gib: float = 2.0  # RAM per rank for decoded videos (CPU route); 0 decodes every clip anew
 
 
@@ -201,13 +202,18 @@ class Config:
 
 
 def load(path: str | Path) -> Config:
-    """The config of a TOML file. Raises ConfigError naming the key, what came and what was expected."""
+    """The config of a TOML file, or of a run's config.json.
+
+    Raises ConfigError naming the key, what came and what was expected.
+    """
     try:
-        values = tomllib.loads(Path(path).read_text())
+        text = Path(path).read_text()
+        values = json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"config file {str(path)!r} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {str(path)!r} is not valid TOML: {error}") from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        kind = "JSON" if Path(path).suffix == ".json" else "TOML"
+        raise ConfigError(f"config file {str(path)!r} is not valid {kind}: {error}") from None
     return Config.from_dict(values)
 
 

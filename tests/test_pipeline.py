@@ -436,6 +436,43 @@ class TestIIC:
             TrainLoader(index, DATA, ["rgb", "depth"], seed=0)
 
 
+class TestExact:
+    """`data.exact`: torchvision's recipe on PIL, bit for bit; and how far DALI is from it."""
+
+    @pytest.mark.parametrize("augment", ["coclr", "iic", "none"])
+    def test_clips_are_the_reference_and_dalis_are_near(self, index, augment):
+        data = dataclasses.replace(DATA, augment=augment, exact=True)
+        exact = collect(TrainLoader(index, data, ["rgb", "flow", "residual"], seed=1), epoch=2)
+        dali = collect(
+            TrainLoader(index, dataclasses.replace(data, exact=False), ["rgb", "flow", "residual"], seed=1), 2
+        )
+        for a, b in zip(exact, dali, strict=True):
+            plain = torch.from_numpy(
+                neutral(plan_pairs(Sources.of(index), a.video.numpy(), data, 1, 2)).reshape(2, 4)
+            ).T
+            for view in a.clips:
+                assert a.clips[view].shape == b.clips[view].shape
+                assert a.clips[view][:, 1].is_contiguous(memory_format=torch.channels_last_3d)
+                assert 58 * (a.clips[view] - b.clips[view])[plain].abs().mean() < 2  # levels
+            assert torch.equal(a.start, b.start) and torch.equal(a.label, b.label)
+
+    def test_windows_equal_torchvisions_recipe_bit_for_bit(self, index):
+        data = dataclasses.replace(DATA, exact=True)
+        loader = WindowLoader(index, data, ["rgb"], clips_per_video=2, crops=10)
+        clips = torch.cat([batch.clips["rgb"] for batch in loader])
+        loader.close()
+        plan = Clips.concatenate([plan_windows(Sources.of(index), v, data, 2, 10) for v in range(len(index))])
+        for row in (0, 7, 19, 33, 60):
+            frames = decode_linearly(index[plan.video[row]].path)[clip_frames(plan.start[row], data)]
+            top, left, bottom, right = plan.box[row].tolist()
+            crops = [Image.fromarray(frame).crop((left, top, right, bottom)) for frame in frames]
+            resized = [np.asarray(crop.resize((32, 32), Image.BICUBIC)) for crop in crops]
+            pixels = torch.from_numpy(np.stack(resized)).permute(3, 0, 1, 2).float().div(255)  # ToTensor
+            expected = (pixels - torch.tensor(MEAN).view(3, 1, 1, 1)) / torch.tensor(STD).view(3, 1, 1, 1)
+            expected = expected.flip(-1) if plan.flip[row] else expected
+            assert torch.equal(clips[row], expected)
+
+
 class TestBadFiles:
     @pytest.fixture
     def damaged(self, index, tmp_path) -> Index:

@@ -26,6 +26,7 @@ from cpr_fast.data.clips import ClipReader, FrameCache, Material, fetch_frames, 
 from cpr_fast.data.graph import ClipGraph, Route, residual
 from cpr_fast.data.index import Index
 from cpr_fast.data.media import is_record
+from cpr_fast.data.reference import ReferenceGraph
 from cpr_fast.data.sampling import (
     Clips,
     Sources,
@@ -38,6 +39,7 @@ from cpr_fast.data.sampling import (
 from cpr_fast.data.stream import ClipStream, Job
 from cpr_fast.errors import InputError
 
+CPU = torch.device("cpu")
 VIEWS = ("rgb", "flow", "residual")
 
 
@@ -67,7 +69,8 @@ class WindowBatch:
 class _ClipSource:
     """Readers, threads and graphs of one loader; RGB gives the view "residual" as well.
 
-    Decoded frames for the CPU; for a CUDA device packets or JPEGs and the hardware decoders.
+    Decoded frames for the CPU; for a CUDA device packets or JPEGs and the hardware decoders. With `data.exact` decoded
+    frames and PIL, whatever the device.
     """
 
     def __init__(
@@ -82,8 +85,8 @@ class _ClipSource:
         """`grouping`: as in `ClipGraph`."""
         if unknown := set(views) - set(VIEWS):
             raise InputError(f"views: expected some of {', '.join(VIEWS)}, got {', '.join(sorted(unknown))}")
-        device = torch.device(device)
-        self._views, self._data = tuple(views), data
+        self._views, self._data, self._device = tuple(views), data, torch.device(device)
+        device = CPU if data.exact else self._device  # of the decoding
         decoded = dict.fromkeys("flow" if view == "flow" else "rgb" for view in views)  # in order, without repeats
         routes = {view: _route(index, view, device) for view in decoded}
         cache = FrameCache(data.cache_gib)
@@ -93,18 +96,23 @@ class _ClipSource:
             "jpegs": fetch_jpegs,
         }
         reader = ClipReader(index, data, {view: fetch[route] for view, route in routes.items()})
-        graph = ClipGraph(data, routes, device, max_clips, **grouping)
+        if data.exact:
+            grouping.pop("same_frames", None)
+            graph = ReferenceGraph(data, list(routes), **grouping)
+        else:
+            graph = ClipGraph(data, routes, device, max_clips, **grouping)
         self._stream = ClipStream(
             reader, graph, workers=data.workers, prefetch=data.prefetch, check=device.type == "cuda"
         )
-        self.skipped, self.stream, self.close = reader.skipped, self._stream.stream, self._stream.close
+        self.skipped, self.read = reader.skipped, reader.read
+        self.stream, self.close = self._stream.stream, self._stream.close
 
     def run(self, materials: list[Material]) -> tuple[Clips, dict[str, Tensor]]:
         """The clips of the given videos, view -> float32 [M, 3, T, S, S], and their plan in the same order."""
         clips, tensors = self._stream.run(materials)
         if "residual" in self._views:
             tensors["residual"] = residual(tensors["rgb"], self._data)
-        return clips, {view: tensors[view] for view in self._views}
+        return clips, {view: tensors[view].to(self._device) for view in self._views}
 
 
 def _route(index: Index, view: str, device: torch.device) -> Route:
@@ -170,6 +178,18 @@ class TrainLoader:
         order = epoch_order(len(self._index), self._seed, epoch)
         steps = (self._plan(order, epoch, step) for step in range(start_step, self._steps))
         return self._clips.stream(steps, self._batch)
+
+    def sample(self, epoch: int, video: int) -> Batch:
+        """The clips that one video gives in an epoch, as a batch of their own: the same bits as among others.
+
+        Raises InputError if it cannot be read.
+        """
+        plan = self._plan_clips(self._sources, np.array([video]), self._data, self._seed, epoch)
+        material = self._clips.read(plan)
+        if material is None:
+            path, reason = self.skipped[-1]
+            raise InputError(f"video {video} of the index: {path}: {reason}")
+        return self._batch([material])
 
     def close(self) -> None:
         """Ends the threads and frees the graph. Closed twice is closed."""
