@@ -55,7 +55,10 @@ def probe_video(path: str | Path, *, decode: bool = True) -> VideoInfo:
     try:
         with _open(path) as (container, stream):
             rate = float(stream.average_rate or stream.guessed_rate or 0)
-            codec, clocked = stream.codec_context.name, container.format.name != "avi"  # avi: times of decoding
+            codec, clocked = (
+                stream.codec_context.codec.canonical_name,
+                container.format.name != "avi",
+            )  # avi: times of decoding
             for packet in container.demux(stream):
                 frames = stream.codec_context.decode(packet) if decode or first is None else []
                 first = first or next(iter(frames), None)
@@ -131,9 +134,8 @@ def slice_packets(
         ranks = table.ranks[chosen]
         order = np.sort(ranks)
         packets = [table.packets[i] for i in chosen]
-        return _matroska(stream, packets, np.searchsorted(order, ranks)), np.searchsorted(order, frames).astype(
-            np.int32
-        )
+        places = np.searchsorted(order, frames).astype(np.int32)
+        return _matroska(stream, packets, np.searchsorted(order, ranks)), places
 
 
 class PacketTable:
@@ -253,7 +255,7 @@ def _matroska(stream: av.VideoStream, packets: list[av.Packet], ranks: np.ndarra
     buffer = io.BytesIO()
     delay = int(np.max(np.arange(len(packets)) - ranks))  # decoding times must not lie after presentation times
     with av.open(buffer, "w", format="matroska") as output:
-        copy = output.add_stream_from_template(stream)
+        copy = output.add_stream_from_template(stream, opaque=True)  # AV1 has a decoder alone
         copy.time_base = Fraction(1, 25)  # one tick per frame, whatever the source's clock was
         for position, (packet, rank) in enumerate(zip(packets, ranks, strict=True)):
             packet.stream = copy
