@@ -84,10 +84,11 @@ class Index(Sequence[Video]):
         return np.array([number[video.source] for video in self], dtype=np.int64)
 
     @classmethod
-    def load(cls, path: str | Path, *, require_flow: bool = True) -> Index:
+    def load(cls, path: str | Path, *, require_flow: bool = True, skipped: list[IndexFileError] | None = None) -> Index:
         """Reads an index. Raises IndexFileError naming file, line, column, what came and what was expected.
 
-        Every file named must be there; with `require_flow` False a flow file that is not there counts as none.
+        Every file named must be there; with `require_flow` False a flow file that is not there counts as none. With
+        `skipped` a bad row is left out and its error added to that list.
         """
         path = Path(path)
         try:
@@ -105,10 +106,16 @@ class Index(Sequence[Video]):
         first_line: dict[Path, str] = {}
         videos = []
         for line, row in rows:
-            video = _parse_row(line, header, row, path.parent, require_flow)
-            if video.path in first_line:
-                raise IndexFileError(f"{line}, column path: {row[header.index('path')]!r} repeats line "
-                                     f"{first_line[video.path].rpartition(':')[2]}")  # fmt: skip
+            try:
+                video = _parse_row(line, header, row, path.parent, require_flow)
+                if video.path in first_line:
+                    raise IndexFileError(f"{line}, column path: {row[header.index('path')]!r} repeats line "
+                                         f"{first_line[video.path].rpartition(':')[2]}")  # fmt: skip
+            except IndexFileError as error:
+                if skipped is None:
+                    raise
+                skipped.append(error)
+                continue
             first_line[video.path] = line
             videos.append(video)
         return cls(videos)

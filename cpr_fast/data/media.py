@@ -14,10 +14,15 @@ def is_record(path: Path) -> bool:
     return lmdb.split_record(path) is not None
 
 
+def container(path: Path) -> Path:
+    """The file; of a record, its LMDB file (or folder)."""
+    record = lmdb.split_record(path)
+    return path if record is None else record[0]
+
+
 def exists(path: Path) -> bool:
     """Whether the file is there; of a record, the LMDB file."""
-    record = lmdb.split_record(path)
-    return path.is_file() if record is None else record[0].exists()
+    return container(path).exists() if is_record(path) else path.is_file()
 
 
 def read_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int) -> np.ndarray:

@@ -6,6 +6,7 @@ Letters: F frames of a video, T frames of a clip, H x W pixels.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def write_test_video(codec: str, folder: Path, *, frames: int = 48, height: int 
     encoder = next((name for name in encoders if name in av.codecs_available and _can_encode(name)), None)
     if encoder is None:
         return None
+    os.environ.setdefault("SVT_LOG", "1")  # libsvtav1: errors alone
     noise = np.random.default_rng(0).integers(16, 240, (height // 8 + 1, (width + 3 * frames) // 8 + 1, 3))
     texture = noise.astype(np.uint8).repeat(8, 0).repeat(8, 1)[:height]
     path = folder / f"{codec}{suffix}"
@@ -160,7 +162,11 @@ def check_codec(codec: str, folder: Path, device: torch.device) -> dict[str, Any
         return {"codec": codec, "pyav": str(error), "dali": "not tried"}
     exact = seeks["identical"] == seeks["packets_identical"] == seeks["frames"]
     row = dali_parity(path, truth, 4, range(0, 20, 5), device)
-    wrong = "refused" if "refused" in row else f"{row['frames'] - row['identical']} of {row['frames']} frames wrong"
+    wrong = (
+        "no decoder, PyAV decodes"
+        if "refused" in row
+        else f"{row['frames'] - row['identical']} of {row['frames']} frames wrong"
+    )
     dali = "exact" if row.get("identical") == row.get("frames", 0) else wrong
     return {"codec": codec, "pyav": "exact" if exact else "wrong frames", "dali": f"{row['decoder']}: {dali}"}
 
