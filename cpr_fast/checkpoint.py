@@ -25,6 +25,7 @@ from .models import Encoder, build_encoder
 FORMAT = "cpr_fast checkpoint"
 VERSION = 1
 LAST = "last.pt"
+BEST = "best.pt"  # by online retrieval, see `cpr_fast.pretrain.online`
 
 
 class CheckpointError(InputError):
@@ -108,17 +109,20 @@ def _damage(path: Path, error: Exception) -> str:
     return "is truncated or damaged" if start in (b"PK", b"\x80\x02") else "is not a checkpoint"
 
 
-def save_step(folder: str | Path, step: int, payload: dict[str, Any], *, keep: int) -> Path:
-    """Writes `folder/step-XXXXXXXX.pt`, points `last.pt` at it, and removes all but the newest `keep` steps."""
+def save_step(folder: str | Path, step: int, payload: dict[str, Any], *, keep: int, best: bool = False) -> Path:
+    """Writes `folder/step-XXXXXXXX.pt`, points `last.pt` (and `best.pt`, if it is the best so far) at it, and removes
+    all but the newest `keep` steps and what killed processes left half written."""
     folder = Path(folder)
+    for stray in folder.glob("*.tmp"):
+        stray.unlink()
     path = save_checkpoint(folder / f"step-{step:08d}.pt", payload)
-    temporary = folder / (LAST + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)  # the same bytes under a second name: no second write
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, temporary)
-    _replace(temporary, folder / LAST)
+    for name in (LAST, BEST) if best else (LAST,):
+        temporary = folder / (name + ".tmp")
+        try:
+            os.link(path, temporary)  # the same bytes under a second name: no second write
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+        _replace(temporary, folder / name)
     for old in sorted(folder.glob("step-*.pt"))[:-keep]:
         old.unlink()
     return path

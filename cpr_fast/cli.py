@@ -1,7 +1,8 @@
 """The command line: `cpr-fast COMMAND …` or `python -m cpr_fast COMMAND …`.
 
 Tables and logs go to stderr when `--json` asks for one JSON object on stdout. Exit code 0 on success, 2 for bad
-input (one line that names it), 1 for any other failure (with its traceback). Each command imports what it needs,
+input (one line that names it), 1 for any other failure (with its traceback), 128 + N for a run that signal N stopped
+after it saved. Each command imports what it needs,
 so `--help` is quick.
 """
 
@@ -121,7 +122,9 @@ def flow(
     _show(write_flow(index, out, compute=tvl1_flow, shard=_parse_shard(shard), progress=True), json)
 
 
-def pretrain(config: tyro.conf.Positional[Path], *, resume: bool = False, json: Json = False) -> None:
+def pretrain(
+    config: tyro.conf.Positional[Path], *, resume: bool = False, auto_resume: bool = False, json: Json = False
+) -> None:
     """Pretrain as a config says; any setting can be overridden: `--section.key value`.
 
     `cpr-fast pretrain CONFIG.toml --help` lists the settings with the file's values. Under `torchrun` every
@@ -130,6 +133,7 @@ def pretrain(config: tyro.conf.Positional[Path], *, resume: bool = False, json: 
     Args:
         config: The TOML file.
         resume: Continue from the run folder's last checkpoint.
+        auto_resume: Continue if there is one, else start: for jobs that are requeued.
     """
     raise InputError(f"config: expected a .toml file, got {str(config)!r}")  # main() takes those to _pretrain
 
@@ -349,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         if arguments[:1] == ["pretrain"] and any(argument.endswith(".toml") for argument in arguments):
-            _pretrain(arguments[1:])
+            return _pretrain(arguments[1:])
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cpr-fast", args=arguments)
     except (InputError, *PATH_ERRORS) as error:
@@ -358,21 +362,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _pretrain(arguments: list[str]) -> None:
-    """`pretrain` with its overrides: the file's values are the defaults of a parser over every setting."""
+def _pretrain(arguments: list[str]) -> int:
+    """`pretrain` with its overrides: the file's values are the defaults of a parser over every setting.
+
+    Returns the exit code: 0, or 128 + the signal that the run was stopped by after saving.
+    """
     from .config import Config, load
 
     path = next(argument for argument in arguments if argument.endswith(".toml"))
-    overrides = [argument for argument in arguments if argument not in (path, "--resume", "--json")]
+    overrides = [argument for argument in arguments if argument not in (path, "--resume", "--auto-resume", "--json")]
     config = tyro.cli(Config, default=load(path), args=overrides, prog=f"cpr-fast pretrain {path}")
 
     from . import distributed
+    from .pretrain.interrupt import Interrupted
     from .pretrain.loop import pretrain as run
 
-    folder = run(config, resume="--resume" in arguments)
-    if distributed.is_main():
-        _show({"run": str(folder)}, "--json" in arguments)
+    code = 0
+    try:
+        folder = run(config, resume="auto" if "--auto-resume" in arguments else "--resume" in arguments)
+        if distributed.is_main():
+            _show({"run": str(folder)}, "--json" in arguments)
+    except Interrupted as stopped:
+        code = 128 + stopped.signum
+        if distributed.is_main():
+            print(f"cpr-fast: {stopped}", file=sys.stderr)
     distributed.finish()
+    return code
 
 
 def _parse_shard(text: str) -> tuple[int, int]:

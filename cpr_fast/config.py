@@ -173,7 +173,8 @@ class RunConfig:
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     log_every: int = 1  # steps between rows of metrics.jsonl
     checkpoint_every: int = 0  # steps between checkpoints inside an epoch; one is written at the end of every epoch
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest; the best one is kept beside them
+    stall_timeout_s: float = 120.0  # without progress, before the rank that a run waits for is named; 0: never
     tensorboard: bool = False
 
 
@@ -286,8 +287,9 @@ def _validate(config: Config) -> None:
     }.items():
         if not 0 <= value <= 1:
             raise ConfigError(f"{where}: expected a fraction in 0..1, got {value}")
-    if data.cache_gib < 0:
-        raise ConfigError(f"data.cache_gib: expected 0 or more, got {data.cache_gib}")
+    for where, value in {"data.cache_gib": data.cache_gib, "run.stall_timeout_s": config.run.stall_timeout_s}.items():
+        if value < 0:
+            raise ConfigError(f"{where}: expected 0 or more, got {value}")
     frames, size = (5, 17) if config.model.arch.startswith("s3d") else (8, 16)
     if data.frames < frames or data.size < size:
         raise ConfigError(

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .errors import InputError
 
+_store: dist.Store | None = None  # of the group that `init` joined
+
 
 @dataclass(frozen=True)
 class World:
@@ -23,6 +25,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = None  # what the processes told each other their addresses by; None on one process
 
     @property
     def is_main(self) -> bool:
@@ -31,7 +34,9 @@ class World:
 
 
 def init(device: str) -> World:
-    """Joins the processes that `torchrun` started (gloo on the CPU, NCCL on CUDA), or stands alone.
+    """Joins the processes that `torchrun` started, on one machine or several, or stands alone.
+
+    Tensors on the CPU travel by gloo, those on CUDA by NCCL.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
@@ -45,15 +50,20 @@ def init(device: str) -> World:
     target = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if name.startswith("cuda") else torch.device("cpu")
     if target.type == "cuda":
         torch.cuda.set_device(target)
+    global _store
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
-    return World(dist.get_rank(), dist.get_world_size(), target)
+        _store, rank, size = next(dist.rendezvous("env://"))
+        backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=rank, world_size=size)
+    return World(dist.get_rank(), dist.get_world_size(), target, _store)
 
 
 def finish() -> None:
     """Leaves the process group, if one was joined."""
+    global _store
     if dist.is_initialized():
         dist.destroy_process_group()
+        _store = None
 
 
 def is_main() -> bool:
@@ -78,6 +88,16 @@ def union(local: Iterable[Hashable]) -> set[Hashable]:
     everyone: list[set[Hashable]] = [set()] * dist.get_world_size()
     dist.all_gather_object(everyone, set(local))
     return set().union(*everyone)
+
+
+def largest(local: int) -> int:
+    """The largest of all ranks' numbers: a decision that all take at the same step. Waits for the ranks' host programs,
+    not for their devices."""
+    if not dist.is_initialized():
+        return local
+    number = torch.tensor(int(local))
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
 
 
 def mean_(tensors: list[Tensor]) -> None:

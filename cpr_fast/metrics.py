@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import subprocess
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,13 +33,18 @@ class MetricsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _cut_torn_line(self.path)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        self._lock = threading.Lock()  # the watchdog writes from its own thread
         self._tensorboard = _summary_writer(self.path.parent / "tensorboard") if tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row; `row["kind"]` says what it is."""
         row = _without_nan(row)
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            with self._lock:
+                self._file.write(json.dumps(row, allow_nan=False) + "\n")
+                self._file.flush()
+        except OSError as error:
+            raise InputError(f"could not write {str(self.path)!r}: {error.strerror}; the run can be resumed") from error
         if self._tensorboard and row["kind"] in ("step", "epoch"):
             for name, value in row.items():
                 if isinstance(value, int | float) and name != row["kind"]:

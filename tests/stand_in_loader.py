@@ -59,3 +59,13 @@ class RandomLoader:
 
     def close(self):
         self.closed = True
+
+
+class NoisyLoader(RandomLoader):
+    """Adds noise from torch's global generator: resuming has to restore it, too."""
+
+    def epoch(self, number, start_step=0):
+        for batch in super().epoch(number, start_step):
+            for clips in batch.clips.values():
+                clips += 0.1 * torch.randn(clips.shape)
+            yield batch

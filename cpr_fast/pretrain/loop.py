@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from .. import distributed
 from ..checkpoint import LAST, CheckpointError, load_checkpoint, load_initial, save_step
@@ -25,9 +28,11 @@ from ..metrics import FILE as METRICS_FILE
 from ..metrics import MetricsWriter, environment, rewind
 from ..progress import track
 from .cycle import CycleState
+from .interrupt import Interrupted, StopRequest, stop_requests
 from .log import StepLog
 from .schedule import cycle_epochs, learning_rate
 from .step import train_step
+from .watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ..data.pipeline import Batch
@@ -54,12 +59,14 @@ class Run:
     make_loader: Callable[..., Loader]
     writer: MetricsWriter | None  # None on all processes but the first
     progress: bool
+    stop: StopRequest
+    watch: Watchdog
 
 
 def pretrain(
     config: Config,
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     index: Index | None = None,
     make_loader: Callable[..., Loader] | None = None,
     progress: bool = True,
@@ -70,13 +77,15 @@ def pretrain(
     one does (bitwise on the CPU). Under `torchrun` all processes train together and the first one writes.
 
     Args:
-        resume: goes on from `checkpoints/last.pt` of the run folder, mid-epoch if it was written there.
+        resume: goes on from `checkpoints/last.pt` of the run folder, mid-epoch if it was written there; "auto", and
+            always where torchrun has restarted the processes: if there is one.
         index: the training videos; by default the rows of `data.index` whose split is `data.split`.
         make_loader: called as `TrainLoader` of `cpr_fast.data.pipeline`, the default.
         progress: draws a bar on stderr.
     Raises:
         InputError: the run folder, index or config does not fit.
         NonFiniteError: features or loss became NaN or infinite.
+        Interrupted: SIGTERM or SIGUSR1 asked to stop, and the run has saved where it was.
     """
     if make_loader is None:
         from ..data.pipeline import TrainLoader as make_loader  # here, so that other loaders need no DALI
@@ -85,22 +94,26 @@ def pretrain(
     index = Index.load(config.data.index).select(split=config.data.split) if index is None else index
     folder = Path(config.run.out)
     saved = _open_run(config, folder, resume, world)
-    writer = MetricsWriter(folder, tensorboard=config.run.tensorboard) if world.is_main else None
-    run = Run(config, world, index, folder, make_loader, writer, progress and world.is_main)
-    try:
-        if writer:
+    with ExitStack() as stack:
+        writer = None
+        if world.is_main:
+            writer = stack.enter_context(MetricsWriter(folder, tensorboard=config.run.tensorboard))
             about = {"kind": "note", "text": f"resumed at step {saved['step']}"} if saved else {"kind": "run"}
             writer.write({**about, **environment(world.device), "config": config.to_dict()})
+        stop = stack.enter_context(stop_requests())
+        note = (lambda text: writer.write({"kind": "note", "text": text})) if writer else (lambda text: None)
+        watch = stack.enter_context(Watchdog(world, config.run.stall_timeout_s, note))
+        stack.enter_context(torch.random.fork_rng([world.device] if world.device.type == "cuda" else []))
+        torch.manual_seed(config.run.seed)
+        run = Run(config, world, index, folder, make_loader, writer, progress and world.is_main, stop, watch)
         _run_cycles(run, saved)
-    finally:
-        if writer:
-            writer.close()
     return folder
 
 
 def _run_cycles(run: Run, saved: dict[str, Any] | None) -> None:
     """Every cycle of the schedule, or those that `saved`, a checkpoint, leaves to do."""
     weights = saved["encoders"] if saved else load_initial(run.config.model)
+    _set_rng_state(run.world, saved.get("rng") if saved else None)
     for number, epochs in enumerate(cycle_epochs(run.config.schedule)):
         if saved and saved["epoch"] >= epochs.stop:
             continue  # done before the checkpoint
@@ -126,13 +139,14 @@ def _run_cycle(
     log = StepLog(run.writer, state, number, run.index)
     steps = len(loader)  # of an epoch
     description = f"cycle {number + 1}/{len(config.schedule.cycles)}: {state.cycle.view}, mining {state.cycle.mining}"
-    batches = _timed_batches(loader, epochs, start_step)
+    batches = _timed_batches(loader, epochs, start_step, run.watch)
     left = len(epochs) * steps - start_step
     try:
         for epoch, i, batch, data_wait_s in track(
             batches, description, total=left, unit="steps", progress=run.progress
         ):
             step = epoch * steps + i
+            run.watch.doing(f"computing step {step}")
             lr = learning_rate(epoch - cycle_epochs(config.schedule)[number].start, state.cycle, config.optim,
                                config.schedule.gamma)  # fmt: skip
             state.set_learning_rate(lr)
@@ -142,45 +156,74 @@ def _run_cycle(
             if last:
                 log.epoch(epoch, len(distributed.union(path for path, _ in loader.skipped)), result)
                 state.start_epoch()
-            every = config.run.checkpoint_every
-            if last or (every and (step + 1) % every == 0):
+            every, signum = config.run.checkpoint_every, distributed.largest(run.stop.signum)
+            if last or signum or (every and (step + 1) % every == 0):
+                run.watch.doing(f"writing the checkpoint of step {step}")
                 log.check()
                 where = {"step": step + 1, "epoch": epoch + last, "step_in_epoch": 0 if last else i + 1}
-                _save(run, state, {**where, "cycle": number}, weights)
+                path = _save(run, state, {**where, "cycle": number}, weights)
+            if signum:
+                name = signal.Signals(signum).name
+                raise Interrupted(f"stopped by {name} after step {step}; saved {path}; go on with --resume", signum)
     finally:
         loader.close()
 
 
-def _timed_batches(loader: Loader, epochs: range, start_step: int) -> Iterator[tuple[int, int, Batch, float]]:
+def _timed_batches(
+    loader: Loader, epochs: range, start_step: int, watch: Watchdog
+) -> Iterator[tuple[int, int, Batch, float]]:
     """(epoch, step in it, batch, seconds the loop waited for it) from `start_step` of the first epoch on."""
     for epoch in epochs:
         batches = iter(loader.epoch(epoch, start_step))
         for i in range(start_step, len(loader)):
+            watch.doing(f"waiting for the batch of step {epoch * len(loader) + i}")
             began = time.perf_counter()
             batch = next(batches)
             yield epoch, i, batch, time.perf_counter() - began
         start_step = 0
 
 
-def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str, Any]) -> None:
-    """Writes a checkpoint from which `pretrain(resume=True)` goes on exactly here."""
+def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str, Any]) -> Path:
+    """Writes a checkpoint from which `pretrain(resume=True)` goes on exactly here; returns its path."""
     state.encoders.sync_running_statistics()
+    rng = _rng_state(run.world)
+    folder = run.folder / "checkpoints"
     if not run.world.is_main:
-        return
+        return folder / LAST
     payload = {
         "config": run.config.to_dict(),
         "environment": environment(run.world.device),
         "encoders": weights | {state.cycle.view: state.encoders.query.state_dict()},
         "cycle_state": state.state_dict(),
         "processes": run.world.size,
+        "rng": rng,
         **where,
     }
-    save_step(run.folder / "checkpoints", where["step"], payload, keep=run.config.run.keep_checkpoints)
+    return save_step(folder, where["step"], payload, keep=run.config.run.keep_checkpoints)
 
 
-def _open_run(config: Config, folder: Path, resume: bool, world: World) -> dict[str, Any] | None:
+def _rng_state(world: World) -> dict[str, Tensor]:
+    """torch's generators of every rank, [R, bytes] uint8 for the CPU and, where it trains, for the CUDA device."""
+    states = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(world.device)
+    return {device: distributed.all_gather(state[None]) for device, state in states.items()}
+
+
+def _set_rng_state(world: World, states: dict[str, Tensor] | None) -> None:
+    """Goes on from `_rng_state`, unless another number of processes or an older version wrote it."""
+    if states is None or len(states["cpu"]) != world.size:
+        return
+    torch.set_rng_state(states["cpu"][world.rank].cpu())
+    if world.device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"][world.rank].cpu(), world.device)
+
+
+def _open_run(config: Config, folder: Path, resume: bool | Literal["auto"], world: World) -> dict[str, Any] | None:
     """The checkpoint to go on from, or None and a fresh run folder. Refuses to overwrite or to mix runs."""
     last = folder / "checkpoints" / LAST
+    if resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        resume = bool(distributed.largest(last.exists()))
     if not resume:
         if last.exists():
             raise InputError(f"run.out: {str(folder)!r} already holds a run; resume it, or choose another folder")

@@ -1,0 +1,48 @@
+"""Being asked to stop: finish the step, save, leave. SIGTERM (`kill`, torchrun, SLURM) and SIGUSR1 (SLURM `--signal`)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupted(Exception):
+    """A run was asked to stop and has saved first; the message says where. `signum` is the signal that asked."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class StopRequest:
+    """The signal that asked this process to stop, or 0."""
+
+    signum = 0
+
+    def note(self, signum: int, _frame: FrameType | None) -> None:
+        """Remembers the signal; asked twice by the same one, the process ends at once."""
+        if self.signum == signum:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        self.signum = signum
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Within the block the signals are noted instead of ending the process. Only a main thread can: others see none."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request.note) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
