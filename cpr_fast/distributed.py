@@ -101,8 +101,11 @@ def largest(local: int) -> int:
 
 
 def mean_(tensors: list[Tensor]) -> None:
-    """Replaces each float tensor by its mean over the ranks."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= dist.get_world_size()
+    """Replaces each tensor, all of one float dtype and device, by its mean over the ranks: one message for all."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])

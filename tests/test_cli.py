@@ -97,7 +97,9 @@ def test_torchrun_trains_on_two_processes_without_a_setting(tmp_path):
         schedule = {{ cycles = [{{ view = "rgb", epochs = 2, mining = "none" }}] }}
         run = {{ out = "{tmp_path / "run"}", device = "cpu" }}
     """)
-    done = run_module("torch.distributed.run", "--nproc-per-node", 2, "-m", "cpr_fast", "pretrain", path, "--json")
+    done = run_module(
+        "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "cpr_fast", "pretrain", path, "--json"
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"run": str(tmp_path / "run")}
     steps = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "step"]

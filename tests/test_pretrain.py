@@ -5,10 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -501,58 +497,6 @@ def test_a_memory_shorter_than_the_keys_of_all_processes_is_refused(tmp_path):
     config = settings(tmp_path)  # 10 slots, 6 videos per process
     with pytest.raises(InputError, match=r"memory.size: expected at least the 12 keys of a step, .* got 10"):
         CycleState(config, Cycle("rgb", 1, "none"), {}, INDEX, World(0, 2, torch.device("cpu")))
-
-
-def test_two_processes_compute_what_one_does(tmp_path):
-    """gloo: 2 x 3 videos against 1 x 6, two BatchNorm groups either way; equal up to the order of sums."""
-    memory = {"size": 10, "shuffle_bn_groups": 2}
-    schedule = {
-        "cycles": [{"view": "rgb", "epochs": 1, "mining": "none"}, {"view": "flow", "epochs": 1, "mining": "cascade"}]
-    }
-    optim = {"name": "sgd", "lr": 1e-3}  # Adam turns a rounding difference near zero into a whole step
-    one = settings(tmp_path / "one", memory=memory, schedule=schedule, optim=optim)
-    two = settings(
-        tmp_path / "two",
-        memory=memory,
-        schedule=schedule,
-        optim=optim,
-        data={"batch_size": 3, "frames": 5, "size": 20},
-    )
-    run(one)
-    program = f"""
-import json, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import torch
-from stand_in_loader import RandomLoader, make_index
-from cpr_fast.config import Config
-from cpr_fast.pretrain.loop import pretrain
-torch.set_num_threads(1)
-pretrain(Config.from_dict(json.loads({json.dumps(json.dumps(two.to_dict()))})), index=make_index(18),
-         make_loader=RandomLoader, progress=False)
-torch.distributed.destroy_process_group()
-"""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    workers = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-c", program]
-        workers.append(subprocess.Popen(command, env=os.environ | place, stderr=subprocess.PIPE, text=True))
-    errors = [worker.communicate(timeout=600)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
-    a, b = trained(tmp_path / "one"), trained(tmp_path / "two")
-    for view in ("rgb", "flow"):
-        for name, tensor in a["encoders"][view].items():
-            if tensor.is_floating_point():  # not BatchNorm's counters: two groups of one process count twice
-                torch.testing.assert_close(b["encoders"][view][name], tensor, rtol=1e-3, atol=1e-4)
-    for column in ("video", "source", "label", "start"):
-        assert torch.equal(a["cycle_state"]["memory"][column], b["cycle_state"]["memory"][column])
-    for x, y in zip(rows(tmp_path / "one", "step"), rows(tmp_path / "two", "step"), strict=True):
-        assert (x["loss"] is None) == (y["loss"] is None)
-        assert x["loss"] is None or x["loss"] == pytest.approx(y["loss"], rel=1e-3)
-        assert x["pmr"] == y["pmr"]
 
 
 # ---- bad input -------------------------------------------------------------------------------------

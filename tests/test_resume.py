@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had not been: kill -9, SIGTERM, SLURM's SIGUSR1, a full disk; the watchdog."""
+"""A run that was stopped goes on as if it had not been: kill -9, SIGTERM, SLURM's SIGUSR1, a full disk."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ from cpr_fast.pretrain.loop import pretrain
 class Loader(NoisyLoader):
     sleep_s = 0.05
 try:
-    pretrain(Config.from_dict(json.loads(sys.argv[1])), index=make_index(18), make_loader=Loader, progress=False, resume="auto")
+    config = Config.from_dict(json.loads(sys.argv[1]))
+    pretrain(config, index=make_index(18), make_loader=Loader, progress=False, resume="auto")
 except Interrupted as stopped:
     sys.exit(f"{{stopped}}")
 """

@@ -86,7 +86,7 @@ class Encoders:
         self._key_groups = GroupedEncoder(self.key, local_groups)
         self._query_groups: nn.Module = GroupedEncoder(self.query, local_groups)
         if world.size > 1:
-            # BatchNorm's running statistics stay each rank's own: `sync_running_statistics` averages them when read.
+            # BatchNorm's running statistics are each rank's own until `sync_running_statistics`.
             self._query_groups = DistributedDataParallel(
                 self._query_groups, broadcast_buffers=False, gradient_as_bucket_view=True
             )
@@ -123,8 +123,8 @@ class Encoders:
         return distributed.all_gather(self.other(clips))
 
     def sync_running_statistics(self) -> None:
-        """Averages the query encoder's BatchNorm statistics over the ranks: before they are read or saved."""
-        distributed.mean_(running_statistics(self.query))
+        """Averages the BatchNorm statistics over the ranks: after every step, so that saving or not changes nothing."""
+        distributed.mean_(running_statistics(self.query) + running_statistics(self.key))
 
 
 def running_statistics(encoder: nn.Module) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Being asked to stop: finish the step, save, leave. SIGTERM (`kill`, torchrun, SLURM) and SIGUSR1 (SLURM `--signal`)."""
+"""Being asked to stop: finish the step, save, leave. By SIGTERM (`kill`, torchrun, SLURM) or SIGUSR1 (SLURM)."""
 
 from __future__ import annotations
 

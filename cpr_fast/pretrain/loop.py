@@ -185,7 +185,6 @@ def _timed_batches(
 
 def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str, Any]) -> Path:
     """Writes a checkpoint from which `pretrain(resume=True)` goes on exactly here; returns its path."""
-    state.encoders.sync_running_statistics()
     rng = _rng_state(run.world)
     folder = run.folder / "checkpoints"
     if not run.world.is_main:
@@ -214,9 +213,10 @@ def _set_rng_state(world: World, states: dict[str, Tensor] | None) -> None:
     """Goes on from `_rng_state`, unless another number of processes or an older version wrote it."""
     if states is None or len(states["cpu"]) != world.size:
         return
-    torch.set_rng_state(states["cpu"][world.rank].cpu())
+    # Copies: torch 2.13 reads a view's storage from its start, whatever its offset (and crashes).
+    torch.set_rng_state(states["cpu"][world.rank].cpu().clone())
     if world.device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"][world.rank].cpu(), world.device)
+        torch.cuda.set_rng_state(states["cuda"][world.rank].cpu().clone(), world.device)
 
 
 def _open_run(config: Config, folder: Path, resume: bool | Literal["auto"], world: World) -> dict[str, Any] | None:

@@ -57,6 +57,7 @@ def train_step(state: CycleState, batch: Batch, step: int) -> StepResult:
         state.optimise(loss)
     result = _measure(state, f_q, keys, loss, mined, video, start)
     memory.enqueue(keys, source=source, video=video, label=label, start=start, step=step)
+    encoders.sync_running_statistics()
     return result
 
 

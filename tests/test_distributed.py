@@ -1,0 +1,137 @@
+"""Several processes on gloo: the curve of one, a worker that dies, one that sleeps, a job that is pre-empted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from stand_in_loader import RandomLoader, make_index
+from test_pretrain import assert_same, rows, settings
+from test_resume import everything, wait_for_step
+
+from cpr_fast.checkpoint import load_checkpoint
+from cpr_fast.config import Config
+from cpr_fast.metrics import read_metrics
+from cpr_fast.pretrain.loop import pretrain
+
+ROOT = Path(__file__).parents[1]
+VIDEOS = 96  # three steps of 32
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Argument: a config. PLAN: {"die": step} kills the second worker there, once; {"sleep": step} lets it wait for 3 s.
+WORKER = f"""
+import json, os, signal, sys, time
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import logging, torch
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from stand_in_loader import RandomLoader, make_index
+from cpr_fast import distributed
+from cpr_fast.config import Config
+from cpr_fast.pretrain.interrupt import Interrupted
+from cpr_fast.pretrain.loop import pretrain
+torch.set_num_threads(1)
+plan, first = json.loads(os.environ["PLAN"]), os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+class Loader(RandomLoader):
+    sleep_s = plan.get("each", 0.0)
+    def epoch(self, number, start_step=0):
+        for i, batch in enumerate(super().epoch(number, start_step), start_step):
+            step = number * len(self) + i
+            if self.rank == 1 and first and step == plan.get("die"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.rank == 1 and step == plan.get("sleep"):
+                time.sleep(3)
+            yield batch
+try:
+    pretrain(Config.from_dict(json.loads(sys.argv[1])), index=make_index({VIDEOS}), make_loader=Loader, progress=False,
+             resume="auto")
+except Interrupted as stopped:
+    sys.exit(str(stopped))
+distributed.finish()
+"""
+
+
+def config_of(out: Path, batch_size: int, **run) -> Config:
+    return settings(
+        out,
+        data={"batch_size": batch_size, "frames": 5, "size": 20},
+        # At .01 a barely trained frozen encoder maps all clips to one point, and rounding decides who is mined.
+        model={"width": 0.125, "feature_dim": 8, "conv_std": 0.15},
+        memory={"size": 50, "shuffle_bn_groups": 2},  # not a multiple of 32: nothing has to divide
+        optim={"name": "sgd", "lr": 1e-3},  # Adam turns a rounding difference near zero into a whole step
+        schedule={"cycles": [{"view": "rgb", "epochs": 2, "mining": "none"}, {"view": "flow", "epochs": 2}]},
+        run={"out": str(out), **run},
+    )
+
+
+def torchrun(folder: Path, config: Config, plan: dict) -> subprocess.Popen:
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts"]
+    return subprocess.Popen(
+        [*command, "1", str(script), json.dumps(config.to_dict())],
+        env=os.environ | {"PLAN": json.dumps(plan), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """2 processes x 16 videos, from start to end."""
+    folder = tmp_path_factory.mktemp("two")
+    process = torchrun(folder, config_of(folder / "run", 16), {})
+    errors = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, errors
+    return folder / "run"
+
+
+def test_two_processes_of_16_have_the_curve_of_one_of_32(two, tmp_path):
+    """Two BatchNorm groups either way; equal up to the order of sums: losses within 1e-4, weights within 1e-5."""
+    one = config_of(tmp_path / "one", 32)
+    pretrain(one, index=make_index(VIDEOS), make_loader=RandomLoader, progress=False)
+    curves = [[row["loss"] for row in rows(folder, "step")] for folder in (tmp_path / "one", two)]
+    assert len(curves[0]) == 12 and curves[0][:2] == [None, None]
+    assert [loss is None for loss in curves[0]] == [loss is None for loss in curves[1]]
+    learned = [[loss for loss in curve if loss is not None] for curve in curves]
+    assert learned[0] == pytest.approx(learned[1], rel=1e-4)
+    assert [row["pmr"] for row in rows(two, "step")] == [row["pmr"] for row in rows(tmp_path / "one", "step")]
+    a, b = everything(tmp_path / "one"), everything(two)
+    for view in ("rgb", "flow"):
+        for name, tensor in a["encoders"][view].items():
+            if tensor.is_floating_point():  # not BatchNorm's counters: two groups of one process count twice
+                torch.testing.assert_close(b["encoders"][view][name], tensor, rtol=1e-3, atol=1e-5)
+    for column in ("video", "source", "label", "start", "enqueued_at"):  # every rank's keys, in the same slots
+        assert torch.equal(a["cycle_state"]["memory"][column], b["cycle_state"]["memory"][column])
+    assert b["processes"] == 2
+
+
+def test_a_pre_empted_job_and_a_killed_and_a_sleeping_worker(two, tmp_path):
+    """SIGTERM to torchrun; then a worker dies and another attempt goes on; then a rank sleeps and is named. The run
+    ends where the undisturbed one does, bit for bit."""
+    config = config_of(tmp_path / "run", 16, checkpoint_every=1, stall_timeout_s=1.0)
+    process = torchrun(tmp_path, config, {"each": 0.2})
+    wait_for_step(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=600)[1]
+    saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"]
+    assert f"stopped by SIGTERM after step {saved - 1}; saved" in errors
+    assert 3 <= saved < 8
+    process = torchrun(tmp_path, config, {"die": 8, "sleep": 10})
+    errors = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, errors
+    assert_same(everything(two), everything(tmp_path / "run"))
+    for kind in ("step", "epoch", "mined"):
+        assert rows(two, kind) == rows(tmp_path / "run", kind)
+    notes = [row["text"] for row in read_metrics(tmp_path / "run") if row["kind"] == "note"]
+    assert [text for text in notes if "resumed" in text] == [f"resumed at step {saved}", "resumed at step 8"]
+    (stall,) = (text for text in notes if "of step 10" in text)  # a busy machine may have stalled elsewhere, too
+    assert stall in errors
+    assert stall.startswith("rank 1 has been waiting for the batch of step 10 (in worker.py:")
+    assert stall.endswith("s, and the run waits for it")
