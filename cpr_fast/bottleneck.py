@@ -9,18 +9,18 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
 
-from .config import Config
+from .config import Config, DataConfig
 from .data.clips import fetch_frames
 from .data.graph import ClipGraph
 from .data.index import Index, Video
-from .data.lmdb import read_jpegs, split_record
+from .data.lmdb import read_jpegs
+from .data.media import is_record
 from .data.pipeline import TrainLoader
-from .data.sampling import Clips, Sources, epoch_order, plan_pairs
+from .data.sampling import Clips, Sources, clip_frames, epoch_order, plan_pairs
 from .data.video import VideoError
 from .models import build_encoder
 
@@ -80,7 +80,7 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
     }
 
 
-def _plans(index: Index, config: Config, data: Any) -> Iterator[Clips]:
+def _plans(index: Index, config: Config, data: DataConfig) -> Iterator[Clips]:
     """The training plan of one video after another, epoch after epoch."""
     sources, epoch = Sources.of(index), 0
     while True:
@@ -90,7 +90,7 @@ def _plans(index: Index, config: Config, data: Any) -> Iterator[Clips]:
 
 
 def _read_and_decode(
-    index: Index, plans: Iterator[Clips], data: Any, views: tuple[str, ...], budget_s: float
+    index: Index, plans: Iterator[Clips], data: DataConfig, views: tuple[str, ...], budget_s: float
 ) -> tuple[float, float, list[tuple[Clips, dict[str, list]]]]:
     """(seconds to read a video's files, to decode its clips, both per video, up to 64 videos' clips and frames)."""
     read_s, decode_s, kept, failed = 0.0, 0.0, [], 0
@@ -100,7 +100,7 @@ def _read_and_decode(
         video = index[int(plan.video[0])]
         began = time.perf_counter()
         for view in views:
-            _read(video, view, plan)
+            _read(video, view, plan, data)
         read = time.perf_counter() - began
         began = time.perf_counter()
         try:
@@ -115,14 +115,13 @@ def _read_and_decode(
     return read_s / count, decode_s / count, kept
 
 
-def _read(video: Video, view: str, plan: Clips) -> None:
+def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:
     """The bytes that the clips need, from the disk: a whole file, or a record's JPEGs."""
     path = video.flow_path if view == "flow" else video.path
-    record = split_record(path)
     try:
-        if record is not None:
-            first = int(max(plan.start.min(), 0))
-            for jpeg in read_jpegs(path, [first, first + 1]):
+        if is_record(path):
+            frames = np.unique([clip_frames(start, data) for start in plan.start])
+            for jpeg in read_jpegs(path, frames):
                 bytes(jpeg)
             return
         descriptor = os.open(path, os.O_RDONLY)
@@ -136,7 +135,7 @@ def _read(video: Video, view: str, plan: Clips) -> None:
         return  # counted where it is decoded
 
 
-def _augment(kept: list, data: Any, views: tuple[str, ...], budget_s: float) -> float:
+def _augment(kept: list, data: DataConfig, views: tuple[str, ...], budget_s: float) -> float:
     """Seconds of the graph per video, its threads together, on the CPU."""
     if not kept:
         return 0.0
@@ -147,7 +146,7 @@ def _augment(kept: list, data: Any, views: tuple[str, ...], budget_s: float) -> 
     return _repeat(lambda: graph.run(clips, samples), budget_s) / len(some)
 
 
-def _copy(batch: int, data: Any, views: tuple[str, ...], device: torch.device) -> float:
+def _copy(batch: int, data: DataConfig, views: tuple[str, ...], device: torch.device) -> float:
     """Seconds to copy a batch to the device."""
     if device.type != "cuda":
         return 0.0
@@ -177,7 +176,9 @@ def _step(config: Config, views: int, batch: int, device: torch.device, budget_s
     return _repeat(step, budget_s) * batch / count, count
 
 
-def _loader(index: Index, data: Any, views: tuple[str, ...], seed: int, device: torch.device, budget_s: float) -> float:
+def _loader(
+    index: Index, data: DataConfig, views: tuple[str, ...], seed: int, device: torch.device, budget_s: float
+) -> float:
     """Seconds per step of the whole loader, nothing else at work; without the cache, which a large set outgrows."""
     loader = TrainLoader(index, dataclasses.replace(data, cache_gib=0), views, seed=seed, device=device)
     end, steps, began = time.perf_counter() + budget_s, 0, 0.0

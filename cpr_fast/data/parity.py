@@ -162,12 +162,11 @@ def check_codec(codec: str, folder: Path, device: torch.device) -> dict[str, Any
         return {"codec": codec, "pyav": str(error), "dali": "not tried"}
     exact = seeks["identical"] == seeks["packets_identical"] == seeks["frames"]
     row = dali_parity(path, truth, 4, range(0, 20, 5), device)
-    wrong = (
-        "no decoder, PyAV decodes"
-        if "refused" in row
-        else f"{row['frames'] - row['identical']} of {row['frames']} frames wrong"
-    )
-    dali = "exact" if row.get("identical") == row.get("frames", 0) else wrong
+    if "refused" in row:
+        dali = "no decoder, PyAV decodes"
+    else:
+        wrong = row["frames"] - row["identical"]
+        dali = f"{wrong} of {row['frames']} frames wrong" if wrong else "exact"
     return {"codec": codec, "pyav": "exact" if exact else "wrong frames", "dali": f"{row['decoder']}: {dali}"}
 
 
