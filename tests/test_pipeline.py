@@ -363,6 +363,29 @@ def test_loaders_by_the_other_routes(tmp_path, monkeypatch, route):
                 assert difference < (3 if view == "rgb" and route == "packets" else 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["h264-bframes", "h264-open-gop", "mpeg4-avi", "vp9", "mjpeg-avi", "jpeg"])
+def test_loaders_on_a_device_give_the_clips_of_the_cpu(tmp_path, device, kind):
+    """NVDEC and nvJPEG where there is a GPU: training pairs and ten crops, frame by frame those of PyAV."""
+    route = "jpegs" if kind == "jpeg" else "packets"
+    _, index = other_route(tmp_path, kind, route)
+    views = ["rgb", "flow", "residual"] if kind in ("jpeg", "vp9") else ["rgb"]
+    data = dataclasses.replace(DATA, batch_size=1)
+    for augment in ("none", "coclr"):
+        settings = dataclasses.replace(data, augment=augment)
+        batches = []
+        for where in (CPU, device):
+            train = TrainLoader(index, settings, views, seed=2, device=where)
+            windows = WindowLoader(index, settings, views, clips_per_video=3, crops=10, batch_size=20, device=where)
+            batches.append([batch for epoch in range(4) for batch in train.epoch(epoch)] + list(windows))
+            train.close()
+            windows.close()
+        for a, b in zip(*batches, strict=True):
+            for view in views:
+                assert b.clips[view].device.type == device.type
+                difference = 58 * (a.clips[view] - b.clips[view].cpu()).abs().mean()  # levels
+                assert difference < (4 if view == "rgb" else 2), (augment, view)
+
+
 def test_files_and_records_together_need_the_cpu(tmp_path):
     (tmp_path / "a").mkdir()
     video, _ = other_route(tmp_path, "vp9", "packets")
