@@ -170,6 +170,8 @@ def mine(
     ratio: tuple[float, ...] = (0.5,),
     top_k: tuple[int, ...] = (5,),
     query_view: tuple[Literal["rgb", "flow"], ...] = ("rgb",),
+    order: tuple[str, ...] = (),
+    details: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     raw: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     heatmap: Path | None = None,
     json: Json = False,
@@ -183,13 +185,18 @@ def mine(
         ratio: Shares of the rows that survive each stage before the last.
         top_k: How many entries the last stage keeps.
         query_view: The views whose training is imitated; the ranking ends in the other one.
+        order: Views of the stages as letters, "frf" = flow, RGB, flow; in place of --stages and --query-view.
+        details: Also what each stage keeps and loses, view agreement and mutual neighbours (these need no labels).
         raw: Take the features as they are, neither centred nor L2-normalised.
         heatmap: A PNG to write: PMR over stages and ratio.
     """
-    from .evaluate.mining_lab import load_two_view_features, results_table, sweep
+    from .evaluate.mining_lab import load_two_view_features, results_table, survivors_table, sweep
 
     data = load_two_view_features(features, raw=raw)
-    rows = sweep(data, stages=stages, ratios=ratio, top_ks=top_k, query_views=query_view, progress=True)
+    rows = sweep(
+        data, stages=stages, ratios=ratio, top_ks=top_k, query_views=query_view, orders=order, details=details,
+        progress=True,
+    )  # fmt: skip
     if heatmap is not None:
         from .report.heatmap import write_heatmap
 
@@ -200,6 +207,8 @@ def mine(
     from rich.console import Console
 
     Console().print(results_table(rows))
+    if details and rows[0]["pmr"] is not None:
+        Console().print(survivors_table(rows))
 
 
 def report(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path | None = None, json: Json = False) -> None:

@@ -27,16 +27,22 @@ def score_matrices(arrays, *, raw=False):
     return scores
 
 
-def brute_force(arrays, scores, n, ratio, top_k, query_view):
+def alternating(n, query_view):
+    """The views of n stages that end in the other view, for `brute_force`."""
+    other = {"rgb": "flow", "flow": "rgb"}[query_view]
+    return [other if (n - s) % 2 == 0 else query_view for s in range(1, n + 1)]
+
+
+def brute_force(arrays, scores, views, ratio, top_k):
     """Mining quality of one cascade, by sorting, one query at a time."""
     label, group = arrays["label"], arrays["group"]
-    other = {"rgb": "flow", "flow": "rgb"}[query_view]
+    n = len(views)
     pmr, first, sources, videos = [], [], set(), set()
     for q in range(len(label)):
         left = np.flatnonzero((label != label[q]) | (group != group[q]))
-        for s in range(1, n + 1):
+        for s, view in enumerate(views, 1):
             keep = top_k if s == n else max(top_k, int(len(label) * ratio**s))
-            row = scores[other if (n - s) % 2 == 0 else query_view][q]
+            row = scores[view][q]
             left = np.sort(left)  # a tie goes to the lower row
             left = left[np.argsort(-row[left], kind="stable")][:keep]
         if label[q] == -1 or not (label[left] != -1).any():
@@ -89,7 +95,9 @@ def test_more_stages_mine_better_on_real_features(shared_data, capsys):
     for row in results:
         assert (row["ratio"], row["top_k"], row["query_view"]) == (0.5, 5, "rgb")
         # One true positive more or less moves PMR by 5e-5: within 1e-6 the counts are the same.
-        assert rates(row) == pytest.approx(brute_force(arrays, scores, row["stages"], 0.5, 5, "rgb"), abs=1e-6)
+        assert rates(row) == pytest.approx(
+            brute_force(arrays, scores, alternating(row["stages"], "rgb"), 0.5, 5), abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("unknown", [0, 7])
@@ -102,7 +110,25 @@ def test_every_setting_of_a_sweep_is_the_brute_force(tmp_path, unknown):
     assert [(row["query_view"], row["top_k"], row["ratio"], row["stages"]) for row in rows] == settings
     scores = score_matrices(arrays, raw=True)
     for row, (view, top_k, ratio, n) in zip(rows, settings, strict=True):
-        assert rates(row) == pytest.approx(brute_force(arrays, scores, n, ratio, top_k, view), abs=1e-6), row
+        assert rates(row) == pytest.approx(brute_force(arrays, scores, alternating(n, view), ratio, top_k), abs=1e-6), (
+            row
+        )
+
+
+@pytest.mark.parametrize("order", ["f", "rr", "ffr", "rffrf"])
+def test_any_order_of_views_is_the_brute_force(tmp_path, capsys, order):
+    arrays = small_arrays(seed=3)
+    arguments = ["--order", order, "r", "--ratio", ".6", "--top-k", "3", "--raw", "--json"]
+    assert main(["mine", str(save(tmp_path, arrays)), *arguments]) == 0
+    row, single = json.loads(capsys.readouterr().out)["results"]
+    assert (row["order"], row["stages"], row["query_view"]) == (order, len(order), view_of(order))
+    assert (single["order"], single["query_view"]) == ("r", "flow")
+    views = [{"r": "rgb", "f": "flow"}[letter] for letter in order]
+    assert rates(row) == pytest.approx(brute_force(arrays, score_matrices(arrays, raw=True), views, 0.6, 3), abs=1e-6)
+
+
+def view_of(order):
+    return {"r": "flow", "f": "rgb"}[order[-1]]
 
 
 def test_features_are_centred_and_normalised_unless_raw(tmp_path):
@@ -112,7 +138,7 @@ def test_features_are_centred_and_normalised_unless_raw(tmp_path):
     for raw in (False, True):
         (row,) = sweep(load_two_view_features(path, raw=raw), stages=[3], top_ks=[3])
         assert rates(row) == pytest.approx(
-            brute_force(arrays, score_matrices(arrays, raw=raw), 3, 0.5, 3, "rgb"), abs=1e-6
+            brute_force(arrays, score_matrices(arrays, raw=raw), ["flow", "rgb", "flow"], 0.5, 3), abs=1e-6
         )
     moved = arrays | {"rgb": 4 * arrays["rgb"] - 16, "flow": arrays["flow"].astype(np.float64)}
     assert sweep(load_two_view_features(save(tmp_path, moved)), stages=[3], top_ks=[3]) == sweep(
@@ -130,9 +156,12 @@ def test_labels_and_groups_may_be_names(tmp_path):
 def test_without_labels_there_are_no_rates(tmp_path, capsys):
     arrays = small_arrays(unknown=61)
     path = save(tmp_path, arrays)
-    assert all(value is None for row in sweep(load_two_view_features(path)) for value in rates(row).values())
+    rows = sweep(load_two_view_features(path))
+    assert all(value is None for row in rows for value in rates(row).values())
+    assert all(0 < row["view_agreement"] < 1 and 0 < row["mutual_neighbours"] < 1 for row in rows)
     assert main(["mine", str(path), "--heatmap", str(tmp_path / "map.png")]) == 0
-    assert "–" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "–" in table and f"{100 * rows[0]['view_agreement']:.2f}" in table
 
 
 def test_table_and_heat_map(tmp_path, capsys):
@@ -142,9 +171,22 @@ def test_table_and_heat_map(tmp_path, capsys):
     table = capsys.readouterr().out
     pmr = sweep(load_two_view_features(path), stages=[3], ratios=[0.8], top_ks=[4], query_views=["flow"])[0]["pmr"]
     assert f"{100 * pmr:.2f}" in table
-    assert table.count("flow") == table.count("rgb") == 8
+    assert table.count(" frf ") == table.count(" rfr ") == 4
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in picture.parent.iterdir()] == ["map.png"]
+
+
+def test_details_are_those_of_the_chain(tmp_path, capsys):
+    path = save(tmp_path, small_arrays(seed=5))
+    plain = sweep(load_two_view_features(path), stages=[5], top_ks=[4])
+    (row,) = sweep(load_two_view_features(path), stages=[5], top_ks=[4], details=True)
+    assert {name: row[name] for name in plain[0]} == plain[0]
+    assert row["survivor_precision_5"] == pytest.approx(row["pmr"])
+    recalls = [row[f"survivor_recall_{s}"] for s in range(1, 6)]
+    assert recalls == sorted(recalls, reverse=True)
+    assert main(["mine", str(path), "--stages", "5", "--top-k", "4", "--details"]) == 0
+    table = capsys.readouterr().out
+    assert all(f"{100 * row[name]:.2f}" in table for name in ("pmr_chance", "survivor_recall_1", "mutual_neighbours"))
 
 
 def broken(name, value):
@@ -204,6 +246,7 @@ def test_files_that_are_no_npz_are_named(tmp_path, capsys):
         (["--ratio", "1.5"], "ratio: expected a fraction in (0, 1], got 1.5"),
         (["--ratio", "nan"], "ratio: expected a fraction in (0, 1], got nan"),
         (["--stages"], "stages: expected at least one value, got none"),
+        (["--order", "frx"], "order: expected letters r (RGB) and f (flow), 'frf' for instance, got 'frx'"),
     ],
 )
 def test_bad_settings_are_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):

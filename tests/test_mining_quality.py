@@ -14,7 +14,10 @@ from cpr_fast.evaluate.mining_quality import (
     class_mining_rate,
     class_units,
     gather_slots,
+    hub_share,
+    hubness,
     judge,
+    mined_counts,
     mining_r1,
     positive_mining_rate,
 )
@@ -66,7 +69,7 @@ def test_an_epoch_equals_its_definition(videos, classes, batch, mined, unknown):
     ]
     quality = MiningQuality(torch.from_numpy(labels), torch.from_numpy(sources))
     for mined_videos, queries in batches:
-        step_pmr, step_r1 = quality.update(mined_videos, queries)
+        step_pmr, step_r1 = quality.update(mined_videos, queries).values()
         expected_pmr, expected_r1, _ = reference([(mined_videos, queries)], labels.tolist(), sources.tolist())
         assert step_pmr.item() == pytest.approx(np.mean(expected_pmr) if expected_pmr else math.nan, nan_ok=True)
         assert step_r1.item() == pytest.approx(np.mean(expected_r1) if expected_r1 else math.nan, nan_ok=True)
@@ -104,15 +107,50 @@ def test_slots_are_looked_up_and_padding_stays_padding():
 
 def test_unlabelled_data_has_no_quality_and_no_exception():
     quality = MiningQuality(torch.full((4,), -1), torch.arange(4))
-    pmr, r1 = quality.update(torch.tensor([[1, 2], [0, 3]]), torch.tensor([0, 1]))
-    assert pmr.isnan() and r1.isnan()
-    assert set(quality.summary().values()) == {None}
+    rates = quality.update(torch.tensor([[1, 2], [0, 3]]), torch.tensor([0, 1]))
+    assert rates["pmr"].isnan() and rates["mining_r1"].isnan()
+    told = {name for name, value in quality.summary().items() if value is not None}
+    assert told == {"hub_share", "mined_share"}  # all four videos were mined once: no skewness either
 
 
 def test_an_epoch_that_mined_nothing_has_no_quality():
     quality = MiningQuality(torch.zeros(4, dtype=torch.int64), torch.arange(4))
     quality.update(torch.full((2, 3), -1), torch.tensor([0, 1]))
     assert set(quality.summary().values()) == {None}
+
+
+def test_hubness_is_the_skewness_of_the_counts():
+    rng = np.random.default_rng(7)
+    mined = torch.from_numpy(rng.integers(-1, 250, (40, 5)) // rng.integers(1, 30, (40, 5)))
+    counts = [(mined == i).sum().item() for i in range(250)]
+    assert mined_counts(mined, 250).tolist() == counts
+    spread = np.array(counts) - np.mean(counts)
+    assert hubness(torch.tensor(counts)).item() == pytest.approx((spread**3).mean() / (spread**2).mean() ** 1.5)
+    assert hub_share(torch.tensor(counts)).item() == pytest.approx(sum(sorted(counts)[-2:]) / sum(counts))
+    assert hubness(torch.full((5,), 3)).isnan() and hub_share(torch.zeros(5, dtype=torch.int64)).isnan()
+
+
+def test_further_rates_are_means_over_the_queries_that_have_one():
+    quality = MiningQuality(torch.zeros(4, dtype=torch.int64), torch.arange(4), extra=["age"])
+    quality.update(torch.tensor([[1], [2]]), torch.tensor([0, 1]), {"age": torch.tensor([3.0, math.nan])})
+    step = quality.update(torch.tensor([[1], [2]]), torch.tensor([0, 1]), {"age": torch.tensor([5.0, 7.0])})
+    assert step["age"].item() == 6
+    assert quality.summary()["age"] == pytest.approx(5)
+
+
+def test_an_epoch_goes_on_from_its_state():
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(-1, 12, (5, 3), generator=generator), torch.randint(0, 12, (5,), generator=generator)
+
+    labels, sources = torch.arange(12) % 3, torch.arange(12) // 2
+    straight, first, second = (MiningQuality(labels, sources) for _ in range(3))
+    for seed in (0, 1):
+        straight.update(*draw(seed))
+    first.update(*draw(0))
+    second.load_state_dict(first.state_dict())
+    second.update(*draw(1))
+    assert second.summary() == straight.summary()
 
 
 def test_reset_starts_a_new_epoch():
@@ -138,6 +176,7 @@ def test_two_ranks_combine_to_the_whole():
     left.update(mined[:3], queries[:3])
     right.update(mined[3:], queries[3:])
     left.totals += right.totals
+    left.counts += right.counts
     for unit in left.found:
         left.found[unit] = torch.maximum(left.found[unit], right.found[unit])
     assert left.summary() == pytest.approx(whole.summary())

@@ -25,11 +25,21 @@ from ..config import View
 from ..errors import InputError
 from ..ops import cascade_select
 from ..progress import track
-from .mining_quality import MiningQuality, class_units
+from .mining_proxies import mutual_neighbours, view_agreement
+from .mining_quality import MiningQuality, candidates, class_units
+from .mining_survivors import survivor_rates
 
 ARRAYS = ("rgb", "flow", "label", "group")
 QUERY_CHUNK = 4096  # queries mined at once: bounds what the kernel allocates
-RATES = {"PMR": "pmr", "R@1": "r1", "CMR": "cmr_median", "mean CMR": "cmr_mean", "CMR/video": "cmr_median_video"}
+RATES = {
+    "PMR": "pmr",
+    "R@1": "r1",
+    "CMR": "cmr_median",
+    "mean CMR": "cmr_mean",
+    "CMR/video": "cmr_median_video",
+    "agreement": "view_agreement",
+    "mutual": "mutual_neighbours",
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,8 @@ def sweep(
     ratios: Sequence[float] = (0.5,),
     top_ks: Sequence[int] = (5,),
     query_views: Sequence[View] = ("rgb",),
+    orders: Sequence[str] = (),
+    details: bool = False,
     device: str = "auto",
     progress: bool = False,
 ) -> list[dict[str, Any]]:
@@ -91,50 +103,114 @@ def sweep(
         stages: n; the ranking starts and ends in the view that is not the query's (n odd).
         ratios: r in (0, 1]: stage s < n keeps ``max(top_k, int(N * r**s))``.
         top_ks: P, what the last stage keeps, at most N.
+        orders: views of the stages as letters, "frf" = flow, RGB, flow; given, they replace stages and query views.
+        details: also what each stage keeps and loses, and the signs that need no labels; ten times slower. Data
+            without any label always has them: there is nothing else to tell.
     Returns:
-        Rows of `stages`, `ratio`, `top_k`, `query_view`, and as fractions (None where no label is known) `pmr`,
-        `r1` (the first mined entry is a true positive), `cmr_median` and `cmr_mean` over classes (unit source), and
-        `cmr_median_video` (unit video).
+        Rows of `stages`, `ratio`, `top_k`, `query_view`, `order`, and as fractions (None where no label is known) `pmr`,
+        `r1` (the first mined entry is a true positive), `cmr_median` and `cmr_mean` over classes (unit source),
+        `cmr_median_video` (unit video); and of `hubness`, `hub_share`, `mined_share` (see `MiningQuality.summary`).
+        With details also `view_agreement`, `mutual_neighbours`, `pmr_chance`, `survivor_precision_s` and
+        `survivor_recall_s` for s = 1..n.
     """
-    _check_settings(stages, ratios, top_ks, query_views, len(data.labels))
+    _check_settings(stages, ratios, top_ks, query_views, orders, len(data.labels))
+    details = details or not (data.labels >= 0).any()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     features = torch.stack([data.rgb, data.flow]).to(device)  # [2, N, D]
-    quality = MiningQuality(data.labels, data.groups, device=device)
-    sibling_ids, _ = class_units(quality.labels, data.groups.to(device), "source")  # [N]
-    settings = list(itertools.product(query_views, top_ks, ratios, stages))
+    sibling_ids = class_units(data.labels, data.groups, "source")[0].to(device)  # [N]
+    groups = [orders] if orders else [[view_order(view, n) for n in stages] for view in query_views]
+    settings = [s for group in groups for s in itertools.product(top_ks, ratios, group)]
     rows = []
-    for view, top_k, ratio, n in track(settings, "mining", total=len(settings), unit="cascades", progress=progress):
-        query_first = features if view == "rgb" else features.flip(0)
-        keep = stage_keep(n, len(data.labels), ratio, top_k)
-        summary = _mine_all(query_first, sibling_ids, stage_views(n), keep, quality)
+    for top_k, ratio, order in track(settings, "mining", total=len(settings), unit="cascades", progress=progress):
+        keep = stage_keep(len(order), len(data.labels), ratio, top_k)
+        cascade = Cascade(features, sibling_ids, ["rf".index(letter) for letter in order], keep)
+        summary = _mine_all(cascade, data, details)
         rates = {"r1" if name == "mining_r1" else name: value for name, value in summary.items()}
-        rows.append({"stages": n, "ratio": ratio, "top_k": top_k, "query_view": view, **rates})
+        setting = {"stages": len(order), "ratio": ratio, "top_k": top_k, "query_view": query_view(order)}
+        rows.append(setting | {"order": order} | rates)
     return rows
+
+
+def view_order(query_view: View, stages: int) -> str:
+    """SV(1..n) as letters, "frf": alternating, and ending in the view that is not the query's [paper, Fig. 1]."""
+    own, other = ("r", "f") if query_view == "rgb" else ("f", "r")
+    return "".join((own, other)[view] for view in stage_views(stages))
+
+
+def query_view(order: str) -> View:
+    """The view whose training a cascade of this order serves: the one it does not end in."""
+    return "rgb" if order.endswith("f") else "flow"
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows of `sweep` for a terminal, rates in percent, the highest of each rate in bold."""
-    table = Table("query", "top-k", "ratio", "stages", caption="in percent; CMR: median over classes, unit source")
-    for heading in RATES:
+    table = Table("n", "views", "top-k", "ratio", caption="in percent; CMR: median over classes, unit source")
+    columns = [(heading, name) for heading, name in RATES.items() if all(name in row for row in rows)]
+    for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
-    best = {name: max((row[name] for row in rows if row[name] is not None), default=None) for name in RATES.values()}
+    best = {name: max((row[name] for row in rows if row[name] is not None), default=None) for _, name in columns}
     for row in rows:
-        settings = (row["query_view"], str(row["top_k"]), f"{row['ratio']:g}", str(row["stages"]))
-        table.add_row(*settings, *(_percent(row[name], row[name] == best[name]) for name in RATES.values()))
+        settings = (str(row["stages"]), row["order"], str(row["top_k"]), f"{row['ratio']:g}")
+        table.add_row(*settings, *(_percent(row[name], row[name] == best[name]) for _, name in columns))
     return table
 
 
-def _mine_all(
-    features: Tensor, sibling_ids: Tensor, views: Sequence[int], keep: Sequence[int], quality: MiningQuality
-) -> dict[str, float | None]:
-    """`MiningQuality.summary` of one cascade in which all rows of `features` [2, N, D] query one another."""
-    quality.reset()
-    for rows in torch.arange(features.shape[1], device=features.device).split(QUERY_CHUNK):
-        mined, _ = cascade_select(
-            features[:, rows], features, views, keep, query_ids=sibling_ids[rows], memory_ids=sibling_ids
-        )  # [B, P]
-        quality.update(mined, rows)
+def survivors_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """What the deepest cascade of detailed `sweep` rows keeps, stage by stage, in percent."""
+    row = max(rows, key=lambda row: row["stages"])
+    names = {"r": "RGB", "f": "flow"}
+    table = Table(
+        "stage", "view", caption=f"survivors of {row['order']}, ratio {row['ratio']:g}, top-{row['top_k']}, in percent"
+    )
+    for heading in ("precision", "recall"):
+        table.add_column(heading, justify="right")
+    table.add_row("0", "", _percent(row["pmr_chance"]), _percent(1.0))
+    for stage, letter in enumerate(row["order"], 1):
+        rates = (_percent(row[f"survivor_{name}_{stage}"]) for name in ("precision", "recall"))
+        table.add_row(str(stage), names[letter], *rates)
+    return table
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """A cascade over features that query one another."""
+
+    features: Tensor  # [2, N, D] float32: RGB, flow
+    ids: Tensor  # [N] int64, equal for siblings
+    views: Sequence[int]  # n, SV(s): 0 is RGB, 1 flow
+    keep: Sequence[int]  # n
+
+    def mine(self, rows: Tensor) -> Tensor:
+        """What the cascade mines for the queries at these rows, [len(rows), P] int64, -1 where fewer remain."""
+        queries = self.features[:, rows]
+        return cascade_select(
+            queries, self.features, self.views, self.keep, query_ids=self.ids[rows], memory_ids=self.ids
+        )[0]
+
+    def details(self, rows: Tensor, mined: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Rates of each query beyond those of `MiningQuality`, {name: [len(rows)]}; labels [N]."""
+        ids = {"query_ids": self.ids[rows], "memory_ids": self.ids}
+        query_view = self.features[1 - self.views[-1]]
+        survivors = survivor_rates(
+            self.features[:, rows], self.features, self.views, self.keep,
+            **ids, query_labels=labels[rows], memory_labels=labels,
+        )  # fmt: skip
+        return survivors | {
+            "view_agreement": view_agreement(query_view[rows], query_view, mined, **ids),
+            "mutual_neighbours": mutual_neighbours(query_view[rows], query_view, mined, **ids),
+        }
+
+
+def _mine_all(cascade: Cascade, data: TwoViewFeatures, details: bool) -> dict[str, float | None]:
+    """`MiningQuality.summary` of one cascade in which all rows query one another."""
+    device = cascade.features.device
+    labels, quality = data.labels.to(device), None
+    for rows in torch.arange(len(labels), device=device).split(QUERY_CHUNK):
+        mined = cascade.mine(rows)  # [B, P]
+        extra = cascade.details(rows, mined, labels) if details else {}
+        quality = quality or MiningQuality(labels, data.groups, extra=list(extra), device=device)
+        quality.update(mined, rows, extra)
     return quality.summary()
 
 
@@ -160,7 +236,12 @@ def _centre_and_normalise(features: Tensor) -> Tensor:
 
 
 def _check_settings(
-    stages: Sequence[int], ratios: Sequence[float], top_ks: Sequence[int], query_views: Sequence[str], rows: int
+    stages: Sequence[int],
+    ratios: Sequence[float],
+    top_ks: Sequence[int],
+    query_views: Sequence[str],
+    orders: Sequence[str],
+    rows: int,
 ) -> None:
     settings = {"stages": stages, "ratio": ratios, "top_k": top_ks, "query_view": query_views}
     for name, values in settings.items():
@@ -178,13 +259,16 @@ def _check_settings(
     for view in query_views:
         if view not in ("rgb", "flow"):
             raise InputError(f"query_view: expected 'rgb' or 'flow', got {view!r}")
+    for order in orders:
+        if not order or set(order) - {"r", "f"}:
+            raise InputError(f"order: expected letters r (RGB) and f (flow), 'frf' for instance, got {order!r}")
 
 
 def _describe(array: np.ndarray) -> str:
     return f"{array.dtype} {list(array.shape)}"
 
 
-def _percent(rate: float | None, best: bool) -> str:
+def _percent(rate: float | None, best: bool = False) -> str:
     if rate is None:
         return "–"
     return f"[bold]{100 * rate:.2f}[/bold]" if best else f"{100 * rate:.2f}"

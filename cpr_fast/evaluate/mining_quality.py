@@ -1,4 +1,4 @@
-"""How good the mined positives are: PMR, mining R@1 and CMR [paper, Eq. 3, 4].
+"""How good the mined positives are: PMR, mining R@1, CMR [paper, Eq. 3, 4], and how evenly they are spread.
 
 Everything runs on the device of its inputs and never syncs with the host, except `MiningQuality.summary`.
 Letters: B queries, P positives mined per query, K memory slots, N videos of the index, C classes, U units.
@@ -8,17 +8,28 @@ Labels are class positions, -1 where unknown. Own video and siblings never appea
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Unit = Literal["source", "video"]
+HUB_SHARE = 0.01  # of the videos: the hubs are those mined most often
 
 
 def gather_slots(values: Tensor, mined: Tensor) -> Tensor:
     """Per-slot `values` [K] int64 at the `mined` slots [B, P] int64, and -1 where a slot is padding (-1)."""
     return torch.where(mined >= 0, values[mined.clamp(min=0)], -1)  # [B, P]
+
+
+def candidates(query_ids: Tensor, memory_ids: Tensor) -> Tensor:
+    """Which slots a cascade may mine for a query, [B, K] bool: neither empty (id -1) nor of its own source.
+
+    Args:
+        query_ids, memory_ids: [B], [K] int64 source ids, as in `cascade_select`.
+    """
+    return (memory_ids != -1) & ((memory_ids != query_ids[:, None]) | (query_ids[:, None] == -1))
 
 
 def judge(mined_labels: Tensor, query_labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,68 +93,111 @@ def class_units(labels: Tensor, sources: Tensor, unit: Unit) -> tuple[Tensor, Te
     return unit_of_video, pairs[:, 0].contiguous()
 
 
+def mined_counts(mined: Tensor, size: int) -> Tensor:
+    """How often each of `size` entries was mined, [size] int64; `mined` is int64 of any shape, -1 for padding."""
+    counts = torch.zeros(size + 1, dtype=torch.int64, device=mined.device)  # one more takes the padding
+    places = torch.where(mined >= 0, mined, size).flatten()
+    return counts.index_add_(0, places, torch.ones_like(places))[:size]
+
+
+def hubness(counts: Tensor) -> Tensor:
+    """Skewness of how often the entries were mined [Radovanovic et al., JMLR 2010], 0-d float32; NaN if all equal.
+
+    Around 0 every entry is mined about as often as the next; far above 1 a few hubs are mined for everything.
+    """
+    spread = counts.double() - counts.double().mean()
+    return (spread.pow(3).mean() / spread.square().mean().pow(1.5)).float()
+
+
+def hub_share(counts: Tensor) -> Tensor:
+    """Share of all mined entries that fall on the 1 % (at least one) mined most often, 0-d float32; NaN if none."""
+    hubs = max(1, round(HUB_SHARE * len(counts)))
+    return counts.topk(hubs).values.sum() / counts.sum()
+
+
 class MiningQuality:
-    """PMR, mining R@1 and CMR over an epoch of mined batches, accumulated on the device.
+    """The mining of an epoch of batches, accumulated on the device: PMR, mining R@1, CMR, hubness and more means.
 
     Args:
         labels: [N] int64 class of every video of the training index, -1 where unknown.
         sources: [N] int64 source id of every video.
-    Ranks combine by summing `totals` and taking the maximum of each tensor in `found`.
+        extra: names of further rates per query that `update` will be given.
+    Ranks combine by summing `totals` and `counts` and taking the maximum of each tensor in `found`.
     """
 
-    def __init__(self, labels: Tensor, sources: Tensor, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, labels: Tensor, sources: Tensor, *, extra: Sequence[str] = (), device: torch.device | str = "cpu"
+    ) -> None:
         self.labels = torch.as_tensor(labels, dtype=torch.int64).to(device)
         sources = torch.as_tensor(sources, dtype=torch.int64).to(device)
         self.num_classes = int(self.labels.max()) + 1 if len(self.labels) else 0
+        self.names = ("pmr", "mining_r1", *extra)
         self._units = {unit: class_units(self.labels, sources, unit) for unit in ("source", "video")}
         self.reset()
 
     def reset(self) -> None:
         """Forget the epoch."""
         device = self.labels.device
-        # Sums of PMR and R@1 and the queries each was counted for; float64, for epochs of any length.
-        self.totals = torch.zeros(4, dtype=torch.float64, device=device)
+        # Sums of each rate and the queries it was counted for; float64, for epochs of any length.
+        self.totals = torch.zeros(2, len(self.names), dtype=torch.float64, device=device)
+        self.counts = torch.zeros(len(self.labels), dtype=torch.int64, device=device)  # how often a video was mined
         self.found = {
             unit: torch.zeros(len(unit_class), dtype=torch.int8, device=device)
             for unit, (_, unit_class) in self._units.items()
         }
 
-    def update(self, mined_videos: Tensor, query_videos: Tensor) -> tuple[Tensor, Tensor]:
-        """Count one batch; its mean PMR and mining R@1 as 0-d float32 tensors (NaN if no label is known).
+    def update(
+        self, mined_videos: Tensor, query_videos: Tensor, extra: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Count one batch; its mean PMR, mining R@1 and extra rates as 0-d float32 (NaN if nothing is known).
 
         Args:
             mined_videos: [B, P] int64 videos of the mined slots, -1 for padding, best first.
             query_videos: [B] int64.
+            extra: {name: [B] float32} of the names given at the start, NaN where a query has none.
         """
         true_positive, known = judge(gather_slots(self.labels, mined_videos), self.labels[query_videos])
-        rates = torch.stack(
-            [
-                positive_mining_rate(true_positive, known),
-                mining_r1(true_positive, known),
-            ]
-        )  # [2, B]
-        counted = ~rates.isnan()
-        self.totals += torch.cat([rates.nan_to_num(0).sum(1), counted.sum(1)])
+        rates = {"pmr": positive_mining_rate(true_positive, known), "mining_r1": mining_r1(true_positive, known)}
+        rates |= extra or {}
+        values = torch.stack([rates[name] for name in self.names])  # [M, B]
+        self.totals += torch.stack([values.nan_to_num(0).sum(1), (~values.isnan()).sum(1)])
+        self.counts += mined_counts(mined_videos, len(self.counts))
         for unit, (unit_of_video, _) in self._units.items():
             # amax over int8 rather than boolean indexing: a mask would need its count on the host (a sync).
             slots = unit_of_video[mined_videos.clamp(min=0)].flatten()
             self.found[unit].scatter_reduce_(0, slots, true_positive.flatten().to(torch.int8), "amax")
-        pmr, r1 = rates.nanmean(1).unbind()
-        return pmr, r1
+        return dict(zip(self.names, values.nanmean(1).unbind(), strict=True))
 
     def class_rates(self, unit: Unit = "source") -> Tensor:
         """CMR of every class so far, [C] float32 on the device."""
         return class_mining_rate(self.found[unit].bool(), self._units[unit][1], self.num_classes)
 
     def summary(self) -> dict[str, float | None]:
-        """The epoch on the host (one sync): `pmr`, `mining_r1`, `cmr_median`, `cmr_mean` (unit source) and
-        `cmr_median_video`; None where no label was known or nothing was mined."""
+        """The epoch on the host (one sync); None where there is nothing to tell, without labels for instance.
+
+        `pmr`, `mining_r1` and the extra rates: means over queries. `cmr_median`, `cmr_mean` (unit source) and
+        `cmr_median_video`: over classes. `hubness` over videos, `hub_share` of the 1 % mined most often, `mined_share`
+        of the videos that were mined at all.
+        """
         source, video = self.class_rates("source"), self.class_rates("video")
-        sums, counts = self.totals[:2], self.totals[2:]
-        cmr = torch.stack([_median(source), source.nanmean(), _median(video)])
-        values = torch.cat([sums / counts, cmr.masked_fill(counts[0] == 0, torch.nan)])
-        names = ("pmr", "mining_r1", "cmr_median", "cmr_mean", "cmr_median_video")
-        return {name: None if math.isnan(value) else value for name, value in zip(names, values.tolist(), strict=True)}
+        means = self.totals[0] / self.totals[1]
+        cmr = torch.stack([_median(source), source.nanmean(), _median(video)]).masked_fill(means[0].isnan(), torch.nan)
+        spread = torch.stack([hubness(self.counts), hub_share(self.counts), (self.counts > 0).float().mean()])
+        spread = spread.masked_fill(self.counts.sum() == 0, torch.nan)
+        names = (*self.names, "cmr_median", "cmr_mean", "cmr_median_video", "hubness", "hub_share", "mined_share")
+        values = torch.cat([means, cmr, spread]).tolist()
+        return {name: None if math.isnan(value) else value for name, value in zip(names, values, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch so far."""
+        return {"totals": self.totals, "counts": self.counts, "found": self.found}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict`."""
+        self.totals.copy_(state["totals"])
+        self.counts.copy_(state["counts"])
+        for unit, found in state["found"].items():
+            self.found[unit].copy_(found)
 
 
 def _median(rates: Tensor) -> Tensor:

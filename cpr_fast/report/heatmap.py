@@ -1,4 +1,4 @@
-"""A picture of a mining sweep: PMR over stages and ratio, a panel for every query view and top-k."""
+"""A picture of a mining sweep: PMR over the stages' views and the ratio, a panel for every query view and top-k."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ CELL_INCHES = 0.75
 
 def write_heatmap(rows: Sequence[dict[str, Any]], out: Path) -> Path:
     """Writes the PMR of `evaluate.mining_lab.sweep` rows as a PNG; cells are percent, one colour scale for all."""
-    views, top_ks, ratios, stages = (
-        list(dict.fromkeys(row[name] for row in rows)) for name in ("query_view", "top_k", "ratio", "stages")
+    views, top_ks, ratios = (
+        list(dict.fromkeys(row[name] for row in rows)) for name in ("query_view", "top_k", "ratio")
     )
-    cells = {tuple(row[name] for name in ("query_view", "top_k", "ratio", "stages")): row["pmr"] for row in rows}
+    orders = {view: list(dict.fromkeys(row["order"] for row in rows if row["query_view"] == view)) for view in views}
+    cells = {tuple(row[name] for name in ("order", "top_k", "ratio")): row["pmr"] for row in rows}
     known = [pmr for pmr in cells.values() if pmr is not None]
     scale = {"vmin": min(known, default=0), "vmax": max(known, default=1), "cmap": "viridis"}
-    size = (len(top_ks) * (len(stages) * CELL_INCHES + 1), len(views) * (len(ratios) * CELL_INCHES + 1.2))
+    widest = max(map(len, orders.values()))
+    size = (len(top_ks) * (max(3, widest) * CELL_INCHES + 1), len(views) * (len(ratios) * CELL_INCHES + 1.4))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(views), len(top_ks), squeeze=False)
     for row_of_panels, view in zip(panels, views, strict=True):
         for axes, top_k in zip(row_of_panels, top_ks, strict=True):
-            pmr = [[cells[view, top_k, ratio, n] for n in stages] for ratio in ratios]
-            _draw(axes, pmr, scale)
-            axes.set_xticks(range(len(stages)), stages)
+            _draw(axes, [[cells[order, top_k, ratio] for order in orders[view]] for ratio in ratios], scale)
+            axes.set_xticks(range(len(orders[view])), [f"{len(order)}\n{order}" for order in orders[view]], fontsize=8)
             axes.set_yticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
-            axes.set(xlabel="stages", ylabel="ratio")
+            axes.set(xlabel="stages, views in order (r: RGB, f: flow)", ylabel="ratio")
             axes.set_title(f"PMR [%], {view} query, top-{top_k}", fontsize=10)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
