@@ -25,6 +25,7 @@ from cpr_fast.pretrain.cycle import CycleState, initial_encoder, views_of
 from cpr_fast.pretrain.encoders import Encoders, GroupedEncoder, batch_norm_groups, running_statistics
 from cpr_fast.pretrain.log import NonFiniteError
 from cpr_fast.pretrain.loop import pretrain
+from cpr_fast.pretrain.mining import rate_names
 from cpr_fast.pretrain.schedule import cycle_epochs, generator, learning_rate
 from cpr_fast.pretrain.step import train_step
 
@@ -118,8 +119,13 @@ def test_rows_of_a_run(finished):
     epochs = rows(finished, "epoch")
     assert [row["epoch"] for row in epochs] == [0, 1, 2, 3]
     assert epochs[1]["loss"] == pytest.approx(sum(row["loss"] for row in steps[3:6]) / 3)
-    for name in ("pmr", "mining_r1"):
+    for name in ("pmr", "mining_r1", *rate_names(3)):
         assert epochs[3][name] == pytest.approx(sum(row[name] for row in steps[9:]) / 3)
+    for row in (*steps[9:], epochs[3]):  # what survives the last stage is what was mined
+        assert row["survivor_precision_3"] == pytest.approx(row["pmr"])
+        assert row["survivor_recall_1"] >= row["survivor_recall_2"] >= row["survivor_recall_3"]
+    assert all(1 <= row["mined_age_steps"] <= 2 for row in steps[9:])  # 10 slots, 6 of them written every step
+    assert {"hubness", "hub_share", "mined_share", "cmr_mean", "cmr_median_video"} <= epochs[3].keys()
     assert 0 <= epochs[3]["cmr_median"] <= 1
     assert len(epochs[3]["cmr_per_class"]) == 4
     assert epochs[1]["pmr"] is None

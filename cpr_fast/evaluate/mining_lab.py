@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..ops import cascade_select
 from ..progress import track
 from .mining_proxies import mutual_neighbours, view_agreement
-from .mining_quality import MiningQuality, candidates, class_units
+from .mining_quality import MiningQuality, class_units
 from .mining_survivors import survivor_rates
 
 ARRAYS = ("rgb", "flow", "label", "group")
@@ -107,8 +107,8 @@ def sweep(
         details: also what each stage keeps and loses, and the signs that need no labels; ten times slower. Data
             without any label always has them: there is nothing else to tell.
     Returns:
-        Rows of `stages`, `ratio`, `top_k`, `query_view`, `order`, and as fractions (None where no label is known) `pmr`,
-        `r1` (the first mined entry is a true positive), `cmr_median` and `cmr_mean` over classes (unit source),
+        Rows of `stages`, `ratio`, `top_k`, `query_view`, `order`, and as fractions (None where no label is known):
+        `pmr`, `r1` (the first mined entry is a true positive), `cmr_median` and `cmr_mean` over classes (unit source),
         `cmr_median_video` (unit video); and of `hubness`, `hub_share`, `mined_share` (see `MiningQuality.summary`).
         With details also `view_agreement`, `mutual_neighbours`, `pmr_chance`, `survivor_precision_s` and
         `survivor_recall_s` for s = 1..n.

@@ -16,6 +16,7 @@ from ..evaluate.mining_quality import MiningQuality
 from ..models import Encoder, build_encoder
 from .encoders import Encoders, batch_norm_groups
 from .memory import Memory
+from .mining import rate_names
 
 _VIEWS: tuple[View, ...] = ("rgb", "flow")
 _AUTOCAST_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,7 +58,9 @@ class CycleState:
         self.memory = Memory(len(self.views), config.memory.size, config.model.feature_dim, device=world.device)
         self.optimizer = build_optimizer(self.encoders.query.parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
-        self.quality = MiningQuality(index.labels, index.source_ids, device=world.device)
+        self.quality = MiningQuality(
+            index.labels, index.source_ids, extra=rate_names(config.mining.stages), device=world.device
+        )
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=world.device)  # of the epoch: loss, optimiser steps
 
     def autocast(self) -> torch.autocast:
@@ -90,7 +93,7 @@ class CycleState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loss_sum": self.loss_sum,
-            "quality": {"totals": self.quality.totals, "found": self.quality.found},
+            "quality": self.quality.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -100,9 +103,7 @@ class CycleState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.loss_sum.copy_(state["loss_sum"])
-        self.quality.totals.copy_(state["quality"]["totals"])
-        for unit, found in state["quality"]["found"].items():
-            self.quality.found[unit].copy_(found)
+        self.quality.load_state_dict(state["quality"])
 
 
 def views_of(cycle: Cycle) -> tuple[View, ...]:

@@ -14,6 +14,7 @@ from ..metrics import MetricsWriter
 from .cycle import CycleState
 
 MINED_QUERIES = 6  # queries per epoch kept for the contact sheet
+NOTHING_MINED = {"pmr": None, "mining_r1": None}  # rows that did have every rate of `MiningQuality`
 
 
 class NonFiniteError(ArithmeticError):
@@ -24,14 +25,14 @@ class NonFiniteError(ArithmeticError):
 class StepResult:
     """What a step leaves on the device. B clips per rank, R ranks, P positives.
 
-    loss, pmr, mining_r1: 0-d float32, NaN where there is none (memory not yet full, nothing mined).
+    loss: 0-d float32, NaN while the memory is not yet full.
+    rates: {name: 0-d float32} of what was mined, means over the queries of all ranks; empty where nothing was.
     finite: 0-d bool, no feature and no loss is NaN or infinite.
     video, start: [R*B] int64 of the key clips; mined_video, mined_start: [R*B, P] int64, -1 = padding, or None.
     """
 
     loss: Tensor
-    pmr: Tensor
-    mining_r1: Tensor
+    rates: dict[str, Tensor]
     finite: Tensor
     video: Tensor
     start: Tensor
@@ -57,36 +58,37 @@ class StepLog:
         self.steps += 1
         if (step + 1) % self.state.config.run.log_every:
             return
-        loss, pmr, mining_r1 = self.check()
+        loss, rates = self.check()
         wall_s, wait_s = (time.perf_counter() - self.clock_began) / self.steps, self.data_wait_s / self.steps
         self._restart_clock()
-        row = {"step": step, "epoch": epoch, **self.common, "loss": loss, "lr": lr, "pmr": pmr, "mining_r1": mining_r1}
+        row = {"step": step, "epoch": epoch, **self.common, "loss": loss, "lr": lr, **NOTHING_MINED, **rates}
         times = {"step_time_s": wall_s - wait_s, "data_wait_s": wait_s, "clips_per_s": self.clips_per_step / wall_s}
         self._write({"kind": "step", **row, **times})
 
-    def check(self) -> tuple[float, float, float]:
-        """Loss, PMR and mining R@1 of the newest step. Raises NonFiniteError if any step since the last call had one.
+    def check(self) -> tuple[float, dict[str, float]]:
+        """Loss and mining rates of the newest step. Raises NonFiniteError if any step since the last call had one.
 
         This is the one place where a step waits for the device: everything it reads comes over in one copy.
         """
         if not self.pending:
-            return float("nan"), float("nan"), float("nan")
+            return float("nan"), {}
         newest = self.pending[-1][1]
-        flags = [result.finite for _, result in self.pending]
-        values = torch.stack([newest.loss, newest.pmr, newest.mining_r1, *(flag.float() for flag in flags)]).tolist()
-        for (step, result), finite in zip(self.pending, values[3:], strict=True):
+        flags = [result.finite.float() for _, result in self.pending]
+        values = torch.stack([newest.loss, *newest.rates.values(), *flags]).tolist()
+        loss, rates, flags = values[0], values[1 : -len(flags)], values[-len(flags) :]
+        for (step, result), finite in zip(self.pending, flags, strict=True):
             if not finite:
                 videos = ", ".join(str(self.index[i].path) for i in result.video.tolist())
                 raise NonFiniteError(
                     f"step {step}: features or loss are NaN or infinite; videos of its batch: {videos}"
                 )
         self.pending.clear()
-        return values[0], values[1], values[2]
+        return loss, dict(zip(newest.rates, rates, strict=True))
 
     def epoch(self, epoch: int, skipped: int, result: StepResult) -> None:
         """Writes the row of a finished epoch and, if it mined, a few queries with what its last step mined for them."""
         loss_sum, steps = self.state.loss_sum.tolist()
-        quality = dict.fromkeys(("pmr", "mining_r1", "cmr_median", "cmr_per_class"))
+        quality = NOTHING_MINED | {"cmr_median": None, "cmr_per_class": None}
         if self.state.cycle.mining == "cascade" and steps:
             quality = self.state.quality.summary() | {"cmr_per_class": self.state.quality.class_rates().tolist()}
         row = {"epoch": epoch, **self.common, "loss": loss_sum / steps if steps else None, **quality}

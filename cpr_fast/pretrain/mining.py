@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..cascade import stage_keep, stage_views
 from ..config import LossConfig, Mining, MiningConfig
+from ..evaluate.mining_proxies import mined_age, mutual_neighbours, view_agreement
+from ..evaluate.mining_survivors import survivor_rates
 from ..ops import cascade_select
 from .memory import Memory
 from .schedule import generator
@@ -38,6 +40,36 @@ def mine(anchors: Tensor, memory: Memory, source: Tensor, config: MiningConfig, 
         memory_ids=memory.source,
     )
     return slots
+
+
+def mining_rates(
+    anchors: Tensor, memory: Memory, source: Tensor, config: MiningConfig, mined: Tensor, label: Tensor, step: int
+) -> dict[str, Tensor]:
+    """What the log tells of mined positives beside PMR, {name: [B] float32} of `rate_names`; no sync.
+
+    Args:
+        anchors, memory, source, config: as in `mine`, which returned `mined` [B, P].
+        label: [B] int64 classes of the queries, -1 where unknown.
+        step: the one under way.
+    """
+    ids = {"query_ids": source, "memory_ids": memory.source}
+    own_view = (anchors[0], memory.features[0], mined)  # the view that the cascade does not end in
+    rates = survivor_rates(
+        anchors, memory.features, stage_views(config.stages),
+        stage_keep(config.stages, memory.size, config.ratio, mined.shape[1]),
+        **ids, query_labels=label, memory_labels=memory.label,
+    )  # fmt: skip
+    return rates | {
+        "view_agreement": view_agreement(*own_view, **ids),
+        "mutual_neighbours": mutual_neighbours(*own_view, **ids),
+        "mined_age_steps": mined_age(mined, memory.enqueued_at, step),
+    }
+
+
+def rate_names(stages: int) -> list[str]:
+    """The names of `mining_rates` for a cascade of n stages."""
+    survivors = [f"survivor_{rate}_{s}" for s in range(1, stages + 1) for rate in ("precision", "recall")]
+    return ["pmr_chance", *survivors, "view_agreement", "mutual_neighbours", "mined_age_steps"]
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..evaluate.mining_quality import gather_slots
+from ..evaluate.mining_quality import gather_slots, hubness, mined_counts
 from ..ops import mil_nce
 from .cycle import CycleState
 from .log import StepResult
-from .mining import id_meaning, mine
+from .mining import id_meaning, mine, mining_rates
 
 if TYPE_CHECKING:
     from ..data.pipeline import Batch
@@ -41,13 +41,14 @@ def train_step(state: CycleState, batch: Batch, step: int) -> StepResult:
     source, video, label, start = distributed.all_gather(rows).unbind(1)  # [R*B] each
     here = slice(state.world.rank * len(f_q), (state.world.rank + 1) * len(f_q))  # this rank's part of them
 
-    loss, mined = torch.full_like(f_q[0, 0], float("nan")).detach(), None
+    loss, mined, rates = torch.full_like(f_q[0, 0], float("nan")).detach(), None, {}
     if learning:
         if cycle.mining == "cascade":
             anchors = keys[:, here]
             if config.mining.anchor == "query":
                 anchors = torch.stack([f_q.detach(), keys[1, here]])
             mined = mine(anchors, memory, batch.source, config.mining, state.top_k)  # [B, P]
+            rates = mining_rates(anchors, memory, batch.source, config.mining, mined, batch.label, step)
         meaning = id_meaning(cycle.mining, config.loss, seed=config.run.seed, step=step)
         loss = mil_nce(
             f_q, keys[0, here], memory.features[0], mined,
@@ -55,7 +56,7 @@ def train_step(state: CycleState, batch: Batch, step: int) -> StepResult:
             same_id=meaning.same_id, self_positive=meaning.self_positive, temperature=config.loss.temperature,
         )  # fmt: skip
         state.optimise(loss)
-    result = _measure(state, f_q, keys, loss, mined, video, start)
+    result = _measure(state, f_q, keys, loss, mined, rates, video, start)
     memory.enqueue(keys, source=source, video=video, label=label, start=start, step=step)
     encoders.sync_running_statistics()
     return result
@@ -63,21 +64,29 @@ def train_step(state: CycleState, batch: Batch, step: int) -> StepResult:
 
 @torch.no_grad()
 def _measure(
-    state: CycleState, f_q: Tensor, keys: Tensor, loss: Tensor, mined: Tensor | None, video: Tensor, start: Tensor
+    state: CycleState,
+    f_q: Tensor,
+    keys: Tensor,
+    loss: Tensor,
+    mined: Tensor | None,
+    rates: dict[str, Tensor],
+    video: Tensor,
+    start: Tensor,
 ) -> StepResult:
     """What the log wants to know of a step, the same on every rank; stays on the device."""
     loss = loss.detach().clone()
     distributed.mean_([loss])
-    nan = torch.full_like(loss, float("nan"))
     finite = f_q.isfinite().all() & keys.isfinite().all()
     if not state.memory.full:
-        return StepResult(nan, nan, nan, finite, video, start, None, None)
+        return StepResult(torch.full_like(loss, float("nan")), {}, finite, video, start, None, None)
     state.loss_sum += torch.stack([loss, torch.ones_like(loss)])
     finite = finite & loss.isfinite()
     if mined is None:
-        return StepResult(loss, nan, nan, finite, video, start, None, None)
+        return StepResult(loss, {}, finite, video, start, None, None)
     mined = distributed.all_gather(mined)  # [R*B, P]
     mined_video = gather_slots(state.memory.video, mined)
-    pmr, mining_r1 = state.quality.update(mined_video, video)
+    everyone = distributed.all_gather(torch.stack(list(rates.values()), dim=1))  # [R*B, rates]
+    means = state.quality.update(mined_video, video, dict(zip(rates, everyone.unbind(1), strict=True)))
+    means["hubness"] = hubness(mined_counts(mined, state.memory.size))
     mined_start = gather_slots(state.memory.start, mined)
-    return StepResult(loss, pmr, mining_r1, finite, video, start, mined_video, mined_start)
+    return StepResult(loss, means, finite, video, start, mined_video, mined_start)
