@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kChunk = 64;  // memory entries scored at a time
 constexpr int64_t kBlock = 32;  // queries whose score rows exist at a time
-constexpr int kSample = 64;     // keys sampled to bracket a threshold
+constexpr int kSample = 32;     // keys sampled to bracket a threshold
 constexpr int kMaxRounds = 8;   // brackets tried before the bisection that always ends
 constexpr const char* kNoMemory = "cascade_select: out of memory";
 
@@ -23,7 +23,8 @@ struct Job {
   int64_t* view_of;    // [U] compared views
   int64_t* stage_row;  // [n] position of views[s] in view_of
   int64_t U;
-  int64_t row_stride;  // K rounded up to whole chunks
+  int64_t chunks;      // of the memory
+  int64_t row_stride;  // whole chunks and one cache line: at a power of two, 16 rows would share one set of the cache
   float* panels;       // [U, D, lanes] queries of the block
   int32_t* rows;       // [U, kBlock, row_stride] keys of the block
   int64_t block_begin, block_size;
@@ -40,12 +41,12 @@ void score_chunk(const Job& job, int64_t u, int64_t chunk, const float* entries,
   for (int64_t lane = 0; lane < kBlock && lane < ceil_div(job.block_size, 16) * 16; lane += kLanes) {
     const float* panel = job.panels + (u * kBlock + lane) * D;
     tiles<N, false>(count, Operand<float>{entries, D, 1}, panel, kLanes, D, buffer, kLanes);
-    int32_t* keys = reinterpret_cast<int32_t*>(buffer);
-    for (int64_t i = 0; i < count * kLanes; i += 16) store(keys + i, key_of(load(buffer + i)));
-    for (int64_t i = count * kLanes; i < kChunk * kLanes; i += 16) store(keys + i, broadcast(kNoKey));
+    for (int64_t i = count * kLanes; i < kChunk * kLanes; i += 16) store(buffer + i, broadcast(__builtin_nanf("")));
     for (int64_t v = 0; v < N; ++v) {
       int32_t* row = job.rows + (u * kBlock + lane + v * 16) * job.row_stride + chunk * kChunk;
-      for (int64_t k = 0; k < kChunk; k += 16) transpose(keys + k * kLanes + v * 16, kLanes, row + k, job.row_stride);
+      for (int64_t k = 0; k < kChunk; k += 16) {
+        transpose_keys(buffer + k * kLanes + v * 16, kLanes, row + k, job.row_stride);
+      }
     }
   }
 }
@@ -79,24 +80,35 @@ void score_chunks(int64_t begin, int64_t end, void* context) {
 
 // ---- the key of a given rank -----------------------------------------------------------------------------
 
-// The keys of descending ranks `upper` <= `lower` among n <= kSample keys.
-void ranked(const int32_t* keys, int n, int upper, int lower, int32_t* upper_key, int32_t* lower_key) {
-  alignas(64) int32_t padded[kSample], ranks[kSample];
-  for (int i = 0; i < kSample; ++i) padded[i] = i < n ? keys[i] : kNoKey;
-  Key16 lanes[kSample / 16], rank[kSample / 16];  // rank: how many keys are greater
-  for (int v = 0; v < kSample / 16; ++v) {
+// The keys of descending ranks `upper` <= `lower` among the n keys of N vectors, padded with kNoKey.
+template <int N>
+void ranked_vectors(const int32_t* padded, int n, int upper, int lower, int32_t* upper_key, int32_t* lower_key) {
+  Key16 lanes[N], rank[N];  // rank: how many keys are greater, so that equal keys share one
+  for (int v = 0; v < N; ++v) {
     lanes[v] = load(padded + v * 16);
     rank[v] = broadcast(0);
   }
   for (int i = 0; i < n; ++i) {
     const Key16 key = broadcast(padded[i]);
-    for (int v = 0; v < kSample / 16; ++v) rank[v] = increment(greater(key, lanes[v]), rank[v]);
+    for (int v = 0; v < N; ++v) rank[v] = increment(greater(key, lanes[v]), rank[v]);
   }
-  for (int v = 0; v < kSample / 16; ++v) store(ranks + v * 16, rank[v]);
-  *upper_key = *lower_key = INT32_MAX;
-  for (int i = 0; i < n; ++i) {
-    if (ranks[i] <= upper && padded[i] < *upper_key) *upper_key = padded[i];
-    if (ranks[i] <= lower && padded[i] < *lower_key) *lower_key = padded[i];
+  Key16 at_upper = broadcast(INT32_MAX), at_lower = at_upper;
+  for (int v = 0; v < N; ++v) {
+    at_upper = min(at_upper, select(greater(rank[v], broadcast(upper)), broadcast(INT32_MAX), lanes[v]));
+    at_lower = min(at_lower, select(greater(rank[v], broadcast(lower)), broadcast(INT32_MAX), lanes[v]));
+  }
+  *upper_key = least(at_upper);
+  *lower_key = least(at_lower);
+}
+
+// The same among n <= kSample keys.
+void ranked(const int32_t* keys, int n, int upper, int lower, int32_t* upper_key, int32_t* lower_key) {
+  alignas(64) int32_t padded[kSample];
+  for (int i = 0; i < kSample; ++i) padded[i] = i < n ? keys[i] : kNoKey;
+  if (n <= 16) {
+    ranked_vectors<1>(padded, n, upper, lower, upper_key, lower_key);
+  } else {
+    ranked_vectors<kSample / 16>(padded, n, upper, lower, upper_key, lower_key);
   }
 }
 
@@ -131,11 +143,18 @@ Threshold bisect(const int32_t* keys, int64_t n, int64_t rank) {
 int64_t bracket(const int32_t* keys, int64_t n, int32_t low, int32_t high, int32_t* out, int64_t* above) {
   const Key16 lows = broadcast(low), highs = broadcast(high);
   int64_t count = 0, greater_count = 0;
-  for (int64_t i = 0; i < n; i += 16) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
     const Key16 key = load(keys + i);
-    const Mask16 valid = first_lanes(n - i), over = greater(key, highs), under = greater(lows, key);
+    const Mask16 over = greater(key, highs);
+    greater_count += count_lanes(over);
+    count += compress(out + count, static_cast<Mask16>(~(over | greater(lows, key))), key);
+  }
+  if (i < n) {
+    const Key16 key = load(keys + i);
+    const Mask16 valid = first_lanes(n - i), over = greater(key, highs);
     greater_count += count_lanes(valid & over);
-    count += compress(out + count, valid & ~(over | under), key);
+    count += compress(out + count, valid & ~(over | greater(lows, key)), key);
   }
   *above = greater_count;
   return count;
@@ -210,7 +229,12 @@ void drop_excluded(Survivors& s, const cpr_cascade_args& a, int64_t b) {
         mask &= static_cast<Mask16>(~(excluded << (k - i)));
       }
     }
-    compact_vector(s, i, kept, mask, add(broadcast(static_cast<int32_t>(i)), load(iota)));
+    const Key16 slots = add(broadcast(static_cast<int32_t>(i)), load(iota));
+    if (mask == kAllLanes && kept == i) {  // nothing dropped so far: the keys lie where they belong
+      store(s.slots + i, slots);
+    } else {
+      compact_vector(s, i, kept, mask, slots);
+    }
     kept += count_lanes(mask);
   }
   s.count = kept;
@@ -311,7 +335,8 @@ const char* cascade_select(const cpr_cascade_args* args, cpr_parallel_for parall
   if (a.K >= INT32_MAX - kChunk) return "cascade_select: expected K < 2^31 - 64";
   const Scratch<int64_t> view_of(a.n), stage_row(a.n);
   if (!view_of.data || !stage_row.data) return kNoMemory;
-  Job job{a, view_of.data, stage_row.data, 0, ceil_div(a.K, kChunk) * kChunk, nullptr, nullptr, 0, 0, nullptr};
+  const int64_t chunks = ceil_div(a.K, kChunk);
+  Job job{a, view_of.data, stage_row.data, 0, chunks, chunks * kChunk + 16, nullptr, nullptr, 0, 0, nullptr};
   for (int64_t s = 0; s < a.n; ++s) {
     int64_t u = 0;
     while (u < job.U && job.view_of[u] != a.views[s]) ++u;
@@ -326,7 +351,7 @@ const char* cascade_select(const cpr_cascade_args* args, cpr_parallel_for parall
   for (job.block_begin = 0; job.block_begin < a.B; job.block_begin += kBlock) {
     job.block_size = a.B - job.block_begin < kBlock ? a.B - job.block_begin : kBlock;
     pack_block(job, row.data);
-    parallel(job.row_stride / kChunk, 4, score_chunks, &job);
+    parallel(job.chunks, 4, score_chunks, &job);
     if (job.failure == nullptr) parallel(job.block_size, 1, select_queries, &job);
     if (job.failure != nullptr) return job.failure;
   }

@@ -74,6 +74,9 @@ inline Key16 add(Key16 a, Key16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Mask16 greater(Key16 a, Key16 b) { return _mm512_cmpgt_epi32_mask(a.v, b.v); }
 inline Mask16 equal(Key16 a, Key16 b) { return _mm512_cmpeq_epi32_mask(a.v, b.v); }
 inline Key16 increment(Mask16 mask, Key16 a) { return {_mm512_mask_add_epi32(a.v, mask, a.v, _mm512_set1_epi32(1))}; }
+inline Key16 select(Mask16 mask, Key16 a, Key16 b) { return {_mm512_mask_mov_epi32(b.v, mask, a.v)}; }
+inline Key16 min(Key16 a, Key16 b) { return {_mm512_min_epi32(a.v, b.v)}; }
+inline int32_t least(Key16 a) { return _mm512_reduce_min_epi32(a.v); }
 inline Key16 key_of(Vec16 score) {
   const __m512 x = _mm512_add_ps(score.v, _mm512_setzero_ps());
   const __m512i bits = _mm512_castps_si512(x);
@@ -90,10 +93,10 @@ inline Mask16 equal_ids(const int64_t* ids, int64_t id) {
   return static_cast<Mask16>(_mm512_cmpeq_epi64_mask(_mm512_loadu_si512(ids), wanted) |
                              _mm512_cmpeq_epi64_mask(_mm512_loadu_si512(ids + 8), wanted) << 8);
 }
-// rows[q][k] = tile[k][q] for 16 x 16 keys.
-inline void transpose(const int32_t* tile, int64_t tile_stride, int32_t* rows, int64_t rows_stride) {
+// rows[q][k] = key of tile[k][q], for 16 x 16 scores.
+inline void transpose_keys(const float* tile, int64_t tile_stride, int32_t* rows, int64_t rows_stride) {
   __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(tile + i * tile_stride);
+  for (int i = 0; i < 16; ++i) a[i] = key_of(load(tile + i * tile_stride)).v;
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -189,6 +192,19 @@ inline Key16 increment(Mask16 mask, Key16 a) {
   for (int i = 0; i < 16; ++i) a.v[i] += mask >> i & 1;
   return a;
 }
+inline Key16 select(Mask16 mask, Key16 a, Key16 b) {
+  for (int i = 0; i < 16; ++i) a.v[i] = mask >> i & 1 ? a.v[i] : b.v[i];
+  return a;
+}
+inline Key16 min(Key16 a, Key16 b) {
+  for (int i = 0; i < 16; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+inline int32_t least(Key16 a) {
+  int32_t found = a.v[0];
+  for (int i = 1; i < 16; ++i) found = a.v[i] < found ? a.v[i] : found;
+  return found;
+}
 inline Key16 key_of(Vec16 score) {
   float x[16];
   store(x, score + broadcast(0.0f));
@@ -209,9 +225,10 @@ inline Mask16 equal_ids(const int64_t* ids, int64_t id) {
   for (int i = 0; i < 16; ++i) mask |= static_cast<Mask16>((ids[i] == id) << i);
   return mask;
 }
-inline void transpose(const int32_t* tile, int64_t tile_stride, int32_t* rows, int64_t rows_stride) {
-  for (int q = 0; q < 16; ++q) {
-    for (int k = 0; k < 16; ++k) rows[q * rows_stride + k] = tile[k * tile_stride + q];
+inline void transpose_keys(const float* tile, int64_t tile_stride, int32_t* rows, int64_t rows_stride) {
+  for (int k = 0; k < 16; ++k) {
+    const Key16 keys = key_of(load(tile + k * tile_stride));
+    for (int q = 0; q < 16; ++q) rows[q * rows_stride + k] = keys.v[q];
   }
 }
 
@@ -260,7 +277,12 @@ inline void tile(Operand<T> rows, const T* panel, int64_t panel_stride, int64_t 
     for (int v = 0; v < N; ++v) acc[r][v] = kAccumulate ? load(out + r * out_stride + v * 16) : broadcast(T(0));
   }
   const T* row = rows.data;
+  constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t t = 0; t < depth; ++t, row += rows.step, panel += panel_stride) {
+    // Whole rows of a memory: the hardware follows eight short streams badly, so the next tile's rows are asked for.
+    if (!kAccumulate && t % kLine == 0) {
+      for (int r = 0; r < R; ++r) __builtin_prefetch(row + (R + r) * rows.row_stride);
+    }
     decltype(load(panel)) lanes[N];
     for (int v = 0; v < N; ++v) lanes[v] = load(panel + v * 16);
     for (int r = 0; r < R; ++r) {
@@ -272,7 +294,7 @@ inline void tile(Operand<T> rows, const T* panel, int64_t panel_stride, int64_t 
     for (int v = 0; v < N; ++v) store(out + r * out_stride + v * 16, acc[r][v]);
   }
 }
-// Rows per tile: R x N accumulators fill the registers and hide the latency of the multiply-add.
+// Rows per tile of kTileVectors vectors: R x N accumulators fill the registers and hide the multiply-add's latency.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 8, kTileVectors = 2;
 #elif defined(__AVX2__)
@@ -283,9 +305,10 @@ constexpr int kTileRows = 2, kTileVectors = 1;
 template <int N, bool kAccumulate, class T>
 inline void tiles(int64_t count, Operand<T> rows, const T* panel, int64_t panel_stride, int64_t depth, T* out,
                   int64_t out_stride) {
+  constexpr int kRows = kTileRows * kTileVectors / N;
   int64_t r = 0;
-  for (; r + kTileRows <= count; r += kTileRows, rows.data += kTileRows * rows.row_stride) {
-    tile<kTileRows, N, kAccumulate>(rows, panel, panel_stride, depth, out + r * out_stride, out_stride);
+  for (; r + kRows <= count; r += kRows, rows.data += kRows * rows.row_stride) {
+    tile<kRows, N, kAccumulate>(rows, panel, panel_stride, depth, out + r * out_stride, out_stride);
   }
   for (; r < count; ++r, rows.data += rows.row_stride) {
     tile<1, N, kAccumulate>(rows, panel, panel_stride, depth, out + r * out_stride, out_stride);
