@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from ..data.index import Video
-from . import published
+from ..published import published_tables
 from .clips import film_strip
 from .figures import Band, Bar, Line, bar_figure, line_figure
 from .runs import MODEL_NAMES, VIEW_NAMES, Cycle, Run
@@ -38,7 +38,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     page = environment.get_template("page.html.j2").render(
         runs=[_section(run) for run in loaded],
         comparison=_comparison(loaded) if len(loaded) > 1 else None,
-        published=published,
+        published=published_tables().values(),
         ranks=RANKS,
     )
     out = Path(out)
