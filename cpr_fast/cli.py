@@ -123,7 +123,12 @@ def flow(
 
 
 def pretrain(
-    config: tyro.conf.Positional[Path], *, resume: bool = False, auto_resume: bool = False, json: Json = False
+    config: tyro.conf.Positional[Path],
+    *,
+    resume: bool = False,
+    auto_resume: bool = False,
+    dump_memory: bool = False,
+    json: Json = False,
 ) -> None:
     """Pretrain as a config says; any setting can be overridden: `--section.key value`.
 
@@ -134,6 +139,7 @@ def pretrain(
         config: The TOML file.
         resume: Continue from the run folder's last checkpoint.
         auto_resume: Continue if there is one, else start: for jobs that are requeued.
+        dump_memory: Write RUN/memory/cycle-N.npz after every epoch, for `cpr-fast mine`; as --run.dump-memory.
     """
     raise InputError(f"config: expected a .toml file, got {str(config)!r}")  # main() takes those to _pretrain
 
@@ -380,6 +386,7 @@ def _pretrain(arguments: list[str]) -> int:
 
     path = next(argument for argument in arguments if argument.endswith(".toml"))
     overrides = [argument for argument in arguments if argument not in (path, "--resume", "--auto-resume", "--json")]
+    overrides = ["--run.dump-memory" if argument == "--dump-memory" else argument for argument in overrides]
     config = tyro.cli(Config, default=load(path), args=overrides, prog=f"cpr-fast pretrain {path}")
 
     from . import distributed

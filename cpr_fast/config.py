@@ -176,6 +176,7 @@ class RunConfig:
     keep_checkpoints: int = 2  # the newest; the best one is kept beside them
     stall_timeout_s: float = 120.0  # without progress, before the rank that a run waits for is named; 0: never
     tensorboard: bool = False
+    dump_memory: bool = False  # RUN/memory/cycle-N.npz after every epoch of two views, for `cpr-fast mine`
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from stand_in_loader import RandomLoader, make_index
@@ -19,6 +20,7 @@ from cpr_fast.config import Config, Cycle, MemoryConfig, ModelConfig, OptimConfi
 from cpr_fast.data.index import Index
 from cpr_fast.distributed import World
 from cpr_fast.errors import InputError
+from cpr_fast.evaluate.mining_lab import load_two_view_features, sweep
 from cpr_fast.metrics import read_metrics
 from cpr_fast.models import build_encoder
 from cpr_fast.pretrain.cycle import CycleState, initial_encoder, views_of
@@ -519,6 +521,22 @@ def test_nan_stops_the_run_and_names_step_and_videos(tmp_path, bad, log_every):
     for path in (tmp_path / "checkpoints").glob("*.pt"):  # no poisoned weights on disk
         for state in load_checkpoint(path)["encoders"].values():
             assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+def test_a_dumped_memory_serves_the_mining_lab(tmp_path):
+    folder = run(settings(tmp_path / "run", run={"dump_memory": True}))
+    assert [path.name for path in (folder / "memory").iterdir()] == ["cycle-2.npz"]  # the first cycle has one view
+    saved = load_checkpoint(folder / "checkpoints" / "last.pt")["cycle_state"]["memory"]
+    order = [(saved["count"] + i) % 10 for i in range(10)]  # the oldest slot is the one to be written next
+    with np.load(folder / "memory" / "cycle-2.npz") as dumped:
+        for name, row in (("flow", 0), ("rgb", 1)):  # a flow cycle's own view comes first in its memory
+            assert np.array_equal(dumped[name], saved["features"][row][order])
+        assert np.array_equal(dumped["video"], saved["video"][order])
+        assert np.array_equal(dumped["group"], saved["source"][order])
+        assert dumped["age"].tolist() == [1] * 4 + [0] * 6
+    data = load_two_view_features(folder / "memory" / "cycle-2.npz", raw=True)
+    (row,) = sweep(data, stages=[3], top_ks=[2], query_views=["flow"])
+    assert 0 <= row["pmr"] <= 1
 
 
 def test_labels_are_needed_to_mine_by_them(tmp_path):

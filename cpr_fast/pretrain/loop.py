@@ -28,6 +28,7 @@ from ..metrics import FILE as METRICS_FILE
 from ..metrics import MetricsWriter, environment, rewind
 from ..progress import track
 from .cycle import CycleState
+from .dump import dump_memory
 from .interrupt import Interrupted, StopRequest, stop_requests
 from .log import StepLog
 from .schedule import cycle_epochs, learning_rate
@@ -155,6 +156,8 @@ def _run_cycle(
             last = i + 1 == steps
             if last:
                 log.epoch(epoch, len(distributed.union(path for path, _ in loader.skipped)), result)
+                if config.run.dump_memory and world.is_main:
+                    dump_memory(run.folder, state, number)
                 state.start_epoch()
             every, signum = config.run.checkpoint_every, distributed.largest(run.stop.signum)
             if last or signum or (every and (step + 1) % every == 0):

@@ -1,0 +1,37 @@
+"""`pretrain --dump-memory`: the memory as a file for the mining lab, `cpr-fast mine`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from .cycle import CycleState
+
+
+def dump_memory(folder: Path, state: CycleState, number: int) -> Path | None:
+    """Writes the filled slots of a two-view memory to `folder`/memory/cycle-<number, from 1>.npz, over an earlier one.
+
+    Arrays of N slots, oldest first: `rgb`, `flow` [N, D] float32 as the cascade compares them (`mine --raw` takes them
+    so), `label`, `group` (source id), `video` (position in the index), `age` (steps since the newest) [N] int64.
+    Returns the path, or None for a cycle of one view or an empty memory.
+    """
+    memory = state.memory
+    filled = min(memory.count, memory.size)
+    if len(state.views) != 2 or not filled:
+        return None
+    slots = (memory.count - filled + np.arange(filled)) % memory.size  # [N], oldest first
+    columns = {"label": memory.label, "group": memory.source, "video": memory.video}
+    arrays = {name: column.cpu().numpy()[slots] for name, column in columns.items()}
+    arrays |= {
+        view: features.float().cpu().numpy()[slots] for view, features in zip(state.views, memory.features, strict=True)
+    }
+    written = memory.enqueued_at.cpu().numpy()[slots]
+    path = folder / "memory" / f"cycle-{number + 1}.npz"
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, age=written.max() - written, **arrays)
+    os.replace(temporary, path)
+    return path
