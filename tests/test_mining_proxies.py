@@ -130,6 +130,7 @@ def test_no_measure_waits_for_the_device():
         assert all(rate.shape == (4,) for rate in rates.values())
         quality = MiningQuality.__new__(MiningQuality)  # its constructor may sync: once per cycle
         quality.labels, quality.names = memory_ids, ("pmr", "mining_r1", *rates)
+        quality.top_k, quality.num_classes = 5, 3
         quality._units = dict.fromkeys(("source", "video"), (memory_ids, query_ids))
         quality.reset()
         assert quality.update(mined, query_ids, rates)["pmr"].shape == ()

@@ -67,7 +67,7 @@ def test_an_epoch_equals_its_definition(videos, classes, batch, mined, unknown):
         )
         for _ in range(6)
     ]
-    quality = MiningQuality(torch.from_numpy(labels), torch.from_numpy(sources))
+    quality = MiningQuality(torch.from_numpy(labels), torch.from_numpy(sources), top_k=mined)
     for mined_videos, queries in batches:
         step_pmr, step_r1 = quality.update(mined_videos, queries).values()
         expected_pmr, expected_r1, _ = reference([(mined_videos, queries)], labels.tolist(), sources.tolist())
@@ -80,6 +80,14 @@ def test_an_epoch_equals_its_definition(videos, classes, batch, mined, unknown):
     assert summary["cmr_median"] == pytest.approx(np.median(list(cmr["source"].values())))
     assert summary["cmr_mean"] == pytest.approx(np.mean(list(cmr["source"].values())))
     assert summary["cmr_median_video"] == pytest.approx(np.median(list(cmr["video"].values())))
+    right = [
+        (int(labels[q]), sum(labels[v] == labels[q] for v in row if v >= 0))
+        for mined_videos, queries in batches
+        for row, q in zip(mined_videos.tolist(), queries.tolist(), strict=True)
+        if labels[q] >= 0 and any(v >= 0 and labels[v] >= 0 for v in row)
+    ]
+    assert quality.right.tolist() == [sum(n == k for _, n in right) for k in range(mined + 1)]
+    assert quality.right_of_class.tolist() == [sum(n for c, n in right if c == label) for label in range(classes)]
     for unit, rates in cmr.items():
         measured = quality.class_rates(unit)
         assert {c: measured[c].item() for c in rates} == pytest.approx(rates)
@@ -177,6 +185,8 @@ def test_two_ranks_combine_to_the_whole():
     right.update(mined[3:], queries[3:])
     left.totals += right.totals
     left.counts += right.counts
+    left.right += right.right
+    left.right_of_class += right.right_of_class
     for unit in left.found:
         left.found[unit] = torch.maximum(left.found[unit], right.found[unit])
     assert left.summary() == pytest.approx(whole.summary())
@@ -203,6 +213,12 @@ def test_a_class_without_units_is_nan_and_unknown_units_count_nowhere():
             r"\[3\] and \[2\]",
         ),
         (lambda: class_units(torch.zeros(3), torch.zeros(3), "clip"), "'clip'"),
+        (
+            lambda: MiningQuality(torch.zeros(3, dtype=torch.int64), torch.arange(3), top_k=2).update(
+                torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+            ),
+            r"P <= 2, got \[1, 3\]",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -127,6 +127,8 @@ def test_rows_of_a_run(finished):
         assert row["survivor_precision_3"] == pytest.approx(row["pmr"])
         assert row["survivor_recall_1"] >= row["survivor_recall_2"] >= row["survivor_recall_3"]
     assert all(1 <= row["mined_age_steps"] <= 2 for row in steps[9:])  # 10 slots, 6 of them written every step
+    right = epochs[3]["right_counts"]  # of 18 queries, two mined for each
+    assert sum(right) == 18 and sum(epochs[3]["right_per_class"]) == right[1] + 2 * right[2]
     assert {"hubness", "hub_share", "mined_share", "cmr_mean", "cmr_median_video"} <= epochs[3].keys()
     assert 0 <= epochs[3]["cmr_median"] <= 1
     assert len(epochs[3]["cmr_per_class"]) == 4

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -35,11 +36,13 @@ RATES = {
     "PMR": "pmr",
     "R@1": "r1",
     "CMR": "cmr_median",
-    "mean CMR": "cmr_mean",
-    "CMR/video": "cmr_median_video",
-    "agreement": "view_agreement",
+    "mean\nCMR": "cmr_mean",
+    "CMR/\nvideo": "cmr_median_video",
+    "agree-\nment": "view_agreement",
     "mutual": "mutual_neighbours",
 }
+# Eleven columns fit a terminal of 80 characters.
+_NARROW = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,10 @@ def query_view(order: str) -> View:
 
 def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows of `sweep` for a terminal, rates in percent, the highest of each rate in bold."""
-    table = Table("n", "views", "top-k", "ratio", caption="in percent; CMR: median over classes, unit source")
+    caption = "in percent; CMR: median over classes, unit source"
+    table = Table(**_NARROW, caption=caption, caption_justify="left")
+    for heading in ("n", "views", "top-k", "ratio"):
+        table.add_column(heading, no_wrap=True)
     columns = [(heading, name) for heading, name in RATES.items() if all(name in row for row in rows)]
     for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -160,9 +166,8 @@ def survivors_table(rows: Sequence[dict[str, Any]]) -> Table:
     """What the deepest cascade of detailed `sweep` rows keeps, stage by stage, in percent."""
     row = max(rows, key=lambda row: row["stages"])
     names = {"r": "RGB", "f": "flow"}
-    table = Table(
-        "stage", "view", caption=f"survivors of {row['order']}, ratio {row['ratio']:g}, top-{row['top_k']}, in percent"
-    )
+    caption = f"survivors of {row['order']}, ratio {row['ratio']:g}, top-{row['top_k']}, in percent"
+    table = Table("stage", "view", **_NARROW, caption=caption, caption_justify="left")
     for heading in ("precision", "recall"):
         table.add_column(heading, justify="right")
     table.add_row("0", "", _percent(row["pmr_chance"]), _percent(1.0))
@@ -209,7 +214,9 @@ def _mine_all(cascade: Cascade, data: TwoViewFeatures, details: bool) -> dict[st
     for rows in torch.arange(len(labels), device=device).split(QUERY_CHUNK):
         mined = cascade.mine(rows)  # [B, P]
         extra = cascade.details(rows, mined, labels) if details else {}
-        quality = quality or MiningQuality(labels, data.groups, extra=list(extra), device=device)
+        quality = quality or MiningQuality(
+            labels, data.groups, top_k=cascade.keep[-1], extra=list(extra), device=device
+        )
         quality.update(mined, rows, extra)
     return quality.summary()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 Unit = Literal["source", "video"]
 HUB_SHARE = 0.01  # of the videos: the hubs are those mined most often
+_SUMS = ("totals", "counts", "right", "right_of_class")  # what an epoch adds up
 
 
 def gather_slots(values: Tensor, mined: Tensor) -> Tensor:
@@ -121,16 +122,25 @@ class MiningQuality:
     Args:
         labels: [N] int64 class of every video of the training index, -1 where unknown.
         sources: [N] int64 source id of every video.
+        top_k: the most that is mined for a query.
         extra: names of further rates per query that `update` will be given.
-    Ranks combine by summing `totals` and `counts` and taking the maximum of each tensor in `found`.
+    Ranks combine by summing `totals`, `counts`, `right` and `right_of_class` and taking the maximum of each tensor in
+    `found`.
     """
 
     def __init__(
-        self, labels: Tensor, sources: Tensor, *, extra: Sequence[str] = (), device: torch.device | str = "cpu"
+        self,
+        labels: Tensor,
+        sources: Tensor,
+        *,
+        top_k: int = 5,
+        extra: Sequence[str] = (),
+        device: torch.device | str = "cpu",
     ) -> None:
         self.labels = torch.as_tensor(labels, dtype=torch.int64).to(device)
         sources = torch.as_tensor(sources, dtype=torch.int64).to(device)
         self.num_classes = int(self.labels.max()) + 1 if len(self.labels) else 0
+        self.top_k = top_k
         self.names = ("pmr", "mining_r1", *extra)
         self._units = {unit: class_units(self.labels, sources, unit) for unit in ("source", "video")}
         self.reset()
@@ -141,6 +151,8 @@ class MiningQuality:
         # Sums of each rate and the queries it was counted for; float64, for epochs of any length.
         self.totals = torch.zeros(2, len(self.names), dtype=torch.float64, device=device)
         self.counts = torch.zeros(len(self.labels), dtype=torch.int64, device=device)  # how often a video was mined
+        self.right = torch.zeros(self.top_k + 1, dtype=torch.int64, device=device)  # queries with 0..P true positives
+        self.right_of_class = torch.zeros(self.num_classes, dtype=torch.int64, device=device)  # true positives
         self.found = {
             unit: torch.zeros(len(unit_class), dtype=torch.int8, device=device)
             for unit, (_, unit_class) in self._units.items()
@@ -156,12 +168,19 @@ class MiningQuality:
             query_videos: [B] int64.
             extra: {name: [B] float32} of the names given at the start, NaN where a query has none.
         """
-        true_positive, known = judge(gather_slots(self.labels, mined_videos), self.labels[query_videos])
+        if mined_videos.shape[1] > self.top_k:
+            raise ValueError(f"mined_videos: expected [B, P] with P <= {self.top_k}, got {list(mined_videos.shape)}")
+        query_labels = self.labels[query_videos]
+        true_positive, known = judge(gather_slots(self.labels, mined_videos), query_labels)
         rates = {"pmr": positive_mining_rate(true_positive, known), "mining_r1": mining_r1(true_positive, known)}
         rates |= extra or {}
         values = torch.stack([rates[name] for name in self.names])  # [M, B]
         self.totals += torch.stack([values.nan_to_num(0).sum(1), (~values.isnan()).sum(1)])
         self.counts += mined_counts(mined_videos, len(self.counts))
+        right = true_positive.sum(1)  # [B]
+        self.right.index_add_(0, right, known.any(1).long())
+        if self.num_classes:
+            self.right_of_class.index_add_(0, query_labels.clamp(min=0), right)  # 0 where the label is unknown
         for unit, (unit_of_video, _) in self._units.items():
             # amax over int8 rather than boolean indexing: a mask would need its count on the host (a sync).
             slots = unit_of_video[mined_videos.clamp(min=0)].flatten()
@@ -190,12 +209,12 @@ class MiningQuality:
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch so far."""
-        return {"totals": self.totals, "counts": self.counts, "found": self.found}
+        return {name: getattr(self, name) for name in (*_SUMS, "found")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a `state_dict`."""
-        self.totals.copy_(state["totals"])
-        self.counts.copy_(state["counts"])
+        for name in _SUMS:
+            getattr(self, name).copy_(state[name])
         for unit, found in state["found"].items():
             self.found[unit].copy_(found)
 

@@ -59,7 +59,11 @@ class CycleState:
         self.optimizer = build_optimizer(self.encoders.query.parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.quality = MiningQuality(
-            index.labels, index.source_ids, extra=rate_names(config.mining.stages), device=world.device
+            index.labels,
+            index.source_ids,
+            top_k=self.top_k,
+            extra=rate_names(config.mining.stages),
+            device=world.device,
         )
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=world.device)  # of the epoch: loss, optimiser steps
 

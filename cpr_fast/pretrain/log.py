@@ -90,7 +90,12 @@ class StepLog:
         loss_sum, steps = self.state.loss_sum.tolist()
         quality = NOTHING_MINED | {"cmr_median": None, "cmr_per_class": None}
         if self.state.cycle.mining == "cascade" and steps:
-            quality = self.state.quality.summary() | {"cmr_per_class": self.state.quality.class_rates().tolist()}
+            measured = self.state.quality
+            quality = measured.summary() | {
+                "cmr_per_class": measured.class_rates().tolist(),
+                "right_counts": measured.right.tolist(),
+                "right_per_class": measured.right_of_class.tolist(),
+            }
         row = {"epoch": epoch, **self.common, "loss": loss_sum / steps if steps else None, **quality}
         epoch_time_s = time.perf_counter() - self.epoch_began
         self._write({"kind": "epoch", **row, "epoch_time_s": epoch_time_s, "skipped": skipped})
