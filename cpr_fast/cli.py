@@ -149,6 +149,10 @@ def retrieve(
     *,
     index: Path,
     protocol: Literal["train_test", "leave_source_out"] = "train_test",
+    recipe: Literal["paper", "coclr", "iic"] = "paper",
+    clips: int | None = None,
+    crops: Literal[1, 5, 10] = 1,
+    cache: bool = True,
     json: Json = False,
 ) -> None:
     """Nearest-neighbour retrieval R@1, 5, 10, 20, 50 of a checkpoint's encoders, per view and two-stream.
@@ -159,6 +163,11 @@ def retrieve(
         checkpoint: A checkpoint of `pretrain`, RUN/checkpoints/*.pt.
         index: The index (CSV).
         protocol: Test split against train split, or every video against all others but its own source's.
+        recipe: paper: nothing random at test time. coclr: with the colour jitter that the released code leaves on.
+            iic: 10 clips, max-pooled feature maps, no centring.
+        clips: Uniform windows per video; by default those of the recipe (paper, coclr: all, overlapping by half).
+        crops: Centre, five or ten crops of every window.
+        cache: Keep features beside the checkpoint and reuse them.
     """
     from .evaluate.retrieval import retrieve as run
     from .metrics import FILE as METRICS_FILE
@@ -166,7 +175,11 @@ def retrieve(
     run_dir = checkpoint.absolute().parent.parent
     if not (run_dir / METRICS_FILE).exists():
         run_dir = None
-    _show(run(checkpoint, index, protocol=protocol, run_dir=run_dir, progress=True), json)
+    result = run(
+        checkpoint, index, protocol=protocol, recipe=recipe, run_dir=run_dir, clips_per_video=clips, crops=crops,
+        cache=cache, progress=True,
+    )  # fmt: skip
+    _show(result, json)
 
 
 def mine(

@@ -11,8 +11,10 @@ import torch
 
 from cpr_fast.data.index import Index, IndexFileError, Video
 from cpr_fast.errors import InputError
-from cpr_fast.evaluate.features import Embedding, calibrate_batch_norm, encoder_embeddings, video_features
+from cpr_fast.evaluate.cache import embed_index
+from cpr_fast.evaluate.features import Embedding, calibrate_batch_norm, encoder_embeddings
 from cpr_fast.evaluate.ranking import NO_HIT, Comparison, first_hit_rank, prepare, recall
+from cpr_fast.evaluate.recipe import make_recipe
 from cpr_fast.evaluate.retrieval import evaluate
 
 
@@ -213,9 +215,10 @@ def test_the_interval_resamples_sources_not_videos():
     assert (low, high) == pytest.approx((0.43, 0.57), abs=0.01)
 
 
-def test_video_features_refuse_an_empty_loader():
+def test_an_index_without_a_window_is_refused():
+    index = data_set(3, 0, 2)
     with pytest.raises(InputError, match="none of the 3 videos"):
-        video_features(EMBEDDINGS, [], 3)
+        embed_index(index, EMBEDDINGS, lambda part: Windows(part, broken=("0", "1", "2")))
 
 
 def test_untrained_batch_norm_takes_the_statistics_of_the_data_and_keeps_the_weights():
@@ -233,8 +236,8 @@ def test_untrained_batch_norm_takes_the_statistics_of_the_data_and_keeps_the_wei
     seen = [net.conv(batch.clips["rgb"]).detach() for batch in loader]
     assert torch.allclose(net.norm.running_mean, torch.stack([s.mean((0, 2, 3, 4)) for s in seen]).mean(0), atol=1e-5)
     assert not net.norm.training and net.norm.momentum == 0.1 and torch.equal(net.conv.weight, weight)
-    features, _ = video_features(encoder_embeddings("net", {"rgb": net}), loader, 30)
-    assert features["net/rgb"].shape == (30, 16)
+    embedding = encoder_embeddings("net", {"rgb": net}, make_recipe("paper"), {"rgb": ""})["net/rgb"]
+    assert embedding.function(next(iter(loader)).clips["rgb"]).shape == (5, 16)
 
 
 def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path):
@@ -250,17 +253,27 @@ def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path):
     config = Config.from_dict({"data": {"frames": 8, "size": 32, "workers": 1}, "model": {"width": 0.0625}})
     encoder = build_encoder(config.model)
     path = save_checkpoint(
-        tmp_path / "run" / "c.pt", {"config": config.to_dict(), "encoders": {"rgb": encoder.state_dict()}}
+        tmp_path / "run" / "checkpoints" / "c.pt",
+        {"config": config.to_dict(), "encoders": {"rgb": encoder.state_dict()}},
     )
     result = retrieve(path, index_csv, run_dir=tmp_path / "run", device="cpu")
+    stored = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "features").iterdir()}
     again = retrieve(path, index_csv, run_dir=tmp_path / "run", device="cpu")
     assert result == again  # the untrained twin is drawn from its own seed
+    assert {
+        file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "features").iterdir()
+    } == stored  # nothing new
+    fresh = retrieve(path, index_csv, device="cpu", cache=False)
+    assert {k: fresh[k] for k in ("r@1", "r@5")} == {k: result[k] for k in ("r@1", "r@5")}
+    iic = retrieve(path, index_csv, device="cpu", recipe="iic", clips_per_video=2)
+    assert iic["recipe"] == "iic" and len(iic["results"]) == len(result["results"])
     index = Index.load(index_csv)
     names = ["trained", "untrained", "single_frame", "mean_colour"]
     assert [row["name"] for row in result["results"]] == names
     assert result["view"] == "rgb" and result["r@1"] == result["results"][0]["r@1"]
     assert result["results"][0]["queries"] == len(index.select("test")) and result["r@50"] is None
     rows = read_metrics(tmp_path / "run")
+    assert {(row["protocol"], row["recipe"]) for row in rows if row["kind"] == "retrieval"} == {("train_test", "paper")}
     assert [row["name"] for row in rows if row["kind"] == "retrieval"] == 2 * names
     shown = [row for row in rows if row["kind"] == "retrieved"]
     assert shown and all(Path(found["path"]).exists() for row in shown for found in row["nearest"])

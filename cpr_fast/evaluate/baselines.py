@@ -44,8 +44,9 @@ def _pixels(clips: Tensor) -> Tensor:
     return clips * clips.new_tensor(IMAGENET_STD).view(shape) + clips.new_tensor(IMAGENET_MEAN).view(shape)
 
 
+# The last word is a key for stored features: a changed function takes a new number.
 BASELINES = {
-    "single_frame/rgb": Embedding("rgb", single_frame, "cosine"),
-    "mean_colour/rgb": Embedding("rgb", mean_colour, "euclidean"),
-    "mean_flow/flow": Embedding("flow", mean_flow, "euclidean"),
+    "single_frame/rgb": Embedding("rgb", single_frame, "cosine", "single_frame 1"),
+    "mean_colour/rgb": Embedding("rgb", mean_colour, "euclidean", "mean_colour 1"),
+    "mean_flow/flow": Embedding("flow", mean_flow, "euclidean", "mean_flow 1"),
 }

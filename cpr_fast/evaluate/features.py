@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
 from ..models import Encoder
 from ..progress import track
-
-Metric = Literal["cosine", "euclidean"]
+from .recipe import Metric, Recipe
 
 
 @dataclass(frozen=True)
@@ -27,16 +25,17 @@ class Embedding:
     Attributes:
         view: "rgb" | "flow", the view it reads.
         function: normalised clips [N, 3, T, H, W] float32 -> features [N, F].
-        metric: "cosine": windows are L2-normalised before they are averaged. "euclidean": averaged as they are,
-            for the few-dimensional baselines whose length says something.
+        metric: as in `Recipe`; "cosine" L2-normalises windows before they are averaged.
+        key: names the function, weights included, so that its features may be stored; "" where they may not.
     """
 
     view: str
     function: Callable[[Tensor], Tensor]
     metric: Metric = "cosine"
+    key: str = ""
 
 
-def video_features(
+def sum_features(
     embeddings: Mapping[str, Embedding],
     loader: Collection,
     videos: int,
@@ -44,15 +43,15 @@ def video_features(
     description: str = "features",
     progress: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Features of every video by every embedding, in one pass over the decoded windows.
+    """The sum of every video's window features by every embedding, in one pass over the decoded windows.
 
     Args:
         loader: has a length; its batches have `clips` {view: [N, 3, T, H, W]} and `video` [N] int64, 0..videos-1.
         videos: M.
     Returns:
-        {name: [M, F] float32 on the CPU}, the mean over a video's windows (zero for a video that gave none), and
-        the number of windows of every video, [M] int64.
-    Memory: one batch of clips and M x F floats per embedding on the clips' device.
+        {name: [M, F] float32 on the clips' device}, empty where no video gave a window, and the number of windows of
+        every video, [M] int64.
+    Memory: one batch of clips and M x F floats per embedding.
     """
     sums: dict[str, Tensor] = {}
     windows = torch.zeros(videos, dtype=torch.int64)
@@ -66,15 +65,32 @@ def video_features(
                     sums[name] = features.new_zeros(videos, features.shape[1])
                 sums[name].index_add_(0, batch.video.to(features.device), features)
             windows += torch.bincount(batch.video.cpu(), minlength=videos)
-    if not sums:
-        raise InputError(f"{description}: none of the {videos} videos of the index gave a window")
-    counts = windows.clamp(min=1)[:, None]
-    return {name: total.cpu() / counts for name, total in sums.items()}, windows
+    return sums, windows
 
 
-def encoder_embeddings(name: str, encoders: Mapping[str, Encoder]) -> dict[str, Embedding]:
-    """{"name/view": embedding} of the backbone features (no projection head) of encoders in eval mode."""
-    return {f"{name}/{view}": Embedding(view, encoder.features) for view, encoder in encoders.items()}
+def encoder_embeddings(
+    name: str, encoders: Mapping[str, Encoder], recipe: Recipe, keys: Mapping[str, str]
+) -> dict[str, Embedding]:
+    """{"name/view": embedding} of the backbone features (no projection head) of encoders in eval mode.
+
+    Args:
+        keys: of every view, a digest of its encoder's weights, or "".
+    """
+    embeddings = {}
+    for view, encoder in encoders.items():
+        function = encoder.features if recipe.pool == "mean" else partial(spatial_max, encoder)
+        embeddings[f"{name}/{view}"] = Embedding(view, function, recipe.metric, keys[view])
+    return embeddings
+
+
+def spatial_max(encoder: Encoder, clips: Tensor) -> Tensor:
+    """The last feature map after max-pooling 2 x 2 in space, as one vector [iic]: [N, 3, T, H, W] -> [N, F].
+
+    An R3D on 16 x 112 x 112 gives [512, 2, 7, 7] -> [512, 2, 3, 3]: 9,216 numbers. A map of one row or column stays.
+    """
+    maps = encoder.backbone(clips.contiguous(memory_format=torch.channels_last_3d))
+    kernel = (1, min(2, maps.shape[3]), min(2, maps.shape[4]))
+    return F.max_pool3d(maps.float(), kernel).flatten(1)
 
 
 def calibrate_batch_norm(encoders: Mapping[str, Encoder], loader: Iterable) -> None:

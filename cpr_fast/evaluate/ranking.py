@@ -10,19 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import Metric
+from .intervals import source_interval
+from .recipe import Metric
 
 RANKS = (1, 5, 10, 20, 50)
 NO_HIT = torch.iinfo(torch.int64).max
 QUERY_CHUNK = 512  # queries whose similarities are held at once
-RESAMPLES = 2000  # of the bootstrap
 
 
 def prepare(queries: Tensor, gallery: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
     """Features [Q, F] and [G, F] made ready to compare.
 
-    "cosine": each set centred by its own mean, then L2 [CoCLR]. "euclidean": both standardised by the gallery.
+    "cosine": each set centred by its own mean, then L2 [CoCLR]. "plain_cosine": L2 alone [iic]. "euclidean": both
+    standardised by the gallery.
     """
+    if metric == "plain_cosine":
+        return F.normalize(queries, dim=1), F.normalize(gallery, dim=1)
     if metric == "cosine":
         return F.normalize(queries - queries.mean(0), dim=1), F.normalize(gallery - gallery.mean(0), dim=1)
     mean, std = gallery.mean(0), gallery.std(0, correction=0)
@@ -48,7 +51,7 @@ class Comparison:
     def similarity(self, queries: Tensor) -> Tensor:
         """Similarity of the queries at these positions to the gallery, [len(queries), G]; -inf where left out."""
         total = sum(
-            q[queries] @ g.T if self.metric == "cosine" else -torch.cdist(q[queries], g) for q, g in self.streams
+            -torch.cdist(q[queries], g) if self.metric == "euclidean" else q[queries] @ g.T for q, g in self.streams
         )
         if self.query_sources is not None:
             own = self.query_sources[queries, None] == self.gallery_sources
@@ -96,14 +99,7 @@ def first_hit_rank(similarity: Tensor, same_class: Tensor) -> Tensor:
 def recall(ranks: Tensor, sources: Tensor, gallery: int) -> dict[str, Any]:
     """R@k of queries whose nearest hits have these ranks [Q]; None where k exceeds the gallery's size.
 
-    `r@1_ci95` is a bootstrap over the queries' sources [Q] (siblings are not independent), seed fixed.
+    `r@1_ci95` is the `source_interval` of R@1.
     """
     rates = {f"r@{k}": (ranks < k).double().mean().item() if k <= gallery else None for k in RANKS}
-    unit = torch.unique(sources, return_inverse=True)[1]
-    hits, sizes = torch.zeros(2, int(unit.max()) + 1, dtype=torch.float64).unbind()
-    hits.index_add_(0, unit, (ranks < 1).double())
-    sizes.index_add_(0, unit, torch.ones_like(ranks, dtype=torch.float64))
-    drawn = torch.randint(len(hits), (RESAMPLES, len(hits)), generator=torch.Generator().manual_seed(0))
-    resampled = hits[drawn].sum(1) / sizes[drawn].sum(1)  # [RESAMPLES]
-    interval = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return rates | {"r@1_ci95": interval, "gallery": gallery, "queries": len(ranks)}
+    return rates | {"r@1_ci95": source_interval(ranks < 1, sources), "gallery": gallery, "queries": len(ranks)}

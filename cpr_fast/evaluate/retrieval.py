@@ -1,9 +1,10 @@
-"""Nearest-neighbour retrieval R@1, 5, 10, 20, 50 [paper, Table 6; protocol of CoCLR].
+"""Nearest-neighbour retrieval R@1, 5, 10, 20, 50 [paper, Table 6].
 
-Protocols:
+What is compared with what, `protocol`:
     "train_test": the test split queries the train split, as published.
     "leave_source_out": for data without a usable split, every video queries all others but those of its own
         source; only queries whose class has another source count.
+How a video becomes a feature, `recipe`: "paper" | "coclr" | "iic", see `cpr_fast.evaluate.recipe`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import load_encoders
-from ..config import ModelConfig
+from ..config import DataConfig, ModelConfig
 from ..data.index import Index, Video
 from ..data.pipeline import WindowLoader
 from ..errors import InputError
 from ..metrics import MetricsWriter
 from ..models import Encoder, build_encoder
 from .baselines import BASELINES
-from .features import Embedding, calibrate_batch_norm, encoder_embeddings, video_features
+from .cache import FeatureCache, embed_index, weights_digest
+from .features import Embedding, calibrate_batch_norm, encoder_embeddings
 from .ranking import NO_HIT, RANKS, Comparison, prepare, recall
+from .recipe import Recipe, RecipeName, make_recipe
 
 Protocol = Literal["train_test", "leave_source_out"]
 CALIBRATION_VIDEOS = 32  # spread over the index, so over its classes
@@ -42,9 +45,12 @@ def retrieve(
     index_csv: str | Path,
     *,
     protocol: Protocol = "train_test",
+    recipe: RecipeName = "paper",
     run_dir: str | Path | None = None,
     untrained_seed: int = 0,
     clips_per_video: int | None = None,
+    crops: int = 1,
+    cache: bool = True,
     device: str = "auto",
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -55,36 +61,58 @@ def retrieve(
         index_csv: the labelled videos.
         run_dir: run folder whose metrics.jsonl receives a row per result.
         untrained_seed: initialisation of the untrained twin.
-        clips_per_video: uniform windows per video; None takes all of them [CoCLR].
+        clips_per_video: uniform windows per video; None takes those of the recipe.
+        crops: 1 | 5 | 10 of every window.
+        cache: keeps features in the folder `features` beside the checkpoint's, and reads them there.
     Returns:
-        `protocol`, `view` (the headline: two_stream where both views are there), its `r@1` … `r@50`, and
+        `protocol`, `recipe`, `view` (the headline: two_stream where both views are there), its `r@1` … `r@50`, and
         `results`: a row per name (trained, untrained, single_frame, mean_colour, mean_flow) and view with `r@k`,
         `r@1_ci95`, `chance_r@1`, `gallery`, `queries`. Rates are fractions; None where k exceeds the gallery.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    how = make_recipe(recipe, clips_per_video, crops)
     config, encoders = load_encoders(checkpoint, device=device)
     index = Index.load(index_csv)
 
     def open_loader(part: Index) -> WindowLoader:
-        return WindowLoader(part, config.data, list(encoders), clips_per_video=clips_per_video, device=device)
+        return open_windows(part, config.data, list(encoders), how, device)
 
     gallery = _split(index, protocol)[0]
     spread = Index(gallery[i] for i in range(0, len(gallery), math.ceil(len(gallery) / CALIBRATION_VIDEOS)))
     with closing(open_loader(spread)) as loader:
         untrained = _untrained_twin(config.model, encoders, loader, untrained_seed, device)
-    embeddings = encoder_embeddings("trained", encoders) | encoder_embeddings("untrained", untrained)
+    embeddings: dict[str, Embedding] = {}
+    for name, networks in {"trained": encoders, "untrained": untrained}.items():
+        keys = {view: weights_digest(encoder) if cache else "" for view, encoder in networks.items()}
+        embeddings |= encoder_embeddings(name, networks, how, keys)
     embeddings |= {name: baseline for name, baseline in BASELINES.items() if baseline.view in encoders}
-    results, examples = evaluate(index, embeddings, open_loader, protocol=protocol, progress=progress)
+    store = FeatureCache(feature_folder(checkpoint), how.identity(config.data, device)) if cache else None
+    results, examples = evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress)
+    results = [row | {"protocol": protocol, "recipe": recipe} for row in results]
     if run_dir is not None:
         with MetricsWriter(run_dir) as writer:
             for row in results:
-                writer.write({"kind": "retrieval", "protocol": protocol, "checkpoint": str(checkpoint), **row})
+                writer.write({"kind": "retrieval", **row})
             for row in examples:
                 writer.write({"kind": "retrieved", **row})
     headline = [row for row in results if row["name"] == "trained"][-1]
     rates = {f"r@{k}": headline[f"r@{k}"] for k in RANKS}
-    return {"protocol": protocol, "view": headline["view"], **rates, "results": results}
+    return {"protocol": protocol, "recipe": recipe, "view": headline["view"], **rates, "results": results}
+
+
+def open_windows(part: Index, data: DataConfig, views: list[str], recipe: Recipe, device: str) -> WindowLoader:
+    """The loader of the windows that a recipe asks for."""
+    return WindowLoader(
+        part, data, views, clips_per_video=recipe.clips_per_video, crops=recipe.crops, jitter_seed=recipe.jitter_seed,
+        device=device,
+    )  # fmt: skip
+
+
+def feature_folder(checkpoint: str | Path) -> Path:
+    """Where the features of a checkpoint are kept: RUN/features for RUN/checkpoints/*.pt, else beside the file."""
+    folder = Path(checkpoint).absolute().parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "features"
 
 
 def _untrained_twin(
@@ -104,6 +132,7 @@ def evaluate(
     open_loader: Callable[[Index], WindowLoader],
     *,
     protocol: Protocol = "train_test",
+    cache: FeatureCache | None = None,
     progress: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Retrieval by every embedding, named "name/view", and by "name/two_stream" where a name has both views.
@@ -113,9 +142,9 @@ def evaluate(
         `query` and `nearest`, videos as {"path", "label", "source", "num_frames"}.
     """
     gallery_index, query_index = _split(index, protocol)
-    gallery = queries = _embed(gallery_index, index, embeddings, open_loader, "gallery", progress)
+    gallery = queries = _embed(gallery_index, index, embeddings, open_loader, cache, "gallery", progress)
     if protocol == "train_test":
-        queries = _embed(query_index, index, embeddings, open_loader, "queries", progress)
+        queries = _embed(query_index, index, embeddings, open_loader, cache, "queries", progress)
         _warn_of_shared_sources(queries, gallery)
     rows, examples = [], []
     for name, streams in _streams(embeddings).items():
@@ -153,14 +182,12 @@ def _embed(
     whole: Index,
     embeddings: Mapping[str, Embedding],
     open_loader: Callable[[Index], WindowLoader],
+    cache: FeatureCache | None,
     description: str,
     progress: bool,
 ) -> FeatureSet:
     """Features, labels and sources of the videos of `part` that gave a window; ids are positions in `whole`."""
-    with closing(open_loader(part)) as loader:
-        features, windows = video_features(embeddings, loader, len(part), description=description, progress=progress)
-        for path, reason in loader.skipped:
-            log.warning("%s: %s is left out: %s", description, path, reason)
+    features, windows = embed_index(part, embeddings, open_loader, cache, description=description, progress=progress)
     source_id = {video.source: i for video, i in zip(whole, whole.source_ids.tolist(), strict=True)}
     labels = torch.from_numpy(part.labels)  # a selection keeps the classes of its index, but not the source ids
     sources = torch.tensor([source_id[video.source] for video in part])
