@@ -312,18 +312,26 @@ struct GradJob {
   T* grad_memory;
 };
 
-// weights[k][lane] = share of entry k in the denominator minus its share in the numerator.
+// scores[k][lane] becomes the share of entry k in the denominator minus its share in the numerator; 0 beyond B.
 template <class T>
 void entry_weights(const GradJob<T>& job, int64_t block, int64_t count, const Membership& members, T* scores) {
+  const int64_t queries = job.forward.args.B - block * kBlock;
+  T lse_all[kBlock], lse_positive[kBlock];
   for (int64_t lane = 0; lane < kBlock; ++lane) {
-    const int64_t b = block * kBlock + lane;
+    lse_all[lane] = lane < queries ? job.lse_all[block * kBlock + lane] : 0;
+    lse_positive[lane] = lane < queries ? job.lse_positive[block * kBlock + lane] : 0;
+  }
+  for (int v = 0; v < kTileVectors; ++v) {
+    const Mask16 valid = first_lanes(queries > v * 16 ? queries - v * 16 : 0);
+    const auto all = load(lse_all + v * 16), positive = load(lse_positive + v * 16);
     for (int64_t k = 0; k < count; ++k) {
-      T& score = scores[k * kBlock + lane];
-      const bool valid = b < job.forward.args.B;
-      const bool present = valid && (members.dense || (members.present[k][lane / 16] >> lane % 16 & 1));
-      const bool positive = valid && !members.dense && (members.positive[k][lane / 16] >> lane % 16 & 1);
-      score =
-          (present ? exp_scalar(score - job.lse_all[b]) : 0) - (positive ? exp_scalar(score - job.lse_positive[b]) : 0);
+      T* at = scores + k * kBlock + v * 16;
+      const auto score = load(at);
+      auto weight = keep_lanes(members.dense ? valid : valid & members.present[k][v], exp(score - all));
+      if (!members.dense && members.positive[k][v]) {
+        weight = weight - keep_lanes(valid & members.positive[k][v], exp(score - positive));
+      }
+      store(at, weight);
     }
   }
 }
