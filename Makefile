@@ -31,8 +31,8 @@ test: setup check
 	$(BIN)/python -m pytest
 
 bench: setup
-	$(BIN)/python -m pip install --quiet pytest-benchmark
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pip install --quiet pytest-benchmark faiss-cpu
+	$(BIN)/python bench/compare.py
 
 format: setup
 	$(BIN)/ruff format .

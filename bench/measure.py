@@ -1,66 +1,141 @@
-"""Interleaved CPU-time measurement and the rows it writes; shared by the two feature-kernel benchmarks."""
+"""Times, peak memory and floors of calls on one device, and the world they were measured in.
 
-import json
-import os
+CPU: process CPU time of one thread, so that other work on the machine costs little. CUDA: events around a call.
+All forms of one shape are timed in turn, round by round, so that a slow spell of the machine hits all of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cpr_fast import _host
+from cpr_fast.ops import _library
 
-SHAPES = [(32, 2048), (32, 16384), (256, 16384)]  # B, K
-ROUNDS = 31
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
+LAUNCH_S = {"cpu": 0.0, "cuda": 2.5e-6}  # of one kernel, assumed; the rates of `Rates` are measured
 
 
-def measure_interleaved(calls: dict[str, Callable], shape: dict) -> list[dict]:
-    """Process CPU time of each form on one thread, in turn (ABAB...), so that a slow spell of the machine hits all."""
-    torch.set_num_threads(1)
-    times_ms: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(ROUNDS + 2):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
+@dataclass(frozen=True)
+class Rates:
+    """What the device does at best, measured in this process: the floor of a call is the larger of its operations
+    over `flops` and its bytes over `bytes_per_s`."""
+
+    device: str
+    flops: dict[torch.dtype, float]  # of a large matrix product, TF32 off
+    bytes_per_s: float  # read and written by a large copy
+
+    def floor_s(self, operations: float, elements: float, dtype: torch.dtype) -> float:
+        moved_s = elements * dtype.itemsize / self.bytes_per_s
+        return max(operations / self.flops[dtype], moved_s) + LAUNCH_S[self.device]
+
+
+def measure_rates(device: str) -> Rates:
+    size = 1024 if device == "cpu" else 8192
+    flops = {}
+    for dtype in DTYPES[device]:
+        a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+        product_s = min(samples_s({"": lambda a=a, b=b: a @ b}, device, budget_s=1)[""])
+        flops[dtype] = 2 * size**3 / product_s
+    source = torch.randn(2**25 if device == "cpu" else 2**28, device=device)
+    target = torch.empty_like(source)
+    copy_s = min(samples_s({"": lambda: target.copy_(source)}, device, budget_s=1)[""])
+    return Rates(device, flops, 2 * source.numel() * source.itemsize / copy_s)
+
+
+def samples_s(calls: dict[str, Callable], device: str, budget_s: float, clock=time.process_time) -> dict[str, list]:
+    """Seconds of every call, round by round: at least 5 rounds, at most 201, about `budget_s` in all. The order is
+    drawn anew each round: whoever comes after a form that sweeps the caches would otherwise always find them cold."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, draw = list(calls.items()), random.Random(0)
+    start = time.perf_counter()
+    for round_ in range(203):
+        draw.shuffle(order)
+        for name, call in order:
+            sample = _once(call, device, clock)
             if round_ >= 2:  # the first two warm up
-                times_ms[name].append((time.process_time() - start) * 1e3)
-    ours = statistics.median(times_ms["cpr_fast"])
-    rows = []
-    for name, samples in times_ms.items():
-        low, median, high = statistics.quantiles(samples, n=4)
-        row = {"form": name, "cpu_time_ms": median, "quartiles_ms": [low, high], "fastest_ms": min(samples)}
-        row["over_cpr_fast"] = median / ours
-        rows.append(shape | row)
-        print(json.dumps(rows[-1]))
-    return rows
+                times[name].append(sample)
+        if round_ >= 6 and time.perf_counter() - start > budget_s:
+            break
+    return times
 
 
-def write_rows(name: str, rows: list[dict]) -> None:
-    """One JSON object per line, each with the world it was measured in."""
-    root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    world = {
-        "device": cpu_name(),
-        "threads": 1,
-        "cpu_variant": _host.build_info()["cpu_variants"].split(",")[0],
+def _once(call: Callable, device: str, clock: Callable[[], float]) -> float:
+    if device == "cpu":
+        start = clock()
+        call()
+        return clock() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3
+
+
+def summary(samples: list[float]) -> dict[str, float | int]:
+    low, median, high = (1e3 * value for value in statistics.quantiles(samples, n=4))
+    return {"time_ms": median, "low_ms": low, "high_ms": high, "fastest_ms": 1e3 * min(samples), "rounds": len(samples)}
+
+
+def peak_mib(call: Callable, device: str) -> float:
+    """Memory that a call needs on top of its inputs, its outputs included, MiB."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outputs = call()
+        torch.cuda.synchronize()
+        del outputs
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    call()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak resident size back to the present one
+    before = _status_kib("VmRSS")
+    call()
+    return max(0.0, (_status_kib("VmHWM") - before) / 1024)
+
+
+def _status_kib(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
+
+
+def force_variant(name: str | None) -> None:
+    """The CPU kernels' instruction set; None: the best this machine has."""
+    if ctypes.CDLL(str(_library._PATH)).cpr_force_cpu_variant(name.encode() if name else None):
+        raise ValueError(f"CPU variant: expected one of {cpu_variants()}, got {name!r}")
+
+
+def cpu_variants() -> list[str]:
+    return _host.build_info()["cpu_variants"].split(",")
+
+
+def world(device: str) -> dict[str, str]:
+    """What a row must say of the machine and the software."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {cpu_variants()[0]}",
+        "commit": commit.stdout.strip() or "unknown",
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "command": f"PYTHONPATH=. python bench/{Path(sys.argv[0]).name}",
+        "command": " ".join(["python", *sys.argv]),
     }
-    path = root / "bench" / "results" / name
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row | world) + "\n" for row in rows))
-    os.replace(temporary, path)
 
 
 def cpu_name() -> str:
     """The processor's model name and its family and model numbers, which tell generations apart in virtual machines."""
-    fields = dict(
-        line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in line
-    )
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    fields = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
     return f"{fields.get('model name')} (family {fields.get('cpu family')}, model {fields.get('model')})"

@@ -1,0 +1,142 @@
+"""The comparison as a terminal table, a Markdown page and a plot. `python bench/page.py FILE.json` rewrites the two
+files from the JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+# op, direction -> peer, how many times as long as ours it must take, at the smallest shape alone
+BARS = {
+    ("cascade_select", "forward"): {
+        "best eager": (4, 4),
+        "masked top-k": (10, 10),
+        "two GEMMs alone": (1 / 1.4, 1 / 1.4),
+    },
+    ("mil_nce", "gradient"): {"lean eager": (2, 1.8), "SDPA with LSE": (1, 1)},
+}
+HEADER = ["form", "time ms", "x ours", "bar", "x floor", "error", "peak MiB"]
+
+
+def cells(row: dict, smallest: bool) -> list[str]:
+    if "skipped" in row:
+        return [row["form"], "-", row["skipped"], "", "", "", ""]
+    bar = BARS.get((row["op"], row["direction"]), {}).get(row["form"])
+    verdict = ""
+    if bar:
+        needed = bar[1] if smallest else bar[0]
+        verdict = f"{'met' if row['over_cpr_fast'] >= needed else 'MISSED'} (>= {needed:.2g})"
+    spread = f"{row['time_ms']:.3g} ({row['low_ms']:.3g} to {row['high_ms']:.3g})"
+    error = "-" if row["error"] is None else f"{row['error']:.1e}" if row["error"] else "0"
+    return [
+        row["form"], spread, f"{row['over_cpr_fast']:.2f}", verdict, f"{row['over_floor']:.2f}", error,
+        f"{row['peak_mib']:.1f}",
+    ]  # fmt: skip
+
+
+def tables(report: dict) -> list[tuple[str, list[list[str]]]]:
+    """Title and rows of each comparison."""
+    found, smallest = [], min(row["B"] * row["K"] for row in report["rows"])
+    for key, group in groupby(
+        report["rows"], key=lambda row: (row["op"], row["direction"], row["dtype"], row["B"], row["K"])
+    ):
+        rows = list(group)
+        op, direction, dtype, B, K = key
+        title = f"{op}, {direction}, {dtype}, B = {B}, K = {K}; floor {rows[0]['floor_ms']:.3g} ms"
+        found.append((title, [cells(row, smallest == B * K) for row in rows]))
+    return found
+
+
+def growth(report: dict) -> list[list[str]]:
+    """Our time and memory in the sweep, and what a doubling of K costs."""
+    rows, last = [], {}
+    for row in report["sweep"]:
+        if row["form"] != "cpr_fast":
+            continue
+        step = f"{row['time_ms'] / last[row['op']]:.2f}" if row["op"] in last else "-"
+        last[row["op"]] = row["time_ms"]
+        rows.append([row["op"], str(row["K"]), f"{row['time_ms']:.3g}", step, f"{row['time_ms'] / row['floor_ms']:.2f}",
+                     f"{row['peak_mib']:.2f}"])  # fmt: skip
+    return rows
+
+
+def threads(report: dict) -> list[list[str]]:
+    return [
+        [row["form"], f"{row['one_ms']:.3g}", f"{row['two_ms']:.3g}", f"{row['gain']:.2f}",
+         f"{row['of_matrix_product']:.2f}"]
+        for row in report["threads"]
+    ]  # fmt: skip
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def plot(report: dict, path: Path) -> None:
+    """Time over K of the sweep, both axes logarithmic, with the floor."""
+    ops = list(dict.fromkeys(row["op"] for row in report["sweep"]))
+    figure, axes = pyplot.subplots(1, len(ops), figsize=(5.5 * len(ops), 4), constrained_layout=True)
+    for axis, op in zip(axes, ops, strict=True):
+        rows = [row for row in report["sweep"] if row["op"] == op]
+        for form in dict.fromkeys(row["form"] for row in rows):
+            line = [(row["K"], row["time_ms"]) for row in rows if row["form"] == form]
+            axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=form)
+        floor = [(row["K"], row["floor_ms"]) for row in rows if row["form"] == "cpr_fast"]
+        axis.plot(*zip(*floor, strict=True), "k--", linewidth=1, label="floor")
+        axis.set(xscale="log", yscale="log", xlabel="memory entries K", ylabel="time, ms")
+        axis.set_title(f"{op}, {rows[0]['direction']}, B = {rows[0]['B']}")
+        axis.legend()
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=110)
+    os.replace(partial, path)
+
+
+def write_page(report: dict, path: Path) -> None:
+    console = Console(width=150)
+    world = report["world"]
+    rates = ", ".join(f"{gflops:.0f} GFLOP/s in {dtype}" for dtype, gflops in report["gflops"].items())
+    text = [
+        "# The kernels beside their peers\n",
+        f"`{world['command']}` at {world['commit']}, torch {world['torch']}, on {world['device']}.\n",
+        "Times are medians (quartiles) of calls taken in turn with all other forms in one process; on the CPU process "
+        "CPU time of one thread. `x ours`: how many times as long as `cpr_fast` the form takes; `cpr_fast again` is "
+        "the same call once more and shows the spread. Floor: the operations no form can avoid at "
+        f"{rates}, or their bytes at {report['gb_per_s']:.0f} GB/s, both measured in the same "
+        "process. Error: of a selection, the share of entries that float64 does not select; of a loss, the largest "
+        "deviation from float64 of loss or gradient over the largest true value. Peak: memory beyond the inputs.\n",
+    ]
+    for title, rows in tables(report):
+        table = Table(*HEADER, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        text += [f"## {title}\n", markdown_table(HEADER, rows)]
+    growing = ["op", "K", "time ms", "x the half", "x floor", "peak MiB"]
+    text += [f"## K doubled, B = {report['sweep'][0]['B']}\n", markdown_table(growing, growth(report))]
+    text += [f"![time over K]({path.with_suffix('.png').name})\n"]
+    if report["threads"]:
+        title = "## From one thread to two, B = {B}, K = {K}; wall clock\n".format(**report["threads"][0])
+        header = ["form", "one ms", "two ms", "gain", "of the matrix product's gain"]
+        text += [title, markdown_table(header, threads(report))]
+    print("\n".join(text[-4:] if report["threads"] else text[-2:]))
+    plot(report, path.with_suffix(".png"))
+    partial = path.with_suffix(".tmp")
+    partial.write_text("\n".join(text))
+    os.replace(partial, path)
+    console.print(f"written: {path}, its .json and .png", highlight=False)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1])
+    write_page(json.loads(source.read_text()), source.with_suffix(".md"))

@@ -1,0 +1,68 @@
+"""The benchmark runs, and what it compares computes the same thing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    """The command on one small shape, without the compiler's half minute."""
+    out = tmp_path_factory.mktemp("bench")
+    options = ["--shapes", "5x300", "--without", "torch.compile", "--largest", "2048", "--seconds", ".2"]
+    command = [sys.executable, "bench/compare.py", *options, "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
+    return out
+
+
+def test_every_form_computes_the_same(report):
+    rows = json.loads((report / "kernels_cpu.json").read_text())["rows"]
+    ran = [row for row in rows if "skipped" not in row]
+    for op, direction in (
+        ("cascade_select", "forward"),
+        *(("mil_nce", name) for name in ("forward", "gradient", "memory gradient")),
+    ):
+        forms = [row["form"] for row in ran if (row["op"], row["direction"]) == (op, direction)]
+        assert "cpr_fast" in forms and any("eager" in form for form in forms)
+    for row in ran:
+        limit = 0.05 if row["op"] == "cascade_select" else 1e-5  # a float32 gap may fall the other way
+        assert row["error"] is None or row["error"] <= limit, row
+        assert row["time_ms"] > 0 and row["floor_ms"] > 0 and row["peak_mib"] >= 0
+
+
+def test_a_form_that_cannot_run_says_why(report):
+    rows = json.loads((report / "kernels_cpu.json").read_text())["rows"]
+    reasons = {row["form"]: row["skipped"] for row in rows if "skipped" in row}
+    assert "CUDA" in reasons["cuVS, then eager"] and "CUDA" in reasons["Liger"]
+
+
+def test_the_page_shows_all(report):
+    page = (report / "kernels_cpu.md").read_text()
+    assert (report / "kernels_cpu.png").stat().st_size > 10_000
+    for part in ("best eager", "masked top-k", "SDPA with LSE", "FAISS", "K doubled", "kernels_cpu.png", "(>= "):
+        assert part in page, part
+
+
+def test_the_pytest_benchmark_suites_run(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    out = tmp_path / "rows.json"
+    options = [
+        "-q",
+        "--benchmark-only",
+        f"--benchmark-json={out}",
+        "--benchmark-max-time=.01",
+        "-p",
+        "no:cacheprovider",
+    ]
+    picked = "B16-K2048 and cpu and (cpr_fast or eager) and not graphed and not portable"
+    command = [sys.executable, "-m", "pytest", "bench", "-k", picked, *options]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
+    rows = [row["extra_info"] for row in json.loads(out.read_text())["benchmarks"]]
+    assert {row["op"] for row in rows} == {"cascade_select", "mil_nce"}
+    for row in rows:
+        assert {"B", "K", "D", "dtype", "floor_us", "ratio", "error", "peak_mib", "device", "commit"} <= row.keys()
