@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.cu' 'tests/*.h')
+CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.cu' 'tests/*.h' 'examples/*.cpp')
 BUILD_INPUTS := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc cmake -type f)
 # The CPU wheel where no NVIDIA GPU is visible: plain torch is the CUDA build, 5 GB.
 TORCH ?= $(if $(wildcard /dev/nvidia0),torch>=2.10,torch==2.13.0)
