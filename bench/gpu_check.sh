@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can confirm, within ten minutes: build, the open items of results/gpu_pending.md, the
-# tests with skipping forbidden, compute-sanitizer on the torch-free test, the benchmarks.
+# Everything that only a GPU can confirm, within ten minutes: build, the open items of results/gpu_pending.md,
+# compute-sanitizer on the torch-free test, the tests with skipping forbidden, a short training with and without the
+# fused operators, the benchmarks.
 #
-#   bench/gpu_check.sh        logs and JSON go to $OUT (default bench/results); exit status 1 if any step failed
+#   bench/gpu_check.sh        logs and JSON go to $OUT (default bench/results); exit status 1 if any step failed.
+#   gpu_check.json: per step its command, status and seconds; 124: cut off by its limit or by the ten minutes
 #
 # Needs nvcc and a python3 with torch (CUDA), pytest, pytest-benchmark, cmake, ninja and pybind11; no network.
 # Tests that need DALI skip with a reason where it is absent.
@@ -26,7 +28,7 @@ step() {
   else
     status=124
   fi
-  printf '%s\t%s\t%s\t%s\n' "$1" "$status" "$((SECONDS - begin))" "$3" | tee -a "$rows"
+  printf '%s\t%s\t%s\t%s\n' "$1" "$status" "$((SECONDS - begin))" "${3//[[:space:]]/ }" | tee -a "$rows"
 }
 
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
@@ -43,9 +45,14 @@ done <bench/results/gpu_pending.md
 for tool in memcheck racecheck initcheck synccheck; do
   step "$tool" 90 "compute-sanitizer --tool $tool --error-exitcode 9 build/gpu/test_kernels"
 done
-tests=$(ls tests/test_{build,cascade_select,mil_nce,cuda_logic,models,memory}.py 2>/dev/null | tr '\n' ' ')
+tests=$(ls tests/test_{structure,cascade_select,mil_nce,cuda_logic,tvl1_flow,tvl1_cuda_logic,models,memory}.py \
+  2>/dev/null | tr '\n' ' ')
 step tests 180 "python3 -m pytest -q -p no:cacheprovider $tests"
-step bench 120 "python3 -m pytest bench --benchmark-only --benchmark-json='$OUT/gpu_benchmarks.json'"
+step training 90 "python3 bench/step_comparison.py --device cuda"
+step bench 150 "python3 bench/compare.py --device cuda --seconds .5 --without torch.compile 'masked top-k' \
+  --shapes 32x2048 256x16384 256x65536 1024x65536 1024x1000000 --largest 1048576 --out '$OUT'"
+step suites 60 "python3 -m pytest bench --benchmark-only -k 'cuda and B32-K2048 and not compile' \
+  --benchmark-max-time=.1 --benchmark-json='$OUT/gpu_benchmarks.json'"
 
 python3 - "$rows" "$OUT/gpu_check.json" "$commit" <<'PYTHON'
 import json, sys
