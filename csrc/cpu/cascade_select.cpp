@@ -40,12 +40,15 @@ void score_chunk(const Job& job, int64_t u, int64_t chunk, const float* entries,
   const int64_t D = job.args.D;
   for (int64_t lane = 0; lane < kBlock && lane < ceil_div(job.block_size, 16) * 16; lane += kLanes) {
     const float* panel = job.panels + (u * kBlock + lane) * D;
+    int32_t* rows = job.rows + (u * kBlock + lane) * job.row_stride + chunk * kChunk;
+    for (int64_t q = 0; q < kLanes; ++q) {  // the cache lines that the keys will go to, while the scores are computed
+      for (int64_t k = 0; k < kChunk; k += 16) __builtin_prefetch(rows + q * job.row_stride + k, 1);
+    }
     tiles<N, false>(count, Operand<float>{entries, D, 1}, panel, kLanes, D, buffer, kLanes);
     for (int64_t i = count * kLanes; i < kChunk * kLanes; i += 16) store(buffer + i, broadcast(__builtin_nanf("")));
     for (int64_t v = 0; v < N; ++v) {
-      int32_t* row = job.rows + (u * kBlock + lane + v * 16) * job.row_stride + chunk * kChunk;
       for (int64_t k = 0; k < kChunk; k += 16) {
-        transpose_keys(buffer + k * kLanes + v * 16, kLanes, row + k, job.row_stride);
+        transpose_keys(buffer + k * kLanes + v * 16, kLanes, rows + v * 16 * job.row_stride + k, job.row_stride);
       }
     }
   }
