@@ -24,34 +24,57 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-void check(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
+std::string text(const char* part) { return part; }
+std::string text(int64_t part) { return std::to_string(part); }
+std::string text(double part) { return std::to_string(part); }
+std::string text(const std::vector<int64_t>& shape) {
+  std::string listed = "[";
+  for (size_t axis = 0; axis < shape.size(); ++axis) listed += (axis ? ", " : "") + std::to_string(shape[axis]);
+  return listed + "]";
+}
+std::string text(const Tensor& tensor) {  // its shape
+  std::vector<int64_t> shape;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) shape.push_back(tensor.size(axis));
+  return text(shape);
 }
 
-std::string shape_text(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) text += (axis ? ", " : "") + std::to_string(tensor.size(axis));
-  return text + "]";
+// The message is put together of its parts only when the check fails.
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (!condition) throw std::invalid_argument((text(parts) + ...));
 }
 
-void check_shape(const char* name, const Tensor& tensor, std::vector<int64_t> shape) {
+void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
   bool equal = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::string expected = "[";
-  for (size_t axis = 0; axis < shape.size(); ++axis) {
-    equal = equal && tensor.size(axis) == shape[axis];
-    expected += (axis ? ", " : "") + std::to_string(shape[axis]);
-  }
-  check(equal, std::string(name) + ": expected shape " + expected + "], got " + shape_text(tensor));
+  for (size_t axis = 0; equal && axis < shape.size(); ++axis) equal = tensor.size(axis) == shape[axis];
+  check(equal, name, ": expected shape ", shape, ", got ", tensor);
+}
+
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+// Uninitialised, dense, on the device of `like`. Straight to the allocator: an output by way of the dispatcher costs
+// 2 us, and an operator has up to five.
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t axis = shape.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * shape[axis];
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), dtype, device_type, like.get_device_index(),
+                                                         &made));
+  return Tensor(made);
 }
 
 // int64 ids or slots, dense, on the device of `like`; null where absent.
-OptionalTensor dense_int64(const char* name, const OptionalTensor& tensor, std::vector<int64_t> shape,
+OptionalTensor dense_int64(const char* name, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
                            const Tensor& like) {
   if (!tensor) return std::nullopt;
-  check(tensor->scalar_type() == ScalarType::Long, std::string(name) + ": expected dtype int64");
-  check(tensor->device() == like.device(), std::string(name) + ": expected the same device as the features");
+  check(tensor->scalar_type() == ScalarType::Long, name, ": expected dtype int64");
+  check(tensor->device() == like.device(), name, ": expected the same device as the features");
   check_shape(name, *tensor, shape);
-  return torch::stable::contiguous(*tensor);
+  return dense(*tensor);
 }
 
 const int64_t* pointer(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr<int64_t>() : nullptr; }
@@ -104,7 +127,7 @@ void* current_cuda_stream(const Tensor& tensor) {
 }
 
 Tensor workspace(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  return empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 #endif
 
@@ -112,8 +135,8 @@ Tensor workspace(const Tensor& like, size_t bytes) {
 std::tuple<Tensor, Tensor> cascade_select(const Tensor& queries_in, const Tensor& memory_in, std::vector<int64_t> views,
                                           std::vector<int64_t> keep, const OptionalTensor& query_ids_in,
                                           const OptionalTensor& memory_ids_in, std::string precision, bool cuda) {
-  check(queries_in.dim() == 3, "queries: expected shape [V, B, D], got " + shape_text(queries_in));
-  check(memory_in.dim() == 3, "memory: expected shape [V, K, D], got " + shape_text(memory_in));
+  check(queries_in.dim() == 3, "queries: expected shape [V, B, D], got ", queries_in);
+  check(memory_in.dim() == 3, "memory: expected shape [V, K, D], got ", memory_in);
   const int64_t V = queries_in.size(0), B = queries_in.size(1), D = queries_in.size(2), K = memory_in.size(1);
   check_shape("memory", memory_in, {V, K, D});
   check(V > 0 && B > 0 && K > 0 && D > 0, "queries, memory: expected V, B, K, D >= 1");
@@ -121,18 +144,18 @@ std::tuple<Tensor, Tensor> cascade_select(const Tensor& queries_in, const Tensor
   check(queries_in.device() == memory_in.device(), "memory: expected the device of queries");
   check(!views.empty() && views.size() == keep.size(), "views, keep: expected n >= 1 entries each");
   for (size_t s = 0; s < views.size(); ++s) {
-    check(views[s] >= 0 && views[s] < V, "views: expected 0.." + std::to_string(V - 1));
+    check(views[s] >= 0 && views[s] < V, "views: expected 0..", V - 1);
     check(keep[s] >= 1 && (s == 0 || keep[s] <= keep[s - 1]), "keep: expected non-increasing values >= 1");
   }
   check(!query_ids_in || memory_ids_in, "query_ids: requires memory_ids");
   const int dtype = dtype_code("queries", queries_in);
   check(dtype != CPR_F64, "queries: expected float32, bfloat16 or float16, got float64");
 
-  const Tensor queries = torch::stable::contiguous(queries_in), memory = torch::stable::contiguous(memory_in);
+  const Tensor queries = dense(queries_in), memory = dense(memory_in);
   const OptionalTensor query_ids = dense_int64("query_ids", query_ids_in, {B}, queries);
   const OptionalTensor memory_ids = dense_int64("memory_ids", memory_ids_in, {K}, queries);
-  Tensor indices = torch::stable::new_empty(queries, {B, keep.back()}, ScalarType::Long);
-  Tensor scores = torch::stable::new_empty(queries, {B, keep.back()}, ScalarType::Float);
+  Tensor indices = empty(queries, {B, keep.back()}, ScalarType::Long);
+  Tensor scores = empty(queries, {B, keep.back()}, ScalarType::Float);
   const cpr_cascade_args args{.queries = queries.const_data_ptr(),
                               .memory = memory.const_data_ptr(),
                               .query_ids = pointer(query_ids),
@@ -178,7 +201,7 @@ void check_values(const MilNce& call) {
   }
   const int64_t* modes = call.args.self_mode;
   for (int64_t b = 0; modes != nullptr && b < call.args.B; ++b) {
-    check(modes[b] >= 0 && modes[b] <= 2, "self_positive: expected 0, 1 or 2, got " + std::to_string(modes[b]));
+    check(modes[b] >= 0 && modes[b] <= 2, "self_positive: expected 0, 1 or 2, got ", modes[b]);
   }
 }
 
@@ -186,8 +209,8 @@ MilNce mil_nce_inputs(const Tensor& query, const Tensor& own_key, const Tensor& 
                       const OptionalTensor& query_ids, const OptionalTensor& memory_ids,
                       const OptionalTensor& self_mode, const std::string& same_id, const std::string& self_positive,
                       double temperature, bool cuda) {
-  check(query.dim() == 2, "query: expected shape [B, D], got " + shape_text(query));
-  check(memory.dim() == 2, "memory: expected shape [K, D], got " + shape_text(memory));
+  check(query.dim() == 2, "query: expected shape [B, D], got ", query);
+  check(memory.dim() == 2, "memory: expected shape [K, D], got ", memory);
   const int64_t B = query.size(0), D = query.size(1), K = memory.size(0);
   check(B > 0 && D > 0 && K > 0, "query, memory: expected B, K, D >= 1");
   check_shape("own_key", own_key, {B, D});
@@ -197,15 +220,15 @@ MilNce mil_nce_inputs(const Tensor& query, const Tensor& own_key, const Tensor& 
   check(own_key.device() == query.device(), "own_key: expected the device of query");
   check(memory.device() == query.device(), "memory: expected the device of query");
   check(!query_ids || memory_ids, "query_ids: requires memory_ids");
-  check(temperature > 0, "temperature: expected a positive number, got " + std::to_string(temperature));
+  check(temperature > 0, "temperature: expected a positive number, got ", temperature);
   check(!positives || positives->dim() == 2, "positives: expected shape [B, P]");
   const int64_t P = positives ? positives->size(1) : 0;
   const int dtype = dtype_code("query", query);
   check(!cuda || dtype != CPR_F64, "query: expected float32, bfloat16 or float16 on CUDA, got float64");
 
-  MilNce call{.query = torch::stable::contiguous(query),
-              .own_key = torch::stable::contiguous(own_key),
-              .memory = torch::stable::contiguous(memory),
+  MilNce call{.query = dense(query),
+              .own_key = dense(own_key),
+              .memory = dense(memory),
               .positives = dense_int64("positives", positives, {B, P}, query),
               .query_ids = dense_int64("query_ids", query_ids, {B}, query),
               .memory_ids = dense_int64("memory_ids", memory_ids, {K}, query),
@@ -238,9 +261,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mil_nce(
   const MilNce call = mil_nce_inputs(query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id,
                                      self_positive, temperature, cuda);
   const int64_t B = call.args.B, D = call.args.D;
-  const auto new_row = [&] { return torch::stable::new_empty(call.query, {B}, call.accumulator); };
+  const auto new_row = [&] { return empty(call.query, {B}, call.accumulator); };
   Tensor loss = new_row(), own_coefficient = new_row(), lse_all = new_row(), lse_positive = new_row();
-  Tensor grad_query = torch::stable::new_empty(call.query, {B, D}, call.accumulator);
+  Tensor grad_query = empty(call.query, {B, D}, call.accumulator);
   const cpr_mil_nce_outputs outputs{.loss = loss.mutable_data_ptr(),
                                     .grad_query = grad_query.mutable_data_ptr(),
                                     .own_coefficient = own_coefficient.mutable_data_ptr(),
@@ -266,14 +289,14 @@ Tensor mil_nce_grad_memory(const Tensor& query, const Tensor& own_key, const Ten
                            bool cuda) {
   const MilNce call = mil_nce_inputs(query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id,
                                      self_positive, temperature, cuda);
-  const auto dense = [&](const char* name, const Tensor& tensor) {
+  const auto row = [&](const char* name, const Tensor& tensor) {
     check_shape(name, tensor, {call.args.B});
-    check(tensor.scalar_type() == call.accumulator, std::string(name) + ": expected the accumulator's dtype");
-    return torch::stable::contiguous(tensor);
+    check(tensor.scalar_type() == call.accumulator, name, ": expected the accumulator's dtype");
+    return dense(tensor);
   };
-  const Tensor lse_all = dense("lse_all", lse_all_in), lse_positive = dense("lse_positive", lse_positive_in);
-  const Tensor grad_loss = dense("grad_loss", grad_loss_in);
-  Tensor grad_memory = torch::stable::new_empty(call.memory, {call.args.K, call.args.D}, call.accumulator);
+  const Tensor lse_all = row("lse_all", lse_all_in), lse_positive = row("lse_positive", lse_positive_in);
+  const Tensor grad_loss = row("grad_loss", grad_loss_in);
+  Tensor grad_memory = empty(call.memory, {call.args.K, call.args.D}, call.accumulator);
   if (!cuda) {
     raise_failure(cpr_mil_nce_grad_memory_cpu(&call.args, grad_loss.const_data_ptr(), lse_all.const_data_ptr(),
                                               lse_positive.const_data_ptr(), grad_memory.mutable_data_ptr(),
@@ -294,15 +317,15 @@ Tensor mil_nce_grad_memory(const Tensor& query, const Tensor& own_key, const Ten
 std::tuple<Tensor, Tensor> tvl1_flow(const Tensor& frames_in, double tau, double lambda, double theta, int64_t scales,
                                      double scale_step, int64_t warps, double epsilon, int64_t inner_iterations,
                                      int64_t outer_iterations, int64_t median, bool cuda) {
-  check(frames_in.dim() == 4, "frames: expected shape [N, T, H, W], got " + shape_text(frames_in));
+  check(frames_in.dim() == 4, "frames: expected shape [N, T, H, W], got ", frames_in);
   const bool uint8 = frames_in.scalar_type() == ScalarType::Byte;
   check(uint8 || frames_in.scalar_type() == ScalarType::Float, "frames: expected dtype uint8 or float32");
   const int64_t N = frames_in.size(0), T = frames_in.size(1), H = frames_in.size(2), W = frames_in.size(3);
-  check(T >= 2 && H >= 1 && W >= 1, "frames: expected T >= 2 and H, W >= 1, got " + shape_text(frames_in));
+  check(T >= 2 && H >= 1 && W >= 1, "frames: expected T >= 2 and H, W >= 1, got ", frames_in);
 
-  const Tensor frames = torch::stable::contiguous(frames_in);
-  Tensor flow = torch::stable::new_empty(frames, {N, T - 1, 2, H, W}, ScalarType::Float);
-  Tensor pixel_iterations = torch::stable::new_empty(frames, {N, T - 1}, ScalarType::Long);
+  const Tensor frames = dense(frames_in);
+  Tensor flow = empty(frames, {N, T - 1, 2, H, W}, ScalarType::Float);
+  Tensor pixel_iterations = empty(frames, {N, T - 1}, ScalarType::Long);
   const cpr_tvl1_args args{.frames = frames.const_data_ptr(),
                            .flow = flow.mutable_data_ptr<float>(),
                            .pixel_iterations = pixel_iterations.mutable_data_ptr<int64_t>(),

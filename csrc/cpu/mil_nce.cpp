@@ -53,7 +53,8 @@ struct Job {
 
 // Which entries of a chunk count for which query of a block; bit = lane.
 struct Membership {
-  bool dense;                             // all entries are in the denominator, none in the numerator
+  bool all_present;                       // all entries are in the denominator: `present` is not filled
+  bool none_positive;                     // none is in the numerator: `positive` is not filled
   Mask16 present[kChunk][kTileVectors];   // in the denominator
   Mask16 positive[kChunk][kTileVectors];  // in the numerator
 };
@@ -66,8 +67,9 @@ void find_members(const cpr_mil_nce_args& a, int64_t block, int64_t chunk_begin,
   for (int64_t i = 0; i < queries * a.P; ++i) {
     listed |= static_cast<uint64_t>(slots[i] - chunk_begin) < static_cast<uint64_t>(count);
   }
-  members.dense = !listed && !a.memory_ids;
-  if (members.dense) return;
+  members.all_present = !a.memory_ids;
+  members.none_positive = !listed && !(a.query_ids && a.same_id == CPR_SAME_POSITIVE);
+  if (members.all_present && members.none_positive) return;
 
   int64_t ids[kBlock];
   for (int64_t lane = 0; lane < kBlock; ++lane)
@@ -75,8 +77,9 @@ void find_members(const cpr_mil_nce_args& a, int64_t block, int64_t chunk_begin,
   for (int64_t k = 0; k < count; ++k) {
     const bool empty = a.memory_ids && a.memory_ids[chunk_begin + k] == -1;
     for (int v = 0; v < kTileVectors; ++v) {
-      members.present[k][v] = empty ? 0 : kAllLanes;
       members.positive[k][v] = 0;
+      if (members.all_present) continue;
+      members.present[k][v] = empty ? 0 : kAllLanes;
       if (empty || !a.query_ids || a.same_id == CPR_SAME_NEGATIVE) continue;
       const Mask16 same = equal_ids(ids + v * 16, a.memory_ids[chunk_begin + k]);
       if (a.same_id == CPR_SAME_POSITIVE) members.positive[k][v] = same;
@@ -86,7 +89,7 @@ void find_members(const cpr_mil_nce_args& a, int64_t block, int64_t chunk_begin,
   for (int64_t i = 0; listed && i < queries * a.P; ++i) {  // a listed slot overrides same_id, and counts once
     const int64_t k = slots[i] - chunk_begin, lane = i / a.P;
     if (k < 0 || k >= count || (a.memory_ids && a.memory_ids[slots[i]] == -1)) continue;
-    members.present[k][lane / 16] |= static_cast<Mask16>(1u << lane % 16);
+    if (!members.all_present) members.present[k][lane / 16] |= static_cast<Mask16>(1u << lane % 16);
     members.positive[k][lane / 16] |= static_cast<Mask16>(1u << lane % 16);
   }
 }
@@ -130,7 +133,7 @@ void online_softmax(Part<T>& part, int v, int64_t count, int64_t D, const Member
   for (int64_t k = 0; k < count; ++k) {
     const auto score = load(column + k * kBlock);
     const auto raised = max(new_max, score);
-    new_max = members.dense ? raised : select(members.present[k][v], raised, new_max);
+    new_max = members.all_present ? raised : select(members.present[k][v], raised, new_max);
   }
   auto sum = load(part.sum + v * 16);
   if (less(old_max, new_max)) {
@@ -144,7 +147,7 @@ void online_softmax(Part<T>& part, int v, int64_t count, int64_t D, const Member
   }
   for (int64_t k = 0; k < count; ++k) {
     auto weight = exp(load(column + k * kBlock) - new_max);
-    if (!members.dense) weight = keep_lanes(members.present[k][v], weight);
+    if (!members.all_present) weight = keep_lanes(members.present[k][v], weight);
     sum = sum + weight;
     store(column + k * kBlock, weight);
   }
@@ -187,7 +190,7 @@ void accumulate_parts(int64_t begin, int64_t end, void* context) {
       const T* entries = chunk_entries(a, first, count, copy.data);
       find_members(a, block, first, count, members);
       score_chunk(job, block, entries, count, scores.data);
-      for (int64_t k = 0; !members.dense && k < count; ++k) {
+      for (int64_t k = 0; !members.none_positive && k < count; ++k) {
         for (int v = 0; v < kTileVectors; ++v) {
           for (unsigned left = members.positive[k][v]; left; left &= left - 1) {
             const int64_t lane = v * 16 + __builtin_ctz(left);
@@ -327,8 +330,8 @@ void entry_weights(const GradJob<T>& job, int64_t block, int64_t count, const Me
     for (int64_t k = 0; k < count; ++k) {
       T* at = scores + k * kBlock + v * 16;
       const auto score = load(at);
-      auto weight = keep_lanes(members.dense ? valid : valid & members.present[k][v], exp(score - all));
-      if (!members.dense && members.positive[k][v]) {
+      auto weight = keep_lanes(members.all_present ? valid : valid & members.present[k][v], exp(score - all));
+      if (!members.none_positive && members.positive[k][v]) {
         weight = weight - keep_lanes(valid & members.positive[k][v], exp(score - positive));
       }
       store(at, weight);
