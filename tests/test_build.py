@@ -250,7 +250,7 @@ class TestJournal:
             make(tmp_path, root)
         assert not (tmp_path / "index.csv").exists()
         with (tmp_path / "index.probe.jsonl").open("a") as journal:
-            journal.write('{"path": "half a li')
+            journal.write('\n{"path": "half a li')
         os.utime(root / "a" / "v0.mp4", (1, 1))  # changed since
         index, report = make(tmp_path, root)
         assert len(index) == 7 and report["probed"] == 5  # v0 again, and v3 .. v6
@@ -265,6 +265,19 @@ class TestJournal:
         assert (tmp_path / "s.csv").read_text() == (tmp_path / "index.csv").read_text() and len(whole) == 7
         with pytest.raises(InputError, match=r"shard: expected \(i, n\)"):
             write_index(root, tmp_path / "s.csv", IndexOptions(shard=(3, 3)))
+
+    def test_shards_that_run_at_the_same_time_miss_nothing(self, tmp_path, root, monkeypatch):
+        options = [IndexOptions(shard=(i, 2)) for i in range(2)]
+        probe_all, began = build.probe_all, []
+
+        def probing(*arguments, **named):  # the other shard begins and ends while this one is at work
+            began.append(True)
+            if len(began) == 1:
+                assert write_index(root, tmp_path / "s.csv", options[1])["left"] == 4
+            return probe_all(*arguments, **named)
+
+        monkeypatch.setattr(build, "probe_all", probing)
+        assert write_index(root, tmp_path / "s.csv", options[0])["videos"] == len(Index.load(tmp_path / "s.csv")) == 7
 
 
 class TestTranscode:

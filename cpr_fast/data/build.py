@@ -128,6 +128,7 @@ def _build(
         run = lambda path: transcode_video(path, targets[path], options.short_side)  # noqa: E731
         todo = [path for path, target in targets.items() if journal.get(path) is None or not target.exists()]
         probed = probe_all(todo, run, journal, description="transcoding", progress=progress)
+    journal.read(files())  # of shards that ran meanwhile: whoever ends last knows all results
     rate = probed / (time.perf_counter() - began)
     facts = {"verified": verify or options.transcode is not None, "probed": probed, "files_per_s": round(rate, 1)}
     left = sum(journal.get(item.path) is None for item in listing.videos)
@@ -158,12 +159,14 @@ def _journal(out: Path | None, options: IndexOptions, verify: bool) -> tuple[Jou
     """The journal of this shard, which knows the results of all, and a function that lists the files of all."""
     task = f"transcode {options.short_side}" if options.transcode else "decode" if verify else "packets"
     if out is None:
-        return Journal(None, [], task), list
+        return Journal(None, task), list
     out.parent.mkdir(parents=True, exist_ok=True)
     number, count = options.shard
     name = f"{out.stem}.probe.jsonl" if count == 1 else f"{out.stem}.probe-{number}-of-{count}.jsonl"
     files = lambda: sorted(out.parent.glob(f"{out.stem}.probe*.jsonl"))  # noqa: E731
-    return Journal(out.with_name(name), files(), task), files
+    journal = Journal(out.with_name(name), task)
+    journal.read(files())
+    return journal, files
 
 
 def _target(path: Path, root: Path, folder: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -34,34 +34,38 @@ def probe(path: Path, *, verify: bool) -> VideoInfo:
 
 
 class Journal:
-    """Results by path: lines of JSON in `file`, read together with those of every other shard of the same index.
+    """Results by path: lines of JSON, appended to `file`; `read` takes in those of every shard of the same index.
 
     A result holds as long as the video's size and time of change, and what was done to it, stay the same.
     """
 
-    def __init__(self, file: Path | None, others: Sequence[Path], task: str) -> None:
-        self._file, self._task, self._results = file, task, {}
-        for path in others:
+    def __init__(self, file: Path | None, task: str) -> None:
+        self._file, self._task = file, task
+        self._results: dict[tuple[object, ...], dict] = {}  # by path and state
+
+    def read(self, files: Iterable[Path]) -> None:
+        """Takes in what stands in journals; other shards may be writing theirs."""
+        for path in files:
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     row = json.loads(line)
-                    self._results[row["path"]] = row
+                    self._results[row["path"], *row["state"]] = row
                 except (json.JSONDecodeError, KeyError):  # the last line of a run that was killed
                     continue
 
     def get(self, path: Path) -> VideoInfo | VideoError | None:
-        row = self._results.get(str(path))
-        if row is None or row["state"] != self._state(path):
+        row = self._results.get((str(path), *self._state(path)))
+        if row is None:
             return None
         return VideoInfo(**row["info"]) if "info" in row else VideoError(path, row["reason"])
 
     def add(self, path: Path, result: VideoInfo | VideoError) -> None:
         row = {"path": str(path), "state": self._state(path)}
         row |= {"reason": result.reason} if isinstance(result, VideoError) else {"info": asdict(result)}
-        self._results[str(path)] = row
+        self._results[row["path"], *row["state"]] = row
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(f"\n{json.dumps(row)}")  # the newline first: the last line may be half a one
 
     def _state(self, path: Path) -> list[object]:
         record = lmdb.split_record(path)
