@@ -100,6 +100,7 @@ def peak_mib(call: Callable, device: str) -> float:
         del outputs
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     call()
+    ctypes.CDLL(str(_library._PATH)).cpr_release_scratch()  # kept for the next call
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak resident size back to the present one
     before = _status_kib("VmRSS")

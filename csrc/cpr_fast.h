@@ -106,6 +106,8 @@ CPR_API const char* cpr_tvl1_flow_cuda(const cpr_tvl1_args* args, void* workspac
 CPR_API const char* cpr_cpu_variants(void);
 // Forces a variant by name for this process (tests, bench); null restores the best. Non-zero if it cannot run here.
 CPR_API int cpr_force_cpu_variant(const char* name);
+// The CPU kernels keep large scratch memory for the thread's next call, 256 MiB at most; this frees the caller's.
+CPR_API void cpr_release_scratch(void);
 // The CUDA architectures compiled in ("80-real,80-virtual,90a-real"), or "" for a CPU-only build.
 CPR_API const char* cpr_cuda_architectures(void);
 

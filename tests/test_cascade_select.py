@@ -229,6 +229,20 @@ def test_threads_batch_and_repetition_change_nothing(thread_counts):
         assert_same(alone, [x[b : b + 1] for x in whole])
 
 
+def test_scratch_kept_from_other_calls_changes_nothing(kernel_library):
+    """Sizes up and down, so that blocks are kept, reused, too small, replaced; and given back."""
+    expected = {}
+    for K in (9_000, 700, 70_000, 9_001, 700, 9_000, 70_000):
+        memory, (views, keep) = lattice(2, K, 8, seed=K), schedule(K, 3, 2)
+        result = cascade_select(lattice(2, 33, 8, seed=1), memory, views, keep)
+        assert_same(result, expected.setdefault(K, result))
+        if K == 9_001:
+            kernel_library.cpr_release_scratch()
+    assert_same(
+        expected[700], cascade_select_ref(lattice(2, 33, 8, seed=1), lattice(2, 700, 8, seed=700), *schedule(700, 3, 2))
+    )
+
+
 def test_permuting_the_memory_permutes_the_result(device):
     generator = torch.Generator().manual_seed(3)
     queries, memory = (torch.randn(2, size, 32, generator=generator).to(device) for size in (6, 900))

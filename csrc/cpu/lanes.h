@@ -4,12 +4,9 @@
 
 #include <stddef.h>
 #include <stdint.h>
-#include <stdlib.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "cpr_fast.h"
+#include "cpu/scratch.h"
 #include "cpu/vec16.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -355,23 +352,14 @@ inline void pack_panel(const void* data, int dtype, int64_t begin, int64_t count
 
 // ---- scratch and floating-point mode -----------------------------------------------------------------------
 // Uninitialised scratch of `count` elements, cache-line aligned, with one vector of slack; null when out of memory.
-// Large ones ask for huge pages: the system clears what it hands out page by page, and rows written side by side lie
-// on more small pages than the processor remembers.
 template <class T>
 struct Scratch {
-  explicit Scratch(int64_t count) : data(static_cast<T*>(allocate(count * sizeof(T) + 16 * sizeof(T)))) {}
-  ~Scratch() { free(data); }
+  explicit Scratch(int64_t count)
+      : block(acquire_scratch(count * sizeof(T) + 16 * sizeof(T))), data(static_cast<T*>(block.memory)) {}
+  ~Scratch() { release_scratch(block); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  static void* allocate(size_t bytes) {
-    constexpr size_t kHugePage = size_t{1} << 21;
-    const size_t alignment = bytes < 2 * kHugePage ? 64 : kHugePage;
-    void* const memory = aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-#if defined(__linux__)
-    if (memory != nullptr && alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
-    return memory;
-  }
+  const ScratchBlock block;
   T* const data;
 };
 
