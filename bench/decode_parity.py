@@ -19,6 +19,9 @@ import nvidia.dali
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import real_clips
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.parity import (
@@ -43,13 +46,12 @@ def videos(folder: Path, clips: int):
             print(f"{codec}: FFmpeg has no encoder", file=sys.stderr)
         else:
             yield f"synthetic {codec}", path
-    shared = Path(os.environ.get("CPR_FAST_SHARED", ROOT.parent / "shared")) / "data"
-    avi = sorted((shared / "ucf101_100").glob("*/*.avi"))
+    avi = sorted(real_clips.UCF101.glob("*/*.avi"))
     for path in avi[:: max(1, len(avi) // clips)][:clips]:
         yield f"UCF101 {path.stem}", path
     for name in ("eat.mkv", "h264_10bits.mp4", "mmaction2_test.avi"):
-        if (shared / "tiny" / name).exists():
-            yield f"real {name}", shared / "tiny" / name
+        if (path := real_clips.ROOT / "tiny" / name).exists():
+            yield f"real {name}", path
 
 
 def measure(name: str, path: Path, device: torch.device) -> dict:

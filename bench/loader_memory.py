@@ -19,6 +19,9 @@ import numpy as np
 import simplejpeg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import real_clips
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.build import IndexOptions, write_index
@@ -28,7 +31,6 @@ from cpr_fast.data.media import read_frames
 from cpr_fast.data.pipeline import TrainLoader
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("CPR_FAST_SHARED", ROOT.parent / "shared")) / "data"
 
 
 def anonymous_mib() -> float:
@@ -38,7 +40,7 @@ def anonymous_mib() -> float:
 
 def link_videos(folder: Path, count: int) -> None:
     """ROOT/<class>/<video> of some clips, as links."""
-    for clip in sorted((SHARED / "ucf101_100").glob("*/*.avi"))[:count]:
+    for clip in sorted(real_clips.UCF101.glob("*/*.avi"))[:count]:
         (folder / clip.parent.name).mkdir(parents=True, exist_ok=True)
         (folder / clip.parent.name / clip.name).symlink_to(clip)
 

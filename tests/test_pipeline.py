@@ -21,11 +21,11 @@ from cpr_fast.data.graph import ClipGraph
 from cpr_fast.data.index import Index, Video
 from cpr_fast.data.lmdb import RecordWriter, record_path, split_record
 from cpr_fast.data.pipeline import TrainLoader, WindowLoader, _route
-from cpr_fast.data.pixels import IMAGENET_MEAN as MEAN
-from cpr_fast.data.pixels import IMAGENET_STD as STD
 from cpr_fast.data.sampling import Clips, Sources, clip_frames, epoch_order, plan_labelled, plan_pairs, plan_windows
 from cpr_fast.data.stream import ClipStream, Job
 from cpr_fast.errors import InputError
+from cpr_fast.pixels import IMAGENET_MEAN as MEAN
+from cpr_fast.pixels import IMAGENET_STD as STD
 
 CPU = torch.device("cpu")
 DATA = DataConfig(frames=4, size=32, batch_size=4, workers=2, prefetch=2)

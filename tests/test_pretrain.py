@@ -442,6 +442,17 @@ def test_waiting_for_data_is_measured(tmp_path):
         assert row["clips_per_s"] == pytest.approx(12 / (row["data_wait_s"] + row["step_time_s"]))
 
 
+def test_files_that_could_not_be_read_are_counted_and_named_at_the_end(tmp_path, caplog):
+    class Skipping(RandomLoader):
+        skipped = ((Path("/b.mp4"), "is empty"), (Path("/a.mp4"), "no frame decodes"))
+
+    folder = run(settings(tmp_path, schedule={"cycles": [{"view": "rgb", "epochs": 2, "mining": "none"}]}), Skipping)
+    assert [row["skipped"] for row in rows(folder, "epoch")] == [2, 2]
+    text = "cycle 1: 2 files could not be read, others stood in for them: /a.mp4: no frame decodes; /b.mp4: is empty"
+    assert [row["text"] for row in rows(folder, "note")] == [text]
+    assert [record.getMessage() for record in caplog.records] == [text]
+
+
 def test_progress_is_drawn_on_stderr(tmp_path, capsys):
     cycles = {"cycles": [{"view": "rgb", "epochs": 1, "mining": "none"}]}
     pretrain(settings(tmp_path, schedule=cycles), index=INDEX, make_loader=RandomLoader, progress=True)

@@ -12,9 +12,9 @@ from cpr_fast.config import DataConfig
 from cpr_fast.data.build import build_index
 from cpr_fast.data.index import Index
 from cpr_fast.data.pipeline import TrainLoader
-from cpr_fast.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from cpr_fast.data.show import LABEL_HEIGHT, show_sample
 from cpr_fast.errors import InputError
+from cpr_fast.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 DATA = DataConfig(frames=18, size=32, batch_size=3)
 

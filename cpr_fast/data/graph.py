@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from cpr_fast.config import DataConfig
-from cpr_fast.data.pixels import normalisation
 from cpr_fast.data.sampling import Clips
+from cpr_fast.pixels import normalisation
 
 try:
     from nvidia.dali import fn, pipeline_def, types

@@ -20,10 +20,10 @@ from cpr_fast.config import DataConfig
 from cpr_fast.data.clips import fetch_frames
 from cpr_fast.data.graph import ClipGraph
 from cpr_fast.data.index import Index, Video
-from cpr_fast.data.pixels import normalisation
 from cpr_fast.data.reference import ReferenceGraph
 from cpr_fast.data.sampling import Sources, plan_pairs
 from cpr_fast.data.video import VideoError, probe_video, read_frames, slice_packets
+from cpr_fast.pixels import normalisation
 
 # codec -> (encoders, the first one that FFmpeg has is taken; suffix; pixel format; options)
 CODECS: dict[str, tuple[tuple[str, ...], str, str, dict[str, str]]] = {

@@ -17,8 +17,8 @@ from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
 from cpr_fast.config import DataConfig
-from cpr_fast.data.pixels import normalisation
 from cpr_fast.data.sampling import IIC_FRAME, IIC_SIDE, Clips
+from cpr_fast.pixels import normalisation
 
 
 class ReferenceGraph:

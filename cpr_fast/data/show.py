@@ -16,8 +16,8 @@ from torch import Tensor
 from cpr_fast.config import DataConfig
 from cpr_fast.data.index import Index
 from cpr_fast.data.pipeline import TrainLoader
-from cpr_fast.data.pixels import normalisation
 from cpr_fast.errors import InputError
+from cpr_fast.pixels import normalisation
 
 PER_ROW = 16  # frames of a clip side by side
 LABEL_HEIGHT = 14  # pixels of the line of text above a clip

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.pixels import IMAGENET_MEAN, IMAGENET_STD
+from ..pixels import IMAGENET_MEAN, IMAGENET_STD
 from .features import Embedding
 
 ZERO_FLOW = 128 / 255  # the grey level that stores no motion

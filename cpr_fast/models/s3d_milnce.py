@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpr_fast.models.s3d import S3D, SelfGating
-
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which the loaders' clips are normalised by
+from cpr_fast.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 
 class SpaceToDepthStem(nn.Module):
@@ -27,7 +26,7 @@ class SpaceToDepthStem(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(8 * 3, out_channels, (2, 4, 4), padding=(1, 2, 2), bias=False)
         self.bn = nn.BatchNorm3d(out_channels)
-        for name, values in (("mean", _MEAN), ("std", _STD)):
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

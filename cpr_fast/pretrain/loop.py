@@ -6,6 +6,7 @@ The step itself, Algorithm 1 of the paper, is `cpr_fast.pretrain.step.train_step
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
@@ -37,6 +38,8 @@ from .watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ..data.pipeline import Batch
+
+log = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
@@ -137,7 +140,7 @@ def _run_cycle(
         run.index, config.data, state.views, seed=config.run.seed, device=world.device, rank=world.rank,
         world_size=world.size,
     )  # fmt: skip
-    log = StepLog(run.writer, state, number, run.index)
+    rows = StepLog(run.writer, state, number, run.index)
     steps = len(loader)  # of an epoch
     description = f"cycle {number + 1}/{len(config.schedule.cycles)}: {state.cycle.view}, mining {state.cycle.mining}"
     batches = _timed_batches(loader, epochs, start_step, run.watch)
@@ -152,24 +155,35 @@ def _run_cycle(
                                config.schedule.gamma)  # fmt: skip
             state.set_learning_rate(lr)
             result = train_step(state, batch, step)
-            log.step(step, epoch, lr, data_wait_s, result)
+            rows.step(step, epoch, lr, data_wait_s, result)
             last = i + 1 == steps
             if last:
-                log.epoch(epoch, len(distributed.union(path for path, _ in loader.skipped)), result)
+                rows.epoch(epoch, len(distributed.union(path for path, _ in loader.skipped)), result)
                 if config.run.dump_memory and world.is_main:
                     dump_memory(run.folder, state, number)
                 state.start_epoch()
             every, signum = config.run.checkpoint_every, distributed.largest(run.stop.signum)
             if last or signum or (every and (step + 1) % every == 0):
                 run.watch.doing(f"writing the checkpoint of step {step}")
-                log.check()
+                rows.check()
                 where = {"step": step + 1, "epoch": epoch + last, "step_in_epoch": 0 if last else i + 1}
                 path = _save(run, state, {**where, "cycle": number}, weights)
             if signum:
                 name = signal.Signals(signum).name
                 raise Interrupted(f"stopped by {name} after step {step}; saved {path}; go on with --resume", signum)
+        _name_skipped(run, number, loader)
     finally:
         loader.close()
+
+
+def _name_skipped(run: Run, number: int, loader: Loader) -> None:
+    """At the end of a cycle, the files that other videos stood in for: on stderr and as a note."""
+    skipped = sorted(distributed.union((str(path), reason) for path, reason in loader.skipped))
+    if skipped and run.writer is not None:
+        named = "; ".join(f"{path}: {reason}" for path, reason in skipped)
+        text = f"cycle {number + 1}: {len(skipped)} files could not be read, others stood in for them: {named}"
+        run.writer.write({"kind": "note", "text": text})
+        log.warning(text)
 
 
 def _timed_batches(
