@@ -8,8 +8,6 @@ MJPEG alone. Real clips are those of $CPR_FAST_SHARED/data, if they are there.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,8 +15,8 @@ from pathlib import Path
 import av
 import nvidia.dali
 import torch
+from measure import world, write_result
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import real_clips
@@ -34,7 +32,6 @@ from cpr_fast.data.parity import (
 )
 from cpr_fast.data.video import probe_video
 
-ROOT = Path(__file__).resolve().parent.parent
 CLIP = 16  # frames of a compared clip
 
 
@@ -70,12 +67,12 @@ def measure(name: str, path: Path, device: torch.device) -> dict:
     }
 
 
-def table(rows: list[dict], world: dict) -> str:
+def table(rows: list[dict], about: dict) -> str:
     lines = [
         "# Decode parity",
         "",
-        f"`{world['command']}`: device {world['device']}, commit {world['commit']}, DALI {world['dali']}, PyAV "
-        f"{world['pyav']}.",
+        f"`{about['command']}`: device {about['device']}, commit {about['commit']}, DALI {about['dali']}, PyAV "
+        f"{about['pyav']}.",
         "",
         f"Clips of {CLIP} frames. *Seeks*: frames identical, bit for bit, to a linear decode, by seeking and by the "
         "packets that a GPU is given. *DALI*: its decoder's frames that are the right one of five neighbours, and PSNR "
@@ -110,19 +107,10 @@ def main() -> None:
         for name, path in videos(Path(folder), options.clips):
             rows.append(measure(name, path, device))
             print(json.dumps(rows[-1]), flush=True)
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
-    world = {
-        "command": " ".join(["python", "bench/decode_parity.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "commit": commit.strip(),
-        "dali": nvidia.dali.__version__,
-        "pyav": av.__version__,
-    }
+    about = world(device.type) | {"dali": nvidia.dali.__version__, "pyav": av.__version__}
     name = "decode_parity" if device.type == "cpu" else f"decode_parity_{device.type}"
-    for suffix, text in ((".json", json.dumps(world | {"rows": rows}, indent=1) + "\n"), (".md", table(rows, world))):
-        partial = ROOT / "bench" / "results" / f"{name}{suffix}.tmp"
-        partial.write_text(text)
-        os.replace(partial, partial.with_suffix(""))
+    write_result(f"{name}.json", json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    write_result(f"{name}.md", table(rows, about))
 
 
 if __name__ == "__main__":

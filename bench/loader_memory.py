@@ -9,16 +9,14 @@ third on (least squares). Mapped files are not counted: the kernel takes their p
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
+from measure import world, write_result
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import real_clips
@@ -29,8 +27,6 @@ from cpr_fast.data.index import Index
 from cpr_fast.data.lmdb import RecordWriter
 from cpr_fast.data.media import read_frames
 from cpr_fast.data.pipeline import TrainLoader
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def anonymous_mib() -> float:
@@ -85,16 +81,8 @@ def main() -> None:
             slope = float(np.polyfit(range(len(late)), late, 1)[0]) if len(late) > 1 else None
             rows.append({"route": route, "memory_mib": memory, "growth_mib_per_epoch": slope and round(slope, 3)})
             print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "command": " ".join(["python", "bench/loader_memory.py", *sys.argv[1:]]),
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
-        "videos": options.videos,
-        "clips_per_epoch": 2 * (options.videos // 8 * 8),
-        "rows": rows,
-    }
-    partial = ROOT / "bench" / "results" / "loader_memory.tmp"
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, partial.with_suffix(".json"))
+    about = world("cpu") | {"videos": options.videos, "clips_per_epoch": 2 * (options.videos // 8 * 8)}
+    write_result("loader_memory.json", json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

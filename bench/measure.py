@@ -7,6 +7,7 @@ All forms of one shape are timed in turn, round by round, so that a slow spell o
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import statistics
 import subprocess
@@ -132,6 +133,13 @@ def world(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         "command": " ".join(["python", *sys.argv]),
     }
+
+
+def write_result(name: str, text: str) -> None:
+    """bench/results/<name>, replaced in one step."""
+    partial = RESULTS / f"{name}.tmp"
+    partial.write_text(text)
+    os.replace(partial, RESULTS / name)
 
 
 def cpu_name() -> str:

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +28,7 @@ from .metrics import environment
 
 PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu13", "av", "numpy", "pillow",
             "simplejpeg", "lmdb", "msgpack", "tensorboard", "safetensors", "onnx")  # fmt: skip
-SAMPLE = 12  # videos that are decoded to look for damage
+SAMPLE, SAMPLE_S = 12, 10.0  # at least so many videos are decoded to look for damage, more within these seconds
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _data(index: Path, videos: Index, findings: list[Finding]) -> dict[str, Any]
     short = sum(video.num_frames <= SHORT for video in videos)
     without_flow = sum(video.flow_path is None for video in videos)
     siblings = Counter(video.source for video in videos)
-    damaged, whole = _sample(videos)
+    sampled, damaged, whole = _sample(videos)
     facts = {
         "videos": len(videos),
         "splits": dict(Counter(video.split for video in videos)),
@@ -171,9 +172,9 @@ def _data(index: Path, videos: Index, findings: list[Finding]) -> dict[str, Any]
         "sizes": len(sizes),
         "short": short,
         "without_flow": without_flow,
-        "sampled": min(SAMPLE, len(videos)),
+        "sampled": sampled,
         "damaged": damaged,
-        "decodable": len(damaged) < min(SAMPLE, len(videos)),
+        "decodable": len(damaged) < sampled,
         "disk_free_gib": _free_gib(container(videos[0].path).parent),
     }
     if damaged:
@@ -198,10 +199,15 @@ def _data(index: Path, videos: Index, findings: list[Finding]) -> dict[str, Any]
     return facts
 
 
-def _sample(videos: Index) -> tuple[list[dict[str, str]], int]:
-    """Videos spread over the index whose first or last frames do not decode, and how many are sliced whole."""
-    damaged, whole = [], 0
-    for position in np.unique(np.linspace(0, len(videos) - 1, SAMPLE).astype(int)):
+def _sample(videos: Index) -> tuple[int, list[dict[str, str]], int]:
+    """How many videos, drawn from the index, were looked at; those whose first, middle or last frame does not decode;
+    and how many are sliced whole."""
+    sampled, damaged, whole = 0, [], 0
+    end = time.perf_counter() + SAMPLE_S
+    for position in np.random.default_rng(0).permutation(len(videos)):
+        if sampled >= SAMPLE and time.perf_counter() > end:
+            break
+        sampled += 1
         video = videos[int(position)]
         parts = [(video.path, "rgb", video.num_frames)]
         parts += [(video.flow_path, "flow", video.num_frames - 1)] if video.flow_path else []
@@ -214,7 +220,7 @@ def _sample(videos: Index) -> tuple[list[dict[str, str]], int]:
                 whole += len(packets) > 0.7 * video.path.stat().st_size
         except VideoError as error:
             damaged.append({"path": str(error.path), "reason": error.reason})
-    return damaged, whole
+    return sampled, damaged, whole
 
 
 def _class_order(classes: list[str]) -> str:

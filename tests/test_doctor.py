@@ -61,7 +61,8 @@ def test_a_good_data_set(good):
     assert not texts(result, "error")
     data = result["data"]
     assert (data["videos"], data["classes"], data["without_flow"], data["short"]) == (10, 2, 10, 1)
-    assert data["splits"] == {"train": 8, "test": 2} and data["videos_with_siblings"] == 2 and not data["damaged"]
+    assert data["splits"] == {"train": 8, "test": 2} and data["videos_with_siblings"] == 2
+    assert data["sampled"] == 10 and not data["damaged"]
     assert "10 of 10 videos have no flow" in texts(result, "warning") and "1 short" in texts(result, "warning")
     row = result["breakdown"]
     assert row["views"] == ["rgb"] and row["batch_size"] == 4 and row["bottleneck"] in row["stage_s_per_step"]
