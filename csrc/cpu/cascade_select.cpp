@@ -211,19 +211,24 @@ struct Survivors {
 };
 
 // Keeps the lanes of `mask` of each vector, in order. In place: the write position never overtakes the read position.
+// kViews: how many compared views, where that is known: the usual two keep their pointers in registers.
+template <int kViews>
 inline void compact_vector(Survivors& s, int64_t from, int64_t to, Mask16 mask, Key16 slots) {
-  for (int64_t u = 0; u < s.U; ++u) compress(s.keys + u * s.stride + to, mask, load(s.keys + u * s.stride + from));
+  const int64_t views = kViews ? kViews : s.U;
+  for (int64_t u = 0; u < views; ++u) compress(s.keys + u * s.stride + to, mask, load(s.keys + u * s.stride + from));
   compress(s.slots + to, mask, slots);
 }
 
 // Drops empty entries, those of the query's own id and NaN scores.
+template <int kViews>
 void drop_excluded(Survivors& s, const cpr_cascade_args& a, int64_t b) {
   static const int32_t iota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const int64_t own_id = a.query_ids ? a.query_ids[b] : -1;
   int64_t kept = 0;
   for (int64_t i = 0; i < a.K; i += 16) {
     Mask16 mask = first_lanes(a.K - i);
-    for (int64_t u = 0; u < s.U; ++u) mask &= greater(load(s.keys + u * s.stride + i), broadcast(kNoKey));
+    for (int64_t u = 0; u < (kViews ? kViews : s.U); ++u)
+      mask &= greater(load(s.keys + u * s.stride + i), broadcast(kNoKey));
     if (a.memory_ids && i + 16 <= a.K) {
       mask &= static_cast<Mask16>(~(equal_ids(a.memory_ids + i, -1) | equal_ids(a.memory_ids + i, own_id)));
     } else if (a.memory_ids) {
@@ -236,7 +241,7 @@ void drop_excluded(Survivors& s, const cpr_cascade_args& a, int64_t b) {
     if (mask == kAllLanes && kept == i) {  // nothing dropped so far: the keys lie where they belong
       store(s.slots + i, slots);
     } else {
-      compact_vector(s, i, kept, mask, slots);
+      compact_vector<kViews>(s, i, kept, mask, slots);
     }
     kept += count_lanes(mask);
   }
@@ -244,6 +249,7 @@ void drop_excluded(Survivors& s, const cpr_cascade_args& a, int64_t b) {
 }
 
 // One stage: the best `keep` survivors by (key descending, slot ascending) stay, in slot order.
+template <int kViews>
 void select_stage(Survivors& s, int64_t row, int64_t keep, int32_t* const scratch[2]) {
   if (s.count <= keep) return;
   const int32_t* keys = s.keys + row * s.stride;
@@ -259,7 +265,7 @@ void select_stage(Survivors& s, int64_t row, int64_t keep, int32_t* const scratc
       ties -= count_lanes(tied);
     }
     const Mask16 mask = tied | (greater(key, broadcast(threshold.key)) & valid);
-    compact_vector(s, i, kept, mask, load(s.slots + i));
+    compact_vector<kViews>(s, i, kept, mask, load(s.slots + i));
     kept += count_lanes(mask);
   }
   s.count = kept;
@@ -302,6 +308,7 @@ void write_result(const Survivors& s, const cpr_cascade_args& a, int64_t row, in
   }
 }
 
+template <int kViews>
 void select_queries(int64_t begin, int64_t end, void* context) {
   Job& job = *static_cast<Job*>(context);
   const cpr_cascade_args& a = job.args;
@@ -313,8 +320,8 @@ void select_queries(int64_t begin, int64_t end, void* context) {
   int32_t* const scratch[2] = {first.data, second.data};
   for (int64_t q = begin; q < end; ++q) {
     Survivors s{slots.data, job.rows + q * job.row_stride, kBlock * job.row_stride, job.U, 0};
-    drop_excluded(s, a, job.block_begin + q);
-    for (int64_t stage = 0; stage < a.n; ++stage) select_stage(s, job.stage_row[stage], a.keep[stage], scratch);
+    drop_excluded<kViews>(s, a, job.block_begin + q);
+    for (int64_t stage = 0; stage < a.n; ++stage) select_stage<kViews>(s, job.stage_row[stage], a.keep[stage], scratch);
     write_result(s, a, job.stage_row[a.n - 1], job.block_begin + q, scratch);
   }
 }
@@ -355,7 +362,7 @@ const char* cascade_select(const cpr_cascade_args* args, cpr_parallel_for parall
     job.block_size = a.B - job.block_begin < kBlock ? a.B - job.block_begin : kBlock;
     pack_block(job, row.data);
     parallel(job.chunks, 4, score_chunks, &job);
-    if (job.failure == nullptr) parallel(job.block_size, 1, select_queries, &job);
+    if (job.failure == nullptr) parallel(job.block_size, 1, job.U == 2 ? select_queries<2> : select_queries<0>, &job);
     if (job.failure != nullptr) return job.failure;
   }
   return nullptr;
