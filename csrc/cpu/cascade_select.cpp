@@ -93,7 +93,7 @@ void ranked_vectors(const int32_t* padded, int n, int upper, int lower, int32_t*
   }
   for (int i = 0; i < n; ++i) {
     const Key16 key = broadcast(padded[i]);
-    for (int v = 0; v < N; ++v) rank[v] = increment(greater(key, lanes[v]), rank[v]);
+    for (int v = 0; v < N; ++v) rank[v] = add_greater(rank[v], key, lanes[v]);
   }
   Key16 at_upper = broadcast(INT32_MAX), at_lower = at_upper;
   for (int v = 0; v < N; ++v) {

@@ -73,7 +73,10 @@ inline Key16 broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Key16 add(Key16 a, Key16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Mask16 greater(Key16 a, Key16 b) { return _mm512_cmpgt_epi32_mask(a.v, b.v); }
 inline Mask16 equal(Key16 a, Key16 b) { return _mm512_cmpeq_epi32_mask(a.v, b.v); }
-inline Key16 increment(Mask16 mask, Key16 a) { return {_mm512_mask_add_epi32(a.v, mask, a.v, _mm512_set1_epi32(1))}; }
+// sum + 1 in the lanes where a > b.
+inline Key16 add_greater(Key16 sum, Key16 a, Key16 b) {
+  return {_mm512_mask_add_epi32(sum.v, _mm512_cmpgt_epi32_mask(a.v, b.v), sum.v, _mm512_set1_epi32(1))};
+}
 inline Key16 select(Mask16 mask, Key16 a, Key16 b) { return {_mm512_mask_mov_epi32(b.v, mask, a.v)}; }
 inline Key16 min(Key16 a, Key16 b) { return {_mm512_min_epi32(a.v, b.v)}; }
 inline int32_t least(Key16 a) { return _mm512_reduce_min_epi32(a.v); }
@@ -118,12 +121,8 @@ inline void transpose_keys(const float* tile, int64_t tile_stride, int32_t* rows
   }
 }
 
-#else  // AVX2 and plain C++ share all but the lines that carry the time
+#elif defined(__AVX2__)
 
-struct Key16 {
-  int32_t v[16];
-};
-#if defined(__AVX2__)
 inline Mask16 less(Vec16 a, Vec16 b) {
   return static_cast<Mask16>(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)) |
                              _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ)) << 8);
@@ -135,7 +134,14 @@ inline Vec16 scale_exponent(Vec16 x, Vec16 shifted) {
   };
   return {scaled(x.lo, shifted.lo), scaled(x.hi, shifted.hi)};
 }
+#include "cpu/key16_avx2.h"
+inline Vec16 keep_lanes(Mask16 mask, Vec16 a) { return mask == kAllLanes ? a : select(mask, a, broadcast(0.0f)); }
+
 #else
+
+struct Key16 {
+  int32_t v[16];
+};
 inline Mask16 less(Vec16 a, Vec16 b) {
   Mask16 mask = 0;
   for (int i = 0; i < 16; ++i) mask |= static_cast<Mask16>((a.v[i] < b.v[i]) << i);
@@ -147,13 +153,8 @@ inline Vec16 scale_exponent(Vec16 x, Vec16 shifted) {
         float, __builtin_bit_cast(uint32_t, x.v[i]) + (__builtin_bit_cast(uint32_t, shifted.v[i]) << 23));
   });
 }
-#endif
 inline Vec16 select(Mask16 mask, Vec16 a, Vec16 b) {
-  float x[16], y[16];
-  store(x, a);
-  store(y, b);
-  for (int i = 0; i < 16; ++i) x[i] = mask >> i & 1 ? x[i] : y[i];
-  return load(x);
+  return each_lane([&](int i) { return mask >> i & 1 ? a.v[i] : b.v[i]; });
 }
 inline Vec16 keep_lanes(Mask16 mask, Vec16 a) { return mask == kAllLanes ? a : select(mask, a, broadcast(0.0f)); }
 inline Key16 load(const int32_t* p) {
@@ -174,23 +175,14 @@ inline Key16 add(Key16 a, Key16 b) {
   return a;
 }
 inline Mask16 greater(Key16 a, Key16 b) {
-#if defined(__AVX2__)
-  const auto half = [&](int i) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a.v + i));
-    const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.v + i));
-    return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(x, y)));
-  };
-  return static_cast<Mask16>(half(0) | half(8) << 8);
-#else
   Mask16 mask = 0;
   for (int i = 0; i < 16; ++i) mask |= static_cast<Mask16>((a.v[i] > b.v[i]) << i);
   return mask;
-#endif
 }
 inline Mask16 equal(Key16 a, Key16 b) { return static_cast<Mask16>(~(greater(a, b) | greater(b, a))); }
-inline Key16 increment(Mask16 mask, Key16 a) {
-  for (int i = 0; i < 16; ++i) a.v[i] += mask >> i & 1;
-  return a;
+inline Key16 add_greater(Key16 sum, Key16 a, Key16 b) {
+  for (int i = 0; i < 16; ++i) sum.v[i] += a.v[i] > b.v[i];
+  return sum;
 }
 inline Key16 select(Mask16 mask, Key16 a, Key16 b) {
   for (int i = 0; i < 16; ++i) a.v[i] = mask >> i & 1 ? a.v[i] : b.v[i];
