@@ -257,6 +257,25 @@ inline T exp_scalar(T x) {
 // out[r][lane] (+)= sum over t of rows[r * row_stride + t * step] * panel[t * panel_stride + lane], for R rows and
 // N x 16 lanes; each sum is one chain of fused multiply-adds in the order of t. Broadcasting the row-major operand
 // means that a memory [K, D] is read where it lies and never packed.
+// It computes in units of one register: GCC keeps arrays of them in registers, but not arrays of pairs.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+struct Vec8 {
+  __m256 v;
+};
+inline Vec8 unit_load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec8 unit_broadcast(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec8 fma(Vec8 a, Vec8 b, Vec8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline void store(float* p, Vec8 a) { _mm256_storeu_ps(p, a.v); }
+template <class T>
+constexpr int kUnit = sizeof(T) == 4 ? 8 : 16;
+#else
+inline Vec16 unit_load(const float* p) { return load(p); }
+inline Vec16 unit_broadcast(float x) { return broadcast(x); }
+template <class T>
+constexpr int kUnit = 16;
+#endif
+inline Double16 unit_load(const double* p) { return load(p); }
+inline Double16 unit_broadcast(double x) { return broadcast(x); }
 template <class T>
 struct Operand {
   const T* data;
@@ -264,9 +283,12 @@ struct Operand {
 };
 template <int R, int N, bool kAccumulate, class T>
 inline void tile(Operand<T> rows, const T* panel, int64_t panel_stride, int64_t depth, T* out, int64_t out_stride) {
-  decltype(load(panel)) acc[R][N];
+  constexpr int U = N * 16 / kUnit<T>;
+  decltype(unit_load(panel)) acc[R][U];
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < N; ++v) acc[r][v] = kAccumulate ? load(out + r * out_stride + v * 16) : broadcast(T(0));
+    for (int u = 0; u < U; ++u) {
+      acc[r][u] = kAccumulate ? unit_load(out + r * out_stride + u * kUnit<T>) : unit_broadcast(T(0));
+    }
   }
   const T* row = rows.data;
   constexpr int64_t kLine = 64 / sizeof(T);
@@ -275,15 +297,15 @@ inline void tile(Operand<T> rows, const T* panel, int64_t panel_stride, int64_t 
     if (!kAccumulate && t % kLine == 0) {
       for (int r = 0; r < R; ++r) __builtin_prefetch(row + (R + r) * rows.row_stride);
     }
-    decltype(load(panel)) lanes[N];
-    for (int v = 0; v < N; ++v) lanes[v] = load(panel + v * 16);
+    decltype(unit_load(panel)) lanes[U];
+    for (int u = 0; u < U; ++u) lanes[u] = unit_load(panel + u * kUnit<T>);
     for (int r = 0; r < R; ++r) {
-      const auto x = broadcast(row[r * rows.row_stride]);
-      for (int v = 0; v < N; ++v) acc[r][v] = fma(x, lanes[v], acc[r][v]);
+      const auto x = unit_broadcast(row[r * rows.row_stride]);
+      for (int u = 0; u < U; ++u) acc[r][u] = fma(x, lanes[u], acc[r][u]);
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < N; ++v) store(out + r * out_stride + v * 16, acc[r][v]);
+    for (int u = 0; u < U; ++u) store(out + r * out_stride + u * kUnit<T>, acc[r][u]);
   }
 }
 // Rows per tile of kTileVectors vectors: R x N accumulators fill the registers and hide the multiply-add's latency.
