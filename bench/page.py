@@ -26,6 +26,9 @@ BARS = {
     ("mil_nce", "gradient"): {"lean eager": (2, 1.8), "SDPA with LSE": (1, 1)},
 }
 HEADER = ["form", "time ms", "x ours", "bar", "x floor", "error", "peak MiB"]
+BARS_HEADER = ["op", "B", "K", "form", "at least", "x ours", "x ours, AVX2"]
+GROWTH_HEADER = ["op", "K", "time ms", "x the half", "x floor", "peak MiB"]
+THREADS_HEADER = ["form", "one ms", "two ms", "gain", "of the matrix product's gain"]
 
 
 def cells(row: dict, smallest: bool) -> list[str]:
@@ -57,6 +60,24 @@ def tables(report: dict) -> list[tuple[str, list[list[str]]]]:
     return found
 
 
+def bars(report: dict) -> list[list[str]]:
+    """Every bar, what the best CPU variant (or the device) reaches of it, and what AVX2 would."""
+    found, smallest = [], min(row["B"] * row["K"] for row in report["rows"])
+    for key, group in groupby(
+        report["rows"], key=lambda row: (row["op"], row["direction"], row["dtype"], row["B"], row["K"])
+    ):
+        op, direction, _, B, K = key
+        times = {row["form"]: row["time_ms"] for row in group if "skipped" not in row}
+        for form, (elsewhere, at_smallest) in BARS.get((op, direction), {}).items():
+            if form not in times:
+                continue
+            needed = at_smallest if smallest == B * K else elsewhere
+            ratios = [times[form] / times[own] if own in times else None for own in ("cpr_fast", "cpr_fast avx2")]
+            shown = ["-" if ratio is None else f"{ratio:.2f}{'' if ratio >= needed else ' MISSED'}" for ratio in ratios]
+            found.append([op, str(B), str(K), form, f"{needed:.2g}", *shown])
+    return found
+
+
 def growth(report: dict) -> list[list[str]]:
     """Our time and memory in the sweep, and what a doubling of K costs."""
     rows, last = [], {}
@@ -81,6 +102,13 @@ def threads(report: dict) -> list[list[str]]:
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def show(console: Console, title: str, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def plot(report: dict, path: Path) -> None:
@@ -116,20 +144,18 @@ def write_page(report: dict, path: Path) -> None:
         "process. Error: of a selection, the share of entries that float64 does not select; of a loss, the largest "
         "deviation from float64 of loss or gradient over the largest true value. Peak: memory beyond the inputs.\n",
     ]
+    text += ["## Bars\n", markdown_table(BARS_HEADER, bars(report))]
     for title, rows in tables(report):
-        table = Table(*HEADER, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        show(console, title, HEADER, rows)
         text += [f"## {title}\n", markdown_table(HEADER, rows)]
-    growing = ["op", "K", "time ms", "x the half", "x floor", "peak MiB"]
-    text += [f"## K doubled, B = {report['sweep'][0]['B']}\n", markdown_table(growing, growth(report))]
+    text += [f"## K doubled, B = {report['sweep'][0]['B']}\n", markdown_table(GROWTH_HEADER, growth(report))]
     text += [f"![time over K]({path.with_suffix('.png').name})\n"]
     if report["threads"]:
         title = "## From one thread to two, B = {B}, K = {K}; wall clock\n".format(**report["threads"][0])
-        header = ["form", "one ms", "two ms", "gain", "of the matrix product's gain"]
-        text += [title, markdown_table(header, threads(report))]
-    print("\n".join(text[-4:] if report["threads"] else text[-2:]))
+        text += [title, markdown_table(THREADS_HEADER, threads(report))]
+        show(console, title.strip("#\n "), THREADS_HEADER, threads(report))
+    show(console, "K doubled", GROWTH_HEADER, growth(report))
+    show(console, "Bars", BARS_HEADER, bars(report))
     plot(report, path.with_suffix(".png"))
     partial = path.with_suffix(".tmp")
     partial.write_text("\n".join(text))
