@@ -27,6 +27,7 @@ OPS = (cascade_forms, loss_forms)
 SWEEP_B = 32
 SWEEP_FORMS = {"cascade_select": ("cpr_fast", "best eager"), "mil_nce": ("cpr_fast", "lean eager", "SDPA with LSE")}
 LOSS_SWEEP = "gradient"
+WARM = 32 * 16384  # B x K up to which it matters what ran before
 THREADS_SHAPE = (256, 65536)
 
 
@@ -48,6 +49,7 @@ def compare(op, names, shape: tuple[int, int], direction: str, dtype: torch.dtyp
     (B, K), device = shape, rates.device
     calls, absent, inputs = prepare(op, names, B, K, device, direction, dtype)
     times = samples_s(calls, device, budget_s)
+    warm = samples_s(calls, device, budget_s / 2, warm=True) if B * K <= WARM else {}
     base = {"op": op.OP, "direction": direction, "B": B, "K": K, "D": op.D, "dtype": str(dtype).removeprefix("torch.")}
     base["floor_ms"] = 1e3 * rates.floor_s(*op.work(B, K, direction), dtype)
     ours = summary(times["cpr_fast"])["time_ms"]
@@ -57,6 +59,7 @@ def compare(op, names, shape: tuple[int, int], direction: str, dtype: torch.dtyp
         if name in calls:
             row |= summary(times[name])
             row |= {"over_cpr_fast": row["time_ms"] / ours, "over_floor": row["time_ms"] / row["floor_ms"]}
+            row["warm_ms"] = summary(warm[name])["time_ms"] if warm else None
             row["peak_mib"] = peak_mib(calls[name], device)
             row["error"] = None if name in op.NO_ERROR else op.error(inputs, calls[name]())
         else:

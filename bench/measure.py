@@ -56,15 +56,20 @@ def measure_rates(device: str) -> Rates:
     return Rates(device, flops, 2 * source.numel() * source.itemsize / copy_s)
 
 
-def samples_s(calls: dict[str, Callable], device: str, budget_s: float, clock=time.process_time) -> dict[str, list]:
+def samples_s(
+    calls: dict[str, Callable], device: str, budget_s: float, clock=time.process_time, warm: bool = False
+) -> dict[str, list[float]]:
     """Seconds of every call, round by round: at least 5 rounds, at most 201, about `budget_s` in all. The order is
-    drawn anew each round: whoever comes after a form that sweeps the caches would otherwise always find them cold."""
+    drawn anew each round: whoever comes after a form that sweeps the caches would otherwise always find them cold.
+    `warm`: each call follows itself instead of another form."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, draw = list(calls.items()), random.Random(0)
     start = time.perf_counter()
     for round_ in range(203):
         draw.shuffle(order)
         for name, call in order:
+            if warm:
+                call()
             sample = _once(call, device, clock)
             if round_ >= 2:  # the first two warm up
                 times[name].append(sample)

@@ -25,24 +25,25 @@ BARS = {
     },
     ("mil_nce", "gradient"): {"lean eager": (2, 1.8), "SDPA with LSE": (1, 1)},
 }
-HEADER = ["form", "time ms", "x ours", "bar", "x floor", "error", "peak MiB"]
-BARS_HEADER = ["op", "B", "K", "form", "at least", "x ours", "x ours, AVX2"]
+HEADER = ["form", "time ms", "warm ms", "x ours", "bar", "x floor", "error", "peak MiB"]
+BARS_HEADER = ["op", "B", "K", "form", "at least", "x ours", "x ours, AVX2", "x ours, warm"]
 GROWTH_HEADER = ["op", "K", "time ms", "x the half", "x floor", "peak MiB"]
 THREADS_HEADER = ["form", "one ms", "two ms", "gain", "of the matrix product's gain"]
 
 
 def cells(row: dict, smallest: bool) -> list[str]:
     if "skipped" in row:
-        return [row["form"], "-", row["skipped"], "", "", "", ""]
+        return [row["form"], "-", "-", row["skipped"], "", "", "", ""]
     bar = BARS.get((row["op"], row["direction"]), {}).get(row["form"])
     verdict = ""
     if bar:
         needed = bar[1] if smallest else bar[0]
         verdict = f"{'met' if row['over_cpr_fast'] >= needed else 'MISSED'} (>= {needed:.2g})"
     spread = f"{row['time_ms']:.3g} ({row['low_ms']:.3g} to {row['high_ms']:.3g})"
+    warm = f"{row['warm_ms']:.3g}" if row["warm_ms"] else "-"
     error = "-" if row["error"] is None else f"{row['error']:.1e}" if row["error"] else "0"
     return [
-        row["form"], spread, f"{row['over_cpr_fast']:.2f}", verdict, f"{row['over_floor']:.2f}", error,
+        row["form"], spread, warm, f"{row['over_cpr_fast']:.2f}", verdict, f"{row['over_floor']:.2f}", error,
         f"{row['peak_mib']:.1f}",
     ]  # fmt: skip
 
@@ -67,12 +68,14 @@ def bars(report: dict) -> list[list[str]]:
         report["rows"], key=lambda row: (row["op"], row["direction"], row["dtype"], row["B"], row["K"])
     ):
         op, direction, _, B, K = key
-        times = {row["form"]: row["time_ms"] for row in group if "skipped" not in row}
+        rows = [row for row in group if "skipped" not in row]
+        times, warm = ({row["form"]: row[field] for row in rows} for field in ("time_ms", "warm_ms"))
         for form, (elsewhere, at_smallest) in BARS.get((op, direction), {}).items():
             if form not in times:
                 continue
             needed = at_smallest if smallest == B * K else elsewhere
             ratios = [times[form] / times[own] if own in times else None for own in ("cpr_fast", "cpr_fast avx2")]
+            ratios.append(warm[form] / warm["cpr_fast"] if warm[form] else None)
             shown = ["-" if ratio is None else f"{ratio:.2f}{'' if ratio >= needed else ' MISSED'}" for ratio in ratios]
             found.append([op, str(B), str(K), form, f"{needed:.2g}", *shown])
     return found
@@ -139,7 +142,8 @@ def write_page(report: dict, path: Path) -> None:
         f"`{world['command']}` at {world['commit']}, torch {world['torch']}, on {world['device']}.\n",
         "Times are medians (quartiles) of calls taken in turn with all other forms in one process; on the CPU process "
         "CPU time of one thread. `x ours`: how many times as long as `cpr_fast` the form takes; `cpr_fast again` is "
-        "the same call once more and shows the spread. Floor: the operations no form can avoid at "
+        "the same call once more and shows the spread. Warm: of small shapes, the time of a call right after itself; "
+        "otherwise a form finds the caches as the one before it left them. Floor: the operations no form can avoid at "
         f"{rates}, or their bytes at {report['gb_per_s']:.0f} GB/s, both measured in the same "
         "process. Error: of a selection, the share of entries that float64 does not select; of a loss, the largest "
         "deviation from float64 of loss or gradient over the largest true value. Peak: memory beyond the inputs.\n",
