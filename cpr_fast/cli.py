@@ -169,17 +169,102 @@ def retrieve(
         crops: Centre, five or ten crops of every window.
         cache: Keep features beside the checkpoint and reuse them.
     """
+    from .evaluate.results import run_of
     from .evaluate.retrieval import retrieve as run
-    from .metrics import FILE as METRICS_FILE
 
-    run_dir = checkpoint.absolute().parent.parent
-    if not (run_dir / METRICS_FILE).exists():
-        run_dir = None
     result = run(
-        checkpoint, index, protocol=protocol, recipe=recipe, run_dir=run_dir, clips_per_video=clips, crops=crops,
-        cache=cache, progress=True,
+        checkpoint, index, protocol=protocol, recipe=recipe, run_dir=run_of(checkpoint), clips_per_video=clips,
+        crops=crops, cache=cache, progress=True,
     )  # fmt: skip
     _show(result, json)
+
+
+def probe(
+    checkpoint: tyro.conf.Positional[Path],
+    *,
+    index: tuple[Path, ...],
+    recipe: Literal["paper", "coclr", "iic"] = "paper",
+    inputs: Literal["features", "clips"] | None = None,
+    clips: int | None = None,
+    crops: Literal[1, 5, 10] = 1,
+    seeds: tuple[int, ...] = (0,),
+    epochs: int | None = None,
+    lr: float | None = None,
+    batch_size: int | None = None,
+    config: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Linear probe of a checkpoint's frozen encoders, per view and two-stream: accuracy, per class, confusion matrix.
+
+    The result is written into the run's folder `evaluations` and joins its metrics, for `report`.
+
+    Args:
+        checkpoint: A checkpoint of `pretrain` or `import-checkpoint`.
+        index: The index (CSV) of every official split, one or several.
+        recipe: paper: the test split is used once, at the end. coclr: the best epoch on the test split, and colour
+            jitter at test time. iic: 10 clips of max-pooled feature maps.
+        inputs: One stored feature per video (the default), or augmented clips, decoded in every epoch.
+        clips: Uniform windows per video; by default those of the recipe.
+        crops: Centre, five or ten crops of every window.
+        seeds: Several give an interval over them; one gives the bootstrap's over sources.
+        epochs: Overrides the config; its milestones move along.
+        lr: Overrides the config.
+        batch_size: Overrides the config.
+        config: TOML file whose section [probe] is taken in place of the checkpoint's.
+    """
+    import dataclasses
+
+    settings = _classifier_settings("probe", checkpoint, config)
+    if inputs == "clips" and settings.inputs == "features":
+        settings = dataclasses.replace(settings, inputs=inputs, lr=0.1, batch_size=16)
+    elif inputs:
+        settings = dataclasses.replace(settings, inputs=inputs)
+    _classify("probe", checkpoint, index, recipe, clips, crops, seeds, settings, json,
+              epochs=epochs, lr=lr, batch_size=batch_size)  # fmt: skip
+
+
+def finetune(
+    checkpoint: tyro.conf.Positional[Path],
+    *,
+    index: tuple[Path, ...],
+    recipe: Literal["paper", "coclr", "iic"] = "paper",
+    clips: int | None = None,
+    crops: Literal[1, 5, 10] = 10,
+    seeds: tuple[int, ...] = (0,),
+    epochs: int | None = None,
+    lr: float | None = None,
+    backbone_lr: float | None = None,
+    layer_decay: float | None = None,
+    dropout: float | None = None,
+    batch_size: int | None = None,
+    config: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Finetune a checkpoint's encoders, per view and two-stream: accuracy, per class, confusion matrix.
+
+    Stopped, it goes on from the last finished epoch when it is started again. The result is written into the run's
+    folder `evaluations` and joins its metrics, for `report`.
+
+    Args:
+        checkpoint: A checkpoint of `pretrain` or `import-checkpoint`.
+        index: The index (CSV) of every official split, one or several.
+        recipe: paper: the test split is used once, at the end. coclr: the best epoch on the test split, and colour
+            jitter at test time. iic: 10 clips per test video.
+        clips: Uniform windows per test video; by default those of the recipe (paper, coclr: all).
+        crops: Centre, five or ten crops of every window; the smaller sets are told as well.
+        seeds: Several give an interval over them; one gives the bootstrap's over sources.
+        epochs: Overrides the config; its milestones move along.
+        lr: Of the classifier. Overrides the config, as do the following.
+        backbone_lr: Of the backbone's last layer; 0 freezes the backbone. CoCLR's code: 1e-4.
+        layer_decay: Each layer learns at this share of the rate of the one above it.
+        dropout: Of the pooled features.
+        batch_size: Clips of a step.
+        config: TOML file whose section [finetune] is taken in place of the checkpoint's.
+    """
+    settings = _classifier_settings("finetune", checkpoint, config)
+    _classify("finetune", checkpoint, index, recipe, clips, crops, seeds, settings, json,
+              epochs=epochs, lr=lr, backbone_lr=backbone_lr, layer_decay=layer_decay, dropout=dropout,
+              batch_size=batch_size)  # fmt: skip
 
 
 def mine(
@@ -361,6 +446,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
         flow,
         pretrain,
         retrieve,
+        probe,
+        finetune,
         mine,
         report,
         import_checkpoint,
@@ -417,6 +504,42 @@ def _pretrain(arguments: list[str]) -> int:
             print(f"cpr-fast: {stopped}", file=sys.stderr)
     distributed.finish()
     return code
+
+
+def _classifier_settings(task: str, checkpoint: Path, config: Path | None) -> Any:
+    """The section `task` of the file `config`, else of the checkpoint's config."""
+    from .checkpoint import load_checkpoint
+    from .config import Config, load
+
+    return getattr(load(config) if config else Config.from_dict(load_checkpoint(checkpoint)["config"]), task)
+
+
+def _classify(
+    task: Literal["probe", "finetune"],
+    checkpoint: Path,
+    index: tuple[Path, ...],
+    recipe: Literal["paper", "coclr", "iic"],
+    clips: int | None,
+    crops: int,
+    seeds: tuple[int, ...],
+    settings: Any,
+    json: bool,
+    **overrides: Any,
+) -> None:
+    """`probe` and `finetune`; without `json` what fits a screen: no confusion matrix, no list of classes."""
+    from .config import override_classifier
+    from .evaluate.classify import classify
+    from .evaluate.results import run_of
+
+    settings = override_classifier(task, settings, **overrides)
+    result = classify(
+        checkpoint, index, task=task, settings=settings, recipe=recipe, clips_per_video=clips, crops=crops,
+        seeds=seeds, run_dir=run_of(checkpoint), progress=True,
+    )  # fmt: skip
+    if not json:
+        long = ("per_class", "confusion")
+        result["results"] = [{key: v for key, v in row.items() if key not in long} for row in result["results"]]
+    _show(result, json)
 
 
 def _parse_shard(text: str) -> tuple[int, int]:

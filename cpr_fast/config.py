@@ -219,6 +219,20 @@ def load(path: str | Path) -> Config:
     return Config.from_dict(values)
 
 
+def override_classifier(where: str, config: ClassifierConfig, **changes: Any) -> ClassifierConfig:
+    """`config` with those changes that are not None, checked; milestones move along with `epochs`.
+
+    Raises ConfigError naming `where` and the setting.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    if "epochs" in given and "milestones" not in given:
+        share = given["epochs"] / config.epochs
+        given["milestones"] = tuple(max(1, round(milestone * share)) for milestone in config.milestones)
+    changed = dataclasses.replace(config, **given)
+    _validate_classifier(where, changed)
+    return changed
+
+
 def _build(kind: Any, value: Any, where: str) -> Any:
     """`value` (plain TOML or JSON data) as `kind`, checked all the way down."""
     if dataclasses.is_dataclass(kind):

@@ -9,6 +9,7 @@ How a video becomes a feature, `recipe`: "paper" | "coclr" | "iic", see `cpr_fas
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -28,10 +29,11 @@ from ..errors import InputError
 from ..metrics import MetricsWriter
 from ..models import Encoder, build_encoder
 from .baselines import BASELINES
-from .cache import FeatureCache, embed_index, weights_digest
+from .cache import FeatureCache, digest, embed_index, weights_digest
 from .features import Embedding, calibrate_batch_norm, encoder_embeddings
 from .ranking import NO_HIT, RANKS, Comparison, prepare, recall
 from .recipe import Recipe, RecipeName, make_recipe
+from .results import home, write_result
 
 Protocol = Literal["train_test", "leave_source_out"]
 CALIBRATION_VIDEOS = 32  # spread over the index, so over its classes
@@ -98,7 +100,10 @@ def retrieve(
                 writer.write({"kind": "retrieved", **row})
     headline = [row for row in results if row["name"] == "trained"][-1]
     rates = {f"r@{k}": headline[f"r@{k}"] for k in RANKS}
-    return {"protocol": protocol, "recipe": recipe, "view": headline["view"], **rates, "results": results}
+    result = {"protocol": protocol, "recipe": recipe, "leakage": how.leakage, "checkpoint": str(checkpoint),
+              "index": str(index_csv), "view": headline["view"], **rates, "results": results}  # fmt: skip
+    name = f"retrieval-{recipe}-{digest(json.dumps([str(checkpoint), str(index_csv), protocol, repr(how)]))[:8]}"
+    return result | {"file": str(write_result(home(checkpoint) / "evaluations", name, result))}
 
 
 def open_windows(part: Index, data: DataConfig, views: list[str], recipe: Recipe, device: str) -> WindowLoader:
@@ -110,9 +115,8 @@ def open_windows(part: Index, data: DataConfig, views: list[str], recipe: Recipe
 
 
 def feature_folder(checkpoint: str | Path) -> Path:
-    """Where the features of a checkpoint are kept: RUN/features for RUN/checkpoints/*.pt, else beside the file."""
-    folder = Path(checkpoint).absolute().parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "features"
+    """Where the features of a checkpoint are kept."""
+    return home(checkpoint) / "features"
 
 
 def _untrained_twin(
