@@ -1,7 +1,7 @@
 """JPEG records in LMDB files: CoCLR's format read in both encodings, with only the frames asked for, and written."""
 
 import io
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
 import msgpack
@@ -155,19 +155,13 @@ def test_two_paths_to_one_file(tmp_path, videos):
 def test_threads_read_the_same(tmp_path, videos):
     file = write_as_coclr(tmp_path / "x.lmdb", videos, legacy=True, lengths=True)
     path, name = record_path(file, "Archery/Day_#_2"), "Archery/Day_#_2"
-    wrong = []
 
-    def read(seed):
+    def same(seed):
         frames = np.sort(np.random.default_rng(seed).choice(300, 9, replace=False))
-        if [bytes(part) for part in read_jpegs(path, frames)] != [videos[name][i] for i in frames]:
-            wrong.append(seed)
+        return [bytes(part) for part in read_jpegs(path, frames)] == [videos[name][i] for i in frames]
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(same, range(8)))
 
 
 class TestBadFiles:
