@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,8 +18,9 @@ from PIL import Image
 
 from cpr_fast.config import Config
 from cpr_fast.errors import InputError
+from cpr_fast.report.bars import Bar, bar_figure
 from cpr_fast.report.clips import STRIP_FRAMES, film_strip
-from cpr_fast.report.figures import Band, Bar, Line, bar_figure, line_figure
+from cpr_fast.report.figures import Band, Line, line_figure
 from cpr_fast.report.page import write_report
 from cpr_fast.report.runs import Run
 
@@ -73,6 +73,9 @@ def training_rows() -> list[dict]:
             rows.append({"kind": "step", "step": step, "loss": 4.0 - step / 10, "pmr": None, **common, **times})
             step += 1
         quality = {"pmr": 0.4 + epoch / 10, "mining_r1": 0.5, "cmr_median": 0.75, "cmr_per_class": [1.0, 0.5, None]}
+        quality |= {"right_counts": [1, 2, epoch], "right_per_class": [2 + 2 * epoch, 0, 0], "pmr_chance": 0.2}
+        quality |= {"survivor_precision_1": 0.3, "survivor_recall_1": 0.9, "view_agreement": 0.8, "hubness": 1.5}
+        quality |= {"survivor_precision_2": 0.4, "survivor_recall_2": 0.5, "mutual_neighbours": 0.1}
         rows.append({"kind": "epoch", "loss": 4.0 - epoch, "epoch_time_s": 61.0, "skipped": epoch, **common})
         rows[-1] |= quality if mined else dict.fromkeys(quality)
         if mined:
@@ -103,6 +106,33 @@ def retrieval_rows(index: Path) -> list[dict]:
     ]
     rows.append({"kind": "retrieved", "view": "two_stream", "query": show[2], "nearest": [show[4], show[5]]})
     return rows
+
+
+def classification_rows() -> list[dict]:
+    common = {"kind": "classification", "recipe": "paper", "index": "a.csv", "split": 1, "crops": 10, "videos": 16}
+    scores = {"accuracy_ci95": [0.5, 0.9], "mean_class_accuracy": 0.6, "best_epoch": 3}
+    return [
+        common | scores | {"task": task, "view": view, "seed": seed, "accuracy": accuracy}
+        for task, view, seed, accuracy in [
+            ("probe", "rgb", 0, 0.5), ("probe", "two_stream", 0, 0.75),
+            ("finetune", "rgb", 0, 0.8), ("finetune", "rgb", 1, 0.9),
+        ]
+    ]  # fmt: skip
+
+
+def health_rows() -> list[dict]:
+    rows = [
+        {
+            "kind": "health",
+            "epoch": epoch,
+            "step": 3 * epoch,
+            "feature_std": {"rgb": 0.9},
+            "effective_rank": {"rgb": 5.0},
+        }
+        for epoch in range(3)
+    ]
+    rows.append({"kind": "online", "epoch": 2, "step": 6, "r@1": 0.5, "instance_r@1": None})
+    return [*rows, {"kind": "alarm", "epoch": 2, "step": 6, "text": "the rgb features may have collapsed"}]
 
 
 def write_run(folder: Path, rows: list[dict], tail: str = "") -> Path:
@@ -187,7 +217,7 @@ def test_names_are_escaped(run):
 
 def test_wrong_positives_are_marked_by_more_than_colour(run):
     page = write_report([run], run / "report.html").read_text(encoding="utf-8")
-    mined = page[page.index("Mined positives") :]
+    mined = page[page.index(">Mined positives</h2>") :]
     assert mined.count('class="clip query"') == 1
     assert mined.count('class="clip right"') == mined.count('<span class="mark">✓</span>') == 1
     assert mined.count('class="clip wrong"') == mined.count('<span class="mark">✗</span>') == 1
@@ -297,24 +327,73 @@ def test_figures_leave_their_colours_to_the_page():
     assert not re.search(r"#0[12]0[0-9]0[0-9]", svg)
 
 
+def test_both_protocols_and_all_tasks_have_their_tables(tmp_path, index):
+    paper, iic = retrieval_rows(index), [row | {"recipe": "iic"} for row in retrieval_rows(index)]
+    run = write_run(tmp_path / "run", [start_row(index), *iic, *paper, *classification_rows(), *health_rows()])
+    text = text_of(write_report([run], tmp_path / "r.html"))
+    assert text.index("Recipe paper.") < text.index("Recipe iic.")
+    assert "Linear probe, RGB + flow 75.0 %" in text and "Finetuned, RGB 85.0 %" in text
+    assert "Linear probe RGB + flow 75.0 50.0 – 90.0 60.0 paper 10 1 1 16" in text
+    assert "Finetune RGB 85.0 – 60.0 paper 10 1 2 16" in text
+    assert "epoch 2: the rgb features may have collapsed" in text
+
+
+def test_ours_stands_beside_the_published_row(run, tmp_path):
+    text = text_of(write_report([run], tmp_path / "r.html"))
+    stages = text[text.index("How many stages") : text.index("How much each stage keeps")]
+    assert "run, RGB + flow 62.5 72.5 82.5 – –" in stages and "CPR on CoCLR, n = 7 47.8" in stages
+    mining = text[text.index("Mining quality") : text.index("CPR on two methods")]
+    assert "run, RGB 60.0 75.0" in mining and "38.9 83.3" in mining
+    long = text[text.index("Retrieval on UCF101") : text.index("Retrieval on HMDB51")]
+    assert "run, Flow 50.0 60.0 70.0 100.0" in long and "56.7 75.5 82.2 88.2" in long
+    assert "run," not in text[text.index("Retrieval on HMDB51") :]
+
+
+def test_runs_are_compared_class_by_class(tmp_path, index):
+    better, worse = training_rows(), training_rows()
+    for row in worse:
+        if row.get("cmr_per_class"):
+            row["cmr_per_class"] = [0.5, 0.5, None]
+    runs = [write_run(tmp_path / name, [start_row(index), *rows]) for name, rows in (("a", better), ("b", worse))]
+    text = text_of(write_report(runs, tmp_path / "r.html"))
+    assert "CMR of a is higher in 1 and lower in 0 of 2 classes than that of b" in text
+
+
+def chromium() -> str:
+    """A browser that is installed, or a skip that says what was looked for."""
+    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
+        if path := shutil.which(name):
+            return path
+    pytest.skip("no chromium or google-chrome on the PATH to open the page in")
+
+
 @pytest.mark.parametrize("width", [1280, 400])
-def test_the_page_does_not_overflow_its_window(run, tmp_path, width):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium here to lay the page out")
-    page = write_report([run, run], tmp_path / "r.html").read_text(encoding="utf-8")
-    probe = "<script>document.title = document.documentElement.scrollWidth + '/' + innerWidth</script></body>"
-    framed = tmp_path / "probe.html"
-    framed.write_text(page.replace("</body>", probe), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += [
-        "--disable-background-networking",
-        "--disable-component-update",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    done = subprocess.run(
-        [chromium, *flags, f"--window-size={width},900", "--dump-dom", framed.as_uri()],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    scroll_width, window_width = map(int, re.search(r"<title>(\d+)/(\d+)</title>", done.stdout).groups())
-    assert scroll_width <= window_width
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_browser_shows_the_page(tmp_path, index, runs, width):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    rows = [start_row(index), *training_rows(), *retrieval_rows(index), *classification_rows(), *health_rows()]
+    folders = [write_run(tmp_path / f"a_run_of_a_rather_long_name_{i}", rows) for i in range(runs)]
+    page = write_report(folders, tmp_path / "r.html")
+    said, asked = [], []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
+        tab = browser.new_page(viewport={"width": width, "height": 900})
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(page.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        loaded = """() => Promise.all([...document.querySelectorAll(".film:not(.gone)")].map(async film => {
+            const image = new Image();
+            image.src = getComputedStyle(film).backgroundImage.slice(5, -2);
+            await image.decode();
+            return image.naturalWidth;
+        }))"""
+        widths = tab.evaluate(loaded)
+        plots = tab.evaluate("[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().height)")
+        picture = Image.open(io.BytesIO(tab.screenshot(full_page=True)))
+        browser.close()
+    assert len(widths) == 6 * runs and set(widths) == {8 * 128}  # 3 clips mined, 3 retrieved
+    assert len(plots) >= 12 * runs and min(plots) > 50
+    assert said == [] and [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    assert picture.width == width and len(picture.convert("L").getcolors()) > 50

@@ -1,4 +1,4 @@
-"""Plots as inline SVG whose colours are the page's CSS variables, so that they follow its light and dark theme."""
+"""Curves as inline SVG whose colours are the page's CSS variables; what `bars` draws shares the style."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 WIDTH_PX, HEIGHT_PX = 390, 260  # a figure's own size; one column of a phone, three of a desktop page
-# Matplotlib draws in colours that nothing else uses; `_to_svg` replaces them by the variables of the page.
+# Matplotlib draws in colours that nothing else uses; `to_svg` replaces them by the variables of the page.
 INK, INK_SOFT, GRID, BAND = "#010202", "#010203", "#010204", "#010205"
 SERIES = ("#020301", "#020302", "#020303", "#020304", "#020305", "#020306")
 _VARIABLES = {INK: "--ink", INK_SOFT: "--ink-soft", GRID: "--line", BAND: "--band"} | {
     c: f"--s{i + 1}" for i, c in enumerate(SERIES)
 }
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",  # text stays text
     "font.size": 12,
     "axes.edgecolor": GRID,
@@ -60,22 +60,12 @@ class Band:
     label: str
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A rate with its 95 % interval."""
-
-    label: str
-    value: float
-    interval: tuple[float, float] | None
-    series: int
-
-
 def line_figure(
     lines: Sequence[Line], *, x: str, y: str, percent: bool = False, zero: bool = True, bands: Sequence[Band] = ()
 ) -> str:
     """Curves over epochs or steps as SVG. Rates (fractions) are shown in percent with `percent`."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _canvas(WIDTH_PX, HEIGHT_PX)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = canvas(WIDTH_PX, HEIGHT_PX)
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         for line in lines:
             values = [float("nan") if value is None else value for value in line.y]
@@ -104,32 +94,11 @@ def line_figure(
         axes.set_title(y, loc="left", fontsize=12)
         if any(line.label.strip("_") for line in lines):
             figure.legend(loc="outside lower center", ncols=3, fontsize=11, handlelength=1.6, columnspacing=1.2)
-        return _to_svg(figure, y)
+        return to_svg(figure, y)
 
 
-def bar_figure(bars: Sequence[Bar], *, title: str) -> str:
-    """Horizontal bars of rates (fractions) in percent, best on top, with their intervals, as SVG."""
-    reach = max([0.01] + [max(bar.interval[1] if bar.interval else 0, bar.value) for bar in bars])
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _canvas(WIDTH_PX, 46 + 27 * len(bars))
-        rows = range(len(bars))[::-1]
-        axes.barh(rows, [100 * bar.value for bar in bars], height=0.62, color=[SERIES[bar.series] for bar in bars])
-        for row, bar in zip(rows, bars, strict=True):
-            end = 100 * bar.value
-            if bar.interval:
-                low, end = (100 * bound for bound in bar.interval)
-                axes.plot([low, end], [row, row], color=INK, linewidth=1.2, solid_capstyle="butt")
-            axes.annotate(f"{100 * bar.value:.1f}", (max(end, 100 * bar.value), row), (5, 0), va="center",
-                          textcoords="offset points", fontsize=12)  # fmt: skip
-        axes.set_yticks(list(rows), [bar.label for bar in bars])
-        axes.set_xlim(0, 114 * reach)  # room for the numbers
-        axes.set_xticks([])
-        axes.spines["bottom"].set_visible(False)
-        axes.set_title(title, loc="left", fontsize=12)
-        return _to_svg(figure, title)
-
-
-def _canvas(width_px: float, height_px: float) -> tuple[Figure, Axes]:
+def canvas(width_px: float, height_px: float) -> tuple[Figure, Axes]:
+    """An empty transparent figure of that size, to be drawn in STYLE."""
     figure = Figure(figsize=(width_px / 72, height_px / 72), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
@@ -158,7 +127,7 @@ def _draw_bands(axes: Axes, bands: Sequence[Band]) -> None:
         axes.set_xlim(bands[0].start, bands[-1].end)
 
 
-def _to_svg(figure: Figure, title: str) -> str:
+def to_svg(figure: Figure, title: str) -> str:
     """The <svg> element alone, with the page's variables for colours and ids that no other figure has."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -54,10 +55,18 @@ class Run:
         self.mined = [row for row in rows if row["kind"] == "mined"]
         self.epochs = sorted((row for row in rows if row["kind"] == "epoch"), key=lambda row: row["epoch"])
         self.steps = sorted((row for row in rows if row["kind"] == "step"), key=lambda row: row["step"])
+        self.health = [row for row in rows if row["kind"] == "health"]
+        self.alarms = [row for row in rows if row["kind"] == "alarm"]
+        self.online = [row for row in rows if row["kind"] == "online"]
         # An evaluation that was repeated replaces the earlier one.
-        latest = {(row["name"], row["view"]): row for row in rows if row["kind"] == "retrieval"}
-        self.retrieval = list(latest.values())
+        retrieval = [{"recipe": "paper"} | row for row in rows if row["kind"] == "retrieval"]
+        latest = {(row["protocol"], row["recipe"], row["name"], row["view"]): row for row in retrieval}
+        self.evaluations = _grouped(latest.values(), ("protocol", "recipe"))  # the paper's recipe first
+        self.retrieval = self.evaluations[0] if self.evaluations else []
         self.retrieved = list({row["query"]["path"]: row for row in rows if row["kind"] == "retrieved"}.values())
+        same = ("task", "recipe", "index", "split", "seed", "view", "crops")
+        classified = [row for row in rows if row["kind"] == "classification"]
+        self.classified = list({tuple(row[key] for key in same): row for row in classified}.values())
 
     @cached_property
     def cycles(self) -> list[Cycle]:
@@ -95,14 +104,19 @@ class Run:
         right = np.bincount(labels)[labels] - same_source_and_class
         return float((right[others > 0] / others[others > 0]).mean()) if (others > 0).any() else None
 
-    def rate(self, name: str, view: str, k: int = 1) -> float | None:
-        """R@k of one row of the retrieval table."""
-        return next((row.get(f"r@{k}") for row in self.retrieval if (row["name"], row["view"]) == (name, view)), None)
-
     def headline(self) -> dict[str, Any] | None:
         """The trained row to lead with: two-stream, else the last view."""
         trained = [row for row in self.retrieval if row["name"] == "trained"]
         return next((row for row in trained if row["view"] == "two_stream"), trained[-1] if trained else None)
+
+    def accuracy(self, task: str) -> dict[str, Any] | None:
+        """Mean accuracy of a task ("probe" | "finetune"), its view and recipe; the view as in `headline`."""
+        rows = [row for row in self.classified if row["task"] == task]
+        rows = [row for row in rows if row["recipe"] == "paper"] or rows
+        views = {row["view"] for row in rows}
+        view = "two_stream" if "two_stream" in views else rows[-1]["view"] if rows else None
+        values = [row["accuracy"] for row in rows if row["view"] == view]
+        return {"accuracy": mean(values), "view": view, "recipe": rows[0]["recipe"]} if values else None
 
     def best_other(self) -> dict[str, Any] | None:
         """The best of the untrained network and the baselines by R@1."""
@@ -115,3 +129,11 @@ class Run:
             return None
         keys = ("clips_per_s", "step_time_s", "data_wait_s")
         return {key: median(row[key] for row in self.steps if row.get(key) is not None) for key in keys}
+
+
+def _grouped(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """Rows of equal keys together; the groups of the recipe "paper" first."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return sorted(groups.values(), key=lambda group: group[0]["recipe"] != "paper")
