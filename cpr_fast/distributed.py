@@ -52,7 +52,9 @@ def init(device: str) -> World:
         torch.cuda.set_device(target)
     global _store
     if not dist.is_initialized():
-        _store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun keeps its store over restarts: without a prefix a process may find the address of one that is dead.
+        _store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=rank, world_size=size)
     return World(dist.get_rank(), dist.get_world_size(), target, _store)
