@@ -5,9 +5,17 @@ View 0 is the query's, view 1 the other one.
 
 from __future__ import annotations
 
+from typing import Literal
 
-def stage_views(stages: int) -> tuple[int, ...]:
-    """SV(s) for s = 1..n: the other view (1) if n - s is even, else the query view (0) [paper, Fig. 1]."""
+
+def stage_views(stages: int, protocol: Literal["paper", "coclr"] = "paper") -> tuple[int, ...]:
+    """SV(s) for s = 1..n: the other view (1) if n - s is even, else the query view (0) [paper, Fig. 1].
+
+    The published code ("coclr") starts and ends in the other view whatever n: for an even one the last two stages share
+    it.
+    """
+    if protocol == "coclr":
+        return (*(s % 2 for s in range(1, stages)), 1)
     return tuple(1 if (stages - s) % 2 == 0 else 0 for s in range(1, stages + 1))
 
 

@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from .errors import InputError
 
-View = Literal["rgb", "flow"]
+QUARTERS = 4  # of a clip, two of which an intra-negative exchanges [IIC]
+
+View = Literal["rgb", "flow", "residual"]
 Mining = Literal["none", "label", "cascade"]
 
 
@@ -49,6 +51,7 @@ class InitConfig:
 
     rgb: str = ""
     flow: str = ""
+    residual: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,20 @@ class ModelConfig:
     # "mlp": two linear layers and L2 [CoCLR]; "unit": the pooled features, L2; "pooled": as they are [IIC]
     head: Literal["mlp", "unit", "pooled"] = "mlp"
     feature_dim: int = 128  # D, width of a feature; 512 for the pooled features of r3d, r21d and c3d
+    shared: bool = False  # one encoder looks at both views of a cycle and learns from both [IIC]; memory.kind "bank"
+    recompute: bool = False  # activation checkpointing: each block's activations are computed again for its gradient
     init: InitConfig = field(default_factory=InitConfig)
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """The MoCo queue and its key encoder."""
+    """Where the features come from that a query is compared with, and mined from."""
 
-    size: int = 2048  # K
-    ema_momentum: float = 0.999
+    # "queue": the newest keys [MoCo]; "bank": an entry per training video [IIC]; "batch": the step's clips [SimCLR]
+    kind: Literal["queue", "bank", "batch"] = "queue"
+    size: int = 2048  # K of the queue; a bank holds every training video, a batch both clips of every video of a step
+    ema_momentum: float = 0.999  # of the key encoder; queue and bank, unless model.shared
+    bank_momentum: float = 0.5  # share of the old entry that an update of the bank keeps [IIC]
     # Groups of clips whose BatchNorm statistics are apart, the keys shuffled among them; set, the results do not depend
     # on the number of processes. None: one per process, as published.
     shuffle_bn_groups: int | None = None
@@ -82,27 +90,35 @@ class MiningConfig:
     stages: int = 7  # n; n = 1 is CoCLR
     ratio: float = 0.5  # r, share of the memory that survives each stage before the last
     top_k: int = 5  # P, what the last stage keeps
-    anchor: Literal["key", "query"] = "key"  # f_q+ [paper] or f_q [published code]
+    anchor: Literal["key", "query"] | None = None  # f_q+ [paper] or f_q [published code]; None: as loss.protocol has it
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """MIL-NCE [paper, Eq. 2]. `protocol` sets what siblings in the memory mean and the drop of q+."""
+    """MIL-NCE [paper, Eq. 2], and the `protocol`: as the paper says, or with the published code's deviations.
+
+    "coclr": siblings in the memory are positives, q+ leaves the numerator in `self_positive_drop` of the iterations,
+    the cascade's anchor is f_q, its last two stages share a view where n is even, and UberNCE averages the log-softmax
+    over the positives in place of the MIL form.
+    """
 
     temperature: float = 0.07
     protocol: Literal["paper", "coclr"] = "paper"
     self_positive_drop: float = 0.9  # share of iterations that drop q+ from the numerator (protocol "coclr" only)
+    # A bank of clips without their motion as further negatives: one frame repeated, or two quarters exchanged [IIC].
+    intra_negatives: Literal["none", "repeat", "shuffle"] = "none"
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """The optimiser of the query encoder."""
 
-    name: Literal["adam", "sgd"] = "adam"
+    name: Literal["adam", "sgd", "apex_lamb", "apex_novograd"] = "adam"  # apex_*: NVIDIA apex's, if it is installed
     lr: float = 1e-3
     weight_decay: float = 1e-5
     momentum: float = 0.9  # sgd only
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # bf16 and fp16 are autocast; fp16 scales gradients
+    accumulate: int = 1  # parts of a process's batch whose gradients are summed before a step: less memory, same batch
 
 
 @dataclass(frozen=True)
@@ -115,6 +131,7 @@ class Cycle:
     milestones: tuple[int, ...] = ()  # epochs of the cycle at which lr is multiplied by `schedule.gamma`
     top_k: int | None = None  # overrides mining.top_k (progressive training)
     lr: float | None = None  # overrides optim.lr
+    other: View | None = None  # the second view; None: flow beside rgb, rgb beside flow and residual
 
 
 @dataclass(frozen=True)
@@ -176,6 +193,7 @@ class RunConfig:
     keep_checkpoints: int = 2  # the newest; the best one is kept beside them
     stall_timeout_s: float = 120.0  # without progress, before the rank that a run waits for is named; 0: never
     tensorboard: bool = False
+    compile: Literal["none", "default", "cuda_graphs"] = "none"  # torch.compile of the encoders; CUDA graphs of them
     dump_memory: bool = False  # RUN/memory/cycle-N.npz after every epoch of two views, for `cpr-fast mine`
 
 
@@ -260,7 +278,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where}: expected a list, got {value!r}")
         return tuple(_build(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):  # the latter with a Literal
         return None if value is None else _build(args[0], value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -291,6 +309,7 @@ def _validate(config: Config) -> None:
         "mining.top_k": mining.top_k,
         "loss.temperature": config.loss.temperature,
         "optim.lr": config.optim.lr,
+        "optim.accumulate": config.optim.accumulate,
         "run.log_every": config.run.log_every,
         "run.keep_checkpoints": config.run.keep_checkpoints,
     }.items():
@@ -298,6 +317,7 @@ def _validate(config: Config) -> None:
             raise ConfigError(f"{where}: expected a positive number, got {value}")
     for where, value in {
         "memory.ema_momentum": memory.ema_momentum,
+        "memory.bank_momentum": memory.bank_momentum,
         "loss.self_positive_drop": config.loss.self_positive_drop,
     }.items():
         if not 0 <= value <= 1:
@@ -315,10 +335,11 @@ def _validate(config: Config) -> None:
         raise ConfigError(f"data.crop_area: expected a fraction in (0, 1], got {data.crop_area}")
     if not 0 < mining.ratio <= 1:
         raise ConfigError(f"mining.ratio: expected a fraction in (0, 1], got {mining.ratio}")
-    if memory.size < data.batch_size:
+    if memory.kind == "queue" and memory.size < data.batch_size:
         raise ConfigError(
             f"memory.size: expected at least data.batch_size = {data.batch_size} entries, got {memory.size}"
         )
+    _validate_method(config)
     _validate_classifier("probe", config.probe)
     _validate_classifier("finetune", config.finetune)
     if not schedule.cycles:
@@ -328,8 +349,31 @@ def _validate(config: Config) -> None:
         if cycle.epochs < 1:
             raise ConfigError(f"{where}.epochs: expected at least 1, got {cycle.epochs}")
         top_k = mining.top_k if cycle.top_k is None else cycle.top_k
-        if cycle.mining == "cascade" and not 1 <= top_k <= memory.size:
+        if cycle.mining == "cascade" and not (top_k >= 1 and (memory.kind != "queue" or top_k <= memory.size)):
             raise ConfigError(f"{where}.top_k: expected 1..memory.size = {memory.size}, got {top_k}")
+        if cycle.other == cycle.view:
+            raise ConfigError(f"{where}.other: expected another view than {cycle.view!r}")
+
+
+def _validate_method(config: Config) -> None:
+    """The settings of a method that only some others go with."""
+    data, kind = config.data, config.memory.kind
+    if config.model.shared and kind != "bank":
+        raise ConfigError(f"model.shared: expected memory.kind = 'bank', got {kind!r}")
+    if config.loss.intra_negatives != "none" and not config.model.shared:
+        raise ConfigError("loss.intra_negatives: expected model.shared = true with it")
+    if config.loss.intra_negatives == "shuffle" and data.frames < QUARTERS:
+        raise ConfigError(f"loss.intra_negatives: 'shuffle' expects {QUARTERS} frames or more, got {data.frames}")
+    if config.optim.accumulate > 1 and (kind == "batch" or config.model.shared):
+        raise ConfigError(
+            "optim.accumulate: expected 1 with memory.kind 'batch' and model.shared, whose losses need all "
+            "features of a step at once; model.recompute saves memory there"
+        )
+    if data.batch_size % config.optim.accumulate:
+        raise ConfigError(
+            f"optim.accumulate: expected a divisor of data.batch_size = {data.batch_size}, got "
+            f"{config.optim.accumulate}"
+        )
 
 
 def _validate_classifier(where: str, config: ClassifierConfig) -> None:

@@ -83,6 +83,26 @@ def all_gather(local: Tensor) -> Tensor:
     return torch.cat(everyone)
 
 
+class _AllGather(torch.autograd.Function):
+    """`all_gather` whose gradient is the sum of what every rank's loss says of this rank's part."""
+
+    @staticmethod
+    def forward(context, local: Tensor) -> Tensor:
+        context.rows = len(local)
+        return all_gather(local)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.split(context.rows)[dist.get_rank()]
+
+
+def all_gather_with_gradient(local: Tensor) -> Tensor:
+    """[B, ...] of every rank -> [R*B, ...] in rank order; the gradient comes back from every rank's loss, summed."""
+    return _AllGather.apply(local) if dist.is_initialized() else local
+
+
 def union(local: Iterable[Hashable]) -> set[Hashable]:
     """The distinct items of all ranks."""
     if not dist.is_initialized():

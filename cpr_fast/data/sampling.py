@@ -109,6 +109,11 @@ def plan_pairs(sources: Sources, video: np.ndarray, data: DataConfig, seed: int,
     return Clips.concatenate(clips)
 
 
+def plan_first(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Clips:
+    """The first training clip of each video alone, M = N, as `plan_pairs` cuts it."""
+    return plan_pairs(sources, video, data, seed, epoch)[np.arange(len(video))]
+
+
 def plan_labelled(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Clips:
     """The training clip of each video for a classifier, M = N: CoCLR's "null" augmentation, and colour jitter with
     p = .3. With `data.augment = "none"`: a random position, centre crop."""

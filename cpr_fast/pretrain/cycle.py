@@ -15,10 +15,10 @@ from ..errors import InputError
 from ..evaluate.mining_quality import MiningQuality
 from ..models import Encoder, build_encoder
 from .encoders import Encoders, batch_norm_groups
-from .memory import Memory
-from .mining import rate_names
+from .memory import Bank, Memory
+from .mining import Cascade, rate_names
 
-_VIEWS: tuple[View, ...] = ("rgb", "flow")
+_VIEWS: tuple[View, ...] = ("rgb", "flow", "residual")
 _AUTOCAST_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,25 +37,19 @@ class CycleState:
     ) -> None:
         self.config, self.cycle, self.world = config, cycle, world
         self.top_k = config.mining.top_k if cycle.top_k is None else cycle.top_k
-        self.views = views_of(cycle)
+        self.anchor = config.mining.anchor or ("query" if config.loss.protocol == "coclr" else "key")
+        self.views = views_of(cycle, shared=config.model.shared)
         if cycle.mining == "label" and (index.labels < 0).any():
             raise InputError("schedule.cycles: mining = 'label' expects every video of the index to have a label")
         clips = config.data.batch_size * world.size  # keys of a step
-        if config.memory.size < clips:
+        if config.memory.kind == "queue" and config.memory.size < clips:
             raise InputError(
                 f"memory.size: expected at least the {clips} keys of a step, data.batch_size x {world.size} processes, "
                 f"got {config.memory.size}"
             )
-        encoders = [initial_encoder(config, view, weights) for view in self.views]
-        self.encoders = Encoders(
-            encoders[0],
-            encoders[1] if len(encoders) > 1 else None,
-            momentum=config.memory.ema_momentum,
-            groups=batch_norm_groups(config.memory.shuffle_bn_groups, clips, world.size),
-            seed=config.run.seed,
-            world=world,
-        )
-        self.memory = Memory(len(self.views), config.memory.size, config.model.feature_dim, device=world.device)
+        self.encoders = _build_encoders(config, self.views, weights, clips, world)
+        self.memory = _build_memory(config, self.views, len(index), clips, world.device)
+        self.cascades = [self._cascade(own) for own in (0, 1)] if cycle.mining == "cascade" else []
         self.optimizer = build_optimizer(self.encoders.query.parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.quality = MiningQuality(
@@ -72,12 +66,29 @@ class CycleState:
         dtype = _AUTOCAST_DTYPE[self.config.optim.precision]
         return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
 
-    def optimise(self, loss: Tensor) -> None:
-        """One optimiser step on the query encoder."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def _cascade(self, own: int) -> Cascade:
+        """The stages of queries of view `own`."""
+        if self.top_k > self.memory.size:
+            raise InputError(
+                f"top_k: expected at most the {self.memory.size} entries of a {self.config.memory.kind}, "
+                f"got {self.top_k}"
+            )
+        return Cascade.of(self.config, self.memory.size, self.top_k, own)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds to the gradients of the query encoder."""
         self.scaler.scale(loss).backward()
+
+    def optimise(self) -> None:
+        """One optimiser step on the query encoder, with the gradients so far."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def trained(self) -> dict[str, dict[str, Tensor]]:
+        """{view: state_dict} of what the cycle trains: a shared encoder under the name of each view it looks at."""
+        views = self.views if self.config.model.shared else self.views[:1]
+        return dict.fromkeys(views, self.encoders.query.state_dict())
 
     def set_learning_rate(self, lr: float) -> None:
         """Takes effect with the next step."""
@@ -110,11 +121,46 @@ class CycleState:
         self.quality.load_state_dict(state["quality"])
 
 
-def views_of(cycle: Cycle) -> tuple[View, ...]:
-    """The views a cycle decodes, its own first: only mining by the cascade looks at the other one."""
-    if cycle.mining != "cascade":
+def views_of(cycle: Cycle, *, shared: bool = False) -> tuple[View, ...]:
+    """The views a cycle decodes, its own first: only mining by the cascade, and a shared encoder, look at another."""
+    if cycle.mining != "cascade" and not shared:
         return (cycle.view,)
-    return (cycle.view, *(view for view in _VIEWS if view != cycle.view))
+    return (cycle.view, cycle.other or ("rgb" if cycle.view == "flow" else "flow"))
+
+
+def _build_encoders(
+    config: Config, views: tuple[View, ...], weights: dict[str, dict[str, Tensor]], clips: int, world: World
+) -> Encoders:
+    """The encoders of a cycle; `clips` are the videos of a step, all processes together."""
+    model, memory, parts = config.model, config.memory, config.optim.accumulate
+    groups = world.size * parts if memory.shuffle_bn_groups is None else memory.shuffle_bn_groups
+    if groups % (world.size * parts):
+        raise InputError(
+            f"memory.shuffle_bn_groups: expected a multiple of the {world.size * parts} parts of a step, "
+            f"optim.accumulate x {world.size} processes, got {groups}"
+        )
+    own_keys = model.shared or memory.kind == "batch"  # no moving average: the learning encoder makes the keys
+    return Encoders(
+        initial_encoder(config, views[0], weights),
+        initial_encoder(config, views[1], weights) if len(views) > 1 and not model.shared else None,
+        momentum=None if own_keys else memory.ema_momentum,
+        groups=batch_norm_groups(groups, clips, world.size),
+        seed=config.run.seed,
+        world=world,
+        parts=parts,
+        views=len(views) if model.shared else 1,
+        recompute=model.recompute,
+        compile=config.run.compile,
+    )
+
+
+def _build_memory(config: Config, views: tuple[View, ...], videos: int, clips: int, device: torch.device) -> Memory:
+    """An empty memory; a third "view" of a bank holds the intra-negatives."""
+    width, memory = config.model.feature_dim, config.memory
+    if memory.kind == "bank":
+        further = config.loss.intra_negatives != "none"
+        return Bank(len(views) + further, videos, width, momentum=memory.bank_momentum, device=device)
+    return Memory(len(views), memory.size if memory.kind == "queue" else 2 * clips, width, device=device)
 
 
 def initial_encoder(config: Config, view: View, weights: dict[str, dict[str, Tensor]]) -> Encoder:
@@ -128,7 +174,19 @@ def initial_encoder(config: Config, view: View, weights: dict[str, dict[str, Ten
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser of a cycle, in its fused form: one kernel over all weights, on the CPU too."""
+    """The optimiser of a cycle, in its fused form: one kernel over all weights, on the CPU too.
+
+    Raises InputError where apex is asked for but not installed.
+    """
+    if config.name.startswith("apex_"):
+        try:
+            from apex.optimizers import FusedLAMB, FusedNovoGrad
+        except ImportError as error:
+            raise InputError(
+                f"optim.name: {config.name!r} expects NVIDIA apex built with its CUDA extensions, got {error}"
+            ) from None
+        kind = FusedLAMB if config.name == "apex_lamb" else FusedNovoGrad
+        return kind(parameters, lr=config.lr, weight_decay=config.weight_decay)
     if config.name == "sgd":
         return torch.optim.SGD(
             parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True

@@ -15,13 +15,14 @@ def dump_memory(folder: Path, state: CycleState, number: int) -> Path | None:
 
     Arrays of N slots, oldest first: `rgb`, `flow` [N, D] float32 as the cascade compares them (`mine --raw` takes them
     so), `label`, `group` (source id), `video` (position in the index), `age` (steps since the newest) [N] int64.
-    Returns the path, or None for a cycle of one view or an empty memory.
+    Returns the path, or None for an empty memory and a cycle of other views.
     """
     memory = state.memory
-    filled = min(memory.count, memory.size)
-    if len(state.views) != 2 or not filled:
+    if set(state.views) != {"rgb", "flow"} or not memory.count:
         return None
-    slots = (memory.count - filled + np.arange(filled)) % memory.size  # [N], oldest first
+    written = np.roll(memory.enqueued_at.cpu().numpy(), -(memory.count % memory.size))  # a ring's oldest slot first
+    order = np.argsort(written, kind="stable")[(written < 0).sum() :]
+    slots = (order + memory.count) % memory.size  # [N], oldest first
     columns = {"label": memory.label, "group": memory.source, "video": memory.video}
     arrays = {name: column.cpu().numpy()[slots] for name, column in columns.items()}
     arrays |= {

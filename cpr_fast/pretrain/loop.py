@@ -23,6 +23,7 @@ from .. import distributed
 from ..checkpoint import LAST, CheckpointError, load_checkpoint, load_initial, save_step
 from ..config import Config
 from ..data.index import Index
+from ..data.sampling import plan_first
 from ..distributed import World
 from ..errors import InputError
 from ..metrics import FILE as METRICS_FILE
@@ -128,7 +129,7 @@ def _run_cycles(run: Run, saved: dict[str, Any] | None) -> None:
             state.load_state_dict(saved["cycle_state"])
             epochs, start_step = range(saved["epoch"], epochs.stop), saved["step_in_epoch"]
         _run_cycle(run, state, number, epochs, start_step, weights)
-        weights = weights | {cycle.view: state.encoders.query.state_dict()}
+        weights = weights | state.trained()
 
 
 def _run_cycle(
@@ -136,9 +137,10 @@ def _run_cycle(
 ) -> None:
     """The steps of a cycle from `start_step` of the first of `epochs`; a checkpoint at the end of every epoch."""
     config, world = run.config, run.world
+    one_clip = {"plan": plan_first} if config.model.shared else {}  # IIC compares two views of one clip
     loader = run.make_loader(
         run.index, config.data, state.views, seed=config.run.seed, device=world.device, rank=world.rank,
-        world_size=world.size,
+        world_size=world.size, **one_clip,
     )  # fmt: skip
     rows = StepLog(run.writer, state, number, run.index)
     steps = len(loader)  # of an epoch
@@ -209,7 +211,7 @@ def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str,
     payload = {
         "config": run.config.to_dict(),
         "environment": environment(run.world.device),
-        "encoders": weights | {state.cycle.view: state.encoders.query.state_dict()},
+        "encoders": weights | state.trained(),
         "cycle_state": state.state_dict(),
         "processes": run.world.size,
         "rng": rng,
@@ -274,7 +276,9 @@ def _what_counts(config: dict[str, Any], processes: int) -> dict[str, dict[str, 
     for key in ("index", "workers", "prefetch", "cache_gib"):
         kept["data"].pop(key)
     kept["data"]["batch_size x processes"] = kept["data"].pop("batch_size") * processes
-    kept["memory"]["shuffle_bn_groups"] = kept["memory"]["shuffle_bn_groups"] or processes
+    kept["model"].pop("recompute")
+    parts = kept["optim"].pop("accumulate")
+    kept["memory"]["shuffle_bn_groups"] = kept["memory"]["shuffle_bn_groups"] or processes * parts
     return kept
 
 

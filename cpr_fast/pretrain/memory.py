@@ -1,5 +1,7 @@
-"""The memory of past keys: a ring over K slots, one feature per view in each [MoCo, He et al. 2020; paper §3].
+"""What a query is compared with and mined from: one feature per view in each of K slots [paper §3].
 
+A queue of the newest keys [MoCo, He et al. 2020], as long as it is told to be; exactly one step long it is the batch
+itself [SimCLR, Chen et al. 2020]. A bank of one entry per video [IIC, Tao et al. 2020].
 Letters: V views, B keys enqueued at once, K slots, D feature width.
 """
 
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 EMPTY = -1  # source id of a slot that holds nothing
 
@@ -16,7 +19,7 @@ _COLUMNS = ("source", "video", "label", "start", "enqueued_at")
 
 
 class Memory:
-    """The newest K keys and where each came from.
+    """The newest K keys and where each came from: a ring.
 
     features: [V, K, D] float32, zero where empty.
     source, video, label, start: [K] int64: sibling group (-1 = empty slot), position in the index, class (-1 unknown),
@@ -42,7 +45,7 @@ class Memory:
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, *, source: Tensor, video: Tensor, label: Tensor, start: Tensor, step: int) -> None:
-        """Overwrites the oldest B slots with `keys` [V, B, D]; `source`, `video`, `label`, `start` are [B] int64.
+        """Writes `keys` [V, B, D], over the oldest; `source`, `video`, `label`, `start` are [B] int64.
 
         Raises:
             ValueError: more keys than slots, or of another shape.
@@ -53,12 +56,16 @@ class Memory:
         batch = keys.shape[1]
         if batch > size:
             raise ValueError(f"keys: expected at most memory.size = {size} keys at once, got {batch}")
-        slots = (self.count + torch.arange(batch, device=keys.device)) % size  # [B]
-        self.features.index_copy_(1, slots, keys.to(self.features.dtype))
+        slots, keys = self._place(keys.to(self.features.dtype), video)
+        self.features.index_copy_(1, slots, keys)
         for name, values in (("source", source), ("video", video), ("label", label), ("start", start)):
             getattr(self, name).index_copy_(0, slots, values)
         self.enqueued_at.index_fill_(0, slots, step)
         self.count += batch
+
+    def _place(self, keys: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+        """The slots [B] that `keys` go to, and what is written there [V, B, D]."""
+        return (self.count + torch.arange(len(video), device=keys.device)) % self.size, keys
 
     def state_dict(self) -> dict[str, Any]:
         return {"features": self.features, "count": self.count, **{name: getattr(self, name) for name in _COLUMNS}}
@@ -72,3 +79,24 @@ class Memory:
         for name in ("features", *_COLUMNS):
             getattr(self, name).copy_(state[name])
         self.count = state["count"]
+
+
+class Bank(Memory):
+    """One entry per training video, slot = position in the index: a moving average of its keys, of unit length [IIC].
+
+    An entry's first key stands alone: published banks start from noise instead, which mining could select.
+
+    Args:
+        momentum: share of the old entry that an update keeps.
+    """
+
+    def __init__(
+        self, views: int, size: int, feature_dim: int, *, momentum: float, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(views, size, feature_dim, device=device)
+        self.momentum = momentum
+
+    def _place(self, keys: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = torch.lerp(keys, self.features[:, video], self.momentum)
+        visited = (self.source[video] != EMPTY)[:, None]  # [B, 1]
+        return video, F.normalize(torch.where(visited, mixed, keys), dim=2)

@@ -1,7 +1,7 @@
 """Which memory entries are positives: none (InfoNCE), equal labels (UberNCE), the cascade (CoCLR at n = 1, CPR).
 
 A method is a setting. Letters: V views, B queries, K memory entries, P positives, D feature width, n stages.
-View 0 of the memory is the query's, view 1 the other one.
+`own` is the query's view among the first two of the memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..cascade import stage_keep, stage_views
-from ..config import LossConfig, Mining, MiningConfig
+from ..config import Config, LossConfig, Mining
 from ..evaluate.mining_proxies import mined_age, mutual_neighbours, view_agreement
 from ..evaluate.mining_survivors import survivor_rates
 from ..ops import cascade_select
@@ -22,42 +22,57 @@ from .schedule import generator
 DROP_STREAM = 2  # of `schedule.generator`
 
 
-def mine(anchors: Tensor, memory: Memory, source: Tensor, config: MiningConfig, top_k: int) -> Tensor:
+@dataclass(frozen=True)
+class Cascade:
+    """The stages of a cycle on a memory of K entries: view of the memory and survivors of each.
+
+    views, keep: n ints each, as `cascade_select` takes them; keep[-1] is top-k.
+    own: the queries' view.
+    """
+
+    views: tuple[int, ...]
+    keep: tuple[int, ...]
+    own: int = 0
+
+    @classmethod
+    def of(cls, config: Config, memory_size: int, top_k: int, own: int = 0) -> Cascade:
+        """The cascade of a config for queries of view `own`, 0 or 1."""
+        mining = config.mining
+        views = stage_views(mining.stages, config.loss.protocol)
+        keep = stage_keep(mining.stages, memory_size, mining.ratio, top_k)
+        return cls(tuple(view ^ own for view in views), keep, own)
+
+
+def mine(anchors: Tensor, memory: Memory, source: Tensor, cascade: Cascade) -> Tensor:
     """The cascade's positives of each query, best first.
 
     Args:
-        anchors: [2, B, D] float32, the positives' features: query view, other view.
+        anchors: [2, B, D] float32, the positives' features in the memory's first two views.
         source: [B] int64 sibling groups; entries of an equal one are never mined.
     Returns:
         slots [B, top_k] int64, -1 where fewer remain.
     """
     slots, _ = cascade_select(
-        anchors,
-        memory.features,
-        stage_views(config.stages),
-        stage_keep(config.stages, memory.size, config.ratio, top_k),
-        query_ids=source,
-        memory_ids=memory.source,
+        anchors, memory.features[:2], cascade.views, cascade.keep, query_ids=source, memory_ids=memory.source
     )
     return slots
 
 
 def mining_rates(
-    anchors: Tensor, memory: Memory, source: Tensor, config: MiningConfig, mined: Tensor, label: Tensor, step: int
+    anchors: Tensor, memory: Memory, source: Tensor, cascade: Cascade, mined: Tensor, label: Tensor, step: int
 ) -> dict[str, Tensor]:
     """What the log tells of mined positives beside PMR, {name: [B] float32} of `rate_names`; no sync.
 
     Args:
-        anchors, memory, source, config: as in `mine`, which returned `mined` [B, P].
+        anchors, memory, source, cascade: as in `mine`, which returned `mined` [B, P].
         label: [B] int64 classes of the queries, -1 where unknown.
         step: the one under way.
     """
     ids = {"query_ids": source, "memory_ids": memory.source}
-    own_view = (anchors[0], memory.features[0], mined)  # the view that the cascade does not end in
+    own_view = (anchors[cascade.own], memory.features[cascade.own], mined)  # the view that the cascade does not end in
     rates = survivor_rates(
-        anchors, memory.features, stage_views(config.stages),
-        stage_keep(config.stages, memory.size, config.ratio, mined.shape[1]),
-        **ids, query_labels=label, memory_labels=memory.label,
+        anchors, memory.features[:2], cascade.views, cascade.keep, **ids,
+        query_labels=label, memory_labels=memory.label,
     )  # fmt: skip
     return rates | {
         "view_agreement": view_agreement(*own_view, **ids),
@@ -79,13 +94,14 @@ class IdMeaning:
     ids: Literal["source", "label"]
     same_id: Literal["positive", "negative"]
     self_positive: Literal["keep", "denominator"]
+    averaged: bool = False  # the log-softmax averaged over the positives in place of the MIL form [published UberNCE]
 
 
 def id_meaning(mining: Mining, loss: LossConfig, *, seed: int, step: int) -> IdMeaning:
     """The reading of ids at a step. Siblings in the memory are negatives [paper, Alg. 1] or positives [published code],
     which also drops q+ from the numerator in a share of the iterations, drawn anew from (seed, step)."""
     if mining == "label":
-        return IdMeaning("label", "positive", "keep")
+        return IdMeaning("label", "positive", "keep", averaged=loss.protocol == "coclr")
     if mining == "none" or loss.protocol == "paper":
         return IdMeaning("source", "negative", "keep")
     dropped = generator(seed, DROP_STREAM, step).random() < loss.self_positive_drop

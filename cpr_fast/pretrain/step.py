@@ -1,92 +1,223 @@
-"""One step of pretraining: read `train_step` beside Algorithm 1 of the paper.
+"""One step of pretraining: read `_queue_step` beside Algorithm 1 of the paper.
 
 Letters: B clips per rank, R ranks, V views, K memory slots, D feature width, P positives, T frames.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import distributed
 from ..evaluate.mining_quality import gather_slots, hubness, mined_counts
-from ..ops import mil_nce
+from .contrast import Ids, contrast
 from .cycle import CycleState
+from .intra import without_motion
 from .log import StepResult
+from .memory import EMPTY
 from .mining import id_meaning, mine, mining_rates
 
 if TYPE_CHECKING:
     from ..data.pipeline import Batch
 
 
-def train_step(state: CycleState, batch: Batch, step: int) -> StepResult:
-    """One batch of Algorithm 1 [paper]; nothing in it waits for the device.
+@dataclass(frozen=True)
+class Learnt:
+    """What came of some queries. B queries, P positives.
 
-    Until the memory is full the encoder's weights stay as they are: only BatchNorm's statistics, the moving average
-    and the memory move [published code].
+    loss: 0-d, with gradient until it was taken.
+    mined: [B, P] int64 slots, or None; rates: {name: [B]} of them, empty where nothing was mined.
     """
-    config, encoders, memory, cycle = state.config, state.encoders, state.memory, state.cycle
-    own_clips = batch.clips[cycle.view]  # [B, 2, 3, T, H, W]
-    learning = memory.full
-    with torch.set_grad_enabled(learning), state.autocast():
-        f_q = encoders.encode_query(own_clips[:, 0])  # [B, D]
+
+    loss: Tensor
+    mined: Tensor | None = None
+    rates: dict[str, Tensor] | None = None
+
+
+def train_step(state: CycleState, batch: Batch, step: int) -> StepResult:
+    """One batch of Algorithm 1 [paper]; nothing in it waits for the device."""
+    if state.config.run.compile == "cuda_graphs":
+        torch.compiler.cudagraph_mark_step_begin()
+    if state.config.model.shared:
+        result = _shared_step(state, batch, step)
+    elif state.config.memory.kind == "batch":
+        result = _batch_step(state, batch, step)
+    else:
+        result = _queue_step(state, batch, step)
+    state.encoders.sync_running_statistics()
+    return result
+
+
+def _queue_step(state: CycleState, batch: Batch, step: int) -> StepResult:
+    """Keys by a moving average of the query encoder, compared with a queue of them [MoCo] or with a bank.
+
+    Until a queue is full the encoder's weights stay as they are: only BatchNorm's statistics, the moving average and
+    the queue move [published code]. A bank teaches from the first step [IIC] and is mined once it is full.
+    """
+    encoders, memory = state.encoders, state.memory
+    own_clips = batch.clips[state.cycle.view]  # [B, 2, 3, T, H, W]
+    learning = memory.full or state.config.memory.kind == "bank"
     encoders.update_key()
     with torch.no_grad(), state.autocast():
         keys = [encoders.encode_keys(own_clips[:, 1], step)]  # f_q+ of all ranks, [R*B, D] per view
         keys += [encoders.encode_other(batch.clips[view][:, 1]) for view in state.views[1:]]
     keys = torch.stack(keys)  # [V, R*B, D]
-    rows = torch.stack([batch.source, batch.video, batch.label, batch.start[:, 1]], dim=1)  # [B, 4]
-    source, video, label, start = distributed.all_gather(rows).unbind(1)  # [R*B] each
-    here = slice(state.world.rank * len(f_q), (state.world.rank + 1) * len(f_q))  # this rank's part of them
+    ids = Ids.of(batch, 1)
+    own_keys = keys[:, _here(state, len(ids.video))]
 
-    loss, mined, rates = torch.full_like(f_q[0, 0], float("nan")).detach(), None, {}
+    features, learnt = [], []
+    for rows, clips in encoders.parts(own_clips[:, 0]):
+        with torch.set_grad_enabled(learning), state.autocast():
+            f_q = encoders.encode_query(clips)  # [B / parts, D]
+        features.append(f_q.detach())
+        if not learning:
+            continue
+        anchors = own_keys[:, rows]
+        if state.anchor == "query" and len(anchors) > 1:
+            anchors = torch.stack([f_q.detach(), anchors[1]])
+        part = _contrast(state, f_q, own_keys[0, rows], anchors, ids[rows], step, memory.features[0])
+        state.backward(part.loss / encoders.num_parts)
+        learnt.append(part)
     if learning:
-        if cycle.mining == "cascade":
-            anchors = keys[:, here]
-            if config.mining.anchor == "query":
-                anchors = torch.stack([f_q.detach(), keys[1, here]])
-            mined = mine(anchors, memory, batch.source, config.mining, state.top_k)  # [B, P]
-            rates = mining_rates(anchors, memory, batch.source, config.mining, mined, batch.label, step)
-        meaning = id_meaning(cycle.mining, config.loss, seed=config.run.seed, step=step)
-        loss = mil_nce(
-            f_q, keys[0, here], memory.features[0], mined,
-            query_ids=getattr(batch, meaning.ids), memory_ids=getattr(memory, meaning.ids),
-            same_id=meaning.same_id, self_positive=meaning.self_positive, temperature=config.loss.temperature,
-        )  # fmt: skip
-        state.optimise(loss)
-    result = _measure(state, f_q, keys, loss, mined, rates, video, start)
-    memory.enqueue(keys, source=source, video=video, label=label, start=start, step=step)
-    encoders.sync_running_statistics()
+        state.optimise()
+    everyone = ids.of_all_ranks()
+    result = _measure(state, torch.cat(features), keys, _joined(learnt), everyone)
+    _enqueue(state, keys, everyone, step)
     return result
 
 
-@torch.no_grad()
-def _measure(
+def _batch_step(state: CycleState, batch: Batch, step: int) -> StepResult:
+    """Both clips of every video learn; each is q+ of the other, and the memory is the other videos' clips [SimCLR]."""
+    clips = batch.clips[state.cycle.view].flatten(0, 1)  # [2B, 3, T, H, W]
+    with state.autocast():
+        f_q = state.encoders.encode_query(clips)  # [2B, D], the clips of a video in turn
+    everything = distributed.all_gather_with_gradient(f_q)  # [R*2B, D]
+    keys = [everything.detach()]
+    with torch.no_grad(), state.autocast():
+        keys += [state.encoders.encode_other(batch.clips[other].flatten(0, 1)) for other in state.views[1:]]
+    keys = torch.stack(keys)  # [V, R*2B, D]
+    ids = Ids.of(batch, 0, 1)
+    everyone = ids.of_all_ranks()
+    _enqueue(state, keys, everyone, step)  # all of the memory
+
+    anchors = _partner(keys[:, _here(state, len(f_q))])
+    if state.anchor == "query" and len(anchors) > 1:
+        anchors = torch.stack([f_q.detach(), anchors[1]])
+    own_key = _partner(f_q[None])[0]
+    learnt = _contrast(state, f_q, own_key, anchors, ids, step, everything)
+    state.backward(learnt.loss)
+    state.optimise()
+    return _measure(state, f_q.detach(), keys, learnt, everyone)
+
+
+def _shared_step(state: CycleState, batch: Batch, step: int) -> StepResult:
+    """One encoder, two views of one clip, each compared with the bank's entries in the other one [IIC].
+
+    q+ is the video's own entry in the other view, or where it has none yet, the clip's feature there. With
+    intra-negatives the encoder also looks at clips without their motion; they have a bank of their own, all of which
+    is negative. Published: 1,024 entries of each bank drawn as negatives; here all of them, so without noise.
+    """
+    memory, encoders = state.memory, state.encoders
+    clips = [batch.clips[view][:, 0] for view in state.views]  # [B, 3, T, H, W] each
+    ids = Ids.of(batch, 0)
+    with state.autocast():
+        features = torch.stack(encoders.encode_query(torch.cat(clips)).chunk(2))  # [2, B, D]
+    keys = distributed.all_gather(features.detach().transpose(0, 1)).transpose(0, 1)  # [2, R*B, D]
+    entries, intra = memory.features, state.config.loss.intra_negatives
+    if intra != "none":
+        with torch.no_grad(), state.autocast():
+            still = without_motion(clips[0], intra, seed=state.config.run.seed, step=step, world=state.world)
+            keys = torch.cat([keys, encoders.encode_keys(still, step)[None]])  # [3, R*B, D]
+        entries = torch.cat([entries[:2], entries[[2, 2]]], dim=1)  # [2, 2K, D]
+
+    visited = (memory.source[ids.video] != EMPTY)[:, None]  # [B, 1]
+    stored = torch.where(visited, entries[:2, ids.video], F.normalize(features.detach(), dim=2))  # [2, B, D]
+    learnt = []
+    for own, other in ((0, 1), (1, 0)):
+        anchors = stored
+        if state.anchor == "query":
+            anchors = torch.stack([features[own].detach() if view == own else stored[view] for view in (0, 1)])
+        learnt.append(_contrast(state, features[own], stored[other], anchors, ids, step, entries[other], own))
+    loss = learnt[0].loss + learnt[1].loss
+    state.backward(loss)
+    state.optimise()
+    everyone = ids.of_all_ranks()
+    result = _measure(state, features[0].detach(), keys, Learnt(loss, learnt[0].mined, learnt[0].rates), everyone)
+    _enqueue(state, keys, everyone, step)
+    return result
+
+
+def _contrast(
     state: CycleState,
-    f_q: Tensor,
-    keys: Tensor,
-    loss: Tensor,
-    mined: Tensor | None,
-    rates: dict[str, Tensor],
-    video: Tensor,
-    start: Tensor,
-) -> StepResult:
-    """What the log wants to know of a step, the same on every rank; stays on the device."""
-    loss = loss.detach().clone()
-    distributed.mean_([loss])
+    query: Tensor,
+    own_key: Tensor,
+    anchors: Tensor,
+    ids: Ids,
+    step: int,
+    entries: Tensor,
+    own: int = 0,
+) -> Learnt:
+    """Mines for queries of view `own` and compares them with `entries` [E >= K, D], the memory in one view."""
+    config, memory, mining = state.config, state.memory, state.cycle.mining
+    mined, rates = None, {}
+    if mining == "cascade" and memory.full:
+        cascade = state.cascades[own]
+        mined = mine(anchors, memory, ids.source, cascade)  # [B, P]
+        if own == 0:  # the view that the run reports
+            rates = mining_rates(anchors, memory, ids.source, cascade, mined, ids.label, step)
+    meaning = id_meaning(mining, config.loss, seed=config.run.seed, step=step)
+    loss = contrast(
+        query, own_key, entries, mined, ids, memory, meaning, temperature=config.loss.temperature,
+        holds_own=config.memory.kind != "queue",
+    )  # fmt: skip
+    return Learnt(loss, mined, rates)
+
+
+def _here(state: CycleState, count: int) -> slice:
+    """The rows of this rank, `count` of each rank's."""
+    return slice(state.world.rank * count, (state.world.rank + 1) * count)
+
+
+def _partner(features: Tensor) -> Tensor:
+    """[V, 2B, D] with the two clips of every video exchanged."""
+    return features.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
+
+
+def _enqueue(state: CycleState, keys: Tensor, ids: Ids, step: int) -> None:
+    state.memory.enqueue(keys, source=ids.source, video=ids.video, label=ids.label, start=ids.start, step=step)
+
+
+def _joined(parts: list[Learnt]) -> Learnt | None:
+    """Equal parts of a batch as one; None if there are none."""
+    if not parts:
+        return None
+    loss = torch.stack([part.loss.detach() for part in parts]).mean()
+    if parts[0].mined is None:
+        return Learnt(loss)
+    rates = {name: torch.cat([part.rates[name] for part in parts]) for name in parts[0].rates}
+    return Learnt(loss, torch.cat([part.mined for part in parts]), rates)
+
+
+@torch.no_grad()
+def _measure(state: CycleState, f_q: Tensor, keys: Tensor, learnt: Learnt | None, ids: Ids) -> StepResult:
+    """What the log wants to know of a step, the same on every rank; stays on the device. `ids` are of all ranks."""
     finite = f_q.isfinite().all() & keys.isfinite().all()
-    if not state.memory.full:
-        return StepResult(torch.full_like(loss, float("nan")), {}, finite, video, start, None, None)
+    loss = torch.full((), float("nan"), device=f_q.device) if learnt is None else learnt.loss.detach().clone()
+    distributed.mean_([loss])
+    if learnt is None:
+        return StepResult(loss, {}, finite, ids.video, ids.start, None, None)
     state.loss_sum += torch.stack([loss, torch.ones_like(loss)])
     finite = finite & loss.isfinite()
-    if mined is None:
-        return StepResult(loss, {}, finite, video, start, None, None)
-    mined = distributed.all_gather(mined)  # [R*B, P]
+    if learnt.mined is None:
+        return StepResult(loss, {}, finite, ids.video, ids.start, None, None)
+    mined = distributed.all_gather(learnt.mined)  # [R*B, P]
     mined_video = gather_slots(state.memory.video, mined)
-    everyone = distributed.all_gather(torch.stack(list(rates.values()), dim=1))  # [R*B, rates]
-    means = state.quality.update(mined_video, video, dict(zip(rates, everyone.unbind(1), strict=True)))
+    everyone = distributed.all_gather(torch.stack(list(learnt.rates.values()), dim=1))  # [R*B, rates]
+    means = state.quality.update(mined_video, ids.video, dict(zip(learnt.rates, everyone.unbind(1), strict=True)))
     means["hubness"] = hubness(mined_counts(mined, state.memory.size))
     mined_start = gather_slots(state.memory.start, mined)
-    return StepResult(loss, means, finite, video, start, mined_video, mined_start)
+    return StepResult(loss, means, finite, ids.video, ids.start, mined_video, mined_start)
