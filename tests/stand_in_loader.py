@@ -10,7 +10,7 @@ import torch
 
 from cpr_fast.data.index import Index, Video
 
-VIEWS = ("rgb", "flow")
+VIEWS = ("rgb", "flow", "residual")
 
 
 def make_index(videos: int = 24, classes: int = 4) -> Index:
@@ -28,7 +28,8 @@ class RandomLoader:
     sleep_s = 0.0
     spoil = None  # (epoch, step): a NaN pixel in that batch
 
-    def __init__(self, index, data, views, *, seed, device="cpu", rank=0, world_size=1):
+    def __init__(self, index, data, views, *, seed, device="cpu", rank=0, world_size=1, plan=None):
+        self.clips = slice(None) if plan is None else slice(1)  # `plan_first` gives the first clip alone
         self.index, self.data, self.views, self.seed = index, data, views, seed
         self.rank, self.world_size = rank, world_size
         self.closed = False
@@ -49,12 +50,15 @@ class RandomLoader:
             time.sleep(self.sleep_s)
             first = (step * self.world_size + self.rank) * size
             video = order[first : first + size]
-            clips = {view: torch.stack([self._clip(epoch, int(v), view) for v in video]) for view in self.views}
+            clips = {
+                view: torch.stack([self._clip(epoch, int(v), view) for v in video])[:, self.clips]
+                for view in self.views
+            }
             if self.spoil == (epoch, step):
                 clips[self.views[0]][1, 0, 0, 0, 0, 0] = float("nan")
             source = torch.from_numpy(self.index.source_ids)[video]
             label = torch.from_numpy(self.index.labels)[video]
-            start = torch.stack([video, video + 1], dim=1)
+            start = torch.stack([video, video + 1], dim=1)[:, self.clips]
             yield SimpleNamespace(clips=clips, video=video, source=source, label=label, start=start)
 
     def close(self):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from cpr_fast.cascade import stage_keep, stage_views
-from cpr_fast.config import LossConfig, MiningConfig
+from cpr_fast.config import Config, LossConfig, MiningConfig
 from cpr_fast.pretrain.memory import Memory
-from cpr_fast.pretrain.mining import id_meaning, mine
+from cpr_fast.pretrain.mining import Cascade, id_meaning, mine
 
 
 def test_stage_views_end_in_the_other_view_and_alternate():
@@ -17,6 +17,16 @@ def test_stage_views_end_in_the_other_view_and_alternate():
         (0, 1),
         (1, 0, 1),
         (0, 1, 0, 1),
+        (1, 0, 1, 0, 1, 0, 1),
+    ]
+
+
+def test_published_stage_views_start_and_end_in_the_other_view():
+    assert [stage_views(n, "coclr") for n in (1, 2, 3, 4, 7)] == [
+        (1,),
+        (1, 1),
+        (1, 0, 1),
+        (1, 0, 1, 1),
         (1, 0, 1, 0, 1, 0, 1),
     ]
 
@@ -57,7 +67,7 @@ def test_cascade_over_the_memory(stages, filled):
     anchors = torch.randint(-4, 5, (2, 6, 8), generator=generator) / 4
     source = torch.arange(6) * 2 + max(0, filled - 20) // 3
     config = MiningConfig(stages=stages, ratio=0.5)
-    mined = mine(anchors, memory, source, config, top_k=7)
+    mined = mine(anchors, memory, source, Cascade.of(Config(mining=config), memory.size, top_k=7))
     assert torch.equal(mined, brute_force(anchors, memory, source, config, top_k=7))
     siblings = (memory.source[mined.clamp(min=0)] == source[:, None]) & (mined >= 0)
     assert not siblings.any()

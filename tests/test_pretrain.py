@@ -13,7 +13,6 @@ import torch
 from stand_in_loader import RandomLoader, make_index
 from torch.nn import functional as F
 
-from cpr_fast import config as config_module
 from cpr_fast.cascade import stage_keep, stage_views
 from cpr_fast.checkpoint import CheckpointError, load_checkpoint, load_encoders
 from cpr_fast.config import Config, Cycle, MemoryConfig, ModelConfig, OptimConfig, ScheduleConfig
@@ -23,7 +22,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.evaluate.mining_lab import load_two_view_features, sweep
 from cpr_fast.metrics import read_metrics
 from cpr_fast.models import build_encoder
-from cpr_fast.pretrain.cycle import CycleState, initial_encoder, views_of
+from cpr_fast.pretrain.cycle import CycleState, initial_encoder
 from cpr_fast.pretrain.encoders import Encoders, GroupedEncoder, batch_norm_groups, running_statistics
 from cpr_fast.pretrain.log import NonFiniteError
 from cpr_fast.pretrain.loop import pretrain
@@ -31,7 +30,6 @@ from cpr_fast.pretrain.mining import rate_names
 from cpr_fast.pretrain.schedule import cycle_epochs, generator, learning_rate
 from cpr_fast.pretrain.step import train_step
 
-ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
 INDEX = make_index(videos=18)
 TIMES = {"step_time_s", "data_wait_s", "clips_per_s", "epoch_time_s"}
@@ -583,30 +581,6 @@ def test_bf16_trains(tmp_path):
     for state in trained(half)["encoders"].values():  # weights and memory stay in fp32
         assert {tensor.dtype for tensor in state.values()} == {torch.float32, torch.int64}
     assert trained(half)["cycle_state"]["memory"]["features"].dtype == torch.float32
-
-
-# ---- recipes ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
-def test_every_recipe_loads_and_says_what_it_reproduces(path):
-    config = config_module.load(path)
-    assert path.read_text().startswith("# ")
-    assert config.run.out != Config().run.out
-    assert {cycle.view for cycle in config.schedule.cycles} == {"rgb", "flow"}
-    for cycle in config.schedule.cycles:
-        assert all(0 < milestone < cycle.epochs for milestone in cycle.milestones)
-        assert views_of(cycle)[0] == cycle.view
-
-
-def test_the_recipe_of_the_paper():
-    config = config_module.load(ROOT / "configs" / "cpr_ucf101.toml")
-    assert (config.mining.stages, config.mining.ratio, config.mining.top_k) == (7, 0.5, 5)
-    assert (config.memory.size, config.memory.ema_momentum, config.loss.temperature) == (2048, 0.999, 0.07)
-    assert (config.optim.lr, config.optim.weight_decay) == (1e-3, 1e-5)
-    last = config.schedule.cycles[-1]
-    rates = [learning_rate(epoch, last, config.optim, config.schedule.gamma) for epoch in range(400)]
-    assert rates == pytest.approx([1e-3] * 300 + [1e-4] * 50 + [1e-5] * 50)
 
 
 def test_features_of_the_loop_are_normalised(tmp_path):
