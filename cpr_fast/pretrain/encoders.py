@@ -203,12 +203,14 @@ def _statistics_once(norms: list[nn.Module]) -> tuple[AbstractContextManager, Ab
 
     @contextmanager
     def again():
+        momenta = [norm.momentum for norm in norms]
         for norm in norms:
-            norm.track_running_stats = False  # training mode normalises by the batch either way
+            norm.momentum = 0.0  # not `track_running_stats`: without the statistics fewer tensors would be saved
         try:
             yield
         finally:
-            for norm in norms:
-                norm.track_running_stats = True
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+                norm.num_batches_tracked.sub_(1)
 
     return nullcontext(), again()
