@@ -58,12 +58,11 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType t
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t axis = shape.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * shape[axis];
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                         strides.data(), dtype, device_type, like.get_device_index(),
-                                                         &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                  dtype, device_type, like.get_device_index(), &made));
   return Tensor(made);
 }
 
@@ -105,7 +104,7 @@ int choice(const char* name, const std::string& value, const std::vector<const c
 
 // torch's own thread pool, so that torch.set_num_threads is honoured and no second OpenMP runtime is loaded.
 void parallel_for(int64_t count, int64_t grain, cpr_range_body body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
 }
 
 void raise_failure(const char* failure) {
@@ -122,7 +121,7 @@ void* current_cuda_stream(const Tensor& tensor) {
   }();
   if (get_stream == nullptr) throw std::runtime_error("cpr_fast: this torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(get_stream(tensor.get_device_index(), &stream));
   return stream;
 }
 
