@@ -1,6 +1,7 @@
 """A short training with the fused operators beside the same training with their plain-torch references.
 
     python bench/step_comparison.py [--device cuda] [--steps 20] [--batch 32] [--frames 32] [--size 128] [--width 1]
+                                    [--seconds 20]
 
 Both start from the same weights, memory and clips. The first loss must agree to rounding, the later ones closely:
 small differences grow with training. Also: what mining and loss cost of a step, for 7 stages and for InfoNCE alone.
@@ -71,7 +72,7 @@ def references():
     """The operators' plain-torch twins in their place."""
     with (
         mock.patch("cpr_fast.pretrain.mining.cascade_select", cascade_select_ref),
-        mock.patch("cpr_fast.pretrain.step.mil_nce", mil_nce_ref),
+        mock.patch("cpr_fast.pretrain.contrast.mil_nce", mil_nce_ref),
     ):
         yield
 
@@ -84,10 +85,9 @@ def losses(options: argparse.Namespace) -> list[float]:
 def shares(options: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of a step, and in it of mining, of the rates logged of it, and of the loss with its gradient."""
     state, batch = start(options), next(batches(options))
-    config = state.config.mining
     query = normalize(torch.randn(2, options.batch, 128, device=options.device), dim=2).requires_grad_()
-    mining = (query.detach(), state.memory, batch.source, config)
-    slots = mine(*mining, state.top_k)
+    mining = (query.detach(), state.memory, batch.source, state.cascades[0])
+    slots = mine(*mining)
 
     def loss(positives=None):
         value = mil_nce(query[0], query[1].detach(), state.memory.features[0], positives)
@@ -95,18 +95,18 @@ def shares(options: argparse.Namespace) -> dict[str, float]:
 
     calls = {
         "step": lambda: train_step(state, batch, 0),
-        "mining_7_stages": lambda: mine(*mining, state.top_k),
+        "mining_7_stages": lambda: mine(*mining),
         "mining_rates": lambda: mining_rates(*mining, slots, batch.label, 0),
         "loss_mined": lambda: loss(slots),
         "loss_infonce": loss,
     }
-    return {f"{name}_ms": 1e3 * statistics.median(v) for name, v in samples_s(calls, options.device, 20).items()}
+    return {f"{name}_ms": 1e3 * statistics.median(v) for name, v in samples_s(calls, options.device, options.seconds).items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for name, default in {"steps": 20, "batch": 32, "frames": 32, "size": 128, "width": 1.0}.items():
+    for name, default in {"steps": 20, "batch": 32, "frames": 32, "size": 128, "width": 1.0, "seconds": 20.0}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     options = parser.parse_args()
     torch.backends.cudnn.deterministic = True  # the two runs may differ in the operators alone

@@ -1,6 +1,7 @@
 """The benchmark runs, and what it compares computes the same thing."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,13 @@ def test_the_pytest_benchmark_suites_run(tmp_path):
     assert {row["op"] for row in rows} == {"cascade_select", "mil_nce"}
     for row in rows:
         assert {"B", "K", "D", "dtype", "floor_us", "ratio", "error", "peak_mib", "device", "commit"} <= row.keys()
+
+
+def test_a_training_with_the_operators_is_one_with_their_references(tmp_path):
+    sizes = ["--steps", "6", "--batch", "4", "--frames", "5", "--size", "20", "--width", ".125", "--seconds", ".2"]
+    command = [sys.executable, "bench/step_comparison.py", "--device", "cpu", *sizes]
+    environment = os.environ | {"OUT": str(tmp_path)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=300)
+    report = json.loads((tmp_path / "step_comparison_cpu.json").read_text())
+    assert report["agree"] and len(report["fused"]) == 6
+    assert all(report[f"{part}_ms"] > 0 for part in ("step", "mining_7_stages", "mining_rates", "loss_mined"))
