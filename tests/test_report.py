@@ -296,6 +296,14 @@ def test_several_runs_stand_beside_each_other(tmp_path, index):
     assert "2. RGB CoCLR" in text and "2. RGB CPR" in text
 
 
+def test_a_run_of_residual_frames_is_shown_as_any_other(tmp_path, index):
+    rows = [*training_rows(), *retrieval_rows(index)]
+    rows = [row | {"view": "residual"} for row in rows if row.get("view") not in ("flow", "two_stream")]
+    run = write_run(tmp_path / "run", [start_row(index), *rows])
+    text = text_of(write_report([run], tmp_path / "r.html"))
+    assert "R@1, Residual 40.0 %" in text and "2. Residual CPR" in text and "Residual queries" in text
+
+
 def test_chance_pmr_is_what_random_mining_gives(tmp_path, index):
     run = Run(write_run(tmp_path / "run", [start_row(index)]))
     rates = []

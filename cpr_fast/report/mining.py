@@ -7,7 +7,7 @@ from typing import Any
 
 from .bars import Bar, bar_figure, group_figure, profile_figure
 from .figures import Line, line_figure
-from .runs import VIEW_NAMES, Run
+from .runs import VIEW_NAMES, VIEWS, Run
 from .training import SERIES, curves, cycle_bands
 
 FIRST, OTHER = 5, 5  # grey, of what stands beside the run's last epoch
@@ -81,7 +81,7 @@ def counted_epochs(run: Run, view: str | None = None) -> list[dict[str, Any]]:
 
 def _count_figures(run: Run) -> list[str]:
     figures = []
-    for view in ("rgb", "flow"):
+    for view in VIEWS:
         if rows := counted_epochs(run, view):
             same = [row for row in rows if len(row["right_counts"]) == len(rows[-1]["right_counts"])]  # one top-k
             groups = {f"epoch {row['epoch']}": count_shares(row) for row in (same[0], same[-1])}
@@ -105,7 +105,7 @@ def _class_figures(run: Run) -> list[str]:
 def _survivors(run: Run) -> str | None:
     """Precision and recall after every stage in the last epoch of each view."""
     lines = []
-    for view in ("rgb", "flow"):
+    for view in VIEWS:
         rows = [r for r in run.epochs if r["view"] == view and r.get("survivor_precision_1") is not None]
         if not rows:
             continue

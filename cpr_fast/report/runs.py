@@ -15,7 +15,8 @@ from ..data.index import Index, IndexFileError
 from ..errors import InputError
 from ..metrics import read_metrics
 
-VIEW_NAMES = {"rgb": "RGB", "flow": "Flow", "two_stream": "RGB + flow"}
+VIEWS = ("rgb", "flow", "residual")  # that a run may train
+VIEW_NAMES = {"rgb": "RGB", "flow": "Flow", "residual": "Residual", "two_stream": "RGB + flow"}
 MODEL_NAMES = {
     "trained": "Trained",
     "untrained": "Untrained network",

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data.index import Video
 from .clips import film_strip
-from .runs import VIEW_NAMES, Run
+from .runs import VIEW_NAMES, VIEWS, Run
 
 SHEET_QUERIES = 6  # rows of a contact sheet
 
@@ -15,7 +15,7 @@ SHEET_QUERIES = 6  # rows of a contact sheet
 def mined_sheets(run: Run) -> list[dict[str, Any]]:
     """Per view, queries of the last mining epoch with what was mined for them [paper, Fig. 2]."""
     sheets = []
-    for view in ("rgb", "flow"):
+    for view in VIEWS:
         rows = [row for row in run.mined if row["view"] == view]
         last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]][:SHEET_QUERIES]
         if last and run.index is not None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from statistics import median
 
 from .figures import Band, Line, line_figure
-from .runs import VIEW_NAMES, Run
+from .runs import VIEW_NAMES, VIEWS, Run
 
-SERIES = {"rgb": 0, "flow": 1, "two_stream": 2}
+SERIES = {"rgb": 0, "flow": 1, "two_stream": 2, "residual": 3}
 SMOOTH_STEPS = 9  # of the running medians
 
 
@@ -75,7 +75,7 @@ def _health_figures(run: Run) -> list[str]:
     """Effective rank of the memory's features and retrieval while training, where the run measured them."""
     figures = []
     ranks = []
-    for view in ("rgb", "flow"):
+    for view in VIEWS:
         rows = [row for row in run.health if row["effective_rank"].get(view) is not None]
         if rows:
             values = [row["effective_rank"][view] for row in rows]
