@@ -76,10 +76,7 @@ def _queue_step(state: CycleState, batch: Batch, step: int) -> StepResult:
         features.append(f_q.detach())
         if not learning:
             continue
-        anchors = own_keys[:, rows]
-        if state.anchor == "query" and len(anchors) > 1:
-            anchors = torch.stack([f_q.detach(), anchors[1]])
-        part = _contrast(state, f_q, own_keys[0, rows], anchors, ids[rows], step, memory.features[0])
+        part = _contrast(state, f_q, own_keys[0, rows], own_keys[:, rows], ids[rows], step, memory.features[0])
         state.backward(part.loss / encoders.num_parts)
         learnt.append(part)
     if learning:
@@ -104,11 +101,8 @@ def _batch_step(state: CycleState, batch: Batch, step: int) -> StepResult:
     everyone = ids.of_all_ranks()
     _enqueue(state, keys, everyone, step)  # all of the memory
 
-    anchors = _partner(keys[:, _here(state, len(f_q))])
-    if state.anchor == "query" and len(anchors) > 1:
-        anchors = torch.stack([f_q.detach(), anchors[1]])
-    own_key = _partner(f_q[None])[0]
-    learnt = _contrast(state, f_q, own_key, anchors, ids, step, everything)
+    partners, own_key = _partner(keys[:, _here(state, len(f_q))]), _partner(f_q[None])[0]
+    learnt = _contrast(state, f_q, own_key, partners, ids, step, everything)
     state.backward(learnt.loss)
     state.optimise()
     return _measure(state, f_q.detach(), keys, learnt, everyone)
@@ -132,16 +126,14 @@ def _shared_step(state: CycleState, batch: Batch, step: int) -> StepResult:
         with torch.no_grad(), state.autocast():
             still = without_motion(clips[0], intra, seed=state.config.run.seed, step=step, world=state.world)
             keys = torch.cat([keys, encoders.encode_keys(still, step)[None]])  # [3, R*B, D]
-        entries = torch.cat([entries[:2], entries[[2, 2]]], dim=1)  # [2, 2K, D]
+        entries = torch.cat([entries[:2], entries[2:].expand(2, -1, -1)], dim=1)  # [2, 2K, D]
 
     visited = (memory.source[ids.video] != EMPTY)[:, None]  # [B, 1]
     stored = torch.where(visited, entries[:2, ids.video], F.normalize(features.detach(), dim=2))  # [2, B, D]
-    learnt = []
-    for own, other in ((0, 1), (1, 0)):
-        anchors = stored
-        if state.anchor == "query":
-            anchors = torch.stack([features[own].detach() if view == own else stored[view] for view in (0, 1)])
-        learnt.append(_contrast(state, features[own], stored[other], anchors, ids, step, entries[other], own))
+    learnt = [
+        _contrast(state, features[own], stored[other], stored, ids, step, entries[other], own)
+        for own, other in ((0, 1), (1, 0))
+    ]
     loss = learnt[0].loss + learnt[1].loss
     state.backward(loss)
     state.optimise()
@@ -155,17 +147,24 @@ def _contrast(
     state: CycleState,
     query: Tensor,
     own_key: Tensor,
-    anchors: Tensor,
+    keys: Tensor,
     ids: Ids,
     step: int,
     entries: Tensor,
     own: int = 0,
 ) -> Learnt:
-    """Mines for queries of view `own` and compares them with `entries` [E >= K, D], the memory in one view."""
+    """Mines for queries of view `own` and compares them with `entries` [E >= K, D], the memory in one view.
+
+    keys: [V, B, D], f_q+ in every view: what the cascade compares, or f_q itself in its own view where that is the
+    anchor.
+    """
     config, memory, mining = state.config, state.memory, state.cycle.mining
     mined, rates = None, {}
     if mining == "cascade" and memory.full:
         cascade = state.cascades[own]
+        anchors = keys
+        if state.anchor == "query":
+            anchors = torch.stack([query.detach() if view == own else keys[view] for view in (0, 1)])
         mined = mine(anchors, memory, ids.source, cascade)  # [B, P]
         if own == 0:  # the view that the run reports
             rates = mining_rates(anchors, memory, ids.source, cascade, mined, ids.label, step)
