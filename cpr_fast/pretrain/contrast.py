@@ -78,7 +78,8 @@ def contrast(
     positives, memory_ids = mined, memory.video
     if meaning.same_id == "positive":
         slots = torch.arange(memory.size, device=query.device)
-        alike = torch.where(_alike(ids, memory, meaning), slots, -1)  # [B, K]
+        alike = _compared(ids, memory, holds_own) & _alike(ids, memory, meaning)  # [B, K]
+        alike = torch.where(alike, slots, -1)
         positives = alike if mined is None else torch.cat([mined, alike], dim=1)
     if further:  # numbers past those of the videos: they match no query
         memory_ids = torch.cat([memory_ids, torch.where(memory_ids == EMPTY, EMPTY, memory_ids + further)])
@@ -88,10 +89,16 @@ def contrast(
     )  # fmt: skip
 
 
+def _compared(ids: Ids, memory: Memory, holds_own: bool) -> Tensor:
+    """Which slots a query is compared with, [B, K] bool: those that hold something, without its own video's where
+    `holds_own`."""
+    filled = (memory.source != EMPTY).expand(len(ids.video), -1)
+    return filled & (ids.video[:, None] != memory.video) if holds_own else filled
+
+
 def _alike(ids: Ids, memory: Memory, meaning: IdMeaning) -> Tensor:
-    """Which slots hold another video of the query's id, [B, K] bool."""
-    same = getattr(ids, meaning.ids)[:, None] == getattr(memory, meaning.ids)
-    return same & (memory.source != EMPTY) & (ids.video[:, None] != memory.video)
+    """Which slots have the query's id, [B, K] bool."""
+    return getattr(ids, meaning.ids)[:, None] == getattr(memory, meaning.ids)
 
 
 def _averaged_nce(
@@ -102,11 +109,8 @@ def _averaged_nce(
 
     Plain torch: no recipe but this upper bound takes the form.
     """
-    present = (memory.source != EMPTY).expand(len(query), -1)  # [B, K]
-    positive = present & (getattr(ids, meaning.ids)[:, None] == getattr(memory, meaning.ids))
-    if holds_own:
-        own = ids.video[:, None] == memory.video
-        present, positive = present & ~own, positive & ~own
+    present = _compared(ids, memory, holds_own)  # [B, K]
+    positive = present & _alike(ids, memory, meaning)
     present = torch.cat([present, present.new_ones(len(query), len(entries) - memory.size)], dim=1)
     scores = (query @ entries.T).masked_fill(~present, -torch.inf)  # [B, E]
     logits = torch.cat([(query * own_key).sum(1, keepdim=True), scores], dim=1) / temperature
