@@ -60,7 +60,9 @@ def ratio(part, whole):
 def test_survivors_equal_their_definition(stages, seed):
     p = problem(seed=seed)
     views, keep = stage_views(stages), stage_keep(stages, 53, 0.6, 4)
-    rates = survivor_rates(views=views, keep=keep, **p)
+    ids = {name: p[name] for name in ("query_ids", "memory_ids")}
+    mined, _ = cascade_select(p["queries"], p["memory"], views, keep, **ids)
+    rates = survivor_rates(views=views, keep=keep, mined=mined, **p)
     expected = {name: [] for name in rates}
     for q in range(9):
         label, left = int(p["query_labels"][q]), allowed_slots(p, q)
@@ -122,7 +124,7 @@ def test_no_measure_waits_for_the_device():
         ids = {"query_ids": query_ids, "memory_ids": memory_ids}
         mined, _ = cascade_select(queries, memory, [1, 0, 1], [15, 8, 5], **ids)
         rates = survivor_rates(
-            queries, memory, [1, 0, 1], [15, 8, 5], **ids, query_labels=query_ids, memory_labels=memory_ids
+            queries, memory, [1, 0, 1], [15, 8, 5], mined, **ids, query_labels=query_ids, memory_labels=memory_ids
         )
         rates["view_agreement"] = view_agreement(queries[0], memory[0], mined, **ids)
         rates["mutual_neighbours"] = mutual_neighbours(queries[0], memory[0], mined, **ids)

@@ -198,7 +198,7 @@ class Cascade:
         ids = {"query_ids": self.ids[rows], "memory_ids": self.ids}
         query_view = self.features[1 - self.views[-1]]
         survivors = survivor_rates(
-            self.features[:, rows], self.features, self.views, self.keep,
+            self.features[:, rows], self.features, self.views, self.keep, mined,
             **ids, query_labels=labels[rows], memory_labels=labels,
         )  # fmt: skip
         return survivors | {

@@ -6,6 +6,7 @@ Letters: V views, B queries, K memory slots, D feature width, n stages, P positi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ def survivor_rates(
     memory: Tensor,
     views: Sequence[int],
     keep: Sequence[int],
+    mined: Tensor,
     *,
     query_ids: Tensor,
     memory_ids: Tensor,
@@ -37,19 +39,21 @@ def survivor_rates(
 
     Args:
         queries, memory, views, keep, query_ids, memory_ids: of `cascade_select`: [V, B, D], [V, K, D], n, n, [B], [K].
+        mined: [B, keep[-1]] int64 slots that this cascade selected, -1 for padding: its last survivors.
         query_labels, memory_labels: [B], [K] int64, -1 where unknown.
     Returns:
         {"pmr_chance": [B], "survivor_precision_s": [B], "survivor_recall_s": [B], for s = 1..n} float32; NaN where
         nothing is known. Entries of unknown label count nowhere.
-    Cost: one cascade of s stages for every s: the survivors of a stage are the result of the cascade cut there.
+    Cost: one cascade of s stages for every s < n: the survivors of a stage are the result of the cascade cut there.
     """
     allowed = candidates(query_ids, memory_ids) & (memory_labels >= 0) & (query_labels >= 0)[:, None]  # [B, K]
     right = (allowed & (memory_labels == query_labels[:, None])).sum(1)  # |T|, [B]
     rates = {"pmr_chance": right / allowed.sum(1)}
-    for s in range(1, len(views) + 1):
-        survivors, _ = cascade_select(
-            queries, memory, views[:s], keep[:s], query_ids=query_ids, memory_ids=memory_ids
-        )  # [B, keep[s - 1]]
+    cut = (
+        cascade_select(queries, memory, views[:s], keep[:s], query_ids=query_ids, memory_ids=memory_ids)[0]
+        for s in range(1, len(views))
+    )  # [B, keep[s - 1]] each
+    for s, survivors in enumerate(itertools.chain(cut, [mined]), 1):
         true_positive, known = judge(gather_slots(memory_labels, survivors), query_labels)
         found = true_positive.sum(1)
         rates |= {f"survivor_precision_{s}": found / known.sum(1), f"survivor_recall_{s}": found / right}

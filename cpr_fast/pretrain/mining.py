@@ -71,7 +71,7 @@ def mining_rates(
     ids = {"query_ids": source, "memory_ids": memory.source}
     own_view = (anchors[cascade.own], memory.features[cascade.own], mined)  # the view that the cascade does not end in
     rates = survivor_rates(
-        anchors, memory.features[:2], cascade.views, cascade.keep, **ids,
+        anchors, memory.features[:2], cascade.views, cascade.keep, mined, **ids,
         query_labels=label, memory_labels=memory.label,
     )  # fmt: skip
     return rates | {
