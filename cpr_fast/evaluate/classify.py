@@ -11,6 +11,7 @@ Letters: M videos, C channels, L classes.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -88,6 +89,7 @@ def classify(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     config, encoders = load_encoders(checkpoint)
+    digests = {view: weights_digest(encoder) for view, encoder in encoders.items()}
     settings = settings or getattr(config, task)
     folder = Path(out) if out else home(checkpoint) / "evaluations"
     how = make_recipe(recipe, clips_per_video, crops)
@@ -97,7 +99,7 @@ def classify(
         split = load_split(path)
         for seed in seeds:
             job = Job(task, config, settings, how, split, seed, folder, torch.device(device), progress)
-            found = {view: predictions(job, view, checkpoint, store) for view in encoders}
+            found = {view: predictions(job, view, encoders[view], digests[view], store) for view in encoders}
             common = {"task": task, "recipe": recipe, "index": str(path), "split": number + 1, "seed": seed}
             rows += [common | row for row in _score(found, split, crops)]
     summary = _summary(rows, len(indexes))
@@ -163,14 +165,18 @@ class Predictions:
     best_epoch: int
 
 
-def predictions(job: Job, view: str, checkpoint: str | Path, store: FeatureCache) -> Predictions:
-    """What a classifier of one view says of the test videos: read where it is stored, else trained."""
-    encoder = load_encoders(checkpoint, device=job.device)[1][view]
-    key = weights_digest(encoder)
+def predictions(job: Job, view: str, pretrained: Encoder, key: str, store: FeatureCache) -> Predictions:
+    """What a classifier of one view says of the test videos: read where it is stored, else trained.
+
+    Args:
+        pretrained: the view's encoder, in eval mode; stays as it is.
+        key: its `weights_digest`.
+    """
     folder = job.folder / f"{job.task}-{view}-{_identity(job, view, key)[:12]}"
     path = folder / "predictions.safetensors"
     if (stored := _read_predictions(path)) is not None:
         return stored
+    encoder = copy.deepcopy(pretrained).to(job.device)
     if isinstance(job.settings, ProbeConfig) and job.settings.inputs == "features":
         found = _probe_features(job, view, encoder, key, store)
     else:
