@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
+from ..checkpoint import written_whole
 from .cycle import CycleState
 
 
@@ -30,9 +30,6 @@ def dump_memory(folder: Path, state: CycleState, number: int) -> Path | None:
     }
     written = memory.enqueued_at.cpu().numpy()[slots]
     path = folder / "memory" / f"cycle-{number + 1}.npz"
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, age=written.max() - written, **arrays)
-    os.replace(temporary, path)
     return path
