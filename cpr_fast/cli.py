@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .errors import InputError
+from .evaluate.recipe import RecipeName
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Print one JSON object on stdout.")]
@@ -149,7 +150,7 @@ def retrieve(
     *,
     index: Path,
     protocol: Literal["train_test", "leave_source_out"] = "train_test",
-    recipe: Literal["paper", "coclr", "iic"] = "paper",
+    recipe: RecipeName = "paper",
     clips: int | None = None,
     crops: Literal[1, 5, 10] = 1,
     cache: bool = True,
@@ -183,7 +184,7 @@ def probe(
     checkpoint: tyro.conf.Positional[Path],
     *,
     index: tuple[Path, ...],
-    recipe: Literal["paper", "coclr", "iic"] = "paper",
+    recipe: RecipeName = "paper",
     inputs: Literal["features", "clips"] | None = None,
     clips: int | None = None,
     crops: Literal[1, 5, 10] = 1,
@@ -227,7 +228,7 @@ def finetune(
     checkpoint: tyro.conf.Positional[Path],
     *,
     index: tuple[Path, ...],
-    recipe: Literal["paper", "coclr", "iic"] = "paper",
+    recipe: RecipeName = "paper",
     clips: int | None = None,
     crops: Literal[1, 5, 10] = 10,
     seeds: tuple[int, ...] = (0,),
@@ -518,7 +519,7 @@ def _classify(
     task: Literal["probe", "finetune"],
     checkpoint: Path,
     index: tuple[Path, ...],
-    recipe: Literal["paper", "coclr", "iic"],
+    recipe: RecipeName,
     clips: int | None,
     crops: int,
     seeds: tuple[int, ...],
