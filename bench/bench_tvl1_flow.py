@@ -10,9 +10,6 @@ ours, which tests/test_tvl1_flow.py holds to OpenCV's.
 import argparse
 import ctypes
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import real_clips
+from measure import cpu_name, world, write_result
 
 from cpr_fast.ops import _library, tvl1_flow
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = ((340, 256), (160, 120))
 MOVING_PX = 0.5  # pixels of OpenCV's flow from which on a pixel counts as moving
 DEFAULTS = (0.25, 0.15, 0.3, 5, 0.8, 5, 0.01, 30, 10, 5)
@@ -68,13 +65,6 @@ def endpoint_errors(flow: torch.Tensor, expected: torch.Tensor) -> dict[str, flo
     return row
 
 
-def processor() -> str:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"{names[0]}, 1 thread" if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=8)
@@ -84,7 +74,7 @@ def main() -> None:
     cv2.setNumThreads(1)
     library = ctypes.CDLL(str(_library._PATH))
     library.cpr_cpu_variants.restype = ctypes.c_char_p
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    about = world("cpu")
     rows = []
     for width, height in SIZES:
         clips = real_clips.read_gray(options.clips, 3, (width, height))
@@ -104,20 +94,16 @@ def main() -> None:
                     "pair_ms": round(own_s / pixel_iterations.numel() * 1e3, 2),
                     "pixel_iterations": total,
                     **endpoint_errors(flow, expected),
-                    "device": processor(),
-                    "commit": commit.strip(),
-                    "torch": torch.__version__,
+                    "device": f"{cpu_name()}, 1 thread",
+                    "commit": about["commit"],
+                    "torch": about["torch"],
                     "opencv": cv2.__version__,
                     "command": " ".join(["python", "bench/bench_tvl1_flow.py", *sys.argv[1:]]),
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
     library.cpr_force_cpu_variant(None)
-    out = ROOT / "bench" / "results" / "tvl1_flow_cpu.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(".tmp")
-    partial.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(partial, out)
+    write_result("tvl1_flow_cpu.json", json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,17 +12,15 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import torch
-from measure import cpu_name
+import real_clips
+from measure import RESULTS, ROOT, world
 
 from cpr_fast.config import Config, Cycle, InitConfig, load
 from cpr_fast.data.build import IndexOptions, write_index
@@ -32,8 +30,7 @@ from cpr_fast.evaluate.retrieval import Protocol, retrieve
 from cpr_fast.ops import tvl1_flow
 from cpr_fast.pretrain.loop import pretrain
 
-ROOT = Path(__file__).resolve().parents[1]
-ROWS = ROOT / "bench" / "results" / "claims.jsonl"
+ROWS = RESULTS / "claims.jsonl"
 START_CYCLES = 2  # InfoNCE on each view; the setting decides how the others mine
 
 # What the cycles after the start change against the base config; "untrained" is the fresh network of the seed.
@@ -57,10 +54,9 @@ def make_data(data: str, folder: Path) -> Path:
     if data == "synthetic":
         index = write_synthetic(folder)
     else:
-        clips = Path(os.environ.get("CPR_FAST_SHARED", ROOT.parent / "shared")) / "data" / "ucf101_100"
         index = folder / "index.csv"
         if not index.exists():
-            write_index(clips, index, IndexOptions(layout="folders"))
+            write_index(real_clips.UCF101, index, IndexOptions(layout="folders"))
     write_flow(index, folder / "flow", compute=tvl1_flow)
     return index
 
@@ -166,14 +162,13 @@ def main() -> None:
         return print_table(rows)
     work = args.work / args.data
     index = make_data(args.data, work / "data")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    about = world("cpu")
     done = {(row["setting"], row["seed"]) for row in rows}
     for setting, seed in itertools.product(args.settings, args.seeds):
         if (setting, seed) in done:
             continue
         row = {"data": args.data, "setting": setting, "seed": seed}
-        row |= run_setting(setting, seed, args.data, work, index)
-        row |= {"commit": commit.stdout.strip(), "torch": torch.__version__, "device": cpu_name()}
+        row |= run_setting(setting, seed, args.data, work, index) | about
         with ROWS.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps({key: value for key, value in row.items() if not key.endswith("_epochs")}), flush=True)

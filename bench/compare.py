@@ -20,7 +20,7 @@ import cascade_forms
 import loss_forms
 import torch
 from forms import ALL_SHAPES, CPU_SHAPES, Unavailable
-from measure import RESULTS, Rates, measure_rates, peak_mib, samples_s, summary, world
+from measure import RESULTS, Rates, measure_rates, peak_mib, samples_s, summary, world, write_result
 from page import write_page
 
 OPS = (cascade_forms, loss_forms)
@@ -148,11 +148,9 @@ def main() -> None:
     shapes = options.shapes or (CPU_SHAPES if options.device == "cpu" else ALL_SHAPES)
     largest = options.largest or (2**17 if options.device == "cpu" else 2**20)
     report = run(options.device, shapes, options.without, largest, options.seconds)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"kernels_{options.device}.json"
-    path.with_suffix(".tmp").write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
-    write_page(report, path.with_suffix(".md"))
+    name = f"kernels_{options.device}"
+    write_result(f"{name}.json", json.dumps(report, indent=1) + "\n", options.out)
+    write_page(report, options.out / f"{name}.md")
 
 
 if __name__ == "__main__":

@@ -140,11 +140,12 @@ def world(device: str) -> dict[str, str]:
     }
 
 
-def write_result(name: str, text: str) -> None:
-    """bench/results/<name>, replaced in one step."""
-    partial = RESULTS / f"{name}.tmp"
+def write_result(name: str, text: str, folder: Path = RESULTS) -> None:
+    """bench/results/<name>, or that of another folder, replaced in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{name}.tmp"
     partial.write_text(text)
-    os.replace(partial, RESULTS / name)
+    os.replace(partial, folder / name)
 
 
 def cpu_name() -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from measure import write_result
 
 # op, direction -> peer, how many times as long as ours it must take, at the smallest shape alone
 BARS = {
@@ -161,9 +162,7 @@ def write_page(report: dict, path: Path) -> None:
     show(console, "K doubled", GROWTH_HEADER, growth(report))
     show(console, "Bars", BARS_HEADER, bars(report))
     plot(report, path.with_suffix(".png"))
-    partial = path.with_suffix(".tmp")
-    partial.write_text("\n".join(text))
-    os.replace(partial, path)
+    write_result(path.name, "\n".join(text), path.parent)
     console.print(f"written: {path}, its .json and .png", highlight=False)
 
 

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from measure import RESULTS, samples_s, world
+from measure import RESULTS, samples_s, world, write_result
 from torch.nn.functional import normalize
 
 from cpr_fast.config import Config
@@ -100,7 +100,10 @@ def shares(options: argparse.Namespace) -> dict[str, float]:
         "loss_mined": lambda: loss(slots),
         "loss_infonce": loss,
     }
-    return {f"{name}_ms": 1e3 * statistics.median(v) for name, v in samples_s(calls, options.device, options.seconds).items()}
+    return {
+        f"{name}_ms": 1e3 * statistics.median(v)
+        for name, v in samples_s(calls, options.device, options.seconds).items()
+    }
 
 
 def main() -> None:
@@ -120,9 +123,8 @@ def main() -> None:
     extra_ms = report["mining_7_stages_ms"] + report["loss_mined_ms"] - report["loss_infonce_ms"]
     report["cost_over_infonce"] = extra_ms / report["step_ms"]
     report["agree"] = report["first_difference"] < FIRST and report["later_difference"] < LATER
-    path = Path(os.environ.get("OUT", RESULTS)) / f"step_comparison_{options.device}.json"
-    path.with_suffix(".tmp").write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+    folder = Path(os.environ.get("OUT", RESULTS))
+    write_result(f"step_comparison_{options.device}.json", json.dumps(report, indent=1) + "\n", folder)
     print(json.dumps({key: value for key, value in report.items() if key not in ("fused", "plain")}, indent=1))
     raise SystemExit(not report["agree"])
 

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from stand_in_loader import RandomLoader, make_index
 
 from cpr_fast.config import Config, load
@@ -70,9 +69,7 @@ def runs() -> dict[str, list[Path]]:
 
 
 @pytest.mark.parametrize("paths", runs().values(), ids=lambda paths: paths[0].stem)
-def test_every_recipe_trains(paths, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def test_every_recipe_trains(paths, tmp_path, one_thread):
     configs = [load(path) for path in paths]
     assert all(pretraining(config) == pretraining(configs[0]) for config in configs)
     config = small(configs[0], tmp_path / "run")
@@ -81,7 +78,6 @@ def test_every_recipe_trains(paths, tmp_path):
     }
     assert kept and config.loss == configs[0].loss and config.optim == configs[0].optim
     folder = pretrain(config, index=make_index(videos=8), make_loader=RandomLoader, progress=False)
-    torch.set_num_threads(threads)
     steps = [row for row in read_metrics(folder) if row["kind"] == "step"]
     assert len(steps) == 4 * len(config.schedule.cycles)
     for number, cycle in enumerate(config.schedule.cycles):
