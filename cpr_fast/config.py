@@ -21,6 +21,7 @@ QUARTERS = 4  # of a clip, two of which an intra-negative exchanges [IIC]
 
 View = Literal["rgb", "flow", "residual"]
 Mining = Literal["none", "label", "cascade"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class ConfigError(InputError):
@@ -117,7 +118,7 @@ class OptimConfig:
     lr: float = 1e-3
     weight_decay: float = 1e-5
     momentum: float = 0.9  # sgd only
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # bf16 and fp16 are autocast; fp16 scales gradients
+    precision: Precision = "fp32"  # bf16 and fp16 are autocast; fp16 scales gradients
     accumulate: int = 1  # parts of a process's batch whose gradients are summed before a step: less memory, same batch
 
 
@@ -163,7 +164,7 @@ class ClassifierConfig:
     dropout: float = 0.9  # of the pooled features
     normalize: bool = False  # L2, then BatchNorm, before the linear layer
     batch_size: int = 16
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from ..config import ClassifierConfig, Config
 from ..data.pipeline import Batch
 from ..metrics import FILE as METRICS_FILE
 from ..metrics import MetricsWriter, rewind
+from ..precision import autocast
 from ..progress import track
 from .classifier import Classifier, make_optimizer, set_epoch
 
 LAST = "last.pt"
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ClipLoader(Protocol):
@@ -101,14 +101,14 @@ def _train_epoch(
 ) -> tuple[float, float]:
     """One pass over the training videos; returns the mean loss and the share of clips that were classified right."""
     model.train()
-    device, dtype = training.device, AUTOCAST[training.settings.precision]
+    device = training.device
     total = torch.zeros(3, dtype=torch.float64, device=device)  # loss, hits, clips: read once, at the end
     title = f"{training.view}, epoch {epoch + 1}/{training.settings.epochs}"
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed((training.seed << 20) + epoch)
         for batch in track(loader.epoch(epoch), title, total=len(loader), unit="steps", progress=training.progress):
             labels = batch.label.to(device)
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            with autocast(device, training.settings.precision):
                 logits = model(batch.clips[training.view][:, 0])  # [B, L]
             loss = F.cross_entropy(logits.float(), labels)
             optimizer.zero_grad(set_to_none=True)

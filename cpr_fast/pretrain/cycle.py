@@ -14,12 +14,12 @@ from ..distributed import World
 from ..errors import InputError
 from ..evaluate.mining_quality import MiningQuality
 from ..models import Encoder, build_encoder
+from ..precision import autocast
 from .encoders import Encoders, batch_norm_groups
 from .memory import Bank, Memory
 from .mining import Cascade, rate_names
 
 _VIEWS: tuple[View, ...] = ("rgb", "flow", "residual")
-_AUTOCAST_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class CycleState:
@@ -63,8 +63,7 @@ class CycleState:
 
     def autocast(self) -> torch.autocast:
         """The precision of the forward passes."""
-        dtype = _AUTOCAST_DTYPE[self.config.optim.precision]
-        return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
+        return autocast(self.world.device, self.config.optim.precision)
 
     def _cascade(self, own: int) -> Cascade:
         """The stages of queries of view `own`."""
@@ -133,18 +132,12 @@ def _build_encoders(
 ) -> Encoders:
     """The encoders of a cycle; `clips` are the videos of a step, all processes together."""
     model, memory, parts = config.model, config.memory, config.optim.accumulate
-    groups = world.size * parts if memory.shuffle_bn_groups is None else memory.shuffle_bn_groups
-    if groups % (world.size * parts):
-        raise InputError(
-            f"memory.shuffle_bn_groups: expected a multiple of the {world.size * parts} parts of a step, "
-            f"optim.accumulate x {world.size} processes, got {groups}"
-        )
     own_keys = model.shared or memory.kind == "batch"  # no moving average: the learning encoder makes the keys
     return Encoders(
         initial_encoder(config, views[0], weights),
         initial_encoder(config, views[1], weights) if len(views) > 1 and not model.shared else None,
         momentum=None if own_keys else memory.ema_momentum,
-        groups=batch_norm_groups(groups, clips, world.size),
+        groups=batch_norm_groups(memory.shuffle_bn_groups, clips, world.size, parts),
         seed=config.run.seed,
         world=world,
         parts=parts,

@@ -28,15 +28,19 @@ from .schedule import generator
 SHUFFLE_STREAM = 1  # of `schedule.generator`
 
 
-def batch_norm_groups(groups: int | None, clips: int, processes: int) -> int:
-    """G for steps of `clips` clips (all processes together): `groups`, or one per process where it is None.
+def batch_norm_groups(groups: int | None, clips: int, processes: int, parts: int = 1) -> int:
+    """G for steps of `clips` clips (all processes together), which each process takes in `parts`: `groups`, or one for
+    each of those parts where it is None.
 
-    Raises InputError if the groups would not be equal parts of every process's clips.
+    Raises InputError if the groups would not be equal divisions of every part.
     """
     if groups is None:
-        return processes
-    if groups % processes:
-        raise InputError(f"memory.shuffle_bn_groups: expected a multiple of the {processes} processes, got {groups}")
+        groups = processes * parts
+    if groups % (processes * parts):
+        of_each = f" x {parts} parts of a step (optim.accumulate)" if parts > 1 else ""
+        raise InputError(
+            f"memory.shuffle_bn_groups: expected a multiple of the {processes} processes{of_each}, got {groups}"
+        )
     if clips % groups:
         raise InputError(f"memory.shuffle_bn_groups: expected a divisor of the {clips} clips of a step, got {groups}")
     return groups
