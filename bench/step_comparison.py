@@ -117,7 +117,7 @@ def main() -> None:
     fused = losses(options)
     with references():
         plain = losses(options)
-    report = world(options.device) | vars(options) | shares(options) | {"fused": fused, "plain": plain}
+    report = vars(options) | world(options.device) | shares(options) | {"fused": fused, "plain": plain}
     report["first_difference"] = abs(fused[0] / plain[0] - 1)
     report["later_difference"] = abs(sum(fused[-5:]) / sum(plain[-5:]) - 1)
     extra_ms = report["mining_7_stages_ms"] + report["loss_mined_ms"] - report["loss_infonce_ms"]
