@@ -248,7 +248,7 @@ def test_two_stream_is_the_mean_of_probabilities(run, monkeypatch):
     labels = torch.from_numpy(Index.load(index).select("test").labels)
     fixed = {"rgb": [0.6, 0.4, 0.0, 0.0], "flow": [0.0, 0.35, 0.65, 0.0]}
 
-    def predict(job, view, checkpoint, store):
+    def predict(job, view, *_):
         table = torch.tensor([fixed[view]], dtype=torch.float64).repeat(len(labels), 1)
         return module.Predictions({1: table}, torch.ones(len(labels), dtype=torch.int64), 0)
 
