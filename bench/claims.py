@@ -27,7 +27,6 @@ from cpr_fast.data.build import IndexOptions, write_index
 from cpr_fast.data.flow import write_flow
 from cpr_fast.data.synthetic import write_synthetic
 from cpr_fast.evaluate.retrieval import Protocol, retrieve
-from cpr_fast.ops import tvl1_flow
 from cpr_fast.pretrain.loop import pretrain
 
 ROWS = RESULTS / "claims.jsonl"
@@ -57,7 +56,7 @@ def make_data(data: str, folder: Path) -> Path:
         index = folder / "index.csv"
         if not index.exists():
             write_index(real_clips.UCF101, index, IndexOptions(layout="folders"))
-    write_flow(index, folder / "flow", compute=tvl1_flow)
+    write_flow(index, folder / "flow")
     return index
 
 

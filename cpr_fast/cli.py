@@ -105,22 +105,26 @@ def flow(
     index: tyro.conf.Positional[Path],
     *,
     out: Path,
-    device: Literal["cpu"] = "cpu",
+    device: str = "cpu",
     shard: str = "0/1",
     json: Json = False,
 ) -> None:
     """TV-L1 flow of every video of an index; resumable. Fills the index's flow_path column.
 
+    A video that gives no flow is named and left out; the next run tries it again.
+
     Args:
         index: The index (CSV).
         out: Folder of the flow videos.
-        device: Where the flow is computed.
+        device: Where the flow is computed: cpu, cuda or cuda:N. Decoding and encoding stay on the CPU.
         shard: i/n: this process does the i-th of n shares of the videos, 0 <= i < n.
     """
     from .data.flow import write_flow
-    from .ops import tvl1_flow
 
-    _show(write_flow(index, out, compute=tvl1_flow, shard=_parse_shard(shard), progress=True), json)
+    report = write_flow(index, out, device=device, shard=_parse_shard(shard), progress=True)
+    if not json:  # all of them are in the log
+        report |= {"problems": report["problems"][:20]}
+    _show(report, json)
 
 
 def pretrain(

@@ -27,7 +27,6 @@ def quickstart(out: Path, *, seed: int = 0) -> dict[str, Any]:
     from .data.flow import write_flow
     from .data.synthetic import write_synthetic
     from .evaluate.retrieval import retrieve
-    from .ops import tvl1_flow
     from .pretrain.loop import pretrain
     from .report.page import write_report
 
@@ -36,7 +35,7 @@ def quickstart(out: Path, *, seed: int = 0) -> dict[str, Any]:
     with _timed(times, "1/5 videos", "synth_time_s"):
         index = write_synthetic(data, progress=True)
     with _timed(times, "2/5 optical flow", "flow_time_s"):
-        write_flow(index, data / "flow", compute=tvl1_flow, progress=True)
+        write_flow(index, data / "flow", progress=True)
     with _timed(times, "3/5 pretraining: InfoNCE, then CPR", "pretrain_time_s"):
         last = out / "checkpoints" / "last.pt"
         pretrain(quickstart_config(index, out, seed), resume=last.exists())

@@ -15,19 +15,28 @@ import torch
 from cpr_fast.config import DataConfig
 from cpr_fast.data.build import build_index
 from cpr_fast.data.clips import fetch_frames
-from cpr_fast.data.flow import CHUNK, dequantise, quantise, write_flow
+from cpr_fast.data.flow import pack, solve, write_flow
+from cpr_fast.data.flow_levels import FlowSolver, dequantise, pair_flow, quantise
 from cpr_fast.data.index import Index
+from cpr_fast.data.video import VideoError
 from cpr_fast.errors import InputError
+from cpr_fast.ops import tvl1_flow
 
 LEVEL = 40 / 255  # pixels
+LONG = 35  # frames of the longest video, more than two batches hold
 
 
-def smooth_flow(frames: torch.Tensor) -> torch.Tensor:
-    """A stand-in for TV-L1: a field that depends on both frames of the pair. [T, H, W] -> [T - 1, 2, H, W]."""
-    assert frames.dtype == torch.uint8 and frames.dim() == 3
-    first, second = frames[:-1].float(), frames[1:].float()
-    rows = torch.linspace(0, 3, frames.shape[1])[:, None].expand_as(first)
+def smooth_flow(pairs: torch.Tensor) -> torch.Tensor:
+    """A stand-in for TV-L1: a field that depends on both frames of the pair. [P, 2, H, W] -> [P, 2, H, W]."""
+    assert pairs.dtype == torch.uint8 and pairs.shape[1] == 2
+    first, second = pairs[:, 0].float(), pairs[:, 1].float()
+    rows = torch.linspace(0, 3, pairs.shape[2])[:, None].expand_as(first)
     return torch.stack([second.mean((1, 2), keepdim=True) / 10 - rows, 5 - first / 20], dim=1)
+
+
+def in_pairs(gray: torch.Tensor) -> torch.Tensor:
+    """[N, H, W] to [N - 1, 2, H, W]."""
+    return torch.stack([gray[:-1], gray[1:]], dim=1)
 
 
 def write_video(path: Path, frames: int, width: int = 48, height: int = 32) -> Path:
@@ -58,9 +67,10 @@ def read_levels(path: Path, width: int) -> np.ndarray:
 
 
 @pytest.fixture
-def data_set(tmp_path):
-    """Five videos of several lengths, one longer than a chunk, one with an odd width."""
-    lengths = {"train/A/a_c01": 6, "train/A/a_c02": 2, "train/B/b": CHUNK + 3, "test/A/c": 9, "test/B/d": 5}
+def data_set(tmp_path, monkeypatch):
+    """Five videos of several lengths, one longer than a batch (16 pairs), one with an odd width."""
+    monkeypatch.setattr("cpr_fast.data.flow._batch_pixels", lambda device: 16 * 48 * 32)
+    lengths = {"train/A/a_c01": 6, "train/A/a_c02": 2, "train/B/b": LONG, "test/A/c": 9, "test/B/d": 5}
     for name, frames in lengths.items():
         write_video(tmp_path / "set" / f"{name}.mkv", frames, width=49 if name.endswith("d") else 48)
     build_index(tmp_path / "set", out=tmp_path / "set" / "index.csv")
@@ -71,18 +81,18 @@ def data_set(tmp_path):
 
 
 def test_quantisation_is_the_published_one():
-    flow = np.array([0.0, -0.0, 1e-9, -20, 20, -1e6, 1e6, 19.93, 10, -3.7])
-    np.testing.assert_array_equal(quantise(flow), [128, 128, 128, 0, 255, 0, 255, 255, 191, 104])
-    everywhere = np.linspace(-20, 20, 100_001)
-    np.testing.assert_array_equal(quantise(everywhere), np.round((everywhere + 20) * 255 / 40))
-    assert quantise(np.zeros((3, 2), np.float32)).dtype == np.uint8
+    flow = torch.tensor([0.0, -0.0, 1e-9, -20, 20, -1e6, 1e6, 19.93, 10, -3.7])
+    assert quantise(flow).tolist() == [128, 128, 128, 0, 255, 0, 255, 255, 191, 104]
+    everywhere = torch.linspace(-20, 20, 100_001, dtype=torch.float64)
+    np.testing.assert_array_equal(quantise(everywhere), np.round((everywhere.numpy() + 20) * 255 / 40))
+    assert quantise(torch.zeros(3, 2)).dtype == torch.uint8
 
 
 def test_quantisation_errs_by_half_a_level_at_most():
-    flow = np.random.default_rng(0).uniform(-20, 20, 100_000).astype(np.float32)
+    flow = torch.from_numpy(np.random.default_rng(0).uniform(-20, 20, 100_000).astype(np.float32))
     error = dequantise(quantise(flow)) - flow
-    assert np.abs(error).max() < LEVEL / 2 + 1e-5
-    np.testing.assert_array_equal(quantise(dequantise(np.arange(256, dtype=np.uint8))), np.arange(256))
+    assert error.abs().max() < LEVEL / 2 + 1e-5
+    assert quantise(dequantise(torch.arange(256, dtype=torch.uint8))).tolist() == list(range(256))
 
 
 # ---- whole data sets
@@ -90,13 +100,16 @@ def test_quantisation_errs_by_half_a_level_at_most():
 
 def test_flow_files_hold_what_was_computed(data_set, tmp_path):
     report = write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
-    assert report == {"index": str(data_set), "videos": 5, "written": 5, "kept": 0, "skipped": []}
+    assert report.pop("pairs_per_s") > 0
+    pairs = sum(video.num_frames - 1 for video in Index.load(data_set))
+    assert report == {"index": str(data_set), "videos": 5, "written": 5, "kept": 0, "pairs": pairs, "counts": {},
+                      "problems": []}  # fmt: skip
     index = Index.load(data_set)
     for video in index:
-        expected = smooth_flow(gray_frames(video.path)).numpy()
+        expected = smooth_flow(in_pairs(gray_frames(video.path))).numpy()
         stored = read_levels(video.flow_path, video.width)
         assert stored.shape == expected.shape == (video.num_frames - 1, 2, video.height, video.width)
-        error = dequantise(stored) - np.clip(expected, -20, 20)
+        error = dequantise(torch.from_numpy(stored)).numpy() - np.clip(expected, -20, 20)
         assert np.sqrt(np.mean(error**2)) < 0.07 and np.abs(error).max() < 0.5
     assert not list(tmp_path.rglob("*.part"))
 
@@ -193,7 +206,7 @@ def test_a_failure_while_encoding_stops_the_run_and_leaves_no_half_file(data_set
     def full_disk(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cpr_fast.data.flow.os.replace", full_disk)
+    monkeypatch.setattr("cpr_fast.data.flow_files.os.replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
     assert not [path for path in (tmp_path / "flow").rglob("*") if path.is_file()]
@@ -202,15 +215,15 @@ def test_a_failure_while_encoding_stops_the_run_and_leaves_no_half_file(data_set
 def test_videos_that_cannot_be_read_are_skipped_by_name(data_set, tmp_path):
     videos = {video.num_frames: video for video in Index.load(data_set)}
     videos[6].path.write_bytes(b"not a video any more")
-    videos[9].path.write_bytes(videos[CHUNK + 3].path.read_bytes()[:400])
+    videos[9].path.write_bytes(videos[LONG].path.read_bytes()[:400])
     write_video(videos[5].path, 4, width=49)
     report = write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
     assert report["written"] == 2
-    named = {row["path"]: row["reason"] for row in report["skipped"]}
-    assert named.keys() == {str(videos[n].path) for n in (5, 6, 9)}
-    assert "holds 4 frames, the index says 5" in named[str(videos[5].path)]
+    named = {row["path"]: row["reason"] for row in report["problems"]}
+    assert named.keys() == {str(videos[n].path) for n in (5, 6, 9)} and report["counts"] == {"broken": 3}
+    assert "frame 4 of 5 does not decode" in named[str(videos[5].path)]
     with_flow = {video.num_frames for video in Index.load(data_set) if video.flow_path}
-    assert with_flow == {2, CHUNK + 3}
+    assert with_flow == {2, LONG}
 
 
 def test_a_single_frame_has_no_flow(tmp_path):
@@ -218,7 +231,8 @@ def test_a_single_frame_has_no_flow(tmp_path):
     write_video(tmp_path / "A" / "two.mkv", 2)
     build_index(tmp_path, out=tmp_path / "index.csv")
     report = write_flow(tmp_path / "index.csv", tmp_path / "flow", compute=smooth_flow)
-    assert [row["reason"] for row in report["skipped"]] == ["has a single frame: no flow"]
+    assert [row["reason"] for row in report["problems"]] == ["has a single frame: no flow"]
+    assert report["counts"] == {"too_short": 1}
 
 
 def test_videos_outside_the_folder_of_the_index(tmp_path):
@@ -237,6 +251,72 @@ def test_two_videos_never_share_a_flow_file(tmp_path):
         write_flow(tmp_path / "index.csv", tmp_path / "flow", compute=smooth_flow)
 
 
+def test_one_video_whose_flow_fails_stops_nothing_and_is_tried_again(data_set, tmp_path, caplog):
+    """The others share its batches."""
+    videos = {video.num_frames: video for video in Index.load(data_set)}
+    bad = gray_frames(videos[9].path)[4]
+
+    def fail(pairs):
+        if any(torch.equal(pair[0], bad) for pair in pairs if pair[0].shape == bad.shape):
+            raise RuntimeError("no convergence")
+        return smooth_flow(pairs)
+
+    report = write_flow(data_set, tmp_path / "flow", compute=fail)
+    lost = [row["path"] for row in report["problems"]]
+    assert str(videos[9].path) in lost and report["counts"] == {"failed": len(lost)} and len(lost) < 4
+    assert report["problems"][0]["reason"] == "RuntimeError: no convergence"
+    assert all(f"no flow of {path}: RuntimeError" in caplog.text for path in lost)
+    assert {str(video.path) for video in Index.load(data_set) if video.flow_path is None} == set(lost)
+    again = write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
+    assert (again["written"], again["kept"], again["problems"]) == (len(lost), 5 - len(lost), [])
+
+
+def test_nothing_that_works_is_bad_input(data_set, tmp_path):
+    def fail(pairs):
+        raise RuntimeError("the device is gone")
+
+    with pytest.raises(InputError, match="none of 5 videos gave flow; the first: .*RuntimeError: the device is gone"):
+        write_flow(data_set, tmp_path / "flow", compute=fail)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 7, 1000])
+def test_batches_of_pairs_across_videos_change_no_bit(pairs):
+    """Real flow of videos of two sizes, one unreadable, in batches of every kind, beside each pair alone."""
+    rng = np.random.default_rng(0)
+    shapes = [(4, 24, 30), (2, 24, 30), (6, 24, 30), (3, 20, 24)]
+    videos = [rng.integers(0, 256, shape).astype(np.uint8) for shape in shapes]
+    solver = FlowSolver(torch.device("cpu"))
+    batches = list(pack([(0, videos[0]), (1, videos[1]), (9, VideoError("x", "gone")), (2, videos[2]), (3, videos[3])],
+                        pairs * 24 * 30))  # fmt: skip
+    whole: dict[int, list] = {}
+    for batch in batches:
+        for segment, levels in solve(batch, solver):
+            whole.setdefault(segment.position, []).append(levels)
+    assert isinstance(whole.pop(9)[0], VideoError)
+    assert len(batches) == 1 + {1: 9 + 2, 2: 5 + 1, 7: 2 + 1, 1000: 1 + 1}[pairs]
+    for position, gray in enumerate(videos):
+        alone = [quantise(pair_flow(torch.from_numpy(gray[None, i : i + 2]))) for i in range(len(gray) - 1)]
+        np.testing.assert_array_equal(np.concatenate(whole[position]), torch.cat(alone).numpy())
+
+
+def test_the_real_flow_of_a_batch_is_tvl1s():
+    gray = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (4, 20, 30)).astype(np.uint8))
+    assert torch.equal(pair_flow(in_pairs(gray)), tvl1_flow(gray))
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("tpu", "device: expected 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
+        ("meta", "expected 'cpu'"),
+        ("cuda:99", "device: got 'cuda:99', but torch sees"),
+    ],
+)
+def test_an_impossible_device_is_named(device, message, data_set, tmp_path):
+    with pytest.raises(InputError, match=message):
+        write_flow(data_set, tmp_path / "flow", device=device)
+
+
 @pytest.mark.parametrize("shard", [(1, 1), (-1, 2), (0, 0)])
 def test_an_impossible_shard_is_named(shard, data_set, tmp_path):
     with pytest.raises(InputError, match="shard: expected"):
@@ -245,7 +325,6 @@ def test_an_impossible_shard_is_named(shard, data_set, tmp_path):
 
 def test_real_flow_op_from_video_to_file(tmp_path):
     """A texture that moves 2 pixels right and 1 up a frame, through the real op and back from the file."""
-    tvl1_flow = pytest.importorskip("cpr_fast.ops").tvl1_flow
     rng = np.random.default_rng(0)
     coarse = rng.uniform(0, 255, (30, 34)).repeat(4, axis=0).repeat(4, axis=1)
     kernel = np.ones(5) / 5
@@ -261,8 +340,8 @@ def test_real_flow_op_from_video_to_file(tmp_path):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="gray")))
         container.mux(stream.encode(None))
     build_index(tmp_path, out=tmp_path / "index.csv")
-    write_flow(tmp_path / "index.csv", tmp_path / "flow", compute=tvl1_flow)
-    flow = dequantise(read_levels(Index.load(tmp_path / "index.csv")[0].flow_path, 96))
+    write_flow(tmp_path / "index.csv", tmp_path / "flow")
+    flow = dequantise(torch.from_numpy(read_levels(Index.load(tmp_path / "index.csv")[0].flow_path, 96))).numpy()
     inside = flow[:, :, 16:-16, 16:-16]
     assert np.median(inside[:, 0]) == pytest.approx(2, abs=0.2)
     assert np.median(inside[:, 1]) == pytest.approx(-1, abs=0.2)

@@ -108,6 +108,8 @@ def test_every_form_of_the_published_files_is_read(tmp_path, videos, legacy, len
         expected = np.stack([by_pil(videos[name][i]) for i in frames])
         np.testing.assert_array_equal(read_frames(path, frames, "rgb"), expected)
         np.testing.assert_array_equal(read_frames(path, frames, "flow"), expected[..., [2, 1]])
+        gray = np.stack([np.asarray(Image.fromarray(picture).convert("L")) for picture in expected])
+        np.testing.assert_allclose(read_frames(path, frames, "gray").astype(int), gray, atol=2)
         assert [bytes(part) for part in read_jpegs(path, frames)] == [videos[name][i] for i in frames]
 
 

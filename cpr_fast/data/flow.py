@@ -1,203 +1,235 @@
-"""Flow files: for every video of an index one video that holds its optical flow.
+"""Optical flow of every video of an index, computed and stored: resumable, sharded, one bad video never fatal.
 
-Frame t of a flow file is the flow from frame t to t + 1 of its video, so there are N - 1 of them. The luma plane holds
-u stacked over v, [2 H, W]; chroma is a constant 128. Both components are clipped to +-20 pixels and stored as
-`round((f + 20) * 255 / 40)`: zero motion is 128, one level is .157 px, rounding alone costs at most half a level
-(.078 px), .045 px rms. H.264, full range, 8 bit 4:2:0, quantiser 8: a form that hardware decoders take too (they
-refuse x264's lossless profile). Measured on TV-L1 flow of two synthetic and two UCF101 clips, rounding and codec
-together err by .052-.059 px rms and by less than .23 px in 99.9 % of the values, at 1.5 and 6 kB a frame (160x120,
-320x240). An odd width is padded by one column (4:2:0 needs an even one): read the first W columns.
+    read (threads) -> pack into batches of frame pairs -> solve (one device) -> store (threads)
 
-Letters: N frames of a video, H x W pixels.
+The stages run at the same time. A batch takes frame pairs of as many videos of one size as fill it: a GPU is kept busy
+by short videos too, and a long one does not fill its memory.
+
+Letters: N frames of a video, P frame pairs, H x W pixels.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, VideoReformatter
 
+from cpr_fast.data.flow_files import FlowFiles
+from cpr_fast.data.flow_levels import Compute, FlowSolver, flow_device, pair_flow
 from cpr_fast.data.index import Index, Video
+from cpr_fast.data.layouts import Problem
+from cpr_fast.data.media import read_frames
 from cpr_fast.data.video import VideoError
 from cpr_fast.errors import InputError
 from cpr_fast.progress import track
 
-LIMIT = 20.0  # pixels: what is clipped
-CHUNK = 32  # frame pairs given to `compute` at once: bounds its memory, whatever the length of the video
+MOST_WORKERS = 16  # threads that decode, and as many that encode: enough beside any device
 
-Compute = Callable[[torch.Tensor], torch.Tensor]
+log = logging.getLogger(__name__)
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def write_flow(
     index_csv: str | Path,
     out: str | Path,
     *,
-    compute: Compute,
+    device: str = "cpu",
     shard: tuple[int, int] = (0, 1),
+    compute: Compute = pair_flow,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Writes the flow file of every video of an index below `out` and fills the index's flow_path.
+    """Stores the flow of every video of an index in `out` (see `FlowFiles`) and fills the index's flow_path.
 
-    `compute` maps gray frames, uint8 [T, H, W], to flow, float32 [T - 1, 2, H, W] in pixels (u, v), such as
-    `cpr_fast.ops.tvl1_flow`. `shard` = (i, n) does videos i, i + n, ... of the index; shards may run at the same time
-    on one index. A file appears under its name only when complete, and one that is there is kept: a run that was
-    killed continues where it stopped. A video that does not decode, or has a single frame, is skipped and named.
+    `device` is "cpu", "cuda" or "cuda:N". `shard` = (i, n) does videos i, i + n, ... of the index; shards may run at
+    the same time on one index. What is there whole is kept: a run that was killed continues where it stopped. A video
+    that does not decode, has a single frame or whose flow fails is skipped, named, and tried again by the next run.
 
-    Returns {"index", "videos" (of this shard), "written", "kept", "skipped": [{"path", "reason"}]}.
+    Returns {"index", "videos" (of this shard), "written", "kept", "pairs" (computed), "pairs_per_s", "counts" of
+    problems by kind, "problems": [{"path", "kind", "reason"}]}; kinds are broken, too_short and failed.
+    Raises InputError where none of the shard's videos has flow in the end.
     """
     index_csv, out, (number, count) = Path(index_csv), Path(out), shard
     if not 0 <= number < count:
         raise InputError(f"shard: expected (i, n) with 0 <= i < n, got {shard}")
+    solver = FlowSolver(flow_device(device), compute)
     index = Index.load(index_csv, require_flow=False)
-    targets = _targets(index, index_csv.parent, out)
+    store = FlowFiles(index, index_csv.parent, out)
     share = range(number, len(index), count)
-    todo = [position for position in share if not _is_complete(targets[position], index[position])]
-    results = _write_all([(index[p], targets[p]) for p in todo], compute)
+    todo = [position for position in share if not store.holds(position)]
+    began = time.perf_counter()
+    results = _store_all(index, todo, solver, store)
     bar = track(results, "computing flow", total=len(todo), unit="videos", progress=progress)
-    skipped = [{"path": str(video.path), "reason": reason} for video, reason in bar if reason]
+    problems = []
+    for problem in bar:
+        if problem is not None:
+            log.warning("no flow of %s: %s", problem.path, problem.reason)
+            problems.append(problem)
+    failed = {problem.path for problem in problems}
+    pairs = sum(index[p].num_frames - 1 for p in todo if index[p].path not in failed)
+    rate = pairs / (time.perf_counter() - began)
     _fill_index(index_csv, out)
+    if problems and len(problems) == len(share):
+        raise InputError(
+            f"index {str(index_csv)!r}: none of {len(share)} videos gave flow; the first: {problems[0].path}: "
+            f"{problems[0].reason}"
+        )
     return {
         "index": str(index_csv),
         "videos": len(share),
-        "written": len(todo) - len(skipped),
+        "written": len(todo) - len(problems),
         "kept": len(share) - len(todo),
-        "skipped": skipped,
+        "pairs": pairs,
+        "pairs_per_s": round(rate, 1),
+        "counts": dict(Counter(problem.kind for problem in problems)),
+        "problems": [{"path": str(p.path), "kind": p.kind, "reason": p.reason} for p in problems],
     }
 
 
-def quantise(flow: np.ndarray) -> np.ndarray:
-    """float [..., pixels] to uint8 levels: clipped to +-20, zero = 128."""
-    return np.rint((np.clip(flow, -LIMIT, LIMIT) + LIMIT) * (255 / (2 * LIMIT))).astype(np.uint8)
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive frames of a video, whose pairs are in one batch; a video is one segment or several."""
+
+    position: int  # of the video in the index
+    gray: np.ndarray | Exception  # uint8 [n + 1, H, W], or why there is none
+    last: bool  # ends the video
+
+    def pairs(self) -> np.ndarray:
+        """uint8 [n, 2, H, W]."""
+        return np.stack([self.gray[:-1], self.gray[1:]], axis=1)
 
 
-def dequantise(levels: np.ndarray) -> np.ndarray:
-    """uint8 levels to float32 pixels: the middle of what `quantise` maps to each level."""
-    return levels.astype(np.float32) * np.float32(2 * LIMIT / 255) - np.float32(LIMIT)
+def _store_all(index: Index, todo: list[int], solver: FlowSolver, store: FlowFiles) -> Iterator[Problem | None]:
+    """What is wrong with it, or None, for each video, as they are done."""
+    workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+    by_size = sorted(todo, key=lambda position: (index[position].height, index[position].width))
+    read = _map_ahead(lambda position: (position, _read_gray(index[position])), by_size, workers, ahead=workers)
+    batches = pack(read, _batch_pixels(solver.device))
+    solved = _map_ahead(partial(solve, solver=solver), batches, workers=1, ahead=1)
+    return _map_ahead(lambda video: _store(index, store, *video), _join(solved), workers, ahead=workers)
 
 
-def _targets(index: Index, folder: Path, out: Path) -> list[Path]:
-    """Where each video's flow goes: OUT/<path of the video relative to the index>, with suffix .flow.mp4."""
-    owner: dict[Path, Video] = {}
-    for video in index:
-        parts = [part for part in Path(os.path.relpath(video.path, folder)).parts if part != ".."]
-        target = out.joinpath(*parts).with_suffix(".flow.mp4")
-        if target in owner:
-            raise InputError(f"out: {str(video.path)!r} and {str(owner[target].path)!r} would share {str(target)!r}")
-        owner[target] = video
-    return list(owner)
+def _map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
+    """function(item) of every item, in order, by `workers` threads; `ahead` more are at work or done."""
+    pending: deque[Future] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
-def _is_complete(target: Path, video: Video) -> bool:
-    """Whether the flow file is there and holds as many fields as the video wants."""
+def _batch_pixels(device: torch.device) -> int:
+    """Pixels of a batch: of one frame of every pair. On a GPU 771 pairs of 340x256, six for every processor of an H200;
+    on the CPU 24 for every thread."""
+    return 2**26 if device.type == "cuda" else 2**21 * torch.get_num_threads()
+
+
+def _read_gray(video: Video) -> np.ndarray | VideoError:
+    """All frames as gray, uint8 [N, H, W], or why not."""
     try:
-        with av.open(str(target)) as container:
-            return container.streams.video[0].frames == video.num_frames - 1
-    except (FileNotFoundError, av.FFmpegError, IndexError):
-        return False
+        if video.num_frames < 2:
+            raise VideoError(video.path, "has a single frame: no flow")
+        gray = read_frames(video.path, np.arange(video.num_frames), "gray", video.num_frames)
+        if gray.shape[1:] != (video.height, video.width):
+            size = f"{gray.shape[2]}x{gray.shape[1]}"
+            raise VideoError(video.path, f"decodes to {size}, the index says {video.width}x{video.height}")
+        return gray
+    except VideoError as error:
+        return error
 
 
-def _write_all(todo: list[tuple[Video, Path]], compute: Compute) -> Iterator[tuple[Video, str]]:
-    """(video, reason it was skipped or "") for each, in order.
+def pack(videos: Iterable[tuple[int, np.ndarray | Exception]], pixels: int) -> Iterator[list[Segment]]:
+    """Batches of pairs of one size, at most `pixels` (or one pair) each, of (position, gray [N, H, W]) one after
+    another; one that could not be read is a batch of its own."""
+    batch: list[Segment] = []
+    size, room = None, 0
+    for position, gray in videos:
+        if isinstance(gray, Exception):
+            yield [Segment(position, gray, last=True)]
+            continue
+        if gray.shape[1:] != size or room == 0:
+            if batch:
+                yield batch
+            size, batch = gray.shape[1:], []
+            room = max(1, pixels // (size[0] * size[1]))
+        first = 0
+        while first < len(gray) - 1:
+            if room == 0:
+                yield batch
+                batch, room = [], max(1, pixels // (size[0] * size[1]))
+            end = min(first + room, len(gray) - 1)
+            batch.append(Segment(position, gray[first : end + 1], last=end == len(gray) - 1))
+            room -= end - first
+            first = end
+    if batch:
+        yield batch
 
-    The next video is decoded and the last one encoded while `compute`, which has its own threads, is at work.
-    """
-    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as behind:
-        decoding = ahead.submit(_read_gray, todo[0][0]) if todo else None
-        encoding: Future[None] | None = None
-        for i, (video, target) in enumerate(todo):
-            try:
-                gray, reason = decoding.result(), ""
-            except VideoError as error:
-                gray, reason = None, error.reason
-            if i + 1 < len(todo):
-                decoding = ahead.submit(_read_gray, todo[i + 1][0])
-            if gray is not None:
-                levels = _levels(gray, compute)
-                if encoding is not None:
-                    encoding.result()  # a full disk stops the run here
-                encoding = behind.submit(_encode, target, levels)
-            yield video, reason
-        if encoding is not None:
-            encoding.result()
 
-
-def _read_gray(video: Video) -> np.ndarray:
-    """All frames as gray, uint8 [N, H, W]."""
-    gray = np.empty((video.num_frames, video.height, video.width), np.uint8)
-    if video.num_frames < 2:
-        raise VideoError(video.path, "has a single frame: no flow")
-    scaler = VideoReformatter()
-    count = 0
+def solve(batch: list[Segment], solver: FlowSolver) -> list[tuple[Segment, np.ndarray | Exception]]:
+    """Every segment with its levels, uint8 [n, 2, H, W], or why there are none. A batch that fails is taken apart."""
+    if isinstance(batch[0].gray, Exception):
+        return [(batch[0], batch[0].gray)]
     try:
-        with av.open(str(video.path)) as container:
-            container.streams.video[0].codec_context.thread_count = 1
-            for frame in container.decode(video=0):
-                if (frame.height, frame.width) != gray.shape[1:]:
-                    raise VideoError(video.path, f"frame {count} is {frame.width}x{frame.height} pixels, "
-                                                 f"the index says {video.width}x{video.height}")  # fmt: skip
-                plane = scaler.reformat(frame, format="gray", threads=1).planes[0]
-                gray[count] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:, : frame.width]
-                count += 1
-                if count == len(gray):
-                    return gray
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(video.path, f"frame {count} of {len(gray)} does not decode: {error}") from error
-    raise VideoError(video.path, f"holds {count} frames, the index says {len(gray)}")
+        levels = solver.levels(np.concatenate([segment.pairs() for segment in batch]))
+    except Exception as error:  # whatever is wrong with one video, the others go on
+        return [(batch[0], error)] if len(batch) == 1 else [solve([segment], solver)[0] for segment in batch]
+    ends = np.cumsum([len(segment.gray) - 1 for segment in batch])
+    return list(zip(batch, np.split(levels, ends[:-1]), strict=True))
 
 
-def _levels(gray: np.ndarray, compute: Compute) -> np.ndarray:
-    """Quantised flow of gray frames [N, H, W]: uint8 [N - 1, 2, H, W]."""
-    frames = torch.from_numpy(gray)
-    levels = np.empty((len(gray) - 1, 2, *gray.shape[1:]), np.uint8)
-    for first in range(0, len(levels), CHUNK):
-        flow = compute(frames[first : first + CHUNK + 1])  # chunks share a frame: no pair is lost
-        levels[first : first + CHUNK] = quantise(flow.cpu().numpy())
-    return levels
+def _join(solved: Iterable[list[tuple[Segment, np.ndarray | Exception]]]) -> Iterator[tuple[int, Any]]:
+    """(position, levels [N - 1, 2, H, W] or why there are none) of every video, from its segments in order."""
+    parts: dict[int, list] = defaultdict(list)
+    for segment, levels in (item for batch in solved for item in batch):
+        parts[segment.position].append(levels)
+        if segment.last:
+            video = parts.pop(segment.position)
+            error = next((part for part in video if isinstance(part, Exception)), None)
+            yield segment.position, np.concatenate(video) if error is None else error
 
 
-def _encode(target: Path, levels: np.ndarray) -> None:
-    """Writes uint8 [N - 1, 2, H, W] as a flow file, under its name only once complete."""
-    fields, _, height, width = levels.shape
-    padded = width + width % 2
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".part")  # one writer a video: a resumed run overwrites it
-    image = np.full((3 * height, padded), 128, np.uint8)  # luma [2H, W], then both chroma planes [H, W]
-    options = {"preset": "veryfast", "qp": "8", "g": "12", "bf": "0", "threads": "1"}
-    try:
-        with av.open(str(temporary), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=25, options=options)
-            stream.height, stream.width, stream.pix_fmt = 2 * height, padded, "yuv420p"
-            stream.codec_context.color_range = ColorRange.JPEG
-            for field in levels:
-                image[: 2 * height, :width] = field.reshape(2 * height, width)
-                image[: 2 * height, width:] = image[: 2 * height, width - 1 : width]
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="yuv420p")))
-            container.mux(stream.encode(None))
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _store(index: Index, store: FlowFiles, position: int, levels: np.ndarray | Exception) -> Problem | None:
+    path = index[position].path
+    if isinstance(levels, VideoError):
+        return Problem(path, "too_short" if index[position].num_frames < 2 else "broken", levels.reason)
+    if not isinstance(levels, Exception):
+        try:
+            store.write(position, levels)
+            return None
+        except av.FFmpegError as error:
+            if isinstance(error, OSError):  # a full disk stops the run
+                raise
+            levels = error
+    return Problem(path, "failed", f"{type(levels).__name__}: {levels}")
 
 
 def _fill_index(index_csv: Path, out: Path) -> None:
-    """Sets flow_path for every video whose flow file is complete, whichever shard wrote it."""
+    """Sets flow_path for every video whose flow is stored whole, whichever shard did it."""
     with _locked(index_csv):
         index = Index.load(index_csv, require_flow=False)
-        targets = _targets(index, index_csv.parent, out)
-        videos = (
-            replace(video, flow_path=target) if _is_complete(target, video) else video
-            for video, target in zip(index, targets, strict=True)
+        paths = FlowFiles(index, index_csv.parent, out).paths()
+        Index(replace(video, flow_path=path or video.flow_path) for video, path in zip(index, paths, strict=True)).save(
+            index_csv
         )
-        Index(videos).save(index_csv)
 
 
 @contextmanager

@@ -39,7 +39,8 @@ class Problem(NamedTuple):
     """What the index report says of a video."""
 
     path: Path
-    kind: str  # missing | missing_flow | broken | empty | damaged | too_short | short | variable_rate | rotated
+    # missing | missing_flow | broken | empty | damaged | too_short | short | variable_rate | rotated; of flow: failed
+    kind: str
     reason: str
 
 

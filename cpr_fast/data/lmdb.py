@@ -60,19 +60,23 @@ def read_jpegs(path: Path, frames: Sequence[int] | np.ndarray) -> list[memoryvie
 
 
 def read_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str) -> np.ndarray:
-    """Decoded frames, as PIL decodes them: uint8 [F, H, W, 3] (rgb), or [F, H, W, 2] (u, v) for view "flow"."""
+    """Decoded frames, as PIL decodes them: uint8 [F, H, W, 3] (rgb), [F, H, W, 2] (u, v) for view "flow",
+    [F, H, W] for "gray"."""
     jpegs = read_jpegs(path, frames)
+    colours, channels = {"rgb": ("RGB", 3), "flow": ("BGR", 3), "gray": ("GRAY", 1)}[view]
     out: np.ndarray | None = None
     for place, jpeg in enumerate(jpegs):
         try:
             if out is None:
-                out = np.empty((len(jpegs), *simplejpeg.decode_jpeg_header(jpeg)[:2], 3), np.uint8)
-            picture = simplejpeg.decode_jpeg(jpeg, "BGR" if view == "flow" else "RGB", buffer=out[place])
+                out = np.empty((len(jpegs), *simplejpeg.decode_jpeg_header(jpeg)[:2], channels), np.uint8)
+            picture = simplejpeg.decode_jpeg(jpeg, colours, buffer=out[place])
         except ValueError as error:
             raise VideoError(path, f"frame {int(frames[place])} does not decode: {error}") from error
         if picture.shape != out.shape[1:]:
             raise VideoError(path, f"the frame size changes from {out.shape[1:3]} to {picture.shape[:2]}")
-    return np.ascontiguousarray(out[..., :2]) if view == "flow" else out
+    if view == "flow":
+        return np.ascontiguousarray(out[..., :2])
+    return out[..., 0] if view == "gray" else out
 
 
 def frame_size(path: Path) -> tuple[int, int, int]:

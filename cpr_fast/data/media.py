@@ -26,9 +26,8 @@ def exists(path: Path) -> bool:
 
 
 def read_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int) -> np.ndarray:
-    """The frames of the given, strictly increasing numbers: uint8 [F, H, W, 3] (rgb) or [F, H, W, 2] (flow: u, v).
-
-    `num_frames` is what the index says the view holds. Raises VideoError.
+    """The frames of the given, strictly increasing numbers: uint8 [F, H, W, 3] (rgb), [F, H, W, 2] (flow: u, v) or
+    [F, H, W] (gray). `num_frames` is what the index says the view holds. Raises VideoError.
     """
     if is_record(path):
         return lmdb.read_frames(path, frames, view)

@@ -95,8 +95,8 @@ def read_frames(path: str | Path, frames: Sequence[int] | np.ndarray, view: str,
     """The frames of the given numbers, in one pass over the file.
 
     `frames` is strictly increasing; `num_frames` is what `probe_video` counted. Returns uint8 [F, H, W, 3] (RGB), or
-    for view "flow" [F, H, W, 2] (u, v): the luma plane as stored, cut into its upper and lower half. Raises VideoError
-    for a video that does not give every one of them.
+    for view "flow" [F, H, W, 2] (u, v): the luma plane as stored, cut into its upper and lower half; for "gray"
+    [F, H, W]. Raises VideoError for a video that does not give every one of them.
     """
     with _open(path) as (container, stream):
         packets = PacketTable(container, stream, num_frames)
@@ -213,14 +213,19 @@ class _FrameWriter:
         if self._size is None:
             _refuse_rotation(self._path, frame)
             self._size = (frame.height, frame.width)
-            height, channels = (frame.height, 3) if self._view == "rgb" else (frame.height // 2, 2)
-            self.out = np.empty((self._count, height, frame.width, channels), np.uint8)
+            height, width = self._size
+            shape = {"rgb": (height, width, 3), "flow": (height // 2, width, 2), "gray": (height, width)}[self._view]
+            self.out = np.empty((self._count, *shape), np.uint8)
         if (frame.height, frame.width) != self._size:
             raise VideoError(self._path, f"the frame size changes from {self._size} to {(frame.height, frame.width)}")
         if self._view == "rgb":
             plane = self._scaler.reformat(frame, format="rgb24", threads=1).planes[0]
             rows = np.frombuffer(plane, np.uint8).reshape(frame.height, plane.line_size)
             self.out[place] = rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
+        elif self._view == "gray":
+            plane = self._scaler.reformat(frame, format="gray", threads=1).planes[0]
+            rows = np.frombuffer(plane, np.uint8).reshape(frame.height, plane.line_size)
+            self.out[place] = rows[:, : frame.width]
         else:
             if frame.format.components[0].bits != 8 or not frame.format.name.startswith(("yuv", "gray", "nv")):
                 raise VideoError(self._path, f"flow is stored in 8-bit luma, this is {frame.format.name}")
