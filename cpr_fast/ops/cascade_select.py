@@ -41,10 +41,14 @@ def cascade_select(
     than keep[-1] entries remain. Raises ValueError or TypeError naming the bad argument.
     """
     views, keep = [int(view) for view in views], [int(count) for count in keep]
-    _check(queries, memory, views, keep, query_ids, memory_ids, precision)
-    return torch.ops.cpr_fast.cascade_select(
-        queries.detach(), memory.detach(), views, keep, query_ids, memory_ids, precision
-    )
+    if queries.requires_grad or memory.requires_grad:
+        queries, memory = queries.detach(), memory.detach()
+    arguments = (queries, memory, views, keep, query_ids, memory_ids, precision)
+    try:
+        return _operator(*arguments)
+    except Exception:  # the operator checks too: asking before each call would cost a tenth of a small selection
+        _check(*arguments)
+        raise
 
 
 def cascade_select_ref(
@@ -75,8 +79,12 @@ def cascade_select_ref(
     return indices, torch.nn.functional.pad(last, padding, value=-torch.inf)
 
 
+_operator = torch.ops.cpr_fast.cascade_select.default
+
+
 @torch.library.register_fake("cpr_fast::cascade_select")
 def _fake(queries, memory, views, keep, query_ids, memory_ids, precision):
+    _check(queries, memory, views, keep, query_ids, memory_ids, precision)
     shape = (queries.shape[1], keep[-1])
     return queries.new_empty(shape, dtype=torch.int64), queries.new_empty(shape, dtype=torch.float32)
 

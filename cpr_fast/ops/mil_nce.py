@@ -44,16 +44,21 @@ def mil_nce(
     Returns float32 (float64 for float64), [] or [B]. Raises ValueError or TypeError naming the bad argument, and
     IndexError for a slot outside -1..K-1 (on CUDA a device assert). Cannot be differentiated twice.
     """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
     modes = self_positive if isinstance(self_positive, Tensor) else None
-    _check(query, own_key, memory, positives, query_ids, memory_ids, same_id, self_positive, temperature, reduction)
     inputs = (query, own_key, memory, positives, query_ids, memory_ids, modes)
-    settings = (same_id, "keep" if modes is not None else self_positive, float(temperature))
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(query.device.type):
-        loss, *_ = torch.ops.cpr_fast.mil_nce(*inputs, *settings)
-        return loss.mean() if reduction == "mean" else loss
-    # What the operator does, without the dispatcher's way into Python and back, and the mean in the same node:
-    # 40 us, a tenth of a small loss.
-    return _MilNce.apply(*inputs, *settings, reduction)
+    settings = (same_id, "keep" if modes is not None else self_positive, temperature)
+    try:
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(query.device.type):
+            loss, *_ = torch.ops.cpr_fast.mil_nce(*inputs, *settings)
+            return loss.mean() if reduction == "mean" else loss
+        # What the operator does, without the dispatcher's way into Python and back, and the mean in the same node:
+        # 40 us, a tenth of a small loss.
+        return _MilNce.apply(*inputs, *settings, reduction)
+    except Exception:  # the operator checks too: asking before each call would cost a tenth of a small loss
+        _check(*inputs, *settings)
+        raise
 
 
 def mil_nce_ref(
@@ -94,6 +99,7 @@ def mil_nce_ref(
 
 @torch.library.register_fake("cpr_fast::mil_nce")
 def _fake(query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id, self_positive, temperature):
+    _check(query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id, self_positive, temperature)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     row = [query.new_empty(query.shape[0], dtype=dtype) for _ in range(4)]
     return row[0], query.new_empty(query.shape, dtype=dtype), row[1], row[2], row[3]
@@ -160,7 +166,7 @@ for _device in ("cpu", "cuda"):
 
 
 def _check(
-    query, own_key, memory, positives, query_ids, memory_ids, same_id, self_positive, temperature, reduction
+    query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id, self_positive, temperature
 ) -> None:
     dtypes = (*_DTYPES, torch.float64) if query.device.type == "cpu" else _DTYPES
     if query.dtype not in dtypes:
@@ -178,7 +184,6 @@ def _check(
             raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name}: expected the device of query, {query.device}, got {tensor.device}")
-    modes = self_positive if isinstance(self_positive, Tensor) else None
     if positives is not None and positives.dim() != 2:
         raise ValueError(f"positives: expected shape [B={B}, P], got {list(positives.shape)}")
     P = 0 if positives is None else positives.shape[1]
@@ -186,7 +191,7 @@ def _check(
         ("positives", positives, (B, P)),
         ("query_ids", query_ids, (B,)),
         ("memory_ids", memory_ids, (memory.shape[0],)),
-        ("self_positive", modes, (B,)),
+        ("self_positive", self_mode, (B,)),
     ):
         if tensor is None:
             continue
@@ -200,8 +205,7 @@ def _check(
         raise ValueError("query_ids: requires memory_ids, got None")
     for name, value, choices in (
         ("same_id", same_id, _SAME_ID),
-        ("self_positive", "keep" if modes is not None else self_positive, _SELF_POSITIVE),
-        ("reduction", reduction, ("mean", "none")),
+        ("self_positive", self_positive, _SELF_POSITIVE),
     ):
         if value not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
