@@ -26,6 +26,7 @@ from cpr_fast.config import Config, Cycle, InitConfig, load
 from cpr_fast.data.build import IndexOptions, write_index
 from cpr_fast.data.flow import write_flow
 from cpr_fast.data.synthetic import write_synthetic
+from cpr_fast.evaluate.classify import classify
 from cpr_fast.evaluate.retrieval import Protocol, retrieve
 from cpr_fast.pretrain.loop import pretrain
 
@@ -127,13 +128,27 @@ def run_setting(setting: str, seed: int, data: str, work: Path, index: Path) -> 
         baselines = {f"{name}_{key}": value for name in sorted(pixels) for key, value in recalls(results, name).items()}
         return recalls(results, "untrained") | baselines
     config = config_of(setting, seed, data, work / "runs", index)
-    results = retrieve(train(config), index, protocol=protocol)["results"]
-    return recalls(results, "trained") | mining_quality(Path(config.run.out))
+    last = train(config)
+    results = retrieve(last, index, protocol=protocol)["results"]
+    row = recalls(results, "trained") | mining_quality(Path(config.run.out))
+    if data == "synthetic":  # the real clips have no test split
+        probes = classify(last, [index], task="probe", crops=1, seeds=(seed,))["results"]
+        row |= {f"probe_{probe['view']}": probe["accuracy"] for probe in probes}
+    return row
 
 
 def print_table(rows: list[dict]) -> None:
     """Mean and standard error over seeds, a line per setting."""
-    columns = ["two_stream_r@1", "two_stream_r@5", "rgb_r@1", "flow_r@1", "pmr_rgb", "pmr_flow", "cmr_median_rgb"]
+    columns = [
+        "two_stream_r@1",
+        "two_stream_r@5",
+        "rgb_r@1",
+        "flow_r@1",
+        "pmr_rgb",
+        "pmr_flow",
+        "cmr_median_rgb",
+        "probe_two_stream",
+    ]
     print("| setting | seeds |" + "".join(f" {c.replace('_', ' ')} |" for c in columns))
     print("|" + "---|" * (len(columns) + 2))
     for setting in SETTINGS:
