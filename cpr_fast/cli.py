@@ -20,6 +20,11 @@ import tyro
 from .errors import InputError
 from .evaluate.recipe import RecipeName
 
+CheckpointFiles = Annotated[
+    tuple[str, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="CHECKPOINT", help="Of `pretrain` or `import-checkpoint`: FILE, or one per view, VIEW=FILE."),
+]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Print one JSON object on stdout.")]
 
@@ -150,7 +155,7 @@ def pretrain(
 
 
 def retrieve(
-    checkpoint: tyro.conf.Positional[Path],
+    checkpoint: CheckpointFiles,
     *,
     index: Path,
     protocol: Literal["train_test", "leave_source_out"] = "train_test",
@@ -165,7 +170,6 @@ def retrieve(
     The results join the metrics of the run that the checkpoint lies in, for `report`.
 
     Args:
-        checkpoint: A checkpoint of `pretrain`, RUN/checkpoints/*.pt.
         index: The index (CSV).
         protocol: Test split against train split, or every video against all others but its own source's.
         recipe: paper: nothing random at test time. coclr: with the colour jitter that the released code leaves on.
@@ -185,7 +189,7 @@ def retrieve(
 
 
 def probe(
-    checkpoint: tyro.conf.Positional[Path],
+    checkpoint: CheckpointFiles,
     *,
     index: tuple[Path, ...],
     recipe: RecipeName = "paper",
@@ -204,7 +208,6 @@ def probe(
     The result is written into the run's folder `evaluations` and joins its metrics, for `report`.
 
     Args:
-        checkpoint: A checkpoint of `pretrain` or `import-checkpoint`.
         index: The index (CSV) of every official split, one or several.
         recipe: paper: the test split is used once, at the end. coclr: the best epoch on the test split, and colour
             jitter at test time. iic: 10 clips of max-pooled feature maps.
@@ -229,7 +232,7 @@ def probe(
 
 
 def finetune(
-    checkpoint: tyro.conf.Positional[Path],
+    checkpoint: CheckpointFiles,
     *,
     index: tuple[Path, ...],
     recipe: RecipeName = "paper",
@@ -251,7 +254,6 @@ def finetune(
     folder `evaluations` and joins its metrics, for `report`.
 
     Args:
-        checkpoint: A checkpoint of `pretrain` or `import-checkpoint`.
         index: The index (CSV) of every official split, one or several.
         recipe: paper: the test split is used once, at the end. coclr: the best epoch on the test split, and colour
             jitter at test time. iic: 10 clips per test video.
@@ -511,17 +513,20 @@ def _pretrain(arguments: list[str]) -> int:
     return code
 
 
-def _classifier_settings(task: str, checkpoint: Path, config: Path | None) -> Any:
-    """The section `task` of the file `config`, else of the checkpoint's config."""
+def _classifier_settings(task: str, checkpoint: tuple[str, ...], config: Path | None) -> Any:
+    """The section `task` of the file `config`, else of the first checkpoint's config."""
     from .checkpoint import load_checkpoint
     from .config import Config, load
+    from .evaluate.results import checkpoint_files
 
-    return getattr(load(config) if config else Config.from_dict(load_checkpoint(checkpoint)["config"]), task)
+    if config:
+        return getattr(load(config), task)
+    return getattr(Config.from_dict(load_checkpoint(checkpoint_files(checkpoint)[0][1])["config"]), task)
 
 
 def _classify(
     task: Literal["probe", "finetune"],
-    checkpoint: Path,
+    checkpoint: tuple[str, ...],
     index: tuple[Path, ...],
     recipe: RecipeName,
     clips: int | None,

@@ -27,10 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..checkpoint import load_encoders, written_whole
+from ..checkpoint import written_whole
 from ..config import ClassifierConfig, Config, ProbeConfig
 from ..data.index import Index
-from ..data.pipeline import TrainLoader
+from ..data.pipeline import TrainLoader, WindowLoader
 from ..data.sampling import plan_labelled, plan_selection
 from ..errors import InputError
 from ..metrics import MetricsWriter
@@ -40,10 +40,11 @@ from .classifier import CROP_SETS, Classifier, video_probabilities
 from .features import encoder_embeddings
 from .finetune import Training, selection_accuracy, train_on_clips
 from .intervals import seed_interval
+from .pretrained import load_pretrained
 from .probe import feature_probabilities, train_on_features
 from .recipe import Recipe, RecipeName, make_recipe
-from .results import home, write_result
-from .retrieval import feature_folder, open_windows
+from .results import Checkpoints, write_result
+from .retrieval import open_windows
 from .scores import classification_scores
 
 Task = Literal["probe", "finetune"]
@@ -53,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 def classify(
-    checkpoint: str | Path,
+    checkpoint: Checkpoints,
     indexes: Sequence[str | Path],
     *,
     task: Task,
@@ -70,9 +71,9 @@ def classify(
     """Accuracy of classifiers of every view of a checkpoint, and of the mean of both views' probabilities.
 
     Args:
-        checkpoint: as written by `pretrain` or `import-checkpoint`.
+        checkpoint: one file, or one per view, see `load_pretrained`.
         indexes: labelled videos in the splits "train" and "test", one file for each official split.
-        settings: None takes the section of the checkpoint's config.
+        settings: None takes the section of the (first) checkpoint's config.
         clips_per_video: uniform windows of a test video; None takes those of the recipe.
         crops: 1 | 5 | 10 of every window.
         seeds: of the head's first weights, the order, the augmentation and the dropout.
@@ -88,26 +89,27 @@ def classify(
         raise InputError(f"index, seeds: expected at least one of each, got {len(indexes)} and {len(seeds)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    config, encoders = load_encoders(checkpoint)
+    pretrained = load_pretrained(checkpoint)
+    configs, encoders = pretrained.configs, pretrained.encoders
     digests = {view: weights_digest(encoder) for view, encoder in encoders.items()}
-    settings = settings or getattr(config, task)
-    folder = Path(out) if out else home(checkpoint) / "evaluations"
+    settings = settings or getattr(next(iter(configs.values())), task)
+    folder = Path(out) if out else pretrained.evaluations
     how = make_recipe(recipe, clips_per_video, crops)
-    store = FeatureCache(feature_folder(checkpoint), how.identity(config.data, device))
+    store = FeatureCache(pretrained.features, how.identity(pretrained.data, device))
     rows = []
     for number, path in enumerate(indexes):
         split = load_split(path)
         for seed in seeds:
-            job = Job(task, config, settings, how, split, seed, folder, torch.device(device), progress)
+            job = Job(task, configs, settings, how, split, seed, folder, torch.device(device), progress)
             found = {view: predictions(job, view, encoders[view], digests[view], store) for view in encoders}
             common = {"task": task, "recipe": recipe, "index": str(path), "split": number + 1, "seed": seed}
             rows += [common | row for row in _score(found, split, crops)]
     summary = _summary(rows, len(indexes))
     headline = summary[-1]
-    result = {"task": task, "recipe": recipe, "leakage": how.leakage, "crops": crops, "checkpoint": str(checkpoint),
+    result = {"task": task, "recipe": recipe, "leakage": how.leakage, "crops": crops, "checkpoint": pretrained.name,
               "settings": dataclasses.asdict(settings), "view": headline["view"], "accuracy": headline["accuracy"],
               "accuracy_ci95": headline["accuracy_ci95"], "summary": summary, "results": rows}  # fmt: skip
-    name = digest(json.dumps([str(checkpoint), list(map(str, indexes)), list(seeds), result["settings"], crops]))
+    name = digest(json.dumps([pretrained.name, list(map(str, indexes)), list(seeds), result["settings"], crops]))
     path = write_result(folder, f"{task}-{recipe}-{name[:8]}", result)
     if run_dir is not None:
         with MetricsWriter(run_dir) as writer:
@@ -143,10 +145,10 @@ def load_split(path: str | Path) -> Split:
 
 @dataclass(frozen=True)
 class Job:
-    """Classifiers of one split and seed."""
+    """Classifiers of one split and seed; `configs` of the pretraining, by view."""
 
     task: Task
-    config: Config
+    configs: dict[str, Config]
     settings: ClassifierConfig
     recipe: Recipe
     split: Split
@@ -191,11 +193,13 @@ def _probe_features(job: Job, view: str, encoder: Encoder, key: str, store: Feat
     """One stored feature per video, the mean over its windows and crops; videos that gave none are left out."""
     embedding = encoder_embeddings("net", {view: encoder}, job.recipe, {view: key})
 
+    def open_loader(part: Index) -> WindowLoader:
+        return open_windows(part, job.configs[view].data, [view], job.recipe, str(job.device))
+
     def features(part: Index, name: str) -> tuple[Tensor, Tensor, Tensor]:
         found, windows = embed_index(
-            part, embedding, lambda chosen: open_windows(chosen, job.config.data, [view], job.recipe, str(job.device)),
-            store, description=f"{view} features, {name}", progress=job.progress,
-        )  # fmt: skip
+            part, embedding, open_loader, store, description=f"{view} features, {name}", progress=job.progress
+        )
         return found[f"net/{view}"].to(job.device), torch.from_numpy(part.labels).to(job.device), windows
 
     train, train_labels, train_windows = features(job.split.train, "train")
@@ -214,7 +218,7 @@ def _train_on_clips(job: Job, view: str, encoder: Encoder, folder: Path) -> Pred
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
         model = Classifier(encoder, len(train.classes), settings).to(device)
-    training = Training(job.config, settings, view, folder, job.seed, device, progress=job.progress)
+    training = Training(job.configs[view], settings, view, folder, job.seed, device, progress=job.progress)
     with closing(_clip_loader(job, train, view, plan_labelled)) as loader:
         if job.recipe.selects_on_test:
             with closing(_clip_loader(job, test, view, plan_selection)) as selection:
@@ -222,7 +226,7 @@ def _train_on_clips(job: Job, view: str, encoder: Encoder, folder: Path) -> Pred
                 done = train_on_clips(model, loader, dataclasses.replace(training, select=select))
         else:
             done = train_on_clips(model, loader, training)
-    with closing(open_windows(test, job.config.data, [view], job.recipe, str(device))) as windows:
+    with closing(open_windows(test, job.configs[view].data, [view], job.recipe, str(device))) as windows:
         probabilities, counts = video_probabilities(
             model, windows, len(test), view, crops=job.recipe.crops, description=f"{view}, test", progress=job.progress
         )
@@ -232,7 +236,7 @@ def _train_on_clips(job: Job, view: str, encoder: Encoder, folder: Path) -> Pred
 
 
 def _clip_loader(job: Job, part: Index, view: str, plan: Any) -> TrainLoader:
-    data = dataclasses.replace(job.config.data, batch_size=min(job.settings.batch_size, len(part)))
+    data = dataclasses.replace(job.configs[view].data, batch_size=min(job.settings.batch_size, len(part)))
     return TrainLoader(part, data, [view], seed=job.seed, device=job.device, plan=plan)
 
 
@@ -241,8 +245,9 @@ def _identity(job: Job, view: str, weights: str) -> str:
     videos = [
         [[video_digest(video, view), video.label] for video in part] for part in (job.split.train, job.split.test)
     ]
-    settings = [job.task, dataclasses.asdict(job.settings), job.seed, job.recipe.identity(job.config.data,
-                str(job.device)), job.config.data.crop_area, job.split.train.classes]  # fmt: skip
+    data = job.configs[view].data
+    settings = [job.task, dataclasses.asdict(job.settings), job.seed, job.recipe.identity(data, str(job.device)),
+                data.crop_area, job.split.train.classes]  # fmt: skip
     return digest(json.dumps([settings, videos, weights]))
 
 

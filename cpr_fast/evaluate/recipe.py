@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..config import DataConfig
 from ..errors import InputError
@@ -13,7 +13,7 @@ from ..errors import InputError
 RecipeName = Literal["paper", "coclr", "iic"]
 Metric = Literal["cosine", "plain_cosine", "euclidean"]
 
-# Settings of the data that say how fast clips come, where from, or how training clips vary: no feature depends on them.
+# Settings of the data that say how fast clips come, where from, or how training clips vary.
 _IRRELEVANT = ("index", "split", "batch_size", "workers", "prefetch", "cache_gib", "crop_area")
 _JITTER_SEED = 0
 
@@ -60,9 +60,13 @@ class Recipe:
 
     def identity(self, data: DataConfig, device: str) -> str:
         """Everything besides weights and videos that a feature depends on, as canonical JSON."""
-        settings = {key: value for key, value in dataclasses.asdict(data).items() if key not in _IRRELEVANT}
-        values = {"recipe": dataclasses.asdict(self), "data": settings, "device": device.split(":")[0]}
+        values = {"recipe": dataclasses.asdict(self), "data": clip_settings(data), "device": device.split(":")[0]}
         return json.dumps(values, sort_keys=True)
+
+
+def clip_settings(data: DataConfig) -> dict[str, Any]:
+    """The settings that the pixels of an evaluation's clips depend on."""
+    return {key: value for key, value in dataclasses.asdict(data).items() if key not in _IRRELEVANT}
 
 
 def make_recipe(name: RecipeName, clips_per_video: int | None = None, crops: int = 1) -> Recipe:

@@ -1,13 +1,30 @@
-"""Where evaluations of a checkpoint keep what they find: whole JSON files in one folder."""
+"""Which files an evaluation is of, and where it keeps what it finds: whole JSON files in one folder."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..checkpoint import written_whole
+from ..config import View
+from ..errors import InputError
 from ..metrics import FILE as METRICS_FILE
+
+Checkpoints = str | Path | Sequence[str | Path]  # one or several of FILE and VIEW=FILE
+
+
+def checkpoint_files(checkpoints: Checkpoints) -> list[tuple[str | None, Path]]:
+    """Each file with the view that it is wanted for, None for all it holds. Raises InputError where there is none."""
+    named = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
+    if not named:
+        raise InputError("checkpoint: expected at least one file, got none")
+    files = []
+    for text in map(str, named):
+        view, equals, file = text.partition("=")
+        files.append((view, Path(file)) if equals and view in get_args(View) else (None, Path(text)))
+    return files
 
 
 def home(checkpoint: str | Path) -> Path:
@@ -16,10 +33,11 @@ def home(checkpoint: str | Path) -> Path:
     return folder.parent if folder.name == "checkpoints" else folder
 
 
-def run_of(checkpoint: str | Path) -> Path | None:
-    """The run folder whose metrics a checkpoint's evaluations join, or None where it lies in none."""
-    folder = home(checkpoint)
-    return folder if (folder / METRICS_FILE).exists() else None
+def run_of(checkpoints: Checkpoints) -> Path | None:
+    """The run folder whose metrics an evaluation joins, or None where the checkpoints lie in none, or in several."""
+    homes = {home(file) for _, file in checkpoint_files(checkpoints)}
+    folder = homes.pop()
+    return folder if not homes and (folder / METRICS_FILE).exists() else None
 
 
 def write_result(folder: Path, name: str, result: dict[str, Any]) -> Path:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_encoders
-from ..config import DataConfig, ModelConfig
+from ..config import Config, DataConfig
 from ..data.index import Index, Video
 from ..data.pipeline import WindowLoader
 from ..errors import InputError
@@ -31,9 +30,10 @@ from ..models import Encoder, build_encoder
 from .baselines import BASELINES
 from .cache import FeatureCache, digest, embed_index, weights_digest
 from .features import Embedding, calibrate_batch_norm, encoder_embeddings
+from .pretrained import load_pretrained
 from .ranking import NO_HIT, RANKS, Comparison, prepare, recall
 from .recipe import Recipe, RecipeName, make_recipe
-from .results import home, write_result
+from .results import Checkpoints, write_result
 
 Protocol = Literal["train_test", "leave_source_out"]
 CALIBRATION_VIDEOS = 32  # spread over the index, so over its classes
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def retrieve(
-    checkpoint: str | Path,
+    checkpoint: Checkpoints,
     index_csv: str | Path,
     *,
     protocol: Protocol = "train_test",
@@ -59,7 +59,7 @@ def retrieve(
     """R@k of a checkpoint, of the same network untrained, and of the label-free baselines, over the same windows.
 
     Args:
-        checkpoint: as written by `pretrain`.
+        checkpoint: one file, or one per view, see `load_pretrained`.
         index_csv: the labelled videos.
         run_dir: run folder whose metrics.jsonl receives a row per result.
         untrained_seed: initialisation of the untrained twin.
@@ -74,22 +74,22 @@ def retrieve(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     how = make_recipe(recipe, clips_per_video, crops)
-    config, encoders = load_encoders(checkpoint, device=device)
+    pretrained = load_pretrained(checkpoint, device=device)
     index = Index.load(index_csv)
 
     def open_loader(part: Index) -> WindowLoader:
-        return open_windows(part, config.data, list(encoders), how, device)
+        return open_windows(part, pretrained.data, list(pretrained.encoders), how, device)
 
     gallery = _split(index, protocol)[0]
     spread = Index(gallery[i] for i in range(0, len(gallery), math.ceil(len(gallery) / CALIBRATION_VIDEOS)))
     with closing(open_loader(spread)) as loader:
-        untrained = _untrained_twin(config.model, encoders, loader, untrained_seed, device)
+        untrained = _untrained_twins(pretrained.configs, loader, untrained_seed, device)
     embeddings: dict[str, Embedding] = {}
-    for name, networks in {"trained": encoders, "untrained": untrained}.items():
+    for name, networks in {"trained": pretrained.encoders, "untrained": untrained}.items():
         keys = {view: weights_digest(encoder) if cache else "" for view, encoder in networks.items()}
         embeddings |= encoder_embeddings(name, networks, how, keys)
-    embeddings |= {name: baseline for name, baseline in BASELINES.items() if baseline.view in encoders}
-    store = FeatureCache(feature_folder(checkpoint), how.identity(config.data, device)) if cache else None
+    embeddings |= {name: baseline for name, baseline in BASELINES.items() if baseline.view in pretrained.encoders}
+    store = FeatureCache(pretrained.features, how.identity(pretrained.data, device)) if cache else None
     results, examples = evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress)
     results = [row | {"protocol": protocol, "recipe": recipe} for row in results]
     if run_dir is not None:
@@ -100,10 +100,10 @@ def retrieve(
                 writer.write({"kind": "retrieved", **row})
     headline = [row for row in results if row["name"] == "trained"][-1]
     rates = {f"r@{k}": headline[f"r@{k}"] for k in RANKS}
-    result = {"protocol": protocol, "recipe": recipe, "leakage": how.leakage, "checkpoint": str(checkpoint),
+    result = {"protocol": protocol, "recipe": recipe, "leakage": how.leakage, "checkpoint": pretrained.name,
               "index": str(index_csv), "view": headline["view"], **rates, "results": results}  # fmt: skip
-    name = f"retrieval-{recipe}-{digest(json.dumps([str(checkpoint), str(index_csv), protocol, repr(how)]))[:8]}"
-    return result | {"file": str(write_result(home(checkpoint) / "evaluations", name, result))}
+    name = f"retrieval-{recipe}-{digest(json.dumps([pretrained.name, str(index_csv), protocol, repr(how)]))[:8]}"
+    return result | {"file": str(write_result(pretrained.evaluations, name, result))}
 
 
 def open_windows(part: Index, data: DataConfig, views: list[str], recipe: Recipe, device: str) -> WindowLoader:
@@ -114,18 +114,11 @@ def open_windows(part: Index, data: DataConfig, views: list[str], recipe: Recipe
     )  # fmt: skip
 
 
-def feature_folder(checkpoint: str | Path) -> Path:
-    """Where the features of a checkpoint are kept."""
-    return home(checkpoint) / "features"
-
-
-def _untrained_twin(
-    config: ModelConfig, views: Iterable[str], loader: WindowLoader, seed: int, device: str
-) -> dict[str, Encoder]:
+def _untrained_twins(configs: Mapping[str, Config], loader: WindowLoader, seed: int, device: str) -> dict[str, Encoder]:
     """Randomly initialised encoders, in eval mode, whose BatchNorm statistics are those of the loader's windows."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        encoders = {view: build_encoder(config).to(device).eval() for view in views}
+        encoders = {view: build_encoder(config.model).to(device).eval() for view, config in configs.items()}
     calibrate_batch_norm(encoders, loader)
     return encoders
 
