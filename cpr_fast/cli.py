@@ -110,6 +110,7 @@ def flow(
     index: tyro.conf.Positional[Path],
     *,
     out: Path,
+    storage: Literal["video", "lmdb"] = "video",
     device: str = "cpu",
     shard: str = "0/1",
     json: Json = False,
@@ -120,13 +121,15 @@ def flow(
 
     Args:
         index: The index (CSV).
-        out: Folder of the flow videos.
+        out: Folder of the flow videos, or the LMDB file.
+        storage: A video for each video, or JPEG records in one LMDB file in CoCLR's format. A shard of the latter has a
+            file of its own, OUT.i-of-n.lmdb; a run without --shard then makes one file of them all.
         device: Where the flow is computed: cpu, cuda or cuda:N. Decoding and encoding stay on the CPU.
         shard: i/n: this process does the i-th of n shares of the videos, 0 <= i < n.
     """
     from .data.flow import write_flow
 
-    report = write_flow(index, out, device=device, shard=_parse_shard(shard), progress=True)
+    report = write_flow(index, out, storage=storage, device=device, shard=_parse_shard(shard), progress=True)
     if not json:  # all of them are in the log
         report |= {"problems": report["problems"][:20]}
     _show(report, json)

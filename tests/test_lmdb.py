@@ -123,9 +123,7 @@ def test_what_is_written_is_what_coclr_writes(tmp_path, videos):
     with RecordWriter(tmp_path / "ours.lmdb") as writer:
         for name, frames in videos.items():
             writer.put(name, frames)
-        assert "Archery/one" in writer and "Archery/two" not in writer
-        with pytest.raises(InputError, match="'Archery/one' is already in"):
-            writer.put("Archery/one", [])
+        assert writer.num_frames == LENGTHS
     assert [path.name for path in tmp_path.iterdir()] == ["ours.lmdb"]
     options = {"subdir": False, "readonly": True, "lock": False}
     with lmdb.open(str(tmp_path / "ours.lmdb"), **options) as environment, environment.begin() as transaction:
@@ -147,11 +145,67 @@ def test_a_file_larger_than_the_first_map_and_a_run_that_was_killed(tmp_path, mo
         raise KeyboardInterrupt
     assert not file.exists()
     with RecordWriter(file) as writer:
-        assert [f"c/{i}" in writer for i in range(6)] == [True] * 5 + [False]
+        assert writer.num_frames == {f"c/{i}": 2 for i in range(5)}
         for i in range(5, 9):
             writer.put(f"c/{i}", [blob, b"end"])
     assert open_records(file).num_frames() == {f"c/{i}": 2 for i in range(9)}
     assert [bytes(jpeg) for jpeg in read_jpegs(record_path(file, "c/8"), [1, 0])] == [b"end", blob]
+
+
+def contents(file) -> dict[str, list[bytes]]:
+    """What CoCLR's own reader would find: by name, the JPEGs of the record whose key is the name's place."""
+    options = {"subdir": False, "readonly": True, "lock": False}
+    with lmdb.open(str(file), **options) as environment, environment.begin() as transaction:
+        order = msgpack.unpackb(transaction.get(b"__order__"), raw=True)
+        found = {n.decode(): msgpack.unpackb(transaction.get(b"%09d" % i), raw=True) for i, n in enumerate(order)}
+        lengths = msgpack.unpackb(transaction.get(b"__vlen__"))
+        assert msgpack.unpackb(transaction.get(b"__keys__")) == [b"%09d" % i for i in range(len(order))]
+        assert msgpack.unpackb(transaction.get(b"__len__")) == len(order) == transaction.stat()["entries"] - 4
+        assert lengths == [len(jpegs) for jpegs in found.values()]
+    return found
+
+
+@pytest.mark.parametrize("lengths", [True, False])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_finished_file_is_continued_in_a_copy(tmp_path, videos, legacy, lengths):
+    """Whoever has it open goes on reading; a run killed at any time leaves it whole."""
+    file = write_as_coclr(tmp_path / "x.lmdb", videos, legacy=legacy, lengths=lengths)
+    reader = open_records(file)
+    with RecordWriter(file) as writer:
+        assert writer.num_frames == LENGTHS
+    with pytest.raises(KeyboardInterrupt), RecordWriter(file) as writer:
+        writer.put("Zumba/new", [b"new"])
+        raise KeyboardInterrupt
+    assert open_records(file) is reader and "Zumba/new" not in reader.names
+    with RecordWriter(file) as writer:
+        assert writer.num_frames == LENGTHS | {"Zumba/new": 1}
+        writer.put("Archery/one", [b"other", b"length"])
+    assert bytes(reader.record("Archery/one")[0]) == msgpack.packb(videos["Archery/one"], use_bin_type=not legacy)
+    assert reader.num_frames() == LENGTHS
+    del reader  # LMDB opens a path once in a process
+    expected = videos | {"Archery/one": [b"other", b"length"], "Zumba/new": [b"new"]}
+    assert contents(file) == expected
+    assert [bytes(part) for part in read_jpegs(record_path(file, "Archery/one"), [1])] == [b"length"]
+    assert {path.name for path in tmp_path.iterdir()} == {"x.lmdb", "x.lmdb-lock"}  # the latter of LMDB's own writer
+
+
+def test_a_run_killed_before_the_rename_is_continued(tmp_path, videos, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cpr_fast.data.lmdb.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt), RecordWriter(tmp_path / "x.lmdb") as writer:
+            writer.put("a/one", [b"1"])
+    with RecordWriter(tmp_path / "x.lmdb") as writer:
+        assert writer.num_frames == {"a/one": 1}
+        writer.put("a/two", [b"2"])
+    assert contents(tmp_path / "x.lmdb") == {"a/one": [b"1"], "a/two": [b"2"]}
+
+
+def test_two_writers_of_one_file(tmp_path):
+    with RecordWriter(tmp_path / "x.lmdb"), pytest.raises(InputError, match="another process is writing .*x.lmdb"):
+        RecordWriter(tmp_path / "x.lmdb")
 
 
 def test_two_paths_to_one_file(tmp_path, videos):

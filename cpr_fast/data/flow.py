@@ -17,11 +17,11 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import av
 import numpy as np
@@ -29,6 +29,7 @@ import torch
 
 from cpr_fast.data.flow_files import FlowFiles
 from cpr_fast.data.flow_levels import Compute, FlowSolver, flow_device, pair_flow
+from cpr_fast.data.flow_records import FlowRecords
 from cpr_fast.data.index import Index, Video
 from cpr_fast.data.layouts import Problem
 from cpr_fast.data.media import read_frames
@@ -41,18 +42,24 @@ MOST_WORKERS = 16  # threads that decode, and as many that encode: enough beside
 log = logging.getLogger(__name__)
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
+Store = FlowFiles | FlowRecords
+STORAGES = {"video": FlowFiles, "lmdb": FlowRecords}
+
 
 def write_flow(
     index_csv: str | Path,
     out: str | Path,
     *,
+    storage: Literal["video", "lmdb"] = "video",
     device: str = "cpu",
     shard: tuple[int, int] = (0, 1),
     compute: Compute = pair_flow,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Stores the flow of every video of an index in `out` (see `FlowFiles`) and fills the index's flow_path.
+    """Stores the flow of every video of an index in `out` and fills the index's flow_path.
 
+    `storage` is "video", a file for every video in the folder `out` (`FlowFiles`), or "lmdb", records in the file `out`
+    (`FlowRecords`; of shard i of n in a file of its own, OUT.i-of-n.lmdb, which a run without shards takes over).
     `device` is "cpu", "cuda" or "cuda:N". `shard` = (i, n) does videos i, i + n, ... of the index; shards may run at
     the same time on one index. What is there whole is kept: a run that was killed continues where it stopped. A video
     that does not decode, has a single frame or whose flow fails is skipped, named, and tried again by the next run.
@@ -66,21 +73,20 @@ def write_flow(
         raise InputError(f"shard: expected (i, n) with 0 <= i < n, got {shard}")
     solver = FlowSolver(flow_device(device), compute)
     index = Index.load(index_csv, require_flow=False)
-    store = FlowFiles(index, index_csv.parent, out)
     share = range(number, len(index), count)
-    todo = [position for position in share if not store.holds(position)]
-    began = time.perf_counter()
-    results = _store_all(index, todo, solver, store)
-    bar = track(results, "computing flow", total=len(todo), unit="videos", progress=progress)
     problems = []
-    for problem in bar:
-        if problem is not None:
-            log.warning("no flow of %s: %s", problem.path, problem.reason)
-            problems.append(problem)
+    with STORAGES[storage](index, index_csv.parent, out, shard) as store:
+        todo = [position for position in share if not store.holds(position)]
+        began = time.perf_counter()
+        with closing(_store_all(index, todo, solver, store)) as results:
+            for problem in track(results, "computing flow", total=len(todo), unit="videos", progress=progress):
+                if problem is not None:
+                    log.warning("no flow of %s: %s", problem.path, problem.reason)
+                    problems.append(problem)
     failed = {problem.path for problem in problems}
     pairs = sum(index[p].num_frames - 1 for p in todo if index[p].path not in failed)
     rate = pairs / (time.perf_counter() - began)
-    _fill_index(index_csv, out)
+    _fill_index(index_csv, partial(STORAGES[storage].paths, out=out))
     if problems and len(problems) == len(share):
         raise InputError(
             f"index {str(index_csv)!r}: none of {len(share)} videos gave flow; the first: {problems[0].path}: "
@@ -111,7 +117,7 @@ class Segment:
         return np.stack([self.gray[:-1], self.gray[1:]], axis=1)
 
 
-def _store_all(index: Index, todo: list[int], solver: FlowSolver, store: FlowFiles) -> Iterator[Problem | None]:
+def _store_all(index: Index, todo: list[int], solver: FlowSolver, store: Store) -> Iterator[Problem | None]:
     """What is wrong with it, or None, for each video, as they are done."""
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     by_size = sorted(todo, key=lambda position: (index[position].height, index[position].width))
@@ -207,7 +213,7 @@ def _join(solved: Iterable[list[tuple[Segment, np.ndarray | Exception]]]) -> Ite
             yield segment.position, np.concatenate(video) if error is None else error
 
 
-def _store(index: Index, store: FlowFiles, position: int, levels: np.ndarray | Exception) -> Problem | None:
+def _store(index: Index, store: Store, position: int, levels: np.ndarray | Exception) -> Problem | None:
     path = index[position].path
     if isinstance(levels, VideoError):
         return Problem(path, "too_short" if index[position].num_frames < 2 else "broken", levels.reason)
@@ -222,14 +228,12 @@ def _store(index: Index, store: FlowFiles, position: int, levels: np.ndarray | E
     return Problem(path, "failed", f"{type(levels).__name__}: {levels}")
 
 
-def _fill_index(index_csv: Path, out: Path) -> None:
+def _fill_index(index_csv: Path, paths: Callable[[Index, Path], list[Path | None]]) -> None:
     """Sets flow_path for every video whose flow is stored whole, whichever shard did it."""
     with _locked(index_csv):
         index = Index.load(index_csv, require_flow=False)
-        paths = FlowFiles(index, index_csv.parent, out).paths()
-        Index(replace(video, flow_path=path or video.flow_path) for video, path in zip(index, paths, strict=True)).save(
-            index_csv
-        )
+        found = zip(index, paths(index, index_csv.parent), strict=True)
+        Index(replace(video, flow_path=path or video.flow_path) for video, path in found).save(index_csv)
 
 
 @contextmanager

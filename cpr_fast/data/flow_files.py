@@ -24,25 +24,29 @@ from cpr_fast.errors import InputError
 class FlowFiles:
     """OUT/<path of the video relative to the index>, with suffix .flow.mp4."""
 
-    def __init__(self, index: Index, folder: Path, out: Path) -> None:
+    def __init__(self, index: Index, folder: Path, out: Path, shard: tuple[int, int]) -> None:
         """`folder` is that of the index. Raises InputError where two videos would share a file."""
         self._index, self._targets = index, _targets(index, folder, out)
 
     def holds(self, position: int) -> bool:
         """Whether the flow of a video is there, as many fields as the video wants."""
-        try:
-            with av.open(str(self._targets[position])) as container:
-                return container.streams.video[0].frames == self._index[position].num_frames - 1
-        except (FileNotFoundError, av.FFmpegError, IndexError):
-            return False
+        return _is_whole(self._targets[position], self._index[position])
 
     def write(self, position: int, levels: np.ndarray) -> None:
-        """Stores the levels of a video, uint8 [N - 1, 2, H, W]; the file has its name once it is complete."""
+        """Stores the levels of a video, uint8 [N - 1, 2, H, W]; safe to call from several threads."""
         encode_video(self._targets[position], levels)
 
-    def paths(self) -> list[Path | None]:
+    @staticmethod
+    def paths(index: Index, folder: Path, *, out: Path) -> list[Path | None]:
         """Where the flow of every video of the index is, None where it is not there or not whole."""
-        return [target if self.holds(position) else None for position, target in enumerate(self._targets)]
+        targets = _targets(index, folder, out)
+        return [target if _is_whole(target, video) else None for target, video in zip(targets, index, strict=True)]
+
+    def __enter__(self) -> FlowFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def encode_video(target: Path, levels: np.ndarray) -> None:
@@ -77,3 +81,11 @@ def _targets(index: Index, folder: Path, out: Path) -> list[Path]:
             raise InputError(f"out: {str(video.path)!r} and {str(owner[target].path)!r} would share {str(target)!r}")
         owner[target] = video
     return list(owner)
+
+
+def _is_whole(target: Path, video: Video) -> bool:
+    try:
+        with av.open(str(target)) as container:
+            return container.streams.video[0].frames == video.num_frames - 1
+    except (FileNotFoundError, av.FFmpegError, IndexError):
+        return False

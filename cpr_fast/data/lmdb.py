@@ -17,10 +17,12 @@ Letters: F frames, H x W pixels.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import threading
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import lmdb
@@ -98,44 +100,51 @@ class Records:
             raise InputError(f"LMDB {str(file)!r} does not exist")
         try:
             # readahead off: clips lie anywhere in terabytes. lock off: nobody writes, and the disk may be read-only.
-            self._environment = lmdb.open(
+            environment = lmdb.open(
                 str(file), subdir=file.is_dir(), readonly=True, lock=False, readahead=False, meminit=False
             )
             # One transaction for the life of the process: its buffers are the mapped file.
-            self._transaction = self._environment.begin(buffers=True)
-            order = self._transaction.get(b"__order__")
+            self._get = _shared_get(environment.begin(buffers=True))
+            order = self._get(b"__order__")
         except lmdb.Error as error:
             raise InputError(f"LMDB {str(file)!r}: {error}") from error
         if order is None:
             raise InputError(f"LMDB {str(file)!r}: expected the key '__order__', as CoCLR's files have")
         self.names: list[str] = [_text(name) for name in msgpack.unpackb(order, raw=True)]
-        self._place = {name: place for place, name in enumerate(self.names)}
-        self._lock = threading.Lock()
-        self.record = lru_cache(maxsize=2**16)(self._record)  # 2.4 kB for 300 frames: 160 MB when full
+        places = {name: place for place, name in enumerate(self.names)}
+        # (the mapped record; uint32 [F, 2], offset and size of each JPEG in it) of a name, whose headers are read once.
+        # 2.4 kB for 300 frames: 160 MB when full. No reference to self: LMDB opens a path once in a process, so an
+        # object that nobody needs must be gone at once.
+        self.record = lru_cache(maxsize=2**16)(partial(_record, self._get, places))
 
     def num_frames(self) -> dict[str, int]:
         """Frames of every video by its name, from __vlen__ where the file has it, else from the records' headers."""
-        stored = {key: self._transaction.get(key) for key in (b"__keys__", b"__vlen__")}
-        if all(value is not None for value in stored.values()):
-            keys, lengths = (msgpack.unpackb(stored[key], raw=True) for key in (b"__keys__", b"__vlen__"))
-            return {self.names[int(key)]: length for key, length in zip(keys, lengths, strict=True)}
-        return {name: len(self.record(name)[1]) for name in self.names if self._get(name) is not None}
+        return _lengths(self._get, self.names)
 
-    def _record(self, name: str) -> tuple[memoryview, np.ndarray]:
-        """The mapped record and, uint32 [F, 2], offset and size of each JPEG in it; the headers are read once."""
-        if name not in self._place:
-            raise KeyError(f"the LMDB has no video {name!r}")
-        record = self._get(name)
-        if record is None:
-            raise KeyError(f"the LMDB names {name!r} but holds no record of it")
-        spans = msgpack_spans(record)
-        if len(record) >= 2**32:
-            raise ValueError(f"expected a record below 4 GiB, got {len(record)} bytes")
-        return record, spans.astype(np.uint32)
 
-    def _get(self, name: str) -> memoryview | None:
-        with self._lock:
-            return self._transaction.get(b"%09d" % self._place[name])
+def _shared_get(transaction: lmdb.Transaction) -> Callable[[bytes], memoryview | None]:
+    """`get` of a transaction, for any number of threads."""
+    lock = threading.Lock()
+
+    def get(key: bytes) -> memoryview | None:
+        with lock:
+            return transaction.get(key)
+
+    return get
+
+
+def _record(
+    get: Callable[[bytes], memoryview | None], places: dict[str, int], name: str
+) -> tuple[memoryview, np.ndarray]:
+    if name not in places:
+        raise KeyError(f"the LMDB has no video {name!r}")
+    record = get(b"%09d" % places[name])
+    if record is None:
+        raise KeyError(f"the LMDB names {name!r} but holds no record of it")
+    spans = msgpack_spans(record)
+    if len(record) >= 2**32:
+        raise ValueError(f"expected a record below 4 GiB, got {len(record)} bytes")
+    return record, spans.astype(np.uint32)
 
 
 _opened: dict[Path, Records] = {}
@@ -151,11 +160,19 @@ def open_records(file: Path) -> Records:
         return _opened[file]
 
 
+def forget_records(file: Path) -> None:
+    """Lets the next `open_records` see a file that was replaced."""
+    with _opening:
+        for path in [path for path in _opened if path.resolve() == file.resolve()]:
+            del _opened[path]
+
+
 class RecordWriter:
     """Writes FILE.lmdb: `put` video after video, then leave the `with` block.
 
     The file appears under its name when that block ends well. Until then it is FILE.lmdb.part, which a later writer
-    continues: `name in writer` says what it already holds.
+    continues. A file that is there already is continued in a copy, which the first `put` makes, so that whoever reads
+    it is not disturbed. `num_frames` says what is written so far. Raises InputError while another process writes it.
     """
 
     _WRITTEN = b"~"  # ~%09d holds [name, frames] of a video until the file is complete
@@ -165,34 +182,75 @@ class RecordWriter:
             raise InputError(f"file: expected the name of a file that ends in .lmdb, got {str(file)!r}")
         self._file, self._part = file, Path(f"{file}.part")
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._environment = lmdb.open(str(self._part), subdir=False, map_size=2**30, lock=False, meminit=False)
-        with self._environment.begin() as transaction, transaction.cursor() as cursor:
-            rows = cursor.iternext() if cursor.set_range(self._WRITTEN) else ()
-            self._written = dict(msgpack.unpackb(value) for _, value in rows)
+        self._lock_file = file.with_name(f".{file.name}.lock")
+        self._lock = self._lock_file.open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise InputError(f"file: another process is writing {str(file)!r}") from None
+        self._environment: lmdb.Environment | None = None
+        if self._part.exists() or not file.exists():
+            self._open()
+        else:
+            records = open_records(file)
+            self._number(dict.fromkeys(records.names, 0) | records.num_frames())
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._written
-
-    def put(self, name: str, jpegs: Sequence[bytes]) -> None:
-        """Adds a video; it is on the disk when this returns."""
-        if name in self._written:
-            raise InputError(f"name: {name!r} is already in {str(self._file)!r}")
-        key = b"%09d" % len(self._written)
-        self._commit({key: msgpack.packb(list(jpegs)), self._WRITTEN + key: msgpack.packb([name, len(jpegs)])})
-        self._written[name] = len(jpegs)
+    def put(self, name: str, jpegs: Sequence[bytes | memoryview]) -> None:
+        """Adds a video, or replaces it; it is on the disk when this returns."""
+        if self._environment is None:
+            copy = Path(f"{self._file}.copy")
+            shutil.copyfile(self._file, copy)
+            os.replace(copy, self._part)
+            self._open()
+        place = self._places.setdefault(name, len(self._places))
+        self._commit({b"%09d" % place: msgpack.packb(list(jpegs))} | self._note(place, name, len(jpegs)))
+        self.num_frames[name] = len(jpegs)
 
     def __enter__(self) -> RecordWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            keys = [b"%09d" % place for place in range(len(self._written))]
-            meta = (keys, len(keys), list(self._written), list(self._written.values()))
-            notes = {self._WRITTEN + key: None for key in keys}
-            self._commit({key: msgpack.packb(value) for key, value in zip(META, meta, strict=True)} | notes)
-        self._environment.close()
-        if kind is None:
-            os.replace(self._part, self._file)
+        try:
+            if self._environment is not None:
+                if kind is None:
+                    self._complete()
+                self._environment.close()
+                if kind is None:
+                    os.replace(self._part, self._file)
+                    forget_records(self._file)
+        finally:
+            self._lock_file.unlink(missing_ok=True)
+            self._lock.close()
+
+    def _open(self) -> None:
+        """Opens the unfinished file. One that is complete, a copy or left by a process killed before it renamed it,
+        becomes unfinished again."""
+        self._environment = lmdb.open(str(self._part), subdir=False, map_size=2**30, lock=False, meminit=False)
+        with self._environment.begin(buffers=True) as transaction, transaction.cursor() as cursor:
+            rows = cursor.iternext() if cursor.set_range(self._WRITTEN) else ()
+            written = dict(msgpack.unpackb(value) for _, value in rows)
+            order = transaction.get(b"__order__")
+            if order is not None:
+                names = [_text(name) for name in msgpack.unpackb(order, raw=True)]
+                written = dict.fromkeys(names, 0) | _lengths(transaction.get, names)
+        self._number(written)
+        if order is not None:
+            notes = (self._note(place, *item) for place, item in enumerate(written.items()))
+            self._commit({key: value for note in notes for key, value in note.items()} | dict.fromkeys(META))
+
+    def _number(self, num_frames: dict[str, int]) -> None:
+        self.num_frames = num_frames  # of every video that is written, by name
+        self._places = {name: place for place, name in enumerate(num_frames)}
+
+    def _note(self, place: int, name: str, frames: int) -> dict[bytes, bytes]:
+        return {self._WRITTEN + b"%09d" % place: msgpack.packb([name, frames])}
+
+    def _complete(self) -> None:
+        keys = [b"%09d" % place for place in range(len(self.num_frames))]
+        meta = (keys, len(keys), list(self.num_frames), list(self.num_frames.values()))
+        notes = {self._WRITTEN + key: None for key in keys}
+        self._commit({key: msgpack.packb(value) for key, value in zip(META, meta, strict=True)} | notes)
 
     def _commit(self, entries: dict[bytes, bytes | None]) -> None:
         """Puts all entries, or deletes those of value None, in one transaction; the map, which is the largest size of
@@ -205,6 +263,16 @@ class RecordWriter:
                 return
             except lmdb.MapFullError:
                 self._environment.set_mapsize(2 * self._environment.info()["map_size"])
+
+
+def _lengths(get: Callable[[bytes], memoryview | None], names: Sequence[str]) -> dict[str, int]:
+    """Frames of every video that has a record; `get` reads a key."""
+    keys, lengths = get(b"__keys__"), get(b"__vlen__")
+    if keys is not None and lengths is not None:
+        keys, lengths = (msgpack.unpackb(value, raw=True) for value in (keys, lengths))
+        return {names[int(key)]: length for key, length in zip(keys, lengths, strict=True)}
+    records = ((name, get(b"%09d" % place)) for place, name in enumerate(names))
+    return {name: len(msgpack_spans(record)) for name, record in records if record is not None}
 
 
 def _text(name: bytes | str) -> str:
