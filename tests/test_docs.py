@@ -87,6 +87,8 @@ def test_every_command_of_the_docs_runs(folder, one_thread):
             for command in re.findall(r"^\$ (.+(?:\\\n.+)*)", block.text, re.MULTILINE):
                 if "UCF-101" in command:
                     lay_out_ucf101(folder)
+                if "holiday.mp4" in command:
+                    shutil.copy(next((folder / "data" / "test").rglob("*.mp4")), folder / "holiday.mp4")
                 try:
                     run(command, folder)
                 except BaseException as error:
@@ -99,7 +101,14 @@ def test_every_command_of_the_docs_runs(folder, one_thread):
         else:
             raise AssertionError(f"{block.page.name}:{block.line}: a {block.language!r} block, which nothing runs")
     assert commands > 15
-    for written in ("sample.png", "mining.png", "comparison.html", "cpr.safetensors", "coclr.pth.tar"):
+    for written in (
+        "sample.png",
+        "mining.png",
+        "comparison.html",
+        "found/holiday.jpg",
+        "cpr.safetensors",
+        "coclr.pth.tar",
+    ):
         assert (folder / written).stat().st_size > 0
 
 

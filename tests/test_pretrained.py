@@ -48,7 +48,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> Path:
-    """16 encoded videos of 4 classes, with flow."""
+    """12 encoded videos of 4 classes, with flow."""
     folder = tmp_path_factory.mktemp("data")
     index = write_synthetic(folder, classes=4, videos=2, frames=12, width=48, height=32)
     write_flow(index, folder / "flow")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,19 @@ NO_HIT = torch.iinfo(torch.int64).max
 QUERY_CHUNK = 512  # queries whose similarities are held at once
 
 
-def prepare(queries: Tensor, gallery: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+def prepare(
+    queries: Tensor, gallery: Tensor, metric: Metric, *, centre: Literal["each", "gallery"] = "each"
+) -> tuple[Tensor, Tensor]:
     """Features [Q, F] and [G, F] made ready to compare.
 
-    "cosine": each set centred by its own mean, then L2 [CoCLR]. "plain_cosine": L2 alone [iic]. "euclidean": both
-    standardised by the gallery.
+    "cosine": each set centred by its own mean [CoCLR], or both by the gallery's where a few queries have no mean worth
+    the name, then L2. "plain_cosine": L2 alone [iic]. "euclidean": both standardised by the gallery.
     """
     if metric == "plain_cosine":
         return F.normalize(queries, dim=1), F.normalize(gallery, dim=1)
     if metric == "cosine":
-        return F.normalize(queries - queries.mean(0), dim=1), F.normalize(gallery - gallery.mean(0), dim=1)
+        own = queries.mean(0) if centre == "each" else gallery.mean(0)
+        return F.normalize(queries - own, dim=1), F.normalize(gallery - gallery.mean(0), dim=1)
     mean, std = gallery.mean(0), gallery.std(0, correction=0)
     constant = std <= 1e-5 * gallery.abs().amax(0)  # its spread is rounding
     scale = torch.where(constant, 0.0, 1 / std)

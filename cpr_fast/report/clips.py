@@ -17,7 +17,17 @@ THUMB_WIDTH, THUMB_HEIGHT = 128, 96  # pixels of one frame
 
 
 def film_strip(path: Path, num_frames: int, start: int, length: int) -> str | None:
-    """STRIP_FRAMES frames, evenly spread over `length` source frames from `start`, as a data URI.
+    """`strip_image` as a data URI."""
+    strip = strip_image(path, num_frames, start, length)
+    if strip is None:
+        return None
+    buffer = io.BytesIO()
+    strip.save(buffer, "JPEG", quality=72, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def strip_image(path: Path, num_frames: int, start: int, length: int) -> Image.Image | None:
+    """STRIP_FRAMES frames, evenly spread over `length` source frames from `start`, side by side.
 
     None where the video is gone or does not decode: a page without a picture is better than no page.
     """
@@ -30,9 +40,7 @@ def film_strip(path: Path, num_frames: int, start: int, length: int) -> str | No
     strip = Image.new("RGB", (STRIP_FRAMES * THUMB_WIDTH, THUMB_HEIGHT))
     for i, frame in enumerate(frames):
         strip.paste(_cover(Image.fromarray(frame)), (i * THUMB_WIDTH, 0))
-    buffer = io.BytesIO()
-    strip.save(buffer, "JPEG", quality=72, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return strip
 
 
 def _cover(frame: Image.Image) -> Image.Image:
