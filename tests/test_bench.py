@@ -89,3 +89,32 @@ def test_a_step_with_the_operators_is_one_with_their_references(tmp_path):
     assert report["first_difference"] < 1e-4 and len(report["fused"]) == 2
     assert all(report[f"{part}_ms"] > 0 for part in ("step", "mining_7_stages", "mining_rates", "loss_mined"))
     assert report["device"] not in ("cpu", "cuda")  # the machine's name
+
+
+def test_the_loader_beside_other_decoders(tmp_path):
+    """Every form gives the clips that are asked for; a peer that is not installed says so."""
+    pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")
+    from cpr_fast.data.synthetic import write_synthetic
+
+    write_synthetic(tmp_path / "set", classes=4, videos=4, frames=12, width=64, height=48)
+    sizes = ["--videos", "8", "--frames", "4", "--size", "32", "--seconds", ".1"]
+    sizes += ["--root", str(tmp_path / "set" / "train"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "bench/loading.py", *sizes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out" / "loading.json").read_text())["rows"]
+    assert {(row["table"], row["source"]) for row in rows} == {
+        *(("decode", source) for source in ("files", "transcoded", "records")),
+        ("loader", "files"), ("loader", "transcoded"), ("records", "records"),
+    }  # fmt: skip
+    for row in rows:
+        if "skipped" in row:
+            assert "pip install" in row["skipped"]
+            continue
+        assert row["clips_per_s"] > 0 and row["device"] and row["commit"]
+        if row["form"].split(",")[0] in ("cpr_fast", "PyAV", "PIL"):
+            assert row.get("identical", 1) == 1 and row.get("plain_db", 99) > 40 and row.get("colour_db", 99) > 20, row
+    barred = {(row["table"], row["form"], row["bar"]) for row in rows if "bar" in row}
+    assert {("decode", "PyAV", 0.9), ("loader", "PyAV, torch and OpenCV", 1.0), ("records", "PIL, PIL", 1.5)} <= barred
+    page = (tmp_path / "out" / "loading.md").read_text()
+    assert all(f"| {row['form']} |" in page for row in rows)

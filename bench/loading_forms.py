@@ -1,0 +1,221 @@
+"""What the loader is compared with: other decoders, and two augmentations that any of them can feed.
+
+A decoder reads the frames of one clip, an augmentation makes them what a network sees; all on one thread. The plan
+(which frames, which box, flip and colours) is ours, and the same for every form.
+
+Letters: F frames of a video, T of a clip, H x W pixels, S side of the square output, M clips.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import av
+import cv2
+import msgpack
+import numpy as np
+import simplejpeg
+import torch
+from av.video.reformatter import VideoReformatter
+from forms import Unavailable, peer
+from PIL import Image
+
+from cpr_fast.config import DataConfig
+from cpr_fast.data import lmdb
+from cpr_fast.data.clips import fetch_frames
+from cpr_fast.data.index import Video
+from cpr_fast.data.media import is_record
+from cpr_fast.data.reference import ReferenceGraph
+from cpr_fast.data.sampling import Clips
+from cpr_fast.pixels import normalisation
+
+Decoder = Callable[[Video, np.ndarray], np.ndarray]  # increasing frame numbers [T] -> RGB, uint8 [T, H, W, 3]
+Augmentation = Callable[[Clips, list[np.ndarray], DataConfig], torch.Tensor]  # -> float32 [M, 3, T, S, S]
+
+
+# ---- video files ---------------------------------------------------------------------------------------------
+def pyav(video: Video, frames: np.ndarray) -> np.ndarray:
+    """From the first frame of the file; one scaler, and only the wanted frames are converted."""
+    out = np.empty((len(frames), video.height, video.width, 3), np.uint8)
+    wanted, scaler = {int(number): place for place, number in enumerate(frames)}, VideoReformatter()
+    with av.open(str(video.path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in wanted:
+                out[wanted.pop(number)] = scaler.reformat(frame, format="rgb24").to_ndarray()
+                if not wanted:
+                    return out
+    raise ValueError(f"{video.path} ends before frame {min(wanted)}")
+
+
+def pyav_seek(video: Video, frames: np.ndarray) -> np.ndarray:
+    """From the previous key frame, by time: right where the frames are evenly spaced in it."""
+    out, scaler = np.empty((len(frames), video.height, video.width, 3), np.uint8), VideoReformatter()
+    wanted = {int(number): place for place, number in enumerate(frames)}
+    with av.open(str(video.path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        ticks, origin = 1 / (stream.average_rate * stream.time_base), stream.start_time or 0
+        container.seek(origin + round(int(frames[0]) * ticks), stream=stream)
+        for frame in container.decode(stream):
+            place = wanted.pop(round((frame.pts - origin) / ticks), None)
+            if place is not None:
+                out[place] = scaler.reformat(frame, format="rgb24").to_ndarray()
+                if not wanted:
+                    return out
+    raise ValueError(f"{video.path} ends before frame {min(wanted)}")
+
+
+def torchcodec(seek_mode: str) -> Callable[[], Decoder]:
+    def prepare() -> Decoder:
+        decoders = peer("torchcodec.decoders", "torchcodec")
+
+        def read(video: Video, frames: np.ndarray) -> np.ndarray:
+            decoder = decoders.VideoDecoder(
+                str(video.path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode=seek_mode
+            )
+            return decoder.get_frames_at(frames.tolist()).data.numpy()
+
+        return read
+
+    return prepare
+
+
+def decord() -> Decoder:
+    library = peer("decord", "decord")
+
+    def read(video: Video, frames: np.ndarray) -> np.ndarray:
+        return library.VideoReader(str(video.path), num_threads=1).get_batch(frames.tolist()).asnumpy()
+
+    return read
+
+
+def opencv(video: Video, frames: np.ndarray) -> np.ndarray:
+    """Its own seek, then frame after frame."""
+    capture = cv2.VideoCapture(str(video.path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    capture.set(cv2.CAP_PROP_POS_FRAMES, int(frames[0]))
+    out = np.zeros((len(frames), video.height, video.width, 3), np.uint8)
+    for place, gap in enumerate(np.diff(frames, prepend=frames[0] - 1)):
+        for _ in range(gap - 1):
+            capture.grab()
+        read, picture = capture.read()
+        if read:
+            cv2.cvtColor(picture, cv2.COLOR_BGR2RGB, dst=out[place])
+    return out
+
+
+def own(video: Video, frames: np.ndarray) -> np.ndarray:
+    """What the loader's threads do for a clip of stride 1."""
+    data = DataConfig(frames=len(frames))
+    return fetch_frames(video, frames[:1], "rgb", data)[0]
+
+
+# ---- JPEG records ----------------------------------------------------------------------------------------------
+def whole_record(video: Video) -> list[bytes]:
+    """Every JPEG of a video, as the published code takes them from its LMDB."""
+    file, name = lmdb.split_record(video.path)
+    return msgpack.loads(lmdb.open_records(file).record(name)[0], raw=True)
+
+
+def pil_record(video: Video, frames: np.ndarray) -> np.ndarray:
+    """The published way: unpack the whole record, PIL decodes."""
+    record = whole_record(video)
+    return np.stack([np.asarray(Image.open(io.BytesIO(record[i])).convert("RGB")) for i in frames])
+
+
+def opencv_record(video: Video, frames: np.ndarray) -> np.ndarray:
+    record = whole_record(video)
+    pictures = (cv2.imdecode(np.frombuffer(record[i], np.uint8), cv2.IMREAD_COLOR_RGB) for i in frames)
+    return np.stack(list(pictures))
+
+
+def simplejpeg_record(video: Video, frames: np.ndarray) -> np.ndarray:
+    record = whole_record(video)
+    return np.stack([simplejpeg.decode_jpeg(record[i], "RGB") for i in frames])
+
+
+# name -> a function that gives the decoder, or raises Unavailable
+VIDEO_DECODERS: dict[str, Callable[[], Decoder]] = {
+    "cpr_fast": lambda: own,
+    "PyAV": lambda: pyav,
+    "PyAV, seek": lambda: pyav_seek,
+    "torchcodec, exact": torchcodec("exact"),
+    "torchcodec, approximate": torchcodec("approximate"),
+    "decord": decord,
+    "OpenCV": lambda: opencv,
+}
+RECORD_DECODERS: dict[str, Callable[[], Decoder]] = {
+    "cpr_fast": lambda: own,
+    "PIL": lambda: pil_record,
+    "OpenCV": lambda: opencv_record,
+    "simplejpeg": lambda: simplejpeg_record,
+}
+
+
+def decoders(video: Video) -> dict[str, Callable[[], Decoder]]:
+    return RECORD_DECODERS if is_record(video.path) else VIDEO_DECODERS
+
+
+def prepared(name: str, video: Video) -> Decoder:
+    """The decoder of that name, for videos like this one. Raises Unavailable."""
+    if name == "PyAV, seek" and video.path.suffix == ".avi":
+        raise Unavailable("AVI carries no presentation times")
+    return decoders(video)[name]()
+
+
+# ---- augmentations -----------------------------------------------------------------------------------------------
+def published(clips: Clips, frames: list[np.ndarray], data: DataConfig) -> torch.Tensor:
+    """The published code's: PIL, frame by frame. The truth for the others."""
+    return ReferenceGraph(data, ["rgb"]).run(clips, {"rgb": frames})["rgb"]
+
+
+def fast(clips: Clips, frames: list[np.ndarray], data: DataConfig) -> torch.Tensor:
+    """The fastest form found of the same, by torch and OpenCV: torch's vectorised bicubic resize of bytes, all colours
+    as one matrix, and the normalisation in place, all into one batch."""
+    out = np.empty((len(clips), data.frames, data.size, data.size, 3), np.float32)
+    for row, pixels in enumerate(frames):
+        _fast_clip(clips[[row]], pixels, data, out[row])
+    return torch.from_numpy(out).permute(0, 4, 1, 2, 3)
+
+
+def _fast_clip(clip: Clips, frames: np.ndarray, data: DataConfig, out: np.ndarray) -> None:
+    top, left, bottom, right = clip.box[0]
+    size, cut = data.size, torch.from_numpy(frames[:, top:bottom, left:right]).permute(0, 3, 1, 2)
+    small = torch.nn.functional.interpolate(cut, (size, size), mode="bicubic", antialias=True)
+    rows = small.permute(0, 2, 3, 1).contiguous().numpy().reshape(data.frames * size, size, 3)  # one tall picture
+    matrix = colour_matrix(clip)
+    if matrix is not None:
+        rows = cv2.transform(rows, matrix)
+    if clip.sigma[0]:
+        sigma = float(clip.sigma[0])
+        side = 2 * int(np.ceil(3 * sigma)) + 1
+        pictures = rows.reshape(data.frames, size, size, 3)
+        rows = np.stack([cv2.GaussianBlur(picture, (side, side), sigma) for picture in pictures]).reshape(rows.shape)
+    if clip.flip[0]:
+        rows = cv2.flip(rows, 1)
+    mean, std = (np.tile(np.float32(value), size) for value in normalisation(data.augment))
+    flat = out.reshape(len(rows), 3 * size)
+    np.multiply(rows.reshape(flat.shape), 1 / (255 * std), out=flat, dtype=np.float32)
+    np.subtract(flat, mean / std, out=flat)
+
+
+def colour_matrix(clip: Clips) -> np.ndarray | None:
+    """float64 [3, 4] of brightness, contrast (about 128), saturation and hue (a turn in YIQ); None if they are neutral.
+
+    DALI's `color_twist`.
+    """
+    brightness, contrast, saturation, hue = (
+        float(value[0]) for value in (clip.brightness, clip.contrast, clip.saturation, clip.hue)
+    )
+    if (brightness, contrast, saturation, hue) == (1, 1, 1, 0):
+        return None
+    yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+    angle = np.deg2rad(hue)
+    turn = np.array([[1, 0, 0], [0, np.cos(angle), np.sin(angle)], [0, -np.sin(angle), np.cos(angle)]])
+    linear = np.linalg.inv(yiq) @ turn @ np.diag([1, saturation, saturation]) @ yiq
+    offset = np.full((3, 1), 128 * (1 - contrast) * brightness)
+    return np.hstack([brightness * contrast * linear, offset])
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {"torch and OpenCV": fast, "PIL": published}
