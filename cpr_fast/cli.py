@@ -160,7 +160,7 @@ def pretrain(
 def retrieve(
     checkpoint: CheckpointFiles,
     *,
-    index: Path,
+    index: tuple[Path, ...],
     protocol: Literal["train_test", "leave_source_out"] = "train_test",
     recipe: RecipeName = "paper",
     clips: int | None = None,
@@ -173,7 +173,7 @@ def retrieve(
     The results join the metrics of the run that the checkpoint lies in, for `report`.
 
     Args:
-        index: The index (CSV).
+        index: The index (CSV) of every official split, one or several: several give means and deviations.
         protocol: Test split against train split, or every video against all others but its own source's.
         recipe: paper: nothing random at test time. coclr: with the colour jitter that the released code leaves on.
             iic: 10 clips, max-pooled feature maps, no centring.

@@ -260,3 +260,10 @@ def test_two_stream_is_the_mean_of_probabilities(run, monkeypatch):
     }
     assert {row["view"]: row["accuracy"] for row in result["summary"]} == pytest.approx(expected)
     assert result["view"] == "two_stream" and result["summary"][-1]["splits"] == 2
+
+    accuracies = iter([0.5, 0.75, 0.25, 0.5])  # seeds 0 and 1 of the first split, then of the second
+    monkeypatch.setattr(
+        module, "_score", lambda *_: [{"view": "rgb", "accuracy": next(accuracies), "accuracy_ci95": None}]
+    )
+    summary = classify(checkpoint, [index, index], task="probe", seeds=(0, 1))["summary"][0]
+    assert summary["accuracy"] == 0.5 and summary["accuracy_std"] == pytest.approx(0.25 / 2**0.5)

@@ -15,11 +15,13 @@ from cpr_fast.checkpoint import save_checkpoint
 from cpr_fast.cli import main
 from cpr_fast.config import Config
 from cpr_fast.data.flow import write_flow
+from cpr_fast.data.index import Index
 from cpr_fast.data.synthetic import write_synthetic
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.pretrained import load_pretrained
 from cpr_fast.evaluate.results import checkpoint_files, run_of
 from cpr_fast.evaluate.retrieval import retrieve
+from cpr_fast.metrics import read_metrics
 from cpr_fast.models import build_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,6 +63,29 @@ def test_retrieval_with_two_files_is_that_with_one(files, index):
     assert two["view"] == "two_stream" and two["results"] == one["results"]
     assert two["checkpoint"] == f"{files['rgb']} flow={files['both']}"
     assert Path(two["file"]).parent == files["rgb"].parents[1] / "evaluations"
+
+
+def test_retrieval_over_splits_gives_means_and_deviations(files, index):
+    videos = list(Index.load(index))
+    swap = {"train": "test", "test": "train"}
+    other = index.with_name("split2.csv")
+    Index(dataclasses.replace(video, split=swap[video.split]) for video in videos).save(other)
+    result = retrieve(files["flow"], [index, other], device="cpu", run_dir=files["flow"].parents[1])
+    apart = [retrieve(files["flow"], path, device="cpu") for path in (index, other)]
+    rows = [[row for row in found["results"] if row["name"] == "trained"] for found in (result, *apart)]
+    assert [row["split"] for row in rows[0]] == [1, 2]
+    for both, alone in zip(rows[0], (rows[1][0], rows[2][0]), strict=True):
+        assert {key: both[key] for key in alone if key != "split"} == {k: v for k, v in alone.items() if k != "split"}
+    summary = result["summary"][0]
+    a, b = (row["r@1"] for row in rows[0])
+    assert a != b and result["r@1"] == summary["r@1"] == pytest.approx((a + b) / 2)
+    assert summary["r@1_std"] == pytest.approx(abs(a - b) / 2**0.5)
+    assert rows[0][0]["gallery"] != rows[0][1]["gallery"] and result["r@5"] is summary["r@5_std"] is None  # of 4 videos
+    assert summary["splits"] == 2 and apart[0]["summary"][0]["r@1_std"] is None
+    told = [row for row in read_metrics(files["flow"].parents[1]) if row["kind"] == "retrieval"]
+    assert [(row["name"], row["r@1"]) for row in told] == [(row["name"], row["r@1"]) for row in result["summary"]]
+    with pytest.raises(InputError, match="index: expected at least one"):
+        retrieve(files["flow"], [], device="cpu")
 
 
 def test_probe_and_finetune_average_the_probabilities_of_two_files(files, index, capsys):

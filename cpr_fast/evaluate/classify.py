@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any, Literal
 
 import torch
@@ -82,7 +82,8 @@ def classify(
     Returns:
         `task`, `recipe`, `leakage`, `view` (the headline: two_stream where both views are there) with its `accuracy`
         and `accuracy_ci95`, `summary` (the same of every view: mean over splits and seeds; the interval is over seeds
-        where there are several, else, for one split, of the bootstrap over sources), `results` (a row per index, seed
+        where there are several, else, for one split, of the bootstrap over sources; `accuracy_std`, n - 1, is over
+        splits, None for one), `results` (a row per index, seed
         and view, see `classification_scores`) and `file`, where all this was written.
     """
     if not indexes or not seeds:
@@ -293,6 +294,8 @@ def _summary(rows: list[dict[str, Any]], splits: int) -> list[dict[str, Any]]:
         interval, kind = seed_interval(values), "seeds"
         if interval is None:
             interval, kind = (of_view[0]["accuracy_ci95"], "sources") if splits == 1 else (None, None)
-        summary.append({"view": view, "accuracy": mean(values), "accuracy_ci95": interval, "interval_over": kind,
-                        "splits": splits, "seeds": len(seeds)})  # fmt: skip
+        by_split = [mean(row["accuracy"] for row in of_view if row["split"] == n + 1) for n in range(splits)]
+        deviation = stdev(by_split) if splits > 1 else None
+        summary.append({"view": view, "accuracy": mean(values), "accuracy_std": deviation, "accuracy_ci95": interval,
+                        "interval_over": kind, "splits": splits, "seeds": len(seeds)})  # fmt: skip
     return summary

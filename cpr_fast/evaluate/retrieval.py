@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, Literal
 
 import torch
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 
 def retrieve(
     checkpoint: Checkpoints,
-    index_csv: str | Path,
+    indexes: str | Path | Sequence[str | Path],
     *,
     protocol: Protocol = "train_test",
     recipe: RecipeName = "paper",
@@ -60,27 +61,32 @@ def retrieve(
 
     Args:
         checkpoint: one file, or one per view, see `load_pretrained`.
-        index_csv: the labelled videos.
+        indexes: the labelled videos, one file or one for each official split.
         run_dir: run folder whose metrics.jsonl receives a row per result.
         untrained_seed: initialisation of the untrained twin.
         clips_per_video: uniform windows per video; None takes those of the recipe.
         crops: 1 | 5 | 10 of every window.
         cache: keeps features in the folder `features` beside the checkpoint's, and reads them there.
     Returns:
-        `protocol`, `recipe`, `view` (the headline: two_stream where both views are there), its `r@1` … `r@50`, and
-        `results`: a row per name (trained, untrained, single_frame, mean_colour, mean_flow) and view with `r@k`,
-        `r@1_ci95`, `chance_r@1`, `gallery`, `queries`. Rates are fractions; None where k exceeds the gallery.
+        `protocol`, `recipe`, `view` (the headline: two_stream where both views are there), its `r@1` … `r@50`,
+        `summary` (a row per name and view: means over splits, `r@1_std` … the standard deviations, n - 1, and
+        `splits`), and `results`: a row per index, name (trained, untrained, single_frame, mean_colour, mean_flow) and
+        view with `r@k`, `r@1_ci95`, `chance_r@1`, `gallery`, `queries`. Rates are fractions; None where k exceeds the
+        gallery. The run's metrics receive the summary.
     """
+    paths = [indexes] if isinstance(indexes, str | Path) else list(indexes)
+    if not paths:
+        raise InputError("index: expected at least one, got none")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     how = make_recipe(recipe, clips_per_video, crops)
     pretrained = load_pretrained(checkpoint, device=device)
-    index = Index.load(index_csv)
+    splits = [Index.load(path) for path in paths]
 
     def open_loader(part: Index) -> WindowLoader:
         return open_windows(part, pretrained.data, list(pretrained.encoders), how, device)
 
-    gallery = _split(index, protocol)[0]
+    gallery = _split(splits[0], protocol)[0]  # for every split: untrained features of the videos they share are kept
     spread = Index(gallery[i] for i in range(0, len(gallery), math.ceil(len(gallery) / CALIBRATION_VIDEOS)))
     with closing(open_loader(spread)) as loader:
         untrained = _untrained_twins(pretrained.configs, loader, untrained_seed, device)
@@ -90,20 +96,44 @@ def retrieve(
         embeddings |= encoder_embeddings(name, networks, how, keys)
     embeddings |= {name: baseline for name, baseline in BASELINES.items() if baseline.view in pretrained.encoders}
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, device)) if cache else None
-    results, examples = evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress)
-    results = [row | {"protocol": protocol, "recipe": recipe} for row in results]
+    results, examples = [], []
+    for number, (path, index) in enumerate(zip(paths, splits, strict=True), 1):
+        rows, shown = evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress)
+        where = {"protocol": protocol, "recipe": recipe, "index": str(path), "split": number}
+        results += [row | where for row in rows]
+        examples = examples or shown
+    summary = _summary(results)
     if run_dir is not None:
         with MetricsWriter(run_dir) as writer:
-            for row in results:
+            for row in summary:
                 writer.write({"kind": "retrieval", **row})
             for row in examples:
                 writer.write({"kind": "retrieved", **row})
-    headline = [row for row in results if row["name"] == "trained"][-1]
+    headline = [row for row in summary if row["name"] == "trained"][-1]
     rates = {f"r@{k}": headline[f"r@{k}"] for k in RANKS}
     result = {"protocol": protocol, "recipe": recipe, "leakage": how.leakage, "checkpoint": pretrained.name,
-              "index": str(index_csv), "view": headline["view"], **rates, "results": results}  # fmt: skip
-    name = f"retrieval-{recipe}-{digest(json.dumps([pretrained.name, str(index_csv), protocol, repr(how)]))[:8]}"
-    return result | {"file": str(write_result(pretrained.evaluations, name, result))}
+              "index": " ".join(map(str, paths)), "view": headline["view"], **rates, "summary": summary,
+              "results": results}  # fmt: skip
+    name = digest(json.dumps([pretrained.name, list(map(str, paths)), protocol, repr(how)]))[:8]
+    return result | {"file": str(write_result(pretrained.evaluations, f"retrieval-{recipe}-{name}", result))}
+
+
+def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per name and view: its own of one split, else means and standard deviations over the splits."""
+    summary = []
+    for name, view in dict.fromkeys((row["name"], row["view"]) for row in rows):
+        same = [row for row in rows if (row["name"], row["view"]) == (name, view)]
+        line = {key: value for key, value in same[0].items() if key not in ("index", "split")} | {"splits": len(same)}
+        for key in [f"r@{k}" for k in RANKS]:
+            values = [row[key] for row in same]
+            several = len(values) > 1 and None not in values
+            line[f"{key}_std"] = stdev(values) if several else None
+            line[key] = mean(values) if None not in values else None
+        if len(same) > 1:
+            line |= {"r@1_ci95": None, "chance_r@1": mean(row["chance_r@1"] for row in same)}
+            line |= {key: round(mean(row[key] for row in same)) for key in ("gallery", "queries")}
+        summary.append(line)
+    return summary
 
 
 def open_windows(part: Index, data: DataConfig, views: list[str], recipe: Recipe, device: str) -> WindowLoader:
