@@ -183,6 +183,15 @@ class ProbeConfig(ClassifierConfig):
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """When a run raises an alarm; nothing of it changes the training. The values are those of the rows "health"."""
+
+    min_feature_std: float = 0.1  # spread of the queries: 1 = uniform on the sphere, 0 = one point
+    min_effective_rank: float = 4.0  # dimensions the queries use, of model.feature_dim
+    max_memory_drift: float = 0.8  # of a queue: mean 1 - cosine between a video's key and the one held of it
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where the run lives and what it writes."""
 
@@ -209,6 +218,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     finetune: ClassifierConfig = field(default_factory=ClassifierConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

@@ -91,7 +91,7 @@ def rewind(run_dir: str | Path, *, step: int, epoch: int) -> None:
     def kept(row: dict[str, Any]) -> bool:
         if row["kind"] == "step":
             return row["step"] < step
-        return row["kind"] not in ("epoch", "mined") or row["epoch"] < epoch
+        return row["kind"] not in ("epoch", "mined", "health", "alarm", "online") or row["epoch"] < epoch
 
     path = Path(run_dir) / FILE
     rows = [row for row in read_metrics(run_dir) if kept(row)]

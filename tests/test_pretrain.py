@@ -527,8 +527,14 @@ def test_nan_stops_the_run_and_names_step_and_videos(tmp_path, bad, log_every):
     class Spoiled(RandomLoader):
         spoil = bad
 
-    with pytest.raises(NonFiniteError, match=rf"step {bad[0] * 3 + bad[1]}: .*videos of its batch: /v\d+.mp4, /v"):
+    with pytest.raises(NonFiniteError, match=rf"step {bad[0] * 3 + bad[1]}: .*queries of 6 of 6 clips.*; "
+                       r"all of it is in .*.pt; videos of its batch: /v\d+.mp4, /v"):  # fmt: skip
         run(settings(tmp_path, run={"out": str(tmp_path), "log_every": log_every}), Spoiled)
+    (dump,) = tmp_path.glob("nonfinite-step-*.pt")
+    left = load_checkpoint(dump)
+    assert left["step"] == bad[0] * 3 + bad[1] and left["paths"] == [str(INDEX[i].path) for i in left["video"]]
+    assert left["queries"].shape == (1, 6, 8) and left["keys"].shape[1:] == (6, 8)
+    assert left["queries"].isnan().any()
     for path in (tmp_path / "checkpoints").glob("*.pt"):  # no poisoned weights on disk
         for state in load_checkpoint(path)["encoders"].values():
             assert all(torch.isfinite(tensor).all() for tensor in state.values())

@@ -82,7 +82,7 @@ def straight(tmp_path_factory):
 def assert_equal_runs(straight: Path, other: Path) -> None:
     """Weights, memories, optimiser, generators, counters and every row of the metrics, bit for bit."""
     assert_same(everything(straight), everything(other))
-    for kind in ("step", "epoch", "mined"):
+    for kind in ("step", "epoch", "mined", "health", "alarm"):
         assert rows(straight, kind) == rows(other, kind)
 
 

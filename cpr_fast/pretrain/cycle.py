@@ -16,6 +16,7 @@ from ..evaluate.mining_quality import MiningQuality
 from ..models import Encoder, build_encoder
 from ..precision import autocast
 from .encoders import Encoders, batch_norm_groups
+from .health import Health
 from .memory import Bank, Memory
 from .mining import Cascade, rate_names
 
@@ -59,6 +60,12 @@ class CycleState:
             extra=rate_names(config.mining.stages),
             device=world.device,
         )
+        self.health = Health(
+            self.views if config.model.shared else self.views[:1],
+            self.memory,
+            len(index),
+            drifts=config.memory.kind == "queue",
+        )
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=world.device)  # of the epoch: loss, optimiser steps
 
     def autocast(self) -> torch.autocast:
@@ -98,6 +105,7 @@ class CycleState:
         """Forgets the sums of the last epoch."""
         self.loss_sum.zero_()
         self.quality.reset()
+        self.health.start_epoch()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the query encoder, which a checkpoint holds among the weights of the views."""
@@ -108,6 +116,7 @@ class CycleState:
             "scaler": self.scaler.state_dict(),
             "loss_sum": self.loss_sum,
             "quality": self.quality.state_dict(),
+            "health": self.health.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,6 +127,8 @@ class CycleState:
         self.scaler.load_state_dict(state["scaler"])
         self.loss_sum.copy_(state["loss_sum"])
         self.quality.load_state_dict(state["quality"])
+        if "health" in state:  # older checkpoints have none
+            self.health.load_state_dict(state["health"])
 
 
 def views_of(cycle: Cycle, *, shared: bool = False) -> tuple[View, ...]:

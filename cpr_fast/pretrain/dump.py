@@ -1,13 +1,17 @@
-"""`pretrain --dump-memory`: the memory as a file for the mining lab, `cpr-fast mine`."""
+"""What a run writes for others to look at: the memory, for `cpr-fast mine`, and a step that went wrong."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..checkpoint import written_whole
+from ..checkpoint import save_checkpoint, written_whole
 from .cycle import CycleState
+
+if TYPE_CHECKING:
+    from .log import StepResult
 
 
 def dump_memory(folder: Path, state: CycleState, number: int) -> Path | None:
@@ -33,3 +37,22 @@ def dump_memory(folder: Path, state: CycleState, number: int) -> Path | None:
     with written_whole(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, age=written.max() - written, **arrays)
     return path
+
+
+def dump_step(folder: Path, state: CycleState, step: int, result: StepResult, paths: list[str]) -> Path:
+    """Writes what is left of a step to `folder`/nonfinite-step-XXXXXXXX.pt, which `load_checkpoint` opens.
+
+    Of the step: `step`, `loss` 0-d, `queries` [L, R*B, D], `keys` [V, R*B, D], `video` and `start` [R*B], `paths`. As
+    the run stood when it noticed, up to `run.log_every` steps later: `config`, `encoders`, `view` (that learns),
+    `cycle_state`.
+    """
+    payload = {
+        "config": state.config.to_dict(),
+        "encoders": state.trained(),
+        "cycle_state": state.state_dict(),
+        "view": state.cycle.view,
+        "step": step,
+        "paths": paths,
+        **{name: getattr(result, name) for name in ("loss", "queries", "keys", "video", "start")},
+    }
+    return save_checkpoint(folder / f"nonfinite-step-{step:08d}.pt", payload)

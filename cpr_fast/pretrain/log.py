@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,9 @@ from torch import Tensor
 from ..data.index import Index
 from ..metrics import MetricsWriter
 from .cycle import CycleState
+from .dump import dump_step
+
+log = logging.getLogger(__name__)
 
 MINED_QUERIES = 6  # queries per epoch kept for the contact sheet
 NOTHING_MINED = {"pmr": None, "mining_r1": None}  # rows that did have every rate of `MiningQuality`
@@ -28,7 +32,9 @@ class StepResult:
     loss: 0-d float32, NaN while the memory is not yet full.
     rates: {name: 0-d float32} of what was mined, means over the queries of all ranks; empty where nothing was.
     finite: 0-d bool, no feature and no loss is NaN or infinite.
-    video, start: [R*B] int64 of the key clips; mined_video, mined_start: [R*B, P] int64, -1 = padding, or None.
+    video, start: [R*B] int64 of the key clips.
+    queries, keys: [L, R*B, D] of the L views that learn, [V, R*B, D].
+    mined_video, mined_start: [R*B, P] int64, -1 = padding, or None.
     """
 
     loss: Tensor
@@ -36,8 +42,10 @@ class StepResult:
     finite: Tensor
     video: Tensor
     start: Tensor
-    mined_video: Tensor | None
-    mined_start: Tensor | None
+    queries: Tensor
+    keys: Tensor
+    mined_video: Tensor | None = None
+    mined_start: Tensor | None = None
 
 
 class StepLog:
@@ -78,15 +86,28 @@ class StepLog:
         loss, rates, flags = values[0], values[1 : -len(flags)], values[-len(flags) :]
         for (step, result), finite in zip(self.pending, flags, strict=True):
             if not finite:
-                videos = ", ".join(str(self.index[i].path) for i in result.video.tolist())
-                raise NonFiniteError(
-                    f"step {step}: features or loss are NaN or infinite; videos of its batch: {videos}"
-                )
+                raise NonFiniteError(self._of_not_finite(step, result))
         self.pending.clear()
         return loss, dict(zip(newest.rates, rates, strict=True))
 
-    def epoch(self, epoch: int, skipped: int, result: StepResult) -> None:
-        """Writes the row of a finished epoch and, if it mined, a few queries with what its last step mined for them."""
+    def _of_not_finite(self, step: int, result: StepResult) -> str:
+        """The sentence of a NonFiniteError; the first process also writes the step to a file."""
+        paths = [str(self.index[i].path) for i in result.video.tolist()]
+        bad = {name: int((~f.isfinite()).any(2).any(0).sum()) for name, f in
+               (("queries", result.queries), ("keys", result.keys))}  # fmt: skip
+        counts = ", ".join(f"{name} of {count} of {len(paths)} clips" for name, count in bad.items())
+        written = ""
+        if self.writer is not None:
+            written = f"; all of it is in {dump_step(self.writer.path.parent, self.state, step, result, paths)}"
+        return (
+            f"step {step}: features or loss are NaN or infinite ({counts}; loss {result.loss.item():.4g}){written}; "
+            f"videos of its batch: {', '.join(paths)}"
+        )
+
+    def epoch(self, epoch: int, step: int, skipped: int, result: StepResult) -> None:
+        """Writes the rows of an epoch that ends with `step`: what it learnt and mined, its health and its alarms, and,
+        if it mined, a few queries with what its last step mined for them."""
+        self.check()
         loss_sum, steps = self.state.loss_sum.tolist()
         quality = NOTHING_MINED | {"cmr_median": None, "cmr_per_class": None}
         if self.state.cycle.mining == "cascade" and steps:
@@ -99,11 +120,21 @@ class StepLog:
         row = {"epoch": epoch, **self.common, "loss": loss_sum / steps if steps else None, **quality}
         epoch_time_s = time.perf_counter() - self.epoch_began
         self._write({"kind": "epoch", **row, "epoch_time_s": epoch_time_s, "skipped": skipped})
+        self._health(epoch, step)
         if result.mined_video is not None:
             for query in range(min(MINED_QUERIES, len(result.video))):
                 self._write({"kind": "mined", "epoch": epoch, **self.common, **self._mined(result, query)})
         self.epoch_began = time.perf_counter()
         self._restart_clock()
+
+    def _health(self, epoch: int, step: int) -> None:
+        health = self.state.health
+        row, common = health.summary(step), {"epoch": epoch, "step": step, **self.common}
+        self._write({"kind": "health", **common, **row})
+        for text in health.alarms(row, self.state.config.health):
+            self._write({"kind": "alarm", **common, "text": text})
+            if self.writer is not None:
+                log.warning("epoch %d: %s", epoch, text)
 
     def _restart_clock(self) -> None:
         self.clock_began, self.data_wait_s, self.steps = time.perf_counter(), 0.0, 0

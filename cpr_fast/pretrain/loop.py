@@ -160,7 +160,7 @@ def _run_cycle(
             rows.step(step, epoch, lr, data_wait_s, result)
             last = i + 1 == steps
             if last:
-                rows.epoch(epoch, len(distributed.union(path for path, _ in loader.skipped)), result)
+                rows.epoch(epoch, step, len(distributed.union(path for path, _ in loader.skipped)), result)
                 if config.run.dump_memory and world.is_main:
                     dump_memory(run.folder, state, number)
                 state.start_epoch()
@@ -271,7 +271,7 @@ def _what_counts(config: dict[str, Any], processes: int) -> dict[str, dict[str, 
     kept = {section: dict(values) for section, values in config.items()}
     kept["run"] = {"seed": kept["run"]["seed"]}
     kept["model"].pop("init")  # the checkpoint holds those weights
-    for section in ("probe", "finetune"):  # come after pretraining
+    for section in ("probe", "finetune", "health"):  # come after pretraining, or only watch it
         kept.pop(section, None)
     for key in ("index", "workers", "prefetch", "cache_gib"):
         kept["data"].pop(key)

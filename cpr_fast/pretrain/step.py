@@ -5,7 +5,7 @@ Letters: B clips per rank, R ranks, V views, K memory slots, D feature width, P 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,7 +82,8 @@ def _queue_step(state: CycleState, batch: Batch, step: int) -> StepResult:
     if learning:
         state.optimise()
     everyone = ids.of_all_ranks()
-    result = _measure(state, torch.cat(features), keys, _joined(learnt), everyone)
+    queries = distributed.all_gather(torch.cat(features))[None]
+    result = _measure(state, queries, keys, _joined(learnt), everyone)
     _enqueue(state, keys, everyone, step)
     return result
 
@@ -105,7 +106,7 @@ def _batch_step(state: CycleState, batch: Batch, step: int) -> StepResult:
     learnt = _contrast(state, f_q, own_key, partners, ids, step, everything)
     state.backward(learnt.loss)
     state.optimise()
-    return _measure(state, f_q.detach(), keys, learnt, everyone)
+    return _measure(state, keys[:1], keys, learnt, everyone)
 
 
 def _shared_step(state: CycleState, batch: Batch, step: int) -> StepResult:
@@ -138,7 +139,7 @@ def _shared_step(state: CycleState, batch: Batch, step: int) -> StepResult:
     state.backward(loss)
     state.optimise()
     everyone = ids.of_all_ranks()
-    result = _measure(state, features[0].detach(), keys, Learnt(loss, learnt[0].mined, learnt[0].rates), everyone)
+    result = _measure(state, keys[:2], keys, Learnt(loss, learnt[0].mined, learnt[0].rates), everyone)
     _enqueue(state, keys, everyone, step)
     return result
 
@@ -202,21 +203,26 @@ def _joined(parts: list[Learnt]) -> Learnt | None:
 
 
 @torch.no_grad()
-def _measure(state: CycleState, f_q: Tensor, keys: Tensor, learnt: Learnt | None, ids: Ids) -> StepResult:
-    """What the log wants to know of a step, the same on every rank; stays on the device. `ids` are of all ranks."""
-    finite = f_q.isfinite().all() & keys.isfinite().all()
-    loss = torch.full((), float("nan"), device=f_q.device) if learnt is None else learnt.loss.detach().clone()
+def _measure(state: CycleState, queries: Tensor, keys: Tensor, learnt: Learnt | None, ids: Ids) -> StepResult:
+    """What the log wants to know of a step, the same on every rank; stays on the device.
+
+    queries [L, R*B, D] of the L views that learn, keys [V, R*B, D] and `ids` are of all ranks.
+    """
+    state.health.update(queries, keys[0], ids.video)
+    finite = queries.isfinite().all() & keys.isfinite().all()
+    loss = torch.full((), float("nan"), device=keys.device) if learnt is None else learnt.loss.detach().clone()
     distributed.mean_([loss])
+    seen = StepResult(loss, {}, finite, ids.video, ids.start, queries, keys)
     if learnt is None:
-        return StepResult(loss, {}, finite, ids.video, ids.start, None, None)
+        return seen
     state.loss_sum += torch.stack([loss, torch.ones_like(loss)])
-    finite = finite & loss.isfinite()
+    seen = replace(seen, finite=finite & loss.isfinite())
     if learnt.mined is None:
-        return StepResult(loss, {}, finite, ids.video, ids.start, None, None)
+        return seen
     mined = distributed.all_gather(learnt.mined)  # [R*B, P]
     mined_video = gather_slots(state.memory.video, mined)
     everyone = distributed.all_gather(torch.stack(list(learnt.rates.values()), dim=1))  # [R*B, rates]
     means = state.quality.update(mined_video, ids.video, dict(zip(learnt.rates, everyone.unbind(1), strict=True)))
     means["hubness"] = hubness(mined_counts(mined, state.memory.size))
     mined_start = gather_slots(state.memory.start, mined)
-    return StepResult(loss, means, finite, ids.video, ids.start, mined_video, mined_start)
+    return replace(seen, rates=means, mined_video=mined_video, mined_start=mined_start)

@@ -72,7 +72,7 @@ def _step_losses(run: Run) -> list[Line]:
 
 
 def _health_figures(run: Run) -> list[str]:
-    """Effective rank of the memory's features and retrieval while training, where the run measured them."""
+    """Effective rank of the queries and retrieval while training, where the run measured them."""
     figures = []
     ranks = []
     for view in VIEWS:
@@ -81,7 +81,7 @@ def _health_figures(run: Run) -> list[str]:
             values = [row["effective_rank"][view] for row in rows]
             ranks.append(Line(VIEW_NAMES[view], [row["epoch"] for row in rows], values, SERIES[view]))
     if ranks:
-        figures.append(line_figure(ranks, x="epoch", y="Effective rank of the memory"))
+        figures.append(line_figure(ranks, x="epoch", y="Effective rank of the queries"))
     online = []
     for key, label, dashed in (("r@1", "R@1 by class", False), ("instance_r@1", "R@1 of the same video", True)):
         rows = [row for row in run.online if row.get(key) is not None]
