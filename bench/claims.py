@@ -1,7 +1,7 @@
 """The paper's claims on small data: one resumable row per setting and seed. Protocol: results/claims.md.
 
     python bench/claims.py WORK [--data synthetic|ucf101_100] [--seeds 0 1 2] [--settings infonce coclr cpr_n7 …]
-    python bench/claims.py --table [--data …]
+    python bench/claims.py --table [--data …]    # and the figure, bench/results/claims_<data>.png
 
 Makes the data set's index and flow in WORK/<data>/data, trains in WORK/<data>/runs/<setting>-<seed> and appends a row
 to bench/results/claims.jsonl as each run finishes; a row that is there is not run again. Settings of one seed share
@@ -19,6 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import real_clips
 from measure import RESULTS, ROOT, world
 
@@ -162,17 +166,39 @@ def print_table(rows: list[dict]) -> None:
             print(f"| {setting} | {len(mine)} | " + " | ".join(cells) + " |")
 
 
+def draw(rows: list[dict], path: Path) -> None:
+    """PMR over the epochs of the cascade cycles, and two-stream R@1 of every seed with its mean."""
+    figure, (quality, recall) = plt.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
+    settings = [name for name in SETTINGS if any(row["setting"] == name for row in rows)]
+    for position, setting in enumerate(settings):
+        mine = [row for row in rows if row["setting"] == setting]
+        for view, style in (("rgb", "-"), ("flow", "--")):
+            curves = [row[f"pmr_{view}_epochs"] for row in mine if f"pmr_{view}_epochs" in row]
+            if curves:
+                means = [statistics.mean(values) for values in zip(*curves, strict=True)]
+                quality.plot(range(1, len(means) + 1), means, style, color=f"C{position}", label=f"{setting}, {view}")
+        values = [row["two_stream_r@1"] for row in mine]
+        recall.plot([position] * len(values), values, "o", color=f"C{position}", alpha=0.6)
+        recall.plot([position - 0.25, position + 0.25], [statistics.mean(values)] * 2, color=f"C{position}")
+    quality.set(xlabel="epoch of the cycle", ylabel="PMR, mean over seeds", ylim=(0, None))
+    quality.legend(fontsize=8)
+    recall.set(ylabel="two-stream R@1", ylim=(0, 1), xticks=range(len(settings)), xticklabels=settings)
+    recall.tick_params(axis="x", rotation=20)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, nargs="?", default=Path("runs/claims"))
     parser.add_argument("--data", default="synthetic", choices=["synthetic", "ucf101_100"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--table", action="store_true", help="print the means of the rows that are there and stop")
+    parser.add_argument("--table", action="store_true", help="the means and the figure of the rows that are there")
     args = parser.parse_args()
     rows = [json.loads(line) for line in ROWS.open()] if ROWS.exists() else []
     rows = [row for row in rows if row["data"] == args.data]
     if args.table:
+        draw(rows, RESULTS / f"claims_{args.data}.png")
         return print_table(rows)
     work = args.work / args.data
     index = make_data(args.data, work / "data")
