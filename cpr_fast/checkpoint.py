@@ -110,13 +110,13 @@ def _damage(path: Path, error: Exception) -> str:
 
 
 def save_step(folder: str | Path, step: int, payload: dict[str, Any], *, keep: int, best: bool = False) -> Path:
-    """Writes `folder/step-XXXXXXXX.pt`, points `last.pt` (and `best.pt`, if it is the best so far) at it, and removes
-    all but the newest `keep` steps and what killed processes left half written."""
+    """Writes `folder/step-XXXXXXXX.pt`, points `last.pt` (and before it `best.pt`, if it is the best so far) at it, and
+    removes all but the newest `keep` steps and what killed processes left half written."""
     folder = Path(folder)
     for stray in folder.glob("*.tmp"):
         stray.unlink()
     path = save_checkpoint(folder / f"step-{step:08d}.pt", payload)
-    for name in (LAST, BEST) if best else (LAST,):
+    for name in (BEST, LAST) if best else (LAST,):
         temporary = folder / (name + ".tmp")
         try:
             os.link(path, temporary)  # the same bytes under a second name: no second write

@@ -184,11 +184,14 @@ class ProbeConfig(ClassifierConfig):
 
 @dataclass(frozen=True)
 class HealthConfig:
-    """When a run raises an alarm; nothing of it changes the training. The values are those of the rows "health"."""
+    """How a run watches itself: when it raises an alarm, and what tells its best checkpoint. Changes no training."""
 
     min_feature_std: float = 0.1  # spread of the queries: 1 = uniform on the sphere, 0 = one point
     min_effective_rank: float = 4.0  # dimensions the queries use, of model.feature_dim
     max_memory_drift: float = 0.8  # of a queue: mean 1 - cosine between a video's key and the one held of it
+    online_every: int = 0  # epochs between measurements of R@1 among held-out videos; 0: never
+    online_videos: int = 512  # how many of them
+    online_split: str = "val"  # split of data.index that they are taken from: not one whose results are reported
 
 
 @dataclass(frozen=True)
@@ -323,6 +326,7 @@ def _validate(config: Config) -> None:
         "optim.accumulate": config.optim.accumulate,
         "run.log_every": config.run.log_every,
         "run.keep_checkpoints": config.run.keep_checkpoints,
+        "health.online_videos": config.health.online_videos,
     }.items():
         if not value > 0:
             raise ConfigError(f"{where}: expected a positive number, got {value}")
@@ -333,7 +337,11 @@ def _validate(config: Config) -> None:
     }.items():
         if not 0 <= value <= 1:
             raise ConfigError(f"{where}: expected a fraction in 0..1, got {value}")
-    for where, value in {"data.cache_gib": data.cache_gib, "run.stall_timeout_s": config.run.stall_timeout_s}.items():
+    for where, value in {
+        "data.cache_gib": data.cache_gib,
+        "run.stall_timeout_s": config.run.stall_timeout_s,
+        "health.online_every": config.health.online_every,
+    }.items():
         if value < 0:
             raise ConfigError(f"{where}: expected 0 or more, got {value}")
     frames, size = (5, 17) if config.model.arch.startswith("s3d") else (8, 16)

@@ -122,6 +122,12 @@ def largest(local: int) -> int:
     return int(number)
 
 
+def sum_(tensor: Tensor) -> None:
+    """Replaces a tensor by its sum over the ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+
+
 def mean_(tensors: list[Tensor]) -> None:
     """Replaces each tensor, all of one float dtype and device, by its mean over the ranks: one message for all."""
     if not dist.is_initialized():

@@ -67,6 +67,7 @@ class CycleState:
             drifts=config.memory.kind == "queue",
         )
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=world.device)  # of the epoch: loss, optimiser steps
+        self.best: dict[str, Any] | None = None  # of online retrieval: epoch and "r@1"
 
     def autocast(self) -> torch.autocast:
         """The precision of the forward passes."""
@@ -117,6 +118,7 @@ class CycleState:
             "loss_sum": self.loss_sum,
             "quality": self.quality.state_dict(),
             "health": self.health.state_dict(),
+            "best": self.best,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -129,6 +131,7 @@ class CycleState:
         self.quality.load_state_dict(state["quality"])
         if "health" in state:  # older checkpoints have none
             self.health.load_state_dict(state["health"])
+        self.best = state.get("best")
 
 
 def views_of(cycle: Cycle, *, shared: bool = False) -> tuple[View, ...]:

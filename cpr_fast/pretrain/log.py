@@ -136,6 +136,12 @@ class StepLog:
             if self.writer is not None:
                 log.warning("epoch %d: %s", epoch, text)
 
+    def online(self, epoch: int, step: int, measured: dict[str, Any], best: bool) -> None:
+        """Writes what retrieval among held-out videos gave after an epoch; the next one is not charged for the time."""
+        self._write({"kind": "online", "epoch": epoch, "step": step, **self.common, **measured, "best": best})
+        self.epoch_began = time.perf_counter()
+        self._restart_clock()
+
     def _restart_clock(self) -> None:
         self.clock_began, self.data_wait_s, self.steps = time.perf_counter(), 0.0, 0
 

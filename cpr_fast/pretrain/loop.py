@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..checkpoint import LAST, CheckpointError, load_checkpoint, load_initial, save_step
-from ..config import Config
+from ..config import Config, View
 from ..data.index import Index
 from ..data.sampling import plan_first
 from ..distributed import World
@@ -33,6 +33,7 @@ from .cycle import CycleState
 from .dump import dump_memory
 from .interrupt import Interrupted, StopRequest, stop_requests
 from .log import StepLog
+from .online import OnlineRetrieval
 from .schedule import cycle_epochs, learning_rate
 from .step import train_step
 from .watchdog import Watchdog
@@ -63,6 +64,7 @@ class Run:
     folder: Path
     make_loader: Callable[..., Loader]
     writer: MetricsWriter | None  # None on all processes but the first
+    online: OnlineRetrieval | None
     progress: bool
     stop: StopRequest
     watch: Watchdog
@@ -74,6 +76,8 @@ def pretrain(
     resume: bool | Literal["auto"] = False,
     index: Index | None = None,
     make_loader: Callable[..., Loader] | None = None,
+    held_out: Index | None = None,
+    make_windows: Callable[[Index, View], Any] | None = None,
     progress: bool = True,
 ) -> Path:
     """Trains the cycles of `config.schedule` and returns the run folder, `config.run.out`.
@@ -86,6 +90,9 @@ def pretrain(
             always where torchrun has restarted the processes: if there is one.
         index: the training videos; by default the rows of `data.index` whose split is `data.split`.
         make_loader: called as `TrainLoader` of `cpr_fast.data.pipeline`, the default.
+        held_out: the videos of online retrieval; by default the rows of `data.index` whose split is
+            `health.online_split`.
+        make_windows: as of `OnlineRetrieval`.
         progress: draws a bar on stderr.
     Raises:
         InputError: the run folder, index or config does not fit.
@@ -110,9 +117,25 @@ def pretrain(
         watch = stack.enter_context(Watchdog(world, config.run.stall_timeout_s, note))
         stack.enter_context(torch.random.fork_rng([world.device] if world.device.type == "cuda" else []))
         torch.manual_seed(config.run.seed)
-        run = Run(config, world, index, folder, make_loader, writer, progress and world.is_main, stop, watch)
+        online = _online(config, held_out, world, watch, make_windows)
+        run = Run(config, world, index, folder, make_loader, writer, online, progress and world.is_main, stop, watch)
         _run_cycles(run, saved)
     return folder
+
+
+def _online(
+    config: Config,
+    held_out: Index | None,
+    world: World,
+    watch: Watchdog,
+    make_windows: Callable[[Index, View], Any] | None,
+) -> OnlineRetrieval | None:
+    """What measures retrieval between epochs, if the run wants it."""
+    if not config.health.online_every:
+        return None
+    if held_out is None:
+        held_out = Index.load(config.data.index).select(split=config.health.online_split)
+    return OnlineRetrieval(config, held_out, [c.view for c in config.schedule.cycles], world, watch, make_windows)
 
 
 def _run_cycles(run: Run, saved: dict[str, Any] | None) -> None:
@@ -158,24 +181,37 @@ def _run_cycle(
             state.set_learning_rate(lr)
             result = train_step(state, batch, step)
             rows.step(step, epoch, lr, data_wait_s, result)
-            last = i + 1 == steps
+            last, best = i + 1 == steps, False
             if last:
                 rows.epoch(epoch, step, len(distributed.union(path for path, _ in loader.skipped)), result)
                 if config.run.dump_memory and world.is_main:
                     dump_memory(run.folder, state, number)
                 state.start_epoch()
+                if run.online is not None and (epoch + 1) % config.health.online_every == 0:
+                    best = _measure_retrieval(run, state, rows, epoch, step)
             every, signum = config.run.checkpoint_every, distributed.largest(run.stop.signum)
             if last or signum or (every and (step + 1) % every == 0):
                 run.watch.doing(f"writing the checkpoint of step {step}")
                 rows.check()
                 where = {"step": step + 1, "epoch": epoch + last, "step_in_epoch": 0 if last else i + 1}
-                path = _save(run, state, {**where, "cycle": number}, weights)
+                path = _save(run, state, {**where, "cycle": number}, weights, best)
             if signum:
                 name = signal.Signals(signum).name
                 raise Interrupted(f"stopped by {name} after step {step}; saved {path}; go on with --resume", signum)
         _name_skipped(run, number, loader)
     finally:
         loader.close()
+
+
+def _measure_retrieval(run: Run, state: CycleState, rows: StepLog, epoch: int, step: int) -> bool:
+    """Online retrieval by the encoder that learns; whether its R@1 is the best of the cycle so far."""
+    run.watch.doing(f"measuring retrieval after step {step}")
+    measured = run.online.measure(state.encoders.query, state.cycle.view)
+    best = state.best is None or measured["r@1"] > state.best["r@1"]
+    if best:
+        state.best = {"epoch": epoch, "r@1": measured["r@1"]}
+    rows.online(epoch, step, measured, best)
+    return best
 
 
 def _name_skipped(run: Run, number: int, loader: Loader) -> None:
@@ -202,7 +238,7 @@ def _timed_batches(
         start_step = 0
 
 
-def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str, Any]) -> Path:
+def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str, Any], best: bool) -> Path:
     """Writes a checkpoint from which `pretrain(resume=True)` goes on exactly here; returns its path."""
     rng = _rng_state(run.world)
     folder = run.folder / "checkpoints"
@@ -217,7 +253,7 @@ def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str,
         "rng": rng,
         **where,
     }
-    return save_step(folder, where["step"], payload, keep=run.config.run.keep_checkpoints)
+    return save_step(folder, where["step"], payload, keep=run.config.run.keep_checkpoints, best=best)
 
 
 def _rng_state(world: World) -> dict[str, Tensor]:

@@ -47,6 +47,10 @@ class Watchdog:
         """The main thread begins `what` ("waiting for the batch of step 7")."""
         self._begun, self._what, self._since = self._begun + 1, what, time.monotonic()
 
+    def getting_on(self) -> None:
+        """What the main thread began goes on: for long work in parts, whose number may differ between ranks."""
+        self._since = time.monotonic()
+
     def __enter__(self) -> Watchdog:
         if self.timeout_s > 0:
             self._thread.start()

@@ -83,10 +83,11 @@ def _health_figures(run: Run) -> list[str]:
     if ranks:
         figures.append(line_figure(ranks, x="epoch", y="Effective rank of the queries"))
     online = []
-    for key, label, dashed in (("r@1", "R@1 by class", False), ("instance_r@1", "R@1 of the same video", True)):
-        rows = [row for row in run.online if row.get(key) is not None]
+    for view in VIEWS:
+        rows = [row for row in run.online if row["view"] == view]
         if rows:
-            online.append(Line(label, [r["epoch"] for r in rows], [r[key] for r in rows], 3 + dashed, dashed=dashed))
+            values = [row["r@1"] for row in rows]
+            online.append(Line(VIEW_NAMES[view], [row["epoch"] for row in rows], values, SERIES[view]))
     if online:
-        figures.append(line_figure(online, x="epoch", y="Retrieval while training", percent=True))
+        figures.append(line_figure(online, x="epoch", y="R@1 while training, held-out videos", percent=True))
     return figures
