@@ -1,4 +1,4 @@
-"""The published numbers of the CPR paper by table, from `published.toml`, which `report` and `reproduce` read."""
+"""The numbers of the CPR paper by table, from `published.toml`, which `report` and `reproduce` read."""
 
 from __future__ import annotations
 
@@ -12,25 +12,33 @@ from .errors import InputError
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """A line of a table: `values` in percent, by the key of a column; what the paper does not print is not there."""
+    """A line of a table: `values` in percent, by the key of a column; what the paper does not print is not there.
+
+    config: name of the file in configs/ whose run gives the row, by the encoder of `view` after `cycle` (None: last).
+    """
 
     id: str
     method: str
     values: dict[str, float]
+    config: str
+    view: str
+    cycle: int | None
 
 
 @dataclass(frozen=True)
 class PublishedTable:
     """A table of the paper.
 
-    number: its number there, None where unknown.
+    number: its number there.
+    data: "ucf101" | "hmdb51", what it is evaluated on.
     columns: {key: heading}; a key is what the rate is called in our own results (`r@1`, `pmr`, `probe`, …).
     """
 
     name: str
-    number: int | None
+    number: int
     title: str
     protocol: str
+    data: str
     columns: dict[str, str]
     rows: tuple[PublishedRow, ...]
 
@@ -52,7 +60,16 @@ def published_table(name: str) -> PublishedTable:
 
 def _table(name: str, raw: dict) -> PublishedTable:
     rows = tuple(
-        PublishedRow(row["id"], row["method"], {key: row[key] for key in raw["columns"] if key in row})
+        PublishedRow(
+            row["id"],
+            row["method"],
+            {key: row[key] for key in raw["columns"] if key in row},
+            row.get("config", f"table{raw['number']}_{row['id']}"),
+            row.get("view", "rgb"),
+            row.get("cycle"),
+        )
         for row in raw["rows"]
     )
-    return PublishedTable(name, raw.get("number"), raw["title"], raw["protocol"], raw["columns"], rows)
+    return PublishedTable(
+        name, raw["number"], raw["title"], raw["protocol"], raw.get("data", "ucf101"), raw["columns"], rows
+    )
