@@ -19,6 +19,7 @@ from .data.graph import ClipGraph
 from .data.index import Index, Video
 from .data.lmdb import read_jpegs
 from .data.media import is_record
+from .data.on_the_fly import frame_reader
 from .data.pipeline import TrainLoader
 from .data.sampling import Clips, Sources, clip_frames, epoch_order, plan_pairs
 from .data.video import VideoError
@@ -28,6 +29,7 @@ ADVICE = {
     "read": "the disk: copy the data to a local disk or /dev/shm, or shrink it with `cpr-fast index --transcode`",
     "decode": "decoding: `cpr-fast index --transcode` (short groups of pictures, short side 256), a larger "
     "data.cache_gib, JPEG records in an LMDB file, or a GPU (NVDEC)",
+    "flow": 'flow on the fly: store it once with `cpr-fast flow` (data.flow "stored"), or compute it on a GPU',
     "augment": "augmentation: more data.workers, or a GPU, where it runs beside the decoder",
     "copy": "the copy to the device: fewer views, or a smaller data.size or data.frames",
     "step": "the network: the data keeps up, nothing to change about it; optim.precision bf16 and more GPUs make steps "
@@ -46,10 +48,10 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
     data = config.data
     batch = min(data.batch_size, len(index))
     data = dataclasses.replace(data, batch_size=batch)
-    sources, plans = Sources.of(index), _plans(index, config, data)
+    sources, plans = Sources.of(index, data), _plans(index, config, data)
     cores = os.cpu_count() or 1
     share = batch / min(data.workers, cores)
-    read_s, decode_s, kept = _read_and_decode(index, plans, data, views, 0.3 * seconds)
+    read_s, decode_s, flow_s, kept = _read_and_decode(index, plans, data, views, device, 0.3 * seconds)
     augment_s = _augment(kept, data, views, 0.1 * seconds) * batch
     copy_s = _copy(batch, data, views, device)
     step_s, clips = _step(config, len(views), batch, device, 0.3 * seconds)
@@ -57,6 +59,7 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
     stages = {
         "read": read_s * share,
         "decode": decode_s * share,
+        **({"flow": flow_s * batch} if data.flow == "on_the_fly" else {}),  # one clip after another, on all cores
         "augment": augment_s,
         "copy": copy_s,
         "step": step_s,
@@ -82,7 +85,7 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
 
 def _plans(index: Index, config: Config, data: DataConfig) -> Iterator[Clips]:
     """The training plan of one video after another, epoch after epoch."""
-    sources, epoch = Sources.of(index), 0
+    sources, epoch = Sources.of(index, data), 0
     while True:
         for video in epoch_order(len(index), config.run.seed, epoch):
             yield plan_pairs(sources, np.array([video]), data, config.run.seed, epoch)
@@ -90,29 +93,42 @@ def _plans(index: Index, config: Config, data: DataConfig) -> Iterator[Clips]:
 
 
 def _read_and_decode(
-    index: Index, plans: Iterator[Clips], data: DataConfig, views: tuple[str, ...], budget_s: float
-) -> tuple[float, float, list[tuple[Clips, dict[str, list]]]]:
-    """(seconds to read a video's files, to decode its clips, both per video, up to 64 videos' clips and frames)."""
-    read_s, decode_s, kept, failed = 0.0, 0.0, [], 0
+    index: Index,
+    plans: Iterator[Clips],
+    data: DataConfig,
+    views: tuple[str, ...],
+    device: torch.device,
+    budget_s: float,
+) -> tuple[float, float, float, list[tuple[Clips, dict[str, list]]]]:
+    """(seconds to read a video's files, to decode its clips, to compute their flow, all per video; up to 64 videos'
+    clips and frames)."""
+    read_s, decode_s, flow_s, kept, failed = 0.0, 0.0, 0.0, [], 0
+    computed, reader = data.flow == "on_the_fly", frame_reader(data, device)
     end = time.perf_counter() + budget_s
     while len(kept) < 64 and (time.perf_counter() < end or not kept) and failed < 64:
         plan = next(plans)
         video = index[int(plan.video[0])]
         began = time.perf_counter()
-        for view in views:
+        for view in ["rgb"] if computed else views:
             _read(video, view, plan, data)
         read = time.perf_counter() - began
         began = time.perf_counter()
         try:
-            frames = {view: fetch_frames(video, plan.start, view, data) for view in views}
+            stored = [view for view in views if view == "rgb" or not computed]
+            frames = {view: fetch_frames(video, plan.start, view, data) for view in stored}
+            decoded = time.perf_counter()
+            frames |= {
+                view: fetch_frames(video, plan.start, view, data, reader) for view in views if view not in frames
+            }
         except VideoError:
             failed += 1
             continue
-        decode_s += time.perf_counter() - began
+        decode_s += decoded - began
+        flow_s += time.perf_counter() - decoded
         read_s += read
         kept.append((plan, frames))
     count = max(1, len(kept))
-    return read_s / count, decode_s / count, kept
+    return read_s / count, decode_s / count, flow_s / count, kept
 
 
 def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:

@@ -497,9 +497,9 @@ def show_sample(
     from .data.index import Index
     from .data.show import show_sample as run
 
-    videos, settings = Index.load(index), Config()
+    settings = Config() if config is None else load(config)
+    videos = Index.load(index, require_flow=settings.data.flow == "stored")
     if config is not None:
-        settings = load(config)
         videos = videos.select(settings.data.split)
     _show(
         run(videos, settings.data, seed=settings.run.seed, epoch=epoch, position=position, out=out, views=views), json

@@ -42,6 +42,8 @@ class DataConfig:
     batch_size: int = 16  # B, videos per rank and step
     workers: int = 2  # decoding workers per rank
     prefetch: int = 2  # batches prepared ahead
+    # "stored": what `cpr-fast flow` wrote; "on_the_fly": TV-L1 of the frames of each clip, which needs no storage
+    flow: Literal["stored", "on_the_fly"] = "stored"
     exact: bool = False  # PyAV and PIL in DALI's place: slower, the same bits on every device
     cache_gib: float = 2.0  # RAM per rank for decoded videos (CPU route); 0 decodes every clip anew
 

@@ -55,9 +55,10 @@ def doctor(index: Path | None, config: Config, *, device: torch.device, seconds:
     }
     videos = None if index is None else _load(index, findings)
     if videos is not None:
-        result["data"] = _data(index, videos, findings)
+        result["data"] = _data(index, videos, config.data.flow, findings)
         train = _training_part(videos, config, findings)
-        views = ("rgb", "flow") if all(video.flow_path for video in train) else ("rgb",)
+        has_flow = config.data.flow == "on_the_fly" or all(video.flow_path for video in train)
+        views = ("rgb", "flow") if has_flow else ("rgb",)
         if seconds > 0 and result["data"]["decodable"] and result["codecs"]:
             from .bottleneck import breakdown
 
@@ -154,7 +155,7 @@ def _load(index: Path, findings: list[Finding]) -> Index | None:
     return videos if len(videos) else None
 
 
-def _data(index: Path, videos: Index, findings: list[Finding]) -> dict[str, Any]:
+def _data(index: Path, videos: Index, flow: str, findings: list[Finding]) -> dict[str, Any]:
     """What the index says and a sample of its videos shows."""
     sizes = Counter(f"{video.width}x{video.height}" for video in videos)
     short = sum(video.num_frames <= SHORT for video in videos)
@@ -183,9 +184,10 @@ def _data(index: Path, videos: Index, findings: list[Finding]) -> dict[str, Any]
                                 "cpr-fast index --verify lists them all and leaves them out"))  # fmt: skip
     else:
         findings.append(Finding("ok", f"{facts['sampled']} sampled videos decode to their last frame"))
-    if without_flow:
+    if without_flow and flow == "stored":
         findings.append(Finding("warning", f"{without_flow} of {len(videos)} videos have no flow",
-                                f"cpr-fast flow {index} --out FLOW, or the view \"residual\""))  # fmt: skip
+                                f"cpr-fast flow {index} --out FLOW, data.flow = \"on_the_fly\", or the view "
+                                "\"residual\""))  # fmt: skip
     if short:
         findings.append(Finding("warning", f"{short} videos have {SHORT} frames or fewer; CoCLR drops them",
                                 f"cpr-fast index --min-frames {SHORT + 1}"))  # fmt: skip

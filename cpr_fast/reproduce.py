@@ -245,11 +245,12 @@ def _content(path: Path) -> str:
 def _check(job: Job, data: Mapping[str, Path]) -> None:
     """Raises InputError for what the row needs and lacks: flow, labels, splits, weights, epochs enough to learn."""
     where = f"table {job.table.name!r}, row {job.row.id!r}"
+    stored = job.chain[-1].config.data.flow == "stored"
     for number, step in enumerate(job.chain):
         config = step.config
-        train = Index.load(config.data.index).select(config.data.split)
+        train = Index.load(config.data.index, require_flow=stored).select(config.data.split)
         for cycle in config.schedule.cycles:
-            if "flow" in views_of(cycle, shared=config.model.shared):
+            if stored and "flow" in views_of(cycle, shared=config.model.shared):
                 _check_flow(where, config.data.index, train)
             if (cycle.mining == "label" or "pmr" in job.table.columns) and (train.labels < 0).any():
                 raise InputError(f"{where}: expected a label for every training video of {config.data.index}")
@@ -272,8 +273,8 @@ def _check(job: Job, data: Mapping[str, Path]) -> None:
     if set(job.table.columns) <= {"pmr", "cmr_median"}:
         return
     for path in job.indexes.values():
-        split = load_split(path)
-        if job.row.view == "flow":
+        split = load_split(path, require_flow=stored)
+        if stored and job.row.view == "flow":
             _check_flow(where, path, [*split.train, *split.test])
 
 

@@ -73,7 +73,7 @@ def read_levels(path: Path, width: int) -> np.ndarray:
 @pytest.fixture
 def data_set(tmp_path, monkeypatch):
     """Five videos of several lengths, one longer than a batch (16 pairs), one with an odd width."""
-    monkeypatch.setattr("cpr_fast.data.flow._batch_pixels", lambda device: 16 * 48 * 32)
+    monkeypatch.setattr("cpr_fast.data.flow.batch_pixels", lambda device: 16 * 48 * 32)
     lengths = {"train/A/a_c01": 6, "train/A/a_c02": 2, "train/B/b": LONG, "test/A/c": 9, "test/B/d": 5}
     for name, frames in lengths.items():
         write_video(tmp_path / "set" / f"{name}.mkv", frames, width=49 if name.endswith("d") else 48)

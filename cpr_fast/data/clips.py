@@ -21,6 +21,7 @@ from cpr_fast.config import DataConfig
 from cpr_fast.data.index import Index, Video
 from cpr_fast.data.lmdb import read_jpegs
 from cpr_fast.data.media import is_record, read_frames
+from cpr_fast.data.on_the_fly import ReadFrames, frame_reader
 from cpr_fast.data.sampling import Clips, clip_frames
 from cpr_fast.data.video import VideoError, slice_packets
 from cpr_fast.errors import InputError
@@ -39,13 +40,14 @@ class Material:
 
 
 def fetch_frames(
-    video: Video, start: np.ndarray, view: str, data: DataConfig, read: Callable[..., np.ndarray] = read_frames
+    video: Video, start: np.ndarray, view: str, data: DataConfig, read: ReadFrames | None = None
 ) -> list[np.ndarray]:
     """Decoded clips at the given starts: uint8 [T, H, W, 3] (rgb) or [T, H, W, 2] (flow), one pass over the file.
 
-    `read` is `read_frames`, or a cache of it.
+    `read` is that of `frame_reader`, the default, or a cache of it.
     """
-    path, num_frames = _file(video, view)
+    path, num_frames = _file(video, view, data)
+    read = read or frame_reader(data)
     frames = np.stack([clip_frames(s, data) for s in start])  # [M, T]
     needed, place = np.unique(frames, return_inverse=True)
     pixels = read(path, needed, view, num_frames)
@@ -63,7 +65,7 @@ def fetch_packets(
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Encoded clips at the given starts, one entry for every `group` of them, so that their video is decoded once:
     (bytes uint8 [L], frame numbers in them int32 [U], place in those of every clip's frames int32 [G, T])."""
-    path, num_frames = _file(video, view)
+    path, num_frames = _file(video, view, data)
     out = []
     for starts in start.reshape(-1, group):
         frames = np.stack([clip_frames(s, data) for s in starts])  # [G, T]
@@ -75,7 +77,7 @@ def fetch_packets(
 
 def fetch_jpegs(video: Video, start: np.ndarray, view: str, data: DataConfig) -> list[list[np.ndarray]]:
     """Encoded clips of a record at the given starts: T JPEGs each, uint8 [L], in the mapped file."""
-    path, _ = _file(video, view)
+    path, _ = _file(video, view, data)
     clips = (read_jpegs(path, clip_frames(s, data)) for s in start)
     return [[np.frombuffer(jpeg, np.uint8) for jpeg in jpegs] for jpegs in clips]
 
@@ -91,40 +93,40 @@ def checked(fetch: Fetch) -> Fetch:
 
 
 class FrameCache:
-    """`read_frames` that keeps whole decoded videos in RAM, first come, until `limit_gib` are full.
+    """`read` that keeps whole decoded videos in RAM, first come, until `limit_gib` are full.
 
     On 160x120 videos reading is more than half of the work of a batch. The frames are the same, bit for bit.
     """
 
-    def __init__(self, limit_gib: float) -> None:
-        self._free_bytes = int(limit_gib * 2**30)
-        self._videos: dict[Path, np.ndarray] = {}
+    def __init__(self, limit_gib: float, read: ReadFrames = read_frames) -> None:
+        self._free_bytes, self._read = int(limit_gib * 2**30), read
+        self._videos: dict[tuple[Path, str], np.ndarray] = {}  # by path and view
         self._damaged: set[Path] = set()  # cannot be decoded to their end, but may still give a clip
         self._lock = threading.Lock()
 
     def read(self, path: Path, frames: np.ndarray, view: str, num_frames: int) -> np.ndarray:
-        pixels = self._videos.get(path)
+        pixels = self._videos.get((path, view))
         if pixels is None:
             # a record gives any frame at its own cost: none is decoded before it is asked for
             if self._free_bytes <= 0 or path in self._damaged or is_record(path):
-                return read_frames(path, frames, view, num_frames)
+                return self._read(path, frames, view, num_frames)
             try:
-                pixels = read_frames(path, np.arange(num_frames), view, num_frames)
+                pixels = self._read(path, np.arange(num_frames), view, num_frames)
             except VideoError:
                 self._damaged.add(path)
-                return read_frames(path, frames, view, num_frames)
-            self._keep(path, pixels)
+                return self._read(path, frames, view, num_frames)
+            self._keep((path, view), pixels)
         return _take(pixels, frames)
 
-    def _keep(self, path: Path, pixels: np.ndarray) -> None:
+    def _keep(self, video: tuple[Path, str], pixels: np.ndarray) -> None:
         with self._lock:
-            if path in self._videos:
+            if video in self._videos:
                 return
             if pixels.nbytes > self._free_bytes:
                 self._free_bytes = 0  # full: later videos are not decoded to their end for nothing
                 return
             self._free_bytes -= pixels.nbytes
-            self._videos[path] = pixels
+            self._videos[video] = pixels
 
 
 @dataclass
@@ -166,9 +168,14 @@ class ClipReader:
         raise InputError(f"none of the {len(self.index)} videos of the index can be read; the first: {path}: {reason}")
 
 
-def _file(video: Video, view: str) -> tuple[Path, int]:
+def _file(video: Video, view: str, data: DataConfig) -> tuple[Path, int]:
+    """What a view is read from, and how many frames it has."""
     if view == "rgb":
         return video.path, video.num_frames
+    if data.flow == "on_the_fly":
+        if video.num_frames < 2:
+            raise VideoError(video.path, "has a single frame: no flow")
+        return video.path, video.num_frames - 1
     if video.flow_path is None:
         raise VideoError(video.path, "has no flow_path in the index; run `cpr-fast flow` first")
     return video.flow_path, video.num_frames - 1

@@ -25,10 +25,9 @@ from typing import Any, Literal, TypeVar
 
 import av
 import numpy as np
-import torch
 
 from cpr_fast.data.flow_files import FlowFiles
-from cpr_fast.data.flow_levels import Compute, FlowSolver, flow_device, pair_flow
+from cpr_fast.data.flow_levels import Compute, FlowSolver, batch_pixels, flow_device, pair_flow
 from cpr_fast.data.flow_records import FlowRecords
 from cpr_fast.data.index import Index, Video
 from cpr_fast.data.layouts import Problem
@@ -122,7 +121,7 @@ def _store_all(index: Index, todo: list[int], solver: FlowSolver, store: Store) 
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     by_size = sorted(todo, key=lambda position: (index[position].height, index[position].width))
     read = _map_ahead(lambda position: (position, _read_gray(index[position])), by_size, workers, ahead=workers)
-    batches = pack(read, _batch_pixels(solver.device))
+    batches = pack(read, batch_pixels(solver.device))
     solved = _map_ahead(partial(solve, solver=solver), batches, workers=1, ahead=1)
     return _map_ahead(lambda video: _store(index, store, *video), _join(solved), workers, ahead=workers)
 
@@ -141,12 +140,6 @@ def _map_ahead(function: Callable[[Item], Result], items: Iterable[Item], worker
         finally:
             for future in pending:
                 future.cancel()
-
-
-def _batch_pixels(device: torch.device) -> int:
-    """Pixels of a batch: of one frame of every pair. On a GPU 771 pairs of 340x256, six for every processor of an H200;
-    on the CPU 24 for every thread."""
-    return 2**26 if device.type == "cuda" else 2**21 * torch.get_num_threads()
 
 
 def _read_gray(video: Video) -> np.ndarray | VideoError:

@@ -1,6 +1,6 @@
 """The DALI graphs: one augmentation behind three ways to get frames.
 
-    frames    decoded outside (PyAV, simplejpeg): the route without a GPU
+    frames    decoded outside (PyAV, simplejpeg): the route without a GPU, and of flow computed on the fly
     packets   `fn.decoders.video`, a video's needed packets a sample: NVDEC ("mixed"), or "cpu" for VP9 and MJPEG
     jpegs     `fn.decoders.image`, a JPEG a sample: nvJPEG ("mixed") or libjpeg-turbo ("cpu")
 
@@ -68,10 +68,12 @@ def _channel(frames, number: int):
 
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True, prefetch_queue_depth=1)
-def frames_graph(view: str, data: DataConfig):
-    """A sample is a clip: inputs "draw" [11] and "frames", uint8 FHWC. One output."""
+def frames_graph(view: str, data: DataConfig, device: str):
+    """A sample is a clip: inputs "draw" [11] and "frames", uint8 FHWC, augmented on "cpu" or "gpu". One output."""
     draw = fn.external_source(name="draw", device="cpu")
     frames = fn.external_source(name="frames", device="cpu", layout="FHWC", no_copy=True)
+    if device == "gpu":
+        frames = frames.gpu()
     return augment(frames, draw, view, data)
 
 
@@ -134,7 +136,7 @@ class ClipGraph:
         self._pipelines = {}
         for view, route in routes.items():
             if route == "frames":
-                pipeline = frames_graph(view, data, batch_size=max_clips, **options)
+                pipeline = frames_graph(view, data, "cpu" if gpu is None else "gpu", batch_size=max_clips, **options)
             elif route == "packets":
                 pipeline = packets_graph(view, data, group, decoder, batch_size=max_clips // group, **options)
             else:

@@ -26,6 +26,7 @@ from cpr_fast.data.clips import ClipReader, FrameCache, Material, fetch_frames, 
 from cpr_fast.data.graph import ClipGraph, Route, residual
 from cpr_fast.data.index import Index
 from cpr_fast.data.media import is_record
+from cpr_fast.data.on_the_fly import frame_reader
 from cpr_fast.data.reference import ReferenceGraph
 from cpr_fast.data.sampling import (
     Clips,
@@ -88,8 +89,9 @@ class _ClipSource:
         self._views, self._data, self._device = tuple(views), data, torch.device(device)
         device = CPU if data.exact else self._device  # of the decoding
         decoded = dict.fromkeys("flow" if view == "flow" else "rgb" for view in views)  # in order, without repeats
-        routes = {view: _route(index, view, device) for view in decoded}
-        cache = FrameCache(data.cache_gib)
+        computed = "flow" if data.flow == "on_the_fly" else None
+        routes = {view: "frames" if view == computed else _route(index, view, device) for view in decoded}
+        cache = FrameCache(data.cache_gib, frame_reader(data, device))
         fetch = {
             "frames": partial(fetch_frames, read=cache.read),
             "packets": partial(fetch_packets, group=grouping.get("group", 1)),
@@ -120,7 +122,8 @@ def _route(index: Index, view: str, device: torch.device) -> Route:
     paths = [video.flow_path if view == "flow" else video.path for video in index]
     if None in paths:
         video = index[paths.index(None)]
-        raise InputError(f"video {str(video.path)!r} has no flow_path in the index; run `cpr-fast flow` first")
+        raise InputError(f"video {str(video.path)!r} has no flow_path in the index; run `cpr-fast flow` first, "
+                         "or set data.flow = 'on_the_fly'")  # fmt: skip
     if device.type != "cuda":
         return "frames"
     records = [is_record(path) for path in paths]
@@ -160,7 +163,7 @@ class TrainLoader:
             )
         self._index, self._data, self._seed = index, data, seed
         self._rank, self._world_size = rank, world_size
-        self._sources, self._plan_clips = Sources.of(index), plan
+        self._sources, self._plan_clips = Sources.of(index, data), plan
         clips = len(plan(self._sources, np.array([0]), data, seed, 0))  # of a video
         self._clips = _ClipSource(index, data, views, device, clips * data.batch_size, group=clips, clip_major=True)
         self._labels, self._source_ids = torch.from_numpy(index.labels), torch.from_numpy(index.source_ids)
@@ -251,7 +254,7 @@ class WindowLoader:
     ) -> None:
         """`jitter_seed` not None: with the colour jitter of `with_test_jitter`."""
         self._batch_size = max((batch_size or data.batch_size) // crops, 1) * crops  # whole windows
-        sources = Sources.of(index)
+        sources = Sources.of(index, data)
         windows = [plan_windows(sources, video, data, clips_per_video, crops) for video in range(len(index))]
         self._windows = Clips.concatenate(windows)
         if jitter_seed is not None:

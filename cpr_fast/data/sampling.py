@@ -45,8 +45,10 @@ class Sources:
     width: np.ndarray  # int64 [N]
 
     @classmethod
-    def of(cls, index: Index) -> Sources:
-        frames = [video.num_frames - (video.flow_path is not None) for video in index]  # flow has one field less
+    def of(cls, index: Index, data: DataConfig | None = None) -> Sources:
+        """`data` says whether every video has flow, computed on the fly."""
+        computed = data is not None and data.flow == "on_the_fly"
+        frames = [video.num_frames - (computed or video.flow_path is not None) for video in index]  # one field less
         return cls(
             np.array(frames, np.int64),
             np.array([video.height for video in index], np.int64),

@@ -99,7 +99,7 @@ def classify(
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, device))
     rows = []
     for number, path in enumerate(indexes):
-        split = load_split(path)
+        split = load_split(path, require_flow=pretrained.data.flow == "stored")
         for seed in seeds:
             job = Job(task, configs, settings, how, split, seed, folder, torch.device(device), progress)
             found = {view: predictions(job, view, encoders[view], digests[view], store) for view in encoders}
@@ -127,9 +127,9 @@ class Split:
     test: Index
 
 
-def load_split(path: str | Path) -> Split:
+def load_split(path: str | Path, *, require_flow: bool = True) -> Split:
     """The labelled videos of an index. Raises InputError where a split has none, or shares a source with the other."""
-    index = Index.load(path)
+    index = Index.load(path, require_flow=require_flow)
     parts = []
     for name in ("train", "test"):
         part = index.select(name)

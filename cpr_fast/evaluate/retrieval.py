@@ -81,7 +81,7 @@ def retrieve(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     how = make_recipe(recipe, clips_per_video, crops)
     pretrained = load_pretrained(checkpoint, device=device)
-    splits = [Index.load(path) for path in paths]
+    splits = [Index.load(path, require_flow=pretrained.data.flow == "stored") for path in paths]
 
     def open_loader(part: Index) -> WindowLoader:
         return open_windows(part, pretrained.data, list(pretrained.encoders), how, device)

@@ -77,9 +77,10 @@ def search(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     how = make_recipe(recipe, clips_per_video)
     pretrained = load_pretrained(checkpoint, device=device)
-    index = Index.load(index_csv)
+    stored = pretrained.data.flow == "stored"
+    index = Index.load(index_csv, require_flow=stored)
     encoders, note = dict(pretrained.encoders), None
-    without = sum(video.flow_path is None for video in index)
+    without = sum(video.flow_path is None for video in index) if stored else 0
     if "flow" in encoders and len(encoders) > 1 and without:
         del encoders["flow"]
         note = f"flow is left out: {without} of {len(index)} videos of the index have none; run `cpr-fast flow` first"
@@ -93,7 +94,7 @@ def search(
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, device)) if cache else None
     with TemporaryDirectory(prefix="cpr-fast-search-") as folder:
         opened = _open_queries([Path(path) for path in queries], Path(folder), index, pretrained.data)
-        if "flow" in encoders:
+        if "flow" in encoders and stored:
             opened = _with_flow(opened, Path(folder), device)
         features, windows = embed_index(opened, embeddings, open_loader, description="queries", progress=progress)
         if not windows.all():

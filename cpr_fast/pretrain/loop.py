@@ -103,7 +103,8 @@ def pretrain(
         from ..data.pipeline import TrainLoader as make_loader  # here, so that other loaders need no DALI
     world = distributed.init(config.run.device)
     _set_precision(config, world)
-    index = Index.load(config.data.index).select(split=config.data.split) if index is None else index
+    if index is None:
+        index = Index.load(config.data.index, require_flow=config.data.flow == "stored").select(config.data.split)
     folder = Path(config.run.out)
     saved = _open_run(config, folder, resume, world)
     with ExitStack() as stack:
@@ -134,7 +135,8 @@ def _online(
     if not config.health.online_every:
         return None
     if held_out is None:
-        held_out = Index.load(config.data.index).select(split=config.health.online_split)
+        stored = config.data.flow == "stored"
+        held_out = Index.load(config.data.index, require_flow=stored).select(split=config.health.online_split)
     return OnlineRetrieval(config, held_out, [c.view for c in config.schedule.cycles], world, watch, make_windows)
 
 

@@ -60,7 +60,7 @@ class OnlineRetrieval:
                 f"{config.health.online_split!r}, got none; health.online_videos is {config.health.online_videos}"
             )
         bare = [video.path for video in self.index if video.flow_path is None]
-        if make_windows is None and "flow" in views and bare:
+        if make_windows is None and "flow" in views and config.data.flow == "stored" and bare:
             raise InputError(
                 f"health.online_split: video {str(bare[0])!r} has no flow_path in the index; run `cpr-fast flow` first"
             )

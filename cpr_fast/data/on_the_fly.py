@@ -1,0 +1,54 @@
+"""Flow of a clip from its own frames, for `data.flow = "on_the_fly"`: no flow is stored.
+
+The levels are those that `cpr-fast flow` stores, before its codec: the same gray frames of the same size through the
+same operator. On the CPU a pair of 340x256 takes .04 s of an AVX-512 core (`bench/results/tvl1_flow_cpu.json`), so two
+clips of 32 frames take seconds; a GPU or stored flow is the way for more than a small set.
+
+Letters: F fields, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cpr_fast.config import DataConfig
+from cpr_fast.data.flow_levels import FlowSolver, batch_pixels
+from cpr_fast.data.media import read_frames
+
+ReadFrames = Callable[[Path, Sequence[int] | np.ndarray, str, int], np.ndarray]  # as `media.read_frames`
+CPU = torch.device("cpu")
+
+
+def frame_reader(data: DataConfig, device: torch.device = CPU) -> ReadFrames:
+    """`read_frames`, or with `data.flow = "on_the_fly"` one that computes the view "flow" on `device`."""
+    return ComputedFlow(device) if data.flow == "on_the_fly" else read_frames
+
+
+class ComputedFlow:
+    """`read_frames` of a video's path, whose view "flow" is computed; safe to call from several threads."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._solver = FlowSolver(device)
+        # A stream of its own, or flow and training would wait for each other on the default one.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._lock = threading.Lock()  # a call has all threads, or the whole device: several at once gain nothing
+
+    def __call__(self, path: Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int) -> np.ndarray:
+        """For "flow", uint8 [F, H, W, 2]; `num_frames` counts fields, one less than the video has frames."""
+        if view != "flow":
+            return read_frames(path, frames, view, num_frames)
+        fields = np.asarray(frames)
+        needed = np.union1d(fields, fields + 1)
+        gray = read_frames(path, needed, "gray", num_frames + 1)
+        first = np.searchsorted(needed, fields)
+        pairs = np.stack([gray[first], gray[first + 1]], axis=1)  # [F, 2, H, W]
+        batch = max(1, batch_pixels(self._solver.device) // gray[0].size)
+        with self._lock, nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            levels = [self._solver.levels(pairs[i : i + batch]) for i in range(0, len(pairs), batch)]
+        return np.ascontiguousarray(np.concatenate(levels).transpose(0, 2, 3, 1))
