@@ -122,6 +122,7 @@ def test_a_signal_within_the_process_and_what_it_leaves(tmp_path):
             for batch in super().epoch(number, start_step):
                 yield batch
                 os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)  # SLURM signals every process, and torchrun passes it on as well
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match=r"stopped by SIGTERM after step \d") as stopped:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,16 +20,16 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """The signal that asked this process to stop, or 0."""
+    """The signal that asked this process to stop, or 0.
+
+    Under SLURM and torchrun one request comes twice, from each of them, so repeating it changes nothing.
+    """
 
     signum = 0
 
     def note(self, signum: int, _frame: FrameType | None) -> None:
-        """Remembers the signal; asked twice by the same one, the process ends at once."""
-        if self.signum == signum:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-        self.signum = signum
+        """Remembers the signal."""
+        self.signum = self.signum or signum
 
 
 @contextmanager
