@@ -12,10 +12,11 @@
 namespace cpr::CPR_VARIANT {
 namespace {
 
-constexpr int64_t kChunk = 64;  // memory entries scored at a time
-constexpr int64_t kBlock = 32;  // queries whose score rows exist at a time
-constexpr int kSample = 32;     // keys sampled to bracket a threshold
-constexpr int kMaxRounds = 8;   // brackets tried before the bisection that always ends
+constexpr int64_t kChunk = 64;       // memory entries scored at a time
+constexpr int64_t kBlock = 32;       // queries whose score rows exist at a time
+constexpr int kSample = 32;          // keys sampled to bracket a threshold
+constexpr int kMaxRounds = 8;        // brackets tried before the bisection that always ends
+constexpr int64_t kMostMerged = 64;  // survivors up to which a merge sort is the faster one
 constexpr const char* kNoMemory = "cascade_select: out of memory";
 
 struct Job {
@@ -272,7 +273,7 @@ void select_stage(Survivors& s, int64_t row, int64_t keep, int32_t* const scratc
 }
 
 // Merge sort of `count` words; returns the sorted one of the two buffers.
-uint64_t* sort_words(uint64_t* words, uint64_t* other, int64_t count) {
+uint64_t* merge_sort(uint64_t* words, uint64_t* other, int64_t count) {
   for (int64_t width = 1; width < count; width *= 2) {
     for (int64_t begin = 0; begin < count; begin += 2 * width) {
       const int64_t middle = begin + width < count ? begin + width : count;
@@ -290,6 +291,29 @@ uint64_t* sort_words(uint64_t* words, uint64_t* other, int64_t count) {
   return words;
 }
 
+// Stable radix sort by the upper halves of `count` words, a byte at a time; returns the sorted one of the two buffers.
+uint64_t* radix_sort(uint64_t* words, uint64_t* other, int64_t count) {
+  int32_t starts[4][256] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    for (int byte = 0; byte < 4; ++byte) ++starts[byte][words[i] >> (32 + 8 * byte) & 0xff];
+  }
+  for (int byte = 0; byte < 4; ++byte) {
+    const int shift = 32 + 8 * byte;
+    if (starts[byte][words[0] >> shift & 0xff] == count) continue;  // all alike
+    int32_t sum = 0;
+    for (int32_t& start : starts[byte]) {
+      const int32_t size = start;
+      start = sum;
+      sum += size;
+    }
+    for (int64_t i = 0; i < count; ++i) other[starts[byte][words[i] >> shift & 0xff]++] = words[i];
+    uint64_t* sorted = other;
+    other = words;
+    words = sorted;
+  }
+  return words;
+}
+
 // Writes the last stage's survivors by (score descending, slot ascending), padded with (-1, -inf).
 void write_result(const Survivors& s, const cpr_cascade_args& a, int64_t row, int64_t b, int32_t* const scratch[2]) {
   const int64_t width = a.keep[a.n - 1];
@@ -299,7 +323,9 @@ void write_result(const Survivors& s, const cpr_cascade_args& a, int64_t row, in
     const uint32_t descending = ~(static_cast<uint32_t>(keys[i]) ^ 0x80000000u);
     words[i] = static_cast<uint64_t>(descending) << 32 | static_cast<uint32_t>(s.slots[i]);
   }
-  words = sort_words(words, reinterpret_cast<uint64_t*>(scratch[1]), s.count);
+  // Survivors come in slot order, so a stable sort by key leaves equal keys by slot.
+  const auto sort = s.count > kMostMerged ? radix_sort : merge_sort;
+  words = sort(words, reinterpret_cast<uint64_t*>(scratch[1]), s.count);
   for (int64_t i = 0; i < width; ++i) {
     const bool filled = i < s.count;
     const uint32_t ascending = filled ? ~static_cast<uint32_t>(words[i] >> 32) ^ 0x80000000u : 0;
