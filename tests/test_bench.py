@@ -79,16 +79,16 @@ def test_the_pytest_benchmark_suites_run(tmp_path):
 
 
 def test_a_step_with_the_operators_is_one_with_their_references(tmp_path):
-    """The first loss alone: at this size Adam makes of rounding what the script's own bound of later ones forbids."""
-    sizes = ["--steps", "2", "--batch", "4", "--frames", "5", "--size", "20", "--width", ".125", "--seconds", ".2"]
-    command = [sys.executable, "bench/step_comparison.py", "--device", "cpu", *sizes]
+    sizes = ["--batch", "4", "--frames", "5", "--size", "20", "--width", ".125", "--memory", "256", "--seconds", ".2"]
+    command = [sys.executable, "bench/training_step.py", "--device", "cpu", *sizes]
     environment = os.environ | {"OUT": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert (tmp_path / "step_comparison_cpu.json").exists(), done.stderr
-    report = json.loads((tmp_path / "step_comparison_cpu.json").read_text())
-    assert report["first_difference"] < 1e-4 and len(report["fused"]) == 2
-    assert all(report[f"{part}_ms"] > 0 for part in ("step", "mining_7_stages", "mining_rates", "loss_mined"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "training_step_cpu.json").read_text())
+    assert report["loss_difference"] < 1e-5 and report["gradient_difference"] < 1e-3 and report["over_infonce"] > 0
+    assert all(row["time_ms"] > 0 for table in ("parts", "steps") for row in report[table].values())
     assert report["device"] not in ("cpu", "cuda")  # the machine's name
+    assert "| published, CPR | " in (tmp_path / "training_step_cpu.md").read_text()
 
 
 def test_the_loader_beside_other_decoders(tmp_path):

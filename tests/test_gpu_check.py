@@ -51,7 +51,7 @@ def test_every_step_is_given_and_reported(check):
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         assert f"compute-sanitizer --tool {tool} --error-exitcode 9 build/gpu/test_kernels" in commands
     assert "tests/test_cascade_select.py tests/test_mil_nce.py tests/test_structure.py" in commands
-    assert "step_comparison.py --device cuda" in commands and "compare.py --device cuda" in commands
+    assert "training_step.py --device cuda" in commands and "compare.py --device cuda" in commands
     assert commands.count("FAIL_WITHOUT_CUDA=1") == len(commands.splitlines())
     assert sum(name.startswith("pending ") for name in (step["step"] for step in report["steps"])) >= 9
     failed = {step["step"] for step in report["steps"] if step["status"]}
