@@ -19,6 +19,7 @@ import tyro
 
 from .errors import InputError
 from .evaluate.recipe import RecipeName
+from .interrupt import Interrupted
 
 CheckpointFiles = Annotated[
     tuple[str, ...],
@@ -253,8 +254,8 @@ def finetune(
 ) -> None:
     """Finetune a checkpoint's encoders, per view and two-stream: accuracy, per class, confusion matrix.
 
-    Stopped, it goes on from the last finished epoch when it is started again. The result is written into the run's
-    folder `evaluations` and joins its metrics, for `report`.
+    Started again, it goes on from the last finished epoch, or from the step at which SIGTERM or SIGUSR1 stopped it. The
+    result is written into the run's folder `evaluations` and joins its metrics, for `report`.
 
     Args:
         index: The index (CSV) of every official split, one or several.
@@ -413,7 +414,6 @@ def reproduce(
         k400: The index that stands for Kinetics-400, likewise.
         out: Folder of runs, cards and tables; tables share the runs that they have in common.
     """
-    from .pretrain.interrupt import Interrupted
     from .reproduce import Scale, list_tables, read_settings
     from .reproduce import reproduce as run
 
@@ -423,12 +423,8 @@ def reproduce(
     if index is None:
         raise InputError("index: expected the index that stands for UCF101, got none")
     smaller = Scale(scale, read_settings(settings) if settings else {})
-    try:
-        result = run(table, index, rows=rows, seeds=seeds, scale=smaller, hmdb51=hmdb51, k400=k400, out=out,
-                     progress=True)  # fmt: skip
-    except Interrupted as stopped:
-        print(f"cpr-fast: {stopped}; the same command goes on", file=sys.stderr)
-        raise SystemExit(128 + stopped.signum) from None
+    result = run(table, index, rows=rows, seeds=seeds, scale=smaller, hmdb51=hmdb51, k400=k400, out=out,
+                 progress=True)  # fmt: skip
     if json:
         _show(result, json)
     else:
@@ -576,20 +572,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         if arguments[:1] == ["pretrain"] and any(argument.endswith(".toml") for argument in arguments):
-            return _pretrain(arguments[1:])
+            _pretrain(arguments[1:])
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cpr-fast", args=arguments)
     except (InputError, *PATH_ERRORS) as error:
         print(f"cpr-fast: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stopped:
+        from . import distributed
+
+        if distributed.is_main():
+            how = "go on with --resume" if arguments[0] == "pretrain" else "the same command goes on"
+            print(f"cpr-fast: {stopped}; {how}", file=sys.stderr)
+        distributed.finish()
+        return 128 + stopped.signum
     return 0
 
 
-def _pretrain(arguments: list[str]) -> int:
-    """`pretrain` with its overrides: the file's values are the defaults of a parser over every setting.
-
-    Returns the exit code: 0, or 128 + the signal that the run was stopped by after saving.
-    """
+def _pretrain(arguments: list[str]) -> None:
+    """`pretrain` with its overrides: the file's values are the defaults of a parser over every setting."""
     from .config import Config, load
 
     path = next(argument for argument in arguments if argument.endswith(".toml"))
@@ -597,21 +598,10 @@ def _pretrain(arguments: list[str]) -> int:
     overrides = ["--run.dump-memory" if argument == "--dump-memory" else argument for argument in overrides]
     config = tyro.cli(Config, default=load(path), args=overrides, prog=f"cpr-fast pretrain {path}")
 
-    from . import distributed
-    from .pretrain.interrupt import Interrupted
     from .pretrain.loop import pretrain as run
 
-    code = 0
-    try:
-        folder = run(config, resume="auto" if "--auto-resume" in arguments else "--resume" in arguments)
-        if distributed.is_main():
-            _show({"run": str(folder)}, "--json" in arguments)
-    except Interrupted as stopped:
-        code = 128 + stopped.signum
-        if distributed.is_main():
-            print(f"cpr-fast: {stopped}", file=sys.stderr)
-    distributed.finish()
-    return code
+    folder = run(config, resume="auto" if "--auto-resume" in arguments else "--resume" in arguments)
+    _show_once({"run": str(folder)}, "--json" in arguments)
 
 
 def _classifier_settings(task: str, checkpoint: tuple[str, ...], config: Path | None) -> Any:
@@ -658,6 +648,15 @@ def _parse_shard(text: str) -> tuple[int, int]:
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise InputError(f"--shard: expected i/n with 0 <= i < n, got {text!r}")
     return int(index), int(count)
+
+
+def _show_once(result: dict[str, Any], json: bool) -> None:
+    """`_show` by the first process of those that torchrun started; all of them part."""
+    from . import distributed
+
+    if distributed.is_main():
+        _show(result, json)
+    distributed.finish()
 
 
 def _show(result: dict[str, Any], json: bool) -> None:

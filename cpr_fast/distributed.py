@@ -6,14 +6,17 @@ Letters: R ranks, B clips per rank. Every function is the identity on one proces
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .errors import InputError
+
+T = TypeVar("T")
 
 _store: dist.Store | None = None  # of the group that `init` joined
 
@@ -103,13 +106,32 @@ def all_gather_with_gradient(local: Tensor) -> Tensor:
     return _AllGather.apply(local) if dist.is_initialized() else local
 
 
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This rank's share of what all ranks hold: every R-th item."""
+    return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
+
+
+def gather_objects(local: T) -> list[T]:
+    """Every rank's object, in rank order; it travels pickled, so its tensors should be on the CPU."""
+    if not dist.is_initialized():
+        return [local]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, local)
+    return everyone
+
+
+def from_main(local: T) -> T:
+    """The first process's object, on every rank; as of `gather_objects`."""
+    if not dist.is_initialized():
+        return local
+    objects = [local if is_main() else None]
+    dist.broadcast_object_list(objects)
+    return objects[0]
+
+
 def union(local: Iterable[Hashable]) -> set[Hashable]:
     """The distinct items of all ranks."""
-    if not dist.is_initialized():
-        return set(local)
-    everyone: list[set[Hashable]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(everyone, set(local))
-    return set().union(*everyone)
+    return set().union(*gather_objects(set(local)))
 
 
 def largest(local: int) -> int:
@@ -137,3 +159,22 @@ def mean_(tensors: list[Tensor]) -> None:
     flat /= dist.get_world_size()
     parts = flat.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+
+
+def rng_states(device: torch.device) -> dict[str, Tensor]:
+    """torch's generators of every rank, [R, bytes] uint8 for the CPU and, where it is one, for the CUDA device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: all_gather(state[None]) for name, state in states.items()}
+
+
+def set_rng_states(device: torch.device, states: dict[str, Tensor] | None) -> None:
+    """Goes on from `rng_states`, unless it is None or of another number of processes."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if states is None or len(states["cpu"]) != size:
+        return
+    # Copies: torch 2.13 reads a view's storage from its start, whatever its offset (and crashes).
+    torch.set_rng_state(states["cpu"][rank].cpu().clone())
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"][rank].cpu().clone(), device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
-from cpr_fast.checkpoint import load_encoders, save_checkpoint
+from cpr_fast.checkpoint import load_checkpoint, load_encoders, save_checkpoint
 from cpr_fast.cli import main
 from cpr_fast.config import ClassifierConfig, Config, ConfigError, ProbeConfig, override_classifier
 from cpr_fast.data.index import Index
@@ -30,6 +32,7 @@ from cpr_fast.evaluate.finetune import Training, selection_accuracy, train_on_cl
 from cpr_fast.evaluate.intervals import seed_interval
 from cpr_fast.evaluate.probe import feature_probabilities, train_on_features
 from cpr_fast.evaluate.scores import classification_scores
+from cpr_fast.interrupt import Interrupted
 from cpr_fast.metrics import read_metrics
 from cpr_fast.models import build_encoder
 
@@ -124,21 +127,34 @@ class ClipLoader:
         clips = noise + self.labels.view(7, 1, 1, 1, 1, 1)
         return SimpleNamespace(clips={"rgb": clips[videos]}, label=self.labels[videos], video=torch.tensor(videos))
 
-    def epoch(self, epoch):
-        for first in (0, 2, 4):
+    def epoch(self, epoch, start_step=0):
+        for first in (0, 2, 4)[start_step:]:
             yield self._batch(epoch, [first, first + 1])
 
     def sample(self, epoch, video):
         return self._batch(epoch, [video])
 
 
-def trained(folder, epochs, settings, select=None):
+class StoppedLoader(ClipLoader):
+    """The process is asked to stop while a step of an epoch is computed."""
+
+    def __init__(self, epoch, step, number):
+        self.at, self.number = (epoch, step), number
+
+    def epoch(self, epoch, start_step=0):
+        for step, batch in enumerate(super().epoch(epoch, start_step), start_step):
+            if (epoch, step) == self.at:
+                os.kill(os.getpid(), self.number)
+            yield batch
+
+
+def trained(folder, epochs, settings, select=None, loader=None):
     torch.manual_seed(0)
     model = Classifier(build_encoder(TINY.model), 2, settings)
     before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
     training = Training(TINY, override_classifier("finetune", settings, epochs=epochs), "rgb", folder, 1,
                         torch.device("cpu"), select)  # fmt: skip
-    return model, before, train_on_clips(model, ClipLoader(), training)
+    return model, before, train_on_clips(model, loader or ClipLoader(), training)
 
 
 def test_a_stopped_training_ends_as_an_uninterrupted_one_bitwise(tmp_path):
@@ -150,6 +166,28 @@ def test_a_stopped_training_ends_as_an_uninterrupted_one_bitwise(tmp_path):
         assert torch.equal(a, b), name
     assert [row["epoch"] for row in read_metrics(tmp_path / "stopped")] == [0, 1, 2] and done["best_epoch"] == 2
     assert set(load_encoders(tmp_path / "straight" / "last.pt")[1]) == {"rgb"}
+
+
+def test_a_signal_saves_the_step_and_the_training_ends_as_an_uninterrupted_one_bitwise(tmp_path):
+    """Asked in the midst of an epoch, on its last step and on the first of all; with a selection, too."""
+    settings = ClassifierConfig(dropout=0.5, milestones=(1,), epochs=100)
+    select = selection_accuracy(ClipLoader(), 7, "rgb", torch.device("cpu"))
+    straight, _, done = trained(tmp_path / "straight", 3, settings, select)
+    before = signal.getsignal(signal.SIGTERM)
+    for epoch, step, number in ((0, 0, signal.SIGUSR1), (1, 1, signal.SIGTERM), (2, 2, signal.SIGTERM)):
+        with pytest.raises(Interrupted, match=f"{number.name} after step {step} of epoch {epoch}; saved .*last.pt"):
+            trained(tmp_path / "stopped", 3, settings, select, StoppedLoader(epoch, step, number))
+        assert signal.getsignal(signal.SIGTERM) is before
+    resumed, _, again = trained(tmp_path / "stopped", 3, settings, select)
+    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    curves = [
+        [{key: value for key, value in row.items() if key != "epoch_time_s"} for row in read_metrics(tmp_path / name)]
+        for name in ("straight", "stopped")
+    ]
+    assert curves[0] == curves[1] and len(curves[0]) == 3 and done == again
+    last = [load_checkpoint(tmp_path / name / "last.pt") for name in ("straight", "stopped")]
+    assert last[0].keys() == last[1].keys() and last[1]["partial"] is None
 
 
 def test_a_frozen_backbone_does_not_change_and_selection_sees_every_video(tmp_path):

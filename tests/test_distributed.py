@@ -34,7 +34,7 @@ logging.basicConfig(level=logging.INFO, format="%(message)s")
 from stand_in_loader import RandomLoader, make_index
 from cpr_fast import distributed
 from cpr_fast.config import Config
-from cpr_fast.pretrain.interrupt import Interrupted
+from cpr_fast.interrupt import Interrupted
 from cpr_fast.pretrain.loop import pretrain
 torch.set_num_threads(1)
 plan, first = json.loads(os.environ["PLAN"]), os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"

@@ -22,8 +22,8 @@ from cpr_fast import checkpoint
 from cpr_fast.checkpoint import CheckpointError, load_checkpoint
 from cpr_fast.config import Config
 from cpr_fast.distributed import World
+from cpr_fast.interrupt import Interrupted
 from cpr_fast.metrics import read_metrics
-from cpr_fast.pretrain.interrupt import Interrupted
 from cpr_fast.pretrain.loop import pretrain
 from cpr_fast.pretrain.watchdog import Watchdog
 
@@ -40,7 +40,7 @@ import torch
 torch.set_num_threads(1)
 from stand_in_loader import NoisyLoader, make_index
 from cpr_fast.config import Config
-from cpr_fast.pretrain.interrupt import Interrupted
+from cpr_fast.interrupt import Interrupted
 from cpr_fast.pretrain.loop import pretrain
 class Loader(NoisyLoader):
     sleep_s = 0.05
@@ -111,7 +111,7 @@ def test_a_signal_saves_first(straight, tmp_path, number):
     step = saved["step"] - 1
     assert 6 <= step < 11
     path = tmp_path / "run" / "checkpoints" / f"step-{step + 1:08d}.pt"
-    assert errors.strip() == f"stopped by {number.name} after step {step}; saved {path}; go on with --resume"
+    assert errors.strip() == f"stopped by {number.name} after step {step}; saved {path}"
     run(config, resume=True)
     assert_equal_runs(straight, tmp_path / "run")
 

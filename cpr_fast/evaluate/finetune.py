@@ -1,7 +1,8 @@
 """Training a classifier on clips, end to end or on a frozen backbone; goes on where it was stopped.
 
 Every draw of an epoch, the dropout's included, is a function of the seed and the epoch, so a run that was killed and
-started again ends as one that never was (bitwise on the CPU). Letters: B clips of a step, M videos, L classes.
+started again ends as one that never was (bitwise on the CPU). SIGTERM and SIGUSR1 save first, in the midst of an epoch.
+Letters: B clips of a step, M videos, L classes.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import distributed
 from ..checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ..config import ClassifierConfig, Config
 from ..data.pipeline import Batch
+from ..interrupt import Interrupted, StopRequest, stop_requests
 from ..metrics import FILE as METRICS_FILE
 from ..metrics import MetricsWriter, rewind
 from ..precision import autocast
@@ -32,7 +35,7 @@ class ClipLoader(Protocol):
     """What training asks of `cpr_fast.data.pipeline.TrainLoader` with a plan of one clip per video."""
 
     def __len__(self) -> int: ...
-    def epoch(self, epoch: int) -> Iterator[Batch]: ...
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)
@@ -64,63 +67,115 @@ def train_on_clips(model: Classifier, loader: ClipLoader, training: Training) ->
         `epochs` done and the `best_epoch` whose weights the model ends with (the last one without `select`).
     Raises:
         ArithmeticError: the loss became NaN or infinite.
+        Interrupted: SIGTERM or SIGUSR1 asked to stop, and `last.pt` holds the step it was at.
     """
     settings = training.settings
-    optimizer = make_optimizer(model.parameter_groups(settings), settings)
-    scaler = torch.amp.GradScaler(training.device.type, enabled=settings.precision == "fp16")
-    state = _load(model, optimizer, scaler, training)
-    first, best = (state["epoch"], state["best"]) if state else (0, None)
     training.folder.mkdir(parents=True, exist_ok=True)
+    state = _State(model, training)
     if (training.folder / METRICS_FILE).exists():
-        rewind(training.folder, step=0, epoch=first)
-    with MetricsWriter(training.folder) as writer:
-        for epoch in range(first, settings.epochs):
+        rewind(training.folder, step=0, epoch=state.epoch)
+    with MetricsWriter(training.folder) as writer, stop_requests() as stop:
+        while state.epoch < settings.epochs:
             began = time.perf_counter()
-            lr = set_epoch(optimizer, settings, epoch)
-            loss, accuracy = _train_epoch(model, loader, optimizer, scaler, training, epoch)
-            row = {"kind": "epoch", "epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": lr}
+            lr = set_epoch(state.optimizer, settings, state.epoch)
+            loss, accuracy = _train_epoch(state, loader, stop)
+            row = {"kind": "epoch", "epoch": state.epoch, "loss": loss, "accuracy": accuracy, "lr": lr}
             if training.select is not None:
-                row["selection"] = training.select(model, epoch)
-                if best is None or row["selection"] > best["selection"]:
+                row["selection"] = training.select(model, state.epoch)
+                if state.best is None or row["selection"] > state.best["selection"]:
                     weights = {name: value.clone() for name, value in model.state_dict().items()}
-                    best = {"selection": row["selection"], "epoch": epoch, "model": weights}
+                    state.best = {"selection": row["selection"], "epoch": state.epoch, "model": weights}
             writer.write(row | {"epoch_time_s": time.perf_counter() - began})
-            _save(model, optimizer, scaler, training, epoch + 1, best)
-    if best is not None:
-        model.load_state_dict(best["model"])
-    return {"epochs": settings.epochs, "best_epoch": best["epoch"] if best else settings.epochs - 1}
+            state.epoch += 1
+            state.save()
+    if state.best is not None:
+        model.load_state_dict(state.best["model"])
+    return {"epochs": settings.epochs, "best_epoch": state.best["epoch"] if state.best else settings.epochs - 1}
 
 
-def _train_epoch(
-    model: Classifier,
-    loader: ClipLoader,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    training: Training,
-    epoch: int,
-) -> tuple[float, float]:
-    """One pass over the training videos; returns the mean loss and the share of clips that were classified right."""
-    model.train()
-    device = training.device
-    total = torch.zeros(3, dtype=torch.float64, device=device)  # loss, hits, clips: read once, at the end
+def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest) -> tuple[float, float]:
+    """The steps of an epoch that are left; returns the mean loss and the share of all its clips classified right."""
+    training, epoch, device = state.training, state.epoch, state.training.device
+    model = state.model.train()
+    first, total, rng = state.take_partial()
     title = f"{training.view}, epoch {epoch + 1}/{training.settings.epochs}"
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed((training.seed << 20) + epoch)
-        for batch in track(loader.epoch(epoch), title, total=len(loader), unit="steps", progress=training.progress):
+        distributed.set_rng_states(device, rng)
+        batches = loader.epoch(epoch, first)
+        bar = track(batches, title, total=len(loader) - first, unit="steps", progress=training.progress)
+        for step, batch in enumerate(bar, first):
             labels = batch.label.to(device)
             with autocast(device, training.settings.precision):
                 logits = model(batch.clips[training.view][:, 0])  # [B, L]
             loss = F.cross_entropy(logits.float(), labels)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            state.optimizer.zero_grad(set_to_none=True)
+            state.scaler.scale(loss).backward()
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
             hits = (logits.detach().argmax(1) == labels).sum()
             total += torch.stack([loss.detach() * len(labels), hits, hits.new_tensor(len(labels))])
+            if signum := distributed.largest(stop.signum):
+                path = state.save({"steps": step + 1, "total": total, "rng": distributed.rng_states(device)})
+                raise Interrupted(signum, f"after step {step} of epoch {epoch}; saved {path}")
     loss, hits, clips = total.tolist()
     if not loss / clips < float("inf"):
         raise ArithmeticError(f"epoch {epoch}: the loss of the classifier is NaN or infinite; lower its rates")
     return loss / clips, hits / clips
+
+
+class _State:
+    """All that a training changes; `last.pt` holds it.
+
+    Attributes:
+        epoch: the next one to train.
+        best: with a selection {"selection", "epoch", "model"} of the best epoch so far.
+    """
+
+    def __init__(self, model: Classifier, training: Training) -> None:
+        """As the training begins, or as its folder's `last.pt` says. Raises CheckpointError where that is another's."""
+        self.model, self.training = model, training
+        settings, device = training.settings, training.device
+        self.optimizer = make_optimizer(model.parameter_groups(settings), settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self.epoch, self.best, self._partial = 0, None, None
+        self.path = training.folder / LAST
+        if not self.path.exists():
+            return
+        saved = load_checkpoint(self.path, device=device)
+        try:
+            model.encoder.load_state_dict(saved["encoders"][training.view])
+            model.head.load_state_dict(saved["head"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            self.epoch, self.best = saved["epoch"], saved["best"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{str(self.path)!r} is of another classifier ({error}); expected none or its own"
+            ) from None
+        self._partial = saved.get("partial")
+
+    def take_partial(self) -> tuple[int, Tensor, dict[str, Tensor] | None]:
+        """Of the epoch, if it was stopped: the steps done, the sums of loss, hits and clips (float64 [3]: read once, at
+        the end) and the generators; zeros and None else."""
+        partial, self._partial = self._partial, None
+        if partial is None:
+            return 0, torch.zeros(3, dtype=torch.float64, device=self.training.device), None
+        return partial["steps"], partial["total"], partial["rng"]
+
+    def save(self, partial: dict[str, Any] | None = None) -> Path:
+        """Writes `last.pt`; `partial` is of an epoch that is not over."""
+        payload = {
+            "config": self.training.config.to_dict(),
+            "encoders": {self.training.view: self.model.encoder.state_dict()},
+            "head": self.model.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "best": self.best,
+            "partial": partial,
+        }
+        return save_checkpoint(self.path, payload)
 
 
 def selection_accuracy(loader: Any, videos: int, view: str, device: torch.device) -> Callable[[Classifier, int], float]:
@@ -148,41 +203,3 @@ def selection_accuracy(loader: Any, videos: int, view: str, device: torch.device
         return hits / videos
 
     return measure
-
-
-def _load(
-    model: Classifier, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, training: Training
-) -> dict[str, Any] | None:
-    """The state to go on from, put in place; None where there is none or what is there cannot be read."""
-    path = training.folder / LAST
-    if not path.exists():
-        return None
-    state = load_checkpoint(path, device=training.device)
-    try:
-        model.encoder.load_state_dict(state["encoders"][training.view])
-        model.head.load_state_dict(state["head"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{str(path)!r} is of another classifier ({error}); expected none or its own") from None
-    return state
-
-
-def _save(
-    model: Classifier,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    training: Training,
-    epoch: int,
-    best: dict[str, Tensor] | None,
-) -> None:
-    payload = {
-        "config": training.config.to_dict(),
-        "encoders": {training.view: model.encoder.state_dict()},
-        "head": model.head.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "epoch": epoch,
-        "best": best,
-    }
-    save_checkpoint(training.folder / LAST, payload)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from torch import Tensor
 
 from .. import distributed
 from ..checkpoint import LAST, CheckpointError, load_checkpoint, load_initial, save_step
@@ -26,12 +24,12 @@ from ..data.index import Index
 from ..data.sampling import plan_first
 from ..distributed import World
 from ..errors import InputError
+from ..interrupt import Interrupted, StopRequest, stop_requests
 from ..metrics import FILE as METRICS_FILE
 from ..metrics import MetricsWriter, environment, rewind
 from ..progress import track
 from .cycle import CycleState
 from .dump import dump_memory
-from .interrupt import Interrupted, StopRequest, stop_requests
 from .log import StepLog
 from .online import OnlineRetrieval
 from .schedule import cycle_epochs, learning_rate
@@ -143,7 +141,7 @@ def _online(
 def _run_cycles(run: Run, saved: dict[str, Any] | None) -> None:
     """Every cycle of the schedule, or those that `saved`, a checkpoint, leaves to do."""
     weights = saved["encoders"] if saved else load_initial(run.config.model)
-    _set_rng_state(run.world, saved.get("rng") if saved else None)
+    distributed.set_rng_states(run.world.device, saved.get("rng") if saved else None)
     for number, epochs in enumerate(cycle_epochs(run.config.schedule)):
         if saved and saved["epoch"] >= epochs.stop:
             continue  # done before the checkpoint
@@ -198,8 +196,7 @@ def _run_cycle(
                 where = {"step": step + 1, "epoch": epoch + last, "step_in_epoch": 0 if last else i + 1}
                 path = _save(run, state, {**where, "cycle": number}, weights, best)
             if signum:
-                name = signal.Signals(signum).name
-                raise Interrupted(f"stopped by {name} after step {step}; saved {path}; go on with --resume", signum)
+                raise Interrupted(signum, f"after step {step}; saved {path}")
         _name_skipped(run, number, loader)
     finally:
         loader.close()
@@ -242,7 +239,7 @@ def _timed_batches(
 
 def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str, Any], best: bool) -> Path:
     """Writes a checkpoint from which `pretrain(resume=True)` goes on exactly here; returns its path."""
-    rng = _rng_state(run.world)
+    rng = distributed.rng_states(run.world.device)
     folder = run.folder / "checkpoints"
     if not run.world.is_main:
         return folder / LAST
@@ -256,24 +253,6 @@ def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str,
         **where,
     }
     return save_step(folder, where["step"], payload, keep=run.config.run.keep_checkpoints, best=best)
-
-
-def _rng_state(world: World) -> dict[str, Tensor]:
-    """torch's generators of every rank, [R, bytes] uint8 for the CPU and, where it trains, for the CUDA device."""
-    states = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(world.device)
-    return {device: distributed.all_gather(state[None]) for device, state in states.items()}
-
-
-def _set_rng_state(world: World, states: dict[str, Tensor] | None) -> None:
-    """Goes on from `_rng_state`, unless another number of processes or an older version wrote it."""
-    if states is None or len(states["cpu"]) != world.size:
-        return
-    # Copies: torch 2.13 reads a view's storage from its start, whatever its offset (and crashes).
-    torch.set_rng_state(states["cpu"][world.rank].cpu().clone())
-    if world.device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"][world.rank].cpu().clone(), world.device)
 
 
 def _open_run(config: Config, folder: Path, resume: bool | Literal["auto"], world: World) -> dict[str, Any] | None:

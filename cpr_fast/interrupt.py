@@ -12,10 +12,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
-    """A run was asked to stop and has saved first; the message says where. `signum` is the signal that asked."""
+    """A run was asked to stop by the signal `signum` and has saved first; the message says when and where."""
 
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} {message}")
         self.signum = signum
 
 
