@@ -172,10 +172,10 @@ class Killed(Exception):
     pass
 
 
-def killed_at(epoch: int, step: int):
+def killed_at(epoch: int, step: int, loader=RandomLoader):
     """A loader whose process dies when it fetches this batch."""
 
-    class Dying(RandomLoader):
+    class Dying(loader):
         def epoch(self, number, start_step=0):
             for i, batch in enumerate(super().epoch(number, start_step), start_step):
                 if (number, i) == (epoch, step):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from stand_in_loader import NoisyLoader, RandomLoader, make_index
-from test_pretrain import assert_same, rows, settings
+from test_pretrain import Killed, assert_same, killed_at, rows, settings
 
 from cpr_fast import checkpoint
 from cpr_fast.checkpoint import CheckpointError, load_checkpoint
@@ -114,6 +115,43 @@ def test_a_signal_saves_first(straight, tmp_path, number):
     assert errors.strip() == f"stopped by {number.name} after step {step}; saved {path}"
     run(config, resume=True)
     assert_equal_runs(straight, tmp_path / "run")
+
+
+IIC = {
+    "memory": {"kind": "bank"},
+    "model": {"width": 0.125, "feature_dim": 8, "shared": True},
+    "loss": {"intra_negatives": "repeat"},
+    # Progressive training [paper, Table 3]: cycle c mines the top-c.
+    "schedule": {"cycles": [{"view": "rgb", "other": "residual", "epochs": 2, "top_k": c} for c in (1, 2, 3)]},
+}
+
+
+@pytest.mark.parametrize("kind", ["bank", "batch"])
+def test_every_memory_goes_on_where_it_was(tmp_path, kind):
+    """Killed within the first epoch, within a later one and at the start of a cycle; some steps are done twice."""
+    folder, out = tmp_path / "straight", tmp_path / "run"
+    run(settings(folder, memory={"kind": kind}))
+    config = settings(out, memory={"kind": kind}, run={"out": str(out), "checkpoint_every": 2})
+    for death in [(0, 2), (2, 0), (3, 2)]:
+        with pytest.raises(Killed):
+            pretrain(config, index=INDEX, make_loader=killed_at(*death, NoisyLoader), progress=False, resume="auto")
+    run(config, resume=True)
+    assert_equal_runs(folder, out)
+
+
+def test_a_progressive_run_restarts_at_any_checkpoint(tmp_path):
+    """Within the first epoch, at the ends of cycles (steps 6 and 12 of 18), and within a later one."""
+    folder = tmp_path / "straight"
+    run(settings(folder, **IIC | {"run": {"out": str(folder), "checkpoint_every": 2, "keep_checkpoints": 18}}))
+    mined = rows(folder, "mined")
+    assert [max(len(row["mined"]) for row in mined if row["epoch"] == epoch) for epoch in (1, 3, 5)] == [1, 2, 3]
+    for step in (2, 6, 10, 12):
+        out = tmp_path / f"from-{step}"
+        shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.pt"))
+        shutil.copy(folder / "checkpoints" / f"step-{step:08d}.pt", out / "checkpoints" / "last.pt")
+        run(settings(out, **IIC), resume=True)
+        assert_equal_runs(folder, out)
+        assert rows(out, "note")[-1]["text"] == f"resumed at step {step}"
 
 
 def test_a_signal_within_the_process_and_what_it_leaves(tmp_path):
