@@ -23,7 +23,7 @@ from .. import distributed
 from ..distributed import World
 from ..errors import InputError
 from ..models import Encoder
-from .schedule import generator
+from .schedule import generator, on_device
 
 SHUFFLE_STREAM = 1  # of `schedule.generator`
 
@@ -156,7 +156,7 @@ class Encoders:
         if self.groups == 1:
             return self._key_groups(clips)
         everyone = distributed.all_gather(clips)  # [R*B, 3, T, H, W]
-        order = torch.from_numpy(generator(self.seed, SHUFFLE_STREAM, step).permutation(len(everyone))).to(clips.device)
+        order = on_device(generator(self.seed, SHUFFLE_STREAM, step).permutation(len(everyone)), clips.device)
         mine = order.chunk(self.world.size)[self.world.rank]
         shuffled = distributed.all_gather(self._key_groups(everyone[mine]))  # [R*B, D]
         keys = torch.empty_like(shuffled)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import QUARTERS
 from ..distributed import World
-from .schedule import generator
+from .schedule import generator, on_device
 
 INTRA_STREAM = 3  # of `schedule.generator`
 
@@ -24,7 +24,7 @@ def without_motion(clips: Tensor, how: Literal["repeat", "shuffle"], *, seed: in
     quarters in time exchanged ("shuffle"). The draws depend on seed, step and place in the batch of all ranks."""
     count = len(clips)
     draws = generator(seed, INTRA_STREAM, step).random(world.size * count)  # [R*B] in 0..1
-    frames = torch.from_numpy(_frames(draws[world.rank * count :][:count], clips.shape[2], how)).to(clips.device)
+    frames = on_device(_frames(draws[world.rank * count :][:count], clips.shape[2], how), clips.device)
     return torch.gather(clips, 2, frames[:, None, :, None, None].expand_as(clips))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..config import Cycle, OptimConfig, ScheduleConfig
 
@@ -25,3 +27,12 @@ def generator(seed: int, stream: int, step: int) -> np.random.Generator:
     """A generator that depends on nothing but its arguments: counter-based, so step 10^6 costs what step 0 does."""
     # The step sits in the counter's second word: draws within a step advance the first and never meet the next step's.
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, step, 0, 0]))
+
+
+def on_device(draws: np.ndarray, device: torch.device) -> Tensor:
+    """What was drawn on the host, as a tensor on the device; through pinned memory, so that the host does not wait for
+    what the device still has to do."""
+    tensor = torch.from_numpy(draws)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
