@@ -17,18 +17,18 @@ from cpr_fast.pretrain.step import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-IIC = {"memory": {"kind": "bank"}, "model": {"width": 0.125, "feature_dim": 8, "conv_std": 0.15, "shared": True}}
 GROUPS = {"memory": {"size": 10, "shuffle_bn_groups": 3}}
+BANK = {"memory": {"kind": "bank"}}
 METHODS = {
     "infonce": ("none", {}),
     "ubernce": ("label", GROUPS),
-    "coclr": ("cascade", {"mining": {"stages": 1, "top_k": 2}}),
-    "cpr": ("cascade", GROUPS | {"optim": {"name": "sgd", "accumulate": 3}}),
-    "cpr recomputed": ("cascade", {"model": {"width": 0.125, "feature_dim": 8, "recompute": True}}),
-    "bank": ("cascade", {"memory": {"kind": "bank"}}),
+    "coclr": ("cascade", {"mining": {"stages": 1}}),
+    "cpr": ("cascade", GROUPS | {"optim": {"accumulate": 3}}),
+    "cpr recomputed": ("cascade", {"model": {"recompute": True}}),
+    "bank": ("cascade", BANK),
     "batch": ("cascade", {"memory": {"kind": "batch"}}),
-    "iic": ("none", IIC | {"loss": {"intra_negatives": "repeat"}}),
-    "iic+cpr": ("cascade", IIC | {"loss": {"intra_negatives": "shuffle"}}),
+    "iic": ("none", BANK | {"model": {"shared": True}, "loss": {"intra_negatives": "repeat"}}),
+    "iic+cpr": ("cascade", BANK | {"model": {"shared": True}, "loss": {"intra_negatives": "shuffle"}}),
 }
 
 
@@ -52,8 +52,12 @@ class NoWaiting(TorchDispatchMode):
 
 def a_step(method: str, protocol: str, world: World, precision: str = "fp32") -> tuple[CycleState, RandomLoader]:
     mining, sections = METHODS[method]
-    sections = sections | {"loss": sections.get("loss", {}) | {"protocol": protocol}}
-    sections["optim"] = sections.get("optim", {}) | {"precision": precision}
+    sections = sections | {
+        "data": {"frames": 8, "size": 16},
+        "model": {"arch": "r3d"} | sections.get("model", {}),
+        "loss": {"protocol": protocol} | sections.get("loss", {}),
+        "optim": {"precision": precision} | sections.get("optim", {}),
+    }
     config = settings(**sections)
     cycle = Cycle("rgb", 1, mining, other="residual" if config.model.shared else None)
     state = CycleState(config, cycle, {}, INDEX, world)

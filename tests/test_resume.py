@@ -117,9 +117,11 @@ def test_a_signal_saves_first(straight, tmp_path, number):
     assert_equal_runs(straight, tmp_path / "run")
 
 
+R3D = {"data": {"batch_size": 6, "frames": 8, "size": 16}, "model": {"arch": "r3d", "width": 0.125, "feature_dim": 8}}
 IIC = {
+    "data": R3D["data"],
+    "model": R3D["model"] | {"shared": True},
     "memory": {"kind": "bank"},
-    "model": {"width": 0.125, "feature_dim": 8, "shared": True},
     "loss": {"intra_negatives": "repeat"},
     # Progressive training [paper, Table 3]: cycle c mines the top-c.
     "schedule": {"cycles": [{"view": "rgb", "other": "residual", "epochs": 2, "top_k": c} for c in (1, 2, 3)]},
@@ -130,8 +132,9 @@ IIC = {
 def test_every_memory_goes_on_where_it_was(tmp_path, kind):
     """Killed within the first epoch, within a later one and at the start of a cycle; some steps are done twice."""
     folder, out = tmp_path / "straight", tmp_path / "run"
-    run(settings(folder, memory={"kind": kind}))
-    config = settings(out, memory={"kind": kind}, run={"out": str(out), "checkpoint_every": 2})
+    sections = R3D | {"memory": {"kind": kind}}
+    run(settings(folder, **sections))
+    config = settings(out, **sections, run={"out": str(out), "checkpoint_every": 2})
     for death in [(0, 2), (2, 0), (3, 2)]:
         with pytest.raises(Killed):
             pretrain(config, index=INDEX, make_loader=killed_at(*death, NoisyLoader), progress=False, resume="auto")

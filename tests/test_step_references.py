@@ -43,10 +43,10 @@ class Trial:
         return [k for k, video in enumerate(self.video) if video >= 0]
 
 
-def trial(config: Config, cycle: Cycle, warm_up: int = 3) -> Trial:
-    """The step after `warm_up` steps of the first epoch: the first one of the second."""
+def trial(config: Config, cycle: Cycle, warm_up: int = 3, seed: int = 0) -> Trial:
+    """The step after `warm_up` steps of the first epoch: the first one of the second; `seed` is the loader's."""
     state = CycleState(config, cycle, {}, INDEX, ALONE)
-    loader = RandomLoader(INDEX, config.data, state.views, seed=0)
+    loader = RandomLoader(INDEX, config.data, state.views, seed=seed)
     for step, batch in zip(range(warm_up), loader.epoch(0), strict=False):
         train_step(state, batch, step)
     encoders = {name: copy.deepcopy(getattr(state.encoders, name)) for name in ("query", "key", "other")}
@@ -89,32 +89,41 @@ def assert_the_step(trial: Trial, loss: Tensor, step: int = 3) -> None:
 
 
 def plain(**sections) -> Config:
-    return settings(**sections | {"optim": {"name": "sgd", "lr": LR, "momentum": 0.0, "weight_decay": 0.0}})
+    """A small residual network, and SGD whose step is the gradient."""
+    sections["model"] = {"arch": "r3d"} | sections.get("model", {})
+    optim = {"name": "sgd", "lr": LR, "momentum": 0.0, "weight_decay": 0.0}
+    return settings(**sections | {"data": {"frames": 8, "size": 16}, "optim": optim})
 
 
 def own_keys(t: Trial) -> tuple[Tensor, Tensor]:
     """f_q [B, D] and f_q+ in every view [V, B, D] of a step whose keys come from a moving average of weight .6."""
     with torch.no_grad():
         for k, q in zip(t.key.parameters(), t.query.parameters(), strict=True):
-            k.lerp_(q, 0.4)  # in float32, as its rounding decides the fourth digit of the features
+            k.lerp_(q, 0.4)  # rounded as in a step
         keys = [t.key(t.batch.clips["rgb"][:, 1])]
         if t.other is not None:
             keys.append(t.other(t.batch.clips["flow"][:, 1]))
     return t.query(t.batch.clips["rgb"][:, 0]).double(), torch.stack(keys).double()
 
 
-def test_the_cascade_on_a_batch():
+@pytest.mark.parametrize("protocol", ["paper", "coclr"])
+def test_the_cascade_on_a_batch(protocol):
     """Every clip mines among the other videos' clips of its own batch; gradients flow into all of them."""
-    t = trial(plain(memory={"kind": "batch"}), Cycle("rgb", 1, "cascade"))
+    config = plain(memory={"kind": "batch"}, loss={"protocol": protocol, "self_positive_drop": 1.0})
+    t = trial(config, Cycle("rgb", 1, "cascade"), seed=1)  # with siblings in the batch
     f = t.query(t.batch.clips["rgb"].flatten(0, 1)).double()  # [2B, D]: clips 2i and 2i + 1 are of one video
     keys = torch.stack([f.detach(), t.other(t.batch.clips["flow"].flatten(0, 1)).double()])
     video = t.batch.video.repeat_interleave(2)
     losses = []
     for b in range(len(f)):
-        negatives = [k for k in range(len(f)) if video[k] != video[b]]
-        may_mine = [k for k in negatives if SOURCE[video[k]] != SOURCE[video[b]]]
-        mined = cascade(keys[:, b ^ 1], keys, may_mine, (1, 0, 1), top_k=2)
-        losses.append(nce(f[b], f[b ^ 1], [f[k] for k in mined], [f[k] for k in negatives if k not in mined]))
+        compared = [k for k in range(len(f)) if video[k] != video[b]]
+        siblings = [k for k in compared if SOURCE[video[k]] == SOURCE[video[b]]]
+        anchors = torch.stack([keys[0, b if protocol == "coclr" else b ^ 1], keys[1, b ^ 1]])
+        positives = cascade(anchors, keys, [k for k in compared if k not in siblings], (1, 0, 1), top_k=2)
+        positives += siblings if protocol == "coclr" else []
+        negatives = [f[k] for k in compared if k not in positives]
+        losses.append(nce(f[b], f[b ^ 1], [f[k] for k in positives], negatives, drops_own=protocol == "coclr"))
+    assert len(set(SOURCE[t.batch.video].tolist())) < len(t.batch.video)
     assert_the_step(t, torch.stack(losses).mean())
 
 
@@ -157,7 +166,7 @@ RESIDUAL = Cycle("rgb", 1, "none", other="residual")
 
 def iic(loss: dict) -> Config:
     """Features are not scaled to length 1, entries are; at a temperature of .07 one score would be all of the sum."""
-    model = {"shared": True, "head": "pooled", "width": 0.125, "conv_std": 0.15, "feature_dim": 128}
+    model = {"shared": True, "head": "pooled", "feature_dim": 64}
     return plain(memory={"kind": "bank"}, model=model, loss={"temperature": 1.0} | loss)
 
 
