@@ -1,10 +1,11 @@
 """The DALI graphs: one augmentation behind three ways to get frames.
 
-    frames    decoded outside (PyAV, simplejpeg): the route without a GPU, and of flow computed on the fly
+    frames    decoded and cut outside (PyAV, simplejpeg; torch): the route without a GPU, and of computed flow
     packets   `fn.decoders.video`, a video's needed packets a sample: NVDEC ("mixed"), or "cpu" for VP9 and MJPEG
     jpegs     `fn.decoders.image`, a JPEG a sample: nvJPEG ("mixed") or libjpeg-turbo ("cpu")
 
-The graph of a route is the same on both devices; only the decoder's device differs.
+The graph of a route is the same on both devices; only the decoder's device differs. That of frames starts where they
+have their size (`cut.py` says why).
 
 Letters: M clips of a run = N groups (clips of one video) of G, T frames, S side of the square output, U distinct frames
 of a group.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cpr_fast.config import DataConfig
+from cpr_fast.data.cut import cut
 from cpr_fast.data.sampling import Clips
 from cpr_fast.pixels import normalisation
 
@@ -38,17 +41,25 @@ Route = Literal["frames", "packets", "jpegs"]
 def augment(frames, draw, view: str, data: DataConfig, layout: str = "FHWC"):
     """One planned clip, or a frame of it (`layout` "HWC"): uint8, draw float32 [11] of `draw_rows` -> float32.
 
-    Parameters are per clip, so all its frames get the same; boxes and flips are shared by the views, colour and blur
-    are for RGB. The two colour operators are skipped where they would change nothing: they are half of the cost.
-    Against PIL: the resize differs by a level or two, brightness, saturation and blur by at most two; contrast pivots
-    on 128 instead of the frame's mean, and hue turns linearly in YIQ instead of in HSV.
+    Against PIL, which crops first, the resize differs by a level or two, and more at the edges of the box.
     """
     interpolation = types.INTERP_LINEAR if data.augment == "iic" else types.INTERP_CUBIC
     out = fn.resize(frames, roi_start=draw[0:2], roi_end=draw[2:4], size=[data.size] * 2, interp_type=interpolation)
     if view == "flow":  # the published channel order (128, v, u): constant first, as PIL reads their BGR files
         u, v = _channel(out, 0), _channel(out, 1)
         out = fn.cat(u * np.uint8(0) + np.uint8(128), v, u, axis_name="C")
-    else:
+    return finish(out, draw, view, data, layout)
+
+
+def finish(out, draw, view: str, data: DataConfig, layout: str = "FHWC"):
+    """A clip that is cut: colour, blur, flip and normalisation.
+
+    Parameters are per clip, so all its frames get the same; boxes and flips are shared by the views, colour and blur
+    are for RGB. The two colour operators are skipped where they would change nothing: they are most of the cost.
+    Against PIL: brightness, saturation and blur differ by at most two levels; contrast pivots on 128 instead of the
+    frame's mean, and hue turns linearly in YIQ instead of in HSV.
+    """
+    if view != "flow":
         if draw[9] > 0:
             out = fn.color_twist(out, brightness=draw[5], contrast=draw[6], saturation=draw[7], hue=draw[8])
         if draw[10] > 0:
@@ -69,12 +80,12 @@ def _channel(frames, number: int):
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True, prefetch_queue_depth=1)
 def frames_graph(view: str, data: DataConfig, device: str):
-    """A sample is a clip: inputs "draw" [11] and "frames", uint8 FHWC, augmented on "cpu" or "gpu". One output."""
+    """A sample is a clip: inputs "draw" [11] and "frames", uint8 [T, S, S, 3], for "cpu" or "gpu". One output."""
     draw = fn.external_source(name="draw", device="cpu")
     frames = fn.external_source(name="frames", device="cpu", layout="FHWC", no_copy=True)
     if device == "gpu":
         frames = frames.gpu()
-    return augment(frames, draw, view, data)
+    return finish(frames, draw, view, data)
 
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True, prefetch_queue_depth=1)
@@ -129,7 +140,7 @@ class ClipGraph:
         """
         self._views, self._group, self._clip_major, self._lock = dict(routes), group, clip_major, threading.Lock()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._same_frames, self._frames = same_frames, data.frames
+        self._same_frames, self._frames, self._data = same_frames, data.frames, data
         gpu, decoder = (None, "cpu") if self._stream is None else (self._stream.device.index, "mixed")
         options: dict[str, Any] = {"num_threads": data.workers, "device_id": gpu}
         cuts = group if same_frames else 1
@@ -158,13 +169,17 @@ class ClipGraph:
         """
         draw = draw_rows(clips)
         with self._lock:  # two epochs of one loader may be read at the same time
-            return {view: self._run_view(view, route, draw, samples[view]) for view, route in self._views.items()}
+            return {
+                view: self._run_view(view, route, clips, draw, samples[view]) for view, route in self._views.items()
+            }
 
-    def _run_view(self, view: str, route: Route, draw: np.ndarray, samples: list) -> Tensor:
+    def _run_view(self, view: str, route: Route, clips: Clips, draw: np.ndarray, samples: list) -> Tensor:
         pipeline, rows = self._pipelines[view], self.rows(len(draw))
         if route == "frames":
+            with ThreadPoolExecutor(self._data.workers) as pool:
+                frames = list(pool.map(lambda row: cut(samples[row], clips.box[row], view, self._data), rows))
             pipeline.feed_input("draw", draw[rows])
-            pipeline.feed_input("frames", [samples[row] for row in rows])
+            pipeline.feed_input("frames", frames)
         elif route == "packets":
             pipeline.feed_input("draw", draw.reshape(-1, self._group, draw.shape[1]))
             for name, values in zip(("packets", "chosen", "order"), zip(*samples, strict=True), strict=True):
