@@ -165,7 +165,8 @@ def decode_rows(work: Work, truth: list[np.ndarray], budget_s: float) -> list[di
 def loader_rows(work: Work, truth: torch.Tensor, budget_s: float) -> list[dict]:
     records = is_record(work.index[0].path)
     others = [name for name in decoders(work.index[0]) if name != OWN]
-    names = [OWN, *(f"{name}, torch and OpenCV" for name in others), PUBLISHED if records else "PyAV, PIL"]
+    names = [OWN, *(f"{name}, {augmentation}" for augmentation in ("the same", "torch and OpenCV") for name in others)]
+    names.append(PUBLISHED if records else "PyAV, PIL")
     own = OwnLoader(work, work.data)
     calls, absent = calls_of(lambda work, name: own if name == OWN else loading(work, name), work, names)
     times = samples_s(calls, "cpu", budget_s)
@@ -177,8 +178,13 @@ def loader_rows(work: Work, truth: torch.Tensor, budget_s: float) -> list[dict]:
         else:
             rows.append(row | rates(work, times[name]) | psnr(work.clips, torch.cat(calls[name]()), truth))
     own.close()
-    published = {PUBLISHED: BARS["published"]}
-    return with_bars(rows, lambda row: published.get(row["form"]) if records else BARS["loader"])
+
+    def bar_of(row: dict) -> float | None:
+        if row["form"] == PUBLISHED:
+            return BARS["published"]
+        return BARS["loader"] if row["form"].endswith(", the same") else None
+
+    return with_bars(rows, bar_of)
 
 
 def psnr(clips: Clips, got: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
@@ -271,8 +277,9 @@ def page(report: dict) -> str:
         f"Clips of {report['frames']} frames to {report['size']}x{report['size']}, one of each of {report['videos']} "
         "videos; medians (quartiles) of passes over all of them, the forms of a table in turn in one process. Every "
         "form has one thread, and its rate counts the CPU time of all threads of the process; `cpr_fast is`: our rate "
-        "over the form's. *torch and OpenCV* is the fastest form found of the same augmentation: torch's bicubic "
-        "resize of bytes (antialiased, vectorised), colours as one matrix, OpenCV's blur; *PIL* is the published one, "
+        "over the form's. *the same*: another decoder in front of the loader's own augmentation (torch's resize, "
+        "DALI's graph). *torch and OpenCV*: the fastest form found of these operations by any library, in the place of DALI's "
+        "graph, which exists for the GPU: colours as one matrix, OpenCV's blur. *PIL* is the published augmentation, "
         "and the truth of PSNR, for clips without and with a change of colours or blur (contrast and hue are defined "
         "otherwise in DALI and the matrix). *identical*: frames equal to those of a linear decode, bit for bit.\n",
         "*files*: as they are; *transcoded*: H.264 with a key frame every 12 frames (`cpr-fast index --transcode`); "

@@ -1,4 +1,4 @@
-"""What the loader is compared with: other decoders, and two augmentations that any of them can feed.
+"""What the loader is compared with: other decoders, and the augmentations that any of them can feed.
 
 A decoder reads the frames of one clip, an augmentation makes them what a network sees; all on one thread. The plan
 (which frames, which box, flip and colours) is ours, and the same for every form.
@@ -8,6 +8,7 @@ Letters: F frames of a video, T of a clip, H x W pixels, S side of the square ou
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ from PIL import Image
 from cpr_fast.config import DataConfig
 from cpr_fast.data import lmdb
 from cpr_fast.data.clips import fetch_frames
+from cpr_fast.data.graph import ClipGraph
 from cpr_fast.data.index import Video
 from cpr_fast.data.media import is_record
 from cpr_fast.data.reference import ReferenceGraph
@@ -218,4 +220,14 @@ def colour_matrix(clip: Clips) -> np.ndarray | None:
     return np.hstack([brightness * contrast * linear, offset])
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {"torch and OpenCV": fast, "PIL": published}
+@functools.cache
+def _graph(data: DataConfig) -> ClipGraph:
+    return ClipGraph(data, {"rgb": "frames"}, torch.device("cpu"), data.batch_size)
+
+
+def same(clips: Clips, frames: list[np.ndarray], data: DataConfig) -> torch.Tensor:
+    """The loader's own."""
+    return _graph(data).run(clips, {"rgb": frames})["rgb"]
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {"the same": same, "torch and OpenCV": fast, "PIL": published}
