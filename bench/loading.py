@@ -278,10 +278,11 @@ def page(report: dict) -> str:
         "videos; medians (quartiles) of passes over all of them, the forms of a table in turn in one process. Every "
         "form has one thread, and its rate counts the CPU time of all threads of the process; `cpr_fast is`: our rate "
         "over the form's. *the same*: another decoder in front of the loader's own augmentation (torch's resize, "
-        "DALI's graph). *torch and OpenCV*: the fastest form found of these operations by any library, in the place of DALI's "
-        "graph, which exists for the GPU: colours as one matrix, OpenCV's blur. *PIL* is the published augmentation, "
-        "and the truth of PSNR, for clips without and with a change of colours or blur (contrast and hue are defined "
-        "otherwise in DALI and the matrix). *identical*: frames equal to those of a linear decode, bit for bit.\n",
+        "DALI's graph). *torch and OpenCV*: the fastest form found of these operations by any library, in the place "
+        "of DALI's graph, which exists for the GPU: colours as one matrix, OpenCV's blur. *PIL* is the published "
+        "augmentation, and the truth of PSNR, for clips without and with a change of colours or blur (contrast and "
+        "hue are defined otherwise in DALI and the matrix). *identical*: frames equal to those of a linear decode, "
+        "bit for bit.\n",
         "*files*: as they are; *transcoded*: H.264 with a key frame every 12 frames (`cpr-fast index --transcode`); "
         "*records*: JPEG of quality 100, 4:2:0, in an LMDB file; the published code unpacks the whole video.\n",
     ]
