@@ -171,7 +171,8 @@ def retrieve(
 ) -> None:
     """Nearest-neighbour retrieval R@1, 5, 10, 20, 50 of a checkpoint's encoders, per view and two-stream.
 
-    The results join the metrics of the run that the checkpoint lies in, for `report`.
+    The results join the metrics of the run that the checkpoint lies in, for `report`. Under `torchrun` the processes
+    share out the videos.
 
     Args:
         index: The index (CSV) of every official split, one or several: several give means and deviations.
@@ -189,7 +190,7 @@ def retrieve(
         checkpoint, index, protocol=protocol, recipe=recipe, run_dir=run_of(checkpoint), clips_per_video=clips,
         crops=crops, cache=cache, progress=True,
     )  # fmt: skip
-    _show(result, json)
+    _show_once(result, json)
 
 
 def probe(
@@ -255,7 +256,8 @@ def finetune(
     """Finetune a checkpoint's encoders, per view and two-stream: accuracy, per class, confusion matrix.
 
     Started again, it goes on from the last finished epoch, or from the step at which SIGTERM or SIGUSR1 stopped it. The
-    result is written into the run's folder `evaluations` and joins its metrics, for `report`.
+    result is written into the run's folder `evaluations` and joins its metrics, for `report`. Under `torchrun` every
+    process trains on its share of a batch and tests its share of the videos.
 
     Args:
         index: The index (CSV) of every official split, one or several.
@@ -269,7 +271,7 @@ def finetune(
         backbone_lr: Of the backbone's last layer; 0 freezes the backbone. CoCLR's code: 1e-4.
         layer_decay: Each layer learns at this share of the rate of the one above it.
         dropout: Of the pooled features.
-        batch_size: Clips of a step.
+        batch_size: Clips of a step, of each process.
         config: TOML file whose section [finetune] is taken in place of the checkpoint's.
     """
     settings = _classifier_settings("finetune", checkpoint, config)
@@ -640,7 +642,7 @@ def _classify(
     if not json:
         long = ("per_class", "confusion")
         result["results"] = [{key: v for key, v in row.items() if key not in long} for row in result["results"]]
-    _show(result, json)
+    _show_once(result, json)
 
 
 def _parse_shard(text: str) -> tuple[int, int]:

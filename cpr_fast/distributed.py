@@ -6,7 +6,7 @@ Letters: R ranks, B clips per rank. Every function is the identity on one proces
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -120,11 +120,11 @@ def gather_objects(local: T) -> list[T]:
     return everyone
 
 
-def from_main(local: T) -> T:
-    """The first process's object, on every rank; as of `gather_objects`."""
+def from_main(compute: Callable[[], T]) -> T:
+    """What the first process computes, on every rank; it travels as in `gather_objects`."""
     if not dist.is_initialized():
-        return local
-    objects = [local if is_main() else None]
+        return compute()
+    objects = [compute() if is_main() else None]
     dist.broadcast_object_list(objects)
     return objects[0]
 

@@ -21,9 +21,9 @@ from cpr_fast.distributed import World
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.mining_lab import load_two_view_features, sweep
 from cpr_fast.metrics import read_metrics
-from cpr_fast.models import build_encoder
+from cpr_fast.models import build_encoder, running_statistics
 from cpr_fast.pretrain.cycle import CycleState, initial_encoder
-from cpr_fast.pretrain.encoders import Encoders, GroupedEncoder, batch_norm_groups, running_statistics
+from cpr_fast.pretrain.encoders import Encoders, GroupedEncoder, batch_norm_groups
 from cpr_fast.pretrain.log import NonFiniteError
 from cpr_fast.pretrain.loop import pretrain
 from cpr_fast.pretrain.mining import rate_names

@@ -21,9 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .. import distributed
 from ..data.index import Index, Video
 from ..errors import InputError
 from .features import Embedding, sum_features
+from .shares import shared_out
 
 if TYPE_CHECKING:
     from ..data.pipeline import WindowLoader
@@ -116,12 +118,16 @@ def embed_index(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Features of the videos of `part` by every embedding, read from the cache where they are there.
 
+    Under `torchrun` the ranks share out the videos, and the first one reads and writes the cache.
+
     Returns:
         {name: [M, F] float32 on the CPU}, the mean over a video's windows (zero for a video that gave none, which is
         named in the log), and the number of windows of every video, [M] int64.
     Raises:
         InputError: no video gave a window.
     """
+    main = distributed.is_main()
+    cache = cache if main else None
     known: dict[str, dict[str, tuple[Tensor, int]]] = {name: {} for name in embeddings}
     keys: dict[str, list[str]] = {}  # of every view's videos
     if cache is not None:
@@ -129,13 +135,18 @@ def embed_index(
             if embedding.key:
                 known[name] = cache.load(embedding)
         keys = {e.view: [video_digest(video, e.view) for video in part] for e in embeddings.values()}
-    missing = {
-        name: [i for i in range(len(part)) if not keys or keys[embedding.view][i] not in known[name]]
-        for name, embedding in embeddings.items()
-    }
+    missing = distributed.from_main(
+        lambda: {
+            name: [i for i in range(len(part)) if not keys or keys[embedding.view][i] not in known[name]]
+            for name, embedding in embeddings.items()
+        }
+    )
     todo = sorted({i for positions in missing.values() for i in positions})
     computed = {name: embedding for name, embedding in embeddings.items() if missing[name]}
-    sums, counts = _embed(part, todo, computed, open_loader, description, progress) if todo else ({}, None)
+    sums, counts = shared_out(
+        len(todo),
+        lambda mine: _embed(part, [todo[i] for i in mine], computed, open_loader, description, progress and main),
+    )
     for name, total in sums.items():
         for row, (i, count) in enumerate(zip(todo, counts.tolist(), strict=True)):
             if count:
@@ -143,7 +154,8 @@ def embed_index(
                 known[name][key] = (total[row] / count, count)
         if cache is not None and embeddings[name].key:
             cache.store(embeddings[name], known[name])
-    return _collect(known, {name: keys.get(e.view) for name, e in embeddings.items()}, len(part), description)
+    names = {name: keys.get(embedding.view) for name, embedding in embeddings.items()}
+    return distributed.from_main(lambda: _collect(known, names, len(part), description))
 
 
 def _embed(

@@ -54,10 +54,13 @@ class Classifier(nn.Module):
         encoder.requires_grad_(False)
         encoder.backbone.requires_grad_(not self.frozen)
 
-    def forward(self, clips: Tensor) -> Tensor:
+    def features(self, clips: Tensor) -> Tensor:
+        """Pooled backbone features [N, C]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.encoder.features(clips)
-        return self.head(features)
+            return self.encoder.features(clips)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.head(self.features(clips))
 
     def train(self, mode: bool = True) -> Classifier:
         super().train(mode)

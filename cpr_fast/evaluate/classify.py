@@ -27,11 +27,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import distributed
 from ..checkpoint import written_whole
 from ..config import ClassifierConfig, Config, ProbeConfig
 from ..data.index import Index
 from ..data.pipeline import TrainLoader, WindowLoader
 from ..data.sampling import plan_labelled, plan_selection
+from ..distributed import World
 from ..errors import InputError
 from ..metrics import MetricsWriter
 from ..models import Encoder
@@ -46,6 +48,7 @@ from .recipe import Recipe, RecipeName, make_recipe
 from .results import Checkpoints, write_result
 from .retrieval import open_windows
 from .scores import classification_scores
+from .shares import shared_out
 
 Task = Literal["probe", "finetune"]
 TWO_STREAM = "two_stream"
@@ -70,6 +73,8 @@ def classify(
 ) -> dict[str, Any]:
     """Accuracy of classifiers of every view of a checkpoint, and of the mean of both views' probabilities.
 
+    Under `torchrun` the ranks share the clips of a step, of `settings.batch_size` each, and the videos that are tested.
+
     Args:
         checkpoint: one file, or one per view, see `load_pretrained`.
         indexes: labelled videos in the splits "train" and "test", one file for each official split.
@@ -88,20 +93,19 @@ def classify(
     """
     if not indexes or not seeds:
         raise InputError(f"index, seeds: expected at least one of each, got {len(indexes)} and {len(seeds)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    world = distributed.init(device)
     pretrained = load_pretrained(checkpoint)
     configs, encoders = pretrained.configs, pretrained.encoders
     digests = {view: weights_digest(encoder) for view, encoder in encoders.items()}
     settings = settings or getattr(next(iter(configs.values())), task)
     folder = Path(out) if out else pretrained.evaluations
     how = make_recipe(recipe, clips_per_video, crops)
-    store = FeatureCache(pretrained.features, how.identity(pretrained.data, device))
+    store = FeatureCache(pretrained.features, how.identity(pretrained.data, str(world.device)))
     rows = []
     for number, path in enumerate(indexes):
         split = load_split(path, require_flow=pretrained.data.flow == "stored")
         for seed in seeds:
-            job = Job(task, configs, settings, how, split, seed, folder, torch.device(device), progress)
+            job = Job(task, configs, settings, how, split, seed, folder, world, progress and world.is_main)
             found = {view: predictions(job, view, encoders[view], digests[view], store) for view in encoders}
             common = {"task": task, "recipe": recipe, "index": str(path), "split": number + 1, "seed": seed}
             rows += [common | row for row in _score(found, split, crops)]
@@ -110,9 +114,10 @@ def classify(
     result = {"task": task, "recipe": recipe, "leakage": how.leakage, "crops": crops, "checkpoint": pretrained.name,
               "settings": dataclasses.asdict(settings), "view": headline["view"], "accuracy": headline["accuracy"],
               "accuracy_ci95": headline["accuracy_ci95"], "summary": summary, "results": rows}  # fmt: skip
-    name = digest(json.dumps([pretrained.name, list(map(str, indexes)), list(seeds), result["settings"], crops]))
+    parts = [pretrained.name, list(map(str, indexes)), list(seeds), result["settings"], crops, *_processes(job)]
+    name = digest(json.dumps(parts))
     path = write_result(folder, f"{task}-{recipe}-{name[:8]}", result)
-    if run_dir is not None:
+    if run_dir is not None and world.is_main:
         with MetricsWriter(run_dir) as writer:
             for row in rows:
                 writer.write({"kind": "classification", **row})
@@ -138,7 +143,7 @@ def load_split(path: str | Path, *, require_flow: bool = True) -> Split:
             raise InputError(f"{path}: expected labelled videos in split {name!r}, got {len(labelled)} of {len(part)}")
         parts.append(labelled)
     shared = len({v.source for v in parts[0]} & {v.source for v in parts[1]})
-    if shared:
+    if shared and distributed.is_main():
         log.warning("%s: %d sources are in both splits: test videos have siblings among the training videos", path,
                     shared)  # fmt: skip
     return Split(*parts)
@@ -155,8 +160,13 @@ class Job:
     split: Split
     seed: int
     folder: Path
-    device: torch.device
+    world: World
     progress: bool
+
+    @property
+    def on_features(self) -> bool:
+        """Whether it learns from stored features, not from clips."""
+        return isinstance(self.settings, ProbeConfig) and self.settings.inputs == "features"
 
 
 @dataclass(frozen=True)
@@ -177,31 +187,33 @@ def predictions(job: Job, view: str, pretrained: Encoder, key: str, store: Featu
     """
     folder = job.folder / f"{job.task}-{view}-{_identity(job, view, key)[:12]}"
     path = folder / "predictions.safetensors"
-    if (stored := _read_predictions(path)) is not None:
+    if (stored := distributed.from_main(lambda: _read_predictions(path))) is not None:
         return stored
-    encoder = copy.deepcopy(pretrained).to(job.device)
-    if isinstance(job.settings, ProbeConfig) and job.settings.inputs == "features":
+    encoder = copy.deepcopy(pretrained).to(job.world.device)
+    if job.on_features:
         found = _probe_features(job, view, encoder, key, store)
     else:
         found = _train_on_clips(job, view, encoder, folder)
     tensors = {f"crops{n}": value for n, value in found.probabilities.items()}
-    with written_whole(path) as temporary:
-        save_file(tensors | {"windows": found.windows, "best_epoch": torch.tensor(found.best_epoch)}, temporary)
+    if job.world.is_main:
+        with written_whole(path) as temporary:
+            save_file(tensors | {"windows": found.windows, "best_epoch": torch.tensor(found.best_epoch)}, temporary)
     return found
 
 
 def _probe_features(job: Job, view: str, encoder: Encoder, key: str, store: FeatureCache) -> Predictions:
     """One stored feature per video, the mean over its windows and crops; videos that gave none are left out."""
     embedding = encoder_embeddings("net", {view: encoder}, job.recipe, {view: key})
+    device = job.world.device
 
     def open_loader(part: Index) -> WindowLoader:
-        return open_windows(part, job.configs[view].data, [view], job.recipe, str(job.device))
+        return open_windows(part, job.configs[view].data, [view], job.recipe, str(device))
 
     def features(part: Index, name: str) -> tuple[Tensor, Tensor, Tensor]:
         found, windows = embed_index(
             part, embedding, open_loader, store, description=f"{view} features, {name}", progress=job.progress
         )
-        return found[f"net/{view}"].to(job.device), torch.from_numpy(part.labels).to(job.device), windows
+        return found[f"net/{view}"].to(device), torch.from_numpy(part.labels).to(device), windows
 
     train, train_labels, train_windows = features(job.split.train, "train")
     test, test_labels, windows = features(job.split.test, "test")
@@ -215,7 +227,7 @@ def _probe_features(job: Job, view: str, encoder: Encoder, key: str, store: Feat
 
 def _train_on_clips(job: Job, view: str, encoder: Encoder, folder: Path) -> Predictions:
     """Augmented clips of the train split, then every window and crop of the test split."""
-    train, test, settings, device = job.split.train, job.split.test, job.settings, job.device
+    train, test, settings, device = job.split.train, job.split.test, job.settings, job.world.device
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
         model = Classifier(encoder, len(train.classes), settings).to(device)
@@ -227,18 +239,28 @@ def _train_on_clips(job: Job, view: str, encoder: Encoder, folder: Path) -> Pred
                 done = train_on_clips(model, loader, dataclasses.replace(training, select=select))
         else:
             done = train_on_clips(model, loader, training)
-    with closing(open_windows(test, job.configs[view].data, [view], job.recipe, str(device))) as windows:
-        probabilities, counts = video_probabilities(
-            model, windows, len(test), view, crops=job.recipe.crops, description=f"{view}, test", progress=job.progress
-        )
-        for path, reason in windows.skipped:
-            log.warning("test: %s is left out: %s", path, reason)
-    return Predictions(probabilities, counts, done["best_epoch"])
+
+    def measure(mine: range) -> tuple[dict[int, Tensor], Tensor]:
+        part = Index((test[i] for i in mine), test.classes)
+        with closing(open_windows(part, job.configs[view].data, [view], job.recipe, str(device))) as windows:
+            found = video_probabilities(
+                model, windows, len(part), view, crops=job.recipe.crops, description=f"{view}, test",
+                progress=job.progress,
+            )  # fmt: skip
+            for path, reason in windows.skipped:
+                log.warning("test: %s is left out: %s", path, reason)
+        return found
+
+    return Predictions(*shared_out(len(test), measure), done["best_epoch"])
 
 
 def _clip_loader(job: Job, part: Index, view: str, plan: Any) -> TrainLoader:
-    data = dataclasses.replace(job.configs[view].data, batch_size=min(job.settings.batch_size, len(part)))
-    return TrainLoader(part, data, [view], seed=job.seed, device=job.device, plan=plan)
+    world = job.world
+    largest = max(len(part) // world.size, 1)
+    data = dataclasses.replace(job.configs[view].data, batch_size=min(job.settings.batch_size, largest))
+    return TrainLoader(
+        part, data, [view], seed=job.seed, device=world.device, rank=world.rank, world_size=world.size, plan=plan
+    )
 
 
 def _identity(job: Job, view: str, weights: str) -> str:
@@ -247,9 +269,14 @@ def _identity(job: Job, view: str, weights: str) -> str:
         [[video_digest(video, view), video.label] for video in part] for part in (job.split.train, job.split.test)
     ]
     data = job.configs[view].data
-    settings = [job.task, dataclasses.asdict(job.settings), job.seed, job.recipe.identity(data, str(job.device)),
+    settings = [job.task, dataclasses.asdict(job.settings), job.seed, job.recipe.identity(data, str(job.world.device)),
                 data.crop_area, job.split.train.classes]  # fmt: skip
-    return digest(json.dumps([settings, videos, weights]))
+    return digest(json.dumps([settings, videos, weights, *_processes(job)]))
+
+
+def _processes(job: Job) -> list[int]:
+    """How many share a step, where it is several: they make its batch larger."""
+    return [] if job.on_features or job.world.size == 1 else [job.world.size]
 
 
 def _read_predictions(path: Path) -> Predictions | None:

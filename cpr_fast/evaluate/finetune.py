@@ -2,13 +2,19 @@
 
 Every draw of an epoch, the dropout's included, is a function of the seed and the epoch, so a run that was killed and
 started again ends as one that never was (bitwise on the CPU). SIGTERM and SIGUSR1 save first, in the midst of an epoch.
-Letters: B clips of a step, M videos, L classes.
+
+Under `torchrun` every rank runs the backbone on its clips of a step, and the head on the features of all: its BatchNorm
+and dropout are those of one process with the whole batch. The backbone's BatchNorm sees one rank's clips at a time, as
+in the published runs; its running statistics are the mean over the ranks.
+
+Letters: R ranks, B clips per rank of a step, M videos, L classes.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +30,7 @@ from ..data.pipeline import Batch
 from ..interrupt import Interrupted, StopRequest, stop_requests
 from ..metrics import FILE as METRICS_FILE
 from ..metrics import MetricsWriter, rewind
+from ..models import running_statistics
 from ..precision import autocast
 from ..progress import track
 from .classifier import Classifier, make_optimizer, set_epoch
@@ -70,11 +77,11 @@ def train_on_clips(model: Classifier, loader: ClipLoader, training: Training) ->
         Interrupted: SIGTERM or SIGUSR1 asked to stop, and `last.pt` holds the step it was at.
     """
     settings = training.settings
-    training.folder.mkdir(parents=True, exist_ok=True)
     state = _State(model, training)
-    if (training.folder / METRICS_FILE).exists():
+    main = distributed.is_main()
+    if main and (training.folder / METRICS_FILE).exists():
         rewind(training.folder, step=0, epoch=state.epoch)
-    with MetricsWriter(training.folder) as writer, stop_requests() as stop:
+    with MetricsWriter(training.folder) if main else nullcontext() as writer, stop_requests() as stop:
         while state.epoch < settings.epochs:
             began = time.perf_counter()
             lr = set_epoch(state.optimizer, settings, state.epoch)
@@ -85,7 +92,8 @@ def train_on_clips(model: Classifier, loader: ClipLoader, training: Training) ->
                 if state.best is None or row["selection"] > state.best["selection"]:
                     weights = {name: value.clone() for name, value in model.state_dict().items()}
                     state.best = {"selection": row["selection"], "epoch": state.epoch, "model": weights}
-            writer.write(row | {"epoch_time_s": time.perf_counter() - began})
+            if writer is not None:
+                writer.write(row | {"epoch_time_s": time.perf_counter() - began})
             state.epoch += 1
             state.save()
     if state.best is not None:
@@ -105,12 +113,14 @@ def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest) -> tuple[
         batches = loader.epoch(epoch, first)
         bar = track(batches, title, total=len(loader) - first, unit="steps", progress=training.progress)
         for step, batch in enumerate(bar, first):
-            labels = batch.label.to(device)
+            labels = distributed.all_gather(batch.label.to(device))  # [R*B]
             with autocast(device, training.settings.precision):
-                logits = model(batch.clips[training.view][:, 0])  # [B, L]
+                features = model.features(batch.clips[training.view][:, 0])  # [B, C]
+                logits = model.head(distributed.all_gather_with_gradient(features))  # [R*B, L]
             loss = F.cross_entropy(logits.float(), labels)
             state.optimizer.zero_grad(set_to_none=True)
             state.scaler.scale(loss).backward()
+            distributed.mean_(_gradients_and_statistics(model))
             state.scaler.step(state.optimizer)
             state.scaler.update()
             hits = (logits.detach().argmax(1) == labels).sum()
@@ -122,6 +132,16 @@ def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest) -> tuple[
     if not loss / clips < float("inf"):
         raise ArithmeticError(f"epoch {epoch}: the loss of the classifier is NaN or infinite; lower its rates")
     return loss / clips, hits / clips
+
+
+def _gradients_and_statistics(model: Classifier) -> list[Tensor]:
+    """What the ranks average after a step's backward.
+
+    Each rank's loss is of the whole batch, and its features' gradient the sum over the ranks' losses: the mean of the
+    gradients is the whole batch's.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return gradients if model.frozen else gradients + running_statistics(model.encoder.backbone)
 
 
 class _State:
@@ -140,7 +160,7 @@ class _State:
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.epoch, self.best, self._partial = 0, None, None
         self.path = training.folder / LAST
-        if not self.path.exists():
+        if not distributed.from_main(self.path.exists):
             return
         saved = load_checkpoint(self.path, device=device)
         try:
@@ -164,7 +184,9 @@ class _State:
         return partial["steps"], partial["total"], partial["rng"]
 
     def save(self, partial: dict[str, Any] | None = None) -> Path:
-        """Writes `last.pt`; `partial` is of an epoch that is not over."""
+        """The first process writes `last.pt`; `partial` is of an epoch that is not over."""
+        if not distributed.is_main():
+            return self.path
         payload = {
             "config": self.training.config.to_dict(),
             "encoders": {self.training.view: self.model.encoder.state_dict()},
@@ -182,7 +204,8 @@ def selection_accuracy(loader: Any, videos: int, view: str, device: torch.device
     """The published code's selection: accuracy on one clip of every test video, for `Training.select`.
 
     Args:
-        loader: a TrainLoader with `plan_selection` over the M test videos; those left over by its batches are sampled.
+        loader: a rank's TrainLoader with `plan_selection` over the M test videos; those left over by its batches are
+            sampled.
     """
 
     def measure(model: Classifier, epoch: int) -> float:
@@ -198,8 +221,8 @@ def selection_accuracy(loader: Any, videos: int, view: str, device: torch.device
         with torch.inference_mode():
             for batch in loader.epoch(epoch):
                 count(batch)
-            for video in sorted(set(range(videos)) - seen):
+            for video in distributed.share(sorted(set(range(videos)) - distributed.union(seen))):
                 count(loader.sample(epoch, video))
-        return hits / videos
+        return sum(distributed.gather_objects(hits)) / videos
 
     return measure

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from ..checkpoint import written_whole
 from ..config import View
+from ..distributed import is_main
 from ..errors import InputError
 from ..metrics import FILE as METRICS_FILE
 
@@ -41,8 +42,9 @@ def run_of(checkpoints: Checkpoints) -> Path | None:
 
 
 def write_result(folder: Path, name: str, result: dict[str, Any]) -> Path:
-    """Writes FOLDER/NAME.json whole or not at all; returns its path."""
+    """The first process of a run writes FOLDER/NAME.json whole or not at all; returns its path."""
     path = folder / f"{name}.json"
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if is_main():
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..config import Config, DataConfig
 from ..data.index import Index, Video
 from ..data.pipeline import WindowLoader
@@ -59,6 +60,8 @@ def retrieve(
 ) -> dict[str, Any]:
     """R@k of a checkpoint, of the same network untrained, and of the label-free baselines, over the same windows.
 
+    Under `torchrun` the ranks share out the videos.
+
     Args:
         checkpoint: one file, or one per view, see `load_pretrained`.
         indexes: the labelled videos, one file or one for each official split.
@@ -77,8 +80,8 @@ def retrieve(
     paths = [indexes] if isinstance(indexes, str | Path) else list(indexes)
     if not paths:
         raise InputError("index: expected at least one, got none")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    world = distributed.init(device)
+    device = str(world.device)
     how = make_recipe(recipe, clips_per_video, crops)
     pretrained = load_pretrained(checkpoint, device=device)
     splits = [Index.load(path, require_flow=pretrained.data.flow == "stored") for path in paths]
@@ -103,7 +106,7 @@ def retrieve(
         results += [row | where for row in rows]
         examples = examples or shown
     summary = _summary(results)
-    if run_dir is not None:
+    if run_dir is not None and world.is_main:
         with MetricsWriter(run_dir) as writer:
             for row in summary:
                 writer.write({"kind": "retrieval", **row})
@@ -234,7 +237,7 @@ def _split(index: Index, protocol: Protocol) -> tuple[Index, Index]:
 
 def _warn_of_shared_sources(queries: FeatureSet, gallery: FeatureSet) -> None:
     shared = len(set(queries.sources.tolist()) & set(gallery.sources.tolist()))
-    if shared:
+    if shared and distributed.is_main():
         log.warning("%d sources are in both splits: a query may find clips of its own source", shared)
 
 

@@ -14,7 +14,18 @@ from cpr_fast.models.r3d import C3D, R3D, R2Plus1D
 from cpr_fast.models.s3d import S3D
 from cpr_fast.models.s3d_milnce import S3DMilNce
 
-__all__ = ["C3D", "R3D", "S3D", "Encoder", "PooledHead", "ProjectionHead", "R2Plus1D", "S3DMilNce", "build_encoder"]
+__all__ = [
+    "C3D",
+    "R3D",
+    "S3D",
+    "Encoder",
+    "PooledHead",
+    "ProjectionHead",
+    "R2Plus1D",
+    "S3DMilNce",
+    "build_encoder",
+    "running_statistics",
+]
 
 _BACKBONES: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "s3d": lambda config: S3D(config.width, config.conv_std),
@@ -66,3 +77,10 @@ def build_encoder(config: ModelConfig) -> Encoder:
     else:
         head = PooledHead(unit=config.head == "unit")
     return Encoder(backbone, head).to(memory_format=torch.channels_last_3d)
+
+
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """The running means and variances of a network's BatchNorm layers (not their batch counters)."""
+    # .data: autograd keeps these buffers for a backward that does not read them in training mode, and would take a
+    # write between two forwards for a mistake.
+    return [buffer.data for buffer in network.buffers() if buffer.is_floating_point()]

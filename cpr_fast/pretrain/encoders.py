@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import distributed
 from ..distributed import World
 from ..errors import InputError
-from ..models import Encoder
+from ..models import Encoder, running_statistics
 from .schedule import generator, on_device
 
 SHUFFLE_STREAM = 1  # of `schedule.generator`
@@ -172,13 +172,6 @@ class Encoders:
         """Averages the BatchNorm statistics over the ranks: after every step, so that saving or not changes nothing."""
         keys = [] if self.key is self.query else running_statistics(self.key)
         distributed.mean_(running_statistics(self.query) + keys)
-
-
-def running_statistics(encoder: nn.Module) -> list[Tensor]:
-    """The running means and variances of an encoder's BatchNorm layers (not their batch counters)."""
-    # .data: autograd keeps these buffers for a backward that does not read them in training mode, and would take a
-    # write between two forwards for a mistake.
-    return [buffer.data for buffer in encoder.buffers() if buffer.is_floating_point()]
 
 
 def _frozen(encoder: Encoder) -> Encoder:

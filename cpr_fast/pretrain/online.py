@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import distributed
 from ..config import Config, View
 from ..data.index import Index
 from ..distributed import World
@@ -89,26 +88,19 @@ class OnlineRetrieval:
             self.watch.getting_on()
             return encoder.features(clips)
 
-        width = encoder.backbone.out_channels
-        everyone = torch.zeros(len(self.index), width + 1)
-        mine = range(self.world.rank, len(self.index), self.world.size)
         device = self.world.device
         encoder.eval()
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                if mine:
-                    part = Index((self.index[i] for i in mine), self.index.classes)
-                    rows, windows = embed_index(
-                        part,
-                        {view: Embedding(view, features, RECIPE.metric)},
-                        lambda part: self.make_windows(part, view),
-                        description="online retrieval",
-                    )
-                    everyone[mine.start :: mine.step] = torch.cat([rows[view], windows[:, None]], dim=1)
+                rows, windows = embed_index(
+                    self.index,
+                    {view: Embedding(view, features, RECIPE.metric)},
+                    lambda part: self.make_windows(part, view),
+                    description="online retrieval",
+                )
         finally:
             encoder.train()
-        distributed.sum_(everyone)
-        return everyone[:, :width], everyone[:, width] > 0
+        return rows[view], windows > 0
 
     def _open_windows(self, part: Index, view: View) -> Any:
         from ..evaluate.retrieval import open_windows  # here, so that other loaders need no DALI
