@@ -93,7 +93,8 @@ def loading(work: Work, name: str) -> Callable:
         batches = []
         for begin in range(0, len(work.clips), work.data.batch_size):
             rows = range(begin, min(begin + work.data.batch_size, len(work.clips)))
-            batches.append(augment(work.clips[np.array(rows)], [work.read(decoder, row) for row in rows], work.data))
+            frames = (work.read(decoder, row) for row in rows)  # decoded one by one, so that memory is used again
+            batches.append(augment(work.clips[np.array(rows)], frames, work.data))
         return batches
 
     return call

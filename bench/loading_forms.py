@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import av
 import cv2
@@ -25,6 +25,7 @@ from PIL import Image
 from cpr_fast.config import DataConfig
 from cpr_fast.data import lmdb
 from cpr_fast.data.clips import fetch_frames
+from cpr_fast.data.cut import cut_clips
 from cpr_fast.data.graph import ClipGraph
 from cpr_fast.data.index import Video
 from cpr_fast.data.media import is_record
@@ -33,7 +34,7 @@ from cpr_fast.data.sampling import Clips
 from cpr_fast.pixels import normalisation
 
 Decoder = Callable[[Video, np.ndarray], np.ndarray]  # increasing frame numbers [T] -> RGB, uint8 [T, H, W, 3]
-Augmentation = Callable[[Clips, list[np.ndarray], DataConfig], torch.Tensor]  # -> float32 [M, 3, T, S, S]
+Augmentation = Callable[[Clips, Iterable[np.ndarray], DataConfig], torch.Tensor]  # -> float32 [M, 3, T, S, S]
 
 
 # ---- video files ---------------------------------------------------------------------------------------------
@@ -167,12 +168,12 @@ def prepared(name: str, video: Video) -> Decoder:
 
 
 # ---- augmentations -----------------------------------------------------------------------------------------------
-def published(clips: Clips, frames: list[np.ndarray], data: DataConfig) -> torch.Tensor:
+def published(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.Tensor:
     """The published code's: PIL, frame by frame. The truth for the others."""
-    return ReferenceGraph(data, ["rgb"]).run(clips, {"rgb": frames})["rgb"]
+    return ReferenceGraph(data, ["rgb"]).run(clips, {"rgb": list(frames)})["rgb"]
 
 
-def fast(clips: Clips, frames: list[np.ndarray], data: DataConfig) -> torch.Tensor:
+def fast(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.Tensor:
     """The fastest form found of the same, by torch and OpenCV: torch's vectorised bicubic resize of bytes, all colours
     as one matrix, and the normalisation in place, all into one batch."""
     out = np.empty((len(clips), data.frames, data.size, data.size, 3), np.float32)
@@ -225,9 +226,9 @@ def _graph(data: DataConfig) -> ClipGraph:
     return ClipGraph(data, {"rgb": "frames"}, torch.device("cpu"), data.batch_size)
 
 
-def same(clips: Clips, frames: list[np.ndarray], data: DataConfig) -> torch.Tensor:
-    """The loader's own."""
-    return _graph(data).run(clips, {"rgb": frames})["rgb"]
+def same(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.Tensor:
+    """The loader's own, which also cuts every clip as soon as it is decoded."""
+    return _graph(data).run(clips, {"rgb": cut_clips(frames, clips, "rgb", data)})["rgb"]
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {"the same": same, "torch and OpenCV": fast, "PIL": published}

@@ -15,6 +15,7 @@ import torch
 
 from .config import Config, DataConfig
 from .data.clips import fetch_frames
+from .data.cut import cut_clips
 from .data.graph import ClipGraph
 from .data.index import Index, Video
 from .data.lmdb import read_jpegs
@@ -158,8 +159,12 @@ def _augment(kept: list, data: DataConfig, views: tuple[str, ...], budget_s: flo
     some = kept[: data.batch_size]
     graph = ClipGraph(data, dict.fromkeys(views, "frames"), torch.device("cpu"), 2 * len(some))
     clips = Clips.concatenate([plan for plan, _ in some])
-    samples = {view: [clip for _, frames in some for clip in frames[view]] for view in views}
-    return _repeat(lambda: graph.run(clips, samples), budget_s) / len(some)
+    frames = {view: [clip for _, frames in some for clip in frames[view]] for view in views}
+
+    def run() -> None:
+        graph.run(clips, {view: cut_clips(frames[view], clips, view, data) for view in views})
+
+    return _repeat(run, budget_s) / len(some)
 
 
 def _copy(batch: int, data: DataConfig, views: tuple[str, ...], device: torch.device) -> float:

@@ -17,6 +17,7 @@ pytest.importorskip("nvidia.dali")
 from cpr_fast.config import DataConfig
 from cpr_fast.data.background import run_ahead
 from cpr_fast.data.clips import ClipReader, fetch_frames, fetch_jpegs, fetch_packets
+from cpr_fast.data.cut import cut_clips
 from cpr_fast.data.graph import ClipGraph
 from cpr_fast.data.index import Index, Video
 from cpr_fast.data.lmdb import RecordWriter, record_path, split_record
@@ -240,7 +241,7 @@ class TestAugmentation:
         rest = {name: np.array([value]) for name, value in (neutral_draw | draw).items()}
         clips = Clips(np.zeros(1, int), np.zeros(1, int), np.array([box]), **rest)
         graph = ClipGraph(DATA, {"rgb": "frames"}, CPU, 1)
-        return levels(graph.run(clips, {"rgb": [pixels]})["rgb"][0])
+        return levels(graph.run(clips, {"rgb": cut_clips([pixels], clips, "rgb", DATA)})["rgb"][0])
 
     @pytest.mark.parametrize("box", [[0, 0, 60, 80], [3, 5, 23, 65], [10, 0, 60, 41], [30, 30, 41, 39]])
     @pytest.mark.parametrize("flip", [False, True])
@@ -280,10 +281,8 @@ class TestAugmentation:
     def test_normalisation(self):
         graph = ClipGraph(DATA, {"rgb": "frames", "flow": "frames"}, CPU, 1)
         clips = plan_windows(Sources(np.array([4]), np.array([32]), np.array([32])), 0, DATA, None)
-        out = graph.run(
-            clips,
-            {"rgb": [np.full((4, 32, 32, 3), 51, np.uint8)], "flow": [np.full((4, 32, 32, 2), [204, 102], np.uint8)]},
-        )
+        frames = {"rgb": np.full((4, 32, 32, 3), 51, np.uint8), "flow": np.full((4, 32, 32, 2), [204, 102], np.uint8)}
+        out = graph.run(clips, {view: cut_clips([pixels], clips, view, DATA) for view, pixels in frames.items()})
         for view, value in {"rgb": (51, 51, 51), "flow": (128, 102, 204)}.items():
             expected = [(v / 255 - m) / s for v, m, s in zip(value, MEAN, STD, strict=True)]
             torch.testing.assert_close(out[view].mean(dim=(0, 2, 3, 4)), torch.tensor(expected), rtol=0, atol=1e-5)
@@ -322,7 +321,7 @@ def test_the_other_routes_give_the_frames_of_the_frame_graph(tmp_path, kind, rou
     clips = dataclasses.replace(clips, start=start)
     options = {"group": group, "same_frames": same_frames, "clip_major": clip_major}
     views = ("rgb", "flow")
-    frames = {view: fetch_frames(video, start, view, DATA) for view in views}
+    frames = {view: cut_clips(fetch_frames(video, start, view, DATA), clips, view, DATA) for view in views}
     expected = ClipGraph(DATA, dict.fromkeys(views, "frames"), CPU, len(start), **options)
     other = ClipGraph(DATA, dict.fromkeys(views, route), CPU, len(start), **options)
     for repeat in (len(start), len(start) // 2):  # the second run is smaller

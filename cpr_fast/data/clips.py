@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from cpr_fast.config import DataConfig
+from cpr_fast.data.cut import cut_clips
 from cpr_fast.data.index import Index, Video
 from cpr_fast.data.lmdb import read_jpegs
 from cpr_fast.data.media import is_record, read_frames
@@ -136,6 +137,7 @@ class ClipReader:
     index: Index
     data: DataConfig
     fetch: Mapping[str, Fetch]  # by view
+    cut: frozenset[str] = frozenset()  # the views whose frames are cut and resized here
     skipped: list[tuple[Path, str]] = field(default_factory=list)  # (path, reason), once per file
     _named: set[Path] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -145,7 +147,7 @@ class ClipReader:
         video = self.index[int(clips.video[0])]
         fetch = {view: checked(fetch) if check else fetch for view, fetch in self.fetch.items()}
         try:
-            return Material(clips, {view: fetch[view](video, clips.start, view, self.data) for view in fetch})
+            return Material(clips, {view: self._view(fetch[view], video, clips, view) for view in fetch})
         except VideoError as error:
             with self._lock:
                 if error.path not in self._named:
@@ -153,6 +155,10 @@ class ClipReader:
                     self.skipped.append((error.path, error.reason))
                     log.warning("skipped %s: %s", error.path, error.reason)
             return None
+
+    def _view(self, fetch: Fetch, video: Video, clips: Clips, view: str) -> list:
+        samples = fetch(video, clips.start, view, self.data)
+        return cut_clips(samples, clips, view, self.data) if view in self.cut else samples
 
     def read_or_substitute(self, clips: Clips, substitutes: Iterable[Clips], **options) -> Material:
         """As `read`, going through `substitutes` in order until one can be read.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor
 
 from cpr_fast.config import DataConfig
-from cpr_fast.data.cut import cut
 from cpr_fast.data.sampling import Clips
 from cpr_fast.pixels import normalisation
 
@@ -140,7 +138,7 @@ class ClipGraph:
         """
         self._views, self._group, self._clip_major, self._lock = dict(routes), group, clip_major, threading.Lock()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._same_frames, self._frames, self._data = same_frames, data.frames, data
+        self._same_frames, self._frames = same_frames, data.frames
         gpu, decoder = (None, "cpu") if self._stream is None else (self._stream.device.index, "mixed")
         options: dict[str, Any] = {"num_threads": data.workers, "device_id": gpu}
         cuts = group if same_frames else 1
@@ -164,22 +162,18 @@ class ClipGraph:
     def run(self, clips: Clips, samples: dict[str, list]) -> dict[str, Tensor]:
         """view -> float32 [M, 3, T, S, S], channels_last_3d.
 
-        `samples[view]` is, by route: the frames of every clip, uint8 [T, H, W, C]; (packets, chosen, order) of every
-        group; or the JPEGs of every clip, T uint8 [L] each.
+        `samples[view]` is, by route: every clip as `cut_clips` leaves it, uint8 [T, S, S, 3]; (packets, chosen,
+        order) of every group; or the JPEGs of every clip, T uint8 [L] each.
         """
         draw = draw_rows(clips)
         with self._lock:  # two epochs of one loader may be read at the same time
-            return {
-                view: self._run_view(view, route, clips, draw, samples[view]) for view, route in self._views.items()
-            }
+            return {view: self._run_view(view, route, draw, samples[view]) for view, route in self._views.items()}
 
-    def _run_view(self, view: str, route: Route, clips: Clips, draw: np.ndarray, samples: list) -> Tensor:
+    def _run_view(self, view: str, route: Route, draw: np.ndarray, samples: list) -> Tensor:
         pipeline, rows = self._pipelines[view], self.rows(len(draw))
         if route == "frames":
-            with ThreadPoolExecutor(self._data.workers) as pool:
-                frames = list(pool.map(lambda row: cut(samples[row], clips.box[row], view, self._data), rows))
             pipeline.feed_input("draw", draw[rows])
-            pipeline.feed_input("frames", frames)
+            pipeline.feed_input("frames", [samples[row] for row in rows])
         elif route == "packets":
             pipeline.feed_input("draw", draw.reshape(-1, self._group, draw.shape[1]))
             for name, values in zip(("packets", "chosen", "order"), zip(*samples, strict=True), strict=True):

@@ -18,6 +18,7 @@ from nvidia.dali import fn, pipeline_def
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.clips import fetch_frames
+from cpr_fast.data.cut import cut_clips
 from cpr_fast.data.graph import ClipGraph
 from cpr_fast.data.index import Index, Video
 from cpr_fast.data.reference import ReferenceGraph
@@ -137,8 +138,9 @@ def clip_parity(path: Path, data: DataConfig, *, epochs: int = 8, device: torch.
     std = 255 * torch.tensor(normalisation(data.augment)[1]).view(3, 1, 1, 1)  # levels per unit
     for epoch in range(epochs):
         plan = plan_pairs(sources, np.array([0]), data, 0, epoch)
-        frames = {"rgb": fetch_frames(video, plan.start, "rgb", data)}
-        got, expected = graph.run(plan, frames)["rgb"].cpu(), reference.run(plan, frames)["rgb"]
+        frames = fetch_frames(video, plan.start, "rgb", data)
+        got = graph.run(plan, {"rgb": cut_clips(frames, plan, "rgb", data)})["rgb"].cpu()
+        expected = reference.run(plan, {"rgb": frames})["rgb"]
         for c in range(2):
             changed = (plan.brightness[c], plan.saturation[c], plan.hue[c], plan.sigma[c]) != (1, 1, 0, 0)
             error = float(((got[c] - expected[c]) * std).square().mean())

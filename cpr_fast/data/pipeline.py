@@ -97,7 +97,8 @@ class _ClipSource:
             "packets": partial(fetch_packets, group=grouping.get("group", 1)),
             "jpegs": fetch_jpegs,
         }
-        reader = ClipReader(index, data, {view: fetch[route] for view, route in routes.items()})
+        cut = frozenset(view for view, route in routes.items() if route == "frames" and not data.exact)
+        reader = ClipReader(index, data, {view: fetch[route] for view, route in routes.items()}, cut)
         if data.exact:
             grouping.pop("same_frames", None)
             graph = ReferenceGraph(data, list(routes), **grouping)
