@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import av
 import numpy as np
 import pytest
+from av.video.frame import PictureType
 from numbered_videos import (
     KINDS,
     decode_linearly,
@@ -14,7 +15,7 @@ from numbered_videos import (
     write_video,
 )
 
-from cpr_fast.data.video import VideoError, probe_video, read_frames, slice_packets
+from cpr_fast.data.video import PacketTable, VideoError, probe_video, read_frames, slice_packets
 
 FRAMES = 47  # of every numbered video: no multiple of a group of pictures
 CHOICES = ([0], [46], [11, 12, 13], [5, 24, 25, 40], list(range(30, 46)), list(range(FRAMES)))
@@ -43,6 +44,7 @@ def test_frames_show_the_number_asked_for(numbered, kind):
     [
         ("ucf101_100", "Archery", "v_Archery_g02_c02.avi"),
         ("ucf101_100", "BabyCrawling", "v_BabyCrawling_g18_c06.avi"),
+        ("ucf101_100", "Biking", "v_Biking_g01_c04.avi"),
         ("tiny", "mmaction2_test.avi"),
         ("tiny", "eat.mkv"),
         ("tiny", "h264_10bits.mp4"),
@@ -55,8 +57,9 @@ def test_real_clips_equal_a_linear_decode(clip):
     num_frames = len(truth)
     assert probe_video(path).num_frames == num_frames
     rng = np.random.default_rng(0)
-    for first in [0, num_frames - 16, *rng.integers(0, num_frames - 16, 3)]:
-        frames = np.arange(first, first + 16)
+    scattered = (np.sort(rng.choice(num_frames, 8, replace=False)) for _ in range(3))
+    clips = (np.arange(f, f + 16) for f in [0, num_frames - 16, *rng.integers(0, num_frames - 16, 3)])
+    for frames in (*clips, *scattered):
         np.testing.assert_array_equal(read_frames(path, frames, "rgb", num_frames), truth[frames])
 
 
@@ -92,6 +95,22 @@ def test_a_slice_leaves_out_the_groups_of_pictures_between_two_clips(numbered, t
         (tmp_path / "slice").write_bytes(encoded)
         assert len(decode_linearly(tmp_path / "slice")) <= 2 + (42 - key + 1) + 4
         assert places[2] <= 41 - key + 2 + 2
+
+
+@pytest.mark.parametrize("kind", ["h264-bframes", "mpeg4-avi"])
+def test_decoding_starts_at_the_key_frame_and_passes_over_b_frames(numbered, kind):
+    with av.open(str(numbered[kind])) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        kinds = [frame.pict_type for frame in container.decode(stream)]
+    with av.open(str(numbered[kind])) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        wanted = np.array([30, 31])
+        decoded = [number for number, _ in PacketTable(container, stream, FRAMES).decode(wanted) if number <= 31]
+    assert decoded[0] == 24 and {30, 31} <= set(decoded)
+    referenced = [number for number in range(24, 32) if kinds[number] != PictureType.B]
+    assert set(referenced) <= set(decoded) and len(decoded) < 31 - 24 + 1
 
 
 def test_flow_is_the_two_halves_of_the_luma_as_stored(tmp_path):

@@ -1,10 +1,10 @@
 """Frame-exact decoding of chosen frames, and the packets that carry them.
 
 A frame's number is its place in presentation order when the file is decoded from its start, which is the only
-definition that every container shares: header counts lie, and AVI carries no presentation times. Where the packets'
-timestamps prove the numbering (as many distinct times as frames that decode) decoding starts at the previous key
-frame; elsewhere it starts at frame 0. UCF101's XviD files are of the second kind and most hold a single key frame, so
-nothing is lost there.
+definition that every container shares: header counts lie, and AVI carries no presentation times. Where the packets
+prove the numbering (as many distinct times as frames that decode; of MPEG-4 in AVI as many pictures, whose kinds say in
+which order they are shown) decoding starts at the previous key frame and passes over unwanted frames to which no other
+refers; elsewhere every frame from 0 on is decoded.
 
 Letters: F frames, H x W pixels, L bytes.
 """
@@ -21,6 +21,11 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
+
+PICTURE = b"\x00\x00\x01\xb6"  # starts one in an MPEG-4 stream; the next two bits say which kind
+INTRA, BIDIRECTIONAL = 0, 2  # kinds of MPEG-4 pictures
+EMPTY_PICTURE = 19  # bytes: FFmpeg's bound of a picture that only repeats the last one
+PASSES_OVER = ("h264", "mpeg4")  # decoders that leave out exactly the frames to which no other refers
 
 
 class VideoError(RuntimeError):
@@ -103,7 +108,7 @@ def read_frames(path: str | Path, frames: Sequence[int] | np.ndarray, view: str,
         wanted = {int(number): place for place, number in enumerate(frames)}
         last = int(frames[-1])
         write = _FrameWriter(path, len(wanted), view)
-        for number, frame in packets.decode(int(frames[0])):
+        for number, frame in packets.decode(np.asarray(frames)):
             if number in wanted:
                 write(wanted.pop(number), frame)
                 if not wanted:
@@ -128,7 +133,7 @@ def slice_packets(
         raise VideoError(path, f"frames {frames[0]}..{frames[-1]} asked of {num_frames}")
     with _open(path) as (container, stream):
         table = PacketTable(container, stream, num_frames)
-        if table.ranks is None:
+        if table.ranks is None or not table.timed:
             return np.fromfile(path, np.uint8), frames.astype(np.int32)
         chosen = table.needed(frames)
         ranks = table.ranks[chosen]
@@ -142,18 +147,16 @@ class PacketTable:
     """A video's packets in decoding order, and the frame number of each where that is certain."""
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, num_frames: int) -> None:
-        self._stream = stream
-        if container.format.name == "avi":  # its "presentation" times are decoding times
-            self.packets, self.ranks = container.demux(stream), None
+        self._decoder = stream.codec_context
+        self.timed = container.format.name != "avi"  # whose "presentation" times are decoding times
+        self.packets, self.ranks = container.demux(stream), None
+        if not self.timed and self._decoder.name != "mpeg4":
             return
-        packets = list(container.demux(stream))
-        shown = [p.pts for p in packets if p.size and not p.is_discard]
+        self.packets = list(self.packets)
+        packets = [packet for packet in self.packets if packet.size and not packet.is_discard]
+        shown = [packet.pts for packet in packets] if self.timed else _shown_by_kind(packets)
         if None not in shown and len(set(shown)) == len(shown) == num_frames:
-            packets = [p for p in packets if p.size and not p.is_discard]
-            self.ranks = np.argsort(np.argsort(shown))
-        else:
-            self.ranks = None
-        self.packets = packets
+            self.packets, self.ranks = packets, np.argsort(np.argsort(shown))
 
     def key_packet(self, frames: int | np.ndarray) -> np.ndarray:
         """Index of the last key packet at or before each frame, in presentation as in decoding order.
@@ -183,21 +186,52 @@ class PacketTable:
         earliest_after = np.minimum.accumulate(self.ranks[::-1])[::-1]  # of the packet itself and all later ones
         return all(earliest_after[i] == self.ranks[i] for i, packet in enumerate(self.packets) if packet.is_keyframe)
 
-    def decode(self, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(number, frame) in presentation order, from `first` or earlier to the end of the video."""
-        decoder = self._stream.codec_context
+    def decode(self, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(number, frame) in presentation order: the frames `wanted` (increasing) that decode, and others."""
+        decoder = self._decoder
         if self.ranks is None:
             numbered = (frame for packet in self.packets for frame in decoder.decode(packet))
             yield from enumerate(numbered)
             return
         number_of = {packet.pts: int(rank) for packet, rank in zip(self.packets, self.ranks, strict=True)}
-        begin = int(self.key_packet(first))
+        begin = int(self.key_packet(wanted[0]))
+        if begin and not self.timed:
+            decoder.decode(self.packets[0])  # names the encoder, by whose habits FFmpeg decodes all that follows
         base = self.ranks[begin]
-        for packet in [*self.packets[begin:], None]:
+        passable = ~np.isin(self.ranks, wanted) if decoder.name in PASSES_OVER else np.zeros(len(self.ranks), bool)
+        passing = False
+        for packet, passed in [*zip(self.packets[begin:], passable[begin:], strict=True), (None, False)]:
+            if passed != passing:
+                decoder.skip_frame, passing = ("NONREF" if passed else "DEFAULT"), passed
             for frame in decoder.decode(packet):
                 number = number_of.get(frame.pts, -1)
                 if number >= base:
                     yield number, frame
+
+
+def _shown_by_kind(packets: list[av.Packet]) -> list[int]:
+    """The place at which each picture of an MPEG-4 stream from an AVI file is shown, also put down as its time.
+
+    A B-frame is shown at once, any other frame when the next such frame comes. Empty where that is not certain: packets
+    without a picture, with an empty one, or with two (XviD's packed B-frames: what FFmpeg makes of their faulty padding
+    depends on all that it decoded before).
+    """
+    kinds = []
+    for packet in packets:
+        data = bytes(packet)
+        first = data.find(PICTURE)
+        if len(data) <= EMPTY_PICTURE or not 0 <= first < len(data) - 4 or data.find(PICTURE, first + 4) >= 0:
+            return []
+        kinds.append(data[first + 4] >> 6)
+    kinds, keys = np.array(kinds), np.array([packet.is_keyframe for packet in packets])
+    if not len(kinds) or not keys[0] or np.any((kinds == INTRA) != keys) or BIDIRECTIONAL in kinds[1:2]:
+        return []
+    shown = np.arange(len(kinds)) - 1
+    lasting = np.flatnonzero(kinds != BIDIRECTIONAL)
+    shown[lasting] = np.append(shown[lasting[1:]], len(kinds) - 1)
+    for packet, place in zip(packets, shown.tolist(), strict=True):
+        packet.pts = place
+    return shown.tolist()
 
 
 class _FrameWriter:
