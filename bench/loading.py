@@ -3,14 +3,14 @@
     PYTHONPATH=PEERS python bench/loading.py [--videos 16] [--seconds 25] [--device cuda] [--root DIR] [--out DIR]
 
 Random clips of T = 32 frames to 128x128 with the pretraining augmentation, one of each video, all forms of a table in
-turn. On the CPU per core: process CPU time, every form on one thread. Reads UCF101 videos from $CPR_FAST_SHARED/data
-(default ../shared) or class folders below --root: as they are, transcoded (`cpr-fast index --transcode`), and as JPEG
-records in an LMDB file. Writes bench/results/loading.json and .md; loading_cuda.* with a GPU, which adds NVDEC and
-nvJPEG by the clock of the wall, against the fastest CPU peer on every core.
+turn. On the CPU per core: process CPU time, every form on one core, where its threads take turns. Reads UCF101 videos
+from $CPR_FAST_SHARED/data (default ../shared) or class folders below --root: as they are, transcoded (`cpr-fast index
+--transcode`), and as JPEG records in an LMDB file. Writes bench/results/loading.json and .md, or with a GPU
+loading_cuda.*, which adds NVDEC and nvJPEG by the clock of the wall, against the fastest CPU peer on every core.
 
-Peers that are not installed are skipped: `pip install --target PEERS --no-deps torchcodec==0.12.0 decord`. torchcodec
-needs FFmpeg's shared libraries besides, on the LD_LIBRARY_PATH: links libavcodec.so.62 and so on to those in PyAV's
-wheel (site-packages/av.libs) let both decode by the same code.
+Peers that are not installed are skipped: `pip install --target PEERS --no-deps torchcodec==0.12.0 decord
+torchvision==0.28.0`. torchcodec needs FFmpeg's shared libraries besides, on the LD_LIBRARY_PATH: links libavcodec.so.62
+and so on to those in PyAV's wheel (site-packages/av.libs) let both decode by the same code.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from cpr_fast.data.video import read_frames
 
 SEED, EPOCH = 0, 0
 OWN, PUBLISHED = "cpr_fast", "PIL, PIL"  # the published way: PIL decodes whole records and augments
+PEER_AUGMENTATIONS = ("torchvision", "the same", "torch and OpenCV")
 BARS = {"decode": 0.9, "loader": 1.0, "published": 1.5, "device": 5.0}  # times a peer's rate that ours must reach
 
 
@@ -121,6 +122,7 @@ def calls_of(prepare: Callable, work: Work, names: list[str]) -> tuple[dict[str,
             calls[name] = prepare(work, name)
             calls[name]()
         except Unavailable as reason:
+            calls.pop(name, None)
             absent[name] = str(reason)
         except Exception as error:  # a peer may fail on a codec in any way
             if name == OWN:
@@ -166,7 +168,7 @@ def decode_rows(work: Work, truth: list[np.ndarray], budget_s: float) -> list[di
 def loader_rows(work: Work, truth: torch.Tensor, budget_s: float) -> list[dict]:
     records = is_record(work.index[0].path)
     others = [name for name in decoders(work.index[0]) if name != OWN]
-    names = [OWN, *(f"{name}, {augmentation}" for augmentation in ("the same", "torch and OpenCV") for name in others)]
+    names = [OWN, *(f"{name}, {augmentation}" for augmentation in PEER_AUGMENTATIONS for name in others)]
     names.append(PUBLISHED if records else "PyAV, PIL")
     own = OwnLoader(work, work.data)
     calls, absent = calls_of(lambda work, name: own if name == OWN else loading(work, name), work, names)
@@ -183,7 +185,7 @@ def loader_rows(work: Work, truth: torch.Tensor, budget_s: float) -> list[dict]:
     def bar_of(row: dict) -> float | None:
         if row["form"] == PUBLISHED:
             return BARS["published"]
-        return BARS["loader"] if row["form"].endswith(", the same") else None
+        return BARS["loader"] if row["form"].endswith((", the same", ", torchvision")) else None
 
     return with_bars(rows, bar_of)
 
@@ -276,14 +278,14 @@ def page(report: dict) -> str:
         f"`{about['command']}` at {about['commit']}, torch {about['torch']}, DALI {about['dali']}, PyAV "
         f"{about['pyav']}, OpenCV {about['opencv']}, on {about['device']}.\n",
         f"Clips of {report['frames']} frames to {report['size']}x{report['size']}, one of each of {report['videos']} "
-        "videos; medians (quartiles) of passes over all of them, the forms of a table in turn in one process. Every "
-        "form has one thread, and its rate counts the CPU time of all threads of the process; `cpr_fast is`: our rate "
-        "over the form's. *the same*: another decoder in front of the loader's own augmentation (torch's resize, "
-        "DALI's graph). *torch and OpenCV*: the fastest form found of these operations by any library, in the place "
-        "of DALI's graph, which exists for the GPU: colours as one matrix, OpenCV's blur. *PIL* is the published "
-        "augmentation, and the truth of PSNR, for clips without and with a change of colours or blur (contrast and "
-        "hue are defined otherwise in DALI and the matrix). *identical*: frames equal to those of a linear decode, "
-        "bit for bit.\n",
+        "videos; medians (quartiles) of passes over all of them, the forms of a table in turn in one process, which "
+        "has one core; a rate counts the CPU time of all its threads; `cpr_fast is`: our rate over the form's. "
+        "*torchvision*: the same augmentation by transforms.v2. *the same*: another decoder in front of the loader's "
+        "own augmentation (torch's resize, DALI's graph). *torch and OpenCV*: the fastest form found of these "
+        "operations by any library, in the place of DALI's graph, which exists for the GPU: colours as one matrix, "
+        "OpenCV's blur. *PIL* is the published augmentation, and the truth of PSNR, for clips without and with a "
+        "change of colours or blur (contrast and hue are defined otherwise in DALI and the matrix). *identical*: "
+        "frames equal to those of a linear decode, bit for bit.\n",
         "*files*: as they are; *transcoded*: H.264 with a key frame every 12 frames (`cpr-fast index --transcode`); "
         "*records*: JPEG of quality 100, 4:2:0, in an LMDB file; the published code unpacks the whole video.\n",
     ]
@@ -308,6 +310,8 @@ def main() -> None:
     data = DataConfig(frames=options.frames, size=options.size, batch_size=8, workers=1, cache_gib=0)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    if options.device == "cpu":
+        os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
     about = world(options.device) | {
         "dali": nvidia.dali.__version__, "pyav": av.__version__, "opencv": cv2.__version__,
     }  # fmt: skip

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import io
+import sys
 from collections.abc import Callable, Iterable
+from types import ModuleType
 
 import av
 import cv2
@@ -231,4 +233,44 @@ def same(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.
     return _graph(data).run(clips, {"rgb": cut_clips(frames, clips, "rgb", data)})["rgb"]
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {"the same": same, "torch and OpenCV": fast, "PIL": published}
+@functools.cache
+def _torchvision() -> ModuleType:
+    """torchvision.transforms.v2.functional, without its compiled operators, which need the very torch of its wheel."""
+    sys.modules.setdefault("torchvision._meta_registrations", ModuleType("of operators that are not loaded"))
+    return peer("torchvision.transforms.v2.functional", "torchvision")
+
+
+def torchvision(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.Tensor:
+    """As its manual has it: tensors of bytes through transforms.v2, a clip at a time."""
+    v2, size = _torchvision(), [data.size, data.size]
+    mean, std = (list(value) for value in normalisation(data.augment))
+    out = torch.empty(len(clips), data.frames, 3, data.size, data.size)
+    for row, pixels in enumerate(frames):
+        clip = clips[[row]]
+        top, left, bottom, right = (int(edge) for edge in clip.box[0])
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        x = v2.resized_crop(
+            x, top, left, bottom - top, right - left, size, v2.InterpolationMode.BICUBIC, antialias=True
+        )
+        if clip.flip[0]:
+            x = v2.horizontal_flip(x)
+        for adjust, factor, neutral in (
+            (v2.adjust_brightness, float(clip.brightness[0]), 1),
+            (v2.adjust_contrast, float(clip.contrast[0]), 1),
+            (v2.adjust_saturation, float(clip.saturation[0]), 1),
+            (v2.adjust_hue, float((clip.hue[0] / 360 + 0.5) % 1 - 0.5), 0),
+        ):
+            if factor != neutral:
+                x = adjust(x, factor)
+        if clip.sigma[0]:
+            x = v2.gaussian_blur(x, [2 * int(np.ceil(3 * clip.sigma[0])) + 1] * 2, [float(clip.sigma[0])])
+        out[row] = v2.normalize(v2.to_dtype(x, torch.float32, scale=True), mean, std)
+    return out.transpose(1, 2)
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "the same": same,
+    "torch and OpenCV": fast,
+    "torchvision": torchvision,
+    "PIL": published,
+}
