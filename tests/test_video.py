@@ -1,6 +1,8 @@
 """Frames are the ones asked for, whatever the codec and container; packets decode to them; bad files are named."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import av
 import numpy as np
@@ -9,13 +11,15 @@ from av.video.frame import PictureType
 from numbered_videos import (
     KINDS,
     decode_linearly,
+    numbered_picture,
     numbers_shown,
     shared_data,
     write_numbered,
     write_video,
 )
 
-from cpr_fast.data.video import PacketTable, VideoError, probe_video, read_frames, slice_packets
+from cpr_fast.data import video
+from cpr_fast.data.video import Layout, VideoError, _decode, probe_video, read_frames, slice_packets
 
 FRAMES = 47  # of every numbered video: no multiple of a group of pictures
 CHOICES = ([0], [46], [11, 12, 13], [5, 24, 25, 40], list(range(30, 46)), list(range(FRAMES)))
@@ -97,6 +101,31 @@ def test_a_slice_leaves_out_the_groups_of_pictures_between_two_clips(numbered, t
         assert places[2] <= 41 - key + 2 + 2
 
 
+def test_a_file_that_has_changed_is_read_anew(tmp_path):
+    path = write_numbered(tmp_path / "video", 40, "mpeg4-avi")
+    assert numbers_shown(read_frames(path, [30, 31], "rgb", 40)) == [30, 31]
+    write_video(tmp_path / "video", [numbered_picture(99 - i) for i in range(40)], "mpeg4-avi")
+    os.utime(path, ns=(1, 1))
+    assert numbers_shown(read_frames(path, [30, 31], "rgb", 40)) == [69, 68]
+
+
+def test_a_container_that_seeks_to_the_wrong_place_costs_time_alone(numbered, monkeypatch):
+    path = numbered["h264-bframes"]
+    expected = read_frames(path, [5, 6], "rgb", FRAMES)
+    elsewhere = video._LAYOUTS[video._identity(path, FRAMES)]._start_times[-1]
+
+    @contextmanager
+    def opened(path, real=video._open):
+        with real(path) as (container, stream):
+            container.seek(elsewhere, stream=stream)  # what is demultiplexed starts there
+            yield container, stream
+
+    calls = iter([opened, video._open])
+    monkeypatch.setattr(video, "_open", lambda path: next(calls)(path))
+    np.testing.assert_array_equal(read_frames(path, [5, 6], "rgb", FRAMES), expected)
+    assert next(calls, None) is None
+
+
 @pytest.mark.parametrize("kind", ["h264-bframes", "mpeg4-avi"])
 def test_decoding_starts_at_the_key_frame_and_passes_over_b_frames(numbered, kind):
     with av.open(str(numbered[kind])) as container:
@@ -106,8 +135,9 @@ def test_decoding_starts_at_the_key_frame_and_passes_over_b_frames(numbered, kin
     with av.open(str(numbered[kind])) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        wanted = np.array([30, 31])
-        decoded = [number for number, _ in PacketTable(container, stream, FRAMES).decode(wanted) if number <= 31]
+        packets = list(container.demux(stream))
+        layout = Layout.of(container, stream, packets, FRAMES)
+        decoded = [number for number, _ in _decode(container, stream, layout, [30, 31], packets) if number <= 31]
     assert decoded[0] == 24 and {30, 31} <= set(decoded)
     referenced = [number for number in range(24, 32) if kinds[number] != PictureType.B]
     assert set(referenced) <= set(decoded) and len(decoded) < 31 - 24 + 1

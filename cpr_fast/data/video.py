@@ -4,7 +4,8 @@ A frame's number is its place in presentation order when the file is decoded fro
 definition that every container shares: header counts lie, and AVI carries no presentation times. Where the packets
 prove the numbering (as many distinct times as frames that decode; of MPEG-4 in AVI as many pictures, whose kinds say in
 which order they are shown) decoding starts at the previous key frame and passes over unwanted frames to which no other
-refers; elsewhere every frame from 0 on is decoded.
+refers; elsewhere every frame from 0 on is decoded. The proof reads a whole file; it is remembered, so that later reads
+of the file take no more of it than they need.
 
 Letters: F frames, H x W pixels, L bytes.
 """
@@ -12,8 +13,10 @@ Letters: F frames, H x W pixels, L bytes.
 from __future__ import annotations
 
 import io
+import itertools
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -103,19 +106,33 @@ def read_frames(path: str | Path, frames: Sequence[int] | np.ndarray, view: str,
     for view "flow" [F, H, W, 2] (u, v): the luma plane as stored, cut into its upper and lower half; for "gray"
     [F, H, W]. Raises VideoError for a video that does not give every one of them.
     """
+    identity = _identity(path, num_frames)
+    if identity in _LAYOUTS:
+        # a file that cannot seek, say: then as if nothing were remembered
+        with suppress(VideoError), _open(path) as (container, stream):
+            return _gather(path, frames, view, num_frames, _decode(container, stream, _LAYOUTS[identity], frames))
     with _open(path) as (container, stream):
-        packets = PacketTable(container, stream, num_frames)
-        wanted = {int(number): place for place, number in enumerate(frames)}
-        last = int(frames[-1])
-        write = _FrameWriter(path, len(wanted), view)
-        for number, frame in packets.decode(np.asarray(frames)):
-            if number in wanted:
-                write(wanted.pop(number), frame)
-                if not wanted:
-                    return write.out
-            if number > last:
-                break
-    raise VideoError(path, f"frame {min(wanted)} of {num_frames} does not decode")
+        packets = list(container.demux(stream))
+        layout = Layout.of(container, stream, packets, num_frames)
+        if len(_LAYOUTS) < REMEMBERED_FILES:
+            _LAYOUTS[identity] = layout
+        return _gather(path, frames, view, num_frames, _decode(container, stream, layout, frames, packets))
+
+
+def _gather(
+    path: str | Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int, numbered: Iterator
+) -> np.ndarray:
+    """What `read_frames` returns, from (number, frame) in presentation order."""
+    missing = {int(number): place for place, number in enumerate(frames)}
+    write = _FrameWriter(path, len(missing), view)
+    for number, frame in numbered:
+        if number in missing:
+            write(missing.pop(number), frame)
+            if not missing:
+                return write.out
+        if number > frames[-1]:
+            break
+    raise VideoError(path, f"frame {min(missing)} of {num_frames} does not decode")
 
 
 def slice_packets(
@@ -132,9 +149,11 @@ def slice_packets(
     if not 0 <= frames[0] <= frames[-1] < num_frames:
         raise VideoError(path, f"frames {frames[0]}..{frames[-1]} asked of {num_frames}")
     with _open(path) as (container, stream):
-        table = PacketTable(container, stream, num_frames)
-        if table.ranks is None or not table.timed:
+        packets = list(container.demux(stream))
+        layout = Layout.of(container, stream, packets, num_frames)
+        if layout is None or not layout.timed:
             return np.fromfile(path, np.uint8), frames.astype(np.int32)
+        table = PacketTable([packet for packet in packets if _holds_frame(packet)], layout)
         chosen = table.needed(frames)
         ranks = table.ranks[chosen]
         order = np.sort(ranks)
@@ -143,35 +162,152 @@ def slice_packets(
         return _matroska(stream, packets, np.searchsorted(order, ranks)), places
 
 
-class PacketTable:
-    """A video's packets in decoding order, and the frame number of each where that is certain."""
+class Layout:
+    """Which frame each packet of a file carries, known by the packet's time, and where decoding can start.
 
-    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, num_frames: int) -> None:
-        self._decoder = stream.codec_context
-        self.timed = container.format.name != "avi"  # whose "presentation" times are decoding times
-        self.packets, self.ranks = container.demux(stream), None
-        if not self.timed and self._decoder.name != "mpeg4":
-            return
-        self.packets = list(self.packets)
-        packets = [packet for packet in self.packets if packet.size and not packet.is_discard]
-        shown = [packet.pts for packet in packets] if self.timed else _shown_by_kind(packets)
-        if None not in shown and len(set(shown)) == len(shown) == num_frames:
-            self.packets, self.ranks = packets, np.argsort(np.argsort(shown))
+    A few numbers for a file of evenly spaced frames, in whatever order they are stored.
+    """
 
-    def key_packet(self, frames: int | np.ndarray) -> np.ndarray:
-        """Index of the last key packet at or before each frame, in presentation as in decoding order.
+    def __init__(self, times: np.ndarray, numbers: np.ndarray, keys: np.ndarray, timed: bool) -> None:
+        """Time, frame number and whether it is a key frame of every packet, in decoding order."""
+        self.timed = timed  # the times are those of presentation
+        keys = keys.copy()
+        keys[0] = True  # where decoding starts if no key frame comes before
+        starts = np.flatnonzero(keys)
+        starts = starts[np.argsort(numbers[starts])]
+        self._starts, self._start_times = _compact(numbers[starts]), _compact(times[starts])
+        self._first_time = int(times[0])
+        order = np.argsort(times)
+        self._times, self._numbers = _compact(times[order]), _compact(numbers[order])
+
+    @classmethod
+    def of(
+        cls, container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet], num_frames: int
+    ) -> Layout | None:
+        """That of all packets of a file of which `num_frames` frames decode; None if they do not prove it."""
+        timed = container.format.name != "avi"  # whose "presentation" times are decoding times
+        packets = [packet for packet in packets if _holds_frame(packet)]
+        times = [packet.pts for packet in packets]
+        if None in times or len(set(times)) != len(times) or len(times) != num_frames:
+            return None
+        times, keys = np.array(times, np.int64), np.array([packet.is_keyframe for packet in packets])
+        if timed:
+            return cls(times, np.argsort(np.argsort(times)), keys, timed)
+        numbers = _numbers_by_kind(packets, keys) if stream.codec_context.name == "mpeg4" else None
+        return None if numbers is None else cls(times, numbers, keys, timed)
+
+    def number(self, time: int | None) -> int:
+        """The frame of the packet of that time; -1 if there is none."""
+        if isinstance(self._times, range):
+            return int(self._numbers[self._times.index(time)]) if time in self._times else -1
+        place = int(np.searchsorted(self._times, time))
+        return int(self._numbers[place]) if place < len(self._times) and self._times[place] == time else -1
+
+    def start(self, frame: int) -> tuple[int, bool]:
+        """Time of the last key packet at or before a frame, in presentation as in decoding order; whether that is the
+        first packet of all.
 
         The frames of one presentation range may lie before its key frame in the file only if they are shown before
         it (leading pictures of an open GOP), so starting there loses none of the frames from it on.
         """
-        keys = np.flatnonzero([packet.is_keyframe for packet in self.packets])
-        keys = keys[np.argsort(self.ranks[keys])]
-        before = np.searchsorted(self.ranks[keys], frames, side="right")
-        return np.where(before > 0, keys[before - 1], 0) if len(keys) else np.zeros_like(before)
+        place = max(0, int(np.searchsorted(np.asarray(self._starts), frame, side="right")) - 1)
+        time = int(self._start_times[place])
+        return time, time == self._first_time
+
+
+REMEMBERED_FILES = 2**17  # about 1 kB each
+_LAYOUTS: dict[tuple, Layout | None] = {}  # by file; kept once proven
+
+
+def _identity(path: str | Path, num_frames: int) -> tuple:
+    """Another one as soon as the file changes."""
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        raise VideoError(path, error.strerror or str(error)) from error
+    return str(path), facts.st_mtime_ns, facts.st_size, num_frames
+
+
+def _compact(values: np.ndarray) -> range | np.ndarray:
+    """The same numbers, as a range where they are evenly spaced and increase."""
+    steps = np.unique(np.diff(values))
+    if len(steps) == 1 and steps[0] > 0:
+        return range(int(values[0]), int(values[-1]) + 1, int(steps[0]))
+    return values.astype(np.int32) if abs(values).max() < 2**31 else values
+
+
+def _holds_frame(packet: av.Packet) -> bool:
+    return bool(packet.size) and not packet.is_discard
+
+
+def _decode(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    layout: Layout | None,
+    wanted: Sequence[int] | np.ndarray,
+    packets: list[av.Packet] | None = None,
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(number, frame) in presentation order: the frames `wanted` (increasing) that decode, and others.
+
+    `packets` are all of the file, if they have been read already.
+    """
+    decoder = stream.codec_context
+    if layout is None:
+        numbered = (frame for packet in packets or container.demux(stream) for frame in decoder.decode(packet))
+        yield from enumerate(numbered)
+        return
+    start, from_the_first = layout.start(int(wanted[0]))
+    if not from_the_first and not layout.timed:  # names the encoder, by whose habits FFmpeg decodes all that follows
+        decoder.decode(next(iter(packets or container.demux(stream))))
+    if packets is None and not from_the_first:
+        container.seek(start, stream=stream)
+    packets = (packet for packet in packets or container.demux(stream) if _holds_frame(packet))
+    packets = itertools.dropwhile(lambda packet: packet.pts != start, packets)
+    base, wanted, passing = layout.number(start), {int(number) for number in wanted}, False
+    passes = decoder.name in PASSES_OVER
+    for packet in itertools.chain(packets, [None]):
+        passed = passes and packet is not None and layout.number(packet.pts) not in wanted
+        if passed != passing:
+            decoder.skip_frame, passing = ("NONREF" if passed else "DEFAULT"), passed
+        for frame in decoder.decode(packet):
+            number = layout.number(frame.pts)
+            if number >= base:
+                yield number, frame
+
+
+def _numbers_by_kind(packets: list[av.Packet], keys: np.ndarray) -> np.ndarray | None:
+    """The frame number of each packet of an MPEG-4 stream from an AVI file, in decoding order.
+
+    A B-frame is shown at once, any other frame when the next such frame comes. None where that is not certain: packets
+    without a picture, with an empty one, or with two (XviD's packed B-frames: what FFmpeg makes of their faulty padding
+    depends on all that it decoded before).
+    """
+    kinds = []
+    for packet in packets:
+        data = bytes(packet)
+        first = data.find(PICTURE)
+        if len(data) <= EMPTY_PICTURE or not 0 <= first < len(data) - 4 or data.find(PICTURE, first + 4) >= 0:
+            return None
+        kinds.append(data[first + 4] >> 6)
+    kinds = np.array(kinds)
+    if not keys[0] or np.any((kinds == INTRA) != keys) or BIDIRECTIONAL in kinds[1:2]:
+        return None
+    numbers = np.arange(len(kinds)) - 1
+    lasting = np.flatnonzero(kinds != BIDIRECTIONAL)
+    numbers[lasting] = np.append(numbers[lasting[1:]], len(kinds) - 1)
+    return numbers
+
+
+class PacketTable:
+    """A video's packets in decoding order, and the frame number of each."""
+
+    def __init__(self, packets: list[av.Packet], layout: Layout) -> None:
+        self.packets = packets
+        self.ranks = np.array([layout.number(packet.pts) for packet in packets])
 
     def needed(self, frames: np.ndarray) -> np.ndarray:
         """Indices of the packets that `frames` (increasing) need, increasing; each run starts at a key packet."""
-        begins = self.key_packet(frames)
+        begins = self._key_packets(frames)
         if not self._closed():  # an open group of pictures shows errors after a gap: from the first key to the end
             begins = np.full_like(begins, begins[0])
         keep = np.zeros(len(self.packets), bool)
@@ -181,57 +317,17 @@ class PacketTable:
             keep[begin:end] |= self.ranks[begin:end] >= self.ranks[begin]
         return np.flatnonzero(keep)
 
+    def _key_packets(self, frames: np.ndarray) -> np.ndarray:
+        """Index of the packet at which decoding for each frame starts (see `Layout.start`)."""
+        keys = np.flatnonzero([packet.is_keyframe for packet in self.packets])
+        keys = keys[np.argsort(self.ranks[keys])]
+        before = np.searchsorted(self.ranks[keys], frames, side="right")
+        return np.where(before > 0, keys[before - 1], 0) if len(keys) else np.zeros_like(before)
+
     def _closed(self) -> bool:
         """Whether no packet that follows a key packet is shown before it."""
         earliest_after = np.minimum.accumulate(self.ranks[::-1])[::-1]  # of the packet itself and all later ones
         return all(earliest_after[i] == self.ranks[i] for i, packet in enumerate(self.packets) if packet.is_keyframe)
-
-    def decode(self, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(number, frame) in presentation order: the frames `wanted` (increasing) that decode, and others."""
-        decoder = self._decoder
-        if self.ranks is None:
-            numbered = (frame for packet in self.packets for frame in decoder.decode(packet))
-            yield from enumerate(numbered)
-            return
-        number_of = {packet.pts: int(rank) for packet, rank in zip(self.packets, self.ranks, strict=True)}
-        begin = int(self.key_packet(wanted[0]))
-        if begin and not self.timed:
-            decoder.decode(self.packets[0])  # names the encoder, by whose habits FFmpeg decodes all that follows
-        base = self.ranks[begin]
-        passable = ~np.isin(self.ranks, wanted) if decoder.name in PASSES_OVER else np.zeros(len(self.ranks), bool)
-        passing = False
-        for packet, passed in [*zip(self.packets[begin:], passable[begin:], strict=True), (None, False)]:
-            if passed != passing:
-                decoder.skip_frame, passing = ("NONREF" if passed else "DEFAULT"), passed
-            for frame in decoder.decode(packet):
-                number = number_of.get(frame.pts, -1)
-                if number >= base:
-                    yield number, frame
-
-
-def _shown_by_kind(packets: list[av.Packet]) -> list[int]:
-    """The place at which each picture of an MPEG-4 stream from an AVI file is shown, also put down as its time.
-
-    A B-frame is shown at once, any other frame when the next such frame comes. Empty where that is not certain: packets
-    without a picture, with an empty one, or with two (XviD's packed B-frames: what FFmpeg makes of their faulty padding
-    depends on all that it decoded before).
-    """
-    kinds = []
-    for packet in packets:
-        data = bytes(packet)
-        first = data.find(PICTURE)
-        if len(data) <= EMPTY_PICTURE or not 0 <= first < len(data) - 4 or data.find(PICTURE, first + 4) >= 0:
-            return []
-        kinds.append(data[first + 4] >> 6)
-    kinds, keys = np.array(kinds), np.array([packet.is_keyframe for packet in packets])
-    if not len(kinds) or not keys[0] or np.any((kinds == INTRA) != keys) or BIDIRECTIONAL in kinds[1:2]:
-        return []
-    shown = np.arange(len(kinds)) - 1
-    lasting = np.flatnonzero(kinds != BIDIRECTIONAL)
-    shown[lasting] = np.append(shown[lasting[1:]], len(kinds) - 1)
-    for packet, place in zip(packets, shown.tolist(), strict=True):
-        packet.pts = place
-    return shown.tolist()
 
 
 class _FrameWriter:
