@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
-from .figures import GRID, HEIGHT_PX, INK, SERIES, STYLE, WIDTH_PX, canvas, to_svg
+from .figures import HEIGHT_PX, INK, SERIES, STYLE, WIDTH_PX, canvas, label_axes, to_svg
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,12 @@ def group_figure(groups: Mapping[str, Sequence[float]], *, x: str, title: str, c
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = canvas(WIDTH_PX, HEIGHT_PX)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
         width = 0.8 / len(groups)
         for number, ((name, rates), colour) in enumerate(zip(groups.items(), colours, strict=True)):
             places = [place + (number - (len(groups) - 1) / 2) * width for place in range(len(rates))]
             axes.bar(places, rates, width=0.92 * width, color=SERIES[colour % len(SERIES)], label=name)
         axes.set_xticks(range(max(map(len, groups.values()))))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-        axes.set_xlabel(x)
-        axes.set_title(title, loc="left", fontsize=12)
+        label_axes(axes, x=x, title=title, percent=True)
         figure.legend(loc="outside lower center", ncols=2, fontsize=11, handlelength=1.2, columnspacing=1.2)
         return to_svg(figure, title)
 
@@ -71,8 +66,6 @@ def profile_figure(profiles: Mapping[str, Sequence[float]], *, x: str, title: st
     """Rates (fractions) of many things, each profile sorted from the best to the worst: a filled one, then lines."""
     with matplotlib.rc_context(STYLE):
         figure, axes = canvas(WIDTH_PX, HEIGHT_PX)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
         for number, ((name, rates), colour) in enumerate(zip(profiles.items(), colours, strict=True)):
             ordered, places = sorted(rates, reverse=True), range(1, len(rates) + 1)
             if number == 0:
@@ -81,10 +74,7 @@ def profile_figure(profiles: Mapping[str, Sequence[float]], *, x: str, title: st
                 axes.step(places, ordered, where="mid", color=SERIES[colour % len(SERIES)], linewidth=2, label=name)
         axes.set_ylim(0, 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-        axes.set_xlabel(x)
-        axes.set_title(title, loc="left", fontsize=12)
+        label_axes(axes, x=x, title=title, percent=True)
         if len(profiles) > 1:
             figure.legend(loc="outside lower center", ncols=2, fontsize=11, handlelength=1.2, columnspacing=1.2)
         return to_svg(figure, title)

@@ -66,7 +66,6 @@ def line_figure(
     """Curves over epochs or steps as SVG. Rates (fractions) are shown in percent with `percent`."""
     with matplotlib.rc_context(STYLE):
         figure, axes = canvas(WIDTH_PX, HEIGHT_PX)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
         for line in lines:
             values = [float("nan") if value is None else value for value in line.y]
             few = line.marker and len(line.x) <= 40
@@ -87,14 +86,21 @@ def line_figure(
         axes.set_ylim(top=top + (0.2 if bands else 0.05) * (top - axes.get_ylim()[0]))  # room for the bands' names
         _draw_bands(axes, bands)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        if percent:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-        axes.set_xlabel(x)
-        axes.set_title(y, loc="left", fontsize=12)
+        label_axes(axes, x=x, title=y, percent=percent)
         if any(line.label.strip("_") for line in lines):
             figure.legend(loc="outside lower center", ncols=3, fontsize=11, handlelength=1.6, columnspacing=1.2)
         return to_svg(figure, y)
+
+
+def label_axes(axes: Axes, *, x: str, title: str, percent: bool) -> None:
+    """Few ticks upwards with grid lines behind the data, and the names of both axes."""
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    if percent:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    axes.set_xlabel(x)
+    axes.set_title(title, loc="left", fontsize=12)
 
 
 def canvas(width_px: float, height_px: float) -> tuple[Figure, Axes]:
