@@ -198,6 +198,8 @@ class Layout:
 
     def number(self, time: int | None) -> int:
         """The frame of the packet of that time; -1 if there is none."""
+        if time is None:
+            return -1
         if isinstance(self._times, range):
             return int(self._numbers[self._times.index(time)]) if time in self._times else -1
         place = int(np.searchsorted(self._times, time))
@@ -258,14 +260,14 @@ def _decode(
         return
     start, from_the_first = layout.start(int(wanted[0]))
     if not from_the_first and not layout.timed:  # names the encoder, by whose habits FFmpeg decodes all that follows
-        decoder.decode(next(iter(packets or container.demux(stream))))
+        decoder.decode(next(filter(_holds_frame, packets or container.demux(stream))))
     if packets is None and not from_the_first:
         container.seek(start, stream=stream)
-    packets = (packet for packet in packets or container.demux(stream) if _holds_frame(packet))
-    packets = itertools.dropwhile(lambda packet: packet.pts != start, packets)
+    held = filter(_holds_frame, packets or container.demux(stream))
+    needed = itertools.dropwhile(lambda packet: packet.pts != start, held)
     base, wanted, passing = layout.number(start), {int(number) for number in wanted}, False
     passes = decoder.name in PASSES_OVER
-    for packet in itertools.chain(packets, [None]):
+    for packet in itertools.chain(needed, [None]):
         passed = passes and packet is not None and layout.number(packet.pts) not in wanted
         if passed != passing:
             decoder.skip_frame, passing = ("NONREF" if passed else "DEFAULT"), passed
