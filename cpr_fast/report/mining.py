@@ -42,7 +42,7 @@ def inside_figures(run: Run) -> list[str]:
         title = "Agreement of the views, mutual neighbours"
         figures.append(line_figure(signs, x="epoch", y=title, percent=True, bands=bands))
     for key, title in (
-        ("hubness", "Hubness: skewness of how often"),
+        ("hubness", "Hubness: skewness of times mined"),
         ("mined_age_steps", "Age of mined clips, steps"),
     ):
         if lines := curves(run, key):
