@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Iterator
 
@@ -12,6 +14,8 @@ from torch import Tensor
 from ..config import ClassifierConfig
 from ..errors import InputError
 from .classifier import ClassifierHead, make_optimizer, set_epoch
+
+log = logging.getLogger(__name__)
 
 
 def train_on_features(
@@ -34,6 +38,7 @@ def train_on_features(
     """
     if len(features) < 2:
         raise InputError(f"probe: expected at least 2 training videos with a label, got {len(features)}")
+    _warn_of_few(len(features), settings)
     with torch.random.fork_rng([features.device] if features.is_cuda else []):
         torch.manual_seed(seed)
         head = ClassifierHead(features.shape[1], classes, dropout=settings.dropout, normalize=settings.normalize)
@@ -58,6 +63,16 @@ def train_on_features(
     if best is not None:
         head.load_state_dict(best[1])
     return head.eval(), chosen
+
+
+@functools.cache  # once for all seeds and views
+def _warn_of_few(videos: int, settings: ClassifierConfig) -> None:
+    if 2 * videos < settings.batch_size:
+        log.warning(
+            "probe: %d videos make one step an epoch with batch size %d; rate %g was published for 9,537 videos, and "
+            "seeds will differ much: --batch-size 32 --lr .1 is steadier",
+            videos, settings.batch_size, settings.lr,
+        )  # fmt: skip
 
 
 @torch.inference_mode()
