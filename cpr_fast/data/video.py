@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -63,16 +63,13 @@ def probe_video(path: str | Path, *, decode: bool = True) -> VideoInfo:
     try:
         with _open(path) as (container, stream):
             rate = float(stream.average_rate or stream.guessed_rate or 0)
-            codec, clocked = (
-                stream.codec_context.codec.canonical_name,
-                container.format.name != "avi",
-            )  # avi: times of decoding
+            codec, clocked = stream.codec_context.codec.canonical_name, _shows_times(container)
             for packet in container.demux(stream):
                 frames = stream.codec_context.decode(packet) if decode or first is None else []
                 first = first or next(iter(frames), None)
                 if decode:
                     times += [frame.pts for frame in frames]
-                elif packet.size and not packet.is_discard:
+                elif _holds_frame(packet):
                     times.append(packet.pts)
     except VideoError as failure:
         if first is None:
@@ -107,16 +104,18 @@ def read_frames(path: str | Path, frames: Sequence[int] | np.ndarray, view: str,
     [F, H, W]. Raises VideoError for a video that does not give every one of them.
     """
     identity = _identity(path, num_frames)
-    if identity in _LAYOUTS:
+    known, packets = _LAYOUTS.get(identity), None
+    if known is not None:
         # a file that cannot seek, say: then as if nothing were remembered
         with suppress(VideoError), _open(path) as (container, stream):
-            return _gather(path, frames, view, num_frames, _decode(container, stream, _LAYOUTS[identity], frames))
+            return _gather(path, frames, view, num_frames, _decode(container, stream, known, frames))
     with _open(path) as (container, stream):
-        packets = list(container.demux(stream))
-        layout = Layout.of(container, stream, packets, num_frames)
-        if len(_LAYOUTS) < REMEMBERED_FILES:
-            _LAYOUTS[identity] = layout
-        return _gather(path, frames, view, num_frames, _decode(container, stream, layout, frames, packets))
+        if known is not None or identity not in _LAYOUTS:
+            packets = list(container.demux(stream))
+            known = Layout.of(container, stream, packets, num_frames)
+            if len(_LAYOUTS) < REMEMBERED_FILES:
+                _LAYOUTS[identity] = known
+        return _gather(path, frames, view, num_frames, _decode(container, stream, known, frames, packets))
 
 
 def _gather(
@@ -149,9 +148,11 @@ def slice_packets(
     if not 0 <= frames[0] <= frames[-1] < num_frames:
         raise VideoError(path, f"frames {frames[0]}..{frames[-1]} asked of {num_frames}")
     with _open(path) as (container, stream):
-        packets = list(container.demux(stream))
-        layout = Layout.of(container, stream, packets, num_frames)
-        if layout is None or not layout.timed:
+        layout = None
+        if _shows_times(container):
+            packets = list(container.demux(stream))
+            layout = Layout.of(container, stream, packets, num_frames)
+        if layout is None:
             return np.fromfile(path, np.uint8), frames.astype(np.int32)
         table = PacketTable([packet for packet in packets if _holds_frame(packet)], layout)
         chosen = table.needed(frames)
@@ -168,15 +169,13 @@ class Layout:
     A few numbers for a file of evenly spaced frames, in whatever order they are stored.
     """
 
-    def __init__(self, times: np.ndarray, numbers: np.ndarray, keys: np.ndarray, timed: bool) -> None:
-        """Time, frame number and whether it is a key frame of every packet, in decoding order."""
-        self.timed = timed  # the times are those of presentation
-        keys = keys.copy()
-        keys[0] = True  # where decoding starts if no key frame comes before
+    def __init__(self, times: np.ndarray, numbers: np.ndarray, keys: np.ndarray) -> None:
+        """Of every packet that holds a frame, in decoding order: its time, the frame's number (both int64 [F]), and
+        whether that is a key frame (bool [F])."""
+        self.first_time = int(times[0])
         starts = np.flatnonzero(keys)
         starts = starts[np.argsort(numbers[starts])]
-        self._starts, self._start_times = _compact(numbers[starts]), _compact(times[starts])
-        self._first_time = int(times[0])
+        self._keys, self._key_times = numbers[starts], times[starts]
         order = np.argsort(times)
         self._times, self._numbers = _compact(times[order]), _compact(numbers[order])
 
@@ -185,16 +184,16 @@ class Layout:
         cls, container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet], num_frames: int
     ) -> Layout | None:
         """That of all packets of a file of which `num_frames` frames decode; None if they do not prove it."""
-        timed = container.format.name != "avi"  # whose "presentation" times are decoding times
         packets = [packet for packet in packets if _holds_frame(packet)]
         times = [packet.pts for packet in packets]
         if None in times or len(set(times)) != len(times) or len(times) != num_frames:
             return None
         times, keys = np.array(times, np.int64), np.array([packet.is_keyframe for packet in packets])
-        if timed:
-            return cls(times, np.argsort(np.argsort(times)), keys, timed)
-        numbers = _numbers_by_kind(packets, keys) if stream.codec_context.name == "mpeg4" else None
-        return None if numbers is None else cls(times, numbers, keys, timed)
+        if _shows_times(container):
+            numbers = np.argsort(np.argsort(times))
+        else:
+            numbers = _numbers_by_kind(packets, keys) if stream.codec_context.name == "mpeg4" else None
+        return None if numbers is None else cls(times, numbers, keys)
 
     def number(self, time: int | None) -> int:
         """The frame of the packet of that time; -1 if there is none."""
@@ -205,16 +204,14 @@ class Layout:
         place = int(np.searchsorted(self._times, time))
         return int(self._numbers[place]) if place < len(self._times) and self._times[place] == time else -1
 
-    def start(self, frame: int) -> tuple[int, bool]:
-        """Time of the last key packet at or before a frame, in presentation as in decoding order; whether that is the
-        first packet of all.
+    def start(self, frames: int | np.ndarray) -> np.ndarray:
+        """Time of the last key packet at or before each frame, in presentation as in decoding order: int64.
 
         The frames of one presentation range may lie before its key frame in the file only if they are shown before
         it (leading pictures of an open GOP), so starting there loses none of the frames from it on.
         """
-        place = max(0, int(np.searchsorted(np.asarray(self._starts), frame, side="right")) - 1)
-        time = int(self._start_times[place])
-        return time, time == self._first_time
+        before = np.searchsorted(self._keys, frames, side="right")
+        return np.append(self._key_times, self.first_time)[before - 1]  # none before: the first packet of all
 
 
 REMEMBERED_FILES = 2**17  # about 1 kB each
@@ -238,6 +235,11 @@ def _compact(values: np.ndarray) -> range | np.ndarray:
     return values.astype(np.int32) if abs(values).max() < 2**31 else values
 
 
+def _shows_times(container: av.container.InputContainer) -> bool:
+    """Whether packets carry times of presentation; those of AVI, called so, are times of decoding."""
+    return container.format.name != "avi"
+
+
 def _holds_frame(packet: av.Packet) -> bool:
     return bool(packet.size) and not packet.is_discard
 
@@ -254,17 +256,20 @@ def _decode(
     `packets` are all of the file, if they have been read already.
     """
     decoder = stream.codec_context
+
+    def demux() -> Iterable[av.Packet]:
+        return container.demux(stream) if packets is None else packets
+
     if layout is None:
-        numbered = (frame for packet in packets or container.demux(stream) for frame in decoder.decode(packet))
-        yield from enumerate(numbered)
+        yield from enumerate(frame for packet in demux() for frame in decoder.decode(packet))
         return
-    start, from_the_first = layout.start(int(wanted[0]))
-    if not from_the_first and not layout.timed:  # names the encoder, by whose habits FFmpeg decodes all that follows
-        decoder.decode(next(filter(_holds_frame, packets or container.demux(stream))))
-    if packets is None and not from_the_first:
-        container.seek(start, stream=stream)
-    held = filter(_holds_frame, packets or container.demux(stream))
-    needed = itertools.dropwhile(lambda packet: packet.pts != start, held)
+    start = int(layout.start(wanted[0]))
+    if start != layout.first_time:
+        if not _shows_times(container):  # the first names the encoder, by whose habits FFmpeg decodes all that follows
+            decoder.decode(next(filter(_holds_frame, demux())))
+        if packets is None:
+            container.seek(start, stream=stream)
+    needed = itertools.dropwhile(lambda packet: packet.pts != start, filter(_holds_frame, demux()))
     base, wanted, passing = layout.number(start), {int(number) for number in wanted}, False
     passes = decoder.name in PASSES_OVER
     for packet in itertools.chain(needed, [None]):
@@ -304,12 +309,13 @@ class PacketTable:
     """A video's packets in decoding order, and the frame number of each."""
 
     def __init__(self, packets: list[av.Packet], layout: Layout) -> None:
-        self.packets = packets
+        self.packets, self._layout = packets, layout
         self.ranks = np.array([layout.number(packet.pts) for packet in packets])
 
     def needed(self, frames: np.ndarray) -> np.ndarray:
         """Indices of the packets that `frames` (increasing) need, increasing; each run starts at a key packet."""
-        begins = self._key_packets(frames)
+        place = {packet.pts: i for i, packet in enumerate(self.packets)}
+        begins = np.array([place[time] for time in self._layout.start(frames).tolist()])
         if not self._closed():  # an open group of pictures shows errors after a gap: from the first key to the end
             begins = np.full_like(begins, begins[0])
         keep = np.zeros(len(self.packets), bool)
@@ -318,13 +324,6 @@ class PacketTable:
             end = 1 + int(np.flatnonzero(self.ranks <= last)[-1])
             keep[begin:end] |= self.ranks[begin:end] >= self.ranks[begin]
         return np.flatnonzero(keep)
-
-    def _key_packets(self, frames: np.ndarray) -> np.ndarray:
-        """Index of the packet at which decoding for each frame starts (see `Layout.start`)."""
-        keys = np.flatnonzero([packet.is_keyframe for packet in self.packets])
-        keys = keys[np.argsort(self.ranks[keys])]
-        before = np.searchsorted(self.ranks[keys], frames, side="right")
-        return np.where(before > 0, keys[before - 1], 0) if len(keys) else np.zeros_like(before)
 
     def _closed(self) -> bool:
         """Whether no packet that follows a key packet is shown before it."""
