@@ -22,7 +22,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,17 +120,28 @@ def calls_of(prepare: Callable, work: Work, names: list[str]) -> tuple[dict[str,
     calls, absent = {}, {}
     for name in names:
         try:
-            calls[name] = prepare(work, name)
-            calls[name]()
+            call = prepare(work, name)
+            call()
         except Unavailable as reason:
-            calls.pop(name, None)
             absent[name] = str(reason)
         except Exception as error:  # a peer may fail on a codec in any way
             if name == OWN:
                 raise
-            calls.pop(name, None)
             absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            calls[name] = call
     return calls, absent
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """One core for this thread and those that it starts: the waiting of threads for each other costs no CPU time."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, [max(cores)])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------
@@ -310,8 +322,6 @@ def main() -> None:
     data = DataConfig(frames=options.frames, size=options.size, batch_size=8, workers=1, cache_gib=0)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    if options.device == "cpu":
-        os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
     about = world(options.device) | {
         "dali": nvidia.dali.__version__, "pyav": av.__version__, "opencv": cv2.__version__,
     }  # fmt: skip
@@ -320,8 +330,9 @@ def main() -> None:
         for work in sources(options.root, options.videos, data, Path(folder)):
             frames = truth_of(work)
             truth = torch.cat([AUGMENTATIONS["PIL"](work.clips[[i]], [clip], data) for i, clip in enumerate(frames)])
-            rows += decode_rows(work, frames, options.seconds)
-            loaders = loader_rows(work, truth, options.seconds)
+            with one_core():
+                rows += decode_rows(work, frames, options.seconds)
+                loaders = loader_rows(work, truth, options.seconds)
             rows += loaders
             if options.device == "cuda":
                 rows += device_rows(work, truth, options.seconds, loaders)

@@ -100,7 +100,8 @@ def published_beside(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _ours(run: Run, table: PublishedTable) -> list[dict[str, Any]]:
     """A run's lines of a published table: one for retrieval by view, else one of the view that it leads with."""
     index = str(run.config.get("data", {}).get("index", "")).lower()
-    hmdb51, elsewhere = "hmdb" in index, not ("hmdb" in index or "ucf" in index)
+    hmdb51 = "hmdb" in index
+    elsewhere = not hmdb51 and "ucf" not in index
     if table.name in ("retrieval_ucf101", "retrieval_hmdb51"):
         if hmdb51 != (table.name == "retrieval_hmdb51"):
             return []
