@@ -26,13 +26,14 @@ from PIL import Image
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data import lmdb
-from cpr_fast.data.clips import fetch_frames
 from cpr_fast.data.cut import cut_clips
+from cpr_fast.data.finish import blur_kernel, colour_matrix
 from cpr_fast.data.graph import ClipGraph
 from cpr_fast.data.index import Video
-from cpr_fast.data.media import is_record
+from cpr_fast.data.media import is_record, read_frames
 from cpr_fast.data.reference import ReferenceGraph
 from cpr_fast.data.sampling import Clips
+from cpr_fast.data.video import Region
 from cpr_fast.pixels import normalisation
 
 Decoder = Callable[[Video, np.ndarray], np.ndarray]  # increasing frame numbers [T] -> RGB, uint8 [T, H, W, 3]
@@ -111,9 +112,8 @@ def opencv(video: Video, frames: np.ndarray) -> np.ndarray:
 
 
 def own(video: Video, frames: np.ndarray) -> np.ndarray:
-    """What the loader's threads do for a clip of stride 1."""
-    data = DataConfig(frames=len(frames))
-    return fetch_frames(video, frames[:1], "rgb", data)[0]
+    """What the loader's threads do for a clip, without cutting it."""
+    return read_frames(video.path, frames, "rgb", video.num_frames)
 
 
 # ---- JPEG records ----------------------------------------------------------------------------------------------
@@ -192,11 +192,10 @@ def _fast_clip(clip: Clips, frames: np.ndarray, data: DataConfig, out: np.ndarra
     matrix = colour_matrix(clip)
     if matrix is not None:
         rows = cv2.transform(rows, matrix)
-    if clip.sigma[0]:
-        sigma = float(clip.sigma[0])
-        side = 2 * int(np.ceil(3 * sigma)) + 1
-        pictures = rows.reshape(data.frames, size, size, 3)
-        rows = np.stack([cv2.GaussianBlur(picture, (side, side), sigma) for picture in pictures]).reshape(rows.shape)
+    kernel = blur_kernel(float(clip.sigma[0]))
+    if kernel is not None:
+        for picture in rows.reshape(data.frames, size, size, 3):
+            cv2.sepFilter2D(picture, -1, kernel, kernel, dst=picture)
     if clip.flip[0]:
         rows = cv2.flip(rows, 1)
     mean, std = (np.tile(np.float32(value), size) for value in normalisation(data.augment))
@@ -205,32 +204,17 @@ def _fast_clip(clip: Clips, frames: np.ndarray, data: DataConfig, out: np.ndarra
     np.subtract(flat, mean / std, out=flat)
 
 
-def colour_matrix(clip: Clips) -> np.ndarray | None:
-    """float64 [3, 4] of brightness, contrast (about 128), saturation and hue (a turn in YIQ); None if they are neutral.
-
-    DALI's `color_twist`.
-    """
-    brightness, contrast, saturation, hue = (
-        float(value[0]) for value in (clip.brightness, clip.contrast, clip.saturation, clip.hue)
-    )
-    if (brightness, contrast, saturation, hue) == (1, 1, 1, 0):
-        return None
-    yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
-    angle = np.deg2rad(hue)
-    turn = np.array([[1, 0, 0], [0, np.cos(angle), np.sin(angle)], [0, -np.sin(angle), np.cos(angle)]])
-    linear = np.linalg.inv(yiq) @ turn @ np.diag([1, saturation, saturation]) @ yiq
-    offset = np.full((3, 1), 128 * (1 - contrast) * brightness)
-    return np.hstack([brightness * contrast * linear, offset])
-
-
 @functools.cache
 def _graph(data: DataConfig) -> ClipGraph:
     return ClipGraph(data, {"rgb": "frames"}, torch.device("cpu"), data.batch_size)
 
 
 def same(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.Tensor:
-    """The loader's own, which also cuts every clip as soon as it is decoded."""
-    return _graph(data).run(clips, {"rgb": cut_clips(frames, clips, "rgb", data)})["rgb"]
+    """The loader's own, which also cuts and colours every clip as soon as it is decoded."""
+    cut = []
+    for row, pixels in enumerate(frames):
+        cut += cut_clips([pixels], clips[[row]], "rgb", data, Region.whole(*pixels.shape[1:3]), finish=True)
+    return _graph(data).run(clips, {"rgb": cut})["rgb"]
 
 
 @functools.cache

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 
 from .config import Config, DataConfig
-from .data.clips import fetch_frames
+from .data.clips import needed_parts
 from .data.cut import cut_clips
 from .data.graph import ClipGraph
 from .data.index import Index, Video
 from .data.lmdb import read_jpegs
 from .data.media import is_record
-from .data.on_the_fly import frame_reader
+from .data.on_the_fly import ReadParts, frame_reader
 from .data.pipeline import TrainLoader
 from .data.sampling import Clips, Sources, clip_frames, epoch_order, plan_pairs
-from .data.video import VideoError
+from .data.video import Region, VideoError
 from .models import build_encoder
 
 ADVICE = {
@@ -102,7 +102,7 @@ def _read_and_decode(
     budget_s: float,
 ) -> tuple[float, float, float, list[tuple[Clips, dict[str, list]]]]:
     """(seconds to read a video's files, to decode its clips, to compute their flow, all per video; up to 64 videos'
-    clips and frames)."""
+    clips, and of every view the region and parts of `needed_parts`)."""
     read_s, decode_s, flow_s, kept, failed = 0.0, 0.0, 0.0, [], 0
     computed, reader = data.flow == "on_the_fly", frame_reader(data, device)
     end = time.perf_counter() + budget_s
@@ -116,11 +116,9 @@ def _read_and_decode(
         began = time.perf_counter()
         try:
             stored = [view for view in views if view == "rgb" or not computed]
-            frames = {view: fetch_frames(video, plan.start, view, data) for view in stored}
+            frames = {view: _decoded(video, plan, view, data, None) for view in stored}
             decoded = time.perf_counter()
-            frames |= {
-                view: fetch_frames(video, plan.start, view, data, reader) for view in views if view not in frames
-            }
+            frames |= {view: _decoded(video, plan, view, data, reader) for view in views if view not in frames}
         except VideoError:
             failed += 1
             continue
@@ -130,6 +128,13 @@ def _read_and_decode(
         kept.append((plan, frames))
     count = max(1, len(kept))
     return read_s / count, decode_s / count, flow_s / count, kept
+
+
+def _decoded(
+    video: Video, plan: Clips, view: str, data: DataConfig, read: ReadParts | None
+) -> tuple[Region, list[np.ndarray]]:
+    region, parts = needed_parts(video, plan, view, data, read)
+    return region, list(parts)
 
 
 def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:
@@ -153,16 +158,19 @@ def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:
 
 
 def _augment(kept: list, data: DataConfig, views: tuple[str, ...], budget_s: float) -> float:
-    """Seconds of the graph per video, its threads together, on the CPU."""
+    """Seconds of cutting and of the graph per video, its threads together, on the CPU."""
     if not kept:
         return 0.0
     some = kept[: data.batch_size]
     graph = ClipGraph(data, dict.fromkeys(views, "frames"), torch.device("cpu"), 2 * len(some))
     clips = Clips.concatenate([plan for plan, _ in some])
-    frames = {view: [clip for _, frames in some for clip in frames[view]] for view in views}
 
     def run() -> None:
-        graph.run(clips, {view: cut_clips(frames[view], clips, view, data) for view in views})
+        samples: dict[str, list] = {view: [] for view in views}
+        for plan, decoded in some:
+            for view, (region, parts) in decoded.items():
+                samples[view] += cut_clips(parts, plan, view, data, region, finish=True)
+        graph.run(clips, samples)
 
     return _repeat(run, budget_s) / len(some)
 

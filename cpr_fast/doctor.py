@@ -27,7 +27,8 @@ from .data.video import VideoError, slice_packets
 from .metrics import environment
 
 PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu13", "av", "numpy", "pillow",
-            "simplejpeg", "lmdb", "msgpack", "tensorboard", "safetensors", "onnx")  # fmt: skip
+            "opencv-contrib-python-headless", "opencv-python-headless", "opencv-python", "simplejpeg", "lmdb",
+            "msgpack", "tensorboard", "safetensors", "onnx")  # fmt: skip
 SAMPLE, SAMPLE_S = 12, 10.0  # at least so many videos are decoded to look for damage, more within these seconds
 
 

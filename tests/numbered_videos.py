@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import real_clips
 
+from cpr_fast.data.index import Video
+from cpr_fast.data.sampling import Clips
+
 HEIGHT, WIDTH = 48, 64  # a grid of 2 x 4 blocks: the bits of the frame number, black or white
 
 # name -> (codec, suffix, pixel format, options)
@@ -71,3 +74,12 @@ def shared_data(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {path} (set CPR_FAST_SHARED)")
     return path
+
+
+def clips_at(video: Video, starts, **draw) -> Clips:
+    """Clips of a video's whole frames from the given starts on, of neutral colours but for `draw` (one value each)."""
+    count = len(starts)
+    neutral = {"flip": False, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "sigma": 0, "crop": 0}
+    rest = {name: np.full(count, value) for name, value in (neutral | draw).items()}
+    box = np.tile([0, 0, video.height, video.width], (count, 1))
+    return Clips(np.zeros(count, int), np.array(starts), box, **rest)

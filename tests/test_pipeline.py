@@ -16,7 +16,7 @@ pytest.importorskip("nvidia.dali")
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.background import run_ahead
-from cpr_fast.data.clips import ClipReader, fetch_frames, fetch_jpegs, fetch_packets
+from cpr_fast.data.clips import ClipReader, fetch_cut, fetch_jpegs, fetch_packets
 from cpr_fast.data.cut import cut_clips
 from cpr_fast.data.graph import ClipGraph
 from cpr_fast.data.index import Index, Video
@@ -24,6 +24,7 @@ from cpr_fast.data.lmdb import RecordWriter, record_path, split_record
 from cpr_fast.data.pipeline import TrainLoader, WindowLoader, _route
 from cpr_fast.data.sampling import Clips, Sources, clip_frames, epoch_order, plan_labelled, plan_pairs, plan_windows
 from cpr_fast.data.stream import ClipStream, Job
+from cpr_fast.data.video import Region
 from cpr_fast.errors import InputError
 from cpr_fast.pixels import IMAGENET_MEAN as MEAN
 from cpr_fast.pixels import IMAGENET_STD as STD
@@ -232,6 +233,12 @@ class TestSameBits:
         loader.close()
 
 
+def cut_whole(frames: np.ndarray, clips: Clips, view: str) -> list[np.ndarray]:
+    """The clips, of DATA's frames, of a video of the given ones."""
+    region = Region.whole(*frames.shape[1:3])
+    return cut_clips([frames], clips, view, DATA, region, finish=True)
+
+
 class TestAugmentation:
     """One clip at a time through the graph, against NumPy, PIL and OpenCV. Tolerances are in levels of 255."""
 
@@ -241,7 +248,7 @@ class TestAugmentation:
         rest = {name: np.array([value]) for name, value in (neutral_draw | draw).items()}
         clips = Clips(np.zeros(1, int), np.zeros(1, int), np.array([box]), **rest)
         graph = ClipGraph(DATA, {"rgb": "frames"}, CPU, 1)
-        return levels(graph.run(clips, {"rgb": cut_clips([pixels], clips, "rgb", DATA)})["rgb"][0])
+        return levels(graph.run(clips, {"rgb": cut_whole(pixels, clips, "rgb")})["rgb"][0])
 
     @pytest.mark.parametrize("box", [[0, 0, 60, 80], [3, 5, 23, 65], [10, 0, 60, 41], [30, 30, 41, 39]])
     @pytest.mark.parametrize("flip", [False, True])
@@ -282,7 +289,7 @@ class TestAugmentation:
         graph = ClipGraph(DATA, {"rgb": "frames", "flow": "frames"}, CPU, 1)
         clips = plan_windows(Sources(np.array([4]), np.array([32]), np.array([32])), 0, DATA, None)
         frames = {"rgb": np.full((4, 32, 32, 3), 51, np.uint8), "flow": np.full((4, 32, 32, 2), [204, 102], np.uint8)}
-        out = graph.run(clips, {view: cut_clips([pixels], clips, view, DATA) for view, pixels in frames.items()})
+        out = graph.run(clips, {view: cut_whole(pixels, clips, view) for view, pixels in frames.items()})
         for view, value in {"rgb": (51, 51, 51), "flow": (128, 102, 204)}.items():
             expected = [(v / 255 - m) / s for v, m, s in zip(value, MEAN, STD, strict=True)]
             torch.testing.assert_close(out[view].mean(dim=(0, 2, 3, 4)), torch.tensor(expected), rtol=0, atol=1e-5)
@@ -321,16 +328,16 @@ def test_the_other_routes_give_the_frames_of_the_frame_graph(tmp_path, kind, rou
     clips = dataclasses.replace(clips, start=start)
     options = {"group": group, "same_frames": same_frames, "clip_major": clip_major}
     views = ("rgb", "flow")
-    frames = {view: cut_clips(fetch_frames(video, start, view, DATA), clips, view, DATA) for view in views}
+    frames = {view: fetch_cut(video, clips, view, DATA) for view in views}
     expected = ClipGraph(DATA, dict.fromkeys(views, "frames"), CPU, len(start), **options)
     other = ClipGraph(DATA, dict.fromkeys(views, route), CPU, len(start), **options)
     for repeat in (len(start), len(start) // 2):  # the second run is smaller
         few = {view: frames[view][:repeat] for view in views}
         if route == "jpegs":
-            samples = {view: fetch_jpegs(video, start[:repeat], view, DATA) for view in views}
+            samples = {view: fetch_jpegs(video, clips[:repeat], view, DATA) for view in views}
         else:
-            samples = {view: fetch_packets(video, start[:repeat], view, DATA, group=group) for view in views}
-        want, got = expected.run(clips[np.arange(repeat)], few), other.run(clips[np.arange(repeat)], samples)
+            samples = {view: fetch_packets(video, clips[:repeat], view, DATA, group=group) for view in views}
+        want, got = expected.run(clips[:repeat], few), other.run(clips[:repeat], samples)
         np.testing.assert_array_equal(other.rows(repeat), expected.rows(repeat))
         for view in views:
             for a, b in zip(got[view], want[view], strict=True):
@@ -403,7 +410,7 @@ def test_the_packet_graph_still_works_after_packets_that_do_not_decode(tmp_path)
     path = write_video(tmp_path / "rgb", texture(0, 48, 64, 30), "vp9")
     video = Video(path, "a", "a", "train", 30, 25.0, 64, 48, None)
     clips = plan_windows(Sources(np.array([30]), np.array([48]), np.array([64])), 0, DATA, 2)
-    packets = fetch_packets(video, clips.start, "rgb", DATA)
+    packets = fetch_packets(video, clips, "rgb", DATA)
     graph = ClipGraph(DATA, {"rgb": "packets"}, CPU, 2)
     before = graph.run(clips, {"rgb": packets})["rgb"]
     for damaged in (np.frombuffer(b"garbage" * 100, np.uint8), packets[1][0][:300]):
@@ -553,7 +560,7 @@ class TestBadFiles:
 
         plans = [plan_pairs(Sources.of(videos), np.array([video]), DATA, 0, 0) for video in range(3)]
         jobs = [Job(plans[0]), Job(plans[1], lambda: iter([plans[1], plans[2]]))]
-        reader = ClipReader(videos, DATA, {"rgb": lambda video, start, view, data: [video]})
+        reader = ClipReader(videos, DATA, {"rgb": lambda video, clips, view, data: [video]})
         stream = ClipStream(reader, Graph(), workers=1, prefetch=1, check=True)
         batches = list(stream.stream([jobs], lambda materials: stream.run(materials)[0].video))
         stream.close()

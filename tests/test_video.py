@@ -3,11 +3,13 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from av.video.frame import PictureType
+from av.video.reformatter import ColorRange, Colorspace
 from numbered_videos import (
     KINDS,
     decode_linearly,
@@ -19,7 +21,16 @@ from numbered_videos import (
 )
 
 from cpr_fast.data import video
-from cpr_fast.data.video import Layout, VideoError, _decode, probe_video, read_frames, slice_packets
+from cpr_fast.data.video import (
+    Layout,
+    Region,
+    VideoError,
+    _decode,
+    probe_video,
+    read_frames,
+    read_parts,
+    slice_packets,
+)
 
 FRAMES = 47  # of every numbered video: no multiple of a group of pictures
 CHOICES = ([0], [46], [11, 12, 13], [5, 24, 25, 40], list(range(30, 46)), list(range(FRAMES)))
@@ -115,13 +126,13 @@ def test_a_container_that_seeks_to_the_wrong_place_costs_time_alone(numbered, mo
     elsewhere = int(video._LAYOUTS[video._identity(path, FRAMES)].start(FRAMES - 1))
 
     @contextmanager
-    def opened(path, real=video._open):
-        with real(path) as (container, stream):
+    def opened(path, probe, real=video._open):
+        with real(path, probe=probe) as (container, stream):
             container.seek(elsewhere, stream=stream)  # what is demultiplexed starts there
             yield container, stream
 
     calls = iter([opened, video._open])
-    monkeypatch.setattr(video, "_open", lambda path: next(calls)(path))
+    monkeypatch.setattr(video, "_open", lambda path, probe=True: next(calls)(path, probe=probe))
     np.testing.assert_array_equal(read_frames(path, [5, 6], "rgb", FRAMES), expected)
     assert next(calls, None) is None
 
@@ -137,10 +148,82 @@ def test_decoding_starts_at_the_key_frame_and_passes_over_b_frames(numbered, kin
         stream.codec_context.thread_count = 1
         packets = list(container.demux(stream))
         layout = Layout.of(container, stream, packets, FRAMES)
-        decoded = [number for number, _ in _decode(container, stream, layout, [30, 31], packets) if number <= 31]
-    assert decoded[0] == 24 and {30, 31} <= set(decoded)
+        decoder = Recorder(stream.codec_context)
+        wanted = [
+            number
+            for number, _ in _decode(container, SimpleNamespace(codec_context=decoder), layout, [30, 31], packets)
+        ]
+    assert wanted == [30, 31]
+    decoded = layout.numbers(decoder.times).tolist()  # in presentation order
+    shown = [number for number in decoded if 0 < number <= 31]  # the first of an AVI file names the encoder
+    assert shown[0] == 24 and {30, 31} <= set(shown)
     referenced = [number for number in range(24, 32) if kinds[number] != PictureType.B]
-    assert set(referenced) <= set(decoded) and len(decoded) < 31 - 24 + 1
+    assert set(referenced) <= set(shown) and len(shown) < 31 - 24 + 1
+
+
+class Recorder:
+    """A decoder, and the times of the frames that it gave."""
+
+    def __init__(self, decoder):
+        self.decoder, self.name, self.times = decoder, decoder.name, []
+
+    def __setattr__(self, name, value):
+        setattr(self.decoder, name, value) if name == "skip_frame" else super().__setattr__(name, value)
+
+    def decode(self, packet):
+        frames = self.decoder.decode(packet)
+        self.times += [frame.pts for frame in frames]
+        return frames
+
+
+def random_region(rng, height, width):
+    top, left = rng.integers(0, height), rng.integers(0, width)
+    return Region((top, left, rng.integers(top, height) + 1, rng.integers(left, width) + 1), height, width)
+
+
+def assert_regions(path, truth, rng):
+    """Random frames of random boxes are those of whole ones, bit for bit."""
+    for _ in range(8):
+        region = random_region(rng, *truth.shape[1:3])
+        frames = np.unique(rng.integers(0, len(truth), rng.integers(1, 20)))
+        top, left, bottom, right = region.box
+        parts = list(read_parts(path, frames, "rgb", len(truth), region))
+        np.testing.assert_array_equal(np.concatenate(parts), truth[frames, top:bottom, left:right])
+        assert max(map(len, parts)) <= video.PART
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_region_is_cut_from_whole_frames(numbered, kind):
+    assert_regions(numbered[kind], decode_linearly(numbered[kind]), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv422p", "yuv444p", "gray", "yuv420p10le"])
+@pytest.mark.parametrize("colours", [None, (ColorRange.MPEG, Colorspace.ITU709), (ColorRange.JPEG, Colorspace.ITU601)])
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (50, 66), (48, 37), (35, 64), (90, 170)])
+def test_a_region_of_noise(tmp_path, pixel_format, colours, height, width):
+    """Noise shows where chroma is shared or interpolated; the sizes are no multiples of anything."""
+    rng, path = np.random.default_rng(1), tmp_path / "noise.mkv"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = height, width, pixel_format
+        for number in range(20):
+            pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format=pixel_format)
+            frame.pts = number
+            if colours is not None:
+                frame.color_range, frame.colorspace = colours
+                stream.codec_context.color_range, stream.codec_context.colorspace = colours
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    truth = decode_linearly(path)
+    np.testing.assert_array_equal(read_frames(path, range(20), "rgb", 20), truth)
+    assert_regions(path, truth, rng)
+
+
+def test_a_region_of_frames_of_another_size(numbered):
+    for view, region in (("rgb", Region.whole(48, 66)), ("flow", Region.whole(48, 64))):
+        with pytest.raises(VideoError, match=f"decodes to 64x{48 if view == 'rgb' else 24}, the index says"):
+            list(read_parts(numbered["vp9"], [0], view, FRAMES, region))
 
 
 def test_flow_is_the_two_halves_of_the_luma_as_stored(tmp_path):
@@ -155,6 +238,8 @@ def test_flow_is_the_two_halves_of_the_luma_as_stored(tmp_path):
         stored = [np.frombuffer(f.planes[0], np.uint8).reshape(48, -1)[:, :64] for f in container.decode(video=0)]
     luma = np.stack(stored).reshape(9, 2, 24, 64).transpose(0, 2, 3, 1)
     np.testing.assert_array_equal(read_frames(limited, range(9), "flow", 9), luma)
+    part = list(read_parts(limited, range(9), "flow", 9, Region((3, 5, 20, 50), 24, 64)))
+    np.testing.assert_array_equal(np.concatenate(part), luma[:, 3:20, 5:50])
 
 
 def test_reading_from_many_threads_gives_the_same_frames(numbered):

@@ -11,25 +11,25 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from cpr_fast.config import DataConfig
-from cpr_fast.data.cut import cut_clips
+from cpr_fast.data.cut import cut_clips, needed_region, taken
 from cpr_fast.data.index import Index, Video
 from cpr_fast.data.lmdb import read_jpegs
-from cpr_fast.data.media import is_record, read_frames
-from cpr_fast.data.on_the_fly import ReadFrames, frame_reader
+from cpr_fast.data.media import is_record, read_parts
+from cpr_fast.data.on_the_fly import ReadParts, frame_reader
 from cpr_fast.data.sampling import Clips, clip_frames
-from cpr_fast.data.video import VideoError, slice_packets
+from cpr_fast.data.video import Region, VideoError, joined, slice_packets
 from cpr_fast.errors import InputError
 
 log = logging.getLogger(__name__)
 
-Fetch = Callable[[Video, np.ndarray, str, DataConfig], list]
+Fetch = Callable[[Video, Clips, str, DataConfig], list]  # the clips of one video, in one view
 
 
 @dataclass(frozen=True)
@@ -41,34 +41,47 @@ class Material:
 
 
 def fetch_frames(
-    video: Video, start: np.ndarray, view: str, data: DataConfig, read: ReadFrames | None = None
+    video: Video, clips: Clips, view: str, data: DataConfig, read: ReadParts | None = None
 ) -> list[np.ndarray]:
-    """Decoded clips at the given starts: uint8 [T, H, W, 3] (rgb) or [T, H, W, 2] (flow), one pass over the file.
+    """Decoded clips, whole: uint8 [T, H, W, 3] (rgb) or [T, H, W, 2] (flow), one pass over the file.
 
     `read` is that of `frame_reader`, the default, or a cache of it.
     """
     path, num_frames = _file(video, view, data)
-    read = read or frame_reader(data)
-    frames = np.stack([clip_frames(s, data) for s in start])  # [M, T]
+    frames = np.stack([clip_frames(start, data) for start in clips.start])  # [M, T]
     needed, place = np.unique(frames, return_inverse=True)
-    pixels = read(path, needed, view, num_frames)
-    if view == "flow" and video.width % 2:  # flow files pad an odd width by one column, for 4:2:0
-        pixels = np.ascontiguousarray(pixels[:, :, : video.width])
-    if pixels.shape[1:3] != (video.height, video.width):
-        raise VideoError(
-            path, f"decodes to {pixels.shape[2]}x{pixels.shape[1]}, the index says {video.width}x{video.height}"
-        )
-    return [_take(pixels, row) for row in place.reshape(frames.shape)]
+    parts = (read or frame_reader(data))(path, needed, view, num_frames, Region.whole(video.height, video.width))
+    pixels = joined(parts, len(needed))
+    return [taken(pixels, row) for row in place.reshape(frames.shape)]
+
+
+def fetch_cut(
+    video: Video, clips: Clips, view: str, data: DataConfig, read: ReadParts | None = None, *, finish: bool = True
+) -> list[np.ndarray]:
+    """Decoded clips as `cut_clips` leaves them: M of uint8 [T, S, S, 3]; `read` as above."""
+    region, parts = needed_parts(video, clips, view, data, read)
+    return cut_clips(parts, clips, view, data, region, finish=finish)
+
+
+def needed_parts(
+    video: Video, clips: Clips, view: str, data: DataConfig, read: ReadParts | None = None
+) -> tuple[Region, Iterator[np.ndarray]]:
+    """What `cut_clips` cuts the clips from, in one pass over the file: a region, and that of their distinct frames, a
+    few at a time; `read` as above."""
+    path, num_frames = _file(video, view, data)
+    region = needed_region(clips, video.height, video.width, data)
+    frames = np.unique([clip_frames(start, data) for start in clips.start])
+    return region, (read or frame_reader(data))(path, frames, view, num_frames, region)
 
 
 def fetch_packets(
-    video: Video, start: np.ndarray, view: str, data: DataConfig, *, group: int = 1
+    video: Video, clips: Clips, view: str, data: DataConfig, *, group: int = 1
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Encoded clips at the given starts, one entry for every `group` of them, so that their video is decoded once:
+    """Encoded clips, one entry for every `group` of them, so that their video is decoded once:
     (bytes uint8 [L], frame numbers in them int32 [U], place in those of every clip's frames int32 [G, T])."""
     path, num_frames = _file(video, view, data)
     out = []
-    for starts in start.reshape(-1, group):
+    for starts in clips.start.reshape(-1, group):
         frames = np.stack([clip_frames(s, data) for s in starts])  # [G, T]
         needed, order = np.unique(frames, return_inverse=True)
         encoded, chosen = slice_packets(path, needed, num_frames)
@@ -76,48 +89,58 @@ def fetch_packets(
     return out
 
 
-def fetch_jpegs(video: Video, start: np.ndarray, view: str, data: DataConfig) -> list[list[np.ndarray]]:
-    """Encoded clips of a record at the given starts: T JPEGs each, uint8 [L], in the mapped file."""
+def fetch_jpegs(video: Video, clips: Clips, view: str, data: DataConfig) -> list[list[np.ndarray]]:
+    """Encoded clips of a record: T JPEGs each, uint8 [L], in the mapped file."""
     path, _ = _file(video, view, data)
-    clips = (read_jpegs(path, clip_frames(s, data)) for s in start)
-    return [[np.frombuffer(jpeg, np.uint8) for jpeg in jpegs] for jpegs in clips]
+    records = (read_jpegs(path, clip_frames(start, data)) for start in clips.start)
+    return [[np.frombuffer(jpeg, np.uint8) for jpeg in jpegs] for jpegs in records]
 
 
 def checked(fetch: Fetch) -> Fetch:
     """As `fetch`, after decoding the same clips here: raises VideoError where the graph would fail on them."""
 
-    def fetch_checked(video: Video, start: np.ndarray, view: str, data: DataConfig) -> list:
-        fetch_frames(video, start, view, data)
-        return fetch(video, start, view, data)
+    def fetch_checked(video: Video, clips: Clips, view: str, data: DataConfig) -> list:
+        fetch_frames(video, clips, view, data)
+        return fetch(video, clips, view, data)
 
     return fetch_checked
 
 
 class FrameCache:
-    """`read` that keeps whole decoded videos in RAM, first come, until `limit_gib` are full.
+    """`read_parts` that keeps whole decoded videos in RAM, first come, until `limit_gib` are full.
 
     On 160x120 videos reading is more than half of the work of a batch. The frames are the same, bit for bit.
     """
 
-    def __init__(self, limit_gib: float, read: ReadFrames = read_frames) -> None:
+    def __init__(self, limit_gib: float, read: ReadParts = read_parts) -> None:
         self._free_bytes, self._read = int(limit_gib * 2**30), read
         self._videos: dict[tuple[Path, str], np.ndarray] = {}  # by path and view
         self._damaged: set[Path] = set()  # cannot be decoded to their end, but may still give a clip
         self._lock = threading.Lock()
 
-    def read(self, path: Path, frames: np.ndarray, view: str, num_frames: int) -> np.ndarray:
+    def read_parts(
+        self, path: Path, frames: np.ndarray, view: str, num_frames: int, region: Region | None = None
+    ) -> Iterator[np.ndarray]:
         pixels = self._videos.get((path, view))
         if pixels is None:
-            # a record gives any frame at its own cost: none is decoded before it is asked for
-            if self._free_bytes <= 0 or path in self._damaged or is_record(path):
-                return self._read(path, frames, view, num_frames)
-            try:
-                pixels = self._read(path, np.arange(num_frames), view, num_frames)
-            except VideoError:
-                self._damaged.add(path)
-                return self._read(path, frames, view, num_frames)
-            self._keep((path, view), pixels)
-        return _take(pixels, frames)
+            pixels = self._whole(path, view, num_frames)
+        if pixels is None:
+            yield from self._read(path, frames, view, num_frames, region)
+        else:
+            yield taken(pixels if region is None else region.of(path, pixels, view), frames)
+
+    def _whole(self, path: Path, view: str, num_frames: int) -> np.ndarray | None:
+        """All frames, kept if there is room; None where the wanted ones are better read alone."""
+        # a record gives any frame at its own cost: none is decoded before it is asked for
+        if self._free_bytes <= 0 or path in self._damaged or is_record(path):
+            return None
+        try:
+            pixels = joined(self._read(path, np.arange(num_frames), view, num_frames, None), num_frames)
+        except VideoError:
+            self._damaged.add(path)
+            return None
+        self._keep((path, view), pixels)
+        return pixels
 
     def _keep(self, video: tuple[Path, str], pixels: np.ndarray) -> None:
         with self._lock:
@@ -137,7 +160,6 @@ class ClipReader:
     index: Index
     data: DataConfig
     fetch: Mapping[str, Fetch]  # by view
-    cut: frozenset[str] = frozenset()  # the views whose frames are cut and resized here
     skipped: list[tuple[Path, str]] = field(default_factory=list)  # (path, reason), once per file
     _named: set[Path] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -147,7 +169,7 @@ class ClipReader:
         video = self.index[int(clips.video[0])]
         fetch = {view: checked(fetch) if check else fetch for view, fetch in self.fetch.items()}
         try:
-            return Material(clips, {view: self._view(fetch[view], video, clips, view) for view in fetch})
+            return Material(clips, {view: fetch[view](video, clips, view, self.data) for view in fetch})
         except VideoError as error:
             with self._lock:
                 if error.path not in self._named:
@@ -155,10 +177,6 @@ class ClipReader:
                     self.skipped.append((error.path, error.reason))
                     log.warning("skipped %s: %s", error.path, error.reason)
             return None
-
-    def _view(self, fetch: Fetch, video: Video, clips: Clips, view: str) -> list:
-        samples = fetch(video, clips.start, view, self.data)
-        return cut_clips(samples, clips, view, self.data) if view in self.cut else samples
 
     def read_or_substitute(self, clips: Clips, substitutes: Iterable[Clips], **options) -> Material:
         """As `read`, going through `substitutes` in order until one can be read.
@@ -185,10 +203,3 @@ def _file(video: Video, view: str, data: DataConfig) -> tuple[Path, int]:
     if video.flow_path is None:
         raise VideoError(video.path, "has no flow_path in the index; run `cpr-fast flow` first")
     return video.flow_path, video.num_frames - 1
-
-
-def _take(pixels: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """pixels[rows], without a copy where the rows are consecutive (every stride of 1 without padding)."""
-    if rows[-1] - rows[0] == len(rows) - 1 and np.all(np.diff(rows) == 1):
-        return pixels[rows[0] : rows[-1] + 1]
-    return pixels[rows]

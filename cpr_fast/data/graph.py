@@ -5,7 +5,7 @@
     jpegs     `fn.decoders.image`, a JPEG a sample: nvJPEG ("mixed") or libjpeg-turbo ("cpu")
 
 The graph of a route is the same on both devices; only the decoder's device differs. That of frames starts where they
-have their size (`cut.py` says why).
+have their size and, on the CPU, all but the normalisation (`cut.py` says why).
 
 Letters: M clips of a run = N groups (clips of one video) of G, T frames, S side of the square output, U distinct frames
 of a group.
@@ -62,10 +62,14 @@ def finish(out, draw, view: str, data: DataConfig, layout: str = "FHWC"):
             out = fn.color_twist(out, brightness=draw[5], contrast=draw[6], saturation=draw[7], hue=draw[8])
         if draw[10] > 0:
             out = fn.gaussian_blur(out, sigma=draw[10])
+    return normalised(out, data, layout, mirror=fn.cast(draw[4], dtype=types.INT32))
+
+
+def normalised(out, data: DataConfig, layout: str = "FHWC", **mirror):
     mean, std = normalisation(data.augment)
     return fn.crop_mirror_normalize(
         out,
-        mirror=fn.cast(draw[4], dtype=types.INT32),
+        **mirror,
         mean=[255 * m for m in mean],
         std=[255 * s for s in std],
         output_layout=layout,
@@ -78,12 +82,11 @@ def _channel(frames, number: int):
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True, prefetch_queue_depth=1)
 def frames_graph(view: str, data: DataConfig, device: str):
-    """A sample is a clip: inputs "draw" [11] and "frames", uint8 [T, S, S, 3], for "cpu" or "gpu". One output."""
-    draw = fn.external_source(name="draw", device="cpu")
+    """A sample is a clip: input "frames", uint8 [T, S, S, 3], and for "gpu" also "draw" [11]. One output."""
     frames = fn.external_source(name="frames", device="cpu", layout="FHWC", no_copy=True)
-    if device == "gpu":
-        frames = frames.gpu()
-    return finish(frames, draw, view, data)
+    if device == "cpu":
+        return normalised(frames, data)
+    return finish(frames.gpu(), fn.external_source(name="draw", device="cpu"), view, data)
 
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True, prefetch_queue_depth=1)
@@ -162,17 +165,17 @@ class ClipGraph:
     def run(self, clips: Clips, samples: dict[str, list]) -> dict[str, Tensor]:
         """view -> float32 [M, 3, T, S, S], channels_last_3d.
 
-        `samples[view]` is, by route: every clip as `cut_clips` leaves it, uint8 [T, S, S, 3]; (packets, chosen,
-        order) of every group; or the JPEGs of every clip, T uint8 [L] each.
+        `samples[view]` is, by route: every clip as `cut_clips` leaves it, uint8 [T, S, S, 3], on the CPU finished;
+        (packets, chosen, order) of every group; or the JPEGs of every clip, T uint8 [L] each.
         """
-        draw = draw_rows(clips)
         with self._lock:  # two epochs of one loader may be read at the same time
-            return {view: self._run_view(view, route, draw, samples[view]) for view, route in self._views.items()}
+            return {view: self._run_view(view, route, clips, samples[view]) for view, route in self._views.items()}
 
-    def _run_view(self, view: str, route: Route, draw: np.ndarray, samples: list) -> Tensor:
-        pipeline, rows = self._pipelines[view], self.rows(len(draw))
+    def _run_view(self, view: str, route: Route, clips: Clips, samples: list) -> Tensor:
+        pipeline, rows, draw = self._pipelines[view], self.rows(len(clips)), draw_rows(clips)
         if route == "frames":
-            pipeline.feed_input("draw", draw[rows])
+            if self._stream is not None:
+                pipeline.feed_input("draw", draw[rows])
             pipeline.feed_input("frames", [samples[row] for row in rows])
         elif route == "packets":
             pipeline.feed_input("draw", draw.reshape(-1, self._group, draw.shape[1]))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from cpr_fast.data import lmdb, video
+from cpr_fast.data.video import PART, Region, joined
 
 
 def is_record(path: Path) -> bool:
@@ -29,6 +30,17 @@ def read_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str, num_f
     """The frames of the given, strictly increasing numbers: uint8 [F, H, W, 3] (rgb), [F, H, W, 2] (flow: u, v) or
     [F, H, W] (gray). `num_frames` is what the index says the view holds. Raises VideoError.
     """
-    if is_record(path):
-        return lmdb.read_frames(path, frames, view)
-    return video.read_frames(path, frames, view, num_frames)
+    return joined(read_parts(path, frames, view, num_frames), len(frames))
+
+
+def read_parts(
+    path: Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int, region: Region | None = None
+) -> Iterator[np.ndarray]:
+    """As `read_frames`, a few frames after the other, and of each only the region. Raises VideoError also for frames
+    of another size than the region says."""
+    if not is_record(path):
+        yield from video.read_parts(path, frames, view, num_frames, region)
+        return
+    for begin in range(0, len(frames), PART):
+        part = lmdb.read_frames(path, frames[begin : begin + PART], view)
+        yield part if region is None else region.of(path, part, view)

@@ -17,8 +17,7 @@ import torch
 from nvidia.dali import fn, pipeline_def
 
 from cpr_fast.config import DataConfig
-from cpr_fast.data.clips import fetch_frames
-from cpr_fast.data.cut import cut_clips
+from cpr_fast.data.clips import fetch_cut, fetch_frames
 from cpr_fast.data.graph import ClipGraph
 from cpr_fast.data.index import Index, Video
 from cpr_fast.data.reference import ReferenceGraph
@@ -132,15 +131,15 @@ def clip_parity(path: Path, data: DataConfig, *, epochs: int = 8, device: torch.
     info = probe_video(path)
     video = Video(path, "", "", "", info.num_frames, info.fps or 25.0, info.width, info.height)
     sources = Sources.of(Index([video]))
-    graph = ClipGraph(data, {"rgb": "frames"}, device or torch.device("cpu"), 2)
+    device = device or torch.device("cpu")
+    graph = ClipGraph(data, {"rgb": "frames"}, device, 2)
     reference = ReferenceGraph(data, ["rgb"])
     scores: dict[str, list[float]] = {"plain": [], "colour": []}
     std = 255 * torch.tensor(normalisation(data.augment)[1]).view(3, 1, 1, 1)  # levels per unit
     for epoch in range(epochs):
         plan = plan_pairs(sources, np.array([0]), data, 0, epoch)
-        frames = fetch_frames(video, plan.start, "rgb", data)
-        got = graph.run(plan, {"rgb": cut_clips(frames, plan, "rgb", data)})["rgb"].cpu()
-        expected = reference.run(plan, {"rgb": frames})["rgb"]
+        got = graph.run(plan, {"rgb": fetch_cut(video, plan, "rgb", data, finish=device.type != "cuda")})["rgb"].cpu()
+        expected = reference.run(plan, {"rgb": fetch_frames(video, plan, "rgb", data)})["rgb"]
         for c in range(2):
             changed = (plan.brightness[c], plan.saturation[c], plan.hue[c], plan.sigma[c]) != (1, 1, 0, 0)
             error = float(((got[c] - expected[c]) * std).square().mean())

@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from cpr_fast.config import DataConfig
-from cpr_fast.data.clips import ClipReader, FrameCache, Material, fetch_frames, fetch_jpegs, fetch_packets
+from cpr_fast.data.clips import (
+    ClipReader,
+    FrameCache,
+    Material,
+    fetch_cut,
+    fetch_frames,
+    fetch_jpegs,
+    fetch_packets,
+)
 from cpr_fast.data.graph import ClipGraph, Route, residual
 from cpr_fast.data.index import Index
 from cpr_fast.data.media import is_record
@@ -92,13 +100,13 @@ class _ClipSource:
         computed = "flow" if data.flow == "on_the_fly" else None
         routes = {view: "frames" if view == computed else _route(index, view, device) for view in decoded}
         cache = FrameCache(data.cache_gib, frame_reader(data, device))
+        decode = fetch_frames if data.exact else partial(fetch_cut, finish=device.type != "cuda")
         fetch = {
-            "frames": partial(fetch_frames, read=cache.read),
+            "frames": partial(decode, read=cache.read_parts),
             "packets": partial(fetch_packets, group=grouping.get("group", 1)),
             "jpegs": fetch_jpegs,
         }
-        cut = frozenset(view for view, route in routes.items() if route == "frames" and not data.exact)
-        reader = ClipReader(index, data, {view: fetch[route] for view, route in routes.items()}, cut)
+        reader = ClipReader(index, data, {view: fetch[route] for view, route in routes.items()})
         if data.exact:
             grouping.pop("same_frames", None)
             graph = ReferenceGraph(data, list(routes), **grouping)
@@ -206,7 +214,7 @@ class TrainLoader:
         batch = len(videos)
         return [
             Job(
-                clips[np.arange(row, len(clips), batch)],
+                clips[row::batch],
                 lambda place=first + row: self._substitutes(order, epoch, place),
             )
             for row in range(batch)

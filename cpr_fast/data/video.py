@@ -20,15 +20,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
 PICTURE = b"\x00\x00\x01\xb6"  # starts one in an MPEG-4 stream; the next two bits say which kind
+ENCODER = b"\x00\x00\x01\xb2"  # starts the name of its encoder, by whose habits FFmpeg decodes
 INTRA, BIDIRECTIONAL = 0, 2  # kinds of MPEG-4 pictures
 EMPTY_PICTURE = 19  # bytes: FFmpeg's bound of a picture that only repeats the last one
+UNPROBED = {"codec_whitelist": "none", "probesize": "32"}  # the opening of a container decodes nothing
 PASSES_OVER = ("h264", "mpeg4")  # decoders that leave out exactly the frames to which no other refers
+PART = 8  # frames that are converted at once: few enough to stay in a cache
+PLANAR = ("yuv420p", "yuvj420p")  # formats of which any box of whole chroma samples converts as in the whole frame
 
 
 class VideoError(RuntimeError):
@@ -96,6 +101,31 @@ def _irregular(times: Sequence[int | None]) -> bool:
     return bool(odd.sum() > max(1, 0.01 * len(steps)))
 
 
+@dataclass(frozen=True)
+class Region:
+    """A box of frames whose size is known."""
+
+    box: tuple[int, int, int, int]  # top, left, bottom, right, ends exclusive, pixels
+    height: int  # of the frames
+    width: int
+
+    @classmethod
+    def whole(cls, height: int, width: int) -> Region:
+        return cls((0, 0, height, width), height, width)
+
+    def check(self, path: str | Path, height: int, width: int, view: str) -> None:
+        """Raises VideoError for frames of another size. Flow files pad an odd width by one column, for 4:2:0."""
+        padded = view == "flow" and self.width % 2 == 1 and width == self.width + 1
+        if height != self.height or (width != self.width and not padded):
+            raise VideoError(path, f"decodes to {width}x{height}, the index says {self.width}x{self.height}")
+
+    def of(self, path: str | Path, frames: np.ndarray, view: str) -> np.ndarray:
+        """The box of whole frames [F, H, W, ...], without a copy. Raises VideoError if they have another size."""
+        self.check(path, *frames.shape[1:3], view)
+        top, left, bottom, right = self.box
+        return frames[:, top:bottom, left:right]
+
+
 def read_frames(path: str | Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int) -> np.ndarray:
     """The frames of the given numbers, in one pass over the file.
 
@@ -103,35 +133,70 @@ def read_frames(path: str | Path, frames: Sequence[int] | np.ndarray, view: str,
     for view "flow" [F, H, W, 2] (u, v): the luma plane as stored, cut into its upper and lower half; for "gray"
     [F, H, W]. Raises VideoError for a video that does not give every one of them.
     """
+    return joined(read_parts(path, frames, view, num_frames), len(frames))
+
+
+def joined(parts: Iterable[np.ndarray], count: int) -> np.ndarray:
+    """The parts, of `count` frames in all, as one array."""
+    out, done = None, 0
+    for part in parts:
+        if out is None:
+            out = np.empty((count, *part.shape[1:]), np.uint8)
+        out[done : done + len(part)] = part
+        done += len(part)
+    return out
+
+
+def read_parts(
+    path: str | Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int, region: Region | None = None
+) -> Iterator[np.ndarray]:
+    """As `read_frames`, a few frames after the other, and of each only the region: no more of it is converted."""
+    frames, done = [int(number) for number in frames], 0
     identity = _identity(path, num_frames)
     known, packets = _LAYOUTS.get(identity), None
     if known is not None:
         # a file that cannot seek, say: then as if nothing were remembered
-        with suppress(VideoError), _open(path) as (container, stream):
-            return _gather(path, frames, view, num_frames, _decode(container, stream, known, frames))
+        with suppress(VideoError), _open(path, probe=known.probe) as (container, stream):
+            for part in _parts(path, frames, view, num_frames, region, _decode(container, stream, known, frames)):
+                yield part
+                done += len(part)
+            return
     with _open(path) as (container, stream):
         if known is not None or identity not in _LAYOUTS:
-            packets = list(container.demux(stream))
+            packets, failed = list(container.demux(stream)), known is not None
             known = Layout.of(container, stream, packets, num_frames)
+            if known is not None:
+                known.probe = failed
             if len(_LAYOUTS) < REMEMBERED_FILES:
                 _LAYOUTS[identity] = known
-        return _gather(path, frames, view, num_frames, _decode(container, stream, known, frames, packets))
+        frames = frames[done:]
+        yield from _parts(path, frames, view, num_frames, region, _decode(container, stream, known, frames, packets))
 
 
-def _gather(
-    path: str | Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int, numbered: Iterator
-) -> np.ndarray:
-    """What `read_frames` returns, from (number, frame) in presentation order."""
-    missing = {int(number): place for place, number in enumerate(frames)}
-    write = _FrameWriter(path, len(missing), view)
-    for number, frame in numbered:
-        if number in missing:
-            write(missing.pop(number), frame)
-            if not missing:
-                return write.out
-        if number > frames[-1]:
-            break
-    raise VideoError(path, f"frame {min(missing)} of {num_frames} does not decode")
+def _parts(
+    path: str | Path,
+    frames: list[int],
+    view: str,
+    num_frames: int,
+    region: Region | None,
+    decoded: Iterator[tuple[int, av.VideoFrame]],
+) -> Iterator[np.ndarray]:
+    """What `read_parts` yields, from the (number, frame) of all `frames`."""
+    pixels: _Pixels | None = None
+    for place, wanted in enumerate(frames):
+        number, frame = next(decoded, (None, None))
+        if number != wanted:
+            raise VideoError(path, f"frame {wanted} of {num_frames} does not decode")
+        if pixels is None:
+            _refuse_rotation(path, frame)
+            kind = (frame.width, frame.height, frame.format.name)
+            pixels = _pixels(path, frame, view, region, min(PART, len(frames)))
+        if (frame.width, frame.height, frame.format.name) != kind:
+            now = f"{frame.width}x{frame.height} {frame.format.name}"
+            raise VideoError(path, "the frame size or format changes from {}x{} {} to {}".format(*kind, now))
+        pixels.add(frame)
+        if place % PART == PART - 1 or place == len(frames) - 1:
+            yield pixels.take()
 
 
 def slice_packets(
@@ -169,6 +234,9 @@ class Layout:
     A few numbers for a file of evenly spaced frames, in whatever order they are stored.
     """
 
+    probe = False  # whether FFmpeg must look at some frames before it decodes all of them
+    first_alone = False  # whether only the first packet of an MPEG-4 stream names its encoder
+
     def __init__(self, times: np.ndarray, numbers: np.ndarray, keys: np.ndarray) -> None:
         """Of every packet that holds a frame, in decoding order: its time, the frame's number (both int64 [F]), and
         whether that is a key frame (bool [F])."""
@@ -193,16 +261,22 @@ class Layout:
             numbers = np.argsort(np.argsort(times))
         else:
             numbers = _numbers_by_kind(packets, keys) if stream.codec_context.name == "mpeg4" else None
-        return None if numbers is None else cls(times, numbers, keys)
+        if numbers is None:
+            return None
+        layout = cls(times, numbers, keys)
+        if not _shows_times(container):
+            layout.first_alone = any(ENCODER not in bytes(packet) for packet in packets if packet.is_keyframe)
+        return layout
 
-    def number(self, time: int | None) -> int:
-        """The frame of the packet of that time; -1 if there is none."""
-        if time is None:
-            return -1
-        if isinstance(self._times, range):
-            return int(self._numbers[self._times.index(time)]) if time in self._times else -1
-        place = int(np.searchsorted(self._times, time))
-        return int(self._numbers[place]) if place < len(self._times) and self._times[place] == time else -1
+    def times(self, frames: Sequence[int]) -> list[int]:
+        """The time of each frame; frames that the file does not have are left out."""
+        count = len(self._times)
+        order = range(count) if isinstance(self._numbers, range) else np.argsort(self._numbers)
+        return [int(self._times[order[number]]) for number in frames if number < count]
+
+    def numbers(self, times: Sequence[int]) -> np.ndarray:
+        """The frame of the packet of each time: int64."""
+        return np.asarray(self._numbers)[np.searchsorted(np.asarray(self._times), times)]
 
     def start(self, frames: int | np.ndarray) -> np.ndarray:
         """Time of the last key packet at or before each frame, in presentation as in decoding order: int64.
@@ -248,10 +322,10 @@ def _decode(
     container: av.container.InputContainer,
     stream: av.VideoStream,
     layout: Layout | None,
-    wanted: Sequence[int] | np.ndarray,
+    wanted: list[int],
     packets: list[av.Packet] | None = None,
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(number, frame) in presentation order: the frames `wanted` (increasing) that decode, and others.
+    """(number, frame) of the `wanted` frames (increasing) that decode, in presentation order.
 
     `packets` are all of the file, if they have been read already.
     """
@@ -261,24 +335,27 @@ def _decode(
         return container.demux(stream) if packets is None else packets
 
     if layout is None:
-        yield from enumerate(frame for packet in demux() for frame in decoder.decode(packet))
+        chosen = set(wanted)
+        frames = enumerate(frame for packet in demux() for frame in decoder.decode(packet))
+        yield from ((number, frame) for number, frame in frames if number in chosen)
         return
     start = int(layout.start(wanted[0]))
     if start != layout.first_time:
-        if not _shows_times(container):  # the first names the encoder, by whose habits FFmpeg decodes all that follows
+        if layout.first_alone:
             decoder.decode(next(filter(_holds_frame, demux())))
         if packets is None:
             container.seek(start, stream=stream)
     needed = itertools.dropwhile(lambda packet: packet.pts != start, filter(_holds_frame, demux()))
-    base, wanted, passing = layout.number(start), {int(number) for number in wanted}, False
-    passes = decoder.name in PASSES_OVER
+    number_at = dict(zip(layout.times(wanted), wanted, strict=False))
+    passes, passing = decoder.name in PASSES_OVER, False
     for packet in itertools.chain(needed, [None]):
-        passed = passes and packet is not None and layout.number(packet.pts) not in wanted
-        if passed != passing:
-            decoder.skip_frame, passing = ("NONREF" if passed else "DEFAULT"), passed
+        if passes:
+            passed = packet is not None and packet.pts not in number_at
+            if passed != passing:
+                decoder.skip_frame, passing = ("NONREF" if passed else "DEFAULT"), passed
         for frame in decoder.decode(packet):
-            number = layout.number(frame.pts)
-            if number >= base:
+            number = number_at.get(frame.pts)
+            if number is not None:
                 yield number, frame
 
 
@@ -310,7 +387,7 @@ class PacketTable:
 
     def __init__(self, packets: list[av.Packet], layout: Layout) -> None:
         self.packets, self._layout = packets, layout
-        self.ranks = np.array([layout.number(packet.pts) for packet in packets])
+        self.ranks = layout.numbers([packet.pts for packet in packets])
 
     def needed(self, frames: np.ndarray) -> np.ndarray:
         """Indices of the packets that `frames` (increasing) need, increasing; each run starts at a key packet."""
@@ -331,46 +408,97 @@ class PacketTable:
         return all(earliest_after[i] == self.ranks[i] for i, packet in enumerate(self.packets) if packet.is_keyframe)
 
 
-class _FrameWriter:
-    """Converts decoded frames into one array; the scaler and the array are made once per video."""
+class _Pixels(Protocol):
+    """Decoded frames as pixels: those added since the last `take`, at most as many as were announced."""
 
-    def __init__(self, path: str | Path, count: int, view: str) -> None:
-        self._path, self._count, self._view = path, count, view
+    def add(self, frame: av.VideoFrame) -> None: ...
+
+    def take(self) -> np.ndarray:
+        """uint8 [F, H, W, ...], the caller's own."""
+
+
+def _pixels(path: str | Path, frame: av.VideoFrame, view: str, region: Region | None, count: int) -> _Pixels:
+    """For frames like the given one, `count` at once."""
+    height, width = frame.height // 2 if view == "flow" else frame.height, frame.width
+    if region is not None:
+        region.check(path, height, width, view)
+    box = (0, 0, height, width) if region is None else region.box
+    if view == "flow" and (
+        frame.format.components[0].bits != 8 or not frame.format.name.startswith(("yuv", "gray", "nv"))
+    ):
+        raise VideoError(path, f"flow is stored in 8-bit luma, this is {frame.format.name}")
+    if view == "rgb" and frame.format.name in PLANAR and height % 2 == width % 2 == 0:
+        return _Stacked(frame, box, count)
+    return _OneByOne(view, box)
+
+
+class _Stacked:
+    """RGB of boxes of 4:2:0 frames: they are stacked as they come and converted as one tall picture."""
+
+    def __init__(self, frame: av.VideoFrame, box: tuple[int, int, int, int], count: int) -> None:
+        top, left, bottom, right = box
+        # whole chroma samples, and whole vectors of the converter from the left
+        outer = top - top % 2, left - left % 16, bottom + bottom % 2, right + right % 2
+        self._height, width = outer[2] - outer[0], outer[3] - outer[1]
+        self._inner = slice(top - outer[0], bottom - outer[0]), slice(left - outer[1], right - outer[1])
+        self._tall = av.VideoFrame(width, count * self._height, frame.format.name)
+        self._tall.colorspace, self._tall.color_range = frame.colorspace, frame.color_range
+        self._targets = [rows.reshape(count, -1, rows.shape[1]) for rows in map(_rows, self._tall.planes)]
+        planes = (tuple(edge // scale for edge in outer) for scale in (1, 2, 2))
+        self._boxes = [((bottom - top, right - left), top, left) for top, left, bottom, right in planes]
+        self._scaler, self._held = VideoReformatter(), 0
+
+    def add(self, frame: av.VideoFrame) -> None:
+        for plane, target, (shape, top, left) in zip(frame.planes, self._targets, self._boxes, strict=True):
+            row = plane.line_size
+            target[self._held] = np.ndarray(shape, np.uint8, plane, top * row + left, (row, 1))
+        self._held += 1
+
+    def take(self) -> np.ndarray:
+        rows = _rows(self._scaler.reformat(self._tall, format="rgb24", threads=1).planes[0], channels=3)
+        frames = rows.reshape(-1, self._height, self._tall.width, 3)
+        held, self._held = self._held, 0
+        return frames[:held, *self._inner]
+
+
+class _OneByOne:
+    """Any view of frames of any format, each converted whole."""
+
+    def __init__(self, view: str, box: tuple[int, int, int, int]) -> None:
+        top, left, bottom, right = box
+        self._view, self._box, self._frames = view, (slice(top, bottom), slice(left, right)), []
         self._scaler = VideoReformatter()  # a new one per frame costs three times the conversion itself
-        self._size: tuple[int, int] | None = None
-        self.out: np.ndarray | None = None
 
-    def __call__(self, place: int, frame: av.VideoFrame) -> None:
-        if self._size is None:
-            _refuse_rotation(self._path, frame)
-            self._size = (frame.height, frame.width)
-            height, width = self._size
-            shape = {"rgb": (height, width, 3), "flow": (height // 2, width, 2), "gray": (height, width)}[self._view]
-            self.out = np.empty((self._count, *shape), np.uint8)
-        if (frame.height, frame.width) != self._size:
-            raise VideoError(self._path, f"the frame size changes from {self._size} to {(frame.height, frame.width)}")
-        if self._view == "rgb":
-            plane = self._scaler.reformat(frame, format="rgb24", threads=1).planes[0]
-            rows = np.frombuffer(plane, np.uint8).reshape(frame.height, plane.line_size)
-            self.out[place] = rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
-        elif self._view == "gray":
-            plane = self._scaler.reformat(frame, format="gray", threads=1).planes[0]
-            rows = np.frombuffer(plane, np.uint8).reshape(frame.height, plane.line_size)
-            self.out[place] = rows[:, : frame.width]
+    def add(self, frame: av.VideoFrame) -> None:
+        if self._view == "flow":
+            rows, half = _rows(frame.planes[0]), frame.height // 2
+            pixels = np.stack([rows[:half], rows[half : 2 * half]], axis=-1)
         else:
-            if frame.format.components[0].bits != 8 or not frame.format.name.startswith(("yuv", "gray", "nv")):
-                raise VideoError(self._path, f"flow is stored in 8-bit luma, this is {frame.format.name}")
-            plane = frame.planes[0]
-            rows = np.frombuffer(plane, np.uint8).reshape(frame.height, plane.line_size)[:, : frame.width]
-            half = frame.height // 2
-            self.out[place, ..., 0], self.out[place, ..., 1] = rows[:half], rows[half : 2 * half]
+            name, channels = ("rgb24", 3) if self._view == "rgb" else ("gray", 1)
+            pixels = _rows(self._scaler.reformat(frame, format=name, threads=1).planes[0], channels)
+            if channels == 3:
+                pixels = pixels.reshape(frame.height, frame.width, 3)
+        self._frames.append(pixels[self._box])
+
+    def take(self) -> np.ndarray:
+        frames, self._frames = np.stack(self._frames), []
+        return frames
+
+
+def _rows(plane: av.video.plane.VideoPlane, channels: int = 1) -> np.ndarray:
+    """A plane's bytes, uint8 [H, W * channels]; not a copy."""
+    return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:, : plane.width * channels]
 
 
 @contextmanager
-def _open(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The file and its first video stream; every failure of FFmpeg inside the block becomes a VideoError."""
+def _open(path: str | Path, *, probe: bool = True) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """The file and its first video stream; every failure of FFmpeg inside the block becomes a VideoError.
+
+    Without `probe` no frame is decoded to learn what the container does not say, such as the rate; that takes ten times
+    as long as the rest, and frames come out the same but from streams that do not say how they are reordered.
+    """
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), container_options={} if probe else UNPROBED) as container:
             if not container.streams.video:
                 raise VideoError(path, "holds no video stream")
             stream = container.streams.video[0]
