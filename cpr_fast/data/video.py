@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -347,16 +347,27 @@ def _decode(
             container.seek(start, stream=stream)
     needed = itertools.dropwhile(lambda packet: packet.pts != start, filter(_holds_frame, demux()))
     number_at = dict(zip(layout.times(wanted), wanted, strict=False))
-    passes, passing = decoder.name in PASSES_OVER, False
-    for packet in itertools.chain(needed, [None]):
-        if passes:
-            passed = packet is not None and packet.pts not in number_at
-            if passed != passing:
-                decoder.skip_frame, passing = ("NONREF" if passed else "DEFAULT"), passed
+    for packet in itertools.chain(_up_to_the_last(needed, decoder, number_at), [None]):
         for frame in decoder.decode(packet):
             number = number_at.get(frame.pts)
             if number is not None:
                 yield number, frame
+
+
+def _up_to_the_last(
+    packets: Iterable[av.Packet], decoder: av.VideoCodecContext, wanted: Collection[int]
+) -> Iterator[av.Packet]:
+    """The packets as far as the one that completes the `wanted` times: those after it would only make the decoder give
+    up what it holds back. Before each the decoder is told whether it is among them."""
+    passes, passing, left = decoder.name in PASSES_OVER, False, len(wanted)
+    for packet in packets:
+        passed = packet.pts not in wanted
+        if passes and passed != passing:
+            decoder.skip_frame, passing = ("NONREF" if passed else "DEFAULT"), passed
+        yield packet
+        left -= not passed
+        if not left:
+            return
 
 
 def _numbers_by_kind(packets: list[av.Packet], keys: np.ndarray) -> np.ndarray | None:
