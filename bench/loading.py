@@ -194,12 +194,7 @@ def loader_rows(work: Work, truth: torch.Tensor, budget_s: float) -> list[dict]:
             rows.append(row | rates(work, times[name]) | psnr(work.clips, torch.cat(calls[name]()), truth))
     own.close()
 
-    def bar_of(row: dict) -> float | None:
-        if row["form"] == PUBLISHED:
-            return BARS["published"]
-        return BARS["loader"] if row["form"].endswith((", the same", ", torchvision")) else None
-
-    return with_bars(rows, bar_of)
+    return with_bars(rows, lambda row: BARS["published" if row["form"] == PUBLISHED else "loader"])
 
 
 def psnr(clips: Clips, got: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
@@ -293,9 +288,8 @@ def page(report: dict) -> str:
         "videos; medians (quartiles) of passes over all of them, the forms of a table in turn in one process, which "
         "has one core; a rate counts the CPU time of all its threads; `cpr_fast is`: our rate over the form's. "
         "*torchvision*: the same augmentation by transforms.v2. *the same*: another decoder in front of the loader's "
-        "own augmentation (torch's resize, DALI's graph). *torch and OpenCV*: the fastest form found of these "
-        "operations by any library, in the place of DALI's graph, which exists for the GPU: colours as one matrix, "
-        "OpenCV's blur. *PIL* is the published augmentation, and the truth of PSNR, for clips without and with a "
+        "own augmentation (torch's resize, OpenCV's colours and blur, DALI's normalisation). *torch and OpenCV*: the "
+        "same operations in a loop of one's own, without threads, substitutes for bad files or DALI. *PIL* is the published augmentation, and the truth of PSNR, for clips without and with a "
         "change of colours or blur (contrast and hue are defined otherwise in DALI and the matrix). *identical*: "
         "frames equal to those of a linear decode, bit for bit.\n",
         "*files*: as they are; *transcoded*: H.264 with a key frame every 12 frames (`cpr-fast index --transcode`); "

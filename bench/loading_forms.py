@@ -176,8 +176,8 @@ def published(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> t
 
 
 def fast(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.Tensor:
-    """The fastest form found of the same, by torch and OpenCV: torch's vectorised bicubic resize of bytes, all colours
-    as one matrix, and the normalisation in place, all into one batch."""
+    """The fastest form found of the same, in a loop of one's own: torch's vectorised bicubic resize of bytes, OpenCV's
+    colours as one matrix and blur, and NumPy's normalisation in place, all into one batch."""
     out = np.empty((len(clips), data.frames, data.size, data.size, 3), np.float32)
     for row, pixels in enumerate(frames):
         _fast_clip(clips[[row]], pixels, data, out[row])
