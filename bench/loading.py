@@ -289,9 +289,10 @@ def page(report: dict) -> str:
         "has one core; a rate counts the CPU time of all its threads; `cpr_fast is`: our rate over the form's. "
         "*torchvision*: the same augmentation by transforms.v2. *the same*: another decoder in front of the loader's "
         "own augmentation (torch's resize, OpenCV's colours and blur, DALI's normalisation). *torch and OpenCV*: the "
-        "same operations in a loop of one's own, without threads, substitutes for bad files or DALI. *PIL* is the published augmentation, and the truth of PSNR, for clips without and with a "
-        "change of colours or blur (contrast and hue are defined otherwise in DALI and the matrix). *identical*: "
-        "frames equal to those of a linear decode, bit for bit.\n",
+        "same operations in a loop of one's own, without threads, substitutes for bad files or DALI. *PIL* is the "
+        "published augmentation, and the truth of PSNR, for clips without and with a change of colours or blur "
+        "(contrast and hue are defined otherwise in DALI and the matrix). *identical*: frames equal to those of a "
+        "linear decode, bit for bit.\n",
         "*files*: as they are; *transcoded*: H.264 with a key frame every 12 frames (`cpr-fast index --transcode`); "
         "*records*: JPEG of quality 100, 4:2:0, in an LMDB file; the published code unpacks the whole video.\n",
     ]
