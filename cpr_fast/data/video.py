@@ -29,10 +29,13 @@ from av.video.reformatter import VideoReformatter
 PICTURE = b"\x00\x00\x01\xb6"  # starts one in an MPEG-4 stream; the next two bits say which kind
 ENCODER = b"\x00\x00\x01\xb2"  # starts the name of its encoder, by whose habits FFmpeg decodes
 INTRA, BIDIRECTIONAL = 0, 2  # kinds of MPEG-4 pictures
+UNIT = b"\x00\x00\x01"  # starts a unit of H.264 or HEVC outside MP4
+INTRA_SLICES = (2, 4, 7, 9)  # I and SI
 EMPTY_PICTURE = 19  # bytes: FFmpeg's bound of a picture that only repeats the last one
 UNPROBED = {"codec_whitelist": "none", "probesize": "32"}  # the opening of a container decodes nothing
 PASSES_OVER = ("h264", "mpeg4")  # decoders that leave out exactly the frames to which no other refers
 PART = 8  # frames that are converted at once: few enough to stay in a cache
+PART_PIXELS = 2**25  # of larger ones fewer: FFmpeg bounds the size of a picture
 PLANAR = ("yuv420p", "yuvj420p")  # formats of which any box of whole chroma samples converts as in the whole frame
 
 
@@ -183,20 +186,35 @@ def _parts(
 ) -> Iterator[np.ndarray]:
     """What `read_parts` yields, from the (number, frame) of all `frames`."""
     pixels: _Pixels | None = None
-    for place, wanted in enumerate(frames):
+    kind = colours = None
+    held = most = 0
+    for wanted in frames:
         number, frame = next(decoded, (None, None))
         if number != wanted:
             raise VideoError(path, f"frame {wanted} of {num_frames} does not decode")
-        if pixels is None:
+        now = (frame.width, frame.height, frame.format.name)
+        if kind is None:
             _refuse_rotation(path, frame)
-            kind = (frame.width, frame.height, frame.format.name)
-            pixels = _pixels(path, frame, view, region, min(PART, len(frames)))
-        if (frame.width, frame.height, frame.format.name) != kind:
-            now = f"{frame.width}x{frame.height} {frame.format.name}"
-            raise VideoError(path, "the frame size or format changes from {}x{} {} to {}".format(*kind, now))
+            kind, most = now, max(1, min(PART, len(frames), PART_PIXELS // (frame.width * frame.height)))
+        if now != kind:
+            before, after = ("{}x{} {}".format(*each) for each in (kind, now))
+            raise VideoError(path, f"the frame size or format changes from {before} to {after}")
+        if pixels is None or colours != _colours(frame):
+            if held:
+                yield pixels.take()
+            held, colours, pixels = 0, _colours(frame), _pixels(path, frame, view, region, most)
         pixels.add(frame)
-        if place % PART == PART - 1 or place == len(frames) - 1:
+        held += 1
+        if held == most:
             yield pixels.take()
+            held = 0
+    if held:
+        yield pixels.take()
+
+
+def _colours(frame: av.VideoFrame) -> tuple:
+    """What a conversion to RGB depends on beside the format."""
+    return frame.colorspace, frame.color_range, frame.interlaced_frame
 
 
 def slice_packets(
@@ -219,7 +237,7 @@ def slice_packets(
             layout = Layout.of(container, stream, packets, num_frames)
         if layout is None:
             return np.fromfile(path, np.uint8), frames.astype(np.int32)
-        table = PacketTable([packet for packet in packets if _holds_frame(packet)], layout)
+        table = PacketTable([packet for packet in packets if packet.size], layout)
         chosen = table.needed(frames)
         ranks = table.ranks[chosen]
         order = np.sort(ranks)
@@ -238,9 +256,9 @@ class Layout:
     first_alone = False  # whether only the first packet of an MPEG-4 stream names its encoder
 
     def __init__(self, times: np.ndarray, numbers: np.ndarray, keys: np.ndarray) -> None:
-        """Of every packet that holds a frame, in decoding order: its time, the frame's number (both int64 [F]), and
-        whether that is a key frame (bool [F])."""
-        self.first_time = int(times[0])
+        """Of every packet, in decoding order: its time, its frame's number (both int64 [F]), and whether decoding can
+        start there (bool [F]). Frames that an edit list cuts off have numbers below 0, or above all others."""
+        self.first_time, self._first_number = int(times[0]), int(numbers.min())
         starts = np.flatnonzero(keys)
         starts = starts[np.argsort(numbers[starts])]
         self._keys, self._key_times = numbers[starts], times[starts]
@@ -252,13 +270,22 @@ class Layout:
         cls, container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet], num_frames: int
     ) -> Layout | None:
         """That of all packets of a file of which `num_frames` frames decode; None if they do not prove it."""
-        packets = [packet for packet in packets if _holds_frame(packet)]
-        times = [packet.pts for packet in packets]
-        if None in times or len(set(times)) != len(times) or len(times) != num_frames:
+        packets = [packet for packet in packets if packet.size]
+        times, shown = [packet.pts for packet in packets], np.array([not packet.is_discard for packet in packets])
+        if None in times or len(set(times)) != len(times) or shown.sum() != num_frames:
             return None
-        times, keys = np.array(times, np.int64), np.array([packet.is_keyframe for packet in packets])
+        decoder = stream.codec_context
+        times = np.array(times, np.int64)
+        keys = np.array([packet.is_keyframe and _is_intra(packet, decoder) for packet in packets])
         if _shows_times(container):
             numbers = np.argsort(np.argsort(times))
+            if decoder.has_b_frames and np.all(np.diff(numbers) > 0):  # of decoding, as ASF has them
+                return None
+            if decoder.name == "mpeg4" and not np.array_equal(numbers, _numbers_by_kind(packets, keys)):
+                return None  # XviD's packed B-frames, taken over from AVI
+            numbers -= numbers[shown].min()
+            if numbers[shown].max() != num_frames - 1:  # cut out of the middle
+                return None
         else:
             numbers = _numbers_by_kind(packets, keys) if stream.codec_context.name == "mpeg4" else None
         if numbers is None:
@@ -270,9 +297,9 @@ class Layout:
 
     def times(self, frames: Sequence[int]) -> list[int]:
         """The time of each frame; frames that the file does not have are left out."""
-        count = len(self._times)
+        count, first = len(self._times), self._first_number
         order = range(count) if isinstance(self._numbers, range) else np.argsort(self._numbers)
-        return [int(self._times[order[number]]) for number in frames if number < count]
+        return [int(self._times[order[number - first]]) for number in frames if number - first < count]
 
     def numbers(self, times: Sequence[int]) -> np.ndarray:
         """The frame of the packet of each time: int64."""
@@ -342,10 +369,11 @@ def _decode(
     start = int(layout.start(wanted[0]))
     if start != layout.first_time:
         if layout.first_alone:
-            decoder.decode(next(filter(_holds_frame, demux())))
+            decoder.decode(next(filter(_holds_frame, demux()), None))
         if packets is None:
             container.seek(start, stream=stream)
-    needed = itertools.dropwhile(lambda packet: packet.pts != start, filter(_holds_frame, demux()))
+    # a frame that an edit list cuts off is still one that others refer to; the decoder does not give it out
+    needed = itertools.dropwhile(lambda packet: packet.pts != start, (packet for packet in demux() if packet.size))
     number_at = dict(zip(layout.times(wanted), wanted, strict=False))
     for packet in itertools.chain(_up_to_the_last(needed, decoder, number_at), [None]):
         for frame in decoder.decode(packet):
@@ -368,6 +396,54 @@ def _up_to_the_last(
         left -= not passed
         if not left:
             return
+
+
+def _is_intra(packet: av.Packet, decoder: av.VideoCodecContext) -> bool:
+    """Whether a key packet is one: containers and FFmpeg call so what is none, such as the recovery points of H.264's
+    periodic intra refresh, or every packet of an MP4 without a table of them."""
+    if decoder.name == "mpeg4":
+        data = bytes(packet)
+        first = data.find(PICTURE)
+        return 0 <= first < len(data) - 4 and data[first + 4] >> 6 == INTRA
+    if decoder.name not in ("h264", "hevc"):
+        return True
+    for unit in _units(bytes(packet), decoder.name, decoder.extradata or b""):
+        if decoder.name == "hevc":
+            kind = unit[0] >> 1 & 63
+            if kind < 32:
+                return 16 <= kind <= 23
+        elif unit[0] & 31 in (1, 5) and _slice_kind(unit) not in INTRA_SLICES:
+            return False
+    return True
+
+
+def _units(data: bytes, codec: str, extradata: bytes) -> Iterator[bytes]:
+    """The first bytes of every NAL unit of a packet of H.264 or HEVC."""
+    if extradata[:1] == b"\x01":  # MP4's form: each after its length
+        size, place = 1 + (extradata[4 if codec == "h264" else 21] & 3), 0
+        while place + size < len(data):
+            start = place + size
+            place = start + int.from_bytes(data[place:start], "big")
+            if place > start:
+                yield data[start : min(place, start + 16)]
+        return
+    place = data.find(UNIT)
+    while 0 <= place < len(data) - 3:
+        yield data[place + 3 : place + 19]
+        place = data.find(UNIT, place + 3)
+
+
+def _slice_kind(unit: bytes) -> int:
+    """slice_type of H.264: the second number of a slice's header."""
+    bits = int.from_bytes(unit[1:].replace(b"\0\0\3", b"\0\0").ljust(16, b"\0")[:16], "big")
+    place, value = 128, 0
+    for _ in range(2):
+        zeros = place - (bits & ((1 << place) - 1)).bit_length()
+        place -= 2 * zeros + 1
+        if place < 0:
+            return -1
+        value = (bits >> place & ((2 << zeros) - 1)) - 1
+    return value
 
 
 def _numbers_by_kind(packets: list[av.Packet], keys: np.ndarray) -> np.ndarray | None:
@@ -438,7 +514,7 @@ def _pixels(path: str | Path, frame: av.VideoFrame, view: str, region: Region | 
         frame.format.components[0].bits != 8 or not frame.format.name.startswith(("yuv", "gray", "nv"))
     ):
         raise VideoError(path, f"flow is stored in 8-bit luma, this is {frame.format.name}")
-    if view == "rgb" and frame.format.name in PLANAR and height % 2 == width % 2 == 0:
+    if view == "rgb" and frame.format.name in PLANAR and height % 2 == width % 2 == 0 and not frame.interlaced_frame:
         return _Stacked(frame, box, count)
     return _OneByOne(view, box)
 
@@ -509,10 +585,13 @@ def _open(path: str | Path, *, probe: bool = True) -> Iterator[tuple[av.containe
     as long as the rest, and frames come out the same but from streams that do not say how they are reordered.
     """
     try:
-        with av.open(str(path), container_options={} if probe else UNPROBED) as container:
+        options = {} if probe else UNPROBED
+        with av.open(str(path), container_options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise VideoError(path, "holds no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise VideoError(path, "is of a codec that has no decoder here")
             stream.codec_context.thread_count = 1  # videos are decoded in parallel, not the frames of one
             yield container, stream
     except (av.FFmpegError, OSError) as error:
