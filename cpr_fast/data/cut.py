@@ -1,9 +1,9 @@
 """Crop and resize of frames that are decoded outside of DALI, before its graph does the rest.
 
 On the CPU DALI takes 36 ms to resize a clip of 32 frames to 128x128, torch's vectorised resize of bytes 1.7 ms (one
-Zen 4 core), and is PIL's to a level; `finish.py` says the same of the rest. Cut as they are decoded, a few frames at a
-time, no clip is ever whole in memory: those of a batch were new pages at every step, 7 ms for a clip of 320x240 where a
-copy takes 0.3.
+Zen 4 core), and is PIL's to a level or two, to five in some pixels of boxes taller than wide, where Pillow resizes the
+columns first; `finish.py` says the same of the rest. Cut as they are decoded, a few frames at a time, no clip is ever
+whole in memory: those of a batch were new pages at every step, 7 ms for a clip of 320x240 where a copy takes 0.3.
 
 Letters: M clips, T frames of a clip, F some of them, H x W pixels of a region, S side of the square output.
 """
