@@ -32,7 +32,7 @@ test: setup check
 
 bench: setup
 	$(BIN)/python -m pip install --quiet pytest-benchmark faiss-cpu
-	$(BIN)/python bench/compare.py
+	$(BIN)/python bench/kernels/compare.py
 
 format: setup
 	$(BIN)/ruff format .

@@ -2,9 +2,9 @@
 
     pytest bench --benchmark-only [--all-shapes] [-k "cuda and not torch.compile"] [--benchmark-json=FILE]
 
-Times are wall clock of torch's present threads, one form after another: for following one form over time. The forms
-side by side, interleaved, are `python bench/compare.py`'s. On the CPU the suites stop at (256, 65536); the larger
-shapes, to (4096, 1M), run on CUDA or with --all-shapes. A form that cannot run is skipped with its reason.
+Times are wall clock of torch's present threads, one form after another: for following one form over time. `python
+bench/kernels/compare.py` measures the forms side by side, interleaved. On the CPU the suites stop at (256, 65536);
+the larger shapes, to (4096, 1M), run on CUDA or with --all-shapes. A form that cannot run is skipped with its reason.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 from forms import ALL_SHAPES, Unavailable
 from measure import measure_rates, peak_mib, world
 

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import real_clips
 import torch
-from cuda_emulation.device import ORDERS, Device, build
+from support import real_clips
+from support.cuda_emulation.device import ORDERS, Device, build
 
 
 @pytest.fixture(params=["cpu", "cuda"])

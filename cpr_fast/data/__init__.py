@@ -1,5 +1,4 @@
-"""Videos in, clips out: index, clip sampling, the decoding pipeline, flow files and the synthetic actions.
+"""From videos on disk to clips: storage, decoding, indexes, optical flow, clip loading, synthetic videos.
 
-Import from the modules themselves; this file stays empty of imports, so that `cpr_fast.data.index` and
-`cpr_fast.data.synthetic` load without torch and DALI.
+Imports `config`, `runtime` and `ops`; models and training are unknown here.
 """

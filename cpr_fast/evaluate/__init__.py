@@ -1,1 +1,4 @@
-"""Judging a run: mining quality, retrieval, baselines."""
+"""Evaluation of a checkpoint's encoders: stored features, retrieval, probing and finetuning.
+
+Imports `data`, `models`, `weights` and `mining`; never `pretrain` or `report`.
+"""

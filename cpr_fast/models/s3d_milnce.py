@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cpr_fast.config.pixels import IMAGENET_MEAN, IMAGENET_STD
 from cpr_fast.models.s3d import S3D, SelfGating
-from cpr_fast.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 
 class SpaceToDepthStem(nn.Module):

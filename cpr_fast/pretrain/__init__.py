@@ -1,1 +1,4 @@
-"""Pretraining: encoders, memory, mining and the loop that ties them to the data."""
+"""Pretraining: the state of a training cycle, one training step, and whole runs.
+
+Imports `data`, `models`, `weights`, `mining` and `evaluate`; never `report` or `commands`.
+"""

@@ -1,1 +1,4 @@
-"""One self-contained HTML page from run folders. Import from `cpr_fast.report.page`."""
+"""The HTML report of training runs: one self-contained page without scripts.
+
+Imports `data`, `config` and `runtime`; only `experiments` and `commands` may import it.
+"""

@@ -11,12 +11,18 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from .comparison import comparison
-from .mining import class_rates, extremes, inside_figures, mining_figures
-from .runs import MODEL_NAMES, VIEW_NAMES, Run
-from .sheets import mined_sheets, retrieved_sheet
-from .tables import classification_rows, cycle_row, flat_config, published_beside, retrieval_blocks
-from .training import training_figures
+from cpr_fast.report.sections.comparison import comparison
+from cpr_fast.report.sections.mining import class_rates, extremes, inside_figures, mining_figures
+from cpr_fast.report.sections.runs import MODEL_NAMES, VIEW_NAMES, Run
+from cpr_fast.report.sections.sheets import mined_sheets, retrieved_sheet
+from cpr_fast.report.sections.tables import (
+    classification_rows,
+    cycle_row,
+    flat_config,
+    published_beside,
+    retrieval_blocks,
+)
+from cpr_fast.report.sections.training import training_figures
 
 RANKS = (1, 5, 10, 20, 50)
 

@@ -1,6 +1,6 @@
 // What tensor cores need and CUDA C++ has no names for: asynchronous copies into shared memory, matrix loads from it
 // and the warp's matrix product. sm_80 instructions; the host's meaning of each, for the tests that run the kernels
-// without a device, is in tests/cuda_emulation.
+// without a device, is in tests/support/cuda_emulation.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,9 +1,0 @@
-"""pytest-benchmark suite of cascade_select: `pytest bench/bench_cascade_select.py --benchmark-only` (conftest.py)."""
-
-import cascade_forms
-import pytest
-
-
-@pytest.mark.parametrize("form", cascade_forms.FORMS)
-def test_cascade_select(bench_form, device, shape, form):
-    bench_form(cascade_forms, device, shape, "forward", form)

@@ -1,0 +1,345 @@
+"""Clips a second: the loader beside other decoders and the published way, in one run.
+
+    PYTHONPATH=PEERS python bench/data/loading.py [--videos 16] [--seconds 25] [--device cuda] [--root DIR] [--out DIR]
+
+Random clips of T = 32 frames to 128x128 with the pretraining augmentation, one of each video, all forms of a table in
+turn. On the CPU per core: process CPU time, every form on one core, where its threads take turns. Reads UCF101 videos
+from $CPR_FAST_SHARED/data (default ../shared) or class folders below --root: as they are, transcoded (`cpr-fast index
+--transcode`), and as JPEG records in an LMDB file. Writes bench/results/loading.json and .md, or with a GPU
+loading_cuda.*, which adds NVDEC and nvJPEG by the clock of the wall, against the fastest CPU peer on every core.
+
+Peers that are not installed are skipped: `pip install --target PEERS --no-deps torchcodec==0.12.0 decord
+torchvision==0.28.0`. torchcodec needs FFmpeg's shared libraries besides, on the LD_LIBRARY_PATH: links libavcodec.so.62
+and so on to those in PyAV's wheel (site-packages/av.libs) let both decode by the same code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import nvidia.dali
+import simplejpeg
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+
+from forms import Unavailable
+from loading_forms import AUGMENTATIONS, decoders, prepared
+from measure import RESULTS, samples_s, world, write_result
+from page import markdown_table
+from support import real_clips
+
+from cpr_fast.config import DataConfig
+from cpr_fast.data.clips.loader import TrainLoader
+from cpr_fast.data.clips.sampling import Clips, Sources, clip_frames, epoch_order, plan_first
+from cpr_fast.data.index.build import IndexOptions, write_index
+from cpr_fast.data.index.index import Index
+from cpr_fast.data.storage.media import is_record
+from cpr_fast.data.storage.record_writer import RecordWriter
+from cpr_fast.data.video.decode import read_frames
+from cpr_fast.doctor.parity import decode_linearly
+
+SEED, EPOCH = 0, 0
+OWN, PUBLISHED = "cpr_fast", "PIL, PIL"  # the published way: PIL decodes whole records and augments
+PEER_AUGMENTATIONS = ("torchvision", "the same", "torch and OpenCV")
+BARS = {"decode": 0.9, "loader": 1.0, "published": 1.5, "device": 5.0}  # times a peer's rate that ours must reach
+
+
+@dataclass(frozen=True)
+class Work:
+    """The clips of an epoch, one of each video, in the loader's order and batches."""
+
+    source: str
+    index: Index
+    data: DataConfig
+    clips: Clips
+
+    @classmethod
+    def of(cls, source: str, index: Index, data: DataConfig) -> Work:
+        order = epoch_order(len(index), SEED, EPOCH)
+        return cls(source, index, data, plan_first(Sources.of(index), order, data, SEED, EPOCH))
+
+    def read(self, decoder: Callable, row: int) -> np.ndarray:
+        return decoder(self.index[int(self.clips.video[row])], clip_frames(int(self.clips.start[row]), self.data))
+
+
+# ---- forms: work -> call ---------------------------------------------------------------------------------------
+def decoding(work: Work, name: str) -> Callable:
+    decoder = prepared(name, work.index[0])
+
+    def call() -> list[np.ndarray]:
+        return [work.read(decoder, row) for row in range(len(work.clips))]
+
+    return call
+
+
+def loading(work: Work, name: str) -> Callable:
+    """ "DECODER, AUGMENTATION": batches by another decoder."""
+    decoder, augmentation = name.rsplit(", ", 1)
+    decoder, augment = prepared(decoder, work.index[0]), AUGMENTATIONS[augmentation]
+
+    def call() -> list[torch.Tensor]:
+        batches = []
+        for begin in range(0, len(work.clips), work.data.batch_size):
+            rows = range(begin, min(begin + work.data.batch_size, len(work.clips)))
+            frames = (work.read(decoder, row) for row in rows)  # decoded one by one, so that memory is used again
+            batches.append(augment(work.clips[np.array(rows)], frames, work.data))
+        return batches
+
+    return call
+
+
+class OwnLoader:
+    """The trainer's loader on the same clips."""
+
+    def __init__(self, work: Work, data: DataConfig, device: str = "cpu") -> None:
+        self._loader = TrainLoader(work.index, data, ["rgb"], seed=SEED, plan=plan_first, device=device)
+
+    def __call__(self) -> list[torch.Tensor]:
+        return [batch.clips["rgb"][:, 0] for batch in self._loader.epoch(EPOCH)]
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+def calls_of(prepare: Callable, work: Work, names: list[str]) -> tuple[dict[str, Callable], dict[str, str]]:
+    """The calls of the forms that run, after running each, and why the others do not."""
+    calls, absent = {}, {}
+    for name in names:
+        try:
+            call = prepare(work, name)
+            call()
+        except Unavailable as reason:
+            absent[name] = str(reason)
+        except Exception as error:  # a peer may fail on a codec in any way
+            if name == OWN:
+                raise
+            absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            calls[name] = call
+    return calls, absent
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """One core for this thread and those that it starts: the waiting of threads for each other costs no CPU time."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, [max(cores)])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+def rates(work: Work, times: list[float]) -> dict[str, float]:
+    """Clips a second: the median and quartiles of the calls."""
+    slow, median, fast = (len(work.clips) / value for value in reversed(statistics.quantiles(times, n=4)))
+    return {"clips_per_s": median, "low": slow, "high": fast, "rounds": len(times)}
+
+
+def with_bars(rows: list[dict], bar_of: Callable[[dict], float | None]) -> list[dict]:
+    ours = next(row["clips_per_s"] for row in rows if row["form"] == OWN)
+    for row in rows:
+        if "clips_per_s" in row and row["form"] != OWN:
+            row["ours_over_it"] = ours / row["clips_per_s"]
+            bar = bar_of(row)
+            if bar is not None:
+                row |= {"bar": bar, "verdict": "met" if row["ours_over_it"] >= bar else "MISSED"}
+    return rows
+
+
+def decode_rows(work: Work, truth: list[np.ndarray], budget_s: float) -> list[dict]:
+    names = list(decoders(work.index[0]))
+    calls, absent = calls_of(decoding, work, names)
+    times = samples_s(calls, "cpu", budget_s)
+    rows = []
+    for name in names:
+        row = {"table": "decode", "source": work.source, "form": name}
+        if name in absent:
+            rows.append(row | {"skipped": absent[name]})
+            continue
+        same = [(a == b).all(axis=(1, 2, 3)) for a, b in zip(calls[name](), truth, strict=True)]
+        rows.append(row | rates(work, times[name]) | {"identical": float(np.mean(same))})
+    return with_bars(rows, lambda row: BARS["decode"] if row["form"].startswith("PyAV") else None)
+
+
+def loader_rows(work: Work, truth: torch.Tensor, budget_s: float) -> list[dict]:
+    records = is_record(work.index[0].path)
+    others = [name for name in decoders(work.index[0]) if name != OWN]
+    names = [OWN, *(f"{name}, {augmentation}" for augmentation in PEER_AUGMENTATIONS for name in others)]
+    names.append(PUBLISHED if records else "PyAV, PIL")
+    own = OwnLoader(work, work.data)
+    calls, absent = calls_of(lambda work, name: own if name == OWN else loading(work, name), work, names)
+    times = samples_s(calls, "cpu", budget_s)
+    rows = []
+    for name in names:
+        row = {"table": "records" if records else "loader", "source": work.source, "form": name}
+        if name in absent:
+            rows.append(row | {"skipped": absent[name]})
+        else:
+            rows.append(row | rates(work, times[name]) | psnr(work.clips, torch.cat(calls[name]()), truth))
+    own.close()
+
+    return with_bars(rows, lambda row: BARS["published" if row["form"] == PUBLISHED else "loader"])
+
+
+def psnr(clips: Clips, got: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
+    """Mean PSNR against the truth, dB, of clips with and without a change of colours or blur."""
+    std = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
+    error = ((got.cpu() - truth) * std).square().mean(dim=(1, 2, 3, 4)).clamp_min(1e-4)
+    scores = (10 * (255**2 / error).log10()).numpy()
+    plain = (clips.brightness == 1) & (clips.saturation == 1) & (clips.sigma == 0)
+    kinds = {"plain_db": scores[plain], "colour_db": scores[~plain]}
+    return {name: round(float(values.mean()), 1) for name, values in kinds.items() if len(values)}
+
+
+def device_rows(work: Work, truth: torch.Tensor, budget_s: float, peers: list[dict]) -> list[dict]:
+    """The loader with the hardware's decoder, by wall time, against the fastest CPU peer on all cores."""
+    loader = OwnLoader(work, replace(work.data, workers=os.cpu_count()), "cuda")
+
+    def call():
+        batches = loader()
+        torch.cuda.synchronize()
+        return batches
+
+    times = samples_s({OWN: call}, "cpu", budget_s, clock=time.perf_counter)[OWN]
+    records = is_record(work.index[0].path)
+    own = {"table": "device", "source": work.source, "form": OWN, "decoder": "nvJPEG" if records else "NVDEC"}
+    own |= rates(work, times) | psnr(work.clips, torch.cat(call()), truth)
+    loader.close()
+    best = max((row for row in peers if "clips_per_s" in row and row["form"] != OWN), key=lambda r: r["clips_per_s"])
+    cores = {"table": "device", "source": work.source, "form": f"{best['form']}, times {os.cpu_count()} cores"}
+    return with_bars([own, cores | {"clips_per_s": best["clips_per_s"] * os.cpu_count()}], lambda _: BARS["device"])
+
+
+# ---- data --------------------------------------------------------------------------------------------------------
+def sources(root: Path | None, videos: int, data: DataConfig, folder: Path) -> list[Work]:
+    """The same videos as they are, transcoded, and as JPEG records of quality 100, 4:2:0, as published."""
+    paths = real_clips.spread_videos(videos) if root is None else sorted(root.glob("*/*.*"))[:videos]
+    for path in paths:
+        link = folder / "set" / path.parent.name / path.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
+    made = {}
+    for name, options in (("files", IndexOptions()), ("transcoded", IndexOptions(transcode=folder / "transcoded"))):
+        write_index(folder / "set", folder / f"{name}.csv", options)
+        made[name] = Index.load(folder / f"{name}.csv")
+    with RecordWriter(folder / "frames.lmdb") as writer:
+        for video in made["files"]:
+            frames = read_frames(video.path, range(video.num_frames), "rgb", video.num_frames)
+            jpegs = [simplejpeg.encode_jpeg(frame, 100, colorsubsampling="420") for frame in frames]
+            writer.put(f"{video.label}/{video.path.stem}", jpegs)
+    write_index(folder / "frames.lmdb", folder / "records.csv", IndexOptions(layout="lmdb", verify=False))
+    made["records"] = Index.load(folder / "records.csv")
+    whole = len(made["files"]) // data.batch_size * data.batch_size
+    return [Work.of(name, Index(list(index)[:whole]), data) for name, index in made.items()]
+
+
+def truth_of(work: Work) -> list[np.ndarray]:
+    """Every clip's frames by the plainest decoding."""
+    if is_record(work.index[0].path):
+        reader = prepared("PIL", work.index[0])
+        return [work.read(reader, row) for row in range(len(work.clips))]
+    return [work.read(lambda video, frames: decode_linearly(video.path)[frames], r) for r in range(len(work.clips))]
+
+
+# ---- page --------------------------------------------------------------------------------------------------------
+TITLES = {
+    "decode": "Decoding alone: frames of a clip in memory, clips per CPU second of one core",
+    "loader": "Decoding, augmentation and batch, clips per CPU second of one core",
+    "records": "JPEG records (LMDB), augmentation and batch, clips per CPU second of one core",
+    "device": "On the GPU, clips a second",
+}
+HEADER = ["form", "clips/s", "cpr_fast is", "bar", "frames identical", "PSNR plain, colour"]
+
+
+def cells(row: dict) -> list[str]:
+    if "skipped" in row:
+        return [row["form"], "-", "-", row["skipped"], "", ""]
+    spread = f" ({row['low']:.1f} to {row['high']:.1f})" if "low" in row else ""
+    ratio = f"{row['ours_over_it']:.2f}x" if "ours_over_it" in row else ""
+    verdict = f"{row['verdict']} (>= {row['bar']:g})" if "bar" in row else ""
+    same = f"{100 * row['identical']:.1f} %" if "identical" in row else ""
+    close = ", ".join(f"{row[name]} dB" for name in ("plain_db", "colour_db") if name in row)
+    return [row["form"], f"{row['clips_per_s']:.1f}{spread}", ratio, verdict, same, close]
+
+
+def page(report: dict) -> str:
+    about = report["world"]
+    text = [
+        "# Loading clips beside other decoders and the published way\n",
+        f"`{about['command']}` at {about['commit']}, torch {about['torch']}, DALI {about['dali']}, PyAV "
+        f"{about['pyav']}, OpenCV {about['opencv']}, on {about['device']}.\n",
+        f"Clips of {report['frames']} frames to {report['size']}x{report['size']}, one of each of {report['videos']} "
+        "videos; medians (quartiles) of passes over all of them, the forms of a table in turn in one process, which "
+        "has one core; a rate counts the CPU time of all its threads; `cpr_fast is`: our rate over the form's. "
+        "*torchvision*: the same augmentation by transforms.v2. *the same*: another decoder in front of the loader's "
+        "own augmentation (torch's resize, OpenCV's colours and blur, DALI's normalisation). *torch and OpenCV*: the "
+        "same operations in a loop of one's own, without threads, substitutes for bad files or DALI. *PIL* is the "
+        "published augmentation, and the truth of PSNR, for clips without and with a change of colours or blur "
+        "(contrast and hue are defined otherwise in DALI and the matrix). *identical*: frames equal to those of a "
+        "linear decode, bit for bit.\n",
+        "*files*: as they are; *transcoded*: H.264 with a key frame every 12 frames (`cpr-fast index --transcode`); "
+        "*records*: JPEG of quality 100, 4:2:0, in an LMDB file; the published code unpacks the whole video.\n",
+    ]
+    for table, title in TITLES.items():
+        rows = [row for row in report["rows"] if row["table"] == table]
+        for source in dict.fromkeys(row["source"] for row in rows):
+            text += [f"## {title}: {source}\n"]
+            text += [markdown_table(HEADER, [cells(row) for row in rows if row["source"] == source])]
+    return "\n".join(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=int, default=16, help="how many; whole batches of 8 are used")
+    parser.add_argument("--seconds", type=float, default=25, help="for all forms of one table")
+    parser.add_argument("--frames", type=int, default=32, help="T, of a clip")
+    parser.add_argument("--size", type=int, default=128, help="side of the output, pixels")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--root", type=Path, help="class folders of videos in the place of UCF101")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    data = DataConfig(frames=options.frames, size=options.size, batch_size=8, workers=1, cache_gib=0)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    about = world(options.device) | {
+        "dali": nvidia.dali.__version__, "pyav": av.__version__, "opencv": cv2.__version__,
+    }  # fmt: skip
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for work in sources(options.root, options.videos, data, Path(folder)):
+            frames = truth_of(work)
+            truth = torch.cat([AUGMENTATIONS["PIL"](work.clips[[i]], [clip], data) for i, clip in enumerate(frames)])
+            with one_core():
+                rows += decode_rows(work, frames, options.seconds)
+                loaders = loader_rows(work, truth, options.seconds)
+            rows += loaders
+            if options.device == "cuda":
+                rows += device_rows(work, truth, options.seconds, loaders)
+            for row in rows[-len(loaders) :]:
+                print(json.dumps(row), flush=True)
+    report = {"world": about, "videos": len(work.clips), "frames": data.frames, "size": data.size}
+    report["rows"] = [row | about for row in rows]
+    name = "loading" if options.device == "cpu" else "loading_cuda"
+    write_result(f"{name}.json", json.dumps(report, indent=1) + "\n", options.out)
+    write_result(f"{name}.md", page(report), options.out)
+
+
+if __name__ == "__main__":
+    main()

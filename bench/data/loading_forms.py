@@ -1,0 +1,264 @@
+"""What the loader is compared with: other decoders, and the augmentations that any of them can feed.
+
+A decoder reads the frames of one clip, an augmentation makes them what a network sees; all on one thread. The plan
+(which frames, which box, flip and colours) is ours, and the same for every form.
+
+Letters: F frames of a video, T of a clip, H x W pixels, S side of the square output, M clips.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+
+import av
+import cv2
+import msgpack
+import numpy as np
+import simplejpeg
+import torch
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from forms import Unavailable, peer
+
+from cpr_fast.config import DataConfig
+from cpr_fast.config.pixels import normalisation
+from cpr_fast.data.clips.cut import cut_clips
+from cpr_fast.data.clips.finish import blur_kernel, colour_matrix
+from cpr_fast.data.clips.graph import ClipGraph
+from cpr_fast.data.clips.reference import ReferenceGraph
+from cpr_fast.data.clips.sampling import Clips
+from cpr_fast.data.index.index import Video
+from cpr_fast.data.storage.media import is_record, read_frames
+from cpr_fast.data.storage.records import open_records, split_record
+from cpr_fast.data.video.pixels import Region
+
+Decoder = Callable[[Video, np.ndarray], np.ndarray]  # increasing frame numbers [T] -> RGB, uint8 [T, H, W, 3]
+Augmentation = Callable[[Clips, Iterable[np.ndarray], DataConfig], torch.Tensor]  # -> float32 [M, 3, T, S, S]
+
+
+# ---- video files ---------------------------------------------------------------------------------------------
+def pyav(video: Video, frames: np.ndarray) -> np.ndarray:
+    """From the first frame of the file; one scaler, and only the wanted frames are converted."""
+    out = np.empty((len(frames), video.height, video.width, 3), np.uint8)
+    wanted, scaler = {int(number): place for place, number in enumerate(frames)}, VideoReformatter()
+    with av.open(str(video.path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in wanted:
+                out[wanted.pop(number)] = scaler.reformat(frame, format="rgb24").to_ndarray()
+                if not wanted:
+                    return out
+    raise ValueError(f"{video.path} ends before frame {min(wanted)}")
+
+
+def pyav_seek(video: Video, frames: np.ndarray) -> np.ndarray:
+    """From the previous key frame, by time: right where the frames are evenly spaced in it."""
+    out, scaler = np.empty((len(frames), video.height, video.width, 3), np.uint8), VideoReformatter()
+    wanted = {int(number): place for place, number in enumerate(frames)}
+    with av.open(str(video.path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        ticks, origin = 1 / (stream.average_rate * stream.time_base), stream.start_time or 0
+        container.seek(origin + round(int(frames[0]) * ticks), stream=stream)
+        for frame in container.decode(stream):
+            place = wanted.pop(round((frame.pts - origin) / ticks), None)
+            if place is not None:
+                out[place] = scaler.reformat(frame, format="rgb24").to_ndarray()
+                if not wanted:
+                    return out
+    raise ValueError(f"{video.path} ends before frame {min(wanted)}")
+
+
+def torchcodec(seek_mode: str) -> Callable[[], Decoder]:
+    def prepare() -> Decoder:
+        decoders = peer("torchcodec.decoders", "torchcodec")
+
+        def read(video: Video, frames: np.ndarray) -> np.ndarray:
+            decoder = decoders.VideoDecoder(
+                str(video.path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode=seek_mode
+            )
+            return decoder.get_frames_at(frames.tolist()).data.numpy()
+
+        return read
+
+    return prepare
+
+
+def decord() -> Decoder:
+    library = peer("decord", "decord")
+
+    def read(video: Video, frames: np.ndarray) -> np.ndarray:
+        return library.VideoReader(str(video.path), num_threads=1).get_batch(frames.tolist()).asnumpy()
+
+    return read
+
+
+def opencv(video: Video, frames: np.ndarray) -> np.ndarray:
+    """Its own seek, then frame after frame."""
+    capture = cv2.VideoCapture(str(video.path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    capture.set(cv2.CAP_PROP_POS_FRAMES, int(frames[0]))
+    out = np.zeros((len(frames), video.height, video.width, 3), np.uint8)
+    for place, gap in enumerate(np.diff(frames, prepend=frames[0] - 1)):
+        for _ in range(gap - 1):
+            capture.grab()
+        read, picture = capture.read()
+        if read:
+            cv2.cvtColor(picture, cv2.COLOR_BGR2RGB, dst=out[place])
+    return out
+
+
+def own(video: Video, frames: np.ndarray) -> np.ndarray:
+    """What the loader's threads do for a clip, without cutting it."""
+    return read_frames(video.path, frames, "rgb", video.num_frames)
+
+
+# ---- JPEG records ----------------------------------------------------------------------------------------------
+def whole_record(video: Video) -> list[bytes]:
+    """Every JPEG of a video, as the published code takes them from its LMDB."""
+    file, name = split_record(video.path)
+    return msgpack.loads(open_records(file).record(name)[0], raw=True)
+
+
+def pil_record(video: Video, frames: np.ndarray) -> np.ndarray:
+    """The published way: unpack the whole record, PIL decodes."""
+    record = whole_record(video)
+    return np.stack([np.asarray(Image.open(io.BytesIO(record[i])).convert("RGB")) for i in frames])
+
+
+def opencv_record(video: Video, frames: np.ndarray) -> np.ndarray:
+    record = whole_record(video)
+    pictures = (cv2.imdecode(np.frombuffer(record[i], np.uint8), cv2.IMREAD_COLOR_RGB) for i in frames)
+    return np.stack(list(pictures))
+
+
+def simplejpeg_record(video: Video, frames: np.ndarray) -> np.ndarray:
+    record = whole_record(video)
+    return np.stack([simplejpeg.decode_jpeg(record[i], "RGB") for i in frames])
+
+
+# name -> a function that gives the decoder, or raises Unavailable
+VIDEO_DECODERS: dict[str, Callable[[], Decoder]] = {
+    "cpr_fast": lambda: own,
+    "PyAV": lambda: pyav,
+    "PyAV, seek": lambda: pyav_seek,
+    "torchcodec, exact": torchcodec("exact"),
+    "torchcodec, approximate": torchcodec("approximate"),
+    "decord": decord,
+    "OpenCV": lambda: opencv,
+}
+RECORD_DECODERS: dict[str, Callable[[], Decoder]] = {
+    "cpr_fast": lambda: own,
+    "PIL": lambda: pil_record,
+    "OpenCV": lambda: opencv_record,
+    "simplejpeg": lambda: simplejpeg_record,
+}
+
+
+def decoders(video: Video) -> dict[str, Callable[[], Decoder]]:
+    return RECORD_DECODERS if is_record(video.path) else VIDEO_DECODERS
+
+
+def prepared(name: str, video: Video) -> Decoder:
+    """The decoder of that name, for videos like this one. Raises Unavailable."""
+    if name == "PyAV, seek" and video.path.suffix == ".avi":
+        raise Unavailable("AVI carries no presentation times")
+    return decoders(video)[name]()
+
+
+# ---- augmentations -----------------------------------------------------------------------------------------------
+def published(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.Tensor:
+    """The published code's: PIL, frame by frame. The truth for the others."""
+    return ReferenceGraph(data, ["rgb"]).run(clips, {"rgb": list(frames)})["rgb"]
+
+
+def fast(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.Tensor:
+    """The fastest form found of the same, in a loop of one's own: torch's vectorised bicubic resize of bytes, OpenCV's
+    colours as one matrix and blur, and NumPy's normalisation in place, all into one batch."""
+    out = np.empty((len(clips), data.frames, data.size, data.size, 3), np.float32)
+    for row, pixels in enumerate(frames):
+        _fast_clip(clips[[row]], pixels, data, out[row])
+    return torch.from_numpy(out).permute(0, 4, 1, 2, 3)
+
+
+def _fast_clip(clip: Clips, frames: np.ndarray, data: DataConfig, out: np.ndarray) -> None:
+    top, left, bottom, right = clip.box[0]
+    size, cut = data.size, torch.from_numpy(frames[:, top:bottom, left:right]).permute(0, 3, 1, 2)
+    small = torch.nn.functional.interpolate(cut, (size, size), mode="bicubic", antialias=True)
+    rows = small.permute(0, 2, 3, 1).contiguous().numpy().reshape(data.frames * size, size, 3)  # one tall picture
+    matrix = colour_matrix(clip)
+    if matrix is not None:
+        rows = cv2.transform(rows, matrix)
+    kernel = blur_kernel(float(clip.sigma[0]))
+    if kernel is not None:
+        for picture in rows.reshape(data.frames, size, size, 3):
+            cv2.sepFilter2D(picture, -1, kernel, kernel, dst=picture)
+    if clip.flip[0]:
+        rows = cv2.flip(rows, 1)
+    mean, std = (np.tile(np.float32(value), size) for value in normalisation(data.augment))
+    flat = out.reshape(len(rows), 3 * size)
+    np.multiply(rows.reshape(flat.shape), 1 / (255 * std), out=flat, dtype=np.float32)
+    np.subtract(flat, mean / std, out=flat)
+
+
+@functools.cache
+def _graph(data: DataConfig) -> ClipGraph:
+    return ClipGraph(data, {"rgb": "frames"}, torch.device("cpu"), data.batch_size)
+
+
+def same(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.Tensor:
+    """The loader's own, which also cuts and colours every clip as soon as it is decoded."""
+    cut = []
+    for row, pixels in enumerate(frames):
+        cut += cut_clips([pixels], clips[[row]], "rgb", data, Region.whole(*pixels.shape[1:3]), finish=True)
+    return _graph(data).run(clips, {"rgb": cut})["rgb"]
+
+
+@functools.cache
+def _torchvision() -> ModuleType:
+    """torchvision.transforms.v2.functional, without its compiled operators, which need the very torch of its wheel."""
+    sys.modules.setdefault("torchvision._meta_registrations", ModuleType("of operators that are not loaded"))
+    return peer("torchvision.transforms.v2.functional", "torchvision")
+
+
+def torchvision(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.Tensor:
+    """As its manual has it: tensors of bytes through transforms.v2, a clip at a time."""
+    v2, size = _torchvision(), [data.size, data.size]
+    mean, std = (list(value) for value in normalisation(data.augment))
+    out = torch.empty(len(clips), data.frames, 3, data.size, data.size)
+    for row, pixels in enumerate(frames):
+        clip = clips[[row]]
+        top, left, bottom, right = (int(edge) for edge in clip.box[0])
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        x = v2.resized_crop(
+            x, top, left, bottom - top, right - left, size, v2.InterpolationMode.BICUBIC, antialias=True
+        )
+        if clip.flip[0]:
+            x = v2.horizontal_flip(x)
+        for adjust, factor, neutral in (
+            (v2.adjust_brightness, float(clip.brightness[0]), 1),
+            (v2.adjust_contrast, float(clip.contrast[0]), 1),
+            (v2.adjust_saturation, float(clip.saturation[0]), 1),
+            (v2.adjust_hue, float((clip.hue[0] / 360 + 0.5) % 1 - 0.5), 0),
+        ):
+            if factor != neutral:
+                x = adjust(x, factor)
+        if clip.sigma[0]:
+            x = v2.gaussian_blur(x, [2 * int(np.ceil(3 * clip.sigma[0])) + 1] * 2, [float(clip.sigma[0])])
+        out[row] = v2.normalize(v2.to_dtype(x, torch.float32, scale=True), mean, std)
+    return out.transpose(1, 2)
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "the same": same,
+    "torch and OpenCV": fast,
+    "torchvision": torchvision,
+    "PIL": published,
+}

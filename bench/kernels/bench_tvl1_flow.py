@@ -1,0 +1,110 @@
+"""tvl1_flow against OpenCV's DualTVL1OpticalFlow: single-thread CPU time, interleaved, on real clips.
+
+    python bench/kernels/bench_tvl1_flow.py [--clips 8] [--repeats 3]
+
+Reads UCF101 videos from $CPR_FAST_SHARED/data/ucf101_100 (default ../shared); writes bench/results/tvl1_flow_cpu.json.
+CPU time, not wall time: the machine may be shared. OpenCV has no count of its iterations, so both sides are divided by
+ours, which tests/ops/test_tvl1_flow.py holds to OpenCV's.
+"""
+
+import argparse
+import ctypes
+import json
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+
+from measure import cpu_name, world, write_result
+from support import real_clips
+
+from cpr_fast.ops import _library, tvl1_flow
+
+SIZES = ((340, 256), (160, 120))
+MOVING_PX = 0.5  # pixels of OpenCV's flow from which on a pixel counts as moving
+DEFAULTS = (0.25, 0.15, 0.3, 5, 0.8, 5, 0.01, 30, 10, 5)
+
+
+def opencv_flow(clip: torch.Tensor) -> torch.Tensor:
+    """[T, H, W] to [T-1, 2, H, W]."""
+    pairs = zip(clip.numpy()[:-1], clip.numpy()[1:], strict=True)
+    flows = [cv2.optflow.createOptFlow_DualTVL1().calc(first, second, None) for first, second in pairs]
+    return torch.from_numpy(np.stack(flows)).permute(0, 3, 1, 2)
+
+
+def cpu_seconds(function, argument) -> tuple[float, torch.Tensor]:
+    start = time.process_time()
+    result = function(argument)
+    return time.process_time() - start, result
+
+
+def measure(clips: torch.Tensor, repeats: int) -> tuple[float, float, torch.Tensor, torch.Tensor]:
+    """Best CPU seconds of OpenCV and of ours over the same clips, taken in turns, and both flows."""
+    theirs, ours = [], []
+    for _ in range(repeats):
+        timed = [(cpu_seconds(opencv_flow, clip), cpu_seconds(tvl1_flow, clip)) for clip in clips]
+        theirs.append(sum(opencv[0] for opencv, _ in timed))
+        ours.append(sum(own[0] for _, own in timed))
+    expected, flow = (torch.stack([pair[side][1] for pair in timed]) for side in (0, 1))
+    return min(theirs), min(ours), expected, flow
+
+
+def endpoint_errors(flow: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    error, moving = (flow - expected).norm(dim=-3), expected.norm(dim=-3) > MOVING_PX
+    row = {}
+    for name, selected in (("static", ~moving), ("moving", moving)):
+        row[f"epe_mean_{name}_px"] = round(error[selected].mean().item(), 5)
+        row[f"epe_p99_{name}_px"] = round(float(np.quantile(error[selected].numpy(), 0.99)), 5)
+        row[f"{name}_pixels"] = int(selected.sum())
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    library = ctypes.CDLL(str(_library._PATH))
+    library.cpr_cpu_variants.restype = ctypes.c_char_p
+    about = world("cpu")
+    rows = []
+    for width, height in SIZES:
+        clips = real_clips.read_gray(options.clips, 3, (width, height))
+        _, pixel_iterations = torch.ops.cpr_fast.tvl1_flow(clips, *DEFAULTS)
+        for variant in library.cpr_cpu_variants().decode().split(","):
+            library.cpr_force_cpu_variant(variant.encode())
+            opencv_s, own_s, expected, flow = measure(clips, options.repeats if variant != "portable" else 1)
+            total = int(pixel_iterations.sum())
+            rows.append(
+                {
+                    "op": "tvl1_flow",
+                    "shape": [*clips.shape],
+                    "variant": variant,
+                    "ns_per_pixel_iteration": round(own_s / total * 1e9, 3),
+                    "opencv_ns_per_pixel_iteration": round(opencv_s / total * 1e9, 2),
+                    "ratio": round(opencv_s / own_s, 2),
+                    "pair_ms": round(own_s / pixel_iterations.numel() * 1e3, 2),
+                    "pixel_iterations": total,
+                    **endpoint_errors(flow, expected),
+                    "device": f"{cpu_name()}, 1 thread",
+                    "commit": about["commit"],
+                    "torch": about["torch"],
+                    "opencv": cv2.__version__,
+                    "command": " ".join(["python", "bench/kernels/bench_tvl1_flow.py", *sys.argv[1:]]),
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    library.cpr_force_cpu_variant(None)
+    write_result("tvl1_flow_cpu.json", json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Every setting of a run, how it is read from a file, and how it is checked.
+
+Imports only `errors`, never torch; every other room may import it.
+"""
+
+from cpr_fast.config.config import Config
+from cpr_fast.config.load import load, override_classifier
+from cpr_fast.config.sections import (
+    QUARTERS,
+    ClassifierConfig,
+    ConfigError,
+    Cycle,
+    DataConfig,
+    HealthConfig,
+    InitConfig,
+    LossConfig,
+    MemoryConfig,
+    Mining,
+    MiningConfig,
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    ProbeConfig,
+    RunConfig,
+    ScheduleConfig,
+    View,
+)
+
+__all__ = [
+    "QUARTERS",
+    "ClassifierConfig",
+    "Config",
+    "ConfigError",
+    "Cycle",
+    "DataConfig",
+    "HealthConfig",
+    "InitConfig",
+    "LossConfig",
+    "MemoryConfig",
+    "Mining",
+    "MiningConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Precision",
+    "ProbeConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "View",
+    "load",
+    "override_classifier",
+]

@@ -1,0 +1,50 @@
+"""Plain TOML or JSON data as nested dataclasses, checked all the way down."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
+
+from cpr_fast.config.sections import ConfigError
+
+
+def build(kind: Any, value: Any, where: str) -> Any:
+    """`value` (plain TOML or JSON data) as `kind`, checked all the way down."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where or 'config'}: expected a table, got {value!r}")
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                raise ConfigError(f"unknown key {_join(where, key)!r}; valid keys: {', '.join(hints)}")
+        arguments = {key: build(hints[key], item, _join(where, key)) for key, item in value.items()}
+        missing = [
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.name not in arguments and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise ConfigError(f"{where}: missing {', '.join(map(repr, missing))}")
+        return kind(**arguments)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: expected one of {', '.join(map(repr, args))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        return tuple(build(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin in (types.UnionType, typing.Union):  # the latter with a Literal
+        return None if value is None else build(args[0], value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key

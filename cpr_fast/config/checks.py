@@ -1,0 +1,157 @@
+"""Checks of a whole config: values out of range, and settings that contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cpr_fast.config.sections import (
+    QUARTERS,
+    ClassifierConfig,
+    ConfigError,
+    Cycle,
+    DataConfig,
+    HealthConfig,
+    LossConfig,
+    MemoryConfig,
+    MiningConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+
+
+def check_sections(
+    *,
+    data: DataConfig,
+    model: ModelConfig,
+    memory: MemoryConfig,
+    mining: MiningConfig,
+    loss: LossConfig,
+    optim: OptimConfig,
+    schedule: ScheduleConfig,
+    probe: ClassifierConfig,
+    finetune: ClassifierConfig,
+    health: HealthConfig,
+    run: RunConfig,
+) -> None:
+    """Checks every section of a config, and the settings of one section against those of another.
+
+    Raises ConfigError naming the key, what came and what was expected.
+    """
+    _check_positive(
+        {
+            "data.frames": data.frames,
+            "data.stride": data.stride,
+            "data.size": data.size,
+            "data.batch_size": data.batch_size,
+            "data.workers": data.workers,
+            "data.prefetch": data.prefetch,
+            "model.width": model.width,
+            "model.feature_dim": model.feature_dim,
+            "model.conv_std": model.conv_std,
+            "memory.size": memory.size,
+            "memory.shuffle_bn_groups": 1 if memory.shuffle_bn_groups is None else memory.shuffle_bn_groups,
+            "mining.stages": mining.stages,
+            "mining.top_k": mining.top_k,
+            "loss.temperature": loss.temperature,
+            "optim.lr": optim.lr,
+            "optim.accumulate": optim.accumulate,
+            "run.log_every": run.log_every,
+            "run.keep_checkpoints": run.keep_checkpoints,
+            "health.online_videos": health.online_videos,
+        }
+    )
+    _check_ranges(data, memory, mining, loss, health, run)
+    _check_clips(data, model)
+    _check_method(data, model, memory, loss, optim)
+    check_classifier("probe", probe)
+    check_classifier("finetune", finetune)
+    if not schedule.cycles:
+        raise ConfigError("schedule.cycles: expected at least one cycle, got none")
+    for i, cycle in enumerate(schedule.cycles):
+        _check_cycle(f"schedule.cycles[{i}]", cycle, memory, mining)
+
+
+def _check_positive(values: Mapping[str, float]) -> None:
+    for where, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"{where}: expected a positive number, got {value}")
+
+
+def _check_ranges(
+    data: DataConfig, memory: MemoryConfig, mining: MiningConfig, loss: LossConfig, health: HealthConfig, run: RunConfig
+) -> None:
+    for where, value in {
+        "memory.ema_momentum": memory.ema_momentum,
+        "memory.bank_momentum": memory.bank_momentum,
+        "loss.self_positive_drop": loss.self_positive_drop,
+    }.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{where}: expected a fraction in 0..1, got {value}")
+    for where, value in {
+        "data.cache_gib": data.cache_gib,
+        "run.stall_timeout_s": run.stall_timeout_s,
+        "health.online_every": health.online_every,
+    }.items():
+        if value < 0:
+            raise ConfigError(f"{where}: expected 0 or more, got {value}")
+    for where, value in {"data.crop_area": data.crop_area, "mining.ratio": mining.ratio}.items():
+        if not 0 < value <= 1:
+            raise ConfigError(f"{where}: expected a fraction in (0, 1], got {value}")
+
+
+def _check_clips(data: DataConfig, model: ModelConfig) -> None:
+    """Checks that a clip is at least as large as the network needs."""
+    frames, size = (5, 17) if model.arch.startswith("s3d") else (8, 16)
+    if data.frames < frames or data.size < size:
+        raise ConfigError(
+            f"data.frames, data.size: model.arch {model.arch!r} expects at least {frames} frames of {size} "
+            f"pixels, got {data.frames} of {data.size}"
+        )
+
+
+def _check_cycle(where: str, cycle: Cycle, memory: MemoryConfig, mining: MiningConfig) -> None:
+    if cycle.epochs < 1:
+        raise ConfigError(f"{where}.epochs: expected at least 1, got {cycle.epochs}")
+    top_k = mining.top_k if cycle.top_k is None else cycle.top_k
+    if cycle.mining == "cascade" and not (top_k >= 1 and (memory.kind != "queue" or top_k <= memory.size)):
+        raise ConfigError(f"{where}.top_k: expected 1..memory.size = {memory.size}, got {top_k}")
+    if cycle.other == cycle.view:
+        raise ConfigError(f"{where}.other: expected another view than {cycle.view!r}")
+
+
+def _check_method(
+    data: DataConfig, model: ModelConfig, memory: MemoryConfig, loss: LossConfig, optim: OptimConfig
+) -> None:
+    """Checks the settings of a method that need certain other settings."""
+    kind = memory.kind
+    if kind == "queue" and memory.size < data.batch_size:
+        raise ConfigError(
+            f"memory.size: expected at least data.batch_size = {data.batch_size} entries, got {memory.size}"
+        )
+    if model.shared and kind != "bank":
+        raise ConfigError(f"model.shared: expected memory.kind = 'bank', got {kind!r}")
+    if loss.intra_negatives != "none" and not model.shared:
+        raise ConfigError("loss.intra_negatives: expected model.shared = true with it")
+    if loss.intra_negatives == "shuffle" and data.frames < QUARTERS:
+        raise ConfigError(f"loss.intra_negatives: 'shuffle' expects {QUARTERS} frames or more, got {data.frames}")
+    if optim.accumulate > 1 and (kind == "batch" or model.shared):
+        raise ConfigError(
+            "optim.accumulate: expected 1 with memory.kind 'batch' and model.shared, whose losses need all "
+            "features of a step at once; model.recompute saves memory there"
+        )
+    if data.batch_size % optim.accumulate:
+        raise ConfigError(
+            f"optim.accumulate: expected a divisor of data.batch_size = {data.batch_size}, got {optim.accumulate}"
+        )
+
+
+def check_classifier(where: str, config: ClassifierConfig) -> None:
+    for name in ("epochs", "batch_size", "lr", "gamma", "layer_decay"):
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{where}.{name}: expected a positive number, got {getattr(config, name)}")
+    if config.backbone_lr < 0:
+        raise ConfigError(f"{where}.backbone_lr: expected 0 or more, got {config.backbone_lr}")
+    if not 0 <= config.dropout < 1:
+        raise ConfigError(f"{where}.dropout: expected a fraction in [0, 1), got {config.dropout}")

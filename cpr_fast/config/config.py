@@ -1,0 +1,49 @@
+"""The config of a run: all sections together. Functions receive the section they need, never the root."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from cpr_fast.config.build import build
+from cpr_fast.config.checks import check_sections
+from cpr_fast.config.sections import (
+    ClassifierConfig,
+    DataConfig,
+    HealthConfig,
+    LossConfig,
+    MemoryConfig,
+    MiningConfig,
+    ModelConfig,
+    OptimConfig,
+    ProbeConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    mining: MiningConfig = field(default_factory=MiningConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    finetune: ClassifierConfig = field(default_factory=ClassifierConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check_sections(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        return build(cls, values, "")

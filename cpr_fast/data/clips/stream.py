@@ -1,0 +1,97 @@
+"""Clips of planned videos through a graph, read ahead by threads; what the training and window loaders share.
+
+Letters: M clips of a graph run.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from cpr_fast.data.clips.background import run_ahead
+from cpr_fast.data.clips.reader import ClipReader, Material
+from cpr_fast.data.clips.sampling import Clips
+
+
+class Graph(Protocol):
+    def rows(self, clips: int) -> np.ndarray:
+        """Which input clip each row of the output is, int64 [M]."""
+
+    def run(self, clips: Clips, samples: dict[str, list]) -> dict[str, Tensor]:
+        """View -> clips [M, 3, T, S, S] made of each view's samples as `clips` plans them, in the order of `rows`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The clips of one video in one batch; `substitutes` stand in for it if it cannot be read."""
+
+    clips: Clips
+    substitutes: Callable[[], Iterable[Clips]] | None = None
+
+
+class ClipStream:
+    """Threads that read jobs ahead, and the graph they feed; what the two loaders share."""
+
+    def __init__(self, reader: ClipReader, graph: Graph, *, workers: int, prefetch: int, check: bool = False) -> None:
+        """`prefetch` batches are read ahead. With `check` a batch that the graph fails on is read again and decoded by
+        the reader: a hardware decoder does not say which of its samples was damaged."""
+        self.reader, self._graph = reader, graph
+        self._ahead, self._check = prefetch, check
+        # Threads, not processes: FFmpeg and the scaler run without the GIL (on two cores within 7 % of processes), and
+        # frames need no way across.
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="cpr-fast-read")
+
+    def stream(self, steps: Iterable[list[Job]], collect: Callable[[list[Material]], Any]) -> Iterator[Any]:
+        """`collect(materials)` runs the graph and returns the batch; steps without a readable video are left out."""
+        return run_ahead(self._batches(steps, collect), depth=1)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, materials: list[Material]) -> tuple[Clips, dict[str, Tensor]]:
+        """The graph's answer for the clips of the given videos, and their plan in the same order."""
+        clips = Clips.concatenate([material.clips for material in materials])
+        views = materials[0].views
+        tensors = self._graph.run(clips, {v: [sample for m in materials for sample in m.views[v]] for v in views})
+        return clips[self._graph.rows(len(clips))], tensors
+
+    def _batches(self, steps: Iterable[list[Job]], collect: Callable) -> Generator[Any, None, None]:
+        pending: deque[tuple[list[Job], list[Future]]] = deque()
+        try:
+            for jobs in steps:
+                pending.append((jobs, [self._pool.submit(self._read, job) for job in jobs]))
+                if len(pending) > self._ahead:
+                    yield from self._finish(*pending.popleft(), collect)
+            while pending:
+                yield from self._finish(*pending.popleft(), collect)
+        finally:
+            for _, futures in pending:
+                for future in futures:
+                    future.cancel()
+
+    def _finish(self, jobs: list[Job], futures: list[Future], collect: Callable) -> Iterator[Any]:
+        materials = [material for future in futures if (material := future.result()) is not None]
+        if not materials:
+            return
+        try:
+            batch = collect(materials)
+        except RuntimeError:
+            if not self._check:
+                raise
+            checked = [self._read(job, check=True) for job in jobs]
+            materials = [material for material in checked if material is not None]
+            if not materials:
+                return
+            batch = collect(materials)
+        yield batch
+
+    def _read(self, job: Job, **options) -> Material | None:
+        if job.substitutes is None:
+            return self.reader.read(job.clips, **options)
+        return self.reader.read_or_substitute(job.clips, job.substitutes(), **options)

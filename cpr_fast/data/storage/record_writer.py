@@ -1,0 +1,113 @@
+"""Writing of LMDB files of JPEG records, in the format that `records` reads."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import lmdb
+import msgpack
+
+from cpr_fast.data.storage.records import META, forget_records, open_records, record_lengths, record_name, split_record
+from cpr_fast.errors import InputError
+
+
+class RecordWriter:
+    """Writes FILE.lmdb: `put` video after video, then leave the `with` block.
+
+    The file appears under its name when that block ends well. Until then it is FILE.lmdb.part, which a later writer
+    continues. A file that is there already is continued in a copy, which the first `put` makes, so that whoever reads
+    it is not disturbed. `num_frames` says what is written so far. Raises InputError while another process writes it.
+    """
+
+    _WRITTEN = b"~"  # ~%09d holds [name, frames] of a video until the file is complete
+
+    def __init__(self, file: Path) -> None:
+        if split_record(f"{file}#") is None or file.is_dir():
+            raise InputError(f"file: expected the name of a file that ends in .lmdb, got {str(file)!r}")
+        self._file, self._part = file, Path(f"{file}.part")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._lock_file = file.with_name(f".{file.name}.lock")
+        self._lock = self._lock_file.open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise InputError(f"file: another process is writing {str(file)!r}") from None
+        self._environment: lmdb.Environment | None = None
+        if self._part.exists() or not file.exists():
+            self._open()
+        else:
+            records = open_records(file)
+            self._number(dict.fromkeys(records.names, 0) | records.num_frames())
+
+    def put(self, name: str, jpegs: Sequence[bytes | memoryview]) -> None:
+        """Adds a video, or replaces it; it is on the disk when this returns."""
+        if self._environment is None:
+            copy = Path(f"{self._file}.copy")
+            shutil.copyfile(self._file, copy)
+            os.replace(copy, self._part)
+            self._open()
+        place = self._places.setdefault(name, len(self._places))
+        self._commit({b"%09d" % place: msgpack.packb(list(jpegs))} | self._note(place, name, len(jpegs)))
+        self.num_frames[name] = len(jpegs)
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if self._environment is not None:
+                if kind is None:
+                    self._complete()
+                self._environment.close()
+                if kind is None:
+                    os.replace(self._part, self._file)
+                    forget_records(self._file)
+        finally:
+            self._lock_file.unlink(missing_ok=True)
+            self._lock.close()
+
+    def _open(self) -> None:
+        """Opens the unfinished file. One that is complete, a copy or left by a process killed before it renamed it,
+        becomes unfinished again."""
+        self._environment = lmdb.open(str(self._part), subdir=False, map_size=2**30, lock=False, meminit=False)
+        with self._environment.begin(buffers=True) as transaction, transaction.cursor() as cursor:
+            rows = cursor.iternext() if cursor.set_range(self._WRITTEN) else ()
+            written = dict(msgpack.unpackb(value) for _, value in rows)
+            order = transaction.get(b"__order__")
+            if order is not None:
+                names = [record_name(name) for name in msgpack.unpackb(order, raw=True)]
+                written = dict.fromkeys(names, 0) | record_lengths(transaction.get, names)
+        self._number(written)
+        if order is not None:
+            notes = (self._note(place, *item) for place, item in enumerate(written.items()))
+            self._commit({key: value for note in notes for key, value in note.items()} | dict.fromkeys(META))
+
+    def _number(self, num_frames: dict[str, int]) -> None:
+        self.num_frames = num_frames  # of every video that is written, by name
+        self._places = {name: place for place, name in enumerate(num_frames)}
+
+    def _note(self, place: int, name: str, frames: int) -> dict[bytes, bytes]:
+        return {self._WRITTEN + b"%09d" % place: msgpack.packb([name, frames])}
+
+    def _complete(self) -> None:
+        keys = [b"%09d" % place for place in range(len(self.num_frames))]
+        meta = (keys, len(keys), list(self.num_frames), list(self.num_frames.values()))
+        notes = {self._WRITTEN + key: None for key in keys}
+        self._commit({key: msgpack.packb(value) for key, value in zip(META, meta, strict=True)} | notes)
+
+    def _commit(self, entries: dict[bytes, bytes | None]) -> None:
+        """Puts all entries, or deletes those of value None, in one transaction; the map, which is the largest size of
+        the file, doubles where they do not fit."""
+        while True:
+            try:
+                with self._environment.begin(write=True) as transaction:
+                    for key, value in entries.items():
+                        transaction.delete(key) if value is None else transaction.put(key, value)
+                return
+            except lmdb.MapFullError:
+                self._environment.set_mapsize(2 * self._environment.info()["map_size"])

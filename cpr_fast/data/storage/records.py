@@ -1,0 +1,177 @@
+"""Videos as JPEG records in an LMDB file, as CoCLR and CPR publish them, read without decoding more than is asked for.
+
+The path of such a video is FILE.lmdb#CLASS/VIDEO: the LMDB file (or folder), "#", and the video's name in it. Keys:
+
+    __order__   msgpack list of the names "Class/video"
+    %09d        the video at that place of __order__: msgpack list of its frames as JPEG, in order
+    __keys__    msgpack list of those keys, in the order they were written
+    __len__     how many there are
+    __vlen__    frames of each, aligned with __keys__; absent in some published files
+
+Files of msgpack before 1.0 hold bytes and text as "raw": both encodings are read. A flow record is a picture (u, v,
+128) in the order of OpenCV, so (128, v, u) as every RGB decoder gives it.
+
+Letters: F frames, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+import lmdb
+import msgpack
+import numpy as np
+import simplejpeg
+
+from cpr_fast._host import msgpack_spans
+from cpr_fast.data.video.container import VideoError
+from cpr_fast.errors import InputError
+
+MARK = ".lmdb#"
+META = (b"__keys__", b"__len__", b"__order__", b"__vlen__")
+
+
+def split_record(path: str | Path) -> tuple[Path, str] | None:
+    """(LMDB file, name) of FILE.lmdb#NAME, None for the path of an ordinary file."""
+    file, mark, name = str(path).partition(MARK)
+    return (Path(file + MARK[:-1]), name) if mark else None
+
+
+def record_path(file: Path, name: str) -> Path:
+    """FILE.lmdb#NAME."""
+    return Path(f"{file}#{name}")
+
+
+def read_jpegs(path: Path, frames: Sequence[int] | np.ndarray) -> list[memoryview]:
+    """The JPEG of every frame asked for, as slices of the mapped file: nothing is copied. Raises VideoError."""
+    file, name = split_record(path)
+    try:
+        record, spans = open_records(file).record(name)
+    except (KeyError, ValueError, InputError) as error:
+        raise VideoError(path, str(error.args[0])) from error
+    if int(max(frames)) >= len(spans):
+        raise VideoError(path, f"frame {int(max(frames))} asked of {len(spans)}")
+    return [record[offset : offset + size] for offset, size in spans[np.asarray(frames)].tolist()]
+
+
+def read_record_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str) -> np.ndarray:
+    """Decoded frames, as PIL decodes them: uint8 [F, H, W, 3] (rgb), [F, H, W, 2] (u, v) for view "flow",
+    [F, H, W] for "gray"."""
+    jpegs = read_jpegs(path, frames)
+    colours, channels = {"rgb": ("RGB", 3), "flow": ("BGR", 3), "gray": ("GRAY", 1)}[view]
+    out: np.ndarray | None = None
+    for place, jpeg in enumerate(jpegs):
+        try:
+            if out is None:
+                out = np.empty((len(jpegs), *simplejpeg.decode_jpeg_header(jpeg)[:2], channels), np.uint8)
+            picture = simplejpeg.decode_jpeg(jpeg, colours, buffer=out[place])
+        except ValueError as error:
+            raise VideoError(path, f"frame {int(frames[place])} does not decode: {error}") from error
+        if picture.shape != out.shape[1:]:
+            raise VideoError(path, f"the frame size changes from {out.shape[1:3]} to {picture.shape[:2]}")
+    if view == "flow":
+        return np.ascontiguousarray(out[..., :2])
+    return out[..., 0] if view == "gray" else out
+
+
+def frame_size(path: Path) -> tuple[int, int, int]:
+    """(frames, height, width) of a record; the first JPEG's header gives the size. Raises VideoError."""
+    file, name = split_record(path)
+    jpeg = read_jpegs(path, [0])[0]
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+    except ValueError as error:
+        raise VideoError(path, f"frame 0 is no JPEG: {error}") from error
+    return len(open_records(file).record(name)[1]), height, width
+
+
+class Records:
+    """One LMDB file, open for reading. Safe to use from any number of threads."""
+
+    def __init__(self, file: Path) -> None:
+        if not file.exists():
+            raise InputError(f"LMDB {str(file)!r} does not exist")
+        try:
+            # readahead off: clips lie anywhere in terabytes. lock off: nobody writes, and the disk may be read-only.
+            environment = lmdb.open(
+                str(file), subdir=file.is_dir(), readonly=True, lock=False, readahead=False, meminit=False
+            )
+            # One transaction for the life of the process: its buffers are the mapped file.
+            self._get = _shared_get(environment.begin(buffers=True))
+            order = self._get(b"__order__")
+        except lmdb.Error as error:
+            raise InputError(f"LMDB {str(file)!r}: {error}") from error
+        if order is None:
+            raise InputError(f"LMDB {str(file)!r}: expected the key '__order__', as CoCLR's files have")
+        self.names: list[str] = [record_name(name) for name in msgpack.unpackb(order, raw=True)]
+        places = {name: place for place, name in enumerate(self.names)}
+        # (the mapped record; uint32 [F, 2], offset and size of each JPEG in it) of a name, whose headers are read once.
+        # 2.4 kB for 300 frames: 160 MB when full. No reference to self: LMDB opens a path once in a process, so an
+        # object that nobody needs must be gone at once.
+        self.record = lru_cache(maxsize=2**16)(partial(_record, self._get, places))
+
+    def num_frames(self) -> dict[str, int]:
+        """Frames of every video by its name, from __vlen__ where the file has it, else from the records' headers."""
+        return record_lengths(self._get, self.names)
+
+
+def _shared_get(transaction: lmdb.Transaction) -> Callable[[bytes], memoryview | None]:
+    """`get` of a transaction, for any number of threads."""
+    lock = threading.Lock()
+
+    def get(key: bytes) -> memoryview | None:
+        with lock:
+            return transaction.get(key)
+
+    return get
+
+
+def _record(
+    get: Callable[[bytes], memoryview | None], places: dict[str, int], name: str
+) -> tuple[memoryview, np.ndarray]:
+    if name not in places:
+        raise KeyError(f"the LMDB has no video {name!r}")
+    record = get(b"%09d" % places[name])
+    if record is None:
+        raise KeyError(f"the LMDB names {name!r} but holds no record of it")
+    spans = msgpack_spans(record)
+    if len(record) >= 2**32:
+        raise ValueError(f"expected a record below 4 GiB, got {len(record)} bytes")
+    return record, spans.astype(np.uint32)
+
+
+_opened: dict[Path, Records] = {}
+_opening = threading.Lock()
+
+
+def open_records(file: Path) -> Records:
+    """The file, opened once per process, as LMDB demands. Raises InputError."""
+    with _opening:
+        if file not in _opened:
+            resolved = file.resolve()
+            _opened[file] = _opened[resolved] = _opened.get(resolved) or Records(resolved)
+        return _opened[file]
+
+
+def forget_records(file: Path) -> None:
+    """Lets the next `open_records` see a file that was replaced."""
+    with _opening:
+        for path in [path for path in _opened if path.resolve() == file.resolve()]:
+            del _opened[path]
+
+
+def record_lengths(get: Callable[[bytes], memoryview | None], names: Sequence[str]) -> dict[str, int]:
+    """Frames of every video that has a record; `get` reads a key."""
+    keys, lengths = get(b"__keys__"), get(b"__vlen__")
+    if keys is not None and lengths is not None:
+        keys, lengths = (msgpack.unpackb(value, raw=True) for value in (keys, lengths))
+        return {names[int(key)]: length for key, length in zip(keys, lengths, strict=True)}
+    records = ((name, get(b"%09d" % place)) for place, name in enumerate(names))
+    return {name: len(msgpack_spans(record)) for name, record in records if record is not None}
+
+
+def record_name(name: bytes | str) -> str:
+    return name.decode() if isinstance(name, bytes) else name

@@ -1,0 +1,85 @@
+"""The motion programmes of synthetic actions: a figure's pose as a closed function of the time.
+
+Lengths are pixels of a 160x120 frame (they scale with the frame), times are frames at 25 per second, angles radians.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+Array = np.ndarray
+
+
+class Motion(NamedTuple):
+    """The parameters of one figure's programme. `speed` is the figure's mean speed (rms over figure and time)."""
+
+    speed: float  # pixels per frame
+    period: float  # frames
+    radius: float  # pixels, of the figure
+    direction: float
+    sign: float
+    phase: float
+
+
+class Pose(NamedTuple):
+    """Displacement, rotation and log scale at each time [T]; a plain 0.0 where a programme leaves one alone."""
+
+    dx: Array | float = 0.0
+    dy: Array | float = 0.0
+    angle: Array | float = 0.0
+    log_scale: Array | float = 0.0
+
+
+def _swing(motion: Motion, time: Array, lever: float, limit: float) -> Array:
+    """A sine whose rms rate times `lever` is the speed; beyond the amplitude `limit` the period shrinks instead."""
+    amplitude = min(limit, math.sqrt(2) * motion.speed * motion.period / (2 * math.pi * lever))
+    rate = math.sqrt(2) * motion.speed / (amplitude * lever)
+    return amplitude * np.sin(rate * time + motion.phase)
+
+
+def _rotate(motion: Motion, time: Array) -> Pose:
+    return Pose(angle=motion.phase + motion.sign * motion.speed / (0.7 * motion.radius) * time)
+
+
+def _shuttle(motion: Motion, time: Array) -> Pose:
+    along = _swing(motion, time, lever=1.0, limit=math.inf)
+    return Pose(along * math.cos(motion.direction), along * math.sin(motion.direction))
+
+
+def _pulse(motion: Motion, time: Array) -> Pose:
+    return Pose(log_scale=_swing(motion, time, lever=0.7 * motion.radius, limit=0.5))
+
+
+def _orbit(motion: Motion, time: Array) -> Pose:
+    radius = motion.speed * motion.period / (2 * math.pi)
+    turn = motion.phase + motion.sign * 2 * math.pi / motion.period * time
+    return Pose(radius * np.cos(turn), radius * np.sin(turn))
+
+
+def _rock(motion: Motion, time: Array) -> Pose:
+    return Pose(angle=motion.direction + _swing(motion, time, lever=0.7 * motion.radius, limit=0.8))
+
+
+def _glide(motion: Motion, time: Array) -> Pose:
+    along = motion.speed * time
+    return Pose(along * math.cos(motion.direction), along * math.sin(motion.direction))
+
+
+# The motion programmes: turn in place, swing to and fro along a line, grow and shrink, run round a circle without
+# turning, rock in place, cross the frame. Periodic ones return to where they were, so their mean flow is zero.
+MOTIONS: dict[str, Callable[[Motion, Array], Pose]] = {
+    "rotate": _rotate,
+    "shuttle": _shuttle,
+    "pulse": _pulse,
+    "orbit": _orbit,
+    "rock": _rock,
+    "glide": _glide,
+}
+
+# A motion has its pace, as walking and running do: pixels a frame, rms; a source's is .8 to 1.25 times it, so that
+# those of neighbours overlap.
+PACE = {"rotate": 2.3, "shuttle": 1.5, "pulse": 1.0, "orbit": 1.9, "rock": 1.25, "glide": 2.8}

@@ -1,0 +1,135 @@
+"""Sources of synthetic actions: textured figures in a scene, moved by a programme, filmed by a camera.
+
+A *source* is one continuous take; a *clip* is the stretch of it from one time to another. Everything that moves is a
+closed function of the time, so clips cut from one source at different times share texture, colours, figures and the
+programme's parameters, and differ in phase, camera position, lighting and noise.
+
+Letters: T frames, H x W pixels, S side of the box that a figure is drawn in. Lengths are pixels of a 160x120 frame
+(they scale with the frame), times are frames at 25 per second, angles radians.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpr_fast.data.synthetic.motions import MOTIONS, PACE, Array, Motion, Pose
+from cpr_fast.data.synthetic.scenes import FIGURE_HUE, GROUND_HUE, OUTLINES, SCENES, scene_texture
+
+
+@dataclass(frozen=True)
+class Figure:
+    texture: Array  # float32 [S, S, 4]: colour times alpha in 0..255, and alpha in 0..1; its border is transparent
+    reach: float  # pixels: how far from its centre the figure is drawn at its largest
+    position: Callable[[Array], tuple[Array, Array]]  # time [T] -> centre x, y [T] in the scene, before the programme
+    programme: Callable[[Array], Pose]
+
+
+@dataclass(frozen=True)
+class Wave:
+    """A slow sum of two sines of the time, in -1..1: camera drift and lighting."""
+
+    periods: tuple[float, float]  # frames
+    phases: tuple[float, float]
+
+    def __call__(self, time: Array) -> Array:
+        return sum(0.5 * np.sin(2 * math.pi * time / p + q) for p, q in zip(self.periods, self.phases, strict=True))
+
+
+@dataclass(frozen=True)
+class Source:
+    """One take: what its clips share."""
+
+    height: int
+    width: int
+    background: Array  # float32 [H + 2 margin, W + 2 margin, 3]
+    margin: int
+    figures: tuple[Figure, ...]  # in drawing order: distractors behind
+    drift: float  # pixels: amplitude of the camera's drift along x and y
+    camera: tuple[Wave, Wave]
+    light: Wave
+    flicker: float  # share: amplitude of the lighting change
+    shade: Array  # float32 [H, W, 1]: fixed fall-off of the light across the frame
+    noise: float  # standard deviation of the sensor noise, in 0..255
+
+
+def make_source(motion: str, scene: str, rng: np.random.Generator, *, height: int, width: int) -> Source:
+    """Draws one source of the class (motion, scene). All of it comes from `rng`."""
+    unit = min(height, width) / 120
+    drift = unit * rng.uniform(1.5, 5)
+    margin = math.ceil(drift) + 2
+    wavelength = unit * rng.uniform(18, 28)
+    background = scene_texture(scene, GROUND_HUE[scene], height + 2 * margin, width + 2 * margin, wavelength, rng)
+    distractors = [_distractor(rng, height, width) for _ in range(rng.integers(1, 3))]
+    angle, slope = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.2)
+    x, y = np.linspace(-1, 1, width)[None, :], np.linspace(-1, 1, height)[:, None]
+    shade = 1 + slope * (math.cos(angle) * x + math.sin(angle) * y)
+    return Source(
+        height=height,
+        width=width,
+        background=background,
+        margin=margin,
+        figures=(*distractors, *_performers(motion, scene, rng, height, width)),
+        drift=drift,
+        camera=(_wave(rng), _wave(rng)),
+        light=_wave(rng),
+        flicker=rng.uniform(0.02, 0.15),
+        shade=shade.astype(np.float32)[..., None],
+        noise=rng.uniform(1, 4),
+    )
+
+
+def _wave(rng: np.random.Generator) -> Wave:
+    return Wave(tuple(rng.uniform(50, 150, 2)), tuple(rng.uniform(0, 2 * math.pi, 2)))
+
+
+def _performers(motion: str, scene: str, rng: np.random.Generator, height: int, width: int) -> list[Figure]:
+    """One to three figures, side by side, of one pace; each with its own texture, direction, sense and phase."""
+    unit = min(height, width) / 120
+    count = int(rng.integers(1, 4))
+    speed, period = unit * PACE[motion] * rng.uniform(0.8, 1.25), rng.uniform(12, 24)
+    places = (rng.permutation(count) + rng.uniform(0.35, 0.65, count)) / count * width
+    figures = []
+    for x in places:
+        radius = unit * rng.uniform(*((26, 34), (20, 26), (16, 20))[count - 1])
+        y = height * rng.uniform(0.35, 0.65)
+        direction, phase = rng.uniform(0, 2 * math.pi, 2)
+        parameters = Motion(speed, period, radius, direction, rng.choice((-1.0, 1.0)), phase)
+        figures.append(
+            Figure(
+                texture=_figure_texture(scene, radius, unit * rng.uniform(8, 15), rng),
+                reach=radius * (math.exp(0.5) if motion == "pulse" else 1),
+                position=lambda time, x=x, y=y: (np.full(len(time), x), np.full(len(time), y)),
+                programme=lambda time, parameters=parameters: MOTIONS[motion](parameters, time),
+            )
+        )
+    return figures
+
+
+def _distractor(rng: np.random.Generator, height: int, width: int) -> Figure:
+    """A small figure of any scene kind that follows no programme: it drifts straight and turns back at the edges."""
+    unit = min(height, width) / 120
+    radius = unit * rng.uniform(8, 14)
+    (dx, dy), (x0, y0) = unit * rng.uniform(-0.6, 0.6, 2), rng.uniform(0, 2, 2)
+
+    def position(time: Array) -> tuple[Array, Array]:
+        x, y = (x0 + dx * time / width) % 2, (y0 + dy * time / height) % 2
+        return width * np.abs(x - 1), height * np.abs(y - 1)
+
+    texture = _figure_texture(str(rng.choice(SCENES)), radius, unit * rng.uniform(8, 15), rng)
+    return Figure(texture, radius, position, lambda time: Pose())
+
+
+def _figure_texture(scene: str, radius: float, wavelength: float, rng: np.random.Generator) -> Array:
+    """The scene's pattern cut to the scene's outline, float32 [S, S, 4]."""
+    half = math.ceil(radius * 1.2) + 2
+    x = np.arange(-half, half + 1.0)[None, :] / radius
+    y = np.arange(-half, half + 1.0)[:, None] / (radius * rng.uniform(0.75, 1.0))
+    distance = np.hypot(x, y)
+    outline = np.minimum(OUTLINES[scene](np.arctan2(y, x)), 1.1)
+    alpha = np.clip(radius * (outline - distance) + 0.5, 0, 1)[..., None].astype(np.float32)
+    colour = scene_texture(scene, FIGURE_HUE[scene], 2 * half + 1, 2 * half + 1, wavelength, rng)
+    return np.concatenate([colour * alpha, alpha], axis=2)

@@ -1,0 +1,177 @@
+"""The synthetic actions: a labelled set of encoded videos, made from a seed.
+
+**A class** is a pair (motion programme, kind of scene): "orbit-stripes". Scenes and motions are shared: every scene
+kind occurs with at least two motions and every motion with at least two scene kinds, so that neither settles the
+class and the two together do. With 12 classes each of four scenes meets three of four motions: knowing one of the two
+leaves three classes.
+
+**What one class shares**, as in real footage, where a pool is blue and a sprint is fast: of the motion, the programme
+(rotate, shuttle, pulse, orbit, rock, glide: see `actions.MOTIONS`) and a typical pace; of the scene, the pattern
+(stripes, checks, blobs, rings, dots, zigzag) of figures and background, its typical size and colours, and the figures'
+outline. Pace, size and colours are weak cues: those of neighbouring motions and scenes overlap, and none tells more
+than the motion or the scene.
+
+**What varies from source to source**, drawn alike for every class: hues about the scene's (dark and bright in random
+order), the instance, angle and wavelength of each pattern, one to three figures and their size, place and texture,
+pace (.8 to 1.25 times the motion's), period (0.5-1 s, shorter where growing or rocking at that pace would go too far),
+direction, sense and phase of each figure (so the direction of the mean flow says nothing), one or two distractors of
+any scene kind that drift without a programme, camera drift, light fall-off, change of lighting, sensor noise. Clips of
+one source (siblings) share all of these and differ in the time they were cut from it: phase, camera position, lighting
+and noise differ.
+
+Every second source gives two clips, the others one. A quarter of the sources of each class are the test split.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+from cpr_fast.data.index.build import build_index
+from cpr_fast.data.index.index import Index
+from cpr_fast.data.synthetic.motions import MOTIONS
+from cpr_fast.data.synthetic.render import render
+from cpr_fast.data.synthetic.scenes import SCENES
+from cpr_fast.data.synthetic.sources import make_source
+from cpr_fast.errors import InputError
+from cpr_fast.runtime.progress import track
+
+FPS = 25
+SETTINGS = "synthetic.json"  # written last: its presence says that the set is complete
+UNFINISHED = "synthetic.unfinished"  # present while a set is being written
+
+
+def class_table(classes: int) -> list[tuple[str, str]]:
+    """(motion, scene) of each class. Raises InputError for a number that cannot share every motion and scene."""
+    largest = min(len(MOTIONS), len(SCENES)) ** 2
+    if classes != 4 and not 6 <= classes <= largest:
+        raise InputError(f"classes: expected 4 or 6..{largest}, so that motions and scenes are shared, got {classes}")
+    side = math.isqrt(classes - 1) + 1
+    motions, scenes = list(MOTIONS)[:side], SCENES[:side]
+    # diagonal by diagonal: two diagonals already give every motion two scenes and every scene two motions
+    pairs = [(motion, scenes[(i + shift) % side]) for shift in range(side) for i, motion in enumerate(motions)]
+    return pairs[:classes]
+
+
+def write_synthetic(
+    out: str | Path,
+    *,
+    classes: int = 12,
+    videos: int = 24,
+    seed: int = 0,
+    frames: int = 48,
+    width: int = 160,
+    height: int = 120,
+    progress: bool = False,
+) -> Path:
+    """Writes OUT/<split>/<motion>-<scene>/gNN_cMM.mp4 (H.264, 25 fps) and OUT/index.csv; returns the index's path.
+
+    `videos` is the number of source videos of each class, `frames` the length of a clip. The files depend on nothing
+    but the arguments (and the versions of NumPy and x264), bit for bit. A complete set of the same settings is
+    reused; an interrupted one is made anew; anything else in OUT is an InputError.
+    """
+    out = Path(out)
+    _check_sizes(videos, frames, width, height)
+    pairs = class_table(classes)
+    settings = {"version": 2, "classes": classes, "videos": videos, "seed": seed, "frames": frames}
+    settings |= {"width": width, "height": height}
+    index_path = out / "index.csv"
+    if _is_complete(out, settings):
+        Index.load(index_path, require_flow=False)
+        return index_path
+    _start_afresh(out)
+    sources = [(pair, number) for pair in pairs for number in range(videos)]
+
+    def write(item: tuple[tuple[str, str], int]) -> int:
+        return _write_source(out, *item, settings)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy and x264 work without the interpreter's lock
+        done = track(pool.map(write, sources), "writing videos", total=len(sources), unit="sources", progress=progress)
+        clips = sum(done)
+    index, broken = build_index(out, "folders", out=index_path, progress=progress)
+    if broken or len(index) != clips or any(video.num_frames != frames for video in index):
+        raise RuntimeError(f"{out}: wrote {clips} videos of {frames} frames, found {len(index)}; broken: {broken}")
+    (out / UNFINISHED).write_text(json.dumps(settings))
+    os.replace(out / UNFINISHED, out / SETTINGS)
+    return index_path
+
+
+class ClipName(NamedTuple):
+    split: str
+    label: str
+    file: str
+
+
+def clip_names(pair: tuple[str, str], number: int, videos: int) -> list[ClipName]:
+    """Where the clips of the `number`-th of `videos` sources of a class lie."""
+    split = "train" if number < videos - max(1, round(videos / 4)) else "test"
+    return [ClipName(split, "-".join(pair), f"g{number + 1:02d}_c{clip + 1:02d}.mp4") for clip in range(1 + number % 2)]
+
+
+def _write_source(out: Path, pair: tuple[str, str], number: int, settings: dict[str, int]) -> int:
+    """Renders and encodes the clips of one source; returns their number."""
+    motion, scene = pair
+    key = (settings["seed"], list(MOTIONS).index(motion), SCENES.index(scene), number)
+    rng = np.random.default_rng(key)
+    source = make_source(motion, scene, rng, height=settings["height"], width=settings["width"])
+    names = clip_names(pair, number, settings["videos"])
+    start = 0
+    for name in names:
+        start += int(rng.integers(0, settings["frames"]))  # clips of one take do not overlap
+        clip = render(source, start, settings["frames"], rng)
+        start += settings["frames"]
+        path = out / name.split / name.label / name.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _encode(path, clip)
+    return len(names)
+
+
+def _encode(path: Path, clip: np.ndarray) -> None:
+    """Writes uint8 RGB [T, H, W, 3] as H.264 yuv420p with a key frame every 12 frames."""
+    # One thread: x264's frame threads change the bits with their number. No macroblock tree: at a few dozen pixels its
+    # look-ahead reads memory nobody wrote, and the bits change from run to run.
+    options = {"preset": "veryfast", "crf": "20", "g": "12", "bf": "0", "threads": "1", "x264-params": "mbtree=0"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], "yuv420p"
+        for image in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def _check_sizes(videos: int, frames: int, width: int, height: int) -> None:
+    if videos < 2:
+        raise InputError(f"videos: expected at least 2 sources a class, one for each split, got {videos}")
+    if frames < 1:
+        raise InputError(f"frames: expected at least 1, got {frames}")
+    for name, value in (("width", width), ("height", height)):
+        if value < 32 or value % 2:
+            raise InputError(f"{name}: expected an even number of at least 32 pixels, got {value}")
+
+
+def _is_complete(out: Path, settings: dict[str, int]) -> bool:
+    """Whether OUT holds this very set. Raises InputError if it holds another one or files of someone else's."""
+    if (out / SETTINGS).exists():
+        there = json.loads((out / SETTINGS).read_text())
+        if there != settings:
+            raise InputError(f"out: {str(out)!r} holds the set {there}, asked for {settings}; choose another folder")
+        return True
+    if out.exists() and not (out / UNFINISHED).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out: expected a new or empty folder, or a set of synthetic actions, got {str(out)!r}")
+    return False
+
+
+def _start_afresh(out: Path) -> None:
+    """Marks OUT as unfinished and removes what an interrupted run left in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / UNFINISHED).touch()
+    for split in ("train", "test"):
+        shutil.rmtree(out / split, ignore_errors=True)

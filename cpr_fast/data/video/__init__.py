@@ -1,0 +1,10 @@
+"""Frame-exact decoding of video files with PyAV, and transcoding.
+
+Imports nothing of `cpr_fast` but `errors`; the other rooms of `data` may import it.
+"""
+
+from cpr_fast.data.video.container import VideoError
+from cpr_fast.data.video.decode import read_frames
+from cpr_fast.data.video.probe import VideoInfo, probe_video
+
+__all__ = ["VideoError", "VideoInfo", "probe_video", "read_frames"]

@@ -1,0 +1,87 @@
+"""The packets that carry chosen frames, as a small file in memory for a decoder that never seeks.
+
+Letters: F frames, L bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from cpr_fast.data.video.container import VideoError, open_video, shows_times
+from cpr_fast.data.video.numbering import Layout
+
+
+def slice_packets(
+    path: str | Path, frames: Sequence[int] | np.ndarray, num_frames: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The shortest part of a video from which a decoder gets `frames` (strictly increasing) without seeking.
+
+    Returns the encoded bytes, uint8 [L], and the number that each of `frames` has in them, int32 [F]. Of every group of
+    pictures that holds a wanted frame (if they are closed; else from the first such group on), the packets up to the
+    last needed one come as Matroska, never as mp4, in which VP9 and MJPEG decode to wrong frames without an error. A
+    video whose timestamps do not prove the numbering comes whole.
+    """
+    frames = np.asarray(frames)
+    if not 0 <= frames[0] <= frames[-1] < num_frames:
+        raise VideoError(path, f"frames {frames[0]}..{frames[-1]} asked of {num_frames}")
+    with open_video(path) as (container, stream):
+        layout = None
+        if shows_times(container):
+            packets = list(container.demux(stream))
+            layout = Layout.of(container, stream, packets, num_frames)
+        if layout is None:
+            return np.fromfile(path, np.uint8), frames.astype(np.int32)
+        table = PacketTable([packet for packet in packets if packet.size], layout)
+        chosen = table.needed(frames)
+        ranks = table.ranks[chosen]
+        order = np.sort(ranks)
+        packets = [table.packets[i] for i in chosen]
+        places = np.searchsorted(order, frames).astype(np.int32)
+        return _matroska(stream, packets, np.searchsorted(order, ranks)), places
+
+
+class PacketTable:
+    """A video's packets in decoding order, and the frame number of each."""
+
+    def __init__(self, packets: list[av.Packet], layout: Layout) -> None:
+        self.packets, self._layout = packets, layout
+        self.ranks = layout.numbers([packet.pts for packet in packets])
+
+    def needed(self, frames: np.ndarray) -> np.ndarray:
+        """Indices of the packets that `frames` (increasing) need, increasing; each run starts at a key packet."""
+        place = {packet.pts: i for i, packet in enumerate(self.packets)}
+        begins = np.array([place[time] for time in self._layout.start(frames).tolist()])
+        if not self._closed():  # an open group of pictures shows errors after a gap: from the first key to the end
+            begins = np.full_like(begins, begins[0])
+        keep = np.zeros(len(self.packets), bool)
+        for begin in np.unique(begins):
+            last = frames[begins == begin][-1]
+            end = 1 + int(np.flatnonzero(self.ranks <= last)[-1])
+            keep[begin:end] |= self.ranks[begin:end] >= self.ranks[begin]
+        return np.flatnonzero(keep)
+
+    def _closed(self) -> bool:
+        """Whether no packet that follows a key packet is shown before it."""
+        earliest_after = np.minimum.accumulate(self.ranks[::-1])[::-1]  # of the packet itself and all later ones
+        return all(earliest_after[i] == self.ranks[i] for i, packet in enumerate(self.packets) if packet.is_keyframe)
+
+
+def _matroska(stream: av.VideoStream, packets: list[av.Packet], ranks: np.ndarray) -> np.ndarray:
+    """The packets (decoding order, frame numbers `ranks` from 0) as a Matroska file in memory, uint8 [L]."""
+    buffer = io.BytesIO()
+    delay = int(np.max(np.arange(len(packets)) - ranks))  # decoding times must not lie after presentation times
+    with av.open(buffer, "w", format="matroska") as output:
+        copy = output.add_stream_from_template(stream, opaque=True)  # AV1 has a decoder alone
+        copy.time_base = Fraction(1, 25)  # one tick per frame, whatever the source's clock was
+        for position, (packet, rank) in enumerate(zip(packets, ranks, strict=True)):
+            packet.stream = copy
+            packet.time_base = copy.time_base
+            packet.pts, packet.dts = int(rank), position - delay
+            output.mux(packet)
+    return np.frombuffer(buffer.getbuffer(), np.uint8)

@@ -1,0 +1,125 @@
+"""Decoded frames as arrays of pixels: a region of each, converted a few frames at a time.
+
+Letters: F frames, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from cpr_fast.data.video.container import VideoError
+
+PLANAR = ("yuv420p", "yuvj420p")  # formats of which any box of whole chroma samples converts as in the whole frame
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box of frames whose size is known."""
+
+    box: tuple[int, int, int, int]  # top, left, bottom, right, ends exclusive, pixels
+    height: int  # of the frames
+    width: int
+
+    @classmethod
+    def whole(cls, height: int, width: int) -> Region:
+        return cls((0, 0, height, width), height, width)
+
+    def check(self, path: str | Path, height: int, width: int, view: str) -> None:
+        """Raises VideoError for frames of another size. Flow files pad an odd width by one column, for 4:2:0."""
+        padded = view == "flow" and self.width % 2 == 1 and width == self.width + 1
+        if height != self.height or (width != self.width and not padded):
+            raise VideoError(path, f"decodes to {width}x{height}, the index says {self.width}x{self.height}")
+
+    def of(self, path: str | Path, frames: np.ndarray, view: str) -> np.ndarray:
+        """The box of whole frames [F, H, W, ...], without a copy. Raises VideoError if they have another size."""
+        self.check(path, *frames.shape[1:3], view)
+        top, left, bottom, right = self.box
+        return frames[:, top:bottom, left:right]
+
+
+class Pixels(Protocol):
+    """Decoded frames as pixels: those added since the last `take`, at most as many as were announced."""
+
+    def add(self, frame: av.VideoFrame) -> None: ...
+
+    def take(self) -> np.ndarray:
+        """uint8 [F, H, W, ...], the caller's own."""
+
+
+def pixels_of(path: str | Path, frame: av.VideoFrame, view: str, region: Region | None, count: int) -> Pixels:
+    """For frames like the given one, `count` at once."""
+    height, width = frame.height // 2 if view == "flow" else frame.height, frame.width
+    if region is not None:
+        region.check(path, height, width, view)
+    box = (0, 0, height, width) if region is None else region.box
+    if view == "flow" and (
+        frame.format.components[0].bits != 8 or not frame.format.name.startswith(("yuv", "gray", "nv"))
+    ):
+        raise VideoError(path, f"flow is stored in 8-bit luma, this is {frame.format.name}")
+    if view == "rgb" and frame.format.name in PLANAR and height % 2 == width % 2 == 0 and not frame.interlaced_frame:
+        return _Stacked(frame, box, count)
+    return _OneByOne(view, box)
+
+
+class _Stacked:
+    """RGB of boxes of 4:2:0 frames: they are stacked as they come and converted as one tall picture."""
+
+    def __init__(self, frame: av.VideoFrame, box: tuple[int, int, int, int], count: int) -> None:
+        top, left, bottom, right = box
+        # whole chroma samples, and whole vectors of the converter from the left
+        outer = top - top % 2, left - left % 16, bottom + bottom % 2, right + right % 2
+        self._height, width = outer[2] - outer[0], outer[3] - outer[1]
+        self._inner = slice(top - outer[0], bottom - outer[0]), slice(left - outer[1], right - outer[1])
+        self._tall = av.VideoFrame(width, count * self._height, frame.format.name)
+        self._tall.colorspace, self._tall.color_range = frame.colorspace, frame.color_range
+        self._targets = [rows.reshape(count, -1, rows.shape[1]) for rows in map(_rows, self._tall.planes)]
+        planes = (tuple(edge // scale for edge in outer) for scale in (1, 2, 2))
+        self._boxes = [((bottom - top, right - left), top, left) for top, left, bottom, right in planes]
+        self._scaler, self._held = VideoReformatter(), 0
+
+    def add(self, frame: av.VideoFrame) -> None:
+        for plane, target, (shape, top, left) in zip(frame.planes, self._targets, self._boxes, strict=True):
+            row = plane.line_size
+            target[self._held] = np.ndarray(shape, np.uint8, plane, top * row + left, (row, 1))
+        self._held += 1
+
+    def take(self) -> np.ndarray:
+        rows = _rows(self._scaler.reformat(self._tall, format="rgb24", threads=1).planes[0], channels=3)
+        frames = rows.reshape(-1, self._height, self._tall.width, 3)
+        held, self._held = self._held, 0
+        return frames[:held, *self._inner]
+
+
+class _OneByOne:
+    """Any view of frames of any format, each converted whole."""
+
+    def __init__(self, view: str, box: tuple[int, int, int, int]) -> None:
+        top, left, bottom, right = box
+        self._view, self._box, self._frames = view, (slice(top, bottom), slice(left, right)), []
+        self._scaler = VideoReformatter()  # a new one per frame costs three times the conversion itself
+
+    def add(self, frame: av.VideoFrame) -> None:
+        if self._view == "flow":
+            rows, half = _rows(frame.planes[0]), frame.height // 2
+            pixels = np.stack([rows[:half], rows[half : 2 * half]], axis=-1)
+        else:
+            name, channels = ("rgb24", 3) if self._view == "rgb" else ("gray", 1)
+            pixels = _rows(self._scaler.reformat(frame, format=name, threads=1).planes[0], channels)
+            if channels == 3:
+                pixels = pixels.reshape(frame.height, frame.width, 3)
+        self._frames.append(pixels[self._box])
+
+    def take(self) -> np.ndarray:
+        frames, self._frames = np.stack(self._frames), []
+        return frames
+
+
+def _rows(plane: av.video.plane.VideoPlane, channels: int = 1) -> np.ndarray:
+    """A plane's bytes, uint8 [H, W * channels]; not a copy."""
+    return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:, : plane.width * channels]

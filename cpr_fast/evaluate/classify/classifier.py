@@ -1,0 +1,141 @@
+"""A classifier on a pretrained backbone: its head, its rates layer by layer, and what it says of whole videos.
+
+Letters: N clips, M videos, C channels of the pooled features, L classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpr_fast.config import ClassifierConfig
+from cpr_fast.models import Encoder
+from cpr_fast.runtime.progress import track
+
+WEIGHT_STD = 0.01  # of the linear layer's first weights [CoCLR]
+CROP_SETS = (1, 5, 10)  # centre; and the corners; and all of them flipped
+
+
+class ClassifierHead(nn.Module):
+    """Pooled features [N, C] -> logits [N, L]: L2 and BatchNorm where `normalize`, dropout, linear [CoCLR]."""
+
+    def __init__(self, channels: int, classes: int, *, dropout: float, normalize: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels) if normalize else None
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(channels, classes)
+        nn.init.normal_(self.linear.weight, std=WEIGHT_STD)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.norm is not None:
+            features = self.norm(F.normalize(features.float(), dim=1))
+        return self.linear(self.dropout(features))
+
+
+class Classifier(nn.Module):
+    """An encoder's backbone and a `ClassifierHead`: clips [N, 3, T, H, W] -> logits [N, L].
+
+    A backbone whose rate is 0 is frozen: no gradient, and its BatchNorm statistics stay those of pretraining. The
+    encoder's own head takes no part; it is kept so that the encoder can be saved and read as any other.
+    """
+
+    def __init__(self, encoder: Encoder, classes: int, settings: ClassifierConfig) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = ClassifierHead(
+            encoder.backbone.out_channels, classes, dropout=settings.dropout, normalize=settings.normalize
+        )
+        self.frozen = settings.backbone_lr == 0
+        encoder.requires_grad_(False)
+        encoder.backbone.requires_grad_(not self.frozen)
+
+    def features(self, clips: Tensor) -> Tensor:
+        """Pooled backbone features [N, C]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.encoder.features(clips)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.head(self.features(clips))
+
+    def train(self, mode: bool = True) -> Classifier:
+        super().train(mode)
+        self.encoder.train(mode and not self.frozen)
+        return self
+
+    def parameter_groups(self, settings: ClassifierConfig) -> list[dict]:
+        """For an optimiser: the head, then the backbone's layers from last to first, each with its `base_lr`."""
+        rates = [(settings.lr, list(self.head.parameters()))]
+        if not self.frozen:
+            for depth, parameters in enumerate(reversed(backbone_layers(self.encoder.backbone))):
+                rates.append((settings.backbone_lr * settings.layer_decay**depth, parameters))
+        return [{"params": parameters, "lr": lr, "base_lr": lr} for lr, parameters in rates]
+
+
+def backbone_layers(backbone: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of a backbone by layer, from the input on: children of one number (`conv3a`, `bn3a`) are one."""
+    layers: dict[str, list[nn.Parameter]] = {}
+    for name, child in backbone.named_children():
+        number = re.search(r"\d\w*$", name)
+        layers.setdefault(number[0] if number else name, []).extend(child.parameters())
+    return [parameters for parameters in layers.values() if parameters]
+
+
+def make_optimizer(groups: Iterable[dict], settings: ClassifierConfig) -> torch.optim.Optimizer:
+    """The optimiser of a classifier over `parameter_groups`."""
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(groups, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay)
+
+
+def set_epoch(optimizer: torch.optim.Optimizer, settings: ClassifierConfig, epoch: int) -> float:
+    """Gives every group its rate of an epoch (from 0): its own, times gamma for each milestone reached.
+
+    Returns the rate of the first group.
+    """
+    factor = settings.gamma ** sum(epoch >= milestone for milestone in settings.milestones)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+@torch.inference_mode()
+def video_probabilities(
+    model: nn.Module,
+    loader: Collection,
+    videos: int,
+    view: str,
+    *,
+    crops: int = 1,
+    description: str = "testing",
+    progress: bool = False,
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Class probabilities of every video: the softmax of each clip, averaged over windows and crops [CoCLR].
+
+    Args:
+        model: clips [N, 3, T, H, W] -> logits [N, L]; put in eval mode.
+        loader: has a length; its batches have `clips`, `video` [N] and `crop` [N], 0..crops-1 (see `WindowLoader`).
+        videos: M.
+    Returns:
+        {number of crops: [M, L] float64 on the CPU} for every crop set up to `crops`, zero where a video gave no
+        window, and the number of windows of every video, [M] int64.
+    """
+    model.eval()
+    sets = [n for n in CROP_SETS if n <= crops]
+    sums: dict[int, Tensor] = {}
+    counts = {n: torch.zeros(videos, dtype=torch.int64) for n in sets}
+    for batch in track(loader, description, total=len(loader), unit="batches", progress=progress):
+        probabilities = model(batch.clips[view]).float().softmax(1).double().cpu()  # [N, L]
+        video, crop = batch.video.cpu(), batch.crop.cpu()
+        for n in sets:
+            rows = crop < n
+            if n not in sums:
+                sums[n] = probabilities.new_zeros(videos, probabilities.shape[1])
+            sums[n].index_add_(0, video[rows], probabilities[rows])
+            counts[n] += torch.bincount(video[rows], minlength=videos)
+    means = {n: total / counts[n].clamp(min=1)[:, None] for n, total in sums.items()}
+    return means, counts[1]

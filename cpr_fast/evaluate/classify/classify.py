@@ -1,0 +1,328 @@
+"""Linear probe and finetuning [paper, Tables 1, 2, 5 and 7]: every split, seed and view, and both views together.
+
+What a classifier learns from and is selected by, `recipe`:
+    "paper": the train split, for all epochs of the schedule. The test split is used once, at the end.
+    "coclr": as released, the best epoch on the test split; results say so under `leakage`.
+    "iic": as "paper", tested on 10 uniform clips.
+A classifier that was trained before, on the same weights, videos and settings, is not trained again.
+
+Letters: M videos, C channels, L classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cpr_fast.config import ClassifierConfig, Config, ProbeConfig
+from cpr_fast.data.clips.loader import TrainLoader, WindowLoader
+from cpr_fast.data.clips.sampling import plan_labelled, plan_selection
+from cpr_fast.data.index.index import Index
+from cpr_fast.errors import InputError
+from cpr_fast.evaluate.classify.classifier import CROP_SETS, Classifier, video_probabilities
+from cpr_fast.evaluate.classify.finetune import Training, selection_accuracy, train_on_clips
+from cpr_fast.evaluate.classify.probe import feature_probabilities, train_on_features
+from cpr_fast.evaluate.classify.scores import classification_scores
+from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, video_digest, weights_digest
+from cpr_fast.evaluate.features.embedding import encoder_embeddings
+from cpr_fast.evaluate.features.intervals import seed_interval
+from cpr_fast.evaluate.features.pretrained import load_pretrained
+from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, make_recipe
+from cpr_fast.evaluate.features.results import Checkpoints, write_result
+from cpr_fast.evaluate.features.shares import shared_out
+from cpr_fast.evaluate.features.windows import open_windows
+from cpr_fast.models import Encoder
+from cpr_fast.runtime import distributed
+from cpr_fast.runtime.distributed import World
+from cpr_fast.runtime.metrics import MetricsWriter
+from cpr_fast.weights.checkpoint import written_whole
+
+Task = Literal["probe", "finetune"]
+TWO_STREAM = "two_stream"
+
+log = logging.getLogger(__name__)
+
+
+def classify(
+    checkpoint: Checkpoints,
+    indexes: Sequence[str | Path],
+    *,
+    task: Task,
+    settings: ClassifierConfig | None = None,
+    recipe: RecipeName = "paper",
+    clips_per_video: int | None = None,
+    crops: int = 10,
+    seeds: Sequence[int] = (0,),
+    out: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    device: str = "auto",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Accuracy of classifiers of every view of a checkpoint, and of the mean of both views' probabilities.
+
+    Under `torchrun` the ranks share the clips of a step, of `settings.batch_size` each, and the videos that are tested.
+
+    Args:
+        checkpoint: one file, or one per view, see `load_pretrained`.
+        indexes: labelled videos in the splits "train" and "test", one file for each official split.
+        settings: None takes the section of the (first) checkpoint's config.
+        clips_per_video: uniform windows of a test video; None takes those of the recipe.
+        crops: 1 | 5 | 10 of every window.
+        seeds: of the head's first weights, the order, the augmentation and the dropout.
+        out: folder of the trainings and the result; by default `evaluations` in the run.
+        run_dir: run folder whose metrics.jsonl receives a row per result.
+    Returns:
+        `task`, `recipe`, `leakage`, `view` (the headline: two_stream where both views are there) with its `accuracy`
+        and `accuracy_ci95`, `summary` (the same of every view: mean over splits and seeds; the interval is over seeds
+        where there are several, else, for one split, of the bootstrap over sources; `accuracy_std`, n - 1, is over
+        splits, None for one), `results` (a row per index, seed
+        and view, see `classification_scores`) and `file`, where all this was written.
+    """
+    if not indexes or not seeds:
+        raise InputError(f"index, seeds: expected at least one of each, got {len(indexes)} and {len(seeds)}")
+    world = distributed.init(device)
+    pretrained = load_pretrained(checkpoint)
+    configs, encoders = pretrained.configs, pretrained.encoders
+    digests = {view: weights_digest(encoder) for view, encoder in encoders.items()}
+    settings = settings or getattr(next(iter(configs.values())), task)
+    folder = Path(out) if out else pretrained.evaluations
+    how = make_recipe(recipe, clips_per_video, crops)
+    store = FeatureCache(pretrained.features, how.identity(pretrained.data, str(world.device)))
+    rows = []
+    for number, path in enumerate(indexes):
+        split = load_split(path, require_flow=pretrained.data.flow == "stored")
+        for seed in seeds:
+            job = Job(task, configs, settings, how, split, seed, folder, world, progress and world.is_main)
+            found = {view: predictions(job, view, encoders[view], digests[view], store) for view in encoders}
+            common = {"task": task, "recipe": recipe, "index": str(path), "split": number + 1, "seed": seed}
+            rows += [common | row for row in _score(found, split, crops)]
+    summary = _summary(rows, len(indexes))
+    headline = summary[-1]
+    result = {"task": task, "recipe": recipe, "leakage": how.leakage, "crops": crops, "checkpoint": pretrained.name,
+              "settings": dataclasses.asdict(settings), "view": headline["view"], "accuracy": headline["accuracy"],
+              "accuracy_ci95": headline["accuracy_ci95"], "summary": summary, "results": rows}  # fmt: skip
+    parts = [pretrained.name, list(map(str, indexes)), list(seeds), result["settings"], crops, *_processes(job)]
+    name = digest(json.dumps(parts))
+    path = write_result(folder, f"{task}-{recipe}-{name[:8]}", result)
+    if run_dir is not None and world.is_main:
+        with MetricsWriter(run_dir) as writer:
+            for row in rows:
+                writer.write({"kind": "classification", **row})
+    return result | {"file": str(path)}
+
+
+@dataclass(frozen=True)
+class Split:
+    """The labelled videos of one official split."""
+
+    train: Index
+    test: Index
+
+
+def load_split(path: str | Path, *, require_flow: bool = True) -> Split:
+    """The labelled videos of an index. Raises InputError where a split has none, or shares a source with the other."""
+    index = Index.load(path, require_flow=require_flow)
+    parts = []
+    for name in ("train", "test"):
+        part = index.select(name)
+        labelled = Index((video for video in part if video.label), index.classes)
+        if len(labelled) < (2 if name == "train" else 1):
+            raise InputError(f"{path}: expected labelled videos in split {name!r}, got {len(labelled)} of {len(part)}")
+        parts.append(labelled)
+    shared = len({v.source for v in parts[0]} & {v.source for v in parts[1]})
+    if shared and distributed.is_main():
+        log.warning("%s: %d sources are in both splits: test videos have siblings among the training videos", path,
+                    shared)  # fmt: skip
+    return Split(*parts)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Classifiers of one split and seed; `configs` of the pretraining, by view."""
+
+    task: Task
+    configs: dict[str, Config]
+    settings: ClassifierConfig
+    recipe: Recipe
+    split: Split
+    seed: int
+    folder: Path
+    world: World
+    progress: bool
+
+    @property
+    def on_features(self) -> bool:
+        """Whether it learns from stored features, not from clips."""
+        return isinstance(self.settings, ProbeConfig) and self.settings.inputs == "features"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of the M test videos: {crops: probabilities [M, L] float64}, windows [M] int64, 0 where a file gave none."""
+
+    probabilities: dict[int, Tensor]
+    windows: Tensor
+    best_epoch: int
+
+
+def predictions(job: Job, view: str, pretrained: Encoder, key: str, store: FeatureCache) -> Predictions:
+    """What a classifier of one view says of the test videos: read where it is stored, else trained.
+
+    Args:
+        pretrained: the view's encoder, in eval mode; stays as it is.
+        key: its `weights_digest`.
+    """
+    folder = job.folder / f"{job.task}-{view}-{_identity(job, view, key)[:12]}"
+    path = folder / "predictions.safetensors"
+    if (stored := distributed.from_main(lambda: _read_predictions(path))) is not None:
+        return stored
+    encoder = copy.deepcopy(pretrained).to(job.world.device)
+    if job.on_features:
+        found = _probe_features(job, view, encoder, key, store)
+    else:
+        found = _train_on_clips(job, view, encoder, folder)
+    tensors = {f"crops{n}": value for n, value in found.probabilities.items()}
+    if job.world.is_main:
+        with written_whole(path) as temporary:
+            save_file(tensors | {"windows": found.windows, "best_epoch": torch.tensor(found.best_epoch)}, temporary)
+    return found
+
+
+def _probe_features(job: Job, view: str, encoder: Encoder, key: str, store: FeatureCache) -> Predictions:
+    """One stored feature per video, the mean over its windows and crops; videos that gave none are left out."""
+    embedding = encoder_embeddings("net", {view: encoder}, job.recipe, {view: key})
+    device = job.world.device
+
+    def open_loader(part: Index) -> WindowLoader:
+        return open_windows(part, job.configs[view].data, [view], job.recipe, str(device))
+
+    def features(part: Index, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        found, windows = embed_index(
+            part, embedding, open_loader, store, description=f"{view} features, {name}", progress=job.progress
+        )
+        return found[f"net/{view}"].to(device), torch.from_numpy(part.labels).to(device), windows
+
+    train, train_labels, train_windows = features(job.split.train, "train")
+    test, test_labels, windows = features(job.split.test, "test")
+    kept = train_windows > 0
+    select_on = (test[windows > 0], test_labels[windows > 0]) if job.recipe.selects_on_test else None
+    head, best = train_on_features(
+        train[kept], train_labels[kept], len(job.split.train.classes), job.settings, seed=job.seed, select_on=select_on
+    )
+    return Predictions({job.recipe.crops: feature_probabilities(head, test)}, windows, best)
+
+
+def _train_on_clips(job: Job, view: str, encoder: Encoder, folder: Path) -> Predictions:
+    """Augmented clips of the train split, then every window and crop of the test split."""
+    train, test, settings, device = job.split.train, job.split.test, job.settings, job.world.device
+    with torch.random.fork_rng():
+        torch.manual_seed(job.seed)
+        model = Classifier(encoder, len(train.classes), settings).to(device)
+    training = Training(job.configs[view], settings, view, folder, job.seed, device, progress=job.progress)
+    with closing(_clip_loader(job, train, view, plan_labelled)) as loader:
+        if job.recipe.selects_on_test:
+            with closing(_clip_loader(job, test, view, plan_selection)) as selection:
+                select = selection_accuracy(selection, len(test), view, device)
+                done = train_on_clips(model, loader, dataclasses.replace(training, select=select))
+        else:
+            done = train_on_clips(model, loader, training)
+
+    def measure(mine: range) -> tuple[dict[int, Tensor], Tensor]:
+        part = Index((test[i] for i in mine), test.classes)
+        with closing(open_windows(part, job.configs[view].data, [view], job.recipe, str(device))) as windows:
+            found = video_probabilities(
+                model, windows, len(part), view, crops=job.recipe.crops, description=f"{view}, test",
+                progress=job.progress,
+            )  # fmt: skip
+            for path, reason in windows.skipped:
+                log.warning("test: %s is left out: %s", path, reason)
+        return found
+
+    return Predictions(*shared_out(len(test), measure), done["best_epoch"])
+
+
+def _clip_loader(job: Job, part: Index, view: str, plan: Any) -> TrainLoader:
+    world = job.world
+    largest = max(len(part) // world.size, 1)
+    data = dataclasses.replace(job.configs[view].data, batch_size=min(job.settings.batch_size, largest))
+    return TrainLoader(
+        part, data, [view], seed=job.seed, device=world.device, rank=world.rank, world_size=world.size, plan=plan
+    )
+
+
+def _identity(job: Job, view: str, weights: str) -> str:
+    """A digest of all that the predictions depend on."""
+    videos = [
+        [[video_digest(video, view), video.label] for video in part] for part in (job.split.train, job.split.test)
+    ]
+    data = job.configs[view].data
+    settings = [job.task, dataclasses.asdict(job.settings), job.seed, job.recipe.identity(data, str(job.world.device)),
+                data.crop_area, job.split.train.classes]  # fmt: skip
+    return digest(json.dumps([settings, videos, weights, *_processes(job)]))
+
+
+def _processes(job: Job) -> list[int]:
+    """How many share a step, where it is several: they make its batch larger."""
+    return [] if job.on_features or job.world.size == 1 else [job.world.size]
+
+
+def _read_predictions(path: Path) -> Predictions | None:
+    if not path.exists():
+        return None
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError) as error:
+        log.warning("%s cannot be read (%s): the classifier is tested anew", path, error)
+        return None
+    probabilities = {n: stored[f"crops{n}"] for n in CROP_SETS if f"crops{n}" in stored}
+    return Predictions(probabilities, stored["windows"], int(stored["best_epoch"]))
+
+
+def _score(found: dict[str, Predictions], split: Split, crops: int) -> list[dict[str, Any]]:
+    """A row per view, then one of the mean of both views' probabilities; all over the videos that both could read."""
+    readable = torch.stack([p.windows for p in found.values()]).amin(0) > 0
+    if not readable.any():
+        raise InputError(f"test: none of the {len(split.test)} videos gave a window")
+    labels = torch.from_numpy(split.test.labels)[readable]
+    sources = torch.from_numpy(split.test.source_ids)[readable]
+    streams = {view: p.probabilities for view, p in found.items()}
+    if {"rgb", "flow"} <= set(found):
+        streams[TWO_STREAM] = {n: (streams["rgb"][n] + streams["flow"][n]) / 2 for n in streams["rgb"]}
+    rows = []
+    for view, by_crops in streams.items():
+        accuracies = {str(n): (p[readable].argmax(1) == labels).double().mean().item() for n, p in by_crops.items()}
+        scores = classification_scores(by_crops[crops][readable], labels, sources, split.test.classes)
+        best = found[view].best_epoch if view in found else None
+        rows.append({"view": view, "crops": crops, **scores, "accuracy_by_crops": accuracies, "best_epoch": best,
+                     "unread": int((~readable).sum())})  # fmt: skip
+    return rows
+
+
+def _summary(rows: list[dict[str, Any]], splits: int) -> list[dict[str, Any]]:
+    """Per view the mean over splits, then over seeds."""
+    summary = []
+    for view in dict.fromkeys(row["view"] for row in rows):
+        of_view = [row for row in rows if row["view"] == view]
+        seeds = dict.fromkeys(row["seed"] for row in of_view)
+        values = [mean(row["accuracy"] for row in of_view if row["seed"] == seed) for seed in seeds]
+        interval, kind = seed_interval(values), "seeds"
+        if interval is None:
+            interval, kind = (of_view[0]["accuracy_ci95"], "sources") if splits == 1 else (None, None)
+        by_split = [mean(row["accuracy"] for row in of_view if row["split"] == n + 1) for n in range(splits)]
+        deviation = stdev(by_split) if splits > 1 else None
+        summary.append({"view": view, "accuracy": mean(values), "accuracy_std": deviation, "accuracy_ci95": interval,
+                        "interval_over": kind, "splits": splits, "seeds": len(seeds)})  # fmt: skip
+    return summary

@@ -1,0 +1,228 @@
+"""Training a classifier on clips, end to end or on a frozen backbone; goes on where it was stopped.
+
+Every draw of an epoch, the dropout's included, is a function of the seed and the epoch, so a run that was killed and
+started again ends as one that never was (bitwise on the CPU). SIGTERM and SIGUSR1 save first, in the midst of an epoch.
+
+Under `torchrun` every rank runs the backbone on its clips of a step, and the head on the features of all: its BatchNorm
+and dropout are those of one process with the whole batch. The backbone's BatchNorm sees one rank's clips at a time, as
+in the published runs; its running statistics are the mean over the ranks.
+
+Letters: R ranks, B clips per rank of a step, M videos, L classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpr_fast.config import ClassifierConfig, Config
+from cpr_fast.data.clips.loader import Batch
+from cpr_fast.evaluate.classify.classifier import Classifier, make_optimizer, set_epoch
+from cpr_fast.models import running_statistics
+from cpr_fast.runtime import distributed
+from cpr_fast.runtime.interrupt import Interrupted, StopRequest, stop_requests
+from cpr_fast.runtime.metrics import FILE as METRICS_FILE
+from cpr_fast.runtime.metrics import MetricsWriter, rewind
+from cpr_fast.runtime.precision import autocast
+from cpr_fast.runtime.progress import track
+from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+
+LAST = "last.pt"
+
+
+class ClipLoader(Protocol):
+    """What training asks of `cpr_fast.data.clips.loader.TrainLoader` with a plan of one clip per video."""
+
+    def __len__(self) -> int: ...
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one training is, besides its clips.
+
+    Attributes:
+        config: of the pretraining, saved along, so that the finetuned encoder can be read as any other.
+        view: the view whose clips are classified.
+        folder: receives `last.pt` and metrics.jsonl after every epoch.
+        select: None, or a measure of the model after an epoch, (model, epoch) -> float: the weights of the best epoch
+            are kept in place of the last ones.
+    """
+
+    config: Config
+    settings: ClassifierConfig
+    view: str
+    folder: Path
+    seed: int
+    device: torch.device
+    select: Callable[[Classifier, int], float] | None = None
+    progress: bool = False
+
+
+def train_on_clips(model: Classifier, loader: ClipLoader, training: Training) -> dict[str, Any]:
+    """Trains `model` in place, from `last.pt` of the folder if there is one.
+
+    Returns:
+        `epochs` done and the `best_epoch` whose weights the model ends with (the last one without `select`).
+    Raises:
+        ArithmeticError: the loss became NaN or infinite.
+        Interrupted: SIGTERM or SIGUSR1 asked to stop, and `last.pt` holds the step it was at.
+    """
+    settings = training.settings
+    state = _State(model, training)
+    main = distributed.is_main()
+    if main and (training.folder / METRICS_FILE).exists():
+        rewind(training.folder, step=0, epoch=state.epoch)
+    with MetricsWriter(training.folder) if main else nullcontext() as writer, stop_requests() as stop:
+        while state.epoch < settings.epochs:
+            began = time.perf_counter()
+            lr = set_epoch(state.optimizer, settings, state.epoch)
+            loss, accuracy = _train_epoch(state, loader, stop)
+            row = {"kind": "epoch", "epoch": state.epoch, "loss": loss, "accuracy": accuracy, "lr": lr}
+            if training.select is not None:
+                row["selection"] = training.select(model, state.epoch)
+                if state.best is None or row["selection"] > state.best["selection"]:
+                    weights = {name: value.clone() for name, value in model.state_dict().items()}
+                    state.best = {"selection": row["selection"], "epoch": state.epoch, "model": weights}
+            if writer is not None:
+                writer.write(row | {"epoch_time_s": time.perf_counter() - began})
+            state.epoch += 1
+            state.save()
+    if state.best is not None:
+        model.load_state_dict(state.best["model"])
+    return {"epochs": settings.epochs, "best_epoch": state.best["epoch"] if state.best else settings.epochs - 1}
+
+
+def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest) -> tuple[float, float]:
+    """The steps of an epoch that are left; returns the mean loss and the share of all its clips classified right."""
+    training, epoch, device = state.training, state.epoch, state.training.device
+    model = state.model.train()
+    first, total, rng = state.take_partial()
+    title = f"{training.view}, epoch {epoch + 1}/{training.settings.epochs}"
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed((training.seed << 20) + epoch)
+        distributed.set_rng_states(device, rng)
+        batches = loader.epoch(epoch, first)
+        bar = track(batches, title, total=len(loader) - first, unit="steps", progress=training.progress)
+        for step, batch in enumerate(bar, first):
+            labels = distributed.all_gather(batch.label.to(device))  # [R*B]
+            with autocast(device, training.settings.precision):
+                features = model.features(batch.clips[training.view][:, 0])  # [B, C]
+                logits = model.head(distributed.all_gather_with_gradient(features))  # [R*B, L]
+            loss = F.cross_entropy(logits.float(), labels)
+            state.optimizer.zero_grad(set_to_none=True)
+            state.scaler.scale(loss).backward()
+            distributed.mean_(_gradients_and_statistics(model))
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+            hits = (logits.detach().argmax(1) == labels).sum()
+            total += torch.stack([loss.detach() * len(labels), hits, hits.new_tensor(len(labels))])
+            if signum := distributed.largest(stop.signum):
+                path = state.save({"steps": step + 1, "total": total, "rng": distributed.rng_states(device)})
+                raise Interrupted(signum, f"after step {step} of epoch {epoch}; saved {path}")
+    loss, hits, clips = total.tolist()
+    if not loss / clips < float("inf"):
+        raise ArithmeticError(f"epoch {epoch}: the loss of the classifier is NaN or infinite; lower its rates")
+    return loss / clips, hits / clips
+
+
+def _gradients_and_statistics(model: Classifier) -> list[Tensor]:
+    """What the ranks average after a step's backward.
+
+    Each rank's loss is of the whole batch, and its features' gradient the sum over the ranks' losses: the mean of the
+    gradients is the whole batch's.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return gradients if model.frozen else gradients + running_statistics(model.encoder.backbone)
+
+
+class _State:
+    """All that a training changes; `last.pt` holds it.
+
+    Attributes:
+        epoch: the next one to train.
+        best: with a selection {"selection", "epoch", "model"} of the best epoch so far.
+    """
+
+    def __init__(self, model: Classifier, training: Training) -> None:
+        """As the training begins, or as its folder's `last.pt` says. Raises CheckpointError where that is another's."""
+        self.model, self.training = model, training
+        settings, device = training.settings, training.device
+        self.optimizer = make_optimizer(model.parameter_groups(settings), settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self.epoch, self.best, self._partial = 0, None, None
+        self.path = training.folder / LAST
+        if not distributed.from_main(self.path.exists):
+            return
+        saved = load_checkpoint(self.path, device=device)
+        try:
+            model.encoder.load_state_dict(saved["encoders"][training.view])
+            model.head.load_state_dict(saved["head"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            self.epoch, self.best = saved["epoch"], saved["best"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{str(self.path)!r} is of another classifier ({error}); expected none or its own"
+            ) from None
+        self._partial = saved.get("partial")
+
+    def take_partial(self) -> tuple[int, Tensor, dict[str, Tensor] | None]:
+        """Of the epoch, if it was stopped: the steps done, the sums of loss, hits and clips (float64 [3]: read once, at
+        the end) and the generators; zeros and None else."""
+        partial, self._partial = self._partial, None
+        if partial is None:
+            return 0, torch.zeros(3, dtype=torch.float64, device=self.training.device), None
+        return partial["steps"], partial["total"], partial["rng"]
+
+    def save(self, partial: dict[str, Any] | None = None) -> Path:
+        """The first process writes `last.pt`; `partial` is of an epoch that is not over."""
+        if not distributed.is_main():
+            return self.path
+        payload = {
+            "config": self.training.config.to_dict(),
+            "encoders": {self.training.view: self.model.encoder.state_dict()},
+            "head": self.model.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "best": self.best,
+            "partial": partial,
+        }
+        return save_checkpoint(self.path, payload)
+
+
+def selection_accuracy(loader: Any, videos: int, view: str, device: torch.device) -> Callable[[Classifier, int], float]:
+    """The published code's selection: accuracy on one clip of every test video, for `Training.select`.
+
+    Args:
+        loader: a rank's TrainLoader with `plan_selection` over the M test videos; those left over by its batches are
+            sampled.
+    """
+
+    def measure(model: Classifier, epoch: int) -> float:
+        model.eval()
+        seen, hits = set(), 0
+
+        def count(batch: Batch) -> None:
+            nonlocal hits
+            right = model(batch.clips[view][:, 0]).argmax(1) == batch.label.to(device)
+            hits += int(right.sum())
+            seen.update(batch.video.tolist())
+
+        with torch.inference_mode():
+            for batch in loader.epoch(epoch):
+                count(batch)
+            for video in distributed.share(sorted(set(range(videos)) - distributed.union(seen))):
+                count(loader.sample(epoch, video))
+        return sum(distributed.gather_objects(hits)) / videos
+
+    return measure

@@ -1,0 +1,89 @@
+"""The linear probe on stored features, one per video. Letters: M videos, C channels, L classes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpr_fast.config import ClassifierConfig
+from cpr_fast.errors import InputError
+from cpr_fast.evaluate.classify.classifier import ClassifierHead, make_optimizer, set_epoch
+
+log = logging.getLogger(__name__)
+
+
+def train_on_features(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    settings: ClassifierConfig,
+    *,
+    seed: int,
+    select_on: tuple[Tensor, Tensor] | None = None,
+) -> tuple[ClassifierHead, int]:
+    """A linear classifier of features [M, C] float32 with labels [M] int64, in eval mode, on their device.
+
+    Every epoch sees every video once. Deterministic: the same seed gives the same weights.
+
+    Args:
+        select_on: features and labels by whose accuracy the best epoch is chosen; None takes the last one.
+    Returns:
+        The head and the epoch (from 0) of its weights.
+    """
+    if len(features) < 2:
+        raise InputError(f"probe: expected at least 2 training videos with a label, got {len(features)}")
+    _warn_of_few(len(features), settings)
+    with torch.random.fork_rng([features.device] if features.is_cuda else []):
+        torch.manual_seed(seed)
+        head = ClassifierHead(features.shape[1], classes, dropout=settings.dropout, normalize=settings.normalize)
+        head = head.to(features.device)
+        group = {"params": list(head.parameters()), "lr": settings.lr, "base_lr": settings.lr}
+        optimizer = make_optimizer([group], settings)
+        best, chosen = None, settings.epochs - 1
+        for epoch in range(settings.epochs):
+            set_epoch(optimizer, settings, epoch)
+            head.train()
+            for rows in _batches(len(features), settings.batch_size, features.device):
+                loss = F.cross_entropy(head(features[rows]), labels[rows])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+            if select_on is not None:
+                rate = (feature_probabilities(head, select_on[0]).argmax(1) == select_on[1].cpu()).double().mean()
+                if best is None or rate > best[0]:
+                    best, chosen = (rate, {n: v.clone() for n, v in head.state_dict().items()}), epoch
+    if not torch.isfinite(head.linear.weight).all():
+        raise ArithmeticError(f"the probe's weights are NaN or infinite after {settings.epochs} epochs; lower its rate")
+    if best is not None:
+        head.load_state_dict(best[1])
+    return head.eval(), chosen
+
+
+@functools.cache  # once for all seeds and views
+def _warn_of_few(videos: int, settings: ClassifierConfig) -> None:
+    if 2 * videos < settings.batch_size:
+        log.warning(
+            "probe: %d videos make one step an epoch with batch size %d; rate %g was published for 9,537 videos, and "
+            "seeds will differ much: --batch-size 32 --lr .1 is steadier",
+            videos, settings.batch_size, settings.lr,
+        )  # fmt: skip
+
+
+@torch.inference_mode()
+def feature_probabilities(head: ClassifierHead, features: Tensor) -> Tensor:
+    """Class probabilities of features [M, C]: [M, L] float64 on the CPU; puts the head in eval mode."""
+    head.eval()
+    return head(features).double().softmax(1).cpu()
+
+
+def _batches(videos: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """All positions 0..M-1 in a random order, in batches of nearly one size: none is lost, and none is a single video,
+    which BatchNorm refuses."""
+    count = min(math.ceil(videos / batch_size), videos // 2)
+    return iter(torch.randperm(videos).to(device).tensor_split(max(count, 1)))

@@ -1,0 +1,114 @@
+"""One feature per video: every window embedded, then averaged [CoCLR protocol].
+
+Letters: N windows of a batch, M videos of an index, F feature width, T frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpr_fast.evaluate.features.recipe import Metric, Recipe
+from cpr_fast.models import Encoder
+from cpr_fast.runtime.progress import track
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A way to turn windows of one view into features.
+
+    Attributes:
+        view: "rgb" | "flow", the view it reads.
+        function: normalised clips [N, 3, T, H, W] float32 -> features [N, F].
+        metric: as in `Recipe`; "cosine" L2-normalises windows before they are averaged.
+        key: names the function, weights included, so that its features may be stored; "" where they may not.
+    """
+
+    view: str
+    function: Callable[[Tensor], Tensor]
+    metric: Metric = "cosine"
+    key: str = ""
+
+
+def sum_features(
+    embeddings: Mapping[str, Embedding],
+    loader: Collection,
+    videos: int,
+    *,
+    description: str = "features",
+    progress: bool = False,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The sum of every video's window features by every embedding, in one pass over the decoded windows.
+
+    Args:
+        loader: has a length; its batches have `clips` {view: [N, 3, T, H, W]} and `video` [N] int64, 0..videos-1.
+        videos: M.
+    Returns:
+        {name: [M, F] float32 on the clips' device}, empty where no video gave a window, and the number of windows of
+        every video, [M] int64.
+    Memory: one batch of clips and M x F floats per embedding.
+    """
+    sums: dict[str, Tensor] = {}
+    windows = torch.zeros(videos, dtype=torch.int64)
+    with torch.inference_mode():
+        for batch in track(loader, description, total=len(loader), unit="batches", progress=progress):
+            for name, embedding in embeddings.items():
+                features = embedding.function(batch.clips[embedding.view]).flatten(1).float()  # [N, F]
+                if embedding.metric == "cosine":
+                    features = F.normalize(features, dim=1)
+                if name not in sums:
+                    sums[name] = features.new_zeros(videos, features.shape[1])
+                sums[name].index_add_(0, batch.video.to(features.device), features)
+            windows += torch.bincount(batch.video.cpu(), minlength=videos)
+    return sums, windows
+
+
+def encoder_embeddings(
+    name: str, encoders: Mapping[str, Encoder], recipe: Recipe, keys: Mapping[str, str]
+) -> dict[str, Embedding]:
+    """{"name/view": embedding} of the backbone features (no projection head) of encoders in eval mode.
+
+    Args:
+        keys: of every view, a digest of its encoder's weights, or "".
+    """
+    embeddings = {}
+    for view, encoder in encoders.items():
+        function = encoder.features if recipe.pool == "mean" else partial(spatial_max, encoder)
+        embeddings[f"{name}/{view}"] = Embedding(view, function, recipe.metric, keys[view])
+    return embeddings
+
+
+def spatial_max(encoder: Encoder, clips: Tensor) -> Tensor:
+    """The last feature map after max-pooling 2 x 2 in space, as one vector [iic]: [N, 3, T, H, W] -> [N, F].
+
+    An R3D on 16 x 112 x 112 gives [512, 2, 7, 7] -> [512, 2, 3, 3]: 9,216 numbers. A map of one row or column stays.
+    """
+    maps = encoder.backbone(clips.contiguous(memory_format=torch.channels_last_3d))
+    kernel = (1, min(2, maps.shape[3]), min(2, maps.shape[4]))
+    return F.max_pool3d(maps.float(), kernel).flatten(1)
+
+
+def calibrate_batch_norm(encoders: Mapping[str, Encoder], loader: Iterable) -> None:
+    """Set the BatchNorm statistics of untrained encoders from data; nothing else changes.
+
+    With the statistics of the initialisation (mean 0, variance 1) a random S3D shrinks its signal layer by layer, to
+    6e-13 (1e-18 at width 1/8), and ranks rounding noise. "Untrained" shall mean untrained weights and no more.
+    """
+    norms = [m for e in encoders.values() for m in e.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+        norm.train()
+    with torch.no_grad():
+        for batch in loader:
+            for view, encoder in encoders.items():
+                encoder.features(batch.clips[view])
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()

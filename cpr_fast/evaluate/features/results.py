@@ -1,0 +1,50 @@
+"""Which files an evaluation is of, and where it keeps what it finds: whole JSON files in one folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from cpr_fast.config import View
+from cpr_fast.errors import InputError
+from cpr_fast.runtime.distributed import is_main
+from cpr_fast.runtime.metrics import FILE as METRICS_FILE
+from cpr_fast.weights.checkpoint import written_whole
+
+Checkpoints = str | Path | Sequence[str | Path]  # one or several of FILE and VIEW=FILE
+
+
+def checkpoint_files(checkpoints: Checkpoints) -> list[tuple[str | None, Path]]:
+    """Each file with the view that it is wanted for, None for all it holds. Raises InputError where there is none."""
+    named = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
+    if not named:
+        raise InputError("checkpoint: expected at least one file, got none")
+    files = []
+    for text in map(str, named):
+        view, equals, file = text.partition("=")
+        files.append((view, Path(file)) if equals and view in get_args(View) else (None, Path(text)))
+    return files
+
+
+def home(checkpoint: str | Path) -> Path:
+    """The folder that a checkpoint's evaluations belong to: RUN for RUN/checkpoints/*.pt, else its own."""
+    folder = Path(checkpoint).absolute().parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def run_of(checkpoints: Checkpoints) -> Path | None:
+    """The run folder whose metrics an evaluation joins, or None where the checkpoints lie in none, or in several."""
+    homes = {home(file) for _, file in checkpoint_files(checkpoints)}
+    folder = homes.pop()
+    return folder if not homes and (folder / METRICS_FILE).exists() else None
+
+
+def write_result(folder: Path, name: str, result: dict[str, Any]) -> Path:
+    """The first process of a run writes FOLDER/NAME.json whole or not at all; returns its path."""
+    path = folder / f"{name}.json"
+    if is_main():
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return path

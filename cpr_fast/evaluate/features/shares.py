@@ -1,0 +1,39 @@
+"""Windows of videos shared out over the processes of a run. Letters: M videos, m of one rank, R ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from cpr_fast.runtime import distributed
+
+Name = TypeVar("Name")
+Rows = tuple[dict[Name, Tensor], Tensor]
+
+
+def shared_out(videos: int, measure: Callable[[range], Rows]) -> Rows:
+    """What `measure` finds in M videos, on every rank; rank r takes the videos r, r + R, ...
+
+    Args:
+        videos: M.
+        measure: called with the positions of a rank's videos, unless it has none, for rows {name: [m, ...]} and numbers
+            of windows [m] int64, on the CPU. A name may be missing where none of them gave a window.
+    Returns:
+        {name: [M, ...]}, zero where a rank had none of that name, and windows [M] int64.
+    """
+    mine = distributed.share(range(videos))
+    shares: list[Rows] = distributed.gather_objects(measure(mine) if mine else ({}, torch.zeros(0, dtype=torch.int64)))
+    if len(shares) == 1:
+        return shares[0]
+    rows: dict[Name, Tensor] = {}
+    windows = torch.zeros(videos, dtype=torch.int64)
+    for rank, (found, counts) in enumerate(shares):
+        windows[rank :: len(shares)] = counts
+        for name, values in found.items():
+            if name not in rows:
+                rows[name] = values.new_zeros(videos, *values.shape[1:])
+            rows[name][rank :: len(shares)] = values
+    return rows, windows

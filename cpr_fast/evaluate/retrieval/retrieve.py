@@ -1,0 +1,260 @@
+"""Nearest-neighbour retrieval R@1, 5, 10, 20, 50 [paper, Table 6].
+
+What is compared with what, `protocol`:
+    "train_test": the test split queries the train split, as published.
+    "leave_source_out": for data without a usable split, every video queries all others but those of its own
+        source; only queries whose class has another source count.
+How a video becomes a feature, `recipe`: "paper" | "coclr" | "iic", see `cpr_fast.evaluate.features.recipe`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cpr_fast.config import Config
+from cpr_fast.data.clips.loader import WindowLoader
+from cpr_fast.data.index.index import Index, Video
+from cpr_fast.errors import InputError
+from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, weights_digest
+from cpr_fast.evaluate.features.embedding import Embedding, calibrate_batch_norm, encoder_embeddings
+from cpr_fast.evaluate.features.pretrained import load_pretrained
+from cpr_fast.evaluate.features.recipe import RecipeName, make_recipe
+from cpr_fast.evaluate.features.results import Checkpoints, write_result
+from cpr_fast.evaluate.features.windows import open_windows
+from cpr_fast.evaluate.retrieval.baselines import BASELINES
+from cpr_fast.evaluate.retrieval.ranking import NO_HIT, RANKS, Comparison, prepare, recall
+from cpr_fast.models import Encoder, build_encoder
+from cpr_fast.runtime import distributed
+from cpr_fast.runtime.metrics import MetricsWriter
+
+Protocol = Literal["train_test", "leave_source_out"]
+CALIBRATION_VIDEOS = 32  # spread over the index, so over its classes
+EXAMPLES, NEAREST = 8, 5  # queries shown in the report, and what each found
+
+log = logging.getLogger(__name__)
+
+
+def retrieve(
+    checkpoint: Checkpoints,
+    indexes: str | Path | Sequence[str | Path],
+    *,
+    protocol: Protocol = "train_test",
+    recipe: RecipeName = "paper",
+    run_dir: str | Path | None = None,
+    untrained_seed: int = 0,
+    clips_per_video: int | None = None,
+    crops: int = 1,
+    cache: bool = True,
+    device: str = "auto",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """R@k of a checkpoint, of the same network untrained, and of the label-free baselines, over the same windows.
+
+    Under `torchrun` the ranks share out the videos.
+
+    Args:
+        checkpoint: one file, or one per view, see `load_pretrained`.
+        indexes: the labelled videos, one file or one for each official split.
+        run_dir: run folder whose metrics.jsonl receives a row per result.
+        untrained_seed: initialisation of the untrained twin.
+        clips_per_video: uniform windows per video; None takes those of the recipe.
+        crops: 1 | 5 | 10 of every window.
+        cache: keeps features in the folder `features` beside the checkpoint's, and reads them there.
+    Returns:
+        `protocol`, `recipe`, `view` (the headline: two_stream where both views are there), its `r@1` … `r@50`,
+        `summary` (a row per name and view: means over splits, `r@1_std` … the standard deviations, n - 1, and
+        `splits`), and `results`: a row per index, name (trained, untrained, single_frame, mean_colour, mean_flow) and
+        view with `r@k`, `r@1_ci95`, `chance_r@1`, `gallery`, `queries`. Rates are fractions; None where k exceeds the
+        gallery. The run's metrics receive the summary.
+    """
+    paths = [indexes] if isinstance(indexes, str | Path) else list(indexes)
+    if not paths:
+        raise InputError("index: expected at least one, got none")
+    world = distributed.init(device)
+    device = str(world.device)
+    how = make_recipe(recipe, clips_per_video, crops)
+    pretrained = load_pretrained(checkpoint, device=device)
+    splits = [Index.load(path, require_flow=pretrained.data.flow == "stored") for path in paths]
+
+    def open_loader(part: Index) -> WindowLoader:
+        return open_windows(part, pretrained.data, list(pretrained.encoders), how, device)
+
+    gallery = _split(splits[0], protocol)[0]  # for every split: untrained features of the videos they share are kept
+    spread = Index(gallery[i] for i in range(0, len(gallery), math.ceil(len(gallery) / CALIBRATION_VIDEOS)))
+    with closing(open_loader(spread)) as loader:
+        untrained = _untrained_twins(pretrained.configs, loader, untrained_seed, device)
+    embeddings: dict[str, Embedding] = {}
+    for name, networks in {"trained": pretrained.encoders, "untrained": untrained}.items():
+        keys = {view: weights_digest(encoder) if cache else "" for view, encoder in networks.items()}
+        embeddings |= encoder_embeddings(name, networks, how, keys)
+    embeddings |= {name: baseline for name, baseline in BASELINES.items() if baseline.view in pretrained.encoders}
+    store = FeatureCache(pretrained.features, how.identity(pretrained.data, device)) if cache else None
+    results, examples = [], []
+    for number, (path, index) in enumerate(zip(paths, splits, strict=True), 1):
+        rows, shown = evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress)
+        where = {"protocol": protocol, "recipe": recipe, "index": str(path), "split": number}
+        results += [row | where for row in rows]
+        examples = examples or shown
+    summary = _summary(results)
+    if run_dir is not None and world.is_main:
+        with MetricsWriter(run_dir) as writer:
+            for row in summary:
+                writer.write({"kind": "retrieval", **row})
+            for row in examples:
+                writer.write({"kind": "retrieved", **row})
+    headline = [row for row in summary if row["name"] == "trained"][-1]
+    rates = {f"r@{k}": headline[f"r@{k}"] for k in RANKS}
+    result = {"protocol": protocol, "recipe": recipe, "leakage": how.leakage, "checkpoint": pretrained.name,
+              "index": " ".join(map(str, paths)), "view": headline["view"], **rates, "summary": summary,
+              "results": results}  # fmt: skip
+    name = digest(json.dumps([pretrained.name, list(map(str, paths)), protocol, repr(how)]))[:8]
+    return result | {"file": str(write_result(pretrained.evaluations, f"retrieval-{recipe}-{name}", result))}
+
+
+def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per name and view: its own of one split, else means and standard deviations over the splits."""
+    summary = []
+    for name, view in dict.fromkeys((row["name"], row["view"]) for row in rows):
+        same = [row for row in rows if (row["name"], row["view"]) == (name, view)]
+        line = {key: value for key, value in same[0].items() if key not in ("index", "split")} | {"splits": len(same)}
+        for key in [f"r@{k}" for k in RANKS]:
+            values = [row[key] for row in same]
+            several = len(values) > 1 and None not in values
+            line[f"{key}_std"] = stdev(values) if several else None
+            line[key] = mean(values) if None not in values else None
+        if len(same) > 1:
+            line |= {"r@1_ci95": None, "chance_r@1": mean(row["chance_r@1"] for row in same)}
+            line |= {key: round(mean(row[key] for row in same)) for key in ("gallery", "queries")}
+        summary.append(line)
+    return summary
+
+
+def _untrained_twins(configs: Mapping[str, Config], loader: WindowLoader, seed: int, device: str) -> dict[str, Encoder]:
+    """Randomly initialised encoders, in eval mode, whose BatchNorm statistics are those of the loader's windows."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoders = {view: build_encoder(config.model).to(device).eval() for view, config in configs.items()}
+    calibrate_batch_norm(encoders, loader)
+    return encoders
+
+
+def evaluate(
+    index: Index,
+    embeddings: Mapping[str, Embedding],
+    open_loader: Callable[[Index], WindowLoader],
+    *,
+    protocol: Protocol = "train_test",
+    cache: FeatureCache | None = None,
+    progress: bool = False,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Retrieval by every embedding, named "name/view", and by "name/two_stream" where a name has both views.
+
+    Returns:
+        A row of R@k for each of them, and examples of what the first name's last view finds: rows of `view`,
+        `query` and `nearest`, videos as {"path", "label", "source", "num_frames"}.
+    """
+    gallery_index, query_index = _split(index, protocol)
+    gallery = queries = _embed(gallery_index, index, embeddings, open_loader, cache, "gallery", progress)
+    if protocol == "train_test":
+        queries = _embed(query_index, index, embeddings, open_loader, cache, "queries", progress)
+        _warn_of_shared_sources(queries, gallery)
+    rows, examples = [], []
+    for name, streams in _streams(embeddings).items():
+        metric = embeddings[streams[0]].metric
+        pairs = [prepare(queries.features[s], gallery.features[s], metric) for s in streams]
+        own_source = (queries.sources, gallery.sources) if protocol == "leave_source_out" else ()
+        comparison = Comparison(pairs, metric, *own_source)
+        ranks = comparison.ranks(queries.labels, gallery.labels)
+        counted = queries.labels >= 0
+        if protocol == "leave_source_out":
+            counted &= ranks != NO_HIT
+        if not counted.any():
+            raise InputError(f"index: no query can be judged by protocol {protocol!r} (labels or sources are missing)")
+        model, view = name.split("/")
+        rates = recall(ranks[counted], queries.sources[counted], len(gallery.labels))
+        chance = comparison.chance_r1(queries.labels, gallery.labels)[counted].mean().item()
+        rows.append({"name": model, "view": view, **rates, "chance_r@1": chance})
+        if model == rows[0]["name"]:
+            examples = _examples(view, comparison, queries.videos, gallery.videos, counted)
+    return rows, examples
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """M videos with features {name: [M, F]}, labels [M] int64 (-1 unknown) and sources [M] int64."""
+
+    videos: list[Video]
+    features: dict[str, Tensor]
+    labels: Tensor
+    sources: Tensor
+
+
+def _embed(
+    part: Index,
+    whole: Index,
+    embeddings: Mapping[str, Embedding],
+    open_loader: Callable[[Index], WindowLoader],
+    cache: FeatureCache | None,
+    description: str,
+    progress: bool,
+) -> FeatureSet:
+    """Features, labels and sources of the videos of `part` that gave a window; ids are positions in `whole`."""
+    features, windows = embed_index(part, embeddings, open_loader, cache, description=description, progress=progress)
+    source_id = {video.source: i for video, i in zip(whole, whole.source_ids.tolist(), strict=True)}
+    labels = torch.from_numpy(part.labels)  # a selection keeps the classes of its index, but not the source ids
+    sources = torch.tensor([source_id[video.source] for video in part])
+    kept = windows > 0
+    videos = [video for video, found in zip(part, kept.tolist(), strict=True) if found]
+    return FeatureSet(videos, {name: value[kept] for name, value in features.items()}, labels[kept], sources[kept])
+
+
+def _split(index: Index, protocol: Protocol) -> tuple[Index, Index]:
+    """The gallery and the queries."""
+    if protocol == "leave_source_out":
+        return index, index
+    if protocol != "train_test":
+        raise InputError(f"protocol: expected 'train_test' or 'leave_source_out', got {protocol!r}")
+    return index.select(split="train"), index.select(split="test")
+
+
+def _warn_of_shared_sources(queries: FeatureSet, gallery: FeatureSet) -> None:
+    shared = len(set(queries.sources.tolist()) & set(gallery.sources.tolist()))
+    if shared and distributed.is_main():
+        log.warning("%d sources are in both splits: a query may find clips of its own source", shared)
+
+
+def _examples(
+    view: str, comparison: Comparison, queries: list[Video], gallery: list[Video], counted: Tensor
+) -> list[dict[str, Any]]:
+    """What EXAMPLES queries, spread evenly over those that count, find."""
+
+    def show(video: Video) -> dict[str, Any]:
+        path = str(video.path.absolute())
+        return {"path": path, "label": video.label, "source": video.source, "num_frames": video.num_frames}
+
+    positions = counted.nonzero()[:, 0]
+    chosen = positions[torch.linspace(0, len(positions) - 1, min(EXAMPLES, len(positions))).long()]
+    return [
+        {"view": view, "query": show(queries[q]), "nearest": [show(gallery[i]) for i in comparison.nearest(q, NEAREST)]}
+        for q in chosen.tolist()
+    ]
+
+
+def _streams(embeddings: Mapping[str, Embedding]) -> dict[str, list[str]]:
+    """What to rank by: every embedding alone, then rgb + flow of each name that has both."""
+    streams = {name: [name] for name in embeddings}
+    for model in dict.fromkeys(name.split("/")[0] for name in embeddings):
+        if {f"{model}/rgb", f"{model}/flow"} <= set(embeddings):
+            streams[f"{model}/two_stream"] = [f"{model}/rgb", f"{model}/flow"]
+    return streams

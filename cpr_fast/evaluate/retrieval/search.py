@@ -1,0 +1,180 @@
+"""Search: the videos of an index that are nearest to a query video, which needs no class and no place in an index.
+
+Letters: Q queries, G videos of the index, F feature width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from cpr_fast.config import DataConfig
+from cpr_fast.data.clips.loader import WindowLoader
+from cpr_fast.data.flow.write import write_flow
+from cpr_fast.data.index.index import Index, Video
+from cpr_fast.data.video.container import VideoError
+from cpr_fast.data.video.probe import probe_video
+from cpr_fast.data.video.transcode import transcode_video
+from cpr_fast.errors import InputError
+from cpr_fast.evaluate.features.cache import FeatureCache, embed_index, weights_digest
+from cpr_fast.evaluate.features.embedding import encoder_embeddings
+from cpr_fast.evaluate.features.pretrained import load_pretrained
+from cpr_fast.evaluate.features.recipe import RecipeName, make_recipe
+from cpr_fast.evaluate.features.results import Checkpoints
+from cpr_fast.evaluate.features.windows import open_windows
+from cpr_fast.evaluate.retrieval.ranking import Comparison, prepare
+
+log = logging.getLogger(__name__)
+
+# (a query's name, unique among the queries; the query; what was found) -> the picture that was drawn of it
+Draw = Callable[[str, Video, list[dict[str, Any]]], Path]
+
+
+def search(
+    queries: Sequence[str | Path],
+    index_csv: str | Path,
+    checkpoint: Checkpoints,
+    *,
+    top: int = 10,
+    recipe: RecipeName = "paper",
+    clips_per_video: int | None = None,
+    cache: bool = True,
+    draw: Draw | None = None,
+    device: str = "auto",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """The videos of an index most similar to each query, by the pipeline and the stored features of `retrieve`.
+
+    Similarity is the cosine of features centred by the index's mean, -1..1, with both views the mean of the two: the
+    order of two-stream retrieval. A query's flow is computed here. Queries that are larger than every video of the
+    index are scaled down to the largest, since flow is in pixels; rotated ones are turned upright.
+
+    Args:
+        queries: video files.
+        index_csv: the videos to search, of any split, labelled or not.
+        checkpoint: one file, or one per view, see `load_pretrained`.
+        top: videos listed for each query.
+        clips_per_video: uniform windows per video; None takes those of the recipe.
+        draw: called for each query while its files are there.
+    Returns:
+        `checkpoint`, `index`, `recipe`, `views` (compared), `note` (what was left out, or None), `videos` (searched)
+        and `queries`: {"path", "num_frames", "picture" (of `draw`, or None), "results"} with rows of `rank` (from 1),
+        `path`, `label`, `source`, `num_frames` and `similarity`.
+    Raises:
+        InputError: a query that is missing, not a video, or no longer than half a clip.
+    """
+    if not queries:
+        raise InputError("queries: expected at least one video, got none")
+    if top < 1:
+        raise InputError(f"top: expected at least 1, got {top}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    how = make_recipe(recipe, clips_per_video)
+    pretrained = load_pretrained(checkpoint, device=device)
+    stored = pretrained.data.flow == "stored"
+    index = Index.load(index_csv, require_flow=stored)
+    encoders, note = dict(pretrained.encoders), None
+    without = sum(video.flow_path is None for video in index) if stored else 0
+    if "flow" in encoders and len(encoders) > 1 and without:
+        del encoders["flow"]
+        note = f"flow is left out: {without} of {len(index)} videos of the index have none; run `cpr-fast flow` first"
+        log.warning(note)
+
+    def open_loader(part: Index) -> WindowLoader:
+        return open_windows(part, pretrained.data, list(encoders), how, device)
+
+    keys = {view: weights_digest(encoder) if cache else "" for view, encoder in encoders.items()}
+    embeddings = encoder_embeddings("net", encoders, how, keys)
+    store = FeatureCache(pretrained.features, how.identity(pretrained.data, device)) if cache else None
+    with TemporaryDirectory(prefix="cpr-fast-search-") as folder:
+        opened = _open_queries([Path(path) for path in queries], Path(folder), index, pretrained.data)
+        if "flow" in encoders and stored:
+            opened = _with_flow(opened, Path(folder), device)
+        features, windows = embed_index(opened, embeddings, open_loader, description="queries", progress=progress)
+        if not windows.all():
+            path = queries[int((windows == 0).nonzero()[0])]
+            raise InputError(f"query {str(path)!r}: expected a video that decodes, got none of its clips")
+        gallery, counts = embed_index(index, embeddings, open_loader, store, description="index", progress=progress)
+        kept = counts > 0
+        videos = [video for video, there in zip(index, kept.tolist(), strict=True) if there]
+        pairs = [prepare(features[n], gallery[n][kept], how.metric, centre="gallery") for n in embeddings]
+        comparison = Comparison(pairs, how.metric)
+        rows = []
+        for number, (path, name) in enumerate(zip(queries, _names(queries), strict=True)):
+            found = _nearest(comparison, number, videos, top)
+            picture = draw(name, opened[number], found) if draw else None
+            rows.append({"path": str(path), "num_frames": opened[number].num_frames,
+                         "picture": str(picture) if picture else None, "results": found})  # fmt: skip
+    return {"checkpoint": pretrained.name, "index": str(index_csv), "recipe": recipe, "views": list(encoders),
+            "note": note, "videos": len(videos), "queries": rows}  # fmt: skip
+
+
+def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfig) -> Index:
+    """The queries as an index; those that have to be turned or scaled lie in `folder`."""
+    largest = max(min(video.width, video.height) for video in index)
+    half = data.frames // 2 * data.stride
+    videos = []
+    for number, path in enumerate(paths):
+        if not path.is_file():
+            raise InputError(f"query {str(path)!r} does not exist; expected a video file")
+        try:
+            info, file = probe_video(path), path
+            if info.error:
+                log.warning(
+                    "query %s is damaged: its first %d frames are taken (%s)", path, info.num_frames, info.error
+                )
+            if info.rotation or min(info.width, info.height) > largest:
+                file = folder / f"{number}.mp4"
+                info = transcode_video(path, file, largest)
+        except VideoError as error:
+            raise InputError(f"query {str(path)!r}: expected a video, got {error.reason}") from None
+        if info.num_frames <= half + 1:  # as the published code drops videos
+            raise InputError(
+                f"query {str(path)!r}: expected more than {half + 1} frames, half a clip, got {info.num_frames}"
+            )
+        videos.append(Video(file.absolute(), "", str(path), "query", info.num_frames, info.fps or 25.0, info.width,
+                            info.height))  # fmt: skip
+    return Index(videos)
+
+
+def _with_flow(queries: Index, folder: Path, device: str) -> Index:
+    """The queries with flow files in `folder`. A file given twice is computed once."""
+    log.info("computing the flow of %d queries", len(queries))
+    distinct = Index({video.path: video for video in queries}.values())
+    links = []
+    for number, video in enumerate(distinct):  # names of their own: two files may differ in their suffix alone
+        link = folder / f"query-{number}{video.path.suffix}"
+        link.symlink_to(video.path)
+        links.append(replace(video, path=link))
+    Index(links).save(folder / "index.csv")
+    result = write_flow(folder / "index.csv", folder / "flow", device=device)
+    if result["problems"]:
+        problem = result["problems"][0]
+        raise InputError(f"query {problem['path']!r}: expected a video with flow, got {problem['reason']}")
+    flow = {
+        v.path: with_flow.flow_path for v, with_flow in zip(distinct, Index.load(folder / "index.csv"), strict=True)
+    }
+    return Index(replace(video, flow_path=flow[video.path]) for video in queries)
+
+
+def _nearest(comparison: Comparison, query: int, videos: list[Video], top: int) -> list[dict[str, Any]]:
+    similarity = comparison.similarity(torch.tensor([query]))[0] / len(comparison.streams)
+    return [
+        {"rank": rank, "path": str(videos[i].path), "label": videos[i].label, "source": videos[i].source,
+         "num_frames": videos[i].num_frames, "similarity": similarity[i].item()}
+        for rank, i in enumerate(comparison.nearest(query, top), 1)
+    ]  # fmt: skip
+
+
+def _names(queries: Sequence[str | Path]) -> list[str]:
+    """The files' names without suffix, numbered where they repeat."""
+    stems = [Path(path).stem for path in queries]
+    count = Counter(stems)
+    return [stem if count[stem] == 1 else f"{stem}-{number}" for number, stem in enumerate(stems, 1)]

@@ -1,0 +1,60 @@
+"""What every stage of a cascade keeps and loses, judged by labels: survivor precision and recall.
+
+Everything runs on the device of its inputs and never syncs with the host.
+Letters: V views, B queries, K memory slots, D feature width, n stages, P positives mined per query.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cpr_fast.mining.quality import candidates, gather_slots, judge
+from cpr_fast.ops import cascade_select
+
+
+def survivor_rates(
+    queries: Tensor,
+    memory: Tensor,
+    views: Sequence[int],
+    keep: Sequence[int],
+    mined: Tensor,
+    *,
+    query_ids: Tensor,
+    memory_ids: Tensor,
+    query_labels: Tensor,
+    memory_labels: Tensor,
+) -> dict[str, Tensor]:
+    """Precision and recall of the survivors of stages 1..n, and what mining at random would reach.
+
+    With S(s) the entries that survive stage s and T the true positives among all that may be mined, of one query::
+
+        precision(s) = |S(s) & T| / |S(s)|        recall(s) = |S(s) & T| / |T|
+
+    Precision after the last stage is the PMR [paper, Eq. 3]. Where recall falls from one stage to the next, that view
+    threw right entries away; where precision does not rise, the stage did nothing.
+
+    Args:
+        queries, memory, views, keep, query_ids, memory_ids: of `cascade_select`: [V, B, D], [V, K, D], n, n, [B], [K].
+        mined: [B, keep[-1]] int64 slots that this cascade selected, -1 for padding: its last survivors.
+        query_labels, memory_labels: [B], [K] int64, -1 where unknown.
+    Returns:
+        {"pmr_chance": [B], "survivor_precision_s": [B], "survivor_recall_s": [B], for s = 1..n} float32; NaN where
+        nothing is known. Entries of unknown label count nowhere.
+    Cost: one cascade of s stages for every s < n: the survivors of a stage are the result of the cascade cut there.
+    """
+    allowed = candidates(query_ids, memory_ids) & (memory_labels >= 0) & (query_labels >= 0)[:, None]  # [B, K]
+    right = (allowed & (memory_labels == query_labels[:, None])).sum(1)  # |T|, [B]
+    rates = {"pmr_chance": right / allowed.sum(1)}
+    cut = (
+        cascade_select(queries, memory, views[:s], keep[:s], query_ids=query_ids, memory_ids=memory_ids)[0]
+        for s in range(1, len(views))
+    )  # [B, keep[s - 1]] each
+    for s, survivors in enumerate(itertools.chain(cut, [mined]), 1):
+        true_positive, known = judge(gather_slots(memory_labels, survivors), query_labels)
+        found = true_positive.sum(1)
+        rates |= {f"survivor_precision_{s}": found / known.sum(1), f"survivor_recall_{s}": found / right}
+    return {name: rate.to(torch.float32) for name, rate in rates.items()}

@@ -1,0 +1,83 @@
+"""The cascade of a training cycle: which memory entries it mines, and what the log says of them.
+
+Letters: V views, B queries, K memory entries, P positives, D feature width, n stages.
+`own` is the query's view among the first two of the memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cpr_fast.config import Config
+from cpr_fast.mining.proxies import mined_age, mutual_neighbours, view_agreement
+from cpr_fast.mining.stages import stage_keep, stage_views
+from cpr_fast.mining.survivors import survivor_rates
+from cpr_fast.ops import cascade_select
+from cpr_fast.pretrain.state.memory import Memory
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """The stages of a cycle on a memory of K entries: view of the memory and survivors of each.
+
+    views, keep: n ints each, as `cascade_select` takes them; keep[-1] is top-k.
+    own: the queries' view.
+    """
+
+    views: tuple[int, ...]
+    keep: tuple[int, ...]
+    own: int = 0
+
+    @classmethod
+    def of(cls, config: Config, memory_size: int, top_k: int, own: int = 0) -> Cascade:
+        """The cascade of a config for queries of view `own`, 0 or 1."""
+        mining = config.mining
+        views = stage_views(mining.stages, config.loss.protocol)
+        keep = stage_keep(mining.stages, memory_size, mining.ratio, top_k)
+        return cls(tuple(view ^ own for view in views), keep, own)
+
+
+def mine(anchors: Tensor, memory: Memory, source: Tensor, cascade: Cascade) -> Tensor:
+    """The cascade's positives of each query, best first.
+
+    Args:
+        anchors: [2, B, D] float32, the positives' features in the memory's first two views.
+        source: [B] int64 sibling groups; entries of an equal one are never mined.
+    Returns:
+        slots [B, top_k] int64, -1 where fewer remain.
+    """
+    slots, _ = cascade_select(
+        anchors, memory.features[:2], cascade.views, cascade.keep, query_ids=source, memory_ids=memory.source
+    )
+    return slots
+
+
+def mining_rates(
+    anchors: Tensor, memory: Memory, source: Tensor, cascade: Cascade, mined: Tensor, label: Tensor, step: int
+) -> dict[str, Tensor]:
+    """What the log tells of mined positives beside PMR, {name: [B] float32} of `rate_names`; no sync.
+
+    Args:
+        anchors, memory, source, cascade: as in `mine`, which returned `mined` [B, P].
+        label: [B] int64 classes of the queries, -1 where unknown.
+        step: the one under way.
+    """
+    ids = {"query_ids": source, "memory_ids": memory.source}
+    own_view = (anchors[cascade.own], memory.features[cascade.own], mined)  # the view that the cascade does not end in
+    rates = survivor_rates(
+        anchors, memory.features[:2], cascade.views, cascade.keep, mined, **ids,
+        query_labels=label, memory_labels=memory.label,
+    )  # fmt: skip
+    return rates | {
+        "view_agreement": view_agreement(*own_view, **ids),
+        "mutual_neighbours": mutual_neighbours(*own_view, **ids),
+        "mined_age_steps": mined_age(mined, memory.enqueued_at, step),
+    }
+
+
+def rate_names(stages: int) -> list[str]:
+    """The names of `mining_rates` for a cascade of n stages."""
+    survivors = [f"survivor_{rate}_{s}" for s in range(1, stages + 1) for rate in ("precision", "recall")]
+    return ["pmr_chance", *survivors, "view_agreement", "mutual_neighbours", "mined_age_steps"]

@@ -1,0 +1,201 @@
+"""The state of one co-training cycle: what starts anew with it, and what a checkpoint must hold to go on within it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpr_fast.config import Config, Cycle, OptimConfig, View
+from cpr_fast.data.index.index import Index
+from cpr_fast.errors import InputError
+from cpr_fast.mining.quality import MiningQuality
+from cpr_fast.models import Encoder, build_encoder
+from cpr_fast.pretrain.state.cascade import Cascade, rate_names
+from cpr_fast.pretrain.state.encoders import Encoders, batch_norm_groups
+from cpr_fast.pretrain.state.health import Health
+from cpr_fast.pretrain.state.memory import Bank, Memory
+from cpr_fast.runtime.distributed import World
+from cpr_fast.runtime.precision import autocast
+
+_VIEWS: tuple[View, ...] = ("rgb", "flow", "residual")
+
+
+class CycleState:
+    """Encoders, an empty memory, a new optimiser, and the sums of the epoch under way.
+
+    Args:
+        config: of the run.
+        cycle: the cycle that starts.
+        weights: {view: state_dict} of the encoders trained so far; a view that is missing starts at random.
+        index: the training videos.
+    """
+
+    def __init__(
+        self, config: Config, cycle: Cycle, weights: dict[str, dict[str, Tensor]], index: Index, world: World
+    ) -> None:
+        self.config, self.cycle, self.world = config, cycle, world
+        self.top_k = config.mining.top_k if cycle.top_k is None else cycle.top_k
+        self.anchor = config.mining.anchor or ("query" if config.loss.protocol == "coclr" else "key")
+        self.views = views_of(cycle, shared=config.model.shared)
+        if cycle.mining == "label" and (index.labels < 0).any():
+            raise InputError("schedule.cycles: mining = 'label' expects every video of the index to have a label")
+        clips = config.data.batch_size * world.size  # keys of a step
+        if config.memory.kind == "queue" and config.memory.size < clips:
+            raise InputError(
+                f"memory.size: expected at least the {clips} keys of a step, data.batch_size x {world.size} processes, "
+                f"got {config.memory.size}"
+            )
+        self.encoders = _build_encoders(config, self.views, weights, clips, world)
+        self.memory = _build_memory(config, self.views, len(index), clips, world.device)
+        self.cascades = [self._cascade(own) for own in (0, 1)] if cycle.mining == "cascade" else []
+        self.optimizer = build_optimizer(self.encoders.query.parameters(), config.optim)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
+        self.quality = MiningQuality(
+            index.labels,
+            index.source_ids,
+            top_k=self.top_k,
+            extra=rate_names(config.mining.stages),
+            device=world.device,
+        )
+        self.health = Health(
+            self.views if config.model.shared else self.views[:1],
+            self.memory,
+            len(index),
+            drifts=config.memory.kind == "queue",
+        )
+        self.loss_sum = torch.zeros(2, dtype=torch.float64, device=world.device)  # of the epoch: loss, optimiser steps
+        self.best: dict[str, Any] | None = None  # of online retrieval: epoch and "r@1"
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the forward passes."""
+        return autocast(self.world.device, self.config.optim.precision)
+
+    def _cascade(self, own: int) -> Cascade:
+        """The stages of queries of view `own`."""
+        if self.top_k > self.memory.size:
+            raise InputError(
+                f"top_k: expected at most the {self.memory.size} entries of a {self.config.memory.kind}, "
+                f"got {self.top_k}"
+            )
+        return Cascade.of(self.config, self.memory.size, self.top_k, own)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds to the gradients of the query encoder."""
+        self.scaler.scale(loss).backward()
+
+    def optimise(self) -> None:
+        """One optimiser step on the query encoder, with the gradients so far."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def trained(self) -> dict[str, dict[str, Tensor]]:
+        """{view: state_dict} of what the cycle trains: a shared encoder under the name of each view it looks at."""
+        views = self.views if self.config.model.shared else self.views[:1]
+        return dict.fromkeys(views, self.encoders.query.state_dict())
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Takes effect with the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def start_epoch(self) -> None:
+        """Forgets the sums of the last epoch."""
+        self.loss_sum.zero_()
+        self.quality.reset()
+        self.health.start_epoch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the query encoder, which a checkpoint holds among the weights of the views."""
+        return {
+            "key": self.encoders.key.state_dict(),
+            "memory": self.memory.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loss_sum": self.loss_sum,
+            "quality": self.quality.state_dict(),
+            "health": self.health.state_dict(),
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict`."""
+        self.encoders.key.load_state_dict(state["key"])
+        self.memory.load_state_dict(state["memory"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.loss_sum.copy_(state["loss_sum"])
+        self.quality.load_state_dict(state["quality"])
+        if "health" in state:  # older checkpoints have none
+            self.health.load_state_dict(state["health"])
+        self.best = state.get("best")
+
+
+def views_of(cycle: Cycle, *, shared: bool = False) -> tuple[View, ...]:
+    """The views a cycle decodes, its own first: only mining by the cascade, and a shared encoder, look at another."""
+    if cycle.mining != "cascade" and not shared:
+        return (cycle.view,)
+    return (cycle.view, cycle.other or ("rgb" if cycle.view == "flow" else "flow"))
+
+
+def _build_encoders(
+    config: Config, views: tuple[View, ...], weights: dict[str, dict[str, Tensor]], clips: int, world: World
+) -> Encoders:
+    """The encoders of a cycle; `clips` are the videos of a step, all processes together."""
+    model, memory, parts = config.model, config.memory, config.optim.accumulate
+    own_keys = model.shared or memory.kind == "batch"  # no moving average: the learning encoder makes the keys
+    return Encoders(
+        initial_encoder(config, views[0], weights),
+        initial_encoder(config, views[1], weights) if len(views) > 1 and not model.shared else None,
+        momentum=None if own_keys else memory.ema_momentum,
+        groups=batch_norm_groups(memory.shuffle_bn_groups, clips, world.size, parts),
+        seed=config.run.seed,
+        world=world,
+        parts=parts,
+        views=len(views) if model.shared else 1,
+        recompute=model.recompute,
+        compile=config.run.compile,
+    )
+
+
+def _build_memory(config: Config, views: tuple[View, ...], videos: int, clips: int, device: torch.device) -> Memory:
+    """An empty memory; a third "view" of a bank holds the intra-negatives."""
+    width, memory = config.model.feature_dim, config.memory
+    if memory.kind == "bank":
+        further = config.loss.intra_negatives != "none"
+        return Bank(len(views) + further, videos, width, momentum=memory.bank_momentum, device=device)
+    return Memory(len(views), memory.size if memory.kind == "queue" else 2 * clips, width, device=device)
+
+
+def initial_encoder(config: Config, view: View, weights: dict[str, dict[str, Tensor]]) -> Encoder:
+    """The encoder a cycle starts `view` from: its latest weights, else random ones that depend on seed and view."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed * len(_VIEWS) + _VIEWS.index(view))
+        encoder = build_encoder(config.model)
+    if view in weights:
+        encoder.load_state_dict(weights[view])
+    return encoder
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser of a cycle, in its fused form: one kernel over all weights, on the CPU too.
+
+    Raises InputError where apex is asked for but not installed.
+    """
+    if config.name.startswith("apex_"):
+        try:
+            from apex.optimizers import FusedLAMB, FusedNovoGrad
+        except ImportError as error:
+            raise InputError(
+                f"optim.name: {config.name!r} expects NVIDIA apex built with its CUDA extensions, got {error}"
+            ) from None
+        kind = FusedLAMB if config.name == "apex_lamb" else FusedNovoGrad
+        return kind(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        )
+    return torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=True)

@@ -1,0 +1,52 @@
+"""Clips as film strips: a row of small frames in one JPEG, which the page plays by moving the background."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cpr_fast.data.storage.media import read_frames
+from cpr_fast.data.video.container import VideoError
+
+STRIP_FRAMES = 8
+THUMB_WIDTH, THUMB_HEIGHT = 128, 96  # pixels of one frame
+
+
+def film_strip(path: Path, num_frames: int, start: int, length: int) -> str | None:
+    """`strip_image` as a data URI."""
+    strip = strip_image(path, num_frames, start, length)
+    if strip is None:
+        return None
+    buffer = io.BytesIO()
+    strip.save(buffer, "JPEG", quality=72, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def strip_image(path: Path, num_frames: int, start: int, length: int) -> Image.Image | None:
+    """STRIP_FRAMES frames, evenly spread over `length` source frames from `start`, side by side.
+
+    None where the video is gone or does not decode: a page without a picture is better than no page.
+    """
+    wanted = np.linspace(start, start + length - 1, STRIP_FRAMES).round().astype(int).clip(0, num_frames - 1)
+    distinct, place = np.unique(wanted, return_inverse=True)
+    try:
+        frames = read_frames(path, distinct, "rgb", num_frames)[place]  # [STRIP_FRAMES, H, W, 3]
+    except VideoError:
+        return None
+    strip = Image.new("RGB", (STRIP_FRAMES * THUMB_WIDTH, THUMB_HEIGHT))
+    for i, frame in enumerate(frames):
+        strip.paste(_cover(Image.fromarray(frame)), (i * THUMB_WIDTH, 0))
+    return strip
+
+
+def _cover(frame: Image.Image) -> Image.Image:
+    """The largest centred part of the frame with the thumbnail's aspect ratio, scaled to it."""
+    scale = max(THUMB_WIDTH / frame.width, THUMB_HEIGHT / frame.height)
+    width, height = THUMB_WIDTH / scale, THUMB_HEIGHT / scale
+    left, top = (frame.width - width) / 2, (frame.height - height) / 2
+    box = (left, top, left + width, top + height)
+    return frame.resize((THUMB_WIDTH, THUMB_HEIGHT), Image.Resampling.BILINEAR, box=box)

@@ -1,0 +1,75 @@
+"""The numbers of the CPR paper by table, from `published.toml`, which `report` and `reproduce` read."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+
+from cpr_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """A line of a table: `values` in percent, by the key of a column; what the paper does not print is not there.
+
+    config: name of the file in configs/ whose run gives the row, by the encoder of `view` after `cycle` (None: last).
+    """
+
+    id: str
+    method: str
+    values: dict[str, float]
+    config: str
+    view: str
+    cycle: int | None
+
+
+@dataclass(frozen=True)
+class PublishedTable:
+    """A table of the paper.
+
+    number: its number there.
+    data: "ucf101" | "hmdb51", what it is evaluated on.
+    columns: {key: heading}; a key is what the rate is called in our own results (`r@1`, `pmr`, `probe`, …).
+    """
+
+    name: str
+    number: int
+    title: str
+    protocol: str
+    data: str
+    columns: dict[str, str]
+    rows: tuple[PublishedRow, ...]
+
+
+@functools.cache
+def published_tables() -> dict[str, PublishedTable]:
+    """Every table by its name, in the order of the file."""
+    text = (resources.files("cpr_fast") / "published.toml").read_text(encoding="utf-8")
+    return {name: _table(name, raw) for name, raw in tomllib.loads(text).items()}
+
+
+def published_table(name: str) -> PublishedTable:
+    """One table. Raises InputError, naming those there are, for another name."""
+    tables = published_tables()
+    if name not in tables:
+        raise InputError(f"table: expected one of {', '.join(tables)}, got {name!r}")
+    return tables[name]
+
+
+def _table(name: str, raw: dict) -> PublishedTable:
+    rows = tuple(
+        PublishedRow(
+            row["id"],
+            row["method"],
+            {key: row[key] for key in raw["columns"] if key in row},
+            row.get("config", f"table{raw['number']}_{row['id']}"),
+            row.get("view", "rgb"),
+            row.get("cycle"),
+        )
+        for row in raw["rows"]
+    )
+    return PublishedTable(
+        name, raw["number"], raw["title"], raw["protocol"], raw.get("data", "ucf101"), raw["columns"], rows
+    )

@@ -1,0 +1,140 @@
+"""A run folder as the page needs it: rows of metrics.jsonl sorted by kind, and the index it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+from cpr_fast.data.index.index import Index, IndexFileError
+from cpr_fast.errors import InputError
+from cpr_fast.runtime.metrics import read_metrics
+
+VIEWS = ("rgb", "flow", "residual")  # that a run may train
+VIEW_NAMES = {"rgb": "RGB", "flow": "Flow", "residual": "Residual", "two_stream": "RGB + flow"}
+MODEL_NAMES = {
+    "trained": "Trained",
+    "untrained": "Untrained network",
+    "single_frame": "Single frame, 16 × 16",
+    "mean_colour": "Mean colour",
+    "mean_flow": "Mean flow",
+}
+MINING_NAMES = {"none": "InfoNCE", "label": "UberNCE", "cascade": "CPR"}
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One co-training cycle of a run: its epoch rows, its step rows and its name."""
+
+    number: int
+    view: str
+    mining: str
+    name: str
+    epochs: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+
+
+class Run:
+    """The rows of one run folder. Raises InputError, naming the folder, where it holds no metrics."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        rows = read_metrics(folder)
+        if not rows:
+            raise InputError(
+                f"run folder {str(folder)!r}: metrics.jsonl is empty; expected a run of `cpr-fast pretrain`"
+            )
+        self.name = folder.resolve().name
+        self.start = next((row for row in rows if row["kind"] == "run"), {})
+        self.config: dict[str, Any] = self.start.get("config", {})
+        self.notes = [row for row in rows if row["kind"] == "note"]
+        self.mined = [row for row in rows if row["kind"] == "mined"]
+        self.epochs = sorted((row for row in rows if row["kind"] == "epoch"), key=lambda row: row["epoch"])
+        self.steps = sorted((row for row in rows if row["kind"] == "step"), key=lambda row: row["step"])
+        self.health = [row for row in rows if row["kind"] == "health"]
+        self.alarms = [row for row in rows if row["kind"] == "alarm"]
+        self.online = [row for row in rows if row["kind"] == "online"]
+        # An evaluation that was repeated replaces the earlier one.
+        retrieval = [{"recipe": "paper"} | row for row in rows if row["kind"] == "retrieval"]
+        latest = {(row["protocol"], row["recipe"], row["name"], row["view"]): row for row in retrieval}
+        self.evaluations = _grouped(latest.values(), ("protocol", "recipe"))  # the paper's recipe first
+        self.retrieval = self.evaluations[0] if self.evaluations else []
+        self.retrieved = list({row["query"]["path"]: row for row in rows if row["kind"] == "retrieved"}.values())
+        same = ("task", "recipe", "index", "split", "seed", "view", "crops")
+        classified = [row for row in rows if row["kind"] == "classification"]
+        self.classified = list({tuple(row[key] for key in same): row for row in classified}.values())
+
+    @cached_property
+    def cycles(self) -> list[Cycle]:
+        numbers = sorted({row["cycle"] for row in self.epochs + self.steps})
+        cycles = []
+        for number in numbers:
+            epochs = [row for row in self.epochs if row["cycle"] == number]
+            steps = [row for row in self.steps if row["cycle"] == number]
+            row = (epochs or steps)[0]
+            mining = row["mining"]
+            stages = self.config.get("mining", {}).get("stages")
+            method = "CoCLR" if mining == "cascade" and stages == 1 else MINING_NAMES.get(mining, mining)
+            cycles.append(Cycle(number, row["view"], mining, f"{VIEW_NAMES[row['view']]} {method}", epochs, steps))
+        return cycles
+
+    @cached_property
+    def index(self) -> Index | None:
+        """The training split of the run's index, or None where it is gone or has changed shape."""
+        data = self.config.get("data", {})
+        try:
+            return Index.load(data["index"], require_flow=False).select(split=data["split"])
+        except (KeyError, IndexFileError, OSError):
+            return None
+
+    @cached_property
+    def chance_pmr(self) -> float | None:
+        """PMR of random mining: the share of same-class videos among those of other sources, mean over videos."""
+        if self.index is None or (self.index.labels < 0).any():
+            return None
+        labels, sources = self.index.labels, self.index.source_ids
+        own_source = np.bincount(sources)[sources]
+        own_pair = np.unique(np.stack([labels, sources]), axis=1, return_inverse=True, return_counts=True)
+        same_source_and_class = own_pair[2][own_pair[1].reshape(-1)]
+        others = len(labels) - own_source
+        right = np.bincount(labels)[labels] - same_source_and_class
+        return float((right[others > 0] / others[others > 0]).mean()) if (others > 0).any() else None
+
+    def headline(self) -> dict[str, Any] | None:
+        """The trained row to lead with: two-stream, else the last view."""
+        trained = [row for row in self.retrieval if row["name"] == "trained"]
+        return next((row for row in trained if row["view"] == "two_stream"), trained[-1] if trained else None)
+
+    def accuracy(self, task: str) -> dict[str, Any] | None:
+        """Mean accuracy of a task ("probe" | "finetune"), its view and recipe; the view as in `headline`."""
+        rows = [row for row in self.classified if row["task"] == task]
+        rows = [row for row in rows if row["recipe"] == "paper"] or rows
+        views = {row["view"] for row in rows}
+        view = "two_stream" if "two_stream" in views else rows[-1]["view"] if rows else None
+        values = [row["accuracy"] for row in rows if row["view"] == view]
+        return {"accuracy": mean(values), "view": view, "recipe": rows[0]["recipe"]} if values else None
+
+    def best_other(self) -> dict[str, Any] | None:
+        """The best of the untrained network and the baselines by R@1."""
+        others = [row for row in self.retrieval if row["name"] != "trained" and row.get("r@1") is not None]
+        return max(others, key=lambda row: row["r@1"], default=None)
+
+    def speed(self) -> dict[str, float] | None:
+        """Medians over steps: clips per second, seconds of compute and of waiting for data per step."""
+        if not self.steps:
+            return None
+        keys = ("clips_per_s", "step_time_s", "data_wait_s")
+        return {key: median(row[key] for row in self.steps if row.get(key) is not None) for key in keys}
+
+
+def _grouped(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """Rows of equal keys together; the groups of the recipe "paper" first."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return sorted(groups.values(), key=lambda group: group[0]["recipe"] != "paper")

@@ -1,0 +1,135 @@
+"""`metrics.jsonl`: one JSON object per line, the truth behind every plot of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from cpr_fast.errors import InputError
+
+FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends rows to `RUN/metrics.jsonl`, each flushed as one whole line.
+
+    A torn last line (a killed process) is cut off first. NaN and infinity, which JSON does not have, become null.
+
+    Args:
+        tensorboard: also writes the numbers of "step" and "epoch" rows as TensorBoard scalars to `RUN/tensorboard`.
+    """
+
+    def __init__(self, run_dir: str | Path, *, tensorboard: bool = False) -> None:
+        self.path = Path(run_dir) / FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(self.path)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        self._lock = threading.Lock()  # the watchdog writes from its own thread
+        self._tensorboard = _summary_writer(self.path.parent / "tensorboard") if tensorboard else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one row; `row["kind"]` says what it is."""
+        row = _without_nan(row)
+        try:
+            with self._lock:
+                self._file.write(json.dumps(row, allow_nan=False) + "\n")
+                self._file.flush()
+        except OSError as error:
+            raise InputError(f"could not write {str(self.path)!r}: {error.strerror}; the run can be resumed") from error
+        if self._tensorboard and row["kind"] in ("step", "epoch"):
+            for name, value in row.items():
+                if isinstance(value, int | float) and name != row["kind"]:
+                    self._tensorboard.add_scalar(f"{row['kind']}/{name}", value, row[row["kind"]])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run folder; a torn last line is left out.
+
+    Raises:
+        InputError: no `metrics.jsonl`, or a line before the last is not JSON.
+    """
+    path = Path(run_dir) / FILE
+    if not path.is_file():
+        raise InputError(f"run folder {str(run_dir)!r} has no {FILE}; expected a folder written by `cpr-fast pretrain`")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}:{number}: expected one JSON object per line: {error}") from None
+    return rows
+
+
+def rewind(run_dir: str | Path, *, step: int, epoch: int) -> None:
+    """Drops what a run wrote after `step` steps and `epoch` epochs were done, so that a resumed run repeats no row."""
+
+    def kept(row: dict[str, Any]) -> bool:
+        if row["kind"] == "step":
+            return row["step"] < step
+        return row["kind"] not in ("epoch", "mined", "health", "alarm", "online") or row["epoch"] < epoch
+
+    path = Path(run_dir) / FILE
+    rows = [row for row in read_metrics(run_dir) if kept(row)]
+    temporary = path.with_name(FILE + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and commit: what a run must say about where it ran."""
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)",
+        "commit": commit or None,
+    }
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cut_torn_line(path: Path) -> None:
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _summary_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("run.tensorboard: expected the package tensorboard to be installed; it is not") from None
+    return SummaryWriter(str(folder))

@@ -1,0 +1,120 @@
+"""The benchmark runs, and what it compares computes the same thing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    """The command on one small shape, without the compiler's half minute."""
+    out = tmp_path_factory.mktemp("bench")
+    options = ["--shapes", "5x300", "--without", "torch.compile", "--largest", "2048", "--seconds", ".2"]
+    command = [sys.executable, "bench/kernels/compare.py", *options, "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
+    return out
+
+
+def test_every_form_computes_the_same(report):
+    rows = json.loads((report / "kernels_cpu.json").read_text())["rows"]
+    ran = [row for row in rows if "skipped" not in row]
+    for op, direction in (
+        ("cascade_select", "forward"),
+        *(("mil_nce", name) for name in ("forward", "gradient", "memory gradient")),
+    ):
+        forms = [row["form"] for row in ran if (row["op"], row["direction"]) == (op, direction)]
+        assert "cpr_fast" in forms and any("eager" in form for form in forms)
+    for row in ran:
+        limit = 0.05 if row["op"] == "cascade_select" else 1e-5  # a float32 gap may fall the other way
+        assert row["error"] is None or row["error"] <= limit, row
+        assert row["time_ms"] > 0 and row["floor_ms"] > 0 and row["peak_mib"] >= 0
+
+
+def test_a_form_that_cannot_run_says_why(report):
+    rows = json.loads((report / "kernels_cpu.json").read_text())["rows"]
+    reasons = {row["form"]: row["skipped"] for row in rows if "skipped" in row}
+    assert "CUDA" in reasons["cuVS, then eager"] and "CUDA" in reasons["Liger"]
+
+
+def test_the_page_shows_all(report):
+    page = (report / "kernels_cpu.md").read_text()
+    assert (report / "kernels_cpu.png").stat().st_size > 10_000
+    for part in (
+        "best eager",
+        "masked top-k",
+        "SDPA with LSE",
+        "FAISS",
+        "K doubled",
+        "## Bars",
+        "kernels_cpu.png",
+        "(>= ",
+    ):
+        assert part in page, part
+
+
+def test_the_pytest_benchmark_suites_run(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    out = tmp_path / "rows.json"
+    options = [
+        "-q",
+        "--benchmark-only",
+        f"--benchmark-json={out}",
+        "--benchmark-max-time=.01",
+        "-p",
+        "no:cacheprovider",
+    ]
+    picked = "B16-K2048 and cpu and (cpr_fast or eager) and not graphed and not portable"
+    command = [sys.executable, "-m", "pytest", "bench", "-k", picked, *options]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
+    rows = [row["extra_info"] for row in json.loads(out.read_text())["benchmarks"]]
+    assert {row["op"] for row in rows} == {"cascade_select", "mil_nce"}
+    for row in rows:
+        assert {"B", "K", "D", "dtype", "floor_us", "ratio", "error", "peak_mib", "device", "commit"} <= row.keys()
+
+
+def test_a_step_with_the_operators_is_one_with_their_references(tmp_path):
+    sizes = ["--batch", "4", "--frames", "5", "--size", "20", "--width", ".125", "--memory", "256", "--seconds", ".2"]
+    command = [sys.executable, "bench/training/training_step.py", "--device", "cpu", *sizes]
+    environment = os.environ | {"OUT": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "training_step_cpu.json").read_text())
+    assert report["loss_difference"] < 1e-5 and report["gradient_difference"] < 1e-3 and report["over_infonce"] > 0
+    assert all(row["time_ms"] > 0 for table in ("parts", "steps") for row in report[table].values())
+    assert report["device"] not in ("cpu", "cuda")  # the machine's name
+    assert "| published, CPR | " in (tmp_path / "training_step_cpu.md").read_text()
+
+
+def test_the_loader_beside_other_decoders(tmp_path):
+    """Every form gives the clips that are asked for; a peer that is not installed says so."""
+    pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")
+    from cpr_fast.data.synthetic.videos import write_synthetic
+
+    write_synthetic(tmp_path / "set", classes=4, videos=4, frames=12, width=64, height=48)
+    sizes = ["--videos", "8", "--frames", "4", "--size", "32", "--seconds", ".1"]
+    sizes += ["--root", str(tmp_path / "set" / "train"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "bench/data/loading.py", *sizes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out" / "loading.json").read_text())["rows"]
+    assert {(row["table"], row["source"]) for row in rows} == {
+        *(("decode", source) for source in ("files", "transcoded", "records")),
+        ("loader", "files"), ("loader", "transcoded"), ("records", "records"),
+    }  # fmt: skip
+    for row in rows:
+        if "skipped" in row:
+            assert "pip install" in row["skipped"]
+            continue
+        assert row["clips_per_s"] > 0 and row["device"] and row["commit"]
+        if row["form"].split(",")[0] in ("cpr_fast", "PyAV", "PIL"):
+            assert row.get("identical", 1) == 1 and row.get("plain_db", 99) > 40 and row.get("colour_db", 99) > 20, row
+    barred = {(row["table"], row["form"], row["bar"]) for row in rows if "bar" in row}
+    assert {("decode", "PyAV", 0.9), ("loader", "PyAV, the same", 1.0), ("records", "PIL, PIL", 1.5)} <= barred
+    page = (tmp_path / "out" / "loading.md").read_text()
+    assert all(f"| {row['form']} |" in page for row in rows)

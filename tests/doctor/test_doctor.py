@@ -1,0 +1,127 @@
+"""`doctor` on a machine without data, on a good data set and on a broken one."""
+
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from support.numbered_videos import shared_data, write_video
+
+pytest.importorskip("nvidia.dali")
+
+from cpr_fast.cli import main
+from cpr_fast.config import Config, DataConfig, ModelConfig
+from cpr_fast.data.index.build import IndexOptions, write_index
+from cpr_fast.data.index.index import Index
+from cpr_fast.doctor import bottleneck
+from cpr_fast.doctor.checks import doctor
+from cpr_fast.doctor.parity import CODECS
+
+CPU = torch.device("cpu")
+SMALL = Config(data=DataConfig(frames=5, size=32, batch_size=4), model=ModelConfig(width=0.125))
+
+
+def texts(result: dict, level: str) -> str:
+    return "\n".join(f"{f['text']} -> {f['advice']}" for f in result["findings"] if f["level"] == level)
+
+
+@pytest.fixture
+def good(tmp_path):
+    """Ten videos in two splits, two of them siblings, some of them short."""
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        folder = tmp_path / "set" / ("test" if i > 7 else "train") / ("b" if i % 2 else "a")
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = rng.integers(0, 256, (12 if i == 3 else 30, 6, 8, 3)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
+        write_video(folder / (f"s_c0{i}" if i in (0, 2) else f"v{i}"), pictures, "h264-bframes")
+    write_index(tmp_path / "set", tmp_path / "index.csv", IndexOptions())
+    return tmp_path / "index.csv"
+
+
+@pytest.fixture(scope="module")
+def machine():
+    return doctor(None, Config(), device=CPU, seconds=60)
+
+
+def test_without_data_the_machine_alone(machine):
+    assert machine["data"] is machine["breakdown"] is None and not texts(machine, "error")
+    assert [row["codec"] for row in machine["codecs"]] == list(CODECS)
+    assert all(row["pyav"] == "exact" or row["pyav"].startswith("not tried") for row in machine["codecs"])
+    dali = {row["codec"]: row["dali"] for row in machine["codecs"]}
+    assert dali["vp9"] == dali["mjpeg"] == "cpu: exact" and "PyAV" in dali["h264"]
+    assert machine["kernels"]["cpu_variant"] in ("avx512", "avx2", "portable")
+    assert machine["environment"]["packages"]["av"] and machine["machine"]["cores"] >= 1
+    json.dumps(machine)
+
+
+def test_a_good_data_set(good):
+    result = doctor(good, SMALL, device=CPU, seconds=3)
+    assert not texts(result, "error")
+    data = result["data"]
+    assert (data["videos"], data["classes"], data["without_flow"], data["short"]) == (10, 2, 10, 1)
+    assert data["splits"] == {"train": 8, "test": 2} and data["videos_with_siblings"] == 2
+    assert data["sampled"] == 10 and not data["damaged"]
+    assert "10 of 10 videos have no flow" in texts(result, "warning") and "1 short" in texts(result, "warning")
+    row = result["breakdown"]
+    assert row["views"] == ["rgb"] and row["batch_size"] == 4 and row["bottleneck"] in row["stage_s_per_step"]
+    assert all(value > 0 for stage, value in row["stage_s_per_step"].items() if stage != "copy")
+    assert row["loader_s_per_step"] > 0 and 0 <= row["data_wait_fraction"] <= 1
+
+
+def test_a_broken_data_set(good, capsys):
+    root = good.parent / "set"
+    (root / "train" / "a" / "v4.mp4").write_text("no video any more " * 50)
+    (root / "train" / "b" / "v5.mp4").unlink()
+    lines = good.read_text().splitlines()
+    good.write_text("\n".join([*lines, lines[1].replace("30", "many", 1)]) + "\n")
+    result = doctor(good, SMALL, device=CPU, seconds=0)
+    errors = texts(result, "error")
+    assert "2 rows of the index are bad" in errors and "v5.mp4' does not exist" in errors and "got 'many'" in errors
+    assert "1 of 9 sampled videos are damaged" in errors and "v4.mp4" in errors and "cpr-fast index" in errors
+    assert result["data"]["videos"] == 9 and result["breakdown"] is None
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", str(good), "--seconds", "0", "--json"])
+    assert stopped.value.code == 1
+    assert json.loads(capsys.readouterr().out)["data"]["damaged"][0]["path"].endswith("v4.mp4")
+
+
+def test_no_index_and_no_video_left(tmp_path, good):
+    result = doctor(tmp_path / "none.csv", SMALL, device=CPU, seconds=5)
+    assert "none.csv' does not exist" in texts(result, "error") and result["data"] is None
+    shutil.rmtree(good.parent / "set")
+    result = doctor(good, SMALL, device=CPU, seconds=5)
+    assert "10 rows of the index are bad" in texts(result, "error") and result["breakdown"] is None
+
+
+@pytest.mark.parametrize("stage", ["decode", "augment", "step"])
+def test_the_slow_stage_is_named(good, monkeypatch, stage):
+    """A stage that sleeps is the bottleneck, and the advice is about it."""
+    target = {"decode": (bottleneck, "needed_parts"), "augment": (bottleneck.ClipGraph, "run"),
+              "step": (bottleneck, "build_encoder")}[stage]  # fmt: skip
+    real = getattr(*target)
+
+    def slow(*args, **options):
+        if stage == "step":
+            encoder = real(*args, **options)
+            encoder.register_forward_hook(lambda *_: time.sleep(0.3))
+            return encoder
+        time.sleep(0.5)
+        return real(*args, **options)
+
+    monkeypatch.setattr(*target, slow)
+    index = Index.load(good).select("train")
+    row = bottleneck.breakdown(index, SMALL, ("rgb",), device=CPU, seconds=1)
+    assert row["bottleneck"] == stage and bottleneck.ADVICE[stage] in row["advice"]
+
+
+def test_real_xvid_clips_ask_to_be_transcoded(tmp_path):
+    clips = sorted(shared_data("ucf101_100").glob("*/*.avi"))[:3]
+    for clip in clips:
+        (tmp_path / "set" / clip.parent.name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / clip.parent.name / clip.name).symlink_to(clip)
+    write_index(tmp_path / "set", tmp_path / "index.csv", IndexOptions(verify=False))
+    result = doctor(tmp_path / "index.csv", SMALL, device=CPU, seconds=0)
+    assert "3 of 3 sampled videos are decoded from their start" in texts(result, "warning")
+    assert "no split 'train'" in texts(result, "warning")

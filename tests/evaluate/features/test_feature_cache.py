@@ -1,0 +1,125 @@
+"""Stored features: the rows of a fresh computation, found again by video, and never those of another video."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.counted_videos import NET, CountingLoader, write_videos
+
+from cpr_fast.config import DataConfig
+from cpr_fast.data.index.index import Index
+from cpr_fast.errors import InputError
+from cpr_fast.evaluate.features.cache import FeatureCache, embed_index, video_digest, weights_digest
+from cpr_fast.evaluate.features.embedding import spatial_max
+from cpr_fast.evaluate.features.recipe import make_recipe
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    monkeypatch.setattr(CountingLoader, "opened", [])
+    return lambda: sorted(set(CountingLoader.opened))
+
+
+def test_only_what_is_new_is_embedded_and_the_rows_are_those_of_a_fresh_run(tmp_path, opened):
+    index = write_videos(tmp_path, "abcde")
+    cache = FeatureCache(tmp_path / "features", "recipe")
+    first, windows = embed_index(Index(list(index)[:3]), NET, CountingLoader, cache)
+    assert opened() == ["a", "b", "c"] and windows.tolist() == [2, 2, 2]
+    CountingLoader.opened.clear()
+    mixed = Index([index[4], index[1], index[3], index[0]])
+    again, windows = embed_index(mixed, NET, CountingLoader, cache)
+    assert opened() == ["d", "e"] and windows.tolist() == [2] * 4
+    fresh, _ = embed_index(mixed, NET, CountingLoader)
+    assert torch.equal(again["net/rgb"], fresh["net/rgb"])
+    assert torch.equal(again["net/rgb"][1], first["net/rgb"][1])
+    assert fresh["net/rgb"][3].tolist() == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5]  # the mean of the two windows
+    CountingLoader.opened.clear()
+    embed_index(index, NET, CountingLoader, cache)
+    assert opened() == []
+    assert not [file for file in (tmp_path / "features").iterdir() if file.suffix == ".tmp"]
+
+
+def test_a_changed_video_weights_or_recipe_is_another_row(tmp_path, opened):
+    index = write_videos(tmp_path, "ab")
+    cache = FeatureCache(tmp_path / "features", "recipe")
+    embed_index(index, NET, CountingLoader, cache)
+    CountingLoader.opened.clear()
+    index[1].path.write_bytes(bytes(range(50, 56)))
+    os.utime(index[1].path, ns=(1, 1))
+    changed, _ = embed_index(index, NET, CountingLoader, cache)
+    assert opened() == ["b"] and changed["net/rgb"][1, 0] == 50.5
+    for other in (FeatureCache(tmp_path / "features", "coclr"), cache):
+        CountingLoader.opened.clear()
+        key = "net" if other is not cache else "other weights"
+        embed_index(index, {"net/rgb": dataclasses.replace(NET["net/rgb"], key=key)}, CountingLoader, other)
+        assert opened() == ["a", "b"]
+    longer = dataclasses.replace(index[0], num_frames=10)
+    assert video_digest(longer, "rgb") != video_digest(index[0], "rgb")
+
+
+def test_a_video_that_cannot_be_read_is_tried_again(tmp_path, opened, caplog):
+    index = write_videos(tmp_path, "abc")
+    cache = FeatureCache(tmp_path / "features", "recipe")
+    for _ in range(2):
+        caplog.clear()
+        features, windows = embed_index(index, NET, lambda part: CountingLoader(part, "b"), cache)
+        assert windows.tolist() == [2, 0, 2] and not features["net/rgb"][1].any()
+        assert "b.mp4 is left out" in caplog.text
+    with pytest.raises(InputError, match="none of the 1 videos"):
+        embed_index(Index([index[1]]), NET, lambda part: CountingLoader(part, "b"), cache)
+
+
+def test_a_damaged_file_and_a_folder_that_cannot_be_written_cost_a_warning(tmp_path, opened, caplog):
+    index = write_videos(tmp_path, "ab")
+    cache = FeatureCache(tmp_path / "features", "recipe")
+    embed_index(index, NET, CountingLoader, cache)
+    path = cache.path(NET["net/rgb"])
+    path.write_bytes(path.read_bytes()[:40])
+    features, _ = embed_index(index, NET, CountingLoader, cache)
+    assert "computed anew" in caplog.text and features["net/rgb"][0, 0] == 0.5
+    (tmp_path / "file").touch()
+    embed_index(index, NET, CountingLoader, FeatureCache(tmp_path / "file" / "features", "recipe"))
+    assert "not kept" in caplog.text
+
+
+def test_weights_digest_sees_every_tensor():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    before = weights_digest(net)
+    assert weights_digest(net) == before
+    net[1].running_var[1] += 1e-3
+    assert weights_digest(net) != before
+
+
+def test_a_recipes_identity_holds_what_features_depend_on():
+    data = DataConfig()
+    identity = make_recipe("paper").identity(data, "cpu")
+    assert make_recipe("paper").identity(dataclasses.replace(data, workers=9, index="x.csv"), "cpu") == identity
+    others = [
+        make_recipe("coclr").identity(data, "cpu"),
+        make_recipe("iic").identity(data, "cpu"),
+        make_recipe("paper", 10).identity(data, "cpu"),
+        make_recipe("paper", crops=10).identity(data, "cpu"),
+        make_recipe("paper").identity(dataclasses.replace(data, stride=2), "cpu"),
+        make_recipe("paper").identity(data, "cuda:0"),
+    ]
+    assert len({identity, *others}) == 7
+    assert make_recipe("paper").leakage is None and "test split" in make_recipe("coclr").leakage
+    assert make_recipe("paper").jitter_seed is None and make_recipe("coclr").jitter_seed == 0
+    for arguments in (("x",), ("paper", 0)):
+        with pytest.raises(InputError):
+            make_recipe(*arguments)
+
+
+def test_iic_features_are_the_spatially_pooled_map():
+    maps = torch.randn(2, 5, 2, 7, 7, generator=torch.Generator().manual_seed(0))
+    encoder = SimpleNamespace(backbone=lambda clips: maps)
+    got = spatial_max(encoder, torch.zeros(2, 3, 4, 8, 8))
+    expected = maps[..., :6, :6].unfold(3, 2, 2).unfold(4, 2, 2).amax((-2, -1)).flatten(1)
+    assert got.shape == (2, 5 * 2 * 3 * 3) and torch.equal(got, expected)
+    tiny = SimpleNamespace(backbone=lambda clips: F.pad(maps[..., :1, :1], (0, 1)))
+    assert spatial_max(tiny, torch.zeros(2, 3, 4, 8, 8)).shape == (2, 10)

@@ -1,0 +1,76 @@
+"""The main job end to end, on a data set small enough for a test: every part feeds the next one."""
+
+import dataclasses
+import functools
+import json
+
+import pytest
+
+pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")
+
+from cpr_fast.cli import main
+from cpr_fast.config import Cycle, ScheduleConfig
+from cpr_fast.data.synthetic import videos as synthetic
+from cpr_fast.experiments import quickstart as module
+from cpr_fast.experiments.quickstart import quickstart_config
+from cpr_fast.runtime.metrics import read_metrics
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """12 sources of 64x48 instead of 288 of 160x120, and one epoch a cycle; nothing else differs."""
+    write = functools.partial(
+        synthetic.write_synthetic, classes=4, videos=4, frames=20, width=64, height=48, progress=False
+    )
+    monkeypatch.setattr(synthetic, "write_synthetic", lambda out, progress: write(out))
+
+    def config(index, out, seed):
+        full = quickstart_config(index, out, seed)
+        cycles = tuple(Cycle(cycle.view, 2, cycle.mining) for cycle in full.schedule.cycles)
+        return dataclasses.replace(
+            full,
+            data=dataclasses.replace(full.data, batch_size=4, size=32),
+            model=dataclasses.replace(full.model, width=0.125),
+            memory=dataclasses.replace(full.memory, size=12, shuffle_bn_groups=2),
+            schedule=ScheduleConfig(cycles),
+        )
+
+    monkeypatch.setattr(module, "quickstart_config", config)
+
+
+def test_main_job_from_nothing_to_a_report_and_again(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["quickstart", "--out", str(out), "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["view"] == "two_stream" and 0 <= first["r@1"] <= 1
+    assert {row["name"] for row in first["results"]} == {
+        "trained",
+        "untrained",
+        "single_frame",
+        "mean_colour",
+        "mean_flow",
+    }
+    rows = read_metrics(out)
+    cycles = {(row["cycle"], row["view"], row["mining"]) for row in rows if row["kind"] == "epoch"}
+    assert cycles == {(0, "rgb", "none"), (1, "flow", "none"), (2, "rgb", "cascade"), (3, "flow", "cascade")}
+    mining = [row for row in rows if row["kind"] == "epoch" and row["mining"] == "cascade"]
+    assert all(0 <= row["pmr"] <= 1 for row in mining)
+    page = (out / "report.html").read_text()
+    assert f"{100 * first['r@1']:.1f}" in page
+
+    assert main(["quickstart", "--out", str(out), "--json"]) == 0  # finished: nothing is made or trained again
+    second = json.loads(capsys.readouterr().out)
+    assert {key: second[key] for key in first if key.startswith("r@")} == {
+        key: first[key] for key in first if key.startswith("r@")
+    }
+    assert sum(row["kind"] == "epoch" for row in read_metrics(out)) == sum(row["kind"] == "epoch" for row in rows)
+
+
+def test_settings_are_the_shipped_ones(tmp_path):
+    config = quickstart_config(tmp_path / "index.csv", tmp_path / "run", seed=3)
+    assert (config.data.index, config.run.out, config.run.seed) == (
+        str(tmp_path / "index.csv"),
+        str(tmp_path / "run"),
+        3,
+    )
+    assert [cycle.mining for cycle in config.schedule.cycles] == ["none", "none", "cascade", "cascade"]

@@ -1,0 +1,282 @@
+"""A run that was stopped goes on as if it had not been: kill -9, SIGTERM, SLURM's SIGUSR1, a full disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support.small_runs import Killed, assert_same, everything, killed_at, rows, settings, wait_for_step
+from support.stand_in_loader import NoisyLoader, RandomLoader, make_index
+
+from cpr_fast.config import Config
+from cpr_fast.pretrain.run.loop import pretrain
+from cpr_fast.runtime.distributed import World
+from cpr_fast.runtime.interrupt import Interrupted
+from cpr_fast.runtime.metrics import read_metrics
+from cpr_fast.runtime.watchdog import Watchdog
+from cpr_fast.weights import checkpoint
+from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint
+
+ROOT = Path(__file__).parents[3]
+INDEX = make_index(videos=18)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+PROGRAM = f"""
+import json, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
+torch.set_num_threads(1)
+from support.stand_in_loader import NoisyLoader, make_index
+from cpr_fast.config import Config
+from cpr_fast.interrupt import Interrupted
+from cpr_fast.pretrain.loop import pretrain
+class Loader(NoisyLoader):
+    sleep_s = 0.05
+try:
+    config = Config.from_dict(json.loads(sys.argv[1]))
+    pretrain(config, index=make_index(18), make_loader=Loader, progress=False, resume="auto")
+except Interrupted as stopped:
+    sys.exit(f"{{stopped}}")
+"""
+
+
+def start(config: Config) -> subprocess.Popen:
+    command = [sys.executable, "-c", PROGRAM, json.dumps(config.to_dict())]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def run(config: Config, **kwargs) -> Path:
+    return pretrain(config, index=INDEX, make_loader=NoisyLoader, progress=False, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of the tiny settings from start to end."""
+    return run(settings(tmp_path_factory.mktemp("straight") / "run"))
+
+
+def assert_equal_runs(straight: Path, other: Path) -> None:
+    """Weights, memories, optimiser, generators, counters and every row of the metrics, bit for bit."""
+    assert_same(everything(straight), everything(other))
+    for kind in ("step", "epoch", "mined", "health", "alarm"):
+        assert rows(straight, kind) == rows(other, kind)
+
+
+def test_kill_9_at_a_random_step(straight, tmp_path):
+    """Killed twice, at steps that differ from run to run; equality must hold at any."""
+    config = settings(tmp_path / "run", run={"out": str(tmp_path / "run"), "checkpoint_every": 2})
+    draw = random.Random()
+    for step in sorted(draw.sample(range(11), 2)):
+        process = start(config)
+        wait_for_step(tmp_path / "run", step, process)
+        time.sleep(draw.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    run(config, resume="auto")
+    assert_equal_runs(straight, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_first(straight, tmp_path, number):
+    config = settings(tmp_path / "run")  # saves at the ends of epochs alone
+    process = start(config)
+    wait_for_step(tmp_path / "run", 6, process)
+    process.send_signal(number)
+    errors = process.communicate()[1]
+    saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    step = saved["step"] - 1
+    assert 6 <= step < 11
+    path = tmp_path / "run" / "checkpoints" / f"step-{step + 1:08d}.pt"
+    assert errors.strip() == f"stopped by {number.name} after step {step}; saved {path}"
+    run(config, resume=True)
+    assert_equal_runs(straight, tmp_path / "run")
+
+
+R3D = {"data": {"batch_size": 6, "frames": 8, "size": 16}, "model": {"arch": "r3d", "width": 0.125, "feature_dim": 8}}
+IIC = {
+    "data": R3D["data"],
+    "model": R3D["model"] | {"shared": True},
+    "memory": {"kind": "bank"},
+    "loss": {"intra_negatives": "repeat"},
+    # Progressive training [paper, Table 3]: cycle c mines the top-c.
+    "schedule": {"cycles": [{"view": "rgb", "other": "residual", "epochs": 2, "top_k": c} for c in (1, 2, 3)]},
+}
+
+
+@pytest.mark.parametrize("kind", ["bank", "batch"])
+def test_every_memory_goes_on_where_it_was(tmp_path, kind):
+    """Killed within the first epoch, within a later one and at the start of a cycle; some steps are done twice."""
+    folder, out = tmp_path / "straight", tmp_path / "run"
+    sections = R3D | {"memory": {"kind": kind}}
+    run(settings(folder, **sections))
+    config = settings(out, **sections, run={"out": str(out), "checkpoint_every": 2})
+    for death in [(0, 2), (2, 0), (3, 2)]:
+        with pytest.raises(Killed):
+            pretrain(config, index=INDEX, make_loader=killed_at(*death, NoisyLoader), progress=False, resume="auto")
+    run(config, resume=True)
+    assert_equal_runs(folder, out)
+
+
+def test_a_progressive_run_restarts_at_any_checkpoint(tmp_path):
+    """Within the first epoch, at the ends of cycles (steps 6 and 12 of 18), and within a later one."""
+    folder = tmp_path / "straight"
+    run(settings(folder, **IIC | {"run": {"out": str(folder), "checkpoint_every": 2, "keep_checkpoints": 18}}))
+    mined = rows(folder, "mined")
+    assert [max(len(row["mined"]) for row in mined if row["epoch"] == epoch) for epoch in (1, 3, 5)] == [1, 2, 3]
+    for step in (2, 6, 10, 12):
+        out = tmp_path / f"from-{step}"
+        shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.pt"))
+        shutil.copy(folder / "checkpoints" / f"step-{step:08d}.pt", out / "checkpoints" / "last.pt")
+        run(settings(out, **IIC), resume=True)
+        assert_equal_runs(folder, out)
+        assert rows(out, "note")[-1]["text"] == f"resumed at step {step}"
+
+
+def test_a_signal_within_the_process_and_what_it_leaves(tmp_path):
+    class Asking(RandomLoader):
+        def epoch(self, number, start_step=0):
+            for batch in super().epoch(number, start_step):
+                yield batch
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)  # SLURM signals every process, and torchrun passes it on as well
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM after step \d") as stopped:
+        pretrain(settings(tmp_path), index=INDEX, make_loader=Asking, progress=False)
+    assert stopped.value.signum == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"] == 2  # asked after the first batch
+
+
+def test_a_run_leaves_the_callers_generator_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(settings(tmp_path, schedule={"cycles": [{"view": "rgb", "epochs": 1, "mining": "none"}]}))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_full_disk_stops_the_run_which_resumes(straight, tmp_path, monkeypatch):
+    config = settings(tmp_path / "run")
+    save, calls = torch.save, []
+
+    def full(payload, file):
+        calls.append(file)
+        if len(calls) == 3:
+            file.write(b"x" * 1000)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(payload, file)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(
+        CheckpointError, match=r"could not write '.*step-00000009.pt': .*No space left on device; nothing"
+    ):
+        run(config)
+    monkeypatch.undo()
+    (tmp_path / "run" / "checkpoints" / "step-00000009.pt.tmp").write_bytes(b"of a killed process")
+    run(config, resume=True)
+    assert_equal_runs(straight, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+
+
+def test_metrics_on_a_full_disk_name_the_file(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    from cpr_fast.errors import InputError
+    from cpr_fast.runtime.metrics import MetricsWriter
+
+    writer = MetricsWriter(tmp_path)
+    writer._file = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(InputError, match=r"could not write '.*metrics.jsonl': No space left on device; the run can be"):
+        writer.write({"kind": "note"})
+
+
+def test_settings_that_an_old_checkpoint_lacks_are_compared(straight, tmp_path):
+    """A version without `mining.anchor` computed with today's default."""
+    out = tmp_path / "run"
+    config = settings(out)
+    process = start(config)
+    wait_for_step(out, 3, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    saved = load_checkpoint(out / "checkpoints" / "last.pt")
+    saved["config"]["mining"].pop("anchor")
+    checkpoint.save_checkpoint(out / "checkpoints" / "last.pt", saved)
+    with pytest.raises(CheckpointError, match=r"mining.anchor: the run in .* has None, got 'query'"):
+        run(settings(out, mining={"stages": 3, "top_k": 2, "anchor": "query"}), resume=True)
+    run(config, resume=True)
+    assert_equal_runs(straight, out)
+
+
+# ---- the watchdog ----------------------------------------------------------------------------------
+
+
+def test_the_watchdog_names_what_one_process_hangs_in(tmp_path, caplog):
+    class Hanging(RandomLoader):
+        def epoch(self, number, start_step=0):
+            for i, batch in enumerate(super().epoch(number, start_step)):
+                if (number, i) == (0, 2):
+                    time.sleep(1.0)
+                yield batch
+
+    cycles = {"cycles": [{"view": "rgb", "epochs": 1, "mining": "none"}]}
+    config = settings(tmp_path, schedule=cycles, run={"out": str(tmp_path), "stall_timeout_s": 0.5})
+    pretrain(config, index=INDEX, make_loader=Hanging, progress=False)
+    (note,) = (row["text"] for row in read_metrics(tmp_path) if row["kind"] == "note")
+    assert note in caplog.text
+    assert note.startswith("rank 0 has been waiting for the batch of step 2 (in test_resume.py:")
+    assert ", epoch) for 0." in note
+
+
+class FakeStore:
+    """What three ranks told each other."""
+
+    def __init__(self, states):
+        self.states = {str(rank): json.dumps(state) for rank, state in enumerate(states) if state}
+
+    def set(self, key, value):
+        self.states[key] = value
+
+    def get(self, key):
+        return self.states[key].encode()
+
+    def check(self, keys):
+        return keys[0] in self.states
+
+
+def test_the_rank_that_is_behind_is_named_by_the_first_that_is_not(caplog):
+    caplog.set_level(logging.WARNING)
+    stuck = {"beat": 1, "begun": 7, "what": "computing step 3", "idle_s": 9.0, "where": "a.py:1, f"}
+    behind = {"beat": 1, "begun": 6, "what": "waiting for the batch of step 3", "idle_s": 9.0, "where": "b.py:2, g"}
+    named: list[str] = []
+    for rank in range(3):
+        watch = Watchdog(World(rank, 3, torch.device("cpu")), 5.0, named.append)
+        watch._say([behind, stuck, stuck])
+        watch._say([behind, stuck, stuck])  # once is enough
+    assert named == [
+        "rank 0 has been waiting for the batch of step 3 (in b.py:2, g) for 9.0 s, and the run waits for it"
+    ]
+    named.clear()
+    watch = Watchdog(World(0, 3, torch.device("cpu")), 5.0, named.append)
+    busy = {**stuck, "idle_s": 0.1}
+    watch._say([busy, {**behind, "idle_s": 0.1}, {"left": True}])
+    watch._heard[1] = (1, time.monotonic() - 6)  # rank 1's beats have stopped
+    watch._say([{**busy, "beat": 2}, {**behind, "idle_s": 0.1}, {"left": True}])
+    (text,) = named
+    assert text.startswith("rank 1 has given no sign of life for 6.0 s; it was waiting for the batch of step 3 (in")
+    store = FakeStore([None, behind])
+    states = Watchdog(World(0, 3, torch.device("cpu")), 5.0)._share(store, beat=4)
+    assert (states[0]["beat"], states[0]["what"], states[1], states[2]) == (4, "starting", behind, {"beat": 0})

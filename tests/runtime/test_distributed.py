@@ -1,0 +1,176 @@
+"""Several processes on gloo: the curve of one, a worker that dies, one that sleeps, a job that is pre-empted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.small_runs import assert_same, everything, rows, settings, wait_for_step
+from support.stand_in_loader import RandomLoader, make_index
+
+from cpr_fast.config import Config
+from cpr_fast.pretrain.run.loop import pretrain
+from cpr_fast.runtime.metrics import read_metrics
+from cpr_fast.weights.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).parents[2]
+VIDEOS = 96  # three steps of 32
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Argument: a config. PLAN: {"die": step} kills the second worker there, once; {"sleep": step} lets it wait for 3 s.
+WORKER = f"""
+import json, os, signal, sys, time
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import logging, torch
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from support.stand_in_loader import RandomLoader, make_index
+from cpr_fast import distributed
+from cpr_fast.config import Config
+from cpr_fast.interrupt import Interrupted
+from cpr_fast.pretrain.loop import pretrain
+torch.set_num_threads(1)
+plan, first = json.loads(os.environ["PLAN"]), os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+class Loader(RandomLoader):
+    sleep_s = plan.get("each", 0.0)
+    def epoch(self, number, start_step=0):
+        for i, batch in enumerate(super().epoch(number, start_step), start_step):
+            step = number * len(self) + i
+            if self.rank == 1 and first and step == plan.get("die"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.rank == 1 and step == plan.get("sleep"):
+                time.sleep(3)
+            yield batch
+try:
+    pretrain(Config.from_dict(json.loads(sys.argv[1])), index=make_index({VIDEOS}), make_loader=Loader, progress=False,
+             resume="auto")
+except Interrupted as stopped:
+    sys.exit(str(stopped))
+distributed.finish()
+"""
+
+
+def config_of(out: Path, batch_size: int, method: dict | None = None, **run) -> Config:
+    sections = {
+        "data": {"batch_size": batch_size, "frames": 5, "size": 20},
+        # At .01 a barely trained frozen encoder maps all clips to one point, and rounding decides who is mined.
+        "model": {"width": 0.125, "feature_dim": 8, "conv_std": 0.15},
+        "memory": {"size": 50, "shuffle_bn_groups": 2},  # not a multiple of 32: nothing has to divide
+        "optim": {"name": "sgd", "lr": 1e-3},  # Adam turns a rounding difference near zero into a whole step
+        "schedule": {"cycles": [{"view": "rgb", "epochs": 2, "mining": "none"}, {"view": "flow", "epochs": 2}]},
+        "run": {"out": str(out), **run},
+    }
+    for name, changes in (method or {}).items():
+        sections[name] = sections.get(name, {}) | changes
+    return settings(out, **sections)
+
+
+def torchrun(folder: Path, config: Config, plan: dict) -> subprocess.Popen:
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts"]
+    return subprocess.Popen(
+        [*command, "1", str(script), json.dumps(config.to_dict())],
+        env=os.environ | {"PLAN": json.dumps(plan), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_on_two(folder: Path, method: dict | None = None) -> Path:
+    """2 processes x 16 videos, from start to end."""
+    process = torchrun(folder, config_of(folder / "two", 16, method), {})
+    errors = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, errors
+    return folder / "two"
+
+
+def run_on_one(folder: Path, method: dict | None = None) -> Path:
+    """The same steps, 32 videos at a time."""
+    config = config_of(folder / "one", 32, method)
+    return pretrain(config, index=make_index(VIDEOS), make_loader=RandomLoader, progress=False)
+
+
+def assert_equal_curves(one: Path, two: Path, weights: float = 1e-5) -> None:
+    """Equal up to the order of sums: losses within 1e-4, weights within `weights`; the same is mined and remembered."""
+    curves = [[row["loss"] for row in rows(folder, "step")] for folder in (one, two)]
+    assert [loss is None for loss in curves[0]] == [loss is None for loss in curves[1]]
+    learned = [[loss for loss in curve if loss is not None] for curve in curves]
+    assert learned[0] == pytest.approx(learned[1], rel=1e-4)
+    assert [row["pmr"] for row in rows(two, "step")] == [row["pmr"] for row in rows(one, "step")]
+    a, b = everything(one), everything(two)
+    assert a["encoders"].keys() == b["encoders"].keys()
+    for view, encoder in a["encoders"].items():
+        for name, tensor in encoder.items():
+            if tensor.is_floating_point():  # not BatchNorm's counters: two groups of one process count twice
+                torch.testing.assert_close(b["encoders"][view][name], tensor, rtol=1e-3, atol=weights)
+    memories = [payload["cycle_state"]["memory"] for payload in (a, b)]
+    for column in ("video", "source", "label", "start", "enqueued_at"):  # every rank's keys, in the same slots
+        assert torch.equal(memories[0][column], memories[1][column])
+    torch.testing.assert_close(memories[0]["features"], memories[1]["features"], rtol=0, atol=1e-4)
+    assert b["processes"] == 2
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return run_on_two(tmp_path_factory.mktemp("two"))
+
+
+def test_two_processes_of_16_have_the_curve_of_one_of_32(two, tmp_path):
+    """Two BatchNorm groups either way."""
+    one = run_on_one(tmp_path)
+    assert_equal_curves(one, two)
+    assert [row["loss"] is None for row in rows(one, "step")] == ([True] * 2 + [False] * 4) * 2
+
+
+# Residual blocks: rounding does not grow from step to step as in a small S3D, where all videos take part in every loss.
+R3D = {"data": {"frames": 8, "size": 16}, "model": {"arch": "r3d"}}
+BATCH = R3D | {
+    "memory": {"kind": "batch", "shuffle_bn_groups": 2},
+    "schedule": {"cycles": [{"view": "rgb", "epochs": 1}]},
+}
+IIC = R3D | {
+    "memory": {"kind": "bank", "shuffle_bn_groups": 2},
+    "model": {"arch": "r3d", "shared": True},
+    "loss": {"intra_negatives": "repeat"},
+    "schedule": {"cycles": [{"view": "rgb", "other": "residual", "epochs": 2}]},  # mines in the second one
+}
+
+
+@pytest.mark.parametrize("method", [BATCH, IIC], ids=["batch", "iic"])
+def test_other_memories_have_the_curve_of_one_too(tmp_path, method):
+    """The batch of all ranks, with gradients across them, and the bank of IIC, which every rank holds whole."""
+    one, two = run_on_one(tmp_path, method), run_on_two(tmp_path, method)
+    assert_equal_curves(one, two, weights=5e-5)  # they move by about 1e-3
+    assert rows(one, "step")[-1]["pmr"] is not None
+
+
+def test_a_pre_empted_job_and_a_killed_and_a_sleeping_worker(two, tmp_path):
+    """SIGTERM to torchrun; then a worker dies and another attempt goes on; then a rank sleeps and is named. The run
+    ends where the undisturbed one does, bit for bit."""
+    config = config_of(tmp_path / "run", 16, checkpoint_every=1, stall_timeout_s=1.0)
+    process = torchrun(tmp_path, config, {"each": 0.2})
+    wait_for_step(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=600)[1]
+    saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"]
+    assert f"stopped by SIGTERM after step {saved - 1}; saved" in errors
+    assert 3 <= saved < 8
+    process = torchrun(tmp_path, config, {"die": 8, "sleep": 10})
+    errors = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, errors
+    assert_same(everything(two), everything(tmp_path / "run"))
+    for kind in ("step", "epoch", "mined"):
+        assert rows(two, kind) == rows(tmp_path / "run", kind)
+    notes = [row["text"] for row in read_metrics(tmp_path / "run") if row["kind"] == "note"]
+    assert [text for text in notes if "resumed" in text] == [f"resumed at step {saved}", "resumed at step 8"]
+    (stall,) = (text for text in notes if "of step 10" in text)  # a busy machine may have stalled elsewhere, too
+    assert stall in errors
+    assert stall.startswith("rank 1 has been waiting for the batch of step 10 (in worker.py:")
+    assert stall.endswith("s, and the run waits for it")

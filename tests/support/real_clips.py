@@ -1,0 +1,36 @@
+"""The real clips that tests and benchmarks read where they are: $CPR_FAST_SHARED/data (default ../shared/data)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(os.environ.get("CPR_FAST_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
+UCF101 = ROOT / "ucf101_100"
+
+
+class Absent(RuntimeError):
+    """There are not enough real clips here; the message says what is missing."""
+
+
+def spread_videos(count: int) -> list[Path]:
+    """`count` evenly spaced UCF101 videos, or Absent."""
+    paths = sorted(UCF101.glob("*/*.avi"))
+    if len(paths) < count:
+        raise Absent(f"needs {count} UCF101 videos in {UCF101} (set CPR_FAST_SHARED), found {len(paths)}")
+    return paths[:: len(paths) // count][:count]
+
+
+def read_gray(count: int, frames: int, size: tuple[int, int]) -> torch.Tensor:
+    """[count, frames, H, W] uint8 of size (W, H), from frame 20 of evenly spaced videos, or Absent."""
+    import cv2
+
+    clips = []
+    for path in spread_videos(count):
+        video = cv2.VideoCapture(str(path))
+        gray = [cv2.cvtColor(video.read()[1], cv2.COLOR_BGR2GRAY) for _ in range(20 + frames)][20:]
+        clips.append(np.stack([cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in gray]))
+    return torch.from_numpy(np.stack(clips))
