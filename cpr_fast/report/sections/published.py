@@ -46,7 +46,7 @@ class PublishedTable:
 @functools.cache
 def published_tables() -> dict[str, PublishedTable]:
     """Every table by its name, in the order of the file."""
-    text = (resources.files("cpr_fast") / "published.toml").read_text(encoding="utf-8")
+    text = (resources.files("cpr_fast.report.sections") / "published.toml").read_text(encoding="utf-8")
     return {name: _table(name, raw) for name, raw in tomllib.loads(text).items()}
 
 
