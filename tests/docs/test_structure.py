@@ -1,7 +1,11 @@
-"""The README's plain PyTorch is equivalent to the operators, and no part of the package imports what it may not."""
+"""The structure of the repository: which folder may import which, and how long files and functions may be."""
+
+from __future__ import annotations
 
 import ast
 import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,41 +13,180 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = {"ops", "data", "models", "pretrain", "evaluate", "report", "cli"}
+PACKAGE = ROOT / "cpr_fast"
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_FILES = 400, 60, 9
+
+# The rooms from the bottom up: a room may import itself, `errors`, and rooms that come before it in this list, but
+# for those that FORBIDDEN names.
+ORDER = (
+    "errors",
+    "config",
+    "runtime",
+    "ops",
+    "models",
+    "mining",
+    "weights",
+    "data.video",
+    "data.storage",
+    "data.index",
+    "data.flow",
+    "data.clips",
+    "data.synthetic",
+    "evaluate.features",
+    "evaluate.retrieval",
+    "evaluate.classify",
+    "pretrain.state",
+    "pretrain.step",
+    "pretrain.run",
+    "report.figures",
+    "report.sections",
+    "report",
+    "doctor",
+    "experiments",
+    "commands",
+    "cli",
+)
+# Rooms that could be imported by their place in the list, but must not be: the operators need torch alone, networks
+# know nothing of data, data nothing of networks, evaluation and reports nothing of training.
 FORBIDDEN = {
-    "ops": PARTS - {"ops"},
-    "data": PARTS - {"data", "ops"},  # flow is an operator
-    "models": PARTS - {"models"},
-    "pretrain": {"report", "cli"},
-    "evaluate": {"pretrain", "report", "cli"},
-    "report": {"pretrain", "cli"},
+    "ops": {"config", "runtime"},
+    "models": {"runtime", "ops"},
+    "weights": {"ops", "mining"},
+    "data": {"models", "mining", "weights"},
+    "report": {"models", "ops", "pretrain", "evaluate"},
+    "evaluate": {"mining"},
 }
 
 
-def imported_parts(path: Path) -> set[str]:
-    """The parts of cpr_fast that a module imports, inside functions too."""
+def python_files(*folders: str) -> list[Path]:
+    """The Python files below the folders that git knows or would add."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    return [ROOT / name for name in listed if name.endswith(".py") and (ROOT / name).is_file()]
+
+
+def room_of(module: str) -> str:
+    """The room of a module, which is the longest entry of ORDER that its name begins with; "" for none."""
+    name = module.removeprefix("cpr_fast").removeprefix(".")
+    rooms = [room for room in ORDER if name == room or name.startswith(room + ".")]
+    return max(rooms, key=len, default="")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Every module of cpr_fast that a file imports, inside functions too."""
     package = path.relative_to(ROOT).parent.parts
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names if alias.name.startswith("cpr_fast"))
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(filter(None, [base, node.module]))
-            names |= {f"{module}.{alias.name}" for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("cpr_fast.")} & PARTS
+            if module.startswith("cpr_fast"):
+                yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("part", FORBIDDEN)
-def test_parts_know_only_what_they_may(part):
-    modules = sorted((ROOT / "cpr_fast" / part).glob("*.py"))
-    assert modules
-    found = {path.name: imported_parts(path) & FORBIDDEN[part] for path in modules}
-    assert not any(found.values()), found
+PACKAGE_FILES = python_files("cpr_fast")
+
+
+def test_imports_run_downwards():
+    wrong = []
+    for path in PACKAGE_FILES:
+        own = room_of(module_name(path))
+        for module in imported_modules(path):
+            other = room_of(module)
+            if not own or not other or other == own:
+                continue
+            forbidden = {room for key, rooms in FORBIDDEN.items() if own.split(".")[0] == key for room in rooms}
+            if ORDER.index(other) > ORDER.index(own) or other.split(".")[0] in forbidden:
+                wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert not wrong
+
+
+def test_modules_have_no_circles():
+    names = {module_name(path): path for path in PACKAGE_FILES}
+    imports = {
+        name: {
+            next((m for m in (target, target.rsplit(".", 1)[0]) if m in names), None)
+            for target in imported_modules(path)
+        }
+        - {None, name}
+        for name, path in names.items()
+        if path.name != "__init__.py"
+    }
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " imports ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for target in imports.get(name, ()):
+                visit(target, (*above, name))
+            done.add(name)
+
+    for name in imports:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("folder", ["cpr_fast", "tests", "bench", "examples"])
+def test_python_files_and_functions_are_short(folder):
+    long = []
+    for path in python_files(folder):
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > MAX_FILE_LINES:
+            long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    long.append(f"{path.relative_to(ROOT)}: {node.name} has {length} lines")
+    assert not long
+
+
+def test_cpp_files_and_functions_are_short():
+    long = []
+    sources = [path for pattern in ("*.cpp", "*.h", "*.cu", "*.cuh") for path in sorted((ROOT / "csrc").rglob(pattern))]
+    assert len(sources) > 20
+    for path in sources:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        if len(lines) - 1 > MAX_FILE_LINES:
+            long.append(f"{path.relative_to(ROOT)}: {len(lines) - 1} lines")
+        begin = None
+        for number, line in enumerate(lines):  # clang-format puts the braces of a function into the first column
+            if begin is None and re.match(r"[\w\[~].*\)[^;]*\{$", line):
+                begin = number
+            elif begin is not None and line.startswith("}"):
+                if number - begin + 1 > MAX_FUNCTION_LINES:
+                    long.append(f"{path.relative_to(ROOT)}:{begin + 1}: {number - begin + 1} lines")
+                begin = None
+    assert not long
+
+
+def test_every_folder_is_small_and_says_what_lives_there():
+    folders = sorted({path.parent for path in PACKAGE_FILES})
+    for folder in folders:
+        files = [path for path in PACKAGE_FILES if path.parent == folder and path.name != "__init__.py"]
+        assert len(files) <= MAX_FILES, f"{folder.relative_to(ROOT)} holds {len(files)} modules"
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+        assert text and len(text.split("\n\n")) >= 2 or folder == PACKAGE, f"{folder.relative_to(ROOT)}/__init__.py"
+    for folder in sorted({path.parent for path in python_files("tests", "bench")}):
+        assert len(list(folder.glob("*.py"))) <= MAX_FILES, folder.relative_to(ROOT)
+
+
+def test_tests_lie_in_the_rooms_of_the_code():
+    rooms = {room.replace(".", "/") for room in ORDER}
+    others = {"bench", "docs", "packaging", "support"}
+    for path in python_files("tests"):
+        room = str(path.parent.relative_to(ROOT / "tests"))
+        if path.name.startswith("test_") and room.split("/")[0] not in others:
+            assert any(room == known or room.startswith(known + "/") for known in rooms), path.relative_to(ROOT)
 
 
 def test_the_readmes_plain_torch_is_equivalent():
-    fused, plain = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    fused, plain = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     generator = torch.Generator().manual_seed(0)
     names = {"queries": (2, 3, 16), "memory": (2, 1500, 16), "query": (3, 16), "own_key": (3, 16)}
     given = {name: F.normalize(torch.randn(shape, generator=generator), dim=-1) for name, shape in names.items()}

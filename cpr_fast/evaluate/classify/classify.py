@@ -88,8 +88,7 @@ def classify(
         `task`, `recipe`, `leakage`, `view` (the headline: two_stream where both views are there) with its `accuracy`
         and `accuracy_ci95`, `summary` (the same of every view: mean over splits and seeds; the interval is over seeds
         where there are several, else, for one split, of the bootstrap over sources; `accuracy_std`, n - 1, is over
-        splits, None for one), `results` (a row per index, seed
-        and view, see `classification_scores`) and `file`, where all this was written.
+        splits, None for one), `results` (rows of `classification_scores`) and `file`, where all this was written.
     """
     if not indexes or not seeds:
         raise InputError(f"index, seeds: expected at least one of each, got {len(indexes)} and {len(seeds)}")
@@ -110,18 +109,20 @@ def classify(
             common = {"task": task, "recipe": recipe, "index": str(path), "split": number + 1, "seed": seed}
             rows += [common | row for row in _score(found, split, crops)]
     summary = _summary(rows, len(indexes))
-    headline = summary[-1]
+    headline = {key: summary[-1][key] for key in ("view", "accuracy", "accuracy_ci95")}
     result = {"task": task, "recipe": recipe, "leakage": how.leakage, "crops": crops, "checkpoint": pretrained.name,
-              "settings": dataclasses.asdict(settings), "view": headline["view"], "accuracy": headline["accuracy"],
-              "accuracy_ci95": headline["accuracy_ci95"], "summary": summary, "results": rows}  # fmt: skip
+              "settings": dataclasses.asdict(settings), **headline, "summary": summary, "results": rows}  # fmt: skip
     parts = [pretrained.name, list(map(str, indexes)), list(seeds), result["settings"], crops, *_processes(job)]
-    name = digest(json.dumps(parts))
-    path = write_result(folder, f"{task}-{recipe}-{name[:8]}", result)
+    path = write_result(folder, f"{task}-{recipe}-{digest(json.dumps(parts))[:8]}", result)
     if run_dir is not None and world.is_main:
-        with MetricsWriter(run_dir) as writer:
-            for row in rows:
-                writer.write({"kind": "classification", **row})
+        _write_metrics(run_dir, rows)
     return result | {"file": str(path)}
+
+
+def _write_metrics(run_dir: str | Path, rows: list[dict[str, Any]]) -> None:
+    with MetricsWriter(run_dir) as writer:
+        for row in rows:
+            writer.write({"kind": "classification", **row})
 
 
 @dataclass(frozen=True)

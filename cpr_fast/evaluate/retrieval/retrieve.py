@@ -28,8 +28,8 @@ from cpr_fast.data.index.index import Index, Video
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, weights_digest
 from cpr_fast.evaluate.features.embedding import Embedding, calibrate_batch_norm, encoder_embeddings
-from cpr_fast.evaluate.features.pretrained import load_pretrained
-from cpr_fast.evaluate.features.recipe import RecipeName, make_recipe
+from cpr_fast.evaluate.features.pretrained import Pretrained, load_pretrained
+from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, make_recipe
 from cpr_fast.evaluate.features.results import Checkpoints, write_result
 from cpr_fast.evaluate.features.windows import open_windows
 from cpr_fast.evaluate.retrieval.baselines import BASELINES
@@ -90,15 +90,10 @@ def retrieve(
     def open_loader(part: Index) -> WindowLoader:
         return open_windows(part, pretrained.data, list(pretrained.encoders), how, device)
 
-    gallery = _split(splits[0], protocol)[0]  # for every split: untrained features of the videos they share are kept
-    spread = Index(gallery[i] for i in range(0, len(gallery), math.ceil(len(gallery) / CALIBRATION_VIDEOS)))
-    with closing(open_loader(spread)) as loader:
-        untrained = _untrained_twins(pretrained.configs, loader, untrained_seed, device)
-    embeddings: dict[str, Embedding] = {}
-    for name, networks in {"trained": pretrained.encoders, "untrained": untrained}.items():
-        keys = {view: weights_digest(encoder) if cache else "" for view, encoder in networks.items()}
-        embeddings |= encoder_embeddings(name, networks, how, keys)
-    embeddings |= {name: baseline for name, baseline in BASELINES.items() if baseline.view in pretrained.encoders}
+    # The first split calibrates the untrained network for every split, so that the untrained features of videos that
+    # the splits share are computed once.
+    gallery = _split(splits[0], protocol)[0]
+    embeddings = _embeddings(pretrained, how, gallery, open_loader, untrained_seed, device, cache=cache)
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, device)) if cache else None
     results, examples = [], []
     for number, (path, index) in enumerate(zip(paths, splits, strict=True), 1):
@@ -108,18 +103,47 @@ def retrieve(
         examples = examples or shown
     summary = _summary(results)
     if run_dir is not None and world.is_main:
-        with MetricsWriter(run_dir) as writer:
-            for row in summary:
-                writer.write({"kind": "retrieval", **row})
-            for row in examples:
-                writer.write({"kind": "retrieved", **row})
-    headline = [row for row in summary if row["name"] == "trained"][-1]
-    rates = {f"r@{k}": headline[f"r@{k}"] for k in RANKS}
-    result = {"protocol": protocol, "recipe": recipe, "leakage": how.leakage, "checkpoint": pretrained.name,
-              "index": " ".join(map(str, paths)), "view": headline["view"], **rates, "summary": summary,
+        _write_metrics(run_dir, summary, examples)
+    result = _headline(summary) | {"protocol": protocol, "recipe": recipe, "leakage": how.leakage,
+              "checkpoint": pretrained.name, "index": " ".join(map(str, paths)), "summary": summary,
               "results": results}  # fmt: skip
     name = digest(json.dumps([pretrained.name, list(map(str, paths)), protocol, repr(how)]))[:8]
     return result | {"file": str(write_result(pretrained.evaluations, f"retrieval-{recipe}-{name}", result))}
+
+
+def _headline(summary: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the view and the R@k of the trained network's last row: two-stream where it has both views."""
+    row = [row for row in summary if row["name"] == "trained"][-1]
+    return {"view": row["view"], **{f"r@{k}": row[f"r@{k}"] for k in RANKS}}
+
+
+def _embeddings(
+    pretrained: Pretrained,
+    how: Recipe,
+    gallery: Index,
+    open_loader: Callable[[Index], WindowLoader],
+    seed: int,
+    device: str,
+    *,
+    cache: bool,
+) -> dict[str, Embedding]:
+    """Returns the embeddings to compare: the trained encoders, the same encoders untrained, and the baselines."""
+    spread = Index(gallery[i] for i in range(0, len(gallery), math.ceil(len(gallery) / CALIBRATION_VIDEOS)))
+    with closing(open_loader(spread)) as loader:
+        untrained = _untrained_twins(pretrained.configs, loader, seed, device)
+    embeddings: dict[str, Embedding] = {}
+    for name, networks in {"trained": pretrained.encoders, "untrained": untrained}.items():
+        keys = {view: weights_digest(encoder) if cache else "" for view, encoder in networks.items()}
+        embeddings |= encoder_embeddings(name, networks, how, keys)
+    return embeddings | {name: item for name, item in BASELINES.items() if item.view in pretrained.encoders}
+
+
+def _write_metrics(run_dir: str | Path, summary: list[dict[str, Any]], examples: list[dict[str, Any]]) -> None:
+    with MetricsWriter(run_dir) as writer:
+        for row in summary:
+            writer.write({"kind": "retrieval", **row})
+        for row in examples:
+            writer.write({"kind": "retrieved", **row})
 
 
 def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,7 @@ from cpr_fast.evaluate.features.recipe import RecipeName, make_recipe
 from cpr_fast.evaluate.features.results import Checkpoints
 from cpr_fast.evaluate.features.windows import open_windows
 from cpr_fast.evaluate.retrieval.ranking import Comparison, prepare
+from cpr_fast.models import Encoder
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +81,7 @@ def search(
     pretrained = load_pretrained(checkpoint, device=device)
     stored = pretrained.data.flow == "stored"
     index = Index.load(index_csv, require_flow=stored)
-    encoders, note = dict(pretrained.encoders), None
-    without = sum(video.flow_path is None for video in index) if stored else 0
-    if "flow" in encoders and len(encoders) > 1 and without:
-        del encoders["flow"]
-        note = f"flow is left out: {without} of {len(index)} videos of the index have none; run `cpr-fast flow` first"
-        log.warning(note)
+    encoders, note = _usable_encoders(pretrained.encoders, index, stored)
 
     def open_loader(part: Index) -> WindowLoader:
         return open_windows(part, pretrained.data, list(encoders), how, device)
@@ -102,18 +98,42 @@ def search(
             path = queries[int((windows == 0).nonzero()[0])]
             raise InputError(f"query {str(path)!r}: expected a video that decodes, got none of its clips")
         gallery, counts = embed_index(index, embeddings, open_loader, store, description="index", progress=progress)
-        kept = counts > 0
-        videos = [video for video, there in zip(index, kept.tolist(), strict=True) if there]
-        pairs = [prepare(features[n], gallery[n][kept], how.metric, centre="gallery") for n in embeddings]
-        comparison = Comparison(pairs, how.metric)
-        rows = []
-        for number, (path, name) in enumerate(zip(queries, _names(queries), strict=True)):
-            found = _nearest(comparison, number, videos, top)
-            picture = draw(name, opened[number], found) if draw else None
-            rows.append({"path": str(path), "num_frames": opened[number].num_frames,
-                         "picture": str(picture) if picture else None, "results": found})  # fmt: skip
+        videos = [video for video, windows_read in zip(index, counts.tolist(), strict=True) if windows_read]
+        pairs = [prepare(features[n], gallery[n][counts > 0], how.metric, centre="gallery") for n in embeddings]
+        rows = _answers(Comparison(pairs, how.metric), queries, opened, videos, top, draw)
     return {"checkpoint": pretrained.name, "index": str(index_csv), "recipe": recipe, "views": list(encoders),
             "note": note, "videos": len(videos), "queries": rows}  # fmt: skip
+
+
+def _usable_encoders(
+    encoders: Mapping[str, Encoder], index: Index, stored: bool
+) -> tuple[dict[str, Encoder], str | None]:
+    """Returns the encoders whose view every video of the index has, and a note about a view that is left out."""
+    usable, note = dict(encoders), None
+    without = sum(video.flow_path is None for video in index) if stored else 0
+    if "flow" in usable and len(usable) > 1 and without:
+        del usable["flow"]
+        note = f"flow is left out: {without} of {len(index)} videos of the index have none; run `cpr-fast flow` first"
+        log.warning(note)
+    return usable, note
+
+
+def _answers(
+    comparison: Comparison,
+    queries: Sequence[str | Path],
+    opened: Index,
+    videos: Sequence[Video],
+    top: int,
+    draw: Draw | None,
+) -> list[dict[str, Any]]:
+    """Returns a row for each query, see `search`; the pictures are drawn while the queries' files are there."""
+    rows = []
+    for number, (path, name) in enumerate(zip(queries, _names(queries), strict=True)):
+        found = _nearest(comparison, number, videos, top)
+        picture = draw(name, opened[number], found) if draw else None
+        rows.append({"path": str(path), "num_frames": opened[number].num_frames,
+                     "picture": str(picture) if picture else None, "results": found})  # fmt: skip
+    return rows
 
 
 def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfig) -> Index:
