@@ -31,10 +31,10 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import logging, torch
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from support.stand_in_loader import RandomLoader, make_index
-from cpr_fast import distributed
+from cpr_fast.runtime import distributed
 from cpr_fast.config import Config
-from cpr_fast.interrupt import Interrupted
-from cpr_fast.pretrain.loop import pretrain
+from cpr_fast.runtime.interrupt import Interrupted
+from cpr_fast.pretrain.run.loop import pretrain
 torch.set_num_threads(1)
 plan, first = json.loads(os.environ["PLAN"]), os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
 class Loader(RandomLoader):

@@ -108,7 +108,7 @@ def test_a_killed_process_leaves_the_previous_file(tmp_path):
     """kill -9 while the second checkpoint is half written; the next save cleans up."""
     program = f"""
 import os, signal, torch
-from cpr_fast import checkpoint
+from cpr_fast.weights import checkpoint
 checkpoint.save_step({str(tmp_path)!r}, 1, {{"step": 1}}, keep=2)
 def half(payload, file):
     file.write(b"x" * 100_000); file.flush(); os.kill(os.getpid(), signal.SIGKILL)

@@ -254,9 +254,9 @@ def test_planning_and_decoding_need_no_dali():
     code = """
 import sys
 sys.modules["nvidia"] = None
-import cpr_fast.data.sampling, cpr_fast.data.video
+import cpr_fast.data.clips.sampling, cpr_fast.data.video
 try:
-    import cpr_fast.data.pipeline
+    import cpr_fast.data.clips.loader
 except ImportError as error:
     assert "nvidia-dali" in str(error), error
 else:

@@ -194,7 +194,7 @@ def test_a_run_killed_before_the_rename_is_continued(tmp_path, videos, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cpr_fast.data.storage.lmdb.os.replace", killed)
+        patch.setattr("cpr_fast.data.storage.record_writer.os.replace", killed)
         with pytest.raises(KeyboardInterrupt), RecordWriter(tmp_path / "x.lmdb") as writer:
             writer.put("a/one", [b"1"])
     with RecordWriter(tmp_path / "x.lmdb") as writer:

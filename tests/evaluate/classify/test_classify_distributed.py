@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[3])]
+    sys.path[:0] = [str(Path(__file__).parents[3]), str(Path(__file__).parents[3] / "tests")]
 
 import pytest
 import torch

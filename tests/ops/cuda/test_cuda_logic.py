@@ -531,7 +531,7 @@ def test_loss_of_a_row_does_not_depend_on_its_batch(emulated):
 
 def test_a_positive_outside_the_memory_stops_the_device():
     program = (
-        "import torch; from cuda_emulation.device import *\n"
+        "import torch; from support.cuda_emulation.device import *\n"
         "x = torch.ones(1, 2)\n"
         "Device(build()).mil_nce(x, x, torch.ones(3, 2), torch.tensor([[3]]))"
     )

@@ -41,8 +41,8 @@ import torch
 torch.set_num_threads(1)
 from support.stand_in_loader import NoisyLoader, make_index
 from cpr_fast.config import Config
-from cpr_fast.interrupt import Interrupted
-from cpr_fast.pretrain.loop import pretrain
+from cpr_fast.runtime.interrupt import Interrupted
+from cpr_fast.pretrain.run.loop import pretrain
 class Loader(NoisyLoader):
     sleep_s = 0.05
 try:
