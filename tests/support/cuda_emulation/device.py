@@ -58,10 +58,10 @@ class MilNceOutputs(ctypes.Structure):
 
 def build() -> Path:
     """Compiles the library, unless these very sources already are; returns its path."""
-    cuda = REPOSITORY / "csrc" / "cuda"
+    csrc = REPOSITORY / "csrc"
     emulation = Path(__file__).parent
-    sources = [*sorted(cuda.glob("*.cu")), emulation / "scheduler.cpp"]
-    headers = [*cuda.glob("*.cuh"), *emulation.glob("*.h"), *cuda.parent.glob("*.h"), Path(__file__)]
+    sources = [*sorted(csrc.glob("cuda/*/*.cu")), emulation / "scheduler.cpp"]
+    headers = [*csrc.rglob("*.cuh"), *csrc.rglob("*.h"), *emulation.glob("*.h"), Path(__file__)]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*sources, *sorted(headers)])).hexdigest()[:16]
     library = REPOSITORY / "build" / "cuda_emulation" / f"{digest}.so"
     if library.exists():
@@ -80,7 +80,7 @@ def build() -> Path:
         "-fno-tree-slp-vectorize",  # with it GCC 12 leaves out the rounding to float of a pair of doubles
     ]
     warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-U_FORTIFY_SOURCE"]  # longjmp between stacks
-    includes = [f"-I{emulation}", f"-I{cuda.parent}", f"-I{cuda}"]
+    includes = [f"-I{emulation}", f"-I{csrc}"]
     command = [os.environ.get("CXX", "g++"), *flags, *warnings, *includes, "-x", "c++", *map(str, sources)]
     subprocess.run([*command, "-o", str(partial)], check=True)
     os.replace(partial, library)

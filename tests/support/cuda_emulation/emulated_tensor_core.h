@@ -1,4 +1,4 @@
-// csrc/cuda/tensor_core.cuh for the emulated device. A copy lands when it is waited for and no sooner, so that a
+// csrc/cuda/common/tensor_core.cuh for the emulated device. A copy lands when it is waited for and no sooner, so that a
 // missing wait shows; the warp's instructions exchange through the scheduler like any other.
 #pragma once
 

@@ -1,0 +1,145 @@
+// cascade_select on the CPU: exact scores of a block of queries against the whole memory, then, query by query, all
+// stages on rows of integer keys.
+//
+// A score never changes between stages, so each compared view is scored once. Queries lie in the SIMD lanes and memory
+// values are broadcast, so that the memory is never packed. Extra memory: one block of score rows for all threads and
+// three rows per thread, O(threads * K).
+//
+// Letters: B queries, V views, K memory entries, D width, n stages, U compared views.
+#include "cpu/cascade_select/survivors.h"
+#include "cpu/common/dispatch.h"
+#include "cpu/common/lanes.h"
+
+namespace cpr::CPR_VARIANT {
+namespace {
+
+constexpr int64_t kChunk = 64;  // memory entries scored at a time
+constexpr int64_t kBlock = 32;  // queries whose score rows exist at a time
+constexpr const char* kNoMemory = "cascade_select: out of memory";
+
+struct Job {
+  const cpr_cascade_args& args;
+  int64_t* view_of;    // [U] compared views
+  int64_t* stage_row;  // [n] position of views[s] in view_of
+  int64_t U;
+  int64_t chunks;      // of the memory
+  int64_t row_stride;  // whole chunks and one cache line: at a power of two, 16 rows would share one set of the cache
+  float* panels;       // [U, D, lanes] queries of the block
+  int32_t* rows;       // [U, kBlock, row_stride] keys of the block
+  int64_t block_begin, block_size;
+  const char* failure;  // the same text whichever thread sets it
+};
+
+// ---- scoring -------------------------------------------------------------------------------------------
+
+// Keys of one chunk of memory entries against N x 16 queries, transposed into the score rows.
+template <int N>
+void score_chunk(const Job& job, int64_t u, int64_t chunk, const float* entries, int64_t count, float* buffer) {
+  constexpr int64_t kLanes = N * 16;
+  const int64_t D = job.args.D;
+  for (int64_t lane = 0; lane < kBlock && lane < ceil_div(job.block_size, 16) * 16; lane += kLanes) {
+    const float* panel = job.panels + (u * kBlock + lane) * D;
+    int32_t* rows = job.rows + (u * kBlock + lane) * job.row_stride + chunk * kChunk;
+    for (int64_t q = 0; q < kLanes; ++q) {  // the cache lines that the keys will go to, while the scores are computed
+      for (int64_t k = 0; k < kChunk; k += 16) __builtin_prefetch(rows + q * job.row_stride + k, 1);
+    }
+    tiles<N, false>(count, Operand<float>{entries, D, 1}, panel, kLanes, D, buffer, kLanes);
+    for (int64_t i = count * kLanes; i < kChunk * kLanes; i += 16) store(buffer + i, broadcast(__builtin_nanf("")));
+    for (int64_t v = 0; v < N; ++v) {
+      for (int64_t k = 0; k < kChunk; k += 16) {
+        transpose_keys(buffer + k * kLanes + v * 16, kLanes, rows + v * 16 * job.row_stride + k, job.row_stride);
+      }
+    }
+  }
+}
+
+void score_chunks(int64_t begin, int64_t end, void* context) {
+  Job& job = *static_cast<Job*>(context);
+  const cpr_cascade_args& a = job.args;
+  const ExactArithmetic exact;
+  const Scratch<float> buffer(kChunk * kBlock), widened(a.dtype == CPR_F32 ? 0 : kChunk * a.D);
+  if (!buffer.data || !widened.data) {
+    job.failure = kNoMemory;
+    return;
+  }
+  for (int64_t u = 0; u < job.U; ++u) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = job.view_of[u] * a.K + chunk * kChunk;
+      const int64_t count = a.K - chunk * kChunk < kChunk ? a.K - chunk * kChunk : kChunk;
+      const float* entries = static_cast<const float*>(a.memory) + first * a.D;
+      if (a.dtype != CPR_F32) {
+        widen(a.memory, a.dtype, first * a.D, count * a.D, widened.data);
+        entries = widened.data;
+      }
+      if (job.block_size > 16 && kTileVectors > 1) {
+        score_chunk<kTileVectors>(job, u, chunk, entries, count, buffer.data);
+      } else {
+        score_chunk<1>(job, u, chunk, entries, count, buffer.data);
+      }
+    }
+  }
+}
+
+// ---- selection -------------------------------------------------------------------------------------------
+
+template <int kViews>
+void select_queries(int64_t begin, int64_t end, void* context) {
+  Job& job = *static_cast<Job*>(context);
+  const cpr_cascade_args& a = job.args;
+  const Scratch<int32_t> slots(a.K), first(2 * a.K), second(2 * a.K);  // two keys, or one 64-bit word, per entry
+  if (!slots.data || !first.data || !second.data) {
+    job.failure = kNoMemory;
+    return;
+  }
+  int32_t* const scratch[2] = {first.data, second.data};
+  for (int64_t q = begin; q < end; ++q) {
+    Survivors s{slots.data, job.rows + q * job.row_stride, kBlock * job.row_stride, job.U, 0};
+    drop_excluded<kViews>(s, a, job.block_begin + q);
+    for (int64_t stage = 0; stage < a.n; ++stage) select_stage<kViews>(s, job.stage_row[stage], a.keep[stage], scratch);
+    write_result(s, a, job.stage_row[a.n - 1], job.block_begin + q, scratch);
+  }
+}
+
+void pack_block(Job& job, float* row) {
+  const cpr_cascade_args& a = job.args;
+  const int64_t lanes = job.block_size > 16 ? kTileVectors * 16 : 16;
+  for (int64_t u = 0; u < job.U; ++u) {
+    const size_t view = static_cast<size_t>(job.view_of[u] * a.B * a.D) * element_size(a.dtype);
+    for (int64_t lane = 0; lane < kBlock; lane += lanes) {
+      pack_panel(static_cast<const char*>(a.queries) + view, a.dtype, job.block_begin + lane, lanes, a.B, a.D, row,
+                 job.panels + (u * kBlock + lane) * a.D);
+    }
+  }
+}
+
+}  // namespace
+
+const char* cascade_select(const cpr_cascade_args* args, cpr_parallel_for parallel) {
+  const cpr_cascade_args& a = *args;
+  if (a.K >= INT32_MAX - kChunk) return "cascade_select: expected K < 2^31 - 64";
+  const Scratch<int64_t> view_of(a.n), stage_row(a.n);
+  if (!view_of.data || !stage_row.data) return kNoMemory;
+  const int64_t chunks = ceil_div(a.K, kChunk);
+  Job job{a, view_of.data, stage_row.data, 0, chunks, chunks * kChunk + 16, nullptr, nullptr, 0, 0, nullptr};
+  for (int64_t s = 0; s < a.n; ++s) {
+    int64_t u = 0;
+    while (u < job.U && job.view_of[u] != a.views[s]) ++u;
+    if (u == job.U) job.view_of[job.U++] = a.views[s];
+    job.stage_row[s] = u;
+  }
+  const Scratch<float> panels(job.U * kBlock * a.D), row(a.D);
+  const Scratch<int32_t> rows(job.U * kBlock * job.row_stride);
+  if (!panels.data || !row.data || !rows.data) return kNoMemory;
+  job.panels = panels.data;
+  job.rows = rows.data;
+  for (job.block_begin = 0; job.block_begin < a.B; job.block_begin += kBlock) {
+    job.block_size = a.B - job.block_begin < kBlock ? a.B - job.block_begin : kBlock;
+    pack_block(job, row.data);
+    parallel(job.chunks, 4, score_chunks, &job);
+    if (job.failure == nullptr) parallel(job.block_size, 1, job.U == 2 ? select_queries<2> : select_queries<0>, &job);
+    if (job.failure != nullptr) return job.failure;
+  }
+  return nullptr;
+}
+
+}  // namespace cpr::CPR_VARIANT

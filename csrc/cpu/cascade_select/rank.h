@@ -1,0 +1,131 @@
+// Selects the key of a given rank from a row of integer keys.
+#pragma once
+
+#include "cpu/common/lanes.h"
+
+namespace cpr::CPR_VARIANT {
+namespace {
+
+constexpr int kSample = 32;    // keys sampled to bracket a threshold
+constexpr int kMaxRounds = 8;  // brackets tried before the bisection that always ends
+
+// The keys of descending ranks `upper` <= `lower` among the n keys of N vectors, padded with kNoKey.
+template <int N>
+void ranked_vectors(const int32_t* padded, int n, int upper, int lower, int32_t* upper_key, int32_t* lower_key) {
+  Key16 lanes[N], rank[N];  // rank: how many keys are greater, so that equal keys share one
+  for (int v = 0; v < N; ++v) {
+    lanes[v] = load(padded + v * 16);
+    rank[v] = broadcast(0);
+  }
+  for (int i = 0; i < n; ++i) {
+    const Key16 key = broadcast(padded[i]);
+    for (int v = 0; v < N; ++v) rank[v] = add_greater(rank[v], key, lanes[v]);
+  }
+  Key16 at_upper = broadcast(INT32_MAX), at_lower = at_upper;
+  for (int v = 0; v < N; ++v) {
+    at_upper = min(at_upper, select(greater(rank[v], broadcast(upper)), broadcast(INT32_MAX), lanes[v]));
+    at_lower = min(at_lower, select(greater(rank[v], broadcast(lower)), broadcast(INT32_MAX), lanes[v]));
+  }
+  *upper_key = least(at_upper);
+  *lower_key = least(at_lower);
+}
+
+// The same among n <= kSample keys.
+void ranked(const int32_t* keys, int n, int upper, int lower, int32_t* upper_key, int32_t* lower_key) {
+  alignas(64) int32_t padded[kSample];
+  for (int i = 0; i < kSample; ++i) padded[i] = i < n ? keys[i] : kNoKey;
+  if (n <= 16) {
+    ranked_vectors<1>(padded, n, upper, lower, upper_key, lower_key);
+  } else {
+    ranked_vectors<kSample / 16>(padded, n, upper, lower, upper_key, lower_key);
+  }
+}
+
+int64_t count_greater(const int32_t* keys, int64_t n, int32_t than) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    count += count_lanes(greater(load(keys + i), broadcast(than)) & first_lanes(n - i));
+  }
+  return count;
+}
+
+struct Threshold {
+  int32_t key;
+  int64_t greater;  // how many keys are above it
+};
+
+// By bisection over the key space, 32 passes: for what sampling cannot narrow, such as rows of few distinct values.
+Threshold bisect(const int32_t* keys, int64_t n, int64_t rank) {
+  int64_t low = INT32_MIN, high = INT32_MAX;  // the threshold lies in low..high
+  while (low < high) {
+    const int64_t middle = (low + high) >> 1;
+    if (count_greater(keys, n, static_cast<int32_t>(middle)) <= rank) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return {static_cast<int32_t>(low), count_greater(keys, n, static_cast<int32_t>(low))};
+}
+
+// Copies the keys in low..high to `out`, counts those above.
+int64_t bracket(const int32_t* keys, int64_t n, int32_t low, int32_t high, int32_t* out, int64_t* above) {
+  const Key16 lows = broadcast(low), highs = broadcast(high);
+  int64_t count = 0, greater_count = 0;
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const Key16 key = load(keys + i);
+    const Mask16 over = greater(key, highs);
+    greater_count += count_lanes(over);
+    count += compress(out + count, static_cast<Mask16>(~(over | greater(lows, key))), key);
+  }
+  if (i < n) {
+    const Key16 key = load(keys + i);
+    const Mask16 valid = first_lanes(n - i), over = greater(key, highs);
+    greater_count += count_lanes(valid & over);
+    count += compress(out + count, valid & ~(over | greater(lows, key)), key);
+  }
+  *above = greater_count;
+  return count;
+}
+
+// The key of descending `rank` (0-based) among n keys: sampled order statistics bracket it, the bracket is copied
+// aside, and so on until few enough remain to be ranked directly. `scratch`: two buffers of n keys.
+Threshold select_rank(const int32_t* keys, int64_t n, int64_t rank, int32_t* const scratch[2]) {
+  int64_t above = 0;
+  for (int round = 0; n > kSample; ++round) {
+    if (round == kMaxRounds) {
+      const Threshold found = bisect(keys, n, rank);
+      return {found.key, above + found.greater};
+    }
+    int32_t sample[kSample], low, high;
+    for (int i = 0; i < kSample; ++i) sample[i] = keys[(2 * i + 1) * n / (2 * kSample)];
+    const float share = (static_cast<float>(rank) + 0.5f) / static_cast<float>(n);
+    const float width = 2.0f * __builtin_sqrtf(kSample * share * (1.0f - share)) + 1.0f;  // two standard deviations
+    const int upper = static_cast<int>(kSample * share - width), lower = static_cast<int>(kSample * share + width);
+    ranked(sample, kSample, upper < 0 ? 0 : upper, lower >= kSample ? kSample - 1 : lower, &high, &low);
+    if (kSample * share - width < 0) high = INT32_MAX;
+    if (lower >= kSample) low = INT32_MIN;
+
+    int32_t* out = keys == scratch[0] ? scratch[1] : scratch[0];
+    int64_t greater_count;
+    int64_t inside = bracket(keys, n, low, high, out, &greater_count);
+    if (rank < greater_count) {  // missed: it lies above
+      inside = bracket(keys, n, high + 1, INT32_MAX, out, &greater_count);
+    } else if (rank >= greater_count + inside) {  // missed: it lies below
+      inside = bracket(keys, n, INT32_MIN, low - 1, out, &greater_count);
+    } else if (low == high) {
+      return {low, above + greater_count};
+    }
+    above += greater_count;
+    rank -= greater_count;
+    n = inside;
+    keys = out;
+  }
+  int32_t key, same;
+  ranked(keys, static_cast<int>(n), static_cast<int>(rank), static_cast<int>(rank), &key, &same);
+  return {key, above + count_greater(keys, n, key)};
+}
+
+}  // namespace
+}  // namespace cpr::CPR_VARIANT

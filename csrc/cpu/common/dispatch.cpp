@@ -1,0 +1,84 @@
+#include "cpu/common/dispatch.h"
+
+#include <atomic>
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace cpr {
+namespace {
+
+#define CPR_TABLE(variant) \
+  KernelTable { #variant, variant::cascade_select, variant::mil_nce_forward, variant::mil_nce_grad_memory }
+
+// The variants this machine can run, best first.
+const std::vector<KernelTable>& runnable() {
+  static const std::vector<KernelTable> tables = [] {
+    std::vector<KernelTable> found;
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      found.push_back(CPR_TABLE(avx512));
+    }
+    if (avx2) found.push_back(CPR_TABLE(avx2));
+#endif
+    found.push_back(CPR_TABLE(portable));
+    return found;
+  }();
+  return tables;
+}
+
+std::atomic<const KernelTable*> forced{nullptr};
+
+}  // namespace
+
+const KernelTable& kernels() {
+  const KernelTable* table = forced.load(std::memory_order_relaxed);
+  return table ? *table : runnable().front();
+}
+
+}  // namespace cpr
+
+extern "C" {
+
+const char* cpr_cascade_select_cpu(const cpr_cascade_args* args, cpr_parallel_for parallel) {
+  return cpr::kernels().cascade_select(args, parallel);
+}
+
+const char* cpr_mil_nce_forward_cpu(const cpr_mil_nce_args* args, const cpr_mil_nce_outputs* outputs,
+                                    cpr_parallel_for parallel) {
+  return cpr::kernels().mil_nce_forward(args, outputs, parallel);
+}
+
+const char* cpr_mil_nce_grad_memory_cpu(const cpr_mil_nce_args* args, const void* grad_loss, const void* lse_all,
+                                        const void* lse_positive, void* grad_memory, cpr_parallel_for parallel) {
+  return cpr::kernels().mil_nce_grad_memory(args, grad_loss, lse_all, lse_positive, grad_memory, parallel);
+}
+
+const char* cpr_cpu_variants(void) {
+  static const std::string names = [] {
+    std::string joined;
+    for (const auto& table : cpr::runnable()) joined += std::string(joined.empty() ? "" : ",") + table.name;
+    return joined;
+  }();
+  return names.c_str();
+}
+
+int cpr_force_cpu_variant(const char* name) {
+  if (name == nullptr) {
+    cpr::forced = nullptr;
+    return 0;
+  }
+  for (const auto& table : cpr::runnable()) {
+    if (std::strcmp(table.name, name) == 0) {
+      cpr::forced = &table;
+      return 0;
+    }
+  }
+  return 1;
+}
+
+const char* cpr_cuda_architectures(void) { return CPR_CUDA_ARCHITECTURES; }
+
+}  // extern "C"

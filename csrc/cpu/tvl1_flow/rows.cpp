@@ -1,0 +1,282 @@
+// The inner loops of TV-L1 flow (Zach, Pock, Bischof 2007, in the form of OpenCV's DualTVL1OpticalFlow).
+//
+// Compiled once per CPU variant. The order and rounding of every operation are part of the result: they are OpenCV's,
+// whose median filter and stop test amplify a last bit into pixels, and all variants give the same bits.
+#include "cpu/tvl1_flow/rows.h"
+
+#include <cstddef>
+#include <iterator>
+#include <utility>
+
+#include "cpu/common/vec16.h"
+#include "cpu/tvl1_flow/levels.h"
+#include "cpu/tvl1_flow/median_networks.h"
+
+namespace cpr::tvl1 {
+namespace {
+
+// 1 for lanes below `count` of the last vector of a row, else 0.
+inline Vec16 first_lanes(int count) {
+  alignas(64) static const float steps[2 * kLanes] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  return load(steps + kLanes - count);
+}
+
+// ---- one inner iteration ---------------------------------------------------------------------------
+
+// sqrt(x^2 + y^2) rounded once, as hypotf: what the squares, their sum and the root lost by rounding comes back in one
+// Newton step.
+inline Vec16 hypot(Vec16 x, Vec16 y) {
+  const Vec16 zero = broadcast(0.0f);
+  const Vec16 xx = x * x, yy = y * y;
+  const Vec16 greater = max(xx, yy), lesser = min(xx, yy), sum = greater + lesser;
+  const Vec16 lost_by_squares = fma(x, x, zero - xx) + fma(y, y, zero - yy);
+  const Vec16 lost_by_sum = lesser - (sum - greater);
+  const Vec16 root = sqrt(sum);
+  const Vec16 residual = fnma(root, root, sum) + (lost_by_squares + lost_by_sum);
+  return root + residual / max(root + root, broadcast(1e-30f));
+}
+
+// Dual step of one flow component: (pa, pb) + tau/theta grad u, divided by 1 + tau/theta |grad u|.
+inline void dual_step(Vec16 taut, Vec16 ux, Vec16 uy, Vec16& pa, Vec16& pb) {
+  const Vec16 norm = broadcast(1.0f) + taut * hypot(ux, uy);
+  pa = (pa + taut * ux) / norm;
+  pb = (pb + taut * uy) / norm;
+}
+
+// The rows one fused step touches. kPrimal updates u of row y, kDual then updates p of row y-1, which only needs the
+// new u of rows y-1 and y. Source and target may be the same buffer.
+struct StepRows {
+  const float* constants;     // row y
+  const float* source;        // row y
+  const float* source_above;  // row y-1 (zeros above the image)
+  float* target;              // row y
+  float* target_above;        // row y-1
+};
+
+template <bool kPrimal, bool kDual>
+inline void fused_vector(const StepRows& r, int S, int x, Vec16 l_t, Vec16 theta, Vec16 taut, Vec16 valid,
+                         Vec16& change) {
+  const Vec16 p12_above = load(r.source_above + kP12 * S + x);
+  const Vec16 p22_above = load(r.source_above + kP22 * S + x);
+  Vec16 u1, u2;
+  if constexpr (kPrimal) {
+    const Vec16 old1 = load(r.source + kU1 * S + x), old2 = load(r.source + kU2 * S + x);
+    const Vec16 wx = load(r.constants + kI1wx * S + x), wy = load(r.constants + kI1wy * S + x);
+    const Vec16 rho = load(r.constants + kRhoC * S + x) + (wx * old1 + wy * old2);
+    // The three cases of the thresholding step are one clamp. Where the gradient vanishes the quotient is infinite or
+    // NaN, which min turns into l_t, times a gradient of 0.
+    const Vec16 scale = max(min(rho / load(r.constants + kSquaredGrad * S + x), l_t), broadcast(0.0f) - l_t);
+    const Vec16 p11 = load(r.source + kP11 * S + x), p12 = load(r.source + kP12 * S + x);
+    const Vec16 p21 = load(r.source + kP21 * S + x), p22 = load(r.source + kP22 * S + x);
+    Vec16 div1 = (p11 - load(r.source + kP11 * S + x - 1)) + (p12 - p12_above);
+    Vec16 div2 = (p21 - load(r.source + kP21 * S + x - 1)) + (p22 - p22_above);
+    if (x == 0) {  // OpenCV adds in another order where there is no pixel to the left
+      div1 = first_lane((p11 + p12) - p12_above, div1);
+      div2 = first_lane((p21 + p22) - p22_above, div2);
+    }
+    u1 = (old1 - scale * wx) + theta * div1;
+    u2 = (old2 - scale * wy) + theta * div2;
+    store(r.target + kU1 * S + x, u1);
+    store(r.target + kU2 * S + x, u2);
+    const Vec16 d1 = (u1 - old1) * valid, d2 = (u2 - old2) * valid;
+    change = change + (d1 * d1 + d2 * d2);
+  }
+  if constexpr (kDual) {
+    const Vec16 a1 = load(r.target_above + kU1 * S + x), a2 = load(r.target_above + kU2 * S + x);
+    const Vec16 zero = broadcast(0.0f);
+    Vec16 pa = load(r.source_above + kP11 * S + x), pb = p12_above;
+    dual_step(taut, load(r.target_above + kU1 * S + x + 1) - a1, kPrimal ? u1 - a1 : zero, pa, pb);
+    store(r.target_above + kP11 * S + x, pa);
+    store(r.target_above + kP12 * S + x, pb);
+    pa = load(r.source_above + kP21 * S + x), pb = p22_above;
+    dual_step(taut, load(r.target_above + kU2 * S + x + 1) - a2, kPrimal ? u2 - a2 : zero, pa, pb);
+    store(r.target_above + kP21 * S + x, pa);
+    store(r.target_above + kP22 * S + x, pb);
+  }
+}
+
+template <bool kPrimal, bool kDual>
+void fused_row(const Level& level, const Step& step, const StepRows& r, float* change16) {
+  const int S = level.stride, last = (level.vectors - 1) * kLanes;
+  const Vec16 l_t = broadcast(step.l_t), theta = broadcast(step.theta), taut = broadcast(step.taut);
+  const Vec16 all = broadcast(1.0f), tail = first_lanes(level.width - last);
+  Vec16 change = load(change16);
+  for (int x = 0; x < last; x += kLanes) fused_vector<kPrimal, kDual>(r, S, x, l_t, theta, taut, all, change);
+  fused_vector<kPrimal, kDual>(r, S, last, l_t, theta, taut, tail, change);
+  store(change16, change);
+  if (kPrimal) {  // the forward difference of the last column is 0: repeat its pixel one to the right
+    for (int field : {kU1, kU2}) r.target[field * S + level.width] = r.target[field * S + level.width - 1];
+  }
+}
+
+// Iteration k works one row behind iteration k-1: its row y needs only rows y-1 and y of iteration k-1's duals.
+// Every array so streams through the cache once per block of iterations instead of once per iteration.
+void iterate(const Level& level, const Step& step, const float* constants, const float* source, float* target,
+             int count, double* squared_change) {
+  const ptrdiff_t state_pitch = ptrdiff_t{kStateFields} * level.stride;
+  const ptrdiff_t constant_pitch = ptrdiff_t{kConstantFields} * level.stride;
+  alignas(64) float change[kMaxBlock][kLanes] = {};
+  for (int front = 0; front < level.height + count; ++front) {
+    for (int k = 0; k < count; ++k) {
+      const int y = front - k;
+      if (y < 0 || y > level.height) continue;
+      const float* from = k == 0 ? source : target;
+      // Row -1 of both buffers is zeros.
+      const StepRows rows{constants + y * constant_pitch, from + y * state_pitch, from + (y - 1) * state_pitch,
+                          target + y * state_pitch, target + (y - 1) * state_pitch};
+      if (y == 0) {
+        fused_row<true, false>(level, step, rows, change[k]);
+      } else if (y == level.height) {
+        fused_row<false, true>(level, step, rows, change[k]);
+      } else {
+        fused_row<true, true>(level, step, rows, change[k]);
+      }
+    }
+  }
+  for (int k = 0; k < count; ++k) {
+    squared_change[k] = 0;
+    for (int lane = 0; lane < kLanes; ++lane) squared_change[k] += change[k][lane];
+  }
+}
+
+// ---- warping ---------------------------------------------------------------------------------------
+
+// Weights of the four taps at offsets -1..2 for a position t in [0, 1) between taps 0 and 1, rounded as OpenCV's.
+inline void cubic_weights(Vec16 t, Vec16 w[4]) {
+  const Vec16 one = broadcast(1.0f), a = broadcast(kA);
+  const Vec16 r = one - t;
+  w[0] = a * ((r * r) * t);
+  w[1] = fma(fma(broadcast(kA + 2), t, broadcast(-(kA + 3))), t * t, one);
+  w[3] = a * ((t * t) * r);
+  w[2] = one - w[0] - w[1] - w[3];
+}
+
+// Sixteen neighbouring pixels (x.., y) of the three warped images, as I1w, I1wx, I1wy.
+inline void warp_vector(const Level& level, const float* i1, Vec16 fx, Vec16 fy, Vec16 warped[3]) {
+  const ptrdiff_t pitch = level.width + 2 * kBorder;
+  // Outside these limits every tap is in the zero border. NaN becomes the lower limit.
+  fx = min(max(fx, broadcast(1 - kBorder)), broadcast(level.width + 1));
+  fy = min(max(fy, broadcast(1 - kBorder)), broadcast(level.height + 1));
+  const Vec16 floor_x = floor(fx), floor_y = floor(fy);
+  Vec16 weights_x[4], weights_y[4];
+  cubic_weights(fx - floor_x, weights_x);
+  cubic_weights(fy - floor_y, weights_y);
+  alignas(64) float column[kLanes], row[kLanes], wx[4][kLanes], wy[4][kLanes], pixel[kLanes][4];
+  store(column, floor_x);
+  store(row, floor_y);
+  for (int tap = 0; tap < 4; ++tap) {
+    store(wx[tap], weights_x[tap]);
+    store(wy[tap], weights_y[tap]);
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    const float* taps =
+        i1 + 4 * ((static_cast<int>(row[i]) + kBorder - 1) * pitch + static_cast<int>(column[i]) + kBorder - 1);
+    Vec4 along_x[4];
+    for (int y = 0; y < 4; ++y, taps += 4 * pitch) {
+      along_x[y] = load4(taps) * wx[0][i];
+      for (int x = 1; x < 4; ++x) along_x[y] = fma(load4(taps + 4 * x), wx[x][i], along_x[y]);
+    }
+    Vec4 sum = along_x[0] * wy[0][i];
+    for (int y = 1; y < 4; ++y) sum = fma(along_x[y], wy[y][i], sum);
+    store(pixel[i], sum);
+  }
+  alignas(64) float channel[kLanes];
+  for (int c = 0; c < 3; ++c) {
+    for (int i = 0; i < kLanes; ++i) channel[i] = pixel[i][c];
+    warped[c] = load(channel);
+  }
+}
+
+void warp(const Level& level, const float* i0, const float* i1, const float* state, float* constants) {
+  alignas(64) static const float iota[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const int S = level.stride;
+  for (int y = 0; y < level.height; ++y, state += kStateFields * S, constants += kConstantFields * S) {
+    for (int x = 0; x < level.vectors * kLanes; x += kLanes) {
+      const Vec16 u1 = load(state + kU1 * S + x), u2 = load(state + kU2 * S + x);
+      Vec16 warped[3];
+      warp_vector(level, i1, load(iota) + broadcast(x) + u1, broadcast(y) + u2, warped);
+      const Vec16 wx = warped[1], wy = warped[2];
+      store(constants + kI1wx * S + x, wx);
+      store(constants + kI1wy * S + x, wy);
+      store(constants + kSquaredGrad * S + x, wx * wx + wy * wy);
+      store(constants + kRhoC * S + x,
+            warped[0] - wx * u1 - wy * u2 - load(i0 + ptrdiff_t{y} * level.vectors * kLanes + x));
+    }
+  }
+}
+
+// ---- median filter ---------------------------------------------------------------------------------
+
+inline void exchange(Vec16& a, Vec16& b) {
+  const Vec16 low = min(a, b);
+  b = max(a, b);
+  a = low;
+}
+
+template <const auto& kNetwork, size_t... kIndex>
+inline void exchange_each(Vec16* wires, std::index_sequence<kIndex...>) {
+  (exchange(wires[kNetwork[kIndex][0]], wires[kNetwork[kIndex][1]]), ...);
+}
+template <const auto& kNetwork>
+inline void apply(Vec16* wires) {  // unrolled at compile time: halves of exchanges that nothing reads disappear
+  exchange_each<kNetwork>(wires, std::make_index_sequence<std::size(kNetwork)>{});
+}
+
+// Row y of one field with its edge pixels repeated `kLanes` to either side.
+void copy_bordered(const Level& level, const float* row, float* out) {
+  for (int x = 0; x < level.vectors * kLanes; x += kLanes) store(out + kLanes + x, load(row + x));
+  for (int x = 0; x < kLanes; ++x) {
+    out[x] = row[0];
+    out[kLanes + level.width + x] = row[level.width - 1];
+  }
+}
+
+template <int kSize, const auto& kSortColumn, const auto& kMedianNetwork, int kWire>
+void median_field(const Level& level, float* field, float* ring) {
+  constexpr int kRadius = kSize / 2;
+  const ptrdiff_t pitch = ptrdiff_t{kStateFields} * level.stride;
+  const int S = level.stride + 2 * kLanes;
+  float* sorted = ring + kSize * S;
+  for (int y = 0; y <= kRadius && y < level.height; ++y) copy_bordered(level, field + y * pitch, ring + y % kSize * S);
+  for (int y = 0; y < level.height; ++y) {
+    const float* rows[kSize];
+    for (int i = 0; i < kSize; ++i) {
+      const int row = y + i - kRadius;
+      rows[i] = ring + (row < 0 ? 0 : row >= level.height ? level.height - 1 : row) % kSize * S;
+    }
+    Vec16 wires[kSize * kSize];
+    for (int x = 0; x < (level.vectors + 2) * kLanes; x += kLanes) {
+      for (int i = 0; i < kSize; ++i) wires[i] = load(rows[i] + x);
+      apply<kSortColumn>(wires);
+      for (int i = 0; i < kSize; ++i) store(sorted + i * S + x, wires[i]);
+    }
+    for (int x = 0; x < level.vectors * kLanes; x += kLanes) {
+      for (int i = 0; i < kSize * kSize; ++i) {
+        wires[i] = load(sorted + i / kSize * S + kLanes + x + i % kSize - kRadius);
+      }
+      apply<kMedianNetwork>(wires);
+      store(field + y * pitch + x, wires[kWire]);
+    }
+    const int next = y + kRadius + 1;
+    if (next < level.height) copy_bordered(level, field + next * pitch, ring + next % kSize * S);
+  }
+}
+
+void median(const Level& level, int size, float* state, float* ring) {
+  for (int field : {kU1, kU2}) {
+    float* first = state + ptrdiff_t{field} * level.stride;
+    if (size == 3) {
+      median_field<3, kSort3, kMedian9, kMedian9Wire>(level, first, ring);
+    } else {
+      median_field<5, kSort5, kMedian25, kMedian25Wire>(level, first, ring);
+    }
+  }
+}
+
+}  // namespace
+
+}  // namespace cpr::tvl1
+
+namespace cpr::CPR_VARIANT {
+const tvl1::Rows tvl1_rows = {tvl1::iterate, tvl1::warp, tvl1::median};
+}  // namespace cpr::CPR_VARIANT

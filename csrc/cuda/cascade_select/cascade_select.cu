@@ -1,0 +1,88 @@
+// cascade_select on CUDA. A score never changes between stages, so: one kernel scores a chunk of queries against
+// the memory in every view that a stage compares, and one block per query then runs all stages over its rows.
+// Three routes, by size:
+//   on chip     the rows of a query fit the shared memory of one block, survivors are bits in registers;
+//   in cache    the rows stay in the L2 cache, survivors are a list;
+//   refined     rows too long for either: scores come from tensor cores with a bound on their error. Each stage
+//               then rescores canonically what lies within the bound of its threshold, and decides on that.
+//
+// All three are exact: the canonical score (fp32 fused multiply-adds over d in order) and the total order (score
+// descending, slot ascending) make indices and scores those of the CPU, bit for bit. CPR_APPROX_BF16 takes tensor
+// core scores of features rounded to bfloat16 (float16 stays) for the truth instead, on either of the first routes.
+// Letters: B queries, V views, U views in use, K memory entries, D feature width, n stages.
+#include "cpr_fast.h"
+#include "cuda/cascade_select/plan.cuh"
+#include "cuda/cascade_select/score.cuh"
+#include "cuda/cascade_select/stages.cuh"
+
+namespace cpr {
+namespace {
+
+template <typename T>
+const char* run_chunk(const Plan& plan, const Inputs<T>& in, bool approximate, int64_t first, int64_t queries,
+                      const Chunk& chunk, cudaStream_t stream) {
+  const char* error;
+  if (plan.route == kRefined) {
+    error = launch_tensor_scores<true>(plan, in, first, queries, chunk, stream);
+  } else if (approximate) {
+    error = launch_tensor_scores<false>(plan, in, first, queries, chunk, stream);
+  } else if (queries <= 32) {  // small tiles, so that there are enough of them for every multiprocessor
+    error = launch_scores<4, 4>(plan, in, first, queries, chunk, stream);
+  } else {
+    error = launch_scores<8, 8>(plan, in, first, queries, chunk, stream);
+  }
+  if (error != nullptr) return error;
+  const dim3 blocks(static_cast<unsigned>(queries));
+  const int64_t rows = plan.views_used * plan.row * static_cast<int64_t>(sizeof(float));
+  switch (plan.route) {
+    case kOnChip:
+      return launch_sized(select_on_chip_kernel, blocks, kSelectThreads, sizeof(CascadeShared) + rows, stream, plan,
+                          chunk, first);
+    case kInCache:
+      return launch<CascadeShared>(select_kernel, blocks, kSelectThreads, stream, plan, chunk, first);
+    default:
+      return launch<CascadeShared>(select_refined_kernel<T>, blocks, kSelectThreads, stream, plan, chunk, in.queries,
+                                   in.memory, first);
+  }
+}
+
+template <typename T>
+const char* run(const cpr_cascade_args& args, void* workspace, cudaStream_t stream) {
+  const Plan plan = plan_of(args);
+  const int64_t entries = plan.chunk * plan.row;
+  Chunk chunk = {};
+  chunk.scores = static_cast<float*>(workspace);
+  chunk.survivors = reinterpret_cast<uint32_t*>(chunk.scores + plan.views_used * entries);
+  chunk.window = chunk.survivors + (plan.route == kOnChip ? 0 : entries);
+  chunk.ranking = reinterpret_cast<uint64_t*>(chunk.window + (plan.route == kRefined ? entries : 0));
+  chunk.key_squares = reinterpret_cast<unsigned*>(chunk.ranking + plan.chunk * plan.ranking_row);
+  chunk.indices = args.indices, chunk.top_scores = args.scores;
+  if (plan.route == kRefined) {
+    const cudaError_t status = cudaMemsetAsync(chunk.key_squares, 0, plan.views_used * sizeof(unsigned), stream);
+    if (status != cudaSuccess) return cudaGetErrorString(status);
+  }
+  const Inputs<T> in = {static_cast<const T*>(args.queries), static_cast<const T*>(args.memory), args.query_ids,
+                        args.memory_ids};
+  for (int64_t first = 0; first < plan.B; first += plan.chunk) {
+    const int64_t queries = plan.B - first < plan.chunk ? plan.B - first : plan.chunk;
+    const char* error = run_chunk(plan, in, args.precision == CPR_APPROX_BF16, first, queries, chunk, stream);
+    if (error != nullptr) return error;
+  }
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace cpr
+
+extern "C" size_t cpr_cascade_select_cuda_workspace(const cpr_cascade_args* args) {
+  if (cpr::check(*args) != nullptr) return 0;
+  const cpr::Plan plan = cpr::plan_of(*args);
+  return static_cast<size_t>(plan.chunk * cpr::bytes_per_query(plan)) + plan.views_used * sizeof(unsigned);
+}
+
+extern "C" const char* cpr_cascade_select_cuda(const cpr_cascade_args* args, void* workspace, void* stream) {
+  if (const char* error = cpr::check(*args)) return error;
+  return cpr::with_element_type(args->dtype, [&](auto element) {
+    return cpr::run<decltype(element)>(*args, workspace, static_cast<cudaStream_t>(stream));
+  });
+}

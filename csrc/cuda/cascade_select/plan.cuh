@@ -1,0 +1,126 @@
+// What a call of cascade_select amounts to: its route, how many queries at a time, the cut of its workspace. Letters as
+// in cascade_select.cu.
+#pragma once
+
+#include "cpr_fast.h"
+#include "cuda/cascade_select/select.cuh"
+#include "cuda/cascade_select/tensor_score.cuh"
+#include "cuda/common/launch.cuh"
+
+namespace cpr {
+namespace {
+
+constexpr int kMaxStages = 256;
+constexpr int64_t kRowUnit = 64;  // rows of the workspace start on 256-byte boundaries
+
+enum Route : int { kOnChip, kInCache, kRefined };
+
+// Everything about a call but its pointers, and the cut of its workspace:
+// scores float [U, chunk, row], survivors and window uint32 [chunk, row] each where the route has them,
+// ranking uint64 [chunk, ranking_row], key_squares float [U].
+struct Plan {
+  int64_t B, K, D, row, chunk, ranking_row, top_k;
+  int stages, views_used;
+  Route route;
+  int16_t view[kMaxStages];       // [stages] position of each stage's view among those in use
+  int32_t keep[kMaxStages];       // [stages] at most K
+  int32_t view_used[kMaxStages];  // [views_used] view of the inputs
+};
+static_assert(sizeof(Plan) < 3900, "kernel parameters are limited to 4 KiB before CUDA 12.1");
+
+struct alignas(16) CascadeShared {
+  SelectShared select;
+  float low[kMaxStages], high[kMaxStages];  // what is known of the survivors' range in each view in use; NaN: nothing
+  float bound[kMaxStages];                  // on the error of a score in each view in use, where scores are refined
+};
+
+const char* check(const cpr_cascade_args& args) {
+  if (args.V < 1 || args.B < 1 || args.K < 1 || args.D < 1 || args.n < 1) return "V, B, K, D, n: expected at least 1";
+  if (args.K > INT32_MAX || args.V > INT32_MAX) return "memory: the CUDA kernel takes at most 2^31 - 1 entries";
+  if (args.n > kMaxStages) return "views: the CUDA kernel takes at most 256 stages";
+  return nullptr;
+}
+
+int64_t bytes_per_query(const Plan& plan) {
+  const int lists = plan.route == kOnChip ? 0 : plan.route == kInCache ? 1 : 2;
+  return plan.row * static_cast<int64_t>(sizeof(float)) * (plan.views_used + lists) +
+         plan.ranking_row * static_cast<int64_t>(sizeof(uint64_t));
+}
+
+// The bytes of rows that stay in the L2 cache beside the memory that streams through it.
+int64_t cache_budget() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device) != cudaSuccess) return 0;
+  return static_cast<int64_t>(bytes) / 8 * 5;
+}
+
+// A refined chunk below the 32 queries of a tile would waste products: rows of which so many fit the cache stay there.
+Route route_of(const Plan& plan, const cpr_cascade_args& args) {
+  const int64_t rows = plan.views_used * plan.row * static_cast<int64_t>(sizeof(float));
+  if (plan.K <= kMaxMarked && static_cast<int64_t>(sizeof(CascadeShared)) + rows <= shared_memory_limit()) {
+    return kOnChip;
+  }
+  const bool fits = kScoreQueries * bytes_per_query(plan) <= cache_budget();
+  return fits || plan.D > kMaxBoundedWidth || args.precision == CPR_APPROX_BF16 ? kInCache : kRefined;
+}
+
+// Queries per chunk. Rows that fit the L2 cache together, where they do; for longer rows enough queries to fill
+// the multiprocessors, within a memory limit; at least one.
+int64_t chunk_of(const Plan& plan) {
+  const int64_t bytes = bytes_per_query(plan);
+  const int64_t in_cache = cache_budget() / bytes;
+  const int64_t in_memory = (static_cast<int64_t>(plan.route == kRefined ? 1024 : 256) << 20) / bytes;
+  const int64_t filling = in_memory < 128 ? in_memory : 128;
+  const int64_t chunk = in_cache > filling ? in_cache : filling;
+  return chunk < 1 ? 1 : chunk < plan.B ? chunk : plan.B;
+}
+
+Plan plan_of(const cpr_cascade_args& args) {
+  Plan plan = {};
+  plan.B = args.B, plan.K = args.K, plan.D = args.D;
+  plan.stages = static_cast<int>(args.n);
+  for (int s = 0; s < plan.stages; ++s) {
+    int u = 0;
+    while (u < plan.views_used && plan.view_used[u] != args.views[s]) ++u;
+    if (u == plan.views_used) plan.view_used[plan.views_used++] = static_cast<int32_t>(args.views[s]);
+    plan.view[s] = static_cast<int16_t>(u);
+    plan.keep[s] = static_cast<int32_t>(args.keep[s] < args.K ? args.keep[s] : args.K);
+  }
+  plan.top_k = args.keep[args.n - 1];
+  plan.row = round_up(plan.K, kRowUnit);
+  const int64_t ranked = plan.keep[plan.stages - 1];
+  plan.ranking_row = ranked > kCandidates ? round_up(ranked, kRowUnit) : 0;  // fewer are ranked in shared memory
+  plan.route = kInCache;
+  plan.route = route_of(plan, args);
+  plan.chunk = chunk_of(plan);
+  return plan;
+}
+
+// The workspace of a chunk and the outputs; `at` moves to one query.
+struct Chunk {
+  float* scores;
+  uint32_t *survivors, *window;
+  uint64_t* ranking;
+  unsigned* key_squares;
+  int64_t* indices;
+  float* top_scores;
+
+  __device__ __forceinline__ void at(const Plan& plan, int64_t row, int64_t first_query) {
+    scores += row * plan.row;
+    survivors += row * plan.row;
+    window += row * plan.row;
+    ranking += row * plan.ranking_row;
+    indices += (first_query + row) * plan.top_k;
+    top_scores += (first_query + row) * plan.top_k;
+  }
+};
+
+template <typename T>
+struct Inputs {
+  const T *queries, *memory;
+  const int64_t *query_ids, *memory_ids;
+};
+
+}  // namespace
+}  // namespace cpr

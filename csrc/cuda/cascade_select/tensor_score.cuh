@@ -1,0 +1,169 @@
+// Scores of queries against the memory on tensor cores, with a bound on how far they lie from the canonical ones.
+//
+// float32 features are split into two bfloat16 terms, x = h + l + r, and a score is the sum of hh' + hl' + lh'. With
+// P = sum_d |q_d k_d| <= |q| |k|, the unit roundoff 2^-8 of bfloat16 and D features, what is lost is at most
+//   3.1 * 2^-16 P      by the split (ll' and the two products with r),
+//   3.5 D * 2^-23 P    by the products' float sums: 3 D / 16 of them, of 17 terms, each term cut at the last place,
+// and the canonical chain itself rounds by at most 1.05 D * 2^-24 P. 16-bit features multiply exactly and in one term.
+// `error_bound` rounds all of this up. Where norms leave the range in which it holds, scores are canonical.
+#pragma once
+
+#include "cuda/common/tensor_core.cuh"
+#include "cuda/common/tile.cuh"
+
+namespace cpr {
+
+constexpr int kScoreQueries = 32, kScoreKeys = 128, kScoreDepth = 32;  // of a block of kTileThreads, and per step
+constexpr int kScoreStride = kScoreDepth + 8;  // padded: the 16-byte rows of a matrix fall in distinct banks
+constexpr int kMaxBoundedWidth = 4096;
+constexpr float kGreatestSquare = 0x1p60f;  // of a norm for which nothing overflows
+
+// What the tensor cores multiply: bfloat16 for float.
+template <typename T>
+struct Multiplied {
+  using Type = T;
+};
+template <>
+struct Multiplied<float> {
+  using Type = __nv_bfloat16;
+};
+
+// Whether a row of this squared norm (infinite and NaN too) is outside the range of the bound.
+__device__ __forceinline__ bool unbounded(float square) { return !(square <= kGreatestSquare); }
+
+// How far a score may lie from the canonical one, for a query and keys of at most these squared norms. The small
+// additions cover what underflows.
+__device__ __forceinline__ float error_bound(float query_square, float key_square, int64_t D, bool split) {
+  const float relative = (split ? 0x1p-14f : 0.0f) + 5 * 0x1p-23f * static_cast<float>(D);
+  const float query = 1.01f * sqrtf(query_square) + 0x1p-34f, key = 1.01f * sqrtf(key_square) + 0x1p-34f;
+  return relative * query * key;
+}
+
+// The canonical score by one thread.
+template <typename T>
+__device__ __forceinline__ float canonical_score(const Matrix<T>& queries, int64_t b, const Matrix<T>& keys,
+                                                 int64_t k) {
+  float score = 0;
+  for (int64_t d = 0; d < queries.D; d += 4) {
+    const float4 x = queries.load4(b, d), y = keys.load4(k, d);
+    score = __fmaf_rn(x.x, y.x, score);
+    score = __fmaf_rn(x.y, y.y, score);
+    score = __fmaf_rn(x.z, y.z, score);
+    score = __fmaf_rn(x.w, y.w, score);
+  }
+  return score + 0.0f;  // -0 + 0 is +0: equal scores get equal bits
+}
+
+template <typename E, int kTerms>
+struct alignas(16) TensorScoreShared {
+  E queries[kTerms][kScoreQueries][kScoreStride];
+  E keys[kTerms][kScoreKeys][kScoreStride];
+  float query_square[kScoreQueries], key_square[kScoreKeys];  // squared norms
+};
+
+// A panel of rows on its way to shared memory in terms of 16 bits, and the squares of its rows so far.
+template <typename E, int kTerms, int kRows>
+struct TermPanel {
+  using Values = Panel<kRows, kScoreDepth>;
+  Values panel;
+  float square[Values::kVectors] = {};
+
+  __device__ __forceinline__ void store(E (&out)[kTerms][kRows][kScoreStride]) {
+#pragma unroll
+    for (int v = 0; v < Values::kVectors; ++v) {
+      const int at = threadIdx.x + v * kTileThreads;
+      const int row = at / Values::kVectorsPerRow, column = at % Values::kVectorsPerRow * 4;
+      const float4 x = panel.values[v];
+      square[v] += (x.x * x.x + x.y * x.y) + (x.z * x.z + x.w * x.w);
+      const Pair<E> low_half(x.x, x.y), high_half(x.z, x.w);
+      *reinterpret_cast<Pair<E>*>(&out[0][row][column]) = low_half;
+      *reinterpret_cast<Pair<E>*>(&out[0][row][column + 2]) = high_half;
+      if constexpr (kTerms == 2) {
+        const float2 a = low_half.widened(), b = high_half.widened();
+        *reinterpret_cast<Pair<E>*>(&out[1][row][column]) = Pair<E>(x.x - a.x, x.y - a.y);
+        *reinterpret_cast<Pair<E>*>(&out[1][row][column + 2]) = Pair<E>(x.z - b.x, x.w - b.y);
+      }
+    }
+  }
+
+  // The squared norms of the rows, once all panels have been stored.
+  __device__ __forceinline__ void store_squares(float (&out)[kRows]) const {
+#pragma unroll
+    for (int v = 0; v < Values::kVectors; ++v) {
+      const float total = warp_reduce<Values::kVectorsPerRow>(square[v], Sum());
+      const int at = threadIdx.x + v * kTileThreads;
+      if (at % Values::kVectorsPerRow == 0) out[at / Values::kVectorsPerRow] = total;
+    }
+  }
+};
+
+constexpr int kTensorQueryPieces = kScoreQueries / 16, kTensorKeyPieces = kScoreKeys / (kTileThreads / kWarp) / 8;
+using TensorScores = float[kTensorQueryPieces][kTensorKeyPieces][4];
+
+// score += the products of one panel, for the 32 keys of the warp; with two terms all but low times low.
+template <typename E, int kTerms>
+__device__ __forceinline__ void add_products(const TensorScoreShared<E, kTerms>& shared, TensorScores& score) {
+  const int lane = threadIdx.x % kWarp, key0 = threadIdx.x / kWarp * kTensorKeyPieces * 8;
+  uint32_t query[kTerms][kTensorQueryPieces][2][4];
+#pragma unroll
+  for (int term = 0; term < kTerms; ++term) {
+#pragma unroll
+    for (int m = 0; m < kTensorQueryPieces; ++m) {
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        load_matrices(query[term][m][step], &shared.queries[term][m * 16 + lane % 16][step * 16 + lane / 16 * 8]);
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kTensorKeyPieces; ++n) {
+#pragma unroll
+    for (int key_term = 0; key_term < kTerms; ++key_term) {
+      uint32_t key[4];
+      load_matrices(key, &shared.keys[key_term][key0 + n * 8 + lane % 8][lane / 8 * 8]);
+#pragma unroll
+      for (int query_term = 0; query_term < kTerms - key_term; ++query_term) {
+#pragma unroll
+        for (int m = 0; m < kTensorQueryPieces; ++m) {
+          multiply_add<E>(score[m][n], query[query_term][m][0], key[0], key[1]);
+          multiply_add<E>(score[m][n], query[query_term][m][1], key[2], key[3]);
+        }
+      }
+    }
+  }
+}
+
+// score = the block's tile, queries from b0 on against keys from k0 on: lane l of warp w owns queries
+// l/4 + 8i and keys 32w + 8n + 2(l%4) + j at score[i/2][n][2(i%2) + j]. Leaves the rows' squared norms in `shared`.
+template <typename E, int kTerms, typename T>
+__device__ __forceinline__ void score_tile(const Matrix<T>& queries, int64_t b0, const Matrix<T>& keys, int64_t k0,
+                                           TensorScoreShared<E, kTerms>& shared, TensorScores& score) {
+  TermPanel<E, kTerms, kScoreQueries> query_panel;
+  TermPanel<E, kTerms, kScoreKeys> key_panel;
+#pragma unroll
+  for (int m = 0; m < kTensorQueryPieces; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTensorKeyPieces; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) score[m][n][e] = 0;
+    }
+  }
+  query_panel.panel.load(queries, b0, 0);
+  key_panel.panel.load(keys, k0, 0);
+  for (int64_t d0 = 0; d0 < queries.D; d0 += kScoreDepth) {
+    __syncthreads();  // the previous panel has been read
+    query_panel.store(shared.queries);
+    key_panel.store(shared.keys);
+    __syncthreads();
+    if (d0 + kScoreDepth < queries.D) {  // the next panel travels while this one is used
+      query_panel.panel.load(queries, b0, d0 + kScoreDepth);
+      key_panel.panel.load(keys, k0, d0 + kScoreDepth);
+    }
+    add_products(shared, score);
+  }
+  query_panel.store_squares(shared.query_square);
+  key_panel.store_squares(shared.key_square);
+  __syncthreads();
+}
+
+}  // namespace cpr

@@ -1,0 +1,213 @@
+// Register-tiled products of one block of 128 threads: scores of a tile of rows against a tile of rows, and
+// weighted sums of rows. Thread t owns output rows t/16 + 8i and columns t%16 + 16j (dot_tile) or the two
+// groups of four columns 4(t%16) + 64j (add_weighted_rows): the same rows in both.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "cpr_fast.h"
+#include "cuda/common/reduce.cuh"
+
+namespace cpr {
+
+constexpr int kTileThreads = 128;
+constexpr int kTileLanes = 16;                        // threads that share an output row: neighbouring lanes
+constexpr int kTileRows = kTileThreads / kTileLanes;  // output rows per row a thread owns
+constexpr int kDepth = 16;                            // features staged at a time
+constexpr int kDepthStride = kDepth + 4;              // padded: 16-byte reads of 8 rows fall in distinct banks
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+template <typename T>
+struct alignas(4 * sizeof(T)) Packed4 {
+  T x, y, z, w;
+};
+
+// A dense [rows, D] matrix read as float, four features at a time; zero outside it and in empty rows.
+template <typename T>
+struct Matrix {
+  const T* data;
+  int64_t rows, D;
+  const int64_t* ids;  // [rows] or null: rows of id -1 read as zero, whatever uninitialised memory holds
+  bool aligned;        // every row starts on a boundary of four features
+
+  __device__ Matrix(const T* data, int64_t rows, int64_t D, const int64_t* ids = nullptr)
+      : data(data),
+        rows(rows),
+        D(D),
+        ids(ids),
+        aligned(D % 4 == 0 && reinterpret_cast<uintptr_t>(data) % sizeof(Packed4<T>) == 0) {}
+
+  __device__ __forceinline__ float4 load4(int64_t row, int64_t d) const {
+    float4 out = make_float4(0, 0, 0, 0);
+    if (row >= rows || d >= D || (ids != nullptr && ids[row] == -1)) return out;
+    const T* source = data + row * D + d;
+    if (aligned) {
+      const Packed4<T> packed = *reinterpret_cast<const Packed4<T>*>(source);
+      return make_float4(widen(packed.x), widen(packed.y), widen(packed.z), widen(packed.w));
+    }
+    out.x = widen(source[0]);
+    if (d + 1 < D) out.y = widen(source[1]);
+    if (d + 2 < D) out.z = widen(source[2]);
+    if (d + 3 < D) out.w = widen(source[3]);
+    return out;
+  }
+};
+
+// kRows x kColumns of a matrix on their way from global to shared memory, in registers.
+template <int kRows, int kColumns>
+struct Panel {
+  static constexpr int kVectorsPerRow = kColumns / 4;
+  static constexpr int kVectors = kRows * kVectorsPerRow / kTileThreads;
+  static_assert(kRows * kVectorsPerRow % kTileThreads == 0);
+  float4 values[kVectors];
+
+  template <typename T>
+  __device__ __forceinline__ void load(const Matrix<T>& matrix, int64_t row0, int64_t column0) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = threadIdx.x + v * kTileThreads;
+      values[v] = matrix.load4(row0 + at / kVectorsPerRow, column0 + at % kVectorsPerRow * 4);
+    }
+  }
+
+  template <int kStride>
+  __device__ __forceinline__ void store(float (*shared)[kStride]) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = threadIdx.x + v * kTileThreads;
+      *reinterpret_cast<float4*>(&shared[at / kVectorsPerRow][at % kVectorsPerRow * 4]) = values[v];
+    }
+  }
+};
+
+template <int kThreadRows, int kThreadColumns>
+struct alignas(16) DotShared {
+  float a[kTileRows * kThreadRows][kDepthStride];
+  float b[kTileLanes * kThreadColumns][kDepthStride];
+};
+
+// out[i][j] = dot(row a0 + t/16 + 8i of a, row b0 + t%16 + 16j of b): one chain of fused multiply-adds over
+// d = 0..D-1 from +0. Features past D are zeros: fma(0, 0, acc) changes no acc but -0, which equals +0.
+template <int kThreadRows, int kThreadColumns, typename T>
+__device__ __forceinline__ void dot_tile(const Matrix<T>& a, int64_t a0, const Matrix<T>& b, int64_t b0,
+                                         DotShared<kThreadRows, kThreadColumns>& shared,
+                                         float (&out)[kThreadRows][kThreadColumns]) {
+  const int lane = threadIdx.x % kTileLanes, row = threadIdx.x / kTileLanes;
+  Panel<kTileRows * kThreadRows, kDepth> a_panel;
+  Panel<kTileLanes * kThreadColumns, kDepth> b_panel;
+#pragma unroll
+  for (int i = 0; i < kThreadRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < kThreadColumns; ++j) out[i][j] = 0;
+  }
+  a_panel.load(a, a0, 0);
+  b_panel.load(b, b0, 0);
+  for (int64_t d0 = 0; d0 < a.D; d0 += kDepth) {
+    __syncthreads();  // the previous panel has been read
+    a_panel.store(shared.a);
+    b_panel.store(shared.b);
+    __syncthreads();
+    if (d0 + kDepth < a.D) {  // the next panel travels while this one is used
+      a_panel.load(a, a0, d0 + kDepth);
+      b_panel.load(b, b0, d0 + kDepth);
+    }
+#pragma unroll
+    for (int d = 0; d < kDepth; d += 4) {
+      float4 x[kThreadRows], y[kThreadColumns];
+#pragma unroll
+      for (int i = 0; i < kThreadRows; ++i) {
+        x[i] = *reinterpret_cast<const float4*>(&shared.a[row + i * kTileRows][d]);
+      }
+#pragma unroll
+      for (int j = 0; j < kThreadColumns; ++j) {
+        y[j] = *reinterpret_cast<const float4*>(&shared.b[lane + j * kTileLanes][d]);
+      }
+#pragma unroll
+      for (int i = 0; i < kThreadRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kThreadColumns; ++j) {
+          out[i][j] = __fmaf_rn(x[i].x, y[j].x, out[i][j]);
+          out[i][j] = __fmaf_rn(x[i].y, y[j].y, out[i][j]);
+          out[i][j] = __fmaf_rn(x[i].z, y[j].z, out[i][j]);
+          out[i][j] = __fmaf_rn(x[i].w, y[j].w, out[i][j]);
+        }
+      }
+    }
+  }
+}
+
+constexpr int kSumThreadRows = 4;
+constexpr int kSumRows = kTileRows * kSumThreadRows;  // 32 output rows
+constexpr int kSumColumns = 128;                      // output columns of one block; wider features take more blocks
+constexpr int kSumThreadColumns = kSumColumns / kTileLanes;
+constexpr int kSumTerms = 64;  // rows summed per call
+constexpr int kSumPanel = 32;  // rows staged at a time
+
+// weights[output row][term], written by the threads that own the output row; padded against bank conflicts.
+using Weights = float[kSumRows][kSumTerms + 4];
+using RowPanel = float[kSumPanel][kSumColumns + 4];
+using WeightedSum = float[kSumThreadRows][kSumThreadColumns];
+
+// out[i][4j + c] += sum over the staged terms of weights[t/16 + 8i][term0 + term] * panel[term][4(t%16) + 64j + c].
+__device__ __forceinline__ void add_panel(const Weights& weights, int term0, const RowPanel& panel, WeightedSum& out) {
+  const int lane = threadIdx.x % kTileLanes, row = threadIdx.x / kTileLanes;
+#pragma unroll 4
+  for (int term = 0; term < kSumPanel; ++term) {
+    float4 value[kSumThreadColumns / 4];
+#pragma unroll
+    for (int j = 0; j < kSumThreadColumns / 4; ++j) {
+      value[j] = *reinterpret_cast<const float4*>(&panel[term][lane * 4 + j * 64]);
+    }
+#pragma unroll
+    for (int i = 0; i < kSumThreadRows; ++i) {
+      const float weight = weights[row + i * kTileRows][term0 + term];
+#pragma unroll
+      for (int j = 0; j < kSumThreadColumns / 4; ++j) {
+        out[i][4 * j + 0] = __fmaf_rn(weight, value[j].x, out[i][4 * j + 0]);
+        out[i][4 * j + 1] = __fmaf_rn(weight, value[j].y, out[i][4 * j + 1]);
+        out[i][4 * j + 2] = __fmaf_rn(weight, value[j].z, out[i][4 * j + 2]);
+        out[i][4 * j + 3] = __fmaf_rn(weight, value[j].w, out[i][4 * j + 3]);
+      }
+    }
+  }
+}
+
+// Adds the kSumTerms rows from row0 on, columns column0 .. column0 + 127, to `out` under `weights` and, where
+// second_weights is not null (for the whole block alike), to `second_out` under those: one reading of the rows.
+template <typename T>
+__device__ __forceinline__ void add_weighted_rows(const Weights& weights, const Weights* second_weights,
+                                                  const Matrix<T>& rows, int64_t row0, int64_t column0, RowPanel& panel,
+                                                  WeightedSum& out, WeightedSum& second_out) {
+  for (int term0 = 0; term0 < kSumTerms; term0 += kSumPanel) {
+    Panel<kSumPanel, kSumColumns> staged;
+    staged.load(rows, row0 + term0, column0);
+    __syncthreads();  // the weights are written; the previous panel has been read
+    staged.store(panel);
+    __syncthreads();
+    add_panel(weights, term0, panel, out);
+    if (second_weights != nullptr) add_panel(*second_weights, term0, panel, second_out);
+  }
+}
+
+// run(T()) for the element type T of a cpr_dtype; its answer, or what is wrong with the dtype.
+template <typename Run>
+const char* with_element_type(int dtype, Run run) {
+  switch (dtype) {
+    case CPR_F32:
+      return run(float());
+    case CPR_BF16:
+      return run(__nv_bfloat16());
+    case CPR_F16:
+      return run(__half());
+    default:
+      return "dtype: the CUDA kernels take float32, bfloat16 and float16";
+  }
+}
+
+}  // namespace cpr

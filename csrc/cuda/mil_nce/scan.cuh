@@ -1,0 +1,137 @@
+// The scan of the memory in fp32, for features of any type and width. Letters as in mil_nce.cu.
+#pragma once
+
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/tile.cuh"
+#include "cuda/mil_nce/problem.cuh"
+
+namespace cpr {
+namespace {
+
+struct ScanShared {
+  union {
+    DotShared<kSumThreadRows, kThreadKeys> dot;
+    RowPanel panel;
+  };
+  Weights weights[kGroups];
+};
+
+// Online logsumexp of one group for the rows a thread helps with, and the weighted sum of its columns.
+struct Running {
+  float maximum[kSumThreadRows], sum[kSumThreadRows];  // sum: this thread's keys only, until finish()
+  WeightedSum weighted;
+
+  __device__ __forceinline__ void start() {
+#pragma unroll
+    for (int i = 0; i < kSumThreadRows; ++i) {
+      maximum[i] = -INFINITY;
+      sum[i] = 0;
+#pragma unroll
+      for (int c = 0; c < kSumThreadColumns; ++c) weighted[i][c] = 0;
+    }
+  }
+
+  // Takes in a tile of scores; members: bit i * kThreadKeys + j of the thread's score [i][j]. Leaves the weights of
+  // the tile's keys in `weights` and the rest rescaled to the new maximum.
+  __device__ __forceinline__ void absorb(const float (&score)[kSumThreadRows][kThreadKeys], unsigned members,
+                                         Weights& weights) {
+    const int lane = threadIdx.x % kTileLanes, row = threadIdx.x / kTileLanes;
+#pragma unroll
+    for (int i = 0; i < kSumThreadRows; ++i) {
+      float greatest = maximum[i];
+#pragma unroll
+      for (int j = 0; j < kThreadKeys; ++j) {
+        if ((members >> (i * kThreadKeys + j)) & 1) greatest = fmaxf(greatest, score[i][j]);
+      }
+      greatest = warp_reduce<kTileLanes>(greatest, Max());
+      const float reference = greatest == -INFINITY ? 0.0f : greatest;  // nothing yet: exp(-inf), not exp(NaN)
+      const float rescale = expf(maximum[i] - reference);
+      maximum[i] = greatest;
+      sum[i] *= rescale;
+#pragma unroll
+      for (int c = 0; c < kSumThreadColumns; ++c) weighted[i][c] *= rescale;
+#pragma unroll
+      for (int j = 0; j < kThreadKeys; ++j) {
+        const float weight = (members >> (i * kThreadKeys + j)) & 1 ? expf(score[i][j] - reference) : 0.0f;
+        sum[i] += weight;
+        weights[row + i * kTileRows][lane + j * kTileLanes] = weight;
+      }
+    }
+  }
+
+  // Writes the split's result for rows row0 + t/16 + 8i below `rows`, and columns from column0 on.
+  __device__ __forceinline__ void finish(const Partials& out, int64_t group_split, int64_t row0, int64_t rows,
+                                         int64_t column0, int64_t D) {
+    const int lane = threadIdx.x % kTileLanes;
+#pragma unroll
+    for (int i = 0; i < kSumThreadRows; ++i) {
+      const float total = warp_reduce<kTileLanes>(sum[i], Sum());
+      const int64_t row = row0 + threadIdx.x / kTileLanes + i * kTileRows;
+      if (row >= rows) continue;
+      const int64_t at = group_split * kChunk + row;
+      if (lane == 0 && column0 == 0) {
+        out.maximum[at] = maximum[i];
+        out.sum[at] = total;
+      }
+#pragma unroll
+      for (int c = 0; c < kSumThreadColumns; ++c) {
+        const int64_t column = column0 + lane * 4 + c / 4 * 64 + c % 4;
+        if (column < D) out.weighted[at * D + column] = weighted[i][c];
+      }
+    }
+  }
+};
+
+// Grid (tiles of 32 queries, S, blocks of 128 columns). Blocks of further columns score again.
+template <typename T, bool kPositiveById>
+__global__ void __launch_bounds__(kTileThreads)
+    scan_kernel(const __grid_constant__ Problem problem, const T* queries, const T* memory, int64_t first_query,
+                int64_t chunk_queries, int64_t tiles, Partials out) {
+  auto& shared = shared_memory<ScanShared>();
+  const int lane = threadIdx.x % kTileLanes, row = threadIdx.x / kTileLanes;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kSumRows;
+  const int64_t column0 = static_cast<int64_t>(blockIdx.z) * kSumColumns;
+  const Matrix<T> query(queries + first_query * problem.D, chunk_queries, problem.D);
+  const Matrix<T> keys(memory, problem.K, problem.D);
+  const Matrix<T> live_keys(memory, problem.K, problem.D, problem.memory_ids);
+  int64_t own[kSumThreadRows];
+#pragma unroll
+  for (int i = 0; i < kSumThreadRows; ++i) own[i] = problem.own_id(first_query + row0 + row + i * kTileRows);
+
+  Running all, positive;
+  all.start();
+  positive.start();
+  for (int64_t tile = blockIdx.y * tiles; tile < (blockIdx.y + 1) * tiles; ++tile) {
+    const int64_t key0 = tile * kSumTerms;
+    if (key0 >= problem.K) break;
+    float score[kSumThreadRows][kThreadKeys];
+    dot_tile(query, row0, keys, key0, shared.dot, score);
+    unsigned members = 0, positives = 0;
+#pragma unroll
+    for (int j = 0; j < kThreadKeys; ++j) {
+      const int64_t key = key0 + lane + j * kTileLanes;
+      const bool live = problem.live(key);
+#pragma unroll
+      for (int i = 0; i < kSumThreadRows; ++i) {
+        const unsigned bit = 1u << (i * kThreadKeys + j);
+        const bool same = live && problem.same(own[i], key);
+        score[i][j] *= problem.inverse_temperature;
+        if (live && !(same && problem.same_id == CPR_SAME_IGNORE)) members |= bit;
+        if (kPositiveById && same) positives |= bit;
+      }
+    }
+    all.absorb(score, members, shared.weights[kAll]);
+    const bool any = kPositiveById && __syncthreads_or(positives != 0);
+    if (any) positive.absorb(score, positives, shared.weights[kPositive]);
+    add_weighted_rows(shared.weights[kAll], any ? &shared.weights[kPositive] : nullptr, live_keys, key0, column0,
+                      shared.panel, all.weighted, positive.weighted);
+  }
+  all.finish(out, blockIdx.y, row0, chunk_queries, column0, problem.D);
+  if (kPositiveById) {
+    positive.finish(out, kPositive * static_cast<int64_t>(gridDim.y) + blockIdx.y, row0, chunk_queries, column0,
+                    problem.D);
+  }
+}
+
+}  // namespace
+}  // namespace cpr

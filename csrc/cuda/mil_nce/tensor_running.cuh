@@ -1,0 +1,232 @@
+// The running softmax of one group on tensor cores, and the shape of the scan that it is part of. Letters as in
+// mil_nce.cu.
+#pragma once
+
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/tensor_core.cuh"
+#include "cuda/mil_nce/problem.cuh"
+
+namespace cpr {
+
+constexpr int kPieceRows = 16, kPieceColumns = 8;  // of one product
+constexpr int kRowPieces = 2;
+constexpr int kScanRows = kRowPieces * kPieceRows;
+constexpr int kPad = 8;  // elements: the 16-byte rows of a matrix fall in distinct banks
+
+// Wide features: more warps for the columns, fewer keys a tile so that two tiles fit a multiprocessor of sm_80.
+template <int kWidth>
+struct ScanShape {
+  static constexpr int kWarps = kWidth <= 128 ? 4 : 8, kThreads = kWarps * kWarp;
+  static constexpr int kKeys = kWidth <= 128 ? 64 : 32;
+  static constexpr int kScoreRows = kWidth <= 128 ? 2 : 1;              // row pieces a warp scores
+  static constexpr int kRowWarps = kRowPieces / kScoreRows;             // warps that share a tile's rows
+  static constexpr int kKeyWarps = kWarps / kRowWarps;                  // warps that share its keys
+  static constexpr int kScoreKeys = kKeys / kKeyWarps / kPieceColumns;  // key pieces a warp scores
+  static constexpr int kColumns = kWidth / kWarps;                      // columns of the weighted sum a warp owns
+  static constexpr int kColumnPieces = kColumns / kPieceColumns;
+  static_assert(kSumTerms % kKeys == 0, "a split ends on a tile");
+};
+
+template <typename T, int kWidth>
+struct alignas(16) TensorScanShared {
+  using Shape = ScanShape<kWidth>;
+  T query[kScanRows][kWidth + kPad];
+  T keys[2][Shape::kKeys][kWidth + kPad];
+  T weights[2][kScanRows][Shape::kKeys + kPad];  // the terms whose sum is the weight
+  int64_t ids[3][Shape::kKeys];                  // of this tile, the next, and the one being copied
+  float of_rows[Shape::kKeyWarps][kScanRows];    // a tile's greatest logits; in the end the sums
+};
+
+// Weights lie in 0..1. Scaled so that those worth adding up over a long memory stay clear of float16's least numbers.
+template <typename T>
+constexpr float kWeightScale = 1.0f;
+template <>
+constexpr float kWeightScale<__half> = 32768.0f;
+
+// Online logsumexp and weighted sum of keys of one group, as Running in mil_nce.cu, in the layout of the products.
+template <typename T, int kWidth>
+struct TensorRunning {
+  using Shape = ScanShape<kWidth>;
+  using Shared = TensorScanShared<T, kWidth>;
+  using Scores = float[Shape::kScoreRows][Shape::kScoreKeys][4];
+  float maximum[kRowPieces][2];     // of all rows a lane owns
+  float sum[Shape::kScoreRows][2];  // over the keys this lane scores, until finish()
+  float weighted[kRowPieces][Shape::kColumnPieces][4];
+
+  // The first row piece that the warp scores, and `of_all` for its row piece m.
+  static __device__ int score_piece() { return threadIdx.x / kWarp % Shape::kRowWarps * Shape::kScoreRows; }
+  static __device__ int key_warp() { return threadIdx.x / kWarp / Shape::kRowWarps; }
+  static __device__ __forceinline__ float scored(const float (&of_all)[kRowPieces][2], int m, int half) {
+    if constexpr (Shape::kRowWarps == 1) return of_all[m][half];
+    return score_piece() == 0 ? of_all[0][half] : of_all[1][half];
+  }
+
+  __device__ __forceinline__ void start() {
+#pragma unroll
+    for (int m = 0; m < kRowPieces; ++m) {
+      maximum[m][0] = maximum[m][1] = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < Shape::kColumnPieces; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) weighted[m][n][e] = 0;
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < Shape::kScoreRows; ++m) sum[m][0] = sum[m][1] = 0;
+  }
+
+  // The greatest of this warp's scores of each row, for all warps to see; -inf where a row has none.
+  __device__ __forceinline__ void offer_maxima(const Scores& score, unsigned members, Shared& shared) const {
+#pragma unroll
+    for (int m = 0; m < Shape::kScoreRows; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float greatest = -INFINITY;
+#pragma unroll
+        for (int n = 0; n < Shape::kScoreKeys; ++n) {
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            if (members >> ((m * Shape::kScoreKeys + n) * 4 + e) & 1) greatest = fmaxf(greatest, score[m][n][e]);
+          }
+        }
+        greatest = warp_reduce<4>(greatest, Max());
+        const int row = (score_piece() + m) * kPieceRows + half * 8 + threadIdx.x % kWarp / 4;
+        if (threadIdx.x % 4 == 0) shared.of_rows[key_warp()][row] = greatest;
+      }
+    }
+  }
+
+  // Moves to the maxima offered, rescaling what is summed; the references that weights are relative to.
+  __device__ __forceinline__ void take_maxima(const Shared& shared, float (&reference)[kRowPieces][2]) {
+    float rescale[kRowPieces][2];
+    bool moved = false;
+#pragma unroll
+    for (int m = 0; m < kRowPieces; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float greatest = maximum[m][half];
+#pragma unroll
+        for (int w = 0; w < Shape::kKeyWarps; ++w) {
+          greatest = fmaxf(greatest, shared.of_rows[w][m * kPieceRows + half * 8 + threadIdx.x % kWarp / 4]);
+        }
+        reference[m][half] = greatest == -INFINITY ? 0.0f : greatest;  // nothing yet: exp(-inf), not exp(NaN)
+        rescale[m][half] = __expf(maximum[m][half] - reference[m][half]);
+        moved |= greatest != maximum[m][half];
+        maximum[m][half] = greatest;
+      }
+    }
+    if (!__any_sync(kFullWarp, moved)) return;
+#pragma unroll
+    for (int m = 0; m < kRowPieces; ++m) {
+#pragma unroll
+      for (int n = 0; n < Shape::kColumnPieces; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) weighted[m][n][e] *= rescale[m][e / 2];
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < Shape::kScoreRows; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) sum[m][half] *= scored(rescale, m, half);
+    }
+  }
+
+  // Adds the weights of this warp's scores to the sums and leaves them in shared memory for the products.
+  __device__ __forceinline__ void weigh(const Scores& score, unsigned members, const float (&reference)[kRowPieces][2],
+                                        Shared& shared) {
+#pragma unroll
+    for (int m = 0; m < Shape::kScoreRows; ++m) {
+#pragma unroll
+      for (int n = 0; n < Shape::kScoreKeys; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float weight[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const bool member = members >> ((m * Shape::kScoreKeys + n) * 4 + half * 2 + e) & 1;
+            weight[e] = member ? __expf(score[m][n][half * 2 + e] - scored(reference, m, half)) : 0.0f;
+          }
+          sum[m][half] += weight[0] + weight[1];
+          const float x = weight[0] * kWeightScale<T>, y = weight[1] * kWeightScale<T>;
+          const Pair<T> high(x, y);
+          const float2 rounded = high.widened();
+          const int row = (score_piece() + m) * kPieceRows + half * 8 + threadIdx.x % kWarp / 4;
+          const int key = (key_warp() * Shape::kScoreKeys + n) * kPieceColumns + threadIdx.x % 4 * 2;
+          *reinterpret_cast<Pair<T>*>(&shared.weights[0][row][key]) = high;
+          *reinterpret_cast<Pair<T>*>(&shared.weights[1][row][key]) = Pair<T>(x - rounded.x, y - rounded.y);
+        }
+      }
+    }
+  }
+
+  // weighted += weights [32, keys] keys [keys, the warp's columns].
+  __device__ __forceinline__ void add_weighted_keys(const Shared& shared,
+                                                    const T (&keys)[Shape::kKeys][kWidth + kPad]) {
+    const int lane = threadIdx.x % kWarp, row = lane % 16, offset = lane / 16 * 8;
+    const int column0 = threadIdx.x / kWarp * Shape::kColumns;
+#pragma unroll
+    for (int key = 0; key < Shape::kKeys; key += 16) {
+      uint32_t weight[2][kRowPieces][4];
+#pragma unroll
+      for (int term = 0; term < 2; ++term) {
+#pragma unroll
+        for (int m = 0; m < kRowPieces; ++m) {
+          load_matrices(weight[term][m], &shared.weights[term][m * kPieceRows + row][key + offset]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < Shape::kColumnPieces; n += 2) {
+        uint32_t value[4];
+        load_matrices_transposed(value, &keys[key + row][column0 + n * kPieceColumns + offset]);
+#pragma unroll
+        for (int term = 0; term < 2; ++term) {
+#pragma unroll
+          for (int m = 0; m < kRowPieces; ++m) {
+            multiply_add<T>(weighted[m][n], weight[term][m], value[0], value[1]);
+            multiply_add<T>(weighted[m][n + 1], weight[term][m], value[2], value[3]);
+          }
+        }
+      }
+    }
+  }
+
+  // Writes the split's result for the block's rows from row0 on, below `rows`.
+  __device__ __forceinline__ void finish(const Partials& out, int64_t group_split, int64_t row0, int64_t rows,
+                                         Shared& shared) {
+    const int group_row = threadIdx.x % kWarp / 4;
+    __syncthreads();  // whoever read of_rows last is done
+#pragma unroll
+    for (int m = 0; m < Shape::kScoreRows; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float total = warp_reduce<4>(sum[m][half], Sum());
+        const int row = (score_piece() + m) * kPieceRows + half * 8 + group_row;
+        if (threadIdx.x % 4 == 0) shared.of_rows[key_warp()][row] = total;
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < kRowPieces; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = m * kPieceRows + half * 8 + group_row;
+        if (row0 + row >= rows) continue;
+        const int64_t at = group_split * kChunk + row0 + row;
+        if (threadIdx.x / kWarp == 0 && threadIdx.x % 4 == 0) {
+          float total = 0;
+          for (int w = 0; w < Shape::kKeyWarps; ++w) total += shared.of_rows[w][row];
+          out.maximum[at] = maximum[m][half];
+          out.sum[at] = total;
+        }
+        float* columns = out.weighted + at * kWidth + threadIdx.x / kWarp * Shape::kColumns + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < Shape::kColumnPieces; ++n) {
+          columns[n * kPieceColumns] = weighted[m][n][2 * half] * (1 / kWeightScale<T>);
+          columns[n * kPieceColumns + 1] = weighted[m][n][2 * half + 1] * (1 / kWeightScale<T>);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace cpr

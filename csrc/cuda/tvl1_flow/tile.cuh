@@ -1,0 +1,175 @@
+// The inner iterations of TV-L1 flow on one tile: up to kHalo of them between a read and a write of global memory.
+//
+// An iteration reaches one pixel further, so a tile is computed with kHalo pixels around it, of which one ring a
+// iteration becomes worthless and is not written. Each thread keeps its pixels in registers; shared memory carries what
+// their neighbours need. The operations and their rounding are those of csrc/cpu/tvl1_flow/rows.cpp.
+#pragma once
+
+#include "cpu/tvl1_flow/levels.h"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/reduce.cuh"
+
+namespace cpr::tvl1 {
+
+constexpr int kThreads = 512;
+constexpr int kHalo = 4;  // most inner iterations of a visit
+constexpr int kTileWidth = 64, kTileHeight = 32;
+constexpr int kRegionWidth = kTileWidth + 2 * kHalo, kRegion = kRegionWidth * (kTileHeight + 2 * kHalo);
+constexpr int kPitch = kRegionWidth + 2;  // a margin of one pixel on every side is read, and never used
+constexpr int kCells = kPitch * (kTileHeight + 2 * kHalo + 2);
+constexpr int kOwn = (kRegion + kThreads - 1) / kThreads;  // pixels of a thread
+
+struct Step {
+  float l_t;  // lambda * theta
+  float theta;
+  float taut;  // tau / theta
+};
+
+// One linearisation at one level; every array is [height][width].
+struct Problem {
+  Size size;
+  Step step;
+  const float4* constants;  // (dI1w/dx, dI1w/dy, their squared norm, I1w - grad I1w . u0 - I0)
+};
+
+// The unknowns: flow, and the dual variable of each component, as (p11, p21) along x and (p12, p22) along y.
+struct State {
+  float2* u;
+  float4* p;  // (p11, p21, p12, p22)
+};
+
+struct TileMemory {
+  float2 u[kCells], p_x[kCells], p_y[kCells];
+  float warp_change[kHalo][kThreads / kWarp];
+};
+
+// Bits of a pixel: what its thread must know of its place.
+enum Place { kInImage = 1, kInTile = 2, kFirstColumn = 4, kLastColumn = 8, kFirstRow = 16, kLastRow = 32 };
+
+struct Own {
+  int cell;   // index in TileMemory
+  int place;  // Place bits; 0: nothing there
+};
+
+__host__ __device__ inline int tiles_across(Size size) { return (size.width + kTileWidth - 1) / kTileWidth; }
+__host__ __device__ inline int count_tiles(Size size) {
+  return tiles_across(size) * ((size.height + kTileHeight - 1) / kTileHeight);
+}
+
+// Pixel `i` of the region around a tile whose first pixel is (top, left).
+__device__ __forceinline__ Own place_pixel(Size size, int top, int left, int i, int* pixel) {
+  const int column = i % kRegionWidth, row = i / kRegionWidth;
+  const int x = left - kHalo + column, y = top - kHalo + row;
+  *pixel = y * size.width + x;
+  if (i >= kRegion || x < 0 || y < 0 || x >= size.width || y >= size.height) return {0, 0};
+  const bool in_tile = column >= kHalo && column < kHalo + kTileWidth && row >= kHalo && row < kHalo + kTileHeight;
+  const int place = kInImage | (in_tile ? kInTile : 0) | (x == 0 ? kFirstColumn : 0) |
+                    (x == size.width - 1 ? kLastColumn : 0) | (y == 0 ? kFirstRow : 0) |
+                    (y == size.height - 1 ? kLastRow : 0);
+  return {(row + 1) * kPitch + column + 1, place};
+}
+
+// sqrt(x^2 + y^2) rounded once, as hypotf: what the squares, their sum and the root lost by rounding comes back in one
+// Newton step.
+__device__ __forceinline__ float rounded_hypot(float x, float y) {
+  const float xx = x * x, yy = y * y;
+  const float greater = fmaxf(xx, yy), lesser = fminf(xx, yy), sum = greater + lesser;
+  const float lost_by_squares = __fmaf_rn(x, x, -xx) + __fmaf_rn(y, y, -yy);
+  const float lost_by_sum = lesser - (sum - greater);
+  const float root = sqrtf(sum);
+  const float residual = __fmaf_rn(-root, root, sum) + (lost_by_squares + lost_by_sum);
+  return root + residual / fmaxf(root + root, 1e-30f);
+}
+
+// Divergence of one component's dual; OpenCV adds in another order where there is no pixel to the left.
+__device__ __forceinline__ float divergence(float p_x, float p_y, float left, float above, bool first_column) {
+  return first_column ? (p_x + p_y) - above : (p_x - left) + (p_y - above);
+}
+
+// Thresholding step and primal update; the new u, and adds its squared change.
+__device__ __forceinline__ float2 primal(const Step& step, float4 c, float2 u, float2 p_x, float2 p_y, float2 left,
+                                         float2 above, bool first_column, float* change) {
+  const float rho = c.w + (c.x * u.x + c.y * u.y);
+  // The three cases of the thresholding step are one clamp. Where the gradient vanishes the quotient is infinite or
+  // NaN, which fminf turns into l_t, times a gradient of 0.
+  const float scale = fmaxf(fminf(rho / c.z, step.l_t), 0.0f - step.l_t);
+  const float2 next = {(u.x - scale * c.x) + step.theta * divergence(p_x.x, p_y.x, left.x, above.x, first_column),
+                       (u.y - scale * c.y) + step.theta * divergence(p_x.y, p_y.y, left.y, above.y, first_column)};
+  const float dx = next.x - u.x, dy = next.y - u.y;
+  *change = dx * dx + dy * dy;
+  return next;
+}
+
+// Dual step of one flow component: (p_x, p_y) + tau/theta grad u, divided by 1 + tau/theta |grad u|.
+__device__ __forceinline__ void dual(float taut, float u_x, float u_y, float& p_x, float& p_y) {
+  const float norm = 1.0f + taut * rounded_hypot(u_x, u_y);
+  p_x = (p_x + taut * u_x) / norm;
+  p_y = (p_y + taut * u_y) / norm;
+}
+
+// `count` <= kHalo inner iterations on one tile, from `source` into `target` (other memory). partial[k]: out, the
+// tile's part of the squared change of iteration k.
+__device__ inline void iterate_tile(const Problem& problem, int tile, int count, State source, State target,
+                                    TileMemory& memory, float* partial) {
+  const Size size = problem.size;
+  const Step step = problem.step;
+  const int top = tile / tiles_across(size) * kTileHeight, left = tile % tiles_across(size) * kTileWidth;
+  Own own[kOwn];
+  float2 u[kOwn], p_x[kOwn], p_y[kOwn];
+  float4 constants[kOwn];
+  __syncthreads();  // the tile before this one has been read
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    int pixel;
+    own[j] = place_pixel(size, top, left, static_cast<int>(threadIdx.x) + j * kThreads, &pixel);
+    if (!own[j].place) continue;
+    u[j] = source.u[pixel];
+    const float4 p = source.p[pixel];
+    p_x[j] = {p.x, p.y}, p_y[j] = {p.z, p.w};
+    constants[j] = problem.constants[pixel];
+    memory.p_x[own[j].cell] = p_x[j], memory.p_y[own[j].cell] = p_y[j];
+  }
+  for (int k = 0; k < count; ++k) {
+    __syncthreads();
+    float change = 0;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (!own[j].place) continue;
+      const bool first_column = own[j].place & kFirstColumn;
+      const float2 zero = {0, 0}, above = own[j].place & kFirstRow ? zero : memory.p_y[own[j].cell - kPitch];
+      float own_change;
+      u[j] = primal(step, constants[j], u[j], p_x[j], p_y[j], memory.p_x[own[j].cell - 1], above, first_column,
+                    &own_change);
+      if (own[j].place & kInTile) change += own_change;
+      memory.u[own[j].cell] = u[j];
+    }
+    change = warp_reduce(change, Sum());
+    if (threadIdx.x % kWarp == 0) memory.warp_change[k][threadIdx.x / kWarp] = change;
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (!own[j].place) continue;
+      // The forward difference of the last column and row is 0.
+      const float2 right = own[j].place & kLastColumn ? u[j] : memory.u[own[j].cell + 1];
+      const float2 below = own[j].place & kLastRow ? u[j] : memory.u[own[j].cell + kPitch];
+      dual(step.taut, right.x - u[j].x, below.x - u[j].x, p_x[j].x, p_y[j].x);
+      dual(step.taut, right.y - u[j].y, below.y - u[j].y, p_x[j].y, p_y[j].y);
+      memory.p_x[own[j].cell] = p_x[j], memory.p_y[own[j].cell] = p_y[j];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    int pixel;
+    place_pixel(size, top, left, static_cast<int>(threadIdx.x) + j * kThreads, &pixel);
+    if (!(own[j].place & kInTile)) continue;
+    target.u[pixel] = u[j];
+    target.p[pixel] = {p_x[j].x, p_x[j].y, p_y[j].x, p_y[j].y};
+  }
+  if (static_cast<int>(threadIdx.x) < count) {
+    float sum = 0;
+    for (const float change : memory.warp_change[threadIdx.x]) sum += change;
+    partial[threadIdx.x] = sum;
+  }
+}
+
+}  // namespace cpr::tvl1

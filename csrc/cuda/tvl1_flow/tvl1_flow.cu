@@ -1,0 +1,136 @@
+// TV-L1 flow (see csrc/cpu/tvl1_flow.cpp for the algorithm): one launch, no word to the host.
+//
+// A team of blocks takes one frame pair after another from a queue and solves it from pyramid to flow, with a barrier
+// of the team between steps. Every block draws the same conclusion from the same error sums, so the stop test needs no
+// host and a converged pair makes way at once. Teams are as large as the device can keep resident for the pairs there
+// are; sums run over tiles in their order, so the answer depends neither on the size of a team nor on the schedule.
+//
+// The operations and their rounding are the CPU kernel's; only the error sum adds in another order, which the stop
+// test sees where it is within rounding of the threshold.
+#include <algorithm>
+
+#include "cpr_fast.h"
+#include "cuda/tvl1_flow/solver.cuh"
+#include "cuda/tvl1_flow/team.cuh"
+
+namespace cpr::tvl1 {
+namespace {
+
+// Zeroed before the launch.
+struct TeamSync {
+  TeamBarrier barrier;
+  unsigned not_finite;  // a frame of the pair at hand has a NaN or infinite pixel
+  unsigned unused;
+  long long pair;  // that the team works on
+};
+
+struct Plan {
+  int levels, teams, size;
+  int64_t pyramid_pixels;  // of all levels
+  int64_t team_bytes;
+};
+
+// The next pair of the team, -1 when none is left.
+__device__ int64_t next_pair(const Team& team, TeamSync* sync, unsigned* queue, int64_t pairs) {
+  team.wait();  // the team has done with the last pair and with `sync`
+  if (team.rank == 0 && threadIdx.x == 0) {
+    const int64_t pair = atomicAdd(queue, 1u);
+    sync->not_finite = 0;
+    sync->pair = pair < pairs ? pair : -1;
+  }
+  team.wait();
+  return *static_cast<volatile long long*>(&sync->pair);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    tvl1_kernel(const cpr_tvl1_args a, const Plan plan, unsigned* queue, TeamSync* syncs, char* memory) {
+  Shared& shared = shared_memory<Shared>();
+  const int own_team = static_cast<int>(blockIdx.x) / plan.size;
+  TeamSync* const sync = &syncs[own_team];
+  const Team team = {static_cast<int>(blockIdx.x) % plan.size, plan.size, &sync->barrier};
+  Buffers buffers;
+  lay_out(a, plan.pyramid_pixels, memory + own_team * plan.team_bytes, &buffers);
+  for (;;) {
+    const int64_t pair = next_pair(team, sync, queue, a.N * (a.T - 1));
+    if (pair < 0) return;
+    const int64_t clip = pair / (a.T - 1), frame = clip * a.T + pair % (a.T - 1);
+    float* flow = a.flow + pair * 2 * a.H * a.W;
+    Solver solver(a, team, buffers, shared);
+    int64_t pixel_iterations = 0;
+    if (solver.build_pyramids(plan.levels, frame, &sync->not_finite)) {
+      pixel_iterations = solver.solve(plan.levels, flow);
+    } else {
+      solver.each_pixel(2 * a.H * a.W, [&](int64_t i) { flow[i] = nanf(""); });
+    }
+    if (a.pixel_iterations && team.rank == 0 && threadIdx.x == 0) a.pixel_iterations[pair] = pixel_iterations;
+  }
+}
+
+// ---- host --------------------------------------------------------------------------------------------------------
+
+// Blocks a pair gets: the size that ends soonest if all pairs take as long, the least of equals. Beyond its tiles at
+// the finest level a block has nothing to do.
+int team_size(int64_t pairs, int resident, int tiles) {
+  int best = 1;
+  double least = 0;
+  for (int size = 1; size <= std::min(resident, tiles); ++size) {
+    const double visits = static_cast<double>(ceil_div(pairs, resident / size) * ceil_div(tiles, size));
+    if (size == 1 || visits < least) best = size, least = visits;
+  }
+  return best;
+}
+
+int64_t sync_bytes(int teams) { return aligned(sizeof(unsigned)) + aligned(teams * int64_t{sizeof(TeamSync)}); }
+
+// levels 0: the arguments or the device do not serve.
+Plan make_plan(const cpr_tvl1_args& a) {
+  Plan plan = {};
+  const int64_t pairs = a.N * (a.T - 1);
+  const int resident = resident_blocks(tvl1_kernel, kThreads, sizeof(Shared));
+  if (resident == 0) return plan;
+  const Size finest = {static_cast<int>(a.H), static_cast<int>(a.W)};
+  plan.size = team_size(std::max<int64_t>(pairs, 1), resident, count_tiles(finest));
+  plan.teams = static_cast<int>(std::min<int64_t>(std::max<int64_t>(pairs, 1), resident / plan.size));
+  plan.levels = count_levels(a);
+  Size level = finest;
+  for (int scale = 0; scale < plan.levels; ++scale, level = coarser(level, a.scale_step)) {
+    plan.pyramid_pixels += int64_t{level.height} * level.width;
+  }
+  Buffers unused;
+  plan.team_bytes = lay_out(a, plan.pyramid_pixels, nullptr, &unused);
+  return plan;
+}
+
+const char* check_cuda(const cpr_tvl1_args& a) {
+  if (const char* error = check(a)) return error;
+  if ((a.H + 2 * kBorder) * (a.W + 2 * kBorder) > INT32_MAX) return "frames: 2^31 pixels at most on CUDA";
+  if (a.N * (a.T - 1) > INT32_MAX) return "frames: 2^31 pairs at most on CUDA";
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace cpr::tvl1
+
+size_t cpr_tvl1_flow_cuda_workspace(const cpr_tvl1_args* args) {
+  using namespace cpr::tvl1;
+  if (check_cuda(*args)) return 0;
+  const Plan plan = make_plan(*args);
+  return static_cast<size_t>(sync_bytes(plan.teams) + plan.teams * plan.team_bytes);
+}
+
+const char* cpr_tvl1_flow_cuda(const cpr_tvl1_args* args, void* workspace, void* stream_) {
+  using namespace cpr::tvl1;
+  if (const char* error = check_cuda(*args)) return error;
+  if (args->N == 0) return nullptr;
+  const Plan plan = make_plan(*args);
+  if (plan.levels == 0) return "tvl1_flow: the device cannot hold a block of the kernel";
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  char* const memory = static_cast<char*>(workspace);
+  const int64_t head = sync_bytes(plan.teams);
+  const cudaError_t cleared = cudaMemsetAsync(workspace, 0, static_cast<size_t>(head), stream);
+  if (cleared != cudaSuccess) return cudaGetErrorString(cleared);
+  auto* const queue = reinterpret_cast<unsigned*>(memory);
+  auto* const syncs = reinterpret_cast<TeamSync*>(memory + aligned(sizeof(unsigned)));
+  return cpr::launch_teams(tvl1_kernel, plan.teams, plan.size, kThreads, sizeof(Shared), stream, *args, plan, queue,
+                           syncs, memory + head);
+}

@@ -1,0 +1,45 @@
+// The operators behind torch.ops.cpr_fast.*, one instantiation per device: they check their arguments, allocate the
+// outputs and call csrc/cpr_fast.h. The argument checks that a user meets first stand in cpr_fast/ops/*.py; the ones
+// here keep the kernels safe when torch.ops is called directly.
+//
+// Letters: B queries, V views, K memory entries, D width, n stages, P positives, T frames, H x W pixels.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace cpr::ops {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <bool cuda>
+std::tuple<Tensor, Tensor> cascade_select(const Tensor& queries, const Tensor& memory, std::vector<int64_t> views,
+                                          std::vector<int64_t> keep, const OptionalTensor& query_ids,
+                                          const OptionalTensor& memory_ids, std::string precision);
+
+template <bool cuda>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mil_nce(const Tensor& query, const Tensor& own_key,
+                                                           const Tensor& memory, const OptionalTensor& positives,
+                                                           const OptionalTensor& query_ids,
+                                                           const OptionalTensor& memory_ids,
+                                                           const OptionalTensor& self_mode, std::string same_id,
+                                                           std::string self_positive, double temperature);
+
+template <bool cuda>
+Tensor mil_nce_grad_memory(const Tensor& query, const Tensor& own_key, const Tensor& memory,
+                           const OptionalTensor& positives, const OptionalTensor& query_ids,
+                           const OptionalTensor& memory_ids, const OptionalTensor& self_mode, std::string same_id,
+                           std::string self_positive, double temperature, const Tensor& lse_all,
+                           const Tensor& lse_positive, const Tensor& grad_loss);
+
+template <bool cuda>
+std::tuple<Tensor, Tensor> tvl1_flow(const Tensor& frames, double tau, double lambda, double theta, int64_t scales,
+                                     double scale_step, int64_t warps, double epsilon, int64_t inner_iterations,
+                                     int64_t outer_iterations, int64_t median);
+
+}  // namespace cpr::ops

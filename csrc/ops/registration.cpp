@@ -1,0 +1,40 @@
+// Schemas and registration of torch.ops.cpr_fast.*, on the LibTorch stable ABI (torch >= 2.10).
+#include <torch/csrc/stable/library.h>
+
+#include "ops/ops.h"
+
+namespace ops = cpr::ops;
+
+STABLE_TORCH_LIBRARY(cpr_fast, m) {
+  m.def(
+      "cascade_select(Tensor queries, Tensor memory, int[] views, int[] keep, Tensor? query_ids, Tensor? memory_ids, "
+      "str precision) -> (Tensor indices, Tensor scores)");
+  m.def(
+      "mil_nce(Tensor query, Tensor own_key, Tensor memory, Tensor? positives, Tensor? query_ids, Tensor? memory_ids, "
+      "Tensor? self_mode, str same_id, str self_positive, float temperature) -> (Tensor loss, Tensor grad_query, "
+      "Tensor own_coefficient, Tensor lse_all, Tensor lse_positive)");
+  m.def(
+      "mil_nce_grad_memory(Tensor query, Tensor own_key, Tensor memory, Tensor? positives, Tensor? query_ids, "
+      "Tensor? memory_ids, Tensor? self_mode, str same_id, str self_positive, float temperature, Tensor lse_all, "
+      "Tensor lse_positive, Tensor grad_loss) -> Tensor");
+  m.def(
+      "tvl1_flow(Tensor frames, float tau, float lambda_, float theta, int scales, float scale_step, int warps, "
+      "float epsilon, int inner_iterations, int outer_iterations, int median) -> (Tensor flow, "
+      "Tensor pixel_iterations)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cpr_fast, CPU, m) {
+  m.impl("cascade_select", TORCH_BOX(&ops::cascade_select<false>));
+  m.impl("mil_nce", TORCH_BOX(&ops::mil_nce<false>));
+  m.impl("mil_nce_grad_memory", TORCH_BOX(&ops::mil_nce_grad_memory<false>));
+  m.impl("tvl1_flow", TORCH_BOX(&ops::tvl1_flow<false>));
+}
+
+#ifdef CPR_FAST_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(cpr_fast, CUDA, m) {
+  m.impl("cascade_select", TORCH_BOX(&ops::cascade_select<true>));
+  m.impl("mil_nce", TORCH_BOX(&ops::mil_nce<true>));
+  m.impl("mil_nce_grad_memory", TORCH_BOX(&ops::mil_nce_grad_memory<true>));
+  m.impl("tvl1_flow", TORCH_BOX(&ops::tvl1_flow<true>));
+}
+#endif
