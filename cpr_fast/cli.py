@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -63,8 +65,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = _command(arguments[0])
         return _run(run, arguments)
     except (InputError, *PATH_ERRORS) as error:
-        print(f"cpr-fast: {error}", file=sys.stderr)
+        print(f"cpr-fast: {_printable(str(error))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further Ctrl-C ends the process while threads still finish
+        print("cpr-fast: interrupted; run the same command again to continue", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _printable(text: str) -> str:
+    """Returns the text with escapes for the bytes of file names that are not valid Unicode."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _help() -> str:

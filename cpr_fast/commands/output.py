@@ -1,24 +1,66 @@
-"""Printing of a command's result: JSON for programs, or text for people."""
+"""Printing of a command's result: tables and lines for people, or one JSON object with `--json`."""
 
 from __future__ import annotations
 
 import json as json_module
+from collections.abc import Sequence
 from typing import Any
 
 
-def show_once(result: dict[str, Any], json: bool) -> None:
-    """`show` in the first process of those that torchrun started; all of them part."""
-    from cpr_fast.runtime import distributed
+def show(result: dict[str, Any], json: bool, *, lines: Sequence[str] = (), next_step: str = "") -> None:
+    """Prints a result on stdout.
 
-    if distributed.is_main():
-        show(result, json)
-    distributed.finish()
-
-
-def show(result: dict[str, Any], json: bool) -> None:
+    Args:
+        result: The result; with `json` it is printed as one JSON object, and nothing else is.
+        json: Whether the user gave `--json`.
+        lines: The text for people. Without any, each entry of the result is printed as "name: value".
+        next_step: A command that a user may want to run next.
+    """
     if json:
         print(json_module.dumps(result))
         return
-    from rich.console import Console
+    for line in lines or [f"{name.replace('_', ' ')}: {_text(value)}" for name, value in result.items()]:
+        print(printable(line))
+    if next_step:
+        print(f"\nnext: {printable(next_step)}")
 
-    Console().print_json(data=result)
+
+def show_once(result: dict[str, Any], json: bool, **text: Any) -> None:
+    """Calls `show` in the first of the processes that torchrun started, then ends the process group in all of them."""
+    from cpr_fast.runtime import distributed
+
+    if distributed.is_main():
+        show(result, json, **text)
+    distributed.finish()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> str:
+    """Returns a table as text: the first column left-aligned, the others right-aligned."""
+    cells = [[printable(str(cell)) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = row
+        return "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))])
+
+    head, *body = cells
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join(text.rstrip() for text in [*([title] if title else []), line(head), rule, *map(line, body)])
+
+
+def rate(value: float | None, digits: int = 3) -> str:
+    """Returns a rate as in the literature, ".546"; "-" where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}".removeprefix("0" if value < 1 else "")
+
+
+def printable(text: str) -> str:
+    """Returns the text with escapes where it holds bytes that are not valid Unicode, as file names may."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
