@@ -100,6 +100,16 @@ __device__ Logsum merge(const Scanned& scanned, const Named* named, int64_t P, i
   return out;
 }
 
+// Writes the loss of query b and what its gradients to own_key and to the memory need. For one thread.
+__device__ __forceinline__ void write_loss(const cpr_mil_nce_outputs& outputs, int64_t b, const Logsum& all,
+                                           const Logsum& positive, float own_coefficient) {
+  const float log_all = logf(all.sum), log_positive = logf(positive.sum);
+  static_cast<float*>(outputs.loss)[b] = (all.maximum - positive.maximum) + (log_all - log_positive);
+  static_cast<float*>(outputs.own_coefficient)[b] = own_coefficient;
+  static_cast<float*>(outputs.lse_all)[b] = all.maximum + log_all;
+  static_cast<float*>(outputs.lse_positive)[b] = positive.maximum + log_positive;
+}
+
 // One block per query: the explicit positives and the own key join the merged splits; loss and gradient.
 template <typename T>
 __global__ void __launch_bounds__(kFinishThreads, 4)
@@ -154,13 +164,7 @@ __global__ void __launch_bounds__(kFinishThreads, 4)
     }
     static_cast<float*>(outputs.grad_query)[b * D + d] = gradient * problem.inverse_temperature;
   }
-  if (threadIdx.x == 0) {
-    const float log_all = logf(all.sum), log_positive = logf(positive.sum);
-    static_cast<float*>(outputs.loss)[b] = (all.maximum - positive.maximum) + (log_all - log_positive);
-    static_cast<float*>(outputs.own_coefficient)[b] = own_coefficient * problem.inverse_temperature;
-    static_cast<float*>(outputs.lse_all)[b] = all.maximum + log_all;
-    static_cast<float*>(outputs.lse_positive)[b] = positive.maximum + log_positive;
-  }
+  if (threadIdx.x == 0) write_loss(outputs, b, all, positive, own_coefficient * problem.inverse_temperature);
 }
 
 }  // namespace

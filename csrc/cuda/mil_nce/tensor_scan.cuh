@@ -87,6 +87,69 @@ __device__ __forceinline__ void score_keys(const TensorScanShared<T, kWidth>& sh
   }
 }
 
+// Starts the copy of the block's 32 queries to shared memory; rows beyond the chunk are zero.
+template <typename T, int kWidth>
+__device__ __forceinline__ void copy_queries(const T* queries, int64_t first_query, int64_t row0, int64_t chunk_queries,
+                                             TensorScanShared<T, kWidth>& shared) {
+  constexpr int kVector = 16 / sizeof(T), kVectors = kWidth / kVector;
+  for (int at = threadIdx.x; at < kScanRows * kVectors; at += ScanShape<kWidth>::kThreads) {
+    const int64_t row = row0 + at / kVectors;
+    const T* from = row < chunk_queries ? queries + (first_query + row) * kWidth + at % kVectors * kVector : queries;
+    copy_async<16>(&shared.query[at / kVectors][at % kVectors * kVector], from, row < chunk_queries);
+  }
+}
+
+// Divides the scores of a tile by the temperature, and marks those that count in the denominator (`members`) and those
+// that are positives by id (`positives`): bit (m * kScoreKeys + n) * 4 + e belongs to score[m][n][e].
+template <bool kPositiveById, int kWidth, int kRows, int kKeys>
+__device__ __forceinline__ void find_members(const Problem& problem, const int64_t (&own)[kRows][2],
+                                             const int64_t (&ids)[ScanShape<kWidth>::kKeys], int key_warp,
+                                             float (&score)[kRows][kKeys][4], unsigned& members, unsigned& positives) {
+#pragma unroll
+  for (int n = 0; n < kKeys; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int64_t id = ids[(key_warp * kKeys + n) * kPieceColumns + threadIdx.x % kWarp % 4 * 2 + e % 2];
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        const unsigned bit = 1u << ((m * kKeys + n) * 4 + e);
+        const bool live = id != -1, same = live && id == own[m][e / 2];
+        score[m][n][e] *= problem.inverse_temperature;
+        if (live && !(same && problem.same_id == CPR_SAME_IGNORE)) members |= bit;
+        if (kPositiveById && same) positives |= bit;
+      }
+    }
+  }
+}
+
+// The ids of the queries whose scores the lane holds; `first`: of the warp's first row.
+template <int kRows>
+__device__ __forceinline__ void find_own_ids(const Problem& problem, int64_t first, int64_t (&own)[kRows][2]) {
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      own[m][half] = problem.own_id(first + m * kPieceRows + half * 8 + threadIdx.x % kWarp / 4);
+    }
+  }
+}
+
+// Adds the positives of a tile to their running softmax. For the whole block: the two barriers also keep these writes
+// behind the reads of the sum over all keys.
+template <typename T, int kWidth>
+__device__ __forceinline__ void absorb_positives(TensorRunning<T, kWidth>& positive,
+                                                 const typename TensorRunning<T, kWidth>::Scores& score,
+                                                 unsigned members, float (&reference)[kRowPieces][2],
+                                                 TensorScanShared<T, kWidth>& shared,
+                                                 const T (&keys)[ScanShape<kWidth>::kKeys][kWidth + kPad]) {
+  positive.offer_maxima(score, members, shared);
+  __syncthreads();
+  positive.take_maxima(shared, reference);
+  positive.weigh(score, members, reference, shared);
+  __syncthreads();
+  positive.add_weighted_keys(shared, keys);
+}
+
 // Blocks that a multiprocessor must be able to hold: bounds the registers of a thread.
 template <int kWidth, bool kPositiveById>
 constexpr int kScanBlocks = kWidth > 128    ? 1
@@ -101,18 +164,12 @@ __global__ void __launch_bounds__(ScanShape<kWidth>::kThreads, kScanBlocks<kWidt
   using Shape = ScanShape<kWidth>;
   using Group = TensorRunning<T, kWidth>;
   auto& shared = shared_memory<TensorScanShared<T, kWidth>>();
-  const int lane = threadIdx.x % kWarp;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kScanRows;
   const KeyTiles<T, kWidth> source = {memory, problem.memory_ids, problem.K};
   const int64_t begin = blockIdx.y * tiles * kSumTerms;
   const int64_t end = begin + tiles * kSumTerms < problem.K ? begin + tiles * kSumTerms : problem.K;
 
-  constexpr int kVector = 16 / sizeof(T), kVectors = kWidth / kVector;
-  for (int at = threadIdx.x; at < kScanRows * kVectors; at += Shape::kThreads) {
-    const int64_t row = row0 + at / kVectors;
-    const T* from = row < chunk_queries ? queries + (first_query + row) * kWidth + at % kVectors * kVector : queries;
-    copy_async<16>(&shared.query[at / kVectors][at % kVectors * kVector], from, row < chunk_queries);
-  }
+  copy_queries<T, kWidth>(queries, first_query, row0, chunk_queries, shared);
   source.copy_ids(begin, shared.ids[0]);
   commit_copies();
   wait_for_copies<0>();
@@ -122,14 +179,7 @@ __global__ void __launch_bounds__(ScanShape<kWidth>::kThreads, kScanBlocks<kWidt
   commit_copies();
 
   int64_t own[Shape::kScoreRows][2];
-#pragma unroll
-  for (int m = 0; m < Shape::kScoreRows; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = row0 + (Group::score_piece() + m) * kPieceRows + half * 8 + lane / 4;
-      own[m][half] = problem.own_id(first_query + row);
-    }
-  }
+  find_own_ids(problem, first_query + row0 + Group::score_piece() * kPieceRows, own);
   Group all, positive;
   all.start();
   positive.start();
@@ -148,21 +198,7 @@ __global__ void __launch_bounds__(ScanShape<kWidth>::kThreads, kScanBlocks<kWidt
     typename Group::Scores score;
     score_keys<T, kWidth>(shared, keys, score);
     unsigned members = 0, positives = 0;
-#pragma unroll
-    for (int n = 0; n < Shape::kScoreKeys; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int64_t id = ids[(Group::key_warp() * Shape::kScoreKeys + n) * kPieceColumns + lane % 4 * 2 + e % 2];
-#pragma unroll
-        for (int m = 0; m < Shape::kScoreRows; ++m) {
-          const unsigned bit = 1u << ((m * Shape::kScoreKeys + n) * 4 + e);
-          const bool live = id != -1, same = live && id == own[m][e / 2];
-          score[m][n][e] *= problem.inverse_temperature;
-          if (live && !(same && problem.same_id == CPR_SAME_IGNORE)) members |= bit;
-          if (kPositiveById && same) positives |= bit;
-        }
-      }
-    }
+    find_members<kPositiveById, kWidth>(problem, own, ids, Group::key_warp(), score, members, positives);
 
     float reference[kRowPieces][2];
     all.offer_maxima(score, members, shared);
@@ -171,14 +207,7 @@ __global__ void __launch_bounds__(ScanShape<kWidth>::kThreads, kScanBlocks<kWidt
     all.weigh(score, members, reference, shared);
     __syncthreads();
     all.add_weighted_keys(shared, keys);
-    if (kPositiveById && any) {  // the two barriers here also keep these writes behind the reads above
-      positive.offer_maxima(score, positives, shared);
-      __syncthreads();
-      positive.take_maxima(shared, reference);
-      positive.weigh(score, positives, reference, shared);
-      __syncthreads();
-      positive.add_weighted_keys(shared, keys);
-    }
+    if (kPositiveById && any) absorb_positives(positive, score, positives, reference, shared, keys);
   }
   wait_for_copies<0>();
   all.finish(out, blockIdx.y, row0, chunk_queries, shared);

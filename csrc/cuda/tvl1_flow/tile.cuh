@@ -107,6 +107,13 @@ __device__ __forceinline__ void dual(float taut, float u_x, float u_y, float& p_
   p_y = (p_y + taut * u_y) / norm;
 }
 
+// The squared change of iteration k over the whole tile.
+__device__ __forceinline__ float sum_of_changes(const TileMemory& memory, unsigned k) {
+  float sum = 0;
+  for (const float change : memory.warp_change[k]) sum += change;
+  return sum;
+}
+
 // `count` <= kHalo inner iterations on one tile, from `source` into `target` (other memory). partial[k]: out, the
 // tile's part of the squared change of iteration k.
 __device__ inline void iterate_tile(const Problem& problem, int tile, int count, State source, State target,
@@ -165,11 +172,7 @@ __device__ inline void iterate_tile(const Problem& problem, int tile, int count,
     target.u[pixel] = u[j];
     target.p[pixel] = {p_x[j].x, p_x[j].y, p_y[j].x, p_y[j].y};
   }
-  if (static_cast<int>(threadIdx.x) < count) {
-    float sum = 0;
-    for (const float change : memory.warp_change[threadIdx.x]) sum += change;
-    partial[threadIdx.x] = sum;
-  }
+  if (static_cast<int>(threadIdx.x) < count) partial[threadIdx.x] = sum_of_changes(memory, threadIdx.x);
 }
 
 }  // namespace cpr::tvl1
