@@ -1,7 +1,12 @@
-"""The operators: mining, loss and optical flow as `torch.ops.cpr_fast.*`, each with a plain-torch twin `*_ref`."""
+"""The operators for the CPU and CUDA: positive mining, its loss and optical flow; and a module of a queue and the loss.
+
+Each operator is `torch.ops.cpr_fast.*` and has a plain PyTorch reference beside it, `*_ref`. Any module may import this
+package; it imports torch and nothing else.
+"""
 
 from cpr_fast.ops.cascade_select import cascade_select, cascade_select_ref
 from cpr_fast.ops.mil_nce import mil_nce, mil_nce_ref
+from cpr_fast.ops.queue_loss import QueueLoss
 from cpr_fast.ops.tvl1_flow import tvl1_flow, tvl1_flow_ref
 
-__all__ = ["cascade_select", "cascade_select_ref", "mil_nce", "mil_nce_ref", "tvl1_flow", "tvl1_flow_ref"]
+__all__ = ["QueueLoss", "cascade_select", "cascade_select_ref", "mil_nce", "mil_nce_ref", "tvl1_flow", "tvl1_flow_ref"]

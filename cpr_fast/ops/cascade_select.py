@@ -1,6 +1,6 @@
-"""Multi-stage, multi-view similarity-and-select: the mining of CPR [arXiv 2201.07989, Algorithm 1].
+"""Multi-stage, multi-view similarity selection: the positive mining of CPR [arXiv 2201.07989, Algorithm 1].
 
-Letters: B queries, V views, K memory entries, D feature width, n stages.
+Letters in shapes: B queries, V views, K memory entries, D feature width, n stages.
 """
 
 from collections.abc import Sequence
@@ -8,9 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpr_fast.ops import _library  # noqa: F401 - registers torch.ops.cpr_fast
+from cpr_fast.ops import (
+    _checks,
+    _library,  # noqa: F401 - registers torch.ops.cpr_fast
+    _vmap,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PRECISIONS = ("fp32", "bf16")
 
 
 def cascade_select(
@@ -23,30 +28,47 @@ def cascade_select(
     memory_ids: Tensor | None = None,  # [K]
     precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
-    """Memory entries that survive n stages of similarity selection, best first.
+    """Returns the memory entries that survive n stages of similarity selection, best first.
 
-    Stage s compares in view `views[s]` and keeps the `min(keep[s], survivors)` best entries, by score descending and
-    then slot ascending. The score is the dot product as one fp32 chain `acc = fma(q[d], k[d], acc)`, so the result is
-    the same bits on every device, for every batch size and thread count. Entries whose id is -1 (empty), equals the
-    query's id, or whose score in a compared view is NaN leave before stage 1. Query id -1 equals nothing.
-    Not differentiable.
+    Stage s compares in view `views[s]` and keeps the `min(keep[s], survivors)` best entries in the order (score
+    descending, slot ascending). The score is the dot product as one float32 chain `acc = fma(q[d], k[d], acc)`, so the
+    result has the same bits on every device, for every batch size and number of threads.
 
-    queries, memory: float32, bfloat16 or float16, one dtype and device, any strides.
-    views: n ints in 0..V-1.  keep: n ints, non-increasing, >= 1; may exceed K.
-    query_ids, memory_ids: int64; query_ids requires memory_ids.
-    precision: "fp32" (exact, as above) or "bf16": approximate on CUDA, where tensor cores score features rounded to
-        bfloat16 (about 99 % of the top 5 of random unit vectors stay, and 94 % of the rows); exact on the CPU.
+    Args:
+        queries: [V, B, D] float32, bfloat16 or float16, any strides: the features of the queries in each view.
+        memory: [V, K, D] of the same dtype and device.
+        views: n ints in 0..V-1, the view that each stage compares in.
+        keep: n ints >= 1, non-increasing: how many entries each stage keeps. May exceed K.
+        query_ids: [B] int64, the source of each query; -1 equals nothing. Requires memory_ids.
+        memory_ids: [K] int64, the source of each entry; -1 marks an empty slot. Entries that are empty, that have the
+            id of the query or a NaN score in a compared view leave before the first stage.
+        precision: "fp32" is exact, as above. "bf16" is approximate on CUDA, where tensor cores score features rounded
+            to bfloat16 (about 99 % of the top 5 of random unit vectors stay, and 94 % of the rows), and exact on the
+            CPU.
 
-    Returns indices [B, keep[-1]] int64 and scores [B, keep[-1]] float32 of the last stage; -1 and -inf where fewer
-    than keep[-1] entries remain. Raises ValueError or TypeError naming the bad argument.
+    Returns:
+        indices [B, keep[-1]] int64 and scores [B, keep[-1]] float32 in the order of the last stage; -1 and -inf where
+        fewer than keep[-1] entries remain. Neither carries a gradient: inputs that require one are detached. Compute
+        `(queries[v][:, None] * memory[v][indices]).sum(-1)` where scores should be differentiable.
+
+    Raises:
+        TypeError, ValueError: the message names the argument. NotImplementedError: no kernel for the device.
+
+    Example:
+        >>> queries, memory = torch.randn(2, 8, 128), torch.randn(2, 4096, 128)
+        >>> indices, scores = cascade_select(queries, memory, views=[1, 0, 1], keep=[2048, 1024, 5])
+        >>> indices.shape, scores.shape
+        (torch.Size([8, 5]), torch.Size([8, 5]))
     """
-    views, keep = [int(view) for view in views], [int(count) for count in keep]
-    if queries.requires_grad or memory.requires_grad:
-        queries, memory = queries.detach(), memory.detach()
+    views, keep = _checks.integers("views", views), _checks.integers("keep", keep)
+    if precision not in _PRECISIONS:
+        _checks.check_choice("precision", precision, _PRECISIONS)
     arguments = (queries, memory, views, keep, query_ids, memory_ids, precision)
     try:
+        if queries.requires_grad or memory.requires_grad:
+            return _operator(queries.detach(), memory.detach(), *arguments[2:])
         return _operator(*arguments)
-    except Exception:  # the operator checks too: asking before each call would cost a tenth of a small selection
+    except Exception:  # the operator checks as well; checking before each call would add a tenth to a small selection
         _check(*arguments)
         raise
 
@@ -60,7 +82,10 @@ def cascade_select_ref(
     query_ids: Tensor | None = None,  # [B]
     memory_ids: Tensor | None = None,  # [K]
 ) -> tuple[Tensor, Tensor]:
-    """`cascade_select` in plain torch, scored in float64 by stable sorts. O(B K) memory."""
+    """Computes `cascade_select` in plain PyTorch, with float64 scores and stable sorts: slow, O(B K) memory.
+
+    Arguments and results as for `cascade_select`. Use it to check results, or on devices without a kernel.
+    """
     scores = queries.double() @ memory.double().transpose(1, 2)  # [V, B, K]
     alive = ~scores[list(set(views))].isnan().any(0)  # [B, K]
     if memory_ids is not None:
@@ -89,33 +114,40 @@ def _fake(queries, memory, views, keep, query_ids, memory_ids, precision):
     return queries.new_empty(shape, dtype=torch.int64), queries.new_empty(shape, dtype=torch.float32)
 
 
+def _map(info, in_dims, queries, memory, views, keep, query_ids, memory_ids, precision):
+    """The rule for torch.vmap: one call for all slices of the queries where they share a memory."""
+    arguments, size = (queries, memory, views, keep, query_ids, memory_ids, precision), info.batch_size
+    of_queries, of_memory, _, _, of_query_ids, of_memory_ids, _ = in_dims
+    if of_memory is not None or of_memory_ids is not None:
+        return _vmap.one_by_one(_operator, in_dims, arguments, size)
+    queries = _vmap.fold(queries, of_queries, size, 1)  # [V, N B, D]
+    query_ids = _vmap.fold(query_ids, of_query_ids, size, 0)
+    indices, scores = _operator(queries, memory, views, keep, query_ids, memory_ids, precision)
+    return (indices.unflatten(0, (size, -1)), scores.unflatten(0, (size, -1))), (0, 0)
+
+
+_vmap.register("cascade_select", _map)
+
+
 def _check(queries, memory, views, keep, query_ids, memory_ids, precision) -> None:
-    for name, tensor in (("queries", queries), ("memory", memory)):
-        if tensor.dim() != 3 or 0 in tensor.shape:
-            raise ValueError(f"{name}: expected a non-empty shape [V, N, D], got {list(tensor.shape)}")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+    """Raises the error of the first bad argument. Reads shapes and types only, never values on a device."""
+    _checks.check_tensor("queries", queries, _DTYPES, "[V, B, D]", 3)
+    _checks.check_tensor("memory", memory, _DTYPES, "[V, K, D]", 3)
+    _checks.check_device("queries", queries, "cascade_select")
     (V, B, D), (memory_V, K, memory_D) = queries.shape, memory.shape
     if (memory_V, memory_D) != (V, D):
         raise ValueError(f"memory: expected shape [V={V}, K, D={D}], got {list(memory.shape)}")
     if memory.dtype != queries.dtype:
         raise TypeError(f"memory: expected the dtype of queries, {queries.dtype}, got {memory.dtype}")
-    for name, tensor, size in (("memory", memory, None), ("query_ids", query_ids, B), ("memory_ids", memory_ids, K)):
-        if tensor is None:
-            continue
-        if tensor.device != queries.device:
-            raise ValueError(f"{name}: expected the device of queries, {queries.device}, got {tensor.device}")
-        if size is not None and tensor.dtype != torch.int64:
-            raise TypeError(f"{name}: expected int64, got {tensor.dtype}")
-        if size is not None and tensor.shape != (size,):
-            raise ValueError(f"{name}: expected shape [{size}], got {list(tensor.shape)}")
+    _checks.check_same_device("memory", memory, queries, "queries")
+    _checks.check_int64("query_ids", query_ids, (B,), queries, "queries")
+    _checks.check_int64("memory_ids", memory_ids, (K,), queries, "queries")
     if query_ids is not None and memory_ids is None:
         raise ValueError("query_ids: requires memory_ids, got None")
     if not views or len(views) != len(keep):
-        raise ValueError(f"views, keep: expected n >= 1 entries each, got {len(views)} and {len(keep)}")
+        raise ValueError(f"views, keep: expected the same number of entries, at least 1, got {len(views)}, {len(keep)}")
     if any(not 0 <= view < V for view in views):
         raise ValueError(f"views: expected values in 0..{V - 1}, got {views}")
-    if keep[-1] < 1 or any(later > earlier for earlier, later in zip(keep, keep[1:], strict=False)):
+    if keep[-1] < 1 or keep[0] >= 2**63 or any(b > a for a, b in zip(keep, keep[1:], strict=False)):
         raise ValueError(f"keep: expected non-increasing values >= 1, got {keep}")
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f'precision: expected "fp32" or "bf16", got {precision!r}')
+    _checks.check_choice("precision", precision, _PRECISIONS)

@@ -1,15 +1,22 @@
 """MIL-NCE loss over a memory [arXiv 2201.07989, Eq. 2], fused: one pass over the memory, no [B, K] matrix.
 
-Letters: B queries, K memory entries, D feature width, P positives.
+Letters in shapes: B queries, K memory entries, D feature width, P positives.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from cpr_fast.ops import _library  # noqa: F401 - registers torch.ops.cpr_fast
+from cpr_fast.ops import (
+    _checks,
+    _library,  # noqa: F401 - registers torch.ops.cpr_fast
+    _vmap,
+)
 
 _SAME_ID = ("positive", "ignore", "negative")
 _SELF_POSITIVE = ("keep", "denominator", "drop_both")
+_REDUCTION = ("mean", "none")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -23,42 +30,108 @@ def mil_nce(
     memory_ids: Tensor | None = None,  # [K]
     same_id: str = "positive",
     self_positive: str | Tensor = "keep",
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     reduction: str = "mean",
 ) -> Tensor:
-    """logsumexp of the scores of all keys minus logsumexp of those of the positives, score = q . k / temperature.
+    """Returns the MIL-NCE loss: logsumexp of the scores of all keys minus logsumexp of the scores of the positives.
 
-    All keys are own_key and the memory; the positives are own_key, the valid `positives` (each slot once) and, where
-    same_id="positive", the entries of the query's id. Empty slots (memory id -1) are in neither sum.
+    The score is q . k / temperature. All keys are own_key and the memory. The positives are own_key, the valid
+    `positives` (each slot once) and, where same_id="positive", the entries with the id of the query.
 
-    query, own_key, memory: float32, bfloat16, float16 (on the CPU also float64), one dtype and device, any strides;
-        autocast casts them to float32. Gradients flow to query and own_key, and to memory only if it requires one.
-    positives: int64 memory slots, -1 = none; None is InfoNCE.
-    query_ids, memory_ids: int64; query_ids requires memory_ids; query id -1 equals nothing.
-    same_id: what entries of the query's id are: "positive", "ignore" (in neither sum) or "negative". An explicit
-        positive overrides it.
-    self_positive: own_key in rows that have another positive: "keep", "denominator" (there only: the published
-        drop) or "drop_both"; or int64 [B] of 0 | 1 | 2, one choice per row.
-    reduction: "mean" over B, or "none".
+    Args:
+        query: [B, D] float32, bfloat16, float16 (on the CPU also float64), any strides. Autocast casts to float32.
+        own_key: [B, D] of the same dtype and device: the other view of each query.
+        memory: [K, D] of the same dtype and device. Receives a gradient only if it requires one.
+        positives: [B, P] int64 memory slots, -1 for none; None is InfoNCE.
+        query_ids: [B] int64, -1 equals nothing. Requires memory_ids.
+        memory_ids: [K] int64; -1 marks an empty slot, which is in neither sum.
+        same_id: what entries with the id of the query are: "positive", "ignore" (in neither sum) or "negative". A slot
+            listed in `positives` is a positive in any case.
+        self_positive: what own_key is in rows that have another positive: "keep" (in both sums), "denominator" (in
+            that sum alone, as published), "drop_both"; or [B] int64 of 0, 1 or 2, one choice for each row.
+        temperature: a positive number; or a tensor with one element, which receives a gradient if it requires one.
+        reduction: "mean" over B, or "none".
 
-    Returns float32 (float64 for float64), [] or [B]. Raises ValueError or TypeError naming the bad argument, and
-    IndexError for a slot outside -1..K-1 (on CUDA a device assert). Cannot be differentiated twice.
+    Returns:
+        float32 (float64 for float64): [] for "mean", [B] for "none". It can be differentiated once.
+
+    Raises:
+        TypeError, ValueError: the message names the argument. IndexError: a positive outside -1..K-1 (on CUDA an
+        assertion of the device). NotImplementedError: no kernel for the device, or torch.func.grad and its kin.
+
+    Example:
+        >>> query = torch.randn(8, 128, requires_grad=True)
+        >>> own_key, memory, positives = torch.randn(8, 128), torch.randn(4096, 128), torch.randint(4096, (8, 5))
+        >>> mil_nce(query, own_key, memory, positives, temperature=0.1).backward()
     """
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
+    _checks.check_choice("reduction", reduction, _REDUCTION)
+    features = (query, own_key, memory)
+    if isinstance(temperature, Tensor):
+        features, temperature = _divided(*features, temperature)
+    elif type(temperature) is not float or not 0 < temperature < math.inf:
+        temperature = _checked_number(temperature)
     modes = self_positive if isinstance(self_positive, Tensor) else None
-    inputs = (query, own_key, memory, positives, query_ids, memory_ids, modes)
+    inputs = (*features, positives, query_ids, memory_ids, modes)
     settings = (same_id, "keep" if modes is not None else self_positive, temperature)
+    return _loss(inputs, settings, reduction)
+
+
+def _loss(inputs: tuple, settings: tuple, reduction: str) -> Tensor:
     try:
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(query.device.type):
+        if torch.compiler.is_compiling() or _autocast(inputs[0]) or torch._C._are_functorch_transforms_active():
             loss, *_ = torch.ops.cpr_fast.mil_nce(*inputs, *settings)
             return loss.mean() if reduction == "mean" else loss
-        # What the operator does, without the dispatcher's way into Python and back, and the mean in the same node:
-        # 40 us, a tenth of a small loss.
+        # The same as the operator without the way of the dispatcher into Python and back, and with the mean in the same
+        # autograd node: this saves 40 us, a tenth of a small loss.
         return _MilNce.apply(*inputs, *settings, reduction)
-    except Exception:  # the operator checks too: asking before each call would cost a tenth of a small loss
+    except Exception:  # the operator checks as well; checking before each call would add a tenth to a small loss
         _check(*inputs, *settings)
         raise
+
+
+def _autocast(query: Tensor) -> bool:
+    kind = query.device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
+def _checked_number(temperature) -> float:
+    value = _checks.number("temperature", temperature)
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature: expected a positive finite number, got {value}")
+    return value
+
+
+def _divided(query: Tensor, own_key: Tensor, memory: Tensor, temperature: Tensor) -> tuple[tuple, float]:
+    """Returns the features with the query divided by `temperature`, and the temperature that remains, 1.
+
+    The loss depends on the temperature t and the query q only through q / t, so the chain rule through this division is
+    the exact gradient to t: t dL/dt = -sum(q dL/dq) (Euler's identity). No kernel has to know of it, and nothing waits
+    for the device. Features of 16 bits are widened first: rounding q / t to 16 bits would cost digits of the scores.
+
+    A temperature that is not positive and finite raises ValueError on the CPU. Elsewhere, and in traced programs, its
+    value is not read: the loss becomes NaN.
+    """
+    for name, tensor in (("query", query), ("own_key", own_key), ("memory", memory)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {_checks.describe(tensor)}")
+    if not temperature.is_floating_point():
+        raise TypeError(f"temperature: expected a number or a tensor of floating-point dtype, got {temperature.dtype}")
+    if temperature.numel() != 1:
+        raise ValueError(f"temperature: expected a tensor with one element, got shape {list(temperature.shape)}")
+    if temperature.device != query.device and temperature.device.type != "cpu":
+        raise ValueError(f"temperature: expected the device of query, {query.device}, got {temperature.device}")
+    if _checks.readable(temperature):
+        _checked_number(temperature.item())
+    if not _autocast(query):
+        for name, tensor in (("own_key", own_key), ("memory", memory)):
+            if tensor.dtype != query.dtype:
+                raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {tensor.dtype}")
+    if query.dtype in (torch.bfloat16, torch.float16):
+        query, own_key, memory = (features.float() for features in (query, own_key, memory))
+    temperature = temperature.to(torch.promote_types(temperature.dtype, torch.float32)).reshape(())
+    valid = (temperature > 0) & (temperature < math.inf)
+    scale = torch.where(valid, 1 / temperature, math.nan).to(query.dtype)
+    return (query * scale, own_key, memory), 1.0
 
 
 def mil_nce_ref(
@@ -71,10 +144,13 @@ def mil_nce_ref(
     memory_ids: Tensor | None = None,  # [K]
     same_id: str = "positive",
     self_positive: str | Tensor = "keep",
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     reduction: str = "mean",
 ) -> Tensor:
-    """`mil_nce` in plain torch, differentiable by autograd, in the precision of its inputs. O(B K) memory."""
+    """Computes `mil_nce` in plain PyTorch, in the precision of its inputs: O(B K) memory.
+
+    Arguments and result as for `mil_nce`. Autograd differentiates it any number of times, torch.func as well.
+    """
     (B, _), K = query.shape, memory.shape[0]
     listed = torch.zeros(B, K + 1, dtype=torch.bool, device=query.device)
     if positives is not None:
@@ -112,8 +188,8 @@ def _fake_grad_memory(query, own_key, memory, *settings_and_outputs):
 
 
 class _MilNce(torch.autograd.Function):
-    """The operator's autograd, with all of its outputs; given a reduction, that of the public function, with the loss
-    alone. torch.library.register_autograd would do the first, but asks the schema for defaults: 35 us a call."""
+    """The autograd of the operator, with all of its outputs; or, given a reduction, of the public function, with the
+    loss alone. torch.library.register_autograd would serve for the first, but takes 35 us a call to read the schema."""
 
     @staticmethod
     def forward(
@@ -127,7 +203,7 @@ class _MilNce(torch.autograd.Function):
         loss, grad_query, own_coefficient, lse_all, lse_positive = output
         ctx.dtype, ctx.settings, ctx.reduction = query.dtype, settings, reduction
         ctx.set_materialize_grads(False)
-        # The memory is kept only for its own gradient: otherwise a queue may be overwritten before backward.
+        # The memory is saved only where it needs a gradient: otherwise a queue may be overwritten before backward.
         learns = (*inputs[1:], lse_all, lse_positive) if ctx.needs_input_grad[2] else ()
         ctx.save_for_backward(query, grad_query, own_coefficient, *learns)
         if reduction is not None:
@@ -137,10 +213,10 @@ class _MilNce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        # Without this a gradient penalty would be a constant: the gradients below are not functions of the inputs.
+        # For autograd the gradients below do not depend on the inputs: a gradient penalty would be a constant.
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "mil_nce: cannot be differentiated twice (backward was asked for with create_graph=True)"
+                "mil_nce: cannot be differentiated twice (backward ran with create_graph=True); use mil_nce_ref"
             )
         grads = [None] * 11
         if grad_loss is None:
@@ -157,10 +233,38 @@ class _MilNce(torch.autograd.Function):
             grads[2] = torch.ops.cpr_fast.mil_nce_grad_memory(query, *inputs, *ctx.settings, *outputs).to(ctx.dtype)
         return tuple(grads)
 
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError("mil_nce: has no forward-mode derivative; use mil_nce_ref")
+
+
+def _autograd(*arguments):
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "mil_nce: torch.func.grad, vjp, jacrev and jvp are not supported; use backward(), torch.autograd.grad "
+            "or mil_nce_ref"
+        )
+    return _MilNce.apply(*arguments)
+
+
+def _map(info, in_dims, *arguments):
+    """The rule for torch.vmap: one call for all slices of the queries where they share a memory."""
+    size = info.batch_size
+    if in_dims[2] is not None or in_dims[5] is not None:
+        return _vmap.one_by_one(torch.ops.cpr_fast.mil_nce, in_dims, arguments, size)
+    memory, memory_ids = arguments[2], arguments[5]
+    rows = (_vmap.fold(arguments[i], in_dims[i], size, 0) for i in (0, 1, 3, 4, 6))
+    query, own_key, positives, query_ids, self_mode = rows  # of N B rows
+    outputs = torch.ops.cpr_fast.mil_nce(
+        query, own_key, memory, positives, query_ids, memory_ids, self_mode, *arguments[7:]
+    )
+    return tuple(output.unflatten(0, (size, -1)) for output in outputs), (0,) * len(outputs)
+
 
 _operator = torch.ops.cpr_fast.mil_nce.default
-_AUTOGRAD = torch.library.Library("cpr_fast", "IMPL")  # registered as long as it lives
-_AUTOGRAD.impl("mil_nce", _MilNce.apply, "Autograd")
+_AUTOGRAD = torch.library.Library("cpr_fast", "IMPL")  # a registration lasts as long as its library object
+_AUTOGRAD.impl("mil_nce", _autograd, "Autograd")
+_vmap.register("mil_nce", _map)
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast("cpr_fast::mil_nce", _device, torch.float32)
 
@@ -168,46 +272,33 @@ for _device in ("cpu", "cuda"):
 def _check(
     query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id, self_positive, temperature
 ) -> None:
-    dtypes = (*_DTYPES, torch.float64) if query.device.type == "cpu" else _DTYPES
-    if query.dtype not in dtypes:
-        raise TypeError(f"query: expected one of {', '.join(map(str, dtypes))}, got {query.dtype}")
-    if query.dim() != 2 or 0 in query.shape:
-        raise ValueError(f"query: expected a non-empty shape [B, D], got {list(query.shape)}")
+    """Raises the error of the first bad argument. Reads shapes and types only, never values on a device."""
+    on_cuda = isinstance(query, Tensor) and query.device.type == "cuda"
+    dtypes = _DTYPES if on_cuda else (*_DTYPES, torch.float64)
+    _checks.check_tensor("query", query, dtypes, "[B, D]", 2)
+    _checks.check_tensor("own_key", own_key, dtypes, "[B, D]", 2)
+    _checks.check_tensor("memory", memory, dtypes, "[K, D]", 2)
+    _checks.check_device("query", query, "mil_nce")
     B, D = query.shape
-    if memory.dim() != 2 or memory.shape[0] == 0 or memory.shape[1] != D:
+    K = memory.shape[0]
+    if memory.shape[1] != D:
         raise ValueError(f"memory: expected a non-empty shape [K, D={D}], got {list(memory.shape)}")
     if own_key.shape != query.shape:
         raise ValueError(f"own_key: expected the shape of query, {[B, D]}, got {list(own_key.shape)}")
-    autocast = torch.is_autocast_enabled(query.device.type)
+    autocast = _autocast(query)
     for name, tensor in (("own_key", own_key), ("memory", memory)):
         if tensor.dtype != query.dtype and not (autocast and tensor.dtype in _DTYPES):
             raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name}: expected the device of query, {query.device}, got {tensor.device}")
-    if positives is not None and positives.dim() != 2:
+        _checks.check_same_device(name, tensor, query, "query")
+    if isinstance(positives, Tensor) and positives.dim() != 2:
         raise ValueError(f"positives: expected shape [B={B}, P], got {list(positives.shape)}")
-    P = 0 if positives is None else positives.shape[1]
-    for name, tensor, shape in (
-        ("positives", positives, (B, P)),
-        ("query_ids", query_ids, (B,)),
-        ("memory_ids", memory_ids, (memory.shape[0],)),
-        ("self_positive", self_mode, (B,)),
-    ):
-        if tensor is None:
-            continue
-        if tensor.dtype != torch.int64:
-            raise TypeError(f"{name}: expected int64, got {tensor.dtype}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name}: expected the device of query, {query.device}, got {tensor.device}")
+    P = positives.shape[1] if isinstance(positives, Tensor) else "P"
+    _checks.check_int64("positives", positives, (B, P), query, "query")
+    _checks.check_int64("query_ids", query_ids, (B,), query, "query")
+    _checks.check_int64("memory_ids", memory_ids, (K,), query, "query")
+    _checks.check_int64("self_positive", self_mode, (B,), query, "query")
     if query_ids is not None and memory_ids is None:
         raise ValueError("query_ids: requires memory_ids, got None")
-    for name, value, choices in (
-        ("same_id", same_id, _SAME_ID),
-        ("self_positive", self_positive, _SELF_POSITIVE),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    _checks.check_choice("same_id", same_id, _SAME_ID)
+    _checks.check_choice("self_positive", self_positive, _SELF_POSITIVE)
+    _checked_number(temperature)

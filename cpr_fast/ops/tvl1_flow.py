@@ -1,6 +1,6 @@
 """TV-L1 optical flow [Zach, Pock, Bischof 2007], as OpenCV's DualTVL1OpticalFlow computes it.
 
-Letters: P frame pairs, T frames, H x W pixels. Components and directions are ordered (x, y).
+Letters in shapes: P frame pairs, T frames, H x W pixels. Components and directions are ordered (x, y).
 """
 
 import math
@@ -9,9 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpr_fast.ops import _library  # noqa: F401 - registers torch.ops.cpr_fast
+from cpr_fast.ops import (
+    _checks,
+    _library,  # noqa: F401 - registers torch.ops.cpr_fast
+    _vmap,
+)
 
-_MIN_SIDE = 16  # pixels; the pyramid has no coarser level with a shorter side
+_MIN_SIDE = 16  # pixels; no level of the pyramid has a shorter side
+_ROUNDING = 1e-4  # how far float frames may lie outside 0..1: a weighted mean of channels can exceed 1 by its rounding
 
 
 def tvl1_flow(
@@ -28,29 +33,58 @@ def tvl1_flow(
     outer_iterations: int = 10,
     median: int = 5,
 ) -> Tensor:
-    """Optical flow from each frame to the next: [..., T-1, 2, H, W] float32, (u, v) in pixels.
+    """Returns the TV-L1 optical flow from each frame of a grey video to the next, as OpenCV computes it.
 
-    Minimises the total variation of the flow plus `lambda_` times the absolute brightness difference, coarse to fine.
-    The defaults are OpenCV's, and so is the answer, within what rounding makes of it: the stop test amplifies the last
-    bit, in OpenCV against itself too. A pair's flow does not depend on the other pairs or on the number of threads; on
-    CUDA every operation is rounded as on the CPU, and only a stop test within rounding of its threshold can differ. All
-    pairs of a call run at once there, in one launch, without waiting for the host. Not differentiable.
+    Minimises the total variation of the flow plus `lambda_` times the absolute difference in brightness, from coarse to
+    fine. The flow of a pair does not depend on the other pairs or on the number of threads. It equals OpenCV's within
+    rounding, which the stop test and the median filter amplify at a few pixels. On CUDA all pairs run in one launch and
+    the host does not wait; operations are rounded as on the CPU, so only a stop test within rounding can differ.
 
-    frames: gray, uint8 in 0..255 or float32 in 0..1, T >= 2, any strides, on the CPU or a CUDA device. The flow between
-        two frames is NaN everywhere if either holds a NaN or infinite pixel.
-    tau: step of the dual variables.  theta: coupling of the two halves of the splitting.
-    scales: most pyramid levels, each `scale_step` (in 0..1) the size of the last, none shorter than 16 pixels.
-    warps: warpings per level.  epsilon: stop once an inner iteration moves pixels by less (root mean square, pixels).
-    inner_iterations, outer_iterations: most of them; a median filter over `median` x `median` pixels (3 or 5; 0 or 1
-    for none) precedes every outer iteration.
+    Args:
+        frames: [..., T, H, W] grey, T >= 2, uint8 in 0..255 or float32 in 0..1, any strides. Colour is refused: average
+            the channels first. Because [T, 3, H, W] is how colour videos are stored, a batch of clips of three frames
+            is refused as well: pass each as [3, H, W], or its pairs, `frames.unfold(-3, 2, 1).movedim(-1, -3)`.
+        tau: step of the dual variables.
+        theta: coupling of the two halves of the splitting.
+        scales: most pyramid levels, each `scale_step` (in 0..1) times the size of the last, none below 16 pixels.
+        warps: warpings at each level.
+        epsilon: an inner iteration that moves pixels by less (root mean square, in pixels) is the last.
+        inner_iterations, outer_iterations: the most of each.
+        median: side of the median filter before every outer iteration, in pixels: 3 or 5; 0 or 1 for none.
 
-    Raises ValueError or TypeError naming the bad argument, NotImplementedError on other devices.
+    Returns:
+        [..., T-1, 2, H, W] float32: (u, v) in pixels, u to the right and v down. It carries no gradient.
+
+    Raises:
+        TypeError, ValueError: the message names the argument. Float frames outside 0..1, or with NaN, raise ValueError
+        on the CPU. On CUDA and in compiled programs, where their values are not read, the flow of such a pair is NaN.
+        NotImplementedError: no kernel for the device.
+
+    Example:
+        >>> video = torch.randint(0, 256, (16, 112, 112), dtype=torch.uint8)
+        >>> tvl1_flow(video).shape
+        torch.Size([15, 2, 112, 112])
     """
     settings = (tau, lambda_, theta, scales, scale_step, warps, epsilon, inner_iterations, outer_iterations, median)
-    _check(frames, *settings)
+    settings = _check(frames, *settings)
     *leading, T, H, W = frames.shape
-    flow, _ = torch.ops.cpr_fast.tvl1_flow(frames.detach().reshape(math.prod(leading), T, H, W), *settings)
+    frames = _in_range(frames.detach()).reshape(math.prod(leading), T, H, W)
+    flow, _ = torch.ops.cpr_fast.tvl1_flow(frames, *settings)
     return flow.reshape(*leading, T - 1, 2, H, W)
+
+
+def _in_range(frames: Tensor) -> Tensor:
+    """Returns `frames`, after refusing float values outside 0..1; where they cannot be read, these become NaN."""
+    if frames.dtype == torch.uint8 or frames.numel() == 0:
+        return frames
+    if not _checks.readable(frames):
+        valid = (frames >= -_ROUNDING) & (frames <= 1 + _ROUNDING)
+        return torch.where(valid, frames, math.nan)
+    low, high = (value.item() for value in torch.aminmax(frames))
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+        advice = "; divide frames in 0..255 by 255, or pass uint8" if 1 < high <= 255 and low >= 0 else ""
+        raise ValueError(f"frames: expected float values in 0..1, got values from {low:g} to {high:g}{advice}")
+    return frames
 
 
 def tvl1_flow_ref(
@@ -67,7 +101,10 @@ def tvl1_flow_ref(
     outer_iterations: int = 10,
     median: int = 5,
 ) -> Tensor:
-    """`tvl1_flow` in plain torch, on any device, all pairs at once."""
+    """Computes `tvl1_flow` in plain PyTorch, on any device, all pairs at once; much slower.
+
+    Arguments and result as for `tvl1_flow`; they are not checked.
+    """
     *leading, T, H, W = frames.shape
     levels = [frames.reshape(-1, T, H, W).float() * (1 if frames.dtype == torch.uint8 else 255)]
     while len(levels) < scales:
@@ -97,7 +134,7 @@ def tvl1_flow_ref(
 def _minimise(
     u, dual, gradient, residual, tau, lambda_, theta, epsilon, inner_iterations, outer_iterations, median
 ) -> tuple[Tensor, Tensor]:
-    """Alternates thresholding and dual steps around one linearisation; a pair that has converged stands still."""
+    """Alternates thresholding and dual steps around one linearisation; a converged pair no longer changes."""
     squared_norm = gradient.square().sum(1, keepdim=True)  # [P, 1, h, w]
     bound = lambda_ * theta * squared_norm
     running = torch.ones(len(u), dtype=torch.bool, device=u.device)
@@ -150,7 +187,8 @@ def _forward_gradient(u: Tensor) -> Tensor:
 
 
 def _divergence(dual: Tensor) -> Tensor:
-    """Minus the adjoint of `_forward_gradient`."""
+    """Returns the divergence [P, 2, h, w] of [P, component, direction, h, w]: minus the adjoint of
+    `_forward_gradient`."""
     return F.pad(dual[:, :, 0], (1, 0)).diff(dim=-1) + F.pad(dual[:, :, 1], (0, 0, 1, 0)).diff(dim=-2)
 
 
@@ -167,30 +205,67 @@ def _fake(frames, *settings):
     return flow, frames.new_empty((N, T - 1), dtype=torch.int64)
 
 
+def _map(info, in_dims, frames, *settings):
+    """The rule for torch.vmap: clips of all slices in one call."""
+    outputs = torch.ops.cpr_fast.tvl1_flow(_vmap.fold(frames, in_dims[0], info.batch_size, 0), *settings)
+    return tuple(output.unflatten(0, (info.batch_size, -1)) for output in outputs), (0, 0)
+
+
+_vmap.register("tvl1_flow", _map)
+
+
 def _check(
     frames, tau, lambda_, theta, scales, scale_step, warps, epsilon, inner_iterations, outer_iterations, median
-) -> None:
+) -> tuple:
+    """Returns the settings as plain numbers. Raises the error of the first bad argument; reads no pixel."""
+    _check_frames(frames)
+    reals = {"tau": tau, "lambda_": lambda_, "theta": theta, "scale_step": scale_step, "epsilon": epsilon}
+    reals = {name: _checks.number(name, value) for name, value in reals.items()}
+    for name in ("tau", "lambda_", "theta"):
+        if not 0 < reals[name] < math.inf:
+            raise ValueError(f"{name}: expected a positive number, got {reals[name]}")
+    if not 0 < reals["scale_step"] < 1:
+        raise ValueError(f"scale_step: expected a number between 0 and 1, got {reals['scale_step']}")
+    if not 0 <= reals["epsilon"] < math.inf:
+        raise ValueError(f"epsilon: expected a number >= 0, got {reals['epsilon']}")
+    counts = {
+        "scales": scales,
+        "warps": warps,
+        "inner_iterations": inner_iterations,
+        "outer_iterations": outer_iterations,
+    }
+    counts = {name: _checks.integer(name, value) for name, value in counts.items()}
+    for name, value in counts.items():
+        if not 1 <= value < 2**31:
+            raise ValueError(f"{name}: expected an int >= 1, got {value}")
+    median = _checks.integer("median", median)
+    if median not in (0, 1, 3, 5):
+        raise ValueError(f"median: expected 0 or 1 (none), 3 or 5, got {median}")
+    tau, lambda_, theta, scale_step, epsilon = reals.values()
+    scales, warps, inner_iterations, outer_iterations = counts.values()
+    return tau, lambda_, theta, scales, scale_step, warps, epsilon, inner_iterations, outer_iterations, median
+
+
+def _check_frames(frames) -> None:
+    if not isinstance(frames, Tensor):
+        hint = " (torch.from_numpy converts an array)" if type(frames).__module__ == "numpy" else ""
+        raise TypeError(f"frames: expected a torch.Tensor [..., T, H, W], got {_checks.describe(frames)}{hint}")
+    if frames.layout != torch.strided or frames.is_nested:
+        raise TypeError(f"frames: expected a dense (strided) tensor, got {frames.layout}")
     if frames.dtype not in (torch.uint8, torch.float32):
         raise TypeError(f"frames: expected uint8 or float32, got {frames.dtype}")
-    if frames.dim() < 3 or frames.shape[-3] < 2 or 0 in frames.shape[-2:]:
-        raise ValueError(f"frames: expected shape [..., T, H, W] with T >= 2, H, W >= 1, got {list(frames.shape)}")
+    shape = list(frames.shape)
+    if len(shape) >= 4 and (shape[-1] in (1, 3, 4) or shape[-3] in (1, 3)):
+        channels_last = shape[-1] in (1, 3, 4)
+        raise ValueError(
+            f"frames: expected grey frames [..., T, H, W], got shape {shape}, whose "
+            f"{'last dimension' if channels_last else 'third dimension from the end'} looks like channels; "
+            f"average colour channels, and remove a single one by squeeze({-1 if channels_last else -3})"
+        )
+    if len(shape) < 3 or shape[-3] < 2 or 0 in shape[-2:]:
+        raise ValueError(f"frames: expected shape [..., T, H, W] with T >= 2, H, W >= 1, got {shape}")
     if frames.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(f"frames: tvl1_flow runs on the CPU and on CUDA, got a tensor on {frames.device}")
-    for name, value in (("tau", tau), ("lambda_", lambda_), ("theta", theta)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
-    if not 0 < scale_step < 1:
-        raise ValueError(f"scale_step: expected a number between 0 and 1, got {scale_step}")
-    if not 0 <= epsilon < math.inf:
-        raise ValueError(f"epsilon: expected a number >= 0, got {epsilon}")
-    counts = (
-        ("scales", scales),
-        ("warps", warps),
-        ("inner_iterations", inner_iterations),
-        ("outer_iterations", outer_iterations),
-    )
-    for name, value in counts:
-        if not isinstance(value, int) or not 1 <= value < 2**31:
-            raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
-    if median not in (0, 1, 3, 5):
-        raise ValueError(f"median: expected 0 or 1 (none), 3 or 5, got {median!r}")
+    _checks.check_device("frames", frames, "tvl1_flow")
+    if frames.requires_grad and torch.is_grad_enabled():
+        raise ValueError("frames: tvl1_flow has no gradient, got a tensor that requires one; pass frames.detach()")

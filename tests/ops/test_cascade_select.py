@@ -298,7 +298,7 @@ IDS = torch.zeros(9, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"queries": lattice(3, 4)}, ValueError, r"queries: .*\[V, N, D\].*\[3, 4\]"),
+        ({"queries": lattice(3, 4)}, ValueError, r"queries: .*\[V, B, D\].*\[3, 4\]"),
         ({"queries": lattice(2, 0, 4)}, ValueError, "queries: .*non-empty"),
         ({"memory": lattice(2, 9, 5)}, ValueError, r"memory: .*D=4.*\[2, 9, 5\]"),
         ({"memory": lattice(1, 9, 4)}, ValueError, "memory: .*V=2"),

@@ -176,7 +176,6 @@ def test_operator_registration(device):
     torch.library.opcheck(torch.ops.cpr_fast.tvl1_flow.default, (clip[None], *DEFAULTS.values()))
     compiled = torch.compile(lambda frames: 2 * tvl1_flow(frames), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(clip), 2 * tvl1_flow(clip))
-    assert not tvl1_flow((clip / 255).requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -193,7 +192,7 @@ def test_operator_registration(device):
         (torch.zeros(2, 8, 8), {"scale_step": 1.0}, ValueError, "scale_step: .*got 1.0"),
         (torch.zeros(2, 8, 8), {"epsilon": -0.1}, ValueError, "epsilon: .*got -0.1"),
         (torch.zeros(2, 8, 8), {"scales": 0}, ValueError, "scales: expected an int >= 1, got 0"),
-        (torch.zeros(2, 8, 8), {"warps": 1.5}, ValueError, "warps: .*got 1.5"),
+        (torch.zeros(2, 8, 8), {"warps": 1.5}, TypeError, "warps: expected an int, got 1.5"),
         (torch.zeros(2, 8, 8), {"inner_iterations": 0}, ValueError, "inner_iterations: .*got 0"),
         (torch.zeros(2, 8, 8), {"outer_iterations": 0}, ValueError, "outer_iterations: .*got 0"),
         (torch.zeros(2, 8, 8), {"median": 7}, ValueError, "median: .*got 7"),

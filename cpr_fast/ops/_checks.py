@@ -1,0 +1,123 @@
+"""Checks of arguments that all operators share.
+
+Every message starts with the name of the argument and says what was expected and what was passed. A wrong type raises
+TypeError, a wrong value ValueError, a device without a kernel NotImplementedError.
+"""
+
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def describe(value: Any) -> str:
+    """Returns the type of `value` and, where it is short, the value itself, for an error message."""
+    kind = type(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(value, bool | int | float | complex | str) and len(repr(value)) <= 40:
+        return f"{value!r} ({name})"
+    return name
+
+
+def check_tensor(name: str, value: Any, dtypes: Sequence[torch.dtype], shape: str, dim: int) -> None:
+    """Raises unless `value` is a dense tensor of one of `dtypes` with `dim` dimensions, none of them of size 0.
+
+    Args:
+        shape: the shape in words, for the message, such as "[B, D]".
+    """
+    if not isinstance(value, Tensor):
+        hint = " (torch.from_numpy converts an array)" if type(value).__module__ == "numpy" else ""
+        raise TypeError(f"{name}: expected a torch.Tensor of shape {shape}, got {describe(value)}{hint}")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {layout}")
+    if value.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {expected}, got {value.dtype}")
+    if value.dim() != dim or 0 in value.shape:
+        raise ValueError(f"{name}: expected a non-empty shape {shape}, got {list(value.shape)}")
+
+
+def check_int64(name: str, value: Any, shape: Sequence[int], like: Tensor, owner: str) -> None:
+    """Raises unless `value` is None or a dense int64 tensor of this shape on the device of `like`, argument `owner`."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected an int64 torch.Tensor of shape {list(shape)} or None, got {describe(value)}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {value.layout}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
+    check_same_device(name, value, like, owner)
+
+
+def check_same_device(name: str, value: Tensor, like: Tensor, owner: str) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected the device of {owner}, {like.device}, got {value.device}")
+
+
+def check_device(name: str, value: Tensor, operation: str) -> None:
+    """Raises NotImplementedError if this build has no kernel of the operation for the device of `value`.
+
+    The meta device is accepted: it gives the shapes of the results.
+    """
+    kind = value.device.type
+    if kind not in ("cpu", "cuda", "meta"):
+        raise NotImplementedError(f"{name}: {operation} runs on the CPU and on CUDA, got a tensor on {value.device}")
+    if kind == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key(f"cpr_fast::{operation}", "CUDA"):
+        raise NotImplementedError(
+            f"{name}: got a tensor on {value.device}, but this build of cpr_fast has no CUDA kernels; "
+            "build it with CPR_FAST_CUDA=ON"
+        )
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    expected = ", ".join(map(repr, choices))
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {expected}, got {describe(value)}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
+
+
+def integer(name: str, value: Any) -> int:
+    """Returns `value` as an int. Raises TypeError for anything that is not an integer; bool is not one."""
+    if not isinstance(value, bool) and getattr(value, "dtype", None) != torch.bool:
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name}: expected an int, got {describe(value)}")
+
+
+def integers(name: str, values: Any) -> list[int]:
+    """Returns a sequence of integers as a list. A tensor or an array is converted; one on CUDA waits for the device."""
+    if type(values) in (list, tuple) and all(type(value) is int for value in values):
+        return list(values)
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(listed, Sequence) or isinstance(listed, str | bytes):
+        raise TypeError(f"{name}: expected a sequence of ints, one for each stage, got {describe(values)}")
+    return [integer(name, value) for value in listed]
+
+
+def number(name: str, value: Any) -> float:
+    """Returns `value`, a real number. Raises TypeError for bool, str, None, tensors and all else."""
+    if isinstance(value, float | torch.SymFloat):
+        return value
+    if isinstance(value, numbers.Real | torch.SymInt) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"{name}: expected a number, got {describe(value)}")
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the values can be read without waiting for a device: neither CUDA, nor traced, nor under torch.func."""
+    return (
+        not torch.compiler.is_compiling()
+        and value.device.type == "cpu"
+        and type(value) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )

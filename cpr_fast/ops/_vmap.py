@@ -1,0 +1,56 @@
+"""Registers rules for `torch.vmap` with the operators, and holds what the rules share.
+
+A rule folds the mapped dimension into one that the operator has already where it can, which costs one call; otherwise
+it calls the operator once for each slice.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("cpr_fast", "IMPL")  # a registration lasts as long as its library object
+
+
+def register(name: str, rule: Callable) -> None:
+    """Registers `rule(info, in_dims, *arguments) -> (outputs, out_dims)` for operator `cpr_fast::name`.
+
+    The same as `torch.library.register_vmap`, but functorch is imported on the first use: it takes longer to import
+    than the rest of `cpr_fast.ops`.
+    """
+
+    def batched(keyset, *arguments):
+        from torch._functorch.autograd_function import custom_function_call_vmap_helper
+        from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+        return custom_function_call_vmap_helper(
+            retrieve_current_functorch_interpreter(), rule, getattr(torch.ops.cpr_fast, name).default, *arguments
+        )
+
+    _LIBRARY.impl(name, batched, "FuncTorchBatched", with_keyset=True)
+
+
+def fold(tensor: Tensor | None, mapped: int | None, size: int, axis: int) -> Tensor | None:
+    """Returns `tensor` with its mapped dimension, of `size` slices, merged into dimension `axis` of a slice.
+
+    A tensor that is not mapped (mapped=None) is repeated. Slice n of a result of B rows is rows n B to (n + 1) B.
+    """
+    if tensor is None:
+        return None
+    if mapped is None:
+        shape = list(tensor.shape)
+        tensor = tensor.unsqueeze(axis).expand(*shape[:axis], size, *shape[axis:])
+    else:
+        tensor = tensor.movedim(mapped, axis)
+    return tensor.flatten(axis, axis + 1)
+
+
+def one_by_one(operation: Callable, in_dims: tuple, arguments: tuple[Any, ...], size: int) -> tuple:
+    """Calls the operator for each slice and stacks each of its outputs: (outputs, out_dims)."""
+    calls = [
+        operation(*(a.select(d, n) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=True)))
+        for n in range(size)
+    ]
+    outputs = tuple(torch.stack(output) for output in zip(*calls, strict=True))
+    return outputs, (0,) * len(outputs)

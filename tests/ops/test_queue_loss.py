@@ -1,0 +1,124 @@
+"""QueueLoss against its definition in plain PyTorch, step by step."""
+
+import io
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from cpr_fast.ops import QueueLoss, cascade_select_ref, mil_nce_ref
+
+
+def batch(step: int, B: int = 6, V: int = 2, D: int = 16):
+    generator = torch.Generator().manual_seed(step)
+    query, key = (normalize(torch.randn(V, B, D, generator=generator), dim=2) for _ in range(2))
+    return query.requires_grad_(), key, torch.randint(0, 8, (B,), generator=generator)
+
+
+def test_steps_equal_the_definition():
+    """The queue wraps around twice; the batch size does not divide it."""
+    K, V, D = 20, 2, 16
+    views, keep = [1, 0], [8, 3]
+    criterion = QueueLoss(K, D, num_views=V, views=views, keep=keep, temperature=0.2)
+    memory, ids, newest = torch.zeros(V, K, D), torch.full((K,), -1), 0
+    for step in range(8):
+        query, key, sources = batch(step)
+        positives, _ = cascade_select_ref(key, memory, views, keep, query_ids=sources, memory_ids=ids)
+        twin = query.detach().clone().requires_grad_()
+        expected = sum(
+            mil_nce_ref(twin[v], key[v], memory[v], positives, query_ids=sources, memory_ids=ids, same_id="ignore",
+                        temperature=0.2)
+            for v in range(V)
+        ) / V  # fmt: skip
+        loss = criterion(query, key, sources)
+        torch.testing.assert_close(loss, expected)
+        loss.backward()  # after the queue was overwritten
+        expected.backward()
+        torch.testing.assert_close(query.grad, twin.grad)
+        for b in range(6):
+            memory[:, newest], ids[newest] = key[:, b], sources[b]
+            newest = (newest + 1) % K
+        assert torch.equal(criterion.memory, memory) and torch.equal(criterion.memory_ids, ids)
+
+
+def test_one_view_without_mining_is_moco():
+    criterion = QueueLoss(12, 16, temperature=0.07)
+    (query, key, _), (other, _, _) = batch(0, V=1), batch(1, V=1)
+    criterion(other, other)
+    expected = mil_nce_ref(query[0], key[0], criterion.memory[0].clone(), memory_ids=criterion.memory_ids.clone())
+    torch.testing.assert_close(criterion(query[0], key[0]), expected)
+
+
+def test_evaluation_does_not_enqueue():
+    criterion = QueueLoss(12, 16).eval()
+    query, key, ids = batch(0, V=1)
+    criterion(query, key, ids)
+    assert (criterion.memory_ids == -1).all() and criterion.position == 0
+
+
+def test_state_dict_continues_to_the_bit():
+    settings = {"num_views": 2, "views": [0, 1], "keep": [6, 2], "learn_temperature": True}
+    straight = QueueLoss(15, 16, **settings)
+    for step in range(3):
+        straight(*batch(step))
+    file = io.BytesIO()
+    torch.save(straight.state_dict(), file)
+    file.seek(0)
+    resumed = QueueLoss(15, 16, **settings)
+    resumed.load_state_dict(torch.load(file))
+    for step in range(3, 6):
+        assert torch.equal(straight(*batch(step)), resumed(*batch(step)))
+    assert all(torch.equal(x, resumed.state_dict()[name]) for name, x in straight.state_dict().items())
+
+
+def test_the_temperature_learns():
+    criterion = QueueLoss(12, 16, num_views=2, temperature=0.1, learn_temperature=True)
+    torch.testing.assert_close(criterion.temperature, torch.tensor(0.1))
+    criterion(*batch(0))
+    criterion(*batch(1)).backward()
+    assert [name for name, _ in criterion.named_parameters()] == ["log_temperature"]
+    assert criterion.log_temperature.grad.abs() > 0
+
+
+def test_no_gradient_reaches_the_key():
+    criterion = QueueLoss(12, 16, num_views=2)
+    query, key, ids = batch(0)
+    key.requires_grad_()
+    criterion(query, key, ids).backward()
+    assert key.grad is None and not criterion.memory.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.rand(6, 16)}, r"query: expected shape \[V=2, B >= 1, D=16\], got \[6, 16\]"),
+        ({"query": torch.rand(2, 6, 15)}, "query: expected shape"),
+        ({"key": torch.rand(2, 5, 16)}, "key: expected the shape of query"),
+        ({"key": torch.rand(2, 6, 16).numpy()}, "key: expected a torch.Tensor"),
+        ({"key": torch.zeros(2, 6, 16, dtype=torch.int64)}, "key: expected a floating-point dtype"),
+        (
+            {"query": torch.rand(2, 13, 16), "key": torch.rand(2, 13, 16), "ids": None},
+            "key: expected at most size = 12",
+        ),
+    ],
+)
+def test_bad_batches_are_refused(change, message):
+    query, key, ids = batch(0)
+    with pytest.raises((TypeError, ValueError), match=message):
+        QueueLoss(12, 16, num_views=2)(**{"query": query, "key": key, "ids": ids, **change})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 0}, "size: expected an int >= 1"),
+        ({"size": 1.5}, "size: expected an int"),
+        ({"views": [0]}, "views, keep: expected both"),
+        ({"views": 0, "keep": [1]}, "views: expected a sequence"),
+        ({"temperature": -1.0}, "temperature: expected a positive"),
+        ({"temperature": "0.1"}, "temperature: expected a number"),
+    ],
+)
+def test_bad_settings_are_refused(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        QueueLoss(**{"size": 12, "feature_dim": 16, **arguments})

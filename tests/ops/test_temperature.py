@@ -1,0 +1,131 @@
+"""mil_nce with a temperature that is learned: value and gradient against plain PyTorch in float64."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from cpr_fast.ops import mil_nce, mil_nce_ref
+
+
+def problem(dtype=torch.float32, device="cpu", B=7, K=90, D=24):
+    generator = torch.Generator().manual_seed(0)
+    features = [normalize(torch.randn(n, D, generator=generator, dtype=torch.float64), dim=1) for n in (B, B, K)]
+    positives = torch.randint(-1, K, (B, 3), generator=generator)
+    ids = {"query_ids": torch.randint(-1, 5, (B,), generator=generator),
+           "memory_ids": torch.randint(-1, 5, (K,), generator=generator)}  # fmt: skip
+    return [x.to(device, dtype) for x in features], positives.to(device), {k: v.to(device) for k, v in ids.items()}
+
+
+USES = {  # of a learned number x, whose temperature is near .1
+    "temperature": (0.1, lambda x: x),
+    "one element": (0.1, lambda x: x.reshape(1)),
+    "logarithm": (-2.3, lambda x: x.exp()),
+    "scale of the logits": (2.3, lambda x: 1 / x.exp()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradient_to_the_temperature(device, dtype, use, reduction):
+    if dtype == torch.float64 and device.type == "cuda":
+        pytest.skip("float64 runs on the CPU only")
+    features, positives, ids = problem(dtype, device)
+    start, temperature = USES[use]
+    results = []
+    for function, inputs in ((mil_nce, features), (mil_nce_ref, [x.double() for x in features])):
+        learned = torch.tensor(start, dtype=inputs[0].dtype, device=device, requires_grad=True)
+        wide = learned.double() if function is mil_nce_ref else learned
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        loss = function(*leaves, positives, temperature=temperature(wide), reduction=reduction, **ids)
+        (loss * torch.linspace(-1, 2, loss.numel(), device=device).reshape(loss.shape)).sum().backward()
+        results.append([loss.detach(), learned.grad, *(x.grad for x in leaves)])
+    narrow = torch.finfo(dtype).eps
+    tolerance = 100 * narrow if dtype.itemsize == 2 else 1e-10 if dtype == torch.float64 else 1e-4
+    for found, expected in zip(*results, strict=True):
+        scale = max(1.0, expected.abs().max().item())
+        assert (found.double() - expected.double()).abs().max() <= tolerance * scale
+
+
+def test_gradcheck():
+    features, positives, ids = problem(torch.float64, B=4, K=30, D=5)
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    leaves = [x.requires_grad_() for x in features]
+    for mode in ("keep", "denominator", "drop_both"):
+        options = ids | {"self_positive": mode, "reduction": "none"}
+        assert torch.autograd.gradcheck(
+            lambda t, *x: mil_nce(*x, positives, temperature=t, **options),  # noqa: B023
+            (temperature, *leaves),
+        )
+
+
+def test_the_gradient_is_the_one_of_eulers_identity():
+    """t dL/dt = -sum(q dL/dq): the loss depends on both through q / t alone."""
+    (query, own_key, memory), positives, ids = problem(torch.float64)
+    query.requires_grad_()
+    temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    mil_nce(query, own_key, memory, positives, temperature=temperature, **ids).backward()
+    torch.testing.assert_close(temperature * temperature.grad, -(query * query.grad).sum())
+
+
+def test_value_is_that_of_a_number(device):
+    features, positives, ids = problem(device=device)
+    as_tensor = mil_nce(*features, positives, temperature=torch.tensor(0.07, device=device), **ids)
+    torch.testing.assert_close(as_tensor, mil_nce(*features, positives, temperature=0.07, **ids), rtol=1e-6, atol=1e-6)
+
+
+def test_compiles_into_one_graph(device):
+    features, positives, ids = problem(device=device)
+
+    def loss(log_scale, *features):
+        return mil_nce(*features, positives, temperature=1 / log_scale.exp(), **ids)
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [torch.tensor(2.3, device=device).requires_grad_()] + [x.clone().requires_grad_() for x in features]
+        value = function(*leaves)
+        value.backward()
+        results.append([value.detach(), *(x.grad for x in leaves)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_autocast(device):
+    features, positives, ids = problem(torch.bfloat16, device)
+    temperature = torch.tensor(0.1, device=device, requires_grad=True)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = mil_nce(features[0].float(), *features[1:], positives, temperature=temperature, **ids)
+    loss.backward()
+    assert loss.dtype == torch.float32 and temperature.grad.isfinite() and temperature.grad != 0
+
+
+@pytest.mark.parametrize(
+    ("temperature", "error"),
+    [
+        (torch.tensor(0.0), ValueError),
+        (torch.tensor(-0.1), ValueError),
+        (torch.tensor(torch.nan), ValueError),
+        (torch.tensor(torch.inf), ValueError),
+        (torch.tensor([0.1, 0.2]), ValueError),
+        (torch.tensor([]), ValueError),
+        (torch.tensor(1), TypeError),
+        (torch.tensor(True), TypeError),
+        (torch.tensor(0.1, device="meta"), ValueError),
+    ],
+)
+def test_what_is_no_temperature_is_refused(temperature, error):
+    features, positives, _ = problem()
+    with pytest.raises(error, match="temperature: expected"):
+        mil_nce(*features, positives, temperature=temperature)
+
+
+def test_a_temperature_that_is_not_positive_gives_nan_where_it_is_not_read():
+    features, positives, _ = problem()
+    compiled = torch.compile(lambda t: mil_nce(*features, positives, temperature=t), fullgraph=True, backend="eager")
+    assert compiled(torch.tensor(-0.1)).isnan()
+
+
+def test_mixed_dtypes_are_still_refused():
+    (query, own_key, memory), _, _ = problem()
+    with pytest.raises(TypeError, match="own_key: expected the dtype of query"):
+        mil_nce(query.bfloat16(), own_key, memory, temperature=torch.tensor(0.1))
