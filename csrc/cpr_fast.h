@@ -1,8 +1,7 @@
-// The C interface of every cpr_fast kernel: raw pointers, sizes, and nothing of torch.
+// The C interface of all cpr_fast kernels: raw pointers and sizes, independent of torch.
 //
-// Letters: B queries, V views, K memory entries, D feature width, n stages, P positives,
-//          T frames, H x W pixels.
-// Tensors are dense and row-major, in the shape written beside them. `out` marks what is written.
+// Letters in shapes: B queries, V views, K memory entries, D feature width, n stages, P positives, T frames,
+// H x W pixels. Tensors are dense and row-major, with the shape given in the comment. `out` marks outputs.
 #pragma once
 
 #include <stddef.h>
@@ -19,13 +18,13 @@ enum cpr_precision { CPR_EXACT = 0, CPR_APPROX_BF16 = 1 };
 enum cpr_same_id { CPR_SAME_POSITIVE = 0, CPR_SAME_IGNORE = 1, CPR_SAME_NEGATIVE = 2 };
 enum cpr_self_positive { CPR_SELF_KEEP = 0, CPR_SELF_DENOMINATOR = 1, CPR_SELF_DROP_BOTH = 2 };
 
-// Runs body(begin, end, context) over disjoint ranges that cover [0, count), on the caller's thread
-// pool. The operator library passes torch's, so there is one OpenMP runtime and
-// torch.set_num_threads is honoured. Results never depend on how the ranges are cut.
+// Runs body(begin, end, context) over disjoint ranges that cover [0, count), on the thread pool of the caller. The
+// operator library passes torch's pool, so that only one OpenMP runtime is loaded and torch.set_num_threads applies.
+// Results do not depend on how the work is divided into ranges.
 typedef void (*cpr_range_body)(int64_t begin, int64_t end, void* context);
 typedef void (*cpr_parallel_for)(int64_t count, int64_t grain, cpr_range_body body, void* context);
 
-// ---- cascade_select: multi-stage, multi-view similarity-and-select -------------------------------
+// ---- cascade_select: multi-stage, multi-view similarity selection ---------------------------------
 typedef struct {
   const void* queries;        // [V, B, D] dtype
   const void* memory;         // [V, K, D] dtype
@@ -40,7 +39,8 @@ typedef struct {
   int precision;  // cpr_precision
 } cpr_cascade_args;
 
-// Both return null, or a static message saying what failed (CUDA's own text for a CUDA error).
+// The functions return null on success, otherwise a static error message (for a CUDA error, the text of CUDA).
+// `*_workspace` returns the bytes of device memory to pass as `workspace`.
 CPR_API const char* cpr_cascade_select_cpu(const cpr_cascade_args* args, cpr_parallel_for parallel);
 CPR_API size_t cpr_cascade_select_cuda_workspace(const cpr_cascade_args* args);
 CPR_API const char* cpr_cascade_select_cuda(const cpr_cascade_args* args, void* workspace, void* stream);
@@ -66,19 +66,19 @@ typedef struct {
   void* loss;             // out [B] acc
   void* grad_query;       // out [B, D] acc: d loss[b] / d query[b]
   void* own_coefficient;  // out [B] acc: d loss[b] / d own_key[b] = own_coefficient[b] * query[b]
-  void* lse_all;          // out [B] acc: logsumexp of the denominator
-  void* lse_positive;     // out [B] acc: logsumexp of the numerator
+  void* lse_all;          // out [B] acc: logsumexp of the scores in the denominator
+  void* lse_positive;     // out [B] acc: logsumexp of the scores in the numerator
 } cpr_mil_nce_outputs;
 
-// One pass over the memory; extra memory independent of K.
+// Reads the memory once. The extra memory that it needs does not depend on K.
 CPR_API const char* cpr_mil_nce_forward_cpu(const cpr_mil_nce_args* args, const cpr_mil_nce_outputs* outputs,
                                             cpr_parallel_for parallel);
 CPR_API size_t cpr_mil_nce_forward_cuda_workspace(const cpr_mil_nce_args* args);
 CPR_API const char* cpr_mil_nce_forward_cuda(const cpr_mil_nce_args* args, const cpr_mil_nce_outputs* outputs,
                                              void* workspace, void* stream);
 
-// Gradient to the memory, for in-batch methods: out grad_memory [K, D] acc, given grad_loss [B] acc and the
-// forward's lse_all and lse_positive. Reads the memory again; every other gradient does not.
+// Computes the gradient to the memory, for methods whose keys are the batch itself: out grad_memory [K, D] acc, from
+// grad_loss [B] acc and the outputs lse_all and lse_positive. This is the only gradient that reads the memory again.
 CPR_API const char* cpr_mil_nce_grad_memory_cpu(const cpr_mil_nce_args* args, const void* grad_loss,
                                                 const void* lse_all, const void* lse_positive, void* grad_memory,
                                                 cpr_parallel_for parallel);
@@ -90,7 +90,7 @@ CPR_API const char* cpr_mil_nce_grad_memory_cuda(const cpr_mil_nce_args* args, c
 typedef struct {
   const void* frames;         // [N, T, H, W] uint8 0..255, or float 0..1
   float* flow;                // out [N, T-1, 2, H, W]: (u, v) in pixels; NaN where a frame has a NaN or infinite pixel
-  int64_t* pixel_iterations;  // out [N, T-1] or null: pixels x inner iterations done, summed over scales and warps
+  int64_t* pixel_iterations;  // out [N, T-1] or null: inner iterations times pixels, summed over scales and warps
   int64_t N, T, H, W;
   int frames_are_uint8;
   double tau, lambda, theta, scale_step, epsilon;
@@ -101,14 +101,15 @@ CPR_API const char* cpr_tvl1_flow_cpu(const cpr_tvl1_args* args, cpr_parallel_fo
 CPR_API size_t cpr_tvl1_flow_cuda_workspace(const cpr_tvl1_args* args);
 CPR_API const char* cpr_tvl1_flow_cuda(const cpr_tvl1_args* args, void* workspace, void* stream);
 
-// ---- what this build is ----------------------------------------------------------------------------
-// The CPU variants this machine can run, best first, comma-separated ("avx512,avx2,portable").
+// ---- properties of this build ------------------------------------------------------------------------
+// Returns the CPU variants that this machine can run, fastest first, separated by commas ("avx512,avx2,portable").
 CPR_API const char* cpr_cpu_variants(void);
 // Forces a variant by name for this process (tests, bench); null restores the best. Non-zero if it cannot run here.
 CPR_API int cpr_force_cpu_variant(const char* name);
-// The CPU kernels keep large scratch memory for the thread's next call, 256 MiB at most; this frees the caller's.
+// Frees the scratch memory of the calling thread. The CPU kernels keep large blocks for the next call of the same
+// thread, at most 256 MiB.
 CPR_API void cpr_release_scratch(void);
-// The CUDA architectures compiled in ("80-real,80-virtual,90a-real"), or "" for a CPU-only build.
+// Returns the CUDA architectures of this build ("80-real,80-virtual,90a-real"), or "" for a build without CUDA.
 CPR_API const char* cpr_cuda_architectures(void);
 
 #ifdef __cplusplus

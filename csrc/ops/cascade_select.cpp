@@ -1,4 +1,4 @@
-// torch.ops.cpr_fast.cascade_select.
+// Implements torch.ops.cpr_fast.cascade_select.
 #include <string>
 #include <tuple>
 #include <vector>

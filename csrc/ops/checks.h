@@ -1,4 +1,4 @@
-// Checks of the operators' arguments. Messages name the argument, what was expected and what came.
+// Argument checks of the operators. A message names the argument, what was expected and what was passed.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -29,7 +29,8 @@ inline std::string text(const Tensor& tensor) {  // its shape
   return text(shape);
 }
 
-// The message is put together of its parts only when the check fails.
+// Throws std::invalid_argument (ValueError in Python) unless `condition` holds. The message is assembled from its parts
+// only then.
 template <class... Parts>
 inline void check(bool condition, const Parts&... parts) {
   if (!condition) throw std::invalid_argument((text(parts) + ...));

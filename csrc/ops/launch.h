@@ -1,4 +1,4 @@
-// What an operator needs to run a kernel on torch's tensors: dense inputs, new outputs, the thread pool, the stream.
+// Helpers to run a kernel on tensors of torch: dense inputs, new outputs, the thread pool, the CUDA stream.
 #pragma once
 
 #include <dlfcn.h>
@@ -18,8 +18,8 @@ inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Uninitialised, dense, on the device of `like`. Straight to the allocator: an output by way of the dispatcher costs
-// 2 us, and an operator has up to five.
+// Returns an uninitialised dense tensor on the device of `like`. It calls the allocator directly, because an allocation
+// through the dispatcher costs 2 us and an operator has up to five outputs.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t axis = shape.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * shape[axis];
@@ -32,7 +32,7 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, Scala
   return Tensor(made);
 }
 
-// int64 ids or slots, dense, on the device of `like`; null where absent.
+// Checks optional int64 ids or slots and returns them dense.
 inline OptionalTensor dense_int64(const char* name, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
                                   const Tensor& like) {
   if (!tensor) return std::nullopt;
@@ -46,7 +46,7 @@ inline const int64_t* pointer(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr<int64_t>() : nullptr;
 }
 
-// torch's own thread pool, so that torch.set_num_threads is honoured and no second OpenMP runtime is loaded.
+// Runs on the thread pool of torch, so that torch.set_num_threads applies and no second OpenMP runtime is loaded.
 inline void parallel_for(int64_t count, int64_t grain, cpr_range_body body, void* context) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
 }
@@ -56,7 +56,8 @@ inline void raise_failure(const char* failure) {
 }
 
 #ifdef CPR_FAST_WITH_CUDA
-// The current stream is asked of libtorch_cuda by name: a link to it would keep this library from loading on CPU torch.
+// Returns the current CUDA stream. The function is looked up by name in libtorch_cuda: a library that links to it could
+// not be loaded by a CPU build of torch.
 inline void* current_cuda_stream(const Tensor& tensor) {
   using GetStream = AOTITorchError (*)(int32_t, void**);
   static const auto get_stream = [] {

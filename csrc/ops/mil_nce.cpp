@@ -1,4 +1,4 @@
-// torch.ops.cpr_fast.mil_nce and mil_nce_grad_memory.
+// Implements torch.ops.cpr_fast.mil_nce and mil_nce_grad_memory.
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -10,7 +10,7 @@
 namespace cpr::ops {
 namespace {
 
-// The checked, dense inputs of both mil_nce ops; `args` points into the tensors.
+// The checked, dense inputs of both operators. `args` points into the tensors.
 struct MilNce {
   Tensor query, own_key, memory;
   OptionalTensor positives, query_ids, memory_ids, self_mode;

@@ -1,8 +1,8 @@
-// The operators behind torch.ops.cpr_fast.*, one instantiation per device: they check their arguments, allocate the
-// outputs and call csrc/cpr_fast.h. The argument checks that a user meets first stand in cpr_fast/ops/*.py; the ones
-// here keep the kernels safe when torch.ops is called directly.
+// The operators behind torch.ops.cpr_fast.*, with one instantiation per device. They check their arguments, allocate
+// the outputs and call the kernels in csrc/cpr_fast.h. cpr_fast/ops/*.py gives more helpful errors; the checks here
+// keep the kernels safe when torch.ops is called directly.
 //
-// Letters: B queries, V views, K memory entries, D width, n stages, P positives, T frames, H x W pixels.
+// Letters in shapes: B queries, V views, K memory entries, D width, n stages, P positives, T frames, H x W pixels.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-// torch.ops.cpr_fast.tvl1_flow.
+// Implements torch.ops.cpr_fast.tvl1_flow.
 #include <tuple>
 
 #include "ops/checks.h"

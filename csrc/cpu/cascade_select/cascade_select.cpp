@@ -1,11 +1,11 @@
-// cascade_select on the CPU: exact scores of a block of queries against the whole memory, then, query by query, all
-// stages on rows of integer keys.
+// cascade_select on the CPU. It computes the exact scores of a block of queries against the whole memory, then runs all
+// stages of each query on rows of integer keys. A key is an integer that orders like the score (lanes.h).
 //
-// A score never changes between stages, so each compared view is scored once. Queries lie in the SIMD lanes and memory
-// values are broadcast, so that the memory is never packed. Extra memory: one block of score rows for all threads and
-// three rows per thread, O(threads * K).
+// A score is the same in every stage, so each compared view is scored once. Each SIMD lane holds one query and memory
+// values are broadcast, so the memory need not be repacked. Extra memory: the score rows of one block of queries,
+// shared by all threads, and three rows per thread; O(threads * K).
 //
-// Letters: B queries, V views, K memory entries, D width, n stages, U compared views.
+// Letters in shapes: B queries, V views, K memory entries, D width, n stages, U compared views.
 #include "cpu/cascade_select/survivors.h"
 #include "cpu/common/dispatch.h"
 #include "cpu/common/lanes.h"
@@ -13,26 +13,26 @@
 namespace cpr::CPR_VARIANT {
 namespace {
 
-constexpr int64_t kChunk = 64;  // memory entries scored at a time
-constexpr int64_t kBlock = 32;  // queries whose score rows exist at a time
+constexpr int64_t kChunk = 64;  // memory entries that are scored together
+constexpr int64_t kBlock = 32;  // queries in a block
 constexpr const char* kNoMemory = "cascade_select: out of memory";
 
 struct Job {
   const cpr_cascade_args& args;
-  int64_t* view_of;    // [U] compared views
+  int64_t* view_of;    // [U] the compared views
   int64_t* stage_row;  // [n] position of views[s] in view_of
   int64_t U;
   int64_t chunks;      // of the memory
-  int64_t row_stride;  // whole chunks and one cache line: at a power of two, 16 rows would share one set of the cache
+  int64_t row_stride;  // whole chunks plus one cache line; a power of two would map 16 rows to one set of the cache
   float* panels;       // [U, D, lanes] queries of the block
   int32_t* rows;       // [U, kBlock, row_stride] keys of the block
   int64_t block_begin, block_size;
-  const char* failure;  // the same text whichever thread sets it
+  const char* failure;  // every thread sets the same text
 };
 
 // ---- scoring -------------------------------------------------------------------------------------------
 
-// Keys of one chunk of memory entries against N x 16 queries, transposed into the score rows.
+// Computes the keys of one chunk of memory entries for N x 16 queries and transposes them into the score rows.
 template <int N>
 void score_chunk(const Job& job, int64_t u, int64_t chunk, const float* entries, int64_t count, float* buffer) {
   constexpr int64_t kLanes = N * 16;
@@ -40,7 +40,7 @@ void score_chunk(const Job& job, int64_t u, int64_t chunk, const float* entries,
   for (int64_t lane = 0; lane < kBlock && lane < ceil_div(job.block_size, 16) * 16; lane += kLanes) {
     const float* panel = job.panels + (u * kBlock + lane) * D;
     int32_t* rows = job.rows + (u * kBlock + lane) * job.row_stride + chunk * kChunk;
-    for (int64_t q = 0; q < kLanes; ++q) {  // the cache lines that the keys will go to, while the scores are computed
+    for (int64_t q = 0; q < kLanes; ++q) {  // prefetch the lines that will be written
       for (int64_t k = 0; k < kChunk; k += 16) __builtin_prefetch(rows + q * job.row_stride + k, 1);
     }
     tiles<N, false>(count, Operand<float>{entries, D, 1}, panel, kLanes, D, buffer, kLanes);
@@ -86,7 +86,7 @@ template <int kViews>
 void select_queries(int64_t begin, int64_t end, void* context) {
   Job& job = *static_cast<Job*>(context);
   const cpr_cascade_args& a = job.args;
-  const Scratch<int32_t> slots(a.K), first(2 * a.K), second(2 * a.K);  // two keys, or one 64-bit word, per entry
+  const Scratch<int32_t> slots(a.K), first(2 * a.K), second(2 * a.K);  // an entry takes two keys or one 64-bit word
   if (!slots.data || !first.data || !second.data) {
     job.failure = kNoMemory;
     return;

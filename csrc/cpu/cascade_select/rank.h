@@ -1,4 +1,4 @@
-// Selects the key of a given rank from a row of integer keys.
+// Finds the key of a given rank in a row of integer keys, without sorting it.
 #pragma once
 
 #include "cpu/common/lanes.h"
@@ -6,13 +6,13 @@
 namespace cpr::CPR_VARIANT {
 namespace {
 
-constexpr int kSample = 32;    // keys sampled to bracket a threshold
-constexpr int kMaxRounds = 8;  // brackets tried before the bisection that always ends
+constexpr int kSample = 32;    // keys that are sampled to bracket the threshold
+constexpr int kMaxRounds = 8;  // brackets before the fallback to bisection
 
-// The keys of descending ranks `upper` <= `lower` among the n keys of N vectors, padded with kNoKey.
+// Finds the keys of descending ranks `upper` <= `lower` among n keys in N vectors padded with kNoKey.
 template <int N>
 void ranked_vectors(const int32_t* padded, int n, int upper, int lower, int32_t* upper_key, int32_t* lower_key) {
-  Key16 lanes[N], rank[N];  // rank: how many keys are greater, so that equal keys share one
+  Key16 lanes[N], rank[N];  // rank: the number of greater keys; equal keys have equal ranks
   for (int v = 0; v < N; ++v) {
     lanes[v] = load(padded + v * 16);
     rank[v] = broadcast(0);
@@ -30,7 +30,7 @@ void ranked_vectors(const int32_t* padded, int n, int upper, int lower, int32_t*
   *lower_key = least(at_lower);
 }
 
-// The same among n <= kSample keys.
+// Finds the same among n <= kSample keys.
 void ranked(const int32_t* keys, int n, int upper, int lower, int32_t* upper_key, int32_t* lower_key) {
   alignas(64) int32_t padded[kSample];
   for (int i = 0; i < kSample; ++i) padded[i] = i < n ? keys[i] : kNoKey;
@@ -51,10 +51,11 @@ int64_t count_greater(const int32_t* keys, int64_t n, int32_t than) {
 
 struct Threshold {
   int32_t key;
-  int64_t greater;  // how many keys are above it
+  int64_t greater;  // the number of greater keys
 };
 
-// By bisection over the key space, 32 passes: for what sampling cannot narrow, such as rows of few distinct values.
+// Finds the key by bisection over all integers, in 32 passes. For rows that sampling cannot narrow, such as rows with
+// few distinct values.
 Threshold bisect(const int32_t* keys, int64_t n, int64_t rank) {
   int64_t low = INT32_MIN, high = INT32_MAX;  // the threshold lies in low..high
   while (low < high) {
@@ -68,7 +69,7 @@ Threshold bisect(const int32_t* keys, int64_t n, int64_t rank) {
   return {static_cast<int32_t>(low), count_greater(keys, n, static_cast<int32_t>(low))};
 }
 
-// Copies the keys in low..high to `out`, counts those above.
+// Copies the keys in low..high to `out`, returns their number, and counts the greater ones in `above`.
 int64_t bracket(const int32_t* keys, int64_t n, int32_t low, int32_t high, int32_t* out, int64_t* above) {
   const Key16 lows = broadcast(low), highs = broadcast(high);
   int64_t count = 0, greater_count = 0;
@@ -89,8 +90,9 @@ int64_t bracket(const int32_t* keys, int64_t n, int32_t low, int32_t high, int32
   return count;
 }
 
-// The key of descending `rank` (0-based) among n keys: sampled order statistics bracket it, the bracket is copied
-// aside, and so on until few enough remain to be ranked directly. `scratch`: two buffers of n keys.
+// Finds the key of descending `rank` (0-based) among n keys. Order statistics of a sample bracket the key, the keys in
+// the bracket are copied, and this repeats until few enough remain to be ranked directly. `scratch`: two buffers of n
+// keys.
 Threshold select_rank(const int32_t* keys, int64_t n, int64_t rank, int32_t* const scratch[2]) {
   int64_t above = 0;
   for (int round = 0; n > kSample; ++round) {
@@ -110,9 +112,9 @@ Threshold select_rank(const int32_t* keys, int64_t n, int64_t rank, int32_t* con
     int32_t* out = keys == scratch[0] ? scratch[1] : scratch[0];
     int64_t greater_count;
     int64_t inside = bracket(keys, n, low, high, out, &greater_count);
-    if (rank < greater_count) {  // missed: it lies above
+    if (rank < greater_count) {  // the key is above the bracket
       inside = bracket(keys, n, high + 1, INT32_MAX, out, &greater_count);
-    } else if (rank >= greater_count + inside) {  // missed: it lies below
+    } else if (rank >= greater_count + inside) {  // the key is below the bracket
       inside = bracket(keys, n, INT32_MIN, low - 1, out, &greater_count);
     } else if (low == high) {
       return {low, above + greater_count};

@@ -1,4 +1,4 @@
-// The stages of one query: which entries survive each, and in which order the last leaves them.
+// The stages of one query: the entries that survive each stage, and the order of the result.
 #pragma once
 
 #include "cpu/cascade_select/rank.h"
@@ -6,17 +6,18 @@
 namespace cpr::CPR_VARIANT {
 namespace {
 
-constexpr int64_t kMostMerged = 64;  // survivors up to which a merge sort is the faster one
+constexpr int64_t kMostMerged = 64;  // up to this many survivors a merge sort is faster than a radix sort
 
-// The survivors of one query: `count` entries in slot order, their keys in each compared view beside their slots.
+// The survivors of one query: the slots of `count` entries in ascending order, and their keys in each compared view.
 struct Survivors {
   int32_t* slots;  // [K]
   int32_t* keys;   // [U, ...] rows `stride` apart
   int64_t stride, U, count;
 };
 
-// Keeps the lanes of `mask` of each vector, in order. In place: the write position never overtakes the read position.
-// kViews: how many compared views, where that is known: the usual two keep their pointers in registers.
+// Moves the lanes of `mask` from position `from` to position `to` <= `from`, in order, in each compared view.
+// kViews: the number of compared views if known at compile time, else 0. With the usual two views, the pointers stay in
+// registers.
 template <int kViews>
 inline void compact_vector(Survivors& s, int64_t from, int64_t to, Mask16 mask, Key16 slots) {
   const int64_t views = kViews ? kViews : s.U;
@@ -24,7 +25,7 @@ inline void compact_vector(Survivors& s, int64_t from, int64_t to, Mask16 mask, 
   compress(s.slots + to, mask, slots);
 }
 
-// Drops empty entries, those of the query's own id and NaN scores.
+// Starts with the entries that are not empty, have another id than the query, and no NaN score in a compared view.
 template <int kViews>
 void drop_excluded(Survivors& s, const cpr_cascade_args& a, int64_t b) {
   static const int32_t iota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -43,7 +44,7 @@ void drop_excluded(Survivors& s, const cpr_cascade_args& a, int64_t b) {
       }
     }
     const Key16 slots = add(broadcast(static_cast<int32_t>(i)), load(iota));
-    if (mask == kAllLanes && kept == i) {  // nothing dropped so far: the keys lie where they belong
+    if (mask == kAllLanes && kept == i) {  // nothing has been dropped yet: the keys are in place
       store(s.slots + i, slots);
     } else {
       compact_vector<kViews>(s, i, kept, mask, slots);
@@ -53,13 +54,14 @@ void drop_excluded(Survivors& s, const cpr_cascade_args& a, int64_t b) {
   s.count = kept;
 }
 
-// One stage: the best `keep` survivors by (key descending, slot ascending) stay, in slot order.
+// Runs one stage: keeps the best `keep` survivors in the order (key descending, slot ascending), stored in slot order.
 template <int kViews>
 void select_stage(Survivors& s, int64_t row, int64_t keep, int32_t* const scratch[2]) {
   if (s.count <= keep) return;
   const int32_t* keys = s.keys + row * s.stride;
   const Threshold threshold = select_rank(keys, s.count, keep - 1, scratch);
-  int64_t ties = keep - threshold.greater;  // the lowest slots among equals
+  int64_t ties =
+      keep - threshold.greater;  // how many of the entries equal to the threshold stay: those with the lowest slots
   int64_t kept = 0;
   for (int64_t i = 0; i < s.count; i += 16) {
     const Key16 key = load(keys + i);
@@ -76,7 +78,7 @@ void select_stage(Survivors& s, int64_t row, int64_t keep, int32_t* const scratc
   s.count = kept;
 }
 
-// Merge sort of `count` words; returns the sorted one of the two buffers.
+// Sorts `count` words by merging; returns the buffer that holds the result.
 uint64_t* merge_sort(uint64_t* words, uint64_t* other, int64_t count) {
   for (int64_t width = 1; width < count; width *= 2) {
     for (int64_t begin = 0; begin < count; begin += 2 * width) {
@@ -95,7 +97,7 @@ uint64_t* merge_sort(uint64_t* words, uint64_t* other, int64_t count) {
   return words;
 }
 
-// Stable radix sort by the upper halves of `count` words, a byte at a time; returns the sorted one of the two buffers.
+// Sorts `count` words by their upper halves, byte by byte, stably; returns the buffer that holds the result.
 uint64_t* radix_sort(uint64_t* words, uint64_t* other, int64_t count) {
   int32_t starts[4][256] = {};
   for (int64_t i = 0; i < count; ++i) {
@@ -103,7 +105,7 @@ uint64_t* radix_sort(uint64_t* words, uint64_t* other, int64_t count) {
   }
   for (int byte = 0; byte < 4; ++byte) {
     const int shift = 32 + 8 * byte;
-    if (starts[byte][words[0] >> shift & 0xff] == count) continue;  // all alike
+    if (starts[byte][words[0] >> shift & 0xff] == count) continue;  // all equal
     int32_t sum = 0;
     for (int32_t& start : starts[byte]) {
       const int32_t size = start;
@@ -118,7 +120,7 @@ uint64_t* radix_sort(uint64_t* words, uint64_t* other, int64_t count) {
   return words;
 }
 
-// Writes the last stage's survivors by (score descending, slot ascending), padded with (-1, -inf).
+// Writes the survivors of the last stage in the order (score descending, slot ascending), padded with (-1, -inf).
 void write_result(const Survivors& s, const cpr_cascade_args& a, int64_t row, int64_t b, int32_t* const scratch[2]) {
   const int64_t width = a.keep[a.n - 1];
   const int32_t* keys = s.keys + row * s.stride;
@@ -127,7 +129,7 @@ void write_result(const Survivors& s, const cpr_cascade_args& a, int64_t row, in
     const uint32_t descending = ~(static_cast<uint32_t>(keys[i]) ^ 0x80000000u);
     words[i] = static_cast<uint64_t>(descending) << 32 | static_cast<uint32_t>(s.slots[i]);
   }
-  // Survivors come in slot order, so a stable sort by key leaves equal keys by slot.
+  // Survivors are in slot order, so a stable sort by key keeps equal keys in slot order.
   const auto sort = s.count > kMostMerged ? radix_sort : merge_sort;
   words = sort(words, reinterpret_cast<uint64_t*>(scratch[1]), s.count);
   for (int64_t i = 0; i < width; ++i) {

@@ -1,11 +1,11 @@
-// Sixteen integer keys in two AVX2 registers: the AVX2 part of lanes.h, which includes it inside its namespace and
-// says what the primitives mean.
+// The AVX2 part of lanes.h: sixteen integer keys in two registers. lanes.h includes this file inside its namespace and
+// documents the functions.
 #pragma once
 
 struct Key16 {
   __m256i lo, hi;
 };
-// All bits of the lanes of an 8-bit mask.
+// Expands an 8-bit mask to eight lanes of all zeros or all ones.
 inline __m256i lanes_of(int mask) {
   const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(mask), bits), bits);
@@ -55,7 +55,7 @@ inline __m256i key_of(__m256 score) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(_mm256_xor_si256(bits, flip), _mm256_set1_epi32(kNoKey), nan);
 }
-// The lanes of an 8-bit mask moved to the front.
+// Moves the lanes of an 8-bit mask to the front.
 inline __m256i compacted(int mask, __m256i a) {
   const uint64_t bytes = _pdep_u64(static_cast<uint64_t>(mask), 0x0101010101010101u) * 0xff;
   const uint64_t lanes = _pext_u64(0x0706050403020100u, bytes);

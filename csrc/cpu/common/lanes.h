@@ -1,5 +1,5 @@
-// What the two feature kernels need beyond vec16.h: doubles, masks, sortable keys and compaction, each
-// with one meaning on every instruction set, so that all CPU variants return the same bits.
+// SIMD building blocks of cascade_select and mil_nce beyond vec16.h: doubles, masks, sortable keys, compaction and the
+// matrix tile. Each has the same result on every instruction set, so all CPU variants return the same bits.
 #pragma once
 
 #include <stddef.h>
@@ -20,7 +20,7 @@ constexpr Mask16 kAllLanes = 0xffff;
 inline Mask16 first_lanes(int64_t count) { return count >= 16 ? kAllLanes : static_cast<Mask16>((1u << count) - 1); }
 inline int count_lanes(Mask16 mask) { return __builtin_popcount(mask); }
 
-// Sixteen doubles: mil_nce in float64 is for gradcheck and stays untuned.
+// Sixteen doubles. mil_nce in float64 exists for gradcheck and is not optimised.
 struct Double16 {
   double v[16];
 };
@@ -50,8 +50,8 @@ inline Mask16 less(Double16 a, Double16 b) {
 inline Double16 exp(Double16 a) { CPR_EACH(__builtin_exp(a.v[i])); }
 #undef CPR_EACH
 
-// Sixteen int32 keys. `key_of` maps a score to an integer of the same order; -0 equals +0, NaN becomes kNoKey, which
-// is below the key of -inf.
+// Sixteen int32 keys. `key_of` maps scores to integers that order in the same way: -0 equals +0, and NaN becomes
+// kNoKey, which is below the key of -inf.
 constexpr int32_t kNoKey = INT32_MIN;
 
 #if defined(__AVX512F__)
@@ -62,7 +62,7 @@ struct Key16 {
 inline Mask16 less(Vec16 a, Vec16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 inline Vec16 keep_lanes(Mask16 mask, Vec16 a) { return {_mm512_maskz_mov_ps(mask, a.v)}; }
 inline Vec16 select(Mask16 mask, Vec16 a, Vec16 b) { return {_mm512_mask_mov_ps(b.v, mask, a.v)}; }
-// x * 2^n for the integer n in the low bits of `shifted`.
+// Returns x * 2^n for the integer n in the low bits of `shifted`.
 inline Vec16 scale_exponent(Vec16 x, Vec16 shifted) {
   const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v), exponent))};
@@ -73,7 +73,7 @@ inline Key16 broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Key16 add(Key16 a, Key16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Mask16 greater(Key16 a, Key16 b) { return _mm512_cmpgt_epi32_mask(a.v, b.v); }
 inline Mask16 equal(Key16 a, Key16 b) { return _mm512_cmpeq_epi32_mask(a.v, b.v); }
-// sum + 1 in the lanes where a > b.
+// Adds 1 to `sum` in the lanes where a > b.
 inline Key16 add_greater(Key16 sum, Key16 a, Key16 b) {
   return {_mm512_mask_add_epi32(sum.v, _mm512_cmpgt_epi32_mask(a.v, b.v), sum.v, _mm512_set1_epi32(1))};
 }
@@ -86,9 +86,10 @@ inline Key16 key_of(Vec16 score) {
   const __m512i key = _mm512_xor_si512(bits, _mm512_srli_epi32(_mm512_srai_epi32(bits, 31), 1));
   return {_mm512_mask_mov_epi32(key, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(kNoKey))};
 }
-// Writes the selected lanes side by side at p, then anything up to p + 16; returns how many were selected.
+// Writes the selected lanes contiguously at p and returns their number. The rest of p[0..15] is undefined.
 inline int compress(int32_t* p, Mask16 mask, Key16 a) {
-  store(p, Key16{_mm512_maskz_compress_epi32(mask, a.v)});  // the compressing store itself is microcoded on Zen 4
+  store(p, Key16{_mm512_maskz_compress_epi32(
+               mask, a.v)});  // the compress-store instruction is microcoded, hence slow, on Zen 4
   return count_lanes(mask);
 }
 inline Mask16 equal_ids(const int64_t* ids, int64_t id) {
@@ -96,7 +97,7 @@ inline Mask16 equal_ids(const int64_t* ids, int64_t id) {
   return static_cast<Mask16>(_mm512_cmpeq_epi64_mask(_mm512_loadu_si512(ids), wanted) |
                              _mm512_cmpeq_epi64_mask(_mm512_loadu_si512(ids + 8), wanted) << 8);
 }
-// rows[q][k] = key of tile[k][q], for 16 x 16 scores.
+// Transposes 16 x 16 scores: rows[q][k] becomes the key of tile[k][q].
 inline void transpose_keys(const float* tile, int64_t tile_stride, int32_t* rows, int64_t rows_stride) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = key_of(load(tile + i * tile_stride)).v;
@@ -228,11 +229,11 @@ inline void transpose_keys(const float* tile, int64_t tile_stride, int32_t* rows
 
 inline float score_of(int32_t key) { return __builtin_bit_cast(float, key ^ (key >> 31 & INT32_MAX)); }
 
-// e^x for x <= 0, within 2 ulp; e^0 is exactly 1, everything below -87 is e^-87, NaN stays NaN. Range reduction to
-// |r| <= ln 2 / 2 and the Taylor polynomial of degree 7.
+// Returns e^x for x <= 0 within 2 ulp: exactly 1 for 0, e^-87 for everything below -87, NaN for NaN. Range reduction to
+// |r| <= ln 2 / 2, then the Taylor polynomial of degree 7.
 inline Vec16 exp(Vec16 x) {
   x = max(broadcast(-87.0f), x);
-  const Vec16 shift = broadcast(12582912.0f);  // 1.5 * 2^23: the integer part lands in the low bits
+  const Vec16 shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it moves the integer part to the low bits
   const Vec16 shifted = fma(x, broadcast(1.44269504f), shift);
   const Vec16 n = shifted - shift;
   const Vec16 r = fma(n, broadcast(-1.42860677e-6f), fma(n, broadcast(-0.693145752f), x));
@@ -254,10 +255,10 @@ inline T exp_scalar(T x) {
 }
 
 // ---- the one matrix tile -----------------------------------------------------------------------------
-// out[r][lane] (+)= sum over t of rows[r * row_stride + t * step] * panel[t * panel_stride + lane], for R rows and
-// N x 16 lanes; each sum is one chain of fused multiply-adds in the order of t. Broadcasting the row-major operand
-// means that a memory [K, D] is read where it lies and never packed.
-// It computes in units of one register: GCC keeps arrays of them in registers, but not arrays of pairs.
+// Matrix product of one tile: out[r][lane] (+)= sum over t of rows[r * row_stride + t * step] *
+// panel[t * panel_stride + lane], for R rows and N x 16 lanes. Each sum is one chain of fused multiply-adds in the
+// order of t. The row-major operand is broadcast, so a memory [K, D] is read in place and need not be repacked. The
+// unit is one register, because GCC keeps arrays of single registers in registers, but not arrays of pairs.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 struct Vec8 {
   __m256 v;
@@ -293,7 +294,8 @@ inline void tile(Operand<T> rows, const T* panel, int64_t panel_stride, int64_t 
   const T* row = rows.data;
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t t = 0; t < depth; ++t, row += rows.step, panel += panel_stride) {
-    // Whole rows of a memory: the hardware follows eight short streams badly, so the next tile's rows are asked for.
+    // Rows of a memory: the hardware prefetcher does not follow eight short streams, so the rows of the next tile are
+    // prefetched here.
     if (!kAccumulate && t % kLine == 0) {
       for (int r = 0; r < R; ++r) __builtin_prefetch(row + (R + r) * rows.row_stride);
     }
@@ -308,7 +310,7 @@ inline void tile(Operand<T> rows, const T* panel, int64_t panel_stride, int64_t 
     for (int u = 0; u < U; ++u) store(out + r * out_stride + u * kUnit<T>, acc[r][u]);
   }
 }
-// Rows per tile of kTileVectors vectors: R x N accumulators fill the registers and hide the multiply-add's latency.
+// Rows of a tile with kTileVectors vectors: R x N accumulators fill the registers and hide the latency of multiply-add.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 8, kTileVectors = 2;
 #elif defined(__AVX2__)
@@ -336,11 +338,12 @@ inline float half_to_float(uint16_t half) {
     const float value = static_cast<float>(magnitude) * 0x1p-24f;
     return sign ? -value : value;
   }
-  const uint32_t exponent = magnitude >= 0x7c00 ? 0x70000000u : 0x38000000u;  // inf and NaN keep their all-ones
+  const uint32_t exponent =
+      magnitude >= 0x7c00 ? 0x70000000u : 0x38000000u;  // infinity and NaN keep an exponent of all ones
   return __builtin_bit_cast(float, sign | ((magnitude << 13) + exponent));
 }
 inline size_t element_size(int dtype) { return dtype == CPR_F64 ? 8 : dtype == CPR_F32 ? 4 : 2; }
-// Elements [begin, begin + count) of a tensor, widened exactly.
+// Converts elements [begin, begin + count) of a tensor exactly to the wider type.
 inline void widen(const void* data, int dtype, int64_t begin, int64_t count, float* out) {
   const uint16_t* halves = static_cast<const uint16_t*>(data) + begin;
   if (dtype == CPR_F32) {
@@ -354,7 +357,7 @@ inline void widen(const void* data, int dtype, int64_t begin, int64_t count, flo
 inline void widen(const void* data, int, int64_t begin, int64_t count, double* out) {
   __builtin_memcpy(out, static_cast<const double*>(data) + begin, count * sizeof(double));
 }
-// Rows [begin, begin + count) of [B, D] as panel[d][lane]; lanes past B are zero.
+// Transposes rows [begin, begin + count) of [B, D] to panel[d][lane]; lanes beyond B are zero.
 template <class T>
 inline void pack_panel(const void* data, int dtype, int64_t begin, int64_t count, int64_t B, int64_t D, T* row,
                        T* panel) {
@@ -365,7 +368,7 @@ inline void pack_panel(const void* data, int dtype, int64_t begin, int64_t count
 }
 
 // ---- scratch and floating-point mode -----------------------------------------------------------------------
-// Uninitialised scratch of `count` elements, cache-line aligned, with one vector of slack; null when out of memory.
+// Uninitialised scratch memory of `count` elements plus one vector, aligned to a cache line; null if out of memory.
 template <class T>
 struct Scratch {
   explicit Scratch(int64_t count)
@@ -377,7 +380,7 @@ struct Scratch {
   T* const data;
 };
 
-// Round to nearest and no flush to zero, whatever mode this thread was in (torch.set_flush_denormal).
+// Rounds to nearest and keeps subnormal numbers while it lives, whatever torch.set_flush_denormal set for the thread.
 struct ExactArithmetic {
 #if defined(__x86_64__)
   ExactArithmetic() : saved(_mm_getcsr()) { _mm_setcsr(0x1f80); }

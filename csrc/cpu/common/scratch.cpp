@@ -11,8 +11,8 @@ namespace cpr {
 namespace {
 
 constexpr size_t kLine = 64, kHugePage = size_t{1} << 21;
-constexpr size_t kSmall = size_t{1} << 16;   // bytes: less than this is left to the C library
-constexpr size_t kKeep = size_t{256} << 20;  // bytes that a thread keeps at most
+constexpr size_t kSmall = size_t{1} << 16;   // bytes: smaller blocks are left to the C library
+constexpr size_t kKeep = size_t{256} << 20;  // bytes: the most that a thread keeps
 constexpr int kSlots = 8;
 
 ScratchBlock allocate(size_t bytes) {
@@ -20,13 +20,13 @@ ScratchBlock allocate(size_t bytes) {
   bytes = (bytes + alignment - 1) / alignment * alignment;
   void* const memory = std::aligned_alloc(alignment, bytes);
 #if defined(__linux__)
-  // Rows written side by side lie on more small pages than the processor remembers.
+  // Rows that are written in turn cover more small pages than the TLB holds.
   if (memory != nullptr && alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
   return {memory, bytes};
 }
 
-// The blocks a thread keeps; freed with the thread.
+// The blocks that a thread keeps until it ends.
 struct Kept {
   ScratchBlock blocks[kSlots] = {};
   size_t total = 0;

@@ -1,6 +1,6 @@
-// Scratch memory of the CPU kernels. Large blocks are kept by the thread that used them: the C library hands fresh
-// pages to each large allocation, and clearing them costs as much as a small selection, or several times that on a
-// machine short of memory.
+// Scratch memory of the CPU kernels. Each thread keeps its large blocks for later calls. The C library would get new
+// pages from the system for each large allocation, and clearing those costs as much as a small selection, or several
+// times as much on a machine that is short of memory.
 #pragma once
 
 #include <stddef.h>
@@ -8,7 +8,7 @@
 namespace cpr {
 
 struct ScratchBlock {
-  void* memory;  // uninitialised, on a cache line; on a huge page if it spans two; null when out of memory
+  void* memory;  // uninitialised; aligned to a cache line, or to a huge page from two on; null: out of memory
   size_t bytes;
 };
 

@@ -1,7 +1,7 @@
 // Sixteen floats as one value, on AVX-512 (one register), AVX2 (two) or plain C++ (an array).
 //
-// Every operation is the IEEE one, lane by lane, and a multiply-add is fused exactly where it is written `fma`, so a
-// loop over Vec16 gives the same bits on every instruction set.
+// Every operation follows IEEE 754 in each lane, and a multiply-add is fused only where `fma` is written, so a loop
+// over Vec16 gives the same bits on every instruction set.
 #pragma once
 
 #if defined(__AVX2__) || defined(__AVX512F__)
@@ -12,7 +12,7 @@
 #endif
 
 namespace cpr {
-namespace {  // compiled once per instruction set: internal linkage keeps the copies apart
+namespace {  // compiled once for each instruction set: internal linkage keeps the copies separate
 
 #if defined(__AVX512F__)
 
@@ -94,7 +94,7 @@ inline Vec16 operator*(Vec16 a, Vec16 b) {
 inline Vec16 operator/(Vec16 a, Vec16 b) {
   return each_lane([&](int i) { return a.v[i] / b.v[i]; });
 }
-// The second operand where either is NaN, as x86's instructions.
+// Returns the second operand where either is NaN, as the x86 instructions do.
 inline Vec16 min(Vec16 a, Vec16 b) {
   return each_lane([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
@@ -120,7 +120,7 @@ inline Vec16 first_lane(Vec16 first, Vec16 rest) {
 
 #endif
 
-// Four floats as one value; only what bicubic sampling needs.
+// Four floats as one value, with the operations of bicubic sampling only.
 #if defined(__AVX2__)
 struct Vec4 {
   __m128 v;

@@ -1,5 +1,5 @@
-// One chunk of the memory against one block of queries: who counts for whom, and the scores. The forward pass and the
-// gradient to the memory share it. Letters as in forward.cpp.
+// One chunk of the memory and one block of queries: which entries count for which query, and their scores. Shared by
+// the forward pass and the gradient to the memory. Letters as in forward.cpp.
 #pragma once
 
 #include "cpu/common/lanes.h"
@@ -7,8 +7,8 @@
 namespace cpr::CPR_VARIANT {
 namespace {
 
-constexpr int64_t kChunk = 64;                 // memory entries at a time
-constexpr int64_t kBlock = kTileVectors * 16;  // queries at a time
+constexpr int64_t kChunk = 64;                 // memory entries in a chunk
+constexpr int64_t kBlock = kTileVectors * 16;  // queries in a block
 constexpr const char* kNoMemory = "mil_nce: out of memory";
 
 // The arguments of a call and its queries, packed into panels of kBlock lanes.
@@ -19,10 +19,10 @@ struct Queries {
   T* panels;  // [blocks, D, kBlock]
 };
 
-// Which entries of a chunk count for which query of a block; bit = lane.
+// Which entries of a chunk count for which query of a block; bit i of a mask stands for lane i.
 struct Membership {
-  bool all_present;                       // all entries are in the denominator: `present` is not filled
-  bool none_positive;                     // none is in the numerator: `positive` is not filled
+  bool all_present;                       // all entries are in the denominator, `present` is not filled
+  bool none_positive;                     // none is in the numerator, `positive` is not filled
   Mask16 present[kChunk][kTileVectors];   // in the denominator
   Mask16 positive[kChunk][kTileVectors];  // in the numerator
 };
@@ -62,8 +62,8 @@ void find_members(const cpr_mil_nce_args& a, int64_t block, int64_t chunk_begin,
   }
 }
 
-// The chunk's entries as T [count, D]: in place where the memory is dense T, else a copy in which empty slots, which
-// may hold anything, are zero.
+// Returns the entries of the chunk as T [count, D]: the memory itself if it has type T and no empty slot, otherwise a
+// copy in which empty slots, whose content is undefined, are zero.
 template <class T>
 const T* chunk_entries(const cpr_mil_nce_args& a, int64_t begin, int64_t count, T* copy) {
   bool empty = false;
@@ -76,7 +76,7 @@ const T* chunk_entries(const cpr_mil_nce_args& a, int64_t begin, int64_t count, 
   return copy;
 }
 
-// scores[k][lane] = entry . query / temperature.
+// Computes scores[k][lane] = entry . query / temperature.
 template <class T>
 void score_chunk(const Queries<T>& job, int64_t block, const T* entries, int64_t count, T* scores) {
   const int64_t D = job.args.D;

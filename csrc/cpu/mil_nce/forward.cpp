@@ -1,11 +1,12 @@
-// mil_nce on the CPU: the loss as attention whose values are the keys. One pass over the memory gives, per query, the
-// softmax-weighted sum of the keys and the logsumexp, of all keys and of the positives; the gradient to the query is
-// their difference, so the backward never reads the memory again.
+// The forward pass of mil_nce on the CPU. The loss is computed like attention whose values are the keys: one pass over
+// the memory gives for each query the logsumexp and the softmax-weighted sum of the keys, once over all keys and once
+// over the positives. The gradient to the query is the difference of the two sums, so the backward pass does not read
+// the memory.
 //
-// Queries lie in the SIMD lanes, memory values are broadcast. The memory is cut into at most kMaxSplits parts, a
-// function of K alone, and the parts are merged in order: results depend on neither threads nor batch.
+// Each SIMD lane holds one query and memory values are broadcast. The memory is divided into at most kMaxSplits parts,
+// which depend on K alone and are merged in order: results depend neither on the number of threads nor on the batch.
 //
-// Letters: B queries, K memory entries, D width, P positives.
+// Letters in shapes: B queries, K memory entries, D width, P positives.
 #include <math.h>
 
 #include "cpu/common/dispatch.h"
@@ -14,13 +15,13 @@
 namespace cpr::CPR_VARIANT {
 namespace {
 
-constexpr int64_t kSplit = 1024;  // fewest memory entries of a part
+constexpr int64_t kSplit = 1024;  // the least number of memory entries in a part
 constexpr int64_t kMaxSplits = 16;
 
 template <class T>
-constexpr T kLowest = static_cast<T>(-3.4028234663852886e38);  // finite, so that kLowest - kLowest is 0
+constexpr T kLowest = static_cast<T>(-3.4028234663852886e38);  // finite, because kLowest - kLowest must be 0
 
-// What one part of the memory says about one block of queries: softmax numerators relative to `max`.
+// The running softmax of one block of queries over one part of the memory, relative to the greatest score `max`.
 template <class T>
 struct Part {
   T* max;       // [kBlock]
@@ -41,10 +42,10 @@ struct Job : Queries<T> {
   T* all_parts;       // [blocks, splits] Part
   T* positive_parts;  // [blocks, splits] Part, or null where the memory holds no positives
   const cpr_mil_nce_outputs* outputs;
-  const char* failure;  // the same text whichever thread sets it
+  const char* failure;  // every thread sets the same text
 };
 
-// Adds one entry to the running softmax of one query's positives.
+// Adds one entry to the running softmax over the positives of one query.
 template <class T>
 void add_positive(Part<T>& part, int64_t lane, T score, const T* entry, int64_t D) {
   T* weighted = part.weighted + lane * D;
@@ -59,8 +60,8 @@ void add_positive(Part<T>& part, int64_t lane, T score, const T* entry, int64_t 
   for (int64_t d = 0; d < D; ++d) weighted[d] += weight * entry[d];
 }
 
-// Turns the chunk's scores [count, kBlock] of one vector of queries into softmax numerators, and rescales what the
-// part holds where the maximum rose. Lanes whose maximum stays are multiplied by exactly 1.
+// Replaces the scores [count, kBlock] of one vector of queries by exp(score - max), and rescales the sums of the part
+// where the maximum rose. Lanes with an unchanged maximum are multiplied by exactly 1.
 template <class T>
 void online_softmax(Part<T>& part, int v, int64_t count, int64_t D, const Membership& members, T* scores) {
   T* column = scores + v * 16;
@@ -92,7 +93,7 @@ void online_softmax(Part<T>& part, int v, int64_t count, int64_t D, const Member
 
 // ---- forward -----------------------------------------------------------------------------------------------
 
-// Parts [begin, end) of [blocks, splits].
+// Computes parts begin..end-1 of [blocks, splits].
 template <class T>
 void accumulate_parts(int64_t begin, int64_t end, void* context) {
   Job<T>& job = *static_cast<Job<T>*>(context);
@@ -130,7 +131,7 @@ void accumulate_parts(int64_t begin, int64_t end, void* context) {
   }
 }
 
-// A running softmax of one query over (maximum, sum, weighted sum of keys) terms.
+// The running softmax of one query over terms of (maximum, sum, weighted sum of keys).
 template <class T>
 struct Softmax {
   T max = kLowest<T>, sum = 0;
@@ -160,7 +161,7 @@ void finish_query(const Job<T>& job, int64_t b, const T* query, const T* own_key
     all.add(part.max[lane], part.sum[lane], part.weighted + lane, kBlock);
     if (!job.positive_parts) continue;
     const Part<T> listed(job.positive_parts + offset);
-    if (listed.sum[lane] == 0) continue;  // exactly 0 only if the part holds no positive
+    if (listed.sum[lane] == 0) continue;  // it is 0 only if the part holds no positive
     has_other = true;
     positive.add(listed.max[lane], listed.sum[lane], listed.weighted + lane * D, 1);
   }

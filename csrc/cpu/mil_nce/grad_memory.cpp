@@ -1,5 +1,5 @@
-// The gradient of mil_nce to the memory, on the CPU: one pass over the memory, which makes the scores again. Letters as
-// in forward.cpp.
+// The gradient of mil_nce to the memory on the CPU: one pass over the memory, which computes the scores again. Letters
+// as in forward.cpp.
 #include "cpu/common/dispatch.h"
 #include "cpu/mil_nce/chunk.h"
 
@@ -13,10 +13,10 @@ struct GradJob : Queries<T> {
   const T* lse_all;
   const T* lse_positive;
   T* grad_memory;
-  const char* failure;  // the same text whichever thread sets it
+  const char* failure;  // every thread sets the same text
 };
 
-// scores[k][lane] becomes the share of entry k in the denominator minus its share in the numerator; 0 beyond B.
+// Replaces scores[k][lane] by the softmax weight of entry k in the denominator minus that in the numerator; 0 beyond B.
 template <class T>
 void entry_weights(const GradJob<T>& job, int64_t block, int64_t count, const Membership& members, T* scores) {
   const int64_t queries = job.args.B - block * kBlock;

@@ -1,5 +1,5 @@
-// What the CPU's and the CUDA kernel of TV-L1 flow share, so that both walk the same pyramid and stop alike: argument
-// checks, level sizes, how far to run before the next stop test.
+// Shared by the CPU and the CUDA kernel of TV-L1 flow (csrc/cuda/tvl1_flow), so that both use the same pyramid and stop
+// at the same iteration: argument checks, sizes of the levels, and the number of iterations before the next stop test.
 #pragma once
 
 #include <cmath>
@@ -15,9 +15,9 @@
 
 namespace cpr::tvl1 {
 
-constexpr int kMinSide = 16;  // pixels; no coarser level has a shorter side
-constexpr int kBorder = 4;    // zero pixels around a warped image: a tap outside reads the constant border 0
-constexpr float kA = -0.75f;  // OpenCV's cubic convolution coefficient
+constexpr int kMinSide = 16;  // pixels; no level of the pyramid has a shorter side
+constexpr int kBorder = 4;    // zero pixels around a warped image: samples outside the image read them
+constexpr float kA = -0.75f;  // the coefficient of cubic convolution in OpenCV
 
 inline const char* check(const cpr_tvl1_args& a) {
   constexpr int64_t kMaxSide = 1 << 20;
@@ -37,12 +37,12 @@ struct Size {
   int height, width;
 };
 
-// The next coarser level; there is none if a side of it falls below kMinSide.
+// Returns the size of the next coarser level. The pyramid ends if a side of it is below kMinSide.
 CPR_HOST_DEVICE inline Size coarser(Size level, double scale_step) {
   return {static_cast<int>(rint(level.height * scale_step)), static_cast<int>(rint(level.width * scale_step))};
 }
 
-// Pyramid levels of an H x W image, at most `scales`.
+// Returns the number of pyramid levels of an H x W image, at most `scales`.
 inline int count_levels(const cpr_tvl1_args& a) {
   Size level = {static_cast<int>(a.H), static_cast<int>(a.W)};
   int count = 1;
@@ -53,16 +53,17 @@ inline int count_levels(const cpr_tvl1_args& a) {
   return count;
 }
 
-// The stop test of an inner iteration: the sum over pixels of the squared change.
+// Inner iterations stop once the squared change, summed over pixels, is at most this threshold.
 CPR_HOST_DEVICE inline double stop_threshold(double epsilon, Size level) {
   return static_cast<float>(epsilon * epsilon * level.height * level.width);
 }
 
 constexpr double kNoError = std::numeric_limits<double>::max();  // before the first iteration
 
-// How many inner iterations, `most` at most, to run before looking at their errors. The error falls about
-// geometrically, ever slower, so extrapolating its last ratio seldom overshoots the stop; an overshoot costs time
-// (8-11 % of the iterations, measured on real clips), never the result.
+// Returns how many inner iterations, at most `most`, to run before the next stop test. The error falls roughly
+// geometrically and ever more slowly, so extrapolation of its last ratio seldom goes beyond the stop. Where it does,
+// the extra iterations are discarded: they cost time (8-11 % of the iterations on real clips) and do not change
+// results.
 CPR_HOST_DEVICE inline int block_length(double previous, double error, double threshold, int most) {
   double length = 2;
   if (error == kNoError) {
