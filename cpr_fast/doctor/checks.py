@@ -19,7 +19,8 @@ import torch
 
 from cpr_fast import _host
 from cpr_fast.config import Config
-from cpr_fast.data.index.build import SHORT, report_path
+from cpr_fast.data.index.assemble import SHORT
+from cpr_fast.data.index.build import report_path
 from cpr_fast.data.index.index import Index, IndexFileError
 from cpr_fast.data.index.layouts import HMDB51_CLASSES
 from cpr_fast.data.storage.media import container, is_record, read_frames
@@ -251,7 +252,7 @@ def _report(index: Path) -> list[Finding]:
 
 def _training_part(videos: Index, config: Config, findings: list[Finding]) -> Index:
     try:
-        train = videos.select(config.data.split)
+        train = videos.select_for_training(config.data.split)
     except IndexFileError:
         findings.append(Finding("warning", f"the index has no split {config.data.split!r}", "set data.split"))
         train = videos

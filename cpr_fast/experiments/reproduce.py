@@ -248,7 +248,7 @@ def _check(job: Job, data: Mapping[str, Path]) -> None:
     stored = job.chain[-1].config.data.flow == "stored"
     for number, step in enumerate(job.chain):
         config = step.config
-        train = Index.load(config.data.index, require_flow=stored).select(config.data.split)
+        train = Index.load(config.data.index, require_flow=stored).select_for_training(config.data.split)
         for cycle in config.schedule.cycles:
             if stored and "flow" in views_of(cycle, shared=config.model.shared):
                 _check_flow(where, config.data.index, train)

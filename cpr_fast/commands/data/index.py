@@ -29,33 +29,40 @@ def index(
     shard: str = "0/1",
     json: Json = False,
 ) -> None:
-    """List and probe the videos of a data set; names what is broken, empty, short, rotated or of variable rate.
+    """List and check the videos of a data set, and write an index for the other commands.
 
-    What is found is written beside the index as <name>.report.json. Resumable.
+    The index is a CSV file with one row per video. Everything that is wrong or unusual (broken, damaged, rotated or
+    short videos, unreadable folders, contradictory lists) is summarised and written to <name>.report.json. A run that
+    was stopped continues where it was.
 
     Args:
         root: Folder of the data set, or an LMDB file.
-        out: The index (CSV) to write.
-        layout: How the data set is laid out.
-        splits: Folder of the split lists (all layouts but folders; optional for lmdb).
-        split: Number of the official split.
-        class_order: The data set's own order of classes (HMDB51: that of CoCLR and CPR) or the alphabet's (IIC).
-        flow_lmdb: LMDB file of the flow of the same videos.
-        verify: Decode every video whole, as is done by default below 10,000 videos.
-        no_verify: Probe packets only, as is done by default from 10,000 videos on.
-        transcode: Write every video anew (H.264, short groups of pictures, upright) below this folder and list that.
-        short_side: Largest short side of transcoded videos, pixels.
+        out: The index (CSV file) to write.
+        layout: How the data set is organised. "folders": ROOT/class/video, ROOT/split/class/video, or videos directly
+            in ROOT, which have no class.
+        splits: Folder of the split lists (every layout but folders; optional for lmdb).
+        split: Which of the official splits to take (ucf101, hmdb51, coclr).
+        class_order: The data set's own order of classes (HMDB51: that of CoCLR and CPR), or alphabetical (IIC).
+        flow_lmdb: LMDB file that holds the flow of the same videos.
+        verify: Decode every video whole; the default below 10,000 videos.
+        no_verify: Count packets only; the default from 10,000 videos on.
+        transcode: Re-encode every video (H.264, short groups of pictures, upright) below this folder, and list the
+            result.
+        short_side: Largest short side of transcoded videos, in pixels.
         min_frames: Leave out videos with fewer frames.
-        shard: i/n: probe the i-th of n shares, 0 <= i < n; the shard that ends last writes the index.
+        shard: i/n: probe the i-th of n shares, 0 <= i < n. The shard that finishes last writes the index.
+        json: Print the whole report as one JSON object.
     """
     from cpr_fast.data.index.build import IndexOptions, write_index
+    from cpr_fast.data.index.summary import summary
 
     if verify and no_verify:
-        raise InputError("--verify, --no-verify: expected one of them, got both")
+        raise InputError("--verify, --no-verify: expected at most one of them, got both")
     whole = True if verify else False if no_verify else None
     options = IndexOptions(layout, splits, split, class_order, flow_lmdb, whole, transcode, short_side, min_frames,
                            parse_shard(shard))  # fmt: skip
     report = write_index(root, out, options, progress=True)
-    if not json and report.get("problems"):  # all of them are in the report
-        report |= {"problems": report["problems"][:20]}
-    show(report, json)
+    if json:
+        show(report, json)
+    else:
+        print(summary(report))

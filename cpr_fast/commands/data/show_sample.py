@@ -38,5 +38,5 @@ def show_sample(
     settings = Config() if config is None else load(config)
     videos = Index.load(index, require_flow=settings.data.flow == "stored")
     if config is not None:
-        videos = videos.select(settings.data.split)
+        videos = videos.select_for_training(settings.data.split)
     show(run(videos, settings.data, seed=settings.run.seed, epoch=epoch, position=position, out=out, views=views), json)

@@ -29,8 +29,8 @@ import numpy as np
 from cpr_fast.data.flow.files import FlowFiles
 from cpr_fast.data.flow.levels import Compute, FlowSolver, batch_pixels, flow_device, pair_flow
 from cpr_fast.data.flow.records import FlowRecords
+from cpr_fast.data.index.catalogue import Problem
 from cpr_fast.data.index.index import Index, Video
-from cpr_fast.data.index.layouts import Problem
 from cpr_fast.data.storage.media import read_frames
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError

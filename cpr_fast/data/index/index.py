@@ -1,18 +1,19 @@
-"""The index: one CSV row per video. `cpr_fast.data.index.build` writes it for a data set.
+"""Reads and writes the index of a data set: a CSV file with one row per video, made by `cpr_fast.data.index.build`.
 
     path,label,source,split,num_frames,fps,width,height,flow_path
 
-`path` and `flow_path` are relative to the folder of the CSV file, and may be records of an LMDB file,
-FILE.lmdb#CLASS/VIDEO (see `cpr_fast.data.storage`); `label` is the class name; `source` names the source video that a
-clip was cut from, so clips of equal `source` are *siblings*; `num_frames` counts the frames that really decode (or, of
-a very large data set, the packets), not what the header claims; `fps` is frames per second, `width` and `height` are
-pixels.
+- `path` and `flow_path` are relative to the folder of the CSV file. They may be records of an LMDB file,
+  FILE.lmdb#CLASS/VIDEO (see `cpr_fast.data.storage`).
+- `label` is the name of the class; empty if unlabelled.
+- `source` names the source video that a clip was cut from. Clips of equal `source` are *siblings*.
+- `split` is "train", "test" or any other name; empty if there is none.
+- `num_frames` counts the frames that really decode (or, in a very large data set, the packets), not what the header of
+  the file claims; `fps` is frames per second; `width` and `height` are pixels.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,14 +22,17 @@ from pathlib import Path
 
 import numpy as np
 
+from cpr_fast.data.index.tables import TableError, read_table, table_text
 from cpr_fast.data.storage.media import exists
-from cpr_fast.errors import InputError
 
 COLUMNS = ("path", "label", "source", "split", "num_frames", "fps", "width", "height", "flow_path")
 
 
-class IndexFileError(InputError):
-    """An index is not as expected; says where, what came and what was expected."""
+log = logging.getLogger(__name__)
+
+
+class IndexFileError(TableError):
+    """An index is not as expected; the message says where, what came and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,28 @@ class Index(Sequence[Video]):
         return iter(self._videos)
 
     def select(self, split: str) -> Index:
-        """The videos of one split, numbered from 0. Raises IndexFileError where the split holds none."""
+        """Returns the videos of one split, numbered from 0. Raises IndexFileError if the split has none."""
         chosen = [video for video in self if video.split == split]
+        if not chosen and not self.has_splits:
+            raise IndexFileError(
+                f"split {split!r}: the index has no splits, its column 'split' is empty. Fill it in, or use what needs "
+                "none: `retrieve --protocol leave_source_out`, `pretrain --data.split ''`"
+            )
         if not chosen:
             splits = ", ".join(map(repr, _distinct(video.split for video in self)))
-            raise IndexFileError(f"split {split!r}: the index holds no such video; its splits are {splits}")
+            raise IndexFileError(f"split {split!r}: the index has no such video; its splits are {splits}")
         return Index(chosen, self.classes)
+
+    def select_for_training(self, split: str) -> Index:
+        """Returns the videos of one split, or all videos if the index has no splits at all; that is logged."""
+        if self.has_splits or not split:
+            return self.select(split)
+        log.info("the index has no splits (its column 'split' is empty): all %d videos are used", len(self))
+        return self
+
+    @property
+    def has_splits(self) -> bool:
+        return any(video.split for video in self)
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -86,22 +106,21 @@ class Index(Sequence[Video]):
 
     @classmethod
     def load(cls, path: str | Path, *, require_flow: bool = True, skipped: list[IndexFileError] | None = None) -> Index:
-        """Reads an index. Raises IndexFileError naming file, line, column, what came and what was expected.
+        """Reads an index.
 
-        Every file named must be there; with `require_flow` False a flow file that is not there counts as none. With
-        `skipped` a bad row is left out and its error added to that list.
+        Args:
+            path: The CSV file, with or without byte-order mark; the columns may be separated by `,`, `;` or tab.
+            require_flow: Every flow file that is named must exist. If False, a missing one counts as no flow.
+            skipped: If given, a bad row is left out and its error is appended to this list.
+        Raises:
+            IndexFileError: names file, line, column, what came and what was expected.
         """
         path = Path(path)
         try:
-            with path.open(newline="", encoding="utf-8") as file:
-                reader = csv.reader(file, strict=True)
-                header = _checked_header(path, next(reader, []))
-                # a quoted field may span lines: line_num is where the row ends
-                rows = [(f"{path}:{reader.line_num}", row) for row in reader if row]
-        except FileNotFoundError:
-            raise IndexFileError(f"index {str(path)!r} does not exist") from None
-        except (csv.Error, UnicodeDecodeError, IsADirectoryError) as error:
-            raise IndexFileError(f"{path}: expected a UTF-8 CSV file, got {error}") from None
+            header, rows = read_table(path, COLUMNS, "index")
+        except TableError as error:
+            raise IndexFileError(str(error)) from None
+        header = _checked_header(path, header)
         if not rows:
             raise IndexFileError(f"{path}: expected at least one video below the header, got none")
         first_line: dict[Path, str] = {}
@@ -123,24 +142,21 @@ class Index(Sequence[Video]):
 
     def save(self, path: str | Path) -> None:
         """Writes the index; the file appears, or is replaced, in one step."""
-        path = Path(path)
-        rows = []
+        path, rows = Path(path), []
+        relative = Relative(path.parent)
         for v in self:
-            flow = "" if v.flow_path is None else _relative(v.flow_path, path)
-            rows.append((_relative(v.path, path), v.label, v.source, v.split, v.num_frames, f"{v.fps:.6g}", v.width,
-                         v.height, flow))  # fmt: skip
-        _write_csv(path, COLUMNS, rows)
+            flow = "" if v.flow_path is None else relative(v.flow_path)
+            rows.append((relative(v.path), v.label, v.source, v.split, v.num_frames, f"{v.fps:.6g}", v.width, v.height,
+                         flow))  # fmt: skip
+        _write(path, table_text(COLUMNS, rows))
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+def _write(path: Path, text: str) -> None:
+    """Replaces a file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -163,13 +179,13 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
 
     def number(column: str, kind: type) -> int | float:
         try:
-            value = kind(fields[column])
-            if not 0 < value < float("inf"):
+            value = float(fields[column].replace(",", "."))  # a spreadsheet may write 25,0
+            if not 0 < value < float("inf") or kind(value) != value:
                 raise ValueError
         except ValueError:
             expected = "a positive whole number" if kind is int else "a positive number"
             raise IndexFileError(f"{line}, column {column}: expected {expected}, got {fields[column]!r}") from None
-        return value
+        return kind(value)
 
     def file(column: str) -> Path:
         path = folder / fields[column]
@@ -177,6 +193,9 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
             raise IndexFileError(f"{line}, column {column}: file {str(path)!r} does not exist")
         return path
 
+    for column in ("label", "source", "split"):
+        if not fields[column].isascii() and any("\ud800" <= sign <= "\udfff" for sign in fields[column]):
+            raise IndexFileError(f"{line}, column {column}: expected UTF-8, got {os.fsencode(fields[column])!r}")
     flow_there = fields["flow_path"] and (require_flow or exists(folder / fields["flow_path"]))
     return Video(
         path=file("path"),
@@ -191,10 +210,31 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
     )
 
 
-def _relative(path: Path, csv_path: Path) -> str:
-    return os.path.relpath(path, csv_path.parent)
+class Relative:
+    """Paths relative to a folder, which may be a symbolic link: `..` then leads elsewhere than its name suggests."""
+
+    def __init__(self, folder: Path) -> None:
+        self._lexical, self._real = os.path.abspath(folder), os.path.realpath(folder)
+        self._prefixes: dict[str, str] = {}  # by the folder of a video
+
+    def __call__(self, path: Path) -> str:
+        folder, name = os.path.split(_absolute(path))
+        if folder not in self._prefixes:
+            self._prefixes[folder] = self._relative(folder)
+        return os.path.normpath(os.path.join(self._prefixes[folder], name))
+
+    def _relative(self, folder: str) -> str:
+        lexical = os.path.relpath(folder, self._lexical)
+        there = os.path.realpath(os.path.join(self._real, lexical))
+        return lexical if there == os.path.realpath(folder) else os.path.relpath(folder, self._real)
+
+
+def _absolute(path: Path) -> str:
+    """Returns the absolute path, with symbolic links resolved only as far as a `..` follows them."""
+    head, up, tail = os.path.join(os.getcwd(), path).rpartition("/../")
+    return os.path.join(os.path.realpath(head + up), tail) if up else os.path.abspath(path)
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
-    """In order of first appearance."""
+    """Returns the names without repeats, in order of first appearance."""
     return list(dict.fromkeys(names))

@@ -1,21 +1,25 @@
-"""How known data sets lie on disk: which videos there should be, with their class, source and split.
+"""The layouts of known data sets: which videos the official lists name, with their class, source and split.
 
-A layout is a function of (root, splits folder, split number); it does not open the videos. Its videos may lie in files
-below `root` or, if `root` is an LMDB file, in its records.
+A layout is a function of (catalogue, folder of the lists, number of the split) that does not open the videos. They are
+files below a folder or, if the root is an LMDB file, its records.
 """
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cpr_fast.data.storage.records import open_records, record_path
+from cpr_fast.data.index.catalogue import Catalogue, Problem, without_suffix
+from cpr_fast.data.index.listing import Listed, Listing, clip_source, without_contradictions
+from cpr_fast.data.index.tables import read_lines, read_table
+from cpr_fast.data.storage.records import split_record
 from cpr_fast.errors import InputError
 
-VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+# Names of folders that stand for a split, in lower case.
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val", "valid": "val",
+          "validate": "val", "validation": "val"}  # fmt: skip
 
 # The order of the labels in CoCLR's and CPR's HMDB51 checkpoints; IIC's are alphabetical.
 HMDB51_CLASSES = [
@@ -27,234 +31,257 @@ HMDB51_CLASSES = [
 ]  # fmt: skip
 
 
-class Listed(NamedTuple):
-    path: Path
+class Row(NamedTuple):
+    """A row of a list."""
+
+    where: str  # "file:line"
     label: str
-    source: str
+    file: str  # the video's name, with or without a suffix
     split: str
-    flow_path: Path | None = None
-
-
-class Problem(NamedTuple):
-    """What the index report says of a video."""
-
-    path: Path
-    # missing | missing_flow | broken | empty | damaged | too_short | short | variable_rate | rotated; of flow: failed
-    kind: str
-    reason: str
-
-
-class Listing(NamedTuple):
-    videos: list[Listed]
-    classes: list[str]  # in the data set's own order
-    problems: list[Problem]
-
-
-class Catalogue:
-    """The videos that are there, by file name without suffix or by the last part of a record's name."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        if root.suffix == ".lmdb":
-            self.paths = [record_path(root, name) for name in sorted(open_records(root).names)]
-        else:
-            files = (path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
-            self.paths = sorted(path for path in files if not path.name.endswith(".flow.mp4"))
-        self._exact: dict[str, Path] = {}
-        for path in self.paths:
-            self._exact.setdefault(path.name if root.suffix == ".lmdb" else path.stem, path)
-        self._folded = {name.lower(): path for name, path in reversed(self._exact.items())}
-
-    def find(self, name: str, *, fold: bool = True) -> Path | None:
-        """`fold`: a name that differs in case alone will do, such as v_HandStandPushups_* in HandstandPushups."""
-        return self._exact.get(name) or (self._folded.get(name.lower()) if fold else None)
 
 
 def list_videos(
-    layout: str, root: Path, splits: Path | None, split: int, *, class_order: str, flow_lmdb: Path | None
+    layout: str,
+    root: Path,
+    splits: Path | None,
+    split: int,
+    *,
+    class_order: str,
+    flow_lmdb: Path | None,
+    exclude: Path | None = None,
 ) -> Listing:
-    """The videos of a data set, classes in the data set's order ("official") or in alphabetical order."""
+    """Lists the videos of a data set, sorted by class in the data set's order ("official") or by "alphabetical" order.
+
+    `exclude` is a folder below the root that is passed over. Raises InputError for a root or list that does not fit.
+    """
     if not root.exists() or (root.suffix != ".lmdb" and not root.is_dir()):
         raise InputError(f"root: expected a folder or an LMDB file, got {str(root)!r}")
     if layout == "lmdb" and root.suffix != ".lmdb":
         raise InputError(f"root: layout 'lmdb' expects a file that ends in .lmdb, got {str(root)!r}")
-    videos, classes, problems = LAYOUTS[layout](root, splits, split)
-    if class_order == "alphabetical":
-        classes = sorted(classes)
+    if splits is not None and layout != "folders" and not splits.is_dir():
+        raise InputError(f"--splits: expected the folder of the split lists, got {str(splits)!r}")
+    catalogue = Catalogue(root, exclude)
+    listing = without_contradictions(LAYOUTS[layout](catalogue, splits, split))
+    classes = sorted(listing.classes) if class_order == "alphabetical" else listing.classes
     place = {label: i for i, label in enumerate(classes)} | {"": len(classes)}
-    videos = sorted(videos, key=lambda item: place[item.label])
+    videos = sorted(listing.videos, key=lambda item: place[item.label])
+    problems = catalogue.problems + listing.problems
     if flow_lmdb is not None:
         flow = Catalogue(flow_lmdb)
-        name = (lambda path: path.name) if root.suffix == ".lmdb" else (lambda path: path.stem)
-        videos = [item._replace(flow_path=flow.find(name(item.path))) for item in videos]
+        found = (flow.find(item.label, _name(item.path), item.split, classes) for item in videos)
+        videos = [item._replace(flow_path=next(iter(paths), None)) for item, paths in zip(videos, found, strict=True)]
         problems += [Problem(item.path, "missing_flow", f"not in {flow_lmdb.name}") for item in videos
                      if item.flow_path is None]  # fmt: skip
-    return Listing(videos, classes, problems)
+    return listing._replace(videos=videos, classes=classes, problems=problems, others=dict(catalogue.others))
 
 
-def clip_source(label: str, name: str) -> str:
-    """The source video of a clip by its name in UCF101 (v_X_gNN_cMM), HMDB51 (MOVIE_class_properties_N) or Kinetics
-    (YOUTUBEID_start_end); the name itself where it is none of these. Siblings have one class."""
-    if found := re.fullmatch(rf"(.+)_{re.escape(label)}_[a-z]_[a-z]{{2}}_np\w+_[a-z]{{2}}_[a-z]{{3}}_\d+", name):
-        return f"{label}/{found[1]}"
-    if found := re.fullmatch(r"(.{11})_\d{6}_\d{6}", name):
-        return found[1]
-    return re.sub(r"_c\d+$", "", name)
+def _name(path: Path) -> str:
+    return path.stem if split_record(path) is None else path.name
 
 
-def _list_folders(root: Path, splits: Path | None, split: int) -> Listing:
+def _list_folders(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
+    """Lists every video below a folder without lists; class and split are read from the names of the folders.
+
+        ROOT/<video>                              no class, no split
+        ROOT/<class>/<video>                      ROOT/<class>/<any folders>/<video>: the first level is the class
+        ROOT/<split>/<class>/<video>              likewise below each split
+        ROOT/<split>/<video>                      no class
+
+    The first level is the split if all its folders are named as in SPLITS, or if a training and a test or validation
+    folder are among them; names are compared in lower case.
+
+        The listing's `levels` says what the levels of folders were taken for.
+    """
     if splits is not None:
-        raise InputError(f"splits: layout 'folders' reads the split from the folders, got {str(splits)!r}")
-    listed = []
-    for path in Catalogue(root).paths:
-        parents = path.relative_to(root).parts[:-1]
-        if len(parents) not in (1, 2):
-            raise InputError(f"{path}: expected ROOT/<class>/<video> or ROOT/<split>/<class>/<video>")
-        source = re.sub(r"_c\d+$", "", path.stem)
-        listed.append(Listed(path, parents[-1], f"{parents[-1]}/{source}", parents[0] if len(parents) == 2 else ""))
+        raise InputError(f"--splits: layout 'folders' reads the split from the folders, got {str(splits)!r}")
+    parents = {path: catalogue.folders(path) for path in catalogue.paths}
+    tops = {folders[0] for folders in parents.values() if folders}
+    has_split = _are_splits(tops)
+    listed = [_listed(path, folders, has_split) for path, folders in parents.items()]
     listed.sort(key=lambda item: (item.label, item.split, item.path))
-    return Listing(listed, sorted({item.label for item in listed}), [])
+    labels = sorted({item.label for item in listed if item.label})
+    problems = [Problem(item.path, "no_class", "lies beside the class folders, so it has no class")
+                for item in listed if labels and not item.label]  # fmt: skip
+    deepest = max((len(folders) for folders in parents.values()), default=0)
+    return Listing(listed, labels, problems, _levels(has_split, bool(labels), deepest))
 
 
-def _list_ucf101(root: Path, splits: Path | None, split: int) -> Listing:
+def _are_splits(tops: set[str]) -> bool:
+    kinds = {SPLITS.get(name.lower()) for name in tops}
+    return bool(tops) and (None not in kinds or ("train" in kinds and len(kinds - {"train", None}) > 0))
+
+
+def _listed(path: Path, folders: tuple[str, ...], has_split: bool) -> Listed:
+    split = ""
+    if has_split and folders:
+        split, folders = SPLITS.get(folders[0].lower(), folders[0]), folders[1:]
+    label = folders[0] if folders else ""
+    clip = re.fullmatch(r"(.+)_c\d+", path.stem)
+    if clip:  # clips of one source, also across splits, so that a leak is noticed
+        return Listed(path, label, "/".join((*folders, clip[1])), split)
+    return Listed(path, label, "/".join(filter(None, (split, *folders, path.name))), split)
+
+
+def _levels(has_split: bool, has_class: bool, deepest: int) -> str:
+    """Returns a sentence about what the levels of folders were taken for."""
+    split = "the first folder level is the split" if has_split else "no folder names a split"
+    if not has_class:
+        return f"{split}; no folder names a class"
+    level = "second" if has_split else "first"
+    deeper = "; deeper folders are ignored" if deepest > 1 + has_split else ""
+    return f"{split}; the {level} folder level is the class{deeper}"
+
+
+def _list_ucf101(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
     splits = _required(splits, "ucf101", "classInd.txt and the train and test lists")
-    classes = [row[1] for _, row in _list_rows(splits / "classInd.txt", fields=(2,), expected="<number> <class>")]
-    rows = []
+    rows = _matches(splits / "classInd.txt", r"\d+[\s;,]+(\S+)", "<number> <class>")
+    classes, listed = [words[0] for _, words in rows], []
     for name, file in (("train", f"trainlist{split:02d}.txt"), ("test", f"testlist{split:02d}.txt")):
-        for where, row in _list_rows(splits / file, fields=(1, 2), expected="<class>/<video> [<number>]"):
-            label, _, video = row[0].partition("/")
-            rows.append((where, label, Path(video).stem, name))
-    return _find(Catalogue(root), rows, classes)
+        for where, (video,) in _matches(splits / file, r"(\S+?)(?:[\s;,]+\d+)?", "<class>/<video> [<number>]"):
+            label, _, video = video.replace("\\", "/").partition("/")
+            listed.append(Row(where, label, Path(video).name, name))
+    return _find(catalogue, listed, classes)
 
 
-def _list_hmdb51(root: Path, splits: Path | None, split: int) -> Listing:
+def _list_hmdb51(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
     splits = _required(splits, "hmdb51", "the 51 files <class>_test_splitN.txt")
     suffix, rows = f"_test_split{split}.txt", []
     for file in sorted(splits.glob(f"*{suffix}")):
-        for where, (video, use) in _list_rows(file, fields=(2,), expected="<video> <0, 1 or 2>"):
+        for where, (video, use) in _matches(file, r"(\S+?)[\s;,]+(\S+)", "<video> <0, 1 or 2>"):
             if use not in ("0", "1", "2"):
                 raise InputError(f"{where}: expected 0 (unused), 1 (train) or 2 (test), got {use!r}")
             if use != "0":
-                label = file.name.removesuffix(suffix)
-                rows.append((where, label, Path(video).stem, "train" if use == "1" else "test"))
+                rows.append(Row(where, file.name.removesuffix(suffix), video, "train" if use == "1" else "test"))
     if not rows:
-        raise InputError(f"splits: expected files <class>{suffix} in {str(splits)!r}, got none")
-    return _find(Catalogue(root), rows, HMDB51_CLASSES)
+        raise InputError(f"--splits: expected files <class>{suffix} in {str(splits)!r}, got none")
+    return _find(catalogue, rows, HMDB51_CLASSES)
 
 
-def _list_kinetics(root: Path, splits: Path | None, split: int) -> Listing:
-    """Rows of every csv file in `splits`; the classes follow the smallest label map (*label_map*.txt) that has them."""
+def _list_kinetics(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
+    """Reads every csv file in `splits`; the classes follow the smallest label map (*label_map*.txt) that has them."""
     splits = _required(splits, "kinetics", "the csv files of Kinetics (label,youtube_id,time_start,time_end,split)")
-    catalogue, listed, problems, labels = Catalogue(root), [], [], set()
-    for file in sorted(splits.glob("*.csv")):
-        for where, row in _csv_rows(file, ("youtube_id", "time_start", "time_end")):
+    rows, ids = [], []
+    files = sorted(splits.glob("*.csv"))
+    if not files:
+        raise InputError(f"--splits: expected the csv files of Kinetics in {str(splits)!r}, got none")
+    for file in files:
+        for where, row in _kinetics_rows(file):
             try:
                 clip = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
             except ValueError:
                 raise InputError(f"{where}: expected seconds in time_start and time_end, got {row}") from None
-            label = row.get("label") or ""
-            labels |= {label} - {""}
-            path = catalogue.find(clip, fold=False) or catalogue.find(row["youtube_id"], fold=False)
-            if path is None:
-                problems.append(Problem(root / clip, "missing", f"listed in {where}, not found"))
-                continue
             part = (row.get("split") or file.stem.rpartition("_")[-1]).replace("validate", "val")
-            listed.append(Listed(path, label, row["youtube_id"], part))
+            rows.append(Row(where, row.get("label") or "", clip, part))
+            ids.append(row["youtube_id"])
+    labels = {row.label for row in rows} - {""}
+    listed, problems = [], []
+    for row, video in zip(rows, ids, strict=True):
+        names = (row.file, video)  # with and without the times
+        found = next(
+            filter(None, (catalogue.find(row.label, name, row.split, labels, fold=False) for name in names)), []
+        )
+        if found:
+            listed.append(Listed(found[0], row.label, video, row.split))
+            problems += _ambiguous(found)
+        else:
+            problems.append(_missing(catalogue, row))
     return Listing(listed, _kinetics_classes(splits, labels), problems)
 
 
+def _kinetics_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    needed = ("youtube_id", "time_start", "time_end")
+    header, rows = read_table(file, ("label", *needed, "split"))
+    if missing := [name for name in needed if name not in header]:
+        raise InputError(f"{file}:1: missing column {', '.join(missing)}, got {header}")
+    for where, row in rows:
+        if len(row) < len(header):
+            raise InputError(f"{where}: expected {len(header)} fields, got {len(row)}")
+        yield where, dict(zip(header, row, strict=False))
+
+
 def _kinetics_classes(splits: Path, labels: set[str]) -> list[str]:
-    maps = [file.read_text(encoding="utf-8").splitlines() for file in splits.glob("*label_map*.txt")]
+    maps = [[line for _, line in read_lines(file, "label map")] for file in sorted(splits.glob("*label_map*.txt"))]
     if not maps:
         return sorted(labels)
     whole = [names for names in maps if labels <= set(names)]
     if not whole:
         unknown = min((labels - set(names) for names in maps), key=len)
-        raise InputError(f"splits: no label map in {str(splits)!r} has the classes {', '.join(sorted(unknown)[:3])}")
+        raise InputError(f"--splits: no label map in {str(splits)!r} has the classes {', '.join(sorted(unknown)[:3])}")
     return min(whole, key=len)
 
 
-def _list_coclr(root: Path, splits: Path | None, split: int) -> Listing:
-    """Rows `…/<class>/<video>/,<frames>` of <split>_splitNN.csv or <split>_split.csv; ClassInd.txt if it is there."""
+def _list_coclr(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
+    """Reads <split>_splitNN.csv or <split>_split.csv, and the order of classes from ClassInd.txt if it is there."""
     splits = _required(splits, "coclr", "CoCLR's train_splitNN.csv and test_splitNN.csv")
     rows = []
     for name in ("train", "val", "test"):
         for file in (splits / f"{name}_split{split:02d}.csv", splits / f"{name}_split.csv"):
-            for where, line in _lines(file) if file.exists() else ():
-                parts = line.rpartition(",")[0].split("/")
-                if len(parts) < 3 or parts[-1]:
-                    raise InputError(f"{where}: expected <folders>/<class>/<video>/,<frames>, got {line!r}")
-                rows.append((where, parts[-3], parts[-2], name))
+            if file.exists():
+                pattern, expected = r"(?:.*/)?([^/]+)/([^/]+)/\s*[,;\t].*", "<folders>/<class>/<video>/,<frames>"
+                rows += [Row(where, *words, name) for where, words in _matches(file, pattern, expected)]
     if not rows:
-        raise InputError(f"splits: expected train_split{split:02d}.csv or test_split{split:02d}.csv in {str(splits)!r}")
+        raise InputError(
+            f"--splits: expected train_split{split:02d}.csv or test_split{split:02d}.csv in {str(splits)!r}"
+        )
     file = splits / "ClassInd.txt"
-    named = [re.sub(r"^\d+[ ,]+", "", line).strip() for _, line in _lines(file)] if file.exists() else []
-    return _find(Catalogue(root), rows, named or sorted({row[1] for row in rows}))
+    named = [re.sub(r"^\d+[\s,;]+", "", line) for _, line in read_lines(file)] if file.exists() else []
+    return _find(catalogue, rows, named or sorted({row.label for row in rows}))
 
 
-def _list_lmdb(root: Path, splits: Path | None, split: int) -> Listing:
-    """The records by whichever lists lie in `splits`; without any, all of them, in one split."""
+def _list_lmdb(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
+    """Reads whichever lists are in `splits`; without any, lists all records, in no split."""
     if splits is not None:
         kinds = {"classInd.txt": "ucf101", f"*_test_split{split}.txt": "hmdb51", "*_split*.csv": "coclr"}
         kind = next((layout for pattern, layout in kinds.items() if any(splits.glob(pattern))), "kinetics")
-        return LAYOUTS[kind](root, splits, split)
-    names = sorted(open_records(root).names)
-    pairs = [(name.rpartition("/")[0].rpartition("/")[-1], name.rpartition("/")[-1], name) for name in names]
-    videos = [Listed(record_path(root, name), label, clip_source(label, clip), "") for label, clip, name in pairs]
-    return Listing(videos, sorted({label for label, _, _ in pairs}), [])
+        return LAYOUTS[kind](catalogue, splits, split)
+    named = [(path, ("", *catalogue.folders(path))[-1]) for path in catalogue.paths]
+    videos = [Listed(path, label, clip_source(label, path.name), "") for path, label in named]
+    return Listing(videos, sorted({label for _, label in named if label}), [])
 
 
-def _find(catalogue: Catalogue, rows: list[tuple[str, str, str, str]], classes: Sequence[str]) -> Listing:
-    """Rows ("file:line", class, name, split) of a list, as far as their videos are there."""
+def _find(catalogue: Catalogue, rows: list[Row], classes: Sequence[str]) -> Listing:
+    """Looks up the videos of a list's rows."""
     listed, problems, known = [], [], set(classes)
-    for where, label, name, split in rows:
-        if label not in known:
-            raise InputError(f"{where}: class {label!r} is not one of the {len(known)} of the data set")
-        path = catalogue.find(name)
-        if path is None:
-            problem = f"listed in {Path(where.rpartition(':')[0]).name}, not found"
-            problems.append(Problem(catalogue.root / label / name, "missing", problem))
+    for row in rows:
+        if row.label not in known:
+            raise InputError(f"{row.where}: class {row.label!r} is not one of the {len(known)} of the data set")
+        found = catalogue.find(row.label, row.file, row.split, known)
+        if found:
+            listed.append(Listed(found[0], row.label, clip_source(row.label, without_suffix(row.file)), row.split))
+            problems += _ambiguous(found)
         else:
-            listed.append(Listed(path, label, clip_source(label, name), split))
+            problems.append(_missing(catalogue, row))
     return Listing(listed, list(classes), problems)
+
+
+def _missing(catalogue: Catalogue, row: Row) -> Problem:
+    file, _, line = row.where.rpartition(":")
+    return Problem(catalogue.root / row.label / row.file, "missing", f"listed in {Path(file).name}:{line}, not found")
+
+
+def _ambiguous(found: Collection[Path]) -> list[Problem]:
+    """Returns a problem if a list may mean several files by one name."""
+    first, *others = found
+    reason = f"has the same name and class as {', '.join(map(str, others[:3]))}; this one is listed"
+    return [Problem(first, "ambiguous", reason)] if others else []
 
 
 def _required(splits: Path | None, layout: str, what: str) -> Path:
     if splits is None:
-        raise InputError(f"splits: layout {layout!r} needs the folder of {what}")
+        raise InputError(f"--splits: layout {layout!r} needs the folder of {what}")
     return splits
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """("file:line", line) of every non-empty line of a list."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"split list {str(path)!r} does not exist") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield f"{path}:{number}", line.strip()
-
-
-def _list_rows(path: Path, fields: Sequence[int], expected: str) -> Iterator[tuple[str, list[str]]]:
-    """("file:line", words) of every non-empty line of a split list."""
-    for where, line in _lines(path):
-        words = line.split()
-        if len(words) not in fields:
+def _matches(path: Path, pattern: str, expected: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yields ("file:line", groups of `pattern`) for every line of a list."""
+    for where, line in read_lines(path):
+        found = re.fullmatch(pattern, line)
+        if found is None:
             raise InputError(f"{where}: expected {expected}, got {line!r}")
-        yield where, words
+        yield where, found.groups()
 
 
-def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
-            raise InputError(f"{path}:1: missing column {', '.join(missing)}, got {reader.fieldnames}")
-        for row in reader:
-            yield f"{path}:{reader.line_num}", row
-
-
-LAYOUTS: dict[str, Callable[[Path, Path | None, int], Listing]] = {
+LAYOUTS: dict[str, Callable[[Catalogue, Path | None, int], Listing]] = {
     "folders": _list_folders,
     "ucf101": _list_ucf101,
     "hmdb51": _list_hmdb51,

@@ -24,8 +24,11 @@ def container(path: Path) -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Whether the file is there; of a record, the LMDB file."""
-    return container(path).exists() if is_record(path) else path.is_file()
+    """Returns whether the file exists; of a record, whether the LMDB file does."""
+    try:
+        return container(path).exists() if is_record(path) else path.is_file()
+    except OSError:  # a name that is too long, or a folder that may not be entered
+        return False
 
 
 def read_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int) -> np.ndarray:

@@ -1,49 +1,85 @@
-"""A video file opened with PyAV: its first video stream, and failures as `VideoError`."""
+"""Opens a video file with PyAV, chooses its video stream, and turns every failure into a `VideoError`."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import av
+from av.stream import Disposition
 
-UNPROBED = {"codec_whitelist": "none", "probesize": "32"}  # the opening of a container decodes nothing
+UNPROBED = {"codec_whitelist": "none", "probesize": "32"}  # opening the container decodes nothing
+NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
 
 class VideoError(RuntimeError):
-    """A video cannot be read: `path` says which, `reason` why."""
+    """A video cannot be read.
 
-    def __init__(self, path: str | Path, reason: str) -> None:
+    Attributes:
+        path: The video.
+        reason: Why it cannot be read.
+        unreadable: True if the operating system failed to give the bytes (a lost mount, missing permission), so that a
+            later attempt may succeed; False if the bytes are not a video that decodes.
+    """
+
+    def __init__(self, path: str | Path, reason: str, *, unreadable: bool = False) -> None:
         super().__init__(f"video {str(path)!r}: {reason}")
-        self.path, self.reason = Path(path), reason
+        self.path, self.reason, self.unreadable = Path(path), reason, unreadable
+
+
+def location(path: str | Path) -> str:
+    """Returns what FFmpeg opens as this very file: without the prefix it takes `name:x.mp4` for a network protocol."""
+    return f"file:{path}"
 
 
 def shows_times(container: av.container.InputContainer) -> bool:
-    """Whether packets carry times of presentation; those of AVI, called so, are times of decoding."""
+    """Returns whether packets carry presentation times; what AVI reports as such are decoding times."""
     return container.format.name != "avi"
 
 
 def holds_frame(packet: av.Packet) -> bool:
+    """Returns whether a packet carries a frame that the decoder gives out; edit lists discard some."""
     return bool(packet.size) and not packet.is_discard
+
+
+def video_streams(container: av.container.InputContainer) -> list[av.VideoStream]:
+    """Returns the streams of moving pictures, the one that is read first.
+
+    Cover art, thumbnails and still images are no video although FFmpeg lists them as such. Among several streams the
+    first one that is marked as default is read, or the first of all if none is marked.
+    """
+    streams = [stream for stream in container.streams.video if not stream.disposition & NO_VIDEO]
+    return sorted(streams, key=lambda stream: not stream.disposition & Disposition.default)
 
 
 @contextmanager
 def open_video(path: str | Path, *, probe: bool = True) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The file and its first video stream; every failure of FFmpeg inside the block becomes a VideoError.
+    """Opens a file and yields (container, video stream); every failure of FFmpeg in the block becomes a VideoError.
 
-    Without `probe` no frame is decoded to learn what the container does not say, such as the rate; that takes ten times
-    as long as the rest, and frames come out the same but from streams that do not say how they are reordered.
+    With `probe=False` FFmpeg decodes no frame to learn what the container does not say, such as the frame rate.
+    Probing takes ten times as long as the rest of opening. Frames are the same without it, except in streams that do
+    not say how they are reordered.
     """
     try:
         options = {} if probe else UNPROBED
-        with av.open(str(path), container_options=options, metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise VideoError(path, "holds no video stream")
-            stream = container.streams.video[0]
+        with av.open(location(path), container_options=options, metadata_errors="replace") as container:
+            streams = video_streams(container)
+            if not streams:
+                reason = "holds a cover picture but no video stream" if container.streams.video else None
+                raise VideoError(path, reason or "holds no video stream")
+            stream = streams[0]
             if stream.codec_context is None:
-                raise VideoError(path, "is of a codec that has no decoder here")
-            stream.codec_context.thread_count = 1  # videos are decoded in parallel, not the frames of one
+                raise VideoError(path, "uses a codec for which this FFmpeg has no decoder")
+            stream.codec_context.thread_count = 1  # videos are decoded in parallel, not the frames of one video
             yield container, stream
     except (av.FFmpegError, OSError) as error:
-        raise VideoError(path, error.strerror or str(error) or type(error).__name__) from error
+        raise VideoError(
+            path, error.strerror or str(error) or type(error).__name__, unreadable=_is_io(error)
+        ) from error
+
+
+def _is_io(error: Exception) -> bool:
+    """Returns whether the operating system failed, rather than the parsing or decoding of the bytes."""
+    return isinstance(error, OSError) and error.errno in errno.errorcode

@@ -31,12 +31,14 @@ def slice_packets(
     if not 0 <= frames[0] <= frames[-1] < num_frames:
         raise VideoError(path, f"frames {frames[0]}..{frames[-1]} asked of {num_frames}")
     with open_video(path) as (container, stream):
-        layout = None
-        if shows_times(container):
+        layout, alone = None, len(container.streams.video) == 1
+        if shows_times(container) or not alone:
             packets = list(container.demux(stream))
+        if shows_times(container):
             layout = Layout.of(container, stream, packets, num_frames)
         if layout is None:
-            return np.fromfile(path, np.uint8), frames.astype(np.int32)
+            whole = np.fromfile(path, np.uint8) if alone else _copied(stream, packets)
+            return whole, frames.astype(np.int32)
         table = PacketTable([packet for packet in packets if packet.size], layout)
         chosen = table.needed(frames)
         ranks = table.ranks[chosen]
@@ -70,6 +72,21 @@ class PacketTable:
         """Whether no packet that follows a key packet is shown before it."""
         earliest_after = np.minimum.accumulate(self.ranks[::-1])[::-1]  # of the packet itself and all later ones
         return all(earliest_after[i] == self.ranks[i] for i, packet in enumerate(self.packets) if packet.is_keyframe)
+
+
+def _copied(stream: av.VideoStream, packets: list[av.Packet]) -> np.ndarray:
+    """Returns all packets of one stream as a Matroska file, uint8 [L].
+
+    A decoder that is given the whole file may choose its cover art or another stream.
+    """
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as output:
+        copy = output.add_stream_from_template(stream, opaque=True)
+        for packet in packets:
+            if packet.size:
+                packet.stream = copy
+                output.mux(packet)
+    return np.frombuffer(buffer.getbuffer(), np.uint8)
 
 
 def _matroska(stream: av.VideoStream, packets: list[av.Packet], ranks: np.ndarray) -> np.ndarray:

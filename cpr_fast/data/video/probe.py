@@ -1,63 +1,131 @@
-"""What a video file really holds, found by decoding it or by counting its packets."""
+"""Finds out what a video file really holds, by decoding it or by counting its packets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import av
 import numpy as np
 
-from cpr_fast.data.video.container import VideoError, holds_frame, open_video, shows_times
+from cpr_fast.data.video.container import VideoError, holds_frame, open_video, shows_times, video_streams
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video really holds: `num_frames` frames decode, then comes its end or `error` ("" at a clean end)."""
+    """What a video really holds.
+
+    Attributes:
+        num_frames: Frames that decode, up to the end of the file, an `error`, or a change of the frame size.
+        fps: Frames per second; 0 if the file does not say.
+        width: Pixels, as stored, before any rotation.
+        height: Pixels.
+        codec: FFmpeg's name of the codec.
+        error: Why decoding ended early; "" if it reached the end of the file.
+        rotation: Degrees by which a player turns the stored picture counter-clockwise.
+        variable_rate: Whether the frames are not evenly spaced in time.
+        corrupt: Frames that the decoder repaired because their data are damaged.
+        first_corrupt: Number of the first such frame, -1 if there is none.
+        size_change: How the frame size or pixel format changes after `num_frames` frames; "" if it does not.
+        streams: Which of several video streams was read; "" if there is one.
+    """
 
     num_frames: int
     fps: float
-    width: int  # as stored, before any rotation
+    width: int
     height: int
     codec: str
     error: str = ""
-    rotation: int = 0  # degrees by which a player turns the stored picture counter-clockwise
+    rotation: int = 0
     variable_rate: bool = False
+    corrupt: int = 0
+    first_corrupt: int = -1
+    size_change: str = ""
+    streams: str = ""
 
 
 def probe_video(path: str | Path, *, decode: bool = True) -> VideoInfo:
-    """Decodes the whole video and says what came out, or, without `decode`, its first frame and counts packets.
+    """Decodes the whole video and returns what came out; with `decode=False`, its first frame and its packet count.
 
-    Raises VideoError if no frame decodes.
+    Damaged frames and changes of the frame size are found only by decoding. Raises VideoError if no frame decodes.
     """
-    times: list[int | None] = []  # of every frame, or packet, in the file's clock
-    first, error = None, ""
+    found = _Frames()
+    facts: dict = {}
+    error = ""
     try:
         with open_video(path) as (container, stream):
-            rate = float(stream.average_rate or stream.guessed_rate or 0)
-            codec, clocked = stream.codec_context.codec.canonical_name, shows_times(container)
+            facts = {
+                "fps": float(stream.average_rate or stream.guessed_rate or 0),
+                "codec": stream.codec_context.codec.canonical_name,
+                "streams": _several(container, stream),
+            }
+            clocked = shows_times(container)
             for packet in container.demux(stream):
-                frames = stream.codec_context.decode(packet) if decode or first is None else []
-                first = first or next(iter(frames), None)
+                frames = stream.codec_context.decode(packet) if decode or found.first is None else []
                 if decode:
-                    times += [frame.pts for frame in frames]
-                elif holds_frame(packet):
-                    times.append(packet.pts)
+                    for frame in frames:
+                        found.add(frame)
+                    if found.size_change:
+                        break
+                    continue
+                found.first = found.first or next(iter(frames), None)
+                if holds_frame(packet):
+                    found.times.append(packet.pts)
     except VideoError as failure:
-        if first is None:
+        if found.first is None:
             raise
         error = failure.reason
-    if first is None:
+    if found.first is None:
         raise VideoError(path, "no frame decodes")
-    variable = clocked and _irregular(times)
-    return VideoInfo(len(times), rate, first.width, first.height, codec, error, first.rotation % 360, variable)
+    first = found.first
+    info = VideoInfo(len(found.times), width=first.width, height=first.height, error=error, **facts)
+    return replace(
+        info,
+        rotation=first.rotation % 360,
+        variable_rate=clocked and _irregular(found.times),
+        corrupt=len(found.corrupt),
+        first_corrupt=found.corrupt[0] if found.corrupt else -1,
+        size_change=found.size_change,
+    )
+
+
+class _Frames:
+    """The decoded frames of a video up to a change of size: the first, all times, and which are damaged."""
+
+    def __init__(self) -> None:
+        self.first: av.VideoFrame | None = None
+        self.times: list[int | None] = []  # of every frame, or packet, in the file's clock
+        self.corrupt: list[int] = []
+        self.size_change = ""
+
+    def add(self, frame: av.VideoFrame) -> None:
+        if self.first is None:
+            self.first = frame
+        before, after = ((f.width, f.height, f.format.name) for f in (self.first, frame))
+        if self.size_change or before != after:
+            self.size_change = self.size_change or "from {}x{} {} to {}x{} {}".format(*before, *after)
+            return
+        if frame.is_corrupt:
+            self.corrupt.append(len(self.times))
+        self.times.append(frame.pts)
+
+
+def _several(container: av.container.InputContainer, chosen: av.VideoStream) -> str:
+    """Returns which of several video streams is read, "" if there is one. Cover art does not count."""
+    streams = video_streams(container)
+    if len(streams) < 2:
+        return ""
+    sizes = {stream.index: f"{stream.width}x{stream.height}" for stream in streams}
+    others = ", ".join(f"{index} ({size})" for index, size in sorted(sizes.items()) if index != chosen.index)
+    return f"reads video stream {chosen.index} ({sizes[chosen.index]}), the first or default one, not {others}"
 
 
 def _irregular(times: Sequence[int | None]) -> bool:
-    """Whether frames shown at these times (any order and unit) have a variable rate; times may be unknown.
+    """Returns whether frames shown at these times (in any order and unit) have a variable rate.
 
-    A step is irregular if it differs from the median by more than a quarter (and by more than rounding to a coarse
-    clock explains); one in a hundred is forgiven.
+    A step is irregular if it differs from the median step by more than a quarter, and by more than rounding to a coarse
+    clock explains. One irregular step in a hundred is tolerated. Unknown times (None) prove nothing.
     """
     known = np.sort(np.array([time for time in times if time is not None], np.int64))
     if len(known) < 3 or len(known) < len(times):

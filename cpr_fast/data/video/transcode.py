@@ -1,4 +1,4 @@
-"""Videos encoded anew for training: one codec and size, short groups of pictures, upright, at a constant rate."""
+"""Re-encodes videos for training: one codec, a bounded size, short groups of pictures, upright, constant frame rate."""
 
 from __future__ import annotations
 
@@ -10,55 +10,75 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from cpr_fast.data.video.container import VideoError
+from cpr_fast.data.video.container import VideoError, location, open_video
 from cpr_fast.data.video.probe import VideoInfo
 
 OPTIONS = {"preset": "veryfast", "crf": "18", "g": "12", "bf": "0", "threads": "1"}
 
 
 def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
-    """Writes every frame of `path` that decodes to `target`, an mp4 file, and says what `target` holds.
+    """Writes every frame of `path` that decodes to the mp4 file `target`, and returns what `target` holds.
 
-    H.264 with a key frame every 12 and no B-frames, so that any clip starts within 12 frames; the short side at most
-    `short_side` pixels, both sides even; turned as a player would show it; frame by frame at the average rate. The
-    file appears under its name only when complete. Raises VideoError where no frame decodes.
+    The result is H.264 with a key frame every 12 frames and no B-frames, so that decoding of any clip starts at most 12
+    frames before it. The short side has at most `short_side` pixels and both sides are even. Rotated videos are turned
+    as a player would show them; frames come at the average rate. Frames of another size than the first are scaled to
+    it. The file appears under its name only when complete. Raises VideoError if no frame decodes.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.part")
-    count, error = 0, ""
-    scaler = VideoReformatter()
+    error: VideoError | None = None
     try:
-        with av.open(str(temporary), "w", format="mp4") as output:
-            stream: av.VideoStream | None = None
+        with av.open(location(temporary), "w", format="mp4") as output:
+            writer = _Writer(output, short_side)
             try:
-                with av.open(str(path)) as source:
-                    source.streams.video[0].codec_context.thread_count = 1
-                    for frame in source.decode(video=0):
-                        picture = _upright(frame, scaler)
-                        if stream is None:
-                            rate = source.streams.video[0].average_rate or Fraction(25)
-                            stream = output.add_stream("libx264", rate=rate.limit_denominator(1001), options=OPTIONS)
-                            stream.height, stream.width = _size(picture.height, picture.width, short_side)
-                            stream.pix_fmt = "yuv420p"
-                        picture = scaler.reformat(
-                            picture, stream.width, stream.height, "yuv420p", interpolation=Interpolation.BICUBIC
-                        )
-                        picture.pts, picture.time_base = count, 1 / stream.codec_context.framerate
-                        output.mux(stream.encode(picture))
-                        count += 1
-            except (av.FFmpegError, OSError, IndexError) as failure:
-                error = getattr(failure, "strerror", None) or str(failure)
-            if stream is None:
-                raise VideoError(path, error or "no frame decodes")
-            output.mux(stream.encode(None))
+                with open_video(path) as (container, stream):
+                    for frame in container.decode(stream):
+                        writer.add(frame, stream.average_rate or Fraction(25))
+            except VideoError as failure:
+                error = failure
+            if writer.stream is None:
+                raise error or VideoError(path, "no frame decodes")
+            output.mux(writer.stream.encode(None))
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    return VideoInfo(count, float(stream.codec_context.framerate), stream.width, stream.height, "h264", error)
+    return writer.info(error)
+
+
+class _Writer:
+    """Encodes frames, all of them scaled to the size that the first one gives."""
+
+    def __init__(self, output: av.container.OutputContainer, short_side: int) -> None:
+        self._output, self._short_side, self._scaler = output, short_side, VideoReformatter()
+        self.stream: av.VideoStream | None = None
+        self._count, self._corrupt = 0, []
+
+    def add(self, frame: av.VideoFrame, rate: Fraction) -> None:
+        if frame.is_corrupt:
+            self._corrupt.append(self._count)
+        picture = _upright(frame, self._scaler)
+        if self.stream is None:
+            self.stream = self._output.add_stream("libx264", rate=rate.limit_denominator(1001), options=OPTIONS)
+            self.stream.height, self.stream.width = _size(picture.height, picture.width, self._short_side)
+            self.stream.pix_fmt = "yuv420p"
+        stream = self.stream
+        picture = self._scaler.reformat(
+            picture, stream.width, stream.height, "yuv420p", interpolation=Interpolation.BICUBIC
+        )
+        picture.pts, picture.time_base = self._count, 1 / stream.codec_context.framerate
+        self._output.mux(stream.encode(picture))
+        self._count += 1
+
+    def info(self, error: VideoError | None) -> VideoInfo:
+        fps, first = float(self.stream.codec_context.framerate), self._corrupt[0] if self._corrupt else -1
+        return VideoInfo(
+            self._count, fps, self.stream.width, self.stream.height, "h264", error.reason if error else "",
+            corrupt=len(self._corrupt), first_corrupt=first,
+        )  # fmt: skip
 
 
 def _upright(frame: av.VideoFrame, scaler: VideoReformatter) -> av.VideoFrame:
-    """The frame as a player shows it."""
+    """Returns the frame as a player shows it."""
     if frame.rotation % 360 == 0:
         return frame
     pixels = scaler.reformat(frame, format="rgb24").to_ndarray()
@@ -66,6 +86,6 @@ def _upright(frame: av.VideoFrame, scaler: VideoReformatter) -> av.VideoFrame:
 
 
 def _size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """The shape scaled so that its short side is at most `short_side`, rounded to even numbers."""
+    """Returns (height, width) scaled so that the short side is at most `short_side`, rounded to even numbers."""
     scale = min(1.0, short_side / min(height, width))
     return tuple(max(2, 2 * round(side * scale / 2)) for side in (height, width))

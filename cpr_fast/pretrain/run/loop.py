@@ -102,7 +102,8 @@ def pretrain(
     world = distributed.init(config.run.device)
     _set_precision(config, world)
     if index is None:
-        index = Index.load(config.data.index, require_flow=config.data.flow == "stored").select(config.data.split)
+        whole = Index.load(config.data.index, require_flow=config.data.flow == "stored")
+        index = whole.select_for_training(config.data.split)
     folder = Path(config.run.out)
     saved = _open_run(config, folder, resume, world)
     with ExitStack() as stack:

@@ -88,7 +88,7 @@ class Run:
         """The training split of the run's index, or None where it is gone or has changed shape."""
         data = self.config.get("data", {})
         try:
-            return Index.load(data["index"], require_flow=False).select(split=data["split"])
+            return Index.load(data["index"], require_flow=False).select_for_training(data["split"])
         except (KeyError, IndexFileError, OSError):
             return None
 

@@ -264,7 +264,7 @@ class TestJournal:
         assert [report.get("left") for report in reports] == [5, 2, None]
         whole, _ = make(tmp_path, root)
         assert (tmp_path / "s.csv").read_text() == (tmp_path / "index.csv").read_text() and len(whole) == 7
-        with pytest.raises(InputError, match=r"shard: expected \(i, n\)"):
+        with pytest.raises(InputError, match=r"--shard: expected i/n"):
             write_index(root, tmp_path / "s.csv", IndexOptions(shard=(3, 3)))
 
     def test_shards_that_run_at_the_same_time_miss_nothing(self, tmp_path, root, monkeypatch):

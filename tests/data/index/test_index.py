@@ -130,10 +130,10 @@ def test_a_bad_index_is_named(header, rows, message, tmp_path):
 def test_no_index_and_no_text_are_named(tmp_path):
     with pytest.raises(IndexFileError, match=r"gone.csv' does not exist"):
         Index.load(tmp_path / "gone.csv")
-    with pytest.raises(IndexFileError, match="expected a UTF-8 CSV file"):
+    with pytest.raises(IndexFileError, match="expected a UTF-8 index"):
         Index.load(tmp_path)
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00path")
-    with pytest.raises(IndexFileError, match="binary.csv: expected a UTF-8 CSV file"):
+    with pytest.raises(IndexFileError, match="binary.csv: expected a UTF-8 index"):
         Index.load(tmp_path / "binary.csv")
 
 
@@ -170,7 +170,7 @@ def test_folders_with_splits_siblings_and_broken_files(tmp_path):
     rows = [(v.path.name, v.label, v.source, v.split, v.num_frames) for v in Index.load(tmp_path / "index.csv")]
     assert rows == [
         ("one_c01.mkv", "Archery", "Archery/one", "train", 7),
-        ("two.mp4", "Jump", "Jump/two", "test", 8),
+        ("two.mp4", "Jump", "test/Jump/two.mp4", "test", 8),
         ("one_c01.mp4", "Jump", "Jump/one", "train", 5),
         ("one_c02.avi", "Jump", "Jump/one", "train", 6),
     ]
@@ -199,15 +199,13 @@ def test_flow_files_below_the_root_are_not_videos(tmp_path):
     ("make", "arguments", "message"),
     [
         (lambda root: None, {}, r"root: expected a folder or an LMDB file, got '.*set'"),
-        (lambda root: root.mkdir(), {}, r"no video of layout 'folders'"),
-        (lambda root: write_video(root / "v.mp4"), {}, r"v.mp4: expected ROOT/<class>/<video>"),
-        (lambda root: write_video(root / "a" / "b" / "c" / "v.mp4"), {}, r"v.mp4: expected ROOT/<class>/<video>"),
+        (lambda root: root.mkdir(), {}, r"expected videos of layout 'folders', got none that decodes$"),
         (lambda root: (write_video(root / "a" / "v.mp4"), (root / "a" / "v.mp4").write_bytes(b"")), {},
-         r"no video .* 1 broken; first: .*v.mp4"),
-        (lambda root: root.mkdir(), {"layout": "imagenet"}, r"layout: expected one of .*lmdb, got 'imagenet'"),
+         r"got none that decodes \(1 empty\); the first: .*v.mp4"),
+        (lambda root: root.mkdir(), {"layout": "imagenet"}, r"--layout: expected one of .*lmdb, got 'imagenet'"),
         (lambda root: root.mkdir(), {"splits": "lists"}, r"splits: layout 'folders'.* got 'lists'"),
         (lambda root: root.mkdir(), {"layout": "ucf101"}, r"splits: layout 'ucf101' needs"),
-        (lambda root: root.mkdir(), {"layout": "ucf101", "splits": "lists"}, r"split list .* does not exist"),
+        (lambda root: root.mkdir(), {"layout": "ucf101", "splits": "lists"}, r"--splits: expected the folder"),
     ],
 )  # fmt: skip
 def test_a_root_that_cannot_be_indexed_is_named(make, arguments, message, tmp_path):
@@ -250,7 +248,7 @@ def test_ucf101_lists_decide_and_the_handstand_trap_is_known(tmp_path):
         ("Archery", "v_Archery_g08", "train"),
     ]
     assert [(str(path.relative_to(root)), reason) for path, _, reason in broken] == [
-        ("Archery/v_Archery_g01_c01", "listed in testlist02.txt, not found")
+        ("Archery/v_Archery_g01_c01.avi", "listed in testlist02.txt:2, not found")
     ]
 
 

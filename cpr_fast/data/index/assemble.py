@@ -1,0 +1,235 @@
+"""Makes the index from what was listed and probed: which videos are in it, and what is reported of the others."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from cpr_fast.data.index.catalogue import Problem
+from cpr_fast.data.index.index import Index, IndexFileError, Video
+from cpr_fast.data.index.listing import Listed, Listing
+from cpr_fast.data.storage.media import is_record
+from cpr_fast.data.storage.records import frame_size, split_record
+from cpr_fast.data.video.container import VideoError
+from cpr_fast.data.video.probe import VideoInfo
+from cpr_fast.errors import InputError
+
+SHORT = 17  # frames: with clips of T = 32, CoCLR drops videos of no more than that (frames - T / 2 - 1 <= 0)
+LOST, LOST_SHARE = 10, 0.1  # more unreadable videos than both of these look like a lost mount
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """How `write_index` lists and probes.
+
+    Layouts:
+
+    - "folders": class and split are read from the names of folders, see `layouts._list_folders`. Files named
+      <name>_cNN.<suffix> are clips of one source; any other file is a source of its own.
+    - "ucf101": the videos that the official lists name (`splits` holds classInd.txt, trainlist0N.txt and testlist0N.txt
+      with N = `split`), wherever they are below `root` and whatever their suffix. The class is that of the list, for
+      some copies spell a folder differently from the file names. The source of v_X_gNN_cMM is v_X_gNN.
+    - "hmdb51": likewise; `splits` holds <class>_test_splitN.txt. The source is the film that a file name begins with.
+    - "kinetics" (400, 600, 700): rows label,youtube_id,time_start,time_end,split of every csv file in `splits`, and
+      label maps (*label_map*.txt) for the order of classes. Files are <id>_<start>_<end>.<suffix> or <id>.<suffix>;
+      the source is the id.
+    - "coclr": CoCLR's train_splitNN.csv and test_splitNN.csv (<folders>/<class>/<video>/,<frames>) and ClassInd.txt.
+    - "lmdb": ROOT is an LMDB file of CoCLR or CPR; `splits` holds the lists of any layout above, or is None.
+    """
+
+    layout: str = "folders"
+    splits: Path | None = None
+    split: int = 1
+    # of HMDB51: "official" is the order of CoCLR and CPR, "alphabetical" that of IIC
+    class_order: Literal["official", "alphabetical"] = "official"
+    flow_lmdb: Path | None = None  # holds the flow of the videos under the same names
+    verify: bool | None = None  # decode every video whole; None: if there are fewer than 10,000
+    transcode: Path | None = None  # re-encode every video below this folder, and list the result
+    short_side: int = 256  # pixels at most, of transcoded videos
+    min_frames: int = 0  # videos with fewer frames are left out
+    shard: tuple[int, int] = (0, 1)  # (i, n): probe videos i, i + n, ... only; the last shard writes the index
+
+
+def assemble(
+    root: Path,
+    out: Path | None,
+    listing: Listing,
+    results: Mapping[Path, VideoInfo | VideoError],
+    options: IndexOptions,
+) -> tuple[Index, list[Problem]]:
+    """Returns the index of everything that decodes, and what is wrong with the rest or with parts of it.
+
+    Raises InputError if no video is left, or if so many could not be read that the disk must be at fault.
+    """
+    videos, problems = [], list(listing.problems)
+    for item in listing.videos:
+        info = results[item.path]
+        problem = _refused(item, info, options)
+        if problem is None:
+            videos.append(_video(item, info, root, options))
+            problems += _remarks(item, info)
+        else:
+            problems.append(problem)
+    _check_disk(problems, len(listing.videos))
+    if not videos:
+        raise InputError(_nothing(root, listing, problems, options))
+    problems += _same_files(videos)
+    index = Index(videos)
+    return (index, problems) if out is None else _after_previous(index, out, problems)
+
+
+def transcoded(path: Path, root: Path, folder: Path) -> Path:
+    """Returns where a transcoded video goes. Its name keeps the old suffix, so that a.avi and a.mkv do not collide."""
+    relative = path.relative_to(root)
+    return folder / relative.with_name(relative.name if relative.suffix == ".mp4" else f"{relative.name}.mp4")
+
+
+def _video(item: Listed, info: VideoInfo, root: Path, options: IndexOptions) -> Video:
+    path, frames = item.path, info.num_frames
+    if options.transcode is not None:
+        path = transcoded(path, root, options.transcode)
+    if item.flow_path is not None and split_record(item.flow_path):  # published flow has not always N - 1 fields
+        frames = min(frames, frame_size(item.flow_path)[0] + 1)
+    return Video(path, item.label, item.source, item.split, frames, info.fps, info.width, info.height, item.flow_path)
+
+
+def _refused(item: Listed, info: VideoInfo | VideoError, options: IndexOptions) -> Problem | None:
+    """Returns why a video is not in the index, None if it is."""
+    if isinstance(info, VideoError):
+        if info.unreadable:
+            return Problem(item.path, "unreadable", info.reason)
+        empty = split_record(item.path) is None and _size(item.path) == 0
+        return Problem(item.path, "empty" if empty else "broken", "holds no bytes" if empty else info.reason)
+    if info.rotation:
+        reason = f"is stored rotated by {info.rotation} degrees; --transcode turns it upright"
+        return Problem(item.path, "rotated", reason)
+    if info.num_frames < options.min_frames:
+        reason = f"has {info.num_frames} frames, expected at least --min-frames {options.min_frames}"
+        return Problem(item.path, "too_short", reason)
+    if not info.fps > 0:
+        return Problem(item.path, "broken", "the file does not say its frame rate")
+    return None
+
+
+def _remarks(item: Listed, info: VideoInfo) -> list[Problem]:
+    """Returns what is unusual about a video that is in the index."""
+    found = []
+    if info.error:
+        reason = f"is damaged: kept with the {info.num_frames} frames that decode, then {info.error}"
+        found.append(("damaged", reason))
+    if info.corrupt:
+        reason = (f"is damaged: {info.corrupt} of {info.num_frames} frames decode with errors, the first is frame "
+                  f"{info.first_corrupt}")  # fmt: skip
+        found.append(("damaged", reason))
+    if info.size_change:
+        reason = (
+            f"the frame size or format changes {info.size_change}; kept with the {info.num_frames} frames before it"
+        )
+        found.append(("size_change", reason))
+    if info.streams:
+        found.append(("several_streams", info.streams))
+    if info.num_frames <= SHORT:
+        frames = "1 frame" if info.num_frames == 1 else f"{info.num_frames} frames"
+        found.append(("short", f"has {frames}; a clip of 32 frames is padded by half or more"))
+    if info.variable_rate:
+        found.append(("variable_rate", "its frames are not evenly spaced in time"))
+    return [Problem(item.path, kind, reason) for kind, reason in found]
+
+
+def _check_disk(problems: list[Problem], listed: int) -> None:
+    """Raises InputError if many videos could not be read: an index without them would be silently incomplete."""
+    lost = [p for p in problems if p.kind == "unreadable" and p.reason != os.strerror(13)]
+    if len(lost) > max(LOST, LOST_SHARE * listed):
+        reasons = ", ".join(f"{count:,} {reason!r}" for reason, count in Counter(p.reason for p in lost).most_common(3))
+        raise InputError(
+            f"{len(lost):,} of {listed:,} videos could not be read ({reasons}; the first is {lost[0].path}). Is the "
+            "disk still mounted? No index was written; run the same command again, which keeps the results so far"
+        )
+
+
+def _nothing(root: Path, listing: Listing, problems: list[Problem], options: IndexOptions) -> str:
+    """Returns why there is no index."""
+    text = f"root {str(root)!r}: expected videos of layout {options.layout!r}, got none that decodes"
+    if problems:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in Counter(p.kind for p in problems).items())
+        text += f" ({counts}); the first: {problems[0].path}: {problems[0].reason}"
+    if listing.others:
+        suffixes = sorted(listing.others, key=lambda suffix: -listing.others[suffix])[:3]
+        text += f"; other files: {', '.join(f'{listing.others[suffix]:,} {suffix}' for suffix in suffixes)}"
+        if {".jpg", ".jpeg", ".png"} & set(suffixes):
+            text += " (extracted frames are not read; encode them as videos)"
+    return text
+
+
+def _same_files(videos: list[Video]) -> list[Problem]:
+    """Returns the videos that are the same file as an earlier one, by a symbolic or hard link."""
+    first: dict[tuple[int, int], Path] = {}
+    problems = []
+    for video in videos:
+        if is_record(video.path):
+            continue
+        try:
+            facts = os.stat(video.path)
+        except OSError:
+            continue
+        other = first.setdefault((facts.st_dev, facts.st_ino), video.path)
+        if other != video.path:
+            problems.append(Problem(video.path, "same_file", f"is the same file as {other}"))
+    return problems
+
+
+def _after_previous(index: Index, out: Path, problems: list[Problem]) -> tuple[Index, list[Problem]]:
+    """Keeps the flow of the index that is replaced, and reports what it said differently.
+
+    If a class, source or split differs, which may have been edited by hand, the previous file is kept as *.old.csv.
+    """
+    try:
+        previous = Index.load(out, require_flow=False, skipped=[])
+    except (IndexFileError, OSError):
+        return index, problems
+    before = {os.path.realpath(video.path): video for video in previous}
+    videos, problems, changed = [], list(problems), []
+    for video in index:
+        old = before.get(os.path.realpath(video.path))
+        if old is not None and old.flow_path is not None and video.flow_path is None:
+            if _shape(old) == _shape(video):
+                video = replace(video, flow_path=old.flow_path)
+            else:
+                reason = f"had flow of {_says(old)}, and now is {_says(video)}; run `cpr-fast flow` again"
+                problems.append(Problem(video.path, "flow_dropped", reason))
+        if old is not None and (differs := _differences(old, video)):
+            changed.append(Problem(video.path, "replaced", f"{differs}; the previous index is {_old(out).name}"))
+        videos.append(video)
+    if changed:
+        shutil.copyfile(out, _old(out))
+    return Index(videos, index.classes), problems + changed
+
+
+def _differences(old: Video, new: Video) -> str:
+    """Returns which of class, source and split were something else before; a column that was empty is no loss."""
+    names = [name for name in ("label", "source", "split") if getattr(old, name) not in ("", getattr(new, name))]
+    return ", ".join(f"{name} was {getattr(old, name)!r}, is {getattr(new, name)!r}" for name in names)
+
+
+def _old(out: Path) -> Path:
+    return out.with_suffix(".old.csv")
+
+
+def _shape(video: Video) -> tuple[int, int, int]:
+    return video.num_frames, video.width, video.height
+
+
+def _says(video: Video) -> str:
+    return "{} frames of {}x{}".format(*_shape(video))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

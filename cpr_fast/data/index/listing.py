@@ -1,0 +1,78 @@
+"""What a layout lists (videos with class, source and split, not yet opened), and contradictions in such lists."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from cpr_fast.data.index.catalogue import Problem
+
+
+class Listed(NamedTuple):
+    path: Path
+    label: str  # "" if unlabelled
+    source: str  # equal for clips of one source video
+    split: str  # "" if there is none
+    flow_path: Path | None = None
+
+
+class Listing(NamedTuple):
+    videos: list[Listed]
+    classes: list[str]  # in the data set's own order
+    problems: list[Problem]
+    levels: str = ""  # what the levels of folders were taken for
+    others: dict[str, int] = {}  # files that are no videos, by suffix
+
+
+def clip_source(label: str, name: str) -> str:
+    """Returns the source of a clip by its name in UCF101 (v_X_gNN_cMM), HMDB51 (MOVIE_class_properties_N) or Kinetics
+    (YOUTUBEID_start_end), or the name itself if it is none of these."""
+    if found := re.fullmatch(rf"(.+)_{re.escape(label)}_[a-z]_[a-z]{{2}}_np\w+_[a-z]{{2}}_[a-z]{{3}}_\d+", name):
+        return f"{label}/{found[1]}"
+    if found := re.fullmatch(r"(.{11})_\d{6}_\d{6}", name):
+        return found[1]
+    return re.sub(r"_c\d+$", "", name)
+
+
+def without_contradictions(listing: Listing) -> Listing:
+    """Leaves one row of every video, and reports what was repeated or contradictory.
+
+    A video of two classes is left out, since nobody knows which is right. A video of two splits stays in the one for
+    evaluation only, so that nothing is trained on that is tested on.
+    """
+    rows: dict[Path, list[Listed]] = defaultdict(list)
+    for item in listing.videos:
+        rows[item.path].append(item)
+    videos, problems = [], list(listing.problems)
+    for path, found in rows.items():
+        labels = sorted({item.label for item in found})
+        splits = sorted({item.split for item in found}, key=lambda name: (name != "test", name == "train", name))
+        if len(labels) > 1:
+            reason = f"is listed in classes {' and '.join(map(repr, labels))}"
+            problems.append(Problem(path, "two_classes", reason))
+            continue
+        if len(splits) > 1:
+            reason = f"is listed in splits {' and '.join(map(repr, splits))}; kept in {splits[0]!r} only"
+            problems.append(Problem(path, "two_splits", reason))
+        elif len(found) > 1:
+            problems.append(Problem(path, "repeated", f"is listed {len(found)} times; kept once"))
+        videos.append(next(item for item in found if item.split == splits[0]))
+    return listing._replace(videos=videos, problems=problems + _leaks(videos))
+
+
+def _leaks(videos: list[Listed]) -> list[Problem]:
+    """Returns a problem for every source that is in the training split and in another one."""
+    splits: dict[str, dict[str, Path]] = defaultdict(dict)
+    for item in videos:
+        splits[item.source].setdefault(item.split, item.path)
+    return [
+        Problem(found["train"], "shared_source", f"source {source!r} is also in split {_names(set(found) - {'train'})}")
+        for source, found in splits.items()
+        if "train" in found and len(found) > 1
+    ]
+
+
+def _names(names: set[str]) -> str:
+    return " and ".join(map(repr, sorted(names)))

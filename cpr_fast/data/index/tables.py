@@ -1,0 +1,79 @@
+"""Reads text lists and CSV tables as people and spreadsheets save them; every such file is read through this module.
+
+A byte-order mark is dropped; columns may be separated by comma, semicolon or tab; lines may end in LF, CRLF or CR.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from cpr_fast.errors import InputError
+
+DELIMITERS = ",;\t"
+
+
+class TableError(InputError):
+    """A list or table is not as expected; the message says where, what came and what was expected."""
+
+
+def read_text(path: Path, what: str = "file") -> str:
+    """Returns a UTF-8 text without its byte-order mark.
+
+    Bytes that are not UTF-8 are kept as surrogates, as in file names. `what` names the kind of file in errors.
+    Raises TableError if the file is missing, not readable or in another encoding.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise TableError(f"{what} {str(path)!r} does not exist") from None
+    except OSError as error:
+        raise TableError(f"{path}: expected a UTF-8 {what}, got {error}") from None
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise TableError(f"{path}: expected a UTF-8 {what}, got UTF-16; save it again as UTF-8 (Excel: 'CSV UTF-8')")
+    if b"\0" in data:
+        raise TableError(f"{path}: expected a UTF-8 {what}, got a binary file")
+    return data.decode("utf-8-sig", "surrogateescape")
+
+
+def read_lines(path: Path, what: str = "split list") -> Iterator[tuple[str, str]]:
+    """Yields ("file:line", line without surrounding blanks) for every line that is not blank."""
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", read_text(path, what)), start=1):
+        if line.strip():
+            yield f"{path}:{number}", line.strip()
+
+
+def read_table(
+    path: Path, columns: Collection[str], what: str = "CSV file"
+) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Returns the header and, for every row that is not empty, ("file:line", fields).
+
+    `columns` are names that the header is expected to have; they decide which character separates the columns. The
+    caller checks the header and the number of fields. "file:line" is where a row ends, as quoted fields may span lines.
+    """
+    text = read_text(path, what)
+    try:
+        header, delimiter = max(
+            ((next(csv.reader(io.StringIO(text, newline=""), delimiter=sign), []), sign) for sign in DELIMITERS),
+            key=lambda found: len(set(map(str.strip, found[0])) & set(columns)),
+        )
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        next(reader, [])
+        rows = [(f"{path}:{reader.line_num}", row) for row in reader if any(row)]
+    except csv.Error as error:
+        raise TableError(f"{path}: expected a UTF-8 {what}, got {error}") from None
+    return [name.strip() for name in header], rows
+
+
+def table_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Returns a CSV text that `read_table` reads back exactly, whatever characters the fields hold."""
+    lines = (",".join(map(_quoted, map(str, row))) for row in (header, *rows))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _quoted(field: str) -> str:
+    # csv.writer of Python 3.11 does not quote a lone carriage return, which every reader takes for the end of a row
+    return '"{}"'.format(field.replace('"', '""')) if re.search(r'[,;\t"\r\n]', field) else field
