@@ -54,7 +54,7 @@ def index(
         json: Print the whole report as one JSON object.
     """
     from cpr_fast.data.index.build import IndexOptions, write_index
-    from cpr_fast.data.index.summary import summary
+    from cpr_fast.data.index.summary import next_step, summary
 
     if verify and no_verify:
         raise InputError("--verify, --no-verify: expected at most one of them, got both")
@@ -62,7 +62,4 @@ def index(
     options = IndexOptions(layout, splits, split, class_order, flow_lmdb, whole, transcode, short_side, min_frames,
                            parse_shard(shard))  # fmt: skip
     report = write_index(root, out, options, progress=True)
-    if json:
-        show(report, json)
-    else:
-        print(summary(report))
+    show(report, json, lines=[] if json else summary(report), next_step=next_step(report))

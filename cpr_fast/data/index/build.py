@@ -83,6 +83,8 @@ def _build(
 ) -> tuple[Index | None, list[Problem], dict[str, Any]]:
     """Returns (index, problems, facts about listing and probing); the index is None if other shards are not done."""
     _check(options)
+    if out is not None and out.is_dir():
+        raise InputError(f"--out: expected the name of a CSV file, got the folder {str(out)!r}")
     listing = list_videos(
         options.layout, root, options.splits, options.split,
         class_order=options.class_order, flow_lmdb=options.flow_lmdb, exclude=options.transcode,

@@ -137,7 +137,7 @@ def _list_ucf101(catalogue: Catalogue, splits: Path | None, split: int) -> Listi
     rows = _matches(splits / "classInd.txt", r"\d+[\s;,]+(\S+)", "<number> <class>")
     classes, listed = [words[0] for _, words in rows], []
     for name, file in (("train", f"trainlist{split:02d}.txt"), ("test", f"testlist{split:02d}.txt")):
-        for where, (video,) in _matches(splits / file, r"(\S+?)(?:[\s;,]+\d+)?", "<class>/<video> [<number>]"):
+        for where, (video,) in _matches(splits / file, r"(\S+?)(?:[\s;,]+\d*)?", "<class>/<video> [<number>]"):
             label, _, video = video.replace("\\", "/").partition("/")
             listed.append(Row(where, label, Path(video).name, name))
     return _find(catalogue, listed, classes)

@@ -28,12 +28,14 @@ class Listing(NamedTuple):
 
 def clip_source(label: str, name: str) -> str:
     """Returns the source of a clip by its name in UCF101 (v_X_gNN_cMM), HMDB51 (MOVIE_class_properties_N) or Kinetics
-    (YOUTUBEID_start_end), or the name itself if it is none of these."""
+    (YOUTUBEID_start_end); any other clip is a source of its own class, for equal names in two classes are two videos.
+    """
     if found := re.fullmatch(rf"(.+)_{re.escape(label)}_[a-z]_[a-z]{{2}}_np\w+_[a-z]{{2}}_[a-z]{{3}}_\d+", name):
         return f"{label}/{found[1]}"
     if found := re.fullmatch(r"(.{11})_\d{6}_\d{6}", name):
         return found[1]
-    return re.sub(r"_c\d+$", "", name)
+    source = re.sub(r"_c\d+$", "", name)
+    return source if source.lower().startswith(f"v_{label.lower()}_") else "/".join(filter(None, (label, source)))
 
 
 def without_contradictions(listing: Listing) -> Listing:

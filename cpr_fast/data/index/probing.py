@@ -14,7 +14,7 @@ from pathlib import Path
 from cpr_fast.data.storage.records import frame_size, read_record_frames, split_record
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import VideoInfo, probe_video
-from cpr_fast.runtime.progress import track
+from cpr_fast.runtime.progress import duration, track
 
 Probe = Callable[[Path], VideoInfo]
 ESTIMATE_S, WORTH_SAYING_S = 5.0, 60.0  # time is estimated after the former, and said if more than the latter is left
@@ -99,6 +99,8 @@ def probe_all(paths: Sequence[Path], run: Probe, journal: Journal, *, descriptio
     FFmpeg and libjpeg-turbo work without the interpreter's lock, so threads use every core.
     """
     todo = [path for path in paths if journal.wants(path)]
+    if not todo:
+        return 0
 
     def work(path: Path) -> tuple[Path, VideoInfo | VideoError]:
         try:
@@ -129,9 +131,8 @@ def _with_estimate(results: Iterable, total: int, description: str, workers: int
 
 
 def _estimate(description: str, total: int, left_s: float, rate: float) -> str:
-    duration = f"{left_s / 60:.0f} minutes" if left_s < 7200 else f"{left_s / 3600:.1f} hours"
-    faster = "" if description == "transcoding" else " --no-verify counts packets instead of decoding every video."
+    faster = " --no-verify counts packets instead of decoding every video." if description == "decoding" else ""
     return (
-        f"{description} {total:,} videos takes about {duration} at {rate:.1f} videos/s. "
-        f"--shard 0/4 to 3/4 on four machines takes a quarter of that.{faster if description == 'decoding' else ''}"
+        f"{description} {total:,} videos takes about {duration(left_s)} at {rate:.1f} videos/s. "
+        f"--shard 0/4 to 3/4 on four machines takes a quarter of that.{faster}"
     )

@@ -2,51 +2,52 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-# kind of a problem -> (whether the video is in the index, what the summary says of it)
+# kind of a problem -> (whether the video is in the index, what the kind means)
 KINDS: dict[str, tuple[bool, str]] = {
     "missing": (False, "listed or linked, but not found"),
-    "broken": (False, "do not decode"),
-    "empty": (False, "are empty files"),
+    "broken": (False, "not decodable"),
+    "empty": (False, "file without content"),
     "unreadable": (False, "could not be read"),
-    "unreadable_folder": (False, "are folders that could not be read"),
-    "unreadable_name": (False, "have a name that cannot be used"),
-    "unfinished": (False, "are unfinished downloads"),
-    "hidden": (False, "are hidden"),
-    "empty_folder": (False, "are folders without a video"),
-    "link_loop": (False, "are links that lead back to their own folder"),
-    "two_classes": (False, "are listed in two classes"),
-    "rotated": (False, "are stored rotated"),
-    "too_short": (False, "have fewer frames than --min-frames"),
-    "failed": (False, "have no flow, which could not be computed"),
-    "damaged": (True, "are damaged"),
-    "size_change": (True, "change their frame size, and are kept up to the change"),
-    "several_streams": (True, "have several video streams"),
-    "short": (True, "are short for clips of 32 frames"),
-    "variable_rate": (True, "have a variable frame rate"),
-    "no_class": (True, "lie beside the class folders and have no class"),
-    "repeated": (True, "are listed more than once"),
-    "ambiguous": (True, "share their name with another file"),
-    "two_splits": (True, "are listed in two splits"),
-    "shared_source": (True, "have clips of their source in the training split and in another one"),
-    "same_file": (True, "are the same file as another one, by a link"),
-    "missing_flow": (True, "have no record in --flow-lmdb"),
-    "flow_dropped": (True, "had flow in the previous index, which does not fit any more"),
-    "replaced": (True, "had another class, source or split in the previous index"),
+    "unreadable_folder": (False, "folder that could not be read"),
+    "unreadable_name": (False, "name that cannot be used"),
+    "unfinished": (False, "unfinished download or copy"),
+    "hidden": (False, "hidden file or folder"),
+    "empty_folder": (False, "folder without a video"),
+    "link_loop": (False, "link back to its own folder"),
+    "two_classes": (False, "listed in two classes"),
+    "rotated": (False, "stored rotated"),
+    "too_short": (False, "fewer frames than --min-frames"),
+    "failed": (False, "flow not computed"),
+    "damaged": (True, "frames missing or decoded with errors"),
+    "size_change": (True, "frame size changes; kept up to the change"),
+    "several_streams": (True, "one of several video streams is read"),
+    "short": (True, "short for clips of 32 frames"),
+    "variable_rate": (True, "variable frame rate"),
+    "no_class": (True, "beside the class folders"),
+    "repeated": (True, "listed more than once"),
+    "ambiguous": (True, "same name as another file"),
+    "two_splits": (True, "listed in two splits"),
+    "shared_source": (True, "source in the training split and in another one"),
+    "same_file": (True, "same file as another one, by a link"),
+    "missing_flow": (True, "no record in --flow-lmdb"),
+    "flow_dropped": (True, "flow of the previous index does not fit any more"),
+    "replaced": (True, "other class, source or split in the previous index"),
 }
 FIRST = 3  # names per kind
 
 
-def summary(report: dict[str, Any]) -> str:
+def summary(report: dict[str, Any]) -> list[str]:
     """Returns the report of `write_index` as lines of text."""
     if report["index"] is None:
-        return (
+        return [
             f"{report['probed']:,} videos probed. {report['left']:,} have no result yet: run the other shards, "
             "or run this command again for those that could not be read."
-        )
+        ]
     counts = (_count(report["videos"], "video"), _count(report["classes"], "class", "classes"),
               _count(report["sources"], "source"), _splits(report["splits"]))  # fmt: skip
     lines = [f"{report['index']}: {', '.join(counts)}"]
@@ -60,7 +61,10 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(f"Not taken for videos: {named}")
     if report["problems"]:
         lines.append(f"All problems: {Path(report['index']).with_suffix('.report.json')}")
-    return "\n".join([*lines, *_next(report)])
+    if set(report["splits"]) <= {""}:
+        lines.append("Without splits pretraining reads all videos, and `cpr-fast retrieve` needs "
+                     "--protocol leave_source_out.")  # fmt: skip
+    return lines
 
 
 def grouped(problems: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
@@ -80,7 +84,7 @@ def _problems(problems: list[dict[str, str]]) -> list[str]:
             lines.append(title)
         first = "; ".join(f"{_shown(problem['path'])}: {_shown(problem['reason'])}" for problem in found[:FIRST])
         more = f"; and {len(found) - FIRST:,} more" if len(found) > FIRST else ""
-        lines.append(f"  {len(found):,} {says} ({kind}): {first}{more}")
+        lines.append(f"  {len(found):,} {kind} ({says}): {first}{more}")
     return lines
 
 
@@ -102,12 +106,9 @@ def _largest(counts: dict[str, int], most: int = 6) -> list[tuple[str, int]]:
     return [(_shown(name), count) for name, count in ordered[:most]] + ([("others", rest)] if rest else [])
 
 
-def _next(report: dict[str, Any]) -> list[str]:
-    lines = []
-    if "train" not in report["splits"] and set(report["splits"]) <= {""}:
-        lines.append("The index has no splits: pretraining reads all videos; evaluate with "
-                     "`cpr-fast retrieve --protocol leave_source_out`.")  # fmt: skip
-    return [*lines, f"Next: cpr-fast doctor {report['index']}", f"      cpr-fast flow {report['index']} --out flow"]
+def next_step(report: dict[str, Any]) -> str:
+    """Returns the command that a user may want to run next."""
+    return f"cpr-fast doctor {shlex.quote(report['index'])}" if report["index"] else ""
 
 
 def _count(number: int, one: str, many: str = "") -> str:

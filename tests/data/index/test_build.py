@@ -181,7 +181,8 @@ def test_sources_by_name():
     assert clip_source("Archery", "v_Archery_g02_c05") == "v_Archery_g02"
     assert clip_source("sit", "April_09_sit_u_nm_np1_ba_goo_0") == "sit/April_09"
     assert clip_source("yoga", "---QUuC4vJs_000084_000094") == "---QUuC4vJs"
-    assert clip_source("x", "anything") == "anything"
+    assert clip_source("x", "anything") == "x/anything" != clip_source("y", "anything")
+    assert clip_source("HandstandPushups", "v_HandStandPushups_g01_c01") == "v_HandStandPushups_g01"
 
 
 class TestReport:
