@@ -224,9 +224,12 @@ class Relative:
         return os.path.normpath(os.path.join(self._prefixes[folder], name))
 
     def _relative(self, folder: str) -> str:
-        lexical = os.path.relpath(folder, self._lexical)
-        there = os.path.realpath(os.path.join(self._real, lexical))
-        return lexical if there == os.path.realpath(folder) else os.path.relpath(folder, self._real)
+        real = os.path.realpath(folder)
+        named, resolved = os.path.relpath(folder, self._lexical), os.path.relpath(real, self._real)
+        if os.path.realpath(os.path.join(self._real, named)) != real:  # a `..` in it follows a link
+            named = os.path.relpath(folder, self._real)
+        # a path without `..` holds as long as the index and the videos move together
+        return resolved if named.startswith("..") and not resolved.startswith("..") else named
 
 
 def _absolute(path: Path) -> str:

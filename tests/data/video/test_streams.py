@@ -1,0 +1,101 @@
+"""Which stream of a file is its video, and what probing says of streams that are damaged or change."""
+
+import io
+
+import av
+import numpy as np
+import pytest
+from support.odd_videos import damage, pictures, with_cover, write_plain, write_size_change, write_sound, write_streams
+
+from cpr_fast.data.video.container import VideoError, location, open_video
+from cpr_fast.data.video.decode import read_frames
+from cpr_fast.data.video.packets import slice_packets
+from cpr_fast.data.video.probe import probe_video
+from cpr_fast.data.video.transcode import transcode_video
+
+
+def decode_bytes(encoded: np.ndarray) -> np.ndarray:
+    with av.open(io.BytesIO(encoded.tobytes())) as container:
+        assert len(container.streams.video) == 1
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_every_reader_ignores_a_cover_picture(tmp_path):
+    truth = read_frames(write_plain(tmp_path / "plain.mp4"), range(20), "rgb", 20)
+    covered = with_cover(write_plain(tmp_path / "covered.mp4"))
+    with av.open(str(covered)) as container:
+        assert container.streams.video[0].width == 200  # FFmpeg's first video stream is the picture
+    for decode in (True, False):
+        info = probe_video(covered, decode=decode)
+        assert (info.num_frames, info.width, info.height, info.streams) == (20, 64, 48, "")
+    for _ in range(2):  # opened with care, then as remembered
+        np.testing.assert_array_equal(read_frames(covered, [3, 14], "rgb", 20), truth[[3, 14]])
+    encoded, places = slice_packets(covered, [13, 14], 20)
+    np.testing.assert_array_equal(decode_bytes(encoded)[places], truth[[13, 14]])
+    # with a wrong count the numbering is not proven: a decoder is given all packets, but of the video alone
+    encoded, places = slice_packets(covered, [0, 5], 19)
+    np.testing.assert_array_equal(decode_bytes(encoded), truth)
+    assert places.tolist() == [0, 5]
+    info = transcode_video(covered, tmp_path / "new.mp4", 48)
+    assert (info.num_frames, info.width, info.height) == (20, 64, 48)
+
+
+def test_sound_with_a_cover_is_no_video(tmp_path):
+    path = with_cover(write_sound(tmp_path / "song.mp4"))
+    with pytest.raises(VideoError, match="holds a cover picture but no video stream"):
+        probe_video(path)
+    with pytest.raises(VideoError, match="no video stream"):
+        transcode_video(path, tmp_path / "new.mp4", 48)
+
+
+@pytest.mark.parametrize(("default", "expected"), [(0, (64, 48)), (1, (96, 80))])
+def test_of_several_streams_the_default_one_is_read_and_named(tmp_path, default, expected):
+    path = write_streams(tmp_path / "two.mkv", pictures(20), pictures(20, 80, 96), default=default)
+    info = probe_video(path)
+    assert (info.width, info.height) == expected and info.num_frames == 20
+    assert f"reads video stream {default} ({expected[0]}x{expected[1]})" in info.streams
+    for _ in range(2):
+        assert read_frames(path, [3, 4], "rgb", 20).shape == (2, expected[1], expected[0], 3)
+
+
+def test_damage_is_counted_or_makes_no_difference(tmp_path):
+    """A repaired frame may depend on what was decoded before it; probing must say so."""
+    path, counted = tmp_path / "video.mp4", 0
+    for place in range(1, 16):
+        write_plain(path, height=96, width=128)
+        assert probe_video(path).corrupt == 0
+        info = probe_video(damage(path, place))
+        if info.corrupt or info.error:
+            counted += 1
+            assert info.error or info.first_corrupt == place
+            continue
+        whole = read_frames(path, range(20), "rgb", 20)
+        for number in range(20):
+            np.testing.assert_array_equal(read_frames(path, [number], "rgb", 20)[0], whole[number])
+    assert counted >= 3
+    assert transcode_video(path, tmp_path / "new.mp4", 48).corrupt == probe_video(path).corrupt
+
+
+def test_frames_after_a_change_of_size_do_not_count(tmp_path):
+    path = write_size_change(tmp_path / "joined.ts", before=20)
+    info = probe_video(path)
+    assert (info.num_frames, info.width, info.height) == (20, 64, 48)
+    assert info.size_change == "from 64x48 yuv420p to 96x80 yuv420p"
+    assert read_frames(path, [0, 18, 19], "rgb", 20).shape == (3, 48, 64, 3)
+    assert transcode_video(path, tmp_path / "new.mp4", 48).num_frames == 40
+
+
+@pytest.mark.parametrize("name", ["http:x.mp4", "file:x.mp4", "-x.mp4", "%03d.mp4", "#.mp4", "a\nb.mp4", "x?y=1.mp4"])
+def test_names_that_ffmpeg_takes_for_something_else(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_plain(tmp_path / "plain.mp4", 5).rename(name)
+    assert probe_video(name).num_frames == 5 and location(name) == f"file:{name}"
+    assert transcode_video(tmp_path / name, tmp_path / f"new {name}", 48).num_frames == 5
+
+
+def test_a_file_that_cannot_be_read_differs_from_one_that_does_not_decode(tmp_path):
+    (tmp_path / "text.mp4").write_text("no video " * 100)
+    for name, unreadable in (("text.mp4", False), ("gone.mp4", True)):
+        with pytest.raises(VideoError) as caught, open_video(tmp_path / name):
+            pass
+        assert caught.value.unreadable is unreadable
