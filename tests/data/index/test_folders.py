@@ -1,0 +1,118 @@
+"""Folders without lists: which level is the split and the class, what is passed over, and what is said of it."""
+
+import os
+from pathlib import Path
+
+import pytest
+from support.odd_videos import write_plain
+
+from cpr_fast.cli import main
+from cpr_fast.data.index.build import IndexOptions, write_index
+from cpr_fast.data.index.index import Index, IndexFileError
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return write_plain(tmp_path_factory.mktemp("video") / "v.mp4", 20)
+
+
+def copy(video: Path, *targets: Path) -> None:
+    """Copies, not links, which would be reported as the same file."""
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(video.read_bytes())
+
+
+LEVELS = {
+    "flat": (["a.mp4", "b.mp4"], [("", ""), ("", "")], "no folder names a split; no folder names a class"),
+    "classes": (["walk/a.mp4", "run/a.mp4"], [("run", ""), ("walk", "")], "the first folder level is the class"),
+    "nested": (["walk/s1/a.mp4", "run/s/t/a.mp4"], [("run", ""), ("walk", "")], "deeper folders are ignored"),
+    "splits": (["train/walk/a.mp4", "test/walk/a.mp4"], [("walk", "test"), ("walk", "train")],
+               "the first folder level is the split; the second folder level is the class"),
+    "splits of other names": (["Training/walk/a.mp4", "VALID/walk/a.mp4"], [("walk", "train"), ("walk", "val")],
+                              "the first folder level is the split"),
+    "splits without classes": (["train/a.mp4", "test/a.mp4"], [("", "test"), ("", "train")], "no folder names a class"),
+    "a third split": (["train/walk/a.mp4", "test/walk/a.mp4", "extra/walk/a.mp4"],
+                      [("walk", "extra"), ("walk", "test"), ("walk", "train")], "the first folder level is the split"),
+    "a class named train": (["train/a.mp4", "bus/a.mp4"], [("bus", ""), ("train", "")], "no folder names a split"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels_of_folders(tmp_path, video, name):
+    files, expected, levels = LEVELS[name]
+    copy(video, *(tmp_path / "set" / file for file in files))
+    report = write_index(tmp_path / "set", tmp_path / "i.csv", IndexOptions())
+    index = Index.load(tmp_path / "i.csv")
+    assert sorted((v.label, v.split) for v in index) == expected and levels in report["levels"]
+    assert len(set(index.source_ids.tolist())) == len(files)  # equal names are not siblings
+    assert not {"shared_source", "same_file"} & report["counts"].keys()
+
+
+def test_clips_of_one_source_in_two_splits_are_named(tmp_path, video):
+    copy(video, tmp_path / "train/walk/x_c01.mp4", tmp_path / "train/run/x_c01.mp4", tmp_path / "test/walk/x_c02.mp4")
+    report = write_index(tmp_path, tmp_path / "i.csv", IndexOptions())
+    assert [p["reason"] for p in report["problems"]] == ["source 'walk/x' is also in split 'test'"]
+
+
+def test_an_index_without_splits_is_used_whole_for_training_only(tmp_path, video, caplog):
+    copy(video, tmp_path / "a.mp4", tmp_path / "b.mp4")
+    write_index(tmp_path, tmp_path / "i.csv", IndexOptions())
+    index = Index.load(tmp_path / "i.csv")
+    with caplog.at_level("INFO"):
+        assert len(index.select_for_training("train")) == len(index.select_for_training("")) == 2
+    assert "no splits" in caplog.text
+    with pytest.raises(IndexFileError, match="no splits.*--protocol leave_source_out"):
+        index.select("train")
+
+
+def test_what_is_passed_over_is_named(tmp_path, video, capsys):
+    root = tmp_path / "set"
+    copy(video, *(root / "c" / name for name in ("ok.mp4", "._ok.mp4", "UPPER.AVI", "plain", "x.video", "y.mp4.part")))
+    copy(video, root / "stray.mp4", root / ".git" / "x.mp4", root / "__MACOSX" / "c" / "x.mp4", root / "c/v.flow.mp4")
+    (root / "c" / "notes.txt").write_text("no video")
+    (root / "c" / "other.xyz").write_bytes(bytes(500))
+    (root / "c" / "zero.mkv").touch()
+    (root / "c" / "text.wmv").write_text("no video " * 100)
+    (root / "empty" / "below").mkdir(parents=True)
+    os.mkfifo(root / "c" / "pipe.mp4")
+    (root / "c" / "gone.mp4").symlink_to("nowhere.mp4")
+    (root / "c" / "loop").symlink_to(root)
+    (root / "c" / "again.mp4").symlink_to("ok.mp4")
+    assert main(["index", str(root), "--out", str(tmp_path / "i.csv")]) == 0
+    said = capsys.readouterr().out
+    index = Index.load(tmp_path / "i.csv")
+    names = [(v.path.name, v.label) for v in index]
+    assert names == [("UPPER.AVI", "c"), ("again.mp4", "c"), ("ok.mp4", "c"), ("plain", "c"), ("x.video", "c"),
+                     ("stray.mp4", "")]  # fmt: skip
+    for line in ("2 missing", "1 broken", "1 empty (", "1 unfinished", "3 hidden", "1 empty_folder", "1 link_loop",
+                 "1 no_class", "1 same_file", "stray.mp4", "gone.mp4", "pipe.mp4", "text.wmv"):  # fmt: skip
+        assert line in said, line
+    assert "Not taken for videos: 1 .flow.mp4, 1 .txt, 1 .xyz" in said
+    assert f"next: cpr-fast doctor {tmp_path}/i.csv" in said
+
+
+def test_links_to_folders_are_followed(tmp_path, video):
+    copy(video, tmp_path / "store" / "v.mp4", tmp_path / "data" / "run" / "v.mp4")
+    (tmp_path / "data" / "walk").symlink_to("../store")
+    write_index(tmp_path / "data", tmp_path / "i.csv", IndexOptions())
+    assert [v.label for v in Index.load(tmp_path / "i.csv")] == ["run", "walk"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_folders_and_files_without_permission_are_named(tmp_path, video):
+    copy(video, tmp_path / "c/ok.mp4", tmp_path / "c/secret.mp4", tmp_path / "locked/v.mp4")
+    (tmp_path / "c/secret.mp4").chmod(0)
+    (tmp_path / "locked").chmod(0)
+    try:
+        report = write_index(tmp_path, tmp_path / "i.csv", IndexOptions())
+    finally:
+        (tmp_path / "locked").chmod(0o700)
+    assert report["counts"] == {"unreadable_folder": 1, "unreadable": 1}
+
+
+def test_a_transcoded_copy_below_the_root_is_not_listed_again(tmp_path, video):
+    copy(video, tmp_path / "c/a.mp4", tmp_path / "c/a.avi")
+    for _ in range(2):
+        report = write_index(tmp_path, tmp_path / "i.csv", IndexOptions(transcode=tmp_path / "new", short_side=32))
+        assert report["videos"] == 2 and {v.height for v in Index.load(tmp_path / "i.csv")} == {32}

@@ -1,0 +1,194 @@
+"""Lists that contradict themselves, a disk that fails, and an index that is written again: nothing is lost silently."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.odd_videos import damage, write_plain, write_size_change, write_streams
+from support.odd_videos import pictures as frames_of
+
+import cpr_fast.data.index.build as build
+from cpr_fast.cli import main
+from cpr_fast.data.index.build import IndexOptions, report_path, write_index
+from cpr_fast.data.index.index import Index
+from cpr_fast.data.index.summary import KINDS, summary
+from cpr_fast.data.video.container import VideoError
+from cpr_fast.data.video.probe import probe_video
+from cpr_fast.errors import InputError
+
+
+def lists(folder: Path, train: str, test: str = "", classes: str = "1 A\n2 B\n") -> IndexOptions:
+    folder.mkdir(exist_ok=True)
+    for name, text in (("classInd.txt", classes), ("trainlist01.txt", train), ("testlist01.txt", test)):
+        (folder / name).write_text(text)
+    return IndexOptions("ucf101", folder)
+
+
+def rows(csv_path: Path) -> dict[str, tuple[str, str]]:
+    return {str(v.path.relative_to(csv_path.parent)): (v.label, v.split) for v in Index.load(csv_path)}
+
+
+class TestNames:
+    """A video is found by class and name."""
+
+    @pytest.fixture
+    def root(self, tmp_path):
+        write_plain(tmp_path / "set/A/v.mp4", 20)
+        write_plain(tmp_path / "set/B/v.mp4", 5, height=80, width=96)
+        return tmp_path / "set"
+
+    @pytest.mark.parametrize("train", ["A/v.avi 1\nB/v.avi 2\n", "B/v.avi 2\n"])
+    def test_equal_names_in_two_classes(self, root, tmp_path, train):
+        write_index(root, tmp_path / "i.csv", lists(tmp_path / "l", train))
+        index = Index.load(tmp_path / "i.csv")
+        assert {v.label: (v.path.parent.name, v.width) for v in index}["B"] == ("B", 96)
+        assert len({v.source for v in index}) == len(index)
+
+    def test_a_video_in_the_folder_of_another_class_is_not_taken(self, root, tmp_path):
+        (root / "B/v.mp4").unlink()
+        report = write_index(root, tmp_path / "i.csv", lists(tmp_path / "l", "A/v.avi 1\nB/v.avi 2\n"))
+        assert rows(tmp_path / "i.csv") == {"set/A/v.mp4": ("A", "train")}
+        assert report["counts"] == {"missing": 1, "empty_folder": 1}
+
+    def test_two_files_of_one_name_and_class(self, root, tmp_path):
+        for name in ("v.avi", "x/v.mkv"):
+            write_plain(root / "A" / name, 5)
+        report = write_index(root, tmp_path / "i.csv", lists(tmp_path / "l", "A/v.avi 1\n"))
+        assert rows(tmp_path / "i.csv").keys() == {"set/A/v.avi"}
+        assert report["problems"][0]["kind"] == "ambiguous" and "A/v.mp4" in report["problems"][0]["reason"]
+
+    def test_flow_records_are_found_by_class_and_name(self, root, tmp_path):
+        from cpr_fast.data.storage.record_writer import RecordWriter
+
+        with RecordWriter(tmp_path / "flow.lmdb") as writer:
+            for name in ("A/v", "B/v"):
+                writer.put(name, [b"jpeg"] * 4)
+        options = IndexOptions(flow_lmdb=tmp_path / "flow.lmdb", verify=False)
+        videos = build.list_videos("folders", root, None, 1, class_order="official", flow_lmdb=options.flow_lmdb).videos
+        assert [str(item.flow_path) for item in videos] == [f"{tmp_path}/flow.lmdb#{name}" for name in ("A/v", "B/v")]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "expected", "counts"),
+    [
+        ("A/v.avi 1\nA/w.avi 1\n", "A/v.avi\n", {"set/v.mp4": ("A", "test"), "set/w.mp4": ("A", "train")},
+         {"two_splits": 1}),
+        ("A/v.avi 1\nB/v.avi 2\nA/w.avi 1\n", "", {"set/w.mp4": ("A", "train")}, {"two_classes": 1}),
+        ("A/v.avi 1\nA/v.avi 1\n", "", {"set/v.mp4": ("A", "train")}, {"repeated": 1}),
+        ("A/v.avi 1\nA/gone.avi 1\n", "", {"set/v.mp4": ("A", "train")}, {"missing": 1}),
+        ("A/s_c01.avi 1\n", "A/s_c02.avi\n", {"set/s_c01.mp4": ("A", "train"), "set/s_c02.mp4": ("A", "test")},
+         {"shared_source": 1}),
+    ],
+)  # fmt: skip
+def test_contradictory_lists(tmp_path, train, test, expected, counts):
+    for name in ("v", "w", "s_c01", "s_c02"):
+        write_plain(tmp_path / "set" / f"{name}.mp4", 20)
+    report = write_index(tmp_path / "set", tmp_path / "i.csv", lists(tmp_path / "l", train, test))
+    assert rows(tmp_path / "i.csv") == expected and report["counts"] == counts
+    assert counts.keys() <= KINDS.keys()
+
+
+def test_what_only_decoding_shows(tmp_path, capsys):
+    root = tmp_path / "set/c"
+    write_plain(root / "fine.mp4")
+    for place in range(1, 16):  # until the decoder notices
+        if probe_video(damage(write_plain(root / "bad.mp4", height=96, width=128), place)).corrupt:
+            break
+    write_size_change(root / "joined.ts")
+    write_streams(root / "two.mkv", frames_of(20), frames_of(20, 80, 96))
+    assert main(["index", str(tmp_path / "set"), "--out", str(tmp_path / "i.csv"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    kinds = {Path(problem["path"]).name: problem["kind"] for problem in report["problems"]}
+    assert kinds == {"bad.mp4": "damaged", "joined.ts": "size_change", "two.mkv": "several_streams"}
+    assert {v.path.name: v.num_frames for v in Index.load(tmp_path / "i.csv")} == dict.fromkeys(
+        ["bad.mp4", "fine.mp4", "joined.ts", "two.mkv"], 20
+    )
+    text = "\n".join(summary(report))
+    assert "1 size_change" in text and "from 64x48 yuv420p to 96x80 yuv420p" in text
+
+
+class TestLostDisk:
+    @pytest.fixture
+    def root(self, tmp_path):
+        for number in range(24):
+            write_plain(tmp_path / f"set/c/v{number:02d}.mp4", 3)
+        return tmp_path / "set"
+
+    def test_no_index_of_half_the_videos(self, tmp_path, root, monkeypatch, capsys):
+        real = build.probe
+
+        def failing(path, **options):
+            if path.name >= "v08.mp4":
+                raise VideoError(path, "Input/output error", unreadable=True)
+            return real(path, **options)
+
+        monkeypatch.setattr(build, "probe", failing)
+        assert main(["index", str(root), "--out", str(tmp_path / "i.csv")]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "16 of 24 videos could not be read (16 'Input/output error'" in error and "still mounted?" in error
+        assert not (tmp_path / "i.csv").exists()
+        monkeypatch.setattr(build, "probe", real)
+        report = write_index(root, tmp_path / "i.csv", IndexOptions())
+        assert (report["videos"], report["probed"], report["counts"]) == (24, 16, {"short": 24})
+
+    def test_a_few_are_left_out_in_one_line(self, tmp_path, root, monkeypatch):
+        real = build.probe
+
+        def failing(path, **options):
+            if path.name < "v05.mp4":
+                raise VideoError(path, "Input/output error", unreadable=True)
+            return real(path, **options)
+
+        monkeypatch.setattr(build, "probe", failing)
+        report = write_index(root, tmp_path / "i.csv", IndexOptions())
+        lines = [line for line in summary(report) if "unreadable" in line]
+        assert report["videos"] == 19 and len(lines) == 1
+        assert lines[0].startswith("  5 unreadable (could not be read): ") and lines[0].endswith("; and 2 more")
+
+
+class TestAgain:
+    @pytest.fixture
+    def index(self, tmp_path):
+        for name in ("a", "b"):
+            write_plain(tmp_path / f"set/c/{name}.mp4", 20)
+            write_plain(tmp_path / f"flow/{name}.flow.mp4", 19)
+        write_index(tmp_path / "set", tmp_path / "i.csv", IndexOptions())
+        text = (tmp_path / "i.csv").read_text()
+        for name in ("a", "b"):
+            text = text.replace(f"{name}.mp4,c,c/{name}.mp4,,20,25,64,48,\n",
+                                f"{name}.mp4,c,c/{name}.mp4,,20,25,64,48,flow/{name}.flow.mp4\n")  # fmt: skip
+        (tmp_path / "i.csv").write_text(text)
+        return tmp_path / "i.csv"
+
+    def test_flow_is_kept_where_it_fits(self, tmp_path, index):
+        write_plain(tmp_path / "set/c/b.mp4", 25)
+        report = write_index(tmp_path / "set", index, IndexOptions())
+        flow = {v.path.stem: v.flow_path for v in Index.load(index)}
+        assert flow == {"a": tmp_path / "flow/a.flow.mp4", "b": None}
+        assert [p["kind"] for p in report["problems"]] == ["flow_dropped"]
+        assert "had flow of 20 frames of 64x48, and now is 25 frames" in report["problems"][0]["reason"]
+
+    def test_columns_edited_by_hand_are_not_lost(self, tmp_path, index):
+        edited = index.read_text().replace(",c,c/a.mp4,,", ",jump,c/a.mp4,train,")
+        index.write_text(edited)
+        report = write_index(tmp_path / "set", index, IndexOptions())
+        assert (tmp_path / "i.old.csv").read_text() == edited
+        assert report["counts"] == {"replaced": 1} and "label was 'jump', is 'c'" in report["problems"][0]["reason"]
+        assert json.loads(report_path(index).read_text()) == report
+
+    def test_an_unreadable_previous_index_does_not_stop_it(self, tmp_path, index):
+        index.write_bytes(b"\xff\xfe\0no index")
+        assert write_index(tmp_path / "set", index, IndexOptions())["videos"] == 2
+
+
+def test_out_that_is_a_folder(tmp_path):
+    write_plain(tmp_path / "c/v.mp4", 5)
+    with pytest.raises(InputError, match="--out: expected the name of a CSV file, got the folder"):
+        write_index(tmp_path, tmp_path / "c", IndexOptions())
+
+
+def test_pictures_alone_are_named(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "1.jpg").write_bytes(b"\xff\xd8")
+    with pytest.raises(InputError, match=r"1 \.jpg \(extracted frames are not read; encode them as videos\)"):
+        write_index(tmp_path, tmp_path / "i.csv", IndexOptions())
