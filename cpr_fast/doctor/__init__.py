@@ -1,4 +1,4 @@
-"""Checks of the installation and of a data set, decoding parity, and where the time of a step goes.
+"""The `doctor` command: checks of the machine and of an index, estimates, decoding parity, and the time of a step.
 
-Imports `data`, `models` and `ops`; only `commands` and `bench` may import it.
+Imports `data`, `models`, `ops`, `config` and `runtime`; only `commands` and `bench` may import it.
 """

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: read, decode, augment, copy, step; and what to change about the slowest.
+"""Measures the stages of a training step (read, decode, augment, copy, step) and advises on the slowest one.
 
 Letters: B videos of a batch, V views.
 """
@@ -28,24 +28,31 @@ from cpr_fast.data.video.pixels import Region
 from cpr_fast.models import build_encoder
 
 ADVICE = {
-    "read": "the disk: copy the data to a local disk or /dev/shm, or shrink it with `cpr-fast index --transcode`",
-    "decode": "decoding: `cpr-fast index --transcode` (short groups of pictures, short side 256), a larger "
+    "read": "reading from the disk is slow: copy the data to a local disk or to /dev/shm, or make it smaller with "
+    "`cpr-fast index --transcode`",
+    "decode": "decoding is slow: use `cpr-fast index --transcode` (more key frames, 256 pixels high or wide), a larger "
     "data.cache_gib, JPEG records in an LMDB file, or a GPU (NVDEC)",
-    "flow": 'flow on the fly: store it once with `cpr-fast flow` (data.flow "stored"), or compute it on a GPU',
-    "augment": "augmentation: more data.workers, or a GPU, where it runs beside the decoder",
-    "copy": "the copy to the device: fewer views, or a smaller data.size or data.frames",
-    "step": "the network: the data keeps up, nothing to change about it; optim.precision bf16 and more GPUs make steps "
-    "shorter",
+    "flow": 'computing flow on the fly is slow: store it once with `cpr-fast flow` (and data.flow = "stored"), or '
+    "compute it on a GPU",
+    "augment": "augmentation is slow: increase data.workers, or use a GPU, where it runs beside the decoder",
+    "copy": "copying to the device is slow: use fewer views, or a smaller data.size or data.frames",
+    "step": 'the network is the slowest stage, as it should be: the data keep up. optim.precision = "bf16" or more '
+    "GPUs make steps shorter",
 }
 
 
 def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: torch.device, seconds: float) -> dict:
-    """Seconds of a step of B videos by stage, the measured rate of the whole loader, and the slowest stage.
+    """Measures a training step of B videos stage by stage, and the loader as a whole, in about `seconds`.
 
-    Reading and decoding are measured one video at a time and divided by the workers that share the work; files are
-    dropped from the page cache first, so that "read" is the disk. The step is what a cascade's step costs: the query
-    clip forward and backward, both views' second clips forward. On the CPU a batch of two stands for it. Takes about
-    `seconds`.
+    Reading and decoding are measured for one video at a time and divided by the number of workers. Files are dropped
+    from the page cache first, so that "read" measures the disk. The network's part is the cost of a mining step:
+    forward and backward of the query clip, and forward of the second clip of each view. On the CPU it is measured on
+    two clips and scaled up to B.
+
+    Returns:
+        "batch_size" (B), "views", "workers", "videos_measured", "mean_frames", "stage_s_per_step" (seconds by stage),
+        "loader_s_per_step", "step_measured_on_clips", "bottleneck" (the slowest stage), "data_wait_fraction" (share of
+        a step that would wait for data, 0..1), and "advice".
     """
     data = config.data
     batch = min(data.batch_size, len(index))
@@ -61,7 +68,9 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
     stages = {
         "read": read_s * share,
         "decode": decode_s * share,
-        **({"flow": flow_s * batch} if data.flow == "on_the_fly" else {}),  # one clip after another, on all cores
+        **(
+            {"flow": flow_s * batch} if data.flow == "on_the_fly" else {}
+        ),  # clips are computed one at a time, on all cores
         "augment": augment_s,
         "copy": copy_s,
         "step": step_s,
@@ -69,7 +78,7 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
     slowest = max(stages, key=stages.__getitem__)
     advice = ADVICE[slowest]
     if slowest == "decode" and data.workers < cores:
-        advice = f"data.workers: {data.workers} of {cores} cores decode; then {advice}"
+        advice = f"increase data.workers (now {data.workers}, this machine has {cores} cores); then: {advice}"
     return {
         "batch_size": batch,
         "views": list(views),
@@ -86,7 +95,7 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
 
 
 def _plans(index: Index, config: Config, data: DataConfig) -> Iterator[Clips]:
-    """The training plan of one video after another, epoch after epoch."""
+    """Yields the clips to cut from one training video after another, epoch after epoch."""
     sources, epoch = Sources.of(index, data), 0
     while True:
         for video in epoch_order(len(index), config.run.seed, epoch):
@@ -102,8 +111,8 @@ def _read_and_decode(
     device: torch.device,
     budget_s: float,
 ) -> tuple[float, float, float, list[tuple[Clips, dict[str, list]]]]:
-    """(seconds to read a video's files, to decode its clips, to compute their flow, all per video; up to 64 videos'
-    clips, and of every view the region and parts of `needed_parts`)."""
+    """Returns seconds per video to read its files, to decode its clips and to compute their flow; and the clips of up
+    to 64 videos, each with the region and the parts of `needed_parts` by view."""
     read_s, decode_s, flow_s, kept, failed = 0.0, 0.0, 0.0, [], 0
     computed, reader = data.flow == "on_the_fly", frame_reader(data, device)
     end = time.perf_counter() + budget_s
@@ -139,7 +148,7 @@ def _decoded(
 
 
 def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:
-    """The bytes that the clips need, from the disk: a whole file, or a record's JPEGs."""
+    """Reads what the clips need from the disk: a whole file, or the JPEGs of a record."""
     path = video.flow_path if view == "flow" else video.path
     try:
         if is_record(path):
@@ -155,11 +164,11 @@ def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:
         finally:
             os.close(descriptor)
     except (OSError, VideoError):
-        return  # counted where it is decoded
+        return  # it fails again, and is counted, when it is decoded
 
 
 def _augment(kept: list, data: DataConfig, views: tuple[str, ...], budget_s: float) -> float:
-    """Seconds of cutting and of the graph per video, its threads together, on the CPU."""
+    """Returns the seconds per video of cutting clips and of the augmentation graph, on all threads of the CPU."""
     if not kept:
         return 0.0
     some = kept[: data.batch_size]
@@ -177,7 +186,7 @@ def _augment(kept: list, data: DataConfig, views: tuple[str, ...], budget_s: flo
 
 
 def _copy(batch: int, data: DataConfig, views: tuple[str, ...], device: torch.device) -> float:
-    """Seconds to copy a batch to the device."""
+    """Returns the seconds it takes to copy a batch to the device; 0 on the CPU."""
     if device.type != "cuda":
         return 0.0
     clips = torch.empty(len(views), batch, 2, 3, data.frames, data.size, data.size)
@@ -190,7 +199,7 @@ def _copy(batch: int, data: DataConfig, views: tuple[str, ...], device: torch.de
 
 
 def _step(config: Config, views: int, batch: int, device: torch.device, budget_s: float) -> tuple[float, int]:
-    """(seconds of a step's networks for `batch` videos, clips per forward pass it was measured on)."""
+    """Returns the seconds of the networks in a step of `batch` videos, and the clips per forward pass measured."""
     data, count = config.data, batch if device.type == "cuda" else min(2, batch)
     encoder = build_encoder(config.model).to(device)
     clips = torch.rand(count, 3, data.frames, data.size, data.size, device=device)
@@ -209,7 +218,7 @@ def _step(config: Config, views: int, batch: int, device: torch.device, budget_s
 def _loader(
     index: Index, data: DataConfig, views: tuple[str, ...], seed: int, device: torch.device, budget_s: float
 ) -> float:
-    """Seconds per step of the whole loader, nothing else at work; without the cache, which a large set outgrows."""
+    """Returns the seconds per batch of the loader alone, without its cache, into which a large set would not fit."""
     loader = TrainLoader(index, dataclasses.replace(data, cache_gib=0), views, seed=seed, device=device)
     end, steps, began = time.perf_counter() + budget_s, 0, 0.0
     try:
@@ -226,7 +235,7 @@ def _loader(
 
 
 def _repeat(call: Callable[[], object], budget_s: float) -> float:
-    """Median seconds of a call after one to warm up; at least one, at most 20."""
+    """Returns the median seconds of 1 to 20 calls, after one call to warm up."""
     call()
     times, end = [], time.perf_counter() + budget_s
     while len(times) < 20 and (not times or time.perf_counter() < end):

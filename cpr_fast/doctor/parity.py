@@ -1,4 +1,4 @@
-"""How exact decoding and augmentation are: frames by PyAV and by DALI, clips by DALI and by PIL, codec by codec.
+"""Measures how exact decoding and augmentation are: frames of PyAV and DALI, clips of DALI and PIL, per codec.
 
 Letters: F frames of a video, T frames of a clip, H x W pixels.
 """
@@ -28,24 +28,24 @@ from cpr_fast.data.video.decode import read_frames
 from cpr_fast.data.video.packets import slice_packets
 from cpr_fast.data.video.probe import probe_video
 
-# codec -> (encoders, the first one that FFmpeg has is taken; suffix; pixel format; options)
+# codec -> (encoders, of which the first one available is used; suffix; pixel format; options)
 CODECS: dict[str, tuple[tuple[str, ...], str, str, dict[str, str]]] = {
     "h264": (("libx264",), ".mp4", "yuv420p", {"g": "12", "bf": "2"}),
     "hevc": (("libx265",), ".mp4", "yuv420p", {"x265-params": "keyint=12:bframes=2:log-level=none"}),
     "vp9": (("libvpx-vp9",), ".webm", "yuv420p", {"g": "12", "deadline": "realtime", "cpu-used": "8"}),
-    "mpeg4": (("mpeg4",), ".avi", "yuv420p", {"g": "12", "bf": "2"}),  # as XviD: AVI, B-frames
+    "mpeg4": (("mpeg4",), ".avi", "yuv420p", {"g": "12", "bf": "2"}),  # like XviD: AVI with B-frames
     "mjpeg": (("mjpeg",), ".mkv", "yuvj420p", {}),
     "av1": (("libsvtav1", "libaom-av1"), ".mkv", "yuv420p", {"g": "12", "preset": "12"}),
 }
 
 
 def write_test_video(codec: str, folder: Path, *, frames: int = 48, height: int = 96, width: int = 128) -> Path | None:
-    """A coloured texture that slides, so that no two frames are equal; None where FFmpeg has no such encoder."""
+    """Writes a video of a moving texture, whose frames all differ; returns None where FFmpeg has no such encoder."""
     encoders, suffix, pixel_format, options = CODECS[codec]
     encoder = next((name for name in encoders if name in av.codecs_available and _can_encode(name)), None)
     if encoder is None:
         return None
-    os.environ.setdefault("SVT_LOG", "1")  # libsvtav1: errors alone
+    os.environ.setdefault("SVT_LOG", "1")  # libsvtav1 then prints errors only
     noise = np.random.default_rng(0).integers(16, 240, (height // 8 + 1, (width + 3 * frames) // 8 + 1, 3))
     texture = noise.astype(np.uint8).repeat(8, 0).repeat(8, 1)[:height]
     path = folder / f"{codec}{suffix}"
@@ -60,20 +60,23 @@ def write_test_video(codec: str, folder: Path, *, frames: int = 48, height: int 
 
 
 def decode_linearly(source: Path | np.ndarray) -> np.ndarray:
-    """Every frame in presentation order, uint8 [F, H, W, 3], by the plainest use of FFmpeg: the reference."""
+    """Returns every frame in presentation order, uint8 [F, H, W, 3], by a plain decode with FFmpeg: the reference."""
     with av.open(str(source) if isinstance(source, Path) else io.BytesIO(source.tobytes())) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def seek_parity(path: Path, truth: np.ndarray, clip: int, starts: Sequence[int] | None = None) -> dict[str, Any]:
-    """Clips of `clip` frames from every start (or `starts`), by `read_frames` and by the packets that a GPU is given,
-    against `truth`, the whole video: {"seeks", "frames", "identical", "packets_identical", "packets_share"}.
+    """Compares clips of `clip` frames from every start (or from `starts`) with `truth`, the whole video.
 
-    The packets are decoded by FFmpeg; "packets_share" is the mean size of a slice as a share of the file.
+    The clips are read by `read_frames` and, a second time, decoded by FFmpeg from the packets that a GPU would get.
+
+    Returns:
+        "seeks", "frames", "identical" (frames equal to the reference), "packets_identical" (the same from packets) and
+        "packets_share" (mean size of the packets of a clip as a share of the file, 0..1).
     """
     starts = range(len(truth) - clip + 1) if starts is None else starts
     identical = sliced = size = 0
-    whole = decode_linearly(path)  # of a video that is given whole, for every clip the same
+    whole = decode_linearly(path)  # where the packets are the whole file, they are the same for every clip
     for start in starts:
         frames = np.arange(start, start + clip)
         identical += int((read_frames(path, frames, "rgb", len(truth)) == truth[frames]).all(axis=(1, 2, 3)).sum())
@@ -93,10 +96,14 @@ def seek_parity(path: Path, truth: np.ndarray, clip: int, starts: Sequence[int] 
 def dali_parity(
     path: Path, truth: np.ndarray, clip: int, starts: Sequence[int], device: torch.device
 ) -> dict[str, Any]:
-    """The same by DALI's decoder on `device`: {"decoder", "frames", "identical" (nearest to the right one of the five
-    frames around it), "psnr_db", "psnr_min_db"}, or {"decoder", "refused": reason} where it has no such codec.
+    """Compares clips decoded by DALI on `device` with `truth`, the whole video.
 
-    Its conversion to RGB interpolates chroma otherwise than FFmpeg's, so frames differ by a level on average.
+    DALI interpolates chroma differently from FFmpeg, so its frames differ by a level on average. A frame therefore
+    counts as identical if, of the five reference frames around it, the right one is the nearest.
+
+    Returns:
+        "decoder", "frames", "identical", "psnr_db" (mean) and "psnr_min_db"; or "decoder" and "refused" (the reason)
+        where DALI does not decode this codec.
     """
     decoder = "mixed" if device.type == "cuda" else "cpu"
     pipeline = _decoder(
@@ -129,8 +136,12 @@ def dali_parity(
 
 
 def clip_parity(path: Path, data: DataConfig, *, epochs: int = 8, device: torch.device | None = None) -> dict[str, Any]:
-    """PSNR of DALI's augmented clips against PIL's and torchvision's recipe, over the training clips of some epochs:
-    {"plain_db", "plain_min_db" (crop, resize, flip), "colour_db", "colour_min_db" (also jitter, grayscale, blur)}."""
+    """Compares DALI's augmented clips with those of PIL and torchvision, over the training clips of some epochs.
+
+    Returns:
+        PSNR in dB: "plain_db", "plain_min_db" of clips that are only cropped, resized and flipped, and "colour_db",
+        "colour_min_db" of clips with jitter, grayscale or blur too; and their numbers "plain_clips", "colour_clips".
+    """
     info = probe_video(path)
     video = Video(path, "", "", "", info.num_frames, info.fps or 25.0, info.width, info.height)
     sources = Sources.of(Index([video]))
@@ -155,10 +166,10 @@ def clip_parity(path: Path, data: DataConfig, *, epochs: int = 8, device: torch.
 
 
 def check_codec(codec: str, folder: Path, device: torch.device) -> dict[str, Any]:
-    """Whether a codec decodes here, by decoding: {"codec", "pyav", "dali"}, each "exact" or what is wrong."""
+    """Decodes a test video of a codec. Returns "codec", and under "pyav" and "dali" either "exact" or what is wrong."""
     path = write_test_video(codec, folder, frames=24)
     if path is None:
-        return {"codec": codec, "pyav": "not tried: FFmpeg has no encoder for it", "dali": "not tried"}
+        return {"codec": codec, "pyav": "not tried: FFmpeg has no encoder to write a test video", "dali": "not tried"}
     try:
         truth = decode_linearly(path)
         seeks = seek_parity(path, truth, 4, range(0, 20, 5))
@@ -167,7 +178,7 @@ def check_codec(codec: str, folder: Path, device: torch.device) -> dict[str, Any
     exact = seeks["identical"] == seeks["packets_identical"] == seeks["frames"]
     row = dali_parity(path, truth, 4, range(0, 20, 5), device)
     if "refused" in row:
-        dali = "no decoder, PyAV decodes"
+        dali = "not supported, PyAV is used"
     else:
         wrong = row["frames"] - row["identical"]
         dali = f"{wrong} of {row['frames']} frames wrong" if wrong else "exact"
@@ -192,5 +203,5 @@ def _mean_square(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _psnr(mean_square: float) -> float:
-    """Peak signal to noise, dB; 99 where nothing differs."""
+    """Returns the peak signal-to-noise ratio in dB, at most 99, the value of equal pictures."""
     return min(99.0, 10 * np.log10(255**2 / mean_square)) if mean_square else 99.0

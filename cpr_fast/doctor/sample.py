@@ -1,4 +1,4 @@
-"""The clips of one training sample as a picture or a video, pixel for pixel what the network sees."""
+"""Writes the clips of one training sample as a picture or a video, with the pixels that the network sees."""
 
 from __future__ import annotations
 
@@ -26,14 +26,19 @@ LABEL_HEIGHT = 14  # pixels of the line of text above a clip
 def show_sample(
     index: Index, data: DataConfig, *, seed: int, epoch: int, position: int, out: Path, views: Sequence[str]
 ) -> dict[str, Any]:
-    """Writes the clips that video `position` gives in `epoch` to `out` and says what they are.
+    """Writes the clips of video `position` in `epoch` to `out`.
 
-    A suffix of .png (or another of pictures) makes a sheet of all frames, one strip per clip and view; .mp4, .mkv or
-    .webm a video of all of them side by side, at the rate of the clip. The pixels are the network's input turned back
-    into levels, so flow is (128, v, u) as (red, green, blue). Raises InputError for a video that cannot be read.
+    The suffix of `out` decides the form: .png (or another picture format) gives a sheet of all frames, with one strip
+    per clip and view; .mp4, .mkv or .webm gives a video of all clips side by side, at the frame rate of the clip. The
+    pixels are the network's input converted back to levels 0..255; flow is shown as (red, green, blue) = (128, v, u).
+
+    Returns:
+        "out", and of the video "path", "label", "source" and "starts", the first frame of each clip.
+    Raises:
+        InputError: the position, the video or the suffix is not usable.
     """
     if not 0 <= position < len(index):
-        raise InputError(f"index: expected a video in 0..{len(index) - 1}, got {position}")
+        raise InputError(f"--index: expected a video in 0..{len(index) - 1}, got {position}")
     loader = TrainLoader(index, dataclasses.replace(data, batch_size=1), views, seed=seed)
     try:
         batch = loader.sample(epoch, position)
@@ -50,7 +55,9 @@ def show_sample(
         elif out.suffix in Image.registered_extensions():
             _sheet(clips).save(temporary)
         else:
-            raise InputError(f"out: expected the name of a picture or of an .mp4, .mkv or .webm file, got {str(out)!r}")
+            raise InputError(
+                f"--out: expected the name of a picture, or of an .mp4, .mkv or .webm file; got {str(out)!r}"
+            )
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
@@ -59,14 +66,14 @@ def show_sample(
 
 
 def _levels(clip: Tensor, data: DataConfig) -> np.ndarray:
-    """A normalised clip [3, T, S, S] as uint8 [T, S, S, 3]."""
+    """Converts a normalised clip [3, T, S, S] to levels, uint8 [T, S, S, 3]."""
     mean, std = (np.array(value, np.float32) for value in normalisation(data.augment))
     levels = 255 * (clip.permute(1, 2, 3, 0).numpy() * std + mean)
     return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
 
 
 def _sheet(clips: list[tuple[str, np.ndarray]]) -> Image.Image:
-    """Strips of frames under their label; a clip of more than PER_ROW frames takes several rows."""
+    """Draws each clip under its label; a clip of more than PER_ROW frames takes several rows."""
     frames, side = clips[0][1].shape[:2]
     columns, rows = min(frames, PER_ROW), -(-frames // PER_ROW)
     height = LABEL_HEIGHT + rows * side
@@ -81,14 +88,14 @@ def _sheet(clips: list[tuple[str, np.ndarray]]) -> Image.Image:
 
 
 def _write_video(path: Path, clips: list[tuple[str, np.ndarray]], views: dict[str, Tensor], fps: int) -> None:
-    """One row per view, its clips side by side; nearly lossless."""
+    """Writes a nearly lossless video with one row per view, whose clips are side by side."""
     per_view = len(clips) // len(views)
     rows = [
         np.concatenate([clip for _, clip in clips[i : i + per_view]], axis=2) for i in range(0, len(clips), per_view)
     ]
     picture = np.concatenate(rows, axis=1)  # [T, rows * S, clips * S, 3]
     even = [(0, 0), (0, picture.shape[1] % 2), (0, picture.shape[2] % 2), (0, 0)]
-    picture = np.pad(picture, even)  # 4:2:0 needs even sides
+    picture = np.pad(picture, even)  # the pixel format 4:2:0 needs even sides
     codec, options = ("libvpx-vp9", {"crf": "10"}) if path.suffix == ".webm" else ("libx264", {"crf": "8"})
     with av.open(str(path), "w") as output:
         stream = output.add_stream(codec, rate=fps, options=options)

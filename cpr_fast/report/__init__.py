@@ -1,4 +1,4 @@
-"""The HTML report of training runs: one self-contained page without scripts.
+"""The HTML report of training runs, and the page of similar, duplicated and odd videos: no scripts, no network.
 
-Imports `data`, `config` and `runtime`; only `experiments` and `commands` may import it.
+Imports `data`, `runtime` and `evaluate`; only `experiments` and `commands` may import it.
 """

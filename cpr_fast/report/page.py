@@ -1,4 +1,4 @@
-"""`write_report`: run folders in, one self-contained HTML page out (no network, no scripts)."""
+"""Writes the report of run folders: one self-contained HTML page without scripts or network access."""
 
 from __future__ import annotations
 
@@ -11,58 +11,76 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from cpr_fast.report.runs.outcome import verdict
+from cpr_fast.report.runs.run import Run
+from cpr_fast.report.sections.beside import published_beside
+from cpr_fast.report.sections.classification import classification_table, confusions
 from cpr_fast.report.sections.comparison import comparison
+from cpr_fast.report.sections.header import TERMS, facts, percent, tiles
 from cpr_fast.report.sections.mining import class_rates, extremes, inside_figures, mining_figures
-from cpr_fast.report.sections.runs import MODEL_NAMES, VIEW_NAMES, Run
+from cpr_fast.report.sections.retrieval import retrieval_blocks
 from cpr_fast.report.sections.sheets import mined_sheets, retrieved_sheet
-from cpr_fast.report.sections.tables import (
-    classification_rows,
-    cycle_row,
-    flat_config,
-    published_beside,
-    retrieval_blocks,
-)
-from cpr_fast.report.sections.training import training_figures
-
-RANKS = (1, 5, 10, 20, 50)
+from cpr_fast.report.sections.training import cycle_table, flat_config, training_figures
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Write the page of one or more run folders to `out`, whole or not at all.
+def write_report(runs: Sequence[Path], out: Path, *, similar: Path | None = None) -> Path:
+    """Writes the page of one or more run folders to `out`, whole or not at all.
 
-    What a run does not have (no mining yet, no retrieval yet, videos gone) is said in a sentence in its place.
+    Where a run lacks something (no mining or retrieval yet, videos that are gone), a sentence says why.
 
+    Args:
+        similar: the page of similar, duplicated and odd videos of the first run, to be linked.
     Raises:
-        InputError: a folder without metrics.jsonl, or with an empty one; the message names it.
+        InputError: a folder has no metrics.jsonl, or an empty one; the message names it.
     """
     loaded = [Run(Path(folder)) for folder in runs]
+    published = published_beside(loaded)
+    page = render(
+        "page.html.j2",
+        runs=[_section(run) for run in loaded],
+        comparison=comparison(loaded) if len(loaded) > 1 else None,
+        published=published,
+        same_data=any(block.same_data for block in published),
+        terms=TERMS,
+        similar=None if similar is None else os.path.relpath(similar, Path(out).parent),
+    )
+    return write_page(page, Path(out))
+
+
+def render(template: str, **values: Any) -> str:
+    """Fills a template of this folder."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cpr_fast.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": _percent, "number": _number, "breakable": _breakable}
-    page = environment.get_template("page.html.j2").render(
-        runs=[_section(run) for run in loaded],
-        comparison=comparison(loaded) if len(loaded) > 1 else None,
-        published=published_beside(loaded),
-        ranks=RANKS,
-    )
-    out = Path(out)
+    environment.filters |= {"percent": percent, "number": _number, "breakable": _breakable}
+    return environment.get_template(template).render(**values)
+
+
+def write_page(page: str, out: Path) -> Path:
+    """Writes a page under its name only once it is complete; bytes of file names that are no UTF-8 become \\xNN."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, out)
+    try:
+        text = page.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
     return out
 
 
 def _section(run: Run) -> dict[str, Any]:
-    """Everything the template shows of one run."""
+    """Everything that the template shows of one run."""
     classes = class_rates(run)
     return {
         "run": run,
-        "tiles": _tiles(run),
+        "facts": facts(run),
+        "verdict": verdict(run),
+        "tiles": tiles(run),
         "retrieval": retrieval_blocks(run),
         "retrieved": retrieved_sheet(run),
-        "classified": classification_rows(run),
+        "classified": classification_table(run),
+        "confusions": confusions(run),
         "mining_figures": mining_figures(run),
         "inside_figures": inside_figures(run),
         "mined": mined_sheets(run),
@@ -70,60 +88,17 @@ def _section(run: Run) -> dict[str, Any]:
         "extremes": extremes(classes["classes"]) if classes else None,
         "training_figures": training_figures(run),
         "speed": run.speed(),
-        "cycles": [cycle_row(cycle) for cycle in run.cycles],
+        "cycles": cycle_table(run),
         "config": flat_config(run.config),
         "skipped": max((row.get("skipped") or 0 for row in run.epochs), default=0),
+        "chance_pmr": run.chance_pmr,
+        "unlabelled": run.index is not None and not run.index.classes,
     }
 
 
-def _tiles(run: Run) -> list[dict[str, Any]]:
-    """The few numbers to see first: value, a line about it, and whether that line is good news (None: neither)."""
-    tiles = []
-    if (best := run.headline()) and best.get("r@1") is not None:
-        note, good = "", None
-        if other := run.best_other():
-            good = best["r@1"] > other["r@1"]
-            note = f"best of the others {_percent(other['r@1'])} ({MODEL_NAMES[other['name']].lower()})"
-        name = f"R@1, {VIEW_NAMES[best['view']]}"
-        tiles.append({"name": name, "value": _percent(best["r@1"]), "note": note, "good": good})
-    for task, name in (("probe", "Linear probe"), ("finetune", "Finetuned")):
-        if found := run.accuracy(task):
-            view = f"{name}, {VIEW_NAMES[found['view']]}"
-            note = f"accuracy, recipe {found['recipe']}"
-            tiles.append({"name": view, "value": _percent(found["accuracy"]), "note": note, "good": None})
-    tiles += _mining_tiles(run)
-    if speed := run.speed():
-        wait = speed["data_wait_s"] / max(1e-9, speed["data_wait_s"] + speed["step_time_s"])
-        note = f"{_percent(wait)} of a step waits for data"
-        tiles.append({"name": "Clips per second", "value": _number(speed["clips_per_s"]), "note": note, "good": None})
-    return tiles
-
-
-def _mining_tiles(run: Run) -> list[dict[str, Any]]:
-    mined = [row for row in run.epochs if row.get("pmr") is not None]
-    mining = [row for row in mined if row["view"] == mined[-1]["view"]]
-    if not mining:
-        return []
-    last, chance = mining[-1], run.chance_pmr
-    note = f"first mining epoch {_percent(mining[0]['pmr'])}"
-    note += f", chance {_percent(chance)}" if chance is not None else ""
-    good = last["pmr"] > chance if chance is not None else None
-    name = f"PMR, {VIEW_NAMES[last['view']]}, last epoch"
-    tiles = [{"name": name, "value": _percent(last["pmr"]), "note": note, "good": good}]
-    if last.get("cmr_median") is not None:
-        note = "sources of a class that were mined"
-        name, value = "Median CMR, last epoch", _percent(last["cmr_median"])
-        tiles.append({"name": name, "value": value, "note": note, "good": None})
-    return tiles
-
-
 def _breakable(name: str) -> Markup:
-    """A class name that may break between its words: CamelCase, snake_case and kebab-case."""
-    return Markup(re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[_-])", "<wbr>", str(escape(name))))
-
-
-def _percent(rate: float | None, unit: str = " %") -> str:
-    return "–" if rate is None else f"{100 * rate:.1f}{unit}"
+    """Lets a class name break between its words: CamelCase, snake_case and kebab-case."""
+    return Markup(re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[_.-])", "<wbr>", str(escape(name))))
 
 
 def _number(value: float | None, digits: int = 3) -> str:

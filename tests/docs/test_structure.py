@@ -39,6 +39,7 @@ ORDER = (
     "pretrain.step",
     "pretrain.run",
     "report.figures",
+    "report.runs",
     "report.sections",
     "report",
     "doctor",
@@ -53,7 +54,7 @@ FORBIDDEN = {
     "models": {"runtime", "ops"},
     "weights": {"ops", "mining"},
     "data": {"models", "mining", "weights"},
-    "report": {"models", "ops", "pretrain", "evaluate"},
+    "report": {"models", "ops", "pretrain"},
     "evaluate": {"mining"},
 }
 

@@ -8,6 +8,7 @@ import tyro
 
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
+from cpr_fast.errors import InputError
 
 
 def doctor(
@@ -18,30 +19,39 @@ def doctor(
     seconds: float = 60.0,
     json: Json = False,
 ) -> None:
-    """What works on this machine, what is wrong with the data, and where the time of a training step goes.
+    """Check the installation and a data set, say what to change first, and estimate the cost of the next steps.
 
-    Exit code 1 where something is broken.
+    The exit code is 1 if anything is broken.
 
     Args:
-        index: An index (CSV), whose data is then looked at and a step's time broken down.
-        config: The TOML file whose settings the breakdown takes.
-        device: "auto", "cpu" or "cuda".
-        seconds: How long the breakdown may take; 0 leaves it out.
+        index: An index (CSV) whose data are checked, and for which the time of a training step is measured.
+        config: The TOML file with the settings of that training step.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        seconds: How long measuring a training step may take; 0 leaves it out.
     """
     import torch
 
     from cpr_fast.config import Config, load
     from cpr_fast.doctor.checks import doctor as run
+    from cpr_fast.doctor.findings import show as show_findings
+    from cpr_fast.doctor.machine import no_device
 
+    if not seconds >= 0:
+        raise InputError(f"--seconds: expected 0 or more, got {seconds}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = Config() if config is None else load(config)
-    result = run(index, settings, device=torch.device(device), seconds=seconds)
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        where = None
+    if where is None or where.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    if reason := no_device(where):
+        raise InputError(f"--device: {reason}")
+    result = run(index, Config() if config is None else load(config), device=where, seconds=seconds)
     if json:
         show(result, json)
     else:
-        from cpr_fast.doctor.checks import show as show_findings
-
         show_findings(result)
     if any(finding["level"] == "error" for finding in result["findings"]):
         raise SystemExit(1)

@@ -6,20 +6,43 @@ from pathlib import Path
 
 import tyro
 
-from cpr_fast.commands.options import Json
+from cpr_fast.commands.options import Flag, Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
 
 
-def report(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path | None = None, json: Json = False) -> None:
-    """One self-contained HTML page of one or more run folders.
+def report(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    *,
+    out: Path | None = None,
+    unlabelled: Flag = False,
+    index: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Write a self-contained HTML page of one or more run folders.
+
+    Where the videos of the first run have no labels, a second page shows what its network finds similar, duplicated and
+    odd, from the features that `cpr-fast retrieve` stored.
 
     Args:
         runs: The run folders.
         out: The page to write; report.html in the first run folder by default.
+        unlabelled: Write the second page of labelled videos, too.
+        index: The index (CSV) of the second page; that of the first run by default.
     """
     from cpr_fast.report.page import write_report
+    from cpr_fast.report.similar import is_unlabelled, similar_path, write_similar
 
     if not runs:
-        raise InputError("runs: expected at least one run folder, got none")
-    show({"report": str(write_report(runs, out or runs[0] / "report.html"))}, json)
+        raise InputError("RUNS: expected at least one run folder, got none")
+    out = out or runs[0] / "report.html"
+    similar = None
+    wanted = unlabelled or index is not None
+    if wanted or is_unlabelled(runs[0]):
+        similar = write_similar(runs[0], similar_path(out), index=index)
+    if wanted and similar is None:
+        command = f"cpr-fast retrieve {runs[0]}/checkpoints/last.pt --index {index or 'INDEX.csv'}"
+        raise InputError(f"{runs[0]}: no features of these videos are stored; first run: {command}")
+    page = write_report(runs, out, similar=similar)
+    result = {"report": str(page)} | ({} if similar is None else {"similar": str(similar)})
+    show(result, json)

@@ -1,4 +1,4 @@
-"""Pictures of the report: curves and bars as inline SVG, film strips, contact sheets, heat maps.
+"""Figures of the report as inline SVG with hover values and CSV links; film strips, contact sheets, heat maps.
 
-Imports `data` only; `report` and `commands` may import it.
+Imports `data` and `weights`; `report` and `commands` may import it.
 """

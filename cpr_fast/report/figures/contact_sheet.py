@@ -1,4 +1,4 @@
-"""The contact sheet of a search: the query and what was found, each a film strip under a line of text."""
+"""The contact sheet of a search: the query and the videos found, each as a film strip under a line of text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cpr_fast.data.index.index import Video
 from cpr_fast.report.figures.film_strip import STRIP_FRAMES, THUMB_HEIGHT, THUMB_WIDTH, strip_image
 from cpr_fast.weights.checkpoint import written_whole
 
-MARGIN, LINE, GAP = 12, 24, 10  # pixels around the sheet, of a line of text, below a strip
+MARGIN, LINE, GAP = 12, 24, 10  # pixels: around the sheet, height of a line of text, below a strip
 WIDTH = STRIP_FRAMES * THUMB_WIDTH + 2 * MARGIN
 
 
@@ -45,12 +45,12 @@ def write_contact_sheet(out: Path, query: Video, found: Sequence[dict[str, Any]]
 
 
 def sheet_height(found: int) -> int:
-    """Pixels of a sheet of so many results."""
+    """Returns the height in pixels of a sheet with this number of results."""
     return 2 * MARGIN + (1 + found) * (LINE + THUMB_HEIGHT + GAP) - GAP
 
 
 def _fitting(draw: ImageDraw.ImageDraw, text: str) -> str:
-    """The text, its middle left out where it is wider than the sheet."""
+    """Returns the text, without its middle if it is wider than the sheet."""
     room = WIDTH - 2 * MARGIN
     if draw.textlength(text, font=_font()) <= room:
         return text
@@ -65,5 +65,5 @@ def _shortened(text: str, kept: int) -> str:
 
 
 def _font() -> ImageFont.FreeTypeFont:
-    """Matplotlib's own: the same on every machine."""
+    """Returns the font that Matplotlib ships, which is the same on every machine."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 14)

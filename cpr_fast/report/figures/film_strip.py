@@ -1,4 +1,4 @@
-"""Clips as film strips: a row of small frames in one JPEG, which the page plays by moving the background."""
+"""Film strips: a row of small frames of a clip in one JPEG, which the page plays by moving it as a background."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ THUMB_WIDTH, THUMB_HEIGHT = 128, 96  # pixels of one frame
 
 
 def film_strip(path: Path, num_frames: int, start: int, length: int) -> str | None:
-    """`strip_image` as a data URI."""
+    """Returns `strip_image` as a data URI; None where the video cannot be read."""
     strip = strip_image(path, num_frames, start, length)
     if strip is None:
         return None
@@ -27,9 +27,9 @@ def film_strip(path: Path, num_frames: int, start: int, length: int) -> str | No
 
 
 def strip_image(path: Path, num_frames: int, start: int, length: int) -> Image.Image | None:
-    """STRIP_FRAMES frames, evenly spread over `length` source frames from `start`, side by side.
+    """Returns STRIP_FRAMES frames side by side, evenly spread over `length` source frames from `start`.
 
-    None where the video is gone or does not decode: a page without a picture is better than no page.
+    Returns None where the video is gone or does not decode: a page without a picture is better than no page.
     """
     wanted = np.linspace(start, start + length - 1, STRIP_FRAMES).round().astype(int).clip(0, num_frames - 1)
     distinct, place = np.unique(wanted, return_inverse=True)
@@ -44,7 +44,7 @@ def strip_image(path: Path, num_frames: int, start: int, length: int) -> Image.I
 
 
 def _cover(frame: Image.Image) -> Image.Image:
-    """The largest centred part of the frame with the thumbnail's aspect ratio, scaled to it."""
+    """Cuts the largest centred part of the thumbnail's aspect ratio out of a frame, and scales it to its size."""
     scale = max(THUMB_WIDTH / frame.width, THUMB_HEIGHT / frame.height)
     width, height = THUMB_WIDTH / scale, THUMB_HEIGHT / scale
     left, top = (frame.width - width) / 2, (frame.height - height) / 2

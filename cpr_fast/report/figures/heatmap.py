@@ -1,4 +1,4 @@
-"""A picture of a mining sweep: PMR over the stages' views and the ratio, a panel for every query view and top-k."""
+"""The heat map of a mining sweep: PMR by views of the stages and ratio, a panel for every query view and top-k."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CELL_INCHES = 0.75
 
 
 def write_heatmap(rows: Sequence[dict[str, Any]], out: Path) -> Path:
-    """Writes the PMR of `evaluate.mining_lab.sweep` rows as a PNG; cells are percent, one colour scale for all."""
+    """Writes the PMR of `evaluate.mining_lab.sweep` rows as a PNG; cells are in percent, on one colour scale."""
     views, top_ks, ratios = (
         list(dict.fromkeys(row[name] for row in rows)) for name in ("query_view", "top_k", "ratio")
     )

@@ -1,4 +1,4 @@
-"""Several runs side by side: their headline numbers, mining curves, true positives and classes."""
+"""Compares several runs: their headline numbers, mining curves, true positives and classes."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from typing import Any
 
 from cpr_fast.report.figures.bars import group_figure, profile_figure
 from cpr_fast.report.figures.curves import Line, line_figure
+from cpr_fast.report.figures.table import Column, Table
+from cpr_fast.report.runs.run import Run
 from cpr_fast.report.sections.mining import class_rates, count_shares, counted_epochs
-from cpr_fast.report.sections.runs import Run
+from cpr_fast.report.sections.retrieval import RANKS
 
 
 def comparison(runs: Sequence[Run]) -> dict[str, Any]:
-    """Rows of headline numbers and figures that draw every run in its colour.
+    """Returns what compares the runs, each in its own colour.
 
-    Returns `rows`: name, method, best (headline row of retrieval), pmr, cmr, clips_per_s; `figures`; `classes`: for
-    two runs in how many classes the first has the higher and the lower CMR [paper, Fig. 5], else None.
+    Returns:
+        `names`: of the runs, distinct. `table`: headline numbers. `figures`: charts. `classes`: for two runs, in how
+        many classes the first has the higher and the lower CMR [paper, Fig. 5], else None.
     """
     names = _distinct([run.name for run in runs])
-    rows = [{"name": name, **_line(run)} for name, run in zip(names, runs, strict=True)]
     figures, curves, counts, profiles = [], [], {}, {}
     for number, (name, run) in enumerate(zip(names, runs, strict=True)):
         mined = [row for row in run.epochs if row.get("pmr") is not None]
@@ -27,29 +29,46 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
         if counted := counted_epochs(run):
             counts[number] = (name, count_shares(counted[-1]))
         if found := class_rates(run):
-            profiles[number] = (name, [rate for _, rate, _ in found["classes"]])
+            profiles[number] = (name, [(label, rate) for label, rate, _ in found["classes"]])
     if curves:
         figures.append(line_figure(curves, x="mining epoch, all cycles", y="PMR", percent=True))
     if counts:
         title = "Queries by true positives, last epoch"
         figures.append(
-            group_figure(dict(counts.values()), x="right ones among the mined", title=title, colours=list(counts))
+            group_figure(dict(counts.values()), x="correct among the mined", title=title, colours=list(counts))
         )
     if profiles:
         title = "CMR of every class, last epoch"
         figures.append(
             profile_figure(dict(profiles.values()), x="classes, best first", title=title, colours=list(profiles))
         )
-    return {"rows": rows, "figures": figures, "classes": _class_by_class(runs, names)}
+    classes = _class_by_class(runs, names)
+    return {"names": names, "table": _table(runs, names), "figures": figures, "classes": classes}
 
 
-def _line(run: Run) -> dict[str, Any]:
+def _table(runs: Sequence[Run], names: Sequence[str]) -> Table:
+    retrieval = "R@k needs an evaluation by `cpr-fast retrieve` and a gallery of at least k videos."
+    mining = "PMR and CMR need labels and an epoch that mined positives."
+    columns = [
+        Column("Run"),
+        *(Column(f"R@{k}, %", "rate", retrieval) for k in RANKS),
+        Column("Probe, %", "rate", "This run was not evaluated by `cpr-fast probe`.", "accuracy of a linear probe"),
+        Column("Finetune, %", "rate", "This run was not evaluated by `cpr-fast finetune`."),
+        Column("PMR, %", "rate", mining, "positive mining rate"),
+        Column("CMR, %", "rate", mining, "class mining rate, median"),
+        Column("Clips/s", "number", "No step was logged."),
+        Column("Last cycle", "text", "No step was logged."),
+    ]
+    return Table("Runs", columns, [(name, *_line(run)) for name, run in zip(names, runs, strict=True)])
+
+
+def _line(run: Run) -> tuple:
     last = next((row for row in reversed(run.epochs) if row.get("pmr") is not None), {})
-    accuracies = {task: (run.accuracy(task) or {}).get("accuracy") for task in ("probe", "finetune")}
+    best = run.headline() or {}
+    accuracies = [(run.accuracy(task) or {}).get("accuracy") for task in ("probe", "finetune")]
     rate = (run.speed() or {}).get("clips_per_s")
-    method = run.cycles[-1].name if run.cycles else "–"
-    return {"method": method, "best": run.headline() or {}, "pmr": last.get("pmr"), "cmr": last.get("cmr_median"),
-            "clips_per_s": rate, **accuracies}  # fmt: skip
+    method = run.cycles[-1].name if run.cycles else None
+    return (*(best.get(f"r@{k}") for k in RANKS), *accuracies, last.get("pmr"), last.get("cmr_median"), rate, method)
 
 
 def _class_by_class(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any] | None:
@@ -70,5 +89,5 @@ def _class_by_class(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Equal names with a number behind them."""
+    """Appends a number to names that occur more than once."""
     return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]

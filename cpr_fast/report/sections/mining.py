@@ -1,4 +1,4 @@
-"""Figures of what a run mined: Figs. 3 to 6 of the paper, its stages, and the signs that need no labels."""
+"""Figures of what a run mined: Figs. 3 to 6 of the paper, the stages of the cascade, and signs without labels."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from cpr_fast.report.figures.bars import Bar, bar_figure, group_figure, profile_figure
+from cpr_fast.report.figures.chart import Chart
 from cpr_fast.report.figures.curves import Line, line_figure
-from cpr_fast.report.sections.runs import VIEW_NAMES, VIEWS, Run
+from cpr_fast.report.figures.table import Column, Table
+from cpr_fast.report.runs.run import VIEW_NAMES, VIEWS, Run
 from cpr_fast.report.sections.training import SERIES, curves, cycle_bands
 
-FIRST, OTHER = 5, 5  # grey, of what stands beside the run's last epoch
+FIRST = 5  # grey, the colour of the first mining epoch
 EXTREMES = 3  # classes shown at either end [paper, Fig. 6]
 
 
-def mining_figures(run: Run) -> list[str]:
-    """PMR [Fig. 4], mining R@1 and CMR over the mining epochs; true positives per query [Fig. 3]; CMR of classes."""
+def mining_figures(run: Run) -> list[Chart]:
+    """Draws PMR [Fig. 4], mining R@1 and CMR over the mining epochs, true positives per query [Fig. 3], and the CMR of
+    classes."""
     bands = cycle_bands(run, only_mining=True)
     figures = []
     for key, title in (
-        ("pmr", "PMR: share of mined clips that are right"),
-        ("mining_r1", "Mining R@1: first mined clip is right"),
+        ("pmr", "PMR: mined clips of the query's class"),
+        ("mining_r1", "Mining R@1: first mined clip is correct"),
         ("cmr_median", "CMR: sources of a class mined, median"),
     ):
         lines = curves(run, key)
@@ -31,8 +34,8 @@ def mining_figures(run: Run) -> list[str]:
     return figures + _count_figures(run) + _class_figures(run)
 
 
-def inside_figures(run: Run) -> list[str]:
-    """What happens inside the cascade, and what can be told of it without labels."""
+def inside_figures(run: Run) -> list[Chart]:
+    """Draws what each stage keeps, and what can be said about the mined clips without labels."""
     figures = [figure for figure in (_survivors(run),) if figure]
     signs = curves(run, "view_agreement", "{view}: agreement") + curves(
         run, "mutual_neighbours", "{view}: mutual", dashed=True
@@ -51,9 +54,11 @@ def inside_figures(run: Run) -> list[str]:
 
 
 def class_rates(run: Run) -> dict[str, Any] | None:
-    """CMR and true positives of every class in the last mining epoch, the best first; None where nobody knows them.
+    """Returns CMR and true positives of every class in the last mining epoch, the best class first.
 
-    Returns `epoch`, `full` (classes at 100 %) and `classes`: (name, CMR, true positives or None).
+    Returns:
+        `epoch`, `full` (how many classes are at 100 %), `classes` (name, CMR, true positives or None) and `table`;
+        None where the index is gone or no epoch has a CMR.
     """
     row = next((row for row in reversed(run.epochs) if row.get("cmr_per_class")), None)
     if row is None or run.index is None or len(run.index.classes) != len(row["cmr_per_class"]):
@@ -61,49 +66,53 @@ def class_rates(run: Run) -> dict[str, Any] | None:
     right = row.get("right_per_class") or [None] * len(row["cmr_per_class"])
     rates = [c for c in zip(run.index.classes, row["cmr_per_class"], right, strict=True) if c[1] is not None]
     rates.sort(key=lambda item: -item[1])
-    return {"epoch": row["epoch"], "full": sum(rate == 1 for _, rate, _ in rates), "classes": rates}
+    old = "True positives per class were not recorded when this row was written."
+    columns = [Column("Class"), Column("CMR, %", "rate"), Column("True positives mined", "count", old)]
+    table = Table("CMR of every class", columns, rates)
+    full = sum(rate == 1 for _, rate, _ in rates)
+    return {"epoch": row["epoch"], "full": full, "classes": rates, "table": table}
 
 
 def extremes(rates: Sequence[tuple]) -> tuple[Sequence[tuple], Sequence[tuple]]:
-    """The first EXTREMES and the last of what the first leave."""
+    """Returns the first EXTREMES classes, and the last EXTREMES of the others."""
     return rates[:EXTREMES], rates[EXTREMES:][-EXTREMES:]
 
 
 def count_shares(row: dict[str, Any]) -> list[float]:
-    """Share of the queries of an epoch row that had 0, 1, … P true positives."""
+    """Returns the share of the queries of an epoch row that had 0, 1, … P true positives."""
     return [count / sum(row["right_counts"]) for count in row["right_counts"]]
 
 
 def counted_epochs(run: Run, view: str | None = None) -> list[dict[str, Any]]:
-    """The epoch rows that counted true positives per query."""
+    """Returns the epoch rows that counted true positives per query."""
     return [row for row in run.epochs if sum(row.get("right_counts") or ()) and view in (None, row["view"])]
 
 
-def _count_figures(run: Run) -> list[str]:
+def _count_figures(run: Run) -> list[Chart]:
     figures = []
     for view in VIEWS:
         if rows := counted_epochs(run, view):
-            same = [row for row in rows if len(row["right_counts"]) == len(rows[-1]["right_counts"])]  # one top-k
+            same = [row for row in rows if len(row["right_counts"]) == len(rows[-1]["right_counts"])]  # of equal top-k
             groups = {f"epoch {row['epoch']}": count_shares(row) for row in (same[0], same[-1])}
             title = f"{VIEW_NAMES[view]} queries by true positives"
             colours = [FIRST, SERIES[view]][-len(groups) :]
-            figures.append(group_figure(groups, x="right ones among the mined", title=title, colours=colours))
+            figures.append(group_figure(groups, x="correct among the mined", title=title, colours=colours))
     return figures
 
 
-def _class_figures(run: Run) -> list[str]:
-    """CMR of every class, sorted [Fig. 5], and of the best and the worst of them [Fig. 6]."""
+def _class_figures(run: Run) -> list[Chart]:
+    """Draws the CMR of every class, sorted [Fig. 5], and of the best and the worst classes [Fig. 6]."""
     if (found := class_rates(run)) is None or not found["classes"]:
         return []
-    rates = [rate for _, rate, _ in found["classes"]]
+    rates = [(name, rate) for name, rate, _ in found["classes"]]
     every = profile_figure({"CMR": rates}, x="classes, best first", title="CMR of every class", colours=[0])
     best, worst = extremes(found["classes"])
     bars = [Bar(name, rate, None, 2) for name, rate, _ in best] + [Bar(name, rate, None, 1) for name, rate, _ in worst]
     return [every, bar_figure(bars, title=f"CMR, best and worst {EXTREMES} classes, %")]
 
 
-def _survivors(run: Run) -> str | None:
-    """Precision and recall after every stage in the last epoch of each view."""
+def _survivors(run: Run) -> Chart | None:
+    """Draws precision and recall after every stage in the last epoch of each view."""
     lines = []
     for view in VIEWS:
         rows = [r for r in run.epochs if r["view"] == view and r.get("survivor_precision_1") is not None]
@@ -113,4 +122,4 @@ def _survivors(run: Run) -> str | None:
         for name, before, dashed in (("precision", row.get("pmr_chance"), False), ("recall", 1.0, True)):
             values = [before, *(row[f"survivor_{name}_{stage}"] for stage in stages)]
             lines.append(Line(f"{VIEW_NAMES[view]}: {name}", [0, *stages], values, SERIES[view], dashed=dashed))
-    return line_figure(lines, x="stage", y="What every stage keeps", percent=True) if lines else None
+    return line_figure(lines, x="stage", y="What each stage keeps", percent=True) if lines else None

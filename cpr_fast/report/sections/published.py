@@ -1,4 +1,4 @@
-"""The numbers of the CPR paper by table, from `published.toml`, which `report` and `reproduce` read."""
+"""The published numbers of the CPR paper, table by table, from `published.toml`; `report` and `reproduce` use them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from cpr_fast.errors import InputError
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """A line of a table: `values` in percent, by the key of a column; what the paper does not print is not there.
+    """A row of a table.
 
-    config: name of the file in configs/ whose run gives the row, by the encoder of `view` after `cycle` (None: last).
+    Attributes:
+        values: percent, by the key of a column; a number that the paper does not print is absent.
+        config: the file in configs/ whose run reproduces the row, with the encoder of `view` after `cycle` (None: the
+            last one).
     """
 
     id: str
@@ -29,9 +32,10 @@ class PublishedRow:
 class PublishedTable:
     """A table of the paper.
 
-    number: its number there.
-    data: "ucf101" | "hmdb51", what it is evaluated on.
-    columns: {key: heading}; a key is what the rate is called in our own results (`r@1`, `pmr`, `probe`, …).
+    Attributes:
+        number: its number in the paper.
+        data: "ucf101" | "hmdb51", the data set that it is evaluated on.
+        columns: {key: heading}; a key is the name of the rate in our own results (`r@1`, `pmr`, `probe`, …).
     """
 
     name: str
@@ -45,13 +49,13 @@ class PublishedTable:
 
 @functools.cache
 def published_tables() -> dict[str, PublishedTable]:
-    """Every table by its name, in the order of the file."""
+    """Returns every table by its name, in the order of the file."""
     text = (resources.files("cpr_fast.report.sections") / "published.toml").read_text(encoding="utf-8")
     return {name: _table(name, raw) for name, raw in tomllib.loads(text).items()}
 
 
 def published_table(name: str) -> PublishedTable:
-    """One table. Raises InputError, naming those there are, for another name."""
+    """Returns one table. Raises InputError, which lists the tables, for an unknown name."""
     tables = published_tables()
     if name not in tables:
         raise InputError(f"table: expected one of {', '.join(tables)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Contact sheets of a run: queries with what was mined for them, and test videos with their neighbours."""
+"""Sheets of clips as film strips: queries with what was mined for them, and test videos with their neighbours."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from cpr_fast.data.index.index import Video
-from cpr_fast.report.figures.film_strip import film_strip
-from cpr_fast.report.sections.runs import VIEW_NAMES, VIEWS, Run
+from cpr_fast.report.figures.film_strip import STRIP_FRAMES, film_strip
+from cpr_fast.report.runs.run import VIEW_NAMES, VIEWS, Run
 
 SHEET_QUERIES = 6  # rows of a contact sheet
 
 
 def mined_sheets(run: Run) -> list[dict[str, Any]]:
-    """Per view, queries of the last mining epoch with what was mined for them [paper, Fig. 2]."""
+    """Returns, per view, queries of the last mining epoch with what was mined for them [paper, Fig. 2]."""
     sheets = []
     for view in VIEWS:
         rows = [row for row in run.mined if row["view"] == view]
@@ -23,7 +23,9 @@ def mined_sheets(run: Run) -> list[dict[str, Any]]:
             queries = [
                 {
                     "query": _clip(run, run.index[row["query"]["video"]], row["query"]["start"]),
-                    "found": [_clip(run, run.index[c["video"]], c["start"], c["correct"]) for c in row["mined"]],
+                    "found": [
+                        _clip(run, run.index[c["video"]], c["start"], _judged(run, row, c)) for c in row["mined"]
+                    ],
                 }
                 for row in known
             ]
@@ -32,25 +34,43 @@ def mined_sheets(run: Run) -> list[dict[str, Any]]:
 
 
 def retrieved_sheet(run: Run) -> dict[str, Any] | None:
-    """Test queries with their nearest training videos."""
+    """Returns queries of the retrieval with their nearest videos of the gallery."""
     if not run.retrieved:
         return None
     queries = [
         {
             "query": _whole_video(row["query"]),
-            "found": [_whole_video(video, video["label"] == row["query"]["label"]) for video in row["nearest"]],
+            "found": [_whole_video(video, _same(video, row["query"])) for video in row["nearest"]],
         }
         for row in run.retrieved[:SHEET_QUERIES]
     ]
     return {"title": f"Nearest neighbours, {VIEW_NAMES[run.retrieved[0]['view']]}", "queries": queries}
 
 
+def _judged(run: Run, row: dict[str, Any], mined: dict[str, Any]) -> bool | None:
+    """Whether a mined clip is of the query's class; None where either has no label."""
+    pair = (run.index[row["query"]["video"]], run.index[mined["video"]])
+    return mined["correct"] if all(video.label for video in pair) else None
+
+
+def _same(video: dict[str, Any], query: dict[str, Any]) -> bool | None:
+    return video["label"] == query["label"] if video["label"] and query["label"] else None
+
+
 def _clip(run: Run, video: Video, start: int, correct: bool | None = None) -> dict[str, Any]:
     data = run.config["data"]
     strip = film_strip(video.path, video.num_frames, start, data["frames"] * data["stride"])
-    return {"label": video.label, "source": video.source, "strip": strip, "correct": correct}
+    return clip(video.path, video.label, video.source, strip, correct)
 
 
 def _whole_video(video: dict[str, Any], correct: bool | None = None) -> dict[str, Any]:
     strip = film_strip(Path(video["path"]), video["num_frames"], 0, video["num_frames"])
-    return {"label": video["label"], "source": video["source"], "strip": strip, "correct": correct}
+    return clip(Path(video["path"]), video["label"], video["source"], strip, correct)
+
+
+def clip(path: Path, label: str, source: str, strip: str | None, correct: bool | None = None) -> dict[str, Any]:
+    """Returns what the page shows of a clip: its caption, its text for screen readers, its film strip, and whether it
+    is of the query's class."""
+    caption = label or path.name
+    alt = f"{STRIP_FRAMES} frames of {path.name}" + (f", class {label}" if label else "")
+    return {"caption": caption, "alt": alt, "source": source, "path": str(path), "strip": strip, "correct": correct}

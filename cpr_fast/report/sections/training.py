@@ -1,38 +1,41 @@
-"""Figures of a run's training: losses, times, and how sound the features and the memory are."""
+"""Training: figures of losses, times and the health of the features; the tables of cycles and of the configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
+from cpr_fast.report.figures.chart import Chart
 from cpr_fast.report.figures.curves import Band, Line, line_figure
-from cpr_fast.report.sections.runs import VIEW_NAMES, VIEWS, Run
+from cpr_fast.report.figures.table import Column, Table
+from cpr_fast.report.runs.run import VIEW_NAMES, VIEWS, Cycle, Run
 
 SERIES = {"rgb": 0, "flow": 1, "two_stream": 2, "residual": 3}
-SMOOTH_STEPS = 9  # of the running medians
+SMOOTH_STEPS = 9  # window of the running medians
 
 
 def cycle_bands(run: Run, only_mining: bool = False) -> list[Band]:
-    """The span of epochs of every cycle."""
+    """Returns the span of epochs of every cycle."""
     cycles = [c for c in run.cycles if c.epochs and (c.mining == "cascade" or not only_mining)]
     return [Band(c.epochs[0]["epoch"] - 0.5, c.epochs[-1]["epoch"] + 0.5, c.name) for c in cycles]
 
 
 def curves(run: Run, key: str, label: str = "", dashed: bool = False) -> list[Line]:
-    """One line per cycle of an epoch quantity, coloured by view; a view is named once."""
+    """Returns a line per cycle of a quantity of epochs, in the colour of the view; the legend names a view once."""
     lines: list[Line] = []
     for cycle in run.cycles:
         rows = [row for row in cycle.epochs if row.get(key) is not None]
         if rows:
             name = label.format(view=VIEW_NAMES[cycle.view]) or VIEW_NAMES[cycle.view]
-            named = any(line.label == name for line in lines)
+            named = any(line.name == name for line in lines)
             x, y = [row["epoch"] for row in rows], [row[key] for row in rows]
-            lines.append(Line("_" if named else name, x, y, SERIES[cycle.view], dashed=dashed))
+            lines.append(Line(f"_{name}" if named else name, x, y, SERIES[cycle.view], dashed=dashed))
     return lines
 
 
-def training_figures(run: Run) -> list[str]:
-    """Loss over epochs, seconds and clips per second over steps, and health where it was measured."""
+def training_figures(run: Run) -> list[Chart]:
+    """Draws the loss over epochs, seconds and clips per second over steps, and health where it was measured."""
     figures = []
     if losses := curves(run, "loss"):
         lines = _step_losses(run) + losses
@@ -46,11 +49,11 @@ def training_figures(run: Run) -> list[str]:
 
 
 def _over_steps(run: Run, key: str, label: str, series: int, raw: bool = False) -> list[Line]:
-    """A running median of a step quantity, and the quantity itself, faint, with `raw`."""
+    """Returns the running median of a quantity of steps and, with `raw`, the quantity itself as a faint line."""
     rows = [row for row in run.steps if row.get(key) is not None]
     steps, values = [row["step"] for row in rows], [row[key] for row in rows]
     smooth = Line(label, steps, _running_median(values), series, marker=False)
-    return [Line("", steps, values, series, faint=True, marker=False), smooth] if raw else [smooth]
+    return [Line("_single steps", steps, values, series, faint=True, marker=False), smooth] if raw else [smooth]
 
 
 def _running_median(values: Sequence[float]) -> list[float]:
@@ -59,7 +62,7 @@ def _running_median(values: Sequence[float]) -> list[float]:
 
 
 def _step_losses(run: Run) -> list[Line]:
-    """Losses of single steps, faint, spread over their epoch so that its mean lies in the middle of them."""
+    """Returns faint lines of the losses of single steps, spread over their epoch so that its mean is in the middle."""
     lines = []
     for cycle in run.cycles:
         per_epoch: dict[int, list[float | None]] = {}
@@ -67,12 +70,12 @@ def _step_losses(run: Run) -> list[Line]:
             per_epoch.setdefault(row["epoch"], []).append(row["loss"])
         x = [epoch - 0.5 + (i + 0.5) / len(rows) for epoch, rows in per_epoch.items() for i in range(len(rows))]
         y = [loss for rows in per_epoch.values() for loss in rows]
-        lines.append(Line("", x, y, SERIES[cycle.view], faint=True, marker=False))
+        lines.append(Line("_single steps", x, y, SERIES[cycle.view], faint=True, marker=False))
     return lines
 
 
-def _health_figures(run: Run) -> list[str]:
-    """Effective rank of the queries and retrieval while training, where the run measured them."""
+def _health_figures(run: Run) -> list[Chart]:
+    """Draws the effective rank of the queries and R@1 while training, where the run measured them."""
     figures = []
     ranks = []
     for view in VIEWS:
@@ -91,3 +94,45 @@ def _health_figures(run: Run) -> list[str]:
     if online:
         figures.append(line_figure(online, x="epoch", y="R@1 while training, held-out videos", percent=True))
     return figures
+
+
+def cycle_table(run: Run) -> Table | None:
+    """Returns a row per cycle, with values of its last epoch and of the first epoch that has them.
+
+    The first epochs may have none: a queue is filled before its cycle learns.
+    """
+    loss = "A cycle has no loss before its memory is full."
+    mining = "PMR and mining R@1 need labels, and a cycle that mines positives."
+    columns = [
+        Column("Cycle"),
+        Column("Epochs", "count"),
+        Column("Loss, first", "number", loss),
+        Column("Loss, last", "number", loss),
+        Column("PMR, first, %", "rate", mining),
+        Column("PMR, last, %", "rate", mining),
+        Column("Mining R@1, last, %", "rate", mining),
+        Column("Time", "minutes"),
+    ]
+    rows = [(f"{number}. {cycle.name}", *_cycle_values(cycle)) for number, cycle in enumerate(run.cycles, 1)]
+    return Table("Cycles", columns, rows) if rows else None
+
+
+def _cycle_values(cycle: Cycle) -> list[Any]:
+    values: list[Any] = [len(cycle.epochs)]
+    for key in ("loss", "pmr", "mining_r1"):
+        known = [epoch[key] for epoch in cycle.epochs if epoch.get(key) is not None] or [None]
+        values += [known[-1]] if key == "mining_r1" else [known[0], known[-1]]
+    return [*values, sum(epoch.get("epoch_time_s") or 0 for epoch in cycle.epochs)]
+
+
+def flat_config(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Returns (section, rows of key and value); a cycle is one row, and a nested section has keys with a dot."""
+    sections = []
+    for section, values in config.items():
+        rows = [(key, str(value)) for key, value in values.items() if key != "cycles" and not isinstance(value, dict)]
+        for key, value in values.items():
+            rows += [(f"{key}.{k}", str(v)) for k, v in value.items()] if isinstance(value, dict) else []
+        for number, cycle in enumerate(values.get("cycles", ())):
+            rows.append((f"cycles[{number}]", ", ".join(f"{k} = {v}" for k, v in cycle.items() if v not in (None, []))))
+        sections.append((section, rows))
+    return sections

@@ -1,4 +1,4 @@
-"""A run folder as the page needs it: rows of metrics.jsonl sorted by kind, and the index it was trained on."""
+"""A run folder: the rows of its metrics.jsonl by kind, and the index that it was trained on."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 
 from cpr_fast.data.index.index import Index, IndexFileError
 from cpr_fast.errors import InputError
-from cpr_fast.runtime.metrics import read_metrics
+from cpr_fast.runtime.metrics import FILE, read_metrics
 
-VIEWS = ("rgb", "flow", "residual")  # that a run may train
+VIEWS = ("rgb", "flow", "residual")  # the views that a run may train
 VIEW_NAMES = {"rgb": "RGB", "flow": "Flow", "residual": "Residual", "two_stream": "RGB + flow"}
 MODEL_NAMES = {
     "trained": "Trained",
@@ -29,7 +29,7 @@ MINING_NAMES = {"none": "InfoNCE", "label": "UberNCE", "cascade": "CPR"}
 
 @dataclass(frozen=True)
 class Cycle:
-    """One co-training cycle of a run: its epoch rows, its step rows and its name."""
+    """One co-training cycle of a run, with its rows of epochs and steps; `number` counts from 0."""
 
     number: int
     view: str
@@ -40,16 +40,21 @@ class Cycle:
 
 
 class Run:
-    """The rows of one run folder. Raises InputError, naming the folder, where it holds no metrics."""
+    """The rows of one run folder, sorted by kind.
+
+    Raises:
+        InputError: the folder has no metrics.jsonl, or an empty one.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         rows = read_metrics(folder)
         if not rows:
             raise InputError(
-                f"run folder {str(folder)!r}: metrics.jsonl is empty; expected a run of `cpr-fast pretrain`"
+                f"run folder {str(folder)!r}: {FILE} is empty; expected a folder written by `cpr-fast pretrain`"
             )
         self.name = folder.resolve().name
+        self.written = (folder / FILE).stat().st_mtime  # seconds since 1970
         self.start = next((row for row in rows if row["kind"] == "run"), {})
         self.config: dict[str, Any] = self.start.get("config", {})
         self.notes = [row for row in rows if row["kind"] == "note"]
@@ -59,7 +64,8 @@ class Run:
         self.health = [row for row in rows if row["kind"] == "health"]
         self.alarms = [row for row in rows if row["kind"] == "alarm"]
         self.online = [row for row in rows if row["kind"] == "online"]
-        # An evaluation that was repeated replaces the earlier one.
+        self.outcome = next((row for row in reversed(rows) if row["kind"] == "outcome"), None)
+        # A repeated evaluation replaces the earlier one.
         retrieval = [{"recipe": "paper"} | row for row in rows if row["kind"] == "retrieval"]
         latest = {(row["protocol"], row["recipe"], row["name"], row["view"]): row for row in retrieval}
         self.evaluations = _grouped(latest.values(), ("protocol", "recipe"))  # the paper's recipe first
@@ -83,9 +89,14 @@ class Run:
             cycles.append(Cycle(number, row["view"], mining, f"{VIEW_NAMES[row['view']]} {method}", epochs, steps))
         return cycles
 
+    @property
+    def seconds(self) -> float:
+        """The time of all finished epochs."""
+        return sum(row.get("epoch_time_s") or 0 for row in self.epochs)
+
     @cached_property
     def index(self) -> Index | None:
-        """The training split of the run's index, or None where it is gone or has changed shape."""
+        """The training split of the run's index, or None where the index or its videos are gone."""
         data = self.config.get("data", {})
         try:
             return Index.load(data["index"], require_flow=False).select_for_training(data["split"])
@@ -94,7 +105,10 @@ class Run:
 
     @cached_property
     def chance_pmr(self) -> float | None:
-        """PMR of random mining: the share of same-class videos among those of other sources, mean over videos."""
+        """PMR of random mining: the share of same-class videos among those of other sources, mean over videos.
+
+        None where the index is gone or a video has no label.
+        """
         if self.index is None or (self.index.labels < 0).any():
             return None
         labels, sources = self.index.labels, self.index.source_ids
@@ -106,12 +120,12 @@ class Run:
         return float((right[others > 0] / others[others > 0]).mean()) if (others > 0).any() else None
 
     def headline(self) -> dict[str, Any] | None:
-        """The trained row to lead with: two-stream, else the last view."""
+        """Returns the trained row to lead with: two-stream, else the last view; None without retrieval."""
         trained = [row for row in self.retrieval if row["name"] == "trained"]
         return next((row for row in trained if row["view"] == "two_stream"), trained[-1] if trained else None)
 
     def accuracy(self, task: str) -> dict[str, Any] | None:
-        """Mean accuracy of a task ("probe" | "finetune"), its view and recipe; the view as in `headline`."""
+        """Returns the mean accuracy of a task ("probe" | "finetune") with its view, chosen as in `headline`, and recipe."""
         rows = [row for row in self.classified if row["task"] == task]
         rows = [row for row in rows if row["recipe"] == "paper"] or rows
         views = {row["view"] for row in rows}
@@ -120,20 +134,19 @@ class Run:
         return {"accuracy": mean(values), "view": view, "recipe": rows[0]["recipe"]} if values else None
 
     def best_other(self) -> dict[str, Any] | None:
-        """The best of the untrained network and the baselines by R@1."""
+        """Returns the best row by R@1 of the untrained network and the baselines."""
         others = [row for row in self.retrieval if row["name"] != "trained" and row.get("r@1") is not None]
         return max(others, key=lambda row: row["r@1"], default=None)
 
     def speed(self) -> dict[str, float] | None:
-        """Medians over steps: clips per second, seconds of compute and of waiting for data per step."""
-        if not self.steps:
-            return None
+        """Returns medians over the steps: clips per second, seconds of computing and of waiting for data per step."""
         keys = ("clips_per_s", "step_time_s", "data_wait_s")
-        return {key: median(row[key] for row in self.steps if row.get(key) is not None) for key in keys}
+        values = {key: [row[key] for row in self.steps if row.get(key) is not None] for key in keys}
+        return {key: median(found) for key, found in values.items()} if all(values.values()) else None
 
 
 def _grouped(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """Rows of equal keys together; the groups of the recipe "paper" first."""
+    """Puts rows of equal keys together; groups of the recipe "paper" come first."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)

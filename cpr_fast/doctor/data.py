@@ -1,0 +1,234 @@
+"""Checks of an index: rows that cannot be used, damaged or slow videos, labels, splits, sources, flow, memory size."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpr_fast.config import Config
+from cpr_fast.data.index.assemble import SHORT
+from cpr_fast.data.index.build import report_path
+from cpr_fast.data.index.index import Index, IndexFileError, Video
+from cpr_fast.data.index.layouts import HMDB51_CLASSES
+from cpr_fast.data.storage.media import container, is_record, read_frames
+from cpr_fast.data.video.container import VideoError
+from cpr_fast.data.video.packets import slice_packets
+from cpr_fast.doctor.findings import Finding, counted
+from cpr_fast.doctor.machine import free_gib
+from cpr_fast.errors import InputError
+
+SAMPLE, SAMPLE_S = 12, 10.0  # at least so many videos are decoded to look for damage, more within these seconds
+NAMED = 3  # examples of each kind of problem
+LONG = 64  # frames: in shorter videos it costs little to decode from the start
+
+
+def load_index(index: Path, findings: list[Finding]) -> Index | None:
+    """Returns the usable rows of the index, or None if there is none; every row that is not usable is an error."""
+    advice = f"create it again: cpr-fast index FOLDER --out {index}"
+    skipped: list[IndexFileError] = []
+    try:
+        videos = Index.load(index, require_flow=False, skipped=skipped)
+    except (InputError, OSError, ValueError) as error:
+        findings.append(Finding("error", str(error), advice, "fails"))
+        return None
+    if skipped:
+        more = f"; and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
+        text = "; ".join(str(error) for error in skipped[:NAMED])
+        rows = "1 row of the index is" if len(skipped) == 1 else f"{len(skipped):,} rows of the index are"
+        findings.append(Finding("error", f"{rows} bad: {text}{more}", advice, "fails"))
+    if not len(videos):
+        findings.append(Finding("error", f"{index}: no video is left", advice, "fails"))
+    return videos if len(videos) else None
+
+
+def check_index(index: Path, videos: Index, flow: str, findings: list[Finding]) -> dict[str, Any]:
+    """Returns what the index says and what a sample of its videos shows; `flow` is data.flow of the config."""
+    sources = Counter(video.source for video in videos)
+    sampled, damaged, whole = _sample(videos)
+    facts = {
+        "videos": len(videos),
+        "splits": dict(Counter(video.split for video in videos)),
+        "classes": len(videos.classes),
+        "class_order": _class_order(videos.classes),
+        "unlabelled": int((videos.labels < 0).sum()),
+        "sources": len(sources),
+        "videos_with_siblings": sum(count for count in sources.values() if count > 1),
+        "sizes": len({(video.width, video.height) for video in videos}),
+        "short": sum(video.num_frames <= SHORT for video in videos),
+        "without_flow": sum(video.flow_path is None for video in videos),
+        "sampled": sampled,
+        "damaged": damaged,
+        "decodable": len(damaged) < sampled,
+        "disk_free_gib": free_gib(container(videos[0].path).parent),
+    }
+    _check_sample(facts, whole, findings)
+    _check_columns(index, facts, flow, findings)
+    _check_labels_and_sources(videos, facts, findings)
+    findings += _index_report(index)
+    return facts
+
+
+def _check_sample(facts: dict[str, Any], whole: int, findings: list[Finding]) -> None:
+    sampled, damaged = facts["sampled"], facts["damaged"]
+    if damaged:
+        text = "; ".join(f"{row['path']}: {row['reason']}" for row in damaged[:NAMED])
+        verb = "is" if len(damaged) == 1 else "are"
+        findings.append(Finding("error", f"{len(damaged)} of {sampled} sampled videos {verb} damaged: {text}",
+                                "cpr-fast index --verify lists all damaged videos and leaves them out",
+                                "fails"))  # fmt: skip
+    else:
+        verb = "decodes" if sampled == 1 else "decode"
+        findings.append(Finding("ok", f"{counted(sampled, 'sampled video')} {verb} to the last frame"))
+    if whole:
+        verb = "is" if whole == 1 else "are"
+        findings.append(Finding("warning", f"{whole} of {sampled} sampled videos {verb} decoded from their start for "
+                                "every clip (an AVI file, or a single key frame)",
+                                "cpr-fast index --transcode FOLDER writes copies with many key frames",
+                                "time"))  # fmt: skip
+
+
+def _check_columns(index: Path, facts: dict[str, Any], flow: str, findings: list[Finding]) -> None:
+    """Flow, lengths and frame sizes."""
+    if facts["without_flow"] and flow == "stored":
+        verb = "has" if facts["without_flow"] == 1 else "have"
+        findings.append(Finding("warning", f"{facts['without_flow']} of {counted(facts['videos'], 'video')} {verb} no "
+                                "flow; the view \"flow\" needs it",
+                                f"cpr-fast flow {index} --out FLOW, or data.flow = \"on_the_fly\", or the view "
+                                "\"residual\"", "fails"))  # fmt: skip
+    if facts["short"]:
+        verb = "has" if facts["short"] == 1 else "have"
+        findings.append(Finding("warning", f"{facts['short']} short: {counted(facts['short'], 'video')} {verb} {SHORT} "
+                                "frames or fewer; CoCLR leaves them out",
+                                f"cpr-fast index --min-frames {SHORT + 1}", "results"))  # fmt: skip
+    if facts["sizes"] > 100:
+        text = f"the videos have {facts['sizes']:,} different frame sizes; a hardware decoder keeps 100"
+        findings.append(Finding("warning", text, "cpr-fast index --transcode FOLDER", "time"))
+
+
+def _check_labels_and_sources(videos: Index, facts: dict[str, Any], findings: list[Finding]) -> None:
+    if facts["unlabelled"] == len(videos):
+        advice = "pretraining needs none; `report` shows what the network finds similar, duplicated and odd"
+        text = "no video has a label, so R@k, PMR, CMR, `probe` and `finetune` are not available"
+        findings.append(Finding("ok", text, advice))
+    elif facts["unlabelled"]:
+        verb = "has" if facts["unlabelled"] == 1 else "have"
+        findings.append(Finding("warning", f"{facts['unlabelled']} of {len(videos):,} videos {verb} no label",
+                                "give them one, or expect evaluations to leave them out", "results"))  # fmt: skip
+    if facts["sources"] == 1:
+        findings.append(Finding("error", "all videos come from one source, and clips of a query's own source are "
+                                "neither positives nor negatives: training learns nothing",
+                                "correct the column \"source\" of the index; an empty value makes each video its own "
+                                "source", "results"))  # fmt: skip
+    splits: dict[str, set[str]] = {}
+    for video in videos:
+        splits.setdefault(video.split, set()).add(video.source)
+    shared = splits.get("train", set()) & splits.get("test", set())
+    if shared:
+        names = ", ".join(sorted(shared)[:NAMED])
+        verb = "has" if len(shared) == 1 else "have"
+        findings.append(Finding("warning", f"{counted(len(shared), 'source')} {verb} videos in both the train and the "
+                                f"test split: {names}", "move them to one split: evaluations are too good otherwise",
+                                "results"))  # fmt: skip
+
+
+def _sample(videos: Index) -> tuple[int, list[dict[str, str]], int]:
+    """Returns how many videos were drawn and decoded at three places, those that failed, and how many of the others
+    are decoded from their start for every clip."""
+    sampled, damaged, whole = 0, [], 0
+    deadline = time.perf_counter() + SAMPLE_S
+    for position in np.random.default_rng(0).permutation(len(videos)):
+        if sampled >= SAMPLE and time.perf_counter() > deadline:
+            break
+        sampled += 1
+        video = videos[int(position)]
+        try:
+            _read_three_frames(video)
+            whole += _is_sliced_whole(video)
+        except VideoError as error:
+            damaged.append({"path": str(error.path), "reason": error.reason})
+        except Exception as error:  # a diagnosis names any failure instead of ending with it
+            damaged.append({"path": str(video.path), "reason": f"{type(error).__name__}: {error}"})
+    return sampled, damaged, whole
+
+
+def _read_three_frames(video: Video) -> None:
+    parts = [(video.path, "rgb", video.num_frames)]
+    parts += [(video.flow_path, "flow", video.num_frames - 1)] if video.flow_path and video.num_frames > 1 else []
+    for path, view, frames in parts:
+        read_frames(path, np.unique([0, frames // 2, frames - 1]), view, frames)
+
+
+def _is_sliced_whole(video: Video) -> bool:
+    """Whether the last frames need (nearly) the whole file."""
+    if is_record(video.path) or video.num_frames <= LONG:
+        return False
+    last = np.arange(video.num_frames - 8, video.num_frames)
+    packets, _ = slice_packets(video.path, last, video.num_frames)
+    return len(packets) > 0.7 * video.path.stat().st_size
+
+
+def _class_order(classes: list[str]) -> str:
+    """Returns the order that the numbers of the labels follow: classifiers in checkpoints depend on it."""
+    official = [name for name in HMDB51_CLASSES if name in classes]
+    if len(classes) > 1 and set(classes) <= set(HMDB51_CLASSES):
+        if classes == official:
+            return "HMDB51 as in CoCLR and CPR"
+        return "HMDB51, alphabetical as in IIC" if classes == sorted(classes) else "HMDB51, neither order"
+    return "alphabetical" if classes == sorted(classes) else "of the lists"
+
+
+def _index_report(index: Path) -> list[Finding]:
+    """Returns the problems that `cpr-fast index` counted, if its report lies beside the index."""
+    try:
+        counts = json.loads(report_path(index).read_text(encoding="utf-8"))["counts"]
+        named = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    if not named:
+        return []
+    text = f"`cpr-fast index` reported these problems: {named}"
+    return [Finding("warning", text, f"read {report_path(index)}", "results")]
+
+
+def training_part(videos: Index, config: Config, findings: list[Finding]) -> Index:
+    """Returns the videos of data.split, all videos if there is no such split, and checks the sizes of the config."""
+    try:
+        train = videos.select_for_training(config.data.split)
+    except IndexFileError:
+        found = ", ".join(repr(name) for name in dict.fromkeys(video.split for video in videos))
+        text = f"the index has no split {config.data.split!r} (data.split); its splits are {found}"
+        findings.append(Finding("warning", text, "set data.split to one of them", "fails"))
+        train = videos
+    if not videos.has_splits:
+        text = "the index has no splits, so training uses all videos, and R@k needs another protocol"
+        findings.append(Finding("ok", text, "cpr-fast retrieve --protocol leave_source_out"))
+    if len(train) < config.data.batch_size:
+        verb = "is" if len(train) == 1 else "are"
+        findings.append(Finding("warning", f"{counted(len(train), 'training video')} {verb} fewer than "
+                                f"data.batch_size = {config.data.batch_size}",
+                                f"set data.batch_size to {len(train)} or less", "fails"))  # fmt: skip
+    elif config.memory.kind == "queue":
+        _check_memory(train, config, findings)
+    return train
+
+
+def _check_memory(train: Index, config: Config, findings: list[Finding]) -> None:
+    """The queue takes one key per video and step; a cycle learns only once its queue is full."""
+    size = config.memory.size
+    per_epoch = len(train) // config.data.batch_size * config.data.batch_size
+    cycles = enumerate(config.schedule.cycles)
+    empty = [number for number, cycle in cycles if cycle.epochs and cycle.epochs * per_epoch <= size]
+    if empty:
+        named = ", ".join(f"schedule.cycles[{number}]" for number in empty)
+        text = f"memory.size = {size} never fills in {named}: these cycles learn nothing"
+        findings.append(Finding("warning", text, f"set memory.size to {max(1, len(train) // 2)} or less", "results"))
+    elif size > len(train):
+        text = (f"memory.size = {size} is larger than the {counted(len(train), 'training video')}: the memory holds "
+                f"every video {size / len(train):.1f} times on average")  # fmt: skip
+        advice = f"set memory.size to about {max(1, len(train) // 2)}"
+        findings.append(Finding("warning", text, advice, "results"))

@@ -1,0 +1,130 @@
+"""What `doctor` says: a finding with its advice, the order of the findings, and their printing as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Level = Literal["ok", "warning", "error"]
+Effect = Literal["fails", "results", "time", "capacity", "note"]
+
+LEVELS: tuple[Level, ...] = ("error", "warning", "ok")
+EFFECTS: dict[Effect, str] = {  # what a finding changes, the most important first
+    "fails": "a command fails",
+    "results": "changes results",
+    "time": "costs time",
+    "capacity": "disk or memory",
+    "note": "for information",
+}
+COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact about the machine or the data, with what to do about it ("" if there is nothing to do)."""
+
+    level: Level
+    text: str
+    advice: str = ""
+    effect: Effect = "note"
+
+
+def ordered(findings: Iterable[Finding]) -> list[Finding]:
+    """Returns the findings by level, then by effect: what to change first comes first."""
+    places = list(EFFECTS)
+    return sorted(findings, key=lambda finding: (LEVELS.index(finding.level), places.index(finding.effect)))
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns "1 video", "2 videos"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def printable(text: str) -> str:
+    """Returns the text with the bytes that are no UTF-8 (of file names, for example) written as `\\xNN`."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the result of `doctor` to stdout: tables, then the findings, the ones to act on first."""
+    from rich.console import Console
+
+    console = Console()
+    _show_machine(console, result)
+    for title, facts in (("Data", result["data"]), ("Estimates", result["estimates"])):
+        if facts:
+            console.print(_facts(title, facts))
+    if result["breakdown"]:
+        stages = _table("Time of a training step", "stage", "seconds per step")
+        for stage, value in result["breakdown"]["stage_s_per_step"].items():
+            stages.add_row(stage, f"{value:.4g}")
+        stages.add_row("loader alone", f"{result['breakdown']['loader_s_per_step']:.4g}")
+        console.print(stages)
+    _show_findings(console, result["findings"])
+
+
+def _show_machine(console: Any, result: dict[str, Any]) -> None:
+    about, kernels = result["environment"], result["kernels"]
+    machine = {
+        "device": about["device"],
+        **result["machine"],
+        "kernels": kernels.get("cpu_variant", "not built"),
+        "CUDA kernels": ", ".join(kernels.get("cuda_architectures", [])) or "none",
+        "versions": ", ".join(f"{name} {number}" for name, number in (about["versions"] | about["packages"]).items()),
+    }
+    console.print(_facts("Machine", machine))
+    if result["codecs"]:
+        codecs = _table("Codecs, by decoding a test video", "codec", "PyAV", "DALI")
+        for row in result["codecs"]:
+            codecs.add_row(*(_plain(row[key]) for key in ("codec", "pyav", "dali")))
+        console.print(codecs)
+    missing = [row for row in result["optional"] if not row["installed"]]
+    if missing:
+        parts = _table("Optional parts that are not installed", "part", "needed for", "install with")
+        for row in missing:
+            parts.add_row(*(_plain(row[key]) for key in ("part", "needed_for", "install")))
+        console.print(parts)
+
+
+def _show_findings(console: Any, findings: list[dict[str, str]]) -> None:
+    """A numbered list: in a table long paths would be cut."""
+    to_do = [finding for finding in findings if finding["level"] != "ok"]
+    console.print("What to change, most important first" if to_do else "Nothing to change", style="bold")
+    for number, finding in enumerate(findings, 1):
+        colour, effect = COLOURS[finding["level"]], EFFECTS[finding["effect"]]
+        note = "" if finding["level"] == "ok" else f" ({effect})"
+        console.print(f"{number:3}. [{colour}]{finding['level']}[/]{note}: ", end="", highlight=False)
+        console.print(printable(finding["text"]), highlight=False, markup=False, soft_wrap=True)
+        if finding["advice"]:
+            console.print(printable(f"     -> {finding['advice']}"), highlight=False, markup=False, soft_wrap=True)
+
+
+def _facts(title: str, facts: dict[str, Any]) -> Any:
+    table = _table(title, "", "")
+    table.show_header = False
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key or 'no name'}: {amount}" for key, amount in value.items())
+        elif isinstance(value, list):
+            value = len(value)
+        elif isinstance(value, bool):
+            value = "yes" if value else "no"
+        table.add_row(name.replace("_", " "), _plain("unknown" if value is None else str(value)))
+    return table
+
+
+def _table(title: str, *columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _plain(text: str) -> Any:
+    """Text in which rich looks for no markup, as file names may hold square brackets."""
+    from rich.text import Text
+
+    return Text(printable(str(text)))

@@ -1,0 +1,72 @@
+"""A table of the page: its values with their headings, why a value is missing, and the same values as CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cpr_fast.report.figures.chart import Value, csv_name, csv_uri
+
+Kind = Literal["text", "rate", "number", "count", "printed", "minutes"]
+FORMATS: dict[Kind, Callable[[Value], str]] = {
+    "text": str,
+    "rate": lambda value: f"{100 * value:.1f}",  # a fraction, in percent
+    "number": lambda value: f"{value:.3g}",
+    "count": lambda value: f"{value:,}",
+    "printed": lambda value: f"{value:.1f}",  # percent already, as the paper prints it
+    "minutes": lambda value: f"{int(value) // 60}:{int(value) % 60:02d} min",  # from seconds
+}
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading with its unit, how values are written, why one may be missing (a sentence), and what they mean."""
+
+    heading: str
+    kind: Kind = "text"
+    missing: str = ""
+    meaning: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The text of a value, and for a missing one the reason."""
+
+    text: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of values under columns; None is a missing value. `ours` are the positions of the rows to emphasise."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Value]]
+    ours: Sequence[int] = ()
+
+    @property
+    def cells(self) -> list[list[Cell]]:
+        return [
+            [
+                Cell(MISSING, column.missing) if value is None else Cell(FORMATS[column.kind](value))
+                for column, value in zip(self.columns, row, strict=True)
+            ]
+            for row in self.rows
+        ]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why values of this table are missing, each sentence once."""
+        return list(dict.fromkeys(cell.reason for row in self.cells for cell in row if cell.reason))
+
+    @property
+    def csv(self) -> str:
+        """The values as a data URI; rates are fractions, 0..1."""
+        return csv_uri([column.heading.replace(", %", "") for column in self.columns], self.rows)
+
+    @property
+    def file(self) -> str:
+        return csv_name(self.title)

@@ -1,0 +1,173 @@
+"""Which videos are similar, duplicated or odd, by their features, and how far that may be trusted. No labels are used.
+
+Letters: M videos, F feature width, k neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cpr_fast.evaluate.features.recipe import Metric
+from cpr_fast.evaluate.retrieval.ranking import prepare
+
+NEAREST = 5  # neighbours per video
+DUPLICATE = 0.9  # similarity from which two videos of different sources are worth a look
+CHUNK = 512  # videos whose similarities are held at once
+FAR = 3.0  # robust standard deviations from the median at which a video is odd
+THUMBNAIL = 16  # side of a frame whose pixels are compared
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The k nearest videos of other sources for each of M videos.
+
+    Attributes:
+        index: [M, k] int64, nearest first.
+        similarity: [M, k] float32: cosine of centred features, -1..1, with two views the mean of both.
+        nearest_any: [M] int64, the nearest video of any source but itself.
+    """
+
+    index: Tensor
+    similarity: Tensor
+    nearest_any: Tensor
+
+
+def find_neighbours(streams: Sequence[Tensor], metric: Metric, sources: Tensor, k: int = NEAREST) -> Neighbours:
+    """Compares all videos with each other, CHUNK at a time. M >= 2.
+
+    Args:
+        streams: [M, F] of each view.
+        sources: [M] int64; where all are one source, only a video itself is left out.
+    """
+    count = len(sources)
+    pairs = [prepare(features, features, "cosine" if metric == "euclidean" else metric) for features in streams]
+    one_source = bool((sources == sources[0]).all())
+    own = torch.arange(count)
+    groups = own if one_source else sources
+    k = min(k, count - 1)
+    index, similarity, nearest = [], [], []
+    for chunk in own.split(CHUNK):
+        total = sum(queries[chunk] @ gallery.T for queries, gallery in pairs) / len(pairs)  # [chunk, M]
+        total[torch.arange(len(chunk)), chunk] = -torch.inf
+        nearest.append(total.argmax(1))
+        best = total.masked_fill(groups[chunk, None] == groups, -torch.inf).topk(k, dim=1)
+        similarity.append(best.values)
+        index.append(best.indices)
+    return Neighbours(torch.cat(index), torch.cat(similarity), torch.cat(nearest))
+
+
+def duplicate_pairs(found: Neighbours, threshold: float = DUPLICATE) -> list[tuple[int, int, float]]:
+    """Returns (video, video, similarity) of the pairs at or above the threshold, the most similar first.
+
+    Only pairs in which one is among the k nearest of the other are found, which covers groups of k + 1 copies.
+    """
+    pairs = {}
+    for video, (others, values) in enumerate(zip(found.index.tolist(), found.similarity.tolist(), strict=True)):
+        for other, value in zip(others, values, strict=True):
+            if value >= threshold:
+                pairs[min(video, other), max(video, other)] = value
+    return sorted(((a, b, value) for (a, b), value in pairs.items()), key=lambda pair: (-pair[2], pair[:2]))
+
+
+def odd_videos(found: Neighbours) -> list[tuple[int, float, float]]:
+    """Returns (video, mean similarity to its k nearest, robust standard deviations below the median), oddest first."""
+    mean = found.similarity.masked_fill(found.similarity.isinf(), torch.nan).nanmean(1).double()
+    known = mean[~mean.isnan()]
+    if not len(known):
+        return []
+    middle = known.median()
+    spread = 1.4826 * (known - middle).abs().median()
+    distance = torch.where(spread > 1e-9, (middle - mean) / spread.clamp(min=1e-9), torch.zeros(()).double())
+    order = [i for i in mean.argsort().tolist() if not mean[i].isnan()]
+    return [(i, mean[i].item(), distance[i].item()) for i in order]
+
+
+def same_file(a: Path, b: Path) -> bool:
+    """Whether two files hold the same bytes; a record or a missing file counts as different."""
+    try:
+        return a.stat().st_size == b.stat().st_size and _sha256(a) == _sha256(b)
+    except OSError:
+        return False
+
+
+def _sha256(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def pixel_agreement(a: Image.Image, b: Image.Image, frames: int) -> float:
+    """Returns the mean correlation of the frames of two film strips, -1..1, as gray pictures of THUMBNAIL pixels."""
+    pictures = []
+    for strip in (a, b):
+        gray = strip.convert("L").resize((frames * THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+        levels = np.asarray(gray, np.float64).reshape(THUMBNAIL, frames, THUMBNAIL).transpose(1, 0, 2)
+        levels = levels.reshape(frames, -1)
+        pictures.append(levels - levels.mean(1, keepdims=True))
+    first, second = pictures
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return float(np.mean((first * second).sum(1) / np.maximum(norms, 1e-9)))
+
+
+def confidence(
+    streams: dict[str, Tensor], metric: Metric, sources: Tensor, found: Neighbours, pixels: Tensor | None
+) -> tuple[str, list[str]]:
+    """Returns how far the neighbours can be trusted, "high" | "moderate" | "low" | "unknown", and the reasons.
+
+    Siblings (videos of one source) should be each other's nearest, and the views should agree. Both are compared with
+    what a random choice would reach.
+    """
+    count = len(sources)
+    level, reasons = "unknown", []
+    own = torch.bincount(sources)[sources] - 1
+    siblings = own > 0
+    if siblings.any() and not (sources == sources[0]).all():
+        share = (sources[found.nearest_any] == sources)[siblings].double().mean().item()
+        chance = (own[siblings].double() / (count - 1)).mean().item()
+        level = _level(share, chance, high=0.8, moderate=0.4)
+        reasons.append(
+            f"{_videos(int(siblings.sum()))} that share a source with another one: for {share:.0%} of them the nearest "
+            f"video is of the same source (chance: {chance:.0%})."
+        )
+    if len(streams) > 1:
+        alone = [find_neighbours([features], metric, sources) for features in streams.values()]
+        share = (alone[0].index[:, :1] == alone[1].index).any(1).double().mean().item()
+        chance = alone[1].index.shape[1] / max(1, count - 1)
+        agreed = _level(share, chance, high=0.6, moderate=0.3)
+        level = agreed if level == "unknown" else level
+        reasons.append(
+            f"The views {' and '.join(streams)} agree for {share:.0%} of the videos: the nearest by one is among the "
+            f"{alone[1].index.shape[1]} nearest by the other (chance: {chance:.0%})."
+        )
+    if pixels is not None:
+        thumbnails = find_neighbours([pixels], "cosine", sources)
+        share = (thumbnails.index[:, 0] == found.index[:, 0]).double().mean().item()
+        meaning = (
+            "Similar means similar colours and scenery rather than similar motion."
+            if share > 0.5
+            else "So similarity is about more than the picture's layout and brightness."
+        )
+        reasons.append(
+            f"For {share:.0%} of the videos the nearest one is the same by a thumbnail of the middle frame. {meaning}"
+        )
+    if count < 100:
+        reasons.append(f"With {_videos(count)} every video has a nearest one, even if nothing is really similar to it.")
+    return level, reasons
+
+
+def _level(share: float, chance: float, *, high: float, moderate: float) -> str:
+    """High and moderate also need to be well above chance."""
+    if share >= high and share >= 2 * chance:
+        return "high"
+    return "moderate" if share >= moderate and share >= 2 * chance else "low"
+
+
+def _videos(count: int) -> str:
+    return "1 video" if count == 1 else f"{count:,} videos"

@@ -1,0 +1,75 @@
+"""The published tables with the rows of our runs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cpr_fast.report.figures.table import Column, Table
+from cpr_fast.report.runs.run import VIEW_NAMES, Run
+from cpr_fast.report.sections.published import PublishedTable, published_tables
+
+TASKS = ("probe", "finetune")
+
+
+class Published(NamedTuple):
+    """A published table with our rows, whether a run was on its data set (else the page folds it up)."""
+
+    source: PublishedTable
+    table: Table
+    same_data: bool
+
+
+def published_beside(runs: Sequence[Run]) -> list[Published]:
+    """Returns every published table with the rows of ours that belong there, ours first, in percent."""
+    blocks = []
+    for source in published_tables().values():
+        ours = [line for run in runs for line in _ours(run, source)]
+        theirs = [(row.method, row.values) for row in source.rows]
+        missing = "Not printed in the paper, or not measured by our run."
+        columns = [Column("Method")] + [Column(name, "printed", missing) for name in source.columns.values()]
+        rows = [(method, *(values.get(key) for key in source.columns)) for method, values in ours + theirs]
+        table = Table(source.title, columns, rows, range(len(ours)))
+        blocks.append(Published(source, table, any(data_set(run) == source.data for run in runs)))
+    return blocks
+
+
+def data_set(run: Run) -> str | None:
+    """Returns "ucf101" or "hmdb51" where the run's index is named after one of them, else None."""
+    index = str(run.config.get("data", {}).get("index", "")).lower()
+    return "hmdb51" if "hmdb" in index else "ucf101" if "ucf" in index else None
+
+
+def _ours(run: Run, table: PublishedTable) -> list[tuple[str, dict[str, float]]]:
+    """A run's lines of a published table: one per view for retrieval, else one of the view that the run leads with."""
+    hmdb51 = data_set(run) == "hmdb51"
+    if table.name in ("retrieval_ucf101", "retrieval_hmdb51"):
+        if hmdb51 != (table.name == "retrieval_hmdb51"):
+            return []
+        trained = [row for row in run.retrieval if row["name"] == "trained"]
+        values = [(VIEW_NAMES[row["view"]], {key: row.get(key) for key in table.columns}) for row in trained]
+    elif table.name == "finetune":
+        found = run.accuracy("finetune")
+        values = [(VIEW_NAMES[found["view"]], {"hmdb51" if hmdb51 else "ucf101": found["accuracy"]})] if found else []
+    elif table.name == _ablation(run):
+        accuracies = {task: (run.accuracy(task) or {}).get("accuracy") for task in TASKS}
+        best = run.headline() or {}
+        values = [(VIEW_NAMES.get(best.get("view"), ""), {key: best.get(key) for key in table.columns} | accuracies)]
+    elif table.name == "mining":
+        mined = next((row for row in reversed(run.epochs) if row.get("pmr") is not None), {})
+        values = [(VIEW_NAMES.get(mined.get("view"), ""), {key: mined.get(key) for key in table.columns})]
+    else:
+        return []
+    other = "" if data_set(run) else ", other data"
+    return [
+        (f"{run.name}, {view}{other}", percent)
+        for view, rates in values
+        if (percent := {key: 100 * rate for key, rate in rates.items() if rate is not None and key in table.columns})
+    ]
+
+
+def _ablation(run: Run) -> str:
+    """The ablation whose setting the run has: progressive top-k, another ratio, or the number of stages."""
+    if any(cycle.get("top_k") for cycle in run.config.get("schedule", {}).get("cycles", ())):
+        return "progressive"
+    return "ratio" if run.config.get("mining", {}).get("ratio") == 0.8 else "stages"

@@ -1,0 +1,114 @@
+"""The head of a run's part of the page: when, how and on what it ran, and the few numbers to see first."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from cpr_fast.report.runs.run import MODEL_NAMES, VIEW_NAMES, Run
+
+TERMS = (
+    ("Query, gallery", "Retrieval takes one video, the query, and ranks all videos of the gallery by similarity."),
+    ("R@k", "Recall at k: the share of queries that have a video of their own class among the k nearest."),
+    ("mAP", "Mean average precision: how far up the ranking all videos of the query's class are, mean over queries."),
+    ("Positive", "A clip that the loss pulls towards the query. Mining looks for positives in the memory, a store of "
+     "features of earlier clips."),
+    ("n", "The number of stages of the cascade that mines positives. Each stage ranks what the one before it kept, "
+     "in turn by one view and the other. n = 1 is CoCLR."),
+    ("PMR", "Positive mining rate: the share of mined clips that have the query's class."),
+    ("Mining R@1", "The share of queries whose first mined clip has their class."),
+    ("Source, sibling", "Videos cut from the same recording have one source and are siblings. A query never mines "
+     "its siblings."),
+    ("CMR", "Class mining rate: the share of the sources of a class that were mined for it at least once in an "
+     "epoch; the number shown is the median over classes."),
+    ("Chance", "What a random choice would reach: the share of right answers among all that may be chosen, mean over "
+     "the queries. Of PMR: videos of the same class among all videos of other sources."),
+    ("95 % interval", "The range of the number if other sources had been drawn (bootstrap over sources)."),
+)  # fmt: skip
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """Returns (name, value) of the date, the command, the data set, the time and the machine of a run."""
+    data, index = run.config.get("data", {}), run.index
+    rows = [("Date", date(run)), ("Command", run.start.get("command") or "not recorded by the version that trained")]
+    rows.append(("Data set", data.get("index") or "not recorded"))
+    if index is not None:
+        classes = f"{len(index.classes)} classes" if index.classes else "no labels"
+        split = f"split {data['split']!r}" if data.get("split") else "all splits"
+        sources = len(set(index.source_ids.tolist()))
+        rows.append(("Training videos", f"{len(index):,} of {sources:,} sources, {classes}, {split}"))
+    else:
+        rows.append(("Training videos", "not known: the index is no longer there, or its videos are not"))
+    epochs = len(run.epochs)
+    rows.append(("Training time", f"{duration(run.seconds)} for {epochs} epoch{'' if epochs == 1 else 's'} in "
+                 f"{len(run.cycles)} cycle{'' if len(run.cycles) == 1 else 's'}"))  # fmt: skip
+    commit = (run.start.get("commit") or "")[:10]
+    rows.append(("Machine", ", commit ".join(filter(None, (run.start.get("device") or "not recorded", commit)))))
+    return rows
+
+
+def date(run: Run) -> str:
+    """Returns when the run started, or for a run that did not record it, when it last wrote."""
+    if run.start.get("date"):
+        return f"started {_utc(datetime.fromisoformat(run.start['date']))}"
+    return f"last written {_utc(datetime.fromtimestamp(run.written, UTC))}"
+
+
+def _utc(moment: datetime) -> str:
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as "12 s", "5:07 min" or "3:05 h"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds) // 60
+    return f"{minutes}:{int(seconds) % 60:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+def tiles(run: Run) -> list[dict[str, Any]]:
+    """Returns the numbers to see first: "name", "value", "meaning", a "note", and whether the note is "good" news."""
+    found = []
+    if (best := run.headline()) and best.get("r@1") is not None:
+        note, good = "", None
+        if other := run.best_other():
+            good = best["r@1"] > other["r@1"]
+            note = f"best of the others {percent(other['r@1'])} ({MODEL_NAMES[other['name']].lower()})"
+        meaning = "Recall at 1: the nearest video has the query's class"
+        found.append(_tile(f"R@1, {VIEW_NAMES[best['view']]}", percent(best["r@1"]), meaning, note, good))
+    for task, name in (("probe", "Linear probe"), ("finetune", "Finetuned")):
+        if accuracy := run.accuracy(task):
+            meaning = f"accuracy on test videos, recipe {accuracy['recipe']}"
+            found.append(_tile(f"{name}, {VIEW_NAMES[accuracy['view']]}", percent(accuracy["accuracy"]), meaning))
+    found += _mining_tiles(run)
+    if speed := run.speed():
+        wait = speed["data_wait_s"] / max(1e-9, speed["data_wait_s"] + speed["step_time_s"])
+        note = f"{percent(wait)} of a step waits for data"
+        found.append(_tile("Clips per second", f"{speed['clips_per_s']:.3g}", "median over the steps", note))
+    return found
+
+
+def _mining_tiles(run: Run) -> list[dict[str, Any]]:
+    mined = [row for row in run.epochs if row.get("pmr") is not None]
+    mining = [row for row in mined if row["view"] == mined[-1]["view"]]
+    if not mining:
+        return []
+    last, chance = mining[-1], run.chance_pmr
+    note = f"first mining epoch {percent(mining[0]['pmr'])}"
+    note += f", chance {percent(chance)}" if chance is not None else ""
+    good = last["pmr"] > chance if chance is not None else None
+    meaning = "Positive mining rate: mined clips that have the query's class"
+    found = [_tile(f"PMR, {VIEW_NAMES[last['view']]}, last epoch", percent(last["pmr"]), meaning, note, good)]
+    if last.get("cmr_median") is not None:
+        meaning = "Class mining rate: sources of a class that were mined for it"
+        found.append(_tile("Median CMR, last epoch", percent(last["cmr_median"]), meaning))
+    return found
+
+
+def _tile(name: str, value: str, meaning: str, note: str = "", good: bool | None = None) -> dict[str, Any]:
+    return {"name": name, "value": value, "meaning": meaning, "note": note, "good": good}
+
+
+def percent(rate: float | None, unit: str = " %") -> str:
+    """Returns a fraction as "12.3 %"; "–" for None."""
+    return "–" if rate is None else f"{100 * rate:.1f}{unit}"

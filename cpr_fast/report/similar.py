@@ -1,0 +1,200 @@
+"""Writes the page for videos without labels: what a run's network finds similar, duplicated and odd."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cpr_fast.data.index.index import Index, Video
+from cpr_fast.errors import InputError
+from cpr_fast.report.figures.bars import histogram_figure
+from cpr_fast.report.figures.film_strip import STRIP_FRAMES, film_strip, strip_image
+from cpr_fast.report.figures.table import Column, Table
+from cpr_fast.report.neighbours import (
+    DUPLICATE,
+    FAR,
+    Neighbours,
+    confidence,
+    duplicate_pairs,
+    find_neighbours,
+    odd_videos,
+    pixel_agreement,
+    same_file,
+)
+from cpr_fast.report.page import render, write_page
+from cpr_fast.report.runs.features import StoredFeatures, stored_features
+from cpr_fast.report.runs.outcome import verdict
+from cpr_fast.report.runs.run import VIEW_NAMES, Run
+from cpr_fast.report.sections.header import facts
+from cpr_fast.report.sections.sheets import clip
+
+QUERIES, PAIRS, ODD = 8, 12, 6  # shown as film strips
+MOST_VIDEOS = 20_000  # that are compared with each other; of more, an even selection
+MOST_ROWS = 2000  # of a table
+SAME_PICTURES = 0.95  # correlation of the frames from which two videos are taken for copies
+LEVELS = {
+    "high": "High: the checks below came out well above chance.",
+    "moderate": "Moderate: the checks below came out above chance, but not for all videos. Look before you act on it.",
+    "low": "Low: the checks below came out near chance. Treat this page as a guess.",
+    "unknown": "Unknown: one view and one video per source leave nothing to check the neighbours against. Judge by the "
+    "pictures.",
+}
+
+
+def similar_path(report: Path) -> Path:
+    """Returns where the page of similar videos of a report goes: beside it, with "-similar" in its name."""
+    return report.with_name(f"{report.stem}-similar.html")
+
+
+def is_unlabelled(run: Path) -> bool:
+    """Whether the index of a run can be read and none of its videos has a label."""
+    try:
+        return not _index(Run(run), None).classes
+    except InputError:
+        return False
+
+
+def write_similar(run: Path, out: Path, *, index: Path | None = None) -> Path | None:
+    """Writes the page to `out`; returns None where no features of these videos are stored.
+
+    Args:
+        run: a run folder in which `cpr-fast retrieve` has stored features.
+        index: the videos; by default those of the run's index, whatever their split.
+    Raises:
+        InputError: no metrics, or no index.
+    """
+    loaded = Run(Path(run))
+    videos = _index(loaded, index)
+    step = -(-len(videos) // MOST_VIDEOS)
+    features = stored_features(Path(run), Index(videos[i] for i in range(0, len(videos), step)))
+    if features is None or len(features.videos) < 2:
+        return None
+    source_ids = {name: i for i, name in enumerate(dict.fromkeys(video.source for video in features.videos))}
+    sources = torch.tensor([source_ids[video.source] for video in features.videos])
+    found = find_neighbours(list(features.streams.values()), features.metric, sources)
+    level, reasons = confidence(features.streams, features.metric, sources, found, features.pixels)
+    troubled = verdict(loaded)
+    closest = found.similarity[:, 0]
+    closest = closest[~closest.isinf()]
+    page = render(
+        "similar.html.j2",
+        run=loaded,
+        facts=facts(loaded)[:2] + _facts(features, len(videos), step),
+        verdict=troubled,
+        level=LEVELS["low" if troubled else level],
+        reasons=reasons,
+        similar=_similar(features, found),
+        spread=histogram_figure(closest.tolist(), x="similarity", title="Similarity to the nearest video"),
+        nearest=_table(features, found),
+        duplicates=_duplicates(features, found),
+        threshold=DUPLICATE,
+        odd=_odd(features, found),
+        far=FAR,
+    )
+    return write_page(page, Path(out))
+
+
+def _index(run: Run, index: Path | None) -> Index:
+    path = index or run.config.get("data", {}).get("index")
+    if not path:
+        raise InputError(f"run folder {str(run.folder)!r} does not say its index; expected --index INDEX.csv")
+    return Index.load(path, require_flow=False, skipped=[])
+
+
+def _facts(features: StoredFeatures, videos: int, step: int) -> list[tuple[str, str]]:
+    views = " and ".join(VIEW_NAMES[view] for view in features.streams)
+    compared = f"{len(features.videos):,} of {videos:,}" if len(features.videos) < videos else f"{videos:,}"
+    why = f", every {step}th video" if step > 1 else ", those whose features are stored" if "of" in compared else ""
+    return [
+        ("Videos", f"{compared}{why}"),
+        ("Sources", f"{len({video.source for video in features.videos}):,}"),
+        ("Similarity", f"cosine of the trained network's features ({views}, recipe {features.recipe}), from -1 to 1"),
+    ]
+
+
+@functools.lru_cache(maxsize=256)
+def _strip(path: Path, num_frames: int) -> str | None:
+    return film_strip(path, num_frames, 0, num_frames)
+
+
+def _clip(video: Video, note: str = "") -> dict[str, Any]:
+    shown = clip(video.path, "", video.source, _strip(video.path, video.num_frames))
+    label = f"class {video.label}" if video.label else ""
+    return shown | {"note": " · ".join(filter(None, (note, label)))}
+
+
+def _similar(features: StoredFeatures, found: Neighbours) -> list[dict[str, Any]]:
+    """Videos spread evenly over the index, each with its nearest videos of other sources."""
+    count = len(features.videos)
+    chosen = np.unique(np.linspace(0, count - 1, min(QUERIES, count)).round().astype(int)).tolist()
+    return [
+        {
+            "query": _clip(features.videos[video]),
+            "found": [
+                _clip(features.videos[other], f"{value:.2f}")
+                for other, value in zip(found.index[video].tolist(), found.similarity[video].tolist(), strict=True)
+                if np.isfinite(value)
+            ],
+        }
+        for video in chosen
+    ]
+
+
+def _table(features: StoredFeatures, found: Neighbours) -> Table:
+    columns = [Column("Video"), Column("Nearest video of another source"), Column("Similarity", "number")]
+    rows = [
+        (video.path.name, features.videos[other].path.name, value)
+        for video, other, value in zip(features.videos, found.index[:, 0].tolist(), found.similarity[:, 0].tolist(),
+                                       strict=True)
+        if np.isfinite(value)
+    ]  # fmt: skip
+    return Table("Nearest video of every video", columns, rows[:MOST_ROWS])
+
+
+def _duplicates(features: StoredFeatures, found: Neighbours) -> dict[str, Any]:
+    """Pairs above the threshold; the first ones with pictures and what their files and frames say."""
+    pairs = duplicate_pairs(found)
+    shown, judged = [], {}
+    for a, b, value in pairs[:PAIRS]:
+        first, second = features.videos[a], features.videos[b]
+        judged[a, b] = _judge(first, second)
+        shown.append({"query": _clip(first), "found": [_clip(second, f"{value:.3f}")], "text": judged[a, b]})
+    later = "Only the first pairs are compared picture by picture."
+    columns = [Column("Video"), Column("Other video"), Column("Similarity", "number"), Column("Verdict", "text", later)]
+    rows = [(features.videos[a].path.name, features.videos[b].path.name, value, judged.get((a, b)))
+            for a, b, value in pairs]  # fmt: skip
+    return {"count": len(pairs), "shown": shown, "table": Table("Duplicates", columns, rows[:MOST_ROWS])}
+
+
+def _judge(first: Video, second: Video) -> str:
+    """Says how sure it is that two videos are the same: by their bytes, else by the pixels of their frames."""
+    if same_file(first.path, second.path):
+        return "Certain: the files are identical, byte for byte."
+    strips = [strip_image(video.path, video.num_frames, 0, video.num_frames) for video in (first, second)]
+    if None in strips:
+        return "Unknown: the pictures cannot be read."
+    agreement = pixel_agreement(strips[0], strips[1], STRIP_FRAMES)
+    if agreement >= SAME_PICTURES:
+        return f"Almost certain: the frames agree as well (correlation of their pixels {agreement:.2f})."
+    if agreement >= 0.7:
+        return f"Likely the same place or recording at another time or cut (correlation of the pixels {agreement:.2f})."
+    return f"Similar to the network only: the frames differ (correlation of their pixels {agreement:.2f})."
+
+
+def _odd(features: StoredFeatures, found: Neighbours) -> dict[str, Any]:
+    ordered = odd_videos(found)
+    shown = []
+    for video, mean, distance in ordered[:ODD]:
+        other, value = int(found.index[video, 0]), found.similarity[video, 0].item()
+        clear = f"{distance:.1f} deviations below the median"
+        text = f"Odd: {clear}." if distance >= FAR else f"Not clearly odd, only the next in line: {clear}."
+        shown.append({"query": _clip(features.videos[video], f"mean {mean:.2f}"),
+                      "found": [_clip(features.videos[other], f"{value:.2f}")], "text": text})  # fmt: skip
+    columns = [Column("Video"), Column("Mean similarity to its nearest", "number"), Column("Deviations", "number")]
+    rows = [(features.videos[video].path.name, mean, distance) for video, mean, distance in ordered]
+    clear = sum(distance >= FAR for _, _, distance in ordered)
+    return {"count": clear, "shown": shown, "table": Table("Odd videos", columns, rows[:MOST_ROWS])}

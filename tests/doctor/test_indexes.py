@@ -1,0 +1,186 @@
+"""`doctor` on every kind of index: findings instead of an exception, ordered by what they change, with estimates."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from support.numbered_videos import write_video
+
+pytest.importorskip("nvidia.dali")
+
+from cpr_fast.cli import main
+from cpr_fast.config import Config
+from cpr_fast.doctor import checks, data
+from cpr_fast.doctor.checks import doctor
+from cpr_fast.doctor.findings import EFFECTS, LEVELS, Finding, ordered, show
+
+CPU = torch.device("cpu")
+HEADER = "path,label,source,split,num_frames,fps,width,height,flow_path"
+
+
+@pytest.fixture(autouse=True)
+def no_codecs(monkeypatch):
+    """The codecs do not depend on the index, and checking them takes seconds."""
+    monkeypatch.setattr(checks, "codecs", lambda device, findings: [])
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    pictures = np.random.default_rng(0).integers(0, 256, (80, 6, 8, 3)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
+    return write_video(tmp_path_factory.mktemp("video") / "v", pictures, "h264-bframes")
+
+
+def write_rows(folder, video, names, label="c{}", source="s{}", split="train", frames=80):
+    """Writes index.csv; each name is a link to `video`, and "{}" is the number of the row."""
+    lines = [HEADER]
+    for i, name in enumerate(names):
+        os.link(video, os.path.join(os.fsencode(folder), os.fsencode(name)))
+        lines.append(f'"{name}",{label.format(i % 2)},{source.format(i)},{split},{frames},25,64,48,')
+    (folder / "index.csv").write_bytes(os.fsencode("\n".join(lines) + "\n"))
+    return folder / "index.csv"
+
+
+def run(index, **config) -> dict:
+    result = doctor(index, Config.from_dict(config), device=CPU, seconds=0)
+    json.dumps(result)
+    show(result)
+    return result
+
+
+def texts(result: dict, level: str) -> str:
+    return "\n".join(f"{f['text']} -> {f['advice']}" for f in result["findings"] if f["level"] == level)
+
+
+def test_many_long_videos_are_sampled(tmp_path, video, monkeypatch):
+    monkeypatch.setattr(data, "SAMPLE_S", 60.0)
+    result = run(write_rows(tmp_path, video, [f"v{i}.mp4" for i in range(15)]))
+    assert "15 sampled videos decode to the last frame" in texts(result, "ok")
+    assert result["data"]["sampled"] == 15 and result["data"]["decodable"]
+
+
+@pytest.mark.parametrize("kind", ["flat", "one video", "no split", "odd names", "one frame"])
+def test_unusual_indexes_give_findings(tmp_path, video, kind):
+    names = {"one video": ["v.mp4"], "odd names": ["a [bold]b[red] é.mp4", "-x.mp4", "two, words.mp4"]}
+    more = {"flat": {"label": "", "source": "", "split": ""}, "no split": {"split": ""}, "one frame": {"frames": 1}}
+    result = run(write_rows(tmp_path, video, names.get(kind, ["a.mp4", "b.mp4", "c.mp4"]), **more.get(kind, {})))
+    assert result["data"]["videos"] == len(names.get(kind, "abc")) and result["data"]["decodable"]
+    if kind == "flat":
+        assert "no video has a label" in texts(result, "ok") and result["data"]["classes"] == 0
+        assert "no splits, so training uses all videos" in texts(result, "ok")
+    if kind == "one video":
+        assert "1 training video is fewer than data.batch_size = 16" in texts(result, "warning")
+        assert "1 sampled video decodes" in texts(result, "ok") and "one source" in texts(result, "error")
+
+
+def test_names_that_are_not_utf8_are_printed(tmp_path, video, capsys):
+    index = write_rows(tmp_path, video, ["good.mp4", b"caf\xe9.mp4".decode("utf-8", "surrogateescape")])
+    result = run(index)
+    assert result["data"] is not None or "index.csv" in texts(result, "error")
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", HEADER + "\n", "nonsense\n1\n", HEADER + "\ngone.mp4,a,s,train,9,25,8,8,\n"]
+)
+def test_an_index_without_videos_is_an_error(tmp_path, content):
+    index = tmp_path / "index.csv"
+    if content is not None:
+        index.write_text(content)
+    result = run(index)
+    assert result["data"] is result["estimates"] is result["breakdown"] is None
+    assert "index.csv" in texts(result, "error") and "cpr-fast index" in texts(result, "error")
+
+
+def test_a_folder_in_place_of_an_index(tmp_path):
+    assert str(tmp_path) in texts(run(tmp_path), "error")
+
+
+def test_records_of_a_file_that_is_no_lmdb(tmp_path):
+    (tmp_path / "rgb.lmdb").write_bytes(b"not an LMDB file" * 1000)
+    index = tmp_path / "index.csv"
+    index.write_text(f"{HEADER}\nrgb.lmdb#a/v,a,s0,train,30,25,64,48,\nrgb.lmdb#a/w,a,s1,train,30,25,64,48,\n")
+    result = run(index)
+    assert "2 of 2 sampled videos are damaged" in texts(result, "error") and not result["data"]["decodable"]
+
+
+def test_any_failure_while_decoding_is_a_finding(tmp_path, video, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("unexpected")
+
+    monkeypatch.setattr(data, "slice_packets", fail)
+    result = run(write_rows(tmp_path, video, ["a.mp4"]))
+    assert "1 of 1 sampled videos is damaged" in texts(result, "error") and "ZeroDivisionError" in texts(
+        result, "error"
+    )
+
+
+def test_sources_in_both_splits_and_one_source(tmp_path, video):
+    index = write_rows(tmp_path, video, ["a.mp4", "b.mp4", "c.mp4"])
+    text = index.read_text()
+    index.write_text(text.replace("s1,train", "s0,test"))
+    assert "1 source has videos in both the train and the test split: s0" in texts(run(index), "warning")
+    index.write_text(text.replace(",s1,", ",s0,").replace(",s2,", ",s0,"))
+    assert "all videos come from one source" in texts(run(index), "error")
+
+
+def test_a_memory_that_never_fills_is_named(tmp_path, video):
+    index = write_rows(tmp_path, video, [f"v{i}.mp4" for i in range(8)])
+    cycles = {"cycles": [{"view": "rgb", "epochs": 2, "mining": "none"}]}
+    result = run(index, data={"batch_size": 4}, memory={"size": 64}, schedule=cycles, mining={"top_k": 2})
+    assert "memory.size = 64 never fills in schedule.cycles[0]" in texts(result, "warning")
+    assert "memory.size to 4" in texts(result, "warning")
+    result = run(index, data={"batch_size": 4}, memory={"size": 15}, schedule=cycles, mining={"top_k": 2})
+    assert "never fills" not in texts(result, "warning") and "memory.size = 15 is larger" in texts(result, "warning")
+
+
+def test_the_flow_estimate_scales_with_the_frames(tmp_path, video):
+    index = write_rows(tmp_path, video, ["a.mp4", "b.mp4", "c.mp4"])
+    result = run(index)
+    found = result["estimates"]
+    assert found["flow_videos"] == 3 and found["flow_frame_pairs"] == 3 * 79
+    pixels = 3 * 79 * 64 * 48
+    assert 0.005 * pixels < found["flow_disk_gib"] * 2**30 + 2**20 and found["flow_disk_gib"] < 1
+    assert "cpr-fast flow" in texts(result, "ok")
+    on_the_fly = run(index, data={"flow": "on_the_fly"})["estimates"]
+    assert "flow_videos" not in on_the_fly
+
+
+def test_long_flow_is_to_be_sharded(tmp_path, video, monkeypatch):
+    from cpr_fast.doctor import estimates
+
+    monkeypatch.setattr(estimates, "_measure_flow", lambda missing: (1.0, 1000.0))  # core seconds, bytes per pixel
+    result = run(write_rows(tmp_path, video, [f"v{i}.mp4" for i in range(4)]))
+    assert "--shard 0/4" in texts(result, "warning") and "--shard 3/4" in texts(result, "warning")
+    pixels = 4 * 79 * 64 * 48
+    assert result["estimates"]["flow_core_hours"] == pytest.approx(pixels / 3600, abs=1e-3)
+    assert result["estimates"]["flow_disk_gib"] == pytest.approx(1000 * pixels / 2**30, abs=1e-3)
+
+
+def test_errors_come_first_then_the_largest_effect():
+    mixed = [Finding(level, effect, "", effect) for level in ("ok", "warning", "error") for effect in reversed(EFFECTS)]
+    got = [(finding.level, finding.effect) for finding in ordered(mixed)]
+    assert got == [(level, effect) for level in LEVELS for effect in EFFECTS]
+
+
+def test_a_missing_part_is_named_with_its_command(tmp_path, monkeypatch):
+    from cpr_fast.doctor import machine
+
+    real = machine._is_installed
+    monkeypatch.setattr(
+        machine, "_is_installed", lambda name: name not in ("tensorboard", "nvidia.dali") and real(name)
+    )
+    result = doctor(None, Config(), device=CPU, seconds=0)
+    rows = {row["part"]: row for row in result["optional"]}
+    assert not rows["TensorBoard"]["installed"] and rows["TensorBoard"]["install"] == "pip install tensorboard"
+    assert "NVIDIA DALI is not installed" in texts(result, "error") and "pip install nvidia-dali" in texts(
+        result, "error"
+    )
+    assert "TensorBoard" in texts(result, "ok")
+
+
+@pytest.mark.parametrize("options", [["--device", "tpu"], ["--device", "nonsense"], ["--seconds", "-1"]])
+def test_bad_options_are_refused(options, capsys):
+    assert main(["doctor", *options]) == 2
+    assert options[0] in capsys.readouterr().err

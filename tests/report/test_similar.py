@@ -1,0 +1,161 @@
+"""The page of similar, duplicated and odd videos: planted neighbours, copies and outliers are found without labels."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from support.run_folders import FRAMES, Text, text_of, write_run, write_video
+from torch import nn
+
+from cpr_fast.cli import main
+from cpr_fast.config import Config
+from cpr_fast.data.index.index import Index
+from cpr_fast.errors import InputError
+from cpr_fast.evaluate.features.cache import FeatureCache, video_digest, weights_digest
+from cpr_fast.evaluate.features.embedding import Embedding
+from cpr_fast.evaluate.features.recipe import make_recipe
+from cpr_fast.report.neighbours import duplicate_pairs, find_neighbours, odd_videos, pixel_agreement
+from cpr_fast.report.runs import features as stored
+from cpr_fast.report.similar import is_unlabelled, similar_path, write_similar
+
+COUNT, ODD = 12, 7  # video 1 is a copy of 0 (in bytes), 3 of 2 (in features only); ODD is far from all
+
+
+def vectors(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(16, generator=generator)
+    found = centre + torch.randn(COUNT, 16, generator=generator)
+    found[1], found[3] = found[0] + 0.01, found[2] + 0.01
+    found[ODD] = -3 * centre
+    return found
+
+
+def make_run(tmp_path, monkeypatch, *, views=("rgb", "flow"), labels=False, sources=False, store=True):
+    """A run folder with stored features of COUNT videos, of a trained network and of another one."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = ["path,label,source,split,num_frames,fps,width,height,flow_path"]
+    for i in range(COUNT):
+        if i == 1:
+            shutil.copy(data / "v0.mp4", data / "v1.mp4")
+        else:
+            write_video(data / f"v{i}.mp4", i)
+        source = f"s{i // 2}" if sources else ""
+        rows.append(f"v{i}.mp4,{'c' if labels else ''},{source},,{FRAMES},25,98,54,")
+    index_csv = data / "index.csv"
+    index_csv.write_text("\n".join(rows) + "\n")
+    config = Config.from_dict({"data": {"index": str(index_csv), "split": ""}}).to_dict()
+    run = write_run(tmp_path / "run", [{"kind": "run", "config": config}])
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.pt").write_bytes(b"")
+    encoders = {view: nn.Linear(2, 3) for view in views}
+    monkeypatch.setattr(stored, "load_pretrained", lambda path: SimpleNamespace(encoders=encoders))
+    if store:
+        cache = FeatureCache(run / "features", make_recipe("paper").identity(Config().data, "cpu"))
+        for number, view in enumerate(views):
+            for key, values in (
+                (weights_digest(encoders[view]), vectors(number)),
+                ("untrained", torch.randn(COUNT, 16)),
+            ):
+                index = Index.load(index_csv)
+                found = {video_digest(video, view): (values[i], 1) for i, video in enumerate(index)}
+                cache.store(Embedding(view, encoders[view], key=key), found)
+    return run, index_csv
+
+
+@pytest.mark.parametrize("views", [("rgb",), ("rgb", "flow")])
+def test_planted_copies_and_outliers_are_shown(tmp_path, monkeypatch, views):
+    run, _ = make_run(tmp_path, monkeypatch, views=views)
+    page = write_similar(run, tmp_path / "p.html")
+    Text(page.read_text())
+    text = text_of(page)
+    assert "2 pairs of videos of different sources" in text
+    assert "Certain: the files are identical, byte for byte." in text
+    odd = text[text.index("Odd Videos far") :]
+    assert odd.index("v7.mp4") < odd.index("Odd:") < odd.index("Every video")
+    known = {("rgb",): "Unknown: one view", ("rgb", "flow"): "The views rgb and flow agree for"}
+    assert known[views] in text and "With 12 videos" in text
+    assert not re.search(r"<script|<link|(src|href)=\"https?:", page.read_text())
+
+
+def test_siblings_tell_how_far_to_trust_it(tmp_path, monkeypatch):
+    run, _ = make_run(tmp_path, monkeypatch, views=("rgb",), sources=True)
+    text = text_of(write_similar(run, tmp_path / "p.html"))
+    assert "12 videos that share a source with another one" in text and "chance: 9%" in text
+    assert "v0.mp4 v1.mp4" not in text  # siblings are no duplicates
+    assert "Nothing looks duplicated" in text
+
+
+def test_the_features_of_the_trained_network_are_taken(tmp_path, monkeypatch):
+    run, index_csv = make_run(tmp_path, monkeypatch, views=("rgb",))
+    found = stored.stored_features(run, Index.load(index_csv))
+    torch.testing.assert_close(found.streams["rgb"], vectors(0))
+    assert found.recipe == "paper" and found.metric == "cosine" and len(found.videos) == COUNT
+    (tmp_path / "data" / "v5.mp4").write_bytes(b"another file now")
+    assert len(stored.stored_features(run, Index.load(index_csv)).videos) == COUNT - 1
+    shutil.rmtree(run / "features")
+    assert stored.stored_features(run, Index.load(index_csv)) is None
+
+
+def test_the_command_writes_both_pages(tmp_path, monkeypatch, capsys):
+    run, _ = make_run(tmp_path, monkeypatch)
+    assert is_unlabelled(run)
+    assert main(["report", str(run), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == {"report": str(run / "report.html"), "similar": str(run / "report-similar.html")}
+    assert 'href="report-similar.html"' in (run / "report.html").read_text()
+
+
+def test_labelled_videos_get_the_second_page_on_request(tmp_path, monkeypatch, capsys):
+    run, _ = make_run(tmp_path, monkeypatch, labels=True)
+    assert main(["report", str(run), "--json"]) == 0
+    assert "similar" not in json.loads(capsys.readouterr().out) and not similar_path(run / "report.html").exists()
+    assert main(["report", str(run), "--unlabelled", "--json"]) == 0
+    assert "similar" in json.loads(capsys.readouterr().out)
+
+
+def test_without_stored_features_the_command_to_run_is_named(tmp_path, monkeypatch, capsys):
+    run, _ = make_run(tmp_path, monkeypatch, store=False)
+    assert main(["report", str(run)]) == 0
+    assert "cpr-fast retrieve" in text_of(run / "report.html")
+    assert main(["report", str(run), "--unlabelled"]) == 2
+    assert "cpr-fast retrieve" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"gone.csv"):
+        write_similar(run, tmp_path / "p.html", index=tmp_path / "gone.csv")
+
+
+@pytest.mark.parametrize("count", [2, 3, 30, 700])
+def test_neighbours_are_those_of_all_pairs(count):
+    generator = torch.Generator().manual_seed(count)
+    streams = [torch.randn(count, 7, generator=generator, dtype=torch.float64) for _ in range(2)]
+    sources = torch.arange(count) // 2 if count > 3 else torch.arange(count)
+    found = find_neighbours(streams, "cosine", sources)
+    centred = [nn.functional.normalize(stream - stream.mean(0), dim=1) for stream in streams]
+    total = sum(stream @ stream.T for stream in centred) / 2
+    for video in range(count):
+        allowed = [i for i in range(count) if sources[i] != sources[video]]
+        expected = sorted((total[video, i].item() for i in allowed), reverse=True)[:5]
+        assert found.similarity[video, : len(expected)].tolist() == pytest.approx(expected)
+        assert not set(found.index[video, : len(expected)].tolist()) - set(allowed)
+
+
+def test_copies_and_one_source():
+    streams = [torch.eye(6).repeat_interleave(2, 0)]  # six pairs of equal features
+    found = find_neighbours(streams, "plain_cosine", torch.arange(12))
+    assert [(a, b) for a, b, _ in duplicate_pairs(found)] == [(2 * i, 2 * i + 1) for i in range(6)]
+    found = find_neighbours(streams, "plain_cosine", torch.zeros(12, dtype=torch.int64))  # then only itself is left out
+    assert found.index[:, 0].tolist() == [i ^ 1 for i in range(12)]
+    assert len(odd_videos(found)) == 12 and all(distance == 0 for _, _, distance in odd_videos(found))
+
+
+def test_pixels_of_equal_inverted_and_flat_pictures():
+    noise = Image.effect_noise((8 * 128, 96), 80)
+    inverted = noise.point(lambda level: 255 - level)
+    assert pixel_agreement(noise, noise, 8) == pytest.approx(1) and pixel_agreement(noise, inverted, 8) < -0.9
+    assert pixel_agreement(noise, Image.new("L", noise.size, 90), 8) == pytest.approx(0)
