@@ -6,8 +6,11 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -101,7 +104,7 @@ def rewind(run_dir: str | Path, *, step: int, epoch: int) -> None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device and commit: what a run must say about where it ran."""
+    """Returns versions, device, commit, date (UTC) and command line: what a run records about where and how it ran."""
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -110,6 +113,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)",
         "commit": commit or None,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace("__main__.py", "cpr-fast", 1),
     }
 
 
