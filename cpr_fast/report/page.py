@@ -98,7 +98,7 @@ def _section(run: Run) -> dict[str, Any]:
 
 def _breakable(name: str) -> Markup:
     """Lets a class name break between its words: CamelCase, snake_case and kebab-case."""
-    return Markup(re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[_.-])", "<wbr>", str(escape(name))))
+    return Markup(re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[_-])", "<wbr>", str(escape(name))))
 
 
 def _number(value: float | None, digits: int = 3) -> str:

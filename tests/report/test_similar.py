@@ -45,7 +45,7 @@ def make_run(tmp_path, monkeypatch, *, views=("rgb", "flow"), labels=False, sour
         if i == 1:
             shutil.copy(data / "v0.mp4", data / "v1.mp4")
         else:
-            write_video(data / f"v{i}.mp4", i)
+            write_video(data / f"v{i}.mp4", i % 7)
         source = f"s{i // 2}" if sources else ""
         rows.append(f"v{i}.mp4,{'c' if labels else ''},{source},,{FRAMES},25,98,54,")
     index_csv = data / "index.csv"
