@@ -32,6 +32,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "show-sample": ("data", "Write the clips that training reads from a video as a picture or a video."),
     },
     "Training": {
+        "init": ("training", "Write a recipe that is sized to the videos of an index."),
+        "recipes": ("training", "List the recipes that come with the package."),
         "pretrain": ("training", "Pretrain encoders without labels: InfoNCE, UberNCE, CoCLR, CPR, IIC."),
         "reproduce": ("training", "Train and evaluate the rows of a table of the CPR paper."),
         "import-checkpoint": ("training", "Convert a published checkpoint (CoCLR, CPR, IIC, MIL-NCE)."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 import typing
 from typing import Any, Literal
@@ -11,14 +12,24 @@ from cpr_fast.config.sections import ConfigError
 
 
 def build(kind: Any, value: Any, where: str) -> Any:
-    """`value` (plain TOML or JSON data) as `kind`, checked all the way down."""
+    """Converts `value`, plain TOML or JSON data, to the type `kind`.
+
+    Args:
+        kind: A dataclass, or the type of one of its fields.
+        value: The data.
+        where: The key that the value stands at, for messages; "" for the whole config.
+
+    Raises ConfigError naming the key, what came and what was expected.
+    """
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ConfigError(f"{where or 'config'}: expected a table, got {value!r}")
         hints = typing.get_type_hints(kind)
         for key in value:
             if key not in hints:
-                raise ConfigError(f"unknown key {_join(where, key)!r}; valid keys: {', '.join(hints)}")
+                close = difflib.get_close_matches(key, hints, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise ConfigError(f"unknown key {_join(where, key)!r}; {hint}valid keys: {', '.join(hints)}")
         arguments = {key: build(hints[key], item, _join(where, key)) for key, item in value.items()}
         missing = [
             f.name

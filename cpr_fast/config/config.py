@@ -26,6 +26,8 @@ from cpr_fast.config.sections import (
 
 @dataclass(frozen=True)
 class Config:
+    """All settings of a run. Raises ConfigError where a setting is out of range or contradicts another one."""
+
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -42,8 +44,10 @@ class Config:
         check_sections(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as plain data, as config.json holds them."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
+        """Builds a config from plain data; settings that are not given have their defaults."""
         return build(cls, values, "")

@@ -10,27 +10,71 @@ from typing import Any
 
 from cpr_fast.config.checks import check_classifier
 from cpr_fast.config.config import Config
-from cpr_fast.config.sections import ClassifierConfig, ConfigError
+from cpr_fast.config.sections import ClassifierConfig, ConfigError, Cycle
 
 
 def load(path: str | Path) -> Config:
-    """The config of a TOML file, or of a run's config.json.
+    """Reads the config of a TOML file, or of a run's config.json.
 
-    Raises ConfigError naming the key, what came and what was expected.
+    Input files that a TOML file names (`data.index`, `model.init`) are relative to its folder; where they are not found
+    there, the name is left as it is, relative to the working directory.
+
+    Raises:
+        ConfigError: names the file and the key, what came and what was expected.
     """
+    path = Path(path)
+    if not path.is_file():
+        state = "is not a file" if path.exists() else "does not exist"
+        raise ConfigError(f"config file {str(path)!r} {state}")
+    kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
-        text = Path(path).read_text()
-        values = json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
-    except FileNotFoundError:
-        raise ConfigError(f"config file {str(path)!r} does not exist") from None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        kind = "JSON" if Path(path).suffix == ".json" else "TOML"
+        text = path.read_bytes().decode("utf-8-sig")  # editors on Windows write a byte-order mark
+        values = json.loads(text) if kind == "JSON" else tomllib.loads(text.replace("\r\n", "\n"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {str(path)!r}: expected UTF-8 text, got byte {error.start}: {error}") from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"config file {str(path)!r} is not valid {kind}: {error}") from None
-    return Config.from_dict(values)
+    try:
+        config = Config.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"config file {str(path)!r}: {error}") from None
+    return config if kind == "JSON" else _relative_to(config, path.parent)
+
+
+def _relative_to(config: Config, folder: Path) -> Config:
+    """Returns the config with the input files that are found in `folder` named relative to the working directory."""
+
+    def found(name: str) -> str:
+        return str(folder / name) if name and not Path(name).is_absolute() and (folder / name).exists() else name
+
+    init = dataclasses.replace(config.model.init, **{k: found(v) for k, v in vars(config.model.init).items()})
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, index=found(config.data.index)),
+        model=dataclasses.replace(config.model, init=init),
+    )
+
+
+def scale_epochs(config: Config, epochs: int) -> Config:
+    """Returns the config with `epochs` epochs in all, shared among its cycles as before; milestones are scaled, too.
+
+    Raises ConfigError if there are fewer epochs than cycles.
+    """
+    cycles = config.schedule.cycles
+    if epochs < len(cycles):
+        raise ConfigError(f"--epochs: expected at least one epoch for each of the {len(cycles)} cycles, got {epochs}")
+    share = epochs / sum(cycle.epochs for cycle in cycles)
+
+    def scaled(cycle: Cycle) -> Cycle:
+        milestones = tuple(max(1, round(milestone * share)) for milestone in cycle.milestones)
+        return dataclasses.replace(cycle, epochs=max(1, round(cycle.epochs * share)), milestones=milestones)
+
+    schedule = dataclasses.replace(config.schedule, cycles=tuple(map(scaled, cycles)))
+    return dataclasses.replace(config, schedule=schedule)
 
 
 def override_classifier(where: str, config: ClassifierConfig, **changes: Any) -> ClassifierConfig:
-    """`config` with those changes that are not None, checked; milestones move along with `epochs`.
+    """Returns `config` with the changes that are not None, checked; milestones are scaled along with `epochs`.
 
     Raises ConfigError naming `where` and the setting.
     """

@@ -20,27 +20,31 @@ class ConfigError(InputError):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read and how a clip is cut and augmented."""
+    """Which videos are read, and how clips are cut from them and augmented."""
 
-    index: str = ""  # INDEX.csv, as written by `cpr-fast index`
-    split: str = "train"
-    frames: int = 32  # T, frames of a clip
-    stride: int = 1  # source frames from one clip frame to the next
-    size: int = 128  # side of the square clip, pixels
-    augment: Literal["coclr", "iic", "none"] = "coclr"  # "iic": a random crop of 112 from 128x171, nothing else
-    crop_area: float = 0.2  # smallest share of the frame that a random crop covers; the largest is all of it
-    batch_size: int = 16  # B, videos per rank and step
-    workers: int = 2  # decoding workers per rank
-    prefetch: int = 2  # batches prepared ahead
-    # "stored": what `cpr-fast flow` wrote; "on_the_fly": TV-L1 of the frames of each clip, which needs no storage
+    index: str = ""  # the index (CSV) that `cpr-fast index` wrote; relative to the config file
+    split: str = "train"  # the split of the index to train on; "" takes all videos
+    frames: int = 32  # T, number of frames of a clip
+    stride: int = 1  # distance between two frames of a clip, in frames of the video
+    size: int = 128  # height and width of a clip, pixels
+    # "coclr": random crop, flip, colour jitter, grayscale and blur; "iic": a random 112x112 crop of 128x171 frames
+    augment: Literal["coclr", "iic", "none"] = "coclr"
+    crop_area: float = 0.2  # smallest area of a random crop, as a fraction of the frame; the largest is the whole frame
+    batch_size: int = 16  # B, videos per process and step
+    workers: int = 2  # decoding threads per process
+    prefetch: int = 2  # batches that are prepared in advance
+    # "stored": read the flow that `cpr-fast flow` wrote; "on_the_fly": compute TV-L1 for each clip, without storage
     flow: Literal["stored", "on_the_fly"] = "stored"
-    exact: bool = False  # PyAV and PIL in DALI's place: slower, the same bits on every device
-    cache_gib: float = 2.0  # RAM per rank for decoded videos (CPU route); 0 decodes every clip anew
+    exact: bool = False  # use PyAV and PIL instead of DALI: slower, but the same bits on every device
+    cache_gib: float = 2.0  # memory per process for decoded videos, GiB (CPU only); 0 decodes every clip again
 
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Checkpoints whose encoder of a view this run starts from: of `pretrain` or `import-checkpoint`; "" is random."""
+    """Checkpoints that the encoders start from, by view; "" starts from random weights.
+
+    Files of `cpr-fast pretrain` or `cpr-fast import-checkpoint`; relative to the config file.
+    """
 
     rgb: str = ""
     flow: str = ""
@@ -49,56 +53,64 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The encoder: backbone, then head."""
+    """The encoder: a backbone followed by a head."""
 
     arch: Literal["s3d", "s3dg", "s3d_milnce", "r3d", "r21d", "c3d"] = "s3d"
-    width: float = 1.0  # multiplies every channel count of the backbone
-    conv_std: float = 0.01  # of S3D's initial convolution weights [CoCLR]; lr / conv_std is the relative step of Adam
-    # "mlp": two linear layers and L2 [CoCLR]; "unit": the pooled features, L2; "pooled": as they are [IIC]
+    width: float = 1.0  # factor on the number of channels of every layer of the backbone
+    # Standard deviation of S3D's initial convolution weights [CoCLR]. Adam changes weights by about lr per step, so
+    # lr / conv_std is the relative size of a step.
+    conv_std: float = 0.01
+    # "mlp": two linear layers, L2-normalised [CoCLR]; "unit": the pooled features, L2-normalised; "pooled": the pooled
+    # features as they are [IIC]
     head: Literal["mlp", "unit", "pooled"] = "mlp"
-    feature_dim: int = 128  # D, width of a feature; 512 for the pooled features of r3d, r21d and c3d
-    shared: bool = False  # one encoder looks at both views of a cycle and learns from both [IIC]; memory.kind "bank"
-    recompute: bool = False  # activation checkpointing: each block's activations are computed again for its gradient
+    feature_dim: int = 128  # D, number of dimensions of a feature; 512 for the pooled features of r3d, r21d and c3d
+    # Train one encoder on both views of a cycle, each learning from the other [IIC]; needs memory.kind = "bank".
+    shared: bool = False
+    recompute: bool = False  # activation checkpointing: less memory, more computation
     init: InitConfig = field(default_factory=InitConfig)
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Where the features come from that a query is compared with, and mined from."""
+    """The memory: the features that a query is compared with, and from which positives are mined."""
 
-    # "queue": the newest keys [MoCo]; "bank": an entry per training video [IIC]; "batch": the step's clips [SimCLR]
+    # "queue": the most recent keys [MoCo]; "bank": one entry per training video [IIC]; "batch": the other clips of the
+    # step [SimCLR]
     kind: Literal["queue", "bank", "batch"] = "queue"
-    size: int = 2048  # K of the queue; a bank holds every training video, a batch both clips of every video of a step
-    ema_momentum: float = 0.999  # of the key encoder; queue and bank, unless model.shared
-    bank_momentum: float = 0.5  # share of the old entry that an update of the bank keeps [IIC]
-    # Groups of clips whose BatchNorm statistics are apart, the keys shuffled among them; set, the results do not depend
-    # on the number of processes. None: one per process, as published.
+    size: int = 2048  # K, number of entries of a queue; a bank and a batch have their own sizes
+    ema_momentum: float = 0.999  # momentum of the key encoder (queue and bank, unless model.shared)
+    bank_momentum: float = 0.5  # fraction of the old entry that an update of the bank keeps [IIC]
+    # Number of groups of clips that have separate BatchNorm statistics; keys are shuffled among them. If it is set, the
+    # results do not depend on the number of processes. None: one group per process, as published.
     shuffle_bn_groups: int | None = None
 
 
 @dataclass(frozen=True)
 class MiningConfig:
-    """The cascade [paper, Algorithm 1]; used by cycles whose mining is "cascade"."""
+    """The cascade [paper, Algorithm 1], used by cycles with mining = "cascade"."""
 
-    stages: int = 7  # n; n = 1 is CoCLR
-    ratio: float = 0.5  # r, share of the memory that survives each stage before the last
-    top_k: int = 5  # P, what the last stage keeps
-    anchor: Literal["key", "query"] | None = None  # f_q+ [paper] or f_q [published code]; None: as loss.protocol has it
+    stages: int = 7  # n, number of stages; n = 1 is CoCLR
+    ratio: float = 0.5  # r, fraction of the entries that each stage but the last keeps
+    top_k: int = 5  # P, number of positives that the last stage keeps
+    # The feature that memory entries are compared with: "key" is f_q+ [paper], "query" is f_q [published code]; None
+    # takes what loss.protocol says.
+    anchor: Literal["key", "query"] | None = None
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """MIL-NCE [paper, Eq. 2], and the `protocol`: as the paper says, or with the published code's deviations.
+    """The MIL-NCE loss [paper, Eq. 2], and whether details follow the paper or the published code.
 
-    "coclr": siblings in the memory are positives, q+ leaves the numerator in `self_positive_drop` of the iterations,
-    the cascade's anchor is f_q, its last two stages share a view where n is even, and UberNCE averages the log-softmax
-    over the positives in place of the MIL form.
+    With protocol = "coclr", as in the published code: siblings in the memory are positives; q+ leaves the numerator in
+    a fraction `self_positive_drop` of the iterations; the cascade's anchor is f_q; its last two stages use the same
+    view where n is even; and UberNCE averages the log-softmax over the positives instead of the MIL form.
     """
 
     temperature: float = 0.07
     protocol: Literal["paper", "coclr"] = "paper"
-    self_positive_drop: float = 0.9  # share of iterations that drop q+ from the numerator (protocol "coclr" only)
-    # A bank of clips without their motion as further negatives: one frame repeated, or two quarters exchanged [IIC].
+    self_positive_drop: float = 0.9  # fraction of iterations that drop q+ from the numerator (protocol "coclr" only)
+    # Additional negatives without motion, kept in a memory bank of their own [IIC]: "repeat" repeats one frame,
+    # "shuffle" exchanges two quarters of the clip.
     intra_negatives: Literal["none", "repeat", "shuffle"] = "none"
 
 
@@ -106,30 +118,32 @@ class LossConfig:
 class OptimConfig:
     """The optimiser of the query encoder."""
 
-    name: Literal["adam", "sgd", "apex_lamb", "apex_novograd"] = "adam"  # apex_*: NVIDIA apex's, if it is installed
-    lr: float = 1e-3
+    # "apex_lamb" and "apex_novograd" are NVIDIA apex's optimisers and need apex to be installed
+    name: Literal["adam", "sgd", "apex_lamb", "apex_novograd"] = "adam"
+    lr: float = 1e-3  # learning rate
     weight_decay: float = 1e-5
-    momentum: float = 0.9  # sgd only
-    precision: Precision = "fp32"  # bf16 and fp16 are autocast; fp16 scales gradients
-    accumulate: int = 1  # parts of a process's batch whose gradients are summed before a step: less memory, same batch
+    momentum: float = 0.9  # of sgd only
+    precision: Precision = "fp32"  # "bf16" and "fp16" use autocast; "fp16" also scales the gradients
+    # Number of parts of a batch whose gradients are summed before an optimiser step: less memory, the same batch.
+    accumulate: int = 1
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """One co-training cycle: which view learns, how its positives are mined, for how long."""
+    """One training cycle: which view's encoder learns, how its positives are chosen, and for how long."""
 
     view: View
     epochs: int
-    mining: Mining = "cascade"
-    milestones: tuple[int, ...] = ()  # epochs of the cycle at which lr is multiplied by `schedule.gamma`
-    top_k: int | None = None  # overrides mining.top_k (progressive training)
-    lr: float | None = None  # overrides optim.lr
-    other: View | None = None  # the second view; None: flow beside rgb, rgb beside flow and residual
+    mining: Mining = "cascade"  # "none": InfoNCE; "label": UberNCE; "cascade": CoCLR and CPR
+    milestones: tuple[int, ...] = ()  # epochs of the cycle at which the learning rate is multiplied by schedule.gamma
+    top_k: int | None = None  # replaces mining.top_k in this cycle (progressive training)
+    lr: float | None = None  # replaces optim.lr in this cycle
+    other: View | None = None  # the second view; None: flow for rgb, and rgb for flow and residual
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The cycles, in order. A cycle starts from its view's latest weights with a new optimiser and memory."""
+    """The cycles, in order. Each one starts from its view's latest weights with a new optimiser and an empty memory."""
 
     cycles: tuple[Cycle, ...] = (
         Cycle("rgb", 300, "none", (250, 280)),
@@ -137,66 +151,70 @@ class ScheduleConfig:
         Cycle("rgb", 100, "cascade", (80,)),
         Cycle("flow", 100, "cascade", (80,)),
     )
-    gamma: float = 0.1
+    gamma: float = 0.1  # factor on the learning rate at every milestone
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """How a classifier is trained on top of a pretrained backbone; the defaults finetune all of it [paper, App. A]."""
+    """Training of a classifier on top of a pretrained backbone. The defaults finetune all layers [paper, App. A]."""
 
-    epochs: int = 500  # 100 in the ablations, Tables 1-5
-    milestones: tuple[int, ...] = (400, 450)  # epochs at which every rate is multiplied by gamma
+    epochs: int = 500  # 100 in the ablations, Tables 1 to 5
+    milestones: tuple[int, ...] = (400, 450)  # epochs at which every learning rate is multiplied by gamma
     gamma: float = 0.1
     optimizer: Literal["adam", "sgd"] = "adam"
-    lr: float = 1e-3  # of the classifier
-    backbone_lr: float = 1e-3  # 1e-4 [CoCLR]; 0 freezes the backbone, BatchNorm's statistics included
-    layer_decay: float = 1.0  # each layer of the backbone learns at this share of the rate of the one above it
-    momentum: float = 0.9  # sgd only
+    lr: float = 1e-3  # learning rate of the classifier
+    backbone_lr: float = 1e-3  # of the backbone; 1e-4 in CoCLR's code; 0 freezes it, BatchNorm statistics included
+    layer_decay: float = 1.0  # each layer's learning rate is this fraction of that of the layer above it
+    momentum: float = 0.9  # of sgd only
     weight_decay: float = 1e-3
-    dropout: float = 0.9  # of the pooled features
-    normalize: bool = False  # L2, then BatchNorm, before the linear layer
+    dropout: float = 0.9  # on the pooled features
+    normalize: bool = False  # apply L2 normalisation and BatchNorm before the linear layer
     batch_size: int = 16
     precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)
 class ProbeConfig(ClassifierConfig):
-    """The linear probe [CoCLR]: the same with a frozen backbone, features -> L2 -> BatchNorm -> linear."""
+    """Training of a linear probe [CoCLR]: a frozen backbone, then L2 normalisation, BatchNorm and a linear layer."""
 
-    inputs: Literal["features", "clips"] = "features"  # one stored feature per video, or augmented clips end to end
+    inputs: Literal["features", "clips"] = "features"  # one stored feature per video, or augmented clips
     epochs: int = 100
     milestones: tuple[int, ...] = (60, 80)
     optimizer: Literal["adam", "sgd"] = "sgd"
-    lr: float = 1.0  # 0.1 where inputs = "clips"
+    lr: float = 1.0  # use 0.1 with inputs = "clips"
     backbone_lr: float = 0.0
     dropout: float = 0.0
     normalize: bool = True
-    batch_size: int = 1024  # 16 where inputs = "clips"
+    batch_size: int = 1024  # use 16 with inputs = "clips"
 
 
 @dataclass(frozen=True)
 class HealthConfig:
-    """How a run watches itself: when it raises an alarm, and what tells its best checkpoint. Changes no training."""
+    """Monitoring of a run: when it warns, and how its best checkpoint is chosen. It does not change the training."""
 
-    min_feature_std: float = 0.1  # spread of the queries: 1 = uniform on the sphere, 0 = one point
-    min_effective_rank: float = 4.0  # dimensions the queries use, of model.feature_dim
-    max_memory_drift: float = 0.8  # of a queue: mean 1 - cosine between a video's key and the one held of it
-    online_every: int = 0  # epochs between measurements of R@1 among held-out videos; 0: never
-    online_videos: int = 512  # how many of them
-    online_split: str = "val"  # split of data.index that they are taken from: not one whose results are reported
+    # Warn if the spread of the queries falls below this: 1 is uniform on the sphere, 0 is a single point.
+    min_feature_std: float = 0.1
+    min_effective_rank: float = 4.0  # warn if the queries use fewer dimensions than this, of model.feature_dim
+    # Warn if the mean cosine distance between a video's new key and its entry in the queue exceeds this.
+    max_memory_drift: float = 0.8
+    online_every: int = 0  # epochs between measurements of retrieval R@1 on held-out videos; 0: never
+    online_videos: int = 512  # number of held-out videos
+    online_split: str = "val"  # split that they are taken from; do not take one whose results you report
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run lives and what it writes."""
+    """The run folder, what is written into it, and the device."""
 
-    out: str = "runs/default"
+    out: str = "runs/default"  # the run folder; relative to the working directory
     seed: int = 0
-    device: str = "auto"  # "auto" | "cpu" | "cuda"
-    log_every: int = 1  # steps between rows of metrics.jsonl
-    checkpoint_every: int = 0  # steps between checkpoints inside an epoch; one is written at the end of every epoch
-    keep_checkpoints: int = 2  # the newest; the best one is kept beside them
-    stall_timeout_s: float = 120.0  # without progress, before the rank that a run waits for is named; 0: never
-    tensorboard: bool = False
-    compile: Literal["none", "default", "cuda_graphs"] = "none"  # torch.compile of the encoders; CUDA graphs of them
-    dump_memory: bool = False  # RUN/memory/cycle-N.npz after every epoch of two views, for `cpr-fast mine`
+    device: str = "auto"  # "auto", "cpu" or "cuda"
+    log_every: int = 1  # steps between two rows of metrics.jsonl
+    checkpoint_every: int = 0  # steps between checkpoints within an epoch; one is written after every epoch anyway
+    keep_checkpoints: int = 2  # number of recent checkpoints to keep, besides the best one
+    # Seconds without progress after which the process that the others wait for is named; 0: never.
+    stall_timeout_s: float = 120.0
+    tensorboard: bool = False  # also write TensorBoard event files
+    # "default": torch.compile of the encoders; "cuda_graphs": torch.compile with CUDA graphs
+    compile: Literal["none", "default", "cuda_graphs"] = "none"
+    dump_memory: bool = False  # write RUN/memory/cycle-N.npz after every epoch of two views, for `cpr-fast mine`

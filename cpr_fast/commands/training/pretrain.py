@@ -2,50 +2,160 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any
 
-import tyro
-
-from cpr_fast.commands.options import Json
-from cpr_fast.commands.output import show_once
+from cpr_fast.config import Config, ConfigError, load
+from cpr_fast.config.load import scale_epochs
+from cpr_fast.config.recipes import find_config
 from cpr_fast.errors import InputError
 
+FLAGS = ("--resume", "--auto-resume", "--json", "--help", "-h", "--help-all", "--dump-memory", "--run.dump-memory")
 
-def pretrain(
-    config: tyro.conf.Positional[Path],
-    *,
-    resume: bool = False,
-    auto_resume: bool = False,
-    dump_memory: bool = False,
-    json: Json = False,
-) -> None:
-    """Pretrain as a config says; any setting can be overridden: `--section.key value`.
+# The settings that most runs change, for the short help.
+COMMON = (
+    "data.index",
+    "data.split",
+    "data.batch_size",
+    "data.workers",
+    "data.flow",
+    "memory.size",
+    "mining.stages",
+    "optim.precision",
+    "run.out",
+    "run.seed",
+)
 
-    `cpr-fast pretrain CONFIG.toml --help` lists the settings with the file's values. Under `torchrun` every
-    process trains on its share of a batch.
+HELP = """usage: cpr-fast pretrain CONFIG [--section.key VALUE ...]
 
-    Args:
-        config: The TOML file.
-        resume: Continue from the run folder's last checkpoint.
-        auto_resume: Continue if there is one, else start: for jobs that are requeued.
-        dump_memory: Write RUN/memory/cycle-N.npz after every epoch, for `cpr-fast mine`; as --run.dump-memory.
-    """
-    raise InputError(f"config: expected a .toml file, got {str(config)!r}")  # parse_and_run() handles those
+Pretrain encoders without labels. CONFIG is a TOML file, a run's config.json, or the name of a recipe, such as
+cpr_ucf101; `cpr-fast recipes` lists the recipes. Every setting can be changed on the command line. Under `torchrun`
+every process trains on its share of a batch.
+
+options:
+  --epochs N             Train for N epochs in all, shared among the cycles as in CONFIG.
+  --resume               Continue from the last checkpoint of the run folder.
+  --auto-resume          Continue if there is a checkpoint, and start otherwise; for jobs that are requeued.
+  --dump-memory          Write RUN/memory/cycle-N.npz after every epoch, for `cpr-fast mine`.
+  --json                 Print one JSON object on stdout.
+  --help-all             List all settings.
+
+settings that most runs change, with the values of {source}:
+{settings}
+"""
+
+
+@dataclass
+class Arguments:
+    """The command line of `pretrain`, split into CONFIG, flags, and changes of settings."""
+
+    config: str | None = None
+    flags: set[str] = field(default_factory=set)
+    epochs: int | None = None
+    overrides: list[str] = field(default_factory=list)
 
 
 def parse_and_run(arguments: list[str]) -> None:
-    """`pretrain` with its overrides: the file's values are the defaults of a parser over every setting."""
-    from cpr_fast.config import Config, load
-
-    path = next((argument for argument in arguments if argument.endswith(".toml")), None)
-    if path is None:
-        tyro.cli(pretrain, prog="cpr-fast pretrain", args=arguments)
+    """Runs `pretrain`: reads CONFIG, applies the changes of the command line, and trains."""
+    given = parse(arguments)
+    wants_help = given.flags & {"-h", "--help", "--help-all"}
+    if given.config is None:
+        if wants_help:
+            print(_help(Config(), "the defaults"))
+            return
+        raise InputError("CONFIG: expected a TOML file or the name of a recipe, got none; see `cpr-fast recipes`")
+    path = find_config(given.config)
+    config = load(path)
+    if wants_help and "--help-all" not in given.flags:
+        print(_help(config, given.config))
         return
-    overrides = [argument for argument in arguments if argument not in (path, "--resume", "--auto-resume", "--json")]
-    overrides = ["--run.dump-memory" if argument == "--dump-memory" else argument for argument in overrides]
-    config = tyro.cli(Config, default=load(path), args=overrides, prog=f"cpr-fast pretrain {path}")
+    if "--help-all" in given.flags:
+        given.overrides.append("--help")
+    if given.epochs is not None:
+        config = scale_epochs(config, given.epochs)
+    if given.overrides:
+        import tyro
 
-    from cpr_fast.pretrain.run.loop import pretrain as run
+        config = tyro.cli(Config, default=config, args=given.overrides, prog=f"cpr-fast pretrain {given.config}")
+    _require_inputs(config)
 
-    folder = run(config, resume="auto" if "--auto-resume" in arguments else "--resume" in arguments)
-    show_once({"run": str(folder)}, "--json" in arguments)
+    from cpr_fast.commands.output import show_once
+    from cpr_fast.pretrain.run.loop import pretrain
+
+    folder = pretrain(config, resume="auto" if "--auto-resume" in given.flags else "--resume" in given.flags)
+    last = f"{folder}/checkpoints/last.pt"
+    show_once(
+        {"run": str(folder)},
+        "--json" in given.flags,
+        lines=[f"run folder: {folder}"],
+        next_step=f"cpr-fast retrieve {last} --index {config.data.index}, then cpr-fast report {folder}",
+    )
+
+
+def parse(arguments: list[str]) -> Arguments:
+    """Splits the command line. CONFIG is the one argument that is neither an option nor the value of one."""
+    given, kinds, i = Arguments(), _kinds(Config), 0
+    while i < len(arguments):
+        word = arguments[i]
+        i += 1
+        if word in FLAGS:
+            given.flags.add(word)
+            if word.endswith("dump-memory"):
+                given.overrides.append("--run.dump-memory")
+        elif word == "--epochs" or word.startswith("--epochs="):
+            text = word.partition("=")[2] if "=" in word else (arguments[i] if i < len(arguments) else "")
+            i += "=" not in word
+            if not text.isdecimal():
+                raise InputError(f"--epochs: expected a number of epochs, got {text!r}")
+            given.epochs = int(text)
+        elif word.startswith("-"):
+            given.overrides.append(word)
+            values = 0 if "=" in word else _number_of_values(word, kinds)
+            while values and i < len(arguments) and not arguments[i].startswith("--"):
+                given.overrides.append(arguments[i])
+                i, values = i + 1, values - 1
+        elif given.config is None:
+            given.config = word
+        else:
+            raise InputError(f"CONFIG: expected one config, got {given.config!r} and {word!r}")
+    return given
+
+
+def _kinds(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Returns the type of every setting by its option, such as "--data.batch-size"."""
+    found = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            found |= _kinds(hint, f"{prefix}{name}.")
+        else:
+            found[f"--{prefix}{name}".replace("_", "-")] = hint
+    return found
+
+
+def _number_of_values(option: str, kinds: dict[str, Any]) -> int:
+    """Returns how many values follow an option at most: none for a switch, any number for a list, else one."""
+    kind = kinds.get(option.replace("_", "-"))
+    if kind is bool or ".no-" in option:
+        return 0
+    return 1000 if typing.get_origin(kind) is tuple else 1
+
+
+def _require_inputs(config: Config) -> None:
+    """Checks the input files of a run before torch is imported."""
+    from cpr_fast.commands.options import require_file
+
+    if not config.data.index:
+        raise ConfigError("data.index: expected the index of a data set (--data.index INDEX.csv), got none")
+    require_file("data.index", config.data.index)
+    for view, file in vars(config.model.init).items():
+        require_file(f"model.init.{view}", file or None)
+
+
+def _help(config: Config, source: str) -> str:
+    lines = []
+    for name in COMMON:
+        section, key = name.split(".")
+        lines.append(f"  --{name.replace('_', '-'):<20} {getattr(getattr(config, section), key)!r}")
+    return HELP.format(source=source, settings="\n".join(lines))

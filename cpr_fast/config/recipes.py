@@ -1,0 +1,34 @@
+"""The recipes that come with the package, found by their bare name from any folder."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from cpr_fast.config.sections import ConfigError
+
+FOLDER = Path(__file__).resolve().parents[1] / "configs"
+
+
+def recipes() -> dict[str, str]:
+    """Returns the name of every recipe with the first line of its description."""
+    files = sorted(FOLDER.glob("*.toml"))
+    return {file.stem: file.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for file in files}
+
+
+def find_config(name: str | Path) -> Path:
+    """Returns the path of a config: an existing file, or a recipe by its name, such as "cpr_ucf101".
+
+    Raises ConfigError with a suggestion where there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = recipes()
+    if path.parent == Path(".") and path.name.removesuffix(".toml") in known:
+        return FOLDER / f"{path.name.removesuffix('.toml')}.toml"
+    close = difflib.get_close_matches(path.name.removesuffix(".toml"), known, n=1)
+    hint = f"did you mean the recipe {close[0]!r}?" if close else "`cpr-fast recipes` lists the recipes"
+    raise ConfigError(
+        f"CONFIG: expected a TOML file or the name of a recipe, got {str(name)!r}, which is neither; {hint}"
+    )
