@@ -5,18 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from cpr_fast.commands.output import show_once
+from cpr_fast.commands.options import require_checkpoints, require_file, require_files
+from cpr_fast.commands.output import rate, show_once, table
 from cpr_fast.evaluate.features.recipe import RecipeName
 
 
-def classifier_settings(task: str, checkpoint: tuple[str, ...], config: Path | None) -> Any:
-    """The section `task` of the file `config`, else of the first checkpoint's config."""
+def classifier_settings(task: str, checkpoint: tuple[str, ...], index: tuple[Path, ...], config: Path | None) -> Any:
+    """Returns the section `task` of the file `config`, or else of the first checkpoint's config.
+
+    Checks the files that the user named first, before torch is imported.
+    """
+    require_checkpoints("CHECKPOINT", checkpoint)
+    require_files("--index", index)
+    require_file("--config", config)
     from cpr_fast.config import Config, load
-    from cpr_fast.evaluate.features.results import checkpoint_files
-    from cpr_fast.weights.checkpoint import load_checkpoint
 
     if config:
         return getattr(load(config), task)
+    from cpr_fast.evaluate.features.results import checkpoint_files
+    from cpr_fast.weights.checkpoint import load_checkpoint
+
     return getattr(Config.from_dict(load_checkpoint(checkpoint_files(checkpoint)[0][1])["config"]), task)
 
 
@@ -32,7 +40,7 @@ def run_classify(
     json: bool,
     **overrides: Any,
 ) -> None:
-    """`probe` and `finetune`; without `json` what fits a screen: no confusion matrix, no list of classes."""
+    """Trains and tests the classifiers and prints their accuracy; `overrides` are changes of `settings`."""
     from cpr_fast.config import override_classifier
     from cpr_fast.evaluate.classify.classify import classify
     from cpr_fast.evaluate.features.results import run_of
@@ -42,7 +50,19 @@ def run_classify(
         checkpoint, index, task=task, settings=settings, recipe=recipe, clips_per_video=clips, crops=crops,
         seeds=seeds, run_dir=run_of(checkpoint), progress=True,
     )  # fmt: skip
-    if not json:
-        long = ("per_class", "confusion")
-        result["results"] = [{key: v for key, v in row.items() if key not in long} for row in result["results"]]
-    show_once(result, json)
+    folder = run_of(checkpoint)
+    show_once(result, json, lines=_lines(result), next_step=f"cpr-fast report {folder}" if folder else "")
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in result["summary"]:
+        interval = row["accuracy_ci95"]
+        said = f"{rate(interval[0])} to {rate(interval[1])}, over {row['interval_over']}" if interval else "-"
+        rows.append([row["view"].replace("_", " "), rate(row["accuracy"]), said, row["splits"], row["seeds"]])
+    tested = sum(row["videos"] for row in result["results"][:1] if "videos" in row)
+    title = f"{result['task']}, recipe {result['recipe']}" + (f", {tested} test videos" if tested else "")
+    lines = [title, "", table(["view", "accuracy", "95 % interval", "splits", "seeds"], rows)]
+    if result.get("leakage"):
+        lines += ["", f"note: {result['leakage']}"]
+    return [*lines, "", f"all figures, per class and the confusion matrix: {result['file']}"]

@@ -27,28 +27,29 @@ def finetune(
     config: Path | None = None,
     json: Json = False,
 ) -> None:
-    """Finetune a checkpoint's encoders, per view and two-stream: accuracy, per class, confusion matrix.
+    """Finetune a checkpoint's encoders as classifiers, per view and two-stream, and test them.
 
-    Started again, it goes on from the last finished epoch, or from the step at which SIGTERM or SIGUSR1 stopped it. The
-    result is written into the run's folder `evaluations` and joins its metrics, for `report`. Under `torchrun` every
-    process trains on its share of a batch and tests its share of the videos.
+    The same command, run again, continues from the last finished epoch, or from the step at which SIGTERM, SIGUSR1 or
+    Ctrl-C stopped it. The result is written to the folder `evaluations` of the checkpoint's run and to the run's
+    metrics, for `cpr-fast report`. Under `torchrun` every process trains on its share of a batch and tests its share of
+    the videos.
 
     Args:
-        index: The index (CSV) of every official split, one or several.
+        index: The index (CSV) with labelled videos in the splits train and test, or one for each official split.
         recipe: paper: the test split is used once, at the end. coclr: the best epoch on the test split, and colour
-            jitter at test time. iic: 10 clips per test video.
-        clips: Uniform windows per test video; by default those of the recipe (paper, coclr: all).
-        crops: Centre, five or ten crops of every window; the smaller sets are told as well.
-        seeds: Several give an interval over them; one gives the bootstrap's over sources.
-        epochs: Overrides the config; its milestones move along.
-        lr: Of the classifier. Overrides the config, as do the following.
-        backbone_lr: Of the backbone's last layer; 0 freezes the backbone. CoCLR's code: 1e-4.
-        layer_decay: Each layer learns at this share of the rate of the one above it.
-        dropout: Of the pooled features.
-        batch_size: Clips of a step, of each process.
-        config: TOML file whose section [finetune] is taken in place of the checkpoint's.
+            jitter at test time, as in the released code. iic: 10 clips per test video.
+        clips: Number of windows per test video, evenly spaced; by default the recipe's (paper, coclr: all windows).
+        crops: Take the centre crop, five or ten crops of every window; results of the smaller sets are given as well.
+        seeds: Several seeds give an interval over seeds; one seed gives a bootstrap interval over sources.
+        epochs: Replaces the config's number of epochs; its milestones are scaled.
+        lr: Learning rate of the classifier. This and the following options replace the config's settings.
+        backbone_lr: Learning rate of the backbone's last layer; 0 freezes the backbone. CoCLR's code uses 1e-4.
+        layer_decay: Learning rate of each layer as a fraction of that of the layer above it.
+        dropout: Dropout on the pooled features.
+        batch_size: Clips per step and process.
+        config: A TOML file whose section [finetune] is used instead of the checkpoint's.
     """
-    settings = classifier_settings("finetune", checkpoint, config)
+    settings = classifier_settings("finetune", checkpoint, index, config)
     run_classify("finetune", checkpoint, index, recipe, clips, crops, seeds, settings, json,
-              epochs=epochs, lr=lr, backbone_lr=backbone_lr, layer_decay=layer_decay, dropout=dropout,
-              batch_size=batch_size)  # fmt: skip
+                 epochs=epochs, lr=lr, backbone_lr=backbone_lr, layer_decay=layer_decay, dropout=dropout,
+                 batch_size=batch_size)  # fmt: skip

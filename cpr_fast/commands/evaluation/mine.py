@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from cpr_fast.commands.options import Flag, Json
+from cpr_fast.commands.options import Flag, Json, require_file
 from cpr_fast.commands.output import show
 
 
@@ -24,20 +24,24 @@ def mine(
     heatmap: Path | None = None,
     json: Json = False,
 ) -> None:
-    """The mining lab: PMR, CMR and mining R@1 of any cascade on stored two-view features; sweeps every combination.
+    """Measure the mining quality (PMR, CMR, mining R@1) of cascades on stored features of two views.
+
+    Every combination of the given stages, ratios, top-k, query views and orders is measured, without training.
 
     Args:
-        features: An .npz file of the arrays rgb, flow [N, D], label, group [N]; rows of the same label and the same
-            group are siblings, never mined.
+        features: An .npz file with the arrays rgb and flow [N, D], and label and group [N]. Rows of the same label and
+            group are siblings, which are never mined.
         stages: Numbers of stages.
-        ratio: Shares of the rows that survive each stage before the last.
-        top_k: How many entries the last stage keeps.
-        query_view: The views whose training is imitated; the ranking ends in the other one.
-        order: Views of the stages as letters, "frf" = flow, RGB, flow; in place of --stages and --query-view.
-        details: Also what each stage keeps and loses, view agreement and mutual neighbours (these need no labels).
+        ratio: Fractions of the entries that each stage but the last keeps.
+        top_k: Numbers of entries that the last stage keeps.
+        query_view: Views of the query; the cascade ends in the other view.
+        order: Views of the stages as letters, such as "frf" for flow, RGB, flow; instead of --stages and --query-view.
+        details: Also print what each stage keeps and loses, and view agreement and mutual neighbours, which need no
+            labels.
         raw: Take the features as they are, neither centred nor L2-normalised.
-        heatmap: A PNG to write: PMR over stages and ratio.
+        heatmap: A PNG file to write: PMR over stages and ratio.
     """
+    require_file("FEATURES", features)
     from cpr_fast.mining.lab import load_two_view_features, results_table, survivors_table, sweep
 
     data = load_two_view_features(features, raw=raw)

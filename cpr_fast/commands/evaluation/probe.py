@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -25,29 +26,28 @@ def probe(
     config: Path | None = None,
     json: Json = False,
 ) -> None:
-    """Linear probe of a checkpoint's frozen encoders, per view and two-stream: accuracy, per class, confusion matrix.
+    """Train a linear probe on a checkpoint's frozen encoders, per view and two-stream, and test it.
 
-    The result is written into the run's folder `evaluations` and joins its metrics, for `report`.
+    The result holds the accuracy of each class and the confusion matrix. It is written to the folder `evaluations` of
+    the checkpoint's run and to the run's metrics, for `cpr-fast report`.
 
     Args:
-        index: The index (CSV) of every official split, one or several.
+        index: The index (CSV) with labelled videos in the splits train and test, or one for each official split.
         recipe: paper: the test split is used once, at the end. coclr: the best epoch on the test split, and colour
-            jitter at test time. iic: 10 clips of max-pooled feature maps.
-        inputs: One stored feature per video (the default), or augmented clips, decoded in every epoch.
-        clips: Uniform windows per video; by default those of the recipe.
-        crops: Centre, five or ten crops of every window.
-        seeds: Several give an interval over them; one gives the bootstrap's over sources.
-        epochs: Overrides the config; its milestones move along.
-        lr: Overrides the config.
-        batch_size: Overrides the config.
-        config: TOML file whose section [probe] is taken in place of the checkpoint's.
+            jitter at test time, as in the released code. iic: 10 clips of max-pooled feature maps.
+        inputs: features: one stored feature per video (the default). clips: augmented clips, decoded in every epoch.
+        clips: Number of windows per video, evenly spaced; by default the recipe's.
+        crops: Take the centre crop, five or ten crops of every window.
+        seeds: Several seeds give an interval over seeds; one seed gives a bootstrap interval over sources.
+        epochs: Replaces the config's number of epochs; its milestones are scaled.
+        lr: Replaces the config's learning rate.
+        batch_size: Replaces the config's batch size.
+        config: A TOML file whose section [probe] is used instead of the checkpoint's.
     """
-    import dataclasses
-
-    settings = classifier_settings("probe", checkpoint, config)
+    settings = classifier_settings("probe", checkpoint, index, config)
     if inputs == "clips" and settings.inputs == "features":
         settings = dataclasses.replace(settings, inputs=inputs, lr=0.1, batch_size=16)
     elif inputs:
         settings = dataclasses.replace(settings, inputs=inputs)
     run_classify("probe", checkpoint, index, recipe, clips, crops, seeds, settings, json,
-              epochs=epochs, lr=lr, batch_size=batch_size)  # fmt: skip
+                 epochs=epochs, lr=lr, batch_size=batch_size)  # fmt: skip

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from cpr_fast.commands.options import CheckpointFiles, Json
-from cpr_fast.commands.output import show_once
+from cpr_fast.commands.options import CheckpointFiles, Json, require_checkpoints, require_files
+from cpr_fast.commands.output import rate, show_once, table
 from cpr_fast.evaluate.features.recipe import RecipeName
+
+RANKS = (1, 5, 10, 20, 50)
 
 
 def retrieve(
     checkpoint: CheckpointFiles,
     *,
     index: tuple[Path, ...],
-    protocol: Literal["train_test", "leave_source_out"] = "train_test",
+    protocol: Literal["auto", "train_test", "leave_source_out"] = "auto",
     recipe: RecipeName = "paper",
     clips: int | None = None,
     crops: Literal[1, 5, 10] = 1,
     cache: bool = True,
     json: Json = False,
 ) -> None:
-    """Nearest-neighbour retrieval R@1, 5, 10, 20, 50 of a checkpoint's encoders, per view and two-stream.
+    """Measure nearest-neighbour retrieval R@1, 5, 10, 20, 50 of a checkpoint's encoders, per view and two-stream.
 
-    The results join the metrics of the run that the checkpoint lies in, for `report`. Under `torchrun` the processes
-    share out the videos.
+    The results are also written to the metrics of the checkpoint's run, for `cpr-fast report`. Under `torchrun` the
+    processes share the videos.
 
     Args:
-        index: The index (CSV) of every official split, one or several: several give means and deviations.
-        protocol: Test split against train split, or every video against all others but its own source's.
-        recipe: paper: nothing random at test time. coclr: with the colour jitter that the released code leaves on.
+        index: The index (CSV), or one for each official split: several give means and standard deviations.
+        protocol: train_test: videos of the test split query those of the train split. leave_source_out: every video
+            queries all others but those of its own source. auto: train_test where the index has both splits.
+        recipe: paper: nothing is random at test time. coclr: with the colour jitter that the released code leaves on.
             iic: 10 clips, max-pooled feature maps, no centring.
-        clips: Uniform windows per video; by default those of the recipe (paper, coclr: all, overlapping by half).
-        crops: Centre, five or ten crops of every window.
-        cache: Keep features beside the checkpoint and reuse them.
+        clips: Number of windows per video, evenly spaced; by default the recipe's (paper, coclr: all windows, which
+            overlap by half).
+        crops: Take the centre crop, five or ten crops of every window.
+        cache: Store features beside the checkpoint and reuse them.
     """
+    require_checkpoints("CHECKPOINT", checkpoint)
+    require_files("--index", index)
     from cpr_fast.evaluate.features.results import run_of
     from cpr_fast.evaluate.retrieval.retrieve import retrieve as run
 
@@ -42,4 +48,32 @@ def retrieve(
         checkpoint, index, protocol=protocol, recipe=recipe, run_dir=run_of(checkpoint), clips_per_video=clips,
         crops=crops, cache=cache, progress=True,
     )  # fmt: skip
-    show_once(result, json)
+    folder = run_of(checkpoint)
+    show_once(result, json, lines=lines_of(result), next_step=f"cpr-fast report {folder}" if folder else "")
+
+
+def lines_of(result: dict[str, Any]) -> list[str]:
+    """Returns the table of a retrieval result, a row for each network and view, and where the result was written."""
+    rows = result["summary"]
+    body = []
+    for row in rows:
+        rates = [rate(row[f"r@{k}"]) for k in RANKS]
+        interval = row.get("r@1_ci95")
+        spread = row.get("r@1_std")
+        said = f"{rate(interval[0])} to {rate(interval[1])}" if interval else f"sd {rate(spread)}" if spread else "-"
+        body.append([f"{row['name']} {row['view']}".replace("_", " "), *rates, said, rate(row["chance_r@1"])])
+    first = rows[0]
+    title = (
+        f"{first['queries']} queries against {first['gallery']} videos, protocol {result['protocol']}, "
+        f"recipe {result['recipe']}"
+    )
+    header = ["network, view", *(f"R@{k}" for k in RANKS), "R@1, 95 %", "chance R@1"]
+    lines = [title, "", table(header, body)]
+    if rows[0]["r@1"] is None and rows[0]["chance_r@1"] is None:
+        lines += [
+            "",
+            "The index has no labels, so R@k cannot be measured. The report shows what the network finds similar.",
+        ]
+    if result.get("leakage"):
+        lines += ["", f"note: {result['leakage']}"]
+    return [*lines, "", f"all figures: {result['file']}"]

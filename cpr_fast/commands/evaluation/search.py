@@ -6,8 +6,9 @@ from pathlib import Path
 
 import tyro
 
-from cpr_fast.commands.options import Json
-from cpr_fast.commands.output import show
+from cpr_fast.commands.options import Json, require_checkpoints, require_file, require_files
+from cpr_fast.commands.output import show, table
+from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.recipe import RecipeName
 
 
@@ -23,18 +24,23 @@ def search(
     cache: bool = True,
     json: Json = False,
 ) -> None:
-    """Search your own videos: what an index holds that is most like each query, as a list and a contact sheet.
+    """Find the videos of an index that are most similar to your own, as a list and as a contact sheet.
 
     Args:
-        queries: Video files; they need no class and no place in an index.
+        queries: Video files. They need no label and need not be in an index.
         index: The index (CSV) to search.
-        checkpoint: Of `pretrain` or `import-checkpoint`: FILE, or one per view, VIEW=FILE.
-        top: How many videos to list.
-        out: Folder of the contact sheets, QUERY.jpg; by default the folder search of the checkpoint's run.
-        recipe: As of `retrieve`, whose stored features are found again.
-        clips: Uniform windows per video; by default those of the recipe.
-        cache: Keep the index's features beside the checkpoint and reuse them.
+        checkpoint: A checkpoint of `pretrain` or `import-checkpoint`: FILE, or one for each view: rgb=FILE flow=FILE.
+        top: Number of videos to list.
+        out: Folder of the contact sheets, QUERY.jpg; by default the folder `search` of the checkpoint's run.
+        recipe: The recipe of `retrieve`, whose stored features are reused.
+        clips: Number of windows per video, evenly spaced; by default the recipe's.
+        cache: Store the index's features beside the checkpoint and reuse them.
     """
+    if not queries:
+        raise InputError("QUERIES: expected at least one video file, got none")
+    require_files("QUERIES", queries)
+    require_file("--index", index)
+    require_checkpoints("--checkpoint", checkpoint)
     from cpr_fast.evaluate.features.results import checkpoint_files, home
     from cpr_fast.evaluate.retrieval.search import search as run
     from cpr_fast.report.figures.contact_sheet import write_contact_sheet
@@ -44,14 +50,9 @@ def search(
         queries, index, checkpoint, top=top, recipe=recipe, clips_per_video=clips, cache=cache, progress=True,
         draw=lambda name, query, found: write_contact_sheet(folder / f"{name}.jpg", query, found),
     )  # fmt: skip
-    if json:
-        show(result, json)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
+    lines = []
     for query in result["queries"]:
-        table = Table("", "similarity", "label", "path", title=f"{query['path']} → {query['picture']}")
-        for row in query["results"]:
-            table.add_row(str(row["rank"]), f"{row['similarity']:.3f}", row["label"], row["path"])
-        Console().print(table)
+        rows = [[r["path"], f"{r['similarity']:.3f}", r["label"] or "-", r["rank"]] for r in query["results"]]
+        lines += [table(["path", "similarity", "label", "rank"], rows, title=f"similar to {query['path']}:")]
+        lines += [f"contact sheet: {query['picture']}", ""]
+    show(result, json, lines=lines)

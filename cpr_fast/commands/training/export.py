@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from cpr_fast.commands.options import Json
+from cpr_fast.commands.options import Json, require_file
 from cpr_fast.commands.output import show
 
 
@@ -24,9 +24,11 @@ def export(
     Args:
         checkpoint: A checkpoint of `pretrain` or `import-checkpoint`.
         out: The file to write.
-        to: safetensors (every view), onnx (one view, any batch size), or a checkpoint of CoCLR's and CPR's own code.
-        view: The encoder of onnx and coclr; the one that trained last by default.
+        to: safetensors (every view), onnx (one view, any batch size), or a checkpoint that the code of CoCLR and CPR
+            loads.
+        view: The view whose encoder is written with onnx and coclr; by default the one that was trained last.
     """
+    require_file("CHECKPOINT", checkpoint)
     from cpr_fast.weights.exporting import export as run
 
     show(run(checkpoint, out, to=to, view=view), json)

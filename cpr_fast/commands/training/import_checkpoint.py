@@ -7,22 +7,24 @@ from typing import Literal
 
 import tyro
 
-from cpr_fast.commands.options import Json
+from cpr_fast.commands.options import Json, require_file
 from cpr_fast.commands.output import show
 
 
 def import_checkpoint(
     file: tyro.conf.Positional[Path], *, out: Path, view: Literal["rgb", "flow"] = "rgb", json: Json = False
 ) -> None:
-    """Read a checkpoint of CoCLR, CPR, IIC or MIL-NCE's S3D; reports what matched, what is missing and what is unused.
+    """Convert a published checkpoint of CoCLR, CPR, IIC or MIL-NCE's S3D.
 
-    The result serves `retrieve`, `probe`, `finetune`, `export`, and `pretrain --model.init.rgb OUT`.
+    The output lists which tensors matched, which are missing and which were not used. The result can be given to
+    `retrieve`, `probe`, `finetune`, `export`, and to `pretrain` with --model.init.rgb OUT.
 
     Args:
         file: The published checkpoint.
         out: The checkpoint to write.
-        view: What the file's (query) encoder looks at.
+        view: The view that the file's (query) encoder was trained on.
     """
+    require_file("FILE", file)
     from cpr_fast.weights.importing import import_checkpoint as run
 
-    show(run(file, out, view=view), json)
+    show(run(file, out, view=view), json, next_step=f"cpr-fast retrieve {out} --index INDEX.csv")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +77,7 @@ def parse_and_run(arguments: list[str]) -> None:
     if given.epochs is not None:
         config = scale_epochs(config, given.epochs)
     if given.overrides:
+        _check_options(given.overrides)
         import tyro
 
         config = tyro.cli(Config, default=config, args=given.overrides, prog=f"cpr-fast pretrain {given.config}")
@@ -140,6 +142,23 @@ def _number_of_values(option: str, kinds: dict[str, Any]) -> int:
     if kind is bool or ".no-" in option:
         return 0
     return 1000 if typing.get_origin(kind) is tuple else 1
+
+
+def _check_options(overrides: list[str]) -> None:
+    """Checks the names of options and a given index before the parser of all settings is built, which takes longer."""
+    from cpr_fast.commands.options import require_file
+
+    kinds = _kinds(Config)
+    for i, word in enumerate(overrides):
+        option = word.partition("=")[0].replace("_", "-")
+        if word.startswith("--") and option.replace(".no-", ".") not in kinds and option != "--help":
+            if option.startswith("--schedule.cycles"):
+                continue
+            close = difflib.get_close_matches(option, kinds, n=1)
+            hint = f"did you mean {close[0]}?" if close else "`cpr-fast pretrain --help-all` lists all of them"
+            raise InputError(f"unknown option {word.partition('=')[0]}; {hint}")
+        if option == "--data.index":
+            require_file("--data.index", word.partition("=")[2] or "".join(overrides[i + 1 : i + 2]))
 
 
 def _require_inputs(config: Config) -> None:

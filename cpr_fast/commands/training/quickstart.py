@@ -9,12 +9,13 @@ from cpr_fast.commands.output import show
 
 
 def quickstart(out: Path = Path("runs/quickstart"), *, seed: int = 0, json: Json = False) -> None:
-    """The main job on the embedded default: videos, flow, InfoNCE start, CPR, retrieval, report.
+    """Make a small data set, compute its flow, pretrain with InfoNCE and CPR, evaluate, and write a report.
 
     Args:
-        out: Folder of the run; a finished part found there is not done again.
+        out: The run folder. Parts that were finished earlier are not repeated.
         seed: Seed of the training; the videos are the same for every seed.
     """
     from cpr_fast.experiments.quickstart import quickstart as run
 
-    show(run(out, seed=seed), json)
+    result = run(out, seed=seed)
+    show(result, json, next_step=f"open {result['report']} in a browser" if "report" in result else "")

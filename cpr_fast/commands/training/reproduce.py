@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from cpr_fast.commands.options import Json
+from cpr_fast.commands.options import Json, require_file
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
 
@@ -24,29 +24,32 @@ def reproduce(
     out: Path = Path("runs/reproduce"),
     json: Json = False,
 ) -> None:
-    """Train and evaluate the rows of a table of the paper, beside its numbers; without arguments: list the tables.
+    """Train and evaluate the rows of a table of the paper; without arguments: list the tables.
 
-    A finished row and seed is a card in OUT/cards and is not run again; a stopped one goes on.
+    The result stands beside the published numbers. Each finished row and seed is a file in OUT/cards and is not run
+    again; a stopped one is continued.
 
     Args:
-        table: Its name or number.
-        index: The index (CSV) that stands for UCF101: videos with labels, a train and a test split, and flow.
-        rows: Which rows; all by default.
-        seeds: Of the pretraining and the classifiers; several give a standard error.
-        scale: Share of the epochs; the result says it.
-        settings: TOML file whose settings replace those of every recipe (data, model, memory, optim, probe, finetune).
-        hmdb51: The index that stands for HMDB51; without it what is evaluated there is left out.
-        k400: The index that stands for Kinetics-400, likewise.
-        out: Folder of runs, cards and tables; tables share the runs that they have in common.
+        table: Name or number of the table.
+        index: The index (CSV) to use as UCF101: videos with labels, a train and a test split, and flow.
+        rows: Names of the rows; by default all of them.
+        seeds: Seeds of the pretraining and of the classifiers; several give a standard error.
+        scale: Fraction of the published epochs to train for; the result states it.
+        settings: A TOML file whose settings (data, model, memory, optim, probe, finetune) replace those of every recipe.
+        hmdb51: The index to use as HMDB51; without it the evaluations on HMDB51 are left out.
+        k400: The index to use as Kinetics-400; without it the rows that need it are left out.
+        out: Folder of runs, cards and tables. Tables share the runs that they have in common.
     """
+    for option, file in {"--index": index, "--settings": settings, "--hmdb51": hmdb51, "--k400": k400}.items():
+        require_file(option, file)
+    if table is not None and index is None:
+        raise InputError("--index: expected the index to use as UCF101, got none")
     from cpr_fast.experiments.reproduce import Scale, list_tables, read_settings
     from cpr_fast.experiments.reproduce import reproduce as run
 
     if table is None:
         print(list_tables())
         return
-    if index is None:
-        raise InputError("index: expected the index that stands for UCF101, got none")
     smaller = Scale(scale, read_settings(settings) if settings else {})
     result = run(table, index, rows=rows, seeds=seeds, scale=smaller, hmdb51=hmdb51, k400=k400, out=out,
                  progress=True)  # fmt: skip

@@ -4,6 +4,8 @@ What is compared with what, `protocol`:
     "train_test": the test split queries the train split, as published.
     "leave_source_out": for data without a usable split, every video queries all others but those of its own
         source; only queries whose class has another source count.
+    "auto": "train_test" where every index has both splits, else "leave_source_out".
+Without labels no R@k can be measured; the features and the neighbours of some queries are stored all the same.
 How a video becomes a feature, `recipe`: "paper" | "coclr" | "iic", see `cpr_fast.evaluate.features.recipe`.
 """
 
@@ -38,7 +40,7 @@ from cpr_fast.models import Encoder, build_encoder
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.metrics import MetricsWriter
 
-Protocol = Literal["train_test", "leave_source_out"]
+Protocol = Literal["auto", "train_test", "leave_source_out"]
 CALIBRATION_VIDEOS = 32  # spread over the index, so over its classes
 EXAMPLES, NEAREST = 8, 5  # queries shown in the report, and what each found
 
@@ -86,6 +88,7 @@ def retrieve(
     how = make_recipe(recipe, clips_per_video, crops)
     pretrained = load_pretrained(checkpoint, device=device)
     splits = [Index.load(path, require_flow=pretrained.data.flow == "stored") for path in paths]
+    protocol = _resolved(protocol, splits)
 
     def open_loader(part: Index) -> WindowLoader:
         return open_windows(part, pretrained.data, list(pretrained.encoders), how, device)
@@ -158,7 +161,8 @@ def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             line[f"{key}_std"] = stdev(values) if several else None
             line[key] = mean(values) if None not in values else None
         if len(same) > 1:
-            line |= {"r@1_ci95": None, "chance_r@1": mean(row["chance_r@1"] for row in same)}
+            chances = [row["chance_r@1"] for row in same]
+            line |= {"r@1_ci95": None, "chance_r@1": None if None in chances else mean(chances)}
             line |= {key: round(mean(row[key] for row in same)) for key in ("gallery", "queries")}
         summary.append(line)
     return summary
@@ -203,11 +207,17 @@ def evaluate(
         counted = queries.labels >= 0
         if protocol == "leave_source_out":
             counted &= ranks != NO_HIT
-        if not counted.any():
-            raise InputError(f"index: no query can be judged by protocol {protocol!r} (labels or sources are missing)")
         model, view = name.split("/")
-        rates = recall(ranks[counted], queries.sources[counted], len(gallery.labels))
-        chance = comparison.chance_r1(queries.labels, gallery.labels)[counted].mean().item()
+        if counted.any():
+            rates = recall(ranks[counted], queries.sources[counted], len(gallery.labels))
+            chance = comparison.chance_r1(queries.labels, gallery.labels)[counted].mean().item()
+        elif (queries.labels < 0).all():  # without labels there are neighbours to show, but no rate to measure
+            rates, chance, counted = _no_rates(len(queries.labels), len(gallery.labels)), None, queries.labels < 0
+        else:
+            raise InputError(
+                f"--protocol {protocol}: expected videos of one class from at least two sources, got none; R@k cannot "
+                "be measured"
+            )
         rows.append({"name": model, "view": view, **rates, "chance_r@1": chance})
         if model == rows[0]["name"]:
             examples = _examples(view, comparison, queries.videos, gallery.videos, counted)
@@ -250,6 +260,19 @@ def _split(index: Index, protocol: Protocol) -> tuple[Index, Index]:
     if protocol != "train_test":
         raise InputError(f"protocol: expected 'train_test' or 'leave_source_out', got {protocol!r}")
     return index.select(split="train"), index.select(split="test")
+
+
+def _resolved(protocol: Protocol, splits: Sequence[Index]) -> Protocol:
+    """Returns the protocol that "auto" stands for: train_test where every index has both splits."""
+    if protocol != "auto":
+        return protocol
+    both = all({"train", "test"} <= {video.split for video in index} for index in splits)
+    return "train_test" if both else "leave_source_out"
+
+
+def _no_rates(queries: int, gallery: int) -> dict[str, Any]:
+    """Returns the row of `recall` for videos without labels."""
+    return {**{f"r@{k}": None for k in RANKS}, "r@1_ci95": None, "gallery": gallery, "queries": queries}
 
 
 def _warn_of_shared_sources(queries: FeatureSet, gallery: FeatureSet) -> None:
