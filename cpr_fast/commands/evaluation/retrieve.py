@@ -70,10 +70,7 @@ def lines_of(result: dict[str, Any]) -> list[str]:
     header = ["network, view", *(f"R@{k}" for k in RANKS), "R@1, 95 %", "chance R@1"]
     lines = [title, "", table(header, body)]
     if rows[0]["r@1"] is None and rows[0]["chance_r@1"] is None:
-        lines += [
-            "",
-            "The index has no labels, so R@k cannot be measured. The report shows what the network finds similar.",
-        ]
+        lines += ["", "The index has no labels, so R@k cannot be measured; the report shows which videos are similar."]
     if result.get("leakage"):
         lines += ["", f"note: {result['leakage']}"]
     return [*lines, "", f"all figures: {result['file']}"]

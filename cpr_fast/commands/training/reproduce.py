@@ -35,7 +35,8 @@ def reproduce(
         rows: Names of the rows; by default all of them.
         seeds: Seeds of the pretraining and of the classifiers; several give a standard error.
         scale: Fraction of the published epochs to train for; the result states it.
-        settings: A TOML file whose settings (data, model, memory, optim, probe, finetune) replace those of every recipe.
+        settings: A TOML file whose settings replace those of every recipe (sections data, model, memory, optim, probe
+            and finetune).
         hmdb51: The index to use as HMDB51; without it the evaluations on HMDB51 are left out.
         k400: The index to use as Kinetics-400; without it the rows that need it are left out.
         out: Folder of runs, cards and tables. Tables share the runs that they have in common.

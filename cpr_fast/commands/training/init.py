@@ -1,0 +1,74 @@
+"""`cpr-fast init`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import tyro
+
+from cpr_fast.commands.options import Json, require_file
+from cpr_fast.commands.output import show
+from cpr_fast.errors import InputError
+
+
+def init(
+    index: tyro.conf.Positional[Path],
+    *,
+    out: Path = Path("recipe.toml"),
+    run: Path = Path("runs/mine"),
+    seconds: float = 20.0,
+    force: bool = False,
+    json: Json = False,
+) -> None:
+    """Write a recipe that is sized to the videos of an index and to this machine, and print the expected time.
+
+    Memory, batch size, stages and epochs are derived from the number of training videos and sources; the recipe says
+    why. The expected time is measured: a few training steps and batches are run on these videos.
+
+    Args:
+        index: The index (CSV), as `cpr-fast index` wrote it.
+        out: The recipe to write (TOML).
+        run: The run folder that the recipe names.
+        seconds: How long to measure; 0 does not measure, and prints no expected time.
+        force: Replace a recipe that exists.
+    """
+    require_file("INDEX", index)
+    if out.exists() and not force:
+        raise InputError(f"--out: {str(out)!r} exists; give another name, or --force to replace it")
+    import torch
+
+    from cpr_fast.data.index.index import Index
+    from cpr_fast.experiments.sizing import Facts, sized_recipe
+    from cpr_fast.runtime.progress import duration
+
+    videos = Index.load(index, require_flow=False)
+    gpu = torch.cuda.is_available()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    facts = Facts.of(videos, cores=cores, gpu=gpu)
+    sized = sized_recipe(facts, os.path.relpath(index, out.parent), str(run))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(sized.text, encoding="utf-8")
+    step_s = _step_seconds(videos, facts.split, sized.config, "cuda" if gpu else "cpu", seconds) if seconds else None
+    config = sized.config
+    lines = [
+        f"{out}: {facts.videos} training videos of {facts.sources} sources",
+        f"batch of {config.data.batch_size}, memory of {config.memory.size}, {config.mining.stages} stages, "
+        f"top {config.mining.top_k}, views {config.schedule.cycles[0].view} and {config.schedule.cycles[1].view}",
+        f"{sized.steps} steps in {sum(cycle.epochs for cycle in config.schedule.cycles)} epochs"
+        + (f", about {duration(sized.steps * step_s)} at {step_s:.2f} s per step, as measured now" if step_s else ""),
+    ]
+    result = {"recipe": str(out), "steps": sized.steps, "step_s": step_s, "config": config.to_dict()}
+    show(result, json, lines=lines, next_step=f"cpr-fast pretrain {out}")
+
+
+def _step_seconds(videos, split: str, config, device: str, seconds: float) -> float:
+    """Returns the measured seconds per step: of the network or of the loader, whichever is slower."""
+    import torch
+
+    from cpr_fast.doctor.bottleneck import breakdown
+
+    part = videos.select(split) if split else videos
+    views = tuple(dict.fromkeys(cycle.view for cycle in config.schedule.cycles))
+    measured = breakdown(part, config, views, device=torch.device(device), seconds=seconds)
+    return max(measured["loader_s_per_step"], measured["stage_s_per_step"]["step"])
