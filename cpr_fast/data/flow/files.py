@@ -11,6 +11,7 @@ Letters: N frames of a video, H x W pixels.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import av
@@ -18,6 +19,7 @@ import numpy as np
 from av.video.reformatter import ColorRange
 
 from cpr_fast.data.index.index import Index, Video
+from cpr_fast.data.video.container import location
 from cpr_fast.errors import InputError
 
 
@@ -58,7 +60,7 @@ def encode_video(target: Path, levels: np.ndarray) -> None:
     image = np.full((3 * height, padded), 128, np.uint8)  # luma [2H, W], then both chroma planes [H, W]
     options = {"preset": "veryfast", "qp": "8", "g": "12", "bf": "0", "threads": "1"}
     try:
-        with av.open(str(temporary), "w", format="mp4") as container:
+        with av.open(location(temporary), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=25, options=options)
             stream.height, stream.width, stream.pix_fmt = 2 * height, padded, "yuv420p"
             stream.codec_context.color_range = ColorRange.JPEG
@@ -73,19 +75,27 @@ def encode_video(target: Path, levels: np.ndarray) -> None:
 
 
 def _targets(index: Index, folder: Path, out: Path) -> list[Path]:
+    """Returns the flow file of every video. Videos whose names differ in the suffix alone keep it: v.avi.flow.mp4."""
+    relative = [relative_path(video, folder) for video in index]
+    shared = Counter(path.with_suffix("") for path in relative)
     owner: dict[Path, Video] = {}
-    for video in index:
-        parts = [part for part in Path(os.path.relpath(video.path, folder)).parts if part != ".."]
-        target = out.joinpath(*parts).with_suffix(".flow.mp4")
+    for video, path in zip(index, relative, strict=True):
+        name = f"{path.name if shared[path.with_suffix('')] > 1 else path.stem}.flow.mp4"
+        target = out / path.with_name(name)
         if target in owner:
             raise InputError(f"out: {str(video.path)!r} and {str(owner[target].path)!r} would share {str(target)!r}")
         owner[target] = video
     return list(owner)
 
 
+def relative_path(video: Video, folder: Path) -> Path:
+    """Returns the path of a video below the folder of the index; of a video elsewhere, without leading `..`."""
+    return Path(*(part for part in Path(os.path.relpath(video.path, folder)).parts if part != ".."))
+
+
 def _is_whole(target: Path, video: Video) -> bool:
     try:
-        with av.open(str(target)) as container:
+        with av.open(location(target)) as container:
             return container.streams.video[0].frames == video.num_frames - 1
     except (FileNotFoundError, av.FFmpegError, IndexError):
         return False

@@ -10,11 +10,13 @@ Letters: N frames of a video, H x W pixels.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 
+from cpr_fast.data.flow.files import relative_path
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.storage.record_writer import RecordWriter
 from cpr_fast.data.storage.records import open_records, read_jpegs, record_path, split_record
@@ -28,7 +30,7 @@ class FlowRecords:
     def __init__(self, index: Index, folder: Path, out: Path, shard: tuple[int, int]) -> None:
         """Raises InputError where two videos would share a name, or another process writes the same shard."""
         number, count = shard
-        self._index, self._names, self._lock = index, _names(index), threading.Lock()
+        self._index, self._names, self._lock = index, _names(index, folder), threading.Lock()
         self._writer = RecordWriter(out if count == 1 else out.with_name(f"{out.stem}.{number}-of-{count}{out.suffix}"))
         found = [split_record(path) if path else None for path in self.paths(index, folder, out=out)]
         self._elsewhere = {name: file for file, name in filter(None, found) if name not in self._writer.num_frames}
@@ -50,7 +52,7 @@ class FlowRecords:
         """Where the flow of every video of the index is, None where it is not there: in OUT, or in that of a shard."""
         shards = sorted(out.parent.glob(f"{out.stem}.*-of-*{out.suffix}"))
         files = [(file, open_records(file).num_frames()) for file in [out, *shards] if file.exists()]
-        wanted = zip(_names(index), (video.num_frames - 1 for video in index), strict=True)
+        wanted = zip(_names(index, folder), (video.num_frames - 1 for video in index), strict=True)
         return [
             next((record_path(file, name) for file, held in files if held.get(name) == fields), None)
             for name, fields in wanted
@@ -79,12 +81,20 @@ def encode_jpegs(levels: np.ndarray) -> list[bytes]:
     return jpegs
 
 
-def _names(index: Index) -> list[str]:
-    """Class/video as CoCLR's tools name it, by the last two parts of the path; of a record, its own name."""
+def _names(index: Index, folder: Path) -> list[str]:
+    """Returns the name of every video's record: Class/video as in CoCLR's tools, by the last two parts of the path.
+
+    Videos that would share such a name are named by their whole path below the folder of the index. A video that is a
+    record keeps its own name.
+    """
+    records = [split_record(video.path) for video in index]
+    short = [f"{video.path.parent.name}/{video.path.stem}" if record is None else record[1]
+             for video, record in zip(index, records, strict=True)]  # fmt: skip
+    shared = Counter(short)
     owner: dict[str, Path] = {}
-    for video in index:
-        record = split_record(video.path)
-        name = f"{video.path.parent.name}/{video.path.stem}" if record is None else record[1]
+    for video, record, name in zip(index, records, short, strict=True):
+        if record is None and shared[name] > 1:
+            name = relative_path(video, folder).as_posix()
         if name in owner:
             raise InputError(f"index: {str(video.path)!r} and {str(owner[name])!r} would share the record {name!r}")
         owner[name] = video.path
