@@ -3,9 +3,9 @@
 Each command lives in a file of its own below `cpr_fast.commands`, which is imported when the command runs. So
 `--help`, `--version` and a misspelt command answer at once, without importing torch or NVIDIA DALI.
 
-Results go to stdout, progress and logs to stderr. The exit code is 0 on success, 2 for bad input (one line that names
-the option or file), 1 for any other failure (with its traceback), and 128 + N for a run that was stopped by signal N
-after it saved its state.
+Results go to stdout, progress and logs to stderr. The exit code is 0 on success, 2 for bad input or a package that is
+not installed (one line that names the option, file or package), 1 for any other failure (with its traceback), and
+128 + N for a run that was stopped by signal N after it saved its state.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cpr_fast import __version__
-from cpr_fast.errors import InputError
+from cpr_fast.errors import InputError, how_to_install
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Start here": {
@@ -68,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(run, arguments)
     except (InputError, *PATH_ERRORS) as error:
         print(f"cpr-fast: {_printable(str(error))}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        if not (advice := how_to_install(error)):
+            raise
+        print(f"cpr-fast: {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further Ctrl-C ends the process while threads still finish

@@ -1,4 +1,6 @@
-"""The one error a caller can mend: bad input, named."""
+"""Errors that a user can correct: bad input, and packages that are not installed."""
+
+import importlib.util
 
 
 class InputError(ValueError):
@@ -6,3 +8,54 @@ class InputError(ValueError):
 
     The command line prints it as one line and exits with 2; every other exception is a failure and exits with 1.
     """
+
+
+# The modules that the extra [train] installs, with the package that each belongs to.
+TRAIN_MODULES = {
+    "numpy": "numpy",
+    "nvidia.dali": "nvidia-dali-cuda130",
+    "av": "av",
+    "tyro": "tyro",
+    "rich": "rich",
+    "matplotlib": "matplotlib",
+    "jinja2": "jinja2",
+    "PIL": "pillow",
+    "lmdb": "lmdb",
+    "msgpack": "msgpack",
+    "simplejpeg": "simplejpeg",
+    "safetensors": "safetensors",
+    "sklearn": "scikit-learn",
+    "scipy": "scipy",
+    "cv2": "opencv-contrib-python-headless",
+}
+
+
+def how_to_install(error: ImportError) -> str | None:
+    """Returns the line that tells how to install what could not be imported, or None if that is not known.
+
+    `pip install cpr-fast` installs the operators alone, so the first command of a user may lack the other packages.
+    """
+    if error.name == "cpr_fast._host" or (error.name == "cpr_fast" and "_host" in str(error)):
+        return "the compiled modules are not built: run `python setup.py build_ext` or `pip install .` in the checkout"
+    if error.name == "cpr_fast._C":
+        return str(error)
+    known = {"torch", "nvidia"} | {module.partition(".")[0] for module in TRAIN_MODULES}
+    if not isinstance(error, ModuleNotFoundError) or (error.name or "").partition(".")[0] not in known:
+        return None
+    wanted = {"torch": "torch"} | TRAIN_MODULES
+    missing = [package for module, package in wanted.items() if not _is_installed(module)]
+    if not missing:  # a package is there, but a module inside it is not
+        return None
+    packages = "a package that is" if len(missing) == 1 else "packages that are"
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return (
+        f"this command needs {packages} not installed ({', '.join(missing[:3])}{more}): "
+        'run `pip install "cpr-fast[train]"`, or `pip install ".[train]"` in a checkout'
+    )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # the parent package is missing, or the module is blocked
+        return False

@@ -7,5 +7,8 @@ import torch
 _PATH = Path(__file__).resolve().parent.parent / "_C.so"
 
 if not _PATH.exists():
-    raise ImportError(f"the operator library {_PATH} is not built: run `python setup.py build_ext` or `pip install .`")
+    raise ImportError(
+        f"the operator library {_PATH} is not built: run `python setup.py build_ext` or `pip install .`",
+        name="cpr_fast._C",
+    )
 torch.ops.load_library(str(_PATH))
