@@ -97,7 +97,8 @@ typedef struct {
   int scales, warps, inner_iterations, outer_iterations, median;
 } cpr_tvl1_args;
 
-CPR_API const char* cpr_tvl1_flow_cpu(const cpr_tvl1_args* args, cpr_parallel_for parallel);
+// The frame pairs are solved by `threads` threads, the caller among them. The result does not depend on their number.
+CPR_API const char* cpr_tvl1_flow_cpu(const cpr_tvl1_args* args, int threads);
 CPR_API size_t cpr_tvl1_flow_cuda_workspace(const cpr_tvl1_args* args);
 CPR_API const char* cpr_tvl1_flow_cuda(const cpr_tvl1_args* args, void* workspace, void* stream);
 

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> tvl1_flow(const Tensor& frames_in, double tau, double
                            .inner_iterations = static_cast<int>(inner_iterations),
                            .outer_iterations = static_cast<int>(outer_iterations),
                            .median = static_cast<int>(median)};
-  if (!cuda) raise_failure(cpr_tvl1_flow_cpu(&args, parallel_for));
+  if (!cuda) raise_failure(cpr_tvl1_flow_cpu(&args, num_threads()));
 #ifdef CPR_FAST_WITH_CUDA
   if (cuda) {
     const torch::stable::accelerator::DeviceGuard guard(frames.get_device_index());

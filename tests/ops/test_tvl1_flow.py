@@ -139,17 +139,21 @@ def test_leading_dimensions_and_pairs_are_independent(device):
     assert tvl1_flow(clips[:0]).shape == (0, 3, 3, 2, 33, 50)
 
 
-def test_thread_count_does_not_change_a_bit():
-    clip, threads = moving_texture(8, 40, 52, seed=6), torch.get_num_threads()
+@pytest.mark.parametrize("shape", [(1, 8, 40, 52), (7, 2, 33, 47), (3, 4, 16, 90)])
+def test_thread_count_does_not_change_a_bit(shape):
+    """Clips and single pairs; also more threads than pairs."""
+    clips = torch.stack([moving_texture(*shape[1:], seed=6 + i) for i in range(shape[0])])
+    threads = torch.get_num_threads()
     flows = []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 40):
             torch.set_num_threads(count)
-            flows.append(tvl1_flow(clip))
+            flows += [tvl1_flow(clips) for _ in range(3)]
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(flows[0], flows[1])
-    assert torch.equal(flows[0], flows[2])
+    alone = torch.stack([torch.cat([tvl1_flow(clip[t : t + 2]) for t in range(len(clip) - 1)]) for clip in clips])
+    for flow in flows:
+        assert torch.equal(flow, alone)
 
 
 def test_uint8_equals_float():

@@ -16,6 +16,7 @@
 #include "cpr_fast.h"
 #include "cpu/common/dispatch.h"
 #include "cpu/tvl1_flow/levels.h"
+#include "cpu/tvl1_flow/pair_queue.h"
 #include "cpu/tvl1_flow/rows.h"
 
 namespace cpr::tvl1 {
@@ -276,32 +277,35 @@ struct Job {
   const cpr_tvl1_args& args;
   const std::vector<Level>& levels;
   const Rows& rows;
+  PairQueue queue;
   std::atomic<bool> out_of_memory{false};
 };
 
-// Frame pairs [begin, end) of all clips in order. A frame's pyramid serves both pairs that the frame is in.
-void solve_pairs(int64_t begin, int64_t end, void* context) {
-  Job& job = *static_cast<Job*>(context);
+// One thread: solves frame pairs, numbered over all clips in order, until none is left. A frame's pyramid serves both
+// pairs that the frame is in where they come one after the other.
+void solve_pairs(Job& job) {
   const cpr_tvl1_args& a = job.args;
   try {
     Solver solver(a, job.levels, job.rows);
     Pyramid first(job.levels), second(job.levels);
-    for (int64_t pair = begin; pair < end; ++pair) {
-      const int64_t clip = pair / (a.T - 1), t = pair % (a.T - 1), frame = clip * a.T + t;
-      if (pair == begin || t == 0) {
-        first.build(a, frame);
-      } else {
-        std::swap(first, second);
+    for (int64_t begin, end, last = -1; job.queue.take(begin, end); last = end) {
+      for (int64_t pair = begin; pair < end; ++pair) {
+        const int64_t clip = pair / (a.T - 1), t = pair % (a.T - 1), frame = clip * a.T + t;
+        if ((pair == begin && pair != last) || t == 0) {
+          first.build(a, frame);
+        } else {
+          std::swap(first, second);
+        }
+        second.build(a, frame + 1);
+        float* flow = a.flow + pair * 2 * a.H * a.W;
+        int64_t pixel_iterations = 0;
+        if (first.finite() && second.finite()) {
+          pixel_iterations = solver.solve(first, second, flow);
+        } else {
+          std::fill_n(flow, 2 * a.H * a.W, std::numeric_limits<float>::quiet_NaN());
+        }
+        if (a.pixel_iterations) a.pixel_iterations[pair] = pixel_iterations;
       }
-      second.build(a, frame + 1);
-      float* flow = a.flow + pair * 2 * a.H * a.W;
-      int64_t pixel_iterations = 0;
-      if (first.finite() && second.finite()) {
-        pixel_iterations = solver.solve(first, second, flow);
-      } else {
-        std::fill_n(flow, 2 * a.H * a.W, std::numeric_limits<float>::quiet_NaN());
-      }
-      if (a.pixel_iterations) a.pixel_iterations[pair] = pixel_iterations;
     }
   } catch (const std::bad_alloc&) {
     job.out_of_memory = true;
@@ -320,13 +324,15 @@ const Rows& current_rows() {
 }  // namespace
 }  // namespace cpr::tvl1
 
-const char* cpr_tvl1_flow_cpu(const cpr_tvl1_args* args, cpr_parallel_for parallel) {
+const char* cpr_tvl1_flow_cpu(const cpr_tvl1_args* args, int threads) {
   using namespace cpr::tvl1;
   if (const char* error = check(*args)) return error;
+  const int64_t pairs = args->N * (args->T - 1);
+  threads = static_cast<int>(std::clamp<int64_t>(pairs, 1, std::max(threads, 1)));
   try {
     const std::vector<Level> levels = make_levels(*args);
-    Job job{*args, levels, current_rows()};
-    parallel(args->N * (args->T - 1), 1, solve_pairs, &job);
+    Job job{*args, levels, current_rows(), PairQueue(pairs, threads)};
+    run_in_threads(threads, [&job] { solve_pairs(job); });
     return job.out_of_memory ? "tvl1_flow: out of memory" : nullptr;
   } catch (const std::bad_alloc&) {
     return "tvl1_flow: out of memory";

@@ -250,7 +250,7 @@ bool flow_agrees(const FlowCase& c) {
   args.scales = 5, args.warps = c.warps, args.inner_iterations = 30, args.outer_iterations = 10, args.median = 5;
   args.frames = c.uint8 ? static_cast<const void*>(bytes.data()) : frames.data();
   args.flow = flow.data(), args.pixel_iterations = counted.data();
-  require(cpr_tvl1_flow_cpu(&args, serially));
+  require(cpr_tvl1_flow_cpu(&args, 1));
 
   const DeviceBytes d_bytes(bytes), d_frames(frames), d_flow(values * sizeof(float)), d_counted(pairs * 8);
   args.frames = c.uint8 ? d_bytes.as<void>() : d_frames.as<void>();
