@@ -46,7 +46,10 @@ def test_round_trip_through_json_data():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[data]\nbatchsize = 8", "unknown key 'data.batchsize'; did you mean 'batch_size'\\? valid keys: index, split"),
+        (
+            "[data]\nbatchsize = 8",
+            "unknown key 'data.batchsize'; did you mean 'batch_size'\\? valid keys: index, split",
+        ),
         ("[optimizer]\nlr = 1", "unknown key 'optimizer'; valid keys: data, model"),
         ("[data]\nbatch_size = '8'", "data.batch_size: expected int, got '8'"),
         ("[data]\nbatch_size = true", "data.batch_size: expected int, got True"),

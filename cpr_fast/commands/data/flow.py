@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -20,21 +20,45 @@ def flow(
     shard: str = "0/1",
     json: Json = False,
 ) -> None:
-    """TV-L1 flow of every video of an index; resumable. Fills the index's flow_path column.
+    """Compute the TV-L1 optical flow of every video of an index, and fill the index's column flow_path.
 
-    A video that gives no flow is named and left out; the next run tries it again.
+    The expected time, core-hours and disk are printed first. The same command continues a run that was stopped, and
+    computes the flow of videos that were added or changed. A video that gives no flow is reported and left out; the
+    next run tries it again.
 
     Args:
-        index: The index (CSV).
-        out: Folder of the flow videos, or the LMDB file.
-        storage: A video for each video, or JPEG records in one LMDB file in CoCLR's format. A shard of the latter has a
-            file of its own, OUT.i-of-n.lmdb; a run without --shard then makes one file of them all.
-        device: Where the flow is computed: cpu, cuda or cuda:N. Decoding and encoding stay on the CPU.
-        shard: i/n: this process does the i-th of n shares of the videos, 0 <= i < n.
+        index: The index (CSV) that `cpr-fast index` wrote.
+        out: Folder for the flow files, or with --storage lmdb the LMDB file.
+        storage: "video" writes one file per video; "lmdb" writes JPEG records of one LMDB file in CoCLR's format. With
+            --shard, "lmdb" writes OUT.i-of-n.lmdb; a last run without --shard joins these files.
+        device: Where the flow is computed: "cpu", "cuda" or "cuda:N". The CPU decodes and encodes in any case.
+        shard: i/n computes the i-th of n shares of the videos, 0 <= i < n. Run the n commands on as many machines as
+            you like, also at the same time.
     """
     from cpr_fast.data.flow.write import write_flow
 
-    report = write_flow(index, out, storage=storage, device=device, shard=parse_shard(shard), progress=True)
-    if not json:  # all of them are in the log
-        report |= {"problems": report["problems"][:20]}
-    show(report, json)
+    part = parse_shard(shard)
+    report = write_flow(index, out, storage=storage, device=device, shard=part, progress=True)
+    waiting = report["without_flow"] - len(report["problems"])  # videos of other shards
+    next_step = "" if waiting > 0 else f"cpr-fast doctor {index}   (checks the data before training)"
+    if part[1] > 1 and storage == "lmdb":
+        next_step = f"cpr-fast flow {index} --out {out} --storage lmdb   (when all shards are done: joins their files)"
+    show(report, json, lines=_summary(report, index, part, waiting), next_step=next_step)
+
+
+def _summary(report: dict[str, Any], index: Path, shard: tuple[int, int], waiting: int) -> list[str]:
+    """What was done, and what has no flow and why."""
+    from cpr_fast.data.storage.unreadable import by_kind
+    from cpr_fast.runtime.progress import duration
+
+    problems = [(row["path"], row["reason"]) for row in report["problems"]]
+    share = "" if shard[1] == 1 else f", shard {shard[0]}/{shard[1]}"
+    lines = [
+        f"flow of {index}{share}: {report['written']:,} videos computed, {report['kept']:,} kept from earlier runs, "
+        f"{len(problems):,} failed",
+        f"  {report['pairs']:,} frame pairs in {duration(report['elapsed_s'])} ({report['pairs_per_s']:,} per second)",
+        *(f"  no flow for {line}" for line in by_kind(problems)),
+    ]
+    if waiting > 0:
+        lines.append(f"  {waiting:,} other videos of the index have no flow yet; they belong to other shards")
+    return lines

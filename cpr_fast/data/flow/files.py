@@ -1,66 +1,101 @@
-"""Flow as videos: for every video of an index one file that holds its optical flow, which DALI decodes.
+"""Flow stored as videos: one H.264 file per video of an index, which DALI decodes like any other video.
 
-Frame t of a flow file is the flow from frame t to t + 1 of its video, so there are N - 1 of them. The luma plane holds
-u stacked over v, [2 H, W], as levels (`flow_levels`); chroma is a constant 128. H.264, full range, 8 bit 4:2:0,
-quantiser 8: a form that hardware decoders take too (they refuse x264's lossless profile). An odd width is padded by
-one column (4:2:0 needs an even one): read the first W columns.
+Frame t of a flow file is the flow from frame t to frame t + 1 of its video, so a video of N frames has a flow file of
+N - 1 frames. The picture is twice as high as the video. Its luma (brightness) plane, [2 H, W], holds u in the upper
+half and v in the lower half, as levels (`levels.quantise`):
+
+    +-------+
+    |   u   |  H rows
+    +-------+
+    |   v   |  H rows
+    +-------+
+     W columns
+
+The chroma (colour) planes hold the constant 128. The stream is H.264, 8 bits, 4:2:0, full range, with a constant
+quantiser of 8: hardware decoders take it, whereas they refuse x264's lossless profile. 4:2:0 needs an even width, so a
+video of odd width gets one more column: read the first W columns.
 
 Letters: N frames of a video, H x W pixels.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
 import numpy as np
 from av.video.reformatter import ColorRange
 
+from cpr_fast.data.flow.names import SUFFIX, distinct_name, file_names
+from cpr_fast.data.flow.origin import Origin, place_of
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.video.container import location
 from cpr_fast.errors import InputError
 
+BYTES_PER_PIXEL = 0.124  # of a field: 9.5 kB at 320x240 (bench/results/flow_storage.md)
+LOOKING = 16  # threads that open stored files: on a network disk each of them mostly waits
+
 
 class FlowFiles:
-    """OUT/<path of the video relative to the index>, with suffix .flow.mp4."""
+    """Stores flow in OUT/<path of the video relative to the index>.flow.mp4."""
 
     def __init__(self, index: Index, folder: Path, out: Path, shard: tuple[int, int]) -> None:
-        """`folder` is that of the index. Raises InputError where two videos would share a file."""
-        self._index, self._targets = index, _targets(index, folder, out)
+        """`folder` is that of the index. Raises InputError for an `out` that is no folder."""
+        if out.exists() and not out.is_dir():
+            raise InputError(f"--out: expected a folder for the flow files, got the file {str(out)!r}")
+        self._index, self._out = index, out
+        self._targets, self._current = zip(*_look(index, folder, out), strict=True)
+        name = f"{shard[0]}-of-{shard[1]}"
+        self._part = f".{name}.part"
+        self._lock_file = out / distinct_name(".flow", "\n".join(map(str, self._targets)), f".{name}.lock")
 
     def holds(self, position: int) -> bool:
-        """Whether the flow of a video is there, as many fields as the video wants."""
-        return _is_whole(self._targets[position], self._index[position])
+        """Returns whether the flow of a video was stored, complete and computed from this very video, at the start."""
+        return self._current[position]
 
     def write(self, position: int, levels: np.ndarray) -> None:
         """Stores the levels of a video, uint8 [N - 1, 2, H, W]; safe to call from several threads."""
-        encode_video(self._targets[position], levels)
+        encode_video(self._targets[position], levels, Origin.of(self._index[position].path), self._part)
 
     @staticmethod
-    def paths(index: Index, folder: Path, *, out: Path) -> list[Path | None]:
-        """Where the flow of every video of the index is, None where it is not there or not whole."""
-        targets = _targets(index, folder, out)
-        return [target if _is_whole(target, video) else None for target, video in zip(targets, index, strict=True)]
+    def found(index: Index, folder: Path, *, out: Path) -> list[tuple[set[Path], Path | None]]:
+        """Returns for every video the paths that its flow may have in this store, and the one where it is, or None."""
+        return [({target}, target if current else None) for target, current in _look(index, folder, out)]
 
     def __enter__(self) -> FlowFiles:
+        """Raises InputError while another process computes the same shard of the same videos into OUT."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        self._lock = self._lock_file.open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise InputError(f"--out: another process is computing the same videos into {str(self._out)!r}") from None
+        except OSError:
+            pass  # a file system without locks
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self._lock_file.unlink(missing_ok=True)
+        self._lock.close()
 
 
-def encode_video(target: Path, levels: np.ndarray) -> None:
-    """Writes uint8 [N - 1, 2, H, W] as a flow file, under its name only once complete."""
+def encode_video(target: Path, levels: np.ndarray, origin: Origin | None = None, part: str = ".part") -> None:
+    """Writes uint8 [N - 1, 2, H, W] as a flow file. The file gets its name only when all of it is on the disk; until
+    then it has a short name of its own that ends in `part`."""
     fields, _, height, width = levels.shape
     padded = width + width % 2
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".part")  # one writer a video: a resumed run overwrites it
+    temporary = target.with_name(distinct_name("", target.name, part))
     image = np.full((3 * height, padded), 128, np.uint8)  # luma [2H, W], then both chroma planes [H, W]
     options = {"preset": "veryfast", "qp": "8", "g": "12", "bf": "0", "threads": "1"}
     try:
         with av.open(location(temporary), "w", format="mp4") as container:
+            if origin is not None:
+                container.metadata["comment"] = origin.dump()
             stream = container.add_stream("libx264", rate=25, options=options)
             stream.height, stream.width, stream.pix_fmt = 2 * height, padded, "yuv420p"
             stream.codec_context.color_range = ColorRange.JPEG
@@ -69,33 +104,35 @@ def encode_video(target: Path, levels: np.ndarray) -> None:
                 image[: 2 * height, width:] = image[: 2 * height, width - 1 : width]
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="yuv420p")))
             container.mux(stream.encode(None))
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # or a power failure could leave the name on an empty file
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _targets(index: Index, folder: Path, out: Path) -> list[Path]:
-    """Returns the flow file of every video. Videos whose names differ in the suffix alone keep it: v.avi.flow.mp4."""
-    relative = [relative_path(video, folder) for video in index]
-    shared = Counter(path.with_suffix("") for path in relative)
-    owner: dict[Path, Video] = {}
-    for video, path in zip(index, relative, strict=True):
-        name = f"{path.name if shared[path.with_suffix('')] > 1 else path.stem}.flow.mp4"
-        target = out / path.with_name(name)
-        if target in owner:
-            raise InputError(f"out: {str(video.path)!r} and {str(owner[target].path)!r} would share {str(target)!r}")
-        owner[target] = video
-    return list(owner)
+def _look(index: Index, folder: Path, out: Path) -> list[tuple[Path, bool]]:
+    """The flow file of every video, and whether it is complete and was computed from the video as it is now."""
+    names, places = file_names(index, folder), {place_of(video.path) for video in index}
+    with ThreadPoolExecutor(LOOKING) as pool:
+        return list(pool.map(lambda video, name: _target(video, out / name, places), index, names))
 
 
-def relative_path(video: Video, folder: Path) -> Path:
-    """Returns the path of a video below the folder of the index; of a video elsewhere, without leading `..`."""
-    return Path(*(part for part in Path(os.path.relpath(video.path, folder)).parts if part != ".."))
+def _target(video: Video, target: Path, places: set[str]) -> tuple[Path, bool]:
+    shape, origin = _facts(target)
+    if origin is not None and origin.is_foreign(video.path, places):
+        # Two indexes share OUT, and the file is that of a video of the other one: it stays.
+        target = target.with_name(distinct_name(video.path.name, os.path.abspath(video.path), SUFFIX))
+        shape, origin = _facts(target)
+    expected = (video.num_frames - 1, 2 * video.height, video.width + video.width % 2)
+    return target, shape == expected and (origin is None or origin.describes(video.path))
 
 
-def _is_whole(target: Path, video: Video) -> bool:
+def _facts(target: Path) -> tuple[tuple[int, int, int] | None, Origin | None]:
+    """(frames, height, width) of a flow file and its origin; None for each that it does not have."""
     try:
-        with av.open(location(target)) as container:
-            return container.streams.video[0].frames == video.num_frames - 1
-    except (FileNotFoundError, av.FFmpegError, IndexError):
-        return False
+        with av.open(location(target), metadata_errors="replace") as container:
+            stream = container.streams.video[0]
+            return (stream.frames, stream.height, stream.width), Origin.parse(container.metadata.get("comment"))
+    except (OSError, av.FFmpegError, IndexError):
+        return None, None

@@ -1,10 +1,11 @@
-"""Flow of a clip from its own frames, for `data.flow = "on_the_fly"`: no flow is stored.
+"""Computes the flow of a clip from its own frames, for `data.flow = "on_the_fly"`; no flow is stored.
 
-The levels are those that `cpr-fast flow` stores, before its codec: the same gray frames of the same size through the
-same operator. On the CPU a pair of 340x256 takes .04 s of an AVX-512 core (`bench/results/tvl1_flow_cpu.json`), so two
-clips of 32 frames take seconds; a GPU or stored flow is the way for more than a small set.
+The levels equal those that `cpr-fast flow` computes before it encodes them: the same gray frames of the same size go
+through the same operator. On the CPU a pair of 340x256 takes 0.04 s of an AVX-512 core
+(`bench/results/tvl1_flow_cpu.json`), so two clips of 32 frames take seconds. Use a GPU or stored flow for more than a
+small data set.
 
-Letters: F fields, H x W pixels.
+Letters: F fields (flow between two neighbouring frames), H x W pixels.
 """
 
 from __future__ import annotations
@@ -22,28 +23,35 @@ from cpr_fast.data.flow.levels import FlowSolver, batch_pixels
 from cpr_fast.data.storage.media import read_frames, read_parts
 from cpr_fast.data.video.pixels import Region
 
-ReadParts = Callable[[Path, Sequence[int] | np.ndarray, str, int, Region | None], Iterator[np.ndarray]]  # of `media`
+ReadParts = Callable[
+    [Path, Sequence[int] | np.ndarray, str, int, Region | None], Iterator[np.ndarray]
+]  # the type of `media.read_parts`
 CPU = torch.device("cpu")
 
 
 def frame_reader(data: DataConfig, device: torch.device = CPU) -> ReadParts:
-    """`read_parts`, or with `data.flow = "on_the_fly"` one that computes the view "flow" on `device`."""
+    """Returns `media.read_parts`, or with `data.flow = "on_the_fly"` a reader that computes the view "flow" on
+    `device`.
+    """
     return ComputedFlow(device) if data.flow == "on_the_fly" else read_parts
 
 
 class ComputedFlow:
-    """`read_parts` of a video's path, whose view "flow" is computed; safe to call from several threads."""
+    """A `read_parts` that computes the view "flow" of a video from its frames; safe to call from several threads."""
 
     def __init__(self, device: torch.device) -> None:
         self._solver = FlowSolver(device)
-        # A stream of its own, or flow and training would wait for each other on the default one.
+        # A separate stream, because flow and training would wait for each other on the default stream.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._lock = threading.Lock()  # a call has all threads, or the whole device: several at once gain nothing
+        self._lock = threading.Lock()  # one call uses all threads or the whole device, so parallel calls gain nothing
 
     def __call__(
         self, path: Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int, region: Region | None = None
     ) -> Iterator[np.ndarray]:
-        """For "flow", one part, uint8 [F, H, W, 2]; `num_frames` counts fields, one less than the video has frames."""
+        """Yields the flow as a single part, uint8 [F, H, W, 2]; other views are read as `media.read_parts` reads them.
+
+        For "flow" `frames` are numbers of fields, and `num_frames` counts fields: one less than the video has frames.
+        """
         if view != "flow":
             yield from read_parts(path, frames, view, num_frames, region)
             return

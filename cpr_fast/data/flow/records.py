@@ -1,77 +1,93 @@
-"""Flow as JPEG records of an LMDB file in CoCLR's format, under the names "Class/video".
+"""Flow stored as JPEG records of one LMDB file, in CoCLR's format, under the names "Class/video".
 
-Field t of a record is the picture (u, v, 128) in the order of OpenCV, as levels (`flow_levels`): what CoCLR's loader
-reads. Quality 100 as published, but with chroma at full resolution (4:4:4; any reader of JPEG takes it): with the
-published 4:2:0 single pixels at the edges of moving things err by pixels of flow (`bench/data/flow_storage.py`).
+Frame t of a record is the picture (u, v, 128) in OpenCV's channel order (BGR), as levels (`levels.quantise`): this is
+what CoCLR's loader reads. The JPEG quality is 100 as published, but chroma (colour) keeps the full resolution (4:4:4),
+which every JPEG reader accepts: with the published 4:2:0 single pixels at the edges of moving objects err by several
+pixels of flow (`bench/data/flow_storage.py`).
 
 Letters: N frames of a video, H x W pixels.
 """
 
 from __future__ import annotations
 
+import glob
+import os
 import threading
-from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 
-from cpr_fast.data.flow.files import relative_path
-from cpr_fast.data.index.index import Index
+from cpr_fast.data.flow.names import distinct_name, printable, record_names
+from cpr_fast.data.flow.origin import Origin, place_of
+from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.record_writer import RecordWriter
-from cpr_fast.data.storage.records import open_records, read_jpegs, record_path, split_record
+from cpr_fast.data.storage.records import open_records, read_jpegs, record_path
 from cpr_fast.errors import InputError
+
+BYTES_PER_PIXEL = 0.309  # of a field: 23.7 kB at 320x240 (bench/results/flow_storage.md)
 
 
 class FlowRecords:
-    """Records in OUT; those of shard i of n in OUT.i-of-n.lmdb. The whole (shard 0 of 1) takes over the records of
-    shards that are done, so that one file holds all."""
+    """Stores flow as records of the LMDB file OUT, or for shard i of n of OUT.i-of-n.lmdb. A run without shards copies
+    the records of finished shards into OUT, so that one file holds all of them."""
 
     def __init__(self, index: Index, folder: Path, out: Path, shard: tuple[int, int]) -> None:
-        """Raises InputError where two videos would share a name, or another process writes the same shard."""
+        """Raises InputError for an `out` that does not end in .lmdb, or that another process writes for this shard."""
+        if out.suffix != ".lmdb" or out.is_dir():
+            raise InputError(f"--out: expected the name of a file that ends in .lmdb, got {str(out)!r}")
         number, count = shard
-        self._index, self._names, self._lock = index, _names(index, folder), threading.Lock()
-        self._writer = RecordWriter(out if count == 1 else out.with_name(f"{out.stem}.{number}-of-{count}{out.suffix}"))
-        found = [split_record(path) if path else None for path in self.paths(index, folder, out=out)]
-        self._elsewhere = {name: file for file, name in filter(None, found) if name not in self._writer.num_frames}
-        self._takes_over = count == 1
+        file = out if count == 1 else out.with_name(f"{out.stem}.{number}-of-{count}{out.suffix}")
+        self._index, self._lock, self._takes_over = index, threading.Lock(), count == 1
+        self._writer = RecordWriter(file)
+        self._names, places = _look(index, folder, out)
+        self._places = [None if place is None or place.file == file else place for place in places]
+        written = self._writer.num_frames
+        self._current = [
+            name in written and _is_current(video, written[name], self._writer.origin(name))
+            for video, name in zip(index, self._names, strict=True)
+        ]
 
     def holds(self, position: int) -> bool:
-        """Whether the flow of a video is there, as many fields as the video wants."""
-        name, fields = self._names[position], self._index[position].num_frames - 1
-        return name in self._elsewhere or self._writer.num_frames.get(name) == fields
+        """Returns whether the flow of a video was stored, complete and computed from this very video, at the start."""
+        return self._current[position] or self._places[position] is not None
 
     def write(self, position: int, levels: np.ndarray) -> None:
         """Stores the levels of a video, uint8 [N - 1, 2, H, W]; safe to call from several threads."""
-        jpegs = encode_jpegs(levels)
+        jpegs, origin = encode_jpegs(levels), Origin.of(self._index[position].path).dump()
         with self._lock:
-            self._writer.put(self._names[position], jpegs)
+            self._writer.put(self._names[position], jpegs, origin)
 
     @staticmethod
-    def paths(index: Index, folder: Path, *, out: Path) -> list[Path | None]:
-        """Where the flow of every video of the index is, None where it is not there: in OUT, or in that of a shard."""
-        shards = sorted(out.parent.glob(f"{out.stem}.*-of-*{out.suffix}"))
-        files = [(file, open_records(file).num_frames()) for file in [out, *shards] if file.exists()]
-        wanted = zip(_names(index, folder), (video.num_frames - 1 for video in index), strict=True)
+    def found(index: Index, folder: Path, *, out: Path) -> list[tuple[set[Path], Path | None]]:
+        """Returns for every video the paths that its flow may have in this store, in OUT or in the file of a shard, and
+        the one where it is, or None."""
+        files = [out, *_shards(out)]
         return [
-            next((record_path(file, name) for file, held in files if held.get(name) == fields), None)
-            for name, fields in wanted
+            ({record_path(file, name) for file in files}, place and record_path(*place))
+            for name, place in zip(*_look(index, folder, out), strict=True)
         ]
 
     def __enter__(self) -> FlowRecords:
         self._writer.__enter__()
-        for name, video in zip(self._names, self._index, strict=True):
-            if self._takes_over and name in self._elsewhere:
-                jpegs = read_jpegs(record_path(self._elsewhere.pop(name), name), range(video.num_frames - 1))
-                self._writer.put(name, jpegs)
+        for position, place in enumerate(self._places):
+            if self._takes_over and place is not None and not self._current[position]:
+                jpegs = read_jpegs(record_path(*place), range(self._index[position].num_frames - 1))
+                self._writer.put(self._names[position], jpegs, open_records(place.file).origin(place.name))
         return self
 
     def __exit__(self, *raised: object) -> None:
         self._writer.__exit__(*raised)
 
 
+class _Place(NamedTuple):
+    file: Path  # LMDB
+    name: str  # of the record
+
+
 def encode_jpegs(levels: np.ndarray) -> list[bytes]:
-    """uint8 [N - 1, 2, H, W] as JPEGs of (u, v, 128)."""
+    """Returns uint8 [N - 1, 2, H, W] as JPEGs of (u, v, 128)."""
     fields, _, height, width = levels.shape
     picture = np.full((height, width, 3), 128, np.uint8)
     jpegs = []
@@ -81,21 +97,29 @@ def encode_jpegs(levels: np.ndarray) -> list[bytes]:
     return jpegs
 
 
-def _names(index: Index, folder: Path) -> list[str]:
-    """Returns the name of every video's record: Class/video as in CoCLR's tools, by the last two parts of the path.
+def _look(index: Index, folder: Path, out: Path) -> tuple[list[str], list[_Place | None]]:
+    """The name of every video's record, and where its flow is complete and was computed from the video as it is now."""
+    files = [(file, open_records(file)) for file in [out, *_shards(out)] if file.exists()]
+    lengths = {file: records.num_frames() for file, records in files}
+    names, own, places = record_names(index, folder), {place_of(video.path) for video in index}, []
+    for position, video in enumerate(index):
+        held = [(file, records) for file, records in files if names[position] in lengths[file]]
+        origins = [Origin.parse(records.origin(names[position])) for _, records in held]
+        if any(origin is not None and origin.is_foreign(video.path, own) for origin in origins):
+            # Two indexes share OUT, and the record is that of a video of the other one: it stays.
+            folder, name = video.path.parent.name, video.path.name
+            names[position] = printable(f"{folder}/{distinct_name(name, os.path.abspath(video.path), '')}")
+            held = [(file, records) for file, records in files if names[position] in lengths[file]]
+        name = names[position]
+        current = (_Place(f, name) for f, records in held if _is_current(video, lengths[f][name], records.origin(name)))
+        places.append(next(current, None))
+    return names, places
 
-    Videos that would share such a name are named by their whole path below the folder of the index. A video that is a
-    record keeps its own name.
-    """
-    records = [split_record(video.path) for video in index]
-    short = [f"{video.path.parent.name}/{video.path.stem}" if record is None else record[1]
-             for video, record in zip(index, records, strict=True)]  # fmt: skip
-    shared = Counter(short)
-    owner: dict[str, Path] = {}
-    for video, record, name in zip(index, records, short, strict=True):
-        if record is None and shared[name] > 1:
-            name = relative_path(video, folder).as_posix()
-        if name in owner:
-            raise InputError(f"index: {str(video.path)!r} and {str(owner[name])!r} would share the record {name!r}")
-        owner[name] = video.path
-    return list(owner)
+
+def _shards(out: Path) -> list[Path]:
+    return sorted(out.parent.glob(f"{glob.escape(out.stem)}.*-of-*{out.suffix}"))
+
+
+def _is_current(video: Video, fields: int, origin: str | None) -> bool:
+    said = Origin.parse(origin)
+    return fields == video.num_frames - 1 and (said is None or said.describes(video.path))

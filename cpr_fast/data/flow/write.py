@@ -1,11 +1,11 @@
-"""Optical flow of every video of an index, computed and stored: resumable, sharded, one bad video never fatal.
+"""Computes the optical flow of every video of an index and stores it.
 
     read (threads) -> pack into batches of frame pairs -> solve (one device) -> store (threads)
 
-The stages run at the same time. A batch takes frame pairs of as many videos of one size as fill it: a GPU is kept busy
-by short videos too, and a long one does not fill its memory.
+The stages run at the same time. An interrupted run is continued by the same command, the work can be shared between
+machines, and a video that fails does not stop the others.
 
-Letters: N frames of a video, P frame pairs, H x W pixels.
+Letters: N frames of a video, H x W pixels.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import fcntl
 import logging
 import os
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,17 +26,20 @@ from typing import Any, Literal, TypeVar
 import av
 import numpy as np
 
+from cpr_fast.data.flow.batches import join, pack, solve
+from cpr_fast.data.flow.estimate import describe, estimate_flow
 from cpr_fast.data.flow.files import FlowFiles
 from cpr_fast.data.flow.levels import Compute, FlowSolver, batch_pixels, flow_device, pair_flow
 from cpr_fast.data.flow.records import FlowRecords
 from cpr_fast.data.index.catalogue import Problem
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.media import read_frames
+from cpr_fast.data.storage.unreadable import Unreadable
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.progress import track
 
-MOST_WORKERS = 16  # threads that decode, and as many that encode: enough beside any device
+MOST_WORKERS = 16  # threads that decode, and as many that encode: more gain nothing on any device
 
 log = logging.getLogger(__name__)
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -55,40 +58,42 @@ def write_flow(
     compute: Compute = pair_flow,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Stores the flow of every video of an index in `out` and fills the index's flow_path.
+    """Stores the flow of every video of an index in `out` and fills the column flow_path of the index.
 
-    `storage` is "video", a file for every video in the folder `out` (`FlowFiles`), or "lmdb", records in the file `out`
-    (`FlowRecords`; of shard i of n in a file of its own, OUT.i-of-n.lmdb, which a run without shards takes over).
-    `device` is "cpu", "cuda" or "cuda:N". `shard` = (i, n) does videos i, i + n, ... of the index; shards may run at
-    the same time on one index. What is there whole is kept: a run that was killed continues where it stopped. A video
-    that does not decode, has a single frame or whose flow fails is skipped, named, and tried again by the next run.
+    `storage` is "video", one file per video in the folder `out` (`FlowFiles`), or "lmdb", records in the file `out`
+    (`FlowRecords`; shard i of n writes OUT.i-of-n.lmdb, and a run without shards joins these files). `device` is "cpu",
+    "cuda" or "cuda:N". `shard` = (i, n) computes the videos i, i + n, ... of the index; several shards may run at the
+    same time on one index. Flow that is complete and was computed from the video as it is now is kept, so the same call
+    continues a run that was killed. A video that does not decode, has a single frame or whose flow fails is skipped and
+    reported, and tried again by the next run. With `progress` an estimate is logged first, and a bar is drawn.
 
-    Returns {"index", "videos" (of this shard), "written", "kept", "pairs" (computed), "pairs_per_s", "counts" of
-    problems by kind, "problems": [{"path", "kind", "reason"}]}; kinds are broken, too_short and failed.
-    Raises InputError where none of the shard's videos has flow in the end.
+    Returns {"index", "videos" (of this shard), "written", "kept", "pairs" (computed), "pairs_per_s", "elapsed_s",
+    "without_flow" (videos of the whole index that still have none), "counts" (problems by kind), "problems": [{"path",
+    "kind", "reason"}]}. Kinds are "broken", "too_short" and "failed".
+    Raises InputError where none of the shard's videos has flow in the end, or where the videos disappear.
     """
     index_csv, out, (number, count) = Path(index_csv), Path(out), shard
     if not 0 <= number < count:
-        raise InputError(f"shard: expected (i, n) with 0 <= i < n, got {shard}")
+        raise InputError(f"--shard: expected i/n with 0 <= i < n, got {number}/{count}")
     solver = FlowSolver(flow_device(device), compute)
     index = Index.load(index_csv, require_flow=False)
+    if not os.access(index_csv.resolve().parent, os.W_OK):
+        raise InputError(f"the folder of the index {str(index_csv)!r} is read-only, but its column flow_path is to be "
+                         "filled; copy the index to a folder that can be written")  # fmt: skip
     share = range(number, len(index), count)
-    problems = []
     with STORAGES[storage](index, index_csv.parent, out, shard) as store:
         todo = [position for position in share if not store.holds(position)]
+        if progress:
+            _announce(index_csv, index, share, todo, out, storage, solver, count)
         began = time.perf_counter()
-        with closing(_store_all(index, todo, solver, store)) as results:
-            for problem in track(results, "computing flow", total=len(todo), unit="videos", progress=progress):
-                if problem is not None:
-                    log.warning("no flow of %s: %s", problem.path, problem.reason)
-                    problems.append(problem)
+        problems = _compute_all(index, todo, solver, store, progress)
+    elapsed_s = time.perf_counter() - began
     failed = {problem.path for problem in problems}
     pairs = sum(index[p].num_frames - 1 for p in todo if index[p].path not in failed)
-    rate = pairs / (time.perf_counter() - began)
-    _fill_index(index_csv, partial(STORAGES[storage].paths, out=out))
+    without_flow = _fill_index(index_csv, partial(STORAGES[storage].found, out=out))
     if problems and len(problems) == len(share):
         raise InputError(
-            f"index {str(index_csv)!r}: none of {len(share)} videos gave flow; the first: {problems[0].path}: "
+            f"index {str(index_csv)!r}: none of its {len(share)} videos gave flow; the first: {problems[0].path}: "
             f"{problems[0].reason}"
         )
     return {
@@ -97,37 +102,56 @@ def write_flow(
         "written": len(todo) - len(problems),
         "kept": len(share) - len(todo),
         "pairs": pairs,
-        "pairs_per_s": round(rate, 1),
+        "pairs_per_s": round(pairs / elapsed_s, 1),
+        "elapsed_s": round(elapsed_s, 1),
+        "without_flow": without_flow,
         "counts": dict(Counter(problem.kind for problem in problems)),
         "problems": [{"path": str(p.path), "kind": p.kind, "reason": p.reason} for p in problems],
     }
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive frames of a video, whose pairs are in one batch; a video is one segment or several."""
+def _announce(
+    index_csv: Path, index: Index, share: Sequence[int], todo: list[int], out: Path, storage: str, solver: FlowSolver,
+    shards: int,
+) -> None:  # fmt: skip
+    """Logs what will be done and what it will take."""
+    pairs = sum(index[position].num_frames - 1 for position in todo)
+    part = "" if shards == 1 else f" in this shard, one of {shards}"
+    log.info("flow of %s: %s of %s videos%s are to be computed, %s frame pairs; %s are done", index_csv,
+             f"{len(todo):,}", f"{len(share):,}", part, f"{pairs:,}", f"{len(share) - len(todo):,}")  # fmt: skip
+    if not todo:
+        return
+    for line in describe(estimate_flow(index, todo, storage=storage, solver=solver), out):
+        log.info(line)
+    if shards == 1:
+        log.info("  to share the work: run --shard 0/n, 1/n, ... on n machines; to stop: Ctrl-C, and later run the "
+                 "same command to continue")  # fmt: skip
 
-    position: int  # of the video in the index
-    gray: np.ndarray | Exception  # uint8 [n + 1, H, W], or why there is none
-    last: bool  # ends the video
 
-    def pairs(self) -> np.ndarray:
-        """uint8 [n, 2, H, W]."""
-        return np.stack([self.gray[:-1], self.gray[1:]], axis=1)
+def _compute_all(index: Index, todo: list[int], solver: FlowSolver, store: Store, progress: bool) -> list[Problem]:
+    """Computes and stores the flow of the videos at `todo`; returns what went wrong."""
+    problems = []
+    unreadable = Unreadable([index[position].path for position in todo])
+    with closing(_store_all(index, todo, solver, store)) as results:
+        for problem in track(results, "computing flow", total=len(todo), unit="videos", progress=progress):
+            if problem is not None:
+                problems.append(problem)
+                unreadable.add(problem.path, problem.reason, "no flow of")
+    return problems
 
 
 def _store_all(index: Index, todo: list[int], solver: FlowSolver, store: Store) -> Iterator[Problem | None]:
-    """What is wrong with it, or None, for each video, as they are done."""
+    """Yields for each video, as it is done, what went wrong or None."""
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     by_size = sorted(todo, key=lambda position: (index[position].height, index[position].width))
     read = _map_ahead(lambda position: (position, _read_gray(index[position])), by_size, workers, ahead=workers)
     batches = pack(read, batch_pixels(solver.device))
     solved = _map_ahead(partial(solve, solver=solver), batches, workers=1, ahead=1)
-    return _map_ahead(lambda video: _store(index, store, *video), _join(solved), workers, ahead=workers)
+    return _map_ahead(lambda video: _store(index, store, *video), join(solved), workers, ahead=workers)
 
 
 def _map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
-    """function(item) of every item, in order, by `workers` threads; `ahead` more are at work or done."""
+    """Yields function(item) of every item, in order, computed by `workers` threads up to `ahead` items ahead."""
     pending: deque[Future] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -143,7 +167,7 @@ def _map_ahead(function: Callable[[Item], Result], items: Iterable[Item], worker
 
 
 def _read_gray(video: Video) -> np.ndarray | VideoError:
-    """All frames as gray, uint8 [N, H, W], or why not."""
+    """Returns all frames as gray, uint8 [N, H, W], or why there are none."""
     try:
         if video.num_frames < 2:
             raise VideoError(video.path, "has a single frame: no flow")
@@ -156,60 +180,8 @@ def _read_gray(video: Video) -> np.ndarray | VideoError:
         return error
 
 
-def pack(videos: Iterable[tuple[int, np.ndarray | Exception]], pixels: int) -> Iterator[list[Segment]]:
-    """Batches of pairs of one size, at most `pixels` (or one pair) each, of (position, gray [N, H, W]) one after
-    another; one that could not be read is a batch of its own."""
-    batch: list[Segment] = []
-    size, room = None, 0
-    for position, gray in videos:
-        if isinstance(gray, Exception):
-            yield [Segment(position, gray, last=True)]
-            continue
-        if gray.shape[1:] != size or room == 0:
-            if batch:
-                yield batch
-            size, batch = gray.shape[1:], []
-            room = max(1, pixels // (size[0] * size[1]))
-        first = 0
-        while first < len(gray) - 1:
-            if room == 0:
-                yield batch
-                batch, room = [], max(1, pixels // (size[0] * size[1]))
-            end = min(first + room, len(gray) - 1)
-            batch.append(Segment(position, gray[first : end + 1], last=end == len(gray) - 1))
-            room -= end - first
-            first = end
-    if batch:
-        yield batch
-
-
-def solve(batch: list[Segment], solver: FlowSolver) -> list[tuple[Segment, np.ndarray | Exception]]:
-    """Every segment with its levels, uint8 [n, 2, H, W], or why there are none. A batch that fails is taken apart."""
-    if isinstance(batch[0].gray, Exception):
-        return [(batch[0], batch[0].gray)]
-    try:
-        levels = solver.levels(np.concatenate([segment.pairs() for segment in batch]))
-    except Exception as error:  # whatever is wrong with one video, the others go on
-        return [(batch[0], error)] if len(batch) == 1 else [solve([segment], solver)[0] for segment in batch]
-    ends = np.cumsum([len(segment.gray) - 1 for segment in batch])
-    return list(zip(batch, np.split(levels, ends[:-1]), strict=True))
-
-
-def _join(solved: Iterable[list[tuple[Segment, np.ndarray | Exception]]]) -> Iterator[tuple[int, Any]]:
-    """(position, levels [N - 1, 2, H, W] or why there are none) of every video, from its segments in order."""
-    parts: dict[int, list] = defaultdict(list)
-    for segment, levels in (item for batch in solved for item in batch):
-        parts[segment.position].append(levels)
-        if segment.last:
-            video = parts.pop(segment.position)
-            error = next((part for part in video if isinstance(part, Exception)), None)
-            yield segment.position, np.concatenate(video) if error is None else error
-
-
 def _store(index: Index, store: Store, position: int, levels: np.ndarray | Exception) -> Problem | None:
     path = index[position].path
-    if isinstance(levels, VideoError):
-        return Problem(path, "too_short" if index[position].num_frames < 2 else "broken", levels.reason)
     if not isinstance(levels, Exception):
         try:
             store.write(position, levels)
@@ -218,20 +190,29 @@ def _store(index: Index, store: Store, position: int, levels: np.ndarray | Excep
             if isinstance(error, OSError):  # a full disk stops the run
                 raise
             levels = error
+        except VideoError as error:  # the video disappeared
+            levels = error
+    if isinstance(levels, VideoError):
+        return Problem(path, "too_short" if index[position].num_frames < 2 else "broken", levels.reason)
     return Problem(path, "failed", f"{type(levels).__name__}: {levels}")
 
 
-def _fill_index(index_csv: Path, paths: Callable[[Index, Path], list[Path | None]]) -> None:
-    """Sets flow_path for every video whose flow is stored whole, whichever shard did it."""
+def _fill_index(index_csv: Path, found: Callable[[Index, Path], list[tuple[set[Path], Path | None]]]) -> int:
+    """Sets flow_path for every video whose flow is stored, whichever shard computed it, and clears it where the flow is
+    that of an earlier version of the video. Returns how many videos have none."""
     with _locked(index_csv):
         index = Index.load(index_csv, require_flow=False)
-        found = zip(index, paths(index, index_csv.parent), strict=True)
-        Index(replace(video, flow_path=path or video.flow_path) for video, path in found).save(index_csv)
+        videos = []
+        for video, (paths, path) in zip(index, found(index, index_csv.parent), strict=True):
+            stale = video.flow_path is not None and os.path.abspath(video.flow_path) in map(os.path.abspath, paths)
+            videos.append(replace(video, flow_path=path or (None if stale else video.flow_path)))
+        Index(videos).save(index_csv)
+    return sum(video.flow_path is None for video in videos)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Shards that finish together update the index one after the other; the lock file stays."""
+    """Makes shards that finish at the same time update the index one after the other; the lock file stays."""
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -11,7 +11,15 @@ from pathlib import Path
 import lmdb
 import msgpack
 
-from cpr_fast.data.storage.records import META, forget_records, open_records, record_lengths, record_name, split_record
+from cpr_fast.data.storage.records import (
+    META,
+    ORIGIN,
+    forget_records,
+    open_records,
+    record_lengths,
+    record_name,
+    split_record,
+)
 from cpr_fast.errors import InputError
 
 
@@ -44,16 +52,29 @@ class RecordWriter:
             records = open_records(file)
             self._number(dict.fromkeys(records.names, 0) | records.num_frames())
 
-    def put(self, name: str, jpegs: Sequence[bytes | memoryview]) -> None:
-        """Adds a video, or replaces it; it is on the disk when this returns."""
+    def put(self, name: str, jpegs: Sequence[bytes | memoryview], origin: str | None = None) -> None:
+        """Adds a video, or replaces it; it is on the disk when this returns.
+
+        `origin` is a line of ASCII that says what the video was made from. It is kept under a key of its own, which
+        readers of CoCLR's format do not look at; `Records.origin` returns it.
+        """
         if self._environment is None:
             copy = Path(f"{self._file}.copy")
             shutil.copyfile(self._file, copy)
             os.replace(copy, self._part)
             self._open()
         place = self._places.setdefault(name, len(self._places))
-        self._commit({b"%09d" % place: msgpack.packb(list(jpegs))} | self._note(place, name, len(jpegs)))
+        said = {ORIGIN + b"%09d" % place: None if origin is None else origin.encode()}
+        self._commit({b"%09d" % place: msgpack.packb(list(jpegs))} | self._note(place, name, len(jpegs)) | said)
         self.num_frames[name] = len(jpegs)
+
+    def origin(self, name: str) -> str | None:
+        """Returns what `put` was told of a video that is written, or None."""
+        if self._environment is None:
+            return open_records(self._file).origin(name)
+        with self._environment.begin() as transaction:
+            value = transaction.get(ORIGIN + b"%09d" % self._places[name])
+        return None if value is None else value.decode()
 
     def __enter__(self) -> RecordWriter:
         return self

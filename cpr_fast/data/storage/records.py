@@ -32,6 +32,7 @@ from cpr_fast.errors import InputError
 
 MARK = ".lmdb#"
 META = (b"__keys__", b"__len__", b"__order__", b"__vlen__")
+ORIGIN = b"__origin__"  # before the key of a video: what it was made from; not part of CoCLR's format
 
 
 def split_record(path: str | Path) -> tuple[Path, str] | None:
@@ -112,6 +113,12 @@ class Records:
         # 2.4 kB for 300 frames: 160 MB when full. No reference to self: LMDB opens a path once in a process, so an
         # object that nobody needs must be gone at once.
         self.record = lru_cache(maxsize=2**16)(partial(_record, self._get, places))
+        self._places = places
+
+    def origin(self, name: str) -> str | None:
+        """Returns what the writer said that a video was made from (`RecordWriter.put`), or None."""
+        value = self._get(ORIGIN + b"%09d" % self._places[name])
+        return None if value is None else bytes(value).decode()
 
     def num_frames(self) -> dict[str, int]:
         """Frames of every video by its name, from __vlen__ where the file has it, else from the records' headers."""

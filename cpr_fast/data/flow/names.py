@@ -1,0 +1,78 @@
+"""Names of stored flow: one for every video of an index, never shared by two.
+
+A video's flow is stored as CLASS/VIDEO.flow.mp4 or, as CoCLR names its records, "CLASS/VIDEO". Videos that would share
+such a name (equal stems in different folders, or names that differ only in suffix or in case, which some file systems
+ignore) are named by their whole path with its suffix. Where even these names are equal but for case, a digest of the
+path is added.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from cpr_fast.data.index.index import Index, Video
+from cpr_fast.data.storage.records import split_record
+
+SUFFIX = ".flow.mp4"
+LONGEST_NAME = 255  # bytes of a file name on common file systems
+
+
+def file_names(index: Index, folder: Path) -> list[Path]:
+    """Returns the path of every video's flow file below OUT: that of the video below `folder`, the index's."""
+    choices = []
+    for video in index:
+        relative, below = _below(video, folder)
+        names = [f"{below.stem}{SUFFIX}", f"{below.name}{SUFFIX}", distinct_name(below.name, str(relative), SUFFIX)]
+        short = [name for name in names if len(os.fsencode(name)) <= LONGEST_NAME]
+        choices.append([str(below.with_name(name)) for name in short])
+    return [Path(name) for name in _without_sharing(choices)]
+
+
+def record_names(index: Index, folder: Path) -> list[str]:
+    """Returns the name of every video's flow record: the last two parts of its path, or, of a record, its own name."""
+    choices = []
+    for video in index:
+        record = split_record(video.path)
+        relative, below = _below(video, folder)
+        plain = f"{video.path.parent.name}/{video.path.stem}" if record is None else record[1]
+        names = [plain, below.as_posix(), distinct_name(below.as_posix(), str(relative), "")]
+        choices.append([printable(name) for name in names])
+    return _without_sharing(choices)
+
+
+def _below(video: Video, folder: Path) -> tuple[Path, Path]:
+    """The path of a video relative to the folder of the index, and without leading `..`."""
+    relative = Path(os.path.relpath(video.path, folder))
+    return relative, Path(*(part for part in relative.parts if part != ".."))
+
+
+def distinct_name(name: str, path: str, suffix: str) -> str:
+    """Returns the file name, a digest of the path and the suffix, short enough for a file system."""
+    digest = blake2b(os.fsencode(path), digest_size=6).hexdigest()
+    room = LONGEST_NAME - len(os.fsencode(f".{digest}{suffix}"))
+    return f"{os.fsencode(name)[:room].decode(errors='surrogateescape')}.{digest}{suffix}"
+
+
+def printable(text: str) -> str:
+    """Returns the text with the bytes of a file name that are not UTF-8 written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _without_sharing(choices: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the first name of every video's choices that no other video has, letter case and Unicode form aside; the
+    last choice is unique."""
+    chosen = [0] * len(choices)
+    while True:
+        names = [choice[place] for choice, place in zip(choices, chosen, strict=True)]
+        keys = [unicodedata.normalize("NFC", name).casefold() for name in names]
+        count = Counter(keys)
+        shared = [i for i, key in enumerate(keys) if count[key] > 1 and chosen[i] + 1 < len(choices[i])]
+        if not shared:
+            return names
+        for i in shared:
+            chosen[i] += 1

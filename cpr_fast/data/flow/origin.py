@@ -1,0 +1,97 @@
+"""Which video a stored flow was computed from.
+
+A flow file that is whole may still be wrong: the video was replaced or re-encoded since, or another index with a video
+of the same name was computed into the same folder. Every stored flow therefore carries an `Origin`, which is compared
+with the video before the flow is reused. Flow that was stored by older versions carries none; it is taken as current.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from cpr_fast.data.storage.records import open_records, split_record
+from cpr_fast.data.video.container import VideoError
+from cpr_fast.errors import InputError
+
+SAMPLE_BYTES = 2**16  # read at the start, in the middle and at the end of a video: a change in length shows anyway
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The identity of a video: where it lies, and what its bytes are."""
+
+    place: str  # digest of the absolute path, which itself is nobody's business
+    size: int  # bytes
+    mtime_ns: int  # 0 for a record of an LMDB file, which has no time of its own
+    content: str  # digest of samples of the bytes
+
+    @classmethod
+    def of(cls, path: Path) -> Origin:
+        """Returns the identity of a video file or record. Raises VideoError where it cannot be read."""
+        record = split_record(path)
+        try:
+            if record is not None:
+                data = open_records(record[0]).record(record[1])[0]
+                return cls(
+                    place_of(path), len(data), 0, _digest(lambda start: data[start : start + SAMPLE_BYTES], len(data))
+                )
+            with path.open("rb") as file:
+                facts = os.fstat(file.fileno())
+
+                def sample(start: int) -> bytes:
+                    file.seek(start)
+                    return file.read(SAMPLE_BYTES)
+
+                return cls(place_of(path), facts.st_size, facts.st_mtime_ns, _digest(sample, facts.st_size))
+        except OSError as error:
+            raise VideoError(path, error.strerror or str(error)) from error
+        except (KeyError, ValueError, InputError) as error:
+            raise VideoError(path, str(error.args[0])) from error
+
+    def describes(self, path: Path) -> bool:
+        """Returns whether the video is still this one. Its bytes are read only where its time differs."""
+        if split_record(path) is None:
+            try:
+                facts = os.stat(path)
+            except OSError:
+                return True  # a video that cannot be read now says nothing about its flow
+            if facts.st_size != self.size or facts.st_mtime_ns == self.mtime_ns:
+                return facts.st_size == self.size
+        try:
+            now = Origin.of(path)
+        except VideoError:
+            return True
+        return (now.size, now.content) == (self.size, self.content)
+
+    def is_foreign(self, path: Path, places: set[str]) -> bool:
+        """Returns whether this is a video that another index lists: one that lay at none of the `places` of this index
+        when its flow was computed, and that is not the video at `path`."""
+        return self.place not in places and not self.describes(path)
+
+    def dump(self) -> str:
+        """Returns the identity as one line of ASCII."""
+        return json.dumps({"cpr_fast_origin": asdict(self)})
+
+    @staticmethod
+    def parse(text: str | bytes | None) -> Origin | None:
+        """Returns the identity that `dump` wrote, or None for any other text."""
+        try:
+            return Origin(**json.loads(text)["cpr_fast_origin"])
+        except (TypeError, ValueError, KeyError):
+            return None
+
+
+def place_of(path: Path) -> str:
+    """Returns a digest of the absolute path."""
+    return blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
+
+
+def _digest(sample, size: int) -> str:
+    digest = blake2b(digest_size=16)
+    for start in sorted({0, max(0, size // 2 - SAMPLE_BYTES // 2), max(0, size - SAMPLE_BYTES)}):
+        digest.update(sample(start))
+    return digest.hexdigest()

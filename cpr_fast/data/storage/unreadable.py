@@ -1,0 +1,89 @@
+"""Reports videos that cannot be read: one line per kind of problem, and an early end where the disk itself is gone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from cpr_fast.data.storage.media import container
+from cpr_fast.errors import InputError
+from cpr_fast.runtime.problems import problem_line
+
+SAMPLED = 64  # files that are looked for before the storage is called lost
+
+log = logging.getLogger(__name__)
+
+
+class Unreadable:
+    """The files that could not be read so far; safe to use from several threads.
+
+    `add` warns of the first file of every kind of problem, of the tenth, of the hundredth and so on. A network mount
+    that drops would otherwise give one line per file.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """`files` are all files that the run reads."""
+        step = max(1, len(files) // SAMPLED)
+        self._sample = [container(path) for path in files[::step]]
+        self._lock = threading.Lock()
+        self.files: list[tuple[Path, str]] = []  # (path, reason), once per file
+        self._seen: set[Path] = set()
+        self._count: dict[str, int] = defaultdict(int)  # by kind
+        self._missing = 0
+
+    def add(self, path: Path, reason: str, verb: str = "skipped") -> None:
+        """Notes a file. Raises InputError where most of the files of the run have disappeared."""
+        gone = not _is_there(container(path))
+        with self._lock:
+            if path in self._seen:
+                return
+            self._seen.add(path)
+            self.files.append((path, reason))
+            self._missing += gone
+            missing = self._missing
+            kind = kind_of(reason)
+            self._count[kind] += 1
+            count = self._count[kind]
+        if count == 1:
+            log.warning("%s %s: %s", verb, path, reason)
+        elif str(count).strip("0") == "1":  # 10, 100, ...
+            log.warning("%s %d files so far for this reason: %s (the last: %s)", verb, count, reason, path)
+        if gone and missing & (missing - 1) == 0:  # 1, 2, 4, ...
+            self._require_storage(path, reason)
+
+    def _require_storage(self, path: Path, reason: str) -> None:
+        lost = sum(not _is_there(file) for file in self._sample)
+        if 2 * lost > len(self._sample):
+            raise InputError(
+                f"{lost} of {len(self._sample)} files looked for can no longer be opened, for example {str(path)!r} "
+                f"({reason}): is the disk or network mount that holds them still there? When it is back, run the same "
+                "command again; `pretrain` continues with --resume"
+            )
+
+
+def kind_of(reason: str) -> str:
+    """Returns the reason without the numbers and names in it, equal for problems of one kind."""
+    return re.sub(r"'[^']*'|\d+", "*", reason)
+
+
+def by_kind(files: Iterable[tuple[Path | str, str]]) -> list[str]:
+    """Returns one line for each kind of problem of (path, reason): how many files, the reason of the first, and the
+    first names. The most frequent kind comes first."""
+    kinds: dict[str, list[tuple[Path | str, str]]] = defaultdict(list)
+    for path, reason in files:
+        kinds[kind_of(reason)].append((path, reason))
+    found = sorted(kinds.values(), key=len, reverse=True)
+    return [problem_line(members[0][1], [str(path) for path, _ in members]) for members in found]
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except OSError:
+        return False
+    return True
