@@ -1,4 +1,4 @@
-"""An iterator that runs ahead of its consumer in a thread."""
+"""Runs an iterator ahead of its consumer, in a background thread."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ Item = TypeVar("Item")
 
 
 class _End:
-    """Last entry of the queue: the iterator is exhausted, or raised `error`."""
+    """The last entry of the queue: the iterator is exhausted, or has raised `error`."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
 
 
 def run_ahead(items: Generator[Item, None, None], depth: int) -> Iterator[Item]:
-    """Yields `items`, computed up to `depth` ahead in a background thread; an exception there is raised here.
+    """Yields `items`, computed up to `depth` items ahead in a background thread. An exception there is raised here.
 
-    When the consumer stops early (break, exception, KeyboardInterrupt, a dropped generator) the thread ends after the
-    item at hand, `items` is closed in it, and it is joined.
+    When the consumer stops early (break, an exception, KeyboardInterrupt, a dropped generator), the thread finishes the
+    present item and closes `items`; then the thread is joined.
     """
     ready: queue.Queue[Item | _End] = queue.Queue(depth)
     stop = threading.Event()
@@ -40,7 +40,7 @@ def run_ahead(items: Generator[Item, None, None], depth: int) -> Iterator[Item]:
                 put(item)
                 if stop.is_set():
                     break
-        except BaseException as caught:  # handed over whatever it is: the consumer waits for something
+        except BaseException as caught:  # also KeyboardInterrupt, because the consumer waits for an entry
             error = caught
         finally:
             items.close()

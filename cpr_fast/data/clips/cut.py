@@ -1,9 +1,12 @@
-"""Crop and resize of frames that are decoded outside of DALI, before its graph does the rest.
+"""Crops and resizes frames that were decoded outside of DALI, before DALI's graph does the rest.
 
-On the CPU DALI takes 36 ms to resize a clip of 32 frames to 128x128, torch's vectorised resize of bytes 1.7 ms (one
-Zen 4 core), and is PIL's to a level or two, to five in some pixels of boxes taller than wide, where Pillow resizes the
-columns first; `finish.py` says the same of the rest. Cut as they are decoded, a few frames at a time, no clip is ever
-whole in memory: those of a batch were new pages at every step, 7 ms for a clip of 320x240 where a copy takes 0.3.
+On the CPU DALI takes 36 ms to resize a clip of 32 frames to 128x128, and torch's vectorised resize of bytes takes 1.7
+ms (one Zen 4 core). torch's result differs from PIL's by one or two levels of 255, and by up to five in some pixels of
+boxes that are taller than wide, where Pillow resizes the columns first. `finish.py` gives the same comparison for
+colour and blur.
+
+Clips are cut while they are decoded, a few frames at a time, so no decoded clip is ever whole in memory. Whole clips of
+a batch were new memory pages at every step, which cost 7 ms for a clip of 320x240, where a copy takes 0.3 ms.
 
 Letters: M clips, T frames of a clip, F some of them, H x W pixels of a region, S side of the square output.
 """
@@ -25,7 +28,8 @@ from cpr_fast.data.video.pixels import Region
 
 
 def needed_region(clips: Clips, height: int, width: int, data: DataConfig) -> Region:
-    """What the clips of one video need of its frames: the box around their boxes, with `data.augment = "iic"` all."""
+    """Returns the part of the frames that the clips of one video need: the box around the boxes of all clips, or with
+    `data.augment = "iic"` the whole frame."""
     if data.augment == "iic":
         return Region.whole(height, width)
     (top, left), (bottom, right) = clips.box[:, :2].min(axis=0), clips.box[:, 2:].max(axis=0)
@@ -35,11 +39,11 @@ def needed_region(clips: Clips, height: int, width: int, data: DataConfig) -> Re
 def cut_clips(
     parts: Iterable[np.ndarray], clips: Clips, view: str, data: DataConfig, region: Region, *, finish: bool
 ) -> list[np.ndarray]:
-    """The planned clips of one video as `ClipGraph` takes them: M of uint8 [T, S, S, 3].
+    """Cuts the planned clips of one video as `ClipGraph` takes them: M arrays, uint8 [T, S, S, 3].
 
-    `parts` are the distinct frames that they need, increasing, a few at a time: of each the `region`, uint8
-    [F, H, W, C]. `finish`: they get their colours, blur and flip here, not in the graph. Flow (u, v) comes out in the
-    published channel order (128, v, u): constant first, as PIL reads their BGR files.
+    `parts` are the distinct frames that the clips need, in increasing order, a few at a time, and of each the `region`:
+    uint8 [F, H, W, C]. With `finish` colours, blur and flip are applied here, not in the graph. Flow (u, v) comes out
+    in the published channel order (128, v, u), with the constant first, as PIL reads the published BGR files.
     """
     frames = np.stack([clip_frames(start, data) for start in clips.start])  # [M, T]
     numbers = np.unique(frames)
@@ -59,7 +63,7 @@ def cut_clips(
 
 
 def taken(pixels: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """pixels[rows], without a copy where the rows are consecutive (every stride of 1 without padding)."""
+    """Returns pixels[rows], without a copy if the rows are consecutive (a stride of 1, no padding)."""
     if rows[-1] - rows[0] == len(rows) - 1 and np.all(np.diff(rows) == 1):
         return pixels[rows[0] : rows[-1] + 1]
     return pixels[rows]
@@ -72,9 +76,10 @@ def _small(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _cutter(box: np.ndarray, view: str, data: DataConfig, region: Region) -> Callable[[np.ndarray], np.ndarray]:
-    """Of one planned clip: uint8 [F, H, W, C] -> uint8 [F, S, S, 3].
+    """Returns the function that cuts frames of one planned clip: uint8 [F, H, W, C] -> uint8 [F, S, S, 3].
 
-    With `data.augment = "iic"` as published: the whole frame to 128x171, the crop of 112, then to S.
+    With `data.augment = "iic"`, as published, the whole frame is resized to 128x171, a square of 112 is cropped, and
+    the square is resized to S.
     """
     side = (data.size, data.size)
     if data.augment == "iic":

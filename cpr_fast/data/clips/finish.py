@@ -1,7 +1,7 @@
-"""Colour, blur and flip of cut clips by OpenCV: what DALI's operators compute, to a level.
+"""Applies colour changes, blur and flip to cut clips with OpenCV. The result is within one level of DALI's operators.
 
-For a clip of 32 frames of 128x128 DALI's `color_twist`, `gaussian_blur` and mirror take 10, 12 and 1.4 ms on the CPU,
-OpenCV's .15, 1.2 and .05 (one Zen 5 core).
+For a clip of 32 frames of 128x128 DALI's `color_twist`, `gaussian_blur` and mirror take 10, 12 and 1.4 ms on the CPU.
+OpenCV takes 0.15, 1.2 and 0.05 ms (one Zen 5 core).
 
 Letters: F frames, S side of the square picture.
 """
@@ -20,7 +20,8 @@ FROM_YIQ = np.linalg.inv(TO_YIQ)
 
 
 def finish_clip(frames: np.ndarray, clip: Clips, view: str) -> None:
-    """Gives uint8 [F, S, S, 3] the colours and blur (if they are RGB) and the flip of one planned clip, in place."""
+    """Applies the colours, blur and flip of one planned clip to its frames, uint8 [F, S, S, 3], in place. Flow is only
+    flipped."""
     matrix, kernel = (None, None) if view == "flow" else (colour_matrix(clip), blur_kernel(float(clip.sigma[0])))
     for frame in frames:
         if matrix is not None:
@@ -32,10 +33,10 @@ def finish_clip(frames: np.ndarray, clip: Clips, view: str) -> None:
 
 
 def blur_kernel(sigma: float) -> np.ndarray | None:
-    """float32 [2 ceil(3 sigma) + 1], the window of DALI's `gaussian_blur`; None for a sigma of 0.
+    """Returns the window of DALI's `gaussian_blur`, float32 [2 ceil(3 sigma) + 1], or None for a sigma of 0.
 
-    In whole 256ths, as `cv2.GaussianBlur` rounds it too: `sepFilter2D` then computes in integers, the same levels in
-    less than half the time.
+    The weights are rounded to multiples of 1/256, as in `cv2.GaussianBlur`. `sepFilter2D` then computes in integers and
+    gives the same levels in less than half the time.
     """
     if sigma == 0:
         return None
@@ -47,9 +48,9 @@ def blur_kernel(sigma: float) -> np.ndarray | None:
 
 
 def colour_matrix(clip: Clips) -> np.ndarray | None:
-    """float64 [3, 4] of brightness, contrast (about 128), saturation and hue (a turn in YIQ); None if they are neutral.
+    """Returns the colour change of one planned clip as an affine map, float64 [3, 4], or None if it changes nothing.
 
-    DALI's `color_twist`.
+    As in DALI's `color_twist`, contrast pivots on 128 and hue is a rotation in YIQ.
     """
     brightness, contrast, saturation, hue = (
         float(value[0]) for value in (clip.brightness, clip.contrast, clip.saturation, clip.hue)

@@ -1,14 +1,16 @@
-"""The DALI graphs: one augmentation behind three ways to get frames.
+"""The DALI graphs: the same augmentation behind three routes, which differ in how frames get into the graph.
 
-    frames    decoded and cut outside (PyAV, simplejpeg; torch): the route without a GPU, and of computed flow
-    packets   `fn.decoders.video`, a video's needed packets a sample: NVDEC ("mixed"), or "cpu" for VP9 and MJPEG
-    jpegs     `fn.decoders.image`, a JPEG a sample: nvJPEG ("mixed") or libjpeg-turbo ("cpu")
+    frames    Frames are decoded and cut outside of DALI (PyAV, simplejpeg, torch). For training without a GPU, and for
+              flow that is computed on the fly.
+    packets   `fn.decoders.video`. A sample is the encoded packets that a video's clips need. NVDEC ("mixed"); with
+              "cpu" DALI decodes VP9 and MJPEG only.
+    jpegs     `fn.decoders.image`. A sample is a JPEG. nvJPEG ("mixed") or libjpeg-turbo ("cpu").
 
-The graph of a route is the same on both devices; only the decoder's device differs. That of frames starts where they
-have their size and, on the CPU, all but the normalisation (`cut.py` says why).
+The graph of a route is the same on both devices; only the device of the decoder differs. Frames that enter by the route
+"frames" already have their final size and, on the CPU, everything but the normalisation (`cut.py` says why).
 
-Letters: M clips of a run = N groups (clips of one video) of G, T frames, S side of the square output, U distinct frames
-of a group.
+Letters: M clips of a run = N groups (clips of one video) of G clips, T frames, S side of the square output, U distinct
+frames of a group.
 """
 
 from __future__ import annotations
@@ -29,33 +31,35 @@ try:
     from nvidia.dali import fn, pipeline_def, types
 except ImportError as error:
     raise ImportError(
-        "cpr_fast.data.clips.loader needs NVIDIA DALI: pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120); "
-        "it also runs without a GPU"
+        "loading clips needs NVIDIA DALI: pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120); "
+        "DALI also runs without a GPU"
     ) from error
 
 Route = Literal["frames", "packets", "jpegs"]
 
 
 def augment(frames, draw, view: str, data: DataConfig, layout: str = "FHWC"):
-    """One planned clip, or a frame of it (`layout` "HWC"): uint8, draw float32 [11] of `draw_rows` -> float32.
+    """Augments one planned clip, uint8, or a frame of it (`layout` "HWC"). `draw` is its row of `draw_rows`, float32
+    [11]; the result is normalised float32.
 
-    Against PIL, which crops first, the resize differs by a level or two, and more at the edges of the box.
+    PIL crops before it resizes; the result here differs from PIL's by one or two levels, and by more at the edges of
+    the box.
     """
     interpolation = types.INTERP_LINEAR if data.augment == "iic" else types.INTERP_CUBIC
     out = fn.resize(frames, roi_start=draw[0:2], roi_end=draw[2:4], size=[data.size] * 2, interp_type=interpolation)
-    if view == "flow":  # the published channel order (128, v, u): constant first, as PIL reads their BGR files
+    if view == "flow":  # the published channel order (128, v, u), as PIL reads the published BGR files
         u, v = _channel(out, 0), _channel(out, 1)
         out = fn.cat(u * np.uint8(0) + np.uint8(128), v, u, axis_name="C")
     return finish(out, draw, view, data, layout)
 
 
 def finish(out, draw, view: str, data: DataConfig, layout: str = "FHWC"):
-    """A clip that is cut: colour, blur, flip and normalisation.
+    """Applies colour, blur, flip and normalisation to a clip that has been cut.
 
-    Parameters are per clip, so all its frames get the same; boxes and flips are shared by the views, colour and blur
-    are for RGB. The two colour operators are skipped where they would change nothing: they are most of the cost.
-    Against PIL: brightness, saturation and blur differ by at most two levels; contrast pivots on 128 instead of the
-    frame's mean, and hue turns linearly in YIQ instead of in HSV.
+    Parameters are per clip, so all frames of a clip get the same change. Boxes and flips are shared by the views;
+    colour and blur apply to RGB only. The two colour operators are skipped where they would change nothing, because
+    they are most of the cost. Compared with PIL, brightness, saturation and blur differ by at most two levels; contrast
+    pivots on 128 instead of the frame's mean, and hue is a rotation in YIQ instead of a shift in HSV.
     """
     if view != "flow":
         if draw[9] > 0:
@@ -66,6 +70,7 @@ def finish(out, draw, view: str, data: DataConfig, layout: str = "FHWC"):
 
 
 def normalised(out, data: DataConfig, layout: str = "FHWC", **mirror):
+    """Normalises by the mean and standard deviation of `data.augment`; with `mirror` also flips."""
     mean, std = normalisation(data.augment)
     return fn.crop_mirror_normalize(
         out,
@@ -82,7 +87,8 @@ def _channel(frames, number: int):
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True, prefetch_queue_depth=1)
 def frames_graph(view: str, data: DataConfig, device: str):
-    """A sample is a clip: input "frames", uint8 [T, S, S, 3], and for "gpu" also "draw" [11]. One output."""
+    """The graph of the route "frames". A sample is a clip: input "frames", uint8 [T, S, S, 3], and on "gpu" also "draw"
+    [11]. One output."""
     frames = fn.external_source(name="frames", device="cpu", layout="FHWC", no_copy=True)
     if device == "cpu":
         return normalised(frames, data)
@@ -91,17 +97,17 @@ def frames_graph(view: str, data: DataConfig, device: str):
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True, prefetch_queue_depth=1)
 def packets_graph(view: str, data: DataConfig, group: int, decoder: str):
-    """A sample is a group: inputs "draw" [G, 11], "packets" uint8 [L], "chosen" int32 [U], the frames to decode, and
-    "order" int32 [G, T], the place in `chosen` of every clip's frames. G outputs.
+    """The graph of the route "packets". A sample is a group: inputs "draw" [G, 11], "packets" uint8 [L], "chosen" int32
+    [U], the frames to decode, and "order" int32 [G, T], the place in `chosen` of every clip's frames. G outputs.
 
-    The decoder is given each frame once and in order: one that it is asked for twice costs it a new start.
+    Each frame is requested once and in order, because the decoder starts again for a frame that is requested twice.
     """
     draw = fn.external_source(name="draw", device="cpu")
     packets = fn.external_source(name="packets", device="cpu")
     chosen = fn.external_source(name="chosen", device="cpu")
     order = fn.external_source(name="order", device="cpu")
     frames = fn.decoders.video(packets, device=decoder, frames=chosen)
-    if view == "flow":  # u over v in the luma; neutral chroma decodes to R = G = B = luma
+    if view == "flow":  # u is above v in the luma plane; neutral chroma decodes to R = G = B = luma
         u = fn.slice(frames, rel_start=[0.0], rel_shape=[0.5], axis_names="H")
         v = fn.slice(frames, rel_start=[0.5], rel_shape=[0.5], axis_names="H")
         frames = fn.cat(_channel(u, 0), _channel(v, 0), axis_name="C")
@@ -111,7 +117,9 @@ def packets_graph(view: str, data: DataConfig, group: int, decoder: str):
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True, prefetch_queue_depth=1)
 def jpegs_graph(view: str, data: DataConfig, cuts: int, decoder: str):
-    """A sample is a frame: inputs "draw" [cuts, 11] and "jpegs" uint8 [L]. As many outputs as there are cuts."""
+    """The graph of the route "jpegs". A sample is a frame: inputs "draw" [cuts, 11] and "jpegs" uint8 [L]. One output
+    per cut.
+    """
     draw = fn.external_source(name="draw", device="cpu")
     jpegs = fn.external_source(name="jpegs", device="cpu")
     frames = fn.decoders.image(jpegs, device=decoder, output_type=types.RGB)
@@ -121,7 +129,7 @@ def jpegs_graph(view: str, data: DataConfig, cuts: int, decoder: str):
 
 
 class ClipGraph:
-    """The graphs of a loader, built once: up to `max_clips` planned clips in, one tensor per view out."""
+    """The graphs of a loader, built once. A run takes up to `max_clips` planned clips and returns a tensor per view."""
 
     def __init__(
         self,
@@ -134,10 +142,11 @@ class ClipGraph:
         same_frames: bool = False,
         clip_major: bool = False,
     ) -> None:
-        """Clips come in groups of G = `group` that are of one video; `same_frames`: they differ in their cut alone.
+        """`group` = G consecutive clips are of one video; with `same_frames` they also have the same frames and differ
+        only in how these are cut.
 
-        With `clip_major` the rows of the output are all first clips, then all second ones; without, they are in the
-        order of the input.
+        With `clip_major` the rows of the output are the first clips of all groups, then all second clips, and so on.
+        Otherwise they are in the order of the input.
         """
         self._views, self._group, self._clip_major, self._lock = dict(routes), group, clip_major, threading.Lock()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -158,17 +167,18 @@ class ClipGraph:
             self._pipelines[view] = pipeline
 
     def rows(self, clips: int) -> np.ndarray:
-        """Which input clip each row of the output is, int64 [M]."""
+        """Returns which input clip each row of the output is, int64 [M]."""
         rows = np.arange(clips).reshape(-1, self._group)
         return (rows.T if self._clip_major else rows).ravel()
 
     def run(self, clips: Clips, samples: dict[str, list]) -> dict[str, Tensor]:
-        """view -> float32 [M, 3, T, S, S], channels_last_3d.
+        """Returns view -> float32 [M, 3, T, S, S], in channels_last_3d.
 
-        `samples[view]` is, by route: every clip as `cut_clips` leaves it, uint8 [T, S, S, 3], on the CPU finished;
-        (packets, chosen, order) of every group; or the JPEGs of every clip, T uint8 [L] each.
+        `samples[view]` depends on the route. "frames": every clip as `cut_clips` returns it, uint8 [T, S, S, 3], on the
+        CPU with its colours, blur and flip. "packets": (packets, chosen, order) of every group. "jpegs": the T JPEGs of
+        every clip, uint8 [L] each.
         """
-        with self._lock:  # two epochs of one loader may be read at the same time
+        with self._lock:  # two epochs of one loader may be iterated at the same time
             return {view: self._run_view(view, route, clips, samples[view]) for view, route in self._views.items()}
 
     def _run_view(self, view: str, route: Route, clips: Clips, samples: list) -> Tensor:
@@ -191,19 +201,19 @@ class ClipGraph:
         return tensor.view(len(draw), self._frames, *tensor.shape[-3:]).permute(0, 4, 1, 2, 3)
 
     def _owned(self, outputs: Sequence[Any]) -> Tensor:
-        """DALI's outputs as one tensor that lives as long as it is referenced."""
+        """Returns DALI's outputs as one tensor, whose memory stays valid as long as the tensor is referenced."""
         if self._stream is None:
             return self._joined([torch.from_dlpack(output.as_tensor()) for output in outputs])
-        # DALI's pool does not know when the kernels of torch's streams have read a buffer that is given back to it.
+        # DALI reuses a buffer once it is released, without knowing whether kernels in torch's streams have read it.
         with torch.cuda.stream(self._stream):
             parts = [torch.from_dlpack(output.as_tensor()) for output in outputs]
             tensor = parts[0].clone() if len(parts) == 1 else self._joined(parts)
-        self._stream.synchronize()  # in the background thread, and on the copies alone
+        self._stream.synchronize()  # this waits in the background thread, and only for the copies
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return tensor
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
-        """One output per clip of a group, as rows; a single one is not copied: the tensor holds DALI's buffer."""
+        """Joins the outputs, one per clip of a group, as rows. A single output is not copied: it is DALI's buffer."""
         if len(parts) == 1:
             return parts[0]
         clips = [part.view(-1, self._frames, *part.shape[-3:]) for part in parts]  # G of [N, T, S, S, 3]
@@ -211,16 +221,18 @@ class ClipGraph:
 
 
 def residual(clips: Tensor, data: DataConfig) -> Tensor:
-    """IIC's motion view of RGB clips [M, 3, T, S, S], same normalisation: ((x - roll(x, 1, T)) + 1) / 2 on x in 0..1.
+    """Returns IIC's motion view of RGB clips [M, 3, T, S, S], in the same normalisation: ((x - roll(x, 1, T)) + 1) / 2
+    for x in 0..1.
 
-    The first frame is compared with the last, as published.
+    As published, the first frame is compared with the last one.
     """
     mean, std = (clips.new_tensor(value).view(3, 1, 1, 1) for value in normalisation(data.augment))
     return torch.sub(clips, clips.roll(1, dims=2)).mul_(0.5).add_((0.5 - mean) / std)
 
 
 def draw_rows(clips: Clips) -> np.ndarray:
-    """float32 [M, 11]: box 4, flip, brightness, contrast, saturation, hue, any colour change, sigma."""
+    """Returns the plan as rows for the graphs, float32 [M, 11]: box (4 values), flip, brightness, contrast, saturation,
+    hue, whether any colour changes, sigma."""
     colour = (clips.brightness, clips.contrast, clips.saturation, clips.hue)
     neutral = np.logical_and.reduce([value == rest for value, rest in zip(colour, (1, 1, 1, 0), strict=True)])
     return np.column_stack([clips.box, clips.flip, *colour, ~neutral, clips.sigma]).astype(np.float32)

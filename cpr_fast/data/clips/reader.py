@@ -1,18 +1,17 @@
-"""Planned clips to source material, in parallel: decoded frames for the CPU graph, packets or JPEGs for the GPU graph.
+"""Reads the source material of planned clips: decoded frames for the CPU graph, packets or JPEGs for the GPU graph.
 
-A video that cannot be read is replaced, in training by another video of the same epoch, in evaluation by nothing; it
-is counted and named once.
+In training a video that cannot be read is replaced by another video of the same epoch; in evaluation it is left out.
+Such videos are counted, and reported once per kind of problem.
 
-Letters: M clips of a job (one video) = N groups of G, T frames, U distinct frames of a group, H x W pixels.
+Letters: M clips of a job (one video) = N groups of G clips, T frames, U distinct frames of a group, H x W pixels.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +23,21 @@ from cpr_fast.data.flow.on_the_fly import ReadParts, frame_reader
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.media import is_record, read_parts
 from cpr_fast.data.storage.records import read_jpegs
+from cpr_fast.data.storage.unreadable import Unreadable
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.decode import joined
 from cpr_fast.data.video.packets import slice_packets
 from cpr_fast.data.video.pixels import Region
 from cpr_fast.errors import InputError
 
-log = logging.getLogger(__name__)
+MOST_SUBSTITUTES = 1000  # videos tried for one place in a batch before the data set is given up
 
-Fetch = Callable[[Video, Clips, str, DataConfig], list]  # the clips of one video, in one view
+Fetch = Callable[[Video, Clips, str, DataConfig], list]  # returns the clips of one video in one view
 
 
 @dataclass(frozen=True)
 class Material:
-    """The clips of one video and, per view, what the graph decodes or augments (see `ClipGraph.run`)."""
+    """The planned clips of one video and, per view, what the graph decodes or augments (see `ClipGraph.run`)."""
 
     clips: Clips
     views: dict[str, list]
@@ -46,9 +46,10 @@ class Material:
 def fetch_frames(
     video: Video, clips: Clips, view: str, data: DataConfig, read: ReadParts | None = None
 ) -> list[np.ndarray]:
-    """Decoded clips, whole: uint8 [T, H, W, 3] (rgb) or [T, H, W, 2] (flow), one pass over the file.
+    """Returns decoded clips with whole frames, uint8 [T, H, W, 3] (rgb) or [T, H, W, 2] (flow), in one pass over the
+    file.
 
-    `read` is that of `frame_reader`, the default, or a cache of it.
+    `read` is the result of `frame_reader`, which is the default, or `FrameCache.read_parts`. Raises VideoError.
     """
     path, num_frames = _file(video, view, data)
     frames = np.stack([clip_frames(start, data) for start in clips.start])  # [M, T]
@@ -61,7 +62,7 @@ def fetch_frames(
 def fetch_cut(
     video: Video, clips: Clips, view: str, data: DataConfig, read: ReadParts | None = None, *, finish: bool = True
 ) -> list[np.ndarray]:
-    """Decoded clips as `cut_clips` leaves them: M of uint8 [T, S, S, 3]; `read` as above."""
+    """Returns decoded clips as `cut_clips` returns them: M arrays, uint8 [T, S, S, 3]. `read` as in `fetch_frames`."""
     region, parts = needed_parts(video, clips, view, data, read)
     return cut_clips(parts, clips, view, data, region, finish=finish)
 
@@ -69,8 +70,9 @@ def fetch_cut(
 def needed_parts(
     video: Video, clips: Clips, view: str, data: DataConfig, read: ReadParts | None = None
 ) -> tuple[Region, Iterator[np.ndarray]]:
-    """What `cut_clips` cuts the clips from, in one pass over the file: a region, and that of their distinct frames, a
-    few at a time; `read` as above."""
+    """Returns what `cut_clips` needs: the region of the frames, and an iterator over that region of the distinct
+    frames, a few at a time, in one pass over the file. `read` as in `fetch_frames`.
+    """
     path, num_frames = _file(video, view, data)
     region = needed_region(clips, video.height, video.width, data)
     frames = np.unique([clip_frames(start, data) for start in clips.start])
@@ -80,8 +82,11 @@ def needed_parts(
 def fetch_packets(
     video: Video, clips: Clips, view: str, data: DataConfig, *, group: int = 1
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Encoded clips, one entry for every `group` of them, so that their video is decoded once:
-    (bytes uint8 [L], frame numbers in them int32 [U], place in those of every clip's frames int32 [G, T])."""
+    """Returns encoded clips, one entry for every `group` of clips, so that the video is decoded once for all of them.
+
+    An entry is (bytes uint8 [L], the numbers of the needed frames in them int32 [U], the places of every clip's frames
+    among these int32 [G, T]).
+    """
     path, num_frames = _file(video, view, data)
     out = []
     for starts in clips.start.reshape(-1, group):
@@ -93,14 +98,14 @@ def fetch_packets(
 
 
 def fetch_jpegs(video: Video, clips: Clips, view: str, data: DataConfig) -> list[list[np.ndarray]]:
-    """Encoded clips of a record: T JPEGs each, uint8 [L], in the mapped file."""
+    """Returns encoded clips of a record: T JPEGs each, uint8 [L], which are views of the mapped file."""
     path, _ = _file(video, view, data)
     records = (read_jpegs(path, clip_frames(start, data)) for start in clips.start)
     return [[np.frombuffer(jpeg, np.uint8) for jpeg in jpegs] for jpegs in records]
 
 
 def checked(fetch: Fetch) -> Fetch:
-    """As `fetch`, after decoding the same clips here: raises VideoError where the graph would fail on them."""
+    """Returns `fetch` preceded by a decode of the same clips, which raises VideoError where the graph would fail."""
 
     def fetch_checked(video: Video, clips: Clips, view: str, data: DataConfig) -> list:
         fetch_frames(video, clips, view, data)
@@ -110,20 +115,21 @@ def checked(fetch: Fetch) -> Fetch:
 
 
 class FrameCache:
-    """`read_parts` that keeps whole decoded videos in RAM, first come, until `limit_gib` are full.
+    """A `read_parts` that keeps whole decoded videos in memory, in the order in which they are read, up to `limit_gib`.
 
-    On 160x120 videos reading is more than half of the work of a batch. The frames are the same, bit for bit.
+    Reading is more than half of the work of a batch of 160x120 videos. The frames are the same, bit for bit.
     """
 
     def __init__(self, limit_gib: float, read: ReadParts = read_parts) -> None:
         self._free_bytes, self._read = int(limit_gib * 2**30), read
         self._videos: dict[tuple[Path, str], np.ndarray] = {}  # by path and view
-        self._damaged: set[Path] = set()  # cannot be decoded to their end, but may still give a clip
+        self._damaged: set[Path] = set()  # do not decode to their end, but may still give a clip
         self._lock = threading.Lock()
 
     def read_parts(
         self, path: Path, frames: np.ndarray, view: str, num_frames: int, region: Region | None = None
     ) -> Iterator[np.ndarray]:
+        """Yields what `read` yields; a video that is kept comes as a single part."""
         pixels = self._videos.get((path, view))
         if pixels is None:
             pixels = self._whole(path, view, num_frames)
@@ -133,8 +139,8 @@ class FrameCache:
             yield taken(pixels if region is None else region.of(path, pixels, view), frames)
 
     def _whole(self, path: Path, view: str, num_frames: int) -> np.ndarray | None:
-        """All frames, kept if there is room; None where the wanted ones are better read alone."""
-        # a record gives any frame at its own cost: none is decoded before it is asked for
+        """Reads all frames and keeps them if there is room. Returns None if only the needed frames should be read."""
+        # A record gives each frame without decoding others, so reading all of them would only cost more.
         if self._free_bytes <= 0 or path in self._damaged or is_record(path):
             return None
         try:
@@ -150,7 +156,7 @@ class FrameCache:
             if video in self._videos:
                 return
             if pixels.nbytes > self._free_bytes:
-                self._free_bytes = 0  # full: later videos are not decoded to their end for nothing
+                self._free_bytes = 0  # full, so later videos are not decoded to their end in vain
                 return
             self._free_bytes -= pixels.nbytes
             self._videos[video] = pixels
@@ -158,45 +164,61 @@ class FrameCache:
 
 @dataclass
 class ClipReader:
-    """Reads the clips of one video per call, from any number of threads, and keeps the list of what failed."""
+    """Reads the clips of one video per call, from any number of threads, and keeps a list of the files that failed."""
 
     index: Index
     data: DataConfig
     fetch: Mapping[str, Fetch]  # by view
-    skipped: list[tuple[Path, str]] = field(default_factory=list)  # (path, reason), once per file
-    _named: set[Path] = field(default_factory=set)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        files = [
+            video.path if view == "rgb" else video.flow_path or video.path
+            for view in self.fetch
+            for video in self.index
+        ]
+        self._unreadable = Unreadable(files)
+
+    @property
+    def skipped(self) -> list[tuple[Path, str]]:
+        """(path, reason) of every file that could not be read, once per file."""
+        return self._unreadable.files
 
     def read(self, clips: Clips, *, check: bool = False) -> Material | None:
-        """Every view of the clips of one video, or None if the video cannot be read; `check`: decoded to be sure."""
+        """Reads every view of the clips of one video. Returns None if the video cannot be read.
+
+        With `check` the clips are also decoded here. Raises InputError where most files of the index have disappeared.
+        """
         video = self.index[int(clips.video[0])]
         fetch = {view: checked(fetch) if check else fetch for view, fetch in self.fetch.items()}
         try:
             return Material(clips, {view: fetch[view](video, clips, view, self.data) for view in fetch})
         except VideoError as error:
-            with self._lock:
-                if error.path not in self._named:
-                    self._named.add(error.path)
-                    self.skipped.append((error.path, error.reason))
-                    log.warning("skipped %s: %s", error.path, error.reason)
+            self._unreadable.add(error.path, error.reason)
             return None
 
     def read_or_substitute(self, clips: Clips, substitutes: Iterable[Clips], **options) -> Material:
-        """As `read`, going through `substitutes` in order until one can be read.
+        """Reads the clips of one video, or else those of the first of `substitutes` that can be read.
 
-        Which video stands in depends on the plan and the files alone: no memory of earlier failures is consulted, since
-        a damaged file may give one clip and not another, and a resumed run would remember less.
+        The choice depends on the plan and the files alone. Earlier failures are not remembered: a damaged file may give
+        one clip and not another, and a resumed run would remember less. Raises InputError where no video can be read.
         """
-        for candidate in itertools.chain([clips], substitutes):
+        tried = 0
+        for candidate in itertools.islice(itertools.chain([clips], substitutes), MOST_SUBSTITUTES):
             material = self.read(candidate, **options)
             if material is not None:
                 return material
+            tried += 1
         path, reason = self.skipped[0]
-        raise InputError(f"none of the {len(self.index)} videos of the index can be read; the first: {path}: {reason}")
+        which = (
+            f"none of the {len(self.index)}"
+            if tried >= len(self.index)
+            else f"none of {tried} of the {len(self.index)}"
+        )
+        raise InputError(f"{which} videos of the index can be read; the first: {path}: {reason}")
 
 
 def _file(video: Video, view: str, data: DataConfig) -> tuple[Path, int]:
-    """What a view is read from, and how many frames it has."""
+    """Returns the file that a view is read from, and the number of its frames."""
     if view == "rgb":
         return video.path, video.num_frames
     if data.flow == "on_the_fly":

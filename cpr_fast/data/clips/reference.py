@@ -1,7 +1,7 @@
-"""The augmentation without DALI: PIL and NumPy, clip by clip, as the published code does it.
+"""Augments clips without DALI: PIL and NumPy, clip by clip, as the published code does.
 
-`data.exact` puts it in the place of `ClipGraph`: slower, and the same bits on every machine and device. It is also what
-DALI's clips are compared with (`bench/data/decode_parity.py`).
+With `data.exact` this replaces `ClipGraph`. It is slower, and gives the same bits on every machine and device. DALI's
+clips are compared with it in `bench/data/decode_parity.py`.
 
 Letters: M clips, T frames, S side of the square output.
 """
@@ -22,18 +22,20 @@ from cpr_fast.data.clips.sampling import IIC_FRAME, IIC_SIDE, Clips
 
 
 class ReferenceGraph:
-    """As `ClipGraph`, for frames decoded outside."""
+    """The same interface as `ClipGraph`, for frames that are decoded outside of it."""
 
     def __init__(self, data: DataConfig, views: Sequence[str], *, group: int = 1, clip_major: bool = False) -> None:
         self._data, self._views, self._group, self._clip_major = data, tuple(views), group, clip_major
 
     def rows(self, clips: int) -> np.ndarray:
-        """Which input clip each row of the output is, int64 [M]."""
+        """Returns which input clip each row of the output is, int64 [M]."""
         rows = np.arange(clips).reshape(-1, self._group)
         return (rows.T if self._clip_major else rows).ravel()
 
     def run(self, clips: Clips, samples: Mapping[str, list[np.ndarray]]) -> dict[str, Tensor]:
-        """view -> float32 [M, 3, T, S, S], channels_last_3d; `samples[view]` are M clips, uint8 [T, H, W, C]."""
+        """Returns view -> float32 [M, 3, T, S, S], in channels_last_3d. `samples[view]` holds M clips, uint8 [T, H, W,
+        C].
+        """
         rows = self.rows(len(clips))
         mean, std = (np.array(value, np.float32) for value in normalisation(self._data.augment))
         out = {}
@@ -45,7 +47,7 @@ class ReferenceGraph:
         return out
 
     def _clip(self, clip: Clips, frames: np.ndarray, view: str) -> np.ndarray:
-        """One planned clip: uint8 [T, H, W, C] -> uint8 [T, S, S, 3]."""
+        """Augments one planned clip: uint8 [T, H, W, C] -> uint8 [T, S, S, 3]."""
         if view == "flow":
             frames = np.stack([np.full_like(frames[..., 0], 128), frames[..., 1], frames[..., 0]], axis=-1)
         cut = self._cut_iic if self._data.augment == "iic" else self._cut
@@ -62,7 +64,7 @@ class ReferenceGraph:
         return picture.crop((left, top, right, bottom)).resize(size, Image.Resampling.BICUBIC)
 
     def _cut_iic(self, picture: Image.Image, box: np.ndarray) -> Image.Image:
-        """The whole frame to 128x171, then the crop, then (if another size is set) to that."""
+        """Resizes the whole frame to 128x171, crops it, and resizes the crop if `data.size` is another size."""
         height, width = IIC_FRAME
         top = round(float(box[0]) * height / picture.height)
         left = round(float(box[1]) * width / picture.width)
@@ -73,7 +75,7 @@ class ReferenceGraph:
 
 
 def _coloured(picture: Image.Image, clip: Clips) -> Image.Image:
-    """Torchvision's colour jitter on PIL images, and PIL's Gaussian blur [CoCLR]."""
+    """Applies torchvision's colour jitter for PIL images and PIL's Gaussian blur, as CoCLR does."""
     enhancements = (ImageEnhance.Brightness, clip.brightness), (ImageEnhance.Contrast, clip.contrast), (
         ImageEnhance.Color, clip.saturation)  # fmt: skip
     for enhance, factor in enhancements:
@@ -81,7 +83,9 @@ def _coloured(picture: Image.Image, clip: Clips) -> Image.Image:
             picture = enhance(picture).enhance(float(factor[0]))
     if clip.hue[0]:
         hue, saturation, value = picture.convert("HSV").split()
-        turned = np.asarray(hue).astype(int) + round(float(clip.hue[0]) * 255 / 360)  # modulo 256, as torchvision
+        turned = np.asarray(hue).astype(int) + round(
+            float(clip.hue[0]) * 255 / 360
+        )  # wraps modulo 256, as in torchvision
         hue = Image.fromarray((turned % 256).astype(np.uint8))
         picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
     if clip.sigma[0]:

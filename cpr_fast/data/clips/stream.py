@@ -1,6 +1,6 @@
-"""Clips of planned videos through a graph, read ahead by threads; what the training and window loaders share.
+"""Reads planned clips ahead in threads and feeds them to a graph; the training and window loaders share this.
 
-Letters: M clips of a graph run.
+Letters: M clips of one run of the graph.
 """
 
 from __future__ import annotations
@@ -20,42 +20,50 @@ from cpr_fast.data.clips.sampling import Clips
 
 
 class Graph(Protocol):
+    """What turns read clips into tensors: `ClipGraph` or `ReferenceGraph`."""
+
     def rows(self, clips: int) -> np.ndarray:
-        """Which input clip each row of the output is, int64 [M]."""
+        """Returns which input clip each row of the output is, int64 [M]."""
 
     def run(self, clips: Clips, samples: dict[str, list]) -> dict[str, Tensor]:
-        """View -> clips [M, 3, T, S, S] made of each view's samples as `clips` plans them, in the order of `rows`."""
+        """Returns view -> clips [M, 3, T, S, S], made from the samples of each view as `clips` plans, in the order of
+        `rows`."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """The clips of one video in one batch; `substitutes` stand in for it if it cannot be read."""
+    """The clips of one video in one batch, and the clips of other videos that replace them if it cannot be read."""
 
     clips: Clips
     substitutes: Callable[[], Iterable[Clips]] | None = None
 
 
 class ClipStream:
-    """Threads that read jobs ahead, and the graph they feed; what the two loaders share."""
+    """Threads that read jobs ahead, and the graph that they feed."""
 
     def __init__(self, reader: ClipReader, graph: Graph, *, workers: int, prefetch: int, check: bool = False) -> None:
-        """`prefetch` batches are read ahead. With `check` a batch that the graph fails on is read again and decoded by
-        the reader: a hardware decoder does not say which of its samples was damaged."""
+        """`workers` threads read `prefetch` batches ahead. With `check`, a batch on which the graph fails is read again
+        and decoded by the reader, because a hardware decoder does not say which of its samples is damaged.
+        """
         self.reader, self._graph = reader, graph
         self._ahead, self._check = prefetch, check
-        # Threads, not processes: FFmpeg and the scaler run without the GIL (on two cores within 7 % of processes), and
-        # frames need no way across.
+        # Threads, not processes: FFmpeg and the resize run without the GIL, so threads come
+        # within 7 % of processes on two cores, and frames need not be copied between processes.
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="cpr-fast-read")
 
     def stream(self, steps: Iterable[list[Job]], collect: Callable[[list[Material]], Any]) -> Iterator[Any]:
-        """`collect(materials)` runs the graph and returns the batch; steps without a readable video are left out."""
+        """Yields collect(materials) of every step, where `collect` runs the graph and returns the batch.
+
+        A step without any readable video is left out.
+        """
         return run_ahead(self._batches(steps, collect), depth=1)
 
     def close(self) -> None:
+        """Ends the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, materials: list[Material]) -> tuple[Clips, dict[str, Tensor]]:
-        """The graph's answer for the clips of the given videos, and their plan in the same order."""
+        """Runs the graph for the clips of the given videos. Returns their plan and view -> tensor, in one order."""
         clips = Clips.concatenate([material.clips for material in materials])
         views = materials[0].views
         tensors = self._graph.run(clips, {v: [sample for m in materials for sample in m.views[v]] for v in views})

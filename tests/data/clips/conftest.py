@@ -1,0 +1,12 @@
+"""The index of ten small videos that the tests of clips share."""
+
+import pytest
+from support.clip_sets import ten_videos
+
+from cpr_fast.data.index.index import Index
+
+
+@pytest.fixture(scope="session")
+def index(tmp_path_factory) -> Index:
+    """See `ten_videos`; no test may change its files."""
+    return ten_videos(tmp_path_factory.mktemp("videos"))

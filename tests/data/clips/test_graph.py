@@ -1,0 +1,188 @@
+"""The DALI graphs: augmentation against NumPy, PIL and OpenCV, and the same clips by every route."""
+
+import dataclasses
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from support.clip_sets import CPU, DATA, MEAN, STD, levels, other_route, resized, texture
+from support.numbered_videos import write_video
+
+pytest.importorskip("nvidia.dali", reason="the loaders need NVIDIA DALI")
+
+from cpr_fast.data.clips.cut import cut_clips
+from cpr_fast.data.clips.graph import ClipGraph
+from cpr_fast.data.clips.loader import TrainLoader, WindowLoader, _route
+from cpr_fast.data.clips.reader import fetch_cut, fetch_jpegs, fetch_packets
+from cpr_fast.data.clips.sampling import Clips, Sources, plan_windows
+from cpr_fast.data.index.index import Index, Video
+from cpr_fast.data.video.pixels import Region
+from cpr_fast.errors import InputError
+
+
+def cut_whole(frames: np.ndarray, clips: Clips, view: str) -> list[np.ndarray]:
+    """The clips, of DATA's frames, of a video of the given ones."""
+    region = Region.whole(*frames.shape[1:3])
+    return cut_clips([frames], clips, view, DATA, region, finish=True)
+
+
+class TestAugmentation:
+    """One clip at a time through the graph, against NumPy, PIL and OpenCV. Tolerances are in levels of 255."""
+
+    def run(self, pixels, **draw):
+        neutral_draw = {"flip": False, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "sigma": 0, "crop": 0}
+        box = draw.pop("box", [0, 0, *pixels.shape[1:3]])
+        rest = {name: np.array([value]) for name, value in (neutral_draw | draw).items()}
+        clips = Clips(np.zeros(1, int), np.zeros(1, int), np.array([box]), **rest)
+        graph = ClipGraph(DATA, {"rgb": "frames"}, CPU, 1)
+        return levels(graph.run(clips, {"rgb": cut_whole(pixels, clips, "rgb")})["rgb"][0])
+
+    @pytest.mark.parametrize("box", [[0, 0, 60, 80], [3, 5, 23, 65], [10, 0, 60, 41], [30, 30, 41, 39]])
+    @pytest.mark.parametrize("flip", [False, True])
+    def test_crop_resize_flip(self, box, flip):
+        pixels = texture(0, 60, 80, 4)
+        assert np.abs(self.run(pixels, box=box, flip=flip) - resized(pixels, box, flip, 32)).max() <= 2.01
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("brightness", 0.6), ("brightness", 1.4), ("contrast", 0.7), ("contrast", 1.3), ("saturation", 0.0),
+         ("saturation", 1.4)],
+    )  # fmt: skip
+    def test_colour(self, name, value):
+        pixels = texture(1, 32, 32, 4)
+        x = pixels.astype(np.float64)
+        pivot = {"brightness": 0, "contrast": 128, "saturation": (x @ [0.299, 0.587, 0.114])[..., None]}[name]
+        expected = np.clip(pivot + value * (x - pivot), 0, 255)
+        assert np.abs(self.run(pixels, **{name: value}) - expected).max() <= 2
+
+    def test_hue_turns_the_colours_and_keeps_the_luma(self):
+        pixels = (texture(2, 32, 32, 4) // 2 + 64).astype(np.uint8)  # far from clipping
+        luma = np.array([0.299, 0.587, 0.114])
+        for degrees in (-36.0, 20.0):
+            got = self.run(pixels, hue=degrees)
+            assert np.abs(got @ luma - pixels @ luma).max() <= 2
+            assert np.abs(got - pixels).max() > 5
+        half_turn_twice = self.run(np.rint(self.run(pixels, hue=36.0)).astype(np.uint8), hue=-36.0)
+        assert np.abs(half_turn_twice - pixels).max() <= 3
+
+    @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+    def test_blur(self, sigma):
+        pixels = texture(3, 32, 32, 4)
+        side = 2 * int(np.ceil(3 * sigma)) + 1
+        expected = [cv2.GaussianBlur(f, (side, side), sigma, borderType=cv2.BORDER_REFLECT_101) for f in pixels]
+        assert np.abs(self.run(pixels, sigma=sigma) - np.stack(expected)).max() <= 2
+
+    def test_normalisation(self):
+        graph = ClipGraph(DATA, {"rgb": "frames", "flow": "frames"}, CPU, 1)
+        clips = plan_windows(Sources(np.array([4]), np.array([32]), np.array([32])), 0, DATA, None)
+        frames = {"rgb": np.full((4, 32, 32, 3), 51, np.uint8), "flow": np.full((4, 32, 32, 2), [204, 102], np.uint8)}
+        out = graph.run(clips, {view: cut_whole(pixels, clips, view) for view, pixels in frames.items()})
+        for view, value in {"rgb": (51, 51, 51), "flow": (128, 102, 204)}.items():
+            expected = [(v / 255 - m) / s for v, m, s in zip(value, MEAN, STD, strict=True)]
+            torch.testing.assert_close(out[view].mean(dim=(0, 2, 3, 4)), torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "route"), [("vp9", "packets"), ("mjpeg-mkv", "packets"), ("jpeg", "jpegs")])
+@pytest.mark.parametrize(
+    ("group", "same_frames", "clip_major"), [(1, False, False), (2, False, True), (3, True, False)]
+)
+def test_the_other_routes_give_the_frames_of_the_frame_graph(tmp_path, kind, route, group, same_frames, clip_major):
+    """DALI's own decoders, on what they have on the CPU: every frame the same up to resize and colour conversion.
+    Starts overlap, repeat, run backwards and pad; a group is one video's."""
+    video, _ = other_route(tmp_path, kind, route)
+    start = np.array([0, 9, 13, 25, 12, 12, -2, 3, 20, 2, 7, 7])
+    start = start.repeat(3) if same_frames else start
+    clips = Clips.concatenate([plan_windows(Sources(*np.array([[30], [48], [64]])), 0, DATA, 1, 10)] * 4)[: len(start)]
+    clips = dataclasses.replace(clips, start=start)
+    options = {"group": group, "same_frames": same_frames, "clip_major": clip_major}
+    views = ("rgb", "flow")
+    frames = {view: fetch_cut(video, clips, view, DATA) for view in views}
+    expected = ClipGraph(DATA, dict.fromkeys(views, "frames"), CPU, len(start), **options)
+    other = ClipGraph(DATA, dict.fromkeys(views, route), CPU, len(start), **options)
+    for repeat in (len(start), len(start) // 2):  # the second run is smaller
+        few = {view: frames[view][:repeat] for view in views}
+        if route == "jpegs":
+            samples = {view: fetch_jpegs(video, clips[:repeat], view, DATA) for view in views}
+        else:
+            samples = {view: fetch_packets(video, clips[:repeat], view, DATA, group=group) for view in views}
+        want, got = expected.run(clips[:repeat], few), other.run(clips[:repeat], samples)
+        np.testing.assert_array_equal(other.rows(repeat), expected.rows(repeat))
+        for view in views:
+            for a, b in zip(got[view], want[view], strict=True):
+                difference = np.abs(levels(a) - levels(b)).mean()
+                another = np.abs(np.roll(levels(a), 1, axis=0) - levels(b)).mean()  # what a wrong frame differs by
+                limit = 2 if view == "rgb" and route == "packets" else 0.5  # torch's resize beside DALI's
+                assert difference < limit and another > 1.5, (view, difference, another)
+
+
+@pytest.mark.parametrize("route", ["packets", "jpegs"])
+def test_loaders_by_the_other_routes(tmp_path, monkeypatch, route):
+    """What a GPU does, with DALI's CPU decoders: training pairs and ten crops, both views."""
+    _, index = other_route(tmp_path, "vp9", route)
+    data = dataclasses.replace(DATA, batch_size=1)
+    made = {}
+    for chosen in ("frames", route):
+        monkeypatch.setattr("cpr_fast.data.clips.loader._route", lambda *_, chosen=chosen: chosen)
+        train = TrainLoader(index, data, ["rgb", "flow"], seed=2)
+        windows = WindowLoader(index, data, ["rgb", "flow"], clips_per_video=3, crops=10, batch_size=20)
+        made[chosen] = [batch for epoch in range(4) for batch in train.epoch(epoch)], list(windows)
+        train.close()
+        windows.close()
+    for expected, got in zip(made["frames"], made[route], strict=True):
+        assert len(expected) == len(got)
+        for a, b in zip(expected, got, strict=True):
+            for view in ("rgb", "flow"):
+                assert a.clips[view].shape == b.clips[view].shape
+                difference = 58 * (a.clips[view] - b.clips[view]).abs().mean()  # levels
+                assert difference < (3 if view == "rgb" and route == "packets" else 0.5)
+
+
+@pytest.mark.parametrize("kind", ["h264-bframes", "h264-open-gop", "mpeg4-avi", "vp9", "mjpeg-avi", "jpeg"])
+def test_loaders_on_a_device_give_the_clips_of_the_cpu(tmp_path, device, kind):
+    """NVDEC and nvJPEG where there is a GPU: training pairs and ten crops, frame by frame those of PyAV."""
+    route = "jpegs" if kind == "jpeg" else "packets"
+    _, index = other_route(tmp_path, kind, route)
+    views = ["rgb", "flow", "residual"] if kind in ("jpeg", "vp9") else ["rgb"]
+    data = dataclasses.replace(DATA, batch_size=1)
+    for augment in ("none", "coclr"):
+        settings = dataclasses.replace(data, augment=augment)
+        batches = []
+        for where in (CPU, device):
+            train = TrainLoader(index, settings, views, seed=2, device=where)
+            windows = WindowLoader(index, settings, views, clips_per_video=3, crops=10, batch_size=20, device=where)
+            batches.append([batch for epoch in range(4) for batch in train.epoch(epoch)] + list(windows))
+            train.close()
+            windows.close()
+        for a, b in zip(*batches, strict=True):
+            for view in views:
+                assert b.clips[view].device.type == device.type
+                difference = 58 * (a.clips[view] - b.clips[view].cpu()).abs().mean()  # levels
+                assert difference < (4 if view == "rgb" else 2), (augment, view)
+
+
+def test_files_and_records_together_need_the_cpu(tmp_path):
+    (tmp_path / "a").mkdir()
+    video, _ = other_route(tmp_path, "vp9", "packets")
+    record, _ = other_route(tmp_path, "jpeg", "jpegs")
+    mixed = Index([video, dataclasses.replace(record, width=64)])
+    with pytest.raises(InputError, match="expected the rgb of all videos in files or of all in LMDB.*lmdb#a/b"):
+        _route(mixed, "rgb", torch.device("cuda"))
+    assert _route(Index([record]), "flow", torch.device("cuda")) == "jpegs"
+    assert _route(Index([video]), "flow", torch.device("cuda")) == "packets"
+    loader = TrainLoader(mixed, dataclasses.replace(DATA, batch_size=2), ["rgb", "flow"], seed=0)
+    assert next(loader.epoch(0)).clips["flow"].shape == (2, 2, 3, 4, 32, 32)
+    loader.close()
+
+
+def test_the_packet_graph_still_works_after_packets_that_do_not_decode(tmp_path):
+    path = write_video(tmp_path / "rgb", texture(0, 48, 64, 30), "vp9")
+    video = Video(path, "a", "a", "train", 30, 25.0, 64, 48, None)
+    clips = plan_windows(Sources(np.array([30]), np.array([48]), np.array([64])), 0, DATA, 2)
+    packets = fetch_packets(video, clips, "rgb", DATA)
+    graph = ClipGraph(DATA, {"rgb": "packets"}, CPU, 2)
+    before = graph.run(clips, {"rgb": packets})["rgb"]
+    for damaged in (np.frombuffer(b"garbage" * 100, np.uint8), packets[1][0][:300]):
+        with pytest.raises(RuntimeError):
+            graph.run(clips, {"rgb": [packets[0], (damaged, *packets[1][1:])]})
+        assert torch.equal(graph.run(clips, {"rgb": packets})["rgb"], before)

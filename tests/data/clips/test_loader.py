@@ -1,0 +1,198 @@
+"""Batches hold the planned clips: the right frames and boxes, and the same bits however they were made."""
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+import torch
+from support.clip_sets import DATA, assert_same_batches, collect, levels, neutral, resized
+from support.numbered_videos import decode_linearly
+
+pytest.importorskip("nvidia.dali", reason="the loaders need NVIDIA DALI")
+
+from cpr_fast.data.clips.background import run_ahead
+from cpr_fast.data.clips.loader import TrainLoader
+from cpr_fast.data.clips.sampling import Sources, clip_frames, epoch_order, plan_labelled, plan_pairs
+from cpr_fast.data.index.index import Index
+
+
+class TestBatches:
+    def test_what_a_batch_is(self, index):
+        loader = TrainLoader(index, DATA, ["rgb", "flow"], seed=0)
+        assert len(loader) == 2
+        batches = collect(loader)
+        order = epoch_order(10, 0, 0)
+        for step, batch in enumerate(batches):
+            assert batch.video.tolist() == order[4 * step : 4 * step + 4].tolist()
+            assert batch.label.tolist() == index.labels[batch.video].tolist()
+            assert batch.source.tolist() == index.source_ids[batch.video].tolist()
+            for view in ("rgb", "flow"):
+                assert batch.clips[view].shape == (4, 2, 3, 4, 32, 32) and batch.clips[view].dtype == torch.float32
+                for clip in (0, 1):
+                    assert batch.clips[view][:, clip].is_contiguous(memory_format=torch.channels_last_3d)
+
+    @pytest.mark.parametrize("augment", ["none", "coclr"])
+    def test_frames_boxes_and_flips_are_the_planned_ones(self, index, augment):
+        """Against a linear decode and PIL: frame identity, both views, padding; colour is left out here."""
+        data = dataclasses.replace(DATA, augment=augment)
+        checked = 0
+        for batch in collect(TrainLoader(index, data, ["rgb", "flow"], seed=1), epoch=2):
+            plan = plan_pairs(Sources.of(index), batch.video.numpy(), data, 1, 2)
+            plain = neutral(plan)
+            for row in range(8):
+                video, (clip, place) = index[plan.video[row]], divmod(row, 4)
+                assert batch.start[place, clip] == max(0, plan.start[row])
+                frames = clip_frames(plan.start[row], data)
+                flow = decode_linearly(video.flow_path)[frames, ..., 0]
+                u, v = flow[:, : video.height], flow[:, video.height :]
+                expected = np.stack([np.full_like(u, 128), v, u], axis=-1)
+                got = levels(batch.clips["flow"][place, clip])
+                assert (got[..., 0].round() == 128).all()
+                assert np.abs(got - resized(expected, plan.box[row], plan.flip[row], 32)).max() <= 2.01
+                if plain[row]:
+                    rgb = resized(decode_linearly(video.path)[frames], plan.box[row], plan.flip[row], 32)
+                    assert np.abs(levels(batch.clips["rgb"][place, clip]) - rgb).max() <= 2.01
+                    checked += 1
+        assert checked >= 6
+
+    def test_another_plan_gives_its_clips(self, index):
+        """One clip of a video, to learn its label: the frames, boxes and flips of `plan_labelled`."""
+        checked = 0
+        for batch in collect(TrainLoader(index, DATA, ["rgb"], seed=1, plan=plan_labelled)):
+            assert batch.clips["rgb"].shape == (4, 1, 3, 4, 32, 32) and batch.start.shape == (4, 1)
+            plan = plan_labelled(Sources.of(index), batch.video.numpy(), DATA, 1, 0)
+            for row in np.nonzero(neutral(plan))[0]:
+                frames = decode_linearly(index[plan.video[row]].path)[clip_frames(plan.start[row], DATA)]
+                expected = resized(frames, plan.box[row], plan.flip[row], 32)
+                assert np.abs(levels(batch.clips["rgb"][row, 0]) - expected).max() <= 1.01
+                checked += 1
+        assert checked >= 3
+
+    def test_rgb_and_flow_share_the_draw(self, index):
+        """The flow videos are the RGB videos' red channel: the clips must be the same picture."""
+        checked = 0
+        for batch in collect(TrainLoader(index, DATA, ["rgb", "flow"], seed=3)):
+            plain = neutral(plan_pairs(Sources.of(index), batch.video.numpy(), DATA, 3, 0)).reshape(2, 4)
+            for clip, place in zip(*np.nonzero(plain), strict=True):
+                red = levels(batch.clips["rgb"][place, clip])[..., 0]
+                _, v, u = np.moveaxis(levels(batch.clips["flow"][place, clip]), -1, 0)
+                assert np.abs(red - u).mean() < 5 and np.corrcoef(red.ravel(), u.ravel())[0, 1] > 0.98
+                assert np.abs(u + v - 255).mean() < 3
+                checked += 1
+        assert checked >= 6
+
+    def test_one_view_alone_is_the_same_as_beside_the_other(self, index):
+        both = collect(TrainLoader(index, DATA, ["rgb", "flow"], seed=0))
+        for view in ("rgb", "flow"):
+            for a, b in zip(both, collect(TrainLoader(index, DATA, [view], seed=0)), strict=True):
+                assert torch.equal(a.clips[view], b.clips[view])
+
+    def test_a_video_shorter_than_the_clip_repeats_frame_0_on_the_left(self, index):
+        short = Index([index[3]])
+        data = dataclasses.replace(DATA, batch_size=1, augment="none")
+        batch = collect(TrainLoader(short, data, ["rgb"], seed=0))[0]
+        assert batch.start.tolist() == [[0, 0]]
+        clip = batch.clips["rgb"][0, 0]
+        # 3 frames, of which 2 have flow: T = 4 shows 0 0 0 1
+        assert torch.equal(clip[:, 0], clip[:, 1]) and torch.equal(clip[:, 0], clip[:, 2])
+        assert not torch.equal(clip[:, 2], clip[:, 3])
+
+    @pytest.mark.parametrize("kind", ["stride", "size"])
+    def test_other_settings(self, index, kind):
+        data = dataclasses.replace(DATA, **{"stride": {"stride": 2}, "size": {"size": 17, "frames": 1}}[kind])
+        batch = collect(TrainLoader(index, data, ["rgb", "flow"], seed=0))[0]
+        assert batch.clips["flow"].shape == (4, 2, 3, data.frames, data.size, data.size)
+        assert torch.isfinite(batch.clips["rgb"]).all()
+
+
+class TestSameBits:
+    def test_threads_and_prefetch_change_nothing(self, index):
+        reference = collect(TrainLoader(index, DATA, ["rgb", "flow"], seed=5), epoch=1)
+        for workers, prefetch in ((1, 1), (5, 4)):
+            data = dataclasses.replace(DATA, workers=workers, prefetch=prefetch)
+            assert_same_batches(collect(TrainLoader(index, data, ["rgb", "flow"], seed=5), epoch=1), reference)
+
+    def test_the_cache_changes_nothing(self, index):
+        """Neither one that holds every video, nor one that fills up, nor the first reading after it."""
+        plain = TrainLoader(index, dataclasses.replace(DATA, cache_gib=0), ["rgb", "flow"], seed=5)
+        reference = [list(plain.epoch(epoch)) for epoch in (0, 1)]
+        plain.close()
+        for cache_gib in (1, 3e-4):
+            loader = TrainLoader(index, dataclasses.replace(DATA, cache_gib=cache_gib), ["rgb", "flow"], seed=5)
+            for epoch in (0, 1):
+                assert_same_batches(list(loader.epoch(epoch)), reference[epoch])
+            loader.close()
+
+    def test_batch_size_and_rank_change_nothing(self, index):
+        whole = collect(TrainLoader(index, DATA, ["rgb"], seed=5))
+        for world_size in (2, 4):
+            data = dataclasses.replace(DATA, batch_size=4 // world_size)
+            ranks = [
+                collect(TrainLoader(index, data, ["rgb"], seed=5, rank=rank, world_size=world_size))
+                for rank in range(world_size)
+            ]
+            for step, batch in enumerate(whole):
+                assert torch.equal(torch.cat([r[step].clips["rgb"] for r in ranks]), batch.clips["rgb"])
+                assert torch.equal(torch.cat([r[step].start for r in ranks]), batch.start)
+                assert torch.equal(torch.cat([r[step].video for r in ranks]), batch.video)
+
+    def test_resumed_in_the_middle(self, index):
+        data = dataclasses.replace(DATA, batch_size=2)
+        loader = TrainLoader(index, data, ["rgb", "flow"], seed=0)
+        whole = list(loader.epoch(4))
+        assert len(whole) == 5
+        assert_same_batches(list(loader.epoch(4, start_step=3)), whole[3:])
+        assert list(loader.epoch(4, start_step=5)) == []
+        loader.close()
+
+    def test_epochs_differ_and_old_batches_stay_as_they_were(self, index):
+        loader = TrainLoader(index, DATA, ["rgb"], seed=0)
+        kept = list(loader.epoch(0))
+        copies = [batch.clips["rgb"].clone() for batch in kept]
+        other = list(loader.epoch(1))
+        assert not torch.equal(other[0].clips["rgb"], copies[0])
+        assert all(torch.equal(batch.clips["rgb"], copy) for batch, copy in zip(kept, copies, strict=True))
+        assert_same_batches(list(loader.epoch(0)), kept)
+        loader.close()
+
+
+class TestEnd:
+    def loader_threads(self):
+        return [t for t in threading.enumerate() if t.name.startswith("cpr-fast")]
+
+    def test_no_thread_is_left_after_an_epoch_was_abandoned(self, index):
+        data = dataclasses.replace(DATA, batch_size=1, prefetch=3)
+        loader = TrainLoader(index, data, ["rgb"], seed=0)
+        for _ in loader.epoch(0):
+            break
+        batches = loader.epoch(1)
+        next(batches)
+        with pytest.raises(KeyboardInterrupt):
+            batches.throw(KeyboardInterrupt)
+        assert len(list(loader.epoch(2))) == 10  # and it still works
+        loader.close()
+        loader.close()
+        assert self.loader_threads() == []
+
+    def test_an_epoch_never_started_costs_nothing(self, index):
+        loader = TrainLoader(index, DATA, ["rgb"], seed=0)
+        loader.epoch(0)
+        assert self.loader_threads() == []
+        loader.close()
+
+    def test_errors_behind_are_raised_in_front(self):
+        closed = threading.Event()
+
+        def items():
+            try:
+                yield 1
+                raise ValueError("behind")
+            finally:
+                closed.set()
+
+        ahead = run_ahead(items(), depth=1)
+        assert next(ahead) == 1
+        with pytest.raises(ValueError, match="behind"):
+            next(ahead)
+        assert closed.is_set() and self.loader_threads() == []
