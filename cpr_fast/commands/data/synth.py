@@ -13,14 +13,21 @@ from cpr_fast.commands.output import show
 def synth(
     out: tyro.conf.Positional[Path], *, classes: int = 12, videos: int = 24, seed: int = 0, json: Json = False
 ) -> None:
-    """Write encoded videos of synthetic actions, with siblings and a source-disjoint train/test split.
+    """Write a data set of encoded videos of synthetic actions, with an index.
+
+    Some videos are siblings (clips of one source video); the train/test split shares no source. A complete set of the
+    same options is reused, and an interrupted one is written again from the start.
 
     Args:
-        out: Folder to write; OUT/index.csv lists the videos.
-        classes: Number of classes (scene kind x motion programme).
-        videos: Videos of each class.
-        seed: Seed of every draw.
+        out: Folder to write, new or empty; OUT/index.csv lists the videos.
+        classes: Number of classes, 4 or 6 to 36; a class is a motion in a kind of scene.
+        videos: Number of source videos of each class, at least 2; every second one gives two clips.
+        seed: Seed of everything that is drawn, at least 0.
     """
+    from cpr_fast.data.index.index import Index
     from cpr_fast.data.synthetic.videos import write_synthetic
 
-    show({"index": str(write_synthetic(out, classes=classes, videos=videos, seed=seed, progress=True))}, json)
+    index = write_synthetic(out, classes=classes, videos=videos, seed=seed, progress=True)
+    count = len(Index.load(index, require_flow=False))
+    lines = [f"{count:,} videos of {classes} classes in {out}, listed in {index}"]
+    show({"index": str(index)}, json, lines=lines, next_step=f"cpr-fast flow {index} --out {out / 'flow'}")

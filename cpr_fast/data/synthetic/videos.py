@@ -1,25 +1,28 @@
 """The synthetic actions: a labelled set of encoded videos, made from a seed.
 
-**A class** is a pair (motion programme, kind of scene): "orbit-stripes". Scenes and motions are shared: every scene
-kind occurs with at least two motions and every motion with at least two scene kinds, so that neither settles the
-class and the two together do. With 12 classes each of four scenes meets three of four motions: knowing one of the two
-leaves three classes.
+**A class** is a pair of a motion programme and a kind of scene, such as "orbit-stripes". Every kind of scene occurs
+with at least two motions and every motion with at least two kinds of scene. So neither the motion nor the scene alone
+decides the class, and both together do. With 12 classes each of four scenes occurs with three of four motions: whoever
+knows only one of the two is left with three classes.
 
-**What one class shares**, as in real footage, where a pool is blue and a sprint is fast: of the motion, the programme
-(rotate, shuttle, pulse, orbit, rock, glide: see `actions.MOTIONS`) and a typical pace; of the scene, the pattern
-(stripes, checks, blobs, rings, dots, zigzag) of figures and background, its typical size and colours, and the figures'
-outline. Pace, size and colours are weak cues: those of neighbouring motions and scenes overlap, and none tells more
-than the motion or the scene.
+**Videos of one class share**, as in real footage, where a pool is blue and a sprint is fast:
 
-**What varies from source to source**, drawn alike for every class: hues about the scene's (dark and bright in random
-order), the instance, angle and wavelength of each pattern, one to three figures and their size, place and texture,
-pace (.8 to 1.25 times the motion's), period (0.5-1 s, shorter where growing or rocking at that pace would go too far),
-direction, sense and phase of each figure (so the direction of the mean flow says nothing), one or two distractors of
-any scene kind that drift without a programme, camera drift, light fall-off, change of lighting, sensor noise. Clips of
-one source (siblings) share all of these and differ in the time they were cut from it: phase, camera position, lighting
-and noise differ.
+- of the motion, the programme (rotate, shuttle, pulse, orbit, rock, glide: see `motions.MOTIONS`) and a typical pace;
+- of the scene, the pattern (stripes, checks, blobs, rings, dots, zigzag) of figures and background, its typical size
+  and colours, and the outline of the figures.
 
-Every second source gives two clips, the others one. A quarter of the sources of each class are the test split.
+Pace, size and colours are weak cues: those of neighbouring motions and scenes overlap, and none of them says more than
+the motion or the scene says.
+
+**Source videos differ** in the following, drawn in the same way for every class: hues around those of the scene (dark
+and bright in random order); place, angle and wavelength of each pattern; one to three figures and their size, place and
+texture; pace (0.8 to 1.25 times that of the motion); period (0.5 to 1 s, shorter where growing or rocking at that pace
+would go too far); direction, sense and phase of each figure (so the direction of the mean flow says nothing); one or
+two distractors of any kind of scene that drift without a programme; camera drift, light fall-off, change of lighting
+and sensor noise. Clips of one source (siblings) share all of these. They are cut at different times, so phase, camera
+position, lighting and noise differ.
+
+Every second source gives two clips, the others give one. A quarter of the sources of each class are the test split.
 """
 
 from __future__ import annotations
@@ -45,18 +48,21 @@ from cpr_fast.errors import InputError
 from cpr_fast.runtime.progress import track
 
 FPS = 25
-SETTINGS = "synthetic.json"  # written last: its presence says that the set is complete
+SETTINGS = "synthetic.json"  # written last, so a folder that has it holds a complete set
 UNFINISHED = "synthetic.unfinished"  # present while a set is being written
 
 
 def class_table(classes: int) -> list[tuple[str, str]]:
-    """(motion, scene) of each class. Raises InputError for a number that cannot share every motion and scene."""
+    """Returns (motion, scene) of each class. Raises InputError for a number of classes that cannot share every motion
+    and every scene."""
     largest = min(len(MOTIONS), len(SCENES)) ** 2
     if classes != 4 and not 6 <= classes <= largest:
-        raise InputError(f"classes: expected 4 or 6..{largest}, so that motions and scenes are shared, got {classes}")
+        raise InputError(
+            f"--classes: expected 4 or 6..{largest}, so that classes share motions and scenes, got {classes}"
+        )
     side = math.isqrt(classes - 1) + 1
     motions, scenes = list(MOTIONS)[:side], SCENES[:side]
-    # diagonal by diagonal: two diagonals already give every motion two scenes and every scene two motions
+    # Diagonal by diagonal: two diagonals already give every motion two scenes and every scene two motions.
     pairs = [(motion, scenes[(i + shift) % side]) for shift in range(side) for i, motion in enumerate(motions)]
     return pairs[:classes]
 
@@ -74,12 +80,13 @@ def write_synthetic(
 ) -> Path:
     """Writes OUT/<split>/<motion>-<scene>/gNN_cMM.mp4 (H.264, 25 fps) and OUT/index.csv; returns the index's path.
 
-    `videos` is the number of source videos of each class, `frames` the length of a clip. The files depend on nothing
-    but the arguments (and the versions of NumPy and x264), bit for bit. A complete set of the same settings is
-    reused; an interrupted one is made anew; anything else in OUT is an InputError.
+    `videos` is the number of source videos of each class, `frames` the length of a clip, `width` and `height` are
+    pixels. The files depend, bit for bit, on nothing but the arguments and the versions of NumPy and x264. A complete
+    set of the same arguments is reused, and an interrupted one is written again. Raises InputError for an argument out
+    of its range, and where OUT holds anything else.
     """
     out = Path(out)
-    _check_sizes(videos, frames, width, height)
+    _check_arguments(videos, seed, frames, width, height)
     pairs = class_table(classes)
     settings = {"version": 2, "classes": classes, "videos": videos, "seed": seed, "frames": frames}
     settings |= {"width": width, "height": height}
@@ -111,7 +118,7 @@ class ClipName(NamedTuple):
 
 
 def clip_names(pair: tuple[str, str], number: int, videos: int) -> list[ClipName]:
-    """Where the clips of the `number`-th of `videos` sources of a class lie."""
+    """Returns where the clips of a class's source number `number` of `videos` lie."""
     split = "train" if number < videos - max(1, round(videos / 4)) else "test"
     return [ClipName(split, "-".join(pair), f"g{number + 1:02d}_c{clip + 1:02d}.mp4") for clip in range(1 + number % 2)]
 
@@ -125,7 +132,7 @@ def _write_source(out: Path, pair: tuple[str, str], number: int, settings: dict[
     names = clip_names(pair, number, settings["videos"])
     start = 0
     for name in names:
-        start += int(rng.integers(0, settings["frames"]))  # clips of one take do not overlap
+        start += int(rng.integers(0, settings["frames"]))  # clips of one source do not overlap
         clip = render(source, start, settings["frames"], rng)
         start += settings["frames"]
         path = out / name.split / name.label / name.file
@@ -136,8 +143,8 @@ def _write_source(out: Path, pair: tuple[str, str], number: int, settings: dict[
 
 def _encode(path: Path, clip: np.ndarray) -> None:
     """Writes uint8 RGB [T, H, W, 3] as H.264 yuv420p with a key frame every 12 frames."""
-    # One thread: x264's frame threads change the bits with their number. No macroblock tree: at a few dozen pixels its
-    # look-ahead reads memory nobody wrote, and the bits change from run to run.
+    # One thread, because the bits depend on the number of x264's frame threads. No macroblock tree, because for frames
+    # of a few dozen pixels its look-ahead reads memory that was never written, and the bits change from run to run.
     options = {"preset": "veryfast", "crf": "20", "g": "12", "bf": "0", "threads": "1", "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options=options)
@@ -147,9 +154,11 @@ def _encode(path: Path, clip: np.ndarray) -> None:
         container.mux(stream.encode(None))
 
 
-def _check_sizes(videos: int, frames: int, width: int, height: int) -> None:
+def _check_arguments(videos: int, seed: int, frames: int, width: int, height: int) -> None:
     if videos < 2:
-        raise InputError(f"videos: expected at least 2 sources a class, one for each split, got {videos}")
+        raise InputError(f"--videos: expected at least 2 source videos per class, one for each split, got {videos}")
+    if seed < 0:
+        raise InputError(f"--seed: expected a whole number of at least 0, got {seed}")
     if frames < 1:
         raise InputError(f"frames: expected at least 1, got {frames}")
     for name, value in (("width", width), ("height", height)):
@@ -158,15 +167,22 @@ def _check_sizes(videos: int, frames: int, width: int, height: int) -> None:
 
 
 def _is_complete(out: Path, settings: dict[str, int]) -> bool:
-    """Whether OUT holds this very set. Raises InputError if it holds another one or files of someone else's."""
+    """Returns whether OUT holds this very set. Raises InputError if it holds another set or other files."""
     if (out / SETTINGS).exists():
-        there = json.loads((out / SETTINGS).read_text())
+        there = _read_settings(out / SETTINGS)
         if there != settings:
-            raise InputError(f"out: {str(out)!r} holds the set {there}, asked for {settings}; choose another folder")
+            raise InputError(f"folder {str(out)!r} holds the set {there}, asked for {settings}; choose another folder")
         return True
     if out.exists() and not (out / UNFINISHED).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out: expected a new or empty folder, or a set of synthetic actions, got {str(out)!r}")
+        raise InputError(f"folder {str(out)!r}: expected a new or empty folder, or a set of synthetic actions")
     return False
+
+
+def _read_settings(path: Path) -> dict[str, int]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise InputError(f"{str(path)!r}: expected the settings of a set as JSON; choose another folder") from None
 
 
 def _start_afresh(out: Path) -> None:

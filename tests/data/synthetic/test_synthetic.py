@@ -49,16 +49,17 @@ def test_every_motion_and_scene_is_shared(classes):
 
 @pytest.mark.parametrize("classes", [-1, 0, 1, 3, 5, 37])
 def test_class_counts_that_cannot_share_are_refused(classes, tmp_path):
-    with pytest.raises(InputError, match=f"classes.*4 or 6..36.*{classes}"):
+    with pytest.raises(InputError, match=f"^--classes: expected 4 or 6..36.*{classes}"):
         write_synthetic(tmp_path / "out", classes=classes)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("videos", 1), ("frames", 0), ("width", 33), ("height", 16), ("width", -2)]
+    ("setting", "value"), [("videos", 1), ("seed", -1), ("frames", 0), ("width", 33), ("height", 16), ("width", -2)]
 )
-def test_impossible_sizes_are_refused(setting, value, tmp_path):
-    with pytest.raises(InputError, match=f"{setting}: expected .* got {value}"):
+def test_arguments_out_of_range_are_refused(setting, value, tmp_path):
+    option = f"--{setting}" if setting in ("videos", "seed") else setting
+    with pytest.raises(InputError, match=f"^{option}: expected .* got {value}"):
         write_synthetic(tmp_path / "out", **{**TINY, setting: value})
 
 
