@@ -1,11 +1,13 @@
-"""Batches of clips: one DALI graph, fed with decoded frames on the CPU, with packets or JPEGs on the GPU.
+"""The loaders: batches of clips for training and for evaluation.
 
-    plan (sampling) -> ClipReader threads (clips) -> ClipGraph (DALI) -> Batch
+    plan (sampling) -> ClipReader threads (reader) -> ClipGraph (DALI, graph) -> Batch
 
-Decoding of the next `data.prefetch` batches and the graph run behind the training step. All randomness is in the plan,
-so the batches are the same, bit for bit, whatever the number of threads, the prefetch depth or the rank.
+The graph takes decoded frames on the CPU, and packets or JPEGs on a GPU. The next `data.prefetch` batches are read, and
+the graph runs, while the training step runs. All random draws are made in the plan, so the batches are the same, bit
+for bit, for every number of threads, prefetch depth and rank.
 
-Letters: B videos, M clips of a graph run, T frames, S side of the square output, N windows.
+Letters: B videos of a batch, C clips of a video, M clips of one run of the graph, T frames, S side of the square
+output, N windows.
 """
 
 from __future__ import annotations
@@ -54,9 +56,9 @@ VIEWS = ("rgb", "flow", "residual")
 
 @dataclass(frozen=True)
 class Batch:
-    """What one training step sees; C clips of every video, two in pretraining.
+    """The input of one training step: C clips of every video, two in pretraining.
 
-    `clips[view][:, c]` is contiguous in channels_last_3d: no copy in a network.
+    `clips[view][:, c]` is contiguous in channels_last_3d, so a network need not copy it.
     """
 
     clips: dict[str, Tensor]  # view -> float32 [B, C, 3, T, S, S], normalised
@@ -76,10 +78,10 @@ class WindowBatch:
 
 
 class _ClipSource:
-    """Readers, threads and graphs of one loader; RGB gives the view "residual" as well.
+    """The reader, threads and graph of one loader. The view "residual" is computed from RGB.
 
-    Decoded frames for the CPU; for a CUDA device packets or JPEGs and the hardware decoders. With `data.exact` decoded
-    frames and PIL, whatever the device.
+    For the CPU frames are decoded here; for a CUDA device packets or JPEGs go to the hardware decoders. With
+    `data.exact` frames are decoded here and augmented by PIL for every device.
     """
 
     def __init__(
@@ -91,12 +93,12 @@ class _ClipSource:
         max_clips: int,
         **grouping: Any,
     ) -> None:
-        """`grouping`: as in `ClipGraph`."""
+        """`grouping` are the options of `ClipGraph`: group, same_frames, clip_major."""
         if unknown := set(views) - set(VIEWS):
             raise InputError(f"views: expected some of {', '.join(VIEWS)}, got {', '.join(sorted(unknown))}")
         self._views, self._data, self._device = tuple(views), data, torch.device(device)
-        device = CPU if data.exact else self._device  # of the decoding
-        decoded = dict.fromkeys("flow" if view == "flow" else "rgb" for view in views)  # in order, without repeats
+        device = CPU if data.exact else self._device  # where frames are decoded
+        decoded = dict.fromkeys("flow" if view == "flow" else "rgb" for view in views)  # keeps the order, drops repeats
         computed = "flow" if data.flow == "on_the_fly" else None
         routes = {view: "frames" if view == computed else _route(index, view, device) for view in decoded}
         cache = FrameCache(data.cache_gib, frame_reader(data, device))
@@ -119,7 +121,7 @@ class _ClipSource:
         self.stream, self.close = self._stream.stream, self._stream.close
 
     def run(self, materials: list[Material]) -> tuple[Clips, dict[str, Tensor]]:
-        """The clips of the given videos, view -> float32 [M, 3, T, S, S], and their plan in the same order."""
+        """Returns the plan of the clips of the given videos and, in the same order, view -> float32 [M, 3, T, S, S]."""
         clips, tensors = self._stream.run(materials)
         if "residual" in self._views:
             tensors["residual"] = residual(tensors["rgb"], self._data)
@@ -127,7 +129,7 @@ class _ClipSource:
 
 
 def _route(index: Index, view: str, device: torch.device) -> Route:
-    """How a view's frames come into the graph."""
+    """Returns the route by which the frames of a view get into the graph. Raises InputError where flow is missing."""
     paths = [video.flow_path if view == "flow" else video.path for video in index]
     if None in paths:
         video = index[paths.index(None)]
@@ -145,11 +147,12 @@ def _route(index: Index, view: str, device: torch.device) -> Route:
 
 
 class TrainLoader:
-    """Augmented clips of every video, one epoch after another: two of each for `plan_pairs`, the default.
+    """Loads augmented clips of every video, epoch by epoch; two clips per video with `plan_pairs`, the default.
 
-    `plan` is a function like it, whose M is a multiple of its N: the first clips of all videos, then the second ones.
-    `skipped` lists (path, reason) of every file that could not be read; another video of the epoch takes its place.
-    Raises InputError for an index too small for one global batch, or without the flow that `views` asks for.
+    `plan` is a function like `plan_pairs` that returns C clips per video: the first clips of all videos, then the
+    second ones, and so on. `skipped` lists (path, reason) of every file that could not be read; such a video is
+    replaced by another one of the epoch. Raises InputError for an index that is too small for one global batch or has
+    no flow for a view of `views`, and while iterating where most videos have disappeared.
     """
 
     def __init__(
@@ -167,8 +170,8 @@ class TrainLoader:
         self._steps = len(index) // (data.batch_size * world_size)
         if self._steps == 0:
             raise InputError(
-                f"the index holds {len(index)} videos, fewer than one batch: "
-                f"data.batch_size {data.batch_size} x {world_size} ranks"
+                f"the index holds {len(index)} {'video' if len(index) == 1 else 'videos'}, fewer than one batch: "
+                f"data.batch_size {data.batch_size} x {world_size} {'rank' if world_size == 1 else 'ranks'}"
             )
         self._index, self._data, self._seed = index, data, seed
         self._rank, self._world_size = rank, world_size
@@ -178,23 +181,24 @@ class TrainLoader:
         self._labels, self._source_ids = torch.from_numpy(index.labels), torch.from_numpy(index.source_ids)
 
     def __len__(self) -> int:
-        """Steps of an epoch; the videos left over after the last full global batch wait for another epoch's order."""
+        """Returns the steps of an epoch. Videos that do not fill a global batch are left out; they differ by epoch."""
         return self._steps
 
     @property
     def skipped(self) -> list[tuple[Path, str]]:
+        """(path, reason) of every file that could not be read so far, once per file."""
         return self._clips.skipped
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from `start_step` on: the same ones, bitwise, wherever it starts."""
+        """Yields the batches of an epoch from `start_step` on. They do not depend, bit for bit, on where it starts."""
         order = epoch_order(len(self._index), self._seed, epoch)
         steps = (self._plan(order, epoch, step) for step in range(start_step, self._steps))
         return self._clips.stream(steps, self._batch)
 
     def sample(self, epoch: int, video: int) -> Batch:
-        """The clips that one video gives in an epoch, as a batch of their own: the same bits as among others.
+        """Returns the clips of one video in an epoch as a batch of one, with the same bits as in a larger batch.
 
-        Raises InputError if it cannot be read.
+        Raises InputError if the video cannot be read.
         """
         plan = self._plan_clips(self._sources, np.array([video]), self._data, self._seed, epoch)
         material = self._clips.read(plan)
@@ -204,7 +208,7 @@ class TrainLoader:
         return self._batch([material])
 
     def close(self) -> None:
-        """Ends the threads and frees the graph. Closed twice is closed."""
+        """Ends the threads and frees the graph. It may be called more than once."""
         self._clips.close()
 
     def _plan(self, order: np.ndarray, epoch: int, step: int) -> list[Job]:
@@ -221,14 +225,16 @@ class TrainLoader:
         ]
 
     def _substitutes(self, order: np.ndarray, epoch: int, place: int) -> Iterator[Clips]:
-        """The other videos of the epoch, from half an epoch away so that a batch rarely meets one twice."""
+        """Yields the clips of the other videos of the epoch, starting half an epoch away, so that a batch rarely has
+        the same video twice.
+        """
         count = len(order)
         for offset in range(count):
             video = order[(place + count // 2 + offset) % count]
             yield self._plan_clips(self._sources, np.array([video]), self._data, self._seed, epoch)
 
     def _batch(self, materials: list[Material]) -> Batch:
-        count = len(materials)  # B; the graph gives all first clips, then all second clips
+        count = len(materials)  # B; the graph returns all first clips, then all second clips
         clips, tensors = self._clips.run(materials)
         video = torch.from_numpy(clips.video[:count])
         start = torch.from_numpy(np.maximum(clips.start, 0)).view(-1, count)
@@ -242,11 +248,12 @@ class TrainLoader:
 
 
 class WindowLoader:
-    """Every evaluation window of every video, in the order of the index.
+    """Loads every evaluation window of every video, in the order of the index.
 
-    Windows overlap by half (starts 0, T/2 - 1, ... times the stride), or are `clips_per_video` uniform ones; each is
-    cut in the centre, or 5 or 10 times (`crops`, see `plan_windows`). The last batch may be smaller. `skipped` lists
-    (path, reason) of the files that could not be read: their windows are the only ones missing.
+    Windows overlap by half (they start at 0, T/2 - 1, ... times the stride), or `clips_per_video` of them are spread
+    evenly. Each is cut in the centre, or 5 or 10 times (`crops`, see `plan_windows`). The last batch may be smaller.
+    `skipped` lists (path, reason) of the files that could not be read; their windows are the only ones that are
+    missing.
     """
 
     def __init__(
@@ -261,8 +268,9 @@ class WindowLoader:
         batch_size: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`jitter_seed` not None: with the colour jitter of `with_test_jitter`."""
-        self._batch_size = max((batch_size or data.batch_size) // crops, 1) * crops  # whole windows
+        """With a `jitter_seed` the clips get the colour jitter of `with_test_jitter`."""
+        # All crops of a window are in one batch.
+        self._batch_size = max((batch_size or data.batch_size) // crops, 1) * crops
         sources = Sources.of(index, data)
         windows = [plan_windows(sources, video, data, clips_per_video, crops) for video in range(len(index))]
         self._windows = Clips.concatenate(windows)
@@ -271,11 +279,12 @@ class WindowLoader:
         self._clips = _ClipSource(index, data, views, device, self._batch_size, group=crops, same_frames=True)
 
     def __len__(self) -> int:
-        """Batches, if every file can be read."""
+        """Returns the number of batches if every file can be read."""
         return math.ceil(len(self._windows) / self._batch_size)
 
     @property
     def skipped(self) -> list[tuple[Path, str]]:
+        """(path, reason) of every file that could not be read so far, once per file."""
         return self._clips.skipped
 
     def __iter__(self) -> Iterator[WindowBatch]:
@@ -283,7 +292,7 @@ class WindowLoader:
         return self._clips.stream(steps, self._batch)
 
     def close(self) -> None:
-        """Ends the threads and frees the graph. Closed twice is closed."""
+        """Ends the threads and frees the graph. It may be called more than once."""
         self._clips.close()
 
     def _plan(self, step: int) -> list[Job]:

@@ -1,8 +1,9 @@
-"""What every clip of a run is: a pure function of (seed, epoch, video, clip), fixed before anything is decoded.
+"""Plans the clips of a run: which frames, crop, flip and colours a clip gets, before anything is decoded.
 
-The draws come from a counter-based generator (Philox4x32-10, Salmon et al. 2011) whose counter names what is drawn, so
-a video's clips are the same whatever the batch size, the worker or the rank, and a run resumes by index. RGB and flow
-share one plan; only the colour part is for RGB alone.
+A plan is a pure function of (seed, epoch, video, clip). The draws come from a counter-based generator (Philox4x32-10,
+Salmon et al. 2011), whose counter says what is drawn. So the clips of a video do not depend on the batch size, the
+worker or the rank, and a resumed run only needs its step number. RGB and flow share one plan; the colour part applies
+to RGB alone.
 
 Letters: N videos, M clips, T frames of a clip, B videos of a batch.
 """
@@ -32,23 +33,23 @@ BASE_P, FLIP_P, JITTER_P, GRAYSCALE_P, BLUR_P = 0.3, 0.5, 0.8, 0.2, 0.5
 LABELLED_JITTER_P = 0.3  # of a clip that learns its label: jitter alone, no grayscale, no blur
 TEST_JITTER, TEST_JITTER_P = 0.2, 0.3  # of the published code's test clips; its hue is that of training
 
-# Which of a video's independent streams a draw belongs to; 0 and 1 are its two clips.
+# The independent streams of draws of a video; 0 and 1 are its two clips.
 _PAIR_STREAM, _ORDER_STREAM, _LABELLED_STREAM, _TEST_STREAM = 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What the plan needs to know of every video of an index, as arrays."""
+    """What a plan needs to know of every video of an index, as arrays."""
 
-    num_frames: np.ndarray  # int64 [N], frames that every view has: min(RGB, flow)
+    num_frames: np.ndarray  # int64 [N], frames that all views have; flow has one less than RGB
     height: np.ndarray  # int64 [N]
     width: np.ndarray  # int64 [N]
 
     @classmethod
     def of(cls, index: Index, data: DataConfig | None = None) -> Sources:
-        """`data` says whether every video has flow, computed on the fly."""
+        """Returns the facts of an index. With `data.flow = "on_the_fly"` every video has flow."""
         computed = data is not None and data.flow == "on_the_fly"
-        frames = [video.num_frames - (computed or video.flow_path is not None) for video in index]  # one field less
+        frames = [video.num_frames - (computed or video.flow_path is not None) for video in index]
         return cls(
             np.array(frames, np.int64),
             np.array([video.height for video in index], np.int64),
@@ -58,17 +59,17 @@ class Sources:
 
 @dataclass(frozen=True)
 class Clips:
-    """M planned clips. Without augmentation flip, colour and blur are neutral."""
+    """M planned clips. Without augmentation, flip, colour and blur have their neutral values."""
 
     video: np.ndarray  # int64 [M], position in the index
-    start: np.ndarray  # int64 [M], first source frame; negative: that many source frames of padding with frame 0
+    start: np.ndarray  # int64 [M], first source frame; if negative, so many source frames are copies of frame 0
     box: np.ndarray  # int64 (IIC: float64) [M, 4], crop (top, left, bottom, right) in source pixels, ends exclusive
     flip: np.ndarray  # bool [M]
     brightness: np.ndarray  # float32 [M], factor
     contrast: np.ndarray  # float32 [M], factor
     saturation: np.ndarray  # float32 [M], factor; 0 is grayscale
     hue: np.ndarray  # float32 [M], degrees
-    sigma: np.ndarray  # float32 [M], Gaussian blur in output pixels; 0 is none
+    sigma: np.ndarray  # float32 [M], Gaussian blur in output pixels; 0 is no blur
     crop: np.ndarray  # int64 [M], number of an evaluation crop, 0..9 (see `plan_windows`); 0 in training
 
     def __len__(self) -> int:
@@ -83,24 +84,25 @@ class Clips:
 
 
 def epoch_order(num_videos: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits the videos: a permutation, int64 [N]."""
+    """Returns the order in which an epoch visits the videos: a permutation, int64 [N]."""
     draw = _draws(np.arange(num_videos), seed, epoch, _ORDER_STREAM, blocks=1)
     return np.lexsort((draw[:, 1], draw[:, 0])).astype(np.int64)
 
 
 def step_videos(order: np.ndarray, step: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
-    """The videos of one rank's batch, int64 [B]; a global batch is a run of `order`, so ranks only cut it."""
+    """Returns the videos of one rank's batch, int64 [B]. A global batch is consecutive in `order` and is divided among
+    the ranks."""
     begin = (step * world_size + rank) * batch_size
     return order[begin : begin + batch_size]
 
 
 def plan_pairs(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Clips:
-    """The two training clips of each video: first clips, then second clips, M = 2 N.
+    """Plans the two training clips of each video: all first clips, then all second clips, M = 2 N.
 
-    CoCLR's augmentation. Half the time the clips have two time positions and each is "base" with p = .3, else "null";
-    otherwise both have one position, one of them is base and the other null. null = random resized crop + flip;
-    base = null + colour jitter, grayscale and blur. With `data.augment = "none"`: two positions, centre crop. With
-    "iic": two positions, each with a random crop of its own.
+    This is CoCLR's augmentation. With probability 1/2 the clips have different time positions, and each is "base" with
+    probability 0.3 and else "null". Otherwise both have the same position, one is base and the other is null. "null" is
+    a random resized crop and a flip; "base" adds colour jitter, grayscale and blur. With `data.augment = "none"` clips
+    have different positions and a centre crop; with "iic" different positions and a random crop each.
     """
     start, is_base = _positions(sources.num_frames[video], data, seed, epoch, video)
     chances = np.array([JITTER_P, GRAYSCALE_P, BLUR_P])
@@ -112,18 +114,19 @@ def plan_pairs(sources: Sources, video: np.ndarray, data: DataConfig, seed: int,
 
 
 def plan_first(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Clips:
-    """The first training clip of each video alone, M = N, as `plan_pairs` cuts it."""
+    """Plans the first training clip of each video alone, M = N: that of `plan_pairs`."""
     return plan_pairs(sources, video, data, seed, epoch)[np.arange(len(video))]
 
 
 def plan_labelled(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Clips:
-    """The training clip of each video for a classifier, M = N: CoCLR's "null" augmentation, and colour jitter with
-    p = .3. With `data.augment = "none"`: a random position, centre crop."""
+    """Plans the training clip of each video for a classifier, M = N: CoCLR's "null" augmentation, and colour jitter
+    with probability 0.3. With `data.augment = "none"`: a random position and a centre crop.
+    """
     return _single(sources, video, data, seed, epoch, LABELLED_JITTER_P)
 
 
 def plan_selection(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Clips:
-    """The clip of each video by which the published code selects a model: a random position and crop, M = N."""
+    """Plans the clip of each video with which the published code selects a model: a random position and crop, M = N."""
     clips = _single(sources, video, data, seed, epoch, 0.0)
     return replace(clips, flip=np.zeros(len(clips), bool))
 
@@ -136,13 +139,14 @@ def _single(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, ep
 
 
 def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video: int | None, crops: int = 1) -> Clips:
-    """The evaluation clips of one video: windows that overlap by half (starts 0, T/2 - 1, ... times the stride), or
-    `clips_per_video` at uniform positions. A video shorter than a clip gives one, left-padded.
+    """Plans the evaluation clips of one video: windows that overlap by half (they start at 0, T/2 - 1, ... times the
+    stride), or `clips_per_video` windows at evenly spaced positions. A video shorter than a clip gives one window,
+    padded on the left.
 
-    Each window is cut `crops` times, crop after crop: centre (1), and the corners (5), and these five flipped (10).
+    Each window is cut `crops` times: in the centre (1), also in the four corners (5), and all five also flipped (10).
     """
     if crops not in CROPS:
-        raise InputError(f"crops: expected 1 (centre), 5 (and corners) or 10 (and flipped), got {crops}")
+        raise InputError(f"crops: expected 1 (centre), 5 (centre and corners) or 10 (these also flipped), got {crops}")
     slack = int(sources.num_frames[video]) - _span(data)
     if slack <= 0:
         start = np.array([slack])
@@ -159,7 +163,7 @@ def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video
 
 
 def with_test_jitter(clips: Clips, seed: int) -> Clips:
-    """The same clips under the colour jitter that the published code leaves on at test time, one draw per video."""
+    """Returns the same clips with the colour jitter that the published code keeps at test time; one draw per video."""
     draw = _draws(clips.video, seed, 0, _TEST_STREAM, blocks=2)
     jitter = draw[:, 0] < TEST_JITTER_P
     factor = (1 + np.where(jitter[:, None], TEST_JITTER * (2 * draw[:, 1:4] - 1), 0)).astype(np.float32)
@@ -168,7 +172,7 @@ def with_test_jitter(clips: Clips, seed: int) -> Clips:
 
 
 def clip_frames(start: int, data: DataConfig) -> np.ndarray:
-    """The source frame of each frame of a clip, int64 [T]; before the first comes frame 0 again."""
+    """Returns the source frame of each frame of a clip, int64 [T]. Positions before the first frame repeat frame 0."""
     return np.maximum(start + data.stride * np.arange(data.frames, dtype=np.int64), 0)
 
 
@@ -177,24 +181,24 @@ def _span(data: DataConfig) -> int:
 
 
 def _draws(video: np.ndarray, seed: int, epoch: int, stream: int, blocks: int) -> np.ndarray:
-    """Uniforms in [0, 1) of each video, float64 [N, 4 * blocks]."""
+    """Returns uniform draws in [0, 1) for each video, float64 [N, 4 * blocks]."""
     streams = np.empty((len(video), 3), np.uint64)
     streams[:, 0], streams[:, 1], streams[:, 2] = epoch, video, stream
     return philox_uniform(seed % 2**64, streams, blocks)
 
 
 def _below(draw: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Uniforms as int64 in 0 .. count - 1 (exact below 2^20: a draw has 32 bits)."""
+    """Maps uniform draws to int64 in 0 .. count - 1. Exact for counts below 2^20, because a draw has 32 bits."""
     return np.floor(draw * count).astype(np.int64)
 
 
 def _positions(
     num_frames: np.ndarray, data: DataConfig, seed: int, epoch: int, video: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Start of both clips, int64 [N, 2], and whether each takes the base augmentation, bool [N, 2]."""
+    """Returns the start of both clips, int64 [N, 2], and whether each gets the base augmentation, bool [N, 2]."""
     draw = _draws(video, seed, epoch, _PAIR_STREAM, blocks=2)
     slack = (num_frames - _span(data))[:, None]
-    # Uniform in 0 .. slack - 1, as published: the last legal start is drawn only where it is the only one.
+    # Uniform in 0 .. slack - 1, as published: the last possible start is drawn only if it is the only one.
     start = np.where(slack < 0, slack, _below(draw[:, :2], np.maximum(slack, 1)))
     if data.augment != "coclr":
         return start, np.zeros(start.shape, bool)
@@ -207,7 +211,8 @@ def _positions(
 def _clip(
     sources: Sources, video: np.ndarray, start: np.ndarray, chances: np.ndarray, data: DataConfig, draw: np.ndarray
 ) -> Clips:
-    """One clip per video from its 32 draws, float64 [N, 32]; chances of jitter, grayscale and blur, [3] or [N, 3]."""
+    """Plans one clip per video from its 32 draws, float64 [N, 32]. `chances` are the probabilities of jitter, grayscale
+    and blur, [3] or [N, 3]."""
     height, width = sources.height[video], sources.width[video]
     if data.augment == "none":
         return _neutral(video, start, _corner_box(height, width, np.zeros(len(video), np.int64)))
@@ -237,7 +242,8 @@ def _neutral(video: np.ndarray, start: np.ndarray, box: np.ndarray) -> Clips:
 
 
 def _corner_box(height: np.ndarray, width: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Squares of 7/8 of the short side: place 0 in the centre, 1..4 top left, top right, bottom left, bottom right."""
+    """Returns squares of 7/8 of the short side, int64 [N, 4]. `place` 0 is the centre; 1 to 4 are top left, top right,
+    bottom left, bottom right."""
     side = np.maximum(1, np.round(CENTRE_FRACTION * np.minimum(height, width))).astype(np.int64)
     free_height, free_width = height - side, width - side
     top = np.where(place == 0, free_height // 2, np.where(place >= 3, free_height, 0))
@@ -246,7 +252,7 @@ def _corner_box(height: np.ndarray, width: np.ndarray, place: np.ndarray) -> np.
 
 
 def _iic_corner_box(height: np.ndarray, width: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """As `_corner_box`, of IIC's frames; its centre is torchvision's."""
+    """Returns the boxes of `_corner_box` in IIC's resized frames; the centre is rounded as in torchvision."""
     free_height, free_width = np.array(IIC_FRAME) - IIC_SIDE
     rows = np.array([round(free_height / 2), 0, 0, free_height, free_height])
     columns = np.array([round(free_width / 2), 0, free_width, 0, free_width])
@@ -254,7 +260,7 @@ def _iic_corner_box(height: np.ndarray, width: np.ndarray, place: np.ndarray) ->
 
 
 def _iic_box(height: np.ndarray, width: np.ndarray, corner: np.ndarray) -> np.ndarray:
-    """IIC's crop at `corner` (row, column, [N, 2]) of its resized frame, in source pixels: float64 [N, 4]."""
+    """Returns IIC's crop at `corner` (row, column, [N, 2]) of its resized frame in source pixels, float64 [N, 4]."""
     box = np.concatenate([corner, corner + IIC_SIDE], axis=1)
     return box * np.stack([height, width, height, width], axis=1) / np.tile(IIC_FRAME, 2)
 
@@ -262,8 +268,11 @@ def _iic_box(height: np.ndarray, width: np.ndarray, corner: np.ndarray) -> np.nd
 def _random_box(
     height: np.ndarray, width: np.ndarray, smallest: float, attempts: np.ndarray, corner: np.ndarray
 ) -> np.ndarray:
-    """RandomResizedCrop: the first of the attempts (float64 [N, 10, 2]: area, log ratio) that fits, placed by
-    `corner` (float64 [N, 2]); the largest centred box of an allowed ratio where none does. int64 [N, 4]."""
+    """Returns the boxes of torchvision's RandomResizedCrop, int64 [N, 4].
+
+    The first of the `attempts` (draws of area and log ratio, float64 [N, 10, 2]) that fits is placed by `corner`
+    (draws, float64 [N, 2]). Where none fits, the box is the largest centred one of an allowed ratio.
+    """
     area = (smallest + (1 - smallest) * attempts[..., 0]) * (height * width)[:, None]
     low, high = np.log(CROP_RATIO)
     ratio = np.exp(low + (high - low) * attempts[..., 1])  # width / height

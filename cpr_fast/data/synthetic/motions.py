@@ -1,6 +1,7 @@
-"""The motion programmes of synthetic actions: a figure's pose as a closed function of the time.
+"""The motion programmes of synthetic actions: the pose of a figure as a closed-form function of time.
 
-Lengths are pixels of a 160x120 frame (they scale with the frame), times are frames at 25 per second, angles radians.
+Lengths are pixels of a 160x120 frame (they scale with the frame), times are frames at 25 per second, angles are
+radians.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ Array = np.ndarray
 
 
 class Motion(NamedTuple):
-    """The parameters of one figure's programme. `speed` is the figure's mean speed (rms over figure and time)."""
+    """The parameters of one figure's programme. `speed` is the rms speed over the figure and over time."""
 
     speed: float  # pixels per frame
     period: float  # frames
-    radius: float  # pixels, of the figure
+    radius: float  # pixels, the size of the figure
     direction: float
     sign: float
     phase: float
 
 
 class Pose(NamedTuple):
-    """Displacement, rotation and log scale at each time [T]; a plain 0.0 where a programme leaves one alone."""
+    """Displacement, rotation and logarithm of the scale at each time [T]; a plain 0.0 where a programme does not change
+    one of them."""
 
     dx: Array | float = 0.0
     dy: Array | float = 0.0
@@ -35,7 +37,9 @@ class Pose(NamedTuple):
 
 
 def _swing(motion: Motion, time: Array, lever: float, limit: float) -> Array:
-    """A sine whose rms rate times `lever` is the speed; beyond the amplitude `limit` the period shrinks instead."""
+    """Returns a sine [T] whose rms rate of change times `lever` is the speed. Where its amplitude would exceed `limit`,
+    the period is shortened instead.
+    """
     amplitude = min(limit, math.sqrt(2) * motion.speed * motion.period / (2 * math.pi * lever))
     rate = math.sqrt(2) * motion.speed / (amplitude * lever)
     return amplitude * np.sin(rate * time + motion.phase)
@@ -69,8 +73,9 @@ def _glide(motion: Motion, time: Array) -> Pose:
     return Pose(along * math.cos(motion.direction), along * math.sin(motion.direction))
 
 
-# The motion programmes: turn in place, swing to and fro along a line, grow and shrink, run round a circle without
-# turning, rock in place, cross the frame. Periodic ones return to where they were, so their mean flow is zero.
+# The motion programmes: turn in place, swing back and forth along a line, grow and shrink, move along a circle without
+# turning, rock in place, cross the frame. The mean flow of the periodic ones is zero, because they return to where they
+# started.
 MOTIONS: dict[str, Callable[[Motion, Array], Pose]] = {
     "rotate": _rotate,
     "shuttle": _shuttle,
@@ -80,6 +85,6 @@ MOTIONS: dict[str, Callable[[Motion, Array], Pose]] = {
     "glide": _glide,
 }
 
-# A motion has its pace, as walking and running do: pixels a frame, rms; a source's is .8 to 1.25 times it, so that
-# those of neighbours overlap.
+# The typical pace of a motion (walking and running have one, too), pixels per frame, rms. The pace of a source is 0.8
+# to 1.25 times this, so the paces of similar motions overlap.
 PACE = {"rotate": 2.3, "shuttle": 1.5, "pulse": 1.0, "orbit": 1.9, "rock": 1.25, "glide": 2.8}

@@ -1,4 +1,4 @@
-"""Frames of a synthetic source between two times.
+"""Renders the frames of a synthetic source between two times.
 
 Letters: T frames, H x W pixels.
 """
@@ -12,14 +12,14 @@ import numpy as np
 from cpr_fast.data.synthetic.motions import Array
 from cpr_fast.data.synthetic.sources import Figure, Source
 
-CHUNK = 8  # frames drawn at once: the arrays of a figure stay in the second-level cache
+CHUNK = 8  # frames drawn at once, few enough for the arrays of a figure to stay in the second-level cache
 
 
 def render(source: Source, start: int, frames: int, rng: np.random.Generator) -> Array:
-    """Frames `start` .. `start + frames - 1` of a take, uint8 RGB [T, H, W, 3]; `rng` draws the sensor noise."""
+    """Returns frames `start` to `start + frames - 1` of a source, uint8 RGB [T, H, W, 3]; `rng` draws the noise."""
     height, width = source.height, source.width
     noise = source.noise * rng.standard_normal((height + 32, width + 32), dtype=np.float32)
-    offsets = rng.integers(0, 33, (frames, 2))  # every frame sees another part of one noise plane
+    offsets = rng.integers(0, 33, (frames, 2))  # every frame gets another part of one plane of noise
     out = np.empty((frames, height, width, 3), np.uint8)
     for first in range(0, frames, CHUNK):
         time = np.arange(start + first, start + min(first + CHUNK, frames), dtype=np.float64)
@@ -40,7 +40,7 @@ def render(source: Source, start: int, frames: int, rng: np.random.Generator) ->
 
 
 def _shifted(plane: Array, x: float, y: float, out: Array) -> None:
-    """`out` [H, W, 3] = the part of `plane` whose corner lies at (x, y) >= 0, bilinear."""
+    """Writes the part of `plane` whose top left corner is (x, y) >= 0 to `out` [H, W, 3], by bilinear interpolation."""
     height, width = out.shape[:2]
     column, row = int(x), int(y)
     fx, fy = np.float32(x - column), np.float32(y - row)
@@ -51,7 +51,9 @@ def _shifted(plane: Array, x: float, y: float, out: Array) -> None:
 
 
 def _draw(figure: Figure, time: Array, camera_x: Array, camera_y: Array, canvas: Array) -> None:
-    """Draws a figure at every time into canvas [T, H, W, 3]; one that leaves on one side comes back on the other."""
+    """Draws a figure at every time into canvas [T, H, W, 3]. A figure that leaves the frame on one side enters it on
+    the other side.
+    """
     pose = figure.programme(time)
     x, y = figure.position(time)
     reach = math.ceil(1.15 * figure.reach) + 1
@@ -78,7 +80,9 @@ def _draw(figure: Figure, time: Array, camera_x: Array, camera_y: Array, canvas:
 
 
 def _sampled(texture: Array, u: Array, v: Array) -> Array:
-    """Bilinear samples of texture [S, S, 4] at columns u and rows v [...]; outside it is transparent: [..., 4]."""
+    """Returns bilinear samples [..., 4] of a texture [S, S, 4] at columns u and rows v [...]. Outside of the texture
+    they are transparent, because its border is.
+    """
     side = texture.shape[0]
     u, v = np.clip(u, 0, side - 1.001), np.clip(v, 0, side - 1.001)
     column, row = u.astype(np.int32), v.astype(np.int32)

@@ -1,4 +1,7 @@
-"""The kinds of scene of synthetic actions: patterns, outlines of figures, and colours."""
+"""The kinds of scene of synthetic actions: patterns, outlines of figures, and colours.
+
+A kind of scene is the pattern on the figures and on the background, the outline of the figures, and their colours.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from cpr_fast.data.synthetic.motions import Array
 
 
 def _clouds(x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """Smooth noise of about one wavelength: plane waves of random direction, standard deviation 1."""
+    """Returns smooth noise of about one wavelength and standard deviation 1: a sum of random plane waves."""
     waves = 10
     angle, length = rng.uniform(0, 2 * math.pi, waves), rng.uniform(0.7, 1.6, waves)
     phase = rng.uniform(0, 2 * math.pi, waves)
@@ -22,7 +25,8 @@ def _clouds(x: Array, y: Array, rng: np.random.Generator) -> Array:
     return total * math.sqrt(2 / waves)
 
 
-# Patterns over (x, y) in wavelengths, roughly in -1..1; and outlines, radius at an angle as a share of the figure's.
+# Patterns at (x, y) in wavelengths, with values roughly in -1..1; and outlines: the radius at an angle, as a share of
+# the radius of the figure.
 _PATTERNS: dict[str, Callable[[Array, Array, np.random.Generator], Array]] = {
     "stripes": lambda x, y, rng: np.sin(2 * math.pi * x),
     "checks": lambda x, y, rng: 1.5 * np.sin(4.4 * x) * np.sin(4.4 * y),
@@ -39,10 +43,11 @@ OUTLINES: dict[str, Callable[[Array], Array]] = {
     "dots": lambda a: np.minimum(1 / np.maximum(np.abs(np.cos(a)), 0.1), 0.6 / np.maximum(np.abs(np.sin(a)), 0.1)),
     "zigzag": lambda a: 0.55 / np.cos((a % (2 * math.pi / 3)) - math.pi / 3),  # triangle
 }
-SCENES = tuple(_PATTERNS)  # a scene kind is a pattern, on figures and background alike, and an outline of figures
+SCENES = tuple(_PATTERNS)  # the names of the kinds of scene
 
-# A kind of scene has its colours, as pools are blue and pitches green: the mean hue (in turns) of its ground and of the
-# figures on it, from which a source strays by HUE_SPREAD (standard deviation), and the relative size of its pattern.
+# A kind of scene has typical colours, as pools are blue and pitches are green: the mean hue (0..1 is a full turn) of
+# the background and of the figures. The hues of a source are drawn around these with standard deviation HUE_SPREAD.
+# COARSENESS is the relative size of the pattern.
 GROUND_HUE = {"stripes": 0.08, "checks": 0.33, "blobs": 0.58, "rings": 0.83, "dots": 0.20, "zigzag": 0.45}
 FIGURE_HUE = {"stripes": 0.50, "checks": 0.00, "blobs": 0.13, "rings": 0.30, "dots": 0.70, "zigzag": 0.92}
 COARSENESS = {"stripes": 1.0, "checks": 1.25, "blobs": 1.4, "rings": 0.85, "dots": 0.75, "zigzag": 1.1}
@@ -50,7 +55,7 @@ HUE_SPREAD = 0.05
 
 
 def _palette(hue: float, rng: np.random.Generator) -> Array:
-    """A dark and a bright colour of hues about `hue`, in random order, [2, 3] in 0..255."""
+    """Returns a dark and a bright colour of hues around `hue`, in random order, [2, 3] in 0..255."""
     first, second = rng.normal(hue, HUE_SPREAD, 2) % 1
     dark = colorsys.hsv_to_rgb(first, rng.uniform(0.4, 0.8), rng.uniform(0.2, 0.45))
     bright = colorsys.hsv_to_rgb(second, rng.uniform(0.2, 0.6), rng.uniform(0.65, 1.0))
@@ -60,14 +65,15 @@ def _palette(hue: float, rng: np.random.Generator) -> Array:
 def scene_texture(
     scene: str, hue: float, height: int, width: int, wavelength: float, rng: np.random.Generator
 ) -> Array:
-    """A piece of the scene's pattern at random place and angle, two colours about `hue`: [height, width, 3] 0..255."""
+    """Returns a piece of the scene's pattern at a random place and angle in two colours around `hue`, float32
+    [height, width, 3] in 0..255."""
     wavelength *= COARSENESS[scene]
     angle, (x0, y0) = rng.uniform(0, 2 * math.pi), rng.uniform(-3, 3, 2)
     across = (np.arange(width) - width / 2)[None, :] / wavelength
     down = (np.arange(height) - height / 2)[:, None] / wavelength
     x = math.cos(angle) * across - math.sin(angle) * down + x0
     y = math.sin(angle) * across + math.cos(angle) * down + y0
-    value = np.tanh(1.6 * _PATTERNS[scene](x, y, rng)) + 0.35 * _clouds(x, y, rng)  # no instance repeats exactly
+    value = np.tanh(1.6 * _PATTERNS[scene](x, y, rng)) + 0.35 * _clouds(x, y, rng)  # so no two pieces are exactly alike
     share = np.clip(0.5 + 0.42 * value, 0, 1)[..., None]
     first, second = _palette(hue, rng)
     return (first * (1 - share) + second * share).astype(np.float32)

@@ -1,11 +1,11 @@
-"""Sources of synthetic actions: textured figures in a scene, moved by a programme, filmed by a camera.
+"""Sources of synthetic actions: textured figures in a scene, moved by a programme and filmed by a camera.
 
-A *source* is one continuous take; a *clip* is the stretch of it from one time to another. Everything that moves is a
-closed function of the time, so clips cut from one source at different times share texture, colours, figures and the
-programme's parameters, and differ in phase, camera position, lighting and noise.
+A *source* is one continuous shot; a *clip* is the part of it from one time to another. Everything that moves is a
+closed-form function of time. So clips that are cut from one source at different times share textures, colours, figures
+and the parameters of the programme, and differ in phase, camera position, lighting and noise.
 
 Letters: T frames, H x W pixels, S side of the box that a figure is drawn in. Lengths are pixels of a 160x120 frame
-(they scale with the frame), times are frames at 25 per second, angles radians.
+(they scale with the frame), times are frames at 25 per second, angles are radians.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from cpr_fast.data.synthetic.scenes import FIGURE_HUE, GROUND_HUE, OUTLINES, SCE
 
 @dataclass(frozen=True)
 class Figure:
-    texture: Array  # float32 [S, S, 4]: colour times alpha in 0..255, and alpha in 0..1; its border is transparent
-    reach: float  # pixels: how far from its centre the figure is drawn at its largest
-    position: Callable[[Array], tuple[Array, Array]]  # time [T] -> centre x, y [T] in the scene, before the programme
+    texture: Array  # float32 [S, S, 4]: colour times alpha in 0..255, and alpha in 0..1; the border is transparent
+    reach: float  # pixels: the largest distance from the centre at which the figure is drawn
+    position: Callable[[Array], tuple[Array, Array]]  # time [T] -> centre x, y [T] in the scene, without the programme
     programme: Callable[[Array], Pose]
 
 
 @dataclass(frozen=True)
 class Wave:
-    """A slow sum of two sines of the time, in -1..1: camera drift and lighting."""
+    """A slow sum of two sines of time, in -1..1, for camera drift and lighting."""
 
     periods: tuple[float, float]  # frames
     phases: tuple[float, float]
@@ -41,13 +41,13 @@ class Wave:
 
 @dataclass(frozen=True)
 class Source:
-    """One take: what its clips share."""
+    """One continuous shot: what its clips share."""
 
     height: int
     width: int
     background: Array  # float32 [H + 2 margin, W + 2 margin, 3]
     margin: int
-    figures: tuple[Figure, ...]  # in drawing order: distractors behind
+    figures: tuple[Figure, ...]  # in drawing order; the distractors are behind
     drift: float  # pixels: amplitude of the camera's drift along x and y
     camera: tuple[Wave, Wave]
     light: Wave
@@ -57,7 +57,7 @@ class Source:
 
 
 def make_source(motion: str, scene: str, rng: np.random.Generator, *, height: int, width: int) -> Source:
-    """Draws one source of the class (motion, scene). All of it comes from `rng`."""
+    """Draws one source of the class (motion, scene). All random values come from `rng`."""
     unit = min(height, width) / 120
     drift = unit * rng.uniform(1.5, 5)
     margin = math.ceil(drift) + 2
@@ -87,7 +87,7 @@ def _wave(rng: np.random.Generator) -> Wave:
 
 
 def _performers(motion: str, scene: str, rng: np.random.Generator, height: int, width: int) -> list[Figure]:
-    """One to three figures, side by side, of one pace; each with its own texture, direction, sense and phase."""
+    """Draws one to three figures, side by side and of one pace; texture, direction, sense and phase differ."""
     unit = min(height, width) / 120
     count = int(rng.integers(1, 4))
     speed, period = unit * PACE[motion] * rng.uniform(0.8, 1.25), rng.uniform(12, 24)
@@ -110,7 +110,8 @@ def _performers(motion: str, scene: str, rng: np.random.Generator, height: int, 
 
 
 def _distractor(rng: np.random.Generator, height: int, width: int) -> Figure:
-    """A small figure of any scene kind that follows no programme: it drifts straight and turns back at the edges."""
+    """Draws a small figure of any kind of scene that follows no programme: it drifts straight and turns back at the
+    edges."""
     unit = min(height, width) / 120
     radius = unit * rng.uniform(8, 14)
     (dx, dy), (x0, y0) = unit * rng.uniform(-0.6, 0.6, 2), rng.uniform(0, 2, 2)
@@ -124,7 +125,7 @@ def _distractor(rng: np.random.Generator, height: int, width: int) -> Figure:
 
 
 def _figure_texture(scene: str, radius: float, wavelength: float, rng: np.random.Generator) -> Array:
-    """The scene's pattern cut to the scene's outline, float32 [S, S, 4]."""
+    """Returns the pattern of the scene, cut to the outline of the scene, float32 [S, S, 4]."""
     half = math.ceil(radius * 1.2) + 2
     x = np.arange(-half, half + 1.0)[None, :] / radius
     y = np.arange(-half, half + 1.0)[:, None] / (radius * rng.uniform(0.75, 1.0))
