@@ -1,7 +1,7 @@
 """The index of ten small videos that the tests of clips share."""
 
 import pytest
-from support.clip_sets import ten_videos
+from support.data_sets.clips import ten_videos
 
 from cpr_fast.data.index.index import Index
 

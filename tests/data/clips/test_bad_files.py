@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.clip_sets import DATA, assert_same_batches, collect
+from support.data_sets.clips import DATA, assert_same_batches, collect
 
 pytest.importorskip("nvidia.dali", reason="the loaders need NVIDIA DALI")
 

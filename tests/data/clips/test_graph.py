@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from support.clip_sets import CPU, DATA, MEAN, STD, levels, other_route, resized, texture
+from support.data_sets.clips import CPU, DATA, MEAN, STD, levels, other_route, resized, texture
 from support.numbered_videos import write_video
 
 pytest.importorskip("nvidia.dali", reason="the loaders need NVIDIA DALI")

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from support.clip_sets import DATA, assert_same_batches, collect, levels, neutral, resized
+from support.data_sets.clips import DATA, assert_same_batches, collect, levels, neutral, resized
 from support.numbered_videos import decode_linearly
 
 pytest.importorskip("nvidia.dali", reason="the loaders need NVIDIA DALI")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.clip_sets import DATA, MEAN, STD, collect, levels, neutral
+from support.data_sets.clips import DATA, MEAN, STD, collect, levels, neutral
 from support.numbered_videos import decode_linearly
 
 pytest.importorskip("nvidia.dali", reason="the loaders need NVIDIA DALI")

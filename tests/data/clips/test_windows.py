@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.clip_sets import DATA, levels, resized
+from support.data_sets.clips import DATA, levels, resized
 from support.numbered_videos import decode_linearly
 
 pytest.importorskip("nvidia.dali", reason="the loaders need NVIDIA DALI")

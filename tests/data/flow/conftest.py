@@ -1,7 +1,7 @@
 """The data set that the tests of stored flow share."""
 
 import pytest
-from support.flow_sets import LONG, write_video
+from support.data_sets.flow import LONG, write_video
 
 from cpr_fast.data.index.build import build_index
 

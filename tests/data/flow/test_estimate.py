@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.flow_sets import smooth_flow
+from support.data_sets.flow import smooth_flow
 
 from cpr_fast.cli import main
 from cpr_fast.data.flow import estimate as module

@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from support.flow_sets import gray_frames, in_pairs, read_levels, smooth_flow, write_video
+from support.data_sets.flow import gray_frames, in_pairs, read_levels, smooth_flow, write_video
 from support.numbered_videos import clips_at
 
 from cpr_fast.config import DataConfig

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.flow_sets import LEVEL, in_pairs
+from support.data_sets.flow import LEVEL, in_pairs
 
 from cpr_fast.data.flow.levels import dequantise, flow_device, pair_flow, quantise
 from cpr_fast.errors import InputError

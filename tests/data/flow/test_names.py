@@ -7,7 +7,7 @@ import sys
 import av
 import numpy as np
 import pytest
-from support.flow_sets import gray_frames, in_pairs, read_levels, smooth_flow, write_video
+from support.data_sets.flow import gray_frames, in_pairs, read_levels, smooth_flow, write_video
 
 from cpr_fast.data.flow.files import FlowFiles
 from cpr_fast.data.flow.levels import quantise

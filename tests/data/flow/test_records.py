@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from support.flow_sets import LEVEL, gray_frames, in_pairs, smooth_flow
+from support.data_sets.flow import LEVEL, gray_frames, in_pairs, smooth_flow
 from support.numbered_videos import clips_at
 
 from cpr_fast.config import DataConfig
@@ -56,7 +56,7 @@ def test_a_killed_run_of_records_is_continued_and_no_half_video_counts(data_set,
         sys.path.insert(0, "tests")
         from cpr_fast.data.flow import write as flow
         from cpr_fast.data.storage import record_writer
-        from support.flow_sets import smooth_flow
+        from support.data_sets.flow import smooth_flow
         commit, done = record_writer.RecordWriter._commit, []
         def die_at_the_third(self, entries):
             if len(done) == 2:

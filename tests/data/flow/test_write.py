@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.flow_sets import LONG, gray_frames, read_levels, smooth_flow, write_video
+from support.data_sets.flow import LONG, gray_frames, read_levels, smooth_flow, write_video
 
 from cpr_fast.data.flow.write import write_flow
 from cpr_fast.data.index.build import build_index
@@ -61,7 +61,7 @@ def test_a_killed_run_leaves_no_half_file_and_is_continued(data_set, tmp_path):
         sys.path.insert(0, "tests")
         from pathlib import Path
         from cpr_fast.data.flow import write as flow
-        from support.flow_sets import smooth_flow
+        from support.data_sets.flow import smooth_flow
         replace, done = os.replace, []
         def die_at_the_third(source, target):
             if len(done) == 2 and str(target).endswith(".flow.mp4"):
