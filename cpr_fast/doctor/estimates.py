@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import numpy as np
 import torch
 
 from cpr_fast.config import Config
-from cpr_fast.data.flow.files import FlowFiles
+from cpr_fast.data.flow.files import encode_video
 from cpr_fast.data.flow.levels import FlowSolver
 from cpr_fast.data.index.index import Index, Video
-from cpr_fast.data.storage.media import is_record, read_frames
+from cpr_fast.data.storage.media import read_frames
 from cpr_fast.doctor.findings import Finding, counted
 
 PAIRS = 12  # frame pairs whose flow is computed and stored for the estimate: about a second
@@ -87,10 +86,8 @@ def _measure_flow(missing: list[Video]) -> tuple[float, float] | None:
             levels = FlowSolver(torch.device("cpu")).levels(np.stack([gray[:-1], gray[1:]], axis=1))
             core_s = time.process_time() - began
             with tempfile.TemporaryDirectory() as folder:
-                name = Path(folder, "sample.mp4" if is_record(video.path) else video.path.name)
-                part = Index([replace(video, path=name, num_frames=pairs + 1)])
-                FlowFiles(part, Path(folder), Path(folder, "flow"), (0, 1)).write(0, levels)
-                size = sum(file.stat().st_size for file in Path(folder, "flow").rglob("*") if file.is_file())
+                encode_video(Path(folder, "sample.flow.mp4"), levels)
+                size = Path(folder, "sample.flow.mp4").stat().st_size
         except Exception:  # an estimate is not worth an error: damaged videos have a finding of their own
             continue
         return core_s / levels[:, 0].size, size / levels[:, 0].size

@@ -20,6 +20,7 @@ import torch
 from cpr_fast.config import Config, View
 from cpr_fast.data.clips.sampling import plan_first
 from cpr_fast.data.index.index import Index
+from cpr_fast.data.storage.unreadable import by_kind
 from cpr_fast.errors import InputError
 from cpr_fast.pretrain.run.dump import dump_memory
 from cpr_fast.pretrain.run.log import StepLog
@@ -215,11 +216,12 @@ def _measure_retrieval(run: Run, state: CycleState, rows: StepLog, epoch: int, s
 
 
 def _name_skipped(run: Run, number: int, loader: Loader) -> None:
-    """At the end of a cycle, the files that other videos stood in for: on stderr and as a note."""
+    """Reports the files that other videos replaced, at the end of a cycle, on stderr and as a note: one line per kind."""
     skipped = sorted(distributed.union((str(path), reason) for path, reason in loader.skipped))
     if skipped and run.writer is not None:
-        named = "; ".join(f"{path}: {reason}" for path, reason in skipped)
-        text = f"cycle {number + 1}: {len(skipped)} files could not be read, others stood in for them: {named}"
+        count = f"{len(skipped)} {'file' if len(skipped) == 1 else 'files'}"
+        text = f"cycle {number + 1}: {count} could not be read and were replaced by other videos: "
+        text += "; ".join(by_kind(skipped))
         run.writer.write({"kind": "note", "text": text})
         log.warning(text)
 

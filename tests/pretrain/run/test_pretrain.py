@@ -384,7 +384,8 @@ def test_files_that_could_not_be_read_are_counted_and_named_at_the_end(tmp_path,
 
     folder = run(settings(tmp_path, schedule={"cycles": [{"view": "rgb", "epochs": 2, "mining": "none"}]}), Skipping)
     assert [row["skipped"] for row in rows(folder, "epoch")] == [2, 2]
-    text = "cycle 1: 2 files could not be read, others stood in for them: /a.mp4: no frame decodes; /b.mp4: is empty"
+    text = "cycle 1: 2 files could not be read and were replaced by other videos: "
+    text += "1 file: no frame decodes: /a.mp4; 1 file: is empty: /b.mp4"
     assert [row["text"] for row in rows(folder, "note")] == [text]
     assert [record.getMessage() for record in caplog.records] == [text]
 
