@@ -21,8 +21,8 @@ from setuptools import build_meta
 
 TORCH = "torch>=2.10"
 SETUPTOOLS = 77  # the first release that reads the license field of pyproject.toml
-# Directories that no build reads. They can be large.
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "__pycache__")
+# Directories at the top of a checkout that no build reads. They can be large.
+NOT_COPIED = {".git", ".venv", "build", "dist", "runs"}
 
 
 def require_setuptools() -> None:
@@ -75,7 +75,12 @@ def _writable_source() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "source")
         # Without the permissions of the original, which may be read-only.
-        shutil.copytree(source, copy, ignore=NOT_COPIED, copy_function=shutil.copyfile)
+        shutil.copytree(
+            source,
+            copy,
+            ignore=lambda folder, names: NOT_COPIED & set(names) if Path(folder) == source else (),
+            copy_function=shutil.copyfile,
+        )
         for path in (copy, *copy.rglob("*/")):
             path.chmod(0o755)
         os.chdir(copy)
