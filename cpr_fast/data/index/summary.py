@@ -108,7 +108,7 @@ def _largest(counts: dict[str, int], most: int = 6) -> list[tuple[str, int]]:
 
 def next_step(report: dict[str, Any]) -> str:
     """Returns the command that a user may want to run next."""
-    return f"cpr-fast doctor {shlex.quote(report['index'])}" if report["index"] else ""
+    return f"cpr-fast init {shlex.quote(report['index'])}" if report["index"] else ""
 
 
 def _count(number: int, one: str, many: str = "") -> str:

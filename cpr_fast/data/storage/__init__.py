@@ -1,4 +1,4 @@
-"""Where frames lie: video files, or JPEG records in LMDB files, behind one interface.
+"""Reads frames from video files or from JPEG records in LMDB files through one interface, and writes such records.
 
 Imports `data.video`; the other rooms of `data` may import it.
 """

@@ -1,4 +1,4 @@
-"""A video wherever it lies: a file, or a record of an LMDB file (FILE.lmdb#CLASS/VIDEO)."""
+"""Reads a video from a file or from a record of an LMDB file, FILE.lmdb#CLASS/VIDEO."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from cpr_fast.data.video.pixels import Region
 
 
 def is_record(path: Path) -> bool:
+    """Returns whether the path is that of a record of an LMDB file."""
     return split_record(path) is not None
 
 
 def container(path: Path) -> Path:
-    """The file; of a record, its LMDB file (or folder)."""
+    """Returns the file that holds a video; of a record, the LMDB file or folder."""
     record = split_record(path)
     return path if record is None else record[0]
 
@@ -32,8 +33,10 @@ def exists(path: Path) -> bool:
 
 
 def read_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int) -> np.ndarray:
-    """The frames of the given, strictly increasing numbers: uint8 [F, H, W, 3] (rgb), [F, H, W, 2] (flow: u, v) or
-    [F, H, W] (gray). `num_frames` is what the index says the view holds. Raises VideoError.
+    """Returns the frames of the given, strictly increasing numbers.
+
+    `num_frames` is the number of frames of the view according to the index. Returns uint8 [F, H, W, 3] for view "rgb",
+    [F, H, W, 2] (u, v) for "flow", [F, H, W] for "gray". Raises VideoError if a frame cannot be read.
     """
     return joined(read_parts(path, frames, view, num_frames), len(frames))
 
@@ -41,8 +44,10 @@ def read_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str, num_f
 def read_parts(
     path: Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int, region: Region | None = None
 ) -> Iterator[np.ndarray]:
-    """As `read_frames`, a few frames after the other, and of each only the region. Raises VideoError also for frames
-    of another size than the region says."""
+    """Yields what `read_frames` returns, a few frames at a time, and of each frame only `region`.
+
+    Raises VideoError also for frames of another size than that of `region`.
+    """
     if not is_record(path):
         yield from decode.read_parts(path, frames, view, num_frames, region)
         return

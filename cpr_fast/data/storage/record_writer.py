@@ -1,4 +1,4 @@
-"""Writing of LMDB files of JPEG records, in the format that `records` reads."""
+"""Writes LMDB files of JPEG records in the format that `records` reads; interrupted files are continued."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from cpr_fast.errors import InputError
 
 
 class RecordWriter:
-    """Writes FILE.lmdb: `put` video after video, then leave the `with` block.
+    """Writes FILE.lmdb: call `put` for every video inside a `with` block.
 
-    The file appears under its name when that block ends well. Until then it is FILE.lmdb.part, which a later writer
-    continues. A file that is there already is continued in a copy, which the first `put` makes, so that whoever reads
-    it is not disturbed. `num_frames` says what is written so far. Raises InputError while another process writes it.
+    The file appears under its name when the block ends without an exception. Until then it is FILE.lmdb.part, which a
+    later writer continues. If the file exists already, the first `put` makes a copy that is continued, so that readers
+    of the file are not disturbed. `num_frames` holds the frames of every video written so far, by name. Raises
+    InputError if the name does not end in .lmdb or if another process is writing the file.
     """
 
     _WRITTEN = b"~"  # ~%09d holds [name, frames] of a video until the file is complete
 
     def __init__(self, file: Path) -> None:
         if split_record(f"{file}#") is None or file.is_dir():
-            raise InputError(f"file: expected the name of a file that ends in .lmdb, got {str(file)!r}")
+            raise InputError(f"expected the name of a file that ends in .lmdb, got {str(file)!r}")
         self._file, self._part = file, Path(f"{file}.part")
         file.parent.mkdir(parents=True, exist_ok=True)
         self._lock_file = file.with_name(f".{file.name}.lock")
@@ -44,7 +45,7 @@ class RecordWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise InputError(f"file: another process is writing {str(file)!r}") from None
+            raise InputError(f"another process is writing {str(file)!r}") from None
         self._environment: lmdb.Environment | None = None
         if self._part.exists() or not file.exists():
             self._open()
@@ -53,7 +54,7 @@ class RecordWriter:
             self._number(dict.fromkeys(records.names, 0) | records.num_frames())
 
     def put(self, name: str, jpegs: Sequence[bytes | memoryview], origin: str | None = None) -> None:
-        """Adds a video, or replaces it; it is on the disk when this returns.
+        """Adds or replaces a video, which is on the disk when this returns. `jpegs` are its frames in order.
 
         `origin` is a line of ASCII that says what the video was made from. It is kept under a key of its own, which
         readers of CoCLR's format do not look at; `Records.origin` returns it.
@@ -93,8 +94,10 @@ class RecordWriter:
             self._lock.close()
 
     def _open(self) -> None:
-        """Opens the unfinished file. One that is complete, a copy or left by a process killed before it renamed it,
-        becomes unfinished again."""
+        """Opens the unfinished file.
+
+        A complete one becomes unfinished again: a copy, or one whose process was killed before it could rename it.
+        """
         self._environment = lmdb.open(str(self._part), subdir=False, map_size=2**30, lock=False, meminit=False)
         with self._environment.begin(buffers=True) as transaction, transaction.cursor() as cursor:
             rows = cursor.iternext() if cursor.set_range(self._WRITTEN) else ()
@@ -122,8 +125,10 @@ class RecordWriter:
         self._commit({key: msgpack.packb(value) for key, value in zip(META, meta, strict=True)} | notes)
 
     def _commit(self, entries: dict[bytes, bytes | None]) -> None:
-        """Puts all entries, or deletes those of value None, in one transaction; the map, which is the largest size of
-        the file, doubles where they do not fit."""
+        """Writes all entries in one transaction; a value of None deletes its key.
+
+        If they do not fit, the memory map, which limits the size of the file, is doubled.
+        """
         while True:
             try:
                 with self._environment.begin(write=True) as transaction:

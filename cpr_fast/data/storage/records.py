@@ -1,15 +1,15 @@
-"""Videos as JPEG records in an LMDB file, as CoCLR and CPR publish them, read without decoding more than is asked for.
+"""Reads videos from JPEG records in LMDB files, as CoCLR and CPR publish them; decodes only the frames asked for.
 
 The path of such a video is FILE.lmdb#CLASS/VIDEO: the LMDB file (or folder), "#", and the video's name in it. Keys:
 
     __order__   msgpack list of the names "Class/video"
-    %09d        the video at that place of __order__: msgpack list of its frames as JPEG, in order
+    %09d        the video at that position of __order__: msgpack list of its frames as JPEG, in order
     __keys__    msgpack list of those keys, in the order they were written
-    __len__     how many there are
-    __vlen__    frames of each, aligned with __keys__; absent in some published files
+    __len__     number of videos
+    __vlen__    number of frames of each video, aligned with __keys__; absent in some published files
 
-Files of msgpack before 1.0 hold bytes and text as "raw": both encodings are read. A flow record is a picture (u, v,
-128) in the order of OpenCV, so (128, v, u) as every RGB decoder gives it.
+msgpack before 1.0 stored bytes and text alike as "raw"; both encodings are read. A frame of flow is a picture (u, v,
+128) in the channel order of OpenCV, which is (128, v, u) in RGB order.
 
 Letters: F frames, H x W pixels.
 """
@@ -36,31 +36,34 @@ ORIGIN = b"__origin__"  # before the key of a video: what it was made from; not 
 
 
 def split_record(path: str | Path) -> tuple[Path, str] | None:
-    """(LMDB file, name) of FILE.lmdb#NAME, None for the path of an ordinary file."""
+    """Returns (LMDB file, name) of FILE.lmdb#NAME; None for the path of an ordinary file."""
     file, mark, name = str(path).partition(MARK)
     return (Path(file + MARK[:-1]), name) if mark else None
 
 
 def record_path(file: Path, name: str) -> Path:
-    """FILE.lmdb#NAME."""
+    """Returns the path of a record, FILE.lmdb#NAME."""
     return Path(f"{file}#{name}")
 
 
 def read_jpegs(path: Path, frames: Sequence[int] | np.ndarray) -> list[memoryview]:
-    """The JPEG of every frame asked for, as slices of the mapped file: nothing is copied. Raises VideoError."""
+    """Returns the JPEG of every frame in `frames`, as slices of the mapped file, not copied. Raises VideoError."""
     file, name = split_record(path)
     try:
         record, spans = open_records(file).record(name)
     except (KeyError, ValueError, InputError) as error:
         raise VideoError(path, str(error.args[0])) from error
     if int(max(frames)) >= len(spans):
-        raise VideoError(path, f"frame {int(max(frames))} asked of {len(spans)}")
+        raise VideoError(path, f"expected frames below {len(spans)}, got frame {int(max(frames))}")
     return [record[offset : offset + size] for offset, size in spans[np.asarray(frames)].tolist()]
 
 
 def read_record_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str) -> np.ndarray:
-    """Decoded frames, as PIL decodes them: uint8 [F, H, W, 3] (rgb), [F, H, W, 2] (u, v) for view "flow",
-    [F, H, W] for "gray"."""
+    """Returns decoded frames, equal to those of PIL.
+
+    They are uint8 [F, H, W, 3] for view "rgb", [F, H, W, 2] (u, v) for "flow", [F, H, W] for "gray". Raises VideoError
+    if a frame is missing, does not decode or has another size than the first.
+    """
     jpegs = read_jpegs(path, frames)
     colours, channels = {"rgb": ("RGB", 3), "flow": ("BGR", 3), "gray": ("GRAY", 1)}[view]
     out: np.ndarray | None = None
@@ -79,7 +82,7 @@ def read_record_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str
 
 
 def frame_size(path: Path) -> tuple[int, int, int]:
-    """(frames, height, width) of a record; the first JPEG's header gives the size. Raises VideoError."""
+    """Returns (frames, height, width) of a record, by the header of its first JPEG. Raises VideoError."""
     file, name = split_record(path)
     jpeg = read_jpegs(path, [0])[0]
     try:
@@ -90,28 +93,28 @@ def frame_size(path: Path) -> tuple[int, int, int]:
 
 
 class Records:
-    """One LMDB file, open for reading. Safe to use from any number of threads."""
+    """One LMDB file that is open for reading, from any number of threads."""
 
     def __init__(self, file: Path) -> None:
         if not file.exists():
             raise InputError(f"LMDB {str(file)!r} does not exist")
         try:
-            # readahead off: clips lie anywhere in terabytes. lock off: nobody writes, and the disk may be read-only.
+            # No readahead: clips are scattered over terabytes. No lock: nobody writes, and the disk may be read-only.
             environment = lmdb.open(
                 str(file), subdir=file.is_dir(), readonly=True, lock=False, readahead=False, meminit=False
             )
-            # One transaction for the life of the process: its buffers are the mapped file.
+            # One transaction for the life of the process: the buffers that it returns are the mapped file.
             self._get = _shared_get(environment.begin(buffers=True))
             order = self._get(b"__order__")
         except lmdb.Error as error:
             raise InputError(f"LMDB {str(file)!r}: {error}") from error
         if order is None:
-            raise InputError(f"LMDB {str(file)!r}: expected the key '__order__', as CoCLR's files have")
+            raise InputError(f"LMDB {str(file)!r}: expected the key '__order__' of CoCLR's format, got none")
         self.names: list[str] = [record_name(name) for name in msgpack.unpackb(order, raw=True)]
         places = {name: place for place, name in enumerate(self.names)}
-        # (the mapped record; uint32 [F, 2], offset and size of each JPEG in it) of a name, whose headers are read once.
-        # 2.4 kB for 300 frames: 160 MB when full. No reference to self: LMDB opens a path once in a process, so an
-        # object that nobody needs must be gone at once.
+        # record(name) returns the mapped record and, as uint32 [F, 2], offset and size of each JPEG in it. They are
+        # remembered: 2.4 kB for 300 frames, 160 MB when the cache is full. The cache does not refer to self: LMDB can
+        # open a file only once in a process, so an unused object must be freed at once.
         self.record = lru_cache(maxsize=2**16)(partial(_record, self._get, places))
         self._places = places
 
@@ -121,12 +124,12 @@ class Records:
         return None if value is None else bytes(value).decode()
 
     def num_frames(self) -> dict[str, int]:
-        """Frames of every video by its name, from __vlen__ where the file has it, else from the records' headers."""
+        """Returns the number of frames of every video by name."""
         return record_lengths(self._get, self.names)
 
 
 def _shared_get(transaction: lmdb.Transaction) -> Callable[[bytes], memoryview | None]:
-    """`get` of a transaction, for any number of threads."""
+    """Returns `get` of a transaction, for use by any number of threads."""
     lock = threading.Lock()
 
     def get(key: bytes) -> memoryview | None:
@@ -140,10 +143,10 @@ def _record(
     get: Callable[[bytes], memoryview | None], places: dict[str, int], name: str
 ) -> tuple[memoryview, np.ndarray]:
     if name not in places:
-        raise KeyError(f"the LMDB has no video {name!r}")
+        raise KeyError(f"the LMDB file has no video {name!r}")
     record = get(b"%09d" % places[name])
     if record is None:
-        raise KeyError(f"the LMDB names {name!r} but holds no record of it")
+        raise KeyError(f"the LMDB file lists {name!r} but has no record of it")
     spans = msgpack_spans(record)
     if len(record) >= 2**32:
         raise ValueError(f"expected a record below 4 GiB, got {len(record)} bytes")
@@ -155,7 +158,7 @@ _opening = threading.Lock()
 
 
 def open_records(file: Path) -> Records:
-    """The file, opened once per process, as LMDB demands. Raises InputError."""
+    """Returns the file, opened once per process, as LMDB requires. Raises InputError if it is no such file."""
     with _opening:
         if file not in _opened:
             resolved = file.resolve()
@@ -164,14 +167,17 @@ def open_records(file: Path) -> Records:
 
 
 def forget_records(file: Path) -> None:
-    """Lets the next `open_records` see a file that was replaced."""
+    """Makes the next `open_records` open a file again, because it was replaced."""
     with _opening:
         for path in [path for path in _opened if path.resolve() == file.resolve()]:
             del _opened[path]
 
 
 def record_lengths(get: Callable[[bytes], memoryview | None], names: Sequence[str]) -> dict[str, int]:
-    """Frames of every video that has a record; `get` reads a key."""
+    """Returns the number of frames of every video that has a record; `get` reads a key.
+
+    They come from __vlen__ if the file has it, else from the headers of the records.
+    """
     keys, lengths = get(b"__keys__"), get(b"__vlen__")
     if keys is not None and lengths is not None:
         keys, lengths = (msgpack.unpackb(value, raw=True) for value in (keys, lengths))
@@ -181,4 +187,5 @@ def record_lengths(get: Callable[[bytes], memoryview | None], names: Sequence[st
 
 
 def record_name(name: bytes | str) -> str:
+    """Returns a name as text, in whichever encoding of msgpack it was stored."""
     return name.decode() if isinstance(name, bytes) else name

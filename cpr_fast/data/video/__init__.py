@@ -1,4 +1,4 @@
-"""Frame-exact decoding of video files with PyAV, and transcoding.
+"""Probing, frame-exact decoding and transcoding of video files with PyAV.
 
 Imports nothing of `cpr_fast` but `errors`; the other rooms of `data` may import it.
 """

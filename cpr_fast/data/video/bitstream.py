@@ -1,4 +1,4 @@
-"""Key frames and picture kinds, read from the packets of MPEG-4, H.264 and HEVC streams."""
+"""Reads from packets of MPEG-4, H.264 and HEVC streams whether decoding can start at them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections.abc import Iterator
 
 import av
 
-PICTURE = b"\x00\x00\x01\xb6"  # starts one in an MPEG-4 stream; the next two bits say which kind
-ENCODER = b"\x00\x00\x01\xb2"  # starts the name of its encoder, by whose habits FFmpeg decodes
+PICTURE = b"\x00\x00\x01\xb6"  # starts a picture of an MPEG-4 stream; the next two bits are its kind
+ENCODER = b"\x00\x00\x01\xb2"  # starts the name of the encoder, whose known faults FFmpeg works around
 INTRA, BIDIRECTIONAL = 0, 2  # kinds of MPEG-4 pictures
-UNIT = b"\x00\x00\x01"  # starts a unit of H.264 or HEVC outside MP4
-INTRA_SLICES = (2, 4, 7, 9)  # I and SI
+UNIT = b"\x00\x00\x01"  # starts a NAL unit of H.264 or HEVC outside MP4
+INTRA_SLICES = (2, 4, 7, 9)  # slice types I and SI
 
 
 def is_intra(packet: av.Packet, decoder: av.VideoCodecContext) -> bool:
-    """Whether a key packet is one: containers and FFmpeg call so what is none, such as the recovery points of H.264's
-    periodic intra refresh, or every packet of an MP4 without a table of them."""
+    """Returns whether decoding can start at a packet that is marked as a key packet.
+
+    Containers and FFmpeg also mark packets where it cannot: the recovery points of H.264's periodic intra refresh, or
+    every packet of an MP4 file without a table of key frames.
+    """
     if decoder.name == "mpeg4":
         data = bytes(packet)
         first = data.find(PICTURE)
@@ -33,8 +36,8 @@ def is_intra(packet: av.Packet, decoder: av.VideoCodecContext) -> bool:
 
 
 def _units(data: bytes, codec: str, extradata: bytes) -> Iterator[bytes]:
-    """The first bytes of every NAL unit of a packet of H.264 or HEVC."""
-    if extradata[:1] == b"\x01":  # MP4's form: each after its length
+    """Yields the first bytes of every NAL unit of a packet of H.264 or HEVC."""
+    if extradata[:1] == b"\x01":  # as stored in MP4: each unit follows its length
         size, place = 1 + (extradata[4 if codec == "h264" else 21] & 3), 0
         while place + size < len(data):
             start = place + size
@@ -49,7 +52,7 @@ def _units(data: bytes, codec: str, extradata: bytes) -> Iterator[bytes]:
 
 
 def _slice_kind(unit: bytes) -> int:
-    """slice_type of H.264: the second number of a slice's header."""
+    """Returns slice_type of H.264, the second Exp-Golomb number of a slice header; -1 if the bytes end before it."""
     bits = int.from_bytes(unit[1:].replace(b"\0\0\3", b"\0\0").ljust(16, b"\0")[:16], "big")
     place, value = 128, 0
     for _ in range(2):

@@ -1,11 +1,12 @@
-"""Frame-exact decoding of chosen frames.
+"""Decodes chosen frames of a video, frame-exact.
 
 A frame's number is its place in presentation order when the file is decoded from its start, which is the only
-definition that every container shares: header counts lie, and AVI carries no presentation times. Where the packets
-prove the numbering (as many distinct times as frames that decode; of MPEG-4 in AVI as many pictures, whose kinds say in
-which order they are shown) decoding starts at the previous key frame and passes over unwanted frames to which no other
-refers; elsewhere every frame from 0 on is decoded. The proof reads a whole file; it is remembered, so that later reads
-of the file take no more of it than they need.
+definition that all containers share: the counts in headers are often wrong, and AVI carries no presentation times.
+
+Decoding starts at the previous key frame, and skips unwanted frames that no other frame refers to, if the packets prove
+the numbering: there are as many distinct times as frames that decode or, for MPEG-4 in AVI, as many pictures, whose
+kinds say in which order they are shown. Otherwise every frame from 0 on is decoded. The proof reads the whole file. It
+is remembered, so that later reads of the same file read no more than they need.
 
 Letters: F frames, H x W pixels.
 """
@@ -24,23 +25,30 @@ from cpr_fast.data.video.container import VideoError, holds_frame, open_video
 from cpr_fast.data.video.numbering import LAYOUTS, REMEMBERED_FILES, Layout, file_identity
 from cpr_fast.data.video.pixels import Pixels, Region, pixels_of
 
-PASSES_OVER = ("h264", "mpeg4")  # decoders that leave out exactly the frames to which no other refers
-PART = 8  # frames that are converted at once: few enough to stay in a cache
-PART_PIXELS = 2**25  # of larger ones fewer: FFmpeg bounds the size of a picture
+PASSES_OVER = ("h264", "mpeg4")  # decoders whose skip_frame leaves out exactly the frames that no other frame refers to
+PART = 8  # frames converted at once: few enough to stay in the cache of a CPU
+PART_PIXELS = 2**25  # fewer of large frames: FFmpeg limits the size of a picture
 
 
 def read_frames(path: str | Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int) -> np.ndarray:
-    """The frames of the given numbers, in one pass over the file.
+    """Returns the frames of the given numbers, read in one pass over the file.
 
-    `frames` is strictly increasing; `num_frames` is what `probe_video` counted. Returns uint8 [F, H, W, 3] (RGB), or
-    for view "flow" [F, H, W, 2] (u, v): the luma plane as stored, cut into its upper and lower half; for "gray"
-    [F, H, W]. Raises VideoError for a video that does not give every one of them.
+    Args:
+        path: The video file.
+        frames: Strictly increasing frame numbers.
+        view: "rgb" | "flow" | "gray".
+        num_frames: Frames of the video, as counted by `probe_video`.
+    Returns:
+        uint8 [F, H, W, 3] for "rgb"; [F, H, W] for "gray"; for "flow" [F, H, W, 2] (u, v), which are the upper and
+        lower half of the luma plane as stored.
+    Raises:
+        VideoError: one of the frames does not decode.
     """
     return joined(read_parts(path, frames, view, num_frames), len(frames))
 
 
 def joined(parts: Iterable[np.ndarray], count: int) -> np.ndarray:
-    """The parts, of `count` frames in all, as one array."""
+    """Returns parts that hold `count` frames in all as one array."""
     out, done = None, 0
     for part in parts:
         if out is None:
@@ -53,12 +61,12 @@ def joined(parts: Iterable[np.ndarray], count: int) -> np.ndarray:
 def read_parts(
     path: str | Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int, region: Region | None = None
 ) -> Iterator[np.ndarray]:
-    """As `read_frames`, a few frames after the other, and of each only the region: no more of it is converted."""
+    """Yields what `read_frames` returns, a few frames at a time, and of each frame only `region`."""
     frames, done = [int(number) for number in frames], 0
     identity = file_identity(path, num_frames)
     known, packets = LAYOUTS.get(identity), None
     if known is not None:
-        # a file that cannot seek, say: then as if nothing were remembered
+        # a file in which seeking fails, for example, is read as if nothing were remembered
         with suppress(VideoError), open_video(path, probe=known.probe) as (container, stream):
             for part in _parts(path, frames, view, num_frames, region, _decode(container, stream, known, frames)):
                 yield part
@@ -84,7 +92,7 @@ def _parts(
     region: Region | None,
     decoded: Iterator[tuple[int, av.VideoFrame]],
 ) -> Iterator[np.ndarray]:
-    """What `read_parts` yields, from the (number, frame) of all `frames`."""
+    """Yields what `read_parts` does, from the (number, frame) of all `frames`."""
     pixels: Pixels | None = None
     kind = colours = None
     held = most = 0
@@ -113,7 +121,7 @@ def _parts(
 
 
 def _colours(frame: av.VideoFrame) -> tuple:
-    """What a conversion to RGB depends on beside the format."""
+    """Returns what a conversion to RGB depends on besides the format."""
     return frame.colorspace, frame.color_range, frame.interlaced_frame
 
 
@@ -124,9 +132,9 @@ def _decode(
     wanted: list[int],
     packets: list[av.Packet] | None = None,
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(number, frame) of the `wanted` frames (increasing) that decode, in presentation order.
+    """Yields (number, frame) of those `wanted` frames (increasing) that decode, in presentation order.
 
-    `packets` are all of the file, if they have been read already.
+    `packets` are all packets of the file, if they have been read already.
     """
     decoder = stream.codec_context
 
@@ -144,7 +152,7 @@ def _decode(
             decoder.decode(next(filter(holds_frame, demux()), None))
         if packets is None:
             container.seek(start, stream=stream)
-    # a frame that an edit list cuts off is still one that others refer to; the decoder does not give it out
+    # frames that an edit list cuts off are needed too, as others refer to them; the decoder does not give them out
     needed = itertools.dropwhile(lambda packet: packet.pts != start, (packet for packet in demux() if packet.size))
     number_at = dict(zip(layout.times(wanted), wanted, strict=False))
     for packet in itertools.chain(_up_to_the_last(needed, decoder, number_at), [None]):
@@ -157,8 +165,11 @@ def _decode(
 def _up_to_the_last(
     packets: Iterable[av.Packet], decoder: av.VideoCodecContext, wanted: Collection[int]
 ) -> Iterator[av.Packet]:
-    """The packets as far as the one that completes the `wanted` times: those after it would only make the decoder give
-    up what it holds back. Before each the decoder is told whether it is among them."""
+    """Yields the packets up to the one that completes the `wanted` times.
+
+    Packets after it would only make the decoder give out what it holds back. Before each packet the decoder is told
+    whether its frame is wanted.
+    """
     passes, passing, left = decoder.name in PASSES_OVER, False, len(wanted)
     for packet in packets:
         passed = packet.pts not in wanted
@@ -171,6 +182,6 @@ def _up_to_the_last(
 
 
 def _refuse_rotation(path: str | Path, frame: av.VideoFrame) -> None:
-    """Hardware decoders ignore the display matrix: the same file must not give two pictures."""
+    """Raises VideoError for a rotated frame: hardware decoders ignore the rotation, so results would differ."""
     if frame.rotation % 360:
         raise VideoError(path, f"is stored rotated by {frame.rotation} degrees; transcode it upright")

@@ -1,4 +1,4 @@
-"""Frame numbers of the packets of a file: which packet carries which frame, and where decoding can start.
+"""Finds out which packet of a file carries which frame, and where decoding can start.
 
 Letters: F frames.
 """
@@ -15,21 +15,22 @@ import numpy as np
 from cpr_fast.data.video.bitstream import BIDIRECTIONAL, ENCODER, INTRA, PICTURE, is_intra
 from cpr_fast.data.video.container import VideoError, shows_times
 
-EMPTY_PICTURE = 19  # bytes: FFmpeg's bound of a picture that only repeats the last one
+EMPTY_PICTURE = 19  # bytes: FFmpeg takes a picture of no more than that for a repetition of the last one
 
 
 class Layout:
-    """Which frame each packet of a file carries, known by the packet's time, and where decoding can start.
+    """The frame that each packet of a file carries, found by the packet's time, and where decoding can start.
 
-    A few numbers for a file of evenly spaced frames, in whatever order they are stored.
+    Evenly spaced frames take only a few numbers, in whatever order they are stored.
     """
 
     probe = False  # whether FFmpeg must look at some frames before it decodes all of them
-    first_alone = False  # whether only the first packet of an MPEG-4 stream names its encoder
+    first_alone = False  # whether only the first packet of an MPEG-4 stream names its encoder, which FFmpeg must know
 
     def __init__(self, times: np.ndarray, numbers: np.ndarray, keys: np.ndarray) -> None:
-        """Of every packet, in decoding order: its time, its frame's number (both int64 [F]), and whether decoding can
-        start there (bool [F]). Frames that an edit list cuts off have numbers below 0, or above all others."""
+        """Takes, for every packet in decoding order, its time, the number of its frame (both int64 [F]), and whether
+        decoding can start there (bool [F]). Frames that an edit list cuts off have numbers below 0 or above all others.
+        """
         self.first_time, self._first_number = int(times[0]), int(numbers.min())
         starts = np.flatnonzero(keys)
         starts = starts[np.argsort(numbers[starts])]
@@ -41,7 +42,7 @@ class Layout:
     def of(
         cls, container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet], num_frames: int
     ) -> Layout | None:
-        """That of all packets of a file of which `num_frames` frames decode; None if they do not prove it."""
+        """Returns the layout of all packets of a file with `num_frames` frames; None if they do not prove it."""
         packets = [packet for packet in packets if packet.size]
         times, shown = [packet.pts for packet in packets], np.array([not packet.is_discard for packet in packets])
         if None in times or len(set(times)) != len(times) or shown.sum() != num_frames:
@@ -51,12 +52,14 @@ class Layout:
         keys = np.array([packet.is_keyframe and is_intra(packet, decoder) for packet in packets])
         if shows_times(container):
             numbers = np.argsort(np.argsort(times))
-            if decoder.has_b_frames and np.all(np.diff(numbers) > 0):  # of decoding, as ASF has them
+            if decoder.has_b_frames and np.all(
+                np.diff(numbers) > 0
+            ):  # these are decoding times, the only ones that ASF has
                 return None
             if decoder.name == "mpeg4" and not np.array_equal(numbers, _numbers_by_kind(packets, keys)):
-                return None  # XviD's packed B-frames, taken over from AVI
+                return None  # XviD's packed B-frames, copied from AVI
             numbers -= numbers[shown].min()
-            if numbers[shown].max() != num_frames - 1:  # cut out of the middle
+            if numbers[shown].max() != num_frames - 1:  # frames in the middle are cut out
                 return None
         else:
             numbers = _numbers_by_kind(packets, keys) if stream.codec_context.name == "mpeg4" else None
@@ -68,40 +71,40 @@ class Layout:
         return layout
 
     def times(self, frames: Sequence[int]) -> list[int]:
-        """The time of each frame; frames that the file does not have are left out."""
+        """Returns the time of each frame; frames that the file does not have are left out."""
         count, first = len(self._times), self._first_number
         order = range(count) if isinstance(self._numbers, range) else np.argsort(self._numbers)
         return [int(self._times[order[number - first]]) for number in frames if number - first < count]
 
     def numbers(self, times: Sequence[int]) -> np.ndarray:
-        """The frame of the packet of each time: int64."""
+        """Returns the number of the frame of each time, int64."""
         return np.asarray(self._numbers)[np.searchsorted(np.asarray(self._times), times)]
 
     def start(self, frames: int | np.ndarray) -> np.ndarray:
-        """Time of the last key packet at or before each frame, in presentation as in decoding order: int64.
+        """Returns the time, int64, of the last key packet at or before each frame in presentation order.
 
-        The frames of one presentation range may lie before its key frame in the file only if they are shown before
-        it (leading pictures of an open GOP), so starting there loses none of the frames from it on.
+        A packet that follows a key packet in the file may be shown before it (leading pictures of an open GOP), but
+        none that is stored before the key packet is shown after it. So decoding from there loses no wanted frame.
         """
         before = np.searchsorted(self._keys, frames, side="right")
-        return np.append(self._key_times, self.first_time)[before - 1]  # none before: the first packet of all
+        return np.append(self._key_times, self.first_time)[before - 1]  # if there is none, the first packet of the file
 
 
 REMEMBERED_FILES = 2**17  # about 1 kB each
-LAYOUTS: dict[tuple, Layout | None] = {}  # by file; kept once proven
+LAYOUTS: dict[tuple, Layout | None] = {}  # by file; None if the packets do not prove the numbering
 
 
 def file_identity(path: str | Path, num_frames: int) -> tuple:
-    """Another one as soon as the file changes."""
+    """Returns a key of the file that changes when the file does. Raises VideoError if the file is not there."""
     try:
         facts = os.stat(path)
     except OSError as error:
-        raise VideoError(path, error.strerror or str(error)) from error
+        raise VideoError(path, error.strerror or str(error), unreadable=True) from error
     return str(path), facts.st_mtime_ns, facts.st_size, num_frames
 
 
 def _compact(values: np.ndarray) -> range | np.ndarray:
-    """The same numbers, as a range where they are evenly spaced and increase."""
+    """Returns the same numbers, as a range if they increase evenly, else in as few bytes as possible."""
     steps = np.unique(np.diff(values))
     if len(steps) == 1 and steps[0] > 0:
         return range(int(values[0]), int(values[-1]) + 1, int(steps[0]))
@@ -109,11 +112,11 @@ def _compact(values: np.ndarray) -> range | np.ndarray:
 
 
 def _numbers_by_kind(packets: list[av.Packet], keys: np.ndarray) -> np.ndarray | None:
-    """The frame number of each packet of an MPEG-4 stream from an AVI file, in decoding order.
+    """Returns the frame number of each packet of an MPEG-4 stream from an AVI file, in decoding order.
 
-    A B-frame is shown at once, any other frame when the next such frame comes. None where that is not certain: packets
-    without a picture, with an empty one, or with two (XviD's packed B-frames: what FFmpeg makes of their faulty padding
-    depends on all that it decoded before).
+    A B-frame is shown at once, any other frame when the next one that is no B-frame arrives. Returns None if that is
+    not certain: if a packet has no picture, an empty one, or two. The last are XviD's packed B-frames; how FFmpeg
+    decodes their faulty padding depends on everything that it decoded before.
     """
     kinds = []
     for packet in packets:

@@ -1,4 +1,4 @@
-"""The packets that carry chosen frames, as a small file in memory for a decoder that never seeks.
+"""Cuts the packets that carry chosen frames out of a video, as a small file in memory for decoders that do not seek.
 
 Letters: F frames, L bytes.
 """
@@ -20,16 +20,20 @@ from cpr_fast.data.video.numbering import Layout
 def slice_packets(
     path: str | Path, frames: Sequence[int] | np.ndarray, num_frames: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The shortest part of a video from which a decoder gets `frames` (strictly increasing) without seeking.
+    """Returns the shortest part of a video from which a decoder gets `frames` (strictly increasing) without seeking.
 
-    Returns the encoded bytes, uint8 [L], and the number that each of `frames` has in them, int32 [F]. Of every group of
-    pictures that holds a wanted frame (if they are closed; else from the first such group on), the packets up to the
-    last needed one come as Matroska, never as mp4, in which VP9 and MJPEG decode to wrong frames without an error. A
-    video whose timestamps do not prove the numbering comes whole.
+    Of every group of pictures that holds a wanted frame, the packets up to the last needed one are taken; if groups
+    are open, all packets from the first such group on. A video whose timestamps do not prove the numbering is returned
+    whole. The container is Matroska: in mp4, VP9 and MJPEG decode to wrong frames without an error.
+
+    Returns:
+        The encoded bytes, uint8 [L], and the number that each of `frames` has in them, int32 [F].
+    Raises:
+        VideoError: a frame is outside of the video, or the file cannot be read.
     """
     frames = np.asarray(frames)
     if not 0 <= frames[0] <= frames[-1] < num_frames:
-        raise VideoError(path, f"frames {frames[0]}..{frames[-1]} asked of {num_frames}")
+        raise VideoError(path, f"expected frames within 0..{num_frames - 1}, got {frames[0]}..{frames[-1]}")
     with open_video(path) as (container, stream):
         layout, alone = None, len(container.streams.video) == 1
         if shows_times(container) or not alone:
@@ -49,17 +53,17 @@ def slice_packets(
 
 
 class PacketTable:
-    """A video's packets in decoding order, and the frame number of each."""
+    """The packets of a video in decoding order, and the number of the frame of each."""
 
     def __init__(self, packets: list[av.Packet], layout: Layout) -> None:
         self.packets, self._layout = packets, layout
         self.ranks = layout.numbers([packet.pts for packet in packets])
 
     def needed(self, frames: np.ndarray) -> np.ndarray:
-        """Indices of the packets that `frames` (increasing) need, increasing; each run starts at a key packet."""
+        """Returns the indices, increasing, of the packets that `frames` (increasing) need; each run starts at a key."""
         place = {packet.pts: i for i, packet in enumerate(self.packets)}
         begins = np.array([place[time] for time in self._layout.start(frames).tolist()])
-        if not self._closed():  # an open group of pictures shows errors after a gap: from the first key to the end
+        if not self._closed():  # open groups of pictures decode with errors after a gap, so none is left between them
             begins = np.full_like(begins, begins[0])
         keep = np.zeros(len(self.packets), bool)
         for begin in np.unique(begins):
@@ -69,7 +73,7 @@ class PacketTable:
         return np.flatnonzero(keep)
 
     def _closed(self) -> bool:
-        """Whether no packet that follows a key packet is shown before it."""
+        """Returns whether all groups of pictures are closed: no packet that follows a key packet is shown before it."""
         earliest_after = np.minimum.accumulate(self.ranks[::-1])[::-1]  # of the packet itself and all later ones
         return all(earliest_after[i] == self.ranks[i] for i, packet in enumerate(self.packets) if packet.is_keyframe)
 
@@ -90,11 +94,13 @@ def _copied(stream: av.VideoStream, packets: list[av.Packet]) -> np.ndarray:
 
 
 def _matroska(stream: av.VideoStream, packets: list[av.Packet], ranks: np.ndarray) -> np.ndarray:
-    """The packets (decoding order, frame numbers `ranks` from 0) as a Matroska file in memory, uint8 [L]."""
+    """Returns packets in decoding order, whose frames have the numbers `ranks`, as a Matroska file, uint8 [L]."""
     buffer = io.BytesIO()
-    delay = int(np.max(np.arange(len(packets)) - ranks))  # decoding times must not lie after presentation times
+    delay = int(np.max(np.arange(len(packets)) - ranks))  # no decoding time may be after its presentation time
     with av.open(buffer, "w", format="matroska") as output:
-        copy = output.add_stream_from_template(stream, opaque=True)  # AV1 has a decoder alone
+        copy = output.add_stream_from_template(
+            stream, opaque=True
+        )  # opaque: PyAV has no encoder for AV1, only a decoder
         copy.time_base = Fraction(1, 25)  # one tick per frame, whatever the source's clock was
         for position, (packet, rank) in enumerate(zip(packets, ranks, strict=True)):
             packet.stream = copy

@@ -1,4 +1,4 @@
-"""Decoded frames as arrays of pixels: a region of each, converted a few frames at a time.
+"""Converts decoded frames to arrays of pixels: a region of each, a few frames at a time.
 
 Letters: F frames, H x W pixels.
 """
@@ -15,12 +15,12 @@ from av.video.reformatter import VideoReformatter
 
 from cpr_fast.data.video.container import VideoError
 
-PLANAR = ("yuv420p", "yuvj420p")  # formats of which any box of whole chroma samples converts as in the whole frame
+PLANAR = ("yuv420p", "yuvj420p")  # a box of whole chroma samples converts exactly as in the whole frame
 
 
 @dataclass(frozen=True)
 class Region:
-    """A box of frames whose size is known."""
+    """A box within frames of a known size."""
 
     box: tuple[int, int, int, int]  # top, left, bottom, right, ends exclusive, pixels
     height: int  # of the frames
@@ -37,23 +37,23 @@ class Region:
             raise VideoError(path, f"decodes to {width}x{height}, the index says {self.width}x{self.height}")
 
     def of(self, path: str | Path, frames: np.ndarray, view: str) -> np.ndarray:
-        """The box of whole frames [F, H, W, ...], without a copy. Raises VideoError if they have another size."""
+        """Returns the box of whole frames [F, H, W, ...], not copied. Raises VideoError for another size."""
         self.check(path, *frames.shape[1:3], view)
         top, left, bottom, right = self.box
         return frames[:, top:bottom, left:right]
 
 
 class Pixels(Protocol):
-    """Decoded frames as pixels: those added since the last `take`, at most as many as were announced."""
+    """Converts the frames that were added since the last `take`, at most as many as were announced."""
 
     def add(self, frame: av.VideoFrame) -> None: ...
 
     def take(self) -> np.ndarray:
-        """uint8 [F, H, W, ...], the caller's own."""
+        """Returns uint8 [F, H, W, ...], which the caller owns."""
 
 
 def pixels_of(path: str | Path, frame: av.VideoFrame, view: str, region: Region | None, count: int) -> Pixels:
-    """For frames like the given one, `count` at once."""
+    """Returns a converter of frames like the given one, at most `count` at once."""
     height, width = frame.height // 2 if view == "flow" else frame.height, frame.width
     if region is not None:
         region.check(path, height, width, view)
@@ -61,18 +61,18 @@ def pixels_of(path: str | Path, frame: av.VideoFrame, view: str, region: Region 
     if view == "flow" and (
         frame.format.components[0].bits != 8 or not frame.format.name.startswith(("yuv", "gray", "nv"))
     ):
-        raise VideoError(path, f"flow is stored in 8-bit luma, this is {frame.format.name}")
+        raise VideoError(path, f"expected flow in 8-bit luma, got the pixel format {frame.format.name}")
     if view == "rgb" and frame.format.name in PLANAR and height % 2 == width % 2 == 0 and not frame.interlaced_frame:
         return _Stacked(frame, box, count)
     return _OneByOne(view, box)
 
 
 class _Stacked:
-    """RGB of boxes of 4:2:0 frames: they are stacked as they come and converted as one tall picture."""
+    """Converts boxes of 4:2:0 frames to RGB: stacks them and converts one tall picture, which is faster."""
 
     def __init__(self, frame: av.VideoFrame, box: tuple[int, int, int, int], count: int) -> None:
         top, left, bottom, right = box
-        # whole chroma samples, and whole vectors of the converter from the left
+        # whole chroma samples, and a left edge that is aligned to the converter's vectors
         outer = top - top % 2, left - left % 16, bottom + bottom % 2, right + right % 2
         self._height, width = outer[2] - outer[0], outer[3] - outer[1]
         self._inner = slice(top - outer[0], bottom - outer[0]), slice(left - outer[1], right - outer[1])
@@ -97,12 +97,12 @@ class _Stacked:
 
 
 class _OneByOne:
-    """Any view of frames of any format, each converted whole."""
+    """Converts frames of any format to any view, each as a whole."""
 
     def __init__(self, view: str, box: tuple[int, int, int, int]) -> None:
         top, left, bottom, right = box
         self._view, self._box, self._frames = view, (slice(top, bottom), slice(left, right)), []
-        self._scaler = VideoReformatter()  # a new one per frame costs three times the conversion itself
+        self._scaler = VideoReformatter()  # kept: creating one per frame takes three times as long as the conversion
 
     def add(self, frame: av.VideoFrame) -> None:
         if self._view == "flow":
@@ -121,5 +121,5 @@ class _OneByOne:
 
 
 def _rows(plane: av.video.plane.VideoPlane, channels: int = 1) -> np.ndarray:
-    """A plane's bytes, uint8 [H, W * channels]; not a copy."""
+    """Returns the bytes of a plane, uint8 [H, W * channels], not copied."""
     return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:, : plane.width * channels]
