@@ -1,9 +1,9 @@
-"""Decode parity: every seek of every codec, DALI's frames and augmented clips against PyAV, PIL and torchvision.
+"""Compares every seek of every codec, DALI's frames and augmented clips with PyAV, PIL and torchvision.
 
     python bench/data/decode_parity.py [--device cuda] [--clips 4]
 
-Writes bench/results/decode_parity.json and .md. On a CUDA device NVDEC decodes ("mixed"); on the CPU DALI has VP9 and
-MJPEG alone. Real clips are those of $CPR_FAST_SHARED/data, if they are there.
+Writes bench/results/decode_parity.json and .md. On a CUDA device NVDEC decodes ("mixed"); on the CPU DALI decodes
+VP9 and MJPEG only. Real clips come from $CPR_FAST_SHARED/data, if it exists.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CLIP = 16  # frames of a compared clip
 
 
 def videos(folder: Path, clips: int):
-    """(name, path) of a synthetic video per codec, and of real ones."""
+    """Yields (name, path) of a synthetic video per codec, and of real videos."""
     for codec in CODECS:
         path = write_test_video(codec, folder, frames=100, height=240, width=320)
         if path is None:

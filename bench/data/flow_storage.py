@@ -1,10 +1,10 @@
-"""What storing flow costs in pixels: 8-bit levels alone, and the two storages, against the flow of real clips.
+"""Measures the error of stored flow in pixels: of 8-bit levels alone, and of the two storages, on real clips.
 
     python bench/data/flow_storage.py [--clips 8]
 
 Reads UCF101 videos from $CPR_FAST_SHARED/data/ucf101_100 (default ../shared) at their own size, 320x240; writes
-bench/results/flow_storage.json and .md. Errors are absolute, of both components, against the flow clipped to +-20
-pixels.
+bench/results/flow_storage.json and .md. Errors are absolute errors of both components, relative to the flow clipped
+to +-20 pixels.
 """
 
 import argparse
@@ -36,14 +36,14 @@ STORAGES = ("8-bit levels", "video (H.264, qp 8)", "lmdb (JPEG 100, 4:4:4)", "as
 
 
 def published(levels: np.ndarray) -> list[bytes]:
-    """As `encode_jpegs`, with chroma of half the resolution."""
+    """Returns what `encode_jpegs` returns, but with chroma of half the resolution, as published."""
     constant = np.full_like(levels[:, :1], 128)
     pictures = np.ascontiguousarray(np.concatenate([levels, constant], 1).transpose(0, 2, 3, 1))
     return [simplejpeg.encode_jpeg(picture, 100, "BGR", "420") for picture in pictures]
 
 
 def stored(levels: np.ndarray, storage: str, folder: Path) -> tuple[np.ndarray, int]:
-    """Levels [N, 2, H, W] as the loader reads them back, and the bytes they take."""
+    """Returns levels [N, 2, H, W] as the loader reads them back, and the bytes that they take."""
     if storage == STORAGES[0]:
         return levels, levels.nbytes
     numbers = np.arange(len(levels))

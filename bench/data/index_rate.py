@@ -1,10 +1,10 @@
-"""How fast `cpr-fast index` goes: files a second by probing packets and by decoding whole.
+"""Measures how many files per second `cpr-fast index` probes by their packets, and decodes completely.
 
     python bench/data/index_rate.py [--files 20000] [--decoded 200]
 
 A Kinetics-like set: links to the UCF101 clips of $CPR_FAST_SHARED/data as they are (XviD) and transcoded (H.264), and
-their JPEG records in an LMDB file. All of it lies in the page cache, so what is timed is the work and not a disk.
-Writes bench/results/index_rate.json: besides the probing, the seconds of all else, and peak memory.
+their JPEG records in an LMDB file. Everything is in the page cache, so the times do not include a disk.
+Writes bench/results/index_rate.json: the rates, the seconds of everything but the probing, and the peak memory.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from cpr_fast.data.storage.record_writer import RecordWriter
 
 
 def link(root: Path, clips: list[Path], count: int) -> Path:
-    """`count` links to the clips, named as if each were a video of its own, 1,000 a folder."""
+    """Makes `count` links to the clips, each named like a separate video, 1,000 per folder."""
     for number in range(count):
         clip = clips[number % len(clips)]
         folder = root / f"class{number // 1000:03d}"
@@ -40,7 +40,7 @@ def link(root: Path, clips: list[Path], count: int) -> Path:
 
 
 def pack(clips: list[Path], file: Path, count: int) -> Path:
-    """An LMDB file of `count` records, of 60 frames each."""
+    """Writes an LMDB file of `count` records of 60 frames each."""
     records = []
     for clip in clips[:8]:
         frames = read_frames(clip, range(60), "rgb", 10**6)

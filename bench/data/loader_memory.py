@@ -1,10 +1,10 @@
-"""Memory of the training loader over epochs: flat, whatever the route.
+"""Measures whether the memory of the training loader stays flat over epochs, for every route.
 
     python bench/data/loader_memory.py [--epochs 20] [--videos 40]
 
 Clips of $CPR_FAST_SHARED/data/ucf101_100 as they are, and packed as CoCLR's LMDB; clips of 32 frames to 128x128. Writes
 bench/results/loader_memory.json: anonymous resident memory (MiB) after every epoch, and its growth per epoch from the
-third on (least squares). Mapped files are not counted: the kernel takes their pages back when it wants.
+third on (least squares). Mapped files are not counted, because the kernel can drop their pages at any time.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def anonymous_mib() -> float:
 
 
 def link_videos(folder: Path, count: int) -> None:
-    """ROOT/<class>/<video> of some clips, as links."""
+    """Makes links FOLDER/<class>/<video> to some clips."""
     for clip in sorted(real_clips.UCF101.glob("*/*.avi"))[:count]:
         (folder / clip.parent.name).mkdir(parents=True, exist_ok=True)
         (folder / clip.parent.name / clip.name).symlink_to(clip)
@@ -50,7 +50,7 @@ def pack(index: Index, file: Path) -> None:
 
 
 def curve(index: Index, cache_gib: float, epochs: int) -> list[float]:
-    """MiB after every epoch."""
+    """Returns the memory in MiB after every epoch."""
     loader = TrainLoader(index, DataConfig(batch_size=8, cache_gib=cache_gib), ["rgb"], seed=0)
     memory = []
     for epoch in range(epochs):

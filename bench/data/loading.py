@@ -1,16 +1,16 @@
-"""Clips a second: the loader beside other decoders and the published way, in one run.
+"""Compares how many clips per second the loader, other decoders and the published loader give, in one run.
 
     PYTHONPATH=PEERS python bench/data/loading.py [--videos 16] [--seconds 25] [--device cuda] [--root DIR] [--out DIR]
 
-Random clips of T = 32 frames to 128x128 with the pretraining augmentation, one of each video, all forms of a table in
-turn. On the CPU per core: process CPU time, every form on one core, where its threads take turns. Reads UCF101 videos
+Random clips of T = 32 frames to 128x128 with the pretraining augmentation, one of each video; all forms of a table
+are measured in turn. On the CPU rates are per core: process CPU time, with every form on one core. Reads UCF101 videos
 from $CPR_FAST_SHARED/data (default ../shared) or class folders below --root: as they are, transcoded (`cpr-fast index
 --transcode`), and as JPEG records in an LMDB file. Writes bench/results/loading.json and .md, or with a GPU
-loading_cuda.*, which adds NVDEC and nvJPEG by the clock of the wall, against the fastest CPU peer on every core.
+loading_cuda.*, which adds NVDEC and nvJPEG by elapsed time, compared with the fastest CPU peer on all cores.
 
 Peers that are not installed are skipped: `pip install --target PEERS --no-deps torchcodec==0.12.0 decord
-torchvision==0.28.0`. torchcodec needs FFmpeg's shared libraries besides, on the LD_LIBRARY_PATH: links libavcodec.so.62
-and so on to those in PyAV's wheel (site-packages/av.libs) let both decode by the same code.
+torchvision==0.28.0`. torchcodec also needs FFmpeg's shared libraries on the LD_LIBRARY_PATH. Links named
+libavcodec.so.62 and so on to the libraries in PyAV's wheel (site-packages/av.libs) make both decode with the same code.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ BARS = {"decode": 0.9, "loader": 1.0, "published": 1.5, "device": 5.0}  # times 
 
 @dataclass(frozen=True)
 class Work:
-    """The clips of an epoch, one of each video, in the loader's order and batches."""
+    """Plans the clips of an epoch, one of each video, in the order and batches of the loader."""
 
     source: str
     index: Index
@@ -88,7 +88,7 @@ def decoding(work: Work, name: str) -> Callable:
 
 
 def loading(work: Work, name: str) -> Callable:
-    """ "DECODER, AUGMENTATION": batches by another decoder."""
+    """Returns the call of the form "DECODER, AUGMENTATION", which makes the batches with another decoder."""
     decoder, augmentation = name.rsplit(", ", 1)
     decoder, augment = prepared(decoder, work.index[0]), AUGMENTATIONS[augmentation]
 
@@ -104,7 +104,7 @@ def loading(work: Work, name: str) -> Callable:
 
 
 class OwnLoader:
-    """The trainer's loader on the same clips."""
+    """Returns the call that loads the same clips with the training loader."""
 
     def __init__(self, work: Work, data: DataConfig, device: str = "cpu") -> None:
         self._loader = TrainLoader(work.index, data, ["rgb"], seed=SEED, plan=plan_first, device=device)
@@ -117,7 +117,7 @@ class OwnLoader:
 
 
 def calls_of(prepare: Callable, work: Work, names: list[str]) -> tuple[dict[str, Callable], dict[str, str]]:
-    """The calls of the forms that run, after running each, and why the others do not."""
+    """Runs every form once. Returns the calls of those that work, and the reasons why others do not."""
     calls, absent = {}, {}
     for name in names:
         try:
@@ -136,7 +136,7 @@ def calls_of(prepare: Callable, work: Work, names: list[str]) -> tuple[dict[str,
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """One core for this thread and those that it starts: the waiting of threads for each other costs no CPU time."""
+    """Restricts this thread and those that it starts to one core, where threads that wait use no CPU time."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, [max(cores)])
     try:
@@ -147,7 +147,7 @@ def one_core() -> Iterator[None]:
 
 # ---- rows --------------------------------------------------------------------------------------------------------
 def rates(work: Work, times: list[float]) -> dict[str, float]:
-    """Clips a second: the median and quartiles of the calls."""
+    """Returns clips per second: the median and quartiles of the calls."""
     slow, median, fast = (len(work.clips) / value for value in reversed(statistics.quantiles(times, n=4)))
     return {"clips_per_s": median, "low": slow, "high": fast, "rounds": len(times)}
 
@@ -199,7 +199,7 @@ def loader_rows(work: Work, truth: torch.Tensor, budget_s: float) -> list[dict]:
 
 
 def psnr(clips: Clips, got: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
-    """Mean PSNR against the truth, dB, of clips with and without a change of colours or blur."""
+    """Returns the mean PSNR in dB relative to the reference, of clips with and without a change of colours or blur."""
     std = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
     error = ((got.cpu() - truth) * std).square().mean(dim=(1, 2, 3, 4)).clamp_min(1e-4)
     scores = (10 * (255**2 / error).log10()).numpy()
@@ -209,7 +209,7 @@ def psnr(clips: Clips, got: torch.Tensor, truth: torch.Tensor) -> dict[str, floa
 
 
 def device_rows(work: Work, truth: torch.Tensor, budget_s: float, peers: list[dict]) -> list[dict]:
-    """The loader with the hardware's decoder, by wall time, against the fastest CPU peer on all cores."""
+    """Measures the loader with the hardware decoder by elapsed time, and the fastest CPU peer on all cores."""
     loader = OwnLoader(work, replace(work.data, workers=os.cpu_count()), "cuda")
 
     def call():
@@ -229,7 +229,7 @@ def device_rows(work: Work, truth: torch.Tensor, budget_s: float, peers: list[di
 
 # ---- data --------------------------------------------------------------------------------------------------------
 def sources(root: Path | None, videos: int, data: DataConfig, folder: Path) -> list[Work]:
-    """The same videos as they are, transcoded, and as JPEG records of quality 100, 4:2:0, as published."""
+    """Makes three indexes of the same videos: as they are, transcoded, and as JPEG records (quality 100, 4:2:0)."""
     paths = real_clips.spread_videos(videos) if root is None else sorted(root.glob("*/*.*"))[:videos]
     for path in paths:
         link = folder / "set" / path.parent.name / path.name
@@ -251,7 +251,7 @@ def sources(root: Path | None, videos: int, data: DataConfig, folder: Path) -> l
 
 
 def truth_of(work: Work) -> list[np.ndarray]:
-    """Every clip's frames by the plainest decoding."""
+    """Decodes the frames of every clip in the simplest way, from the start of the file."""
     if is_record(work.index[0].path):
         reader = prepared("PIL", work.index[0])
         return [work.read(reader, row) for row in range(len(work.clips))]

@@ -1,9 +1,9 @@
-"""What the loader is compared with: other decoders, and the augmentations that any of them can feed.
+"""Other decoders, and augmentations that can follow any of them, with which the loader is compared.
 
-A decoder reads the frames of one clip, an augmentation makes them what a network sees; all on one thread. The plan
-(which frames, which box, flip and colours) is ours, and the same for every form.
+A decoder reads the frames of one clip, and an augmentation turns them into the input of a network, all in one thread.
+The plan (frames, box, flip and colours) is that of this project, and the same for every form.
 
-Letters: F frames of a video, T of a clip, H x W pixels, S side of the square output, M clips.
+Letters: F frames of a video, T frames of a clip, H x W pixels, S side of the square output, M clips.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Augmentation = Callable[[Clips, Iterable[np.ndarray], DataConfig], torch.Tensor]
 
 # ---- video files ---------------------------------------------------------------------------------------------
 def pyav(video: Video, frames: np.ndarray) -> np.ndarray:
-    """From the first frame of the file; one scaler, and only the wanted frames are converted."""
+    """Decodes from the first frame of the file, with one scaler; only the needed frames are converted."""
     out = np.empty((len(frames), video.height, video.width, 3), np.uint8)
     wanted, scaler = {int(number): place for place, number in enumerate(frames)}, VideoReformatter()
     with av.open(str(video.path)) as container:
@@ -60,7 +60,7 @@ def pyav(video: Video, frames: np.ndarray) -> np.ndarray:
 
 
 def pyav_seek(video: Video, frames: np.ndarray) -> np.ndarray:
-    """From the previous key frame, by time: right where the frames are evenly spaced in it."""
+    """Decodes from the previous key frame, which is found by time. Correct only if frames are evenly spaced in time."""
     out, scaler = np.empty((len(frames), video.height, video.width, 3), np.uint8), VideoReformatter()
     wanted = {int(number): place for place, number in enumerate(frames)}
     with av.open(str(video.path)) as container:
@@ -102,7 +102,7 @@ def decord() -> Decoder:
 
 
 def opencv(video: Video, frames: np.ndarray) -> np.ndarray:
-    """Its own seek, then frame after frame."""
+    """Seeks with OpenCV's own function, then reads frame after frame."""
     capture = cv2.VideoCapture(str(video.path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     capture.set(cv2.CAP_PROP_POS_FRAMES, int(frames[0]))
     out = np.zeros((len(frames), video.height, video.width, 3), np.uint8)
@@ -116,19 +116,19 @@ def opencv(video: Video, frames: np.ndarray) -> np.ndarray:
 
 
 def own(video: Video, frames: np.ndarray) -> np.ndarray:
-    """What the loader's threads do for a clip, without cutting it."""
+    """Does what the threads of the loader do for a clip, except for the cutting."""
     return read_frames(video.path, frames, "rgb", video.num_frames)
 
 
 # ---- JPEG records ----------------------------------------------------------------------------------------------
 def whole_record(video: Video) -> list[bytes]:
-    """Every JPEG of a video, as the published code takes them from its LMDB."""
+    """Returns every JPEG of a video, as the published code reads them from its LMDB file."""
     file, name = split_record(video.path)
     return msgpack.loads(open_records(file).record(name)[0], raw=True)
 
 
 def pil_record(video: Video, frames: np.ndarray) -> np.ndarray:
-    """The published way: unpack the whole record, PIL decodes."""
+    """Decodes as the published code does: the whole record is unpacked, and PIL decodes."""
     record = whole_record(video)
     return np.stack([np.asarray(Image.open(io.BytesIO(record[i])).convert("RGB")) for i in frames])
 
@@ -167,7 +167,7 @@ def decoders(video: Video) -> dict[str, Callable[[], Decoder]]:
 
 
 def prepared(name: str, video: Video) -> Decoder:
-    """The decoder of that name, for videos like this one. Raises Unavailable."""
+    """Returns the decoder of that name, for videos like this one. Raises Unavailable."""
     if name == "PyAV, seek" and video.path.suffix == ".avi":
         raise Unavailable("AVI carries no presentation times")
     return decoders(video)[name]()
@@ -175,13 +175,14 @@ def prepared(name: str, video: Video) -> Decoder:
 
 # ---- augmentations -----------------------------------------------------------------------------------------------
 def published(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.Tensor:
-    """The published code's: PIL, frame by frame. The truth for the others."""
+    """Augments as the published code does: PIL, frame by frame. This is the reference for the other forms."""
     return ReferenceGraph(data, ["rgb"]).run(clips, {"rgb": list(frames)})["rgb"]
 
 
 def fast(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.Tensor:
-    """The fastest form found of the same, in a loop of one's own: torch's vectorised bicubic resize of bytes, OpenCV's
-    colours as one matrix and blur, and NumPy's normalisation in place, all into one batch."""
+    """Augments in the fastest hand-written loop that was found: torch's vectorised bicubic resize of bytes, colours as
+    one matrix and blur in OpenCV, normalisation in place in NumPy, all into one batch.
+    """
     out = np.empty((len(clips), data.frames, data.size, data.size, 3), np.float32)
     for row, pixels in enumerate(frames):
         _fast_clip(clips[[row]], pixels, data, out[row])
@@ -214,7 +215,7 @@ def _graph(data: DataConfig) -> ClipGraph:
 
 
 def same(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.Tensor:
-    """The loader's own, which also cuts and colours every clip as soon as it is decoded."""
+    """Augments as the loader does, which also cuts and colours every clip as soon as it is decoded."""
     cut = []
     for row, pixels in enumerate(frames):
         cut += cut_clips([pixels], clips[[row]], "rgb", data, Region.whole(*pixels.shape[1:3]), finish=True)
@@ -223,13 +224,13 @@ def same(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.
 
 @functools.cache
 def _torchvision() -> ModuleType:
-    """torchvision.transforms.v2.functional, without its compiled operators, which need the very torch of its wheel."""
+    """Imports torchvision.transforms.v2.functional without its compiled operators, which need one version of torch."""
     sys.modules.setdefault("torchvision._meta_registrations", ModuleType("of operators that are not loaded"))
     return peer("torchvision.transforms.v2.functional", "torchvision")
 
 
 def torchvision(clips: Clips, frames: Iterable[np.ndarray], data: DataConfig) -> torch.Tensor:
-    """As its manual has it: tensors of bytes through transforms.v2, a clip at a time."""
+    """Augments as the manual of torchvision recommends: tensors of bytes through transforms.v2, a clip at a time."""
     v2, size = _torchvision(), [data.size, data.size]
     mean, std = (list(value) for value in normalisation(data.augment))
     out = torch.empty(len(clips), data.frames, 3, data.size, data.size)

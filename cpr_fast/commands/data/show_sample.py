@@ -9,6 +9,7 @@ import tyro
 
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
+from cpr_fast.errors import InputError
 
 
 def show_sample(
@@ -21,20 +22,22 @@ def show_sample(
     views: tuple[Literal["rgb", "flow", "residual"], ...] = ("rgb",),
     json: Json = False,
 ) -> None:
-    """Write the exact clips that a video gives in an epoch as a picture (.png) or a video (.mp4).
+    """Write the exact clips that training reads from a video in an epoch, as a picture (.png) or a video (.mp4).
 
     Args:
-        index: The index (CSV).
-        out: The file to write.
-        position: Which video: its place in the index, or, with a config, in the config's split of it.
-        epoch: Which epoch of the run.
-        config: The run's TOML file or config.json, for its data settings and seed; by default those of no file.
-        views: What to show of each clip.
+        index: The index (CSV) that `cpr-fast index` wrote.
+        out: The file to write, with the suffix .png or .mp4.
+        position: Number of the video, from 0: its row in the index, or with --config in the split that the config uses.
+        epoch: Number of the epoch, from 0.
+        config: The TOML file or config.json of a run, whose data settings and seed are used; without it the defaults.
+        views: The views to show of each clip.
     """
     from cpr_fast.config import Config, load
     from cpr_fast.data.index.index import Index
     from cpr_fast.doctor.sample import show_sample as run
 
+    if epoch < 0:
+        raise InputError(f"--epoch: expected a whole number of at least 0, got {epoch}")
     settings = Config() if config is None else load(config)
     videos = Index.load(index, require_flow=settings.data.flow == "stored")
     if config is not None:

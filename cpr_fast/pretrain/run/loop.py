@@ -216,7 +216,7 @@ def _measure_retrieval(run: Run, state: CycleState, rows: StepLog, epoch: int, s
 
 
 def _name_skipped(run: Run, number: int, loader: Loader) -> None:
-    """Reports the files that other videos replaced, at the end of a cycle, on stderr and as a note: one line per kind."""
+    """Reports at the end of a cycle which files could not be read, on stderr and as a note, by kind of problem."""
     skipped = sorted(distributed.union((str(path), reason) for path, reason in loader.skipped))
     if skipped and run.writer is not None:
         count = f"{len(skipped)} {'file' if len(skipped) == 1 else 'files'}"
