@@ -20,6 +20,7 @@ from cpr_fast.evaluate.retrieval.ranking import prepare
 
 NEAREST = 5  # neighbours per video
 DUPLICATE = 0.9  # similarity from which two videos of different sources are worth a look
+CROWDED = 0.3  # share of videos with such a similarity to all their neighbours, from which features have collapsed
 CHUNK = 512  # videos whose similarities are held at once
 FAR = 3.0  # robust standard deviations from the median at which a video is odd
 THUMBNAIL = 16  # side of a frame whose pixels are compared
@@ -126,6 +127,12 @@ def confidence(
     """
     count = len(sources)
     level, reasons = "unknown", []
+    crowded = (found.similarity >= DUPLICATE).all(1).double().mean().item() if count > NEAREST else 0.0
+    if crowded > CROWDED:
+        reasons.append(
+            f"{crowded:.0%} of the videos have a similarity of {DUPLICATE} or more with all their {NEAREST} nearest: "
+            "the network hardly tells these videos apart. Train it longer, or on more videos."
+        )
     own = torch.bincount(sources)[sources] - 1
     siblings = own > 0
     if siblings.any() and not (sources == sources[0]).all():
@@ -159,7 +166,7 @@ def confidence(
         )
     if count < 100:
         reasons.append(f"With {_videos(count)} every video has a nearest one, even if nothing is really similar to it.")
-    return level, reasons
+    return "low" if crowded > CROWDED else level, reasons
 
 
 def _level(share: float, chance: float, *, high: float, moderate: float) -> str:

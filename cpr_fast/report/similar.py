@@ -33,9 +33,10 @@ from cpr_fast.report.sections.header import facts
 from cpr_fast.report.sections.sheets import clip
 
 QUERIES, PAIRS, ODD = 8, 12, 6  # shown as film strips
+JUDGED = 48  # pairs, the most similar ones, whose files and frames are compared
 MOST_VIDEOS = 20_000  # that are compared with each other; of more, an even selection
 MOST_ROWS = 2000  # of a table
-SAME_PICTURES = 0.95  # correlation of the frames from which two videos are taken for copies
+SAME_PICTURES, ALIKE = 0.95, 0.85  # correlation of the frames of copies, and of videos of perhaps the same place
 LEVELS = {
     "high": "High: the checks below came out well above chance.",
     "moderate": "Moderate: the checks below came out above chance, but not for all videos. Look before you act on it.",
@@ -156,33 +157,44 @@ def _table(features: StoredFeatures, found: Neighbours) -> Table:
 
 
 def _duplicates(features: StoredFeatures, found: Neighbours) -> dict[str, Any]:
-    """Pairs above the threshold; the first ones with pictures and what their files and frames say."""
+    """Pairs above the threshold, the surest first: by their files, then by their frames, then by similarity alone."""
     pairs = duplicate_pairs(found)
-    shown, judged = [], {}
-    for a, b, value in pairs[:PAIRS]:
-        first, second = features.videos[a], features.videos[b]
-        judged[a, b] = _judge(first, second)
-        shown.append({"query": _clip(first), "found": [_clip(second, f"{value:.3f}")], "text": judged[a, b]})
-    later = "Only the first pairs are compared picture by picture."
+    judged = {(a, b): _judge(features.videos[a], features.videos[b]) for a, b, _ in pairs[:JUDGED]}
+    pairs = sorted(pairs[:JUDGED], key=lambda pair: judged[pair[:2]][0]) + pairs[JUDGED:]
+    shown = [
+        {
+            "query": _clip(features.videos[a]),
+            "found": [_clip(features.videos[b], f"{value:.3f}")],
+            "text": judged[a, b][1],
+        }
+        for a, b, value in pairs[:PAIRS]
+    ]
+    later = f"Only the {JUDGED} most similar pairs are compared picture by picture."
     columns = [Column("Video"), Column("Other video"), Column("Similarity", "number"), Column("Verdict", "text", later)]
-    rows = [(features.videos[a].path.name, features.videos[b].path.name, value, judged.get((a, b)))
+    rows = [(features.videos[a].path.name, features.videos[b].path.name, value, judged.get((a, b), (0, None))[1])
             for a, b, value in pairs]  # fmt: skip
-    return {"count": len(pairs), "shown": shown, "table": Table("Duplicates", columns, rows[:MOST_ROWS])}
+    sure = sum(rank < 2 for rank, _ in judged.values())
+    table = Table("Duplicates", columns, rows[:MOST_ROWS])
+    return {"count": len(pairs), "sure": sure, "shown": shown, "table": table}
 
 
-def _judge(first: Video, second: Video) -> str:
-    """Says how sure it is that two videos are the same: by their bytes, else by the pixels of their frames."""
+def _judge(first: Video, second: Video) -> tuple[int, str]:
+    """Returns how sure it is that two videos are the same, 0 (certain) to 3, by their bytes or by their frames; and the
+    sentence that says so."""
     if same_file(first.path, second.path):
-        return "Certain: the files are identical, byte for byte."
+        return 0, "Certain: the files are identical, byte for byte."
     strips = [strip_image(video.path, video.num_frames, 0, video.num_frames) for video in (first, second)]
     if None in strips:
-        return "Unknown: the pictures cannot be read."
+        return 3, "Unknown: the pictures cannot be read."
     agreement = pixel_agreement(strips[0], strips[1], STRIP_FRAMES)
     if agreement >= SAME_PICTURES:
-        return f"Almost certain: the frames agree as well (correlation of their pixels {agreement:.2f})."
-    if agreement >= 0.7:
-        return f"Likely the same place or recording at another time or cut (correlation of the pixels {agreement:.2f})."
-    return f"Similar to the network only: the frames differ (correlation of their pixels {agreement:.2f})."
+        return 1, f"Almost certain: the frames agree as well (correlation of their pixels {agreement:.2f})."
+    if agreement >= ALIKE:
+        return (
+            2,
+            f"Perhaps the same place, or another cut of a recording (correlation of the pixels {agreement:.2f}).",
+        )
+    return 3, f"Similar to the network only: the frames differ (correlation of their pixels {agreement:.2f})."
 
 
 def _odd(features: StoredFeatures, found: Neighbours) -> dict[str, Any]:
@@ -190,7 +202,7 @@ def _odd(features: StoredFeatures, found: Neighbours) -> dict[str, Any]:
     shown = []
     for video, mean, distance in ordered[:ODD]:
         other, value = int(found.index[video, 0]), found.similarity[video, 0].item()
-        clear = f"{distance:.1f} deviations below the median"
+        clear = f"{'more than 50' if distance > 50 else format(distance, '.1f')} deviations below the median"
         text = f"Odd: {clear}." if distance >= FAR else f"Not clearly odd, only the next in line: {clear}."
         shown.append({"query": _clip(features.videos[video], f"mean {mean:.2f}"),
                       "found": [_clip(features.videos[other], f"{value:.2f}")], "text": text})  # fmt: skip

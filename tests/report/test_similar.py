@@ -20,7 +20,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import FeatureCache, video_digest, weights_digest
 from cpr_fast.evaluate.features.embedding import Embedding
 from cpr_fast.evaluate.features.recipe import make_recipe
-from cpr_fast.report.neighbours import duplicate_pairs, find_neighbours, odd_videos, pixel_agreement
+from cpr_fast.report.neighbours import confidence, duplicate_pairs, find_neighbours, odd_videos, pixel_agreement
 from cpr_fast.report.runs import features as stored
 from cpr_fast.report.similar import is_unlabelled, similar_path, write_similar
 
@@ -159,3 +159,10 @@ def test_pixels_of_equal_inverted_and_flat_pictures():
     inverted = noise.point(lambda level: 255 - level)
     assert pixel_agreement(noise, noise, 8) == pytest.approx(1) and pixel_agreement(noise, inverted, 8) < -0.9
     assert pixel_agreement(noise, Image.new("L", noise.size, 90), 8) == pytest.approx(0)
+
+
+def test_collapsed_features_are_not_to_be_trusted():
+    line = torch.linspace(-1, 1, COUNT)[:, None] * torch.ones(16)
+    found = find_neighbours([line], "cosine", torch.arange(COUNT))
+    level, reasons = confidence({"rgb": line}, "cosine", torch.arange(COUNT), found, None)
+    assert level == "low" and "hardly tells these videos apart" in reasons[0]
