@@ -31,7 +31,7 @@ def test_a_complete_run_shows_its_numbers(run):
         "Date started 2026-03-01 12:00 UTC",
         "Command cpr-fast pretrain c.toml",
         "6 of 5 sources, 3 classes, split 'train'",
-        "Training time 3:03 min for 3 epochs in 2 cycles",
+        "Training time 3 min 03 s for 3 epochs in 2 cycles",
         "PMR, RGB, last epoch 60.0 %",
         "first mining epoch 50.0 %",
         "Trained RGB + flow 62.5 72.5 82.5 100.0 –",

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cpr_fast.report.runs.run import MODEL_NAMES, VIEW_NAMES, Run
+from cpr_fast.runtime.progress import duration
 
 TERMS = (
     ("Query, gallery", "Retrieval takes one video, the query, and ranks all videos of the gallery by similarity."),
@@ -56,14 +57,6 @@ def date(run: Run) -> str:
 
 def _utc(moment: datetime) -> str:
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-
-
-def duration(seconds: float) -> str:
-    """Returns a time as "12 s", "5:07 min" or "3:05 h"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = int(seconds) // 60
-    return f"{minutes}:{int(seconds) % 60:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
 def tiles(run: Run) -> list[dict[str, Any]]:
