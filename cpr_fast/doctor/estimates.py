@@ -26,8 +26,8 @@ def estimates(
     Args:
         breakdown: the times of a training step, or None where they were not measured.
     Returns:
-        "flow_videos", "flow_frame_pairs", "flow_disk_gib", "flow_core_hours" and "flow_hours_here" (absent if no flow is
-        missing; the hours also where no frame pair could be measured), and "pretrain_epoch_s", "pretrain_epochs" and
+        "flow_videos", "flow_frame_pairs", "flow_disk_gib", "flow_core_hours" and "flow_hours_here" (absent if no flow
+        is missing; the hours also where no pair could be measured), and "pretrain_epoch_s", "pretrain_epochs" and
         "pretrain_hours" (absent without `breakdown`).
     """
     result: dict[str, Any] = {}

@@ -23,7 +23,7 @@ DUPLICATE = 0.9  # similarity from which two videos of different sources are wor
 CROWDED = 0.3  # share of videos with such a similarity to all their neighbours, from which features have collapsed
 CHUNK = 512  # videos whose similarities are held at once
 FAR = 3.0  # robust standard deviations from the median at which a video is odd
-THUMBNAIL = 16  # side of a frame whose pixels are compared
+THUMBNAIL, BORDER = 16, 4  # side of a frame whose pixels are compared, and the border around it that is not
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,16 @@ def _sha256(path: Path) -> bytes:
 
 
 def pixel_agreement(a: Image.Image, b: Image.Image, frames: int) -> float:
-    """Returns the mean correlation of the frames of two film strips, -1..1, as gray pictures of THUMBNAIL pixels."""
+    """Returns the mean correlation of the frames of two film strips, -1..1, as gray pictures of THUMBNAIL pixels.
+
+    The border of each frame is left out: black bars would make any two videos agree.
+    """
     pictures = []
     for strip in (a, b):
-        gray = strip.convert("L").resize((frames * THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-        levels = np.asarray(gray, np.float64).reshape(THUMBNAIL, frames, THUMBNAIL).transpose(1, 0, 2)
-        levels = levels.reshape(frames, -1)
+        side = THUMBNAIL + 2 * BORDER
+        gray = strip.convert("L").resize((frames * side, side), Image.Resampling.BOX)
+        levels = np.asarray(gray, np.float64).reshape(side, frames, side).transpose(1, 0, 2)
+        levels = levels[:, BORDER:-BORDER, BORDER:-BORDER].reshape(frames, -1)
         pictures.append(levels - levels.mean(1, keepdims=True))
     first, second = pictures
     norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)

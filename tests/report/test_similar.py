@@ -166,3 +166,11 @@ def test_collapsed_features_are_not_to_be_trusted():
     found = find_neighbours([line], "cosine", torch.arange(COUNT))
     level, reasons = confidence({"rgb": line}, "cosine", torch.arange(COUNT), found, None)
     assert level == "low" and "hardly tells these videos apart" in reasons[0]
+
+
+def test_black_bars_do_not_make_videos_alike():
+    strips = [Image.effect_noise((8 * 128, 96), 80) for _ in range(2)]
+    for strip in strips:
+        strip.paste(0, (0, 0, 8 * 128, 14))
+        strip.paste(0, (0, 82, 8 * 128, 96))
+    assert abs(pixel_agreement(*strips, 8)) < 0.2
