@@ -1,4 +1,4 @@
-"""The encoder: a video backbone and a head on top of it."""
+"""The encoder: a video backbone with a head on top of it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ _BACKBONES: dict[str, Callable[[ModelConfig], nn.Module]] = {
 
 
 class Encoder(nn.Module):
-    """A backbone and a head: clips [N, 3, T, H, W] float -> features [N, D] float32, unit vectors unless the head is
-    "pooled".
+    """Encodes clips [N, 3, T, H, W] float as features [N, D] float32; unit vectors unless the head is "pooled".
 
     Args:
-        backbone: clips to [N, `backbone.out_channels`, T', H', W'].
-        head: pooled features [N, C] to [N, D].
+        backbone: maps clips to [N, C, T', H', W'] and has the attribute `out_channels` = C.
+        head: maps features averaged over T', H' and W' [N, C] to [N, D].
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
@@ -39,7 +38,7 @@ class Encoder(nn.Module):
         self.head = head
 
     def features(self, clips: Tensor) -> Tensor:
-        """Pooled backbone features [N, C] float32, C = `backbone.out_channels`: what retrieval compares."""
+        """Returns the pooled features [N, C] float32 that retrieval compares; C = `backbone.out_channels`."""
         # Channels last: 1.7-2x faster than contiguous on an AVX-512 CPU (forward and backward, width 0.25).
         clips = clips.contiguous(memory_format=torch.channels_last_3d)
         return self.backbone(clips).mean((2, 3, 4), dtype=torch.float32)
@@ -49,17 +48,18 @@ class Encoder(nn.Module):
 
 
 def build_encoder(config: ModelConfig) -> Encoder:
-    """The encoder of a config, randomly initialised from torch's global generator.
+    """Builds the encoder of a config, initialised from torch's global random generator.
 
-    Raises InputError where a head without weights cannot give `model.feature_dim`.
+    Raises:
+        InputError: the head has no weights, and `model.feature_dim` is not the width of the pooled features.
     """
     backbone = _BACKBONES[config.arch](config)
     if config.head == "mlp":
         head = ProjectionHead(backbone.out_channels, config.feature_dim)
     elif config.feature_dim != backbone.out_channels:
         raise InputError(
-            f"model.feature_dim: expected {backbone.out_channels}, what {config.arch!r} pools at width {config.width}, "
-            f"for head {config.head!r}; got {config.feature_dim}"
+            f"model.feature_dim: expected {backbone.out_channels}, the width of the pooled features of {config.arch!r} "
+            f"at model.width {config.width}, because model.head is {config.head!r}; got {config.feature_dim}"
         )
     else:
         head = PooledHead(unit=config.head == "unit")
@@ -67,7 +67,7 @@ def build_encoder(config: ModelConfig) -> Encoder:
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
-    """The running means and variances of a network's BatchNorm layers (not their batch counters)."""
-    # .data: autograd keeps these buffers for a backward that does not read them in training mode, and would take a
-    # write between two forwards for a mistake.
+    """Returns the running means and variances of a network's BatchNorm layers, without their batch counters."""
+    # .data: autograd saves these buffers although the backward pass does not read them in training mode, and would
+    # report a write between two forward passes as an error.
     return [buffer.data for buffer in network.buffers() if buffer.is_floating_point()]

@@ -1,4 +1,4 @@
-"""Heads on top of a backbone's pooled features."""
+"""Heads: networks on top of the pooled features of a backbone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 
 class ProjectionHead(nn.Sequential):
-    """Linear, ReLU, Linear, L2: features [N, C] -> unit vectors [N, D] float32.
+    """Maps features [N, C] to unit vectors [N, D] float32: linear, ReLU, linear, L2 normalisation.
 
-    The two linear layers are the 1x1x1 convolutions of CoCLR's head after its average pool: their weights
-    [out, in, 1, 1, 1] load after a reshape.
+    The two linear layers correspond to the 1x1x1 convolutions of CoCLR's head after its average pool. Their weights
+    [out, in, 1, 1, 1] can be loaded after a reshape.
     """
 
     def __init__(self, in_channels: int, feature_dim: int) -> None:
@@ -19,12 +19,12 @@ class ProjectionHead(nn.Sequential):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        # float(): under autocast the projection is half precision, and a norm must not be.
+        # float(): under autocast the projection has half precision, in which a norm is too inexact.
         return F.normalize(super().forward(features).float(), dim=1)
 
 
 class PooledHead(nn.Module):
-    """The pooled features [N, C] themselves, float32; `unit` scales them to length 1."""
+    """Returns the pooled features [N, C] as float32; `unit` scales them to length 1."""
 
     def __init__(self, unit: bool) -> None:
         super().__init__()

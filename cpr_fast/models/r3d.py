@@ -2,8 +2,8 @@
 
 Letters: N clips, C channels, T frames, H x W pixels. The module names are those of IIC's published weights
 (`conv2.block1.conv1.temporal_spatial_conv`, `conv1.spatial_conv`, `conv3a`, ...), so that its checkpoints load by name.
-All three take [N, 3, T, H, W] float with T >= 8 and H, W >= 16 and give [N, `out_channels`, T/8, H/16, W/16] (C3D:
-rounded down, the others up), 512 channels at width 1; weights start as torch initialises them.
+All three map [N, 3, T, H, W] float with T >= 8 and H, W >= 16 to [N, `out_channels`, T/8, H/16, W/16] (rounded down
+by C3D, up by the others), with 512 channels at width 1. Weights are initialised as torch does by default.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ MIN_FRAMES, MIN_SIZE = 8, 16
 
 
 class PaddedConv3d(nn.Conv3d):
-    """Convolution whose zeros are written around the input first, on the CPU.
+    """3-D convolution that, on the CPU, pads the input with zeros before it convolves without padding.
 
-    Not a matter of speed: oneDNN's weight gradient of a padded 3-D convolution reads and writes memory that is not its
-    own where few frames meet the padding (torch 2.13: 3 x 3 x 3 over 2 frames in bf16, sometimes crashing).
+    This is for correctness, not speed: oneDNN's weight gradient of a padded 3-D convolution reads and writes outside
+    its memory when there are few frames (torch 2.13: 3 x 3 x 3 over 2 frames in bf16; it sometimes crashes).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class PaddedConv3d(nn.Conv3d):
 
 
 class JointConv(nn.Module):
-    """One k_t x k x k convolution without bias, "same" padding: R3D's."""
+    """The convolution of R3D: k_t x k x k, without bias, "same" padding."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]):
         super().__init__()
@@ -46,9 +46,10 @@ class JointConv(nn.Module):
 
 
 class SplitConv(nn.Module):
-    """1 x k x k, BatchNorm, ReLU, k_t x 1 x 1, without bias: R(2+1)D's.
+    """The convolution of R(2+1)D: 1 x k x k, BatchNorm, ReLU, k_t x 1 x 1, without bias.
 
-    The width between the two gives as many weights as the joint convolution has [Tran et al. 2018, section 3.5].
+    The number of channels between the two is chosen so that there are as many weights as in the joint convolution
+    [Tran et al. 2018, section 3.5].
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]):
@@ -68,7 +69,7 @@ class SplitConv(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside the identity, or beside a 1x1x1 convolution of stride 2 where the block halves."""
+    """Two convolutions with a shortcut: the identity, or a 1x1x1 convolution of stride 2 if `halve`."""
 
     def __init__(self, conv: type[nn.Module], in_channels: int, out_channels: int, halve: bool) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualLayer(nn.Module):
-    """IIC's layer of one block; the name keeps its checkpoints loadable."""
+    """A layer of one block. The class exists for its parameter names, by which checkpoints of IIC are loaded."""
 
     def __init__(self, conv: type[nn.Module], in_channels: int, out_channels: int, halve: bool) -> None:
         super().__init__()
@@ -103,7 +104,7 @@ class ResNet3D(nn.Module):
     """A stem and four residual layers of one block each: 14.36 M parameters with `JointConv`, 14.37 M with `SplitConv`.
 
     Args:
-        conv: the convolution that every layer is made of.
+        conv: the class of every convolution, `JointConv` or `SplitConv`.
         width: multiplies every channel count, each rounded to a multiple of 8.
     """
 

@@ -1,4 +1,4 @@
-"""S3D: the separable Inception video network [Xie et al. 2018, arXiv:1712.04851], in the form CoCLR and CPR train.
+"""S3D, the separable Inception network for video [Xie et al. 2018, arXiv:1712.04851], in the form of CoCLR and CPR.
 
 Letters: N clips, C channels, T frames, H x W pixels. The module names are those of CoCLR's published weights
 (`Conv_1a`, `Mixed_3b.branch1.1.conv2`, ...), so that its checkpoints load by name.
@@ -40,22 +40,22 @@ class BasicConv3d(nn.Module):
 class TemporalConv(nn.Conv3d):
     """k x 1 x 1 convolution over the frames, computed as a k x 1 convolution of the image [T, H*W].
 
-    Not a matter of speed: oneDNN's 3-D weight gradients read memory they never wrote where few frames meet the padding
-    (torch 2.13: k = 3 over 2 frames in bf16, k = 7 over 5 to 7 frames in fp32). Its 2-D ones do not.
+    This is for correctness, not speed: oneDNN's 3-D weight gradients read uninitialised memory when there are few
+    frames (torch 2.13: k = 3 over 2 frames in bf16, k = 7 over 5 to 7 frames in fp32). Its 2-D weight gradients do not.
     """
 
     def __init__(self, channels: int, kernel: int, stride: int) -> None:
         super().__init__(channels, channels, (kernel, 1, 1), (stride, 1, 1), (kernel // 2, 0, 0), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        image = F.conv2d(  # views all the way, also where channels come last
+        image = F.conv2d(  # all reshapes are views, in channels-last layout too
             x.flatten(3), self.weight.flatten(3), stride=(self.stride[0], 1), padding=(self.padding[0], 0)
         )
         return image.unflatten(3, x.shape[3:])
 
 
 class STConv3d(nn.Module):
-    """k x k x k convolution split in space (1 x k x k), then time (k x 1 x 1), each with BatchNorm and ReLU."""
+    """k x k x k convolution split into space (1 x k x k) and time (k x 1 x 1), each with BatchNorm and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class STConv3d(nn.Module):
 
 
 class SelfGating(nn.Module):
-    """Scales each channel by a sigmoid of all the channels' means: the "G" of S3D-G."""
+    """Scales each channel by a sigmoid of a linear function of all channel means: the "G" of S3D-G."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class SepInception(nn.Module):
 
 
 def scaled(channels: int, width: float) -> int:
-    """`channels` times `width`, rounded to a multiple of 8, at least 8; exact at width 1."""
+    """Returns `channels` times `width`, rounded to a multiple of 8 and at least 8; unchanged at width 1."""
     if width == 1:
         return channels
     return max(_CHANNEL_MULTIPLE, round(channels * width / _CHANNEL_MULTIPLE) * _CHANNEL_MULTIPLE)
@@ -123,10 +123,10 @@ class S3D(nn.Module):
 
     Args:
         width: multiplies every channel count, each rounded to a multiple of 8.
-        conv_std: standard deviation of the initial convolution weights. BatchNorm follows every convolution, so it
-            leaves the function as it is; it sets how fast the weights turn: Adam moves them by about lr / conv_std of
-            themselves in a step.
-        gating: gates the branches of every Inception block by their means (S3D-G).
+        conv_std: standard deviation of the initial convolution weights. BatchNorm follows every convolution, so the
+            initial function does not depend on it. It determines how fast the weights change: in one step Adam moves
+            them by about lr / conv_std of their size.
+        gating: add `SelfGating` to the branches of every Inception block (S3D-G).
     """
 
     def __init__(self, width: float = 1.0, conv_std: float = 0.01, gating: bool = False) -> None:

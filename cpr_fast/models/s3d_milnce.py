@@ -1,7 +1,8 @@
-"""The S3D-G that MIL-NCE trained on HowTo100M [Miech et al. 2020, arXiv:1912.06430], for its published weights.
+"""The S3D-G of MIL-NCE, trained on HowTo100M [Miech et al. 2020, arXiv:1912.06430], for its published weights.
 
-An S3D-G with three differences: the stem folds 2 x 2 x 2 pixels into channels, the second convolution is gated too,
-and the poolings pad as TensorFlow's "SAME" does (after the end first). It was trained on pixels in 0..1.
+It differs from S3D-G in three ways: the stem folds 2 x 2 x 2 pixels into channels, the second convolution is gated too,
+and poolings use TensorFlow's "SAME" padding (an odd number of zeros has one more at the end). It was trained on pixels
+in 0..1.
 
 Letters: N clips, T frames, H x W pixels.
 """
@@ -19,7 +20,7 @@ from cpr_fast.models.s3d import S3D, SelfGating
 class SpaceToDepthStem(nn.Module):
     """2 x 4 x 4 convolution over 2 x 2 x 2 cells of pixels in 0..1: [N, 3, T, H, W] -> [N, C, T/2, H/2, W/2].
 
-    Takes ImageNet-normalised clips, as every encoder does, and undoes that.
+    The input is ImageNet-normalised, as for every encoder; the stem undoes the normalisation.
     """
 
     def __init__(self, out_channels: int) -> None:
@@ -35,11 +36,11 @@ class SpaceToDepthStem(nn.Module):
         cells = (x * self.std + self.mean).reshape(n, channels, frames, 2, height, 2, width, 2)
         cells = cells.permute(0, 3, 5, 7, 1, 2, 4, 6).reshape(n, 8 * channels, frames, height, width)
         out = F.relu(self.bn(self.conv(cells)), inplace=True)
-        return out[:, :, 1:, 1:, 1:]  # an even kernel's "SAME" padding: one more before than after
+        return out[:, :, 1:, 1:, 1:]  # "SAME" padding of an even kernel: one more zero before than after
 
 
 class SamePool3d(nn.Module):
-    """Max pooling with TensorFlow's "SAME" padding. Zeros pad, which no activation after a ReLU is below."""
+    """Max pooling with TensorFlow's "SAME" padding. It pads with zeros: no activation after a ReLU is smaller."""
 
     def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> None:
         super().__init__()
@@ -52,7 +53,11 @@ class SamePool3d(nn.Module):
 
 
 class S3DMilNce(S3D):
-    """MIL-NCE's S3D-G, up to `mixed_5c`: 9.15 M parameters at width 1. T, H and W are even; `width` as in `S3D`."""
+    """The S3D-G of MIL-NCE up to `mixed_5c`, 9.15 M parameters at width 1. T, H and W must be even.
+
+    Args:
+        width, conv_std: see `S3D`.
+    """
 
     def __init__(self, width: float = 1.0, conv_std: float = 0.01) -> None:
         super().__init__(width, conv_std, gating=True)

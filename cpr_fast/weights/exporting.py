@@ -1,4 +1,4 @@
-"""Trained encoders for other programs: safetensors, ONNX, and the form of CoCLR's and CPR's own code.
+"""Exports trained encoders to the formats of other programs: safetensors, ONNX, and checkpoints of CoCLR and CPR.
 
 Letters: N clips, T frames, H x W pixels, D feature width, C backbone width, K memory slots.
 """
@@ -24,22 +24,26 @@ Form = Literal["safetensors", "onnx", "coclr"]
 
 
 def export(checkpoint: str | Path, out: str | Path, *, to: Form, view: str | None = None) -> dict[str, Any]:
-    """Writes the encoders of a checkpoint to `out` and returns what was written.
+    """Writes the encoders of a checkpoint to `out`.
 
     Args:
-        to: "safetensors": every view's encoder, tensors named "<view>.backbone.…" and "<view>.head.…", the config as
-            JSON in the metadata. "onnx": one view's encoder, clips [N, 3, T, H, W] float32, ImageNet-normalised ->
-            features [N, C] and embedding [N, D], for any N. "coclr": a checkpoint of CoCLR's code, for its
-            `--pretrain`, `--test` and `--resume` (without the optimiser's state).
-        view: which encoder; by default the one that trained last ("coclr": the query encoder).
+        to: "safetensors": the encoders of all views; tensors are named "<view>.backbone.…" and "<view>.head.…", and the
+            metadata hold the config as JSON. "onnx": the encoder of one view, from clips [N, 3, T, H, W] float32,
+            ImageNet-normalised, to features [N, C] and embedding [N, D], for any N. "coclr": a checkpoint for the
+            options `--pretrain`, `--test` and `--resume` of CoCLR's code (without the state of the optimiser).
+        view: the view whose encoder is exported; by default the one that was trained last. For "coclr" it becomes the
+            query encoder.
+    Returns:
+        `file`, `form`, `view` if there is one, and what the form adds: for instance the number of `tensors`.
     Raises:
-        InputError: no such view, or an extra that is not installed.
+        InputError: the checkpoint lacks the view, or a package that the form needs is not installed.
     """
     payload, out = load_checkpoint(checkpoint), Path(out)
     trained = payload.get("view") or payload["config"]["schedule"]["cycles"][payload["cycle"]]["view"]
     view = trained if view is None else view
     if view not in payload["encoders"]:
-        raise InputError(f"view: the checkpoint holds {', '.join(payload['encoders'])}, got {view!r}")
+        held = ", ".join(payload["encoders"])
+        raise InputError(f"--view: expected one of the views of the checkpoint ({held}), got {view!r}")
     if to == "safetensors":
         written = _safetensors(payload, out)
     elif to == "onnx":
@@ -54,7 +58,7 @@ def _safetensors(payload: Mapping[str, Any], out: Path) -> dict[str, Any]:
     try:
         from safetensors.torch import save_file
     except ImportError:
-        raise InputError("to: 'safetensors' expects the package safetensors: pip install cpr-fast[onnx]") from None
+        raise InputError("--to safetensors needs the package safetensors: pip install cpr-fast[onnx]") from None
     tensors = {
         f"{view}.{name}": tensor.contiguous()
         for view, state in payload["encoders"].items()
@@ -67,7 +71,7 @@ def _safetensors(payload: Mapping[str, Any], out: Path) -> dict[str, Any]:
 
 
 class _Both(nn.Module):
-    """Clips [N, 3, T, H, W] -> what retrieval compares [N, C], and what the loss saw [N, D]."""
+    """Maps clips [N, 3, T, H, W] to features for retrieval [N, C] and to the embedding of the loss [N, D]."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -83,11 +87,11 @@ def _onnx(config: Config, encoder: Encoder, out: Path) -> dict[str, Any]:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
-        raise InputError("to: 'onnx' expects the packages onnx and onnxscript: pip install cpr-fast[onnx]") from None
+        raise InputError("--to onnx needs the packages onnx and onnxscript: pip install cpr-fast[onnx]") from None
     data = config.data
     clips = torch.zeros(2, 3, data.frames, data.size, data.size)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own deprecations
+        warnings.simplefilter("ignore")  # deprecation warnings inside the exporter
         program = torch.onnx.export(
             _Both(encoder).eval(), (clips,), dynamo=True, dynamic_shapes={"clips": {0: torch.export.Dim("batch")}},
             input_names=["clips"], output_names=["features", "embedding"], verbose=False,
@@ -98,10 +102,13 @@ def _onnx(config: Config, encoder: Encoder, out: Path) -> dict[str, Any]:
 
 
 def _coclr(payload: Mapping[str, Any], view: str, is_query: bool, out: Path) -> dict[str, Any]:
-    """The dict of CoCLR's `main_nce.py` (one view) or `main_coclr.py` (two), every layer under both its names."""
+    """Writes the dict of CoCLR's `main_nce.py` (one view) or `main_coclr.py` (two views).
+
+    Every layer appears under both of its names.
+    """
     arch = payload["config"]["model"]["arch"]
     if arch not in ("s3d", "s3dg"):
-        raise InputError(f"to: 'coclr' expects an S3D (model.arch 's3d' or 's3dg'), got {arch!r}")
+        raise InputError(f"--to coclr expects an S3D (model.arch 's3d' or 's3dg'), got {arch!r}")
     encoders, saved = payload["encoders"], payload["cycle_state"] if is_query else {}
     state = _coclr_encoder("encoder_q", encoders[view])
     state |= _coclr_encoder("encoder_k", saved.get("key", encoders[view]))
@@ -136,7 +143,11 @@ def _coclr_encoder(role: str, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _coclr_queues(memory: Mapping[str, Any], labelled: bool) -> dict[str, Tensor]:
-    """Their queues [D, K] and what stands beside them. `labelled`: False of an InfoNCE cycle: its model has none."""
+    """Returns the queues [D, K] and their labels and pointers under CoCLR's names.
+
+    Args:
+        labelled: whether to write labels; the InfoNCE model of CoCLR has none.
+    """
     features = memory["features"]  # [V, K, D]
     state = {name: rows.T.contiguous() for name, rows in zip(("queue", "queue_second"), features, strict=False)}
     state["queue_ptr"] = torch.tensor([memory["count"] % features.shape[1]])
@@ -145,10 +156,10 @@ def _coclr_queues(memory: Mapping[str, Any], labelled: bool) -> dict[str, Tensor
     if len(features) == 2:
         source, label = memory["source"], memory["label"]
         state["queue_vname"] = source
-        state["queue_label"] = torch.where((source >= 0) & (label < 0), 1, label)  # -1: a slot not yet written
+        state["queue_label"] = torch.where((source >= 0) & (label < 0), 1, label)  # -1: an empty slot
     return state
 
 
 def _mining(payload: Mapping[str, Any]) -> str:
-    """What the cycle of a checkpoint mined; of an imported one, whatever its memory says."""
+    """Returns the kind of mining of the checkpoint's cycle, or "any" for an imported checkpoint, which does not say."""
     return "any" if "imported" in payload else payload["config"]["schedule"]["cycles"][payload["cycle"]]["mining"]

@@ -1,7 +1,7 @@
-"""Checkpoints of others, tensor by tensor: CoCLR and CPR (InfoNCE, UberNCE, CoCLR), IIC, MIL-NCE's S3D.
+"""Imports published checkpoints: CoCLR and CPR (InfoNCE, UberNCE, CoCLR), IIC, and the S3D of MIL-NCE.
 
-Each source is a mapping from its tensor names to those of our `Encoder`; whatever it does not map is reported, and a
-file that fills no backbone is refused. Letters: K memory slots, D feature width, V views.
+Each source maps its tensor names to those of our `Encoder`. Tensors without a counterpart are reported, and a file
+without any tensor of a backbone is refused. Letters: K memory slots, D feature width, V views.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COCLR_ALIASES = {f"{block}.{i}.": f"{name}." for block, names in _BLOCKS.items()
 COCLR_HEAD = {"2.": "head.0.", "4.": "head.2."}  # after the pool and the ReLU of their nn.Sequential
 _EXPECTED = "expected a checkpoint of CoCLR or CPR (encoder_q.*), IIC (conv1.*, conv5*), or MIL-NCE's S3D (mixed_5c.*)"
 
-# What their training scripts put beside the tensors; reading these runs no code of theirs.
+# Types that their training scripts save beside the tensors; loading them executes no code from the file.
 _HARMLESS = [
     argparse.Namespace,
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
@@ -51,8 +51,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Match:
-    """One encoder of a file, as ours: a whole state_dict, which of its names came from the file and which did not, and
-    the file's names that were used."""
+    """One encoder of a file in our form.
+
+    state: a complete state_dict.
+    matched, missing: its names that came from the file, and those that did not.
+    used: the names in the file that were used.
+    """
 
     state: dict[str, Tensor]
     matched: list[str]
@@ -61,16 +65,17 @@ class Match:
 
 
 def import_checkpoint(path: str | Path, out: str | Path, *, view: str = "rgb") -> dict[str, Any]:
-    """Writes a checkpoint of others as one of ours, for `model.init`, retrieval, probe, finetune and export.
+    """Converts a published checkpoint to ours, for `model.init`, retrieval, probe, finetune and export.
+
+    Tensors that the file lacks (such as a head) are those of a new encoder initialised with seed 0.
 
     Args:
-        view: "rgb" | "flow", what the file's (query) encoder looks at; its `sampler` looks at the other one.
+        view: "rgb" or "flow", the view of the file's (query) encoder; its `sampler` has the other view.
     Returns:
-        `checkpoint`, `source`, `arch`; `encoders` {name in the file: view, number of tensors matched, names missing};
-        `unused`, the file's names that nothing took. Missing tensors (a head that the file lacks) are those of a fresh
-        encoder, seed 0.
+        `checkpoint`, `source`, `arch`; `encoders` {name in the file: its view, number of tensors matched, names
+        missing}; `unused`, the names in the file that were not used.
     Raises:
-        CheckpointError: damaged, of an unknown source, a tensor of another shape, or nothing matched.
+        CheckpointError: the file is damaged or of an unknown source, a tensor has another shape, or none matched.
     """
     tensors, about = _read(Path(path))
     source = _source_of(tensors, path)
@@ -100,7 +105,7 @@ def import_checkpoint(path: str | Path, out: str | Path, *, view: str = "rgb") -
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, without the prefix of DataParallel, and the plain values beside them."""
+    """Reads the tensors of a file, without the prefix of DataParallel, and the plain values saved beside them."""
     with torch.serialization.safe_globals(_HARMLESS):
         payload = read_torch(path, expected=_EXPECTED)
     if not isinstance(payload, Mapping):
@@ -123,8 +128,8 @@ Roles = dict[str, dict[str, str]]  # encoder of a file -> {its tensor name: ours
 
 
 def _coclr(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[ModelConfig, Roles]:
-    """CoCLR, CPR: encoders `encoder_q`, `encoder_k`, `sampler`, each nn.Sequential(S3D, pool, conv, ReLU, conv); or a
-    classifier's `backbone`."""
+    """Maps CoCLR and CPR: encoders `encoder_q`, `encoder_k` and `sampler`, each nn.Sequential(S3D, pool, conv, ReLU,
+    conv); or the `backbone` of a classifier."""
     roles: Roles = {}
     for key in tensors:
         role, _, rest = key.partition(".")
@@ -158,7 +163,7 @@ def _coclr_name(rest: str) -> str | None:
 
 
 def _iic(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[ModelConfig, Roles]:
-    """IIC's R3D, R(2+1)D or C3D, which keep their names; one network looks at RGB and at frame residuals."""
+    """Maps IIC's R3D, R(2+1)D or C3D, whose names are ours; one network is trained on RGB and on frame residuals."""
     stems = {"r3d": "conv1.temporal_spatial_conv", "r21d": "conv1.temporal_conv", "c3d": "conv1"}
     found = [(arch, tensors[f"{name}.weight"]) for arch, name in stems.items() if f"{name}.weight" in tensors]
     if not found:
@@ -183,7 +188,7 @@ _MILNCE_PLAIN = ("Conv_1a", "Conv_2b", *(f"branch{i}.0" for i in range(3)), "bra
 
 
 def _milnce(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[ModelConfig, Roles]:
-    """S3D_HowTo100M: the video network; its text module and the projection to text have no place here."""
+    """Maps the video network of S3D_HowTo100M; its text module and the projection to text are not used."""
     names = {key: name for key in tensors if (name := _milnce_name(key))}
     stem = tensors.get("conv1.conv1.weight")
     if stem is None or stem.shape[1] != 24:
@@ -216,7 +221,7 @@ _SOURCES: dict[Source, Callable[[Mapping[str, Tensor], str | Path], tuple[ModelC
 
 
 def _match(names: Mapping[str, str], tensors: Mapping[str, Tensor], model: ModelConfig, path: str | Path) -> Match:
-    """A fresh encoder with the file's tensors in it. `names`: their name -> ours."""
+    """Builds a new encoder and fills it with the tensors of the file. `names` maps their names to ours."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         state = build_encoder(model).state_dict()
@@ -241,21 +246,23 @@ def _match(names: Mapping[str, str], tensors: Mapping[str, Tensor], model: Model
         raise CheckpointError(f"checkpoint {str(path)!r}: no tensor matched {model.arch}; it holds {_some(tensors)}")
     missing = [name for name in state if name not in found]
     if any(name.startswith("backbone.") and not name.endswith("num_batches_tracked") for name in missing):
-        log.warning("%s: %d tensors of the network are not in the file", path, len(missing))
+        log.warning("%s: %d tensors of the network are not in the file and stay random", path, len(missing))
     for name, value in found.items():
         state[name].copy_(value)
     return Match(state, sorted(found), missing, used)
 
 
 def _memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], set[str]]:
-    """CoCLR's queues [D, K] as our memory's columns, and the names that gave them."""
+    """Converts CoCLR's queues [D, K] to the columns of our memory; also returns the names that were used."""
     queues = [name for name in ("queue", "queue_second") if name in tensors]
     if not queues:
         return {}, set()
     columns = {"queue_vname": "source", "queue_label": "label"}
     memory: dict[str, Any] = {ours: tensors[theirs] for theirs, ours in columns.items() if theirs in tensors}
     memory["features"] = torch.stack([tensors[name].T for name in queues])  # [V, K, D]
-    written = memory.get("label", torch.zeros(1)) >= 0  # their queue starts at random: labels say which slots are real
+    written = (
+        memory.get("label", torch.zeros(1)) >= 0
+    )  # their queue starts with random entries: the labels tell which slots were written
     pointer = int(tensors["queue_ptr"]) if "queue_ptr" in tensors else 0
     memory["count"] = pointer + bool(written.all()) * memory["features"].shape[1]
     return memory, {*queues, *(columns.keys() & tensors.keys()), *({"queue_ptr"} & tensors.keys())}

@@ -264,5 +264,8 @@ def test_heads_without_weights():
         expected = features / features.norm(dim=1, keepdim=True) if head == "unit" else features
         torch.testing.assert_close(got, expected)
         assert not list(encoder.head.parameters())
-    with pytest.raises(InputError, match=r"model.feature_dim: expected 64, what 'r3d' pools at width 0.125.*got 128"):
+    with pytest.raises(
+        InputError,
+        match=r"model.feature_dim: expected 64, the width of the pooled .*'r3d' at model.width 0.125.*got 128",
+    ):
         build_encoder(ModelConfig(arch="r3d", width=0.125, head="unit"))

@@ -83,7 +83,14 @@ def killed_at(epoch: int, step: int, loader=RandomLoader):
     return Dying
 
 
+def trained(folder: Path) -> dict:
+    """What the newest checkpoint of a run holds of training itself."""
+    payload = load_checkpoint(folder / "checkpoints" / "last.pt")
+    return {key: payload[key] for key in ("encoders", "cycle_state", "step", "epoch", "step_in_epoch", "cycle")}
+
+
 def everything(folder: Path) -> dict:
+    """What the newest checkpoint of a run holds, without config and environment, which differ between folders."""
     payload = load_checkpoint(folder / "checkpoints" / "last.pt")
     return {key: value for key, value in payload.items() if key not in ("config", "environment")}
 

@@ -47,10 +47,10 @@ def test_a_truncated_file_is_refused(tmp_path, share):
 
 def test_a_foreign_file_is_refused(tmp_path):
     torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match=rf"another program \(holds \['epoch', 'state_dict'\]\); {EXPECTED}"):
+    with pytest.raises(CheckpointError, match=rf"another program \(it holds \['epoch', 'state_dict'\]\); {EXPECTED}"):
         load_checkpoint(tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(CheckpointError, match=r"another program \(holds list\)"):
+    with pytest.raises(CheckpointError, match=r"another program \(it holds list\)"):
         load_checkpoint(tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(CheckpointError, match=r"text.pt' is not a checkpoint; "):

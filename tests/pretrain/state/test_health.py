@@ -116,7 +116,7 @@ def test_a_collapse_raises_one_alarm_until_it_recovers():
     assert [text.split(": ")[0] for text in texts] == [
         "the flow queries are nearly one point", "the flow queries use few dimensions",
     ]  # fmt: skip
-    assert texts[1].endswith(", health.min_effective_rank 4.0")
+    assert texts[1].endswith(" is below health.min_effective_rank 4.0")
     assert epoch(point) == []
     assert epoch(directions(2, 16)) == []  # two sound queries do not end it, nor would two bad ones raise it
     assert epoch(directions(WINDOW, 16)) == []

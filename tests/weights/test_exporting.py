@@ -1,0 +1,129 @@
+"""Runs that start from imported encoders, and trained encoders in the forms of other programs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from support.published_files import coclr_file, milnce_file
+from support.stand_in_loader import RandomLoader, make_index
+
+from cpr_fast.cli import main
+from cpr_fast.config import Config, ModelConfig
+from cpr_fast.errors import InputError
+from cpr_fast.models import build_encoder
+from cpr_fast.pretrain.run.loop import pretrain
+from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint, load_encoders
+from cpr_fast.weights.exporting import export
+from cpr_fast.weights.importing import import_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def settings(out, **model) -> Config:
+    return Config.from_dict(
+        {
+            "data": {"batch_size": 6, "frames": 5, "size": 20},
+            "model": {"width": 0.125, "feature_dim": 16} | model,
+            "memory": {"size": 10},
+            "mining": {"stages": 3, "top_k": 2},
+            "schedule": {"cycles": [{"view": "rgb", "epochs": 1}]},
+            "run": {"out": str(out)},
+        }
+    )
+
+
+def train(config: Config, **kwargs):
+    return pretrain(config, index=make_index(18), make_loader=RandomLoader, progress=False, **kwargs)
+
+
+def test_a_run_starts_from_imported_encoders(tmp_path):
+    for view in ("rgb", "flow"):
+        torch.save(coclr_file("infonce"), tmp_path / f"{view}.pth.tar")
+        import_checkpoint(tmp_path / f"{view}.pth.tar", tmp_path / f"{view}.pt", view=view)
+    init = {view: str(tmp_path / f"{view}.pt") for view in ("rgb", "flow")}
+    folder = train(settings(tmp_path / "run", init=init))
+    trained = load_checkpoint(folder / "checkpoints" / "last.pt")["encoders"]
+    start = {view: load_checkpoint(init[view])["encoders"][view] for view in init}
+    assert all(torch.equal(trained["flow"][name], tensor) for name, tensor in start["flow"].items())  # frozen
+    moved = trained["rgb"]["backbone.Conv_1a.conv1.weight"] - start["rgb"]["backbone.Conv_1a.conv1.weight"]
+    assert 0 < moved.abs().max() < 0.01  # two steps of Adam away from the file, not from random weights
+    (tmp_path / "flow.pt").unlink()
+    train(settings(tmp_path / "run", init=init), resume=True)  # its checkpoints hold what it started from
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path):
+    torch.save(coclr_file("infonce"), tmp_path / "a.pth.tar")
+    import_checkpoint(tmp_path / "a.pth.tar", tmp_path / "a.pt")
+    with pytest.raises(
+        CheckpointError,
+        match=r"model.init.flow: expected .* the view 'flow', but .* the views rgb",
+    ):
+        train(settings(tmp_path / "run", init={"flow": str(tmp_path / "a.pt")}))
+    with pytest.raises(CheckpointError, match=r"model.init.rgb: '.*a.pt' has model.feature_dim 16, got 8"):
+        train(settings(tmp_path / "run", feature_dim=8, init={"rgb": str(tmp_path / "a.pt")}))
+    with pytest.raises(CheckpointError, match=r"a.pth.tar' .*import-checkpoint` converts those"):
+        train(settings(tmp_path / "run", init={"rgb": str(tmp_path / "a.pth.tar")}))
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    return train(settings(tmp_path_factory.mktemp("run") / "run")) / "checkpoints" / "last.pt"
+
+
+def test_our_run_in_their_form_comes_back(trained_run, tmp_path, capsys):
+    # The frozen view is random here, so the run does not pass it off as trained: two views need both.
+    ours = load_checkpoint(trained_run)
+    ours["encoders"]["flow"] = build_encoder(ModelConfig(width=0.125, feature_dim=16)).state_dict()
+    torch.save(ours, tmp_path / "run.pt")
+    assert main(["export", str(tmp_path / "run.pt"), "--to", "coclr", "--out", str(tmp_path / "t.tar"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "CoCLR"
+    arguments = [str(tmp_path / "t.tar"), "--out", str(tmp_path / "back.pt"), "--json"]
+    assert main(["import-checkpoint", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["unused"] == []
+    back = load_checkpoint(tmp_path / "back.pt")
+    for view, state in ours["encoders"].items():
+        assert all(torch.equal(back["encoders"][view][name], tensor) for name, tensor in state.items())
+    for name, tensor in ours["cycle_state"]["key"].items():
+        assert torch.equal(back["cycle_state"]["key"][name], tensor)
+    for column in ("features", "source"):
+        assert torch.equal(back["cycle_state"]["memory"][column], ours["cycle_state"]["memory"][column])
+
+
+def test_safetensors_hold_every_view(trained_run, tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    export(trained_run, tmp_path / "a.safetensors", to="safetensors")
+    payload = load_checkpoint(trained_run)
+    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["cpr_fast_config"]) == payload["config"]
+        assert set(file.keys()) == {f"rgb.{name}" for name in payload["encoders"]["rgb"]}
+        for name, tensor in payload["encoders"]["rgb"].items():
+            assert torch.equal(file.get_tensor(f"rgb.{name}"), tensor)
+
+
+def test_onnx_computes_the_same_for_any_batch(trained_run, tmp_path):
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    written = export(trained_run, tmp_path / "a.onnx", to="onnx")
+    assert written["clips"] == ["batch", 3, 5, 20, 20]
+    _, encoders = load_encoders(trained_run)
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        clips = torch.randn(batch, 3, 5, 20, 20)
+        with torch.no_grad():
+            features, embedding = encoders["rgb"].features(clips), encoders["rgb"](clips)
+        got = session.run(None, {"clips": clips.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got[0]), features, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(torch.from_numpy(got[1]), embedding, rtol=1e-3, atol=1e-5)
+
+
+def test_what_cannot_be_exported_is_named(trained_run, tmp_path):
+    with pytest.raises(InputError, match=r"--view: expected one of the views of the checkpoint \(rgb\), got 'flow'"):
+        export(trained_run, tmp_path / "a", to="coclr", view="flow")
+    torch.save(milnce_file(8), tmp_path / "m.pth")
+    import_checkpoint(tmp_path / "m.pth", tmp_path / "m.pt")
+    with pytest.raises(InputError, match=r"--to coclr expects an S3D .*, got 's3d_milnce'"):
+        export(tmp_path / "m.pt", tmp_path / "a", to="coclr")
+    assert not (tmp_path / "a").exists()
