@@ -1,12 +1,12 @@
-"""The paper's claims on small data: one resumable row per setting and seed. Protocol: results/claims.md.
+"""Tests the paper's claims on small data: one row per setting and seed. results/claims.md describes the protocol.
 
     python bench/training/claims.py WORK [--data synthetic|ucf101_100] [--seeds 0 1 2]
         [--settings infonce coclr cpr_n7 …]
     python bench/training/claims.py --table [--data …]    # and the figure, bench/results/claims_<data>.png
 
-Makes the data set's index and flow in WORK/<data>/data, trains in WORK/<data>/runs/<setting>-<seed> and appends a row
-to bench/results/claims.jsonl as each run finishes; a row that is there is not run again. Settings of one seed share
-the InfoNCE start (the first two cycles), which is trained once, in WORK/<data>/runs/start-<seed>.
+Writes the index and the flow of the data set to WORK/<data>/data and trains in WORK/<data>/runs/<setting>-<seed>. Each
+finished run appends a row to bench/results/claims.jsonl; existing rows are not run again. The settings of one seed
+share the InfoNCE start (the first two cycles), which is trained once in WORK/<data>/runs/start-<seed>.
 """
 
 import argparse
@@ -38,9 +38,9 @@ from cpr_fast.evaluate.retrieval.retrieve import Protocol, retrieve
 from cpr_fast.pretrain.run.loop import pretrain
 
 ROWS = RESULTS / "claims.jsonl"
-START_CYCLES = 2  # InfoNCE on each view; the setting decides how the others mine
+START_CYCLES = 2  # InfoNCE on each view; the setting decides how the later cycles mine
 
-# What the cycles after the start change against the base config; "untrained" is the fresh network of the seed.
+# The changes of the later cycles to the base config; "untrained" is the network of the seed before training.
 SETTINGS: dict[str, dict] = {
     "untrained": {},
     "infonce": {"mining": "none"},
@@ -57,7 +57,7 @@ SETTINGS: dict[str, dict] = {
 
 
 def make_data(data: str, folder: Path) -> Path:
-    """The index of the data set, with its flow stored beside it."""
+    """Writes the index and the flow of the data set, and returns the index."""
     if data == "synthetic":
         index = write_synthetic(folder)
     else:
@@ -69,8 +69,11 @@ def make_data(data: str, folder: Path) -> Path:
 
 
 def base_config(data: str, index: Path) -> Config:
-    """The quick start's, which was tuned on another draw of the synthetic set; shorter on the 100 real clips."""
-    base = load(ROOT / "cpr_fast" / "quickstart.toml")
+    """Returns the config of the quick start, or a shorter one for the 100 real clips.
+
+    The quick start was tuned on another draw of the synthetic set.
+    """
+    base = load(ROOT / "cpr_fast" / "experiments" / "quickstart.toml")
     base = replace(base, "data", index=str(index))
     if data == "ucf101_100":
         base = replace(base, "data", split="", batch_size=16)
@@ -80,7 +83,7 @@ def base_config(data: str, index: Path) -> Config:
 
 
 def config_of(setting: str, seed: int, data: str, folder: Path, index: Path) -> Config:
-    """The base config up to START_CYCLES for "start", else from there on with the setting's changes."""
+    """Returns the config of the first START_CYCLES cycles for "start", else that of the later cycles of a setting."""
     base = replace(base_config(data, index), "run", out=str(folder / f"{setting}-{seed}"), seed=seed)
     cycles = base.schedule.cycles
     if setting == "start":
@@ -100,14 +103,14 @@ def replace(config: Config, section: str, **changes: Any) -> Config:
 
 
 def train(config: Config) -> Path:
-    """The last checkpoint of the run, trained or continued as needed."""
+    """Starts or resumes a run, and returns its last checkpoint."""
     last = Path(config.run.out) / "checkpoints" / "last.pt"
     pretrain(config, resume=last.exists(), progress=False)
     return last
 
 
 def mining_quality(run: Path) -> dict:
-    """PMR after each epoch and at the end, median CMR at the end, by view; from the run's metrics.jsonl."""
+    """Reads PMR of each epoch, and PMR and median CMR of the last epoch, per view, from metrics.jsonl."""
     epochs = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if row["kind"] == "epoch"]
     quality: dict = {}
     for view in ("rgb", "flow"):
@@ -120,13 +123,13 @@ def mining_quality(run: Path) -> dict:
 
 
 def recalls(results: list[dict], name: str) -> dict:
-    """`view r@k` of one of the embeddings that `retrieve` compared."""
+    """Returns the recalls of one of the embeddings that `retrieve` compared, named `view_r@k`."""
     rows = [row for row in results if row["name"] == name]
     return {f"{row['view']}_{k}": row[k] for row in rows for k in ("r@1", "r@5", "r@10")}
 
 
 def run_setting(setting: str, seed: int, data: str, work: Path, index: Path) -> dict:
-    """The measures of one row."""
+    """Trains and evaluates one setting, and returns the measures of its row."""
     protocol: Protocol = "train_test" if data == "synthetic" else "leave_source_out"
     start = train(config_of("start", seed, data, work / "runs", index))
     if setting == "untrained":
@@ -145,7 +148,7 @@ def run_setting(setting: str, seed: int, data: str, work: Path, index: Path) -> 
 
 
 def print_table(rows: list[dict]) -> None:
-    """Mean and standard error over seeds, a line per setting."""
+    """Prints mean and standard error over seeds, one line per setting."""
     columns = [
         "two_stream_r@1",
         "two_stream_r@5",
@@ -170,7 +173,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """PMR over the epochs of the cascade cycles, and two-stream R@1 of every seed with its mean."""
+    """Draws PMR over the epochs of the cascade cycles, and two-stream R@1 of every seed with its mean."""
     figure, (quality, recall) = plt.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
     settings = [name for name in SETTINGS if any(row["setting"] == name for row in rows)]
     for position, setting in enumerate(settings):
@@ -196,7 +199,9 @@ def main() -> None:
     parser.add_argument("--data", default="synthetic", choices=["synthetic", "ucf101_100"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--table", action="store_true", help="the means and the figure of the rows that are there")
+    parser.add_argument(
+        "--table", action="store_true", help="only print the means and draw the figure of the existing rows"
+    )
     args = parser.parse_args()
     rows = [json.loads(line) for line in ROWS.open()] if ROWS.exists() else []
     rows = [row for row in rows if row["data"] == args.data]

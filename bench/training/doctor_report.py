@@ -1,10 +1,10 @@
-"""What `cpr-fast doctor` says of a good and of a broken data set.
+"""Records the output of `cpr-fast doctor` for a good and for a broken data set.
 
     python bench/training/doctor_report.py [--seconds 60]
 
-Writes bench/results/doctor.md. The good set is small synthetic actions with flow. The broken one is a copy of it after
-what happens to data sets: a download that was cut, a page of HTML in a video's place, an empty and a lost file, flow
-that was never computed, an index edited by hand.
+Writes bench/results/doctor.md. The good set consists of small synthetic actions with flow. The broken one is the same
+set with common defects: a truncated download, an HTML page instead of a video, an empty and a missing file, missing
+flow, and a mistake in the index.
 """
 
 import argparse
@@ -30,7 +30,7 @@ workers = 2
 
 
 def cpr_fast(folder: Path, *arguments: str) -> tuple[int, str]:
-    """(exit code, stdout) of the command, run in `folder`."""
+    """Runs a command in `folder` and returns its exit code and stdout."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "118", "NO_COLOR": "1"}
     done = subprocess.run([sys.executable, "-m", "cpr_fast", *arguments], cwd=folder, env=environment, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
@@ -38,7 +38,7 @@ def cpr_fast(folder: Path, *arguments: str) -> tuple[int, str]:
 
 
 def spoil(folder: Path) -> list[str]:
-    """Breaks the set below `folder`; says what was done."""
+    """Breaks the data set below `folder` and returns a description of each defect."""
     videos = sorted(path for path in folder.rglob("*.mp4") if not path.name.endswith(".flow.mp4"))
     cut, page, empty, lost = videos[0], videos[len(videos) // 3], videos[len(videos) // 2], videos[-2]
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
@@ -72,7 +72,7 @@ def section(title: str, done: list[str], command: str, code: int, output: str) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", default="60", help="of the breakdown")
+    parser.add_argument("--seconds", default="60", help="duration of the measurement of a step's parts")
     options = parser.parse_args()
     doctor = ("doctor", "SET/index.csv", "--config", "small.toml", "--seconds", options.seconds)
     about = world("cpu")

@@ -1,8 +1,9 @@
-"""The published training step [CPR, on CoCLR's code] in plain torch, written anew from what it computes.
+"""The published training step [CPR, on CoCLR's code] in plain torch, re-implemented from what it computes.
 
-One process, `protocol = "coclr"`, without the 90 % rule. Encoders are the project's own, so only the rest differs:
-momentum weight by weight, the queue's similarities as matrices, the cascade as masked top-k, softmax over [B, 1 + K]
-with a mask of positives, and the loss read on the host in every step.
+It is the step of one process with `protocol = "coclr"`, without the rule that drops the query's own key in 90 % of the
+steps. The encoders are those of this project, so that only the rest differs: the momentum update runs weight by weight,
+similarities to the queue are full matrices, the cascade is a masked top-k, the softmax over [B, 1 + K] has a mask of
+positives, and the host reads the loss in every step.
 
 Letters: B clips, K queue slots, D feature width.
 """
@@ -18,12 +19,13 @@ from cpr_fast.models import Encoder
 
 
 class PublishedStep:
-    """Encoders, queue and optimiser; a call is one step.
+    """Holds encoders, queue and optimiser; a call computes one step.
 
     Args:
-        query, other: encoders of the view that learns and, frozen, of the other one.
-        features: [2, K, D] of a full queue, own view first; source: [K] int64.
-        views, keep: of the cascade; empty for InfoNCE, which looks at no other view.
+        query, other: the encoder of the view that learns, and the frozen encoder of the other view.
+        features: [2, K, D], the features of a full queue, with the query's view first.
+        source: [K] int64, source ids of the queue.
+        views, keep: the stages of the cascade; empty for InfoNCE, which has no second view.
     """
 
     def __init__(
@@ -60,11 +62,11 @@ class PublishedStep:
         loss.backward()
         self.optimizer.step()
         self._enqueue(k, k if other is None else other, source)
-        logits.detach().topk(5, dim=1)  # the accuracy that is printed
+        logits.detach().topk(5, dim=1)  # the published code prints this accuracy
         return loss.item()
 
     def _mined(self, own: Tensor, other: Tensor, same_source: Tensor) -> Tensor:
-        """[B, K] bool: what is left after the last stage."""
+        """Returns which entries survive the last stage, [B, K] bool."""
         scores = [own @ self.queue[0].clone(), other @ self.queue[1].clone()]
         left = ~same_source
         for view, count in zip(self.views, self.keep, strict=True):

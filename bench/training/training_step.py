@@ -1,13 +1,13 @@
-"""A whole training step: right, and what it costs beside the published step and the bare encoders.
+"""Checks a whole training step, and compares its time with the published step and with the encoders alone.
 
     python bench/training/training_step.py [--device cuda] [--batch 32] [--frames 32] [--size 128] [--width 1]
                                   [--memory 2048] [--seconds 20]
 
-Right: from the same weights, memory and clips, the step with the fused operators and the same step with their
-plain-torch references must agree in their loss and in what they do to the weights.
-Cost: steps in turn, one thread on the CPU (see measure.py). CPR is 7 stages. It needs the other view's keys, which the
-cascade compares: "CoCLR's encoders" are the three forwards and the backward that any method with a second view has.
-Writes training_step_DEVICE.json and .md into $OUT (default bench/results); exit status 1 where the steps part.
+Check: starting from the same weights, memory and clips, a step with the fused operators and a step with their
+plain-torch references must give the same loss and the same change of the weights. Time: the steps run in turn, on one
+thread on the CPU (see measure.py). CPR has 7 stages. Its cascade also compares keys of the other view: "CoCLR's
+encoders" are the three forward passes and the backward pass that every method with a second view needs. Writes
+training_step_DEVICE.json and .md to $OUT (default bench/results). The exit status is 1 if the steps differ.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from cpr_fast.pretrain.step.step import train_step
 from cpr_fast.runtime.distributed import World
 
 VIDEOS, STAGES = 512, 7
-LOSS, GRADIENT = 1e-5, 1e-3  # the largest relative differences of a right step
+LOSS, GRADIENT = 1e-5, 1e-3  # largest accepted relative differences
 
 
 def start(options: argparse.Namespace, mining: str = "cascade", optimizer: str = "adam") -> CycleState:
-    """A cycle whose memory is full of random unit features."""
+    """Returns the state of a cycle whose memory is full of random unit vectors."""
     torch.manual_seed(0)
     index = Index(Video(Path(f"/{i}"), f"{i % 8}", f"{i // 2}", "train", 64, 25.0, 340, 256) for i in range(VIDEOS))
     values = {
@@ -67,7 +67,7 @@ def start(options: argparse.Namespace, mining: str = "cascade", optimizer: str =
 
 
 def make_batch(options: argparse.Namespace) -> SimpleNamespace:
-    """Random clips of both views."""
+    """Returns random clips of both views."""
     device, B = options.device, options.batch
     draw = torch.Generator().manual_seed(1)
     shape = (B, 2, 3, options.frames, options.size, options.size)
@@ -79,7 +79,7 @@ def make_batch(options: argparse.Namespace) -> SimpleNamespace:
 
 @contextmanager
 def references() -> Iterator[None]:
-    """The operators' plain-torch twins in their place."""
+    """Replaces the operators by their plain-torch references."""
     with (
         mock.patch("cpr_fast.pretrain.state.cascade.cascade_select", cascade_select_ref),
         mock.patch("cpr_fast.pretrain.step.contrast.mil_nce", mil_nce_ref),
@@ -88,7 +88,7 @@ def references() -> Iterator[None]:
 
 
 def one_step(options: argparse.Namespace, batch: SimpleNamespace) -> tuple[float, Tensor]:
-    """Loss and gradient [weights] of a first step: plain gradient descent moves the weights by it."""
+    """Returns the loss and the change of the weights [W] of a first step, which is proportional to the gradient."""
     state = start(options, optimizer="sgd")
     before = torch.cat([p.detach().flatten() for p in state.encoders.query.parameters()]).double()
     loss = train_step(state, batch, 0).loss.item()
@@ -97,7 +97,7 @@ def one_step(options: argparse.Namespace, batch: SimpleNamespace) -> tuple[float
 
 
 def agreement(options: argparse.Namespace, batch: SimpleNamespace) -> dict[str, float]:
-    """Relative differences of loss and gradient between the fused operators and the references."""
+    """Returns the relative differences of loss and gradient between the fused operators and the references."""
     loss, gradient = one_step(options, batch)
     with references():
         expected, theirs = one_step(options, batch)
@@ -108,7 +108,7 @@ def agreement(options: argparse.Namespace, batch: SimpleNamespace) -> dict[str, 
 
 
 def steps(options: argparse.Namespace, batch: SimpleNamespace) -> dict[str, Callable]:
-    """The steps that are compared, by name."""
+    """Returns the steps to compare, by name."""
     infonce, cpr = start(options, "none"), start(options)
     cascade, both = cpr.cascades[0], normalize(torch.randn(2, options.memory, cpr.memory.features.shape[2]), dim=2)
     published = {}
@@ -139,7 +139,7 @@ def steps(options: argparse.Namespace, batch: SimpleNamespace) -> dict[str, Call
 
 
 def parts(options: argparse.Namespace, batch: SimpleNamespace) -> dict[str, Callable]:
-    """What a step of CPR does outside of its encoders."""
+    """Returns the parts of a CPR step other than the encoders, by name."""
     state = start(options)
     width = state.config.model.feature_dim
     query = normalize(torch.randn(2, options.batch, width, device=options.device), dim=2).requires_grad_()
