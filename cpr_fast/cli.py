@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cpr_fast import __version__
-from cpr_fast.errors import InputError, how_to_install
+from cpr_fast.errors import FailedError, InputError, how_to_install
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Start here": {
@@ -74,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"cpr-fast: {advice}", file=sys.stderr)
         return 2
+    except FailedError as error:
+        print(f"cpr-fast: {_printable(str(error))}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further Ctrl-C ends the process while threads still finish
         print("cpr-fast: interrupted; run the same command again to continue", file=sys.stderr)

@@ -59,3 +59,10 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):  # the parent package is missing, or the module is blocked
         return False
+
+
+class FailedError(RuntimeError):
+    """A command failed although its input was good, for a reason that the message explains in full.
+
+    The command line prints it as one line, without a traceback, and exits with 1.
+    """

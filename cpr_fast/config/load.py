@@ -34,6 +34,8 @@ def load(path: str | Path) -> Config:
         raise ConfigError(f"config file {str(path)!r}: expected UTF-8 text, got byte {error.start}: {error}") from None
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"config file {str(path)!r} is not valid {kind}: {error}") from None
+    if kind == "JSON" and isinstance(values, dict):
+        values.pop("videos", None)  # a run's config.json also says which videos it was trained on
     try:
         config = Config.from_dict(values)
     except ConfigError as error:

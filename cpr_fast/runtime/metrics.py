@@ -94,6 +94,8 @@ def rewind(run_dir: str | Path, *, step: int, epoch: int) -> None:
     def kept(row: dict[str, Any]) -> bool:
         if row["kind"] == "step":
             return row["step"] < step
+        if row["kind"] == "outcome":
+            return row["step"] <= step
         return row["kind"] not in ("epoch", "mined", "health", "alarm", "online") or row["epoch"] < epoch
 
     path = Path(run_dir) / FILE

@@ -1,8 +1,8 @@
-"""Checkpoints: one dict per file, written whole or not at all, read without executing anything.
+"""Checkpoints: one dict per file, written completely or not at all, and read without executing code.
 
-Layout of the dict: `format` and `version` (written here), `config` (`Config.to_dict()`), `encoders`
-{view: state_dict of the query encoder}, `step` (steps done) and `cycle` (state of the cycle under way; see
-`cpr_fast.pretrain.run.loop`).
+The dict holds `format` and `version` (added here), `config` (`Config.to_dict()`), `encoders` {view: state_dict of the
+query encoder}, `step`, `epoch` (steps and epochs done), `cycle` (number of the current cycle, from 0), `cycle_state`
+(see `cpr_fast.pretrain.state.cycle`) and `videos` (digest of the training videos).
 """
 
 from __future__ import annotations
@@ -25,15 +25,29 @@ from cpr_fast.models import Encoder, build_encoder
 FORMAT = "cpr_fast checkpoint"
 VERSION = 1
 LAST = "last.pt"
-BEST = "best.pt"  # by online retrieval, see `cpr_fast.pretrain.run.online`
+BEST = "best.pt"  # of online retrieval, see `cpr_fast.pretrain.run.online`
 
 
 class CheckpointError(InputError):
     """A checkpoint is missing, damaged, foreign, or could not be written; the message says which."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is empty, truncated or otherwise not readable; `damage` says which ("is empty")."""
+
+    def __init__(self, message: str, damage: str = "is damaged") -> None:
+        super().__init__(message)
+        self.damage = damage
+
+
 def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> Path:
-    """Writes `payload` (tensors and plain Python values) to `path`, replacing it in one step; see `written_whole`."""
+    """Writes `payload` (tensors and plain Python values) to `path`, atomically as `written_whole` does.
+
+    Returns:
+        `path`.
+    Raises:
+        CheckpointError: the file could not be written.
+    """
     path = Path(path)
     with written_whole(path) as temporary, open(temporary, "wb") as file:
         torch.save({"format": FORMAT, "version": VERSION, **payload}, file)
@@ -42,10 +56,10 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, for the block to write; it replaces `path` when the block is done.
+    """Replaces a file atomically: yields a temporary path for the block to write, then renames it to `path`.
 
-    The bytes reach the disk before the rename: a killed process or a full disk leaves the previous file as it was, and
-    at worst a stray `*.tmp`, which the next save of that name overwrites.
+    The data are flushed to disk before the rename. So a killed process or a full disk leaves the previous file
+    unchanged, and at worst a stray `*.tmp`, which the next save of that name overwrites.
 
     Raises:
         CheckpointError: the file could not be written.
@@ -65,43 +79,51 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The dict of a checkpoint written by `save_checkpoint`.
+    """Loads the dict of a checkpoint that `save_checkpoint` wrote, with its tensors on `device`.
 
     Raises:
-        CheckpointError: no such file, truncated, written by another program, or of a newer version.
+        CheckpointError: the file does not exist, was written by another program, or has another version.
+        DamagedCheckpointError: the file is empty, truncated or otherwise damaged.
     """
     expected = (
         f"expected a file written by cpr_fast.weights.checkpoint.save_checkpoint, version {VERSION} "
-        "(`cpr-fast import-checkpoint` reads those of other programs)"
+        "(`cpr-fast import-checkpoint` converts those of other programs)"
     )
     payload = read_torch(path, device=device, expected=expected)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         keys = sorted(map(str, payload))[:5] if isinstance(payload, dict) else type(payload).__name__
-        raise CheckpointError(f"checkpoint {str(path)!r} comes from another program (holds {keys}); {expected}")
+        raise CheckpointError(f"checkpoint {str(path)!r} comes from another program (it holds {keys}); {expected}")
     if payload.get("version") != VERSION:
         raise CheckpointError(f"checkpoint {str(path)!r} has version {payload.get('version')!r}; {expected}")
     return payload
 
 
 def read_torch(path: str | Path, *, device: torch.device | str = "cpu", expected: str) -> Any:
-    """What `torch.save` wrote to `path`, read without executing anything.
+    """Loads a file that `torch.save` wrote, without executing code from it.
 
+    Args:
+        expected: what the file should be, for the end of the error message.
     Raises:
-        CheckpointError: no such file, damaged, or holding more than data; it ends with `expected`.
+        CheckpointError: the file does not exist, cannot be read, or holds objects that would execute code.
+        DamagedCheckpointError: the file is empty, truncated or otherwise damaged.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {str(path)!r} does not exist; {expected}")
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # whatever the unpickler meets in a damaged or foreign file
-        raise CheckpointError(f"checkpoint {str(path)!r} {_damage(path, error)}; {expected}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {str(path)!r}: {error.strerror or error}") from error
+    except Exception as error:  # the unpickler raises any exception in a damaged or foreign file
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            text = f"checkpoint {str(path)!r} would run code to be read ({code[1]}); {expected}"
+            raise CheckpointError(text) from error
+        damage = _damage(path)
+        raise DamagedCheckpointError(f"checkpoint {str(path)!r} {damage}; {expected}", damage) from error
 
 
-def _damage(path: Path, error: Exception) -> str:
-    """What is wrong with a file that `torch.load` refused: torch's own messages run over many lines."""
-    if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"would run code to be read ({code[1]})"
+def _damage(path: Path) -> str:
+    """Returns what is wrong with a file that `torch.load` refused: torch's own messages run over many lines."""
     with open(path, "rb") as file:
         start = file.read(2)
     if not start:
@@ -110,26 +132,49 @@ def _damage(path: Path, error: Exception) -> str:
 
 
 def save_step(folder: str | Path, step: int, payload: dict[str, Any], *, keep: int, best: bool = False) -> Path:
-    """Writes `folder/step-XXXXXXXX.pt`, points `last.pt` (and before it `best.pt`, if it is the best so far) at it, and
-    removes all but the newest `keep` steps and what killed processes left half written."""
+    """Writes `folder/step-XXXXXXXX.pt` and makes `last.pt` a second name of it.
+
+    Removes all but the newest `keep` step files, and incomplete files of killed processes.
+
+    Args:
+        best: make `best.pt` a second name of it as well.
+    Returns:
+        The path of the step file.
+    """
     folder = Path(folder)
     for stray in folder.glob("*.tmp"):
         stray.unlink()
     path = save_checkpoint(folder / f"step-{step:08d}.pt", payload)
     for name in (BEST, LAST) if best else (LAST,):
-        temporary = folder / (name + ".tmp")
+        point_to(path, folder / name)
+    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+        if old != path:  # steps with higher numbers may be left from before a resume at an earlier step
+            old.unlink()
+    return path
+
+
+def point_to(path: Path, name: Path) -> None:
+    """Makes `name` a second name of the file `path`, replacing what it named before; copies where links are not
+    supported.
+
+    Raises:
+        CheckpointError: the file could not be written.
+    """
+    temporary = name.with_name(name.name + ".tmp")
+    try:
+        temporary.unlink(missing_ok=True)
         try:
             os.link(path, temporary)  # the same bytes under a second name: no second write
         except OSError:  # a file system without hard links
             shutil.copyfile(path, temporary)
-        _replace(temporary, folder / name)
-    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
-        old.unlink()
-    return path
+        _replace(temporary, name)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {str(name)!r}: {error.strerror or error}") from error
 
 
 def load_encoders(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Config, dict[str, Encoder]]:
-    """The config of a checkpoint and its trained encoder of each view, in eval mode on `device`."""
+    """Loads the config of a checkpoint and its trained encoder of each view, in eval mode on `device`."""
     payload = load_checkpoint(path)
     config = Config.from_dict(payload["config"])
     encoders = {}
@@ -141,14 +186,21 @@ def load_encoders(path: str | Path, *, device: torch.device | str = "cpu") -> tu
 
 
 def load_initial(model: ModelConfig) -> dict[str, dict[str, torch.Tensor]]:
-    """{view: state_dict} of the encoders that `model.init` names. Raises CheckpointError if one is of another model."""
+    """Loads {view: state_dict} of the checkpoints that `model.init` names.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read, lacks the view, or has another architecture.
+    """
     weights = {}
     for view, path in dataclasses.asdict(model.init).items():
         if not path:
             continue
         payload = load_checkpoint(path)
         if view not in payload["encoders"]:
-            raise CheckpointError(f"model.init.{view}: {path!r} holds the views {', '.join(payload['encoders'])}")
+            held = ", ".join(payload["encoders"])
+            raise CheckpointError(
+                f"model.init.{view}: expected a checkpoint with the view {view!r}, but {path!r} holds the views {held}"
+            )
         was = Config.from_dict(payload["config"]).model
         for key in ("arch", "width", "head", "feature_dim"):
             if getattr(was, key) != getattr(model, key):
@@ -161,7 +213,7 @@ def load_initial(model: ModelConfig) -> dict[str, dict[str, torch.Tensor]]:
 
 def _replace(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is durable only once the folder is synced
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename is durable only after the folder is synced
     try:
         os.fsync(folder)
     finally:

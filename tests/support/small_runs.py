@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from pathlib import Path
@@ -81,6 +82,13 @@ def killed_at(epoch: int, step: int, loader=RandomLoader):
                 yield batch
 
     return Dying
+
+
+def stopped(out: Path, at: tuple[int, int] = (2, 1)) -> Path:
+    """A run that was killed at a step (epoch, step in it), with checkpoints at the ends of epochs."""
+    with contextlib.suppress(Killed):
+        run(settings(out), killed_at(*at))
+    return out
 
 
 def trained(folder: Path) -> dict:

@@ -1,4 +1,4 @@
-"""What a run writes for others to look at: the memory, for `cpr-fast mine`, and a step that went wrong."""
+"""Files for inspection: the memory of a cycle, for `cpr-fast mine`, and a step whose features or loss were NaN."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ if TYPE_CHECKING:
 
 
 def dump_memory(folder: Path, state: CycleState, number: int) -> Path | None:
-    """Writes the filled slots of a two-view memory to `folder`/memory/cycle-<number, from 1>.npz, over an earlier one.
+    """Writes the filled slots of a memory of RGB and flow features to `folder`/memory/cycle-N.npz.
 
-    Arrays of N slots, oldest first: `rgb`, `flow` [N, D] float32 as the cascade compares them (`mine --raw` takes them
-    so), `label`, `group` (source id), `video` (position in the index), `age` (steps since the newest) [N] int64.
-    Returns the path, or None for an empty memory and a cycle of other views.
+    The file holds arrays of N slots, oldest first: `rgb`, `flow` [N, D] float32, the features that the cascade compares
+    (read them with `cpr-fast mine --raw`); `label`, `group` (source id), `video` (position in the index) and `age`
+    (steps since the newest entry), [N] int64 each.
+
+    Args:
+        folder: the run folder; a file of an earlier epoch is replaced.
+        number: of the cycle, from 0. The file name counts from 1.
+    Returns:
+        The path, or None if the memory is empty or holds other views.
     """
     memory = state.memory
     if set(state.views) != {"rgb", "flow"} or not memory.count:
         return None
-    written = np.roll(memory.enqueued_at.cpu().numpy(), -(memory.count % memory.size))  # a ring's oldest slot first
+    written = np.roll(
+        memory.enqueued_at.cpu().numpy(), -(memory.count % memory.size)
+    )  # starts at the oldest slot of the ring
     order = np.argsort(written, kind="stable")[(written < 0).sum() :]
     slots = (order + memory.count) % memory.size  # [N], oldest first
     columns = {"label": memory.label, "group": memory.source, "video": memory.video}
@@ -40,11 +48,14 @@ def dump_memory(folder: Path, state: CycleState, number: int) -> Path | None:
 
 
 def dump_step(folder: Path, state: CycleState, step: int, result: StepResult, paths: list[str]) -> Path:
-    """Writes what is left of a step to `folder`/nonfinite-step-XXXXXXXX.pt, which `load_checkpoint` opens.
+    """Writes a step whose features or loss are NaN or infinite to `folder`/nonfinite-step-XXXXXXXX.pt.
 
-    Of the step: `step`, `loss` 0-d, `queries` [L, R*B, D], `keys` [V, R*B, D], `video` and `start` [R*B], `paths`. As
-    the run stood when it noticed, up to `run.log_every` steps later: `config`, `encoders`, `view` (that learns),
-    `cycle_state`.
+    `load_checkpoint` reads the file. It holds, of the step itself: `step`, `loss` 0-d, `queries` [L, R*B, D], `keys`
+    [V, R*B, D], `video` and `start` [R*B], `paths`. It also holds the state of the run when the step was noticed, up
+    to `run.log_every` steps later: `config`, `encoders`, `view` (the one that learns), `cycle_state`.
+
+    Returns:
+        The path.
     """
     payload = {
         "config": state.config.to_dict(),

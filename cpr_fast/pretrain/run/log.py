@@ -1,42 +1,49 @@
-"""The rows that a run writes while it trains, and the one place where a step waits for the device."""
+"""Rows of `metrics.jsonl` that a run writes while it trains.
+
+Reading the loss for a row is the only point at which a training step waits for the device.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import Any
 
 import torch
 
 from cpr_fast.data.index.index import Index
+from cpr_fast.errors import FailedError
 from cpr_fast.pretrain.run.dump import dump_step
 from cpr_fast.pretrain.state.cycle import CycleState
 from cpr_fast.pretrain.step.result import StepResult
 from cpr_fast.runtime.metrics import MetricsWriter
+from cpr_fast.weights.checkpoint import CheckpointError
 
 log = logging.getLogger(__name__)
 
-MINED_QUERIES = 6  # queries per epoch kept for the contact sheet
-NOTHING_MINED = {"pmr": None, "mining_r1": None}  # rows that did have every rate of `MiningQuality`
+MINED_QUERIES = 6  # queries per epoch whose mined entries the report shows as pictures
+NOTHING_MINED = {"pmr": None, "mining_r1": None}  # rates of steps and epochs that mined nothing
 
 
-class NonFiniteError(ArithmeticError):
-    """Features or loss became NaN or infinite; the message names the step and the videos of its batch."""
+class NonFiniteError(FailedError, ArithmeticError):
+    """Features or loss became NaN or infinite. The message names the step and the videos of its batch."""
 
 
 class StepLog:
-    """Writes the rows of one cycle; on processes other than the first (`writer` None) it only checks for NaN."""
+    """Writes the rows of one cycle. In processes other than the first, `writer` is None and it only checks for NaN."""
 
     def __init__(self, writer: MetricsWriter | None, state: CycleState, number: int, index: Index) -> None:
         self.writer, self.state, self.index = writer, state, index
         self.common = {"cycle": number, "view": state.cycle.view, "mining": state.cycle.mining}
         self.pending: list[tuple[int, StepResult]] = []
+        self.newest: dict[str, float] = {}  # loss and PMR of the last row, for the progress line
         self.clips_per_step = 2 * state.config.data.batch_size * state.world.size
         self.epoch_began = time.perf_counter()
         self._restart_clock()
 
     def step(self, step: int, epoch: int, lr: float, data_wait_s: float, result: StepResult) -> None:
-        """Notes a step; every `run.log_every` steps writes a row, with times averaged over the steps since the last."""
+        """Records a step, and every `run.log_every` steps writes a row, with times averaged over these steps."""
         self.pending.append((step, result))
         self.data_wait_s += data_wait_s
         self.steps += 1
@@ -48,11 +55,22 @@ class StepLog:
         row = {"step": step, "epoch": epoch, **self.common, "loss": loss, "lr": lr, **NOTHING_MINED, **rates}
         times = {"step_time_s": wall_s - wait_s, "data_wait_s": wait_s, "clips_per_s": self.clips_per_step / wall_s}
         self._write({"kind": "step", **row, **times})
+        self.newest = {name: value for name, value in (("loss", loss), ("pmr", rates.get("pmr"))) if value is not None}
+
+    def status(self) -> str:
+        """Returns loss, PMR and how full the memory is, for the progress line; asks nothing of the device."""
+        memory = self.state.memory
+        shown = [f"{name.upper() if name == 'pmr' else name} {value:.3f}" for name, value in self.newest.items()
+                 if math.isfinite(value)]  # fmt: skip
+        return ", ".join([*shown, f"memory {min(1, memory.count / memory.size):.0%} full"])
 
     def check(self) -> tuple[float, dict[str, float]]:
-        """Loss and mining rates of the newest step. Raises NonFiniteError if any step since the last call had one.
+        """Returns loss and mining rates of the newest step.
 
-        This is the one place where a step waits for the device: everything it reads comes over in one copy.
+        This is a sync point, the only one of a training step: all values are copied from the device at once.
+
+        Raises:
+            NonFiniteError: features or loss of any step since the last call are NaN or infinite.
         """
         if not self.pending:
             return float("nan"), {}
@@ -67,22 +85,29 @@ class StepLog:
         return loss, dict(zip(newest.rates, rates, strict=True))
 
     def _of_not_finite(self, step: int, result: StepResult) -> str:
-        """The sentence of a NonFiniteError; the first process also writes the step to a file."""
+        """Returns the message of a NonFiniteError. The first process also writes the step to a file."""
         paths = [str(self.index[i].path) for i in result.video.tolist()]
         bad = {name: int((~f.isfinite()).any(2).any(0).sum()) for name, f in
                (("queries", result.queries), ("keys", result.keys))}  # fmt: skip
         counts = ", ".join(f"{name} of {count} of {len(paths)} clips" for name, count in bad.items())
-        written = ""
-        if self.writer is not None:
-            written = f"; all of it is in {dump_step(self.writer.path.parent, self.state, step, result, paths)}"
         return (
-            f"step {step}: features or loss are NaN or infinite ({counts}; loss {result.loss.item():.4g}){written}; "
-            f"videos of its batch: {', '.join(paths)}"
+            f"step {step}: features or loss are NaN or infinite ({counts}; loss {result.loss.item():.4g}). "
+            f"{self._dump(step, result, paths)}Try a lower optim.lr, or optim.precision = 'fp32'. "
+            f"Videos of the batch: {', '.join(paths)}"
         )
 
+    def _dump(self, step: int, result: StepResult, paths: list[str]) -> str:
+        """Writes the step to a file, and returns a sentence that names it."""
+        if self.writer is None:
+            return ""
+        try:
+            return f"The step is saved in {dump_step(self.writer.path.parent, self.state, step, result, paths)}. "
+        except CheckpointError as error:  # a full disk must not hide the reason why the run stopped
+            return f"The step could not be saved ({error}). "
+
     def epoch(self, epoch: int, step: int, skipped: int, result: StepResult) -> None:
-        """Writes the rows of an epoch that ends with `step`: what it learnt and mined, its health and its alarms, and,
-        if it mined, a few queries with what its last step mined for them."""
+        """Writes the rows of an epoch that ends with `step`: loss and mining quality, health and alarms, and, if the
+        cycle mines, a few queries of the last step with the entries mined for them."""
         self.check()
         loss_sum, steps = self.state.loss_sum.tolist()
         quality = NOTHING_MINED | {"cmr_median": None, "cmr_per_class": None}
@@ -93,7 +118,14 @@ class StepLog:
                 "right_counts": measured.right.tolist(),
                 "right_per_class": measured.right_of_class.tolist(),
             }
-        row = {"epoch": epoch, **self.common, "loss": loss_sum / steps if steps else None, **quality}
+        row = {
+            "epoch": epoch,
+            **self.common,
+            "loss": loss_sum / steps if steps else None,
+            "learning_steps": int(steps),
+            "weights_change": self.state.weights_change(),
+            **quality,
+        }
         epoch_time_s = time.perf_counter() - self.epoch_began
         self._write({"kind": "epoch", **row, "epoch_time_s": epoch_time_s, "skipped": skipped})
         self._health(epoch, step)
@@ -113,7 +145,7 @@ class StepLog:
                 log.warning("epoch %d: %s", epoch, text)
 
     def online(self, epoch: int, step: int, measured: dict[str, Any], best: bool) -> None:
-        """Writes what retrieval among held-out videos gave after an epoch; the next one is not charged for the time."""
+        """Writes the result of online retrieval after an epoch. Its time does not count for the next epoch."""
         self._write({"kind": "online", "epoch": epoch, "step": step, **self.common, **measured, "best": best})
         self.epoch_began = time.perf_counter()
         self._restart_clock()

@@ -1,13 +1,11 @@
-"""Pretraining: cycles of epochs of steps, from random weights or a checkpoint to the run folder.
+"""Pretraining: runs the cycles of a schedule, epoch by epoch and step by step, and fills the run folder.
 
 The step itself, Algorithm 1 of the paper, is `cpr_fast.pretrain.step.step.train_step`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -22,20 +20,25 @@ from cpr_fast.data.clips.sampling import plan_first
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.storage.unreadable import by_kind
 from cpr_fast.errors import InputError
+from cpr_fast.pretrain.run.checks import CyclePlan, check_run, plan_cycles
 from cpr_fast.pretrain.run.dump import dump_memory
+from cpr_fast.pretrain.run.folder import on_main, only_writer, open_run
 from cpr_fast.pretrain.run.log import StepLog
 from cpr_fast.pretrain.run.online import OnlineRetrieval
+from cpr_fast.pretrain.run.outcome import outcome
+from cpr_fast.pretrain.run.summary import Pace, end_lines, start_lines
+from cpr_fast.pretrain.run.videos import digest, training_videos
 from cpr_fast.pretrain.state.cycle import CycleState
 from cpr_fast.pretrain.state.schedule import cycle_epochs, learning_rate
+from cpr_fast.pretrain.step.result import StepResult
 from cpr_fast.pretrain.step.step import train_step
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.interrupt import Interrupted, StopRequest, stop_requests
-from cpr_fast.runtime.metrics import FILE as METRICS_FILE
-from cpr_fast.runtime.metrics import MetricsWriter, environment, rewind
-from cpr_fast.runtime.progress import track
+from cpr_fast.runtime.metrics import MetricsWriter, environment, read_metrics
+from cpr_fast.runtime.progress import duration, track
 from cpr_fast.runtime.watchdog import Watchdog
-from cpr_fast.weights.checkpoint import LAST, CheckpointError, load_checkpoint, load_initial, save_step
+from cpr_fast.weights.checkpoint import LAST, load_initial, save_step
 
 if TYPE_CHECKING:
     from cpr_fast.data.clips.loader import Batch
@@ -44,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
-    """What the loop asks of `cpr_fast.data.clips.loader.TrainLoader`."""
+    """The part of `cpr_fast.data.clips.loader.TrainLoader` that the training loop uses."""
 
     skipped: Sequence[Any]
 
@@ -55,14 +58,17 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same from the first step to the last."""
+    """What stays the same from the first step of a run to the last."""
 
     config: Config
     world: World
     index: Index
+    videos: dict[str, Any]  # the digest of the index
+    plans: list[CyclePlan]
+    warnings: list[str]  # of `check_run`
     folder: Path
     make_loader: Callable[..., Loader]
-    writer: MetricsWriter | None  # None on all processes but the first
+    writer: MetricsWriter | None  # None in all processes but the first
     online: OnlineRetrieval | None
     progress: bool
     stop: StopRequest
@@ -81,47 +87,54 @@ def pretrain(
 ) -> Path:
     """Trains the cycles of `config.schedule` and returns the run folder, `config.run.out`.
 
-    Deterministic: every draw is a function of the seed and the step, so a resumed run computes what an uninterrupted
-    one does (bitwise on the CPU). Under `torchrun` all processes train together and the first one writes.
+    Deterministic: every random draw is a function of the seed and the step, so a resumed run computes what an
+    uninterrupted one does (bitwise on the CPU). Under `torchrun` all processes train together, and the first one
+    writes the files.
 
     Args:
-        resume: goes on from `checkpoints/last.pt` of the run folder, mid-epoch if it was written there; "auto", and
-            always where torchrun has restarted the processes: if there is one.
+        resume: True continues from the newest checkpoint of the run folder, mid-epoch if it was written there. "auto"
+            continues if there is a checkpoint; so does every run whose processes torchrun has restarted.
         index: the training videos; by default the rows of `data.index` whose split is `data.split`.
-        make_loader: called as `TrainLoader` of `cpr_fast.data.clips.loader`, the default.
+        make_loader: called like `TrainLoader` of `cpr_fast.data.clips.loader`, the default.
         held_out: the videos of online retrieval; by default the rows of `data.index` whose split is
             `health.online_split`.
-        make_windows: as of `OnlineRetrieval`.
-        progress: draws a bar on stderr.
+        make_windows: see `OnlineRetrieval`.
+        progress: prints a start summary, a progress line and an end summary on stderr.
     Raises:
-        InputError: the run folder, index or config does not fit.
+        InputError: the run folder, the index or the config do not fit each other, or the folder cannot be written.
         NonFiniteError: features or loss became NaN or infinite.
-        Interrupted: SIGTERM or SIGUSR1 asked to stop, and the run has saved where it was.
+        Interrupted: SIGINT, SIGTERM or SIGUSR1 asked to stop, and the run has saved a checkpoint.
     """
-    if make_loader is None:
-        from cpr_fast.data.clips.loader import TrainLoader as make_loader  # here, so that other loaders need no DALI
     world = distributed.init(config.run.device)
     _set_precision(config, world)
     if index is None:
-        whole = Index.load(config.data.index, require_flow=config.data.flow == "stored")
-        index = whole.select_for_training(config.data.split)
-    folder = Path(config.run.out)
-    saved = _open_run(config, folder, resume, world)
+        index = training_videos(config.data)
+    plans = plan_cycles(config, len(index), world.size)
+    warnings = check_run(config, index, plans, stored_flow=make_loader is None and config.data.flow == "stored")
+    if make_loader is None:
+        from cpr_fast.data.clips.loader import TrainLoader as make_loader  # here: other loaders do not need DALI
+    folder, videos = Path(config.run.out), digest(index)
     with ExitStack() as stack:
-        writer = None
-        if world.is_main:
-            writer = stack.enter_context(MetricsWriter(folder, tensorboard=config.run.tensorboard))
-            about = {"kind": "note", "text": f"resumed at step {saved['step']}"} if saved else {"kind": "run"}
-            writer.write({**about, **environment(world.device), "config": config.to_dict()})
+        on_main(lambda: stack.enter_context(only_writer(folder, exists=resume is True)))
         stop = stack.enter_context(stop_requests())
-        note = (lambda text: writer.write({"kind": "note", "text": text})) if writer else (lambda text: None)
-        watch = stack.enter_context(Watchdog(world, config.run.stall_timeout_s, note))
+        saved = open_run(config, folder, resume, world, videos)
+        writer = MetricsWriter(folder, tensorboard=config.run.tensorboard) if world.is_main else None
+        stack.callback(writer.close if writer else lambda: None)
+        watch = stack.enter_context(Watchdog(world, config.run.stall_timeout_s, _notes(writer)))
         stack.enter_context(torch.random.fork_rng([world.device] if world.device.type == "cuda" else []))
         torch.manual_seed(config.run.seed)
         online = _online(config, held_out, world, watch, make_windows)
-        run = Run(config, world, index, folder, make_loader, writer, online, progress and world.is_main, stop, watch)
+        run = Run(config, world, index, videos, plans, warnings, folder, make_loader, writer, online,
+                  progress and world.is_main, stop, watch)  # fmt: skip
+        _begin(run, saved)
         _run_cycles(run, saved)
+        _finish(run)
     return folder
+
+
+def _notes(writer: MetricsWriter | None) -> Callable[[str], None]:
+    """Returns a function that writes a sentence as a row `note`; in processes that do not write it does nothing."""
+    return lambda text: None if writer is None else writer.write({"kind": "note", "text": text})
 
 
 def _online(
@@ -131,17 +144,56 @@ def _online(
     watch: Watchdog,
     make_windows: Callable[[Index, View], Any] | None,
 ) -> OnlineRetrieval | None:
-    """What measures retrieval between epochs, if the run wants it."""
+    """Returns what measures retrieval between epochs, or None if `health.online_every` is 0."""
     if not config.health.online_every:
         return None
     if held_out is None:
-        stored = config.data.flow == "stored"
-        held_out = Index.load(config.data.index, require_flow=stored).select(split=config.health.online_split)
+        everything = Index.load(config.data.index, require_flow=config.data.flow == "stored")
+        try:
+            held_out = everything.select(split=config.health.online_split)
+        except InputError as error:
+            raise InputError(f"health.online_split: {error}") from None
     return OnlineRetrieval(config, held_out, [c.view for c in config.schedule.cycles], world, watch, make_windows)
 
 
+def _begin(run: Run, saved: dict[str, Any] | None) -> None:
+    """Writes the first row of this start, and prints the summary and the warnings."""
+    if run.writer is None:
+        return
+    about = {"kind": "note", "text": f"resumed at step {saved['step']}"} if saved else {"kind": "run"}
+    run.writer.write({**about, **environment(run.world.device), "config": run.config.to_dict()})
+    if run.progress:
+        for line in start_lines(run.config, run.index, run.plans, run.folder, run.world):
+            log.info("%s", line)
+        if saved:
+            log.info("  Resumed at step %d of %d", saved["step"], sum(plan.steps for plan in run.plans))
+    for text in run.warnings:
+        log.warning("Warning: %s", text)
+
+
+def _finish(run: Run) -> None:
+    """Writes the row `outcome`, unless nothing was trained since the last one, and prints it with the next commands."""
+    if run.writer is None:
+        return
+    rows = read_metrics(run.folder)
+    step = sum(plan.steps for plan in run.plans)
+    row = next((row for row in rows if row["kind"] == "outcome" and row["step"] == step), None)
+    if row is None:
+        row = outcome(rows, run.config, step, len(run.index), run.warnings)
+        run.writer.write(row)
+    elif run.progress:
+        log.info("The run is complete; nothing was left to train.")
+    if not row["learnt"]:
+        log.warning("Warning: %s", row["text"])
+    for text in row["warnings"]:
+        log.warning("Warning: %s", text)
+    if run.progress:
+        for line in end_lines(row, run.config, run.folder):
+            log.info("%s", line)
+
+
 def _run_cycles(run: Run, saved: dict[str, Any] | None) -> None:
-    """Every cycle of the schedule, or those that `saved`, a checkpoint, leaves to do."""
+    """Runs every cycle of the schedule, or those that the checkpoint `saved` leaves to do."""
     weights = saved["encoders"] if saved else load_initial(run.config.model)
     distributed.set_rng_states(run.world.device, saved.get("rng") if saved else None)
     for number, epochs in enumerate(cycle_epochs(run.config.schedule)):
@@ -160,7 +212,7 @@ def _run_cycles(run: Run, saved: dict[str, Any] | None) -> None:
 def _run_cycle(
     run: Run, state: CycleState, number: int, epochs: range, start_step: int, weights: dict[str, Any]
 ) -> None:
-    """The steps of a cycle from `start_step` of the first of `epochs`; a checkpoint at the end of every epoch."""
+    """Runs a cycle from `start_step` of the first of `epochs`, with a checkpoint at the end of every epoch."""
     config, world = run.config, run.world
     one_clip = {"plan": plan_first} if config.model.shared else {}  # IIC compares two views of one clip
     loader = run.make_loader(
@@ -172,40 +224,83 @@ def _run_cycle(
     description = f"cycle {number + 1}/{len(config.schedule.cycles)}: {state.cycle.view}, mining {state.cycle.mining}"
     batches = _timed_batches(loader, epochs, start_step, run.watch)
     left = len(epochs) * steps - start_step
+    pace = _pace(run, state, number, left)
+    status = lambda: _status(rows, pace)  # noqa: E731
     try:
+        began = time.perf_counter()
         for epoch, i, batch, data_wait_s in track(
-            batches, description, total=left, unit="steps", progress=run.progress
+            batches, description, total=left, unit="steps", progress=run.progress, status=status
         ):
-            step = epoch * steps + i
+            step, learns = epoch * steps + i, state.learning
             run.watch.doing(f"computing step {step}")
             lr = learning_rate(epoch - cycle_epochs(config.schedule)[number].start, state.cycle, config.optim,
                                config.schedule.gamma)  # fmt: skip
             state.set_learning_rate(lr)
             result = train_step(state, batch, step)
             rows.step(step, epoch, lr, data_wait_s, result)
-            last, best = i + 1 == steps, False
-            if last:
-                rows.epoch(epoch, step, len(distributed.union(path for path, _ in loader.skipped)), result)
-                if config.run.dump_memory and world.is_main:
-                    dump_memory(run.folder, state, number)
-                state.start_epoch()
-                if run.online is not None and (epoch + 1) % config.health.online_every == 0:
-                    best = _measure_retrieval(run, state, rows, epoch, step)
-            every, signum = config.run.checkpoint_every, distributed.largest(run.stop.signum)
-            if last or signum or (every and (step + 1) % every == 0):
-                run.watch.doing(f"writing the checkpoint of step {step}")
-                rows.check()
-                where = {"step": step + 1, "epoch": epoch + last, "step_in_epoch": 0 if last else i + 1}
-                path = _save(run, state, {**where, "cycle": number}, weights, best)
-            if signum:
-                raise Interrupted(signum, f"after step {step}; saved {path}")
+            _after_step(run, state, rows, loader, result, weights, (number, epoch, i, step))
+            pace.step(time.perf_counter() - began, learns=learns)
+            began = time.perf_counter()
+            if run.progress and (news := pace.news()):
+                log.info("%s", news)
         _name_skipped(run, number, loader)
     finally:
         loader.close()
 
 
+def _after_step(
+    run: Run,
+    state: CycleState,
+    rows: StepLog,
+    loader: Loader,
+    result: StepResult,
+    weights: dict[str, Any],
+    at: tuple[int, int, int, int],
+) -> None:
+    """Ends the epoch after its last step, saves a checkpoint when one is due, and stops where a signal asked for it.
+
+    Args:
+        at: numbers of the cycle, of the epoch, of the step in the epoch and of the step in the run.
+    Raises:
+        Interrupted: after the checkpoint was written.
+    """
+    number, epoch, i, step = at
+    last, best = i + 1 == len(loader), False
+    if last:
+        rows.epoch(epoch, step, len(distributed.union(path for path, _ in loader.skipped)), result)
+        if run.config.run.dump_memory and run.world.is_main:
+            dump_memory(run.folder, state, number)
+        state.start_epoch()
+        if run.online is not None and (epoch + 1) % run.config.health.online_every == 0:
+            best = _measure_retrieval(run, state, rows, epoch, step)
+    every, signum = run.config.run.checkpoint_every, distributed.largest(run.stop.signum)
+    if last or signum or (every and (step + 1) % every == 0):
+        run.watch.doing(f"writing the checkpoint of step {step}")
+        rows.check()
+        where = {"step": step + 1, "epoch": epoch + last, "step_in_epoch": 0 if last else i + 1}
+        path = _save(run, state, {**where, "cycle": number}, weights, best)
+    if signum:
+        raise Interrupted(signum, f"after step {step}; saved {path}")
+
+
+def _pace(run: Run, state: CycleState, number: int, left: int) -> Pace:
+    """Returns the pace of a run with `left` steps of this cycle to do, and all of the later ones."""
+    plan, later = run.plans[number], run.plans[number + 1 :]
+    filling = 0
+    if not plan.learns_while_filling:
+        filling = min(left, max(0, -(-(state.memory.size - state.memory.count) // plan.clips)))
+    waiting = sum(plan.waiting_steps for plan in later)
+    return Pace(filling + waiting, left - filling + sum(plan.steps for plan in later) - waiting)
+
+
+def _status(rows: StepLog, pace: Pace) -> str:
+    """Returns the end of the progress line."""
+    left = pace.left_s()
+    return rows.status() + ("" if left is None else f", total left {duration(left)}")
+
+
 def _measure_retrieval(run: Run, state: CycleState, rows: StepLog, epoch: int, step: int) -> bool:
-    """Online retrieval by the encoder that learns; whether its R@1 is the best of the cycle so far."""
+    """Measures online retrieval of the encoder that learns; returns whether its R@1 is the cycle's best so far."""
     run.watch.doing(f"measuring retrieval after step {step}")
     measured = run.online.measure(state.encoders.query, state.cycle.view)
     best = state.best is None or measured["r@1"] > state.best["r@1"]
@@ -219,8 +314,8 @@ def _name_skipped(run: Run, number: int, loader: Loader) -> None:
     """Reports at the end of a cycle which files could not be read, on stderr and as a note, by kind of problem."""
     skipped = sorted(distributed.union((str(path), reason) for path, reason in loader.skipped))
     if skipped and run.writer is not None:
-        count = f"{len(skipped)} {'file' if len(skipped) == 1 else 'files'}"
-        text = f"cycle {number + 1}: {count} could not be read and were replaced by other videos: "
+        count = "1 file could not be read and was" if len(skipped) == 1 else f"{len(skipped)} files could not be read"
+        text = f"cycle {number + 1}: {count}{'' if len(skipped) == 1 else ' and were'} replaced by other videos: "
         text += "; ".join(by_kind(skipped))
         run.writer.write({"kind": "note", "text": text})
         log.warning(text)
@@ -229,7 +324,7 @@ def _name_skipped(run: Run, number: int, loader: Loader) -> None:
 def _timed_batches(
     loader: Loader, epochs: range, start_step: int, watch: Watchdog
 ) -> Iterator[tuple[int, int, Batch, float]]:
-    """(epoch, step in it, batch, seconds the loop waited for it) from `start_step` of the first epoch on."""
+    """Yields (epoch, step in it, batch, seconds that the loop waited for it) from `start_step` of the first epoch."""
     for epoch in epochs:
         batches = iter(loader.epoch(epoch, start_step))
         for i in range(start_step, len(loader)):
@@ -241,7 +336,7 @@ def _timed_batches(
 
 
 def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str, Any], best: bool) -> Path:
-    """Writes a checkpoint from which `pretrain(resume=True)` goes on exactly here; returns its path."""
+    """Writes a checkpoint from which `pretrain(resume=True)` continues exactly here; returns its path."""
     rng = distributed.rng_states(run.world.device)
     folder = run.folder / "checkpoints"
     if not run.world.is_main:
@@ -251,6 +346,7 @@ def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str,
         "environment": environment(run.world.device),
         "encoders": weights | state.trained(),
         "cycle_state": state.state_dict(),
+        "videos": run.videos,
         "processes": run.world.size,
         "rng": rng,
         **where,
@@ -258,52 +354,8 @@ def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str,
     return save_step(folder, where["step"], payload, keep=run.config.run.keep_checkpoints, best=best)
 
 
-def _open_run(config: Config, folder: Path, resume: bool | Literal["auto"], world: World) -> dict[str, Any] | None:
-    """The checkpoint to go on from, or None and a fresh run folder. Refuses to overwrite or to mix runs."""
-    last = folder / "checkpoints" / LAST
-    if resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        resume = bool(distributed.largest(last.exists()))
-    if not resume:
-        if last.exists():
-            raise InputError(f"run.out: {str(folder)!r} already holds a run; resume it, or choose another folder")
-        if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / METRICS_FILE).unlink(missing_ok=True)
-            temporary = folder / "config.json.tmp"
-            temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-            os.replace(temporary, folder / "config.json")
-        return None
-    saved = load_checkpoint(last, device=world.device)
-    asked = _what_counts(config.to_dict(), world.size)
-    before = Config.from_dict(saved["config"]).to_dict()  # with today's default where that version had no such setting
-    for section, values in _what_counts(before, saved["processes"]).items():
-        for key, was in values.items():
-            now = asked[section][key]
-            if now != was:
-                raise CheckpointError(f"{section}.{key}: the run in {str(folder)!r} has {was!r}, got {now!r}")
-    if world.is_main:
-        rewind(folder, step=saved["step"], epoch=saved["epoch"])
-    return saved
-
-
-def _what_counts(config: dict[str, Any], processes: int) -> dict[str, dict[str, Any]]:
-    """The settings of a `Config.to_dict()` that decide what is computed, not where, by how many and how fast."""
-    kept = {section: dict(values) for section, values in config.items()}
-    kept["run"] = {"seed": kept["run"]["seed"]}
-    kept["model"].pop("init")  # the checkpoint holds those weights
-    for section in ("probe", "finetune", "health"):  # come after pretraining, or only watch it
-        kept.pop(section, None)
-    for key in ("index", "workers", "prefetch", "cache_gib"):
-        kept["data"].pop(key)
-    kept["data"]["batch_size x processes"] = kept["data"].pop("batch_size") * processes
-    kept["model"].pop("recompute")
-    parts = kept["optim"].pop("accumulate")
-    kept["memory"]["shuffle_bn_groups"] = kept["memory"]["shuffle_bn_groups"] or processes * parts
-    return kept
-
-
 def _set_precision(config: Config, world: World) -> None:
-    """TensorFloat-32 and cuDNN's search for the fastest convolution on CUDA."""
+    """Allows TensorFloat-32 and cuDNN's search for the fastest convolution on CUDA."""
     if world.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True

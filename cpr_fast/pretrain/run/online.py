@@ -1,6 +1,6 @@
-"""Retrieval while a run trains: R@1 among held-out videos, by which the best checkpoint is chosen.
+"""Online retrieval: R@1 among held-out videos during training, by which the best checkpoint is chosen.
 
-Letters: M videos held out, R ranks, F feature width.
+Letters: M held-out videos, R ranks, F feature width.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ RECIPE = make_recipe("paper", clips_per_video=2)
 
 
 class OnlineRetrieval:
-    """Every held-out video queries the others but those of its own source; each rank embeds its share of them.
+    """Ranks the held-out videos of other sources for every held-out video. Each rank embeds its share of the videos.
 
-    It leaves the run as it found it: neither weights and statistics nor any generator that training draws from change.
+    Measuring does not affect training: weights, running statistics and the state of random generators stay the same.
 
     Args:
-        videos: `health.online_videos` of them are taken, evenly spread.
-        views: that the run trains.
-        make_windows: called with an index and a view for a loader as `sum_features` takes it; by default the test
-            windows of `data`.
+        videos: `health.online_videos` of them are used, evenly spaced.
+        views: the views that the run trains.
+        make_windows: called with an index and a view, returns a loader of evaluation windows for `embed_index`; by
+            default the test windows of `data`.
     Raises:
-        InputError: no query could be judged, or a video lacks the flow that a view needs.
+        InputError: no class has videos of two sources, or a video has no flow although a view needs it.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class OnlineRetrieval:
         self._data = replace(config.data, cache_gib=0)  # every window is read once
 
     def measure(self, encoder: Encoder, view: View) -> dict[str, Any]:
-        """`r@1`, `r@5`, `chance_r@1` (of a random order) and the numbers of `queries` and `videos`, on every rank."""
+        """Returns, on every rank, `r@1`, `r@5`, `chance_r@1` (expected of a random ranking), and the numbers of
+        `queries` and `videos`. Rates are fractions."""
         features, found = self._embed(encoder, view)
         labels, sources = self.labels[found], self.sources[found]
         comparison = Comparison(
@@ -82,7 +83,8 @@ class OnlineRetrieval:
         return {**kept, "chance_r@1": chance, "videos": len(labels)}
 
     def _embed(self, encoder: Encoder, view: View) -> tuple[Tensor, Tensor]:
-        """Features of the held-out videos in eval mode, [M, F] float32 on the CPU, and which gave one, [M] bool."""
+        """Returns the features of the held-out videos in eval mode, [M, F] float32 on the CPU, and a mask [M] bool of
+        the videos that could be read."""
 
         def features(clips: Tensor) -> Tensor:
             self.watch.getting_on()

@@ -1,7 +1,7 @@
-"""The cascade of a training cycle: which memory entries it mines, and what the log says of them.
+"""The cascade of a training cycle: selects positives from the memory, and measures how good they are.
 
 Letters: V views, B queries, K memory entries, P positives, D feature width, n stages.
-`own` is the query's view among the first two of the memory.
+`own` is the position of the query's view among the first two views of the memory.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from cpr_fast.pretrain.state.memory import Memory
 
 @dataclass(frozen=True)
 class Cascade:
-    """The stages of a cycle on a memory of K entries: view of the memory and survivors of each.
+    """The stages of a cycle on a memory of K entries.
 
-    views, keep: n ints each, as `cascade_select` takes them; keep[-1] is top-k.
-    own: the queries' view.
+    views, keep: n ints each, the view compared and the number of survivors of each stage, as `cascade_select` takes
+        them; keep[-1] is top-k.
+    own: the view of the queries, 0 or 1.
     """
 
     views: tuple[int, ...]
@@ -32,7 +33,7 @@ class Cascade:
 
     @classmethod
     def of(cls, config: Config, memory_size: int, top_k: int, own: int = 0) -> Cascade:
-        """The cascade of a config for queries of view `own`, 0 or 1."""
+        """Returns the cascade of a config for queries of view `own`, 0 or 1."""
         mining = config.mining
         views = stage_views(mining.stages, config.loss.protocol)
         keep = stage_keep(mining.stages, memory_size, mining.ratio, top_k)
@@ -40,13 +41,13 @@ class Cascade:
 
 
 def mine(anchors: Tensor, memory: Memory, source: Tensor, cascade: Cascade) -> Tensor:
-    """The cascade's positives of each query, best first.
+    """Selects the positives of each query with the cascade, best first.
 
     Args:
-        anchors: [2, B, D] float32, the positives' features in the memory's first two views.
-        source: [B] int64 sibling groups; entries of an equal one are never mined.
+        anchors: [2, B, D] float32, the features of the queries' positives in the first two views of the memory.
+        source: [B] int64, source ids of the queries; entries of the same source are never mined.
     Returns:
-        slots [B, top_k] int64, -1 where fewer remain.
+        slots [B, top_k] int64; -1 where fewer entries remain.
     """
     slots, _ = cascade_select(
         anchors, memory.features[:2], cascade.views, cascade.keep, query_ids=source, memory_ids=memory.source
@@ -57,15 +58,17 @@ def mine(anchors: Tensor, memory: Memory, source: Tensor, cascade: Cascade) -> T
 def mining_rates(
     anchors: Tensor, memory: Memory, source: Tensor, cascade: Cascade, mined: Tensor, label: Tensor, step: int
 ) -> dict[str, Tensor]:
-    """What the log tells of mined positives beside PMR, {name: [B] float32} of `rate_names`; no sync.
+    """Measures the quality of mined positives, apart from PMR. Does not wait for the device.
 
     Args:
-        anchors, memory, source, cascade: as in `mine`, which returned `mined` [B, P].
-        label: [B] int64 classes of the queries, -1 where unknown.
-        step: the one under way.
+        anchors, memory, source, cascade: the arguments of `mine`, which returned `mined` [B, P].
+        label: [B] int64, classes of the queries, -1 where unknown.
+        step: the current step.
+    Returns:
+        {name: [B] float32} for each of `rate_names`.
     """
     ids = {"query_ids": source, "memory_ids": memory.source}
-    own_view = (anchors[cascade.own], memory.features[cascade.own], mined)  # the view that the cascade does not end in
+    own_view = (anchors[cascade.own], memory.features[cascade.own], mined)  # the cascade ends in the other view
     rates = survivor_rates(
         anchors, memory.features[:2], cascade.views, cascade.keep, mined, **ids,
         query_labels=label, memory_labels=memory.label,
@@ -78,6 +81,6 @@ def mining_rates(
 
 
 def rate_names(stages: int) -> list[str]:
-    """The names of `mining_rates` for a cascade of n stages."""
+    """Returns the names of the rates of `mining_rates` for a cascade of n stages."""
     survivors = [f"survivor_{rate}_{s}" for s in range(1, stages + 1) for rate in ("precision", "recall")]
     return ["pmr_chance", *survivors, "view_agreement", "mutual_neighbours", "mined_age_steps"]

@@ -1,4 +1,4 @@
-"""The state of one co-training cycle: what starts anew with it, and what a checkpoint must hold to go on within it."""
+"""The state of one co-training cycle: created at its start, saved in checkpoints to resume within it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ _VIEWS: tuple[View, ...] = ("rgb", "flow", "residual")
 
 
 class CycleState:
-    """Encoders, an empty memory, a new optimiser, and the sums of the epoch under way.
+    """Encoders, an empty memory, a new optimiser, and running sums of the current epoch.
 
     Args:
-        config: of the run.
+        config: the config of the run.
         cycle: the cycle that starts.
-        weights: {view: state_dict} of the encoders trained so far; a view that is missing starts at random.
+        weights: {view: state_dict} of the encoders trained so far; other views start from random weights.
         index: the training videos.
+    Raises:
+        InputError: settings of the cycle do not fit the videos or the number of processes.
     """
 
     def __init__(
@@ -68,13 +70,19 @@ class CycleState:
         )
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=world.device)  # of the epoch: loss, optimiser steps
         self.best: dict[str, Any] | None = None  # of online retrieval: epoch and "r@1"
+        self.weight_norms = self._weight_norms()  # at the start of the epoch
+
+    @property
+    def learning(self) -> bool:
+        """Whether a step trains the encoder: with a queue only once it is full [published code]."""
+        return self.memory.full or self.config.memory.kind != "queue"
 
     def autocast(self) -> torch.autocast:
-        """The precision of the forward passes."""
+        """Returns the autocast context of the forward passes."""
         return autocast(self.world.device, self.config.optim.precision)
 
     def _cascade(self, own: int) -> Cascade:
-        """The stages of queries of view `own`."""
+        """Returns the stages for queries of view `own`."""
         if self.top_k > self.memory.size:
             raise InputError(
                 f"top_k: expected at most the {self.memory.size} entries of a {self.config.memory.kind}, "
@@ -83,33 +91,46 @@ class CycleState:
         return Cascade.of(self.config, self.memory.size, self.top_k, own)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds to the gradients of the query encoder."""
+        """Adds the gradient of `loss` to the gradients of the query encoder."""
         self.scaler.scale(loss).backward()
 
     def optimise(self) -> None:
-        """One optimiser step on the query encoder, with the gradients so far."""
+        """Takes one optimiser step on the query encoder with the gradients accumulated so far, and clears them."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
     def trained(self) -> dict[str, dict[str, Tensor]]:
-        """{view: state_dict} of what the cycle trains: a shared encoder under the name of each view it looks at."""
+        """Returns {view: state_dict} of the encoder that the cycle trains; a shared one is listed once per view."""
         views = self.views if self.config.model.shared else self.views[:1]
         return dict.fromkeys(views, self.encoders.query.state_dict())
 
+    def _weight_norms(self) -> Tensor:
+        """Returns the norm of each weight tensor of the query encoder, [W] float64."""
+        weights = [weight.detach() for weight in self.encoders.query.parameters()]
+        return torch.stack(torch._foreach_norm(weights)).double()
+
+    def weights_change(self) -> float:
+        """Returns how far the norms of the weights have moved in the epoch, relative to them; 0 if no weight moved.
+
+        Waits for the device.
+        """
+        return ((self._weight_norms() - self.weight_norms).norm() / self.weight_norms.norm()).item()
+
     def set_learning_rate(self, lr: float) -> None:
-        """Takes effect with the next step."""
+        """Sets the learning rate of the next step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def start_epoch(self) -> None:
-        """Forgets the sums of the last epoch."""
+        """Resets the running sums."""
         self.loss_sum.zero_()
         self.quality.reset()
         self.health.start_epoch()
+        self.weight_norms = self._weight_norms()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the query encoder, which a checkpoint holds among the weights of the views."""
+        """Returns the state without the query encoder, which a checkpoint holds among the weights of the views."""
         return {
             "key": self.encoders.key.state_dict(),
             "memory": self.memory.state_dict(),
@@ -119,10 +140,11 @@ class CycleState:
             "quality": self.quality.state_dict(),
             "health": self.health.state_dict(),
             "best": self.best,
+            "weight_norms": self.weight_norms,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict`."""
+        """Restores a `state_dict`."""
         self.encoders.key.load_state_dict(state["key"])
         self.memory.load_state_dict(state["memory"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -132,10 +154,12 @@ class CycleState:
         if "health" in state:  # older checkpoints have none
             self.health.load_state_dict(state["health"])
         self.best = state.get("best")
+        if "weight_norms" in state:
+            self.weight_norms.copy_(state["weight_norms"])
 
 
 def views_of(cycle: Cycle, *, shared: bool = False) -> tuple[View, ...]:
-    """The views a cycle decodes, its own first: only mining by the cascade, and a shared encoder, look at another."""
+    """Returns the views that a cycle decodes, its own first. Only a cascade or a shared encoder needs a second one."""
     if cycle.mining != "cascade" and not shared:
         return (cycle.view,)
     return (cycle.view, cycle.other or ("rgb" if cycle.view == "flow" else "flow"))
@@ -144,9 +168,9 @@ def views_of(cycle: Cycle, *, shared: bool = False) -> tuple[View, ...]:
 def _build_encoders(
     config: Config, views: tuple[View, ...], weights: dict[str, dict[str, Tensor]], clips: int, world: World
 ) -> Encoders:
-    """The encoders of a cycle; `clips` are the videos of a step, all processes together."""
+    """Builds the encoders of a cycle; `clips` is the number of videos of a step, all processes together."""
     model, memory, parts = config.model, config.memory, config.optim.accumulate
-    own_keys = model.shared or memory.kind == "batch"  # no moving average: the learning encoder makes the keys
+    own_keys = model.shared or memory.kind == "batch"  # the learning encoder computes the keys: no moving average
     return Encoders(
         initial_encoder(config, views[0], weights),
         initial_encoder(config, views[1], weights) if len(views) > 1 and not model.shared else None,
@@ -162,7 +186,7 @@ def _build_encoders(
 
 
 def _build_memory(config: Config, views: tuple[View, ...], videos: int, clips: int, device: torch.device) -> Memory:
-    """An empty memory; a third "view" of a bank holds the intra-negatives."""
+    """Builds an empty memory. A bank holds intra-negatives as a third "view"."""
     width, memory = config.model.feature_dim, config.memory
     if memory.kind == "bank":
         further = config.loss.intra_negatives != "none"
@@ -171,7 +195,7 @@ def _build_memory(config: Config, views: tuple[View, ...], videos: int, clips: i
 
 
 def initial_encoder(config: Config, view: View, weights: dict[str, dict[str, Tensor]]) -> Encoder:
-    """The encoder a cycle starts `view` from: its latest weights, else random ones that depend on seed and view."""
+    """Builds the encoder of `view` with its latest weights, or with random ones that depend on seed and view."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed * len(_VIEWS) + _VIEWS.index(view))
         encoder = build_encoder(config.model)
@@ -181,9 +205,10 @@ def initial_encoder(config: Config, view: View, weights: dict[str, dict[str, Ten
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser of a cycle, in its fused form: one kernel over all weights, on the CPU too.
+    """Builds the optimiser of a cycle. The fused form updates all weights in one kernel, on the CPU too.
 
-    Raises InputError where apex is asked for but not installed.
+    Raises:
+        InputError: `optim.name` is one of apex, which is not installed.
     """
     if config.name.startswith("apex_"):
         try:

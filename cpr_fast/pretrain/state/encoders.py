@@ -1,9 +1,10 @@
-"""The encoders of a cycle: the query's, its moving average for the keys, and the frozen one of the other view.
+"""The encoders of a cycle: the query encoder, the key encoder (its moving average), and the frozen encoder of the
+other view.
 
 Letters: B clips per rank, R ranks, G groups, V views, D feature width.
 
-BatchNorm sees one of G groups of B*R/G clips at a time: the published runs use one group per GPU, and G groups on one
-GPU compute the same.
+BatchNorm computes its statistics over one of G groups of B*R/G clips at a time. The published runs have one group per
+GPU; G groups on one GPU compute the same.
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ SHUFFLE_STREAM = 1  # of `schedule.generator`
 
 
 def batch_norm_groups(groups: int | None, clips: int, processes: int, parts: int = 1) -> int:
-    """G for steps of `clips` clips (all processes together), which each process takes in `parts`: `groups`, or one for
-    each of those parts where it is None.
+    """Returns the number of BatchNorm groups G of a step.
 
-    Raises InputError if the groups would not be equal divisions of every part.
+    Args:
+        groups: `memory.shuffle_bn_groups`; None means one group for each part of each process.
+        clips: clips of a step, all processes together.
+        parts: parts in which each process computes its clips (`optim.accumulate`).
+    Raises:
+        InputError: the groups would not divide every part equally.
     """
     if groups is None:
         groups = processes * parts
@@ -49,8 +54,8 @@ def batch_norm_groups(groups: int | None, clips: int, processes: int, parts: int
 class GroupedEncoder(nn.Module):
     """Runs an encoder over `groups` equal parts of the batch: [B, 3, T, H, W] -> [B, D].
 
-    In training mode the running statistics become the mean of what each group alone would have left: they are linear
-    in the batches', so the mean over ranks holding one group each gives the same.
+    In training mode the running statistics become the mean of those that each group alone would have produced. They are
+    linear in the statistics of the batch, so ranks that hold one group each and average theirs get the same.
     """
 
     def __init__(self, encoder: Encoder, groups: int) -> None:
@@ -66,7 +71,10 @@ class GroupedEncoder(nn.Module):
 
 
 def _statistics_apart(encoder: nn.Module, parts: Sequence[Tensor]) -> Iterator[Tensor]:
-    """`parts`, for one forward each: all start from the same running statistics, whose mean is left at the end."""
+    """Yields `parts`, for one forward pass each.
+
+    Every pass starts from the same running statistics; at the end they are set to the mean over the passes.
+    """
     running = running_statistics(encoder)
     before = [tensor.clone() for tensor in running]
     total = [torch.zeros_like(tensor) for tensor in running]
@@ -79,17 +87,17 @@ def _statistics_apart(encoder: nn.Module, parts: Sequence[Tensor]) -> Iterator[T
 
 
 class Encoders:
-    """Query encoder (learns), key encoder (moving average of it), frozen encoder of the other view (if mining).
+    """Query encoder (trained), key encoder (its moving average), and frozen encoder of the other view (if mining).
 
     Args:
-        query: encoder of the view that learns; trained in place.
-        other: encoder of the other view, frozen in eval mode; None where the cycle does not look at it.
-        momentum: share of the old key weights kept by an update; None: the query encoder makes the keys.
-        groups: G, see the module's docstring, from `batch_norm_groups`.
-        parts: a rank's clips are encoded, and their gradients summed, in so many equal parts.
-        views: of one shared encoder: clips of different views share no batch statistics.
-        recompute: the query's activations are not kept but computed again for the gradient.
-        compile: "none", or how torch.compile treats the query and the key encoder.
+        query: the encoder of the view that learns; trained in place.
+        other: the encoder of the other view, frozen and in eval mode; None if the cycle does not use that view.
+        momentum: share of the old key weights that an update keeps; None: the query encoder also computes the keys.
+        groups: G, see the docstring of the module; from `batch_norm_groups`.
+        parts: number of equal parts in which a rank encodes its clips and accumulates gradients.
+        views: number of views of one shared encoder; clips of different views share no batch statistics.
+        recompute: recompute the activations of the query encoder in the backward pass instead of keeping them.
+        compile: "none", or the mode in which torch.compile compiles the query and the key encoder.
     """
 
     def __init__(
@@ -110,26 +118,26 @@ class Encoders:
         self.query = query.to(world.device).train()
         self.key = self.query if momentum is None else _frozen(copy.deepcopy(self.query))
         self.other = None if other is None else _frozen(other.to(world.device)).eval()
-        if recompute:  # after the copy, whose methods would be the query's
+        if recompute:  # after the copy: the copy would call the patched methods of the query encoder
             _recompute_activations(self.query)
         local_groups = groups // world.size
         self._key_groups = GroupedEncoder(_compiled(self.key, compile), local_groups)
         self._query_groups: nn.Module = GroupedEncoder(_compiled(self.query, compile), local_groups * views // parts)
         if world.size > 1:
-            # BatchNorm's running statistics are each rank's own until `sync_running_statistics`.
+            # Each rank keeps its own running statistics until `sync_running_statistics`.
             self._query_groups = DistributedDataParallel(
                 self._query_groups, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
     def encode_query(self, clips: Tensor) -> Tensor:
-        """f_q of this rank's clips: [B, 3, T, H, W] -> [B, D] with gradient."""
+        """Computes f_q of this rank's clips: [B, 3, T, H, W] -> [B, D], with gradient."""
         return self._query_groups(clips)
 
     def parts(self, clips: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """This rank's clips in `num_parts` parts, and the rows of each.
+        """Yields `num_parts` parts of this rank's clips, each with its rows.
 
-        A part is to be encoded, and its gradient taken, before the next one is asked for: processes exchange only the
-        sum of all.
+        Encode a part and compute its gradient before asking for the next one: the processes exchange gradients only
+        once, after the last part.
         """
         size = len(clips) // self.num_parts
         parts = clips.split(size)
@@ -141,17 +149,19 @@ class Encoders:
 
     @torch.no_grad()
     def update_key(self) -> None:
-        """key <- momentum * key + (1 - momentum) * query, for weights; BatchNorm's statistics are the key's own."""
+        """Updates the weights: key <- momentum * key + (1 - momentum) * query. The key encoder has its own BatchNorm
+        statistics."""
         if self.key is self.query:
             return
         torch._foreach_lerp_(list(self.key.parameters()), list(self.query.parameters()), 1 - self.momentum)
 
     @torch.no_grad()
     def encode_keys(self, clips: Tensor, step: int) -> Tensor:
-        """f_q+ of every rank's clips: [B, 3, T, H, W] -> [R*B, D].
+        """Computes f_q+ of the clips of all ranks: [B, 3, T, H, W] -> [R*B, D].
 
-        With several groups the clips are dealt to them in a random order of the step ("shuffle-BN"): a query's key
-        shares its batch statistics with other clips than the query, so the statistics cannot give the match away.
+        With several groups the clips are assigned to groups in a random order, drawn anew in every step ("shuffle-BN"
+        [MoCo]): a key shares batch statistics with other clips than its query, so that the statistics cannot reveal
+        which key belongs to which query.
         """
         if self.groups == 1:
             return self._key_groups(clips)
@@ -165,11 +175,11 @@ class Encoders:
 
     @torch.no_grad()
     def encode_other(self, clips: Tensor) -> Tensor:
-        """f_q+ in the other view of every rank's clips: [B, 3, T, H, W] -> [R*B, D]."""
+        """Computes f_q+ in the other view of the clips of all ranks: [B, 3, T, H, W] -> [R*B, D]."""
         return distributed.all_gather(self.other(clips))
 
     def sync_running_statistics(self) -> None:
-        """Averages the BatchNorm statistics over the ranks: after every step, so that saving or not changes nothing."""
+        """Averages the BatchNorm statistics over the ranks, after every step, whether or not a checkpoint is saved."""
         keys = [] if self.key is self.query else running_statistics(self.key)
         distributed.mean_(running_statistics(self.query) + keys)
 
@@ -179,14 +189,14 @@ def _frozen(encoder: Encoder) -> Encoder:
 
 
 def _compiled(encoder: Encoder, mode: Literal["none", "default", "cuda_graphs"]) -> nn.Module:
-    """The encoder, sharing its weights, as torch.compile makes it; with CUDA graphs its kernels are one launch."""
+    """Returns the compiled encoder, which shares its weights. With CUDA graphs all of its kernels are one launch."""
     if mode == "none":
         return encoder
     return torch.compile(encoder, mode="reduce-overhead" if mode == "cuda_graphs" else "default")
 
 
 def _recompute_activations(encoder: Encoder) -> None:
-    """Keeps only what goes into each block of the backbone; the rest is computed again on the way back."""
+    """Keeps only the inputs of the backbone's blocks; the backward pass recomputes the other activations."""
     for block in encoder.backbone.children():
         norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         block.forward = partial(
@@ -196,13 +206,13 @@ def _recompute_activations(encoder: Encoder) -> None:
 
 
 def _statistics_once(norms: list[nn.Module]) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts of a block's two forwards: the second one leaves BatchNorm's running statistics as they are."""
+    """Returns contexts for a block's two forward passes; the second does not update BatchNorm's running statistics."""
 
     @contextmanager
     def again():
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
-            norm.momentum = 0.0  # not `track_running_stats`: without the statistics fewer tensors would be saved
+            norm.momentum = 0.0  # not `track_running_stats = False`, which would save fewer tensors than the first pass
         try:
             yield
         finally:

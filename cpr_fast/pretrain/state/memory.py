@@ -1,7 +1,9 @@
-"""What a query is compared with and mined from: one feature per view in each of K slots [paper §3].
+"""The memory of features that queries are compared with and that positives are mined from [paper §3].
 
-A queue of the newest keys [MoCo, He et al. 2020], as long as it is told to be; exactly one step long it is the batch
-itself [SimCLR, Chen et al. 2020]. A bank of one entry per video [IIC, Tao et al. 2020].
+Each of its K slots holds one feature per view. `Memory` is a queue of the newest keys [MoCo, He et al. 2020]; with as
+many slots as a step has keys, it is the batch itself [SimCLR, Chen et al. 2020]. `Bank` holds one entry per training
+video [IIC, Tao et al. 2020].
+
 Letters: V views, B keys enqueued at once, K slots, D feature width.
 """
 
@@ -13,19 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-EMPTY = -1  # source id of a slot that holds nothing
+EMPTY = -1  # source id of an empty slot
 
 _COLUMNS = ("source", "video", "label", "start", "enqueued_at")
 
 
 class Memory:
-    """The newest K keys and where each came from: a ring.
+    """A ring buffer of the newest K keys and the clips that they were computed from.
 
     features: [V, K, D] float32, zero where empty.
-    source, video, label, start: [K] int64: sibling group (-1 = empty slot), position in the index, class (-1 unknown),
+    source, video, label, start: [K] int64: source id (-1 = empty slot), position in the index, class (-1 = unknown) and
         first source frame of the key's clip.
-    enqueued_at: [K] int64, the step that wrote the slot (-1 = never).
-    count: keys enqueued so far; on the host, so asking whether the memory is full costs no sync.
+    enqueued_at: [K] int64, the step that wrote the slot (-1 = none).
+    count: keys enqueued so far. It is kept on the host, so that asking whether the memory is full needs no sync.
     """
 
     def __init__(self, views: int, size: int, feature_dim: int, *, device: torch.device | str = "cpu") -> None:
@@ -45,10 +47,10 @@ class Memory:
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, *, source: Tensor, video: Tensor, label: Tensor, start: Tensor, step: int) -> None:
-        """Writes `keys` [V, B, D], over the oldest; `source`, `video`, `label`, `start` are [B] int64.
+        """Writes `keys` [V, B, D] over the oldest entries; `source`, `video`, `label`, `start` are [B] int64.
 
         Raises:
-            ValueError: more keys than slots, or of another shape.
+            ValueError: there are more keys than slots, or the shape of `keys` is wrong.
         """
         views, size, width = self.features.shape
         if keys.dim() != 3 or keys.shape[0] != views or keys.shape[2] != width:
@@ -64,14 +66,14 @@ class Memory:
         self.count += batch
 
     def _place(self, keys: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots [B] that `keys` go to, and what is written there [V, B, D]."""
+        """Returns the slots [B] to write, and the features [V, B, D] to write there."""
         return (self.count + torch.arange(len(video), device=keys.device)) % self.size, keys
 
     def state_dict(self) -> dict[str, Any]:
         return {"features": self.features, "count": self.count, **{name: getattr(self, name) for name in _COLUMNS}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copies a `state_dict` in. Raises ValueError if it is of another shape."""
+        """Restores a `state_dict`. Raises ValueError if its shape differs."""
         if state["features"].shape != self.features.shape:
             raise ValueError(
                 f"memory features: expected {list(self.features.shape)}, got {list(state['features'].shape)}"
@@ -82,9 +84,10 @@ class Memory:
 
 
 class Bank(Memory):
-    """One entry per training video, slot = position in the index: a moving average of its keys, of unit length [IIC].
+    """One entry per training video at its position in the index: a moving average of its keys, of unit length [IIC].
 
-    An entry's first key stands alone: published banks start from noise instead, which mining could select.
+    The first key of a video becomes its entry. Published banks start from random vectors instead, which mining could
+    select.
 
     Args:
         momentum: share of the old entry that an update keeps.

@@ -1,4 +1,4 @@
-"""The loss of a step's queries against the memory, whatever kind of memory it is.
+"""The loss of a step: its queries against the memory, for every kind of memory.
 
 Letters: B queries, K memory slots, E >= K entries compared, D feature width, P positives.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ids:
-    """Where clips come from: sibling group, position in the index, class, first source frame; [B] int64 each."""
+    """The origin of clips: source id, position of the video in the index, class, first source frame; [B] int64 each."""
 
     source: Tensor
     video: Tensor
@@ -31,7 +31,7 @@ class Ids:
 
     @classmethod
     def of(cls, batch: Batch, *clips: int) -> Ids:
-        """Of the numbered clips of every video of this rank, video by video."""
+        """Returns the ids of the clips with these numbers of every video of this rank, video by video."""
         columns = (batch.source, batch.video, batch.label)
         repeated = [column.repeat_interleave(len(clips)) if len(clips) > 1 else column for column in columns]
         return cls(*repeated, batch.start[:, list(clips)].flatten())
@@ -40,7 +40,7 @@ class Ids:
         return Ids(self.source[rows], self.video[rows], self.label[rows], self.start[rows])
 
     def of_all_ranks(self) -> Ids:
-        """The ids of all ranks' clips, [R*B] each, in one exchange."""
+        """Gathers the ids of the clips of all ranks, [R*B] each, in one collective."""
         columns = torch.stack([self.source, self.video, self.label, self.start], dim=1)
         return Ids(*distributed.all_gather(columns).unbind(1))
 
@@ -57,14 +57,18 @@ def contrast(
     temperature: float,
     holds_own: bool,
 ) -> Tensor:
-    """MIL-NCE [paper, Eq. 2] of queries whose positives are q+, what was mined, and what equal ids make one.
+    """Computes MIL-NCE [paper, Eq. 2]; the positives are q+, the mined entries, and those that `meaning` adds.
 
     Args:
-        query, own_key: [B, D]: f_q and f_q+.
-        entries: [E, D]: the memory's features in one view, and E - K further negatives, one for every filled slot.
+        query, own_key: [B, D], f_q and f_q+.
+        entries: [E, D], the features of the memory in one view, then E - K further negatives for its slots.
         mined: [B, P] int64 slots, -1 for padding, or None.
-        ids: of the queries.
-        holds_own: entries of the query's own video are the query or its q+ once more: they stand in neither sum.
+        ids: the ids of the queries.
+        meaning: what equal ids mean.
+        holds_own: whether entries of the query's own video are the query or its q+ again; they then are in neither sum
+            of the loss.
+    Returns:
+        The mean loss, 0-d.
     """
     if meaning.averaged:
         return _averaged_nce(query, own_key, entries, ids, memory, meaning, temperature, holds_own)
@@ -81,7 +85,7 @@ def contrast(
         alike = _compared(ids, memory, holds_own) & _alike(ids, memory, meaning)  # [B, K]
         alike = torch.where(alike, slots, -1)
         positives = alike if mined is None else torch.cat([mined, alike], dim=1)
-    if further:  # numbers past those of the videos: they match no query
+    if further:  # numbers above those of all videos match no query
         memory_ids = torch.cat([memory_ids, torch.where(memory_ids == EMPTY, EMPTY, memory_ids + further)])
     return mil_nce(
         query, own_key, entries, positives, query_ids=ids.video, memory_ids=memory_ids,
@@ -90,14 +94,14 @@ def contrast(
 
 
 def _compared(ids: Ids, memory: Memory, holds_own: bool) -> Tensor:
-    """Which slots a query is compared with, [B, K] bool: those that hold something, without its own video's where
+    """Returns which slots a query is compared with, [B, K] bool: the filled ones, without those of its own video if
     `holds_own`."""
     filled = (memory.source != EMPTY).expand(len(ids.video), -1)
     return filled & (ids.video[:, None] != memory.video) if holds_own else filled
 
 
 def _alike(ids: Ids, memory: Memory, meaning: IdMeaning) -> Tensor:
-    """Which slots have the query's id, [B, K] bool."""
+    """Returns which slots have the id of the query, [B, K] bool."""
     return getattr(ids, meaning.ids)[:, None] == getattr(memory, meaning.ids)
 
 
@@ -105,9 +109,9 @@ def _averaged_nce(
     query: Tensor, own_key: Tensor, entries: Tensor, ids: Ids, memory: Memory, meaning: IdMeaning, temperature: float,
     holds_own: bool,
 ) -> Tensor:  # fmt: skip
-    """UberNCE as published [CoCLR]: the log-softmax averaged over q+ and the entries of an equal id.
+    """Computes UberNCE as published [CoCLR]: the log-softmax, averaged over q+ and the entries of an equal id.
 
-    Plain torch: no recipe but this upper bound takes the form.
+    It is written in plain torch, because only this upper bound uses it.
     """
     present = _compared(ids, memory, holds_own)  # [B, K]
     positive = present & _alike(ids, memory, meaning)

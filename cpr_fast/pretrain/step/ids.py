@@ -1,4 +1,4 @@
-"""What equal ids mean in the loss of a step: the siblings of a query, or the videos of its class."""
+"""What equal ids mean in the loss: whether the siblings of a query, or the videos of its class, are positives."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ DROP_STREAM = 2  # of `schedule.generator`
 
 @dataclass(frozen=True)
 class IdMeaning:
-    """What equal ids mean in the loss: the arguments of `mil_nce` of these names."""
+    """Arguments of `mil_nce`: which ids are compared, and what an equal id means."""
 
     ids: Literal["source", "label"]
     same_id: Literal["positive", "negative"]
     self_positive: Literal["keep", "denominator"]
-    averaged: bool = False  # the log-softmax averaged over the positives in place of the MIL form [published UberNCE]
+    averaged: bool = False  # average the log-softmax over the positives, instead of the MIL form [published UberNCE]
 
 
 def id_meaning(mining: Mining, loss: LossConfig, *, seed: int, step: int) -> IdMeaning:
-    """The reading of ids at a step. Siblings in the memory are negatives [paper, Alg. 1] or positives [published code],
-    which also drops q+ from the numerator in a share of the iterations, drawn anew from (seed, step)."""
+    """Returns what equal ids mean at a step.
+
+    Siblings in the memory are negatives [paper, Alg. 1] or positives [published code]. The published code also drops q+
+    from the numerator in a random share of the steps; the draw depends on (seed, step).
+    """
     if mining == "label":
         return IdMeaning("label", "positive", "keep", averaged=loss.protocol == "coclr")
     if mining == "none" or loss.protocol == "paper":

@@ -1,4 +1,4 @@
-"""Intra-negatives: a clip without its motion, so that the encoder cannot do by looks alone [IIC, section 3.3].
+"""Intra-negatives: clips without their motion, so that appearance alone does not suffice [IIC, section 3.3].
 
 Letters: B clips per rank, R ranks, T frames.
 """
@@ -20,8 +20,13 @@ INTRA_STREAM = 3  # of `schedule.generator`
 
 
 def without_motion(clips: Tensor, how: Literal["repeat", "shuffle"], *, seed: int, step: int, world: World) -> Tensor:
-    """This rank's clips [B, 3, T, H, W] with one frame of each in place of all ("repeat"), or with two of its four
-    quarters in time exchanged ("shuffle"). The draws depend on seed, step and place in the batch of all ranks."""
+    """Returns this rank's clips [B, 3, T, H, W] without their motion.
+
+    Args:
+        how: "repeat": one random frame of each clip replaces all of its frames. "shuffle": two random quarters of its
+            frames are exchanged.
+        seed, step: determine the draws, together with the position of a clip in the batch of all ranks.
+    """
     count = len(clips)
     draws = generator(seed, INTRA_STREAM, step).random(world.size * count)  # [R*B] in 0..1
     frames = on_device(_frames(draws[world.rank * count :][:count], clips.shape[2], how), clips.device)
@@ -29,7 +34,7 @@ def without_motion(clips: Tensor, how: Literal["repeat", "shuffle"], *, seed: in
 
 
 def _frames(draws: np.ndarray, frames: int, how: str) -> np.ndarray:
-    """Which of a clip's frames stands at each of its places, [B, T] int64."""
+    """Returns the frame to take at each position of a clip, [B, T] int64."""
     if how == "repeat":
         return np.repeat((draws[:, None] * frames).astype(np.int64), frames, axis=1)
     quarters = np.array_split(np.arange(frames), QUARTERS)

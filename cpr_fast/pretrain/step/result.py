@@ -1,4 +1,4 @@
-"""What one training step returns; everything stays on the device."""
+"""The result of one training step; all of it stays on the device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves on the device. B clips per rank, R ranks, P positives.
+    """The result of a step, on the device. B clips per rank, R ranks, L views that learn, V views, P positives.
 
-    loss: 0-d float32, NaN while the memory is not yet full.
-    rates: {name: 0-d float32} of what was mined, means over the queries of all ranks; empty where nothing was.
-    finite: 0-d bool, no feature and no loss is NaN or infinite.
-    video, start: [R*B] int64 of the key clips.
-    queries, keys: [L, R*B, D] of the L views that learn, [V, R*B, D].
-    mined_video, mined_start: [R*B, P] int64, -1 = padding, or None.
+    loss: 0-d float32; NaN while the queue is not full.
+    rates: {name: 0-d float32}, mining rates averaged over the queries of all ranks; empty if nothing was mined.
+    finite: 0-d bool, whether all features and the loss are finite.
+    video, start: [R*B] int64, video and first source frame of the key clips.
+    queries, keys: [L, R*B, D] and [V, R*B, D].
+    mined_video, mined_start: [R*B, P] int64, -1 = padding; None if nothing was mined.
     """
 
     loss: Tensor

@@ -1,4 +1,4 @@
-"""One step of pretraining: read `_queue_step` beside Algorithm 1 of the paper.
+"""One step of pretraining. `_queue_step` follows Algorithm 1 of the paper line by line.
 
 Letters: B clips per rank, R ranks, V views, K memory slots, D feature width, P positives, T frames.
 """
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What came of some queries. B queries, P positives.
+    """Loss and mined positives of some queries. B queries, P positives.
 
-    loss: 0-d, with gradient until it was taken.
-    mined: [B, P] int64 slots, or None; rates: {name: [B]} of them, empty where nothing was mined.
+    loss: 0-d, with gradient until the backward pass.
+    mined: [B, P] int64 slots, or None.
+    rates: {name: [B]}, mining rates; empty if nothing was mined.
     """
 
     loss: Tensor
@@ -40,7 +41,7 @@ class Learnt:
 
 
 def train_step(state: CycleState, batch: Batch, step: int) -> StepResult:
-    """One batch of Algorithm 1 [paper]; nothing in it waits for the device."""
+    """Trains on one batch [paper, Algorithm 1]. Does not wait for the device."""
     if state.config.run.compile == "cuda_graphs":
         torch.compiler.cudagraph_mark_step_begin()
     if state.config.model.shared:
@@ -54,14 +55,15 @@ def train_step(state: CycleState, batch: Batch, step: int) -> StepResult:
 
 
 def _queue_step(state: CycleState, batch: Batch, step: int) -> StepResult:
-    """Keys by a moving average of the query encoder, compared with a queue of them [MoCo] or with a bank.
+    """Step with a queue of keys from a moving average of the query encoder [MoCo], or with a bank of such keys.
 
-    Until a queue is full the encoder's weights stay as they are: only BatchNorm's statistics, the moving average and
-    the queue move [published code]. A bank teaches from the first step [IIC] and is mined once it is full.
+    Until a queue is full, the weights do not change: only the BatchNorm statistics, the key encoder and the queue are
+    updated [published code]. With a bank the encoder learns from the first step on [IIC], and mining starts once the
+    bank is full.
     """
     encoders, memory = state.encoders, state.memory
     own_clips = batch.clips[state.cycle.view]  # [B, 2, 3, T, H, W]
-    learning = memory.full or state.config.memory.kind == "bank"
+    learning = state.learning
     encoders.update_key()
     with torch.no_grad(), state.autocast():
         keys = [encoders.encode_keys(own_clips[:, 1], step)]  # f_q+ of all ranks, [R*B, D] per view
@@ -90,10 +92,13 @@ def _queue_step(state: CycleState, batch: Batch, step: int) -> StepResult:
 
 
 def _batch_step(state: CycleState, batch: Batch, step: int) -> StepResult:
-    """Both clips of every video learn; each is q+ of the other, and the memory is the other videos' clips [SimCLR]."""
+    """Step with the batch as memory [SimCLR].
+
+    Each clip is the q+ of the other clip of its video, and is compared with the clips of the other videos.
+    """
     clips = batch.clips[state.cycle.view].flatten(0, 1)  # [2B, 3, T, H, W]
     with state.autocast():
-        f_q = state.encoders.encode_query(clips)  # [2B, D], the clips of a video in turn
+        f_q = state.encoders.encode_query(clips)  # [2B, D], the two clips of a video next to each other
     everything = distributed.all_gather_with_gradient(f_q)  # [R*2B, D]
     keys = [everything.detach()]
     with torch.no_grad(), state.autocast():
@@ -101,7 +106,7 @@ def _batch_step(state: CycleState, batch: Batch, step: int) -> StepResult:
     keys = torch.stack(keys)  # [V, R*2B, D]
     ids = Ids.of(batch, 0, 1)
     everyone = ids.of_all_ranks()
-    _enqueue(state, keys, everyone, step)  # all of the memory
+    _enqueue(state, keys, everyone, step)  # replaces the whole memory
 
     partners, own_key = _partner(keys[:, _here(state, len(f_q))]), _partner(f_q[None])[0]
     learnt = _contrast(state, f_q, own_key, partners, ids, step, everything)
@@ -111,11 +116,11 @@ def _batch_step(state: CycleState, batch: Batch, step: int) -> StepResult:
 
 
 def _shared_step(state: CycleState, batch: Batch, step: int) -> StepResult:
-    """One encoder, two views of one clip, each compared with the bank's entries in the other one [IIC].
+    """Step with one encoder for two views of a clip, each compared with the bank's entries in the other view [IIC].
 
-    q+ is the video's own entry in the other view, or where it has none yet, the clip's feature there. With
-    intra-negatives the encoder also looks at clips without their motion; they have a bank of their own, all of which
-    is negative. Published: 1,024 entries of each bank drawn as negatives; here all of them, so without noise.
+    q+ is the entry of the video in the other view, or the feature of the clip in that view while there is no entry.
+    With intra-negatives, clips without their motion are encoded too; their bank contains only negatives. The published
+    code draws 1,024 entries of each bank as negatives; here all entries are used, which removes that noise.
     """
     memory, encoders = state.memory, state.encoders
     clips = [batch.clips[view][:, 0] for view in state.views]  # [B, 3, T, H, W] each
@@ -155,10 +160,12 @@ def _contrast(
     entries: Tensor,
     own: int = 0,
 ) -> Learnt:
-    """Mines for queries of view `own` and compares them with `entries` [E >= K, D], the memory in one view.
+    """Mines positives for queries of view `own`, and computes their loss against `entries` [E >= K, D].
 
-    keys: [V, B, D], f_q+ in every view: what the cascade compares, or f_q itself in its own view where that is the
-    anchor.
+    Args:
+        keys: [V, B, D], f_q+ in every view, which the cascade compares. If the anchor is the query, f_q replaces f_q+
+            in its own view.
+        entries: the features of the memory in one view, and further negatives.
     """
     config, memory, mining = state.config, state.memory, state.cycle.mining
     mined, rates = None, {}
@@ -168,7 +175,7 @@ def _contrast(
         if state.anchor == "query":
             anchors = torch.stack([query.detach() if view == own else keys[view] for view in (0, 1)])
         mined = mine(anchors, memory, ids.source, cascade)  # [B, P]
-        if own == 0:  # the view that the run reports
+        if own == 0:  # mining rates are reported for the first view only
             rates = mining_rates(anchors, memory, ids.source, cascade, mined, ids.label, step)
     meaning = id_meaning(mining, config.loss, seed=config.run.seed, step=step)
     loss = contrast(
@@ -179,12 +186,12 @@ def _contrast(
 
 
 def _here(state: CycleState, count: int) -> slice:
-    """The rows of this rank, `count` of each rank's."""
+    """Returns the rows of this rank among `count` rows of each rank."""
     return slice(state.world.rank * count, (state.world.rank + 1) * count)
 
 
 def _partner(features: Tensor) -> Tensor:
-    """[V, 2B, D] with the two clips of every video exchanged."""
+    """Exchanges the two clips of every video in [V, 2B, D]."""
     return features.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
 
 
@@ -193,7 +200,7 @@ def _enqueue(state: CycleState, keys: Tensor, ids: Ids, step: int) -> None:
 
 
 def _joined(parts: list[Learnt]) -> Learnt | None:
-    """Equal parts of a batch as one; None if there are none."""
+    """Joins the results of equal parts of a batch; None if there are none."""
     if not parts:
         return None
     loss = torch.stack([part.loss.detach() for part in parts]).mean()
@@ -205,9 +212,10 @@ def _joined(parts: list[Learnt]) -> Learnt | None:
 
 @torch.no_grad()
 def _measure(state: CycleState, queries: Tensor, keys: Tensor, learnt: Learnt | None, ids: Ids) -> StepResult:
-    """What the log wants to know of a step, the same on every rank; stays on the device.
+    """Updates the statistics of the epoch and returns the result of a step, the same on every rank and on the device.
 
-    queries [L, R*B, D] of the L views that learn, keys [V, R*B, D] and `ids` are of all ranks.
+    Args:
+        queries, keys, ids: of all ranks; [L, R*B, D] of the L views that learn, and [V, R*B, D].
     """
     state.health.update(queries, keys[0], ids.video)
     finite = queries.isfinite().all() & keys.isfinite().all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import random
 import shutil
@@ -21,10 +20,7 @@ from support.stand_in_loader import NoisyLoader, RandomLoader, make_index
 
 from cpr_fast.config import Config
 from cpr_fast.pretrain.run.loop import pretrain
-from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.interrupt import Interrupted
-from cpr_fast.runtime.metrics import read_metrics
-from cpr_fast.runtime.watchdog import Watchdog
 from cpr_fast.weights import checkpoint
 from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint
 
@@ -89,7 +85,7 @@ def test_kill_9_at_a_random_step(straight, tmp_path):
     assert_equal_runs(straight, tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_first(straight, tmp_path, number):
     config = settings(tmp_path / "run")  # saves at the ends of epochs alone
     process = start(config)
@@ -192,18 +188,6 @@ def test_a_full_disk_stops_the_run_which_resumes(straight, tmp_path, monkeypatch
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
 
 
-def test_metrics_on_a_full_disk_name_the_file(tmp_path):
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full")
-    from cpr_fast.errors import InputError
-    from cpr_fast.runtime.metrics import MetricsWriter
-
-    writer = MetricsWriter(tmp_path)
-    writer._file = open("/dev/full", "a")  # noqa: SIM115
-    with pytest.raises(InputError, match=r"could not write '.*metrics.jsonl': No space left on device; the run can be"):
-        writer.write({"kind": "note"})
-
-
 def test_settings_that_an_old_checkpoint_lacks_are_compared(straight, tmp_path):
     """A version without `mining.anchor` computed with today's default."""
     out = tmp_path / "run"
@@ -219,64 +203,3 @@ def test_settings_that_an_old_checkpoint_lacks_are_compared(straight, tmp_path):
         run(settings(out, mining={"stages": 3, "top_k": 2, "anchor": "query"}), resume=True)
     run(config, resume=True)
     assert_equal_runs(straight, out)
-
-
-# ---- the watchdog ----------------------------------------------------------------------------------
-
-
-def test_the_watchdog_names_what_one_process_hangs_in(tmp_path, caplog):
-    class Hanging(RandomLoader):
-        def epoch(self, number, start_step=0):
-            for i, batch in enumerate(super().epoch(number, start_step)):
-                if (number, i) == (0, 2):
-                    time.sleep(1.0)
-                yield batch
-
-    cycles = {"cycles": [{"view": "rgb", "epochs": 1, "mining": "none"}]}
-    config = settings(tmp_path, schedule=cycles, run={"out": str(tmp_path), "stall_timeout_s": 0.5})
-    pretrain(config, index=INDEX, make_loader=Hanging, progress=False)
-    (note,) = (row["text"] for row in read_metrics(tmp_path) if row["kind"] == "note")
-    assert note in caplog.text
-    assert note.startswith("rank 0 has been waiting for the batch of step 2 (in test_resume.py:")
-    assert ", epoch) for 0." in note
-
-
-class FakeStore:
-    """What three ranks told each other."""
-
-    def __init__(self, states):
-        self.states = {str(rank): json.dumps(state) for rank, state in enumerate(states) if state}
-
-    def set(self, key, value):
-        self.states[key] = value
-
-    def get(self, key):
-        return self.states[key].encode()
-
-    def check(self, keys):
-        return keys[0] in self.states
-
-
-def test_the_rank_that_is_behind_is_named_by_the_first_that_is_not(caplog):
-    caplog.set_level(logging.WARNING)
-    stuck = {"beat": 1, "begun": 7, "what": "computing step 3", "idle_s": 9.0, "where": "a.py:1, f"}
-    behind = {"beat": 1, "begun": 6, "what": "waiting for the batch of step 3", "idle_s": 9.0, "where": "b.py:2, g"}
-    named: list[str] = []
-    for rank in range(3):
-        watch = Watchdog(World(rank, 3, torch.device("cpu")), 5.0, named.append)
-        watch._say([behind, stuck, stuck])
-        watch._say([behind, stuck, stuck])  # once is enough
-    assert named == [
-        "rank 0 has been waiting for the batch of step 3 (in b.py:2, g) for 9.0 s, and the run waits for it"
-    ]
-    named.clear()
-    watch = Watchdog(World(0, 3, torch.device("cpu")), 5.0, named.append)
-    busy = {**stuck, "idle_s": 0.1}
-    watch._say([busy, {**behind, "idle_s": 0.1}, {"left": True}])
-    watch._heard[1] = (1, time.monotonic() - 6)  # rank 1's beats have stopped
-    watch._say([{**busy, "beat": 2}, {**behind, "idle_s": 0.1}, {"left": True}])
-    (text,) = named
-    assert text.startswith("rank 1 has given no sign of life for 6.0 s; it was waiting for the batch of step 3 (in")
-    store = FakeStore([None, behind])
-    states = Watchdog(World(0, 3, torch.device("cpu")), 5.0)._share(store, beat=4)
-    assert (states[0]["beat"], states[0]["what"], states[1], states[2]) == (4, "starting", behind, {"beat": 0})

@@ -1,0 +1,221 @@
+"""The run folder: one writer at a time, never overwritten, and the checkpoint from which a run continues."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from cpr_fast.config import Config
+from cpr_fast.errors import InputError
+from cpr_fast.pretrain.run.videos import check_same_videos
+from cpr_fast.runtime import distributed
+from cpr_fast.runtime.distributed import World
+from cpr_fast.runtime.metrics import FILE as METRICS_FILE
+from cpr_fast.runtime.metrics import rewind
+from cpr_fast.weights.checkpoint import (
+    BEST,
+    LAST,
+    CheckpointError,
+    DamagedCheckpointError,
+    load_checkpoint,
+    point_to,
+    written_whole,
+)
+
+T = TypeVar("T")
+
+LOCK = ".run.lock"
+
+log = logging.getLogger(__name__)
+
+
+def on_main(compute: Callable[[], T]) -> T:
+    """Computes something in the first process and returns it in all; an InputError is raised in all as well."""
+
+    def attempt() -> tuple[T | None, InputError | None]:
+        try:
+            return compute(), None
+        except InputError as error:
+            return None, error
+
+    value, error = distributed.from_main(attempt)
+    if error is not None:
+        raise error
+    return value
+
+
+@contextmanager
+def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
+    """Creates the run folder and locks it against other runs within the block.
+
+    The operating system releases the lock when the process ends, however it ends, so no stale lock can remain.
+
+    Args:
+        exists: the folder of a run to resume, which must be there.
+    Raises:
+        InputError: another process holds the lock, or the folder cannot be written.
+    """
+    if exists and not folder.is_dir():
+        raise _no_checkpoint(folder / "checkpoints")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, closed by the block below
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise InputError(
+                f"run.out: another run is writing to {str(folder)!r} ({holder}). Wait until it has ended, or choose "
+                "another folder with --run.out"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            log.warning("Cannot lock %r (%s): make sure that no other run writes to it", str(folder), error.strerror)
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        except OSError as error:
+            raise _not_writable(folder, error) from error
+        yield
+
+
+def open_run(
+    config: Config, folder: Path, resume: bool | Literal["auto"], world: World, videos: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Prepares the run folder: a new run, or the checkpoint to continue from.
+
+    Args:
+        resume: True: continue. "auto", and always where torchrun has restarted the processes: continue if the folder
+            holds a checkpoint.
+        videos: the digest of the training videos.
+    Returns:
+        The checkpoint, or None for a new run, whose folder then holds `config.json` and no metrics.
+    Raises:
+        InputError: the folder holds a run that would be overwritten, or a run with other settings or videos.
+    """
+    checkpoints = folder / "checkpoints"
+    if resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        resume = on_main(lambda: bool(_candidates(checkpoints)))
+    if not resume:
+        on_main(lambda: _start_new(config, folder, videos))
+        return None
+    saved = _load_newest(checkpoints, world)
+    check_same_videos(saved.get("videos"), videos, folder, config.data.index)
+    _check_same_settings(config, saved, folder, world)
+    on_main(lambda: _rewind(folder, saved))
+    return saved
+
+
+def _rewind(folder: Path, saved: dict[str, Any]) -> None:
+    """Drops the rows of steps that will be computed again."""
+    try:
+        rewind(folder, step=saved["step"], epoch=saved["epoch"])
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+def _candidates(checkpoints: Path) -> list[Path]:
+    """Returns the checkpoints from which a run could continue, in the order in which to try them."""
+    named = [path for name in (LAST, BEST) if (path := checkpoints / name).exists()]
+    steps = sorted(checkpoints.glob("step-*.pt"), reverse=True)
+    return [*(path for path in named if path.name == LAST), *steps, *(path for path in named if path.name == BEST)]
+
+
+def _start_new(config: Config, folder: Path, videos: dict[str, Any]) -> None:
+    if found := _candidates(folder / "checkpoints"):
+        raise InputError(
+            f"run.out: {str(folder)!r} already holds a run ({found[0].relative_to(folder)}). Continue it with "
+            "--resume, or choose another folder with --run.out"
+        )
+    try:
+        (folder / METRICS_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    with written_whole(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps({**config.to_dict(), "videos": videos}, indent=2) + "\n", encoding="utf-8")
+
+
+def _load_newest(checkpoints: Path, world: World) -> dict[str, Any]:
+    """Loads the newest checkpoint that is whole. Damaged ones are set aside as `*.damaged`, with a notice."""
+    loaded: dict[Path, dict[str, Any]] = {}
+
+    def find() -> Path:
+        damaged: list[tuple[Path, str]] = []
+        for path in _candidates(checkpoints):
+            try:
+                loaded[path] = load_checkpoint(path, device=world.device)
+            except DamagedCheckpointError as error:
+                damaged.append((path, error.damage))
+                continue
+            _set_aside(damaged, path, loaded[path]["step"])
+            return path
+        if damaged:
+            named = "; ".join(f"{path.name} {damage}" for path, damage in damaged)
+            raise CheckpointError(
+                f"no checkpoint in {str(checkpoints)!r} can be read: {named}. Start a new run with another --run.out"
+            )
+        raise _no_checkpoint(checkpoints)
+
+    path = on_main(find)
+    return loaded[path] if path in loaded else load_checkpoint(path, device=world.device)
+
+
+def _no_checkpoint(checkpoints: Path) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {str(checkpoints / LAST)!r} does not exist, and there is no other one to continue from. "
+        "Start the run without --resume"
+    )
+
+
+def _set_aside(damaged: list[tuple[Path, str]], used: Path, step: int) -> None:
+    """Renames the damaged checkpoints, makes `last.pt` the one that is used, and says so."""
+    for path, damage in damaged:
+        path.replace(path.with_name(path.name + ".damaged"))
+        log.warning("Checkpoint %s %s: kept as %s.damaged", path.name, damage, path.name)
+    if used.name != LAST:
+        point_to(used, used.with_name(LAST))
+        log.warning("There is no usable %s: continuing from %s, after step %d", LAST, used.name, step)
+
+
+def _check_same_settings(config: Config, saved: dict[str, Any], folder: Path, world: World) -> None:
+    asked = _what_counts(config.to_dict(), world.size)
+    before = Config.from_dict(saved["config"]).to_dict()  # with today's default where that version had no such setting
+    for section, values in _what_counts(before, saved["processes"]).items():
+        for key, was in values.items():
+            now = asked[section][key]
+            if now != was:
+                raise CheckpointError(f"{section}.{key}: the run in {str(folder)!r} has {was!r}, got {now!r}")
+
+
+def _what_counts(config: dict[str, Any], processes: int) -> dict[str, dict[str, Any]]:
+    """Returns the settings of a `Config.to_dict()` that decide what is computed, without those that decide where, by
+    how many processes and how fast."""
+    kept = {section: dict(values) for section, values in config.items()}
+    kept["run"] = {"seed": kept["run"]["seed"]}
+    kept["model"].pop("init")  # the checkpoint holds those weights
+    for section in ("probe", "finetune", "health"):  # they apply after pretraining, or only watch it
+        kept.pop(section, None)
+    for key in ("index", "workers", "prefetch", "cache_gib"):
+        kept["data"].pop(key)
+    kept["data"]["batch_size x processes"] = kept["data"].pop("batch_size") * processes
+    kept["model"].pop("recompute")
+    parts = kept["optim"].pop("accumulate")
+    kept["memory"]["shuffle_bn_groups"] = kept["memory"]["shuffle_bn_groups"] or processes * parts
+    return kept
+
+
+def _not_writable(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"run.out: cannot write to {str(folder)!r}: {error.strerror or error}. Choose another folder with --run.out"
+    )

@@ -1,0 +1,130 @@
+"""What a run has learnt, calculated from the rows of its metrics: so it covers the parts of a run that was resumed.
+
+A run can end without an error and still have learnt nothing: its queue never filled, its learning rate was too small
+to move a weight, or every entry of the memory was a positive. The row `outcome` says so, and the report repeats it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cpr_fast.config import Config
+
+NO_LOSS = 1e-6  # a loss below this has no gradient to speak of: every entry compared is a positive
+ENOUGH_EPOCHS = 3  # with a loss: fewer do not show whether it falls
+MANY_SKIPPED = 0.2  # share of unreadable videos that is worth a warning
+
+
+def outcome(rows: list[dict[str, Any]], config: Config, step: int, videos: int, expected: list[str]) -> dict[str, Any]:
+    """Returns the row `outcome` of a run.
+
+    Args:
+        rows: of `metrics.jsonl`.
+        step: steps that the run has done.
+        videos: of the training set.
+        expected: the warnings that were given before the run started.
+    Returns:
+        `learnt`: whether any cycle changed the weights by a loss. `text`: one sentence for the head of a report.
+        `warnings`: sentences. `cycles`: for each `cycle`, `view`, `mining`, `learnt`, `learning_steps` (optimiser
+        steps; None in rows of older versions), `loss_first`, `loss_last` (means of the first and last epoch that had a
+        loss), `pmr_first`, `pmr_last`.
+    """
+    cycles, warnings = [], []
+    for number, cycle in enumerate(config.schedule.cycles):
+        epochs = [row for row in rows if row["kind"] == "epoch" and row["cycle"] == number]
+        summary = _cycle(epochs) | {"cycle": number, "view": cycle.view, "mining": cycle.mining}
+        cycles.append(summary)
+        name = f"cycle {number + 1} ({cycle.view}, mining {cycle.mining})"
+        if why := _why_not(epochs, config):
+            warnings.append(f"{name} learnt nothing: {why}")
+        else:
+            warnings += [f"{name}: {text}" for text in _doubts(summary, epochs)]
+        warnings += [f"{name}: {text}" for text in _collapse(rows, number, config)]
+    skipped = max((row.get("skipped") or 0 for row in rows if row["kind"] == "epoch"), default=0)
+    if skipped > MANY_SKIPPED * videos:
+        warnings.append(f"{skipped} of {videos} videos could not be read and were replaced by others")
+    learnt = any(cycle["learnt"] for cycle in cycles)
+    return {
+        "kind": "outcome",
+        "step": step,
+        "learnt": learnt,
+        "text": _sentence(cycles),
+        "warnings": warnings,
+        "expected": expected,
+        "cycles": cycles,
+    }
+
+
+def _cycle(epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    losses = [row["loss"] for row in epochs if row["loss"] is not None]
+    rates = [row["pmr"] for row in epochs if row.get("pmr") is not None]
+    counts = [row["learning_steps"] for row in epochs if row.get("learning_steps") is not None]
+    return {
+        "learnt": any(_learnt(row) for row in epochs),
+        "learning_steps": sum(counts) if len(counts) == len(epochs) else None,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "pmr_first": rates[0] if rates else None,
+        "pmr_last": rates[-1] if rates else None,
+    }
+
+
+def _learnt(row: dict[str, Any]) -> bool:
+    """Whether an epoch moved the weights by a loss; rows of older versions do not say whether weights moved."""
+    return row["loss"] is not None and row["loss"] > NO_LOSS and row.get("weights_change") != 0
+
+
+def _why_not(epochs: list[dict[str, Any]], config: Config) -> str | None:
+    """Returns why no epoch of a cycle learnt, or None if one did."""
+    if any(_learnt(row) for row in epochs):
+        return None
+    if not epochs:
+        return "it has no finished epoch"
+    if all(row["loss"] is None for row in epochs):
+        return f"its queue was never full, so that no step was trained; memory.size is {config.memory.size}"
+    if all(row["loss"] is None or row["loss"] <= NO_LOSS for row in epochs):
+        return "its loss was 0, because every entry that a query is compared with is a positive, or there is none"
+    return "no weight changed: the learning rate is too small, or every gradient overflowed (optim.lr, optim.precision)"
+
+
+def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> list[str]:
+    """Returns what makes it doubtful that a cycle learnt anything useful."""
+    texts = []
+    first, last = summary["loss_first"], summary["loss_last"]
+    if len([row for row in epochs if row["loss"] is not None]) >= ENOUGH_EPOCHS and last >= first:
+        texts.append(f"the loss did not fall ({first:.3f} in its first epoch with a loss, {last:.3f} in its last)")
+    mined = [row for row in epochs if row.get("pmr") is not None and row.get("pmr_chance") is not None]
+    if mined and mined[-1]["pmr"] <= mined[-1]["pmr_chance"]:
+        texts.append(
+            f"the mined positives were no better than chance (PMR {mined[-1]['pmr']:.3f}, "
+            f"chance {mined[-1]['pmr_chance']:.3f})"
+        )
+    if summary["mining"] == "cascade" and all(row.get("mined_share", 0) is None for row in epochs):
+        texts.append("the cascade mined nothing, so that it trained with the query's own key alone")
+    return texts
+
+
+def _collapse(rows: list[dict[str, Any]], number: int, config: Config) -> list[str]:
+    """Returns the views whose queries were nearly one point at the end of a cycle."""
+    health = [row for row in rows if row["kind"] == "health" and row["cycle"] == number]
+    if not health:
+        return []
+    return [
+        f"the features have collapsed: the spread of the {view} queries is {spread:.3g} (health.min_feature_std "
+        f"{config.health.min_feature_std})"
+        for view, spread in health[-1]["feature_std"].items()
+        if spread is not None and spread < config.health.min_feature_std
+    ]
+
+
+def _sentence(cycles: list[dict[str, Any]]) -> str:
+    trained = [cycle for cycle in cycles if cycle["learnt"]]
+    if not trained:
+        return "This run has learnt nothing: no step changed the weights by a loss."
+    parts = [
+        f"{cycle['view']} (cycle {cycle['cycle'] + 1}) loss {cycle['loss_first']:.3f} to {cycle['loss_last']:.3f}"
+        + (f", PMR {cycle['pmr_first']:.3f} to {cycle['pmr_last']:.3f}" if cycle["pmr_last"] is not None else "")
+        for cycle in trained
+    ]
+    some = "" if len(trained) == len(cycles) else f"{len(trained)} of {len(cycles)} cycles learnt. "
+    return some + "First and last epoch: " + "; ".join(parts) + "."

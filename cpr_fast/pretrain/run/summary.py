@@ -1,0 +1,106 @@
+"""What a run tells the user on stderr: a summary at its start, how far it is, and the next commands at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cpr_fast.config import Config
+from cpr_fast.data.index.index import Index
+from cpr_fast.pretrain.run.checks import CyclePlan
+from cpr_fast.runtime.distributed import World
+from cpr_fast.runtime.progress import duration
+
+MEASURED = 5  # learning steps after which the expected time is printed
+PATIENCE_S = 60.0  # of filling, after which a first estimate is printed
+NEWEST = 0.05  # weight of the newest step in the running mean of step times
+
+
+def start_lines(config: Config, index: Index, plans: Sequence[CyclePlan], folder: Path, world: World) -> list[str]:
+    """Returns the summary that is printed before the first step."""
+    labelled = sum(bool(video.label) for video in index)
+    classes = len({video.label for video in index if video.label})
+    labels = f"{_count(classes, 'class', 'classes')}" if labelled else "no labels (PMR and CMR will be missing)"
+    if 0 < labelled < len(index):
+        labels += f" ({len(index) - labelled} videos without a label)"
+    sources = len({video.source for video in index})
+    batch = f"{config.data.batch_size}" + (f" x {world.size} processes" if world.size > 1 else "")
+    lines = [
+        f"Pretraining on {_count(len(index), 'video')} of {_count(sources, 'source')}, {labels}",
+        f"  {plans[0].epoch_steps} steps per epoch (batch size {batch}), {sum(p.steps for p in plans)} steps in total, "
+        f"on {world.device.type}",
+    ]
+    lines += [f"  {plan.name}: {_count(plan.cycle.epochs, 'epoch')}, {_memory(config, plan)}" for plan in plans]
+    return [*lines, f"  Run folder: {folder}"]
+
+
+def end_lines(row: dict[str, Any], config: Config, folder: Path) -> list[str]:
+    """Returns the summary of a finished run: `row` is its `outcome`."""
+    lines = [f"Finished after {row['step']} steps. {row['text']}"]
+    lines += [
+        f"Next:  cpr-fast retrieve {folder / 'checkpoints' / 'last.pt'} --index {config.data.index or 'INDEX.csv'}",
+        f"       cpr-fast report {folder}",
+    ]
+    return lines
+
+
+def _memory(config: Config, plan: CyclePlan) -> str:
+    kind, share = config.memory.kind, plan.fill_share
+    when = f"after {_count(plan.fill_steps, 'step')} ({share:.0%} of the cycle)" if share <= 1 else "never"
+    if kind == "batch":
+        return f"compared with the {2 * plan.clips} clips of the batch"
+    if kind == "bank":
+        return f"bank of one entry per video, full {when}"
+    return f"queue of {config.memory.size} entries, full {when}; learning starts then"
+
+
+class Pace:
+    """Measures the time of steps and from it the time left of the whole run.
+
+    Steps that only fill the queue are timed apart from those that learn, which also run a backward pass.
+
+    Args:
+        filling, learning: steps that are left of each kind, over all cycles.
+    """
+
+    def __init__(self, filling: int, learning: int) -> None:
+        self.left = {False: filling, True: learning}
+        self.mean_s: dict[bool, float] = {}
+        self.counted = {False: 0, True: 0}
+        self.began = time.monotonic()
+        self.told = {False: False, True: False}
+
+    def step(self, seconds: float, *, learns: bool) -> None:
+        """Takes the wall time of one step, waiting for data included."""
+        self.left[learns] = max(0, self.left[learns] - 1)
+        self.counted[learns] += 1
+        if self.counted[learns] <= 1 < self.left[learns]:
+            return  # the first step of a kind also sets up caches and kernels
+        before = self.mean_s.get(learns, seconds)
+        self.mean_s[learns] = before + max(NEWEST, 1 / self.counted[learns]) * (seconds - before)
+
+    def left_s(self) -> float | None:
+        """Returns the seconds that the rest of the run takes at this pace, or None before any step was timed."""
+        if not self.mean_s:
+            return None
+        known = max(self.mean_s.values())
+        return sum(self.left[kind] * self.mean_s.get(kind, known) for kind in (False, True))
+
+    def news(self) -> str | None:
+        """Returns a sentence on the expected time, once it can be told: at most one for each kind of step."""
+        left = self.left_s()
+        if left is None:
+            return None
+        if not self.told[True] and self.counted[True] >= MEASURED and True in self.mean_s:
+            self.told[True] = self.told[False] = True
+            return f"Expected time: about {duration(left)} left ({self.mean_s[True]:.2g} s per step, measured)"
+        if not self.told[False] and not self.counted[True] and time.monotonic() - self.began > PATIENCE_S:
+            self.told[False] = True
+            return f"Expected time: more than {duration(left)} left (steps take longer once the queue is full)"
+        return None
+
+
+def _count(number: int, noun: str, plural: str | None = None) -> str:
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"

@@ -1,0 +1,98 @@
+"""The training videos of a run: which rows of the index they are, and the digest that a resumed run compares."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cpr_fast.config import DataConfig
+from cpr_fast.data.index.index import Index
+from cpr_fast.errors import InputError
+from cpr_fast.runtime import distributed
+
+log = logging.getLogger(__name__)
+
+
+def training_videos(data: DataConfig) -> Index:
+    """Loads the videos of `data.index` whose split is `data.split`, or all of them where no row has a split.
+
+    Raises:
+        InputError: no index was given, it cannot be read, or no video has that split; the message names the setting.
+    """
+    if not data.index:
+        raise InputError("data.index: expected the path of an index (written by `cpr-fast index`), got ''")
+    index = Index.load(data.index, require_flow=data.flow == "stored")
+    try:
+        return index.select_for_training(data.split)
+    except InputError as error:
+        raise InputError(f"data.split: {error}. Choose one with --data.split") from None
+
+
+def digest(index: Index) -> dict[str, Any]:
+    """Summarises which videos an index holds: paths, labels and sources, in order.
+
+    Paths are taken relative to the folder that all of them share, so a data set may be moved as a whole. File times and
+    sizes do not count.
+
+    Returns:
+        `count`; `rows`, a hash of the ordered rows and of the class names; `any_order`, the same of the sorted rows;
+        `paths`, of the ordered paths alone. The last two tell how two lists differ.
+    """
+    paths = [os.path.abspath(video.path) for video in index]
+    root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    names = [path[len(root) :].lstrip("/") for path in paths]
+    rows = [(name, video.label, video.source) for name, video in zip(names, index, strict=True)]
+    return {
+        "count": len(rows),
+        "rows": _hash([*rows, tuple(index.classes)]),
+        "any_order": _hash(sorted(rows)),
+        "paths": _hash((name,) for name in names),
+    }
+
+
+def check_same_videos(before: dict[str, Any] | None, now: dict[str, Any], folder: Path, index: str) -> None:
+    """Checks that a run goes on with the videos it began with.
+
+    Args:
+        before: the `digest` in the checkpoint; None in a checkpoint of an older version, which is only noted.
+        now: the `digest` of the videos that the run would go on with.
+        folder: the run folder, for the message.
+        index: the setting `data.index`, for the message.
+    Raises:
+        InputError: the videos differ. The memory and the labels of a checkpoint refer to positions in the index.
+    """
+    if before is None:
+        if distributed.is_main():
+            log.warning(
+                "The checkpoint is of an older version, which did not record the training videos: make sure that "
+                "data.index has the same rows in the same order as when the run began"
+            )
+        return
+    if before["rows"] == now["rows"]:
+        return
+    if before["any_order"] == now["any_order"]:
+        came = "the same videos in another order, or with the classes in another order"
+    elif before["paths"] == now["paths"]:
+        came = "the same videos with other labels or sources"
+    elif before["count"] != now["count"]:
+        came = f"{now['count']} videos"
+    else:
+        came = "other videos"
+    raise InputError(
+        f"data.index: the run in {str(folder)!r} was trained on {before['count']} videos, got {came} "
+        f"({index!r}). Resume with the index it began with, or start a new run with another --run.out"
+    )
+
+
+def _hash(rows: Iterable[tuple[str, ...]]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        for field in row:
+            raw = field.encode("utf-8", "surrogateescape")
+            digest.update(len(raw).to_bytes(8, "little") + raw)  # lengths: no two lists of fields read the same
+        digest.update(b"\n")
+    return digest.hexdigest()[:32]

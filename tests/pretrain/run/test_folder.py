@@ -1,0 +1,188 @@
+"""The run folder: one writer, nothing overwritten, a resume with the same settings, damaged checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.small_runs import Killed, assert_same, killed_at, rows, run, settings, stopped, trained
+
+from cpr_fast.errors import InputError
+from cpr_fast.pretrain.run.folder import LOCK, only_writer
+from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parents[3]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the tiny settings from start to end."""
+    return run(settings(tmp_path_factory.mktemp("straight") / "run"))
+
+
+# In the start-up fill, at the end of an epoch and of a cycle, while mining; with checkpoints at every step, every
+# second one (so that some steps are done twice) and at the ends of epochs alone.
+@pytest.mark.parametrize(("every", "death"), [(1, (0, 1)), (0, (1, 0)), (2, (2, 0)), (2, (2, 2)), (1, (3, 2))])
+def test_resume_equals_straight_through(finished, tmp_path, every, death):
+    out = tmp_path / "run"
+    config = settings(out, run={"out": str(out), "checkpoint_every": every})
+    with pytest.raises(Killed):
+        run(config, killed_at(*death))
+    run(config, resume=True)
+    assert_same(trained(finished), trained(out))
+    for kind in ("step", "epoch", "mined"):
+        assert rows(finished, kind) == rows(out, kind)
+    (note,) = rows(out, "note")
+    assert note["text"].startswith("resumed at step ")
+
+
+def test_resume_after_the_end_does_nothing(finished, tmp_path):
+    before = trained(finished)
+    count = len(rows(finished, "step"))
+    run(settings(finished), resume=True)
+    assert_same(before, trained(finished))
+    assert len(rows(finished, "step")) == count
+
+
+def test_optimiser_of_the_published_baseline_resumes(tmp_path):
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    sections = {
+        "optim": {"name": "sgd", "lr": 0.01},
+        "loss": {"protocol": "coclr"},
+        "memory": {"size": 10, "shuffle_bn_groups": 2},
+    }
+    run(settings(straight, **sections))
+    with pytest.raises(Killed):
+        run(settings(out, **sections), killed_at(3, 1))
+    run(settings(out, **sections), resume=True)
+    assert_same(trained(straight), trained(out))
+
+
+def test_resume_refuses_other_settings_and_missing_checkpoints(finished, tmp_path):
+    with pytest.raises(InputError, match=r"optim.lr: the run in .* has 0.001, got 0.5"):
+        run(settings(finished, optim={"lr": 0.5}), resume=True)
+    with pytest.raises(InputError, match=r"data.batch_size x processes: the run in .* has 6, got 3"):
+        run(settings(finished, data={"batch_size": 3, "frames": 5, "size": 20}), resume=True)
+    with pytest.raises(CheckpointError, match=r"last.pt' does not exist"):
+        run(settings(tmp_path / "none"), resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished):
+    with pytest.raises(InputError, match=r"run.out: .* already holds a run \(checkpoints/last.pt\)"):
+        run(settings(finished))
+
+
+# ---- one writer ------------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused_and_changes_nothing(tmp_path):
+    out = tmp_path / "run"
+    with only_writer(out):
+        (out / "metrics.jsonl").write_text("of the first\n")
+        for resume in (False, True, "auto"):
+            with pytest.raises(InputError, match=rf"another run is writing to '.*run' \(process {os.getpid()} on "):
+                run(settings(out), resume=resume)
+        assert sorted(path.name for path in out.iterdir()) == [LOCK, "metrics.jsonl"]
+        assert (out / "metrics.jsonl").read_text() == "of the first\n"
+    run(settings(out))
+
+
+def test_the_lock_ends_with_its_process_however_it_ends(tmp_path):
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from cpr_fast.pretrain.run.folder import only_writer
+with only_writer(Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=rf"process {process.pid} on "), only_writer(tmp_path):
+        pass
+    process.kill()
+    process.communicate()
+    with only_writer(tmp_path):
+        pass
+
+
+# ---- which checkpoint ------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, tuple[str, int]]:
+    return {
+        path.name: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(folder.glob("step-*.pt"))
+    }
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_without_last_a_run_continues_from_its_newest_step(finished, tmp_path, resume):
+    out = stopped(tmp_path / "run")
+    checkpoints = out / "checkpoints"
+    (checkpoints / "last.pt").unlink()
+    with pytest.raises(InputError, match=r"already holds a run \(checkpoints/step-00000006.pt\)"):
+        run(settings(out))
+    run(settings(out), resume=resume)
+    assert_same(trained(finished), trained(out))
+    assert rows(finished, "step") == rows(out, "step")
+
+
+def test_a_finished_run_without_last_stays_as_it_is(tmp_path):
+    out = run(settings(tmp_path / "run"))
+    checkpoints = out / "checkpoints"
+    (checkpoints / "last.pt").unlink()
+    before, log = contents(checkpoints), (out / "metrics.jsonl").read_text()
+    run(settings(out), resume="auto")
+    assert contents(checkpoints) == before
+    assert (out / "metrics.jsonl").read_text().startswith(log)
+    assert len(rows(out, "outcome")) == 1
+    assert load_checkpoint(checkpoints / "last.pt")["step"] == 12
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text"])
+def test_a_damaged_checkpoint_is_set_aside(finished, tmp_path, damage, caplog):
+    out = stopped(tmp_path / "run")
+    for name in ("last.pt", "step-00000006.pt"):
+        path = out / "checkpoints" / name
+        content = {"empty": b"", "truncated": path.read_bytes()[:5000], "text": b"not a checkpoint"}[damage]
+        path.unlink()
+        path.write_bytes(content)
+    run(settings(out), resume=True)
+    assert "continuing from step-00000003.pt, after step 3" in caplog.text
+    kept = sorted(path.name for path in (out / "checkpoints").glob("*.damaged"))
+    assert kept == ["last.pt.damaged", "step-00000006.pt.damaged"]
+    assert_same(trained(finished), trained(out))
+    assert rows(finished, "step") == rows(out, "step")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path):
+    out = stopped(tmp_path / "run")
+    for path in (out / "checkpoints").iterdir():
+        path.unlink()
+        path.write_bytes(b"")
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    for resume in (True, "auto"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint in '.*' can be read: last.pt is empty; step-"):
+            run(settings(out), resume=resume)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == names
+
+
+def test_a_checkpoint_of_a_newer_version_is_not_passed_over(tmp_path):
+    out = stopped(tmp_path / "run")
+    last = out / "checkpoints" / "last.pt"
+    last.unlink()
+    save_checkpoint(last, {"version": 99})
+    with pytest.raises(CheckpointError, match=r"has version 99; expected"):
+        run(settings(out), resume="auto")
+    assert last.exists()

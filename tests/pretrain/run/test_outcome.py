@@ -1,0 +1,107 @@
+"""The outcome of a run: what was learnt, from the rows of its metrics, also of a run that was resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from support.small_runs import INDEX, Killed, killed_at, rows, run, settings
+from support.stand_in_loader import RandomLoader
+
+from cpr_fast.data.index.index import Index
+from cpr_fast.pretrain.run.loop import pretrain
+from cpr_fast.pretrain.run.outcome import outcome
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RGB = {"view": "rgb", "epochs": 2, "mining": "none"}
+
+
+def of(tmp_path, index=INDEX, cycles=(RGB,), **sections) -> dict:
+    config = settings(tmp_path / "run", schedule={"cycles": list(cycles)}, **sections)
+    (row,) = rows(pretrain(config, index=index, make_loader=RandomLoader, progress=False), "outcome")
+    return row
+
+
+def test_a_run_that_learns(tmp_path):
+    config = settings(tmp_path / "run")
+    folder = run(config)
+    (row,) = rows(folder, "outcome")
+    epochs = rows(folder, "epoch")
+    assert row["learnt"] and row["step"] == 12
+    assert [cycle["learnt"] for cycle in row["cycles"]] == [True, True]
+    assert [cycle["learning_steps"] for cycle in row["cycles"]] == [4, 4]  # two steps of each cycle fill the memory
+    assert row["cycles"][0]["loss_first"] == epochs[0]["loss"] and row["cycles"][0]["loss_last"] == epochs[1]["loss"]
+    assert row["cycles"][1]["pmr_last"] == epochs[3]["pmr"]
+    assert row["text"].startswith("First and last epoch: rgb (cycle 1) loss ")
+    assert all(epoch["weights_change"] > 0 for epoch in epochs)
+
+
+def test_a_resumed_run_has_the_same_outcome(tmp_path):
+    straight = run(settings(tmp_path / "straight"))
+    with pytest.raises(Killed):
+        run(settings(tmp_path / "run"), killed_at(2, 1))
+    assert rows(tmp_path / "run", "outcome") == []
+    folder = run(settings(tmp_path / "run"), resume=True)
+    assert rows(folder, "outcome") == rows(straight, "outcome")
+    run(settings(tmp_path / "run"), resume=True)  # nothing left to do
+    assert rows(folder, "outcome") == rows(straight, "outcome")
+
+
+def test_a_memory_that_is_never_full(tmp_path):
+    row = of(tmp_path, memory={"size": 60})
+    assert not row["learnt"] and row["text"].startswith("This run has learnt nothing")
+    assert any("its queue was never full" in text and "memory.size is 60" in text for text in row["warnings"])
+    assert row["cycles"][0]["learning_steps"] == 0
+
+
+def test_one_cycle_of_two(tmp_path):
+    row = of(tmp_path, cycles=[RGB, RGB | {"epochs": 1}], memory={"size": 18})
+    assert row["learnt"] and [cycle["learnt"] for cycle in row["cycles"]] == [True, False]
+    assert row["text"].startswith("1 of 2 cycles learnt. ")
+
+
+@pytest.mark.parametrize("optim", [{"lr": 1e-30}, {"name": "sgd", "lr": 1e-30}])
+def test_a_rate_too_small_to_move_a_weight(tmp_path, optim):
+    row = of(tmp_path, optim=optim)
+    assert not row["learnt"]
+    assert any("no weight changed: the learning rate is too small" in text for text in row["warnings"])
+
+
+def test_a_loss_that_is_zero(tmp_path):
+    """One label for all: every entry is a positive, and Adam's weight decay moves the weights all the same."""
+    index = Index([dataclasses.replace(video, label="same") for video in INDEX])
+    row = of(tmp_path, index=index, cycles=[RGB | {"mining": "label"}])
+    assert not row["learnt"]
+    assert any("its loss was 0" in text for text in row["warnings"])
+
+
+def test_a_cascade_that_mines_nothing(tmp_path):
+    index = Index([dataclasses.replace(video, source="one") for video in INDEX])
+    row = of(tmp_path, index=index, cycles=[RGB | {"mining": "cascade"}])
+    assert any("the cascade mined nothing" in text for text in row["warnings"])
+
+
+def test_features_that_collapsed(tmp_path):
+    row = of(tmp_path, health={"min_feature_std": 1.5})
+    assert any("the features have collapsed" in text for text in row["warnings"])
+
+
+def test_videos_that_could_not_be_read(tmp_path):
+    class Skipping(RandomLoader):
+        skipped = tuple((f"/{i}", "is empty") for i in range(6))
+
+    config = settings(tmp_path / "run", schedule={"cycles": [RGB]})
+    (row,) = rows(run(config, Skipping), "outcome")
+    assert "6 of 18 videos could not be read and were replaced by others" in row["warnings"]
+
+
+def test_rows_of_an_older_version():
+    """They do not say whether weights moved; a loss is enough, then."""
+    old = [{"kind": "epoch", "cycle": 0, "epoch": e, "loss": loss, "pmr": None} for e, loss in enumerate([3.0, 2.0])]
+    row = outcome(old, settings("run", schedule={"cycles": [RGB]}), 6, 18, [])
+    assert row["learnt"] and row["cycles"][0]["learning_steps"] is None
+    rising = [{**epoch, "epoch": e, "loss": 2.0 + e} for e, epoch in enumerate([*old, *old])]
+    row = outcome(rising, settings("run", schedule={"cycles": [RGB]}), 6, 18, [])
+    assert any("the loss did not fall (2.000 in its first epoch with a loss, 5.000 in its last)" in text
+               for text in row["warnings"])  # fmt: skip

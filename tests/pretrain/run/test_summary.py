@@ -1,0 +1,67 @@
+"""What a run prints: its summary, the time left, and the next commands."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from support.small_runs import INDEX, settings
+from support.stand_in_loader import RandomLoader
+
+from cpr_fast.pretrain.run import summary
+from cpr_fast.pretrain.run.loop import pretrain
+from cpr_fast.pretrain.run.summary import Pace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_start_and_end_are_printed(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    out = tmp_path / "run"
+    config = settings(out, data={"index": "set/index.csv", "batch_size": 6, "frames": 5, "size": 20})
+    pretrain(config, index=INDEX, make_loader=RandomLoader, progress=True)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "Pretraining on 18 videos of 9 sources, 4 classes"
+    assert lines[1] == "  3 steps per epoch (batch size 6), 12 steps in total, on cpu"
+    assert lines[2] == (
+        "  cycle 1 (rgb, mining none): 2 epochs, queue of 10 entries, full after 2 steps (33% of the cycle); "
+        "learning starts then"
+    )
+    assert lines[4] == f"  Run folder: {out}"
+    assert lines[-3].startswith("Finished after 12 steps. First and last epoch: rgb (cycle 1) loss ")
+    assert lines[-2] == f"Next:  cpr-fast retrieve {out}/checkpoints/last.pt --index set/index.csv"
+    assert lines[-1] == f"       cpr-fast report {out}"
+
+
+def test_without_progress_nothing_but_warnings_is_printed(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    pretrain(settings(tmp_path), index=INDEX, make_loader=RandomLoader, progress=False)
+    assert all(record.levelno >= logging.WARNING for record in caplog.records)
+
+
+def test_time_left_counts_both_kinds_of_steps():
+    pace = Pace(filling=10, learning=20)
+    assert pace.left_s() is None and pace.news() is None
+    for _ in range(4):
+        pace.step(1.0, learns=False)
+    assert pace.left_s() == pytest.approx(6 + 20)  # of learning steps nothing is known yet
+    for _ in range(6):
+        pace.step(1.0, learns=False)
+    for _ in range(2):
+        pace.step(3.0, learns=True)
+    assert pace.left_s() == pytest.approx(18 * 3)
+
+
+def test_the_expected_time_is_told_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(summary.time, "monotonic", lambda: now[0])
+    pace = Pace(filling=200, learning=1000)
+    told = []
+    for step in range(220):
+        now[0] += 1.0
+        pace.step(1.0 if step < 200 else 3.0, learns=step >= 200)
+        told.append(pace.news())
+    told = [text for text in told if text]
+    assert len(told) == 2
+    assert told[0].startswith("Expected time: more than ") and "once the queue is full" in told[0]
+    assert told[1] == "Expected time: about 49 min 15 s left (3 s per step, measured)"
