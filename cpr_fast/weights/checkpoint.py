@@ -8,6 +8,7 @@ query encoder}, `step`, `epoch` (steps and epochs done), `cycle` (number of the 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -112,9 +113,9 @@ def read_torch(path: str | Path, *, device: torch.device | str = "cpu", expected
         raise CheckpointError(f"checkpoint {str(path)!r} does not exist; {expected}")
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot read checkpoint {str(path)!r}: {error.strerror or error}") from error
     except Exception as error:  # the unpickler raises any exception in a damaged or foreign file
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch's own for some truncated files
+            raise CheckpointError(f"cannot read checkpoint {str(path)!r}: {error.strerror or error}") from error
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             text = f"checkpoint {str(path)!r} would run code to be read ({code[1]}); {expected}"
             raise CheckpointError(text) from error
