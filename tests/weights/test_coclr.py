@@ -126,5 +126,5 @@ def test_arguments_of_a_script_are_read_but_code_is_not(tmp_path):
     torch.save({"opt": argparse.Namespace(lr=0.01), "state_dict": state}, tmp_path / "a.pt")
     assert import_checkpoint(tmp_path / "a.pt", tmp_path / "ours.pt")["source"] == "coclr"
     torch.save({"opt": Trap(), "state_dict": state}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"would run code to be read \(builtins.print\)"):
+    with pytest.raises(CheckpointError, match=r"would run code to be read \(\S*print\)"):
         import_checkpoint(tmp_path / "a.pt", tmp_path / "ours.pt")
