@@ -38,7 +38,7 @@ class FlowEstimate:
     pairs: int  # of frames
     disk_bytes: int
     core_s: float | None  # CPU time, all threads together
-    wall_s: float | None  # with the threads and the device of this process
+    wall_s: float | None  # with the threads and the device of this process, on an otherwise idle machine
 
 
 def estimate_flow(
@@ -66,7 +66,9 @@ def describe(estimate: FlowEstimate, out: Path) -> list[str]:
     if estimate.wall_s is not None:
         hours = estimate.core_s / 3600
         hours = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2f}"
-        lines.append(f"  expected time: about {duration(estimate.wall_s)} in this process ({hours} core-hours)")
+        lines.append(
+            f"  expected time: about {duration(estimate.wall_s)} on an otherwise idle machine ({hours} core-hours)"
+        )
     free = free_bytes(out)
     lines.append(f"  expected disk: about {size(estimate.disk_bytes)} in {out} ({size(free)} are free)")
     if estimate.disk_bytes > free:
@@ -107,7 +109,8 @@ def _measure(videos: list[Video], solver: FlowSolver) -> tuple[float, float] | N
     store_s = READ_AND_STORE_S / len(os.sched_getaffinity(0))
     if solver.device.type == "cuda":  # the device solves while the CPU reads and stores
         return READ_AND_STORE_S, max(elapsed_s / pixels, store_s)
-    return cpu_s / pixels + READ_AND_STORE_S, elapsed_s / pixels / torch.get_num_threads() + store_s
+    # CPU time, because the elapsed time of a single pair says little on a machine that is busy with other work.
+    return cpu_s / pixels + READ_AND_STORE_S, cpu_s / pixels / torch.get_num_threads() + store_s
 
 
 def _measure_video(video: Video, solver: FlowSolver) -> tuple[float, float, int]:
@@ -118,8 +121,7 @@ def _measure_video(video: Video, solver: FlowSolver) -> tuple[float, float, int]
     first = (video.num_frames - frames) // 2
     gray = read_frames(video.path, np.arange(first, first + frames), "gray", video.num_frames)
     pairs = np.stack([gray[:-1], gray[1:]], axis=1)
-    if cuda:
-        solver.levels(pairs)  # the first call loads the kernels
+    solver.levels(pairs if cuda else pairs[..., :16, :16])  # the first call loads the library, or the kernels
     cpu, elapsed = time.thread_time(), time.perf_counter()
     solver.levels(pairs)
     return time.thread_time() - cpu, time.perf_counter() - elapsed, pairs[:, 0].size

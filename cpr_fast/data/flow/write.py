@@ -10,6 +10,7 @@ Letters: N frames of a video, H x W pixels.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -77,16 +78,15 @@ def write_flow(
         raise InputError(f"--shard: expected i/n with 0 <= i < n, got {number}/{count}")
     solver = FlowSolver(flow_device(device), compute)
     index = Index.load(index_csv, require_flow=False)
-    if not os.access(index_csv.resolve().parent, os.W_OK):
-        raise InputError(f"the folder of the index {str(index_csv)!r} is read-only, but its column flow_path is to be "
-                         "filled; copy the index to a folder that can be written")  # fmt: skip
+    _require_writable(index_csv)
     share = range(number, len(index), count)
     with STORAGES[storage](index, index_csv.parent, out, shard) as store:
         todo = [position for position in share if not store.holds(position)]
         if progress:
             _announce(index_csv, index, share, todo, out, storage, solver, count)
         began = time.perf_counter()
-        problems = _compute_all(index, todo, solver, store, progress)
+        with _disk_full_named(out):
+            problems = _compute_all(index, todo, solver, store, progress)
     elapsed_s = time.perf_counter() - began
     failed = {problem.path for problem in problems}
     pairs = sum(index[p].num_frames - 1 for p in todo if index[p].path not in failed)
@@ -108,6 +108,12 @@ def write_flow(
         "counts": dict(Counter(problem.kind for problem in problems)),
         "problems": [{"path": str(p.path), "kind": p.kind, "reason": p.reason} for p in problems],
     }
+
+
+def _require_writable(index_csv: Path) -> None:
+    if not os.access(index_csv.resolve().parent, os.W_OK):
+        raise InputError(f"the folder of the index {str(index_csv)!r} is read-only, but its column flow_path is to be "
+                         "filled; copy the index to a folder that can be written")  # fmt: skip
 
 
 def _announce(
@@ -138,6 +144,18 @@ def _compute_all(index: Index, todo: list[int], solver: FlowSolver, store: Store
                 problems.append(problem)
                 unreadable.add(problem.path, problem.reason, "no flow of")
     return problems
+
+
+@contextmanager
+def _disk_full_named(out: Path) -> Iterator[None]:
+    """Turns the error of a full disk into bad input that names the option; other errors are left as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"--out: {error.strerror} in {str(out)!r}; complete flow is kept, so free some space and run "
+                         "the same command again") from error  # fmt: skip
 
 
 def _store_all(index: Index, todo: list[int], solver: FlowSolver, store: Store) -> Iterator[Problem | None]:

@@ -88,7 +88,7 @@ def test_a_failure_while_encoding_stops_the_run_and_leaves_no_half_file(data_set
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("cpr_fast.data.flow.files.os.replace", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="^--out: No space left .*flow'; complete flow is kept"):
         write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
     assert not [path for path in (tmp_path / "flow").rglob("*") if path.is_file()]
 
