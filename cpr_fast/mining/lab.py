@@ -1,4 +1,6 @@
-"""The mining lab: how well any cascade mines on stored two-view features [paper, Tables 1, 2 and 4, without training].
+"""The mining lab: measures the mining of any cascade on stored features of two views, without training.
+
+The settings are those of Tables 1, 2 and 4 of the paper.
 
 Every row queries all others; its own row and its siblings are excluded by ids, as in pretraining.
 Letters: N rows, D feature width, n stages, K memory entries (here N), P positives mined per query.
@@ -31,7 +33,7 @@ from cpr_fast.ops import cascade_select
 from cpr_fast.runtime.progress import track
 
 ARRAYS = ("rgb", "flow", "label", "group")
-QUERY_CHUNK = 4096  # queries mined at once: bounds what the kernel allocates
+QUERY_CHUNK = 4096  # number of queries mined at once, which bounds the memory of the kernel
 RATES = {
     "PMR": "pmr",
     "R@1": "r1",
@@ -41,7 +43,7 @@ RATES = {
     "agree-\nment": "view_agreement",
     "mutual": "mutual_neighbours",
 }
-# Eleven columns fit a terminal of 80 characters.
+# Eleven columns fit into a terminal of 80 characters.
 _NARROW = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
 
 
@@ -56,13 +58,14 @@ class TwoViewFeatures:
 
 
 def load_two_view_features(path: str | Path, *, raw: bool = False) -> TwoViewFeatures:
-    """Features from an .npz file of the arrays `rgb`, `flow` [N, D] and `label`, `group` [N].
+    """Reads features from an .npz file of the arrays `rgb`, `flow` [N, D] and `label`, `group` [N].
 
     Args:
-        path: the file; features are of any floating point type, labels and groups integers or strings.
-        raw: take the features as they are; otherwise each view is centred by its mean and L2-normalised.
+        path: The file. Features may have any floating point type; labels and groups are integers or strings.
+        raw: Take the features as they are; otherwise each view is centred by its mean and L2-normalised.
     Raises:
-        InputError: the file is no .npz, an array is missing or misshaped, or a feature is not finite.
+        InputError: The file is not an .npz file, an array is missing or has the wrong shape, or a feature is not
+            finite.
     """
     arrays = _read_arrays(Path(path))
     features = {}
@@ -71,7 +74,7 @@ def load_two_view_features(path: str | Path, *, raw: bool = False) -> TwoViewFea
             raise InputError(f"{path}: {view}: expected floating point [N, D], got {_describe(arrays[view])}")
         if arrays[view].shape != arrays["rgb"].shape:
             raise InputError(f"{path}: flow: expected the shape of rgb {arrays['rgb'].shape}, got {arrays[view].shape}")
-        with np.errstate(over="ignore"):  # what does not fit is found below
+        with np.errstate(over="ignore"):  # values that overflow are found below
             features[view] = torch.from_numpy(arrays[view].astype(np.float32))
         broken = (~features[view].isfinite()).any(1).nonzero().flatten()
         if len(broken):
@@ -100,15 +103,15 @@ def sweep(
     device: str = "auto",
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """Mining quality of every cascade of the product of the settings, the stages varying fastest.
+    """Measures the mining quality of every combination of the settings; the stages vary fastest.
 
     Args:
         stages: n; the ranking starts and ends in the view that is not the query's (n odd).
         ratios: r in (0, 1]: stage s < n keeps ``max(top_k, int(N * r**s))``.
         top_ks: P, what the last stage keeps, at most N.
         orders: views of the stages as letters, "frf" = flow, RGB, flow; given, they replace stages and query views.
-        details: also what each stage keeps and loses, and the signs that need no labels; ten times slower. Data
-            without any label always has them: there is nothing else to tell.
+        details: also measure what each stage keeps and loses, and the proxies that need no labels; ten times slower.
+            Without any label the details are always measured, because nothing else can be.
     Returns:
         Rows of `stages`, `ratio`, `top_k`, `query_view`, `order`, and as fractions (None where no label is known):
         `pmr`, `r1` (the first mined entry is a true positive), `cmr_median` and `cmr_mean` over classes (unit source),
@@ -136,18 +139,21 @@ def sweep(
 
 
 def view_order(query_view: View, stages: int) -> str:
-    """SV(1..n) as letters, "frf": alternating, and ending in the view that is not the query's [paper, Fig. 1]."""
+    """Returns SV(1..n) as letters, such as "frf": alternating, and ending in the view that is not the query's.
+
+    Source: Fig. 1 of the paper.
+    """
     own, other = ("r", "f") if query_view == "rgb" else ("f", "r")
     return "".join((own, other)[view] for view in stage_views(stages))
 
 
 def query_view(order: str) -> View:
-    """The view whose training a cascade of this order serves: the one it does not end in."""
+    """Returns the view whose training uses a cascade of this order: the view that it does not end in."""
     return "rgb" if order.endswith("f") else "flow"
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows of `sweep` for a terminal, rates in percent, the highest of each rate in bold."""
+    """Returns the rows of `sweep` as a table: rates in percent, the highest of each column in bold."""
     caption = "in percent; CMR: median over classes, unit source"
     table = Table(**_NARROW, caption=caption, caption_justify="left")
     for heading in ("n", "views", "top-k", "ratio"):
@@ -163,7 +169,7 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def survivors_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What the deepest cascade of detailed `sweep` rows keeps, stage by stage, in percent."""
+    """Returns a table of what the deepest cascade of detailed `sweep` rows keeps after each stage, in percent."""
     row = max(rows, key=lambda row: row["stages"])
     names = {"r": "RGB", "f": "flow"}
     caption = f"survivors of {row['order']}, ratio {row['ratio']:g}, top-{row['top_k']}, in percent"
@@ -179,7 +185,7 @@ def survivors_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 @dataclass(frozen=True)
 class Cascade:
-    """A cascade over features that query one another."""
+    """A cascade over rows of features that query one another."""
 
     features: Tensor  # [2, N, D] float32: RGB, flow
     ids: Tensor  # [N] int64, equal for siblings
@@ -187,14 +193,14 @@ class Cascade:
     keep: Sequence[int]  # n
 
     def mine(self, rows: Tensor) -> Tensor:
-        """What the cascade mines for the queries at these rows, [len(rows), P] int64, -1 where fewer remain."""
+        """Returns what the cascade mines for the queries at these rows: [len(rows), P] int64, -1 where fewer remain."""
         queries = self.features[:, rows]
         return cascade_select(
             queries, self.features, self.views, self.keep, query_ids=self.ids[rows], memory_ids=self.ids
         )[0]
 
     def details(self, rows: Tensor, mined: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Rates of each query beyond those of `MiningQuality`, {name: [len(rows)]}; labels [N]."""
+        """Returns the rates of each query that `MiningQuality` does not have, {name: [len(rows)]}; labels is [N]."""
         ids = {"query_ids": self.ids[rows], "memory_ids": self.ids}
         query_view = self.features[1 - self.views[-1]]
         survivors = survivor_rates(
@@ -208,7 +214,7 @@ class Cascade:
 
 
 def _mine_all(cascade: Cascade, data: TwoViewFeatures, details: bool) -> dict[str, float | None]:
-    """`MiningQuality.summary` of one cascade in which all rows query one another."""
+    """Returns `MiningQuality.summary` of one cascade in which all rows query one another."""
     device = cascade.features.device
     labels, quality = data.labels.to(device), None
     for rows in torch.arange(len(labels), device=device).split(QUERY_CHUNK):
@@ -253,22 +259,22 @@ def _check_settings(
     settings = {"stages": stages, "ratio": ratios, "top_k": top_ks, "query_view": query_views}
     for name, values in settings.items():
         if not values:
-            raise InputError(f"{name}: expected at least one value, got none")
+            raise InputError(f"--{name}: expected at least one value, got none")
     for n in stages:
         if n < 1:
-            raise InputError(f"stages: expected at least 1, got {n}")
+            raise InputError(f"--stages: expected at least 1, got {n}")
     for ratio in ratios:
         if not 0 < ratio <= 1:
-            raise InputError(f"ratio: expected a fraction in (0, 1], got {ratio}")
+            raise InputError(f"--ratio: expected a fraction in (0, 1], got {ratio}")
     for top_k in top_ks:
         if not 1 <= top_k <= rows:
-            raise InputError(f"top_k: expected 1..{rows} (the number of rows), got {top_k}")
+            raise InputError(f"--top-k: expected 1 to {rows} (the number of rows), got {top_k}")
     for view in query_views:
         if view not in ("rgb", "flow"):
-            raise InputError(f"query_view: expected 'rgb' or 'flow', got {view!r}")
+            raise InputError(f"--query-view: expected 'rgb' or 'flow', got {view!r}")
     for order in orders:
         if not order or set(order) - {"r", "f"}:
-            raise InputError(f"order: expected letters r (RGB) and f (flow), 'frf' for instance, got {order!r}")
+            raise InputError(f"--order: expected letters r (RGB) and f (flow), such as 'frf', got {order!r}")
 
 
 def _describe(array: np.ndarray) -> str:

@@ -1,9 +1,12 @@
-"""Signs of good mining that need no labels: view agreement, mutual neighbours, age (and hubness: `mining_quality`).
+"""Proxies of mining quality that need no labels: view agreement, mutual neighbours, age of the mined entries.
 
-Everything runs on the device of its inputs and never syncs with the host.
+Hubness, another one, is in `quality`.
+
+Everything runs on the device of its inputs without synchronising with the host.
 Letters: B queries, K memory slots, D feature width, P positives mined per query.
-A cascade ranks its last survivors in the *other* view; both agreement rates ask the *query* view, which did not rank
-them. On `bench/results/mining_lab.md`'s features they order the cascades as PMR does; in the ranking view they do not.
+A cascade ranks its last survivors in the *other* view. Both agreement rates use the *query* view, which did not rank
+them: on the features of `bench/results/mining_lab.md` they order the cascades as PMR does; in the ranking view they do
+not.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ from cpr_fast.ops import cascade_select
 
 
 def view_agreement(queries: Tensor, memory: Tensor, mined: Tensor, *, query_ids: Tensor, memory_ids: Tensor) -> Tensor:
-    """How near the mined entries are in a view that did not rank them, [B] float32; .5 by chance, NaN if none mined.
+    """Returns how near the mined entries are in a view that did not rank them: [B] float32, .5 by chance.
 
-    Of one query, the mean over its mined entries x::
+    NaN where nothing was mined. For one query it is the mean over its mined entries x of::
 
         1 - |{candidates nearer to the query than x}| / |candidates|
 
@@ -39,11 +42,11 @@ def view_agreement(queries: Tensor, memory: Tensor, mined: Tensor, *, query_ids:
 def mutual_neighbours(
     queries: Tensor, memory: Tensor, mined: Tensor, *, query_ids: Tensor, memory_ids: Tensor
 ) -> Tensor:
-    """Share of the mined entries that would have the query among their own P nearest, [B] float32; NaN if none mined.
+    """Returns the share of the mined entries whose own P nearest entries include the query: [B] float32.
 
-    An entry's nearest are what it may mine itself: the memory without its own source. Whether the queries are in the
-    memory or not, an entry counts when the query is at least as near as its P-th nearest, to the rounding of a float32
-    dot product. Arguments as in `view_agreement`.
+    NaN where nothing was mined. The nearest entries of an entry are those that it may mine itself: the memory without
+    its own source. Whether the queries are in the memory or not, an entry counts if the query is at least as near as
+    its P-th nearest entry, up to the rounding of a float32 dot product. The arguments are those of `view_agreement`.
     Cost: a one-stage `cascade_select` of B * P queries.
     """
     slots = mined.clamp(min=0).flatten()
@@ -52,22 +55,22 @@ def mutual_neighbours(
     _, nearest = cascade_select(
         entries[None], memory[None], [0], [mined.shape[1]], query_ids=own_ids, memory_ids=memory_ids
     )  # scores [B*P, P], best first
-    products = queries[:, None] * entries.unflatten(0, mined.shape)  # [B, P, D]; no GEMM: those may be TensorFloat-32
+    products = queries[:, None] * entries.unflatten(0, mined.shape)  # [B, P, D]; matmul may use TF32
     rounding = 2 * products.shape[2] * 2**-24 * queries.norm(dim=1)[:, None] * entries.norm(dim=1).view(mined.shape)
     return _mean_over_mined((products.sum(2) >= nearest[:, -1].view(mined.shape) - rounding).float(), mined)
 
 
 def mined_age(mined: Tensor, written_at: Tensor, step: int) -> Tensor:
-    """Mean age of the mined entries in steps, [B] float32; NaN where nothing was mined.
+    """Returns the mean age of the mined entries in steps: [B] float32, NaN where nothing was mined.
 
     Args:
-        written_at: [K] int64, the step that wrote each slot.
-        step: the one under way.
+        written_at: [K] int64, the step in which each slot was written.
+        step: The present step.
     """
     return _mean_over_mined((step - written_at[mined.clamp(min=0)]).float(), mined)
 
 
 def _mean_over_mined(values: Tensor, mined: Tensor) -> Tensor:
-    """[B, P] -> [B], padding left out."""
+    """Returns the mean over P without the padding: [B, P] -> [B]."""
     there = mined >= 0
     return (values * there).sum(1) / there.sum(1)

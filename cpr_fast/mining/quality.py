@@ -1,8 +1,8 @@
-"""How good the mined positives are: PMR, mining R@1, CMR [paper, Eq. 3, 4], and how evenly they are spread.
+"""Quality of the mined positives: PMR, mining R@1, CMR [paper, Eq. 3, 4], and how evenly entries are mined.
 
-Everything runs on the device of its inputs and never syncs with the host, except `MiningQuality.summary`.
+Everything runs on the device of its inputs without synchronising with the host, except `MiningQuality.summary`.
 Letters: B queries, P positives mined per query, K memory slots, N videos of the index, C classes, U units.
-Labels are class positions, -1 where unknown. Own video and siblings never appear: mining excludes them.
+Labels are class numbers, -1 where unknown. A query's own video and its siblings never appear: mining excludes them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 Unit = Literal["source", "video"]
-HUB_SHARE = 0.01  # of the videos: the hubs are those mined most often
-_SUMS = ("totals", "counts", "right", "right_of_class")  # what an epoch adds up
+HUB_SHARE = 0.01  # fraction of the videos that count as hubs: those mined most often
+_SUMS = ("totals", "counts", "right", "right_of_class")  # tensors that are summed over an epoch
 
 
 def gather_slots(values: Tensor, mined: Tensor) -> Tensor:
-    """Per-slot `values` [K] int64 at the `mined` slots [B, P] int64, and -1 where a slot is padding (-1)."""
+    """Returns `values` [K] int64 at the `mined` slots [B, P] int64, and -1 where a slot is padding (-1)."""
     return torch.where(mined >= 0, values[mined.clamp(min=0)], -1)  # [B, P]
 
 
 def candidates(query_ids: Tensor, memory_ids: Tensor) -> Tensor:
-    """Which slots a cascade may mine for a query, [B, K] bool: neither empty (id -1) nor of its own source.
+    """Returns which slots a cascade may mine for a query, [B, K] bool: not empty (id -1) and not of its own source.
 
     Args:
         query_ids, memory_ids: [B], [K] int64 source ids, as in `cascade_select`.
@@ -34,14 +34,14 @@ def candidates(query_ids: Tensor, memory_ids: Tensor) -> Tensor:
 
 
 def judge(mined_labels: Tensor, query_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Which mined entries are true positives, and which can be told at all.
+    """Returns which mined entries are true positives, and for which of them this is known.
 
     Args:
         mined_labels: [B, P] int64, -1 for padding or unknown.
         query_labels: [B] int64, -1 for unknown.
     Returns:
         true_positive [B, P] bool: the entry has the query's label.
-        known [B, P] bool: an entry was mined and both labels are known; the rest counts nowhere.
+        known [B, P] bool: an entry was mined and both labels are known; other entries are not counted.
     """
     if mined_labels.dim() != 2 or query_labels.shape != mined_labels.shape[:1]:
         raise ValueError(
@@ -53,17 +53,17 @@ def judge(mined_labels: Tensor, query_labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def positive_mining_rate(true_positive: Tensor, known: Tensor) -> Tensor:
-    """PMR [paper, Eq. 3]: ``|true positives| / |mined|`` of each query, [B] float32; NaN where nothing is known."""
+    """Returns PMR [paper, Eq. 3], ``|true positives| / |mined|`` of each query: [B] float32, NaN if unknown."""
     return true_positive.sum(1) / known.sum(1)
 
 
 def mining_r1(true_positive: Tensor, known: Tensor) -> Tensor:
-    """1 where the first mined entry is a true positive, else 0, [B] float32; NaN where it is not known."""
+    """Returns 1 where the first mined entry is a true positive, else 0: [B] float32, NaN where it is not known."""
     return true_positive[:, 0] / known[:, 0]
 
 
 def class_mining_rate(found: Tensor, unit_class: Tensor, num_classes: int) -> Tensor:
-    """CMR [paper, Eq. 4] of each class, [C] float32; NaN for a class without units.
+    """Returns CMR [paper, Eq. 4] of each class: [C] float32, NaN for a class without units.
 
     ``CMR(c) = |distinct true positives mined for the queries of c in an epoch| / |units of c|``
 
@@ -71,7 +71,7 @@ def class_mining_rate(found: Tensor, unit_class: Tensor, num_classes: int) -> Te
         found: [U] bool, the unit was mined as a true positive at least once.
         unit_class: [U] int64, -1 where unknown.
     """
-    bins = torch.where(unit_class >= 0, unit_class, num_classes)  # one more bin takes the unknown
+    bins = torch.where(unit_class >= 0, unit_class, num_classes)  # an additional bin for the unknown
     counts = torch.zeros(2, num_classes + 1, device=found.device)
     counts[0].index_add_(0, bins, found.float())
     counts[1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float32))
@@ -79,7 +79,7 @@ def class_mining_rate(found: Tensor, unit_class: Tensor, num_classes: int) -> Te
 
 
 def class_units(labels: Tensor, sources: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
-    """The things CMR counts: unit of every video [N] int64, and class of every unit [U] int64.
+    """Returns the units that CMR counts: the unit of every video [N] int64, and the class of every unit [U] int64.
 
     A "source" is the pair of class and source id, so one source cut into clips of two classes is a unit of each.
     The paper's printed rates are multiples of 1/18, the source groups per class of UCF101: its unit is the source.
@@ -95,37 +95,39 @@ def class_units(labels: Tensor, sources: Tensor, unit: Unit) -> tuple[Tensor, Te
 
 
 def mined_counts(mined: Tensor, size: int) -> Tensor:
-    """How often each of `size` entries was mined, [size] int64; `mined` is int64 of any shape, -1 for padding."""
-    counts = torch.zeros(size + 1, dtype=torch.int64, device=mined.device)  # one more takes the padding
+    """Returns how often each of `size` entries was mined, [size] int64; `mined` has any shape, -1 for padding."""
+    counts = torch.zeros(size + 1, dtype=torch.int64, device=mined.device)  # an additional entry for the padding
     places = torch.where(mined >= 0, mined, size).flatten()
     return counts.index_add_(0, places, torch.ones_like(places))[:size]
 
 
 def hubness(counts: Tensor) -> Tensor:
-    """Skewness of how often the entries were mined [Radovanovic et al., JMLR 2010], 0-d float32; NaN if all equal.
+    """Returns the skewness of how often the entries were mined: 0-d float32, NaN if all are equal.
 
-    Around 0 every entry is mined about as often as the next; far above 1 a few hubs are mined for everything.
+    Around 0 all entries are mined about equally often; far above 1 a few hubs are mined for most queries.
+    Source: Radovanovic et al., JMLR 2010.
     """
     spread = counts.double() - counts.double().mean()
     return (spread.pow(3).mean() / spread.square().mean().pow(1.5)).float()
 
 
 def hub_share(counts: Tensor) -> Tensor:
-    """Share of all mined entries that fall on the 1 % (at least one) mined most often, 0-d float32; NaN if none."""
+    """Returns the share of all mined entries that fall on the 1 % (at least one) mined most often: 0-d float32."""
     hubs = max(1, round(HUB_SHARE * len(counts)))
     return counts.topk(hubs).values.sum() / counts.sum()
 
 
 class MiningQuality:
-    """The mining of an epoch of batches, accumulated on the device: PMR, mining R@1, CMR, hubness and more means.
+    """Accumulates the mining quality of an epoch on the device: PMR, mining R@1, CMR, hubness and further means.
 
     Args:
         labels: [N] int64 class of every video of the training index, -1 where unknown.
         sources: [N] int64 source id of every video.
-        top_k: the most that is mined for a query.
-        extra: names of further rates per query that `update` will be given.
-    Ranks combine by summing `totals`, `counts`, `right` and `right_of_class` and taking the maximum of each tensor in
-    `found`.
+        top_k: Largest number of entries mined for a query.
+        extra: Names of further rates per query that `update` will be given.
+
+    Processes combine their results by summing `totals`, `counts`, `right` and `right_of_class` and taking the maximum of
+    each tensor in `found`.
     """
 
     def __init__(
@@ -146,9 +148,9 @@ class MiningQuality:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the epoch."""
+        """Forgets the epoch."""
         device = self.labels.device
-        # Sums of each rate and the queries it was counted for; float64, for epochs of any length.
+        # The sum of each rate, and the number of queries it was counted for; float64 is exact for epochs of any length.
         self.totals = torch.zeros(2, len(self.names), dtype=torch.float64, device=device)
         self.counts = torch.zeros(len(self.labels), dtype=torch.int64, device=device)  # how often a video was mined
         self.right = torch.zeros(self.top_k + 1, dtype=torch.int64, device=device)  # queries with 0..P true positives
@@ -161,7 +163,7 @@ class MiningQuality:
     def update(
         self, mined_videos: Tensor, query_videos: Tensor, extra: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Count one batch; its mean PMR, mining R@1 and extra rates as 0-d float32 (NaN if nothing is known).
+        """Adds a batch, and returns its mean PMR, mining R@1 and extra rates as 0-d float32 (NaN if nothing is known).
 
         Args:
             mined_videos: [B, P] int64 videos of the mined slots, -1 for padding, best first.
@@ -182,17 +184,17 @@ class MiningQuality:
         if self.num_classes:
             self.right_of_class.index_add_(0, query_labels.clamp(min=0), right)  # 0 where the label is unknown
         for unit, (unit_of_video, _) in self._units.items():
-            # amax over int8 rather than boolean indexing: a mask would need its count on the host (a sync).
+            # amax over int8 instead of boolean indexing, which would wait for a count on the host.
             slots = unit_of_video[mined_videos.clamp(min=0)].flatten()
             self.found[unit].scatter_reduce_(0, slots, true_positive.flatten().to(torch.int8), "amax")
         return dict(zip(self.names, values.nanmean(1).unbind(), strict=True))
 
     def class_rates(self, unit: Unit = "source") -> Tensor:
-        """CMR of every class so far, [C] float32 on the device."""
+        """Returns CMR of every class so far: [C] float32 on the device."""
         return class_mining_rate(self.found[unit].bool(), self._units[unit][1], self.num_classes)
 
     def summary(self) -> dict[str, float | None]:
-        """The epoch on the host (one sync); None where there is nothing to tell, without labels for instance.
+        """Returns the results of the epoch on the host (one synchronisation); None where unknown, as without labels.
 
         `pmr`, `mining_r1` and the extra rates: means over queries. `cmr_median`, `cmr_mean` (unit source) and
         `cmr_median_video`: over classes. `hubness` over videos, `hub_share` of the 1 % mined most often, `mined_share`

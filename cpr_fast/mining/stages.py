@@ -1,6 +1,8 @@
-"""The stage rules of a cascade [CPR, arXiv 2201.07989, Algorithm 1 and Fig. 1]: pure functions of its settings.
+"""The rules for the stages of a cascade, as pure functions of its settings.
 
-View 0 is the query's, view 1 the other one.
+Source: CPR, arXiv 2201.07989, Algorithm 1 and Fig. 1.
+
+View 0 is the query's view, view 1 is the other one.
 """
 
 from __future__ import annotations
@@ -9,10 +11,9 @@ from typing import Literal
 
 
 def stage_views(stages: int, protocol: Literal["paper", "coclr"] = "paper") -> tuple[int, ...]:
-    """SV(s) for s = 1..n: the other view (1) if n - s is even, else the query view (0) [paper, Fig. 1].
+    """Returns SV(s) for s = 1..n: the other view (1) if n - s is even, else the query view (0) [paper, Fig. 1].
 
-    The published code ("coclr") starts and ends in the other view whatever n: for an even one the last two stages share
-    it.
+    The published code ("coclr") always starts and ends in the other view: for an even n the last two stages use it.
     """
     if protocol == "coclr":
         return (*(s % 2 for s in range(1, stages)), 1)
@@ -20,5 +21,5 @@ def stage_views(stages: int, protocol: Literal["paper", "coclr"] = "paper") -> t
 
 
 def stage_keep(stages: int, memory_size: int, ratio: float, top_k: int) -> tuple[int, ...]:
-    """Survivors of each stage: ``max(top_k, int(K * r**s))`` for s < n, top_k at last."""
+    """Returns the number of survivors of each stage: ``max(top_k, int(K * r**s))`` for s < n, and top_k for s = n."""
     return (*(max(top_k, int(memory_size * ratio**s)) for s in range(1, stages)), top_k)

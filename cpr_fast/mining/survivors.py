@@ -1,6 +1,6 @@
-"""What every stage of a cascade keeps and loses, judged by labels: survivor precision and recall.
+"""Precision and recall of the survivors of every stage of a cascade, measured with labels.
 
-Everything runs on the device of its inputs and never syncs with the host.
+Everything runs on the device of its inputs without synchronising with the host.
 Letters: V views, B queries, K memory slots, D feature width, n stages, P positives mined per query.
 """
 
@@ -28,23 +28,26 @@ def survivor_rates(
     query_labels: Tensor,
     memory_labels: Tensor,
 ) -> dict[str, Tensor]:
-    """Precision and recall of the survivors of stages 1..n, and what mining at random would reach.
+    """Returns precision and recall of the survivors of stages 1..n, and the precision of random mining.
 
-    With S(s) the entries that survive stage s and T the true positives among all that may be mined, of one query::
+    For one query, let S(s) be the entries that survive stage s, and T the true positives among all entries that may be
+    mined::
 
         precision(s) = |S(s) & T| / |S(s)|        recall(s) = |S(s) & T| / |T|
 
-    Precision after the last stage is the PMR [paper, Eq. 3]. Where recall falls from one stage to the next, that view
-    threw right entries away; where precision does not rise, the stage did nothing.
+    Precision after the last stage is the PMR [paper, Eq. 3]. Where recall falls from one stage to the next, the
+    stage discarded true positives; where precision does not rise, the stage had no effect.
 
     Args:
-        queries, memory, views, keep, query_ids, memory_ids: of `cascade_select`: [V, B, D], [V, K, D], n, n, [B], [K].
+        queries, memory, views, keep, query_ids, memory_ids: The arguments of `cascade_select`: [V, B, D], [V, K, D], n,
+            n, [B], [K].
         mined: [B, keep[-1]] int64 slots that this cascade selected, -1 for padding: its last survivors.
         query_labels, memory_labels: [B], [K] int64, -1 where unknown.
     Returns:
         {"pmr_chance": [B], "survivor_precision_s": [B], "survivor_recall_s": [B], for s = 1..n} float32; NaN where
-        nothing is known. Entries of unknown label count nowhere.
-    Cost: one cascade of s stages for every s < n: the survivors of a stage are the result of the cascade cut there.
+        nothing is known. Entries of unknown label are not counted.
+    Cost: one cascade of s stages for every s < n, since the survivors of a stage are the result of a cascade that ends
+    there.
     """
     allowed = candidates(query_ids, memory_ids) & (memory_labels >= 0) & (query_labels >= 0)[:, None]  # [B, K]
     right = (allowed & (memory_labels == query_labels[:, None])).sum(1)  # |T|, [B]

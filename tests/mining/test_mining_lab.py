@@ -240,13 +240,13 @@ def test_files_that_are_no_npz_are_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--top-k", "5", "62"], "top_k: expected 1..61 (the number of rows), got 62"),
-        (["--top-k", "0"], "top_k: expected 1..61 (the number of rows), got 0"),
-        (["--stages", "0"], "stages: expected at least 1, got 0"),
-        (["--ratio", "1.5"], "ratio: expected a fraction in (0, 1], got 1.5"),
-        (["--ratio", "nan"], "ratio: expected a fraction in (0, 1], got nan"),
-        (["--stages"], "stages: expected at least one value, got none"),
-        (["--order", "frx"], "order: expected letters r (RGB) and f (flow), 'frf' for instance, got 'frx'"),
+        (["--top-k", "5", "62"], "--top-k: expected 1 to 61 (the number of rows), got 62"),
+        (["--top-k", "0"], "--top-k: expected 1 to 61 (the number of rows), got 0"),
+        (["--stages", "0"], "--stages: expected at least 1, got 0"),
+        (["--ratio", "1.5"], "--ratio: expected a fraction in (0, 1], got 1.5"),
+        (["--ratio", "nan"], "--ratio: expected a fraction in (0, 1], got nan"),
+        (["--stages"], "--stages: expected at least one value, got none"),
+        (["--order", "frx"], "--order: expected letters r (RGB) and f (flow), such as 'frf', got 'frx'"),
     ],
 )
 def test_bad_settings_are_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):

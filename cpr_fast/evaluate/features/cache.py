@@ -1,8 +1,10 @@
-"""Stored features: one file per encoder and recipe, one row per video, so that nothing is embedded twice.
+"""The feature cache: one file per encoder and recipe, one row per video, so that no video is embedded twice.
 
-A row is found by the video's path, size and modification time, so splits and indexes that share videos share rows, a
-changed video is embedded anew, and a larger index embeds only what is new. The file's name is a digest of the weights,
-the recipe and the clip settings. Letters: M videos, F feature width.
+A row is identified by the video's path, size and modification time. So splits and indexes that share videos share rows,
+a changed video is embedded again, and a larger index only embeds its new videos. The file's name is a digest of the
+weights, the recipe and the clip settings.
+
+Letters: M videos, F feature width.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def digest(*parts: str | bytes) -> str:
-    """32 hexadecimal digits that name these parts."""
+    """Returns a digest of the parts: 32 hexadecimal digits."""
     sha = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -44,7 +46,7 @@ def digest(*parts: str | bytes) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """A digest of every parameter and buffer of a module, by name; about 0.05 s for an S3D."""
+    """Returns a digest of every parameter and buffer of a module, by name; this takes about 0.05 s for an S3D."""
     parts: list[str | bytes] = []
     for name, value in module.state_dict().items():
         value = value.detach().cpu().contiguous()
@@ -53,7 +55,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def video_digest(video: Video, view: str) -> str:
-    """A digest of what a view of a video is read from: its files as the file system shows them, and its length."""
+    """Returns a digest of the files that a view of a video is read from (path, size, time), and of its length."""
     files = [video.path] + ([video.flow_path] if view == "flow" and video.flow_path else [])
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return digest(json.dumps([stats, video.num_frames, video.flow_path is not None]))
@@ -63,8 +65,8 @@ class FeatureCache:
     """Rows of features in a folder, by embedding and video.
 
     Args:
-        folder: where the files lie; made on the first write.
-        identity: `Recipe.identity`.
+        folder: The folder of the files; it is created on the first write.
+        identity: The value of `Recipe.identity`.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
@@ -74,20 +76,20 @@ class FeatureCache:
         return self.folder / f"{embedding.view}-{digest(embedding.key, self._identity)}.safetensors"
 
     def load(self, embedding: Embedding) -> dict[str, tuple[Tensor, int]]:
-        """{video digest: (feature [F], windows)} of what is stored; a damaged file counts as none."""
+        """Returns the stored rows, {video digest: (feature [F], windows)}; a damaged file is treated as missing."""
         path = self.path(embedding)
         if not path.exists():
             return {}
         try:
             stored = load_file(path)
         except (SafetensorError, OSError) as error:
-            log.warning("%s cannot be read (%s): its features are computed anew", path, error)
+            log.warning("%s cannot be read (%s): its features are computed again", path, error)
             return {}
         names = [bytes(row).hex() for row in stored["videos"].numpy()]
         return dict(zip(names, zip(stored["features"], stored["windows"].tolist(), strict=True), strict=True))
 
     def store(self, embedding: Embedding, rows: Mapping[str, tuple[Tensor, int]]) -> None:
-        """Replaces the stored rows by `rows`, whole or not at all; a folder that cannot be written costs a warning."""
+        """Replaces the stored rows by `rows`, completely or not at all; warns if the folder cannot be written."""
         path = self.path(embedding)
         names = torch.tensor([list(bytes.fromhex(name)) for name in rows], dtype=torch.uint8)  # [M, 16]
         tensors = {
@@ -104,7 +106,7 @@ class FeatureCache:
             finally:
                 temporary.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
-            log.warning("features are not kept: %s", error)
+            log.warning("features cannot be stored: %s", error)
 
 
 def embed_index(
@@ -116,15 +118,15 @@ def embed_index(
     description: str = "features",
     progress: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Features of the videos of `part` by every embedding, read from the cache where they are there.
+    """Returns the features of the videos of `part` by every embedding, from the cache where they are stored.
 
-    Under `torchrun` the ranks share out the videos, and the first one reads and writes the cache.
+    Under `torchrun` the processes share the videos, and the first one reads and writes the cache.
 
     Returns:
-        {name: [M, F] float32 on the CPU}, the mean over a video's windows (zero for a video that gave none, which is
+        {name: [M, F] float32 on the CPU}, the mean over a video's windows (zero for a video without any, which is
         named in the log), and the number of windows of every video, [M] int64.
     Raises:
-        InputError: no video gave a window.
+        InputError: No window of any video could be read.
     """
     main = distributed.is_main()
     cache = cache if main else None
@@ -166,7 +168,7 @@ def _embed(
     description: str,
     progress: bool,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Sums over the windows of the videos at these positions, {name: [len(positions), F]}, and their numbers."""
+    """Returns sums over the windows of the videos at these positions, {name: [len(positions), F]}, and their counts."""
     chosen = Index((part[i] for i in positions), part.classes)
     with closing(open_loader(chosen)) as loader:
         sums, counts = sum_features(embeddings, loader, len(chosen), description=description, progress=progress)
@@ -181,14 +183,14 @@ def _collect(
     videos: int,
     description: str,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Rows in the order of the index; a video counts only where every embedding has it."""
+    """Returns the rows in the order of the index; a video counts only if every embedding has it."""
     features, windows = {}, None
     for name, rows in known.items():
         names = keys[name] or [str(i) for i in range(videos)]
         found = [rows.get(key) for key in names]
         some = next((row for row in found if row is not None), None)
         if some is None:
-            raise InputError(f"{description}: none of the {videos} videos of the index gave a window")
+            raise InputError(f"{description}: no window of any of the {videos} videos of the index could be read")
         empty = (torch.zeros_like(some[0]), 0)
         features[name] = torch.stack([(row or empty)[0] for row in found])
         counts = torch.tensor([(row or empty)[1] for row in found])

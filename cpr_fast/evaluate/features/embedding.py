@@ -1,4 +1,4 @@
-"""One feature per video: every window embedded, then averaged [CoCLR protocol].
+"""One feature per video: the mean over the features of its windows [CoCLR's protocol].
 
 Letters: N windows of a batch, M videos of an index, F feature width, T frames.
 """
@@ -20,13 +20,13 @@ from cpr_fast.runtime.progress import track
 
 @dataclass(frozen=True)
 class Embedding:
-    """A way to turn windows of one view into features.
+    """A function from windows of one view to features.
 
     Attributes:
-        view: "rgb" | "flow", the view it reads.
-        function: normalised clips [N, 3, T, H, W] float32 -> features [N, F].
-        metric: as in `Recipe`; "cosine" L2-normalises windows before they are averaged.
-        key: names the function, weights included, so that its features may be stored; "" where they may not.
+        view: "rgb" or "flow".
+        function: From normalised clips [N, 3, T, H, W] float32 to features [N, F].
+        metric: See `Recipe`; "cosine" L2-normalises windows before they are averaged.
+        key: A name of the function and its weights under which features are stored; "" if they must not be stored.
     """
 
     view: str
@@ -43,13 +43,13 @@ def sum_features(
     description: str = "features",
     progress: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The sum of every video's window features by every embedding, in one pass over the decoded windows.
+    """Sums the features of each video's windows by every embedding, in one pass over the decoded windows.
 
     Args:
-        loader: has a length; its batches have `clips` {view: [N, 3, T, H, W]} and `video` [N] int64, 0..videos-1.
+        loader: Has a length; its batches have `clips` {view: [N, 3, T, H, W]} and `video` [N] int64, 0..videos-1.
         videos: M.
     Returns:
-        {name: [M, F] float32 on the clips' device}, empty where no video gave a window, and the number of windows of
+        {name: [M, F] float32 on the clips' device}, empty if no window could be read, and the number of windows of
         every video, [M] int64.
     Memory: one batch of clips and M x F floats per embedding.
     """
@@ -71,10 +71,10 @@ def sum_features(
 def encoder_embeddings(
     name: str, encoders: Mapping[str, Encoder], recipe: Recipe, keys: Mapping[str, str]
 ) -> dict[str, Embedding]:
-    """{"name/view": embedding} of the backbone features (no projection head) of encoders in eval mode.
+    """Returns {"name/view": embedding} for the backbone features (without projection head) of encoders in eval mode.
 
     Args:
-        keys: of every view, a digest of its encoder's weights, or "".
+        keys: A digest of the encoder's weights for every view, or "".
     """
     embeddings = {}
     for view, encoder in encoders.items():
@@ -84,9 +84,10 @@ def encoder_embeddings(
 
 
 def spatial_max(encoder: Encoder, clips: Tensor) -> Tensor:
-    """The last feature map after max-pooling 2 x 2 in space, as one vector [iic]: [N, 3, T, H, W] -> [N, F].
+    """Returns the last feature map, max-pooled 2 x 2 in space, as one vector [IIC]: [N, 3, T, H, W] -> [N, F].
 
-    An R3D on 16 x 112 x 112 gives [512, 2, 7, 7] -> [512, 2, 3, 3]: 9,216 numbers. A map of one row or column stays.
+    An R3D on 16 x 112 x 112 gives [512, 2, 7, 7] -> [512, 2, 3, 3]: 9,216 numbers. A map with one row or
+    column is not pooled.
     """
     maps = encoder.backbone(clips.contiguous(memory_format=torch.channels_last_3d))
     kernel = (1, min(2, maps.shape[3]), min(2, maps.shape[4]))
@@ -94,16 +95,17 @@ def spatial_max(encoder: Encoder, clips: Tensor) -> Tensor:
 
 
 def calibrate_batch_norm(encoders: Mapping[str, Encoder], loader: Iterable) -> None:
-    """Set the BatchNorm statistics of untrained encoders from data; nothing else changes.
+    """Sets the BatchNorm statistics of untrained encoders from data, and changes nothing else.
 
     With the statistics of the initialisation (mean 0, variance 1) a random S3D shrinks its signal layer by layer, to
-    6e-13 (1e-18 at width 1/8), and ranks rounding noise. "Untrained" shall mean untrained weights and no more.
+    6e-13 (1e-18 at width 1/8), so that rounding noise is ranked. With statistics from data, only
+    the weights are untrained.
     """
     norms = [m for e in encoders.values() for m in e.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the batches
+        norm.momentum = None  # use the plain average over the batches
         norm.train()
     with torch.no_grad():
         for batch in loader:

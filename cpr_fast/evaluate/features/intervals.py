@@ -1,4 +1,7 @@
-"""Confidence intervals: what another test set, or another seed, might have given. Letters: Q videos, S runs."""
+"""Confidence intervals over sources of the test set and over seeds.
+
+Letters: Q videos, S runs.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,15 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-RESAMPLES = 2000  # of the bootstrap
-_CHUNK = 100  # resamples held at once
+RESAMPLES = 2000  # number of bootstrap samples
+_CHUNK = 100  # number of samples computed at once
 
 
 def source_interval(hits: Tensor, sources: Tensor) -> list[float]:
-    """95 % percentile interval of the mean of `hits` [Q] (bool or 0..1), resampling the `sources` [Q] int64.
+    """Returns the 95 % percentile bootstrap interval of the mean of `hits` [Q] (bool or 0..1).
 
-    Clips of one source are not independent: whole sources are drawn, each with all its videos. The seed is fixed.
+    Clips of one source are not independent, so whole `sources` [Q] int64 are drawn, each with all its videos. The seed
+    is fixed.
     """
     unit = torch.unique(sources, return_inverse=True)[1]
     units = int(unit.max()) + 1
@@ -32,7 +36,7 @@ def source_interval(hits: Tensor, sources: Tensor) -> list[float]:
 
 
 def seed_interval(values: Sequence[float]) -> list[float] | None:
-    """95 % interval of the mean over S runs that differ in their seed (Student's t); None for fewer than two."""
+    """Returns the 95 % interval (Student's t) of the mean over S runs of different seeds; None for fewer than two."""
     if len(values) < 2:
         return None
     runs = torch.tensor(values, dtype=torch.float64)

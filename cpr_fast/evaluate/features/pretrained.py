@@ -1,4 +1,4 @@
-"""The encoders to evaluate: of one checkpoint, or of several that hold a view each, as the published ones do."""
+"""The encoders to evaluate, from one checkpoint or from several that hold one view each, as the published ones do."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cpr_fast.weights.checkpoint import load_encoders
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Encoders in eval mode and, by view as well, the config that each was trained with. Their clips are cut alike.
+    """Encoders in eval mode by view, and the config that each was trained with. They share the settings of clips.
 
     Attributes:
-        name: the checkpoints, as they were given.
-        home: the folder that evaluations belong to, the first checkpoint's.
+        name: The checkpoints, as the user gave them.
+        home: The folder of the first checkpoint's evaluations.
     """
 
     name: str
@@ -29,12 +29,12 @@ class Pretrained:
 
     @property
     def features(self) -> Path:
-        """Where their features are kept."""
+        """The folder of the feature cache."""
         return self.home / "features"
 
     @property
     def evaluations(self) -> Path:
-        """Where results are kept."""
+        """The folder of the results."""
         return self.home / "evaluations"
 
     @property
@@ -43,12 +43,12 @@ class Pretrained:
 
 
 def load_pretrained(checkpoints: Checkpoints, *, device: str = "cpu") -> Pretrained:
-    """The encoders of checkpoints as written by `pretrain` or `import-checkpoint`.
+    """Loads the encoders of checkpoints that `pretrain` or `import-checkpoint` wrote.
 
     Args:
-        checkpoints: one or several of FILE, for every view that it holds, and VIEW=FILE, for that view alone.
+        checkpoints: One or several of FILE, for every view that it holds, and VIEW=FILE, for that view alone.
     Raises:
-        InputError: no file, a view that a file lacks or that comes twice, or files that cut their clips differently.
+        InputError: No file, a view that a file lacks or that is given twice, or files with different clip settings.
     """
     encoders: dict[str, Encoder] = {}
     configs: dict[str, Config] = {}
@@ -56,19 +56,19 @@ def load_pretrained(checkpoints: Checkpoints, *, device: str = "cpu") -> Pretrai
     for wanted, file in files:
         config, held = load_encoders(file, device=device)
         if wanted is not None and wanted not in held:
-            raise InputError(f"checkpoint: {str(file)!r} holds the views {', '.join(held)}, got {wanted}={file}")
+            raise InputError(f"CHECKPOINT: {str(file)!r} holds the views {', '.join(held)}, got {wanted}={file}")
         for view in held if wanted is None else [wanted]:
             if view in encoders:
                 raise InputError(
-                    f"checkpoint: expected each view once, got {view!r} again from {str(file)!r}; "
-                    f"VIEW=FILE takes one view of a file"
+                    f"CHECKPOINT: expected each view once, got {view!r} again from {str(file)!r}; "
+                    f"VIEW=FILE takes a single view of a file"
                 )
             encoders[view], configs[view] = held[view], config
         first = clip_settings(next(iter(configs.values())).data)
         for key, value in clip_settings(config.data).items():
             if value != first[key]:
                 raise InputError(
-                    f"checkpoint: expected files of one data.{key}, got {first[key]!r} in {str(files[0][1])!r} and "
+                    f"CHECKPOINT: expected files of equal data.{key}, got {first[key]!r} in {str(files[0][1])!r} and "
                     f"{value!r} in {str(file)!r}"
                 )
     name = " ".join(str(file) if wanted is None else f"{wanted}={file}" for wanted, file in files)

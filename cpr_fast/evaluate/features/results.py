@@ -1,4 +1,4 @@
-"""Which files an evaluation is of, and where it keeps what it finds: whole JSON files in one folder."""
+"""The checkpoint files of an evaluation, and the folder in which its results are stored as JSON files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Checkpoints = str | Path | Sequence[str | Path]  # one or several of FILE and VI
 
 
 def checkpoint_files(checkpoints: Checkpoints) -> list[tuple[str | None, Path]]:
-    """Each file with the view that it is wanted for, None for all it holds. Raises InputError where there is none."""
+    """Returns each file with the view that is asked of it, None for all its views. Raises InputError for no file."""
     named = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
     if not named:
-        raise InputError("checkpoint: expected at least one file, got none")
+        raise InputError("CHECKPOINT: expected at least one file, got none")
     files = []
     for text in map(str, named):
         view, equals, file = text.partition("=")
@@ -29,20 +29,20 @@ def checkpoint_files(checkpoints: Checkpoints) -> list[tuple[str | None, Path]]:
 
 
 def home(checkpoint: str | Path) -> Path:
-    """The folder that a checkpoint's evaluations belong to: RUN for RUN/checkpoints/*.pt, else its own."""
+    """Returns the folder of a checkpoint's evaluations: RUN for RUN/checkpoints/*.pt, else the file's own folder."""
     folder = Path(checkpoint).absolute().parent
     return folder.parent if folder.name == "checkpoints" else folder
 
 
 def run_of(checkpoints: Checkpoints) -> Path | None:
-    """The run folder whose metrics an evaluation joins, or None where the checkpoints lie in none, or in several."""
+    """Returns the run folder that the checkpoints lie in, or None where they lie in none or in several."""
     homes = {home(file) for _, file in checkpoint_files(checkpoints)}
     folder = homes.pop()
     return folder if not homes and (folder / METRICS_FILE).exists() else None
 
 
 def write_result(folder: Path, name: str, result: dict[str, Any]) -> Path:
-    """The first process of a run writes FOLDER/NAME.json whole or not at all; returns its path."""
+    """Writes FOLDER/NAME.json, completely or not at all, in the first process of a run; returns the path."""
     path = folder / f"{name}.json"
     if is_main():
         with written_whole(path) as temporary:

@@ -1,4 +1,7 @@
-"""Windows of videos shared out over the processes of a run. Letters: M videos, m of one rank, R ranks."""
+"""The videos of an evaluation, shared among the processes of a run.
+
+Letters: M videos, m videos of one process, R processes.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ Rows = tuple[dict[Name, Tensor], Tensor]
 
 
 def shared_out(videos: int, measure: Callable[[range], Rows]) -> Rows:
-    """What `measure` finds in M videos, on every rank; rank r takes the videos r, r + R, ...
+    """Returns what `measure` finds in M videos, in every process; process r measures the videos r, r + R, ...
 
     Args:
         videos: M.
-        measure: called with the positions of a rank's videos, unless it has none, for rows {name: [m, ...]} and numbers
-            of windows [m] int64, on the CPU. A name may be missing where none of them gave a window.
+        measure: Called with the positions of a process's videos, if it has any; returns rows {name: [m, ...]} and
+            numbers of windows [m] int64, on the CPU. A name may be missing if no window could be read.
     Returns:
-        {name: [M, ...]}, zero where a rank had none of that name, and windows [M] int64.
+        {name: [M, ...]}, zero where a process had no rows of that name, and windows [M] int64.
     """
     mine = distributed.share(range(videos))
     shares: list[Rows] = distributed.gather_objects(measure(mine) if mine else ({}, torch.zeros(0, dtype=torch.int64)))
