@@ -126,7 +126,8 @@ class MiningQuality:
         top_k: Largest number of entries mined for a query.
         extra: Names of further rates per query that `update` will be given.
 
-    Processes combine their results by summing `totals`, `counts`, `right` and `right_of_class` and taking the maximum of
+    Processes combine their results by summing `totals`, `counts`, `right` and `right_of_class` and by taking the
+    maximum of
     each tensor in `found`.
     """
 
