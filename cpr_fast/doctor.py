@@ -82,7 +82,7 @@ def _kernels(device: torch.device, findings: list[Finding]) -> dict[str, Any]:
     """What this build holds, and whether it runs: each operator once on a small problem."""
     info = _host.build_info()
     variants = info["cpu_variants"].split(",")
-    kernels = {"cpu_variant": variants[0], "cpu_variants": variants, "compiler": info["compiler"],
+    kernels = {"cpu_variant": info["cpu_variant"], "cpu_variants": variants, "compiler": info["compiler"],
                "cuda_architectures": [name for name in info["cuda_architectures"].split(",") if name]}  # fmt: skip
     try:
         from .ops import cascade_select, mil_nce
@@ -91,7 +91,7 @@ def _kernels(device: torch.device, findings: list[Finding]) -> dict[str, Any]:
         positives, _ = cascade_select(features, features, views=[1, 0, 1], keep=[4, 3, 2])
         loss = mil_nce(features[0], features[0], features[0], positives)
         assert torch.isfinite(loss)
-        findings.append(Finding("ok", f"the kernels run on {device.type}, CPU variant {variants[0]}"))
+        findings.append(Finding("ok", f"the kernels run on {device.type}, CPU variant {info['cpu_variant']}"))
     except (ImportError, RuntimeError, AssertionError, OSError) as error:
         findings.append(Finding("error", f"the kernels do not run: {error}", "build them: python setup.py build_ext"))
     if torch.cuda.is_available() and not kernels["cuda_architectures"]:

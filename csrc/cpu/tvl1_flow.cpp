@@ -322,6 +322,7 @@ const Rows& current_rows() {
 
 const char* cpr_tvl1_flow_cpu(const cpr_tvl1_args* args, cpr_parallel_for parallel) {
   using namespace cpr::tvl1;
+  if (const char* error = cpr_cpu_variant_error()) return error;
   if (const char* error = check(*args)) return error;
   try {
     const std::vector<Level> levels = make_levels(*args);
