@@ -27,8 +27,11 @@ $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
 demo: setup
 	$(BIN)/python -m cpr_fast quickstart
 
+# What depends on the processor runs twice: as this one computes, and as one without vector instructions does.
 test: setup check
 	$(BIN)/python -m pytest
+	CPR_FAST_CPU_VARIANT=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
+	  $(BIN)/python -m pytest -m numerics
 
 bench: setup
 	$(BIN)/python -m pip install --quiet pytest-benchmark faiss-cpu
