@@ -28,8 +28,11 @@ $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
 demo: setup
 	$(BIN)/python -m cpr_fast quickstart
 
+# The tests of numerics run twice: with this processor's instructions, and with those of one without AVX.
 test: setup check
 	$(BIN)/python -m pytest -m "not packaging"
+	CPR_FAST_CPU_VARIANT=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
+	  $(BIN)/python -m pytest -q -m numerics
 
 # Slow: builds and installs the source distribution and the wheel in several ways.
 test-packaging: setup

@@ -120,7 +120,7 @@ def _status_kib(field: str) -> int:
 
 
 def force_variant(name: str | None) -> None:
-    """The CPU kernels' instruction set; None: the best this machine has."""
+    """The CPU kernels' instruction set; None: as without this call."""
     if ctypes.CDLL(str(_library._PATH)).cpr_force_cpu_variant(name.encode() if name else None):
         raise ValueError(f"CPU variant: expected one of {cpu_variants()}, got {name!r}")
 
@@ -132,8 +132,9 @@ def cpu_variants() -> list[str]:
 def world(device: str) -> dict[str, str]:
     """What a row must say of the machine and the software."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    cpu = f"{cpu_name()}, {_host.build_info()['cpu_variant']}"
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {cpu_variants()[0]}",
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "commit": commit.stdout.strip() or "unknown",
         "torch": torch.__version__,
         "command": " ".join(["python", *sys.argv]),

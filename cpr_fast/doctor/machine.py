@@ -81,14 +81,14 @@ def kernels(device: torch.device, findings: list[Finding]) -> dict[str, Any]:
 
         info = _host.build_info()
         variants = info["cpu_variants"].split(",")
-        built = {"cpu_variant": variants[0], "cpu_variants": variants, "compiler": info["compiler"],
+        built = {"cpu_variant": info["cpu_variant"], "cpu_variants": variants, "compiler": info["compiler"],
                  "cuda_architectures": [name for name in info["cuda_architectures"].split(",") if name]}  # fmt: skip
         features = torch.nn.functional.normalize(torch.rand(2, 8, 16), dim=-1).to(device)
         positives, _ = cascade_select(features, features, views=[1, 0, 1], keep=[4, 3, 2])
         loss = mil_nce(features[0], features[0], features[0], positives)
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss of a small problem is {loss.item()}")
-        findings.append(Finding("ok", f"the operators run on {device.type}, CPU variant {variants[0]}"))
+        findings.append(Finding("ok", f"the operators run on {device.type}, CPU variant {info['cpu_variant']}"))
     except (ImportError, RuntimeError, OSError) as error:
         advice = "build them: python setup.py build_ext"
         findings.append(Finding("error", f"the operators do not run: {error}", advice, "fails"))

@@ -77,6 +77,7 @@ py::array_t<uint64_t> msgpack_spans(const py::buffer& record) {
 py::dict build_info() {
   py::dict info;
   info["version"] = CPR_VERSION;
+  info["cpu_variant"] = cpr_cpu_variant();
   info["cpu_variants"] = cpr_cpu_variants();
   info["cuda_architectures"] = cpr_cuda_architectures();
   info["compiler"] = CPR_COMPILER;
@@ -104,5 +105,6 @@ PYBIND11_MODULE(_host, module) {
       "uint64 [N, 2]: offset and size in bytes of each element of `record`, a buffer that holds a msgpack array of\n"
       "bytes, in the encoding of any msgpack version. No element is copied. Raises ValueError on anything else.");
   module.def("build_info", &build_info,
-             "dict of str: version, cpu_variants (best first) and cuda_architectures, comma-separated, and compiler.");
+             "dict of str: version, cpu_variant (the one in force), cpu_variants (best first) and cuda_architectures,\n"
+             "comma-separated, and compiler.");
 }

@@ -43,8 +43,11 @@ class RandomLoader:
         pattern = torch.Generator().manual_seed(int(self.index.labels[video]))
         return torch.randn(shape[1:], generator=pattern) + torch.randn(shape, generator=generator)
 
+    def _order(self, epoch: int) -> torch.Tensor:
+        return torch.randperm(len(self.index), generator=torch.Generator().manual_seed(hash((self.seed, epoch))))
+
     def epoch(self, epoch, start_step=0):
-        order = torch.randperm(len(self.index), generator=torch.Generator().manual_seed(hash((self.seed, epoch))))
+        order = self._order(epoch)
         size = self.data.batch_size
         for step in range(start_step, len(self)):
             time.sleep(self.sleep_s)

@@ -1,7 +1,7 @@
 #include "cpu/common/dispatch.h"
 
 #include <atomic>
-#include <cstring>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -29,13 +29,42 @@ const std::vector<KernelTable>& runnable() {
   return tables;
 }
 
+const KernelTable* find(const std::string& name) {
+  for (const auto& table : runnable()) {
+    if (name == table.name) return &table;
+  }
+  return nullptr;
+}
+
+// What the environment asks for, read once; where it asks for nothing, the best. `error` is empty if that can run.
+struct Default {
+  const KernelTable* table = &runnable().front();
+  std::string error;
+};
+
+const Default& by_default() {
+  static const Default chosen = [] {
+    Default found;
+    const char* name = std::getenv("CPR_FAST_CPU_VARIANT");
+    if (name == nullptr || *name == '\0') return found;
+    if (const KernelTable* table = find(name)) {
+      found.table = table;
+    } else {
+      found.error = std::string("CPR_FAST_CPU_VARIANT: expected a variant that this machine can run (") +
+                    cpr_cpu_variants() + "), got '" + name + "'";
+    }
+    return found;
+  }();
+  return chosen;
+}
+
 std::atomic<const KernelTable*> forced{nullptr};
 
 }  // namespace
 
 const KernelTable& kernels() {
   const KernelTable* table = forced.load(std::memory_order_relaxed);
-  return table ? *table : runnable().front();
+  return table ? *table : *by_default().table;
 }
 
 }  // namespace cpr
@@ -43,16 +72,19 @@ const KernelTable& kernels() {
 extern "C" {
 
 const char* cpr_cascade_select_cpu(const cpr_cascade_args* args, cpr_parallel_for parallel) {
+  if (const char* error = cpr_cpu_variant_error()) return error;
   return cpr::kernels().cascade_select(args, parallel);
 }
 
 const char* cpr_mil_nce_forward_cpu(const cpr_mil_nce_args* args, const cpr_mil_nce_outputs* outputs,
                                     cpr_parallel_for parallel) {
+  if (const char* error = cpr_cpu_variant_error()) return error;
   return cpr::kernels().mil_nce_forward(args, outputs, parallel);
 }
 
 const char* cpr_mil_nce_grad_memory_cpu(const cpr_mil_nce_args* args, const void* grad_loss, const void* lse_all,
                                         const void* lse_positive, void* grad_memory, cpr_parallel_for parallel) {
+  if (const char* error = cpr_cpu_variant_error()) return error;
   return cpr::kernels().mil_nce_grad_memory(args, grad_loss, lse_all, lse_positive, grad_memory, parallel);
 }
 
@@ -70,13 +102,17 @@ int cpr_force_cpu_variant(const char* name) {
     cpr::forced = nullptr;
     return 0;
   }
-  for (const auto& table : cpr::runnable()) {
-    if (std::strcmp(table.name, name) == 0) {
-      cpr::forced = &table;
-      return 0;
-    }
-  }
-  return 1;
+  const cpr::KernelTable* table = cpr::find(name);
+  if (table == nullptr) return 1;
+  cpr::forced = table;
+  return 0;
+}
+
+const char* cpr_cpu_variant(void) { return cpr::kernels().name; }
+
+const char* cpr_cpu_variant_error(void) {
+  const std::string& error = cpr::by_default().error;
+  return error.empty() ? nullptr : error.c_str();
 }
 
 const char* cpr_cuda_architectures(void) { return CPR_CUDA_ARCHITECTURES; }

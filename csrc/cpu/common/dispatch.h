@@ -16,7 +16,7 @@ struct KernelTable {
                                      const void* lse_positive, void* grad_memory, cpr_parallel_for);
 };
 
-// The variant in force: the best this machine can run, or the forced one.
+// The variant in force, see cpr_cpu_variant.
 const KernelTable& kernels();
 
 #define CPR_DECLARE_VARIANT(variant)                                                                     \

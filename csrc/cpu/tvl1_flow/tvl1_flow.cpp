@@ -326,6 +326,7 @@ const Rows& current_rows() {
 
 const char* cpr_tvl1_flow_cpu(const cpr_tvl1_args* args, int threads) {
   using namespace cpr::tvl1;
+  if (const char* error = cpr_cpu_variant_error()) return error;
   if (const char* error = check(*args)) return error;
   const int64_t pairs = args->N * (args->T - 1);
   threads = static_cast<int>(std::clamp<int64_t>(pairs, 1, std::max(threads, 1)));

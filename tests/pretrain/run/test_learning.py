@@ -1,0 +1,70 @@
+"""Every method learns a signal that is planted in the clips."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.small_runs import rows, settings
+from support.stand_in_loader import RandomLoader, make_index
+
+from cpr_fast.pretrain.run.loop import pretrain
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def spread(points: int) -> torch.Tensor:
+    """[points, 3] directions, far from each other: a spiral on the sphere."""
+    i = torch.arange(points) + 0.5
+    z, angle = 1 - 2 * i / points, i * torch.pi * (3 - 5**0.5)
+    return torch.stack([(1 - z * z).sqrt() * angle.cos(), (1 - z * z).sqrt() * angle.sin(), z], dim=1)
+
+
+class ColouredLoader(RandomLoader):
+    """Clips of one colour and a little noise, in every view: each class has its colour, or each video.
+
+    Videos come in the index's order: a step has two of each class, of one source, and a memory of two steps' keys holds
+    four of each, of other sources.
+    """
+
+    of_videos = False
+
+    def _order(self, epoch):
+        return torch.arange(len(self.index))
+
+    def _clip(self, epoch, video, view):
+        shown = video if self.of_videos else int(self.index.labels[video])
+        colours = spread(len(self.index) if self.of_videos else len(self.index.classes))
+        noise = super()._clip(epoch, video, view)
+        return 1.7 * colours[shown].view(3, 1, 1, 1) + 0.2 * (noise - noise.mean(0))
+
+
+class VideoColourLoader(ColouredLoader):
+    of_videos = True
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("mining", ["none", "label", "cascade"])
+def test_every_method_learns_what_is_planted(tmp_path, mining, seed):
+    """Colours tell videos or classes apart: the loss falls to less than half, and the cascade mines by the colour.
+
+    Measured on seeds 0 to 5: to .31 of the first epoch's at most; without the update to .87 at least; with the
+    gradient's sign wrong it rises; random positives are right as often as chance has it.
+    """
+    config = settings(
+        tmp_path,
+        data={"batch_size": 8, "frames": 8, "size": 16},
+        model={"arch": "r3d", "width": 0.125, "feature_dim": 8},
+        memory={"size": 16, "ema_momentum": 0.9},
+        mining={"stages": 3, "top_k": 4},
+        loss={"temperature": 0.1},
+        optim={"lr": 3e-3},
+        schedule={"cycles": [{"view": "rgb", "epochs": 10, "mining": mining}]},
+        run={"out": str(tmp_path), "seed": seed},
+    )
+    loader = VideoColourLoader if mining == "none" else ColouredLoader
+    epochs = rows(pretrain(config, index=make_index(24), make_loader=loader, progress=False), "epoch")
+    losses = [row["loss"] for row in epochs if row["loss"] is not None]
+    assert sum(losses[-3:]) / 3 < 0.5 * losses[0]
+    if mining == "cascade":
+        for row in epochs[-3:]:  # measured: .78 to 1, of .19 by chance
+            assert row["pmr"] > (1 + row["pmr_chance"]) / 2
