@@ -12,6 +12,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from cpr_fast.data.video.container import VideoError, location, open_video
 from cpr_fast.data.video.probe import VideoInfo
+from cpr_fast.errors import InputError
 
 OPTIONS = {"preset": "veryfast", "crf": "18", "g": "12", "bf": "0", "threads": "1"}
 
@@ -66,7 +67,10 @@ class _Writer:
             picture, stream.width, stream.height, "yuv420p", interpolation=Interpolation.BICUBIC
         )
         picture.pts, picture.time_base = self._count, 1 / stream.codec_context.framerate
-        self._output.mux(stream.encode(picture))
+        try:
+            self._output.mux(stream.encode(picture))
+        except av.FFmpegError as error:  # a full disk must not look like the end of the source
+            raise InputError(f"cannot write {self._output.name!r}: {error.strerror}") from error
         self._count += 1
 
     def info(self, error: VideoError | None) -> VideoInfo:
