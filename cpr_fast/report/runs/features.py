@@ -81,9 +81,7 @@ def _checkpoints(run: Path) -> Iterator[Path]:
     yield from sorted(files, key=lambda file: file.name != "last.pt")
 
 
-def _collect(
-    folder: Path, identity: str, embeddings: dict[str, Embedding], index: Index
-) -> StoredFeatures | None:
+def _collect(folder: Path, identity: str, embeddings: dict[str, Embedding], index: Index) -> StoredFeatures | None:
     """Returns the features of one recipe, of the views that were stored; None without any video."""
     cache = FeatureCache(folder, identity)
     known = {view: rows for view, embedding in embeddings.items() if (rows := cache.load(embedding))}
