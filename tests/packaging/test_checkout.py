@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from support.distribution import copy_source, pip, run
+from support.packaging.distribution import copy_source, pip, run
 
 pytestmark = pytest.mark.packaging
 
