@@ -56,6 +56,10 @@ def test_of_several_streams_the_default_one_is_read_and_named(tmp_path, default,
     info = probe_video(path)
     assert (info.width, info.height) == expected and info.num_frames == 20
     assert f"reads video stream {default} ({expected[0]}x{expected[1]})" in info.streams
+    copy = transcode_video(path, tmp_path / "new.mp4", 48)
+    assert copy.streams == info.streams and copy.width / copy.height == pytest.approx(
+        expected[0] / expected[1], rel=0.05
+    )
     for _ in range(2):
         assert read_frames(path, [3, 4], "rgb", 20).shape == (2, expected[1], expected[0], 3)
 
