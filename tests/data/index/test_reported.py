@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from support.odd_videos import damage, write_plain, write_size_change, write_streams
-from support.odd_videos import pictures as frames_of
+from support.videos.odd_videos import damage, write_plain, write_size_change, write_streams
+from support.videos.odd_videos import pictures as frames_of
 
 import cpr_fast.data.index.build as build
 from cpr_fast.cli import main

@@ -5,7 +5,15 @@ import io
 import av
 import numpy as np
 import pytest
-from support.odd_videos import damage, pictures, with_cover, write_plain, write_size_change, write_sound, write_streams
+from support.videos.odd_videos import (
+    damage,
+    pictures,
+    with_cover,
+    write_plain,
+    write_size_change,
+    write_sound,
+    write_streams,
+)
 
 from cpr_fast.data.video import transcode
 from cpr_fast.data.video.container import VideoError, location, open_video
