@@ -1,10 +1,11 @@
-"""What the pytest-benchmark suites share.
+"""Options and fixtures of the pytest-benchmark suites.
 
     pytest bench --benchmark-only [--all-shapes] [-k "cuda and not torch.compile"] [--benchmark-json=FILE]
 
-Times are wall clock of torch's present threads, one form after another: for following one form over time. `python
-bench/kernels/compare.py` measures the forms side by side, interleaved. On the CPU the suites stop at (256, 65536);
-the larger shapes, to (4096, 1M), run on CUDA or with --all-shapes. A form that cannot run is skipped with its reason.
+Times are wall clock with the current number of threads of torch, one form after another: use them to follow one form
+over time. `python bench/kernels/compare.py` compares the forms, interleaved. On the CPU the suites end at (B, K) =
+(256, 65536); larger shapes, up to (4096, 1M), run on CUDA or with --all-shapes. A form that cannot run is skipped with
+the reason.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from measure import measure_rates, peak_mib, world
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all-shapes", action="store_true", help="the shapes beyond (256, 65536) on the CPU too")
+    parser.addoption("--all-shapes", action="store_true", help="run shapes beyond (256, 65536) on the CPU as well")
 
 
 def pytest_generate_tests(metafunc):
@@ -34,21 +35,21 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def rates():
-    """Rates of a device, measured once."""
+    """Returns a function that measures the rates of a device once."""
     known = {}
     return lambda device: known[device] if device in known else known.setdefault(device, measure_rates(device))
 
 
 @pytest.fixture
 def bench_form(benchmark, request, rates):
-    """Times one form at one shape; the row's world goes into extra_info."""
+    """Times one form at one shape. Machine and software are recorded in extra_info."""
 
     def run(op, device: str, shape: tuple[int, int], direction: str, name: str) -> None:
         B, K = shape
         if device == "cuda" and not torch.cuda.is_available():
             pytest.skip("torch sees no CUDA device")
         if device == "cpu" and B * K > 256 * 65536 and not request.config.getoption("--all-shapes"):
-            pytest.skip("beyond (256, 65536) on the CPU with --all-shapes alone")
+            pytest.skip("beyond (256, 65536) the CPU runs with --all-shapes only")
         inputs = op.make_inputs(B, K, device, direction, torch.float32)
         try:
             call = op.FORMS[name](inputs)

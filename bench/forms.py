@@ -1,4 +1,6 @@
-"""What both benchmarks compare: a form is one way to compute the same thing, prepared for one set of inputs."""
+"""Forms: the different ways to compute the same result that the benchmarks of the kernels compare.
+
+A form is prepared for one set of inputs and returns a function without arguments, which is timed."""
 
 from __future__ import annotations
 
@@ -8,34 +10,34 @@ from types import ModuleType
 
 import torch
 
-CPU_SHAPES = [(32, 2048), (32, 16384), (256, 16384), (256, 65536)]  # B, K: those of the record
+CPU_SHAPES = [(32, 2048), (32, 16384), (256, 16384), (256, 65536)]  # (B, K) of the recorded results
 ALL_SHAPES = [(16, 2048), *CPU_SHAPES, (1024, 65536), (1024, 1_000_000), (4096, 1_000_000)]
 
 
 class Unavailable(Exception):
-    """Why a form cannot run here."""
+    """A form cannot run here; the message says why."""
 
 
 def peer(module: str, package: str) -> ModuleType:
-    """Another library, imported."""
+    """Imports another library. Raises Unavailable with the command that installs it."""
     try:
         return importlib.import_module(module)
-    except Exception as error:  # a peer may fail in any way where its own requirements are absent
+    except Exception as error:  # an import can fail in any way if requirements of the library are missing
         raise Unavailable(f"`pip install {package}`: {type(error).__name__}: {error}".splitlines()[0]) from error
 
 
 def need_cuda(device: torch.device, what: str) -> None:
     if device.type != "cuda":
-        raise Unavailable(f"{what} runs on CUDA alone")
+        raise Unavailable(f"{what} runs on CUDA only")
 
 
 def compiled(function: Callable) -> Callable:
-    torch._dynamo.reset()  # each shape is a graph of its own, and the tenth would no longer be compiled
+    torch._dynamo.reset()  # each shape compiles a graph, and torch.compile gives up after a number of them
     return torch.compile(function, dynamic=False)
 
 
 def graphed(call: Callable, device: torch.device) -> Callable:
-    """The call as the replay of a CUDA graph, which returns the outputs of its capture."""
+    """Captures the call in a CUDA graph. Returns a function that replays it and returns its outputs."""
     need_cuda(device, "a CUDA graph")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

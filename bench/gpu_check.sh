@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can confirm, within ten minutes: build, the open items of results/gpu_pending.md,
-# compute-sanitizer on the torch-free test, the tests with skipping forbidden, a short training with and without the
-# fused operators, the benchmarks.
+# Runs all checks that need a GPU within ten minutes: the build, the open items of results/gpu_pending.md,
+# compute-sanitizer on the test without torch, the tests (a skip counts as a failure), a short training with and without
+# the fused operators, and the benchmarks.
 #
 #   bench/gpu_check.sh        logs and JSON go to $OUT (default bench/results); exit status 1 if any step failed.
 #   gpu_check.json: per step its command, status and seconds; 124: cut off by its limit or by the ten minutes

@@ -44,7 +44,7 @@ def cascade(B: int, K: int, stages: int = 7, top_k: int = 5, D: int = 128, dtype
 
 
 def stream() -> None:
-    """A copy queued on a side stream lands before the kernels queued behind it read."""
+    """Checks that the kernels run on the current stream: they wait for a copy that was queued there before."""
     side = torch.cuda.Stream()
     inputs = cascade(64, 4096)
     expected = cascade_select(*inputs)
@@ -59,7 +59,7 @@ def stream() -> None:
 
 
 def graph() -> None:
-    """Both ops replayed on inputs written after the capture."""
+    """Checks both operators in a CUDA graph that is replayed with inputs written after the capture."""
     queries, memory, views, keep = cascade(32, 2048)
     query, own_key = features(32, 128).requires_grad_(), features(32, 128)
 
@@ -92,12 +92,12 @@ def device_assert() -> None:
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert result.returncode != 0, "a slot outside the memory went unnoticed"
+    assert result.returncode != 0, "a slot outside the memory was not noticed"
     assert "a slot outside the memory" in result.stderr, result.stderr
 
 
 def routes() -> None:
-    """Every route of cascade_select, at the sizes where one ends and the next begins, against the CPU's kernel."""
+    """Compares every route of cascade_select with the CPU kernel, at the sizes where the route changes."""
     for K in (1, 511, 16_384, 26_000, 27_000, 32_769, 60_000, 140_000, 400_000):
         for dtype in (torch.float32, torch.bfloat16):
             queries, memory, views, keep = cascade(35, K, top_k=min(600, K), D=36, dtype=dtype)
@@ -109,7 +109,7 @@ def routes() -> None:
 
 
 def approximate() -> None:
-    """How much of the exact top 5 after 7 stages `precision="bf16"` finds, on random unit vectors."""
+    """Measures how much of the exact top 5 after 7 stages `precision="bf16"` finds for random unit vectors."""
     for B, K in FLOOR_US:
         inputs = cascade(min(B, 256), K)
         exact, _ = cascade_select(*inputs)
@@ -121,7 +121,7 @@ def approximate() -> None:
 
 
 def million() -> None:
-    """Lattice features, so that float64 sums are the float32 ones and ties are everywhere."""
+    """Checks a memory of a million entries. Features on a lattice have exact float32 scores and many ties."""
     B, K, D = 70, 1_000_000, 128
     lattice = [torch.randint(-8, 9, (2, rows, D), device="cuda") / 4.0 for rows in (B, K)]
     ids = {"memory_ids": torch.randint(-1, 50_000, (K,), device="cuda"), "query_ids": torch.arange(B, device="cuda")}
@@ -136,7 +136,7 @@ def million() -> None:
 
 
 def replay_us(issue, repeats: int = 30) -> float:
-    """Median time of a replay of `issue` captured into a CUDA graph, microseconds; caches warm."""
+    """Returns the median time in microseconds of replays of `issue`, captured in a CUDA graph, with warm caches."""
     issue()
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
@@ -189,7 +189,7 @@ def moving_clips(pairs: int, height: int, width: int) -> torch.Tensor:
 
 
 def flow() -> None:
-    """tvl1_flow against the CPU's kernel, twice the same bits, and pairs per second at 340x256 by pairs of a call."""
+    """Compares tvl1_flow with the CPU kernel and with itself, and measures pairs per second at 340x256."""
     clips = moving_clips(24, 256, 340)
     found, counted = torch.ops.cpr_fast.tvl1_flow(clips, *FLOW_DEFAULTS)
     assert torch.equal(found, tvl1_flow(clips)), "two runs differ"

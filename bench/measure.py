@@ -1,7 +1,8 @@
-"""Times, peak memory and floors of calls on one device, and the world they were measured in.
+"""Measures time, peak memory and lower bounds of calls on one device, and describes the machine and the software.
 
-CPU: process CPU time of one thread, so that other work on the machine costs little. CUDA: events around a call.
-All forms of one shape are timed in turn, round by round, so that a slow spell of the machine hits all of them.
+On the CPU, the time is the CPU time of the process on one thread, which other load on the machine changes little. On
+CUDA, events around a call measure it. All forms of a shape are timed in turn, round by round, so that a slow period of
+the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from cpr_fast.ops import _library
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
-LAUNCH_S = {"cpu": 0.0, "cuda": 2.5e-6}  # of one kernel, assumed; the rates of `Rates` are measured
+LAUNCH_S = {"cpu": 0.0, "cuda": 2.5e-6}  # of one kernel launch: an assumption, unlike the measured `Rates`
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the device does at best, measured in this process: the floor of a call is the larger of its operations
-    over `flops` and its bytes over `bytes_per_s`."""
+    """The best rates of the device, measured in this process. The floor of a call, its shortest possible time, is the
+    larger of operations / flops and bytes / bytes_per_s."""
 
     device: str
     flops: dict[torch.dtype, float]  # of a large matrix product, TF32 off
@@ -59,9 +60,11 @@ def measure_rates(device: str) -> Rates:
 def samples_s(
     calls: dict[str, Callable], device: str, budget_s: float, clock=time.process_time, warm: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of every call, round by round: at least 5 rounds, at most 201, about `budget_s` in all. The order is
-    drawn anew each round: whoever comes after a form that sweeps the caches would otherwise always find them cold.
-    `warm`: each call follows itself instead of another form."""
+    """Returns the seconds of every call in 5 to 201 rounds, about `budget_s` in total.
+
+    Each round has a new random order: otherwise a form that always follows one that evicts the caches would always find
+    them cold. warm=True runs each call once before it is timed, so that it finds the caches as it left them.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, draw = list(calls.items()), random.Random(0)
     start = time.perf_counter()
@@ -97,7 +100,7 @@ def summary(samples: list[float]) -> dict[str, float | int]:
 
 
 def peak_mib(call: Callable, device: str) -> float:
-    """Memory that a call needs on top of its inputs, its outputs included, MiB."""
+    """Returns the memory in MiB that a call needs beyond its inputs; its outputs are included."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -106,9 +109,9 @@ def peak_mib(call: Callable, device: str) -> float:
         del outputs
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     call()
-    ctypes.CDLL(str(_library._PATH)).cpr_release_scratch()  # kept for the next call
+    ctypes.CDLL(str(_library._PATH)).cpr_release_scratch()  # which the kernels keep for the next call
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak resident size back to the present one
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident size to the current one
     before = _status_kib("VmRSS")
     call()
     return max(0.0, (_status_kib("VmHWM") - before) / 1024)
@@ -120,7 +123,7 @@ def _status_kib(field: str) -> int:
 
 
 def force_variant(name: str | None) -> None:
-    """The CPU kernels' instruction set; None: as without this call."""
+    """Selects the instruction set of the CPU kernels; None for the one that is chosen without this call."""
     if ctypes.CDLL(str(_library._PATH)).cpr_force_cpu_variant(name.encode() if name else None):
         raise ValueError(f"CPU variant: expected one of {cpu_variants()}, got {name!r}")
 
@@ -130,7 +133,7 @@ def cpu_variants() -> list[str]:
 
 
 def world(device: str) -> dict[str, str]:
-    """What a row must say of the machine and the software."""
+    """Returns the description of machine and software that belongs to every result."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     cpu = f"{cpu_name()}, {_host.build_info()['cpu_variant']}"
     return {
@@ -142,7 +145,7 @@ def world(device: str) -> dict[str, str]:
 
 
 def write_result(name: str, text: str, folder: Path = RESULTS) -> None:
-    """bench/results/<name>, or that of another folder, replaced in one step."""
+    """Writes bench/results/<name>, or <name> in another folder, and replaces an existing file atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{name}.tmp"
     partial.write_text(text)
@@ -150,7 +153,7 @@ def write_result(name: str, text: str, folder: Path = RESULTS) -> None:
 
 
 def cpu_name() -> str:
-    """The processor's model name and its family and model numbers, which tell generations apart in virtual machines."""
+    """Returns the model name of the processor with family and model numbers, which identify it in virtual machines."""
     first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     fields = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}

@@ -1,5 +1,7 @@
-"""The comparison as a terminal table, a Markdown page and a plot. `python bench/page.py FILE.json` rewrites the two
-files from the JSON."""
+"""Writes the comparison of the kernels as tables on the terminal, a Markdown page and a plot.
+
+`python bench/page.py FILE.json` writes page and plot again from the JSON of a run.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from measure import write_result
 
-# op, direction -> peer, how many times as long as ours it must take, at the smallest shape alone
+# (op, direction) -> form -> how many times as long as cpr_fast it must at least take: in general, at the smallest shape
 BARS = {
     ("cascade_select", "forward"): {
         "best eager": (4, 4),
@@ -50,7 +52,7 @@ def cells(row: dict, smallest: bool) -> list[str]:
 
 
 def tables(report: dict) -> list[tuple[str, list[list[str]]]]:
-    """Title and rows of each comparison."""
+    """Returns the title and the rows of each comparison."""
     found, smallest = [], min(row["B"] * row["K"] for row in report["rows"])
     for key, group in groupby(
         report["rows"], key=lambda row: (row["op"], row["direction"], row["dtype"], row["B"], row["K"])
@@ -63,7 +65,7 @@ def tables(report: dict) -> list[tuple[str, list[list[str]]]]:
 
 
 def bars(report: dict) -> list[list[str]]:
-    """Every bar, what the best CPU variant (or the device) reaches of it, and what AVX2 would."""
+    """Returns a row for every bar: the bar, the ratio with the best CPU variant (or on CUDA), and that with AVX2."""
     found, smallest = [], min(row["B"] * row["K"] for row in report["rows"])
     for key, group in groupby(
         report["rows"], key=lambda row: (row["op"], row["direction"], row["dtype"], row["B"], row["K"])
@@ -83,7 +85,7 @@ def bars(report: dict) -> list[list[str]]:
 
 
 def growth(report: dict) -> list[list[str]]:
-    """Our time and memory in the sweep, and what a doubling of K costs."""
+    """Returns time and memory of cpr_fast over K, and the factor in time for each doubling of K."""
     rows, last = [], {}
     for row in report["sweep"]:
         if row["form"] != "cpr_fast":
@@ -116,7 +118,7 @@ def show(console: Console, title: str, header: list[str], rows: list[list[str]])
 
 
 def plot(report: dict, path: Path) -> None:
-    """Time over K of the sweep, both axes logarithmic, with the floor."""
+    """Plots time over K with the floor; both axes are logarithmic."""
     ops = list(dict.fromkeys(row["op"] for row in report["sweep"]))
     figure, axes = pyplot.subplots(1, len(ops), figsize=(5.5 * len(ops), 4), constrained_layout=True)
     for axis, op in zip(axes, ops, strict=True):
@@ -139,7 +141,7 @@ def write_page(report: dict, path: Path) -> None:
     world = report["world"]
     rates = ", ".join(f"{gflops:.0f} GFLOP/s in {dtype}" for dtype, gflops in report["gflops"].items())
     text = [
-        "# The kernels beside their peers\n",
+        "# The kernels and other implementations\n",
         f"`{world['command']}` at {world['commit']}, torch {world['torch']}, on {world['device']}.\n",
         "Times are medians (quartiles) of calls taken in turn with all other forms in one process; on the CPU process "
         "CPU time of one thread. `x ours`: how many times as long as `cpr_fast` the form takes; `cpr_fast again` is "

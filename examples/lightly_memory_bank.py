@@ -1,4 +1,4 @@
-"""The memory bank of `lightly` as it is: its NTXentLoss in one fused call, then the same with mined positives.
+"""Uses the memory bank of `lightly`: computes its NTXentLoss in one fused call, then the loss with mined positives.
 
 `pip install lightly && python examples/lightly_memory_bank.py`
 """
@@ -22,7 +22,7 @@ key, memory = bank(key, update=True)  # a copy of the bank before the batch was 
 loss = mil_nce(query, key, memory, temperature=0.1)
 print(f"lightly's loss {theirs(query, key).item():.6f}, fused {loss.item():.6f}")
 
-# NNCLR takes the nearest neighbour as the positive; here the five nearest are positives beside the own key.
+# NNCLR takes the nearest neighbour as the positive; here the five nearest are positives in addition to the own key.
 positives, scores = cascade_select(key[None], memory[None], views=[0], keep=[5])
 loss = mil_nce(query, key, memory, positives, temperature=0.1)
 loss.backward()

@@ -1,4 +1,4 @@
-"""The cross-batch memory of `pytorch-metric-learning` as it is: labels decide which of its entries are positives.
+"""Uses the cross-batch memory of `pytorch-metric-learning`: labels decide which of its entries are positives.
 
 `pip install pytorch-metric-learning && python examples/metric_learning_memory.py`
 """
@@ -14,7 +14,7 @@ torch.manual_seed(0)
 classes = torch.randn(CLASSES, WIDTH)
 project = torch.nn.Linear(WIDTH, D)
 optimizer = torch.optim.AdamW(project.parameters(), lr=3e-3)
-memory = CrossBatchMemory(SupConLoss(), embedding_size=D, memory_size=K)  # its loss is not called: mil_nce stands in
+memory = CrossBatchMemory(SupConLoss(), embedding_size=D, memory_size=K)  # its loss is not called: mil_nce replaces it
 
 for step in range(60):
     labels = torch.randint(CLASSES, (B,))

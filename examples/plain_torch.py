@@ -1,4 +1,4 @@
-"""Cascade mining and its loss in plain PyTorch: projections of two views learn to tell sources apart.
+"""Cascade mining and its loss in a plain PyTorch loop: projections of two views learn to distinguish sources.
 
 `python examples/plain_torch.py`
 """

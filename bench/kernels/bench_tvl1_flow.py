@@ -1,4 +1,4 @@
-"""tvl1_flow against OpenCV's DualTVL1OpticalFlow: single-thread CPU time, interleaved, on real clips.
+"""Compares tvl1_flow with OpenCV's DualTVL1OpticalFlow: CPU time of one thread, interleaved, on real clips.
 
     python bench/kernels/bench_tvl1_flow.py [--clips 8] [--repeats 3]
 
@@ -27,7 +27,7 @@ from support import real_clips
 from cpr_fast.ops import _library, tvl1_flow
 
 SIZES = ((340, 256), (160, 120))
-MOVING_PX = 0.5  # pixels of OpenCV's flow from which on a pixel counts as moving
+MOVING_PX = 0.5  # a pixel counts as moving from this length of OpenCV's flow on
 DEFAULTS = (0.25, 0.15, 0.3, 5, 0.8, 5, 0.01, 30, 10, 5)
 
 
@@ -45,7 +45,7 @@ def cpu_seconds(function, argument) -> tuple[float, torch.Tensor]:
 
 
 def measure(clips: torch.Tensor, repeats: int) -> tuple[float, float, torch.Tensor, torch.Tensor]:
-    """Best CPU seconds of OpenCV and of ours over the same clips, taken in turns, and both flows."""
+    """Returns the least CPU seconds of OpenCV and of tvl1_flow over the same clips, in turn, and both flows."""
     theirs, ours = [], []
     for _ in range(repeats):
         timed = [(cpu_seconds(opencv_flow, clip), cpu_seconds(tvl1_flow, clip)) for clip in clips]

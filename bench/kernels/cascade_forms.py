@@ -45,12 +45,12 @@ def make_inputs(B: int, K: int, device: str, direction: str, dtype: torch.dtype)
 
 
 def work(B: int, K: int, direction: str) -> tuple[float, float]:
-    """Operations, and elements moved, that no form can avoid: the scores of both views; all inputs read once."""
+    """Returns the operations and the moved elements that every form needs: scores of both views, one read."""
     return 2 * 2 * B * K * D, 2 * (B + K) * D
 
 
 def error(inputs: Inputs, result: tuple | Tensor) -> float:
-    """Share of the first queries' selected entries that the float64 reference does not select."""
+    """Returns the share of the entries selected for the first queries that the float64 reference does not select."""
     found = result[0] if isinstance(result, tuple) else result
     rows = max(1, min(len(found), 2**20 // inputs.memory.shape[1]))
     expected, _ = cascade_select_ref(inputs.queries[:, :rows].contiguous(), *inputs.all[1:])

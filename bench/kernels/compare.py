@@ -1,10 +1,11 @@
-"""The kernels beside every peer, in one run: `make bench`, or
+"""Compares the kernels with other implementations in one run: `make bench`, or
 
     python bench/kernels/compare.py [--device cpu|cuda] [--shapes 32x2048 ...] [--seconds 6] [--out bench/results]
 
-prints the comparison, and writes kernels_DEVICE.json, .md (tables) and .png (time over K with the floor). CPU: process
-CPU time of one thread, forms in turn; then how time and memory grow with K, and what a second thread gains beside
-torch's matrix product (wall clock: only an idle machine tells). About six minutes on two idle cores.
+It prints the comparison and writes kernels_DEVICE.json, .md (tables) and .png (time over K with the floor). On the CPU
+it measures the CPU time of one thread, with the forms in turn, the growth of time and memory with K, and the gain of a
+second thread compared with that of torch's matrix product (wall clock, valid on an idle machine only). It takes about
+six minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ OPS = (cascade_forms, loss_forms)
 SWEEP_B = 32
 SWEEP_FORMS = {"cascade_select": ("cpr_fast", "best eager"), "mil_nce": ("cpr_fast", "lean eager", "SDPA with LSE")}
 LOSS_SWEEP = "gradient"
-WARM = 32 * 16384  # B x K up to which it matters what ran before
+WARM = 32 * 16384  # B x K up to which the state of the caches matters
 THREADS_SHAPE = (256, 65536)
 
 
 def prepare(op, names, B: int, K: int, device: str, direction: str, dtype: torch.dtype) -> tuple[dict, dict, object]:
-    """The calls of the forms that run, why the others do not, and the inputs."""
+    """Returns the calls of the forms that run, the reasons of those that do not, and the inputs."""
     inputs, calls, absent = op.make_inputs(B, K, device, direction, dtype), {}, {}
     for name in names:
         try:
@@ -49,7 +50,7 @@ def prepare(op, names, B: int, K: int, device: str, direction: str, dtype: torch
 
 
 def compare(op, names, shape: tuple[int, int], direction: str, dtype: torch.dtype, rates: Rates, budget_s: float):
-    """One row per form at one shape: its times, and how many times as long as ours it takes."""
+    """Returns a row for each form at one shape: its times, and their ratio to cpr_fast."""
     (B, K), device = shape, rates.device
     calls, absent, inputs = prepare(op, names, B, K, device, direction, dtype)
     times = samples_s(calls, device, budget_s)
@@ -73,7 +74,7 @@ def compare(op, names, shape: tuple[int, int], direction: str, dtype: torch.dtyp
 
 
 def sweep(op, largest: int, rates: Rates, budget_s: float) -> list[dict]:
-    """Time and extra memory while K doubles."""
+    """Returns time and extra memory for each doubling of K."""
     direction, device, dtype = LOSS_SWEEP if op is loss_forms else "forward", rates.device, torch.float32
     rows, K = [], 512
     while (K := 2 * K) <= largest:
@@ -87,7 +88,7 @@ def sweep(op, largest: int, rates: Rates, budget_s: float) -> list[dict]:
 
 
 def threads(budget_s: float) -> list[dict]:
-    """What the second thread gains: our ops beside torch's matrix product, by wall clock, all in turn."""
+    """Returns the gain of a second thread for the operators and torch's matrix product, by wall clock, all in turn."""
     B, K = THREADS_SHAPE
     selection = cascade_forms.make_inputs(B, K, "cpu", "forward", torch.float32)
     loss = loss_forms.make_inputs(B, K, "cpu", LOSS_SWEEP, torch.float32)
@@ -143,10 +144,12 @@ def shape_of(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shapes", type=shape_of, nargs="+", help="BxK; default: the record's on the CPU, all on CUDA")
+    parser.add_argument(
+        "--shapes", type=shape_of, nargs="+", help="BxK; default: those of the recorded results on the CPU, all on CUDA"
+    )
     parser.add_argument("--without", nargs="+", default=[], metavar="FORM", help="forms to leave out")
     parser.add_argument("--largest", type=int, help="last K of the sweep; default 131072 on the CPU, 1048576 on CUDA")
-    parser.add_argument("--seconds", type=float, default=6, help="for all forms of one shape")
+    parser.add_argument("--seconds", type=float, default=6, help="total time of all forms of a shape")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     shapes = options.shapes or (CPU_SHAPES if options.device == "cpu" else ALL_SHAPES)

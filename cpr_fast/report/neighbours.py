@@ -20,7 +20,7 @@ from cpr_fast.evaluate.retrieval.ranking import prepare
 
 NEAREST = 5  # neighbours per video
 DUPLICATE = 0.9  # similarity from which two videos of different sources are worth a look
-CROWDED = 0.3  # share of videos with such a similarity to all their neighbours, from which features have collapsed
+CROWDED = 0.15  # share of all pairs with such a similarity, above which the features say little
 CHUNK = 512  # videos whose similarities are held at once
 FAR = 3.0  # robust standard deviations from the median at which a video is odd
 THUMBNAIL, BORDER = 16, 4  # side of a frame whose pixels are compared, and the border around it that is not
@@ -49,7 +49,7 @@ def find_neighbours(streams: Sequence[Tensor], metric: Metric, sources: Tensor, 
         sources: [M] int64; where all are one source, only a video itself is left out.
     """
     count = len(sources)
-    pairs = [prepare(features, features, "cosine" if metric == "euclidean" else metric) for features in streams]
+    pairs = [_prepared(features, metric) for features in streams]
     one_source = bool((sources == sources[0]).all())
     own = torch.arange(count)
     groups = own if one_source else sources
@@ -131,11 +131,11 @@ def confidence(
     """
     count = len(sources)
     level, reasons = "unknown", []
-    crowded = (found.similarity >= DUPLICATE).all(1).double().mean().item() if count > NEAREST else 0.0
+    crowded = _crowded(streams, metric)
     if crowded > CROWDED:
         reasons.append(
-            f"{crowded:.0%} of the videos have a similarity of {DUPLICATE} or more with all their {NEAREST} nearest: "
-            "the network hardly tells these videos apart. Train it longer, or on more videos."
+            f"{_share(crowded)} of all pairs of videos have a similarity of {DUPLICATE} or more: the network hardly "
+            "tells these videos apart. Train it longer, or on more videos."
         )
     own = torch.bincount(sources)[sources] - 1
     siblings = own > 0
@@ -144,8 +144,8 @@ def confidence(
         chance = (own[siblings].double() / (count - 1)).mean().item()
         level = _level(share, chance, high=0.8, moderate=0.4)
         reasons.append(
-            f"{_videos(int(siblings.sum()))} that share a source with another one: for {share:.0%} of them the nearest "
-            f"video is of the same source (chance: {chance:.0%})."
+            f"{_videos(int(siblings.sum()))} that share a source with another one: for {_share(share)} of them the "
+            f"nearest video is of the same source (chance: {_share(chance)})."
         )
     if len(streams) > 1:
         alone = [find_neighbours([features], metric, sources) for features in streams.values()]
@@ -154,8 +154,8 @@ def confidence(
         agreed = _level(share, chance, high=0.6, moderate=0.3)
         level = agreed if level == "unknown" else level
         reasons.append(
-            f"The views {' and '.join(streams)} agree for {share:.0%} of the videos: the nearest by one is among the "
-            f"{alone[1].index.shape[1]} nearest by the other (chance: {chance:.0%})."
+            f"The views {' and '.join(streams)} agree for {_share(share)} of the videos: the nearest by one is among "
+            f"the {alone[1].index.shape[1]} nearest by the other (chance: {_share(chance)})."
         )
     if pixels is not None:
         thumbnails = find_neighbours([pixels], "cosine", sources)
@@ -166,11 +166,30 @@ def confidence(
             else "So similarity is about more than the picture's layout and brightness."
         )
         reasons.append(
-            f"For {share:.0%} of the videos the nearest one is the same by a thumbnail of the middle frame. {meaning}"
+            f"For {_share(share)} of the videos a thumbnail of the middle frame finds the same nearest one. {meaning}"
         )
     if count < 100:
         reasons.append(f"With {_videos(count)} every video has a nearest one, even if nothing is really similar to it.")
-    return "low" if crowded > CROWDED else level, reasons
+    return "low" if crowded > CROWDED and level == "unknown" else level, reasons
+
+
+def _crowded(streams: dict[str, Tensor], metric: Metric) -> float:
+    """Returns the share of pairs with a similarity of DUPLICATE or more, among at most CHUNK evenly spread videos."""
+    count = len(next(iter(streams.values())))
+    chosen = torch.linspace(0, count - 1, min(count, CHUNK)).long()
+    some = [features[chosen] for features in streams.values()]
+    total = sum(a @ b.T for a, b in (_prepared(features, metric) for features in some)) / len(some)
+    pairs = torch.ones_like(total, dtype=torch.bool).triu(1)
+    return (total[pairs] >= DUPLICATE).double().mean().item()
+
+
+def _prepared(features: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """Features ready for a dot product; "euclidean" is for baselines, which are not shown here."""
+    return prepare(features, features, "cosine" if metric == "euclidean" else metric)
+
+
+def _share(rate: float) -> str:
+    return f"{rate:.0%}" if rate >= 0.01 or rate == 0 else f"{rate:.2%}"
 
 
 def _level(share: float, chance: float, *, high: float, moderate: float) -> str:

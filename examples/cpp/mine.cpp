@@ -1,4 +1,4 @@
-// The kernels from C++, without torch: two stages of mining over two views, then the loss over the mined positives.
+// Calls the kernels from C++, without torch: mines positives in two stages over two views, then computes the loss.
 #include <cpr_fast.h>
 
 #include <cmath>
@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-// Any thread pool will do; the results do not depend on how it cuts the work.
+// Any thread pool can be used: results do not depend on how it divides the work.
 static void serially(int64_t count, int64_t, cpr_range_body body, void* context) { body(0, count, context); }
 
 static std::vector<float> unit_rows(int64_t rows, int64_t width, std::mt19937& generator) {

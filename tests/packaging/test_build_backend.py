@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
-from support.distribution import ROOT, attempt, build_sdist, copy_source
+from support.packaging.distribution import ROOT, attempt, build_sdist, copy_source
 
 
 @pytest.fixture

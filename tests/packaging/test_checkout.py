@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from support.distribution import copy_source, pip, run
+from support.packaging.distribution import copy_source, pip, run
 
 pytestmark = pytest.mark.packaging
 
@@ -22,6 +22,8 @@ def python(source):
     """An environment of its own that also sees the packages of the one that runs the tests."""
     folder = source.parent / "environment"
     venv.create(folder, with_pip=True)
+    # The setuptools that Python 3.11 brings is too old, and would hide the outer one.
+    run(folder / "bin" / "python", "-m", "pip", "uninstall", "--yes", "setuptools", folder=source)
     (site,) = (folder / "lib").glob("python*/site-packages")
     (site / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n")
     return folder / "bin" / "python"

@@ -4,7 +4,7 @@ import subprocess
 import tarfile
 
 import pytest
-from support.distribution import ROOT, build_sdist, copy_source
+from support.packaging.distribution import ROOT, build_sdist, copy_source
 
 NOT_DISTRIBUTED = {".gitignore"}
 

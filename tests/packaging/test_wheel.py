@@ -8,7 +8,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from support.distribution import ROOT, build_sdist, copy_source, pip, run
+from support.packaging.distribution import ROOT, build_sdist, copy_source, pip, run
 
 pytestmark = pytest.mark.packaging
 

@@ -154,7 +154,7 @@ def _check_disk(problems: list[Problem], listed: int) -> None:
 
 def _nothing(root: Path, listing: Listing, problems: list[Problem], options: IndexOptions) -> str:
     """Returns why there is no index."""
-    text = f"root {str(root)!r}: expected videos of layout {options.layout!r}, got none that decodes"
+    text = f"root {str(root)!r}: expected videos of layout {options.layout!r}, got none that can be listed"
     if problems:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in Counter(p.kind for p in problems).items())
         text += f" ({counts}); the first: {problems[0].path}: {problems[0].reason}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,11 +76,20 @@ def open_video(path: str | Path, *, probe: bool = True) -> Iterator[tuple[av.con
             stream.codec_context.thread_count = 1  # videos are decoded in parallel, not the frames of one video
             yield container, stream
     except (av.FFmpegError, OSError) as error:
-        raise VideoError(
-            path, error.strerror or str(error) or type(error).__name__, unreadable=_is_io(error)
-        ) from error
+        reason = error.strerror or str(error) or type(error).__name__
+        raise VideoError(path, reason, unreadable=_unreadable(path, error)) from error
 
 
-def _is_io(error: Exception) -> bool:
+def _unreadable(path: str | Path, error: Exception) -> bool:
     """Returns whether the operating system failed, rather than the parsing or decoding of the bytes."""
-    return isinstance(error, OSError) and error.errno in errno.errorcode
+    if not isinstance(error, OSError) or error.errno not in errno.errorcode:
+        return False
+    try:  # demultiplexers also report "Input/output error" for files that end too early
+        with open(path, "rb") as file:
+            file.read(1)
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 1))
+            file.read(1)
+    except OSError:
+        return True
+    return False

@@ -58,7 +58,7 @@ def probe_video(path: str | Path, *, decode: bool = True) -> VideoInfo:
             facts = {
                 "fps": float(stream.average_rate or stream.guessed_rate or 0),
                 "codec": stream.codec_context.codec.canonical_name,
-                "streams": _several(container, stream),
+                "streams": which_stream(container, stream),
             }
             clocked = shows_times(container)
             for packet in container.demux(stream):
@@ -111,7 +111,7 @@ class _Frames:
         self.times.append(frame.pts)
 
 
-def _several(container: av.container.InputContainer, chosen: av.VideoStream) -> str:
+def which_stream(container: av.container.InputContainer, chosen: av.VideoStream) -> str:
     """Returns which of several video streams is read, "" if there is one. Cover art does not count."""
     streams = video_streams(container)
     if len(streams) < 2:

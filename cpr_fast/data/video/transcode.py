@@ -11,7 +11,8 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from cpr_fast.data.video.container import VideoError, location, open_video
-from cpr_fast.data.video.probe import VideoInfo
+from cpr_fast.data.video.probe import VideoInfo, which_stream
+from cpr_fast.errors import InputError
 
 OPTIONS = {"preset": "veryfast", "crf": "18", "g": "12", "bf": "0", "threads": "1"}
 
@@ -32,6 +33,7 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
             writer = _Writer(output, short_side)
             try:
                 with open_video(path) as (container, stream):
+                    writer.streams = which_stream(container, stream)
                     for frame in container.decode(stream):
                         writer.add(frame, stream.average_rate or Fraction(25))
             except VideoError as failure:
@@ -51,6 +53,7 @@ class _Writer:
     def __init__(self, output: av.container.OutputContainer, short_side: int) -> None:
         self._output, self._short_side, self._scaler = output, short_side, VideoReformatter()
         self.stream: av.VideoStream | None = None
+        self.streams = ""  # which of several was read
         self._count, self._corrupt = 0, []
 
     def add(self, frame: av.VideoFrame, rate: Fraction) -> None:
@@ -66,14 +69,17 @@ class _Writer:
             picture, stream.width, stream.height, "yuv420p", interpolation=Interpolation.BICUBIC
         )
         picture.pts, picture.time_base = self._count, 1 / stream.codec_context.framerate
-        self._output.mux(stream.encode(picture))
+        try:
+            self._output.mux(stream.encode(picture))
+        except av.FFmpegError as error:  # a full disk must not look like the end of the source
+            raise InputError(f"cannot write {self._output.name!r}: {error.strerror}") from error
         self._count += 1
 
     def info(self, error: VideoError | None) -> VideoInfo:
         fps, first = float(self.stream.codec_context.framerate), self._corrupt[0] if self._corrupt else -1
         return VideoInfo(
             self._count, fps, self.stream.width, self.stream.height, "h264", error.reason if error else "",
-            corrupt=len(self._corrupt), first_corrupt=first,
+            corrupt=len(self._corrupt), first_corrupt=first, streams=self.streams,
         )  # fmt: skip
 
 

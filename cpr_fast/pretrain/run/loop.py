@@ -26,7 +26,7 @@ from cpr_fast.pretrain.run.folder import on_main, only_writer, open_run
 from cpr_fast.pretrain.run.log import StepLog
 from cpr_fast.pretrain.run.online import OnlineRetrieval
 from cpr_fast.pretrain.run.outcome import outcome
-from cpr_fast.pretrain.run.summary import Pace, end_lines, start_lines
+from cpr_fast.pretrain.run.summary import Pace, end_line, start_lines
 from cpr_fast.pretrain.run.videos import digest, training_videos
 from cpr_fast.pretrain.state.cycle import CycleState
 from cpr_fast.pretrain.state.schedule import cycle_epochs, learning_rate
@@ -172,7 +172,7 @@ def _begin(run: Run, saved: dict[str, Any] | None) -> None:
 
 
 def _finish(run: Run) -> None:
-    """Writes the row `outcome`, unless nothing was trained since the last one, and prints it with the next commands."""
+    """Writes the row `outcome`, unless nothing was trained since the last one, and prints it."""
     if run.writer is None:
         return
     rows = read_metrics(run.folder)
@@ -188,8 +188,7 @@ def _finish(run: Run) -> None:
     for text in row["warnings"]:
         log.warning("Warning: %s", text)
     if run.progress:
-        for line in end_lines(row, run.config, run.folder):
-            log.info("%s", line)
+        log.info("%s", end_line(row))
 
 
 def _run_cycles(run: Run, saved: dict[str, Any] | None) -> None:

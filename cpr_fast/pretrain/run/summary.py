@@ -1,4 +1,4 @@
-"""What a run tells the user on stderr: a summary at its start, how far it is, and the next commands at its end."""
+"""What a run prints on stderr: a summary at its start, the time left, and a summary at its end."""
 
 from __future__ import annotations
 
@@ -36,14 +36,9 @@ def start_lines(config: Config, index: Index, plans: Sequence[CyclePlan], folder
     return [*lines, f"  Run folder: {folder}"]
 
 
-def end_lines(row: dict[str, Any], config: Config, folder: Path) -> list[str]:
+def end_line(row: dict[str, Any]) -> str:
     """Returns the summary of a finished run: `row` is its `outcome`."""
-    lines = [f"Finished after {row['step']} steps. {row['text']}"]
-    lines += [
-        f"Next:  cpr-fast retrieve {folder / 'checkpoints' / 'last.pt'} --index {config.data.index or 'INDEX.csv'}",
-        f"       cpr-fast report {folder}",
-    ]
-    return lines
+    return f"Finished after {row['step']} steps. {row['text']}"
 
 
 def _memory(config: Config, plan: CyclePlan) -> str:

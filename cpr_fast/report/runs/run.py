@@ -125,7 +125,7 @@ class Run:
         return next((row for row in trained if row["view"] == "two_stream"), trained[-1] if trained else None)
 
     def accuracy(self, task: str) -> dict[str, Any] | None:
-        """Returns the mean accuracy of a task ("probe" | "finetune") with its view, chosen as in `headline`, and recipe."""
+        """Returns the mean accuracy of a task ("probe" | "finetune"), its recipe and view (chosen as in `headline`)."""
         rows = [row for row in self.classified if row["task"] == task]
         rows = [row for row in rows if row["recipe"] == "paper"] or rows
         views = {row["view"] for row in rows}

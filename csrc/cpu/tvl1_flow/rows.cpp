@@ -1,7 +1,7 @@
 // The inner loops of TV-L1 flow (Zach, Pock, Bischof 2007, in the form of OpenCV's DualTVL1OpticalFlow).
 //
-// Compiled once per CPU variant. The order and rounding of every operation are part of the result: they are OpenCV's,
-// whose median filter and stop test amplify a last bit into pixels, and all variants give the same bits.
+// Compiled once per CPU variant. Order and rounding of every operation are those of OpenCV, because the median filter
+// and the stop test amplify a difference in the last bit to pixels. All variants give the same bits.
 #include "cpu/tvl1_flow/rows.h"
 
 #include <cstddef>
@@ -15,7 +15,7 @@
 namespace cpr::tvl1 {
 namespace {
 
-// 1 for lanes below `count` of the last vector of a row, else 0.
+// Returns 1 in the lanes below `count` of the last vector of a row, 0 in the others.
 inline Vec16 first_lanes(int count) {
   alignas(64) static const float steps[2 * kLanes] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
   return load(steps + kLanes - count);
@@ -23,8 +23,8 @@ inline Vec16 first_lanes(int count) {
 
 // ---- one inner iteration ---------------------------------------------------------------------------
 
-// sqrt(x^2 + y^2) rounded once, as hypotf: what the squares, their sum and the root lost by rounding comes back in one
-// Newton step.
+// Returns sqrt(x^2 + y^2) with a single rounding, as hypotf: one Newton step corrects the rounding of the squares,
+// their sum and the root.
 inline Vec16 hypot(Vec16 x, Vec16 y) {
   const Vec16 zero = broadcast(0.0f);
   const Vec16 xx = x * x, yy = y * y;
@@ -36,15 +36,15 @@ inline Vec16 hypot(Vec16 x, Vec16 y) {
   return root + residual / max(root + root, broadcast(1e-30f));
 }
 
-// Dual step of one flow component: (pa, pb) + tau/theta grad u, divided by 1 + tau/theta |grad u|.
+// Updates the dual of one flow component: ((pa, pb) + tau/theta grad u) / (1 + tau/theta |grad u|).
 inline void dual_step(Vec16 taut, Vec16 ux, Vec16 uy, Vec16& pa, Vec16& pb) {
   const Vec16 norm = broadcast(1.0f) + taut * hypot(ux, uy);
   pa = (pa + taut * ux) / norm;
   pb = (pb + taut * uy) / norm;
 }
 
-// The rows one fused step touches. kPrimal updates u of row y, kDual then updates p of row y-1, which only needs the
-// new u of rows y-1 and y. Source and target may be the same buffer.
+// The rows of one fused step. kPrimal updates u of row y; kDual then updates p of row y-1, which needs the new u of
+// rows y-1 and y only. Source and target may be the same buffer.
 struct StepRows {
   const float* constants;     // row y
   const float* source;        // row y
@@ -63,14 +63,14 @@ inline void fused_vector(const StepRows& r, int S, int x, Vec16 l_t, Vec16 theta
     const Vec16 old1 = load(r.source + kU1 * S + x), old2 = load(r.source + kU2 * S + x);
     const Vec16 wx = load(r.constants + kI1wx * S + x), wy = load(r.constants + kI1wy * S + x);
     const Vec16 rho = load(r.constants + kRhoC * S + x) + (wx * old1 + wy * old2);
-    // The three cases of the thresholding step are one clamp. Where the gradient vanishes the quotient is infinite or
-    // NaN, which min turns into l_t, times a gradient of 0.
+    // The three cases of the thresholding step are one clamp. For a zero gradient the quotient is infinite or NaN; min
+    // turns it into l_t, which is then multiplied by the gradient of 0.
     const Vec16 scale = max(min(rho / load(r.constants + kSquaredGrad * S + x), l_t), broadcast(0.0f) - l_t);
     const Vec16 p11 = load(r.source + kP11 * S + x), p12 = load(r.source + kP12 * S + x);
     const Vec16 p21 = load(r.source + kP21 * S + x), p22 = load(r.source + kP22 * S + x);
     Vec16 div1 = (p11 - load(r.source + kP11 * S + x - 1)) + (p12 - p12_above);
     Vec16 div2 = (p21 - load(r.source + kP21 * S + x - 1)) + (p22 - p22_above);
-    if (x == 0) {  // OpenCV adds in another order where there is no pixel to the left
+    if (x == 0) {  // in the first column OpenCV adds in another order
       div1 = first_lane((p11 + p12) - p12_above, div1);
       div2 = first_lane((p21 + p22) - p22_above, div2);
     }
@@ -104,13 +104,13 @@ void fused_row(const Level& level, const Step& step, const StepRows& r, float* c
   for (int x = 0; x < last; x += kLanes) fused_vector<kPrimal, kDual>(r, S, x, l_t, theta, taut, all, change);
   fused_vector<kPrimal, kDual>(r, S, last, l_t, theta, taut, tail, change);
   store(change16, change);
-  if (kPrimal) {  // the forward difference of the last column is 0: repeat its pixel one to the right
+  if (kPrimal) {  // makes the forward difference of the last column 0
     for (int field : {kU1, kU2}) r.target[field * S + level.width] = r.target[field * S + level.width - 1];
   }
 }
 
-// Iteration k works one row behind iteration k-1: its row y needs only rows y-1 and y of iteration k-1's duals.
-// Every array so streams through the cache once per block of iterations instead of once per iteration.
+// Iteration k works one row behind iteration k-1, because its row y needs only rows y-1 and y of the duals of iteration
+// k-1. Every array thus passes through the cache once per block of iterations instead of once per iteration.
 void iterate(const Level& level, const Step& step, const float* constants, const float* source, float* target,
              int count, double* squared_change) {
   const ptrdiff_t state_pitch = ptrdiff_t{kStateFields} * level.stride;
@@ -141,7 +141,8 @@ void iterate(const Level& level, const Step& step, const float* constants, const
 
 // ---- warping ---------------------------------------------------------------------------------------
 
-// Weights of the four taps at offsets -1..2 for a position t in [0, 1) between taps 0 and 1, rounded as OpenCV's.
+// Computes the weights of the taps at offsets -1..2 for a position t in [0, 1) between taps 0 and 1, rounded as in
+// OpenCV.
 inline void cubic_weights(Vec16 t, Vec16 w[4]) {
   const Vec16 one = broadcast(1.0f), a = broadcast(kA);
   const Vec16 r = one - t;
@@ -151,7 +152,7 @@ inline void cubic_weights(Vec16 t, Vec16 w[4]) {
   w[2] = one - w[0] - w[1] - w[3];
 }
 
-// Sixteen neighbouring pixels (x.., y) of the three warped images, as I1w, I1wx, I1wy.
+// Computes sixteen neighbouring pixels (x.., y) of the three warped images I1w, I1wx, I1wy.
 inline void warp_vector(const Level& level, const float* i1, Vec16 fx, Vec16 fy, Vec16 warped[3]) {
   const ptrdiff_t pitch = level.width + 2 * kBorder;
   // Outside these limits every tap is in the zero border. NaN becomes the lower limit.
@@ -218,11 +219,11 @@ inline void exchange_each(Vec16* wires, std::index_sequence<kIndex...>) {
   (exchange(wires[kNetwork[kIndex][0]], wires[kNetwork[kIndex][1]]), ...);
 }
 template <const auto& kNetwork>
-inline void apply(Vec16* wires) {  // unrolled at compile time: halves of exchanges that nothing reads disappear
+inline void apply(Vec16* wires) {  // unrolled at compile time, which removes unused halves of exchanges
   exchange_each<kNetwork>(wires, std::make_index_sequence<std::size(kNetwork)>{});
 }
 
-// Row y of one field with its edge pixels repeated `kLanes` to either side.
+// Copies row y of one field with its edge pixels repeated `kLanes` times on both sides.
 void copy_bordered(const Level& level, const float* row, float* out) {
   for (int x = 0; x < level.vectors * kLanes; x += kLanes) store(out + kLanes + x, load(row + x));
   for (int x = 0; x < kLanes; ++x) {

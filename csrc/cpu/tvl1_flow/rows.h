@@ -1,4 +1,4 @@
-// The SIMD loops of TV-L1 flow: what tvl1_flow.cpp asks of each CPU variant of rows.cpp.
+// The interface of the SIMD loops of TV-L1 flow, which rows.cpp implements for each CPU variant.
 #pragma once
 
 #include <cstdint>
@@ -6,10 +6,10 @@
 namespace cpr::tvl1 {
 
 constexpr int kLanes = 16;
-constexpr int kMaxBlock = 8;  // inner iterations run over the rows in one wave
+constexpr int kMaxBlock = 8;  // the most inner iterations in one pass over the rows
 
-// One pyramid level. A field row is `kLanes` floats of left margin, then the pixels rounded up to whole vectors; the
-// margin of the next row doubles as right margin. The fields of one image row lie side by side, so a wave over the
+// A level of the pyramid. A row of a field is `kLanes` floats of left margin, then the pixels, padded to whole vectors;
+// the margin of the next row is also the right margin. The fields of one image row are adjacent, so a pass over the
 // rows touches one contiguous window: state [height][kStateFields][stride], constants
 // [height][kConstantFields][stride].
 struct Level {
@@ -27,8 +27,8 @@ struct Step {
 };
 
 struct Rows {
-  // `count` <= kMaxBlock inner iterations from state `source` into `target` (another buffer; `source` stays whole, so
-  // the caller can take fewer back). squared_change[k] = sum over pixels of |u_k - u_{k-1}|^2.
+  // Runs `count` <= kMaxBlock inner iterations from state `source` into `target` (another buffer; `source` is kept, so
+  // the caller can repeat fewer of them). squared_change[k] = sum over pixels of |u_k - u_{k-1}|^2.
   void (*iterate)(const Level&, const Step&, const float* constants, const float* source, float* target, int count,
                   double* squared_change);
   // constants from I0 [height, width] and the interleaved I1 (I1, dI1/dx, dI1/dy, 0) bordered by kBorder zero pixels,

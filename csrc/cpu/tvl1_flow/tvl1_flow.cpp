@@ -1,4 +1,4 @@
-// TV-L1 optical flow: pyramid, warps and stop test around the SIMD loops of rows.cpp.
+// TV-L1 optical flow on the CPU: pyramid, warps and stop test. The SIMD loops are in rows.cpp.
 //
 // Zach, Pock, Bischof, "A duality based approach for realtime TV-L1 optical flow", 2007, with the choices of OpenCV's
 // DualTVL1OpticalFlow: gray values 0..255, bilinear pyramid that ends before a side falls below 16 pixels, bicubic
@@ -36,7 +36,7 @@ std::vector<Level> make_levels(const cpr_tvl1_args& a) {
   return levels;
 }
 
-// Zeroed floats on a cache-line boundary: a vector that straddles two lines costs two accesses.
+// Zeroed floats, aligned to a cache line: a vector across two lines costs two accesses.
 class Buffer {
  public:
   explicit Buffer(size_t floats) : lines_((floats + kLanes - 1) / kLanes) {}
@@ -60,8 +60,8 @@ struct Image {
   Float* row(int y) const { return data + y * pitch; }
 };
 
-// Where bilinear interpolation reads along one axis: from source[first] a share t of the way to
-// source[second], pixel centres aligned.
+// Where bilinear interpolation reads along one axis: between source[first] and source[second], at fraction t. Pixel
+// centres are aligned.
 struct Taps {
   std::vector<int> first, second;
   std::vector<float> t;
@@ -69,8 +69,8 @@ struct Taps {
   Taps(int source, int target, double scale) : first(target), second(target), t(target) {
     for (int i = 0; i < target; ++i) {
       const double position = std::clamp((i + 0.5) * scale - 0.5, 0.0, source - 1.0);
-      // OpenCV's rounding at the far edge: shrinking takes the last pixel as a whole step from its neighbour,
-      // enlarging takes it as it is.
+      // As OpenCV at the far edge: shrinking reaches the last pixel at fraction 1 from its neighbour,
+      // enlarging reads it directly. The results differ by rounding.
       first[i] = std::min(static_cast<int>(position), scale > 1 ? std::max(source - 2, 0) : source - 1);
       second[i] = std::min(first[i] + 1, source - 1);
       t[i] = static_cast<float>(position - first[i]);
@@ -78,12 +78,13 @@ struct Taps {
   }
 };
 
-// a + (b - a) t with one rounding after the difference, as a fused multiply-add has: the product is exact in double.
+// Returns a + (b - a) t with one rounding after the difference, as a fused multiply-add: the product is exact in
+// double.
 inline float lerp(float a, float b, float t) {
   return static_cast<float>(static_cast<double>(b - a) * static_cast<double>(t) + static_cast<double>(a));
 }
 
-// target = gain * source resized; scale_y and scale_x are source pixels per target pixel.
+// Computes target = gain * source, resized; scale_y and scale_x are source pixels per target pixel.
 void resize(Image<const float> source, Image<float> target, double scale_y, double scale_x, float gain) {
   const Taps column(source.width, target.width, scale_x), row(source.height, target.height, scale_y);
   std::vector<float> wide(static_cast<size_t>(source.height) * target.width);
@@ -103,7 +104,7 @@ void resize(Image<const float> source, Image<float> target, double scale_y, doub
   }
 }
 
-// The gray pyramid of one frame, finest level first; rows padded to whole vectors.
+// The grey pyramid of one frame, finest level first, with rows padded to whole vectors.
 class Pyramid {
  public:
   explicit Pyramid(const std::vector<Level>& levels) : levels_(&levels) {
@@ -161,7 +162,7 @@ void interleave_gradient(Image<const float> image, float* out) {
   }
 }
 
-// Solves frame pairs one after the other; owns every buffer, sized for the finest level.
+// Solves frame pairs one after the other. Owns all buffers, sized for the finest level.
 class Solver {
  public:
   Solver(const cpr_tvl1_args& a, const std::vector<Level>& levels, const Rows& rows)
@@ -176,7 +177,7 @@ class Solver {
         ring_(10 * (static_cast<size_t>(levels[0].stride) + 2 * kLanes)),
         coarse_(2 * static_cast<size_t>(a.H) * a.W) {}
 
-  // flow: out [2, H, W]. Returns the pixel-iterations done.
+  // flow: out [2, H, W]. Returns the number of pixel-iterations.
   int64_t solve(Pyramid& first, Pyramid& second, float* flow) {
     int64_t pixel_iterations = 0;
     for (size_t scale = levels_.size(); scale-- > 0;) {
@@ -205,7 +206,7 @@ class Solver {
     return state.data() + kStateFields * level.stride + kLanes;
   }
 
-  // Zero duals and margins; u from the coarser level, zero at the coarsest.
+  // Starts a level: zeroes duals and margins, and takes u from the coarser level, zero at the coarsest.
   void start_level(size_t scale) {
     const Level& level = levels_[scale];
     state_.zero(state_size(level));
@@ -232,7 +233,7 @@ class Solver {
     }
   }
 
-  // Outer and inner iterations of one warp; returns the inner iterations done.
+  // Runs the outer and inner iterations of one warp. Returns the number of inner iterations.
   int64_t iterate_to_convergence(const Level& level) {
     const double threshold = stop_threshold(a_.epsilon, {level.height, level.width});
     double previous = 0, error = kNoError;
@@ -248,7 +249,7 @@ class Solver {
     return iterations;
   }
 
-  // Runs a block of inner iterations, and again fewer from the same start where the stop test holds earlier.
+  // Runs a block of inner iterations. If the stop test holds within it, runs fewer from the same start again.
   int iterate_block(const Level& level, double threshold, int remaining, double& previous, double& error) {
     int count = block_length(previous, error, threshold, std::min(kMaxBlock, remaining));
     double errors[kMaxBlock];
@@ -281,8 +282,8 @@ struct Job {
   std::atomic<bool> out_of_memory{false};
 };
 
-// One thread: solves frame pairs, numbered over all clips in order, until none is left. A frame's pyramid serves both
-// pairs that the frame is in where they come one after the other.
+// The work of one thread: solves frame pairs, numbered over all clips in order, until none is left. Where the thread
+// gets two adjacent pairs, the pyramid of their common frame is used for both.
 void solve_pairs(Job& job) {
   const cpr_tvl1_args& a = job.args;
   try {
@@ -312,7 +313,7 @@ void solve_pairs(Job& job) {
   }
 }
 
-// The loops of the CPU variant in force.
+// Returns the loops of the CPU variant in use.
 const Rows& current_rows() {
 #if defined(__x86_64__)
   if (std::strcmp(kernels().name, "avx512") == 0) return avx512::tvl1_rows;

@@ -1,15 +1,19 @@
-// cascade_select on CUDA. A score never changes between stages, so: one kernel scores a chunk of queries against
-// the memory in every view that a stage compares, and one block per query then runs all stages over its rows.
-// Three routes, by size:
-//   on chip     the rows of a query fit the shared memory of one block, survivors are bits in registers;
-//   in cache    the rows stay in the L2 cache, survivors are a list;
-//   refined     rows too long for either: scores come from tensor cores with a bound on their error. Each stage
-//               then rescores canonically what lies within the bound of its threshold, and decides on that.
+// cascade_select on CUDA. A score is the same in every stage. One kernel therefore computes the scores of a chunk of
+// queries against the memory, in every view that a stage compares; then one block for each query runs all stages on the
+// rows of scores of its query. There are three routes, chosen by size:
+//   on chip     The rows of a query fit the shared memory of a block. The survivors are bits in registers.
+//   in cache    The rows of a chunk stay in the L2 cache. The survivors are a list.
+//   refined     The rows are too long for both. Tensor cores compute approximate scores with a bound on their error.
+//   Each
+//               stage computes the canonical scores of the entries within that bound of its threshold, and decides by
+//               them.
 //
-// All three are exact: the canonical score (fp32 fused multiply-adds over d in order) and the total order (score
-// descending, slot ascending) make indices and scores those of the CPU, bit for bit. CPR_APPROX_BF16 takes tensor
-// core scores of features rounded to bfloat16 (float16 stays) for the truth instead, on either of the first routes.
-// Letters: B queries, V views, U views in use, K memory entries, D feature width, n stages.
+// All routes are exact. The canonical score (float32 fused multiply-adds in the order of d) and the total order (score
+// descending, slot ascending) define indices and scores, and the results have the same bits as those of the CPU. With
+// CPR_APPROX_BF16 the scores are those that tensor cores compute of features rounded to bfloat16 (float16 features are
+// not rounded), on one of the first two routes.
+//
+// Letters in shapes: B queries, V views, U views in use, K memory entries, D feature width, n stages.
 #include "cpr_fast.h"
 #include "cuda/cascade_select/plan.cuh"
 #include "cuda/cascade_select/score.cuh"
@@ -26,7 +30,7 @@ const char* run_chunk(const Plan& plan, const Inputs<T>& in, bool approximate, i
     error = launch_tensor_scores<true>(plan, in, first, queries, chunk, stream);
   } else if (approximate) {
     error = launch_tensor_scores<false>(plan, in, first, queries, chunk, stream);
-  } else if (queries <= 32) {  // small tiles, so that there are enough of them for every multiprocessor
+  } else if (queries <= 32) {  // small tiles, so that every multiprocessor gets some
     error = launch_scores<4, 4>(plan, in, first, queries, chunk, stream);
   } else {
     error = launch_scores<8, 8>(plan, in, first, queries, chunk, stream);

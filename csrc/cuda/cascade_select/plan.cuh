@@ -1,5 +1,5 @@
-// What a call of cascade_select amounts to: its route, how many queries at a time, the cut of its workspace. Letters as
-// in cascade_select.cu.
+// The plan of a call of cascade_select: its route, the number of queries in a chunk and the layout of its workspace.
+// Letters as in cascade_select.cu.
 #pragma once
 
 #include "cpr_fast.h"
@@ -15,23 +15,23 @@ constexpr int64_t kRowUnit = 64;  // rows of the workspace start on 256-byte bou
 
 enum Route : int { kOnChip, kInCache, kRefined };
 
-// Everything about a call but its pointers, and the cut of its workspace:
-// scores float [U, chunk, row], survivors and window uint32 [chunk, row] each where the route has them,
-// ranking uint64 [chunk, ranking_row], key_squares float [U].
+// All of a call except its pointers. The workspace holds, in this order: scores float [U, chunk, row]; survivors and
+// window, uint32 [chunk, row] each, on routes that use them; ranking uint64 [chunk, ranking_row]; key_squares float
+// [U].
 struct Plan {
   int64_t B, K, D, row, chunk, ranking_row, top_k;
   int stages, views_used;
   Route route;
-  int16_t view[kMaxStages];       // [stages] position of each stage's view among those in use
+  int16_t view[kMaxStages];       // [stages] index of the view of each stage in view_used
   int32_t keep[kMaxStages];       // [stages] at most K
-  int32_t view_used[kMaxStages];  // [views_used] view of the inputs
+  int32_t view_used[kMaxStages];  // [views_used] index of the view in the inputs
 };
 static_assert(sizeof(Plan) < 3900, "kernel parameters are limited to 4 KiB before CUDA 12.1");
 
 struct alignas(16) CascadeShared {
   SelectShared select;
-  float low[kMaxStages], high[kMaxStages];  // what is known of the survivors' range in each view in use; NaN: nothing
-  float bound[kMaxStages];                  // on the error of a score in each view in use, where scores are refined
+  float low[kMaxStages], high[kMaxStages];  // known range of the scores in each view in use, or NaN
+  float bound[kMaxStages];                  // on the error of a score in each view in use; refined route only
 };
 
 const char* check(const cpr_cascade_args& args) {
@@ -47,7 +47,7 @@ int64_t bytes_per_query(const Plan& plan) {
          plan.ranking_row * static_cast<int64_t>(sizeof(uint64_t));
 }
 
-// The bytes of rows that stay in the L2 cache beside the memory that streams through it.
+// Returns how many bytes of rows stay in the L2 cache while the memory streams through it.
 int64_t cache_budget() {
   int device = 0, bytes = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
@@ -55,7 +55,8 @@ int64_t cache_budget() {
   return static_cast<int64_t>(bytes) / 8 * 5;
 }
 
-// A refined chunk below the 32 queries of a tile would waste products: rows of which so many fit the cache stay there.
+// A chunk of the refined route with fewer than the 32 queries of a tile would waste products. Rows of which 32 fit the
+// cache therefore take the route through the cache.
 Route route_of(const Plan& plan, const cpr_cascade_args& args) {
   const int64_t rows = plan.views_used * plan.row * static_cast<int64_t>(sizeof(float));
   if (plan.K <= kMaxMarked && static_cast<int64_t>(sizeof(CascadeShared)) + rows <= shared_memory_limit()) {
@@ -65,8 +66,8 @@ Route route_of(const Plan& plan, const cpr_cascade_args& args) {
   return fits || plan.D > kMaxBoundedWidth || args.precision == CPR_APPROX_BF16 ? kInCache : kRefined;
 }
 
-// Queries per chunk. Rows that fit the L2 cache together, where they do; for longer rows enough queries to fill
-// the multiprocessors, within a memory limit; at least one.
+// Returns the number of queries in a chunk: as many as have their rows in the L2 cache together; if the rows are too
+// long for that, enough to occupy all multiprocessors, within a limit on memory; at least one.
 int64_t chunk_of(const Plan& plan) {
   const int64_t bytes = bytes_per_query(plan);
   const int64_t in_cache = cache_budget() / bytes;
@@ -90,14 +91,14 @@ Plan plan_of(const cpr_cascade_args& args) {
   plan.top_k = args.keep[args.n - 1];
   plan.row = round_up(plan.K, kRowUnit);
   const int64_t ranked = plan.keep[plan.stages - 1];
-  plan.ranking_row = ranked > kCandidates ? round_up(ranked, kRowUnit) : 0;  // fewer are ranked in shared memory
+  plan.ranking_row = ranked > kCandidates ? round_up(ranked, kRowUnit) : 0;  // smaller rankings use shared memory
   plan.route = kInCache;
   plan.route = route_of(plan, args);
   plan.chunk = chunk_of(plan);
   return plan;
 }
 
-// The workspace of a chunk and the outputs; `at` moves to one query.
+// The workspace of a chunk and the outputs. `at` moves the pointers to one query.
 struct Chunk {
   float* scores;
   uint32_t *survivors, *window;

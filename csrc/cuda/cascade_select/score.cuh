@@ -1,5 +1,5 @@
-// The scores of a chunk of queries, in every view that a stage compares: canonical, or from tensor cores. Letters as in
-// cascade_select.cu.
+// The kernels that compute the scores of a chunk of queries in every view that a stage compares, either canonically or
+// on tensor cores. Letters as in cascade_select.cu.
 #pragma once
 
 #include "cuda/cascade_select/plan.cuh"
@@ -10,12 +10,12 @@
 namespace cpr {
 namespace {
 
-// What never is compared: an empty slot, and the query's own (own id -1 matches no live entry).
+// Whether an entry takes no part: an empty slot, or the id of the query (id -1 of a query equals no live entry).
 __device__ __forceinline__ bool excluded(const int64_t* memory_ids, int64_t id, int64_t own_id) {
   return memory_ids != nullptr && (id == -1 || id == own_id);
 }
 
-// scores[u, b, k] for a tile of queries and of slots, NaN where the entry is empty or of the query's own id.
+// Computes the canonical scores[u, b, k] of a tile of queries and slots; NaN for entries that take no part.
 template <typename T, int kThreadRows, int kThreadColumns>
 __global__ void __launch_bounds__(kTileThreads)
     score_kernel(const __grid_constant__ Plan plan, const T* queries, const T* memory, const int64_t* query_ids,
@@ -52,8 +52,9 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// The same from tensor cores. kBounded: to be refined, canonical where no bound holds, and the greatest squared norm
-// of a key in each view goes to key_squares (which starts as zeros); otherwise in one term and taken as they are.
+// Computes the scores of a tile on tensor cores. kBounded (refined route): the scores are canonical where the bound
+// does not hold, and the greatest squared norm of a key in each view goes to key_squares, which must start as zeros.
+// Otherwise features are rounded to one 16-bit term and the scores are final.
 template <typename T, bool kBounded>
 __global__ void __launch_bounds__(kTileThreads, 2)
     tensor_score_kernel(const __grid_constant__ Plan plan, const T* queries, const T* memory, const int64_t* query_ids,
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   bool out_of_range = unbounded(shared.key_square[threadIdx.x]);
   if (threadIdx.x < kScoreQueries) out_of_range |= unbounded(shared.query_square[threadIdx.x]);
   if (blockIdx.y == 0 && !unbounded(shared.key_square[threadIdx.x])) {
-    atomicMax(&key_squares[u], __float_as_uint(shared.key_square[threadIdx.x]));  // floats >= 0 order as integers
+    atomicMax(&key_squares[u], __float_as_uint(shared.key_square[threadIdx.x]));  // floats >= 0 order as their bits
   }
   if (!__syncthreads_or(out_of_range)) return;
   for (int row = 0; row < kScoreQueries; ++row) {
@@ -132,7 +133,7 @@ const char* launch_tensor_scores(const Plan& plan, const Inputs<T>& in, int64_t 
                                  const Chunk& chunk, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(plan.K, kScoreKeys)),
                   static_cast<unsigned>(ceil_div(queries, kScoreQueries)), static_cast<unsigned>(plan.views_used));
-  using Shared = TensorScoreShared<typename Multiplied<T>::Type, 2>;  // one term uses less of it
+  using Shared = TensorScoreShared<typename Multiplied<T>::Type, 2>;  // with one term, part of it is unused
   return launch<Shared>(tensor_score_kernel<T, kBounded>, grid, kTileThreads, stream, plan, in.queries, in.memory,
                         in.query_ids, in.memory_ids, first, queries, chunk.scores, chunk.key_squares);
 }

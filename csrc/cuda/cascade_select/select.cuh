@@ -1,7 +1,8 @@
-// Exact selection by one block: the k-th best of a query's survivors in the order (score descending, slot ascending).
+// Exact selection by one block: the k-th best survivor of a query in the order (score descending, slot ascending).
 //
-// An entry is compared as one 64-bit rank, larger is better: the score's monotone integer above, the complemented
-// slot below. Ranks are distinct, so "the k best" is one set, whatever order threads arrive in.
+// Each entry is compared by a 64-bit rank, larger is better. The upper half is an integer that orders like the score,
+// the lower half the complement of the slot. Ranks are distinct, so the k best are one set, whatever the order of
+// threads.
 #pragma once
 
 #include <math.h>
@@ -15,10 +16,10 @@ constexpr int kSelectThreads = 512;
 constexpr int kBuckets = 2048;
 constexpr int kBucketsPerThread = kBuckets / kSelectThreads;
 constexpr int kBucketBits = 11;
-constexpr int kCandidates = kSelectThreads;  // what is ranked by comparing all pairs, one entry a thread
+constexpr int kCandidates = kSelectThreads;  // at most so many are ranked by comparing all pairs
 static_assert(1 << kBucketBits == kBuckets);
 
-// Where the k-th best lies: its bucket, its place (1 = best) among that bucket's `population`.
+// The position of the k-th best: its bucket, and its place (1 = best) among the `population` of that bucket.
 struct Boundary {
   unsigned bucket, place, population;
 };
@@ -46,13 +47,13 @@ __device__ __forceinline__ float score_of(uint64_t rank) {
 
 __device__ __forceinline__ uint32_t slot_of(uint64_t rank) { return ~static_cast<uint32_t>(rank); }
 
-// Survivors of one query as a list of their slots, ascending, in global memory.
+// The survivors of one query as an ascending list of slots in global memory.
 struct ListedSurvivors {
-  const float* scores;  // [K] in the view that is compared; never NaN or -0 where a survivor is
+  const float* scores;  // [K] in the compared view; neither NaN nor -0 for a survivor
   uint32_t* slots;      // [count]
   unsigned count;
 
-  // visit(slot, score) for each of this thread's share.
+  // Calls visit(slot, score) for each survivor in the share of this thread.
   template <typename Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
     for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) visit(slots[i], scores[slots[i]]);
@@ -64,7 +65,7 @@ struct ListedSurvivors {
 constexpr int kMarkWords = 2;
 constexpr int64_t kMaxMarked = kMarkWords * 32 * kSelectThreads;
 
-// Survivors of one query as bits in registers: bit i of a thread marks slot 512 i + t.
+// The survivors of one query as bits in registers: bit i of thread t marks slot 512 i + t.
 struct MarkedSurvivors {
   const float* scores;  // as above
   uint32_t marks[kMarkWords];
@@ -93,8 +94,9 @@ struct MarkedSurvivors {
   }
 };
 
-// Linear buckets over [low, high], bucket 0 the best. Monotone for every score: rounding is, and what lies
-// outside is clamped. Where no scale exists (nothing finite, no width, overflow) all share the last bucket.
+// Maps scores to buckets, linearly over [low, high]; bucket 0 holds the best. The map is monotone for all scores,
+// because rounding is monotone and scores outside are clamped. If there is no scale (no finite score, zero width or
+// overflow), all scores fall into the last bucket.
 struct LinearBuckets {
   float low, scale;
 
@@ -103,13 +105,13 @@ struct LinearBuckets {
   }
 
   __device__ unsigned operator()(float score) const {
-    const float position = (score - low) * scale;  // NaN (infinite score, scale 0) goes where all others go
+    const float position = (score - low) * scale;  // NaN (infinite score times scale 0): the last bucket, as all others
     const int from_low = position > 0 ? (position < kBuckets - 1 ? static_cast<int>(position) : kBuckets - 1) : 0;
     return kBuckets - 1 - from_low;
   }
 };
 
-// The least and greatest finite score; low > high where there is none.
+// Finds the least and the greatest finite score; low > high if there is none.
 template <typename Survivors>
 __device__ __forceinline__ void score_range(const Survivors& survivors, SelectShared& shared, float* low, float* high) {
   float least = INFINITY, greatest = -INFINITY;
@@ -128,7 +130,7 @@ __device__ inline void clear_histogram(SelectShared& shared) {
   __syncthreads();
 }
 
-// The bucket of the filled histogram that holds the k-th best, 1 <= k <= everything counted.
+// Finds the bucket of the filled histogram that holds the k-th best; k from 1 to the number of entries counted.
 __device__ inline Boundary find_boundary(unsigned k, SelectShared& shared) {
   __syncthreads();
   const int first = threadIdx.x * kBucketsPerThread;
@@ -151,14 +153,15 @@ __device__ inline Boundary find_boundary(unsigned k, SelectShared& shared) {
   return shared.boundary;
 }
 
-// How many of the `count` shared candidates beat `rank`.
+// Returns how many of the `count` candidates in shared memory have a better rank than `rank`.
 __device__ __forceinline__ unsigned place_among(const uint64_t* candidates, unsigned count, uint64_t rank) {
   unsigned better = 0;
   for (unsigned i = 0; i < count; ++i) better += candidates[i] > rank;
   return better;
 }
 
-// The fallback for a crowded bucket (ties, outliers): radix select over the whole rank, most significant digit first.
+// Selects by radix over the whole rank, most significant digit first: the fallback for a crowded bucket (many ties, or
+// outliers that leave most scores in one bucket).
 template <typename Survivors>
 __device__ __forceinline__ uint64_t kth_best_by_radix(const Survivors& survivors, unsigned k, SelectShared& shared) {
   uint64_t prefix = 0, known = 0;
@@ -178,7 +181,8 @@ __device__ __forceinline__ uint64_t kth_best_by_radix(const Survivors& survivors
   }
 }
 
-// The rank of the k-th best survivor, 1 <= k <= count. [low, high] only steers the bucket widths: any is correct.
+// Returns the rank of the k-th best survivor, 1 <= k <= count. [low, high] determines the widths of the buckets; the
+// result is correct for any values.
 template <typename Survivors>
 __device__ __forceinline__ uint64_t kth_best(const Survivors& survivors, unsigned k, float low, float high,
                                              SelectShared& shared) {
@@ -203,8 +207,9 @@ __device__ __forceinline__ uint64_t kth_best(const Survivors& survivors, unsigne
   return shared.result;
 }
 
-// Writes the slots that `keeps` in order to the front of `out`, and returns how many. slot_at(i) for i < count;
-// `out` may be the list that slot_at reads: a tile is read before a barrier and written, no further on, after it.
+// Writes the slots slot_at(i), i < count, for which keeps(slot) holds to the front of `out`, in order, and returns
+// their number. slot_at may read from `out`: each tile is read before a barrier and written after it, never ahead of
+// the reads.
 template <typename SlotAt, typename Keeps>
 __device__ __forceinline__ unsigned compact(unsigned count, SlotAt slot_at, Keeps keeps, uint32_t* out,
                                             SelectShared& shared) {
@@ -228,9 +233,9 @@ __device__ __forceinline__ void ListedSurvivors::keep_from(uint64_t last, unsign
   count = compact(count, listed, kept, slots, shared);
 }
 
-// Sorts ranks [count], best first, in place: a bitonic network whose every comparator puts the better rank
-// at the lower index (each merge starts by pairing mirror images), so a length that is no power of two just
-// skips the comparators that reach past the end.
+// Sorts ranks [count] in place, best first, by a bitonic network. Every comparator puts the better rank at the lower
+// index, because each merge starts by comparing mirror images. A length that is not a power of two therefore works by
+// skipping the comparators that reach beyond the end.
 __device__ inline void sort_ranks(uint64_t* ranks, unsigned count) {
   for (uint64_t size = 2; size / 2 < count; size *= 2) {
     for (uint64_t stride = size / 2; stride > 0; stride /= 2) {

@@ -1,5 +1,5 @@
-// All stages of one query in one block, over scores that are final or refined where they decide. Letters as in
-// cascade_select.cu.
+// The kernels that run all stages of one query in one block, on final scores or on scores that are refined where they
+// decide. Letters as in cascade_select.cu.
 #pragma once
 
 #include "cuda/cascade_select/plan.cuh"
@@ -10,7 +10,7 @@
 namespace cpr {
 namespace {
 
-// Scores that are what is to be compared.
+// Scores that are final: compared as they are.
 struct Final {
   template <typename Survivors>
   __device__ __forceinline__ uint64_t last_kept(const Survivors& survivors, unsigned keep, int u,
@@ -21,13 +21,13 @@ struct Final {
   __device__ __forceinline__ void settle(const MarkedSurvivors&, int) const {}
 };
 
-// Scores within shared.bound of the canonical ones, which replace them where they decide.
+// Scores within shared.bound of the canonical ones. Where they could change a decision, canonical scores replace them.
 template <typename T>
 struct Refined {
   const Plan& plan;
   const T *queries, *memory;
   int64_t b;         // of the inputs
-  float* rows;       // [U, chunk, row] from the query's row on
+  float* rows;       // [U, chunk, row], from the row of the query on
   uint32_t* window;  // [row] scratch
 
   __device__ __forceinline__ void rescore(int u, const uint32_t* slots, unsigned count) const {
@@ -41,8 +41,9 @@ struct Refined {
     __syncthreads();
   }
 
-  // With scores off by at most e, so is their keep-th best, t. Above t + 2e all are among the best and below t - 2e
-  // none is; those between are rescored, and the last of the best is one of them. Infinite t: all of t, by "not >".
+  // If every score is off by at most e, so is the keep-th best score t. Entries above t + 2e are then among the best
+  // and entries below t - 2e are not. The entries between are rescored; the last of the best is one of them. For an
+  // infinite t the test "not >" selects all entries with score t.
   __device__ __forceinline__ uint64_t last_kept(const ListedSurvivors& survivors, unsigned keep, int u,
                                                 CascadeShared& shared) const {
     const uint64_t near = kth_best(survivors, keep, shared.low[u], shared.high[u], shared.select);
@@ -62,7 +63,7 @@ struct Refined {
     rescore(u, survivors.slots, survivors.count);
   }
 
-  // A query outside the range of the bound has canonical scores only.
+  // Computes the bounds of the query. A query outside the range of the bound has canonical scores, hence bound 0.
   __device__ void find_bounds(const unsigned* key_squares, CascadeShared& shared) const {
     for (int u = 0; u < plan.views_used; ++u) {
       const T* query = queries + (plan.view_used[u] * plan.B + b) * plan.D;
@@ -76,14 +77,14 @@ struct Refined {
   }
 };
 
-// Whether an entry is a number in every view in use; rows: of the query, view_stride apart.
+// Whether an entry has a score (not NaN) in every view in use. rows: those of the query, view_stride apart.
 __device__ __forceinline__ bool comparable(const Plan& plan, const float* rows, int64_t view_stride, uint32_t slot) {
   bool number = true;
   for (int u = 0; u < plan.views_used; ++u) number &= !isnan(rows[u * view_stride + slot]);
   return number;
 }
 
-// Runs the stages of one query over survivors that start as all that is comparable.
+// Runs the stages of one query. At the start, all comparable entries must be survivors.
 template <typename Survivors, typename Scores>
 __device__ __forceinline__ void run_stages(const Plan& plan, const float* rows, int64_t view_stride,
                                            const Scores& scores, Survivors& survivors, CascadeShared& shared) {
@@ -120,7 +121,7 @@ __device__ __forceinline__ void write_best(const Plan& plan, const Survivors& su
   if (threadIdx.x == 0) shared.select.gathered = 0;
   __syncthreads();
   survivors.for_each([&](uint32_t slot, float score) {
-    ranks[atomicAdd(&shared.select.gathered, 1u)] = rank_of(score, slot);  // distinct ranks: sorted below, in one way
+    ranks[atomicAdd(&shared.select.gathered, 1u)] = rank_of(score, slot);  // in any order: sorted below
   });
   __syncthreads();
   if (!in_shared) sort_ranks(ranks, count);
@@ -135,7 +136,7 @@ __device__ __forceinline__ void write_best(const Plan& plan, const Survivors& su
   }
 }
 
-// One block per query, its rows copied to shared memory behind CascadeShared.
+// One block per query. The rows of the query are copied to shared memory, behind CascadeShared.
 __global__ void __launch_bounds__(kSelectThreads)
     select_on_chip_kernel(const __grid_constant__ Plan plan, Chunk chunk, int64_t first_query) {
   auto& shared = shared_memory<CascadeShared>();
@@ -174,7 +175,7 @@ __device__ __forceinline__ ListedSurvivors all_comparable(const Plan& plan, cons
   return {nullptr, chunk.survivors, compact(entries, every_slot, number, chunk.survivors, shared.select)};
 }
 
-// One block per query, its rows and the list of survivors in global memory.
+// One block per query. Its rows and the list of survivors are in global memory.
 __global__ void __launch_bounds__(kSelectThreads)
     select_kernel(const __grid_constant__ Plan plan, Chunk chunk, int64_t first_query) {
   auto& shared = shared_memory<CascadeShared>();
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(kSelectThreads)
   write_best(plan, survivors, chunk.ranking, shared, chunk.indices, chunk.top_scores);
 }
 
-// The same over scores that are refined.
+// As select_kernel, with scores that are refined.
 template <typename T>
 __global__ void __launch_bounds__(kSelectThreads)
     select_refined_kernel(const __grid_constant__ Plan plan, Chunk chunk, const T* queries, const T* memory,

@@ -1,11 +1,12 @@
-// Scores of queries against the memory on tensor cores, with a bound on how far they lie from the canonical ones.
+// Scores of queries against the memory on tensor cores, with a bound on their difference from the canonical scores.
 //
-// float32 features are split into two bfloat16 terms, x = h + l + r, and a score is the sum of hh' + hl' + lh'. With
-// P = sum_d |q_d k_d| <= |q| |k|, the unit roundoff 2^-8 of bfloat16 and D features, what is lost is at most
-//   3.1 * 2^-16 P      by the split (ll' and the two products with r),
-//   3.5 D * 2^-23 P    by the products' float sums: 3 D / 16 of them, of 17 terms, each term cut at the last place,
-// and the canonical chain itself rounds by at most 1.05 D * 2^-24 P. 16-bit features multiply exactly and in one term.
-// `error_bound` rounds all of this up. Where norms leave the range in which it holds, scores are canonical.
+// float32 features are split into two bfloat16 terms and a remainder, x = h + l + r. A score is the sum of
+// hh' + hl' + lh'. With P = sum_d |q_d k_d| <= |q| |k|, the unit roundoff 2^-8 of bfloat16 and D features, the error is
+// at most
+//   3.1 * 2^-16 P      from the split (ll' and the two products with r are left out), plus
+//   3.5 D * 2^-23 P    from the float sums of the products: 3 D / 16 sums of 17 terms, each term truncated to 24 bits,
+// and the canonical chain itself rounds by at most 1.05 D * 2^-24 P. Products of 16-bit features are exact and take one
+// term. `error_bound` rounds all of this up. Where norms are outside the range of the bound, scores are canonical.
 #pragma once
 
 #include "cuda/common/tensor_core.cuh"
@@ -13,12 +14,12 @@
 
 namespace cpr {
 
-constexpr int kScoreQueries = 32, kScoreKeys = 128, kScoreDepth = 32;  // of a block of kTileThreads, and per step
-constexpr int kScoreStride = kScoreDepth + 8;  // padded: the 16-byte rows of a matrix fall in distinct banks
+constexpr int kScoreQueries = 32, kScoreKeys = 128, kScoreDepth = 32;  // of a block; depth of a step
+constexpr int kScoreStride = kScoreDepth + 8;  // padded: the 16-byte rows of a matrix lie in different banks
 constexpr int kMaxBoundedWidth = 4096;
-constexpr float kGreatestSquare = 0x1p60f;  // of a norm for which nothing overflows
+constexpr float kGreatestSquare = 0x1p60f;  // the greatest squared norm for which nothing overflows
 
-// What the tensor cores multiply: bfloat16 for float.
+// The type that the tensor cores multiply: bfloat16 for float features.
 template <typename T>
 struct Multiplied {
   using Type = T;
@@ -28,18 +29,18 @@ struct Multiplied<float> {
   using Type = __nv_bfloat16;
 };
 
-// Whether a row of this squared norm (infinite and NaN too) is outside the range of the bound.
+// Whether a row with this squared norm is outside the range of the bound; true for infinity and NaN.
 __device__ __forceinline__ bool unbounded(float square) { return !(square <= kGreatestSquare); }
 
-// How far a score may lie from the canonical one, for a query and keys of at most these squared norms. The small
-// additions cover what underflows.
+// Returns the greatest difference of a score from the canonical one, for a query and keys of at most these squared
+// norms. The small constants cover underflow.
 __device__ __forceinline__ float error_bound(float query_square, float key_square, int64_t D, bool split) {
   const float relative = (split ? 0x1p-14f : 0.0f) + 5 * 0x1p-23f * static_cast<float>(D);
   const float query = 1.01f * sqrtf(query_square) + 0x1p-34f, key = 1.01f * sqrtf(key_square) + 0x1p-34f;
   return relative * query * key;
 }
 
-// The canonical score by one thread.
+// Computes a canonical score in one thread.
 template <typename T>
 __device__ __forceinline__ float canonical_score(const Matrix<T>& queries, int64_t b, const Matrix<T>& keys,
                                                  int64_t k) {
@@ -61,7 +62,7 @@ struct alignas(16) TensorScoreShared {
   float query_square[kScoreQueries], key_square[kScoreKeys];  // squared norms
 };
 
-// A panel of rows on its way to shared memory in terms of 16 bits, and the squares of its rows so far.
+// Copies panels of rows to shared memory in 16-bit terms, and sums the squares of each row.
 template <typename E, int kTerms, int kRows>
 struct TermPanel {
   using Values = Panel<kRows, kScoreDepth>;
@@ -86,7 +87,7 @@ struct TermPanel {
     }
   }
 
-  // The squared norms of the rows, once all panels have been stored.
+  // Returns the squared norms of the rows, after all panels have been stored.
   __device__ __forceinline__ void store_squares(float (&out)[kRows]) const {
 #pragma unroll
     for (int v = 0; v < Values::kVectors; ++v) {
@@ -100,7 +101,7 @@ struct TermPanel {
 constexpr int kTensorQueryPieces = kScoreQueries / 16, kTensorKeyPieces = kScoreKeys / (kTileThreads / kWarp) / 8;
 using TensorScores = float[kTensorQueryPieces][kTensorKeyPieces][4];
 
-// score += the products of one panel, for the 32 keys of the warp; with two terms all but low times low.
+// Adds the products of one panel to the scores of the 32 keys of the warp; with two terms all products but low * low.
 template <typename E, int kTerms>
 __device__ __forceinline__ void add_products(const TensorScoreShared<E, kTerms>& shared, TensorScores& score) {
   const int lane = threadIdx.x % kWarp, key0 = threadIdx.x / kWarp * kTensorKeyPieces * 8;
@@ -133,8 +134,9 @@ __device__ __forceinline__ void add_products(const TensorScoreShared<E, kTerms>&
   }
 }
 
-// score = the block's tile, queries from b0 on against keys from k0 on: lane l of warp w owns queries
-// l/4 + 8i and keys 32w + 8n + 2(l%4) + j at score[i/2][n][2(i%2) + j]. Leaves the rows' squared norms in `shared`.
+// Computes the scores of the tile of the block, of queries from b0 on and keys from k0 on. Lane l of warp w holds
+// queries l/4 + 8i and keys 32w + 8n + 2(l%4) + j at score[i/2][n][2(i%2) + j]. The squared norms of the rows are left
+// in `shared`.
 template <typename E, int kTerms, typename T>
 __device__ __forceinline__ void score_tile(const Matrix<T>& queries, int64_t b0, const Matrix<T>& keys, int64_t k0,
                                            TensorScoreShared<E, kTerms>& shared, TensorScores& score) {
@@ -155,7 +157,7 @@ __device__ __forceinline__ void score_tile(const Matrix<T>& queries, int64_t b0,
     query_panel.store(shared.queries);
     key_panel.store(shared.keys);
     __syncthreads();
-    if (d0 + kScoreDepth < queries.D) {  // the next panel travels while this one is used
+    if (d0 + kScoreDepth < queries.D) {  // load the next panel while this one is used
       query_panel.panel.load(queries, b0, d0 + kScoreDepth);
       key_panel.panel.load(keys, k0, d0 + kScoreDepth);
     }

@@ -1,4 +1,4 @@
-// Kernel launches whose errors come back as text, and the block's dynamic shared memory as a struct.
+// Kernel launches that return errors as text, and access to dynamic shared memory as a struct.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,16 +7,16 @@
 
 namespace cpr {
 
-// The block's dynamic shared memory. Uninitialised: no constructor runs.
+// Returns the dynamic shared memory of the block. It is uninitialised: no constructor runs.
 template <typename Layout>
 __device__ __forceinline__ Layout& shared_memory() {
   extern __shared__ float4 dynamic_shared[];
   return *reinterpret_cast<Layout*>(dynamic_shared);
 }
 
-constexpr int64_t kDefaultShared = 48 * 1024;  // bytes a block gets without its kernel opting in to more
+constexpr int64_t kDefaultShared = 48 * 1024;  // bytes that a block gets if its kernel does not opt in to more
 
-// The bytes of shared memory that a block of the current device can opt in to.
+// Returns how many bytes of shared memory a block can opt in to on the current device.
 inline int64_t shared_memory_limit() {
   int device = 0, bytes = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return kDefaultShared;
@@ -26,7 +26,7 @@ inline int64_t shared_memory_limit() {
   return bytes;
 }
 
-// Launches `kernel` with shared_bytes of dynamic shared memory; null, or CUDA's text for what failed.
+// Launches `kernel` with shared_bytes of dynamic shared memory. Returns null, or the error text of CUDA.
 template <typename... Parameters, typename... Arguments>
 const char* launch_sized(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
                          cudaStream_t stream, const Arguments&... arguments) {
@@ -41,12 +41,12 @@ const char* launch_sized(void (*kernel)(Parameters...), dim3 grid, int threads, 
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   }
   if (status == cudaSuccess) status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  const cudaError_t pending = cudaGetLastError();  // also clears it, so that no later call reports ours
+  const cudaError_t pending = cudaGetLastError();  // clears the error as well, so that no later call reports it
   if (status != cudaSuccess) return cudaGetErrorString(status);
   return pending != cudaSuccess ? cudaGetErrorString(pending) : nullptr;
 }
 
-// The same with a Layout of dynamic shared memory.
+// Launches `kernel` with a Layout as dynamic shared memory.
 template <typename Layout, typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
                    const Arguments&... arguments) {

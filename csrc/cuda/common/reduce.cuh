@@ -1,5 +1,5 @@
-// Reductions and ranks across a warp and a block. Each combines its inputs in one fixed order, so results
-// do not depend on scheduling.
+// Reductions and prefix sums over a warp and a block. Each combines its inputs in a fixed order, so results do not
+// depend on scheduling.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -47,7 +47,7 @@ __device__ __forceinline__ T block_reduce(T value, Combine combine, T* scratch) 
   return value;
 }
 
-// The sum of `value` over the threads before this one, and over the block. scratch as in block_reduce.
+// Returns the sum of `value` over the threads before this one, and over the block. scratch as in block_reduce.
 template <int kThreads>
 __device__ __forceinline__ unsigned block_exclusive_sum(unsigned value, unsigned* total, unsigned* scratch) {
   const int lane = threadIdx.x % kWarp, own_warp = threadIdx.x / kWarp;
@@ -70,7 +70,7 @@ __device__ __forceinline__ unsigned block_exclusive_sum(unsigned value, unsigned
   return before + inclusive - value;
 }
 
-// How many threads before this one have `flag` set, and how many of the block. scratch as in block_reduce.
+// Returns how many threads before this one have `flag` set, and how many in the block. scratch as in block_reduce.
 template <int kThreads>
 __device__ __forceinline__ unsigned block_rank(bool flag, unsigned* total, unsigned* scratch) {
   const int lane = threadIdx.x % kWarp, own_warp = threadIdx.x / kWarp;

@@ -1,6 +1,6 @@
-// What tensor cores need and CUDA C++ has no names for: asynchronous copies into shared memory, matrix loads from it
-// and the warp's matrix product. sm_80 instructions; the host's meaning of each, for the tests that run the kernels
-// without a device, is in tests/support/cuda_emulation.
+// Instructions of sm_80 that CUDA C++ has no functions for: asynchronous copies to shared memory, loads of matrices
+// from it, and the matrix product of a warp. tests/support/cuda_emulation implements them on the host, for the tests
+// that run the kernels without a device.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,8 +18,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Starts a copy of kBytes (8 or 16, aligned to as many) to shared memory, of zeros where not `valid`; `global` must be
-// an address of the tensor all the same. It has landed once a wait of this thread covers its commit.
+// Starts a copy of kBytes (8 or 16, with that alignment) to shared memory; zeros are written unless `valid`, but
+// `global` must be an address within the tensor in either case. The copy is complete when this thread has waited for
+// its commit.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
   static_assert(kBytes == 8 || kBytes == 16);
@@ -34,14 +35,14 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most kPending of this thread's last commits are under way.
+// Waits until all but the last kPending commits of this thread are complete.
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements: lane 8m + r gives the address of row r of matrix m, 16 bytes. Register m of
-// lane l becomes elements (l/4, 2(l%4)) and (l/4, 2(l%4) + 1) of matrix m.
+// Loads four 8 x 8 matrices of 16-bit elements. Lane 8m + r passes the address of row r of matrix m, 16 bytes. Register
+// m of lane l receives elements (l/4, 2(l%4)) and (l/4, 2(l%4) + 1) of matrix m.
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -49,7 +50,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ro
                : "memory");
 }
 
-// The same of the transposed matrices: elements (2(l%4), l/4) and (2(l%4) + 1, l/4).
+// Loads the transposed matrices: elements (2(l%4), l/4) and (2(l%4) + 1, l/4).
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -57,7 +58,8 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], con
                : "memory");
 }
 
-// sum [16, 8] += a [16, 16] b [16, 8] of element type T, in float. With g = lane / 4 and c = 2 (lane % 4):
+// Computes sum [16, 8] += a [16, 16] b [16, 8] of element type T, in float. With g = lane / 4 and c = 2 (lane % 4), and
+// (r, c..) for the two elements at columns c and c + 1, a lane holds
 // a: (g, c..), (g + 8, c..), (g, c + 8..), (g + 8, c + 8..); b0, b1: (c.., g), (c + 8.., g); sum: (g, c..), (g + 8,
 // c..).
 template <typename T>

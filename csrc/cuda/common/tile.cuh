@@ -1,6 +1,6 @@
-// Register-tiled products of one block of 128 threads: scores of a tile of rows against a tile of rows, and
-// weighted sums of rows. Thread t owns output rows t/16 + 8i and columns t%16 + 16j (dot_tile) or the two
-// groups of four columns 4(t%16) + 64j (add_weighted_rows): the same rows in both.
+// Products of one block of 128 threads with tiles in registers: scores of a tile of rows against a tile of rows, and
+// weighted sums of rows. Thread t owns output rows t/16 + 8i in both; its columns are t%16 + 16j in dot_tile, and the
+// two groups of four columns 4(t%16) + 64j in add_weighted_rows.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,10 +14,10 @@
 namespace cpr {
 
 constexpr int kTileThreads = 128;
-constexpr int kTileLanes = 16;                        // threads that share an output row: neighbouring lanes
-constexpr int kTileRows = kTileThreads / kTileLanes;  // output rows per row a thread owns
-constexpr int kDepth = 16;                            // features staged at a time
-constexpr int kDepthStride = kDepth + 4;              // padded: 16-byte reads of 8 rows fall in distinct banks
+constexpr int kTileLanes = 16;                        // neighbouring lanes that share an output row
+constexpr int kTileRows = kTileThreads / kTileLanes;  // output rows for each row that a thread owns
+constexpr int kDepth = 16;                            // features in a panel
+constexpr int kDepthStride = kDepth + 4;              // padded: 16-byte reads of 8 rows hit different banks
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -28,13 +28,13 @@ struct alignas(4 * sizeof(T)) Packed4 {
   T x, y, z, w;
 };
 
-// A dense [rows, D] matrix read as float, four features at a time; zero outside it and in empty rows.
+// Reads a dense [rows, D] matrix as float, four features at a time; zero outside it and in empty rows.
 template <typename T>
 struct Matrix {
   const T* data;
   int64_t rows, D;
-  const int64_t* ids;  // [rows] or null: rows of id -1 read as zero, whatever uninitialised memory holds
-  bool aligned;        // every row starts on a boundary of four features
+  const int64_t* ids;  // [rows] or null: rows with id -1 read as zero, because their content is undefined
+  bool aligned;        // every row starts at a multiple of four features
 
   __device__ Matrix(const T* data, int64_t rows, int64_t D, const int64_t* ids = nullptr)
       : data(data),
@@ -59,7 +59,7 @@ struct Matrix {
   }
 };
 
-// kRows x kColumns of a matrix on their way from global to shared memory, in registers.
+// Copies kRows x kColumns of a matrix from global to shared memory through registers.
 template <int kRows, int kColumns>
 struct Panel {
   static constexpr int kVectorsPerRow = kColumns / 4;
@@ -92,8 +92,8 @@ struct alignas(16) DotShared {
   float b[kTileLanes * kThreadColumns][kDepthStride];
 };
 
-// out[i][j] = dot(row a0 + t/16 + 8i of a, row b0 + t%16 + 16j of b): one chain of fused multiply-adds over
-// d = 0..D-1 from +0. Features past D are zeros: fma(0, 0, acc) changes no acc but -0, which equals +0.
+// Computes out[i][j] = dot(row a0 + t/16 + 8i of a, row b0 + t%16 + 16j of b) as one chain of fused multiply-adds over
+// d = 0..D-1, starting from +0. Features beyond D are zeros: fma(0, 0, acc) changes only acc = -0, which equals +0.
 template <int kThreadRows, int kThreadColumns, typename T>
 __device__ __forceinline__ void dot_tile(const Matrix<T>& a, int64_t a0, const Matrix<T>& b, int64_t b0,
                                          DotShared<kThreadRows, kThreadColumns>& shared,
@@ -113,7 +113,7 @@ __device__ __forceinline__ void dot_tile(const Matrix<T>& a, int64_t a0, const M
     a_panel.store(shared.a);
     b_panel.store(shared.b);
     __syncthreads();
-    if (d0 + kDepth < a.D) {  // the next panel travels while this one is used
+    if (d0 + kDepth < a.D) {  // load the next panel while this one is used
       a_panel.load(a, a0, d0 + kDepth);
       b_panel.load(b, b0, d0 + kDepth);
     }
@@ -144,10 +144,10 @@ __device__ __forceinline__ void dot_tile(const Matrix<T>& a, int64_t a0, const M
 
 constexpr int kSumThreadRows = 4;
 constexpr int kSumRows = kTileRows * kSumThreadRows;  // 32 output rows
-constexpr int kSumColumns = 128;                      // output columns of one block; wider features take more blocks
+constexpr int kSumColumns = 128;                      // output columns of a block; wider features take several blocks
 constexpr int kSumThreadColumns = kSumColumns / kTileLanes;
-constexpr int kSumTerms = 64;  // rows summed per call
-constexpr int kSumPanel = 32;  // rows staged at a time
+constexpr int kSumTerms = 64;  // rows that a call sums
+constexpr int kSumPanel = 32;  // rows in a panel
 
 // weights[output row][term], written by the threads that own the output row; padded against bank conflicts.
 using Weights = float[kSumRows][kSumTerms + 4];
@@ -178,8 +178,9 @@ __device__ __forceinline__ void add_panel(const Weights& weights, int term0, con
   }
 }
 
-// Adds the kSumTerms rows from row0 on, columns column0 .. column0 + 127, to `out` under `weights` and, where
-// second_weights is not null (for the whole block alike), to `second_out` under those: one reading of the rows.
+// Adds kSumTerms rows from row0 on, columns column0 .. column0 + 127, weighted by `weights`, to `out`. If
+// second_weights is not null (in all threads of the block), also adds them weighted by those to `second_out`, without a
+// second read.
 template <typename T>
 __device__ __forceinline__ void add_weighted_rows(const Weights& weights, const Weights* second_weights,
                                                   const Matrix<T>& rows, int64_t row0, int64_t column0, RowPanel& panel,
@@ -195,7 +196,7 @@ __device__ __forceinline__ void add_weighted_rows(const Weights& weights, const 
   }
 }
 
-// run(T()) for the element type T of a cpr_dtype; its answer, or what is wrong with the dtype.
+// Calls run(T()) for the element type T of a cpr_dtype and returns its result, or an error text for other dtypes.
 template <typename Run>
 const char* with_element_type(int dtype, Run run) {
   switch (dtype) {

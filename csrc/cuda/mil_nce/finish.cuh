@@ -1,11 +1,11 @@
-// Finishes one query per block: merges what the scan left of each split, adds the own key and the explicit positives,
-// and writes the loss and its gradient. Letters as in mil_nce.cu.
+// The finish of mil_nce, one block per query: merges the results of the scan over the splits, adds the own key and the
+// explicit positives, and writes the loss and its gradient. Letters as in mil_nce.cu.
 #pragma once
 
 #include "cuda/common/reduce.cuh"
 #include "cuda/mil_nce/problem.cuh"
 
-#undef NDEBUG  // a positive outside the memory must stop the device in release builds too
+#undef NDEBUG  // a positive outside the memory must stop the device in release builds as well
 #include <assert.h>
 
 namespace cpr {
@@ -24,18 +24,19 @@ constexpr int kFinishThreads = 128;
 
 struct FinishShared {
   float scratch[kFinishThreads / kWarp];
-  float factor[kGroups][kMaxSplits];  // of each split's weighted sum in the gradient
+  float factor[kGroups][kMaxSplits];  // coefficient of the weighted sum of each split in the gradient
   float own_score;
 };
 
-// Whether p is the first explicit positive of its row to name its slot. For a whole warp.
+// Whether no explicit positive of the row before p lists the same slot. Called by a whole warp.
 __device__ bool first_naming(const int64_t* slots, int64_t p) {
   bool named_before = false;
   for (int64_t earlier = threadIdx.x % kWarp; earlier < p; earlier += kWarp) named_before |= slots[earlier] == slots[p];
   return !__any_sync(kFullWarp, named_before);
 }
 
-// What explicit positive p of a row still has to be added to: the scan knows ids but not who is listed. For a warp.
+// Returns the sums that explicit positive p of a row must still be added to, since the scan only knows ids. Called by a
+// whole warp.
 __device__ Membership membership_of(const Problem& problem, const int64_t* slots, int64_t p, int64_t own_id) {
   const int64_t slot = slots[p];
   if (slot == -1) return kNone;
@@ -45,7 +46,8 @@ __device__ Membership membership_of(const Problem& problem, const int64_t* slots
   return problem.same_id == CPR_SAME_IGNORE ? kBoth : kNone;  // positives by id are in both sums already
 }
 
-// Fills the row's named [P]; whether the calling thread's warp found one that still counts.
+// Fills named [P] of the row. Returns whether the warp of the calling thread found a positive that is still to be
+// added.
 template <typename T>
 __device__ bool name_positives(const Problem& problem, int64_t b, const T* query, const T* memory, Named* named) {
   const int64_t* slots = problem.positives + b * problem.P;
@@ -59,10 +61,10 @@ __device__ bool name_positives(const Problem& problem, int64_t b, const T* query
   return any;
 }
 
-// What the scan left of one group for one query: `splits` entries, kChunk apart.
+// The results of the scan for one group and one query: `splits` entries, kChunk apart.
 struct Scanned {
   const float *maximum, *sum, *weighted;
-  int64_t splits;  // 0: the scan did not sum this group
+  int64_t splits;  // 0 if the scan did not sum this group
 
   __device__ Scanned(const Partials& partials, int64_t row, int group, int64_t splits, int64_t D)
       : maximum(partials.maximum + group * splits * kChunk + row),
@@ -76,7 +78,7 @@ struct Logsum {
   __device__ float term(float score) const { return expf(score - maximum) / sum; }
 };
 
-// One group's logsumexp over the splits, the named positives of at least `membership`, and the own key.
+// Returns the logsumexp of one group over the splits, the named positives with at least `membership`, and the own key.
 __device__ Logsum merge(const Scanned& scanned, const Named* named, int64_t P, int membership, bool with_own,
                         FinishShared& shared) {
   float greatest = with_own ? shared.own_score : -INFINITY;
@@ -100,7 +102,7 @@ __device__ Logsum merge(const Scanned& scanned, const Named* named, int64_t P, i
   return out;
 }
 
-// Writes the loss of query b and what its gradients to own_key and to the memory need. For one thread.
+// Writes the loss of query b and the values that the gradients to own_key and the memory need. Called by one thread.
 __device__ __forceinline__ void write_loss(const cpr_mil_nce_outputs& outputs, int64_t b, const Logsum& all,
                                            const Logsum& positive, float own_coefficient) {
   const float log_all = logf(all.sum), log_positive = logf(positive.sum);
@@ -110,7 +112,7 @@ __device__ __forceinline__ void write_loss(const cpr_mil_nce_outputs& outputs, i
   static_cast<float*>(outputs.lse_positive)[b] = positive.maximum + log_positive;
 }
 
-// One block per query: the explicit positives and the own key join the merged splits; loss and gradient.
+// One block per query: adds the explicit positives and the own key to the merged splits; computes loss and gradient.
 template <typename T>
 __global__ void __launch_bounds__(kFinishThreads, 4)
     finish_kernel(const __grid_constant__ Problem problem, const T* queries, const T* own_keys, const T* memory,
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(kFinishThreads, 4)
   Scanned scanned_positive(partials, row, kPositive, splits, D);
   scanned_positive.splits = positive_splits;
 
-  bool other = name_positives(problem, b, query, memory, named);  // the row has a positive besides its own key
+  bool other = name_positives(problem, b, query, memory, named);  // a positive other than the own key exists
   for (int64_t s = threadIdx.x; s < positive_splits; s += kFinishThreads)
     other |= scanned_positive.sum[s * kChunk] != 0;
   const float own_score = warp_dot(query, own_key, D) * problem.inverse_temperature;
@@ -139,7 +141,8 @@ __global__ void __launch_bounds__(kFinishThreads, 4)
   const float own_coefficient =
       (own_counts ? all.term(own_score) : 0.0f) - (own_positive ? positive.term(own_score) : 0.0f);
 
-  // From here on a score is replaced by its coefficient in the gradient: its share of "all" less that of "positive".
+  // From here on, each score is replaced by its coefficient in the gradient: its weight in "all" minus that in
+  // "positive".
   for (int64_t s = threadIdx.x; s < splits; s += kFinishThreads) {
     shared.factor[kAll][s] = all.term(scanned_all.maximum[s * kChunk]);
     if (s < positive_splits) shared.factor[kPositive][s] = -positive.term(scanned_positive.maximum[s * kChunk]);

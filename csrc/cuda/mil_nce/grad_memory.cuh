@@ -1,4 +1,5 @@
-// The gradient to the memory: one more pass over it, which makes the scores again. Letters as in mil_nce.cu.
+// The gradient of mil_nce to the memory: another pass over it, which computes the scores again. Letters as in
+// mil_nce.cu.
 #pragma once
 
 #include "cuda/common/tile.cuh"
@@ -13,10 +14,11 @@ struct GradMemoryShared {
     RowPanel panel;
   };
   Weights weights;
-  unsigned listed[kSumTerms];  // bit r: the query's explicit positives name key r of the block
+  unsigned listed[kSumTerms];  // bit r: key r of the block is an explicit positive of the query
 };
 
-// d loss / d memory. Grid (tiles of 32 keys, blocks of 128 columns): a block walks all queries in order.
+// Computes d loss / d memory. Grid: (tiles of 32 keys, groups of 128 columns). A block goes through all queries in
+// order.
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, 2)
     grad_memory_kernel(const __grid_constant__ Problem problem, const T* queries, const T* memory,
@@ -32,7 +34,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     const int64_t queries_here = problem.B - query0 < kSumTerms ? problem.B - query0 : kSumTerms;
     if (threadIdx.x < kSumTerms) shared.listed[threadIdx.x] = 0;
     float score[kSumThreadRows][kThreadKeys];
-    dot_tile(keys, key0, query, query0, shared.dot, score);  // its barriers order the clearing above
+    dot_tile(keys, key0, query, query0, shared.dot, score);  // contains the barriers that the clearing above needs
     for (int64_t at = threadIdx.x; at < queries_here * problem.P; at += kTileThreads) {
       const int64_t key = problem.positives[query0 * problem.P + at] - key0;
       if (key >= 0 && key < kSumRows) atomicOr(&shared.listed[at / problem.P], 1u << key);

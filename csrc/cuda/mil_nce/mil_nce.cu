@@ -1,12 +1,15 @@
 // MIL-NCE over a memory on CUDA [CPR paper, Eq. 2], without a [B, K] matrix.
 //
-// The loss is attention whose values are the keys: one pass keeps, per row and per split of the memory, a running
-// maximum, a sum of exponentials and the so weighted sum of keys, for the denominator ("all") and for the positives
-// that ids define. A finishing kernel merges the splits in order and adds the own key and the explicit positives;
-// it has everything the gradient needs. Splits depend on K only and no float is added atomically: one result per
-// input, whatever the batch around a row.
-// 16-bit features of width 128 and 512 are scanned on tensor cores (tensor_scan.cuh), all others in fp32 here.
-// Letters: B queries, K memory entries, D feature width, P explicit positives, S splits.
+// The loss is computed like attention whose values are the keys. One pass over the memory (the scan) keeps for each row
+// and each split of the memory a running maximum, a sum of exponentials and the sum of keys weighted by them, for the
+// denominator ("all") and for the positives by id. A second kernel (the finish) merges the splits in order, adds the
+// own key and the explicit positives, and has all that the gradient needs. Splits depend on K alone and no float is
+// added atomically, so the result of a row does not depend on its batch or on scheduling.
+//
+// Features of 16 bits and width 128 or 512 are scanned on tensor cores (tensor_scan.cuh), all others in float32
+// (scan.cuh).
+//
+// Letters in shapes: B queries, K memory entries, D feature width, P explicit positives, S splits.
 #include "cpr_fast.h"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/tile.cuh"

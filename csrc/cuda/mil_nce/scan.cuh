@@ -1,4 +1,4 @@
-// The scan of the memory in fp32, for features of any type and width. Letters as in mil_nce.cu.
+// The scan of the memory in float32, for features of any type and width. Letters as in mil_nce.cu.
 #pragma once
 
 #include "cuda/common/reduce.cuh"
@@ -16,9 +16,9 @@ struct ScanShared {
   Weights weights[kGroups];
 };
 
-// Online logsumexp of one group for the rows a thread helps with, and the weighted sum of its columns.
+// The running logsumexp of one group for the rows that a thread works on, and the weighted sum of the columns it owns.
 struct Running {
-  float maximum[kSumThreadRows], sum[kSumThreadRows];  // sum: this thread's keys only, until finish()
+  float maximum[kSumThreadRows], sum[kSumThreadRows];  // sum: over the keys of this thread, until finish()
   WeightedSum weighted;
 
   __device__ __forceinline__ void start() {
@@ -31,8 +31,8 @@ struct Running {
     }
   }
 
-  // Takes in a tile of scores; members: bit i * kThreadKeys + j of the thread's score [i][j]. Leaves the weights of
-  // the tile's keys in `weights` and the rest rescaled to the new maximum.
+  // Adds a tile of scores; bit i * kThreadKeys + j of `members` says whether score [i][j] of the thread counts. Writes
+  // the weights of the keys of the tile to `weights` and rescales the sums to the new maximum.
   __device__ __forceinline__ void absorb(const float (&score)[kSumThreadRows][kThreadKeys], unsigned members,
                                          Weights& weights) {
     const int lane = threadIdx.x % kTileLanes, row = threadIdx.x / kTileLanes;
@@ -44,7 +44,7 @@ struct Running {
         if ((members >> (i * kThreadKeys + j)) & 1) greatest = fmaxf(greatest, score[i][j]);
       }
       greatest = warp_reduce<kTileLanes>(greatest, Max());
-      const float reference = greatest == -INFINITY ? 0.0f : greatest;  // nothing yet: exp(-inf), not exp(NaN)
+      const float reference = greatest == -INFINITY ? 0.0f : greatest;  // no score yet: exp(-inf) instead of exp(NaN)
       const float rescale = expf(maximum[i] - reference);
       maximum[i] = greatest;
       sum[i] *= rescale;
@@ -59,7 +59,7 @@ struct Running {
     }
   }
 
-  // Writes the split's result for rows row0 + t/16 + 8i below `rows`, and columns from column0 on.
+  // Writes the result of the split for rows row0 + t/16 + 8i below `rows`, and columns from column0 on.
   __device__ __forceinline__ void finish(const Partials& out, int64_t group_split, int64_t row0, int64_t rows,
                                          int64_t column0, int64_t D) {
     const int lane = threadIdx.x % kTileLanes;
@@ -82,7 +82,7 @@ struct Running {
   }
 };
 
-// Grid (tiles of 32 queries, S, blocks of 128 columns). Blocks of further columns score again.
+// Grid: (tiles of 32 queries, S, groups of 128 columns). Each group of columns computes the scores again.
 template <typename T, bool kPositiveById>
 __global__ void __launch_bounds__(kTileThreads)
     scan_kernel(const __grid_constant__ Problem problem, const T* queries, const T* memory, int64_t first_query,

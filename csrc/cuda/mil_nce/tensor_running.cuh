@@ -1,5 +1,4 @@
-// The running softmax of one group on tensor cores, and the shape of the scan that it is part of. Letters as in
-// mil_nce.cu.
+// The running softmax of one group in the scan on tensor cores, and the shapes of that scan. Letters as in mil_nce.cu.
 #pragma once
 
 #include "cuda/common/reduce.cuh"
@@ -8,21 +7,22 @@
 
 namespace cpr {
 
-constexpr int kPieceRows = 16, kPieceColumns = 8;  // of one product
+constexpr int kPieceRows = 16, kPieceColumns = 8;  // the sizes of one product
 constexpr int kRowPieces = 2;
 constexpr int kScanRows = kRowPieces * kPieceRows;
-constexpr int kPad = 8;  // elements: the 16-byte rows of a matrix fall in distinct banks
+constexpr int kPad = 8;  // elements: the 16-byte rows of a matrix lie in different banks
 
-// Wide features: more warps for the columns, fewer keys a tile so that two tiles fit a multiprocessor of sm_80.
+// Wide features take more warps for the columns, and fewer keys in a tile, so that two tiles fit a multiprocessor of
+// sm_80.
 template <int kWidth>
 struct ScanShape {
   static constexpr int kWarps = kWidth <= 128 ? 4 : 8, kThreads = kWarps * kWarp;
   static constexpr int kKeys = kWidth <= 128 ? 64 : 32;
-  static constexpr int kScoreRows = kWidth <= 128 ? 2 : 1;              // row pieces a warp scores
-  static constexpr int kRowWarps = kRowPieces / kScoreRows;             // warps that share a tile's rows
-  static constexpr int kKeyWarps = kWarps / kRowWarps;                  // warps that share its keys
-  static constexpr int kScoreKeys = kKeys / kKeyWarps / kPieceColumns;  // key pieces a warp scores
-  static constexpr int kColumns = kWidth / kWarps;                      // columns of the weighted sum a warp owns
+  static constexpr int kScoreRows = kWidth <= 128 ? 2 : 1;              // row pieces that a warp scores
+  static constexpr int kRowWarps = kRowPieces / kScoreRows;             // warps that divide the rows of a tile
+  static constexpr int kKeyWarps = kWarps / kRowWarps;                  // warps that divide its keys
+  static constexpr int kScoreKeys = kKeys / kKeyWarps / kPieceColumns;  // key pieces that a warp scores
+  static constexpr int kColumns = kWidth / kWarps;                      // columns of the weighted sum that a warp owns
   static constexpr int kColumnPieces = kColumns / kPieceColumns;
   static_assert(kSumTerms % kKeys == 0, "a split ends on a tile");
 };
@@ -32,28 +32,29 @@ struct alignas(16) TensorScanShared {
   using Shape = ScanShape<kWidth>;
   T query[kScanRows][kWidth + kPad];
   T keys[2][Shape::kKeys][kWidth + kPad];
-  T weights[2][kScanRows][Shape::kKeys + kPad];  // the terms whose sum is the weight
-  int64_t ids[3][Shape::kKeys];                  // of this tile, the next, and the one being copied
-  float of_rows[Shape::kKeyWarps][kScanRows];    // a tile's greatest logits; in the end the sums
+  T weights[2][kScanRows][Shape::kKeys + kPad];  // two terms, whose sum is the weight
+  int64_t ids[3][Shape::kKeys];                  // of this tile, the next one and the one that is being copied
+  float of_rows[Shape::kKeyWarps][kScanRows];    // the greatest scores of a tile; in finish() the sums
 };
 
-// Weights lie in 0..1. Scaled so that those worth adding up over a long memory stay clear of float16's least numbers.
+// Scales the weights, which lie in 0..1, so that small weights, whose sum over a long memory matters, are not lost
+// among the subnormal numbers of float16.
 template <typename T>
 constexpr float kWeightScale = 1.0f;
 template <>
 constexpr float kWeightScale<__half> = 32768.0f;
 
-// Online logsumexp and weighted sum of keys of one group, as Running in mil_nce.cu, in the layout of the products.
+// The running logsumexp and weighted sum of keys of one group, as Running in scan.cuh, in the layout of the products.
 template <typename T, int kWidth>
 struct TensorRunning {
   using Shape = ScanShape<kWidth>;
   using Shared = TensorScanShared<T, kWidth>;
   using Scores = float[Shape::kScoreRows][Shape::kScoreKeys][4];
-  float maximum[kRowPieces][2];     // of all rows a lane owns
-  float sum[Shape::kScoreRows][2];  // over the keys this lane scores, until finish()
+  float maximum[kRowPieces][2];     // of all rows that the lane owns
+  float sum[Shape::kScoreRows][2];  // over the keys that this lane scores, until finish()
   float weighted[kRowPieces][Shape::kColumnPieces][4];
 
-  // The first row piece that the warp scores, and `of_all` for its row piece m.
+  // The first row piece that the warp scores, and the value in `of_all` for its row piece m.
   static __device__ int score_piece() { return threadIdx.x / kWarp % Shape::kRowWarps * Shape::kScoreRows; }
   static __device__ int key_warp() { return threadIdx.x / kWarp / Shape::kRowWarps; }
   static __device__ __forceinline__ float scored(const float (&of_all)[kRowPieces][2], int m, int half) {
@@ -75,7 +76,7 @@ struct TensorRunning {
     for (int m = 0; m < Shape::kScoreRows; ++m) sum[m][0] = sum[m][1] = 0;
   }
 
-  // The greatest of this warp's scores of each row, for all warps to see; -inf where a row has none.
+  // Writes the greatest score of each row in this warp to shared memory, -inf if there is none.
   __device__ __forceinline__ void offer_maxima(const Scores& score, unsigned members, Shared& shared) const {
 #pragma unroll
     for (int m = 0; m < Shape::kScoreRows; ++m) {
@@ -96,7 +97,8 @@ struct TensorRunning {
     }
   }
 
-  // Moves to the maxima offered, rescaling what is summed; the references that weights are relative to.
+  // Takes over the greatest maxima of all warps and rescales the sums; returns the references that weights are relative
+  // to.
   __device__ __forceinline__ void take_maxima(const Shared& shared, float (&reference)[kRowPieces][2]) {
     float rescale[kRowPieces][2];
     bool moved = false;
@@ -109,7 +111,7 @@ struct TensorRunning {
         for (int w = 0; w < Shape::kKeyWarps; ++w) {
           greatest = fmaxf(greatest, shared.of_rows[w][m * kPieceRows + half * 8 + threadIdx.x % kWarp / 4]);
         }
-        reference[m][half] = greatest == -INFINITY ? 0.0f : greatest;  // nothing yet: exp(-inf), not exp(NaN)
+        reference[m][half] = greatest == -INFINITY ? 0.0f : greatest;  // no score yet: exp(-inf) instead of exp(NaN)
         rescale[m][half] = __expf(maximum[m][half] - reference[m][half]);
         moved |= greatest != maximum[m][half];
         maximum[m][half] = greatest;
@@ -131,7 +133,7 @@ struct TensorRunning {
     }
   }
 
-  // Adds the weights of this warp's scores to the sums and leaves them in shared memory for the products.
+  // Adds the weights of the scores of this warp to the sums, and writes them to shared memory for the products.
   __device__ __forceinline__ void weigh(const Scores& score, unsigned members, const float (&reference)[kRowPieces][2],
                                         Shared& shared) {
 #pragma unroll
@@ -159,7 +161,7 @@ struct TensorRunning {
     }
   }
 
-  // weighted += weights [32, keys] keys [keys, the warp's columns].
+  // Computes weighted += weights [32, keys] keys [keys, the columns of the warp].
   __device__ __forceinline__ void add_weighted_keys(const Shared& shared,
                                                     const T (&keys)[Shape::kKeys][kWidth + kPad]) {
     const int lane = threadIdx.x % kWarp, row = lane % 16, offset = lane / 16 * 8;
@@ -190,11 +192,11 @@ struct TensorRunning {
     }
   }
 
-  // Writes the split's result for the block's rows from row0 on, below `rows`.
+  // Writes the result of the split for the rows of the block, from row0 on and below `rows`.
   __device__ __forceinline__ void finish(const Partials& out, int64_t group_split, int64_t row0, int64_t rows,
                                          Shared& shared) {
     const int group_row = threadIdx.x % kWarp / 4;
-    __syncthreads();  // whoever read of_rows last is done
+    __syncthreads();  // all reads of of_rows are complete
 #pragma unroll
     for (int m = 0; m < Shape::kScoreRows; ++m) {
 #pragma unroll

@@ -1,12 +1,12 @@
 // The scan of the memory for 16-bit features of a fixed width, on tensor cores.
 //
-// Flash-decoding: a block holds 32 queries and walks its split of the memory in tiles of keys, the next tile copied
-// asynchronously while this one is used. Its warps share the scores of a tile by keys, then the weighted sum of keys
-// by columns, so every key is read from shared memory twice whatever the width. Sums are float. Weights are split
-// into two 16-bit terms: the gradient is a difference of two weighted sums that cancel as the loss falls, and one
-// term's rounding (2^-8 of 1 / temperature for bfloat16) would be all that is left of it.
+// As in flash-decoding, a block holds 32 queries and goes through its split of the memory in tiles of keys; the next
+// tile is copied asynchronously while the current one is used. The warps divide the scores of a tile by keys, then the
+// weighted sum of keys by columns, so every key is read from shared memory twice, for any width. Sums are float.
+// Weights are split into two 16-bit terms: the gradient is a difference of two weighted sums, which cancel as the loss
+// falls, and the rounding of a single term (2^-8 of 1 / temperature for bfloat16) would dominate it.
 //
-// In every product lane l owns rows l/4 and l/4 + 8 of a 16 x 8 piece, columns 2(l%4) and 2(l%4) + 1.
+// In every product lane l owns rows l/4 and l/4 + 8 and columns 2(l%4) and 2(l%4) + 1 of a 16 x 8 piece.
 #pragma once
 
 #include <type_traits>
@@ -19,7 +19,8 @@
 
 namespace cpr {
 
-// The tile at key0 of the memory: its ids (for the tile after the next), then its rows, zero where no live entry is.
+// Copies tiles of the memory to shared memory: first the ids of a tile (two tiles ahead), then its rows, zero for slots
+// without an entry.
 template <typename T, int kWidth>
 struct KeyTiles {
   using Shape = ScanShape<kWidth>;
@@ -49,7 +50,7 @@ struct KeyTiles {
   }
 };
 
-// score = the warp's share of query [32, width] keys [keys, width]^T.
+// Computes the share of the warp in query [32, width] keys [keys, width]^T.
 template <typename T, int kWidth>
 __device__ __forceinline__ void score_keys(const TensorScanShared<T, kWidth>& shared,
                                            const T (&keys)[ScanShape<kWidth>::kKeys][kWidth + kPad],
@@ -87,7 +88,7 @@ __device__ __forceinline__ void score_keys(const TensorScanShared<T, kWidth>& sh
   }
 }
 
-// Starts the copy of the block's 32 queries to shared memory; rows beyond the chunk are zero.
+// Starts the copy of the 32 queries of the block to shared memory; rows beyond the chunk are zero.
 template <typename T, int kWidth>
 __device__ __forceinline__ void copy_queries(const T* queries, int64_t first_query, int64_t row0, int64_t chunk_queries,
                                              TensorScanShared<T, kWidth>& shared) {
@@ -122,7 +123,7 @@ __device__ __forceinline__ void find_members(const Problem& problem, const int64
   }
 }
 
-// The ids of the queries whose scores the lane holds; `first`: of the warp's first row.
+// Finds the ids of the queries whose scores the lane holds. `first`: the query of the first row of the warp.
 template <int kRows>
 __device__ __forceinline__ void find_own_ids(const Problem& problem, int64_t first, int64_t (&own)[kRows][2]) {
 #pragma unroll
@@ -134,8 +135,8 @@ __device__ __forceinline__ void find_own_ids(const Problem& problem, int64_t fir
   }
 }
 
-// Adds the positives of a tile to their running softmax. For the whole block: the two barriers also keep these writes
-// behind the reads of the sum over all keys.
+// Adds the positives of a tile to their running softmax. Called by the whole block: its two barriers also keep these
+// writes behind the reads of the sum over all keys.
 template <typename T, int kWidth>
 __device__ __forceinline__ void absorb_positives(TensorRunning<T, kWidth>& positive,
                                                  const typename TensorRunning<T, kWidth>::Scores& score,
@@ -150,13 +151,13 @@ __device__ __forceinline__ void absorb_positives(TensorRunning<T, kWidth>& posit
   positive.add_weighted_keys(shared, keys);
 }
 
-// Blocks that a multiprocessor must be able to hold: bounds the registers of a thread.
+// Blocks that a multiprocessor must be able to hold. This limits the registers of a thread.
 template <int kWidth, bool kPositiveById>
 constexpr int kScanBlocks = kWidth > 128    ? 1
                             : kPositiveById ? 2
                                             : 3;
 
-// Grid (tiles of 32 queries, S). Feature rows must be 16-byte aligned.
+// Grid: (tiles of 32 queries, S). Feature rows must be 16-byte aligned.
 template <typename T, int kWidth, bool kPositiveById>
 __global__ void __launch_bounds__(ScanShape<kWidth>::kThreads, kScanBlocks<kWidth, kPositiveById>)
     tensor_scan_kernel(const __grid_constant__ Problem problem, const T* queries, const T* memory, int64_t first_query,
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(ScanShape<kWidth>::kThreads, kScanBlocks<kWidt
   int tile = 0;
   for (int64_t key0 = begin; key0 < end; key0 += Shape::kKeys, ++tile) {
     wait_for_copies<0>();
-    __syncthreads();  // this tile is there for all; the one before has been used by all
+    __syncthreads();  // the copy of this tile is complete, and all have used the tile before
     const auto& keys = shared.keys[tile % 2];
     const auto& ids = shared.ids[tile % 3];
     if (key0 + Shape::kKeys < end) {
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(ScanShape<kWidth>::kThreads, kScanBlocks<kWidt
   }
 }
 
-// Launches the scan on tensor cores where there is one for these features; otherwise leaves *launched false.
+// Launches the scan on tensor cores if there is one for these features; *launched says whether there is.
 template <bool kPositiveById, typename T>
 const char* launch_tensor_scan(const Problem& problem, const T* queries, const T* memory, int64_t first_query,
                                int64_t chunk_queries, const Splits& splits, const Partials& out, cudaStream_t stream,

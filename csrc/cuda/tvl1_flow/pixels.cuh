@@ -1,5 +1,5 @@
-// What TV-L1 flow does to one pixel at a time: resizing, bicubic warping, the median. Every operation is rounded as in
-// csrc/cpu, so that both kernels give the same bits.
+// The operations of TV-L1 flow on single pixels: resizing, bicubic warping and the median. Every operation is rounded
+// as in csrc/cpu/tvl1_flow, so that both kernels give the same bits.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,31 +11,30 @@
 
 namespace cpr::tvl1 {
 
-// ---- bilinear resize
-// -------------------------------------------------------------------------------------------------
+// ---- bilinear resize ------------------------------------------------------------
 
-// Where a target pixel reads along one axis: from source[first] a share t of the way to source[second].
+// Where bilinear interpolation reads along one axis: between source[first] and source[second], at fraction t.
 struct Tap {
   int first, second;
   float t;
 };
 
-// scale: source pixels per target pixel, pixel centres aligned.
+// scale: source pixels per target pixel. Pixel centres are aligned.
 __device__ __forceinline__ Tap make_tap(int target, int source, double scale) {
   const double position = fmin(fmax((target + 0.5) * scale - 0.5, 0.0), source - 1.0);
-  // OpenCV's rounding at the far edge: shrinking takes the last pixel as a whole step from its neighbour, enlarging
-  // takes it as it is.
+  // As OpenCV at the far edge: shrinking reaches the last pixel at fraction 1 from its neighbour, enlarging reads it
+  // directly. The results differ by rounding.
   const int last = scale > 1 ? (source >= 2 ? source - 2 : 0) : source - 1;
   const int first = static_cast<int>(position) < last ? static_cast<int>(position) : last;
   return {first, first + 1 < source ? first + 1 : source - 1, static_cast<float>(position - first)};
 }
 
-// a + (b - a) t with one rounding after the difference: the product is exact in double.
+// Returns a + (b - a) t with one rounding after the difference: the product is exact in double.
 __device__ __forceinline__ float lerp(float a, float b, float t) {
   return static_cast<float>(static_cast<double>(b - a) * static_cast<double>(t) + static_cast<double>(a));
 }
 
-// load(y, x) reads the source.
+// load(y, x) returns a pixel of the source.
 template <typename Load>
 __device__ __forceinline__ float interpolate(const Tap& row, const Tap& column, Load load) {
   const float above = lerp(load(row.first, column.first), load(row.first, column.second), column.t);
@@ -43,10 +42,10 @@ __device__ __forceinline__ float interpolate(const Tap& row, const Tap& column, 
   return lerp(above, below, row.t);
 }
 
-// ---- bicubic warp
-// ----------------------------------------------------------------------------------------------------
+// ---- bicubic warp ------------------------------------------------------------
 
-// Weights of the four taps at offsets -1..2 for a position t in [0, 1) between taps 0 and 1, rounded as OpenCV's.
+// Computes the weights of the taps at offsets -1..2 for a position t in [0, 1) between taps 0 and 1, rounded as in
+// OpenCV.
 __device__ __forceinline__ void cubic_weights(float t, float (&w)[4]) {
   const float r = 1.0f - t;
   w[0] = kA * ((r * r) * t);
@@ -63,9 +62,9 @@ __device__ __forceinline__ float3 multiply_add(float3 value, float weight, float
   return {__fmaf_rn(value.x, weight, sum.x), __fmaf_rn(value.y, weight, sum.y), __fmaf_rn(value.z, weight, sum.z)};
 }
 
-// (I, dI/dx, dI/dy) at (fx, fy) of an image [height + 2 kBorder][width + 2 kBorder] bordered by zeros.
+// Returns (I, dI/dx, dI/dy) at (fx, fy) of an image [height + 2 kBorder][width + 2 kBorder] with a border of zeros.
 __device__ __forceinline__ float3 sample(const float4* image, Size size, float fx, float fy) {
-  // Outside these limits every tap is in the zero border. NaN becomes the lower limit.
+  // Outside these limits all taps are in the zero border. NaN becomes the lower limit.
   fx = fminf(fmaxf(fx, 1.0f - kBorder), size.width + 1.0f);
   fy = fminf(fmaxf(fy, 1.0f - kBorder), size.height + 1.0f);
   const float column = floorf(fx), row = floorf(fy);
@@ -85,8 +84,7 @@ __device__ __forceinline__ float3 sample(const float4* image, Size size, float f
   return sum;
 }
 
-// ---- median
-// ----------------------------------------------------------------------------------------------------------
+// ---- median ------------------------------------------------------------
 
 template <int kA, int kB>
 __device__ __forceinline__ void exchange(float2* wires) {
@@ -95,7 +93,8 @@ __device__ __forceinline__ void exchange(float2* wires) {
   wires[kB] = {fmaxf(a.x, b.x), fmaxf(a.y, b.y)};
 }
 
-// The network on wires scale * w + offset, unrolled at compile time: halves of exchanges that nothing reads disappear.
+// Applies the network to wires scale * w + offset. It is unrolled at compile time, which removes unused halves of
+// exchanges.
 template <const auto& kNetwork, int kScale, int kOffset, size_t... kIndex>
 __device__ __forceinline__ void exchange_each(float2* wires, std::index_sequence<kIndex...>) {
   (exchange<kScale * kNetwork[kIndex][0] + kOffset, kScale * kNetwork[kIndex][1] + kOffset>(wires), ...);
@@ -112,7 +111,7 @@ __device__ __forceinline__ void sort_columns(float2* wires, std::index_sequence<
   (apply<kNetwork, kSize, static_cast<int>(kColumn)>(wires), ...);
 }
 
-// Median of both components over the (kSize x kSize) neighbourhood of (y, x), edge pixels repeated.
+// Returns the median of both components over the kSize x kSize neighbourhood of (y, x). Edge pixels are repeated.
 template <int kSize, const auto& kSortColumn, const auto& kMedianNetwork, int kWire>
 __device__ __forceinline__ float2 median_at(const float2* u, Size size, int y, int x) {
   float2 wires[kSize * kSize];

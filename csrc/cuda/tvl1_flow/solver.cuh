@@ -1,4 +1,5 @@
-// One frame pair of TV-L1 flow, from pyramid to flow, by a team of blocks: what csrc/cpu/tvl1_flow.cpp's Solver does.
+// Solves one frame pair, from the pyramid to the flow, with a team of blocks: the counterpart of Solver in
+// csrc/cpu/tvl1_flow/tvl1_flow.cpp.
 #pragma once
 
 #include "cpr_fast.h"
@@ -8,18 +9,18 @@
 
 namespace cpr::tvl1 {
 
-// A team's part of the workspace; every array 256-byte aligned, sized for the finest level.
+// The part of the workspace that a team has. Every array is 256-byte aligned and sized for the finest level.
 struct Buffers {
   float* pyramid[2];  // [pyramid_pixels], finest level first
   float4* gradient;   // [H + 2 kBorder][W + 2 kBorder] (I1, dI1/dx, dI1/dy, 0), border 0
   float4* constants;  // [H][W]
   State state[2];     // the current one and the next
-  float* partial[2];  // [tiles][kHalo], alternating: a block may still read the last one
+  float* partial[2];  // [tiles][kHalo], used in turn: a block may still read the previous one
 };
 
 __host__ __device__ inline int64_t aligned(int64_t bytes) { return round_up(bytes, 256); }
 
-// The parts of a team's memory in turn, from `base`; returns what they take. With a null base it only measures.
+// Assigns the arrays one after another, from `base`; returns what they take. With a null base it only measures.
 __host__ __device__ inline int64_t lay_out(const cpr_tvl1_args& a, int64_t pyramid_pixels, char* base, Buffers* out) {
   const Size finest = {static_cast<int>(a.H), static_cast<int>(a.W)};
   const int64_t pixels = a.H * a.W, bordered = (a.H + 2 * kBorder) * (a.W + 2 * kBorder);
@@ -50,7 +51,7 @@ struct Shared {
 // One level of the pyramids.
 struct Level {
   Size size;
-  int64_t offset;  // of its pixels in a pyramid
+  int64_t offset;  // of its first pixel in a pyramid
 };
 
 __device__ inline Level level_at(const cpr_tvl1_args& a, int scale) {
@@ -62,8 +63,9 @@ __device__ inline Level level_at(const cpr_tvl1_args& a, int scale) {
   return level;
 }
 
-// What one block knows of its team's pair; methods are called by all threads of all blocks of the team together, and
-// end with the team's barrier where others read what they wrote. The steps are not inlined: together they spill.
+// The pair of a team as one block sees it. All threads of all blocks of the team call the methods together. A method
+// whose results other blocks read ends with the barrier of the team. The steps are not inlined, because together they
+// spill.
 class Solver {
  public:
   __device__ Solver(const cpr_tvl1_args& a, const Team& team, const Buffers& buffers, Shared& shared)
@@ -84,7 +86,7 @@ class Solver {
     return pixel_iterations;
   }
 
-  // Both frames' pyramids; whether all pixels are finite.
+  // Computes the pyramids of both frames. Returns whether all pixels are finite.
   __device__ bool build_pyramids(int levels, int64_t first_frame, unsigned* not_finite) {
     const int64_t pixels = a_.H * a_.W;
     for (int frame = 0; frame < 2; ++frame) {
@@ -129,7 +131,8 @@ class Solver {
     });
   }
 
-  // Zero duals; u from the coarser level, zero at the coarsest; I1 with its gradient.
+  // Starts a level: zeroes the duals, takes u from the coarser level (zero at the coarsest), computes the gradient of
+  // I1.
   __device__ __noinline__ void start_level(int scale, bool coarsest) {
     const Level level = level_at(a_, scale);
     const Size size = level.size, source_size = problem_.size;
@@ -158,7 +161,7 @@ class Solver {
     team_.wait();
   }
 
-  // Central differences, one-sided (and still halved) at the edges.
+  // Central differences; at the edges one-sided, still divided by 2.
   __device__ void interleave_gradient(const float* image, Size size) const {
     const int pitch = size.width + 2 * kBorder;
     each_pixel(int64_t{size.height + 2 * kBorder} * pitch, [&](int64_t i) {
@@ -175,7 +178,7 @@ class Solver {
     });
   }
 
-  // The constants of the linearisation around the current u.
+  // Computes the constants of the linearisation around the current u.
   __device__ __noinline__ void warp_images(int scale) {
     const Level level = level_at(a_, scale);
     const float* i0 = b_.pyramid[0] + level.offset;
@@ -189,7 +192,7 @@ class Solver {
     team_.wait();
   }
 
-  // Outer and inner iterations of one warp; returns the inner iterations done.
+  // Runs the outer and inner iterations of one warp. Returns the number of inner iterations.
   __device__ int64_t iterate_to_convergence() {
     const double threshold = stop_threshold(a_.epsilon, problem_.size);
     double previous = 0, error = kNoError;
@@ -205,7 +208,7 @@ class Solver {
     return iterations;
   }
 
-  // Runs a block of inner iterations, and again fewer from the same start where the stop test holds earlier.
+  // Runs a block of inner iterations. If the stop test holds within it, runs fewer from the same start again.
   __device__ int iterate_block(double threshold, int remaining, double& previous, double& error) {
     int count = block_length(previous, error, threshold, remaining < kHalo ? remaining : kHalo);
     iterate(count);
@@ -218,7 +221,7 @@ class Solver {
     return count;
   }
 
-  // `count` inner iterations from the current state into the other one; their errors.
+  // Runs `count` inner iterations from the current state into the other one. Computes their errors.
   __device__ __noinline__ void iterate(int count) {
     const int tiles = count_tiles(problem_.size);
     float* partial = b_.partial[turn_ ^= 1];
@@ -228,7 +231,7 @@ class Solver {
     }
     team_.wait();
     const int k = threadIdx.x / kWarp;
-    if (k < count) {  // warp k adds up iteration k
+    if (k < count) {  // warp k sums the changes of iteration k
       double sum = 0;
       for (int tile = threadIdx.x % kWarp; tile < tiles; tile += kWarp) sum += partial[tile * kHalo + k];
       sum = warp_reduce(sum, Sum());
@@ -265,7 +268,7 @@ class Solver {
   const Team& team_;
   Buffers b_;
   Shared& shared_;
-  Problem problem_ = {};  // at the level at hand
+  Problem problem_ = {};  // of the current level
   int current_ = 0;       // of the two states
   int turn_ = 0;          // of the two arrays of partial errors
 };

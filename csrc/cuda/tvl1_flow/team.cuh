@@ -1,21 +1,22 @@
-// Teams of blocks that work on one problem and wait for each other: the barrier, and the launch that lets it end.
+// Teams of blocks that work on one problem: their barrier, and a launch with all blocks resident, which it requires.
 #pragma once
 
 #include "cuda/common/launch.cuh"
 
 namespace cpr {
 
-// In zeroed global memory, one for each team.
+// State of the barrier of a team, in zeroed global memory.
 struct TeamBarrier {
   unsigned arrived, passed;
 };
 
-// Blocks rank 0..size-1 of a team. Every block of the grid must be resident (launch_teams), or a wait may never end.
+// Block `rank` of a team of `size` blocks. Every block of the grid must be resident (launch_teams): otherwise a wait
+// may never end.
 struct Team {
   int rank, size;
   TeamBarrier* barrier;
 
-  // What any thread of the team wrote before is visible to every one of them after.
+  // The barrier of the team. Writes of all its threads before it are visible to all of them after it.
   __device__ void wait() const {
     __syncthreads();
     if (size == 1) return;
@@ -36,7 +37,7 @@ struct Team {
   }
 };
 
-// How many blocks of the kernel the current device holds at once; 0 where that cannot be told.
+// Returns how many blocks of the kernel the current device can hold at once; 0 if that is unknown.
 template <typename... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes) {
   const int bytes = static_cast<int>(shared_bytes);
@@ -52,12 +53,12 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_b
     status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(bytes));
   }
   if (status == cudaSuccess) return blocks * processors;
-  cudaGetLastError();  // no later call reports ours
+  cudaGetLastError();  // clears the error, so that no later call reports it
   return 0;
 }
 
-// Launches teams x size blocks, all resident at once; null, or CUDA's text for what failed. The kernel's shared memory
-// must have been allowed (resident_blocks).
+// Launches teams x size blocks, all resident at once. Returns null, or the error text of CUDA. resident_blocks must
+// have been called before: it allows the kernel its shared memory.
 template <typename... Parameters, typename... Arguments>
 const char* launch_teams(void (*kernel)(Parameters...), int teams, int size, int threads, int64_t shared_bytes,
                          cudaStream_t stream, const Arguments&... arguments) {
@@ -72,7 +73,7 @@ const char* launch_teams(void (*kernel)(Parameters...), int teams, int size, int
   config.attrs = &cooperative;
   config.numAttrs = size > 1;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  const cudaError_t pending = cudaGetLastError();  // also clears it
+  const cudaError_t pending = cudaGetLastError();  // clears the error as well
   if (status != cudaSuccess) return cudaGetErrorString(status);
   return pending != cudaSuccess ? cudaGetErrorString(pending) : nullptr;
 }

@@ -1,8 +1,8 @@
-// The inner iterations of TV-L1 flow on one tile: up to kHalo of them between a read and a write of global memory.
+// The inner iterations of TV-L1 flow on one tile: up to kHalo iterations between reading and writing global memory.
 //
-// An iteration reaches one pixel further, so a tile is computed with kHalo pixels around it, of which one ring a
-// iteration becomes worthless and is not written. Each thread keeps its pixels in registers; shared memory carries what
-// their neighbours need. The operations and their rounding are those of csrc/cpu/tvl1_flow/rows.cpp.
+// Each iteration depends on pixels one further away. A tile is therefore computed together with kHalo pixels around it;
+// each iteration invalidates one ring of them, and they are not written. Each thread keeps its pixels in registers, and
+// shared memory holds what their neighbours need. Operations and rounding are those of csrc/cpu/tvl1_flow/rows.cpp.
 #pragma once
 
 #include "cpu/tvl1_flow/levels.h"
@@ -12,10 +12,10 @@
 namespace cpr::tvl1 {
 
 constexpr int kThreads = 512;
-constexpr int kHalo = 4;  // most inner iterations of a visit
+constexpr int kHalo = 4;  // the most inner iterations in one visit of a tile
 constexpr int kTileWidth = 64, kTileHeight = 32;
 constexpr int kRegionWidth = kTileWidth + 2 * kHalo, kRegion = kRegionWidth * (kTileHeight + 2 * kHalo);
-constexpr int kPitch = kRegionWidth + 2;  // a margin of one pixel on every side is read, and never used
+constexpr int kPitch = kRegionWidth + 2;  // one pixel of margin on each side is read, but never used
 constexpr int kCells = kPitch * (kTileHeight + 2 * kHalo + 2);
 constexpr int kOwn = (kRegion + kThreads - 1) / kThreads;  // pixels of a thread
 
@@ -25,14 +25,14 @@ struct Step {
   float taut;  // tau / theta
 };
 
-// One linearisation at one level; every array is [height][width].
+// A linearisation at one level. Every array is [height][width].
 struct Problem {
   Size size;
   Step step;
   const float4* constants;  // (dI1w/dx, dI1w/dy, their squared norm, I1w - grad I1w . u0 - I0)
 };
 
-// The unknowns: flow, and the dual variable of each component, as (p11, p21) along x and (p12, p22) along y.
+// The unknowns: the flow, and the dual variables of its components, (p11, p21) along x and (p12, p22) along y.
 struct State {
   float2* u;
   float4* p;  // (p11, p21, p12, p22)
@@ -43,12 +43,12 @@ struct TileMemory {
   float warp_change[kHalo][kThreads / kWarp];
 };
 
-// Bits of a pixel: what its thread must know of its place.
+// Bits that describe the place of a pixel.
 enum Place { kInImage = 1, kInTile = 2, kFirstColumn = 4, kLastColumn = 8, kFirstRow = 16, kLastRow = 32 };
 
 struct Own {
   int cell;   // index in TileMemory
-  int place;  // Place bits; 0: nothing there
+  int place;  // Place bits; 0: no pixel
 };
 
 __host__ __device__ inline int tiles_across(Size size) { return (size.width + kTileWidth - 1) / kTileWidth; }
@@ -56,7 +56,7 @@ __host__ __device__ inline int count_tiles(Size size) {
   return tiles_across(size) * ((size.height + kTileHeight - 1) / kTileHeight);
 }
 
-// Pixel `i` of the region around a tile whose first pixel is (top, left).
+// Finds pixel `i` of the region around the tile whose first pixel is (top, left).
 __device__ __forceinline__ Own place_pixel(Size size, int top, int left, int i, int* pixel) {
   const int column = i % kRegionWidth, row = i / kRegionWidth;
   const int x = left - kHalo + column, y = top - kHalo + row;
@@ -69,8 +69,8 @@ __device__ __forceinline__ Own place_pixel(Size size, int top, int left, int i, 
   return {(row + 1) * kPitch + column + 1, place};
 }
 
-// sqrt(x^2 + y^2) rounded once, as hypotf: what the squares, their sum and the root lost by rounding comes back in one
-// Newton step.
+// Returns sqrt(x^2 + y^2) with a single rounding, as hypotf: one Newton step corrects the rounding of the squares,
+// their sum and the root.
 __device__ __forceinline__ float rounded_hypot(float x, float y) {
   const float xx = x * x, yy = y * y;
   const float greater = fmaxf(xx, yy), lesser = fminf(xx, yy), sum = greater + lesser;
@@ -81,17 +81,17 @@ __device__ __forceinline__ float rounded_hypot(float x, float y) {
   return root + residual / fmaxf(root + root, 1e-30f);
 }
 
-// Divergence of one component's dual; OpenCV adds in another order where there is no pixel to the left.
+// Returns the divergence of the dual of one component. In the first column OpenCV adds in another order.
 __device__ __forceinline__ float divergence(float p_x, float p_y, float left, float above, bool first_column) {
   return first_column ? (p_x + p_y) - above : (p_x - left) + (p_y - above);
 }
 
-// Thresholding step and primal update; the new u, and adds its squared change.
+// Computes the thresholding step and the primal update. Returns the new u and its squared change.
 __device__ __forceinline__ float2 primal(const Step& step, float4 c, float2 u, float2 p_x, float2 p_y, float2 left,
                                          float2 above, bool first_column, float* change) {
   const float rho = c.w + (c.x * u.x + c.y * u.y);
-  // The three cases of the thresholding step are one clamp. Where the gradient vanishes the quotient is infinite or
-  // NaN, which fminf turns into l_t, times a gradient of 0.
+  // The three cases of the thresholding step are one clamp. For a zero gradient the quotient is infinite or NaN; fminf
+  // turns it into l_t, which is then multiplied by the gradient of 0.
   const float scale = fmaxf(fminf(rho / c.z, step.l_t), 0.0f - step.l_t);
   const float2 next = {(u.x - scale * c.x) + step.theta * divergence(p_x.x, p_y.x, left.x, above.x, first_column),
                        (u.y - scale * c.y) + step.theta * divergence(p_x.y, p_y.y, left.y, above.y, first_column)};
@@ -100,22 +100,22 @@ __device__ __forceinline__ float2 primal(const Step& step, float4 c, float2 u, f
   return next;
 }
 
-// Dual step of one flow component: (p_x, p_y) + tau/theta grad u, divided by 1 + tau/theta |grad u|.
+// Updates the dual of one flow component: ((p_x, p_y) + tau/theta grad u) / (1 + tau/theta |grad u|).
 __device__ __forceinline__ void dual(float taut, float u_x, float u_y, float& p_x, float& p_y) {
   const float norm = 1.0f + taut * rounded_hypot(u_x, u_y);
   p_x = (p_x + taut * u_x) / norm;
   p_y = (p_y + taut * u_y) / norm;
 }
 
-// The squared change of iteration k over the whole tile.
+// Returns the squared change of iteration k, summed over the tile.
 __device__ __forceinline__ float sum_of_changes(const TileMemory& memory, unsigned k) {
   float sum = 0;
   for (const float change : memory.warp_change[k]) sum += change;
   return sum;
 }
 
-// `count` <= kHalo inner iterations on one tile, from `source` into `target` (other memory). partial[k]: out, the
-// tile's part of the squared change of iteration k.
+// Runs `count` <= kHalo inner iterations on one tile, from `source` to `target` (different memory). partial[k]: output,
+// the squared change of iteration k in this tile.
 __device__ inline void iterate_tile(const Problem& problem, int tile, int count, State source, State target,
                                     TileMemory& memory, float* partial) {
   const Size size = problem.size;
@@ -124,7 +124,7 @@ __device__ inline void iterate_tile(const Problem& problem, int tile, int count,
   Own own[kOwn];
   float2 u[kOwn], p_x[kOwn], p_y[kOwn];
   float4 constants[kOwn];
-  __syncthreads();  // the tile before this one has been read
+  __syncthreads();  // all threads have read the previous tile
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) {
     int pixel;

@@ -1,12 +1,13 @@
-// TV-L1 flow (see csrc/cpu/tvl1_flow.cpp for the algorithm): one launch, no word to the host.
+// TV-L1 flow on CUDA in a single launch, without synchronisation with the host. csrc/cpu/tvl1_flow/tvl1_flow.cpp
+// describes the algorithm.
 //
-// A team of blocks takes one frame pair after another from a queue and solves it from pyramid to flow, with a barrier
-// of the team between steps. Every block draws the same conclusion from the same error sums, so the stop test needs no
-// host and a converged pair makes way at once. Teams are as large as the device can keep resident for the pairs there
-// are; sums run over tiles in their order, so the answer depends neither on the size of a team nor on the schedule.
+// A team of blocks takes frame pairs from a queue and solves each from the pyramid to the flow, with a barrier of the
+// team between steps. All blocks of a team evaluate the stop test on the same error sums, so the host is not needed and
+// the next pair starts as soon as one has converged. Teams are as large as the device can keep resident for the number
+// of pairs. Sums run over the tiles in order, so results depend neither on the size of a team nor on scheduling.
 //
-// The operations and their rounding are the CPU kernel's; only the error sum adds in another order, which the stop
-// test sees where it is within rounding of the threshold.
+// Operations and rounding are those of the CPU kernel. Only the error sum adds in another order, which changes the
+// result where the sum is within rounding of the threshold of the stop test.
 #include <algorithm>
 
 #include "cpr_fast.h"
@@ -19,9 +20,9 @@ namespace {
 // Zeroed before the launch.
 struct TeamSync {
   TeamBarrier barrier;
-  unsigned not_finite;  // a frame of the pair at hand has a NaN or infinite pixel
+  unsigned not_finite;  // a frame of the current pair has a NaN or infinite pixel
   unsigned unused;
-  long long pair;  // that the team works on
+  long long pair;  // the pair that the team works on
 };
 
 struct Plan {
@@ -30,9 +31,9 @@ struct Plan {
   int64_t team_bytes;
 };
 
-// The next pair of the team, -1 when none is left.
+// Returns the next pair of the team, -1 if none is left.
 __device__ int64_t next_pair(const Team& team, TeamSync* sync, unsigned* queue, int64_t pairs) {
-  team.wait();  // the team has done with the last pair and with `sync`
+  team.wait();  // the team has finished the previous pair and no longer reads `sync`
   if (team.rank == 0 && threadIdx.x == 0) {
     const int64_t pair = atomicAdd(queue, 1u);
     sync->not_finite = 0;
@@ -68,8 +69,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Blocks a pair gets: the size that ends soonest if all pairs take as long, the least of equals. Beyond its tiles at
-// the finest level a block has nothing to do.
+// Returns the number of blocks for each pair: the one with the shortest total time if all pairs take equally long, the
+// least such number. At most one block per tile of the finest level, because more would be idle.
 int team_size(int64_t pairs, int resident, int tiles) {
   int best = 1;
   double least = 0;
@@ -82,7 +83,7 @@ int team_size(int64_t pairs, int resident, int tiles) {
 
 int64_t sync_bytes(int teams) { return aligned(sizeof(unsigned)) + aligned(teams * int64_t{sizeof(TeamSync)}); }
 
-// levels 0: the arguments or the device do not serve.
+// levels = 0: the arguments are invalid or the device is not supported.
 Plan make_plan(const cpr_tvl1_args& a) {
   Plan plan = {};
   const int64_t pairs = a.N * (a.T - 1);

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support.odd_videos import write_plain
+from support.videos.odd_videos import write_plain
 
 from cpr_fast.cli import main
 from cpr_fast.data.index.build import IndexOptions, write_index

@@ -5,7 +5,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.odd_videos import write_plain
+from support.videos.odd_videos import write_plain
 
 from cpr_fast.cli import main
 from cpr_fast.data.index.build import IndexOptions, build_index, write_index

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from support.odd_videos import damage, write_plain, write_size_change, write_streams
-from support.odd_videos import pictures as frames_of
+from support.videos.odd_videos import damage, write_plain, write_size_change, write_streams
+from support.videos.odd_videos import pictures as frames_of
 
 import cpr_fast.data.index.build as build
 from cpr_fast.cli import main
 from cpr_fast.data.index.build import IndexOptions, report_path, write_index
 from cpr_fast.data.index.index import Index
+from cpr_fast.data.index.probing import _with_estimate
 from cpr_fast.data.index.summary import KINDS, summary
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import probe_video
@@ -144,6 +145,16 @@ class TestLostDisk:
         lines = [line for line in summary(report) if "unreadable" in line]
         assert report["videos"] == 19 and len(lines) == 1
         assert lines[0].startswith("  5 unreadable (could not be read): ") and lines[0].endswith("; and 2 more")
+
+
+def test_long_work_is_estimated_once(monkeypatch, caplog):
+    times = iter(range(0, 10_000, 3))
+    monkeypatch.setattr("cpr_fast.data.index.probing.time.perf_counter", lambda: next(times))
+    with caplog.at_level("INFO"):
+        assert list(_with_estimate(iter(range(100)), 100, "decoding", 2)) == list(range(100))
+        assert list(_with_estimate(iter(range(4)), 4, "decoding", 2)) == list(range(4))  # too short to be worth it
+    (line,) = caplog.messages
+    assert line.startswith("decoding 100 videos takes about 4 min 54 s at 0.3 videos/s") and "--shard 0/4" in line
 
 
 class TestAgain:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.odd_videos import write_plain
+from support.videos.odd_videos import write_plain
 
 from cpr_fast.data.index.build import build_index
 from cpr_fast.data.index.index import COLUMNS, Index, IndexFileError

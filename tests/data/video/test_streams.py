@@ -5,13 +5,23 @@ import io
 import av
 import numpy as np
 import pytest
-from support.odd_videos import damage, pictures, with_cover, write_plain, write_size_change, write_sound, write_streams
+from support.videos.odd_videos import (
+    damage,
+    pictures,
+    with_cover,
+    write_plain,
+    write_size_change,
+    write_sound,
+    write_streams,
+)
 
+from cpr_fast.data.video import transcode
 from cpr_fast.data.video.container import VideoError, location, open_video
 from cpr_fast.data.video.decode import read_frames
 from cpr_fast.data.video.packets import slice_packets
 from cpr_fast.data.video.probe import probe_video
 from cpr_fast.data.video.transcode import transcode_video
+from cpr_fast.errors import InputError
 
 
 def decode_bytes(encoded: np.ndarray) -> np.ndarray:
@@ -54,6 +64,10 @@ def test_of_several_streams_the_default_one_is_read_and_named(tmp_path, default,
     info = probe_video(path)
     assert (info.width, info.height) == expected and info.num_frames == 20
     assert f"reads video stream {default} ({expected[0]}x{expected[1]})" in info.streams
+    copy = transcode_video(path, tmp_path / "new.mp4", 48)
+    assert copy.streams == info.streams and copy.width / copy.height == pytest.approx(
+        expected[0] / expected[1], rel=0.05
+    )
     for _ in range(2):
         assert read_frames(path, [3, 4], "rgb", 20).shape == (2, expected[1], expected[0], 3)
 
@@ -99,3 +113,26 @@ def test_a_file_that_cannot_be_read_differs_from_one_that_does_not_decode(tmp_pa
         with pytest.raises(VideoError) as caught, open_video(tmp_path / name):
             pass
         assert caught.value.unreadable is unreadable
+
+
+def test_a_file_that_ends_too_early_is_readable(tmp_path):
+    """FFmpeg calls that an input/output error, too."""
+    (tmp_path / "empty.mkv").touch()
+    (tmp_path / "cut.ts").write_bytes(write_plain(tmp_path / "v.mp4").read_bytes()[:100])
+    for path in (tmp_path / "empty.mkv", tmp_path / "cut.ts"):
+        with pytest.raises(VideoError) as caught:
+            probe_video(path)
+        assert not caught.value.unreadable
+
+
+def test_a_full_disk_does_not_look_like_the_end_of_the_source(tmp_path, monkeypatch):
+    source = write_plain(tmp_path / "v.mp4")
+    real = transcode.av.open
+
+    def full(file, mode="r", **options):
+        return real("file:/dev/full" if mode == "w" else file, mode, **options)
+
+    monkeypatch.setattr(transcode.av, "open", full)
+    with pytest.raises((InputError, OSError), match="No space left"):
+        transcode_video(source, tmp_path / "new.mp4", 48)
+    assert not (tmp_path / "new.mp4").exists()

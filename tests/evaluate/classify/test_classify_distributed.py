@@ -100,7 +100,7 @@ def train(folder: Path, task: str, world: World, model_type=Classifier, stop_at=
 
 def embed(folder: Path) -> tuple[dict, torch.Tensor]:
     """Features of five videos by a cache that holds one of them; the last one gives no window."""
-    from support.counted_videos import NET, CountingLoader
+    from support.videos.counted_videos import NET, CountingLoader
 
     index = Index.load(folder / "videos.csv")
     cache = FeatureCache(folder / "features", "recipe")
@@ -144,7 +144,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What both processes found, and where."""
-    from support.counted_videos import write_videos
+    from support.videos.counted_videos import write_videos
 
     folder = tmp_path_factory.mktemp("two")
     write_videos(folder, "abcde").save(folder / "videos.csv")
@@ -198,7 +198,7 @@ def test_shares_are_put_together_in_order(two):
 
 
 def test_features_are_embedded_once_and_shared_out(two, tmp_path):
-    from support.counted_videos import write_videos
+    from support.videos.counted_videos import write_videos
 
     write_videos(tmp_path, "abcde").save(tmp_path / "videos.csv")
     features, windows, _ = embed(tmp_path)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.counted_videos import NET, CountingLoader, write_videos
+from support.videos.counted_videos import NET, CountingLoader, write_videos
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.index.index import Index

@@ -1,6 +1,6 @@
-// The CUDA kernels against the CPU kernels over the C interface, without torch or Python, so that
-// compute-sanitizer sees little else: every buffer is its own allocation of the exact size.
-// Exit status 0: all cases agree; 1: one does not; 77: no device to run on.
+// Compares the CUDA kernels with the CPU kernels through the C interface. Without torch and Python there is little else
+// for compute-sanitizer to check, and every buffer is an allocation of exactly its size.
+// Exit status: 0 if all cases agree, 1 if one does not, 77 without a device.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -30,7 +30,7 @@ void require(const char* error) {
 
 void serially(int64_t count, int64_t, cpr_range_body body, void* context) { body(0, count, context); }
 
-// Device memory of exactly the bytes of a host vector; empty vectors have none.
+// Device memory of exactly the size of a host vector; none for an empty vector.
 class DeviceBytes {
  public:
   explicit DeviceBytes(size_t bytes) {
@@ -59,8 +59,8 @@ class DeviceBytes {
   void* data_ = nullptr;
 };
 
-// Captures what `issue` puts on a stream of its own and replays it twice: the kernels must be capturable, and a
-// second run on the same workspace must change nothing.
+// Captures what `issue` launches on a stream of its own and replays it twice: the kernels must be capturable, and a
+// second run on the same workspace must give the same result.
 template <typename Issue>
 void run_captured(Issue issue) {
   cudaStream_t stream;
@@ -87,7 +87,7 @@ std::vector<int64_t> integers(size_t count, int64_t low, int64_t high) {
   return values;
 }
 
-// `count` elements of a cpr_dtype as bytes; lattice: multiples of 1/4 within 1, so that scores tie.
+// Returns `count` elements of a cpr_dtype as bytes. lattice: multiples of 1/4 in -1..1, so that scores tie.
 std::vector<unsigned char> features(size_t count, int dtype, bool lattice, float scale) {
   std::normal_distribution<float> normal;
   std::uniform_int_distribution<int> quarters(-4, 4);
@@ -148,13 +148,13 @@ struct LossCase {
   bool ids, mode_per_row;
 };
 
-// The largest difference relative to the largest magnitude, at least 1.
+// Returns the greatest difference, relative to the greatest magnitude or to 1 if that is less.
 float distance(const std::vector<float>& found, const std::vector<float>& expected) {
   float scale = 1, worst = 0;
   for (const float value : expected) scale = std::fmax(scale, std::fabs(value));
   for (size_t i = 0; i < found.size(); ++i) {
     const float difference = std::fabs(found[i] - expected[i]);
-    worst = difference <= worst ? worst : difference;  // NaN stays
+    worst = difference <= worst ? worst : difference;  // a NaN is kept
   }
   return worst / scale;
 }
@@ -218,7 +218,7 @@ struct FlowCase {
   int warps;
 };
 
-// Frames of noise smoothed by a box and moved by a pixel a frame; values 0..255.
+// Returns frames of smoothed noise that moves by one pixel per frame; values 0..255.
 std::vector<float> moving_noise(const FlowCase& c) {
   constexpr int64_t kBox = 7;
   const int64_t height = c.H + c.T + kBox, width = c.W + c.T + kBox;
@@ -258,7 +258,7 @@ bool flow_agrees(const FlowCase& c) {
   const DeviceBytes workspace(cpr_tvl1_flow_cuda_workspace(&args));
   run_captured([&](cudaStream_t stream) { require(cpr_tvl1_flow_cuda(&args, workspace.as<void>(), stream)); });
 
-  // Bit for bit, but where an error sum lies within rounding of the stop test's threshold.
+  // The results have the same bits, except where an error sum is within rounding of the threshold of the stop test.
   const std::vector<float> found = d_flow.read<float>(values);
   size_t same = 0;
   for (size_t i = 0; i < values; ++i) same += found[i] == flow[i];

@@ -11,6 +11,7 @@ import torch
 from support.small_runs import INDEX, run, settings
 from support.stand_in_loader import RandomLoader
 
+from cpr_fast import cli
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import FailedError, InputError
 from cpr_fast.pretrain.run.log import NonFiniteError
@@ -57,6 +58,15 @@ def test_a_missing_device_is_named(tmp_path):
 def test_fp16_needs_cuda(tmp_path):
     with pytest.raises(InputError, match=r"optim.precision: 'fp16' expects a CUDA device"):
         run(settings(tmp_path, optim={"precision": "fp16"}, run={"out": str(tmp_path), "device": "cpu"}))
+
+
+def test_a_failure_is_one_line_on_the_command_line(monkeypatch, capsys):
+    def fails(_arguments):
+        raise NonFiniteError("step 3: features or loss are NaN or infinite")
+
+    monkeypatch.setattr(cli, "_command", lambda _name: fails)
+    assert cli.main(["pretrain", "c.toml"]) == 1
+    assert capsys.readouterr().err == "cpr-fast: step 3: features or loss are NaN or infinite\n"
 
 
 def test_nan_on_a_full_disk_is_still_named(tmp_path, monkeypatch):

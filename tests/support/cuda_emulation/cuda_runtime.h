@@ -1,7 +1,8 @@
-// Stands in for CUDA's header when the kernels' own source is compiled by a host compiler: every thread of a block
-// is a fiber; blocks run one after another, those of a cooperative launch in turns. Barriers, warp exchanges and shared
-// memory behave as on the device, and what a device would leave undefined is made to fail: shared memory starts as NaN,
-// writing past what was asked for and barriers that not every thread reaches abort. Only what the kernels use is here.
+// Replaces CUDA's header of the same name when a host compiler compiles the kernels. Every thread of a block is a
+// fiber. Blocks run one after another, those of a cooperative launch in turns. Barriers, warp exchanges and shared
+// memory behave as on the device. What is undefined on a device fails here: shared memory starts as NaN, and writes
+// beyond the requested size or barriers that not every thread reaches abort. Only the functions that the kernels use
+// are present.
 #pragma once
 
 #include <math.h>
@@ -71,28 +72,28 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the running fiber
 
 namespace emulation {
 constexpr int kWarp = 32;
 
 cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel);
 cudaError_t allow_shared(const void* function, int bytes);
-extern int shared_limit, cache_size;  // of a block after opting in, and of the L2 cache; bytes
-extern int processors;                // each holds one block of a cooperative launch
+extern int shared_limit, cache_size;  // bytes that a block can opt in to, and of the L2 cache
+extern int processors;                // each can hold one block of a cooperative launch
 void block_barrier();
-void sleep();  // the other resident blocks go on
+void sleep();  // lets the other resident blocks run
 void warp_barrier();
 void* lane_values();  // 32 values of the running warp, alternating between exchanges
 bool block_or(bool value);
 
-// Every lane of the warp offers a value, then reads: one barrier, because the next exchange uses other memory.
+// Every lane of the warp writes a value, then reads one. One barrier is enough, because exchanges alternate memory.
 constexpr size_t kLaneBytes = 32;
 
 template <typename T>
 T* exchange(unsigned mask, T value) {
   static_assert(sizeof(T) <= kLaneBytes);
-  if (mask != 0xffffffffu) __builtin_trap();  // the kernels exchange by whole warps only
+  if (mask != 0xffffffffu) __builtin_trap();  // the kernels only exchange values in whole warps
   T* values = static_cast<T*>(lane_values());
   values[threadIdx.x % kWarp] = value;
   warp_barrier();
@@ -184,7 +185,7 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 
-// Fibers share one operating-system thread and give way at barriers only: plain updates are atomic.
+// Fibers share one thread of the operating system and switch only at barriers, so plain updates are atomic.
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
   const unsigned old = *address;
   *address += value;

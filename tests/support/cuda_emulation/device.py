@@ -1,6 +1,6 @@
-"""The CUDA kernels' own source, compiled for the host and called through the C interface.
+"""Compiles the sources of the CUDA kernels for the host and calls them through the C interface.
 
-No GPU takes part: `cuda_runtime.h` and `scheduler.cpp` beside this file stand in for the device.
+No GPU is needed: `cuda_runtime.h` and `scheduler.cpp` in this folder emulate the device.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class MilNceOutputs(ctypes.Structure):
 
 
 def build() -> Path:
-    """Compiles the library, unless these very sources already are; returns its path."""
+    """Returns the path of the library, after compiling it if its sources have changed."""
     csrc = REPOSITORY / "csrc"
     emulation = Path(__file__).parent
     sources = [*sorted(csrc.glob("cuda/*/*.cu")), emulation / "scheduler.cpp"]
@@ -88,7 +88,7 @@ def build() -> Path:
 
 
 class Device:
-    """The emulated device. Workspaces and outputs are poisoned, so that reading what was not written shows."""
+    """The emulated device. Workspaces and outputs start as NaN, so that a read of unwritten memory is noticed."""
 
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
@@ -108,11 +108,11 @@ class Device:
         self._library.emulation_set_device(shared_limit, cache_size, processors)
 
     def products(self) -> int:
-        """How many matrix products the tensor cores have made since the library was loaded."""
+        """Returns the number of matrix products on tensor cores since the library was loaded."""
         return self._library.emulation_products()
 
     def launches(self) -> int:
-        """How many kernels have run since the library was loaded."""
+        """Returns the number of kernels that have run since the library was loaded."""
         return self._library.emulation_launches()
 
     def _workspace(self, size_function: str, args: ctypes.Structure) -> torch.Tensor:

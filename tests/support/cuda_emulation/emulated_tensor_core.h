@@ -1,5 +1,5 @@
-// csrc/cuda/common/tensor_core.cuh for the emulated device. A copy lands when it is waited for and no sooner, so that a
-// missing wait shows; the warp's instructions exchange through the scheduler like any other.
+// csrc/cuda/common/tensor_core.cuh for the emulated device. An asynchronous copy is executed only when it is waited
+// for, so that a missing wait is noticed. Instructions of a warp exchange values through the scheduler.
 #pragma once
 
 #include <deque>
@@ -23,14 +23,14 @@ struct Copies {
   std::deque<std::vector<Copy>> committed;
 };
 
-extern unsigned long products;  // of matrices, by any warp: shows that a call took a route with tensor cores
+extern unsigned long products;  // matrix products of all warps: tests check that a call used tensor cores
 
-Copies& copies();  // of the running thread; none may be under way when it ends
+Copies& copies();  // of the running thread; all must be complete when it ends
 
 inline float widen_bits(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
 inline float widen_bits(uint16_t bits, __half) { return __half2float({bits}); }
 
-// What lane l holds of the four matrices whose rows the lanes' addresses name.
+// Returns the elements that lane l holds of the four matrices whose rows the lanes point to.
 inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed) {
   const void** rows = exchange(0xffffffffu, row);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -40,7 +40,7 @@ inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed) 
       const int along = lane / 4, across = lane % 4 * 2 + half;
       const int r = transposed ? across : along, c = transposed ? along : across;
       const void* source = rows[matrix * 8 + r];
-      if (reinterpret_cast<uintptr_t>(source) % 16 != 0) __builtin_trap();  // a matrix row off its boundary
+      if (reinterpret_cast<uintptr_t>(source) % 16 != 0) __builtin_trap();  // the row of a matrix is not aligned
       packed |= static_cast<uint32_t>(static_cast<const uint16_t*>(source)[c]) << (16 * half);
     }
     out[matrix] = packed;
@@ -79,7 +79,7 @@ void wait_for_copies() {
 inline void load_matrices(uint32_t (&out)[4], const void* row) { emulation::load_matrices(out, row, false); }
 inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) { emulation::load_matrices(out, row, true); }
 
-// The sum of 17 addends as tensor cores form it, or worse: all cut off at 24 bits of the greatest, then the sum.
+// Sums 17 addends as tensor cores do, or less exactly: each is truncated to 24 bits relative to the greatest.
 inline float truncated_sum(const double (&addends)[17]) {
   double greatest = 0, total = 0;
   for (const double addend : addends) greatest = fabs(addend) > greatest ? fabs(addend) : greatest;

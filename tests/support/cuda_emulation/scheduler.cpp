@@ -1,9 +1,9 @@
-// The emulated device: runs the threads of a block as fibers, in an order the tests choose.
+// The emulated device: runs the threads of a block as fibers, in an order that the tests choose.
 //
-// A fiber runs until it must wait, and forwards and backwards a warp runs as far ahead of the others as barriers
-// let it. A missing barrier shows as a wrong result: in one of the orders something is read before it is written,
-// or overwritten before it is read. The blocks of a cooperative launch are all resident and take turns: one goes on
-// until all of its threads wait or sleep.
+// A fiber runs until it must wait. In forward and backward order a warp runs as far ahead of the others as barriers
+// allow. A missing barrier gives a wrong result: in one of the orders something is read before it is written, or
+// overwritten before it is read. The blocks of a cooperative launch are all resident and take turns; each runs until
+// all of its threads wait or sleep.
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,7 +23,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cpr {
 constexpr size_t kSharedBytes = 232 * 1024;
-float4 dynamic_shared[kSharedBytes / sizeof(float4)];  // what `extern __shared__` names
+float4 dynamic_shared[kSharedBytes / sizeof(float4)];  // the memory behind `extern __shared__`
 }  // namespace cpr
 
 namespace emulation {
@@ -42,7 +42,7 @@ struct Fiber {
   dim3 index;
   jmp_buf resume;
   bool started = false, finished = true, asleep = false;
-  const unsigned* waits_for = nullptr;  // a barrier's `passed`; runnable once it differs from `seen`
+  const unsigned* waits_for = nullptr;  // `passed` of a barrier; the fiber can run when it differs from `seen`
   unsigned seen = 0;
   Copies copies;
 };
@@ -54,7 +54,7 @@ struct Warp {
 
 enum Order { kForward = 0, kBackward = 1, kShuffled = 2 };
 
-// A resident block. Its shared memory is in cpr::dynamic_shared while it runs, here while others do.
+// A resident block. Its shared memory is in cpr::dynamic_shared while it runs, and here while other blocks run.
 struct Block {
   dim3 index;
   Fiber fibers[kMaxThreads];
@@ -65,10 +65,10 @@ struct Block {
   std::vector<unsigned char> shared;
 };
 
-constexpr unsigned kPatience = 100000;  // turns of all resident blocks in which threads do no more than wake and sleep
+constexpr unsigned kPatience = 100000;  // turns of all resident blocks without progress before it aborts
 
-std::vector<std::unique_ptr<Block>> blocks;  // their fibers are used again by every launch
-Block* here;                                 // the block that runs
+std::vector<std::unique_ptr<Block>> blocks;  // every launch reuses their fibers
+Block* here;                                 // the running block
 unsigned threads;                            // of a block
 Fiber* current;
 jmp_buf scheduler;
@@ -87,7 +87,7 @@ void give_way() {
   if (_setjmp(current->resume) == 0) _longjmp(scheduler, 1);
 }
 
-// A fiber outlives its block and takes the next one's thread of the same number.
+// A fiber is reused for the thread of the same number in the next block.
 void fiber_main() {
   for (;;) {
     (*body)();
@@ -101,7 +101,7 @@ void fiber_main() {
 void start(Fiber& fiber) {
   void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (stack == MAP_FAILED) fail("no memory for a stack");
-  mprotect(stack, 4096, PROT_NONE);  // an overflow faults
+  mprotect(stack, 4096, PROT_NONE);  // a stack overflow causes a fault
   ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = stack;
@@ -132,7 +132,7 @@ void wait(Barrier& barrier, unsigned expected) {
   give_way();
 }
 
-// Gives every runnable fiber of a group one turn; false if there was none.
+// Gives every runnable fiber of a group one turn. Returns false if there was none.
 bool run_group(const unsigned* sequence, unsigned count) {
   bool progress = false;
   for (unsigned i = 0; i < count; ++i) {
@@ -146,7 +146,7 @@ bool run_group(const unsigned* sequence, unsigned count) {
   return progress;
 }
 
-// Runs a block until all of its threads have ended, wait or sleep. Whether it did more than wake and sleep again.
+// Runs a block until all of its threads have ended, wait or sleep. Returns whether it made progress beyond sleeping.
 bool run_block(const std::vector<unsigned>& sequence) {
   bool any_asleep = false;
   for (unsigned t = 0; t < threads; ++t) {
@@ -194,13 +194,13 @@ void* lane_values() {
 bool block_or(bool value) {
   const unsigned turn = here->barrier.passed & 1;
   here->votes[turn] |= value;
-  if (here->barrier.arrived + 1 == threads) here->votes[turn ^ 1] = false;  // everyone has read the turn before
+  if (here->barrier.arrived + 1 == threads) here->votes[turn ^ 1] = false;  // all threads have read the previous vote
   block_barrier();
   return here->votes[turn];
 }
 
 unsigned long products = 0, launches = 0;
-int shared_limit = 227 * 1024, cache_size = 50 << 20;  // an H200 unless a test says otherwise
+int shared_limit = 227 * 1024, cache_size = 50 << 20;  // those of an H200, unless a test changes them
 int processors = 132;
 
 Copies& copies() { return current->copies; }
@@ -213,7 +213,7 @@ cudaError_t allow_shared(const void* function, int bytes) {
 
 namespace {
 
-// Makes `here` the block of this number, all threads at their start, shared memory poisoned.
+// Makes `here` the block of this number, with all threads at their start and shared memory filled with NaN.
 void enter(unsigned slot, dim3 index, size_t shared_bytes) {
   while (blocks.size() <= slot) blocks.push_back(std::make_unique<Block>());
   here = blocks[slot].get();
@@ -228,7 +228,7 @@ void enter(unsigned slot, dim3 index, size_t shared_bytes) {
   }
 }
 
-// Runs the first `resident` entered blocks to their end, in turns.
+// Runs the first `resident` blocks to their end, in turns.
 void run_resident(unsigned resident, const std::vector<unsigned>& sequence, size_t asked_bytes) {
   for (unsigned idle = 0, ended = 0; ended < resident;) {
     bool progress = false;
@@ -287,12 +287,12 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const st
 
 }  // namespace emulation
 
-// 0 forwards, 1 backwards, 2 shuffled: the order of a block's threads and of a grid's blocks.
+// Sets the order of the threads of a block and of the blocks of a grid: 0 forward, 1 backward, 2 shuffled.
 extern "C" __attribute__((visibility("default"))) void emulation_set_order(int order) {
   emulation::order = static_cast<emulation::Order>(order);
 }
 
-// What the device reports (bytes, multiprocessors): the routes of a smaller or larger one.
+// Sets what the device reports (bytes, multiprocessors), to test the routes of other devices.
 extern "C" __attribute__((visibility("default"))) void emulation_set_device(int shared_limit, int cache_size,
                                                                             int processors) {
   emulation::shared_limit = shared_limit;
@@ -300,7 +300,7 @@ extern "C" __attribute__((visibility("default"))) void emulation_set_device(int 
   emulation::processors = processors;
 }
 
-// How many matrix products warps have made so far.
+// Returns the number of matrix products so far.
 extern "C" __attribute__((visibility("default"))) unsigned long emulation_products() { return emulation::products; }
 
 extern "C" __attribute__((visibility("default"))) unsigned long emulation_launches() { return emulation::launches; }

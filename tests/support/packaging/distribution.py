@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # What builds, tests and runs leave behind: at the top of the checkout, in the package, and anywhere.
 AT_THE_TOP = {".git", ".venv", "build", "dist", "runs"}
 IN_THE_PACKAGE = {"include", "lib"}
