@@ -50,7 +50,7 @@ def test_round_trip_through_json_data():
             "[data]\nbatchsize = 8",
             "unknown key 'data.batchsize'; did you mean 'batch_size'\\? valid keys: index, split",
         ),
-        ("[optimizer]\nlr = 1", "unknown key 'optimizer'; valid keys: data, model"),
+        ("[optimizer]\nlr = 1", "unknown key 'optimizer'; did you mean 'optim'. valid keys: data, model"),
         ("[data]\nbatch_size = '8'", "data.batch_size: expected int, got '8'"),
         ("[data]\nbatch_size = true", "data.batch_size: expected int, got True"),
         ("data = 3", "data: expected a table, got 3"),

@@ -86,7 +86,7 @@ def test_a_job_that_fails_does_not_come_again(cluster):
     command = ["bash", str(SCRIPTS / "pretrain.sbatch"), str(ROOT / "configs" / "cpr_ucf101.toml")]
     command += ["--data.index", "missing.csv", "--run.device", "cpu"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0 and "index 'missing.csv' does not exist" in done.stderr
+    assert done.returncode != 0 and "'missing.csv' does not exist" in done.stderr
     assert not (folder / "scontrol.log").exists()
 
 
