@@ -1,7 +1,7 @@
-"""The main job on the embedded default, end to end: videos, flow, InfoNCE, CPR, retrieval, report.
+"""The quick start: synthetic videos, flow, InfoNCE, CPR, retrieval and report, in one command.
 
-The same functions as the single commands, in order; what a finished part has left is reused, so an interrupted quick
-start continues. Its settings are `quickstart.toml` beside this file.
+It calls the functions of the single commands one after another. Finished parts are reused, so an interrupted quick
+start continues where it stopped. Its settings are in `quickstart.toml` beside this file.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def quickstart(out: Path, *, seed: int = 0) -> dict[str, Any]:
 
 
 def quickstart_config(index: Path, out: Path, seed: int) -> Config:
-    """quickstart.toml on this index, run folder and seed."""
+    """Returns the settings of quickstart.toml for this index, run folder and seed."""
     config = load(Path(__file__).with_name("quickstart.toml"))
     return dataclasses.replace(
         config,
@@ -58,7 +58,7 @@ def quickstart_config(index: Path, out: Path, seed: int) -> Config:
 
 @contextmanager
 def _timed(times: dict[str, float], title: str, key: str) -> Iterator[None]:
-    """Names a part before it runs and keeps its wall time in seconds."""
+    """Logs the title of a part before it runs, and stores its wall time in seconds."""
     log.info("%s", title)
     start = time.perf_counter()
     yield

@@ -1,10 +1,10 @@
-"""`reproduce TABLE`: the recipes of a table of the paper on a given index, evaluated as it is, beside its numbers.
+"""`cpr-fast reproduce TABLE`: trains and evaluates the recipes of a table of the paper on a given index.
 
-A row of `published.toml` names its file in configs/. It becomes a chain of pretrainings: the InfoNCE start that the
-file names, if it names one, then its cycles; for the row of an inner cycle only up to that one, each cycle a run that
-starts from the last, as a cycle of one run does. Runs are named by a digest of all they depend on, so rows and tables
-that have a run in common share it, and what was stopped goes on. A finished row and seed is a card, and is not run
-again.
+A row of `published.toml` names its recipe in configs/. The row becomes a chain of pretrainings: the InfoNCE start that
+the recipe names, if any, then its cycles; for the row of an inner cycle only up to that cycle. Each cycle is a run that
+starts from the previous one, as within one run. Runs are named by a digest of everything they depend on, so rows and
+tables that have a run in common share it, and a stopped run is continued. The result of a row and seed is stored as a
+card, and is not computed again.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from cpr_fast.runtime.metrics import environment, read_metrics
 from cpr_fast.weights.checkpoint import LAST
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-STARTS = ("infonce_ucf101",)  # recipes that others start from, by the checkpoint they name
+STARTS = ("infonce_ucf101",)  # recipes that other recipes start from, by the name of their checkpoint
 FIXED = {"schedule": None, "mining": None, "loss": None, "data": ("index", "split"), "run": ("out", "seed")}
-TASKS = {"probe": 1, "finetune": 10}  # crops of every window, but for IIC's protocol, which has one
+TASKS = {"probe": 1, "finetune": 10}  # crops of every window; IIC's protocol uses one
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much smaller than the paper's a reproduction is.
+    """How much smaller a reproduction is than the paper's experiment.
 
     Attributes:
-        epochs: share of the epochs of every training, 0 < share <= 1; at least one is left.
-        settings: sections of a config that replace those of every recipe, as parsed from TOML.
+        epochs: Fraction of the epochs of every training, 0 < epochs <= 1; at least one epoch is trained.
+        settings: Sections of a config that replace those of every recipe, as parsed from TOML.
     """
 
     epochs: float = 1.0
@@ -66,13 +66,13 @@ class Scale:
 
     @property
     def text(self) -> str:
-        """For readers of a result."""
+        """Returns the scale in words, for readers of a result."""
         epochs = "all epochs of the paper" if self.epochs == 1 else f"{100 * self.epochs:.3g} % of the paper's epochs"
         changed = [f"{s}.{k} = {v}" for s, values in self.settings.items() for k, v in values.items()]
         return ", ".join([epochs, *changed])
 
     def apply(self, config: Config) -> Config:
-        """The config at this scale. Published on several GPUs, its whole batch is for the one process here."""
+        """Returns the config at this scale, with the batch of all published GPUs in one process."""
         values = config.to_dict()
         values["data"]["batch_size"] *= values["memory"]["shuffle_bn_groups"] or 1
         for section, changes in self.settings.items():
@@ -92,7 +92,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Step:
-    """One pretraining of a chain; `name` says what it computes, but for the seed."""
+    """One pretraining of a chain; `name` identifies what it computes, except for the seed."""
 
     config: Config
     name: str
@@ -103,7 +103,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Job:
-    """A row of a table: its pretrainings in order, and the index of every data set that it is evaluated on."""
+    """A row of a table: its pretrainings in order, and the index of every data set on which it is evaluated."""
 
     table: PublishedTable
     row: PublishedRow
@@ -121,7 +121,7 @@ class Job:
 
     @property
     def hash(self) -> str:
-        """Of all that the row's numbers depend on but the seed."""
+        """A digest of everything that the row's numbers depend on, except for the seed."""
         tasks = [dataclasses.asdict(getattr(self.config, task)) for task in TASKS]
         indexes = {name: _content(path) for name, path in self.indexes.items()}
         return digest(json.dumps([self.chain[-1].name, self.row.view, self.recipe, tasks, indexes]))[:12]
@@ -142,14 +142,14 @@ def reproduce(
     out: Path = Path("runs/reproduce"),
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Trains and evaluates rows of a table; everything that can be missing is asked for before anything is trained.
+    """Trains and evaluates rows of a table. Everything that could be missing is checked before anything is trained.
 
     Args:
-        table: a name or number of `published.toml`.
-        index: stands for UCF101: pretraining, and evaluation but for HMDB51's.
-        rows: their ids; all that the given data sets allow by default.
-        hmdb51, k400: stand for those data sets; what needs one that is not given is left out.
-        out: runs in OUT/runs, a card per row and seed in OUT/cards, and the table as OUT/TABLE.md.
+        table: A name or number of `published.toml`.
+        index: The index used as UCF101, for pretraining and for all evaluations except those on HMDB51.
+        rows: Names of rows; by default all that the given data sets allow.
+        hmdb51, k400: Indexes used as these data sets; without one, the rows and columns that need it are left out.
+        out: The runs are written to OUT/runs, a card per row and seed to OUT/cards, and the table to OUT/TABLE.md.
     Returns:
         `table`, `scale`, `rows` (id, method, seeds, and by column mean, standard error and published rate, fractions),
         `cards`, `markdown`.
@@ -172,7 +172,7 @@ def reproduce(
 
 
 def list_tables() -> str:
-    """Every table with what it needs and the recipe of each row, for the terminal."""
+    """Returns a text of all tables, with the data that each needs and the recipe of each row."""
     lines = []
     for table in published_tables().values():
         lines.append(f"{table.name} (Table {table.number}): {table.title}; {', '.join(table.columns.values())}")
@@ -204,7 +204,7 @@ def _jobs(table: PublishedTable, data: Mapping[str, Path], rows: Sequence[str], 
 
 
 def _chain(row: PublishedRow, scale: Scale, index: Path) -> list[Step]:
-    """The pretrainings of a row; `model.init` of one that starts from another says PREVIOUS."""
+    """Returns the pretrainings of a row; `model.init` of one that starts from the previous one is PREVIOUS."""
     recipe = load(CONFIGS / f"{row.config}.toml")
     config = scale.apply(recipe)
     chain: list[Step] = []
@@ -243,7 +243,7 @@ def _content(path: Path) -> str:
 
 
 def _check(job: Job, data: Mapping[str, Path]) -> None:
-    """Raises InputError for what the row needs and lacks: flow, labels, splits, weights, epochs enough to learn."""
+    """Raises InputError if the row lacks something: flow, labels, splits, weights, or enough epochs to learn."""
     where = f"table {job.table.name!r}, row {job.row.id!r}"
     stored = job.chain[-1].config.data.flow == "stored"
     for number, step in enumerate(job.chain):
@@ -286,7 +286,7 @@ def _check_flow(where: str, path: str | Path, videos: Sequence[Any]) -> None:
 
 
 def _run(job: Job, seed: int, data: Mapping[str, Path], out: Path, progress: bool) -> None:
-    """The chain, the evaluation and the card of one row and seed."""
+    """Runs the chain and the evaluation of one row and seed, and writes its card."""
     checkpoint = None
     for step in job.chain:
         config = step.config
@@ -315,13 +315,13 @@ def _run(job: Job, seed: int, data: Mapping[str, Path], out: Path, progress: boo
 
 
 def _mining(folder: Path, view: str, columns: Mapping[str, str]) -> dict[str, float]:
-    """Rates of the last epoch of a run that mined."""
+    """Returns the mining rates of the last epoch of a run."""
     last = [row for row in read_metrics(folder) if row["kind"] == "epoch" and row["view"] == view][-1]
     return {key: last[key] for key in ("pmr", "cmr_median") if key in columns}
 
 
 def _evaluate(job: Job, checkpoint: str, data: str, index: Path, seed: int, progress: bool) -> dict[str, float]:
-    """The columns that are measured on one data set, with its train and test split; fractions."""
+    """Returns the columns that are measured on one data set with its train and test split, as fractions."""
     columns, config = job.table.columns, job.config
     common = {"recipe": job.recipe, "device": config.run.device, "progress": progress}
     found = {}
@@ -340,7 +340,7 @@ def _evaluate(job: Job, checkpoint: str, data: str, index: Path, seed: int, prog
 
 
 def _summary(table: PublishedTable, jobs: Sequence[Job], scale: Scale, out: Path) -> dict[str, Any]:
-    """Every card of these rows, over all seeds that are there; writes OUT/TABLE.md."""
+    """Collects the cards of these rows over all seeds, and writes OUT/TABLE.md."""
     rows, cards = [], []
     heading = " | ".join(f"{name} (published)" for name in table.columns.values())
     text = [f"# Table {table.number}: {table.title}", "", f"Scale: {scale.text}. Published: {table.protocol}.",
@@ -370,7 +370,7 @@ def _summary(table: PublishedTable, jobs: Sequence[Job], scale: Scale, out: Path
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Sections of a config, of a TOML file."""
+    """Reads sections of a config from a TOML file."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:

@@ -1,4 +1,4 @@
-"""A classifier on a pretrained backbone: its head, its rates layer by layer, and what it says of whole videos.
+"""A classifier on a pretrained backbone: its head, learning rates by layer, and predictions for whole videos.
 
 Letters: N clips, M videos, C channels of the pooled features, L classes.
 """
@@ -16,12 +16,12 @@ from cpr_fast.config import ClassifierConfig
 from cpr_fast.models import Encoder
 from cpr_fast.runtime.progress import track
 
-WEIGHT_STD = 0.01  # of the linear layer's first weights [CoCLR]
-CROP_SETS = (1, 5, 10)  # centre; and the corners; and all of them flipped
+WEIGHT_STD = 0.01  # standard deviation of the linear layer's initial weights [CoCLR]
+CROP_SETS = (1, 5, 10)  # the centre; with the corners; with all of them flipped as well
 
 
 class ClassifierHead(nn.Module):
-    """Pooled features [N, C] -> logits [N, L]: L2 and BatchNorm where `normalize`, dropout, linear [CoCLR]."""
+    """Pooled features [N, C] to logits [N, L]: L2 and BatchNorm if `normalize`, dropout, a linear layer [CoCLR]."""
 
     def __init__(self, channels: int, classes: int, *, dropout: float, normalize: bool) -> None:
         super().__init__()
@@ -38,10 +38,10 @@ class ClassifierHead(nn.Module):
 
 
 class Classifier(nn.Module):
-    """An encoder's backbone and a `ClassifierHead`: clips [N, 3, T, H, W] -> logits [N, L].
+    """An encoder's backbone and a `ClassifierHead`: clips [N, 3, T, H, W] to logits [N, L].
 
-    A backbone whose rate is 0 is frozen: no gradient, and its BatchNorm statistics stay those of pretraining. The
-    encoder's own head takes no part; it is kept so that the encoder can be saved and read as any other.
+    A backbone with learning rate 0 is frozen: it gets no gradient, and its BatchNorm statistics stay those of
+    pretraining. The encoder's own head is not used; it is kept so that the encoder can be saved and loaded as usual.
     """
 
     def __init__(self, encoder: Encoder, classes: int, settings: ClassifierConfig) -> None:
@@ -55,7 +55,7 @@ class Classifier(nn.Module):
         encoder.backbone.requires_grad_(not self.frozen)
 
     def features(self, clips: Tensor) -> Tensor:
-        """Pooled backbone features [N, C]."""
+        """Returns the pooled backbone features [N, C]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.encoder.features(clips)
 
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
         return self
 
     def parameter_groups(self, settings: ClassifierConfig) -> list[dict]:
-        """For an optimiser: the head, then the backbone's layers from last to first, each with its `base_lr`."""
+        """Returns the optimiser's groups: the head, then the backbone's layers from last to first, with `base_lr`."""
         rates = [(settings.lr, list(self.head.parameters()))]
         if not self.frozen:
             for depth, parameters in enumerate(reversed(backbone_layers(self.encoder.backbone))):
@@ -77,7 +77,10 @@ class Classifier(nn.Module):
 
 
 def backbone_layers(backbone: nn.Module) -> list[list[nn.Parameter]]:
-    """The parameters of a backbone by layer, from the input on: children of one number (`conv3a`, `bn3a`) are one."""
+    """Returns the parameters of a backbone by layer, from the input on.
+
+    Children with the same number in their names, such as `conv3a` and `bn3a`, form one layer.
+    """
     layers: dict[str, list[nn.Parameter]] = {}
     for name, child in backbone.named_children():
         number = re.search(r"\d\w*$", name)
@@ -86,16 +89,16 @@ def backbone_layers(backbone: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def make_optimizer(groups: Iterable[dict], settings: ClassifierConfig) -> torch.optim.Optimizer:
-    """The optimiser of a classifier over `parameter_groups`."""
+    """Returns the optimiser of a classifier over `parameter_groups`."""
     if settings.optimizer == "adam":
         return torch.optim.Adam(groups, weight_decay=settings.weight_decay)
     return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay)
 
 
 def set_epoch(optimizer: torch.optim.Optimizer, settings: ClassifierConfig, epoch: int) -> float:
-    """Gives every group its rate of an epoch (from 0): its own, times gamma for each milestone reached.
+    """Sets the learning rate of every group for an epoch (from 0): its `base_lr` times gamma for each milestone passed.
 
-    Returns the rate of the first group.
+    Returns the learning rate of the first group.
     """
     factor = settings.gamma ** sum(epoch >= milestone for milestone in settings.milestones)
     for group in optimizer.param_groups:
@@ -114,15 +117,15 @@ def video_probabilities(
     description: str = "testing",
     progress: bool = False,
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Class probabilities of every video: the softmax of each clip, averaged over windows and crops [CoCLR].
+    """Returns the class probabilities of every video: the mean softmax over windows and crops [CoCLR].
 
     Args:
-        model: clips [N, 3, T, H, W] -> logits [N, L]; put in eval mode.
-        loader: has a length; its batches have `clips`, `video` [N] and `crop` [N], 0..crops-1 (see `WindowLoader`).
+        model: From clips [N, 3, T, H, W] to logits [N, L]; it is put into eval mode.
+        loader: Has a length; its batches have `clips`, `video` [N] and `crop` [N], 0..crops-1 (see `WindowLoader`).
         videos: M.
     Returns:
-        {number of crops: [M, L] float64 on the CPU} for every crop set up to `crops`, zero where a video gave no
-        window, and the number of windows of every video, [M] int64.
+        {number of crops: [M, L] float64 on the CPU} for every crop set up to `crops`, zero for a video without
+        readable windows, and the number of windows of every video, [M] int64.
     """
     model.eval()
     sets = [n for n in CROP_SETS if n <= crops]

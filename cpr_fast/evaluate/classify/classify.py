@@ -1,10 +1,10 @@
-"""Linear probe and finetuning [paper, Tables 1, 2, 5 and 7]: every split, seed and view, and both views together.
+"""Linear probe and finetuning [paper, Tables 1, 2, 5 and 7], for every split, seed and view, and for both views.
 
-What a classifier learns from and is selected by, `recipe`:
-    "paper": the train split, for all epochs of the schedule. The test split is used once, at the end.
-    "coclr": as released, the best epoch on the test split; results say so under `leakage`.
-    "iic": as "paper", tested on 10 uniform clips.
-A classifier that was trained before, on the same weights, videos and settings, is not trained again.
+The `recipe` decides how the test split is used:
+    "paper": once, at the end; the classifier of the last epoch is tested.
+    "coclr": as in the released code, the best epoch on the test split is chosen; results say so under `leakage`.
+    "iic": as "paper", tested on 10 evenly spaced clips.
+A classifier that was trained before on the same weights, videos and settings is not trained again.
 
 Letters: M videos, C channels, L classes.
 """
@@ -71,24 +71,24 @@ def classify(
     device: str = "auto",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Accuracy of classifiers of every view of a checkpoint, and of the mean of both views' probabilities.
+    """Trains and tests classifiers of every view of a checkpoint, and of the mean of both views' probabilities.
 
-    Under `torchrun` the ranks share the clips of a step, of `settings.batch_size` each, and the videos that are tested.
+    Under `torchrun` the processes share the test videos and the clips of a step, with `settings.batch_size` clips each.
 
     Args:
-        checkpoint: one file, or one per view, see `load_pretrained`.
-        indexes: labelled videos in the splits "train" and "test", one file for each official split.
+        checkpoint: One file, or one per view; see `load_pretrained`.
+        indexes: Labelled videos in the splits "train" and "test", one file for each official split.
         settings: None takes the section of the (first) checkpoint's config.
-        clips_per_video: uniform windows of a test video; None takes those of the recipe.
-        crops: 1 | 5 | 10 of every window.
-        seeds: of the head's first weights, the order, the augmentation and the dropout.
-        out: folder of the trainings and the result; by default `evaluations` in the run.
-        run_dir: run folder whose metrics.jsonl receives a row per result.
+        clips_per_video: Number of evenly spaced windows of a test video; None takes the recipe's.
+        crops: 1, 5 or 10 crops of every window.
+        seeds: Seeds of the head's initial weights, the order, the augmentation and the dropout.
+        out: Folder of the trainings and the result; by default `evaluations` in the run folder.
+        run_dir: Run folder whose metrics.jsonl receives a row per result.
     Returns:
-        `task`, `recipe`, `leakage`, `view` (the headline: two_stream where both views are there) with its `accuracy`
-        and `accuracy_ci95`, `summary` (the same of every view: mean over splits and seeds; the interval is over seeds
-        where there are several, else, for one split, of the bootstrap over sources; `accuracy_std`, n - 1, is over
-        splits, None for one), `results` (rows of `classification_scores`) and `file`, where all this was written.
+        `task`, `recipe`, `leakage`, `view` (two_stream if there are both views) with its `accuracy` and
+        `accuracy_ci95`, `summary` (the same for every view: mean over splits and seeds, interval over seeds or, for one
+        seed and split, of the bootstrap over sources; `accuracy_std`, n - 1, over splits), `results` (rows of
+        `classification_scores`) and `file`, where all of this was written.
     """
     if not indexes or not seeds:
         raise InputError(f"index, seeds: expected at least one of each, got {len(indexes)} and {len(seeds)}")
@@ -114,12 +114,13 @@ def classify(
               "settings": dataclasses.asdict(settings), **headline, "summary": summary, "results": rows}  # fmt: skip
     parts = [pretrained.name, list(map(str, indexes)), list(seeds), result["settings"], crops, *_processes(job)]
     path = write_result(folder, f"{task}-{recipe}-{digest(json.dumps(parts))[:8]}", result)
-    if run_dir is not None and world.is_main:
-        _write_metrics(run_dir, rows)
+    _write_metrics(run_dir if world.is_main else None, rows)
     return result | {"file": str(path)}
 
 
-def _write_metrics(run_dir: str | Path, rows: list[dict[str, Any]]) -> None:
+def _write_metrics(run_dir: str | Path | None, rows: list[dict[str, Any]]) -> None:
+    if run_dir is None:
+        return
     with MetricsWriter(run_dir) as writer:
         for row in rows:
             writer.write({"kind": "classification", **row})
@@ -134,7 +135,7 @@ class Split:
 
 
 def load_split(path: str | Path, *, require_flow: bool = True) -> Split:
-    """The labelled videos of an index. Raises InputError where a split has none, or shares a source with the other."""
+    """Loads the labelled videos of an index, by split. Raises InputError if a split has too few of them."""
     index = Index.load(path, require_flow=require_flow)
     parts = []
     for name in ("train", "test"):
@@ -145,14 +146,14 @@ def load_split(path: str | Path, *, require_flow: bool = True) -> Split:
         parts.append(labelled)
     shared = len({v.source for v in parts[0]} & {v.source for v in parts[1]})
     if shared and distributed.is_main():
-        log.warning("%s: %d sources are in both splits: test videos have siblings among the training videos", path,
+        log.warning("%s: %d sources are in both splits, so test videos have siblings among the training videos", path,
                     shared)  # fmt: skip
     return Split(*parts)
 
 
 @dataclass(frozen=True)
 class Job:
-    """Classifiers of one split and seed; `configs` of the pretraining, by view."""
+    """The classifiers of one split and seed; `configs` are those of the pretraining, by view."""
 
     task: Task
     configs: dict[str, Config]
@@ -166,13 +167,13 @@ class Job:
 
     @property
     def on_features(self) -> bool:
-        """Whether it learns from stored features, not from clips."""
+        """Whether the classifiers learn from stored features instead of clips."""
         return isinstance(self.settings, ProbeConfig) and self.settings.inputs == "features"
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of the M test videos: {crops: probabilities [M, L] float64}, windows [M] int64, 0 where a file gave none."""
+    """Predictions for M test videos: {crops: probabilities [M, L] float64}, windows [M] int64, 0 for unread files."""
 
     probabilities: dict[int, Tensor]
     windows: Tensor
@@ -180,11 +181,11 @@ class Predictions:
 
 
 def predictions(job: Job, view: str, pretrained: Encoder, key: str, store: FeatureCache) -> Predictions:
-    """What a classifier of one view says of the test videos: read where it is stored, else trained.
+    """Returns the predictions of one view's classifier for the test videos; trains it unless they are stored.
 
     Args:
-        pretrained: the view's encoder, in eval mode; stays as it is.
-        key: its `weights_digest`.
+        pretrained: The view's encoder in eval mode, which is not changed.
+        key: Its `weights_digest`.
     """
     folder = job.folder / f"{job.task}-{view}-{_identity(job, view, key)[:12]}"
     path = folder / "predictions.safetensors"
@@ -203,7 +204,7 @@ def predictions(job: Job, view: str, pretrained: Encoder, key: str, store: Featu
 
 
 def _probe_features(job: Job, view: str, encoder: Encoder, key: str, store: FeatureCache) -> Predictions:
-    """One stored feature per video, the mean over its windows and crops; videos that gave none are left out."""
+    """Trains on one stored feature per video, the mean over its windows and crops; unread videos are left out."""
     embedding = encoder_embeddings("net", {view: encoder}, job.recipe, {view: key})
     device = job.world.device
 
@@ -227,7 +228,7 @@ def _probe_features(job: Job, view: str, encoder: Encoder, key: str, store: Feat
 
 
 def _train_on_clips(job: Job, view: str, encoder: Encoder, folder: Path) -> Predictions:
-    """Augmented clips of the train split, then every window and crop of the test split."""
+    """Trains on augmented clips of the train split, and tests every window and crop of the test split."""
     train, test, settings, device = job.split.train, job.split.test, job.settings, job.world.device
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
@@ -265,7 +266,7 @@ def _clip_loader(job: Job, part: Index, view: str, plan: Any) -> TrainLoader:
 
 
 def _identity(job: Job, view: str, weights: str) -> str:
-    """A digest of all that the predictions depend on."""
+    """Returns a digest of everything that the predictions depend on."""
     videos = [
         [[video_digest(video, view), video.label] for video in part] for part in (job.split.train, job.split.test)
     ]
@@ -276,7 +277,7 @@ def _identity(job: Job, view: str, weights: str) -> str:
 
 
 def _processes(job: Job) -> list[int]:
-    """How many share a step, where it is several: they make its batch larger."""
+    """Returns the number of processes if several share a step, since they make its batch larger."""
     return [] if job.on_features or job.world.size == 1 else [job.world.size]
 
 
@@ -286,17 +287,17 @@ def _read_predictions(path: Path) -> Predictions | None:
     try:
         stored = load_file(path)
     except (SafetensorError, OSError) as error:
-        log.warning("%s cannot be read (%s): the classifier is tested anew", path, error)
+        log.warning("%s cannot be read (%s): the classifier is trained again", path, error)
         return None
     probabilities = {n: stored[f"crops{n}"] for n in CROP_SETS if f"crops{n}" in stored}
     return Predictions(probabilities, stored["windows"], int(stored["best_epoch"]))
 
 
 def _score(found: dict[str, Predictions], split: Split, crops: int) -> list[dict[str, Any]]:
-    """A row per view, then one of the mean of both views' probabilities; all over the videos that both could read."""
+    """Returns a row per view and one for both views (mean probabilities), over the videos that both could read."""
     readable = torch.stack([p.windows for p in found.values()]).amin(0) > 0
     if not readable.any():
-        raise InputError(f"test: none of the {len(split.test)} videos gave a window")
+        raise InputError(f"test: no window of any of the {len(split.test)} videos could be read")
     labels = torch.from_numpy(split.test.labels)[readable]
     sources = torch.from_numpy(split.test.source_ids)[readable]
     streams = {view: p.probabilities for view, p in found.items()}
@@ -313,7 +314,7 @@ def _score(found: dict[str, Predictions], split: Split, crops: int) -> list[dict
 
 
 def _summary(rows: list[dict[str, Any]], splits: int) -> list[dict[str, Any]]:
-    """Per view the mean over splits, then over seeds."""
+    """Returns a row per view: the mean over splits, then over seeds."""
     summary = []
     for view in dict.fromkeys(row["view"] for row in rows):
         of_view = [row for row in rows if row["view"] == view]

@@ -1,13 +1,14 @@
-"""Training a classifier on clips, end to end or on a frozen backbone; goes on where it was stopped.
+"""Training of a classifier on clips, end to end or on a frozen backbone, which continues where it was stopped.
 
-Every draw of an epoch, the dropout's included, is a function of the seed and the epoch, so a run that was killed and
-started again ends as one that never was (bitwise on the CPU). SIGTERM and SIGUSR1 save first, in the midst of an epoch.
+All random numbers of an epoch, also of dropout, are functions of the seed and the epoch. So a training that was killed
+and started again gives the same result as an uninterrupted one (bit-for-bit on a CPU). SIGTERM, SIGUSR1 and Ctrl-C save
+the state in the middle of an epoch.
 
-Under `torchrun` every rank runs the backbone on its clips of a step, and the head on the features of all: its BatchNorm
-and dropout are those of one process with the whole batch. The backbone's BatchNorm sees one rank's clips at a time, as
-in the published runs; its running statistics are the mean over the ranks.
+Under `torchrun` every process runs the backbone on its clips of a step, and the head on the features of all processes,
+so the head's BatchNorm and dropout are those of one process with the whole batch. The backbone's BatchNorm sees one
+process's clips at a time, as in the published runs; its running statistics are the mean over the processes.
 
-Letters: R ranks, B clips per rank of a step, M videos, L classes.
+Letters: R processes, B clips per process of a step, M videos, L classes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ LAST = "last.pt"
 
 
 class ClipLoader(Protocol):
-    """What training asks of `cpr_fast.data.clips.loader.TrainLoader` with a plan of one clip per video."""
+    """The part of `cpr_fast.data.clips.loader.TrainLoader` that training uses, with a plan of one clip per video."""
 
     def __len__(self) -> int: ...
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]: ...
@@ -47,14 +48,14 @@ class ClipLoader(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """What one training is, besides its clips.
+    """The settings of one training.
 
     Attributes:
-        config: of the pretraining, saved along, so that the finetuned encoder can be read as any other.
-        view: the view whose clips are classified.
-        folder: receives `last.pt` and metrics.jsonl after every epoch.
-        select: None, or a measure of the model after an epoch, (model, epoch) -> float: the weights of the best epoch
-            are kept in place of the last ones.
+        config: The config of the pretraining; it is saved, so that the finetuned encoder can be loaded as usual.
+        view: The view whose clips are classified.
+        folder: Receives `last.pt` and metrics.jsonl after every epoch.
+        select: None, or a function (model, epoch) -> float; the weights of the epoch with the largest value are kept
+            instead of those of the last epoch.
     """
 
     config: Config
@@ -73,8 +74,8 @@ def train_on_clips(model: Classifier, loader: ClipLoader, training: Training) ->
     Returns:
         `epochs` done and the `best_epoch` whose weights the model ends with (the last one without `select`).
     Raises:
-        ArithmeticError: the loss became NaN or infinite.
-        Interrupted: SIGTERM or SIGUSR1 asked to stop, and `last.pt` holds the step it was at.
+        ArithmeticError: The loss became NaN or infinite.
+        Interrupted: A signal asked to stop; `last.pt` holds the state of the last step.
     """
     settings = training.settings
     state = _State(model, training)
@@ -102,7 +103,7 @@ def train_on_clips(model: Classifier, loader: ClipLoader, training: Training) ->
 
 
 def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest) -> tuple[float, float]:
-    """The steps of an epoch that are left; returns the mean loss and the share of all its clips classified right."""
+    """Trains the remaining steps of an epoch; returns the mean loss and accuracy over all clips of the epoch."""
     training, epoch, device = state.training, state.epoch, state.training.device
     model = state.model.train()
     first, total, rng = state.take_partial()
@@ -135,25 +136,25 @@ def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest) -> tuple[
 
 
 def _gradients_and_statistics(model: Classifier) -> list[Tensor]:
-    """What the ranks average after a step's backward.
+    """Returns the tensors that the processes average after a step's backward.
 
-    Each rank's loss is of the whole batch, and its features' gradient the sum over the ranks' losses: the mean of the
-    gradients is the whole batch's.
+    Each process computes the loss of the whole batch, and the gradient of its features is the sum over the losses of
+    all processes, so the mean of the gradients is the gradient of the whole batch.
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return gradients if model.frozen else gradients + running_statistics(model.encoder.backbone)
 
 
 class _State:
-    """All that a training changes; `last.pt` holds it.
+    """Everything that a training changes, which `last.pt` stores.
 
     Attributes:
-        epoch: the next one to train.
-        best: with a selection {"selection", "epoch", "model"} of the best epoch so far.
+        epoch: The next epoch to train.
+        best: With `select`: {"selection", "epoch", "model"} of the best epoch so far.
     """
 
     def __init__(self, model: Classifier, training: Training) -> None:
-        """As the training begins, or as its folder's `last.pt` says. Raises CheckpointError where that is another's."""
+        """Takes the state of the folder's `last.pt`, if there is one. Raises CheckpointError if it does not fit."""
         self.model, self.training = model, training
         settings, device = training.settings, training.device
         self.optimizer = make_optimizer(model.parameter_groups(settings), settings)
@@ -171,20 +172,20 @@ class _State:
             self.epoch, self.best = saved["epoch"], saved["best"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{str(self.path)!r} is of another classifier ({error}); expected none or its own"
+                f"{str(self.path)!r} belongs to another classifier ({error}); expected no file, or its own"
             ) from None
         self._partial = saved.get("partial")
 
     def take_partial(self) -> tuple[int, Tensor, dict[str, Tensor] | None]:
-        """Of the epoch, if it was stopped: the steps done, the sums of loss, hits and clips (float64 [3]: read once, at
-        the end) and the generators; zeros and None else."""
+        """Returns what is known of an epoch that was stopped: the steps done, the sums of loss, hits and clips (float64
+        [3], read once at the end), and the state of the generators; zeros and None for a new epoch."""
         partial, self._partial = self._partial, None
         if partial is None:
             return 0, torch.zeros(3, dtype=torch.float64, device=self.training.device), None
         return partial["steps"], partial["total"], partial["rng"]
 
     def save(self, partial: dict[str, Any] | None = None) -> Path:
-        """The first process writes `last.pt`; `partial` is of an epoch that is not over."""
+        """Writes `last.pt` in the first process; `partial` is the state of an unfinished epoch."""
         if not distributed.is_main():
             return self.path
         payload = {
@@ -201,11 +202,11 @@ class _State:
 
 
 def selection_accuracy(loader: Any, videos: int, view: str, device: torch.device) -> Callable[[Classifier, int], float]:
-    """The published code's selection: accuracy on one clip of every test video, for `Training.select`.
+    """Returns the selection of the published code, for `Training.select`: accuracy on one clip of every test video.
 
     Args:
-        loader: a rank's TrainLoader with `plan_selection` over the M test videos; those left over by its batches are
-            sampled.
+        loader: The process's TrainLoader with `plan_selection` over the M test videos. Its batches have equal size, so
+            some videos may be left out of an epoch.
     """
 
     def measure(model: Classifier, epoch: int) -> float:

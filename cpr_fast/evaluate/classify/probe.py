@@ -1,4 +1,7 @@
-"""The linear probe on stored features, one per video. Letters: M videos, C channels, L classes."""
+"""The linear probe on stored features, one per video.
+
+Letters: M videos, C channels, L classes.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,14 @@ def train_on_features(
     seed: int,
     select_on: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[ClassifierHead, int]:
-    """A linear classifier of features [M, C] float32 with labels [M] int64, in eval mode, on their device.
+    """Trains a linear classifier of features [M, C] float32 with labels [M] int64, on their device.
 
-    Every epoch sees every video once. Deterministic: the same seed gives the same weights.
+    Every epoch uses every video once. The same seed gives the same weights.
 
     Args:
-        select_on: features and labels by whose accuracy the best epoch is chosen; None takes the last one.
+        select_on: Features and labels on which the best epoch is chosen by accuracy; None takes the last epoch.
     Returns:
-        The head and the epoch (from 0) of its weights.
+        The head in eval mode, and the epoch (from 0) of its weights.
     """
     if len(features) < 2:
         raise InputError(f"probe: expected at least 2 training videos with a label, got {len(features)}")
@@ -65,25 +68,27 @@ def train_on_features(
     return head.eval(), chosen
 
 
-@functools.cache  # once for all seeds and views
+@functools.cache  # warns once for all seeds and views
 def _warn_of_few(videos: int, settings: ClassifierConfig) -> None:
     if 2 * videos < settings.batch_size:
         log.warning(
-            "probe: %d videos make one step an epoch with batch size %d; rate %g was published for 9,537 videos, and "
-            "seeds will differ much: --batch-size 32 --lr .1 is steadier",
+            "probe: %d videos give one step per epoch with a batch size of %d. The learning rate %g was published for "
+            "9,537 videos; here results will vary much between seeds. --batch-size 32 --lr .1 is more stable",
             videos, settings.batch_size, settings.lr,
         )  # fmt: skip
 
 
 @torch.inference_mode()
 def feature_probabilities(head: ClassifierHead, features: Tensor) -> Tensor:
-    """Class probabilities of features [M, C]: [M, L] float64 on the CPU; puts the head in eval mode."""
+    """Returns the class probabilities of features [M, C]: [M, L] float64 on the CPU. Puts the head into eval mode."""
     head.eval()
     return head(features).double().softmax(1).cpu()
 
 
 def _batches(videos: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """All positions 0..M-1 in a random order, in batches of nearly one size: none is lost, and none is a single video,
-    which BatchNorm refuses."""
+    """Yields all positions 0..M-1 in random order, in batches of nearly equal size.
+
+    No video is left out, and no batch is a single video, which BatchNorm cannot normalise.
+    """
     count = min(math.ceil(videos / batch_size), videos // 2)
     return iter(torch.randperm(videos).to(device).tensor_split(max(count, 1)))

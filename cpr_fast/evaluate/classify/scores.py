@@ -1,4 +1,4 @@
-"""What class probabilities are worth: accuracies with intervals, per class, and the confusion matrix.
+"""Scores of class probabilities: accuracy with its interval, accuracy per class, and the confusion matrix.
 
 Letters: M videos, L classes.
 """
@@ -19,7 +19,7 @@ from cpr_fast.evaluate.features.intervals import source_interval
 def classification_scores(
     probabilities: Tensor, labels: Tensor, sources: Tensor, classes: Sequence[str]
 ) -> dict[str, Any]:
-    """Scores of the predictions for M >= 1 labelled videos.
+    """Returns the scores of the predictions for M >= 1 labelled videos.
 
     Args:
         probabilities: [M, L] float.
@@ -28,9 +28,9 @@ def classification_scores(
         classes: L names.
     Returns:
         `accuracy`, its bootstrap interval over sources `accuracy_ci95`, `top5` (None for fewer than 6 classes),
-        `mean_class_accuracy` over the classes that occur, `per_class` {name: accuracy, None where none occurs},
-        `confusion` (rows are true classes, counts) and `videos`. Rates are fractions. Equal probabilities predict the
-        class that comes first.
+        `mean_class_accuracy` over the classes that occur, `per_class` {name: accuracy, None for a class without
+        videos}, `confusion` (rows are true classes, counts) and `videos`. Rates are fractions. Of equal probabilities
+        the first class is predicted.
     """
     truth, scores = labels.numpy(), probabilities.numpy()
     predicted = scores.argmax(1)

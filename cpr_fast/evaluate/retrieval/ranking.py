@@ -1,4 +1,7 @@
-"""Ranking of gallery videos by feature similarity, and R@k of the ranks. Letters: Q queries, G gallery, F width."""
+"""Ranking of gallery videos by the similarity of their features, and R@k of the ranks.
+
+Letters: Q queries, G gallery videos, F feature width.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,18 @@ from cpr_fast.evaluate.features.recipe import Metric
 
 RANKS = (1, 5, 10, 20, 50)
 NO_HIT = torch.iinfo(torch.int64).max
-QUERY_CHUNK = 512  # queries whose similarities are held at once
+QUERY_CHUNK = 512  # number of queries whose similarities are in memory at once
 
 
 def prepare(
     queries: Tensor, gallery: Tensor, metric: Metric, *, centre: Literal["each", "gallery"] = "each"
 ) -> tuple[Tensor, Tensor]:
-    """Features [Q, F] and [G, F] made ready to compare.
+    """Returns features [Q, F] and [G, F] normalised for a metric.
 
-    "cosine": each set centred by its own mean [CoCLR], or both by the gallery's where a few queries have no mean worth
-    the name, then L2. "plain_cosine": L2 alone [iic]. "euclidean": both standardised by the gallery.
+    "cosine": each set is centred by its own mean [CoCLR], or both by the gallery's mean if there are too few queries
+    for
+    one of their own, then L2-normalised. "plain_cosine": L2-normalised only [IIC]. "euclidean": both are standardised
+    by the gallery.
     """
     if metric == "plain_cosine":
         return F.normalize(queries, dim=1), F.normalize(gallery, dim=1)
@@ -32,18 +37,18 @@ def prepare(
         own = queries.mean(0) if centre == "each" else gallery.mean(0)
         return F.normalize(queries - own, dim=1), F.normalize(gallery - gallery.mean(0), dim=1)
     mean, std = gallery.mean(0), gallery.std(0, correction=0)
-    constant = std <= 1e-5 * gallery.abs().amax(0)  # its spread is rounding
+    constant = std <= 1e-5 * gallery.abs().amax(0)  # the spread is rounding only
     scale = torch.where(constant, 0.0, 1 / std)
     return (queries - mean) * scale, (gallery - mean) * scale
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Q queries against G gallery entries by the summed similarity of one or more streams.
+    """Compares Q queries with G gallery videos by the sum of similarities of one or more streams.
 
     Attributes:
-        streams: pairs of features ([Q, F], [G, F]) from `prepare`.
-        query_sources, gallery_sources: [Q], [G] int64; where given, entries of the query's own source are left out.
+        streams: Pairs of features ([Q, F], [G, F]) from `prepare`.
+        query_sources, gallery_sources: [Q], [G] int64; if given, videos of the query's own source are left out.
     """
 
     streams: Sequence[tuple[Tensor, Tensor]]
@@ -52,7 +57,7 @@ class Comparison:
     gallery_sources: Tensor | None = None
 
     def similarity(self, queries: Tensor) -> Tensor:
-        """Similarity of the queries at these positions to the gallery, [len(queries), G]; -inf where left out."""
+        """Returns the similarity of these queries to the gallery: [len(queries), G], -inf where left out."""
         total = sum(
             -torch.cdist(q[queries], g) if self.metric == "euclidean" else q[queries] @ g.T for q, g in self.streams
         )
@@ -62,7 +67,7 @@ class Comparison:
         return total
 
     def chance_r1(self, query_labels: Tensor, gallery_labels: Tensor) -> Tensor:
-        """R@1 of a random order for every query, [Q] float32: the share of its class in what it may find."""
+        """Returns the R@1 of a random order, [Q] float32: the share of the query's class among its candidates."""
         shares = []
         for chunk in torch.arange(len(query_labels)).split(QUERY_CHUNK):
             allowed = self.similarity(chunk) > -torch.inf
@@ -71,25 +76,25 @@ class Comparison:
         return torch.cat(shares)
 
     def ranks(self, query_labels: Tensor, gallery_labels: Tensor) -> Tensor:
-        """`first_hit_rank` of every query, [Q] int64. At most QUERY_CHUNK x G similarities are held at once."""
+        """Returns `first_hit_rank` of every query, [Q] int64. Memory: QUERY_CHUNK x G similarities."""
         chunks = torch.arange(len(query_labels)).split(QUERY_CHUNK)
         same_class = (query_labels[chunk, None] == gallery_labels for chunk in chunks)
         return torch.cat([first_hit_rank(self.similarity(c), same) for c, same in zip(chunks, same_class, strict=True)])
 
     def nearest(self, query: int, k: int) -> list[int]:
-        """Positions of the k nearest gallery entries, nearest first; fewer where fewer are left."""
+        """Returns the positions of the k nearest gallery videos, nearest first; fewer if there are fewer candidates."""
         similarity = self.similarity(torch.tensor([query]))[0]
         order = similarity.sort(descending=True, stable=True).indices[:k]
         return order[similarity[order] > -torch.inf].tolist()
 
 
 def first_hit_rank(similarity: Tensor, same_class: Tensor) -> Tensor:
-    """Rank (0 = nearest) of the nearest gallery entry of the query's class, [Q] int64; NO_HIT where there is none.
+    """Returns the rank (0 = nearest) of the nearest gallery video of the query's class: [Q] int64, NO_HIT if none.
 
     Args:
-        similarity: [Q, G] float, -inf where an entry is left out. Equal similarities rank by gallery position.
+        similarity: [Q, G] float, -inf where a video is left out. Equal similarities rank by gallery position.
         same_class: [Q, G] bool.
-    Counting what comes before the best hit needs no sort: O(Q G).
+    The videos before the best hit are counted, which needs no sort: O(Q G).
     """
     right = same_class & (similarity > -torch.inf)
     best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)  # [Q, 1]
@@ -100,7 +105,7 @@ def first_hit_rank(similarity: Tensor, same_class: Tensor) -> Tensor:
 
 
 def recall(ranks: Tensor, sources: Tensor, gallery: int) -> dict[str, Any]:
-    """R@k of queries whose nearest hits have these ranks [Q]; None where k exceeds the gallery's size.
+    """Returns R@k of queries whose nearest hits have these ranks [Q]; None if k exceeds the gallery's size.
 
     `r@1_ci95` is the `source_interval` of R@1.
     """

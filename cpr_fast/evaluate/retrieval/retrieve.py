@@ -1,12 +1,12 @@
 """Nearest-neighbour retrieval R@1, 5, 10, 20, 50 [paper, Table 6].
 
-What is compared with what, `protocol`:
+The `protocol` decides which videos are compared:
     "train_test": the test split queries the train split, as published.
-    "leave_source_out": for data without a usable split, every video queries all others but those of its own
-        source; only queries whose class has another source count.
+    "leave_source_out": every video queries all others except those of its own source, for data without a usable split.
+        Only queries whose class has another source are counted.
     "auto": "train_test" where every index has both splits, else "leave_source_out".
-Without labels no R@k can be measured; the features and the neighbours of some queries are stored all the same.
-How a video becomes a feature, `recipe`: "paper" | "coclr" | "iic", see `cpr_fast.evaluate.features.recipe`.
+Without labels R@k cannot be measured, but the features and the neighbours of some queries are stored.
+The `recipe` ("paper", "coclr" or "iic") decides how a video becomes a feature, see `cpr_fast.evaluate.features.recipe`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -41,8 +42,8 @@ from cpr_fast.runtime import distributed
 from cpr_fast.runtime.metrics import MetricsWriter
 
 Protocol = Literal["auto", "train_test", "leave_source_out"]
-CALIBRATION_VIDEOS = 32  # spread over the index, so over its classes
-EXAMPLES, NEAREST = 8, 5  # queries shown in the report, and what each found
+CALIBRATION_VIDEOS = 32  # evenly spaced in the index, so that all classes occur
+EXAMPLES, NEAREST = 8, 5  # queries shown in the report, and neighbours of each
 
 log = logging.getLogger(__name__)
 
@@ -61,24 +62,24 @@ def retrieve(
     device: str = "auto",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """R@k of a checkpoint, of the same network untrained, and of the label-free baselines, over the same windows.
+    """Measures R@k of a checkpoint, of the same network untrained, and of the pixel baselines, on the same windows.
 
-    Under `torchrun` the ranks share out the videos.
+    Under `torchrun` the processes share the videos.
 
     Args:
-        checkpoint: one file, or one per view, see `load_pretrained`.
-        indexes: the labelled videos, one file or one for each official split.
-        run_dir: run folder whose metrics.jsonl receives a row per result.
-        untrained_seed: initialisation of the untrained twin.
-        clips_per_video: uniform windows per video; None takes those of the recipe.
-        crops: 1 | 5 | 10 of every window.
-        cache: keeps features in the folder `features` beside the checkpoint's, and reads them there.
+        checkpoint: One file, or one per view; see `load_pretrained`.
+        indexes: The videos, one file or one for each official split.
+        run_dir: Run folder whose metrics.jsonl receives a row per result.
+        untrained_seed: Seed of the untrained network's weights.
+        clips_per_video: Number of evenly spaced windows per video; None takes the recipe's.
+        crops: 1, 5 or 10 crops of every window.
+        cache: Store features in the folder `features` of the run, and reuse them.
     Returns:
-        `protocol`, `recipe`, `view` (the headline: two_stream where both views are there), its `r@1` … `r@50`,
-        `summary` (a row per name and view: means over splits, `r@1_std` … the standard deviations, n - 1, and
-        `splits`), and `results`: a row per index, name (trained, untrained, single_frame, mean_colour, mean_flow) and
-        view with `r@k`, `r@1_ci95`, `chance_r@1`, `gallery`, `queries`. Rates are fractions; None where k exceeds the
-        gallery. The run's metrics receive the summary.
+        `protocol`, `recipe`, `view` (two_stream if there are both views), its `r@1` to `r@50`, `summary` (a row per
+        name and view: means over splits, standard deviations `r@1_std` etc., n - 1, and `splits`), and `results`: a
+        row per index, name (trained, untrained, single_frame, mean_colour, mean_flow) and view with `r@k`, `r@1_ci95`,
+        `chance_r@1`, `gallery` and `queries`. Rates are fractions, None if k exceeds the gallery. The summary is also
+        written to the run's metrics.
     """
     paths = [indexes] if isinstance(indexes, str | Path) else list(indexes)
     if not paths:
@@ -89,10 +90,9 @@ def retrieve(
     pretrained = load_pretrained(checkpoint, device=device)
     splits = [Index.load(path, require_flow=pretrained.data.flow == "stored") for path in paths]
     protocol = _resolved(protocol, splits)
-
-    def open_loader(part: Index) -> WindowLoader:
-        return open_windows(part, pretrained.data, list(pretrained.encoders), how, device)
-
+    open_loader = partial(
+        open_windows, data=pretrained.data, views=list(pretrained.encoders), recipe=how, device=device
+    )
     # The first split calibrates the untrained network for every split, so that the untrained features of videos that
     # the splits share are computed once.
     gallery = _split(splits[0], protocol)[0]
@@ -101,16 +101,14 @@ def retrieve(
     results, examples = [], []
     for number, (path, index) in enumerate(zip(paths, splits, strict=True), 1):
         rows, shown = evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress)
-        where = {"protocol": protocol, "recipe": recipe, "index": str(path), "split": number}
-        results += [row | where for row in rows]
+        results += [row | {"protocol": protocol, "recipe": recipe, "index": str(path), "split": number} for row in rows]
         examples = examples or shown
     summary = _summary(results)
-    if run_dir is not None and world.is_main:
-        _write_metrics(run_dir, summary, examples)
-    result = _headline(summary) | {"protocol": protocol, "recipe": recipe, "leakage": how.leakage,
-              "checkpoint": pretrained.name, "index": " ".join(map(str, paths)), "summary": summary,
-              "results": results}  # fmt: skip
-    name = digest(json.dumps([pretrained.name, list(map(str, paths)), protocol, repr(how)]))[:8]
+    _write_metrics(run_dir if world.is_main else None, summary, examples)
+    named = [str(path) for path in paths]
+    result = _headline(summary) | {"protocol": protocol, "recipe": recipe, "leakage": how.leakage}
+    result |= {"checkpoint": pretrained.name, "index": " ".join(named), "summary": summary, "results": results}
+    name = digest(json.dumps([pretrained.name, named, protocol, repr(how)]))[:8]
     return result | {"file": str(write_result(pretrained.evaluations, f"retrieval-{recipe}-{name}", result))}
 
 
@@ -141,7 +139,9 @@ def _embeddings(
     return embeddings | {name: item for name, item in BASELINES.items() if item.view in pretrained.encoders}
 
 
-def _write_metrics(run_dir: str | Path, summary: list[dict[str, Any]], examples: list[dict[str, Any]]) -> None:
+def _write_metrics(run_dir: str | Path | None, summary: list[dict[str, Any]], examples: list[dict[str, Any]]) -> None:
+    if run_dir is None:
+        return
     with MetricsWriter(run_dir) as writer:
         for row in summary:
             writer.write({"kind": "retrieval", **row})
@@ -150,7 +150,7 @@ def _write_metrics(run_dir: str | Path, summary: list[dict[str, Any]], examples:
 
 
 def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per name and view: its own of one split, else means and standard deviations over the splits."""
+    """Returns a row per name and view: that of one split, or means and standard deviations over several splits."""
     summary = []
     for name, view in dict.fromkeys((row["name"], row["view"]) for row in rows):
         same = [row for row in rows if (row["name"], row["view"]) == (name, view)]
@@ -169,7 +169,7 @@ def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _untrained_twins(configs: Mapping[str, Config], loader: WindowLoader, seed: int, device: str) -> dict[str, Encoder]:
-    """Randomly initialised encoders, in eval mode, whose BatchNorm statistics are those of the loader's windows."""
+    """Returns randomly initialised encoders in eval mode, with BatchNorm statistics of the loader's windows."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoders = {view: build_encoder(config.model).to(device).eval() for view, config in configs.items()}
@@ -186,11 +186,11 @@ def evaluate(
     cache: FeatureCache | None = None,
     progress: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Retrieval by every embedding, named "name/view", and by "name/two_stream" where a name has both views.
+    """Measures retrieval by every embedding "name/view", and by "name/two_stream" if a name has both views.
 
     Returns:
-        A row of R@k for each of them, and examples of what the first name's last view finds: rows of `view`,
-        `query` and `nearest`, videos as {"path", "label", "source", "num_frames"}.
+        A row of R@k for each of them, and examples of neighbours by the first name's last view: rows of `view`, `query`
+        and `nearest`, with videos as {"path", "label", "source", "num_frames"}.
     """
     gallery_index, query_index = _split(index, protocol)
     gallery = queries = _embed(gallery_index, index, embeddings, open_loader, cache, "gallery", progress)
@@ -211,7 +211,7 @@ def evaluate(
         if counted.any():
             rates = recall(ranks[counted], queries.sources[counted], len(gallery.labels))
             chance = comparison.chance_r1(queries.labels, gallery.labels)[counted].mean().item()
-        elif (queries.labels < 0).all():  # without labels there are neighbours to show, but no rate to measure
+        elif (queries.labels < 0).all():  # without labels, only the neighbours can be shown
             rates, chance, counted = _no_rates(len(queries.labels), len(gallery.labels)), None, queries.labels < 0
         else:
             raise InputError(
@@ -243,10 +243,10 @@ def _embed(
     description: str,
     progress: bool,
 ) -> FeatureSet:
-    """Features, labels and sources of the videos of `part` that gave a window; ids are positions in `whole`."""
+    """Returns features, labels and sources of the readable videos of `part`; source ids are those of `whole`."""
     features, windows = embed_index(part, embeddings, open_loader, cache, description=description, progress=progress)
     source_id = {video.source: i for video, i in zip(whole, whole.source_ids.tolist(), strict=True)}
-    labels = torch.from_numpy(part.labels)  # a selection keeps the classes of its index, but not the source ids
+    labels = torch.from_numpy(part.labels)  # a selection keeps its index's class numbers, but not its source ids
     sources = torch.tensor([source_id[video.source] for video in part])
     kept = windows > 0
     videos = [video for video, found in zip(part, kept.tolist(), strict=True) if found]
@@ -254,7 +254,7 @@ def _embed(
 
 
 def _split(index: Index, protocol: Protocol) -> tuple[Index, Index]:
-    """The gallery and the queries."""
+    """Returns the gallery and the queries."""
     if protocol == "leave_source_out":
         return index, index
     if protocol != "train_test":
@@ -284,7 +284,7 @@ def _warn_of_shared_sources(queries: FeatureSet, gallery: FeatureSet) -> None:
 def _examples(
     view: str, comparison: Comparison, queries: list[Video], gallery: list[Video], counted: Tensor
 ) -> list[dict[str, Any]]:
-    """What EXAMPLES queries, spread evenly over those that count, find."""
+    """Returns what EXAMPLES queries find, which are evenly spaced among those that are counted."""
 
     def show(video: Video) -> dict[str, Any]:
         path = str(video.path.absolute())
@@ -299,7 +299,7 @@ def _examples(
 
 
 def _streams(embeddings: Mapping[str, Embedding]) -> dict[str, list[str]]:
-    """What to rank by: every embedding alone, then rgb + flow of each name that has both."""
+    """Returns what to rank by: every embedding alone, then RGB and flow together for each name that has both."""
     streams = {name: [name] for name in embeddings}
     for model in dict.fromkeys(name.split("/")[0] for name in embeddings):
         if {f"{model}/rgb", f"{model}/flow"} <= set(embeddings):

@@ -1,4 +1,4 @@
-"""Search: the videos of an index that are nearest to a query video, which needs no class and no place in an index.
+"""Search: the videos of an index that are most similar to a query video, which need not be in an index.
 
 Letters: Q queries, G videos of the index, F feature width.
 """
@@ -9,14 +9,15 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cpr_fast.config import DataConfig
-from cpr_fast.data.clips.loader import WindowLoader
 from cpr_fast.data.flow.write import write_flow
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.video.container import VideoError
@@ -34,7 +35,7 @@ from cpr_fast.models import Encoder
 
 log = logging.getLogger(__name__)
 
-# (a query's name, unique among the queries; the query; what was found) -> the picture that was drawn of it
+# from (the query's name, unique among the queries; the query; what was found) to the path of the picture
 Draw = Callable[[str, Video, list[dict[str, Any]]], Path]
 
 
@@ -51,25 +52,26 @@ def search(
     device: str = "auto",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """The videos of an index most similar to each query, by the pipeline and the stored features of `retrieve`.
+    """Finds the videos of an index that are most similar to each query, with the stored features of `retrieve`.
 
-    Similarity is the cosine of features centred by the index's mean, -1..1, with both views the mean of the two: the
-    order of two-stream retrieval. A query's flow is computed here. Queries that are larger than every video of the
-    index are scaled down to the largest, since flow is in pixels; rotated ones are turned upright.
+    The similarity is the cosine, -1 to 1, of features centred by the index's mean; with both views it is the mean of
+    the two, which gives the order of two-stream retrieval. A query's flow is computed here. Queries that are larger
+    than every video of the index are scaled down to the largest, since flow is measured in pixels; rotated queries are
+    turned upright.
 
     Args:
-        queries: video files.
-        index_csv: the videos to search, of any split, labelled or not.
-        checkpoint: one file, or one per view, see `load_pretrained`.
-        top: videos listed for each query.
-        clips_per_video: uniform windows per video; None takes those of the recipe.
-        draw: called for each query while its files are there.
+        queries: Video files.
+        index_csv: The index to search, with any splits, with or without labels.
+        checkpoint: One file, or one per view; see `load_pretrained`.
+        top: Number of videos listed for each query.
+        clips_per_video: Number of evenly spaced windows per video; None takes the recipe's.
+        draw: Called for each query while its temporary files exist; returns the path of a picture.
     Returns:
         `checkpoint`, `index`, `recipe`, `views` (compared), `note` (what was left out, or None), `videos` (searched)
         and `queries`: {"path", "num_frames", "picture" (of `draw`, or None), "results"} with rows of `rank` (from 1),
         `path`, `label`, `source`, `num_frames` and `similarity`.
     Raises:
-        InputError: a query that is missing, not a video, or no longer than half a clip.
+        InputError: A query is missing, is not a video, or is no longer than half a clip.
     """
     if not queries:
         raise InputError("queries: expected at least one video, got none")
@@ -83,9 +85,7 @@ def search(
     index = Index.load(index_csv, require_flow=stored)
     encoders, note = _usable_encoders(pretrained.encoders, index, stored)
 
-    def open_loader(part: Index) -> WindowLoader:
-        return open_windows(part, pretrained.data, list(encoders), how, device)
-
+    open_loader = partial(open_windows, data=pretrained.data, views=list(encoders), recipe=how, device=device)
     keys = {view: weights_digest(encoder) if cache else "" for view, encoder in encoders.items()}
     embeddings = encoder_embeddings("net", encoders, how, keys)
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, device)) if cache else None
@@ -94,15 +94,20 @@ def search(
         if "flow" in encoders and stored:
             opened = _with_flow(opened, Path(folder), device)
         features, windows = embed_index(opened, embeddings, open_loader, description="queries", progress=progress)
-        if not windows.all():
-            path = queries[int((windows == 0).nonzero()[0])]
-            raise InputError(f"query {str(path)!r}: expected a video that decodes, got none of its clips")
+        _require_windows(queries, windows)
         gallery, counts = embed_index(index, embeddings, open_loader, store, description="index", progress=progress)
         videos = [video for video, windows_read in zip(index, counts.tolist(), strict=True) if windows_read]
         pairs = [prepare(features[n], gallery[n][counts > 0], how.metric, centre="gallery") for n in embeddings]
         rows = _answers(Comparison(pairs, how.metric), queries, opened, videos, top, draw)
     return {"checkpoint": pretrained.name, "index": str(index_csv), "recipe": recipe, "views": list(encoders),
             "note": note, "videos": len(videos), "queries": rows}  # fmt: skip
+
+
+def _require_windows(queries: Sequence[str | Path], windows: Tensor) -> None:
+    """Raises InputError for a query without a readable clip; windows is [Q]."""
+    if not windows.all():
+        path = queries[int((windows == 0).nonzero()[0])]
+        raise InputError(f"query {str(path)!r}: expected a video that decodes, got none of its clips")
 
 
 def _usable_encoders(
@@ -137,7 +142,7 @@ def _answers(
 
 
 def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfig) -> Index:
-    """The queries as an index; those that have to be turned or scaled lie in `folder`."""
+    """Returns the queries as an index; turned or scaled copies are written to `folder`."""
     largest = max(min(video.width, video.height) for video in index)
     half = data.frames // 2 * data.stride
     videos = []
@@ -147,15 +152,13 @@ def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfi
         try:
             info, file = probe_video(path), path
             if info.error:
-                log.warning(
-                    "query %s is damaged: its first %d frames are taken (%s)", path, info.num_frames, info.error
-                )
+                log.warning("query %s is damaged; its first %d frames are used (%s)", path, info.num_frames, info.error)
             if info.rotation or min(info.width, info.height) > largest:
                 file = folder / f"{number}.mp4"
                 info = transcode_video(path, file, largest)
         except VideoError as error:
             raise InputError(f"query {str(path)!r}: expected a video, got {error.reason}") from None
-        if info.num_frames <= half + 1:  # as the published code drops videos
+        if info.num_frames <= half + 1:  # the published code drops such videos
             raise InputError(
                 f"query {str(path)!r}: expected more than {half + 1} frames, half a clip, got {info.num_frames}"
             )
@@ -165,11 +168,11 @@ def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfi
 
 
 def _with_flow(queries: Index, folder: Path, device: str) -> Index:
-    """The queries with flow files in `folder`. A file given twice is computed once."""
+    """Returns the queries with flow files in `folder`. The flow of a file that is given twice is computed once."""
     log.info("computing the flow of %d queries", len(queries))
     distinct = Index({video.path: video for video in queries}.values())
     links = []
-    for number, video in enumerate(distinct):  # names of their own: two files may differ in their suffix alone
+    for number, video in enumerate(distinct):  # numbered names, because two files may differ in their suffix only
         link = folder / f"query-{number}{video.path.suffix}"
         link.symlink_to(video.path)
         links.append(replace(video, path=link))

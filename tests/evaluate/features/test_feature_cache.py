@@ -81,7 +81,7 @@ def test_a_damaged_file_and_a_folder_that_cannot_be_written_cost_a_warning(tmp_p
     path = cache.path(NET["net/rgb"])
     path.write_bytes(path.read_bytes()[:40])
     features, _ = embed_index(index, NET, CountingLoader, cache)
-    assert "computed anew" in caplog.text and features["net/rgb"][0, 0] == 0.5
+    assert "computed again" in caplog.text and features["net/rgb"][0, 0] == 0.5
     (tmp_path / "file").touch()
     embed_index(index, NET, CountingLoader, FeatureCache(tmp_path / "file" / "features", "recipe"))
     assert "not kept" in caplog.text
