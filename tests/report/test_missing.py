@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from support.run_folders import (
+from support.report.run_folders import (
     retrieval_rows,
     start_row,
     text_of,
