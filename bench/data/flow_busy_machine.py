@@ -101,7 +101,8 @@ def table(results: list[dict]) -> str:
         f"`{last['command']}` on {last['device']}, {last['cpus']} CPUs; medians of {last['rounds']} rounds of "
         f"{last['pairs']} frame pairs of UCF101 at {last['size']}, one after the other without and with one competing "
         "process per CPU. *Ratio*: CPU time with the competitors over CPU time without. *Load*: the machine's load "
-        "average, which includes whatever else ran on it.",
+        "average, which includes whatever else ran on it: where it exceeds the number of CPUs without competitors, the "
+        "machine was not idle, and the ratio is only that of more load to less.",
         "",
         "| commit | threads | competitors | CPU ms a pair | ratio | elapsed ms a pair | load |",
         "|---|---|---|---|---|---|---|",

@@ -10,7 +10,8 @@ from typing import Any
 
 from cpr_fast.config.checks import check_classifier
 from cpr_fast.config.config import Config
-from cpr_fast.config.sections import ClassifierConfig, ConfigError, Cycle
+from cpr_fast.config.epochs import scale_milestones
+from cpr_fast.config.sections import ClassifierConfig, ConfigError
 
 
 def load(path: str | Path) -> Config:
@@ -57,24 +58,6 @@ def _relative_to(config: Config, folder: Path) -> Config:
     )
 
 
-def scale_epochs(config: Config, epochs: int) -> Config:
-    """Returns the config with `epochs` epochs in all, shared among its cycles as before; milestones are scaled, too.
-
-    Raises ConfigError if there are fewer epochs than cycles.
-    """
-    cycles = config.schedule.cycles
-    if epochs < len(cycles):
-        raise ConfigError(f"--epochs: expected at least one epoch for each of the {len(cycles)} cycles, got {epochs}")
-    share = epochs / sum(cycle.epochs for cycle in cycles)
-
-    def scaled(cycle: Cycle) -> Cycle:
-        milestones = tuple(max(1, round(milestone * share)) for milestone in cycle.milestones)
-        return dataclasses.replace(cycle, epochs=max(1, round(cycle.epochs * share)), milestones=milestones)
-
-    schedule = dataclasses.replace(config.schedule, cycles=tuple(map(scaled, cycles)))
-    return dataclasses.replace(config, schedule=schedule)
-
-
 def override_classifier(where: str, config: ClassifierConfig, **changes: Any) -> ClassifierConfig:
     """Returns `config` with the changes that are not None, checked; milestones are scaled along with `epochs`.
 
@@ -82,8 +65,8 @@ def override_classifier(where: str, config: ClassifierConfig, **changes: Any) ->
     """
     given = {name: value for name, value in changes.items() if value is not None}
     if "epochs" in given and "milestones" not in given:
-        share = given["epochs"] / config.epochs
-        given["milestones"] = tuple(max(1, round(milestone * share)) for milestone in config.milestones)
+        check_classifier(where, dataclasses.replace(config, epochs=given["epochs"]))
+        given["milestones"] = scale_milestones(config.milestones, config.epochs, given["epochs"])
     changed = dataclasses.replace(config, **given)
     check_classifier(where, changed)
     return changed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.run_folders import retrieval_rows, start_row, training_rows, write_index, write_run
+from support.report.run_folders import retrieval_rows, start_row, training_rows, write_index, write_run
 
 
 @pytest.fixture(scope="module")

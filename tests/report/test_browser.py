@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from PIL import Image
-from support.run_folders import (
+from support.report.run_folders import (
     classification_rows,
     health_rows,
     retrieval_rows,

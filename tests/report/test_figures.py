@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from PIL import Image
-from support.run_folders import FRAMES, Text
+from support.report.run_folders import FRAMES, Text
 
 from cpr_fast.report.figures.bars import Bar, bar_figure, group_figure, histogram_figure, profile_figure
 from cpr_fast.report.figures.chart import MAX_CSV_ROWS, csv_uri

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from support.run_folders import (
+from support.report.run_folders import (
     retrieval_rows,
     start_row,
     text_of,
@@ -70,3 +70,11 @@ def test_a_folder_without_metrics_is_named(tmp_path, content):
     with pytest.raises(InputError, match="not_a_run"):
         write_report([folder], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
+
+
+def test_retrieval_without_labels_says_so(tmp_path, index):
+    rows = retrieval_rows(index)
+    for row in rows[:-1]:
+        row |= dict.fromkeys(("r@1", "r@5", "r@10", "r@20", "r@50", "r@1_ci95", "chance_r@1"))
+    text = text_of(write_report([write_run(tmp_path / "run", [start_row(index), *rows])], tmp_path / "r.html"))
+    assert "R@k needs labels, which these videos do not have." in text and "no rate can be measured" in text

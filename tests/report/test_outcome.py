@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.run_folders import retrieval_rows, start_row, text_of, training_rows, write_run
+from support.report.run_folders import retrieval_rows, start_row, text_of, training_rows, write_run
 
 from cpr_fast.report.page import write_report
 from cpr_fast.report.runs.outcome import verdict

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from support.run_folders import (
+from support.report.run_folders import (
     LABELS,
     SOURCES,
     Text,

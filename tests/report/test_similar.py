@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from support.run_folders import FRAMES, Text, text_of, write_run, write_video
+from support.report.run_folders import FRAMES, Text, text_of, write_run, write_video
 from torch import nn
 
 from cpr_fast.cli import main

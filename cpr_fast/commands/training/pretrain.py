@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cpr_fast.config import Config, ConfigError, load
-from cpr_fast.config.load import scale_epochs
+from cpr_fast.config.epochs import scale_epochs
 from cpr_fast.config.recipes import find_config
 from cpr_fast.errors import InputError
 

@@ -37,6 +37,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
     """The trained network's rows first, then by R@1; mean average precision where any row has it."""
     ordered = sorted(rows, key=lambda row: (row["name"] != "trained", -(row.get("r@1") or 0)))
     small = f"R@k needs a gallery of at least k videos; this one has {rows[0]['gallery']}."
+    if all(row.get("r@1") is None for row in rows):
+        small = "R@k needs labels, which these videos do not have."
     columns = [Column("Method"), Column("View")]
     columns += [Column(f"R@{k}, %", "rate", small, f"one of the {k} nearest has the query's class") for k in RANKS]
     keys = [f"r@{k}" for k in RANKS]
