@@ -67,8 +67,7 @@ def retrieve(
     Under `torchrun` the processes share the videos.
 
     Args:
-        checkpoint: One file, or one per view; see `load_pretrained`.
-        indexes: The videos, one file or one for each official split.
+        checkpoint, indexes: One file or several, see `load_pretrained`; the index of each official split.
         run_dir: Run folder whose metrics.jsonl receives a row per result.
         untrained_seed: Seed of the untrained network's weights.
         clips_per_video: Number of evenly spaced windows per video; None takes the recipe's.
@@ -93,8 +92,7 @@ def retrieve(
     open_loader = partial(
         open_windows, data=pretrained.data, views=list(pretrained.encoders), recipe=how, device=device
     )
-    # The first split calibrates the untrained network for every split, so that the untrained features of videos that
-    # the splits share are computed once.
+    # One gallery calibrates the untrained network for all splits, which therefore share its features.
     gallery = _split(splits[0], protocol)[0]
     embeddings = _embeddings(pretrained, how, gallery, open_loader, untrained_seed, device, cache=cache)
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, device)) if cache else None

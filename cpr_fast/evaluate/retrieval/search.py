@@ -60,11 +60,9 @@ def search(
     turned upright.
 
     Args:
-        queries: Video files.
-        index_csv: The index to search, with any splits, with or without labels.
+        queries, index_csv: Video files, and the index to search, of any split, with or without labels.
         checkpoint: One file, or one per view; see `load_pretrained`.
-        top: Number of videos listed for each query.
-        clips_per_video: Number of evenly spaced windows per video; None takes the recipe's.
+        top, clips_per_video: Videos listed for each query; windows per video, None for the recipe's number.
         draw: Called for each query while its temporary files exist; returns the path of a picture.
     Returns:
         `checkpoint`, `index`, `recipe`, `views` (compared), `note` (what was left out, or None), `videos` (searched)
