@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cpr_fast import __version__
+from cpr_fast.commands.inputs import check_inputs
 from cpr_fast.errors import FailedError, InputError, how_to_install
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
@@ -64,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] in ("-V", "--version", "version"):
             print(f"cpr-fast {__version__}")
             return 0
-        run = _command(arguments[0])
-        return _run(run, arguments)
+        return _run(_command(arguments[0], arguments[1:]), arguments)
     except (InputError, *PATH_ERRORS) as error:
         print(f"cpr-fast: {_printable(str(error))}", file=sys.stderr)
         return 2
@@ -99,12 +99,13 @@ def _help() -> str:
     return "\n".join(lines)
 
 
-def _command(name: str) -> Callable[[list[str]], None]:
-    """The function that parses the arguments of a command and runs it."""
+def _command(name: str, arguments: list[str]) -> Callable[[list[str]], None]:
+    """Returns the function that parses the arguments of a command and runs it, after a check of its input files."""
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(COMMANDS)}"
         raise InputError(f"unknown command {name!r}; {hint}")
+    check_inputs(name, arguments)
     stem = name.replace("-", "_")
     module = importlib.import_module(f"cpr_fast.commands.{COMMANDS[name][0]}.{stem}")
     if hasattr(module, "parse_and_run"):

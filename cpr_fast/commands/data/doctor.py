@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from cpr_fast.commands.inputs import require_at_least, require_file
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
@@ -29,6 +30,9 @@ def doctor(
         device: "auto", "cpu", "cuda" or "cuda:N".
         seconds: How long measuring a training step may take; 0 leaves it out.
     """
+    require_file("INDEX", index)
+    require_file("--config", config)
+    require_at_least("--seconds", 0, seconds)
     import torch
 
     from cpr_fast.config import Config, load
@@ -36,8 +40,6 @@ def doctor(
     from cpr_fast.doctor.findings import show as show_findings
     from cpr_fast.doctor.machine import no_device
 
-    if not seconds >= 0:
-        raise InputError(f"--seconds: expected 0 or more, got {seconds}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import tyro
 
-from cpr_fast.commands.options import Json, parse_shard
+from cpr_fast.commands.inputs import parse_shard, require_file
+from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 
 
@@ -35,9 +36,10 @@ def flow(
         shard: i/n computes the i-th of n shares of the videos, 0 <= i < n. Run the n commands on as many machines as
             you like, also at the same time.
     """
+    require_file("INDEX", index)
+    part = parse_shard(shard)
     from cpr_fast.data.flow.write import write_flow
 
-    part = parse_shard(shard)
     report = write_flow(index, out, storage=storage, device=device, shard=part, progress=True)
     waiting = report["without_flow"] - len(report["problems"])  # videos of other shards
     next_step = "" if waiting > 0 else f"cpr-fast doctor {index}   (checks the data before training)"

@@ -7,7 +7,8 @@ from typing import Literal
 
 import tyro
 
-from cpr_fast.commands.options import Flag, Json, parse_shard
+from cpr_fast.commands.inputs import parse_shard, require_at_least, require_data_set, require_file, require_folder
+from cpr_fast.commands.options import Flag, Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
 
@@ -53,13 +54,23 @@ def index(
         shard: i/n: probe the i-th of n shares, 0 <= i < n. The shard that finishes last writes the index.
         json: Print the whole report as one JSON object.
     """
+    require_data_set("ROOT", root)
+    require_folder("--splits", splits)
+    require_file("--flow-lmdb", flow_lmdb)
+    part = parse_shard(shard)
+    for option, least, value in (
+        ("--split", 1, split),
+        ("--short-side", 16, short_side),
+        ("--min-frames", 0, min_frames),
+    ):
+        require_at_least(option, least, value)
+    if verify and no_verify:
+        raise InputError("--verify, --no-verify: expected at most one of them, got both")
     from cpr_fast.data.index.build import IndexOptions, write_index
     from cpr_fast.data.index.summary import next_step, summary
 
-    if verify and no_verify:
-        raise InputError("--verify, --no-verify: expected at most one of them, got both")
     whole = True if verify else False if no_verify else None
     options = IndexOptions(layout, splits, split, class_order, flow_lmdb, whole, transcode, short_side, min_frames,
-                           parse_shard(shard))  # fmt: skip
+                           part)  # fmt: skip
     report = write_index(root, out, options, progress=True)
     show(report, json, lines=[] if json else summary(report), next_step=next_step(report))

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from cpr_fast.commands.inputs import require_at_least, require_file
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
-from cpr_fast.errors import InputError
 
 
 def show_sample(
@@ -32,12 +32,14 @@ def show_sample(
         config: The TOML file or config.json of a run, whose data settings and seed are used; without it the defaults.
         views: The views to show of each clip.
     """
+    require_file("INDEX", index)
+    require_file("--config", config)
+    require_at_least("--index", 0, position)
+    require_at_least("--epoch", 0, epoch)
     from cpr_fast.config import Config, load
     from cpr_fast.data.index.index import Index
     from cpr_fast.doctor.sample import show_sample as run
 
-    if epoch < 0:
-        raise InputError(f"--epoch: expected a whole number of at least 0, got {epoch}")
     settings = Config() if config is None else load(config)
     videos = Index.load(index, require_flow=settings.data.flow == "stored")
     if config is not None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from cpr_fast.commands.options import require_checkpoints, require_file, require_files
+from cpr_fast.commands.inputs import require_checkpoints, require_file, require_files
+from cpr_fast.commands.options import RecipeName
 from cpr_fast.commands.output import rate, show_once, table
-from cpr_fast.evaluate.features.recipe import RecipeName
 
 
 def classifier_settings(task: str, checkpoint: tuple[str, ...], index: tuple[Path, ...], config: Path | None) -> Any:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from cpr_fast.commands.evaluation.classify import classifier_settings, run_classify
-from cpr_fast.commands.options import CheckpointFiles, Json
-from cpr_fast.evaluate.features.recipe import RecipeName
+from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
 
 
 def finetune(

@@ -7,7 +7,8 @@ from typing import Literal
 
 import tyro
 
-from cpr_fast.commands.options import Flag, Json, require_file
+from cpr_fast.commands.inputs import require_file
+from cpr_fast.commands.options import Flag, Json
 from cpr_fast.commands.output import show
 
 

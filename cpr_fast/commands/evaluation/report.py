@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from cpr_fast.commands.inputs import require_file, require_folders
 from cpr_fast.commands.options import Flag, Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
@@ -30,11 +31,13 @@ def report(
         unlabelled: Write the second page of labelled videos, too.
         index: The index (CSV) of the second page; that of the first run by default.
     """
+    if not runs:
+        raise InputError("RUNS: expected at least one run folder, got none")
+    require_folders("RUNS", runs)
+    require_file("--index", index)
     from cpr_fast.report.page import write_report
     from cpr_fast.report.similar import is_unlabelled, similar_path, write_similar
 
-    if not runs:
-        raise InputError("RUNS: expected at least one run folder, got none")
     out = out or runs[0] / "report.html"
     similar = None
     wanted = unlabelled or index is not None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from cpr_fast.commands.options import CheckpointFiles, Json, require_checkpoints, require_files
+from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_files
+from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
 from cpr_fast.commands.output import rate, show_once, table
-from cpr_fast.evaluate.features.recipe import RecipeName
 
 RANKS = (1, 5, 10, 20, 50)
 
@@ -41,6 +41,7 @@ def retrieve(
     """
     require_checkpoints("CHECKPOINT", checkpoint)
     require_files("--index", index)
+    require_at_least("--clips", 1, clips)
     from cpr_fast.evaluate.features.results import run_of
     from cpr_fast.evaluate.retrieval.retrieve import retrieve as run
 

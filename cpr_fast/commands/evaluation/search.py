@@ -6,10 +6,10 @@ from pathlib import Path
 
 import tyro
 
-from cpr_fast.commands.options import Json, require_checkpoints, require_file, require_files
+from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_file, require_files
+from cpr_fast.commands.options import Json, RecipeName
 from cpr_fast.commands.output import show, table
 from cpr_fast.errors import InputError
-from cpr_fast.evaluate.features.recipe import RecipeName
 
 
 def search(
@@ -41,6 +41,8 @@ def search(
     require_files("QUERIES", queries)
     require_file("--index", index)
     require_checkpoints("--checkpoint", checkpoint)
+    require_at_least("--top", 1, top)
+    require_at_least("--clips", 1, clips)
     from cpr_fast.evaluate.features.results import checkpoint_files, home
     from cpr_fast.evaluate.retrieval.search import search as run
     from cpr_fast.report.figures.contact_sheet import write_contact_sheet

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import tyro
 
-from cpr_fast.commands.options import Json, require_file
+from cpr_fast.commands.inputs import require_at_least, require_file
+from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
 
@@ -34,6 +35,9 @@ def init(
         force: Replace a recipe that exists.
     """
     require_file("INDEX", index)
+    require_at_least("--seconds", 0, seconds)
+    if out.is_dir():
+        raise InputError(f"--out: expected the name of a TOML file, but {str(out)!r} is a folder")
     if out.exists() and not force:
         raise InputError(f"--out: {str(out)!r} exists; give another name, or --force to replace it")
     import torch

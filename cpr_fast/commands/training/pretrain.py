@@ -8,6 +8,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from cpr_fast.commands.inputs import require_file
 from cpr_fast.config import Config, ConfigError, load
 from cpr_fast.config.epochs import scale_epochs
 from cpr_fast.config.recipes import find_config
@@ -74,14 +75,14 @@ def parse_and_run(arguments: list[str]) -> None:
         return
     if "--help-all" in given.flags:
         given.overrides.append("--help")
+    else:
+        _require_inputs(config, given.overrides)
     if given.epochs is not None:
         config = scale_epochs(config, given.epochs)
     if given.overrides:
-        _check_options(given.overrides)
         import tyro
 
         config = tyro.cli(Config, default=config, args=given.overrides, prog=f"cpr-fast pretrain {given.config}")
-    _require_inputs(config)
 
     from cpr_fast.commands.output import show_once
     from cpr_fast.pretrain.run.loop import pretrain
@@ -113,6 +114,7 @@ def parse(arguments: list[str]) -> Arguments:
                 raise InputError(f"--epochs: expected a number of epochs, got {text!r}")
             given.epochs = int(text)
         elif word.startswith("-"):
+            _require_known(word, kinds)
             given.overrides.append(word)
             values = 0 if "=" in word else _number_of_values(word, kinds)
             while values and i < len(arguments) and not arguments[i].startswith("--"):
@@ -144,32 +146,35 @@ def _number_of_values(option: str, kinds: dict[str, Any]) -> int:
     return 1000 if typing.get_origin(kind) is tuple else 1
 
 
-def _check_options(overrides: list[str]) -> None:
-    """Checks the names of options and a given index before the parser of all settings is built, which takes longer."""
-    from cpr_fast.commands.options import require_file
+def _require_known(word: str, kinds: dict[str, Any]) -> None:
+    """Raises InputError with a suggestion if the option is not one of `pretrain`.
 
-    kinds = _kinds(Config)
+    This comes before the parser of all settings is built, which takes longer, and before CONFIG is asked for: the words
+    that follow an unknown option cannot be told apart.
+    """
+    option = word.partition("=")[0]
+    name = option.replace("_", "-")
+    if name.replace(".no-", ".") in kinds or name.startswith("--schedule.cycles."):
+        return
+    close = difflib.get_close_matches(name, [*kinds, *FLAGS, "--epochs"], n=1)
+    hint = f"did you mean {close[0]}?" if close else "`cpr-fast pretrain --help-all` lists all of them"
+    raise InputError(f"unknown option {option}; {hint}")
+
+
+def _require_inputs(config: Config, overrides: list[str]) -> None:
+    """Checks the input files of a run before the parser of all settings and torch are imported."""
+    files = {"data.index": config.data.index}
+    files |= {f"model.init.{view}": file for view, file in vars(config.model.init).items()}
     for i, word in enumerate(overrides):
-        option = word.partition("=")[0].replace("_", "-")
-        if word.startswith("--") and option.replace(".no-", ".") not in kinds and option != "--help":
-            if option.startswith("--schedule.cycles"):
-                continue
-            close = difflib.get_close_matches(option, kinds, n=1)
-            hint = f"did you mean {close[0]}?" if close else "`cpr-fast pretrain --help-all` lists all of them"
-            raise InputError(f"unknown option {word.partition('=')[0]}; {hint}")
-        if option == "--data.index":
-            require_file("--data.index", word.partition("=")[2] or "".join(overrides[i + 1 : i + 2]))
-
-
-def _require_inputs(config: Config) -> None:
-    """Checks the input files of a run before torch is imported."""
-    from cpr_fast.commands.options import require_file
-
-    if not config.data.index:
-        raise ConfigError("data.index: expected the index of a data set (--data.index INDEX.csv), got none")
-    require_file("data.index", config.data.index)
-    for view, file in vars(config.model.init).items():
-        require_file(f"model.init.{view}", file or None)
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("_", "-")
+        if option.startswith("--") and name in files:
+            del files[name]
+            files[option] = value if equals else "".join(overrides[i + 1 : i + 2])
+    for option, file in files.items():
+        if not file and option.endswith("index"):
+            raise ConfigError("data.index: expected the index of a data set (--data.index INDEX.csv), got none")
+        require_file(option, file or None)
 
 
 def _help(config: Config, source: str) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from cpr_fast.commands.options import Json, require_file
+from cpr_fast.commands.inputs import require_file
+from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
 

@@ -1,0 +1,123 @@
+"""Checks of the files that a command line names, before the parser of options, torch or a data set is imported.
+
+The command line calls `check_inputs` for a misspelt path to be answered at once. Every command checks its own arguments
+once more, after they are parsed; that also finds what the order of the words hid from the first check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from cpr_fast.errors import InputError
+
+
+def require_file(option: str, path: str | Path | None) -> None:
+    """Raises InputError naming the option if its file is given but is not there."""
+    if path is not None and not Path(path).is_file():
+        state = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise InputError(f"{option}: expected a file, but {str(path)!r} {state}")
+
+
+def require_files(option: str, paths: Iterable[str | Path]) -> None:
+    """Calls `require_file` for every path."""
+    for path in paths:
+        require_file(option, path)
+
+
+def require_folder(option: str, path: str | Path | None) -> None:
+    """Raises InputError naming the option if its folder is given but is not there."""
+    if path is not None and not Path(path).is_dir():
+        state = "is a file" if Path(path).exists() else "does not exist"
+        raise InputError(f"{option}: expected a folder, but {str(path)!r} {state}")
+
+
+def require_folders(option: str, paths: Iterable[str | Path]) -> None:
+    """Calls `require_folder` for every path."""
+    for path in paths:
+        require_folder(option, path)
+
+
+def require_data_set(option: str, path: str | Path) -> None:
+    """Raises InputError naming the option if there is neither a folder nor an LMDB file."""
+    if not Path(path).exists():
+        raise InputError(f"{option}: expected a folder or an LMDB file, but {str(path)!r} does not exist")
+
+
+def require_checkpoints(option: str, checkpoints: Iterable[str]) -> None:
+    """Checks that the files of FILE or VIEW=FILE arguments are there."""
+    given = list(checkpoints)
+    if not given:
+        raise InputError(f"{option}: expected a checkpoint file, got none")
+    for text in given:
+        view, equals, file = text.partition("=")
+        is_pair = bool(equals) and view in ("rgb", "flow", "residual")
+        require_file(option, file if is_pair else text)
+
+
+def require_at_least(option: str, least: float, value: float | None) -> None:
+    """Raises InputError naming the option if its number is given but is smaller than `least`, or is not a number."""
+    if value is not None and not value >= least:
+        raise InputError(f"{option}: expected {least} or more, got {value}")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Returns (i, n) of "i/n". Raises InputError naming --shard."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"--shard: expected i/n with 0 <= i < n, got {text!r}")
+    return int(index), int(count)
+
+
+Check = Callable[[str, Sequence[str]], None]
+
+
+def _one(check: Callable[[str, str], None]) -> Check:
+    """Applies the check of one path to the first value of an option."""
+    return lambda option, values: check(option, values[0])
+
+
+FILE, FOLDER = _one(require_file), _one(require_folder)
+SHARD = _one(lambda _option, text: parse_shard(text))
+
+# The input files of every command but `pretrain`, which reads its own command line. Names in capitals are positional.
+INPUTS: dict[str, dict[str, Check]] = {
+    "doctor": {"INDEX": FILE, "--config": FILE},
+    "index": {"ROOT": _one(require_data_set), "--splits": FOLDER, "--flow-lmdb": FILE, "--shard": SHARD},
+    "flow": {"INDEX": FILE, "--shard": SHARD},
+    "show-sample": {"INDEX": FILE, "--config": FILE},
+    "init": {"INDEX": FILE},
+    "reproduce": {"--index": FILE, "--settings": FILE, "--hmdb51": FILE, "--k400": FILE},
+    "import-checkpoint": {"FILE": FILE},
+    "export": {"CHECKPOINT": FILE},
+    "retrieve": {"CHECKPOINT": require_checkpoints, "--index": require_files},
+    "probe": {"CHECKPOINT": require_checkpoints, "--index": require_files, "--config": FILE},
+    "finetune": {"CHECKPOINT": require_checkpoints, "--index": require_files, "--config": FILE},
+    "search": {"QUERIES": require_files, "--index": FILE, "--checkpoint": require_checkpoints},
+    "mine": {"FEATURES": FILE},
+    "report": {"RUNS": require_folders, "--index": FILE},
+}
+
+
+def check_inputs(command: str, arguments: Sequence[str]) -> None:
+    """Checks the input files that can be told from the words of a command line alone.
+
+    These are the values of the options in `INPUTS` and the words before the first option. Raises InputError naming the
+    option or argument.
+    """
+    checks = INPUTS.get(command, {})
+    if not checks or "-h" in arguments or "--help" in arguments:
+        return
+    positional = next((name for name in checks if name.isupper()), "")
+    values: dict[str, list[str]] = {positional: []}
+    option = positional
+    for word in arguments:
+        if word.startswith("-"):
+            name, equals, value = word.partition("=")
+            option = name.replace("_", "-")
+            values[option] = [value] if equals else []
+        else:
+            values[option].append(word)
+    for name, check in checks.items():
+        if values.get(name):
+            check(name, values[name])
