@@ -123,4 +123,5 @@ def test_what_a_page_names_exists(page):
 
 
 def test_every_page_is_run():
-    assert set((ROOT / "docs").glob("*.md")) == set(PAGES)
+    """But install.md, whose commands build and install the package: the tests marked `packaging` run those."""
+    assert set((ROOT / "docs").glob("*.md")) == {*PAGES, ROOT / "docs/install.md"}
