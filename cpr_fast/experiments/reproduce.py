@@ -58,11 +58,11 @@ class Scale:
 
     def __post_init__(self) -> None:
         if not 0 < self.epochs <= 1:
-            raise InputError(f"scale: expected a share in (0, 1], got {self.epochs}")
+            raise InputError(f"--scale: expected a share in (0, 1], got {self.epochs}")
         for section, values in self.settings.items():
             for key in values if isinstance(values, dict) else ():
                 if section in FIXED and (FIXED[section] is None or key in FIXED[section]):
-                    raise InputError(f"settings: {section}.{key} is what the table's recipe decides; leave it out")
+                    raise InputError(f"--settings: {section}.{key} is what the table's recipe decides; leave it out")
 
     @property
     def text(self) -> str:
@@ -158,7 +158,7 @@ def reproduce(
     names = [table] if not table.isdecimal() else [n for n, t in published_tables().items() if t.number == int(table)]
     data = {name: path for name, path in {"ucf101": index, "hmdb51": hmdb51, "k400": k400}.items() if path}
     if len(names) > 1:
-        raise InputError(f"table: {table} of the paper is {' and '.join(names)} here; expected one of them")
+        raise InputError(f"TABLE: {table} of the paper is {' and '.join(names)} here; expected one of them")
     chosen = published_table(names[0] if names else table)
     jobs = _jobs(chosen, data, rows, scale)
     for job in jobs:
@@ -188,18 +188,18 @@ def list_tables() -> str:
 def _jobs(table: PublishedTable, data: Mapping[str, Path], rows: Sequence[str], scale: Scale) -> list[Job]:
     known = [row.id for row in table.rows]
     if unknown := [row for row in rows if row not in known]:
-        raise InputError(f"rows: table {table.name!r} has {', '.join(known)}, got {', '.join(unknown)}")
+        raise InputError(f"--rows: table {table.name!r} has {', '.join(known)}, got {', '.join(unknown)}")
     wanted = [n for n in table.columns if n in ("ucf101", "hmdb51")] or [table.data]
     indexes = {name: data[name] for name in wanted if name in data}
     if not indexes:
-        raise InputError(f"hmdb51: table {table.name!r} is evaluated on {' and '.join(wanted)}; expected its index")
+        raise InputError(f"--hmdb51: table {table.name!r} is evaluated on {' and '.join(wanted)}; expected its index")
     jobs = []
     for row in table.rows:
         source = Path(load(CONFIGS / f"{row.config}.toml").data.index).parts[0]
         if source in data and (not rows or row.id in rows):
             jobs.append(Job(table, row, _chain(row, scale, data[source]), indexes, scale))
         elif row.id in rows:
-            raise InputError(f"rows: {row.id!r} is pretrained on {source}; expected its index as --{source}")
+            raise InputError(f"--rows: {row.id!r} is pretrained on {source}; expected its index as --{source}")
     return jobs
 
 
@@ -239,7 +239,7 @@ def _content(path: Path) -> str:
     try:
         return digest(path.read_bytes())
     except OSError as error:
-        raise InputError(f"index {str(path)!r} cannot be read: {error.strerror}") from None
+        raise InputError(f"--index: {str(path)!r} cannot be read: {error.strerror}") from None
 
 
 def _check(job: Job, data: Mapping[str, Path]) -> None:
@@ -374,4 +374,4 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"settings: {str(path)!r} cannot be read as TOML: {error}") from None
+        raise InputError(f"--settings: {str(path)!r} cannot be read as TOML: {error}") from None

@@ -146,7 +146,9 @@ def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video
     Each window is cut `crops` times: in the centre (1), also in the four corners (5), and all five also flipped (10).
     """
     if crops not in CROPS:
-        raise InputError(f"crops: expected 1 (centre), 5 (centre and corners) or 10 (these also flipped), got {crops}")
+        raise InputError(
+            f"--crops: expected 1 (centre), 5 (centre and corners) or 10 (these also flipped), got {crops}"
+        )
     slack = int(sources.num_frames[video]) - _span(data)
     if slack <= 0:
         start = np.array([slack])

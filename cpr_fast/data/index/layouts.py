@@ -55,9 +55,9 @@ def list_videos(
     `exclude` is a folder below the root that is passed over. Raises InputError for a root or list that does not fit.
     """
     if not root.exists() or (root.suffix != ".lmdb" and not root.is_dir()):
-        raise InputError(f"root: expected a folder or an LMDB file, got {str(root)!r}")
+        raise InputError(f"ROOT: expected a folder or an LMDB file, got {str(root)!r}")
     if layout == "lmdb" and root.suffix != ".lmdb":
-        raise InputError(f"root: layout 'lmdb' expects a file that ends in .lmdb, got {str(root)!r}")
+        raise InputError(f"ROOT: --layout lmdb expects a file that ends in .lmdb, got {str(root)!r}")
     if splits is not None and layout != "folders" and not splits.is_dir():
         raise InputError(f"--splits: expected the folder of the split lists, got {str(splits)!r}")
     catalogue = Catalogue(root, exclude)

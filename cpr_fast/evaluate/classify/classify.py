@@ -91,7 +91,7 @@ def classify(
         `classification_scores`) and `file`, where all of this was written.
     """
     if not indexes or not seeds:
-        raise InputError(f"index, seeds: expected at least one of each, got {len(indexes)} and {len(seeds)}")
+        raise InputError(f"--index, --seeds: expected at least one of each, got {len(indexes)} and {len(seeds)}")
     world = distributed.init(device)
     pretrained = load_pretrained(checkpoint)
     configs, encoders = pretrained.configs, pretrained.encoders

@@ -82,7 +82,7 @@ def retrieve(
     """
     paths = [indexes] if isinstance(indexes, str | Path) else list(indexes)
     if not paths:
-        raise InputError("index: expected at least one, got none")
+        raise InputError("--index: expected at least one index, got none")
     world = distributed.init(device)
     device = str(world.device)
     how = make_recipe(recipe, clips_per_video, crops)
@@ -256,7 +256,7 @@ def _split(index: Index, protocol: Protocol) -> tuple[Index, Index]:
     if protocol == "leave_source_out":
         return index, index
     if protocol != "train_test":
-        raise InputError(f"protocol: expected 'train_test' or 'leave_source_out', got {protocol!r}")
+        raise InputError(f"--protocol: expected 'train_test' or 'leave_source_out', got {protocol!r}")
     return index.select(split="train"), index.select(split="test")
 
 

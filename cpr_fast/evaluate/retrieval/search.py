@@ -72,9 +72,9 @@ def search(
         InputError: A query is missing, is not a video, or is no longer than half a clip.
     """
     if not queries:
-        raise InputError("queries: expected at least one video, got none")
+        raise InputError("QUERIES: expected at least one video, got none")
     if top < 1:
-        raise InputError(f"top: expected at least 1, got {top}")
+        raise InputError(f"--top: expected at least 1, got {top}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     how = make_recipe(recipe, clips_per_video)
@@ -105,7 +105,7 @@ def _require_windows(queries: Sequence[str | Path], windows: Tensor) -> None:
     """Raises InputError for a query without a readable clip; windows is [Q]."""
     if not windows.all():
         path = queries[int((windows == 0).nonzero()[0])]
-        raise InputError(f"query {str(path)!r}: expected a video that decodes, got none of its clips")
+        raise InputError(f"QUERIES: {str(path)!r}: expected a video that decodes, got none of its clips")
 
 
 def _usable_encoders(
@@ -146,7 +146,7 @@ def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfi
     videos = []
     for number, path in enumerate(paths):
         if not path.is_file():
-            raise InputError(f"query {str(path)!r} does not exist; expected a video file")
+            raise InputError(f"QUERIES: expected a video file, but {str(path)!r} does not exist")
         try:
             info, file = probe_video(path), path
             if info.error:
@@ -155,10 +155,10 @@ def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfi
                 file = folder / f"{number}.mp4"
                 info = transcode_video(path, file, largest)
         except VideoError as error:
-            raise InputError(f"query {str(path)!r}: expected a video, got {error.reason}") from None
+            raise InputError(f"QUERIES: {str(path)!r}: expected a video, got {error.reason}") from None
         if info.num_frames <= half + 1:  # the published code drops such videos
             raise InputError(
-                f"query {str(path)!r}: expected more than {half + 1} frames, half a clip, got {info.num_frames}"
+                f"QUERIES: {str(path)!r}: expected more than {half + 1} frames, half a clip, got {info.num_frames}"
             )
         videos.append(Video(file.absolute(), "", str(path), "query", info.num_frames, info.fps or 25.0, info.width,
                             info.height))  # fmt: skip
@@ -178,7 +178,7 @@ def _with_flow(queries: Index, folder: Path, device: str) -> Index:
     result = write_flow(folder / "index.csv", folder / "flow", device=device)
     if result["problems"]:
         problem = result["problems"][0]
-        raise InputError(f"query {problem['path']!r}: expected a video with flow, got {problem['reason']}")
+        raise InputError(f"QUERIES: {problem['path']!r}: expected a video with flow, got {problem['reason']}")
     flow = {
         v.path: with_flow.flow_path for v, with_flow in zip(distinct, Index.load(folder / "index.csv"), strict=True)
     }

@@ -58,7 +58,7 @@ def published_table(name: str) -> PublishedTable:
     """Returns one table. Raises InputError, which lists the tables, for an unknown name."""
     tables = published_tables()
     if name not in tables:
-        raise InputError(f"table: expected one of {', '.join(tables)}, got {name!r}")
+        raise InputError(f"TABLE: expected one of {', '.join(tables)}, got {name!r}")
     return tables[name]
 
 

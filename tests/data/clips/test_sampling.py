@@ -240,7 +240,9 @@ class TestWindows:
                 top, left, bottom, right = plan.box[row]
                 cut = pixels[top:bottom, left:right]
                 np.testing.assert_array_equal(cut[:, ::-1] if plan.flip[row] else cut, expected)
-        with pytest.raises(InputError, match="expected 1 .centre., 5 .and corners. or 10 .and flipped., got 3"):
+        with pytest.raises(
+            InputError, match="--crops: expected 1 .centre., 5 .centre and corners. or 10 .these also flipped., got 3"
+        ):
             plan_windows(table, 0, DATA, None, 3)
 
     def test_a_short_video_gives_one_padded_window(self):

@@ -198,7 +198,7 @@ def test_flow_files_below_the_root_are_not_videos(tmp_path):
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (lambda root: None, {}, r"root: expected a folder or an LMDB file, got '.*set'"),
+        (lambda root: None, {}, r"ROOT: expected a folder or an LMDB file, got '.*set'"),
         (lambda root: root.mkdir(), {}, r"expected videos of layout 'folders', got none that can be listed$"),
         (lambda root: (write_video(root / "a" / "v.mp4"), (root / "a" / "v.mp4").write_bytes(b"")), {},
          r"got none that can be listed \(1 empty\); the first: .*v.mp4"),

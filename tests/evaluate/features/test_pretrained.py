@@ -84,7 +84,7 @@ def test_retrieval_over_splits_gives_means_and_deviations(files, index):
     assert summary["splits"] == 2 and apart[0]["summary"][0]["r@1_std"] is None
     told = [row for row in read_metrics(files["flow"].parents[1]) if row["kind"] == "retrieval"]
     assert [(row["name"], row["r@1"]) for row in told] == [(row["name"], row["r@1"]) for row in result["summary"]]
-    with pytest.raises(InputError, match="index: expected at least one"):
+    with pytest.raises(InputError, match="--index: expected at least one"):
         retrieve(files["flow"], [], device="cpu")
 
 

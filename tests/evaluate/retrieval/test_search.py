@@ -132,6 +132,6 @@ def test_a_bad_query_is_named(data, tmp_path):
     }.items():
         with pytest.raises(InputError, match=message):
             search([source, tmp_path / name], index_csv, checkpoint, device="cpu")
-    for arguments, message in {(): "queries: expected at least one", (source,): "top: expected at least 1"}.items():
+    for arguments, message in {(): "QUERIES: expected at least one", (source,): "--top: expected at least 1"}.items():
         with pytest.raises(InputError, match=message):
             search(arguments, index_csv, checkpoint, top=0, device="cpu")
