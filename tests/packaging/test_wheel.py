@@ -98,8 +98,9 @@ def test_operators(target):
 def test_command_line_and_recipes(target):
     here = {"folder": target.parent, "PYTHONPATH": str(target)}
     assert run(sys.executable, target / "bin" / "cpr-fast", "--version", **here).startswith("cpr-fast ")
-    listed = run(sys.executable, "-m", "cpr_fast", "reproduce", "--list", **here)
-    assert "configs/table1_n7.toml" in listed
+    tables = run(sys.executable, "-m", "cpr_fast", "reproduce", **here)
+    recipes = run(sys.executable, "-m", "cpr_fast", "recipes", **here)
+    assert "configs/table1_n7.toml" in tables and "table1_n7" in recipes and "cpr_ucf101" in recipes
 
 
 def test_cpp_program(target):
