@@ -4,8 +4,8 @@
 
 Writes bench/results/start_up.md and start_up.json. Each command is run in a process of its own; the time is the CPU
 time (user and system) of that process, which other load on the machine changes little. With --before, the commands of
-an older checkout, whose compiled modules are built, are measured in turn with those of this one, in fewer rounds, because
-they may take seconds.
+an older checkout, whose compiled modules are built, are measured in turn with those of this one. They may take seconds,
+so there are fewer rounds of them.
 """
 
 import argparse

@@ -1,0 +1,84 @@
+"""Answers that need neither torch nor a data set are given without importing torch, NVIDIA DALI, PyAV or NumPy."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cpr_fast.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ["torch", "nvidia.dali", "av", "numpy"]
+
+# Runs command lines one after another in one process, and prints for each its exit code and the heavy modules so far.
+PROGRAM = f"""
+import contextlib, io, json, sys
+from cpr_fast.cli import main
+answers = []
+for arguments in json.load(sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            code = main(arguments)
+        except SystemExit as stopped:
+            code = stopped.code
+    answers.append([code, [name for name in {HEAVY!r} if name in sys.modules], errors.getvalue()])
+print(json.dumps(answers))
+"""
+
+# One command line per command, whose input file or folder does not exist; F is a file that does.
+MISSING = [
+    "doctor no.csv",
+    "doctor F --config no.toml",
+    "index no --out x.csv",
+    "index . --out x.csv --splits no",
+    "index . --out x.csv --shard 2/2",
+    "flow no.csv --out x",
+    "flow F --out x --shard=3",
+    "show-sample no.csv --out x.png",
+    "init no.csv",
+    "init F --seconds -1",
+    "pretrain no.toml",
+    "pretrain cpr_ucf101 --data.index no.csv",
+    "pretrain cpr_ucf101 --data.index F --model.init.rgb no.pt",
+    "pretrain cpr_ucf101 --epochs 1",
+    "reproduce stages",
+    "reproduce stages --index no.csv",
+    "import-checkpoint no.pt --out x",
+    "export no.pt --out x",
+    "retrieve no.pt --index F",
+    "retrieve --index F",
+    "probe F --index no.csv",
+    "finetune rgb=no.pt --index F",
+    "search no.mp4 --index F --checkpoint F",
+    "search F --index F --checkpoint F --top 0",
+    "mine no.npz",
+    "report no",
+    "report",
+]
+
+
+def answers(command_lines: list[list[str]], folder: Path) -> list:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{PROGRAM}"],
+        input=json.dumps(command_lines), cwd=folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("command_lines", "expected"),
+    [
+        ([["--help"], ["--version"], [], ["help"], ["recipes"], ["pretrain", "--help"]], 0),
+        ([["retreive"], ["xyz"], *([name, "--no-such-option", "1"] for name in COMMANDS)], 2),
+        ([line.split() for line in MISSING], 2),
+    ],
+    ids=["help", "misspelt", "missing"],
+)
+def test_quick_answers_import_nothing_heavy(tmp_path, command_lines, expected):
+    (tmp_path / "F").touch()
+    for arguments, (code, heavy, errors) in zip(command_lines, answers(command_lines, tmp_path), strict=True):
+        assert (code, heavy) == (expected, []), (arguments, errors)
+        assert bool(errors) == (expected == 2), arguments
+    assert [path.name for path in tmp_path.iterdir()] == ["F"]
