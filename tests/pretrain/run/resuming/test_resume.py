@@ -24,7 +24,7 @@ from cpr_fast.runtime.interrupt import Interrupted
 from cpr_fast.weights import checkpoint
 from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 INDEX = make_index(videos=18)
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,7 +15,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.pretrain.run.folder import LOCK, only_writer
 from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
