@@ -1,4 +1,4 @@
-"""The watchdog names the rank that a run waits for, and what that rank is doing."""
+"""The watchdog reports which rank a run waits for, and what that rank is doing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_watchdog_names_what_one_process_hangs_in(tmp_path, caplog):
 
 
 class FakeStore:
-    """What three ranks told each other."""
+    """A store with the states that the ranks published."""
 
     def __init__(self, states):
         self.states = {str(rank): json.dumps(state) for rank, state in enumerate(states) if state}
