@@ -1,6 +1,7 @@
-"""One process or many: what a step needs to know about its peers, started by `torchrun`.
+"""Communication between the processes of a run, which `torchrun` starts.
 
-Letters: R ranks, B clips per rank. Every function is the identity on one process.
+Shapes: R is the number of processes (ranks), B the number of clips per process. In a run of one process, every function
+returns its input unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cpr_fast.errors import InputError
 
 T = TypeVar("T")
 
-_store: dist.Store | None = None  # of the group that `init` joined
+_store: dist.Store | None = None  # of the process group that `init` joined
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,23 @@ class World:
     rank: int
     size: int
     device: torch.device
-    store: dist.Store | None = None  # what the processes told each other their addresses by; None on one process
+    store: dist.Store | None = None  # through which the processes found each other; None in a run of one process
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and draws the bar."""
+        """Whether this process writes the files and reports the progress."""
         return self.rank == 0
 
 
 def init(device: str) -> World:
-    """Joins the processes that `torchrun` started, on one machine or several, or stands alone.
+    """Joins the process group that `torchrun` started, on one machine or several; without torchrun, there is none.
 
-    Tensors on the CPU travel by gloo, those on CUDA by NCCL.
+    Tensors on the CPU are communicated with gloo, tensors on CUDA with NCCL.
 
     Args:
-        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+        device: "auto" (CUDA if it is available), "cpu", "cuda" or "cuda:N".
+
+    Raises InputError if a CUDA device is asked for and torch finds none.
     """
     name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -56,7 +59,8 @@ def init(device: str) -> World:
     global _store
     if not dist.is_initialized():
         store, rank, size = next(dist.rendezvous("env://"))
-        # torchrun keeps its store over restarts: without a prefix a process may find the address of one that is dead.
+        # torchrun keeps its store when it restarts workers. Without a prefix, a process may read the address of a
+        # worker that has ended.
         _store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=rank, world_size=size)
@@ -64,7 +68,7 @@ def init(device: str) -> World:
 
 
 def finish() -> None:
-    """Leaves the process group, if one was joined."""
+    """Destroys the process group if there is one."""
     global _store
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -72,12 +76,12 @@ def finish() -> None:
 
 
 def is_main() -> bool:
-    """Whether this is the first process of the run."""
+    """Returns whether this is the first process of the run."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def all_gather(local: Tensor) -> Tensor:
-    """[B, ...] of every rank -> [R*B, ...] in rank order, without gradient."""
+    """Gathers a tensor [B, ...] from every rank into [R*B, ...], in rank order, without gradients."""
     if not dist.is_initialized():
         return local
     local = local.contiguous()
@@ -87,7 +91,7 @@ def all_gather(local: Tensor) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """`all_gather` whose gradient is the sum of what every rank's loss says of this rank's part."""
+    """`all_gather` with gradients: each rank receives the sum of all ranks' gradients for its part."""
 
     @staticmethod
     def forward(context, local: Tensor) -> Tensor:
@@ -102,17 +106,17 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather_with_gradient(local: Tensor) -> Tensor:
-    """[B, ...] of every rank -> [R*B, ...] in rank order; the gradient comes back from every rank's loss, summed."""
+    """Gathers like `all_gather`; the gradient of `local` is the sum of the gradients of all ranks' losses."""
     return _AllGather.apply(local) if dist.is_initialized() else local
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """This rank's share of what all ranks hold: every R-th item."""
+    """Returns this rank's share of a sequence that all ranks hold: every R-th item, from the rank on."""
     return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
 def gather_objects(local: T) -> list[T]:
-    """Every rank's object, in rank order; it travels pickled, so its tensors should be on the CPU."""
+    """Gathers an object from every rank, in rank order. Objects are pickled, so their tensors should be on the CPU."""
     if not dist.is_initialized():
         return [local]
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -121,7 +125,7 @@ def gather_objects(local: T) -> list[T]:
 
 
 def from_main(compute: Callable[[], T]) -> T:
-    """What the first process computes, on every rank; it travels as in `gather_objects`."""
+    """Calls `compute` in the first process and returns its result on every rank; see `gather_objects`."""
     if not dist.is_initialized():
         return compute()
     objects = [compute() if is_main() else None]
@@ -130,13 +134,16 @@ def from_main(compute: Callable[[], T]) -> T:
 
 
 def union(local: Iterable[Hashable]) -> set[Hashable]:
-    """The distinct items of all ranks."""
+    """Returns the set of the items of all ranks."""
     return set().union(*gather_objects(set(local)))
 
 
 def largest(local: int) -> int:
-    """The largest of all ranks' numbers: a decision that all take at the same step. Waits for the ranks' host programs,
-    not for their devices."""
+    """Returns the largest of all ranks' numbers, so that all ranks take the same decision at the same step.
+
+    The number is communicated on the CPU: the call waits for the other ranks, but not for the work that is queued on
+    the devices.
+    """
     if not dist.is_initialized():
         return local
     number = torch.tensor(int(local))
@@ -145,13 +152,16 @@ def largest(local: int) -> int:
 
 
 def sum_(tensor: Tensor) -> None:
-    """Replaces a tensor by its sum over the ranks."""
+    """Replaces a tensor by its sum over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
 
 
 def mean_(tensors: list[Tensor]) -> None:
-    """Replaces each tensor, all of one float dtype and device, by its mean over the ranks: one message for all."""
+    """Replaces each tensor by its mean over all ranks, in place and with a single all-reduce.
+
+    All tensors have the same floating-point dtype and device.
+    """
     if not dist.is_initialized():
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -162,7 +172,10 @@ def mean_(tensors: list[Tensor]) -> None:
 
 
 def rng_states(device: torch.device) -> dict[str, Tensor]:
-    """torch's generators of every rank, [R, bytes] uint8 for the CPU and, where it is one, for the CUDA device."""
+    """Returns the states of torch's random generators of every rank, [R, bytes] uint8.
+
+    The keys are "cpu" and, if `device` is a CUDA device, "cuda".
+    """
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -170,11 +183,11 @@ def rng_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_states(device: torch.device, states: dict[str, Tensor] | None) -> None:
-    """Goes on from `rng_states`, unless it is None or of another number of processes."""
+    """Sets the random generators to `rng_states`, unless it is None or comes from another number of processes."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if states is None or len(states["cpu"]) != size:
         return
-    # Copies: torch 2.13 reads a view's storage from its start, whatever its offset (and crashes).
+    # clone(), because torch 2.13 ignores the storage offset of a view here, and crashes.
     torch.set_rng_state(states["cpu"][rank].cpu().clone())
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"][rank].cpu().clone(), device)

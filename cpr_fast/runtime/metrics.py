@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object per line, the truth behind every plot of a run."""
+"""Writing and reading `metrics.jsonl`, which holds every number of a run's report: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends rows to `RUN/metrics.jsonl`, each flushed as one whole line.
+    """Appends rows to `RUN/metrics.jsonl`. Each row is written as one line and flushed.
 
-    A torn last line (a killed process) is cut off first. NaN and infinity, which JSON does not have, become null.
+    An incomplete last line, which a killed process leaves, is removed first. NaN and infinity are written as null,
+    because JSON has neither.
 
     Args:
-        tensorboard: also writes the numbers of "step" and "epoch" rows as TensorBoard scalars to `RUN/tensorboard`.
+        run_dir: The run folder; it is created if it does not exist.
+        tensorboard: Whether to write the numbers of "step" and "epoch" rows to `RUN/tensorboard`, too, as TensorBoard
+            scalars.
     """
 
     def __init__(self, run_dir: str | Path, *, tensorboard: bool = False) -> None:
@@ -40,7 +43,10 @@ class MetricsWriter:
         self._tensorboard = _summary_writer(self.path.parent / "tensorboard") if tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends one row; `row["kind"]` says what it is."""
+        """Appends one row. `row["kind"]` is the kind of row, such as "step" or "epoch".
+
+        Raises InputError if the file cannot be written, as when the disk is full.
+        """
         row = _without_nan(row)
         try:
             with self._lock:
@@ -68,10 +74,10 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run folder; a torn last line is left out.
+    """Returns the rows of a run folder; an incomplete last line is left out.
 
     Raises:
-        InputError: no `metrics.jsonl`, or a line before the last is not JSON.
+        InputError: There is no `metrics.jsonl`, or a line before the last one is not JSON.
     """
     path = Path(run_dir) / FILE
     if not path.is_file():
@@ -89,7 +95,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def rewind(run_dir: str | Path, *, step: int, epoch: int) -> None:
-    """Drops what a run wrote after `step` steps and `epoch` epochs were done, so that a resumed run repeats no row."""
+    """Removes the rows written after `step` steps and `epoch` epochs, which a resumed run will write again."""
 
     def kept(row: dict[str, Any]) -> bool:
         if row["kind"] == "step":

@@ -1,4 +1,4 @@
-"""The precision of forward passes, for everything that trains."""
+"""The floating-point precision of forward passes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ _AUTOCAST_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """A context in which torch computes in that precision where it is safe to; "fp32" changes nothing."""
+    """Returns the autocast context of a precision; with "fp32" it has no effect."""
     dtype = _AUTOCAST_DTYPE[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)

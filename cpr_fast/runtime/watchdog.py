@@ -1,7 +1,8 @@
-"""Names the rank that a run waits for, and what that rank is doing, long before the process group gives up.
+"""Reports which rank a run waits for, and what that rank is doing, long before the process group times out.
 
-A collective that waits for one rank makes all others look stuck too. Every rank counts what it begins, and all begin
-the same things in the same order: the one that is behind is the one to name.
+While a collective operation waits for one rank, all other ranks appear to hang, too. Therefore every rank counts the
+operations that it starts. All ranks start the same operations in the same order, so the rank with the lowest count is
+the one that the others wait for.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ import torch.distributed as dist
 
 from cpr_fast.runtime.distributed import World
 
-BEATS = 5  # per timeout
+BEATS = 5  # number of reports of each rank per timeout
 
 log = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """A thread of every rank that shares what its main thread is doing, and reads what the others share.
+    """A thread in every rank that publishes what the main thread is doing, and reads what the other ranks publish.
 
     Args:
-        timeout_s: seconds without anything begun after which a rank is named; 0 watches nothing.
-        note: receives the sentence, beside the log.
+        world: This process among the processes of the run.
+        timeout_s: Number of seconds after which a rank that starts no operation is reported; 0 turns the watchdog off.
+        note: Called with the text of each report, which is also logged.
     """
 
     def __init__(self, world: World, timeout_s: float, note: Callable[[str], None] = lambda text: None) -> None:
@@ -44,11 +46,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="cpr-fast-watchdog", daemon=True)
 
     def doing(self, what: str) -> None:
-        """The main thread begins `what` ("waiting for the batch of step 7")."""
+        """Records that the main thread starts an operation, such as "waiting for the batch of step 7"."""
         self._begun, self._what, self._since = self._begun + 1, what, time.monotonic()
 
     def getting_on(self) -> None:
-        """What the main thread began goes on: for long work in parts, whose number may differ between ranks."""
+        """Records progress within an operation. It is not counted: the number of its parts may differ between ranks."""
         self._since = time.monotonic()
 
     def __enter__(self) -> Watchdog:
@@ -66,21 +68,22 @@ class Watchdog:
     def _watch(self) -> None:
         store = None
         if self.world.store is not None:
-            # A connection of its own: the process group's may be in a wait that holds its lock.
+            # The watchdog has its own connection, because the process group may hold the lock of its connection while
+            # it waits.
             store = dist.PrefixStore("watchdog", self.world.store.clone())
         beat = 0
         while not self._over.wait(self.timeout_s / BEATS):
             beat += 1
             try:
                 self._say(self._share(store, beat))
-            except RuntimeError:  # the store is gone: so is the run, or soon
+            except RuntimeError:  # the store is closed, because the run ends
                 return
         if store is not None:
             with contextlib.suppress(RuntimeError):
                 store.set(str(self.world.rank), json.dumps({"left": True}))
 
     def _share(self, store: dist.Store | None, beat: int) -> list[dict[str, Any]]:
-        """What every rank said last; this one says it now."""
+        """Publishes the state of this rank and returns the latest state of every rank."""
         idle_s = time.monotonic() - self._since
         mine = {"beat": beat, "begun": self._begun, "what": self._what, "idle_s": idle_s, "where": self._where()}
         if store is None:
@@ -90,14 +93,14 @@ class Watchdog:
         return [json.loads(store.get(key)) if store.check([key]) else {"beat": 0} for key in keys]
 
     def _where(self) -> str:
-        """File, line and function that the main thread is in."""
+        """Returns the file, line and function that the main thread is executing."""
         frame = sys._current_frames().get(self._main)
         return (
             "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}, {frame.f_code.co_name}"
         )
 
     def _say(self, states: list[dict[str, Any]]) -> None:
-        """One rank says once which ranks are behind."""
+        """Reports the ranks that are behind. Only the first rank that is not behind reports, and only once."""
         now = time.monotonic()
         for rank, state in enumerate(states):
             if rank not in self._heard or self._heard[rank][0] != state.get("beat") or "left" in state:

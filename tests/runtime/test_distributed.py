@@ -1,4 +1,4 @@
-"""Several processes on gloo: the curve of one, a worker that dies, one that sleeps, a job that is pre-empted."""
+"""Training on two processes (gloo): same results as on one, a worker is killed, one hangs, a job is pre-empted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ VIDEOS = 96  # three steps of 32
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Argument: a config. PLAN: {"die": step} kills the second worker there, once; {"sleep": step} lets it wait for 3 s.
+# The argument is a config. PLAN: {"die": step} kills the second worker once, at that step; {"sleep": step} lets it
+# sleep for 3 s.
 WORKER = f"""
 import json, os, signal, sys, time
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
@@ -61,7 +62,7 @@ def config_of(out: Path, batch_size: int, method: dict | None = None, **run) -> 
         "data": {"batch_size": batch_size, "frames": 5, "size": 20},
         # At .01 a barely trained frozen encoder maps all clips to one point, and rounding decides who is mined.
         "model": {"width": 0.125, "feature_dim": 8, "conv_std": 0.15},
-        "memory": {"size": 50, "shuffle_bn_groups": 2},  # not a multiple of 32: nothing has to divide
+        "memory": {"size": 50, "shuffle_bn_groups": 2},  # not a multiple of 32: the batch size need not divide it
         "optim": {"name": "sgd", "lr": 1e-3},  # Adam turns a rounding difference near zero into a whole step
         "schedule": {"cycles": [{"view": "rgb", "epochs": 2, "mining": "none"}, {"view": "flow", "epochs": 2}]},
         "run": {"out": str(out), **run},
@@ -84,7 +85,7 @@ def torchrun(folder: Path, config: Config, plan: dict) -> subprocess.Popen:
 
 
 def run_on_two(folder: Path, method: dict | None = None) -> Path:
-    """2 processes x 16 videos, from start to end."""
+    """Trains on 2 processes of 16 videos each and returns the run folder."""
     process = torchrun(folder, config_of(folder / "two", 16, method), {})
     errors = process.communicate(timeout=600)[1]
     assert process.returncode == 0, errors
@@ -92,13 +93,16 @@ def run_on_two(folder: Path, method: dict | None = None) -> Path:
 
 
 def run_on_one(folder: Path, method: dict | None = None) -> Path:
-    """The same steps, 32 videos at a time."""
+    """Trains the same steps on one process with batches of 32 videos and returns the run folder."""
     config = config_of(folder / "one", 32, method)
     return pretrain(config, index=make_index(VIDEOS), make_loader=RandomLoader, progress=False)
 
 
 def assert_equal_curves(one: Path, two: Path, weights: float = 1e-5) -> None:
-    """Equal up to the order of sums: losses within 1e-4, weights within `weights`; the same is mined and remembered."""
+    """Asserts that two runs are equal up to the order of sums.
+
+    Losses agree within 1e-4, weights within `weights`; mined positives and memory entries are the same.
+    """
     curves = [[row["loss"] for row in rows(folder, "step")] for folder in (one, two)]
     assert [loss is None for loss in curves[0]] == [loss is None for loss in curves[1]]
     learned = [[loss for loss in curve if loss is not None] for curve in curves]
@@ -123,7 +127,7 @@ def two(tmp_path_factory):
 
 
 def test_two_processes_of_16_have_the_curve_of_one_of_32(two, tmp_path):
-    """Two BatchNorm groups either way."""
+    """Both runs have two BatchNorm groups."""
     one = run_on_one(tmp_path)
     assert_equal_curves(one, two)
     assert [row["loss"] is None for row in rows(one, "step")] == ([True] * 2 + [False] * 4) * 2
@@ -145,15 +149,17 @@ IIC = R3D | {
 
 @pytest.mark.parametrize("method", [BATCH, IIC], ids=["batch", "iic"])
 def test_other_memories_have_the_curve_of_one_too(tmp_path, method):
-    """The batch of all ranks, with gradients across them, and the bank of IIC, which every rank holds whole."""
+    """The batch of all ranks, with gradients between ranks, and the bank of IIC, which every rank holds completely."""
     one, two = run_on_one(tmp_path, method), run_on_two(tmp_path, method)
     assert_equal_curves(one, two, weights=5e-5)  # they move by about 1e-3
     assert rows(one, "step")[-1]["pmr"] is not None
 
 
 def test_a_pre_empted_job_and_a_killed_and_a_sleeping_worker(two, tmp_path):
-    """SIGTERM to torchrun; then a worker dies and another attempt goes on; then a rank sleeps and is named. The run
-    ends where the undisturbed one does, bit for bit."""
+    """torchrun receives SIGTERM; then a worker is killed and torchrun restarts it; then a rank sleeps and is reported.
+
+    The final state is equal to that of an undisturbed run, bit for bit.
+    """
     config = config_of(tmp_path / "run", 16, checkpoint_every=1, stall_timeout_s=1.0)
     process = torchrun(tmp_path, config, {"each": 0.2})
     wait_for_step(tmp_path / "run", 2, process)

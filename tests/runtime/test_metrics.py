@@ -1,4 +1,4 @@
-"""metrics.jsonl: whole lines, readable after a crash, rewound on resume."""
+"""metrics.jsonl consists of whole lines, can be read after a crash, and is rewound when a run is resumed."""
 
 from __future__ import annotations
 

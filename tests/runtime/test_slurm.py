@@ -1,4 +1,4 @@
-"""The job scripts in examples/slurm under stand-ins for SLURM's commands."""
+"""The job scripts in examples/slurm, run with scripts in place of SLURM's commands."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "slurm"
 
 COMMANDS = {
-    # a session of its own, as SLURM's step, so that scancel finds all of its processes
+    # runs the step in its own process session, so that scancel reaches all of its processes
     "srun": 'echo "$*" >> srun.log; setsid "$@" & echo $! > step.pid; wait $!',
     "scancel": '[ "$*" = "--signal=TERM 7.0" ] && pkill -TERM -s "$(cat step.pid)"',
     "scontrol": '[ "$1" = show ] && echo localhost || echo "$*" >> scontrol.log',
@@ -31,7 +31,7 @@ COMMANDS = {
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A folder with the commands of a cluster, and the environment of a job there."""
+    """Returns a folder with the commands of a cluster, and the environment of a job."""
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, script in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""The watchdog names the rank that a run waits for, and what that rank is doing."""
+"""The watchdog reports which rank a run waits for, and what that rank is doing."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ def test_the_watchdog_names_what_one_process_hangs_in(tmp_path, caplog):
     cycles = {"cycles": [{"view": "rgb", "epochs": 1, "mining": "none"}]}
     config = settings(tmp_path, schedule=cycles, run={"out": str(tmp_path), "stall_timeout_s": 0.5})
     pretrain(config, index=INDEX, make_loader=Hanging, progress=False)
-    (note,) = (row["text"] for row in read_metrics(tmp_path) if row["kind"] == "note")
+    notes = [row["text"] for row in read_metrics(tmp_path) if row["kind"] == "note"]
+    (note,) = (text for text in notes if "of step 2" in text)  # a busy machine may have stalled elsewhere, too
     assert note in caplog.text
     assert note.startswith("rank 0 has been waiting for the batch of step 2 (in test_watchdog.py:")
     assert ", epoch) for 0." in note
 
 
 class FakeStore:
-    """What three ranks told each other."""
+    """A store with the states that the ranks published."""
 
     def __init__(self, states):
         self.states = {str(rank): json.dumps(state) for rank, state in enumerate(states) if state}

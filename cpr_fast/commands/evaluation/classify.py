@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from cpr_fast.commands.inputs import require_checkpoints, require_file, require_files
+from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_file, require_files
 from cpr_fast.commands.options import RecipeName
 from cpr_fast.commands.output import rate, show_once, table
 
@@ -41,6 +41,9 @@ def run_classify(
     **overrides: Any,
 ) -> None:
     """Trains and tests the classifiers and prints their accuracy; `overrides` are changes of `settings`."""
+    for name, value in (overrides | {"clips": clips}).items():
+        if name in ("clips", "epochs", "batch_size"):
+            require_at_least(f"--{name.replace('_', '-')}", 1, value)
     from cpr_fast.config import override_classifier
     from cpr_fast.evaluate.classify.classify import classify
     from cpr_fast.evaluate.features.results import run_of

@@ -1,0 +1,49 @@
+"""The command line of `pretrain` is split into CONFIG, flags and settings, in any order."""
+
+import pytest
+
+from cpr_fast.commands.training.pretrain import parse
+from cpr_fast.errors import InputError
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "c.toml --data.batch-size 8 --resume --run.tensorboard --epochs 7",
+        "--data.batch-size 8 c.toml --resume --run.tensorboard --epochs=7",
+        "--resume --run.tensorboard c.toml --epochs 7 --data.batch-size 8",
+        "--epochs 7 --resume --data.batch-size 8 --run.tensorboard c.toml",
+    ],
+)
+def test_the_config_may_stand_anywhere(words):
+    given = parse(words.split())
+    assert (given.config, given.flags, given.epochs) == ("c.toml", {"--resume"}, 7)
+    assert sorted(given.overrides) == ["--data.batch-size", "--run.tensorboard", "8"]
+
+
+def test_values_stay_with_their_options():
+    given = parse(["--data.index=a b.csv", "--model.init.rgb", "x.pt", "--run.no-tensorboard", "c", "--optim.lr", "-1"])
+    assert given.config == "c"
+    assert given.overrides == ["--data.index=a b.csv", "--model.init.rgb", "x.pt", "--run.no-tensorboard",
+                               "--optim.lr", "-1"]  # fmt: skip
+    assert parse(["c", "--data.batch_size", "8", "--schedule.cycles.0.epochs", "3"]).config == "c"
+    assert parse(["--dump-memory", "c"]).overrides == ["--run.dump-memory"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--resme c.toml", "unknown option --resme; did you mean --resume"),
+        ("c.toml --data.batchsize=8", "unknown option --data.batchsize; did you mean --data.batch-size"),
+        ("c.toml --run.no-tensorbord", "unknown option --run.no-tensorbord"),
+        ("c.toml --xyz", "unknown option --xyz; `cpr-fast pretrain --help-all` lists all"),
+        ("c.toml -q", "unknown option -q"),
+        ("a b", "CONFIG: expected one config, got 'a' and 'b'"),
+        ("c --epochs", "--epochs: expected a number of epochs, got ''"),
+        ("c --epochs -3", "--epochs: expected a number of epochs, got '-3'"),
+        ("c --epochs=1.5", "--epochs: expected a number of epochs, got '1.5'"),
+    ],
+)
+def test_mistakes_are_named(words, message):
+    with pytest.raises(InputError, match=message):
+        parse(words.split())

@@ -1,0 +1,116 @@
+"""Finding and reading config files: recipes by name, relative paths, and files that editors and mistakes leave."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cpr_fast.config import Config, ConfigError, load
+from cpr_fast.config.recipes import FOLDER, find_config, recipes
+
+
+def test_recipes_are_found_by_their_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = recipes()
+    assert "cpr_ucf101" in known and len(known) == len(list(FOLDER.glob("*.toml")))
+    for name, summary in known.items():
+        assert find_config(name) == find_config(f"{name}.toml") == FOLDER / f"{name}.toml"
+        assert summary and not summary.startswith("#")
+
+
+def test_a_file_is_preferred_to_the_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "cpr_ucf101.toml"
+    own.touch()
+    assert find_config("cpr_ucf101.toml").samefile(own)
+    assert find_config("cpr_ucf101") == FOLDER / "cpr_ucf101.toml"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("crp_ucf101", "did you mean the recipe 'cpr_ucf101'"),
+        ("cpr_ucf101.tmol", "did you mean the recipe 'cpr_ucf101'"),
+        ("configs/cpr_ucf101.toml", "did you mean the recipe 'cpr_ucf101'"),
+        ("something", "`cpr-fast recipes` lists the recipes"),
+        (".", "`cpr-fast recipes` lists the recipes"),
+    ],
+)
+def test_what_is_neither_file_nor_recipe_is_refused(tmp_path, monkeypatch, name, hint):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"^CONFIG: expected a TOML file or the name of a recipe, got .*{hint}"):
+        find_config(name)
+
+
+def test_inputs_are_relative_to_the_config_where_they_are_there(tmp_path, monkeypatch):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("index.csv", "start.pt"):
+        (folder / name).touch()
+    path = folder / "config.toml"
+    path.write_text('[data]\nindex = "index.csv"\n[model.init]\nrgb = "start.pt"\nflow = "elsewhere.pt"\n')
+    monkeypatch.chdir(tmp_path)
+    config = load("set/config.toml")
+    assert (config.data.index, config.model.init.rgb) == ("set/index.csv", "set/start.pt")
+    assert config.model.init.flow == "elsewhere.pt"  # not there: relative to the working directory
+    assert config.run.out == Config().run.out  # an output
+    monkeypatch.chdir(folder)
+    assert Path(load("config.toml").data.index).is_file()
+    path.write_text(f'[data]\nindex = "{folder / "index.csv"}"\n')
+    assert load(path).data.index == str(folder / "index.csv")
+
+
+def test_the_config_json_of_a_run_is_read_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "index.csv").touch()
+    values = Config().to_dict() | {"videos": {"count": 3}}
+    values["data"]["index"] = "index.csv"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(values))
+    assert load("run/config.json").data.index == "index.csv"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf[data]\r\nbatch_size = 8\r\n",
+        b"\xef\xbb\xbf[data]\nbatch_size = 8",
+        b"[data]\r\n# caf\xc3\xa9\r\n\r\nbatch_size = 8 # eight\r\n",
+    ],
+    ids=["BOM and CRLF", "BOM", "CRLF"],
+)
+def test_files_of_windows_editors_are_read(tmp_path, content):
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    assert load(path).data.batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.toml", b"[data]\nindex = 'caf\xe9.csv'\n", "c.toml': expected UTF-8 text, got byte 19"),
+        ("c.toml", "[data]\n".encode("utf-16"), "c.toml': expected UTF-8 text, got byte 0"),
+        ("c.toml", b"[data]\nbatch_size = 8\nbatch_size = 9\n", "c.toml' is not valid TOML: .*line 3"),
+        ("c.toml", b"[data]\nsize = 32\n[data]\nframes = 8\n", "c.toml' is not valid TOML"),
+        ("c.toml", b"[data\n", "c.toml' is not valid TOML: .*line 1"),
+        ("c.toml", b"[data]\nbatch_size: 8\n", "c.toml' is not valid TOML"),
+        ("c.toml", b"[data]\nbatchsize = 8\n", "c.toml': unknown key 'data.batchsize'; did you mean 'batch_size'"),
+        ("c.json", b"{", "c.json' is not valid JSON"),
+        ("c.json", b"[1]", r"c.json': config: expected a table, got \[1\]"),
+        ("c.toml", b"PK\x03\x04\x00\x00", "c.toml' is not valid TOML"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    path = tmp_path / "c.toml"
+    path.touch()
+    assert load(path) == Config()
+    with pytest.raises(ConfigError, match=f"config file '{tmp_path}' is not a file"):
+        load(tmp_path)
