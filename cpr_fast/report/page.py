@@ -11,8 +11,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from cpr_fast.report.runs.outcome import verdict
-from cpr_fast.report.runs.run import Run
+from cpr_fast.report.run_folder.outcome import verdict
+from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.sections.beside import published_beside
 from cpr_fast.report.sections.classification import classification_table, confusions
 from cpr_fast.report.sections.comparison import comparison

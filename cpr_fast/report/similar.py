@@ -26,9 +26,9 @@ from cpr_fast.report.neighbours import (
     same_file,
 )
 from cpr_fast.report.page import render, write_page
-from cpr_fast.report.runs.features import StoredFeatures, stored_features
-from cpr_fast.report.runs.outcome import verdict
-from cpr_fast.report.runs.run import VIEW_NAMES, Run
+from cpr_fast.report.run_folder.features import StoredFeatures, stored_features
+from cpr_fast.report.run_folder.outcome import verdict
+from cpr_fast.report.run_folder.run import VIEW_NAMES, Run
 from cpr_fast.report.sections.header import facts
 from cpr_fast.report.sections.sheets import clip
 

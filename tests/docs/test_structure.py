@@ -39,7 +39,7 @@ ORDER = (
     "pretrain.step",
     "pretrain.run",
     "report.figures",
-    "report.runs",
+    "report.run_folder",
     "report.sections",
     "report",
     "doctor",

@@ -6,8 +6,8 @@ import pytest
 from support.report.run_folders import retrieval_rows, start_row, text_of, training_rows, write_run
 
 from cpr_fast.report.page import write_report
-from cpr_fast.report.runs.outcome import verdict
-from cpr_fast.report.runs.run import Run
+from cpr_fast.report.run_folder.outcome import verdict
+from cpr_fast.report.run_folder.run import Run
 
 
 def changed(rows: list[dict], kinds: tuple[str, ...] = ("step", "epoch"), **values) -> list[dict]:

@@ -20,7 +20,7 @@ from support.report.run_folders import (
 )
 
 from cpr_fast.report.page import write_report
-from cpr_fast.report.runs.run import Run
+from cpr_fast.report.run_folder.run import Run
 
 
 def test_a_complete_run_shows_its_numbers(run):

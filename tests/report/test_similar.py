@@ -21,7 +21,7 @@ from cpr_fast.evaluate.features.cache import FeatureCache, video_digest, weights
 from cpr_fast.evaluate.features.embedding import Embedding
 from cpr_fast.evaluate.features.recipe import make_recipe
 from cpr_fast.report.neighbours import confidence, duplicate_pairs, find_neighbours, odd_videos, pixel_agreement
-from cpr_fast.report.runs import features as stored
+from cpr_fast.report.run_folder import features as stored
 from cpr_fast.report.similar import is_unlabelled, similar_path, write_similar
 
 COUNT, ODD = 12, 7  # video 1 is a copy of 0 (in bytes), 3 of 2 (in features only); ODD is far from all

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from cpr_fast.report.figures.table import Column, Table
-from cpr_fast.report.runs.run import VIEW_NAMES, Run
+from cpr_fast.report.run_folder.run import VIEW_NAMES, Run
 from cpr_fast.report.sections.published import PublishedTable, published_tables
 
 TASKS = ("probe", "finetune")

@@ -9,7 +9,7 @@ from typing import Any
 from cpr_fast.report.figures.chart import Chart
 from cpr_fast.report.figures.matrix import confusion_figure
 from cpr_fast.report.figures.table import Column, Table
-from cpr_fast.report.runs.run import VIEW_NAMES, Run
+from cpr_fast.report.run_folder.run import VIEW_NAMES, Run
 
 TASK_NAMES = {"probe": "Linear probe", "finetune": "Finetune"}
 CONFUSIONS = 10  # pairs of classes in the table below a matrix

@@ -8,7 +8,7 @@ from typing import Any
 from cpr_fast.report.figures.bars import group_figure, profile_figure
 from cpr_fast.report.figures.curves import Line, line_figure
 from cpr_fast.report.figures.table import Column, Table
-from cpr_fast.report.runs.run import Run
+from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.sections.mining import class_rates, count_shares, counted_epochs
 from cpr_fast.report.sections.retrieval import RANKS
 

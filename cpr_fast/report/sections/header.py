@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from cpr_fast.report.runs.run import MODEL_NAMES, VIEW_NAMES, Run
+from cpr_fast.report.run_folder.run import MODEL_NAMES, VIEW_NAMES, Run
 from cpr_fast.runtime.progress import duration
 
 TERMS = (

@@ -9,7 +9,7 @@ from cpr_fast.report.figures.bars import Bar, bar_figure, group_figure, profile_
 from cpr_fast.report.figures.chart import Chart
 from cpr_fast.report.figures.curves import Line, line_figure
 from cpr_fast.report.figures.table import Column, Table
-from cpr_fast.report.runs.run import VIEW_NAMES, VIEWS, Run
+from cpr_fast.report.run_folder.run import VIEW_NAMES, VIEWS, Run
 from cpr_fast.report.sections.training import SERIES, curves, cycle_bands
 
 FIRST = 5  # grey, the colour of the first mining epoch

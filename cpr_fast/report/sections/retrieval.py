@@ -8,7 +8,7 @@ from typing import Any
 from cpr_fast.report.figures.bars import Bar, bar_figure
 from cpr_fast.report.figures.chart import Chart
 from cpr_fast.report.figures.table import Column, Table
-from cpr_fast.report.runs.run import MODEL_NAMES, VIEW_NAMES, Run
+from cpr_fast.report.run_folder.run import MODEL_NAMES, VIEW_NAMES, Run
 
 RANKS = (1, 5, 10, 20, 50)
 PROTOCOLS = {

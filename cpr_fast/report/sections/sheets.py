@@ -7,7 +7,7 @@ from typing import Any
 
 from cpr_fast.data.index.index import Video
 from cpr_fast.report.figures.film_strip import STRIP_FRAMES, film_strip
-from cpr_fast.report.runs.run import VIEW_NAMES, VIEWS, Run
+from cpr_fast.report.run_folder.run import VIEW_NAMES, VIEWS, Run
 
 SHEET_QUERIES = 6  # rows of a contact sheet
 

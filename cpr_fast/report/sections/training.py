@@ -9,7 +9,7 @@ from typing import Any
 from cpr_fast.report.figures.chart import Chart
 from cpr_fast.report.figures.curves import Band, Line, line_figure
 from cpr_fast.report.figures.table import Column, Table
-from cpr_fast.report.runs.run import VIEW_NAMES, VIEWS, Cycle, Run
+from cpr_fast.report.run_folder.run import VIEW_NAMES, VIEWS, Cycle, Run
 
 SERIES = {"rgb": 0, "flow": 1, "two_stream": 2, "residual": 3}
 SMOOTH_STEPS = 9  # window of the running medians

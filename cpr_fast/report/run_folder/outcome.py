@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpr_fast.report.runs.run import MODEL_NAMES, VIEW_NAMES, Cycle, Run
+from cpr_fast.report.run_folder.run import MODEL_NAMES, VIEW_NAMES, Cycle, Run
 
 NO_LOSS = 1e-6  # a loss this small has no gradient: everything a query is compared with is a positive
 SIGNS = ("pmr", "view_agreement", "hubness", "mutual_neighbours", "mined_age_steps", "mined_share")  # of mining
