@@ -1,4 +1,4 @@
 """Sections of the report's page, computed from the rows of run folders: numbers, tables, figures and sheets of clips.
 
-Imports `report.figures` and `report.runs`; `report` and `experiments` may import it.
+Imports `report.figures` and `report.run_folder`; `report` and `experiments` may import it.
 """
