@@ -34,6 +34,10 @@ def load(path: str | Path) -> Config:
     except UnicodeDecodeError as error:
         raise ConfigError(f"config file {str(path)!r}: expected UTF-8 text, got byte {error.start}: {error}") from None
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        if path.suffix == ".csv":
+            raise ConfigError(
+                f"CONFIG: expected a recipe, got the index {str(path)!r}; `cpr-fast init {path}` writes one for it"
+            ) from None
         raise ConfigError(f"config file {str(path)!r} is not valid {kind}: {error}") from None
     if kind == "JSON" and isinstance(values, dict):
         values.pop("videos", None)  # a run's config.json also says which videos it was trained on

@@ -62,8 +62,8 @@ def summary(report: dict[str, Any]) -> list[str]:
     if report["problems"]:
         lines.append(f"All problems: {Path(report['index']).with_suffix('.report.json')}")
     if set(report["splits"]) <= {""}:
-        lines.append("Without splits pretraining reads all videos, and `cpr-fast retrieve` needs "
-                     "--protocol leave_source_out.")  # fmt: skip
+        lines.append("Without splits pretraining reads all videos, and in `cpr-fast retrieve` every video queries "
+                     "those of all other sources.")  # fmt: skip
     return lines
 
 
