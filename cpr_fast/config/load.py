@@ -21,7 +21,7 @@ def load(path: str | Path) -> Config:
     there, the name is left as it is, relative to the working directory.
 
     Raises:
-        ConfigError: names the file and the key, what came and what was expected.
+        ConfigError: states the file, the key, what was found and what was expected.
     """
     path = Path(path)
     if not path.is_file():
@@ -40,7 +40,7 @@ def load(path: str | Path) -> Config:
             ) from None
         raise ConfigError(f"config file {str(path)!r} is not valid {kind}: {error}") from None
     if kind == "JSON" and isinstance(values, dict):
-        values.pop("videos", None)  # a run's config.json also says which videos it was trained on
+        values.pop("videos", None)  # a run's config.json also lists the videos it was trained on
     try:
         config = Config.from_dict(values)
     except ConfigError as error:
