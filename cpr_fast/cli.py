@@ -128,7 +128,8 @@ def _run(run: Callable[[list[str]], None], arguments: list[str]) -> int:
         from cpr_fast.runtime import distributed
 
         if distributed.is_main():
-            how = "continue with --resume" if arguments[0] == "pretrain" else "run the same command again to continue"
+            same = "run the same command again"
+            how = f"{same}, with --resume, to continue" if arguments[0] == "pretrain" else f"{same} to continue"
             print(f"cpr-fast: {stopped}; {how}", file=sys.stderr)
         distributed.finish()
         return 128 + stopped.signum

@@ -13,7 +13,9 @@ from support.cuda_emulation.device import ORDERS, Device, build
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request) -> torch.device:
-    """Every device. FAIL_WITHOUT_CUDA=1 turns the skip into a failure, so that a GPU job cannot pass by skipping."""
+    """Parametrizes tests by device. FAIL_WITHOUT_CUDA=1 turns the skip into a failure, so that a GPU job cannot pass by
+    skipping.
+    """
     if request.param == "cuda" and not torch.cuda.is_available():
         if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
             pytest.fail("FAIL_WITHOUT_CUDA=1, but torch sees no CUDA device")
@@ -53,7 +55,7 @@ def cpu_variants(kernel_library):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Tiny tensors: threads only wait for each other, all the more on a busy machine."""
+    """Limits torch to one thread: for tiny tensors, threads mostly wait, especially on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -62,7 +64,7 @@ def one_thread():
 
 @pytest.fixture
 def thread_counts():
-    """Thread counts to compare; torch's own count is restored afterwards."""
+    """Returns the thread counts to compare; torch's previous count is restored afterwards."""
     before = torch.get_num_threads()
     yield (1, 2, 5)
     torch.set_num_threads(before)
@@ -70,7 +72,7 @@ def thread_counts():
 
 @pytest.fixture(scope="session")
 def emulated() -> Device:
-    """The CUDA kernels' own source on the host."""
+    """The CUDA kernels, compiled from their unmodified source for the host."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++ to compile the kernels for the host")
     return Device(build())
@@ -78,18 +80,18 @@ def emulated() -> Device:
 
 @pytest.fixture(params=ORDERS)
 def every_order(request, emulated):
-    """Threads and blocks run forwards, backwards and shuffled."""
+    """Runs threads and blocks in forward, backward and shuffled order."""
     emulated.set_order(request.param)
     yield
     emulated.set_order("forward")
 
 
-# The rooms whose results are floating-point numbers of torch or of the kernels; see `make test`.
+# The folders whose tests compare floating-point results of torch or of the kernels; see `make test`.
 NUMERICS = ("ops/test_", "models/", "mining/", "pretrain/step/", "pretrain/state/", "pretrain/run/test_learning.py")
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests of numerics, which `make test` runs again with the instructions of an old processor."""
+    """Marks the numerical tests, which `make test` repeats with the instruction set of an old processor."""
     tests = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(tests) and str(item.path.relative_to(tests)).startswith(NUMERICS):

@@ -1,4 +1,4 @@
 """The command line: one file per command, by subject.
 
-The entry point `cpr_fast.cli` imports it; nothing else may.
+Only the entry point `cpr_fast.cli` may import it.
 """

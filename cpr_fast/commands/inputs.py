@@ -1,7 +1,8 @@
 """Checks of the files that a command line names, before the parser of options, torch or a data set is imported.
 
-The command line calls `check_inputs` for a misspelt path to be answered at once. Every command checks its own arguments
-once more, after they are parsed; that also finds what the order of the words hid from the first check.
+The command line calls `check_inputs` so that a misspelt path is reported immediately. Each command checks its arguments
+again after they are parsed. The second check also finds the paths that the first one misses because of the order of the
+arguments.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from cpr_fast.errors import InputError
 
 
 def require_file(option: str, path: str | Path | None) -> None:
-    """Raises InputError naming the option if its file is given but is not there."""
+    """Raises InputError that names the option, if its file is given but does not exist."""
     if path is not None and not Path(path).is_file():
         state = "is a folder" if Path(path).is_dir() else "does not exist"
         raise InputError(f"{option}: expected a file, but {str(path)!r} {state}")
@@ -26,7 +27,7 @@ def require_files(option: str, paths: Iterable[str | Path]) -> None:
 
 
 def require_folder(option: str, path: str | Path | None) -> None:
-    """Raises InputError naming the option if its folder is given but is not there."""
+    """Raises InputError that names the option, if its folder is given but does not exist."""
     if path is not None and not Path(path).is_dir():
         state = "is a file" if Path(path).exists() else "does not exist"
         raise InputError(f"{option}: expected a folder, but {str(path)!r} {state}")
@@ -39,13 +40,13 @@ def require_folders(option: str, paths: Iterable[str | Path]) -> None:
 
 
 def require_data_set(option: str, path: str | Path) -> None:
-    """Raises InputError naming the option if there is neither a folder nor an LMDB file."""
+    """Raises InputError that names the option, if the path is neither a folder nor an LMDB file."""
     if not Path(path).exists():
         raise InputError(f"{option}: expected a folder or an LMDB file, but {str(path)!r} does not exist")
 
 
 def require_checkpoints(option: str, checkpoints: Iterable[str]) -> None:
-    """Checks that the files of FILE or VIEW=FILE arguments are there."""
+    """Checks that the files of FILE or VIEW=FILE arguments exist."""
     given = list(checkpoints)
     if not given:
         raise InputError(f"{option}: expected a checkpoint file, got none")
@@ -56,7 +57,7 @@ def require_checkpoints(option: str, checkpoints: Iterable[str]) -> None:
 
 
 def require_at_least(option: str, least: float, value: float | None) -> None:
-    """Raises InputError naming the option if its number is given but is smaller than `least`, or is not a number."""
+    """Raises InputError that names the option, if its value is given but is smaller than `least` or is not a number."""
     if value is not None and not value >= least:
         raise InputError(f"{option}: expected {least} or more, got {value}")
 
@@ -100,7 +101,7 @@ INPUTS: dict[str, dict[str, Check]] = {
 
 
 def check_inputs(command: str, arguments: Sequence[str]) -> None:
-    """Checks the input files that can be told from the words of a command line alone.
+    """Checks the input files that can be identified in a command line before it is parsed.
 
     These are the values of the options in `INPUTS` and the words before the first option. Raises InputError naming the
     option or argument.

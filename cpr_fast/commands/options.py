@@ -16,5 +16,5 @@ CheckpointFiles = Annotated[
 ]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Print one JSON object on stdout.")]
-# The names of `cpr_fast.evaluate.features.recipe`, repeated here to spare the command line its imports.
+# The names of `cpr_fast.evaluate.features.recipe`, repeated here so that the command line need not import that module.
 RecipeName = Literal["paper", "coclr", "iic"]

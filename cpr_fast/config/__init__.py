@@ -1,6 +1,6 @@
-"""Every setting of a run, how it is read from a file, and how it is checked.
+"""Defines every setting of a run, reads settings from files, and checks them.
 
-Imports only `errors`, never torch; every other room may import it.
+Imports only `errors`, never torch; every other package of `cpr_fast` may import it.
 """
 
 from cpr_fast.config.config import Config

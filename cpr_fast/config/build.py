@@ -1,4 +1,4 @@
-"""Plain TOML or JSON data as nested dataclasses, checked all the way down."""
+"""Converts plain TOML or JSON data to nested dataclasses and checks the type of every value."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def build(kind: Any, value: Any, where: str) -> Any:
     Args:
         kind: A dataclass, or the type of one of its fields.
         value: The data.
-        where: The key that the value stands at, for messages; "" for the whole config.
+        where: The key of the value, for error messages; "" for the whole config.
 
-    Raises ConfigError naming the key, what came and what was expected.
+    Raises ConfigError, which states the key, what was found and what was expected.
     """
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):

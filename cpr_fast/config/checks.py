@@ -37,7 +37,7 @@ def check_sections(
 ) -> None:
     """Checks every section of a config, and the settings of one section against those of another.
 
-    Raises ConfigError naming the key, what came and what was expected.
+    Raises ConfigError, which states the key, what was found and what was expected.
     """
     _check_positive(
         {

@@ -10,7 +10,8 @@ from cpr_fast.config.sections import ConfigError
 
 
 def scale_epochs(config: Config, epochs: int) -> Config:
-    """Returns the config with exactly `epochs` epochs in all, shared among its cycles as before.
+    """Returns the config with exactly `epochs` epochs in total, divided among its cycles in the same proportions as
+    before.
 
     The milestones of each cycle are scaled along, see `scale_milestones`.
 
@@ -30,8 +31,8 @@ def scale_milestones(milestones: Sequence[int], old: int, new: int) -> tuple[int
     """Returns the milestones of a training of `old` epochs for one of `new` epochs.
 
     Epochs are counted from 0, so a milestone takes effect if it lies in 1..new - 1. Milestones that would fall on the
-    same epoch or behind the end are moved to neighbouring epochs. If there are more milestones than such epochs, the
-    first ones are dropped. Milestones that never took effect in the old training are dropped, too.
+    same epoch or after the last one are moved to neighbouring epochs. If there are more milestones than such epochs,
+    the first ones are dropped. Milestones that never took effect in the old training are dropped, too.
     """
     effective = sorted(milestone for milestone in milestones if milestone < old)
     count = min(len(effective), new - 1)
@@ -51,7 +52,7 @@ def _shares(parts: Sequence[int], total: int) -> list[int]:
         owed = [part * total - share * whole for part, share in zip(parts, shares, strict=True)]
         if rest > 0:
             shares[owed.index(max(owed))] += 1
-        else:  # a cycle got its one epoch at the expense of the others
+        else:  # raising small shares to 1 made the sum too large
             largest = min((i for i, share in enumerate(shares) if share > 1), key=owed.__getitem__)
             shares[largest] -= 1
     return shares

@@ -21,7 +21,7 @@ def load(path: str | Path) -> Config:
     there, the name is left as it is, relative to the working directory.
 
     Raises:
-        ConfigError: names the file and the key, what came and what was expected.
+        ConfigError: states the file, the key, what was found and what was expected.
     """
     path = Path(path)
     if not path.is_file():
@@ -34,9 +34,13 @@ def load(path: str | Path) -> Config:
     except UnicodeDecodeError as error:
         raise ConfigError(f"config file {str(path)!r}: expected UTF-8 text, got byte {error.start}: {error}") from None
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        if path.suffix == ".csv":
+            raise ConfigError(
+                f"CONFIG: expected a recipe, got the index {str(path)!r}; `cpr-fast init {path}` writes one for it"
+            ) from None
         raise ConfigError(f"config file {str(path)!r} is not valid {kind}: {error}") from None
     if kind == "JSON" and isinstance(values, dict):
-        values.pop("videos", None)  # a run's config.json also says which videos it was trained on
+        values.pop("videos", None)  # a run's config.json also lists the videos it was trained on
     try:
         config = Config.from_dict(values)
     except ConfigError as error:

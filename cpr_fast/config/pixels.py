@@ -1,5 +1,4 @@
-"""What a network sees of a pixel: the normalisation of every augmentation, in one place that imports neither DALI nor
-torch."""
+"""The pixel normalisation of every augmentation, in a module that imports neither DALI nor torch."""
 
 from __future__ import annotations
 
@@ -10,5 +9,6 @@ Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 def normalisation(augment: str) -> Normalisation:
-    """(mean, std) of a channel in 0..1, for every view: ImageNet's [CoCLR], or none [IIC]."""
+    """Returns the (mean, std) of the channels, for values in 0..1 and for every view: ImageNet's [CoCLR], or none
+    [IIC]."""
     return ((0.0,) * 3, (1.0,) * 3) if augment == "iic" else (IMAGENET_MEAN, IMAGENET_STD)

@@ -11,9 +11,17 @@ FOLDER = Path(__file__).resolve().parents[1] / "configs"
 
 
 def recipes() -> dict[str, str]:
-    """Returns the name of every recipe with the first line of its description."""
-    files = sorted(FOLDER.glob("*.toml"))
-    return {file.stem: file.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for file in files}
+    """Returns the name of every recipe with the start of its description, up to the first line that ends a sentence."""
+    return {file.stem: _description(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("*.toml"))}
+
+
+def _description(text: str) -> str:
+    said: list[str] = []
+    for line in text.split("\n"):
+        said.append(line.lstrip("# "))
+        if not said[-1] or said[-1].endswith("."):
+            break
+    return " ".join(said).strip()
 
 
 def find_config(name: str | Path) -> Path:

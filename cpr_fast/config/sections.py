@@ -7,7 +7,7 @@ from typing import Literal
 
 from cpr_fast.errors import InputError
 
-QUARTERS = 4  # of a clip, two of which an intra-negative exchanges [IIC]
+QUARTERS = 4  # number of quarters of a clip; an intra-negative swaps two of them [IIC]
 
 View = Literal["rgb", "flow", "residual"]
 Mining = Literal["none", "label", "cascade"]
@@ -92,8 +92,8 @@ class MiningConfig:
     stages: int = 7  # n, number of stages; n = 1 is CoCLR
     ratio: float = 0.5  # r, fraction of the entries that each stage but the last keeps
     top_k: int = 5  # P, number of positives that the last stage keeps
-    # The feature that memory entries are compared with: "key" is f_q+ [paper], "query" is f_q [published code]; None
-    # takes what loss.protocol says.
+    # The feature that memory entries are compared with: "key" is f_q+ [paper], "query" is f_q [published code]; None:
+    # the one that loss.protocol implies.
     anchor: Literal["key", "query"] | None = None
 
 
@@ -212,7 +212,7 @@ class RunConfig:
     log_every: int = 1  # steps between two rows of metrics.jsonl
     checkpoint_every: int = 0  # steps between checkpoints within an epoch; one is written after every epoch anyway
     keep_checkpoints: int = 2  # number of recent checkpoints to keep, besides the best one
-    # Seconds without progress after which the process that the others wait for is named; 0: never.
+    # Seconds without progress after which the process that the others wait for is reported; 0: never.
     stall_timeout_s: float = 120.0
     tensorboard: bool = False  # also write TensorBoard event files
     # "default": torch.compile of the encoders; "cuda_graphs": torch.compile with CUDA graphs

@@ -1,4 +1,4 @@
 """From videos on disk to clips: storage, decoding, indexes, optical flow, clip loading, synthetic videos.
 
-Imports `config`, `runtime` and `ops`; models and training are unknown here.
+Imports `config`, `runtime` and `ops`; it must not import models or training.
 """

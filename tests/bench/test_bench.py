@@ -1,4 +1,4 @@
-"""The benchmark runs, and what it compares computes the same thing."""
+"""The benchmark runs, and all the forms that it compares compute the same result."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    """The command on one small shape, without the compiler's half minute."""
+    """Runs the command on one small shape without torch.compile, which takes half a minute."""
     out = tmp_path_factory.mktemp("bench")
     options = ["--shapes", "5x300", "--without", "torch.compile", "--largest", "2048", "--seconds", ".2"]
     command = [sys.executable, "bench/kernels/compare.py", *options, "--out", str(out)]
@@ -31,7 +31,9 @@ def test_every_form_computes_the_same(report):
         forms = [row["form"] for row in ran if (row["op"], row["direction"]) == (op, direction)]
         assert "cpr_fast" in forms and any("eager" in form for form in forms)
     for row in ran:
-        limit = 0.05 if row["op"] == "cascade_select" else 1e-5  # a float32 gap may fall the other way
+        limit = (
+            0.05 if row["op"] == "cascade_select" else 1e-5
+        )  # rounding in float32 may reverse the order of nearly equal scores
         assert row["error"] is None or row["error"] <= limit, row
         assert row["time_ms"] > 0 and row["floor_ms"] > 0 and row["peak_mib"] >= 0
 
@@ -92,7 +94,7 @@ def test_a_step_with_the_operators_is_one_with_their_references(tmp_path):
 
 
 def test_the_loader_beside_other_decoders(tmp_path):
-    """Every form gives the clips that are asked for; a peer that is not installed says so."""
+    """Every form returns the requested clips; a peer that is not installed is reported as such."""
     pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")
     from cpr_fast.data.synthetic.videos import write_synthetic
 

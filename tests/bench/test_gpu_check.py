@@ -1,4 +1,4 @@
-"""bench/gpu_check.sh without a GPU: stand-ins for the programs it calls show what it would run and what it reports."""
+"""Tests bench/gpu_check.sh without a GPU: stand-ins for the programs that it calls show its commands and its report."""
 
 import json
 import os
@@ -20,7 +20,7 @@ echo "$(basename "$0") $* FAIL_WITHOUT_CUDA=$FAIL_WITHOUT_CUDA" >>{log}
 
 @pytest.fixture
 def check(tmp_path):
-    """Runs the script with every program replaced; returns its exit status, its JSON and the commands it gave."""
+    """Runs the script with every program replaced; returns its exit status, its JSON and the commands that it ran."""
     for name in ("bench/gpu_check.sh", "bench/results/gpu_pending.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -45,7 +45,7 @@ def check(tmp_path):
 
 def test_every_step_is_given_and_reported(check):
     process, report, commands = check()
-    # build/gpu/test_kernels is not there: the pending item that starts it fails, and is named.
+    # build/gpu/test_kernels is not there: the pending item that starts it fails, and the report lists that item.
     steps = {step["step"]: step for step in report["steps"]}
     assert {"device", "build", "tests", "training", "bench", "suites"} <= steps.keys()
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):

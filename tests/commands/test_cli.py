@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, one-line errors, JSON on stdout and nothing else there."""
+"""The command line as users see it: exit codes, errors of one line, and nothing but JSON on stdout."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from cpr_fast.weights.checkpoint import load_checkpoint
 
 
 def run_module(*arguments):
-    """`python -m` of the arguments; processes that share few cores get one thread each."""
+    """Runs `python -m` with the arguments; processes get one thread each, because they may share few cores."""
     command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -108,7 +108,7 @@ def test_bad_input_is_one_named_line_and_exit_code_2(tmp_path, monkeypatch, caps
     assert captured.out == ""
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
-    assert not list(tmp_path.iterdir())  # nothing half-written
+    assert not list(tmp_path.iterdir())  # no partially written file
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,9 @@ def test_files_in_the_place_of_folders_are_bad_input(tmp_path, monkeypatch, caps
 
 
 def test_torchrun_trains_on_two_processes_without_a_setting(tmp_path):
-    """The real loader, every default: each process takes its share of the batches, the first one writes and prints."""
+    """With the real loader and all defaults, each process takes its share of the batches; only the first one writes and
+    prints.
+    """
     pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")
     index = write_synthetic(tmp_path / "data", classes=4, videos=4, frames=8, width=64, height=48, progress=False)
     path = tmp_path / "c.toml"

@@ -1,4 +1,4 @@
-"""`cpr-fast init`: recipes for data sets of every size, that load and in which the memory fills in time."""
+"""`cpr-fast init`: its recipes load, and the memory fills early enough, for data sets of every size."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What commands print: tables, rates, names of files that are not valid Unicode."""
+"""Output of the commands: tables, rates, and file names that are not valid Unicode."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import pytest
 from cpr_fast.cli import main
 from cpr_fast.commands.output import printable, rate, show, table
 
-STRANGE = os.fsdecode(b"caf\xe9.mp4")  # Latin-1, so that the name holds a surrogate
+STRANGE = os.fsdecode(b"caf\xe9.mp4")  # encoded as Latin-1, so that the decoded name contains a surrogate
 
 
 def test_a_table_is_aligned_without_trailing_spaces():
@@ -36,7 +36,7 @@ def test_names_that_are_not_unicode_can_be_printed(capsys):
     assert printable("Vidéo 視頻.mp4") == "Vidéo 視頻.mp4"
     show({"path": STRANGE, "rows": [], "counts": {"a": 1}}, False, next_step=f"open {STRANGE}")
     printed = capsys.readouterr().out
-    assert printed.encode("utf-8")  # would fail for a surrogate
+    assert printed.encode("utf-8")  # would raise an exception for a surrogate
     assert printed.splitlines() == [
         r"path: caf\udce9.mp4",
         "rows: none",

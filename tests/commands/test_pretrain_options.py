@@ -1,4 +1,4 @@
-"""The command line of `pretrain` is split into CONFIG, flags and settings, in any order."""
+"""The arguments of `pretrain` (CONFIG, flags and settings) are told apart in any order."""
 
 import pytest
 

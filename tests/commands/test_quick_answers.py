@@ -12,7 +12,8 @@ from cpr_fast.cli import COMMANDS
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ["torch", "nvidia.dali", "av", "numpy"]
 
-# Runs command lines one after another in one process, and prints for each its exit code and the heavy modules so far.
+# Runs command lines one after another in one process, and prints for each one its exit code and the heavy modules
+# that have been imported so far.
 PROGRAM = f"""
 import contextlib, io, json, sys
 from cpr_fast.cli import main
@@ -27,7 +28,7 @@ for arguments in json.load(sys.stdin):
 print(json.dumps(answers))
 """
 
-# One command line per command, whose input file or folder does not exist; F is a file that does.
+# One command line for each command. Its input file or folder does not exist; F stands for an existing file.
 MISSING = [
     "doctor no.csv",
     "doctor F --config no.toml",

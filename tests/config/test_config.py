@@ -1,4 +1,4 @@
-"""The config: TOML files hold differences, unknown or contradictory settings are named."""
+"""The config: TOML files contain only changes to defaults; errors name unknown or contradictory settings."""
 
 import dataclasses
 

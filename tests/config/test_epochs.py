@@ -1,4 +1,4 @@
-"""`--epochs`: exactly as many epochs as asked for, and no drop of the learning rate is lost."""
+"""`--epochs`: a run has exactly the requested number of epochs, and every drop of the learning rate takes place."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def test_every_recipe_keeps_total_and_drops(name):
 def test_the_share_of_each_cycle_is_the_largest_remainder():
     cycles = (Cycle("rgb", 300, "none"), Cycle("flow", 300, "none"), Cycle("rgb", 1), Cycle("flow", 99))
     config = dataclasses.replace(Config(), schedule=dataclasses.replace(Config().schedule, cycles=cycles))
-    # Of 10 epochs: 4.28, 4.28, .01 and 1.41. The third cycle needs one, which the others must give up.
+    # Of 10 epochs: 4.28, 4.28, .01 and 1.41. The third cycle needs one epoch, so the others get one less in total.
     assert [cycle.epochs for cycle in scale_epochs(config, 10).schedule.cycles] == [4, 4, 1, 1]
     assert [cycle.epochs for cycle in scale_epochs(config, 4).schedule.cycles] == [1, 1, 1, 1]
     with pytest.raises(ConfigError, match="--epochs: expected at least one epoch for each of the 4 cycles, got 3"):
@@ -54,7 +54,7 @@ def test_the_share_of_each_cycle_is_the_largest_remainder():
         ((250, 280), 300, 1, ()),
         ((60, 80), 100, 4, (2, 3)),
         ((299,), 300, 10, (9,)),  # would be epoch 10, which does not exist
-        ((80, 100, 200), 100, 50, (40,)),  # the others never took effect
+        ((80, 100, 200), 100, 50, (40,)),  # the other drops never took effect
         ((), 100, 5, ()),
     ],
 )

@@ -1,4 +1,4 @@
-"""Finding and reading config files: recipes by name, relative paths, and files that editors and mistakes leave."""
+"""Finding and reading config files: recipes by name, relative paths, and unusual or malformed files."""
 
 import json
 from pathlib import Path
@@ -52,8 +52,8 @@ def test_inputs_are_relative_to_the_config_where_they_are_there(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     config = load("set/config.toml")
     assert (config.data.index, config.model.init.rgb) == ("set/index.csv", "set/start.pt")
-    assert config.model.init.flow == "elsewhere.pt"  # not there: relative to the working directory
-    assert config.run.out == Config().run.out  # an output
+    assert config.model.init.flow == "elsewhere.pt"  # does not exist there: relative to the working directory
+    assert config.run.out == Config().run.out  # a path to an output
     monkeypatch.chdir(folder)
     assert Path(load("config.toml").data.index).is_file()
     path.write_text(f'[data]\nindex = "{folder / "index.csv"}"\n')

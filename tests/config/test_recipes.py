@@ -1,4 +1,4 @@
-"""Every recipe in configs/: it loads, names what it reproduces, and trains, at reduced size, on random clips."""
+"""Every recipe in configs/ loads, names the results that it reproduces, and trains at reduced size on random clips."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from cpr_fast.runtime.metrics import read_metrics
 
 FOLDER = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(FOLDER.glob("*.toml"))
-# Tables of the paper -> names of published.toml, in the files' numbering.
+# Table of the paper, as numbered in the file names of recipes -> names in published.toml.
 TABLES = {1: "stages", 2: "ratio", 3: "progressive", 4: "mining", 5: "methods", 6: "retrieval_ucf101", 7: "finetune"}
 
 
 def small(config: Config, out: Path) -> Config:
-    """The same method at a size that takes a moment: two steps an epoch, a memory that fills in one."""
+    """Returns the same method at a size that trains quickly: two steps per epoch; the memory fills in one epoch."""
     values = config.to_dict()
     s3d = config.model.arch == "s3d"
     values["data"] |= {"frames": 5, "size": 20, "batch_size": 4} if s3d else {"frames": 8, "size": 16, "batch_size": 4}
@@ -61,7 +61,7 @@ def pretraining(config: Config) -> tuple:
 
 
 def runs() -> dict[str, list[Path]]:
-    """Recipes by the run folder they share: rows of several tables may come of one pretraining."""
+    """Groups recipes by the run folder that they share: one pretraining may give rows of several tables."""
     shared: dict[str, list[Path]] = {}
     for path in RECIPES:
         shared.setdefault(load(path).run.out, []).append(path)

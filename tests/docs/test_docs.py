@@ -1,4 +1,4 @@
-"""Every command and every block of Python in docs/, run in order in one folder; every path they name exists."""
+"""Runs every command and Python block of docs/ in order in one folder, and checks that all paths they name exist."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAGES = [ROOT / "docs" / f"{name}.md" for name in ("data", "methods", "evaluatio
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page; line is where it opens."""
+    """A fenced block of a page; `line` is the line of its opening fence."""
 
     page: Path
     line: int
@@ -34,14 +34,14 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """The fenced blocks of a page, in order."""
+    """Returns the fenced blocks of a page, in order."""
     text = page.read_text(encoding="utf-8")
     found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return [Block(page, text[: match.start()].count("\n") + 1, *match.groups()) for match in found]
 
 
 def run(command: str, folder: Path) -> None:
-    """One command of a console block: cpr-fast in this process, anything else in a shell."""
+    """Runs one command of a console block: cpr-fast in this process, other commands in a shell."""
     words = shlex.split(command)
     if words[0] == "cpr-fast":
         assert main(words[1:]) == 0
@@ -54,7 +54,7 @@ def run(command: str, folder: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """An empty folder but for the checkout's examples; `synth` writes 64x48 instead of 160x120."""
+    """A folder that contains only the examples of the checkout; `synth` writes 64x48 instead of 160x120."""
     small = functools.partial(synthetic.write_synthetic, frames=24, width=64, height=48)
     monkeypatch.setattr(synthetic, "write_synthetic", small)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -63,7 +63,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def lay_out_ucf101(folder: Path) -> None:
-    """UCF-101/ and its lists, of the synthetic videos under the official names."""
+    """Writes UCF-101/ and its lists: synthetic videos with the official names."""
     videos = sorted((folder / "data").rglob("*.mp4"))
     videos = [path for path in videos if "flow" not in path.parts][:4]
     lists = folder / "ucfTrainTestlist"
@@ -123,5 +123,5 @@ def test_what_a_page_names_exists(page):
 
 
 def test_every_page_is_run():
-    """But install.md, whose commands build and install the package: the tests marked `packaging` run those."""
+    """Excludes install.md, whose commands build and install the package: the tests marked `packaging` run those."""
     assert set((ROOT / "docs").glob("*.md")) == {*PAGES, ROOT / "docs/install.md"}

@@ -1,4 +1,4 @@
-"""Every example runs, and what it prints is right."""
+"""Every example runs and prints the right output."""
 
 import re
 import shutil
@@ -48,7 +48,7 @@ def test_lightly():
 
 
 def test_find_package(tmp_path):
-    """The library as C++ users get it: installed from the checkout's build, found by CMake, linked and run."""
+    """Tests the library as C++ users get it: installed from the checkout's build, found by CMake, linked and run."""
     build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
     cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
     if cmake is None or not (build / "cmake_install.cmake").exists():

@@ -1,4 +1,4 @@
-"""The structure of the repository: which folder may import which, and how long files and functions may be."""
+"""The structure of the repository: which folders may import each other, and how long files and functions may be."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "cpr_fast"
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_FILES = 400, 60, 9
 
-# The rooms from the bottom up: a room may import itself, `errors`, and rooms that come before it in this list, but
-# for those that FORBIDDEN names.
+# The rooms (packages and modules) from the bottom up: a room may import itself, `errors`, and rooms earlier in this
+# list, except for those in FORBIDDEN.
 ORDER = (
     "errors",
     "config",
@@ -47,8 +47,8 @@ ORDER = (
     "commands",
     "cli",
 )
-# Rooms that could be imported by their place in the list, but must not be: the operators need torch alone, networks
-# know nothing of data, data nothing of networks, evaluation and reports nothing of training.
+# Rooms that must not be imported although they come earlier in the list: operators need only torch, networks and data
+# do not depend on each other, and evaluation and reports do not depend on training.
 FORBIDDEN = {
     "ops": {"config", "runtime"},
     "models": {"runtime", "ops"},
@@ -60,14 +60,14 @@ FORBIDDEN = {
 
 
 def python_files(*folders: str) -> list[Path]:
-    """The Python files below the folders that git knows or would add."""
+    """Returns the Python files below the folders that git tracks or does not ignore."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     return [ROOT / name for name in listed if name.endswith(".py") and (ROOT / name).is_file()]
 
 
 def room_of(module: str) -> str:
-    """The room of a module, which is the longest entry of ORDER that its name begins with; "" for none."""
+    """Returns the room of a module: the longest entry of ORDER that its name starts with, or "" if there is none."""
     name = module.removeprefix("cpr_fast").removeprefix(".")
     rooms = [room for room in ORDER if name == room or name.startswith(room + ".")]
     return max(rooms, key=len, default="")
@@ -79,7 +79,7 @@ def module_name(path: Path) -> str:
 
 
 def imported_modules(path: Path) -> Iterator[str]:
-    """Every module of cpr_fast that a file imports, inside functions too."""
+    """Returns every module of cpr_fast that a file imports, including imports inside functions."""
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

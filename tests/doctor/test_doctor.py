@@ -97,7 +97,7 @@ def test_no_index_and_no_video_left(tmp_path, good):
 
 @pytest.mark.parametrize("stage", ["decode", "augment", "step"])
 def test_the_slow_stage_is_named(good, monkeypatch, stage):
-    """A stage that sleeps is the bottleneck, and the advice is about it."""
+    """A stage that sleeps becomes the bottleneck, and the advice is about that stage."""
     target = {"decode": (bottleneck, "needed_parts"), "augment": (bottleneck.ClipGraph, "run"),
               "step": (bottleneck, "build_encoder")}[stage]  # fmt: skip
     real = getattr(*target)

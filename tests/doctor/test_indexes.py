@@ -1,4 +1,6 @@
-"""`doctor` on every kind of index: findings instead of an exception, ordered by what they change, with estimates."""
+"""`doctor` on every kind of index: it reports findings instead of raising, in the order of their effect, with
+estimates.
+"""
 
 import json
 import os
@@ -23,7 +25,7 @@ HEADER = "path,label,source,split,num_frames,fps,width,height,flow_path"
 
 @pytest.fixture(autouse=True)
 def no_codecs(monkeypatch):
-    """The codecs do not depend on the index, and checking them takes seconds."""
+    """Skips the check of the codecs, which takes seconds and does not depend on the index."""
     monkeypatch.setattr(checks, "codecs", lambda device, findings: [])
 
 

@@ -1,4 +1,6 @@
-"""Decode parity, codec by codec: every seek exact, DALI's frames the right ones, its clips near PIL's."""
+"""Decode parity for each codec: every seek is exact, DALI returns the right frames, and its clips are close to
+PIL's.
+"""
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ def test_every_seek_of_every_codec(codec, tmp_path):
     if path is None:
         pytest.skip(f"FFmpeg has no encoder for {codec}")
     truth = decode_linearly(path)
-    assert len(truth) == 40 and len({frame.tobytes() for frame in truth}) == 40  # a wrong frame would show
+    assert len(truth) == 40 and len({frame.tobytes() for frame in truth}) == 40  # a wrong frame would exceed this
     row = seek_parity(path, truth, 8)
     assert row["seeks"] == 33 and row["identical"] == row["packets_identical"] == row["frames"] == 33 * 8
     dali = dali_parity(path, truth, 8, range(0, 33, 6), CPU)

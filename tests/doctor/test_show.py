@@ -1,4 +1,4 @@
-"""`show-sample`: the picture holds the very pixels of the training batch."""
+"""`show-sample`: the picture contains exactly the pixels of the training batch."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_the_sheet_is_the_batch(index_csv, tmp_path):
         for t in (0, 15, 16, 17):
             top, left = strip * (LABEL_HEIGHT + 64) + LABEL_HEIGHT + t // 16 * 32, t % 16 * 32
             error = np.abs(sheet[top : top + 32, left : left + 32] - levels[t])
-            assert error.max() <= (view == "residual")  # half levels may be rounded either way
+            assert error.max() <= (view == "residual")  # half levels may be rounded up or down
     assert [path.name for path in tmp_path.iterdir()] == ["s.png"]
 
 

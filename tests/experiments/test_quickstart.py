@@ -1,4 +1,4 @@
-"""The main job end to end, on a data set small enough for a test: every part feeds the next one."""
+"""The quick start end to end on a small data set: every part uses the output of the previous one."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from cpr_fast.runtime.metrics import read_metrics
 
 @pytest.fixture
 def small(monkeypatch):
-    """12 sources of 64x48 instead of 288 of 160x120, and one epoch a cycle; nothing else differs."""
+    """Uses 12 sources of 64x48 instead of 288 of 160x120, and one epoch per cycle; nothing else differs."""
     write = functools.partial(
         synthetic.write_synthetic, classes=4, videos=4, frames=20, width=64, height=48, progress=False
     )
@@ -58,7 +58,7 @@ def test_main_job_from_nothing_to_a_report_and_again(small, tmp_path, capsys):
     page = (out / "report.html").read_text()
     assert f"{100 * first['r@1']:.1f}" in page
 
-    assert main(["quickstart", "--out", str(out), "--json"]) == 0  # finished: nothing is made or trained again
+    assert main(["quickstart", "--out", str(out), "--json"]) == 0  # already finished: nothing is computed again
     second = json.loads(capsys.readouterr().out)
     assert {key: second[key] for key in first if key.startswith("r@")} == {
         key: first[key] for key in first if key.startswith("r@")

@@ -1,4 +1,4 @@
-"""`reproduce` end to end on a few tiny videos: shared starts, cards, going on, the table; and what it refuses."""
+"""`reproduce` end to end on a few tiny videos: shared starts, result cards, resuming, the table, and refused input."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def test_two_rows_two_seeds_and_going_on(tmp_path, index, one_thread, capsys):
     assert run(tmp_path, index, *command) == 0
     first = json.loads(capsys.readouterr().out)
     runs = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/runs/*/checkpoints/last.pt")}
-    assert len(list(tmp_path.glob("out/runs/infonce*"))) == 2  # a start for each seed, shared by both rows
+    assert len(list(tmp_path.glob("out/runs/infonce*"))) == 2  # one start for each seed, shared by both rows
     assert len(list(tmp_path.glob("out/runs/*"))) == 6 and len(first["cards"]) == 4 and runs
     card = json.loads((tmp_path / "out" / first["cards"][0].split("out/")[1]).read_text())
     assert card["published"]["r@1"] == pytest.approx(0.451) and card["seed"] == 0 and "0.1 %" in card["scale"]["text"]
@@ -60,7 +60,9 @@ def test_two_rows_two_seeds_and_going_on(tmp_path, index, one_thread, capsys):
     table = (tmp_path / "out" / "stages.md").read_text()
     assert "(45.1)" in table and "±" in table and "0.1 % of the paper's epochs" in table
 
-    assert run(tmp_path, index, "mining", "--rows", "n7", "--seeds", "0") == 0  # trains again: another recipe file
+    assert (
+        run(tmp_path, index, "mining", "--rows", "n7", "--seeds", "0") == 0
+    )  # trains again, because the recipe file differs
     assert "PMR (published)" in capsys.readouterr().out
 
 

@@ -65,7 +65,7 @@ schedule = { cycles = [{ view = "rgb", epochs = 12, mining = "none" }] }
     errors = first.communicate(timeout=300)[1]
     saved = load_checkpoint(folder / "run" / "checkpoints" / "last.pt")["step"]
     assert 3 <= saved < 36, errors
-    assert f"stopped by SIGTERM after step {saved - 1}; saved" in errors
+    assert f"stopped by SIGTERM after step {saved}; saved" in errors
     assert first.returncode != 0
     assert (folder / "scontrol.log").read_text() == "requeue 7\n"
 

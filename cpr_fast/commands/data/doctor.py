@@ -20,7 +20,7 @@ def doctor(
     seconds: float = 60.0,
     json: Json = False,
 ) -> None:
-    """Check the installation and a data set, say what to change first, and estimate the cost of the next steps.
+    """Check the installation and a data set, list what to change first, and estimate the cost of the next steps.
 
     The exit code is 1 if anything is broken.
 
@@ -28,7 +28,7 @@ def doctor(
         index: An index (CSV) whose data are checked, and for which the time of a training step is measured.
         config: The TOML file with the settings of that training step.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        seconds: How long measuring a training step may take; 0 leaves it out.
+        seconds: Time for measuring a training step, in seconds; 0 skips the measurement.
     """
     require_file("INDEX", index)
     require_file("--config", config)

@@ -24,8 +24,8 @@ def flow(
     """Compute the TV-L1 optical flow of every video of an index, and fill the index's column flow_path.
 
     The expected time, core-hours and disk are printed first. The same command continues a run that was stopped, and
-    computes the flow of videos that were added or changed. A video that gives no flow is reported and left out; the
-    next run tries it again.
+    computes the flow of videos that were added or changed. A video whose flow cannot be computed is reported and
+    skipped; the next run tries it again.
 
     Args:
         index: The index (CSV) that `cpr-fast index` wrote.
@@ -49,7 +49,7 @@ def flow(
 
 
 def _summary(report: dict[str, Any], index: Path, shard: tuple[int, int], waiting: int) -> list[str]:
-    """What was done, and what has no flow and why."""
+    """Returns a summary of the work done and of the videos without flow, with the reasons."""
     from cpr_fast.data.storage.unreadable import by_kind
     from cpr_fast.runtime.progress import duration
 

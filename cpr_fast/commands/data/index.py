@@ -32,9 +32,9 @@ def index(
 ) -> None:
     """List and check the videos of a data set, and write an index for the other commands.
 
-    The index is a CSV file with one row per video. Everything that is wrong or unusual (broken, damaged, rotated or
-    short videos, unreadable folders, contradictory lists) is summarised and written to <name>.report.json. A run that
-    was stopped continues where it was.
+    The index is a CSV file with one row per video. Every problem or unusual property (broken, damaged, rotated or
+    short videos, unreadable folders, contradictory lists) is summarised and written to <name>.report.json. Running the
+    same command again resumes a stopped run.
 
     Args:
         root: Folder of the data set, or an LMDB file.
@@ -45,9 +45,10 @@ def index(
         split: Which of the official splits to take (ucf101, hmdb51, coclr).
         class_order: The data set's own order of classes (HMDB51: that of CoCLR and CPR), or alphabetical (IIC).
         flow_lmdb: LMDB file that holds the flow of the same videos.
-        verify: Decode every video whole; the default below 10,000 videos.
+        verify: Decode every video completely; the default below 10,000 videos.
         no_verify: Count packets only; the default from 10,000 videos on.
-        transcode: Re-encode every video (H.264, short groups of pictures, upright) into this folder and list these.
+        transcode: Re-encode every video (H.264, short groups of pictures, upright) into this folder, and list the
+            re-encoded videos.
         short_side: Largest short side of transcoded videos, in pixels.
         min_frames: Leave out videos with fewer frames.
         shard: i/n: probe the i-th of n shares, 0 <= i < n. The shard that finishes last writes the index.

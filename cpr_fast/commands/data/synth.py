@@ -22,7 +22,7 @@ def synth(
         out: Folder to write, new or empty; OUT/index.csv lists the videos.
         classes: Number of classes, 4 or 6 to 36; a class is a motion in a kind of scene.
         videos: Number of source videos of each class, at least 2; every second one gives two clips.
-        seed: Seed of everything that is drawn, at least 0.
+        seed: Seed of all random draws, at least 0.
     """
     from cpr_fast.data.index.index import Index
     from cpr_fast.data.synthetic.videos import write_synthetic

@@ -1,4 +1,4 @@
-"""What `cpr-fast probe` and `cpr-fast finetune` share."""
+"""Functions shared by `cpr-fast probe` and `cpr-fast finetune`."""
 
 from __future__ import annotations
 

@@ -69,9 +69,11 @@ def lines_of(result: dict[str, Any]) -> list[str]:
         f"recipe {result['recipe']}"
     )
     header = ["network, view", *(f"R@{k}" for k in RANKS), "R@1, 95 %", "chance R@1"]
-    lines = [title, "", table(header, body)]
-    if rows[0]["r@1"] is None and rows[0]["chance_r@1"] is None:
-        lines += ["", "The index has no labels, so R@k cannot be measured; the report shows which videos are similar."]
+    if all(row["r@1"] is None and row["chance_r@1"] is None for row in rows):
+        said = "The index has no labels, so R@k cannot be measured; the report shows which videos are similar."
+        lines = [title, "", said]
+    else:
+        lines = [title, "", table(header, body)]
     if result.get("leakage"):
         lines += ["", f"note: {result['leakage']}"]
     return [*lines, "", f"all figures: {result['file']}"]

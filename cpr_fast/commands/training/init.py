@@ -24,8 +24,8 @@ def init(
 ) -> None:
     """Write a recipe that is sized to the videos of an index and to this machine, and print the expected time.
 
-    Memory, batch size, stages and epochs are derived from the number of training videos and sources; the recipe says
-    why. The expected time is measured: a few training steps and batches are run on these videos.
+    Memory, batch size, stages and epochs are derived from the number of training videos and sources; comments in the
+    recipe give the reasons. The expected time is measured: a few training steps and batches are run on these videos.
 
     Args:
         index: The index (CSV), as `cpr-fast index` wrote it.

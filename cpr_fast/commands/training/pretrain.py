@@ -149,8 +149,8 @@ def _number_of_values(option: str, kinds: dict[str, Any]) -> int:
 def _require_known(word: str, kinds: dict[str, Any]) -> None:
     """Raises InputError with a suggestion if the option is not one of `pretrain`.
 
-    This comes before the parser of all settings is built, which takes longer, and before CONFIG is asked for: the words
-    that follow an unknown option cannot be told apart.
+    This check runs before the parser of all settings is built, which takes longer, and before a missing CONFIG is
+    reported: a word that follows an unknown option may be either its value or CONFIG.
     """
     option = word.partition("=")[0]
     name = option.replace("_", "-")

@@ -27,8 +27,8 @@ def reproduce(
 ) -> None:
     """Train and evaluate the rows of a table of the paper; without arguments: list the tables.
 
-    The result stands beside the published numbers. Each finished row and seed is a file in OUT/cards and is not run
-    again; a stopped one is continued.
+    The resulting tables show the published numbers next to the new ones. Each finished row and seed is a file in
+    OUT/cards and is not run again; an interrupted one is resumed.
 
     Args:
         table: Name or number of the table.

@@ -18,10 +18,11 @@ class _End:
 
 
 def run_ahead(items: Generator[Item, None, None], depth: int) -> Iterator[Item]:
-    """Yields `items`, computed up to `depth` items ahead in a background thread. An exception there is raised here.
+    """Yields `items`, computed up to `depth` items ahead in a background thread. An exception in that thread is raised
+    again in the consumer.
 
     When the consumer stops early (break, an exception, KeyboardInterrupt, a dropped generator), the thread finishes the
-    present item and closes `items`; then the thread is joined.
+    current item and closes `items`; then the thread is joined.
     """
     ready: queue.Queue[Item | _End] = queue.Queue(depth)
     stop = threading.Event()

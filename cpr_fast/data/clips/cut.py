@@ -5,8 +5,9 @@ ms (one Zen 4 core). torch's result differs from PIL's by one or two levels of 2
 boxes that are taller than wide, where Pillow resizes the columns first. `finish.py` gives the same comparison for
 colour and blur.
 
-Clips are cut while they are decoded, a few frames at a time, so no decoded clip is ever whole in memory. Whole clips of
-a batch were new memory pages at every step, which cost 7 ms for a clip of 320x240, where a copy takes 0.3 ms.
+Clips are cut while they are decoded, a few frames at a time, so a complete decoded clip is never held in memory.
+Holding the complete clips of a batch required new memory pages at every step. This took 7 ms for a clip of 320x240,
+whereas copying the clip takes 0.3 ms.
 
 Letters: M clips, T frames of a clip, F some of them, H x W pixels of a region, S side of the square output.
 """
@@ -41,9 +42,9 @@ def cut_clips(
 ) -> list[np.ndarray]:
     """Cuts the planned clips of one video as `ClipGraph` takes them: M arrays, uint8 [T, S, S, 3].
 
-    `parts` are the distinct frames that the clips need, in increasing order, a few at a time, and of each the `region`:
-    uint8 [F, H, W, C]. With `finish` colours, blur and flip are applied here, not in the graph. Flow (u, v) comes out
-    in the published channel order (128, v, u), with the constant first, as PIL reads the published BGR files.
+    `parts` yields the distinct frames that the clips need, in increasing order and a few at a time, each cut to
+    `region`: uint8 [F, H, W, C]. With `finish` colours, blur and flip are applied here, not in the graph. Flow (u, v)
+    comes out in the published channel order (128, v, u), with the constant first, as PIL reads the published BGR files.
     """
     frames = np.stack([clip_frames(start, data) for start in clips.start])  # [M, T]
     numbers = np.unique(frames)

@@ -30,7 +30,7 @@ from cpr_fast.data.video.packets import slice_packets
 from cpr_fast.data.video.pixels import Region
 from cpr_fast.errors import InputError
 
-MOST_SUBSTITUTES = 1000  # videos tried for one place in a batch before the data set is given up
+MOST_SUBSTITUTES = 1000  # videos tried for one place in a batch before an error is raised
 
 Fetch = Callable[[Video, Clips, str, DataConfig], list]  # returns the clips of one video in one view
 
@@ -156,7 +156,7 @@ class FrameCache:
             if video in self._videos:
                 return
             if pixels.nbytes > self._free_bytes:
-                self._free_bytes = 0  # full, so later videos are not decoded to their end in vain
+                self._free_bytes = 0  # full: later videos are no longer decoded completely
                 return
             self._free_bytes -= pixels.nbytes
             self._videos[video] = pixels

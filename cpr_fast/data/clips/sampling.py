@@ -1,9 +1,9 @@
 """Plans the clips of a run: which frames, crop, flip and colours a clip gets, before anything is decoded.
 
 A plan is a pure function of (seed, epoch, video, clip). The draws come from a counter-based generator (Philox4x32-10,
-Salmon et al. 2011), whose counter says what is drawn. So the clips of a video do not depend on the batch size, the
-worker or the rank, and a resumed run only needs its step number. RGB and flow share one plan; the colour part applies
-to RGB alone.
+Salmon et al. 2011), whose counter identifies each draw. Therefore the clips of a video do not depend on the batch size,
+the worker or the rank, and a resumed run only needs its step number. RGB and flow share one plan; the colour part
+applies to RGB alone.
 
 Letters: N videos, M clips, T frames of a clip, B videos of a batch.
 """
@@ -30,8 +30,8 @@ CROP_RATIO, CROP_ATTEMPTS = (3 / 4, 4 / 3), 10
 JITTER, HUE_DEGREES, SIGMA = 0.4, 36.0, (0.1, 2.0)  # ColorJitter(.4, .4, .4, .1): a hue of .1 is 36 degrees
 BASE_P, FLIP_P, JITTER_P, GRAYSCALE_P, BLUR_P = 0.3, 0.5, 0.8, 0.2, 0.5
 
-LABELLED_JITTER_P = 0.3  # of a clip that learns its label: jitter alone, no grayscale, no blur
-TEST_JITTER, TEST_JITTER_P = 0.2, 0.3  # of the published code's test clips; its hue is that of training
+LABELLED_JITTER_P = 0.3  # probability of jitter in classifier training, which has no grayscale and no blur
+TEST_JITTER, TEST_JITTER_P = 0.2, 0.3  # jitter of test clips in the published code; the hue range is that of training
 
 # The independent streams of draws of a video; 0 and 1 are its two clips.
 _PAIR_STREAM, _ORDER_STREAM, _LABELLED_STREAM, _TEST_STREAM = 2, 3, 4, 5
@@ -39,7 +39,7 @@ _PAIR_STREAM, _ORDER_STREAM, _LABELLED_STREAM, _TEST_STREAM = 2, 3, 4, 5
 
 @dataclass(frozen=True)
 class Sources:
-    """What a plan needs to know of every video of an index, as arrays."""
+    """The properties of every video of an index that a plan needs, as arrays."""
 
     num_frames: np.ndarray  # int64 [N], frames that all views have; flow has one less than RGB
     height: np.ndarray  # int64 [N]
@@ -62,7 +62,7 @@ class Clips:
     """M planned clips. Without augmentation, flip, colour and blur have their neutral values."""
 
     video: np.ndarray  # int64 [M], position in the index
-    start: np.ndarray  # int64 [M], first source frame; if negative, so many source frames are copies of frame 0
+    start: np.ndarray  # int64 [M], first source frame; if negative, frame 0 replaces the frames before it
     box: np.ndarray  # int64 (IIC: float64) [M, 4], crop (top, left, bottom, right) in source pixels, ends exclusive
     flip: np.ndarray  # bool [M]
     brightness: np.ndarray  # float32 [M], factor

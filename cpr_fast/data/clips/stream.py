@@ -20,7 +20,7 @@ from cpr_fast.data.clips.sampling import Clips
 
 
 class Graph(Protocol):
-    """What turns read clips into tensors: `ClipGraph` or `ReferenceGraph`."""
+    """Converts the clips that were read to tensors: `ClipGraph` or `ReferenceGraph`."""
 
     def rows(self, clips: int) -> np.ndarray:
         """Returns which input clip each row of the output is, int64 [M]."""
@@ -47,8 +47,8 @@ class ClipStream:
         """
         self.reader, self._graph = reader, graph
         self._ahead, self._check = prefetch, check
-        # Threads, not processes: FFmpeg and the resize run without the GIL, so threads come
-        # within 7 % of processes on two cores, and frames need not be copied between processes.
+        # Threads, not processes: FFmpeg and the resize run without the GIL, so threads are
+        # at most 7 % slower than processes on two cores, and frames need not be copied between processes.
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="cpr-fast-read")
 
     def stream(self, steps: Iterable[list[Job]], collect: Callable[[list[Material]], Any]) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """Frame pairs of many videos packed into batches of one size, solved, and joined into videos again.
 
-A batch takes the frame pairs of as many videos of one size as fill it. So a GPU is kept busy by short videos too, and a
-long video does not fill the GPU's memory.
+A batch takes the frame pairs of as many videos of one size as fill it. This keeps a GPU busy with short videos, too,
+and a long video does not exhaust the GPU's memory.
 
 Letters: N frames of a video, n frame pairs of a segment, H x W pixels.
 """
@@ -62,12 +62,12 @@ def pack(videos: Iterable[tuple[int, np.ndarray | Exception]], pixels: int) -> I
 
 def solve(batch: list[Segment], solver: FlowSolver) -> list[tuple[Segment, np.ndarray | Exception]]:
     """Returns every segment with its levels, uint8 [n, 2, H, W], or with the error. The segments of a batch that fails
-    are solved one by one, so that a single video fails alone."""
+    are solved one by one, so that an error in one video does not affect the others."""
     if isinstance(batch[0].gray, Exception):
         return [(batch[0], batch[0].gray)]
     try:
         levels = solver.levels(np.concatenate([segment.pairs() for segment in batch]))
-    except Exception as error:  # whatever is wrong with one video, the others go on
+    except Exception as error:  # an error in one video must not stop the others
         return [(batch[0], error)] if len(batch) == 1 else [solve([segment], solver)[0] for segment in batch]
     ends = np.cumsum([len(segment.gray) - 1 for segment in batch])
     return list(zip(batch, np.split(levels, ends[:-1]), strict=True))

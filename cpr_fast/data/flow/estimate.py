@@ -1,4 +1,4 @@
-"""What computing the flow of an index will take, before it starts: time, core-hours and disk.
+"""Estimates the time, core-hours and disk space for computing the flow of an index, before the computation starts.
 
 The time comes from a few frame pairs that are solved here, on the machine and device that will do the work. It is an
 estimate: how long a pair takes depends on how much moves in it (within a factor of two on UCF101).
@@ -26,13 +26,13 @@ from cpr_fast.data.storage.media import read_frames
 from cpr_fast.runtime.progress import duration
 
 BYTES_PER_PIXEL = {"video": files.BYTES_PER_PIXEL, "lmdb": records.BYTES_PER_PIXEL}
-READ_AND_STORE_S = 4e-8  # CPU time for a pixel of a frame pair beside the solver: decoding, encoding, copies
+READ_AND_STORE_S = 4e-8  # CPU time for a pixel of a frame pair besides the solver: decoding, encoding, copies
 SAMPLED_VIDEOS, SAMPLED_PAIRS_CUDA, MOST_MEASURED_S = 4, 32, 5.0
 
 
 @dataclass(frozen=True)
 class FlowEstimate:
-    """What the flow of some videos takes. The times are None where no frame pair could be measured."""
+    """The cost of computing the flow of some videos. The times are None where no frame pair could be measured."""
 
     videos: int
     pairs: int  # of frames
@@ -44,7 +44,7 @@ class FlowEstimate:
 def estimate_flow(
     index: Index, positions: Sequence[int] | None = None, *, storage: str = "video", solver: FlowSolver | None = None
 ) -> FlowEstimate:
-    """Estimates what the flow of the videos at `positions` of an index takes; by default of all videos without flow.
+    """Estimates the cost of the flow of the videos at `positions` of an index; by default of all videos without flow.
 
     `storage` is "video" or "lmdb"; `solver` names the device, by default the CPU. Takes a few seconds at most.
     """
@@ -61,7 +61,7 @@ def estimate_flow(
 
 
 def describe(estimate: FlowEstimate, out: Path) -> list[str]:
-    """Returns the time and disk of an estimate as lines for a person."""
+    """Returns the time and disk of an estimate as lines of readable text."""
     lines = []
     if estimate.wall_s is not None:
         hours = estimate.core_s / 3600
@@ -77,7 +77,7 @@ def describe(estimate: FlowEstimate, out: Path) -> list[str]:
 
 
 def size(count: float) -> str:
-    """Returns a number of bytes for a person, such as "12 MB" or "1.4 TB"."""
+    """Returns a number of bytes as readable text, such as "12 MB" or "1.4 TB"."""
     for limit, unit, name in ((1e6, 1e3, "kB"), (1e9, 1e6, "MB"), (1e12, 1e9, "GB")):
         if count < limit:
             return f"{count / unit:,.0f} {name}"
@@ -93,13 +93,13 @@ def free_bytes(out: Path) -> int:
 
 
 def _measure(videos: list[Video], solver: FlowSolver) -> tuple[float, float] | None:
-    """Seconds of CPU time and of elapsed time for a pixel of a frame pair, with all threads of this process; None where
-    no video could be read."""
+    """Returns the CPU time and the elapsed time in seconds per pixel of a frame pair, with all threads of this process;
+    None if no video could be read."""
     chosen = videos[:: max(1, len(videos) // SAMPLED_VIDEOS)][:SAMPLED_VIDEOS]
     end = time.perf_counter() + MOST_MEASURED_S
     total = np.zeros(3)  # CPU s, elapsed s, pixels
     for video in chosen:
-        with suppress(Exception):  # what is wrong with a video is reported when its turn comes
+        with suppress(Exception):  # errors of a video are reported when its flow is computed
             total += _measure_video(video, solver)
         if time.perf_counter() > end:
             break
@@ -114,8 +114,8 @@ def _measure(videos: list[Video], solver: FlowSolver) -> tuple[float, float] | N
 
 
 def _measure_video(video: Video, solver: FlowSolver) -> tuple[float, float, int]:
-    """CPU time and elapsed time in seconds, and pixels, of frame pairs from the middle of a video: one pair on the CPU,
-    where a pair is solved by a single thread, some on a GPU."""
+    """Returns the CPU time and elapsed time in seconds, and the number of pixels, for frame pairs from the middle of a
+    video: one pair on the CPU, where one thread solves a pair, and several on a GPU."""
     cuda = solver.device.type == "cuda"
     frames = min(video.num_frames, 1 + (SAMPLED_PAIRS_CUDA if cuda else 1))
     first = (video.num_frames - frames) // 2

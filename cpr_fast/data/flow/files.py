@@ -12,8 +12,8 @@ half and v in the lower half, as levels (`levels.quantise`):
      W columns
 
 The chroma (colour) planes hold the constant 128. The stream is H.264, 8 bits, 4:2:0, full range, with a constant
-quantiser of 8: hardware decoders take it, whereas they refuse x264's lossless profile. 4:2:0 needs an even width, so a
-video of odd width gets one more column: read the first W columns.
+quantiser of 8. Hardware decoders accept this stream, but not x264's lossless profile. 4:2:0 needs an even width, so the
+flow file of a video of odd width has one additional column; readers use the first W columns.
 
 Letters: N frames of a video, H x W pixels.
 """
@@ -36,14 +36,14 @@ from cpr_fast.data.video.container import location
 from cpr_fast.errors import InputError
 
 BYTES_PER_PIXEL = 0.124  # of a field: 9.5 kB at 320x240 (bench/results/flow_storage.md)
-LOOKING = 16  # threads that open stored files: on a network disk each of them mostly waits
+LOOKING = 16  # number of threads that open stored files; on a network disk they mostly wait
 
 
 class FlowFiles:
     """Stores flow in OUT/<path of the video relative to the index>.flow.mp4."""
 
     def __init__(self, index: Index, folder: Path, out: Path, shard: tuple[int, int]) -> None:
-        """`folder` is that of the index. Raises InputError for an `out` that is no folder."""
+        """`folder` is the folder of the index. Raises InputError if `out` exists and is not a folder."""
         if out.exists() and not out.is_dir():
             raise InputError(f"--out: expected a folder for the flow files, got the file {str(out)!r}")
         self._index, self._out = index, out
@@ -53,7 +53,8 @@ class FlowFiles:
         self._lock_file = out / distinct_name(".flow", "\n".join(map(str, self._targets)), f".{name}.lock")
 
     def holds(self, position: int) -> bool:
-        """Returns whether the flow of a video was stored, complete and computed from this very video, at the start."""
+        """Returns whether complete flow, computed from the current version of the video, was stored when this object
+        was created."""
         return self._current[position]
 
     def write(self, position: int, levels: np.ndarray) -> None:
@@ -84,8 +85,8 @@ class FlowFiles:
 
 
 def encode_video(target: Path, levels: np.ndarray, origin: Origin | None = None, part: str = ".part") -> None:
-    """Writes uint8 [N - 1, 2, H, W] as a flow file. The file gets its name only when all of it is on the disk; until
-    then it has a short name of its own that ends in `part`."""
+    """Writes uint8 [N - 1, 2, H, W] as a flow file. The file gets its final name only when it is completely on disk;
+    until then it has a short temporary name that ends in `part`."""
     fields, _, height, width = levels.shape
     padded = width + width % 2
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -105,14 +106,15 @@ def encode_video(target: Path, levels: np.ndarray, origin: Origin | None = None,
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="yuv420p")))
             container.mux(stream.encode(None))
         with temporary.open("rb") as written:
-            os.fsync(written.fileno())  # or a power failure could leave the name on an empty file
+            os.fsync(written.fileno())  # otherwise a power failure could leave an empty file with the final name
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _look(index: Index, folder: Path, out: Path) -> list[tuple[Path, bool]]:
-    """The flow file of every video, and whether it is complete and was computed from the video as it is now."""
+    """Returns the flow file of every video, and whether it is complete and was computed from the current version of the
+    video."""
     names, places = file_names(index, folder), {place_of(video.path) for video in index}
     with ThreadPoolExecutor(LOOKING) as pool:
         return list(pool.map(lambda video, name: _target(video, out / name, places), index, names))
@@ -121,7 +123,7 @@ def _look(index: Index, folder: Path, out: Path) -> list[tuple[Path, bool]]:
 def _target(video: Video, target: Path, places: set[str]) -> tuple[Path, bool]:
     shape, origin = _facts(target)
     if origin is not None and origin.is_foreign(video.path, places):
-        # Two indexes share OUT, and the file is that of a video of the other one: it stays.
+        # Two indexes share OUT, and the file belongs to a video of the other one: it is kept.
         target = target.with_name(distinct_name(video.path.name, os.path.abspath(video.path), SUFFIX))
         shape, origin = _facts(target)
     expected = (video.num_frames - 1, 2 * video.height, video.width + video.width % 2)
@@ -129,7 +131,7 @@ def _target(video: Video, target: Path, places: set[str]) -> tuple[Path, bool]:
 
 
 def _facts(target: Path) -> tuple[tuple[int, int, int] | None, Origin | None]:
-    """(frames, height, width) of a flow file and its origin; None for each that it does not have."""
+    """Returns (frames, height, width) of a flow file and its origin; None for either of them that cannot be read."""
     try:
         with av.open(location(target), metadata_errors="replace") as container:
             stream = container.streams.video[0]

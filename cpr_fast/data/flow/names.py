@@ -2,8 +2,8 @@
 
 A video's flow is stored as CLASS/VIDEO.flow.mp4 or, as CoCLR names its records, "CLASS/VIDEO". Videos that would share
 such a name (equal stems in different folders, or names that differ only in suffix or in case, which some file systems
-ignore) are named by their whole path with its suffix. Where even these names are equal but for case, a digest of the
-path is added.
+ignore) are named by their whole path with its suffix. If these names still differ only in case, a digest of the path is
+added.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ LONGEST_NAME = 255  # bytes of a file name on common file systems
 
 
 def file_names(index: Index, folder: Path) -> list[Path]:
-    """Returns the path of every video's flow file below OUT: that of the video below `folder`, the index's."""
+    """Returns the path of every video's flow file below OUT: the path of the video relative to `folder`, the folder of
+    the index."""
     choices = []
     for video in index:
         relative, below = _below(video, folder)
@@ -34,7 +35,8 @@ def file_names(index: Index, folder: Path) -> list[Path]:
 
 
 def record_names(index: Index, folder: Path) -> list[str]:
-    """Returns the name of every video's flow record: the last two parts of its path, or, of a record, its own name."""
+    """Returns the name of every video's flow record: the last two parts of its path or, if the video is itself a
+    record, the name of that record."""
     choices = []
     for video in index:
         record = split_record(video.path)
@@ -46,7 +48,7 @@ def record_names(index: Index, folder: Path) -> list[str]:
 
 
 def _below(video: Video, folder: Path) -> tuple[Path, Path]:
-    """The path of a video relative to the folder of the index, and without leading `..`."""
+    """Returns the path of a video relative to the folder of the index, without leading `..`."""
     relative = Path(os.path.relpath(video.path, folder))
     return relative, Path(*(part for part in relative.parts if part != ".."))
 
@@ -64,8 +66,8 @@ def printable(text: str) -> str:
 
 
 def _without_sharing(choices: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the first name of every video's choices that no other video has, letter case and Unicode form aside; the
-    last choice is unique."""
+    """Returns the first name of every video's choices that no other video has, ignoring letter case and Unicode
+    normalisation form; the last choice is always unique."""
     chosen = [0] * len(choices)
     while True:
         names = [choice[place] for choice, place in zip(choices, chosen, strict=True)]

@@ -1,8 +1,9 @@
-"""Which video a stored flow was computed from.
+"""Identifies the video that a stored flow was computed from.
 
-A flow file that is whole may still be wrong: the video was replaced or re-encoded since, or another index with a video
-of the same name was computed into the same folder. Every stored flow therefore carries an `Origin`, which is compared
-with the video before the flow is reused. Flow that was stored by older versions carries none; it is taken as current.
+A complete flow file may still be wrong: the video may have been replaced or re-encoded since, or the flow of another
+index that has a video of the same name may have been written to the same folder. Every stored flow therefore carries an
+`Origin`, which is compared with the video before the flow is reused. Flow that older versions stored has no `Origin`
+and is assumed to be current.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from cpr_fast.data.storage.records import open_records, split_record
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError
 
-SAMPLE_BYTES = 2**16  # read at the start, in the middle and at the end of a video: a change in length shows anyway
+SAMPLE_BYTES = 2**16  # read at the start, middle and end of a video; a change of length is detected by the size
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The identity of a video: where it lies, and what its bytes are."""
+    """The identity of a video: its location and a digest of its content."""
 
-    place: str  # digest of the absolute path, which itself is nobody's business
+    place: str  # digest of the absolute path; for privacy the path itself is not stored
     size: int  # bytes
-    mtime_ns: int  # 0 for a record of an LMDB file, which has no time of its own
+    mtime_ns: int  # modification time; 0 for a record of an LMDB file, which has none
     content: str  # digest of samples of the bytes
 
     @classmethod
@@ -53,12 +54,13 @@ class Origin:
             raise VideoError(path, str(error.args[0])) from error
 
     def describes(self, path: Path) -> bool:
-        """Returns whether the video is still this one. Its bytes are read only where its time differs."""
+        """Returns whether the video at `path` is unchanged. Its bytes are read only if its modification time
+        differs."""
         if split_record(path) is None:
             try:
                 facts = os.stat(path)
             except OSError:
-                return True  # a video that cannot be read now says nothing about its flow
+                return True  # the video cannot be read now, so its flow is assumed to be current
             if facts.st_size != self.size or facts.st_mtime_ns == self.mtime_ns:
                 return facts.st_size == self.size
         try:
@@ -68,8 +70,8 @@ class Origin:
         return (now.size, now.content) == (self.size, self.content)
 
     def is_foreign(self, path: Path, places: set[str]) -> bool:
-        """Returns whether this is a video that another index lists: one that lay at none of the `places` of this index
-        when its flow was computed, and that is not the video at `path`."""
+        """Returns whether this video belongs to another index: when its flow was computed, its path was none of the
+        `places` of this index, and its content is not that of the video at `path`."""
         return self.place not in places and not self.describes(path)
 
     def dump(self) -> str:

@@ -34,7 +34,7 @@ class FlowRecords:
     the records of finished shards into OUT, so that one file holds all of them."""
 
     def __init__(self, index: Index, folder: Path, out: Path, shard: tuple[int, int]) -> None:
-        """Raises InputError for an `out` that does not end in .lmdb, or that another process writes for this shard."""
+        """Raises InputError if `out` does not end in .lmdb, or if another process is writing this shard."""
         if out.suffix != ".lmdb" or out.is_dir():
             raise InputError(f"--out: expected the name of a file that ends in .lmdb, got {str(out)!r}")
         number, count = shard
@@ -50,7 +50,8 @@ class FlowRecords:
         ]
 
     def holds(self, position: int) -> bool:
-        """Returns whether the flow of a video was stored, complete and computed from this very video, at the start."""
+        """Returns whether complete flow, computed from the current version of the video, was stored when this object
+        was created."""
         return self._current[position] or self._places[position] is not None
 
     def write(self, position: int, levels: np.ndarray) -> None:
@@ -98,7 +99,8 @@ def encode_jpegs(levels: np.ndarray) -> list[bytes]:
 
 
 def _look(index: Index, folder: Path, out: Path) -> tuple[list[str], list[_Place | None]]:
-    """The name of every video's record, and where its flow is complete and was computed from the video as it is now."""
+    """Returns the name of every video's record, and where its flow is if complete and computed from the current version
+    of the video."""
     files = [(file, open_records(file)) for file in [out, *_shards(out)] if file.exists()]
     lengths = {file: records.num_frames() for file, records in files}
     names, own, places = record_names(index, folder), {place_of(video.path) for video in index}, []
@@ -106,7 +108,7 @@ def _look(index: Index, folder: Path, out: Path) -> tuple[list[str], list[_Place
         held = [(file, records) for file, records in files if names[position] in lengths[file]]
         origins = [Origin.parse(records.origin(names[position])) for _, records in held]
         if any(origin is not None and origin.is_foreign(video.path, own) for origin in origins):
-            # Two indexes share OUT, and the record is that of a video of the other one: it stays.
+            # Two indexes share OUT, and the record belongs to a video of the other one: it is kept.
             folder, name = video.path.parent.name, video.path.name
             names[position] = printable(f"{folder}/{distinct_name(name, os.path.abspath(video.path), '')}")
             held = [(file, records) for file, records in files if names[position] in lengths[file]]

@@ -3,7 +3,7 @@
     read (threads) -> pack into batches of frame pairs -> solve (one device) -> store (threads)
 
 The stages run at the same time. An interrupted run is continued by the same command, the work can be shared between
-machines, and a video that fails does not stop the others.
+machines, and an error in one video does not stop the others.
 
 Letters: N frames of a video, H x W pixels.
 """
@@ -40,7 +40,7 @@ from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.progress import track
 
-MOST_WORKERS = 16  # threads that decode, and as many that encode: more gain nothing on any device
+MOST_WORKERS = 16  # threads that decode, and number of threads that encode; more are not faster on any device
 
 log = logging.getLogger(__name__)
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -64,14 +64,15 @@ def write_flow(
     `storage` is "video", one file per video in the folder `out` (`FlowFiles`), or "lmdb", records in the file `out`
     (`FlowRecords`; shard i of n writes OUT.i-of-n.lmdb, and a run without shards joins these files). `device` is "cpu",
     "cuda" or "cuda:N". `shard` = (i, n) computes the videos i, i + n, ... of the index; several shards may run at the
-    same time on one index. Flow that is complete and was computed from the video as it is now is kept, so the same call
-    continues a run that was killed. A video that does not decode, has a single frame or whose flow fails is skipped and
-    reported, and tried again by the next run. With `progress` an estimate is logged first, and a bar is drawn.
+    same time on one index. Flow that is complete and was computed from the current version of the video is kept, so the
+    same call resumes a run that was killed. A video that does not decode, has a single frame or whose flow fails is
+    skipped and reported, and tried again by the next run. With `progress` an estimate is logged first, and a bar is
+    drawn.
 
     Returns {"index", "videos" (of this shard), "written", "kept", "pairs" (computed), "pairs_per_s", "elapsed_s",
     "without_flow" (videos of the whole index that still have none), "counts" (problems by kind), "problems": [{"path",
     "kind", "reason"}]}. Kinds are "broken", "too_short" and "failed".
-    Raises InputError where none of the shard's videos has flow in the end, or where the videos disappear.
+    Raises InputError if none of the shard's videos has flow at the end, or if the videos disappear during the run.
     """
     index_csv, out, (number, count) = Path(index_csv), Path(out), shard
     if not 0 <= number < count:
@@ -120,7 +121,7 @@ def _announce(
     index_csv: Path, index: Index, share: Sequence[int], todo: list[int], out: Path, storage: str, solver: FlowSolver,
     shards: int,
 ) -> None:  # fmt: skip
-    """Logs what will be done and what it will take."""
+    """Logs the planned work and its estimated cost."""
     pairs = sum(index[position].num_frames - 1 for position in todo)
     part = "" if shards == 1 else f" in this shard, one of {shards}"
     log.info("flow of %s: %s of %s videos%s are to be computed, %s frame pairs; %s are done", index_csv,
@@ -135,7 +136,7 @@ def _announce(
 
 
 def _compute_all(index: Index, todo: list[int], solver: FlowSolver, store: Store, progress: bool) -> list[Problem]:
-    """Computes and stores the flow of the videos at `todo`; returns what went wrong."""
+    """Computes and stores the flow of the videos at `todo`; returns the problems."""
     problems = []
     unreadable = Unreadable([index[position].path for position in todo])
     with closing(_store_all(index, todo, solver, store)) as results:
@@ -148,7 +149,7 @@ def _compute_all(index: Index, todo: list[int], solver: FlowSolver, store: Store
 
 @contextmanager
 def _disk_full_named(out: Path) -> Iterator[None]:
-    """Turns the error of a full disk into bad input that names the option; other errors are left as they are."""
+    """Converts the error of a full disk to an InputError that names the option; other errors are not changed."""
     try:
         yield
     except OSError as error:
@@ -159,7 +160,7 @@ def _disk_full_named(out: Path) -> Iterator[None]:
 
 
 def _store_all(index: Index, todo: list[int], solver: FlowSolver, store: Store) -> Iterator[Problem | None]:
-    """Yields for each video, as it is done, what went wrong or None."""
+    """Yields, as each video is finished, its problem or None."""
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     by_size = sorted(todo, key=lambda position: (index[position].height, index[position].width))
     read = _map_ahead(lambda position: (position, _read_gray(index[position])), by_size, workers, ahead=workers)
@@ -185,7 +186,7 @@ def _map_ahead(function: Callable[[Item], Result], items: Iterable[Item], worker
 
 
 def _read_gray(video: Video) -> np.ndarray | VideoError:
-    """Returns all frames as gray, uint8 [N, H, W], or why there are none."""
+    """Returns all frames as gray, uint8 [N, H, W], or the error if they cannot be read."""
     try:
         if video.num_frames < 2:
             raise VideoError(video.path, "has a single frame: no flow")
@@ -216,8 +217,8 @@ def _store(index: Index, store: Store, position: int, levels: np.ndarray | Excep
 
 
 def _fill_index(index_csv: Path, found: Callable[[Index, Path], list[tuple[set[Path], Path | None]]]) -> int:
-    """Sets flow_path for every video whose flow is stored, whichever shard computed it, and clears it where the flow is
-    that of an earlier version of the video. Returns how many videos have none."""
+    """Sets flow_path for every video whose flow is stored, whichever shard computed it, and clears it if the flow was
+    computed from an earlier version of the video. Returns the number of videos without flow."""
     with _locked(index_csv):
         index = Index.load(index_csv, require_flow=False)
         videos = []
@@ -230,7 +231,8 @@ def _fill_index(index_csv: Path, found: Callable[[Index, Path], list[tuple[set[P
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Makes shards that finish at the same time update the index one after the other; the lock file stays."""
+    """Locks the index, so that shards that finish at the same time update it one after the other; the lock file is not
+    deleted."""
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

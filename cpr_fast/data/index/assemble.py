@@ -1,4 +1,5 @@
-"""Makes the index from what was listed and probed: which videos are in it, and what is reported of the others."""
+"""Assembles the index from the listed videos and their probe results; reports the problems of the videos it leaves
+out."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import VideoInfo
 from cpr_fast.errors import InputError
 
-SHORT = 17  # frames: with clips of T = 32, CoCLR drops videos of no more than that (frames - T / 2 - 1 <= 0)
-LOST, LOST_SHARE = 10, 0.1  # more unreadable videos than both of these look like a lost mount
+SHORT = 17  # frames: with clips of T = 32, CoCLR drops videos of this length or shorter (frames - T / 2 - 1 <= 0)
+LOST, LOST_SHARE = 10, 0.1  # more unreadable videos than this number and this share indicate a lost mount
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class IndexOptions:
     - "folders": class and split are read from the names of folders, see `layouts._list_folders`. Files named
       <name>_cNN.<suffix> are clips of one source; any other file is a source of its own.
     - "ucf101": the videos that the official lists name (`splits` holds classInd.txt, trainlist0N.txt and testlist0N.txt
-      with N = `split`), wherever they are below `root` and whatever their suffix. The class is that of the list, for
-      some copies spell a folder differently from the file names. The source of v_X_gNN_cMM is v_X_gNN.
+      with N = `split`), wherever they are below `root` and whatever their suffix. The class is that of the list,
+      because some copies spell a folder differently from the file names. The source of v_X_gNN_cMM is v_X_gNN.
     - "hmdb51": likewise; `splits` holds <class>_test_splitN.txt. The source is the film that a file name begins with.
     - "kinetics" (400, 600, 700): rows label,youtube_id,time_start,time_end,split of every csv file in `splits`, and
       label maps (*label_map*.txt) for the order of classes. Files are <id>_<start>_<end>.<suffix> or <id>.<suffix>;
@@ -48,7 +49,7 @@ class IndexOptions:
     # of HMDB51: "official" is the order of CoCLR and CPR, "alphabetical" that of IIC
     class_order: Literal["official", "alphabetical"] = "official"
     flow_lmdb: Path | None = None  # holds the flow of the videos under the same names
-    verify: bool | None = None  # decode every video whole; None: if there are fewer than 10,000
+    verify: bool | None = None  # decode every video completely; None: if there are fewer than 10,000
     transcode: Path | None = None  # re-encode every video below this folder, and list the result
     short_side: int = 256  # pixels at most, of transcoded videos
     min_frames: int = 0  # videos with fewer frames are left out
@@ -62,9 +63,9 @@ def assemble(
     results: Mapping[Path, VideoInfo | VideoError],
     options: IndexOptions,
 ) -> tuple[Index, list[Problem]]:
-    """Returns the index of everything that decodes, and what is wrong with the rest or with parts of it.
+    """Returns the index of all videos that decode, and the problems of listed and of omitted videos.
 
-    Raises InputError if no video is left, or if so many could not be read that the disk must be at fault.
+    Raises InputError if no video is left, or if so many could not be read that the disk has probably failed.
     """
     videos, problems = [], list(listing.problems)
     for item in listing.videos:
@@ -84,7 +85,7 @@ def assemble(
 
 
 def transcoded(path: Path, root: Path, folder: Path) -> Path:
-    """Returns where a transcoded video goes. Its name keeps the old suffix, so that a.avi and a.mkv do not collide."""
+    """Returns the path of a transcoded video. Its name keeps the old suffix, so that a.avi and a.mkv do not collide."""
     relative = path.relative_to(root)
     return folder / relative.with_name(relative.name if relative.suffix == ".mp4" else f"{relative.name}.mp4")
 
@@ -93,13 +94,13 @@ def _video(item: Listed, info: VideoInfo, root: Path, options: IndexOptions) -> 
     path, frames = item.path, info.num_frames
     if options.transcode is not None:
         path = transcoded(path, root, options.transcode)
-    if item.flow_path is not None and split_record(item.flow_path):  # published flow has not always N - 1 fields
+    if item.flow_path is not None and split_record(item.flow_path):  # published flow does not always have N - 1 fields
         frames = min(frames, frame_size(item.flow_path)[0] + 1)
     return Video(path, item.label, item.source, item.split, frames, info.fps, info.width, info.height, item.flow_path)
 
 
 def _refused(item: Listed, info: VideoInfo | VideoError, options: IndexOptions) -> Problem | None:
-    """Returns why a video is not in the index, None if it is."""
+    """Returns why a video is left out of the index, or None if it is included."""
     if isinstance(info, VideoError):
         if info.unreadable:
             return Problem(item.path, "unreadable", info.reason)
@@ -153,7 +154,7 @@ def _check_disk(problems: list[Problem], listed: int) -> None:
 
 
 def _nothing(root: Path, listing: Listing, problems: list[Problem], options: IndexOptions) -> str:
-    """Returns why there is no index."""
+    """Returns the error for an index without any video."""
     text = f"root {str(root)!r}: expected videos of layout {options.layout!r}, got none that can be listed"
     if problems:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in Counter(p.kind for p in problems).items())
@@ -184,9 +185,10 @@ def _same_files(videos: list[Video]) -> list[Problem]:
 
 
 def _after_previous(index: Index, out: Path, problems: list[Problem]) -> tuple[Index, list[Problem]]:
-    """Keeps the flow of the index that is replaced, and reports what it said differently.
+    """Keeps the flow of the index that is replaced, and reports the columns whose values differ from it.
 
-    If a class, source or split differs, which may have been edited by hand, the previous file is kept as *.old.csv.
+    If a class, source or split differs, the previous file is kept as *.old.csv, because it may have been edited by
+    hand.
     """
     try:
         previous = Index.load(out, require_flow=False, skipped=[])
@@ -211,7 +213,7 @@ def _after_previous(index: Index, out: Path, problems: list[Problem]) -> tuple[I
 
 
 def _differences(old: Video, new: Video) -> str:
-    """Returns which of class, source and split were something else before; a column that was empty is no loss."""
+    """Returns which of class, source and split differ from the previous index; columns that were empty are ignored."""
     names = [name for name in ("label", "source", "split") if getattr(old, name) not in ("", getattr(new, name))]
     return ", ".join(f"{name} was {getattr(old, name)!r}, is {getattr(new, name)!r}" for name in names)
 

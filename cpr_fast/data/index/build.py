@@ -1,4 +1,4 @@
-"""Builds the index of a data set on disk: lists its videos, probes or transcodes them, and reports what is wrong."""
+"""Builds the index of a data set on disk: lists its videos, probes or transcodes them, and reports problems."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cpr_fast.data.index.probing import Journal, probe, probe_all
 from cpr_fast.data.video.transcode import transcode_video
 from cpr_fast.errors import InputError
 
-VERIFY_BELOW = 10_000  # videos: up to here each is decoded whole, unless told otherwise
+VERIFY_BELOW = 10_000  # videos: below this number each is decoded completely, unless the user decides otherwise
 
 REMARKS = ("short", "variable_rate", "several_streams", "empty_folder", "hidden")
 
@@ -46,7 +46,7 @@ def write_index(root: Path, out: Path, options: IndexOptions, *, progress: bool 
 
     Returns:
         The report: {"index", "layout", "videos", "classes", "sources", "splits" (videos of each), "unlabelled",
-        "levels" (what the levels of folders were taken for), "other_files" (by suffix), "verified", "probed",
+        "levels" (how the levels of folders were interpreted), "other_files" (by suffix), "verified", "probed",
         "files_per_s", "counts" (problems by kind), "problems": [{"path", "kind", "reason"}]}. The kinds are those of
         `cpr_fast.data.index.summary.KINDS`.
     Raises:
@@ -74,7 +74,7 @@ def write_index(root: Path, out: Path, options: IndexOptions, *, progress: bool 
 
 
 def report_path(out: Path) -> Path:
-    """Returns where the report of an index is."""
+    """Returns the path of the report of an index."""
     return out.with_suffix(".report.json")
 
 
@@ -102,7 +102,7 @@ def _build(
         run = lambda path: transcode_video(path, targets[path], options.short_side)  # noqa: E731
         todo = [path for path, target in targets.items() if journal.wants(path) or not target.exists()]
         probed = probe_all(todo, run, journal, description="transcoding", progress=progress)
-    journal.read(files())  # of shards that ran meanwhile: the last to finish has all results
+    journal.read(files())  # results of shards that ran meanwhile; the last shard to finish has all results
     rate = probed / (time.perf_counter() - began)
     facts = {"levels": listing.levels, "other_files": listing.others, "verified": verify or bool(options.transcode),
              "probed": probed, "files_per_s": round(rate, 1)}  # fmt: skip
@@ -112,7 +112,7 @@ def _build(
     index, problems = assemble(root, out, listing, results, options)
     if out is not None:
         index.save(out)
-        if count == 1:  # with shards another may still need them
+        if count == 1:  # with several shards, another one may still need the journals
             for file in files():
                 file.unlink()
     return index, problems, facts

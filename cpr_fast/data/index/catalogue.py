@@ -16,7 +16,7 @@ VIDEO_SUFFIXES = frozenset((
     ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob",
     ".webm", ".wmv",
 ))  # fmt: skip
-# Not opened to see whether they hold a video: data sets have millions of some of them.
+# These files are not opened to check whether they hold a video: data sets may have millions of them.
 OTHER_SUFFIXES = frozenset((
     ".bmp", ".csv", ".db", ".gz", ".ini", ".jpeg", ".jpg", ".json", ".jsonl", ".lmdb", ".md", ".mp3", ".npy",
     ".npz", ".pdf", ".pickle", ".pkl", ".png", ".pt", ".py", ".srt", ".tar", ".tif", ".tiff", ".toml", ".txt",
@@ -27,7 +27,8 @@ SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found"})  # copies and p
 
 
 class Problem(NamedTuple):
-    """What the report of an index says of a file or folder; `cpr_fast.data.index.summary.KINDS` lists the kinds."""
+    """A problem with a file or folder, as the report of an index lists it; `cpr_fast.data.index.summary.KINDS` lists
+    the kinds."""
 
     path: Path
     kind: str
@@ -38,13 +39,13 @@ class Catalogue:
     """The videos below `root`, sorted by path.
 
     Attributes:
-        paths: The videos: files with the suffix of a video, and others whose first bytes are those of one.
-        problems: Files and folders that were passed over although they may hold videos.
+        paths: The videos: files with the suffix of a video, and other files whose first bytes are those of a video.
+        problems: Files and folders that were skipped although they may hold videos.
         others: Number of other files by suffix.
     """
 
     def __init__(self, root: Path, exclude: Path | None = None) -> None:
-        """Follows symbolic links to folders. `exclude` is a folder that is passed over."""
+        """Follows symbolic links to folders. `exclude` is a folder that is skipped."""
         self.root, self.problems, self.others = root, [], Counter()
         self._exclude = None if exclude is None else exclude.resolve()
         if root.suffix == ".lmdb":
@@ -59,7 +60,7 @@ class Catalogue:
             self._folded[name.lower()].append(path)
 
     def folders(self, path: Path) -> tuple[str, ...]:
-        """Returns the names of the folders between the root and a video; of a record, those in its name."""
+        """Returns the names of the folders between the root and a video; for a record, the folders in its name."""
         record = split_record(path) if self.root.suffix == ".lmdb" else None
         return tuple(record[1].split("/")[:-1]) if record else path.relative_to(self.root).parts[:-1]
 
@@ -67,8 +68,9 @@ class Catalogue:
         """Returns the videos that a list may mean by `file` (its suffix does not matter) of a class, the best first.
 
         Videos in a folder of that class are preferred; those in the folder of another of the `classes` are never
-        taken, for equal names in two classes are two videos. Among equals the folder of the split and the listed suffix
-        decide. With `fold` names may differ in case, as v_HandStandPushups_* in UCF101's folder HandstandPushups.
+        taken, because equal names in two classes denote different videos. Among equals the folder of the split and the
+        listed suffix decide. With `fold` names may differ in case, as v_HandStandPushups_* in UCF101's folder
+        HandstandPushups.
         """
         name = without_suffix(file)
         found = self._by_name.get(name) or (self._folded.get(name.lower(), []) if fold else [])
@@ -78,7 +80,7 @@ class Catalogue:
         return sorted(found, key=lambda path: (split not in self.folders(path), path.name != file, path))
 
     def _visit(self, folder: Path, ancestors: tuple[tuple[int, int], ...]) -> list[Path]:
-        """Returns the videos below a folder; `ancestors` are the identities of the folders around it."""
+        """Returns the videos below a folder; `ancestors` are the identities of its parent folders."""
         try:
             facts = os.stat(folder)
             with os.scandir(folder) as entries:
@@ -129,7 +131,7 @@ class Catalogue:
         return problem is None
 
     def _looks_like_one(self, path: Path, suffix: str, entry: os.DirEntry) -> bool:
-        """Returns whether a file of another suffix begins as a video does."""
+        """Returns whether a file with another suffix begins like a video."""
         if suffix in UNFINISHED_SUFFIXES and Path(path.stem).suffix.lower() in VIDEO_SUFFIXES:
             self.problems.append(Problem(path, "unfinished", "is an unfinished download or copy"))
             return False
@@ -169,5 +171,6 @@ def _begins_as_video(path: Path) -> bool:
 
 
 def _plain(name: str) -> str:
-    """Returns a class name as folders may spell it: case, blanks, hyphens and underscores do not matter."""
+    """Returns a class name in a normal form for comparison with folder names: case, blanks, hyphens and underscores are
+    ignored."""
     return re.sub(r"[\s_\-()]+", "", name).lower()

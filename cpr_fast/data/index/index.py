@@ -7,7 +7,7 @@
 - `label` is the name of the class; empty if unlabelled.
 - `source` names the source video that a clip was cut from. Clips of equal `source` are *siblings*.
 - `split` is "train", "test" or any other name; empty if there is none.
-- `num_frames` counts the frames that really decode (or, in a very large data set, the packets), not what the header of
+- `num_frames` counts the frames that decode (or, in a very large data set, the packets), not what the header of
   the file claims; `fps` is frames per second; `width` and `height` are pixels.
 """
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class IndexFileError(TableError):
-    """An index is not as expected; the message says where, what came and what was expected."""
+    """An index is not as expected; the message states the place, what was found and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Index(Sequence[Video]):
         return Index(chosen, self.classes)
 
     def select_for_training(self, split: str) -> Index:
-        """Returns the videos of one split, or all videos if the index has no splits at all; that is logged."""
+        """Returns the videos of one split, or all videos if the index has no splits at all, which is logged."""
         if self.has_splits or not split:
             return self.select(split)
         log.info("the index has no splits (its column 'split' is empty): all %d videos are used", len(self))
@@ -113,7 +113,7 @@ class Index(Sequence[Video]):
             require_flow: Every flow file that is named must exist. If False, a missing one counts as no flow.
             skipped: If given, a bad row is left out and its error is appended to this list.
         Raises:
-            IndexFileError: names file, line, column, what came and what was expected.
+            IndexFileError: states the file, line, column, what was found and what was expected.
         """
         path = Path(path)
         try:
@@ -200,7 +200,7 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
     return Video(
         path=file("path"),
         label=fields["label"],
-        source=fields["source"] or fields["path"],  # no source given: a source of its own
+        source=fields["source"] or fields["path"],  # without a given source, the video is its own source
         split=fields["split"],
         num_frames=number("num_frames", int),
         fps=number("fps", float),
@@ -211,7 +211,7 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
 
 
 class Relative:
-    """Paths relative to a folder, which may be a symbolic link: `..` then leads elsewhere than its name suggests."""
+    """Paths relative to a folder, which may be a symbolic link: `..` then leads to the parent of the link's target."""
 
     def __init__(self, folder: Path) -> None:
         self._lexical, self._real = os.path.abspath(folder), os.path.realpath(folder)
@@ -228,7 +228,7 @@ class Relative:
         named, resolved = os.path.relpath(folder, self._lexical), os.path.relpath(real, self._real)
         if os.path.realpath(os.path.join(self._real, named)) != real:  # a `..` in it follows a link
             named = os.path.relpath(folder, self._real)
-        # a path without `..` holds as long as the index and the videos move together
+        # a path without `..` remains valid if the index and the videos are moved together
         return resolved if named.startswith("..") and not resolved.startswith("..") else named
 
 

@@ -17,7 +17,7 @@ from cpr_fast.data.index.tables import read_lines, read_table
 from cpr_fast.data.storage.records import split_record
 from cpr_fast.errors import InputError
 
-# Names of folders that stand for a split, in lower case.
+# Names of folders that denote a split, in lower case.
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val", "valid": "val",
           "validate": "val", "validation": "val"}  # fmt: skip
 
@@ -52,7 +52,8 @@ def list_videos(
 ) -> Listing:
     """Lists the videos of a data set, sorted by class in the data set's order ("official") or by "alphabetical" order.
 
-    `exclude` is a folder below the root that is passed over. Raises InputError for a root or list that does not fit.
+    `exclude` is a folder below the root that is skipped. Raises InputError if the root or a list does not match the
+    layout.
     """
     if not root.exists() or (root.suffix != ".lmdb" and not root.is_dir()):
         raise InputError(f"ROOT: expected a folder or an LMDB file, got {str(root)!r}")
@@ -90,7 +91,7 @@ def _list_folders(catalogue: Catalogue, splits: Path | None, split: int) -> List
     The first level is the split if all its folders are named as in SPLITS, or if a training and a test or validation
     folder are among them; names are compared in lower case.
 
-        The listing's `levels` says what the levels of folders were taken for.
+        The listing's `levels` states how the levels of folders were interpreted.
     """
     if splits is not None:
         raise InputError(f"--splits: layout 'folders' reads the split from the folders, got {str(splits)!r}")
@@ -123,7 +124,7 @@ def _listed(path: Path, folders: tuple[str, ...], has_split: bool) -> Listed:
 
 
 def _levels(has_split: bool, has_class: bool, deepest: int) -> str:
-    """Returns a sentence about what the levels of folders were taken for."""
+    """Returns a sentence that states how the levels of folders were interpreted."""
     split = "the first folder level is the split" if has_split else "no folder names a split"
     if not has_class:
         return f"{split}; no folder names a class"
@@ -229,7 +230,7 @@ def _list_coclr(catalogue: Catalogue, splits: Path | None, split: int) -> Listin
 
 
 def _list_lmdb(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
-    """Reads whichever lists are in `splits`; without any, lists all records, in no split."""
+    """Reads the lists of any layout in `splits`; without lists, returns all records, without a split."""
     if splits is not None:
         kinds = {"classInd.txt": "ucf101", f"*_test_split{split}.txt": "hmdb51", "*_split*.csv": "coclr"}
         kind = next((layout for pattern, layout in kinds.items() if any(splits.glob(pattern))), "kinetics")

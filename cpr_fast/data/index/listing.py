@@ -1,4 +1,4 @@
-"""What a layout lists (videos with class, source and split, not yet opened), and contradictions in such lists."""
+"""The videos that a layout lists, with class, source and split (not yet opened), and checks for contradictions."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ class Listing(NamedTuple):
     videos: list[Listed]
     classes: list[str]  # in the data set's own order
     problems: list[Problem]
-    levels: str = ""  # what the levels of folders were taken for
-    others: dict[str, int] = {}  # files that are no videos, by suffix
+    levels: str = ""  # how the levels of folders were interpreted
+    others: dict[str, int] = {}  # number of files that are not videos, by suffix
 
 
 def clip_source(label: str, name: str) -> str:
     """Returns the source of a clip by its name in UCF101 (v_X_gNN_cMM), HMDB51 (MOVIE_class_properties_N) or Kinetics
-    (YOUTUBEID_start_end); any other clip is a source of its own class, for equal names in two classes are two videos.
+    (YOUTUBEID_start_end); any other clip is its own source, identified by class and name, because equal names in two
+    classes denote different videos.
     """
     if found := re.fullmatch(rf"(.+)_{re.escape(label)}_[a-z]_[a-z]{{2}}_np\w+_[a-z]{{2}}_[a-z]{{3}}_\d+", name):
         return f"{label}/{found[1]}"
@@ -39,10 +40,10 @@ def clip_source(label: str, name: str) -> str:
 
 
 def without_contradictions(listing: Listing) -> Listing:
-    """Leaves one row of every video, and reports what was repeated or contradictory.
+    """Keeps one row for every video, and reports repeated and contradictory rows.
 
-    A video of two classes is left out, since nobody knows which is right. A video of two splits stays in the one for
-    evaluation only, so that nothing is trained on that is tested on.
+    A video that is listed with two classes is left out, because the correct class is unknown. A video that is listed in
+    two splits is kept only in the evaluation split, so that no test video is used for training.
     """
     rows: dict[Path, list[Listed]] = defaultdict(list)
     for item in listing.videos:

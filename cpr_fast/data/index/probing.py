@@ -17,13 +17,15 @@ from cpr_fast.data.video.probe import VideoInfo, probe_video
 from cpr_fast.runtime.progress import duration, track
 
 Probe = Callable[[Path], VideoInfo]
-ESTIMATE_S, WORTH_SAYING_S = 5.0, 60.0  # time is estimated after the former, and said if more than the latter is left
+# The remaining time is estimated after ESTIMATE_S seconds, and logged if it is longer than WORTH_SAYING_S.
+ESTIMATE_S, WORTH_SAYING_S = 5.0, 60.0
 
 log = logging.getLogger(__name__)
 
 
 def probe(path: Path, *, verify: bool) -> VideoInfo:
-    """Returns what a video holds, from its packets or, with `verify`, from decoding it whole. Raises VideoError."""
+    """Returns the properties of a video, from its packets or, with `verify`, by decoding it completely. Raises
+    VideoError."""
     if split_record(path) is None:
         return probe_video(path, decode=verify)
     frames, height, width = frame_size(path)
@@ -36,7 +38,7 @@ def probe(path: Path, *, verify: bool) -> VideoInfo:
             if frame == 0:
                 raise
             frames, error = frame, failure.reason
-    return VideoInfo(frames, 25.0, width, height, "mjpeg", error)  # an LMDB file does not say its rate
+    return VideoInfo(frames, 25.0, width, height, "mjpeg", error)  # an LMDB file does not store the frame rate
 
 
 class Journal:
@@ -94,7 +96,7 @@ class Journal:
 
 
 def probe_all(paths: Sequence[Path], run: Probe, journal: Journal, *, description: str, progress: bool) -> int:
-    """Fills the journal with the result of `run` for every path that it lacks; returns how many those were.
+    """Fills the journal with the result of `run` for every path that it lacks; returns the number of these paths.
 
     FFmpeg and libjpeg-turbo work without the interpreter's lock, so threads use every core.
     """
@@ -119,7 +121,7 @@ def probe_all(paths: Sequence[Path], run: Probe, journal: Journal, *, descriptio
 
 
 def _with_estimate(results: Iterable, total: int, description: str, workers: int) -> Iterator:
-    """Yields the results; once the first few are there, says how long the rest takes, if that is long."""
+    """Yields the results; after the first few, logs the estimated time for the rest if it is long."""
     began, said = time.perf_counter(), False
     for done, result in enumerate(results, start=1):
         passed = time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""The report of an index as text for people: counts, kinds of problems with their first names, the next command."""
+"""Formats the report of an index as text: counts, kinds of problems with their first names, the next command."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def summary(report: dict[str, Any]) -> list[str]:
     if report["problems"]:
         lines.append(f"All problems: {Path(report['index']).with_suffix('.report.json')}")
     if set(report["splits"]) <= {""}:
-        lines.append("Without splits pretraining reads all videos, and `cpr-fast retrieve` needs "
-                     "--protocol leave_source_out.")  # fmt: skip
+        lines.append("Without splits pretraining reads all videos, and in `cpr-fast retrieve` every video queries "
+                     "those of all other sources.")  # fmt: skip
     return lines
 
 
 def grouped(problems: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
-    """Returns the problems by kind, in the order of `KINDS`: what is left out comes first."""
+    """Returns the problems by kind, in the order of `KINDS`: videos that are left out come first."""
     groups = defaultdict(list)
     for problem in problems:
         groups[problem["kind"]].append(problem)
@@ -89,7 +89,8 @@ def _problems(problems: list[dict[str, str]]) -> list[str]:
 
 
 def _shown(text: str) -> str:
-    """Returns a text that any terminal prints on one line: names may hold line breaks or bytes that are not UTF-8."""
+    """Returns the text with escapes, so that any terminal prints it on one line: names may hold line breaks or bytes
+    that are not UTF-8."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 

@@ -17,7 +17,7 @@ DELIMITERS = ",;\t"
 
 
 class TableError(InputError):
-    """A list or table is not as expected; the message says where, what came and what was expected."""
+    """A list or table is not as expected; the message states the place, what was found and what was expected."""
 
 
 def read_text(path: Path, what: str = "file") -> str:

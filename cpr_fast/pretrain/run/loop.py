@@ -279,7 +279,7 @@ def _after_step(
         where = {"step": step + 1, "epoch": epoch + last, "step_in_epoch": 0 if last else i + 1}
         path = _save(run, state, {**where, "cycle": number}, weights, best)
     if signum:
-        raise Interrupted(signum, f"after step {step}; saved {path}")
+        raise Interrupted(signum, f"after step {step + 1}; saved {path}")
 
 
 def _pace(run: Run, state: CycleState, number: int, left: int) -> Pace:

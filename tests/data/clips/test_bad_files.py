@@ -1,4 +1,4 @@
-"""Files that cannot be read: replaced, counted and reported; a lost disk ends the run."""
+"""Files that cannot be read: they are replaced, counted and reported; the loss of the disk ends the run."""
 
 import dataclasses
 import logging
@@ -22,7 +22,7 @@ from cpr_fast.errors import InputError
 class TestBadFiles:
     @pytest.fixture
     def damaged(self, index, tmp_path) -> Index:
-        """As `index`, with one text file, one missing flow file and one video shorter than the index says."""
+        """Same as `index`, but with one text file, one missing flow file and one video shorter than the index says."""
         videos = list(index)
         (tmp_path / "text.mp4").write_text("not a video " * 100)
         videos[2] = dataclasses.replace(videos[2], path=tmp_path / "text.mp4")
@@ -64,7 +64,9 @@ class TestBadFiles:
 
     @pytest.mark.parametrize("cache_gib", [0.0, 1.0])
     def test_a_disk_that_disappears_ends_the_run_in_one_line(self, index, tmp_path, caplog, cache_gib):
-        """With the cache some videos could still be read: training on those few alone would not be the same run."""
+        """The run ends even if some videos could still be read from the cache: training on only these would change the
+        run.
+        """
         disk = tmp_path / "mount"
         disk.mkdir()
         videos = [dataclasses.replace(v, path=Path(shutil.copy(v.path, disk))) for v in index]
@@ -81,7 +83,9 @@ class TestBadFiles:
         assert len(caplog.records) == 1
 
     def test_a_batch_the_graph_fails_on_is_read_again_with_every_video_checked(self, index, tmp_path):
-        """What the hardware decoder needs: it fails on a whole batch and names nobody."""
+        """The hardware decoder fails for a whole batch without saying which video caused it, so the loader must find
+        it.
+        """
 
         (tmp_path / "text.mp4").write_text("not a video " * 100)
         bad = dataclasses.replace(index[1], path=tmp_path / "text.mp4")

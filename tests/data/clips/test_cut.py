@@ -1,4 +1,4 @@
-"""Clips are cut in parts as they are whole; colours and blur are their formulas and DALI's to two levels of noise."""
+"""Clips cut in parts equal clips cut whole; colours and blur match their formulas and DALI's to two levels of noise."""
 
 import dataclasses
 import math
@@ -47,7 +47,7 @@ EXTREMES = [
 
 @pytest.mark.parametrize("draw", EXTREMES + draws(8))
 def test_colours_and_blur_are_their_formulas(draw):
-    """Colours by NumPy in YIQ, the blur by SciPy, in float64."""
+    """Computes colours in YIQ with NumPy, and the blur with SciPy, in float64."""
     pixels = noise(3, 37, 23)
     expected = pixels.astype(np.float64)
     if len(draw) > 1:
@@ -85,7 +85,10 @@ def test_colours_and_blur_are_dalis(draw):
 
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 0.5, 1.0, 1.4, 2.0])
 def test_the_blur_is_exact(sigma):
-    """Whole 256ths, summed in integers: the same on every machine, and OpenCV's GaussianBlur to two levels of noise."""
+    """Blur weights are multiples of 1/256 and sums are integers, so that results are equal on every machine; they
+    differ
+    from OpenCV's GaussianBlur by two levels of noise.
+    """
     pixels, kernel = noise(2, 37, 23), 256 * blur_kernel(sigma)
     assert kernel.sum() == 256 and np.all(kernel == np.round(kernel)) and len(kernel) == 2 * math.ceil(3 * sigma) + 1
     sums = correlate1d(pixels.astype(np.int64), kernel.astype(np.int64), axis=1, mode="mirror")
@@ -118,7 +121,7 @@ def test_a_blur_wider_than_the_picture():
 @pytest.mark.parametrize("augment", ["coclr", "iic", "none"])
 @pytest.mark.parametrize("view", ["rgb", "flow"])
 def test_parts_and_regions_change_nothing(augment, view):
-    """Pairs that overlap, stand apart and are padded, of strides 1 and 2, whatever parts their frames come in."""
+    """Pairs of clips that overlap, do not overlap or are padded, with strides 1 and 2, for any split of the frames."""
     rng = np.random.default_rng(2)
     for stride, num_frames in ((1, 20), (1, 60), (2, 30), (2, 9)):
         data = dataclasses.replace(DATA, augment=augment, stride=stride)
@@ -136,7 +139,7 @@ def test_parts_and_regions_change_nothing(augment, view):
 
 
 def assert_clip(got: np.ndarray, pixels: np.ndarray, clip: Clips, view: str, data: DataConfig) -> None:
-    """As cut alone, frame by frame, from whole frames."""
+    """Equal to a clip that is cut by itself, frame by frame, from whole frames."""
     whole = Region.whole(*pixels.shape[1:3])
     for frame, number in zip(got, clip_frames(clip.start[0], data), strict=True):
         alone = dataclasses.replace(clip, start=np.zeros(1, int))

@@ -1,4 +1,4 @@
-"""The DALI graphs: augmentation against NumPy, PIL and OpenCV, and the same clips by every route."""
+"""The DALI graphs: augmentation against NumPy, PIL and OpenCV, and equal clips for every route."""
 
 import dataclasses
 
@@ -22,13 +22,13 @@ from cpr_fast.errors import InputError
 
 
 def cut_whole(frames: np.ndarray, clips: Clips, view: str) -> list[np.ndarray]:
-    """The clips, of DATA's frames, of a video of the given ones."""
+    """Returns the planned clips, with the number of frames set in DATA, of one of the given videos."""
     region = Region.whole(*frames.shape[1:3])
     return cut_clips([frames], clips, view, DATA, region, finish=True)
 
 
 class TestAugmentation:
-    """One clip at a time through the graph, against NumPy, PIL and OpenCV. Tolerances are in levels of 255."""
+    """Compares clips from the graph, one at a time, with NumPy, PIL and OpenCV. Tolerances are in levels of 255."""
 
     def run(self, pixels, **draw):
         neutral_draw = {"flip": False, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "sigma": 0, "crop": 0}
@@ -88,8 +88,9 @@ class TestAugmentation:
     ("group", "same_frames", "clip_major"), [(1, False, False), (2, False, True), (3, True, False)]
 )
 def test_the_other_routes_give_the_frames_of_the_frame_graph(tmp_path, kind, route, group, same_frames, clip_major):
-    """DALI's own decoders, on what they have on the CPU: every frame the same up to resize and colour conversion.
-    Starts overlap, repeat, run backwards and pad; a group is one video's."""
+    """DALI's decoders, for the codecs that they support on the CPU: frames are equal except for resize and colour
+    conversion. Starts overlap, repeat, decrease and need padding; the clips of a group are of one video.
+    """
     video, _ = other_route(tmp_path, kind, route)
     start = np.array([0, 9, 13, 25, 12, 12, -2, 3, 20, 2, 7, 7])
     start = start.repeat(3) if same_frames else start
@@ -111,14 +112,16 @@ def test_the_other_routes_give_the_frames_of_the_frame_graph(tmp_path, kind, rou
         for view in views:
             for a, b in zip(got[view], want[view], strict=True):
                 difference = np.abs(levels(a) - levels(b)).mean()
-                another = np.abs(np.roll(levels(a), 1, axis=0) - levels(b)).mean()  # what a wrong frame differs by
-                limit = 2 if view == "rgb" and route == "packets" else 0.5  # torch's resize beside DALI's
+                another = np.abs(
+                    np.roll(levels(a), 1, axis=0) - levels(b)
+                ).mean()  # difference that a wrong frame would cause
+                limit = 2 if view == "rgb" and route == "packets" else 0.5  # torch's resize compared with DALI's
                 assert difference < limit and another > 1.5, (view, difference, another)
 
 
 @pytest.mark.parametrize("route", ["packets", "jpegs"])
 def test_loaders_by_the_other_routes(tmp_path, monkeypatch, route):
-    """What a GPU does, with DALI's CPU decoders: training pairs and ten crops, both views."""
+    """Runs the graph of the GPU route with DALI's CPU decoders: training pairs and ten crops, both views."""
     _, index = other_route(tmp_path, "vp9", route)
     data = dataclasses.replace(DATA, batch_size=1)
     made = {}
@@ -140,7 +143,7 @@ def test_loaders_by_the_other_routes(tmp_path, monkeypatch, route):
 
 @pytest.mark.parametrize("kind", ["h264-bframes", "h264-open-gop", "mpeg4-avi", "vp9", "mjpeg-avi", "jpeg"])
 def test_loaders_on_a_device_give_the_clips_of_the_cpu(tmp_path, device, kind):
-    """NVDEC and nvJPEG where there is a GPU: training pairs and ten crops, frame by frame those of PyAV."""
+    """On a GPU, NVDEC and nvJPEG give the frames that PyAV gives, for training pairs and for ten crops."""
     route = "jpegs" if kind == "jpeg" else "packets"
     _, index = other_route(tmp_path, kind, route)
     views = ["rgb", "flow", "residual"] if kind in ("jpeg", "vp9") else ["rgb"]

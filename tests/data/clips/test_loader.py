@@ -1,4 +1,4 @@
-"""Batches hold the planned clips: the right frames and boxes, and the same bits however they were made."""
+"""Batches contain the planned clips, with the right frames and boxes, bitwise equal for every way of making them."""
 
 import dataclasses
 import threading
@@ -34,7 +34,7 @@ class TestBatches:
 
     @pytest.mark.parametrize("augment", ["none", "coclr"])
     def test_frames_boxes_and_flips_are_the_planned_ones(self, index, augment):
-        """Against a linear decode and PIL: frame identity, both views, padding; colour is left out here."""
+        """Compares with a linear decode and PIL: frames, both views, padding. Colour changes are not tested here."""
         data = dataclasses.replace(DATA, augment=augment)
         checked = 0
         for batch in collect(TrainLoader(index, data, ["rgb", "flow"], seed=1), epoch=2):
@@ -57,7 +57,7 @@ class TestBatches:
         assert checked >= 6
 
     def test_another_plan_gives_its_clips(self, index):
-        """One clip of a video, to learn its label: the frames, boxes and flips of `plan_labelled`."""
+        """Training with labels uses one clip per video: frames, boxes and flips are those of `plan_labelled`."""
         checked = 0
         for batch in collect(TrainLoader(index, DATA, ["rgb"], seed=1, plan=plan_labelled)):
             assert batch.clips["rgb"].shape == (4, 1, 3, 4, 32, 32) and batch.start.shape == (4, 1)
@@ -114,7 +114,10 @@ class TestSameBits:
             assert_same_batches(collect(TrainLoader(index, data, ["rgb", "flow"], seed=5), epoch=1), reference)
 
     def test_the_cache_changes_nothing(self, index):
-        """Neither one that holds every video, nor one that fills up, nor the first reading after it."""
+        """Clips are equal with a cache that holds every video and with one that becomes full, also in the first read
+        after
+        that.
+        """
         plain = TrainLoader(index, dataclasses.replace(DATA, cache_gib=0), ["rgb", "flow"], seed=5)
         reference = [list(plain.epoch(epoch)) for epoch in (0, 1)]
         plain.close()

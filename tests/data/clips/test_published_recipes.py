@@ -1,4 +1,4 @@
-"""Clips against the published recipes in PIL: IIC's crops and residuals, and `data.exact`, bit for bit."""
+"""Compares clips with the published recipes in PIL: IIC's crops and residuals; `data.exact` bit for bit."""
 
 import dataclasses
 
@@ -17,7 +17,9 @@ from cpr_fast.errors import InputError
 
 
 class TestIIC:
-    """IIC's clips against its own recipe: PIL's bilinear resize to 128x171, a crop of 112, x / 255; its residual."""
+    """Compares IIC's clips with the published recipe (PIL's bilinear resize to 128x171, a crop of 112, x / 255) and its
+    residuals.
+    """
 
     DATA = dataclasses.replace(DATA, augment="iic", size=112)
 
@@ -63,7 +65,7 @@ class TestIIC:
 
 
 class TestExact:
-    """`data.exact`: torchvision's recipe on PIL, bit for bit; and how far DALI is from it."""
+    """`data.exact` equals torchvision's recipe on PIL bit for bit; also checks how much DALI differs from it."""
 
     @pytest.mark.parametrize("augment", ["coclr", "iic", "none"])
     def test_clips_are_the_reference_and_dalis_are_near(self, index, augment):

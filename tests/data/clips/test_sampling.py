@@ -36,7 +36,7 @@ def same(a: Clips, b: Clips) -> bool:
 
 
 def philox_by_hand(seed, counter):
-    """Philox4x32-10 as in Salmon et al. 2011, one counter, Python integers."""
+    """Computes Philox4x32-10 (Salmon et al. 2011) for one counter, with Python integers."""
     c, k = list(counter), [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(10):
         left, right = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -123,7 +123,7 @@ class TestPairs:
         share_is(start[0] == start[1], 0.5 + 0.5 / slack)
         assert start.min() == 0 and start.max() == slack - 1  # the last legal start is never drawn
         assert np.abs(np.bincount(start[0]) - n / slack).max() < 5 * np.sqrt(n / slack)
-        base = 0.5 * 0.3 + 0.5 * 0.5  # two positions, or one with either clip base
+        base = 0.5 * 0.3 + 0.5 * 0.5  # two different positions, or a single one with either clip as the base
         jitter, gray, blur = plan.hue != 0, plan.saturation == 0, plan.sigma > 0
         share_is(plan.flip, 0.5)
         share_is(jitter, base * 0.8)
@@ -131,7 +131,9 @@ class TestPairs:
         share_is(blur, base * 0.5)
         touched = (jitter | gray | blur).reshape(2, n)
         one_position = start[0] == start[1]
-        rare = touched.all(axis=0) & one_position  # both base: only in pairs of two positions that happen to agree
+        rare = (
+            touched.all(axis=0) & one_position
+        )  # both clips are the base: only in pairs whose two positions happen to be equal
         share_is(rare, 0.5 / slack * (0.3 * (1 - 0.2 * 0.8 * 0.5)) ** 2)
         for factor in (plan.brightness, plan.contrast, plan.saturation[~gray]):
             changed = factor[factor != 1]
@@ -148,7 +150,7 @@ class TestPairs:
         area, ratio = height * width / (240 * 320), width / height
         assert DATA.crop_area * 0.98 < area.min() and area.max() <= 1
         assert CROP_RATIO[0] * 0.98 < ratio.min() and ratio.max() < CROP_RATIO[1] * 1.02
-        small = area < 0.5  # such a crop fits whatever its ratio: both are uniform there
+        small = area < 0.5  # crops of this size fit at every aspect ratio, so size and ratio are both uniform
         assert abs(area[small].mean() - 0.35) < 0.005 and abs(np.log(ratio[small]).mean()) < 0.01
         place = left[small] / (320 - width[small])
         assert abs(place.mean() - 0.5) < 0.01 and abs((place**2).mean() - 1 / 3) < 0.01
@@ -163,7 +165,7 @@ class TestPairs:
             assert (box[:, :2] >= 0).all() and (box[:, :2] < box[:, 2:]).all() and (box[:, 2:] <= [height, width]).all()
 
     def test_short_videos_are_padded_on_the_left_with_frame_0(self):
-        data = DataConfig(frames=8, stride=2)  # spans 15 frames
+        data = DataConfig(frames=8, stride=2)  # a clip spans 15 frames
         table = Sources(np.array([1, 10, 15, 16]), np.full(4, 48), np.full(4, 64))
         start = plan_pairs(table, np.arange(4), data, 0, 0).start.reshape(2, 4)
         np.testing.assert_array_equal(start, [[-14, -5, 0, 0]] * 2)

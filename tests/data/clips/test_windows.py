@@ -1,4 +1,4 @@
-"""Evaluation windows: every window of every video once, and ten crops of each."""
+"""Evaluation windows: every window of every video appears once, with ten crops."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ class TestWindowLoader:
     def test_uniform_windows_and_repeated_passes(self, index):
         loader = WindowLoader(index, DATA, ["rgb"], clips_per_video=3)
         first, second = list(loader), list(loader)
-        assert sum(len(batch.video) for batch in first) == 3 * 9 + 1  # the short video has one
+        assert sum(len(batch.video) for batch in first) == 3 * 9 + 1  # the short video has one window
         assert all(torch.equal(a.clips["rgb"], b.clips["rgb"]) for a, b in zip(first, second, strict=True))
         loader.close()
 

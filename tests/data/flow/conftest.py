@@ -1,4 +1,4 @@
-"""The data set that the tests of stored flow share."""
+"""The data set shared by the tests of stored flow."""
 
 import pytest
 from support.data_sets.flow import LONG, write_video

@@ -1,4 +1,4 @@
-"""Batches of frame pairs of several videos give the bits of every pair alone."""
+"""Flow computed in batches of frame pairs of several videos is bitwise equal to flow of each pair computed alone."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from cpr_fast.data.video.container import VideoError
 
 @pytest.mark.parametrize("pairs", [1, 2, 7, 1000])
 def test_batches_of_pairs_across_videos_change_no_bit(pairs):
-    """Real flow of videos of two sizes, one unreadable, in batches of every kind, beside each pair alone."""
+    """Compares TV-L1 flow in batches of every kind with each pair alone; videos have two sizes, one is unreadable."""
     rng = np.random.default_rng(0)
     shapes = [(4, 24, 30), (2, 24, 30), (6, 24, 30), (3, 20, 24)]
     videos = [rng.integers(0, 256, shape).astype(np.uint8) for shape in shapes]

@@ -1,4 +1,4 @@
-"""What `flow` says before it starts: how much there is to do, how long it will take, and how much disk it needs."""
+"""`flow` prints an estimate before it starts: the amount of work, the time and the disk space."""
 
 import dataclasses
 import logging
@@ -75,7 +75,7 @@ def test_the_estimate_comes_before_the_work(data_set, tmp_path, caplog, shard):
     assert "core-hours" in text[1] and "expected disk" in text[2]
     assert ("--shard" in " ".join(text[3:5])) == (shard[1] == 1)
     assert f"0 of {number} videos" in text[-1] and f"{number} are done" in text[-1]
-    assert max(seen) >= 3  # lines before the first batch of the run proper
+    assert max(seen) >= 3  # lines before the first batch of the run itself
 
 
 def test_the_command_says_what_was_done_and_what_comes_next(data_set, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Flow files: what is stored is what was computed, in a form that every decoder reads."""
+"""Flow files contain the computed flow, in a format that every decoder reads."""
 
 import av
 import numpy as np
@@ -39,7 +39,7 @@ def test_flow_files_are_what_hardware_decoders_take(data_set, tmp_path):
             frames = list(container.decode(stream))
             assert stream.codec_context.name == "h264" and stream.codec_context.profile in ("High", "Main")
         assert {frame.format.name for frame in frames} <= {"yuv420p", "yuvj420p"}
-        assert all(frame.color_range == 2 for frame in frames)  # full: 0 and 255 mean what they say
+        assert all(frame.color_range == 2 for frame in frames)  # full range: 0 and 255 are black and white
         chroma = frames[-1].to_ndarray(format="yuv420p")[frames[-1].height :]
         assert frames[0].key_frame and np.abs(chroma.astype(int) - 128).max() <= 1
 
@@ -63,7 +63,9 @@ def test_videos_outside_the_folder_of_the_index(tmp_path):
 
 
 def test_real_flow_op_from_video_to_file(tmp_path):
-    """A texture that moves 2 pixels right and 1 up a frame, through the real op and back from the file."""
+    """A texture moves 2 pixels right and 1 up per frame; its flow is computed by the real operator and read from the
+    file.
+    """
     rng = np.random.default_rng(0)
     coarse = rng.uniform(0, 255, (30, 34)).repeat(4, axis=0).repeat(4, axis=1)
     kernel = np.ones(5) / 5

@@ -1,4 +1,4 @@
-"""Names of stored flow, and which video it belongs to: videos of equal or similar names, changed videos, odd names."""
+"""Names of stored flow, and how it is matched to videos: equal or similar names, changed videos, unusual names."""
 
 import os
 import shutil
@@ -19,14 +19,14 @@ from cpr_fast.data.storage.media import read_frames
 
 
 def make_index(folder, paths, frames=3) -> Index:
-    """An index of videos without label, split and source, in a file index.csv."""
+    """Writes index.csv, an index of videos without label, split and source."""
     videos = [Video(path, "", "", "", frames, 10.0, 48, 32) for path in paths]
     Index(videos).save(folder / "index.csv")
     return Index.load(folder / "index.csv")
 
 
 def is_flow_of(video, flow_path) -> bool:
-    """Whether stored flow is that of a video, to what the codecs lose."""
+    """Returns whether stored flow is that of a video, within the error of the codecs."""
     expected = quantise(smooth_flow(in_pairs(gray_frames(video)))).numpy()
     levels = read_frames(flow_path, range(len(expected)), "flow", len(expected)).transpose(0, 3, 1, 2)
     return np.abs(levels.astype(int) - expected).max() <= 8
@@ -70,7 +70,7 @@ def test_names_do_not_depend_on_where_the_data_set_lies(tmp_path):
 
     assert names(tmp_path / "here") == names(tmp_path / "there" / "deep")
     plain = names(tmp_path)
-    assert str(plain[1]) == "b/v.flow.mp4" and str(plain[-1]) == "a/y.flow.mp4"  # as ever where nothing is similar
+    assert str(plain[1]) == "b/v.flow.mp4" and str(plain[-1]) == "a/y.flow.mp4"  # the usual name if no other is similar
 
 
 @pytest.mark.parametrize("storage", ["video", "lmdb"])
@@ -80,7 +80,7 @@ def test_the_flow_of_a_video_that_changed_is_computed_again(tmp_path, storage):
     out = tmp_path / ("flow" if storage == "video" else "flow.lmdb")
     write_flow(tmp_path / "index.csv", out, storage=storage, compute=smooth_flow)
     shift(paths[0])
-    os.utime(paths[1])  # touched, copied or checked out again: the same bytes
+    os.utime(paths[1])  # a new time but the same bytes, as after a copy or a checkout
     report = write_flow(tmp_path / "index.csv", out, storage=storage, compute=smooth_flow)
     assert (report["written"], report["kept"]) == (1, 1)
     assert all(is_flow_of(video.path, video.flow_path) for video in Index.load(tmp_path / "index.csv"))
@@ -92,7 +92,7 @@ def test_the_flow_of_a_video_that_changed_is_computed_again(tmp_path, storage):
 
 @pytest.mark.parametrize("storage", ["video", "lmdb"])
 def test_two_indexes_with_one_folder_of_flow(tmp_path, storage):
-    """Both have a video a/v.mkv: the second run neither takes the first one's flow nor replaces it."""
+    """Both have a video a/v.mkv: the second run neither uses nor replaces the flow of the first one."""
     out = tmp_path / ("flow" if storage == "video" else "flow.lmdb")
     for name in ("one", "two"):
         path = write_video(tmp_path / name / "a" / "v.mkv", 3)
@@ -112,7 +112,7 @@ def test_a_data_set_that_moved_keeps_its_flow(tmp_path):
     path = write_video(tmp_path / "here" / "a" / "v.mkv", 3)
     make_index(tmp_path / "here", [path])
     write_flow(tmp_path / "here" / "index.csv", tmp_path / "here" / "flow", compute=smooth_flow)
-    shutil.copytree(tmp_path / "here", tmp_path / "there", copy_function=shutil.copyfile)  # of another time
+    shutil.copytree(tmp_path / "here", tmp_path / "there", copy_function=shutil.copyfile)  # modification times differ
     report = write_flow(tmp_path / "there" / "index.csv", tmp_path / "there" / "flow", compute=smooth_flow)
     assert (report["written"], report["kept"]) == (0, 1)
 
@@ -132,7 +132,9 @@ def test_a_flow_file_that_is_cut_off_or_empty_is_computed_again(tmp_path):
 @pytest.mark.skipif(sys.platform == "darwin", reason="the file system takes UTF-8 names only")
 @pytest.mark.parametrize("storage", ["video", "lmdb"])
 def test_names_that_are_not_utf8_or_very_long(tmp_path, storage):
-    """Such names are written as their bytes: the index is read here as a program that keeps them would read it."""
+    """Names of flow keep such bytes. The index is built in memory, because programs may keep names that are not
+    UTF-8.
+    """
     names = [os.fsdecode(b"caf\xe9"), "x" * 250, "with space, comma #1"]
     paths = [write_video(tmp_path / "plain.mkv", 3).rename(tmp_path / f"{name}.mkv") for name in names]
     index = Index(Video(path, "", "", "", 3, 10.0, 48, 32) for path in paths)
@@ -147,7 +149,9 @@ def test_names_that_are_not_utf8_or_very_long(tmp_path, storage):
 
 
 def test_names_as_other_programs_expect_them(tmp_path):
-    """CoCLR's class/video, and the whole path with its suffix where that is shared; a digest only as a last resort."""
+    """Names are CoCLR's class/video, or the whole path with its suffix if that is not unique; a digest is the last
+    resort.
+    """
 
     def index_of(*names):
         return Index(Video(tmp_path / name, "", "", "", 3, 10.0, 48, 32) for name in names)

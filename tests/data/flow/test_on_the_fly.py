@@ -1,4 +1,4 @@
-"""Flow computed from a clip's own frames: the fields that would be stored, training and evaluation without storage."""
+"""Flow computed from the frames of a clip: it equals stored flow, and training and evaluation need no stored flow."""
 
 import dataclasses
 

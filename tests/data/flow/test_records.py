@@ -1,4 +1,4 @@
-"""Flow as records of an LMDB file: CoCLR's format, resumed, killed and sharded runs."""
+"""Flow as records of an LMDB file: CoCLR's format, and runs that are resumed, killed or sharded."""
 
 import io
 import subprocess
@@ -21,7 +21,7 @@ from cpr_fast.data.storage.records import frame_size, open_records, split_record
 
 
 def test_records_are_in_coclrs_format_and_both_storages_give_the_same_clips(data_set, tmp_path):
-    """The loader's clips differ by what H.264 and JPEG lose: a few levels of .157 px."""
+    """Clips from the two storages differ by the loss of H.264 and JPEG: a few levels of .157 px."""
     write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
     files = list(Index.load(data_set))
     report = write_flow(data_set, tmp_path / "flow.lmdb", storage="lmdb", compute=smooth_flow)
@@ -95,7 +95,7 @@ def test_shards_of_records_and_the_run_that_makes_one_file_of_them(data_set, tmp
     for file in tmp_path.glob("flow.*-of-2.lmdb"):
         file.unlink()
     assert write_flow(data_set, out, storage="lmdb", compute=refuse)["kept"] == 5
-    assert out.stat() == before  # nothing to do: not even a copy
+    assert out.stat() == before  # there is nothing to do, so not even a copy is made
 
 
 def test_a_record_that_was_missing_or_of_the_wrong_length_joins_the_finished_file(data_set, tmp_path):

@@ -1,4 +1,4 @@
-"""Runs of `write_flow`: resumed, killed, sharded, and with videos that fail."""
+"""Runs of `write_flow` that are resumed, killed or sharded, or have videos that fail."""
 
 import os
 import subprocess
@@ -31,7 +31,9 @@ def test_a_second_run_computes_nothing(data_set, tmp_path):
 def test_a_file_of_the_wrong_length_is_made_again(data_set, tmp_path):
     write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
     videos = {video.num_frames: video for video in Index.load(data_set)}
-    os.replace(videos[6].flow_path, videos[9].flow_path)  # 5 fields where 8 belong, and none where 5 do
+    os.replace(
+        videos[6].flow_path, videos[9].flow_path
+    )  # one file has 5 fields instead of 8, one has none instead of 5
     report = write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
     assert (report["written"], report["kept"]) == (2, 3)
     assert len(read_levels(videos[9].flow_path, 48)) == 8
@@ -55,7 +57,7 @@ def test_shards_at_the_same_time_are_the_whole(count, data_set, tmp_path):
 
 
 def test_a_killed_run_leaves_no_half_file_and_is_continued(data_set, tmp_path):
-    """The process dies, without any clean-up, while it encodes its third video."""
+    """The process is killed without any clean-up while it encodes its third video."""
     script = f"""
         import os, sys
         sys.path.insert(0, "tests")
@@ -117,7 +119,7 @@ def test_a_single_frame_has_no_flow(tmp_path):
 
 
 def test_one_video_whose_flow_fails_stops_nothing_and_is_tried_again(data_set, tmp_path, caplog):
-    """The others share its batches."""
+    """The other videos have frame pairs in the batches that fail."""
     videos = {video.num_frames: video for video in Index.load(data_set)}
     bad = gray_frames(videos[9].path)[4]
 
@@ -130,7 +132,9 @@ def test_one_video_whose_flow_fails_stops_nothing_and_is_tried_again(data_set, t
     lost = [row["path"] for row in report["problems"]]
     assert str(videos[9].path) in lost and report["counts"] == {"failed": len(lost)} and len(lost) < 4
     assert report["problems"][0]["reason"] == "RuntimeError: no convergence"
-    assert f"no flow of {lost[0]}: RuntimeError" in caplog.text and len(caplog.records) == 1  # one line for the kind
+    assert (
+        f"no flow of {lost[0]}: RuntimeError" in caplog.text and len(caplog.records) == 1
+    )  # one line per kind of problem
     assert {str(video.path) for video in Index.load(data_set) if video.flow_path is None} == set(lost)
     again = write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
     assert (again["written"], again["kept"], again["problems"]) == (len(lost), 5 - len(lost), [])
@@ -154,7 +158,7 @@ def test_an_impossible_shard_is_named(shard, data_set, tmp_path):
 
 @pytest.mark.parametrize("storage", ["video", "lmdb"])
 def test_two_processes_never_write_the_same_flow(data_set, tmp_path, storage):
-    """The second run is refused while the first is at work, and leaves it alone; another shard is not."""
+    """While one run is writing, a second one is refused without affecting it; a run of another shard is allowed."""
     out, refused = tmp_path / ("flow" if storage == "video" else "flow.lmdb"), []
 
     def compute(pairs):

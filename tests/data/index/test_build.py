@@ -1,4 +1,4 @@
-"""Data sets to indexes: every layout, its classes and siblings; what is odd is named; runs go on; transcoding."""
+"""Indexes of data sets: classes and siblings of every layout, reports of unusual files, resumed runs, transcoding."""
 
 import json
 import os
@@ -139,7 +139,7 @@ class TestKinetics:
 
 
 def test_coclr_lists_for_videos_and_for_lmdb(tmp_path, clip):
-    """The same lists, over files and over the published LMDB; flow of another length than RGB."""
+    """Uses the same lists for files and for the published LMDB; the flow has another length than the RGB video."""
     names = {"Zumba": ["v_Zumba_g01_c01", "v_Zumba_g01_c02"], "Archery": ["v_Archery_g02_c01"]}
     lists = tmp_path / "lists"
     folder = "/users/htd/beegfs/DATA/UCF101/frame"
@@ -200,7 +200,7 @@ class TestReport:
         for verify in (True, False):
             index, report = make(tmp_path, tmp_path / "set", verify=verify)
             kinds = {Path(problem["path"]).name: problem["kind"] for problem in report["problems"]}
-            kinds.pop("cut.avi", None)  # packets alone do not show it
+            kinds.pop("cut.avi", None)  # the packets alone do not show that
             assert kinds == {"short.mp4": "short", "empty.mp4": "empty", "text.avi": "broken",
                              "vfr.mkv": "variable_rate", "turned.mov": "rotated"}  # fmt: skip
             assert sorted(v.path.name for v in index) == ["cut.avi", "good.mp4", "short.mp4", "vfr.mkv", "whole.avi"]
@@ -217,7 +217,7 @@ class TestReport:
         assert probe_video(path, decode=False) == probe_video(path)
 
     def test_packets_of_real_clips(self):
-        """XviD with packed B-frames may hold a packet more or less; the rest is exact."""
+        """XviD with packed B-frames may contain one packet more or less; everything else is exact."""
         for path in (*sorted(shared_data("ucf101_100").glob("*/*.avi"))[::20], *shared_data("tiny").glob("*.mkv")):
             quick, whole = probe_video(path, decode=False), probe_video(path)
             assert abs(quick.num_frames - whole.num_frames) <= (2 if path.suffix == ".avi" else 0), path
@@ -253,7 +253,7 @@ class TestJournal:
         assert not (tmp_path / "index.csv").exists()
         with (tmp_path / "index.probe.jsonl").open("a") as journal:
             journal.write('\n{"path": "half a li')
-        os.utime(root / "a" / "v0.mp4", (1, 1))  # changed since
+        os.utime(root / "a" / "v0.mp4", (1, 1))  # changed since the first run
         index, report = make(tmp_path, root)
         assert len(index) == 7 and report["probed"] == 5  # v0 again, and v3 .. v6
         assert sorted(path.name for path in tmp_path.iterdir()) == ["index.csv", "index.report.json", "set"]
@@ -272,7 +272,7 @@ class TestJournal:
         options = [IndexOptions(shard=(i, 2)) for i in range(2)]
         probe_all, began = build.probe_all, []
 
-        def probing(*arguments, **named):  # the other shard begins and ends while this one is at work
+        def probing(*arguments, **named):  # the other shard starts and finishes while this one is running
             began.append(True)
             if len(began) == 1:
                 assert write_index(root, tmp_path / "s.csv", options[1])["left"] == 4
@@ -308,7 +308,7 @@ class TestTranscode:
 
     def test_it_goes_on_and_lmdb_is_refused(self, tmp_path, clip):
         place(clip, tmp_path / "set" / "a" / "v.mp4", tmp_path / "set" / "b" / "v.mp4")
-        for probed in (2, 2):  # the journal goes with the index; the files are written anew
+        for probed in (2, 2):  # the journal is deleted once the index is written; the files are written again
             _, report = make(tmp_path, tmp_path / "set", transcode=tmp_path / "new")
             assert report["probed"] == probed and report["videos"] == 2
         with RecordWriter(tmp_path / "x.lmdb") as writer:
@@ -318,7 +318,7 @@ class TestTranscode:
 
 
 def resized(pictures: np.ndarray) -> np.ndarray:
-    """Nearest-neighbour to 48x64, in which `numbers_shown` reads."""
+    """Resizes to 48x64, the size that `numbers_shown` reads, by nearest neighbour."""
     rows = np.arange(48) * pictures.shape[1] // 48
     return pictures[:, rows][:, :, np.arange(64) * pictures.shape[2] // 64]
 

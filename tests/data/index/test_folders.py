@@ -1,4 +1,6 @@
-"""Folders without lists: which level is the split and the class, what is passed over, and what is said of it."""
+"""Folders without lists: which levels are the split and the class, which files are ignored, and how these are
+reported.
+"""
 
 import os
 from pathlib import Path
@@ -17,7 +19,7 @@ def video(tmp_path_factory):
 
 
 def copy(video: Path, *targets: Path) -> None:
-    """Copies, not links, which would be reported as the same file."""
+    """Makes copies, because links would be reported as the same file."""
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(video.read_bytes())
@@ -45,7 +47,7 @@ def test_levels_of_folders(tmp_path, video, name):
     report = write_index(tmp_path / "set", tmp_path / "i.csv", IndexOptions())
     index = Index.load(tmp_path / "i.csv")
     assert sorted((v.label, v.split) for v in index) == expected and levels in report["levels"]
-    assert len(set(index.source_ids.tolist())) == len(files)  # equal names are not siblings
+    assert len(set(index.source_ids.tolist())) == len(files)  # equal names do not make videos siblings
     assert not {"shared_source", "same_file"} & report["counts"].keys()
 
 

@@ -1,4 +1,4 @@
-"""The index file, and the listing of data sets that makes it."""
+"""The index file, and how it is built from a listing of a data set."""
 
 import os
 import shutil
@@ -56,10 +56,10 @@ def test_saved_index_reads_back_the_same(tmp_path):
         assert (read.label, read.source, read.split) == (video.label, video.source, video.split)
         assert (read.num_frames, read.width, read.height) == (video.num_frames, video.width, video.height)
         assert read.fps == pytest.approx(video.fps, rel=1e-5)
-    assert loaded.classes == ["Jump", "Archery"]  # first appearance, not alphabet
+    assert loaded.classes == ["Jump", "Archery"]  # in the order of first appearance, not alphabetical
     assert loaded.labels.tolist() == [0, 1, -1] and loaded.labels.dtype == np.int64
     assert loaded.source_ids.tolist() == [0, 0, 1] and loaded.source_ids.dtype == np.int64
-    assert [path.name for path in csv_path.parent.iterdir()] == ["index.csv"]  # no temporary file left
+    assert [path.name for path in csv_path.parent.iterdir()] == ["index.csv"]  # no temporary file is left
 
 
 def test_index_and_videos_move_together(tmp_path):
@@ -93,7 +93,7 @@ def test_a_video_without_source_is_a_source_of_its_own(tmp_path):
     assert index.source_ids.tolist() == [0, 1]
 
 
-# ---- bad input: file, line, column, what came, what was expected
+# ---- bad input: errors give file, line, column, the value and what was expected
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_ucf101_lists_decide_and_the_handstand_trap_is_known(tmp_path):
     write_video(root / "Archery" / "v_Archery_g08_c01.avi")
     write_video(root / "Archery" / "v_Archery_g08_c02.mp4")  # transcoded
     write_video(root / "Archery" / "v_Archery_g99_c01.avi")  # in no list
-    write_video(root / "HandStandPushups" / "v_HandstandPushups_g01_c04.avi")  # spelled unlike the list
+    write_video(root / "HandStandPushups" / "v_HandstandPushups_g01_c04.avi")  # spelled differently from the list
     write_video(root / "Zumba" / "v_Zumba_g01_c01.avi")
     splits = write_lists(
         tmp_path / "lists",

@@ -1,4 +1,4 @@
-"""Names of files and folders: what `index` writes is read back as the same file, from any folder and by any link."""
+"""Names of files and folders: paths that `index` writes lead to the same file from any folder and through any link."""
 
 import os
 
@@ -25,7 +25,7 @@ def video(tmp_path_factory):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(st.lists(BYTES, min_size=1, max_size=4), st.lists(BYTES, max_size=2))
 def test_any_path_survives_the_index(tmp_path_factory, names, folders):
-    """Names of any bytes, as Linux allows them."""
+    """File names may consist of any bytes, as Linux allows."""
     home = tmp_path_factory.mktemp("home")
     path = home.joinpath(*map(os.fsdecode, folders), *map(os.fsdecode, names[1:]), f"_{os.fsdecode(names[0])}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,4 +73,6 @@ def test_links_and_dots_on_the_way(tmp_path, video, monkeypatch, root, out):
     found = Index.load(out)[0].path
     assert os.path.samefile(found, tmp_path / "data/c/v.mp4")
     if out in ("data/i.csv", "link/i.csv") and root in ("data", "link"):
-        assert (tmp_path / "data/i.csv").read_text().splitlines()[1].startswith("c/v.mp4,")  # they move together
+        assert (
+            (tmp_path / "data/i.csv").read_text().splitlines()[1].startswith("c/v.mp4,")
+        )  # the index and its videos move together

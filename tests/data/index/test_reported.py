@@ -1,4 +1,4 @@
-"""Lists that contradict themselves, a disk that fails, and an index that is written again: nothing is lost silently."""
+"""Contradictory lists, a failing disk and an index that is written again: every loss of data is reported."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def rows(csv_path: Path) -> dict[str, tuple[str, str]]:
 
 
 class TestNames:
-    """A video is found by class and name."""
+    """Videos are found by class and name."""
 
     @pytest.fixture
     def root(self, tmp_path):
@@ -92,7 +92,7 @@ def test_contradictory_lists(tmp_path, train, test, expected, counts):
 def test_what_only_decoding_shows(tmp_path, capsys):
     root = tmp_path / "set/c"
     write_plain(root / "fine.mp4")
-    for place in range(1, 16):  # until the decoder notices
+    for place in range(1, 16):  # until the damage makes the decoder report an error
         if probe_video(damage(write_plain(root / "bad.mp4", height=96, width=128), place)).corrupt:
             break
     write_size_change(root / "joined.ts")
@@ -152,7 +152,7 @@ def test_long_work_is_estimated_once(monkeypatch, caplog):
     monkeypatch.setattr("cpr_fast.data.index.probing.time.perf_counter", lambda: next(times))
     with caplog.at_level("INFO"):
         assert list(_with_estimate(iter(range(100)), 100, "decoding", 2)) == list(range(100))
-        assert list(_with_estimate(iter(range(4)), 4, "decoding", 2)) == list(range(4))  # too short to be worth it
+        assert list(_with_estimate(iter(range(4)), 4, "decoding", 2)) == list(range(4))  # too short for an estimate
     (line,) = caplog.messages
     assert line.startswith("decoding 100 videos takes about 4 min 54 s at 0.3 videos/s") and "--shard 0/4" in line
 

@@ -1,4 +1,4 @@
-"""Lists and tables in every form in which people and spreadsheets save them, through every reader of the package."""
+"""Lists and tables in every format in which people and spreadsheets save them, read by every reader of the package."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def test_an_index_is_read_in_every_form(root, form):
 def test_split_lists_are_read_in_every_form(root, tmp_path, layout, form):
     for name, text in LISTS[layout].items():
         if form in ("semicolon", "tab", "all at once") and layout in ("ucf101", "hmdb51"):
-            text = text.replace(" ", ",")  # which the form replaces
+            text = text.replace(" ", ",")  # which the format under test replaces
         (tmp_path / name).write_bytes(FORMS[form](text))
     index, problems = build_index(root, layout, tmp_path)
     names = ["walk", "run"] if layout == "hmdb51" else ["A", "B"]

@@ -1,4 +1,4 @@
-"""JPEG records in LMDB files: CoCLR's format read in both encodings, with only the frames asked for, and written."""
+"""JPEG records in LMDB files: CoCLR's format is written, and read in both encodings, only the requested frames."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +50,7 @@ def luma_by_pil(encoded: bytes) -> np.ndarray:
 
 
 def write_as_coclr(file, videos, *, legacy: bool, lengths: bool):
-    """CoCLR's convert_video_to_lmdb.py: keys shuffled against the order of writing; msgpack 0.6 packs no bin type."""
+    """CoCLR's convert_video_to_lmdb.py: keys are not in the order of writing; msgpack 0.6 does not use the bin type."""
     names = list(videos)
     order = names[1:] + names[:1]
     environment = lmdb.open(str(file), subdir=False, map_size=2**26)
@@ -153,7 +153,9 @@ def test_a_file_larger_than_the_first_map_and_a_run_that_was_killed(tmp_path, mo
 
 
 def contents(file) -> dict[str, list[bytes]]:
-    """What CoCLR's own reader would find: by name, the JPEGs of the record whose key is the name's place."""
+    """Returns what CoCLR's reader finds: for each name, the JPEGs of the record whose key is the position of the
+    name.
+    """
     options = {"subdir": False, "readonly": True, "lock": False}
     with lmdb.open(str(file), **options) as environment, environment.begin() as transaction:
         order = msgpack.unpackb(transaction.get(b"__order__"), raw=True)
@@ -168,7 +170,9 @@ def contents(file) -> dict[str, list[bytes]]:
 @pytest.mark.parametrize("lengths", [True, False])
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_finished_file_is_continued_in_a_copy(tmp_path, videos, legacy, lengths):
-    """Whoever has it open goes on reading; a run killed at any time leaves it whole."""
+    """Processes that have the file open can continue to read it; a run that is killed at any time leaves it
+    complete.
+    """
     file = write_as_coclr(tmp_path / "x.lmdb", videos, legacy=legacy, lengths=lengths)
     reader = open_records(file)
     with RecordWriter(file) as writer:
@@ -182,11 +186,11 @@ def test_a_finished_file_is_continued_in_a_copy(tmp_path, videos, legacy, length
         writer.put("Archery/one", [b"other", b"length"])
     assert bytes(reader.record("Archery/one")[0]) == msgpack.packb(videos["Archery/one"], use_bin_type=not legacy)
     assert reader.num_frames() == LENGTHS
-    del reader  # LMDB opens a path once in a process
+    del reader  # LMDB can open a path only once in a process
     expected = videos | {"Archery/one": [b"other", b"length"], "Zumba/new": [b"new"]}
     assert contents(file) == expected
     assert [bytes(part) for part in read_jpegs(record_path(file, "Archery/one"), [1])] == [b"length"]
-    assert {path.name for path in tmp_path.iterdir()} == {"x.lmdb", "x.lmdb-lock"}  # the latter of LMDB's own writer
+    assert {path.name for path in tmp_path.iterdir()} == {"x.lmdb", "x.lmdb-lock"}  # LMDB's writer made the lock file
 
 
 def test_a_run_killed_before_the_rename_is_continued(tmp_path, videos, monkeypatch):

@@ -1,4 +1,6 @@
-"""Files that cannot be read: one line per kind of problem, however many there are; an end where the disk is gone."""
+"""Files that cannot be read: one line per kind of problem, for any number of files; the run ends if the disk is
+gone.
+"""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""The synthetic actions: reproducible, honest about what a class is, and safe to make twice."""
+"""The synthetic actions are reproducible, only the motion tells the class, and the data set can be written twice."""
 
 import dataclasses
 import hashlib
@@ -89,7 +89,7 @@ def test_files_are_h264_that_decodes_to_what_was_rendered(tiny_set):
     source = make_source("rotate", "stripes", rng, height=40, width=48)
     rendered = render(source, int(rng.integers(0, 10)), 10, rng)
     assert decoded.shape == rendered.shape
-    # colour is stored at half resolution: compare brightness
+    # colour is stored at half resolution, so brightness is compared
     difference = decoded.astype(float).mean(-1) - rendered.astype(float).mean(-1)
     assert np.sqrt(np.mean(difference**2)) < 12
     assert np.corrcoef(decoded.mean(-1).ravel(), rendered.mean(-1).ravel())[0, 1] > 0.95
@@ -160,13 +160,15 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_every_programme_keeps_the_pace_it_is_given(motion):
-    """rms speed over figure and time, from finite differences on a disc of points: amount of motion tells no class."""
+    """The rms speed over figure and time, from finite differences on a disc of points, is the given one. The amount
+    of motion therefore does not tell the class.
+    """
     pace = Motion(speed=2.0, period=18.0, radius=20.0, direction=0.7, sign=-1.0, phase=0.3)
     time = np.linspace(0, 4000, 400_001)
     pose = MOTIONS[motion](pace, time)
     x, y, scale = pose.dx, pose.dy, np.exp(pose.log_scale) * np.ones(len(time))
     speeds = []
-    for radius in 20 * np.sqrt([0.1, 0.3, 0.5, 0.7, 0.9]):  # equal areas
+    for radius in 20 * np.sqrt([0.1, 0.3, 0.5, 0.7, 0.9]):  # rings of equal area
         angle = pose.angle + 1.1
         px, py = x + radius * scale * np.cos(angle), y + radius * scale * np.sin(angle)
         speeds.append(np.mean(np.gradient(px, time) ** 2 + np.gradient(py, time) ** 2))

@@ -1,4 +1,4 @@
-"""Which stream of a file is its video, and what probing says of streams that are damaged or change."""
+"""Which stream of a file is its video, and what probing reports about streams that are damaged or change."""
 
 import io
 
@@ -34,15 +34,15 @@ def test_every_reader_ignores_a_cover_picture(tmp_path):
     truth = read_frames(write_plain(tmp_path / "plain.mp4"), range(20), "rgb", 20)
     covered = with_cover(write_plain(tmp_path / "covered.mp4"))
     with av.open(str(covered)) as container:
-        assert container.streams.video[0].width == 200  # FFmpeg's first video stream is the picture
+        assert container.streams.video[0].width == 200  # FFmpeg's first video stream is the cover picture
     for decode in (True, False):
         info = probe_video(covered, decode=decode)
         assert (info.num_frames, info.width, info.height, info.streams) == (20, 64, 48, "")
-    for _ in range(2):  # opened with care, then as remembered
+    for _ in range(2):  # the first read probes the streams, the second one uses what was remembered
         np.testing.assert_array_equal(read_frames(covered, [3, 14], "rgb", 20), truth[[3, 14]])
     encoded, places = slice_packets(covered, [13, 14], 20)
     np.testing.assert_array_equal(decode_bytes(encoded)[places], truth[[13, 14]])
-    # with a wrong count the numbering is not proven: a decoder is given all packets, but of the video alone
+    # with a wrong count the numbering is not certain: a decoder is given all packets of the video stream, and no others
     encoded, places = slice_packets(covered, [0, 5], 19)
     np.testing.assert_array_equal(decode_bytes(encoded), truth)
     assert places.tolist() == [0, 5]
@@ -73,7 +73,7 @@ def test_of_several_streams_the_default_one_is_read_and_named(tmp_path, default,
 
 
 def test_damage_is_counted_or_makes_no_difference(tmp_path):
-    """A repaired frame may depend on what was decoded before it; probing must say so."""
+    """A repaired frame may depend on frames decoded before it; probing must report that."""
     path, counted = tmp_path / "video.mp4", 0
     for place in range(1, 16):
         write_plain(path, height=96, width=128)
@@ -116,7 +116,7 @@ def test_a_file_that_cannot_be_read_differs_from_one_that_does_not_decode(tmp_pa
 
 
 def test_a_file_that_ends_too_early_is_readable(tmp_path):
-    """FFmpeg calls that an input/output error, too."""
+    """FFmpeg reports an input/output error in this case, too."""
     (tmp_path / "empty.mkv").touch()
     (tmp_path / "cut.ts").write_bytes(write_plain(tmp_path / "v.mp4").read_bytes()[:100])
     for path in (tmp_path / "empty.mkv", tmp_path / "cut.ts"):

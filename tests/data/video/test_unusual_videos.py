@@ -1,4 +1,4 @@
-"""Videos whose containers or streams mislead: every frame is still that of a linear decode, or the file is named."""
+"""Videos with misleading containers or streams: frames equal those of a linear decode, or an error names the file."""
 
 import av
 import numpy as np
@@ -19,7 +19,7 @@ INTERLACED = {"x264-params": "interlaced=1:tff=1", "g": "12", "crf": "10"}
 
 
 def encode(path, codec="libx264", options=None, *, prepare=lambda frame: None, flags=0, **settings):
-    """Noise that moves, and shows where a frame lacks what it refers to."""
+    """Moving noise, which shows where a frame was decoded without its reference frames."""
     noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3))
     with av.open(str(path), "w") as output:
         stream = output.add_stream(codec, rate=25, options=options or {"g": "12", "bf": "2"})
@@ -38,7 +38,7 @@ def encode(path, codec="libx264", options=None, *, prepare=lambda frame: None, f
 
 
 def copied(source, path, *, first=0, time=lambda packet, start: packet.pts - start, flags=False):
-    """The packets in another file; shown from frame `first` on, as `ffmpeg -ss TIME -c copy` cuts."""
+    """Copies the packets to another file, shown from frame `first` on, like a cut by `ffmpeg -ss TIME -c copy`."""
     with av.open(str(source)) as container, av.open(str(path), "w") as output:
         stream = container.streams.video[0]
         packets = [packet for packet in container.demux(stream) if packet.size]
@@ -54,7 +54,9 @@ def copied(source, path, *, first=0, time=lambda packet, start: packet.pts - sta
 
 
 def assert_exact(path):
-    """Clips by seeking, a few times so that the file is remembered, and those that a GPU is given."""
+    """Compares frames with a linear decode: read by seeking, repeatedly so that the layout is remembered, and from
+    the packets for a GPU.
+    """
     truth = decode_linearly(path)
     count = probe_video(path).num_frames
     assert count == len(truth)
@@ -100,7 +102,7 @@ def test_every_packet_called_a_key(tmp_path, codec):
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
 def test_times_of_decoding_prove_nothing(tmp_path, codec):
-    """ASF has no others."""
+    """ASF stores no other times."""
     assert_exact(encode(tmp_path / "video.asf", codec))
 
 

@@ -1,4 +1,4 @@
-"""Frames are the ones asked for, whatever the codec and container; packets decode to them; bad files are named."""
+"""For every codec and container, the requested frames are read, and packets decode to them; errors name bad files."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +29,7 @@ from cpr_fast.data.video.packets import slice_packets
 from cpr_fast.data.video.pixels import Region
 from cpr_fast.data.video.probe import probe_video
 
-FRAMES = 47  # of every numbered video: no multiple of a group of pictures
+FRAMES = 47  # of every numbered video; not a multiple of the length of a group of pictures
 CHOICES = ([0], [46], [11, 12, 13], [5, 24, 25, 40], list(range(30, 46)), list(range(FRAMES)))
 
 
@@ -76,7 +76,7 @@ def test_real_clips_equal_a_linear_decode(clip):
 
 
 def test_a_header_that_counts_too_many_frames_is_not_believed():
-    """The UCF101 clips were probed by decoding them: the counts must agree for every one of a sample."""
+    """The counts of the UCF101 clips come from decoding: for a sample of them, probing by packets must agree."""
     table = np.genfromtxt(shared_data("ucf101_100", "PROBE.csv"), delimiter=",", names=True, dtype=None, encoding=None)
     for row in table[::20]:
         assert probe_video(shared_data("ucf101_100", row["path"])).num_frames == row["frames"]
@@ -98,7 +98,7 @@ def test_a_slice_starts_at_the_previous_key_frame_and_ends_at_the_last_frame(num
         encoded, places = slice_packets(numbered[kind], [26, 27], FRAMES)
         (tmp_path / "slice").write_bytes(encoded)
         assert places.tolist() == [26 - key, 27 - key]
-        assert len(decode_linearly(tmp_path / "slice")) <= 27 - key + 1 + 2  # at most the references of B-frames
+        assert len(decode_linearly(tmp_path / "slice")) <= 27 - key + 1 + 2  # at most the reference frames of B-frames
 
 
 def test_a_slice_leaves_out_the_groups_of_pictures_between_two_clips(numbered, tmp_path):
@@ -110,7 +110,9 @@ def test_a_slice_leaves_out_the_groups_of_pictures_between_two_clips(numbered, t
 
 
 def test_an_encoder_that_packets_do_not_name(tmp_path):
-    """MPEG-4 whose headers are the container's alone: no key packet says by which habits it decodes."""
+    """MPEG-4 with its headers only in the container: no key packet names the encoder, on whose conventions decoding
+    depends.
+    """
     path = tmp_path / "global.avi"
     with av.open(str(path), "w") as output:
         stream = output.add_stream("mpeg4", rate=25, options={"g": "12", "bf": "2"})
@@ -141,14 +143,16 @@ def test_a_container_that_seeks_to_the_wrong_place_costs_time_alone(numbered, mo
     @contextmanager
     def opened(path, probe, real=decode.open_video):
         with real(path, probe=probe) as (container, stream):
-            container.seek(elsewhere, stream=stream)  # what is demultiplexed starts there
+            container.seek(elsewhere, stream=stream)  # demultiplexing starts there
             yield container, stream
 
     calls = iter([opened, decode.open_video])
     monkeypatch.setattr(decode, "open_video", lambda path, probe=True: next(calls)(path, probe=probe))
     np.testing.assert_array_equal(read_frames(path, [5, 6], "rgb", FRAMES), expected)
     assert next(calls, None) is None
-    assert decode.LAYOUTS[decode.file_identity(path, FRAMES)].probe  # from now on it is opened with more care
+    assert decode.LAYOUTS[
+        decode.file_identity(path, FRAMES)
+    ].probe  # from now on the streams are probed when it is opened
 
 
 @pytest.mark.parametrize("kind", ["h264-bframes", "mpeg4-avi"])
@@ -176,7 +180,7 @@ def test_decoding_starts_at_the_key_frame_and_passes_over_b_frames(numbered, kin
 
 
 class Recorder:
-    """A decoder, and the times of the frames that it gave."""
+    """Wraps a decoder, and records the times of the frames that it returned."""
 
     def __init__(self, decoder):
         self.decoder, self.name, self.times = decoder, decoder.name, []
@@ -196,7 +200,7 @@ def random_region(rng, height, width):
 
 
 def assert_regions(path, truth, rng):
-    """Random frames of random boxes are those of whole ones, bit for bit."""
+    """Random boxes of random frames equal, bit for bit, the same boxes cut from whole frames."""
     for _ in range(8):
         region = random_region(rng, *truth.shape[1:3])
         frames = np.unique(rng.integers(0, len(truth), rng.integers(1, 20)))
@@ -215,7 +219,7 @@ def test_a_region_is_cut_from_whole_frames(numbered, kind):
 @pytest.mark.parametrize("colours", [None, (ColorRange.MPEG, Colorspace.ITU709), (ColorRange.JPEG, Colorspace.ITU601)])
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (50, 66), (48, 37), (35, 64), (90, 170)])
 def test_a_region_of_noise(tmp_path, pixel_format, colours, height, width):
-    """Noise shows where chroma is shared or interpolated; the sizes are no multiples of anything."""
+    """Noise shows where chroma is shared or interpolated; sizes are not multiples of chroma or vector blocks."""
     rng, path = np.random.default_rng(1), tmp_path / "noise.mkv"
     with av.open(str(path), "w") as output:
         stream = output.add_stream("ffv1", rate=25)
@@ -246,7 +250,7 @@ def test_flow_is_the_two_halves_of_the_luma_as_stored(tmp_path):
     path = write_video(tmp_path / "flow", uv.reshape(9, 48, 64), "mjpeg-mkv")
     read = read_frames(path, [2, 3, 8], "flow", 9)
     assert read.shape == (3, 24, 64, 2)
-    assert np.abs(read.astype(int) - uv[[2, 3, 8]].transpose(0, 2, 3, 1)).max() <= 12  # the codec's own error
+    assert np.abs(read.astype(int) - uv[[2, 3, 8]].transpose(0, 2, 3, 1)).max() <= 12  # the error of the codec
     limited = write_video(tmp_path / "limited", uv.reshape(9, 48, 64), "h264-bframes")
     with av.open(str(limited)) as container:
         stored = [np.frombuffer(f.planes[0], np.uint8).reshape(48, -1)[:, :64] for f in container.decode(video=0)]

@@ -1,4 +1,4 @@
-"""Probe and finetuning against scikit-learn, torchmetrics and float64; whole commands on encoded videos."""
+"""Compares probe and finetuning with scikit-learn, torchmetrics and float64; runs whole commands on encoded videos."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TINY = Config.from_dict({"data": {"frames": 8, "size": 32, "workers": 1}, "model
 
 def test_scores_equal_torchmetrics():
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 6, (83,), generator=generator)  # class 6 of 7 never occurs
+    labels = torch.randint(0, 6, (83,), generator=generator)  # class 6 of 0 to 6 never occurs
     probabilities = torch.rand(83, 7, generator=generator, dtype=torch.float64)
     names = [f"c{i}" for i in range(7)]
     got = classification_scores(probabilities, labels, torch.arange(83) // 2, names)
@@ -115,7 +115,7 @@ def test_every_layer_of_a_backbone_has_its_rate(arch, layers):
 
 
 class ClipLoader:
-    """One noisy clip of each of 7 videos in batches of 2, a function of the epoch; the last video is left over."""
+    """Gives one noisy clip of each of 7 videos in batches of 2, depending on the epoch; the last video is left over."""
 
     labels = torch.tensor([0, 1, 0, 1, 1, 0, 1])
 
@@ -136,7 +136,7 @@ class ClipLoader:
 
 
 class StoppedLoader(ClipLoader):
-    """The process is asked to stop while a step of an epoch is computed."""
+    """Requests the process to stop while a step of an epoch is computed."""
 
     def __init__(self, epoch, step, number):
         self.at, self.number = (epoch, step), number
@@ -169,7 +169,9 @@ def test_a_stopped_training_ends_as_an_uninterrupted_one_bitwise(tmp_path):
 
 
 def test_a_signal_saves_the_step_and_the_training_ends_as_an_uninterrupted_one_bitwise(tmp_path):
-    """Asked in the midst of an epoch, on its last step and on the first of all; with a selection, too."""
+    """The request comes in the middle of an epoch, in its last step or in the first step of all, also with
+    selection.
+    """
     settings = ClassifierConfig(dropout=0.5, milestones=(1,), epochs=100)
     select = selection_accuracy(ClipLoader(), 7, "rgb", torch.device("cpu"))
     straight, _, done = trained(tmp_path / "straight", 3, settings, select)

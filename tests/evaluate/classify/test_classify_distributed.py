@@ -1,7 +1,6 @@
-"""Finetuning, probe, testing and embedding by two processes on gloo, beside one process with the whole batch.
+"""Finetuning, probe, testing and embedding by two processes on gloo, compared with one process with the whole batch.
 
-As a program, `torchrun tests/evaluate/classify/test_classify_distributed.py FOLDER`, this file
-is what the two processes run.
+The two processes run this file as a program: `torchrun tests/evaluate/classify/test_classify_distributed.py FOLDER`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ SETTINGS = {
 
 
 class Loader(RandomLoader):
-    """Asks this process to stop at step `stop_at` of all."""
+    """Requests this process to stop at step `stop_at`, counted over all epochs."""
 
     stop_at = None
 
@@ -64,7 +63,7 @@ class Loader(RandomLoader):
 
 
 class TwoRanks(Classifier):
-    """One process that computes what two do: each half of the batch has batch statistics of its own."""
+    """Computes in one process what two processes compute: each half of the batch has separate batch statistics."""
 
     def features(self, clips):
         if not self.training or self.frozen:
@@ -83,7 +82,7 @@ class TwoRanks(Classifier):
 
 
 def train(folder: Path, task: str, world: World, model_type=Classifier, stop_at=None) -> dict:
-    """Weights, and what the training says of itself."""
+    """Trains, and returns the weights and the results that the training returns."""
     index, device = make_index(VIDEOS), torch.device("cpu")
     torch.manual_seed(0)
     model = model_type(build_encoder(CONFIG.model), len(index.classes), SETTINGS[task])
@@ -99,7 +98,7 @@ def train(folder: Path, task: str, world: World, model_type=Classifier, stop_at=
 
 
 def embed(folder: Path) -> tuple[dict, torch.Tensor]:
-    """Features of five videos by a cache that holds one of them; the last one gives no window."""
+    """Returns the features of five videos, with a cache that contains one of them; the last one gives no window."""
     from support.videos.counted_videos import NET, CountingLoader
 
     index = Index.load(folder / "videos.csv")
@@ -116,7 +115,9 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     found = {task: train(folder / task, task, world) for task in SETTINGS}
     try:
-        train(folder / "stopped", "finetune", world, stop_at=4 if world.rank else None)  # one of the two is asked
+        train(
+            folder / "stopped", "finetune", world, stop_at=4 if world.rank else None
+        )  # only one of the two receives the request
     except Interrupted as stopped:
         found["message"] = str(stopped)
     found["stopped"] = train(folder / "stopped", "finetune", world)
@@ -143,7 +144,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What both processes found, and where."""
+    """Returns the results of both processes, and their folder."""
     from support.videos.counted_videos import write_videos
 
     folder = tmp_path_factory.mktemp("two")
@@ -165,8 +166,9 @@ def test_both_ranks_end_with_the_same_bits(two):
 
 @pytest.mark.parametrize(("task", "model_type"), [("finetune", TwoRanks), ("probe", Classifier)])
 def test_two_processes_of_4_learn_what_one_of_8_does(two, tmp_path, task, model_type):
-    """Batch statistics of the backbone per rank, of the head over the whole batch, and the same dropout; up to the
-    order of sums: losses within 1e-5, weights within 1e-5."""
+    """The reference has batch statistics of the backbone per rank and of the head over the whole batch, and the same
+    dropout. Results differ only by the order of sums: losses and weights agree within 1e-5.
+    """
     one = train(tmp_path, task, World(0, 1, torch.device("cpu")), model_type)
     curves = [rows(tmp_path), rows(two[2] / task)]
     for a, b in zip(*curves, strict=True):
@@ -176,7 +178,7 @@ def test_two_processes_of_4_learn_what_one_of_8_does(two, tmp_path, task, model_
         ]
     assert len({row["loss"] for row in curves[0]}) == 3
     for name, weight in one["weights"].items():
-        if weight.is_floating_point():  # not BatchNorm's counters: two halves of one process count twice
+        if weight.is_floating_point():  # except BatchNorm's counters, which count both halves in one process
             torch.testing.assert_close(two[0][task]["weights"][name], weight, rtol=1e-3, atol=1e-5, msg=name)
 
 
@@ -192,7 +194,7 @@ def test_shares_are_put_together_in_order(two):
     for found in two[:2]:
         for videos, (values, windows) in zip((0, 1, 3), found["shares"], strict=True):
             assert windows.tolist() == [i + 1 for i in range(videos)]
-            for i, row in values.items():  # of the rank that has video i: zero in the other's places
+            for i, row in values.items():  # from the rank that has video i; the other rank has zeros there
                 assert row.tolist() == [j if j % 2 == i % 2 else 0 for j in range(videos)]
             assert sorted(values) == list(range(videos))
 

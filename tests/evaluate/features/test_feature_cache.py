@@ -1,4 +1,4 @@
-"""Stored features: the rows of a fresh computation, found again by video, and never those of another video."""
+"""Stored features: they equal a fresh computation, are found by video, and are never those of another video."""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ TINY = {"data": {"frames": 8, "size": 32, "workers": 1}, "model": {"width": 0.06
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
-    """`both`, and its views apart as `rgb` and `flow`, in three run folders; `longer` takes clips of 9 frames."""
+    """Checkpoints in run folders: `both`, its single views as `rgb` and `flow`, and `longer`, which has clips of 9
+    frames.
+    """
     folder = tmp_path_factory.mktemp("pretrained")
     config = Config.from_dict(TINY)
     torch.manual_seed(0)
@@ -66,7 +68,9 @@ def test_retrieval_with_two_files_is_that_with_one(files, index):
 
 
 def test_retrieval_over_splits_gives_means_and_deviations(files, index):
-    """One split of a single class, so that whatever is nearest is right, and one whose gallery lacks the queries'."""
+    """In one split all videos have one class, so every result is right; in the other, the gallery lacks the
+    queries' class.
+    """
     videos, swap = list(Index.load(index)), {"train": "test", "test": "train"}
     paths = [index.with_name(f"split{number}.csv") for number in (1, 2)]
     Index(dataclasses.replace(video, label="one") for video in videos).save(paths[0])
@@ -80,7 +84,9 @@ def test_retrieval_over_splits_gives_means_and_deviations(files, index):
     summary = result["summary"][0]
     assert [row["r@1"] for row in rows[0]] == [1, 0] and result["r@1"] == summary["r@1"] == 0.5
     assert summary["r@1_std"] == pytest.approx(0.5**0.5)
-    assert rows[0][0]["gallery"] != rows[0][1]["gallery"] and result["r@5"] is summary["r@5_std"] is None  # of 4 videos
+    assert (
+        rows[0][0]["gallery"] != rows[0][1]["gallery"] and result["r@5"] is summary["r@5_std"] is None
+    )  # the gallery has 4 videos
     assert summary["splits"] == 2 and apart[0]["summary"][0]["r@1_std"] is None
     told = [row for row in read_metrics(files["flow"].parents[1]) if row["kind"] == "retrieval"]
     assert [(row["name"], row["r@1"]) for row in told] == [(row["name"], row["r@1"]) for row in result["summary"]]
@@ -97,7 +103,9 @@ def test_probe_and_finetune_average_the_probabilities_of_two_files(files, index,
             results.append(json.loads(capsys.readouterr().out))
         assert [row["view"] for row in results[0]["results"]] == ["rgb", "flow", "two_stream"]
         assert results[0]["results"] == results[1]["results"]
-    assert not (files["rgb"].parents[1] / "metrics.jsonl").read_text()  # two runs: the result is of neither
+    assert not (
+        files["rgb"].parents[1] / "metrics.jsonl"
+    ).read_text()  # the files are of two runs, and the result belongs to neither
     assert (files["both"].parents[1] / "metrics.jsonl").read_text()
 
 

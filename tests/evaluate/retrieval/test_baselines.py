@@ -17,7 +17,7 @@ from cpr_fast.evaluate.retrieval.baselines import (
 
 
 def normalise(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 [N, 3, T, H, W] as the pipeline hands it on."""
+    """Converts uint8 [N, 3, T, H, W] to the normalised clips that the pipeline returns."""
     shape = (1, 3, 1, 1, 1)
     mean, std = np.reshape(IMAGENET_MEAN, shape), np.reshape(IMAGENET_STD, shape)
     return torch.from_numpy(((pixels / 255 - mean) / std).astype(np.float32))
@@ -33,7 +33,7 @@ def test_mean_colour_is_the_mean_of_the_pixels(pixels):
 
 
 def test_mean_flow_separates_signed_from_absolute_motion():
-    # u swings +-51 levels, v drifts by 25.5: the mean of u cancels, its size does not.
+    # u alternates by +-51 levels, v is constant at 25.5: the mean of u is zero, its mean absolute value is not.
     flow = np.full((1, 3, 4, 8, 8), 128.0)
     flow[:, 2, ::2] += 51
     flow[:, 2, 1::2] -= 51

@@ -1,4 +1,4 @@
-"""Retrieval against brute force in NumPy float64; the loader is a stand-in that serves known windows."""
+"""Compares retrieval with brute force in NumPy float64; a stand-in for the loader returns known windows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def video(number: int, label: str, source: str, split: str) -> Video:
 
 
 class Windows:
-    """1 to 3 noisy windows per video around a point that depends on its path; videos named in `broken` give none."""
+    """Gives 1 to 3 noisy windows per video around a point that depends on its path; videos in `broken` give none."""
 
     def __init__(self, index: Index, broken: tuple[str, ...] = (), batch_size: int = 5) -> None:
         windows, self.skipped, self.closed = [], [], False
@@ -82,7 +82,7 @@ def reference_similarity(queries, gallery, name):
 
 
 def brute_force(queries, gallery, name, leave_source_out):
-    """R@k by sorting every row, one query at a time."""
+    """Computes R@k by sorting every row, one query at a time."""
     hits = {k: [] for k in (1, 5, 10, 20, 50)}
     for query, row in zip(queries, reference_similarity(queries, gallery, name), strict=True):
         order = [gallery[int(i)] for i in np.argsort(-row, kind="stable")]
@@ -207,7 +207,7 @@ def test_a_constant_feature_does_not_drown_the_others():
 
 
 def test_the_interval_resamples_sources_not_videos():
-    # 4 sources of 50 equal videos each: over videos the interval would be about .5 +- .07.
+    # 4 sources of 50 equal videos each: an interval over videos would be about .5 +- .07.
     ranks = torch.tensor([0, 0, 9, 9]).repeat_interleave(50)
     low, high = recall(ranks, torch.arange(4).repeat_interleave(50), 100)["r@1_ci95"]
     assert (low, high) == (0.0, 1.0)
@@ -259,10 +259,10 @@ def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path):
     result = retrieve(path, index_csv, run_dir=tmp_path / "run", device="cpu")
     stored = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "features").iterdir()}
     again = retrieve(path, index_csv, run_dir=tmp_path / "run", device="cpu")
-    assert result == again  # the untrained twin is drawn from its own seed
+    assert result == again  # the untrained network has a different seed
     assert {
         file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "features").iterdir()
-    } == stored  # nothing new
+    } == stored  # nothing is computed again
     fresh = retrieve(path, index_csv, device="cpu", cache=False)
     assert {k: fresh[k] for k in ("r@1", "r@5")} == {k: result[k] for k in ("r@1", "r@5")}
     iic = retrieve(path, index_csv, device="cpu", recipe="iic", clips_per_video=2)

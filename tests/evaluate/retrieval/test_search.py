@@ -1,4 +1,4 @@
-"""Searching encoded videos with an untrained network: copies find their source, whatever was done to them."""
+"""Searching encoded videos with an untrained network: copies find their source after every change made to them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from cpr_fast.report.figures.contact_sheet import WIDTH, sheet_height
 from cpr_fast.weights.checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# Residual: a deep plain network of random weights makes a small difference of pixels a large one of features.
+# A residual network: a deep plain network with random weights turns a small difference in pixels into a large one in
+# features.
 MODEL = {"arch": "r3d", "width": 0.125, "head": "pooled", "feature_dim": 64}
 CONFIG = Config.from_dict({"data": {"frames": 8, "size": 32, "workers": 1}, "model": MODEL})
 
@@ -52,7 +53,9 @@ def data(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def write_copy(source: Path, target: Path, *, frames: int = 20, crop: int = 0, scale: int = 1, crf: str = "30") -> Path:
-    """The video again: another codec setting, `crop` pixels less on every side, each pixel `scale` times as large."""
+    """Encodes the video again with another codec setting, cropped by `crop` pixels on every side and scaled by
+    `scale`.
+    """
     pixels = read_frames(source, np.arange(frames), "rgb", 20)
     if crop:
         pixels = pixels[:, crop:-crop, crop:-crop]
@@ -93,7 +96,7 @@ def test_videos_of_the_index_find_themselves_and_copies_their_source(data, tmp_p
     assert {path.name for path in (tmp_path / "sheets").iterdir()} == {
         f"{name}.jpg" for name in (asked[0].stem, "again", "cropped", "large")
     }
-    assert {path: path.stat().st_mtime_ns for path in stored} == stored  # the queries are not kept
+    assert {path: path.stat().st_mtime_ns for path in stored} == stored  # the features of the queries are not stored
 
 
 def test_without_flow_in_the_index_rgb_alone_is_compared_and_said(data, tmp_path):

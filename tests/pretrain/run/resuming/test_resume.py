@@ -93,9 +93,9 @@ def test_a_signal_saves_first(straight, tmp_path, number):
     process.send_signal(number)
     errors = process.communicate()[1]
     saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
-    step = saved["step"] - 1
-    assert 6 <= step < 11
-    path = tmp_path / "run" / "checkpoints" / f"step-{step + 1:08d}.pt"
+    step = saved["step"]
+    assert 7 <= step < 12
+    path = tmp_path / "run" / "checkpoints" / f"step-{step:08d}.pt"
     assert errors.strip() == f"stopped by {number.name} after step {step}; saved {path}"
     run(config, resume=True)
     assert_equal_runs(straight, tmp_path / "run")
