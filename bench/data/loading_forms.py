@@ -24,6 +24,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from forms import Unavailable, peer

@@ -122,7 +122,7 @@ def test_what_a_checkpoint_argument_names(files):
         ([], "expected at least one file, got none"),
         (["both", "flow"], "expected each view once, got 'flow' again from .*flow"),
         (["flow=rgb"], "holds the views rgb, got flow="),
-        (["rgb", "longer"], "expected files of one data.frames, got 8 in .* and 9 in .*longer"),
+        (["rgb", "longer"], "expected files of equal data.frames, got 8 in .* and 9 in .*longer"),
     ],
 )
 def test_files_that_do_not_go_together_are_named(files, names, message):

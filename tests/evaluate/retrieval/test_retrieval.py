@@ -174,13 +174,24 @@ def test_sources_in_both_splits_are_reported(caplog):
     [
         (data_set(5, 0, 2), "train_test", IndexFileError, "test"),
         (data_set(5, 3, 2), "loo", InputError, "'loo'"),
-        (Index([video(i, "", f"s{i}", "train") for i in range(4)]), "leave_source_out", InputError, "no query"),
-        (Index([video(i, "a", "s0", "train") for i in range(4)]), "leave_source_out", InputError, "no query"),
+        (
+            Index([video(i, "a", "s0", "train") for i in range(4)]),
+            "leave_source_out",
+            InputError,
+            "at least two sources",
+        ),
     ],
 )
 def test_bad_input_is_named(index, protocol, error, message):
     with pytest.raises(error, match=message):
         evaluate(index, EMBEDDINGS, Windows, protocol=protocol)
+
+
+def test_videos_without_labels_have_neighbours_and_no_rates():
+    index = Index([video(i, "", f"s{i}", "train") for i in range(4)])
+    rows, examples = evaluate(index, EMBEDDINGS, Windows, protocol="leave_source_out")
+    assert all(row["r@1"] is None and row["chance_r@1"] is None and row["queries"] == 4 for row in rows)
+    assert all(len(example["nearest"]) == 3 for example in examples)  # all but the query's own source
 
 
 def test_equal_similarities_rank_by_gallery_position():
@@ -217,7 +228,7 @@ def test_the_interval_resamples_sources_not_videos():
 
 def test_an_index_without_a_window_is_refused():
     index = data_set(3, 0, 2)
-    with pytest.raises(InputError, match="none of the 3 videos"):
+    with pytest.raises(InputError, match="no window of any of the 3 videos"):
         embed_index(index, EMBEDDINGS, lambda part: Windows(part, broken=("0", "1", "2")))
 
 
