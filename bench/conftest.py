@@ -42,7 +42,7 @@ def rates():
 
 @pytest.fixture
 def bench_form(benchmark, request, rates):
-    """Times one form at one shape. Machine and software are recorded in extra_info."""
+    """Times one form at one shape. The machine and the software are recorded in extra_info."""
 
     def run(op, device: str, shape: tuple[int, int], direction: str, name: str) -> None:
         B, K = shape

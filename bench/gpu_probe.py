@@ -1,7 +1,7 @@
-"""What only a GPU can confirm about the CUDA kernels: one check per name (see results/gpu_pending.md).
+"""Checks of the CUDA kernels that need a GPU, one per name (see results/gpu_pending.md).
 
 Run from the repository root: `python3 bench/gpu_probe.py stream|graph|assert|routes|million|approximate|time|flow`.
-Exits non-zero where a check fails; `time` and `flow` write gpu_time.json and gpu_flow.json into $OUT (default
+The exit status is non-zero if a check fails; `time` and `flow` write gpu_time.json and gpu_flow.json into $OUT (default
 bench/results).
 """
 
@@ -19,8 +19,8 @@ import torch
 
 from cpr_fast.ops import cascade_select, cascade_select_ref, mil_nce, mil_nce_ref, tvl1_flow
 
-# Floors of one H200 in microseconds at D = 128: bytes over 4.3 TB/s or operations over 60 (fp32) and 790 (bf16)
-# TFLOP/s, whichever is more, plus a launch of 2.5: (B, K) -> of either op, fp32 and bf16; cascade_select with two
+# Shortest possible times on one H200 in microseconds at D = 128: the larger of bytes / 4.3 TB/s and operations / 60
+# (fp32) or 790 (bf16) TFLOP/s, plus 2.5 for a launch. (B, K) -> fp32 and bf16 of each operator: cascade_select with two
 # views, mil_nce with its gradient to the query.
 FLOOR_US = {
     (32, 2048): (3.1, 2.8),
@@ -180,7 +180,7 @@ def time() -> None:
 
 
 def moving_clips(pairs: int, height: int, width: int) -> torch.Tensor:
-    """[pairs, 2, H, W] uint8: smooth noise that moves by up to 3 pixels."""
+    """Returns uint8 [pairs, 2, H, W]: smooth noise that moves by up to 3 pixels."""
     noise = torch.rand(pairs, 1, height // 4 + 4, width // 4 + 4, device="cuda")
     large = torch.nn.functional.interpolate(noise, scale_factor=4, mode="bicubic").clamp(0, 1)
     shifts = torch.randint(4, (pairs, 2)).tolist()

@@ -27,7 +27,7 @@ from cpr_fast.ops import _library
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
-LAUNCH_S = {"cpu": 0.0, "cuda": 2.5e-6}  # of one kernel launch: an assumption, unlike the measured `Rates`
+LAUNCH_S = {"cpu": 0.0, "cuda": 2.5e-6}  # time of one kernel launch: an assumption, unlike the measured `Rates`
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Rates:
     larger of operations / flops and bytes / bytes_per_s."""
 
     device: str
-    flops: dict[torch.dtype, float]  # of a large matrix product, TF32 off
-    bytes_per_s: float  # read and written by a large copy
+    flops: dict[torch.dtype, float]  # rate of a large matrix product without TF32
+    bytes_per_s: float  # rate of a large copy, bytes read plus bytes written
 
     def floor_s(self, operations: float, elements: float, dtype: torch.dtype) -> float:
         moved_s = elements * dtype.itemsize / self.bytes_per_s

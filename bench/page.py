@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from measure import write_result
 
-# (op, direction) -> form -> how many times as long as cpr_fast it must at least take: in general, at the smallest shape
+# (op, direction) -> form -> the least ratio of its time to that of cpr_fast: in general, at the smallest shape
 BARS = {
     ("cascade_select", "forward"): {
         "best eager": (4, 4),

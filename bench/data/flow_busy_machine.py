@@ -3,8 +3,8 @@
     python bench/data/flow_busy_machine.py [--pairs 24] [--rounds 5] [--threads 1 2]
 
 Solves frame pairs of UCF101 videos from $CPR_FAST_SHARED/data/ucf101_100 (default ../shared) in batches of unequal
-pairs, as `cpr-fast flow` does, in turn without and with one competing process per CPU (`yes > /dev/null`). What counts
-is user and system time of the process: it would rise with the load if threads waited actively for each other. Writes
+pairs, as `cpr-fast flow` does, in turn without and with one competing process per CPU (`yes > /dev/null`). It measures
+user and system time of the process, which would rise with the load if threads waited actively for each other. Writes
 bench/results/flow_busy_machine.json and .md; rows of other commits are kept, to compare with.
 """
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves the block of the competitors, which ends them
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaving the `with` block ends the competing processes
     cpus = len(os.sched_getaffinity(0))
     pairs = real_clips.read_gray(options.pairs, 2, SIZE).numpy()
     solver = FlowSolver(torch.device("cpu"))
@@ -72,7 +72,7 @@ def main() -> None:
             for load in (0, cpus):
                 with competitors(load):
                     sample = (*cpu_s_per_pair(solver, pairs), os.getloadavg()[0])
-                if round_:  # the first warms up
+                if round_:  # the first one is a warm-up
                     samples[threads, load].append(sample)
     rows = []
     for (threads, load), measured in samples.items():

@@ -55,9 +55,9 @@ from cpr_fast.data.video.decode import read_frames
 from cpr_fast.doctor.parity import decode_linearly
 
 SEED, EPOCH = 0, 0
-OWN, PUBLISHED = "cpr_fast", "PIL, PIL"  # the published way: PIL decodes whole records and augments
+OWN, PUBLISHED = "cpr_fast", "PIL, PIL"  # the published method: PIL decodes whole records and augments
 PEER_AUGMENTATIONS = ("torchvision", "the same", "torch and OpenCV")
-BARS = {"decode": 0.9, "loader": 1.0, "published": 1.5, "device": 5.0}  # times a peer's rate that ours must reach
+BARS = {"decode": 0.9, "loader": 1.0, "published": 1.5, "device": 5.0}  # required ratio of our rate to that of a peer
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
     python bench/kernels/bench_tvl1_flow.py [--clips 8] [--repeats 3]
 
 Reads UCF101 videos from $CPR_FAST_SHARED/data/ucf101_100 (default ../shared); writes bench/results/tvl1_flow_cpu.json.
-CPU time, not wall time: the machine may be shared. OpenCV has no count of its iterations, so both sides are divided by
-ours, which tests/ops/test_tvl1_flow.py holds to OpenCV's.
+It measures CPU time instead of wall time, because the machine may be shared. OpenCV does not report its number of
+iterations, so both times are divided by ours; tests/ops/test_tvl1_flow.py checks that the flow is OpenCV's.
 """
 
 import argparse
@@ -33,7 +33,7 @@ DEFAULTS = (0.25, 0.15, 0.3, 5, 0.8, 5, 0.01, 30, 10, 5)
 
 
 def opencv_flow(clip: torch.Tensor) -> torch.Tensor:
-    """[T, H, W] to [T-1, 2, H, W]."""
+    """Converts frames [T, H, W] to pairs [T-1, 2, H, W]."""
     pairs = zip(clip.numpy()[:-1], clip.numpy()[1:], strict=True)
     flows = [cv2.optflow.createOptFlow_DualTVL1().calc(first, second, None) for first, second in pairs]
     return torch.from_numpy(np.stack(flows)).permute(0, 3, 1, 2)

@@ -60,7 +60,7 @@ def error(inputs: Inputs, result: tuple | Tensor) -> float:
 
 # ---- in plain torch ------------------------------------------------------------------------------------------
 def gathered(queries: Tensor, memory: Tensor, views: Sequence[int], keep: Sequence[int]) -> Tensor:
-    """The best eager form: topk(sorted=False) on shrinking, gathered sets."""
+    """Computes topk(sorted=False) on gathered sets that shrink: the best eager form."""
     scores = [queries[v] @ memory[v].T for v in range(2)]
     slots = None
     for view, count in zip(views, keep, strict=True):
@@ -71,7 +71,7 @@ def gathered(queries: Tensor, memory: Tensor, views: Sequence[int], keep: Sequen
 
 
 def masked(queries: Tensor, memory: Tensor, views: Sequence[int], keep: Sequence[int]) -> Tensor:
-    """topk on whole rows, dropped entries masked to -inf."""
+    """Computes topk on whole rows; dropped entries are masked to -inf."""
     scores = [queries[v] @ memory[v].T for v in range(2)]
     dropped = torch.zeros_like(scores[0], dtype=torch.bool)
     for view, count in zip(views, keep, strict=True):
@@ -81,7 +81,7 @@ def masked(queries: Tensor, memory: Tensor, views: Sequence[int], keep: Sequence
 
 
 def after_first(slots: Tensor, queries: Tensor, memory: Tensor, views: Sequence[int], keep: Sequence[int]) -> Tensor:
-    """Stages 2 to n as in `gathered`, on the slots [B, keep[0]] that another library's search found."""
+    """Computes stages 2 to n as in `gathered`, on the slots [B, keep[0]] that another library's search found."""
     scores = [queries[v] @ memory[v].T for v in range(2)]
     for view, count in zip(views[1:], keep[1:], strict=True):
         slots = slots.gather(1, scores[view].gather(1, slots).topk(count, dim=1, sorted=False).indices)
@@ -89,7 +89,7 @@ def after_first(slots: Tensor, queries: Tensor, memory: Tensor, views: Sequence[
 
 
 def two_gemms(queries: Tensor, memory: Tensor, *_) -> tuple[Tensor, ...]:
-    """The scores alone, by torch's matrix product: selects nothing."""
+    """Computes only the scores, by torch's matrix product, and selects nothing."""
     return tuple(queries[v] @ memory[v].T for v in range(2))
 
 

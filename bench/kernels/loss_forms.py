@@ -1,6 +1,6 @@
-"""mil_nce and its peers: 5 positives a row, temperature .07, D = 128.
+"""mil_nce and its peers: 5 positives per row, temperature .07, D = 128.
 
-"forward": the loss alone. "gradient": the loss and its gradient to the query. "memory gradient": to the memory too.
+"forward": only the loss. "gradient": the loss and its gradient to the query. "memory gradient": to the memory too.
 Letters: B queries, K memory entries, D width, P positives.
 """
 
@@ -45,21 +45,26 @@ def make_inputs(B: int, K: int, device: str, direction: str, dtype: torch.dtype)
     features = [torch.randn(rows, D, generator=generator, device=device) for rows in (B, B, K)]
     features = [normalize(rows, dim=1).to(dtype) for rows in features]
     first = torch.randint(K, (B, 1), generator=generator, device=device)
-    slots = (first + torch.arange(P, device=device) * (K // P)) % K  # distinct in a row
+    slots = (first + torch.arange(P, device=device) * (K // P)) % K  # distinct within a row
     features[0].requires_grad_(direction != "forward")
     features[2].requires_grad_(direction == "memory gradient")
     return Inputs(*features, slots, direction)
 
 
 def work(B: int, K: int, direction: str) -> tuple[float, float]:
-    """Operations, and elements moved, that no form can avoid. Scores; their product with the keys for the gradient to
-    the query; scores and a product again for the memory's, which is written once."""
+    """Returns the operations and the moved elements that every form needs.
+
+    The loss needs the scores; the gradient to the query, their product with the keys. The gradient to the memory needs
+    the scores again and another product, and is written once.
+    """
     passes, sweeps = {"forward": (1, 1), "gradient": (2, 1), "memory gradient": (4, 3)}[direction]
     return passes * 2 * B * K * D, (sweeps * K + 4 * B) * D
 
 
 def error(inputs: Inputs, result: tuple | Tensor) -> float:
-    """Largest difference of the loss and the first rows' gradient from float64, over the largest true value of each."""
+    """Returns the largest error of the loss and of the gradient's first rows, relative to the largest float64 value
+    of each.
+    """
     B, K = len(inputs.query), len(inputs.memory)
     step = max(1, 2**23 // K)
     query, own_key, memory = (x.detach().double() for x in inputs.all[:3])
@@ -80,7 +85,7 @@ def error(inputs: Inputs, result: tuple | Tensor) -> float:
 
 # ---- in plain torch ------------------------------------------------------------------------------------------
 def lean(query: Tensor, own_key: Tensor, memory: Tensor, positives: Tensor) -> Tensor:
-    """Difference of two logsumexps; the positives' scores are gathered."""
+    """Computes the difference of two logsumexps; the scores of positives are gathered."""
     own = (query * own_key).sum(1, keepdim=True)
     scores = torch.cat([own, query @ memory.T], 1) / TEMPERATURE
     picked = torch.cat([scores[:, :1], scores[:, 1:].gather(1, positives)], 1)
@@ -88,7 +93,7 @@ def lean(query: Tensor, own_key: Tensor, memory: Tensor, positives: Tensor) -> T
 
 
 def published(query: Tensor, own_key: Tensor, memory: Tensor, positives: Tensor) -> Tensor:
-    """softmax, mask, log: the form of the published code."""
+    """Computes softmax, mask and log, as the published code does."""
     own = (query * own_key).sum(1, keepdim=True)
     scores = torch.cat([own, query @ memory.T], 1) / TEMPERATURE
     mask = torch.zeros_like(scores).scatter_(1, positives + 1, 1.0)
@@ -97,7 +102,7 @@ def published(query: Tensor, own_key: Tensor, memory: Tensor, positives: Tensor)
 
 
 def attention(query: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(query . memory / temperature) @ memory [B, D], and the logsumexp [B]."""
+    """Returns softmax(query . memory / temperature) @ memory [B, D], and the logsumexp [B]."""
     rows, keys = query.detach()[None, None], memory.detach()[None, None]
     aten, scale = torch.ops.aten, 1 / TEMPERATURE
     if not query.is_cuda:
@@ -110,7 +115,7 @@ def attention(query: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_form(query: Tensor, own_key: Tensor, memory: Tensor, positives: Tensor, with_gradient: bool):
-    """Attention whose values are the keys returns logsumexp and the gradient's sum in one fused call."""
+    """Uses attention with the keys as values: one fused call returns the logsumexp and the sum of the gradient."""
     output, lse = attention(query, memory)
     picked = torch.cat([own_key[:, None], memory.detach()[positives]], 1)  # [B, 1 + P, D]
     picked_scores = torch.einsum("bd,bpd->bp", query.detach(), picked) / TEMPERATURE
@@ -125,7 +130,7 @@ def attention_form(query: Tensor, own_key: Tensor, memory: Tensor, positives: Te
 
 # ---- forms: inputs -> call -----------------------------------------------------------------------------------
 def with_gradient(function: Callable, inputs: Inputs) -> Callable:
-    """The call of `inputs.direction`; `function` maps the four inputs to the loss."""
+    """Returns the call for `inputs.direction`; `function` maps the four inputs to the loss."""
     wanted = [x for x in (inputs.query, inputs.memory) if x.requires_grad]
 
     def call():
@@ -162,7 +167,7 @@ def sdpa(inputs: Inputs) -> Callable:
 
 
 def single_positive(cross_entropy: Callable) -> Callable:
-    """The loss of peers that know one positive a row: the own key, laid in front of the memory (B rows more)."""
+    """Wraps peers that support one positive per row: the own keys (B rows) are concatenated in front of the memory."""
 
     def function(query: Tensor, own_key: Tensor, memory: Tensor, positives: Tensor) -> Tensor:
         targets = torch.arange(len(query), device=query.device)
@@ -175,7 +180,7 @@ def cut_cross_entropy(inputs: Inputs) -> Callable:
     need_cuda(inputs.query.device, "cut-cross-entropy")
     library = peer("cut_cross_entropy", "cut-cross-entropy")
 
-    def cross_entropy(rows, keys, targets):  # takes 16-bit inputs alone
+    def cross_entropy(rows, keys, targets):  # takes only 16-bit inputs
         return library.linear_cross_entropy(rows.bfloat16(), keys.bfloat16(), targets)
 
     return with_gradient(single_positive(cross_entropy), inputs)
@@ -205,7 +210,7 @@ def own(inputs: Inputs) -> Callable:
     return with_gradient(mil_nce, inputs)
 
 
-NO_ERROR = ("cut-cross-entropy", "Liger", "Inf-CL")  # one positive a row: another loss
+NO_ERROR = ("cut-cross-entropy", "Liger", "Inf-CL")  # one positive per row, so it is a different loss
 FORMS: dict[str, Callable[[Inputs], Callable]] = {
     "cpr_fast": own,
     "cpr_fast again": own,

@@ -35,7 +35,7 @@ class PublishedStep:
         self.query, self.key, self.other = query.train(), copy.deepcopy(query).train(), other.eval()
         for frozen in (self.key, self.other):
             frozen.requires_grad_(False)
-        self.queue = features.transpose(1, 2).contiguous()  # [2, D, K], as published
+        self.queue = features.transpose(1, 2).contiguous()  # [2, D, K], the published layout
         self.source, self.views, self.keep, self.pointer = source.clone(), views, keep, 0
         self.optimizer = torch.optim.Adam(query.parameters(), lr, weight_decay=1e-5)
         self.temperature, self.momentum = 0.07, 0.999

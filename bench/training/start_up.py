@@ -2,7 +2,7 @@
 
     python bench/training/start_up.py [--rounds 20] [--before CHECKOUT] [--before-rounds 5]
 
-Writes bench/results/start_up.md and start_up.json. Each command is run in a process of its own; the time is the CPU
+Writes bench/results/start_up.md and start_up.json. Each command is run in a separate process; the time is the CPU
 time (user and system) of that process, which other load on the machine changes little. With --before, the commands of
 an older checkout, whose compiled modules are built, are measured in turn with those of this one. They may take seconds,
 so there are fewer rounds of them.
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from measure import ROOT, world, write_result
 
-# What a user typed, and the command line; nothing that is called "no" exists.
+# Description of the input, and the command line; files and folders called "no" do not exist.
 COMMANDS = {
     "help": "--help",
     "version": "--version",

@@ -148,7 +148,7 @@ def _decoded(
 
 
 def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:
-    """Reads what the clips need from the disk: a whole file, or the JPEGs of a record."""
+    """Reads the data that the clips need from the disk: a whole file, or the JPEGs of a record."""
     path = video.flow_path if view == "flow" else video.path
     try:
         if is_record(path):
@@ -164,7 +164,7 @@ def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:
         finally:
             os.close(descriptor)
     except (OSError, VideoError):
-        return  # it fails again, and is counted, when it is decoded
+        return  # the error occurs again when the video is decoded, and is counted there
 
 
 def _augment(kept: list, data: DataConfig, views: tuple[str, ...], budget_s: float) -> float:
@@ -218,7 +218,8 @@ def _step(config: Config, views: int, batch: int, device: torch.device, budget_s
 def _loader(
     index: Index, data: DataConfig, views: tuple[str, ...], seed: int, device: torch.device, budget_s: float
 ) -> float:
-    """Returns the seconds per batch of the loader alone, without its cache, into which a large set would not fit."""
+    """Returns the seconds per batch of the loader alone. Its cache is disabled, because a large data set would not fit
+    into it."""
     loader = TrainLoader(index, dataclasses.replace(data, cache_gib=0), views, seed=seed, device=device)
     end, steps, began = time.perf_counter() + budget_s, 0, 0.0
     try:

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 def doctor(index: Path | None, config: Config, *, device: torch.device, seconds: float) -> dict[str, Any]:
     """Checks the machine and, if an index is given, its data, and measures where the time of a training step goes.
 
-    No index ends in an exception: whatever is wrong with it is a finding.
+    Problems of an index never raise an exception: each of them is reported as a finding.
 
     Args:
         index: an index (CSV), or None.
         config: the settings that the data are checked against, and that the step is measured with.
         device: where the operators and the step run.
-        seconds: time for measuring a step; 0 leaves it out.
+        seconds: time for measuring a step; 0 skips the measurement.
     Returns:
         "environment", "optional", "kernels", "codecs", "machine", "data", "estimates", "breakdown" and "findings".
         "findings" is a list of {"level": "error" | "warning" | "ok", "text", "advice", "effect"}, the ones to act on
@@ -79,7 +79,7 @@ def _breakdown(
     views = ("rgb", "flow") if has_flow else ("rgb",)
     try:
         row = breakdown(train, config, views, device=device, seconds=seconds)
-    except Exception as error:  # whatever it is, the user wants to read it beside the other findings
+    except Exception as error:  # any error is reported together with the other findings
         text = f"the time of a training step could not be measured: {type(error).__name__}: {error}"
         findings.append(Finding("warning", text, "--seconds 0 leaves this measurement out", "time"))
         return None

@@ -22,9 +22,9 @@ from cpr_fast.doctor.findings import Finding, counted
 from cpr_fast.doctor.machine import free_gib
 from cpr_fast.errors import InputError
 
-SAMPLE, SAMPLE_S = 12, 10.0  # at least so many videos are decoded to look for damage, more within these seconds
+SAMPLE, SAMPLE_S = 12, 10.0  # videos decoded to find damage, at least; seconds within which more are decoded
 NAMED = 3  # examples of each kind of problem
-LONG = 64  # frames: in shorter videos it costs little to decode from the start
+LONG = 64  # frames: up to this length, decoding from the start is fast
 
 
 def load_index(index: Path, findings: list[Finding]) -> Index | None:
@@ -47,7 +47,8 @@ def load_index(index: Path, findings: list[Finding]) -> Index | None:
 
 
 def check_index(index: Path, videos: Index, flow: str, findings: list[Finding]) -> dict[str, Any]:
-    """Returns what the index says and what a sample of its videos shows; `flow` is data.flow of the config."""
+    """Returns the properties of the index and the results of decoding a sample of its videos; `flow` is data.flow of
+    the config."""
     sources = Counter(video.source for video in videos)
     sampled, damaged, whole = _sample(videos)
     facts = {
@@ -93,7 +94,7 @@ def _check_sample(facts: dict[str, Any], whole: int, findings: list[Finding]) ->
 
 
 def _check_columns(index: Path, facts: dict[str, Any], flow: str, findings: list[Finding]) -> None:
-    """Flow, lengths and frame sizes."""
+    """Checks flow, lengths and frame sizes."""
     if facts["without_flow"] and flow == "stored":
         verb = "has" if facts["without_flow"] == 1 else "have"
         findings.append(Finding("warning", f"{facts['without_flow']} of {counted(facts['videos'], 'video')} {verb} no "
@@ -151,7 +152,7 @@ def _sample(videos: Index) -> tuple[int, list[dict[str, str]], int]:
             whole += _is_sliced_whole(video)
         except VideoError as error:
             damaged.append({"path": str(error.path), "reason": error.reason})
-        except Exception as error:  # a diagnosis names any failure instead of ending with it
+        except Exception as error:  # the check reports every error instead of stopping at it
             damaged.append({"path": str(video.path), "reason": f"{type(error).__name__}: {error}"})
     return sampled, damaged, whole
 
@@ -164,7 +165,7 @@ def _read_three_frames(video: Video) -> None:
 
 
 def _is_sliced_whole(video: Video) -> bool:
-    """Whether the last frames need (nearly) the whole file."""
+    """Returns whether decoding the last frames needs (nearly) the whole file."""
     if is_record(video.path) or video.num_frames <= LONG:
         return False
     last = np.arange(video.num_frames - 8, video.num_frames)
@@ -183,7 +184,7 @@ def _class_order(classes: list[str]) -> str:
 
 
 def _index_report(index: Path) -> list[Finding]:
-    """Returns the problems that `cpr-fast index` counted, if its report lies beside the index."""
+    """Returns the problems that `cpr-fast index` counted, if its report is in the folder of the index."""
     try:
         counts = json.loads(report_path(index).read_text(encoding="utf-8"))["counts"]
         named = ", ".join(f"{count} {kind}" for kind, count in counts.items())
@@ -218,7 +219,8 @@ def training_part(videos: Index, config: Config, findings: list[Finding]) -> Ind
 
 
 def _check_memory(train: Index, config: Config, findings: list[Finding]) -> None:
-    """The queue takes one key per video and step; a cycle learns only once its queue is full."""
+    """Checks the size of the queue. The queue receives one key per video and step; a cycle starts to learn when its
+    queue is full."""
     size = config.memory.size
     per_epoch = len(train) // config.data.batch_size * config.data.batch_size
     cycles = enumerate(config.schedule.cycles)

@@ -1,4 +1,5 @@
-"""Estimates before long work: disk and core-hours of the flow, time per epoch of the pretraining, and shards."""
+"""Estimates the cost of long computations: disk and core-hours of the flow, time per epoch of pretraining; recommends
+shards."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def estimates(
     breakdown: dict[str, Any] | None,
     findings: list[Finding],
 ) -> dict[str, Any]:
-    """Returns what the next steps cost on this machine, measured on a small part of them.
+    """Returns the estimated cost of the next steps on this machine, measured on a small part of them.
 
     Args:
         breakdown: the times of a training step, or None where they were not measured.

@@ -1,4 +1,4 @@
-"""What `doctor` says: a finding with its advice, the order of the findings, and their printing as tables."""
+"""The findings of `doctor` with their advice: their order, and functions that print them as tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Level = Literal["ok", "warning", "error"]
 Effect = Literal["fails", "results", "time", "capacity", "note"]
 
 LEVELS: tuple[Level, ...] = ("error", "warning", "ok")
-EFFECTS: dict[Effect, str] = {  # what a finding changes, the most important first
+EFFECTS: dict[Effect, str] = {  # what a finding affects, the most important first
     "fails": "a command fails",
     "results": "changes results",
     "time": "costs time",
@@ -31,7 +31,7 @@ class Finding:
 
 
 def ordered(findings: Iterable[Finding]) -> list[Finding]:
-    """Returns the findings by level, then by effect: what to change first comes first."""
+    """Returns the findings by level, then by effect: the ones to act on first come first."""
     places = list(EFFECTS)
     return sorted(findings, key=lambda finding: (LEVELS.index(finding.level), places.index(finding.effect)))
 
@@ -42,7 +42,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Returns the text with the bytes that are no UTF-8 (of file names, for example) written as `\\xNN`."""
+    """Returns the text with the bytes that are not UTF-8 (of file names, for example) written as `\\xNN`."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -88,7 +88,7 @@ def _show_machine(console: Any, result: dict[str, Any]) -> None:
 
 
 def _show_findings(console: Any, findings: list[dict[str, str]]) -> None:
-    """A numbered list: in a table long paths would be cut."""
+    """Prints the findings as a numbered list, because a table would truncate long paths."""
     to_do = [finding for finding in findings if finding["level"] != "ok"]
     console.print("What to change, most important first" if to_do else "Nothing to change", style="bold")
     for number, finding in enumerate(findings, 1):
@@ -124,7 +124,7 @@ def _table(title: str, *columns: str) -> Any:
 
 
 def _plain(text: str) -> Any:
-    """Text in which rich looks for no markup, as file names may hold square brackets."""
+    """Returns text in which rich does not interpret markup, because file names may contain square brackets."""
     from rich.text import Text
 
     return Text(printable(str(text)))

@@ -49,7 +49,7 @@ def packages() -> dict[str, str]:
 
 
 def optional_parts(findings: list[Finding]) -> list[dict[str, Any]]:
-    """Returns a row per optional part: "part", "installed", "needed_for", "install". Nothing is imported for it."""
+    """Returns a row per optional part: "part", "installed", "needed_for", "install". The modules are not imported."""
     rows = []
     for part, (modules, needed_for, install) in OPTIONAL.items():
         missing = [module for module in modules if not _is_installed(module)]
@@ -141,7 +141,7 @@ def machine(folder: Path, findings: list[Finding]) -> dict[str, Any]:
 
 
 def free_gib(path: Path) -> float | None:
-    """Returns the free space of the disk that holds `path`; None where it cannot be told."""
+    """Returns the free space of the disk that holds `path`; None if it cannot be determined."""
     try:
         return round(shutil.disk_usage(path).free / 2**30, 2)
     except OSError:

@@ -166,7 +166,8 @@ def clip_parity(path: Path, data: DataConfig, *, epochs: int = 8, device: torch.
 
 
 def check_codec(codec: str, folder: Path, device: torch.device) -> dict[str, Any]:
-    """Decodes a test video of a codec. Returns "codec", and under "pyav" and "dali" either "exact" or what is wrong."""
+    """Decodes a test video of a codec. Returns "codec", and under "pyav" and "dali" either "exact" or a description of
+    the problem."""
     path = write_test_video(codec, folder, frames=24)
     if path is None:
         return {"codec": codec, "pyav": "not tried: FFmpeg has no encoder to write a test video", "dali": "not tried"}

@@ -1,4 +1,5 @@
-"""The HTML report of training runs, and the page of similar, duplicated and odd videos: no scripts, no network.
+"""The HTML report of training runs, and the page of similar, duplicated and odd videos. Neither uses scripts or the
+network.
 
 Imports `data`, `runtime` and `evaluate`; only `experiments` and `commands` may import it.
 """

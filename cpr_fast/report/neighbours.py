@@ -1,4 +1,5 @@
-"""Which videos are similar, duplicated or odd, by their features, and how far that may be trusted. No labels are used.
+"""Finds similar, duplicated and odd videos by their features, and estimates how reliable the result is. No labels are
+used.
 
 Letters: M videos, F feature width, k neighbours.
 """
@@ -19,11 +20,11 @@ from cpr_fast.evaluate.features.recipe import Metric
 from cpr_fast.evaluate.retrieval.ranking import prepare
 
 NEAREST = 5  # neighbours per video
-DUPLICATE = 0.9  # similarity from which two videos of different sources are worth a look
-CROWDED = 0.15  # share of all pairs with such a similarity, above which the features say little
-CHUNK = 512  # videos whose similarities are held at once
+DUPLICATE = 0.9  # similarity from which two videos of different sources are reported as possible duplicates
+CROWDED = 0.15  # share of all pairs with such a similarity, above which the features hardly distinguish videos
+CHUNK = 512  # number of videos whose similarities are held in memory at once
 FAR = 3.0  # robust standard deviations from the median at which a video is odd
-THUMBNAIL, BORDER = 16, 4  # side of a frame whose pixels are compared, and the border around it that is not
+THUMBNAIL, BORDER = 16, 4  # pixels: side of a frame that is compared, and width of its border that is ignored
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def odd_videos(found: Neighbours) -> list[tuple[int, float, float]]:
 
 
 def same_file(a: Path, b: Path) -> bool:
-    """Whether two files hold the same bytes; a record or a missing file counts as different."""
+    """Returns whether two files hold the same bytes; a record or a missing file counts as different."""
     try:
         return a.stat().st_size == b.stat().st_size and _sha256(a) == _sha256(b)
     except OSError:
@@ -107,7 +108,7 @@ def _sha256(path: Path) -> bytes:
 def pixel_agreement(a: Image.Image, b: Image.Image, frames: int) -> float:
     """Returns the mean correlation of the frames of two film strips, -1..1, as gray pictures of THUMBNAIL pixels.
 
-    The border of each frame is left out: black bars would make any two videos agree.
+    The border of each frame is ignored, because black bars would make any two videos agree.
     """
     pictures = []
     for strip in (a, b):
@@ -126,8 +127,8 @@ def confidence(
 ) -> tuple[str, list[str]]:
     """Returns how far the neighbours can be trusted, "high" | "moderate" | "low" | "unknown", and the reasons.
 
-    Siblings (videos of one source) should be each other's nearest, and the views should agree. Both are compared with
-    what a random choice would reach.
+    Siblings (videos of one source) should be each other's nearest, and the views should agree. Both rates are compared
+    with those of a random choice.
     """
     count = len(sources)
     level, reasons = "unknown", []
@@ -184,7 +185,7 @@ def _crowded(streams: dict[str, Tensor], metric: Metric) -> float:
 
 
 def _prepared(features: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """Features ready for a dot product; "euclidean" is for baselines, which are not shown here."""
+    """Returns features prepared for a dot product; "euclidean" is for baselines, which are not shown here."""
     return prepare(features, features, "cosine" if metric == "euclidean" else metric)
 
 
@@ -193,7 +194,7 @@ def _share(rate: float) -> str:
 
 
 def _level(share: float, chance: float, *, high: float, moderate: float) -> str:
-    """High and moderate also need to be well above chance."""
+    """Returns the level of confidence; "high" and "moderate" also require a share well above chance."""
     if share >= high and share >= 2 * chance:
         return "high"
     return "moderate" if share >= moderate and share >= 2 * chance else "low"

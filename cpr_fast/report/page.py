@@ -24,9 +24,10 @@ from cpr_fast.report.sections.training import cycle_table, flat_config, training
 
 
 def write_report(runs: Sequence[Path], out: Path, *, similar: Path | None = None) -> Path:
-    """Writes the page of one or more run folders to `out`, whole or not at all.
+    """Writes the page of one or more run folders to `out`; the file is written completely or not at all.
 
-    Where a run lacks something (no mining or retrieval yet, videos that are gone), a sentence says why.
+    If a part of a run is missing (no mining or retrieval yet, videos that no longer exist), a sentence states the
+    reason.
 
     Args:
         similar: the page of similar, duplicated and odd videos of the first run, to be linked.
@@ -57,7 +58,8 @@ def render(template: str, **values: Any) -> str:
 
 
 def write_page(page: str, out: Path) -> Path:
-    """Writes a page under its name only once it is complete; bytes of file names that are no UTF-8 become \\xNN."""
+    """Writes a page; the file gets its final name only when it is complete. Bytes of file names that are not UTF-8
+    become \\xNN."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     try:
@@ -70,7 +72,7 @@ def write_page(page: str, out: Path) -> Path:
 
 
 def _section(run: Run) -> dict[str, Any]:
-    """Everything that the template shows of one run."""
+    """Returns all values that the template shows for one run."""
     classes = class_rates(run)
     return {
         "run": run,
@@ -97,7 +99,7 @@ def _section(run: Run) -> dict[str, Any]:
 
 
 def _breakable(name: str) -> Markup:
-    """Lets a class name break between its words: CamelCase, snake_case and kebab-case."""
+    """Returns a class name in which lines may break between the words: CamelCase, snake_case and kebab-case."""
     return Markup(re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[_-])", "<wbr>", str(escape(name))))
 
 

@@ -1,4 +1,5 @@
-"""Writes the page for videos without labels: what a run's network finds similar, duplicated and odd."""
+"""Writes the page for videos without labels: the videos that are similar, duplicated or odd according to the run's
+network."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ from cpr_fast.report.sections.header import facts
 from cpr_fast.report.sections.sheets import clip
 
 QUERIES, PAIRS, ODD = 8, 12, 6  # shown as film strips
-JUDGED = 48  # pairs, the most similar ones, whose files and frames are compared
-MOST_VIDEOS = 20_000  # that are compared with each other; of more, an even selection
+JUDGED = 48  # number of pairs, the most similar ones, whose files and frames are compared
+MOST_VIDEOS = 20_000  # limit of videos compared with each other; of more videos, evenly spaced ones are used
 MOST_ROWS = 2000  # of a table
 SAME_PICTURES, ALIKE = 0.95, 0.85  # correlation of the frames of copies, and of videos of perhaps the same place
 LEVELS = {
@@ -47,12 +48,12 @@ LEVELS = {
 
 
 def similar_path(report: Path) -> Path:
-    """Returns where the page of similar videos of a report goes: beside it, with "-similar" in its name."""
+    """Returns the path of the page of similar videos of a report: in the same folder, with "-similar" in its name."""
     return report.with_name(f"{report.stem}-similar.html")
 
 
 def is_unlabelled(run: Path) -> bool:
-    """Whether the index of a run can be read and none of its videos has a label."""
+    """Returns whether the index of a run can be read and none of its videos has a label."""
     try:
         return not _index(Run(run), None).classes
     except InputError:
@@ -129,7 +130,7 @@ def _clip(video: Video, note: str = "") -> dict[str, Any]:
 
 
 def _similar(features: StoredFeatures, found: Neighbours) -> list[dict[str, Any]]:
-    """Videos spread evenly over the index, each with its nearest videos of other sources."""
+    """Returns videos spread evenly over the index, each with its nearest videos of other sources."""
     count = len(features.videos)
     chosen = np.unique(np.linspace(0, count - 1, min(QUERIES, count)).round().astype(int)).tolist()
     return [
@@ -157,7 +158,8 @@ def _table(features: StoredFeatures, found: Neighbours) -> Table:
 
 
 def _duplicates(features: StoredFeatures, found: Neighbours) -> dict[str, Any]:
-    """Pairs above the threshold, the surest first: by their files, then by their frames, then by similarity alone."""
+    """Returns pairs above the threshold, the most certain first: those with equal files, then with equal frames, then
+    with a high similarity only."""
     pairs = duplicate_pairs(found)
     judged = {(a, b): _judge(features.videos[a], features.videos[b]) for a, b, _ in pairs[:JUDGED]}
     pairs = sorted(pairs[:JUDGED], key=lambda pair: judged[pair[:2]][0]) + pairs[JUDGED:]
@@ -179,8 +181,8 @@ def _duplicates(features: StoredFeatures, found: Neighbours) -> dict[str, Any]:
 
 
 def _judge(first: Video, second: Video) -> tuple[int, str]:
-    """Returns how sure it is that two videos are the same, 0 (certain) to 3, by their bytes or by their frames; and the
-    sentence that says so."""
+    """Returns how certain it is that two videos are the same, from 0 (certain) to 3, by their bytes or by their frames;
+    and a sentence that states this."""
     if same_file(first.path, second.path):
         return 0, "Certain: the files are identical, byte for byte."
     strips = [strip_image(video.path, video.num_frames, 0, video.num_frames) for video in (first, second)]

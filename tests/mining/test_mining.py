@@ -1,4 +1,4 @@
-"""Mining as a setting: the stage rules, the cascade over a memory, and what equal ids mean in the loss."""
+"""Mining as a setting: the stage rules, the cascade over a memory, and the effect of equal ids on the loss."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_published_stage_views_start_and_end_in_the_other_view():
 
 
 def test_survivors_of_each_stage():
-    assert stage_keep(7, 2048, 0.8, 5) == (1638, 1310, 1048, 838, 671, 536, 5)  # as the published code prints them
+    assert stage_keep(7, 2048, 0.8, 5) == (1638, 1310, 1048, 838, 671, 536, 5)  # as printed by the published code
     assert stage_keep(7, 2048, 0.5, 5) == (1024, 512, 256, 128, 64, 32, 5)
     assert stage_keep(1, 2048, 0.5, 5) == (5,)
-    assert stage_keep(4, 32, 0.5, 10) == (16, 10, 10, 10)  # never fewer than top-k
+    assert stage_keep(4, 32, 0.5, 10) == (16, 10, 10, 10)  # at least top-k are kept
 
 
 def brute_force(anchors, memory, source, config, top_k):
-    """Algorithm 1 by sorting, one query at a time."""
+    """Computes Algorithm 1 by sorting, one query at a time."""
     rows = []
     scores = torch.einsum("vbd,vkd->vbk", anchors.double(), memory.features.double())
     for b in range(anchors.shape[1]):
@@ -59,7 +59,7 @@ def brute_force(anchors, memory, source, config, top_k):
 def test_cascade_over_the_memory(stages, filled):
     generator = torch.Generator().manual_seed(stages)
     memory = Memory(2, 40, 8)
-    # Multiples of 1/4 add up exactly in any order, so even ties are decided alike.
+    # Multiples of 1/4 have exact sums in any order, so even ties are broken in the same way.
     lattice = torch.randint(-4, 5, (2, filled, 8), generator=generator) / 4
     for first in range(0, filled, 10):
         keys = lattice[:, first : first + 10]
@@ -89,7 +89,7 @@ def test_ubernce_takes_equal_labels_as_positives():
 def test_published_drop_of_the_own_key(share):
     loss = LossConfig(protocol="coclr", self_positive_drop=share)
     draws = [id_meaning("cascade", loss, seed=1, step=step).self_positive for step in range(2000)]
-    assert draws.count("denominator") / 2000 == pytest.approx(share, abs=0.03)  # 4 sigma at .9
+    assert draws.count("denominator") / 2000 == pytest.approx(share, abs=0.03)  # 4 standard deviations at a rate of .9
     assert draws == [id_meaning("cascade", loss, seed=1, step=step).self_positive for step in range(2000)]
     assert {id_meaning("cascade", loss, seed=1, step=step).same_id for step in range(9)} == {"positive"}
     if share == 0.9:

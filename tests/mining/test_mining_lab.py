@@ -1,4 +1,4 @@
-"""The mining lab against a float64 brute force written here, on real two-view features and on ugly small ones."""
+"""Compares the mining lab with a float64 brute force, on realistic two-view features and on small difficult ones."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def score_matrices(arrays, *, raw=False):
 
 
 def alternating(n, query_view):
-    """The views of n stages that end in the other view, for `brute_force`."""
+    """Returns the views of n stages that end in the other view, for `brute_force`."""
     other = {"rgb": "flow", "flow": "rgb"}[query_view]
     return [other if (n - s) % 2 == 0 else query_view for s in range(1, n + 1)]
 
 
 def brute_force(arrays, scores, views, ratio, top_k):
-    """Mining quality of one cascade, by sorting, one query at a time."""
+    """Computes the mining quality of one cascade by sorting, one query at a time."""
     label, group = arrays["label"], arrays["group"]
     n = len(views)
     pmr, first, sources, videos = [], [], set(), set()
@@ -43,7 +43,7 @@ def brute_force(arrays, scores, views, ratio, top_k):
         for s, view in enumerate(views, 1):
             keep = top_k if s == n else max(top_k, int(len(label) * ratio**s))
             row = scores[view][q]
-            left = np.sort(left)  # a tie goes to the lower row
+            left = np.sort(left)  # of equal scores the lower row wins
             left = left[np.argsort(-row[left], kind="stable")][:keep]
         if label[q] == -1 or not (label[left] != -1).any():
             continue
@@ -61,9 +61,9 @@ def brute_force(arrays, scores, views, ratio, top_k):
 
 
 def small_arrays(rows=61, width=5, seed=0, unknown=0):
-    """Features on a lattice, so that scores are exact and ties abound; groups are reused across classes."""
+    """Features on a lattice, so that scores are exact and many are equal; group numbers are reused across classes."""
     draw = np.random.default_rng(seed)
-    label = draw.integers(0, 4, rows) * 10  # class numbers need not be dense
+    label = draw.integers(0, 4, rows) * 10  # class numbers may have gaps
     label[:unknown] = -1
     return {
         "rgb": (draw.integers(-2, 3, (rows, width)) + (label[:, None] == np.arange(width) * 10)).astype(np.float32),
@@ -94,7 +94,7 @@ def test_more_stages_mine_better_on_real_features(shared_data, capsys):
     scores = score_matrices(arrays)
     for row in results:
         assert (row["ratio"], row["top_k"], row["query_view"]) == (0.5, 5, "rgb")
-        # One true positive more or less moves PMR by 5e-5: within 1e-6 the counts are the same.
+        # One more true positive changes PMR by 5e-5, so agreement within 1e-6 means equal counts.
         assert rates(row) == pytest.approx(
             brute_force(arrays, scores, alternating(row["stages"], "rgb"), 0.5, 5), abs=1e-6
         )

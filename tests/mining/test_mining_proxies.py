@@ -1,4 +1,4 @@
-"""Survivor rates, view agreement, mutual neighbours and age against loops over one query at a time, in float64."""
+"""Compares survivor rates, view agreement, mutual neighbours and age with loops over single queries in float64."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_age_is_the_mean_over_what_was_mined():
 
 
 def test_no_measure_waits_for_the_device():
-    """Fake tensors hold no values: whatever would copy one to the host, or need a shape from the data, raises."""
+    """Fake tensors hold no values: operations that copy a value to the host, or whose shape depends on data, raise."""
     with FakeTensorMode():
         queries, memory = torch.empty(2, 4, 8), torch.empty(2, 30, 8)
         query_ids, memory_ids = torch.empty(4, dtype=torch.int64), torch.empty(30, dtype=torch.int64)
@@ -130,7 +130,9 @@ def test_no_measure_waits_for_the_device():
         rates["mutual_neighbours"] = mutual_neighbours(queries[0], memory[0], mined, **ids)
         rates["mined_age_steps"] = mined_age(mined, memory_ids, 7)
         assert all(rate.shape == (4,) for rate in rates.values())
-        quality = MiningQuality.__new__(MiningQuality)  # its constructor may sync: once per cycle
+        quality = MiningQuality.__new__(
+            MiningQuality
+        )  # its constructor may synchronise, because it runs once per cycle
         quality.labels, quality.names = memory_ids, ("pmr", "mining_r1", *rates)
         quality.top_k, quality.num_classes = 5, 3
         quality._units = dict.fromkeys(("source", "video"), (memory_ids, query_ids))

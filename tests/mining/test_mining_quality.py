@@ -1,4 +1,4 @@
-"""PMR, mining R@1 and CMR against sets and loops in plain Python."""
+"""Compares PMR, mining R@1 and CMR with sets and loops in plain Python."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cpr_fast.mining.quality import (
 
 
 def reference(batches, labels, sources):
-    """PMR, R@1 and CMR of an epoch from their definitions, one query at a time."""
+    """Computes PMR, R@1 and CMR of an epoch from their definitions, one query at a time."""
     pmr, r1 = [], []
     found = {"source": defaultdict(set), "video": defaultdict(set)}
     for mined, queries in batches:
@@ -57,7 +57,7 @@ def test_an_epoch_equals_its_definition(videos, classes, batch, mined, unknown):
     rng = np.random.default_rng(videos * 2 + unknown)
     labels = rng.integers(0, classes, videos)
     labels[0] = classes - 1
-    sources = rng.integers(0, max(1, videos // 3), videos)  # a source may span classes
+    sources = rng.integers(0, max(1, videos // 3), videos)  # a source may have videos of several classes
     if unknown and videos > 1:
         labels[rng.random(videos) < 0.3] = -1
     batches = [
@@ -94,7 +94,8 @@ def test_an_epoch_equals_its_definition(videos, classes, batch, mined, unknown):
 
 
 def test_paper_cmr_is_a_multiple_of_one_over_the_sources_of_a_class():
-    # UCF101 split 1: 18 sources per class, 5 clips each. 15 of them mined give the paper's 83.3 %.
+    # UCF101 split 1: 18 sources per class, 5 clips each. If 15 of the sources are mined, the result is the paper's 83.3
+    # %.
     labels, sources = torch.zeros(90, dtype=torch.int64), torch.arange(90) // 5
     quality = MiningQuality(labels, sources)
     quality.update(torch.arange(0, 75, 5)[:, None], torch.full((15,), 89))
@@ -118,7 +119,7 @@ def test_unlabelled_data_has_no_quality_and_no_exception():
     rates = quality.update(torch.tensor([[1, 2], [0, 3]]), torch.tensor([0, 1]))
     assert rates["pmr"].isnan() and rates["mining_r1"].isnan()
     told = {name for name, value in quality.summary().items() if value is not None}
-    assert told == {"hub_share", "mined_share"}  # all four videos were mined once: no skewness either
+    assert told == {"hub_share", "mined_share"}  # all four videos were mined once, so the skewness is zero, too
 
 
 def test_an_epoch_that_mined_nothing_has_no_quality():

@@ -1,4 +1,4 @@
-"""The networks and their heads: the published counts and shapes, and the layouts and sizes that training uses."""
+"""Tests the networks and their heads: published counts and shapes, and the layouts and sizes that training uses."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_clips_that_do_not_fit_are_named(small, shape):
 
 
 def test_separable_block_is_a_spatial_then_a_temporal_convolution(small):
-    """Against the definition in float64: relu(bn(conv_t(relu(bn(conv_s(x)))))), BatchNorm written out."""
+    """Compares with the definition in float64: relu(bn(conv_t(relu(bn(conv_s(x)))))), with BatchNorm as a formula."""
 
     def norm_relu(x, bn):
         scale = (bn.weight / (bn.running_var + bn.eps).sqrt()).double()
@@ -114,10 +114,11 @@ def value_and_gradients(convolve, x: Tensor, weight: Tensor, grad: Tensor) -> li
 
 
 def assert_as_exact_as_torch(convolution: nn.Conv3d, frames: int) -> None:
-    """Errors against a float64 conv3d at most twice those of torch's own kernels, without oneDNN, in the same dtype,
-    plus one rounding of the result and what float32 loses by adding up so many terms in any order.
+    """Asserts that errors against a float64 conv3d are at most twice those of torch's kernels without oneDNN in the
+    same
+    dtype, plus one rounding of the result and the rounding of a float32 sum of that many terms in any order.
 
-    Relative to the largest entry. A processor without bf16 instructions rounds its partial sums to bf16, too.
+    Errors are relative to the largest entry. A processor without bf16 instructions rounds partial sums to bf16, too.
     """
     generator = torch.Generator().manual_seed(frames)
     dtype, channels = convolution.weight.dtype, convolution.in_channels
@@ -144,7 +145,7 @@ def assert_as_exact_as_torch(convolution: nn.Conv3d, frames: int) -> None:
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (7, 2)])
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 6, 7, 8, 16])
 def test_temporal_convolution_of_few_frames(frames, kernel, stride, dtype):
-    """Value and both gradients; oneDNN's own 3-D gradient fails here."""
+    """Tests the value and both gradients; oneDNN's 3-D gradient is wrong for these sizes."""
     torch.manual_seed(frames)
     assert_as_exact_as_torch(TemporalConv(16, kernel, stride).to(dtype), frames)
 
@@ -234,7 +235,7 @@ def test_residual_blocks_against_their_definition_in_float64():
 )
 @pytest.mark.parametrize("frames", [1, 2, 3, 4])
 def test_padded_convolution_of_few_frames(frames, kernel, stride, padding, dtype):
-    """Value and both gradients; oneDNN's own padding writes past its memory here."""
+    """Tests the value and both gradients; oneDNN's padding writes outside its memory for these sizes."""
     torch.manual_seed(frames)
     assert_as_exact_as_torch(PaddedConv3d(16, 16, kernel, stride, padding, bias=False).to(dtype), frames)
 

@@ -1,4 +1,4 @@
-"""Every argument of every operator refuses what it cannot mean, with an error that starts with its name."""
+"""Every operator rejects invalid values of every argument, with an error that starts with the name of the argument."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ OPTIONAL = {"positives", "query_ids", "memory_ids"}
 
 
 def wrong_values(name: str, good) -> dict[str, object]:
-    """What the argument can never mean, by what is wrong with it."""
+    """Returns values that are never valid for the argument, by a description of what is wrong."""
     if isinstance(good, torch.Tensor):
         wrong = {
             "an array": good.numpy(), "a list": good.tolist(), "a number": 1, "a string": "x", "no rows": good[:0],
@@ -61,7 +61,7 @@ CASES = [
 def test_what_an_argument_cannot_mean_is_refused_by_name(function, name, value):
     with pytest.raises((TypeError, ValueError)) as caught:
         function(**{**GOOD[function], name: value})
-    # Two arguments that contradict each other are one error: it may name either, or both.
+    # Two contradictory arguments raise one error, which may name either of them or both.
     related = {
         "queries": "memory",
         "query": "own_key",
@@ -147,7 +147,7 @@ def test_float_frames_outside_their_range_are_refused(value):
     frames[1, 2, 3] = value
     with pytest.raises(ValueError, match="frames: expected float values in 0..1, got values from"):
         tvl1_flow(frames)
-    # Where values are not read, the flow of the two pairs with that frame is NaN, and only theirs.
+    # If values are not checked, the flow of the two pairs with that frame is NaN, and that of other pairs is not.
     frames = torch.cat([frames, torch.rand(1, 20, 24)])
     flow = torch.compile(lambda x: tvl1_flow(x, scales=1, warps=1), fullgraph=True, backend="eager")(frames)
     assert flow[:2].isnan().all() and flow[2].isfinite().all()

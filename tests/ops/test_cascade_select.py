@@ -75,7 +75,7 @@ def test_any_cascade(data):
 
 
 def test_random_features_agree_with_float64_wherever_no_gap_is_small(device):
-    """Stage by stage: the kept set may differ from float64's only among scores within the rounding bound."""
+    """Stage by stage: the kept set may differ from the float64 one only in scores within the rounding bound."""
     V, B, K, D = 2, 9, 3001, 128
     generator = torch.Generator().manual_seed(0)
     queries, memory = (
@@ -182,14 +182,14 @@ def test_padding(device):
 
 
 def adversarial_rows():
-    """Rows whose thresholds a sampled bracket misses: few values, one outlier, sorted, blocks, huge range."""
+    """Rows whose threshold may lie outside a sampled bracket: few values, one outlier, sorted, blocks, huge range."""
     K = 6000
     ramp = torch.arange(K, dtype=torch.float32)
     yield "ascending", ramp
     yield "descending", -ramp
     yield "two values", (ramp % 2)
     yield "one outlier", (ramp == 4711).float()
-    yield "periodic", (ramp % 94)  # 94 = K / 64: samples see one value
+    yield "periodic", (ramp % 94)  # 94 = K / 64, so that all samples are one value
     yield "blocks", (ramp // 1000)
     yield "powers", torch.pow(2.0, ramp % 250 - 125) * (1 - 2 * (ramp % 2))
 
@@ -222,7 +222,7 @@ def test_threads_batch_and_repetition_change_nothing(thread_counts):
     whole = cascade_select(queries, memory, views, keep)
     for threads in thread_counts:
         torch.set_num_threads(threads)
-        for _ in range(34):  # a hundred in all
+        for _ in range(34):  # a hundred in total
             assert_same(cascade_select(queries, memory, views, keep), whole)
     for b in (0, 17, 39):
         alone = cascade_select(queries[:, b : b + 1], memory, views, keep)
@@ -230,7 +230,7 @@ def test_threads_batch_and_repetition_change_nothing(thread_counts):
 
 
 def test_scratch_kept_from_other_calls_changes_nothing(kernel_library):
-    """Sizes up and down, so that blocks are kept, reused, too small, replaced; and given back."""
+    """Sizes grow and shrink, so that memory blocks are kept, reused, too small, replaced and freed."""
     expected = {}
     for K in (9_000, 700, 70_000, 9_001, 700, 9_000, 70_000):
         memory, (views, keep) = lattice(2, K, 8, seed=K), schedule(K, 3, 2)

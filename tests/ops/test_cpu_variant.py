@@ -1,4 +1,4 @@
-"""CPR_FAST_CPU_VARIANT: the variant it names is in force, and one that cannot run is an error, not another variant."""
+"""CPR_FAST_CPU_VARIANT selects the variant; one that cannot run raises an error instead of selecting another one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VARIANTS = _host.build_info()["cpu_variants"]  # best first, comma-separated
 ABSENT = [name for name in ("avx512", "avx2") if name not in VARIANTS.split(",")]
 
 IN_FORCE = "from cpr_fast import _host; print(_host.build_info()['cpu_variant'])"
-# The operator library refuses to be imported; the kernels refuse to run, for callers of the C interface.
+# Importing the operator library raises an error; for callers of the C interface, the kernels return one.
 KERNELS = """
 import torch
 try:

@@ -25,7 +25,7 @@ def problem(B, K, D, P=3, *, seed=0, dtype=torch.float32, device="cpu", ids=True
 
 
 def gradients(function, features, positives, settings, *, weights=None):
-    """Loss per row, and the gradients to query, own_key and memory."""
+    """Returns the loss per row, and the gradients to query, own_key and memory."""
     leaves = [x.detach().clone().requires_grad_() for x in features]
     loss = function(*leaves, positives, reduction="none", **settings)
     (loss * (1 if weights is None else weights)).sum().backward()
@@ -33,12 +33,12 @@ def gradients(function, features, positives, settings, *, weights=None):
 
 
 def in_other_orders(features, positives, settings, weights, orders=4):
-    """`gradients` of plain torch, which adds up dimensions and memory in `orders` different orders."""
+    """Yields `gradients` of plain torch for `orders` different orders of the dimensions and of the memory."""
     (query, own_key, memory), generator = features, torch.Generator().manual_seed(0)
     for order in range(orders):
         D, K = (torch.randperm(size, generator=generator) if order else torch.arange(size) for size in memory.T.shape)
         D, K = D.to(memory.device), K.to(memory.device)
-        dimension, slot = D.argsort(), K.argsort()  # where each went
+        dimension, slot = D.argsort(), K.argsort()  # the new place of each
         moved = None if positives is None else torch.where(positives < 0, -1, slot[positives.clamp(min=0)])
         ids = {"memory_ids": settings["memory_ids"][K]} if "memory_ids" in settings else {}
         reordered = (query[:, D], own_key[:, D], memory[K][:, D])
@@ -47,10 +47,10 @@ def in_other_orders(features, positives, settings, weights, orders=4):
 
 
 def assert_as_exact_as_torch(features, positives, settings):
-    """Error against float64 at most twice that of plain torch in the same dtype, plus one rounding of the dtype.
+    """Asserts that the error against float64 is at most twice that of plain torch in this dtype, plus one rounding.
 
-    The order in which a processor adds makes plain torch's error two to five times larger or smaller, so it is the
-    largest of four orders.
+    The order of additions on a processor makes the error of plain torch two to five times larger or smaller, so the
+    largest error of four orders is used.
     """
     weights = torch.linspace(-1, 2, features[0].shape[0], device=features[0].device)
     ours = gradients(mil_nce, features, positives, settings, weights=weights)
@@ -165,7 +165,7 @@ def test_gradcheck():
 
 
 def test_in_batch_keys_share_their_gradient(device):
-    """The memory may be the batch's own keys, with a gradient: own_key and memory are then one tensor."""
+    """The memory may be the keys of the batch, with a gradient: own_key and memory are then the same tensor."""
     (query, keys, _), _, _ = problem(9, 1, 32, device=device, ids=False)
     results = []
     for function, q, k in ((mil_nce, query, keys), (mil_nce_ref, query.double(), keys.double())):
@@ -216,7 +216,7 @@ def test_threads_batch_and_repetition_change_nothing(thread_counts):
     whole = gradients(mil_nce, features, positives, settings)
     for threads in thread_counts:
         torch.set_num_threads(threads)
-        for _ in range(34):  # a hundred in all
+        for _ in range(34):  # a hundred in total
             again = gradients(mil_nce, features, positives, settings)
             assert all(torch.equal(x, y) for x, y in zip(again, whole, strict=True))
     query, own_key, memory = features
@@ -237,7 +237,7 @@ def test_strides_do_not_matter(device):
 
 
 def test_extra_memory_does_not_grow_with_the_queue():
-    """The outputs hold B and B x D values, and nothing else is saved for the backward but the query."""
+    """The outputs have B and B x D values; apart from them only the query is saved for the backward pass."""
     sizes = []
     for K in (20_000, 40_000):
         features, positives, _ = problem(8, K, 16, ids=False)

@@ -1,4 +1,4 @@
-"""What a user of the operators alone sees: imports, types and help()."""
+"""The package as seen by a user of only the operators: imports, types and help()."""
 
 import inspect
 import subprocess

@@ -16,7 +16,7 @@ def problem(dtype=torch.float32, device="cpu", B=7, K=90, D=24):
     return [x.to(device, dtype) for x in features], positives.to(device), {k: v.to(device) for k, v in ids.items()}
 
 
-USES = {  # of a learned number x, whose temperature is near .1
+USES = {  # temperatures computed from a learned number x, near .1
     "temperature": (0.1, lambda x: x),
     "one element": (0.1, lambda x: x.reshape(1)),
     "logarithm": (-2.3, lambda x: x.exp()),

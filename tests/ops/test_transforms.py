@@ -1,4 +1,4 @@
-"""The operators under torch.vmap, and what they refuse of torch.func and of differentiating twice."""
+"""The operators under torch.vmap, and the errors for unsupported torch.func transforms and second derivatives."""
 
 import pytest
 import torch

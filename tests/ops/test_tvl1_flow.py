@@ -1,4 +1,4 @@
-"""tvl1_flow against OpenCV, against a step-by-step NumPy run of the algorithm, and against its plain-torch twin.
+"""tvl1_flow against OpenCV, against a step-by-step NumPy run of the algorithm, and against its plain-torch reference.
 
 The stop test and the median filter amplify rounding: two correct programs can differ by pixels at a few places. Long
 runs are therefore compared in the mean and at the 99th percentile, short runs (few iterations) tightly.
@@ -18,7 +18,7 @@ cv2 = pytest.importorskip("cv2")
 if not hasattr(cv2, "optflow"):
     pytest.skip("OpenCV without its contrib modules", allow_module_level=True)
 
-cv2.setNumThreads(1)  # its workers spin while they wait
+cv2.setNumThreads(1)  # OpenCV's threads wait actively
 
 
 def read_or_skip(count: int, frames: int, size: tuple[int, int]) -> torch.Tensor:
@@ -30,7 +30,9 @@ def read_or_skip(count: int, frames: int, size: tuple[int, int]) -> torch.Tensor
 
 
 def step_by_step(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, int]:
-    """The algorithm with its defaults from OpenCV's image operations and NumPy: flow [2, H, W], pixel-iterations."""
+    """Runs the algorithm with default settings, using image operations of OpenCV and NumPy: flow [2, H, W],
+    pixel-iterations.
+    """
     levels = [np.stack([first, second]).astype(np.float32)]
     for _ in range(4):
         smaller = [cv2.resize(i, None, fx=0.8, fy=0.8, interpolation=cv2.INTER_LINEAR) for i in levels[-1]]
@@ -55,7 +57,7 @@ def step_by_step(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, int
 
 
 def minimise(u: np.ndarray, dual: np.ndarray, g: np.ndarray, residual: np.ndarray) -> tuple[np.ndarray, int]:
-    """Up to 10 x 30 iterations from u; updates `dual` in place. Returns u and the iterations done."""
+    """Does up to 10 x 30 iterations from u; updates `dual` in place. Returns u and the iterations done."""
     bound, squared_norm = np.float32(0.15 * 0.3), (g * g).sum(0)
     for iteration in range(300):
         if iteration % 30 == 0:
@@ -64,7 +66,7 @@ def minimise(u: np.ndarray, dual: np.ndarray, g: np.ndarray, residual: np.ndarra
         step = np.clip(-rho / np.maximum(squared_norm, np.float32(1e-30)), -bound, bound)
         above = np.pad(dual[:, 1, :-1], ((0, 0), (1, 0), (0, 0)))
         divergence = np.diff(dual[:, 0], axis=2, prepend=np.float32(0)) + (dual[:, 1] - above)
-        divergence[:, :, 0] = dual[:, 0, :, 0] + dual[:, 1, :, 0] - above[:, :, 0]  # OpenCV's order of additions
+        divergence[:, :, 0] = dual[:, 0, :, 0] + dual[:, 1, :, 0] - above[:, :, 0]  # in OpenCV's order of additions
         new = (u + step * g + np.float32(0.3) * divergence).astype(np.float32)
         ux, uy = np.diff(new, axis=2, append=new[:, :, -1:]), np.diff(new, axis=1, append=new[:, -1:])
         shrink = 1 + np.float32(0.25 / 0.3) * np.hypot(ux, uy)
@@ -126,7 +128,7 @@ def test_any_size_as_reference(size, device):
 
 def test_whole_run_as_reference():
     clips = torch.stack([moving_texture(2, 26, 36, seed) for seed in (4, 5)])
-    coarse = {"epsilon": 0.02, "warps": 3}  # fewer iterations: the twin is slow
+    coarse = {"epsilon": 0.02, "warps": 3}  # fewer iterations, because the reference is slow
     assert (tvl1_flow(clips, **coarse) - tvl1_flow_ref(clips, **coarse)).norm(dim=-3).mean() < 0.05
 
 

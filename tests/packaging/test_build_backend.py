@@ -1,4 +1,4 @@
-"""The build backend: torch as a build requirement only where it is missing; read-only sources; old build tools."""
+"""The build backend: torch is a build requirement only if it is not installed; read-only sources; old build tools."""
 
 import os
 import subprocess

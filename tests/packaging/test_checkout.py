@@ -19,10 +19,10 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python(source):
-    """An environment of its own that also sees the packages of the one that runs the tests."""
+    """A new environment that can also import the packages of the one that runs the tests."""
     folder = source.parent / "environment"
     venv.create(folder, with_pip=True)
-    # The setuptools that Python 3.11 brings is too old, and would hide the outer one.
+    # The setuptools that comes with Python 3.11 is too old, and would hide the outer one.
     run(folder / "bin" / "python", "-m", "pip", "uninstall", "--yes", "setuptools", folder=source)
     (site,) = (folder / "lib").glob("python*/site-packages")
     (site / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n")
@@ -30,7 +30,9 @@ def python(source):
 
 
 def architectures(source) -> str:
-    """The CUDA architectures of the built library, read in a process of its own: a library is loaded once."""
+    """The CUDA architectures of the built library, in a separate process, because a process loads a library only
+    once.
+    """
     program = (
         "import ctypes, torch; library = ctypes.CDLL('cpr_fast/_C.so'); "
         "f = library.cpr_cuda_architectures; f.restype = ctypes.c_char_p; print(f().decode())"
@@ -69,7 +71,7 @@ def test_switching_between_cpu_and_cuda(source):
 
 
 def test_a_moved_checkout_builds(source):
-    """CMake refuses the cache of another source directory."""
+    """CMake raises an error for the cache of another source directory."""
     moved = source.rename(source.with_name("moved"))
     try:
         run(sys.executable, "setup.py", "build_ext", folder=moved)

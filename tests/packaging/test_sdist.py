@@ -1,4 +1,4 @@
-"""The source distribution holds every file of the repository, and nothing that a build left behind."""
+"""The source distribution contains every file of the repository, and no leftovers of a build."""
 
 import subprocess
 import tarfile

@@ -37,7 +37,7 @@ def names(wheel):
 
 @pytest.fixture(scope="module")
 def target(wheel):
-    """The wheel installed into a folder of its own, beside the torch of the environment that runs the tests."""
+    """Installs the wheel into a separate folder; torch comes from the environment that runs the tests."""
     folder = wheel.parents[1]
     pip("install", "--target", folder / "target", wheel, folder=folder)
     return folder / "target"

@@ -1,4 +1,4 @@
-"""With torch alone installed, the operators work and every command says which packages to install."""
+"""If only torch is installed, the operators work and every command says which packages to install."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ from cpr_fast.errors import TRAIN_MODULES
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Hides the packages of the extra [train] as an interpreter without them does: torch itself may look for NumPy.
+# Hides the packages of the extra [train] as if they were not installed; torch itself may look for NumPy.
 WITHOUT = """
 import importlib.abc, sys
 class Hidden(importlib.abc.MetaPathFinder):
@@ -55,7 +55,7 @@ def imported_packages(path: Path) -> set[str]:
 
 
 def test_every_package_that_is_imported_is_a_dependency():
-    """What the package imports is torch, in the extra [train], or optional at the place where it is imported."""
+    """Every import of the package is torch, or in the extra [train], or handled as optional where it is imported."""
     optional = {"onnx", "onnxscript", "apex", "amp_C", "tensorboard", "faiss"}
     known = TRAIN | {"torch", "cpr_fast", "markupsafe"} | optional | sys.stdlib_module_names  # jinja2 needs markupsafe
     found = {path.name: imported_packages(path) - known for path in (ROOT / "cpr_fast").rglob("*.py")}

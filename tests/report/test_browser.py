@@ -1,4 +1,4 @@
-"""The pages in a browser: nothing is wider than the screen, nothing is fetched, and pictures load."""
+"""The pages in a browser: no element is wider than the screen, nothing is downloaded, and pictures load."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cpr_fast.report.page import write_report
 
 
 def chromium() -> str:
-    """A browser that is installed, or a skip that says what was looked for."""
+    """Returns an installed browser, or skips the test with the names that were searched for."""
     for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
         if path := shutil.which(name):
             return path

@@ -46,7 +46,7 @@ def test_figures_leave_their_colours_to_the_page():
 
 
 def rows_of(item) -> list[list[str]]:
-    """The rows of a figure's or table's CSV link."""
+    """Returns the rows of the CSV link of a figure or table."""
     head, _, data = item.csv.partition(",")
     assert head == "data:text/csv;charset=utf-8"
     return list(csv.reader(io.StringIO(unquote(data))))
@@ -65,7 +65,7 @@ def test_curves_show_their_values_and_give_them_as_csv():
 
 
 def test_hover_marks_lie_on_the_points():
-    """The circle of a value is where the curve's own marker is drawn."""
+    """The circle of a value is at the marker of the curve."""
     svg = line_figure([Line("a", [0, 5, 10], [0.0, 0.5, 1.0], 0)], x="epoch", y="rate").svg
     markers = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*var\(--s1\)', svg)[:3]
     circles = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)

@@ -1,4 +1,4 @@
-"""Pages of runs that lack something: every gap becomes a sentence that says why."""
+"""Pages of incomplete runs: a sentence gives the reason for each missing part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that learnt nothing says so at the top of its page; a run that learnt does not."""
+"""The top of a page says if the run learnt nothing, and only then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file of published numbers: whole, and where the paper says a thing twice it is twice the same."""
+"""The file of published numbers is complete, and numbers that the paper gives twice are equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The page of similar, duplicated and odd videos: planted neighbours, copies and outliers are found without labels."""
+"""The page of similar, duplicated and unusual videos: known neighbours, copies and outliers are found without
+labels.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,7 @@ def test_siblings_tell_how_far_to_trust_it(tmp_path, monkeypatch):
     run, _ = make_run(tmp_path, monkeypatch, views=("rgb",), sources=True)
     text = text_of(write_similar(run, tmp_path / "p.html"))
     assert "12 videos that share a source with another one" in text and "chance: 9%" in text
-    assert "v0.mp4 v1.mp4" not in text  # siblings are no duplicates
+    assert "v0.mp4 v1.mp4" not in text  # siblings are not duplicates
     assert "Nothing looks duplicated" in text
 
 
@@ -149,7 +151,9 @@ def test_copies_and_one_source():
     streams = [torch.eye(6).repeat_interleave(2, 0)]  # six pairs of equal features
     found = find_neighbours(streams, "plain_cosine", torch.arange(12))
     assert [(a, b) for a, b, _ in duplicate_pairs(found)] == [(2 * i, 2 * i + 1) for i in range(6)]
-    found = find_neighbours(streams, "plain_cosine", torch.zeros(12, dtype=torch.int64))  # then only itself is left out
+    found = find_neighbours(
+        streams, "plain_cosine", torch.zeros(12, dtype=torch.int64)
+    )  # then only the video itself is left out
     assert found.index[:, 0].tolist() == [i ^ 1 for i in range(12)]
     assert len(odd_videos(found)) == 12 and all(distance == 0 for _, _, distance in odd_videos(found))
 

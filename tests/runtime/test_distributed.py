@@ -1,4 +1,6 @@
-"""Training on two processes (gloo): same results as on one, a worker is killed, one hangs, a job is pre-empted."""
+"""Training on two processes (gloo): results equal those of one process, also if a worker is killed, one hangs or
+the job is pre-empted.
+"""
 
 from __future__ import annotations
 
@@ -60,10 +62,11 @@ distributed.finish()
 def config_of(out: Path, batch_size: int, method: dict | None = None, **run) -> Config:
     sections = {
         "data": {"batch_size": batch_size, "frames": 5, "size": 20},
-        # At .01 a barely trained frozen encoder maps all clips to one point, and rounding decides who is mined.
+        # At .01 a barely trained frozen encoder maps all clips to one point, and rounding decides which clips are
+        # mined.
         "model": {"width": 0.125, "feature_dim": 8, "conv_std": 0.15},
         "memory": {"size": 50, "shuffle_bn_groups": 2},  # not a multiple of 32: the batch size need not divide it
-        "optim": {"name": "sgd", "lr": 1e-3},  # Adam turns a rounding difference near zero into a whole step
+        "optim": {"name": "sgd", "lr": 1e-3},  # Adam turns a rounding difference near zero into a full step
         "schedule": {"cycles": [{"view": "rgb", "epochs": 2, "mining": "none"}, {"view": "flow", "epochs": 2}]},
         "run": {"out": str(out), **run},
     }

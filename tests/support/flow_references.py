@@ -24,7 +24,7 @@ SHORT = {"scales": 1, "warps": 1, "outer_iterations": 1, "inner_iterations": 8, 
 
 
 def moving_texture(frames: int, height: int, width: int, seed: int, velocity=(1.5, -0.7)) -> torch.Tensor:
-    """A disc of one texture moving by `velocity` pixels per frame over another at rest: [T, H, W] uint8."""
+    """Draws a textured disc that moves by `velocity` pixels per frame over another texture at rest: [T, H, W] uint8."""
     generator = np.random.default_rng(seed)
     noise = generator.random((2, height + 64, width + 64)).astype(np.float32)
     ground, figure = (cv2.normalize(cv2.GaussianBlur(n, (0, 0), 2), None, 0, 255, cv2.NORM_MINMAX) for n in noise)
@@ -44,7 +44,9 @@ def opencv_flow(frames: torch.Tensor, **settings) -> torch.Tensor:
     """[T, H, W] to [T-1, 2, H, W]."""
     flows = []
     for first, second in zip(frames.numpy()[:-1], frames.numpy()[1:], strict=True):
-        solver = cv2.optflow.createOptFlow_DualTVL1()  # a fresh one: it remembers a shortened pyramid
+        solver = (
+            cv2.optflow.createOptFlow_DualTVL1()
+        )  # a new solver each time, because it remembers a shortened pyramid
         for name, value in settings.items():
             setter = {"scales": "ScalesNumber", "warps": "WarpingsNumber", "median": "MedianFiltering"}.get(name)
             getattr(solver, "set" + (setter or name.title().replace("_", "")))(value)
@@ -53,7 +55,7 @@ def opencv_flow(frames: torch.Tensor, **settings) -> torch.Tensor:
 
 
 def assert_close_to_opencv(flow: torch.Tensor, expected: torch.Tensor) -> None:
-    """Mean endpoint error <= .05 px and 99th percentile <= .5 px, over static and over moving pixels."""
+    """Asserts a mean endpoint error <= .05 px and 99th percentile <= .5 px, over static and over moving pixels."""
     error, moving = (flow - expected).norm(dim=-3), expected.norm(dim=-3) > 0.5
     for name, selected in (("static", ~moving), ("moving", moving)):
         assert selected.any(), f"no {name} pixels: the comparison says nothing"

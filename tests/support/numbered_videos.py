@@ -42,7 +42,9 @@ def numbers_shown(pixels: np.ndarray) -> list[int]:
 
 
 def write_video(path: Path, pictures, kind: str = "h264-bframes") -> Path:
-    """Encodes uint8 pictures, [H, W] gray or [H, W, 3] RGB each, as `kind` says; the suffix of `path` is replaced."""
+    """Encodes uint8 pictures, [H, W] gray or [H, W, 3] RGB each, in the format of `kind`; the suffix of `path` is
+    replaced.
+    """
     codec, suffix, pixel_format, options = KINDS[kind]
     path = path.with_suffix(suffix)
     with av.open(str(path), "w") as output:
@@ -69,7 +71,7 @@ def decode_linearly(path: Path) -> np.ndarray:
 
 
 def shared_data(*parts: str) -> Path:
-    """A path below the shared data, or the test is skipped."""
+    """Returns a path below the shared data, or skips the test."""
     path = real_clips.ROOT.joinpath(*parts)
     if not path.exists():
         pytest.skip(f"needs {path} (set CPR_FAST_SHARED)")
@@ -77,7 +79,7 @@ def shared_data(*parts: str) -> Path:
 
 
 def clips_at(video: Video, starts, **draw) -> Clips:
-    """Clips of a video's whole frames from the given starts on, of neutral colours but for `draw` (one value each)."""
+    """Returns clips of whole frames with the given starts and neutral colours, except for the values in `draw`."""
     count = len(starts)
     neutral = {"flip": False, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "sigma": 0, "crop": 0}
     rest = {name: np.full(count, value) for name, value in (neutral | draw).items()}

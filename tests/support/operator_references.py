@@ -1,4 +1,4 @@
-"""cascade_select and mil_nce from their definitions, slowly; and inputs that are hard on them."""
+"""Slow references of cascade_select and mil_nce from their definitions, and difficult inputs."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 
 
 def lattice(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Multiples of 1/2 in -1..1: scores tie everywhere."""
+    """Draws multiples of 1/2 in -1..1, so that many scores are equal."""
     return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)) / 2
 
 
@@ -96,7 +96,9 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def loss_inputs(B: int, K: int, D: int, P: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Ids collide, slots are empty, positives repeat, are missing and name empty slots and own ids."""
+    """Draws equal ids, empty slots, and positives that repeat, are missing, or are empty slots or slots with the
+    query's id.
+    """
     positives = integers(-1, K, B, P, seed=seed + 3)
     positives[:, P // 2 :] = positives[:, : P - P // 2]
     return {

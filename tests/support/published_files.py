@@ -53,7 +53,9 @@ def coclr_file(kind: str, width: float = 0.125, dim: int = 16, slots: int = 32) 
 
 
 def milnce_file(width: int) -> dict[str, Tensor]:
-    """The state_dict of S3D_HowTo100M's s3dg.py with `width` of its 64 first channels, text module included."""
+    """The state_dict of S3D_HowTo100M's s3dg.py with `width` first channels instead of 64, including the text
+    module.
+    """
 
     def scaled(c):
         return max(8, round(c * width / 64 / 8) * 8)

@@ -1,4 +1,4 @@
-"""The real clips that tests and benchmarks read where they are: $CPR_FAST_SHARED/data (default ../shared/data)."""
+"""The real clips that tests and benchmarks read from $CPR_FAST_SHARED/data (default ../shared/data)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ UCF101 = ROOT / "ucf101_100"
 
 
 class Absent(RuntimeError):
-    """There are not enough real clips here; the message says what is missing."""
+    """Raised if there are not enough real clips; the message says what is missing."""
 
 
 def spread_videos(count: int) -> list[Path]:
-    """`count` evenly spaced UCF101 videos, or Absent."""
+    """Returns `count` evenly spaced UCF101 videos. Raises Absent."""
     paths = sorted(UCF101.glob("*/*.avi"))
     if len(paths) < count:
         raise Absent(f"needs {count} UCF101 videos in {UCF101} (set CPR_FAST_SHARED), found {len(paths)}")

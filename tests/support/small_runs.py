@@ -47,12 +47,12 @@ def run(config: Config, loader=RandomLoader, **kwargs) -> Path:
 
 
 def rows(folder: Path, kind: str) -> list[dict]:
-    """The rows of a kind, without what a clock wrote."""
+    """Returns the rows of a kind, without measured times."""
     return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(folder) if row["kind"] == kind]
 
 
 def assert_same(a, b, where="checkpoint"):
-    """Bitwise equality of nested dicts of tensors."""
+    """Asserts bitwise equality of nested dicts of tensors."""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
@@ -92,13 +92,13 @@ def stopped(out: Path, at: tuple[int, int] = (2, 1)) -> Path:
 
 
 def trained(folder: Path) -> dict:
-    """What the newest checkpoint of a run holds of training itself."""
+    """Returns the training state in the newest checkpoint of a run."""
     payload = load_checkpoint(folder / "checkpoints" / "last.pt")
     return {key: payload[key] for key in ("encoders", "cycle_state", "step", "epoch", "step_in_epoch", "cycle")}
 
 
 def everything(folder: Path) -> dict:
-    """What the newest checkpoint of a run holds, without config and environment, which differ between folders."""
+    """Returns the newest checkpoint of a run without config and environment, which differ between folders."""
     payload = load_checkpoint(folder / "checkpoints" / "last.pt")
     return {key: value for key, value in payload.items() if key not in ("config", "environment")}
 

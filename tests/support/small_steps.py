@@ -1,4 +1,4 @@
-"""The index and the settings of tests of single training steps."""
+"""The index and the settings for tests of single training steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints survive what happens to machines: full disks, killed processes, foreign and truncated files."""
+"""Checkpoints with full disks, killed processes, and foreign or truncated files."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_the_previous_file(tmp_path, monkeypatch, place):
 
 
 def test_a_write_that_fails_half_way(tmp_path):
-    """A real short write: the file may grow to 64 KiB and no further."""
+    """Causes a real short write: files cannot grow beyond 64 KiB."""
     path = save_checkpoint(tmp_path / "a.pt", {"step": 1})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

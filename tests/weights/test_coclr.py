@@ -1,4 +1,4 @@
-"""Checkpoints of CoCLR and CPR: files in exactly the published layout come in and go out again."""
+"""Checkpoints of CoCLR and CPR: files in exactly the published layout are imported and exported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("kind", ["infonce", "ubernce", "coclr"])
-@pytest.mark.parametrize("legacy", [False, True])  # torch 1.4 wrote no zip files
+@pytest.mark.parametrize("legacy", [False, True])  # torch 1.4 did not write zip files
 def test_coclr_and_back_is_the_same_file(tmp_path, kind, legacy):
     theirs = coclr_file(kind)
     torch.save(theirs, tmp_path / "theirs.pth.tar", _use_new_zipfile_serialization=not legacy)

@@ -1,4 +1,4 @@
-"""Runs that start from imported encoders, and trained encoders in the forms of other programs."""
+"""Runs that start from imported encoders, and exports of trained encoders in the formats of other programs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_run_starts_from_imported_encoders(tmp_path):
     moved = trained["rgb"]["backbone.Conv_1a.conv1.weight"] - start["rgb"]["backbone.Conv_1a.conv1.weight"]
     assert 0 < moved.abs().max() < 0.01  # two steps of Adam away from the file, not from random weights
     (tmp_path / "flow.pt").unlink()
-    train(settings(tmp_path / "run", init=init), resume=True)  # its checkpoints hold what it started from
+    train(settings(tmp_path / "run", init=init), resume=True)  # its checkpoints record the imported file
 
 
 def test_a_start_that_does_not_fit_is_refused(tmp_path):
@@ -73,7 +73,8 @@ def trained_run(tmp_path_factory):
 
 
 def test_our_run_in_their_form_comes_back(trained_run, tmp_path, capsys):
-    # The frozen view is random here, so the run does not pass it off as trained: two views need both.
+    # The frozen view has random weights here, so the run does not save it as trained, but
+    # a checkpoint of two views needs both encoders.
     ours = load_checkpoint(trained_run)
     ours["encoders"]["flow"] = build_encoder(ModelConfig(width=0.125, feature_dim=16)).state_dict()
     torch.save(ours, tmp_path / "run.pt")

@@ -1,4 +1,4 @@
-"""IIC's published R3D, R(2+1)D and C3D come in by name."""
+"""IIC's published R3D, R(2+1)D and C3D are imported by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def iic_file(arch: str, c: int) -> dict[str, Tensor]:
-    """The state_dict of IIC's models/r3d.py, r21d.py and c3d.py with `c` of their 64 first channels."""
+    """The state_dict of IIC's models/r3d.py, r21d.py and c3d.py with `c` first channels instead of 64."""
     state: dict[str, Tensor] = {}
 
     def conv(name, c_in, c_out, kernel):

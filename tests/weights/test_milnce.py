@@ -1,4 +1,4 @@
-"""MIL-NCE's published S3D: its checkpoint comes in, and computes what the published forward pass does."""
+"""MIL-NCE's published S3D: its checkpoint is imported, and the output equals that of the published forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def milnce_forward(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
-    """`mixed_5c`, averaged: the published forward pass written with functions on the published names."""
+    """Computes the published forward pass up to the average of `mixed_5c`, with functions on the published names."""
 
     def norm(x, name):
         s = {part: state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")}
@@ -32,7 +32,7 @@ def milnce_forward(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
         weights = torch.sigmoid(F.linear(x.mean((2, 3, 4)), state[f"{name}.fc.weight"], state[f"{name}.fc.bias"]))
         return x * weights[:, :, None, None, None]
 
-    def pool(x, kernel, stride):  # TensorFlow's "SAME": as many outputs as strides begin, what pads goes after first
+    def pool(x, kernel, stride):  # TensorFlow's "SAME": ceil(size / stride) outputs; the odd pad goes after
         pads = []
         for k, s in zip(kernel, stride, strict=True):
             pads = [max(k - s, 0) // 2, max(k - s, 0) - max(k - s, 0) // 2, *pads]

@@ -22,8 +22,8 @@ def report(
 ) -> None:
     """Write a self-contained HTML page of one or more run folders.
 
-    Where the videos of the first run have no labels, a second page shows what its network finds similar, duplicated and
-    odd, from the features that `cpr-fast retrieve` stored.
+    Where the videos of the first run have no labels, a second page shows the videos that are similar, duplicated or
+    odd, according to the features that `cpr-fast retrieve` stored.
 
     Args:
         runs: The run folders.

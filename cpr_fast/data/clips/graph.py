@@ -1,4 +1,5 @@
-"""The DALI graphs: the same augmentation behind three routes, which differ in how frames get into the graph.
+"""The DALI graphs: the same augmentation behind three routes, which differ in the kind of input that the graph
+receives.
 
     frames    Frames are decoded and cut outside of DALI (PyAV, simplejpeg, torch). For training without a GPU, and for
               flow that is computed on the fly.
@@ -204,11 +205,12 @@ class ClipGraph:
         """Returns DALI's outputs as one tensor, whose memory stays valid as long as the tensor is referenced."""
         if self._stream is None:
             return self._joined([torch.from_dlpack(output.as_tensor()) for output in outputs])
-        # DALI reuses a buffer once it is released, without knowing whether kernels in torch's streams have read it.
+        # DALI reuses a buffer once it is released, without waiting for kernels in torch's streams that may still read
+        # it.
         with torch.cuda.stream(self._stream):
             parts = [torch.from_dlpack(output.as_tensor()) for output in outputs]
             tensor = parts[0].clone() if len(parts) == 1 else self._joined(parts)
-        self._stream.synchronize()  # this waits in the background thread, and only for the copies
+        self._stream.synchronize()  # this blocks only the background thread, and only until the copies are finished
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return tensor
 

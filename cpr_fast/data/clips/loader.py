@@ -129,7 +129,7 @@ class _ClipSource:
 
 
 def _route(index: Index, view: str, device: torch.device) -> Route:
-    """Returns the route by which the frames of a view get into the graph. Raises InputError where flow is missing."""
+    """Returns the route by which the frames of a view enter the graph. Raises InputError if flow is missing."""
     paths = [video.flow_path if view == "flow" else video.path for video in index]
     if None in paths:
         video = index[paths.index(None)]
@@ -152,7 +152,7 @@ class TrainLoader:
     `plan` is a function like `plan_pairs` that returns C clips per video: the first clips of all videos, then the
     second ones, and so on. `skipped` lists (path, reason) of every file that could not be read; such a video is
     replaced by another one of the epoch. Raises InputError for an index that is too small for one global batch or has
-    no flow for a view of `views`, and while iterating where most videos have disappeared.
+    no flow for a view of `views`, and during iteration if most videos have disappeared.
     """
 
     def __init__(
@@ -252,8 +252,7 @@ class WindowLoader:
 
     Windows overlap by half (they start at 0, T/2 - 1, ... times the stride), or `clips_per_video` of them are spread
     evenly. Each is cut in the centre, or 5 or 10 times (`crops`, see `plan_windows`). The last batch may be smaller.
-    `skipped` lists (path, reason) of the files that could not be read; their windows are the only ones that are
-    missing.
+    `skipped` lists (path, reason) of the files that could not be read; only the windows of these files are missing.
     """
 
     def __init__(

@@ -123,13 +123,13 @@ class FrameCache:
     def __init__(self, limit_gib: float, read: ReadParts = read_parts) -> None:
         self._free_bytes, self._read = int(limit_gib * 2**30), read
         self._videos: dict[tuple[Path, str], np.ndarray] = {}  # by path and view
-        self._damaged: set[Path] = set()  # do not decode to their end, but may still give a clip
+        self._damaged: set[Path] = set()  # files that do not decode completely, but may still give some clips
         self._lock = threading.Lock()
 
     def read_parts(
         self, path: Path, frames: np.ndarray, view: str, num_frames: int, region: Region | None = None
     ) -> Iterator[np.ndarray]:
-        """Yields what `read` yields; a video that is kept comes as a single part."""
+        """Yields what `read` yields; the frames of a cached video are yielded as a single part."""
         pixels = self._videos.get((path, view))
         if pixels is None:
             pixels = self._whole(path, view, num_frames)
@@ -199,8 +199,9 @@ class ClipReader:
     def read_or_substitute(self, clips: Clips, substitutes: Iterable[Clips], **options) -> Material:
         """Reads the clips of one video, or else those of the first of `substitutes` that can be read.
 
-        The choice depends on the plan and the files alone. Earlier failures are not remembered: a damaged file may give
-        one clip and not another, and a resumed run would remember less. Raises InputError where no video can be read.
+        The choice depends on the plan and the files alone. Earlier failures do not influence it, because a damaged file
+        may give one clip and not another, and because a resumed run would not know them. Raises InputError where no
+        video can be read.
         """
         tried = 0
         for candidate in itertools.islice(itertools.chain([clips], substitutes), MOST_SUBSTITUTES):

@@ -19,16 +19,16 @@ def is_record(path: Path) -> bool:
 
 
 def container(path: Path) -> Path:
-    """Returns the file that holds a video; of a record, the LMDB file or folder."""
+    """Returns the file that holds a video; for a record, the LMDB file or folder."""
     record = split_record(path)
     return path if record is None else record[0]
 
 
 def exists(path: Path) -> bool:
-    """Returns whether the file exists; of a record, whether the LMDB file does."""
+    """Returns whether the file exists; for a record, whether the LMDB file exists."""
     try:
         return container(path).exists() if is_record(path) else path.is_file()
-    except OSError:  # a name that is too long, or a folder that may not be entered
+    except OSError:  # the name is too long, or the folder is not accessible
         return False
 
 

@@ -1,4 +1,5 @@
-"""Writes LMDB files of JPEG records in the format that `records` reads; interrupted files are continued."""
+"""Writes LMDB files of JPEG records in the format that `records` reads; a file whose writing was interrupted is
+continued."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ class RecordWriter:
     def put(self, name: str, jpegs: Sequence[bytes | memoryview], origin: str | None = None) -> None:
         """Adds or replaces a video, which is on the disk when this returns. `jpegs` are its frames in order.
 
-        `origin` is a line of ASCII that says what the video was made from. It is kept under a key of its own, which
-        readers of CoCLR's format do not look at; `Records.origin` returns it.
+        `origin` is a line of ASCII that identifies what the video was made from. It is stored under a separate key,
+        which readers of CoCLR's format ignore; `Records.origin` returns it.
         """
         if self._environment is None:
             copy = Path(f"{self._file}.copy")
@@ -70,7 +71,7 @@ class RecordWriter:
         self.num_frames[name] = len(jpegs)
 
     def origin(self, name: str) -> str | None:
-        """Returns what `put` was told of a video that is written, or None."""
+        """Returns the `origin` that `put` received for a video that is written, or None."""
         if self._environment is None:
             return open_records(self._file).origin(name)
         with self._environment.begin() as transaction:
@@ -96,7 +97,8 @@ class RecordWriter:
     def _open(self) -> None:
         """Opens the unfinished file.
 
-        A complete one becomes unfinished again: a copy, or one whose process was killed before it could rename it.
+        A complete file is marked as unfinished again. It is either a copy, or a file whose process was killed before it
+        could rename it.
         """
         self._environment = lmdb.open(str(self._part), subdir=False, map_size=2**30, lock=False, meminit=False)
         with self._environment.begin(buffers=True) as transaction, transaction.cursor() as cursor:

@@ -32,7 +32,8 @@ from cpr_fast.errors import InputError
 
 MARK = ".lmdb#"
 META = (b"__keys__", b"__len__", b"__order__", b"__vlen__")
-ORIGIN = b"__origin__"  # before the key of a video: what it was made from; not part of CoCLR's format
+# Prefix of a video's key; the value identifies what the video was made from. Not part of CoCLR's format.
+ORIGIN = b"__origin__"
 
 
 def split_record(path: str | Path) -> tuple[Path, str] | None:
@@ -82,7 +83,7 @@ def read_record_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str
 
 
 def frame_size(path: Path) -> tuple[int, int, int]:
-    """Returns (frames, height, width) of a record, by the header of its first JPEG. Raises VideoError."""
+    """Returns (frames, height, width) of a record, from the header of its first JPEG. Raises VideoError."""
     file, name = split_record(path)
     jpeg = read_jpegs(path, [0])[0]
     try:
@@ -119,7 +120,7 @@ class Records:
         self._places = places
 
     def origin(self, name: str) -> str | None:
-        """Returns what the writer said that a video was made from (`RecordWriter.put`), or None."""
+        """Returns the origin of a video that was passed to `RecordWriter.put`, or None."""
         value = self._get(ORIGIN + b"%09d" % self._places[name])
         return None if value is None else bytes(value).decode()
 
@@ -158,7 +159,8 @@ _opening = threading.Lock()
 
 
 def open_records(file: Path) -> Records:
-    """Returns the file, opened once per process, as LMDB requires. Raises InputError if it is no such file."""
+    """Returns the file, opened once per process, as LMDB requires. Raises InputError if it is not an LMDB file of
+    records."""
     with _opening:
         if file not in _opened:
             resolved = file.resolve()

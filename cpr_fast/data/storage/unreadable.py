@@ -1,4 +1,5 @@
-"""Reports videos that cannot be read: one line per kind of problem, and an early end where the disk itself is gone."""
+"""Reports videos that cannot be read: one line per kind of problem, and an error if the disk itself is no longer
+available."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from cpr_fast.data.storage.media import container
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.problems import problem_line
 
-SAMPLED = 64  # files that are looked for before the storage is called lost
+SAMPLED = 64  # number of files checked for existence before the storage is considered lost
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +23,8 @@ log = logging.getLogger(__name__)
 class Unreadable:
     """The files that could not be read so far; safe to use from several threads.
 
-    `add` warns of the first file of every kind of problem, of the tenth, of the hundredth and so on. A network mount
-    that drops would otherwise give one line per file.
+    `add` logs a warning for the 1st, 10th, 100th, ... file of every kind of problem. Otherwise a network mount that is
+    lost would produce one line per file.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -37,7 +38,7 @@ class Unreadable:
         self._missing = 0
 
     def add(self, path: Path, reason: str, verb: str = "skipped") -> None:
-        """Notes a file. Raises InputError where most of the files of the run have disappeared."""
+        """Adds a file. Raises InputError if most of the files of the run have disappeared."""
         gone = not _is_there(container(path))
         with self._lock:
             if path in self._seen:

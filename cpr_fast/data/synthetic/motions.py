@@ -85,6 +85,6 @@ MOTIONS: dict[str, Callable[[Motion, Array], Pose]] = {
     "glide": _glide,
 }
 
-# The typical pace of a motion (walking and running have one, too), pixels per frame, rms. The pace of a source is 0.8
-# to 1.25 times this, so the paces of similar motions overlap.
+# The typical pace of a motion, as walking and running also have one: rms speed in pixels per frame. The pace of a
+# source is 0.8 to 1.25 times this, so the paces of similar motions overlap.
 PACE = {"rotate": 2.3, "shuttle": 1.5, "pulse": 1.0, "orbit": 1.9, "rock": 1.25, "glide": 2.8}

@@ -45,9 +45,9 @@ OUTLINES: dict[str, Callable[[Array], Array]] = {
 }
 SCENES = tuple(_PATTERNS)  # the names of the kinds of scene
 
-# A kind of scene has typical colours, as pools are blue and pitches are green: the mean hue (0..1 is a full turn) of
-# the background and of the figures. The hues of a source are drawn around these with standard deviation HUE_SPREAD.
-# COARSENESS is the relative size of the pattern.
+# A kind of scene has typical colours, just as pools are blue and pitches are green. These are the mean hue (0..1 is a
+# full turn) of the background and of the figures. The hues of a source are drawn around these with standard deviation
+# HUE_SPREAD. COARSENESS is the relative size of the pattern.
 GROUND_HUE = {"stripes": 0.08, "checks": 0.33, "blobs": 0.58, "rings": 0.83, "dots": 0.20, "zigzag": 0.45}
 FIGURE_HUE = {"stripes": 0.50, "checks": 0.00, "blobs": 0.13, "rings": 0.30, "dots": 0.70, "zigzag": 0.92}
 COARSENESS = {"stripes": 1.0, "checks": 1.25, "blobs": 1.4, "rings": 0.85, "dots": 0.75, "zigzag": 1.1}

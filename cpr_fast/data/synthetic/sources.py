@@ -1,8 +1,8 @@
 """Sources of synthetic actions: textured figures in a scene, moved by a programme and filmed by a camera.
 
 A *source* is one continuous shot; a *clip* is the part of it from one time to another. Everything that moves is a
-closed-form function of time. So clips that are cut from one source at different times share textures, colours, figures
-and the parameters of the programme, and differ in phase, camera position, lighting and noise.
+closed-form function of time. Therefore clips that are cut from one source at different times share textures, colours,
+figures and the parameters of the programme, and differ in phase, camera position, lighting and noise.
 
 Letters: T frames, H x W pixels, S side of the box that a figure is drawn in. Lengths are pixels of a 160x120 frame
 (they scale with the frame), times are frames at 25 per second, angles are radians.

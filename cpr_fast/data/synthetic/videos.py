@@ -1,26 +1,26 @@
 """The synthetic actions: a labelled set of encoded videos, made from a seed.
 
 **A class** is a pair of a motion programme and a kind of scene, such as "orbit-stripes". Every kind of scene occurs
-with at least two motions and every motion with at least two kinds of scene. So neither the motion nor the scene alone
-decides the class, and both together do. With 12 classes each of four scenes occurs with three of four motions: whoever
-knows only one of the two is left with three classes.
+with at least two motions and every motion with at least two kinds of scene. Therefore neither the motion nor the scene
+alone determines the class, but both together do. With 12 classes each of four scenes occurs with three of four motions,
+so knowing only the motion or only the scene leaves three possible classes.
 
-**Videos of one class share**, as in real footage, where a pool is blue and a sprint is fast:
+**Videos of one class share**, as in real footage, where for example pools are blue and sprints are fast:
 
 - of the motion, the programme (rotate, shuttle, pulse, orbit, rock, glide: see `motions.MOTIONS`) and a typical pace;
 - of the scene, the pattern (stripes, checks, blobs, rings, dots, zigzag) of figures and background, its typical size
   and colours, and the outline of the figures.
 
-Pace, size and colours are weak cues: those of neighbouring motions and scenes overlap, and none of them says more than
-the motion or the scene says.
+Pace, size and colours are weak cues: those of neighbouring motions and scenes overlap, and none of them gives more
+information about the class than the motion or the scene does.
 
 **Source videos differ** in the following, drawn in the same way for every class: hues around those of the scene (dark
 and bright in random order); place, angle and wavelength of each pattern; one to three figures and their size, place and
 texture; pace (0.8 to 1.25 times that of the motion); period (0.5 to 1 s, shorter where growing or rocking at that pace
-would go too far); direction, sense and phase of each figure (so the direction of the mean flow says nothing); one or
-two distractors of any kind of scene that drift without a programme; camera drift, light fall-off, change of lighting
-and sensor noise. Clips of one source (siblings) share all of these. They are cut at different times, so phase, camera
-position, lighting and noise differ.
+would go too far); direction, sense and phase of each figure (so the direction of the mean flow gives no information
+about the class); one or two distractors of any kind of scene that drift without a programme; camera drift, light
+fall-off, change of lighting and sensor noise. Clips of one source (siblings) share all of these. They are cut at
+different times, so phase, camera position, lighting and noise differ.
 
 Every second source gives two clips, the others give one. A quarter of the sources of each class are the test split.
 """
@@ -81,9 +81,9 @@ def write_synthetic(
     """Writes OUT/<split>/<motion>-<scene>/gNN_cMM.mp4 (H.264, 25 fps) and OUT/index.csv; returns the index's path.
 
     `videos` is the number of source videos of each class, `frames` the length of a clip, `width` and `height` are
-    pixels. The files depend, bit for bit, on nothing but the arguments and the versions of NumPy and x264. A complete
+    pixels. The files are determined, bit for bit, by the arguments and the versions of NumPy and x264. A complete
     set of the same arguments is reused, and an interrupted one is written again. Raises InputError for an argument out
-    of its range, and where OUT holds anything else.
+    of its range, and if OUT holds other files.
     """
     out = Path(out)
     _check_arguments(videos, seed, frames, width, height)
@@ -118,7 +118,7 @@ class ClipName(NamedTuple):
 
 
 def clip_names(pair: tuple[str, str], number: int, videos: int) -> list[ClipName]:
-    """Returns where the clips of a class's source number `number` of `videos` lie."""
+    """Returns the paths of the clips of source `number`, of the `videos` sources of a class."""
     split = "train" if number < videos - max(1, round(videos / 4)) else "test"
     return [ClipName(split, "-".join(pair), f"g{number + 1:02d}_c{clip + 1:02d}.mp4") for clip in range(1 + number % 2)]
 
@@ -167,7 +167,7 @@ def _check_arguments(videos: int, seed: int, frames: int, width: int, height: in
 
 
 def _is_complete(out: Path, settings: dict[str, int]) -> bool:
-    """Returns whether OUT holds this very set. Raises InputError if it holds another set or other files."""
+    """Returns whether OUT holds the set of these settings. Raises InputError if it holds another set or other files."""
     if (out / SETTINGS).exists():
         there = _read_settings(out / SETTINGS)
         if there != settings:
@@ -186,7 +186,7 @@ def _read_settings(path: Path) -> dict[str, int]:
 
 
 def _start_afresh(out: Path) -> None:
-    """Marks OUT as unfinished and removes what an interrupted run left in it."""
+    """Marks OUT as unfinished and removes the files that an interrupted run left in it."""
     out.mkdir(parents=True, exist_ok=True)
     (out / UNFINISHED).touch()
     for split in ("train", "test"):

@@ -1,6 +1,6 @@
 """Probing, frame-exact decoding and transcoding of video files with PyAV.
 
-Imports nothing of `cpr_fast` but `errors`; the other rooms of `data` may import it.
+Of `cpr_fast` it imports only `errors`; the other packages of `data` may import it.
 """
 
 from cpr_fast.data.video.container import VideoError

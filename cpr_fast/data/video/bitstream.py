@@ -6,18 +6,18 @@ from collections.abc import Iterator
 
 import av
 
-PICTURE = b"\x00\x00\x01\xb6"  # starts a picture of an MPEG-4 stream; the next two bits are its kind
-ENCODER = b"\x00\x00\x01\xb2"  # starts the name of the encoder, whose known faults FFmpeg works around
+PICTURE = b"\x00\x00\x01\xb6"  # start code of a picture of an MPEG-4 stream; the next two bits are the kind of picture
+ENCODER = b"\x00\x00\x01\xb2"  # start code of the encoder's name; FFmpeg works around known encoder faults
 INTRA, BIDIRECTIONAL = 0, 2  # kinds of MPEG-4 pictures
-UNIT = b"\x00\x00\x01"  # starts a NAL unit of H.264 or HEVC outside MP4
+UNIT = b"\x00\x00\x01"  # start code of a NAL unit of H.264 or HEVC outside MP4
 INTRA_SLICES = (2, 4, 7, 9)  # slice types I and SI
 
 
 def is_intra(packet: av.Packet, decoder: av.VideoCodecContext) -> bool:
     """Returns whether decoding can start at a packet that is marked as a key packet.
 
-    Containers and FFmpeg also mark packets where it cannot: the recovery points of H.264's periodic intra refresh, or
-    every packet of an MP4 file without a table of key frames.
+    Containers and FFmpeg also mark packets at which decoding cannot start: the recovery points of H.264's periodic
+    intra refresh, or every packet of an MP4 file without a table of key frames.
     """
     if decoder.name == "mpeg4":
         data = bytes(packet)

@@ -1,4 +1,4 @@
-"""Opens a video file with PyAV, chooses its video stream, and turns every failure into a `VideoError`."""
+"""Opens a video file with PyAV, chooses its video stream, and converts every error to a `VideoError`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class VideoError(RuntimeError):
     Attributes:
         path: The video.
         reason: Why it cannot be read.
-        unreadable: True if the operating system failed to give the bytes (a lost mount, missing permission), so that a
+        unreadable: True if the operating system could not read the bytes (a lost mount, missing permission), so that a
             later attempt may succeed; False if the bytes are not a video that decodes.
     """
 
@@ -31,25 +31,26 @@ class VideoError(RuntimeError):
 
 
 def location(path: str | Path) -> str:
-    """Returns what FFmpeg opens as this very file: without the prefix it takes `name:x.mp4` for a network protocol."""
+    """Returns the path with a prefix that makes FFmpeg open it as a file; without it, FFmpeg interprets `name:x.mp4` as
+    a network protocol."""
     return f"file:{path}"
 
 
 def shows_times(container: av.container.InputContainer) -> bool:
-    """Returns whether packets carry presentation times; what AVI reports as such are decoding times."""
+    """Returns whether packets carry presentation times; the times that AVI reports are decoding times."""
     return container.format.name != "avi"
 
 
 def holds_frame(packet: av.Packet) -> bool:
-    """Returns whether a packet carries a frame that the decoder gives out; edit lists discard some."""
+    """Returns whether a packet carries a frame that the decoder returns; edit lists discard some frames."""
     return bool(packet.size) and not packet.is_discard
 
 
 def video_streams(container: av.container.InputContainer) -> list[av.VideoStream]:
-    """Returns the streams of moving pictures, the one that is read first.
+    """Returns the streams of moving pictures, starting with the one that is read.
 
-    Cover art, thumbnails and still images are no video although FFmpeg lists them as such. Among several streams the
-    first one that is marked as default is read, or the first of all if none is marked.
+    Cover art, thumbnails and still images are excluded, although FFmpeg lists them as video streams. Among several
+    streams the first one that is marked as default is read, or the first of all if none is marked.
     """
     streams = [stream for stream in container.streams.video if not stream.disposition & NO_VIDEO]
     return sorted(streams, key=lambda stream: not stream.disposition & Disposition.default)
@@ -57,11 +58,11 @@ def video_streams(container: av.container.InputContainer) -> list[av.VideoStream
 
 @contextmanager
 def open_video(path: str | Path, *, probe: bool = True) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Opens a file and yields (container, video stream); every failure of FFmpeg in the block becomes a VideoError.
+    """Opens a file and yields (container, video stream); every FFmpeg error in the block is converted to a VideoError.
 
-    With `probe=False` FFmpeg decodes no frame to learn what the container does not say, such as the frame rate.
-    Probing takes ten times as long as the rest of opening. Frames are the same without it, except in streams that do
-    not say how they are reordered.
+    With `probe=False` FFmpeg decodes no frame to find properties that the container does not store, such as the frame
+    rate. Probing takes ten times as long as the rest of opening. Frames are the same without it, except in streams that
+    do not say how they are reordered.
     """
     try:
         options = {} if probe else UNPROBED

@@ -1,12 +1,12 @@
 """Decodes chosen frames of a video, frame-exact.
 
-A frame's number is its place in presentation order when the file is decoded from its start, which is the only
-definition that all containers share: the counts in headers are often wrong, and AVI carries no presentation times.
+A frame's number is its position in presentation order when the file is decoded from its start. No other definition
+works for all containers: the counts in headers are often wrong, and AVI carries no presentation times.
 
 Decoding starts at the previous key frame, and skips unwanted frames that no other frame refers to, if the packets prove
 the numbering: there are as many distinct times as frames that decode or, for MPEG-4 in AVI, as many pictures, whose
-kinds say in which order they are shown. Otherwise every frame from 0 on is decoded. The proof reads the whole file. It
-is remembered, so that later reads of the same file read no more than they need.
+kinds determine the order in which they are shown. Otherwise every frame from 0 on is decoded. The proof requires
+reading the whole file. Its result is cached, so that later reads of the same file read only the packets they need.
 
 Letters: F frames, H x W pixels.
 """
@@ -27,7 +27,7 @@ from cpr_fast.data.video.pixels import Pixels, Region, pixels_of
 
 PASSES_OVER = ("h264", "mpeg4")  # decoders whose skip_frame leaves out exactly the frames that no other frame refers to
 PART = 8  # frames converted at once: few enough to stay in the cache of a CPU
-PART_PIXELS = 2**25  # fewer of large frames: FFmpeg limits the size of a picture
+PART_PIXELS = 2**25  # limit in pixels, for large frames: FFmpeg limits the size of a picture
 
 
 def read_frames(path: str | Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int) -> np.ndarray:
@@ -66,7 +66,7 @@ def read_parts(
     identity = file_identity(path, num_frames)
     known, packets = LAYOUTS.get(identity), None
     if known is not None:
-        # a file in which seeking fails, for example, is read as if nothing were remembered
+        # a file in which seeking fails, for example, is read as if no result were cached
         with suppress(VideoError), open_video(path, probe=known.probe) as (container, stream):
             for part in _parts(path, frames, view, num_frames, region, _decode(container, stream, known, frames)):
                 yield part
@@ -121,7 +121,7 @@ def _parts(
 
 
 def _colours(frame: av.VideoFrame) -> tuple:
-    """Returns what a conversion to RGB depends on besides the format."""
+    """Returns the properties of a frame, besides its format, that determine the conversion to RGB."""
     return frame.colorspace, frame.color_range, frame.interlaced_frame
 
 
@@ -152,7 +152,7 @@ def _decode(
             decoder.decode(next(filter(holds_frame, demux()), None))
         if packets is None:
             container.seek(start, stream=stream)
-    # frames that an edit list cuts off are needed too, as others refer to them; the decoder does not give them out
+    # frames that an edit list cuts off are needed too, because others refer to them; the decoder does not return them
     needed = itertools.dropwhile(lambda packet: packet.pts != start, (packet for packet in demux() if packet.size))
     number_at = dict(zip(layout.times(wanted), wanted, strict=False))
     for packet in itertools.chain(_up_to_the_last(needed, decoder, number_at), [None]):
@@ -167,8 +167,8 @@ def _up_to_the_last(
 ) -> Iterator[av.Packet]:
     """Yields the packets up to the one that completes the `wanted` times.
 
-    Packets after it would only make the decoder give out what it holds back. Before each packet the decoder is told
-    whether its frame is wanted.
+    Later packets would only make the decoder return its buffered frames. Before each packet the decoder is told whether
+    the packet's frame is wanted.
     """
     passes, passing, left = decoder.name in PASSES_OVER, False, len(wanted)
     for packet in packets:

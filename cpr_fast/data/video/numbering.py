@@ -1,4 +1,4 @@
-"""Finds out which packet of a file carries which frame, and where decoding can start.
+"""Determines which packet of a file carries which frame, and where decoding can start.
 
 Letters: F frames.
 """
@@ -15,13 +15,13 @@ import numpy as np
 from cpr_fast.data.video.bitstream import BIDIRECTIONAL, ENCODER, INTRA, PICTURE, is_intra
 from cpr_fast.data.video.container import VideoError, shows_times
 
-EMPTY_PICTURE = 19  # bytes: FFmpeg takes a picture of no more than that for a repetition of the last one
+EMPTY_PICTURE = 19  # bytes: FFmpeg treats a picture of at most this size as a repetition of the previous one
 
 
 class Layout:
     """The frame that each packet of a file carries, found by the packet's time, and where decoding can start.
 
-    Evenly spaced frames take only a few numbers, in whatever order they are stored.
+    Evenly spaced frames need only a few bytes of memory, in whatever order they are stored.
     """
 
     probe = False  # whether FFmpeg must look at some frames before it decodes all of them
@@ -95,7 +95,7 @@ LAYOUTS: dict[tuple, Layout | None] = {}  # by file; None if the packets do not 
 
 
 def file_identity(path: str | Path, num_frames: int) -> tuple:
-    """Returns a key of the file that changes when the file does. Raises VideoError if the file is not there."""
+    """Returns a key of the file that changes when the file does. Raises VideoError if the file does not exist."""
     try:
         facts = os.stat(path)
     except OSError as error:
@@ -115,8 +115,8 @@ def _numbers_by_kind(packets: list[av.Packet], keys: np.ndarray) -> np.ndarray |
     """Returns the frame number of each packet of an MPEG-4 stream from an AVI file, in decoding order.
 
     A B-frame is shown at once, any other frame when the next one that is no B-frame arrives. Returns None if that is
-    not certain: if a packet has no picture, an empty one, or two. The last are XviD's packed B-frames; how FFmpeg
-    decodes their faulty padding depends on everything that it decoded before.
+    not certain: if a packet has no picture, an empty one, or two. Packets with two pictures are XviD's packed B-frames;
+    how FFmpeg decodes their faulty padding depends on all frames that it decoded before.
     """
     kinds = []
     for packet in packets:

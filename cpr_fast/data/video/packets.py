@@ -63,7 +63,7 @@ class PacketTable:
         """Returns the indices, increasing, of the packets that `frames` (increasing) need; each run starts at a key."""
         place = {packet.pts: i for i, packet in enumerate(self.packets)}
         begins = np.array([place[time] for time in self._layout.start(frames).tolist()])
-        if not self._closed():  # open groups of pictures decode with errors after a gap, so none is left between them
+        if not self._closed():  # open groups of pictures decode with errors after a gap, so leave none
             begins = np.full_like(begins, begins[0])
         keep = np.zeros(len(self.packets), bool)
         for begin in np.unique(begins):

@@ -1,4 +1,4 @@
-"""Finds out what a video file really holds, by decoding it or by counting its packets."""
+"""Determines the properties of a video file by decoding it or by counting its packets."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cpr_fast.data.video.container import VideoError, holds_frame, open_video, s
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video really holds.
+    """The properties of a video, as found by reading it instead of from its header.
 
     Attributes:
         num_frames: Frames that decode, up to the end of the file, an `error`, or a change of the frame size.
-        fps: Frames per second; 0 if the file does not say.
+        fps: Frames per second; 0 if the file does not specify it.
         width: Pixels, as stored, before any rotation.
         height: Pixels.
         codec: FFmpeg's name of the codec.
@@ -46,7 +46,8 @@ class VideoInfo:
 
 
 def probe_video(path: str | Path, *, decode: bool = True) -> VideoInfo:
-    """Decodes the whole video and returns what came out; with `decode=False`, its first frame and its packet count.
+    """Returns the properties of a video, found by decoding it completely; with `decode=False`, only its first frame is
+    decoded and its packets are counted.
 
     Damaged frames and changes of the frame size are found only by decoding. Raises VideoError if no frame decodes.
     """
@@ -125,7 +126,8 @@ def _irregular(times: Sequence[int | None]) -> bool:
     """Returns whether frames shown at these times (in any order and unit) have a variable rate.
 
     A step is irregular if it differs from the median step by more than a quarter, and by more than rounding to a coarse
-    clock explains. One irregular step in a hundred is tolerated. Unknown times (None) prove nothing.
+    clock explains. One irregular step in a hundred is tolerated. If any time is unknown (None),
+    the result is False.
     """
     known = np.sort(np.array([time for time in times if time is not None], np.int64))
     if len(known) < 3 or len(known) < len(times):

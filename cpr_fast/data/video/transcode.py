@@ -18,7 +18,7 @@ OPTIONS = {"preset": "veryfast", "crf": "18", "g": "12", "bf": "0", "threads": "
 
 
 def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
-    """Writes every frame of `path` that decodes to the mp4 file `target`, and returns what `target` holds.
+    """Writes every frame of `path` that decodes to the mp4 file `target`, and returns the properties of `target`.
 
     The result is H.264 with a key frame every 12 frames and no B-frames, so that decoding of any clip starts at most 12
     frames before it. The short side has at most `short_side` pixels and both sides are even. Rotated videos are turned

@@ -26,7 +26,7 @@ from cpr_fast.report.figures.style import (
 
 @dataclass(frozen=True)
 class Bar:
-    """A rate, with its 95 % interval where it has one."""
+    """A rate, with its 95 % interval if it has one."""
 
     label: str
     value: float

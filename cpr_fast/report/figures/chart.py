@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-MAX_CSV_ROWS = 5000  # of a figure over single steps; more would make the page slow, and metrics.jsonl holds them all
+MAX_CSV_ROWS = 5000  # limit for a figure over steps: more make the page slow; metrics.jsonl has all
 
 Value = str | int | float | None
 
@@ -35,12 +35,12 @@ class Chart:
 
     @property
     def csv(self) -> str:
-        """The values as a data URI."""
+        """Returns the values as a CSV file in a data URI."""
         return csv_uri(self.columns, self.rows)
 
     @property
     def file(self) -> str:
-        """The name under which a browser saves the values."""
+        """Returns the name under which a browser saves the values."""
         return csv_name(self.title)
 
 

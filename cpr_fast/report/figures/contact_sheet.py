@@ -50,7 +50,7 @@ def sheet_height(found: int) -> int:
 
 
 def _fitting(draw: ImageDraw.ImageDraw, text: str) -> str:
-    """Returns the text, without its middle if it is wider than the sheet."""
+    """Returns the text; if it is wider than the sheet, its middle is cut out."""
     room = WIDTH - 2 * MARGIN
     if draw.textlength(text, font=_font()) <= room:
         return text

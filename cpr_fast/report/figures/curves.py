@@ -23,8 +23,8 @@ from cpr_fast.report.figures.style import (
     to_svg,
 )
 
-MARKED = 40  # points up to which a curve has markers
-HOVERED = 60  # points of a curve that show their value; of more, every n-th does
+MARKED = 40  # number of points up to which a curve has markers
+HOVERED = 60  # number of points of a curve that show their value on hovering; of longer curves, every n-th point does
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 from cpr_fast.report.figures.chart import Chart
 
-NAMED = 24  # classes up to which rows and columns carry their names
+NAMED = 24  # number of classes up to which rows and columns are labelled with names
 LABEL_PX, MARGIN_PX, SIDE_PX = 120, 26, 400
 
 
 def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str], *, title: str) -> Chart:
     """Draws a matrix of counts: a row per true class, a column per predicted class.
 
-    A cell is as dark as its share of the row, and shows its count on hovering. Empty cells are not drawn, so that 101
-    classes stay small.
+    A cell is as dark as its share of the row, and shows its count on hovering. Empty cells are not drawn, so that the
+    file stays small for 101 classes.
     """
     count = len(classes)
     named = count <= NAMED
@@ -53,7 +53,7 @@ def _cell(x: float, y: float, side: float, number: int, total: int, right: bool,
 
 
 def _names(classes: Sequence[str], left: float, cell: float) -> list[str]:
-    """Names of the rows at the left and, turned, of the columns below; a long name is cut."""
+    """Draws the names of the rows at the left and, rotated, of the columns below; long names are truncated."""
     parts = []
     for place, name in enumerate(classes):
         text = html.escape(name if len(name) <= 15 else f"{name[:14]}…")

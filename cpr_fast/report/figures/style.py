@@ -1,4 +1,4 @@
-"""The look that all SVG figures share: size, colours as CSS variables of the page, axes, and values on hovering."""
+"""The style that all SVG figures share: size, colours as CSS variables of the page, axes, and values on hovering."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-WIDTH_PX, HEIGHT_PX = 390, 260  # a figure's own size: one column on a phone, three on a desktop page
+WIDTH_PX, HEIGHT_PX = 390, 260  # size of a figure: one column on a phone, three on a desktop page
 POINT_PX = 7  # radius around a point in which its value is shown
-# Matplotlib draws in colours that nothing else uses; `to_svg` replaces them by the variables of the page.
+# Matplotlib draws in placeholder colours that nothing else uses; `to_svg` replaces them by the CSS variables of the
+# page.
 INK, INK_SOFT, GRID, BAND = "#010202", "#010203", "#010204", "#010205"
 SERIES = ("#020301", "#020302", "#020303", "#020304", "#020305", "#020306")
 _VARIABLES = {INK: "--ink", INK_SOFT: "--ink-soft", GRID: "--line", BAND: "--band"} | {
     c: f"--s{i + 1}" for i, c in enumerate(SERIES)
 }
 STYLE = {
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # text is written as text, not as outlines
     "font.size": 12,
     "axes.edgecolor": GRID,
     "axes.labelcolor": INK_SOFT,
@@ -62,7 +63,7 @@ def canvas(width_px: float, height_px: float) -> tuple[Figure, Axes]:
 
 
 def label_axes(axes: Axes, *, x: str, title: str, percent: bool) -> None:
-    """Sets few vertical ticks with grid lines behind the data, the name of the x axis, and the title."""
+    """Sets a small number of vertical ticks, grid lines behind the data, the name of the x axis, and the title."""
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -95,7 +96,8 @@ def to_svg(figure: Figure, title: str, axes: Axes, hovers: Sequence[Hover] = ())
 
 
 def _mark(hover: Hover, axes: Axes, height: float) -> str:
-    """An invisible shape with a <title>; valid once the figure was saved, which lays it out."""
+    """Returns an invisible shape with a <title>. Call it after the figure was saved, because saving computes the
+    layout."""
     x, y = axes.transData.transform((hover.x, hover.y))
     title = f"<title>{html.escape(hover.text)}</title>"
     if hover.right is None or hover.top is None:

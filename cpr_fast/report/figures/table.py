@@ -1,4 +1,4 @@
-"""A table of the page: its values with their headings, why a value is missing, and the same values as CSV."""
+"""A table of the page: values with headings, the reasons for missing values, and the same values as CSV."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """A heading with its unit, how values are written, why one may be missing (a sentence), and what they mean."""
+    """A column: its heading with the unit, the format of its values, why a value may be missing (a sentence), and what
+    the values mean."""
 
     heading: str
     kind: Kind = "text"
@@ -32,7 +33,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """The text of a value, and for a missing one the reason."""
+    """The text of a value or, for a missing value, the reason."""
 
     text: str
     reason: str = ""
@@ -59,12 +60,12 @@ class Table:
 
     @property
     def reasons(self) -> list[str]:
-        """Why values of this table are missing, each sentence once."""
+        """Returns the reasons why values of this table are missing, each sentence once."""
         return list(dict.fromkeys(cell.reason for row in self.cells for cell in row if cell.reason))
 
     @property
     def csv(self) -> str:
-        """The values as a data URI; rates are fractions, 0..1."""
+        """Returns the values as a CSV file in a data URI; rates are fractions, 0..1."""
         return csv_uri([column.heading.replace(", %", "") for column in self.columns], self.rows)
 
     @property

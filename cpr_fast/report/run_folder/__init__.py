@@ -1,4 +1,4 @@
-"""What a run folder holds: its rows by kind, whether the run learnt anything, and the features stored for it.
+"""The content of a run folder: its rows by kind, whether the run learnt anything, and its stored features.
 
 Imports `data`, `runtime` and `evaluate`; only `report` may import it.
 """

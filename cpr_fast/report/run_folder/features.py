@@ -22,7 +22,7 @@ from cpr_fast.evaluate.features.pretrained import load_pretrained
 from cpr_fast.evaluate.features.recipe import Metric
 from cpr_fast.evaluate.retrieval.baselines import BASELINES
 
-PIXELS = "single_frame/rgb"  # the baseline that stands for what a small picture of a video shows
+PIXELS = "single_frame/rgb"  # the baseline features: the pixels of one small frame of a video
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class StoredFeatures:
     """Features of the trained network for M videos.
 
     Attributes:
-        videos: those of the index that have features of every view.
+        videos: the videos of the index that have features of every view.
         streams: {view: [M, F] float32}.
-        metric, recipe: how they are compared and were made, see `cpr_fast.evaluate.features.recipe.Recipe`.
+        metric, recipe: how the features are compared, and how they were computed; see
+            `cpr_fast.evaluate.features.recipe.Recipe`.
         pixels: [M, F] of the baseline `PIXELS`, or None where it was not stored.
     """
 
@@ -44,7 +45,8 @@ class StoredFeatures:
 
 
 def stored_features(run: Path, index: Index) -> StoredFeatures | None:
-    """Returns the features of the videos of `index`, of the newest checkpoint of the run that has any; else None.
+    """Returns the features of the videos of `index`, from the newest checkpoint of the run that has stored features;
+    None if no checkpoint has.
 
     A file of features is named after the weights and the recipe that it was made with, which tells the trained network
     from the untrained one and from older checkpoints.
@@ -54,7 +56,7 @@ def stored_features(run: Path, index: Index) -> StoredFeatures | None:
         try:
             encoders = load_pretrained(str(checkpoint)).encoders
         except (InputError, OSError, RuntimeError, KeyError):
-            continue  # a damaged or foreign file does not hide the features of the others
+            continue  # skip damaged and unknown files, but read the features of the others
         embeddings = {view: Embedding(view, encoder, key=weights_digest(encoder)) for view, encoder in encoders.items()}
         found = [_collect(run / "features", identity, embeddings, index) for identity in dict.fromkeys(files.values())]
         usable = [features for features in found if features is not None]
@@ -82,7 +84,7 @@ def _checkpoints(run: Path) -> Iterator[Path]:
 
 
 def _collect(folder: Path, identity: str, embeddings: dict[str, Embedding], index: Index) -> StoredFeatures | None:
-    """Returns the features of one recipe, of the views that were stored; None without any video."""
+    """Returns the features of one recipe, of the views that were stored; None if there is no video."""
     cache = FeatureCache(folder, identity)
     known = {view: rows for view, embedding in embeddings.items() if (rows := cache.load(embedding))}
     if not known:
@@ -110,5 +112,5 @@ def _collect(folder: Path, identity: str, embeddings: dict[str, Embedding], inde
 def _key(video: Video, view: str) -> str:
     try:
         return video_digest(video, view)
-    except OSError:  # the video is gone
+    except OSError:  # the video no longer exists
         return digest("")

@@ -1,10 +1,10 @@
-"""Whether a run learnt anything: what it says itself in its row "outcome", and what its other rows show."""
+"""Determines whether a run learnt anything, from its row "outcome" and from its other rows."""
 
 from __future__ import annotations
 
 from cpr_fast.report.run_folder.run import MODEL_NAMES, VIEW_NAMES, Cycle, Run
 
-NO_LOSS = 1e-6  # a loss this small has no gradient: everything a query is compared with is a positive
+NO_LOSS = 1e-6  # a loss this small has no gradient: all entries that a query is compared with are positives
 SIGNS = ("pmr", "view_agreement", "hubness", "mutual_neighbours", "mined_age_steps", "mined_share")  # of mining
 
 

@@ -91,12 +91,12 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """The time of all finished epochs."""
+        """Returns the total time of all finished epochs, in seconds."""
         return sum(row.get("epoch_time_s") or 0 for row in self.epochs)
 
     @cached_property
     def index(self) -> Index | None:
-        """The training split of the run's index, or None where the index or its videos are gone."""
+        """The training split of the run's index, or None if the index or its videos no longer exist."""
         data = self.config.get("data", {})
         try:
             return Index.load(data["index"], require_flow=False).select_for_training(data["split"])
@@ -107,7 +107,7 @@ class Run:
     def chance_pmr(self) -> float | None:
         """PMR of random mining: the share of same-class videos among those of other sources, mean over videos.
 
-        None where the index is gone or a video has no label.
+        None if the index no longer exists or a video has no label.
         """
         if self.index is None or (self.index.labels < 0).any():
             return None
@@ -120,7 +120,8 @@ class Run:
         return float((right[others > 0] / others[others > 0]).mean()) if (others > 0).any() else None
 
     def headline(self) -> dict[str, Any] | None:
-        """Returns the trained row to lead with: two-stream, else the last view; None without retrieval."""
+        """Returns the retrieval row of the trained network that the report shows first: two-stream, else the last view;
+        None without retrieval."""
         trained = [row for row in self.retrieval if row["name"] == "trained"]
         return next((row for row in trained if row["view"] == "two_stream"), trained[-1] if trained else None)
 
@@ -146,7 +147,7 @@ class Run:
 
 
 def _grouped(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """Puts rows of equal keys together; groups of the recipe "paper" come first."""
+    """Groups rows of equal keys; groups of the recipe "paper" come first."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)

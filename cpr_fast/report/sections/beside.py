@@ -1,4 +1,4 @@
-"""The published tables with the rows of our runs beside them."""
+"""Combines the published tables with the rows of our runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ TASKS = ("probe", "finetune")
 
 
 class Published(NamedTuple):
-    """A published table with our rows, whether a run was on its data set (else the page folds it up)."""
+    """A published table with our rows, and whether a run used its data set (otherwise the page shows the table
+    collapsed)."""
 
     source: PublishedTable
     table: Table
@@ -21,7 +22,7 @@ class Published(NamedTuple):
 
 
 def published_beside(runs: Sequence[Run]) -> list[Published]:
-    """Returns every published table with the rows of ours that belong there, ours first, in percent."""
+    """Returns every published table together with our rows for the same task, ours first, in percent."""
     blocks = []
     for source in published_tables().values():
         ours = [line for run in runs for line in _ours(run, source)]
@@ -41,7 +42,8 @@ def data_set(run: Run) -> str | None:
 
 
 def _ours(run: Run, table: PublishedTable) -> list[tuple[str, dict[str, float]]]:
-    """A run's lines of a published table: one per view for retrieval, else one of the view that the run leads with."""
+    """Returns a run's rows for a published table: one per view for retrieval, else one for the view of the run's main
+    result."""
     hmdb51 = data_set(run) == "hmdb51"
     if table.name in ("retrieval_ucf101", "retrieval_hmdb51"):
         if hmdb51 != (table.name == "retrieval_hmdb51"):
@@ -69,7 +71,8 @@ def _ours(run: Run, table: PublishedTable) -> list[tuple[str, dict[str, float]]]
 
 
 def _ablation(run: Run) -> str:
-    """The ablation whose setting the run has: progressive top-k, another ratio, or the number of stages."""
+    """Returns the ablation that has the settings of the run: progressive top-k, another ratio, or the number of
+    stages."""
     if any(cycle.get("top_k") for cycle in run.config.get("schedule", {}).get("cycles", ())):
         return "progressive"
     return "ratio" if run.config.get("mining", {}).get("ratio") == 0.8 else "stages"

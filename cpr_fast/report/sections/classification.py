@@ -36,7 +36,7 @@ def classification_table(run: Run) -> Table | None:
 
 
 def confusions(run: Run) -> list[dict[str, Any]]:
-    """Returns for every task the "figure" and the "table" of confusions, of the view that the run leads with."""
+    """Returns for every task the "figure" and the "table" of confusions, for the view of the run's main result."""
     blocks = []
     for task, name in TASK_NAMES.items():
         lead = run.accuracy(task)
@@ -83,7 +83,7 @@ def _line(key: tuple, rows: Sequence[dict[str, Any]]) -> tuple:
 
 
 def _most_confused(confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> Table:
-    """The pairs of classes that are taken for each other most often."""
+    """Returns the pairs of classes that are confused most often."""
     found = [
         (classes[true], classes[predicted], number, number / sum(numbers))
         for true, numbers in enumerate(confusion)

@@ -1,4 +1,4 @@
-"""The head of a run's part of the page: when, how and on what it ran, and the few numbers to see first."""
+"""The head of a run's part of the page: date, command, data set and machine, and the most important results."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 
 def date(run: Run) -> str:
-    """Returns when the run started, or for a run that did not record it, when it last wrote."""
+    """Returns the start time of the run or, if it was not recorded, the time of the last write."""
     if run.start.get("date"):
         return f"started {_utc(datetime.fromisoformat(run.start['date']))}"
     return f"last written {_utc(datetime.fromtimestamp(run.written, UTC))}"
@@ -60,7 +60,7 @@ def _utc(moment: datetime) -> str:
 
 
 def tiles(run: Run) -> list[dict[str, Any]]:
-    """Returns the numbers to see first: "name", "value", "meaning", a "note", and whether the note is "good" news."""
+    """Returns the most important results: "name", "value", "meaning", a "note", and whether the note is "good" news."""
     found = []
     if (best := run.headline()) and best.get("r@1") is not None:
         note, good = "", None

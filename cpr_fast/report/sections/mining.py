@@ -1,4 +1,5 @@
-"""Figures of what a run mined: Figs. 3 to 6 of the paper, the stages of the cascade, and signs without labels."""
+"""Figures of what a run mined: Figs. 3 to 6 of the paper, the stages of the cascade, and measures that need no
+labels."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def mining_figures(run: Run) -> list[Chart]:
 
 
 def inside_figures(run: Run) -> list[Chart]:
-    """Draws what each stage keeps, and what can be said about the mined clips without labels."""
+    """Draws what each stage keeps, and measures of the mined clips that need no labels."""
     figures = [figure for figure in (_survivors(run),) if figure]
     signs = curves(run, "view_agreement", "{view}: agreement") + curves(
         run, "mutual_neighbours", "{view}: mutual", dashed=True
@@ -58,7 +59,7 @@ def class_rates(run: Run) -> dict[str, Any] | None:
 
     Returns:
         `epoch`, `full` (how many classes are at 100 %), `classes` (name, CMR, true positives or None) and `table`;
-        None where the index is gone or no epoch has a CMR.
+        None if the index no longer exists or no epoch has a CMR.
     """
     row = next((row for row in reversed(run.epochs) if row.get("cmr_per_class")), None)
     if row is None or run.index is None or len(run.index.classes) != len(row["cmr_per_class"]):

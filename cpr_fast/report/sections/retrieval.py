@@ -34,7 +34,8 @@ def retrieval_blocks(run: Run) -> list[dict[str, Any]]:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The trained network's rows first, then by R@1; mean average precision where any row has it."""
+    """Returns the table: the trained network's rows first, the others by R@1; with mean average precision if any row
+    has it."""
     ordered = sorted(rows, key=lambda row: (row["name"] != "trained", -(row.get("r@1") or 0)))
     small = f"R@k needs a gallery of at least k videos; this one has {rows[0]['gallery']}."
     if all(row.get("r@1") is None for row in rows):

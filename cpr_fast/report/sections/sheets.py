@@ -1,4 +1,5 @@
-"""Sheets of clips as film strips: queries with what was mined for them, and test videos with their neighbours."""
+"""Sheets of clips as film strips: queries with the clips that were mined for them, and test videos with their
+neighbours."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ SHEET_QUERIES = 6  # rows of a contact sheet
 
 
 def mined_sheets(run: Run) -> list[dict[str, Any]]:
-    """Returns, per view, queries of the last mining epoch with what was mined for them [paper, Fig. 2]."""
+    """Returns, per view, queries of the last mining epoch with the clips that were mined for them [paper, Fig. 2]."""
     sheets = []
     for view in VIEWS:
         rows = [row for row in run.mined if row["view"] == view]
@@ -48,7 +49,7 @@ def retrieved_sheet(run: Run) -> dict[str, Any] | None:
 
 
 def _judged(run: Run, row: dict[str, Any], mined: dict[str, Any]) -> bool | None:
-    """Whether a mined clip is of the query's class; None where either has no label."""
+    """Returns whether a mined clip has the query's class; None if either has no label."""
     pair = (run.index[row["query"]["video"]], run.index[mined["video"]])
     return mined["correct"] if all(video.label for video in pair) else None
 
@@ -69,8 +70,8 @@ def _whole_video(video: dict[str, Any], correct: bool | None = None) -> dict[str
 
 
 def clip(path: Path, label: str, source: str, strip: str | None, correct: bool | None = None) -> dict[str, Any]:
-    """Returns what the page shows of a clip: its caption, its text for screen readers, its film strip, and whether it
-    is of the query's class."""
+    """Returns the parts that the page shows of a clip: its caption, its text for screen readers, its film strip, and
+    whether it is of the query's class."""
     caption = label or path.name
     alt = f"{STRIP_FRAMES} frames of {path.name}" + (f", class {label}" if label else "")
     return {"caption": caption, "alt": alt, "source": source, "path": str(path), "strip": strip, "correct": correct}

@@ -219,7 +219,7 @@ def test_a_region_is_cut_from_whole_frames(numbered, kind):
 @pytest.mark.parametrize("colours", [None, (ColorRange.MPEG, Colorspace.ITU709), (ColorRange.JPEG, Colorspace.ITU601)])
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (50, 66), (48, 37), (35, 64), (90, 170)])
 def test_a_region_of_noise(tmp_path, pixel_format, colours, height, width):
-    """Noise shows where chroma is shared or interpolated; sizes are not multiples of chroma or vector blocks."""
+    """Noise shows where chroma is shared or interpolated; most sizes are not multiples of a block."""
     rng, path = np.random.default_rng(1), tmp_path / "noise.mkv"
     with av.open(str(path), "w") as output:
         stream = output.add_stream("ffv1", rate=25)

@@ -42,7 +42,7 @@ TINY = Config.from_dict({"data": {"frames": 8, "size": 32, "workers": 1}, "model
 
 def test_scores_equal_torchmetrics():
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 6, (83,), generator=generator)  # class 6 of 0 to 6 never occurs
+    labels = torch.randint(0, 6, (83,), generator=generator)  # of the classes 0 to 6, class 6 never occurs
     probabilities = torch.rand(83, 7, generator=generator, dtype=torch.float64)
     names = [f"c{i}" for i in range(7)]
     got = classification_scores(probabilities, labels, torch.arange(83) // 2, names)

@@ -270,7 +270,7 @@ def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path):
     result = retrieve(path, index_csv, run_dir=tmp_path / "run", device="cpu")
     stored = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "features").iterdir()}
     again = retrieve(path, index_csv, run_dir=tmp_path / "run", device="cpu")
-    assert result == again  # the untrained network has a different seed
+    assert result == again  # the untrained network is initialised from a fixed seed
     assert {
         file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "features").iterdir()
     } == stored  # nothing is computed again

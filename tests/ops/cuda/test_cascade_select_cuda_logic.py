@@ -1,8 +1,9 @@
 """The CUDA kernels of cascade_select, executed on the host from their unmodified source (tests/support/cuda_emulation).
 
-Threads are fibers, so this shows wrong indexing, missing barriers, reads of what nothing wrote, divergent barriers;
-not what only hardware shows (memory ordering between warps, speed). tests/ops/test_cascade_select.py runs the same
-contract on a GPU where there is one.
+Threads are emulated by fibers. The tests find wrong indexing, missing or divergent barriers and reads of unwritten
+memory, but not what only hardware shows (memory ordering between warps, speed). tests/ops/test_cascade_select.py runs
+the same
+checks on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 import torch
 from support.operator_references import integers, lattice, normal, select_by_sorting, unit
 
-ROUTES = {  # of cascade_select, by what the device has
+ROUTES = {  # routes of cascade_select, and the device limits that select them
     "on chip": {},
     "in cache": {"shared_limit": 0},
     "refined": {"shared_limit": 0, "cache_size": 0},
@@ -21,7 +22,7 @@ ROUTES = {  # of cascade_select, by what the device has
 
 @pytest.fixture(params=ROUTES)
 def every_route(request, emulated):
-    """The same call through every route; the refined one must have used tensor cores."""
+    """Makes the same call through every route; the refined route must have used tensor cores."""
     emulated.resize(**ROUTES[request.param])
     before = emulated.products()
     yield request.param
@@ -57,10 +58,10 @@ def test_every_number_of_stages(emulated, stages):
     ("B", "K", "D", "keep"),
     [
         (1, 1, 1, [1]),
-        (1, 1, 3, [4, 3]),  # more asked for than there is
+        (1, 1, 3, [4, 3]),  # more requested than there are entries
         (5, 63, 33, [40, 9]),
-        (33, 65, 16, [65, 64]),  # more queries than a small tile, everything kept
-        (2, 513, 5, [513, 513]),  # more survivors than are ranked in shared memory
+        (33, 65, 16, [65, 64]),  # more queries than fit into a small tile, and everything is kept
+        (2, 513, 5, [513, 513]),  # more survivors than can be ranked in shared memory
         (65, 130, 130, [50, 1]),
         (3, 1100, 4, [2000, 1100]),
     ],
@@ -71,7 +72,7 @@ def test_ugly_sizes(emulated, B, K, D, keep):
 
 
 def test_on_chip_all_stages_take_two_launches(emulated):
-    # More entries than one word a thread marks; room for them in shared memory.
+    # More entries than threads can mark with one word each, but few enough for shared memory.
     queries, memory = lattice(1, 2, 3, seed=25), normal(1, 17_000, 3, seed=26)
     before = emulated.launches()
     assert_selects(emulated, queries, memory, [0] * 4, [9000, 4000, 700, 600])
@@ -80,7 +81,7 @@ def test_on_chip_all_stages_take_two_launches(emulated):
 
 @pytest.mark.parametrize("route", ["in cache", "refined"])
 def test_many_queries_take_several_chunks(emulated, route):
-    # A cache for the rows of 33 queries, or of none: chunks are of 128, enough to fill a device.
+    # The cache holds the rows of 33 queries, or none: then chunks have 128 queries, which is enough to fill a device.
     emulated.resize(shared_limit=0, cache_size=900_000 if route == "in cache" else 0)
     queries, memory = lattice(2, 130, 4, seed=5), lattice(2, 2_000, 4, seed=6)
     assert_selects(emulated, queries, memory, [1, 0], [600, 3])
@@ -126,10 +127,10 @@ def test_nan_is_never_selected_and_zeros_of_either_sign_tie(emulated):
     queries, memory = torch.zeros(2, 1, 16), torch.zeros(2, 40, 16)
     queries[..., -1], memory[..., -1] = 1e-30, 1e-30
     memory[:, ::2] *= -1  # every score underflows, half of them to -0
-    memory[0, 3, 0], memory[1, 5, 0] = torch.nan, torch.nan  # in either view
+    memory[0, 3, 0], memory[1, 5, 0] = torch.nan, torch.nan  # one NaN in each view
     assert_selects(emulated, queries, memory, [0, 1], [39, 38])
     memory[1, 9, 0] = torch.nan
-    assert_selects(emulated, queries, memory, [0], [40])  # a view not compared is not looked at
+    assert_selects(emulated, queries, memory, [0], [40])  # a view that no stage compares is not read
 
 
 @pytest.mark.usefixtures("every_route")
@@ -167,11 +168,11 @@ def test_a_row_does_not_depend_on_its_batch(emulated):
 
 
 def test_most_of_the_memory_is_decided_without_rescoring(emulated):
-    """The refined route reads a score from the tensor cores where that decides: only near a threshold does it not."""
+    """The refined route uses scores of the tensor cores, and computes exact ones only near a threshold."""
     emulated.resize(**ROUTES["refined"])
     queries, memory = unit(2, 2, 128, seed=17), unit(2, 600, 128, seed=18)
     assert_selects(emulated, queries, memory, [0, 1, 0], [300, 150, 5])
-    memory[1, 40] *= 1e25  # outside the range of the error bound, and then some
+    memory[1, 40] *= 1e25  # far outside the range of the error bound
     memory[0, 41], memory[0, 42] = torch.inf, 1e-30 * memory[0, 42]
     queries[0, 1] *= 1e20
     assert_selects(emulated, queries, memory, [0, 1, 0], [300, 150, 5])
@@ -180,10 +181,10 @@ def test_most_of_the_memory_is_decided_without_rescoring(emulated):
 
 @pytest.mark.parametrize("scale", [1e-22, 1e-12, 1.0, 1e8])
 def test_ties_and_near_ties_across_a_threshold_are_refined_exactly(emulated, scale):
-    # Every score is 1/2 up to rounding, of which tensor cores do more: their order is not the canonical one.
+    # Every score is 1/2 up to rounding. Tensor cores round more, so their order is not the canonical one.
     query, noise = unit(1, 96, seed=19).double(), normal(100, 96, seed=20).double()
     memory = query / 2 + noise - (noise @ query.T) * query
-    memory = memory.repeat(2, 1).float()[None]  # [1, 200, 96]: each twice
+    memory = memory.repeat(2, 1).float()[None]  # [1, 200, 96]: every entry appears twice
     queries = torch.stack([query.float(), unit(1, 96, seed=21)], dim=1)
     emulated.resize(**ROUTES["refined"])
     assert_selects(emulated, queries * scale, memory * scale, [0, 0, 0], [101, 50, 7])

@@ -1,8 +1,8 @@
 """The CUDA kernels of mil_nce, executed on the host from their unmodified source (tests/support/cuda_emulation).
 
-Threads are fibers, so this shows wrong indexing, missing barriers, reads of what nothing wrote, divergent barriers;
-not what only hardware shows (memory ordering between warps, speed). tests/ops/test_mil_nce.py runs the same
-contract on a GPU where there is one.
+Threads are emulated by fibers. The tests find wrong indexing, missing or divergent barriers and reads of unwritten
+memory, but not what only hardware shows (memory ordering between warps, speed). tests/ops/test_mil_nce.py runs the same
+checks on a GPU if there is one.
 """
 
 from __future__ import annotations

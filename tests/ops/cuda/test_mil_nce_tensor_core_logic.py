@@ -1,6 +1,6 @@
 """The tensor-core route of the CUDA kernels of mil_nce, executed on the host (tests/support/cuda_emulation).
 
-16-bit features of width 128 and 512 take this route; test_mil_nce_cuda_logic.py has the others.
+16-bit features of width 128 and 512 take this route; test_mil_nce_cuda_logic.py tests the other routes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def narrow(inputs: dict[str, torch.Tensor], dtype: torch.dtype = torch.bfloat16)
 
 @pytest.fixture
 def on_tensor_cores(emulated):
-    """Fails the test if nothing in it took the route under test."""
+    """Fails the test if no call in it took the route under test."""
     before = emulated.products()
     yield
     assert emulated.products() > before
@@ -57,7 +57,7 @@ def test_tensor_core_info_nce_without_positives_or_ids(emulated):
 @pytest.mark.usefixtures("on_tensor_cores")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_loss_near_zero_keeps_its_gradient(emulated, dtype):
-    # One entry holds nearly all of both sums: what one 16-bit term of its weight rounds away exceeds the gradient.
+    # One entry contributes nearly all of both sums: the rounding of its weight to 16 bits is larger than the gradient.
     inputs = narrow(loss_inputs(4, 80, 128, 1, seed=160), dtype)
     inputs["memory_ids"], inputs["positives"] = torch.arange(80), torch.arange(4)[:, None] + 70
     inputs["query"] = inputs["memory"][70:74].contiguous()
@@ -69,7 +69,7 @@ def test_a_loss_near_zero_keeps_its_gradient(emulated, dtype):
 
 @pytest.mark.usefixtures("on_tensor_cores")
 def test_many_small_half_precision_weights_add_up(emulated):
-    # Weights near 2^-24 of the greatest: the least numbers of float16, were they not scaled.
+    # Weights near 2^-24 of the largest: without scaling, these would be the smallest numbers of float16.
     memory = torch.zeros(4000, 128)
     memory[0, 0], memory[1:, 1] = 1, 1
     query = torch.zeros(1, 128)
@@ -97,7 +97,7 @@ def test_empty_slots_of_any_content_on_tensor_cores(emulated):
     expected = emulated.mil_nce(**inputs)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name].numpy(), value.numpy(), name)
-    inputs["memory"][3] = torch.nan  # a live one
+    inputs["memory"][3] = torch.nan  # a non-empty slot
     inputs["memory_ids"][3] = 99
     assert emulated.mil_nce(**inputs)["loss"].isnan().all()
 
@@ -117,7 +117,7 @@ def test_what_tensor_cores_cannot_take_goes_the_general_way(emulated):
     inputs = narrow(loss_inputs(3, 70, 128, 2, seed=200))
     before = emulated.products()
     memory = torch.zeros(70 * 128 + 1, dtype=torch.bfloat16)[1:].view(70, 128).copy_(inputs["memory"])
-    assert_loss(emulated, **(inputs | {"memory": memory}))  # rows off a 16-byte boundary
+    assert_loss(emulated, **(inputs | {"memory": memory}))  # rows that are not aligned to 16 bytes
     emulated.resize(shared_limit=99 << 10)
     assert_loss(emulated, **narrow(loss_inputs(3, 70, 512, 2, seed=210)))  # a device with less shared memory
     emulated.resize()

@@ -9,7 +9,7 @@ import torch
 from support import real_clips
 from support.flow_references import DEFAULTS, SHORT, assert_close_to_opencv, moving_texture, opencv_flow
 
-BLOCKS = 4  # resident at once in most tests, so that pairs have teams of several
+BLOCKS = 4  # blocks that are resident at once in most tests, so that a team of several blocks solves each pair
 
 
 @pytest.fixture
@@ -20,7 +20,9 @@ def device(emulated):
 
 
 def assert_equals_cpu(device, clips: torch.Tensor, **settings) -> torch.Tensor:
-    """The flow of clips [N, T, H, W], after comparing it and the pixel-iterations with the CPU kernel's."""
+    """Returns the flow of clips [N, T, H, W], after comparing it and the pixel-iterations with those of the CPU
+    kernel.
+    """
     settings = DEFAULTS | settings
     flow, counted = device.tvl1_flow(clips, settings)
     expected, expected_count = torch.ops.cpr_fast.tvl1_flow(clips, *settings.values())
@@ -50,7 +52,10 @@ def test_every_order_of_threads_and_blocks_gives_the_same_bits(device, every_ord
 
 @pytest.mark.parametrize("processors", [1, 2, 3, 5, 12])
 def test_no_team_size_changes_a_bit(device, processors):
-    """Two pairs: one block after the other, one each, a spare one, teams of two, teams as large as their tiles."""
+    """Solves two pairs with one block in turn, one block each, a spare block, teams of two blocks, and teams with one
+    block
+    per tile.
+    """
     device.resize(processors=processors)
     launches = device.launches()
     clips = moving_texture(3, 70, 133, seed=4)[None]

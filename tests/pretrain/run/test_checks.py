@@ -1,4 +1,4 @@
-"""Whatever lets a run end without having learnt anything is named before it starts, with what to set."""
+"""Settings with which a run would learn nothing are reported before it starts, with the settings to change."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def changed(**values) -> Index:
     return Index([dataclasses.replace(video, **values) for video in INDEX])
 
 
-FLOW = {"view": "flow", "epochs": 8, "mining": "none"}  # before a cascade: its features are not random then
+FLOW = {"view": "flow", "epochs": 8, "mining": "none"}  # before a cascade, whose frozen features are then not random
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_sound_settings_raise_no_warning(given):
 
 
 def test_the_advice_that_is_given_is_sound():
-    """Following either half of the advice leaves no warning about the memory."""
+    """Following either part of the advice removes the warning about the memory."""
     assert len(warnings(cycles=[RGB | {"epochs": 1}], memory={"size": 60})) == 1
     assert warnings(cycles=[RGB | {"epochs": 14}], memory={"size": 60}) == []
     assert warnings(cycles=[RGB], memory={"size": 36}) == []

@@ -1,4 +1,4 @@
-"""A run that cannot start or go on says why in one line, and leaves nothing half-written."""
+"""A run that cannot start or continue reports the reason in one line, and leaves no partially written file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_nan_stops_the_run_and_names_step_and_videos(tmp_path, bad, log_every):
     assert left["step"] == bad[0] * 3 + bad[1] and left["paths"] == [str(INDEX[i].path) for i in left["video"]]
     assert left["queries"].shape == (1, 6, 8) and left["keys"].shape[1:] == (6, 8)
     assert left["queries"].isnan().any()
-    for path in (tmp_path / "checkpoints").glob("*.pt"):  # no poisoned weights on disk
+    for path in (tmp_path / "checkpoints").glob("*.pt"):  # no weights with NaN are written
         for state in load_checkpoint(path)["encoders"].values():
             assert all(torch.isfinite(tensor).all() for tensor in state.values())
 

@@ -1,4 +1,4 @@
-"""Every method learns a signal that is planted in the clips."""
+"""Every method learns a known signal in the clips."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spread(points: int) -> torch.Tensor:
-    """[points, 3] directions, far from each other: a spiral on the sphere."""
+    """Returns directions [points, 3] that are far from each other, from a spiral on the sphere."""
     i = torch.arange(points) + 0.5
     z, angle = 1 - 2 * i / points, i * torch.pi * (3 - 5**0.5)
     return torch.stack([(1 - z * z).sqrt() * angle.cos(), (1 - z * z).sqrt() * angle.sin(), z], dim=1)
 
 
 class ColouredLoader(RandomLoader):
-    """Clips of one colour and a little noise, in every view: each class has its colour, or each video.
+    """Gives clips of one colour with a little noise in every view; the colour depends on the class, or on the video.
 
     Videos come in the index's order: a step has two of each class, of one source, and a memory of two steps' keys holds
     four of each, of other sources.
@@ -46,10 +46,10 @@ class VideoColourLoader(ColouredLoader):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("mining", "epochs"), [("none", 16), ("label", 10), ("cascade", 10)])
 def test_every_method_learns_what_is_planted(tmp_path, mining, epochs, seed):
-    """Colours tell videos or classes apart: the loss falls to less than half, and the cascade mines by the colour.
+    """Colours distinguish videos or classes: the loss falls to less than half, and the cascade mines equal colours.
 
-    Measured on seeds 0 to 5: it falls to .21 of the first epoch's at most, and without the update to .71 at least; it
-    rises where the gradient's sign is wrong. Of what is mined .88 is right at least, of random positives .2.
+    Measured on seeds 0 to 5: the loss falls to at most .21 of that of the first epoch, and to at least .71 without the
+    update; it rises with the wrong sign of the gradient. At least .88 of mined positives are right, of random ones .2.
     """
     config = settings(
         tmp_path,

@@ -1,4 +1,6 @@
-"""Retrieval while a run trains: the same rates as `retrieve`, the best checkpoint by them, and a run left as it was."""
+"""Retrieval while a run trains: it gives the rates of `retrieve`, selects the best checkpoint by them, and does not
+change the run.
+"""
 
 import json
 import os

@@ -44,7 +44,7 @@ def test_a_resumed_run_has_the_same_outcome(tmp_path):
     assert rows(tmp_path / "run", "outcome") == []
     folder = run(settings(tmp_path / "run"), resume=True)
     assert rows(folder, "outcome") == rows(straight, "outcome")
-    run(settings(tmp_path / "run"), resume=True)  # nothing left to do
+    run(settings(tmp_path / "run"), resume=True)  # no steps remain
     assert rows(folder, "outcome") == rows(straight, "outcome")
 
 
@@ -69,7 +69,7 @@ def test_a_rate_too_small_to_move_a_weight(tmp_path, optim):
 
 
 def test_a_loss_that_is_zero(tmp_path):
-    """One label for all: every entry is a positive, and Adam's weight decay moves the weights all the same."""
+    """With one label for all videos every entry is a positive; Adam's weight decay still changes the weights."""
     index = Index([dataclasses.replace(video, label="same") for video in INDEX])
     row = of(tmp_path, index=index, cycles=[RGB | {"mining": "label"}])
     assert not row["learnt"]
@@ -97,7 +97,7 @@ def test_videos_that_could_not_be_read(tmp_path):
 
 
 def test_rows_of_an_older_version():
-    """They do not say whether weights moved; a loss is enough, then."""
+    """Old metrics do not record whether weights changed; then a loss is enough."""
     old = [{"kind": "epoch", "cycle": 0, "epoch": e, "loss": loss, "pmr": None} for e, loss in enumerate([3.0, 2.0])]
     row = outcome(old, settings("run", schedule={"cycles": [RGB]}), 6, 18, [])
     assert row["learnt"] and row["cycles"][0]["learning_steps"] is None

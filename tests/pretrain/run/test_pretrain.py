@@ -1,4 +1,4 @@
-"""The training loop on random clips: what a run writes, determinism, cycles, rows, files that cannot be read."""
+"""The training loop on random clips: files of a run, determinism, cycles, rows, unreadable files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of the tiny settings from start to end."""
+    """Runs the tiny settings from start to end."""
     return run(settings(tmp_path_factory.mktemp("straight") / "run"))
 
 
@@ -53,7 +53,7 @@ def test_rows_of_a_run(finished):
     assert epochs[1]["loss"] == pytest.approx(sum(row["loss"] for row in steps[3:6]) / 3)
     for name in ("pmr", "mining_r1", *rate_names(3)):
         assert epochs[3][name] == pytest.approx(sum(row[name] for row in steps[9:]) / 3)
-    for row in (*steps[9:], epochs[3]):  # what survives the last stage is what was mined
+    for row in (*steps[9:], epochs[3]):  # the survivors of the last stage are the mined positives
         assert row["survivor_precision_3"] == pytest.approx(row["pmr"])
         assert row["survivor_recall_1"] >= row["survivor_recall_2"] >= row["survivor_recall_3"]
     assert all(1 <= row["mined_age_steps"] <= 2 for row in steps[9:])  # 10 slots, 6 of them written every step
@@ -75,7 +75,7 @@ def test_mined_rows_point_into_the_index(finished):
         for entry in row["mined"]:
             assert INDEX.source_ids[entry["video"]] != INDEX.source_ids[query]
             assert entry["correct"] == (INDEX.labels[entry["video"]] == INDEX.labels[query])
-            assert entry["start"] == entry["video"] + 1  # the loader's mark on the key clip
+            assert entry["start"] == entry["video"] + 1  # the loader marks the key clip
 
 
 def test_checkpoint_holds_the_trained_views(finished):
@@ -112,7 +112,7 @@ def test_a_view_alone_decodes_alone(tmp_path):
 
 
 def test_cycles_of_a_view_go_on_from_its_latest_weights(tmp_path):
-    """A cycle too short to fill the memory leaves the weights as it found them: those of the cycle before."""
+    """A cycle that is too short to fill the memory does not change the weights of the previous cycle."""
     first, out = tmp_path / "first", tmp_path / "run"
     cycles = [{"view": "rgb", "epochs": 2, "mining": "none"}, {"view": "rgb", "epochs": 1, "mining": "cascade"}]
     memory = {"size": 18}  # one epoch
@@ -120,7 +120,7 @@ def test_cycles_of_a_view_go_on_from_its_latest_weights(tmp_path):
     run(settings(out, memory=memory, schedule={"cycles": cycles}))
     weights = [load_encoders(folder / "checkpoints" / "last.pt")[1] for folder in (first, out)]
     assert_same(*[list(encoders["rgb"].parameters()) for encoders in weights])
-    assert list(weights[1]) == ["rgb"]  # the untrained flow encoder is not passed off as a result
+    assert list(weights[1]) == ["rgb"]  # the untrained flow encoder is not saved as a result
 
 
 @pytest.mark.parametrize("log_every", [2, 5, 100])
@@ -175,7 +175,7 @@ def test_a_dumped_memory_serves_the_mining_lab(tmp_path):
     saved = load_checkpoint(folder / "checkpoints" / "last.pt")["cycle_state"]["memory"]
     order = [(saved["count"] + i) % 10 for i in range(10)]  # the oldest slot is the one to be written next
     with np.load(folder / "memory" / "cycle-2.npz") as dumped:
-        for name, row in (("flow", 0), ("rgb", 1)):  # a flow cycle's own view comes first in its memory
+        for name, row in (("flow", 0), ("rgb", 1)):  # the memory of a flow cycle starts with the flow view
             assert np.array_equal(dumped[name], saved["features"][row][order])
         assert np.array_equal(dumped["video"], saved["video"][order])
         assert np.array_equal(dumped["group"], saved["source"][order])
@@ -195,6 +195,6 @@ def test_unlabelled_videos_train_without_mining_metrics(tmp_path):
 def test_bf16_trains(tmp_path):
     half = run(settings(tmp_path, optim={"precision": "bf16"}))
     assert all(row["loss"] is not None for row in rows(half, "epoch")[1::2])
-    for state in trained(half)["encoders"].values():  # weights and memory stay in fp32
+    for state in trained(half)["encoders"].values():  # weights and memory remain fp32
         assert {tensor.dtype for tensor in state.values()} == {torch.float32, torch.int64}
     assert trained(half)["cycle_state"]["memory"]["features"].dtype == torch.float32

@@ -42,7 +42,7 @@ def test_time_left_counts_both_kinds_of_steps():
     assert pace.left_s() is None and pace.news() is None
     for _ in range(4):
         pace.step(1.0, learns=False)
-    assert pace.left_s() == pytest.approx(6 + 20)  # of learning steps nothing is known yet
+    assert pace.left_s() == pytest.approx(6 + 20)  # the time of steps with learning is not known yet
     for _ in range(6):
         pace.step(1.0, learns=False)
     for _ in range(2):

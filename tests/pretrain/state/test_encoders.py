@@ -35,12 +35,14 @@ def test_groups_share_no_batch_statistics():
             total += tensor / 3
     torch.testing.assert_close(grouped, torch.cat(parts))
     torch.testing.assert_close(running_statistics(encoder), statistics)
-    grouped.sum().backward()  # the statistics' copies leave autograd's saved tensors alone
+    grouped.sum().backward()  # copying the statistics does not change tensors saved by autograd
     assert all(p.grad is not None for p in encoder.parameters())
 
 
 def test_shuffled_keys_stay_with_their_queries():
-    """In eval mode BatchNorm looks at no batch: shuffled or not, a clip's key is the same, and in its place."""
+    """In eval mode BatchNorm does not depend on the batch: with and without shuffling, keys and their order are
+    equal.
+    """
     torch.manual_seed(0)
     encoder = build_encoder(ModelConfig(width=0.125, feature_dim=8))
     encoders = Encoders(encoder, None, momentum=0.9, groups=4, seed=0, world=ALONE)
@@ -51,7 +53,7 @@ def test_shuffled_keys_stay_with_their_queries():
     encoders.key.train()
     orders = [encoders.encode_keys(clips, step) for step in (0, 1, 0)]
     assert torch.equal(orders[0], orders[2])
-    assert not torch.allclose(orders[0], orders[1])  # other groups, other statistics
+    assert not torch.allclose(orders[0], orders[1])  # different groups have different statistics
 
 
 def test_groups_that_do_not_divide_are_refused(tmp_path):

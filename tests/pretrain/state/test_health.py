@@ -1,4 +1,6 @@
-"""Signs of collapse and of a stale memory, against float64 and against bookkeeping by hand; alarms and their rows."""
+"""Compares measures of collapse and of a stale memory with float64 and a simple record of keys; tests alarms and
+rows.
+"""
 
 from __future__ import annotations
 
@@ -56,13 +58,13 @@ def test_the_newest_queries_count(sizes):
         assert row["effective_rank"][view] == pytest.approx(effective_rank(features).item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("size", [10, 31])  # of the queue: shorter than an epoch of 18 videos, and longer
+@pytest.mark.parametrize("size", [10, 31])  # lengths of the queue: shorter and longer than an epoch of 18 videos
 def test_drift_is_the_distance_to_the_newest_key_held(tmp_path, size):
     index = make_index(videos=18)
     config = settings(tmp_path, memory={"size": size})
     state = CycleState(config, Cycle("rgb", 3, "none"), {}, index, ALONE)
     loader = RandomLoader(index, config.data, state.views, seed=0)
-    held: list[tuple[int, torch.Tensor]] = []  # newest last
+    held: list[tuple[int, torch.Tensor]] = []  # the newest comes last
     step = 0
     for epoch in range(3):
         distances = []
@@ -118,17 +120,17 @@ def test_a_collapse_raises_one_alarm_until_it_recovers():
     ]  # fmt: skip
     assert texts[1].endswith(" is below health.min_effective_rank 4.0")
     assert epoch(point) == []
-    assert epoch(directions(2, 16)) == []  # two sound queries do not end it, nor would two bad ones raise it
+    assert epoch(directions(2, 16)) == []  # two good queries do not end the alarm, and two bad ones would not raise it
     assert epoch(directions(WINDOW, 16)) == []
     assert len(epoch(point)) == 2
 
 
 def test_alarms_are_rows_and_warnings(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
-    # Eight dimensions have no rank of 9, and no clip has the key of another one: both are out of bounds always.
+    # Features of eight dimensions cannot have rank 9, and keys always drift: both measures are always out of bounds.
     folder = run(settings(tmp_path, health={"min_effective_rank": 9.0, "max_memory_drift": 1e-6}))
     alarms = rows(folder, "alarm")
-    # A cycle starts anew; the drift is measured from its second epoch on.
+    # Alarms are reset in each cycle; the drift is measured from its second epoch on.
     assert [(row["epoch"], row["view"], row["text"].split(":")[1].split()[0]) for row in alarms] == [
         (0, "rgb", "effective_rank"), (1, "rgb", "memory_drift"), (2, "flow", "effective_rank"),
         (3, "flow", "memory_drift"),

@@ -1,4 +1,4 @@
-"""The ring memory against a plain list of the newest keys."""
+"""Compares the ring memory with a plain list of the newest keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cpr_fast.pretrain.state.memory import Memory
 
 
 def enqueue(memory: Memory, first: int, batch: int, step: int) -> torch.Tensor:
-    """Keys whose every number tells which key it is."""
+    """Returns keys in which every number identifies the key."""
     views, _, width = memory.features.shape
     number = torch.arange(first, first + batch)
     keys = (number[None, :, None] + torch.arange(views)[:, None, None] * 1000).expand(views, batch, width).float()

@@ -1,4 +1,4 @@
-"""A step of CPR against Algorithm 1 of the paper in plain torch: loss, gradient step, key encoder, memory."""
+"""Compares a step of CPR with Algorithm 1 of the paper in plain torch: loss, gradient step, key encoder, memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def a_state(tmp_path, **sections) -> tuple[CycleState, RandomLoader]:
 
 
 def reference_loss(f_q, own_key, memory, source, mined, protocol, dropped, tau=0.07):
-    """MIL-NCE [paper, Eq. 2] written out, one query at a time."""
+    """Computes MIL-NCE [paper, Eq. 2] by its formula, one query at a time."""
     losses = []
     for b in range(len(f_q)):
         positives = {int(k) for k in mined[b] if k >= 0}
@@ -60,11 +60,11 @@ def reference_mine(anchors, memory, source, config):
 @pytest.mark.parametrize("anchor", ["key", "query"])
 @pytest.mark.parametrize(("protocol", "drop"), [("paper", 0.9), ("coclr", 1.0), ("coclr", 0.0)])
 def test_a_step_is_algorithm_1(tmp_path, protocol, drop, anchor):
-    """Loss, gradient step, key encoder and memory against the algorithm written with plain torch."""
+    """Compares loss, gradient step, key encoder and memory with the algorithm in plain torch."""
     state, loader = a_state(
         tmp_path,
         loss={"protocol": protocol, "self_positive_drop": drop},
-        model={"width": 0.125, "feature_dim": 8, "conv_std": 0.15},  # with .01 all features are nearly equal
+        model={"width": 0.125, "feature_dim": 8, "conv_std": 0.15},  # with .01 all features would be nearly equal
         mining={"stages": 3, "top_k": 2, "anchor": anchor},
         memory={"size": 10, "ema_momentum": 0.6},
         # SGD: Adam's first step is the sign of the gradient, which rounding decides where the gradient is zero.
@@ -73,7 +73,7 @@ def test_a_step_is_algorithm_1(tmp_path, protocol, drop, anchor):
     batch = list(loader.epoch(1))[0]
     query, key = copy.deepcopy(state.encoders.query), copy.deepcopy(state.encoders.key)
     other, memory = copy.deepcopy(state.encoders.other), copy.deepcopy(state.memory)
-    # Weights have to differ for the order of the update and the key's forward to show.
+    # The encoders need different weights, or else the order of the update and the key's forward pass has no effect.
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in state.encoders.key.parameters():

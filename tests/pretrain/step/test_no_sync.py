@@ -1,4 +1,4 @@
-"""A step waits for no device: on tensors without data, of which nothing can be asked, and on CUDA itself."""
+"""A step never waits for the device: tested on tensors without data, whose values cannot be read, and on CUDA."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ METHODS = {
 
 
 class WaitError(AssertionError):
-    """The host would have to wait for the device."""
+    """Raised where the host would have to wait for the device."""
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raises WaitError at copies between devices that are not asked to be asynchronous."""
+    """Raises WaitError for copies between devices without `non_blocking=True`."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))
@@ -65,14 +65,14 @@ def a_step(method: str, protocol: str, world: World, precision: str = "fp32") ->
 
 
 def move(holder: object, device: str) -> None:
-    """Takes all tensors among the attributes of an object to a device."""
+    """Moves all tensors among the attributes of an object to a device."""
     vars(holder).update(tree_map_only(Tensor, lambda tensor: tensor.to(device), vars(holder)))
 
 
 @pytest.mark.parametrize("protocol", ["paper", "coclr"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_asks_nothing_of_the_device(method, protocol, monkeypatch):
-    """On the meta device there are no numbers to wait for: whatever asks for one raises."""
+    """On the meta device tensors have no values: every operation that reads one raises."""
     state, loader = a_step(method, protocol, ALONE)
     batch = next(iter(loader.epoch(0)))
     for holder in (state, state.memory, state.quality, state.health, batch):
@@ -80,7 +80,7 @@ def test_a_step_asks_nothing_of_the_device(method, protocol, monkeypatch):
     for encoder in (state.encoders.query, state.encoders.key, state.encoders.other):
         if encoder is not None:
             encoder.to("meta")
-    state.optimizer = torch.optim.SGD(state.encoders.query.parameters(), 0.01)  # the fused one has no meta kernel
+    state.optimizer = torch.optim.SGD(state.encoders.query.parameters(), 0.01)  # the fused optimiser has no meta kernel
     state.memory.count = state.memory.size
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # does not know the device
     with NoWaiting():
@@ -106,7 +106,7 @@ def test_a_step_asks_nothing_of_the_device(method, protocol, monkeypatch):
     ],
 )
 def test_such_questions_are_noticed(question):
-    with NoWaiting(), pytest.raises((WaitError, RuntimeError)):  # torch's own are NotImplementedError, a RuntimeError
+    with NoWaiting(), pytest.raises((WaitError, RuntimeError)):  # torch raises NotImplementedError, a RuntimeError
         question(torch.zeros(3, device="meta"))
 
 
@@ -119,7 +119,7 @@ def test_a_step_on_cuda_does_not_synchronise(device, method, protocol, precision
     batches = [*loader.epoch(0), *loader.epoch(1)][:4]
     for batch in batches:
         move(batch, "cuda")
-    for step, batch in enumerate(batches[:3]):  # fill the memory, and let libraries set themselves up
+    for step, batch in enumerate(batches[:3]):  # fill the memory, and let libraries initialise themselves
         train_step(state, batch, step)
     torch.cuda.set_sync_debug_mode("error")
     try:

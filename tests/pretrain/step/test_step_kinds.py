@@ -1,4 +1,6 @@
-"""A step with every memory, in parts and with recomputed activations, against plain torch and against each other."""
+"""Compares steps with every kind of memory, in parts and with recomputed activations, with plain torch and each
+other.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,14 @@ from cpr_fast.pretrain.step.step import train_step
 
 
 def epoch(config: Config, mining: str = "cascade") -> tuple[CycleState, list]:
-    """The state after three steps, and what they gave."""
+    """Returns the state after three steps, and their results."""
     state = CycleState(config, Cycle("rgb", 1, mining), {}, INDEX, ALONE)
     batches = RandomLoader(INDEX, config.data, state.views, seed=0).epoch(0)
     return state, [train_step(state, batch, step) for step, batch in enumerate(batches)]
 
 
 def test_the_batch_as_memory_is_nt_xent():
-    """Loss and gradient step without mining, against SimCLR's loss in float64."""
+    """Compares loss and gradient step without mining with SimCLR's loss in float64."""
     config = settings(memory={"kind": "batch"}, optim={"name": "sgd", "lr": 0.01, "weight_decay": 0.0})
     state = CycleState(config, Cycle("rgb", 1, "none"), {}, INDEX, ALONE)
     batch = next(iter(RandomLoader(INDEX, config.data, state.views, seed=0).epoch(0)))
@@ -43,7 +45,7 @@ def test_the_batch_as_memory_is_nt_xent():
 @pytest.mark.parametrize("protocol", ["paper", "coclr"])
 def test_every_memory_is_mined_without_siblings(kind, protocol):
     state, results = epoch(settings(memory={"kind": kind}, loss={"protocol": protocol}))
-    if kind == "bank":  # full only now: mined from the second epoch on
+    if kind == "bank":  # only now is the memory full: mining starts in the second epoch
         batches = RandomLoader(INDEX, state.config.data, state.views, seed=0).epoch(1)
         results = [train_step(state, next(batches), 3)]
     last = results[-1]

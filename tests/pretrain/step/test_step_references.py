@@ -1,6 +1,7 @@
-"""A whole training step of every method against its formulas in float64, one query and one key at a time.
+"""Compares a whole training step of every method with its formulas in float64, one query and one key at a time.
 
-Nothing of the reference is the project's but the networks: stages by sorting lists, losses by adding exponentials.
+The reference uses only the networks of the project: it computes stages by sorting lists and losses by adding
+exponentials.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @dataclass
 class Trial:
-    """A step, and what it started from."""
+    """A step, and the state before it."""
 
     state: CycleState
     batch: object
     query: nn.Module
     key: nn.Module
     other: nn.Module | None
-    features: Tensor  # [V, K, D] float64, of the memory
+    features: Tensor  # [V, K, D] float64, features of the memory
     video: list[int]  # [K], -1 where empty
 
     @property
@@ -44,7 +45,7 @@ class Trial:
 
 
 def trial(config: Config, cycle: Cycle, warm_up: int = 3, seed: int = 0) -> Trial:
-    """The step after `warm_up` steps of the first epoch: the first one of the second; `seed` is the loader's."""
+    """Does `warm_up` steps, the first epoch, and returns the next step; `seed` is that of the loader."""
     state = CycleState(config, cycle, {}, INDEX, ALONE)
     loader = RandomLoader(INDEX, config.data, state.views, seed=seed)
     for step, batch in zip(range(warm_up), loader.epoch(0), strict=False):
@@ -72,24 +73,24 @@ def nce(f_q: Tensor, own_key: Tensor, positives: list[Tensor], negatives: list[T
 
 
 def averaged_nce(f_q: Tensor, own_key: Tensor, positives: list[Tensor], negatives: list[Tensor]):
-    """The published UberNCE: log-softmax, averaged over q+ and the positives."""
+    """Computes the published UberNCE: log-softmax, averaged over q+ and the positives."""
     total = sum((f_q @ key / TAU).exp() for key in (own_key, *positives, *negatives))
     return sum(-((f_q @ key / TAU).exp() / total).log() for key in (own_key, *positives)) / (1 + len(positives))
 
 
 def assert_the_step(trial: Trial, loss: Tensor, step: int = 3) -> None:
-    """The project's loss, and its step of SGD without momentum, are those of `loss`."""
+    """Asserts that the loss, and the step of SGD without momentum, are those of `loss`."""
     result = train_step(trial.state, trial.batch, step)
     torch.testing.assert_close(result.loss.double(), loss.detach(), rtol=1e-6, atol=1e-6)
     loss.backward()
     moves = [LR * start.grad.double() for start in trial.query.parameters()]
-    rounding = 1e-8 + 1e-6 * torch.cat([move.flatten() for move in moves]).norm()  # of gradients that cancel
+    rounding = 1e-8 + 1e-6 * torch.cat([move.flatten() for move in moves]).norm()  # for gradients that cancel
     for got, start, move in zip(trial.state.encoders.query.parameters(), trial.query.parameters(), moves, strict=True):
         assert (got - (start - move)).norm() <= 1e-4 * move.norm() + 1e-7 * start.norm() + rounding
 
 
 def plain(**sections) -> Config:
-    """A small residual network, and SGD whose step is the gradient."""
+    """Settings with a small residual network, and SGD whose step is the gradient."""
     sections["model"] = {"arch": "r3d"} | sections.get("model", {})
     optim = {"name": "sgd", "lr": LR, "momentum": 0.0, "weight_decay": 0.0}
     return settings(**sections | {"data": {"frames": 8, "size": 16}, "optim": optim})
@@ -99,7 +100,7 @@ def own_keys(t: Trial) -> tuple[Tensor, Tensor]:
     """f_q [B, D] and f_q+ in every view [V, B, D] of a step whose keys come from a moving average of weight .6."""
     with torch.no_grad():
         for k, q in zip(t.key.parameters(), t.query.parameters(), strict=True):
-            k.lerp_(q, 0.4)  # rounded as in a step
+            k.lerp_(q, 0.4)  # rounded as in a training step
         keys = [t.key(t.batch.clips["rgb"][:, 1])]
         if t.other is not None:
             keys.append(t.other(t.batch.clips["flow"][:, 1]))
@@ -143,7 +144,9 @@ def test_ubernce(protocol):
 
 @pytest.mark.parametrize(("mining", "warm_up"), [("none", 0), ("none", 3), ("cascade", 1), ("cascade", 3)])
 def test_a_bank_beside_a_moving_average(mining, warm_up):
-    """The bank teaches while it fills and is mined once it is full; the query's own entry is never compared."""
+    """The loss uses the bank while it fills, and mining starts when it is full; the query's own entry is never
+    compared.
+    """
     config = plain(memory={"kind": "bank", "ema_momentum": 0.6}, mining={"stages": 3, "top_k": 2})
     t = trial(config, Cycle("rgb", 1, mining), warm_up)
     f_q, keys = own_keys(t)
@@ -165,7 +168,9 @@ RESIDUAL = Cycle("rgb", 1, "none", other="residual")
 
 
 def iic(loss: dict) -> Config:
-    """Features are not scaled to length 1, entries are; at a temperature of .07 one score would be all of the sum."""
+    """Entries are scaled to length 1, but features are not: at a temperature of .07 one score would dominate the
+    sum.
+    """
     model = {"shared": True, "head": "pooled", "feature_dim": 64}
     return plain(memory={"kind": "bank"}, model=model, loss={"temperature": 1.0} | loss)
 
@@ -174,7 +179,9 @@ def iic(loss: dict) -> Config:
     ("intra", "warm_up"), [("none", 0), ("none", 1), ("none", 3), ("repeat", 1), ("repeat", 3), ("shuffle", 3)]
 )
 def test_iic(intra, warm_up):
-    """q+ is the video's entry in the other view; negatives are the others' there, and all entries without motion."""
+    """q+ is the video's entry in the other view; negatives are other videos' entries there, and all entries without
+    motion.
+    """
     t = trial(iic({"intra_negatives": intra}), RESIDUAL, warm_up)
     assert_the_step(t, iic_loss(t), step=warm_up)
 
@@ -182,15 +189,18 @@ def test_iic(intra, warm_up):
 @pytest.mark.parametrize("intra", ["none", "repeat"])
 @pytest.mark.parametrize(("protocol", "drop"), [("paper", 0.9), ("coclr", 1.0), ("coclr", 0.0)])
 def test_iic_with_the_cascade(protocol, drop, intra):
-    """Each view's cascade starts and ends in the other one, from the entries of the query's video (or from f_q)."""
+    """The cascade of each view starts and ends in the other view, with the entries of the query's video (or f_q) as
+    anchor.
+    """
     loss = {"intra_negatives": intra, "protocol": protocol, "self_positive_drop": drop}
     t = trial(iic(loss), replace(RESIDUAL, mining="cascade"))
     assert_the_step(t, iic_loss(t))
 
 
 def test_the_bank_of_iic_moves_halfway():
-    """Entries are unit vectors around the mean of old and new, those of a clip without its motion too; a video's first
-    one is the feature itself."""
+    """An entry is the normalised mean of old entry and new feature, also for clips without motion; the first entry of a
+    video is the feature itself.
+    """
     t = trial(iic({"intra_negatives": "repeat"}), RESIDUAL, warm_up=1)
     rgb, residual = (t.batch.clips[view][:, 0] for view in ("rgb", "residual"))
     still = without_motion(rgb, "repeat", seed=0, step=1, world=ALONE)
@@ -208,7 +218,7 @@ def test_the_bank_of_iic_moves_halfway():
 
 
 def iic_loss(t: Trial) -> Tensor:
-    """The sum over both views of the mean over the batch."""
+    """Returns the sum over both views of the mean over the batch."""
     config = t.state.config.loss
     f = [t.query(t.batch.clips[view][:, 0]).double() for view in ("rgb", "residual")]
     total = torch.zeros((), dtype=torch.float64)

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 SAME_ID = {"positive": 0, "ignore": 1, "negative": 2}
 SELF_POSITIVE = {"keep": 0, "denominator": 1, "drop_both": 2}
-ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}  # of a block's threads and a grid's blocks
+ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}  # orders of the threads of a block and the blocks of a grid
 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 
@@ -77,7 +77,7 @@ def build() -> Path:
         "-fvisibility=hidden",
         "-ffp-contract=off",
         "-fno-strict-aliasing",
-        "-fno-tree-slp-vectorize",  # with it GCC 12 leaves out the rounding to float of a pair of doubles
+        "-fno-tree-slp-vectorize",  # with it GCC 12 omits the rounding of a pair of doubles to float
     ]
     warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-U_FORTIFY_SOURCE"]  # longjmp between stacks
     includes = [f"-I{emulation}", f"-I{csrc}"]
@@ -121,7 +121,7 @@ class Device:
         return guarded
 
     def cascade_select(self, queries, memory, views, keep, query_ids=None, memory_ids=None, precision=0):
-        """indices [B, keep[-1]], scores [B, keep[-1]]; arguments as cpr_fast.ops.cascade_select."""
+        """Returns indices and scores, both [B, keep[-1]]; arguments as for cpr_fast.ops.cascade_select."""
         (V, B, D), K, n = queries.shape, memory.shape[1], len(views)
         indices = torch.full((B, keep[-1]), -7, dtype=torch.int64)
         scores = torch.full((B, keep[-1]), torch.nan)
@@ -137,7 +137,7 @@ class Device:
         self, query, own_key, memory, positives=None, query_ids=None, memory_ids=None,
         same_id="positive", self_positive="keep", temperature=0.07,
     ):  # fmt: skip
-        """The forward's outputs by name, and `grad_memory` [K, D] of loss.sum(); arguments as cpr_fast.ops.mil_nce."""
+        """The forward's outputs by name, and `grad_memory` [K, D] of loss.sum(); arguments as for mil_nce."""
         (B, D), K = query.shape, memory.shape[0]
         outputs = {name: torch.full((B,), torch.nan) for name, _ in MilNceOutputs._fields_}
         outputs["grad_query"] = torch.full((B, D), torch.nan)

@@ -1,4 +1,4 @@
-"""Small videos with flow, and what their clips should be, for the tests of `cpr_fast.data.clips`."""
+"""Small videos with flow, and their expected clips, for the tests of `cpr_fast.data.clips`."""
 
 from pathlib import Path
 

@@ -19,12 +19,12 @@ def smooth_flow(pairs: torch.Tensor) -> torch.Tensor:
 
 
 def in_pairs(gray: torch.Tensor) -> torch.Tensor:
-    """[N, H, W] to [N - 1, 2, H, W]."""
+    """Converts frames [N, H, W] to pairs [N - 1, 2, H, W]."""
     return torch.stack([gray[:-1], gray[1:]], dim=1)
 
 
 def write_video(path: Path, frames: int, width: int = 48, height: int = 32) -> Path:
-    """Each frame a ramp of its own brightness, lossless."""
+    """Writes a lossless video in which each frame is a ramp of a different brightness."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ramp = np.linspace(0, 90, width).astype(np.uint8)[None, :]
     with av.open(str(path), "w") as container:
@@ -43,7 +43,7 @@ def gray_frames(path: Path) -> torch.Tensor:
 
 
 def read_levels(path: Path, width: int) -> np.ndarray:
-    """A flow file read by nothing but FFmpeg: uint8 [N - 1, 2, H, W]."""
+    """Reads a flow file with FFmpeg only: uint8 [N - 1, 2, H, W]."""
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
     planes = [np.frombuffer(f.planes[0], np.uint8).reshape(f.height, -1)[:, : f.width] for f in frames]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-# What builds, tests and runs leave behind: at the top of the checkout, in the package, and anywhere.
+# Files that builds, tests and runs leave behind: at the top of the checkout, in the package, and anywhere.
 AT_THE_TOP = {".git", ".venv", "build", "dist", "runs"}
 IN_THE_PACKAGE = {"include", "lib"}
 ANYWHERE = shutil.ignore_patterns(".*_cache", ".hypothesis", "*.egg-info", "*.so", "__pycache__")
@@ -26,7 +26,7 @@ def copy_source(folder: Path) -> Path:
 
 
 def run(*command, folder: Path, **environment: str) -> str:
-    """Runs a command without CUDA kernels unless told otherwise; returns what it printed. Fails if it fails."""
+    """Runs a command, without CUDA kernels by default, and returns its output. Fails if the command fails."""
     done = attempt(*command, folder=folder, **environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout

@@ -19,7 +19,7 @@ SOURCES = ["s0", "s1", "s2", "s2", "s3", "s4"]
 
 
 def write_video(path: Path, number: int) -> None:
-    """Frame f of video n is filled with grey level 8 f + 10 n; odd size on purpose."""
+    """Frame f of video n is filled with grey level 8 f + 10 n; the size is odd on purpose."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(25))
         stream.width, stream.height, stream.pix_fmt, stream.options = 98, 54, "yuv420p", {"crf": "10"}
@@ -135,7 +135,7 @@ def write_run(folder: Path, rows: list[dict], tail: str = "") -> Path:
 
 
 class Text(HTMLParser):
-    """The visible text of a page, tags checked to nest."""
+    """Returns the visible text of a page, and checks that tags are nested."""
 
     VOID = {"meta", "br", "wbr", "img", "hr"}
 

@@ -1,4 +1,4 @@
-"""Videos that are embedded by a network of no weights, by a loader that counts what it reads."""
+"""A network without weights, and a loader that counts the videos it reads, for tests of embedding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that mislead: a cover picture, several video streams, damaged frames, a frame size that changes."""
+"""Misleading files: a cover picture, several video streams, damaged frames, a frame size that changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def pictures(count: int, height: int = 48, width: int = 64, seed: int = 0) -> list[np.ndarray]:
-    """Noise that moves, uint8 [H, W, 3] each: no two frames are equal."""
+    """Returns moving noise, uint8 [H, W, 3] each: no two frames are equal."""
     noise = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3)).astype(np.uint8)
     return [np.roll(noise, step, axis=1).repeat(4, 0).repeat(4, 1) for step in range(count)]
 

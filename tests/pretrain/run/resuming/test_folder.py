@@ -1,4 +1,4 @@
-"""The run folder: one writer, nothing overwritten, a resume with the same settings, damaged checkpoints."""
+"""The run folder: one writer, no overwritten files, resuming with the same settings, damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of the tiny settings from start to end."""
+    """Runs the tiny settings from start to end."""
     return run(settings(tmp_path_factory.mktemp("straight") / "run"))
 
 
 # In the start-up fill, at the end of an epoch and of a cycle, while mining; with checkpoints at every step, every
-# second one (so that some steps are done twice) and at the ends of epochs alone.
+# second one (so that some steps are done twice) and only at the ends of epochs.
 @pytest.mark.parametrize(("every", "death"), [(1, (0, 1)), (0, (1, 0)), (2, (2, 0)), (2, (2, 2)), (1, (3, 2))])
 def test_resume_equals_straight_through(finished, tmp_path, every, death):
     out = tmp_path / "run"

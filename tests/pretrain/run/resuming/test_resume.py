@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had not been: kill -9, SIGTERM, SLURM's SIGUSR1, a full disk."""
+"""A run that was stopped and resumed equals an uninterrupted one: kill -9, SIGTERM, SLURM's SIGUSR1, a full disk."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ def run(config: Config, **kwargs) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A run of the tiny settings from start to end."""
+    """Runs the tiny settings from start to end."""
     return run(settings(tmp_path_factory.mktemp("straight") / "run"))
 
 
 def assert_equal_runs(straight: Path, other: Path) -> None:
-    """Weights, memories, optimiser, generators, counters and every row of the metrics, bit for bit."""
+    """Asserts that weights, memories, optimiser, generators, counters and all rows of the metrics are bitwise equal."""
     assert_same(everything(straight), everything(other))
     for kind in ("step", "epoch", "mined", "health", "alarm"):
         assert rows(straight, kind) == rows(other, kind)
 
 
 def test_kill_9_at_a_random_step(straight, tmp_path):
-    """Killed twice, at steps that differ from run to run; equality must hold at any."""
+    """The run is killed twice, at steps that vary between test runs; the result must be equal for all of them."""
     config = settings(tmp_path / "run", run={"out": str(tmp_path / "run"), "checkpoint_every": 2})
     draw = random.Random()
     for step in sorted(draw.sample(range(11), 2)):
@@ -87,7 +87,7 @@ def test_kill_9_at_a_random_step(straight, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_first(straight, tmp_path, number):
-    config = settings(tmp_path / "run")  # saves at the ends of epochs alone
+    config = settings(tmp_path / "run")  # saves only at the ends of epochs
     process = start(config)
     wait_for_step(tmp_path / "run", 6, process)
     process.send_signal(number)
@@ -107,14 +107,16 @@ IIC = {
     "model": R3D["model"] | {"shared": True},
     "memory": {"kind": "bank"},
     "loss": {"intra_negatives": "repeat"},
-    # Progressive training [paper, Table 3]: cycle c mines the top-c.
+    # Progressive training [paper, Table 3]: cycle c mines the top c.
     "schedule": {"cycles": [{"view": "rgb", "other": "residual", "epochs": 2, "top_k": c} for c in (1, 2, 3)]},
 }
 
 
 @pytest.mark.parametrize("kind", ["bank", "batch"])
 def test_every_memory_goes_on_where_it_was(tmp_path, kind):
-    """Killed within the first epoch, within a later one and at the start of a cycle; some steps are done twice."""
+    """The run is killed within the first epoch, within a later one and at the start of a cycle; some steps are done
+    twice.
+    """
     folder, out = tmp_path / "straight", tmp_path / "run"
     sections = R3D | {"memory": {"kind": kind}}
     run(settings(folder, **sections))
@@ -127,7 +129,7 @@ def test_every_memory_goes_on_where_it_was(tmp_path, kind):
 
 
 def test_a_progressive_run_restarts_at_any_checkpoint(tmp_path):
-    """Within the first epoch, at the ends of cycles (steps 6 and 12 of 18), and within a later one."""
+    """Restarts within the first epoch, at the ends of cycles (steps 6 and 12 of 18) and within a later epoch."""
     folder = tmp_path / "straight"
     run(settings(folder, **IIC | {"run": {"out": str(folder), "checkpoint_every": 2, "keep_checkpoints": 18}}))
     mined = rows(folder, "mined")
@@ -154,7 +156,7 @@ def test_a_signal_within_the_process_and_what_it_leaves(tmp_path):
         pretrain(settings(tmp_path), index=INDEX, make_loader=Asking, progress=False)
     assert stopped.value.signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
-    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"] == 2  # asked after the first batch
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"] == 2  # the request came after the first batch
 
 
 def test_a_run_leaves_the_callers_generator_alone(tmp_path):
@@ -189,7 +191,7 @@ def test_a_full_disk_stops_the_run_which_resumes(straight, tmp_path, monkeypatch
 
 
 def test_settings_that_an_old_checkpoint_lacks_are_compared(straight, tmp_path):
-    """A version without `mining.anchor` computed with today's default."""
+    """Versions that did not have `mining.anchor` computed with its present default."""
     out = tmp_path / "run"
     config = settings(out)
     process = start(config)

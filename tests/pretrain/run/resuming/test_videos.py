@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of the tiny settings from start to end."""
+    """Runs the tiny settings from start to end."""
     return run(settings(tmp_path_factory.mktemp("straight") / "run"))
 
 
