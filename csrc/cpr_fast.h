@@ -105,12 +105,14 @@ CPR_API const char* cpr_tvl1_flow_cuda(const cpr_tvl1_args* args, void* workspac
 // ---- properties of this build ------------------------------------------------------------------------
 // Returns the CPU variants that this machine can run, fastest first, separated by commas ("avx512,avx2,portable").
 CPR_API const char* cpr_cpu_variants(void);
-// The variant in force: the forced one, else the one that the environment variable CPR_FAST_CPU_VARIANT names (it is
-// read once), else the best.
+// Returns the variant in use: the forced one, otherwise the one that the environment variable CPR_FAST_CPU_VARIANT
+// names (it is read once), otherwise the fastest.
 CPR_API const char* cpr_cpu_variant(void);
-// Null, or what is wrong with CPR_FAST_CPU_VARIANT; every CPU kernel then returns it instead of running.
+// Returns null, or an error message if the value of CPR_FAST_CPU_VARIANT is invalid. Every CPU kernel then returns that
+// message instead of running.
 CPR_API const char* cpr_cpu_variant_error(void);
-// Forces a variant by name for this process (tests, bench); null ends that. Non-zero if it cannot run here.
+// Forces a variant by name for this process (tests, bench); null removes the choice. Returns non-zero if the variant
+// cannot run on this machine.
 CPR_API int cpr_force_cpu_variant(const char* name);
 // Frees the scratch memory of the calling thread. The CPU kernels keep large blocks for the next call of the same
 // thread, at most 256 MiB.

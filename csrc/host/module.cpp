@@ -1,4 +1,4 @@
-// The NumPy-facing host module cpr_fast._host. It knows no torch, so importing it costs nothing.
+// The NumPy-facing host module cpr_fast._host. It does not depend on torch, so that importing it is fast.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

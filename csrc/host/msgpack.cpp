@@ -11,7 +11,7 @@ class Reader {
  public:
   Reader(const uint8_t* data, size_t size) : data_(data), size_(size) {}
 
-  // Elements of the array that begins here.
+  // Returns the number of elements of the array that begins here.
   uint64_t array() {
     const uint8_t type = byte();
     if ((type & 0xf0) == 0x90) return type & 0x0f;  // fixarray

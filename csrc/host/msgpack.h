@@ -1,5 +1,5 @@
-// Finds the byte strings in a msgpack array (https://github.com/msgpack/msgpack/blob/master/spec.md). Copies none of
-// them and reads only their headers.
+// Finds the byte strings in a msgpack array (https://github.com/msgpack/msgpack/blob/master/spec.md). Does not
+// copy them, and reads only their headers.
 #pragma once
 
 #include <cstddef>

@@ -30,7 +30,7 @@ inline std::string text(const Tensor& tensor) {  // its shape
 }
 
 // Throws std::invalid_argument (ValueError in Python) unless `condition` holds. The message is assembled from its parts
-// only then.
+// only if it is thrown.
 template <class... Parts>
 inline void check(bool condition, const Parts&... parts) {
   if (!condition) throw std::invalid_argument((text(parts) + ...));

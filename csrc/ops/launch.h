@@ -51,7 +51,7 @@ inline void parallel_for(int64_t count, int64_t grain, cpr_range_body body, void
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
 }
 
-// What torch.set_num_threads says.
+// Returns the number of threads set by torch.set_num_threads.
 inline int num_threads() {
   uint32_t threads;
   TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));

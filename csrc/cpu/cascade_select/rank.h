@@ -30,7 +30,7 @@ void ranked_vectors(const int32_t* padded, int n, int upper, int lower, int32_t*
   *lower_key = least(at_lower);
 }
 
-// Finds the same among n <= kSample keys.
+// Finds the same keys as above among n <= kSample keys.
 void ranked(const int32_t* keys, int n, int upper, int lower, int32_t* upper_key, int32_t* lower_key) {
   alignas(64) int32_t padded[kSample];
   for (int i = 0; i < kSample; ++i) padded[i] = i < n ? keys[i] : kNoKey;

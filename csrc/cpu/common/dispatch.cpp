@@ -11,7 +11,7 @@ namespace {
 #define CPR_TABLE(variant) \
   KernelTable { #variant, variant::cascade_select, variant::mil_nce_forward, variant::mil_nce_grad_memory }
 
-// The variants this machine can run, best first.
+// The variants that this machine can run, fastest first.
 const std::vector<KernelTable>& runnable() {
   static const std::vector<KernelTable> tables = [] {
     std::vector<KernelTable> found;
@@ -36,7 +36,7 @@ const KernelTable* find(const std::string& name) {
   return nullptr;
 }
 
-// What the environment asks for, read once; where it asks for nothing, the best. `error` is empty if that can run.
+// The variant that the environment selects, read once, or the fastest by default. `error` is empty if it can run.
 struct Default {
   const KernelTable* table = &runnable().front();
   std::string error;

@@ -1,7 +1,7 @@
 // Run-time choice of the CPU variant. Kernel sources are compiled once per variant (CMakeLists.txt defines
 // CPR_VARIANT as avx512, avx2 or portable, and sets the matching instruction set) into a namespace of that name.
-// Such a source may call no inline function of a shared header (std::sort, std::vector, ...) that the compiler might
-// emit out of line: the linker keeps one copy for all variants, possibly one this machine cannot run.
+// Such a source must not call an inline function of a shared header (std::sort, std::vector, ...) that the compiler
+// might emit out of line: the linker keeps one copy for all variants, possibly one that this machine cannot run.
 #pragma once
 
 #include "cpr_fast.h"
@@ -16,7 +16,7 @@ struct KernelTable {
                                      const void* lse_positive, void* grad_memory, cpr_parallel_for);
 };
 
-// The variant in force, see cpr_cpu_variant.
+// Returns the variant in use, see cpr_cpu_variant.
 const KernelTable& kernels();
 
 #define CPR_DECLARE_VARIANT(variant)                                                                     \

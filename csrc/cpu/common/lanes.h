@@ -380,7 +380,7 @@ struct Scratch {
   T* const data;
 };
 
-// Rounds to nearest and keeps subnormal numbers while it lives, whatever torch.set_flush_denormal set for the thread.
+// During its lifetime, rounds to nearest and keeps subnormal numbers, regardless of torch.set_flush_denormal.
 struct ExactArithmetic {
 #if defined(__x86_64__)
   ExactArithmetic() : saved(_mm_getcsr()) { _mm_setcsr(0x1f80); }

@@ -12,7 +12,7 @@ namespace {
 
 constexpr size_t kLine = 64, kHugePage = size_t{1} << 21;
 constexpr size_t kSmall = size_t{1} << 16;   // bytes: smaller blocks are left to the C library
-constexpr size_t kKeep = size_t{256} << 20;  // bytes: the most that a thread keeps
+constexpr size_t kKeep = size_t{256} << 20;  // bytes: the limit for the blocks that a thread keeps
 constexpr int kSlots = 8;
 
 ScratchBlock allocate(size_t bytes) {
@@ -20,7 +20,7 @@ ScratchBlock allocate(size_t bytes) {
   bytes = (bytes + alignment - 1) / alignment * alignment;
   void* const memory = std::aligned_alloc(alignment, bytes);
 #if defined(__linux__)
-  // Rows that are written in turn cover more small pages than the TLB holds.
+  // Rows that are written in turn are on more small pages than the TLB has entries.
   if (memory != nullptr && alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
   return {memory, bytes};

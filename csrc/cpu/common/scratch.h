@@ -8,7 +8,7 @@
 namespace cpr {
 
 struct ScratchBlock {
-  void* memory;  // uninitialised; aligned to a cache line, or to a huge page from two on; null: out of memory
+  void* memory;  // uninitialised; aligned to a cache line, or to a huge page if it has two or more; null: out of memory
   size_t bytes;
 };
 

@@ -6,7 +6,7 @@
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own headers: _mm512_undefined_ps
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // caused by headers of GCC 12: _mm512_undefined_ps
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif

@@ -1,5 +1,5 @@
-// One chunk of the memory and one block of queries: which entries count for which query, and their scores. Shared by
-// the forward pass and the gradient to the memory. Letters as in forward.cpp.
+// One chunk of the memory and one block of queries: which entries are in the sums of which query, and their scores.
+// Shared by the forward pass and the gradient to the memory. Letters as in forward.cpp.
 #pragma once
 
 #include "cpu/common/lanes.h"
@@ -19,7 +19,7 @@ struct Queries {
   T* panels;  // [blocks, D, kBlock]
 };
 
-// Which entries of a chunk count for which query of a block; bit i of a mask stands for lane i.
+// Which entries of a chunk are in the sums of which query of a block; bit i of a mask stands for lane i.
 struct Membership {
   bool all_present;                       // all entries are in the denominator, `present` is not filled
   bool none_positive;                     // none is in the numerator, `positive` is not filled

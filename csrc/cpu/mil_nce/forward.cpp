@@ -4,7 +4,7 @@
 // the memory.
 //
 // Each SIMD lane holds one query and memory values are broadcast. The memory is divided into at most kMaxSplits parts,
-// which depend on K alone and are merged in order: results depend neither on the number of threads nor on the batch.
+// which depend only on K and are merged in order: results depend neither on the number of threads nor on the batch.
 //
 // Letters in shapes: B queries, K memory entries, D width, P positives.
 #include <math.h>

@@ -61,7 +61,7 @@ CPR_HOST_DEVICE inline double stop_threshold(double epsilon, Size level) {
 constexpr double kNoError = std::numeric_limits<double>::max();  // before the first iteration
 
 // Returns how many inner iterations, at most `most`, to run before the next stop test. The error falls roughly
-// geometrically and ever more slowly, so extrapolation of its last ratio seldom goes beyond the stop. Where it does,
+// geometrically and ever more slowly, so extrapolation of its last ratio seldom goes beyond the stop. If it does,
 // the extra iterations are discarded: they cost time (8-11 % of the iterations on real clips) and do not change
 // results.
 CPR_HOST_DEVICE inline int block_length(double previous, double error, double threshold, int most) {

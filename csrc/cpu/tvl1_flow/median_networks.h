@@ -12,8 +12,8 @@ constexpr Wire kSort5[][2] = {{0, 1}, {3, 4}, {2, 4}, {2, 3}, {0, 3}, {0, 2}, {1
 constexpr Wire kMedian9[][2] = {{0, 1}, {1, 2}, {3, 4}, {4, 5}, {3, 4}, {7, 8}, {6, 7}, {2, 4}, {4, 6}, {2, 4}};
 constexpr int kMedian9Wire = 4;
 // Input: wires 5 r + c, with each column sorted. The network was pruned from sorts of the rows and a median of the 13
-// wires that can hold it, as far as all 6^5 inputs of zeros and ones with sorted columns still give the median (0-1
-// principle). 88 min/max operations remain.
+// wires that can hold it: comparators were removed while all 6^5 inputs of zeros and ones with sorted columns still
+// gave the median (0-1 principle). 88 min/max operations remain.
 constexpr Wire kMedian25[][2] = {{0, 1},   {3, 4},   {2, 3},   {0, 3},   {1, 4},   {1, 3},   {5, 6},   {8, 9},
                                  {7, 9},   {5, 8},   {6, 9},   {6, 8},   {6, 7},   {10, 11}, {13, 14}, {12, 14},
                                  {12, 13}, {10, 12}, {11, 14}, {11, 12}, {15, 16}, {17, 19}, {17, 18}, {15, 18},

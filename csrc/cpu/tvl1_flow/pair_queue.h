@@ -1,9 +1,9 @@
 // Frame pairs, divided among threads while they are solved.
 //
 // A pair takes from a fifth to several times the average, and on a machine with other load the threads are not equally
-// fast. So each thread takes its next pairs when it is done with the last ones, and a thread that finds none left
-// ends; the caller waits for the others in a blocking join. OpenMP, which torch uses, gives every thread an equal share
-// in advance and lets those that are done wait actively, which costs CPU time that another process could use.
+// fast. Therefore each thread takes more pairs when it has solved its previous ones, and ends when none are left;
+// the caller waits for the others in a blocking join. OpenMP, which torch uses, gives every thread an equal share in
+// advance, and threads that have finished wait actively, which uses CPU time that another process could use.
 #pragma once
 
 #include <algorithm>
@@ -36,15 +36,15 @@ class PairQueue {
   std::atomic<int64_t> next_{0};
 };
 
-// Calls work() in `threads` threads, the caller among them, and returns when all have ended. Fewer threads where the
-// system gives no more. work() must not throw.
+// Calls work() in `threads` threads, including the caller, and returns when all have ended. Uses fewer threads if the
+// system cannot create more. work() must not throw.
 template <class Work>
 void run_in_threads(int threads, const Work& work) {
   std::vector<std::thread> others;
   others.reserve(threads > 1 ? threads - 1 : 0);
   try {
     for (int i = 1; i < threads; ++i) others.emplace_back(work);
-  } catch (const std::system_error&) {  // a limit of the process: those that run do all of the work
+  } catch (const std::system_error&) {  // the limit of threads is reached: those that run do all the work
   }
   work();
   for (std::thread& other : others) other.join();

@@ -282,8 +282,8 @@ struct Job {
   std::atomic<bool> out_of_memory{false};
 };
 
-// The work of one thread: solves frame pairs, numbered over all clips in order, until none is left. Where the thread
-// gets two adjacent pairs, the pyramid of their common frame is used for both.
+// The work of one thread: solves frame pairs, numbered over all clips in order, until none is left. If the
+// thread gets two adjacent pairs, the pyramid of their common frame is used for both.
 void solve_pairs(Job& job) {
   const cpr_tvl1_args& a = job.args;
   try {

@@ -4,9 +4,8 @@
 //   on chip     The rows of a query fit the shared memory of a block. The survivors are bits in registers.
 //   in cache    The rows of a chunk stay in the L2 cache. The survivors are a list.
 //   refined     The rows are too long for both. Tensor cores compute approximate scores with a bound on their error.
-//   Each
-//               stage computes the canonical scores of the entries within that bound of its threshold, and decides by
-//               them.
+//               Each stage computes the canonical scores of the entries within that bound of its threshold, and
+//               uses them to decide.
 //
 // All routes are exact. The canonical score (float32 fused multiply-adds in the order of d) and the total order (score
 // descending, slot ascending) define indices and scores, and the results have the same bits as those of the CPU. With
@@ -30,7 +29,7 @@ const char* run_chunk(const Plan& plan, const Inputs<T>& in, bool approximate, i
     error = launch_tensor_scores<true>(plan, in, first, queries, chunk, stream);
   } else if (approximate) {
     error = launch_tensor_scores<false>(plan, in, first, queries, chunk, stream);
-  } else if (queries <= 32) {  // small tiles, so that every multiprocessor gets some
+  } else if (queries <= 32) {  // small tiles, so that every multiprocessor gets at least one
     error = launch_scores<4, 4>(plan, in, first, queries, chunk, stream);
   } else {
     error = launch_scores<8, 8>(plan, in, first, queries, chunk, stream);

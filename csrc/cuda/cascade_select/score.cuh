@@ -10,12 +10,13 @@
 namespace cpr {
 namespace {
 
-// Whether an entry takes no part: an empty slot, or the id of the query (id -1 of a query equals no live entry).
+// Returns whether an entry is excluded: an empty slot, or an entry with the id of the query (id -1 of a query matches
+// no non-empty slot).
 __device__ __forceinline__ bool excluded(const int64_t* memory_ids, int64_t id, int64_t own_id) {
   return memory_ids != nullptr && (id == -1 || id == own_id);
 }
 
-// Computes the canonical scores[u, b, k] of a tile of queries and slots; NaN for entries that take no part.
+// Computes the canonical scores[u, b, k] of a tile of queries and slots; NaN for excluded entries.
 template <typename T, int kThreadRows, int kThreadColumns>
 __global__ void __launch_bounds__(kTileThreads)
     score_kernel(const __grid_constant__ Plan plan, const T* queries, const T* memory, const int64_t* query_ids,

@@ -16,7 +16,7 @@ constexpr int kSelectThreads = 512;
 constexpr int kBuckets = 2048;
 constexpr int kBucketsPerThread = kBuckets / kSelectThreads;
 constexpr int kBucketBits = 11;
-constexpr int kCandidates = kSelectThreads;  // at most so many are ranked by comparing all pairs
+constexpr int kCandidates = kSelectThreads;  // up to this many are ranked by comparing all pairs
 static_assert(1 << kBucketBits == kBuckets);
 
 // The position of the k-th best: its bucket, and its place (1 = best) among the `population` of that bucket.
@@ -105,7 +105,7 @@ struct LinearBuckets {
   }
 
   __device__ unsigned operator()(float score) const {
-    const float position = (score - low) * scale;  // NaN (infinite score times scale 0): the last bucket, as all others
+    const float position = (score - low) * scale;  // NaN (infinite score times scale 0): the last bucket, like others
     const int from_low = position > 0 ? (position < kBuckets - 1 ? static_cast<int>(position) : kBuckets - 1) : 0;
     return kBuckets - 1 - from_low;
   }

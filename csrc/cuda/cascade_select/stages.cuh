@@ -1,5 +1,5 @@
-// The kernels that run all stages of one query in one block, on final scores or on scores that are refined where they
-// decide. Letters as in cascade_select.cu.
+// The kernels that run all stages of one query in one block, on final scores or on scores that are refined near a
+// threshold. Letters as in cascade_select.cu.
 #pragma once
 
 #include "cuda/cascade_select/plan.cuh"
@@ -10,7 +10,7 @@
 namespace cpr {
 namespace {
 
-// Scores that are final: compared as they are.
+// Final scores, which are compared without refinement.
 struct Final {
   template <typename Survivors>
   __device__ __forceinline__ uint64_t last_kept(const Survivors& survivors, unsigned keep, int u,
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kSelectThreads)
   write_best(plan, survivors, chunk.ranking, shared, chunk.indices, chunk.top_scores);
 }
 
-// As select_kernel, with scores that are refined.
+// Same as select_kernel, with scores that are refined.
 template <typename T>
 __global__ void __launch_bounds__(kSelectThreads)
     select_refined_kernel(const __grid_constant__ Plan plan, Chunk chunk, const T* queries, const T* memory,

@@ -3,8 +3,8 @@
 // The loss is computed like attention whose values are the keys. One pass over the memory (the scan) keeps for each row
 // and each split of the memory a running maximum, a sum of exponentials and the sum of keys weighted by them, for the
 // denominator ("all") and for the positives by id. A second kernel (the finish) merges the splits in order, adds the
-// own key and the explicit positives, and has all that the gradient needs. Splits depend on K alone and no float is
-// added atomically, so the result of a row does not depend on its batch or on scheduling.
+// own key and the explicit positives, and computes the gradient from the same sums. Splits depend only on K and no
+// float is added atomically, so the result of a row does not depend on its batch or on scheduling.
 //
 // Features of 16 bits and width 128 or 512 are scanned on tensor cores (tensor_scan.cuh), all others in float32
 // (scan.cuh).

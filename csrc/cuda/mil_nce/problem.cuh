@@ -1,5 +1,5 @@
-// Shared by the scans and the finish of mil_nce: which slots count for a query, the splits of the memory, and the
-// layout of the results of a scan. Letters as in mil_nce.cu.
+// Shared by the scans and the finish of mil_nce: which slots are in the sums of a query, the splits of the memory, and
+// the layout of the results of a scan. Letters as in mil_nce.cu.
 #pragma once
 
 #include "cuda/common/launch.cuh"

@@ -44,7 +44,7 @@ constexpr float kWeightScale = 1.0f;
 template <>
 constexpr float kWeightScale<__half> = 32768.0f;
 
-// The running logsumexp and weighted sum of keys of one group, as Running in scan.cuh, in the layout of the products.
+// The running logsumexp and weighted sum of keys of one group, like Running in scan.cuh, in the layout of the products.
 template <typename T, int kWidth>
 struct TensorRunning {
   using Shape = ScanShape<kWidth>;
@@ -97,7 +97,7 @@ struct TensorRunning {
     }
   }
 
-  // Takes over the greatest maxima of all warps and rescales the sums; returns the references that weights are relative
+  // Reads the greatest maxima of all warps and rescales the sums; returns the references that weights are relative
   // to.
   __device__ __forceinline__ void take_maxima(const Shared& shared, float (&reference)[kRowPieces][2]) {
     float rescale[kRowPieces][2];

@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(ScanShape<kWidth>::kThreads, kScanBlocks<kWidt
   int tile = 0;
   for (int64_t key0 = begin; key0 < end; key0 += Shape::kKeys, ++tile) {
     wait_for_copies<0>();
-    __syncthreads();  // the copy of this tile is complete, and all have used the tile before
+    __syncthreads();  // the copy of this tile is complete, and all warps have used the previous tile
     const auto& keys = shared.keys[tile % 2];
     const auto& ids = shared.ids[tile % 3];
     if (key0 + Shape::kKeys < end) {

@@ -20,7 +20,8 @@ struct Buffers {
 
 __host__ __device__ inline int64_t aligned(int64_t bytes) { return round_up(bytes, 256); }
 
-// Assigns the arrays one after another, from `base`; returns what they take. With a null base it only measures.
+// Assigns the arrays one after another, from `base`; returns their size in bytes. With a null base it only
+// computes the size.
 __host__ __device__ inline int64_t lay_out(const cpr_tvl1_args& a, int64_t pyramid_pixels, char* base, Buffers* out) {
   const Size finest = {static_cast<int>(a.H), static_cast<int>(a.W)};
   const int64_t pixels = a.H * a.W, bordered = (a.H + 2 * kBorder) * (a.W + 2 * kBorder);
@@ -63,7 +64,7 @@ __device__ inline Level level_at(const cpr_tvl1_args& a, int scale) {
   return level;
 }
 
-// The pair of a team as one block sees it. All threads of all blocks of the team call the methods together. A method
+// One block's view of the pair of its team. All threads of all blocks of the team call the methods together. A method
 // whose results other blocks read ends with the barrier of the team. The steps are not inlined, because together they
 // spill.
 class Solver {

@@ -6,8 +6,8 @@
 // the next pair starts as soon as one has converged. Teams are as large as the device can keep resident for the number
 // of pairs. Sums run over the tiles in order, so results depend neither on the size of a team nor on scheduling.
 //
-// Operations and rounding are those of the CPU kernel. Only the error sum adds in another order, which changes the
-// result where the sum is within rounding of the threshold of the stop test.
+// Operations and rounding are those of the CPU kernel. Only the error sum is added in another order, which changes the
+// result if the sum is within rounding of the threshold of the stop test.
 #include <algorithm>
 
 #include "cpr_fast.h"
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Returns the number of blocks for each pair: the one with the shortest total time if all pairs take equally long, the
-// least such number. At most one block per tile of the finest level, because more would be idle.
+// Returns the number of blocks for each pair: the smallest number with the shortest total time, if all pairs take
+// equally long. At most one block per tile of the finest level, because more would be idle.
 int team_size(int64_t pairs, int resident, int tiles) {
   int best = 1;
   double least = 0;
