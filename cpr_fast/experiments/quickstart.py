@@ -1,7 +1,7 @@
 """The quick start: synthetic videos, flow, InfoNCE, CPR, retrieval and report, in one command.
 
-It calls the functions of the single commands one after another. Finished parts are reused, so an interrupted quick
-start continues where it stopped. Its settings are in `quickstart.toml` beside this file.
+It calls the functions of the individual commands one after another. Finished parts are reused, so an interrupted quick
+start continues where it stopped. Its settings are in `quickstart.toml` in the folder of this file.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """`cpr-fast reproduce TABLE`: trains and evaluates the recipes of a table of the paper on a given index.
 
-A row of `published.toml` names its recipe in configs/. The row becomes a chain of pretrainings: the InfoNCE start that
-the recipe names, if any, then its cycles; for the row of an inner cycle only up to that cycle. Each cycle is a run that
-starts from the previous one, as within one run. Runs are named by a digest of everything they depend on, so rows and
-tables that have a run in common share it, and a stopped run is continued. The result of a row and seed is stored as a
+A row of `published.toml` names its recipe in configs/. For each row, a chain of pretrainings is run: first the
+InfoNCE pretraining that the recipe starts from, if any, then the cycles of the recipe. If the row reports an earlier
+cycle, the chain ends with that cycle. Each cycle is a run that starts from the weights of the previous one, as it would
+within a single run. Runs are named by a digest of everything they depend on. A run that several rows or tables need is
+therefore trained once, and a stopped run is continued. The result of a row and seed is stored as a
 card, and is not computed again.
 """
 
@@ -39,14 +40,14 @@ from cpr_fast.weights.checkpoint import LAST
 CONFIGS = Path(__file__).parents[1] / "configs"
 STARTS = ("infonce_ucf101",)  # recipes that other recipes start from, by the name of their checkpoint
 FIXED = {"schedule": None, "mining": None, "loss": None, "data": ("index", "split"), "run": ("out", "seed")}
-TASKS = {"probe": 1, "finetune": 10}  # crops of every window; IIC's protocol uses one
+TASKS = {"probe": 1, "finetune": 10}  # number of crops per window; IIC's protocol uses one
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much smaller a reproduction is than the paper's experiment.
+    """The scale of a reproduction relative to the paper's experiment.
 
     Attributes:
         epochs: Fraction of the epochs of every training, 0 < epochs <= 1; at least one epoch is trained.
@@ -92,7 +93,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Step:
-    """One pretraining of a chain; `name` identifies what it computes, except for the seed."""
+    """One pretraining of a chain. `name` identifies everything that it computes, except for the seed."""
 
     config: Config
     name: str
@@ -142,12 +143,12 @@ def reproduce(
     out: Path = Path("runs/reproduce"),
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Trains and evaluates rows of a table. Everything that could be missing is checked before anything is trained.
+    """Trains and evaluates rows of a table. Before the first training, checks that nothing required is missing.
 
     Args:
         table: A name or number of `published.toml`.
         index: The index used as UCF101, for pretraining and for all evaluations except those on HMDB51.
-        rows: Names of rows; by default all that the given data sets allow.
+        rows: Names of rows; by default all rows that can be computed from the given data sets.
         hmdb51, k400: Indexes used as these data sets; without one, the rows and columns that need it are left out.
         out: The runs are written to OUT/runs, a card per row and seed to OUT/cards, and the table to OUT/TABLE.md.
     Returns:
@@ -204,7 +205,7 @@ def _jobs(table: PublishedTable, data: Mapping[str, Path], rows: Sequence[str], 
 
 
 def _chain(row: PublishedRow, scale: Scale, index: Path) -> list[Step]:
-    """Returns the pretrainings of a row; `model.init` of one that starts from the previous one is PREVIOUS."""
+    """Returns the pretrainings of a row. If one starts from the previous one, its `model.init` is PREVIOUS."""
     recipe = load(CONFIGS / f"{row.config}.toml")
     config = scale.apply(recipe)
     chain: list[Step] = []

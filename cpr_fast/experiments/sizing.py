@@ -1,4 +1,4 @@
-"""A recipe sized to a data set: memory, batch, epochs and network follow from the number of videos and the machine.
+"""A recipe sized to a data set: memory, batch, epochs and network depend on the number of videos and the machine.
 
 The published recipes assume ten thousand videos and two GPUs. On a few dozen videos their memory never fills, so that
 nothing is learnt; on a CPU they take months.
@@ -15,13 +15,13 @@ from cpr_fast.data.index.index import Index, Video
 from cpr_fast.errors import InputError
 
 CPU_STEPS, GPU_STEPS = 1200, 100_000  # optimiser steps of all cycles together
-MIN_VIDEOS = 8  # of two sources; fewer leave no memory to compare a batch with
+MIN_VIDEOS = 8  # from at least two sources; with fewer, no memory remains to compare a batch with
 RATIO = 0.5  # fraction of the entries that each stage of the cascade keeps
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the size of a recipe depends on."""
+    """The properties of the data and the machine that determine the size of a recipe."""
 
     videos: int
     sources: int
@@ -35,7 +35,7 @@ class Facts:
     def of(cls, index: Index, *, cores: int, gpu: bool) -> Facts:
         """Counts the training videos of an index: those of the split "train", or all if the index has no splits.
 
-        Raises InputError for an index that nothing can be learnt from.
+        Raises InputError for an index from which nothing can be learnt.
         """
         split = "train" if any(video.split for video in index) else ""
         videos: Sequence[Video] = [video for video in index if not split or video.split == split]
@@ -52,7 +52,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Sized:
-    """A recipe as TOML text with its reasons, the same as a config, and the optimiser steps of all cycles."""
+    """A recipe as TOML text that explains its values, the same recipe as a config, and its number of optimiser
+    steps."""
 
     text: str
     config: Config
@@ -64,7 +65,7 @@ def sized_recipe(facts: Facts, index: str, out: str) -> Sized:
 
     Args:
         facts: Number of videos and sources, and the machine.
-        index: Path of the index, as the recipe shall name it.
+        index: Path of the index, as it is written into the recipe.
         out: The run folder.
     """
     if facts.gpu:
@@ -102,7 +103,7 @@ def sized_recipe(facts: Facts, index: str, out: str) -> Sized:
 
 
 def _second_view(facts: Facts) -> tuple[str, str]:
-    """Returns the view beside RGB and the setting data.flow."""
+    """Returns the second view, used in addition to RGB, and the setting data.flow."""
     if facts.with_flow == facts.videos:
         return "flow", "stored"
     return ("flow", "on_the_fly") if facts.gpu else ("residual", "stored")

@@ -1,8 +1,9 @@
-"""The mining lab: measures the mining of any cascade on stored features of two views, without training.
+"""The mining lab: measures the mining quality of any cascade on stored features of two views, without training.
 
 The settings are those of Tables 1, 2 and 4 of the paper.
 
-Every row queries all others; its own row and its siblings are excluded by ids, as in pretraining.
+Every row is used as a query for all other rows. The row itself and its siblings are excluded by their ids, as in
+pretraining.
 Letters: N rows, D feature width, n stages, K memory entries (here N), P positives mined per query.
 """
 
@@ -74,7 +75,7 @@ def load_two_view_features(path: str | Path, *, raw: bool = False) -> TwoViewFea
             raise InputError(f"{path}: {view}: expected floating point [N, D], got {_describe(arrays[view])}")
         if arrays[view].shape != arrays["rgb"].shape:
             raise InputError(f"{path}: flow: expected the shape of rgb {arrays['rgb'].shape}, got {arrays[view].shape}")
-        with np.errstate(over="ignore"):  # values that overflow are found below
+        with np.errstate(over="ignore"):  # values that overflow become infinite and are rejected below
             features[view] = torch.from_numpy(arrays[view].astype(np.float32))
         broken = (~features[view].isfinite()).any(1).nonzero().flatten()
         if len(broken):
@@ -106,12 +107,13 @@ def sweep(
     """Measures the mining quality of every combination of the settings; the stages vary fastest.
 
     Args:
-        stages: n; the ranking starts and ends in the view that is not the query's (n odd).
+        stages: n. The last stage ranks in the view that is not the query's; for an odd n, the first one does so too.
         ratios: r in (0, 1]: stage s < n keeps ``max(top_k, int(N * r**s))``.
-        top_ks: P, what the last stage keeps, at most N.
-        orders: views of the stages as letters, "frf" = flow, RGB, flow; given, they replace stages and query views.
-        details: also measure what each stage keeps and loses, and the proxies that need no labels; ten times slower.
-            Without any label the details are always measured, because nothing else can be.
+        top_ks: P, the number of entries that the last stage keeps, at most N.
+        orders: views of the stages as letters: "frf" is flow, RGB, flow. If given, the numbers of stages and the query
+            views follow from them.
+        details: also measure the precision and recall of each stage, and the proxies that need no labels; ten times
+            slower. If no row has a label, the details are always measured, because all other rates need labels.
     Returns:
         Rows of `stages`, `ratio`, `top_k`, `query_view`, `order`, and as fractions (None where no label is known):
         `pmr`, `r1` (the first mined entry is a true positive), `cmr_median` and `cmr_mean` over classes (unit source),
@@ -148,7 +150,7 @@ def view_order(query_view: View, stages: int) -> str:
 
 
 def query_view(order: str) -> View:
-    """Returns the view whose training uses a cascade of this order: the view that it does not end in."""
+    """Returns the view of the queries for a cascade of this order: the view that its last stage does not use."""
     return "rgb" if order.endswith("f") else "flow"
 
 
@@ -169,7 +171,8 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def survivors_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Returns a table of what the deepest cascade of detailed `sweep` rows keeps after each stage, in percent."""
+    """Returns a table of precision and recall after each stage, in percent, for the deepest cascade of detailed
+    rows."""
     row = max(rows, key=lambda row: row["stages"])
     names = {"r": "RGB", "f": "flow"}
     caption = f"survivors of {row['order']}, ratio {row['ratio']:g}, top-{row['top_k']}, in percent"
@@ -185,7 +188,7 @@ def survivors_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 @dataclass(frozen=True)
 class Cascade:
-    """A cascade over rows of features that query one another."""
+    """A cascade over rows of features, in which every row can be a query and an entry of the memory."""
 
     features: Tensor  # [2, N, D] float32: RGB, flow
     ids: Tensor  # [N] int64, equal for siblings
@@ -193,14 +196,14 @@ class Cascade:
     keep: Sequence[int]  # n
 
     def mine(self, rows: Tensor) -> Tensor:
-        """Returns what the cascade mines for the queries at these rows: [len(rows), P] int64, -1 where fewer remain."""
+        """Returns the entries mined for the queries at these rows: [len(rows), P] int64, -1 where fewer remain."""
         queries = self.features[:, rows]
         return cascade_select(
             queries, self.features, self.views, self.keep, query_ids=self.ids[rows], memory_ids=self.ids
         )[0]
 
     def details(self, rows: Tensor, mined: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Returns the rates of each query that `MiningQuality` does not have, {name: [len(rows)]}; labels is [N]."""
+        """Returns the rates of each query that `MiningQuality` does not compute: {name: [len(rows)]}; labels is [N]."""
         ids = {"query_ids": self.ids[rows], "memory_ids": self.ids}
         query_view = self.features[1 - self.views[-1]]
         survivors = survivor_rates(
@@ -214,7 +217,7 @@ class Cascade:
 
 
 def _mine_all(cascade: Cascade, data: TwoViewFeatures, details: bool) -> dict[str, float | None]:
-    """Returns `MiningQuality.summary` of one cascade in which all rows query one another."""
+    """Returns `MiningQuality.summary` of one cascade, with every row as a query for all other rows."""
     device = cascade.features.device
     labels, quality = data.labels.to(device), None
     for rows in torch.arange(len(labels), device=device).split(QUERY_CHUNK):

@@ -1,12 +1,12 @@
 """Proxies of mining quality that need no labels: view agreement, mutual neighbours, age of the mined entries.
 
-Hubness, another one, is in `quality`.
+A further proxy, hubness, is in `quality`.
 
 Everything runs on the device of its inputs without synchronising with the host.
 Letters: B queries, K memory slots, D feature width, P positives mined per query.
-A cascade ranks its last survivors in the *other* view. Both agreement rates use the *query* view, which did not rank
-them: on the features of `bench/results/mining_lab.md` they order the cascades as PMR does; in the ranking view they do
-not.
+The last stage of a cascade ranks its survivors in the *other* view. View agreement and mutual neighbours are therefore
+computed in the *query* view. On the features of `bench/results/mining_lab.md`, they then order the cascades in the same
+way as PMR; computed in the ranking view, they do not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from cpr_fast.ops import cascade_select
 
 
 def view_agreement(queries: Tensor, memory: Tensor, mined: Tensor, *, query_ids: Tensor, memory_ids: Tensor) -> Tensor:
-    """Returns how near the mined entries are in a view that did not rank them: [B] float32, .5 by chance.
+    """Returns how near the mined entries are in a view that did not rank them: [B] float32 in 0..1, .5 for random
+    mining.
 
     NaN where nothing was mined. For one query it is the mean over its mined entries x of::
 
@@ -44,9 +45,10 @@ def mutual_neighbours(
 ) -> Tensor:
     """Returns the share of the mined entries whose own P nearest entries include the query: [B] float32.
 
-    NaN where nothing was mined. The nearest entries of an entry are those that it may mine itself: the memory without
-    its own source. Whether the queries are in the memory or not, an entry counts if the query is at least as near as
-    its P-th nearest entry, up to the rounding of a float32 dot product. The arguments are those of `view_agreement`.
+    NaN where nothing was mined. The nearest entries of an entry are searched in the memory without the entries of its
+    own source, because an entry may not mine those. Whether the queries are in the memory or not, an entry counts if
+    the query is at least as near as its P-th nearest entry, up to the rounding of a float32 dot product. The arguments
+    are those of `view_agreement`.
     Cost: a one-stage `cascade_select` of B * P queries.
     """
     slots = mined.clamp(min=0).flatten()
@@ -65,12 +67,12 @@ def mined_age(mined: Tensor, written_at: Tensor, step: int) -> Tensor:
 
     Args:
         written_at: [K] int64, the step in which each slot was written.
-        step: The present step.
+        step: The current step.
     """
     return _mean_over_mined((step - written_at[mined.clamp(min=0)]).float(), mined)
 
 
 def _mean_over_mined(values: Tensor, mined: Tensor) -> Tensor:
-    """Returns the mean over P without the padding: [B, P] -> [B]."""
+    """Returns the mean over the P mined entries, ignoring padding: [B, P] -> [B]."""
     there = mined >= 0
     return (values * there).sum(1) / there.sum(1)

@@ -2,7 +2,8 @@
 
 Everything runs on the device of its inputs without synchronising with the host, except `MiningQuality.summary`.
 Letters: B queries, P positives mined per query, K memory slots, N videos of the index, C classes, U units.
-Labels are class numbers, -1 where unknown. A query's own video and its siblings never appear: mining excludes them.
+Labels are class numbers, -1 where unknown. The mined entries never include the query's own video or its siblings,
+because mining excludes them.
 """
 
 from __future__ import annotations
@@ -81,8 +82,9 @@ def class_mining_rate(found: Tensor, unit_class: Tensor, num_classes: int) -> Te
 def class_units(labels: Tensor, sources: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
     """Returns the units that CMR counts: the unit of every video [N] int64, and the class of every unit [U] int64.
 
-    A "source" is the pair of class and source id, so one source cut into clips of two classes is a unit of each.
-    The paper's printed rates are multiples of 1/18, the source groups per class of UCF101: its unit is the source.
+    For "source", a unit is a pair of class and source id, so a source that was cut into clips of two classes is a unit
+    of each class. The rates printed in the paper are multiples of 1/18, and 18 is the number of source groups per class
+    of UCF101; hence the unit of the paper is the source.
     """
     if unit not in ("source", "video"):
         raise ValueError(f"unit: expected 'source' or 'video', got {unit!r}")
@@ -104,7 +106,8 @@ def mined_counts(mined: Tensor, size: int) -> Tensor:
 def hubness(counts: Tensor) -> Tensor:
     """Returns the skewness of how often the entries were mined: 0-d float32, NaN if all are equal.
 
-    Around 0 all entries are mined about equally often; far above 1 a few hubs are mined for most queries.
+    A value near 0 means that all entries are mined about equally often. A value far above 1 means that a few entries
+    (hubs) are mined for most queries.
     Source: Radovanovic et al., JMLR 2010.
     """
     spread = counts.double() - counts.double().mean()
@@ -112,13 +115,14 @@ def hubness(counts: Tensor) -> Tensor:
 
 
 def hub_share(counts: Tensor) -> Tensor:
-    """Returns the share of all mined entries that fall on the 1 % (at least one) mined most often: 0-d float32."""
+    """Returns the share of all minings that select one of the 1 % (at least one) most often mined entries: 0-d
+    float32."""
     hubs = max(1, round(HUB_SHARE * len(counts)))
     return counts.topk(hubs).values.sum() / counts.sum()
 
 
 class MiningQuality:
-    """Accumulates the mining quality of an epoch on the device: PMR, mining R@1, CMR, hubness and further means.
+    """Accumulates the mining quality of an epoch on the device: PMR, mining R@1, CMR, hubness and further rates.
 
     Args:
         labels: [N] int64 class of every video of the training index, -1 where unknown.
@@ -127,8 +131,7 @@ class MiningQuality:
         extra: Names of further rates per query that `update` will be given.
 
     Processes combine their results by summing `totals`, `counts`, `right` and `right_of_class` and by taking the
-    maximum of
-    each tensor in `found`.
+    maximum of each tensor in `found`.
     """
 
     def __init__(
@@ -149,7 +152,7 @@ class MiningQuality:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the epoch."""
+        """Resets the accumulated values for a new epoch."""
         device = self.labels.device
         # The sum of each rate, and the number of queries it was counted for; float64 is exact for epochs of any length.
         self.totals = torch.zeros(2, len(self.names), dtype=torch.float64, device=device)
@@ -169,7 +172,7 @@ class MiningQuality:
         Args:
             mined_videos: [B, P] int64 videos of the mined slots, -1 for padding, best first.
             query_videos: [B] int64.
-            extra: {name: [B] float32} of the names given at the start, NaN where a query has none.
+            extra: {name: [B] float32} for the names given to the constructor, NaN where a query has no value.
         """
         if mined_videos.shape[1] > self.top_k:
             raise ValueError(f"mined_videos: expected [B, P] with P <= {self.top_k}, got {list(mined_videos.shape)}")
@@ -195,11 +198,12 @@ class MiningQuality:
         return class_mining_rate(self.found[unit].bool(), self._units[unit][1], self.num_classes)
 
     def summary(self) -> dict[str, float | None]:
-        """Returns the results of the epoch on the host (one synchronisation); None where unknown, as without labels.
+        """Returns the results of the epoch on the host (one synchronisation); None where unknown, for example without
+        labels.
 
         `pmr`, `mining_r1` and the extra rates: means over queries. `cmr_median`, `cmr_mean` (unit source) and
-        `cmr_median_video`: over classes. `hubness` over videos, `hub_share` of the 1 % mined most often, `mined_share`
-        of the videos that were mined at all.
+        `cmr_median_video`: over classes. `hubness`: over videos. `hub_share`: the share of the minings that select one
+        of the 1 % most often mined videos. `mined_share`: the share of the videos that were mined at least once.
         """
         source, video = self.class_rates("source"), self.class_rates("video")
         means = self.totals[0] / self.totals[1]
@@ -211,11 +215,11 @@ class MiningQuality:
         return {name: None if math.isnan(value) else value for name, value in zip(names, values, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch so far."""
+        """Returns the values accumulated in the epoch so far."""
         return {name: getattr(self, name) for name in (*_SUMS, "found")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict`."""
+        """Restores the values of a `state_dict`."""
         for name in _SUMS:
             getattr(self, name).copy_(state[name])
         for unit, found in state["found"].items():
@@ -223,5 +227,5 @@ class MiningQuality:
 
 
 def _median(rates: Tensor) -> Tensor:
-    """The median over classes with units; the mean of the middle two for an even count. NaN for none."""
+    """Returns the median over classes with units (mean of the middle two for an even number), NaN if there are none."""
     return torch.nanquantile(rates, 0.5) if len(rates) else torch.tensor(float("nan"), device=rates.device)

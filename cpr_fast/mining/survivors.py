@@ -46,8 +46,8 @@ def survivor_rates(
     Returns:
         {"pmr_chance": [B], "survivor_precision_s": [B], "survivor_recall_s": [B], for s = 1..n} float32; NaN where
         nothing is known. Entries of unknown label are not counted.
-    Cost: one cascade of s stages for every s < n, since the survivors of a stage are the result of a cascade that ends
-    there.
+    Cost: one additional cascade of s stages for every s < n, because the survivors of stage s are computed as the
+    result of the cascade that consists of the first s stages.
     """
     allowed = candidates(query_ids, memory_ids) & (memory_labels >= 0) & (query_labels >= 0)[:, None]  # [B, K]
     right = (allowed & (memory_labels == query_labels[:, None])).sum(1)  # |T|, [B]

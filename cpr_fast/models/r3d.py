@@ -34,7 +34,7 @@ class PaddedConv3d(nn.Conv3d):
 
 
 class JointConv(nn.Module):
-    """The convolution of R3D: k_t x k x k, without bias, "same" padding."""
+    """The convolution of R3D: k_t x k x k, without bias, with "same" padding."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]):
         super().__init__()
@@ -48,7 +48,7 @@ class JointConv(nn.Module):
 class SplitConv(nn.Module):
     """The convolution of R(2+1)D: 1 x k x k, BatchNorm, ReLU, k_t x 1 x 1, without bias.
 
-    The number of channels between the two is chosen so that there are as many weights as in the joint convolution
+    The number of channels between the two convolutions is chosen such that both have as many weights as `JointConv`
     [Tran et al. 2018, section 3.5].
     """
 
@@ -90,7 +90,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualLayer(nn.Module):
-    """A layer of one block. The class exists for its parameter names, by which checkpoints of IIC are loaded."""
+    """A layer of one block. The class exists only to give parameters the names that they have in checkpoints of IIC."""
 
     def __init__(self, conv: type[nn.Module], in_channels: int, out_channels: int, halve: bool) -> None:
         super().__init__()
@@ -130,13 +130,14 @@ R2Plus1D = partial(ResNet3D, SplitConv)
 
 
 class C3D(nn.Module):
-    """Eight 3x3x3 convolutions with bias, BatchNorm and ReLU, four max pools: 27.66 M parameters at width 1.
+    """Eight 3x3x3 convolutions with bias, each followed by BatchNorm and ReLU, and four max pools: 27.66 M parameters
+    at width 1.
 
     Args:
         width: multiplies every channel count, each rounded to a multiple of 8.
     """
 
-    # Name of each convolution and its output channels; a pool follows those of `_POOLED`.
+    # Name of each convolution and its output channels. A max pool follows each convolution listed in `_POOLED`.
     _CONVS = {"1": 64, "2": 128, "3a": 256, "3b": 256, "4a": 512, "4b": 512, "5a": 512, "5b": 512}
     _POOLED = {"1": (1, 2, 2), "2": (2, 2, 2), "3b": (2, 2, 2), "4b": (2, 2, 2)}
 

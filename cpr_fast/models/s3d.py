@@ -22,7 +22,7 @@ _MIXED = {
     "Mixed_5b": (256, 160, 320, 32, 128, 128),
     "Mixed_5c": (384, 192, 384, 48, 128, 128),
 }
-_CHANNEL_MULTIPLE = 8  # of scaled channel counts: whole SIMD vectors and tensor-core tiles
+_CHANNEL_MULTIPLE = 8  # scaled channel counts are multiples of 8, to fill SIMD vectors and tensor-core tiles
 
 
 class BasicConv3d(nn.Module):
@@ -84,7 +84,8 @@ class SelfGating(nn.Module):
 
 
 class SepInception(nn.Module):
-    """Four parallel branches, gated or not, concatenated along the channels; `channels` as in `_MIXED`."""
+    """Four parallel branches, optionally gated, concatenated along the channels; `channels` has the form of
+    `_MIXED`."""
 
     def __init__(self, in_channels: int, channels: tuple[int, ...], gating: bool = False) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """The S3D-G of MIL-NCE, trained on HowTo100M [Miech et al. 2020, arXiv:1912.06430], for its published weights.
 
 It differs from S3D-G in three ways: the stem folds 2 x 2 x 2 pixels into channels, the second convolution is gated too,
-and poolings use TensorFlow's "SAME" padding (an odd number of zeros has one more at the end). It was trained on pixels
-in 0..1.
+and poolings use TensorFlow's "SAME" padding (if the number of zeros is odd, the end gets one more than the start). It
+was trained on pixels in 0..1.
 
 Letters: N clips, T frames, H x W pixels.
 """

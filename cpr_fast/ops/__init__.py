@@ -1,7 +1,7 @@
-"""The operators for the CPU and CUDA: positive mining, its loss and optical flow; and a module of a queue and the loss.
+"""The operators for the CPU and CUDA: positive mining, its loss and optical flow; and a module that holds a queue.
 
-Each operator is `torch.ops.cpr_fast.*` and has a plain PyTorch reference beside it, `*_ref`. Any module may import this
-package; it imports torch and nothing else.
+Each operator is registered as `torch.ops.cpr_fast.*` and has a reference in plain PyTorch, named `*_ref`. Any module
+may import this package; it imports torch and nothing else.
 """
 
 from cpr_fast.ops.cascade_select import cascade_select, cascade_select_ref

@@ -42,7 +42,8 @@ def check_tensor(name: str, value: Any, dtypes: Sequence[torch.dtype], shape: st
 
 
 def check_int64(name: str, value: Any, shape: Sequence[int], like: Tensor, owner: str) -> None:
-    """Raises unless `value` is None or a dense int64 tensor of this shape on the device of `like`, argument `owner`."""
+    """Raises unless `value` is None or a dense int64 tensor of this shape on the device of `like`, the argument
+    `owner`."""
     if value is None:
         return
     if not isinstance(value, Tensor):
@@ -95,7 +96,8 @@ def integer(name: str, value: Any) -> int:
 
 
 def integers(name: str, values: Any) -> list[int]:
-    """Returns a sequence of integers as a list. A tensor or an array is converted; one on CUDA waits for the device."""
+    """Returns a sequence of integers as a list. Converts tensors and arrays; waits for the device if a tensor is on
+    CUDA."""
     if type(values) in (list, tuple) and all(type(value) is int for value in values):
         return list(values)
     listed = values.tolist() if hasattr(values, "tolist") else values
@@ -105,7 +107,7 @@ def integers(name: str, values: Any) -> list[int]:
 
 
 def number(name: str, value: Any) -> float:
-    """Returns `value`, a real number. Raises TypeError for bool, str, None, tensors and all else."""
+    """Returns `value`, a real number. Raises TypeError for bool, str, None, tensors and all other types."""
     if isinstance(value, float | torch.SymFloat):
         return value
     if isinstance(value, numbers.Real | torch.SymInt) and not isinstance(value, bool):
@@ -114,7 +116,8 @@ def number(name: str, value: Any) -> float:
 
 
 def readable(value: Tensor) -> bool:
-    """Whether the values can be read without waiting for a device: neither CUDA, nor traced, nor under torch.func."""
+    """Returns whether values can be read without waiting for a device: not on CUDA, not traced, not under
+    torch.func."""
     return (
         not torch.compiler.is_compiling()
         and value.device.type == "cpu"

@@ -1,7 +1,7 @@
-"""Registers rules for `torch.vmap` with the operators, and holds what the rules share.
+"""Registers rules for `torch.vmap` with the operators, and contains the helper functions of the rules.
 
-A rule folds the mapped dimension into one that the operator has already where it can, which costs one call; otherwise
-it calls the operator once for each slice.
+Where possible, a rule merges the mapped dimension into an existing dimension of the operator and makes a single call.
+Otherwise it calls the operator once for each slice.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ _LIBRARY = torch.library.Library("cpr_fast", "IMPL")  # a registration lasts as 
 def register(name: str, rule: Callable) -> None:
     """Registers `rule(info, in_dims, *arguments) -> (outputs, out_dims)` for operator `cpr_fast::name`.
 
-    The same as `torch.library.register_vmap`, but functorch is imported on the first use: it takes longer to import
-    than the rest of `cpr_fast.ops`.
+    Does the same as `torch.library.register_vmap`, but imports functorch only on the first use: it takes longer to
+    import than the rest of `cpr_fast.ops`.
     """
 
     def batched(keyset, *arguments):

@@ -31,20 +31,21 @@ def cascade_select(
     """Returns the memory entries that survive n stages of similarity selection, best first.
 
     Stage s compares in view `views[s]` and keeps the `min(keep[s], survivors)` best entries in the order (score
-    descending, slot ascending). The score is the dot product as one float32 chain `acc = fma(q[d], k[d], acc)`, so the
-    result has the same bits on every device, for every batch size and number of threads.
+    descending, slot ascending). The score is the dot product, computed in float32 as one chain
+    `acc = fma(q[d], k[d], acc)`. The result is therefore bitwise equal on all devices, for every batch size and number
+    of threads.
 
     Args:
         queries: [V, B, D] float32, bfloat16 or float16, any strides: the features of the queries in each view.
         memory: [V, K, D] of the same dtype and device.
         views: n ints in 0..V-1, the view that each stage compares in.
         keep: n ints >= 1, non-increasing: how many entries each stage keeps. May exceed K.
-        query_ids: [B] int64, the source of each query; -1 equals nothing. Requires memory_ids.
+        query_ids: [B] int64, the source of each query; -1 is not equal to any id. Requires memory_ids.
         memory_ids: [K] int64, the source of each entry; -1 marks an empty slot. Entries that are empty, that have the
-            id of the query or a NaN score in a compared view leave before the first stage.
+            id of the query or a NaN score in a compared view are removed before the first stage.
         precision: "fp32" is exact, as above. "bf16" is approximate on CUDA, where tensor cores score features rounded
-            to bfloat16 (about 99 % of the top 5 of random unit vectors stay, and 94 % of the rows), and exact on the
-            CPU.
+            to bfloat16 (for random unit vectors, about 99 % of the top-5 entries, and 94 % of all rows, are the same as
+            with "fp32"), and exact on the CPU.
 
     Returns:
         indices [B, keep[-1]] int64 and scores [B, keep[-1]] float32 in the order of the last stage; -1 and -inf where
@@ -68,7 +69,7 @@ def cascade_select(
         if queries.requires_grad or memory.requires_grad:
             return _operator(queries.detach(), memory.detach(), *arguments[2:])
         return _operator(*arguments)
-    except Exception:  # the operator checks as well; checking before each call would add a tenth to a small selection
+    except Exception:  # the operator checks too; checking before each call would make a small selection 10 % slower
         _check(*arguments)
         raise
 
@@ -115,7 +116,7 @@ def _fake(queries, memory, views, keep, query_ids, memory_ids, precision):
 
 
 def _map(info, in_dims, queries, memory, views, keep, query_ids, memory_ids, precision):
-    """The rule for torch.vmap: one call for all slices of the queries where they share a memory."""
+    """The rule for torch.vmap: a single call for all slices of the queries if they share a memory."""
     arguments, size = (queries, memory, views, keep, query_ids, memory_ids, precision), info.batch_size
     of_queries, of_memory, _, _, of_query_ids, of_memory_ids, _ = in_dims
     if of_memory is not None or of_memory_ids is not None:
@@ -130,7 +131,7 @@ _vmap.register("cascade_select", _map)
 
 
 def _check(queries, memory, views, keep, query_ids, memory_ids, precision) -> None:
-    """Raises the error of the first bad argument. Reads shapes and types only, never values on a device."""
+    """Raises an error for the first invalid argument. Reads shapes and types only, never values on a device."""
     _checks.check_tensor("queries", queries, _DTYPES, "[V, B, D]", 3)
     _checks.check_tensor("memory", memory, _DTYPES, "[V, K, D]", 3)
     _checks.check_device("queries", queries, "cascade_select")

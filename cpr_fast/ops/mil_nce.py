@@ -42,22 +42,24 @@ def mil_nce(
         query: [B, D] float32, bfloat16, float16 (on the CPU also float64), any strides. Autocast casts to float32.
         own_key: [B, D] of the same dtype and device: the other view of each query.
         memory: [K, D] of the same dtype and device. Receives a gradient only if it requires one.
-        positives: [B, P] int64 memory slots, -1 for none; None is InfoNCE.
-        query_ids: [B] int64, -1 equals nothing. Requires memory_ids.
+        positives: [B, P] int64 memory slots, -1 for none. With None, the loss is InfoNCE.
+        query_ids: [B] int64; -1 is not equal to any id. Requires memory_ids.
         memory_ids: [K] int64; -1 marks an empty slot, which is in neither sum.
-        same_id: what entries with the id of the query are: "positive", "ignore" (in neither sum) or "negative". A slot
-            listed in `positives` is a positive in any case.
-        self_positive: what own_key is in rows that have another positive: "keep" (in both sums), "denominator" (in
-            that sum alone, as published), "drop_both"; or [B] int64 of 0, 1 or 2, one choice for each row.
+        same_id: how entries with the id of the query are treated: "positive", "ignore" (in neither sum) or "negative".
+            A slot listed in `positives` is a positive in any case.
+        self_positive: how own_key is treated in rows that have another positive: "keep" (it is in both sums),
+            "denominator" (only in the sum over all keys, as in the published code) or "drop_both" (in neither sum). Or
+            [B] int64 of 0, 1 or 2, which selects one of these, in this order, for each row.
         temperature: a positive number; or a tensor with one element, which receives a gradient if it requires one.
         reduction: "mean" over B, or "none".
 
     Returns:
-        float32 (float64 for float64): [] for "mean", [B] for "none". It can be differentiated once.
+        float32 (float64 for float64 inputs): [] for "mean", [B] for "none". Second derivatives are not supported.
 
     Raises:
         TypeError, ValueError: the message names the argument. IndexError: a positive outside -1..K-1 (on CUDA an
-        assertion of the device). NotImplementedError: no kernel for the device, or torch.func.grad and its kin.
+        assertion of the device). NotImplementedError: no kernel for the device, or a call under torch.func.grad or
+        another differentiating transform of torch.func.
 
     Example:
         >>> query = torch.randn(8, 128, requires_grad=True)
@@ -81,10 +83,10 @@ def _loss(inputs: tuple, settings: tuple, reduction: str) -> Tensor:
         if torch.compiler.is_compiling() or _autocast(inputs[0]) or torch._C._are_functorch_transforms_active():
             loss, *_ = torch.ops.cpr_fast.mil_nce(*inputs, *settings)
             return loss.mean() if reduction == "mean" else loss
-        # The same as the operator without the way of the dispatcher into Python and back, and with the mean in the same
-        # autograd node: this saves 40 us, a tenth of a small loss.
+        # Same as calling the operator, but the dispatcher does not call back into Python, and the mean is in the same
+        # autograd node. This saves 40 us, 10 % of the time of a small loss.
         return _MilNce.apply(*inputs, *settings, reduction)
-    except Exception:  # the operator checks as well; checking before each call would add a tenth to a small loss
+    except Exception:  # the operator checks too; checking before each call would make a small loss 10 % slower
         _check(*inputs, *settings)
         raise
 
@@ -105,8 +107,9 @@ def _divided(query: Tensor, own_key: Tensor, memory: Tensor, temperature: Tensor
     """Returns the features with the query divided by `temperature`, and the temperature that remains, 1.
 
     The loss depends on the temperature t and the query q only through q / t, so the chain rule through this division is
-    the exact gradient to t: t dL/dt = -sum(q dL/dq) (Euler's identity). No kernel has to know of it, and nothing waits
-    for the device. Features of 16 bits are widened first: rounding q / t to 16 bits would cost digits of the scores.
+    the exact gradient to t: t dL/dt = -sum(q dL/dq) (Euler's identity). No kernel needs code for it, and
+    nothing waits for the device. 16-bit features are converted to float32 first: rounding q / t to 16 bits would
+    make the scores less accurate.
 
     A temperature that is not positive and finite raises ValueError on the CPU. Elsewhere, and in traced programs, its
     value is not read: the loss becomes NaN.
@@ -149,12 +152,12 @@ def mil_nce_ref(
 ) -> Tensor:
     """Computes `mil_nce` in plain PyTorch, in the precision of its inputs: O(B K) memory.
 
-    Arguments and result as for `mil_nce`. Autograd differentiates it any number of times, torch.func as well.
+    Arguments and result as for `mil_nce`. Autograd and torch.func can differentiate it any number of times.
     """
     (B, _), K = query.shape, memory.shape[0]
     listed = torch.zeros(B, K + 1, dtype=torch.bool, device=query.device)
     if positives is not None:
-        listed.scatter_(1, positives.where(positives >= 0, K), True)  # -1 lands in a column of its own
+        listed.scatter_(1, positives.where(positives >= 0, K), True)  # -1 is written to the additional column K
     listed = listed[:, :K]
     empty = torch.zeros(K, dtype=torch.bool, device=query.device) if memory_ids is None else memory_ids == -1
     same = torch.zeros_like(listed)
@@ -188,8 +191,9 @@ def _fake_grad_memory(query, own_key, memory, *settings_and_outputs):
 
 
 class _MilNce(torch.autograd.Function):
-    """The autograd of the operator, with all of its outputs; or, given a reduction, of the public function, with the
-    loss alone. torch.library.register_autograd would serve for the first, but takes 35 us a call to read the schema."""
+    """Autograd function of the operator, which returns all of its outputs. With a reduction, it is the autograd
+    function of the public function and returns only the loss. torch.library.register_autograd would suffice for the
+    operator, but reading the schema takes 35 us."""
 
     @staticmethod
     def forward(
@@ -213,7 +217,7 @@ class _MilNce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        # For autograd the gradients below do not depend on the inputs: a gradient penalty would be a constant.
+        # Autograd treats the gradients below as independent of the inputs, so a gradient penalty would be a constant.
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "mil_nce: cannot be differentiated twice (backward ran with create_graph=True); use mil_nce_ref"
@@ -248,13 +252,13 @@ def _autograd(*arguments):
 
 
 def _map(info, in_dims, *arguments):
-    """The rule for torch.vmap: one call for all slices of the queries where they share a memory."""
+    """The rule for torch.vmap: a single call for all slices of the queries if they share a memory."""
     size = info.batch_size
     if in_dims[2] is not None or in_dims[5] is not None:
         return _vmap.one_by_one(torch.ops.cpr_fast.mil_nce, in_dims, arguments, size)
     memory, memory_ids = arguments[2], arguments[5]
     rows = (_vmap.fold(arguments[i], in_dims[i], size, 0) for i in (0, 1, 3, 4, 6))
-    query, own_key, positives, query_ids, self_mode = rows  # of N B rows
+    query, own_key, positives, query_ids, self_mode = rows  # N B rows each
     outputs = torch.ops.cpr_fast.mil_nce(
         query, own_key, memory, positives, query_ids, memory_ids, self_mode, *arguments[7:]
     )
@@ -272,7 +276,7 @@ for _device in ("cpu", "cuda"):
 def _check(
     query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id, self_positive, temperature
 ) -> None:
-    """Raises the error of the first bad argument. Reads shapes and types only, never values on a device."""
+    """Raises an error for the first invalid argument. Reads shapes and types only, never values on a device."""
     on_cuda = isinstance(query, Tensor) and query.device.type == "cuda"
     dtypes = _DTYPES if on_cuda else (*_DTYPES, torch.float64)
     _checks.check_tensor("query", query, dtypes, "[B, D]", 2)

@@ -1,4 +1,4 @@
-"""A queue of keys with the loss over it, as one module [MoCo, He et al. 2020; CPR, arXiv 2201.07989].
+"""A module that holds a queue of keys and computes the loss over it [MoCo, He et al. 2020; CPR, arXiv 2201.07989].
 
 Letters in shapes: V views, B clips, K queue entries, D feature width, P positives.
 """
@@ -15,20 +15,21 @@ from cpr_fast.ops.mil_nce import mil_nce
 
 
 class QueueLoss(nn.Module):
-    """The MIL-NCE loss of queries against a queue of the newest keys, whose best entries are mined as positives.
+    """The MIL-NCE loss of queries against a queue of the newest keys, from which positives are mined.
 
     One call computes the loss and, in training mode, enqueues the keys. The queue, its ids and its position are
-    buffers: they move with `.to()` and are part of the `state_dict`. Under DistributedDataParallel each process has a
-    queue of its own; to share one, gather keys and ids over the processes before the call.
+    buffers: they move with `.to()` and are part of the `state_dict`. Under DistributedDataParallel each process has
+    a separate queue; to share one queue, gather keys and ids over the processes before the call.
 
     Args:
-        size: K, the entries of the queue. At least the batch size.
+        size: K, the number of entries of the queue; at least the batch size.
         feature_dim: D.
         num_views: V, the views of each clip, such as RGB and flow.
-        views, keep: the cascade, as `cascade_select` takes them; None mines nothing, which is InfoNCE (MoCo).
+        views, keep: the cascade, in the form of `cascade_select`; with None nothing is mined, and the loss is InfoNCE
+            (MoCo).
         temperature: a positive number.
-        learn_temperature: makes the temperature a parameter, through its logarithm, as CLIP does.
-        same_id, self_positive: as `mil_nce` takes them; same_id says what entries of the same source are.
+        learn_temperature: learn the temperature; the parameter is its logarithm, as in CLIP.
+        same_id, self_positive: see `mil_nce`; same_id says how entries of the same source are treated.
 
     Attributes:
         memory: [V, K, D] float32, zero where empty.
@@ -76,7 +77,7 @@ class QueueLoss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """The temperature: a float, or a [] tensor with a gradient where it is learned."""
+        """The temperature: a float, or a differentiable [] tensor if it is learned."""
         return self.log_temperature.exp() if self.fixed_temperature is None else self.fixed_temperature
 
     def forward(self, query: Tensor, key: Tensor, ids: Tensor | None = None) -> Tensor:

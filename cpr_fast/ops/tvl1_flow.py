@@ -15,8 +15,8 @@ from cpr_fast.ops import (
     _vmap,
 )
 
-_MIN_SIDE = 16  # pixels; no level of the pyramid has a shorter side
-_ROUNDING = 1e-4  # how far float frames may lie outside 0..1: a weighted mean of channels can exceed 1 by its rounding
+_MIN_SIDE = 16  # pixels; the shortest side that a level of the pyramid may have
+_ROUNDING = 1e-4  # tolerance of the range 0..1 of float frames: rounding can raise a weighted mean of channels above 1
 
 
 def tvl1_flow(
@@ -36,21 +36,24 @@ def tvl1_flow(
     """Returns the TV-L1 optical flow from each frame of a grey video to the next, as OpenCV computes it.
 
     Minimises the total variation of the flow plus `lambda_` times the absolute difference in brightness, from coarse to
-    fine. The flow of a pair does not depend on the other pairs or on the number of threads. It equals OpenCV's within
-    rounding, which the stop test and the median filter amplify at a few pixels. On CUDA all pairs run in one launch and
-    the host does not wait; operations are rounded as on the CPU, so only a stop test within rounding can differ.
+    fine. The flow of a pair does not depend on the other pairs or on the number of threads. It equals OpenCV's up to
+    rounding errors, which the stopping test and the median filter amplify at a few pixels. On CUDA all pairs run in one
+    launch and the host does not wait. Operations are rounded as on the CPU, so results can differ only where a value is
+    within rounding of the threshold of the stopping test.
 
     Args:
-        frames: [..., T, H, W] grey, T >= 2, uint8 in 0..255 or float32 in 0..1, any strides. Colour is refused: average
-            the channels first. Because [T, 3, H, W] is how colour videos are stored, a batch of clips of three frames
-            is refused as well: pass each as [3, H, W], or its pairs, `frames.unfold(-3, 2, 1).movedim(-1, -3)`.
+        frames: [..., T, H, W] grey, T >= 2, uint8 in 0..255 or float32 in 0..1, any strides. Colour frames are refused:
+            average the channels first. Because [T, 3, H, W] is how colour videos are stored, a batch of clips of three
+            frames is refused as well: pass each as [3, H, W], or its pairs, `frames.unfold(-3, 2, 1).movedim(-1, -3)`.
         tau: step of the dual variables.
-        theta: coupling of the two halves of the splitting.
-        scales: most pyramid levels, each `scale_step` (in 0..1) times the size of the last, none below 16 pixels.
-        warps: warpings at each level.
-        epsilon: an inner iteration that moves pixels by less (root mean square, in pixels) is the last.
-        inner_iterations, outer_iterations: the most of each.
-        median: side of the median filter before every outer iteration, in pixels: 3 or 5; 0 or 1 for none.
+        theta: coupling between the data term and the total variation term, which are minimised alternately.
+        scales: maximum number of pyramid levels. Each is `scale_step` (in 0..1) times the size of the previous one, and
+            no side is shorter than 16 pixels.
+        warps: number of warpings at each level.
+        epsilon: the inner iterations stop when one changes the flow by less than this (root mean square, in pixels).
+        inner_iterations, outer_iterations: maximum numbers of iterations.
+        median: side of the median filter that is applied before every outer iteration, in pixels: 3 or 5; 0 or 1 for
+            no filter.
 
     Returns:
         [..., T-1, 2, H, W] float32: (u, v) in pixels, u to the right and v down. It carries no gradient.
@@ -74,7 +77,7 @@ def tvl1_flow(
 
 
 def _in_range(frames: Tensor) -> Tensor:
-    """Returns `frames`, after refusing float values outside 0..1; where they cannot be read, these become NaN."""
+    """Returns `frames`. Raises for float values outside 0..1, or replaces them by NaN where they cannot be read."""
     if frames.dtype == torch.uint8 or frames.numel() == 0:
         return frames
     if not _checks.readable(frames):
@@ -134,7 +137,7 @@ def tvl1_flow_ref(
 def _minimise(
     u, dual, gradient, residual, tau, lambda_, theta, epsilon, inner_iterations, outer_iterations, median
 ) -> tuple[Tensor, Tensor]:
-    """Alternates thresholding and dual steps around one linearisation; a converged pair no longer changes."""
+    """Alternates thresholding and dual steps for one linearisation; pairs that have converged are not changed."""
     squared_norm = gradient.square().sum(1, keepdim=True)  # [P, 1, h, w]
     bound = lambda_ * theta * squared_norm
     running = torch.ones(len(u), dtype=torch.bool, device=u.device)
@@ -182,7 +185,7 @@ def _central_gradient(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward_gradient(u: Tensor) -> Tensor:
-    """[P, 2, h, w] to [P, component, direction, h, w]; 0 across the last row and column."""
+    """Returns forward differences, [P, 2, h, w] -> [P, component, direction, h, w]; 0 at the last row and column."""
     return torch.stack([F.pad(u.diff(dim=-1), (0, 1)), F.pad(u.diff(dim=-2), (0, 0, 0, 1))], 2)
 
 
@@ -206,7 +209,7 @@ def _fake(frames, *settings):
 
 
 def _map(info, in_dims, frames, *settings):
-    """The rule for torch.vmap: clips of all slices in one call."""
+    """The rule for torch.vmap: a single call for the clips of all slices."""
     outputs = torch.ops.cpr_fast.tvl1_flow(_vmap.fold(frames, in_dims[0], info.batch_size, 0), *settings)
     return tuple(output.unflatten(0, (info.batch_size, -1)) for output in outputs), (0, 0)
 
@@ -217,7 +220,7 @@ _vmap.register("tvl1_flow", _map)
 def _check(
     frames, tau, lambda_, theta, scales, scale_step, warps, epsilon, inner_iterations, outer_iterations, median
 ) -> tuple:
-    """Returns the settings as plain numbers. Raises the error of the first bad argument; reads no pixel."""
+    """Returns the settings as plain numbers. Raises an error for the first invalid argument; does not read pixels."""
     _check_frames(frames)
     reals = {"tau": tau, "lambda_": lambda_, "theta": theta, "scale_step": scale_step, "epsilon": epsilon}
     reals = {name: _checks.number(name, value) for name, value in reals.items()}

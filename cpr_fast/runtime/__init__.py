@@ -1,4 +1,4 @@
-"""What every run needs around it: processes, interruption, precision, progress, metrics, watchdog.
+"""Infrastructure of every run: processes, interruption, precision, progress, metrics, watchdog.
 
-Imports `config` and `errors`; every room above may import it.
+Imports `config` and `errors`; all packages above it in `docs/architecture.md` may import it.
 """

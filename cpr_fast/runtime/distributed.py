@@ -111,7 +111,8 @@ def all_gather_with_gradient(local: Tensor) -> Tensor:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """Returns this rank's share of a sequence that all ranks hold: every R-th item, from the rank on."""
+    """Returns this rank's share of a sequence that all ranks hold: every R-th item, starting at the index of this
+    rank."""
     return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
@@ -139,7 +140,7 @@ def union(local: Iterable[Hashable]) -> set[Hashable]:
 
 
 def largest(local: int) -> int:
-    """Returns the largest of all ranks' numbers, so that all ranks take the same decision at the same step.
+    """Returns the largest of all ranks' numbers, so that all ranks make the same decision at the same step.
 
     The number is communicated on the CPU: the call waits for the other ranks, but not for the work that is queued on
     the devices.

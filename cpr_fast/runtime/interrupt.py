@@ -27,8 +27,9 @@ class Interrupted(Exception):
 class StopRequest:
     """The signal that asked this process to stop, or 0 if none came.
 
-    Under SLURM and torchrun a worker receives one request twice, from each of them, so a repeated signal changes
-    nothing. Only a second Ctrl-C raises KeyboardInterrupt, for users who do not want to wait for the end of the step.
+    Under SLURM and torchrun a worker receives each request twice, once from SLURM and once from torchrun, so a repeated
+    signal has no effect. Only a second Ctrl-C raises KeyboardInterrupt, for users who do not want to wait for the end
+    of the step.
     """
 
     signum = 0

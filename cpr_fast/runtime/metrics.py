@@ -45,7 +45,7 @@ class MetricsWriter:
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row. `row["kind"]` is the kind of row, such as "step" or "epoch".
 
-        Raises InputError if the file cannot be written, as when the disk is full.
+        Raises InputError if the file cannot be written, for example because the disk is full.
         """
         row = _without_nan(row)
         try:
@@ -112,7 +112,7 @@ def rewind(run_dir: str | Path, *, step: int, epoch: int) -> None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Returns versions, device, commit, date (UTC) and command line: what a run records about where and how it ran."""
+    """Returns the environment that a run records: versions, device, commit, date (UTC) and command line."""
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()

@@ -1,4 +1,5 @@
-"""Problems of many files, collected by kind: one line says how many there are and names the first ones."""
+"""Problems of many files, grouped by kind. One line per kind gives the number of files and the names of the first
+ones."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ NAMED = 3  # files named in a line
 
 
 class Problems:
-    """Counts problems by kind. A mount that is lost gives one line, not one line per file."""
+    """Counts problems by kind. If a mount is lost, for example, this gives one line instead of one line per file."""
 
     def __init__(self) -> None:
         self._names: dict[str, list[str]] = {}

@@ -10,7 +10,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 LINE_INTERVAL_S = 30.0  # between plain lines
-FIRST_LINE_S = 5.0  # until the first plain line, which shows that the command works and how long it will take
+FIRST_LINE_S = 5.0  # before the first plain line, which shows that the command runs and how long it will take
 
 
 def track(
@@ -26,11 +26,11 @@ def track(
 
     Args:
         items: What to iterate over.
-        description: What is being done, at the start of the bar or line.
+        description: Text at the start of the bar or line that says what is being done.
         total: Number of items.
         unit: Plural name of the items, such as "videos".
         progress: Whether to report at all.
-        status: Called when the report is drawn; returns text for its end, such as the present loss.
+        status: Called when the report is drawn; returns text for its end, such as the current loss.
     """
     if not progress:
         yield from items
@@ -41,7 +41,7 @@ def track(
 
 
 def duration(seconds: float) -> str:
-    """Returns a duration for people: "45 s", "3 min 20 s", "2 h 05 min", "3 d 4 h"."""
+    """Returns a duration in human-readable form: "45 s", "3 min 20 s", "2 h 05 min", "3 d 4 h"."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -55,7 +55,7 @@ def duration(seconds: float) -> str:
 def _bar(
     items: Iterable[Item], description: str, total: int, unit: str, status: Callable[[], str] | None
 ) -> Iterator[Item]:
-    # rich takes .1 s to import, which the quick answers of the command line do not need
+    # importing rich takes .1 s, which would delay short commands such as --help
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

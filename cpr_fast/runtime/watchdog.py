@@ -68,8 +68,8 @@ class Watchdog:
     def _watch(self) -> None:
         store = None
         if self.world.store is not None:
-            # The watchdog has its own connection, because the process group may hold the lock of its connection while
-            # it waits.
+            # The watchdog uses a separate connection, because the process group may hold the lock of its connection
+            # while it waits.
             store = dist.PrefixStore("watchdog", self.world.store.clone())
         beat = 0
         while not self._over.wait(self.timeout_s / BEATS):

@@ -26,11 +26,11 @@ from cpr_fast.models import Encoder, build_encoder
 FORMAT = "cpr_fast checkpoint"
 VERSION = 1
 LAST = "last.pt"
-BEST = "best.pt"  # of online retrieval, see `cpr_fast.pretrain.run.online`
+BEST = "best.pt"  # best result of online retrieval, see `cpr_fast.pretrain.run.online`
 
 
 class CheckpointError(InputError):
-    """A checkpoint is missing, damaged, foreign, or could not be written; the message says which."""
+    """A checkpoint is missing, damaged, written by another program, or could not be written; the message says which."""
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -59,8 +59,8 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> Path:
 def written_whole(path: Path) -> Iterator[Path]:
     """Replaces a file atomically: yields a temporary path for the block to write, then renames it to `path`.
 
-    The data are flushed to disk before the rename. So a killed process or a full disk leaves the previous file
-    unchanged, and at worst a stray `*.tmp`, which the next save of that name overwrites.
+    The data are flushed to disk before the rename. If the process is killed or the disk is full, the previous file is
+    therefore unchanged. At most a `*.tmp` file remains, which the next save under that name overwrites.
 
     Raises:
         CheckpointError: the file could not be written.
@@ -114,7 +114,7 @@ def read_torch(path: str | Path, *, device: torch.device | str = "cpu", expected
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # the unpickler raises any exception in a damaged or foreign file
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch's own for some truncated files
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # raised for some truncated files
             raise CheckpointError(f"cannot read checkpoint {str(path)!r}: {error.strerror or error}") from error
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             text = f"checkpoint {str(path)!r} would run code to be read ({code[1]}); {expected}"
@@ -124,7 +124,8 @@ def read_torch(path: str | Path, *, device: torch.device | str = "cpu", expected
 
 
 def _damage(path: Path) -> str:
-    """Returns what is wrong with a file that `torch.load` refused: torch's own messages run over many lines."""
+    """Returns a short description of the damage of a file that `torch.load` refused; torch's messages have many
+    lines."""
     with open(path, "rb") as file:
         start = file.read(2)
     if not start:
@@ -133,12 +134,12 @@ def _damage(path: Path) -> str:
 
 
 def save_step(folder: str | Path, step: int, payload: dict[str, Any], *, keep: int, best: bool = False) -> Path:
-    """Writes `folder/step-XXXXXXXX.pt` and makes `last.pt` a second name of it.
+    """Writes `folder/step-XXXXXXXX.pt` and makes `last.pt` a hard link to it.
 
     Removes all but the newest `keep` step files, and incomplete files of killed processes.
 
     Args:
-        best: make `best.pt` a second name of it as well.
+        best: make `best.pt` a hard link to it as well.
     Returns:
         The path of the step file.
     """
@@ -149,14 +150,14 @@ def save_step(folder: str | Path, step: int, payload: dict[str, Any], *, keep: i
     for name in (BEST, LAST) if best else (LAST,):
         point_to(path, folder / name)
     for old in sorted(folder.glob("step-*.pt"))[:-keep]:
-        if old != path:  # steps with higher numbers may be left from before a resume at an earlier step
+        if old != path:  # files of later steps may exist, from before the run was resumed at an earlier step
             old.unlink()
     return path
 
 
 def point_to(path: Path, name: Path) -> None:
-    """Makes `name` a second name of the file `path`, replacing what it named before; copies where links are not
-    supported.
+    """Makes `name` a hard link to the file `path`, replacing an existing file `name`. Copies the file where hard links
+    are not supported.
 
     Raises:
         CheckpointError: the file could not be written.
@@ -165,7 +166,7 @@ def point_to(path: Path, name: Path) -> None:
     try:
         temporary.unlink(missing_ok=True)
         try:
-            os.link(path, temporary)  # the same bytes under a second name: no second write
+            os.link(path, temporary)  # does not write the data a second time
         except OSError:  # a file system without hard links
             shutil.copyfile(path, temporary)
         _replace(temporary, name)

@@ -34,7 +34,8 @@ def export(checkpoint: str | Path, out: str | Path, *, to: Form, view: str | Non
         view: the view whose encoder is exported; by default the one that was trained last. For "coclr" it becomes the
             query encoder.
     Returns:
-        `file`, `form`, `view` if there is one, and what the form adds: for instance the number of `tensors`.
+        `file`, `form`, `view` if there is one, and further values that depend on the form, such as the number of
+        `tensors`.
     Raises:
         InputError: the checkpoint lacks the view, or a package that the form needs is not installed.
     """
@@ -104,7 +105,7 @@ def _onnx(config: Config, encoder: Encoder, out: Path) -> dict[str, Any]:
 def _coclr(payload: Mapping[str, Any], view: str, is_query: bool, out: Path) -> dict[str, Any]:
     """Writes the dict of CoCLR's `main_nce.py` (one view) or `main_coclr.py` (two views).
 
-    Every layer appears under both of its names.
+    Every layer is written under both of its names (see `COCLR_ALIASES` in `importing`).
     """
     arch = payload["config"]["model"]["arch"]
     if arch not in ("s3d", "s3dg"):
@@ -161,5 +162,6 @@ def _coclr_queues(memory: Mapping[str, Any], labelled: bool) -> dict[str, Tensor
 
 
 def _mining(payload: Mapping[str, Any]) -> str:
-    """Returns the kind of mining of the checkpoint's cycle, or "any" for an imported checkpoint, which does not say."""
+    """Returns the kind of mining of the checkpoint's cycle, or "any" for an imported checkpoint, which does not store
+    it."""
     return "any" if "imported" in payload else payload["config"]["schedule"]["cycles"][payload["cycle"]]["mining"]

@@ -37,7 +37,7 @@ COCLR_ALIASES = {f"{block}.{i}.": f"{name}." for block, names in _BLOCKS.items()
 COCLR_HEAD = {"2.": "head.0.", "4.": "head.2."}  # after the pool and the ReLU of their nn.Sequential
 _EXPECTED = "expected a checkpoint of CoCLR or CPR (encoder_q.*), IIC (conv1.*, conv5*), or MIL-NCE's S3D (mixed_5c.*)"
 
-# Types that their training scripts save beside the tensors; loading them executes no code from the file.
+# Types that their training scripts save in addition to the tensors; loading them executes no code from the file.
 _HARMLESS = [
     argparse.Namespace,
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
@@ -51,10 +51,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Match:
-    """One encoder of a file in our form.
+    """One encoder of a file, converted to the names of `Encoder`.
 
     state: a complete state_dict.
-    matched, missing: its names that came from the file, and those that did not.
+    matched, missing: the names in `state` whose tensors came from the file, and the other names in `state`.
     used: the names in the file that were used.
     """
 
@@ -70,7 +70,8 @@ def import_checkpoint(path: str | Path, out: str | Path, *, view: str = "rgb") -
     Tensors that the file lacks (such as a head) are those of a new encoder initialised with seed 0.
 
     Args:
-        view: "rgb" or "flow", the view of the file's (query) encoder; its `sampler` has the other view.
+        view: "rgb" or "flow", the view of the file's (query) encoder. An encoder `sampler` in the file has the other
+            view.
     Returns:
         `checkpoint`, `source`, `arch`; `encoders` {name in the file: its view, number of tensors matched, names
         missing}; `unused`, the names in the file that were not used.

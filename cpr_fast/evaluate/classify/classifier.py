@@ -17,11 +17,12 @@ from cpr_fast.models import Encoder
 from cpr_fast.runtime.progress import track
 
 WEIGHT_STD = 0.01  # standard deviation of the linear layer's initial weights [CoCLR]
-CROP_SETS = (1, 5, 10)  # the centre; with the corners; with all of them flipped as well
+CROP_SETS = (1, 5, 10)  # the centre crop; centre and corners; these five and their mirror images
 
 
 class ClassifierHead(nn.Module):
-    """Pooled features [N, C] to logits [N, L]: L2 and BatchNorm if `normalize`, dropout, a linear layer [CoCLR]."""
+    """Maps pooled features [N, C] to logits [N, L]: L2 normalisation and BatchNorm (both only if `normalize`), dropout,
+    and a linear layer [CoCLR]."""
 
     def __init__(self, channels: int, classes: int, *, dropout: float, normalize: bool) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class ClassifierHead(nn.Module):
 
 
 class Classifier(nn.Module):
-    """An encoder's backbone and a `ClassifierHead`: clips [N, 3, T, H, W] to logits [N, L].
+    """An encoder's backbone followed by a `ClassifierHead`. Maps clips [N, 3, T, H, W] to logits [N, L].
 
     A backbone with learning rate 0 is frozen: it gets no gradient, and its BatchNorm statistics stay those of
     pretraining. The encoder's own head is not used; it is kept so that the encoder can be saved and loaded as usual.
@@ -77,7 +78,7 @@ class Classifier(nn.Module):
 
 
 def backbone_layers(backbone: nn.Module) -> list[list[nn.Parameter]]:
-    """Returns the parameters of a backbone by layer, from the input on.
+    """Returns the parameters of a backbone by layer, in order from the input to the output.
 
     Children with the same number in their names, such as `conv3a` and `bn3a`, form one layer.
     """
@@ -120,7 +121,7 @@ def video_probabilities(
     """Returns the class probabilities of every video: the mean softmax over windows and crops [CoCLR].
 
     Args:
-        model: From clips [N, 3, T, H, W] to logits [N, L]; it is put into eval mode.
+        model: Maps clips [N, 3, T, H, W] to logits [N, L]; it is set to eval mode.
         loader: Has a length; its batches have `clips`, `video` [N] and `crop` [N], 0..crops-1 (see `WindowLoader`).
         videos: M.
     Returns:

@@ -1,10 +1,12 @@
-"""Linear probe and finetuning [paper, Tables 1, 2, 5 and 7], for every split, seed and view, and for both views.
+"""Linear probe and finetuning [paper, Tables 1, 2, 5 and 7], for every split, seed and view, and for both views
+together.
 
 The `recipe` decides how the test split is used:
-    "paper": once, at the end; the classifier of the last epoch is tested.
-    "coclr": as in the released code, the best epoch on the test split is chosen; results say so under `leakage`.
-    "iic": as "paper", tested on 10 evenly spaced clips.
-A classifier that was trained before on the same weights, videos and settings is not trained again.
+    "paper": the test split is used once, at the end, to test the classifier of the last epoch.
+    "coclr": as in the released code, the epoch with the best result on the test split is chosen. The field `leakage`
+        of the results states this.
+    "iic": same as "paper", but tested on 10 evenly spaced clips.
+The predictions of a classifier are stored. They are reused for the same weights, videos and settings.
 
 Letters: M videos, C channels, L classes.
 """
@@ -71,17 +73,17 @@ def classify(
     device: str = "auto",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Trains and tests classifiers of every view of a checkpoint, and of the mean of both views' probabilities.
+    """Trains and tests classifiers of every view of a checkpoint, and tests the mean of both views' probabilities.
 
     Under `torchrun` the processes share the test videos and the clips of a step, with `settings.batch_size` clips each.
 
     Args:
         checkpoint: One file, or one per view; see `load_pretrained`.
         indexes: Labelled videos in the splits "train" and "test", one file for each official split.
-        settings: None takes the section of the (first) checkpoint's config.
-        clips_per_video: Number of evenly spaced windows of a test video; None takes the recipe's.
+        settings: None means the section of the (first) checkpoint's config.
+        clips_per_video: Number of evenly spaced windows of a test video; None means the number of the recipe.
         crops: 1, 5 or 10 crops of every window.
-        seeds: Seeds of the head's initial weights, the order, the augmentation and the dropout.
+        seeds: Seeds of the head's initial weights, the order of videos, the augmentation and the dropout.
         out: Folder of the trainings and the result; by default `evaluations` in the run folder.
         run_dir: Run folder whose metrics.jsonl receives a row per result.
     Returns:
@@ -153,7 +155,7 @@ def load_split(path: str | Path, *, require_flow: bool = True) -> Split:
 
 @dataclass(frozen=True)
 class Job:
-    """The classifiers of one split and seed; `configs` are those of the pretraining, by view."""
+    """The classifiers of one split and seed; `configs` are the pretraining configs by view."""
 
     task: Task
     configs: dict[str, Config]
@@ -167,7 +169,7 @@ class Job:
 
     @property
     def on_features(self) -> bool:
-        """Whether the classifiers learn from stored features instead of clips."""
+        """Whether the classifiers are trained on stored features instead of clips."""
         return isinstance(self.settings, ProbeConfig) and self.settings.inputs == "features"
 
 
@@ -185,7 +187,7 @@ def predictions(job: Job, view: str, pretrained: Encoder, key: str, store: Featu
 
     Args:
         pretrained: The view's encoder in eval mode, which is not changed.
-        key: Its `weights_digest`.
+        key: The encoder's `weights_digest`.
     """
     folder = job.folder / f"{job.task}-{view}-{_identity(job, view, key)[:12]}"
     path = folder / "predictions.safetensors"

@@ -1,12 +1,12 @@
-"""Training of a classifier on clips, end to end or on a frozen backbone, which continues where it was stopped.
+"""Training of a classifier on clips, end to end or on a frozen backbone. An interrupted training can be continued.
 
-All random numbers of an epoch, also of dropout, are functions of the seed and the epoch. So a training that was killed
-and started again gives the same result as an uninterrupted one (bit-for-bit on a CPU). SIGTERM, SIGUSR1 and Ctrl-C save
-the state in the middle of an epoch.
+All random numbers of an epoch, including those of dropout, are functions of the seed and the epoch. A training that was
+killed and restarted therefore gives the same result as an uninterrupted one (bit-for-bit on a CPU). SIGTERM, SIGUSR1
+and Ctrl-C save the state in the middle of an epoch.
 
 Under `torchrun` every process runs the backbone on its clips of a step, and the head on the features of all processes,
-so the head's BatchNorm and dropout are those of one process with the whole batch. The backbone's BatchNorm sees one
-process's clips at a time, as in the published runs; its running statistics are the mean over the processes.
+so the head's BatchNorm and dropout are the same as in one process with the whole batch. The backbone's BatchNorm sees
+one process's clips at a time, as in the published runs; its running statistics are the mean over the processes.
 
 Letters: R processes, B clips per process of a step, M videos, L classes.
 """
@@ -69,10 +69,11 @@ class Training:
 
 
 def train_on_clips(model: Classifier, loader: ClipLoader, training: Training) -> dict[str, Any]:
-    """Trains `model` in place, from `last.pt` of the folder if there is one.
+    """Trains `model` in place, continuing from `last.pt` in the folder if it exists.
 
     Returns:
-        `epochs` done and the `best_epoch` whose weights the model ends with (the last one without `select`).
+        `epochs`, the number of epochs done, and `best_epoch`, the epoch of the final weights (the last epoch if there
+        is no `select`).
     Raises:
         ArithmeticError: The loss became NaN or infinite.
         Interrupted: A signal asked to stop; `last.pt` holds the state of the last step.
@@ -154,7 +155,7 @@ class _State:
     """
 
     def __init__(self, model: Classifier, training: Training) -> None:
-        """Takes the state of the folder's `last.pt`, if there is one. Raises CheckpointError if it does not fit."""
+        """Loads the state from the folder's `last.pt`, if it exists. Raises CheckpointError if it does not fit."""
         self.model, self.training = model, training
         settings, device = training.settings, training.device
         self.optimizer = make_optimizer(model.parameter_groups(settings), settings)
@@ -177,8 +178,9 @@ class _State:
         self._partial = saved.get("partial")
 
     def take_partial(self) -> tuple[int, Tensor, dict[str, Tensor] | None]:
-        """Returns what is known of an epoch that was stopped: the steps done, the sums of loss, hits and clips (float64
-        [3], read once at the end), and the state of the generators; zeros and None for a new epoch."""
+        """Returns the state of an interrupted epoch: the number of steps done, the sums of loss, hits and clips
+        (float64 [3], read once at the end), and the state of the generators. For a new epoch these are zeros and
+        None."""
         partial, self._partial = self._partial, None
         if partial is None:
             return 0, torch.zeros(3, dtype=torch.float64, device=self.training.device), None
@@ -202,7 +204,7 @@ class _State:
 
 
 def selection_accuracy(loader: Any, videos: int, view: str, device: torch.device) -> Callable[[Classifier, int], float]:
-    """Returns the selection of the published code, for `Training.select`: accuracy on one clip of every test video.
+    """Returns the function for `Training.select` of the published code: the accuracy on one clip of every test video.
 
     Args:
         loader: The process's TrainLoader with `plan_selection` over the M test videos. Its batches have equal size, so

@@ -35,9 +35,9 @@ def train_on_features(
     Every epoch uses every video once. The same seed gives the same weights.
 
     Args:
-        select_on: Features and labels on which the best epoch is chosen by accuracy; None takes the last epoch.
+        select_on: Features and labels on which the best epoch is chosen by accuracy; None selects the last epoch.
     Returns:
-        The head in eval mode, and the epoch (from 0) of its weights.
+        The head in eval mode, and the number (from 0) of the epoch that its weights are from.
     """
     if len(features) < 2:
         raise InputError(f"probe: expected at least 2 training videos with a label, got {len(features)}")
@@ -80,7 +80,7 @@ def _warn_of_few(videos: int, settings: ClassifierConfig) -> None:
 
 @torch.inference_mode()
 def feature_probabilities(head: ClassifierHead, features: Tensor) -> Tensor:
-    """Returns the class probabilities of features [M, C]: [M, L] float64 on the CPU. Puts the head into eval mode."""
+    """Returns the class probabilities of features [M, C]: [M, L] float64 on the CPU. Sets the head to eval mode."""
     head.eval()
     return head(features).double().softmax(1).cpu()
 

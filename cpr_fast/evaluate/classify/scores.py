@@ -29,8 +29,8 @@ def classification_scores(
     Returns:
         `accuracy`, its bootstrap interval over sources `accuracy_ci95`, `top5` (None for fewer than 6 classes),
         `mean_class_accuracy` over the classes that occur, `per_class` {name: accuracy, None for a class without
-        videos}, `confusion` (rows are true classes, counts) and `videos`. Rates are fractions. Of equal probabilities
-        the first class is predicted.
+        videos}, `confusion` (rows are true classes, counts) and `videos`. Rates are fractions. If several
+        classes have the highest probability, the first of them is predicted.
     """
     truth, scores = labels.numpy(), probabilities.numpy()
     predicted = scores.argmax(1)

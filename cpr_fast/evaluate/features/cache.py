@@ -1,8 +1,8 @@
 """The feature cache: one file per encoder and recipe, one row per video, so that no video is embedded twice.
 
-A row is identified by the video's path, size and modification time. So splits and indexes that share videos share rows,
-a changed video is embedded again, and a larger index only embeds its new videos. The file's name is a digest of the
-weights, the recipe and the clip settings.
+A row is identified by the video's path, size and modification time. Splits and indexes with the same videos therefore
+share rows, a changed video is embedded again, and for an extended index only the new videos are embedded. The file's
+name is a digest of the weights, the recipe and the clip settings.
 
 Letters: M videos, F feature width.
 """
@@ -46,7 +46,8 @@ def digest(*parts: str | bytes) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Returns a digest of every parameter and buffer of a module, by name; this takes about 0.05 s for an S3D."""
+    """Returns a digest of every parameter and buffer of a module, including their names. Takes about 0.05 s for an
+    S3D."""
     parts: list[str | bytes] = []
     for name, value in module.state_dict().items():
         value = value.detach().cpu().contiguous()
@@ -55,7 +56,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def video_digest(video: Video, view: str) -> str:
-    """Returns a digest of the files that a view of a video is read from (path, size, time), and of its length."""
+    """Returns a digest of the video's length and of the files that the view is read from (path, size, time)."""
     files = [video.path] + ([video.flow_path] if view == "flow" and video.flow_path else [])
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return digest(json.dumps([stats, video.num_frames, video.flow_path is not None]))
@@ -89,7 +90,7 @@ class FeatureCache:
         return dict(zip(names, zip(stored["features"], stored["windows"].tolist(), strict=True), strict=True))
 
     def store(self, embedding: Embedding, rows: Mapping[str, tuple[Tensor, int]]) -> None:
-        """Replaces the stored rows by `rows`, completely or not at all; warns if the folder cannot be written."""
+        """Replaces the stored rows by `rows`, atomically; logs a warning if the folder cannot be written."""
         path = self.path(embedding)
         names = torch.tensor([list(bytes.fromhex(name)) for name in rows], dtype=torch.uint8)  # [M, 16]
         tensors = {
@@ -118,20 +119,20 @@ def embed_index(
     description: str = "features",
     progress: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Returns the features of the videos of `part` by every embedding, from the cache where they are stored.
+    """Returns the features of the videos of `part` for every embedding. Features in the cache are reused.
 
     Under `torchrun` the processes share the videos, and the first one reads and writes the cache.
 
     Returns:
-        {name: [M, F] float32 on the CPU}, the mean over a video's windows (zero for a video without any, which is
-        named in the log), and the number of windows of every video, [M] int64.
+        {name: [M, F] float32 on the CPU}, the mean over a video's windows (zero for a video without windows, which
+        is reported in the log), and the number of windows of every video, [M] int64.
     Raises:
         InputError: No window of any video could be read.
     """
     main = distributed.is_main()
     cache = cache if main else None
     known: dict[str, dict[str, tuple[Tensor, int]]] = {name: {} for name in embeddings}
-    keys: dict[str, list[str]] = {}  # of every view's videos
+    keys: dict[str, list[str]] = {}  # digests of the videos, by view
     if cache is not None:
         for name, embedding in embeddings.items():
             if embedding.key:

@@ -24,9 +24,9 @@ class Embedding:
 
     Attributes:
         view: "rgb" or "flow".
-        function: From normalised clips [N, 3, T, H, W] float32 to features [N, F].
-        metric: See `Recipe`; "cosine" L2-normalises windows before they are averaged.
-        key: A name of the function and its weights under which features are stored; "" if they must not be stored.
+        function: Maps normalised clips [N, 3, T, H, W] float32 to features [N, F].
+        metric: See `Recipe`; with "cosine", the features of windows are L2-normalised before they are averaged.
+        key: Identifies the function and its weights in the cache; "" if the features must not be stored.
     """
 
     view: str
@@ -43,7 +43,7 @@ def sum_features(
     description: str = "features",
     progress: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Sums the features of each video's windows by every embedding, in one pass over the decoded windows.
+    """Sums the features of each video's windows for every embedding, in one pass over the decoded windows.
 
     Args:
         loader: Has a length; its batches have `clips` {view: [N, 3, T, H, W]} and `video` [N] int64, 0..videos-1.
@@ -95,11 +95,11 @@ def spatial_max(encoder: Encoder, clips: Tensor) -> Tensor:
 
 
 def calibrate_batch_norm(encoders: Mapping[str, Encoder], loader: Iterable) -> None:
-    """Sets the BatchNorm statistics of untrained encoders from data, and changes nothing else.
+    """Computes the BatchNorm statistics of untrained encoders from data. Changes nothing else.
 
-    With the statistics of the initialisation (mean 0, variance 1) a random S3D shrinks its signal layer by layer, to
-    6e-13 (1e-18 at width 1/8), so that rounding noise is ranked. With statistics from data, only
-    the weights are untrained.
+    With the initial statistics (mean 0, variance 1), the signal in a random S3D becomes smaller from layer to layer,
+    down to 6e-13 (1e-18 at width 1/8), so that the ranking would depend on rounding errors. With statistics from data,
+    the encoder differs from a trained one only in its weights.
     """
     norms = [m for e in encoders.values() for m in e.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]

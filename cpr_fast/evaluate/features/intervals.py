@@ -1,4 +1,4 @@
-"""Confidence intervals over sources of the test set and over seeds.
+"""Confidence intervals: over the sources of the test set, and over seeds.
 
 Letters: Q videos, S runs.
 """

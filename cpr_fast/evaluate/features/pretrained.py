@@ -1,4 +1,4 @@
-"""The encoders to evaluate, from one checkpoint or from several that hold one view each, as the published ones do."""
+"""The encoders to evaluate, from one checkpoint, or from several with one view each, such as the published ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cpr_fast.weights.checkpoint import load_encoders
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Encoders in eval mode by view, and the config that each was trained with. They share the settings of clips.
+    """Encoders in eval mode by view, and the config that each was trained with. All have the same clip settings.
 
     Attributes:
         name: The checkpoints, as the user gave them.
@@ -46,7 +46,7 @@ def load_pretrained(checkpoints: Checkpoints, *, device: str = "cpu") -> Pretrai
     """Loads the encoders of checkpoints that `pretrain` or `import-checkpoint` wrote.
 
     Args:
-        checkpoints: One or several of FILE, for every view that it holds, and VIEW=FILE, for that view alone.
+        checkpoints: One or several arguments: FILE loads every view that the file holds, VIEW=FILE only that view.
     Raises:
         InputError: No file, a view that a file lacks or that is given twice, or files with different clip settings.
     """

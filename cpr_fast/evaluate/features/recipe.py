@@ -23,9 +23,10 @@ class Recipe:
     """A test-time protocol.
 
     Attributes:
-        name: "paper": the test split is used for the final evaluation only. "coclr": as the released code, which leaves
-            colour jitter on at test time and selects classifiers on the test split. "iic": the retrieval of IIC.
-        clips_per_video: Number of evenly spaced windows per video; None takes all windows, which overlap by half.
+        name: "paper": the test split is used for the final evaluation only. "coclr": as in the released code,
+            colour jitter is also applied at test time, and classifiers are selected on the test split. "iic": the
+            retrieval of IIC.
+        clips_per_video: Number of evenly spaced windows per video; None means all windows, which overlap by half.
         crops: 1 (centre), 5 or 10 crops of every window.
         pool: "mean" over the feature map, or IIC's "max" over 2 x 2 cells in space, whose results are concatenated.
         metric: "cosine": windows are L2-normalised, averaged, centred per set, and compared by cosine [CoCLR].
@@ -51,7 +52,7 @@ class Recipe:
 
     @property
     def leakage(self) -> str | None:
-        """A sentence about how the test split was used, which readers of the numbers must know, or None."""
+        """A sentence for readers of the results if the test split was used for selection, else None."""
         if not self.selects_on_test:
             return None
         return (
@@ -70,7 +71,7 @@ def clip_settings(data: DataConfig) -> dict[str, Any]:
 
 
 def make_recipe(name: RecipeName, clips_per_video: int | None = None, crops: int = 1) -> Recipe:
-    """Returns the named recipe with these windows; None takes the recipe's own number of clips."""
+    """Returns the named recipe with these windows; None means the default number of clips of the recipe."""
     if clips_per_video is not None and clips_per_video < 1:
         raise InputError(f"--clips: expected at least 1 window per video, got {clips_per_video}")
     if name == "iic":

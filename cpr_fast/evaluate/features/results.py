@@ -17,7 +17,7 @@ Checkpoints = str | Path | Sequence[str | Path]  # one or several of FILE and VI
 
 
 def checkpoint_files(checkpoints: Checkpoints) -> list[tuple[str | None, Path]]:
-    """Returns each file with the view that is asked of it, None for all its views. Raises InputError for no file."""
+    """Returns each file with the requested view, or None for all its views. Raises InputError if no file is given."""
     named = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
     if not named:
         raise InputError("CHECKPOINT: expected at least one file, got none")
@@ -29,20 +29,20 @@ def checkpoint_files(checkpoints: Checkpoints) -> list[tuple[str | None, Path]]:
 
 
 def home(checkpoint: str | Path) -> Path:
-    """Returns the folder of a checkpoint's evaluations: RUN for RUN/checkpoints/*.pt, else the file's own folder."""
+    """Returns the folder of a checkpoint's evaluations: RUN for RUN/checkpoints/*.pt, else the folder of the file."""
     folder = Path(checkpoint).absolute().parent
     return folder.parent if folder.name == "checkpoints" else folder
 
 
 def run_of(checkpoints: Checkpoints) -> Path | None:
-    """Returns the run folder that the checkpoints lie in, or None where they lie in none or in several."""
+    """Returns the run folder of the checkpoints, or None if they are in no run folder or in several."""
     homes = {home(file) for _, file in checkpoint_files(checkpoints)}
     folder = homes.pop()
     return folder if not homes and (folder / METRICS_FILE).exists() else None
 
 
 def write_result(folder: Path, name: str, result: dict[str, Any]) -> Path:
-    """Writes FOLDER/NAME.json, completely or not at all, in the first process of a run; returns the path."""
+    """Writes FOLDER/NAME.json atomically in the first process of a run; returns the path."""
     path = folder / f"{name}.json"
     if is_main():
         with written_whole(path) as temporary:

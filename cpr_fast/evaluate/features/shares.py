@@ -1,4 +1,4 @@
-"""The videos of an evaluation, shared among the processes of a run.
+"""Distribution of the videos of an evaluation over the processes of a run.
 
 Letters: M videos, m videos of one process, R processes.
 """
@@ -18,7 +18,7 @@ Rows = tuple[dict[Name, Tensor], Tensor]
 
 
 def shared_out(videos: int, measure: Callable[[range], Rows]) -> Rows:
-    """Returns what `measure` finds in M videos, in every process; process r measures the videos r, r + R, ...
+    """Returns the results of `measure` for M videos in every process; process r measures the videos r, r + R, ...
 
     Args:
         videos: M.

@@ -9,7 +9,7 @@ from cpr_fast.evaluate.features.recipe import Recipe
 
 
 def open_windows(part: Index, data: DataConfig, views: list[str], recipe: Recipe, device: str) -> WindowLoader:
-    """Returns the loader of the windows that a recipe asks for."""
+    """Returns the loader of the windows that a recipe uses."""
     return WindowLoader(
         part, data, views, clips_per_video=recipe.clips_per_video, crops=recipe.crops, jitter_seed=recipe.jitter_seed,
         device=device,

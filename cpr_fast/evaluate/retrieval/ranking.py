@@ -27,8 +27,7 @@ def prepare(
     """Returns features [Q, F] and [G, F] normalised for a metric.
 
     "cosine": each set is centred by its own mean [CoCLR], or both by the gallery's mean if there are too few queries
-    for
-    one of their own, then L2-normalised. "plain_cosine": L2-normalised only [IIC]. "euclidean": both are standardised
+    to compute a mean, then L2-normalised. "plain_cosine": L2-normalised only [IIC]. "euclidean": both are standardised
     by the gallery.
     """
     if metric == "plain_cosine":
@@ -37,7 +36,7 @@ def prepare(
         own = queries.mean(0) if centre == "each" else gallery.mean(0)
         return F.normalize(queries - own, dim=1), F.normalize(gallery - gallery.mean(0), dim=1)
     mean, std = gallery.mean(0), gallery.std(0, correction=0)
-    constant = std <= 1e-5 * gallery.abs().amax(0)  # the spread is rounding only
+    constant = std <= 1e-5 * gallery.abs().amax(0)  # the spread is only rounding error
     scale = torch.where(constant, 0.0, 1 / std)
     return (queries - mean) * scale, (gallery - mean) * scale
 
@@ -67,7 +66,8 @@ class Comparison:
         return total
 
     def chance_r1(self, query_labels: Tensor, gallery_labels: Tensor) -> Tensor:
-        """Returns the R@1 of a random order, [Q] float32: the share of the query's class among its candidates."""
+        """Returns the R@1 expected for a random order, [Q] float32: the share of the query's class among its
+        candidates."""
         shares = []
         for chunk in torch.arange(len(query_labels)).split(QUERY_CHUNK):
             allowed = self.similarity(chunk) > -torch.inf
@@ -94,7 +94,7 @@ def first_hit_rank(similarity: Tensor, same_class: Tensor) -> Tensor:
     Args:
         similarity: [Q, G] float, -inf where a video is left out. Equal similarities rank by gallery position.
         same_class: [Q, G] bool.
-    The videos before the best hit are counted, which needs no sort: O(Q G).
+    The videos that rank before the best hit are counted. This needs no sort and takes O(Q G) time.
     """
     right = same_class & (similarity > -torch.inf)
     best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)  # [Q, 1]

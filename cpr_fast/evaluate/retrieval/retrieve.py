@@ -1,10 +1,10 @@
 """Nearest-neighbour retrieval R@1, 5, 10, 20, 50 [paper, Table 6].
 
 The `protocol` decides which videos are compared:
-    "train_test": the test split queries the train split, as published.
-    "leave_source_out": every video queries all others except those of its own source, for data without a usable split.
+    "train_test": the queries are the test split and the gallery is the train split, as published.
+    "leave_source_out": every video is a query; its gallery is all videos of other sources. For data without splits.
         Only queries whose class has another source are counted.
-    "auto": "train_test" where every index has both splits, else "leave_source_out".
+    "auto": "train_test" if every index has both splits, else "leave_source_out".
 Without labels R@k cannot be measured, but the features and the neighbours of some queries are stored.
 The `recipe` ("paper", "coclr" or "iic") decides how a video becomes a feature, see `cpr_fast.evaluate.features.recipe`.
 """
@@ -67,10 +67,10 @@ def retrieve(
     Under `torchrun` the processes share the videos.
 
     Args:
-        checkpoint, indexes: One file or several, see `load_pretrained`; the index of each official split.
+        checkpoint, indexes: One file or several, see `load_pretrained`; one index for each official split.
         run_dir: Run folder whose metrics.jsonl receives a row per result.
         untrained_seed: Seed of the untrained network's weights.
-        clips_per_video: Number of evenly spaced windows per video; None takes the recipe's.
+        clips_per_video: Number of evenly spaced windows per video; None means the number of the recipe.
         crops: 1, 5 or 10 crops of every window.
         cache: Store features in the folder `features` of the run, and reuse them.
     Returns:
@@ -92,7 +92,7 @@ def retrieve(
     open_loader = partial(
         open_windows, data=pretrained.data, views=list(pretrained.encoders), recipe=how, device=device
     )
-    # One gallery calibrates the untrained network for all splits, which therefore share its features.
+    # The untrained network is calibrated on one gallery for all splits, so that they can share its features.
     gallery = _split(splits[0], protocol)[0]
     embeddings = _embeddings(pretrained, how, gallery, open_loader, untrained_seed, device, cache=cache)
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, device)) if cache else None
@@ -111,7 +111,7 @@ def retrieve(
 
 
 def _headline(summary: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the view and the R@k of the trained network's last row: two-stream where it has both views."""
+    """Returns the view and the R@k of the trained network's last row, which is two-stream if it has both views."""
     row = [row for row in summary if row["name"] == "trained"][-1]
     return {"view": row["view"], **{f"r@{k}": row[f"r@{k}"] for k in RANKS}}
 
@@ -148,7 +148,7 @@ def _write_metrics(run_dir: str | Path | None, summary: list[dict[str, Any]], ex
 
 
 def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns a row per name and view: that of one split, or means and standard deviations over several splits."""
+    """Returns a row per name and view: the row of a single split, or means and standard deviations over several."""
     summary = []
     for name, view in dict.fromkeys((row["name"], row["view"]) for row in rows):
         same = [row for row in rows if (row["name"], row["view"]) == (name, view)]
@@ -167,7 +167,8 @@ def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _untrained_twins(configs: Mapping[str, Config], loader: WindowLoader, seed: int, device: str) -> dict[str, Encoder]:
-    """Returns randomly initialised encoders in eval mode, with BatchNorm statistics of the loader's windows."""
+    """Returns randomly initialised encoders in eval mode, with BatchNorm statistics computed from the loader's
+    windows."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoders = {view: build_encoder(config.model).to(device).eval() for view, config in configs.items()}
@@ -184,11 +185,11 @@ def evaluate(
     cache: FeatureCache | None = None,
     progress: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Measures retrieval by every embedding "name/view", and by "name/two_stream" if a name has both views.
+    """Measures retrieval with every embedding "name/view", and with "name/two_stream" if a name has both views.
 
     Returns:
-        A row of R@k for each of them, and examples of neighbours by the first name's last view: rows of `view`, `query`
-        and `nearest`, with videos as {"path", "label", "source", "num_frames"}.
+        A row of R@k for each of them, and examples of neighbours found with the last view of the first name: rows of
+        `view`, `query` and `nearest`, with videos as {"path", "label", "source", "num_frames"}.
     """
     gallery_index, query_index = _split(index, protocol)
     gallery = queries = _embed(gallery_index, index, embeddings, open_loader, cache, "gallery", progress)
@@ -244,7 +245,7 @@ def _embed(
     """Returns features, labels and sources of the readable videos of `part`; source ids are those of `whole`."""
     features, windows = embed_index(part, embeddings, open_loader, cache, description=description, progress=progress)
     source_id = {video.source: i for video, i in zip(whole, whole.source_ids.tolist(), strict=True)}
-    labels = torch.from_numpy(part.labels)  # a selection keeps its index's class numbers, but not its source ids
+    labels = torch.from_numpy(part.labels)  # a part has the class numbers of its index, but other source ids
     sources = torch.tensor([source_id[video.source] for video in part])
     kept = windows > 0
     videos = [video for video, found in zip(part, kept.tolist(), strict=True) if found]
@@ -261,7 +262,7 @@ def _split(index: Index, protocol: Protocol) -> tuple[Index, Index]:
 
 
 def _resolved(protocol: Protocol, splits: Sequence[Index]) -> Protocol:
-    """Returns the protocol that "auto" stands for: train_test where every index has both splits."""
+    """Replaces "auto" by train_test if every index has both splits, else by leave_source_out."""
     if protocol != "auto":
         return protocol
     both = all({"train", "test"} <= {video.split for video in index} for index in splits)
@@ -282,7 +283,7 @@ def _warn_of_shared_sources(queries: FeatureSet, gallery: FeatureSet) -> None:
 def _examples(
     view: str, comparison: Comparison, queries: list[Video], gallery: list[Video], counted: Tensor
 ) -> list[dict[str, Any]]:
-    """Returns what EXAMPLES queries find, which are evenly spaced among those that are counted."""
+    """Returns the neighbours of EXAMPLES queries, which are evenly spaced among the counted queries."""
 
     def show(video: Video) -> dict[str, Any]:
         path = str(video.path.absolute())
@@ -297,7 +298,8 @@ def _examples(
 
 
 def _streams(embeddings: Mapping[str, Embedding]) -> dict[str, list[str]]:
-    """Returns what to rank by: every embedding alone, then RGB and flow together for each name that has both."""
+    """Returns the streams to rank with: every embedding alone, then RGB and flow together for each name that has
+    both."""
     streams = {name: [name] for name in embeddings}
     for model in dict.fromkeys(name.split("/")[0] for name in embeddings):
         if {f"{model}/rgb", f"{model}/flow"} <= set(embeddings):

@@ -52,24 +52,24 @@ def search(
     device: str = "auto",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Finds the videos of an index that are most similar to each query, with the stored features of `retrieve`.
+    """Finds the videos of an index that are most similar to each query, reusing the features that `retrieve` stored.
 
     The similarity is the cosine, -1 to 1, of features centred by the index's mean; with both views it is the mean of
-    the two, which gives the order of two-stream retrieval. A query's flow is computed here. Queries that are larger
+    the two, which gives the order of two-stream retrieval. The flow of the queries is computed. Queries that are larger
     than every video of the index are scaled down to the largest, since flow is measured in pixels; rotated queries are
     turned upright.
 
     Args:
-        queries, index_csv: Video files, and the index to search, of any split, with or without labels.
+        queries, index_csv: Video files, and the index to search, with all its splits; labels are optional.
         checkpoint: One file, or one per view; see `load_pretrained`.
-        top, clips_per_video: Videos listed for each query; windows per video, None for the recipe's number.
+        top, clips_per_video: Videos listed for each query; windows per video (None: the number of the recipe).
         draw: Called for each query while its temporary files exist; returns the path of a picture.
     Returns:
         `checkpoint`, `index`, `recipe`, `views` (compared), `note` (what was left out, or None), `videos` (searched)
         and `queries`: {"path", "num_frames", "picture" (of `draw`, or None), "results"} with rows of `rank` (from 1),
         `path`, `label`, `source`, `num_frames` and `similarity`.
     Raises:
-        InputError: A query is missing, is not a video, or is no longer than half a clip.
+        InputError: A query is missing, is not a video, or is not longer than half a clip.
     """
     if not queries:
         raise InputError("QUERIES: expected at least one video, got none")
@@ -111,7 +111,7 @@ def _require_windows(queries: Sequence[str | Path], windows: Tensor) -> None:
 def _usable_encoders(
     encoders: Mapping[str, Encoder], index: Index, stored: bool
 ) -> tuple[dict[str, Encoder], str | None]:
-    """Returns the encoders whose view every video of the index has, and a note about a view that is left out."""
+    """Returns the encoders of the views that every video of the index has, and a note about views that are left out."""
     usable, note = dict(encoders), None
     without = sum(video.flow_path is None for video in index) if stored else 0
     if "flow" in usable and len(usable) > 1 and without:
@@ -129,7 +129,7 @@ def _answers(
     top: int,
     draw: Draw | None,
 ) -> list[dict[str, Any]]:
-    """Returns a row for each query, see `search`; the pictures are drawn while the queries' files are there."""
+    """Returns a row for each query, see `search`. Draws the pictures while the queries' temporary files exist."""
     rows = []
     for number, (path, name) in enumerate(zip(queries, _names(queries), strict=True)):
         found = _nearest(comparison, number, videos, top)
@@ -140,7 +140,7 @@ def _answers(
 
 
 def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfig) -> Index:
-    """Returns the queries as an index; turned or scaled copies are written to `folder`."""
+    """Returns the queries as an index; rotated or scaled copies are written to `folder`."""
     largest = max(min(video.width, video.height) for video in index)
     half = data.frames // 2 * data.stride
     videos = []
@@ -195,7 +195,7 @@ def _nearest(comparison: Comparison, query: int, videos: list[Video], top: int) 
 
 
 def _names(queries: Sequence[str | Path]) -> list[str]:
-    """The files' names without suffix, numbered where they repeat."""
+    """Returns the files' names without suffix; repeated names are numbered."""
     stems = [Path(path).stem for path in queries]
     count = Counter(stems)
     return [stem if count[stem] == 1 else f"{stem}-{number}" for number, stem in enumerate(stems, 1)]

@@ -1,4 +1,4 @@
-"""What can be calculated before the first step: how long each cycle learns, and why it would learn little or nothing.
+"""Checks before the first step: for how many steps each cycle learns, and reasons why it would learn little or nothing.
 
 Letters: B clips per process, R processes, K memory entries, N training videos.
 """
@@ -16,7 +16,7 @@ from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.pretrain.state.cycle import views_of
 
-LONG_FILL = 0.25  # share of a cycle's steps above which filling the queue is worth a warning
+LONG_FILL = 0.25  # if filling the queue takes a larger share of a cycle's steps, a warning is given
 TEMPERATURES = (0.005, 2.0)  # beyond these the softmax of the loss is nearly one-hot, or nearly uniform
 
 
@@ -24,10 +24,10 @@ TEMPERATURES = (0.005, 2.0)  # beyond these the softmax of the loss is nearly on
 class CyclePlan:
     """The steps of one cycle.
 
-    number: from 0, the position in `schedule.cycles`.
-    clips: videos of a step, all processes together; epoch_steps: steps of an epoch.
-    fill_steps: steps after which the memory is full, as if the cycle had no end.
-    learns_while_filling: True of a bank and of a batch; a queue learns only once it is full.
+    number: position in `schedule.cycles`, from 0.
+    clips: number of videos per step, over all processes; epoch_steps: number of steps per epoch.
+    fill_steps: number of steps after which the memory is full; it may exceed the number of steps of the cycle.
+    learns_while_filling: True for a bank and a batch. With a queue, the encoder learns only once the queue is full.
     """
 
     number: int
@@ -43,12 +43,12 @@ class CyclePlan:
 
     @property
     def waiting_steps(self) -> int:
-        """Steps that only fill the queue."""
+        """Number of steps that only fill the queue."""
         return 0 if self.learns_while_filling else min(self.fill_steps, self.steps)
 
     @property
     def fill_share(self) -> float:
-        """Share of the cycle's steps after which the memory is full; above 1: never."""
+        """Share of the cycle's steps after which the memory is full; above 1, it is never full."""
         return self.fill_steps / self.steps
 
     @property
@@ -57,17 +57,17 @@ class CyclePlan:
 
     @property
     def key(self) -> str:
-        """The setting that holds the cycle."""
+        """Name of the setting that defines the cycle."""
         return f"schedule.cycles[{self.number}]"
 
 
 def plan_cycles(config: Config, videos: int, processes: int) -> list[CyclePlan]:
-    """Returns the steps of every cycle.
+    """Returns the plan of every cycle.
 
     Raises:
         InputError: fewer videos than one batch, so that an epoch would have no step.
     """
-    clips = config.data.batch_size * processes  # of a step
+    clips = config.data.batch_size * processes  # per step
     if videos < clips:
         by = f" x {processes} processes" if processes > 1 else ""
         raise InputError(
@@ -85,14 +85,14 @@ def plan_cycles(config: Config, videos: int, processes: int) -> list[CyclePlan]:
 
 
 def check_run(config: Config, index: Index, plans: list[CyclePlan], *, stored_flow: bool) -> list[str]:
-    """Checks a run before it starts, every cycle of it.
+    """Checks every cycle of a run before the run starts.
 
     Args:
-        stored_flow: whether the clips' flow will be read from the index, so that it must be there.
+        stored_flow: whether flow is read from the flow files of the index, which must then exist.
     Returns:
         One sentence for each reason why the run, or a cycle of it, will learn little or nothing.
     Raises:
-        InputError: a cycle could not start, or could not learn whatever the data are.
+        InputError: a cycle could not start, or could not learn from any data.
     """
     for plan in plans:
         _check_cycle(config, index, plan, stored_flow)
@@ -109,7 +109,7 @@ def check_run(config: Config, index: Index, plans: list[CyclePlan], *, stored_fl
 
 
 def _check_cycle(config: Config, index: Index, plan: CyclePlan, stored_flow: bool) -> None:
-    """Raises InputError for what would stop the cycle, perhaps days later, when it starts."""
+    """Raises InputError for problems that would otherwise stop the run when this cycle starts, perhaps days later."""
     cycle = plan.cycle
     if cycle.lr is not None and not cycle.lr > 0:
         raise InputError(f"{plan.key}.lr: expected a positive number, got {cycle.lr}; nothing would be learnt")
@@ -214,7 +214,7 @@ def _about_memory(config: Config, plan: CyclePlan) -> Iterator[str]:
 
 
 def _about_mining(config: Config, index: Index, plan: CyclePlan, seen: set[str]) -> Iterator[str]:
-    """Why a cascade would mine nothing, too little, or by the features of a random network."""
+    """Yields reasons why a cascade would mine nothing, too little, or with the features of a random network."""
     sources = np.bincount(index.source_ids)
     if len(sources) == 1:
         yield (

@@ -23,7 +23,7 @@ def dump_memory(folder: Path, state: CycleState, number: int) -> Path | None:
 
     Args:
         folder: the run folder; a file of an earlier epoch is replaced.
-        number: of the cycle, from 0. The file name counts from 1.
+        number: number of the cycle, from 0. The number in the file name starts at 1.
     Returns:
         The path, or None if the memory is empty or holds other views.
     """
@@ -50,7 +50,7 @@ def dump_memory(folder: Path, state: CycleState, number: int) -> Path | None:
 def dump_step(folder: Path, state: CycleState, step: int, result: StepResult, paths: list[str]) -> Path:
     """Writes a step whose features or loss are NaN or infinite to `folder`/nonfinite-step-XXXXXXXX.pt.
 
-    `load_checkpoint` reads the file. It holds, of the step itself: `step`, `loss` 0-d, `queries` [L, R*B, D], `keys`
+    `load_checkpoint` reads the file. Of the step itself it holds `step`, `loss` 0-d, `queries` [L, R*B, D], `keys`
     [V, R*B, D], `video` and `start` [R*B], `paths`. It also holds the state of the run when the step was noticed, up
     to `run.log_every` steps later: `config`, `encoders`, `view` (the one that learns), `cycle_state`.
 

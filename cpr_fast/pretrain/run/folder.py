@@ -1,4 +1,4 @@
-"""The run folder: one writer at a time, never overwritten, and the checkpoint from which a run continues."""
+"""The run folder: it has one writer at a time and is never overwritten; selects the checkpoint to continue from."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def on_main(compute: Callable[[], T]) -> T:
-    """Computes something in the first process and returns it in all; an InputError is raised in all as well."""
+    """Calls `compute` in the first process and returns its result in all processes, which also raise its InputError."""
 
     def attempt() -> tuple[T | None, InputError | None]:
         try:
@@ -58,7 +58,7 @@ def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
     The operating system releases the lock when the process ends, however it ends, so no stale lock can remain.
 
     Args:
-        exists: the folder of a run to resume, which must be there.
+        exists: whether the folder must exist already, as for a run that is resumed.
     Raises:
         InputError: another process holds the lock, or the folder cannot be written.
     """
@@ -118,7 +118,7 @@ def open_run(
 
 
 def _rewind(folder: Path, saved: dict[str, Any]) -> None:
-    """Drops the rows of steps that will be computed again."""
+    """Removes the rows of steps after the checkpoint, which will be computed again."""
     try:
         rewind(folder, step=saved["step"], epoch=saved["epoch"])
     except OSError as error:
@@ -147,7 +147,7 @@ def _start_new(config: Config, folder: Path, videos: dict[str, Any]) -> None:
 
 
 def _load_newest(checkpoints: Path, world: World) -> dict[str, Any]:
-    """Loads the newest checkpoint that is whole. Damaged ones are set aside as `*.damaged`, with a notice."""
+    """Loads the newest undamaged checkpoint. Damaged ones are renamed to `*.damaged`, and a notice is printed."""
     loaded: dict[Path, dict[str, Any]] = {}
 
     def find() -> Path:
@@ -179,7 +179,7 @@ def _no_checkpoint(checkpoints: Path) -> CheckpointError:
 
 
 def _set_aside(damaged: list[tuple[Path, str]], used: Path, step: int) -> None:
-    """Renames the damaged checkpoints, makes `last.pt` the one that is used, and says so."""
+    """Renames the damaged checkpoints, makes `last.pt` point to the checkpoint `used`, and reports this."""
     for path, damage in damaged:
         path.replace(path.with_name(path.name + ".damaged"))
         log.warning("Checkpoint %s %s: kept as %s.damaged", path.name, damage, path.name)
@@ -190,7 +190,7 @@ def _set_aside(damaged: list[tuple[Path, str]], used: Path, step: int) -> None:
 
 def _check_same_settings(config: Config, saved: dict[str, Any], folder: Path, world: World) -> None:
     asked = _what_counts(config.to_dict(), world.size)
-    before = Config.from_dict(saved["config"]).to_dict()  # with today's default where that version had no such setting
+    before = Config.from_dict(saved["config"]).to_dict()  # settings that its version lacked get today's defaults
     for section, values in _what_counts(before, saved["processes"]).items():
         for key, was in values.items():
             now = asked[section][key]
@@ -199,12 +199,12 @@ def _check_same_settings(config: Config, saved: dict[str, Any], folder: Path, wo
 
 
 def _what_counts(config: dict[str, Any], processes: int) -> dict[str, dict[str, Any]]:
-    """Returns the settings of a `Config.to_dict()` that decide what is computed, without those that decide where, by
-    how many processes and how fast."""
+    """Returns the settings of a `Config.to_dict()` that affect the results, without those that only affect the place,
+    the number of processes and the speed."""
     kept = {section: dict(values) for section, values in config.items()}
     kept["run"] = {"seed": kept["run"]["seed"]}
     kept["model"].pop("init")  # the checkpoint holds those weights
-    for section in ("probe", "finetune", "health"):  # they apply after pretraining, or only watch it
+    for section in ("probe", "finetune", "health"):  # they apply after pretraining or only monitor it
         kept.pop(section, None)
     for key in ("index", "workers", "prefetch", "cache_gib"):
         kept["data"].pop(key)

@@ -58,7 +58,8 @@ class StepLog:
         self.newest = {name: value for name, value in (("loss", loss), ("pmr", rates.get("pmr"))) if value is not None}
 
     def status(self) -> str:
-        """Returns loss, PMR and how full the memory is, for the progress line; asks nothing of the device."""
+        """Returns loss, PMR and the filled share of the memory, for the progress line. Does not read from the
+        device."""
         memory = self.state.memory
         shown = [f"{name.upper() if name == 'pmr' else name} {value:.3f}" for name, value in self.newest.items()
                  if math.isfinite(value)]  # fmt: skip
@@ -97,7 +98,7 @@ class StepLog:
         )
 
     def _dump(self, step: int, result: StepResult, paths: list[str]) -> str:
-        """Writes the step to a file, and returns a sentence that names it."""
+        """Writes the step to a file, and returns a sentence with the name of the file."""
         if self.writer is None:
             return ""
         try:

@@ -1,4 +1,4 @@
-"""Pretraining: runs the cycles of a schedule, epoch by epoch and step by step, and fills the run folder.
+"""Pretraining: runs the cycles of a schedule epoch by epoch and step by step, and writes the run folder.
 
 The step itself, Algorithm 1 of the paper, is `cpr_fast.pretrain.step.step.train_step`.
 """
@@ -58,14 +58,14 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same from the first step of a run to the last."""
+    """The objects of a run that do not change from its first step to its last."""
 
     config: Config
     world: World
     index: Index
-    videos: dict[str, Any]  # the digest of the index
+    videos: dict[str, Any]  # digest of the index
     plans: list[CyclePlan]
-    warnings: list[str]  # of `check_run`
+    warnings: list[str]  # returned by `check_run`
     folder: Path
     make_loader: Callable[..., Loader]
     writer: MetricsWriter | None  # None in all processes but the first
@@ -92,8 +92,8 @@ def pretrain(
     writes the files.
 
     Args:
-        resume: True continues from the newest checkpoint of the run folder, mid-epoch if it was written there. "auto"
-            continues if there is a checkpoint; so does every run whose processes torchrun has restarted.
+        resume: True continues from the newest checkpoint of the run folder, which may be in the middle of an epoch.
+            "auto" continues if there is a checkpoint; so does every run whose processes torchrun has restarted.
         index: the training videos; by default the rows of `data.index` whose split is `data.split`.
         make_loader: called like `TrainLoader` of `cpr_fast.data.clips.loader`, the default.
         held_out: the videos of online retrieval; by default the rows of `data.index` whose split is
@@ -144,7 +144,7 @@ def _online(
     watch: Watchdog,
     make_windows: Callable[[Index, View], Any] | None,
 ) -> OnlineRetrieval | None:
-    """Returns what measures retrieval between epochs, or None if `health.online_every` is 0."""
+    """Returns the object that measures retrieval between epochs, or None if `health.online_every` is 0."""
     if not config.health.online_every:
         return None
     if held_out is None:
@@ -157,7 +157,7 @@ def _online(
 
 
 def _begin(run: Run, saved: dict[str, Any] | None) -> None:
-    """Writes the first row of this start, and prints the summary and the warnings."""
+    """Writes the row that records this start of the run, and prints the summary and the warnings."""
     if run.writer is None:
         return
     about = {"kind": "note", "text": f"resumed at step {saved['step']}"} if saved else {"kind": "run"}
@@ -192,12 +192,12 @@ def _finish(run: Run) -> None:
 
 
 def _run_cycles(run: Run, saved: dict[str, Any] | None) -> None:
-    """Runs every cycle of the schedule, or those that the checkpoint `saved` leaves to do."""
+    """Runs every cycle of the schedule, or those that were not finished in the checkpoint `saved`."""
     weights = saved["encoders"] if saved else load_initial(run.config.model)
     distributed.set_rng_states(run.world.device, saved.get("rng") if saved else None)
     for number, epochs in enumerate(cycle_epochs(run.config.schedule)):
         if saved and saved["epoch"] >= epochs.stop:
-            continue  # done before the checkpoint
+            continue  # finished before the checkpoint
         cycle = run.config.schedule.cycles[number]
         state = CycleState(run.config, cycle, weights, run.index, run.world)
         start_step = 0
@@ -219,7 +219,7 @@ def _run_cycle(
         world_size=world.size, **one_clip,
     )  # fmt: skip
     rows = StepLog(run.writer, state, number, run.index)
-    steps = len(loader)  # of an epoch
+    steps = len(loader)  # per epoch
     description = f"cycle {number + 1}/{len(config.schedule.cycles)}: {state.cycle.view}, mining {state.cycle.mining}"
     batches = _timed_batches(loader, epochs, start_step, run.watch)
     left = len(epochs) * steps - start_step
@@ -256,10 +256,10 @@ def _after_step(
     weights: dict[str, Any],
     at: tuple[int, int, int, int],
 ) -> None:
-    """Ends the epoch after its last step, saves a checkpoint when one is due, and stops where a signal asked for it.
+    """Ends the epoch after its last step, saves a checkpoint when one is due, and stops the run after a stop signal.
 
     Args:
-        at: numbers of the cycle, of the epoch, of the step in the epoch and of the step in the run.
+        at: number of the cycle, of the epoch, of the step within the epoch and of the step within the run.
     Raises:
         Interrupted: after the checkpoint was written.
     """
@@ -283,7 +283,7 @@ def _after_step(
 
 
 def _pace(run: Run, state: CycleState, number: int, left: int) -> Pace:
-    """Returns the pace of a run with `left` steps of this cycle to do, and all of the later ones."""
+    """Returns the pace of a run in which `left` steps of this cycle and all later cycles remain."""
     plan, later = run.plans[number], run.plans[number + 1 :]
     filling = 0
     if not plan.learns_while_filling:
@@ -310,7 +310,7 @@ def _measure_retrieval(run: Run, state: CycleState, rows: StepLog, epoch: int, s
 
 
 def _name_skipped(run: Run, number: int, loader: Loader) -> None:
-    """Reports at the end of a cycle which files could not be read, on stderr and as a note, by kind of problem."""
+    """Reports the files that could not be read, by kind of problem, at the end of a cycle: on stderr and as a note."""
     skipped = sorted(distributed.union((str(path), reason) for path, reason in loader.skipped))
     if skipped and run.writer is not None:
         count = "1 file could not be read and was" if len(skipped) == 1 else f"{len(skipped)} files could not be read"
@@ -323,7 +323,8 @@ def _name_skipped(run: Run, number: int, loader: Loader) -> None:
 def _timed_batches(
     loader: Loader, epochs: range, start_step: int, watch: Watchdog
 ) -> Iterator[tuple[int, int, Batch, float]]:
-    """Yields (epoch, step in it, batch, seconds that the loop waited for it) from `start_step` of the first epoch."""
+    """Yields (epoch, step within it, batch, seconds that the loop waited for the batch) from `start_step` of the first
+    epoch."""
     for epoch in epochs:
         batches = iter(loader.epoch(epoch, start_step))
         for i in range(start_step, len(loader)):

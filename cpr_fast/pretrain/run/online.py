@@ -1,4 +1,4 @@
-"""Online retrieval: R@1 among held-out videos during training, by which the best checkpoint is chosen.
+"""Online retrieval: R@1 among held-out videos during training. It is used to choose the best checkpoint.
 
 Letters: M held-out videos, R ranks, F feature width.
 """
@@ -27,7 +27,7 @@ RECIPE = make_recipe("paper", clips_per_video=2)
 
 
 class OnlineRetrieval:
-    """Ranks the held-out videos of other sources for every held-out video. Each rank embeds its share of the videos.
+    """For every held-out video, ranks the held-out videos of other sources. Each rank embeds its share of the videos.
 
     Measuring does not affect training: weights, running statistics and the state of random generators stay the same.
 
@@ -68,8 +68,8 @@ class OnlineRetrieval:
         self._data = replace(config.data, cache_gib=0)  # every window is read once
 
     def measure(self, encoder: Encoder, view: View) -> dict[str, Any]:
-        """Returns, on every rank, `r@1`, `r@5`, `chance_r@1` (expected of a random ranking), and the numbers of
-        `queries` and `videos`. Rates are fractions."""
+        """Returns, on every rank, `r@1`, `r@5`, `chance_r@1` (the expected value for a random ranking), and the numbers
+        of `queries` and `videos`. Rates are fractions."""
         features, found = self._embed(encoder, view)
         labels, sources = self.labels[found], self.sources[found]
         comparison = Comparison(

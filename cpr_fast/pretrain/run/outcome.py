@@ -1,7 +1,8 @@
-"""What a run has learnt, calculated from the rows of its metrics: so it covers the parts of a run that was resumed.
+"""The outcome of a run: whether it learnt. It is computed from the rows of the metrics, which cover all parts of a
+resumed run.
 
 A run can end without an error and still have learnt nothing: its queue never filled, its learning rate was too small
-to move a weight, or every entry of the memory was a positive. The row `outcome` says so, and the report repeats it.
+to move a weight, or every entry of the memory was a positive. The row `outcome` states this, and the report repeats it.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from typing import Any
 
 from cpr_fast.config import Config
 
-NO_LOSS = 1e-6  # a loss below this has no gradient to speak of: every entry compared is a positive
-ENOUGH_EPOCHS = 3  # with a loss: fewer do not show whether it falls
-MANY_SKIPPED = 0.2  # share of unreadable videos that is worth a warning
+NO_LOSS = 1e-6  # below this the gradient is negligible: every entry compared is a positive
+ENOUGH_EPOCHS = 3  # epochs with a loss; fewer do not show whether the loss falls
+MANY_SKIPPED = 0.2  # share of unreadable videos above which a warning is given
 
 
 def outcome(rows: list[dict[str, Any]], config: Config, step: int, videos: int, expected: list[str]) -> dict[str, Any]:
     """Returns the row `outcome` of a run.
 
     Args:
-        rows: of `metrics.jsonl`.
-        step: steps that the run has done.
-        videos: of the training set.
-        expected: the warnings that were given before the run started.
+        rows: rows of `metrics.jsonl`.
+        step: number of steps that the run has done.
+        videos: number of training videos.
+        expected: warnings that were given before the run started.
     Returns:
         `learnt`: whether any cycle changed the weights by a loss. `text`: one sentence for the head of a report.
         `warnings`: sentences. `cycles`: for each `cycle`, `view`, `mining`, `learnt`, `learning_steps` (optimiser
@@ -70,7 +71,7 @@ def _cycle(epochs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _learnt(row: dict[str, Any]) -> bool:
-    """Whether an epoch moved the weights by a loss; rows of older versions do not say whether weights moved."""
+    """Returns whether a loss changed the weights in an epoch; rows of older versions lack the change of the weights."""
     return row["loss"] is not None and row["loss"] > NO_LOSS and row.get("weights_change") != 0
 
 
@@ -88,7 +89,7 @@ def _why_not(epochs: list[dict[str, Any]], config: Config) -> str | None:
 
 
 def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> list[str]:
-    """Returns what makes it doubtful that a cycle learnt anything useful."""
+    """Returns reasons to doubt that a cycle learnt anything useful."""
     texts = []
     first, last = summary["loss_first"], summary["loss_last"]
     if len([row for row in epochs if row["loss"] is not None]) >= ENOUGH_EPOCHS and last >= first:

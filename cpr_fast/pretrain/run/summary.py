@@ -1,4 +1,4 @@
-"""What a run prints on stderr: a summary at its start, the time left, and a summary at its end."""
+"""The text that a run prints on stderr: a summary at the start, the time left, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.progress import duration
 
 MEASURED = 5  # learning steps after which the expected time is printed
-PATIENCE_S = 60.0  # of filling, after which a first estimate is printed
+PATIENCE_S = 60.0  # if filling takes longer, a first estimate is printed after this time
 NEWEST = 0.05  # weight of the newest step in the running mean of step times
 
 
@@ -52,12 +52,12 @@ def _memory(config: Config, plan: CyclePlan) -> str:
 
 
 class Pace:
-    """Measures the time of steps and from it the time left of the whole run.
+    """Measures the time of steps and estimates the time left of the whole run.
 
-    Steps that only fill the queue are timed apart from those that learn, which also run a backward pass.
+    Steps that only fill the queue are timed separately from those that learn, which also run a backward pass.
 
     Args:
-        filling, learning: steps that are left of each kind, over all cycles.
+        filling, learning: number of steps of each kind that are left, over all cycles.
     """
 
     def __init__(self, filling: int, learning: int) -> None:
@@ -68,7 +68,7 @@ class Pace:
         self.told = {False: False, True: False}
 
     def step(self, seconds: float, *, learns: bool) -> None:
-        """Takes the wall time of one step, waiting for data included."""
+        """Records the wall time of one step, including the time spent waiting for data."""
         self.left[learns] = max(0, self.left[learns] - 1)
         self.counted[learns] += 1
         if self.counted[learns] <= 1 < self.left[learns]:
@@ -84,7 +84,8 @@ class Pace:
         return sum(self.left[kind] * self.mean_s.get(kind, known) for kind in (False, True))
 
     def news(self) -> str | None:
-        """Returns a sentence on the expected time, once it can be told: at most one for each kind of step."""
+        """Returns a sentence about the expected time as soon as it can be estimated, at most once for each kind of
+        step."""
         left = self.left_s()
         if left is None:
             return None

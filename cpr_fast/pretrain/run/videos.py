@@ -1,4 +1,5 @@
-"""The training videos of a run: which rows of the index they are, and the digest that a resumed run compares."""
+"""The training videos of a run: which rows of the index they are, and the digest by which a resumed run recognises
+them."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ def digest(index: Index) -> dict[str, Any]:
     sizes do not count.
 
     Returns:
-        `count`; `rows`, a hash of the ordered rows and of the class names; `any_order`, the same of the sorted rows;
-        `paths`, of the ordered paths alone. The last two tell how two lists differ.
+        `count`; `rows`, a hash of the ordered rows and of the class names; `any_order`, the same for the sorted
+        rows; `paths`, a hash of the ordered paths only. The last two are used to tell how two lists differ.
     """
     paths = [os.path.abspath(video.path) for video in index]
     root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
@@ -55,11 +56,12 @@ def digest(index: Index) -> dict[str, Any]:
 
 
 def check_same_videos(before: dict[str, Any] | None, now: dict[str, Any], folder: Path, index: str) -> None:
-    """Checks that a run goes on with the videos it began with.
+    """Checks that a resumed run has the same videos as before.
 
     Args:
-        before: the `digest` in the checkpoint; None in a checkpoint of an older version, which is only noted.
-        now: the `digest` of the videos that the run would go on with.
+        before: the `digest` in the checkpoint; None in a checkpoint of an older version, for which only a note is
+            logged.
+        now: the `digest` of the present videos.
         folder: the run folder, for the message.
         index: the setting `data.index`, for the message.
     Raises:
@@ -93,6 +95,6 @@ def _hash(rows: Iterable[tuple[str, ...]]) -> str:
     for row in rows:
         for field in row:
             raw = field.encode("utf-8", "surrogateescape")
-            digest.update(len(raw).to_bytes(8, "little") + raw)  # lengths: no two lists of fields read the same
+            digest.update(len(raw).to_bytes(8, "little") + raw)  # lengths make this unambiguous
         digest.update(b"\n")
     return digest.hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""What a training cycle holds: encoders, memory, cascade, schedule, health statistics.
+"""The state of a training cycle: encoders, memory, cascade, schedule, health statistics.
 
 Imports `models`, `mining` and `runtime`; `pretrain.step` and `pretrain.run` may import it.
 """

@@ -20,7 +20,7 @@ from cpr_fast.pretrain.state.memory import Memory
 
 @dataclass(frozen=True)
 class Cascade:
-    """The stages of a cycle on a memory of K entries.
+    """The cascade stages of a cycle whose memory has K entries.
 
     views, keep: n ints each, the view compared and the number of survivors of each stage, as `cascade_select` takes
         them; keep[-1] is top-k.
@@ -58,7 +58,7 @@ def mine(anchors: Tensor, memory: Memory, source: Tensor, cascade: Cascade) -> T
 def mining_rates(
     anchors: Tensor, memory: Memory, source: Tensor, cascade: Cascade, mined: Tensor, label: Tensor, step: int
 ) -> dict[str, Tensor]:
-    """Measures the quality of mined positives, apart from PMR. Does not wait for the device.
+    """Measures rates of mined positives other than PMR. Does not wait for the device.
 
     Args:
         anchors, memory, source, cascade: the arguments of `mine`, which returned `mined` [B, P].

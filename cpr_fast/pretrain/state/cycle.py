@@ -1,4 +1,5 @@
-"""The state of one co-training cycle: created at its start, saved in checkpoints to resume within it."""
+"""The state of one co-training cycle: created when the cycle starts, and saved in checkpoints so that it can be
+resumed."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ class CycleState:
         self.views = views_of(cycle, shared=config.model.shared)
         if cycle.mining == "label" and (index.labels < 0).any():
             raise InputError("schedule.cycles: mining = 'label' expects every video of the index to have a label")
-        clips = config.data.batch_size * world.size  # keys of a step
+        clips = config.data.batch_size * world.size  # keys per step
         if config.memory.kind == "queue" and config.memory.size < clips:
             raise InputError(
                 f"memory.size: expected at least the {clips} keys of a step, data.batch_size x {world.size} processes, "
@@ -68,13 +69,13 @@ class CycleState:
             len(index),
             drifts=config.memory.kind == "queue",
         )
-        self.loss_sum = torch.zeros(2, dtype=torch.float64, device=world.device)  # of the epoch: loss, optimiser steps
-        self.best: dict[str, Any] | None = None  # of online retrieval: epoch and "r@1"
+        self.loss_sum = torch.zeros(2, dtype=torch.float64, device=world.device)  # epoch sums: loss, optimiser steps
+        self.best: dict[str, Any] | None = None  # best online retrieval: its epoch and "r@1"
         self.weight_norms = self._weight_norms()  # at the start of the epoch
 
     @property
     def learning(self) -> bool:
-        """Whether a step trains the encoder: with a queue only once it is full [published code]."""
+        """Whether a step trains the encoder. With a queue, it does so only once the queue is full [published code]."""
         return self.memory.full or self.config.memory.kind != "queue"
 
     def autocast(self) -> torch.autocast:
@@ -111,7 +112,7 @@ class CycleState:
         return torch.stack(torch._foreach_norm(weights)).double()
 
     def weights_change(self) -> float:
-        """Returns how far the norms of the weights have moved in the epoch, relative to them; 0 if no weight moved.
+        """Returns the relative change of the norms of the weights in the epoch; 0 if no weight changed.
 
         Waits for the device.
         """
@@ -159,7 +160,8 @@ class CycleState:
 
 
 def views_of(cycle: Cycle, *, shared: bool = False) -> tuple[View, ...]:
-    """Returns the views that a cycle decodes, its own first. Only a cascade or a shared encoder needs a second one."""
+    """Returns the views that a cycle decodes, the view it trains first. Only a cascade or a shared encoder needs a
+    second."""
     if cycle.mining != "cascade" and not shared:
         return (cycle.view,)
     return (cycle.view, cycle.other or ("rgb" if cycle.view == "flow" else "flow"))
@@ -168,7 +170,7 @@ def views_of(cycle: Cycle, *, shared: bool = False) -> tuple[View, ...]:
 def _build_encoders(
     config: Config, views: tuple[View, ...], weights: dict[str, dict[str, Tensor]], clips: int, world: World
 ) -> Encoders:
-    """Builds the encoders of a cycle; `clips` is the number of videos of a step, all processes together."""
+    """Builds the encoders of a cycle; `clips` is the number of videos per step, over all processes."""
     model, memory, parts = config.model, config.memory, config.optim.accumulate
     own_keys = model.shared or memory.kind == "batch"  # the learning encoder computes the keys: no moving average
     return Encoders(
@@ -205,7 +207,7 @@ def initial_encoder(config: Config, view: View, weights: dict[str, dict[str, Ten
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """Builds the optimiser of a cycle. The fused form updates all weights in one kernel, on the CPU too.
+    """Builds the optimiser of a cycle. Its fused implementation updates all weights in one kernel, also on the CPU.
 
     Raises:
         InputError: `optim.name` is one of apex, which is not installed.

@@ -4,7 +4,7 @@ other view.
 Letters: B clips per rank, R ranks, G groups, V views, D feature width.
 
 BatchNorm computes its statistics over one of G groups of B*R/G clips at a time. The published runs have one group per
-GPU; G groups on one GPU compute the same.
+GPU. G groups on one GPU give the same result as G GPUs with one group each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cpr_fast.pretrain.state.schedule import generator, on_device
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
 
-SHUFFLE_STREAM = 1  # of `schedule.generator`
+SHUFFLE_STREAM = 1  # argument `stream` of `schedule.generator`
 
 
 def batch_norm_groups(groups: int | None, clips: int, processes: int, parts: int = 1) -> int:
@@ -34,8 +34,8 @@ def batch_norm_groups(groups: int | None, clips: int, processes: int, parts: int
 
     Args:
         groups: `memory.shuffle_bn_groups`; None means one group for each part of each process.
-        clips: clips of a step, all processes together.
-        parts: parts in which each process computes its clips (`optim.accumulate`).
+        clips: number of clips per step, over all processes.
+        parts: number of parts in which each process encodes its clips (`optim.accumulate`).
     Raises:
         InputError: the groups would not divide every part equally.
     """
@@ -54,8 +54,8 @@ def batch_norm_groups(groups: int | None, clips: int, processes: int, parts: int
 class GroupedEncoder(nn.Module):
     """Runs an encoder over `groups` equal parts of the batch: [B, 3, T, H, W] -> [B, D].
 
-    In training mode the running statistics become the mean of those that each group alone would have produced. They are
-    linear in the statistics of the batch, so ranks that hold one group each and average theirs get the same.
+    In training mode the running statistics become the mean of the statistics that each group alone would have produced.
+    They are linear in the statistics of the batch, so ranks with one group each get the same by averaging theirs.
     """
 
     def __init__(self, encoder: Encoder, groups: int) -> None:
@@ -71,7 +71,7 @@ class GroupedEncoder(nn.Module):
 
 
 def _statistics_apart(encoder: nn.Module, parts: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yields `parts`, for one forward pass each.
+    """Yields each of `parts`; the caller runs one forward pass on it.
 
     Every pass starts from the same running statistics; at the end they are set to the mean over the passes.
     """
@@ -92,7 +92,7 @@ class Encoders:
     Args:
         query: the encoder of the view that learns; trained in place.
         other: the encoder of the other view, frozen and in eval mode; None if the cycle does not use that view.
-        momentum: share of the old key weights that an update keeps; None: the query encoder also computes the keys.
+        momentum: weight of the old key weights in an update; with None, the query encoder also computes the keys.
         groups: G, see the docstring of the module; from `batch_norm_groups`.
         parts: number of equal parts in which a rank encodes its clips and accumulates gradients.
         views: number of views of one shared encoder; clips of different views share no batch statistics.
@@ -159,9 +159,9 @@ class Encoders:
     def encode_keys(self, clips: Tensor, step: int) -> Tensor:
         """Computes f_q+ of the clips of all ranks: [B, 3, T, H, W] -> [R*B, D].
 
-        With several groups the clips are assigned to groups in a random order, drawn anew in every step ("shuffle-BN"
-        [MoCo]): a key shares batch statistics with other clips than its query, so that the statistics cannot reveal
-        which key belongs to which query.
+        With several groups the clips are assigned to groups in a random order, which changes in every step
+        ("shuffle-BN" [MoCo]). A key and its query then share batch statistics with different clips, so that the
+        statistics cannot reveal which key belongs to which query.
         """
         if self.groups == 1:
             return self._key_groups(clips)
@@ -189,7 +189,8 @@ def _frozen(encoder: Encoder) -> Encoder:
 
 
 def _compiled(encoder: Encoder, mode: Literal["none", "default", "cuda_graphs"]) -> nn.Module:
-    """Returns the compiled encoder, which shares its weights. With CUDA graphs all of its kernels are one launch."""
+    """Returns the compiled encoder, which shares its weights. With CUDA graphs all of its kernels are started by one
+    launch."""
     if mode == "none":
         return encoder
     return torch.compile(encoder, mode="reduce-overhead" if mode == "cuda_graphs" else "default")

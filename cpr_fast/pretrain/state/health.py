@@ -1,4 +1,4 @@
-"""Health of training: the spread of the query features, which shows a collapse, and the drift of the memory's keys.
+"""Health of training: the spread of the query features, which detects a collapse, and the drift of the memory's keys.
 
 Letters: L views that learn, B queries of a step on all ranks, W queries of the window, K memory slots, D feature width.
 """
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from cpr_fast.config import HealthConfig
 from cpr_fast.pretrain.state.memory import EMPTY, Memory
 
-WINDOW = 1024  # W: enough for an effective rank of hundreds; a few dozen steps at most
+WINDOW = 1024  # W: enough to measure an effective rank of hundreds; at most a few dozen steps
 
 
 def feature_std(features: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def feature_std(features: Tensor) -> Tensor:
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """Returns the effective rank of N directions [N, D], 0-d in 1..min(N, D): how many dimensions they use.
+    """Returns the effective rank of N directions [N, D], 0-d in 1..min(N, D): the number of dimensions that they use.
 
     It is exp(entropy) of the singular values of the unit vectors, normalised to sum 1 [Roy and Vetterli 2007; RankMe,
     Garrido et al. 2023].
@@ -44,25 +44,25 @@ class Health:
     """Keeps the newest W queries of a cycle and measures the drift of the memory. Only `summary` waits for the device.
 
     Args:
-        views: the L views that learn; the first is that of the memory's first features.
+        views: the L views that learn. The first one is the view of `memory.features[0]`.
         memory: the memory of the cycle.
         videos: number of training videos.
-        drifts: whether the memory is a queue, whose keys stay as they were computed: then its drift is measured.
+        drifts: whether to measure the drift: True for a queue, whose keys do not change after they were computed.
     """
 
     def __init__(self, views: Sequence[str], memory: Memory, videos: int, *, drifts: bool) -> None:
         width, device = memory.features.shape[2], memory.features.device
         self.views, self.memory, self.drifts = tuple(views), memory, drifts
         self.queries = torch.zeros(len(self.views), WINDOW, width, device=device)  # a ring buffer
-        self.count = 0  # of queries so far
+        self.count = 0  # number of queries so far
         # The number of the newest key of each video, counted over all keys enqueued; -1 = none.
         self.newest_key = torch.full((videos if drifts else 0,), -1, dtype=torch.int64, device=device)
-        self.drift = torch.zeros(2, dtype=torch.float64, device=device)  # of the epoch: sum, keys compared
+        self.drift = torch.zeros(2, dtype=torch.float64, device=device)  # over the epoch: sum, number of keys compared
         self.alarmed: list[str] = []  # values that were out of bounds at the end of the last epoch
 
     @torch.no_grad()
     def update(self, queries: Tensor, keys: Tensor, video: Tensor) -> None:
-        """Takes the queries [L, B, D] of a step and its keys [B, D] of `video` [B], before the keys are enqueued."""
+        """Records the queries [L, B, D] of a step and its keys [B, D] of `video` [B], before the keys are enqueued."""
         newest = queries[:, -WINDOW:]
         rows = (self.count + torch.arange(newest.shape[1], device=newest.device)) % WINDOW
         self.queries.index_copy_(1, rows, newest.to(self.queries.dtype))
@@ -83,8 +83,8 @@ class Health:
         """Returns the state after `step`, on the host. This is a sync point.
 
         `feature_std`, `effective_rank`: {view: value} of the window. `memory_age_steps`: mean age of the entries.
-        `memory_drift`: mean, over the epoch, of 1 - cosine between the key of a video and the older key of it that the
-        queue still held, which is of another clip; None if the queue held none, and for other kinds of memory.
+        `memory_drift`: mean, over the epoch, of 1 - cosine between the new key of a video and its older key in the
+        queue (computed from another clip); None if the queue held no older key, and for other kinds of memory.
         """
         features = self.queries[:, : self.count].double()
         written = self.memory.enqueued_at[self.memory.source != EMPTY]

@@ -1,8 +1,8 @@
 """The memory of features that queries are compared with and that positives are mined from [paper §3].
 
-Each of its K slots holds one feature per view. `Memory` is a queue of the newest keys [MoCo, He et al. 2020]; with as
-many slots as a step has keys, it is the batch itself [SimCLR, Chen et al. 2020]. `Bank` holds one entry per training
-video [IIC, Tao et al. 2020].
+Each of its K slots holds one feature per view. `Memory` is a queue of the newest keys [MoCo, He et al. 2020]; if it has
+as many slots as a step has keys, it holds exactly the batch [SimCLR, Chen et al. 2020]. `Bank` holds one entry per
+training video [IIC, Tao et al. 2020].
 
 Letters: V views, B keys enqueued at once, K slots, D feature width.
 """
@@ -27,7 +27,7 @@ class Memory:
     source, video, label, start: [K] int64: source id (-1 = empty slot), position in the index, class (-1 = unknown) and
         first source frame of the key's clip.
     enqueued_at: [K] int64, the step that wrote the slot (-1 = none).
-    count: keys enqueued so far. It is kept on the host, so that asking whether the memory is full needs no sync.
+    count: keys enqueued so far. It is kept on the host, so that checking whether the memory is full needs no sync.
     """
 
     def __init__(self, views: int, size: int, feature_dim: int, *, device: torch.device | str = "cpu") -> None:
@@ -90,7 +90,7 @@ class Bank(Memory):
     select.
 
     Args:
-        momentum: share of the old entry that an update keeps.
+        momentum: weight of the old entry in an update.
     """
 
     def __init__(

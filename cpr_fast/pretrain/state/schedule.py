@@ -27,7 +27,8 @@ def learning_rate(cycle_epoch: int, cycle: Cycle, optim: OptimConfig, gamma: flo
 
 
 def generator(seed: int, stream: int, step: int) -> np.random.Generator:
-    """Returns a random generator that depends only on its arguments. Being counter-based, every step costs the same."""
+    """Returns a random generator that depends only on its arguments. It is counter-based, so every step costs the
+    same."""
     # The step is the second word of the counter. Draws within a step advance the first word, so steps never overlap.
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, step, 0, 0]))
 

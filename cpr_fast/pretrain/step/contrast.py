@@ -1,4 +1,4 @@
-"""The loss of a step: its queries against the memory, for every kind of memory.
+"""The loss of a step, which compares the queries with the memory; for every kind of memory.
 
 Letters: B queries, K memory slots, E >= K entries compared, D feature width, P positives.
 """
@@ -61,12 +61,12 @@ def contrast(
 
     Args:
         query, own_key: [B, D], f_q and f_q+.
-        entries: [E, D], the features of the memory in one view, then E - K further negatives for its slots.
+        entries: [E, D], the features of the memory in one view, followed by E - K further negatives.
         mined: [B, P] int64 slots, -1 for padding, or None.
         ids: the ids of the queries.
         meaning: what equal ids mean.
-        holds_own: whether entries of the query's own video are the query or its q+ again; they then are in neither sum
-            of the loss.
+        holds_own: whether the entries of the query's own video are the query itself or its q+. They are then in neither
+            sum of the loss.
     Returns:
         The mean loss, 0-d.
     """
@@ -85,7 +85,7 @@ def contrast(
         alike = _compared(ids, memory, holds_own) & _alike(ids, memory, meaning)  # [B, K]
         alike = torch.where(alike, slots, -1)
         positives = alike if mined is None else torch.cat([mined, alike], dim=1)
-    if further:  # numbers above those of all videos match no query
+    if further:  # ids above those of all videos, which match no query
         memory_ids = torch.cat([memory_ids, torch.where(memory_ids == EMPTY, EMPTY, memory_ids + further)])
     return mil_nce(
         query, own_key, entries, positives, query_ids=ids.video, memory_ids=memory_ids,
@@ -109,9 +109,9 @@ def _averaged_nce(
     query: Tensor, own_key: Tensor, entries: Tensor, ids: Ids, memory: Memory, meaning: IdMeaning, temperature: float,
     holds_own: bool,
 ) -> Tensor:  # fmt: skip
-    """Computes UberNCE as published [CoCLR]: the log-softmax, averaged over q+ and the entries of an equal id.
+    """Computes UberNCE as published [CoCLR]: the log-softmax, averaged over q+ and the entries with an equal id.
 
-    It is written in plain torch, because only this upper bound uses it.
+    It is written in plain torch, because only UberNCE, a supervised upper bound, uses it.
     """
     present = _compared(ids, memory, holds_own)  # [B, K]
     positive = present & _alike(ids, memory, meaning)

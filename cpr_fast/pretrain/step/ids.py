@@ -8,7 +8,7 @@ from typing import Literal
 from cpr_fast.config import LossConfig, Mining
 from cpr_fast.pretrain.state.schedule import generator
 
-DROP_STREAM = 2  # of `schedule.generator`
+DROP_STREAM = 2  # argument `stream` of `schedule.generator`
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Intra-negatives: clips without their motion, so that appearance alone does not suffice [IIC, section 3.3].
+"""Intra-negatives: clips without their motion, used as negatives so that appearance alone cannot solve the task [IIC,
+section 3.3].
 
 Letters: B clips per rank, R ranks, T frames.
 """
@@ -16,7 +17,7 @@ from cpr_fast.config import QUARTERS
 from cpr_fast.pretrain.state.schedule import generator, on_device
 from cpr_fast.runtime.distributed import World
 
-INTRA_STREAM = 3  # of `schedule.generator`
+INTRA_STREAM = 3  # argument `stream` of `schedule.generator`
 
 
 def without_motion(clips: Tensor, how: Literal["repeat", "shuffle"], *, seed: int, step: int, world: World) -> Tensor:

@@ -1,4 +1,4 @@
-"""The result of one training step; all of it stays on the device."""
+"""The result of one training step; all tensors stay on the device."""
 
 from __future__ import annotations
 

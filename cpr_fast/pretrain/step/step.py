@@ -55,7 +55,7 @@ def train_step(state: CycleState, batch: Batch, step: int) -> StepResult:
 
 
 def _queue_step(state: CycleState, batch: Batch, step: int) -> StepResult:
-    """Step with a queue of keys from a moving average of the query encoder [MoCo], or with a bank of such keys.
+    """Trains with a queue of keys from a moving average of the query encoder [MoCo], or with a bank of such keys.
 
     Until a queue is full, the weights do not change: only the BatchNorm statistics, the key encoder and the queue are
     updated [published code]. With a bank the encoder learns from the first step on [IIC], and mining starts once the
@@ -92,7 +92,7 @@ def _queue_step(state: CycleState, batch: Batch, step: int) -> StepResult:
 
 
 def _batch_step(state: CycleState, batch: Batch, step: int) -> StepResult:
-    """Step with the batch as memory [SimCLR].
+    """Trains with the batch as memory [SimCLR].
 
     Each clip is the q+ of the other clip of its video, and is compared with the clips of the other videos.
     """
@@ -116,11 +116,12 @@ def _batch_step(state: CycleState, batch: Batch, step: int) -> StepResult:
 
 
 def _shared_step(state: CycleState, batch: Batch, step: int) -> StepResult:
-    """Step with one encoder for two views of a clip, each compared with the bank's entries in the other view [IIC].
+    """Trains one encoder for two views of a clip, each compared with the bank's entries in the other view [IIC].
 
     q+ is the entry of the video in the other view, or the feature of the clip in that view while there is no entry.
-    With intra-negatives, clips without their motion are encoded too; their bank contains only negatives. The published
-    code draws 1,024 entries of each bank as negatives; here all entries are used, which removes that noise.
+    With intra-negatives, clips without their motion are encoded too; the bank of these clips contains only negatives.
+    The published code draws 1,024 entries of each bank as negatives; here all entries are used, which removes that
+    noise.
     """
     memory, encoders = state.memory, state.encoders
     clips = [batch.clips[view][:, 0] for view in state.views]  # [B, 3, T, H, W] each
@@ -186,7 +187,7 @@ def _contrast(
 
 
 def _here(state: CycleState, count: int) -> slice:
-    """Returns the rows of this rank among `count` rows of each rank."""
+    """Returns the rows of this rank in a gathered tensor that has `count` rows of each rank."""
     return slice(state.world.rank * count, (state.world.rank + 1) * count)
 
 
