@@ -1,4 +1,4 @@
-"""Printing of a command's result: tables and lines for people, or one JSON object with `--json`."""
+"""Printing of a command's result: readable tables and lines, or one JSON object with `--json`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def show(result: dict[str, Any], json: bool, *, lines: Sequence[str] = (), next_
     """Prints a result on stdout.
 
     Args:
-        result: The result; with `json` it is printed as one JSON object, and nothing else is.
+        result: The result; with `json` only this is printed, as one JSON object.
         json: Whether the user gave `--json`.
-        lines: The text for people. Without any, each entry of the result is printed as "name: value".
+        lines: The readable text. Without it, each entry of the result is printed as "name: value".
         next_step: A command that a user may want to run next.
     """
     if json:
@@ -49,12 +49,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, title: str
 
 
 def rate(value: float | None, digits: int = 3) -> str:
-    """Returns a rate as in the literature, ".546"; "-" where there is none."""
+    """Returns a rate as in the literature, ".546"; "-" if it is None."""
     return "-" if value is None else f"{value:.{digits}f}".removeprefix("0" if value < 1 else "")
 
 
 def printable(text: str) -> str:
-    """Returns the text with escapes where it holds bytes that are not valid Unicode, as file names may."""
+    """Returns the text with bytes that are not valid Unicode (possible in file names) replaced by escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -1,4 +1,5 @@
-"""The config of a run: all sections together. Functions receive the section they need, never the root."""
+"""The config of a run: all sections together. Functions receive only the section that they need, never the whole
+config."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from cpr_fast.config.sections import (
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. Raises ConfigError where a setting is out of range or contradicts another one."""
+    """All settings of a run. Raises ConfigError if a setting is out of range or contradicts another one."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

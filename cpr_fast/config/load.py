@@ -17,8 +17,8 @@ from cpr_fast.config.sections import ClassifierConfig, ConfigError
 def load(path: str | Path) -> Config:
     """Reads the config of a TOML file, or of a run's config.json.
 
-    Input files that a TOML file names (`data.index`, `model.init`) are relative to its folder; where they are not found
-    there, the name is left as it is, relative to the working directory.
+    Input files that a TOML file names (`data.index`, `model.init`) are relative to its folder; a file that is not found
+    there is looked up relative to the working directory.
 
     Raises:
         ConfigError: states the file, the key, what was found and what was expected.

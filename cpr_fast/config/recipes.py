@@ -27,7 +27,7 @@ def _description(text: str) -> str:
 def find_config(name: str | Path) -> Path:
     """Returns the path of a config: an existing file, or a recipe by its name, such as "cpr_ucf101".
 
-    Raises ConfigError with a suggestion where there is neither.
+    Raises ConfigError with a suggestion if neither exists.
     """
     path = Path(name)
     if path.is_file():

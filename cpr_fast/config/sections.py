@@ -61,7 +61,7 @@ class ModelConfig:
     # lr / conv_std is the relative size of a step.
     conv_std: float = 0.01
     # "mlp": two linear layers, L2-normalised [CoCLR]; "unit": the pooled features, L2-normalised; "pooled": the pooled
-    # features as they are [IIC]
+    # features without normalisation [IIC]
     head: Literal["mlp", "unit", "pooled"] = "mlp"
     feature_dim: int = 128  # D, number of dimensions of a feature; 512 for the pooled features of r3d, r21d and c3d
     # Train one encoder on both views of a cycle, each learning from the other [IIC]; needs memory.kind = "bank".
@@ -77,7 +77,7 @@ class MemoryConfig:
     # "queue": the most recent keys [MoCo]; "bank": one entry per training video [IIC]; "batch": the other clips of the
     # step [SimCLR]
     kind: Literal["queue", "bank", "batch"] = "queue"
-    size: int = 2048  # K, number of entries of a queue; a bank and a batch have their own sizes
+    size: int = 2048  # K, number of entries of a queue; the sizes of a bank and of a batch follow from the data
     ema_momentum: float = 0.999  # momentum of the key encoder (queue and bank, unless model.shared)
     bank_momentum: float = 0.5  # fraction of the old entry that an update of the bank keeps [IIC]
     # Number of groups of clips that have separate BatchNorm statistics; keys are shuffled among them. If it is set, the
@@ -109,7 +109,7 @@ class LossConfig:
     temperature: float = 0.07
     protocol: Literal["paper", "coclr"] = "paper"
     self_positive_drop: float = 0.9  # fraction of iterations that drop q+ from the numerator (protocol "coclr" only)
-    # Additional negatives without motion, kept in a memory bank of their own [IIC]: "repeat" repeats one frame,
+    # Additional negatives without motion, kept in a separate memory bank [IIC]: "repeat" repeats one frame,
     # "shuffle" exchanges two quarters of the clip.
     intra_negatives: Literal["none", "repeat", "shuffle"] = "none"
 
@@ -130,7 +130,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class Cycle:
-    """One training cycle: which view's encoder learns, how its positives are chosen, and for how long."""
+    """One training cycle: which view's encoder learns, how its positives are chosen, and the number of epochs."""
 
     view: View
     epochs: int
@@ -199,7 +199,7 @@ class HealthConfig:
     max_memory_drift: float = 0.8
     online_every: int = 0  # epochs between measurements of retrieval R@1 on held-out videos; 0: never
     online_videos: int = 512  # number of held-out videos
-    online_split: str = "val"  # split that they are taken from; do not take one whose results you report
+    online_split: str = "val"  # split that they are taken from; do not use a split whose results you report
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"  # "auto", "cpu" or "cuda"
     log_every: int = 1  # steps between two rows of metrics.jsonl
-    checkpoint_every: int = 0  # steps between checkpoints within an epoch; one is written after every epoch anyway
+    checkpoint_every: int = 0  # steps between checkpoints within an epoch; one is always written after every epoch
     keep_checkpoints: int = 2  # number of recent checkpoints to keep, besides the best one
     # Seconds without progress after which the process that the others wait for is reported; 0: never.
     stall_timeout_s: float = 120.0

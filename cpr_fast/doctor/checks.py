@@ -30,7 +30,7 @@ def doctor(index: Path | None, config: Config, *, device: torch.device, seconds:
     Returns:
         "environment", "optional", "kernels", "codecs", "machine", "data", "estimates", "breakdown" and "findings".
         "findings" is a list of {"level": "error" | "warning" | "ok", "text", "advice", "effect"}, the ones to act on
-        first at its start. "data", "estimates" and "breakdown" are None without an index or where it has no usable
+        first at its start. "data", "estimates" and "breakdown" are None without an index, or if the index has no usable
         video.
     """
     findings: list[Finding] = []

@@ -100,7 +100,7 @@ def kernels(device: torch.device, findings: list[Finding]) -> dict[str, Any]:
 
 
 def codecs(device: torch.device, findings: list[Finding]) -> list[dict[str, Any]]:
-    """Returns a row per codec, after encoding and decoding a few frames; empty where DALI or PyAV is missing."""
+    """Returns a row per codec, after encoding and decoding a few frames; empty if DALI or PyAV is missing."""
     try:
         from cpr_fast.doctor.parity import CODECS, check_codec
     except ImportError as error:

@@ -40,7 +40,7 @@ CODECS: dict[str, tuple[tuple[str, ...], str, str, dict[str, str]]] = {
 
 
 def write_test_video(codec: str, folder: Path, *, frames: int = 48, height: int = 96, width: int = 128) -> Path | None:
-    """Writes a video of a moving texture, whose frames all differ; returns None where FFmpeg has no such encoder."""
+    """Writes a video of a moving texture, whose frames all differ; returns None if FFmpeg has no such encoder."""
     encoders, suffix, pixel_format, options = CODECS[codec]
     encoder = next((name for name in encoders if name in av.codecs_available and _can_encode(name)), None)
     if encoder is None:
@@ -103,7 +103,7 @@ def dali_parity(
 
     Returns:
         "decoder", "frames", "identical", "psnr_db" (mean) and "psnr_min_db"; or "decoder" and "refused" (the reason)
-        where DALI does not decode this codec.
+        if DALI does not decode this codec.
     """
     decoder = "mixed" if device.type == "cuda" else "cpu"
     pipeline = _decoder(

@@ -28,9 +28,10 @@ def show_sample(
 ) -> dict[str, Any]:
     """Writes the clips of video `position` in `epoch` to `out`.
 
-    The suffix of `out` decides the form: .png (or another picture format) gives a sheet of all frames, with one strip
-    per clip and view; .mp4, .mkv or .webm gives a video of all clips side by side, at the frame rate of the clip. The
-    pixels are the network's input converted back to levels 0..255; flow is shown as (red, green, blue) = (128, v, u).
+    The suffix of `out` determines the format: .png (or another picture format) gives a sheet of all frames, with one
+    strip per clip and view; .mp4, .mkv or .webm gives a video of all clips side by side, at the frame rate of the clip.
+    The pixels are the network's input converted back to levels 0..255; flow is shown as (red, green, blue) = (128, v,
+    u).
 
     Returns:
         "out", and of the video "path", "label", "source" and "starts", the first frame of each clip.

@@ -38,7 +38,7 @@ def finetune(
         recipe: paper: the test split is used once, at the end. coclr: the best epoch on the test split, and colour
             jitter at test time, as in the released code. iic: 10 clips per test video.
         clips: Number of windows per test video, evenly spaced; by default the recipe's (paper, coclr: all windows).
-        crops: Take the centre crop, five or ten crops of every window; results of the smaller sets are given as well.
+        crops: Number of crops per window: 1 (centre), 5 or 10; results for the smaller numbers are reported as well.
         seeds: Several seeds give an interval over seeds; one seed gives a bootstrap interval over sources.
         epochs: Replaces the config's number of epochs; its milestones are scaled.
         lr: Learning rate of the classifier. This and the following options replace the config's settings.

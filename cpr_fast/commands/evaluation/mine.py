@@ -39,7 +39,7 @@ def mine(
         order: Views of the stages as letters, such as "frf" for flow, RGB, flow; instead of --stages and --query-view.
         details: Also print what each stage keeps and loses, and view agreement and mutual neighbours, which need no
             labels.
-        raw: Take the features as they are, neither centred nor L2-normalised.
+        raw: Use the features without centring and L2 normalisation.
         heatmap: A PNG file to write: PMR over stages and ratio.
     """
     require_file("FEATURES", features)

@@ -208,7 +208,7 @@ class TrainLoader:
         return self._batch([material])
 
     def close(self) -> None:
-        """Ends the threads and frees the graph. It may be called more than once."""
+        """Ends the threads and frees the graph. Further calls have no effect."""
         self._clips.close()
 
     def _plan(self, order: np.ndarray, epoch: int, step: int) -> list[Job]:
@@ -291,7 +291,7 @@ class WindowLoader:
         return self._clips.stream(steps, self._batch)
 
     def close(self) -> None:
-        """Ends the threads and frees the graph. It may be called more than once."""
+        """Ends the threads and frees the graph. Further calls have no effect."""
         self._clips.close()
 
     def _plan(self, step: int) -> list[Job]:

@@ -98,14 +98,15 @@ def fetch_packets(
 
 
 def fetch_jpegs(video: Video, clips: Clips, view: str, data: DataConfig) -> list[list[np.ndarray]]:
-    """Returns encoded clips of a record: T JPEGs each, uint8 [L], which are views of the mapped file."""
+    """Returns encoded clips of a record: T JPEGs each, uint8 [L], as views of the memory-mapped file."""
     path, _ = _file(video, view, data)
     records = (read_jpegs(path, clip_frames(start, data)) for start in clips.start)
     return [[np.frombuffer(jpeg, np.uint8) for jpeg in jpegs] for jpegs in records]
 
 
 def checked(fetch: Fetch) -> Fetch:
-    """Returns `fetch` preceded by a decode of the same clips, which raises VideoError where the graph would fail."""
+    """Returns `fetch` preceded by a decode of the same clips, which raises VideoError for data on which the graph would
+    fail."""
 
     def fetch_checked(video: Video, clips: Clips, view: str, data: DataConfig) -> list:
         fetch_frames(video, clips, view, data)
@@ -186,7 +187,7 @@ class ClipReader:
     def read(self, clips: Clips, *, check: bool = False) -> Material | None:
         """Reads every view of the clips of one video. Returns None if the video cannot be read.
 
-        With `check` the clips are also decoded here. Raises InputError where most files of the index have disappeared.
+        With `check` the clips are also decoded here. Raises InputError if most files of the index have disappeared.
         """
         video = self.index[int(clips.video[0])]
         fetch = {view: checked(fetch) if check else fetch for view, fetch in self.fetch.items()}
@@ -200,8 +201,8 @@ class ClipReader:
         """Reads the clips of one video, or else those of the first of `substitutes` that can be read.
 
         The choice depends on the plan and the files alone. Earlier failures do not influence it, because a damaged file
-        may give one clip and not another, and because a resumed run would not know them. Raises InputError where no
-        video can be read.
+        may give one clip and not another, and because a resumed run would not know them. Raises InputError if no video
+        can be read.
         """
         tried = 0
         for candidate in itertools.islice(itertools.chain([clips], substitutes), MOST_SUBSTITUTES):

@@ -1,4 +1,5 @@
-"""Reads videos from JPEG records in LMDB files, as CoCLR and CPR publish them; decodes only the frames asked for.
+"""Reads videos from JPEG records in LMDB files, as CoCLR and CPR publish them; decodes only the frames that are
+requested.
 
 The path of such a video is FILE.lmdb#CLASS/VIDEO: the LMDB file (or folder), "#", and the video's name in it. Keys:
 
@@ -8,8 +9,8 @@ The path of such a video is FILE.lmdb#CLASS/VIDEO: the LMDB file (or folder), "#
     __len__     number of videos
     __vlen__    number of frames of each video, aligned with __keys__; absent in some published files
 
-msgpack before 1.0 stored bytes and text alike as "raw"; both encodings are read. A frame of flow is a picture (u, v,
-128) in the channel order of OpenCV, which is (128, v, u) in RGB order.
+msgpack before 1.0 stored bytes and text in the same way, as "raw"; both encodings are read. A frame of flow is a
+picture (u, v, 128) in the channel order of OpenCV, which is (128, v, u) in RGB order.
 
 Letters: F frames, H x W pixels.
 """
@@ -48,7 +49,8 @@ def record_path(file: Path, name: str) -> Path:
 
 
 def read_jpegs(path: Path, frames: Sequence[int] | np.ndarray) -> list[memoryview]:
-    """Returns the JPEG of every frame in `frames`, as slices of the mapped file, not copied. Raises VideoError."""
+    """Returns the JPEG of every frame in `frames`, as slices of the memory-mapped file, without copying. Raises
+    VideoError."""
     file, name = split_record(path)
     try:
         record, spans = open_records(file).record(name)
@@ -189,5 +191,5 @@ def record_lengths(get: Callable[[bytes], memoryview | None], names: Sequence[st
 
 
 def record_name(name: bytes | str) -> str:
-    """Returns a name as text, in whichever encoding of msgpack it was stored."""
+    """Returns a name as text, decoded from either msgpack encoding."""
     return name.decode() if isinstance(name, bytes) else name

@@ -19,7 +19,7 @@ def render(source: Source, start: int, frames: int, rng: np.random.Generator) ->
     """Returns frames `start` to `start + frames - 1` of a source, uint8 RGB [T, H, W, 3]; `rng` draws the noise."""
     height, width = source.height, source.width
     noise = source.noise * rng.standard_normal((height + 32, width + 32), dtype=np.float32)
-    offsets = rng.integers(0, 33, (frames, 2))  # every frame gets another part of one plane of noise
+    offsets = rng.integers(0, 33, (frames, 2))  # every frame uses a different part of one plane of noise
     out = np.empty((frames, height, width, 3), np.uint8)
     for first in range(0, frames, CHUNK):
         time = np.arange(start + first, start + min(first + CHUNK, frames), dtype=np.float64)

@@ -62,7 +62,7 @@ def open_video(path: str | Path, *, probe: bool = True) -> Iterator[tuple[av.con
 
     With `probe=False` FFmpeg decodes no frame to find properties that the container does not store, such as the frame
     rate. Probing takes ten times as long as the rest of opening. Frames are the same without it, except in streams that
-    do not say how they are reordered.
+    do not specify how their frames are reordered.
     """
     try:
         options = {} if probe else UNPROBED

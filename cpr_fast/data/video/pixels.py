@@ -44,7 +44,7 @@ class Region:
 
 
 class Pixels(Protocol):
-    """Converts the frames that were added since the last `take`, at most as many as were announced."""
+    """Converts the frames that were added since the last `take`; at most `count` of them, see `pixels_of`."""
 
     def add(self, frame: av.VideoFrame) -> None: ...
 

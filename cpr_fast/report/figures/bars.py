@@ -65,7 +65,7 @@ def group_figure(groups: Mapping[str, Sequence[float]], *, x: str, title: str, c
     """Draws columns at 0, 1, 2, … of several groups side by side; rates (fractions) in percent.
 
     Args:
-        groups: {name: a rate for each place}; all of one length.
+        groups: {name: a rate for each place}; all of the same length.
         colours: series of each group.
     """
     hovers, table = [], []

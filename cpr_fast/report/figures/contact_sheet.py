@@ -21,7 +21,7 @@ def write_contact_sheet(out: Path, query: Video, found: Sequence[dict[str, Any]]
     """Writes a JPEG of `WIDTH` x `sheet_height(len(found))` pixels: the query, then `found` in order.
 
     Args:
-        found: rows of `cpr_fast.evaluate.retrieval.search.search`; a video that does not decode leaves its strip grey.
+        found: rows of `cpr_fast.evaluate.retrieval.search.search`; the strip of a video that does not decode is grey.
     """
     sheet = Image.new("RGB", (WIDTH, sheet_height(len(found))), "white")
     draw = ImageDraw.Draw(sheet)

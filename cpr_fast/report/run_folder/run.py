@@ -29,7 +29,7 @@ MINING_NAMES = {"none": "InfoNCE", "label": "UberNCE", "cascade": "CPR"}
 
 @dataclass(frozen=True)
 class Cycle:
-    """One co-training cycle of a run, with its rows of epochs and steps; `number` counts from 0."""
+    """One co-training cycle of a run, with its epoch rows and step rows; `number` counts from 0."""
 
     number: int
     view: str
