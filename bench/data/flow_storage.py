@@ -1,4 +1,5 @@
-"""Measures the error of stored flow in pixels: of 8-bit levels alone, and of the two storages, on real clips.
+"""Measures the error of stored flow in pixels on real clips: the error of 8-bit levels alone, and that of the two
+storages.
 
     python bench/data/flow_storage.py [--clips 8]
 

@@ -89,7 +89,7 @@ def after_first(slots: Tensor, queries: Tensor, memory: Tensor, views: Sequence[
 
 
 def two_gemms(queries: Tensor, memory: Tensor, *_) -> tuple[Tensor, ...]:
-    """Computes only the scores, by torch's matrix product, and selects nothing."""
+    """Computes only the scores, by torch's matrix product, without a selection."""
     return tuple(queries[v] @ memory[v].T for v in range(2))
 
 

@@ -190,7 +190,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(1)
-    torch.backends.cudnn.deterministic = True  # the two steps may differ in the operators alone
+    torch.backends.cudnn.deterministic = True  # the two steps differ only in the operators
     torch.backends.cudnn.allow_tf32 = False
     batch = make_batch(options)
     report = vars(options) | world(options.device) | agreement(options, batch)

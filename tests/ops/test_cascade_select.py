@@ -1,6 +1,6 @@
-"""cascade_select against a float64 stable sort, bit for bit where the scores are exact.
+"""Compares cascade_select with a stable sort in float64, bit for bit if the scores are exact.
 
-Lattice inputs (multiples of 1/4, |x| <= 2) have exact scores in any order of summation, and ties everywhere.
+Lattice inputs (multiples of 1/4, |x| <= 2) have exact scores in any order of summation, and many of them are equal.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""mil_nce against float64 autograd through mil_nce_ref."""
+"""Compares mil_nce with float64 autograd through mil_nce_ref."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""QueueLoss against its definition in plain PyTorch, step by step."""
+"""Compares QueueLoss with its definition in plain PyTorch, step by step."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""mil_nce with a temperature that is learned: value and gradient against plain PyTorch in float64."""
+"""Compares value and gradient of mil_nce with a learned temperature with plain PyTorch in float64."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_gradcheck():
 
 
 def test_the_gradient_is_the_one_of_eulers_identity():
-    """t dL/dt = -sum(q dL/dq): the loss depends on both through q / t alone."""
+    """t dL/dt = -sum(q dL/dq): the loss depends on both only through q / t."""
     (query, own_key, memory), positives, ids = problem(torch.float64)
     query.requires_grad_()
     temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""tvl1_flow against OpenCV, against a step-by-step NumPy run of the algorithm, and against its plain-torch reference.
+"""Compares tvl1_flow with OpenCV, with a step-by-step NumPy run of the algorithm and with its plain-torch reference.
 
 The stop test and the median filter amplify rounding: two correct programs can differ by pixels at a few places. Long
 runs are therefore compared in the mean and at the 99th percentile, short runs (few iterations) tightly.

@@ -81,7 +81,7 @@ def test_manylinux_tag_and_libraries(wheel):
     with zipfile.ZipFile(repaired) as archive:
         libraries = [name for name in archive.namelist() if re.search(r"\.so(\.|$)", name)]
         archive.extractall(out / "files")
-    assert sorted(Path(name).name.partition(".")[0] for name in libraries) == ["_C", "_host"]  # nothing is bundled
+    assert sorted(Path(name).name.partition(".")[0] for name in libraries) == ["_C", "_host"]  # no library is bundled
     for name in libraries:
         dynamic = subprocess.run(["readelf", "-d", out / "files" / name], capture_output=True, text=True).stdout
         assert "NEEDED" in dynamic and not re.search(r"R(UN)?PATH", dynamic)

@@ -1,4 +1,4 @@
-"""The top of a page says if the run learnt nothing, and only then."""
+"""The top of a page reports a run that learnt nothing, and does so only for such a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Requests to stop: the first signal is noted, repeated ones change nothing, a second Ctrl-C ends the run at once."""
+"""Requests to stop: the first signal is recorded, repeated ones have no effect, a second Ctrl-C ends the run at
+once.
+"""
 
 import os
 import signal

@@ -29,7 +29,7 @@ class RandomLoader:
     spoil = None  # (epoch, step): a NaN pixel in that batch
 
     def __init__(self, index, data, views, *, seed, device="cpu", rank=0, world_size=1, plan=None):
-        self.clips = slice(None) if plan is None else slice(1)  # `plan_first` gives the first clip alone
+        self.clips = slice(None) if plan is None else slice(1)  # `plan_first` gives only the first clip
         self.index, self.data, self.views, self.seed = index, data, views, seed
         self.rank, self.world_size = rank, world_size
         self.closed = False

@@ -32,7 +32,7 @@ def milnce_forward(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
         weights = torch.sigmoid(F.linear(x.mean((2, 3, 4)), state[f"{name}.fc.weight"], state[f"{name}.fc.bias"]))
         return x * weights[:, :, None, None, None]
 
-    def pool(x, kernel, stride):  # TensorFlow's "SAME": ceil(size / stride) outputs; the odd pad goes after
+    def pool(x, kernel, stride):  # TensorFlow's "SAME": ceil(size / stride) outputs; an odd pad has the extra one after
         pads = []
         for k, s in zip(kernel, stride, strict=True):
             pads = [max(k - s, 0) // 2, max(k - s, 0) - max(k - s, 0) // 2, *pads]

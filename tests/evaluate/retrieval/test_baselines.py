@@ -1,4 +1,4 @@
-"""The label-free baselines against NumPy on frames of known content."""
+"""Compares the label-free baselines with NumPy on frames of known content."""
 
 from __future__ import annotations
 

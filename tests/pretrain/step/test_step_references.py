@@ -109,7 +109,7 @@ def own_keys(t: Trial) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("protocol", ["paper", "coclr"])
 def test_the_cascade_on_a_batch(protocol):
-    """Every clip mines among the other videos' clips of its own batch; gradients flow into all of them."""
+    """Every clip mines among the clips of other videos in its batch; gradients reach all of them."""
     config = plain(memory={"kind": "batch"}, loss={"protocol": protocol, "self_positive_drop": 1.0})
     t = trial(config, Cycle("rgb", 1, "cascade"), seed=1)  # with siblings in the batch
     f = t.query(t.batch.clips["rgb"].flatten(0, 1)).double()  # [2B, D]: clips 2i and 2i + 1 are of one video
