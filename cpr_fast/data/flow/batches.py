@@ -1,7 +1,7 @@
 """Frame pairs of many videos packed into batches of one size, solved, and joined into videos again.
 
-A batch takes the frame pairs of as many videos of one size as fill it. This keeps a GPU busy with short videos, too,
-and a long video does not exhaust the GPU's memory.
+A batch takes the frame pairs of as many videos of one size as are needed to fill it. This keeps a GPU busy with short
+videos, too, and a long video does not exhaust the GPU's memory.
 
 Letters: N frames of a video, n frame pairs of a segment, H x W pixels.
 """
@@ -34,7 +34,7 @@ def pack(videos: Iterable[tuple[int, np.ndarray | Exception]], pixels: int) -> I
     """Packs videos, given one after another as (position, gray uint8 [N, H, W]), into batches of frame pairs.
 
     The pairs of a batch have one size and together at most `pixels` pixels of one frame each, or are a single pair. A
-    video that could not be read is a batch of its own.
+    video that could not be read forms a separate batch.
     """
     batch: list[Segment] = []
     size, room = None, 0

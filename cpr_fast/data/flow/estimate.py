@@ -1,7 +1,7 @@
 """Estimates the time, core-hours and disk space for computing the flow of an index, before the computation starts.
 
 The time comes from a few frame pairs that are solved here, on the machine and device that will do the work. It is an
-estimate: how long a pair takes depends on how much moves in it (within a factor of two on UCF101).
+estimate: the time for a pair depends on the amount of motion in it (within a factor of two on UCF101).
 
 Letters: H x W pixels.
 """

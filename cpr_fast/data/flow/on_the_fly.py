@@ -43,7 +43,7 @@ class ComputedFlow:
         self._solver = FlowSolver(device)
         # A separate stream, because flow and training would wait for each other on the default stream.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._lock = threading.Lock()  # one call uses all threads or the whole device, so parallel calls gain nothing
+        self._lock = threading.Lock()  # one call uses all threads or the whole device, so parallel calls are not faster
 
     def __call__(
         self, path: Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int, region: Region | None = None

@@ -40,7 +40,7 @@ from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.progress import track
 
-MOST_WORKERS = 16  # threads that decode, and number of threads that encode; more are not faster on any device
+MOST_WORKERS = 16  # number of decoding threads, and of encoding threads; more are not faster on any device
 
 log = logging.getLogger(__name__)
 Item, Result = TypeVar("Item"), TypeVar("Result")

@@ -31,9 +31,9 @@ class IndexOptions:
     Layouts:
 
     - "folders": class and split are read from the names of folders, see `layouts._list_folders`. Files named
-      <name>_cNN.<suffix> are clips of one source; any other file is a source of its own.
+      <name>_cNN.<suffix> are clips of one source; any other file is a separate source.
     - "ucf101": the videos that the official lists name (`splits` holds classInd.txt, trainlist0N.txt and testlist0N.txt
-      with N = `split`), wherever they are below `root` and whatever their suffix. The class is that of the list,
+      with N = `split`), in any folder below `root` and with any suffix. The class is that of the list,
       because some copies spell a folder differently from the file names. The source of v_X_gNN_cMM is v_X_gNN.
     - "hmdb51": likewise; `splits` holds <class>_test_splitN.txt. The source is the film that a file name begins with.
     - "kinetics" (400, 600, 700): rows label,youtube_id,time_start,time_end,split of every csv file in `splits`, and

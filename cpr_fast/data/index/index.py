@@ -51,8 +51,8 @@ class Video:
 class Index(Sequence[Video]):
     """An immutable list of videos; a video's position is its id.
 
-    `classes` are the class names in order of first appearance (so the official order where the rows follow it);
-    a selection keeps the classes of the index it was taken from, so that labels agree between train and test.
+    `classes` are the class names in order of first appearance (which is the official order if the rows are in that
+    order); a selection keeps the classes of the index it was taken from, so that labels agree between train and test.
     """
 
     def __init__(self, videos: Iterable[Video], classes: Sequence[str] | None = None) -> None:

@@ -29,7 +29,7 @@ class RecordWriter:
 
     The file appears under its name when the block ends without an exception. Until then it is FILE.lmdb.part, which a
     later writer continues. If the file exists already, the first `put` makes a copy that is continued, so that readers
-    of the file are not disturbed. `num_frames` holds the frames of every video written so far, by name. Raises
+    of the file are not affected. `num_frames` holds the frames of every video written so far, by name. Raises
     InputError if the name does not end in .lmdb or if another process is writing the file.
     """
 

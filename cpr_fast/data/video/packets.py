@@ -23,8 +23,9 @@ def slice_packets(
     """Returns the shortest part of a video from which a decoder gets `frames` (strictly increasing) without seeking.
 
     Of every group of pictures that holds a wanted frame, the packets up to the last needed one are taken; if groups
-    are open, all packets from the first such group on. A video whose timestamps do not prove the numbering is returned
-    whole. The container is Matroska: in mp4, VP9 and MJPEG decode to wrong frames without an error.
+    are open, all packets from the first such group on. If the timestamps of a video do not prove the numbering, the
+    complete video is returned. The container is Matroska, because in mp4, VP9 and MJPEG decode to wrong frames without
+    an error.
 
     Returns:
         The encoded bytes, uint8 [L], and the number that each of `frames` has in them, int32 [F].

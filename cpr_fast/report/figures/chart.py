@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-MAX_CSV_ROWS = 5000  # limit for a figure over steps: more make the page slow; metrics.jsonl has all
+MAX_CSV_ROWS = 5000  # limit for a figure over steps: more rows make the page slow; metrics.jsonl has all
 
 Value = str | int | float | None
 
