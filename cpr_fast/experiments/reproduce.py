@@ -122,7 +122,7 @@ class Job:
 
     @property
     def hash(self) -> str:
-        """A digest of everything that the row's numbers depend on, except for the seed."""
+        """A digest of everything that the results of the row depend on, except for the seed."""
         tasks = [dataclasses.asdict(getattr(self.config, task)) for task in TASKS]
         indexes = {name: _content(path) for name, path in self.indexes.items()}
         return digest(json.dumps([self.chain[-1].name, self.row.view, self.recipe, tasks, indexes]))[:12]

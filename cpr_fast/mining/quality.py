@@ -26,7 +26,8 @@ def gather_slots(values: Tensor, mined: Tensor) -> Tensor:
 
 
 def candidates(query_ids: Tensor, memory_ids: Tensor) -> Tensor:
-    """Returns which slots a cascade may mine for a query, [B, K] bool: not empty (id -1) and not of its own source.
+    """Returns which slots a cascade may mine for a query, [B, K] bool: slots that are not empty (id -1)
+    and whose source is not the query's.
 
     Args:
         query_ids, memory_ids: [B], [K] int64 source ids, as in `cascade_select`.

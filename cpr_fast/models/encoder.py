@@ -68,6 +68,6 @@ def build_encoder(config: ModelConfig) -> Encoder:
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
     """Returns the running means and variances of a network's BatchNorm layers, without their batch counters."""
-    # .data: autograd saves these buffers although the backward pass does not read them in training mode, and would
-    # report a write between two forward passes as an error.
+    # .data: autograd saves these buffers, although the backward pass does not read them in training mode. Without it,
+    # a write to them between two forward passes would raise an error.
     return [buffer.data for buffer in network.buffers() if buffer.is_floating_point()]

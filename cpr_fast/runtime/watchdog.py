@@ -1,4 +1,4 @@
-"""Reports which rank a run waits for, and what that rank is doing, long before the process group times out.
+"""Reports the rank that a run waits for, and what that rank is doing, long before the process group times out.
 
 While a collective operation waits for one rank, all other ranks appear to hang, too. Therefore every rank counts the
 operations that it starts. All ranks start the same operations in the same order, so the rank with the lowest count is

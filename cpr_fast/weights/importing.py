@@ -106,7 +106,7 @@ def import_checkpoint(path: str | Path, out: str | Path, *, view: str = "rgb") -
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads the tensors of a file, without the prefix of DataParallel, and the plain values saved beside them."""
+    """Reads the tensors of a file, without the prefix of DataParallel, and the plain values saved with them."""
     with torch.serialization.safe_globals(_HARMLESS):
         payload = read_torch(path, expected=_EXPECTED)
     if not isinstance(payload, Mapping):

@@ -75,7 +75,7 @@ def classify(
 ) -> dict[str, Any]:
     """Trains and tests classifiers of every view of a checkpoint, and tests the mean of both views' probabilities.
 
-    Under `torchrun` the processes share the test videos and the clips of a step, with `settings.batch_size` clips each.
+    Under `torchrun` the processes share the test videos. Each process trains on `settings.batch_size` clips per step.
 
     Args:
         checkpoint: One file, or one per view; see `load_pretrained`.
@@ -279,7 +279,7 @@ def _identity(job: Job, view: str, weights: str) -> str:
 
 
 def _processes(job: Job) -> list[int]:
-    """Returns the number of processes if several share a step, since they make its batch larger."""
+    """Returns the number of processes if several share a step, because the batch of a step grows with their number."""
     return [] if job.on_features or job.world.size == 1 else [job.world.size]
 
 

@@ -60,7 +60,7 @@ class Recipe:
         )
 
     def identity(self, data: DataConfig, device: str) -> str:
-        """Returns everything that a feature depends on besides weights and videos, as canonical JSON."""
+        """Returns everything that a feature depends on, except weights and videos, as canonical JSON."""
         values = {"recipe": dataclasses.asdict(self), "data": clip_settings(data), "device": device.split(":")[0]}
         return json.dumps(values, sort_keys=True)
 

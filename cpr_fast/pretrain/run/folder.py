@@ -96,8 +96,8 @@ def open_run(
     """Prepares the run folder: a new run, or the checkpoint to continue from.
 
     Args:
-        resume: True: continue. "auto", and always where torchrun has restarted the processes: continue if the folder
-            holds a checkpoint.
+        resume: True continues the run. "auto" continues it if the folder holds a checkpoint. Every value acts like
+            "auto" if torchrun has restarted the processes.
         videos: the digest of the training videos.
     Returns:
         The checkpoint, or None for a new run, whose folder then holds `config.json` and no metrics.

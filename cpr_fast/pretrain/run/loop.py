@@ -93,7 +93,7 @@ def pretrain(
 
     Args:
         resume: True continues from the newest checkpoint of the run folder, which may be in the middle of an epoch.
-            "auto" continues if there is a checkpoint; so does every run whose processes torchrun has restarted.
+            "auto" continues if there is a checkpoint; every value acts like "auto" after torchrun restarted processes.
         index: the training videos; by default the rows of `data.index` whose split is `data.split`.
         make_loader: called like `TrainLoader` of `cpr_fast.data.clips.loader`, the default.
         held_out: the videos of online retrieval; by default the rows of `data.index` whose split is
