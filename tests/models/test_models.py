@@ -115,8 +115,7 @@ def value_and_gradients(convolve, x: Tensor, weight: Tensor, grad: Tensor) -> li
 
 def assert_as_exact_as_torch(convolution: nn.Conv3d, frames: int) -> None:
     """Asserts that errors against a float64 conv3d are at most twice those of torch's kernels without oneDNN in the
-    same
-    dtype, plus one rounding of the result and the rounding of a float32 sum of that many terms in any order.
+    same dtype, plus one rounding of the result and the rounding of a float32 sum of that many terms in any order.
 
     Errors are relative to the largest entry. A processor without bf16 instructions rounds partial sums to bf16, too.
     """

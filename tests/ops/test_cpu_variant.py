@@ -38,7 +38,7 @@ for call in (
 
 
 def output(program: str, variant: str | None) -> list[str]:
-    """The lines that a Python program prints where CPR_FAST_CPU_VARIANT is `variant`, or unset."""
+    """Returns the lines that a Python program prints if CPR_FAST_CPU_VARIANT is `variant`, or unset."""
     environment = {name: value for name, value in os.environ.items() if name != "CPR_FAST_CPU_VARIANT"}
     environment |= {"PYTHONPATH": str(ROOT)} | ({} if variant is None else {"CPR_FAST_CPU_VARIANT": variant})
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)

@@ -22,7 +22,7 @@ cv2.setNumThreads(1)  # OpenCV's threads wait actively
 
 
 def read_or_skip(count: int, frames: int, size: tuple[int, int]) -> torch.Tensor:
-    """`real_clips.read_gray`, or a skip where the clips are absent."""
+    """`real_clips.read_gray`, or skips the test if the clips are missing."""
     try:
         return real_clips.read_gray(count, frames, size)
     except real_clips.Absent as absent:

@@ -30,7 +30,8 @@ def python(source):
 
 
 def architectures(source) -> str:
-    """The CUDA architectures of the built library, in a separate process, because a process loads a library only
+    """Returns the CUDA architectures of the built library, read in a separate process, because a process loads a
+    library only
     once.
     """
     program = (

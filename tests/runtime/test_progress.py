@@ -1,4 +1,4 @@
-"""Progress of long commands where stderr is not a terminal: few plain lines, which say how long it will take."""
+"""Progress of long commands if stderr is not a terminal: few plain lines, which say how long it will take."""
 
 import pytest
 

@@ -33,7 +33,7 @@ def is_flow_of(video, flow_path) -> bool:
 
 
 def shift(path, frames=3):
-    """Replaces a video by one of the same size and length that shows something else."""
+    """Replaces a video by one of the same size and length with other content."""
     write_video(path, frames + 5)
     with_more = gray_frames(path)[5:]
     path.unlink()
@@ -132,8 +132,8 @@ def test_a_flow_file_that_is_cut_off_or_empty_is_computed_again(tmp_path):
 @pytest.mark.skipif(sys.platform == "darwin", reason="the file system takes UTF-8 names only")
 @pytest.mark.parametrize("storage", ["video", "lmdb"])
 def test_names_that_are_not_utf8_or_very_long(tmp_path, storage):
-    """Names of flow keep such bytes. The index is built in memory, because programs may keep names that are not
-    UTF-8.
+    """Such names are written as their bytes. The index is built in memory, with names as a program that keeps these
+    bytes would read them.
     """
     names = [os.fsdecode(b"caf\xe9"), "x" * 250, "with space, comma #1"]
     paths = [write_video(tmp_path / "plain.mkv", 3).rename(tmp_path / f"{name}.mkv") for name in names]

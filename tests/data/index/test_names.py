@@ -58,7 +58,9 @@ def test_names_that_cannot_be_used_are_reported(tmp_path, video):
 @pytest.mark.parametrize("root", ["data", "link", "deep/../data", "inside/../../data"])
 @pytest.mark.parametrize("out", ["i.csv", "data/i.csv", "link/i.csv", "lists/i.csv", "listlink/i.csv"])
 def test_links_and_dots_on_the_way(tmp_path, video, monkeypatch, root, out):
-    """`link` leads to data; `inside` to a folder elsewhere, so that inside/../.. is not what it looks like."""
+    """`link` leads to data; `inside` to a folder elsewhere, so that inside/../.. is another folder than its text
+    suggests.
+    """
     for folder in ("data/c", "deep", "lists", "store/a/lists", "x/inside"):
         (tmp_path / folder).mkdir(parents=True)
     os.link(video, tmp_path / "data/c/v.mp4")

@@ -1,4 +1,4 @@
-"""JPEG records in LMDB files: CoCLR's format is written, and read in both encodings, only the requested frames."""
+"""JPEG records in LMDB files: CoCLR's format is written, and requested frames are read in both encodings."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor

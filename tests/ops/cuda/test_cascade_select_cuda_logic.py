@@ -2,8 +2,7 @@
 
 Threads are emulated by fibers. The tests find wrong indexing, missing or divergent barriers and reads of unwritten
 memory, but not what only hardware shows (memory ordering between warps, speed). tests/ops/test_cascade_select.py runs
-the same
-checks on a GPU if there is one.
+the same checks on a GPU if there is one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The CUDA kernel of tvl1_flow, executed on the host from its unmodified source (tests/support/cuda_emulation).
 
 Every operation is rounded as on the CPU, so the flows are compared bit for bit: with a fixed number of iterations
-always, with the stop test wherever no error sum lies within rounding of the threshold (none does here).
+in every case, with the stop test if no error sum lies within rounding of the threshold (none does here).
 """
 
 import pytest
@@ -53,8 +53,7 @@ def test_every_order_of_threads_and_blocks_gives_the_same_bits(device, every_ord
 @pytest.mark.parametrize("processors", [1, 2, 3, 5, 12])
 def test_no_team_size_changes_a_bit(device, processors):
     """Solves two pairs with one block in turn, one block each, a spare block, teams of two blocks, and teams with one
-    block
-    per tile.
+    block per tile.
     """
     device.resize(processors=processors)
     launches = device.launches()

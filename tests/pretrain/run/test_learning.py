@@ -22,8 +22,8 @@ def spread(points: int) -> torch.Tensor:
 class ColouredLoader(RandomLoader):
     """Gives clips of one colour with a little noise in every view; the colour depends on the class, or on the video.
 
-    Videos come in the index's order: a step has two of each class, of one source, and a memory of two steps' keys holds
-    four of each, of other sources.
+    Videos come in the order of the index. A step has two videos of each class, which share a source; a memory with the
+    keys of two steps contains four of each class, from other sources.
     """
 
     of_videos = False
