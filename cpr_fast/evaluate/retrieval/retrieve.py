@@ -2,8 +2,9 @@
 
 The `protocol` decides which videos are compared:
     "train_test": the queries are the test split and the gallery is the train split, as published.
-    "leave_source_out": every video is a query; its gallery is all videos of other sources. For data without splits.
-        Only queries whose class has another source are counted.
+    "leave_source_out": every video is a query; its gallery is all videos of other sources. For data
+        without a usable split.
+        Only queries whose class occurs in another source are counted.
     "auto": "train_test" if every index has both splits, else "leave_source_out".
 Without labels R@k cannot be measured, but the features and the neighbours of some queries are stored.
 The `recipe` ("paper", "coclr" or "iic") decides how a video becomes a feature, see `cpr_fast.evaluate.features.recipe`.
