@@ -24,7 +24,7 @@ def test_only_a_later_ctrl_c_ends_the_process_at_once(clock):
     request = StopRequest()
     assert not request.signum
     request.note(signal.SIGINT, None)
-    clock[0] += 0.5  # torchrun passes the same Ctrl-C on
+    clock[0] += 0.5  # torchrun forwards the same Ctrl-C
     request.note(signal.SIGINT, None)
     clock[0] += 10
     request.note(signal.SIGTERM, None)

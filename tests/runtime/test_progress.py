@@ -8,7 +8,7 @@ from cpr_fast.runtime.progress import duration, track
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time that the lines are written by; the test sets it."""
+    """The time that the progress lines use; the test sets it."""
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now

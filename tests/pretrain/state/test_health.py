@@ -127,7 +127,9 @@ def test_a_collapse_raises_one_alarm_until_it_recovers():
 
 def test_alarms_are_rows_and_warnings(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
-    # Features of eight dimensions cannot have rank 9, and keys always drift: both measures are always out of bounds.
+    # Features of eight dimensions cannot have rank 9, and no two clips have equal keys, so both measures are always out
+    # of
+    # bounds.
     folder = run(settings(tmp_path, health={"min_effective_rank": 9.0, "max_memory_drift": 1e-6}))
     alarms = rows(folder, "alarm")
     # Alarms are reset in each cycle; the drift is measured from its second epoch on.

@@ -65,7 +65,7 @@ def cascade(anchors: Tensor, features: Tensor, left: list[int], views: tuple[int
 
 
 def nce(f_q: Tensor, own_key: Tensor, positives: list[Tensor], negatives: list[Tensor], drops_own=False, tau=TAU):
-    """MIL-NCE [paper, Eq. 2] of one query; `drops_own` takes q+ out of the numerator if there is another positive."""
+    """MIL-NCE [paper, Eq. 2] of one query; `drops_own` removes q+ from the numerator if there is another positive."""
     own = (f_q @ own_key / tau).exp()
     mined = sum((f_q @ key / tau).exp() for key in positives)
     top = mined if drops_own and positives else own + mined
@@ -130,7 +130,7 @@ def test_the_cascade_on_a_batch(protocol):
 
 @pytest.mark.parametrize("protocol", ["paper", "coclr"])
 def test_ubernce(protocol):
-    """Every key of an equal label is a positive, siblings and older keys of the video itself among them."""
+    """Every key with the same label is a positive, including siblings and older keys of the video itself."""
     config = plain(loss={"protocol": protocol}, memory={"size": 10, "ema_momentum": 0.6})
     t = trial(config, Cycle("rgb", 1, "label"))
     f_q, (keys,) = own_keys(t)

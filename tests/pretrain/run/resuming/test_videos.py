@@ -111,7 +111,7 @@ def test_a_checkpoint_without_a_digest_continues_with_a_notice(finished, tmp_pat
     last = out / "checkpoints" / "last.pt"
     payload = load_checkpoint(last)
     del payload["videos"]
-    for key in ("weight_norms", "health", "best"):  # later additions, too
+    for key in ("weight_norms", "health", "best"):  # videos that were added later, too
         del payload["cycle_state"][key]
     save_checkpoint(last, payload)
     run(settings(out), resume=True)
