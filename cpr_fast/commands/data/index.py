@@ -47,8 +47,7 @@ def index(
         flow_lmdb: LMDB file that holds the flow of the same videos.
         verify: Decode every video completely; the default below 10,000 videos.
         no_verify: Count packets only; the default from 10,000 videos on.
-        transcode: Re-encode every video (H.264, short groups of pictures, upright) into this folder, and list the
-            re-encoded videos.
+        transcode: Re-encode every video (H.264, short groups of pictures, upright) into this folder, and list those.
         short_side: Largest short side of transcoded videos, in pixels.
         min_frames: Leave out videos with fewer frames.
         shard: i/n: probe the i-th of n shares, 0 <= i < n. The shard that finishes last writes the index.
