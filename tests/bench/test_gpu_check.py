@@ -49,7 +49,7 @@ def test_every_step_is_given_and_reported(check):
     assert {"device", "build", "tests", "training", "bench", "suites"} <= steps.keys()
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         assert f"compute-sanitizer --tool {tool} --error-exitcode 9 build/gpu/test_kernels" in commands
-    assert "pytest -q -p no:cacheprovider tests/ops tests/models tests/pretrain/state" in commands
+    assert "pytest -q -p no:cacheprovider tests/models tests/ops tests/pretrain/state" in commands
     assert "training_step.py --device cuda" in commands and "compare.py --device cuda" in commands
     assert commands.count("FAIL_WITHOUT_CUDA=1") == len(commands.splitlines())
     assert sum(name.startswith("pending ") for name in (step["step"] for step in report["steps"])) >= 9
