@@ -64,7 +64,7 @@ def test_a_failure_is_one_line_on_the_command_line(monkeypatch, capsys):
     def fails(_arguments):
         raise NonFiniteError("step 3: features or loss are NaN or infinite")
 
-    monkeypatch.setattr(cli, "_command", lambda _name: fails)
+    monkeypatch.setattr(cli, "_command", lambda *_: fails)
     assert cli.main(["pretrain", "c.toml"]) == 1
     assert capsys.readouterr().err == "cpr-fast: step 3: features or loss are NaN or infinite\n"
 
