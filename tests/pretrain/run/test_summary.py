@@ -11,6 +11,7 @@ from support.stand_in_loader import RandomLoader
 from cpr_fast.pretrain.run import summary
 from cpr_fast.pretrain.run.loop import pretrain
 from cpr_fast.pretrain.run.summary import Pace
+from cpr_fast.runtime.progress import duration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,4 +63,5 @@ def test_the_expected_time_is_told_once(monkeypatch):
     told = [text for text in told if text]
     assert len(told) == 2
     assert told[0].startswith("Expected time: more than ") and "once the queue is full" in told[0]
-    assert told[1] == "Expected time: about 49 min 15 s left (3 s per step, measured)"
+    left = duration(3.0 * (1000 - summary.MEASURED))
+    assert told[1] == f"Expected time: about {left} left (3 s per step, measured)"
