@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from cpr_fast import __version__
 from cpr_fast.commands.inputs import check_inputs
-from cpr_fast.errors import FailedError, InputError, how_to_install
+from cpr_fast.errors import FailedError, InputError, how_to_install, printable
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Start here": {
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return _run(_command(arguments[0], arguments[1:]), arguments)
     except (InputError, *PATH_ERRORS) as error:
-        print(f"cpr-fast: {_printable(str(error))}", file=sys.stderr)
+        print(f"cpr-fast: {printable(str(error))}", file=sys.stderr)
         return 2
     except ImportError as error:
         if not (advice := how_to_install(error)):
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cpr-fast: {advice}", file=sys.stderr)
         return 2
     except FailedError as error:
-        print(f"cpr-fast: {_printable(str(error))}", file=sys.stderr)
+        print(f"cpr-fast: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further Ctrl-C ends the process while threads still finish
@@ -84,11 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-
-
-def _printable(text: str) -> str:
-    """Returns the text with escapes for the bytes of file names that are not valid Unicode."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _help() -> str:

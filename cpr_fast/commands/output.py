@@ -6,6 +6,8 @@ import json as json_module
 from collections.abc import Sequence
 from typing import Any
 
+from cpr_fast.errors import printable
+
 
 def show(result: dict[str, Any], json: bool, *, lines: Sequence[str] = (), next_step: str = "") -> None:
     """Prints a result on stdout.
@@ -51,11 +53,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, title: str
 def rate(value: float | None, digits: int = 3) -> str:
     """Returns a rate as in the literature, ".546"; "-" if it is None."""
     return "-" if value is None else f"{value:.{digits}f}".removeprefix("0" if value < 1 else "")
-
-
-def printable(text: str) -> str:
-    """Returns the text with bytes that are not valid Unicode (possible in file names) replaced by escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _text(value: Any) -> str:

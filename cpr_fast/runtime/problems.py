@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cpr_fast.errors import printable
+
 NAMED = 3  # files named in a line
 
 
@@ -32,6 +34,6 @@ class Problems:
 
 def problem_line(kind: str, names: list[str]) -> str:
     """Returns the line of one kind of problem. Names that are not valid Unicode are printed with escapes."""
-    first = [name.encode("utf-8", "backslashreplace").decode() for name in names[:NAMED]]
+    first = [printable(name) for name in names[:NAMED]]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"{len(names)} {'file' if len(names) == 1 else 'files'}: {kind}: {', '.join(first)}{more}"

@@ -6,7 +6,8 @@ import os
 import pytest
 
 from cpr_fast.cli import main
-from cpr_fast.commands.output import printable, rate, show, table
+from cpr_fast.commands.output import rate, show, table
+from cpr_fast.errors import printable
 
 STRANGE = os.fsdecode(b"caf\xe9.mp4")  # encoded as Latin-1, so that the decoded name contains a surrogate
 

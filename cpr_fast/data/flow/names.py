@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.records import split_record
+from cpr_fast.errors import printable
 
 SUFFIX = ".flow.mp4"
 LONGEST_NAME = 255  # bytes of a file name on common file systems
@@ -58,11 +59,6 @@ def distinct_name(name: str, path: str, suffix: str) -> str:
     digest = blake2b(os.fsencode(path), digest_size=6).hexdigest()
     room = LONGEST_NAME - len(os.fsencode(f".{digest}{suffix}"))
     return f"{os.fsencode(name)[:room].decode(errors='surrogateescape')}.{digest}{suffix}"
-
-
-def printable(text: str) -> str:
-    """Returns the text with the bytes of a file name that are not UTF-8 written as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _without_sharing(choices: Sequence[Sequence[str]]) -> list[str]:

@@ -19,12 +19,12 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 
-from cpr_fast.data.flow.names import distinct_name, printable, record_names
+from cpr_fast.data.flow.names import distinct_name, record_names
 from cpr_fast.data.flow.origin import Origin, place_of
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.record_writer import RecordWriter
 from cpr_fast.data.storage.records import open_records, read_jpegs, record_path
-from cpr_fast.errors import InputError
+from cpr_fast.errors import InputError, printable
 
 BYTES_PER_PIXEL = 0.309  # of a field: 23.7 kB at 320x240 (bench/results/flow_storage.md)
 
