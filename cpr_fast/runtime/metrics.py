@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import shlex
 import subprocess
@@ -18,15 +17,16 @@ from typing import Any
 import torch
 
 from cpr_fast.errors import InputError
+from cpr_fast.runtime.files import LineFile, naming, replacing
 
 FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends rows to `RUN/metrics.jsonl`. Each row is written as one line and flushed.
+    """Appends rows to `RUN/metrics.jsonl`. Each row is one line, which is in the file when `write` returns.
 
-    An incomplete last line, which a killed process leaves, is removed first. NaN and infinity are written as null,
-    because JSON has neither.
+    Several processes may write at the same time, such as `retrieve` while the run trains; see `LineFile`. NaN and
+    infinity are written as null, because JSON has neither.
 
     Args:
         run_dir: The run folder; it is created if it does not exist.
@@ -36,9 +36,7 @@ class MetricsWriter:
 
     def __init__(self, run_dir: str | Path, *, tensorboard: bool = False) -> None:
         self.path = Path(run_dir) / FILE
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(self.path)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        self._file = LineFile(self.path)
         self._lock = threading.Lock()  # the watchdog writes from its own thread
         self._tensorboard = _summary_writer(self.path.parent / "tensorboard") if tensorboard else None
 
@@ -48,12 +46,8 @@ class MetricsWriter:
         Raises InputError if the file cannot be written, for example because the disk is full.
         """
         row = _without_nan(row)
-        try:
-            with self._lock:
-                self._file.write(json.dumps(row, allow_nan=False) + "\n")
-                self._file.flush()
-        except OSError as error:
-            raise InputError(f"could not write {str(self.path)!r}: {error.strerror}; the run can be resumed") from error
+        with self._lock, naming(self.path, "the rows written so far are kept and the run can be resumed"):
+            self._file.append(json.dumps(row, allow_nan=False))
         if self._tensorboard and row["kind"] in ("step", "epoch"):
             for name, value in row.items():
                 if isinstance(value, int | float) and name != row["kind"]:
@@ -104,11 +98,15 @@ def rewind(run_dir: str | Path, *, step: int, epoch: int) -> None:
             return row["step"] <= step
         return row["kind"] not in ("epoch", "mined", "health", "alarm", "online") or row["epoch"] < epoch
 
-    path = Path(run_dir) / FILE
-    rows = [row for row in read_metrics(run_dir) if kept(row)]
-    temporary = path.with_name(FILE + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
+    if not (path := Path(run_dir) / FILE).exists():
+        read_metrics(run_dir)  # raises, and names the folder
+    file = LineFile(path)
+    try:
+        with file.locked(), replacing(path) as temporary:  # a row that another process adds now waits for the new file
+            rows = [row for row in read_metrics(run_dir) if kept(row)]
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    finally:
+        file.close()
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -132,12 +130,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cut_torn_line(path: Path) -> None:
-    if path.exists():
-        content = path.read_bytes()
-        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _summary_writer(folder: Path) -> Any:

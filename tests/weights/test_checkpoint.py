@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.full_disk import files_end_at
 
 from cpr_fast.config import Config, ModelConfig
 from cpr_fast.models import build_encoder
@@ -91,15 +91,8 @@ def test_a_full_disk_leaves_the_previous_file(tmp_path, monkeypatch, place):
 def test_a_write_that_fails_half_way(tmp_path):
     """Causes a real short write: files cannot grow beyond 64 KiB."""
     path = save_checkpoint(tmp_path / "a.pt", {"step": 1})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limits[1]))
-        with pytest.raises(CheckpointError, match=r"could not write .*the previous file is untouched"):
-            save_checkpoint(path, {"step": 2, "large": torch.zeros(1 << 20)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with files_end_at(65536), pytest.raises(CheckpointError, match=r"could not write .*the previous file is untouched"):
+        save_checkpoint(path, {"step": 2, "large": torch.zeros(1 << 20)})
     assert load_checkpoint(path)["step"] == 1
     assert files(tmp_path) == ["a.pt"]
 

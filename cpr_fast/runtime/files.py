@@ -1,0 +1,127 @@
+"""Writing files: whole files in one step, whole lines at the end of a file, and one sentence where a disk is full."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cpr_fast.errors import InputError
+
+# A full disk, a used-up quota, a file above the limit of the process or the file system, a failing or read-only disk.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+UNTOUCHED, NOTHING_LEFT = "the previous file is untouched", "nothing was left behind"
+
+
+@contextmanager
+def naming(path: str | Path, kept: str) -> Iterator[None]:
+    """Converts an error of the disk to one sentence that names the file, what happened and what is kept.
+
+    Args:
+        path: What the block writes.
+        kept: What remains usable, such as "the previous file is untouched".
+    Raises:
+        InputError: the block raised one of DISK_ERRORS. Other errors are not changed.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        reason = error.strerror or os.strerror(error.errno)
+        raise InputError(f"could not write {str(path)!r}: {reason}; {kept}") from error
+
+
+@contextmanager
+def replacing(path: str | Path, kept: str = "") -> Iterator[Path]:
+    """Replaces a file in one step: yields the path of a temporary file for the block to write, then renames it.
+
+    The folder is created. Other processes may replace the same file at the same time.
+
+    Args:
+        kept: What remains usable if the disk is full; by default that the file is as it was before.
+    Raises:
+        InputError: the disk is full; see `naming`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with naming(path, kept or (UNTOUCHED if path.exists() else NOTHING_LEFT)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class LineFile:
+    """Appends lines to a file that other processes may append to at the same time.
+
+    A line is one write to a descriptor opened with O_APPEND, under a lock that is held only for this write. A line that
+    does not fit on the disk is removed again, and an incomplete last line, which a killed process leaves, is removed by
+    the next line. A file that was replaced meanwhile (see `locked`) is opened again.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = self._open()
+
+    def append(self, line: str) -> None:
+        """Writes `line`, without line breaks, and a line break. Raises OSError if the disk is full."""
+        data = line.encode() + b"\n"
+        with self.locked():
+            end = self._end_of_lines()
+            try:
+                written = os.write(self._descriptor, data)
+                while written < len(data):  # a full disk: the next write says why
+                    written += os.write(self._descriptor, data[written:])
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(self._descriptor, end)
+                raise
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from appending while the block runs, which may also replace the file."""
+        while True:
+            descriptor = self._descriptor
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if self._is_current():
+                break
+            self._descriptor = self._open()
+            os.close(descriptor)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Closes the file. Further calls have no effect."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def _is_current(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _end_of_lines(self) -> int:
+        """Returns the length of the file, after an incomplete last line was removed."""
+        end = os.fstat(self._descriptor).st_size
+        if not end or os.pread(self._descriptor, 1, end - 1) == b"\n":
+            return end
+        with open(self.path, "rb") as file:
+            whole = file.read().rfind(b"\n") + 1
+        os.ftruncate(self._descriptor, whole)
+        return whole

@@ -1,0 +1,98 @@
+"""Files are written whole, lines are appended whole by several processes, and a full disk gives one sentence."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import threading
+
+import pytest
+from support.full_disk import files_end_at
+
+from cpr_fast.errors import InputError
+from cpr_fast.runtime.files import LineFile, naming, replacing
+from cpr_fast.runtime.metrics import MetricsWriter, read_metrics, rewind
+
+
+def append_rows(folder, writer, count):
+    with MetricsWriter(folder) as metrics:
+        for i in range(count):
+            metrics.write({"kind": "note", "writer": writer, "i": i, "text": "x" * (1 + 997 * i % 20_000)})
+
+
+def test_rows_of_two_processes_stay_whole(tmp_path):
+    """Rows of up to 20 kB, longer than what one buffered write passes on."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=append_rows, args=(tmp_path, name, 150)) for name in ("train", "retrieve")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 300
+    for name in ("train", "retrieve"):
+        assert [row["i"] for row in rows if row["writer"] == name] == list(range(150))
+
+
+def test_a_row_waits_while_another_process_holds_the_file(tmp_path):
+    held, file = LineFile(tmp_path / "lines"), LineFile(tmp_path / "lines")
+    other = threading.Thread(target=lambda: file.append("second"))
+    with held.locked():
+        other.start()
+        other.join(0.2)
+        assert other.is_alive() and (tmp_path / "lines").read_bytes() == b""
+    other.join(10)
+    assert (tmp_path / "lines").read_text() == "second\n"
+
+
+def test_a_row_written_after_a_rewind_is_in_the_new_file(tmp_path):
+    """`rewind` replaces the file; a writer that opened it before must not write to the old one."""
+    with MetricsWriter(tmp_path) as evaluation:
+        evaluation.write({"kind": "step", "step": 7})
+        rewind(tmp_path, step=3, epoch=0)
+        evaluation.write({"kind": "note", "text": "later"})
+        (tmp_path / "metrics.jsonl").unlink()
+        evaluation.write({"kind": "note", "text": "last"})
+    assert read_metrics(tmp_path) == [{"kind": "note", "text": "last"}]
+
+
+def test_a_row_that_does_not_fit_is_removed_again(tmp_path):
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write({"kind": "note", "i": 0})
+        with files_end_at(4096), pytest.raises(InputError) as raised:
+            metrics.write({"kind": "note", "i": 1, "text": "x" * 5000})
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "note", "i": 0}\n'
+        metrics.write({"kind": "note", "i": 2})
+    path = tmp_path / "metrics.jsonl"
+    assert str(raised.value) == (
+        f"could not write '{path}': File too large; the rows written so far are kept and the run can be resumed"
+    )
+    assert [row["i"] for row in read_metrics(tmp_path)] == [0, 2]
+
+
+def test_replacing_a_file_on_a_full_disk(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    for kept in ("nothing was left behind", "the previous file is untouched"):
+        with (
+            files_end_at(1024),
+            pytest.raises(InputError, match=rf"^could not write '.*a.txt': File too large; {kept}$"),
+            replacing(path) as temporary,
+        ):
+            temporary.write_text("x" * 5000)
+        if kept.startswith("nothing"):
+            assert os.listdir(tmp_path / "new") == []
+            with replacing(path) as temporary:
+                temporary.write_text("whole")
+    assert path.read_text() == "whole" and os.listdir(tmp_path / "new") == ["a.txt"]
+
+
+def test_other_errors_are_not_called_a_full_disk(tmp_path):
+    with pytest.raises(PermissionError), naming(tmp_path, "nothing"):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    with pytest.raises(ValueError, match="own"), replacing(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise ValueError("own")
+    assert os.listdir(tmp_path) == []
