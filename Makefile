@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.cu' 'tests/*.h' 'examples/*.cpp')
 BUILD_INPUTS := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc cmake -type f)
+# Processes that share the tests: one per core, and at most four, because each loads torch and DALI.
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 # The CPU wheel where no NVIDIA GPU is visible: plain torch is the CUDA build, 5 GB.
 TORCH ?= $(if $(wildcard /dev/nvidia0),torch>=2.10,torch==2.13.0)
 
@@ -28,9 +30,9 @@ $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
 demo: setup
 	$(BIN)/python -m cpr_fast quickstart
 
-# The tests of numerics run twice: with this processor's instructions, and with those of one without AVX.
+# The tests of numerics run twice: with this processor's instructions and one thread (the processes share the cores), and with the instructions of a processor without AVX and torch's usual number of threads.
 test: setup check
-	$(BIN)/python -m pytest -m "not packaging"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not packaging" -n $(WORKERS) --dist worksteal
 	CPR_FAST_CPU_VARIANT=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
 	  $(BIN)/python -m pytest -q -m numerics
 

@@ -271,7 +271,7 @@ def test_bad_input_is_named(run, tmp_path, capsys):
     for arguments, message in {
         ("probe", str(checkpoint), "--index", str(tmp_path / "index.csv")): "split 'test'",
         ("probe", str(checkpoint), "--index", str(index), "--clips", "0"): "--clips: expected 1 or more, got 0",
-        ("finetune", str(checkpoint), "--index", str(index), "--epochs", "0"): "finetune.epochs",
+        ("finetune", str(checkpoint), "--index", str(index), "--epochs", "0"): "--epochs: expected 1 or more, got 0",
         ("finetune", "nowhere.pt", "--index", str(index)): "nowhere.pt",
     }.items():
         assert main(list(arguments)) == 2
