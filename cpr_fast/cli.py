@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from cpr_fast import __version__
 from cpr_fast.commands.inputs import check_inputs
 from cpr_fast.errors import FailedError, InputError, how_to_install, printable
+from cpr_fast.runtime.files import DISK_ERRORS
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Start here": {
@@ -65,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] in ("-V", "--version", "version"):
             print(f"cpr-fast {__version__}")
             return 0
-        return _run(_command(arguments[0], arguments[1:]), arguments)
+        code = _run(_command(arguments[0], arguments[1:]), arguments)
+        sys.stdout.flush()  # here, where a full disk under the output can still be reported
+        return code
     except (InputError, *PATH_ERRORS) as error:
         print(f"cpr-fast: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -84,6 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        name = repr(str(error.filename)) if error.filename else "a file or the output"
+        print(
+            f"cpr-fast: could not write {printable(name)}: {error.strerror}; complete files are kept", file=sys.stderr
+        )
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered cannot be written, either
+        return 2
 
 
 def _help() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from cpr_fast.config.pixels import normalisation
 from cpr_fast.data.clips.loader import TrainLoader
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
+from cpr_fast.runtime.files import replacing
 
 PER_ROW = 16  # frames of a clip side by side
 LABEL_HEIGHT = 14  # pixels of the line of text above a clip
@@ -48,9 +48,7 @@ def show_sample(
     clips = [(f"{view}, clip {c + 1}", _levels(tensor[0, c], data)) for view, tensor in batch.clips.items()
              for c in range(tensor.shape[1])]  # fmt: skip
     video = index[position]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{os.getpid()}.{out.name}")
-    try:
+    with replacing(out) as temporary:
         if out.suffix in (".mp4", ".mkv", ".webm"):
             _write_video(temporary, clips, batch.clips, fps=max(1, round(video.fps / data.stride)))
         elif out.suffix in Image.registered_extensions():
@@ -59,9 +57,6 @@ def show_sample(
             raise InputError(
                 f"--out: expected the name of a picture, or of an .mp4, .mkv or .webm file; got {str(out)!r}"
             )
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
     starts = batch.start[0].tolist()
     return {"out": str(out), "path": str(video.path), "label": video.label, "source": video.source, "starts": starts}
 

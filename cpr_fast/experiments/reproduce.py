@@ -34,6 +34,7 @@ from cpr_fast.evaluate.retrieval.retrieve import retrieve
 from cpr_fast.pretrain.run.loop import pretrain
 from cpr_fast.pretrain.state.cycle import views_of
 from cpr_fast.report.sections.published import PublishedRow, PublishedTable, published_table, published_tables
+from cpr_fast.runtime.files import replacing
 from cpr_fast.runtime.metrics import environment, read_metrics
 from cpr_fast.weights.checkpoint import LAST
 
@@ -366,7 +367,8 @@ def _summary(table: PublishedTable, jobs: Sequence[Job], scale: Scale, out: Path
         rows.append(row)
         text.append(f"| {job.row.method} | {len(found)} | {' | '.join(cells)} |")
     path = out / f"{table.name}.md"
-    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(text) + "\n", encoding="utf-8")
     return {"table": table.name, "scale": scale.text, "rows": rows, "cards": cards, "markdown": str(path)}
 
 

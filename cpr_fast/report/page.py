@@ -21,6 +21,7 @@ from cpr_fast.report.sections.mining import class_rates, extremes, inside_figure
 from cpr_fast.report.sections.retrieval import retrieval_blocks
 from cpr_fast.report.sections.sheets import mined_sheets, retrieved_sheet
 from cpr_fast.report.sections.training import cycle_table, flat_config, training_figures
+from cpr_fast.runtime.files import replacing
 
 
 def write_report(runs: Sequence[Path], out: Path, *, similar: Path | None = None) -> Path:
@@ -60,14 +61,9 @@ def render(template: str, **values: Any) -> str:
 def write_page(page: str, out: Path) -> Path:
     """Writes a page; the file gets its final name only when it is complete. Bytes of file names that are not UTF-8
     become \\xNN."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        text = page.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = page.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    with replacing(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
     return out
 
 

@@ -47,7 +47,7 @@ def replacing(path: str | Path, kept: str = "") -> Iterator[Path]:
         InputError: the disk is full; see `naming`.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays, since some writers go by it
     with naming(path, kept or (UNTOUCHED if path.exists() else NOTHING_LEFT)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +55,15 @@ def replacing(path: str | Path, kept: str = "") -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a single line to a file as `LineFile.append` does, and closes it."""
+    file = LineFile(path)
+    try:
+        file.append(line)
+    finally:
+        file.close()
 
 
 class LineFile:

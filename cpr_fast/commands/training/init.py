@@ -44,6 +44,7 @@ def init(
 
     from cpr_fast.data.index.index import Index
     from cpr_fast.experiments.sizing import Facts, sized_recipe
+    from cpr_fast.runtime.files import replacing
     from cpr_fast.runtime.progress import duration
 
     videos = Index.load(index, require_flow=False)
@@ -51,8 +52,8 @@ def init(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     facts = Facts.of(videos, cores=cores, gpu=gpu)
     sized = sized_recipe(facts, os.path.relpath(index, out.parent), str(run))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(sized.text, encoding="utf-8")
+    with replacing(out) as temporary:
+        temporary.write_text(sized.text, encoding="utf-8")
     step_s = _step_seconds(videos, facts.split, sized.config, "cuda" if gpu else "cpu", seconds) if seconds else None
     config = sized.config
     lines = [

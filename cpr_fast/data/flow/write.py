@@ -10,7 +10,6 @@ Letters: N frames of a video, H x W pixels.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -38,6 +37,7 @@ from cpr_fast.data.storage.media import read_frames
 from cpr_fast.data.storage.unreadable import Unreadable
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError
+from cpr_fast.runtime.files import DISK_ERRORS
 from cpr_fast.runtime.progress import track
 
 MOST_WORKERS = 16  # number of decoding threads, and of encoding threads; more are not faster on any device
@@ -153,7 +153,7 @@ def _disk_full_named(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_ERRORS:
             raise
         raise InputError(f"--out: {error.strerror} in {str(out)!r}; complete flow is kept, so free some space and run "
                          "the same command again") from error  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from functools import partial
@@ -17,6 +16,7 @@ from cpr_fast.data.index.layouts import LAYOUTS, list_videos
 from cpr_fast.data.index.probing import Journal, probe, probe_all
 from cpr_fast.data.video.transcode import transcode_video
 from cpr_fast.errors import InputError
+from cpr_fast.runtime.files import replacing
 
 VERIFY_BELOW = 10_000  # videos: below this number each is decoded completely, unless the user decides otherwise
 
@@ -67,9 +67,8 @@ def write_index(root: Path, out: Path, options: IndexOptions, *, progress: bool 
         "counts": dict(Counter(problem.kind for problem in problems)),
         "problems": [{"path": str(p.path), "kind": p.kind, "reason": p.reason} for p in problems],
     }
-    temporary = report_path(out).with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, report_path(out))
+    with replacing(report_path(out)) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from cpr_fast.data.index.tables import TableError, read_table, table_text
 from cpr_fast.data.storage.media import exists
+from cpr_fast.runtime.files import replacing
 
 COLUMNS = ("path", "label", "source", "split", "num_frames", "fps", "width", "height", "flow_path")
 
@@ -153,13 +154,8 @@ class Index(Sequence[Video]):
 
 def _write(path: Path, text: str) -> None:
     """Replaces a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _checked_header(path: Path, header: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from cpr_fast.data.storage.records import frame_size, read_record_frames, split_record
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import VideoInfo, probe_video
+from cpr_fast.runtime.files import append_line, naming
 from cpr_fast.runtime.progress import duration, track
 
 Probe = Callable[[Path], VideoInfo]
@@ -83,8 +84,8 @@ class Journal:
             row |= {"info": asdict(result)}
         self._results[row["path"], *row["state"]] = row
         if self._file is not None:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(row)}")  # the line break first: the last line may be incomplete
+            with naming(self._file, "the results so far are kept, and the same command continues after them"):
+                append_line(self._file, json.dumps(row))
 
     def _state(self, path: Path) -> list[object]:
         record = split_record(path)

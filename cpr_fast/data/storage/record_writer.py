@@ -6,7 +6,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
@@ -22,6 +23,9 @@ from cpr_fast.data.storage.records import (
     split_record,
 )
 from cpr_fast.errors import InputError
+from cpr_fast.runtime.files import naming
+
+MAP_BYTES = 2**30  # first size of the memory map, which limits the file; it is doubled when it is full
 
 
 class RecordWriter:
@@ -30,7 +34,8 @@ class RecordWriter:
     The file appears under its name when the block ends without an exception. Until then it is FILE.lmdb.part, which a
     later writer continues. If the file exists already, the first `put` makes a copy that is continued, so that readers
     of the file are not affected. `num_frames` holds the frames of every video written so far, by name. Raises
-    InputError if the name does not end in .lmdb or if another process is writing the file.
+    InputError if the name does not end in .lmdb, if another process is writing the file, or if the disk is full or the
+    address space too small: the videos that `put` has written are then kept.
     """
 
     _WRITTEN = b"~"  # ~%09d holds [name, frames] of a video until the file is complete
@@ -48,6 +53,7 @@ class RecordWriter:
             self._lock.close()
             raise InputError(f"another process is writing {str(file)!r}") from None
         self._environment: lmdb.Environment | None = None
+        self.num_frames: dict[str, int] = {}
         if self._part.exists() or not file.exists():
             self._open()
         else:
@@ -61,9 +67,7 @@ class RecordWriter:
         which readers of CoCLR's format ignore; `Records.origin` returns it.
         """
         if self._environment is None:
-            copy = Path(f"{self._file}.copy")
-            shutil.copyfile(self._file, copy)
-            os.replace(copy, self._part)
+            self._copy()
             self._open()
         place = self._places.setdefault(name, len(self._places))
         said = {ORIGIN + b"%09d" % place: None if origin is None else origin.encode()}
@@ -84,11 +88,14 @@ class RecordWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if self._environment is not None:
+                try:
+                    if kind is None:
+                        self._complete()
+                finally:
+                    self._environment.close()
                 if kind is None:
-                    self._complete()
-                self._environment.close()
-                if kind is None:
-                    os.replace(self._part, self._file)
+                    with naming(self._file, self._kept()):
+                        os.replace(self._part, self._file)
                     forget_records(self._file)
         finally:
             self._lock_file.unlink(missing_ok=True)
@@ -100,7 +107,8 @@ class RecordWriter:
         A complete file is marked as unfinished again. It is either a copy, or a file whose process was killed before it
         could rename it.
         """
-        self._environment = lmdb.open(str(self._part), subdir=False, map_size=2**30, lock=False, meminit=False)
+        with self._errors_named():
+            self._environment = lmdb.open(str(self._part), subdir=False, map_size=MAP_BYTES, lock=False, meminit=False)
         with self._environment.begin(buffers=True) as transaction, transaction.cursor() as cursor:
             rows = cursor.iternext() if cursor.set_range(self._WRITTEN) else ()
             written = dict(msgpack.unpackb(value) for _, value in rows)
@@ -120,6 +128,30 @@ class RecordWriter:
     def _note(self, place: int, name: str, frames: int) -> dict[bytes, bytes]:
         return {self._WRITTEN + b"%09d" % place: msgpack.packb([name, frames])}
 
+    def _copy(self) -> None:
+        copy = Path(f"{self._file}.copy")
+        try:
+            with naming(copy, f"{self._file.name!r} is untouched"):
+                shutil.copyfile(self._file, copy)
+                os.replace(copy, self._part)
+        finally:
+            copy.unlink(missing_ok=True)
+
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        """Converts LMDB's errors of the disk and of the memory map, which limits the file, to one sentence."""
+        try:
+            yield
+        except lmdb.Error as error:
+            reason = str(error).rpartition(": ")[2]
+            raise InputError(f"could not write {str(self._part)!r}: {reason}; {self._kept()}") from error
+
+    def _kept(self) -> str:
+        count = len(self.num_frames)
+        videos = f"{count} {'video is' if count == 1 else 'videos are'}"
+        before = f", {self._file.name!r} is untouched" if self._file.exists() else ""
+        return f"{videos} complete in it{before}, and the same command continues after them"
+
     def _complete(self) -> None:
         keys = [b"%09d" % place for place in range(len(self.num_frames))]
         meta = (keys, len(keys), list(self.num_frames), list(self.num_frames.values()))
@@ -131,11 +163,12 @@ class RecordWriter:
 
         If they do not fit, the memory map, which limits the size of the file, is doubled.
         """
-        while True:
-            try:
-                with self._environment.begin(write=True) as transaction:
-                    for key, value in entries.items():
-                        transaction.delete(key) if value is None else transaction.put(key, value)
-                return
-            except lmdb.MapFullError:
-                self._environment.set_mapsize(2 * self._environment.info()["map_size"])
+        with self._errors_named():
+            while True:
+                try:
+                    with self._environment.begin(write=True) as transaction:
+                        for key, value in entries.items():
+                            transaction.delete(key) if value is None else transaction.put(key, value)
+                    return
+                except lmdb.MapFullError:
+                    self._environment.set_mapsize(2 * self._environment.info()["map_size"])

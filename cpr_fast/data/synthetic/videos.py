@@ -45,6 +45,7 @@ from cpr_fast.data.synthetic.render import render
 from cpr_fast.data.synthetic.scenes import SCENES
 from cpr_fast.data.synthetic.sources import make_source
 from cpr_fast.errors import InputError
+from cpr_fast.runtime.files import naming, replacing
 from cpr_fast.runtime.progress import track
 
 FPS = 25
@@ -106,8 +107,9 @@ def write_synthetic(
     index, broken = build_index(out, "folders", out=index_path, progress=progress)
     if broken or len(index) != clips or any(video.num_frames != frames for video in index):
         raise RuntimeError(f"{out}: wrote {clips} videos of {frames} frames, found {len(index)}; broken: {broken}")
-    (out / UNFINISHED).write_text(json.dumps(settings))
-    os.replace(out / UNFINISHED, out / SETTINGS)
+    with replacing(out / SETTINGS) as temporary:
+        temporary.write_text(json.dumps(settings))
+    (out / UNFINISHED).unlink(missing_ok=True)
     return index_path
 
 
@@ -137,7 +139,8 @@ def _write_source(out: Path, pair: tuple[str, str], number: int, settings: dict[
         start += settings["frames"]
         path = out / name.split / name.label / name.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        _encode(path, clip)
+        with naming(path, "the set is unfinished, and the same command writes it again"):
+            _encode(path, clip)
     return len(names)
 
 

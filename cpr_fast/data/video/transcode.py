@@ -13,8 +13,10 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from cpr_fast.data.video.container import VideoError, location, open_video
 from cpr_fast.data.video.probe import VideoInfo, which_stream
 from cpr_fast.errors import InputError
+from cpr_fast.runtime.files import naming
 
 OPTIONS = {"preset": "veryfast", "crf": "18", "g": "12", "bf": "0", "threads": "1"}
+KEPT = "complete videos are kept, and the same command continues after them"
 
 
 def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
@@ -29,7 +31,7 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
     temporary = target.with_name(f"{target.name}.part")
     error: VideoError | None = None
     try:
-        with av.open(location(temporary), "w", format="mp4") as output:
+        with naming(target, KEPT), av.open(location(temporary), "w", format="mp4") as output:
             writer = _Writer(output, short_side)
             try:
                 with open_video(path) as (container, stream):
@@ -72,7 +74,7 @@ class _Writer:
         try:
             self._output.mux(stream.encode(picture))
         except av.FFmpegError as error:  # a full disk must not look like the end of the source
-            raise InputError(f"cannot write {self._output.name!r}: {error.strerror}") from error
+            raise InputError(f"could not write {self._output.name!r}: {error.strerror}; {KEPT}") from error
         self._count += 1
 
     def info(self, error: VideoError | None) -> VideoInfo:

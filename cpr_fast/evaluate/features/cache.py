@@ -107,7 +107,8 @@ class FeatureCache:
             finally:
                 temporary.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
-            log.warning("features cannot be stored: %s", error)
+            log.warning("features cannot be stored in %s: %s; this evaluation uses them, the next computes them again",
+                        path, error)  # fmt: skip
 
 
 def embed_index(

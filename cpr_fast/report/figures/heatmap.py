@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from cpr_fast.runtime.files import replacing
 
 CELL_INCHES = 0.75
 
@@ -33,10 +34,8 @@ def write_heatmap(rows: Sequence[dict[str, Any]], out: Path) -> Path:
             axes.set_yticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
             axes.set(xlabel="stages, views in order (r: RGB, f: flow)", ylabel="ratio")
             axes.set_title(f"PMR [%], {view} query, top-{top_k}", fontsize=10)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, out)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
     return out
 
 

@@ -11,6 +11,7 @@ from cpr_fast._host import msgpack_spans
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support.full_disk import files_end_at
 
 from cpr_fast.data.storage.record_writer import RecordWriter
 from cpr_fast.data.storage.records import (
@@ -150,6 +151,48 @@ def test_a_file_larger_than_the_first_map_and_a_run_that_was_killed(tmp_path, mo
             writer.put(f"c/{i}", [blob, b"end"])
     assert open_records(file).num_frames() == {f"c/{i}": 2 for i in range(9)}
     assert [bytes(jpeg) for jpeg in read_jpegs(record_path(file, "c/8"), [1, 0])] == [b"end", blob]
+
+
+def test_a_full_disk_names_the_file_and_what_is_kept(tmp_path):
+    file, blob = tmp_path / "full.lmdb", np.random.default_rng(0).bytes(2**18)
+    message = r"could not write '.*full.lmdb.part': Input/output error; 1 video is complete in it, and the same command"
+    with files_end_at(2**17), pytest.raises(InputError, match=message), RecordWriter(file) as writer:
+        writer.put("c/0", [b"small"])
+        writer.put("c/1", [blob])
+    assert not file.exists()
+    with RecordWriter(file) as writer:
+        assert writer.num_frames == {"c/0": 1}
+        writer.put("c/1", [blob])
+    message = "could not write '.*full.lmdb.copy': File too large; 'full.lmdb' is untouched"
+    with files_end_at(2**17), pytest.raises(InputError, match=message), RecordWriter(file) as writer:
+        writer.put("c/2", [b"small"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full.lmdb"]
+    assert open_records(file).num_frames() == {"c/0": 1, "c/1": 1}
+
+
+def test_a_memory_map_that_cannot_grow_is_named(tmp_path, monkeypatch):
+    """As under `ulimit -v`: the map must be doubled for the second video, but no address space is left."""
+
+    class Small:
+        def __init__(self, *arguments, **options):
+            self._real = real(*arguments, **options | {"map_size": 2**20})
+
+        def __getattr__(self, name):
+            return getattr(self._real, name)
+
+        def set_mapsize(self, size):
+            raise lmdb.MemoryError(f"mdb_env_set_mapsize: Cannot allocate memory ({size})")
+
+    real = lmdb.open
+    message = r"could not write '.*a.lmdb.part': Cannot allocate memory \(2097152\); 1 video is complete in it, and the"
+    with monkeypatch.context() as patch:
+        patch.setattr("lmdb.open", Small)
+        with pytest.raises(InputError, match=message), RecordWriter(tmp_path / "a.lmdb") as writer:
+            writer.put("c/0", [b"small"])
+            writer.put("c/1", [b"x" * 2**20])
+    with RecordWriter(tmp_path / "a.lmdb") as writer:
+        assert writer.num_frames == {"c/0": 1}
+        writer.put("c/1", [b"x" * 2**20])
 
 
 def contents(file) -> dict[str, list[bytes]]:
