@@ -140,6 +140,13 @@ class Cycle:
     lr: float | None = None  # replaces optim.lr in this cycle
     other: View | None = None  # the second view; None: flow for rgb, and rgb for flow and residual
 
+    def views(self, *, shared: bool) -> tuple[View, ...]:
+        """Returns the views that the cycle reads, the view that it trains first. Only a cascade or a shared encoder
+        (model.shared) needs a second one."""
+        if self.mining != "cascade" and not shared:
+            return (self.view,)
+        return (self.view, self.other or ("rgb" if self.view == "flow" else "flow"))
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:

@@ -32,7 +32,6 @@ from cpr_fast.evaluate.features.recipe import RecipeName
 from cpr_fast.evaluate.features.results import write_result
 from cpr_fast.evaluate.retrieval.retrieve import retrieve
 from cpr_fast.pretrain.run.loop import pretrain
-from cpr_fast.pretrain.state.cycle import views_of
 from cpr_fast.report.sections.published import PublishedRow, PublishedTable, published_table, published_tables
 from cpr_fast.runtime.files import replacing
 from cpr_fast.runtime.metrics import environment, read_metrics
@@ -180,7 +179,7 @@ def list_tables() -> str:
         lines.append(f"{table.name} (Table {table.number}): {table.title}; {', '.join(table.columns.values())}")
         for row in table.rows:
             config = load(CONFIGS / f"{row.config}.toml")
-            views = {view for cycle in config.schedule.cycles for view in views_of(cycle, shared=config.model.shared)}
+            views = {view for cycle in config.schedule.cycles for view in cycle.views(shared=config.model.shared)}
             needs = ["labels"] + ["flow"] * ("flow" in views) + [Path(config.data.index).parts[0]]
             epochs = sum(cycle.epochs for cycle in config.schedule.cycles[: row.cycle])
             lines.append(f"  {row.id:12} configs/{row.config}.toml  {epochs} epochs; needs {', '.join(needs)}")
@@ -252,7 +251,7 @@ def _check(job: Job, data: Mapping[str, Path]) -> None:
         config = step.config
         train = Index.load(config.data.index, require_flow=stored).select_for_training(config.data.split)
         for cycle in config.schedule.cycles:
-            if stored and "flow" in views_of(cycle, shared=config.model.shared):
+            if stored and "flow" in cycle.views(shared=config.model.shared):
                 _check_flow(where, config.data.index, train)
             if (cycle.mining == "label" or "pmr" in job.table.columns) and (train.labels < 0).any():
                 raise InputError(f"{where}: expected a label for every training video of {config.data.index}")

@@ -14,7 +14,6 @@ import numpy as np
 from cpr_fast.config import Config, Cycle
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
-from cpr_fast.pretrain.state.cycle import views_of
 
 LONG_FILL = 0.25  # if filling the queue takes a larger share of a cycle's steps, a warning is given
 TEMPERATURES = (0.005, 2.0)  # beyond these the softmax of the loss is nearly one-hot, or nearly uniform
@@ -124,7 +123,7 @@ def _check_cycle(config: Config, index: Index, plan: CyclePlan, stored_flow: boo
         raise InputError(
             f"top_k: expected at most the {entries[config.memory.kind]} entries of a {config.memory.kind}, got {top_k}"
         )
-    if stored_flow and "flow" in views_of(cycle, shared=config.model.shared):
+    if stored_flow and "flow" in cycle.views(shared=config.model.shared):
         bare = [video.path for video in index if video.flow_path is None]
         if bare:
             raise InputError(
@@ -235,7 +234,7 @@ def _about_mining(config: Config, index: Index, plan: CyclePlan, seen: set[str])
             f"{len(index)} videos have the source {name!r}, so about {others:.1f} of the {size} entries of the memory "
             "are of other sources. Set mining.top_k lower, or correct the column `source` of the index"
         )
-    other = views_of(plan.cycle, shared=config.model.shared)[1]
+    other = plan.cycle.views(shared=config.model.shared)[1]
     if not config.model.shared and other not in seen:
         yield (
             f"{plan.name} compares features of the {other} encoder, which no earlier cycle trains and model.init."

@@ -42,7 +42,7 @@ class CycleState:
         self.config, self.cycle, self.world = config, cycle, world
         self.top_k = config.mining.top_k if cycle.top_k is None else cycle.top_k
         self.anchor = config.mining.anchor or ("query" if config.loss.protocol == "coclr" else "key")
-        self.views = views_of(cycle, shared=config.model.shared)
+        self.views = cycle.views(shared=config.model.shared)
         if cycle.mining == "label" and (index.labels < 0).any():
             raise InputError("schedule.cycles: mining = 'label' expects every video of the index to have a label")
         clips = config.data.batch_size * world.size  # keys per step
@@ -157,14 +157,6 @@ class CycleState:
         self.best = state.get("best")
         if "weight_norms" in state:
             self.weight_norms.copy_(state["weight_norms"])
-
-
-def views_of(cycle: Cycle, *, shared: bool = False) -> tuple[View, ...]:
-    """Returns the views that a cycle decodes, the view it trains first. Only a cascade or a shared encoder needs a
-    second."""
-    if cycle.mining != "cascade" and not shared:
-        return (cycle.view,)
-    return (cycle.view, cycle.other or ("rgb" if cycle.view == "flow" else "flow"))
 
 
 def _build_encoders(
