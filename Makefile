@@ -30,7 +30,8 @@ $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
 demo: setup
 	$(BIN)/python -m cpr_fast quickstart
 
-# The tests of numerics run twice: with this processor's instructions and one thread (the processes share the cores), and with the instructions of a processor without AVX and torch's usual number of threads.
+# The tests of numerics run twice: with this processor's instructions and one thread (the processes share the cores), and
+# with the instructions of a processor without AVX and torch's usual number of threads.
 test: setup check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not packaging" -n $(WORKERS) --dist worksteal
 	CPR_FAST_CPU_VARIANT=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
