@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cpr_fast.config import Config, load
+from cpr_fast.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,9 @@ def quickstart(out: Path, *, seed: int = 0) -> dict[str, Any]:
     """Makes the data set, pretrains with CPR, evaluates and writes OUT/report.html.
 
     Returns the retrieval rates, the seconds of each part (`*_time_s`) and the paths written.
+    Raises InputError if OUT holds a run with another seed.
     """
+    _check_same_seed(out, seed)
     from cpr_fast.data.flow.write import write_flow
     from cpr_fast.data.synthetic.videos import write_synthetic
     from cpr_fast.evaluate.retrieval.retrieve import retrieve
@@ -44,6 +47,15 @@ def quickstart(out: Path, *, seed: int = 0) -> dict[str, Any]:
     with _timed(times, "5/5 report", "report_time_s"):
         report = write_report([out], out / "report.html")
     return {**results, **times, "total_time_s": sum(times.values()), "run": str(out), "report": str(report)}
+
+
+def _check_same_seed(out: Path, seed: int) -> None:
+    recorded = out / "config.json"
+    if recorded.is_file() and (before := load(recorded).run.seed) != seed:
+        raise InputError(
+            f"--seed: the quick start in {str(out)!r} has seed {before}, got {seed}; choose another --out, or "
+            f"continue it with --seed {before}"
+        )
 
 
 def quickstart_config(index: Path, out: Path, seed: int) -> Config:

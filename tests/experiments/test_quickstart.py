@@ -74,3 +74,11 @@ def test_settings_are_the_shipped_ones(tmp_path):
         3,
     )
     assert [cycle.mining for cycle in config.schedule.cycles] == ["none", "none", "cascade", "cascade"]
+
+
+def test_another_seed_needs_another_folder(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"run": {"seed": 2}}))
+    assert main(["quickstart", "--out", str(tmp_path), "--seed", "1"]) == 2
+    said = capsys.readouterr().err
+    assert f"--seed: the quick start in {str(tmp_path)!r} has seed 2, got 1; choose another --out" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from cpr_fast.weights.checkpoint import (
 T = TypeVar("T")
 
 LOCK = ".run.lock"
+NAMED = 4  # settings that an error names
 
 log = logging.getLogger(__name__)
 
@@ -189,13 +191,72 @@ def _set_aside(damaged: list[tuple[Path, str]], used: Path, step: int) -> None:
 
 
 def _check_same_settings(config: Config, saved: dict[str, Any], folder: Path, world: World) -> None:
+    """Raises CheckpointError that names the settings that differ, and the command that continues the run."""
     asked = _what_counts(config.to_dict(), world.size)
     before = Config.from_dict(saved["config"]).to_dict()  # settings that its version lacked get today's defaults
+    differing: list[str] = []
     for section, values in _what_counts(before, saved["processes"]).items():
         for key, was in values.items():
-            now = asked[section][key]
-            if now != was:
-                raise CheckpointError(f"{section}.{key}: the run in {str(folder)!r} has {was!r}, got {now!r}")
+            if (now := asked[section][key]) != was:
+                differing += _cycle_changes(was, now) if key == "cycles" else [_change(f"{section}.{key}", was, now)]
+    if not differing:
+        return
+    named = "; ".join(differing[:NAMED])
+    if len(differing) > NAMED:
+        named += f"; and {len(differing) - NAMED} more"
+    command = _resuming(before, saved["processes"], folder)
+    raise CheckpointError(
+        f"--resume: other settings than those of the run in {str(folder)!r}: {named}. To continue the run, type: "
+        f"{command}   (its recorded settings), or repeat the options that it was started with; a new run needs another "
+        "--run.out"
+    )
+
+
+def _resuming(config: dict[str, Any], processes: int, folder: Path) -> str:
+    """Returns the command that continues a run with the settings in its config.json."""
+    program = "cpr-fast" if processes == 1 else f"torchrun --nproc-per-node {processes} -m cpr_fast"
+    moved = "" if Path(config["run"]["out"]) == folder else f" --run.out {shlex.quote(str(folder))}"
+    return f"{program} pretrain {shlex.quote(str(folder / 'config.json'))} --resume{moved}"
+
+
+def _change(key: str, was: Any, now: Any) -> str:
+    return f"{key}: the run has {_shown(was)}, this command asks for {_shown(now)}"
+
+
+def _cycle_changes(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """Returns what differs between the cycles of two schedules. Milestones are named only if the epochs are equal,
+    because `--epochs` scales both."""
+    if len(was) != len(now):
+        return [f"schedule: the run has {_cycles_of(was)}, this command asks for {_cycles_of(now)}"]
+    pairs = list(zip(was, now, strict=True))
+    if any(a["epochs"] != b["epochs"] for a, b in pairs):
+        epochs = [f"schedule: the run has {_cycles_of(was)}, this command asks for {_epochs_of(now)}"]
+        skipped = ("epochs", "milestones")
+    else:
+        epochs, skipped = [], ()
+    return epochs + [
+        _change(f"schedule.cycles[{number}].{key}", a[key], b[key])
+        for number, (a, b) in enumerate(pairs)
+        for key in a
+        if key not in skipped and a[key] != b[key]
+    ]
+
+
+def _cycles_of(cycles: list[dict[str, Any]]) -> str:
+    return f"{len(cycles)} cycle{'' if len(cycles) == 1 else 's'} of {_epochs_of(cycles)}"
+
+
+def _epochs_of(cycles: list[dict[str, Any]]) -> str:
+    """Returns "4 epochs" if the cycles have equal numbers of them, otherwise "4, 4 and 2 epochs"."""
+    numbers = [str(cycle["epochs"]) for cycle in cycles]
+    if len(set(numbers)) == 1:
+        return f"{numbers[0]} epoch{'' if numbers[0] == '1' else 's'}"
+    return f"{', '.join(numbers[:-1])} and {numbers[-1]} epochs"
+
+
+def _shown(value: Any) -> str:
+    """Returns a setting as a TOML file holds it; None is a setting that is left out."""
+    return "no value" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _what_counts(config: dict[str, Any], processes: int) -> dict[str, dict[str, Any]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +14,10 @@ from pathlib import Path
 import pytest
 from support.small_runs import Killed, assert_same, killed_at, rows, run, settings, stopped, trained
 
+from cpr_fast.commands.training.pretrain import parse
+from cpr_fast.config import RunConfig, load
 from cpr_fast.errors import InputError
-from cpr_fast.pretrain.run.folder import LOCK, only_writer
+from cpr_fast.pretrain.run.folder import LOCK, _resuming, only_writer
 from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[4]
@@ -64,11 +69,63 @@ def test_optimiser_of_the_published_baseline_resumes(tmp_path):
     assert_same(trained(straight), trained(out))
 
 
-def test_resume_refuses_other_settings_and_missing_checkpoints(finished, tmp_path):
-    with pytest.raises(InputError, match=r"optim.lr: the run in .* has 0.001, got 0.5"):
-        run(settings(finished, optim={"lr": 0.5}), resume=True)
-    with pytest.raises(InputError, match=r"data.batch_size x processes: the run in .* has 6, got 3"):
-        run(settings(finished, data={"batch_size": 3, "frames": 5, "size": 20}), resume=True)
+RGB, FLOW = {"view": "rgb", "epochs": 2, "mining": "none"}, {"view": "flow", "epochs": 2, "milestones": [1]}
+
+
+@pytest.mark.parametrize(
+    ("sections", "differs"),
+    [
+        ({"optim": {"lr": 0.5}}, "optim.lr: the run has 0.001, this command asks for 0.5."),
+        ({"mining": {"anchor": "query"}}, 'mining.anchor: the run has no value, this command asks for "query".'),
+        ({"data": {"batch_size": 3}}, "data.batch_size x processes: the run has 6, this command asks for 3."),
+        ({"schedule": {"cycles": [RGB | {"epochs": 300}, FLOW | {"epochs": 300, "milestones": [150]}]}},
+         "schedule: the run has 2 cycles of 2 epochs, this command asks for 300 epochs."),
+        ({"schedule": {"cycles": [RGB | {"epochs": 1}, FLOW]}},
+         "schedule: the run has 2 cycles of 2 epochs, this command asks for 1 and 2 epochs."),
+        ({"schedule": {"cycles": [RGB | {"epochs": 1}]}},
+         "schedule: the run has 2 cycles of 2 epochs, this command asks for 1 cycle of 1 epoch."),
+        ({"schedule": {"cycles": [RGB | {"lr": 0.1}, FLOW | {"milestones": []}]}},
+         "schedule.cycles[0].lr: the run has no value, this command asks for 0.1; "
+         "schedule.cycles[1].milestones: the run has [1], this command asks for []."),
+    ],
+)  # fmt: skip
+def test_resuming_with_other_settings_says_which_and_what_to_type(finished, sections, differs):
+    with pytest.raises(CheckpointError) as refused:
+        run(settings(finished, **sections), resume=True)
+    said = str(refused.value)
+    assert f"the run in {str(finished)!r}: {differs} To continue" in said
+    assert f"type: cpr-fast pretrain {finished}/config.json --resume " in said and "--run.out" in said
+    assert "{" not in said and len(said.replace(str(finished), "RUN")) < 400
+
+
+def test_of_many_other_settings_the_first_are_named(finished):
+    optim = {"lr": 0.5, "weight_decay": 0.5, "name": "sgd"}
+    sections = {"optim": optim, "mining": {"ratio": 0.3}, "memory": {"size": 9}, "loss": {"temperature": 0.5}}
+    with pytest.raises(CheckpointError, match=r"memory.size: .*mining.ratio: .*; and 2 more\. To continue"):
+        run(settings(finished, **sections), resume=True)
+
+
+def test_the_command_that_is_named_continues_the_run(tmp_path, monkeypatch):
+    """The folder was moved since, and its name needs quotes."""
+    stopped(tmp_path / "run")
+    moved = (tmp_path / "run").rename(tmp_path / "my run")
+    with pytest.raises(CheckpointError) as refused:
+        run(settings(moved, optim={"lr": 0.5}), resume=True)
+    said = re.search(r"type: cpr-fast pretrain (.*?)   \(", str(refused.value))[1]
+    given = parse(shlex.split(said))
+    assert (given.config, given.flags) == (str(moved / "config.json"), {"--resume"})
+    assert given.overrides == ["--run.out", str(moved)]
+    run(dataclasses.replace(load(given.config), run=RunConfig(out=str(moved))), resume=True)
+
+
+def test_the_command_that_is_named_starts_as_many_processes(finished):
+    payload = load_checkpoint(finished / "checkpoints" / "last.pt") | {"processes": 2}
+    assert "torchrun --nproc-per-node 2 -m cpr_fast pretrain" in _resuming(
+        payload["config"], payload["processes"], finished
+    )
+
+
+def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"last.pt' does not exist"):
         run(settings(tmp_path / "none"), resume=True)
     assert not (tmp_path / "none").exists()

@@ -201,7 +201,7 @@ def test_settings_that_an_old_checkpoint_lacks_are_compared(straight, tmp_path):
     saved = load_checkpoint(out / "checkpoints" / "last.pt")
     saved["config"]["mining"].pop("anchor")
     checkpoint.save_checkpoint(out / "checkpoints" / "last.pt", saved)
-    with pytest.raises(CheckpointError, match=r"mining.anchor: the run in .* has None, got 'query'"):
+    with pytest.raises(CheckpointError, match=r'mining.anchor: the run has no value, .* "query"'):
         run(settings(out, mining={"stages": 3, "top_k": 2, "anchor": "query"}), resume=True)
     run(config, resume=True)
     assert_equal_runs(straight, out)
