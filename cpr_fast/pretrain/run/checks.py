@@ -6,7 +6,7 @@ Letters: B clips per process, R processes, K memory entries, N training videos.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,12 +52,27 @@ class CyclePlan:
 
     @property
     def name(self) -> str:
-        return f"cycle {self.number + 1} ({self.cycle.view}, mining {self.cycle.mining})"
+        return cycle_names([(self.number, self.cycle)])
 
     @property
     def key(self) -> str:
         """Name of the setting that defines the cycle."""
         return f"schedule.cycles[{self.number}]"
+
+
+def cycle_names(cycles: Sequence[tuple[int, Cycle]]) -> str:
+    """Returns "cycle 2 (rgb, mining none)", or of several cycles "cycles 1 to 3 and 6", given with their positions."""
+    if len(cycles) == 1:
+        ((number, cycle),) = cycles
+        return f"cycle {number + 1} ({cycle.view}, mining {cycle.mining})"
+    parts: list[list[int]] = []
+    for number in sorted(number + 1 for number, _ in cycles):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    texts = [text for part in parts for text in ([f"{part[0]} to {part[-1]}"] if len(part) > 2 else map(str, part))]
+    return "cycles " + " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
 
 
 def plan_cycles(config: Config, videos: int, processes: int) -> list[CyclePlan]:
@@ -89,22 +104,20 @@ def check_run(config: Config, index: Index, plans: list[CyclePlan], *, stored_fl
     Args:
         stored_flow: whether flow is read from the flow files of the index, which must then exist.
     Returns:
-        One sentence for each reason why the run, or a cycle of it, will learn little or nothing.
+        One text for each kind of reason why the run will learn little or nothing; it names the cycles it concerns.
     Raises:
         InputError: a cycle could not start, or could not learn from any data.
     """
     for plan in plans:
         _check_cycle(config, index, plan, stored_flow)
-    warnings = [*_about_settings(config), *_about_videos(config, index)]
-    seen = {str(view) for view in ("rgb", "flow", "residual") if getattr(config.model.init, view)}
-    for plan in plans:
-        warnings += _about_memory(config, plan)
-        if plan.cycle.mining == "cascade":
-            warnings += _about_mining(config, index, plan, seen)
-        if plan.cycle.mining == "label":
-            warnings += _about_labels(index, plan)
-        seen.add(plan.cycle.view)
-    return warnings
+    return [
+        *_about_settings(config),
+        *_about_videos(config, index),
+        *_about_memory(config, plans),
+        *_about_mining(config, index, [plan for plan in plans if plan.cycle.mining == "cascade"]),
+        *_about_random_encoders(config, plans),
+        *_about_labels(index, [plan for plan in plans if plan.cycle.mining == "label"]),
+    ]
 
 
 def _check_cycle(config: Config, index: Index, plan: CyclePlan, stored_flow: bool) -> None:
@@ -143,13 +156,13 @@ def _about_settings(config: Config) -> Iterator[str]:
         yield f"schedule.gamma is {config.schedule.gamma:g}: nothing is learnt after a cycle's first milestone"
     if config.memory.ema_momentum == 1 and config.memory.kind != "batch" and not config.model.shared:
         yield "memory.ema_momentum is 1: the key encoder keeps its initial weights, and the keys never improve"
-    for number, cycle in enumerate(config.schedule.cycles):
-        lr = config.optim.lr if cycle.lr is None else cycle.lr
-        if lr < 1e-7:
-            yield (
-                f"cycle {number + 1} has a learning rate of {lr:g}: the weights will hardly change; "
-                "set optim.lr (the published value is 0.001)"
-            )
+    rates = [(n, c, config.optim.lr if c.lr is None else c.lr) for n, c in enumerate(config.schedule.cycles)]
+    if slow := [(number, cycle) for number, cycle, lr in rates if lr < 1e-7]:
+        found = ", ".join(f"{lr:g}" for lr in dict.fromkeys(lr for _, _, lr in rates if lr < 1e-7))
+        yield (
+            f"{cycle_names(slow)} {'has' if len(slow) == 1 else 'have'} a learning rate of {found}: the weights will "
+            "hardly change; set optim.lr (the published value is 0.001)"
+        )
 
 
 def _about_videos(config: Config, index: Index) -> Iterator[str]:
@@ -186,69 +199,114 @@ def _all_positive(config: Config, index: Index) -> bool:
     return mines and config.loss.protocol == "coclr" and len(set(index.source_ids.tolist())) == 1
 
 
-def _about_memory(config: Config, plan: CyclePlan) -> Iterator[str]:
-    if plan.learns_while_filling:
-        if plan.cycle.mining == "cascade" and plan.steps <= plan.fill_steps:
-            epochs = math.ceil((plan.fill_steps + 1) / plan.epoch_steps)
+def _about_memory(config: Config, plans: Sequence[CyclePlan]) -> Iterator[str]:
+    """Yields the cycles that never learn or mine, and those that learn late, because of the size of the memory."""
+    if plans[0].learns_while_filling:
+        if late := [p for p in plans if p.cycle.mining == "cascade" and p.steps <= p.fill_steps]:
+            epochs = math.ceil((late[0].fill_steps + 1) / late[0].epoch_steps)
             yield (
-                f"{plan.name} never mines: its bank is full after {plan.fill_steps} steps, and it ends after "
-                f"{plan.steps}. Set {plan.key}.epochs to at least {epochs}"
+                f"{_named(late)} never {_verb(late, 'mines: its', 'mine: their')} bank is full after "
+                f"{late[0].fill_steps} steps, and {_verb(late, 'it ends', 'they end')} after "
+                f"{_span(p.steps for p in late)}. Set {_epochs_of(late)} to at least {epochs}"
             )
         return
-    size = max(plan.clips, int(plan.steps * plan.clips * LONG_FILL))
-    epochs = math.ceil(plan.fill_steps / LONG_FILL / plan.epoch_steps)
-    ways = f"Set memory.size to {size} or less, or {plan.key}.epochs to {epochs} or more"
-    length = f"{plan.steps} steps ({_count(plan.cycle.epochs, 'epoch')} of {_count(plan.epoch_steps, 'step')})"
-    if plan.waiting_steps == plan.steps:
+    size, filled = config.memory.size, plans[0].fill_steps  # equal in all cycles, as are the steps per epoch
+    if never := [plan for plan in plans if plan.waiting_steps == plan.steps]:
         yield (
-            f"{plan.name} NEVER LEARNS: training starts once the queue of memory.size = {config.memory.size} entries "
-            f"is full, after {plan.fill_steps} steps, but the cycle ends after {length}. {ways}"
+            f"{_named(never)} NEVER {_verb(never, 'LEARNS', 'LEARN')}: training starts once the queue of memory.size = "
+            f"{size} entries is full, after {filled} steps, but {_verb(never, 'the cycle ends', 'they end')} after "
+            f"{_length(never)}. {_ways(never)}"
         )
-    elif plan.fill_share > LONG_FILL:
+    if slow := [plan for plan in plans if plan not in never and plan.fill_share > LONG_FILL]:
         yield (
-            f"{plan.name} learns in only {plan.steps - plan.waiting_steps} of its {length}: the first "
-            f"{plan.waiting_steps} ({plan.fill_share:.0%}) fill the queue of memory.size = {config.memory.size} "
-            f"entries. {ways}"
+            f"{_named(slow)} {_verb(slow, 'learns', 'learn')} in only {_span(p.steps - filled for p in slow)} of "
+            f"{_verb(slow, 'its', 'their')} {_length(slow)}: the first {filled} "
+            f"({_span((p.fill_share for p in slow), '.0%')}) fill the queue of memory.size = {size} entries. "
+            f"{_ways(slow)}"
         )
 
 
-def _about_mining(config: Config, index: Index, plan: CyclePlan, seen: set[str]) -> Iterator[str]:
-    """Yields reasons why a cascade would mine nothing, too little, or with the features of a random network."""
+def _ways(plans: Sequence[CyclePlan]) -> str:
+    """Returns the settings with which the queue is full early enough in each of the cycles."""
+    size = min(max(1, int(plan.steps * LONG_FILL)) * plan.clips for plan in plans)  # a whole number of steps
+    epochs = math.ceil(plans[0].fill_steps / LONG_FILL / plans[0].epoch_steps)
+    return f"Set memory.size to {size} or less, or {_epochs_of(plans)} to {epochs} or more"
+
+
+def _length(plans: Sequence[CyclePlan]) -> str:
+    epochs = _span(plan.cycle.epochs for plan in plans)
+    steps = f"{_span(plan.steps for plan in plans)} steps"
+    return f"{steps} ({epochs} epoch{'' if epochs == '1' else 's'} of {_count(plans[0].epoch_steps, 'step')})"
+
+
+def _about_mining(config: Config, index: Index, plans: Sequence[CyclePlan]) -> Iterator[str]:
+    """Yields reasons why cascades would mine nothing, or too little."""
     sources = np.bincount(index.source_ids)
-    if len(sources) == 1:
+    if plans and len(sources) == 1:
         yield (
-            f"{plan.name} can mine nothing: all {len(index)} videos have the source {index[0].source!r}, and videos "
-            "of one source are never mined for each other. Give them different sources in the index, or set "
+            f"{_named(plans)} can mine nothing: all {len(index)} videos have the source {index[0].source!r}, and "
+            "videos of one source are never mined for each other. Give them different sources in the index, or set "
             "mining = 'none'"
         )
         return
-    top_k = config.mining.top_k if plan.cycle.top_k is None else plan.cycle.top_k
     entries = {"queue": config.memory.size, "bank": len(index), "batch": 2 * config.data.batch_size}
     size = entries[config.memory.kind]
     largest = int(sources.argmax())
     others = size * (1 - sources[largest] / len(index))
-    if others < top_k:
+    wanted = {plan: config.mining.top_k if plan.cycle.top_k is None else plan.cycle.top_k for plan in plans}
+    if poor := [plan for plan in plans if others < wanted[plan]]:
         name = index[int(np.flatnonzero(index.source_ids == largest)[0])].source
         yield (
-            f"{plan.name} mines fewer than top_k = {top_k} entries for many queries: {sources[largest]} of "
-            f"{len(index)} videos have the source {name!r}, so about {others:.1f} of the {size} entries of the memory "
-            "are of other sources. Set mining.top_k lower, or correct the column `source` of the index"
-        )
-    other = plan.cycle.views(shared=config.model.shared)[1]
-    if not config.model.shared and other not in seen:
-        yield (
-            f"{plan.name} compares features of the {other} encoder, which no earlier cycle trains and model.init."
-            f"{other} does not name: its weights are random. Put a cycle {{view = '{other}', mining = 'none'}} before "
-            "it, or name a checkpoint"
+            f"{_named(poor)} {_verb(poor, 'mines', 'mine')} fewer than top_k = {_span(wanted[plan] for plan in poor)} "
+            f"entries for many queries: {sources[largest]} of {len(index)} videos have the source {name!r}, so about "
+            f"{others:.1f} of the {size} entries of the memory are of other sources. Set mining.top_k lower, or "
+            "correct the column `source` of the index"
         )
 
 
-def _about_labels(index: Index, plan: CyclePlan) -> Iterator[str]:
-    if len(set(index.labels.tolist())) == 1:
+def _about_random_encoders(config: Config, plans: Sequence[CyclePlan]) -> Iterator[str]:
+    """Yields the views that cascades compare although no cycle before them trains an encoder of that view."""
+    trained = {str(view) for view in ("rgb", "flow", "residual") if getattr(config.model.init, view)}
+    found: dict[str, list[CyclePlan]] = {}
+    for plan in plans:
+        other = "" if config.model.shared or plan.cycle.mining != "cascade" else plan.cycle.views(shared=False)[1]
+        if other and other not in trained:
+            found.setdefault(other, []).append(plan)
+        trained.add(plan.cycle.view)
+    for other, untrained in found.items():
         yield (
-            f"{plan.name} learns nothing: all {len(index)} videos have the label {index[0].label!r}, so that every "
-            "entry of the memory is a positive. Set mining = 'none' or 'cascade'"
+            f"{_named(untrained)} {_verb(untrained, 'compares', 'compare')} features of the {other} encoder, which no "
+            f"earlier cycle trains and model.init.{other} does not name: its weights are random. Put a cycle {{view = "
+            f"'{other}', mining = 'none'}} before {_verb(untrained, 'it', 'them')}, or name a checkpoint"
         )
+
+
+def _about_labels(index: Index, plans: Sequence[CyclePlan]) -> Iterator[str]:
+    if plans and len(set(index.labels.tolist())) == 1:
+        yield (
+            f"{_named(plans)} {_verb(plans, 'learns', 'learn')} nothing: all {len(index)} videos have the label "
+            f"{index[0].label!r}, so that every entry of the memory is a positive. Set mining = 'none' or 'cascade'"
+        )
+
+
+def _named(plans: Sequence[CyclePlan]) -> str:
+    return cycle_names([(plan.number, plan.cycle) for plan in plans])
+
+
+def _epochs_of(plans: Sequence[CyclePlan]) -> str:
+    """Returns the name of the setting that holds the epochs of the cycles."""
+    return f"{plans[0].key}.epochs" if len(plans) == 1 else "the epochs of each of them (schedule.cycles)"
+
+
+def _verb(plans: Sequence[CyclePlan], one: str, several: str) -> str:
+    return one if len(plans) == 1 else several
+
+
+def _span(values: Iterable[float], form: str = "") -> str:
+    """Returns "4", or "4 to 8" if the values differ."""
+    found = sorted(values)
+    ends = dict.fromkeys(format(value, form) for value in (found[0], found[-1]))
+    return " to ".join(ends)
 
 
 def _count(number: int, noun: str) -> str:

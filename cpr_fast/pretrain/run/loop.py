@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -73,6 +73,7 @@ class Run:
     progress: bool
     stop: StopRequest
     watch: Watchdog
+    unreadable: set[tuple[str, str]] = field(default_factory=set)  # path and reason of files that were reported
 
 
 def pretrain(
@@ -310,14 +311,17 @@ def _measure_retrieval(run: Run, state: CycleState, rows: StepLog, epoch: int, s
 
 
 def _name_skipped(run: Run, number: int, loader: Loader) -> None:
-    """Reports the files that could not be read, by kind of problem, at the end of a cycle: on stderr and as a note."""
+    """Reports the files that could not be read, by kind of problem, at the end of a cycle: as a note, and on stderr if
+    an earlier cycle has not reported all of them."""
     skipped = sorted(distributed.union((str(path), reason) for path, reason in loader.skipped))
     if skipped and run.writer is not None:
         count = "1 file could not be read and was" if len(skipped) == 1 else f"{len(skipped)} files could not be read"
         text = f"cycle {number + 1}: {count}{'' if len(skipped) == 1 else ' and were'} replaced by other videos: "
         text += "; ".join(by_kind(skipped))
         run.writer.write({"kind": "note", "text": text})
-        log.warning(text)
+        if not run.unreadable.issuperset(skipped):
+            log.warning(text)
+        run.unreadable.update(skipped)
 
 
 def _timed_batches(

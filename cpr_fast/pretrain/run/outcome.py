@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from cpr_fast.config import Config
+from cpr_fast.pretrain.run.checks import cycle_names
 
 NO_LOSS = 1e-6  # below this the gradient is negligible: every entry compared is a positive
 ENOUGH_EPOCHS = 3  # epochs with a loss; fewer do not show whether the loss falls
@@ -26,21 +27,21 @@ def outcome(rows: list[dict[str, Any]], config: Config, step: int, videos: int, 
         expected: warnings that were given before the run started.
     Returns:
         `learnt`: whether any cycle changed the weights by a loss. `text`: one sentence for the head of a report.
-        `warnings`: sentences. `cycles`: for each `cycle`, `view`, `mining`, `learnt`, `learning_steps` (optimiser
-        steps; None in rows of older versions), `loss_first`, `loss_last` (means of the first and last epoch that had a
-        loss), `pmr_first`, `pmr_last`.
+        `warnings`: one sentence for each kind of doubt, which names the cycles it concerns. `cycles`: for each `cycle`,
+        `view`, `mining`, `learnt`, `learning_steps` (optimiser steps; None in rows of older versions), `loss_first`,
+        `loss_last` (means of the first and last epoch that had a loss), `pmr_first`, `pmr_last`.
     """
-    cycles, warnings = [], []
+    cycles, doubts = [], []
     for number, cycle in enumerate(config.schedule.cycles):
         epochs = [row for row in rows if row["kind"] == "epoch" and row["cycle"] == number]
         summary = _cycle(epochs) | {"cycle": number, "view": cycle.view, "mining": cycle.mining}
         cycles.append(summary)
-        name = f"cycle {number + 1} ({cycle.view}, mining {cycle.mining})"
         if why := _why_not(epochs, config):
-            warnings.append(f"{name} learnt nothing: {why}")
+            doubts.append((number, " learnt nothing: " + why, ""))
         else:
-            warnings += [f"{name}: {text}" for text in _doubts(summary, epochs)]
-        warnings += [f"{name}: {text}" for text in _collapse(rows, number, config)]
+            doubts += [(number, f": {text}", figures) for text, figures in _doubts(summary, epochs)]
+        doubts += [(number, f": {text}", figures) for text, figures in _collapse(rows, number, config)]
+    warnings = _by_kind(doubts, config)
     skipped = max((row.get("skipped") or 0 for row in rows if row["kind"] == "epoch"), default=0)
     if skipped > MANY_SKIPPED * videos:
         warnings.append(f"{skipped} of {videos} videos could not be read and were replaced by others")
@@ -80,41 +81,58 @@ def _why_not(epochs: list[dict[str, Any]], config: Config) -> str | None:
     if any(_learnt(row) for row in epochs):
         return None
     if not epochs:
-        return "it has no finished epoch"
+        return "no epoch was finished"
     if all(row["loss"] is None for row in epochs):
-        return f"its queue was never full, so that no step was trained; memory.size is {config.memory.size}"
+        return f"the queue was never full, so that no step was trained; memory.size is {config.memory.size}"
     if all(row["loss"] is None or row["loss"] <= NO_LOSS for row in epochs):
-        return "its loss was 0, because every entry that a query is compared with is a positive, or there is none"
+        return "the loss was 0, because every entry that a query is compared with is a positive, or there is none"
     return "no weight changed: the learning rate is too small, or every gradient overflowed (optim.lr, optim.precision)"
 
 
-def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> list[str]:
-    """Returns reasons to doubt that a cycle learnt anything useful."""
+def _by_kind(doubts: list[tuple[int, str, str]], config: Config) -> list[str]:
+    """Returns one sentence for each text of `doubts`, tuples of (position of the cycle, text, figures)."""
+    kinds: dict[str, dict[int, list[str]]] = {}
+    for number, text, figures in doubts:
+        kinds.setdefault(text, {}).setdefault(number, []).extend([figures] if figures else [])
+    sentences = []
+    for text, found in kinds.items():
+        named = cycle_names([(number, config.schedule.cycles[number]) for number in found])
+        several = len(found) > 1
+        parts = [
+            (f"cycle {n + 1}: " if several else "") + ", ".join(figures) for n, figures in found.items() if figures
+        ]
+        sentences.append(f"{named}{text}" + (f" ({'; '.join(parts)})" if parts else ""))
+    return sentences
+
+
+def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Returns reasons to doubt that a cycle learnt anything useful, each with its figures ("" if there are none)."""
     texts = []
     first, last = summary["loss_first"], summary["loss_last"]
     if len([row for row in epochs if row["loss"] is not None]) >= ENOUGH_EPOCHS and last >= first:
-        texts.append(f"the loss did not fall ({first:.3f} in its first epoch with a loss, {last:.3f} in its last)")
+        texts.append(("the loss did not fall", f"{first:.3f} in its first epoch with a loss, {last:.3f} in its last"))
     mined = [row for row in epochs if row.get("pmr") is not None and row.get("pmr_chance") is not None]
     if mined and mined[-1]["pmr"] <= mined[-1]["pmr_chance"]:
-        texts.append(
-            f"the mined positives were no better than chance (PMR {mined[-1]['pmr']:.3f}, "
-            f"chance {mined[-1]['pmr_chance']:.3f})"
-        )
+        figures = f"PMR {mined[-1]['pmr']:.3f}, chance {mined[-1]['pmr_chance']:.3f}"
+        texts.append(("the mined positives were no better than chance", figures))
     if summary["mining"] == "cascade" and all(row.get("mined_share", 0) is None for row in epochs):
-        texts.append("the cascade mined nothing, so that it trained with the query's own key alone")
+        texts.append(("the cascade mined nothing, so that it trained with the query's own key alone", ""))
     return texts
 
 
-def _collapse(rows: list[dict[str, Any]], number: int, config: Config) -> list[str]:
-    """Returns the views whose queries were nearly one point at the end of a cycle."""
+def _collapse(rows: list[dict[str, Any]], number: int, config: Config) -> list[tuple[str, str]]:
+    """Returns the views whose queries were nearly one point at the end of a cycle, with the spread."""
     health = [row for row in rows if row["kind"] == "health" and row["cycle"] == number]
     if not health:
         return []
+    least = config.health.min_feature_std
     return [
-        f"the features have collapsed: the spread of the {view} queries is {spread:.3g} (health.min_feature_std "
-        f"{config.health.min_feature_std})"
+        (
+            f"the features have collapsed: the queries spread less than health.min_feature_std {least}",
+            f"{view} {spread:.3g}",
+        )
         for view, spread in health[-1]["feature_std"].items()
-        if spread is not None and spread < config.health.min_feature_std
+        if spread is not None and spread < least
     ]
 
 

@@ -43,12 +43,13 @@ def end_line(row: dict[str, Any]) -> str:
 
 def _memory(config: Config, plan: CyclePlan) -> str:
     kind, share = config.memory.kind, plan.fill_share
-    when = f"after {_count(plan.fill_steps, 'step')} ({share:.0%} of the cycle)" if share <= 1 else "never"
     if kind == "batch":
         return f"compared with the {2 * plan.clips} clips of the batch"
-    if kind == "bank":
-        return f"bank of one entry per video, full {when}"
-    return f"queue of {config.memory.size} entries, full {when}; learning starts then"
+    entries = "bank of one entry per video" if kind == "bank" else f"queue of {config.memory.size} entries"
+    if plan.waiting_steps == plan.steps or share > 1:
+        return f"{entries}, never full" + ("" if kind == "bank" else ", so that nothing is learnt")
+    full = f"{entries}, full after {_count(plan.fill_steps, 'step')} ({share:.0%} of the cycle)"
+    return full if kind == "bank" else f"{full}; learning starts then"
 
 
 class Pace:

@@ -77,6 +77,57 @@ def test_it_is_named_with_what_to_set(expected, given):
     assert any(re.search(expected, text) for text in found), found
 
 
+ONE = {"epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("expected", "given"),
+    [
+        (["cycles 1 to 3 and 5 NEVER LEARN: training starts once the queue of memory.size = 24 entries is full, after "
+          "4 steps, but they end after 3 steps (1 epoch of 3 steps). Set memory.size to 6 or less, or the epochs of "
+          "each of them (schedule.cycles) to 6 or more",
+          "cycle 4 (rgb, mining none) learns in only 2 of its 6 steps (2 epochs of 3 steps): the first 4 (67%) fill "
+          "the queue of memory.size = 24 entries. Set memory.size to 6 or less, or "
+          "schedule.cycles[3].epochs to 6 or more"],
+         {"cycles": [RGB | ONE, FLOW | ONE, CASCADE | ONE, RGB | {"epochs": 2}, CASCADE | ONE],
+          "memory": {"size": 24}}),
+        (["cycles 1 and 2 learn in only 14 to 20 of their 24 to 30 steps (8 to 10 epochs of 3 steps): the first 10 "
+          "(33% to 42%) fill the queue of memory.size = 60 entries. Set memory.size to 36 or less, or the epochs of "
+          "each of them (schedule.cycles) to 14 or more"],
+         {"cycles": [RGB, FLOW | {"epochs": 10}], "memory": {"size": 60}}),
+        (["cycles 1 and 2 never mine: their bank is full after 3 steps, and they end after 3. Set the epochs of each "
+          "of them (schedule.cycles) to at least 2"],
+         {"cycles": [CASCADE | ONE | {"other": "residual"}, CASCADE | ONE | {"view": "residual", "other": "rgb"}],
+          "memory": {"kind": "bank"}, "model": {"shared": True, "width": 0.125, "feature_dim": 8}}),
+        (["cycles 1 and 3 have a learning rate of 1e-09, 1e-08: the weights will hardly change; set optim.lr (the "
+          "published value is 0.001)"], {"cycles": [RGB | {"lr": 1e-9}, FLOW, CASCADE | {"lr": 1e-8}]}),
+        (["cycles 2 and 3 can mine nothing: all 18 videos have the source 'one', and videos of one source are never "
+          "mined for each other. Give them different sources in the index, or set mining = 'none'"],
+         {"index": changed(source="one"), "cycles": [FLOW, CASCADE, CASCADE]}),
+        (["cycles 2 and 3 mine fewer than top_k = 9 to 10 entries for many queries: 2 of 18 videos have the source "
+          "'source0', so about 8.9 of the 10 entries of the memory are of other sources. Set mining.top_k lower, or "
+          "correct the column `source` of the index"],
+         {"cycles": [FLOW, CASCADE | {"top_k": 9}, CASCADE | {"top_k": 10}]}),
+        (["cycles 1 and 2 compare features of the flow encoder, which no earlier cycle trains and model.init.flow does "
+          "not name: its weights are random. Put a cycle {view = 'flow', mining = 'none'} before them, or name a "
+          "checkpoint"], {"cycles": [CASCADE, CASCADE, FLOW, CASCADE]}),
+        (["cycles 1 and 2 learn nothing: all 18 videos have the label 'same', so that every entry of the memory is a "
+          "positive. Set mining = 'none' or 'cascade'"],
+         {"index": changed(label="same"), "cycles": [RGB | {"mining": "label"}] * 2}),
+    ],
+)  # fmt: skip
+def test_a_reason_is_given_once_with_the_cycles_it_concerns(expected, given):
+    assert warnings(**given) == expected
+
+
+def test_the_advice_for_several_cycles_is_sound():
+    short = [RGB | {"epochs": 4}, FLOW | {"epochs": 2}, RGB | {"epochs": 3}]
+    (warning,) = warnings(cycles=short, memory={"size": 24})
+    assert "Set memory.size to 6 or less, or the epochs of each of them (schedule.cycles) to 6 or more" in warning
+    assert warnings(cycles=short, memory={"size": 6}) == []
+    assert warnings(cycles=[cycle | {"epochs": 6} for cycle in short], memory={"size": 24}) == []
+
+
 @pytest.mark.parametrize(
     "given",
     [

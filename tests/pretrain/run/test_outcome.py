@@ -51,7 +51,7 @@ def test_a_resumed_run_has_the_same_outcome(tmp_path):
 def test_a_memory_that_is_never_full(tmp_path):
     row = of(tmp_path, memory={"size": 60})
     assert not row["learnt"] and row["text"].startswith("This run has learnt nothing")
-    assert any("its queue was never full" in text and "memory.size is 60" in text for text in row["warnings"])
+    assert any("the queue was never full" in text and "memory.size is 60" in text for text in row["warnings"])
     assert row["cycles"][0]["learning_steps"] == 0
 
 
@@ -73,7 +73,7 @@ def test_a_loss_that_is_zero(tmp_path):
     index = Index([dataclasses.replace(video, label="same") for video in INDEX])
     row = of(tmp_path, index=index, cycles=[RGB | {"mining": "label"}])
     assert not row["learnt"]
-    assert any("its loss was 0" in text for text in row["warnings"])
+    assert any("the loss was 0" in text for text in row["warnings"])
 
 
 def test_a_cascade_that_mines_nothing(tmp_path):
@@ -105,3 +105,20 @@ def test_rows_of_an_older_version():
     row = outcome(rising, settings("run", schedule={"cycles": [RGB]}), 6, 18, [])
     assert any("the loss did not fall (2.000 in its first epoch with a loss, 5.000 in its last)" in text
                for text in row["warnings"])  # fmt: skip
+
+
+def test_a_doubt_is_told_once_with_the_cycles_and_figures_it_concerns():
+    cycles = [RGB, {"view": "flow", "epochs": 2}, RGB, {"view": "flow", "epochs": 2}, RGB]
+    losses = [[None], [2.0, 2.5, 3.0], [1.0, 0.9, 1.125], [3.0, 2.0, 1.0], [None]]
+    rows = [{"kind": "epoch", "cycle": cycle, "epoch": e, "loss": loss, "pmr": None}
+            for cycle, of_cycle in enumerate(losses) for e, loss in enumerate(of_cycle)]  # fmt: skip
+    rows += [{"kind": "health", "cycle": cycle, "feature_std": {"rgb": 0.01, "flow": spread}}
+             for cycle, spread in ((1, 0.5), (3, 0.02))]  # fmt: skip
+    found = outcome(rows, settings("run", schedule={"cycles": cycles}), 6, 18, [])["warnings"]
+    assert found == [
+        "cycles 1 and 5 learnt nothing: the queue was never full, so that no step was trained; memory.size is 10",
+        "cycles 2 and 3: the loss did not fall (cycle 2: 2.000 in its first epoch with a loss, 3.000 in its last; "
+        "cycle 3: 1.000 in its first epoch with a loss, 1.125 in its last)",
+        "cycles 2 and 4: the features have collapsed: the queries spread less than health.min_feature_std 0.1 "
+        "(cycle 2: rgb 0.01; cycle 4: rgb 0.01, flow 0.02)",
+    ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
-from support.small_runs import INDEX, settings
+from support.small_runs import ALONE, INDEX, settings
 from support.stand_in_loader import RandomLoader
 
 from cpr_fast.pretrain.run import summary
+from cpr_fast.pretrain.run.checks import plan_cycles
 from cpr_fast.pretrain.run.loop import pretrain
-from cpr_fast.pretrain.run.summary import Pace
+from cpr_fast.pretrain.run.summary import Pace, start_lines
 from cpr_fast.runtime.progress import duration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,6 +32,20 @@ def test_start_and_end_are_printed(tmp_path, caplog):
     )
     assert lines[4] == f"  Run folder: {out}"
     assert lines[-1].startswith("Finished after 12 steps. First and last epoch: rgb (cycle 1) loss ")
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        ({"size": 36}, "queue of 36 entries, never full, so that nothing is learnt"),
+        ({"size": 60}, "queue of 60 entries, never full, so that nothing is learnt"),
+        ({"kind": "bank"}, "bank of one entry per video, full after 3 steps (50% of the cycle)"),
+    ],
+)
+def test_the_memory_of_a_cycle_is_described(memory, said):
+    config = settings("run", memory=memory)  # cycles of 6 steps
+    lines = start_lines(config, INDEX, plan_cycles(config, len(INDEX), 1), Path("run"), ALONE)
+    assert lines[2] == f"  cycle 1 (rgb, mining none): 2 epochs, {said}"
 
 
 def test_without_progress_nothing_but_warnings_is_printed(tmp_path, caplog):
