@@ -147,10 +147,19 @@ class Cycle:
             return (self.view,)
         return (self.view, self.other or ("rgb" if self.view == "flow" else "flow"))
 
+    def waits_for_queue(self, memory: MemoryConfig) -> bool:
+        """Returns whether the cycle takes no optimiser step until its memory is full.
+
+        A cascade on a queue waits [CoCLR, CPR]. InfoNCE and UberNCE on a queue learn from the first step, because the
+        queue starts with random vectors as negatives [MoCo]. A bank and a batch never wait.
+        """
+        return memory.kind == "queue" and self.mining == "cascade"
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The cycles, in order. Each one starts from its view's latest weights with a new optimiser and an empty memory."""
+    """The cycles, in order. Each one starts from its view's latest weights with a new optimiser and a memory
+    without keys."""
 
     cycles: tuple[Cycle, ...] = (
         Cycle("rgb", 300, "none", (250, 280)),

@@ -219,17 +219,18 @@ def training_part(videos: Index, config: Config, findings: list[Finding]) -> Ind
 
 
 def _check_memory(train: Index, config: Config, findings: list[Finding]) -> None:
-    """Checks the size of the queue. The queue receives one key per video and step; a cycle starts to learn when its
-    queue is full."""
+    """Checks the size of the queue. The queue receives one key per video and step; a cascade starts to learn when its
+    queue is full, and other cycles have random vectors as negatives until then."""
     size = config.memory.size
     per_epoch = len(train) // config.data.batch_size * config.data.batch_size
-    cycles = enumerate(config.schedule.cycles)
-    empty = [number for number, cycle in cycles if cycle.epochs and cycle.epochs * per_epoch <= size]
-    if empty:
-        named = ", ".join(f"schedule.cycles[{number}]" for number in empty)
-        text = f"memory.size = {size} never fills in {named}: these cycles learn nothing"
-        findings.append(Finding("warning", text, f"set memory.size to {max(1, len(train) // 2)} or less", "results"))
-    elif size > len(train):
+    short = [(number, cycle.mining == "cascade") for number, cycle in enumerate(config.schedule.cycles)
+             if cycle.epochs and cycle.epochs * per_epoch < size + (cycle.mining == "cascade")]  # fmt: skip
+    for waits, effect in ((True, "these cycles learn nothing"), (False, "some of its negatives stay random vectors")):
+        if named := ", ".join(f"schedule.cycles[{number}]" for number, cascade in short if cascade == waits):
+            text = f"memory.size = {size} never fills in {named}: {effect}"
+            advice = f"set memory.size to {max(1, len(train) // 2)} or less"
+            findings.append(Finding("warning", text, advice, "results"))
+    if not short and size > len(train):
         text = (f"memory.size = {size} is larger than the {counted(len(train), 'training video')}: the memory holds "
                 f"every video {size / len(train):.1f} times on average")  # fmt: skip
         advice = f"set memory.size to about {max(1, len(train) // 2)}"

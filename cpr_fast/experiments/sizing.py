@@ -1,7 +1,7 @@
 """A recipe sized to a data set: memory, batch, epochs and network depend on the number of videos and the machine.
 
 The published recipes assume ten thousand videos and two GPUs. On a few dozen videos their memory never fills, so that
-nothing is learnt; on a CPU they take months.
+no cascade learns; on a CPU they take months.
 """
 
 from __future__ import annotations

@@ -133,7 +133,9 @@ def test_two_processes_of_16_have_the_curve_of_one_of_32(two, tmp_path):
     """Both runs have two BatchNorm groups."""
     one = run_on_one(tmp_path)
     assert_equal_curves(one, two)
-    assert [row["loss"] is None for row in rows(one, "step")] == ([True] * 2 + [False] * 4) * 2
+    assert [row["loss"] is None for row in rows(one, "step")] == [False] * 6 + [True] * 2 + [
+        False
+    ] * 4  # the cascade waits
 
 
 # Residual blocks: rounding does not grow from step to step as in a small S3D, where all videos take part in every loss.
@@ -150,12 +152,20 @@ IIC = R3D | {
 }
 
 
-@pytest.mark.parametrize("method", [BATCH, IIC], ids=["batch", "iic"])
+RANDOM = R3D | {
+    "memory": {"size": 99, "shuffle_bn_groups": 2},  # two of its entries stay random vectors
+    "schedule": {"cycles": [{"view": "rgb", "epochs": 1, "mining": "label"}]},
+}
+
+
+@pytest.mark.parametrize("method", [BATCH, IIC, RANDOM], ids=["batch", "iic", "random queue"])
 def test_other_memories_have_the_curve_of_one_too(tmp_path, method):
-    """The batch of all ranks, with gradients between ranks, and the bank of IIC, which every rank holds completely."""
+    """The batch of all ranks, with gradients between ranks; the bank of IIC, which every rank holds completely; and a
+    queue that starts with the same random vectors on every rank.
+    """
     one, two = run_on_one(tmp_path, method), run_on_two(tmp_path, method)
     assert_equal_curves(one, two, weights=5e-5)  # they move by about 1e-3
-    assert rows(one, "step")[-1]["pmr"] is not None
+    assert (rows(one, "step")[-1]["pmr"] is None) == (method is RANDOM)
 
 
 def test_a_pre_empted_job_and_a_killed_and_a_sleeping_worker(two, tmp_path):

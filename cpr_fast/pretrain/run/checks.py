@@ -15,7 +15,7 @@ from cpr_fast.config import Config, Cycle
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 
-LONG_FILL = 0.25  # if filling the queue takes a larger share of a cycle's steps, a warning is given
+LONG_FILL = 0.25  # if waiting for the queue takes a larger share of a cycle's steps, a warning is given
 TEMPERATURES = (0.005, 2.0)  # beyond these the softmax of the loss is nearly one-hot, or nearly uniform
 
 
@@ -26,7 +26,7 @@ class CyclePlan:
     number: position in `schedule.cycles`, from 0.
     clips: number of videos per step, over all processes; epoch_steps: number of steps per epoch.
     fill_steps: number of steps after which the memory is full; it may exceed the number of steps of the cycle.
-    learns_while_filling: True for a bank and a batch. With a queue, the encoder learns only once the queue is full.
+    learns_while_filling: False for a cascade on a queue, which waits until the queue is full.
     """
 
     number: int
@@ -93,7 +93,7 @@ def plan_cycles(config: Config, videos: int, processes: int) -> list[CyclePlan]:
     fill = {"queue": math.ceil(config.memory.size / clips), "bank": math.ceil(videos / clips), "batch": 0}
     kind = config.memory.kind
     return [
-        CyclePlan(number, cycle, clips, videos // clips, fill[kind], learns_while_filling=kind != "queue")
+        CyclePlan(number, cycle, clips, videos // clips, fill[kind], not cycle.waits_for_queue(config.memory))
         for number, cycle in enumerate(config.schedule.cycles)
     ]
 
@@ -201,7 +201,7 @@ def _all_positive(config: Config, index: Index) -> bool:
 
 def _about_memory(config: Config, plans: Sequence[CyclePlan]) -> Iterator[str]:
     """Yields the cycles that never learn or mine, and those that learn late, because of the size of the memory."""
-    if plans[0].learns_while_filling:
+    if config.memory.kind != "queue":
         if late := [p for p in plans if p.cycle.mining == "cascade" and p.steps <= p.fill_steps]:
             epochs = math.ceil((late[0].fill_steps + 1) / late[0].epoch_steps)
             yield (
@@ -210,19 +210,34 @@ def _about_memory(config: Config, plans: Sequence[CyclePlan]) -> Iterator[str]:
                 f"{_span(p.steps for p in late)}. Set {_epochs_of(late)} to at least {epochs}"
             )
         return
+    yield from _about_random_entries(config, [plan for plan in plans if plan.learns_while_filling])
     size, filled = config.memory.size, plans[0].fill_steps  # equal in all cycles, as are the steps per epoch
-    if never := [plan for plan in plans if plan.waiting_steps == plan.steps]:
+    waiting = [plan for plan in plans if not plan.learns_while_filling]
+    if never := [plan for plan in waiting if plan.waiting_steps == plan.steps]:
         yield (
             f"{_named(never)} NEVER {_verb(never, 'LEARNS', 'LEARN')}: training starts once the queue of memory.size = "
             f"{size} entries is full, after {filled} steps, but {_verb(never, 'the cycle ends', 'they end')} after "
             f"{_length(never)}. {_ways(never)}"
         )
-    if slow := [plan for plan in plans if plan not in never and plan.fill_share > LONG_FILL]:
+    if slow := [plan for plan in waiting if plan not in never and plan.fill_share > LONG_FILL]:
         yield (
             f"{_named(slow)} {_verb(slow, 'learns', 'learn')} in only {_span(p.steps - filled for p in slow)} of "
             f"{_verb(slow, 'its', 'their')} {_length(slow)}: the first {filled} "
             f"({_span((p.fill_share for p in slow), '.0%')}) fill the queue of memory.size = {size} entries. "
             f"{_ways(slow)}"
+        )
+
+
+def _about_random_entries(config: Config, plans: Sequence[CyclePlan]) -> Iterator[str]:
+    """Yields the cycles that learn from the first step, but keep random vectors in their queue to the end."""
+    if short := [plan for plan in plans if plan.fill_share > 1]:
+        epochs = math.ceil(short[0].fill_steps / short[0].epoch_steps)
+        yield (
+            f"{_named(short)} never {_verb(short, 'fills its', 'fill their')} queue of memory.size = "
+            f"{config.memory.size} entries: {_verb(short, 'it ends', 'they end')} after {_length(short)} with "
+            f"{_span(plan.steps * plan.clips for plan in short)} keys in it, and the other entries are still the "
+            f"random vectors that a queue starts with, which are easy negatives. Set memory.size to "
+            f"{min(plan.steps for plan in short) * short[0].clips} or less, or {_epochs_of(short)} to {epochs} or more"
         )
 
 

@@ -124,6 +124,7 @@ class StepLog:
             **self.common,
             "loss": loss_sum / steps if steps else None,
             "learning_steps": int(steps),
+            "random_negatives": self._random_negatives(int(steps)),
             "weights_change": self.state.weights_change(),
             **quality,
         }
@@ -135,6 +136,13 @@ class StepLog:
                 self._write({"kind": "mined", "epoch": epoch, **self.common, **self._mined(result, query)})
         self.epoch_began = time.perf_counter()
         self._restart_clock()
+
+    def _random_negatives(self, steps: int) -> float:
+        """Returns the share of the queue that held random vectors at the start of an epoch that has just ended after
+        `steps` learning steps."""
+        memory = self.state.memory
+        keys = memory.count - steps * self.clips_per_step // 2  # one key per video
+        return max(0.0, 1 - keys / memory.size) if memory.starts_random else 0.0
 
     def _health(self, epoch: int, step: int) -> None:
         health = self.state.health

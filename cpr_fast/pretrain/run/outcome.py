@@ -13,7 +13,7 @@ from cpr_fast.config import Config
 from cpr_fast.pretrain.run.checks import cycle_names
 
 NO_LOSS = 1e-6  # below this the gradient is negligible: every entry compared is a positive
-ENOUGH_EPOCHS = 3  # epochs with a loss; fewer do not show whether the loss falls
+ENOUGH_EPOCHS = 3  # comparable epochs; fewer do not show whether the loss falls
 MANY_SKIPPED = 0.2  # share of unreadable videos above which a warning is given
 
 
@@ -29,7 +29,7 @@ def outcome(rows: list[dict[str, Any]], config: Config, step: int, videos: int, 
         `learnt`: whether any cycle changed the weights by a loss. `text`: one sentence for the head of a report.
         `warnings`: one sentence for each kind of doubt, which names the cycles it concerns. `cycles`: for each `cycle`,
         `view`, `mining`, `learnt`, `learning_steps` (optimiser steps; None in rows of older versions), `loss_first`,
-        `loss_last` (means of the first and last epoch that had a loss), `pmr_first`, `pmr_last`.
+        `loss_last` (means of the first and last of the `comparable` epochs), `pmr_first`, `pmr_last`.
     """
     cycles, doubts = [], []
     for number, cycle in enumerate(config.schedule.cycles):
@@ -57,12 +57,23 @@ def outcome(rows: list[dict[str, Any]], config: Config, step: int, videos: int, 
     }
 
 
+def comparable(epochs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the epochs of a cycle whose losses can be compared.
+
+    These have a loss and began with a queue without random vectors. Such vectors are easy negatives: while keys replace
+    them the loss rises, and it is not 0 even if every key is a positive. If all epochs with a loss began with some, all
+    of these are returned.
+    """
+    trained = [row for row in epochs if row["loss"] is not None]
+    return [row for row in trained if not row.get("random_negatives")] or trained
+
+
 def _cycle(epochs: list[dict[str, Any]]) -> dict[str, Any]:
-    losses = [row["loss"] for row in epochs if row["loss"] is not None]
+    losses = [row["loss"] for row in comparable(epochs)]
     rates = [row["pmr"] for row in epochs if row.get("pmr") is not None]
     counts = [row["learning_steps"] for row in epochs if row.get("learning_steps") is not None]
     return {
-        "learnt": any(_learnt(row) for row in epochs),
+        "learnt": any(_learnt(row) for row in comparable(epochs)),
         "learning_steps": sum(counts) if len(counts) == len(epochs) else None,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
@@ -78,13 +89,14 @@ def _learnt(row: dict[str, Any]) -> bool:
 
 def _why_not(epochs: list[dict[str, Any]], config: Config) -> str | None:
     """Returns why no epoch of a cycle learnt, or None if one did."""
-    if any(_learnt(row) for row in epochs):
+    trained = comparable(epochs)
+    if any(_learnt(row) for row in trained):
         return None
     if not epochs:
         return "no epoch was finished"
-    if all(row["loss"] is None for row in epochs):
+    if not trained:
         return f"the queue was never full, so that no step was trained; memory.size is {config.memory.size}"
-    if all(row["loss"] is None or row["loss"] <= NO_LOSS for row in epochs):
+    if all(row["loss"] <= NO_LOSS for row in trained):
         return "the loss was 0, because every entry that a query is compared with is a positive, or there is none"
     return "no weight changed: the learning rate is too small, or every gradient overflowed (optim.lr, optim.precision)"
 
@@ -109,8 +121,8 @@ def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> list[tuple
     """Returns reasons to doubt that a cycle learnt anything useful, each with its figures ("" if there are none)."""
     texts = []
     first, last = summary["loss_first"], summary["loss_last"]
-    if len([row for row in epochs if row["loss"] is not None]) >= ENOUGH_EPOCHS and last >= first:
-        texts.append(("the loss did not fall", f"{first:.3f} in its first epoch with a loss, {last:.3f} in its last"))
+    if sum(not row.get("random_negatives") for row in comparable(epochs)) >= ENOUGH_EPOCHS and last >= first:
+        texts.append(("the loss did not fall", f"{first:.3f} in its first comparable epoch, {last:.3f} in its last"))
     mined = [row for row in epochs if row.get("pmr") is not None and row.get("pmr_chance") is not None]
     if mined and mined[-1]["pmr"] <= mined[-1]["pmr_chance"]:
         figures = f"PMR {mined[-1]['pmr']:.3f}, chance {mined[-1]['pmr_chance']:.3f}"

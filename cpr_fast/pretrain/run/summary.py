@@ -46,16 +46,19 @@ def _memory(config: Config, plan: CyclePlan) -> str:
     if kind == "batch":
         return f"compared with the {2 * plan.clips} clips of the batch"
     entries = "bank of one entry per video" if kind == "bank" else f"queue of {config.memory.size} entries"
+    if kind == "queue" and plan.learns_while_filling:
+        entries += " that starts with random vectors"
     if plan.waiting_steps == plan.steps or share > 1:
-        return f"{entries}, never full" + ("" if kind == "bank" else ", so that nothing is learnt")
+        return f"{entries}, never full" + ("" if plan.learns_while_filling else ", so that nothing is learnt")
     full = f"{entries}, full after {_count(plan.fill_steps, 'step')} ({share:.0%} of the cycle)"
-    return full if kind == "bank" else f"{full}; learning starts then"
+    return full if plan.learns_while_filling else f"{full}; learning starts then"
 
 
 class Pace:
     """Measures the time of steps and estimates the time left of the whole run.
 
-    Steps that only fill the queue are timed separately from those that learn, which also run a backward pass.
+    Steps that only fill the queue of a cascade are timed separately from those that learn, which also run a backward
+    pass.
 
     Args:
         filling, learning: number of steps of each kind that are left, over all cycles.

@@ -25,7 +25,7 @@ _VIEWS: tuple[View, ...] = ("rgb", "flow", "residual")
 
 
 class CycleState:
-    """Encoders, an empty memory, a new optimiser, and running sums of the current epoch.
+    """Encoders, a memory without keys, a new optimiser, and running sums of the current epoch.
 
     Args:
         config: the config of the run.
@@ -52,7 +52,7 @@ class CycleState:
                 f"got {config.memory.size}"
             )
         self.encoders = _build_encoders(config, self.views, weights, clips, world)
-        self.memory = _build_memory(config, self.views, len(index), clips, world.device)
+        self.memory = _build_memory(config, cycle, self.views, len(index), clips, world.device)
         self.cascades = [self._cascade(own) for own in (0, 1)] if cycle.mining == "cascade" else []
         self.optimizer = build_optimizer(self.encoders.query.parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
@@ -75,8 +75,8 @@ class CycleState:
 
     @property
     def learning(self) -> bool:
-        """Whether a step trains the encoder. With a queue, it does so only once the queue is full [published code]."""
-        return self.memory.full or self.config.memory.kind != "queue"
+        """Whether a step trains the encoder: always, unless the cycle waits for its queue."""
+        return self.memory.full or not self.cycle.waits_for_queue(self.config.memory)
 
     def autocast(self) -> torch.autocast:
         """Returns the autocast context of the forward passes."""
@@ -179,13 +179,18 @@ def _build_encoders(
     )
 
 
-def _build_memory(config: Config, views: tuple[View, ...], videos: int, clips: int, device: torch.device) -> Memory:
-    """Builds an empty memory. A bank holds intra-negatives as a third "view"."""
+def _build_memory(
+    config: Config, cycle: Cycle, views: tuple[View, ...], videos: int, clips: int, device: torch.device
+) -> Memory:
+    """Builds a memory without keys. A bank holds intra-negatives as a third "view"."""
     width, memory = config.model.feature_dim, config.memory
     if memory.kind == "bank":
         further = config.loss.intra_negatives != "none"
         return Bank(len(views) + further, videos, width, momentum=memory.bank_momentum, device=device)
-    return Memory(len(views), memory.size if memory.kind == "queue" else 2 * clips, width, device=device)
+    if memory.kind == "batch":
+        return Memory(len(views), 2 * clips, width, device=device)
+    seed = None if cycle.waits_for_queue(memory) else config.run.seed
+    return Memory(len(views), memory.size, width, seed=seed, device=device)
 
 
 def initial_encoder(config: Config, view: View, weights: dict[str, dict[str, Tensor]]) -> Encoder:

@@ -9,13 +9,17 @@ Letters: V views, B keys enqueued at once, K slots, D feature width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-EMPTY = -1  # source id of an empty slot
+from cpr_fast.pretrain.state.schedule import generator
+
+EMPTY = -1  # source id of a slot without a key
+RANDOM = -2  # id that the loss gets for a random vector: no clip has it, so that the vector is never a positive
+QUEUE_STREAM = 4  # argument `stream` of `schedule.generator`
 
 _COLUMNS = ("source", "video", "label", "start", "enqueued_at")
 
@@ -23,15 +27,26 @@ _COLUMNS = ("source", "video", "label", "start", "enqueued_at")
 class Memory:
     """A ring buffer of the newest K keys and the clips that they were computed from.
 
-    features: [V, K, D] float32, zero where empty.
-    source, video, label, start: [K] int64: source id (-1 = empty slot), position in the index, class (-1 = unknown) and
+    features: [V, K, D] float32; where no key was written yet, zero, or a random unit vector (see `seed`).
+    source, video, label, start: [K] int64: source id (-1 = no key yet), position in the index, class (-1 = unknown) and
         first source frame of the key's clip.
     enqueued_at: [K] int64, the step that wrote the slot (-1 = none).
     count: keys enqueued so far. It is kept on the host, so that checking whether the memory is full needs no sync.
+
+    Args:
+        seed: None: queries are not compared with slots that have no key yet. A number: such a slot holds a random unit
+            vector drawn with this seed, which is a negative until a key overwrites it [MoCo]. It counts as no key:
+            `count`, `full` and the columns are the same with and without it.
     """
 
-    def __init__(self, views: int, size: int, feature_dim: int, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, views: int, size: int, feature_dim: int, *, seed: int | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.starts_random = seed is not None
         self.features = torch.zeros(views, size, feature_dim, device=device)
+        if seed is not None:
+            drawn = generator(seed, QUEUE_STREAM, 0).standard_normal((views, size, feature_dim), dtype="float32")
+            self.features.copy_(F.normalize(torch.from_numpy(drawn), dim=2))
         empty = torch.full((size,), EMPTY, dtype=torch.int64, device=device)
         self.source, self.video, self.label, self.start = empty.clone(), empty.clone(), empty.clone(), empty.clone()
         self.enqueued_at = empty.clone()
@@ -44,6 +59,18 @@ class Memory:
     @property
     def full(self) -> bool:
         return self.count >= self.size
+
+    @property
+    def compared(self) -> Tensor:
+        """Which slots a query is compared with, [K] bool: those that hold a key or a random vector."""
+        filled = self.source != EMPTY
+        return torch.ones_like(filled) if self.starts_random else filled
+
+    def ids(self, column: Literal["source", "label"]) -> Tensor:
+        """Returns a column as the loss takes it, [K] int64: random vectors have the id of no clip, and -1 marks slots
+        that are compared with nothing."""
+        ids = getattr(self, column)
+        return torch.where(self.source == EMPTY, RANDOM, ids) if self.starts_random else ids
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, *, source: Tensor, video: Tensor, label: Tensor, start: Tensor, step: int) -> None:
@@ -86,8 +113,9 @@ class Memory:
 class Bank(Memory):
     """One entry per training video at its position in the index: a moving average of its keys, of unit length [IIC].
 
-    The first key of a video becomes its entry. Published banks start from random vectors instead, which mining could
-    select.
+    The first key of a video becomes its entry, and a query is not compared with videos that have none yet. Published
+    banks start from random vectors instead, which are negatives and keep half of their weight in the first update, and
+    which mining could select: a deviation from the published code.
 
     Args:
         momentum: weight of the old entry in an update.

@@ -76,7 +76,7 @@ def contrast(
     if not holds_own:
         return mil_nce(
             query, own_key, entries, mined,
-            query_ids=getattr(ids, meaning.ids), memory_ids=getattr(memory, meaning.ids),
+            query_ids=getattr(ids, meaning.ids), memory_ids=memory.ids(meaning.ids),
             same_id=meaning.same_id, self_positive=meaning.self_positive, temperature=temperature,
         )  # fmt: skip
     positives, memory_ids = mined, memory.video
@@ -94,15 +94,14 @@ def contrast(
 
 
 def _compared(ids: Ids, memory: Memory, holds_own: bool) -> Tensor:
-    """Returns which slots a query is compared with, [B, K] bool: the filled ones, without those of its own video if
-    `holds_own`."""
-    filled = (memory.source != EMPTY).expand(len(ids.video), -1)
-    return filled & (ids.video[:, None] != memory.video) if holds_own else filled
+    """Returns which slots each query is compared with, [B, K] bool; if `holds_own`, without those of its own video."""
+    compared = memory.compared.expand(len(ids.video), -1)
+    return compared & (ids.video[:, None] != memory.video) if holds_own else compared
 
 
 def _alike(ids: Ids, memory: Memory, meaning: IdMeaning) -> Tensor:
     """Returns which slots have the id of the query, [B, K] bool."""
-    return getattr(ids, meaning.ids)[:, None] == getattr(memory, meaning.ids)
+    return getattr(ids, meaning.ids)[:, None] == memory.ids(meaning.ids)
 
 
 def _averaged_nce(

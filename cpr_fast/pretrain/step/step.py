@@ -57,9 +57,9 @@ def train_step(state: CycleState, batch: Batch, step: int) -> StepResult:
 def _queue_step(state: CycleState, batch: Batch, step: int) -> StepResult:
     """Trains with a queue of keys from a moving average of the query encoder [MoCo], or with a bank of such keys.
 
-    Until a queue is full, the weights do not change: only the BatchNorm statistics, the key encoder and the queue are
-    updated [published code]. With a bank the encoder learns from the first step on [IIC], and mining starts once the
-    bank is full.
+    A cascade takes no optimiser step until its queue is full: only the BatchNorm statistics, the key encoder and the
+    queue are updated [CoCLR]. InfoNCE and UberNCE learn from the first step on; their queue starts with random vectors
+    [MoCo]. With a bank the encoder learns from the first step on, too [IIC], and mining starts once the bank is full.
     """
     encoders, memory = state.encoders, state.memory
     own_clips = batch.clips[state.cycle.view]  # [B, 2, 3, T, H, W]

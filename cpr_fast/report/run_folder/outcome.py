@@ -30,7 +30,7 @@ def _no_loss(run: Run) -> str | None:
         return "the loss was 0 throughout, because everything that a query is compared with is a positive."
     size = run.config.get("memory", {}).get("size")
     named = "" if size is None else f" (memory.size = {size})"
-    return f"no step had a loss, because the memory{named} was never full."
+    return f"no step had a loss, because the queue{named} was never full."
 
 
 def _no_mining(cycle: Cycle) -> str | None:

@@ -99,9 +99,10 @@ def _health_figures(run: Run) -> list[Chart]:
 def cycle_table(run: Run) -> Table | None:
     """Returns a row per cycle, with values of its last epoch and of the first epoch that has them.
 
-    The first epochs may have none: a queue is filled before its cycle learns.
+    The first epochs may have none: a cascade waits until its queue is full. The losses of epochs that began with random
+    vectors in the queue are left out if there are others: such negatives are easy, so that those losses are too low.
     """
-    loss = "A cycle has no loss before its memory is full."
+    loss = "A cascade has no loss before its queue is full. Epochs that began with random entries in it do not count."
     mining = "PMR and mining R@1 need labels, and a cycle that mines positives."
     columns = [
         Column("Cycle"),
@@ -120,7 +121,9 @@ def cycle_table(run: Run) -> Table | None:
 def _cycle_values(cycle: Cycle) -> list[Any]:
     values: list[Any] = [len(cycle.epochs)]
     for key in ("loss", "pmr", "mining_r1"):
-        known = [epoch[key] for epoch in cycle.epochs if epoch.get(key) is not None] or [None]
+        measured = [epoch for epoch in cycle.epochs if epoch.get(key) is not None]
+        settled = [epoch for epoch in measured if not epoch.get("random_negatives")]
+        known = [epoch[key] for epoch in settled or measured] or [None]
         values += [known[-1]] if key == "mining_r1" else [known[0], known[-1]]
     return [*values, sum(epoch.get("epoch_time_s") or 0 for epoch in cycle.epochs)]
 

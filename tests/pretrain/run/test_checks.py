@@ -39,9 +39,15 @@ FLOW = {"view": "flow", "epochs": 8, "mining": "none"}  # before a cascade, whos
         # 18 videos in batches of 6 are 3 steps an epoch.
         (r"cycle 1 .*NEVER LEARNS.*memory.size = 60 .*after 10 steps, but the cycle ends after 3 steps \(1 epoch of 3 "
          r"steps\). Set memory.size to 6 or less, or schedule.cycles\[0\].epochs to 14 or more",
+         {"cycles": [CASCADE | {"epochs": 1}], "memory": {"size": 60}}),
+        (r"learns in only 14 of its 24 steps .*the first 10 \(42%\) fill the queue",
+         {"cycles": [CASCADE], "memory": {"size": 60}}),
+        (r"cycle 2 .*NEVER LEARNS", {"cycles": [FLOW, CASCADE | {"epochs": 1}], "memory": {"size": 18}}),
+        (r"cycle 1 .*never fills its queue of memory.size = 60 entries: it ends after 3 steps \(1 epoch of 3 steps\) "
+         r"with 18 keys in it, .*random vectors.* Set memory.size to 18 or less, or .*cycles\[0\].epochs to 4 or more",
          {"cycles": [RGB | {"epochs": 1}], "memory": {"size": 60}}),
-        (r"learns in only 14 of its 24 steps .*the first 10 \(42%\) fill the queue", {"memory": {"size": 60}}),
-        (r"cycle 2 .*NEVER LEARNS", {"cycles": [RGB, RGB | {"epochs": 1}], "memory": {"size": 18}}),
+        (r"cycle 1 .*mining label.*never fills its queue .*random vectors",
+         {"cycles": [RGB | {"epochs": 1, "mining": "label"}], "memory": {"size": 19}}),
         (r"cycle 1 .*never mines: its bank is full after 3 steps, and it ends after 3. Set .*epochs to at least 2",
          {"cycles": [CASCADE | {"epochs": 1, "other": "residual"}], "memory": {"kind": "bank"}}),
         (r"cycle 2 .*can mine nothing: all 18 videos have the source 'one'",
@@ -86,15 +92,21 @@ ONE = {"epochs": 1}
         (["cycles 1 to 3 and 5 NEVER LEARN: training starts once the queue of memory.size = 24 entries is full, after "
           "4 steps, but they end after 3 steps (1 epoch of 3 steps). Set memory.size to 6 or less, or the epochs of "
           "each of them (schedule.cycles) to 6 or more",
-          "cycle 4 (rgb, mining none) learns in only 2 of its 6 steps (2 epochs of 3 steps): the first 4 (67%) fill "
+          "cycle 4 (rgb, mining cascade) learns in only 2 of its 6 steps (2 epochs of 3 steps): the first 4 (67%) fill "
           "the queue of memory.size = 24 entries. Set memory.size to 6 or less, or "
           "schedule.cycles[3].epochs to 6 or more"],
-         {"cycles": [RGB | ONE, FLOW | ONE, CASCADE | ONE, RGB | {"epochs": 2}, CASCADE | ONE],
+         {"cycles": [CASCADE | ONE, CASCADE | ONE, CASCADE | ONE, CASCADE | {"epochs": 2}, CASCADE | ONE],
+          "memory": {"size": 24}, "model": {"init": {"flow": "f.pt"}, "width": 0.125, "feature_dim": 8}}),
+        (["cycles 1 to 3 never fill their queue of memory.size = 24 entries: they end after 3 steps (1 epoch of 3 "
+          "steps) with 18 keys in it, and the other entries are still the random vectors that a queue starts with, "
+          "which are easy negatives. Set memory.size to 18 or less, or the epochs of each of them (schedule.cycles) to "
+          "2 or more"],
+         {"cycles": [RGB | ONE, FLOW | ONE, RGB | ONE | {"mining": "label"}, RGB | {"epochs": 2}],
           "memory": {"size": 24}}),
-        (["cycles 1 and 2 learn in only 14 to 20 of their 24 to 30 steps (8 to 10 epochs of 3 steps): the first 10 "
+        (["cycles 2 and 3 learn in only 14 to 20 of their 24 to 30 steps (8 to 10 epochs of 3 steps): the first 10 "
           "(33% to 42%) fill the queue of memory.size = 60 entries. Set memory.size to 36 or less, or the epochs of "
           "each of them (schedule.cycles) to 14 or more"],
-         {"cycles": [RGB, FLOW | {"epochs": 10}], "memory": {"size": 60}}),
+         {"cycles": [FLOW, CASCADE, CASCADE | {"epochs": 10}], "memory": {"size": 60}}),
         (["cycles 1 and 2 never mine: their bank is full after 3 steps, and they end after 3. Set the epochs of each "
           "of them (schedule.cycles) to at least 2"],
          {"cycles": [CASCADE | ONE | {"other": "residual"}, CASCADE | ONE | {"view": "residual", "other": "rgb"}],
@@ -121,7 +133,7 @@ def test_a_reason_is_given_once_with_the_cycles_it_concerns(expected, given):
 
 
 def test_the_advice_for_several_cycles_is_sound():
-    short = [RGB | {"epochs": 4}, FLOW | {"epochs": 2}, RGB | {"epochs": 3}]
+    short = [FLOW | {"epochs": 2}, CASCADE | {"epochs": 4}, CASCADE | {"epochs": 2}, CASCADE | {"epochs": 3}]
     (warning,) = warnings(cycles=short, memory={"size": 24})
     assert "Set memory.size to 6 or less, or the epochs of each of them (schedule.cycles) to 6 or more" in warning
     assert warnings(cycles=short, memory={"size": 6}) == []
@@ -134,6 +146,8 @@ def test_the_advice_for_several_cycles_is_sound():
         {},
         {"cycles": [FLOW, CASCADE]},
         {"cycles": [RGB | {"mining": "label"}]},
+        {"cycles": [RGB | {"epochs": 1}], "memory": {"size": 18}},  # full with the last step, and learns from the first
+        {"cycles": [RGB | {"epochs": 4}], "memory": {"size": 60}},
         {"memory": {"kind": "bank"}, "cycles": [FLOW, CASCADE]},
         {"memory": {"kind": "batch"}, "cycles": [FLOW, CASCADE]},
         {"memory": {"kind": "bank"}, "model": {"shared": True, "width": 0.125, "feature_dim": 8},
@@ -146,19 +160,24 @@ def test_sound_settings_raise_no_warning(given):
 
 def test_the_advice_that_is_given_is_sound():
     """Following either part of the advice removes the warning about the memory."""
-    assert len(warnings(cycles=[RGB | {"epochs": 1}], memory={"size": 60})) == 1
-    assert warnings(cycles=[RGB | {"epochs": 14}], memory={"size": 60}) == []
-    assert warnings(cycles=[RGB], memory={"size": 36}) == []
+    assert len(warnings(cycles=[FLOW, CASCADE | {"epochs": 1}], memory={"size": 60})) == 1
+    assert warnings(cycles=[FLOW, CASCADE | {"epochs": 14}], memory={"size": 60}) == []
+    assert warnings(cycles=[FLOW, CASCADE], memory={"size": 36}) == []
+    assert len(warnings(cycles=[RGB | {"epochs": 1}], memory={"size": 19})) == 1
+    assert warnings(cycles=[RGB | {"epochs": 2}], memory={"size": 19}) == []
 
 
-@pytest.mark.parametrize("size", [6, 7, 12, 13, 17, 18])
-def test_the_plan_is_what_the_loop_does(tmp_path, size):
-    """The first step with a loss is the one after `waiting_steps`."""
-    config = settings(tmp_path, memory={"size": size}, schedule={"cycles": [RGB | {"epochs": 2}]})
+@pytest.mark.parametrize(
+    ("mining", "size", "waiting"),
+    [("cascade", 6, 1), ("cascade", 13, 3), ("cascade", 18, 3), ("none", 13, 0), ("label", 18, 0)],
+)
+def test_the_plan_is_what_the_loop_does(tmp_path, mining, size, waiting):
+    """The first step with a loss is the one after `waiting_steps`: a cascade waits for its queue, others do not."""
+    config = settings(tmp_path, memory={"size": size}, schedule={"cycles": [CASCADE | {"epochs": 2, "mining": mining}]})
     (plan,) = plan_cycles(config, len(INDEX), 1)
     losses = [row["loss"] for row in rows(run(config), "step")]
-    assert len(losses) == plan.steps
-    assert [loss is None for loss in losses] == [step < plan.waiting_steps for step in range(plan.steps)]
+    assert len(losses) == plan.steps and plan.waiting_steps == waiting
+    assert [loss is None for loss in losses] == [step < waiting for step in range(plan.steps)]
 
 
 def test_flow_that_is_not_there_is_named_before_the_first_cycle():
@@ -169,7 +188,7 @@ def test_flow_that_is_not_there_is_named_before_the_first_cycle():
 
 
 def test_a_run_warns_at_its_start_and_at_its_end(tmp_path, caplog):
-    config: Config = settings(tmp_path, memory={"size": 60}, schedule={"cycles": [RGB | {"epochs": 1}]})
+    config: Config = settings(tmp_path, memory={"size": 60}, schedule={"cycles": [CASCADE | {"epochs": 1}]})
     pretrain(config, index=INDEX, make_loader=RandomLoader, progress=False)
     text = caplog.text
     assert "NEVER LEARNS" in text and "This run has learnt nothing" in text

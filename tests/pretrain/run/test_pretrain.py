@@ -45,7 +45,7 @@ def test_rows_of_a_run(finished):
         (1, "flow", "cascade"),
     ]
     # Two steps of each cycle fill the memory.
-    assert [row["loss"] is None for row in steps] == ([True] * 2 + [False] * 4) * 2
+    assert [row["loss"] is None for row in steps] == [False] * 6 + [True] * 2 + [False] * 4  # the cascade waits
     assert [row["pmr"] is None for row in steps] == [True] * 8 + [False] * 4
     assert [row["lr"] for row in steps] == [1e-3] * 9 + [1e-4] * 3
     epochs = rows(finished, "epoch")

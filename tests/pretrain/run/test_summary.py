@@ -27,7 +27,11 @@ def test_start_and_end_are_printed(tmp_path, caplog):
     assert lines[0] == "Pretraining on 18 videos of 9 sources, 4 classes"
     assert lines[1] == "  3 steps per epoch (batch size 6), 12 steps in total, on cpu"
     assert lines[2] == (
-        "  cycle 1 (rgb, mining none): 2 epochs, queue of 10 entries, full after 2 steps (33% of the cycle); "
+        "  cycle 1 (rgb, mining none): 2 epochs, queue of 10 entries that starts with random vectors, full after 2 "
+        "steps (33% of the cycle)"
+    )
+    assert lines[3] == (
+        "  cycle 2 (flow, mining cascade): 2 epochs, queue of 10 entries, full after 2 steps (33% of the cycle); "
         "learning starts then"
     )
     assert lines[4] == f"  Run folder: {out}"
@@ -35,17 +39,20 @@ def test_start_and_end_are_printed(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("memory", "said"),
+    ("memory", "none", "cascade"),
     [
-        ({"size": 36}, "queue of 36 entries, never full, so that nothing is learnt"),
-        ({"size": 60}, "queue of 60 entries, never full, so that nothing is learnt"),
-        ({"kind": "bank"}, "bank of one entry per video, full after 3 steps (50% of the cycle)"),
+        ({"size": 36}, "queue of 36 entries that starts with random vectors, full after 6 steps (100% of the cycle)",
+         "queue of 36 entries, never full, so that nothing is learnt"),
+        ({"size": 60}, "queue of 60 entries that starts with random vectors, never full",
+         "queue of 60 entries, never full, so that nothing is learnt"),
+        ({"kind": "bank"}, *["bank of one entry per video, full after 3 steps (50% of the cycle)"] * 2),
     ],
-)
-def test_the_memory_of_a_cycle_is_described(memory, said):
+)  # fmt: skip
+def test_the_memory_of_a_cycle_is_described(memory, none, cascade):
     config = settings("run", memory=memory)  # cycles of 6 steps
     lines = start_lines(config, INDEX, plan_cycles(config, len(INDEX), 1), Path("run"), ALONE)
-    assert lines[2] == f"  cycle 1 (rgb, mining none): 2 epochs, {said}"
+    assert lines[2] == f"  cycle 1 (rgb, mining none): 2 epochs, {none}"
+    assert lines[3] == f"  cycle 2 (flow, mining cascade): 2 epochs, {cascade}"
 
 
 def test_without_progress_nothing_but_warnings_is_printed(tmp_path, caplog):

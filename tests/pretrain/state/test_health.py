@@ -58,6 +58,17 @@ def test_the_newest_queries_count(sizes):
         assert row["effective_rank"][view] == pytest.approx(effective_rank(features).item(), rel=1e-9)
 
 
+def test_random_vectors_have_no_age_and_no_drift(tmp_path):
+    """With a queue of 31, a third of it is random after the first epoch, in which every video has its first key."""
+    index = make_index(videos=18)
+    state = CycleState(settings(tmp_path, memory={"size": 31}), Cycle("rgb", 1, "none"), {}, index, ALONE)
+    for step, batch in enumerate(RandomLoader(index, state.config.data, state.views, seed=0).epoch(0)):
+        train_step(state, batch, step)
+    row = state.health.summary(2)
+    assert not state.memory.full and row["memory_drift"] is None
+    assert row["memory_age_steps"] == pytest.approx((2 + 1 + 0) / 3)
+
+
 @pytest.mark.parametrize("size", [10, 31])  # lengths of the queue: shorter and longer than an epoch of 18 videos
 def test_drift_is_the_distance_to_the_newest_key_held(tmp_path, size):
     index = make_index(videos=18)

@@ -39,6 +39,37 @@ def test_holds_the_newest_keys_with_their_origin(size, batch, steps):
         assert (column[~held] == -1).all()
 
 
+def test_random_vectors_are_uniform_directions_and_the_same_for_a_seed():
+    features = Memory(2, 3000, 5, seed=7).features
+    assert torch.equal(features, Memory(2, 3000, 5, seed=7).features)
+    assert not torch.equal(features, Memory(2, 3000, 5, seed=8).features)
+    torch.testing.assert_close(features.norm(dim=2), torch.ones(2, 3000))
+    units = features.flatten(0, 1).double()  # for uniform directions the mean is 0 and the covariance is 1 / D
+    assert units.mean(0).abs().max() < 4 / (5 * 6000) ** 0.5
+    assert (units.T @ units / 6000 - torch.eye(5) / 5).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
+def test_random_vectors_count_as_no_keys(steps):
+    """Everything but the vectors themselves is as in a memory that starts empty, until it is full and equal to it."""
+    empty, random = Memory(2, 7, 4), Memory(2, 7, 4, seed=0)
+    start = random.features.clone()
+    for step in range(steps):
+        enqueue(empty, step * 3, 3, step)
+        enqueue(random, step * 3, 3, step)
+    assert random.full == empty.full == (steps >= 3) and random.count == empty.count
+    for name in ("source", "video", "label", "start", "enqueued_at"):
+        assert torch.equal(getattr(random, name), getattr(empty, name)), name
+    written = empty.enqueued_at >= 0
+    assert torch.equal(random.features[:, written], empty.features[:, written])
+    assert torch.equal(random.features[:, ~written], start[:, ~written])
+    assert random.compared.all() and torch.equal(empty.compared, written)
+    for column in ("source", "label"):
+        ids = getattr(empty, column)
+        assert torch.equal(empty.ids(column), ids)
+        assert random.ids(column).tolist() == [int(i) if held else -2 for i, held in zip(ids, written, strict=True)]
+
+
 def test_enqueue_copies():
     memory = Memory(1, 4, 2)
     keys = enqueue(memory, 0, 2, 0).clone()

@@ -112,13 +112,17 @@ IIC = {
 }
 
 
-@pytest.mark.parametrize("kind", ["bank", "batch"])
-def test_every_memory_goes_on_where_it_was(tmp_path, kind):
+RANDOM = {"schedule": {"cycles": [{"view": "rgb", "epochs": 4, "mining": "none"}]}}  # the queue is never full
+MEMORIES = [{"memory": {"kind": "bank"}}, {"memory": {"kind": "batch"}}, {"memory": {"size": 99}} | RANDOM]
+
+
+@pytest.mark.parametrize("method", MEMORIES, ids=["bank", "batch", "queue with random vectors"])
+def test_every_memory_goes_on_where_it_was(tmp_path, method):
     """The run is killed within the first epoch, within a later one and at the start of a cycle; some steps are done
     twice.
     """
     folder, out = tmp_path / "straight", tmp_path / "run"
-    sections = R3D | {"memory": {"kind": kind}}
+    sections = R3D | method
     run(settings(folder, **sections))
     config = settings(out, **sections, run={"out": str(out), "checkpoint_every": 2})
     for death in [(0, 2), (2, 0), (3, 2)]:
