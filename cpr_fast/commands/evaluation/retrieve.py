@@ -23,7 +23,7 @@ def retrieve(
     cache: bool = True,
     json: Json = False,
 ) -> None:
-    """Measure nearest-neighbour retrieval R@1, 5, 10, 20, 50 of a checkpoint's encoders, per view and two-stream.
+    """Measure nearest-neighbour retrieval: mAP and R@1, 5, 10, 20, 50 of every view of a checkpoint and two-stream.
 
     The results are also written to the metrics of the checkpoint's run, for `cpr-fast report`. Under `torchrun` the
     processes share the videos.
@@ -58,22 +58,41 @@ def lines_of(result: dict[str, Any]) -> list[str]:
     rows = result["summary"]
     body = []
     for row in rows:
-        rates = [rate(row[f"r@{k}"]) for k in RANKS]
-        interval = row.get("r@1_ci95")
-        spread = row.get("r@1_std")
-        said = f"{rate(interval[0])} to {rate(interval[1])}" if interval else f"sd {rate(spread)}" if spread else "-"
-        body.append([f"{row['name']} {row['view']}".replace("_", " "), *rates, said, rate(row["chance_r@1"])])
+        name = f"{row['name']} {row['view']}".replace("_", " ")
+        sure = [text for key in ("map", "r@1") for text in (rate(row[key]), _spread(row, key))]
+        body.append([name, *sure, *(rate(row[f"r@{k}"]) for k in RANKS[1:])])
     first = rows[0]
     title = (
         f"{first['queries']} queries against {first['gallery']} videos, protocol {result['protocol']}, "
         f"recipe {result['recipe']}"
     )
-    header = ["network, view", *(f"R@{k}" for k in RANKS), "R@1, 95 %", "chance R@1"]
+    over = "95 %" if first["splits"] == 1 else "splits"
+    header = ["network, view", "mAP", over, "R@1", over, *(f"R@{k}" for k in RANKS[1:])]
     if all(row["r@1"] is None and row["chance_r@1"] is None for row in rows):
-        said = "The index has no labels, so R@k cannot be measured; the report shows which videos are similar."
+        said = "The index has no labels, so R@k and mAP cannot be measured; the report shows which videos are similar."
         lines = [title, "", said]
     else:
-        lines = [title, "", table(header, body)]
+        lines = [title, "", table(header, body), "", *_notes(rows)]
     if result.get("leakage"):
         lines += ["", f"note: {result['leakage']}"]
     return [*lines, "", f"all figures: {result['file']}"]
+
+
+def _spread(row: dict[str, Any], key: str) -> str:
+    """Returns the interval of a measure or, over several splits, its standard deviation."""
+    interval, deviation = row[f"{key}_ci95"], row[f"{key}_std"]
+    if interval:
+        return f"{rate(interval[0])}-{rate(interval[1])}"
+    return "-" if deviation is None else f"sd {rate(deviation)}"
+
+
+def _notes(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns what a reader of the table needs to know: chance, the intervals, and queries that are left out."""
+    first = rows[0]
+    notes = [f"mAP: mean average precision; chance mAP {rate(first['chance_map'])}, R@1 {rate(first['chance_r@1'])}"]
+    if first["splits"] == 1:
+        said = "none, because all queries are of one source" if first["r@1_ci95"] is None else "bootstrap over sources"
+        notes.append(f"95 % intervals: {said}")
+    if first["map_left_out"]:
+        notes.append(f"mAP leaves out {first['map_left_out']} queries: the gallery has no video of their class")
+    return notes

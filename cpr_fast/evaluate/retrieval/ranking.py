@@ -1,6 +1,7 @@
-"""Ranking of gallery videos by the similarity of their features, and R@k of the ranks.
+"""Ranking of gallery videos by the similarity of their features, and the measures of a ranking: R@k and mean average
+precision (mAP).
 
-Letters: Q queries, G gallery videos, F feature width.
+Letters: Q queries, G gallery videos, F feature width, R relevant gallery videos of a query.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,7 @@ from cpr_fast.evaluate.features.recipe import Metric
 
 RANKS = (1, 5, 10, 20, 50)
 NO_HIT = torch.iinfo(torch.int64).max
-QUERY_CHUNK = 512  # number of queries whose similarities are in memory at once
+CHUNK = 2**23  # number of similarities in memory at once, 32 MiB as float32
 
 
 def prepare(
@@ -65,21 +67,22 @@ class Comparison:
             total = total.masked_fill(own, -torch.inf)
         return total
 
-    def chance_r1(self, query_labels: Tensor, gallery_labels: Tensor) -> Tensor:
-        """Returns the R@1 expected for a random order, [Q] float32: the share of the query's class among its
-        candidates."""
-        shares = []
-        for chunk in torch.arange(len(query_labels)).split(QUERY_CHUNK):
-            allowed = self.similarity(chunk) > -torch.inf
-            right = allowed & (query_labels[chunk, None] == gallery_labels)
-            shares.append(right.sum(1) / allowed.sum(1))
-        return torch.cat(shares)
+    def rank(self, query_labels: Tensor, gallery_labels: Tensor) -> Ranking:
+        """Ranks the gallery for every query. Labels [Q], [G] int64 are classes.
 
-    def ranks(self, query_labels: Tensor, gallery_labels: Tensor) -> Tensor:
-        """Returns `first_hit_rank` of every query, [Q] int64. Memory: QUERY_CHUNK x G similarities."""
-        chunks = torch.arange(len(query_labels)).split(QUERY_CHUNK)
-        same_class = (query_labels[chunk, None] == gallery_labels for chunk in chunks)
-        return torch.cat([first_hit_rank(self.similarity(c), same) for c, same in zip(chunks, same_class, strict=True)])
+        Equal similarities rank by gallery position. Time O(Q G log G). Memory: a few times CHUNK similarities, or those
+        of a single query if they are more.
+        """
+        gallery = len(gallery_labels)
+        parts = []
+        for chunk in torch.arange(len(query_labels)).split(max(1, CHUNK // max(1, gallery))):
+            similarity = self.similarity(chunk)
+            allowed = similarity > -torch.inf
+            relevant = allowed & (query_labels[chunk, None] == gallery_labels)
+            parts.append(
+                (*first_and_precision(similarity, relevant), *_chance(relevant.sum(1), allowed.sum(1), gallery))
+            )
+        return Ranking(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def nearest(self, query: int, k: int) -> list[int]:
         """Returns the positions of the k nearest gallery videos, nearest first; fewer if there are fewer candidates."""
@@ -88,26 +91,82 @@ class Comparison:
         return order[similarity[order] > -torch.inf].tolist()
 
 
-def first_hit_rank(similarity: Tensor, same_class: Tensor) -> Tensor:
-    """Returns the rank (0 = nearest) of the nearest gallery video of the query's class: [Q] int64, NO_HIT if none.
+@dataclass(frozen=True)
+class Ranking:
+    """Measures of the ranking of every query.
 
-    Args:
-        similarity: [Q, G] float, -inf where a video is left out. Equal similarities rank by gallery position.
-        same_class: [Q, G] bool.
-    The videos that rank before the best hit are counted. This needs no sort and takes O(Q G) time.
+    Attributes:
+        first_hit: [Q] int64, the rank (0 = nearest) of the nearest relevant video, one of the query's class; NO_HIT if
+            there is none.
+        average_precision: [Q] float64, the mean over the relevant videos of the precision at their rank, which is the
+            share of relevant videos among those up to and including that rank; NaN if there is no relevant video.
+        chance_r1, chance_precision: [Q] float64, the expected R@1 and average precision of a random order.
     """
-    right = same_class & (similarity > -torch.inf)
-    best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)  # [Q, 1]
-    position = torch.arange(similarity.shape[1], device=similarity.device)  # [G]
-    hit = torch.where(right & (similarity == best), position, NO_HIT).amin(1, keepdim=True)  # [Q, 1]
-    before = (similarity > best) | ((similarity == best) & (position < hit))
-    return torch.where(right.any(1), before.sum(1), NO_HIT)
+
+    first_hit: Tensor
+    average_precision: Tensor
+    chance_r1: Tensor
+    chance_precision: Tensor
 
 
-def recall(ranks: Tensor, sources: Tensor, gallery: int) -> dict[str, Any]:
-    """Returns R@k of queries whose nearest hits have these ranks [Q]; None if k exceeds the gallery's size.
+def first_and_precision(similarity: Tensor, relevant: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns `first_hit` and `average_precision` of `Ranking` for similarities [Q, G] float32.
 
-    `r@1_ci95` is the `source_interval` of R@1.
+    `relevant` is [Q, G] bool, and false where the similarity is -inf, which means left out.
     """
-    rates = {f"r@{k}": (ranks < k).double().mean().item() if k <= gallery else None for k in RANKS}
-    return rates | {"r@1_ci95": source_interval(ranks < 1, sources), "gallery": gallery, "queries": len(ranks)}
+    order = torch.from_numpy(np.sort(_sort_keys(similarity).numpy(), axis=1)) & 0xFFFFFFFF
+    rows, ranks = relevant.gather(1, order).nonzero(as_tuple=True)  # ranks ascend within a row
+    counts = relevant.sum(1)
+    before = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]  # number of better ranked relevant videos
+    total = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, rows, (before + 1).double() / (ranks + 1))
+    first_hit = torch.full_like(counts, NO_HIT)
+    first_hit[rows[before == 0]] = ranks[before == 0]
+    return first_hit, total / counts  # 0 / 0 is NaN
+
+
+def _sort_keys(similarity: Tensor) -> Tensor:
+    """Returns numbers whose ascending order is the ranking: [Q, G] int64, in the low 32 bits the gallery position.
+
+    NumPy sorts them with SIMD instructions: 512 x 9,537 take .45 s on a core of a Zen 1 that had other load, where a
+    stable sort with indices took 1.5 s.
+    """
+    bits = (similarity + 0.0).view(torch.int32).long()  # -0.0 + 0.0 is 0.0
+    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # the bits of negative floats are in reverse order
+    return (~ascending << 32) | torch.arange(similarity.shape[1])
+
+
+def _chance(relevant: Tensor, allowed: Tensor, gallery: int) -> tuple[Tensor, Tensor]:
+    """Returns the expected R@1 and average precision of a random order, for these numbers of videos [Q] int64.
+
+    With R relevant among N videos, the video at rank k is relevant with probability R / N and each other one then with
+    (R - 1) / (N - 1). The expected average precision is therefore (H + (R - 1) (N - H) / (N - 1)) / N, where H is the
+    sum of 1 / k for k = 1..N.
+    """
+    r, n = relevant.double(), allowed.double()
+    harmonic = torch.cat([n.new_zeros(1), (1 / torch.arange(1, gallery + 1).double()).cumsum(0)])[allowed]
+    precision = (harmonic + (r - 1) * (n - harmonic) / (n - 1).clamp(min=1)) / n
+    return r / n, torch.where(relevant > 0, precision, torch.nan)
+
+
+def rates(ranking: Ranking, counted: Tensor, sources: Tensor, gallery: int) -> dict[str, Any]:
+    """Returns R@k and mAP of the counted queries [Q] bool, with their intervals over sources [Q], as fractions.
+
+    Returns:
+        `r@k`, None if k exceeds the gallery's size; `r@1_ci95` and `map_ci95`, see `source_interval`; `map`, the mean
+        average precision of the queries with a relevant video, None if there is none; `map_left_out`, the number of
+        counted queries without one; `chance_r@1` and `chance_map`; `gallery` and `queries`, numbers of videos.
+    """
+    ranks, sources = ranking.first_hit[counted], sources[counted]
+    precision = ranking.average_precision[counted]
+    some = not precision.isnan().all()
+    recall = {f"r@{k}": (ranks < k).double().mean().item() if k <= gallery else None for k in RANKS}
+    return recall | {
+        "r@1_ci95": source_interval(ranks < 1, sources),
+        "map": precision.nanmean().item() if some else None,
+        "map_ci95": source_interval(precision, sources),
+        "map_left_out": int(precision.isnan().sum()),
+        "chance_r@1": ranking.chance_r1[counted].mean().item(),
+        "chance_map": ranking.chance_precision[counted].nanmean().item() if some else None,
+        "gallery": gallery,
+        "queries": len(ranks),
+    }

@@ -1,4 +1,4 @@
-"""Nearest-neighbour retrieval R@1, 5, 10, 20, 50 [paper, Table 6].
+"""Nearest-neighbour retrieval: R@1, 5, 10, 20, 50 [paper, Table 6] and mean average precision (mAP).
 
 The `protocol` decides which videos are compared:
     "train_test": the queries are the test split and the gallery is the train split, as published.
@@ -6,7 +6,7 @@ The `protocol` decides which videos are compared:
         without a usable split.
         Only queries whose class occurs in another source are counted.
     "auto": "train_test" if every index has both splits, else "leave_source_out".
-Without labels R@k cannot be measured, but the features and the neighbours of some queries are stored.
+Without labels neither can be measured, but the features and the neighbours of some queries are stored.
 The `recipe` ("paper", "coclr" or "iic") decides how a video becomes a feature, see `cpr_fast.evaluate.features.recipe`.
 """
 
@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, make_recipe
 from cpr_fast.evaluate.features.results import Checkpoints, write_result
 from cpr_fast.evaluate.features.windows import open_windows
 from cpr_fast.evaluate.retrieval.baselines import BASELINES
-from cpr_fast.evaluate.retrieval.ranking import NO_HIT, RANKS, Comparison, prepare, recall
+from cpr_fast.evaluate.retrieval.queries import QueryScores, joined, query_scores
+from cpr_fast.evaluate.retrieval.ranking import NO_HIT, RANKS, Comparison, Ranking, prepare, rates
 from cpr_fast.models import Encoder, build_encoder
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.metrics import MetricsWriter
@@ -63,7 +65,8 @@ def retrieve(
     device: str = "auto",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Measures R@k of a checkpoint, of the same network untrained, and of the pixel baselines, on the same windows.
+    """Measures R@k and mAP of a checkpoint, of the same network untrained, and of the pixel baselines, on the same
+    windows.
 
     Under `torchrun` the processes share the videos.
 
@@ -75,11 +78,11 @@ def retrieve(
         crops: 1, 5 or 10 crops of every window.
         cache: Store features in the folder `features` of the run, and reuse them.
     Returns:
-        `protocol`, `recipe`, `view` (two_stream if there are both views), its `r@1` to `r@50`, `summary` (a row per
-        name and view: means over splits, standard deviations `r@1_std` etc., n - 1, and `splits`), and `results`: a
-        row per index, name (trained, untrained, single_frame, mean_colour, mean_flow) and view with `r@k`, `r@1_ci95`,
-        `chance_r@1`, `gallery` and `queries`. Rates are fractions, None if k exceeds the gallery. The summary is also
-        written to the run's metrics.
+        `protocol`, `recipe`, `view` (two_stream if there are both views), its `r@1` to `r@50` and `map`, `summary` (a
+        row per name and view: means over splits, standard deviations `r@1_std` etc., n - 1, and `splits`), and
+        `results`: a row per index, name (trained, untrained, single_frame, mean_colour, mean_flow) and view with the
+        entries of `rates`. Rates are fractions. The summary is also written to the run's metrics. `queries_file` holds
+        the measures of every query, see `QueryScores`; None without labels.
     """
     paths = [indexes] if isinstance(indexes, str | Path) else list(indexes)
     if not paths:
@@ -97,24 +100,44 @@ def retrieve(
     gallery = _split(splits[0], protocol)[0]
     embeddings = _embeddings(pretrained, how, gallery, open_loader, untrained_seed, device, cache=cache)
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, device)) if cache else None
-    results, examples = [], []
-    for number, (path, index) in enumerate(zip(paths, splits, strict=True), 1):
-        rows, shown = evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress)
-        results += [row | {"protocol": protocol, "recipe": recipe, "index": str(path), "split": number} for row in rows]
-        examples = examples or shown
-    summary = _summary(results)
-    _write_metrics(run_dir if world.is_main else None, summary, examples)
+    found = [
+        evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress) for index in splits
+    ]
+    name = f"retrieval-{recipe}-{digest(json.dumps([pretrained.name, [*map(str, paths)], protocol, repr(how)]))[:8]}"
+    result = _result(found, paths, {"protocol": protocol, "recipe": recipe})
+    queries_file = _save_scores([each.scores for each in found], pretrained.evaluations / f"{name}.npz")
+    _write_metrics(run_dir if world.is_main else None, result["summary"], found[0].examples, queries_file)
+    result |= {"leakage": how.leakage, "checkpoint": pretrained.name}
+    result |= {"queries_file": None if queries_file is None else str(queries_file)}
+    return result | {"file": str(write_result(pretrained.evaluations, name, result))}
+
+
+def _result(found: Sequence[Evaluated], paths: Sequence[str | Path], how: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entries of the result that follow from the evaluations of the indexes; `how` is added to each row."""
     named = [str(path) for path in paths]
-    result = _headline(summary) | {"protocol": protocol, "recipe": recipe, "leakage": how.leakage}
-    result |= {"checkpoint": pretrained.name, "index": " ".join(named), "summary": summary, "results": results}
-    name = digest(json.dumps([pretrained.name, named, protocol, repr(how)]))[:8]
-    return result | {"file": str(write_result(pretrained.evaluations, f"retrieval-{recipe}-{name}", result))}
+    results = [
+        row | how | {"index": path, "split": number}
+        for number, (path, each) in enumerate(zip(named, found, strict=True), 1)
+        for row in each.rows
+    ]
+    summary = _summary(results)
+    return _headline(summary) | how | {"index": " ".join(named), "summary": summary, "results": results}
+
+
+def _save_scores(scores: Sequence[QueryScores | None], path: Path) -> Path | None:
+    """Writes the scores of all splits in the first process; returns the path, or None if a split has no labels."""
+    known = [item for item in scores if item is not None]
+    if len(known) < len(scores):
+        return None
+    if distributed.is_main():
+        joined(known).save(path)
+    return path
 
 
 def _headline(summary: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the view and the R@k of the trained network's last row, which is two-stream if it has both views."""
+    """Returns the view and the rates of the trained network's last row, which is two-stream if it has both views."""
     row = [row for row in summary if row["name"] == "trained"][-1]
-    return {"view": row["view"], **{f"r@{k}": row[f"r@{k}"] for k in RANKS}}
+    return {key: row[key] for key in ("view", *(f"r@{k}" for k in RANKS), "map")}
 
 
 def _embeddings(
@@ -138,12 +161,19 @@ def _embeddings(
     return embeddings | {name: item for name, item in BASELINES.items() if item.view in pretrained.encoders}
 
 
-def _write_metrics(run_dir: str | Path | None, summary: list[dict[str, Any]], examples: list[dict[str, Any]]) -> None:
+def _write_metrics(
+    run_dir: str | Path | None,
+    summary: list[dict[str, Any]],
+    examples: list[dict[str, Any]],
+    queries_file: Path | None,
+) -> None:
     if run_dir is None:
         return
+    # relative, so that the run folder can be moved
+    place = None if queries_file is None else os.path.relpath(queries_file, run_dir)
     with MetricsWriter(run_dir) as writer:
         for row in summary:
-            writer.write({"kind": "retrieval", **row})
+            writer.write({"kind": "retrieval", **row, "queries_file": place})
         for row in examples:
             writer.write({"kind": "retrieved", **row})
 
@@ -154,14 +184,16 @@ def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name, view in dict.fromkeys((row["name"], row["view"]) for row in rows):
         same = [row for row in rows if (row["name"], row["view"]) == (name, view)]
         line = {key: value for key, value in same[0].items() if key not in ("index", "split")} | {"splits": len(same)}
-        for key in [f"r@{k}" for k in RANKS]:
+        for key in [*(f"r@{k}" for k in RANKS), "map"]:
             values = [row[key] for row in same]
             several = len(values) > 1 and None not in values
             line[f"{key}_std"] = stdev(values) if several else None
             line[key] = mean(values) if None not in values else None
         if len(same) > 1:
-            chances = [row["chance_r@1"] for row in same]
-            line |= {"r@1_ci95": None, "chance_r@1": None if None in chances else mean(chances)}
+            for key in ("chance_r@1", "chance_map"):
+                chances = [row[key] for row in same]
+                line[key] = None if None in chances else mean(chances)
+            line |= {"r@1_ci95": None, "map_ci95": None, "map_left_out": sum(row["map_left_out"] for row in same)}
             line |= {key: round(mean(row[key] for row in same)) for key in ("gallery", "queries")}
         summary.append(line)
     return summary
@@ -185,43 +217,63 @@ def evaluate(
     protocol: Protocol = "train_test",
     cache: FeatureCache | None = None,
     progress: bool = False,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Measures retrieval with every embedding "name/view", and with "name/two_stream" if a name has both views.
-
-    Returns:
-        A row of R@k for each of them, and examples of neighbours found with the last view of the first name: rows of
-        `view`, `query` and `nearest`, with videos as {"path", "label", "source", "num_frames"}.
-    """
+) -> Evaluated:
+    """Measures retrieval with every embedding "name/view", and with "name/two_stream" if a name has both views."""
     gallery_index, query_index = _split(index, protocol)
     gallery = queries = _embed(gallery_index, index, embeddings, open_loader, cache, "gallery", progress)
     if protocol == "train_test":
         queries = _embed(query_index, index, embeddings, open_loader, cache, "queries", progress)
         _warn_of_shared_sources(queries, gallery)
-    rows, examples = [], []
+    rows, examples, rankings = [], [], {}
     for name, streams in _streams(embeddings).items():
         metric = embeddings[streams[0]].metric
         pairs = [prepare(queries.features[s], gallery.features[s], metric) for s in streams]
         own_source = (queries.sources, gallery.sources) if protocol == "leave_source_out" else ()
         comparison = Comparison(pairs, metric, *own_source)
-        ranks = comparison.ranks(queries.labels, gallery.labels)
-        counted = queries.labels >= 0
-        if protocol == "leave_source_out":
-            counted &= ranks != NO_HIT
+        ranking = rankings[name] = comparison.rank(queries.labels, gallery.labels)
+        counted = _counted(queries.labels, ranking, protocol)
         model, view = name.split("/")
-        if counted.any():
-            rates = recall(ranks[counted], queries.sources[counted], len(gallery.labels))
-            chance = comparison.chance_r1(queries.labels, gallery.labels)[counted].mean().item()
-        elif (queries.labels < 0).all():  # without labels, only the neighbours can be shown
-            rates, chance, counted = _no_rates(len(queries.labels), len(gallery.labels)), None, queries.labels < 0
-        else:
-            raise InputError(
-                f"--protocol {protocol}: expected videos of one class from at least two sources, got none; R@k cannot "
-                "be measured"
-            )
-        rows.append({"name": model, "view": view, **rates, "chance_r@1": chance})
+        if counted is not None:
+            measured = rates(ranking, counted, queries.sources, len(gallery.labels))
+        else:  # without labels, only the neighbours can be shown
+            measured = _no_rates(len(queries.labels), len(gallery.labels))
+        rows.append({"name": model, "view": view, **measured})
         if model == rows[0]["name"]:
-            examples = _examples(view, comparison, queries.videos, gallery.videos, counted)
-    return rows, examples
+            shown = torch.ones_like(queries.labels, dtype=torch.bool) if counted is None else counted
+            examples = _examples(view, comparison, queries.videos, gallery.videos, shown)
+    scores = None if counted is None else query_scores(queries.videos, gallery.videos, counted, rankings)
+    return Evaluated(rows, examples, scores)
+
+
+class Evaluated(NamedTuple):
+    """The evaluation of one index.
+
+    Attributes:
+        rows: The entries of `rates`, `name` and `view` of every embedding.
+        examples: Neighbours found with the last view of the first name: rows of `view`, `query` and `nearest`, with
+            videos as {"path", "label", "source", "num_frames"}.
+        scores: The measures of every query; None without labels.
+    """
+
+    rows: list[dict[str, Any]]
+    examples: list[dict[str, Any]]
+    scores: QueryScores | None
+
+
+def _counted(labels: Tensor, ranking: Ranking, protocol: Protocol) -> Tensor | None:
+    """Returns which queries count, [Q] bool: those with a label and, if every video is a query, with a relevant video;
+    None if there are no labels. Raises InputError if no query counts."""
+    if (labels < 0).all():
+        return None
+    counted = labels >= 0
+    if protocol == "leave_source_out":
+        counted &= ranking.first_hit != NO_HIT
+    if not counted.any():
+        raise InputError(
+            f"--protocol {protocol}: expected videos of one class from at least two sources, got none; R@k cannot "
+            "be measured"
+        )
+    return counted
 
 
 @dataclass(frozen=True)
@@ -271,8 +323,9 @@ def _resolved(protocol: Protocol, splits: Sequence[Index]) -> Protocol:
 
 
 def _no_rates(queries: int, gallery: int) -> dict[str, Any]:
-    """Returns the row of `recall` for videos without labels."""
-    return {**{f"r@{k}": None for k in RANKS}, "r@1_ci95": None, "gallery": gallery, "queries": queries}
+    """Returns the row of `rates` for videos without labels."""
+    missing = [*(f"r@{k}" for k in RANKS), "r@1_ci95", "map", "map_ci95", "chance_r@1", "chance_map"]
+    return dict.fromkeys(missing) | {"map_left_out": 0, "gallery": gallery, "queries": queries}
 
 
 def _warn_of_shared_sources(queries: FeatureSet, gallery: FeatureSet) -> None:

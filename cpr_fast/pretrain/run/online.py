@@ -18,7 +18,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import embed_index
 from cpr_fast.evaluate.features.embedding import Embedding
 from cpr_fast.evaluate.features.recipe import make_recipe
-from cpr_fast.evaluate.retrieval.ranking import NO_HIT, Comparison, prepare, recall
+from cpr_fast.evaluate.retrieval.ranking import NO_HIT, Comparison, prepare, rates
 from cpr_fast.models import Encoder
 from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.watchdog import Watchdog
@@ -68,19 +68,18 @@ class OnlineRetrieval:
         self._data = replace(config.data, cache_gib=0)  # every window is read once
 
     def measure(self, encoder: Encoder, view: View) -> dict[str, Any]:
-        """Returns, on every rank, `r@1`, `r@5`, `chance_r@1` (the expected value for a random ranking), and the numbers
-        of `queries` and `videos`. Rates are fractions."""
+        """Returns, on every rank, `r@1`, `r@5`, `map`, `chance_r@1` and `chance_map` (the expected values for a
+        random ranking), and the numbers of `queries` and `videos`. Rates are fractions."""
         features, found = self._embed(encoder, view)
         labels, sources = self.labels[found], self.sources[found]
         comparison = Comparison(
             [prepare(features[found], features[found], RECIPE.metric)], RECIPE.metric, sources, sources
         )
-        ranks = comparison.ranks(labels, labels)
-        judged = (labels >= 0) & (ranks != NO_HIT)
-        rates = recall(ranks[judged], sources[judged], len(labels))
-        chance = comparison.chance_r1(labels, labels)[judged].mean().item()
-        kept = {name: rates[name] for name in ("r@1", "r@5", "queries")}
-        return {**kept, "chance_r@1": chance, "videos": len(labels)}
+        ranking = comparison.rank(labels, labels)
+        judged = (labels >= 0) & (ranking.first_hit != NO_HIT)
+        measured = rates(ranking, judged, sources, len(labels))
+        kept = {name: measured[name] for name in ("r@1", "r@5", "map", "queries", "chance_r@1", "chance_map")}
+        return {**kept, "videos": len(labels)}
 
     def _embed(self, encoder: Encoder, view: View) -> tuple[Tensor, Tensor]:
         """Returns the features of the held-out videos in eval mode, [M, F] float32 on the CPU, and a mask [M] bool of

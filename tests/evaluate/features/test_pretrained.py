@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")
 
 from cpr_fast.cli import main
+from cpr_fast.commands.evaluation.retrieve import lines_of
 from cpr_fast.config import Config
 from cpr_fast.data.flow.write import write_flow
 from cpr_fast.data.index.index import Index
@@ -19,6 +20,7 @@ from cpr_fast.data.synthetic.videos import write_synthetic
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.pretrained import load_pretrained
 from cpr_fast.evaluate.features.results import checkpoint_files, run_of
+from cpr_fast.evaluate.retrieval.queries import QueryScores
 from cpr_fast.evaluate.retrieval.retrieve import retrieve
 from cpr_fast.models import build_encoder
 from cpr_fast.runtime.metrics import read_metrics
@@ -88,6 +90,13 @@ def test_retrieval_over_splits_gives_means_and_deviations(files, index):
         rows[0][0]["gallery"] != rows[0][1]["gallery"] and result["r@5"] is summary["r@5_std"] is None
     )  # the gallery has 4 videos
     assert summary["splits"] == 2 and apart[0]["summary"][0]["r@1_std"] is None
+    assert [row["map"] for row in rows[0]] == [1, None] and summary["map"] is summary["map_ci95"] is None
+    assert summary["map_left_out"] == rows[0][1]["queries"]
+    stored = QueryScores.load(Path(result["queries_file"]))
+    assert stored.splits.bincount().tolist()[1:] == [row["queries"] for row in rows[0]]
+    table = "\n".join(lines_of(result))
+    assert "mAP  splits   R@1   splits" in table and "sd .707" in table and "95 %" not in table
+    assert f"mAP leaves out {rows[0][1]['queries']} queries" in table
     told = [row for row in read_metrics(files["flow"].parents[1]) if row["kind"] == "retrieval"]
     assert [(row["name"], row["r@1"]) for row in told] == [(row["name"], row["r@1"]) for row in result["summary"]]
     with pytest.raises(InputError, match="--index: expected at least one"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from cpr_fast.commands.evaluation.retrieve import lines_of
+from cpr_fast.commands.output import rate
 from cpr_fast.data.index.index import Index, IndexFileError, Video
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import embed_index
 from cpr_fast.evaluate.features.embedding import Embedding, calibrate_batch_norm, encoder_embeddings
 from cpr_fast.evaluate.features.recipe import make_recipe
-from cpr_fast.evaluate.retrieval.ranking import NO_HIT, Comparison, first_hit_rank, prepare, recall
+from cpr_fast.evaluate.retrieval import ranking
+from cpr_fast.evaluate.retrieval.queries import QueryScores, hits_at_1
+from cpr_fast.evaluate.retrieval.ranking import Comparison, prepare
 from cpr_fast.evaluate.retrieval.retrieve import evaluate
 
 
@@ -82,8 +87,8 @@ def reference_similarity(queries, gallery, name):
 
 
 def brute_force(queries, gallery, name, leave_source_out):
-    """Computes R@k by sorting every row, one query at a time."""
-    hits = {k: [] for k in (1, 5, 10, 20, 50)}
+    """Computes R@k and mAP by sorting every row, one query at a time."""
+    hits, precisions, without = {k: [] for k in (1, 5, 10, 20, 50)}, [], 0
     for query, row in zip(queries, reference_similarity(queries, gallery, name), strict=True):
         order = [gallery[int(i)] for i in np.argsort(-row, kind="stable")]
         if leave_source_out:
@@ -91,9 +96,18 @@ def brute_force(queries, gallery, name, leave_source_out):
             if query.label not in {entry.label for entry in order}:
                 continue
         if query.label:
+            right = np.array([entry.label == query.label for entry in order])
             for k in hits:
-                hits[k].append(any(entry.label == query.label for entry in order[:k]))
-    return {f"r@{k}": np.mean(h) if k <= len(gallery) else None for k, h in hits.items()}, len(hits[1])
+                hits[k].append(right[:k].any())
+            places = right.nonzero()[0] + 1
+            precisions += [np.mean([right[:place].mean() for place in places])] if len(places) else []
+            without += not len(places)
+    rates = {f"r@{k}": np.mean(h) if k <= len(gallery) else None for k, h in hits.items()}
+    return rates | {
+        "map": np.mean(precisions) if precisions else None,
+        "map_left_out": without,
+        "queries": len(hits[1]),
+    }
 
 
 def data_set(train: int, test: int, classes: int, unlabelled: int = 0) -> Index:
@@ -110,24 +124,32 @@ def data_set(train: int, test: int, classes: int, unlabelled: int = 0) -> Index:
 @pytest.mark.parametrize(("train", "test", "classes", "unlabelled"), [(61, 23, 5, 2), (7, 3, 2, 0), (3, 2, 1, 0)])
 def test_train_test_equals_brute_force(train, test, classes, unlabelled):
     index = data_set(train, test, classes, unlabelled)
-    rows, _ = evaluate(index, EMBEDDINGS, Windows)
+    rows, _, scores = evaluate(index, EMBEDDINGS, Windows)
     assert [f"{row['name']}/{row['view']}" for row in rows] == [*EMBEDDINGS, "net/two_stream"]
     for row in rows:
         name = f"{row['name']}/{row['view']}"
-        expected, counted = brute_force(index.select("test"), index.select("train"), name, False)
+        expected = brute_force(index.select("test"), index.select("train"), name, False)
         assert {k: row[k] for k in expected} == pytest.approx(expected)
-        assert (row["gallery"], row["queries"]) == (train, counted)
+        assert row["gallery"] == train
+        known = expected["map"] is not None
+        assert scores.average_precision[name].nanmean() == pytest.approx(
+            expected["map"] if known else np.nan, nan_ok=True
+        )
+        assert hits_at_1(scores.first_hit[name]).mean() == pytest.approx(expected["r@1"])
+    counted = [entry for entry in index.select("test") if entry.label]
+    assert scores.paths == [str(entry.path.absolute()) for entry in counted]
+    assert scores.sources == [entry.source for entry in counted]
 
 
 @pytest.mark.parametrize("count", [57, 6])
 def test_leave_source_out_equals_brute_force(count):
     index = data_set(count, 0, 4)
-    rows, examples = evaluate(index, EMBEDDINGS, Windows, protocol="leave_source_out")
+    rows, examples, scores = evaluate(index, EMBEDDINGS, Windows, protocol="leave_source_out")
     for row in rows:
         name = f"{row['name']}/{row['view']}"
-        expected, counted = brute_force(index, index, name, True)
+        expected = brute_force(index, index, name, True)
         assert {k: row[k] for k in expected} == pytest.approx(expected)
-        assert row["queries"] == counted
+        assert len(scores.paths) == row["queries"] and row["map_left_out"] == 0
         shares = []
         for query in index:
             others = [entry.label == query.label for entry in index if entry.source != query.source]
@@ -140,7 +162,7 @@ def test_leave_source_out_equals_brute_force(count):
 
 def test_examples_are_the_nearest_entries_of_the_two_streams():
     index = data_set(30, 9, 3)
-    _, examples = evaluate(index, EMBEDDINGS, Windows)
+    _, examples, _ = evaluate(index, EMBEDDINGS, Windows)
     train, test = index.select("train"), index.select("test")
     similarity = reference_similarity(test, train, "net/two_stream")
     position = {str(entry.path.absolute()): i for i, entry in enumerate(test)}
@@ -158,7 +180,7 @@ def test_a_video_without_windows_is_named_and_left_out(caplog):
         loaders.append(Windows(part, broken=("3", "21")))
         return loaders[-1]
 
-    rows, _ = evaluate(index, EMBEDDINGS, open_loader)
+    rows, _, _ = evaluate(index, EMBEDDINGS, open_loader)
     assert "3.mp4 is left out: does not decode" in caplog.text and "21.mp4" in caplog.text
     assert len(loaders) == 2 and all(loader.closed for loader in loaders)
     assert (rows[0]["gallery"], rows[0]["queries"]) == (19, 5)
@@ -189,25 +211,22 @@ def test_bad_input_is_named(index, protocol, error, message):
 
 def test_videos_without_labels_have_neighbours_and_no_rates():
     index = Index([video(i, "", f"s{i}", "train") for i in range(4)])
-    rows, examples = evaluate(index, EMBEDDINGS, Windows, protocol="leave_source_out")
-    assert all(row["r@1"] is None and row["chance_r@1"] is None and row["queries"] == 4 for row in rows)
+    rows, examples, scores = evaluate(index, EMBEDDINGS, Windows, protocol="leave_source_out")
+    measures = ("r@1", "r@1_ci95", "map", "map_ci95", "chance_r@1", "chance_map")
+    assert all(row[name] is None for row in rows for name in measures) and scores is None
+    assert all(row["queries"] == 4 for row in rows)
     assert all(len(example["nearest"]) == 3 for example in examples)  # all but the query's own source
 
 
-def test_equal_similarities_rank_by_gallery_position():
-    similarity = torch.tensor([[1.0, 2, 2, 2], [0, 0, 0, 0], [5, 1, 1, 1], [-torch.inf, 1, 0, 0]])
-    same = torch.tensor([[0, 0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
-    assert first_hit_rank(similarity, same).tolist() == [2, 1, NO_HIT, NO_HIT]
-
-
-def test_ranks_and_nearest_agree_with_a_sort_over_many_chunks():
+def test_ranks_and_nearest_agree_with_a_sort_over_many_chunks(monkeypatch):
     rng = torch.Generator().manual_seed(0)
     queries, gallery = torch.randn(1100, 7, generator=rng), torch.randn(83, 7, generator=rng)
     labels, gallery_labels = torch.arange(1100) % 11, torch.arange(83) % 11
     comparison = Comparison([prepare(queries, gallery, "cosine")], "cosine")
     order = comparison.similarity(torch.arange(1100)).argsort(dim=1, descending=True, stable=True)
     expected = (gallery_labels[order] == labels[:, None]).int().argmax(1)
-    assert torch.equal(comparison.ranks(labels, gallery_labels), expected)
+    monkeypatch.setattr(ranking, "CHUNK", 83 * 100)
+    assert torch.equal(comparison.rank(labels, gallery_labels).first_hit, expected)
     assert comparison.nearest(1099, 90) == order[1099].tolist()
 
 
@@ -215,15 +234,6 @@ def test_a_constant_feature_does_not_drown_the_others():
     features = torch.tensor([[0.3 + 1e-8 * i, float(i)] for i in range(5)])
     queries, gallery = prepare(features, features, "euclidean")
     assert gallery[:, 0].abs().max() == 0 and gallery[:, 1].std(correction=0) == pytest.approx(1)
-
-
-def test_the_interval_resamples_sources_not_videos():
-    # 4 sources of 50 equal videos each: an interval over videos would be about .5 +- .07.
-    ranks = torch.tensor([0, 0, 9, 9]).repeat_interleave(50)
-    low, high = recall(ranks, torch.arange(4).repeat_interleave(50), 100)["r@1_ci95"]
-    assert (low, high) == (0.0, 1.0)
-    low, high = recall(ranks, torch.arange(200), 100)["r@1_ci95"]
-    assert (low, high) == pytest.approx((0.43, 0.57), abs=0.01)
 
 
 def test_an_index_without_a_window_is_refused():
@@ -275,7 +285,7 @@ def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path):
         file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "features").iterdir()
     } == stored  # nothing is computed again
     fresh = retrieve(path, index_csv, device="cpu", cache=False)
-    assert {k: fresh[k] for k in ("r@1", "r@5")} == {k: result[k] for k in ("r@1", "r@5")}
+    assert {k: fresh[k] for k in ("r@1", "r@5", "map")} == {k: result[k] for k in ("r@1", "r@5", "map")}
     iic = retrieve(path, index_csv, device="cpu", recipe="iic", clips_per_video=2)
     assert iic["recipe"] == "iic" and len(iic["results"]) == len(result["results"])
     index = Index.load(index_csv)
@@ -283,7 +293,24 @@ def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path):
     assert [row["name"] for row in result["results"]] == names
     assert result["view"] == "rgb" and result["r@1"] == result["results"][0]["r@1"]
     assert result["results"][0]["queries"] == len(index.select("test")) and result["r@50"] is None
+    scores = QueryScores.load(Path(result["queries_file"]))
+    assert scores.paths == [str(video.path.absolute()) for video in index.select("test")]
+    for row in result["results"]:
+        name = f"{row['name']}/{row['view']}"
+        assert scores.average_precision[name].mean().item() == pytest.approx(row["map"])
+        assert hits_at_1(scores.first_hit[name]).mean().item() == row["r@1"]
+        low, high = row["map_ci95"]
+        assert low <= row["map"] <= high
+    printed = re.sub("  +", "  ", "\n".join(lines_of(result))).splitlines()
+    first = result["summary"][0]
+    map_interval, r1_interval = ("-".join(map(rate, first[f"{key}_ci95"])) for key in ("map", "r@1"))
+    assert "protocol train_test, recipe paper" in printed[0]
+    assert printed[2] == "network, view  mAP  95 %  R@1  95 %  R@5  R@10  R@20  R@50"
+    start = f"trained rgb  {rate(first['map'])}  {map_interval}  {rate(first['r@1'])}  {r1_interval}"
+    assert printed[4].startswith(start) and f"chance mAP {rate(first['chance_map'])}, R@1 .250" in "".join(printed)
     rows = read_metrics(tmp_path / "run")
+    places = {row["queries_file"] for row in rows if row["kind"] == "retrieval"}
+    assert places == {f"evaluations/{Path(result['queries_file']).name}"}  # relative, so that the run can be moved
     assert {(row["protocol"], row["recipe"]) for row in rows if row["kind"] == "retrieval"} == {("train_test", "paper")}
     assert [row["name"] for row in rows if row["kind"] == "retrieval"] == 2 * names
     shown = [row for row in rows if row["kind"] == "retrieved"]

@@ -64,7 +64,7 @@ def test_rates_are_those_of_retrieve(index, watched, tmp_path):
         watched / "checkpoints" / "last.pt", held_out, protocol="leave_source_out", clips_per_video=2, cache=False
     )
     trained = next(row for row in found["results"] if row["name"] == "trained")
-    for name in ("r@1", "r@5", "queries", "chance_r@1"):
+    for name in ("r@1", "r@5", "map", "queries", "chance_r@1", "chance_map"):
         assert online[-1][name] == pytest.approx(trained[name], abs=1e-6), name
 
 
