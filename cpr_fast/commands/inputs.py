@@ -70,6 +70,16 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def other_shards(shard: tuple[int, int]) -> str:
+    """Returns the option of the first shard other than (i, n), and the further ones in brackets, such as
+    "--shard 0/8   (and 1/8, 3/8 to 7/8)"."""
+    number, count = shard
+    first, *further = [i for i in range(count) if i != number]
+    parts = [group for group in ([i for i in further if i < number], [i for i in further if i > number]) if group]
+    named = ", ".join(f"{group[0]}/{count}" + (f" to {group[-1]}/{count}" if len(group) > 1 else "") for group in parts)
+    return f"--shard {first}/{count}" + (f"   (and {named})" if named else "")
+
+
 Check = Callable[[str, Sequence[str]], None]
 
 

@@ -6,11 +6,14 @@ from typing import Annotated, Literal
 
 import tyro
 
+# Of a positional list: the command itself refuses an empty one, and the help would show an empty default.
+REQUIRED = tyro.conf.arg(help_behavior_hint="(required)")
 CheckpointFiles = Annotated[
     tuple[str, ...],
     tyro.conf.Positional,
     tyro.conf.arg(
         metavar="CHECKPOINT",
+        help_behavior_hint="(required)",
         help="A checkpoint of `pretrain` or `import-checkpoint`: FILE, or one for each view: rgb=FILE flow=FILE.",
     ),
 ]

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import json as json_module
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cpr_fast.errors import printable
 
 
-def show(result: dict[str, Any], json: bool, *, lines: Sequence[str] = (), next_step: str = "") -> None:
+def show(result: dict[str, Any], json: bool, *, next_step: str, lines: Sequence[str] = ()) -> None:
     """Prints a result on stdout.
 
     Args:
         result: The result; with `json` only this is printed, as one JSON object.
         json: Whether the user gave `--json`.
+        next_step: What a user may want to do next: a command, or a file to open. Every command has one.
         lines: The readable text. Without it, each entry of the result is printed as "name: value".
-        next_step: A command that a user may want to run next.
     """
     if json:
         print(json_module.dumps(result))
         return
     for line in lines or [f"{name.replace('_', ' ')}: {_text(value)}" for name, value in result.items()]:
         print(printable(line))
-    if next_step:
-        print(f"\nnext: {printable(next_step)}")
+    print(f"\nnext: {printable(next_step)}")
 
 
 def show_once(result: dict[str, Any], json: bool, **text: Any) -> None:
@@ -34,6 +35,14 @@ def show_once(result: dict[str, Any], json: bool, **text: Any) -> None:
     if distributed.is_main():
         show(result, json, **text)
     distributed.finish()
+
+
+def after_evaluation(run: Path | None, checkpoint: Sequence[str], index: Path) -> str:
+    """Returns the next step after an evaluation: the report of the checkpoint's run, or a search if it has no run."""
+    if run is not None:
+        return f"cpr-fast report {shlex.quote(str(run))}"
+    given = " ".join(map(shlex.quote, checkpoint))
+    return f"cpr-fast search VIDEO.mp4 --index {shlex.quote(str(index))} --checkpoint {given}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> str:

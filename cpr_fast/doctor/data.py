@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cpr_fast.config import Config
+from cpr_fast.data.flow.names import flow_command
 from cpr_fast.data.index.assemble import SHORT
 from cpr_fast.data.index.build import report_path
 from cpr_fast.data.index.index import Index, IndexFileError, Video
@@ -68,7 +69,7 @@ def check_index(index: Path, videos: Index, flow: str, findings: list[Finding]) 
         "disk_free_gib": free_gib(container(videos[0].path).parent),
     }
     _check_sample(facts, whole, findings)
-    _check_columns(index, facts, flow, findings)
+    _check_columns(index, videos, facts, flow, findings)
     _check_labels_and_sources(videos, facts, findings)
     findings += _index_report(index)
     return facts
@@ -93,13 +94,13 @@ def _check_sample(facts: dict[str, Any], whole: int, findings: list[Finding]) ->
                                 "time"))  # fmt: skip
 
 
-def _check_columns(index: Path, facts: dict[str, Any], flow: str, findings: list[Finding]) -> None:
+def _check_columns(index: Path, videos: Index, facts: dict[str, Any], flow: str, findings: list[Finding]) -> None:
     """Checks flow, lengths and frame sizes."""
     if facts["without_flow"] and flow == "stored":
         verb = "has" if facts["without_flow"] == 1 else "have"
         findings.append(Finding("warning", f"{facts['without_flow']} of {counted(facts['videos'], 'video')} {verb} no "
                                 "flow; the view \"flow\" needs it",
-                                f"cpr-fast flow {index} --out FLOW, or data.flow = \"on_the_fly\", or the view "
+                                f"{flow_command(index, videos)}, or data.flow = \"on_the_fly\", or the view "
                                 "\"residual\"", "fails"))  # fmt: skip
     if facts["short"]:
         verb = "has" if facts["short"] == 1 else "have"

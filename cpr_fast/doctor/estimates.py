@@ -8,6 +8,7 @@ from typing import Any
 
 from cpr_fast.config import Config
 from cpr_fast.data.flow.estimate import estimate_flow
+from cpr_fast.data.flow.names import flow_command
 from cpr_fast.data.index.index import Index
 from cpr_fast.doctor.findings import Finding, counted
 
@@ -45,7 +46,7 @@ def _flow(index: Path, videos: Index, findings: list[Finding]) -> dict[str, Any]
     disk = expected.disk_bytes / 2**30
     work = f"the flow of {counted(expected.videos, 'video')} ({counted(expected.pairs, 'frame pair')})"
     command, result = (
-        f"cpr-fast flow {index} --out FLOW",
+        flow_command(index, videos),
         {
             "flow_videos": expected.videos,
             "flow_frame_pairs": expected.pairs,

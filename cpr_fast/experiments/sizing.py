@@ -94,7 +94,8 @@ def sized_recipe(facts: Facts, index: str, out: str) -> Sized:
         index=_quoted(index), split=facts.split, frames=frames, stride=stride, size=size, batch=batch,
         workers=max(1, min(16, facts.cores)), flow=flow, arch=arch, width=width, memory=memory, momentum=momentum,
         fill=math.ceil(memory / batch), per_epoch=per_epoch, stages=stages, ratio=RATIO, top_k=top_k, cycles=lines,
-        out=_quoted(out), crop="" if facts.gpu else CROP, second=SECOND[second, flow],
+        out=_quoted(out), crop="" if facts.gpu else CROP,
+        second=SECOND[second, flow].format(with_flow=facts.with_flow, videos=facts.videos),
     )  # fmt: skip
     import tomllib
 
@@ -123,9 +124,13 @@ def _quoted(text: str) -> str:
 CROP = "crop_area = 0.5    # smallest random crop; small clips need more of the frame than the published 0.2\n"
 SECOND = {
     ("flow", "stored"): "every training video has optical flow, the published second view",
-    ("flow", "on_the_fly"): "optical flow is computed on the GPU for each clip; `cpr-fast flow` would store it",
-    ("residual", "stored"): "without optical flow, differences of frames are the second view; run `cpr-fast flow` and "
-    "then `cpr-fast init` again for the published one",
+    ("flow", "on_the_fly"): "optical flow is computed on the GPU for each clip, because {with_flow} of {videos} "
+    "training videos have stored flow; `cpr-fast flow` stores it",
+    (
+        "residual",
+        "stored",
+    ): "{with_flow} of {videos} training videos have optical flow, so differences of frames are the "
+    "second view; run `cpr-fast flow` and then `cpr-fast init` again for the published one",
 }
 TEMPLATE = """# CPR for {videos} training videos of {sources} sources, on {machine}; written by `cpr-fast init`.
 # InfoNCE trains each view first, then the cascade mines positives. The second view: {second}.

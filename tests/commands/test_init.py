@@ -90,4 +90,35 @@ def test_the_command_writes_a_recipe_that_names_the_index_and_replaces_nothing(t
     assert main(["init", "index.csv", "--out", "deep/recipe.toml", "--seconds", "0"]) == 2
     assert "--force" in capsys.readouterr().err and Path("deep/recipe.toml").read_bytes() == before
     assert main(["init", "index.csv", "--out", "deep/recipe.toml", "--seconds", "0", "--force"]) == 0
-    assert "next: cpr-fast pretrain deep/recipe.toml" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "optical flow: 0 of 16 videos have it\n" in out and "next: cpr-fast pretrain deep/recipe.toml" in out
+
+
+@pytest.mark.parametrize(
+    ("have", "said"),
+    [
+        ([0], "1 of 24 videos has it (1 of the 16 training videos)\n  the recipe uses differences of frames (residual) "
+              "as the second view instead\n  to use stored flow: COMMAND, then this command again with --force\n"),
+        ([0, 15, 16, 23], "4 of 24 videos have it (2 of the 16 training videos)\n  the recipe uses differences"),
+        (range(16), "16 of 24 videos have it (16 of the 16 training videos)\n  the recipe uses it; evaluating the flow "
+                    "encoder needs it for the other videos, too\n  to complete it: COMMAND\n"),
+        (range(24), ""),
+    ],
+)  # fmt: skip
+def test_missing_flow_is_told_with_what_the_recipe_does_and_the_command(tmp_path, monkeypatch, capsys, have, said):
+    monkeypatch.chdir(tmp_path)
+    videos = []
+    for i, video in enumerate(make_index(24)):
+        path, flow = tmp_path / "set" / f"{i}.mp4", tmp_path / "my flow" / "set" / f"{i}.flow.mp4"
+        for file in (path, flow):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        split = "train" if i < 16 else "test"
+        videos.append(dataclasses.replace(video, path=path, split=split, flow_path=flow if i in have else None))
+    Index(videos).save("index.csv")
+    assert main(["init", "index.csv", "--seconds", "0"]) == 0
+    out = capsys.readouterr().out
+    assert said.replace("COMMAND", "cpr-fast flow index.csv --out 'my flow'") in out
+    assert ("optical flow" in out) == bool(said)
+    recipe = Path("recipe.toml").read_text()
+    assert len(have) >= 16 or f"{sum(i < 16 for i in have)} of 16 training videos have optical flow" in recipe

@@ -1,12 +1,16 @@
 """Output of the commands: tables, rates, and file names that are not valid Unicode."""
 
+import contextlib
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 
-from cpr_fast.cli import main
-from cpr_fast.commands.output import rate, show, table
+from cpr_fast.cli import COMMANDS, main
+from cpr_fast.commands.inputs import other_shards
+from cpr_fast.commands.output import after_evaluation, rate, show, table
 from cpr_fast.errors import printable
 
 STRANGE = os.fsdecode(b"caf\xe9.mp4")  # encoded as Latin-1, so that the decoded name contains a surrogate
@@ -52,3 +56,48 @@ def test_names_that_are_not_unicode_can_be_printed(capsys):
 def test_a_missing_file_with_such_a_name_is_one_line(capsys):
     assert main(["export", STRANGE, "--out", "x"]) == 2
     assert r"caf\udce9.mp4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("shard", "text"),
+    [
+        ((0, 2), "--shard 1/2"),
+        ((1, 2), "--shard 0/2"),
+        ((0, 3), "--shard 1/3   (and 2/3)"),
+        ((1, 3), "--shard 0/3   (and 2/3)"),
+        ((0, 8), "--shard 1/8   (and 2/8 to 7/8)"),
+        ((2, 8), "--shard 0/8   (and 1/8, 3/8 to 7/8)"),
+        ((7, 8), "--shard 0/8   (and 1/8 to 6/8)"),
+    ],
+)
+def test_the_other_shards_are_named(shard, text):
+    assert other_shards(shard) == text
+
+
+def test_after_an_evaluation_the_report_or_a_search_comes_next():
+    assert after_evaluation(Path("my run"), ["x.pt"], Path("i.csv")) == "cpr-fast report 'my run'"
+    said = after_evaluation(None, ["rgb=a.pt", "flow=b c.pt"], Path("i.csv"))
+    assert said == "cpr-fast search VIDEO.mp4 --index i.csv --checkpoint rgb=a.pt 'flow=b c.pt'"
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "pretrain"])
+def test_no_help_shows_an_empty_default(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())  # without the frame and its line breaks
+    assert "usage:" in text and not re.search(r"\(default:\s*\)", text)
+
+
+@pytest.mark.parametrize("columns", [62, 80, 120])
+@pytest.mark.parametrize("option", ["--help", "--help-all"])
+def test_the_help_of_pretrain_says_which_settings_have_no_value(option, columns, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    (tmp_path / "c.toml").write_text('[schedule]\ncycles = [{view = "rgb", epochs = 1, mining = "none"}]\n')
+    with contextlib.suppress(SystemExit):
+        main(["pretrain", str(tmp_path / "c.toml"), option])
+    out = capsys.readouterr().out
+    text = " ".join(out.replace("\u2502", " ").split())
+    assert "data.index" in text and "(not set)" in text and not re.search(r"\(default:\s*\)|''", text)
+    framed = {len(line) for line in out.splitlines() if line.startswith("\u2502")}
+    assert len(framed) == (1 if option == "--help-all" else 0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from cpr_fast.commands.inputs import parse_shard, require_file
+from cpr_fast.commands.inputs import other_shards, parse_shard, require_file
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 
@@ -42,10 +43,21 @@ def flow(
 
     report = write_flow(index, out, storage=storage, device=device, shard=part, progress=True)
     waiting = report["without_flow"] - len(report["problems"])  # videos of other shards
-    next_step = "" if waiting > 0 else f"cpr-fast doctor {index}   (checks the data before training)"
-    if part[1] > 1 and storage == "lmdb":
-        next_step = f"cpr-fast flow {index} --out {out} --storage lmdb   (when all shards are done: joins their files)"
-    show(report, json, lines=_summary(report, index, part, waiting), next_step=next_step)
+    show(report, json, lines=_summary(report, index, part, waiting),
+         next_step=_next_step(index, out, storage, part, waiting))  # fmt: skip
+
+
+def _next_step(index: Path, out: Path, storage: str, shard: tuple[int, int], waiting: int) -> str:
+    """Returns the command to run next; `waiting` counts the videos without flow that belong to other shards."""
+    again = f"cpr-fast flow {shlex.quote(str(index))} --out {shlex.quote(str(out))}"
+    again += " --storage lmdb" if storage == "lmdb" else ""
+    recipe = f"cpr-fast init {shlex.quote(str(index))}"
+    if shard[1] > 1 and storage == "lmdb":
+        joined = f"{again}   (joins the files of all shards)"
+        return f"{again} {other_shards(shard)}, then {joined}" if waiting > 0 else joined
+    if waiting > 0:
+        return f"{again}{' ' + other_shards(shard) if shard[1] > 1 else ''}, then {recipe}"
+    return f"{recipe}   (writes a recipe; `cpr-fast doctor {shlex.quote(str(index))}` checks the data)"
 
 
 def _summary(report: dict[str, Any], index: Path, shard: tuple[int, int], waiting: int) -> list[str]:

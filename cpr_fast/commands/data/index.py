@@ -7,7 +7,14 @@ from typing import Literal
 
 import tyro
 
-from cpr_fast.commands.inputs import parse_shard, require_at_least, require_data_set, require_file, require_folder
+from cpr_fast.commands.inputs import (
+    other_shards,
+    parse_shard,
+    require_at_least,
+    require_data_set,
+    require_file,
+    require_folder,
+)
 from cpr_fast.commands.options import Flag, Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
@@ -72,4 +79,9 @@ def index(
     options = IndexOptions(layout, splits, split, class_order, flow_lmdb, whole, transcode, short_side, min_frames,
                            part)  # fmt: skip
     report = write_index(root, out, options, progress=True)
-    show(report, json, lines=[] if json else summary(report), next_step=next_step(report))
+    show(report, json, lines=[] if json else summary(report), next_step=next_step(report) or _missing(part))
+
+
+def _missing(shard: tuple[int, int]) -> str:
+    """Returns the next step while videos have no result, so that no index was written."""
+    return f"the same command {'with ' + other_shards(shard) if shard[1] > 1 else 'again'}"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_file, require_files
 from cpr_fast.commands.options import RecipeName
-from cpr_fast.commands.output import rate, show_once, table
+from cpr_fast.commands.output import after_evaluation, rate, show_once, table
 
 
 def classifier_settings(task: str, checkpoint: tuple[str, ...], index: tuple[Path, ...], config: Path | None) -> Any:
@@ -53,8 +53,7 @@ def run_classify(
         checkpoint, index, task=task, settings=settings, recipe=recipe, clips_per_video=clips, crops=crops,
         seeds=seeds, run_dir=run_of(checkpoint), progress=True,
     )  # fmt: skip
-    folder = run_of(checkpoint)
-    show_once(result, json, lines=_lines(result), next_step=f"cpr-fast report {folder}" if folder else "")
+    show_once(result, json, lines=_lines(result), next_step=after_evaluation(run_of(checkpoint), checkpoint, index[0]))
 
 
 def _lines(result: dict[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -19,7 +19,7 @@ def mine(
     ratio: tuple[float, ...] = (0.5,),
     top_k: tuple[int, ...] = (5,),
     query_view: tuple[Literal["rgb", "flow"], ...] = ("rgb",),
-    order: tuple[str, ...] = (),
+    order: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: alternating views)")] = (),
     details: Flag = False,
     raw: Flag = False,
     heatmap: Path | None = None,
@@ -54,11 +54,21 @@ def mine(
         from cpr_fast.report.figures.heatmap import write_heatmap
 
         write_heatmap(rows, heatmap)
-    if json:
-        show({"features": str(features), "rows": len(data.labels), "results": rows}, json)
-        return
-    from rich.console import Console
+    if not json:
+        from rich.console import Console
 
-    Console().print(results_table(rows))
-    if details and rows[0]["pmr"] is not None:
-        Console().print(survivors_table(rows))
+        Console().print(results_table(rows))
+        if details and rows[0]["pmr"] is not None:
+            Console().print(survivors_table(rows))
+    result = {"features": str(features), "rows": len(data.labels), "results": rows}
+    show(result, json, lines=[""], next_step=_next_step(rows))
+
+
+def _next_step(rows: list[dict[str, Any]]) -> str:
+    """Returns the command that trains with the cascade of the highest PMR, the first one if no label is known."""
+    best = max(rows, key=lambda row: row["pmr"] or 0)
+    why = "" if best["pmr"] is None else "   (the highest PMR)"
+    return (
+        f"cpr-fast pretrain RECIPE --mining.stages {best['stages']} --mining.ratio {best['ratio']:g} "
+        f"--mining.top-k {best['top_k']}{why}"
+    )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from cpr_fast.commands.inputs import require_file, require_folders
-from cpr_fast.commands.options import Flag, Json
+from cpr_fast.commands.options import REQUIRED, Flag, Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
 
 
 def report(
-    runs: tyro.conf.Positional[tuple[Path, ...]],
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, REQUIRED],
     *,
     out: Path | None = None,
     unlabelled: Flag = False,
@@ -48,4 +49,4 @@ def report(
         raise InputError(f"{runs[0]}: no features of these videos are stored; first run: {command}")
     page = write_report(runs, out, similar=similar)
     result = {"report": str(page)} | ({} if similar is None else {"similar": str(similar)})
-    show(result, json)
+    show(result, json, next_step=f"open {page} in a browser")

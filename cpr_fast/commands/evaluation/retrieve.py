@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_files
 from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
-from cpr_fast.commands.output import rate, show_once, table
+from cpr_fast.commands.output import after_evaluation, rate, show_once, table
 
 RANKS = (1, 5, 10, 20, 50)
 
@@ -49,8 +49,9 @@ def retrieve(
         checkpoint, index, protocol=protocol, recipe=recipe, run_dir=run_of(checkpoint), clips_per_video=clips,
         crops=crops, cache=cache, progress=True,
     )  # fmt: skip
-    folder = run_of(checkpoint)
-    show_once(result, json, lines=lines_of(result), next_step=f"cpr-fast report {folder}" if folder else "")
+    show_once(
+        result, json, lines=lines_of(result), next_step=after_evaluation(run_of(checkpoint), checkpoint, index[0])
+    )
 
 
 def lines_of(result: dict[str, Any]) -> list[str]:

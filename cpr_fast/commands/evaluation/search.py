@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_file, require_files
-from cpr_fast.commands.options import Json, RecipeName
+from cpr_fast.commands.options import REQUIRED, Json, RecipeName
 from cpr_fast.commands.output import show, table
 from cpr_fast.errors import InputError
 
 
 def search(
-    queries: tyro.conf.Positional[tuple[Path, ...]],
+    queries: Annotated[tuple[Path, ...], tyro.conf.Positional, REQUIRED],
     *,
     index: Path,
     checkpoint: tuple[str, ...],
@@ -57,4 +58,4 @@ def search(
         rows = [[r["path"], f"{r['similarity']:.3f}", r["label"] or "-", r["rank"]] for r in query["results"]]
         lines += [table(["path", "similarity", "label", "rank"], rows, title=f"similar to {query['path']}:")]
         lines += [f"contact sheet: {query['picture']}", ""]
-    show(result, json, lines=lines)
+    show(result, json, lines=lines[:-1], next_step=f"open {result['queries'][0]['picture']}")

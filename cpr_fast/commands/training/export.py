@@ -11,6 +11,12 @@ from cpr_fast.commands.inputs import require_file
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 
+USES = {  # how the file of each format is used
+    "safetensors": "load it in Python: safetensors.torch.load_file({out!r})",
+    "onnx": "load it in Python: onnxruntime.InferenceSession({out!r})",
+    "coclr": "pass it to the code of CoCLR or CPR: --pretrain {out}",
+}
+
 
 def export(
     checkpoint: tyro.conf.Positional[Path],
@@ -32,4 +38,4 @@ def export(
     require_file("CHECKPOINT", checkpoint)
     from cpr_fast.weights.exporting import export as run
 
-    show(run(checkpoint, out, to=to, view=view), json)
+    show(run(checkpoint, out, to=to, view=view), json, next_step=USES[to].format(out=str(out)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -11,6 +12,11 @@ from cpr_fast.commands.inputs import require_at_least, require_file
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from cpr_fast.config import Config
+    from cpr_fast.data.index.index import Index
+    from cpr_fast.experiments.sizing import Facts, Sized
 
 
 def init(
@@ -42,10 +48,10 @@ def init(
         raise InputError(f"--out: {str(out)!r} exists; give another name, or --force to replace it")
     import torch
 
+    from cpr_fast.data.flow.names import flow_command
     from cpr_fast.data.index.index import Index
     from cpr_fast.experiments.sizing import Facts, sized_recipe
     from cpr_fast.runtime.files import replacing
-    from cpr_fast.runtime.progress import duration
 
     videos = Index.load(index, require_flow=False)
     gpu = torch.cuda.is_available()
@@ -55,16 +61,52 @@ def init(
     with replacing(out) as temporary:
         temporary.write_text(sized.text, encoding="utf-8")
     step_s = _step_seconds(videos, facts.split, sized.config, "cuda" if gpu else "cpu", seconds) if seconds else None
-    config = sized.config
     lines = [
+        *_summary(out, facts, sized, step_s),
+        *_about_flow(videos, facts, sized.config, flow_command(index, videos)),
+    ]
+    result = {
+        "recipe": str(out),
+        "videos": facts.videos,
+        "with_flow": facts.with_flow,
+        "steps": sized.steps,
+        "step_s": step_s,
+        "config": sized.config.to_dict(),
+    }
+    show(result, json, lines=lines, next_step=f"cpr-fast pretrain {out}")
+
+
+def _summary(out: Path, facts: Facts, sized: Sized, step_s: float | None) -> list[str]:
+    """Returns the sizes of the recipe and, where a step was measured, the expected time."""
+    from cpr_fast.runtime.progress import duration
+
+    config, time = sized.config, ""
+    if step_s:
+        time = f", about {duration(sized.steps * step_s)} at {step_s:.2f} s per step, as measured now"
+    return [
         f"{out}: {facts.videos} training videos of {facts.sources} sources",
         f"batch of {config.data.batch_size}, memory of {config.memory.size}, {config.mining.stages} stages, "
         f"top {config.mining.top_k}, views {config.schedule.cycles[0].view} and {config.schedule.cycles[1].view}",
-        f"{sized.steps} steps in {sum(cycle.epochs for cycle in config.schedule.cycles)} epochs"
-        + (f", about {duration(sized.steps * step_s)} at {step_s:.2f} s per step, as measured now" if step_s else ""),
+        f"{sized.steps} steps in {sum(cycle.epochs for cycle in config.schedule.cycles)} epochs{time}",
     ]
-    result = {"recipe": str(out), "steps": sized.steps, "step_s": step_s, "config": config.to_dict()}
-    show(result, json, lines=lines, next_step=f"cpr-fast pretrain {out}")
+
+
+def _about_flow(videos: Index, facts: Facts, config: Config, command: str) -> list[str]:
+    """Returns how many videos have flow and what the recipe does without it, unless all of them have it."""
+    have = sum(video.flow_path is not None for video in videos)
+    if have == len(videos):
+        return []
+    training = f" ({facts.with_flow} of the {facts.videos} training videos)" if facts.videos < len(videos) else ""
+    verb = "has" if have == 1 else "have"
+    lines = [f"optical flow: {have} of {len(videos)} videos {verb} it{training}"]
+    if facts.with_flow == facts.videos:
+        lines.append("  the recipe uses it; evaluating the flow encoder needs it for the other videos, too")
+        return [*lines, f"  to complete it: {command}"]
+    if config.data.flow == "on_the_fly":
+        lines.append("  the recipe computes it on the GPU for each clip; stored flow makes the steps shorter")
+    else:
+        lines.append("  the recipe uses differences of frames (residual) as the second view instead")
+    return [*lines, f"  to use stored flow: {command}, then this command again with --force"]
 
 
 def _step_seconds(videos, split: str, config, device: str, seconds: float) -> float:

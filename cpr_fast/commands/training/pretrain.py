@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import re
+import sys
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +87,8 @@ def parse_and_run(arguments: list[str]) -> None:
     if given.overrides:
         import tyro
 
-        config = tyro.cli(Config, default=config, args=given.overrides, prog=f"cpr-fast pretrain {given.config}")
+        with _explained_defaults() if wants_help else contextlib.nullcontext():
+            config = tyro.cli(Config, default=config, args=given.overrides, prog=f"cpr-fast pretrain {given.config}")
 
     from cpr_fast.commands.output import show_once
     from cpr_fast.pretrain.run.loop import pretrain
@@ -177,9 +183,26 @@ def _require_inputs(config: Config, overrides: list[str]) -> None:
         require_file(option, file or None)
 
 
+@contextlib.contextmanager
+def _explained_defaults() -> Iterator[None]:
+    """Replaces the empty defaults in what is printed on stdout, "(default: )" and "(default: '')", by "(not set)"; the
+    frame around the text, which may also break it into two lines, stays where it is."""
+    printed = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding.lower())  # tyro frames UTF-8 only
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        printed.flush()
+        text = printed.buffer.getvalue().decode(printed.encoding)
+        empty = r"\(default:([\s│]*)((?:'')?\))"
+        print(re.sub(empty, lambda found: "(not set)" + found[1] + " " * len(found[2]), text), end="")
+
+
 def _help(config: Config, source: str) -> str:
     lines = []
     for name in COMMON:
         section, key = name.split(".")
-        lines.append(f"  --{name.replace('_', '-'):<20} {getattr(getattr(config, section), key)!r}")
+        lines.append(
+            f"  --{name.replace('_', '-'):<20} {getattr(getattr(config, section), key)!r}".replace("''", "(not set)")
+        )
     return HELP.format(source=source, settings="\n".join(lines))

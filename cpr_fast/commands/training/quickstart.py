@@ -21,4 +21,4 @@ def quickstart(out: Path = Path("runs/quickstart"), *, seed: int = 0, json: Json
     from cpr_fast.experiments.quickstart import quickstart as run
 
     result = run(out, seed=seed)
-    show(result, json, next_step=f"open {result['report']} in a browser" if "report" in result else "")
+    show(result, json, next_step=f"open {result['report']} in a browser")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -16,7 +17,7 @@ def reproduce(
     table: tyro.conf.Positional[str | None] = None,
     *,
     index: Path | None = None,
-    rows: tuple[str, ...] = (),
+    rows: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: all)")] = (),
     seeds: tuple[int, ...] = (0,),
     scale: float = 1.0,
     settings: Path | None = None,
@@ -33,7 +34,7 @@ def reproduce(
     Args:
         table: Name or number of the table.
         index: The index (CSV) to use as UCF101: videos with labels, a train and a test split, and flow.
-        rows: Names of the rows; by default all of them.
+        rows: Names of the rows.
         seeds: Seeds of the pretraining and of the classifiers; several give a standard error.
         scale: Fraction of the published epochs to train for; the result states it.
         settings: A TOML file whose settings replace those of every recipe (sections data, model, memory, optim, probe
@@ -50,12 +51,11 @@ def reproduce(
     from cpr_fast.experiments.reproduce import reproduce as run
 
     if table is None:
-        print(list_tables())
+        text = list_tables()
+        show({"tables": text.splitlines()}, json, lines=[text], next_step="cpr-fast reproduce TABLE --index INDEX.csv")
         return
     smaller = Scale(scale, read_settings(settings) if settings else {})
     result = run(table, index, rows=rows, seeds=seeds, scale=smaller, hmdb51=hmdb51, k400=k400, out=out,
                  progress=True)  # fmt: skip
-    if json:
-        show(result, json)
-    else:
-        print(Path(result["markdown"]).read_text(encoding="utf-8"))
+    text = Path(result["markdown"]).read_text(encoding="utf-8")
+    show(result, json, lines=[text.rstrip("\n")], next_step=f"open {result['markdown']}, which holds these tables")

@@ -9,6 +9,8 @@ added.
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -46,6 +48,22 @@ def record_names(index: Index, folder: Path) -> list[str]:
         names = [plain, below.as_posix(), distinct_name(below.as_posix(), str(relative), "")]
         choices.append([printable(name) for name in names])
     return _without_sharing(choices)
+
+
+def flow_command(index_csv: Path, index: Index) -> str:
+    """Returns the `cpr-fast flow` command that computes the flow that videos of an index lack, into the folder or LMDB
+    file that holds the flow of the others."""
+    command = f"cpr-fast flow {shlex.quote(str(index_csv))}"
+    for video, name in zip(index, file_names(index, index_csv.parent), strict=True):
+        if video.flow_path is None:
+            continue
+        if (record := split_record(video.flow_path)) is not None:
+            whole = re.sub(r"\.\d+-of-\d+(?=\.lmdb$)", "", str(record[0]))  # of the file of a shard
+            return f"{command} --out {shlex.quote(os.path.normpath(whole))} --storage lmdb"
+        if video.flow_path.parts[-len(name.parts) :] == name.parts:
+            out = Path(*video.flow_path.parts[: -len(name.parts)])
+            return f"{command} --out {shlex.quote(os.path.normpath(out))}"
+    return f"{command} --out flow"
 
 
 def _below(video: Video, folder: Path) -> tuple[Path, Path]:

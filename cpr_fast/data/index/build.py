@@ -46,9 +46,9 @@ def write_index(root: Path, out: Path, options: IndexOptions, *, progress: bool 
 
     Returns:
         The report: {"index", "layout", "videos", "classes", "sources", "splits" (videos of each), "unlabelled",
-        "levels" (how the levels of folders were interpreted), "other_files" (by suffix), "verified", "probed",
-        "files_per_s", "counts" (problems by kind), "problems": [{"path", "kind", "reason"}]}. The kinds are those of
-        `cpr_fast.data.index.summary.KINDS`.
+        "without_flow", "levels" (how the levels of folders were interpreted), "other_files" (by suffix), "verified",
+        "probed", "files_per_s", "counts" (problems by kind), "problems": [{"path", "kind", "reason"}]}. The kinds are
+        those of `cpr_fast.data.index.summary.KINDS`.
     Raises:
         InputError: no video is left, or many could not be read, as when a mount is lost.
     """
@@ -63,6 +63,7 @@ def write_index(root: Path, out: Path, options: IndexOptions, *, progress: bool 
         "sources": len({video.source for video in index}),
         "splits": dict(Counter(video.split for video in index)),
         "unlabelled": int((index.labels < 0).sum()),
+        "without_flow": sum(video.flow_path is None for video in index),
         **facts,
         "counts": dict(Counter(problem.kind for problem in problems)),
         "problems": [{"path": str(p.path), "kind": p.kind, "reason": p.reason} for p in problems],

@@ -108,8 +108,13 @@ def _largest(counts: dict[str, int], most: int = 6) -> list[tuple[str, int]]:
 
 
 def next_step(report: dict[str, Any]) -> str:
-    """Returns the command that a user may want to run next."""
-    return f"cpr-fast init {shlex.quote(report['index'])}" if report["index"] else ""
+    """Returns the command that a user may want to run next, or "" while no index is written."""
+    if report["index"] is None:
+        return ""
+    index = shlex.quote(report["index"])
+    if not report["without_flow"]:
+        return f"cpr-fast init {index}"
+    return f"cpr-fast flow {index} --out flow   (optical flow, the second view; without it: cpr-fast init {index})"
 
 
 def _count(number: int, one: str, many: str = "") -> str:

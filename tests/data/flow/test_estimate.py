@@ -84,9 +84,11 @@ def test_the_command_says_what_was_done_and_what_comes_next(data_set, tmp_path, 
     videos[0].path.write_bytes(b"not a video")
     assert main(["flow", str(data_set), "--out", str(tmp_path / "flow"), "--shard", "1/2"]) == 0
     out = capsys.readouterr().out
-    assert "2 videos computed, 0 kept" in out and "3 other videos" in out and "next:" not in out
+    assert "2 videos computed, 0 kept" in out and "3 other videos" in out
+    flow = f"cpr-fast flow {data_set} --out {tmp_path}/flow"
+    assert f"next: {flow} --shard 0/2, then cpr-fast init {data_set}\n" in out
     assert main(["flow", str(data_set), "--out", str(tmp_path / "flow")]) == 0
     out = capsys.readouterr().out
     assert "2 videos computed, 2 kept from earlier runs, 1 failed" in out
     assert f"no flow for 1 file: Invalid data found when processing input: {videos[0].path}" in out
-    assert f"next: cpr-fast doctor {data_set}" in out
+    assert f"next: cpr-fast init {data_set}   (writes a recipe; `cpr-fast doctor {data_set}` checks" in out

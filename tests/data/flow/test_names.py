@@ -1,17 +1,20 @@
 """Names of stored flow, and how it is matched to videos: equal or similar names, changed videos, unusual names."""
 
 import os
+import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from support.data_sets.flow import gray_frames, in_pairs, read_levels, smooth_flow, write_video
 
+from cpr_fast.cli import main
 from cpr_fast.data.flow.files import FlowFiles
 from cpr_fast.data.flow.levels import quantise
-from cpr_fast.data.flow.names import file_names, record_names
+from cpr_fast.data.flow.names import file_names, flow_command, record_names
 from cpr_fast.data.flow.records import FlowRecords
 from cpr_fast.data.flow.write import write_flow
 from cpr_fast.data.index.index import Index, Video
@@ -166,3 +169,29 @@ def test_names_as_other_programs_expect_them(tmp_path):
     assert records == ["train/A/v.mkv", "test/A/v.mkv", "B/v"]
     crossed = file_names(index_of("v.avi", "v.mkv", "v.avi.mp4", "V.AVI"), tmp_path)
     assert len({str(name).casefold() for name in crossed}) == 4
+
+
+@pytest.mark.parametrize(
+    ("storage", "out", "shard"),
+    [
+        ("video", "my flow", (0, 1)),
+        ("video", "set/flow", (1, 2)),
+        ("lmdb", "f.lmdb", (0, 1)),
+        ("lmdb", "f.lmdb", (1, 2)),
+    ],
+)
+def test_the_command_that_completes_the_flow_names_its_place(tmp_path, monkeypatch, storage, out, shard):
+    """Two videos share their stem, so that their flow has other names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cpr_fast.data.flow.levels.tvl1_flow", lambda pairs: smooth_flow(pairs)[:, None])
+    paths = [tmp_path / "set" / name for name in ("v.mkv", "v.avi", "w.mkv")]
+    for path in paths:
+        write_video(path, 3)
+    make_index(tmp_path, paths)
+    assert flow_command(Path("index.csv"), Index.load("index.csv")) == "cpr-fast flow index.csv --out flow"
+    write_flow("index.csv", out, storage=storage, shard=shard)
+    command = flow_command(Path("index.csv"), Index.load("index.csv", require_flow=False))
+    as_lmdb = ["--storage", "lmdb"] if storage == "lmdb" else []
+    assert shlex.split(command) == ["cpr-fast", "flow", "index.csv", "--out", out, *as_lmdb]
+    assert main(shlex.split(command)[1:]) == 0
+    assert all(video.flow_path for video in Index.load("index.csv"))
