@@ -11,7 +11,7 @@ from typing import Any
 from cpr_fast.errors import printable
 
 
-def show(result: dict[str, Any], json: bool, *, next_step: str, lines: Sequence[str] = ()) -> None:
+def show(result: dict[str, Any], json: bool, *, next_step: str, lines: Sequence[str] | None = None) -> None:
     """Prints a result on stdout.
 
     Args:
@@ -23,7 +23,9 @@ def show(result: dict[str, Any], json: bool, *, next_step: str, lines: Sequence[
     if json:
         print(json_module.dumps(result))
         return
-    for line in lines or [f"{name.replace('_', ' ')}: {_text(value)}" for name, value in result.items()]:
+    if lines is None:
+        lines = [f"{name.replace('_', ' ')}: {_text(value)}" for name, value in result.items()]
+    for line in lines:
         print(printable(line))
     print(f"\nnext: {printable(next_step)}")
 

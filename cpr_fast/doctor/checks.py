@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,15 @@ if TYPE_CHECKING:
     from cpr_fast.data.index.index import Index
 
 
-def doctor(index: Path | None, config: Config, *, device: torch.device, seconds: float) -> dict[str, Any]:
+def doctor(
+    index: Path | None,
+    config: Config,
+    *,
+    device: torch.device,
+    seconds: float,
+    judged: str = "",
+    findings: Iterable[Finding] = (),
+) -> dict[str, Any]:
     """Checks the machine and, if an index is given, its data, and measures where the time of a training step goes.
 
     Problems of an index never raise an exception: each of them is reported as a finding.
@@ -27,15 +36,18 @@ def doctor(index: Path | None, config: Config, *, device: torch.device, seconds:
         config: the settings that the data are checked against, and that the step is measured with.
         device: where the operators and the step run.
         seconds: time for measuring a step; 0 skips the measurement.
+        judged: a sentence that says where `config` is from, for the user.
+        findings: what was found earlier; it is listed with the other findings.
     Returns:
-        "environment", "optional", "kernels", "codecs", "machine", "data", "estimates", "breakdown" and "findings".
-        "findings" is a list of {"level": "error" | "warning" | "ok", "text", "advice", "effect"}, the ones to act on
-        first at its start. "data", "estimates" and "breakdown" are None without an index, or if the index has no usable
-        video.
+        "judged", "environment", "optional", "kernels", "codecs", "machine", "data", "estimates", "breakdown" and
+        "findings". "findings" is a list of {"level": "error" | "warning" | "ok", "text", "advice", "effect"}, the ones
+        to act on first at its start. "data", "estimates" and "breakdown" are None without an index, or if the index has
+        no usable video.
     """
-    findings: list[Finding] = []
+    findings = list(findings)
     folder = index.parent if index is not None and index.parent.is_dir() else Path.cwd()
     result: dict[str, Any] = {
+        "judged": judged,
         "environment": environment(device) | {"packages": packages()},
         "optional": optional_parts(findings),
         "kernels": kernels(device, findings),
@@ -63,7 +75,7 @@ def _check_data(
     videos = load_index(index, findings)
     if videos is None:
         return {}
-    data = check_index(index, videos, config.data.flow, findings)
+    data = check_index(index, videos, config, findings)
     train = training_part(videos, config, findings)
     row = _breakdown(train, config, device, seconds, findings) if seconds > 0 and data["decodable"] else None
     expected = estimates(index, videos, train, config, row, findings) if data["decodable"] else None
@@ -74,9 +86,10 @@ def _breakdown(
     train: Index, config: Config, device: torch.device, seconds: float, findings: list[Finding]
 ) -> dict[str, Any] | None:
     from cpr_fast.doctor.bottleneck import breakdown
+    from cpr_fast.doctor.data import views_read
 
     has_flow = config.data.flow == "on_the_fly" or all(video.flow_path for video in train)
-    views = ("rgb", "flow") if has_flow else ("rgb",)
+    views = tuple(view for view in views_read(config) if view != "flow" or has_flow) or ("rgb",)
     try:
         row = breakdown(train, config, views, device=device, seconds=seconds)
     except Exception as error:  # any error is reported together with the other findings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ from cpr_fast.config import Config
 from cpr_fast.data.flow.names import flow_command
 from cpr_fast.data.index.assemble import SHORT
 from cpr_fast.data.index.build import report_path
-from cpr_fast.data.index.index import Index, IndexFileError, Video
+from cpr_fast.data.index.index import Index, IndexFileError, NotAnIndexError, Video
 from cpr_fast.data.index.layouts import HMDB51_CLASSES
 from cpr_fast.data.storage.media import container, is_record, read_frames
 from cpr_fast.data.video.container import VideoError
@@ -30,11 +31,13 @@ LONG = 64  # frames: up to this length, decoding from the start is fast
 
 def load_index(index: Path, findings: list[Finding]) -> Index | None:
     """Returns the usable rows of the index, or None if there is none; every row that is not usable is an error."""
-    advice = f"create it again: cpr-fast index FOLDER --out {index}"
+    advice = f"create it again: cpr-fast index FOLDER --out {shlex.quote(str(index))}"
     skipped: list[IndexFileError] = []
     try:
         videos = Index.load(index, require_flow=False, skipped=skipped)
     except (InputError, OSError, ValueError) as error:
+        if isinstance(error, NotAnIndexError):  # advice to write the index to this path would destroy the file
+            advice = "name the index of the videos; `cpr-fast index FOLDER --out index.csv` makes one"
         findings.append(Finding("error", str(error), advice, "fails"))
         return None
     if skipped:
@@ -47,9 +50,13 @@ def load_index(index: Path, findings: list[Finding]) -> Index | None:
     return videos if len(videos) else None
 
 
-def check_index(index: Path, videos: Index, flow: str, findings: list[Finding]) -> dict[str, Any]:
-    """Returns the properties of the index and the results of decoding a sample of its videos; `flow` is data.flow of
-    the config."""
+def views_read(config: Config) -> tuple[str, ...]:
+    """Returns the views that the cycles of a config read, without repeats."""
+    return tuple(dict.fromkeys(v for cycle in config.schedule.cycles for v in cycle.views(shared=config.model.shared)))
+
+
+def check_index(index: Path, videos: Index, config: Config, findings: list[Finding]) -> dict[str, Any]:
+    """Returns the properties of the index and the results of decoding a sample of its videos."""
     sources = Counter(video.source for video in videos)
     sampled, damaged, whole = _sample(videos)
     facts = {
@@ -69,7 +76,7 @@ def check_index(index: Path, videos: Index, flow: str, findings: list[Finding]) 
         "disk_free_gib": free_gib(container(videos[0].path).parent),
     }
     _check_sample(facts, whole, findings)
-    _check_columns(index, videos, facts, flow, findings)
+    _check_columns(index, videos, facts, config, findings)
     _check_labels_and_sources(videos, facts, findings)
     findings += _index_report(index)
     return facts
@@ -94,12 +101,12 @@ def _check_sample(facts: dict[str, Any], whole: int, findings: list[Finding]) ->
                                 "time"))  # fmt: skip
 
 
-def _check_columns(index: Path, videos: Index, facts: dict[str, Any], flow: str, findings: list[Finding]) -> None:
+def _check_columns(index: Path, videos: Index, facts: dict[str, Any], config: Config, findings: list[Finding]) -> None:
     """Checks flow, lengths and frame sizes."""
-    if facts["without_flow"] and flow == "stored":
+    if facts["without_flow"] and config.data.flow == "stored" and "flow" in views_read(config):
         verb = "has" if facts["without_flow"] == 1 else "have"
         findings.append(Finding("warning", f"{facts['without_flow']} of {counted(facts['videos'], 'video')} {verb} no "
-                                "flow; the view \"flow\" needs it",
+                                "flow, which the view \"flow\" of these settings needs",
                                 f"{flow_command(index, videos)}, or data.flow = \"on_the_fly\", or the view "
                                 "\"residual\"", "fails"))  # fmt: skip
     if facts["short"]:
@@ -206,9 +213,7 @@ def training_part(videos: Index, config: Config, findings: list[Finding]) -> Ind
         text = f"the index has no split {config.data.split!r} (data.split); its splits are {found}"
         findings.append(Finding("warning", text, "set data.split to one of them", "fails"))
         train = videos
-    if not videos.has_splits:
-        text = "the index has no splits, so training uses all videos, and R@k needs another protocol"
-        findings.append(Finding("ok", text, "cpr-fast retrieve --protocol leave_source_out"))
+    _check_splits(videos, findings)
     if len(train) < config.data.batch_size:
         verb = "is" if len(train) == 1 else "are"
         findings.append(Finding("warning", f"{counted(len(train), 'training video')} {verb} fewer than "
@@ -217,6 +222,23 @@ def training_part(videos: Index, config: Config, findings: list[Finding]) -> Ind
     elif config.memory.kind == "queue":
         _check_memory(train, config, findings)
     return train
+
+
+def _check_splits(videos: Index, findings: list[Finding]) -> None:
+    """Reports which of the splits train and test is missing, and what each command does or cannot do without it."""
+    missing = [name for name in ("train", "test") if all(video.split != name for video in videos)]
+    if not missing:
+        return
+    trained = "" if videos.has_splits else "training uses all videos, "
+    text = (
+        f"the index has no {' and no '.join(missing)} split: {trained}`retrieve` lets every video search among those "
+        "of all other sources (protocol leave_source_out), and `probe` and `finetune` cannot run"
+    )
+    advice = (
+        'to evaluate on videos that training has not seen, fill the column "split" with train and test, or index '
+        "videos that lie in folders of these names"
+    )
+    findings.append(Finding("ok", text, advice))
 
 
 def _check_memory(train: Index, config: Config, findings: list[Finding]) -> None:

@@ -61,6 +61,8 @@ def show(result: dict[str, Any]) -> None:
             stages.add_row(stage, f"{value:.4g}")
         stages.add_row("loader alone", f"{result['breakdown']['loader_s_per_step']:.4g}")
         console.print(stages)
+    if result.get("judged"):
+        console.print(f"The data are {printable(result['judged'])}", highlight=False, markup=False, soft_wrap=True)
     _show_findings(console, result["findings"])
 
 

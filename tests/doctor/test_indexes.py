@@ -71,7 +71,7 @@ def test_unusual_indexes_give_findings(tmp_path, video, kind):
     assert result["data"]["videos"] == len(names.get(kind, "abc")) and result["data"]["decodable"]
     if kind == "flat":
         assert "no video has a label" in texts(result, "ok") and result["data"]["classes"] == 0
-        assert "no splits, so training uses all videos" in texts(result, "ok")
+        assert "the index has no train and no test split: training uses all videos" in texts(result, "ok")
     if kind == "one video":
         assert "1 training video is fewer than data.batch_size = 16" in texts(result, "warning")
         assert "1 sampled video decodes" in texts(result, "ok") and "one source" in texts(result, "error")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -10,6 +12,9 @@ from cpr_fast.commands.inputs import require_at_least, require_file
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from cpr_fast.doctor.findings import Finding
 
 
 def doctor(
@@ -26,7 +31,8 @@ def doctor(
 
     Args:
         index: An index (CSV) whose data are checked, and for which the time of a training step is measured.
-        config: The TOML file with the settings of that training step.
+        config: The recipe (TOML) that the data are judged with; by default the one that names this index, beside the
+            index or in the working directory, or the default settings if there is no such recipe or several.
         device: "auto", "cpu", "cuda" or "cuda:N".
         seconds: Time for measuring a training step, in seconds; 0 skips the measurement.
     """
@@ -35,10 +41,10 @@ def doctor(
     require_at_least("--seconds", 0, seconds)
     import torch
 
-    from cpr_fast.config import Config, load
     from cpr_fast.doctor.checks import doctor as run
     from cpr_fast.doctor.findings import show as show_findings
     from cpr_fast.doctor.machine import no_device
+    from cpr_fast.doctor.recipe import choose_recipe
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,10 +56,24 @@ def doctor(
         raise InputError(f"--device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
     if reason := no_device(where):
         raise InputError(f"--device: {reason}")
-    result = run(index, Config() if config is None else load(config), device=where, seconds=seconds)
-    if json:
-        show(result, json)
-    else:
+    found: list[Finding] = []
+    recipe = choose_recipe(index, config, found)
+    result = run(index, recipe.config, device=where, seconds=seconds, judged=recipe.said, findings=found)
+    broken = any(finding["level"] == "error" for finding in result["findings"])
+    if not json:
         show_findings(result)
-    if any(finding["level"] == "error" for finding in result["findings"]):
+    show(result, json, lines=[], next_step=_next_step(index, recipe.path, broken))
+    if broken:
         raise SystemExit(1)
+
+
+def _next_step(index: Path | None, recipe: Path | None, broken: bool) -> str:
+    if broken:
+        return "correct number 1, then run this command again"
+    if index is None:
+        return "cpr-fast index VIDEOS --out index.csv"
+    return (
+        f"cpr-fast init {shlex.quote(str(index))}"
+        if recipe is None
+        else f"cpr-fast pretrain {shlex.quote(str(recipe))}"
+    )

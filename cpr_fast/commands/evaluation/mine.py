@@ -61,7 +61,7 @@ def mine(
         if details and rows[0]["pmr"] is not None:
             Console().print(survivors_table(rows))
     result = {"features": str(features), "rows": len(data.labels), "results": rows}
-    show(result, json, lines=[""], next_step=_next_step(rows))
+    show(result, json, lines=[], next_step=_next_step(rows))
 
 
 def _next_step(rows: list[dict[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from typing import Literal
 from cpr_fast.data.index.catalogue import Problem
 from cpr_fast.data.index.index import Index, IndexFileError, Video
 from cpr_fast.data.index.listing import Listed, Listing
+from cpr_fast.data.index.summary import KINDS
 from cpr_fast.data.storage.media import is_record
 from cpr_fast.data.storage.records import frame_size, split_record
 from cpr_fast.data.video.container import VideoError
@@ -22,6 +23,14 @@ from cpr_fast.errors import InputError
 
 SHORT = 17  # frames: with clips of T = 32, CoCLR drops videos of this length or shorter (frames - T / 2 - 1 <= 0)
 LOST, LOST_SHARE = 10, 0.1  # more unreadable videos than this number and this share indicate a lost mount
+
+
+# What each layout looks for.
+LISTED = "the videos that the lists in --splits name (--layout)"
+EXPECTED = {
+    "folders": "videos (.mp4, .avi, .mkv, ...) in ROOT, ROOT/CLASS or ROOT/SPLIT/CLASS",
+    "lmdb": "records of videos (--layout lmdb)",
+}
 
 
 @dataclass(frozen=True)
@@ -154,14 +163,20 @@ def _check_disk(problems: list[Problem], listed: int) -> None:
 
 
 def _nothing(root: Path, listing: Listing, problems: list[Problem], options: IndexOptions) -> str:
-    """Returns the error for an index without any video."""
-    text = f"root {str(root)!r}: expected videos of layout {options.layout!r}, got none that can be listed"
+    """Returns the error for an index without any video: none was found, or none of those found can be used."""
+    number = len(listing.videos)
+    if number:
+        which = "the only video" if number == 1 else f"none of the {number:,} videos"
+        text = f"ROOT: {which} in {str(root)!r} can{'not' if number == 1 else ''} be used"
+    else:
+        text = f"ROOT: found no video in {str(root)!r}; expected {EXPECTED.get(options.layout, LISTED)}"
     if problems:
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in Counter(p.kind for p in problems).items())
-        text += f" ({counts}); the first: {problems[0].path}: {problems[0].reason}"
+        kinds = Counter(problem.kind for problem in problems)
+        counts = ", ".join(f"{count:,} {kind} ({KINDS[kind][1]})" for kind, count in kinds.items())
+        text += f"; left out: {counts}; the first: {problems[0].path}: {problems[0].reason}"
     if listing.others:
         suffixes = sorted(listing.others, key=lambda suffix: -listing.others[suffix])[:3]
-        text += f"; other files: {', '.join(f'{listing.others[suffix]:,} {suffix}' for suffix in suffixes)}"
+        text += f"; it holds other files: {', '.join(f'{listing.others[suffix]:,} {suffix}' for suffix in suffixes)}"
         if {".jpg", ".jpeg", ".png"} & set(suffixes):
             text += " (extracted frames are not read; encode them as videos)"
     return text

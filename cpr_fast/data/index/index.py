@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cpr_fast.data.index.catalogue import VIDEO_SUFFIXES
 from cpr_fast.data.index.tables import TableError, read_table, table_text
 from cpr_fast.data.storage.media import exists
 from cpr_fast.runtime.files import replacing
@@ -34,6 +35,10 @@ log = logging.getLogger(__name__)
 
 class IndexFileError(TableError):
     """An index is not as expected; the message states the place, what was found and what was expected."""
+
+
+class NotAnIndexError(IndexFileError):
+    """A file is something else than an index; the message states what it is."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +120,18 @@ class Index(Sequence[Video]):
             skipped: If given, a bad row is left out and its error is appended to this list.
         Raises:
             IndexFileError: states the file, line, column, what was found and what was expected.
+            NotAnIndexError: the file is something else; states what it is.
         """
         path = Path(path)
         try:
             header, rows = read_table(path, COLUMNS, "index")
         except TableError as error:
+            if _kind(path):
+                raise _not_an_index(path, _kind(path)) from None
             raise IndexFileError(str(error)) from None
+        if not set(header) & set(COLUMNS):
+            begins = f"a text file that begins with {','.join(header)[:40]!r}" if header else "an empty file"
+            raise _not_an_index(path, _kind(path) or begins)
         header = _checked_header(path, header)
         if not rows:
             raise IndexFileError(f"{path}: expected at least one video below the header, got none")
@@ -156,6 +167,20 @@ def _write(path: Path, text: str) -> None:
     """Replaces a file in one step."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def _not_an_index(path: Path, what: str) -> NotAnIndexError:
+    return NotAnIndexError(
+        f"{path}: expected an index (a CSV file written by `cpr-fast index`, whose first line is {','.join(COLUMNS)}), "
+        f"got {what}"
+    )
+
+
+def _kind(path: Path) -> str:
+    """Returns what a file is by its suffix, or "" if the suffix does not tell or there is no such file."""
+    kinds = {".toml": "a TOML file, such as a recipe", ".json": "a JSON file", ".lmdb": "an LMDB file",
+             ".pt": "a checkpoint", ".npz": "NumPy arrays", **dict.fromkeys(VIDEO_SUFFIXES, "a video")}  # fmt: skip
+    return kinds.get(path.suffix.lower(), "") if path.is_file() else ""
 
 
 def _checked_header(path: Path, header: list[str]) -> list[str]:

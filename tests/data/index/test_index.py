@@ -201,9 +201,10 @@ def test_flow_files_below_the_root_are_not_videos(tmp_path):
     ("make", "arguments", "message"),
     [
         (lambda root: None, {}, r"ROOT: expected a folder or an LMDB file, got '.*set'"),
-        (lambda root: root.mkdir(), {}, r"expected videos of layout 'folders', got none that can be listed$"),
+        (lambda root: root.mkdir(), {},
+         r"ROOT: found no video in '.*set'; expected videos \(.mp4, .*\) in ROOT, ROOT/CLASS"),
         (lambda root: (write_video(root / "a" / "v.mp4"), (root / "a" / "v.mp4").write_bytes(b"")), {},
-         r"got none that can be listed \(1 empty\); the first: .*v.mp4"),
+         r"ROOT: the only video in '.*set' cannot be used; left out: 1 empty \(file without content\); the first"),
         (lambda root: root.mkdir(), {"layout": "imagenet"}, r"--layout: expected one of .*lmdb, got 'imagenet'"),
         (lambda root: root.mkdir(), {"splits": "lists"}, r"splits: layout 'folders'.* got 'lists'"),
         (lambda root: root.mkdir(), {"layout": "ucf101"}, r"splits: layout 'ucf101' needs"),

@@ -201,5 +201,8 @@ def test_out_that_is_a_folder(tmp_path):
 def test_pictures_alone_are_named(tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "1.jpg").write_bytes(b"\xff\xd8")
-    with pytest.raises(InputError, match=r"1 \.jpg \(extracted frames are not read; encode them as videos\)"):
+    with pytest.raises(
+        InputError,
+        match=r"ROOT: found no video.*; left out: 1 empty_folder .*: 1 \.jpg \(extracted frames are not read; encode",
+    ):
         write_index(tmp_path, tmp_path / "i.csv", IndexOptions())

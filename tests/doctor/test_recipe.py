@@ -1,0 +1,162 @@
+"""Which settings `doctor` judges an index with, and what it says about a file that is no index."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from support.numbered_videos import write_video
+
+pytest.importorskip("nvidia.dali")
+
+from cpr_fast.cli import main
+from cpr_fast.config import Config
+from cpr_fast.data.index.index import Index, IndexFileError, NotAnIndexError
+from cpr_fast.doctor import checks
+from cpr_fast.doctor.recipe import choose_recipe
+
+HEADER = "path,label,source,split,num_frames,fps,width,height,flow_path"
+RECIPE = """# written by `cpr-fast init`
+[data]
+index = "{index}"
+batch_size = 2
+[memory]
+size = {size}
+[schedule]
+cycles = [{{ view = "rgb", epochs = 20, mining = "none" }}]
+[mining]
+top_k = 1
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory, with `set/index.csv` of four videos without flow; the codecs are not checked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        checks, "codecs", lambda device, findings: [{"codec": "h264", "pyav": "exact", "dali": "exact"}]
+    )
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 48, 64, 3)).astype(np.uint8)
+    (tmp_path / "set").mkdir()
+    video = write_video(tmp_path / "v", pictures, "h264-bframes")
+    for i in range(4):
+        os.link(video, tmp_path / "set" / f"{i}.mp4")
+    write_index(tmp_path / "set" / "index.csv", ["train"] * 4)
+    return tmp_path
+
+
+def write_index(path, splits):
+    rows = [f"{i}.mp4,c,s{i},{split},20,25,64,48," for i, split in enumerate(splits)]
+    path.write_text("\n".join([HEADER, *rows]) + "\n")
+
+
+def doctor(capsys, *arguments) -> tuple[str, int]:
+    """Returns what the command prints, without the frames of tables, and its exit code."""
+    try:
+        code = main(["doctor", *arguments, "--seconds", "0"])
+    except SystemExit as stopped:
+        code = stopped.code
+    return capsys.readouterr().out, code
+
+
+@pytest.mark.parametrize(
+    ("place", "index"),
+    [("set/mine.toml", "index.csv"), ("recipe.toml", "set/index.csv"), ("r.toml", "./set/../set/index.csv")],
+)
+def test_the_recipe_of_the_index_is_judged(folder, capsys, place, index):
+    (folder / place).write_text(RECIPE.format(index=index, size=2))
+    (folder / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    (folder / "other.toml").write_text(RECIPE.format(index="other.csv", size=2))
+    (folder / "damaged.toml").write_text("[data\n")
+    out, code = doctor(capsys, "set/index.csv")
+    assert code == 0
+    assert (
+        f"The data are judged with the settings of {place}, which names this index; to judge another recipe: --config"
+        in out
+    )
+    assert "never fills" not in out and "no flow, which" not in out  # as with the defaults, which have flow cycles
+    assert out.endswith(f"\nnext: cpr-fast pretrain {place}\n")
+
+
+def test_without_a_recipe_the_defaults_are_judged_and_named(folder, capsys):
+    out, _ = doctor(capsys, "set/index.csv")
+    assert "judged with the default settings, which suit ten thousand videos: no recipe names this index; " in out
+    assert "`cpr-fast init set/index.csv` writes one, --config RECIPE.toml names another" in out
+    assert '4 of 4 videos have no flow, which the view "flow" of these settings needs' in out
+    assert out.endswith("\nnext: cpr-fast init set/index.csv\n")
+
+
+def test_of_several_recipes_none_is_chosen(folder, capsys):
+    (folder / "a.toml").write_text(RECIPE.format(index="set/index.csv", size=2))
+    (folder / "set" / "b.toml").write_text(RECIPE.format(index="index.csv", size=2))
+    out, _ = doctor(capsys, "set/index.csv")
+    assert "several recipes name this index (set/b.toml, a.toml); choose one: --config set/b.toml" in out
+    out, _ = doctor(capsys, "set/index.csv", "--config", "a.toml")
+    assert "The data are judged with the settings of a.toml (--config)" in out
+    assert out.endswith("\nnext: cpr-fast pretrain a.toml\n")
+
+
+def test_a_recipe_of_init_that_cannot_be_read_is_an_error(folder, capsys):
+    text = RECIPE.format(index="set/index.csv", size=2).replace("batch_size", "batchsize")
+    (folder / "recipe.toml").write_text(text)
+    out, code = doctor(capsys, "set/index.csv")
+    assert code == 1 and "recipe.toml" in out and "batchsize" in out and "default settings" in out
+    assert out.endswith("\nnext: correct number 1, then run this command again\n")
+
+
+def test_without_an_index_the_next_step_makes_one(folder, capsys):
+    out, _ = doctor(capsys)
+    assert "The data are" not in out and out.endswith("\nnext: cpr-fast index VIDEOS --out index.csv\n")
+    assert choose_recipe(None, None, []).config == Config()
+
+
+@pytest.mark.parametrize(
+    ("splits", "said"),
+    [
+        (
+            ["", "", "", ""],
+            "no train and no test split: training uses all videos, `retrieve` lets every video search among",
+        ),
+        (["train"] * 4, "no test split: `retrieve` lets every video search among those of all other sources"),
+        (["train", "train", "test", "test"], ""),
+    ],
+)
+def test_a_missing_split_is_named_with_what_it_is_for(folder, capsys, splits, said):
+    write_index(folder / "set" / "index.csv", splits)
+    out, _ = doctor(capsys, "set/index.csv", "--json")
+    texts = [f["text"] + f["advice"] for f in json.loads(out)["findings"] if " split: " in f["text"]]
+    assert len(texts) == bool(said)
+    for text in texts:
+        assert said in text and "`probe` and `finetune` cannot run" in text and "fill the column" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("text.txt", b"hello\nworld\n", "a text file that begins with 'hello'"),
+        ("empty.csv", b"", "an empty file"),
+        ("other.csv", b"a,b,c\n1,2,3\n", "a text file that begins with 'a,b,c'"),
+        ("recipe.toml", b"[data]\nindex = 'x'\n", "a TOML file, such as a recipe"),
+        ("v.mp4", b"\0\0\0 ftypisom", "a video"),
+        ("last.pt", b"PK\3\4\0\0", "a checkpoint"),
+    ],
+)
+def test_a_file_that_is_no_index_is_named_and_never_to_be_overwritten(folder, capsys, name, content, what):
+    (folder / name).write_bytes(content)
+    with pytest.raises(NotAnIndexError) as refused:
+        Index.load(name)
+    assert str(refused.value) == (
+        f"{name}: expected an index (a CSV file written by `cpr-fast index`, whose first line is {HEADER}), got {what}"
+    )
+    out, code = doctor(capsys, name)
+    assert code == 1 and what in out and f"--out {name}" not in out
+    assert "name the index of the videos; `cpr-fast index FOLDER --out index.csv` makes one" in out
+    assert main(["init", name, "--out", "new.toml"]) == 2 and what in capsys.readouterr().err
+
+
+def test_a_damaged_index_is_still_called_an_index(folder):
+    path = folder / "index.csv"
+    path.write_text("path,label\na.mp4,x\n")
+    with pytest.raises(IndexFileError, match="missing column 'source', 'split'") as refused:
+        Index.load(path)
+    assert not isinstance(refused.value, NotAnIndexError)
