@@ -67,7 +67,10 @@ def test_the_command_and_bad_input(index_csv, tmp_path, capsys):
     arguments = ["show-sample", str(index_csv), "--index", "2", "--epoch", "1", "--views", "rgb"]
     assert main([*arguments, "--config", str(config), "--out", str(tmp_path / "x" / "s.png")]) == 0
     assert Image.open(tmp_path / "x" / "s.png").size == (6 * 32, 2 * (LABEL_HEIGHT + 32))
-    assert "starts: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "starts: " in out and f"settings: {config}\n" in out and f"next: open {tmp_path}/x/s.png" in out
+    assert main([*arguments, "--out", str(tmp_path / "defaults.png")]) == 0
+    assert "settings: the defaults; to use others: --config RECIPE.toml\n" in capsys.readouterr().out
     for bad, message in [
         (["--out", str(tmp_path / "s.txt")], "expected the name of a picture"),
         (["--out", str(tmp_path / "s.png"), "--index", "4"], "expected a video in 0..3, got 4"),

@@ -44,5 +44,6 @@ def show_sample(
     videos = Index.load(index, require_flow=settings.data.flow == "stored")
     if config is not None:
         videos = videos.select_for_training(settings.data.split)
-    show(run(videos, settings.data, seed=settings.run.seed, epoch=epoch, position=position, out=out, views=views), json,
-         next_step=f"open {out}, which shows what the network sees")  # fmt: skip
+    result = run(videos, settings.data, seed=settings.run.seed, epoch=epoch, position=position, out=out, views=views)
+    result["settings"] = "the defaults; to use others: --config RECIPE.toml" if config is None else str(config)
+    show(result, json, next_step=f"open {out}, which shows what the network sees")
