@@ -32,7 +32,7 @@ from av.video.reformatter import ColorRange
 from cpr_fast.data.flow.names import SUFFIX, distinct_name, file_names
 from cpr_fast.data.flow.origin import Origin, place_of
 from cpr_fast.data.index.index import Index, Video
-from cpr_fast.data.video.container import location
+from cpr_fast.data.video.container import ANY_METADATA, location
 from cpr_fast.errors import InputError
 
 BYTES_PER_PIXEL = 0.124  # of a field: 9.5 kB at 320x240 (bench/results/flow_storage.md)
@@ -133,7 +133,7 @@ def _target(video: Video, target: Path, places: set[str]) -> tuple[Path, bool]:
 def _facts(target: Path) -> tuple[tuple[int, int, int] | None, Origin | None]:
     """Returns (frames, height, width) of a flow file and its origin; None for either of them that cannot be read."""
     try:
-        with av.open(location(target), metadata_errors="replace") as container:
+        with av.open(location(target), **ANY_METADATA) as container:
             stream = container.streams.video[0]
             return (stream.frames, stream.height, stream.width), Origin.parse(container.metadata.get("comment"))
     except (OSError, av.FFmpegError, IndexError):

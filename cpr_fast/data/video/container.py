@@ -12,6 +12,8 @@ import av
 from av.stream import Disposition
 
 UNPROBED = {"codec_whitelist": "none", "probesize": "32"}  # opening the container decodes nothing
+# A title that is not UTF-8 must not prevent a file from being opened. PyAV 19 and newer accept it without this option.
+ANY_METADATA = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
 
@@ -66,7 +68,7 @@ def open_video(path: str | Path, *, probe: bool = True) -> Iterator[tuple[av.con
     """
     try:
         options = {} if probe else UNPROBED
-        with av.open(location(path), container_options=options, metadata_errors="replace") as container:
+        with av.open(location(path), container_options=options, **ANY_METADATA) as container:
             streams = video_streams(container)
             if not streams:
                 reason = "holds a cover picture but no video stream" if container.streams.video else None
