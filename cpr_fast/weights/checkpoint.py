@@ -8,9 +8,7 @@ query encoder}, `step`, `epoch` (steps and epochs done), `cycle` (number of the 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,25 +18,13 @@ from typing import Any
 import torch
 
 from cpr_fast.config import Config, ModelConfig
-from cpr_fast.errors import InputError
 from cpr_fast.models import Encoder, build_encoder
+from cpr_fast.weights.reading import CheckpointError, read_torch
 
 FORMAT = "cpr_fast checkpoint"
 VERSION = 1
 LAST = "last.pt"
 BEST = "best.pt"  # best result of online retrieval, see `cpr_fast.pretrain.run.online`
-
-
-class CheckpointError(InputError):
-    """A checkpoint is missing, damaged, written by another program, or could not be written; the message says which."""
-
-
-class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is empty, truncated or otherwise not readable; `damage` says which ("is empty")."""
-
-    def __init__(self, message: str, damage: str = "is damaged") -> None:
-        super().__init__(message)
-        self.damage = damage
 
 
 def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> Path:
@@ -97,40 +83,6 @@ def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> 
     if payload.get("version") != VERSION:
         raise CheckpointError(f"checkpoint {str(path)!r} has version {payload.get('version')!r}; {expected}")
     return payload
-
-
-def read_torch(path: str | Path, *, device: torch.device | str = "cpu", expected: str) -> Any:
-    """Loads a file that `torch.save` wrote, without executing code from it.
-
-    Args:
-        expected: what the file should be, for the end of the error message.
-    Raises:
-        CheckpointError: the file does not exist, cannot be read, or holds objects that would execute code.
-        DamagedCheckpointError: the file is empty, truncated or otherwise damaged.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {str(path)!r} does not exist; {expected}")
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # the unpickler raises any exception in a damaged or foreign file
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # raised for some truncated files
-            raise CheckpointError(f"cannot read checkpoint {str(path)!r}: {error.strerror or error}") from error
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            text = f"checkpoint {str(path)!r} would run code to be read ({code[1]}); {expected}"
-            raise CheckpointError(text) from error
-        damage = _damage(path)
-        raise DamagedCheckpointError(f"checkpoint {str(path)!r} {damage}; {expected}", damage) from error
-
-
-def _damage(path: Path) -> str:
-    """Returns a short description of the damage of a file that `torch.load` refused; torch's messages have many
-    lines."""
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if not start:
-        return "is empty"
-    return "is truncated or damaged" if start in (b"PK", b"\x80\x02") else "is not a checkpoint"
 
 
 def save_step(folder: str | Path, step: int, payload: dict[str, Any], *, keep: int, best: bool = False) -> Path:

@@ -6,7 +6,6 @@ without any tensor of a backbone is refused. Letters: K memory slots, D feature 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -14,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cpr_fast.config import Config, DataConfig, ModelConfig
 from cpr_fast.models import build_encoder
 from cpr_fast.models.s3d import scaled
-from cpr_fast.weights.checkpoint import CheckpointError, read_torch, save_checkpoint
+from cpr_fast.weights.checkpoint import save_checkpoint
+from cpr_fast.weights.reading import CheckpointError, read_torch
 
 Source = Literal["coclr", "iic", "milnce"]
 
@@ -36,15 +35,6 @@ _BLOCKS = {
 COCLR_ALIASES = {f"{block}.{i}.": f"{name}." for block, names in _BLOCKS.items() for i, name in enumerate(names)}
 COCLR_HEAD = {"2.": "head.0.", "4.": "head.2."}  # after the pool and the ReLU of their nn.Sequential
 _EXPECTED = "expected a checkpoint of CoCLR or CPR (encoder_q.*), IIC (conv1.*, conv5*), or MIL-NCE's S3D (mixed_5c.*)"
-
-# Types that their training scripts save in addition to the tensors; loading them executes no code from the file.
-_HARMLESS = [
-    argparse.Namespace,
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np._core.multiarray.scalar,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
-]
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +97,7 @@ def import_checkpoint(path: str | Path, out: str | Path, *, view: str = "rgb") -
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads the tensors of a file, without the prefix of DataParallel, and the plain values saved with them."""
-    with torch.serialization.safe_globals(_HARMLESS):
-        payload = read_torch(path, expected=_EXPECTED)
+    payload = read_torch(path, expected=_EXPECTED)
     if not isinstance(payload, Mapping):
         raise CheckpointError(f"checkpoint {str(path)!r} holds a {type(payload).__name__}; {_EXPECTED}")
     state = next((payload[key] for key in ("state_dict", "model") if isinstance(payload.get(key), Mapping)), payload)

@@ -14,9 +14,10 @@ from cpr_fast.config import Config, ModelConfig
 from cpr_fast.errors import InputError
 from cpr_fast.models import build_encoder
 from cpr_fast.pretrain.run.loop import pretrain
-from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint, load_encoders
+from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders
 from cpr_fast.weights.exporting import export
 from cpr_fast.weights.importing import import_checkpoint
+from cpr_fast.weights.reading import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

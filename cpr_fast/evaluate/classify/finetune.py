@@ -34,7 +34,8 @@ from cpr_fast.runtime.metrics import FILE as METRICS_FILE
 from cpr_fast.runtime.metrics import MetricsWriter, rewind
 from cpr_fast.runtime.precision import autocast
 from cpr_fast.runtime.progress import track
-from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from cpr_fast.weights.checkpoint import load_checkpoint, save_checkpoint
+from cpr_fast.weights.reading import CheckpointError
 
 LAST = "last.pt"
 

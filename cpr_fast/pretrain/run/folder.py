@@ -20,15 +20,8 @@ from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.metrics import FILE as METRICS_FILE
 from cpr_fast.runtime.metrics import rewind
-from cpr_fast.weights.checkpoint import (
-    BEST,
-    LAST,
-    CheckpointError,
-    DamagedCheckpointError,
-    load_checkpoint,
-    point_to,
-    written_whole,
-)
+from cpr_fast.weights.checkpoint import BEST, LAST, load_checkpoint, point_to, written_whole
+from cpr_fast.weights.reading import CheckpointError, DamagedCheckpointError
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from cpr_fast.pretrain.run.dump import dump_step
 from cpr_fast.pretrain.state.cycle import CycleState
 from cpr_fast.pretrain.step.result import StepResult
 from cpr_fast.runtime.metrics import MetricsWriter
-from cpr_fast.weights.checkpoint import CheckpointError
+from cpr_fast.weights.reading import CheckpointError
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from cpr_fast.commands.training.pretrain import parse
 from cpr_fast.config import RunConfig, load
 from cpr_fast.errors import InputError
 from cpr_fast.pretrain.run.folder import LOCK, _resuming, only_writer
-from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from cpr_fast.weights.checkpoint import load_checkpoint, save_checkpoint
+from cpr_fast.weights.reading import CheckpointError
 
 ROOT = Path(__file__).parents[4]
 

@@ -22,7 +22,8 @@ from cpr_fast.config import Config
 from cpr_fast.pretrain.run.loop import pretrain
 from cpr_fast.runtime.interrupt import Interrupted
 from cpr_fast.weights import checkpoint
-from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint
+from cpr_fast.weights.checkpoint import load_checkpoint
+from cpr_fast.weights.reading import CheckpointError
 
 ROOT = Path(__file__).parents[4]
 INDEX = make_index(videos=18)
