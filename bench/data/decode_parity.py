@@ -72,8 +72,7 @@ def table(rows: list[dict], about: dict) -> str:
         f"Clips of {CLIP} frames. *Seeks*: frames identical, bit for bit, to a linear decode, by seeking and by the "
         "packets that a GPU is given. *DALI*: its decoder's frames that are the right one of five neighbours, and PSNR "
         "against FFmpeg's conversion to RGB. *Clips*: PSNR of the loader's augmented clips (128x128) against PIL's "
-        "bicubic crop and flip, and with colour jitter, grayscale and blur against torchvision's recipe on PIL "
-        "(contrast and hue are defined otherwise, as in DALI).",
+        "bicubic crop and flip, and with colour jitter, grayscale and blur against the published recipe on PIL.",
         "",
         "| video | codec | seeks | by seeking | by packets | DALI | PSNR mean, min | clips: crop | with colour |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -46,7 +46,7 @@ from support import real_clips
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.clips.loader import TrainLoader
-from cpr_fast.data.clips.sampling import Clips, Sources, clip_frames, epoch_order, plan_first
+from cpr_fast.data.clips.sampling import NO_GRAY, Clips, Sources, clip_frames, epoch_order, plan_first
 from cpr_fast.data.index.build import IndexOptions, write_index
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.storage.media import is_record
@@ -204,7 +204,7 @@ def psnr(clips: Clips, got: torch.Tensor, truth: torch.Tensor) -> dict[str, floa
     std = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
     error = ((got.cpu() - truth) * std).square().mean(dim=(1, 2, 3, 4)).clamp_min(1e-4)
     scores = (10 * (255**2 / error).log10()).numpy()
-    plain = (clips.brightness == 1) & (clips.saturation == 1) & (clips.sigma == 0)
+    plain = (clips.hue == 0) & (clips.gray == NO_GRAY).all(axis=1) & (clips.sigma == 0)
     kinds = {"plain_db": scores[plain], "colour_db": scores[~plain]}
     return {name: round(float(values.mean()), 1) for name, values in kinds.items() if len(values)}
 
@@ -292,9 +292,8 @@ def page(report: dict) -> str:
         "*torchvision*: the same augmentation by transforms.v2. *the same*: another decoder in front of the loader's "
         "own augmentation (torch's resize, OpenCV's colours and blur, DALI's normalisation). *torch and OpenCV*: the "
         "same operations in a loop of one's own, without threads, substitutes for bad files or DALI. *PIL* is the "
-        "published augmentation, and the truth of PSNR, for clips without and with a change of colours or blur "
-        "(contrast and hue are defined otherwise in DALI and the matrix). *identical*: frames equal to those of a "
-        "linear decode, bit for bit.\n",
+        "published augmentation, and the truth of PSNR, for clips without and with a change of colours or blur. "
+        "*identical*: frames equal to those of a linear decode, bit for bit.\n",
         "*files*: as they are; *transcoded*: H.264 with a key frame every 12 frames (`cpr-fast index --transcode`); "
         "*records*: JPEG of quality 100, 4:2:0, in an LMDB file; the published code unpacks the whole video.\n",
     ]

@@ -44,6 +44,7 @@ def check_sections(
             "data.frames": data.frames,
             "data.stride": data.stride,
             "data.size": data.size,
+            "data.crop_attempts": data.crop_attempts,
             "data.batch_size": data.batch_size,
             "data.workers": data.workers,
             "data.prefetch": data.prefetch,

@@ -30,6 +30,12 @@ class DataConfig:
     # "coclr": random crop, flip, colour jitter, grayscale and blur; "iic": a random 112x112 crop of 128x171 frames
     augment: Literal["coclr", "iic", "none"] = "coclr"
     crop_area: float = 0.2  # smallest area of a random crop, as a fraction of the frame; the largest is the whole frame
+    # Tries of the random crop in pretraining; if none fits, the whole frame is kept. With the published single try
+    # these are 30 % of the clips of 320x240; with 10, as in torchvision's RandomResizedCrop, almost none.
+    crop_attempts: int = 1
+    # "channel": each frame of a gray clip shows one random colour channel [CoCLR]; "luma": its luma
+    grayscale: Literal["channel", "luma"] = "channel"
+    flow_colour: bool = True  # apply jitter, grayscale and blur to flow images too [CoCLR]; False: to RGB only
     batch_size: int = 16  # B, videos per process and step
     workers: int = 2  # decoding threads per process
     prefetch: int = 2  # batches that are prepared in advance

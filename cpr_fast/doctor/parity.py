@@ -21,7 +21,7 @@ from cpr_fast.config.pixels import normalisation
 from cpr_fast.data.clips.graph import ClipGraph
 from cpr_fast.data.clips.reader import fetch_cut, fetch_frames
 from cpr_fast.data.clips.reference import ReferenceGraph
-from cpr_fast.data.clips.sampling import Sources, plan_pairs
+from cpr_fast.data.clips.sampling import NO_GRAY, Sources, plan_pairs
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.decode import read_frames
@@ -136,7 +136,8 @@ def dali_parity(
 
 
 def clip_parity(path: Path, data: DataConfig, *, epochs: int = 8, device: torch.device | None = None) -> dict[str, Any]:
-    """Compares DALI's augmented clips with those of PIL and torchvision, over the training clips of some epochs.
+    """Compares the loader's augmented clips with those of the published code, made by PIL, over the training clips of
+    some epochs.
 
     Returns:
         PSNR in dB: "plain_db", "plain_min_db" of clips that are only cropped, resized and flipped, and "colour_db",
@@ -155,7 +156,7 @@ def clip_parity(path: Path, data: DataConfig, *, epochs: int = 8, device: torch.
         got = graph.run(plan, {"rgb": fetch_cut(video, plan, "rgb", data, finish=device.type != "cuda")})["rgb"].cpu()
         expected = reference.run(plan, {"rgb": fetch_frames(video, plan, "rgb", data)})["rgb"]
         for c in range(2):
-            changed = (plan.brightness[c], plan.saturation[c], plan.hue[c], plan.sigma[c]) != (1, 1, 0, 0)
+            changed = plan.hue[c] or plan.sigma[c] or (plan.gray[c] != NO_GRAY).any()
             error = float(((got[c] - expected[c]) * std).square().mean())
             scores["colour" if changed else "plain"].append(_psnr(error))
     out = {f"{kind}_clips": len(values) for kind, values in scores.items()}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support import real_clips
 
-from cpr_fast.data.clips.sampling import Clips
+from cpr_fast.data.clips.sampling import NO_GRAY, Clips
 from cpr_fast.data.index.index import Video
 
 HEIGHT, WIDTH = 48, 64  # a grid of 2 x 4 blocks: the bits of the frame number, black or white
@@ -81,7 +81,17 @@ def shared_data(*parts: str) -> Path:
 def clips_at(video: Video, starts, **draw) -> Clips:
     """Returns clips of whole frames with the given starts and neutral colours, except for the values in `draw`."""
     count = len(starts)
-    neutral = {"flip": False, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "sigma": 0, "crop": 0}
+    neutral = {
+        "flip": False,
+        "brightness": 1,
+        "contrast": 1,
+        "saturation": 1,
+        "hue": 0,
+        "order": 0,
+        "sigma": 0,
+        "crop": 0,
+    }
+    box = np.tile(draw.pop("box", [0, 0, video.height, video.width]), (count, 1))
+    gray = np.tile(draw.pop("gray", [NO_GRAY]), (count, 1))  # [M, 1] is enough for clips that are not gray
     rest = {name: np.full(count, value) for name, value in (neutral | draw).items()}
-    box = np.tile([0, 0, video.height, video.width], (count, 1))
-    return Clips(np.zeros(count, int), np.array(starts), box, **rest)
+    return Clips(np.zeros(count, int), np.array(starts), box, gray=gray, **rest)

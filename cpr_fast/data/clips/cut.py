@@ -59,7 +59,7 @@ def cut_clips(
                 clip[begin:end] = cutter(taken(pixels, np.searchsorted(here, wanted[begin:end])))
     if finish:
         for row, clip in enumerate(out):
-            finish_clip(clip, clips[row : row + 1], view)
+            finish_clip(clip, clips[row : row + 1], view, data)
     return list(out)
 
 

@@ -1,5 +1,5 @@
-"""The DALI graphs: the same augmentation behind three routes, which differ in the kind of input that the graph
-receives.
+"""The graphs, which turn what was read into clips by one of three routes. DALI decodes, crops and resizes; torch does
+the rest on a GPU (`colour.py`).
 
     frames    Frames are decoded and cut outside of DALI (PyAV, simplejpeg, torch). For training without a GPU, and for
               flow that is computed on the fly.
@@ -8,7 +8,8 @@ receives.
     jpegs     `fn.decoders.image`. A sample is a JPEG. nvJPEG ("mixed") or libjpeg-turbo ("cpu").
 
 The graph of a route is the same on both devices; only the device of the decoder differs. Frames that enter by the route
-"frames" already have their final size and, on the CPU, everything but the normalisation (`cut.py` says why).
+"frames" already have their final size and, on the CPU, everything but the normalisation (`cut.py` says why), which is
+DALI's.
 
 Letters: M clips of a run = N groups (clips of one video) of G clips, T frames, S side of the square output, U distinct
 frames of a group.
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from cpr_fast.config import DataConfig
 from cpr_fast.config.pixels import normalisation
+from cpr_fast.data.clips.colour import finish_clips
 from cpr_fast.data.clips.sampling import Clips
 
 try:
@@ -39,71 +41,36 @@ except ImportError as error:
 Route = Literal["frames", "packets", "jpegs"]
 
 
-def augment(frames, draw, view: str, data: DataConfig, layout: str = "FHWC"):
-    """Augments one planned clip, uint8, or a frame of it (`layout` "HWC"). `draw` is its row of `draw_rows`, float32
-    [11]; the result is normalised float32.
+def cut(frames, box, view: str, data: DataConfig):
+    """Crops and resizes the frames of one planned clip, uint8, or one frame of it, to `box`, its row of `Clips.box`.
 
     PIL crops before it resizes; the result here differs from PIL's by one or two levels, and by more at the edges of
-    the box.
+    the box. Flow (u, v) comes out in the published channel order (128, v, u), as PIL reads the published BGR files.
     """
     interpolation = types.INTERP_LINEAR if data.augment == "iic" else types.INTERP_CUBIC
-    out = fn.resize(frames, roi_start=draw[0:2], roi_end=draw[2:4], size=[data.size] * 2, interp_type=interpolation)
-    if view == "flow":  # the published channel order (128, v, u), as PIL reads the published BGR files
+    out = fn.resize(frames, roi_start=box[0:2], roi_end=box[2:4], size=[data.size] * 2, interp_type=interpolation)
+    if view == "flow":
         u, v = _channel(out, 0), _channel(out, 1)
         out = fn.cat(u * np.uint8(0) + np.uint8(128), v, u, axis_name="C")
-    return finish(out, draw, view, data, layout)
+    return out
 
 
-def finish(out, draw, view: str, data: DataConfig, layout: str = "FHWC"):
-    """Applies colour, blur, flip and normalisation to a clip that has been cut.
-
-    Parameters are per clip, so all frames of a clip get the same change. Boxes and flips are shared by the views;
-    colour and blur apply to RGB only. The two colour operators are skipped where they would change nothing, because
-    they are most of the cost. Compared with PIL, brightness, saturation and blur differ by at most two levels; contrast
-    pivots on 128 instead of the frame's mean, and hue is a rotation in YIQ instead of a shift in HSV.
-    """
-    if view != "flow":
-        if draw[9] > 0:
-            out = fn.color_twist(out, brightness=draw[5], contrast=draw[6], saturation=draw[7], hue=draw[8])
-        if draw[10] > 0:
-            out = fn.gaussian_blur(out, sigma=draw[10])
-    return normalised(out, data, layout, mirror=fn.cast(draw[4], dtype=types.INT32))
-
-
-def normalised(out, data: DataConfig, layout: str = "FHWC", **mirror):
-    """Normalises by the mean and standard deviation of `data.augment`; with `mirror` also flips."""
-    mean, std = normalisation(data.augment)
-    return fn.crop_mirror_normalize(
-        out,
-        **mirror,
-        mean=[255 * m for m in mean],
-        std=[255 * s for s in std],
-        output_layout=layout,
-    )
-
-
-def _channel(frames, number: int):
-    return fn.slice(frames, start=number, shape=1, axis_names="C")
-
-
-@pipeline_def(enable_conditionals=True, exec_dynamic=True, prefetch_queue_depth=1)
-def frames_graph(view: str, data: DataConfig, device: str):
-    """The graph of the route "frames". A sample is a clip: input "frames", uint8 [T, S, S, 3], and on "gpu" also "draw"
-    [11]. One output."""
+@pipeline_def(exec_dynamic=True, prefetch_queue_depth=1)
+def normalised_graph(data: DataConfig):
+    """The graph of the route "frames" on the CPU. A sample is a finished clip: input "frames", uint8 [T, S, S, 3]."""
     frames = fn.external_source(name="frames", device="cpu", layout="FHWC", no_copy=True)
-    if device == "cpu":
-        return normalised(frames, data)
-    return finish(frames.gpu(), fn.external_source(name="draw", device="cpu"), view, data)
+    mean, std = ([255 * value for value in values] for values in normalisation(data.augment))
+    return fn.crop_mirror_normalize(frames, mean=mean, std=std, output_layout="FHWC")
 
 
-@pipeline_def(enable_conditionals=True, exec_dynamic=True, prefetch_queue_depth=1)
+@pipeline_def(exec_dynamic=True, prefetch_queue_depth=1)
 def packets_graph(view: str, data: DataConfig, group: int, decoder: str):
-    """The graph of the route "packets". A sample is a group: inputs "draw" [G, 11], "packets" uint8 [L], "chosen" int32
+    """The graph of the route "packets". A sample is a group: inputs "box" [G, 4], "packets" uint8 [L], "chosen" int32
     [U], the frames to decode, and "order" int32 [G, T], the place in `chosen` of every clip's frames. G outputs.
 
     Each frame is requested once and in order, because the decoder starts again for a frame that is requested twice.
     """
-    draw = fn.external_source(name="draw", device="cpu")
+    box = fn.external_source(name="box", device="cpu")
     packets = fn.external_source(name="packets", device="cpu")
     chosen = fn.external_source(name="chosen", device="cpu")
     order = fn.external_source(name="order", device="cpu")
@@ -113,20 +80,24 @@ def packets_graph(view: str, data: DataConfig, group: int, decoder: str):
         v = fn.slice(frames, rel_start=[0.5], rel_shape=[0.5], axis_names="H")
         frames = fn.cat(_channel(u, 0), _channel(v, 0), axis_name="C")
     clips = [fn.sequence_rearrange(frames, new_order=order[c]) for c in range(group)]
-    return tuple(augment(clip, draw[c], view, data) for c, clip in enumerate(clips))
+    return tuple(cut(clip, box[c], view, data) for c, clip in enumerate(clips))
 
 
-@pipeline_def(enable_conditionals=True, exec_dynamic=True, prefetch_queue_depth=1)
+@pipeline_def(exec_dynamic=True, prefetch_queue_depth=1)
 def jpegs_graph(view: str, data: DataConfig, cuts: int, decoder: str):
-    """The graph of the route "jpegs". A sample is a frame: inputs "draw" [cuts, 11] and "jpegs" uint8 [L]. One output
-    per cut.
+    """The graph of the route "jpegs". A sample is a frame: inputs "box" [cuts, 4] and "jpegs" uint8 [L]. One output per
+    cut.
     """
-    draw = fn.external_source(name="draw", device="cpu")
+    box = fn.external_source(name="box", device="cpu")
     jpegs = fn.external_source(name="jpegs", device="cpu")
     frames = fn.decoders.image(jpegs, device=decoder, output_type=types.RGB)
     if view == "flow":  # (128, v, u)
         frames = fn.cat(_channel(frames, 2), _channel(frames, 1), axis_name="C")
-    return tuple(augment(frames, draw[c], view, data, "HWC") for c in range(cuts))
+    return tuple(cut(frames, box[c], view, data) for c in range(cuts))
+
+
+def _channel(frames, number: int):
+    return fn.slice(frames, start=number, shape=1, axis_names="C")
 
 
 class ClipGraph:
@@ -149,16 +120,18 @@ class ClipGraph:
         With `clip_major` the rows of the output are the first clips of all groups, then all second clips, and so on.
         Otherwise they are in the order of the input.
         """
-        self._views, self._group, self._clip_major, self._lock = dict(routes), group, clip_major, threading.Lock()
+        self._views, self._data, self._lock = dict(routes), data, threading.Lock()
+        self._group, self._clip_major, self._same_frames, self._frames = group, clip_major, same_frames, data.frames
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._same_frames, self._frames = same_frames, data.frames
         gpu, decoder = (None, "cpu") if self._stream is None else (self._stream.device.index, "mixed")
         options: dict[str, Any] = {"num_threads": data.workers, "device_id": gpu}
         cuts = group if same_frames else 1
         self._pipelines = {}
         for view, route in routes.items():
+            if route == "frames" and gpu is not None:
+                continue  # the frames only need to be copied to the GPU
             if route == "frames":
-                pipeline = frames_graph(view, data, "cpu" if gpu is None else "gpu", batch_size=max_clips, **options)
+                pipeline = normalised_graph(data, batch_size=max_clips, **options)
             elif route == "packets":
                 pipeline = packets_graph(view, data, group, decoder, batch_size=max_clips // group, **options)
             else:
@@ -183,36 +156,43 @@ class ClipGraph:
             return {view: self._run_view(view, route, clips, samples[view]) for view, route in self._views.items()}
 
     def _run_view(self, view: str, route: Route, clips: Clips, samples: list) -> Tensor:
-        pipeline, rows, draw = self._pipelines[view], self.rows(len(clips)), draw_rows(clips)
-        if route == "frames":
+        """Returns the clips of one view, float32 [M, 3, T, S, S]."""
+        rows = self.rows(len(clips))
+        if route == "frames" and self._stream is None:
+            self._pipelines[view].feed_input("frames", [samples[row] for row in rows])
+            tensor = self._joined([torch.from_dlpack(self._pipelines[view].run()[0].as_tensor())])
+        else:
+            parts = None if route == "frames" else self._decoded(view, route, clips, samples)
+            # Without a GPU the stream is None, and this has no effect. With one, DALI reuses a buffer once it is
+            # released, without waiting for kernels in torch's streams that may still read it.
+            with torch.cuda.stream(self._stream):
+                if parts is None:
+                    pixels = torch.from_numpy(np.stack([samples[row] for row in rows])).to(self._stream.device)
+                else:
+                    pixels = self._joined([torch.from_dlpack(part.as_tensor()) for part in parts])
+                tensor = finish_clips(pixels.view(len(rows), self._frames, *pixels.shape[-3:]), clips[rows], view,
+                                      self._data)  # fmt: skip
             if self._stream is not None:
-                pipeline.feed_input("draw", draw[rows])
-            pipeline.feed_input("frames", [samples[row] for row in rows])
-        elif route == "packets":
-            pipeline.feed_input("draw", draw.reshape(-1, self._group, draw.shape[1]))
+                self._stream.synchronize()  # this blocks only the background thread
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return tensor.permute(0, 4, 1, 2, 3)
+
+    def _decoded(self, view: str, route: Route, clips: Clips, samples: list) -> Sequence[Any]:
+        """Returns DALI's outputs: cut clips uint8 [N, T, S, S, 3] or frames [N T, S, S, 3], one output per clip of a
+        group."""
+        pipeline, rows, box = self._pipelines[view], self.rows(len(clips)), clips.box.astype(np.float32)
+        groups = box.reshape(-1, self._group, 4)
+        if route == "packets":
+            pipeline.feed_input("box", groups)
             for name, values in zip(("packets", "chosen", "order"), zip(*samples, strict=True), strict=True):
                 pipeline.feed_input(name, list(values))
         elif self._same_frames:
-            pipeline.feed_input("draw", draw.reshape(-1, self._group, draw.shape[1]).repeat(self._frames, axis=0))
+            pipeline.feed_input("box", groups.repeat(self._frames, axis=0))
             pipeline.feed_input("jpegs", [jpeg for clip in samples[:: self._group] for jpeg in clip])
         else:
-            pipeline.feed_input("draw", draw[rows, None].repeat(self._frames, axis=0))
+            pipeline.feed_input("box", box[rows, None].repeat(self._frames, axis=0))
             pipeline.feed_input("jpegs", [jpeg for row in rows for jpeg in samples[row]])
-        tensor = self._owned(pipeline.run())  # [M, T, S, S, 3] or, of single frames, [M * T, S, S, 3]
-        return tensor.view(len(draw), self._frames, *tensor.shape[-3:]).permute(0, 4, 1, 2, 3)
-
-    def _owned(self, outputs: Sequence[Any]) -> Tensor:
-        """Returns DALI's outputs as one tensor, whose memory stays valid as long as the tensor is referenced."""
-        if self._stream is None:
-            return self._joined([torch.from_dlpack(output.as_tensor()) for output in outputs])
-        # DALI reuses a buffer once it is released, without waiting for kernels in torch's streams that may still read
-        # it.
-        with torch.cuda.stream(self._stream):
-            parts = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-            tensor = parts[0].clone() if len(parts) == 1 else self._joined(parts)
-        self._stream.synchronize()  # this blocks only the background thread, and only until the copies are finished
-        tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return tensor
+        return pipeline.run()
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
         """Joins the outputs, one per clip of a group, as rows. A single output is not copied: it is DALI's buffer."""
@@ -230,11 +210,3 @@ def residual(clips: Tensor, data: DataConfig) -> Tensor:
     """
     mean, std = (clips.new_tensor(value).view(3, 1, 1, 1) for value in normalisation(data.augment))
     return torch.sub(clips, clips.roll(1, dims=2)).mul_(0.5).add_((0.5 - mean) / std)
-
-
-def draw_rows(clips: Clips) -> np.ndarray:
-    """Returns the plan as rows for the graphs, float32 [M, 11]: box (4 values), flip, brightness, contrast, saturation,
-    hue, whether any colour changes, sigma."""
-    colour = (clips.brightness, clips.contrast, clips.saturation, clips.hue)
-    neutral = np.logical_and.reduce([value == rest for value, rest in zip(colour, (1, 1, 1, 0), strict=True)])
-    return np.column_stack([clips.box, clips.flip, *colour, ~neutral, clips.sigma]).astype(np.float32)

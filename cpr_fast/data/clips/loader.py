@@ -250,8 +250,8 @@ class TrainLoader:
 class WindowLoader:
     """Loads every evaluation window of every video, in the order of the index.
 
-    Windows overlap by half (they start at 0, T/2 - 1, ... times the stride), or `clips_per_video` of them are spread
-    evenly. Each is cut in the centre, or 5 or 10 times (`crops`, see `plan_windows`). The last batch may be smaller.
+    Windows overlap by half, or `clips_per_video` of them are spread evenly. Each is cut in the centre, or 5 or 10 times
+    (`crops`, see `plan_windows`). The last batch may be smaller.
     `skipped` lists (path, reason) of the files that could not be read; only the windows of these files are missing.
     """
 

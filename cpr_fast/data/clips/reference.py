@@ -18,7 +18,15 @@ from torch import Tensor
 
 from cpr_fast.config import DataConfig
 from cpr_fast.config.pixels import normalisation
-from cpr_fast.data.clips.sampling import IIC_FRAME, IIC_SIDE, Clips
+from cpr_fast.data.clips.sampling import IIC_FRAME, IIC_SIDE, LUMA, NO_GRAY, ORDERS, Clips
+
+# The operations of ORDERS: three enhancements of PIL, and the shift of the hue.
+ENHANCEMENTS = (
+    (ImageEnhance.Brightness, "brightness"),
+    (ImageEnhance.Contrast, "contrast"),
+    (ImageEnhance.Color, "saturation"),
+)
+HUE_SHIFT = 3
 
 
 class ReferenceGraph:
@@ -52,10 +60,10 @@ class ReferenceGraph:
             frames = np.stack([np.full_like(frames[..., 0], 128), frames[..., 1], frames[..., 0]], axis=-1)
         cut = self._cut_iic if self._data.augment == "iic" else self._cut
         pictures = [cut(Image.fromarray(frame), clip.box[0]) for frame in frames]
+        if view != "flow" or self._data.flow_colour:
+            pictures = [_coloured(picture, clip, gray) for picture, gray in zip(pictures, clip.gray[0], strict=True)]
         if clip.flip[0]:
             pictures = [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in pictures]
-        if view != "flow":
-            pictures = [_coloured(picture, clip) for picture in pictures]
         return np.stack([np.asarray(picture) for picture in pictures])
 
     def _cut(self, picture: Image.Image, box: np.ndarray) -> Image.Image:
@@ -74,20 +82,23 @@ class ReferenceGraph:
         return crop if crop.size == size else crop.resize(size, Image.Resampling.BILINEAR)
 
 
-def _coloured(picture: Image.Image, clip: Clips) -> Image.Image:
-    """Applies torchvision's colour jitter for PIL images and PIL's Gaussian blur, as CoCLR does."""
-    enhancements = (ImageEnhance.Brightness, clip.brightness), (ImageEnhance.Contrast, clip.contrast), (
-        ImageEnhance.Color, clip.saturation)  # fmt: skip
-    for enhance, factor in enhancements:
-        if factor[0] != 1:
-            picture = enhance(picture).enhance(float(factor[0]))
-    if clip.hue[0]:
-        hue, saturation, value = picture.convert("HSV").split()
-        turned = np.asarray(hue).astype(int) + round(
-            float(clip.hue[0]) * 255 / 360
-        )  # wraps modulo 256, as in torchvision
-        hue = Image.fromarray((turned % 256).astype(np.uint8))
-        picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+def _coloured(picture: Image.Image, clip: Clips, gray: int) -> Image.Image:
+    """Applies torchvision's colour jitter for PIL images, CoCLR's grayscale and PIL's Gaussian blur."""
+    for operation in ORDERS[clip.order[0]]:
+        if operation == HUE_SHIFT:
+            picture = _hue_shifted(picture, float(clip.hue[0])) if clip.hue[0] else picture
+        else:
+            enhance, name = ENHANCEMENTS[operation]
+            factor = float(getattr(clip, name)[0])
+            picture = enhance(picture).enhance(factor) if factor != 1 else picture
+    if gray != NO_GRAY:
+        picture = Image.merge("RGB", 3 * [picture.convert("L") if gray == LUMA else picture.getchannel(int(gray))])
     if clip.sigma[0]:
         picture = picture.filter(ImageFilter.GaussianBlur(float(clip.sigma[0])))
     return picture
+
+
+def _hue_shifted(picture: Image.Image, hue: float) -> Image.Image:
+    channels = picture.convert("HSV").split()
+    shifted = np.asarray(channels[0]) + np.uint8(int(hue * 255) % 256)  # wraps modulo 256, as in torchvision
+    return Image.merge("HSV", (Image.fromarray(shifted), *channels[1:])).convert("RGB")

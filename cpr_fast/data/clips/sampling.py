@@ -2,14 +2,14 @@
 
 A plan is a pure function of (seed, epoch, video, clip). The draws come from a counter-based generator (Philox4x32-10,
 Salmon et al. 2011), whose counter identifies each draw. Therefore the clips of a video do not depend on the batch size,
-the worker or the rank, and a resumed run only needs its step number. RGB and flow share one plan; the colour part
-applies to RGB alone.
+the worker or the rank, and a resumed run only needs its step number. RGB and flow share one plan.
 
-Letters: N videos, M clips, T frames of a clip, B videos of a batch.
+Letters: N videos, M clips, T frames of a clip, B videos of a batch, A tries of the random crop.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
@@ -23,18 +23,37 @@ if TYPE_CHECKING:
     from cpr_fast.config import DataConfig
     from cpr_fast.data.index.index import Index
 
-CENTRE_FRACTION = 224 / 256  # of the short side: the published evaluation crops 224 from frames of short side 256
+# The published evaluation crops 224x224 pixels of frames as they are stored: of short side 240 (UCF101, HMDB51) or 256
+# (Kinetics).
+TEST_SIDE, STORED_SIDE = 224, 256
 CROPS = (1, 5, 10)
 IIC_FRAME, IIC_SIDE = (128, 171), 112  # IIC resizes a frame to 128x171 and crops 112 of it
-CROP_RATIO, CROP_ATTEMPTS = (3 / 4, 4 / 3), 10
-JITTER, HUE_DEGREES, SIGMA = 0.4, 36.0, (0.1, 2.0)  # ColorJitter(.4, .4, .4, .1): a hue of .1 is 36 degrees
+CROP_RATIO = (3 / 4, 4 / 3)
+JITTER, HUE, SIGMA = 0.4, 0.1, (0.1, 2.0)  # ColorJitter(.4, .4, .4, .1)
 BASE_P, FLIP_P, JITTER_P, GRAYSCALE_P, BLUR_P = 0.3, 0.5, 0.8, 0.2, 0.5
+# The orders of brightness, contrast, saturation and hue (0, 1, 2, 3); ColorJitter shuffles them.
+ORDERS = tuple(itertools.permutations(range(4)))
+NO_GRAY, LUMA = -1, 3  # values of `Clips.gray` besides the channels 0, 1, 2
 
-LABELLED_JITTER_P = 0.3  # probability of jitter in classifier training, which has no grayscale and no blur
+LABELLED_JITTER_P = 0.3  # probability of jitter in classifier training, which has no flip, grayscale and blur
+LABELLED_ATTEMPTS = 10  # tries of the random crop in classifier training
 TEST_JITTER, TEST_JITTER_P = 0.2, 0.3  # jitter of test clips in the published code; the hue range is that of training
 
 # The independent streams of draws of a video; 0 and 1 are its two clips.
 _PAIR_STREAM, _ORDER_STREAM, _LABELLED_STREAM, _TEST_STREAM = 2, 3, 4, 5
+
+# The columns of the draws of a clip; T columns for the channels of grayscale and 3 A for the crop follow them.
+_FLIP, _CHANCES, _FACTORS, _HUE, _SIGMA, _ORDER, _CORNER, _START = (
+    0,
+    slice(1, 4),
+    slice(4, 7),
+    7,
+    8,
+    9,
+    slice(10, 12),
+    12,
+)
+_FIXED = 13
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,10 @@ class Sources:
 
 @dataclass(frozen=True)
 class Clips:
-    """M planned clips. Without augmentation, flip, colour and blur have their neutral values."""
+    """M planned clips. Without augmentation, flip, colours and blur have their neutral values.
+
+    The colours are applied in this order: brightness, contrast, saturation and hue as `order` says, gray, blur, flip.
+    """
 
     video: np.ndarray  # int64 [M], position in the index
     start: np.ndarray  # int64 [M], first source frame; if negative, frame 0 replaces the frames before it
@@ -67,8 +89,10 @@ class Clips:
     flip: np.ndarray  # bool [M]
     brightness: np.ndarray  # float32 [M], factor
     contrast: np.ndarray  # float32 [M], factor
-    saturation: np.ndarray  # float32 [M], factor; 0 is grayscale
-    hue: np.ndarray  # float32 [M], degrees
+    saturation: np.ndarray  # float32 [M], factor
+    hue: np.ndarray  # float32 [M], shift as a fraction of the colour circle
+    order: np.ndarray  # int8 [M], position in ORDERS
+    gray: np.ndarray  # int8 [M, T], channel that replaces all three of a frame; LUMA: its luma; NO_GRAY: none
     sigma: np.ndarray  # float32 [M], Gaussian blur in output pixels; 0 is no blur
     crop: np.ndarray  # int64 [M], number of an evaluation crop, 0..9 (see `plan_windows`); 0 in training
 
@@ -101,15 +125,17 @@ def plan_pairs(sources: Sources, video: np.ndarray, data: DataConfig, seed: int,
 
     This is CoCLR's augmentation. With probability 1/2 the clips have different time positions, and each is "base" with
     probability 0.3 and else "null". Otherwise both have the same position, one is base and the other is null. "null" is
-    a random resized crop and a flip; "base" adds colour jitter, grayscale and blur. With `data.augment = "none"` clips
-    have different positions and a centre crop; with "iic" different positions and a random crop each.
+    a random crop, which keeps the whole frame if it does not fit in `data.crop_attempts` tries, and a flip; "base" adds
+    colour jitter, grayscale and blur. With `data.augment = "none"` clips have different positions and a centre crop;
+    with "iic" different positions and a random crop each.
     """
     start, is_base = _positions(sources.num_frames[video], data, seed, epoch, video)
     chances = np.array([JITTER_P, GRAYSCALE_P, BLUR_P])
-    clips = [
-        _clip(sources, video, start[:, c], is_base[:, [c]] * chances, data, _draws(video, seed, epoch, c, blocks=8))
-        for c in (0, 1)
-    ]
+    clips = []
+    for c in (0, 1):
+        draw = _clip_draws(video, data, seed, epoch, c, data.crop_attempts)
+        clip = _clip(sources, video, start[:, c], is_base[:, [c]] * chances, data, draw)
+        clips.append(clip if data.augment != "coclr" else replace(clip, flip=draw[:, _FLIP] < FLIP_P))
     return Clips.concatenate(clips)
 
 
@@ -119,29 +145,29 @@ def plan_first(sources: Sources, video: np.ndarray, data: DataConfig, seed: int,
 
 
 def plan_labelled(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Clips:
-    """Plans the training clip of each video for a classifier, M = N: CoCLR's "null" augmentation, and colour jitter
-    with probability 0.3. With `data.augment = "none"`: a random position and a centre crop.
+    """Plans the training clip of each video for a classifier, M = N: a random position and crop, and colour jitter with
+    probability 0.3. As published, the crop is tried ten times, and where none fits it is the largest centred square.
+    With `data.augment = "none"`: a random position and a centre crop.
     """
     return _single(sources, video, data, seed, epoch, LABELLED_JITTER_P)
 
 
 def plan_selection(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Clips:
     """Plans the clip of each video with which the published code selects a model: a random position and crop, M = N."""
-    clips = _single(sources, video, data, seed, epoch, 0.0)
-    return replace(clips, flip=np.zeros(len(clips), bool))
+    return _single(sources, video, data, seed, epoch, 0.0)
 
 
 def _single(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int, jitter_p: float) -> Clips:
-    draw = _draws(video, seed, epoch, _LABELLED_STREAM, blocks=8)
-    slack = sources.num_frames[video] - _span(data)
-    start = np.where(slack < 0, slack, _below(draw[:, 31], np.maximum(slack, 1)))
-    return _clip(sources, video, start, np.array([jitter_p, 0, 0]), data, draw)
+    draw = _clip_draws(video, data, seed, epoch, _LABELLED_STREAM, LABELLED_ATTEMPTS)
+    start = _random_start(sources.num_frames[video], data, draw[:, _START])
+    square = _square_box(sources.height[video], sources.width[video])
+    return _clip(sources, video, start, np.array([jitter_p, 0, 0]), data, draw, square)
 
 
 def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video: int | None, crops: int = 1) -> Clips:
-    """Plans the evaluation clips of one video: windows that overlap by half (they start at 0, T/2 - 1, ... times the
-    stride), or `clips_per_video` windows at evenly spaced positions. A video shorter than a clip gives one window,
-    padded on the left.
+    """Plans the evaluation clips of one video: windows that overlap by half (with a stride s they start every
+    T s / 2 - 1 frames), or `clips_per_video` windows at evenly spaced positions. A video of at most T s frames gives
+    one window, padded on the left.
 
     Each window is cut `crops` times: in the centre (1), also in the four corners (5), and all five also flipped (10).
     """
@@ -149,28 +175,30 @@ def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video
         raise InputError(
             f"--crops: expected 1 (centre), 5 (centre and corners) or 10 (these also flipped), got {crops}"
         )
-    slack = int(sources.num_frames[video]) - _span(data)
-    if slack <= 0:
-        start = np.array([slack])
+    frames, span = int(sources.num_frames[video]), data.frames * data.stride
+    if frames <= span:
+        start = _padded_start(np.array([frames]), data, np.zeros(1, np.int64))
     elif clips_per_video is None:
-        start = np.arange(0, slack + 1, max(1, data.frames // 2 - 1) * data.stride)
+        start = np.arange(0, frames - span + 1, max(1, span // 2 - 1))
     else:
-        start = np.linspace(0, slack, clips_per_video).round().astype(np.int64)
+        start = np.linspace(0, frames - span, clips_per_video)
+        start = start if data.augment == "iic" else start.round()  # IIC's code truncates
     crop = np.tile(np.arange(crops), len(start))
     videos = np.full(len(crop), video, np.int64)
     corner_box = _iic_corner_box if data.augment == "iic" else _corner_box
     box = corner_box(sources.height[videos], sources.width[videos], crop % 5)
-    clips = _neutral(videos, start.astype(np.int64).repeat(crops), box)
+    clips = _neutral(videos, start.astype(np.int64).repeat(crops), box, data)
     return replace(clips, flip=crop >= 5, crop=crop)
 
 
 def with_test_jitter(clips: Clips, seed: int) -> Clips:
-    """Returns the same clips with the colour jitter that the published code keeps at test time; one draw per video."""
-    draw = _draws(clips.video, seed, 0, _TEST_STREAM, blocks=2)
-    jitter = draw[:, 0] < TEST_JITTER_P
-    factor = (1 + np.where(jitter[:, None], TEST_JITTER * (2 * draw[:, 1:4] - 1), 0)).astype(np.float32)
-    hue = np.where(jitter, HUE_DEGREES * (2 * draw[:, 4] - 1), 0).astype(np.float32)
-    return replace(clips, brightness=factor[:, 0], contrast=factor[:, 1], saturation=factor[:, 2], hue=hue)
+    """Returns the same clips with the colour jitter that the published code keeps at test time.
+
+    All windows of a video have the same jitter. Each of its ten crops has another one: the published code makes a pass
+    over the videos for each crop.
+    """
+    draw = _draws(clips.video, seed, clips.crop, _TEST_STREAM, blocks=2)
+    return replace(clips, **_jitter(draw[:, 0] < TEST_JITTER_P, TEST_JITTER, draw[:, 1:4], draw[:, 4], draw[:, 5]))
 
 
 def clip_frames(start: int, data: DataConfig) -> np.ndarray:
@@ -178,15 +206,33 @@ def clip_frames(start: int, data: DataConfig) -> np.ndarray:
     return np.maximum(start + data.stride * np.arange(data.frames, dtype=np.int64), 0)
 
 
-def _span(data: DataConfig) -> int:
-    return (data.frames - 1) * data.stride + 1
+def _random_start(num_frames: np.ndarray, data: DataConfig, draw: np.ndarray) -> np.ndarray:
+    """Returns random starts of the shape of `draw`, int64; `num_frames` is broadcast to it.
+
+    As published, a clip of stride s spans T s frames, and the start is uniform in 0 .. frames - T s - 1: the last
+    possible start is never drawn. A video of at most T s frames is padded, and the first of its frames is random.
+    """
+    slack = num_frames - data.frames * data.stride
+    padded = _padded_start(num_frames, data, _below(draw, np.int64(data.stride)))
+    return np.where(slack > 0, _below(draw, np.maximum(slack, 1)), padded)
 
 
-def _draws(video: np.ndarray, seed: int, epoch: int, stream: int, blocks: int) -> np.ndarray:
+def _padded_start(num_frames: np.ndarray, data: DataConfig, phase: np.ndarray) -> np.ndarray:
+    """Returns the starts, int64, of clips that end with the frames phase, phase + stride, ... of a short video."""
+    count = np.minimum(-((phase - num_frames) // data.stride), data.frames)  # of these frames
+    return phase - (data.frames - np.maximum(count, 0)) * data.stride
+
+
+def _draws(video: np.ndarray, seed: int, epoch: int | np.ndarray, stream: int, blocks: int) -> np.ndarray:
     """Returns uniform draws in [0, 1) for each video, float64 [N, 4 * blocks]."""
     streams = np.empty((len(video), 3), np.uint64)
     streams[:, 0], streams[:, 1], streams[:, 2] = epoch, video, stream
     return philox_uniform(seed % 2**64, streams, blocks)
+
+
+def _clip_draws(video: np.ndarray, data: DataConfig, seed: int, epoch: int, stream: int, attempts: int) -> np.ndarray:
+    """Returns the draws of a clip of each video, float64 [N, _FIXED + T + 3 A or more]."""
+    return _draws(video, seed, epoch, stream, blocks=-(-(_FIXED + data.frames + 3 * attempts) // 4))
 
 
 def _below(draw: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -199,9 +245,7 @@ def _positions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the start of both clips, int64 [N, 2], and whether each gets the base augmentation, bool [N, 2]."""
     draw = _draws(video, seed, epoch, _PAIR_STREAM, blocks=2)
-    slack = (num_frames - _span(data))[:, None]
-    # Uniform in 0 .. slack - 1, as published: the last possible start is drawn only if it is the only one.
-    start = np.where(slack < 0, slack, _below(draw[:, :2], np.maximum(slack, 1)))
+    start = _random_start(num_frames[:, None], data, draw[:, :2])
     if data.augment != "coclr":
         return start, np.zeros(start.shape, bool)
     two_positions = draw[:, 2:3] < 0.5
@@ -211,46 +255,99 @@ def _positions(
 
 
 def _clip(
-    sources: Sources, video: np.ndarray, start: np.ndarray, chances: np.ndarray, data: DataConfig, draw: np.ndarray
+    sources: Sources,
+    video: np.ndarray,
+    start: np.ndarray,
+    chances: np.ndarray,
+    data: DataConfig,
+    draw: np.ndarray,
+    otherwise: np.ndarray | None = None,
 ) -> Clips:
-    """Plans one clip per video from its 32 draws, float64 [N, 32]. `chances` are the probabilities of jitter, grayscale
-    and blur, [3] or [N, 3]."""
+    """Plans one clip per video from its draws of `_clip_draws`, without a flip.
+
+    `chances` are the probabilities of jitter, grayscale and blur, [3] or [N, 3]. `otherwise` is the box where no try of
+    the random crop fits, int64 [N, 4]; by default the whole frame.
+    """
     height, width = sources.height[video], sources.width[video]
     if data.augment == "none":
-        return _neutral(video, start, _corner_box(height, width, np.zeros(len(video), np.int64)))
+        return _neutral(video, start, _corner_box(height, width, np.zeros(len(video), np.int64)), data)
     if data.augment == "iic":
         free = np.array(IIC_FRAME) - IIC_SIDE
-        return _neutral(video, start, _iic_box(height, width, _below(draw[:, 28:30], free + 1)))
-    jitter, grayscale, blur = (draw[:, 1:4] < chances).T
-    factor = 1 + np.where(jitter[:, None], JITTER * (2 * draw[:, 4:7] - 1), 0)  # [N, 3]
-    return Clips(
-        video=video,
-        start=start,
-        box=_random_box(height, width, data.crop_area, draw[:, 8:28].reshape(-1, CROP_ATTEMPTS, 2), draw[:, 28:30]),
-        flip=draw[:, 0] < FLIP_P,
-        brightness=factor[:, 0].astype(np.float32),
-        contrast=factor[:, 1].astype(np.float32),
-        saturation=np.where(grayscale, 0, factor[:, 2]).astype(np.float32),
-        hue=np.where(jitter, HUE_DEGREES * (2 * draw[:, 7] - 1), 0).astype(np.float32),
-        sigma=np.where(blur, SIGMA[0] + (SIGMA[1] - SIGMA[0]) * draw[:, 30], 0).astype(np.float32),
-        crop=np.zeros(len(video), np.int64),
+        return _neutral(video, start, _iic_box(height, width, _below(draw[:, _CORNER], free + 1)), data)
+    end = _FIXED + data.frames
+    attempts = draw[:, end : end + (draw.shape[1] - end) // 3 * 3].reshape(len(video), -1, 3)
+    box = _random_box(height, width, data.crop_area, attempts, draw[:, _CORNER], otherwise)
+    jitter, grayscale, blur = (draw[:, _CHANCES] < chances).T
+    channel = np.full_like(draw[:, _FIXED:end], LUMA)
+    if data.grayscale == "channel":
+        channel = _below(draw[:, _FIXED:end], np.int64(3))
+    sigma = SIGMA[0] + (SIGMA[1] - SIGMA[0]) * draw[:, _SIGMA]
+    return replace(
+        _neutral(video, start, box, data),
+        gray=np.where(grayscale[:, None], channel, NO_GRAY).astype(np.int8),
+        sigma=np.where(blur, sigma, 0).astype(np.float32),
+        **_jitter(jitter, JITTER, draw[:, _FACTORS], draw[:, _HUE], draw[:, _ORDER]),
     )
 
 
-def _neutral(video: np.ndarray, start: np.ndarray, box: np.ndarray) -> Clips:
+def _jitter(
+    some: np.ndarray, strength: float, factors: np.ndarray, hue: np.ndarray, order: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Returns the fields of ColorJitter(strength, strength, strength, .1) for `some` clips, bool [N], and their neutral
+    values for the others; from draws of the factors [N, 3], of the hue and of the order [N]."""
+    factors = (1 + np.where(some[:, None], strength * (2 * factors - 1), 0)).astype(np.float32)
+    return {
+        "brightness": factors[:, 0],
+        "contrast": factors[:, 1],
+        "saturation": factors[:, 2],
+        "hue": np.where(some, HUE * (2 * hue - 1), 0).astype(np.float32),
+        "order": np.where(some, _below(order, np.int64(len(ORDERS))), 0).astype(np.int8),
+    }
+
+
+def _neutral(video: np.ndarray, start: np.ndarray, box: np.ndarray, data: DataConfig) -> Clips:
     count = len(video)
     one, zero = np.ones(count, np.float32), np.zeros(count, np.float32)
-    return Clips(video, start, box, np.zeros(count, bool), one, one, one, zero, zero, np.zeros(count, np.int64))
+    return Clips(
+        video=video,
+        start=start,
+        box=box,
+        flip=np.zeros(count, bool),
+        brightness=one,
+        contrast=one,
+        saturation=one,
+        hue=zero,
+        order=np.zeros(count, np.int8),
+        gray=np.full((count, data.frames), NO_GRAY, np.int8),
+        sigma=zero,
+        crop=np.zeros(count, np.int64),
+    )
 
 
 def _corner_box(height: np.ndarray, width: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Returns squares of 7/8 of the short side, int64 [N, 4]. `place` 0 is the centre; 1 to 4 are top left, top right,
-    bottom left, bottom right."""
-    side = np.maximum(1, np.round(CENTRE_FRACTION * np.minimum(height, width))).astype(np.int64)
+    """Returns the squares of the published evaluation, int64 [N, 4]: 224 pixels of a frame whose short side is 224 to
+    256. Larger frames are cut as if they had been resized to 256, and of smaller ones the square is the short side.
+
+    `place` 0 is the centre; 1 to 4 are top left, top right, bottom left, bottom right.
+    """
+    short = np.minimum(height, width)
+    side = np.round(short * np.minimum(1, TEST_SIDE / np.minimum(short, STORED_SIDE))).astype(np.int64)
     free_height, free_width = height - side, width - side
-    top = np.where(place == 0, free_height // 2, np.where(place >= 3, free_height, 0))
-    left = np.where(place == 0, free_width // 2, np.where(place % 2 == 0, free_width, 0))
+    top = np.where(place == 0, _half(free_height), np.where(place >= 3, free_height, 0))
+    left = np.where(place == 0, _half(free_width), np.where(place % 2 == 0, free_width, 0))
     return np.stack([top, left, top + side, left + side], axis=1)
+
+
+def _square_box(height: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """Returns the largest centred squares, int64 [N, 4]."""
+    side = np.minimum(height, width)
+    top, left = _half(height - side), _half(width - side)
+    return np.stack([top, left, top + side, left + side], axis=1)
+
+
+def _half(free: np.ndarray) -> np.ndarray:
+    """Returns the offset of a centred box; a half is rounded to the even number, as in the published code."""
+    return np.round(free / 2).astype(np.int64)
 
 
 def _iic_corner_box(height: np.ndarray, width: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -268,22 +365,27 @@ def _iic_box(height: np.ndarray, width: np.ndarray, corner: np.ndarray) -> np.nd
 
 
 def _random_box(
-    height: np.ndarray, width: np.ndarray, smallest: float, attempts: np.ndarray, corner: np.ndarray
+    height: np.ndarray,
+    width: np.ndarray,
+    smallest: float,
+    attempts: np.ndarray,
+    corner: np.ndarray,
+    otherwise: np.ndarray | None,
 ) -> np.ndarray:
-    """Returns the boxes of torchvision's RandomResizedCrop, int64 [N, 4].
+    """Returns the boxes of CoCLR's RandomSizedCrop, int64 [N, 4].
 
-    The first of the `attempts` (draws of area and log ratio, float64 [N, 10, 2]) that fits is placed by `corner`
-    (draws, float64 [N, 2]). Where none fits, the box is the largest centred one of an allowed ratio.
+    The first of the `attempts` (draws of area, ratio and exchange of the sides, float64 [N, A, 3]) that fits is placed
+    by `corner` (draws, float64 [N, 2]). As published, the ratio is uniform and the sides are exchanged half the time,
+    which differs little from torchvision's uniform logarithm of the ratio. Where none fits, the box is `otherwise`, by
+    default the whole frame.
     """
     area = (smallest + (1 - smallest) * attempts[..., 0]) * (height * width)[:, None]
-    low, high = np.log(CROP_RATIO)
-    ratio = np.exp(low + (high - low) * attempts[..., 1])  # width / height
-    w, h = np.round(np.sqrt(area * ratio)).astype(np.int64), np.round(np.sqrt(area / ratio)).astype(np.int64)
-    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])  # [N, 10]
+    ratio = CROP_RATIO[0] + (CROP_RATIO[1] - CROP_RATIO[0]) * attempts[..., 1]
+    sides = np.round(np.sqrt([area * ratio, area / ratio])).astype(np.int64)
+    w, h = np.where(attempts[..., 2] < 0.5, sides[::-1], sides)  # [N, A] each
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
     first = (np.arange(len(w)), fits.argmax(axis=1))
-    some = fits.any(axis=1)
-    h = np.where(some, h[first], np.minimum(height, np.round(width / CROP_RATIO[0]).astype(np.int64)))
-    w = np.where(some, w[first], np.minimum(width, np.round(height * CROP_RATIO[1]).astype(np.int64)))
-    top = np.where(some, _below(corner[:, 0], height - h + 1), (height - h) // 2)
-    left = np.where(some, _below(corner[:, 1], width - w + 1), (width - w) // 2)
-    return np.stack([top, left, top + h, left + w], axis=1)
+    w, h = np.where(fits[first], w[first], width), np.where(fits[first], h[first], height)
+    top, left = _below(corner[:, 0], height - h + 1), _below(corner[:, 1], width - w + 1)
+    box = np.stack([top, left, top + h, left + w], axis=1)
+    return box if otherwise is None else np.where(fits[first][:, None], box, otherwise)

@@ -166,7 +166,7 @@ def _about_settings(config: Config) -> Iterator[str]:
 
 
 def _about_videos(config: Config, index: Index) -> Iterator[str]:
-    span = (config.data.frames - 1) * config.data.stride + 1
+    span = config.data.frames * config.data.stride
     short = sum(video.num_frames < span for video in index)
     if 2 * short >= len(index):
         yield (

@@ -11,7 +11,7 @@ from support.numbered_videos import write_video
 from cpr_fast.config import DataConfig
 from cpr_fast.config.pixels import IMAGENET_MEAN as MEAN
 from cpr_fast.config.pixels import IMAGENET_STD as STD
-from cpr_fast.data.clips.sampling import Clips
+from cpr_fast.data.clips.sampling import NO_GRAY, Clips
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.record_writer import RecordWriter
 from cpr_fast.data.storage.records import record_path, split_record
@@ -85,7 +85,8 @@ def resized(frames: np.ndarray, box: np.ndarray, flip: bool, size: int) -> np.nd
 
 
 def neutral(clips: Clips) -> np.ndarray:
-    return (clips.brightness == 1) & (clips.saturation == 1) & (clips.hue == 0) & (clips.sigma == 0)
+    """Returns which clips are only cropped, resized and flipped, bool [M]."""
+    return (clips.hue == 0) & (clips.gray == NO_GRAY).all(axis=1) & (clips.sigma == 0)
 
 
 def assert_same_batches(first, second):
