@@ -14,7 +14,17 @@ RecipeName = Literal["paper", "coclr", "iic"]
 Metric = Literal["cosine", "plain_cosine", "euclidean"]
 
 # Settings of the data that do not change an evaluation's clips: speed, location, augmentation of training clips.
-_IRRELEVANT = ("index", "split", "batch_size", "workers", "prefetch", "cache_gib", "crop_area")
+_IRRELEVANT = (
+    "index",
+    "split",
+    "batch_size",
+    "workers",
+    "prefetch",
+    "cache_gib",
+    "crop_area",
+    "crop_attempts",
+    "grayscale",
+)
 _JITTER_SEED = 0
 
 
