@@ -42,11 +42,12 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "export": ("training", "Write a checkpoint's encoders as safetensors, ONNX or a CoCLR checkpoint."),
     },
     "Evaluation": {
-        "retrieve": ("evaluation", "Nearest-neighbour retrieval between videos: R@1, 5, 10, 20, 50."),
+        "retrieve": ("evaluation", "Nearest-neighbour retrieval between videos: mAP, R@1, 5, 10, 20, 50."),
         "probe": ("evaluation", "Train a linear classifier on frozen features."),
         "finetune": ("evaluation", "Finetune the encoders as a classifier."),
         "search": ("evaluation", "Find the videos of an index that are most similar to your own."),
         "mine": ("evaluation", "Measure the mining quality (PMR, CMR) of any cascade on stored features."),
+        "compare": ("evaluation", "Test whether the retrieval of two runs, or of two settings with seeds, differs."),
         "report": ("evaluation", "Write the HTML report of one or more training runs."),
     },
 }

@@ -16,7 +16,7 @@ from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.sections.beside import published_beside
 from cpr_fast.report.sections.classification import classification_table, confusions
 from cpr_fast.report.sections.comparison import comparison
-from cpr_fast.report.sections.header import TERMS, facts, percent, tiles
+from cpr_fast.report.sections.header import TERMS, facts, headline, percent, tiles
 from cpr_fast.report.sections.mining import class_rates, extremes, inside_figures, mining_figures
 from cpr_fast.report.sections.retrieval import retrieval_blocks
 from cpr_fast.report.sections.sheets import mined_sheets, retrieved_sheet
@@ -74,6 +74,7 @@ def _section(run: Run) -> dict[str, Any]:
         "run": run,
         "facts": facts(run),
         "verdict": verdict(run),
+        "headline": headline(run),
         "tiles": tiles(run),
         "retrieval": retrieval_blocks(run),
         "retrieved": retrieved_sheet(run),

@@ -55,6 +55,9 @@ MISSING = [
     "search no.mp4 --index F --checkpoint F",
     "search F --index F --checkpoint F --top 0",
     "mine no.npz",
+    "compare",
+    "compare . no",
+    "compare . --against no",
     "report no",
     "report",
 ]

@@ -77,4 +77,4 @@ def test_retrieval_without_labels_says_so(tmp_path, index):
     for row in rows[:-1]:
         row |= dict.fromkeys(("r@1", "r@5", "r@10", "r@20", "r@50", "r@1_ci95", "chance_r@1"))
     text = text_of(write_report([write_run(tmp_path / "run", [start_row(index), *rows])], tmp_path / "r.html"))
-    assert "R@k needs labels, which these videos do not have." in text and "no rate can be measured" in text
+    assert "R@k and mAP need labels, which these videos do not have." in text and "no rate can be measured" in text

@@ -34,7 +34,7 @@ def test_a_complete_run_shows_its_numbers(run):
         "Training time 3 min 03 s for 3 epochs in 2 cycles",
         "PMR, RGB, last epoch 60.0 %",
         "first mining epoch 50.0 %",
-        "Trained RGB + flow 62.5 72.5 82.5 100.0 –",
+        "Trained RGB + flow – 62.5 72.5 82.5 100.0 –",
         "16 queries, 30 gallery videos",
         "Chance R@1 is 6.2 %",
         "25.0 % of a step waits for data",
@@ -85,7 +85,8 @@ def test_several_runs_stand_beside_each_other(tmp_path, index):
     cpr = write_run(tmp_path / "cpr", [start_row(index), *training_rows(), *retrieval_rows(index)])
     coclr = write_run(tmp_path / "coclr", [start_row(index, stages=1), *training_rows()])
     text = text_of(write_report([cpr, coclr], tmp_path / "r.html"))
-    assert "2 runs" in text and "cpr 62.5 72.5 82.5 100.0 –" in text and "coclr – – – – –" in text
+    assert "2 runs" in text and "cpr – 62.5 72.5 82.5 100.0 –" in text and "coclr – – – – – –" in text
+    assert "Not compared query by query: expected evaluations with the same protocol and recipe, got" in text
     assert "2. RGB CoCLR" in text and "2. RGB CPR" in text
 
 
@@ -147,16 +148,39 @@ def test_the_confusion_matrix_is_the_sum_over_seeds(tmp_path, index):
     assert "push<up> jump 6 37.5" in text and "jump push<up> 2 16.7" in text
 
 
-def test_mean_average_precision_is_shown_where_rows_have_it(tmp_path, index):
-    rows = retrieval_rows(index)
-    assert "mAP, %" not in text_of(
-        write_report([write_run(tmp_path / "a", [start_row(index), *rows])], tmp_path / "a.html")
-    )
-    for row in rows[:3]:
-        row["map"] = 0.456
-    text = text_of(write_report([write_run(tmp_path / "b", [start_row(index), *rows])], tmp_path / "b.html"))
-    assert "mAP, %" in text and "Trained RGB + flow 62.5 72.5 82.5 100.0 – 45.6" in text
+def test_a_run_that_was_evaluated_before_map_was_measured_can_be_opened(run):
+    text = text_of(write_report([run], run / "r.html"))
+    assert "Trained RGB + flow – 62.5" in text
     assert "Mean average precision was not measured when this row was written." in text
+    assert "Retrieval, RGB + flow: mAP not measured, R@1 62.5 % (52.5 – 72.5)." in text
+    text = text_of(write_report([run, run], run / "r.html"))
+    assert f"Not compared query by query: {run}: expected the measures of every query, but none are stored" in text
+
+
+def test_the_first_line_has_map_and_r1_with_intervals_beside_what_they_must_beat(tmp_path, index):
+    rows = retrieval_rows(index)
+    for row, precision in zip(rows, (0.4, 0.5, 0.456, 0.2, 0.3, 0.25), strict=False):
+        row |= {"map": precision, "map_ci95": [precision - 0.1, precision + 0.1], "chance_map": 0.08, "map_left_out": 2}
+    page = write_report([write_run(tmp_path / "run", [start_row(index), *rows])], tmp_path / "r.html")
+    text = text_of(page)
+    assert (
+        "run Retrieval, RGB + flow: mAP 45.6 % (35.6 – 55.6), R@1 62.5 % (52.5 – 72.5). "
+        "Untrained network, RGB: mAP 20.0 % (10.0 – 30.0), R@1 20.0 % (10.0 – 30.0). "
+        "Best pixel baseline (single frame, 16 × 16): mAP 30.0 % (20.0 – 40.0), R@1 25.0 % (15.0 – 35.0). Date"
+    ) in text
+    assert "mAP, RGB + flow 45.6 % best of the others 30.0 % (single frame, 16 × 16)" in text
+    assert "Trained RGB + flow 45.6 62.5 72.5 82.5 100.0 –" in text and "mAP leaves out 2 queries" in text
+    assert "Chance mAP is 8.0 %." in text
+    drawn = page.read_text(encoding="utf-8")
+    assert "Single frame · RGB: 30.0 %, 95 % interval 20.0 to 40.0 %" in drawn
+
+
+def test_over_several_splits_the_first_line_gives_deviations(tmp_path, index):
+    rows = retrieval_rows(index)
+    for row in rows[:-1]:
+        row |= {"map": 0.5, "map_ci95": None, "map_std": 0.012, "r@1_ci95": None, "r@1_std": 0.03, "splits": 3}
+    text = text_of(write_report([write_run(tmp_path / "run", [start_row(index), *rows])], tmp_path / "r.html"))
+    assert "mAP 50.0 % (standard deviation of 3 splits 1.2), R@1 62.5 % (standard deviation of 3 splits 3.0)" in text
 
 
 @pytest.mark.parametrize(("name", "opened"), [("data", 0), ("ucf101", 7), ("hmdb51", 1)])

@@ -127,12 +127,12 @@ def first_and_precision(similarity: Tensor, relevant: Tensor) -> tuple[Tensor, T
 def _sort_keys(similarity: Tensor) -> Tensor:
     """Returns numbers whose ascending order is the ranking: [Q, G] int64, in the low 32 bits the gallery position.
 
-    NumPy sorts them with SIMD instructions: 512 x 9,537 take .45 s on a core of a Zen 1 that had other load, where a
-    stable sort with indices took 1.5 s.
+    NumPy sorts them with SIMD instructions. With 879 x 9,537 similarities this function and the sort take .28 s of a
+    Zen 1 core, a stable sort with indices .88 s.
     """
-    bits = (similarity + 0.0).view(torch.int32).long()  # -0.0 + 0.0 is 0.0
-    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # the bits of negative floats are in reverse order
-    return (~ascending << 32) | torch.arange(similarity.shape[1])
+    bits = (similarity + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
+    ascending = bits ^ (bits >> 31 & 0x7FFFFFFF)  # the bits of negative floats are in reverse order
+    return (~ascending).long().bitwise_left_shift_(32).bitwise_or_(torch.arange(similarity.shape[1]))
 
 
 def _chance(relevant: Tensor, allowed: Tensor, gallery: int) -> tuple[Tensor, Tensor]:

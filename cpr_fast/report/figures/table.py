@@ -8,10 +8,11 @@ from typing import Literal
 
 from cpr_fast.report.figures.chart import Value, csv_name, csv_uri
 
-Kind = Literal["text", "rate", "number", "count", "printed", "minutes"]
+Kind = Literal["text", "rate", "signed", "number", "count", "printed", "minutes"]
 FORMATS: dict[Kind, Callable[[Value], str]] = {
     "text": str,
     "rate": lambda value: f"{100 * value:.1f}",  # a fraction, in percent
+    "signed": lambda value: f"{100 * value:+.1f}".replace("-", "−"),  # a difference of fractions
     "number": lambda value: f"{value:.3g}",
     "count": lambda value: f"{value:,}",
     "printed": lambda value: f"{value:.1f}",  # percent already, as the paper prints it

@@ -134,10 +134,22 @@ class Run:
         values = [row["accuracy"] for row in rows if row["view"] == view]
         return {"accuracy": mean(values), "view": view, "recipe": rows[0]["recipe"]} if values else None
 
-    def best_other(self) -> dict[str, Any] | None:
-        """Returns the best row by R@1 of the untrained network and the baselines."""
-        others = [row for row in self.retrieval if row["name"] != "trained" and row.get("r@1") is not None]
-        return max(others, key=lambda row: row["r@1"], default=None)
+    def best_other(self, measure: str) -> dict[str, Any] | None:
+        """Returns the best row by a measure ("map" | "r@1") of the untrained network and the baselines."""
+        others = [row for row in self.retrieval if row["name"] != "trained" and row.get(measure) is not None]
+        return max(others, key=lambda row: row[measure], default=None)
+
+    def untrained(self) -> dict[str, Any] | None:
+        """Returns the row of the untrained network of the view of `headline`, else its last row."""
+        rows = [row for row in self.retrieval if row["name"] == "untrained"]
+        view = (self.headline() or {}).get("view")
+        return next((row for row in rows if row["view"] == view), rows[-1] if rows else None)
+
+    def best_pixels(self) -> dict[str, Any] | None:
+        """Returns the best row of the pixel and motion baselines, by mAP or, where none has it, by R@1."""
+        rows = [row for row in self.retrieval if row["name"] not in ("trained", "untrained")]
+        measured = [row for row in rows if row.get("r@1") is not None]
+        return max(measured, key=lambda row: (row.get("map") or 0, row["r@1"]), default=None)
 
     def speed(self) -> dict[str, float] | None:
         """Returns medians over the steps: clips per second, seconds of computing and of waiting for data per step."""

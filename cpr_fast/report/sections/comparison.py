@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cpr_fast.errors import InputError
 from cpr_fast.report.figures.bars import group_figure, profile_figure
 from cpr_fast.report.figures.curves import Line, line_figure
-from cpr_fast.report.figures.table import Column, Table
-from cpr_fast.report.run_folder.run import Run
+from cpr_fast.report.figures.table import FORMATS, Column, Table
+from cpr_fast.report.run_folder.pairs import compare_runs
+from cpr_fast.report.run_folder.run import VIEW_NAMES, Run
 from cpr_fast.report.sections.mining import class_rates, count_shares, counted_epochs
-from cpr_fast.report.sections.retrieval import RANKS
+from cpr_fast.report.sections.retrieval import MEASURES, RANKS
 
 
 def comparison(runs: Sequence[Run]) -> dict[str, Any]:
@@ -18,7 +20,9 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
 
     Returns:
         `names`: of the runs, distinct. `table`: headline numbers. `figures`: charts. `classes`: for two runs, in how
-        many classes the first has the higher and the lower CMR [paper, Fig. 5], else None.
+        many classes the first has the higher and the lower CMR [paper, Fig. 5], else None. `differences`: the table of
+        the differences of retrieval of the first run from each other run, or None; `undecided`: sentences without a
+        full stop that say why runs have none.
     """
     names = _distinct([run.name for run in runs])
     figures, curves, counts, profiles = [], [], {}, {}
@@ -43,7 +47,9 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
             profile_figure(dict(profiles.values()), x="classes, best first", title=title, colours=list(profiles))
         )
     classes = _class_by_class(runs, names)
-    return {"names": names, "table": _table(runs, names), "figures": figures, "classes": classes}
+    differences, reasons = _differences(runs, names)
+    return {"names": names, "table": _table(runs, names), "figures": figures, "classes": classes,
+            "differences": differences, "undecided": reasons}  # fmt: skip
 
 
 def _table(runs: Sequence[Run], names: Sequence[str]) -> Table:
@@ -51,6 +57,7 @@ def _table(runs: Sequence[Run], names: Sequence[str]) -> Table:
     mining = "PMR and CMR need labels and an epoch that mined positives."
     columns = [
         Column("Run"),
+        Column("mAP, %", "rate", "mAP was not measured by `cpr-fast retrieve`.", "mean average precision"),
         *(Column(f"R@{k}, %", "rate", retrieval) for k in RANKS),
         Column("Probe, %", "rate", "This run was not evaluated by `cpr-fast probe`.", "accuracy of a linear probe"),
         Column("Finetune, %", "rate", "This run was not evaluated by `cpr-fast finetune`."),
@@ -68,7 +75,49 @@ def _line(run: Run) -> tuple:
     accuracies = [(run.accuracy(task) or {}).get("accuracy") for task in ("probe", "finetune")]
     rate = (run.speed() or {}).get("clips_per_s")
     method = run.cycles[-1].name if run.cycles else None
-    return (*(best.get(f"r@{k}") for k in RANKS), *accuracies, last.get("pmr"), last.get("cmr_median"), rate, method)
+    rates = [best.get(key) for key in ("map", *(f"r@{k}" for k in RANKS))]
+    return (*rates, *accuracies, last.get("pmr"), last.get("cmr_median"), rate, method)
+
+
+def _differences(runs: Sequence[Run], names: Sequence[str]) -> tuple[Table | None, list[str]]:
+    """Returns the differences of the first run from each other run, and the reasons why runs cannot be compared."""
+    rows, reasons = [], []
+    for name, run in zip(names[1:], runs[1:], strict=True):
+        try:
+            blocks = compare_runs(runs[:1], [run])
+        except InputError as error:
+            reasons.append(str(error))
+            continue
+        for block in blocks:
+            how = f"{block['protocol']}, {block['recipe']}"
+            rows += [
+                (
+                    f"{names[0]} – {name}",
+                    how,
+                    VIEW_NAMES[row["view"]],
+                    MEASURES[row["measure"]],
+                    row["first"],
+                    row["second"],
+                    row["difference"],
+                    _interval(row["ci95"]),
+                    None if row["p"] is None else f"{row['p']:.2g}",
+                    row["queries"],
+                    row["sources"],
+                )
+                for row in block["rows"]
+            ]
+    single = "All queries are of one source, or none has a value."
+    columns = [Column("Runs"), Column("Protocol, recipe"), Column("View"), Column("Measure")]
+    columns += [Column("First, %", "rate", single), Column("Second, %", "rate", single)]
+    columns += [Column("Difference, %", "signed", single, "first – second, in percentage points")]
+    columns += [Column("95 % interval, %", "text", single, "paired bootstrap over sources"),
+                Column("p", "text", single, "two-sided"),
+                Column("Queries", "count"), Column("Sources", "count")]  # fmt: skip
+    return Table("Differences of retrieval", columns, rows) if rows else None, reasons
+
+
+def _interval(bounds: Sequence[float] | None) -> str | None:
+    return None if bounds is None else " to ".join(FORMATS["signed"](bound) for bound in bounds)
 
 
 def _class_by_class(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any] | None:

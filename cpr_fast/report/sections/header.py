@@ -6,12 +6,18 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cpr_fast.report.run_folder.run import MODEL_NAMES, VIEW_NAMES, Run
+from cpr_fast.report.sections.retrieval import MEASURES
 from cpr_fast.runtime.progress import duration
 
+MEANINGS = {
+    "map": "Mean average precision: how far up all videos of the query's class rank",
+    "r@1": "Recall at 1: the nearest video has the query's class",
+}
 TERMS = (
     ("Query, gallery", "Retrieval takes one video, the query, and ranks all videos of the gallery by similarity."),
     ("R@k", "Recall at k: the share of queries that have a video of their own class among the k nearest."),
-    ("mAP", "Mean average precision: how far up the ranking all videos of the query's class are, mean over queries."),
+    ("mAP", "Mean average precision: how far up the ranking all videos of the query's class are, mean over queries. "
+     "Average precision is the precision at the rank of each of these videos, mean over them."),
     ("Positive", "A clip that the loss pulls towards the query. Mining looks for positives in the memory, a store of "
      "features of earlier clips."),
     ("n", "The number of stages of the cascade that mines positives. Each stage ranks what the one before it kept, "
@@ -24,7 +30,8 @@ TERMS = (
      "epoch; the number shown is the median over classes."),
     ("Chance", "What a random choice would reach: the share of right answers among all that may be chosen, mean over "
      "the queries. Of PMR: videos of the same class among all videos of other sources."),
-    ("95 % interval", "The range of the number if other sources had been drawn (bootstrap over sources)."),
+    ("95 % interval", "The range of the number if other sources had been drawn (bootstrap over sources). In the line "
+     "below a run's name it is given in brackets."),
 )  # fmt: skip
 
 
@@ -62,13 +69,17 @@ def _utc(moment: datetime) -> str:
 def tiles(run: Run) -> list[dict[str, Any]]:
     """Returns the most important results: "name", "value", "meaning", a "note", and whether the note is "good" news."""
     found = []
-    if (best := run.headline()) and best.get("r@1") is not None:
+    for measure, name in MEASURES.items():
+        best = run.headline() or {}
+        if best.get(measure) is None:
+            continue
         note, good = "", None
-        if other := run.best_other():
-            good = best["r@1"] > other["r@1"]
-            note = f"best of the others {percent(other['r@1'])} ({MODEL_NAMES[other['name']].lower()})"
-        meaning = "Recall at 1: the nearest video has the query's class"
-        found.append(_tile(f"R@1, {VIEW_NAMES[best['view']]}", percent(best["r@1"]), meaning, note, good))
+        if other := run.best_other(measure):
+            good = best[measure] > other[measure]
+            note = f"best of the others {percent(other[measure])} ({MODEL_NAMES[other['name']].lower()})"
+        found.append(
+            _tile(f"{name}, {VIEW_NAMES[best['view']]}", percent(best[measure]), MEANINGS[measure], note, good)
+        )
     for task, name in (("probe", "Linear probe"), ("finetune", "Finetuned")):
         if accuracy := run.accuracy(task):
             meaning = f"accuracy on test videos, recipe {accuracy['recipe']}"
@@ -79,6 +90,35 @@ def tiles(run: Run) -> list[dict[str, Any]]:
         note = f"{percent(wait)} of a step waits for data"
         found.append(_tile("Clips per second", f"{speed['clips_per_s']:.3g}", "median over the steps", note))
     return found
+
+
+def headline(run: Run) -> str | None:
+    """Returns the result of the run in one line: mAP and R@1 of the trained network, with their intervals, and of what
+    it must beat: the same network untrained and the best pixel baseline. None without a measured retrieval."""
+    best = run.headline()
+    if best is None or best.get("r@1") is None:
+        return None
+    parts = [f"Retrieval, {VIEW_NAMES[best['view']]}: {_measures(best)}."]
+    if untrained := run.untrained():
+        other = "" if untrained["view"] == best["view"] else f", {VIEW_NAMES[untrained['view']]}"
+        parts.append(f"Untrained network{other}: {_measures(untrained)}.")
+    if pixels := run.best_pixels():
+        parts.append(f"Best pixel baseline ({MODEL_NAMES[pixels['name']].lower()}): {_measures(pixels)}.")
+    return " ".join(parts)
+
+
+def _measures(row: dict[str, Any]) -> str:
+    """Returns mAP and R@1 of a row, each with its interval over sources or its standard deviation over splits."""
+    said = []
+    for measure, name in MEASURES.items():
+        interval, deviation = row.get(f"{measure}_ci95"), row.get(f"{measure}_std")
+        text = f"{name} {'not measured' if row.get(measure) is None else percent(row[measure])}"
+        if interval:
+            text += f" ({percent(interval[0], '')} – {percent(interval[1], '')})"
+        elif deviation is not None:
+            text += f" (standard deviation of {row['splits']} splits {percent(deviation, '')})"
+        said.append(text)
+    return ", ".join(said)
 
 
 def _mining_tiles(run: Run) -> list[dict[str, Any]]:

@@ -1,0 +1,94 @@
+"""`cpr-fast compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from cpr_fast.commands.inputs import require_folders
+from cpr_fast.commands.options import Json
+from cpr_fast.commands.output import rate, show, table
+from cpr_fast.errors import InputError
+
+NAMES = {"map": "mAP", "r@1": "R@1"}
+
+
+def compare(
+    runs: tyro.conf.Positional[tuple[Path, ...]], *, against: tuple[Path, ...] = (), json: Json = False
+) -> None:
+    """Test whether the retrieval of two runs differs, query by query and, with several seeds, seed by seed.
+
+    The runs must have been evaluated by `cpr-fast retrieve` on the same queries and gallery.
+
+    Args:
+        runs: Two run folders; or, with --against, one or more runs of the first setting, which differ by their seed.
+        against: As many runs of the second setting, with the same seeds.
+    """
+    first, second = (runs, against) if against else (runs[:1], runs[1:])
+    if not against and len(runs) != 2:
+        raise InputError(f"RUNS: expected two run folders, or --against with the runs to compare with, got {len(runs)}")
+    require_folders("RUNS", runs)
+    require_folders("--against", against)
+    from cpr_fast.report.run_folder.pairs import compare_runs
+    from cpr_fast.report.run_folder.run import Run
+
+    blocks = compare_runs([Run(folder) for folder in first], [Run(folder) for folder in second])
+    lines = [line for block in blocks for line in (*_lines(block), "")]
+    show({"comparisons": blocks}, json, lines=[*lines, *_meaning(blocks[0])])
+
+
+def _lines(block: dict[str, Any]) -> list[str]:
+    """Returns the pairs of runs, and a table with a row for each view and measure."""
+    row = block["rows"][0]
+    title = (
+        f"{row['queries']} queries of {row['sources']} sources, protocol {block['protocol']}, recipe {block['recipe']}"
+    )
+    pairs = [f"{pair['first']} against {pair['second']}" + _seed(pair["seed"]) for pair in block["pairs"]]
+    header = ["view, measure", "first", "second", "difference", "95 % sources", "p"]
+    header += ["95 % seeds", "p", "d_z"] if row["seeds"] else []
+    body = [
+        [
+            f"{row['view']} {NAMES[row['measure']]}".replace("_", " "), rate(row["first"]), rate(row["second"]),
+            _signed(row["difference"]), *_certainty(row),
+            *([*_certainty(row["seeds"]), _effect(row["seeds"]["d_z"])] if row["seeds"] else []),
+        ]
+        for row in block["rows"]
+    ]  # fmt: skip
+    return [title, *pairs, "", table(header, body)]
+
+
+def _seed(seed: int | None) -> str:
+    return "" if seed is None else f", seed {seed}"
+
+
+def _certainty(found: dict[str, Any]) -> tuple[str, str]:
+    interval = found["ci95"]
+    said = "-" if interval is None else f"{_signed(interval[0])} to {_signed(interval[1])}"
+    return said, "-" if found["p"] is None else f"{found['p']:.2g}"
+
+
+def _signed(value: float | None) -> str:
+    """Returns a difference of rates with its sign: "+.047"."""
+    return "-" if value is None else f"{'-' if value < 0 else '+'}{rate(abs(value))}"
+
+
+def _effect(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _meaning(block: dict[str, Any]) -> list[str]:
+    """Returns what a reader of the tables needs to know."""
+    lines = ["difference: first - second; p is two-sided",
+             "sources: paired bootstrap over the sources of the queries; what other videos would give"]  # fmt: skip
+    seeds = len(block["pairs"])
+    if seeds > 1:
+        lines += [
+            f"first and second are means over {seeds} pairs; seeds: paired t over these {seeds} differences; "
+            "what other trainings would give",
+            "d_z: mean of the differences / their standard deviation",
+        ]
+    if block["without_class"]:
+        lines.append(f"mAP leaves out {block['without_class']} queries: the gallery has no video of their class")
+    return lines
