@@ -35,7 +35,7 @@ BASE_P, FLIP_P, JITTER_P, GRAYSCALE_P, BLUR_P = 0.3, 0.5, 0.8, 0.2, 0.5
 ORDERS = tuple(itertools.permutations(range(4)))
 NO_GRAY, LUMA = -1, 3  # values of `Clips.gray` besides the channels 0, 1, 2
 
-LABELLED_JITTER_P = 0.3  # probability of jitter in classifier training, which has no flip, grayscale and blur
+LABELLED_JITTER_P = 0.3  # probability of jitter in classifier training, which has no grayscale and blur
 LABELLED_ATTEMPTS = 10  # tries of the random crop in classifier training
 TEST_JITTER, TEST_JITTER_P = 0.2, 0.3  # jitter of test clips in the published code; the hue range is that of training
 
@@ -145,23 +145,27 @@ def plan_first(sources: Sources, video: np.ndarray, data: DataConfig, seed: int,
 
 
 def plan_labelled(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Clips:
-    """Plans the training clip of each video for a classifier, M = N: a random position and crop, and colour jitter with
-    probability 0.3. As published, the crop is tried ten times, and where none fits it is the largest centred square.
-    With `data.augment = "none"`: a random position and a centre crop.
+    """Plans the training clip of each video for a classifier, M = N: a random position, crop and flip, and with
+    probability 0.3 colour jitter. As published, the crop is tried ten times, and where none fits it is the largest
+    centred square. The published code flips whole batches; here each clip is drawn. With `data.augment = "none"`: a
+    random position and a centre crop.
     """
-    return _single(sources, video, data, seed, epoch, LABELLED_JITTER_P)
+    return _single(sources, video, data, seed, epoch, jitter_p=LABELLED_JITTER_P, flip_p=FLIP_P)
 
 
 def plan_selection(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Clips:
     """Plans the clip of each video with which the published code selects a model: a random position and crop, M = N."""
-    return _single(sources, video, data, seed, epoch, 0.0)
+    return _single(sources, video, data, seed, epoch, jitter_p=0, flip_p=0)
 
 
-def _single(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int, jitter_p: float) -> Clips:
+def _single(
+    sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int, *, jitter_p: float, flip_p: float
+) -> Clips:
     draw = _clip_draws(video, data, seed, epoch, _LABELLED_STREAM, LABELLED_ATTEMPTS)
     start = _random_start(sources.num_frames[video], data, draw[:, _START])
     square = _square_box(sources.height[video], sources.width[video])
-    return _clip(sources, video, start, np.array([jitter_p, 0, 0]), data, draw, square)
+    clips = _clip(sources, video, start, np.array([jitter_p, 0, 0]), data, draw, square)
+    return clips if data.augment != "coclr" else replace(clips, flip=draw[:, _FLIP] < flip_p)
 
 
 def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video: int | None, crops: int = 1) -> Clips:
