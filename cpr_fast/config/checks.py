@@ -154,5 +154,22 @@ def check_classifier(where: str, config: ClassifierConfig) -> None:
             raise ConfigError(f"{where}.{name}: expected a positive number, got {getattr(config, name)}")
     if config.backbone_lr < 0:
         raise ConfigError(f"{where}.backbone_lr: expected 0 or more, got {config.backbone_lr}")
-    if not 0 <= config.dropout < 1:
-        raise ConfigError(f"{where}.dropout: expected a fraction in [0, 1), got {config.dropout}")
+    for name in ("patience", "min_lr"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{where}.{name}: expected 0 or more, got {getattr(config, name)}")
+    for name in ("dropout", "validation"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ConfigError(f"{where}.{name}: expected a fraction in [0, 1), got {getattr(config, name)}")
+    if config.schedule == "plateau":
+        if config.validation == 0:
+            raise ConfigError(
+                f"{where}.validation: expected a positive fraction with schedule = 'plateau', which watches the loss "
+                "on these videos, got 0.0"
+            )
+        if config.gamma >= 1:
+            raise ConfigError(f"{where}.gamma: expected less than 1 with schedule = 'plateau', got {config.gamma}")
+    if config.validation and getattr(config, "inputs", "clips") == "features":
+        raise ConfigError(
+            f"{where}.validation: expected 0 with inputs = 'features', which trains on all training videos, got "
+            f"{config.validation}"
+        )

@@ -63,7 +63,8 @@ def _relative_to(config: Config, folder: Path) -> Config:
 
 
 def override_classifier(where: str, config: ClassifierConfig, **changes: Any) -> ClassifierConfig:
-    """Returns `config` with the changes that are not None, checked; milestones are scaled along with `epochs`.
+    """Returns `config` with the changes that are not None, checked; milestones and the patience of a plateau are scaled
+    along with `epochs`.
 
     Raises ConfigError naming `where` and the setting.
     """
@@ -71,6 +72,8 @@ def override_classifier(where: str, config: ClassifierConfig, **changes: Any) ->
     if "epochs" in given and "milestones" not in given:
         check_classifier(where, dataclasses.replace(config, epochs=given["epochs"]))
         given["milestones"] = scale_milestones(config.milestones, config.epochs, given["epochs"])
+        if config.schedule == "plateau":
+            given["patience"] = round(config.patience * given["epochs"] / config.epochs)
     changed = dataclasses.replace(config, **given)
     check_classifier(where, changed)
     return changed

@@ -181,8 +181,16 @@ class ClassifierConfig:
     """Training of a classifier on top of a pretrained backbone. The defaults finetune all layers [paper, App. A]."""
 
     epochs: int = 500  # 100 in the ablations, Tables 1 to 5
-    milestones: tuple[int, ...] = (400, 450)  # epochs at which every learning rate is multiplied by gamma
+    # When every learning rate is multiplied by gamma: "steps" at the milestones; "plateau" after more than `patience`
+    # epochs in a row without a lower loss on the validation part, down to min_lr (torch's ReduceLROnPlateau) [IIC].
+    schedule: Literal["steps", "plateau"] = "steps"
+    milestones: tuple[int, ...] = (400, 450)  # epochs, of "steps" only
     gamma: float = 0.1
+    patience: int = 50  # epochs, of "plateau" only
+    min_lr: float = 1e-5  # of "plateau" only
+    # Fraction of the training videos, drawn at random, that is not trained on: the validation part. "plateau" watches
+    # its loss after every epoch, and the weights of the epoch with the lowest one are tested [IIC].
+    validation: float = 0.0
     optimizer: Literal["adam", "sgd"] = "adam"
     lr: float = 1e-3  # learning rate of the classifier
     backbone_lr: float = 1e-3  # of the backbone; 1e-4 in CoCLR's code; 0 freezes it, BatchNorm statistics included
@@ -190,14 +198,22 @@ class ClassifierConfig:
     momentum: float = 0.9  # of sgd only
     weight_decay: float = 1e-3
     dropout: float = 0.9  # on the pooled features
-    normalize: bool = False  # apply L2 normalisation and BatchNorm before the linear layer
+    normalize: bool = False  # L2-normalise the pooled features
+    batch_norm: bool = False  # apply BatchNorm before the linear layer, after the L2 normalisation if there is one
+    # Clips of the view "residual", for x in 0..1: "rescaled" as in pretraining, ((x - roll(x)) + 1) / 2; "difference",
+    # x - roll(x), as IIC finetunes.
+    residual: Literal["rescaled", "difference"] = "rescaled"
     batch_size: int = 16
     precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)
 class ProbeConfig(ClassifierConfig):
-    """Training of a linear probe [CoCLR]: a frozen backbone, then L2 normalisation, BatchNorm and a linear layer."""
+    """Training of a linear probe [CoCLR]: a frozen backbone, then BatchNorm and a linear layer.
+
+    The published probe on stored features does not L2-normalise them again: the windows of a video are L2-normalised
+    before they are averaged. The published probe on clips normalises each clip's feature.
+    """
 
     inputs: Literal["features", "clips"] = "features"  # one stored feature per video, or augmented clips
     epochs: int = 100
@@ -206,7 +222,8 @@ class ProbeConfig(ClassifierConfig):
     lr: float = 1.0  # use 0.1 with inputs = "clips"
     backbone_lr: float = 0.0
     dropout: float = 0.0
-    normalize: bool = True
+    normalize: bool = False  # use true with inputs = "clips"
+    batch_norm: bool = True
     batch_size: int = 1024  # use 16 with inputs = "clips"
 
 

@@ -46,7 +46,8 @@ def test_every_recipe_loads_and_says_what_it_reproduces(path):
     if table:
         rows = {row.id for row in published_tables()[TABLES[int(table[1])]].rows}
         name = path.stem.partition("_")[2]
-        assert name in rows | {"progressive", "ucf101", "k400"}  # one run gives several rows of Tables 3, 6 and 7
+        # One run gives several rows of Tables 3, 6 and 7.
+        assert name in rows | {"progressive", "ucf101", "ucf101_two_cycles", "k400"}
 
 
 def test_every_row_of_the_ablations_has_its_recipe():
@@ -84,6 +85,51 @@ def test_every_recipe_trains(paths, tmp_path, one_thread):
         last = [row for row in steps if row["cycle"] == number][-1]
         assert last["loss"] is not None
         assert (last["pmr"] is not None) == (cycle.mining == "cascade")
+
+
+def header(path: Path) -> str:
+    """Returns the comment at the head of a recipe as one line."""
+    return " ".join(line.lstrip("# ") for line in path.read_text().split("\n\n", 1)[0].splitlines())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_batch_is_the_one_that_the_header_names(path):
+    """CoCLR's release has 32 videos on each of 2 GPUs, CPR's 16; IIC's has batches of 16."""
+    config, text = load(path), header(path)
+    stated = re.search(r"2 GPUs with (\d+) videos each.* On one GPU use --data.batch-size (\d+)\.", text)
+    if config.data.augment == "iic":
+        assert stated is None and config.data.batch_size == 16 and config.memory.shuffle_bn_groups is None
+    else:
+        of_coclr = path.stem in ("infonce_ucf101", "coclr_ucf101")
+        assert config.data.batch_size == int(stated[1]) == (32 if of_coclr else 16)
+        assert int(stated[2]) == 2 * config.data.batch_size and config.memory.shuffle_bn_groups == 2
+
+
+def test_the_schedules_are_those_of_the_releases():
+    cycles = {path.stem: load(path).schedule.cycles for path in RECIPES}
+    drops = {name: [(cycle.view, cycle.epochs, cycle.milestones) for cycle in found] for name, found in cycles.items()}
+    start = [(view, 300, (250, 280)) for view in ("rgb", "flow")]
+    two_cycles = [(view, 100, (80,)) for view in ("rgb", "flow")] * 2
+    per_view = [(view, 400, (300, 350)) for view in ("rgb", "flow")]
+    assert drops["infonce_ucf101"] == start and drops["coclr_ucf101"] == start + two_cycles
+    assert drops["table5_ubernce"] == [("rgb", 300, (240,))]  # the README of CPR
+    assert drops["table7_k400"] == [(view, 50, (40,)) for view in ("rgb", "flow")]
+    assert drops["table5_iic"] == [("rgb", 240, (45, 90, 125, 160))]
+    for name, before in (("cpr_ucf101", start), ("table6_ucf101", []), ("table7_ucf101", [])):
+        assert drops[name] == before + per_view and drops[f"{name}_two_cycles"] == before + two_cycles
+        for one, other in ((name, f"{name}_two_cycles"), (f"{name}_two_cycles", name)):
+            text = header(FOLDER / f"{one}.toml")
+            assert "can be read in two ways" in text and f" {other}: " in text
+    ablations = {name for name in drops if re.match(r"table[124]_|table5_coclr", name)}
+    assert len(ablations) == 12 and all(drops[name] == [("rgb", 100, (80,))] for name in ablations)
+
+
+def test_kinetics_is_read_at_five_frames_per_second():
+    """The videos have that rate, as the published data, so that flow is between neighbours at that rate."""
+    path = FOLDER / "table7_k400.toml"
+    assert load(path).data.stride == 1
+    for text in (header(path), (FOLDER.parent / "docs" / "data.md").read_text()):
+        assert "fps=5,scale='if(gt(iw,ih),-2,256)':'if(gt(iw,ih),256,-2)'" in text
 
 
 def test_the_recipe_of_the_paper():

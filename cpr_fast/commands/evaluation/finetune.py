@@ -40,7 +40,7 @@ def finetune(
         clips: Number of windows per test video, evenly spaced; by default the recipe's (paper, coclr: all windows).
         crops: Number of crops per window: 1 (centre), 5 or 10; results for the smaller numbers are reported as well.
         seeds: Several seeds give an interval over seeds; one seed gives a bootstrap interval over sources.
-        epochs: Replaces the config's number of epochs; its milestones are scaled.
+        epochs: Replaces the config's number of epochs; its milestones, or the patience of a plateau, are scaled.
         lr: Learning rate of the classifier. This and the following options replace the config's settings.
         backbone_lr: Learning rate of the backbone's last layer; 0 freezes the backbone. CoCLR's code uses 1e-4.
         layer_decay: Learning rate of each layer as a fraction of that of the layer above it.

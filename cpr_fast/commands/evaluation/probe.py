@@ -45,7 +45,7 @@ def probe(
     """
     settings = classifier_settings("probe", checkpoint, index, config)
     if inputs == "clips" and settings.inputs == "features":
-        settings = dataclasses.replace(settings, inputs=inputs, lr=0.1, batch_size=16)
+        settings = dataclasses.replace(settings, inputs=inputs, lr=0.1, batch_size=16, normalize=True)
     elif inputs:
         settings = dataclasses.replace(settings, inputs=inputs)
     run_classify("probe", checkpoint, index, recipe, clips, crops, seeds, settings, json,

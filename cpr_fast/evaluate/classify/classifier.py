@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpr_fast.config import ClassifierConfig
+from cpr_fast.config.pixels import Normalisation
 from cpr_fast.models import Encoder
 from cpr_fast.runtime.progress import track
 
@@ -21,20 +22,23 @@ CROP_SETS = (1, 5, 10)  # the centre crop; centre and corners; these five and th
 
 
 class ClassifierHead(nn.Module):
-    """Maps pooled features [N, C] to logits [N, L]: L2 normalisation and BatchNorm (both only if `normalize`), dropout,
-    and a linear layer [CoCLR]."""
+    """Maps pooled features [N, C] to logits [N, L]: L2 normalisation and BatchNorm, each only if the settings say so,
+    dropout, and a linear layer [CoCLR]."""
 
-    def __init__(self, channels: int, classes: int, *, dropout: float, normalize: bool) -> None:
+    def __init__(self, channels: int, classes: int, settings: ClassifierConfig) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(channels) if normalize else None
-        self.dropout = nn.Dropout(dropout)
+        self.normalize = settings.normalize
+        self.norm = nn.BatchNorm1d(channels) if settings.batch_norm else None
+        self.dropout = nn.Dropout(settings.dropout)
         self.linear = nn.Linear(channels, classes)
         nn.init.normal_(self.linear.weight, std=WEIGHT_STD)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
+        if self.normalize:
+            features = F.normalize(features.float(), dim=1)
         if self.norm is not None:
-            features = self.norm(F.normalize(features.float(), dim=1))
+            features = self.norm(features.float())
         return self.linear(self.dropout(features))
 
 
@@ -43,20 +47,28 @@ class Classifier(nn.Module):
 
     A backbone with learning rate 0 is frozen: it gets no gradient, and its BatchNorm statistics stay those of
     pretraining. The encoder's own head is not used; it is kept so that the encoder can be saved and loaded as usual.
+
+    Args:
+        rescaled: None, or the normalisation of clips of frame residuals ((x - roll(x)) + 1) / 2, from which the
+            backbone is to get x - roll(x), for x in 0..1.
     """
 
-    def __init__(self, encoder: Encoder, classes: int, settings: ClassifierConfig) -> None:
+    def __init__(
+        self, encoder: Encoder, classes: int, settings: ClassifierConfig, *, rescaled: Normalisation | None = None
+    ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = ClassifierHead(
-            encoder.backbone.out_channels, classes, dropout=settings.dropout, normalize=settings.normalize
-        )
+        self.rescaled = rescaled
+        self.head = ClassifierHead(encoder.backbone.out_channels, classes, settings)
         self.frozen = settings.backbone_lr == 0
         encoder.requires_grad_(False)
         encoder.backbone.requires_grad_(not self.frozen)
 
     def features(self, clips: Tensor) -> Tensor:
         """Returns the pooled backbone features [N, C]."""
+        if self.rescaled is not None:
+            mean, std = (clips.new_tensor(values).view(3, 1, 1, 1) for values in self.rescaled)
+            clips = clips * (2 * std) + (2 * mean - 1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.encoder.features(clips)
 
@@ -98,9 +110,12 @@ def make_optimizer(groups: Iterable[dict], settings: ClassifierConfig) -> torch.
 
 def set_epoch(optimizer: torch.optim.Optimizer, settings: ClassifierConfig, epoch: int) -> float:
     """Sets the learning rate of every group for an epoch (from 0): its `base_lr` times gamma for each milestone passed.
+    With the schedule "plateau" the rates stay as the last validation left them.
 
     Returns the learning rate of the first group.
     """
+    if settings.schedule == "plateau":
+        return optimizer.param_groups[0]["lr"]
     factor = settings.gamma ** sum(epoch >= milestone for milestone in settings.milestones)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor

@@ -6,6 +6,8 @@ The `recipe` decides how the test split is used:
     "coclr": as in the released code, the epoch with the best result on the test split is chosen. The field `leakage`
         of the results states this.
     "iic": same as "paper", but tested on 10 evenly spaced clips.
+With `settings.validation` a part of the train split is held out: the test split is then still used once, for the
+classifier of the epoch with the lowest loss on that part.
 The predictions of a classifier are stored. They are reused for the same weights, videos and settings.
 
 Letters: M videos, C channels, L classes.
@@ -18,7 +20,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -30,12 +32,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cpr_fast.config import ClassifierConfig, Config, ProbeConfig
+from cpr_fast.config.pixels import normalisation
 from cpr_fast.data.clips.loader import TrainLoader, WindowLoader
 from cpr_fast.data.clips.sampling import plan_labelled, plan_selection
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.classify.classifier import CROP_SETS, Classifier, video_probabilities
-from cpr_fast.evaluate.classify.finetune import Training, selection_accuracy, train_on_clips
+from cpr_fast.evaluate.classify.finetune import Training, selection_accuracy, train_on_clips, validation_loss
 from cpr_fast.evaluate.classify.probe import feature_probabilities, train_on_features
 from cpr_fast.evaluate.classify.scores import classification_scores
 from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, video_digest, weights_digest
@@ -231,18 +234,23 @@ def _probe_features(job: Job, view: str, encoder: Encoder, key: str, store: Feat
 
 def _train_on_clips(job: Job, view: str, encoder: Encoder, folder: Path) -> Predictions:
     """Trains on augmented clips of the train split, and tests every window and crop of the test split."""
-    train, test, settings, device = job.split.train, job.split.test, job.settings, job.world.device
+    test, settings, device = job.split.test, job.settings, job.world.device
+    train, validation = hold_out(job.split.train, settings.validation, job.seed)
+    differences = view == "residual" and settings.residual == "difference"
+    rescaled = normalisation(job.configs[view].data.augment) if differences else None
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
-        model = Classifier(encoder, len(train.classes), settings).to(device)
+        model = Classifier(encoder, len(train.classes), settings, rescaled=rescaled).to(device)
     training = Training(job.configs[view], settings, view, folder, job.seed, device, progress=job.progress)
-    with closing(_clip_loader(job, train, view, plan_labelled)) as loader:
+    with ExitStack() as stack:
+        open_loader = lambda part, plan: stack.enter_context(closing(_clip_loader(job, part, view, plan)))  # noqa: E731
         if job.recipe.selects_on_test:
-            with closing(_clip_loader(job, test, view, plan_selection)) as selection:
-                select = selection_accuracy(selection, len(test), view, device)
-                done = train_on_clips(model, loader, dataclasses.replace(training, select=select))
-        else:
-            done = train_on_clips(model, loader, training)
+            select = selection_accuracy(open_loader(test, plan_selection), len(test), view, device)
+            training = dataclasses.replace(training, select=select)
+        if len(validation):
+            loss = validation_loss(open_loader(validation, plan_selection), len(validation), view, device)
+            training = dataclasses.replace(training, validate=loss)
+        done = train_on_clips(model, open_loader(train, plan_labelled), training)
 
     def measure(mine: range) -> tuple[dict[int, Tensor], Tensor]:
         part = Index((test[i] for i in mine), test.classes)
@@ -256,6 +264,19 @@ def _train_on_clips(job: Job, view: str, encoder: Encoder, folder: Path) -> Pred
         return found
 
     return Predictions(*shared_out(len(test), measure), done["best_epoch"])
+
+
+def hold_out(train: Index, fraction: float, seed: int) -> tuple[Index, Index]:
+    """Splits the training videos at random into those to train on and the validation part, in the order of the index.
+
+    As in IIC's code, videos are drawn without regard to their sources. Both parts get at least one of the two or more
+    videos, unless `fraction` is 0: then nothing is held out.
+    """
+    count = min(max(round(fraction * len(train)), 1), len(train) - 1) if fraction else 0
+    drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:count]
+    held = set(drawn.tolist())
+    parts = [[video for i, video in enumerate(train) if (i in held) == out] for out in (False, True)]
+    return Index(parts[0], train.classes), Index(parts[1], train.classes)
 
 
 def _clip_loader(job: Job, part: Index, view: str, plan: Any) -> TrainLoader:

@@ -13,6 +13,7 @@ Letters: R processes, B clips per process of a step, M videos, L classes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cpr_fast.config import ClassifierConfig, Config
 from cpr_fast.data.clips.loader import Batch
@@ -57,6 +59,8 @@ class Training:
         folder: Receives `last.pt` and metrics.jsonl after every epoch.
         select: None, or a function (model, epoch) -> float; the weights of the epoch with the largest value are kept
             instead of those of the last epoch.
+        validate: None, or a function (model, epoch) -> loss on the validation part. The schedule "plateau" watches this
+            loss. Without `select`, the weights of the epoch with the lowest one are kept.
     """
 
     config: Config
@@ -66,6 +70,7 @@ class Training:
     seed: int
     device: torch.device
     select: Callable[[Classifier, int], float] | None = None
+    validate: Callable[[Classifier, int], float] | None = None
     progress: bool = False
 
 
@@ -74,9 +79,9 @@ def train_on_clips(model: Classifier, loader: ClipLoader, training: Training) ->
 
     Returns:
         `epochs`, the number of epochs done, and `best_epoch`, the epoch of the final weights (the last epoch if there
-        is no `select`).
+        is neither `select` nor `validate`).
     Raises:
-        ArithmeticError: The loss became NaN or infinite.
+        ArithmeticError: The loss became NaN or infinite, in training or on the validation part.
         Interrupted: A signal asked to stop; `last.pt` holds the state of the last step.
     """
     settings = training.settings
@@ -90,11 +95,7 @@ def train_on_clips(model: Classifier, loader: ClipLoader, training: Training) ->
             lr = set_epoch(state.optimizer, settings, state.epoch)
             loss, accuracy = _train_epoch(state, loader, stop)
             row = {"kind": "epoch", "epoch": state.epoch, "loss": loss, "accuracy": accuracy, "lr": lr}
-            if training.select is not None:
-                row["selection"] = training.select(model, state.epoch)
-                if state.best is None or row["selection"] > state.best["selection"]:
-                    weights = {name: value.clone() for name, value in model.state_dict().items()}
-                    state.best = {"selection": row["selection"], "epoch": state.epoch, "model": weights}
+            row |= _judged(state)
             if writer is not None:
                 writer.write(row | {"epoch_time_s": time.perf_counter() - began})
             state.epoch += 1
@@ -102,6 +103,28 @@ def train_on_clips(model: Classifier, loader: ClipLoader, training: Training) ->
     if state.best is not None:
         model.load_state_dict(state.best["model"])
     return {"epochs": settings.epochs, "best_epoch": state.best["epoch"] if state.best else settings.epochs - 1}
+
+
+def _judged(state: _State) -> dict[str, float]:
+    """Measures the model after an epoch, keeps its weights if they are the best so far, and adapts the learning rate
+    of a plateau. Returns `validation_loss` and `selection`, as far as they are measured."""
+    training, row = state.training, {}
+    if training.validate is not None:
+        row["validation_loss"] = training.validate(state.model, state.epoch)
+        if not math.isfinite(row["validation_loss"]):
+            raise ArithmeticError(
+                f"epoch {state.epoch}: the loss on the validation part is NaN or infinite; lower the learning rates"
+            )
+        if state.plateau is not None:
+            state.plateau.step(row["validation_loss"])
+    if training.select is not None:
+        row["selection"] = training.select(state.model, state.epoch)
+    if row:
+        value = row["selection"] if "selection" in row else -row["validation_loss"]
+        if state.best is None or value > state.best["selection"]:
+            weights = {name: value.clone() for name, value in state.model.state_dict().items()}
+            state.best = {"selection": value, "epoch": state.epoch, "model": weights}
+    return row
 
 
 def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest) -> tuple[float, float]:
@@ -152,7 +175,9 @@ class _State:
 
     Attributes:
         epoch: The next epoch to train.
-        best: With `select`: {"selection", "epoch", "model"} of the best epoch so far.
+        plateau: With the schedule "plateau", what adapts the learning rates of the optimiser.
+        best: With `select` or `validate`: {"selection", "epoch", "model"} of the best epoch so far; "selection" is the
+            value of `select`, or else minus the validation loss.
     """
 
     def __init__(self, model: Classifier, training: Training) -> None:
@@ -161,6 +186,11 @@ class _State:
         settings, device = training.settings, training.device
         self.optimizer = make_optimizer(model.parameter_groups(settings), settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self.plateau: ReduceLROnPlateau | None = None
+        if settings.schedule == "plateau":
+            self.plateau = ReduceLROnPlateau(
+                self.optimizer, "min", factor=settings.gamma, patience=settings.patience, min_lr=settings.min_lr
+            )
         self.epoch, self.best, self._partial = 0, None, None
         self.path = training.folder / LAST
         if not distributed.from_main(self.path.exists):
@@ -171,6 +201,8 @@ class _State:
             model.head.load_state_dict(saved["head"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
+            if self.plateau is not None:
+                self.plateau.load_state_dict(saved["plateau"])
             self.epoch, self.best = saved["epoch"], saved["best"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
@@ -201,25 +233,44 @@ class _State:
             "best": self.best,
             "partial": partial,
         }
+        if self.plateau is not None:
+            payload["plateau"] = self.plateau.state_dict()
         return save_checkpoint(self.path, payload)
 
 
 def selection_accuracy(loader: Any, videos: int, view: str, device: torch.device) -> Callable[[Classifier, int], float]:
-    """Returns the function for `Training.select` of the published code: the accuracy on one clip of every test video.
+    """Returns the function for `Training.select` of the published code: the accuracy on one clip of every test video;
+    the arguments are those of `mean_over_videos`."""
+    return mean_over_videos(loader, videos, view, device, lambda logits, labels: logits.argmax(1) == labels)
+
+
+def validation_loss(loader: Any, videos: int, view: str, device: torch.device) -> Callable[[Classifier, int], float]:
+    """Returns the function for `Training.validate`: the mean cross-entropy on one clip of every video of the validation
+    part; the arguments are those of `mean_over_videos`."""
+    losses = lambda logits, labels: F.cross_entropy(logits, labels, reduction="none")  # noqa: E731
+    return mean_over_videos(loader, videos, view, device, losses)
+
+
+def mean_over_videos(
+    loader: Any, videos: int, view: str, device: torch.device, score: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Classifier, int], float]:
+    """Returns a function (model, epoch) -> mean score of one clip of every video, in eval mode.
 
     Args:
-        loader: The process's TrainLoader with `plan_selection` over the M test videos. Its batches have equal size, so
-            some videos may be left out of an epoch.
+        loader: The process's TrainLoader with `plan_selection` over the M videos. Its batches have equal size, so some
+            videos may be left out of an epoch; each of these is measured alone.
+        videos: M.
+        score: Maps logits [N, L] float32 and labels [N] to scores [N].
     """
 
     def measure(model: Classifier, epoch: int) -> float:
         model.eval()
-        seen, hits = set(), 0
+        seen, total = set(), 0.0
 
         def count(batch: Batch) -> None:
-            nonlocal hits
-            right = model(batch.clips[view][:, 0]).argmax(1) == batch.label.to(device)
-            hits += int(right.sum())
+            nonlocal total
+            logits = model(batch.clips[view][:, 0]).float()
+            total += score(logits, batch.label.to(device)).double().sum().item()
             seen.update(batch.video.tolist())
 
         with torch.inference_mode():
@@ -227,6 +278,6 @@ def selection_accuracy(loader: Any, videos: int, view: str, device: torch.device
                 count(batch)
             for video in distributed.share(sorted(set(range(videos)) - distributed.union(seen))):
                 count(loader.sample(epoch, video))
-        return sum(distributed.gather_objects(hits)) / videos
+        return sum(distributed.gather_objects(total)) / videos
 
     return measure

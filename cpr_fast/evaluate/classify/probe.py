@@ -44,8 +44,7 @@ def train_on_features(
     _warn_of_few(len(features), settings)
     with torch.random.fork_rng([features.device] if features.is_cuda else []):
         torch.manual_seed(seed)
-        head = ClassifierHead(features.shape[1], classes, dropout=settings.dropout, normalize=settings.normalize)
-        head = head.to(features.device)
+        head = ClassifierHead(features.shape[1], classes, settings).to(features.device)
         group = {"params": list(head.parameters()), "lr": settings.lr, "base_lr": settings.lr}
         optimizer = make_optimizer([group], settings)
         best, chosen = None, settings.epochs - 1

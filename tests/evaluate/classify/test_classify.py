@@ -72,8 +72,7 @@ def test_probe_reaches_scikit_learns_accuracy_and_repeats():
     x, y = torch.from_numpy(features), torch.from_numpy(labels)
     settings = ProbeConfig(batch_size=64, epochs=60, milestones=(40, 50))
     head, best = train_on_features(x[:200], y[:200], 5, settings, seed=3)
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    reference = LogisticRegression(max_iter=1000).fit(unit[:200], labels[:200]).score(unit[200:], labels[200:])
+    reference = LogisticRegression(max_iter=1000).fit(features[:200], labels[:200]).score(features[200:], labels[200:])
     ours = (feature_probabilities(head, x[200:]).argmax(1) == y[200:]).double().mean().item()
     assert ours > reference - 0.05 and best == 59
     again, _ = train_on_features(x[:200], y[:200], 5, settings, seed=3)
@@ -83,15 +82,42 @@ def test_probe_reaches_scikit_learns_accuracy_and_repeats():
     assert selected >= ours and 0 <= best < 60
 
 
-def test_head_is_l2_batch_norm_linear():
-    head = ClassifierHead(6, 3, dropout=0.5, normalize=True).train(False)
-    head.norm.running_mean.uniform_()
-    head.norm.running_var.uniform_(0.5, 2)
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_head_is_l2_batch_norm_linear(normalize, batch_norm):
+    settings = ClassifierConfig(dropout=0.5, normalize=normalize, batch_norm=batch_norm)
+    head = ClassifierHead(6, 3, settings).train(False)
     x = torch.randn(4, 6)
-    unit = x.double() / x.double().norm(dim=1, keepdim=True)
-    normed = (unit - head.norm.running_mean) / (head.norm.running_var.double() + 1e-5).sqrt()
-    expected = normed @ head.linear.weight.double().T
+    expected = x.double() / x.double().norm(dim=1, keepdim=True) if normalize else x.double()
+    if batch_norm:
+        head.norm.running_mean.uniform_()
+        head.norm.running_var.uniform_(0.5, 2)
+        expected = (expected - head.norm.running_mean) / (head.norm.running_var.double() + 1e-5).sqrt()
+    expected = expected @ head.linear.weight.double().T
     torch.testing.assert_close(head(x).double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_probe_on_features_trains_as_the_published_one():
+    """CoCLR's feature_linear_probe.py: BatchNorm and a linear layer on the features as they are, SGD, in batches of
+    the whole set here, so that the order of the videos has no effect.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 6, generator=generator) * torch.tensor([5.0, 0.1, 1, 1, 1, 2]) + 3
+    y = torch.randint(0, 3, (40,), generator=generator)
+    head, _ = train_on_features(x, y, 3, ProbeConfig(epochs=5, milestones=(2, 4)), seed=3)
+    torch.manual_seed(3)
+    norm, linear = nn.BatchNorm1d(6), nn.Linear(6, 3)
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.SGD([*norm.parameters(), *linear.parameters()], lr=1.0, momentum=0.9, weight_decay=1e-3)
+    for epoch in range(5):
+        optimizer.param_groups[0]["lr"] = 1.0 * 0.1 ** ((epoch >= 2) + (epoch >= 4))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(linear(norm(x)), y).backward()
+        optimizer.step()
+    norm.eval()
+    expected = linear(norm(x)).double().softmax(1)
+    torch.testing.assert_close(feature_probabilities(head, x), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("arch", "layers"), [("s3d", 12), ("r3d", 5), ("c3d", 8)])

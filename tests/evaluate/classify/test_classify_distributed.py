@@ -40,7 +40,7 @@ CONFIG = Config.from_dict({"data": {"frames": 5, "size": 20}, "model": {"width":
 VIDEOS, BATCH = 27, 8  # three steps of 8, and three videos left over: not a multiple of two
 COMMON = {"epochs": 3, "milestones": (2,), "optimizer": "sgd", "lr": 0.05, "dropout": 0.5}
 SETTINGS = {
-    "finetune": ClassifierConfig(**COMMON, backbone_lr=0.01, normalize=True),
+    "finetune": ClassifierConfig(**COMMON, backbone_lr=0.01, normalize=True, batch_norm=True),
     "probe": ProbeConfig(**COMMON, inputs="clips"),
 }
 
