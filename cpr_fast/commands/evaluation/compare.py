@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 from cpr_fast.commands.inputs import require_folders
-from cpr_fast.commands.options import Json
+from cpr_fast.commands.options import REQUIRED, Json
 from cpr_fast.commands.output import rate, show, table
 from cpr_fast.errors import InputError
 
@@ -16,7 +17,10 @@ NAMES = {"map": "mAP", "r@1": "R@1"}
 
 
 def compare(
-    runs: tyro.conf.Positional[tuple[Path, ...]], *, against: tuple[Path, ...] = (), json: Json = False
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, REQUIRED],
+    *,
+    against: Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="(default: two RUNS)")] = (),
+    json: Json = False,
 ) -> None:
     """Test whether the retrieval of two runs differs, query by query and, with several seeds, seed by seed.
 
@@ -36,7 +40,8 @@ def compare(
 
     blocks = compare_runs([Run(folder) for folder in first], [Run(folder) for folder in second])
     lines = [line for block in blocks for line in (*_lines(block), "")]
-    show({"comparisons": blocks}, json, lines=[*lines, *_meaning(blocks[0])])
+    page = shlex.join(["cpr-fast", "report", *map(str, (*first, *second)), "--out", "comparison.html"])
+    show({"comparisons": blocks}, json, lines=[*lines, *_meaning(blocks[0])], next_step=page)
 
 
 def _lines(block: dict[str, Any]) -> list[str]:
