@@ -102,6 +102,34 @@ CPR_API const char* cpr_tvl1_flow_cpu(const cpr_tvl1_args* args, int threads);
 CPR_API size_t cpr_tvl1_flow_cuda_workspace(const cpr_tvl1_args* args);
 CPR_API const char* cpr_tvl1_flow_cuda(const cpr_tvl1_args* args, void* workspace, void* stream);
 
+// ---- batch_norm: BatchNorm in training, of rows whose channels are last, and its gradient ----------
+// Letters: R rows (clips times frames times pixels), C channels; R, C >= 1. The statistics of a channel are summed in
+// float over short runs of rows and in double beyond them.
+typedef struct {
+  const float* x;       // [R, C]
+  const float* weight;  // [C] or null: 1
+  const float* bias;    // [C] or null: 0
+  int64_t R, C;
+  double eps;
+  int relu;  // non-zero: ReLU follows the normalisation
+} cpr_batch_norm_args;
+
+// The running statistics, updated in place: (1 - momentum) * old + momentum * (mean, or unbiased variance).
+typedef struct {
+  float* mean;      // [C] or null
+  float* variance;  // [C] or null
+  double momentum;
+} cpr_batch_norm_running;
+
+// out y [R, C], mean [C] and variance [C] of each channel; this variance is biased.
+CPR_API const char* cpr_batch_norm_forward_cpu(const cpr_batch_norm_args* args, const cpr_batch_norm_running* running,
+                                               float* y, double* mean, double* variance, cpr_parallel_for parallel);
+// From the outputs mean and variance and the gradient of y, grad [R, C]: out grad_x [R, C], grad_weight [C],
+// grad_bias [C].
+CPR_API const char* cpr_batch_norm_backward_cpu(const cpr_batch_norm_args* args, const double* mean,
+                                                const double* variance, const float* grad, float* grad_x,
+                                                float* grad_weight, float* grad_bias, cpr_parallel_for parallel);
+
 // ---- properties of this build ------------------------------------------------------------------------
 // Returns the CPU variants that this machine can run, fastest first, separated by commas ("avx512,avx2,portable").
 CPR_API const char* cpr_cpu_variants(void);

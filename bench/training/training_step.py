@@ -1,7 +1,7 @@
 """Checks a whole training step, and compares its time with the published step and with the encoders alone.
 
     python bench/training/training_step.py [--device cuda] [--batch 32] [--frames 32] [--size 128] [--width 1]
-                                  [--memory 2048] [--seconds 20]
+                                  [--arch s3d] [--memory 2048] [--seconds 20]
 
 Check: starting from the same weights, memory and clips, a step with the fused operators and a step with their
 plain-torch references must give the same loss and the same change of the weights. Time: the steps run in turn, on one
@@ -50,7 +50,7 @@ def start(options: argparse.Namespace, mining: str = "cascade", optimizer: str =
     index = Index(Video(Path(f"/{i}"), f"{i % 8}", f"{i // 2}", "train", 64, 25.0, 340, 256) for i in range(VIDEOS))
     values = {
         "data": {"batch_size": options.batch, "frames": options.frames, "size": options.size},
-        "model": {"width": options.width},
+        "model": {"arch": options.arch, "width": options.width},
         "memory": {"size": options.memory},
         "mining": {"stages": STAGES},
         "optim": {"name": optimizer, "weight_decay": 0.0},
@@ -159,7 +159,8 @@ def parts(options: argparse.Namespace, batch: SimpleNamespace) -> dict[str, Call
 
 
 def page(report: dict) -> str:
-    shape = f"batch {report['batch']}, {report['frames']}x{report['size']}x{report['size']}, width {report['width']:g}"
+    shape = f"{report['arch']}, "
+    shape += f"batch {report['batch']}, {report['frames']}x{report['size']}x{report['size']}, width {report['width']:g}"
     lines = [
         "# A training step", "",
         f"`{report['command']}`, {report['device']}, torch {report['torch']}, commit {report['commit']}; {shape}, "
@@ -185,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     defaults = {"batch": 32, "frames": 32, "size": 128, "width": 1.0, "memory": 2048, "seconds": 20.0}
+    parser.add_argument("--arch", default="s3d")
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     options = parser.parse_args()

@@ -1,6 +1,7 @@
 """Video networks: backbones, heads, and the encoder that joins them.
 
-Imports only `config` and `errors`, so that the networks can be used without the rest of the package.
+Imports only `config`, `errors` and the BatchNorm of `ops`, so that the networks can be used without the rest of the
+package.
 """
 
 from cpr_fast.models.encoder import Encoder, build_encoder, running_statistics

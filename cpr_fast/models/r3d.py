@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpr_fast.models.s3d import scaled
+from cpr_fast.ops import BatchNorm3d
 
 LAYERS = (64, 128, 256, 512)  # output channels of conv2 .. conv5
 MIN_FRAMES, MIN_SIZE = 8, 16
@@ -59,13 +60,13 @@ class SplitConv(nn.Module):
         self.spatial_conv = PaddedConv3d(
             in_channels, middle, (1, h, w), (1, *stride[1:]), (0, h // 2, w // 2), bias=False
         )
-        self.bn = nn.BatchNorm3d(middle)
+        self.bn = BatchNorm3d(middle)
         self.temporal_conv = PaddedConv3d(
             middle, out_channels, (t, 1, 1), (stride[0], 1, 1), (t // 2, 0, 0), bias=False
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.temporal_conv(F.relu(self.bn(self.spatial_conv(x)), inplace=True))
+        return self.temporal_conv(self.bn(self.spatial_conv(x), relu=True))
 
 
 class ResidualBlock(nn.Module):
@@ -75,16 +76,16 @@ class ResidualBlock(nn.Module):
         super().__init__()
         stride = (2, 2, 2) if halve else (1, 1, 1)
         self.conv1 = conv(in_channels, out_channels, (3, 3, 3), stride)
-        self.bn1 = nn.BatchNorm3d(out_channels)
+        self.bn1 = BatchNorm3d(out_channels)
         self.conv2 = conv(out_channels, out_channels, (3, 3, 3), (1, 1, 1))
-        self.bn2 = nn.BatchNorm3d(out_channels)
+        self.bn2 = BatchNorm3d(out_channels)
         if halve:
             self.downsampleconv = conv(in_channels, out_channels, (1, 1, 1), stride)
-            self.downsamplebn = nn.BatchNorm3d(out_channels)
+            self.downsamplebn = BatchNorm3d(out_channels)
         self.halve = halve
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn1(self.conv1(x), relu=True)
         y = self.bn2(self.conv2(y))
         return F.relu(y + (self.downsamplebn(self.downsampleconv(x)) if self.halve else x), inplace=True)
 
@@ -112,7 +113,7 @@ class ResNet3D(nn.Module):
         super().__init__()
         channels = [scaled(c, width) for c in LAYERS]
         self.conv1 = conv(3, channels[0], (3, 7, 7), (1, 2, 2))
-        self.bn1 = nn.BatchNorm3d(channels[0])
+        self.bn1 = BatchNorm3d(channels[0])
         self.conv2 = ResidualLayer(conv, channels[0], channels[0], halve=False)
         self.conv3 = ResidualLayer(conv, channels[0], channels[1], halve=True)
         self.conv4 = ResidualLayer(conv, channels[1], channels[2], halve=True)
@@ -121,7 +122,7 @@ class ResNet3D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.bn1(self.conv1(x), relu=True)
         return self.conv5(self.conv4(self.conv3(self.conv2(x))))
 
 
@@ -146,14 +147,14 @@ class C3D(nn.Module):
         channels = 3
         for name, out in self._CONVS.items():
             self.add_module(f"conv{name}", PaddedConv3d(channels, scaled(out, width), 3, padding=1))
-            self.add_module(f"bn{name}", nn.BatchNorm3d(scaled(out, width)))
+            self.add_module(f"bn{name}", BatchNorm3d(scaled(out, width)))
             channels = scaled(out, width)
         self.out_channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
         _check(x)
         for name in self._CONVS:
-            x = F.relu(self.get_submodule(f"bn{name}")(self.get_submodule(f"conv{name}")(x)), inplace=True)
+            x = self.get_submodule(f"bn{name}")(self.get_submodule(f"conv{name}")(x), relu=True)
             if name in self._POOLED:
                 x = F.max_pool3d(x, self._POOLED[name])
         return x

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cpr_fast.ops import BatchNorm3d
+
 # Output channels of an Inception block's branches: 1x1x1 | 1x1x1, 3x3x3 | 1x1x1, 3x3x3 | pool, 1x1x1.
 _MIXED = {
     "Mixed_3b": (64, 96, 128, 16, 32, 32),
@@ -31,10 +33,10 @@ class BasicConv3d(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, 1, bias=False)
-        self.bn = nn.BatchNorm3d(out_channels)
+        self.bn = BatchNorm3d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+        return self.bn(self.conv(x), relu=True)
 
 
 class TemporalConv(nn.Conv3d):
@@ -64,12 +66,12 @@ class STConv3d(nn.Module):
             in_channels, out_channels, (1, kernel, kernel), (1, stride, stride), (0, pad, pad), bias=False
         )
         self.conv2 = TemporalConv(out_channels, kernel, stride)
-        self.bn1 = nn.BatchNorm3d(out_channels)
-        self.bn2 = nn.BatchNorm3d(out_channels)
+        self.bn1 = BatchNorm3d(out_channels)
+        self.bn2 = BatchNorm3d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = self.bn1(self.conv1(x), relu=True)
+        return self.bn2(self.conv2(x), relu=True)
 
 
 class SelfGating(nn.Module):

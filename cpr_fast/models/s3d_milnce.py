@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from cpr_fast.config.pixels import IMAGENET_MEAN, IMAGENET_STD
 from cpr_fast.models.s3d import S3D, SelfGating
+from cpr_fast.ops import BatchNorm3d
 
 
 class SpaceToDepthStem(nn.Module):
@@ -26,7 +27,7 @@ class SpaceToDepthStem(nn.Module):
     def __init__(self, out_channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv3d(8 * 3, out_channels, (2, 4, 4), padding=(1, 2, 2), bias=False)
-        self.bn = nn.BatchNorm3d(out_channels)
+        self.bn = BatchNorm3d(out_channels)
         for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1, 1), persistent=False)
 
@@ -35,7 +36,7 @@ class SpaceToDepthStem(nn.Module):
         frames, height, width = (length // 2 for length in size)
         cells = (x * self.std + self.mean).reshape(n, channels, frames, 2, height, 2, width, 2)
         cells = cells.permute(0, 3, 5, 7, 1, 2, 4, 6).reshape(n, 8 * channels, frames, height, width)
-        out = F.relu(self.bn(self.conv(cells)), inplace=True)
+        out = self.bn(self.conv(cells), relu=True)
         return out[:, :, 1:, 1:, 1:]  # "SAME" padding of an even kernel: one more zero before than after
 
 

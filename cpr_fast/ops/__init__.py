@@ -1,16 +1,21 @@
-"""The operators for the CPU and CUDA: positive mining, its loss and optical flow; and a module that holds a queue.
+"""The operators for the CPU and CUDA: positive mining, its loss and optical flow; a module that holds a queue; and the
+BatchNorm of the networks.
 
-Each operator is registered as `torch.ops.cpr_fast.*` and has a reference in plain PyTorch, named `*_ref`. Any module
-may import this package; it imports torch and nothing else.
+Each operator is registered as `torch.ops.cpr_fast.*`. The functions have references in plain PyTorch, named `*_ref`;
+those of the modules `BatchNorm*` are torch's. Any module may import this package; it imports torch and nothing else.
 """
 
+from pathlib import Path
+
+from cpr_fast.ops.batch_norm import BatchNorm1d, BatchNorm3d
 from cpr_fast.ops.cascade_select import cascade_select, cascade_select_ref
-from cpr_fast.ops.cmake import cmake_dir, include_dir
 from cpr_fast.ops.mil_nce import mil_nce, mil_nce_ref
 from cpr_fast.ops.queue_loss import QueueLoss
 from cpr_fast.ops.tvl1_flow import tvl1_flow, tvl1_flow_ref
 
 __all__ = [
+    "BatchNorm1d",
+    "BatchNorm3d",
     "QueueLoss",
     "cascade_select",
     "cascade_select_ref",
@@ -21,3 +26,21 @@ __all__ = [
     "tvl1_flow",
     "tvl1_flow_ref",
 ]
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def cmake_dir() -> str:
+    """Returns the directory of cpr_fast-config.cmake, which `find_package(cpr_fast)` takes as -Dcpr_fast_DIR."""
+    return _existing(_PACKAGE / "lib" / "cmake" / "cpr_fast")
+
+
+def include_dir() -> str:
+    """Returns the directory of the C header cpr_fast.h."""
+    return _existing(_PACKAGE / "include")
+
+
+def _existing(folder: Path) -> str:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist: run `pip install .` or `python setup.py build_ext`")
+    return str(folder)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from cpr_fast.ops.cmake import cmake_dir, include_dir
+from cpr_fast.ops import cmake_dir, include_dir
 
 
 def main() -> None:

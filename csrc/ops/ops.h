@@ -2,7 +2,8 @@
 // the outputs and call the kernels in csrc/cpr_fast.h. cpr_fast/ops/*.py gives more helpful errors; the checks here
 // keep the kernels safe when torch.ops is called directly.
 //
-// Letters in shapes: B queries, V views, K memory entries, D width, n stages, P positives, T frames, H x W pixels.
+// Letters in shapes: B queries, V views, K memory entries, D width, n stages, P positives, T frames, H x W pixels,
+// R rows, C channels.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -41,5 +42,15 @@ template <bool cuda>
 std::tuple<Tensor, Tensor> tvl1_flow(const Tensor& frames, double tau, double lambda, double theta, int64_t scales,
                                      double scale_step, int64_t warps, double epsilon, int64_t inner_iterations,
                                      int64_t outer_iterations, int64_t median);
+
+// On the CPU alone: torch's BatchNorm on CUDA is accurate.
+std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                              double momentum, double eps, bool relu);
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const Tensor& x,
+                                                       const OptionalTensor& weight, const OptionalTensor& bias,
+                                                       const Tensor& mean, const Tensor& variance, double eps,
+                                                       bool relu);
 
 }  // namespace cpr::ops

@@ -21,6 +21,12 @@ STABLE_TORCH_LIBRARY(cpr_fast, m) {
       "tvl1_flow(Tensor frames, float tau, float lambda_, float theta, int scales, float scale_step, int warps, "
       "float epsilon, int inner_iterations, int outer_iterations, int median) -> (Tensor flow, "
       "Tensor pixel_iterations)");
+  m.def(
+      "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "float momentum, float eps, bool relu) -> (Tensor y, Tensor mean, Tensor variance)");
+  m.def(
+      "batch_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, "
+      "float eps, bool relu) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cpr_fast, CPU, m) {
@@ -28,6 +34,8 @@ STABLE_TORCH_LIBRARY_IMPL(cpr_fast, CPU, m) {
   m.impl("mil_nce", TORCH_BOX(&ops::mil_nce<false>));
   m.impl("mil_nce_grad_memory", TORCH_BOX(&ops::mil_nce_grad_memory<false>));
   m.impl("tvl1_flow", TORCH_BOX(&ops::tvl1_flow<false>));
+  m.impl("batch_norm", TORCH_BOX(&ops::batch_norm));
+  m.impl("batch_norm_backward", TORCH_BOX(&ops::batch_norm_backward));
 }
 
 #ifdef CPR_FAST_WITH_CUDA

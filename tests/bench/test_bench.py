@@ -122,3 +122,15 @@ def test_the_loader_beside_other_decoders(tmp_path):
     assert {("decode", "PyAV", 0.9), ("loader", "PyAV, the same", 1.0), ("records", "PIL, PIL", 1.5)} <= barred
     page = (tmp_path / "out" / "loading.md").read_text()
     assert all(f"| {row['form']} |" in page for row in rows)
+
+
+def test_batch_norm_is_compared_with_float64(tmp_path):
+    command = [sys.executable, "bench/training/batch_norm.py", "--seconds", "0", "--clips", "2", "--draws", "1"]
+    environment = os.environ | {"OUT": str(tmp_path)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=300)
+    report = json.loads((tmp_path / "batch_norm.json").read_text())
+    for forms in report["layers"].values():
+        ours, theirs = forms["cpr_fast, channels last"], forms["torch, channels last"]
+        assert all(error < theirs[name] and error < 1e-6 for name, error in ours.items())
+    assert len(report["networks"]) == 3
+    assert "| mean pool | torch, contiguous |" in (tmp_path / "batch_norm.md").read_text()

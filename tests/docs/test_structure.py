@@ -51,7 +51,7 @@ ORDER = (
 # do not depend on each other, and evaluation and reports do not depend on training.
 FORBIDDEN = {
     "ops": {"config", "runtime"},
-    "models": {"runtime", "ops"},
+    "models": {"runtime"},
     "weights": {"ops", "mining"},
     "data": {"models", "mining", "weights"},
     "report": {"models", "ops", "pretrain"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -284,3 +286,41 @@ def test_heads_without_weights():
         match=r"model.feature_dim: expected 64, the width of the pooled .*'r3d' at model.width 0.125.*got 128",
     ):
         build_encoder(ModelConfig(arch="r3d", width=0.125, head="unit"))
+
+
+# ---- training on the CPU ---------------------------------------------------------------------------
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("arch", ["s3d", "r3d"])
+def test_features_in_training_are_as_near_to_float64_as_contiguous_torch(arch):
+    """Gradients jump with the slightest difference near the corners of ReLU and max pooling: the tests of the operator
+    compare them without those."""
+    torch.manual_seed(0)
+    backbone = build_encoder(ModelConfig(arch=arch, width=0.125, feature_dim=16)).backbone
+    clips = torch.randn(4, 3, 8, 64, 64)
+
+    def features(dtype: torch.dtype, memory: torch.memory_format) -> Tensor:
+        network = copy.deepcopy(backbone).to(dtype).to(memory_format=memory)
+        with torch.no_grad():
+            return network(clips.to(dtype).contiguous(memory_format=memory)).mean((2, 3, 4)).double()
+
+    exact, contiguous, ours = (
+        features(*form)
+        for form in (
+            (torch.float64, torch.contiguous_format),
+            (torch.float32, torch.contiguous_format),
+            (torch.float32, torch.channels_last_3d),
+        )
+    )
+    assert (ours - exact).norm() <= 2 * (contiguous - exact).norm() + 1e-6 * exact.norm()
+
+
+def test_every_batch_norm_of_a_training_encoder_runs_the_accurate_kernel():
+    """A convolution that returned other memory would make torch's kernel run."""
+    for arch in ("s3d", "s3dg", "s3d_milnce", "r3d", "r21d", "c3d"):
+        encoder = build_encoder(ModelConfig(arch=arch, width=0.125, feature_dim=16))
+        norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        with mock.patch.object(F, "batch_norm", side_effect=AssertionError("torch's kernel")):
+            encoder(torch.randn(2, 3, 8, 32, 32)).sum().backward()
+        assert len(norms) >= 8 and all(norm.num_batches_tracked == 1 for norm in norms)

@@ -1,6 +1,12 @@
-"""The package as seen by a user of only the operators: imports, types and help()."""
+"""The package as seen by a user of only the operators: imports, types, help(), and the choice of CPU instructions.
+
+CPR_FAST_CPU_VARIANT selects the variant; one that cannot run raises an error instead of selecting another one.
+"""
+
+from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +14,33 @@ from pathlib import Path
 import pytest
 
 import cpr_fast
-from cpr_fast import ops
+from cpr_fast import _host, ops
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = _host.build_info()["cpu_variants"]  # best first, comma-separated
+ABSENT = [name for name in ("avx512", "avx2") if name not in VARIANTS.split(",")]
+
+IN_FORCE = "from cpr_fast import _host; print(_host.build_info()['cpu_variant'])"
+# Importing the operator library raises an error; for callers of the C interface, the kernels return one.
+KERNELS = """
+import torch
+try:
+    import cpr_fast.ops
+except ValueError as error:
+    print(error)
+x, slots = torch.ones(1, 2, 4), torch.zeros(2, 1, dtype=torch.int64)
+for call in (
+    lambda: torch.ops.cpr_fast.cascade_select(x, x, [0], [1], None, None, "fp32"),
+    lambda: torch.ops.cpr_fast.mil_nce(x[0], x[0], x[0], slots, None, None, None, "ignore", "keep", 0.1),
+    lambda: torch.ops.cpr_fast.tvl1_flow(torch.ones(1, 2, 4, 4), 0.25, 0.15, 0.3, 1, 0.8, 1, 0.01, 1, 1, 5),
+    lambda: torch.ops.cpr_fast.batch_norm(x[0], None, None, None, None, 0.0, 1e-5, False),
+):
+    try:
+        call()
+        print("ran")
+    except RuntimeError as error:
+        print(error)
+"""
 
 
 def test_importing_the_operators_imports_torch_and_nothing_else():
@@ -25,7 +57,7 @@ def test_the_package_is_typed():
     assert (Path(cpr_fast.__file__).parent / "py.typed").exists()
 
 
-@pytest.mark.parametrize("name", ["cascade_select", "mil_nce", "tvl1_flow", "QueueLoss"])
+@pytest.mark.parametrize("name", ["cascade_select", "mil_nce", "tvl1_flow", "QueueLoss", "BatchNorm1d", "BatchNorm3d"])
 def test_help_has_shapes_and_an_example_that_runs(name):
     import doctest
 
@@ -42,3 +74,23 @@ def test_help_has_shapes_and_an_example_that_runs(name):
 @pytest.mark.parametrize("name", ["cascade_select_ref", "mil_nce_ref", "tvl1_flow_ref"])
 def test_references_are_documented(name):
     assert inspect.getdoc(getattr(ops, name)).startswith(f"Computes `{name.removesuffix('_ref')}` in plain PyTorch")
+
+
+def output(program: str, variant: str | None) -> list[str]:
+    """Returns the lines that a Python program prints if CPR_FAST_CPU_VARIANT is `variant`, or unset."""
+    environment = {name: value for name, value in os.environ.items() if name != "CPR_FAST_CPU_VARIANT"}
+    environment |= {"PYTHONPATH": str(ROOT)} | ({} if variant is None else {"CPR_FAST_CPU_VARIANT": variant})
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("variant", [None, "", *VARIANTS.split(",")])
+def test_the_named_variant_is_in_force(variant):
+    assert output(IN_FORCE, variant) == [variant or VARIANTS.split(",")[0]]
+
+
+@pytest.mark.parametrize("variant", ["portable", "sse", *ABSENT])
+def test_a_variant_that_cannot_run_is_an_error(variant):
+    text = f"CPR_FAST_CPU_VARIANT: expected a variant that this machine can run ({VARIANTS}), got '{variant}'"
+    assert output(KERNELS, variant) == (["ran"] * 4 if variant == "portable" else [text] * 5)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cpr_fast.config import ClassifierConfig
 from cpr_fast.config.pixels import Normalisation
 from cpr_fast.models import Encoder
+from cpr_fast.ops import BatchNorm1d
 from cpr_fast.runtime.progress import track
 
 WEIGHT_STD = 0.01  # standard deviation of the linear layer's initial weights [CoCLR]
@@ -28,7 +29,7 @@ class ClassifierHead(nn.Module):
     def __init__(self, channels: int, classes: int, settings: ClassifierConfig) -> None:
         super().__init__()
         self.normalize = settings.normalize
-        self.norm = nn.BatchNorm1d(channels) if settings.batch_norm else None
+        self.norm = BatchNorm1d(channels) if settings.batch_norm else None
         self.dropout = nn.Dropout(settings.dropout)
         self.linear = nn.Linear(channels, classes)
         nn.init.normal_(self.linear.weight, std=WEIGHT_STD)

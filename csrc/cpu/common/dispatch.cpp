@@ -8,8 +8,11 @@
 namespace cpr {
 namespace {
 
-#define CPR_TABLE(variant) \
-  KernelTable { #variant, variant::cascade_select, variant::mil_nce_forward, variant::mil_nce_grad_memory }
+#define CPR_TABLE(variant)                                                                     \
+  KernelTable {                                                                                \
+    #variant, variant::cascade_select, variant::mil_nce_forward, variant::mil_nce_grad_memory, \
+        variant::batch_norm_forward, variant::batch_norm_backward                              \
+  }
 
 // The variants that this machine can run, fastest first.
 const std::vector<KernelTable>& runnable() {
@@ -86,6 +89,19 @@ const char* cpr_mil_nce_grad_memory_cpu(const cpr_mil_nce_args* args, const void
                                         const void* lse_positive, void* grad_memory, cpr_parallel_for parallel) {
   if (const char* error = cpr_cpu_variant_error()) return error;
   return cpr::kernels().mil_nce_grad_memory(args, grad_loss, lse_all, lse_positive, grad_memory, parallel);
+}
+
+const char* cpr_batch_norm_forward_cpu(const cpr_batch_norm_args* args, const cpr_batch_norm_running* running, float* y,
+                                       double* mean, double* variance, cpr_parallel_for parallel) {
+  if (const char* error = cpr_cpu_variant_error()) return error;
+  return cpr::kernels().batch_norm_forward(args, running, y, mean, variance, parallel);
+}
+
+const char* cpr_batch_norm_backward_cpu(const cpr_batch_norm_args* args, const double* mean, const double* variance,
+                                        const float* grad, float* grad_x, float* grad_weight, float* grad_bias,
+                                        cpr_parallel_for parallel) {
+  if (const char* error = cpr_cpu_variant_error()) return error;
+  return cpr::kernels().batch_norm_backward(args, mean, variance, grad, grad_x, grad_weight, grad_bias, parallel);
 }
 
 const char* cpr_cpu_variants(void) {

@@ -14,17 +14,26 @@ struct KernelTable {
   const char* (*mil_nce_forward)(const cpr_mil_nce_args*, const cpr_mil_nce_outputs*, cpr_parallel_for);
   const char* (*mil_nce_grad_memory)(const cpr_mil_nce_args*, const void* grad_loss, const void* lse_all,
                                      const void* lse_positive, void* grad_memory, cpr_parallel_for);
+  const char* (*batch_norm_forward)(const cpr_batch_norm_args*, const cpr_batch_norm_running*, float* y, double* mean,
+                                    double* variance, cpr_parallel_for);
+  const char* (*batch_norm_backward)(const cpr_batch_norm_args*, const double* mean, const double* variance,
+                                     const float* grad, float* grad_x, float* grad_weight, float* grad_bias,
+                                     cpr_parallel_for);
 };
 
 // Returns the variant in use, see cpr_cpu_variant.
 const KernelTable& kernels();
 
-#define CPR_DECLARE_VARIANT(variant)                                                                     \
-  namespace variant {                                                                                    \
-  const char* cascade_select(const cpr_cascade_args*, cpr_parallel_for);                                 \
-  const char* mil_nce_forward(const cpr_mil_nce_args*, const cpr_mil_nce_outputs*, cpr_parallel_for);    \
-  const char* mil_nce_grad_memory(const cpr_mil_nce_args*, const void*, const void*, const void*, void*, \
-                                  cpr_parallel_for);                                                     \
+#define CPR_DECLARE_VARIANT(variant)                                                                                  \
+  namespace variant {                                                                                                 \
+  const char* cascade_select(const cpr_cascade_args*, cpr_parallel_for);                                              \
+  const char* mil_nce_forward(const cpr_mil_nce_args*, const cpr_mil_nce_outputs*, cpr_parallel_for);                 \
+  const char* mil_nce_grad_memory(const cpr_mil_nce_args*, const void*, const void*, const void*, void*,              \
+                                  cpr_parallel_for);                                                                  \
+  const char* batch_norm_forward(const cpr_batch_norm_args*, const cpr_batch_norm_running*, float*, double*, double*, \
+                                 cpr_parallel_for);                                                                   \
+  const char* batch_norm_backward(const cpr_batch_norm_args*, const double*, const double*, const float*, float*,     \
+                                  float*, float*, cpr_parallel_for);                                                  \
   }
 CPR_DECLARE_VARIANT(portable)
 #if defined(__x86_64__)
