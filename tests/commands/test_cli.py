@@ -144,7 +144,7 @@ def test_torchrun_trains_on_two_processes_without_a_setting(tmp_path):
     assert json.loads(done.stdout) == {"run": str(tmp_path / "run")}
     steps = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "step"]
     assert [row["step"] for row in steps] == [0, 1, 2, 3]  # 16 training videos: two steps of 2 x 4
-    assert [row["loss"] is None for row in steps] == [True, False, False, False]
+    assert all(row["loss"] is not None for row in steps)  # InfoNCE learns from the first step
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["processes"] == 2
 
 
