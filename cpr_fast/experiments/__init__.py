@@ -1,4 +1,4 @@
-"""Whole experiments from data to report: the quick start, and the tables of the paper.
+"""Whole experiments from data to report: the quick start, the tables of the paper, and what a recipe does.
 
 May import every package except `commands`; only `commands` may import it.
 """

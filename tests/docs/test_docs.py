@@ -20,7 +20,9 @@ from cpr_fast.cli import main
 from cpr_fast.data.synthetic import videos as synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("data", "methods", "evaluation", "kernels", "architecture")]
+PAGES = [
+    ROOT / "docs" / f"{name}.md" for name in ("data", "methods", "fidelity", "evaluation", "kernels", "architecture")
+]
 
 
 @dataclass(frozen=True)
