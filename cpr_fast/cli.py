@@ -36,6 +36,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Training": {
         "init": ("training", "Write a recipe that is sized to the videos of an index."),
         "recipes": ("training", "List the recipes that come with the package."),
+        "explain": ("training", "Print what a recipe does, and where it deviates from the paper."),
         "pretrain": ("training", "Pretrain encoders without labels: InfoNCE, UberNCE, CoCLR, CPR, IIC."),
         "reproduce": ("training", "Train and evaluate the rows of a table of the CPR paper."),
         "import-checkpoint": ("training", "Convert a published checkpoint (CoCLR, CPR, IIC, MIL-NCE)."),

@@ -44,6 +44,8 @@ MISSING = [
     "pretrain cpr_ucf101 --data.index no.csv",
     "pretrain cpr_ucf101 --data.index F --model.init.rgb no.pt",
     "pretrain cpr_ucf101 --epochs 1",
+    "explain no.toml",
+    "explain cpr_ucf101 --epochs 1",
     "reproduce stages",
     "reproduce stages --index no.csv",
     "import-checkpoint no.pt --out x",
@@ -74,7 +76,7 @@ def answers(command_lines: list[list[str]], folder: Path) -> list:
 @pytest.mark.parametrize(
     ("command_lines", "expected"),
     [
-        ([["--help"], ["--version"], [], ["help"], ["recipes"], ["pretrain", "--help"]], 0),
+        ([["--help"], ["--version"], [], ["help"], ["recipes"], ["pretrain", "--help"], ["explain", "-h"]], 0),
         ([["retreive"], ["xyz"], *([name, "--no-such-option", "1"] for name in COMMANDS)], 2),
         ([line.split() for line in MISSING], 2),
     ],

@@ -9,7 +9,7 @@ import io
 import re
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,13 +82,7 @@ def parse_and_run(arguments: list[str]) -> None:
         given.overrides.append("--help")
     else:
         _require_inputs(config, given.overrides)
-    if given.epochs is not None:
-        config = scale_epochs(config, given.epochs)
-    if given.overrides:
-        import tyro
-
-        with _explained_defaults() if wants_help else contextlib.nullcontext():
-            config = tyro.cli(Config, default=config, args=given.overrides, prog=f"cpr-fast pretrain {given.config}")
+    config = settings(config, given, command="pretrain")
 
     from cpr_fast.commands.output import show_once
     from cpr_fast.pretrain.run.loop import pretrain
@@ -103,13 +97,26 @@ def parse_and_run(arguments: list[str]) -> None:
     )
 
 
-def parse(arguments: list[str]) -> Arguments:
-    """Splits the command line. CONFIG is the one argument that is neither an option nor the value of one."""
+def settings(config: Config, given: Arguments, *, command: str) -> Config:
+    """Returns a config with the changes of the command line."""
+    if given.epochs is not None:
+        config = scale_epochs(config, given.epochs)
+    if given.overrides:
+        import tyro
+
+        with _explained_defaults() if "--help" in given.overrides else contextlib.nullcontext():
+            config = tyro.cli(Config, default=config, args=given.overrides, prog=f"cpr-fast {command} {given.config}")
+    return config
+
+
+def parse(arguments: list[str], *, command: str = "pretrain", flags: Sequence[str] = FLAGS) -> Arguments:
+    """Splits the command line of `command`, which takes `flags` and settings. CONFIG is the one argument that is
+    neither an option nor the value of one."""
     given, kinds, i = Arguments(), _kinds(Config), 0
     while i < len(arguments):
         word = arguments[i]
         i += 1
-        if word in FLAGS:
+        if word in flags:
             given.flags.add(word)
             if word.endswith("dump-memory"):
                 given.overrides.append("--run.dump-memory")
@@ -120,7 +127,7 @@ def parse(arguments: list[str]) -> Arguments:
                 raise InputError(f"--epochs: expected a number of epochs, got {text!r}")
             given.epochs = int(text)
         elif word.startswith("-"):
-            _require_known(word, kinds)
+            _require_known(word, kinds, command, flags)
             given.overrides.append(word)
             values = 0 if "=" in word else _number_of_values(word, kinds)
             while values and i < len(arguments) and not arguments[i].startswith("--"):
@@ -152,8 +159,8 @@ def _number_of_values(option: str, kinds: dict[str, Any]) -> int:
     return 1000 if typing.get_origin(kind) is tuple else 1
 
 
-def _require_known(word: str, kinds: dict[str, Any]) -> None:
-    """Raises InputError with a suggestion if the option is not one of `pretrain`.
+def _require_known(word: str, kinds: dict[str, Any], command: str, flags: Sequence[str]) -> None:
+    """Raises InputError with a suggestion if the option is not one of `command`.
 
     This check runs before the parser of all settings is built, which takes longer, and before a missing CONFIG is
     reported: a word that follows an unknown option may be either its value or CONFIG.
@@ -162,8 +169,8 @@ def _require_known(word: str, kinds: dict[str, Any]) -> None:
     name = option.replace("_", "-")
     if name.replace(".no-", ".") in kinds or name.startswith("--schedule.cycles."):
         return
-    close = difflib.get_close_matches(name, [*kinds, *FLAGS, "--epochs"], n=1)
-    hint = f"did you mean {close[0]}?" if close else "`cpr-fast pretrain --help-all` lists all of them"
+    close = difflib.get_close_matches(name, [*kinds, *flags, "--epochs"], n=1)
+    hint = f"did you mean {close[0]}?" if close else "`cpr-fast pretrain --help-all` lists all settings"
     raise InputError(f"unknown option {option}; {hint}")
 
 

@@ -1,0 +1,45 @@
+"""`cpr-fast explain`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from cpr_fast.commands.output import show
+from cpr_fast.commands.training.pretrain import parse, settings
+from cpr_fast.config import load
+from cpr_fast.config.recipes import FOLDER, find_config, recipes
+from cpr_fast.errors import InputError
+
+FLAGS = ("--json", "--help", "-h")
+
+HELP = """usage: cpr-fast explain CONFIG [--section.key VALUE ...]
+
+Print what a recipe does, in about one page: data, clips, augmentation, network, memory, mining, loss, the steps of
+every cycle, evaluation, and where it deviates from the paper and the published code. CONFIG is a TOML file, a run's
+config.json, or the name of a recipe, such as cpr_ucf101; `cpr-fast recipes` lists the recipes. Settings can be changed
+on the command line as in `cpr-fast pretrain`.
+
+options:
+  --epochs N             Explain a run of N epochs in all, as `pretrain --epochs N` trains it.
+  --json                 Print one JSON object on stdout.
+"""
+
+
+def parse_and_run(arguments: list[str]) -> None:
+    """Runs `explain`: reads CONFIG, applies the changes of the command line, and prints what the config does."""
+    given = parse(arguments, command="explain", flags=FLAGS)
+    if given.flags & {"-h", "--help"}:
+        print(HELP, end="")
+        return
+    if given.config is None:
+        raise InputError("CONFIG: expected a TOML file or the name of a recipe, got none; see `cpr-fast recipes`")
+    path = find_config(given.config)
+    config = settings(load(path), given, command="explain")
+    is_recipe = path.parent == FOLDER
+    name = path.stem if is_recipe else str(Path(given.config))
+
+    from cpr_fast.experiments.explain.page import explain
+
+    lines, result = explain(config, name, recipes()[name] if is_recipe else "")
+    show(result, "--json" in given.flags, lines=lines, next_step=f"cpr-fast pretrain {shlex.join(arguments)}")
