@@ -10,6 +10,7 @@ Letters: M clips, T frames, S side of the square picture.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from cpr_fast.config import DataConfig
 from cpr_fast.config.pixels import normalisation
-from cpr_fast.data.clips.sampling import LUMA, NO_GRAY, ORDERS, Clips
+from cpr_fast.data.clips.sampling import COLOURS, LUMA, NO_GRAY, ORDERS, Clips
 
 
 def finish_clips(pixels: Tensor, clips: Clips, view: str, data: DataConfig) -> Tensor:
@@ -37,19 +38,13 @@ def finish_clips(pixels: Tensor, clips: Clips, view: str, data: DataConfig) -> T
 
 def _coloured(frames: Tensor, clip: Clips) -> Tensor:
     """Returns the frames of one planned clip, levels as float32 [T, S, S, 3], with its colours and blur."""
-    brightness, contrast, saturation, hue = (
-        float(value[0]) for value in (clip.brightness, clip.contrast, clip.saturation, clip.hue)
-    )
     for operation in ORDERS[clip.order[0]]:
-        if operation == 0 and brightness != 1:
-            frames = _blended(torch.zeros((), device=frames.device), frames, brightness)
-        elif operation == 1 and contrast != 1:
-            mean = (_luma(frames).mean(dim=(1, 2), dtype=torch.float64) + 0.5).floor().float()
-            frames = _blended(mean.view(-1, 1, 1, 1), frames, contrast)
-        elif operation == 2 and saturation != 1:
-            frames = _blended(_luma(frames)[..., None], frames, saturation)
-        elif operation == 3 and hue != 0:
-            frames = _hue_shifted(frames, int(hue * 255))
+        name = COLOURS[operation]
+        factor = float(getattr(clip, name)[0])
+        if name == "hue" and factor != 0:
+            frames = _hue_shifted(frames, int(factor * 255))
+        elif name != "hue" and factor != 1:
+            frames = _blended(_OTHER[name](frames), frames, factor)
     frames = _grayed(frames, clip.gray[0])
     sigma = float(clip.sigma[0])
     return _blurred(frames, sigma) if sigma else frames
@@ -64,6 +59,19 @@ def _luma(frames: Tensor) -> Tensor:
     """Returns the luma of PIL's `convert("L")`, levels as float32 [T, S, S]."""
     red, green, blue = frames.int().unbind(-1)
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).float()
+
+
+def _mean_luma(frames: Tensor) -> Tensor:
+    """Returns the rounded mean of the luma of each frame, [T, 1, 1, 1]."""
+    return (_luma(frames).mean(dim=(1, 2), dtype=torch.float64) + 0.5).floor().float().view(-1, 1, 1, 1)
+
+
+# What PIL blends a picture with.
+_OTHER: dict[str, Callable[[Tensor], Tensor]] = {
+    "brightness": lambda frames: frames.new_zeros(()),
+    "contrast": _mean_luma,
+    "saturation": lambda frames: _luma(frames)[..., None],
+}
 
 
 def _hue_shifted(frames: Tensor, shift: int) -> Tensor:

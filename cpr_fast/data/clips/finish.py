@@ -1,9 +1,9 @@
 """Applies colours, blur and flip to cut clips on the CPU, with OpenCV. `colour.py` does the same on a GPU.
 
 The operations and their order are those of torchvision's ColorJitter and of PIL, in levels of 0..255 that are rounded
-after every operation. Brightness and contrast are PIL's bit for bit, up to the rounding of the frame's mean; saturation
-differs by one level, the blur by a few. The hue is a shift in HSV with 8 bits as in PIL, but OpenCV rounds the hue
-where PIL truncates it, which is up to ten levels in saturated colours.
+after every operation. Brightness is PIL's bit for bit; contrast and saturation differ by at most one level, the blur by
+a few. The hue is a shift in HSV with 8 bits as in PIL, but OpenCV rounds the hue where PIL truncates it, which is up to
+13 levels in saturated colours.
 
 Letters: F frames, S side of the square picture.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.clips.colour import box_weights
-from cpr_fast.data.clips.sampling import LUMA, NO_GRAY, ORDERS, Clips
+from cpr_fast.data.clips.sampling import COLOURS, LUMA, NO_GRAY, ORDERS, Clips
 
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)
 
@@ -24,51 +24,59 @@ def finish_clip(frames: np.ndarray, clip: Clips, view: str, data: DataConfig) ->
     """Applies the colours, blur and flip of one planned clip to its frames, uint8 [F, S, S, 3], in place. Flow is only
     flipped, unless `data.flow_colour`."""
     if view != "flow" or data.flow_colour:
-        _jitter(frames, clip)
-        for frame, channel in zip(frames, clip.gray[0], strict=False):
-            if channel != NO_GRAY:
-                one = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) if channel == LUMA else cv2.extractChannel(frame, channel)
-                cv2.cvtColor(one, cv2.COLOR_GRAY2RGB, dst=frame)
+        for operation in ORDERS[clip.order[0]]:
+            _JITTER[operation](frames, float(getattr(clip, COLOURS[operation])[0]))
+        if clip.gray[0, 0] != NO_GRAY:
+            _gray(frames, clip.gray[0])
         _blur(frames, float(clip.sigma[0]))
     if clip.flip[0]:
         for frame in frames:
             cv2.flip(frame, 1, dst=frame)
 
 
-def _jitter(frames: np.ndarray, clip: Clips) -> None:
-    tall = frames.reshape(-1, *frames.shape[2:])  # all frames as one picture
-    brightness, contrast, saturation, hue = (
-        float(value[0]) for value in (clip.brightness, clip.contrast, clip.saturation, clip.hue)
-    )
-    for operation in ORDERS[clip.order[0]]:
-        if operation == 0 and brightness != 1:
-            cv2.LUT(tall, _blended(0, brightness), dst=tall)
-        elif operation == 1 and contrast != 1:
-            for frame in frames:
-                cv2.LUT(frame, _blended(_mean_luma(frame), contrast), dst=frame)
-        elif operation == 2 and saturation != 1:
-            matrix = saturation * np.eye(3) + (1 - saturation) * np.array(LUMA_WEIGHTS)
-            # OpenCV rounds, PIL truncates
-            cv2.transform(tall, np.hstack([matrix, np.full((3, 1), -0.499)]), dst=tall)
-        elif operation == 3 and hue != 0:
-            _shift_hue(tall, hue)
+# The operations change the frames in place, and do nothing for a neutral factor. PIL truncates to whole levels, and
+# OpenCV rounds; DOWN makes both the same.
+DOWN = -0.499
 
 
-def _blended(other: int, factor: float) -> np.ndarray:
-    """Returns PIL's `Image.blend` of a constant picture and each level, uint8 [256]."""
-    other, factor = np.float32(other), np.float32(factor)
-    return np.clip(other + factor * (np.arange(256, dtype=np.float32) - other), 0, 255).astype(np.uint8)
+def _brightness(frames: np.ndarray, factor: float) -> None:
+    if factor != 1:
+        cv2.convertScaleAbs(_tall(frames), dst=_tall(frames), alpha=factor, beta=DOWN)
 
 
-def _mean_luma(frame: np.ndarray) -> int:
-    """Returns the level that PIL's contrast keeps: the rounded mean of the frame's luma."""
-    return int(np.dot(cv2.mean(frame)[:3], LUMA_WEIGHTS) + 0.5)
+def _contrast(frames: np.ndarray, factor: float) -> None:
+    for frame in frames if factor != 1 else ():
+        mean = int(np.dot(cv2.mean(frame)[:3], LUMA_WEIGHTS) + 0.5)
+        cv2.addWeighted(frame, factor, frame, 0, (1 - factor) * mean + DOWN, dst=frame)
 
 
-def _shift_hue(picture: np.ndarray, hue: float) -> None:
-    hsv = cv2.cvtColor(picture, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(int(hue * 255) % 256)  # wraps, as in torchvision
-    cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, dst=picture)
+def _saturation(frames: np.ndarray, factor: float) -> None:
+    if factor != 1:
+        matrix = factor * np.eye(3) + (1 - factor) * np.array(LUMA_WEIGHTS)
+        cv2.transform(_tall(frames), np.hstack([matrix, np.full((3, 1), DOWN)]), dst=_tall(frames))
+
+
+def _hue(frames: np.ndarray, shift: float) -> None:
+    if shift != 0:
+        hsv = cv2.cvtColor(_tall(frames), cv2.COLOR_RGB2HSV_FULL)
+        # Wraps, as in torchvision. Added to whole rows, which NumPy does faster than to a strided channel.
+        rows = hsv.reshape(len(hsv), -1)
+        rows += np.tile(np.array([int(shift * 255) % 256, 0, 0], np.uint8), hsv.shape[1])
+        cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, dst=_tall(frames))
+
+
+_JITTER = (_brightness, _contrast, _saturation, _hue)  # in the order of COLOURS
+
+
+def _tall(frames: np.ndarray) -> np.ndarray:
+    """Returns all frames as one picture, a view [F S, S, 3]."""
+    return frames.reshape(-1, *frames.shape[2:])
+
+
+def _gray(frames: np.ndarray, channels: np.ndarray) -> None:
+    for frame, channel in zip(frames, channels, strict=True):
+        one = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) if channel == LUMA else cv2.extractChannel(frame, channel)
+        cv2.cvtColor(one, cv2.COLOR_GRAY2RGB, dst=frame)
 
 
 def _blur(frames: np.ndarray, sigma: float) -> None:

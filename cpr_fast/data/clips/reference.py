@@ -18,15 +18,13 @@ from torch import Tensor
 
 from cpr_fast.config import DataConfig
 from cpr_fast.config.pixels import normalisation
-from cpr_fast.data.clips.sampling import IIC_FRAME, IIC_SIDE, LUMA, NO_GRAY, ORDERS, Clips
+from cpr_fast.data.clips.sampling import COLOURS, IIC_FRAME, IIC_SIDE, LUMA, NO_GRAY, ORDERS, Clips
 
-# The operations of ORDERS: three enhancements of PIL, and the shift of the hue.
-ENHANCEMENTS = (
-    (ImageEnhance.Brightness, "brightness"),
-    (ImageEnhance.Contrast, "contrast"),
-    (ImageEnhance.Color, "saturation"),
-)
-HUE_SHIFT = 3
+ENHANCEMENTS = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "saturation": ImageEnhance.Color,
+}
 
 
 class ReferenceGraph:
@@ -85,12 +83,12 @@ class ReferenceGraph:
 def _coloured(picture: Image.Image, clip: Clips, gray: int) -> Image.Image:
     """Applies torchvision's colour jitter for PIL images, CoCLR's grayscale and PIL's Gaussian blur."""
     for operation in ORDERS[clip.order[0]]:
-        if operation == HUE_SHIFT:
-            picture = _hue_shifted(picture, float(clip.hue[0])) if clip.hue[0] else picture
-        else:
-            enhance, name = ENHANCEMENTS[operation]
-            factor = float(getattr(clip, name)[0])
-            picture = enhance(picture).enhance(factor) if factor != 1 else picture
+        name = COLOURS[operation]
+        factor = float(getattr(clip, name)[0])
+        if name == "hue" and factor != 0:
+            picture = _hue_shifted(picture, factor)
+        elif name != "hue" and factor != 1:
+            picture = ENHANCEMENTS[name](picture).enhance(factor)
     if gray != NO_GRAY:
         picture = Image.merge("RGB", 3 * [picture.convert("L") if gray == LUMA else picture.getchannel(int(gray))])
     if clip.sigma[0]:

@@ -31,8 +31,8 @@ IIC_FRAME, IIC_SIDE = (128, 171), 112  # IIC resizes a frame to 128x171 and crop
 CROP_RATIO = (3 / 4, 4 / 3)
 JITTER, HUE, SIGMA = 0.4, 0.1, (0.1, 2.0)  # ColorJitter(.4, .4, .4, .1)
 BASE_P, FLIP_P, JITTER_P, GRAYSCALE_P, BLUR_P = 0.3, 0.5, 0.8, 0.2, 0.5
-# The orders of brightness, contrast, saturation and hue (0, 1, 2, 3); ColorJitter shuffles them.
-ORDERS = tuple(itertools.permutations(range(4)))
+COLOURS = ("brightness", "contrast", "saturation", "hue")
+ORDERS = tuple(itertools.permutations(range(4)))  # orders of COLOURS, which ColorJitter shuffles
 NO_GRAY, LUMA = -1, 3  # values of `Clips.gray` besides the channels 0, 1, 2
 
 LABELLED_JITTER_P = 0.3  # probability of jitter in classifier training, which has no grayscale and blur
