@@ -237,11 +237,12 @@ def test_commands_of_two_processes_write_and_print_once(tmp_path):
     options = ["--inputs", "clips", "--epochs", "2", "--batch-size", "2"]
     two = json.loads(torchrun("-m", "cpr_fast", "probe", *common, *options).stdout)
     written = {path.name for path in (tmp_path / "evaluations").iterdir()}
-    settings = ProbeConfig(inputs="clips", epochs=2, milestones=(1,), lr=0.1, batch_size=4)
+    settings = ProbeConfig(inputs="clips", epochs=2, milestones=(1,), lr=0.1, batch_size=4, normalize=True)
     one = classify(checkpoint, [index], task="probe", settings=settings, recipe="coclr", crops=1)
     for key in ("accuracy", "videos", "confusion", "unread", "best_epoch"):
         assert two["results"][0][key] == one["results"][0][key], key
-    assert len(written) == 3 and Path(two["file"]).name in written  # both results, and the folder of one training
+    # Both results, the ranks of the retrieval, and the folder of one training.
+    assert len(written) == 4 and Path(two["file"]).name in written
     kinds = [row["kind"] for row in read_metrics(tmp_path)]
     assert kinds.count("classification") == 1 and kinds.count("retrieval") > 1
 
