@@ -51,7 +51,7 @@ def test_without_data_the_machine_alone(machine):
     assert [row["codec"] for row in machine["codecs"]] == list(CODECS)
     assert all(row["pyav"] == "exact" or row["pyav"].startswith("not tried") for row in machine["codecs"])
     dali = {row["codec"]: row["dali"] for row in machine["codecs"]}
-    assert dali["vp9"] == dali["mjpeg"] == "cpu: exact" and "PyAV" in dali["h264"]
+    assert dali["vp9"] == dali["h264"] == "not used on a CPU, PyAV decodes there"
     assert machine["kernels"]["cpu_variant"] in ("avx512", "avx2", "portable")
     assert machine["environment"]["packages"]["av"] and machine["machine"]["cores"] >= 1
     json.dumps(machine)
