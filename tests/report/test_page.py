@@ -39,7 +39,7 @@ def test_a_complete_run_shows_its_numbers(run):
         "Chance R@1 is 6.2 %",
         "25.0 % of a step waits for data",
         "1 of 2 classes at 100 %",
-        "2. RGB CPR 2 3 2 50.0 60.0 50.0 2:02 min",
+        "2. RGB CPR 2 3 2 4.5 50.0 60.0 50.0 2:02 min",
         "Videos skipped as unreadable: 2",
         "IIC + CPR 46.9 63.3 71.5 – 73.1",
         "abc123",

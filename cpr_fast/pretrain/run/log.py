@@ -16,6 +16,7 @@ from cpr_fast.data.index.index import Index
 from cpr_fast.errors import FailedError
 from cpr_fast.pretrain.run.dump import dump_step
 from cpr_fast.pretrain.state.cycle import CycleState
+from cpr_fast.pretrain.step.contrast import chance_loss
 from cpr_fast.pretrain.step.result import StepResult
 from cpr_fast.runtime.metrics import MetricsWriter
 from cpr_fast.weights.reading import CheckpointError
@@ -35,6 +36,7 @@ class StepLog:
 
     def __init__(self, writer: MetricsWriter | None, state: CycleState, number: int, index: Index) -> None:
         self.writer, self.state, self.index = writer, state, index
+        self.loss_chance = chance_loss(state.config, state.cycle, state.memory.size)
         self.common = {"cycle": number, "view": state.cycle.view, "mining": state.cycle.mining}
         self.pending: list[tuple[int, StepResult]] = []
         self.newest: dict[str, float] = {}  # loss and PMR of the last row, for the progress line
@@ -61,8 +63,9 @@ class StepLog:
         """Returns loss, PMR and the filled share of the memory, for the progress line. Does not read from the
         device."""
         memory = self.state.memory
-        shown = [f"{name.upper() if name == 'pmr' else name} {value:.3f}" for name, value in self.newest.items()
-                 if math.isfinite(value)]  # fmt: skip
+        chance = "" if self.loss_chance is None else f" (chance {self.loss_chance:.3f})"
+        shown = [f"PMR {value:.3f}" if name == "pmr" else f"loss {value:.3f}{chance}"
+                 for name, value in self.newest.items() if math.isfinite(value)]  # fmt: skip
         return ", ".join([*shown, f"memory {min(1, memory.count / memory.size):.0%} full"])
 
     def check(self) -> tuple[float, dict[str, float]]:
@@ -123,6 +126,7 @@ class StepLog:
             "epoch": epoch,
             **self.common,
             "loss": loss_sum / steps if steps else None,
+            "loss_chance": self.loss_chance,
             "learning_steps": int(steps),
             "random_negatives": self._random_negatives(int(steps)),
             "weights_change": self.state.weights_change(),

@@ -29,7 +29,8 @@ def outcome(rows: list[dict[str, Any]], config: Config, step: int, videos: int, 
         `learnt`: whether any cycle changed the weights by a loss. `text`: one sentence for the head of a report.
         `warnings`: one sentence for each kind of doubt, which names the cycles it concerns. `cycles`: for each `cycle`,
         `view`, `mining`, `learnt`, `learning_steps` (optimiser steps; None in rows of older versions), `loss_first`,
-        `loss_last` (means of the first and last of the `comparable` epochs), `pmr_first`, `pmr_last`.
+        `loss_last` (means of the first and last of the `comparable` epochs), `loss_chance` (the loss if every candidate
+        were equally similar; None in rows of older versions), `pmr_first`, `pmr_last`.
     """
     cycles, doubts = [], []
     for number, cycle in enumerate(config.schedule.cycles):
@@ -77,6 +78,7 @@ def _cycle(epochs: list[dict[str, Any]]) -> dict[str, Any]:
         "learning_steps": sum(counts) if len(counts) == len(epochs) else None,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
+        "loss_chance": epochs[-1].get("loss_chance") if epochs else None,
         "pmr_first": rates[0] if rates else None,
         "pmr_last": rates[-1] if rates else None,
     }
@@ -123,6 +125,10 @@ def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> list[tuple
     first, last = summary["loss_first"], summary["loss_last"]
     if sum(not row.get("random_negatives") for row in comparable(epochs)) >= ENOUGH_EPOCHS and last >= first:
         texts.append(("the loss did not fall", f"{first:.3f} in its first comparable epoch, {last:.3f} in its last"))
+    if last is not None and (chance := summary["loss_chance"]) is not None and last >= chance:
+        texts.append(
+            ("the last loss is not below that of equally similar candidates", f"{last:.3f}, chance {chance:.3f}")
+        )
     mined = [row for row in epochs if row.get("pmr") is not None and row.get("pmr_chance") is not None]
     if mined and mined[-1]["pmr"] <= mined[-1]["pmr_chance"]:
         figures = f"PMR {mined[-1]['pmr']:.3f}, chance {mined[-1]['pmr_chance']:.3f}"
@@ -154,6 +160,7 @@ def _sentence(cycles: list[dict[str, Any]]) -> str:
         return "This run has learnt nothing: no step changed the weights by a loss."
     parts = [
         f"{cycle['view']} (cycle {cycle['cycle'] + 1}) loss {cycle['loss_first']:.3f} to {cycle['loss_last']:.3f}"
+        + (f" (chance {cycle['loss_chance']:.3f})" if cycle["loss_chance"] is not None else "")
         + (f", PMR {cycle['pmr_first']:.3f} to {cycle['pmr_last']:.3f}" if cycle["pmr_last"] is not None else "")
         for cycle in trained
     ]

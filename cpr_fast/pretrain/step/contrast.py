@@ -5,12 +5,14 @@ Letters: B queries, K memory slots, E >= K entries compared, D feature width, P 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cpr_fast.config import Config, Cycle
 from cpr_fast.ops import mil_nce
 from cpr_fast.pretrain.state.memory import EMPTY, Memory
 from cpr_fast.pretrain.step.ids import IdMeaning
@@ -91,6 +93,29 @@ def contrast(
         query, own_key, entries, positives, query_ids=ids.video, memory_ids=memory_ids,
         same_id="ignore", self_positive=meaning.self_positive, temperature=temperature,
     )  # fmt: skip
+
+
+def chance_loss(config: Config, cycle: Cycle, slots: int) -> float | None:
+    """Returns the loss of a full memory in which every entry is equally similar to the query: the value that a loss has
+    to fall below. In nats.
+
+    That is log((E + 1) / P) for q+ and E entries of which P - 1, the mined ones, are positives, as q+ is. It is not
+    known where the number of positives differs from query to query (None): UberNCE in its MIL form. The siblings that
+    the published code counts as positives are counted as negatives here.
+
+    Args:
+        slots: K.
+    """
+    compared = slots - {"queue": 0, "bank": 1, "batch": 2}[config.memory.kind]  # without those of the query's own video
+    positives = 1
+    if cycle.mining == "label" and config.loss.protocol != "coclr":
+        return None
+    if cycle.mining == "cascade":
+        positives += config.mining.top_k if cycle.top_k is None else cycle.top_k
+    if config.model.shared:  # two losses, of two banks: the clips' and, in each view, that of the intra-negatives
+        intra = slots if config.loss.intra_negatives != "none" else 0
+        return 2 * math.log((compared + intra + 1) / positives)
+    return math.log((compared + 1) / positives)
 
 
 def _compared(ids: Ids, memory: Memory, holds_own: bool) -> Tensor:

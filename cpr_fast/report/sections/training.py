@@ -38,7 +38,7 @@ def training_figures(run: Run) -> list[Chart]:
     """Draws the loss over epochs, seconds and clips per second over steps, and health where it was measured."""
     figures = []
     if losses := curves(run, "loss"):
-        lines = _step_losses(run) + losses
+        lines = _step_losses(run) + losses + curves(run, "loss_chance", "{view}, chance", dashed=True)
         figures.append(line_figure(lines, x="epoch", y="Loss", zero=False, bands=cycle_bands(run)))
     if len(run.steps) > 1:
         times = _over_steps(run, "step_time_s", "computing", 0) + _over_steps(run, "data_wait_s", "waiting for data", 1)
@@ -109,6 +109,7 @@ def cycle_table(run: Run) -> Table | None:
         Column("Epochs", "count"),
         Column("Loss, first", "number", loss),
         Column("Loss, last", "number", loss),
+        Column("Loss, chance", "number", "The loss if all candidates were equally similar to the query."),
         Column("PMR, first, %", "rate", mining),
         Column("PMR, last, %", "rate", mining),
         Column("Mining R@1, last, %", "rate", mining),
@@ -125,6 +126,8 @@ def _cycle_values(cycle: Cycle) -> list[Any]:
         settled = [epoch for epoch in measured if not epoch.get("random_negatives")]
         known = [epoch[key] for epoch in settled or measured] or [None]
         values += [known[-1]] if key == "mining_r1" else [known[0], known[-1]]
+        if key == "loss":
+            values.append(cycle.epochs[-1].get("loss_chance") if cycle.epochs else None)
     return [*values, sum(epoch.get("epoch_time_s") or 0 for epoch in cycle.epochs)]
 
 

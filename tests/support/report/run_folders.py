@@ -67,7 +67,9 @@ def training_rows() -> list[dict]:
         quality |= {"right_counts": [1, 2, epoch], "right_per_class": [2 + 2 * epoch, 0, 0], "pmr_chance": 0.2}
         quality |= {"survivor_precision_1": 0.3, "survivor_recall_1": 0.9, "view_agreement": 0.8, "hubness": 1.5}
         quality |= {"survivor_precision_2": 0.4, "survivor_recall_2": 0.5, "mutual_neighbours": 0.1}
-        rows.append({"kind": "epoch", "loss": 4.0 - epoch, "epoch_time_s": 61.0, "skipped": epoch, **common})
+        rows.append(
+            {"kind": "epoch", "loss": 4.0 - epoch, "loss_chance": 4.5, "epoch_time_s": 61.0, "skipped": epoch, **common}
+        )
         rows[-1] |= quality if mined else dict.fromkeys(quality)
         if mined:
             found = [{"video": 1, "start": 2, "correct": True}, {"video": 4, "start": 20, "correct": False}]
