@@ -10,6 +10,7 @@ Letters: N rows, D feature width, n stages, K memory entries (here N), P positiv
 from __future__ import annotations
 
 import itertools
+import logging
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ RATES = {
 }
 # Eleven columns fit into a terminal of 80 characters.
 _NARROW = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ def sweep(
     sibling_ids = class_units(data.labels, data.groups, "source")[0].to(device)  # [N]
     groups = [orders] if orders else [[view_order(view, n) for n in stages] for view in query_views]
     settings = [s for group in groups for s in itertools.product(top_ks, ratios, group)]
+    if progress:
+        log.info("mining: %d cascades on %d rows of features", len(settings), len(data.labels))
     rows = []
     for top_k, ratio, order in track(settings, "mining", total=len(settings), unit="cascades", progress=progress):
         keep = stage_keep(len(order), len(data.labels), ratio, top_k)

@@ -278,13 +278,18 @@ class WindowLoader:
         self._clips = _ClipSource(index, data, views, device, self._batch_size, group=crops, same_frames=True)
 
     def __len__(self) -> int:
-        """Returns the number of batches if every file can be read."""
+        """Returns the number of batches if every file can be read; see `windows`."""
         return math.ceil(len(self._windows) / self._batch_size)
 
     @property
     def skipped(self) -> list[tuple[Path, str]]:
         """(path, reason) of every file that could not be read so far, once per file."""
         return self._clips.skipped
+
+    @property
+    def windows(self) -> int:
+        """The number of windows if every file can be read, counting each crop."""
+        return len(self._windows)
 
     def __iter__(self) -> Iterator[WindowBatch]:
         steps = (self._plan(step) for step in range(len(self)))

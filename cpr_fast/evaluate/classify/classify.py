@@ -48,7 +48,7 @@ from cpr_fast.evaluate.features.pretrained import load_pretrained
 from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, make_recipe
 from cpr_fast.evaluate.features.results import Checkpoints, write_result
 from cpr_fast.evaluate.features.shares import shared_out
-from cpr_fast.evaluate.features.windows import open_windows
+from cpr_fast.evaluate.features.windows import count_windows, open_windows, work_ahead
 from cpr_fast.models import Encoder
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
@@ -250,11 +250,16 @@ def _train_on_clips(job: Job, view: str, encoder: Encoder, folder: Path) -> Pred
         if len(validation):
             loss = validation_loss(open_loader(validation, plan_selection), len(validation), view, device)
             training = dataclasses.replace(training, validate=loss)
-        done = train_on_clips(model, open_loader(train, plan_labelled), training)
+        loader = open_loader(train, plan_labelled)
+        if job.progress:
+            log.info(_plan(job, view, len(train), len(loader)))
+        done = train_on_clips(model, loader, training)
 
     def measure(mine: range) -> tuple[dict[int, Tensor], Tensor]:
         part = Index((test[i] for i in mine), test.classes)
         with closing(open_windows(part, job.configs[view].data, [view], job.recipe, str(device))) as windows:
+            if job.progress:
+                log.info(work_ahead(f"{view}, test", len(part), windows))
             found = video_probabilities(
                 model, windows, len(part), view, crops=job.recipe.crops, description=f"{view}, test",
                 progress=job.progress,
@@ -277,6 +282,16 @@ def hold_out(train: Index, fraction: float, seed: int) -> tuple[Index, Index]:
     held = set(drawn.tolist())
     parts = [[video for i, video in enumerate(train) if (i in held) == out] for out in (False, True)]
     return Index(parts[0], train.classes), Index(parts[1], train.classes)
+
+
+def _plan(job: Job, view: str, videos: int, steps: int) -> str:
+    """Returns a sentence about the training of one view's classifier on clips and its test, to be said before both."""
+    test, epochs = job.split.test, job.settings.epochs
+    windows = count_windows(test, job.configs[view].data, job.recipe)
+    return (
+        f"{job.task} of {view}: {epochs} epochs of {steps} steps on {videos:,} videos, then a test on "
+        f"{len(test):,} videos in {windows:,} windows"
+    )
 
 
 def _clip_loader(job: Job, part: Index, view: str, plan: Any) -> TrainLoader:

@@ -27,6 +27,7 @@ from cpr_fast.data.index.index import Index, Video
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.embedding import Embedding, sum_features
 from cpr_fast.evaluate.features.shares import shared_out
+from cpr_fast.evaluate.features.windows import work_ahead
 from cpr_fast.runtime import distributed
 
 if TYPE_CHECKING:
@@ -146,10 +147,14 @@ def embed_index(
         }
     )
     todo = sorted({i for positions in missing.values() for i in positions})
+    if progress and main and not todo:
+        log.info("%s: the features of all %d videos are stored already", description, len(part))
     computed = {name: embedding for name, embedding in embeddings.items() if missing[name]}
     sums, counts = shared_out(
         len(todo),
-        lambda mine: _embed(part, [todo[i] for i in mine], computed, open_loader, description, progress and main),
+        lambda mine: _embed(
+            part, [todo[i] for i in mine], computed, open_loader, description, progress and main, len(part) - len(todo)
+        ),
     )
     for name, total in sums.items():
         for row, (i, count) in enumerate(zip(todo, counts.tolist(), strict=True)):
@@ -169,10 +174,13 @@ def _embed(
     open_loader: Callable[[Index], WindowLoader],
     description: str,
     progress: bool,
+    stored: int,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Returns sums over the windows of the videos at these positions, {name: [len(positions), F]}, and their counts."""
     chosen = Index((part[i] for i in positions), part.classes)
     with closing(open_loader(chosen)) as loader:
+        if progress:
+            log.info(work_ahead(description, len(chosen), loader, stored=stored))
         sums, counts = sum_features(embeddings, loader, len(chosen), description=description, progress=progress)
         for path, reason in loader.skipped:
             log.warning("%s: %s is left out: %s", description, path, reason)

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cpr_fast.config import Config
+from cpr_fast.config import Config, DataConfig
 from cpr_fast.data.clips.loader import WindowLoader
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.errors import InputError
@@ -36,7 +36,7 @@ from cpr_fast.evaluate.features.embedding import Embedding, calibrate_batch_norm
 from cpr_fast.evaluate.features.pretrained import Pretrained, load_pretrained
 from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, make_recipe
 from cpr_fast.evaluate.features.results import Checkpoints, write_result
-from cpr_fast.evaluate.features.windows import open_windows
+from cpr_fast.evaluate.features.windows import count_windows, open_windows
 from cpr_fast.evaluate.retrieval.baselines import BASELINES
 from cpr_fast.evaluate.retrieval.queries import QueryScores, joined, query_scores
 from cpr_fast.evaluate.retrieval.ranking import NO_HIT, RANKS, Comparison, Ranking, prepare, rates
@@ -66,7 +66,7 @@ def retrieve(
     progress: bool = False,
 ) -> dict[str, Any]:
     """Measures R@k and mAP of a checkpoint, of the same network untrained, and of the pixel baselines, on the same
-    windows.
+    windows. Without labels only the features of the checkpoint are computed.
 
     Under `torchrun` the processes share the videos.
 
@@ -84,8 +84,7 @@ def retrieve(
         entries of `rates`. Rates are fractions. The summary is also written to the run's metrics. `queries_file` holds
         the measures of every query, see `QueryScores`; None without labels.
     """
-    paths = [indexes] if isinstance(indexes, str | Path) else list(indexes)
-    if not paths:
+    if not (paths := [indexes] if isinstance(indexes, str | Path) else list(indexes)):
         raise InputError("--index: expected at least one index, got none")
     world = distributed.init(device)
     device = str(world.device)
@@ -96,9 +95,12 @@ def retrieve(
     open_loader = partial(
         open_windows, data=pretrained.data, views=list(pretrained.encoders), recipe=how, device=device
     )
-    # The untrained network is calibrated on one gallery for all splits, so that they can share its features.
-    gallery = _split(splits[0], protocol)[0]
-    embeddings = _embeddings(pretrained, how, gallery, open_loader, untrained_seed, device, cache=cache)
+    labelled = any((_split(index, protocol)[1].labels >= 0).any() for index in splits)
+    embeddings = _trained(pretrained, how, cache=cache)
+    if labelled:  # one gallery calibrates the untrained network for all splits, so that they can share its features
+        gallery = _split(splits[0], protocol)[0]
+        embeddings |= _references(pretrained, how, gallery, open_loader, untrained_seed, device, cache=cache)
+    _announce(splits, protocol, pretrained.data, how, embeddings, labelled, progress and world.is_main)
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, device)) if cache else None
     found = [
         evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress) for index in splits
@@ -140,7 +142,34 @@ def _headline(summary: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: row[key] for key in ("view", *(f"r@{k}" for k in RANKS), "map")}
 
 
-def _embeddings(
+def _announce(
+    splits: Sequence[Index], protocol: Protocol, data: DataConfig, how: Recipe, embeddings: Mapping[str, Embedding],
+    labelled: bool, progress: bool,
+) -> None:  # fmt: skip
+    """With `progress`, logs the number of videos and windows of every split, and the networks, before the work."""
+    if not progress:
+        return
+    names = ", ".join(dict.fromkeys(name.split("/")[0].replace("_", " ") for name in embeddings))
+    for index in splits:
+        parts = dict(zip(("gallery", "queries"), _split(index, protocol), strict=True))
+        if protocol == "leave_source_out":
+            parts = {"gallery and queries": index}
+        said = " and ".join(
+            f"{len(part):,} videos in {count_windows(part, data, how):,} windows ({name})"
+            for name, part in parts.items()
+        )
+        log.info("retrieval, protocol %s: %s; compared: %s", protocol, said, names)
+    if not labelled:
+        log.info("no query has a label: R@k cannot be measured, so the references (untrained network, pixel baselines) "
+                 "are left out")  # fmt: skip
+
+
+def _trained(pretrained: Pretrained, how: Recipe, *, cache: bool) -> dict[str, Embedding]:
+    keys = {view: weights_digest(encoder) if cache else "" for view, encoder in pretrained.encoders.items()}
+    return encoder_embeddings("trained", pretrained.encoders, how, keys)
+
+
+def _references(
     pretrained: Pretrained,
     how: Recipe,
     gallery: Index,
@@ -150,14 +179,13 @@ def _embeddings(
     *,
     cache: bool,
 ) -> dict[str, Embedding]:
-    """Returns the embeddings to compare: the trained encoders, the same encoders untrained, and the baselines."""
+    """Returns what the trained encoders are compared with: the same encoders untrained, and the baselines. Only R@k is
+    read from them, so they are of no use without labels."""
     spread = Index(gallery[i] for i in range(0, len(gallery), math.ceil(len(gallery) / CALIBRATION_VIDEOS)))
     with closing(open_loader(spread)) as loader:
         untrained = _untrained_twins(pretrained.configs, loader, seed, device)
-    embeddings: dict[str, Embedding] = {}
-    for name, networks in {"trained": pretrained.encoders, "untrained": untrained}.items():
-        keys = {view: weights_digest(encoder) if cache else "" for view, encoder in networks.items()}
-        embeddings |= encoder_embeddings(name, networks, how, keys)
+    keys = {view: weights_digest(encoder) if cache else "" for view, encoder in untrained.items()}
+    embeddings = encoder_embeddings("untrained", untrained, how, keys)
     return embeddings | {name: item for name, item in BASELINES.items() if item.view in pretrained.encoders}
 
 

@@ -18,6 +18,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import embed_index
 from cpr_fast.evaluate.features.embedding import Embedding
 from cpr_fast.evaluate.features.recipe import make_recipe
+from cpr_fast.evaluate.features.windows import count_windows
 from cpr_fast.evaluate.retrieval.ranking import NO_HIT, Comparison, prepare, rates
 from cpr_fast.models import Encoder
 from cpr_fast.runtime.distributed import World
@@ -66,6 +67,11 @@ class OnlineRetrieval:
         self.world, self.watch = world, watch
         self.make_windows = make_windows or self._open_windows
         self._data = replace(config.data, cache_gib=0)  # every window is read once
+
+    def work_ahead(self) -> str:
+        """Returns a sentence about the work of one measurement."""
+        windows = count_windows(self.index, self._data, RECIPE)
+        return f"retrieval among {len(self.index)} held-out videos in {windows} windows"
 
     def measure(self, encoder: Encoder, view: View) -> dict[str, Any]:
         """Returns, on every rank, `r@1`, `r@5`, `map`, `chance_r@1` and `chance_map` (the expected values for a

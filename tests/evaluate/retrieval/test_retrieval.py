@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 
 from cpr_fast.commands.evaluation.retrieve import lines_of
 from cpr_fast.commands.output import rate
+from cpr_fast.config import DataConfig
 from cpr_fast.data.index.index import Index, IndexFileError, Video
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import embed_index
@@ -261,7 +263,28 @@ def test_untrained_batch_norm_takes_the_statistics_of_the_data_and_keeps_the_wei
     assert embedding.function(next(iter(loader)).clips["rgb"]).shape == (5, 16)
 
 
-def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path):
+def _assert_no_references_without_labels(checkpoint, index_csv, folder, caplog):
+    """Only R@k is read from the untrained network and the baselines: without labels they are not computed. The number
+    of videos, windows and batches is told first."""
+    from cpr_fast.evaluate.retrieval.retrieve import retrieve
+
+    bare = Index([dataclasses.replace(video, label="") for video in Index.load(index_csv)])
+    bare.save(folder / "bare.csv")
+    with caplog.at_level("INFO"):
+        result = retrieve(checkpoint, folder / "bare.csv", protocol="auto", cache=False, device="cpu", progress=True)
+    assert [row["name"] for row in result["results"]] == ["trained"] and result["r@1"] is None
+    sizes = {name: len(Index.load(index_csv).select(name)) for name in ("train", "test")}
+    windows = {"train": 2 * sizes["train"], "test": 2 * sizes["test"]}  # 12 frames: windows of 8 start at 0 and 3
+    assert caplog.messages[0] == (
+        f"retrieval, protocol train_test: {sizes['train']} videos in {windows['train']} windows (gallery) and "
+        f"{sizes['test']} videos in {windows['test']} windows (queries); compared: trained"
+    )
+    assert caplog.messages[1].startswith("no query has a label: R@k cannot be measured, so the references")
+    batches = -(-windows["train"] // DataConfig().batch_size)
+    assert caplog.messages[2] == (f"gallery: {sizes['train']} videos in {windows['train']} windows, {batches} batches")
+
+
+def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path, caplog):
     pytest.importorskip("nvidia.dali")
     from cpr_fast.config import Config
     from cpr_fast.data.synthetic.videos import write_synthetic
@@ -288,6 +311,7 @@ def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path):
     assert {k: fresh[k] for k in ("r@1", "r@5", "map")} == {k: result[k] for k in ("r@1", "r@5", "map")}
     iic = retrieve(path, index_csv, device="cpu", recipe="iic", clips_per_video=2)
     assert iic["recipe"] == "iic" and len(iic["results"]) == len(result["results"])
+    _assert_no_references_without_labels(path, index_csv, tmp_path, caplog)
     index = Index.load(index_csv)
     names = ["trained", "untrained", "single_frame", "mean_colour"]
     assert [row["name"] for row in result["results"]] == names
