@@ -11,6 +11,7 @@ from cpr_fast.data.flow.estimate import estimate_flow
 from cpr_fast.data.flow.names import flow_command
 from cpr_fast.data.index.index import Index
 from cpr_fast.doctor.findings import Finding, counted
+from cpr_fast.runtime.progress import about
 
 LONG_H = 8.0  # hours from which an estimate recommends shards
 
@@ -58,8 +59,8 @@ def _flow(index: Path, videos: Index, findings: list[Finding]) -> dict[str, Any]
         findings.append(Finding("ok", text, command, "time"))
         return result
     core_hours, hours = expected.core_s / 3600, expected.wall_s / 3600
-    text = (f"storing {work} takes about {_gib(disk)} of disk and {_hours(core_hours)} of one core: {_hours(hours)} on "
-            "this machine")  # fmt: skip
+    text = (f"storing {work} takes about {_gib(disk)} of disk, {about(expected.core_s)} of one core, and "
+            f"{about(expected.wall_s)} on this machine")  # fmt: skip
     shards = max(2, min(expected.videos, round(hours / LONG_H)))
     advice = f"{command}; it can be stopped and continued"
     if hours > LONG_H:
@@ -74,20 +75,13 @@ def _pretrain(train: Index, config: Config, breakdown: dict[str, Any], findings:
     steps = max(1, len(train) // breakdown["batch_size"])
     epochs = sum(cycle.epochs for cycle in config.schedule.cycles)
     epoch_s, hours = steps * step_s, steps * step_s * epochs / 3600
-    text = (f"pretraining takes about {_hours(epoch_s / 3600)} per epoch of {counted(steps, 'step')} on this device, "
-            f"{_hours(hours)} for the {counted(epochs, 'epoch')} of the config")  # fmt: skip
+    text = (f"pretraining takes {about(epoch_s)} per epoch of {counted(steps, 'step')} on this device, "
+            f"{about(3600 * hours)} for the {counted(epochs, 'epoch')} of the config")  # fmt: skip
     advice = ""
     if hours > LONG_H:
         advice = "use a GPU, or several (torchrun --nproc-per-node N -m cpr_fast pretrain CONFIG), or fewer epochs"
     findings.append(Finding("warning" if hours > LONG_H else "ok", text, advice, "time"))
     return {"pretrain_epoch_s": round(epoch_s, 2), "pretrain_epochs": epochs, "pretrain_hours": round(hours, 3)}
-
-
-def _hours(hours: float) -> str:
-    """Returns a duration in the unit that suits it."""
-    if hours < 1 / 60:
-        return f"{3600 * hours:.2g} s"
-    return f"{60 * hours:.0f} min" if hours < 2 else f"{hours:,.0f} hours"
 
 
 def _gib(size: float) -> str:

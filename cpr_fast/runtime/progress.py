@@ -1,16 +1,26 @@
-"""Progress of long commands, on stderr: a bar on a terminal, plain lines every half minute elsewhere."""
+"""Progress of long commands, on stderr: a bar on a terminal, plain lines every half minute elsewhere.
+
+One rule for every time that is not yet measured to its end: it is said before the work where a part of the work can be
+timed, is updated from the pace of the work itself, and is rounded as people say it (`about`). What has passed is
+measured, and is printed by `duration`.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 LINE_INTERVAL_S = 30.0  # between plain lines
 FIRST_LINE_S = 5.0  # before the first plain line, which shows that the command runs and how long it will take
+FIRST_ITEMS = 3  # items before the first plain line: a single one does not show the pace
+FEW_S = 10.0  # less time is "a few seconds"
+# An estimate below the first number of seconds is rounded to a multiple of the second.
+_ROUNDED_TO = ((60, 5), (300, 10), (3600, 60), (36_000, 600), (172_800, 3600))
 
 
 def track(
@@ -21,6 +31,7 @@ def track(
     unit: str,
     progress: bool = True,
     status: Callable[[], str] | None = None,
+    left: Callable[[], str] | None = None,
 ) -> Iterator[Item]:
     """Yields `items` unchanged and reports count, rate and time left on stderr.
 
@@ -31,17 +42,67 @@ def track(
         unit: Plural name of the items, such as "videos".
         progress: Whether to report at all.
         status: Called when the report is drawn; returns text for its end, such as the current loss.
+        left: Called when the report is drawn; returns the text about the time left, or "". By default the time is
+            estimated from the items so far, which suits items of about the same cost.
     """
     if not progress:
         yield from items
-    elif sys.stderr.isatty():
-        yield from _bar(items, description, total, unit, status)
+        return
+    report = _Report(description, total, unit, status, left, Forecast(total))
+    yield from (_bar if sys.stderr.isatty() else _lines)(items, report)
+
+
+class Forecast:
+    """The time left of some work, from the pace so far.
+
+    The first part of the work also starts threads and fills buffers; it is not counted once there is a second one.
+    """
+
+    def __init__(self, total: float) -> None:
+        """`total` is the amount of work, in any unit."""
+        self._total, self._done, self._first = total, 0.0, 0.0
+        self._began = self._first_at = self._last_at = time.monotonic()
+
+    def add(self, amount: float = 1.0) -> None:
+        """Records that this amount of the work is finished now."""
+        self._last_at = time.monotonic()
+        if not self._done:
+            self._first, self._first_at = amount, self._last_at
+        self._done += amount
+
+    def left_s(self) -> float | None:
+        """Returns the seconds that the rest takes, or None before any work is finished."""
+        if not self._done:
+            return None
+        later = self._done - self._first
+        pace = (self._last_at - self._first_at) / later if later else (self._last_at - self._began) / self._done
+        return max(0.0, self._total - self._done) * pace
+
+    def text(self, suffix: str = "left") -> str:
+        """Returns "about 5 min left", or "" where nothing is left or nothing is known."""
+        left = self.left_s()
+        return f"{about(left)} {suffix}" if left else ""
+
+
+def about(seconds: float) -> str:
+    """Returns an estimated duration as people say it: "a few seconds", "about 25 s", "about 1 h 20 min"."""
+    return "a few seconds" if seconds < FEW_S else f"about {rounded(seconds)}"
+
+
+def rounded(seconds: float) -> str:
+    """Returns an estimated duration of at least some seconds, rounded: "25 s", "1 min 40 s", "3 h 20 min", "3 d"."""
+    for below, step in _ROUNDED_TO:
+        if (whole := round(seconds / step) * step) < below:
+            break
     else:
-        yield from _lines(items, description, total, unit, status)
+        days = round(seconds / 86_400)
+        return f"{days:,} d"
+    text = duration(whole)
+    return text.removesuffix(" 00 s").removesuffix(" 00 min")
 
 
 def duration(seconds: float) -> str:
-    """Returns a duration in human-readable form: "45 s", "3 min 20 s", "2 h 05 min", "3 d 4 h"."""
+    """Returns a measured duration in human-readable form: "45 s", "3 min 20 s", "2 h 05 min", "3 d 4 h"."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -52,56 +113,60 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
-def _bar(
-    items: Iterable[Item], description: str, total: int, unit: str, status: Callable[[], str] | None
-) -> Iterator[Item]:
+@dataclass(frozen=True)
+class _Report:
+    """What the bar and the lines show; see `track`."""
+
+    description: str
+    total: int
+    unit: str
+    status: Callable[[], str] | None
+    own_left: Callable[[], str] | None
+    forecast: Forecast
+
+    @property
+    def least(self) -> int:
+        """Number of items after which the first line is due."""
+        return FIRST_ITEMS if self.own_left is None else 1
+
+    def left(self) -> str:
+        return (self.own_left or self.forecast.text)()
+
+    def print_line(self, done: int, elapsed_s: float, *, end: bool = False) -> None:
+        parts = [f"{self.description}: {done}/{self.total} {self.unit}"]
+        parts.append(f"{done / elapsed_s:.1f} {self.unit}/s" if elapsed_s > 0 else "")
+        parts += [f"done in {duration(elapsed_s)}" if end else "", self.left(), self.status() if self.status else ""]
+        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+
+
+def _bar(items: Iterable[Item], report: _Report) -> Iterator[Item]:
     # importing rich takes .1 s, which would delay short commands such as --help
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
+    fields = ("rate", "left", "status")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               *(TextColumn(f"{{task.fields[{name}]}}") for name in fields))  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total, rate="", status="")
+        task = bar.add_task(report.description, total=report.total, **dict.fromkeys(fields, ""))
         for item in items:
             yield item
+            report.forecast.add()
             speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
-            rate = "" if speed is None else f"{speed:.1f} {unit}/s"
-            bar.update(task, advance=1, rate=rate, status=status() if status else "")
+            rate = "" if speed is None else f"{speed:.1f} {report.unit}/s"
+            status = report.status() if report.status else ""
+            bar.update(task, advance=1, rate=rate, left=report.left(), status=status)
 
 
-def _lines(
-    items: Iterable[Item], description: str, total: int, unit: str, status: Callable[[], str] | None
-) -> Iterator[Item]:
+def _lines(items: Iterable[Item], report: _Report) -> Iterator[Item]:
     began = time.monotonic()
     due, done = began + FIRST_LINE_S, 0
     for item in items:
         yield item
+        report.forecast.add()
         done += 1
         now = time.monotonic()
-        if now >= due and done < total:
+        if now >= due and done < report.total and (done >= report.least or now >= due + LINE_INTERVAL_S):
             due = now + LINE_INTERVAL_S
-            left = duration((now - began) / done * (total - done))
-            _print_line(description, done, total, unit, now - began, f"{left} left", status)
-    _print_line(description, done, total, unit, time.monotonic() - began, None, status)
-
-
-def _print_line(
-    description: str,
-    done: int,
-    total: int,
-    unit: str,
-    elapsed_s: float,
-    left: str | None,
-    status: Callable[[], str] | None,
-) -> None:
-    rate = f"{done / elapsed_s:.1f} {unit}/s" if elapsed_s > 0 else ""
-    parts = [f"{description}: {done}/{total} {unit}", rate, left or f"done in {duration(elapsed_s)}"]
-    text = status() if status else ""
-    print(", ".join(filter(None, [*parts, text])), file=sys.stderr, flush=True)
+            report.print_line(done, now - began)
+    report.print_line(done, time.monotonic() - began, end=True)

@@ -153,7 +153,7 @@ def test_long_flow_is_to_be_sharded(tmp_path, video, monkeypatch):
     expected = FlowEstimate(videos=4, pairs=316, disk_bytes=2**31, core_s=720_000.0, wall_s=360_000.0)
     monkeypatch.setattr(estimates, "estimate_flow", lambda videos: expected)
     result = run(write_rows(tmp_path, video, [f"v{i}.mp4" for i in range(4)]))
-    assert "about 2.0 GiB of disk and 200 hours of one core: 100 hours" in texts(result, "warning")
+    assert "about 2.0 GiB of disk, about 8 d of one core, and about 4 d on this machine" in texts(result, "warning")
     assert "--shard 0/4" in texts(result, "warning") and "--shard 3/4" in texts(result, "warning")
     found = result["estimates"]
     assert (found["flow_core_hours"], found["flow_hours_here"], found["flow_disk_gib"]) == (200, 100, 2)

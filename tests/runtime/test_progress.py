@@ -1,9 +1,12 @@
 """Progress of long commands if stderr is not a terminal: few plain lines, which say how long it will take."""
 
+import io
+from time import sleep
+
 import pytest
 
 from cpr_fast.runtime import progress
-from cpr_fast.runtime.progress import duration, track
+from cpr_fast.runtime.progress import Forecast, about, duration, rounded, track
 
 
 @pytest.fixture
@@ -29,10 +32,10 @@ def run(clock, capsys, count, seconds, **options):
 def test_the_first_line_comes_soon_and_the_others_each_half_minute(clock, capsys):
     lines = run(clock, capsys, 100, 1.0)
     assert lines == [
-        "decoding: 5/100 videos, 1.0 videos/s, 1 min 35 s left",
-        "decoding: 35/100 videos, 1.0 videos/s, 1 min 05 s left",
-        "decoding: 65/100 videos, 1.0 videos/s, 35 s left",
-        "decoding: 95/100 videos, 1.0 videos/s, 5 s left",
+        "decoding: 5/100 videos, 1.0 videos/s, about 1 min 40 s left",
+        "decoding: 35/100 videos, 1.0 videos/s, about 1 min left",
+        "decoding: 65/100 videos, 1.0 videos/s, about 35 s left",
+        "decoding: 95/100 videos, 1.0 videos/s, a few seconds left",
         "decoding: 100/100 videos, 1.0 videos/s, done in 1 min 40 s",
     ]
 
@@ -47,10 +50,87 @@ def test_slow_items_and_the_status(clock, capsys):
     loss = iter("abc")
     lines = run(clock, capsys, 3, 60.0, status=lambda: f"loss {next(loss)}")
     assert lines == [
-        "decoding: 1/3 videos, 0.0 videos/s, 2 min 00 s left, loss a",
-        "decoding: 2/3 videos, 0.0 videos/s, 1 min 00 s left, loss b",
+        "decoding: 1/3 videos, 0.0 videos/s, about 2 min left, loss a",
+        "decoding: 2/3 videos, 0.0 videos/s, about 1 min left, loss b",
         "decoding: 3/3 videos, 0.0 videos/s, done in 3 min 00 s, loss c",
     ]
+
+
+def test_a_single_item_is_not_yet_a_pace(clock, capsys):
+    """The first line waits for the third item: 20 s a video are not said from one video, which took 20 s to set up."""
+    lines = run(clock, capsys, 4, 8.0)
+    assert lines[0] == "decoding: 3/4 videos, 0.1 videos/s, a few seconds left"
+
+
+def test_the_setup_in_the_first_item_is_not_counted_for_the_others(clock):
+    forecast = Forecast(10)
+    assert forecast.left_s() is None and forecast.text() == ""
+    for number in range(5):
+        clock[0] += 60 if number == 0 else 2
+        forecast.add()
+        assert forecast.left_s() == (9 * 60 if number == 0 else 2 * (9 - number))
+    forecast.add(5)
+    assert forecast.left_s() == 0 and forecast.text() == ""
+
+
+def test_unequal_items_are_counted_by_their_work(clock, capsys):
+    """Small videos come first: by their number the time left would grow from 20 s to 40 s."""
+    work = [1, 1, 1, 1, 1, 1, 5, 5, 5, 5]
+    forecast, left = Forecast(sum(work)), []
+    for amount in work[:-1]:
+        clock[0] += 2 * amount
+        forecast.add(amount)
+        left.append(forecast.left_s())
+    assert left == sorted(left, reverse=True) and left[0] == 2 * 25
+
+
+def test_the_time_left_may_be_that_of_a_larger_whole(clock, capsys):
+    lines = run(clock, capsys, 2, 6.0, left=lambda: "about 3 h left in total")
+    assert lines == [
+        "decoding: 1/2 videos, 0.2 videos/s, about 3 h left in total",
+        "decoding: 2/2 videos, 0.2 videos/s, done in 12 s, about 3 h left in total",
+    ]
+
+
+def test_a_terminal_shows_the_same_time_left(clock, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(progress.sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = progress.sys.stderr
+    for item in track(range(5), "decoding", total=5, unit="videos"):
+        clock[0] += 60
+        for _ in range(100 if item == 4 else 0):  # rich draws from a thread, ten times a second
+            if "about 1 min left" in shown.getvalue():
+                break
+            sleep(0.05)
+    assert "about 1 min left" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "a few seconds"), (9.9, "a few seconds"), (12, "about 10 s"), (58, "about 1 min"), (97, "about 1 min 40 s"),
+     (297, "about 5 min"), (301, "about 5 min"), (3590, "about 1 h"), (4100, "about 1 h 10 min"),
+     (10 * 3600, "about 10 h"), (47.6 * 3600, "about 2 d"), (100 * 86_400, "about 100 d")],
+)  # fmt: skip
+def test_estimates_are_rounded_as_people_say_them(seconds, text):
+    assert about(seconds) == text
+
+
+def test_a_rounded_estimate_is_near_and_never_falls():
+    spoken = [rounded(seconds) for seconds in range(10, 200_000, 7)]
+    assert len(set(spoken)) < 250
+    values = [spoken_seconds(text) for text in spoken]
+    assert values == sorted(values)
+    assert all(abs(value / seconds - 1) < 0.26 for value, seconds in zip(values, range(10, 200_000, 7), strict=True))
+
+
+def spoken_seconds(text):
+    units = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
+    words = text.split()
+    return sum(int(number) * units[unit] for number, unit in zip(words[::2], words[1::2], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -78,11 +78,11 @@ def init(
 
 def _summary(out: Path, facts: Facts, sized: Sized, step_s: float | None) -> list[str]:
     """Returns the sizes of the recipe and, where a step was measured, the expected time."""
-    from cpr_fast.runtime.progress import duration
+    from cpr_fast.runtime.progress import about
 
     config, time = sized.config, ""
     if step_s:
-        time = f", about {duration(sized.steps * step_s)} at {step_s:.2f} s per step, as measured now"
+        time = f", {about(sized.steps * step_s)} at {step_s:.2g} s per step, as measured now"
     return [
         f"{out}: {facts.videos} training videos of {facts.sources} sources",
         f"batch of {config.data.batch_size}, memory of {config.memory.size}, {config.mining.stages} stages, "

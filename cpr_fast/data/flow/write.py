@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeVar
 import av
 import numpy as np
 
-from cpr_fast.data.flow.batches import join, pack, solve
+from cpr_fast.data.flow.batches import Segment, join, pack, solve
 from cpr_fast.data.flow.estimate import describe, estimate_flow
 from cpr_fast.data.flow.files import FlowFiles
 from cpr_fast.data.flow.levels import Compute, FlowSolver, batch_pixels, flow_device, pair_flow
@@ -38,7 +38,7 @@ from cpr_fast.data.storage.unreadable import Unreadable
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import DISK_ERRORS
-from cpr_fast.runtime.progress import track
+from cpr_fast.runtime.progress import Forecast, track
 
 MOST_WORKERS = 16  # number of decoding threads, and of encoding threads; more are not faster on any device
 
@@ -128,7 +128,7 @@ def _announce(
              f"{len(todo):,}", f"{len(share):,}", part, f"{pairs:,}", f"{len(share) - len(todo):,}")  # fmt: skip
     if not todo:
         return
-    for line in describe(estimate_flow(index, todo, storage=storage, solver=solver), out):
+    for line in describe(estimate_flow(index, todo, storage=storage, solver=solver, out=out), out):
         log.info(line)
     if shards == 1:
         log.info("  to share the work: run --shard 0/n, 1/n, ... on n machines; to stop: Ctrl-C, and later run the "
@@ -139,8 +139,12 @@ def _compute_all(index: Index, todo: list[int], solver: FlowSolver, store: Store
     """Computes and stores the flow of the videos at `todo`; returns the problems."""
     problems = []
     unreadable = Unreadable([index[position].path for position in todo])
-    with closing(_store_all(index, todo, solver, store)) as results:
-        for problem in track(results, "computing flow", total=len(todo), unit="videos", progress=progress):
+    # Videos are finished in bursts, a batch at a time, and small ones first, so the time left is that of the pixels.
+    forecast = Forecast(sum((index[p].num_frames - 1) * index[p].height * index[p].width for p in todo))
+    with closing(_store_all(index, todo, solver, store, forecast)) as results:
+        for problem in track(
+            results, "computing flow", total=len(todo), unit="videos", progress=progress, left=forecast.text
+        ):
             if problem is not None:
                 problems.append(problem)
                 unreadable.add(problem.path, problem.reason, "no flow of")
@@ -159,14 +163,29 @@ def _disk_full_named(out: Path) -> Iterator[None]:
                          "the same command again") from error  # fmt: skip
 
 
-def _store_all(index: Index, todo: list[int], solver: FlowSolver, store: Store) -> Iterator[Problem | None]:
-    """Yields, as each video is finished, its problem or None."""
+def _store_all(
+    index: Index, todo: list[int], solver: FlowSolver, store: Store, forecast: Forecast
+) -> Iterator[Problem | None]:
+    """Yields, as each video is finished, its problem or None; adds the pixels of solved frame pairs to `forecast`."""
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     by_size = sorted(todo, key=lambda position: (index[position].height, index[position].width))
     read = _map_ahead(lambda position: (position, _read_gray(index[position])), by_size, workers, ahead=workers)
     batches = pack(read, batch_pixels(solver.device))
-    solved = _map_ahead(partial(solve, solver=solver), batches, workers=1, ahead=1)
+
+    def solved_batch(batch: list[Segment]) -> list[tuple[Segment, np.ndarray | Exception]]:
+        parts = solve(batch, solver)
+        forecast.add(sum(_pixels(index, segment) for segment, _ in parts))
+        return parts
+
+    solved = _map_ahead(solved_batch, batches, workers=1, ahead=1)
     return _map_ahead(lambda video: _store(index, store, *video), join(solved), workers, ahead=workers)
+
+
+def _pixels(index: Index, segment: Segment) -> int:
+    """Returns the pixels of a segment's frame pairs, one frame of each; an unreadable video counts as a whole."""
+    video = index[segment.position]
+    pairs = video.num_frames - 1 if isinstance(segment.gray, Exception) else len(segment.gray) - 1
+    return pairs * video.height * video.width
 
 
 def _map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:

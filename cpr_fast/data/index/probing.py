@@ -15,7 +15,7 @@ from cpr_fast.data.storage.records import frame_size, read_record_frames, split_
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import VideoInfo, probe_video
 from cpr_fast.runtime.files import append_line, naming
-from cpr_fast.runtime.progress import duration, track
+from cpr_fast.runtime.progress import Forecast, about, track
 
 Probe = Callable[[Path], VideoInfo]
 # The remaining time is estimated after ESTIMATE_S seconds, and logged if it is longer than WORTH_SAYING_S.
@@ -123,19 +123,20 @@ def probe_all(paths: Sequence[Path], run: Probe, journal: Journal, *, descriptio
 
 def _with_estimate(results: Iterable, total: int, description: str, workers: int) -> Iterator:
     """Yields the results; after the first few, logs the estimated time for the rest if it is long."""
-    began, said = time.perf_counter(), False
+    began, said, forecast = time.monotonic(), False, Forecast(total)
     for done, result in enumerate(results, start=1):
-        passed = time.perf_counter() - began
-        if not said and passed > ESTIMATE_S and done >= workers:
-            said, left = True, (total - done) * passed / done
+        forecast.add()
+        passed = time.monotonic() - began
+        if not said and passed > ESTIMATE_S and done > workers:  # each thread's first file also fills the disk's cache
+            said, left = True, forecast.left_s()
             if left > WORTH_SAYING_S:
-                log.info("%s", _estimate(description, total, left, done / passed))
+                log.info("%s", _estimate(description, total, left, (total - done) / left))
         yield result
 
 
 def _estimate(description: str, total: int, left_s: float, rate: float) -> str:
     faster = " --no-verify counts packets instead of decoding every video." if description == "decoding" else ""
     return (
-        f"{description} {total:,} videos takes about {duration(left_s)} at {rate:.1f} videos/s. "
+        f"{description} {total:,} videos: {about(left_s)} left, at {rate:.1f} videos/s. "
         f"--shard 0/4 to 3/4 on four machines takes a quarter of that.{faster}"
     )

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +36,7 @@ from cpr_fast.runtime.interrupt import Interrupted, StopRequest, stop_requests
 from cpr_fast.runtime.metrics import FILE as METRICS_FILE
 from cpr_fast.runtime.metrics import MetricsWriter, rewind
 from cpr_fast.runtime.precision import autocast
-from cpr_fast.runtime.progress import track
+from cpr_fast.runtime.progress import Forecast, track
 from cpr_fast.weights.checkpoint import load_checkpoint, save_checkpoint
 from cpr_fast.weights.reading import CheckpointError
 
@@ -90,12 +91,14 @@ def train_on_clips(model: Classifier, loader: ClipLoader, training: Training) ->
     if main and (training.folder / METRICS_FILE).exists():
         rewind(training.folder, step=0, epoch=state.epoch)
     with MetricsWriter(training.folder) if main else nullcontext() as writer, stop_requests() as stop:
+        classes = model.head.linear.out_features
+        forecast = Forecast((settings.epochs - state.epoch) * len(loader))
         while state.epoch < settings.epochs:
             began = time.perf_counter()
             lr = set_epoch(state.optimizer, settings, state.epoch)
-            loss, accuracy = _train_epoch(state, loader, stop)
-            row = {"kind": "epoch", "epoch": state.epoch, "loss": loss, "accuracy": accuracy, "lr": lr}
-            row |= _judged(state)
+            loss, accuracy = _train_epoch(state, loader, stop, forecast)
+            row = {"kind": "epoch", "epoch": state.epoch, "loss": loss, "loss_chance": math.log(classes)}
+            row |= {"accuracy": accuracy, "lr": lr} | _judged(state)
             if writer is not None:
                 writer.write(row | {"epoch_time_s": time.perf_counter() - began})
             state.epoch += 1
@@ -127,7 +130,7 @@ def _judged(state: _State) -> dict[str, float]:
     return row
 
 
-def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest) -> tuple[float, float]:
+def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest, forecast: Forecast) -> tuple[float, float]:
     """Trains the remaining steps of an epoch; returns the mean loss and accuracy over all clips of the epoch."""
     training, epoch, device = state.training, state.epoch, state.training.device
     model = state.model.train()
@@ -137,7 +140,9 @@ def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest) -> tuple[
         torch.manual_seed((training.seed << 20) + epoch)
         distributed.set_rng_states(device, rng)
         batches = loader.epoch(epoch, first)
-        bar = track(batches, title, total=len(loader) - first, unit="steps", progress=training.progress)
+        forecast.add(first)  # steps of an interrupted epoch
+        left = partial(forecast.text, "left of the training")
+        bar = track(batches, title, total=len(loader) - first, unit="steps", progress=training.progress, left=left)
         for step, batch in enumerate(bar, first):
             labels = distributed.all_gather(batch.label.to(device))  # [R*B]
             with autocast(device, training.settings.precision):
@@ -151,6 +156,7 @@ def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest) -> tuple[
             state.scaler.update()
             hits = (logits.detach().argmax(1) == labels).sum()
             total += torch.stack([loss.detach() * len(labels), hits, hits.new_tensor(len(labels))])
+            forecast.add()
             if signum := distributed.largest(stop.signum):
                 path = state.save({"steps": step + 1, "total": total, "rng": distributed.rng_states(device)})
                 raise Interrupted(signum, f"after step {step} of epoch {epoch}; saved {path}")

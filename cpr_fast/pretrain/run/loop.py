@@ -36,7 +36,7 @@ from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.interrupt import Interrupted, StopRequest, stop_requests
 from cpr_fast.runtime.metrics import MetricsWriter, environment, read_metrics
-from cpr_fast.runtime.progress import duration, track
+from cpr_fast.runtime.progress import track
 from cpr_fast.runtime.watchdog import Watchdog
 from cpr_fast.weights.checkpoint import LAST, load_initial, save_step
 
@@ -166,6 +166,8 @@ def _begin(run: Run, saved: dict[str, Any] | None) -> None:
     if run.progress:
         for line in start_lines(run.config, run.index, run.plans, run.folder, run.world):
             log.info("%s", line)
+        if run.online is not None:
+            log.info("  Every %d epochs: %s", run.config.health.online_every, run.online.work_ahead())
         if saved:
             log.info("  Resumed at step %d of %d", saved["step"], sum(plan.steps for plan in run.plans))
     for text in run.warnings:
@@ -225,11 +227,10 @@ def _run_cycle(
     batches = _timed_batches(loader, epochs, start_step, run.watch)
     left = len(epochs) * steps - start_step
     pace = _pace(run, state, number, left)
-    status = lambda: _status(rows, pace)  # noqa: E731
     try:
         began = time.perf_counter()
         for epoch, i, batch, data_wait_s in track(
-            batches, description, total=left, unit="steps", progress=run.progress, status=status
+            batches, description, total=left, unit="steps", progress=run.progress, status=rows.status, left=pace.text
         ):
             step, learns = epoch * steps + i, state.learning
             run.watch.doing(f"computing step {step}")
@@ -290,13 +291,8 @@ def _pace(run: Run, state: CycleState, number: int, left: int) -> Pace:
     if not plan.learns_while_filling:
         filling = min(left, max(0, -(-(state.memory.size - state.memory.count) // plan.clips)))
     waiting = sum(plan.waiting_steps for plan in later)
-    return Pace(filling + waiting, left - filling + sum(plan.steps for plan in later) - waiting)
-
-
-def _status(rows: StepLog, pace: Pace) -> str:
-    """Returns the end of the progress line."""
-    left = pace.left_s()
-    return rows.status() + ("" if left is None else f", total left {duration(left)}")
+    learning = left - filling + sum(plan.steps for plan in later) - waiting
+    return Pace(filling + waiting, learning, plan.epoch_steps)
 
 
 def _measure_retrieval(run: Run, state: CycleState, rows: StepLog, epoch: int, step: int) -> bool:

@@ -11,11 +11,11 @@ from cpr_fast.config import Config
 from cpr_fast.data.index.index import Index
 from cpr_fast.pretrain.run.checks import CyclePlan
 from cpr_fast.runtime.distributed import World
-from cpr_fast.runtime.progress import duration
+from cpr_fast.runtime.progress import FEW_S, about, rounded
 
 MEASURED = 5  # learning steps after which the expected time is printed
 PATIENCE_S = 60.0  # if filling takes longer, a first estimate is printed after this time
-NEWEST = 0.05  # weight of the newest step in the running mean of step times
+LONGEST_MEAN = 20  # steps, or two epochs if they are longer: the running mean of step times covers about as many
 
 
 def start_lines(config: Config, index: Index, plans: Sequence[CyclePlan], folder: Path, world: World) -> list[str]:
@@ -62,9 +62,12 @@ class Pace:
 
     Args:
         filling, learning: number of steps of each kind that are left, over all cycles.
+        epoch_steps: number of steps of an epoch. The last step of each also saves a checkpoint and may measure
+            retrieval, so the mean covers whole epochs; otherwise the expected time would jump after each.
     """
 
-    def __init__(self, filling: int, learning: int) -> None:
+    def __init__(self, filling: int, learning: int, epoch_steps: int = 1) -> None:
+        self.window = max(LONGEST_MEAN, 2 * epoch_steps)
         self.left = {False: filling, True: learning}
         self.mean_s: dict[bool, float] = {}
         self.counted = {False: 0, True: 0}
@@ -78,7 +81,7 @@ class Pace:
         if self.counted[learns] <= 1 < self.left[learns]:
             return  # the first step of a kind also sets up caches and kernels
         before = self.mean_s.get(learns, seconds)
-        self.mean_s[learns] = before + max(NEWEST, 1 / self.counted[learns]) * (seconds - before)
+        self.mean_s[learns] = before + (seconds - before) / min(self.counted[learns], self.window)
 
     def left_s(self) -> float | None:
         """Returns the seconds that the rest of the run takes at this pace, or None before any step was timed."""
@@ -95,11 +98,23 @@ class Pace:
             return None
         if not self.told[True] and self.counted[True] >= MEASURED and True in self.mean_s:
             self.told[True] = self.told[False] = True
-            return f"Expected time: about {duration(left)} left ({self.mean_s[True]:.2g} s per step, measured)"
+            return f"Expected time: {about(left)} left ({self.mean_s[True]:.2g} s per step, measured)"
         if not self.told[False] and not self.counted[True] and time.monotonic() - self.began > PATIENCE_S:
             self.told[False] = True
-            return f"Expected time: more than {duration(left)} left (steps take longer once the queue is full)"
+            if self.left[True] and left >= FEW_S:
+                return f"Expected time: at least {rounded(left)} left (steps take longer once the queue is full)"
         return None
+
+    def text(self) -> str:
+        """Returns the time left of the whole run for the progress line, or "" where it is not known or nothing is left.
+
+        While no step has learnt, the time is a lower bound, and is shown as one."""
+        left = self.left_s()
+        if not left:
+            return ""
+        if self.left[True] and True not in self.mean_s:
+            return f"at least {rounded(left)} left in total" if left >= FEW_S else ""
+        return f"{about(left)} left in total"
 
 
 def _count(number: int, noun: str, plural: str | None = None) -> str:

@@ -33,7 +33,7 @@ def test_counts_and_disk_are_those_of_the_videos_without_flow(data_set, tmp_path
 
 
 def test_twice_the_frames_take_twice_the_time(data_set, monkeypatch):
-    monkeypatch.setattr(module, "_measure", lambda videos, solver: (2e-6, 1e-6))
+    monkeypatch.setattr(module, "_measure", lambda *arguments: module._Cost(2e-6, 1e-6, 1.0))
     videos = list(Index.load(data_set))[:1]
     double = [dataclasses.replace(videos[0], num_frames=2 * videos[0].num_frames - 1)]
     once, twice = estimate_flow(Index(videos)), estimate_flow(Index(double))
@@ -53,9 +53,51 @@ def test_a_large_set_as_people_read_it(tmp_path, monkeypatch):
     whole = module.FlowEstimate(240_000, pairs, int(pairs * 9500), pairs * 0.04, pairs * 0.02)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5e11))
     lines = "\n".join(describe(whole, tmp_path / "not" / "there"))
-    assert "797 core-hours" in lines and "16 d 14 h" in lines and "682 GB" in lines and "500 GB are free" in lines
+    assert "797 core-hours" in lines and "expected time: about 17 d on an otherwise idle" in lines
+    assert "682 GB" in lines and "500 GB are free" in lines
     assert "the disk will be full" in lines
     assert [size(value) for value in (9500, 3.2e6, 4.7e10, 1.25e12)] == ["10 kB", "3 MB", "47 GB", "1.2 TB"]
+
+
+def test_the_load_of_the_machine_is_told(tmp_path):
+    busy = module.FlowEstimate(10, 300, 1000, core_s=200.0, wall_s=100.0, load=2.5)
+    assert describe(busy, tmp_path)[0] == (
+        "  expected time: about 4 min 10 s at the present load of this machine, about 1 min 40 s on an otherwise idle "
+        "machine (0.056 core-hours)"
+    )
+    assert "present load" not in describe(dataclasses.replace(busy, load=1.1), tmp_path)[0]
+
+
+@pytest.mark.parametrize("storage", ["video", "lmdb"])
+def test_every_part_of_the_work_is_measured(data_set, tmp_path, monkeypatch, storage):
+    """Reading, solving and storing each take 20 ms of CPU more per call: the estimate grows by each of them."""
+    index = Index(video for video in Index.load(data_set) if video.num_frames > 5)
+
+    def slower(name):
+        real = getattr(module, name)
+
+        def work(*arguments, **options):
+            end = module.time.thread_time() + 0.02
+            while module.time.thread_time() < end:
+                pass
+            return real(*arguments, **options)
+
+        return work
+
+    monkeypatch.setattr(module, "smooth", smooth_flow, raising=False)
+
+    def core_s(solver=SOLVER):
+        return estimate_flow(index, storage=storage, solver=solver, out=tmp_path / "flow").core_s
+
+    core_s()  # loads the encoders
+    before = core_s()
+    pairs, videos = sum(video.num_frames - 1 for video in index), len(index)
+    for name, least in (("read_frames", 0.02 * videos), ("_store", 0.02 * videos)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, slower(name))
+            assert core_s() > before + 0.5 * least
+    assert core_s(FlowSolver(SOLVER.device, slower("smooth"))) > before + 0.5 * 0.02 * pairs
+    assert not list(tmp_path.glob(".cpr-fast-*")) and not list(tmp_path.glob("flow*"))
 
 
 @pytest.mark.parametrize("shard", [(0, 1), (1, 2)])

@@ -13,7 +13,6 @@ from cpr_fast.pretrain.run import summary
 from cpr_fast.pretrain.run.checks import plan_cycles
 from cpr_fast.pretrain.run.loop import pretrain
 from cpr_fast.pretrain.run.summary import Pace, start_lines
-from cpr_fast.runtime.progress import duration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,6 +84,44 @@ def test_the_expected_time_is_told_once(monkeypatch):
         told.append(pace.news())
     told = [text for text in told if text]
     assert len(told) == 2
-    assert told[0].startswith("Expected time: more than ") and "once the queue is full" in told[0]
-    left = duration(3.0 * (1000 - summary.MEASURED))
-    assert told[1] == f"Expected time: about {left} left (3 s per step, measured)"
+    assert told[0].startswith("Expected time: at least 19 min left ") and "once the queue is full" in told[0]
+    assert summary.MEASURED == 5  # 3 s each of the other 995
+    assert told[1] == "Expected time: about 50 min left (3 s per step, measured)"
+
+
+def test_no_lower_bound_of_nothing_is_told(monkeypatch):
+    """Before: "more than 0 s left", once the queue took longer than a minute to fill."""
+    now = [0.0]
+    monkeypatch.setattr(summary.time, "monotonic", lambda: now[0])
+    for filling, learning in ((300, 0), (300, 5)):
+        pace = Pace(filling, learning)
+        for _ in range(300):
+            now[0] += 1.0
+            pace.step(1.0, learns=False)
+            assert "at least 0" not in pace.text()
+            assert pace.news() is None or learning
+        assert pace.text() == ""
+
+
+def test_the_progress_line_tells_the_time_left_of_the_whole_run():
+    pace = Pace(filling=4, learning=100)
+    assert pace.text() == ""
+    for _ in range(4):
+        pace.step(1.0, learns=False)
+    assert pace.text() == "at least 1 min 40 s left in total"
+    for _ in range(10):
+        pace.step(2.0, learns=True)
+    assert pace.text() == "about 3 min left in total"
+    for _ in range(90):
+        pace.step(2.0, learns=True)
+    assert pace.text() == ""
+
+
+def test_the_time_left_does_not_jump_at_the_end_of_an_epoch():
+    """Every 30th step also saves a checkpoint for 30 s; the run takes 60 s per epoch from the first to the last."""
+    pace, left = Pace(filling=0, learning=600, epoch_steps=30), []
+    for step in range(600):
+        pace.step(31.0 if step % 30 == 29 else 1.0, learns=True)
+        if step >= 90:
+            left.append((pace.left_s(), (599 - step) / 30 * 60))
+    assert all(abs(told - true) < 0.3 * true + 60 for told, true in left)
