@@ -109,8 +109,11 @@ def retrieve(
     result = _result(found, paths, {"protocol": protocol, "recipe": recipe})
     queries_file = _save_scores([each.scores for each in found], pretrained.evaluations / f"{name}.npz")
     _write_metrics(run_dir if world.is_main else None, result["summary"], found[0].examples, queries_file)
-    result |= {"leakage": how.leakage, "checkpoint": pretrained.name}
-    result |= {"queries_file": None if queries_file is None else str(queries_file)}
+    result |= {
+        "leakage": how.leakage,
+        "checkpoint": pretrained.name,
+        "queries_file": queries_file and str(queries_file),
+    }
     return result | {"file": str(write_result(pretrained.evaluations, name, result))}
 
 

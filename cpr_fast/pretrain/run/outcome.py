@@ -123,12 +123,12 @@ def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> list[tuple
     """Returns reasons to doubt that a cycle learnt anything useful, each with its figures ("" if there are none)."""
     texts = []
     first, last = summary["loss_first"], summary["loss_last"]
-    if sum(not row.get("random_negatives") for row in comparable(epochs)) >= ENOUGH_EPOCHS and last >= first:
+    enough = sum(not row.get("random_negatives") for row in comparable(epochs)) >= ENOUGH_EPOCHS
+    if enough and last >= first:
         texts.append(("the loss did not fall", f"{first:.3f} in its first comparable epoch, {last:.3f} in its last"))
-    if last is not None and (chance := summary["loss_chance"]) is not None and last >= chance:
-        texts.append(
-            ("the last loss is not below that of equally similar candidates", f"{last:.3f}, chance {chance:.3f}")
-        )
+    if enough and (chance := summary["loss_chance"]) is not None and last >= chance:
+        figures = f"{last:.3f}, chance {chance:.3f}"
+        texts.append(("the last loss is not below that of equally similar candidates", figures))
     mined = [row for row in epochs if row.get("pmr") is not None and row.get("pmr_chance") is not None]
     if mined and mined[-1]["pmr"] <= mined[-1]["pmr_chance"]:
         figures = f"PMR {mined[-1]['pmr']:.3f}, chance {mined[-1]['pmr_chance']:.3f}"

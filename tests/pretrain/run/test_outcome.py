@@ -135,3 +135,15 @@ def test_a_doubt_is_told_once_with_the_cycles_and_figures_it_concerns():
         "cycles 2 and 4: the features have collapsed: the queries spread less than health.min_feature_std 0.1 "
         "(cycle 2: rgb 0.01; cycle 4: rgb 0.01, flow 0.02)",
     ]
+
+
+@pytest.mark.parametrize(("last", "doubted"), [(3.4, False), (4.6, True)])
+def test_a_last_loss_that_is_not_below_chance_is_doubted_and_chance_is_told(tmp_path, last, doubted):
+    config = settings(tmp_path, schedule={"cycles": [{"view": "rgb", "epochs": 3, "mining": "none"}]})
+    epochs = [
+        {"kind": "epoch", "cycle": 0, "epoch": epoch, "loss": loss, "loss_chance": 4.5, "weights_change": 0.1}
+        for epoch, loss in enumerate((5.0, 4.7, last))
+    ]
+    row = outcome(epochs, config, 9, 18, [])
+    assert row["text"].endswith(f"loss 5.000 to {last:.3f} (chance 4.500).")
+    assert ("not below that of equally similar candidates (4.600, chance 4.500)" in str(row["warnings"])) == doubted
