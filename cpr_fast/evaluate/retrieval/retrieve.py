@@ -95,12 +95,10 @@ def retrieve(
     open_loader = partial(
         open_windows, data=pretrained.data, views=list(pretrained.encoders), recipe=how, device=device
     )
-    labelled = any((_split(index, protocol)[1].labels >= 0).any() for index in splits)
-    embeddings = _trained(pretrained, how, cache=cache)
-    if labelled:  # one gallery calibrates the untrained network for all splits, so that they can share its features
-        gallery = _split(splits[0], protocol)[0]
-        embeddings |= _references(pretrained, how, gallery, open_loader, untrained_seed, device, cache=cache)
-    _announce(splits, protocol, pretrained.data, how, embeddings, labelled, progress and world.is_main)
+    embeddings = _embeddings(
+        pretrained, how, splits, protocol, open_loader, untrained_seed, device, cache=cache,
+        progress=progress and world.is_main,
+    )  # fmt: skip
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, device)) if cache else None
     found = [
         evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress) for index in splits
@@ -109,11 +107,8 @@ def retrieve(
     result = _result(found, paths, {"protocol": protocol, "recipe": recipe})
     queries_file = _save_scores([each.scores for each in found], pretrained.evaluations / f"{name}.npz")
     _write_metrics(run_dir if world.is_main else None, result["summary"], found[0].examples, queries_file)
-    result |= {
-        "leakage": how.leakage,
-        "checkpoint": pretrained.name,
-        "queries_file": queries_file and str(queries_file),
-    }
+    result |= {"leakage": how.leakage, "checkpoint": pretrained.name}
+    result |= {"queries_file": queries_file and str(queries_file)}
     return result | {"file": str(write_result(pretrained.evaluations, name, result))}
 
 
@@ -147,11 +142,9 @@ def _headline(summary: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _announce(
     splits: Sequence[Index], protocol: Protocol, data: DataConfig, how: Recipe, embeddings: Mapping[str, Embedding],
-    labelled: bool, progress: bool,
+    labelled: bool,
 ) -> None:  # fmt: skip
-    """With `progress`, logs the number of videos and windows of every split, and the networks, before the work."""
-    if not progress:
-        return
+    """Logs the number of videos and windows of every split, and the networks, before the work starts."""
     names = ", ".join(dict.fromkeys(name.split("/")[0].replace("_", " ") for name in embeddings))
     for index in splits:
         parts = dict(zip(("gallery", "queries"), _split(index, protocol), strict=True))
@@ -167,9 +160,20 @@ def _announce(
                  "are left out")  # fmt: skip
 
 
-def _trained(pretrained: Pretrained, how: Recipe, *, cache: bool) -> dict[str, Embedding]:
+def _embeddings(
+    pretrained: Pretrained, how: Recipe, splits: Sequence[Index], protocol: Protocol,
+    open_loader: Callable[[Index], WindowLoader], seed: int, device: str, *, cache: bool, progress: bool,
+) -> dict[str, Embedding]:  # fmt: skip
+    """Returns the embeddings to compare: the trained encoders and, if any query has a label, the references."""
     keys = {view: weights_digest(encoder) if cache else "" for view, encoder in pretrained.encoders.items()}
-    return encoder_embeddings("trained", pretrained.encoders, how, keys)
+    embeddings = encoder_embeddings("trained", pretrained.encoders, how, keys)
+    labelled = any((_split(index, protocol)[1].labels >= 0).any() for index in splits)
+    if labelled:  # one gallery calibrates the untrained network for all splits, so that they can share its features
+        gallery = _split(splits[0], protocol)[0]
+        embeddings |= _references(pretrained, how, gallery, open_loader, seed, device, cache=cache)
+    if progress:
+        _announce(splits, protocol, pretrained.data, how, embeddings, labelled)
+    return embeddings
 
 
 def _references(
