@@ -67,6 +67,7 @@ def test_a_planted_difference_of_two_runs_is_found(tmp_path, index, capsys):
         f"{cpr} against {coclr}" in printed and "60 queries of 30 sources, protocol train_test, recipe paper" in printed
     )
     assert f"+{precision['difference']:.3f}".replace("0.", ".") in printed and "d_z" not in printed
+    assert "caution" not in printed
 
     text = text_of(write_report([cpr, coclr], tmp_path / "r.html"))
     low, high = (f"{100 * bound:+.1f}" for bound in precision["ci95"])
@@ -152,3 +153,13 @@ def test_seeds_that_do_not_pair_are_named(tmp_path, index, capsys):
         assert message in capsys.readouterr().err
     assert main(["compare", str(runs["a", 0])]) == 2
     assert "RUNS: expected two run folders, or --against" in capsys.readouterr().err
+
+
+def test_few_sources_are_a_caution(tmp_path, index, capsys):
+    runs = [stored_run(tmp_path / name, index, 0.0, seed) for name, seed in (("a", 3), ("b", 4))]
+    for run in runs:
+        scores = QueryScores.load(run / "evaluations" / "q.npz")
+        scores.sources[:] = [f"s{i % 4}" for i in range(QUERIES)]
+        scores.save(run / "evaluations" / "q.npz")
+    assert main(["compare", *map(str, runs)]) == 0
+    assert "caution: from 4 sources, fewer than 20" in capsys.readouterr().out
