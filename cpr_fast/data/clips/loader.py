@@ -13,6 +13,7 @@ output, N windows.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +47,7 @@ from cpr_fast.data.clips.sampling import (
 )
 from cpr_fast.data.clips.stream import ClipStream, Job
 from cpr_fast.data.flow.on_the_fly import frame_reader
-from cpr_fast.data.index.index import Index
+from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.media import is_record
 from cpr_fast.errors import InputError
 
@@ -247,6 +248,11 @@ class TrainLoader:
         )
 
 
+def _identity(video: Video) -> int:
+    """Returns a number that does not change if the data set moves or other videos join it."""
+    return zlib.crc32(f"{video.source}/{Path(video.path).name}".encode("utf-8", "surrogateescape"))
+
+
 class WindowLoader:
     """Loads every evaluation window of every video, in the order of the index.
 
@@ -274,7 +280,8 @@ class WindowLoader:
         windows = [plan_windows(sources, video, data, clips_per_video, crops) for video in range(len(index))]
         self._windows = Clips.concatenate(windows)
         if jitter_seed is not None:
-            self._windows = with_test_jitter(self._windows, jitter_seed)
+            identity = np.array([_identity(video) for video in index], np.int64)
+            self._windows = with_test_jitter(self._windows, identity, jitter_seed)
         self._clips = _ClipSource(index, data, views, device, self._batch_size, group=crops, same_frames=True)
 
     def __len__(self) -> int:

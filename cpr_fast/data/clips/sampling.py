@@ -195,13 +195,16 @@ def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video
     return replace(clips, flip=crop >= 5, crop=crop)
 
 
-def with_test_jitter(clips: Clips, seed: int) -> Clips:
+def with_test_jitter(clips: Clips, identity: np.ndarray, seed: int) -> Clips:
     """Returns the same clips with the colour jitter that the published code keeps at test time.
+
+    `identity` is a number of every video, int64 [N], from which its draws are made. It must not depend on the other
+    videos, because processes share the videos and stored features are not computed again.
 
     All windows of a video have the same jitter. Each of its ten crops has another one: the published code makes a pass
     over the videos for each crop.
     """
-    draw = _draws(clips.video, seed, clips.crop, _TEST_STREAM, blocks=2)
+    draw = _draws(identity[clips.video], seed, clips.crop, _TEST_STREAM, blocks=2)
     return replace(clips, **_jitter(draw[:, 0] < TEST_JITTER_P, TEST_JITTER, draw[:, 1:4], draw[:, 4], draw[:, 5]))
 
 

@@ -203,7 +203,7 @@ def test_planned_clips_are_the_published_ones(view, flow_colour):
     sources, videos = Sources(*(np.full(300, n) for n in (60, S, S))), np.arange(300)
     windows = Clips.concatenate([plan_windows(sources, video, data, 1, 10) for video in range(4)])
     errors = []
-    for plan in (plan_pairs(sources, videos, data, 0, 0)[::20], with_test_jitter(windows, 0)):
+    for plan in (plan_pairs(sources, videos, data, 0, 0)[::20], with_test_jitter(windows, np.arange(300), 0)):
         for row in range(len(plan)):
             clip, pixels = plan[[row]], texture(row, S, S, T)
             applied = clip

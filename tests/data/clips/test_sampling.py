@@ -300,7 +300,7 @@ class TestClassifierClips:
     def test_test_jitter_is_one_draw_per_video_and_crop(self):
         """The published code makes a pass over the videos for each of ten crops, with a draw for every video."""
         windows = Clips.concatenate([plan_windows(sources(2000), video, DATA, 2, 10) for video in range(2000)])
-        plan = with_test_jitter(windows, 7)
+        plan = with_test_jitter(windows, np.arange(2000), 7)
         for field in ("brightness", "contrast", "saturation", "hue", "order"):
             values = getattr(plan, field).reshape(2000, 2, 10)  # video, window, crop
             assert (values[:, 0] == values[:, 1]).all()
@@ -312,7 +312,9 @@ class TestClassifierClips:
         assert abs(plan.contrast - 1).max() <= 0.2 and abs(plan.hue).max() <= 0.1
         assert np.array_equal(plan.box, windows.box) and np.array_equal(plan.start, windows.start)
         centre = Clips.concatenate([plan_windows(sources(2000), video, DATA, 2) for video in range(2000)])
-        assert same(with_test_jitter(centre, 7), plan[plan.crop == 0])
+        assert same(with_test_jitter(centre, np.arange(2000), 7), plan[plan.crop == 0])
+        last = plan_windows(sources(2000), 1, DATA, 2, 10)  # of a loader that has only the videos 10 and 1999
+        assert same(with_test_jitter(last, np.array([10, 1999]), 7), replace(plan[-20:], video=last.video))
 
 
 class TestWindows:
