@@ -36,6 +36,9 @@ class DataConfig:
     # "channel": each frame of a gray clip shows one random colour channel [CoCLR]; "luma": its luma
     grayscale: Literal["channel", "luma"] = "channel"
     flow_colour: bool = True  # apply jitter, grayscale and blur to flow images too [CoCLR]; False: to RGB only
+    # "drop": leave out videos of frames / 2 * stride + 1 frames or fewer, in training and evaluation [CoCLR]; "keep":
+    # use every video. Videos shorter than a clip are padded with their first frame.
+    short_videos: Literal["keep", "drop"] = "keep"
     batch_size: int = 16  # B, videos per process and step
     workers: int = 2  # decoding threads per process
     prefetch: int = 2  # batches that are prepared in advance

@@ -213,6 +213,10 @@ def training_part(videos: Index, config: Config, findings: list[Finding]) -> Ind
         text = f"the index has no split {config.data.split!r} (data.split); its splits are {found}"
         findings.append(Finding("warning", text, "set data.split to one of them", "fails"))
         train = videos
+    try:
+        train = train.long_enough(config.data)
+    except IndexFileError as error:
+        findings.append(Finding("warning", str(error), 'set data.short_videos to "keep"', "fails"))
     _check_splits(videos, findings)
     if len(train) < config.data.batch_size:
         verb = "is" if len(train) == 1 else "are"

@@ -250,6 +250,7 @@ def _check(job: Job, data: Mapping[str, Path]) -> None:
     for number, step in enumerate(job.chain):
         config = step.config
         train = Index.load(config.data.index, require_flow=stored).select_for_training(config.data.split)
+        train = train.long_enough(config.data)
         for cycle in config.schedule.cycles:
             if stored and "flow" in cycle.views(shared=config.model.shared):
                 _check_flow(where, config.data.index, train)
@@ -274,7 +275,7 @@ def _check(job: Job, data: Mapping[str, Path]) -> None:
     if set(job.table.columns) <= {"pmr", "cmr_median"}:
         return
     for path in job.indexes.values():
-        split = load_split(path, require_flow=stored)
+        split = load_split(path, job.chain[-1].config.data)
         if stored and job.row.view == "flow":
             _check_flow(where, path, [*split.train, *split.test])
 

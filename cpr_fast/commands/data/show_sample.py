@@ -43,7 +43,7 @@ def show_sample(
     settings = Config() if config is None else load(config)
     videos = Index.load(index, require_flow=settings.data.flow == "stored")
     if config is not None:
-        videos = videos.select_for_training(settings.data.split)
+        videos = videos.select_for_training(settings.data.split).long_enough(settings.data)
     result = run(videos, settings.data, seed=settings.run.seed, epoch=epoch, position=position, out=out, views=views)
     result["settings"] = "the defaults; to use others: --config RECIPE.toml" if config is None else str(config)
     show(result, json, next_step=f"open {out}, which shows what the network sees")

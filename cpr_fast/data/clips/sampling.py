@@ -67,10 +67,8 @@ class Sources:
     @classmethod
     def of(cls, index: Index, data: DataConfig | None = None) -> Sources:
         """Returns the facts of an index. With `data.flow = "on_the_fly"` every video has flow."""
-        computed = data is not None and data.flow == "on_the_fly"
-        frames = [video.num_frames - (computed or video.flow_path is not None) for video in index]
         return cls(
-            np.array(frames, np.int64),
+            np.array([video.shared_frames(data) for video in index], np.int64),
             np.array([video.height for video in index], np.int64),
             np.array([video.width for video in index], np.int64),
         )

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cpr_fast.config import DataConfig
 from cpr_fast.data.index.catalogue import VIDEO_SUFFIXES
 from cpr_fast.data.index.tables import TableError, read_table, table_text
 from cpr_fast.data.storage.media import exists
@@ -52,6 +53,12 @@ class Video:
     width: int  # pixels
     height: int
     flow_path: Path | None = None
+
+    def shared_frames(self, data: DataConfig | None = None) -> int:
+        """Returns the number of frames that all views have: flow has one less than RGB. With `data.flow = "on_the_fly"`
+        every video has flow."""
+        computed = data is not None and data.flow == "on_the_fly"
+        return self.num_frames - (computed or self.flow_path is not None)
 
 
 class Index(Sequence[Video]):
@@ -93,6 +100,27 @@ class Index(Sequence[Video]):
             return self.select(split)
         log.info("the index has no splits (its column 'split' is empty): all %d videos are used", len(self))
         return self
+
+    def long_enough(self, data: DataConfig) -> Index:
+        """Returns the videos that `data.short_videos` keeps, numbered from 0; those left out are logged.
+
+        As in CoCLR's code, "drop" leaves out videos of which a clip would repeat the first frame for half its length.
+        The frames that all views have count. Raises IndexFileError if no video is left.
+        """
+        most = data.frames // 2 * data.stride + 1
+        short = [video for video in self if video.shared_frames(data) <= most] if data.short_videos == "drop" else []
+        if not short:
+            return self
+        if len(short) == len(self):
+            raise IndexFileError(
+                f'data.short_videos: expected a video of more than {most} frames, as "drop" keeps none of '
+                f"{most} or fewer, got {len(self)} videos of at most {max(video.shared_frames(data) for video in self)}"
+            )
+        names = ", ".join(str(video.path) for video in short[:3]) + ", ..." * (len(short) > 3)
+        log.info("%d of %d videos are left out, because they have %d frames or fewer (data.short_videos): %s",
+                 len(short), len(self), most, names)  # fmt: skip
+        left_out = set(short)
+        return Index((video for video in self if video not in left_out), self.classes)
 
     @property
     def has_splits(self) -> bool:

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cpr_fast.config import ClassifierConfig, Config, ProbeConfig
+from cpr_fast.config import ClassifierConfig, Config, DataConfig, ProbeConfig
 from cpr_fast.config.pixels import normalisation
 from cpr_fast.data.clips.loader import TrainLoader, WindowLoader
 from cpr_fast.data.clips.sampling import plan_labelled, plan_selection
@@ -107,7 +107,7 @@ def classify(
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, str(world.device)))
     rows = []
     for number, path in enumerate(indexes):
-        split = load_split(path, require_flow=pretrained.data.flow == "stored")
+        split = load_split(path, pretrained.data)
         for seed in seeds:
             job = Job(task, configs, settings, how, split, seed, folder, world, progress and world.is_main)
             found = {view: predictions(job, view, encoders[view], digests[view], store) for view in encoders}
@@ -139,9 +139,9 @@ class Split:
     test: Index
 
 
-def load_split(path: str | Path, *, require_flow: bool = True) -> Split:
+def load_split(path: str | Path, data: DataConfig) -> Split:
     """Loads the labelled videos of an index, by split. Raises InputError if a split has too few of them."""
-    index = Index.load(path, require_flow=require_flow)
+    index = Index.load(path, require_flow=data.flow == "stored").long_enough(data)
     parts = []
     for name in ("train", "test"):
         part = index.select(name)

@@ -24,6 +24,7 @@ _IRRELEVANT = (
     "crop_area",
     "crop_attempts",
     "grayscale",
+    "short_videos",
 )
 _JITTER_SEED = 0
 

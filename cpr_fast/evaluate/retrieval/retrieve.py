@@ -90,7 +90,8 @@ def retrieve(
     device = str(world.device)
     how = make_recipe(recipe, clips_per_video, crops)
     pretrained = load_pretrained(checkpoint, device=device)
-    splits = [Index.load(path, require_flow=pretrained.data.flow == "stored") for path in paths]
+    data = pretrained.data
+    splits = [Index.load(path, require_flow=data.flow == "stored").long_enough(data) for path in paths]
     protocol = _resolved(protocol, splits)
     open_loader = partial(
         open_windows, data=pretrained.data, views=list(pretrained.encoders), recipe=how, device=device

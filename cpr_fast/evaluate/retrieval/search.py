@@ -80,7 +80,7 @@ def search(
     how = make_recipe(recipe, clips_per_video)
     pretrained = load_pretrained(checkpoint, device=device)
     stored = pretrained.data.flow == "stored"
-    index = Index.load(index_csv, require_flow=stored)
+    index = Index.load(index_csv, require_flow=stored).long_enough(pretrained.data)
     encoders, note = _usable_encoders(pretrained.encoders, index, stored)
 
     open_loader = partial(open_windows, data=pretrained.data, views=list(encoders), recipe=how, device=device)

@@ -151,7 +151,7 @@ def _online(
     if held_out is None:
         everything = Index.load(config.data.index, require_flow=config.data.flow == "stored")
         try:
-            held_out = everything.select(split=config.health.online_split)
+            held_out = everything.select(split=config.health.online_split).long_enough(config.data)
         except InputError as error:
             raise InputError(f"health.online_split: {error}") from None
     return OnlineRetrieval(config, held_out, [c.view for c in config.schedule.cycles], world, watch, make_windows)

@@ -19,18 +19,21 @@ log = logging.getLogger(__name__)
 
 
 def training_videos(data: DataConfig) -> Index:
-    """Loads the videos of `data.index` whose split is `data.split`, or all of them where no row has a split.
+    """Loads the videos of `data.index` whose split is `data.split`, or all of them where no row has a split, without
+    those that `data.short_videos` drops.
 
     Raises:
-        InputError: no index was given, it cannot be read, or no video has that split; the message names the setting.
+        InputError: no index was given, it cannot be read, no video has that split, or all are dropped; the message
+            names the setting.
     """
     if not data.index:
         raise InputError("data.index: expected the path of an index (written by `cpr-fast index`), got ''")
     index = Index.load(data.index, require_flow=data.flow == "stored")
     try:
-        return index.select_for_training(data.split)
+        part = index.select_for_training(data.split)
     except InputError as error:
         raise InputError(f"data.split: {error}. Choose one with --data.split") from None
+    return part.long_enough(data)
 
 
 def digest(index: Index) -> dict[str, Any]:

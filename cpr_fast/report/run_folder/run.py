@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from cpr_fast.data.index.index import Index, IndexFileError
+from cpr_fast.config import DataConfig
+from cpr_fast.config.build import build
+from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.metrics import FILE, read_metrics
 
@@ -96,11 +98,11 @@ class Run:
 
     @cached_property
     def index(self) -> Index | None:
-        """The training split of the run's index, or None if the index or its videos no longer exist."""
-        data = self.config.get("data", {})
+        """The videos that the run was trained on, or None if the index or its videos no longer exist."""
         try:
-            return Index.load(data["index"], require_flow=False).select_for_training(data["split"])
-        except (KeyError, IndexFileError, OSError):
+            data = build(DataConfig, self.config.get("data", {}), "data")
+            return Index.load(data.index, require_flow=False).select_for_training(data.split).long_enough(data)
+        except (InputError, OSError):
             return None
 
     @cached_property

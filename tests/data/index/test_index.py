@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 
+from cpr_fast.config import DataConfig
 from cpr_fast.data.index.build import build_index
 from cpr_fast.data.index.index import COLUMNS, Index, IndexFileError, Video
 from cpr_fast.errors import InputError
@@ -299,3 +300,45 @@ def test_real_files_in_other_codecs_and_the_broken_ones(tmp_path, shared_data):
     assert reasons.keys() == {"corrupted.mp4", "rotated_90.mov"} and "270 degrees" in reasons["rotated_90.mov"]
     assert "rotated_90.mov" not in {video.path.name for video in index}
     assert {"h264_10bits.mp4", "mmaction2_test.avi"} <= {video.path.name for video in index}
+
+
+class TestShortVideos:
+    """CoCLR's code drops videos with frames - T // 2 * ds - 1 <= 0, where flow has one frame less than RGB."""
+
+    def long_enough(self, tmp_path, lengths, with_flow=False, **settings):
+        (tmp_path / "flow.mkv").touch()
+        last = "flow.mkv" if with_flow else ""
+        rows = [f"a{n}.mp4,J{n},,train,{n},10,2,2,{last}" for n in lengths]
+        for n in lengths:
+            (tmp_path / f"a{n}.mp4").touch()
+        index = Index.load(write_index(tmp_path, *rows))
+        kept = index.long_enough(DataConfig(**settings))
+        assert kept.classes == index.classes  # labels agree with those of the whole index
+        return [video.num_frames for video in kept]
+
+    @pytest.mark.parametrize(("frames", "stride"), [(32, 1), (32, 6), (7, 2), (8, 1)])
+    def test_dropped_as_published(self, tmp_path, frames, stride):
+        lengths = list(range(1, frames * stride + 3))
+        kept = self.long_enough(tmp_path, lengths, frames=frames, stride=stride, short_videos="drop")
+        assert kept == [n for n in lengths if n - frames // 2 * stride - 1 > 0]
+
+    def test_kept_by_default(self, tmp_path):
+        assert self.long_enough(tmp_path, [1, 17, 18]) == [1, 17, 18]
+
+    @pytest.mark.parametrize("flow", ["stored", "on_the_fly"])
+    def test_the_frames_of_all_views_count(self, tmp_path, flow):
+        lengths, stored = [17, 18, 19], flow == "stored"
+        kept = self.long_enough(tmp_path, lengths, with_flow=stored, flow=flow, short_videos="drop")
+        assert kept == [19]
+
+    def test_what_is_left_out_is_logged(self, tmp_path, caplog):
+        with caplog.at_level("INFO"):
+            self.long_enough(tmp_path, [3, 5, 7, 9, 30], short_videos="drop")
+        assert "4 of 5 videos are left out, because they have 17 frames or fewer (data.short_videos)" in caplog.text
+        assert "a3.mp4, " in caplog.text and "a7.mp4, ..." in caplog.text and "a9.mp4" not in caplog.text
+
+    def test_no_video_left(self, tmp_path):
+        with pytest.raises(
+            IndexFileError, match="data.short_videos: expected a video of more than 17 frames.* got 2 v"
+        ):
+            self.long_enough(tmp_path, [3, 17], short_videos="drop")
