@@ -21,7 +21,7 @@ from cpr_fast.config.recipes import find_config, recipes
 FILE = Path(__file__).with_suffix(".toml")
 HEADER = ("", "subject", "paper", "published code", "ours", "why", "setting or file")
 RECIPE_HEADER = (
-    "recipe", "frames", "stride", "size", "augment", "crop_attempts", "flow_colour", "grayscale",
+    "recipe", "frames", "stride", "size", "augment", "crop_attempts", "flow_colour", "grayscale", "short_videos",
     "batch x GPUs", "memory", "stages", "ratio", "top_k", "protocol", "cycles", "milestones", "deviates in",
 )  # fmt: skip
 
@@ -124,7 +124,7 @@ def _recipe_row(name: str, config: Config) -> list[str]:
     cascade = [str(config.mining.stages), f"{config.mining.ratio:g}", ", ".join(map(str, top_k))]
     return [
         f"`{name}`", str(data.frames), str(data.stride), str(data.size), data.augment, str(data.crop_attempts),
-        "yes" if data.flow_colour else "no", data.grayscale,
+        "yes" if data.flow_colour else "no", data.grayscale, data.short_videos,
         f"{data.batch_size} x {config.memory.shuffle_bn_groups or 1}",
         f"queue {config.memory.size}" if config.memory.kind == "queue" else config.memory.kind,
         *(cascade if mines else ["", "", ""]),

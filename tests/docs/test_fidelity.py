@@ -91,7 +91,15 @@ def test_every_recipe_has_a_row_with_its_settings():
         name = cells["recipe"].strip("`")
         file = tomllib.loads(RECIPES[name].read_text(encoding="utf-8"))
         data, memory, mining = (file.get(section, {}) for section in ("data", "memory", "mining"))
-        for key, default in {"frames": 32, "stride": 1, "size": 128, "augment": "coclr"}.items():
+        for key, default in {
+            "frames": 32,
+            "stride": 1,
+            "size": 128,
+            "augment": "coclr",
+            "crop_attempts": 1,
+            "grayscale": "channel",
+            "short_videos": "keep",
+        }.items():
             assert cells[key] == str(data.get(key, default)), (name, key)
         assert cells["batch x GPUs"] == f"{data.get('batch_size', 16)} x {memory.get('shuffle_bn_groups', 1)}"
         assert cells["memory"] == ("bank" if memory.get("kind") == "bank" else f"queue {memory['size']}")

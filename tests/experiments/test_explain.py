@@ -112,7 +112,7 @@ def test_deviations_are_those_of_the_method(explained):
     assert "frame rate of Kinetics-400" in said("table7_k400")
     shown = {row["id"] for _, values in explained.values() for row in values["deviations"]["rows"]}
     unseen = {row.id for row in deviations()} - shown
-    assert {row.subject for row in deviations() if row.id in unseen} <= {"views for an even n"}
+    assert {row.subject for row in deviations() if row.id in unseen} <= {"views for an even n", "short videos"}
 
 
 def test_a_stage_that_selects_nothing_is_named():
@@ -157,6 +157,18 @@ def test_videos_are_counted_in_the_index(tmp_path):
         explain(with_data(config, split="val"), "mine")
     with pytest.raises(InputError, match=r"data\.batch_size: the index holds 40 training videos"):
         explain(with_data(config, batch_size=41), "mine")
+
+
+def test_short_videos_are_counted_as_the_config_says(tmp_path):
+    index = write_index(tmp_path, 45, frames=17)
+    lines = (
+        (tmp_path / "index.csv").read_text().replace(",17,25,", ",18,25,", 9)
+    )  # nine of 40 training videos are longer
+    (tmp_path / "index.csv").write_text(lines)
+    config = with_data(load(FOLDER / "cpr_ucf101.toml"), index=index, batch_size=4)
+    for how, count, text in (("keep", 40, "short videos: those shorter"), ("drop", 9, "those of 17 frames or fewer")):
+        lines, values = explain(with_data(config, short_videos=how), "mine")
+        assert values["data"]["videos"] == count and text in " ".join(" ".join(lines).split())
 
 
 def test_a_cycle_that_never_learns_is_said(tmp_path):

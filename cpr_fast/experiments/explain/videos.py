@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpr_fast.config import Config
+from cpr_fast.config import Config, DataConfig
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.experiments.explain.section import Section, count
@@ -45,6 +45,7 @@ class TrainingVideos:
             index = Index.load(config.data.index, require_flow=False).select_for_training(config.data.split)
         except InputError as error:
             raise InputError(f"data.index: {error}") from None
+        index = index.long_enough(config.data)
         return cls(len(index), None, index, statistics.median(video.fps for video in index))
 
     def section(self, config: Config) -> Section:
@@ -61,8 +62,7 @@ class TrainingVideos:
             )
         views = list(dict.fromkeys(v for c in config.schedule.cycles for v in c.views(shared=config.model.shared)))
         rows = [("index", found), ("split", data.split or "all videos"), ("views", _views(config, views, self.index))]
-        there = "" if self.index is None else f"; the index has {_short(config, self.index)}"
-        rows.append(("videos shorter than a clip", f"kept, padded with frame 0 on the left{there}"))
+        rows.append(("short videos", _short(data)))
         return Section(
             "Data",
             rows,
@@ -72,7 +72,7 @@ class TrainingVideos:
                 "assumed": self.assumed,
                 "split": data.split,
                 "views": views,
-                "shorter_than_a_clip": None if self.index is None else _short(config, self.index),
+                "short_videos": data.short_videos,
             },
         )
 
@@ -87,6 +87,8 @@ def _views(config: Config, views: list[str], index: Index | None) -> str:
     return f"{text}; flow is read from files (TV-L1, `cpr-fast flow`)" + (f"; {missing} have none" if missing else "")
 
 
-def _short(config: Config, index: Index) -> int:
-    """Returns the number of videos that are shorter than a clip."""
-    return sum(video.num_frames < config.data.frames * config.data.stride for video in index)
+def _short(data: DataConfig) -> str:
+    padded = "shorter than a clip are padded with frame 0 on the left"
+    if data.short_videos == "keep":
+        return f"those {padded}"
+    return f"those of {data.frames // 2 * data.stride + 1} frames or fewer are dropped; others {padded}"
