@@ -28,7 +28,7 @@ from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.classify.classify import classify, load_split
 from cpr_fast.evaluate.features.cache import digest
-from cpr_fast.evaluate.features.recipe import RecipeName
+from cpr_fast.evaluate.features.recipe import RecipeName, default_recipe
 from cpr_fast.evaluate.features.results import write_result
 from cpr_fast.evaluate.retrieval.retrieve import retrieve
 from cpr_fast.pretrain.run.loop import pretrain
@@ -118,7 +118,7 @@ class Job:
 
     @property
     def recipe(self) -> RecipeName:
-        return "iic" if self.config.data.augment == "iic" else "paper"
+        return default_recipe(self.config.data)
 
     @property
     def hash(self) -> str:

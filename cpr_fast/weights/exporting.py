@@ -14,13 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cpr_fast.config import Config
+from cpr_fast.config import Config, Cycle
 from cpr_fast.errors import InputError
 from cpr_fast.models import Encoder
 from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders, written_whole
-from cpr_fast.weights.importing import COCLR_ALIASES, COCLR_HEAD
+from cpr_fast.weights.sources import coclr_names
 
-Form = Literal["safetensors", "onnx", "coclr"]
+Form = Literal["safetensors", "onnx", "coclr", "cpr"]
+_QUEUE_SEED = 0  # of the random queue of a file whose checkpoint has none
 
 
 def export(checkpoint: str | Path, out: str | Path, *, to: Form, view: str | None = None) -> dict[str, Any]:
@@ -29,13 +30,15 @@ def export(checkpoint: str | Path, out: str | Path, *, to: Form, view: str | Non
     Args:
         to: "safetensors": the encoders of all views; tensors are named "<view>.backbone.…" and "<view>.head.…", and the
             metadata hold the config as JSON. "onnx": the encoder of one view, from clips [N, 3, T, H, W] float32,
-            ImageNet-normalised, to features [N, C] and embedding [N, D], for any N. "coclr": a checkpoint for the
-            options `--pretrain`, `--test` and `--resume` of CoCLR's code (without the state of the optimiser).
-        view: the view whose encoder is exported; by default the one that was trained last. For "coclr" it becomes the
-            query encoder.
+            normalised as in training, to features [N, C] and embedding [N, D], for any N. "coclr", "cpr": a checkpoint
+            for the options `--pretrain`, `--test` and `--resume` of CoCLR's or CPR's code (without the state of the
+            optimiser); `model.width` must be 1 there. CPR's model of two views has one buffer more, so that each file
+            loads strictly in one of the two; the models of one view are equal.
+        view: the view whose encoder is exported; by default the one that was trained last. For "coclr" and "cpr" it
+            becomes the query encoder.
     Returns:
         `file`, `form`, `view` if there is one, and further values that depend on the form, such as the number of
-        `tensors`.
+        `tensors` and, for "coclr" and "cpr", the `model` of their code that the file is for: InfoNCE, UberNCE, CoCLR.
     Raises:
         InputError: the checkpoint lacks the view, or a package that the form needs is not installed.
     """
@@ -51,7 +54,7 @@ def export(checkpoint: str | Path, out: str | Path, *, to: Form, view: str | Non
         config, encoders = load_encoders(checkpoint)
         written = _onnx(config, encoders[view], out)
     else:
-        written = _coclr(payload, view, view == trained, out)
+        written = _coclr(payload, view, view == trained, out, to)
     return {"file": str(out), "form": to, **({} if to == "safetensors" else {"view": view}), **written}
 
 
@@ -102,66 +105,75 @@ def _onnx(config: Config, encoder: Encoder, out: Path) -> dict[str, Any]:
     return {"clips": ["batch", *clips.shape[1:]]}
 
 
-def _coclr(payload: Mapping[str, Any], view: str, is_query: bool, out: Path) -> dict[str, Any]:
-    """Writes the dict of CoCLR's `main_nce.py` (one view) or `main_coclr.py` (two views).
-
-    Every layer is written under both of its names (see `COCLR_ALIASES` in `importing`).
-    """
-    arch = payload["config"]["model"]["arch"]
-    if arch not in ("s3d", "s3dg"):
-        raise InputError(f"--to coclr expects an S3D (model.arch 's3d' or 's3dg'), got {arch!r}")
+def _coclr(payload: Mapping[str, Any], view: str, is_query: bool, out: Path, to: Form) -> dict[str, Any]:
+    """Writes the dict of CoCLR's `main_nce.py` (one view) or `main_coclr.py` (two views)."""
+    model, cycle = payload["config"]["model"], _cycle(payload)
+    if model["arch"] not in ("s3d", "s3dg") or model["head"] != "mlp":
+        raise InputError(
+            f"--to {to} expects an S3D (model.arch 's3d' or 's3dg') with model.head 'mlp', got {model['arch']!r} with "
+            f"{model['head']!r}"
+        )
     encoders, saved = payload["encoders"], payload["cycle_state"] if is_query else {}
     state = _coclr_encoder("encoder_q", encoders[view])
     state |= _coclr_encoder("encoder_k", saved.get("key", encoders[view]))
-    two_views = "memory" in saved and len(saved["memory"]["features"]) == 2
+    config = payload["config"]["memory"]
+    memory = saved.get("memory") if config["kind"] == "queue" else None
+    if memory is None:
+        memory = {"features": _random_queue(config["size"], model["feature_dim"]), "count": 0}
+    other = next(
+        (name for name in encoders if name != view and (cycle is None or name in cycle.views(shared=False))), None
+    )
+    two_views = (
+        len(memory["features"]) == 2 and other is not None
+    )  # a frozen encoder that was never trained is not saved
+    state |= _coclr_queues(memory, two_views, labelled=cycle is None or cycle.mining == "label")
     if two_views:
-        (other,) = (name for name in encoders if name != view)
         state |= _coclr_encoder("sampler", encoders[other])
-    if "memory" in saved:
-        state |= _coclr_queues(saved["memory"], labelled=_mining(payload) != "none")
-    about = {"epoch": payload.get("epoch", 0), "iteration": payload.get("step", 0), "best_acc": 0.0}
+        if to == "cpr":
+            state["memory_index_record"] = torch.arange(len(state["queue_vname"]))
+    about = {"epoch": payload.get("epoch", 0) - 1, "iteration": payload.get("step", 0) + 1, "best_acc": 0.0}
     about |= {key: value for key, value in payload.get("imported", {}).items() if key in about}
     with written_whole(out) as temporary:
         torch.save({**about, "state_dict": state}, temporary)
-    return {"tensors": len(state), "model": "CoCLR" if two_views else "InfoNCE"}
+    kind = "CoCLR" if two_views else "UberNCE" if "queue_label" in state else "InfoNCE"
+    return {"tensors": len(state), "model": kind}
+
+
+def _cycle(payload: Mapping[str, Any]) -> Cycle | None:
+    """Returns the cycle of the checkpoint, or None for an imported one, which does not store how it was trained."""
+    return None if "imported" in payload else Config.from_dict(payload["config"]).schedule.cycles[payload["cycle"]]
+
+
+def _random_queue(slots: int, dim: int) -> Tensor:
+    """Returns random unit vectors [1, K, D], as a new model of CoCLR has."""
+    drawn = torch.randn(1, slots, dim, generator=torch.Generator().manual_seed(_QUEUE_SEED))
+    return nn.functional.normalize(drawn, dim=2)
 
 
 def _coclr_encoder(role: str, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    head = {our: their for their, our in COCLR_HEAD.items()}
-    aliases = {name: alias for alias, name in COCLR_ALIASES.items()}
+    """Returns an encoder under the names of CoCLR, which has every layer of the backbone twice."""
     state = {}
     for name, tensor in ours.items():
-        part, rest = name.split(".", 1)
-        if part == "head":
-            their = head[name[: len("head.0.")]]
-            value = tensor[:, :, None, None, None] if tensor.dim() == 2 else tensor
-            state[f"{role}.{their}{name[len('head.0.') :]}"] = value.contiguous()
-            continue
-        layer, rest = rest.split(".", 1)
-        for prefix in (f"{layer}.", aliases[f"{layer}."]):
-            state[f"{role}.0.{prefix}{rest}"] = tensor.contiguous()
+        value = tensor[:, :, None, None, None] if name.startswith("head.") and tensor.dim() == 2 else tensor
+        state |= dict.fromkeys(coclr_names(name, role), value.contiguous())
     return state
 
 
-def _coclr_queues(memory: Mapping[str, Any], labelled: bool) -> dict[str, Tensor]:
+def _coclr_queues(memory: Mapping[str, Any], two_views: bool, labelled: bool) -> dict[str, Tensor]:
     """Returns the queues [D, K] and their labels and pointers under CoCLR's names.
 
     Args:
-        labelled: whether to write labels; the InfoNCE model of CoCLR has none.
+        labelled: whether to write labels of one view's queue; the InfoNCE model of CoCLR has none, UberNCE has.
     """
     features = memory["features"]  # [V, K, D]
-    state = {name: rows.T.contiguous() for name, rows in zip(("queue", "queue_second"), features, strict=False)}
-    state["queue_ptr"] = torch.tensor([memory["count"] % features.shape[1]])
+    slots = features.shape[1]
+    state = {"queue": features[0].T.contiguous(), "queue_ptr": torch.tensor([memory["count"] % slots])}
     if labelled and "label" in memory:
         state["queue_label"] = memory["label"]
-    if len(features) == 2:
-        source, label = memory["source"], memory["label"]
+    if two_views:
+        state["queue_second"] = features[1].T.contiguous()
+        source = memory.get("source", torch.full((slots,), -1))
+        label = memory.get("label", source)
         state["queue_vname"] = source
         state["queue_label"] = torch.where((source >= 0) & (label < 0), 1, label)  # -1: an empty slot
     return state
-
-
-def _mining(payload: Mapping[str, Any]) -> str:
-    """Returns the kind of mining of the checkpoint's cycle, or "any" for an imported checkpoint, which does not store
-    it."""
-    return "any" if "imported" in payload else payload["config"]["schedule"]["cycles"][payload["cycle"]]["mining"]

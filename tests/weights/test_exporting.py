@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from support.published_files import coclr_file, milnce_file
+from support.published.files import coclr_file, milnce_file
+from support.published.networks import MODELS
 from support.stand_in_loader import RandomLoader, make_index
 
 from cpr_fast.cli import main
@@ -14,7 +15,7 @@ from cpr_fast.config import Config, ModelConfig
 from cpr_fast.errors import InputError
 from cpr_fast.models import build_encoder
 from cpr_fast.pretrain.run.loop import pretrain
-from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders
+from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders, save_checkpoint
 from cpr_fast.weights.exporting import export
 from cpr_fast.weights.importing import import_checkpoint
 from cpr_fast.weights.reading import CheckpointError
@@ -73,13 +74,14 @@ def trained_run(tmp_path_factory):
     return train(settings(tmp_path_factory.mktemp("run") / "run")) / "checkpoints" / "last.pt"
 
 
-def test_our_run_in_their_form_comes_back(trained_run, tmp_path, capsys):
+@pytest.mark.parametrize("form", ["coclr", "cpr"])
+def test_our_run_in_their_form_comes_back(trained_run, tmp_path, capsys, form):
     # The frozen view has random weights here, so the run does not save it as trained, but
     # a checkpoint of two views needs both encoders.
     ours = load_checkpoint(trained_run)
     ours["encoders"]["flow"] = build_encoder(ModelConfig(width=0.125, feature_dim=16)).state_dict()
     torch.save(ours, tmp_path / "run.pt")
-    assert main(["export", str(tmp_path / "run.pt"), "--to", "coclr", "--out", str(tmp_path / "t.tar"), "--json"]) == 0
+    assert main(["export", str(tmp_path / "run.pt"), "--to", form, "--out", str(tmp_path / "t.tar"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "CoCLR"
     arguments = [str(tmp_path / "t.tar"), "--out", str(tmp_path / "back.pt"), "--json"]
     assert main(["import-checkpoint", *arguments]) == 0
@@ -126,6 +128,91 @@ def test_what_cannot_be_exported_is_named(trained_run, tmp_path):
         export(trained_run, tmp_path / "a", to="coclr", view="flow")
     torch.save(milnce_file(8), tmp_path / "m.pth")
     import_checkpoint(tmp_path / "m.pth", tmp_path / "m.pt")
-    with pytest.raises(InputError, match=r"--to coclr expects an S3D .*, got 's3d_milnce'"):
+    with pytest.raises(InputError, match=r"--to coclr expects an S3D .*, got 's3d_milnce' with 'mlp'"):
         export(tmp_path / "m.pt", tmp_path / "a", to="coclr")
     assert not (tmp_path / "a").exists()
+
+
+def saved_run(tmp_path, mining: str, views=("rgb",), memory=None, **payload):
+    """A checkpoint of a cycle; `memory` are the columns of its queue."""
+    config = settings(tmp_path).to_dict()
+    config["schedule"]["cycles"] = [{"view": "rgb", "epochs": 3, "mining": mining}]
+    torch.manual_seed(0)
+    states = {view: build_encoder(ModelConfig(width=0.125, feature_dim=16)).state_dict() for view in views}
+    payload = {"config": config, "encoders": states, "cycle": 0, "epoch": 2, "step": 40, "cycle_state": {}} | payload
+    if memory is not None:
+        payload["cycle_state"] = {"memory": memory}
+    return save_checkpoint(tmp_path / "run.pt", payload)
+
+
+def queue(views: int, slots: int = 10) -> dict:
+    features = torch.nn.functional.normalize(torch.randn(views, slots, 16), dim=2)
+    column = torch.tensor([4, 4, 7, *[-1] * (slots - 3)])  # three slots are written
+    return {"features": features, "source": column, "label": torch.full((slots,), -1), "count": 3}
+
+
+@pytest.mark.parametrize("form", ["coclr", "cpr"])
+@pytest.mark.parametrize(
+    ("mining", "views", "memory", "model"),
+    [
+        ("none", ("rgb",), queue(1), "infonce"),
+        ("none", ("rgb",), None, "infonce"),
+        ("label", ("rgb",), queue(1), "ubernce"),
+        ("cascade", ("rgb", "flow"), queue(2), "two views"),
+        ("cascade", ("rgb", "flow", "residual"), queue(2), "two views"),
+        ("cascade", ("rgb",), queue(2), "infonce"),  # the frozen encoder was random, and is not saved
+    ],
+)
+def test_a_file_loads_strictly_into_the_published_class(tmp_path, form, mining, views, memory, model):
+    written = export(saved_run(tmp_path, mining, views, memory), tmp_path / "a.pth.tar", to=form)
+    kind = model if model != "two views" else form
+    assert written["model"] == {"infonce": "InfoNCE", "ubernce": "UberNCE"}.get(kind, "CoCLR")
+    file = torch.load(tmp_path / "a.pth.tar", weights_only=True)
+    assert (file["epoch"], file["iteration"]) == (1, 41)  # their epoch is the last one done: they resume at the next
+    network = MODELS[kind](0.125, 16, 10)
+    network.load_state_dict(file["state_dict"], strict=True)
+    for name, buffer in network.named_buffers():
+        assert buffer.dtype == file["state_dict"][name].dtype, name
+    if model == "two views":
+        assert network.queue_vname.tolist() == [4, 4, 7] + [-1] * 7
+        assert network.queue_label.tolist() == [1, 1, 1] + [-1] * 7  # -1: an empty slot
+        assert torch.equal(network.queue_second, memory["features"][1].T)
+        if form == "cpr":
+            assert torch.equal(network.memory_index_record, torch.arange(10))
+    assert int(network.queue_ptr) == (0 if memory is None else 3)
+    torch.testing.assert_close(network.queue.norm(dim=0), torch.ones(10))
+
+
+def test_the_exported_network_computes_the_same(tmp_path):
+    path = saved_run(tmp_path, "none")
+    export(path, tmp_path / "a.pth.tar", to="cpr")
+    theirs = MODELS["infonce"](0.125, 16, 10)
+    theirs.load_state_dict(torch.load(tmp_path / "a.pth.tar", weights_only=True)["state_dict"])
+    _, encoders = load_encoders(path)
+    clips = torch.randn(2, 3, 8, 32, 32)
+    with torch.no_grad():
+        wanted = torch.nn.functional.normalize(theirs.double().eval().encoder_q(clips.double()).flatten(1), dim=1)
+        torch.testing.assert_close(encoders["rgb"](clips).double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_another_view_is_exported_with_a_new_queue(tmp_path):
+    path = saved_run(tmp_path, "cascade", ("rgb", "flow"), queue(2))
+    assert export(path, tmp_path / "a.pth.tar", to="cpr", view="flow")["model"] == "InfoNCE"
+    network = MODELS["infonce"](0.125, 16, 10)
+    network.load_state_dict(torch.load(tmp_path / "a.pth.tar", weights_only=True)["state_dict"], strict=True)
+    torch.testing.assert_close(network.queue.norm(dim=0), torch.ones(10))
+
+
+def test_a_network_without_their_head_is_refused(tmp_path):
+    config = settings(tmp_path, head="unit", feature_dim=128).to_dict()
+    state = build_encoder(ModelConfig(width=0.125, head="unit", feature_dim=128)).state_dict()
+    path = saved_run(tmp_path, "none", config=config, encoders={"rgb": state})
+    with pytest.raises(InputError, match=r"--to cpr expects an S3D .* with model.head 'mlp', got 's3d' with 'unit'"):
+        export(path, tmp_path / "a", to="cpr")
+
+
+def test_residual_is_exported(tmp_path):
+    path = saved_run(tmp_path, "none", ("rgb", "residual"))
+    assert main(["export", str(path), "--to", "coclr", "--view", "residual", "--out", str(tmp_path / "a.tar")]) == 0
+    got = torch.load(tmp_path / "a.tar", weights_only=True)["state_dict"]["encoder_q.2.bias"]
+    assert torch.equal(got, load_checkpoint(path)["encoders"]["residual"]["head.0.bias"])

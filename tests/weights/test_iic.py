@@ -1,73 +1,64 @@
-"""IIC's published R3D, R(2+1)D and C3D are imported by name."""
+"""IIC's published R3D, R(2+1)D and C3D are imported by name, for the two views that their one network serves."""
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
-from support.published_files import bn
-from torch import Tensor
+from support.published.files import iic_file
 
-from cpr_fast.weights.checkpoint import load_encoders
+from cpr_fast.cli import main
+from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders
 from cpr_fast.weights.importing import import_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def iic_file(arch: str, c: int) -> dict[str, Tensor]:
-    """The state_dict of IIC's models/r3d.py, r21d.py and c3d.py with `c` first channels instead of 64."""
-    state: dict[str, Tensor] = {}
-
-    def conv(name, c_in, c_out, kernel):
-        t, h, w = kernel
-        if arch == "r3d":
-            state[f"{name}.temporal_spatial_conv.weight"] = torch.randn(c_out, c_in, t, h, w)
-        else:
-            middle = (t * h * w * c_in * c_out) // (h * w * c_in + t * c_out)
-            state[f"{name}.spatial_conv.weight"] = torch.randn(middle, c_in, 1, h, w)
-            bn(state, f"{name}.bn", middle)
-            state[f"{name}.temporal_conv.weight"] = torch.randn(c_out, middle, t, 1, 1)
-
-    if arch == "c3d":
-        c_in = 3
-        for name, times in {"1": 1, "2": 2, "3a": 4, "3b": 4, "4a": 8, "4b": 8, "5a": 8, "5b": 8}.items():
-            state[f"conv{name}.weight"] = torch.randn(times * c, c_in, 3, 3, 3)
-            state[f"conv{name}.bias"] = torch.randn(times * c)
-            bn(state, f"bn{name}", times * c)
-            c_in = times * c
-        return state
-    conv("conv1", 3, c, (3, 7, 7))
-    bn(state, "bn1", c)
-    c_in = c
-    for layer, times in (("conv2", 1), ("conv3", 2), ("conv4", 4), ("conv5", 8)):
-        if layer != "conv2":
-            conv(f"{layer}.block1.downsampleconv", c_in, times * c, (1, 1, 1))
-            bn(state, f"{layer}.block1.downsamplebn", times * c)
-        conv(f"{layer}.block1.conv1", c_in, times * c, (3, 3, 3))
-        bn(state, f"{layer}.block1.bn1", times * c)
-        conv(f"{layer}.block1.conv2", times * c, times * c, (3, 3, 3))
-        bn(state, f"{layer}.block1.bn2", times * c)
-        c_in = times * c
-    return state
-
-
 @pytest.mark.parametrize("arch", ["r3d", "r21d", "c3d"])
 def test_iic_with_its_arguments_and_its_memory_beside_it(tmp_path, arch):
-    state = iic_file(arch, 8)
-    contrast = {"memory_l": torch.randn(10, 64), "params": torch.zeros(5)}
-    payload = {"opt": argparse.Namespace(model=arch), "model": state, "contrast": contrast, "epoch": 240}
-    torch.save(payload | {"optimizer": {}}, tmp_path / "ckpt_epoch_240.pth")
+    theirs = iic_file(arch)
+    state = theirs["model"]
+    torch.save(theirs, tmp_path / "ckpt_epoch_240.pth")
     report = import_checkpoint(tmp_path / "ckpt_epoch_240.pth", tmp_path / "ours.pt")
     assert (report["source"], report["arch"], report["unused"]) == ("iic", arch, [])
-    assert report["encoders"] == {"encoder_q": {"view": "rgb", "matched": len(state), "missing": []}}
+    assert report["encoders"] == {
+        "encoder_q": {"views": ["rgb", "residual"], "matched": len(state), "missing": []},
+    }
     config, encoders = load_encoders(tmp_path / "ours.pt")
-    assert (config.model.head, config.model.feature_dim, config.data.frames, config.data.size) == (
-        "pooled",
-        64,
-        16,
-        112,
-    )
-    loaded = encoders["rgb"].state_dict()
-    assert loaded.keys() == {f"backbone.{name}" for name in state}
-    assert all(torch.equal(loaded[f"backbone.{name}"], tensor) for name, tensor in state.items())
+    model, data = config.model, config.data
+    assert (model.arch, model.head, model.feature_dim, model.shared) == (arch, "pooled", 64, True)
+    assert (data.augment, data.frames, data.size, config.memory.kind) == ("iic", 16, 112, "bank")
+    assert (config.finetune.optimizer, config.finetune.residual) == ("sgd", "difference")
+    assert list(encoders) == ["rgb", "residual"]
+    for encoder in encoders.values():
+        loaded = encoder.state_dict()
+        assert loaded.keys() == {f"backbone.{name}" for name in state}
+        assert all(torch.equal(loaded[f"backbone.{name}"], tensor) for name, tensor in state.items())
+    both = (tmp_path / "ours.pt").stat().st_size
+    import_checkpoint(tmp_path / "ckpt_epoch_240.pth", tmp_path / "rgb.pt", view="rgb")
+    assert both < 1.1 * (tmp_path / "rgb.pt").stat().st_size  # the weights are stored once
+
+
+@pytest.mark.parametrize(
+    ("modality", "view", "views"),
+    [
+        ("res", None, ["rgb", "residual"]),
+        ("u", None, ["rgb"]),  # trained on RGB and horizontal flow
+        ("rgb", None, ["rgb"]),
+        ("res", "residual", ["residual"]),
+        ("res", "flow", ["flow"]),
+        ("u", "rgb", ["rgb"]),
+    ],
+)
+def test_the_views_are_those_of_its_training_or_the_users(tmp_path, capsys, modality, view, views):
+    torch.save(iic_file("c3d", modality=modality), tmp_path / "a.pth")
+    options = ["--view", view] if view else []
+    assert main(["import-checkpoint", str(tmp_path / "a.pth"), "--out", str(tmp_path / "ours.pt"), *options]) == 0
+    payload = load_checkpoint(tmp_path / "ours.pt")
+    assert (list(payload["encoders"]), payload["view"]) == (views, views[0])
+
+
+def test_a_finetuned_network_keeps_its_backbone(tmp_path):
+    state = iic_file("r3d")["model"] | {"linear.weight": torch.zeros(101, 64), "linear.bias": torch.zeros(101)}
+    torch.save(state, tmp_path / "best.pt")
+    report = import_checkpoint(tmp_path / "best.pt", tmp_path / "ours.pt")
+    assert report["unused"] == ["linear.bias", "linear.weight"]

@@ -13,9 +13,9 @@ def finetune(
     checkpoint: CheckpointFiles,
     *,
     index: tuple[Path, ...],
-    recipe: RecipeName = "paper",
+    recipe: RecipeName | None = None,
     clips: int | None = None,
-    crops: Literal[1, 5, 10] = 10,
+    crops: Literal[1, 5, 10] | None = None,
     seeds: tuple[int, ...] = (0,),
     epochs: int | None = None,
     lr: float | None = None,
@@ -36,9 +36,11 @@ def finetune(
     Args:
         index: The index (CSV) with labelled videos in the splits train and test, or one for each official split.
         recipe: paper: the test split is used once, at the end. coclr: the best epoch on the test split, and colour
-            jitter at test time, as in the released code. iic: 10 clips per test video.
+            jitter at test time, as in the released code. iic: 10 clips per test video. By default iic for networks that
+            were trained on IIC's clips, else paper.
         clips: Number of windows per test video, evenly spaced; by default the recipe's (paper, coclr: all windows).
-        crops: Number of crops per window: 1 (centre), 5 or 10; results for the smaller numbers are reported as well.
+        crops: Number of crops per window: 1 (centre), 5 or 10; results for the smaller numbers are reported as well. By
+            default 1 with the recipe iic, else 10.
         seeds: Several seeds give an interval over seeds; one seed gives a bootstrap interval over sources.
         epochs: Replaces the config's number of epochs; its milestones, or the patience of a plateau, are scaled.
         lr: Learning rate of the classifier. This and the following options replace the config's settings.

@@ -14,7 +14,7 @@ def probe(
     checkpoint: CheckpointFiles,
     *,
     index: tuple[Path, ...],
-    recipe: RecipeName = "paper",
+    recipe: RecipeName | None = None,
     inputs: Literal["features", "clips"] | None = None,
     clips: int | None = None,
     crops: Literal[1, 5, 10] = 1,
@@ -33,7 +33,8 @@ def probe(
     Args:
         index: The index (CSV) with labelled videos in the splits train and test, or one for each official split.
         recipe: paper: the test split is used once, at the end. coclr: the best epoch on the test split, and colour
-            jitter at test time, as in the released code. iic: 10 clips of max-pooled feature maps.
+            jitter at test time, as in the released code. iic: 10 clips of max-pooled feature maps. By default iic for
+            networks that were trained on IIC's clips, else paper.
         inputs: features: one stored feature per video (the default). clips: augmented clips, decoded in every epoch.
         clips: Number of windows per video, evenly spaced; by default the recipe's.
         crops: Take the centre crop, five or ten crops of every window.

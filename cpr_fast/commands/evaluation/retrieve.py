@@ -17,7 +17,7 @@ def retrieve(
     *,
     index: tuple[Path, ...],
     protocol: Literal["auto", "train_test", "leave_source_out"] = "auto",
-    recipe: RecipeName = "paper",
+    recipe: RecipeName | None = None,
     clips: int | None = None,
     crops: Literal[1, 5, 10] = 1,
     cache: bool = True,
@@ -33,7 +33,8 @@ def retrieve(
         protocol: train_test: videos of the test split query those of the train split. leave_source_out: every video
             queries all others but those of its own source. auto: train_test where the index has both splits.
         recipe: paper: nothing is random at test time. coclr: with the colour jitter that the released code leaves on.
-            iic: 10 clips, max-pooled feature maps, no centring.
+            iic: 10 clips, max-pooled feature maps, no centring. By default iic for networks that were trained on IIC's
+            clips, else paper.
         clips: Number of windows per video, evenly spaced; by default the recipe's (paper, coclr: all windows, which
             overlap by half).
         crops: Take the centre crop, five or ten crops of every window.

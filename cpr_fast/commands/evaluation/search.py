@@ -20,7 +20,7 @@ def search(
     checkpoint: tuple[str, ...],
     top: int = 10,
     out: Path | None = None,
-    recipe: RecipeName = "paper",
+    recipe: RecipeName | None = None,
     clips: int | None = None,
     cache: bool = True,
     json: Json = False,

@@ -14,7 +14,8 @@ from cpr_fast.commands.output import show
 USES = {  # how the file of each format is used
     "safetensors": "load it in Python: safetensors.torch.load_file({out!r})",
     "onnx": "load it in Python: onnxruntime.InferenceSession({out!r})",
-    "coclr": "pass it to the code of CoCLR or CPR: --pretrain {out}",
+    "coclr": "pass it to the code of CoCLR: --pretrain {out}",
+    "cpr": "pass it to the code of CPR: --pretrain {out}",
 }
 
 
@@ -22,8 +23,8 @@ def export(
     checkpoint: tyro.conf.Positional[Path],
     *,
     out: Path,
-    to: Literal["safetensors", "onnx", "coclr"] = "safetensors",
-    view: Literal["rgb", "flow"] | None = None,
+    to: Literal["safetensors", "onnx", "coclr", "cpr"] = "safetensors",
+    view: Literal["rgb", "flow", "residual"] | None = None,
     json: Json = False,
 ) -> None:
     """Write a checkpoint's encoders for other programs.
@@ -31,9 +32,9 @@ def export(
     Args:
         checkpoint: A checkpoint of `pretrain` or `import-checkpoint`.
         out: The file to write.
-        to: safetensors (every view), onnx (one view, any batch size), or a checkpoint that the code of CoCLR and CPR
-            loads.
-        view: The view whose encoder is written with onnx and coclr; by default the one that was trained last.
+        to: safetensors (every view), onnx (one view, any batch size), or a checkpoint that the code of CoCLR or of CPR
+            loads strictly.
+        view: The view whose encoder is written with onnx, coclr and cpr; by default the one that was trained last.
     """
     require_file("CHECKPOINT", checkpoint)
     from cpr_fast.weights.exporting import export as run

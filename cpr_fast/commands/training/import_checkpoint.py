@@ -13,17 +13,23 @@ from cpr_fast.commands.output import show
 
 
 def import_checkpoint(
-    file: tyro.conf.Positional[Path], *, out: Path, view: Literal["rgb", "flow"] = "rgb", json: Json = False
+    file: tyro.conf.Positional[Path],
+    *,
+    out: Path,
+    view: Literal["rgb", "flow", "residual"] | None = None,
+    json: Json = False,
 ) -> None:
     """Convert a published checkpoint of CoCLR, CPR, IIC or MIL-NCE's S3D.
 
     The output lists which tensors matched, which are missing and which were not used. The result can be given to
-    `retrieve`, `probe`, `finetune`, `export`, and to `pretrain` with --model.init.rgb OUT.
+    `retrieve`, `probe` and `finetune`, which use the clips and the recipe of the published network, to `export`, and to
+    `pretrain` with --model.init.rgb OUT.
 
     Args:
         file: The published checkpoint.
         out: The checkpoint to write.
-        view: The view that the file's (query) encoder was trained on.
+        view: The view that the file's (query) encoder was trained on; by default rgb, and for IIC, whose one network
+            serves both, rgb and residual.
     """
     require_file("FILE", file)
     from cpr_fast.weights.importing import import_checkpoint as run

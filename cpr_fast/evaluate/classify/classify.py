@@ -45,7 +45,7 @@ from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, 
 from cpr_fast.evaluate.features.embedding import encoder_embeddings
 from cpr_fast.evaluate.features.intervals import seed_interval
 from cpr_fast.evaluate.features.pretrained import load_pretrained
-from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, make_recipe
+from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints, write_result
 from cpr_fast.evaluate.features.shares import shared_out
 from cpr_fast.evaluate.features.windows import count_windows, open_windows, work_ahead
@@ -67,9 +67,9 @@ def classify(
     *,
     task: Task,
     settings: ClassifierConfig | None = None,
-    recipe: RecipeName = "paper",
+    recipe: RecipeName | None = None,
     clips_per_video: int | None = None,
-    crops: int = 10,
+    crops: int | None = None,
     seeds: Sequence[int] = (0,),
     out: str | Path | None = None,
     run_dir: str | Path | None = None,
@@ -84,8 +84,7 @@ def classify(
         checkpoint: One file, or one per view; see `load_pretrained`.
         indexes: Labelled videos in the splits "train" and "test", one file for each official split.
         settings: None means the section of the (first) checkpoint's config.
-        clips_per_video: Number of evenly spaced windows of a test video; None means the number of the recipe.
-        crops: 1, 5 or 10 crops of every window.
+        recipe, clips_per_video, crops: None means the networks' own recipe, its windows and crops, see `recipe_for`.
         seeds: Seeds of the head's initial weights, the order of videos, the augmentation and the dropout.
         out: Folder of the trainings and the result; by default `evaluations` in the run folder.
         run_dir: Run folder whose metrics.jsonl receives a row per result.
@@ -103,7 +102,7 @@ def classify(
     digests = {view: weights_digest(encoder) for view, encoder in encoders.items()}
     settings = settings or getattr(next(iter(configs.values())), task)
     folder = Path(out) if out else pretrained.evaluations
-    how = make_recipe(recipe, clips_per_video, crops)
+    how = recipe_for(pretrained.data, recipe, clips_per_video, crops)
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, str(world.device)))
     rows = []
     for number, path in enumerate(indexes):
@@ -111,14 +110,15 @@ def classify(
         for seed in seeds:
             job = Job(task, configs, settings, how, split, seed, folder, world, progress and world.is_main)
             found = {view: predictions(job, view, encoders[view], digests[view], store) for view in encoders}
-            common = {"task": task, "recipe": recipe, "index": str(path), "split": number + 1, "seed": seed}
-            rows += [common | row for row in _score(found, split, crops)]
+            common = {"task": task, "recipe": how.name, "index": str(path), "split": number + 1, "seed": seed}
+            rows += [common | row for row in _score(found, split, how.crops)]
     summary = _summary(rows, len(indexes))
     headline = {key: summary[-1][key] for key in ("view", "accuracy", "accuracy_ci95")}
-    result = {"task": task, "recipe": recipe, "leakage": how.leakage, "crops": crops, "checkpoint": pretrained.name,
-              "settings": dataclasses.asdict(settings), **headline, "summary": summary, "results": rows}  # fmt: skip
-    parts = [pretrained.name, list(map(str, indexes)), list(seeds), result["settings"], crops, *_processes(job)]
-    path = write_result(folder, f"{task}-{recipe}-{digest(json.dumps(parts))[:8]}", result)
+    result = {"task": task, "recipe": how.name, "leakage": how.leakage, "crops": how.crops, **headline,
+              "checkpoint": pretrained.name, "settings": dataclasses.asdict(settings), "summary": summary,
+              "results": rows}  # fmt: skip
+    parts = [pretrained.name, list(map(str, indexes)), list(seeds), result["settings"], how.crops, *_processes(job)]
+    path = write_result(folder, f"{task}-{how.name}-{digest(json.dumps(parts))[:8]}", result)
     _write_metrics(run_dir if world.is_main else None, rows)
     return result | {"file": str(path)}
 

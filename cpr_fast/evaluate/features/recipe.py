@@ -81,6 +81,20 @@ def clip_settings(data: DataConfig) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(data).items() if key not in _IRRELEVANT}
 
 
+def default_recipe(data: DataConfig) -> RecipeName:
+    """Returns the recipe of the networks that were trained on such clips: IIC's, or that of the paper."""
+    return "iic" if data.augment == "iic" else "paper"
+
+
+def recipe_for(
+    data: DataConfig, name: RecipeName | None = None, clips_per_video: int | None = None, crops: int | None = 1
+) -> Recipe:
+    """Returns the recipe for networks that were trained on such clips: by default `default_recipe`, and, with `crops`
+    of None, 1 crop with IIC's recipe and else 10."""
+    name = name or default_recipe(data)
+    return make_recipe(name, clips_per_video, crops or (1 if name == "iic" else 10))
+
+
 def make_recipe(name: RecipeName, clips_per_video: int | None = None, crops: int = 1) -> Recipe:
     """Returns the named recipe with these windows; None means the default number of clips of the recipe."""
     if clips_per_video is not None and clips_per_video < 1:

@@ -6,7 +6,7 @@ Letters: Q queries, G gallery videos, F feature width, R relevant gallery videos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from cpr_fast.evaluate.features.intervals import source_interval
 from cpr_fast.evaluate.features.recipe import Metric
 
+TOGETHER = {"two_stream": ("rgb", "flow"), "merged": ("rgb", "residual")}  # [CoCLR] and [IIC]
 RANKS = (1, 5, 10, 20, 50)
 NO_HIT = torch.iinfo(torch.int64).max
 CHUNK = 2**23  # number of similarities in memory at once, 32 MiB as float32
@@ -43,12 +44,41 @@ def prepare(
     return (queries - mean) * scale, (gallery - mean) * scale
 
 
+def compared(names: Collection[str]) -> dict[str, list[str]]:
+    """Returns the embeddings "name/view" of every comparison: each alone, then for each name the pairs of `TOGETHER`
+    whose views it has."""
+    streams = {name: [name] for name in names}
+    for model in dict.fromkeys(name.split("/")[0] for name in names):
+        for together, views in TOGETHER.items():
+            pair = [f"{model}/{view}" for view in views]
+            if set(pair) <= set(names):
+                streams[f"{model}/{together}"] = pair
+    return streams
+
+
+def prepare_streams(
+    queries: Iterable[Tensor],
+    gallery: Iterable[Tensor],
+    metric: Metric,
+    *,
+    centre: Literal["each", "gallery"] = "each",
+) -> list[tuple[Tensor, Tensor]]:
+    """Returns the streams of a `Comparison` for the features [Q, F] and [G, F] of one or more views.
+
+    The similarity of several views is the sum of their similarities [CoCLR]. With "plain_cosine" it is the cosine of
+    their concatenated features, in which a view with longer features weighs more [IIC].
+    """
+    if metric == "plain_cosine":
+        queries, gallery = [torch.cat(list(queries), 1)], [torch.cat(list(gallery), 1)]
+    return [prepare(q, g, metric, centre=centre) for q, g in zip(queries, gallery, strict=True)]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Compares Q queries with G gallery videos by the sum of similarities of one or more streams.
 
     Attributes:
-        streams: Pairs of features ([Q, F], [G, F]) from `prepare`.
+        streams: Pairs of features ([Q, F], [G, F]) from `prepare_streams`.
         query_sources, gallery_sources: [Q], [G] int64; if given, videos of the query's own source are left out.
     """
 

@@ -34,12 +34,12 @@ from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, weights_digest
 from cpr_fast.evaluate.features.embedding import Embedding, calibrate_batch_norm, encoder_embeddings
 from cpr_fast.evaluate.features.pretrained import Pretrained, load_pretrained
-from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, make_recipe
+from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints, write_result
 from cpr_fast.evaluate.features.windows import count_windows, open_windows
 from cpr_fast.evaluate.retrieval.baselines import BASELINES
 from cpr_fast.evaluate.retrieval.queries import QueryScores, joined, query_scores
-from cpr_fast.evaluate.retrieval.ranking import NO_HIT, RANKS, Comparison, Ranking, prepare, rates
+from cpr_fast.evaluate.retrieval.ranking import NO_HIT, RANKS, Comparison, Ranking, compared, prepare_streams, rates
 from cpr_fast.models import Encoder, build_encoder
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.metrics import MetricsWriter
@@ -56,7 +56,7 @@ def retrieve(
     indexes: str | Path | Sequence[str | Path],
     *,
     protocol: Protocol = "train_test",
-    recipe: RecipeName = "paper",
+    recipe: RecipeName | None = None,
     run_dir: str | Path | None = None,
     untrained_seed: int = 0,
     clips_per_video: int | None = None,
@@ -74,23 +74,23 @@ def retrieve(
         checkpoint, indexes: One file or several, see `load_pretrained`; one index for each official split.
         run_dir: Run folder whose metrics.jsonl receives a row per result.
         untrained_seed: Seed of the untrained network's weights.
-        clips_per_video: Number of evenly spaced windows per video; None means the number of the recipe.
+        recipe, clips_per_video: None means the networks' own recipe (`recipe_for`), and its number of windows.
         crops: 1, 5 or 10 crops of every window.
         cache: Store features in the folder `features` of the run, and reuse them.
     Returns:
-        `protocol`, `recipe`, `view` (two_stream if there are both views), its `r@1` to `r@50` and `map`, `summary` (a
-        row per name and view: means over splits, standard deviations `r@1_std` etc., n - 1, and `splits`), and
-        `results`: a row per index, name (trained, untrained, single_frame, mean_colour, mean_flow) and view with the
-        entries of `rates`. Rates are fractions. The summary is also written to the run's metrics. `queries_file` holds
-        the measures of every query, see `QueryScores`; None without labels.
+        `protocol`, `recipe`, `view` (two_stream or merged if there are both views), its `r@1` to `r@50` and `map`,
+        `summary` (a row per name and view: means over splits, standard deviations `r@1_std` etc., n - 1, and `splits`),
+        and `results`: a row per index, name (trained, untrained, single_frame, mean_colour, mean_flow) and view with
+        the entries of `rates`. Rates are fractions. The summary is also written to the run's metrics. `queries_file`
+        holds the measures of every query, see `QueryScores`; None without labels.
     """
     if not (paths := [indexes] if isinstance(indexes, str | Path) else list(indexes)):
         raise InputError("--index: expected at least one index, got none")
     world = distributed.init(device)
     device = str(world.device)
-    how = make_recipe(recipe, clips_per_video, crops)
     pretrained = load_pretrained(checkpoint, device=device)
     data = pretrained.data
+    how = recipe_for(data, recipe, clips_per_video, crops)
     splits = [Index.load(path, require_flow=data.flow == "stored").long_enough(data) for path in paths]
     protocol = _resolved(protocol, splits)
     open_loader = partial(
@@ -104,8 +104,8 @@ def retrieve(
     found = [
         evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress) for index in splits
     ]
-    name = f"retrieval-{recipe}-{digest(json.dumps([pretrained.name, [*map(str, paths)], protocol, repr(how)]))[:8]}"
-    result = _result(found, paths, {"protocol": protocol, "recipe": recipe})
+    name = f"retrieval-{how.name}-{digest(json.dumps([pretrained.name, [*map(str, paths)], protocol, repr(how)]))[:8]}"
+    result = _result(found, paths, {"protocol": protocol, "recipe": how.name})
     queries_file = _save_scores([each.scores for each in found], pretrained.evaluations / f"{name}.npz")
     _write_metrics(run_dir if world.is_main else None, result["summary"], found[0].examples, queries_file)
     result |= {"leakage": how.leakage, "checkpoint": pretrained.name}
@@ -254,16 +254,17 @@ def evaluate(
     cache: FeatureCache | None = None,
     progress: bool = False,
 ) -> Evaluated:
-    """Measures retrieval with every embedding "name/view", and with "name/two_stream" if a name has both views."""
+    """Measures retrieval with every embedding "name/view", and with "name/two_stream" and "name/merged" if a name
+    has both views, see `compared`."""
     gallery_index, query_index = _split(index, protocol)
     gallery = queries = _embed(gallery_index, index, embeddings, open_loader, cache, "gallery", progress)
     if protocol == "train_test":
         queries = _embed(query_index, index, embeddings, open_loader, cache, "queries", progress)
         _warn_of_shared_sources(queries, gallery)
     rows, examples, rankings = [], [], {}
-    for name, streams in _streams(embeddings).items():
+    for name, streams in compared(embeddings).items():
         metric = embeddings[streams[0]].metric
-        pairs = [prepare(queries.features[s], gallery.features[s], metric) for s in streams]
+        pairs = prepare_streams(*([part.features[s] for s in streams] for part in (queries, gallery)), metric)
         own_source = (queries.sources, gallery.sources) if protocol == "leave_source_out" else ()
         comparison = Comparison(pairs, metric, *own_source)
         ranking = rankings[name] = comparison.rank(queries.labels, gallery.labels)
@@ -385,13 +386,3 @@ def _examples(
         {"view": view, "query": show(queries[q]), "nearest": [show(gallery[i]) for i in comparison.nearest(q, NEAREST)]}
         for q in chosen.tolist()
     ]
-
-
-def _streams(embeddings: Mapping[str, Embedding]) -> dict[str, list[str]]:
-    """Returns the streams to rank with: every embedding alone, then RGB and flow together for each name that has
-    both."""
-    streams = {name: [name] for name in embeddings}
-    for model in dict.fromkeys(name.split("/")[0] for name in embeddings):
-        if {f"{model}/rgb", f"{model}/flow"} <= set(embeddings):
-            streams[f"{model}/two_stream"] = [f"{model}/rgb", f"{model}/flow"]
-    return streams

@@ -27,10 +27,10 @@ from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import FeatureCache, embed_index, weights_digest
 from cpr_fast.evaluate.features.embedding import encoder_embeddings
 from cpr_fast.evaluate.features.pretrained import load_pretrained
-from cpr_fast.evaluate.features.recipe import RecipeName, make_recipe
+from cpr_fast.evaluate.features.recipe import RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints
 from cpr_fast.evaluate.features.windows import open_windows
-from cpr_fast.evaluate.retrieval.ranking import Comparison, prepare
+from cpr_fast.evaluate.retrieval.ranking import Comparison, prepare_streams
 from cpr_fast.models import Encoder
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def search(
     checkpoint: Checkpoints,
     *,
     top: int = 10,
-    recipe: RecipeName = "paper",
+    recipe: RecipeName | None = None,
     clips_per_video: int | None = None,
     cache: bool = True,
     draw: Draw | None = None,
@@ -62,7 +62,7 @@ def search(
     Args:
         queries, index_csv: Video files, and the index to search, with all its splits; labels are optional.
         checkpoint: One file, or one per view; see `load_pretrained`.
-        top, clips_per_video: Videos listed for each query; windows per video (None: the number of the recipe).
+        top, recipe, clips_per_video: Videos listed for each query; windows per video (None: the number of the recipe).
         draw: Called for each query while its temporary files exist; returns the path of a picture.
     Returns:
         `checkpoint`, `index`, `recipe`, `views` (compared), `note` (what was left out, or None), `videos` (searched)
@@ -77,12 +77,11 @@ def search(
         raise InputError(f"--top: expected at least 1, got {top}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    how = make_recipe(recipe, clips_per_video)
     pretrained = load_pretrained(checkpoint, device=device)
+    how = recipe_for(pretrained.data, recipe, clips_per_video)
     stored = pretrained.data.flow == "stored"
     index = Index.load(index_csv, require_flow=stored).long_enough(pretrained.data)
     encoders, note = _usable_encoders(pretrained.encoders, index, stored)
-
     open_loader = partial(open_windows, data=pretrained.data, views=list(encoders), recipe=how, device=device)
     keys = {view: weights_digest(encoder) if cache else "" for view, encoder in encoders.items()}
     embeddings = encoder_embeddings("net", encoders, how, keys)
@@ -95,9 +94,10 @@ def search(
         _require_windows(queries, windows)
         gallery, counts = embed_index(index, embeddings, open_loader, store, description="index", progress=progress)
         videos = [video for video, windows_read in zip(index, counts.tolist(), strict=True) if windows_read]
-        pairs = [prepare(features[n], gallery[n][counts > 0], how.metric, centre="gallery") for n in embeddings]
+        kept = (value[counts > 0] for value in gallery.values())
+        pairs = prepare_streams(features.values(), kept, how.metric, centre="gallery")
         rows = _answers(Comparison(pairs, how.metric), queries, opened, videos, top, draw)
-    return {"checkpoint": pretrained.name, "index": str(index_csv), "recipe": recipe, "views": list(encoders),
+    return {"checkpoint": pretrained.name, "index": str(index_csv), "recipe": how.name, "views": list(encoders),
             "note": note, "videos": len(videos), "queries": rows}  # fmt: skip
 
 

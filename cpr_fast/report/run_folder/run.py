@@ -18,7 +18,9 @@ from cpr_fast.errors import InputError
 from cpr_fast.runtime.metrics import FILE, read_metrics
 
 VIEWS = ("rgb", "flow", "residual")  # the views that a run may train
-VIEW_NAMES = {"rgb": "RGB", "flow": "Flow", "residual": "Residual", "two_stream": "RGB + flow"}
+TOGETHER = ("two_stream", "merged")  # two views compared together
+VIEW_NAMES = {"rgb": "RGB", "flow": "Flow", "residual": "Residual", "two_stream": "RGB + flow",
+              "merged": "RGB + residual"}  # fmt: skip
 MODEL_NAMES = {
     "trained": "Trained",
     "untrained": "Untrained network",
@@ -122,10 +124,10 @@ class Run:
         return float((right[others > 0] / others[others > 0]).mean()) if (others > 0).any() else None
 
     def headline(self) -> dict[str, Any] | None:
-        """Returns the retrieval row of the trained network that the report shows first: two-stream, else the last view;
-        None without retrieval."""
+        """Returns the retrieval row of the trained network that the report shows first: of two views together, else of
+        the last view; None without retrieval."""
         trained = [row for row in self.retrieval if row["name"] == "trained"]
-        return next((row for row in trained if row["view"] == "two_stream"), trained[-1] if trained else None)
+        return next((row for row in trained if row["view"] in TOGETHER), trained[-1] if trained else None)
 
     def accuracy(self, task: str) -> dict[str, Any] | None:
         """Returns the mean accuracy of a task ("probe" | "finetune"), its recipe and view (chosen as in `headline`)."""
