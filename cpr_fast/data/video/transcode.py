@@ -37,7 +37,7 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
                 with open_video(path) as (container, stream):
                     writer.streams = which_stream(container, stream)
                     for frame in container.decode(stream):
-                        writer.add(frame, stream.average_rate or Fraction(25))
+                        writer.add(frame, Fraction(stream.average_rate or 25))  # PyAV 19 has a type of its own
             except VideoError as failure:
                 error = failure
             if writer.stream is None:

@@ -102,7 +102,7 @@ def test_a_video_without_source_is_a_source_of_its_own(tmp_path):
     [
         ("path,label,source,split,fps,width,height", ["a.mp4,J,s,train,10,2,2"],
          r"index.csv:1: missing column 'num_frames', 'flow_path'; expected the header path,label"),
-        ("", [], r"index.csv:1: missing column 'path'"),
+        ("", [], r"index.csv: expected an index .*whose first line is path,label"),
         (HEADER + ",rating", ["a.mp4,J,s,train,9,10,2,2,,5"], r"index.csv:1: .*'rating'"),
         (HEADER + ",path", ["a.mp4,J,s,train,9,10,2,2,,b.mp4"], r"index.csv:1: .*repeated"),
         (HEADER, [], r"index.csv: expected at least one video"),
