@@ -18,14 +18,18 @@ from cpr_fast.data.clips.colour import box_weights
 from cpr_fast.data.clips.sampling import COLOURS, LUMA, NO_GRAY, ORDERS, Clips
 
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)
+# OpenCV divides larger pictures (in pixels) among threads that wait actively, beside the loader's own threads.
+STRIPE = 2**16
 
 
 def finish_clip(frames: np.ndarray, clip: Clips, view: str, data: DataConfig) -> None:
     """Applies the colours, blur and flip of one planned clip to its frames, uint8 [F, S, S, 3], in place. Flow is only
     flipped, unless `data.flow_colour`."""
     if view != "flow" or data.flow_colour:
-        for operation in ORDERS[clip.order[0]]:
-            _JITTER[operation](frames, float(getattr(clip, COLOURS[operation])[0]))
+        step = max(1, STRIPE // (frames.shape[1] * frames.shape[2]))
+        for begin in range(0, len(frames), step):
+            for operation in ORDERS[clip.order[0]]:
+                _JITTER[operation](frames[begin : begin + step], float(getattr(clip, COLOURS[operation])[0]))
         if clip.gray[0, 0] != NO_GRAY:
             _gray(frames, clip.gray[0])
         _blur(frames, float(clip.sigma[0]))
