@@ -21,6 +21,7 @@ from cpr_fast.data.clips.sampling import plan_labelled
 from cpr_fast.evaluate.classify import classify as module
 from cpr_fast.evaluate.classify.classifier import Classifier
 from cpr_fast.evaluate.classify.finetune import Training, train_on_clips, validation_loss
+from cpr_fast.evaluate.features.recipe import make_recipe
 from cpr_fast.models import build_encoder
 from cpr_fast.runtime.metrics import read_metrics
 from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint
@@ -214,7 +215,7 @@ def test_only_residual_clips_become_differences_and_only_the_training_split_is_w
     monkeypatch.setattr(module, "shared_out", lambda count, measure: ({1: torch.zeros(count, 4)}, torch.ones(count)))
     test = module.Index([module.dataclasses.replace(v, path=Path(f"/test{i}")) for i, v in enumerate(make_index(5))])
     finetune = override_classifier("finetune", PLATEAU, epochs=2, **settings)
-    recipe, split = module.make_recipe("iic"), module.Split(INDEX, test)
+    recipe, split = make_recipe("iic"), module.Split(INDEX, test)
     job = module.Job("finetune", {view: TINY}, finetune, recipe, split, 0, tmp_path, ALONE, False)
     module._train_on_clips(job, view, build_encoder(TINY.model), tmp_path)
     train, held = module.hold_out(INDEX, 0.3, 0)
