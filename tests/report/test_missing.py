@@ -31,7 +31,7 @@ def test_the_first_values_of_a_cycle_are_those_after_the_memory_is_full(tmp_path
     filling = next(row for row in rows if row["kind"] == "epoch" and row["mining"] == "cascade")
     filling |= {"loss": None, "pmr": None, "mining_r1": None}
     run = write_run(tmp_path / "run", [start_row(index), *rows])
-    assert "2. RGB CPR 2 2 2 60.0 60.0" in text_of(write_report([run], tmp_path / "r.html"))
+    assert "2. RGB CPR 2 2 2 4.5 60.0 60.0" in text_of(write_report([run], tmp_path / "r.html"))
 
 
 def test_a_torn_last_line_and_a_half_epoch_are_survived(tmp_path, index):
