@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,26 @@ def load(path: str | Path) -> Config:
     return config if kind == "JSON" else _relative_to(config, path.parent)
 
 
+def absolute_inputs(config: Config) -> Config:
+    """Returns the config with absolute paths of its input files. A record of it serves from any working directory."""
+    return _with_inputs(config, lambda name: str(Path(name).absolute()) if name else name)
+
+
 def _relative_to(config: Config, folder: Path) -> Config:
     """Returns the config with the input files that are found in `folder` named relative to the working directory."""
 
     def found(name: str) -> str:
         return str(folder / name) if name and not Path(name).is_absolute() and (folder / name).exists() else name
 
-    init = dataclasses.replace(config.model.init, **{k: found(v) for k, v in vars(config.model.init).items()})
+    return _with_inputs(config, found)
+
+
+def _with_inputs(config: Config, path: Callable[[str], str]) -> Config:
+    """Returns the config with `path` applied to the name of every input file."""
+    init = dataclasses.replace(config.model.init, **{k: path(v) for k, v in vars(config.model.init).items()})
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, index=found(config.data.index)),
+        data=dataclasses.replace(config.data, index=path(config.data.index)),
         model=dataclasses.replace(config.model, init=init),
     )
 

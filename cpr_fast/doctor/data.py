@@ -88,7 +88,8 @@ def _check_sample(facts: dict[str, Any], whole: int, findings: list[Finding]) ->
         text = "; ".join(f"{row['path']}: {row['reason']}" for row in damaged[:NAMED])
         verb = "is" if len(damaged) == 1 else "are"
         findings.append(Finding("error", f"{len(damaged)} of {sampled} sampled videos {verb} damaged: {text}",
-                                "cpr-fast index --verify lists all damaged videos and leaves them out",
+                                "cpr-fast index VIDEOS --out INDEX --verify names every damaged video; training "
+                                "replaces clips that do not decode",
                                 "fails"))  # fmt: skip
     else:
         verb = "decodes" if sampled == 1 else "decode"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cpr_fast.config import Config, ConfigError, load
+from cpr_fast.config.load import absolute_inputs
 from cpr_fast.config.recipes import FOLDER, find_config, recipes
 
 
@@ -114,3 +115,12 @@ def test_an_empty_file_is_the_defaults(tmp_path):
     assert load(path) == Config()
     with pytest.raises(ConfigError, match=f"config file '{tmp_path}' is not a file"):
         load(tmp_path)
+
+
+def test_the_record_of_a_run_names_its_inputs_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config.from_dict({"data": {"index": "a/index.csv"}, "model": {"init": {"rgb": "x.pt"}}})
+    found = absolute_inputs(config)
+    assert found.data.index == str(tmp_path / "a" / "index.csv")
+    assert (found.model.init.rgb, found.model.init.flow) == (str(tmp_path / "x.pt"), "")
+    assert absolute_inputs(found) == found

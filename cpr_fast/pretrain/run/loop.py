@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 from cpr_fast.config import Config, View
+from cpr_fast.config.load import absolute_inputs
 from cpr_fast.data.clips.sampling import plan_first
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.storage.unreadable import by_kind
@@ -110,6 +111,7 @@ def pretrain(
     _set_precision(config, world)
     if index is None:
         index = training_videos(config.data)
+    config = absolute_inputs(config)  # the record of the run is read from other working directories too
     plans = plan_cycles(config, len(index), world.size)
     warnings = check_run(config, index, plans, stored_flow=make_loader is None and config.data.flow == "stored")
     if make_loader is None:
