@@ -66,6 +66,11 @@ def rate(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}".removeprefix("0" if value < 1 else "")
 
 
+def left_out_of_map(queries: int) -> list[str]:
+    """Returns the line that says how many queries mAP leaves out; no line if it leaves out none."""
+    return [f"mAP leaves out {queries} queries: the gallery has no video of their class"] if queries else []
+
+
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {item}" for name, item in value.items()) or "none"

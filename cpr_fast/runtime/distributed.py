@@ -152,12 +152,6 @@ def largest(local: int) -> int:
     return int(number)
 
 
-def sum_(tensor: Tensor) -> None:
-    """Replaces a tensor by its sum over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-
-
 def mean_(tensors: list[Tensor]) -> None:
     """Replaces each tensor by its mean over all ranks, in place and with a single all-reduce.
 

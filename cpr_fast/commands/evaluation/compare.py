@@ -10,7 +10,7 @@ import tyro
 
 from cpr_fast.commands.inputs import require_folders
 from cpr_fast.commands.options import REQUIRED, Json
-from cpr_fast.commands.output import rate, show, table
+from cpr_fast.commands.output import left_out_of_map, rate, show, table
 from cpr_fast.errors import InputError
 
 # In 1,500 simulations of equal means each, the 95 % interval held the true value in 80 % with 4 sources, 89 % with 8
@@ -102,6 +102,4 @@ def _meaning(block: dict[str, Any]) -> list[str]:
         lines.append(
             f"caution: from {sources} sources, fewer than {FEW_SOURCES}, this interval is too narrow, p too small"
         )
-    if block["without_class"]:
-        lines.append(f"mAP leaves out {block['without_class']} queries: the gallery has no video of their class")
-    return lines
+    return lines + left_out_of_map(block["without_class"])

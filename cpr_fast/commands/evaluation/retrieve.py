@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_files
 from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
-from cpr_fast.commands.output import after_evaluation, rate, show_once, table
+from cpr_fast.commands.output import after_evaluation, left_out_of_map, rate, show_once, table
 
 RANKS = (1, 5, 10, 20, 50)
 
@@ -95,6 +95,4 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
     if first["splits"] == 1:
         said = "none, because all queries are of one source" if first["r@1_ci95"] is None else "bootstrap over sources"
         notes.append(f"95 % intervals: {said}")
-    if first["map_left_out"]:
-        notes.append(f"mAP leaves out {first['map_left_out']} queries: the gallery has no video of their class")
-    return notes
+    return notes + left_out_of_map(first["map_left_out"])
