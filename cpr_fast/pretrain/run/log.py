@@ -40,6 +40,7 @@ class StepLog:
         self.common = {"cycle": number, "view": state.cycle.view, "mining": state.cycle.mining}
         self.pending: list[tuple[int, StepResult]] = []
         self.newest: dict[str, float] = {}  # loss and PMR of the last row, for the progress line
+        self.newest_random = False  # whether that loss was computed with random vectors in the queue
         self.clips_per_step = 2 * state.config.data.batch_size * state.world.size
         self.epoch_began = time.perf_counter()
         self._restart_clock()
@@ -58,12 +59,19 @@ class StepLog:
         times = {"step_time_s": wall_s - wait_s, "data_wait_s": wait_s, "clips_per_s": self.clips_per_step / wall_s}
         self._write({"kind": "step", **row, **times})
         self.newest = {name: value for name, value in (("loss", loss), ("pmr", rates.get("pmr"))) if value is not None}
+        self.newest_random = self._random_negatives(1) > 0
 
     def status(self) -> str:
         """Returns loss, PMR and the filled share of the memory, for the progress line. Does not read from the
-        device."""
+        device.
+
+        While a queue still holds the random vectors that it began with, the loss is near 0 even if nothing is learnt,
+        because they are easy negatives; it is then not compared with chance.
+        """
         memory = self.state.memory
         chance = "" if self.loss_chance is None else f" (chance {self.loss_chance:.3f})"
+        if self.newest_random:
+            chance = " (low while the queue holds random vectors)"
         shown = [f"PMR {value:.3f}" if name == "pmr" else f"loss {value:.3f}{chance}"
                  for name, value in self.newest.items() if math.isfinite(value)]  # fmt: skip
         return ", ".join([*shown, f"memory {min(1, memory.count / memory.size):.0%} full"])

@@ -13,7 +13,7 @@ from cpr_fast.config import Config
 from cpr_fast.pretrain.run.checks import cycle_names
 
 NO_LOSS = 1e-6  # below this the gradient is negligible: every entry compared is a positive
-ENOUGH_EPOCHS = 3  # comparable epochs; fewer do not show whether the loss falls
+ENOUGH_EPOCHS = 3  # comparable epochs; fewer do not show whether the loss falls. Chance is compared with any number
 MANY_SKIPPED = 0.2  # share of unreadable videos above which a warning is given
 
 
@@ -29,8 +29,9 @@ def outcome(rows: list[dict[str, Any]], config: Config, step: int, videos: int, 
         `learnt`: whether any cycle changed the weights by a loss. `text`: one sentence for the head of a report.
         `warnings`: one sentence for each kind of doubt, which names the cycles it concerns. `cycles`: for each `cycle`,
         `view`, `mining`, `learnt`, `learning_steps` (optimiser steps; None in rows of older versions), `loss_first`,
-        `loss_last` (means of the first and last of the `comparable` epochs), `loss_chance` (the loss if every candidate
-        were equally similar; None in rows of older versions), `pmr_first`, `pmr_last`.
+        `loss_last` (means of the first and last of the `comparable` epochs, of which there are `compared`),
+        `loss_chance` (the loss if every candidate were equally similar; None in rows of older versions), `pmr_first`,
+        `pmr_last`, `random_negatives` (whether the queue held random vectors in all epochs that have a loss).
     """
     cycles, doubts = [], []
     for number, cycle in enumerate(config.schedule.cycles):
@@ -72,15 +73,18 @@ def comparable(epochs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _cycle(epochs: list[dict[str, Any]]) -> dict[str, Any]:
     losses = [row["loss"] for row in comparable(epochs)]
     rates = [row["pmr"] for row in epochs if row.get("pmr") is not None]
+    random = [bool(row.get("random_negatives")) for row in comparable(epochs)]
     counts = [row["learning_steps"] for row in epochs if row.get("learning_steps") is not None]
     return {
         "learnt": any(_learnt(row) for row in comparable(epochs)),
         "learning_steps": sum(counts) if len(counts) == len(epochs) else None,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
+        "compared": len(losses),
         "loss_chance": epochs[-1].get("loss_chance") if epochs else None,
         "pmr_first": rates[0] if rates else None,
         "pmr_last": rates[-1] if rates else None,
+        "random_negatives": bool(random) and all(random),
     }
 
 
@@ -126,9 +130,11 @@ def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> list[tuple
     enough = sum(not row.get("random_negatives") for row in comparable(epochs)) >= ENOUGH_EPOCHS
     if enough and last >= first:
         texts.append(("the loss did not fall", f"{first:.3f} in its first comparable epoch, {last:.3f} in its last"))
-    if enough and (chance := summary["loss_chance"]) is not None and last >= chance:
+    if (chance := summary["loss_chance"]) is not None and last >= chance:
         figures = f"{last:.3f}, chance {chance:.3f}"
-        texts.append(("the last loss is not below that of equally similar candidates", figures))
+        texts.append(
+            ("the loss of the last epoch is not below chance, its value if all candidates are equally similar", figures)
+        )
     mined = [row for row in epochs if row.get("pmr") is not None and row.get("pmr_chance") is not None]
     if mined and mined[-1]["pmr"] <= mined[-1]["pmr_chance"]:
         figures = f"PMR {mined[-1]['pmr']:.3f}, chance {mined[-1]['pmr_chance']:.3f}"
@@ -158,11 +164,23 @@ def _sentence(cycles: list[dict[str, Any]]) -> str:
     trained = [cycle for cycle in cycles if cycle["learnt"]]
     if not trained:
         return "This run has learnt nothing: no step changed the weights by a loss."
-    parts = [
-        f"{cycle['view']} (cycle {cycle['cycle'] + 1}) loss {cycle['loss_first']:.3f} to {cycle['loss_last']:.3f}"
-        + (f" (chance {cycle['loss_chance']:.3f})" if cycle["loss_chance"] is not None else "")
-        + (f", PMR {cycle['pmr_first']:.3f} to {cycle['pmr_last']:.3f}" if cycle["pmr_last"] is not None else "")
-        for cycle in trained
-    ]
+    parts = [f"{cycle['view']} (cycle {cycle['cycle'] + 1}) {_losses(cycle)}" for cycle in trained]
     some = "" if len(trained) == len(cycles) else f"{len(trained)} of {len(cycles)} cycles learnt. "
-    return some + "First and last epoch: " + "; ".join(parts) + "."
+    several = any(cycle["compared"] > 1 for cycle in trained)
+    return some + ("First and last epoch: " if several else "Trained: ") + "; ".join(parts) + "."
+
+
+def _losses(cycle: dict[str, Any]) -> str:
+    """Returns loss and PMR of a cycle: of its first and last epoch, or one number where a single epoch has one."""
+    loss, chance = f"loss {cycle['loss_last']:.3f}", cycle["loss_chance"]
+    if cycle["compared"] > 1:
+        loss = f"loss {cycle['loss_first']:.3f} to {cycle['loss_last']:.3f}"
+    about = [] if chance is None else [f"chance {chance:.3f}"]
+    about += ["one epoch"] if cycle["compared"] == 1 else []
+    about += ["low, because the queue held random vectors"] if cycle["random_negatives"] else []
+    loss += f" ({'; '.join(about)})" if about else ""
+    if cycle["pmr_last"] is None:
+        return loss
+    if cycle["compared"] == 1:
+        return f"{loss}, PMR {cycle['pmr_last']:.3f}"
+    return f"{loss}, PMR {cycle['pmr_first']:.3f} to {cycle['pmr_last']:.3f}"

@@ -36,7 +36,11 @@ def test_a_run_that_learns(tmp_path):
     assert row["cycles"][0]["loss_first"] == row["cycles"][0]["loss_last"] == epochs[1]["loss"]
     assert [row["cycles"][1][f"loss_{at}"] for at in ("first", "last")] == [epochs[2]["loss"], epochs[3]["loss"]]
     assert row["cycles"][1]["pmr_last"] == epochs[3]["pmr"]
-    assert row["text"].startswith("First and last epoch: rgb (cycle 1) loss ")
+    losses = [epoch["loss"] for epoch in epochs]
+    assert row["text"].startswith(
+        f"First and last epoch: rgb (cycle 1) loss {losses[1]:.3f} (chance 2.398; one epoch); "
+    )
+    assert f"flow (cycle 2) loss {losses[2]:.3f} to {losses[3]:.3f} (chance " in row["text"]
     assert all(epoch["weights_change"] > 0 for epoch in epochs)
 
 
@@ -62,7 +66,8 @@ def test_a_memory_that_is_never_full(tmp_path):
 def test_a_memory_that_is_never_full_does_not_keep_other_methods_from_learning(tmp_path, mining):
     """18 of 60 entries are keys at the start of the second epoch; a loss that rises meanwhile is no reason to doubt."""
     row = of(tmp_path, cycles=[RGB | {"mining": mining, "epochs": 3}], memory={"size": 60})
-    assert row["learnt"] and row["warnings"] == [] and row["cycles"][0]["learning_steps"] == 9
+    assert row["learnt"] and row["cycles"][0]["learning_steps"] == 9
+    assert not any("did not fall" in text or "learnt nothing" in text for text in row["warnings"])
     epochs = rows(tmp_path / "run", "epoch")
     assert [epoch["random_negatives"] for epoch in epochs] == pytest.approx([1, 42 / 60, 24 / 60])
 
@@ -137,13 +142,28 @@ def test_a_doubt_is_told_once_with_the_cycles_and_figures_it_concerns():
     ]
 
 
-@pytest.mark.parametrize(("last", "doubted"), [(3.4, False), (4.6, True)])
-def test_a_last_loss_that_is_not_below_chance_is_doubted_and_chance_is_told(tmp_path, last, doubted):
-    config = settings(tmp_path, schedule={"cycles": [{"view": "rgb", "epochs": 3, "mining": "none"}]})
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("last", "doubted"), [(3.4, False), (4.5, True), (4.6, True)])
+def test_a_last_loss_that_is_not_below_chance_is_doubted_whatever_the_number_of_epochs(tmp_path, count, last, doubted):
+    """Before: only from three epochs on, so that a run of one epoch per cycle ended without a warning."""
+    config = settings(tmp_path, schedule={"cycles": [{"view": "rgb", "epochs": count, "mining": "none"}]})
     epochs = [
         {"kind": "epoch", "cycle": 0, "epoch": epoch, "loss": loss, "loss_chance": 4.5, "weights_change": 0.1}
-        for epoch, loss in enumerate((5.0, 4.7, last))
+        for epoch, loss in enumerate((5.0, 4.7, last)[-count:])
     ]
     row = outcome(epochs, config, 9, 18, [])
-    assert row["text"].endswith(f"loss 5.000 to {last:.3f} (chance 4.500).")
-    assert ("not below that of equally similar candidates (4.600, chance 4.500)" in str(row["warnings"])) == doubted
+    said = f"not below chance, its value if all candidates are equally similar ({last:.3f}, chance 4.500)"
+    assert (said in str(row["warnings"])) == doubted
+    if count == 1:
+        assert row["text"] == f"Trained: rgb (cycle 1) loss {last:.3f} (chance 4.500; one epoch)."
+    else:
+        assert row["text"].endswith(f" to {last:.3f} (chance 4.500).")
+
+
+def test_a_loss_against_random_vectors_is_told_to_be_low(tmp_path):
+    row = of(tmp_path, cycles=[RGB | {"epochs": 1}, RGB | {"view": "flow", "mining": "cascade", "epochs": 1}])
+    loss, pmr = (row["cycles"][i][key] for i, key in ((0, "loss_last"), (1, "pmr_last")))
+    assert row["text"].startswith(
+        f"Trained: rgb (cycle 1) loss {loss:.3f} (chance 2.398; one epoch; low, because the queue"
+    )
+    assert row["text"].endswith(f"; one epoch), PMR {pmr:.3f}.")

@@ -11,6 +11,7 @@ from support.stand_in_loader import RandomLoader
 
 from cpr_fast.pretrain.run import summary
 from cpr_fast.pretrain.run.checks import plan_cycles
+from cpr_fast.pretrain.run.log import StepLog
 from cpr_fast.pretrain.run.loop import pretrain
 from cpr_fast.pretrain.run.summary import Pace, start_lines
 
@@ -125,3 +126,29 @@ def test_the_time_left_does_not_jump_at_the_end_of_an_epoch():
         if step >= 90:
             left.append((pace.left_s(), (599 - step) / 30 * 60))
     assert all(abs(told - true) < 0.3 * true + 60 for told, true in left)
+
+
+def test_the_progress_line_says_that_a_loss_against_random_vectors_is_low(tmp_path, monkeypatch):
+    """Before: "loss 0.000 (chance 2.398)" after the first step, as if it were learnt already."""
+    seen = []
+    told = StepLog.status
+
+    def status_after(self, step, *rest):
+        write(self, step, *rest)
+        seen.append((step, told(self)))
+
+    write = StepLog.step
+    monkeypatch.setattr(StepLog, "step", status_after)
+    pretrain(settings(tmp_path), index=INDEX, make_loader=RandomLoader, progress=False)  # full after 2 of 3 steps
+    low = [step for step, text in seen if "(low while the queue holds random vectors)" in text]
+    assert low == [0, 1]
+    assert [step for step, text in seen if "(chance " in text] == [2, 3, 4, 5, 8, 9, 10, 11]
+    assert [step for step, text in seen if "loss" not in text] == [6, 7]  # a cascade waits for its queue
+
+
+def test_no_loss_is_told_before_one_was_read(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(StepLog, "step", lambda self, *_: seen.append(self.status()))
+    config = settings(tmp_path, schedule={"cycles": [{"view": "rgb", "epochs": 1, "mining": "none"}]})
+    pretrain(config, index=INDEX, make_loader=RandomLoader, progress=False)
+    assert seen == ["memory 60% full", "memory 100% full", "memory 100% full"]
