@@ -61,11 +61,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, title: str
     return "\n".join(text.rstrip() for text in [*([title] if title else []), line(head), rule, *map(line, body)])
 
 
-def rate(value: float | None, digits: int = 3) -> str:
-    """Returns a rate as in the literature, ".546"; "-" if it is None."""
-    return "-" if value is None else f"{value:.{digits}f}".removeprefix("0" if value < 1 else "")
-
-
 def left_out_of_map(queries: int) -> list[str]:
     """Returns the line that says how many queries mAP leaves out; no line if it leaves out none."""
     return [f"mAP leaves out {queries} queries: the gallery has no video of their class"] if queries else []

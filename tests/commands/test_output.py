@@ -10,8 +10,9 @@ import pytest
 
 from cpr_fast.cli import COMMANDS, main
 from cpr_fast.commands.inputs import other_shards
-from cpr_fast.commands.output import after_evaluation, rate, show, table
+from cpr_fast.commands.output import after_evaluation, show, table
 from cpr_fast.errors import printable
+from cpr_fast.evaluate.retrieval.names import interval, percent, signed, signed_interval
 
 STRANGE = os.fsdecode(b"caf\xe9.mp4")  # encoded as Latin-1, so that the decoded name contains a surrogate
 
@@ -30,10 +31,15 @@ def test_a_table_is_aligned_without_trailing_spaces():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(None, "-"), (0.5461, ".546"), (0.0, ".000"), (1.0, "1.000"), (0.9996, "1.000")]
-)
-def test_rates_are_written_as_in_the_literature(value, text):
-    assert rate(value) == text
+    ("value", "rate", "difference"),
+    [(None, "–", "–"), (0.5461, "54.6 %", "+54.6"), (0.0, "0.0 %", "+0.0"), (1.0, "100.0 %", "+100.0"),
+     (-0.0031, "-0.3 %", "−0.3")],
+)  # fmt: skip
+def test_rates_and_differences_are_written_in_percent(value, rate, difference):
+    assert (percent(value), signed(value)) == (rate, difference)
+    bounds = None if value is None else [value, 1.0]
+    assert interval(bounds) == ("–" if value is None else f"{rate.removesuffix(' %')} – 100.0")
+    assert signed_interval(bounds) == ("–" if value is None else f"{difference} to +100.0")
 
 
 def test_names_that_are_not_unicode_can_be_printed(capsys):

@@ -205,7 +205,7 @@ def test_retrieve_measures_rgb_residual_and_both_merged(iic, small, capsys):
         nearest = np.array(train)[(features[test] @ features[train].T).argmax(1).numpy()]
         assert row["r@1"] == (labels[nearest] == labels[test]).mean(), view
     assert main(["retrieve", f"residual={checkpoint}", "--index", index, "--clips", "2"]) == 0
-    assert "trained residual" in capsys.readouterr().out
+    assert "Trained · Residual" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", ["probe", "finetune"])
@@ -214,4 +214,4 @@ def test_classifiers_use_the_published_clips_of_both_views(iic, small, capsys, t
     assert main([task, iic[0], "--index", index, "--epochs", "1", "--batch-size", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["recipe"], result["crops"]) == ("iic", 1)
-    assert [row["view"] for row in result["results"]][:2] == ["rgb", "residual"]
+    assert [row["view"] for row in result["results"]][:3] == ["rgb", "residual", "merged"]

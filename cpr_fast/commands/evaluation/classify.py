@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_file, require_files
 from cpr_fast.commands.options import RecipeName
-from cpr_fast.commands.output import after_evaluation, rate, show_once, table
+from cpr_fast.commands.output import after_evaluation, show_once, table
+from cpr_fast.evaluate.retrieval.names import MISSING, VIEW_NAMES, interval, percent
 
 
 def classifier_settings(task: str, checkpoint: tuple[str, ...], index: tuple[Path, ...], config: Path | None) -> Any:
@@ -59,12 +60,12 @@ def run_classify(
 def _lines(result: dict[str, Any]) -> list[str]:
     rows = []
     for row in result["summary"]:
-        interval = row["accuracy_ci95"]
-        said = f"{rate(interval[0])} to {rate(interval[1])}, over {row['interval_over']}" if interval else "-"
-        rows.append([row["view"].replace("_", " "), rate(row["accuracy"]), said, row["splits"], row["seeds"]])
+        bounds = row["accuracy_ci95"]
+        said = f"{interval(bounds)}, over {row['interval_over']}" if bounds else MISSING
+        rows.append([VIEW_NAMES[row["view"]], percent(row["accuracy"], ""), said, row["splits"], row["seeds"]])
     tested = sum(row["videos"] for row in result["results"][:1] if "videos" in row)
     title = f"{result['task']}, recipe {result['recipe']}" + (f", {tested} test videos" if tested else "")
-    lines = [title, "", table(["view", "accuracy", "95 % interval", "splits", "seeds"], rows)]
+    lines = [title, "", table(["View, in %", "accuracy", "95 % interval", "splits", "seeds"], rows)]
     if result.get("leakage"):
         lines += ["", f"note: {result['leakage']}"]
     return [*lines, "", f"all figures, per class and the confusion matrix: {result['file']}"]

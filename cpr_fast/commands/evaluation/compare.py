@@ -10,13 +10,13 @@ import tyro
 
 from cpr_fast.commands.inputs import require_folders
 from cpr_fast.commands.options import REQUIRED, Json
-from cpr_fast.commands.output import left_out_of_map, rate, show, table
+from cpr_fast.commands.output import left_out_of_map, show, table
 from cpr_fast.errors import InputError
+from cpr_fast.evaluate.retrieval.names import MEASURES, MISSING, VIEW_NAMES, percent, signed, signed_interval
 
 # In 1,500 simulations of equal means each, the 95 % interval held the true value in 80 % with 4 sources, 89 % with 8
 # and 92 % with 20.
 FEW_SOURCES = 20
-NAMES = {"map": "mAP", "r@1": "R@1"}
 
 
 def compare(
@@ -54,12 +54,12 @@ def _lines(block: dict[str, Any]) -> list[str]:
         f"{row['queries']} queries of {row['sources']} sources, protocol {block['protocol']}, recipe {block['recipe']}"
     )
     pairs = [f"{pair['first']} against {pair['second']}" + _seed(pair["seed"]) for pair in block["pairs"]]
-    header = ["view, measure", "first", "second", "difference", "95 % sources", "p"]
-    header += ["95 % seeds", "p", "d_z"] if row["seeds"] else []
+    header = ["View · measure, in %", "First", "Second", "Difference", "95 % interval (sources)", "p"]
+    header += ["95 % interval (seeds)", "p", "d_z"] if row["seeds"] else []
     body = [
         [
-            f"{row['view']} {NAMES[row['measure']]}".replace("_", " "), rate(row["first"]), rate(row["second"]),
-            _signed(row["difference"]), *_certainty(row),
+            f"{VIEW_NAMES[row['view']]} · {MEASURES[row['measure']]}", percent(row["first"], ""),
+            percent(row["second"], ""), signed(row["difference"]), *_certainty(row),
             *([*_certainty(row["seeds"]), _effect(row["seeds"]["d_z"])] if row["seeds"] else []),
         ]
         for row in block["rows"]
@@ -72,23 +72,16 @@ def _seed(seed: int | None) -> str:
 
 
 def _certainty(found: dict[str, Any]) -> tuple[str, str]:
-    interval = found["ci95"]
-    said = "-" if interval is None else f"{_signed(interval[0])} to {_signed(interval[1])}"
-    return said, "-" if found["p"] is None else f"{found['p']:.2g}"
-
-
-def _signed(value: float | None) -> str:
-    """Returns a difference of rates with its sign: "+.047"."""
-    return "-" if value is None else f"{'-' if value < 0 else '+'}{rate(abs(value))}"
+    return signed_interval(found["ci95"]), MISSING if found["p"] is None else f"{found['p']:.2g}"
 
 
 def _effect(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return MISSING if value is None else f"{value:.2f}"
 
 
 def _meaning(block: dict[str, Any]) -> list[str]:
     """Returns what a reader of the tables needs to know."""
-    lines = ["difference: first - second; p is two-sided",
+    lines = ["difference: first - second, in percentage points; p is two-sided",
              "sources: paired bootstrap over the sources of the queries; what other videos would give"]  # fmt: skip
     seeds = len(block["pairs"])
     if seeds > 1:

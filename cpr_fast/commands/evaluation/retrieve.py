@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_files
 from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
-from cpr_fast.commands.output import after_evaluation, left_out_of_map, rate, show_once, table
+from cpr_fast.commands.output import after_evaluation, left_out_of_map, show_once, table
+from cpr_fast.evaluate.retrieval.names import MODEL_NAMES, VIEW_NAMES, interval, percent
 
 RANKS = (1, 5, 10, 20, 50)
 
@@ -56,20 +57,24 @@ def retrieve(
 
 
 def lines_of(result: dict[str, Any]) -> list[str]:
-    """Returns the table of a retrieval result, a row for each network and view, and where the result was written."""
-    rows = result["summary"]
+    """Returns the table of a retrieval result, a row for each network and view, two views together first, and where the
+    result was written."""
+    from cpr_fast.evaluate.retrieval.ranking import TOGETHER
+
+    names = list(dict.fromkeys(row["name"] for row in result["summary"]))
+    rows = sorted(result["summary"], key=lambda row: (names.index(row["name"]), row["view"] not in TOGETHER))
     body = []
     for row in rows:
-        name = f"{row['name']} {row['view']}".replace("_", " ")
-        sure = [text for key in ("map", "r@1") for text in (rate(row[key]), _spread(row, key))]
-        body.append([name, *sure, *(rate(row[f"r@{k}"]) for k in RANKS[1:])])
+        sure = [text for key in ("map", "r@1") for text in (percent(row[key], ""), _spread(row, key))]
+        rest = [percent(row[f"r@{k}"], "") for k in RANKS[1:]]
+        body.append([f"{MODEL_NAMES[row['name']]} · {VIEW_NAMES[row['view']]}", *sure, *rest])
     first = rows[0]
     title = (
         f"{first['queries']} queries against {first['gallery']} videos, protocol {result['protocol']}, "
         f"recipe {result['recipe']}"
     )
-    over = "95 %" if first["splits"] == 1 else "splits"
-    header = ["network, view", "mAP", over, "R@1", over, *(f"R@{k}" for k in RANKS[1:])]
+    over = "95 % interval" if first["splits"] == 1 else "deviation"
+    header = ["Network · view, in %", "mAP", over, "R@1", over, *(f"R@{k}" for k in RANKS[1:])]
     if all(row["r@1"] is None and row["chance_r@1"] is None for row in rows):
         said = "The index has no labels, so R@k and mAP cannot be measured; the report shows which videos are similar."
         lines = [title, "", said]
@@ -82,16 +87,17 @@ def lines_of(result: dict[str, Any]) -> list[str]:
 
 def _spread(row: dict[str, Any], key: str) -> str:
     """Returns the interval of a measure or, over several splits, its standard deviation."""
-    interval, deviation = row[f"{key}_ci95"], row[f"{key}_std"]
-    if interval:
-        return f"{rate(interval[0])}-{rate(interval[1])}"
-    return "-" if deviation is None else f"sd {rate(deviation)}"
+    bounds, deviation = row[f"{key}_ci95"], row[f"{key}_std"]
+    if bounds:
+        return interval(bounds)
+    return percent(deviation, "")
 
 
 def _notes(rows: list[dict[str, Any]]) -> list[str]:
     """Returns what a reader of the table needs to know: chance, the intervals, and queries that are left out."""
     first = rows[0]
-    notes = [f"mAP: mean average precision; chance mAP {rate(first['chance_map'])}, R@1 {rate(first['chance_r@1'])}"]
+    chance = f"chance mAP {percent(first['chance_map'])}, R@1 {percent(first['chance_r@1'])}"
+    notes = [f"mAP: mean average precision; {chance}"]
     if first["splits"] == 1:
         said = "none, because all queries are of one source" if first["r@1_ci95"] is None else "bootstrap over sources"
         notes.append(f"95 % intervals: {said}")

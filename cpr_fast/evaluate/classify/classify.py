@@ -49,6 +49,7 @@ from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints, write_result
 from cpr_fast.evaluate.features.shares import shared_out
 from cpr_fast.evaluate.features.windows import count_windows, open_windows, work_ahead
+from cpr_fast.evaluate.retrieval.ranking import TOGETHER
 from cpr_fast.models import Encoder
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
@@ -56,7 +57,6 @@ from cpr_fast.runtime.metrics import MetricsWriter
 from cpr_fast.weights.checkpoint import written_whole
 
 Task = Literal["probe", "finetune"]
-TWO_STREAM = "two_stream"
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def classify(
         out: Folder of the trainings and the result; by default `evaluations` in the run folder.
         run_dir: Run folder whose metrics.jsonl receives a row per result.
     Returns:
-        `task`, `recipe`, `leakage`, `view` (two_stream if there are both views) with its `accuracy` and
+        `task`, `recipe`, `leakage`, `view` (two_stream or merged if there are both views) with its `accuracy` and
         `accuracy_ci95`, `summary` (the same for every view: mean over splits and seeds, interval over seeds or, for one
         seed and split, of the bootstrap over sources; `accuracy_std`, n - 1, over splits), `results` (rows of
         `classification_scores`) and `file`, where all of this was written.
@@ -339,8 +339,9 @@ def _score(found: dict[str, Predictions], split: Split, crops: int) -> list[dict
     labels = torch.from_numpy(split.test.labels)[readable]
     sources = torch.from_numpy(split.test.source_ids)[readable]
     streams = {view: p.probabilities for view, p in found.items()}
-    if {"rgb", "flow"} <= set(found):
-        streams[TWO_STREAM] = {n: (streams["rgb"][n] + streams["flow"][n]) / 2 for n in streams["rgb"]}
+    for together, (first, second) in TOGETHER.items():
+        if {first, second} <= set(found):
+            streams[together] = {n: (streams[first][n] + streams[second][n]) / 2 for n in streams[first]}
     rows = []
     for view, by_crops in streams.items():
         accuracies = {str(n): (p[readable].argmax(1) == labels).double().mean().item() for n, p in by_crops.items()}

@@ -56,6 +56,13 @@ def compared(names: Collection[str]) -> dict[str, list[str]]:
     return streams
 
 
+def leading_views(views: Sequence[str]) -> list[str]:
+    """Returns the views whose similarities are summed for the first result of a network: those of the first pair of
+    `TOGETHER` that it has, else its last view alone."""
+    pairs = [list(pair) for pair in TOGETHER.values() if set(pair) <= set(views)]
+    return pairs[0] if pairs else list(views)[-1:]
+
+
 def prepare_streams(
     queries: Iterable[Tensor],
     gallery: Iterable[Tensor],

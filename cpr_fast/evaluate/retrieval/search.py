@@ -30,7 +30,7 @@ from cpr_fast.evaluate.features.pretrained import load_pretrained
 from cpr_fast.evaluate.features.recipe import RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints
 from cpr_fast.evaluate.features.windows import open_windows
-from cpr_fast.evaluate.retrieval.ranking import Comparison, prepare_streams
+from cpr_fast.evaluate.retrieval.ranking import Comparison, leading_views, prepare_streams
 from cpr_fast.models import Encoder
 
 log = logging.getLogger(__name__)
@@ -111,14 +111,22 @@ def _require_windows(queries: Sequence[str | Path], windows: Tensor) -> None:
 def _usable_encoders(
     encoders: Mapping[str, Encoder], index: Index, stored: bool
 ) -> tuple[dict[str, Encoder], str | None]:
-    """Returns the encoders of the views that every video of the index has, and a note about views that are left out."""
+    """Returns the encoders that `retrieve` compares together, of the views that every video of the index has, and a
+    note about views that are left out."""
     usable, note = dict(encoders), None
     without = sum(video.flow_path is None for video in index) if stored else 0
     if "flow" in usable and len(usable) > 1 and without:
         del usable["flow"]
         note = f"flow is left out: {without} of {len(index)} videos of the index have none; run `cpr-fast flow` first"
+    compared = leading_views(list(usable))
+    if others := [view for view in usable if view not in compared]:
+        left_out = f"{' and '.join(others)} is left out: retrieval compares two views, {' and '.join(compared)}"
+        if len(compared) == 1:
+            left_out = f"{' and '.join(others)} is left out: retrieval does not compare it together with {compared[0]}"
+        note = left_out if note is None else f"{note}; {left_out}"
+    if note is not None:
         log.warning(note)
-    return usable, note
+    return {view: usable[view] for view in compared}, note
 
 
 def _answers(

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from cpr_fast.commands.evaluation.retrieve import lines_of
-from cpr_fast.commands.output import rate
 from cpr_fast.config import DataConfig
 from cpr_fast.data.index.index import Index, IndexFileError, Video
 from cpr_fast.errors import InputError
@@ -327,11 +326,15 @@ def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path, caplog):
         assert low <= row["map"] <= high
     printed = re.sub("  +", "  ", "\n".join(lines_of(result))).splitlines()
     first = result["summary"][0]
-    map_interval, r1_interval = ("-".join(map(rate, first[f"{key}_ci95"])) for key in ("map", "r@1"))
+    map_interval, r1_interval = (
+        " – ".join(f"{100 * bound:.1f}" for bound in first[f"{key}_ci95"]) for key in ("map", "r@1")
+    )
     assert "protocol train_test, recipe paper" in printed[0]
-    assert printed[2] == "network, view  mAP  95 %  R@1  95 %  R@5  R@10  R@20  R@50"
-    start = f"trained rgb  {rate(first['map'])}  {map_interval}  {rate(first['r@1'])}  {r1_interval}"
-    assert printed[4].startswith(start) and f"chance mAP {rate(first['chance_map'])}, R@1 .250" in "".join(printed)
+    assert printed[2] == "Network · view, in %  mAP  95 % interval  R@1  95 % interval  R@5  R@10  R@20  R@50"
+    start = f"Trained · RGB  {100 * first['map']:.1f}  {map_interval}  {100 * first['r@1']:.1f}  {r1_interval}"
+    assert printed[4].startswith(start) and f"chance mAP {100 * first['chance_map']:.1f} %, R@1 25.0 %" in "".join(
+        printed
+    )
     rows = read_metrics(tmp_path / "run")
     places = {row["queries_file"] for row in rows if row["kind"] == "retrieval"}
     assert places == {f"evaluations/{Path(result['queries_file']).name}"}  # relative, so that the run can be moved
