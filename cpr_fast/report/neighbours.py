@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from cpr_fast.evaluate.features.recipe import Metric
-from cpr_fast.evaluate.retrieval.ranking import prepare
+from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
+from cpr_fast.evaluate.retrieval.ranking import Comparison, prepare_streams
 
 NEAREST = 5  # neighbours per video
 DUPLICATE = 0.9  # similarity from which two videos of different sources are reported as possible duplicates
@@ -33,7 +34,8 @@ class Neighbours:
 
     Attributes:
         index: [M, k] int64, nearest first.
-        similarity: [M, k] float32: cosine of centred features, -1..1, with two views the mean of both.
+        similarity: [M, k] float32, -1..1, in the order of `retrieve`: the cosine of centred features, with two views
+            the mean of both; with the metric "plain_cosine" the cosine of both views' features, one after the other.
         nearest_any: [M] int64, the nearest video of any source but itself.
     """
 
@@ -50,14 +52,14 @@ def find_neighbours(streams: Sequence[Tensor], metric: Metric, sources: Tensor, 
         sources: [M] int64; where all are one source, only a video itself is left out.
     """
     count = len(sources)
-    pairs = [_prepared(features, metric) for features in streams]
+    comparison = _comparison(streams, metric)
     one_source = bool((sources == sources[0]).all())
     own = torch.arange(count)
     groups = own if one_source else sources
     k = min(k, count - 1)
     index, similarity, nearest = [], [], []
     for chunk in own.split(CHUNK):
-        total = sum(queries[chunk] @ gallery.T for queries, gallery in pairs) / len(pairs)  # [chunk, M]
+        total = comparison.similarity(chunk) / len(comparison.streams)  # [chunk, M]
         total[torch.arange(len(chunk)), chunk] = -torch.inf
         nearest.append(total.argmax(1))
         best = total.masked_fill(groups[chunk, None] == groups, -torch.inf).topk(k, dim=1)
@@ -155,8 +157,9 @@ def confidence(
         agreed = _level(share, chance, high=0.6, moderate=0.3)
         level = agreed if level == "unknown" else level
         reasons.append(
-            f"The views {' and '.join(streams)} agree for {_share(share)} of the videos: the nearest by one is among "
-            f"the {alone[1].index.shape[1]} nearest by the other (chance: {_share(chance)})."
+            f"The views {' and '.join(VIEW_NAMES[view] for view in streams)} agree for {_share(share)} of the videos: "
+            f"the nearest by one is among the {alone[1].index.shape[1]} nearest by the other (chance: "
+            f"{_share(chance)})."
         )
     if pixels is not None:
         thumbnails = find_neighbours([pixels], "cosine", sources)
@@ -179,14 +182,17 @@ def _crowded(streams: dict[str, Tensor], metric: Metric) -> float:
     count = len(next(iter(streams.values())))
     chosen = torch.linspace(0, count - 1, min(count, CHUNK)).long()
     some = [features[chosen] for features in streams.values()]
-    total = sum(a @ b.T for a, b in (_prepared(features, metric) for features in some)) / len(some)
+    comparison = _comparison(some, metric)
+    total = comparison.similarity(torch.arange(len(chosen))) / len(comparison.streams)
     pairs = torch.ones_like(total, dtype=torch.bool).triu(1)
     return (total[pairs] >= DUPLICATE).double().mean().item()
 
 
-def _prepared(features: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """Returns features prepared for a dot product; "euclidean" is for baselines, which are not shown here."""
-    return prepare(features, features, "cosine" if metric == "euclidean" else metric)
+def _comparison(streams: Sequence[Tensor], metric: Metric) -> Comparison:
+    """Returns the comparison of all videos with each other, as `retrieve` makes it; "euclidean" is for baselines, which
+    are not shown here."""
+    metric = "cosine" if metric == "euclidean" else metric
+    return Comparison(prepare_streams(streams, streams, metric), metric)
 
 
 def _share(rate: float) -> str:

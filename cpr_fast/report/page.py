@@ -11,16 +11,18 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from cpr_fast.evaluate.retrieval.names import percent
 from cpr_fast.report.run_folder.outcome import verdict
 from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.sections.beside import published_beside
 from cpr_fast.report.sections.classification import classification_table, confusions
 from cpr_fast.report.sections.comparison import comparison
-from cpr_fast.report.sections.header import TERMS, facts, headline, percent, tiles
-from cpr_fast.report.sections.mining import class_rates, extremes, inside_figures, mining_figures
+from cpr_fast.report.sections.header import TERMS, facts, headline, tiles
+from cpr_fast.report.sections.mining import class_rates, extremes, inside_figures, mining_figures, no_rates
 from cpr_fast.report.sections.retrieval import retrieval_blocks
 from cpr_fast.report.sections.sheets import mined_sheets, retrieved_sheet
 from cpr_fast.report.sections.training import cycle_table, flat_config, training_figures
+from cpr_fast.report.unlabelled import signs
 from cpr_fast.runtime.files import replacing
 
 
@@ -70,11 +72,13 @@ def write_page(page: str, out: Path) -> Path:
 def _section(run: Run) -> dict[str, Any]:
     """Returns all values that the template shows for one run."""
     classes = class_rates(run)
+    unlabelled = run.index is not None and not run.index.classes
+    mined = mined_sheets(run)
     return {
         "run": run,
         "facts": facts(run),
         "verdict": verdict(run),
-        "headline": headline(run),
+        "headline": signs(run) if unlabelled else headline(run),
         "tiles": tiles(run),
         "retrieval": retrieval_blocks(run),
         "retrieved": retrieved_sheet(run),
@@ -82,16 +86,20 @@ def _section(run: Run) -> dict[str, Any]:
         "confusions": confusions(run),
         "mining_figures": mining_figures(run),
         "inside_figures": inside_figures(run),
-        "mined": mined_sheets(run),
+        "mined": mined,
+        "judged": any(
+            clip["correct"] is not None for sheet in mined for line in sheet["queries"] for clip in line["found"]
+        ),
+        "no_rates": no_rates(run, unlabelled),
         "class_rates": classes,
         "extremes": extremes(classes["classes"]) if classes else None,
         "training_figures": training_figures(run),
         "speed": run.speed(),
-        "cycles": cycle_table(run),
+        "cycles": cycle_table(run, unlabelled),
         "config": flat_config(run.config),
         "skipped": max((row.get("skipped") or 0 for row in run.epochs), default=0),
         "chance_pmr": run.chance_pmr,
-        "unlabelled": run.index is not None and not run.index.classes,
+        "unlabelled": unlabelled,
     }
 
 

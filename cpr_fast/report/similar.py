@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from cpr_fast.data.index.index import Index, Video
+from cpr_fast.data.index.index import Video
 from cpr_fast.errors import InputError
+from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
 from cpr_fast.report.figures.bars import histogram_figure
 from cpr_fast.report.figures.film_strip import STRIP_FRAMES, film_strip, strip_image
 from cpr_fast.report.figures.table import Column, Table
@@ -19,23 +19,21 @@ from cpr_fast.report.neighbours import (
     DUPLICATE,
     FAR,
     Neighbours,
-    confidence,
     duplicate_pairs,
-    find_neighbours,
     odd_videos,
     pixel_agreement,
     same_file,
 )
 from cpr_fast.report.page import render, write_page
-from cpr_fast.report.run_folder.features import StoredFeatures, stored_features
+from cpr_fast.report.run_folder.features import StoredFeatures
 from cpr_fast.report.run_folder.outcome import verdict
-from cpr_fast.report.run_folder.run import VIEW_NAMES, Run
+from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.sections.header import facts
 from cpr_fast.report.sections.sheets import clip
+from cpr_fast.report.unlabelled import compare_videos, videos_of
 
 QUERIES, PAIRS, ODD = 8, 12, 6  # shown as film strips
 JUDGED = 48  # number of pairs, the most similar ones, whose files and frames are compared
-MOST_VIDEOS = 20_000  # limit of videos compared with each other; of more videos, evenly spaced ones are used
 MOST_ROWS = 2000  # of a table
 SAME_PICTURES, ALIKE = 0.95, 0.85  # correlation of the frames of copies, and of videos of perhaps the same place
 LEVELS = {
@@ -55,7 +53,7 @@ def similar_path(report: Path) -> Path:
 def is_unlabelled(run: Path) -> bool:
     """Returns whether the index of a run can be read and none of its videos has a label."""
     try:
-        return not _index(Run(run), None).classes
+        return not videos_of(Run(run)).classes
     except InputError:
         return False
 
@@ -70,25 +68,20 @@ def write_similar(run: Path, out: Path, *, index: Path | None = None) -> Path | 
         InputError: no metrics, or no index.
     """
     loaded = Run(Path(run))
-    videos = _index(loaded, index)
-    step = -(-len(videos) // MOST_VIDEOS)
-    features = stored_features(Path(run), Index(videos[i] for i in range(0, len(videos), step)))
-    if features is None or len(features.videos) < 2:
+    compared = compare_videos(loaded, index)
+    if compared is None:
         return None
-    source_ids = {name: i for i, name in enumerate(dict.fromkeys(video.source for video in features.videos))}
-    sources = torch.tensor([source_ids[video.source] for video in features.videos])
-    found = find_neighbours(list(features.streams.values()), features.metric, sources)
-    level, reasons = confidence(features.streams, features.metric, sources, found, features.pixels)
+    features, found = compared.features, compared.found
     troubled = verdict(loaded)
     closest = found.similarity[:, 0]
     closest = closest[~closest.isinf()]
     page = render(
         "similar.html.j2",
         run=loaded,
-        facts=facts(loaded)[:2] + _facts(features, len(videos), step),
+        facts=facts(loaded)[:2] + _facts(features, compared.total, compared.step),
         verdict=troubled,
-        level=LEVELS["low" if troubled else level],
-        reasons=reasons,
+        level=LEVELS["low" if troubled else compared.level],
+        reasons=compared.reasons,
         similar=_similar(features, found),
         spread=histogram_figure(closest.tolist(), x="similarity", title="Similarity to the nearest video"),
         nearest=_table(features, found),
@@ -98,13 +91,6 @@ def write_similar(run: Path, out: Path, *, index: Path | None = None) -> Path | 
         far=FAR,
     )
     return write_page(page, Path(out))
-
-
-def _index(run: Run, index: Path | None) -> Index:
-    path = index or run.config.get("data", {}).get("index")
-    if not path:
-        raise InputError(f"run folder {str(run.folder)!r} does not say its index; expected --index INDEX.csv")
-    return Index.load(path, require_flow=False, skipped=[])
 
 
 def _facts(features: StoredFeatures, videos: int, step: int) -> list[tuple[str, str]]:

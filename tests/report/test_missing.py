@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from support.report.run_folders import (
+    health_rows,
     retrieval_rows,
     start_row,
     text_of,
     training_rows,
+    unlabelled_index,
     write_run,
 )
 
 from cpr_fast.errors import InputError
+from cpr_fast.report import unlabelled
 from cpr_fast.report.page import write_report
+from cpr_fast.report.run_folder.run import Run
 
 
 def test_missing_pieces_become_sentences(tmp_path, index):
@@ -31,7 +36,7 @@ def test_the_first_values_of_a_cycle_are_those_after_the_memory_is_full(tmp_path
     filling = next(row for row in rows if row["kind"] == "epoch" and row["mining"] == "cascade")
     filling |= {"loss": None, "pmr": None, "mining_r1": None}
     run = write_run(tmp_path / "run", [start_row(index), *rows])
-    assert "2. RGB CPR 2 2 2 4.5 60.0 60.0" in text_of(write_report([run], tmp_path / "r.html"))
+    assert "2. RGB CPR 2 – 2 4.5 – 60.0 50.0" in text_of(write_report([run], tmp_path / "r.html"))
 
 
 def test_a_torn_last_line_and_a_half_epoch_are_survived(tmp_path, index):
@@ -77,4 +82,72 @@ def test_retrieval_without_labels_says_so(tmp_path, index):
     for row in rows[:-1]:
         row |= dict.fromkeys(("r@1", "r@5", "r@10", "r@20", "r@50", "r@1_ci95", "chance_r@1"))
     text = text_of(write_report([write_run(tmp_path / "run", [start_row(index), *rows])], tmp_path / "r.html"))
-    assert "R@k and mAP need labels, which these videos do not have." in text and "no rate can be measured" in text
+    assert "R@k and mAP need labels, which these videos do not have, so no rate can be measured" in text
+    assert "Network View mAP" not in text  # a table without a number
+
+
+def test_why_there_is_no_pmr(tmp_path, index):
+    """Each sentence is true of its run; before, all were told that no epoch had mined."""
+    unknown = dict.fromkeys(("pmr", "mining_r1", "cmr_median", "cmr_per_class", "right_counts"))
+    mined = [row | unknown if row["kind"] in ("epoch", "step") else row for row in training_rows()]
+    infonce = [row for row in training_rows() if row.get("cycle") == 0]
+    bare = [row for row in mined if row["kind"] != "mined"]
+    only = start_row(index)
+    only["config"]["schedule"]["cycles"] = [{"view": "rgb", "epochs": 1, "mining": "none"}]
+    labels = unlabelled_index(tmp_path / "bare", index)
+    cases = {
+        "This run mines no positives.": [only, *infonce],
+        "No cycle that mines positives has begun yet.": [start_row(index), *infonce],
+        "No epoch of this run has mined positives yet.": [start_row(index), *bare],
+        "The videos have no labels, so PMR and CMR, which judge what was mined, cannot": [start_row(labels), *mined],
+        "PMR and CMR were not computed for what this run mined": [start_row(index), *mined],
+    }
+    for number, (sentence, rows) in enumerate(cases.items()):
+        text = text_of(write_report([write_run(tmp_path / f"run{number}", rows)], tmp_path / "r.html"))
+        assert [other for other in cases if other in text] == [sentence]
+
+
+def test_a_page_without_labels_speaks_of_no_class(tmp_path, index):
+    rows = [*training_rows(), *health_rows()]
+    for row in rows:
+        row |= dict.fromkeys(set(row) & {"pmr", "mining_r1", "cmr_median", "cmr_per_class", "right_counts"})
+    run = write_run(tmp_path / "run", [start_row(unlabelled_index(tmp_path / "bare", index)), *rows])
+    text = text_of(write_report([run], tmp_path / "r.html"))
+    head = text[: text.index("Date")]
+    assert "retrieval cannot be measured; the signs below do not decide whether this run learnt." in head
+    assert "Loss of the last epoch: RGB 2.000 (chance 4.500) – below chance" in head
+    assert "Nearest neighbours: not known yet. Run `cpr-fast retrieve" in head
+    rank = "the number of dimensions that the last training clips use: RGB 5.0 of 128, and no view is below the limit"
+    assert f"Effective rank, {rank} of 4." in head
+    assert "another class" not in text and "Mining R@1, last" not in text and "without labels it is not known" in text
+
+
+@pytest.mark.parametrize(
+    ("loss", "random", "said"),
+    [(4.6, 0, "not below chance: it does not show that anything was learnt"), (2.0, 0.5, "cannot be compared")],
+)
+def test_the_first_line_without_labels_compares_the_loss_with_chance(tmp_path, index, loss, random, said):
+    rows = training_rows()
+    rows[-2] |= {"loss": loss, "random_negatives": random}
+    run = write_run(tmp_path / "run", [start_row(unlabelled_index(tmp_path / "bare", index)), *rows])
+    assert f"RGB {loss:.3f} (chance 4.500) – {said}" in text_of(write_report([run], tmp_path / "r.html"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "level", "said"),
+    [
+        (2.0, "high", "the signs below suggest that this run learnt"),
+        (2.0, "moderate", "the signs below suggest that this run learnt"),
+        (2.0, "low", "nothing below shows that this run learnt"),
+        (4.5, "high", "nothing below shows that this run learnt"),
+        (2.0, "unknown", "the signs below do not decide"),
+        (None, "high", "the signs below do not decide"),
+    ],
+)
+def test_the_verdict_without_labels(tmp_path, index, monkeypatch, loss, level, said):
+    found = SimpleNamespace(level=level, reasons=["A reason."])
+    monkeypatch.setattr(unlabelled, "compare_videos", lambda run: found)
+    rows = [row | {"loss": loss} if row["kind"] == "epoch" else row for row in training_rows()]
+    run = Run(write_run(tmp_path / "run", [start_row(index), *rows]))
+    lines = unlabelled.signs(run)
+    assert said in lines[0] and f"Nearest neighbours, confidence {level}: A reason." in lines

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from support.report.run_folders import retrieval_rows, start_row, text_of, training_rows, write_run
 
+from cpr_fast.evaluate.retrieval.queries import QueryScores
 from cpr_fast.report.page import write_report
-from cpr_fast.report.run_folder.outcome import verdict
+from cpr_fast.report.run_folder.outcome import judged_views, verdict
 from cpr_fast.report.run_folder.run import Run
 
 
@@ -38,23 +40,77 @@ def test_a_cascade_that_mined_nothing(tmp_path, index):
     assert "Cycle 2 (RGB CPR) mined no positives" in text
 
 
+def judged(tmp_path, index, values, pixels=0.1, measure="map"):
+    """Returns the sentences of a run whose views have these (trained, untrained) values, with intervals of +- 0.1."""
+    common = {"kind": "retrieval", "protocol": "train_test", "gallery": 30, "queries": 16, "chance_r@1": 0.0625}
+    found = [(name, view, value) for view, both in values.items()
+             for name, value in zip(("trained", "untrained"), both, strict=True)]  # fmt: skip
+    rows = []
+    for name, view, value in [*found, ("single_frame", "rgb", pixels)]:
+        rates = {"r@1": 0.3 if measure == "map" else value} | dict.fromkeys(("r@5", "r@10", "r@20", "r@50"))
+        rates |= {"map": value} if measure == "map" else {}
+        rows.append(common | rates | {"name": name, "view": view, f"{measure}_ci95": [value - 0.1, value + 0.1]})
+    return texts(tmp_path / "run", [start_row(index), *training_rows(), *rows])
+
+
+@pytest.mark.parametrize("measure", ["map", "r@1"])
 @pytest.mark.parametrize(
-    ("untrained", "pixels", "said"),
+    ("values", "said"),
     [
-        (0.625, 0.1, "not above the 62.5 % of the same network before training"),
-        (0.2, 0.7, "single frame"),
-        (0.6, 0.6, ""),
+        ({"rgb": (0.5, 0.2), "residual": (0.2, 0.2)}, "not every view learnt: RGB learnt; Residual did not"),
+        ({"rgb": (0.2, 0.3), "residual": (0.5, 0.2)}, "not every view learnt: Residual learnt; RGB did not"),
+        ({"rgb": (0.5, 0.2), "flow": (0.25, 0.2)}, "not every view learnt: RGB learnt; Flow may have learnt"),
+        (
+            {"rgb": (0.3, 0.25), "flow": (0.1, 0.2)},
+            "not certain that this run learnt anything: RGB may have learnt; Flow",
+        ),
+        ({"rgb": (0.2, 0.2), "flow": (0.1, 0.2)}, "For retrieval, this run learnt nothing, judged by"),
+        ({"rgb": (0.5, 0.2), "flow": (0.4, 0.2), "two_stream": (0.6, 0.3)}, ""),
     ],
 )
-def test_retrieval_no_better_than_without_learning(tmp_path, index, untrained, pixels, said):
-    rows = retrieval_rows(index)
-    for row in rows:
-        if row.get("name") == "untrained":
-            row |= {"r@1": untrained, "view": "two_stream"}
-        if row.get("name") == "single_frame":
-            row["r@1"] = pixels
-    text = texts(tmp_path / "run", [start_row(index), *training_rows(), *rows])
-    assert (said in text and "learnt nothing" in text) if said else text == ""
+def test_every_view_of_a_run_is_judged(tmp_path, index, values, said, measure):
+    """By mAP with its interval, and by R@1 where mAP was not measured; before, by R@1 of the last view alone."""
+    text = judged(tmp_path, index, values, measure=measure)
+    assert said in text if said else text == ""
+    if said:
+        name = {"map": "mAP", "r@1": "R@1"}[measure]
+        assert f"judged by {name} against the same network before training" in text
+
+
+@pytest.mark.parametrize("measure", ["map", "r@1"])
+def test_the_first_view_is_compared_with_the_pixel_baselines(tmp_path, index, measure):
+    values = {"rgb": (0.5, 0.2), "flow": (0.4, 0.2), "merged": (0.6, 0.3)}
+    text = judged(tmp_path, index, values, pixels=0.7, measure=measure)
+    assert "of the trained network (RGB + residual) is 60.0 %, not above the 70.0 % of a baseline" in text
+    assert "single frame" in text and "learnt nothing useful" in text
+
+
+@pytest.mark.parametrize(("gain", "learnt"), [(0.02, True), (0.0, False)])
+def test_stored_measures_of_every_query_decide(tmp_path, index, gain, learnt):
+    """The paired interval is narrow where every query gains a little, although the intervals of both overlap."""
+    queries = 40
+    before = torch.rand(queries, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.5
+    after = before + gain + 0.001 * torch.arange(queries).sub(20).sign()
+    hits = torch.zeros(queries, dtype=torch.int64)
+    names = {"trained/rgb": after, "untrained/rgb": before}
+    paths = [f"/data/{i}.mp4" for i in range(queries)]
+    scores = QueryScores(paths, ["a"] * queries, paths, torch.ones_like(hits), ["g"], names, dict.fromkeys(names, hits))
+    common = {"kind": "retrieval", "protocol": "train_test", "view": "rgb", "gallery": 40, "queries": queries}
+    rows = [
+        common | {"name": name, "map": value.mean().item(), "map_ci95": [0.2, 0.3], "r@1": 1.0, "queries_file": "q.npz"}
+        for name, value in (("trained", after), ("untrained", before))
+    ]
+    folder = write_run(tmp_path / "run", [start_row(index), *rows])
+    scores.save(folder / "q.npz")
+    (found,) = judged_views(Run(folder))
+    assert (found.measure, found.result) == (
+        "map",
+        "learnt" if learnt else "nothing" if after.mean() <= before.mean() else "unsure",
+    )
+    assert found.ci95[1] - found.ci95[0] < 0.002
+    (folder / "q.npz").write_bytes(b"PK")  # a damaged file: the interval of the trained network decides
+    (found,) = judged_views(Run(folder))
+    assert found.ci95 == pytest.approx([0.2 - before.mean().item(), 0.3 - before.mean().item()])
 
 
 def test_what_the_trainer_says_is_repeated(tmp_path, index):

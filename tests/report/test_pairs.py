@@ -66,7 +66,7 @@ def test_a_planted_difference_of_two_runs_is_found(tmp_path, index, capsys):
     assert (
         f"{cpr} against {coclr}" in printed and "60 queries of 30 sources, protocol train_test, recipe paper" in printed
     )
-    assert f"+{precision['difference']:.3f}".replace("0.", ".") in printed and "d_z" not in printed
+    assert f"{100 * precision['difference']:+.1f}" in printed and "d_z" not in printed
     assert "caution" not in printed
 
     text = text_of(write_report([cpr, coclr], tmp_path / "r.html"))
@@ -101,7 +101,7 @@ def test_seeds_are_paired_whatever_their_order(tmp_path, index, capsys):
     assert row["seeds"]["d_z"] == pytest.approx(test.statistic / 3**0.5)
     assert main(["compare", *map(str, ours), "--against", *map(str, theirs)]) == 0
     printed = capsys.readouterr().out
-    assert "means over 3 pairs" in printed and "95 % seeds" in printed and "seed 2" in printed
+    assert "means over 3 pairs" in printed and "95 % interval (seeds)" in printed and "seed 2" in printed
 
 
 def test_queries_without_a_class_in_the_gallery_are_counted(tmp_path, index, capsys):

@@ -22,6 +22,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import FeatureCache, video_digest, weights_digest
 from cpr_fast.evaluate.features.embedding import Embedding
 from cpr_fast.evaluate.features.recipe import make_recipe
+from cpr_fast.evaluate.retrieval.ranking import Comparison, leading_views, prepare_streams
 from cpr_fast.report.neighbours import confidence, duplicate_pairs, find_neighbours, odd_videos, pixel_agreement
 from cpr_fast.report.run_folder import features as stored
 from cpr_fast.report.similar import is_unlabelled, similar_path, write_similar
@@ -81,7 +82,7 @@ def test_planted_copies_and_outliers_are_shown(tmp_path, monkeypatch, views):
     assert "Certain: the files are identical, byte for byte." in text
     odd = text[text.index("Odd Videos far") :]
     assert odd.index("v7.mp4") < odd.index("Odd:") < odd.index("Every video")
-    known = {("rgb",): "Unknown: one view", ("rgb", "flow"): "The views rgb and flow agree for"}
+    known = {("rgb",): "Unknown: one view", ("rgb", "flow"): "The views RGB and Flow agree for"}
     assert known[views] in text and "With 12 videos" in text
     assert not re.search(r"<script|<link|(src|href)=\"https?:", page.read_text())
 
@@ -145,6 +146,47 @@ def test_neighbours_are_those_of_all_pairs(count):
         expected = sorted((total[video, i].item() for i in allowed), reverse=True)[:5]
         assert found.similarity[video, : len(expected)].tolist() == pytest.approx(expected)
         assert not set(found.index[video, : len(expected)].tolist()) - set(allowed)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "plain_cosine"])
+@pytest.mark.parametrize("widths", [(7,), (7, 29)])
+def test_neighbours_are_those_of_retrieve(metric, widths):
+    """Before, both views weighed the same with IIC's metric, in which retrieval concatenates their features."""
+    count, generator = 40, torch.Generator().manual_seed(0)
+    streams = [(i + 1) * torch.randn(count, width, generator=generator) + 1 for i, width in enumerate(widths)]
+    sources = torch.arange(count) // 2
+    found = find_neighbours(streams, metric, sources)
+    if metric == "plain_cosine":
+        units = nn.functional.normalize(torch.cat(streams, 1), dim=1)
+        total = units @ units.T
+    else:
+        centred = [nn.functional.normalize(stream - stream.mean(0), dim=1) for stream in streams]
+        total = sum(units @ units.T for units in centred) / len(centred)
+    expected = total.masked_fill(sources[:, None] == sources, -torch.inf).topk(5)
+    assert torch.equal(found.index, expected.indices)
+    torch.testing.assert_close(found.similarity, expected.values)
+    compared = Comparison(prepare_streams(streams, streams, metric), metric, sources, sources)
+    assert [compared.nearest(i, 5) for i in range(count)] == found.index.tolist()
+
+
+@pytest.mark.parametrize(
+    ("views", "compared"),
+    [(["rgb"], ["rgb"]), (["flow", "rgb"], ["rgb", "flow"]), (["rgb", "residual"], ["rgb", "residual"]),
+     (["rgb", "flow", "residual"], ["rgb", "flow"]), (["flow", "residual"], ["residual"]), ([], [])],
+)  # fmt: skip
+def test_the_views_that_are_compared_are_those_of_retrieve(views, compared):
+    assert leading_views(views) == compared
+
+
+def test_the_first_page_says_what_the_neighbours_show(tmp_path, monkeypatch):
+    """Before, only the second page did."""
+    run, _ = make_run(tmp_path, monkeypatch, sources=True)
+    assert main(["report", str(run)]) == 0
+    head = text_of(run / "report.html")
+    head = head[: head.index("Date")]
+    assert "The videos have no labels, so retrieval cannot be measured; " in head
+    assert "Nearest neighbours, confidence " in head and "the nearest video is of the same source (chance: 9%)" in head
+    assert "The views RGB and Flow agree for" in head
 
 
 def test_copies_and_one_source():

@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cpr_fast.evaluate.retrieval.names import MISSING, signed
 from cpr_fast.report.figures.chart import Value, csv_name, csv_uri
 
 Kind = Literal["text", "rate", "signed", "number", "count", "printed", "minutes"]
 FORMATS: dict[Kind, Callable[[Value], str]] = {
     "text": str,
     "rate": lambda value: f"{100 * value:.1f}",  # a fraction, in percent
-    "signed": lambda value: f"{100 * value:+.1f}".replace("-", "−"),  # a difference of fractions
+    "signed": signed,  # a difference of fractions, in percentage points
     "number": lambda value: f"{value:.3g}",
     "count": lambda value: f"{value:,}",
     "printed": lambda value: f"{value:.1f}",  # percent already, as the paper prints it
     "minutes": lambda value: f"{int(value) // 60}:{int(value) % 60:02d} min",  # from seconds
 }
-MISSING = "–"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from cpr_fast.evaluate.features.embedding import Embedding
 from cpr_fast.evaluate.features.pretrained import load_pretrained
 from cpr_fast.evaluate.features.recipe import Metric
 from cpr_fast.evaluate.retrieval.baselines import BASELINES
+from cpr_fast.evaluate.retrieval.ranking import leading_views
 
 PIXELS = "single_frame/rgb"  # the baseline features: the pixels of one small frame of a video
 
@@ -31,7 +32,7 @@ class StoredFeatures:
 
     Attributes:
         videos: the videos of the index that have features of every view.
-        streams: {view: [M, F] float32}.
+        streams: {view: [M, F] float32} of the views that `retrieve` compares together, see `leading_views`.
         metric, recipe: how the features are compared, and how they were computed; see
             `cpr_fast.evaluate.features.recipe.Recipe`.
         pixels: [M, F] of the baseline `PIXELS`, or None where it was not stored.
@@ -87,6 +88,7 @@ def _collect(folder: Path, identity: str, embeddings: dict[str, Embedding], inde
     """Returns the features of one recipe, of the views that were stored; None if there is no video."""
     cache = FeatureCache(folder, identity)
     known = {view: rows for view, embedding in embeddings.items() if (rows := cache.load(embedding))}
+    known = {view: known[view] for view in leading_views(list(known))}
     if not known:
         return None
     videos, rows = [], {view: [] for view in known}

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from cpr_fast.report.run_folder.run import MODEL_NAMES, VIEW_NAMES, Cycle, Run
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cpr_fast.errors import InputError
+from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES, percent, signed, signed_interval
+from cpr_fast.evaluate.retrieval.paired import paired_difference
+from cpr_fast.evaluate.retrieval.queries import QueryScores, hits_at_1
+from cpr_fast.report.run_folder.run import Cycle, Run
 
 NO_LOSS = 1e-6  # a loss this small has no gradient: all entries that a query is compared with are positives
 SIGNS = ("pmr", "view_agreement", "hubness", "mutual_neighbours", "mined_age_steps", "mined_share")  # of mining
+RESULTS = {"learnt": "learnt", "unsure": "may have learnt", "nothing": "did not"}
 
 
 def verdict(run: Run) -> list[str]:
-    """Returns sentences for the head of the page if the run learnt nothing, or nothing useful; else an empty list."""
+    """Returns sentences for the head of the page if the run, or a view of it, learnt nothing, or nothing useful; else
+    an empty list."""
     said = run.outcome
     sentences = []
     if said is not None and said.get("learnt") is False:
@@ -17,9 +27,124 @@ def verdict(run: Run) -> list[str]:
     elif (reason := _no_loss(run)) is not None:
         sentences.append(f"This run learnt nothing: {reason}")
     sentences += (said or {}).get("warnings") or [text for text in map(_no_mining, run.cycles) if text]
-    if (text := _no_better(run)) is not None:
-        sentences.append(text)
-    return sentences
+    return sentences + [text for text in (_of_views(run), _below_pixels(run)) if text]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A trained view, or two views together, compared with the same network before training.
+
+    Attributes:
+        measure: "map" or, for rows in which it was not measured, "r@1".
+        difference: Of the measure, trained - untrained; a fraction.
+        ci95: Interval of the difference: of a paired bootstrap over the sources of the queries where the measures of
+            every query are stored, else the interval of the trained network minus the untrained value; None if unknown.
+    """
+
+    view: str
+    measure: Literal["map", "r@1"]
+    trained: float
+    untrained: float
+    difference: float
+    ci95: list[float] | None
+
+    @property
+    def result(self) -> Literal["learnt", "unsure", "nothing"]:
+        if self.difference <= 0:
+            return "nothing"
+        return "learnt" if self.ci95 is None or self.ci95[0] > 0 else "unsure"
+
+    @property
+    def sentence(self) -> str:
+        """Says whether the view learnt, with the difference and its interval."""
+        name, how = MEASURES[self.measure], f"{signed(self.difference)} points"
+        if self.ci95 is not None:
+            how += f" (95 % interval {signed_interval(self.ci95)})"
+        return {
+            "learnt": f"Learnt: {name} {how}.",
+            "unsure": f"Not certain to have learnt: {name} {how}, and the interval includes 0.",
+            "nothing": f"Learnt nothing for retrieval: {name} {how}.",
+        }[self.result]
+
+
+def judged_views(run: Run) -> list[Judgement]:
+    """Returns the judgement of every trained view that was evaluated beside its untrained network, two views together
+    first."""
+    scores = _scores(run)
+    return [
+        _judged(row, untrained, scores)
+        for row in run.trained()
+        if row.get("r@1") is not None and (untrained := run.untrained(row["view"])) is not None
+    ]
+
+
+def _judged(row: dict[str, Any], untrained: dict[str, Any], scores: QueryScores | None) -> Judgement:
+    both = row.get("map") is not None and untrained.get("map") is not None
+    measure: Literal["map", "r@1"] = "map" if both else "r@1"
+    difference, bounds = row[measure] - untrained[measure], row.get(f"{measure}_ci95")
+    names = [f"{name}/{row['view']}" for name in ("trained", "untrained")]
+    if scores is not None and all(name in scores.first_hit for name in names):
+        ours, theirs = (
+            scores.average_precision[name] if measure == "map" else hits_at_1(scores.first_hit[name]) for name in names
+        )
+        interval = paired_difference(ours, theirs, scores.source_ids())["ci95"]
+    else:
+        interval = None if bounds is None else [bound - untrained[measure] for bound in bounds]
+    return Judgement(row["view"], measure, row[measure], untrained[measure], difference, interval)
+
+
+def _scores(run: Run) -> QueryScores | None:
+    """Returns the measures of every query of the evaluation that the report shows first, or None if they are not stored
+    or cannot be read."""
+    place = next((row["queries_file"] for row in run.retrieval if row.get("queries_file")), None)
+    if place is None:
+        return None
+    try:
+        return QueryScores.load(Path(run.folder) / place)
+    except InputError:
+        return None
+
+
+def _of_views(run: Run) -> str | None:
+    """Returns a sentence that names the views that learnt for retrieval and those that did not; None if all learnt."""
+    judged = judged_views(run)
+    if all(view.result == "learnt" for view in judged):
+        return None
+    names = {key: [VIEW_NAMES[j.view] for j in judged if j.result == key] for key in RESULTS}
+    measures = " or ".join(dict.fromkeys(MEASURES[j.measure] for j in judged))
+    values = "; ".join(
+        f"{VIEW_NAMES[j.view]} {percent(j.trained)}, before training {percent(j.untrained)}"
+        for j in judged
+        if j.result != "learnt"
+    )
+    if not names["learnt"] and not names["unsure"]:
+        start = "For retrieval, this run learnt nothing"
+    else:
+        found = "; ".join(f"{_and(of)} {RESULTS[key]}" for key, of in names.items() if of)
+        known = "not every view learnt" if names["learnt"] else "it is not certain that this run learnt anything"
+        start = f"For retrieval, {known}: {found}"
+    return f"{start}, judged by {measures} against the same network before training ({values})."
+
+
+def _and(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _below_pixels(run: Run) -> str | None:
+    """Compares the view that the report shows first with the baselines that look at pixels or flow only."""
+    best = run.headline()
+    if best is None or best.get("r@1") is None:
+        return None
+    rows = [row for row in run.retrieval if row["name"] not in ("trained", "untrained")]
+    measure = "map" if best.get("map") is not None and any(row.get("map") is not None for row in rows) else "r@1"
+    reference = max((row for row in rows if row.get(measure) is not None), key=lambda row: row[measure], default=None)
+    if reference is None or best[measure] > reference[measure]:
+        return None
+    return (
+        f"{MEASURES[measure]} of the trained network ({VIEW_NAMES[best['view']]}) is {percent(best[measure])}, not "
+        f"above the {percent(reference[measure])} of a baseline that learns nothing "
+        f"({MODEL_NAMES[reference['name']].lower()}): for retrieval, this run learnt nothing useful."
+    )
 
 
 def _no_loss(run: Run) -> str | None:
@@ -38,27 +163,3 @@ def _no_mining(cycle: Cycle) -> str | None:
     if cycle.mining != "cascade" or not trained or any(row.get(sign) is not None for row in trained for sign in SIGNS):
         return None
     return f"Cycle {cycle.number + 1} ({cycle.name}) mined no positives: it was trained with the query's own key only."
-
-
-def _no_better(run: Run) -> str | None:
-    """Compares R@1 with the same network untrained, then with the baselines that look at pixels or flow only."""
-    best = run.headline()
-    if best is None or best.get("r@1") is None:
-        return None
-    others = [row for row in run.retrieval if row["name"] != "trained" and row.get("r@1") is not None]
-    untrained = [row for row in others if row["name"] == "untrained"]
-    same_view = [row for row in untrained if row["view"] == best["view"]] or untrained
-    ours = f"R@1 of the trained network ({VIEW_NAMES[best['view']]}) is {100 * best['r@1']:.1f} %"
-    reference = max(same_view, key=lambda row: row["r@1"], default=None)
-    if reference is not None and best["r@1"] <= reference["r@1"]:
-        return (
-            f"{ours}, not above the {100 * reference['r@1']:.1f} % of the same network before training: for retrieval, "
-            "this run learnt nothing."
-        )
-    reference = max(others, key=lambda row: row["r@1"], default=None)
-    if reference is not None and best["r@1"] <= reference["r@1"]:
-        return (
-            f"{ours}, not above the {100 * reference['r@1']:.1f} % of a baseline that learns nothing "
-            f"({MODEL_NAMES[reference['name']].lower()}): for retrieval, this run learnt nothing useful."
-        )
-    return None

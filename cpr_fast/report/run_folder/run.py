@@ -15,19 +15,11 @@ from cpr_fast.config import DataConfig
 from cpr_fast.config.build import build
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
+from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
+from cpr_fast.evaluate.retrieval.ranking import TOGETHER
 from cpr_fast.runtime.metrics import FILE, read_metrics
 
 VIEWS = ("rgb", "flow", "residual")  # the views that a run may train
-TOGETHER = ("two_stream", "merged")  # two views compared together
-VIEW_NAMES = {"rgb": "RGB", "flow": "Flow", "residual": "Residual", "two_stream": "RGB + flow",
-              "merged": "RGB + residual"}  # fmt: skip
-MODEL_NAMES = {
-    "trained": "Trained",
-    "untrained": "Untrained network",
-    "single_frame": "Single frame, 16 × 16",
-    "mean_colour": "Mean colour",
-    "mean_flow": "Mean flow",
-}
 MINING_NAMES = {"none": "InfoNCE", "label": "UberNCE", "cascade": "CPR"}
 
 
@@ -125,29 +117,39 @@ class Run:
 
     def headline(self) -> dict[str, Any] | None:
         """Returns the retrieval row of the trained network that the report shows first: of two views together, else of
-        the last view; None without retrieval."""
-        trained = [row for row in self.retrieval if row["name"] == "trained"]
-        return next((row for row in trained if row["view"] in TOGETHER), trained[-1] if trained else None)
+        the best view by mAP or, where none has it, by R@1; None without retrieval."""
+        return next(iter(self.trained()), None)
+
+    def trained(self) -> list[dict[str, Any]]:
+        """Returns the retrieval rows of the trained network: two views together first, then the best view."""
+        rows = [row for row in self.retrieval if row["name"] == "trained"]
+        pairs = list(TOGETHER)
+        return sorted(
+            rows,
+            key=lambda row: (
+                pairs.index(row["view"]) if row["view"] in TOGETHER else len(pairs),
+                -(row.get("map") or 0),
+                -(row.get("r@1") or 0),
+            ),
+        )
 
     def accuracy(self, task: str) -> dict[str, Any] | None:
         """Returns the mean accuracy of a task ("probe" | "finetune"), its recipe and view (chosen as in `headline`)."""
         rows = [row for row in self.classified if row["task"] == task]
         rows = [row for row in rows if row["recipe"] == "paper"] or rows
         views = {row["view"] for row in rows}
-        view = "two_stream" if "two_stream" in views else rows[-1]["view"] if rows else None
+        view = next((pair for pair in TOGETHER if pair in views), rows[-1]["view"] if rows else None)
         values = [row["accuracy"] for row in rows if row["view"] == view]
         return {"accuracy": mean(values), "view": view, "recipe": rows[0]["recipe"]} if values else None
+
+    def untrained(self, view: str) -> dict[str, Any] | None:
+        """Returns the row of the network of a view (or of two views) before training."""
+        return next((row for row in self.retrieval if (row["name"], row["view"]) == ("untrained", view)), None)
 
     def best_other(self, measure: str) -> dict[str, Any] | None:
         """Returns the best row by a measure ("map" | "r@1") of the untrained network and the baselines."""
         others = [row for row in self.retrieval if row["name"] != "trained" and row.get(measure) is not None]
         return max(others, key=lambda row: row[measure], default=None)
-
-    def untrained(self) -> dict[str, Any] | None:
-        """Returns the row of the untrained network of the view of `headline`, else its last row."""
-        rows = [row for row in self.retrieval if row["name"] == "untrained"]
-        view = (self.headline() or {}).get("view")
-        return next((row for row in rows if row["view"] == view), rows[-1] if rows else None)
 
     def best_pixels(self) -> dict[str, Any] | None:
         """Returns the best row of the pixel and motion baselines, by mAP or, where none has it, by R@1."""

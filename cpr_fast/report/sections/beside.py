@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
 from cpr_fast.report.figures.table import Column, Table
-from cpr_fast.report.run_folder.run import VIEW_NAMES, Run
+from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.sections.published import PublishedTable, published_tables
 
 TASKS = ("probe", "finetune")

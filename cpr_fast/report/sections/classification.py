@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+from cpr_fast.evaluate.retrieval.names import VIEW_NAMES, interval
 from cpr_fast.report.figures.chart import Chart
 from cpr_fast.report.figures.matrix import confusion_figure
 from cpr_fast.report.figures.table import Column, Table
-from cpr_fast.report.run_folder.run import VIEW_NAMES, Run
+from cpr_fast.report.run_folder.run import Run
 
 TASK_NAMES = {"probe": "Linear probe", "finetune": "Finetune"}
 CONFUSIONS = 10  # pairs of classes in the table below a matrix
@@ -65,13 +66,13 @@ def _groups(run: Run) -> dict[tuple, list[dict[str, Any]]]:
 
 def _line(key: tuple, rows: Sequence[dict[str, Any]]) -> tuple:
     task, recipe, crops, view = key
-    interval = rows[0].get("accuracy_ci95") if len(rows) == 1 else None
+    bounds = rows[0].get("accuracy_ci95") if len(rows) == 1 else None
     classes = len(rows[0].get("confusion") or ())
     return (
         TASK_NAMES[task],
         VIEW_NAMES[view],
         mean(row["accuracy"] for row in rows),
-        f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f}" if interval else None,
+        interval(bounds) if bounds else None,
         mean(row["mean_class_accuracy"] for row in rows),
         1 / classes if classes else None,
         recipe,

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from cpr_fast.errors import InputError
+from cpr_fast.evaluate.retrieval.names import MEASURES, VIEW_NAMES, signed_interval
 from cpr_fast.report.figures.bars import group_figure, profile_figure
 from cpr_fast.report.figures.curves import Line, line_figure
-from cpr_fast.report.figures.table import FORMATS, Column, Table
+from cpr_fast.report.figures.table import Column, Table
 from cpr_fast.report.run_folder.pairs import compare_runs
-from cpr_fast.report.run_folder.run import VIEW_NAMES, Run
+from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.sections.mining import class_rates, count_shares, counted_epochs
-from cpr_fast.report.sections.retrieval import MEASURES, RANKS
+from cpr_fast.report.sections.retrieval import RANKS
 
 
 def comparison(runs: Sequence[Run]) -> dict[str, Any]:
@@ -61,8 +62,8 @@ def _table(runs: Sequence[Run], names: Sequence[str]) -> Table:
         *(Column(f"R@{k}, %", "rate", retrieval) for k in RANKS),
         Column("Probe, %", "rate", "This run was not evaluated by `cpr-fast probe`.", "accuracy of a linear probe"),
         Column("Finetune, %", "rate", "This run was not evaluated by `cpr-fast finetune`."),
-        Column("PMR, %", "rate", mining, "positive mining rate"),
-        Column("CMR, %", "rate", mining, "class mining rate, median"),
+        Column("PMR, %", "rate", mining, "positive mining ratio"),
+        Column("CMR, %", "rate", mining, "class mining ratio, median"),
         Column("Clips/s", "number", "No step was logged."),
         Column("Last cycle", "text", "No step was logged."),
     ]
@@ -99,7 +100,7 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> tuple[Table | Non
                     row["first"],
                     row["second"],
                     row["difference"],
-                    _interval(row["ci95"]),
+                    signed_interval(row["ci95"]) if row["ci95"] else None,
                     None if row["p"] is None else f"{row['p']:.2g}",
                     row["queries"],
                     row["sources"],
@@ -114,10 +115,6 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> tuple[Table | Non
                 Column("p", "text", single, "two-sided"),
                 Column("Queries", "count"), Column("Sources", "count")]  # fmt: skip
     return Table("Differences of retrieval", columns, rows) if rows else None, reasons
-
-
-def _interval(bounds: Sequence[float] | None) -> str | None:
-    return None if bounds is None else " to ".join(FORMATS["signed"](bound) for bound in bounds)
 
 
 def _class_by_class(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any] | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from cpr_fast.report.run_folder.run import MODEL_NAMES, VIEW_NAMES, Run
-from cpr_fast.report.sections.retrieval import MEASURES
+from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES, interval, percent
+from cpr_fast.report.run_folder.outcome import judged_views
+from cpr_fast.report.run_folder.run import Run
 from cpr_fast.runtime.progress import duration
 
 MEANINGS = {
@@ -14,23 +15,43 @@ MEANINGS = {
     "r@1": "Recall at 1: the nearest video has the query's class",
 }
 TERMS = (
+    ("View", "A way to look at a clip: RGB, its pictures; flow, the motion between them (optical flow); residual, the "
+     "difference of each picture from the one before. Every view has a network of its own; two views are compared "
+     "together by the sum of their similarities."),
+    ("Clip, window", "A clip is a short piece of a video, as long as the network reads at once. For evaluation a video "
+     "is cut into evenly spaced clips, the windows, whose features are averaged."),
     ("Query, gallery", "Retrieval takes one video, the query, and ranks all videos of the gallery by similarity."),
     ("R@k", "Recall at k: the share of queries that have a video of their own class among the k nearest."),
     ("mAP", "Mean average precision: how far up the ranking all videos of the query's class are, mean over queries. "
      "Average precision is the precision at the rank of each of these videos, mean over them."),
-    ("Positive", "A clip that the loss pulls towards the query. Mining looks for positives in the memory, a store of "
-     "features of earlier clips."),
+    ("Learnt", "A view learnt for retrieval if its mAP is above that of the same network before training, and the 95 % "
+     "interval of the difference is above 0; by R@1 where mAP was not measured."),
+    ("Protocol", "Which videos are queries and which are the gallery. train_test: the test videos and the training "
+     "videos. leave_source_out: every video is a query, and the gallery is all videos of other sources."),
+    ("Recipe", "How a video becomes a feature: the windows, the crops and the normalisation, as a publication "
+     "describes them (paper, coclr, iic)."),
+    ("Cycle", "A part of the training in which the network of one view learns and the others stay as they are."),
+    ("Memory, queue", "The memory is a store of features of earlier clips. A queue is a memory that keeps the most "
+     "recent ones; it begins empty or with random vectors, and those make the first losses too low."),
+    ("Positive", "A clip that the loss pulls towards the query. Mining looks for positives in the memory."),
+    ("Anchor", "The feature by which mining ranks the memory: that of the query's second clip (key) or of the query."),
+    ("InfoNCE, CoCLR, CPR", "Methods. InfoNCE mines nothing; CoCLR and CPR mine positives with a cascade; UberNCE uses "
+     "the labels instead."),
     ("n", "The number of stages of the cascade that mines positives. Each stage ranks what the one before it kept, "
      "in turn by one view and the other. n = 1 is CoCLR."),
-    ("PMR", "Positive mining rate: the share of mined clips that have the query's class."),
+    ("PMR", "Positive mining ratio: the share of mined clips that have the query's class."),
     ("Mining R@1", "The share of queries whose first mined clip has their class."),
     ("Source, sibling", "Videos cut from the same recording have one source and are siblings. A query never mines "
      "its siblings."),
-    ("CMR", "Class mining rate: the share of the sources of a class that were mined for it at least once in an "
+    ("CMR", "Class mining ratio: the share of the sources of a class that were mined for it at least once in an "
      "epoch; the number shown is the median over classes."),
+    ("Effective rank", "The number of dimensions that the features use. Near 1, all clips have the same feature."),
+    ("Shuffle-BN", "The clips of a step are shuffled among groups with separate BatchNorm statistics, so that these do "
+     "not give away which key belongs to a query (memory.shuffle_bn_groups)."),
     ("Chance", "What a random choice would reach: the share of right answers among all that may be chosen, mean over "
-     "the queries. Of PMR: videos of the same class among all videos of other sources."),
-    ("95 % interval", "The range of the number if other sources had been drawn (bootstrap over sources). In the line "
+     "the queries. Of PMR: videos of the same class among all videos of other sources. Of the loss: its value if all "
+     "candidates were equally similar to the query."),
+    ("95 % interval", "The range of the number if other sources had been drawn (bootstrap over sources). In the lines "
      "below a run's name it is given in brackets."),
 )  # fmt: skip
 
@@ -92,29 +113,38 @@ def tiles(run: Run) -> list[dict[str, Any]]:
     return found
 
 
-def headline(run: Run) -> str | None:
-    """Returns the result of the run in one line: mAP and R@1 of the trained network, with their intervals, and of what
-    it must beat: the same network untrained and the best pixel baseline. None without a measured retrieval."""
-    best = run.headline()
-    if best is None or best.get("r@1") is None:
-        return None
-    parts = [f"Retrieval, {VIEW_NAMES[best['view']]}: {_measures(best)}."]
-    if untrained := run.untrained():
-        other = "" if untrained["view"] == best["view"] else f", {VIEW_NAMES[untrained['view']]}"
-        parts.append(f"Untrained network{other}: {_measures(untrained)}.")
+def headline(run: Run) -> list[str]:
+    """Returns the result of the run, a line for every view that it trained, two views together first.
+
+    A line gives mAP and R@1 of the trained network, with their intervals, those of the same network untrained, and
+    whether the view learnt. The last line is the best pixel baseline. Empty without a measured retrieval.
+    """
+    lines, judged = [], {judgement.view: judgement for judgement in judged_views(run)}
+    for row in run.trained():
+        if row.get("r@1") is None:
+            continue
+        parts = [f"{VIEW_NAMES[row['view']]}: {_measures(row)}."]
+        if untrained := run.untrained(row["view"]):
+            parts.append(f"Untrained network: {_measures(untrained)}.")
+        if row["view"] in judged:
+            parts.append(judged[row["view"]].sentence)
+        lines.append(" ".join(parts))
+    if not lines:
+        return []
+    lines[0] = f"Retrieval, {lines[0]}"
     if pixels := run.best_pixels():
-        parts.append(f"Best pixel baseline ({MODEL_NAMES[pixels['name']].lower()}): {_measures(pixels)}.")
-    return " ".join(parts)
+        lines.append(f"Best pixel baseline ({MODEL_NAMES[pixels['name']].lower()}): {_measures(pixels)}.")
+    return lines
 
 
 def _measures(row: dict[str, Any]) -> str:
     """Returns mAP and R@1 of a row, each with its interval over sources or its standard deviation over splits."""
     said = []
     for measure, name in MEASURES.items():
-        interval, deviation = row.get(f"{measure}_ci95"), row.get(f"{measure}_std")
+        bounds, deviation = row.get(f"{measure}_ci95"), row.get(f"{measure}_std")
         text = f"{name} {'not measured' if row.get(measure) is None else percent(row[measure])}"
-        if interval:
-            text += f" ({percent(interval[0], '')} – {percent(interval[1], '')})"
+        if bounds:
+            text += f" ({interval(bounds)})"
         elif deviation is not None:
             text += f" (standard deviation of {row['splits']} splits {percent(deviation, '')})"
         said.append(text)
@@ -130,18 +160,13 @@ def _mining_tiles(run: Run) -> list[dict[str, Any]]:
     note = f"first mining epoch {percent(mining[0]['pmr'])}"
     note += f", chance {percent(chance)}" if chance is not None else ""
     good = last["pmr"] > chance if chance is not None else None
-    meaning = "Positive mining rate: mined clips that have the query's class"
+    meaning = "Positive mining ratio: mined clips that have the query's class"
     found = [_tile(f"PMR, {VIEW_NAMES[last['view']]}, last epoch", percent(last["pmr"]), meaning, note, good)]
     if last.get("cmr_median") is not None:
-        meaning = "Class mining rate: sources of a class that were mined for it"
+        meaning = "Class mining ratio: sources of a class that were mined for it"
         found.append(_tile("Median CMR, last epoch", percent(last["cmr_median"]), meaning))
     return found
 
 
 def _tile(name: str, value: str, meaning: str, note: str = "", good: bool | None = None) -> dict[str, Any]:
     return {"name": name, "value": value, "meaning": meaning, "note": note, "good": good}
-
-
-def percent(rate: float | None, unit: str = " %") -> str:
-    """Returns a fraction as "12.3 %"; "–" for None."""
-    return "–" if rate is None else f"{100 * rate:.1f}{unit}"

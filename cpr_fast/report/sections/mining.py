@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
 from cpr_fast.report.figures.bars import Bar, bar_figure, group_figure, profile_figure
 from cpr_fast.report.figures.chart import Chart
 from cpr_fast.report.figures.curves import Line, line_figure
 from cpr_fast.report.figures.table import Column, Table
-from cpr_fast.report.run_folder.run import VIEW_NAMES, VIEWS, Run
+from cpr_fast.report.run_folder.run import VIEWS, Run
 from cpr_fast.report.sections.training import SERIES, curves, cycle_bands
 
 FIRST = 5  # grey, the colour of the first mining epoch
@@ -33,6 +34,21 @@ def mining_figures(run: Run) -> list[Chart]:
         if lines:
             figures.append(line_figure(lines, x="epoch", y=title, percent=True, bands=bands))
     return figures + _count_figures(run) + _class_figures(run)
+
+
+def no_rates(run: Run, unlabelled: bool) -> str:
+    """Returns a sentence that says why a run has no PMR and CMR."""
+    if run.cycles and all(cycle.mining != "cascade" for cycle in run.cycles):
+        planned = any(cycle.get("mining") == "cascade" for cycle in run.config.get("schedule", {}).get("cycles", ()))
+        return "No cycle that mines positives has begun yet." if planned else "This run mines no positives."
+    if not run.mined and not any(row.get("mined_share") is not None for row in run.epochs):
+        return "No epoch of this run has mined positives yet."
+    if unlabelled:
+        return (
+            "The videos have no labels, so PMR and CMR, which judge what was mined, cannot be computed. The clips that "
+            "were mined are shown below."
+        )
+    return "PMR and CMR were not computed for what this run mined; they need labels."
 
 
 def inside_figures(run: Run) -> list[Chart]:

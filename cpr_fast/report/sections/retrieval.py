@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES, interval
+from cpr_fast.evaluate.retrieval.ranking import TOGETHER
 from cpr_fast.report.figures.bars import Bar, bar_figure
 from cpr_fast.report.figures.chart import Chart
 from cpr_fast.report.figures.table import Column, Table
-from cpr_fast.report.run_folder.run import MODEL_NAMES, VIEW_NAMES, Run
+from cpr_fast.report.run_folder.run import Run
 
 RANKS = (1, 5, 10, 20, 50)
-MEASURES = {"map": "mAP", "r@1": "R@1"}
+INTERVAL = "95 % interval, %"
 PROTOCOLS = {
     "train_test": "Test videos are the queries, training videos of other sources are the gallery.",
     "leave_source_out": "Every video is a query, and its gallery is all videos of other sources.",
@@ -19,10 +21,13 @@ PROTOCOLS = {
 
 
 def retrieval_blocks(run: Run) -> list[dict[str, Any]]:
-    """Returns "table", "figures", "protocol" (a sentence), "recipe", "queries", "gallery", "chance" (R@1), "chance_map"
-    and "left_out" (of mAP) of each."""
+    """Returns a block for every protocol and recipe: "measured" (whether the videos have labels), "table", "figures",
+    "protocol" and "views" (sentences), "recipe", "queries", "gallery", "chance" (R@1), "chance_map" and "left_out" (of
+    mAP)."""
     return [
         {
+            "measured": any(row.get("r@1") is not None for row in rows),
+            "views": _views_note(rows),
             "table": _table(rows),
             "figures": _figures(rows),
             "protocol": PROTOCOLS.get(rows[0]["protocol"], rows[0]["protocol"]),
@@ -37,23 +42,56 @@ def retrieval_blocks(run: Run) -> list[dict[str, Any]]:
     ]
 
 
+def _views_note(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns why there is no row of two views together, or what it is; "" where only one view was trained."""
+    views = [row["view"] for row in rows if row["name"] == "trained"]
+    together = [view for view in views if view in TOGETHER]
+    if together:
+        parts = [f"“{VIEW_NAMES[view]}” compares videos by {' and '.join(VIEW_NAMES[v] for v in TOGETHER[view])}"
+                 for view in together]  # fmt: skip
+        how = (
+            "the cosine of the features of both, one after the other"
+            if rows[0]["recipe"] == "iic"
+            else ("the sum of the similarities of both")
+        )
+        return f"{'; '.join(parts)}: {how}."
+    if len(views) > 1:
+        named = " and ".join(VIEW_NAMES[view] for view in views)
+        return f"There is no row of {named} together: only RGB is combined with another view, as published."
+    return ""
+
+
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Returns the table: the trained network's rows first, the others by mAP and R@1."""
-    order = {id(row): (row["name"] != "trained", -(row.get("map") or 0), -(row.get("r@1") or 0)) for row in rows}
+    """Returns the table: the trained network's rows first, two views together before one, the others by mAP and R@1."""
+    order = {
+        id(row): (row["name"] != "trained", _rank(row), -(row.get("map") or 0), -(row.get("r@1") or 0)) for row in rows
+    }
     ordered = sorted(rows, key=lambda row: order[id(row)])
     small = f"R@k needs a gallery of at least k videos; this one has {rows[0]['gallery']}."
-    if all(row.get("r@1") is None for row in rows):
-        small = old = "R@k and mAP need labels, which these videos do not have."
-    elif all("map" in row for row in rows):
+    if all("map" in row for row in rows):
         old = "The gallery has no video of any query's class."
     else:
         old = "Mean average precision was not measured when this row was written."
-    columns = [Column("Method"), Column("View"), Column("mAP, %", "rate", old, "mean average precision")]
-    columns += [Column(f"R@{k}, %", "rate", small, f"one of the {k} nearest has the query's class") for k in RANKS]
-    keys = ["map", *(f"r@{k}" for k in RANKS)]
-    cells = [(MODEL_NAMES[row["name"]], VIEW_NAMES[row["view"]], *(row.get(key) for key in keys)) for row in ordered]
+    over = "Intervals are given for one split, and queries of two sources or more."
+    columns = [Column("Network"), Column("View"), Column("mAP, %", "rate", old, "mean average precision")]
+    recalls = [Column(f"R@{k}, %", "rate", small, f"one of the {k} nearest has the query's class") for k in RANKS]
+    columns += [Column(INTERVAL, "text", over), recalls[0], Column(INTERVAL, "text", over), *recalls[1:]]
+    cells = [
+        (MODEL_NAMES[row["name"]], VIEW_NAMES[row["view"]], row.get("map"), _interval(row, "map"), row.get("r@1"),
+         _interval(row, "r@1"), *(row.get(f"r@{k}") for k in RANKS[1:]))
+        for row in ordered
+    ]  # fmt: skip
     ours = [place for place, row in enumerate(ordered) if row["name"] == "trained"]
     return Table(f"Retrieval {rows[0]['protocol']} {rows[0]['recipe']}", columns, cells, ours)
+
+
+def _rank(row: dict[str, Any]) -> bool:
+    return row["name"] == "trained" and row["view"] not in TOGETHER
+
+
+def _interval(row: dict[str, Any], measure: str) -> str | None:
+    bounds = row.get(f"{measure}_ci95")
+    return interval(bounds) if bounds else None
 
 
 def _figures(rows: Sequence[dict[str, Any]]) -> list[Chart]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cpr_fast.data.index.index import Video
+from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
 from cpr_fast.report.figures.film_strip import STRIP_FRAMES, film_strip
-from cpr_fast.report.run_folder.run import VIEW_NAMES, VIEWS, Run
+from cpr_fast.report.run_folder.run import VIEWS, Run
 
 SHEET_QUERIES = 6  # rows of a contact sheet
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
 from cpr_fast.report.figures.chart import Chart
 from cpr_fast.report.figures.curves import Band, Line, line_figure
 from cpr_fast.report.figures.table import Column, Table
-from cpr_fast.report.run_folder.run import VIEW_NAMES, VIEWS, Cycle, Run
+from cpr_fast.report.run_folder.run import VIEWS, Cycle, Run
 
 SERIES = {"rgb": 0, "flow": 1, "two_stream": 2, "residual": 3}
 SMOOTH_STEPS = 9  # window of the running medians
@@ -96,26 +97,30 @@ def _health_figures(run: Run) -> list[Chart]:
     return figures
 
 
-def cycle_table(run: Run) -> Table | None:
+def cycle_table(run: Run, unlabelled: bool = False) -> Table | None:
     """Returns a row per cycle, with values of its last epoch and of the first epoch that has them.
 
     The first epochs may have none: a cascade waits until its queue is full. The losses of epochs that began with random
     vectors in the queue are left out if there are others: such negatives are easy, so that those losses are too low.
+    Where a single epoch has a value, it is the last. Without labels the table has no columns of mining.
     """
     loss = "A cascade has no loss before its queue is full. Epochs that began with random entries in it do not count."
     mining = "PMR and mining R@1 need labels, and a cycle that mines positives."
     columns = [
         Column("Cycle"),
         Column("Epochs", "count"),
-        Column("Loss, first", "number", loss),
+        Column("Loss, first", "number", f"{loss} A single epoch has one loss, the last."),
         Column("Loss, last", "number", loss),
         Column("Loss, chance", "number", "The loss if all candidates were equally similar to the query."),
-        Column("PMR, first, %", "rate", mining),
+        Column("PMR, first, %", "rate", f"{mining} A single epoch has one PMR, the last."),
         Column("PMR, last, %", "rate", mining),
         Column("Mining R@1, last, %", "rate", mining),
         Column("Time", "minutes"),
     ]
     rows = [(f"{number}. {cycle.name}", *_cycle_values(cycle)) for number, cycle in enumerate(run.cycles, 1)]
+    if unlabelled:  # these columns would be empty
+        kept = [place for place, column in enumerate(columns) if not column.heading.startswith(("PMR", "Mining"))]
+        columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
     return Table("Cycles", columns, rows) if rows else None
 
 
@@ -125,7 +130,8 @@ def _cycle_values(cycle: Cycle) -> list[Any]:
         measured = [epoch for epoch in cycle.epochs if epoch.get(key) is not None]
         settled = [epoch for epoch in measured if not epoch.get("random_negatives")]
         known = [epoch[key] for epoch in settled or measured] or [None]
-        values += [known[-1]] if key == "mining_r1" else [known[0], known[-1]]
+        first = known[0] if len(known) > 1 else None
+        values += [known[-1]] if key == "mining_r1" else [first, known[-1]]
         if key == "loss":
             values.append(cycle.epochs[-1].get("loss_chance") if cycle.epochs else None)
     return [*values, sum(epoch.get("epoch_time_s") or 0 for epoch in cycle.epochs)]

@@ -37,6 +37,15 @@ def write_index(folder: Path) -> Path:
         rows.append(f"{i}.mp4,{label},{source},train,{FRAMES},25.0,98,54,")
     (folder / "index.csv").write_text("\n".join(rows) + "\n")
     return folder / "index.csv"
+
+
+def unlabelled_index(folder: Path, index: Path) -> Path:
+    """Writes folder/index.csv, which lists the videos of an index by their absolute paths and without labels."""
+    folder.mkdir()
+    head, *rows = index.read_text().splitlines()
+    fields = [row.split(",") for row in rows]
+    rows = [",".join([str(index.parent / field[0]), "", *field[2:]]) for field in fields]
+    (folder / "index.csv").write_text("\n".join([head, *rows]) + "\n")
     return folder / "index.csv"
 
 

@@ -1,0 +1,129 @@
+"""What can be said of a run whose videos have no labels: its loss against chance, its nearest neighbours, and the
+number of dimensions that its features use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpr_fast.data.index.index import Index
+from cpr_fast.errors import InputError
+from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
+from cpr_fast.report.neighbours import Neighbours, confidence, find_neighbours
+from cpr_fast.report.run_folder.features import StoredFeatures, stored_features
+from cpr_fast.report.run_folder.run import VIEWS, Run
+
+MOST_VIDEOS = 20_000  # limit of videos compared with each other; of more videos, evenly spaced ones are used
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The neighbours of the videos of an index by a run's stored features, and how far they can be trusted.
+
+    Attributes:
+        total, step: number of videos of the index, of which every `step`-th was compared.
+        level, reasons: see `confidence`.
+    """
+
+    features: StoredFeatures
+    found: Neighbours
+    total: int
+    step: int
+    level: str
+    reasons: list[str]
+
+
+def videos_of(run: Run, index: Path | None = None) -> Index:
+    """Returns the videos of an index, by default those of the run's index, whatever their split. Raises InputError."""
+    path = index or run.config.get("data", {}).get("index")
+    if not path:
+        raise InputError(f"run folder {str(run.folder)!r} does not say its index; expected --index INDEX.csv")
+    return Index.load(path, require_flow=False, skipped=[])
+
+
+def compare_videos(run: Run, index: Path | None = None) -> Compared | None:
+    """Compares the videos with each other; None if `cpr-fast retrieve` has not stored features of two of them.
+
+    Raises:
+        InputError: the index cannot be read.
+    """
+    videos = videos_of(run, index)
+    step = -(-len(videos) // MOST_VIDEOS)
+    features = stored_features(run.folder, Index(videos[i] for i in range(0, len(videos), step)))
+    if features is None or len(features.videos) < 2:
+        return None
+    source_ids = {name: i for i, name in enumerate(dict.fromkeys(video.source for video in features.videos))}
+    sources = torch.tensor([source_ids[video.source] for video in features.videos])
+    found = find_neighbours(list(features.streams.values()), features.metric, sources)
+    level, reasons = confidence(features.streams, features.metric, sources, found, features.pixels)
+    return Compared(features, found, len(videos), step, level, reasons)
+
+
+def signs(run: Run) -> list[str]:
+    """Returns the first lines of the report of a run without labels: a verdict, and what its loss, its nearest
+    neighbours and its features show."""
+    below, loss = _loss(run)
+    level, neighbours = _neighbours(run)
+    if set(below) == {False} or level == "low":
+        found = "nothing below shows that this run learnt"
+    elif set(below) == {True} and level in ("moderate", "high"):
+        found = "the signs below suggest that this run learnt"
+    else:
+        found = "the signs below do not decide whether this run learnt"
+    verdict = f"The videos have no labels, so retrieval cannot be measured; {found}."
+    return [verdict, *(text for text in (loss, neighbours, _rank(run)) if text)]
+
+
+def _loss(run: Run) -> tuple[list[bool | None], str | None]:
+    """Returns whether the loss of the last epoch of every trained view is below chance (None: cannot be compared), and
+    a sentence about it."""
+    said: dict[bool | None, list[str]] = {}
+    for view in VIEWS:
+        rows = [row for row in run.epochs if row["view"] == view and row.get("loss") is not None]
+        if not rows:
+            continue
+        last, chance = rows[-1]["loss"], rows[-1].get("loss_chance")
+        below = None if chance is None or (rows[-1].get("random_negatives") and last < chance) else last < chance
+        text = f"{VIEW_NAMES[view]} {last:.3f}" + ("" if chance is None else f" (chance {chance:.3f})")
+        said.setdefault(below, []).append(text)
+    meanings = {
+        True: "below chance: the network tells clips of a video from those of others",
+        False: "not below chance: it does not show that anything was learnt",
+        None: "cannot be compared with chance, because it is not known or the queue held random vectors",
+    }
+    parts = [f"{', '.join(said[kind])} – {meaning}" for kind, meaning in meanings.items() if kind in said]
+    return list(said), f"Loss of the last epoch: {'; '.join(parts)}." if parts else None
+
+
+def _neighbours(run: Run) -> tuple[str | None, str]:
+    """Returns the confidence in the nearest neighbours, or None if it is not known, and a sentence with the checks or
+    with what to run."""
+    try:
+        compared = compare_videos(run)
+    except InputError as error:
+        return None, f"Nearest neighbours: not known, because the index cannot be read ({error})."
+    if compared is None:
+        return None, (
+            f"Nearest neighbours: not known yet. Run `cpr-fast retrieve {run.folder}/checkpoints/last.pt --index "
+            f"{run.config['data']['index']}`, then `cpr-fast report` again."
+        )
+    return compared.level, f"Nearest neighbours, confidence {compared.level}: {' '.join(compared.reasons)}"
+
+
+def _rank(run: Run) -> str | None:
+    """Returns the effective rank of the queries of each view at the last measurement."""
+    ranks: dict[str, Any] = {}
+    for row in run.health:
+        ranks |= {view: value for view, value in row["effective_rank"].items() if value is not None}
+    if not ranks:
+        return None
+    width = run.config.get("model", {}).get("feature_dim")
+    least = run.config.get("health", {}).get("min_effective_rank")
+    values = ", ".join(f"{VIEW_NAMES[view]} {value:.1f}" for view, value in ranks.items())
+    of = "" if width is None else f" of {width}"
+    low = [VIEW_NAMES[view] for view, value in ranks.items() if least is not None and value < least]
+    limit = "" if least is None else f", and {' and '.join(low) or 'no view'} is below the limit of {least:g}"
+    return f"Effective rank, the number of dimensions that the last training clips use: {values}{of}{limit}."
