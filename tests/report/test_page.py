@@ -19,6 +19,7 @@ from support.report.run_folders import (
     write_run,
 )
 
+from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
 from cpr_fast.report.page import write_report
 from cpr_fast.report.run_folder.run import Run
 
@@ -96,6 +97,33 @@ def test_a_run_of_residual_frames_is_shown_as_any_other(tmp_path, index):
     run = write_run(tmp_path / "run", [start_row(index), *rows])
     text = text_of(write_report([run], tmp_path / "r.html"))
     assert "R@1, Residual 40.0 %" in text and "2. Residual CPR" in text and "Residual queries" in text
+
+
+@pytest.mark.parametrize(
+    ("views", "said"),
+    [
+        (
+            ("rgb", "flow", "two_stream"),
+            "“RGB + flow” compares videos by RGB and Flow: the sum of the similarities of both.",
+        ),
+        (("rgb", "residual", "merged"), "“RGB + residual” compares videos by RGB and Residual: the sum of"),
+        (
+            ("rgb", "residual"),
+            "There is no row of RGB and Residual together: an older version measured them; run `cpr-fast",
+        ),
+        (("flow", "residual"), "There is no row of Flow and Residual together: as published, only RGB is combined"),
+        (("rgb",), None),
+    ],
+)
+def test_two_views_together_lead_or_the_page_says_why_there_is_no_such_row(tmp_path, index, views, said):
+    row = retrieval_rows(index)[0]
+    rows = [row | {"view": view, "r@1": 0.5 - number / 10, "r@1_ci95": None} for number, view in enumerate(views)]
+    text = text_of(write_report([write_run(tmp_path / "run", [start_row(index), *rows])], tmp_path / "r.html"))
+    assert said in text if said else "together:" not in text and "compares videos by" not in text
+    first = {"two_stream": "RGB + flow", "merged": "RGB + residual"}.get(views[-1], VIEW_NAMES[views[0]])
+    assert f"run Retrieval, {first}: mAP not measured" in text
+    table = text[text.index("Network View mAP") :]
+    assert table.index(f"Trained {first} ") == table.index("Trained")
 
 
 def test_chance_pmr_is_what_random_mining_gives(tmp_path, index):

@@ -57,7 +57,9 @@ def _views_note(rows: Sequence[dict[str, Any]]) -> str:
         return f"{'; '.join(parts)}: {how}."
     if len(views) > 1:
         named = " and ".join(VIEW_NAMES[view] for view in views)
-        return f"There is no row of {named} together: only RGB is combined with another view, as published."
+        if any(set(pair) <= set(views) for pair in TOGETHER.values()):
+            return f"There is no row of {named} together: an older version measured them; run `cpr-fast retrieve`."
+        return f"There is no row of {named} together: as published, only RGB is combined with another view."
     return ""
 
 
