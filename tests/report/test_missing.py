@@ -86,6 +86,13 @@ def test_retrieval_without_labels_says_so(tmp_path, index):
     assert "Network View mAP" not in text  # a table without a number
 
 
+def test_a_run_that_was_not_evaluated_says_so_first(tmp_path, index):
+    run = write_run(tmp_path / "run", [start_row(index), *training_rows()])
+    text = text_of(write_report([run], tmp_path / "r.html"))
+    assert "run Retrieval has not been measured yet, so this page cannot say whether the run learnt" in text
+    assert "this run was not evaluated. Run cpr-fast retrieve" in text
+
+
 def test_why_there_is_no_pmr(tmp_path, index):
     """Each sentence is true of its run; before, all were told that no epoch had mined."""
     unknown = dict.fromkeys(("pmr", "mining_r1", "cmr_median", "cmr_per_class", "right_counts"))

@@ -121,6 +121,6 @@ def test_what_the_trainer_says_is_repeated(tmp_path, index):
         "warnings": ["cycle 1 …"],
     }
     text = texts(tmp_path / "run", [start_row(index), *training_rows(), said])
-    assert text == "This run has learnt nothing: so it is. cycle 1 …"
+    assert text == "This run has learnt nothing: so it is. Cycle 1 …."
     good = {"kind": "outcome", "learnt": True, "text": "Fine.", "warnings": []}
     assert texts(tmp_path / "good", [start_row(index), *training_rows(), good]) == ""

@@ -35,7 +35,7 @@ def test_a_complete_run_shows_its_numbers(run):
         "Training time 3 min 03 s for 3 epochs in 2 cycles",
         "PMR, RGB, last epoch 60.0 %",
         "first mining epoch 50.0 %",
-        "Trained RGB + flow – – 62.5 52.5 – 72.5 72.5 82.5 100.0 –",
+        "Trained RGB + flow – 62.5 72.5 82.5 100.0 –",
         "16 queries, 30 gallery videos",
         "Chance R@1 is 6.2 %",
         "25.0 % of a step waits for data",
@@ -178,7 +178,7 @@ def test_the_confusion_matrix_is_the_sum_over_seeds(tmp_path, index):
 
 def test_a_run_that_was_evaluated_before_map_was_measured_can_be_opened(run):
     text = text_of(write_report([run], run / "r.html"))
-    assert "Trained RGB + flow – – 62.5" in text
+    assert "Trained RGB + flow – 62.5" in text
     assert "Mean average precision was not measured when this row was written." in text
     assert "Retrieval, RGB + flow: mAP not measured, R@1 62.5 % (52.5 – 72.5)." in text
     text = text_of(write_report([run, run], run / "r.html"))
@@ -200,10 +200,7 @@ def test_the_first_line_has_map_and_r1_with_intervals_beside_what_they_must_beat
         "Best pixel baseline (single frame, 16 × 16): mAP 30.0 % (20.0 – 40.0), R@1 25.0 % (15.0 – 35.0). Date"
     ) in text
     assert "mAP, RGB + flow 45.6 % best of the others 30.0 % (single frame, 16 × 16)" in text
-    assert (
-        "Trained RGB + flow 45.6 35.6 – 55.6 62.5 52.5 – 72.5 72.5 82.5 100.0 –" in text
-        and "mAP leaves out 2 queries" in text
-    )
+    assert "Trained RGB + flow 45.6 62.5 72.5 82.5 100.0 –" in text and "mAP leaves out 2 queries" in text
     assert "Chance mAP is 8.0 %." in text
     drawn = page.read_text(encoding="utf-8")
     assert "Single frame · RGB: 30.0 %, 95 % interval 20.0 to 40.0 %" in drawn

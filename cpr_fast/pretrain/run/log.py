@@ -14,6 +14,7 @@ import torch
 
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import FailedError
+from cpr_fast.evaluate.retrieval.names import percent
 from cpr_fast.pretrain.run.dump import dump_step
 from cpr_fast.pretrain.state.cycle import CycleState
 from cpr_fast.pretrain.step.contrast import chance_loss
@@ -72,7 +73,7 @@ class StepLog:
         chance = "" if self.loss_chance is None else f" (chance {self.loss_chance:.3f})"
         if self.newest_random:
             chance = " (low while the queue holds random vectors)"
-        shown = [f"PMR {value:.3f}" if name == "pmr" else f"loss {value:.3f}{chance}"
+        shown = [f"PMR {percent(value)}" if name == "pmr" else f"loss {value:.3f}{chance}"
                  for name, value in self.newest.items() if math.isfinite(value)]  # fmt: skip
         return ", ".join([*shown, f"memory {min(1, memory.count / memory.size):.0%} full"])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from cpr_fast.config import Config
+from cpr_fast.evaluate.retrieval.names import percent
 from cpr_fast.pretrain.run.checks import cycle_names
 
 NO_LOSS = 1e-6  # below this the gradient is negligible: every entry compared is a positive
@@ -137,8 +138,8 @@ def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> list[tuple
         )
     mined = [row for row in epochs if row.get("pmr") is not None and row.get("pmr_chance") is not None]
     if mined and mined[-1]["pmr"] <= mined[-1]["pmr_chance"]:
-        figures = f"PMR {mined[-1]['pmr']:.3f}, chance {mined[-1]['pmr_chance']:.3f}"
-        texts.append(("the mined positives were no better than chance", figures))
+        figures = f"PMR {percent(mined[-1]['pmr'])}, chance {percent(mined[-1]['pmr_chance'])}"
+        texts.append(("the mined positives were not above chance", figures))
     if summary["mining"] == "cascade" and all(row.get("mined_share", 0) is None for row in epochs):
         texts.append(("the cascade mined nothing, so that it trained with the query's own key alone", ""))
     return texts
@@ -182,5 +183,5 @@ def _losses(cycle: dict[str, Any]) -> str:
     if cycle["pmr_last"] is None:
         return loss
     if cycle["compared"] == 1:
-        return f"{loss}, PMR {cycle['pmr_last']:.3f}"
-    return f"{loss}, PMR {cycle['pmr_first']:.3f} to {cycle['pmr_last']:.3f}"
+        return f"{loss}, PMR {percent(cycle['pmr_last'])}"
+    return f"{loss}, PMR {percent(cycle['pmr_first'])} to {percent(cycle['pmr_last'])}"

@@ -26,7 +26,8 @@ def verdict(run: Run) -> list[str]:
         sentences.append(said.get("text") or "This run learnt nothing.")
     elif (reason := _no_loss(run)) is not None:
         sentences.append(f"This run learnt nothing: {reason}")
-    sentences += (said or {}).get("warnings") or [text for text in map(_no_mining, run.cycles) if text]
+    warnings = (said or {}).get("warnings") or [text for text in map(_no_mining, run.cycles) if text]
+    sentences += [f"{text[:1].upper()}{text[1:].removesuffix('.')}." for text in warnings]
     return sentences + [text for text in (_of_views(run), _below_pixels(run)) if text]
 
 

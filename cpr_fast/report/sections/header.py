@@ -56,6 +56,11 @@ TERMS = (
 )  # fmt: skip
 
 
+NOT_EVALUATED = (
+    "Retrieval has not been measured yet, so this page cannot say whether the run learnt; see Retrieval below."
+)
+
+
 def facts(run: Run) -> list[tuple[str, str]]:
     """Returns (name, value) of the date, the command, the data set, the time and the machine of a run."""
     data, index = run.config.get("data", {}), run.index
@@ -117,7 +122,7 @@ def headline(run: Run) -> list[str]:
     """Returns the result of the run, a line for every view that it trained, two views together first.
 
     A line gives mAP and R@1 of the trained network, with their intervals, those of the same network untrained, and
-    whether the view learnt. The last line is the best pixel baseline. Empty without a measured retrieval.
+    whether the view learnt. The last line is the best pixel baseline. Without an evaluation the only line says so.
     """
     lines, judged = [], {judgement.view: judgement for judgement in judged_views(run)}
     for row in run.trained():
@@ -130,7 +135,7 @@ def headline(run: Run) -> list[str]:
             parts.append(judged[row["view"]].sentence)
         lines.append(" ".join(parts))
     if not lines:
-        return []
+        return [NOT_EVALUATED] if run.epochs and not run.retrieval else []
     lines[0] = f"Retrieval, {lines[0]}"
     if pixels := run.best_pixels():
         lines.append(f"Best pixel baseline ({MODEL_NAMES[pixels['name']].lower()}): {_measures(pixels)}.")

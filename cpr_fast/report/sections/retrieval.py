@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES, interval
+from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES
 from cpr_fast.evaluate.retrieval.ranking import TOGETHER
 from cpr_fast.report.figures.bars import Bar, bar_figure
 from cpr_fast.report.figures.chart import Chart
@@ -13,7 +13,6 @@ from cpr_fast.report.figures.table import Column, Table
 from cpr_fast.report.run_folder.run import Run
 
 RANKS = (1, 5, 10, 20, 50)
-INTERVAL = "95 % interval, %"
 PROTOCOLS = {
     "train_test": "Test videos are the queries, training videos of other sources are the gallery.",
     "leave_source_out": "Every video is a query, and its gallery is all videos of other sources.",
@@ -74,26 +73,17 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
         old = "The gallery has no video of any query's class."
     else:
         old = "Mean average precision was not measured when this row was written."
-    over = "Intervals are given for one split, and queries of two sources or more."
+    # The intervals are in the figures beside the table; with them it would not fit the page.
     columns = [Column("Network"), Column("View"), Column("mAP, %", "rate", old, "mean average precision")]
-    recalls = [Column(f"R@{k}, %", "rate", small, f"one of the {k} nearest has the query's class") for k in RANKS]
-    columns += [Column(INTERVAL, "text", over), recalls[0], Column(INTERVAL, "text", over), *recalls[1:]]
-    cells = [
-        (MODEL_NAMES[row["name"]], VIEW_NAMES[row["view"]], row.get("map"), _interval(row, "map"), row.get("r@1"),
-         _interval(row, "r@1"), *(row.get(f"r@{k}") for k in RANKS[1:]))
-        for row in ordered
-    ]  # fmt: skip
+    columns += [Column(f"R@{k}, %", "rate", small, f"one of the {k} nearest has the query's class") for k in RANKS]
+    keys = ["map", *(f"r@{k}" for k in RANKS)]
+    cells = [(MODEL_NAMES[row["name"]], VIEW_NAMES[row["view"]], *(row.get(key) for key in keys)) for row in ordered]
     ours = [place for place, row in enumerate(ordered) if row["name"] == "trained"]
     return Table(f"Retrieval {rows[0]['protocol']} {rows[0]['recipe']}", columns, cells, ours)
 
 
 def _rank(row: dict[str, Any]) -> bool:
     return row["name"] == "trained" and row["view"] not in TOGETHER
-
-
-def _interval(row: dict[str, Any], measure: str) -> str | None:
-    bounds = row.get(f"{measure}_ci95")
-    return interval(bounds) if bounds else None
 
 
 def _figures(rows: Sequence[dict[str, Any]]) -> list[Chart]:

@@ -6,6 +6,7 @@ import json
 from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -25,7 +26,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.embedding import calibrate_batch_norm
 from cpr_fast.evaluate.features.recipe import make_recipe
 from cpr_fast.evaluate.features.windows import open_windows
-from cpr_fast.evaluate.retrieval.search import search
+from cpr_fast.evaluate.retrieval.search import _usable_encoders, search
 from cpr_fast.models import build_encoder
 from cpr_fast.report.figures.contact_sheet import WIDTH, sheet_height
 from cpr_fast.weights.checkpoint import save_checkpoint
@@ -118,6 +119,32 @@ def test_without_flow_in_the_index_rgb_alone_is_compared_and_said(data, tmp_path
     assert result["views"] == ["rgb"] and result["note"].startswith("flow is left out: 12 of 12 videos")
     assert [query["results"][0]["path"] for query in result["queries"]] == [str(index[i].path) for i in (0, 5)]
     assert {len(query["results"]) for query in result["queries"]} == {12} and names == ["v-1", "v-2"]
+
+
+@pytest.mark.parametrize(
+    ("views", "flow", "compared", "note"),
+    [
+        (("rgb", "flow"), True, ["rgb", "flow"], None),
+        (
+            ("rgb", "flow", "residual"),
+            True,
+            ["rgb", "flow"],
+            "residual is left out: retrieval compares two views, rgb and",
+        ),
+        (("flow", "residual"), True, ["residual"], "flow is left out: retrieval does not compare it together with"),
+        (
+            ("rgb", "flow", "residual"),
+            False,
+            ["rgb", "residual"],
+            "flow is left out: 1 of 1 videos of the index have none",
+        ),
+    ],
+)
+def test_the_views_of_a_search_are_those_that_retrieve_compares(views, flow, compared, note):
+    """Before, the similarities of all three views were added, an order that no evaluation measures."""
+    video = SimpleNamespace(flow_path=Path("v.flow") if flow else None)
+    found, said = _usable_encoders(dict.fromkeys(views), [video], True)
+    assert list(found) == compared and (said is None if note is None else said.startswith(note))
 
 
 def test_a_bad_query_is_named(data, tmp_path):

@@ -166,4 +166,4 @@ def test_a_loss_against_random_vectors_is_told_to_be_low(tmp_path):
     assert row["text"].startswith(
         f"Trained: rgb (cycle 1) loss {loss:.3f} (chance 2.398; one epoch; low, because the queue"
     )
-    assert row["text"].endswith(f"; one epoch), PMR {pmr:.3f}.")
+    assert row["text"].endswith(f"; one epoch), PMR {100 * pmr:.1f} %.")
