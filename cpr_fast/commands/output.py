@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json as json_module
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cpr_fast.errors import printable
+
+PLAIN = str.maketrans("–−·×", "--/x")  # of the same width, so that columns stay aligned
 
 
 def show(result: dict[str, Any], json: bool, *, next_step: str, lines: Sequence[str] | None = None) -> None:
@@ -25,9 +28,18 @@ def show(result: dict[str, Any], json: bool, *, next_step: str, lines: Sequence[
         return
     if lines is None:
         lines = [f"{name.replace('_', ' ')}: {_text(value)}" for name, value in result.items()]
-    for line in lines:
-        print(printable(line))
-    print(f"\nnext: {printable(next_step)}")
+    for line in [*lines, "", f"next: {next_step}"]:
+        print(_encodable(printable(line)))
+
+
+def _encodable(text: str) -> str:
+    """Returns the text in characters that stdout can encode: in ASCII or Latin-1, "-" stands for an en dash."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(PLAIN).encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def show_once(result: dict[str, Any], json: bool, **text: Any) -> None:

@@ -1,6 +1,7 @@
 """Output of the commands: tables, rates, and file names that are not valid Unicode."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -57,6 +58,20 @@ def test_names_that_are_not_unicode_can_be_printed(capsys):
     ]
     show({"path": STRANGE}, True, lines=["not printed"], next_step="not printed")
     assert json.loads(capsys.readouterr().out) == {"path": STRANGE}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "row"),
+    [("utf-8", "RGB · mAP  17.5 – 20.0  −3.0  é"), ("ascii", r"RGB / mAP  17.5 - 20.0  -3.0  \xe9"),
+     ("latin-1", "RGB / mAP  17.5 - 20.0  -3.0  é")],
+)  # fmt: skip
+def test_tables_can_be_printed_whatever_the_encoding_of_the_terminal(monkeypatch, encoding, row):
+    """Before: a UnicodeEncodeError instead of the results."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", out)
+    show({}, False, lines=["RGB · mAP  17.5 – 20.0  −3.0  é"], next_step="open é")
+    out.flush()
+    assert out.buffer.getvalue().decode(encoding).splitlines()[0] == row
 
 
 def test_a_missing_file_with_such_a_name_is_one_line(capsys):
