@@ -150,7 +150,7 @@ def confidence(
             f"{_videos(int(siblings.sum()))} that share a source with another one: for {_share(share)} of them the "
             f"nearest video is of the same source (chance: {_share(chance)})."
         )
-    if len(streams) > 1:
+    if len(streams) > 1 and crowded <= CROWDED:  # equal similarities rank by position, so that both views would agree
         alone = [find_neighbours([features], metric, sources) for features in streams.values()]
         share = (alone[0].index[:, :1] == alone[1].index).any(1).double().mean().item()
         chance = alone[1].index.shape[1] / max(1, count - 1)
@@ -174,7 +174,7 @@ def confidence(
         )
     if count < 100:
         reasons.append(f"With {_videos(count)} every video has a nearest one, even if nothing is really similar to it.")
-    return "low" if crowded > CROWDED and level == "unknown" else level, reasons
+    return "low" if crowded > CROWDED else level, reasons
 
 
 def _crowded(streams: dict[str, Tensor], metric: Metric) -> float:

@@ -39,7 +39,8 @@ SAME_PICTURES, ALIKE = 0.95, 0.85  # correlation of the frames of copies, and of
 LEVELS = {
     "high": "High: the checks below came out well above chance.",
     "moderate": "Moderate: the checks below came out above chance, but not for all videos. Look before you act on it.",
-    "low": "Low: the checks below came out near chance. Treat this page as a guess.",
+    "low": "Low: the checks below came out near chance, or the videos hardly differ for the network. Treat "
+    "this page as a guess.",
     "unknown": "Unknown: one view and one video per source leave nothing to check the neighbours against. Judge by the "
     "pictures.",
 }

@@ -214,6 +214,15 @@ def test_collapsed_features_are_not_to_be_trusted():
     assert level == "low" and "hardly tells these videos apart" in reasons[0]
 
 
+@pytest.mark.parametrize("sources", [torch.arange(COUNT), torch.arange(COUNT) // 2])
+def test_two_collapsed_views_do_not_vouch_for_each_other(sources):
+    """Before: equal features of two views found the same neighbours, those first in the index, and were trusted."""
+    streams = dict.fromkeys(("rgb", "flow"), torch.linspace(-1, 1, COUNT)[:, None] * torch.ones(16))
+    found = find_neighbours(list(streams.values()), "cosine", sources)
+    level, reasons = confidence(streams, "cosine", sources, found, None)
+    assert level == "low" and not any("agree" in reason for reason in reasons)
+
+
 def test_black_bars_do_not_make_videos_alike():
     strips = [Image.effect_noise((8 * 128, 96), 80) for _ in range(2)]
     for strip in strips:
