@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from support import real_clips
-from support.cuda_emulation.device import ORDERS, Device, build
+from support.cuda_emulation.compile import build
+from support.cuda_emulation.device import ORDERS, Device
+from support.cuda_emulation.sanitized import SanitizedDevice
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -76,6 +78,12 @@ def emulated() -> Device:
     if shutil.which("g++") is None:
         pytest.skip("needs g++ to compile the kernels for the host")
     return Device(build())
+
+
+@pytest.fixture(scope="session")
+def sanitized() -> SanitizedDevice:
+    """The same kernels, compiled so that every access of theirs is observed."""
+    return SanitizedDevice.or_skip()
 
 
 @pytest.fixture(params=ORDERS)

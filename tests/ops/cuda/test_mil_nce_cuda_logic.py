@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support.cuda_emulation.device import REPOSITORY
+from support.cuda_emulation.compile import REPOSITORY
 from support.operator_references import assert_loss, integers, loss_inputs, unit
 
 
@@ -81,7 +81,8 @@ def test_loss_of_a_row_does_not_depend_on_its_batch(emulated):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels for the host")
 def test_a_positive_outside_the_memory_stops_the_device():
     program = (
-        "import torch; from support.cuda_emulation.device import *\n"
+        "import torch; from support.cuda_emulation.device import Device; "
+        "from support.cuda_emulation.compile import build\n"
         "x = torch.ones(1, 2)\n"
         "Device(build()).mil_nce(x, x, torch.ones(3, 2), torch.tensor([[3]]))"
     )

@@ -1,8 +1,11 @@
 // Replaces CUDA's header of the same name when a host compiler compiles the kernels. Every thread of a block is a
 // fiber. Blocks run one after another, those of a cooperative launch in turns. Barriers, warp exchanges and shared
 // memory behave as on the device. What is undefined on a device fails here: shared memory starts as NaN, and writes
-// beyond the requested size or barriers that not every thread reaches abort. Only the functions that the kernels use
-// are present.
+// beyond the requested size or barriers that not every thread reaches at the same line abort. Only the functions that
+// the kernels use are present.
+//
+// Functions that touch memory of the device are in instructions.cpp, which is never instrumented: the sanitizer
+// (sanitizer/) hears of them from there, and of plain accesses from the compiler.
 #pragma once
 
 #include <math.h>
@@ -19,6 +22,7 @@
 #define __shared__
 #define __grid_constant__
 #define __forceinline__ inline
+#define EMULATED_INLINE inline __attribute__((always_inline))  // so that a return address lies in the kernel
 #define __noinline__
 #define __launch_bounds__(...)
 
@@ -77,30 +81,45 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the running fiber
 namespace emulation {
 constexpr int kWarp = 32;
 
+// A line of a kernel. Threads that meet at a barrier or in a warp instruction must be at the same one.
+struct Site {
+  const char* file;
+  int line;
+};
+
 cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel);
 cudaError_t allow_shared(const void* function, int bytes);
-extern int shared_limit, cache_size;  // bytes that a block can opt in to, and of the L2 cache
-extern int processors;                // each can hold one block of a cooperative launch
-void block_barrier();
-void sleep();  // lets the other resident blocks run
-void warp_barrier();
-void* lane_values();  // 32 values of the running warp, alternating between exchanges
-bool block_or(bool value);
+cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t fill(void* to, int value, size_t bytes, cudaStream_t stream);
+int current_device();
+void block_barrier(Site site);
+bool block_or(bool value, Site site);
+void warp_barrier(Site site);  // orders no memory: exchanges use it
+void warp_fence(Site site);    // orders the memory accesses of the warp
+void* lane_values();           // 32 values of the running warp, alternating between exchanges
+void sleep();                  // lets the other resident blocks run
+void fence();
+unsigned atomic_add(unsigned* address, unsigned value);
+unsigned atomic_or(unsigned* address, unsigned value);
+unsigned atomic_max(unsigned* address, unsigned value);
+[[noreturn]] void fail(const char* what);
 
 // Every lane of the warp writes a value, then reads one. One barrier is enough, because exchanges alternate memory.
 constexpr size_t kLaneBytes = 32;
 
 template <typename T>
-T* exchange(unsigned mask, T value) {
+EMULATED_INLINE T* exchange(unsigned mask, T value, Site site) {
   static_assert(sizeof(T) <= kLaneBytes);
-  if (mask != 0xffffffffu) __builtin_trap();  // the kernels only exchange values in whole warps
+  if (mask != 0xffffffffu) fail("an exchange of part of a warp: the kernels exchange in whole warps only");
   T* values = static_cast<T*>(lane_values());
   values[threadIdx.x % kWarp] = value;
-  warp_barrier();
+  warp_barrier(site);
   return values;
 }
 
 }  // namespace emulation
+
+#define EMULATED_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -115,15 +134,12 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 }
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulation::current_device();
   return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrL2CacheSize           ? emulation::cache_size
-           : attribute == cudaDevAttrMultiProcessorCount ? emulation::processors
-                                                         : emulation::shared_limit;
-  return cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  return emulation::device_attribute(value, attribute, device);
 }
 
 template <typename... Parameters>
@@ -132,9 +148,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(
   return cudaSuccess;
 }
 
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  memset(to, value, bytes);
-  return cudaSuccess;
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  return emulation::fill(to, value, bytes, stream);
 }
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -143,31 +158,39 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid configuration argument";
 }
 
-inline void __syncthreads() { emulation::block_barrier(); }
-inline void __threadfence() {}
-inline void __nanosleep(unsigned) { emulation::sleep(); }
-inline int __syncthreads_or(int value) { return emulation::block_or(value != 0); }
+EMULATED_INLINE void __syncthreads(EMULATED_SITE) { emulation::block_barrier({file, line}); }
+EMULATED_INLINE int __syncthreads_or(int value, EMULATED_SITE) { return emulation::block_or(value != 0, {file, line}); }
+EMULATED_INLINE void __threadfence() { emulation::fence(); }
+EMULATED_INLINE void __nanosleep(unsigned) { emulation::sleep(); }
 
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  return emulation::exchange(mask, value)[(threadIdx.x % emulation::kWarp) ^ lanes];
+EMULATED_INLINE void __syncwarp(unsigned mask = 0xffffffffu, EMULATED_SITE) {
+  if (mask != 0xffffffffu) emulation::fail("__syncwarp of part of a warp");
+  emulation::warp_fence({file, line});
 }
 
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, int distance) {
-  const T* values = emulation::exchange(mask, value);
+EMULATED_INLINE T __shfl_xor_sync(unsigned mask, T value, int lanes, EMULATED_SITE) {
+  return emulation::exchange(mask, value, {file, line})[(threadIdx.x % emulation::kWarp) ^ lanes];
+}
+
+template <typename T>
+EMULATED_INLINE T __shfl_up_sync(unsigned mask, T value, int distance, EMULATED_SITE) {
+  const T* values = emulation::exchange(mask, value, {file, line});
   const int source = static_cast<int>(threadIdx.x % emulation::kWarp) - distance;
   return source < 0 ? value : values[source];
 }
 
-inline unsigned __ballot_sync(unsigned mask, bool vote) {
-  const bool* votes = emulation::exchange(mask, vote);
+EMULATED_INLINE unsigned __ballot_sync(unsigned mask, bool vote, EMULATED_SITE) {
+  const bool* votes = emulation::exchange(mask, vote, {file, line});
   unsigned bits = 0;
   for (int lane = 0; lane < emulation::kWarp; ++lane) bits |= unsigned(votes[lane]) << lane;
   return bits;
 }
 
-inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+EMULATED_INLINE bool __any_sync(unsigned mask, bool vote, EMULATED_SITE) {
+  return __ballot_sync(mask, vote, file, line) != 0;
+}
+
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline float __expf(float x) { return expf(x); }
@@ -185,21 +208,6 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 
-// Fibers share one thread of the operating system and switch only at barriers, so plain updates are atomic.
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  const unsigned old = *address;
-  *address += value;
-  return old;
-}
-
-inline unsigned atomicOr(unsigned* address, unsigned value) {
-  const unsigned old = *address;
-  *address |= value;
-  return old;
-}
-
-inline unsigned atomicMax(unsigned* address, unsigned value) {
-  const unsigned old = *address;
-  *address = old > value ? old : value;
-  return old;
-}
+EMULATED_INLINE unsigned atomicAdd(unsigned* address, unsigned value) { return emulation::atomic_add(address, value); }
+EMULATED_INLINE unsigned atomicOr(unsigned* address, unsigned value) { return emulation::atomic_or(address, value); }
+EMULATED_INLINE unsigned atomicMax(unsigned* address, unsigned value) { return emulation::atomic_max(address, value); }

@@ -1,4 +1,4 @@
-"""Compiles the sources of the CUDA kernels for the host and calls them through the C interface.
+"""Calls the CUDA kernels, compiled for the host by `compile.build`, through the C interface.
 
 No GPU is needed: `cuda_runtime.h` and `scheduler.cpp` in this folder emulate the device.
 """
@@ -6,19 +6,16 @@ No GPU is needed: `cuda_runtime.h` and `scheduler.cpp` in this folder emulate th
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import subprocess
 from pathlib import Path
 
 import torch
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 SAME_ID = {"positive": 0, "ignore": 1, "negative": 2}
 SELF_POSITIVE = {"keep": 0, "denominator": 1, "drop_both": 2}
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}  # orders of the threads of a block and the blocks of a grid
 
+_GUARD = 4096  # bytes behind a workspace that must not change
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -56,37 +53,6 @@ class MilNceOutputs(ctypes.Structure):
     _fields_ = [(name, _POINTER) for name in ("loss", "grad_query", "own_coefficient", "lse_all", "lse_positive")]
 
 
-def build() -> Path:
-    """Returns the path of the library, after compiling it if its sources have changed."""
-    csrc = REPOSITORY / "csrc"
-    emulation = Path(__file__).parent
-    sources = [*sorted(csrc.glob("cuda/*/*.cu")), emulation / "scheduler.cpp"]
-    headers = [*csrc.rglob("*.cuh"), *csrc.rglob("*.h"), *emulation.glob("*.h"), Path(__file__)]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*sources, *sorted(headers)])).hexdigest()[:16]
-    library = REPOSITORY / "build" / "cuda_emulation" / f"{digest}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    partial = library.with_suffix(f".{os.getpid()}")
-    flags = [
-        "-std=c++17",
-        "-O2",
-        "-g",
-        "-fPIC",
-        "-shared",
-        "-fvisibility=hidden",
-        "-ffp-contract=off",
-        "-fno-strict-aliasing",
-        "-fno-tree-slp-vectorize",  # with it GCC 12 omits the rounding of a pair of doubles to float
-    ]
-    warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-U_FORTIFY_SOURCE"]  # longjmp between stacks
-    includes = [f"-I{emulation}", f"-I{csrc}"]
-    command = [os.environ.get("CXX", "g++"), *flags, *warnings, *includes, "-x", "c++", *map(str, sources)]
-    subprocess.run([*command, "-o", str(partial)], check=True)
-    os.replace(partial, library)
-    return library
-
-
 class Device:
     """The emulated device. Workspaces and outputs start as NaN, so that a read of unwritten memory is noticed."""
 
@@ -115,66 +81,91 @@ class Device:
         """Returns the number of kernels that have run since the library was loaded."""
         return self._library.emulation_launches()
 
-    def _workspace(self, size_function: str, args: ctypes.Structure) -> torch.Tensor:
-        size = getattr(self._library, size_function)(ctypes.byref(args))
-        guarded = torch.full((size + 4096,), 0xFF, dtype=torch.uint8)  # NaN in every float
-        return guarded
+    def use(self, device: int) -> None:
+        """Makes device 0 or 1 the current one."""
+        self._library.emulation_use_device(device)
+
+    stream = None  # the handle that calls pass as their stream
+
+    def _input(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """Returns the tensor where the device reads it; `_output` and `_workspace` return new ones."""
+        assert tensor is None or tensor.is_contiguous(), name
+        return tensor
+
+    def _output(self, name: str, shape: tuple[int, ...], value: float, dtype=torch.float32) -> torch.Tensor:
+        return torch.full(shape, value, dtype=dtype)
+
+    def _workspace(self, bytes_: int) -> torch.Tensor:
+        return torch.full((bytes_ + _GUARD,), 0xFF, dtype=torch.uint8)  # NaN in every float
+
+    def _finish(self, workspace: torch.Tensor | None, *outputs: torch.Tensor) -> None:
+        """Called after every kernel of a call has run."""
+        if workspace is not None:
+            assert (workspace[-_GUARD:] == 0xFF).all(), "a write past the workspace"
+
+    def _run(self, function: str, args: ctypes.Structure, pointers=(), outputs=(), with_workspace=True) -> None:
+        workspace = None
+        if with_workspace:
+            size = getattr(self._library, f"cpr_{function}_cuda_workspace")(ctypes.byref(args))
+            workspace = self._workspace(size)
+            pointers = [*pointers, _address(workspace)]
+        call = getattr(self._library, f"cpr_{function}_cuda")
+        error = call(ctypes.byref(args), *pointers, _POINTER(self.stream))
+        if error is not None:
+            raise RuntimeError(error.decode())
+        self._finish(workspace, *outputs)
 
     def cascade_select(self, queries, memory, views, keep, query_ids=None, memory_ids=None, precision=0):
         """Returns indices and scores, both [B, keep[-1]]; arguments as for cpr_fast.ops.cascade_select."""
         (V, B, D), K, n = queries.shape, memory.shape[1], len(views)
-        indices = torch.full((B, keep[-1]), -7, dtype=torch.int64)
-        scores = torch.full((B, keep[-1]), torch.nan)
+        given = {"queries": queries, "memory": memory, "query_ids": query_ids, "memory_ids": memory_ids}
+        inputs = [self._input(name, tensor) for name, tensor in given.items()]
+        indices = self._output("indices", (B, keep[-1]), -7, torch.int64)
+        scores = self._output("scores", (B, keep[-1]), torch.nan)
         stages = torch.tensor(views), torch.tensor(keep)
-        pointers = [_address(t) for t in (queries, memory, query_ids, memory_ids, indices, scores, *stages)]
+        pointers = [_address(t) for t in (*inputs, indices, scores, *stages)]
         args = CascadeArgs(*pointers, V, B, K, D, n, DTYPES[queries.dtype], precision)
-        workspace = self._workspace("cpr_cascade_select_cuda_workspace", args)
-        _check(self._library.cpr_cascade_select_cuda(ctypes.byref(args), _POINTER(workspace.data_ptr()), None))
-        assert (workspace[-4096:] == 0xFF).all(), "a write past the workspace"
+        self._run("cascade_select", args, outputs=(indices, scores))
         return indices, scores
 
     def mil_nce(
         self, query, own_key, memory, positives=None, query_ids=None, memory_ids=None,
-        same_id="positive", self_positive="keep", temperature=0.07,
+        same_id="positive", self_positive="keep", temperature=0.07, forward=True, backward=True,
     ):  # fmt: skip
-        """The forward's outputs by name, and `grad_memory` [K, D] of loss.sum(); arguments as for mil_nce."""
+        """The forward's outputs by name, and `grad_memory` [K, D] of loss.sum(); arguments as for mil_nce. Without
+        `forward`, the gradient is that for lse_all and lse_positive as `_output` makes them."""
         (B, D), K = query.shape, memory.shape[0]
-        outputs = {name: torch.full((B,), torch.nan) for name, _ in MilNceOutputs._fields_}
-        outputs["grad_query"] = torch.full((B, D), torch.nan)
         modes = self_positive if isinstance(self_positive, torch.Tensor) else None
+        given = {"query": query, "own_key": own_key, "memory": memory, "positives": positives}
+        given |= {"query_ids": query_ids, "memory_ids": memory_ids, "self_mode": modes}
+        inputs = [self._input(name, tensor) for name, tensor in given.items()]
+        names = [name for name, _ in MilNceOutputs._fields_]
+        outputs = {name: self._output(name, (B, D) if name == "grad_query" else (B,), torch.nan) for name in names}
         args = MilNceArgs(
-            *map(_address, (query, own_key, memory, positives, query_ids, memory_ids, modes)),
-            B, K, D, 0 if positives is None else positives.shape[1], DTYPES[query.dtype],
+            *map(_address, inputs), B, K, D, 0 if positives is None else positives.shape[1], DTYPES[query.dtype],
             SAME_ID[same_id], 0 if modes is not None else SELF_POSITIVE[self_positive], temperature,
         )  # fmt: skip
-        out = MilNceOutputs(*(_address(outputs[name]) for name, _ in MilNceOutputs._fields_))
-        workspace = self._workspace("cpr_mil_nce_forward_cuda_workspace", args)
-        forward = self._library.cpr_mil_nce_forward_cuda
-        _check(forward(ctypes.byref(args), ctypes.byref(out), _POINTER(workspace.data_ptr()), None))
-        assert (workspace[-4096:] == 0xFF).all(), "a write past the workspace"
-        outputs["grad_memory"] = torch.full((K, D), torch.nan)
-        ones = torch.ones(B)
-        tensors = (ones, outputs["lse_all"], outputs["lse_positive"], outputs["grad_memory"])
-        _check(self._library.cpr_mil_nce_grad_memory_cuda(ctypes.byref(args), *map(_address, tensors), None))
+        out = MilNceOutputs(*(_address(outputs[name]) for name in names))
+        if forward:
+            self._run("mil_nce_forward", args, [ctypes.byref(out)], outputs.values())
+        if not backward:
+            return outputs
+        grad_loss = self._input("grad_loss", torch.ones(B))
+        outputs["grad_memory"] = self._output("grad_memory", (K, D), torch.nan)
+        tensors = (grad_loss, outputs["lse_all"], outputs["lse_positive"], outputs["grad_memory"])
+        self._run("mil_nce_grad_memory", args, map(_address, tensors), [outputs["grad_memory"]], with_workspace=False)
         return outputs
 
     def tvl1_flow(self, frames: torch.Tensor, settings: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """flow [N, T-1, 2, H, W], pixel-iterations [N, T-1] of frames [N, T, H, W]; every setting of the op by name."""
         N, T, H, W = frames.shape
-        flow, counted = torch.full((N, T - 1, 2, H, W), torch.nan), torch.full((N, T - 1), -7)
-        pointers = map(_address, (frames, flow, counted))
+        flow = self._output("flow", (N, T - 1, 2, H, W), torch.nan)
+        counted = self._output("pixel_iterations", (N, T - 1), -7, torch.int64)
+        pointers = map(_address, (self._input("frames", frames), flow, counted))
         args = Tvl1Args(*pointers, N, T, H, W, frames.dtype == torch.uint8, **settings)
-        workspace = self._workspace("cpr_tvl1_flow_cuda_workspace", args)
-        _check(self._library.cpr_tvl1_flow_cuda(ctypes.byref(args), _POINTER(workspace.data_ptr()), None))
-        assert (workspace[-4096:] == 0xFF).all(), "a write past the workspace"
+        self._run("tvl1_flow", args, outputs=(flow, counted))
         return flow, counted
 
 
 def _address(tensor: torch.Tensor | None) -> _POINTER:
-    assert tensor is None or tensor.is_contiguous()
     return _POINTER(None if tensor is None else tensor.data_ptr())
-
-
-def _check(error: bytes | None) -> None:
-    if error is not None:
-        raise RuntimeError(error.decode())

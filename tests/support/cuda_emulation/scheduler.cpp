@@ -4,6 +4,8 @@
 // allow. A missing barrier gives a wrong result: in one of the orders something is read before it is written, or
 // overwritten before it is read. The blocks of a cooperative launch are all resident and take turns; each runs until
 // all of its threads wait or sleep.
+#include "scheduler.h"
+
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,13 +13,8 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <map>
 #include <memory>
 #include <random>
-#include <vector>
-
-#include "cuda_runtime.h"
-#include "emulated_tensor_core.h"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -31,11 +28,10 @@ namespace {
 
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr size_t kDefaultSharedBytes = 48 * 1024;
-constexpr unsigned char kPoison = 0xff;  // a NaN in every float
 
 struct Barrier {
   unsigned arrived = 0, passed = 0;
+  Site site = {"", 0};  // where the threads that have arrived are
 };
 
 struct Fiber {
@@ -49,6 +45,7 @@ struct Fiber {
 
 struct Warp {
   Barrier barrier;
+  unsigned time;  // of its last memory barrier
   alignas(16) unsigned char values[2][kWarp * kLaneBytes];
 };
 
@@ -61,10 +58,14 @@ struct Block {
   Warp warps[kMaxThreads / kWarp];
   Barrier barrier;
   bool votes[2];
-  unsigned running;  // threads that have not ended
+  unsigned running;     // threads that have not ended
+  unsigned time, last;  // of the last barrier of the block, and of the last barrier of it or of one of its warps
   std::vector<unsigned char> shared;
+  std::vector<uint64_t> shadow;
+  SharedWindow window;
 };
 
+constexpr unsigned kWhole = 8;          // blocks along an axis of which all run even where only edges do
 constexpr unsigned kPatience = 100000;  // turns of all resident blocks without progress before it aborts
 
 std::vector<std::unique_ptr<Block>> blocks;  // every launch reuses their fibers
@@ -75,13 +76,9 @@ jmp_buf scheduler;
 ucontext_t entry_return;
 const std::function<void()>* body;
 Order order = kForward;
-std::map<const void*, size_t> allowed_shared;  // of kernels that opted in to more than the default
-
-[[noreturn]] void fail(const char* what) {
-  fprintf(stderr, "emulated device: %s (block %u,%u,%u thread %u)\n", what, blockIdx.x, blockIdx.y, blockIdx.z,
-          threadIdx.x);
-  abort();
-}
+unsigned char poison = 0xff;  // in uninitialised shared memory: a NaN in every float
+bool only_edges = false;
+Place place;
 
 void give_way() {
   if (_setjmp(current->resume) == 0) _longjmp(scheduler, 1);
@@ -112,19 +109,37 @@ void start(Fiber& fiber) {
   swapcontext(&entry_return, &context);
 }
 
+// Tells the observer which thread runs, and the last barriers of its block and warp.
+void observe_current() {
+  place.thread = threadIdx.x;
+  place.block_time = here->time;
+  place.warp_time = here->warps[threadIdx.x / kWarp].time;
+  observe_thread(&place, &here->window);
+}
+
 void resume(Fiber& fiber) {
   current = &fiber;
   threadIdx = fiber.index;
+  observe_current();
   if (_setjmp(scheduler) == 0) {
     if (fiber.started) _longjmp(fiber.resume, 1);
     start(fiber);
   }
 }
 
-void wait(Barrier& barrier, unsigned expected) {
+// Waits until `expected` threads have arrived; the last of them calls complete().
+template <typename Complete>
+void wait(Barrier& barrier, unsigned expected, Site site, Complete complete) {
+  if (barrier.arrived > 0 && (barrier.site.line != site.line || strcmp(barrier.site.file, site.file) != 0)) {
+    fprintf(stderr, "%s:%d and %s:%d: ", barrier.site.file, barrier.site.line, site.file, site.line);
+    fail("threads wait for each other at different lines");
+  }
+  barrier.site = site;
   if (++barrier.arrived == expected) {
     barrier.arrived = 0;
     ++barrier.passed;
+    complete();
+    observe_current();
     return;
   }
   current->waits_for = &barrier.passed;
@@ -177,9 +192,29 @@ std::vector<unsigned> ordered(unsigned count) {
 
 }  // namespace
 
-void block_barrier() { wait(here->barrier, threads); }
+void fail(const char* what) {
+  fprintf(stderr, "emulated device: %s (block %u,%u,%u thread %u)\n", what, blockIdx.x, blockIdx.y, blockIdx.z,
+          threadIdx.x);
+  print_reports();
+  abort();
+}
 
-void warp_barrier() { wait(here->warps[threadIdx.x / kWarp].barrier, kWarp); }
+void block_barrier(Site site) {
+  wait(here->barrier, threads, site, [] {
+    observe_block_barrier();
+    here->time = ++here->last;
+    for (unsigned w = 0; w < threads / kWarp; ++w) here->warps[w].time = here->time;
+  });
+}
+
+void warp_barrier(Site site) {
+  wait(here->warps[threadIdx.x / kWarp].barrier, kWarp, site, [] {});
+}
+
+void warp_fence(Site site) {
+  Warp& warp = here->warps[threadIdx.x / kWarp];
+  wait(warp.barrier, kWarp, site, [&] { warp.time = ++here->last; });
+}
 
 void sleep() {
   current->asleep = true;
@@ -191,41 +226,57 @@ void* lane_values() {
   return warp.values[warp.barrier.passed & 1];
 }
 
-bool block_or(bool value) {
+bool block_or(bool value, Site site) {
   const unsigned turn = here->barrier.passed & 1;
   here->votes[turn] |= value;
   if (here->barrier.arrived + 1 == threads) here->votes[turn ^ 1] = false;  // all threads have read the previous vote
-  block_barrier();
+  block_barrier(site);
   return here->votes[turn];
 }
 
-unsigned long products = 0, launches = 0;
-int shared_limit = 227 * 1024, cache_size = 50 << 20;  // those of an H200, unless a test changes them
-int processors = 132;
+unsigned long launches = 0;
 
 Copies& copies() { return current->copies; }
-
-cudaError_t allow_shared(const void* function, int bytes) {
-  if (bytes > shared_limit) return cudaErrorInvalidValue;
-  allowed_shared[function] = static_cast<size_t>(bytes);
-  return cudaSuccess;
-}
 
 namespace {
 
 // Makes `here` the block of this number, with all threads at their start and shared memory filled with NaN.
-void enter(unsigned slot, dim3 index, size_t shared_bytes) {
+void enter(unsigned slot, dim3 index, size_t asked_bytes) {
+  const size_t shared_bytes = asked_bytes + sizeof(float4) * kWarp;  // more, to notice writes past the end
   while (blocks.size() <= slot) blocks.push_back(std::make_unique<Block>());
   here = blocks[slot].get();
   here->index = index;
   here->running = threads;
   here->votes[0] = here->votes[1] = false;
-  here->shared.assign(shared_bytes, kPoison);
+  here->time = here->last = 0;
+  here->barrier = {};
+  here->shared.assign(shared_bytes, poison);
+#ifdef CPR_SANITIZE
+  here->shadow.resize(std::max(here->shadow.size(), shared_bytes));  // tagged by launch and block, so never cleared
+#endif
+  here->window = {cpr::dynamic_shared, asked_bytes, here->shadow.data()};
+  for (Warp& warp : here->warps) warp.time = 0, warp.barrier = {};
   for (unsigned t = 0; t < threads; ++t) {
     here->fibers[t].finished = here->fibers[t].asleep = false;
     here->fibers[t].waits_for = nullptr;
     here->fibers[t].index = dim3(t, 0, 0);
   }
+}
+
+// Returns the linear indices of the blocks to run. The indices of a grid fit 32 bits, or only its edges run.
+std::vector<unsigned> chosen(dim3 grid) {
+  std::vector<unsigned> indices;
+  const auto along = [](unsigned size) {
+    std::vector<unsigned> at;
+    for (unsigned i = 0; i < size; i = only_edges && i == 0 && size > kWhole ? size - 2 : i + 1) at.push_back(i);
+    return at;
+  };
+  for (const unsigned z : along(grid.z)) {
+    for (const unsigned y : along(grid.y)) {
+      for (const unsigned x : along(grid.x)) indices.push_back((z * grid.y + y) * grid.x + x);
+    }
+  }
+  return indices;
 }
 
 // Runs the first `resident` blocks to their end, in turns.
@@ -237,6 +288,7 @@ void run_resident(unsigned resident, const std::vector<unsigned>& sequence, size
       here = blocks[slot].get();
       if (here->running > 0) {
         blockIdx = here->index;
+        place.block = (here->index.z * gridDim.y + here->index.y) * gridDim.x + here->index.x;
         memcpy(cpr::dynamic_shared, here->shared.data(), here->shared.size());
         progress |= run_block(sequence);
         memcpy(here->shared.data(), cpr::dynamic_shared, here->shared.size());
@@ -244,7 +296,7 @@ void run_resident(unsigned resident, const std::vector<unsigned>& sequence, size
       if (here->running > 0) continue;
       ++ended;
       for (size_t i = asked_bytes; i < here->shared.size(); ++i) {
-        if (here->shared[i] != kPoison) fail("a write past the shared memory asked for");
+        if (here->shared[i] != poison) fail("a write past the shared memory asked for");
       }
     }
     idle = progress ? 0 : idle + 1;
@@ -258,30 +310,34 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const st
   const dim3 grid = config.gridDim;
   threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
   if (threads == 0 || threads > kMaxThreads || threads % kWarp != 0 || config.blockDim.x != threads ||
-      config.dynamicSmemBytes > std::max(kDefaultSharedBytes, allowed_shared[function]) || grid.x == 0 ||
-      grid.x > INT32_MAX || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
+      config.dynamicSmemBytes > allowed_shared(function) || grid.x == 0 || grid.x > INT32_MAX || grid.y == 0 ||
+      grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
-  const unsigned count = grid.x * grid.y * grid.z;
+  const std::vector<unsigned> indices = chosen(grid);
+  const unsigned count = static_cast<unsigned>(indices.size());
   bool cooperative = false;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     cooperative |= config.attrs[i].id == cudaLaunchAttributeCooperative && config.attrs[i].val.cooperative != 0;
   }
   if (cooperative && count > static_cast<unsigned>(processors)) return cudaErrorCooperativeLaunchTooLarge;
-  ++launches;
+  place = {static_cast<unsigned>(++launches), 0, 0, 0, 0, cooperative};
+  observe_launch(config.stream, cooperative);
   body = &kernel;
   gridDim = grid;
   blockDim = config.blockDim;
   const std::vector<unsigned> sequence = ordered(threads);
-  const size_t guarded = config.dynamicSmemBytes + sizeof(float4) * kWarp;
   const unsigned resident = cooperative ? count : 1;
   unsigned entered = 0;
-  for (const unsigned b : ordered(count)) {
-    enter(entered++, dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y), guarded);
+  for (const unsigned i : ordered(count)) {
+    const unsigned b = indices[i];
+    enter(entered++, dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y), config.dynamicSmemBytes);
     if (entered < resident) continue;
     run_resident(resident, sequence, config.dynamicSmemBytes);
     entered = 0;
   }
+  observe_thread(nullptr, nullptr);
+  observe_end_of_launch();
   return cudaSuccess;
 }
 
@@ -292,15 +348,14 @@ extern "C" __attribute__((visibility("default"))) void emulation_set_order(int o
   emulation::order = static_cast<emulation::Order>(order);
 }
 
-// Sets what the device reports (bytes, multiprocessors), to test the routes of other devices.
-extern "C" __attribute__((visibility("default"))) void emulation_set_device(int shared_limit, int cache_size,
-                                                                            int processors) {
-  emulation::shared_limit = shared_limit;
-  emulation::cache_size = cache_size;
-  emulation::processors = processors;
+// Runs only the first and the last two blocks along every long axis, for calls too large to run whole.
+extern "C" __attribute__((visibility("default"))) void emulation_run_edges(int only) {
+  emulation::only_edges = only != 0;
 }
 
-// Returns the number of matrix products so far.
-extern "C" __attribute__((visibility("default"))) unsigned long emulation_products() { return emulation::products; }
+// Sets the byte that uninitialised shared memory consists of.
+extern "C" __attribute__((visibility("default"))) void emulation_set_poison(int byte) {
+  emulation::poison = static_cast<unsigned char>(byte);
+}
 
 extern "C" __attribute__((visibility("default"))) unsigned long emulation_launches() { return emulation::launches; }

@@ -1,0 +1,151 @@
+"""cascade_select under the sanitizer, in every route, and bit for bit against the CPU kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.operator_references import integers, lattice, normal
+
+ops = pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
+
+ROUTES = {  # the limits of the device that select them
+    "on chip": {},
+    "in cache": {"shared_limit": 0, "cache_size": 40 << 20},
+    "refined": {"shared_limit": 0, "cache_size": 0},
+}
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def choose(device, route: str) -> None:
+    device.resize(**ROUTES[route])
+
+
+def assert_selects(device, queries, memory, views, keep, **options):
+    found = device.cascade_select(queries, memory, views, keep, **options)
+    expected = ops.cascade_select(queries, memory, views, keep, **options)
+    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+
+
+def ids(B: int, K: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    return {"query_ids": integers(-1, 5, B, seed=seed), "memory_ids": integers(-1, 9, K, seed=seed + 1)}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("B", "K", "D"), [(3, 700, 24), (37, 192, 36)])  # small tiles; large ones, K % 128 == 64
+def test_every_route_and_order(device, route, B, K, D):
+    choose(device, route)
+    queries, memory = normal(3, B, D, seed=1), normal(3, K, D, seed=2)
+    assert_selects(device, queries, memory, [2, 0, 2], [K // 2, K // 4, 5], **ids(B, K))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("offset", [0, 1])  # elements that rows start off a vector
+def test_every_type_on_and_off_a_vector(shuffled, route, dtype, offset):
+    choose(shuffled, route)
+    shuffled.offset = offset
+    for B, D in ((33, 33), (2, 20)):
+        queries, memory = normal(2, B, D, seed=3, dtype=dtype), normal(2, 130, D, seed=4, dtype=dtype)
+        assert_selects(shuffled, queries, memory, [1, 0], [60, 7], **ids(B, 130))
+
+
+@pytest.mark.parametrize("route", ["in cache", "refined"])
+def test_several_chunks_with_ids(shuffled, route):
+    # The cache holds the rows of 32 queries, or none: then chunks have 128 queries, which is enough to fill a device.
+    shuffled.resize(shared_limit=0, cache_size=200_000 if route == "in cache" else 0)
+    queries, memory = lattice(2, 133, 4, seed=5), lattice(2, 300, 4, seed=6)
+    before = shuffled.launches()
+    assert_selects(shuffled, queries, memory, [1, 0], [120, 3], **ids(133, 300, seed=7))
+    assert shuffled.launches() - before == 4
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_rankings_beyond_shared_memory(shuffled, route):
+    choose(shuffled, route)
+    queries, memory = lattice(2, 2, 3, seed=8), normal(2, 1300, 3, seed=9)
+    assert_selects(shuffled, queries, memory, [0, 1], [1200, 700])
+    assert_selects(shuffled, queries[:, :1], memory[:, :600].contiguous(), [0], [900], **ids(1, 600))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("equal", [511, 512, 513, 1500])
+def test_buckets_nearly_exactly_and_over_full(shuffled, route, equal):
+    """A bucket holds the candidates for the last place; up to 512 are compared, more go through the radix."""
+    choose(shuffled, route)
+    queries, memory = torch.ones(1, 2, 1), torch.linspace(-1, 1, 1500)[None, :, None].clone()
+    memory[0, torch.randperm(1500, generator=torch.Generator().manual_seed(0))[:equal]] = 0.9995
+    above = int((memory > 0.9995).sum())
+    for keep in (above + 1, above + equal // 2, above + equal):
+        assert_selects(shuffled, queries, memory, [0, 0], [keep, min(keep, 600)])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_subsets_of_the_stages_in_every_order(shuffled, route):
+    """A stage that keeps everything is skipped, wherever it stands."""
+    choose(shuffled, route)
+    queries, memory = normal(2, 2, 8, seed=10), normal(2, 530, 8, seed=11)
+    for keep in ([600, 530, 20], [530, 40, 40], [40, 40, 40], [600, 600, 520]):
+        for views in ([0, 1, 0], [1, 1, 0]):
+            assert_selects(shuffled, queries, memory, views, keep, **ids(2, 530))
+
+
+def test_norms_outside_the_bound_of_refined_scores(shuffled):
+    choose(shuffled, "refined")
+    queries, memory = normal(2, 35, 40, seed=12), normal(2, 300, 40, seed=13)
+    memory[1, 40] *= 1e25
+    memory[0, 41], memory[0, 42], memory[1, 43] = torch.inf, 1e-30 * memory[0, 42], torch.nan
+    queries[0, 1] *= 1e20
+    queries[1, 34] *= 1e22
+    assert_selects(shuffled, queries, memory, [0, 1, 0], [150, 70, 5], **ids(35, 300))
+
+
+@pytest.mark.parametrize("route", ["on chip", "in cache"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_approximate_scores(shuffled, route, dtype):
+    choose(shuffled, route)
+    queries, memory = lattice(2, 34, 20, seed=14).to(dtype), lattice(2, 150, 20, seed=15).to(dtype)  # exact in bfloat16
+    found = shuffled.cascade_select(queries, memory, [0, 1], [50, 9], precision=1, **ids(34, 150))
+    expected = ops.cascade_select(queries, memory, [0, 1], [50, 9], **ids(34, 150))
+    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("use", [0, 1])
+def test_a_route_with_more_than_48_kib_on_either_device(shuffled, use):
+    shuffled.resize()
+    queries, memory = normal(2, 2, 3, seed=16), normal(2, 5_000, 3, seed=17)
+    for now in (1 - use, use):  # what one device was allowed says nothing about the other
+        shuffled.use(now)
+        assert_selects(shuffled, queries, memory, [1, 0], [900, 3])
+    assert_selects(
+        shuffled, queries, memory[:, :4_000].contiguous(), [1, 0], [900, 3]
+    )  # asks for less: nothing is lowered
+    assert_selects(shuffled, queries, memory, [1, 0], [900, 3])
+
+
+@pytest.mark.parametrize(("route", "dtype"), [("in cache", torch.float32), ("refined", torch.bfloat16)])
+def test_a_memory_of_more_than_2_to_the_31_elements(shuffled, route, dtype):
+    """Entries lie beyond 32-bit offsets: all but a few are zeros, whose scores need not be computed."""
+    K, D, B = 530_000, 4096, 1  # 2.2e9 elements in a view
+    shuffled._reset()
+    shuffled.run_edges(True)
+    shuffled.resize(shared_limit=0, cache_size=1 << 30 if route == "in cache" else 0)
+    queries, memory = shuffled.allocate("queries", (2, B, D), dtype), shuffled.allocate("memory", (2, K, D), dtype)
+    queries[:, :, ::512] = normal(2, B, 8, seed=18, dtype=dtype)
+    for part in (slice(0, 40), slice(K - 40, K)):  # the blocks that run hold these
+        memory[:, part, ::512] = normal(2, 40, 8, seed=19, dtype=dtype)
+    found = shuffled.cascade_select(queries, memory, [1], [5])  # few: all of them score more than zero
+    shown = torch.cat([memory[:, :40], memory[:, -40:]], dim=1)
+    indices, scores = ops.cascade_select(queries, shown, [1], [5])
+    assert scores.min() > 0
+    assert torch.equal(found[1], scores) and torch.equal(found[0], torch.where(indices < 40, indices, indices + K - 80))
+
+
+def test_outputs_of_more_than_2_to_the_31_elements(shuffled):
+    B, K = 4_400_000, 500
+    shuffled._reset()
+    shuffled.run_edges(True)
+    shuffled.resize(cache_size=2_000_000_000)
+    queries, memory = shuffled.allocate("queries", (1, B, 1)), torch.linspace(-1, 1, K)[None, :, None].clone()
+    queries[0, -1] = 1
+    indices, scores = shuffled.cascade_select(queries, memory, [0], [K])
+    assert torch.equal(indices[-1], torch.arange(K).flip(0)) and torch.equal(scores[-1], memory[0, :, 0].flip(0))

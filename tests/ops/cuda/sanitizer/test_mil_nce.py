@@ -1,0 +1,93 @@
+"""mil_nce under the sanitizer, in both scans and the gradient to the memory, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.operator_references import assert_loss, integers, loss_inputs, mil_nce_float64, normal, unit
+
+WIDTHS = {"float32": [20, 129], "bfloat16": [24, 128, 512], "float16": [128]}
+REGIMES = [(getattr(torch, name), D) for name, widths in WIDTHS.items() for D in widths]
+
+
+def inputs(B: int, K: int, D: int, P: int, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+    made = loss_inputs(B, K, D, P, seed=seed)
+    return made | {name: made[name].to(dtype) for name in ("query", "own_key", "memory")}
+
+
+@pytest.mark.parametrize(("dtype", "D"), REGIMES)
+def test_every_scan_and_order(device, dtype, D):
+    assert_loss(device, **inputs(35, 135, D, 3, dtype, seed=1))
+
+
+@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 20), (torch.float16, 128)])
+@pytest.mark.parametrize("same_id", ["positive", "ignore", "negative"])
+def test_every_mode(shuffled, dtype, D, same_id):
+    given = inputs(5, 70, D, 4, dtype, seed=2)
+    for self_positive in ("keep", "denominator", "drop_both", integers(0, 3, 5, seed=3)):
+        assert_loss(shuffled, **given, same_id=same_id, self_positive=self_positive)
+    for name in ("positives", "query_ids", "memory_ids"):
+        given.pop(name)
+        assert_loss(shuffled, **given, same_id=same_id)
+
+
+@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 6), (torch.bfloat16, 128), (torch.bfloat16, 24)])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_rows_on_and_off_a_vector_and_odd_sizes(shuffled, dtype, D, offset):
+    shuffled.offset = offset
+    for B, K, P in ((1, 1, 1), (33, 65, 5), (2, 31, 70)):
+        assert_loss(shuffled, **inputs(B, K, D, P, dtype, seed=4))
+
+
+@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 3), (torch.float16, 128)])
+def test_several_chunks_of_queries(shuffled, dtype, D):
+    assert_loss(shuffled, **inputs(259, 40, D, 2, dtype, seed=5))
+
+
+def test_unused_content_of_empty_slots(shuffled):
+    for dtype, D in ((torch.float32, 9), (torch.bfloat16, 128)):
+        given = inputs(4, 140, D, 2, dtype, seed=6)
+        given["memory"][given["memory_ids"] == -1] = torch.nan
+        found = shuffled.mil_nce(**given)
+        given["memory"][given["memory_ids"] == -1] = 0
+        expected = shuffled.mil_nce(**given)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("tiles", [2, 3, 4])
+@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 16), (torch.bfloat16, 128)])
+def test_splits_of_several_tiles(device, dtype, D, tiles):
+    """Only the first and the last two splits run; the memory is empty elsewhere, and their results are zeros."""
+    K = 128 * 64 * tiles - 64 * (tiles - 1) - 5  # 128 splits, the last of less than a tile, or a whole number of tiles
+    span = 64 * tiles
+    begin_of_last = (K - 1) // span * span - span
+    device._reset()
+    device.run_edges(True)
+    shown = torch.cat([torch.arange(span), torch.arange(begin_of_last, K)])
+    small = inputs(5, len(shown), D, 3, dtype, seed=7)
+    memory = torch.zeros(K, D, dtype=dtype)
+    memory_ids = torch.full((K,), -1)
+    memory[shown], memory_ids[shown] = small["memory"], small["memory_ids"]
+    positives = torch.where(small["positives"] >= 0, shown[small["positives"]], -1)
+    found = device.mil_nce(
+        small["query"], small["own_key"], memory, positives, small["query_ids"], memory_ids, backward=False
+    )
+    loss, grad_query, *_ = mil_nce_float64(**small)
+    assert (found["loss"].double() - loss).abs().max() < 2e-5 * max(1, loss.abs().max())
+    assert (found["grad_query"].double() - grad_query).abs().max() < 2e-5 * max(1, grad_query.abs().max())
+
+
+def test_a_gradient_of_more_than_2_to_the_31_elements(shuffled):
+    K, D, B = 17_000_000, 128, 3
+    shuffled._reset()
+    shuffled.run_edges(True)
+    memory = shuffled.allocate("memory", (K, D))
+    memory[-40:] = normal(40, D, seed=8)
+    query, own = unit(B, D, seed=9), unit(B, D, seed=10)
+    positives = torch.tensor([[K - 1], [K - 3], [K - 3]])
+    found = shuffled.mil_nce(query, own, memory, positives, temperature=1.0, forward=False)["grad_memory"][-33:]
+    logits = query.double() @ memory[-33:].double().T  # [B, 33]; both logsumexps are zeros
+    weight = torch.exp(logits)
+    weight[torch.arange(B), positives[:, 0] - (K - 33)] = 0
+    assert (found.double() - weight.T @ query.double()).abs().max() < 1e-5

@@ -1,0 +1,58 @@
+"""tvl1_flow under the sanitizer, with teams of one and of several blocks, bit for bit against the CPU kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.flow_references import DEFAULTS, SHORT, moving_texture
+
+pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
+
+
+def assert_equals_cpu(device, clips: torch.Tensor, **settings) -> None:
+    settings = DEFAULTS | settings
+    found = device.tvl1_flow(clips, settings)
+    expected = torch.ops.cpr_fast.tvl1_flow(clips, *settings.values())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("processors", [1, 2, 5])  # one block in turn, a block for each pair, teams of two blocks
+def test_every_team_and_order(device, processors):
+    device.resize(processors=processors)
+    clips = moving_texture(3, 41, 70, seed=1)[None]
+    assert_equals_cpu(device, clips, scales=2, warps=2, outer_iterations=2, inner_iterations=9)
+
+
+@pytest.mark.parametrize("median", [0, 3, 5])
+@pytest.mark.parametrize("processors", [1, 3])
+def test_every_median(shuffled, median, processors):
+    shuffled.resize(processors=processors)
+    assert_equals_cpu(shuffled, moving_texture(2, 33, 65, seed=2)[None], **SHORT | {"median": median})
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 37), (37, 1), (16, 16), (65, 66)])
+def test_odd_sizes_and_more_pairs_than_blocks(shuffled, size):
+    shuffled.resize(processors=2)
+    clips = torch.stack([moving_texture(3, *size, seed=seed) for seed in (3, 4)])
+    assert_equals_cpu(shuffled, clips, **SHORT | {"scales": 3, "inner_iterations": 5})
+
+
+def test_the_stop_test_within_a_block_of_iterations(shuffled):
+    shuffled.resize(processors=2)
+    clips = moving_texture(2, 33, 66, seed=5)[None]
+    assert_equals_cpu(shuffled, clips, scales=2, warps=2, epsilon=0.05, outer_iterations=3, inner_iterations=11)
+
+
+@pytest.mark.parametrize("processors", [1, 4])
+def test_float_frames_and_pixels_that_are_not_finite(shuffled, processors):
+    shuffled.resize(processors=processors)
+    clips = (moving_texture(4, 20, 70, seed=6) / 255)[None]
+    clips[0, 0, 3, 3], clips[0, 3, 19, 29] = float("nan"), float("inf")
+    assert_equals_cpu(shuffled, clips, **SHORT)
+
+
+def test_on_the_other_device(shuffled):
+    for now in (0, 1):
+        shuffled.use(now)
+        shuffled.resize(processors=2 + now)
+        assert_equals_cpu(shuffled, moving_texture(2, 20, 66, seed=7)[None], **SHORT)

@@ -1,0 +1,64 @@
+// The limits of the emulated devices, and what the host can ask and set. There are two devices, so that a call which
+// takes the limits of one for those of the other, or sets an attribute for one only, is noticed.
+#include <map>
+#include <utility>
+
+#include "scheduler.h"
+
+namespace emulation {
+
+int processors = 132;
+
+namespace {
+constexpr size_t kDefaultSharedBytes = 48 * 1024;
+int shared_limit = 227 * 1024, cache_size = 50 << 20;  // those of an H200, unless a test changes them
+int device = 0;
+std::map<std::pair<int, const void*>, size_t> opted;  // by device and kernel: what it opted in to
+}  // namespace
+
+int current_device() { return device; }
+
+cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int of) {
+  if (of != device) observe_fault("device", "an attribute of another device than the current one", nullptr);
+  *value = attribute == cudaDevAttrL2CacheSize           ? cache_size
+           : attribute == cudaDevAttrMultiProcessorCount ? processors
+                                                         : shared_limit;
+  return cudaSuccess;
+}
+
+cudaError_t allow_shared(const void* function, int bytes) {
+  if (bytes > shared_limit) return cudaErrorInvalidValue;
+  size_t& allowed = opted[{device, function}];
+  if (static_cast<size_t>(bytes) < allowed) {
+    observe_fault("attribute",
+                  "the shared memory of a kernel is lowered: another host thread may be about to launch it", nullptr);
+  }
+  allowed = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+
+size_t allowed_shared(const void* function) {
+  const auto found = opted.find({device, function});
+  return found != opted.end() && found->second > kDefaultSharedBytes ? found->second : kDefaultSharedBytes;
+}
+
+cudaError_t fill(void* to, int value, size_t bytes, cudaStream_t stream) {
+  observe_fill(to, bytes, stream);
+  memset(to, value, bytes);
+  return cudaSuccess;
+}
+
+}  // namespace emulation
+
+// Sets what the device reports (bytes, multiprocessors), to test the routes of other devices. No kernel has opted in to
+// more shared memory yet.
+extern "C" __attribute__((visibility("default"))) void emulation_set_device(int shared_limit, int cache_size,
+                                                                            int processors) {
+  emulation::shared_limit = shared_limit;
+  emulation::cache_size = cache_size;
+  emulation::processors = processors;
+  emulation::opted.clear();
+}
+
+// Makes device 0 or 1 the current one.
+extern "C" __attribute__((visibility("default"))) void emulation_use_device(int device) { emulation::device = device; }
