@@ -1,0 +1,85 @@
+"""cascade_select from the PTX of its kernels: every route and tile, bit for bit against the CPU kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.operator_references import integers, lattice, normal
+
+ops = pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
+
+ROUTES = {  # the limits of the device that select them
+    "on chip": {},
+    "in cache": {"shared_limit": 0, "cache_size": 40 << 20},
+    "refined": {"shared_limit": 0, "cache_size": 0},
+}
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def assert_selects(device, queries, memory, views, keep, **options):
+    found = device.cascade_select(queries, memory, views, keep, **options)
+    expected = ops.cascade_select(queries, memory, views, keep, **options)
+    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+
+
+def ids(B: int, K: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    return {"query_ids": integers(-1, 5, B, seed=seed), "memory_ids": integers(-1, 9, K, seed=seed + 1)}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_route_and_type_with_small_and_large_tiles(device, route, dtype):
+    device.resize(**ROUTES[route])
+    before = device.products()
+    for B, K, D in ((3, 700, 24), (37, 192, 33)):
+        queries, memory = normal(3, B, D, seed=1, dtype=dtype), normal(3, K, D, seed=2, dtype=dtype)
+        assert_selects(device, queries, memory, [2, 0, 2], [K // 2, K // 4, 5], **ids(B, K))
+    assert (device.products() > before) == (route == "refined")
+
+
+@pytest.mark.parametrize("order", ["backward", "shuffled"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_no_order_of_warps_and_blocks_changes_a_bit(device, route, order):
+    device.resize(**ROUTES[route])
+    device.set_order(order)
+    queries, memory = lattice(2, 3, 24, seed=3), lattice(2, 700, 24, seed=4)
+    assert_selects(device, queries, memory, [1, 0, 1], [350, 175, 5])
+
+
+@pytest.mark.parametrize("route", ["in cache", "refined"])
+def test_several_chunks_and_rankings_beyond_shared_memory(device, route):
+    device.resize(shared_limit=0, cache_size=200_000 if route == "in cache" else 0)
+    queries, memory = lattice(2, 133, 4, seed=5), lattice(2, 300, 4, seed=6)
+    assert_selects(device, queries, memory, [1, 0], [120, 3], **ids(133, 300, seed=7))
+    device.resize(**ROUTES[route])
+    queries, memory = lattice(2, 2, 3, seed=8), normal(2, 1300, 3, seed=9)
+    assert_selects(device, queries, memory, [0, 1], [1200, 700])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_crowded_buckets_nan_and_infinities(device, route):
+    device.resize(**ROUTES[route])
+    queries, memory = torch.ones(2, 2, 1), normal(2, 1500, 1, seed=10)
+    memory[:, 100:700] = 0.25  # more equal scores than a bucket holds
+    memory[0, 3], memory[1, 5], memory[0, 7], memory[1, 9] = torch.nan, torch.nan, torch.inf, -torch.inf
+    assert_selects(device, queries, memory, [0, 1, 0], [900, 700, 600])
+
+
+@pytest.mark.parametrize(("group", "extra_bits"), [(4, 0), (8, 1), (16, 2), (16, 0)])
+def test_refined_scores_are_exact_however_tensor_cores_add(device, group, extra_bits):
+    """The published models of V100, A100 and H100 and a coarser one: the bound covers each."""
+    device.resize(**ROUTES["refined"])
+    device.set_product_model(group, extra_bits)
+    queries, memory = normal(2, 3, 128, seed=11), normal(2, 400, 128, seed=12)
+    memory[:, 200:] = memory[:, :200] * (1 + 1e-6)  # near ties across every threshold
+    assert_selects(device, queries, memory, [0, 1, 0], [201, 101, 5])
+    device.set_product_model(*((8, 1) if device.architecture == "80" else (16, 2)))
+
+
+@pytest.mark.parametrize("route", ["on chip", "in cache"])
+def test_approximate_scores(device, route):
+    device.resize(**ROUTES[route])
+    queries, memory = lattice(2, 34, 20, seed=14), lattice(2, 150, 20, seed=15)  # exact in bfloat16
+    found = device.cascade_select(queries, memory, [0, 1], [50, 9], precision=1)
+    expected = ops.cascade_select(queries, memory, [0, 1], [50, 9])
+    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)

@@ -1,0 +1,59 @@
+"""mil_nce from the PTX of its kernels: both scans and the gradient to the memory, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.operator_references import assert_loss, integers, loss_inputs
+
+REGIMES = [  # dtype, width, whether the scan uses tensor cores
+    (torch.float32, 20, False),
+    (torch.float32, 129, False),
+    (torch.bfloat16, 24, False),
+    (torch.float16, 30, False),
+    (torch.bfloat16, 128, True),
+    (torch.float16, 128, True),
+    (torch.bfloat16, 512, True),
+    (torch.float16, 512, True),
+]
+
+
+def inputs(B: int, K: int, D: int, P: int, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+    made = loss_inputs(B, K, D, P, seed=seed)
+    return made | {name: made[name].to(dtype) for name in ("query", "own_key", "memory")}
+
+
+@pytest.mark.parametrize(("dtype", "D", "on_tensor_cores"), REGIMES)
+def test_every_scan_with_and_without_positives_by_id(device, dtype, D, on_tensor_cores):
+    given = inputs(35, 135, D, 3, dtype, seed=1)
+    before = device.products()
+    assert_loss(device, **given)
+    assert_loss(device, **given, same_id="ignore")
+    assert (device.products() > before) == on_tensor_cores
+
+
+@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 12), (torch.float16, 128)])
+@pytest.mark.parametrize("order", ["backward", "shuffled"])
+def test_no_order_of_warps_and_blocks_changes_a_bit(device, dtype, D, order):
+    given = inputs(7, 200, D, 4, dtype, seed=2) | {"self_positive": integers(0, 3, 7, seed=20)}
+    expected = device.mil_nce(**given)
+    device.set_order(order)
+    for name, value in device.mil_nce(**given).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 2), (torch.bfloat16, 128)])
+def test_splits_of_several_tiles_and_chunks_of_queries(device, dtype, D):
+    assert_loss(device, **inputs(2, 8300, D, 3, dtype, seed=3))
+    assert_loss(device, **inputs(259, 40, D, 2, dtype, seed=4))
+
+
+def test_info_nce_without_positives_or_ids(device):
+    given = inputs(5, 90, 16, 1, torch.float32, seed=5)
+    assert_loss(device, given["query"], given["own_key"], given["memory"])
+
+
+def test_a_positive_outside_the_memory_fails_an_assertion(device):
+    x = torch.ones(1, 2)
+    with pytest.raises(RuntimeError, match=r"an assertion of the kernel failed .*call.*finish\.cuh:\d+"):
+        device.mil_nce(x, x, torch.ones(3, 2), torch.tensor([[3]]))
