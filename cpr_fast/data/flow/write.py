@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from cpr_fast.runtime.files import DISK_ERRORS
 from cpr_fast.runtime.progress import Forecast, track
 
 MOST_WORKERS = 16  # number of decoding threads, and of encoding threads; more are not faster on any device
+REFILL_S = 20.0  # between two times that the index is filled during a run
 
 log = logging.getLogger(__name__)
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -66,8 +68,7 @@ def write_flow(
     "cuda" or "cuda:N". `shard` = (i, n) computes the videos i, i + n, ... of the index; several shards may run at the
     same time on one index. Flow that is complete and was computed from the current version of the video is kept, so the
     same call resumes a run that was killed. A video that does not decode, has a single frame or whose flow fails is
-    skipped and reported, and tried again by the next run. With `progress` an estimate is logged first, and a bar is
-    drawn.
+    skipped and reported, and tried again by the next run. With `progress` an estimate and a bar are printed.
 
     Returns {"index", "videos" (of this shard), "written", "kept", "pairs" (computed), "pairs_per_s", "elapsed_s",
     "without_flow" (videos of the whole index that still have none), "counts" (problems by kind), "problems": [{"path",
@@ -81,17 +82,18 @@ def write_flow(
     index = Index.load(index_csv, require_flow=False)
     _require_writable(index_csv)
     share = range(number, len(index), count)
-    with STORAGES[storage](index, index_csv.parent, out, shard) as store:
+    fill = partial(_fill_index, index_csv, partial(STORAGES[storage].found, out=out))
+    with _filled_if_stopped(fill), STORAGES[storage](index, index_csv.parent, out, shard) as store:
         todo = [position for position in share if not store.holds(position)]
         if progress:
             _announce(index_csv, index, share, todo, out, storage, solver, count)
         began = time.perf_counter()
         with _disk_full_named(out):
-            problems = _compute_all(index, todo, solver, store, progress)
+            problems = _compute_all(index, todo, solver, store, progress, _Refill(fill, storage))
     elapsed_s = time.perf_counter() - began
     failed = {problem.path for problem in problems}
     pairs = sum(index[p].num_frames - 1 for p in todo if index[p].path not in failed)
-    without_flow = _fill_index(index_csv, partial(STORAGES[storage].found, out=out))
+    without_flow = fill()
     if problems and len(problems) == len(share):
         raise InputError(
             f"index {str(index_csv)!r}: none of its {len(share)} videos gave flow; the first: {problems[0].path}: "
@@ -135,7 +137,9 @@ def _announce(
                  "same command to continue")  # fmt: skip
 
 
-def _compute_all(index: Index, todo: list[int], solver: FlowSolver, store: Store, progress: bool) -> list[Problem]:
+def _compute_all(
+    index: Index, todo: list[int], solver: FlowSolver, store: Store, progress: bool, refill: _Refill
+) -> list[Problem]:
     """Computes and stores the flow of the videos at `todo`; returns the problems."""
     problems = []
     unreadable = Unreadable([index[position].path for position in todo])
@@ -148,7 +152,37 @@ def _compute_all(index: Index, todo: list[int], solver: FlowSolver, store: Store
             if problem is not None:
                 problems.append(problem)
                 unreadable.add(problem.path, problem.reason, "no flow of")
+            else:
+                refill.if_due()
     return problems
+
+
+class _Refill:
+    """Fills the index while the flow is computed, so that a killed run leaves an index that lists the flow it stored.
+
+    It takes at most a twentieth of the time. Flow files only: an LMDB file is complete when the run ends.
+    """
+
+    def __init__(self, fill: Callable[[], int], storage: str) -> None:
+        self._fill, self._due = fill, time.monotonic() + REFILL_S if storage == "video" else math.inf
+
+    def if_due(self) -> None:
+        """Fills the index if the last time is long ago."""
+        if (began := time.monotonic()) >= self._due:
+            self._fill()
+            now = time.monotonic()
+            self._due = now + max(REFILL_S, 20 * (now - began))
+
+
+@contextmanager
+def _filled_if_stopped(fill: Callable[[], int]) -> Iterator[None]:
+    """Fills the index when the block ends by Ctrl-C or an error, with the flow that is stored by then."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # the first error is the one to report
+            fill()
+        raise
 
 
 @contextmanager

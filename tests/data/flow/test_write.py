@@ -85,6 +85,38 @@ def test_a_killed_run_leaves_no_half_file_and_is_continued(data_set, tmp_path):
     assert all(video.flow_path is not None for video in Index.load(data_set))
 
 
+def test_a_stopped_run_leaves_an_index_that_lists_the_flow_it_stored(data_set, tmp_path):
+    """`init` and `pretrain` read the index: without this they would take stored flow for missing."""
+    calls = []
+
+    def stopped(frames):
+        calls.append(len(frames))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return smooth_flow(frames)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_flow(data_set, tmp_path / "flow", compute=stopped)
+    stored = set((tmp_path / "flow").rglob("*.flow.mp4"))
+    listed = {video.flow_path.resolve() for video in Index.load(data_set) if video.flow_path}
+    assert listed == stored and 0 < len(listed) < 5
+    report = write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
+    assert report["kept"] == len(stored) and report["without_flow"] == 0
+
+
+def test_the_index_is_filled_during_the_run(data_set, tmp_path, monkeypatch):
+    """A run that is killed, or is still running, has filled the index before."""
+    monkeypatch.setattr("cpr_fast.data.flow.write.REFILL_S", 0.0)
+    seen = []
+
+    def looked(frames):
+        seen.append(sum(video.flow_path is not None for video in Index.load(data_set, require_flow=False)))
+        return smooth_flow(frames)
+
+    write_flow(data_set, tmp_path / "flow", compute=looked)
+    assert max(seen) > 0
+
+
 def test_a_failure_while_encoding_stops_the_run_and_leaves_no_half_file(data_set, tmp_path, monkeypatch):
     def full_disk(source, target):
         raise OSError(28, "No space left on device")
