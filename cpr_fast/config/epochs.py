@@ -22,7 +22,7 @@ def scale_epochs(config: Config, epochs: int) -> Config:
         raise ConfigError(f"--epochs: expected at least one epoch for each of the {len(cycles)} cycles, got {epochs}")
     scaled = tuple(
         dataclasses.replace(cycle, epochs=n, milestones=scale_milestones(cycle.milestones, cycle.epochs, n))
-        for cycle, n in zip(cycles, _shares([cycle.epochs for cycle in cycles], epochs), strict=True)
+        for cycle, n in zip(cycles, share_epochs([cycle.epochs for cycle in cycles], epochs), strict=True)
     )
     return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, cycles=scaled))
 
@@ -44,8 +44,11 @@ def scale_milestones(milestones: Sequence[int], old: int, new: int) -> tuple[int
     return tuple(scaled)
 
 
-def _shares(parts: Sequence[int], total: int) -> list[int]:
-    """Shares `total` in proportion to `parts` by the largest remainder; each share is at least 1."""
+def share_epochs(parts: Sequence[int], total: int) -> list[int]:
+    """Shares `total` in proportion to `parts` by the largest remainder; each share is at least 1.
+
+    `total` must be at least the number of parts.
+    """
     whole = sum(parts)
     shares = [max(1, part * total // whole) for part in parts]
     while (rest := total - sum(shares)) != 0:

@@ -26,6 +26,7 @@ from cpr_fast.data.storage.records import read_jpegs
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.pixels import Region
 from cpr_fast.models import build_encoder
+from cpr_fast.runtime.busy import OtherPrograms
 
 ADVICE = {
     "read": "reading from the disk is slow: copy the data to a local disk or to /dev/shm, or make it smaller with "
@@ -52,8 +53,10 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
     Returns:
         "batch_size" (B), "views", "workers", "videos_measured", "mean_frames", "stage_s_per_step" (seconds by stage),
         "loader_s_per_step", "step_measured_on_clips", "bottleneck" (the slowest stage), "data_wait_fraction" (share of
-        a step that would wait for data, 0..1), and "advice".
+        a step that would wait for data, 0..1), "other_programs" (share of the processor that they took, see
+        `OtherPrograms`), and "advice".
     """
+    others = OtherPrograms()
     data = config.data
     batch = min(data.batch_size, len(index))
     data = dataclasses.replace(data, batch_size=batch)
@@ -90,6 +93,7 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
         "step_measured_on_clips": clips,
         "bottleneck": slowest,
         "data_wait_fraction": round(max(0.0, 1 - step_s / max(loader_s, 1e-9)), 3),
+        "other_programs": round(others.share(), 3),
         "advice": advice,
     }
 

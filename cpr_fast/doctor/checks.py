@@ -105,4 +105,7 @@ def _verdict(row: dict[str, Any]) -> Finding:
     videos = "1 video" if row["batch_size"] == 1 else f"{row['batch_size']} videos"
     text = (f"a training step of {videos}: {stages}; the loader alone delivers a batch every "
             f"{row['loader_s_per_step']:.3g} s. The slowest stage is {row['bottleneck']!r}")  # fmt: skip
+    if others := row["other_programs"]:
+        text += (f". Other programs took {others:.0%} of the processor meanwhile: alone, these times may be down to "
+                 f"{1 - others:.0%} of it")  # fmt: skip
     return Finding("ok" if row["bottleneck"] == "step" else "warning", text, row["advice"], "time")

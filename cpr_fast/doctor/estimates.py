@@ -77,6 +77,9 @@ def _pretrain(train: Index, config: Config, breakdown: dict[str, Any], findings:
     epoch_s, hours = steps * step_s, steps * step_s * epochs / 3600
     text = (f"pretraining takes {about(epoch_s)} per epoch of {counted(steps, 'step')} on this device, "
             f"{about(3600 * hours)} for the {counted(epochs, 'epoch')} of the config")  # fmt: skip
+    if others := breakdown["other_programs"]:
+        text += (f"; measured while other programs use this machine, alone it may take as little as "
+                 f"{about(3600 * hours * (1 - others)).removeprefix('about ')}")  # fmt: skip
     advice = ""
     if hours > LONG_H:
         advice = "use a GPU, or several (torchrun --nproc-per-node N -m cpr_fast pretrain CONFIG), or fewer epochs"

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpr_fast.config import Config
+from cpr_fast.config.epochs import share_epochs
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.errors import InputError
 
 CPU_STEPS, GPU_STEPS = 1200, 100_000  # optimiser steps of all cycles together
 MIN_VIDEOS = 8  # from at least two sources; with fewer, no memory remains to compare a batch with
 RATIO = 0.5  # fraction of the entries that each stage of the cascade keeps
+FILL = 0.25  # largest share of the steps of a cascade cycle that may only fill the memory, where a batch allows it
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,17 @@ class Sized:
     steps: int
 
 
-def sized_recipe(facts: Facts, index: str, out: str) -> Sized:
+def sized_recipe(facts: Facts, index: str, out: str, epochs: int | None = None) -> Sized:
     """Returns a recipe for these videos on this machine.
 
     Args:
         facts: Number of videos and sources, and the machine.
         index: Path of the index, as it is written into the recipe.
         out: The run folder.
+        epochs: Number of epochs of all cycles together, divided in the proportions of the default plan. By default it
+            follows from the number of steps that the machine is expected to manage.
+
+    Raises InputError if there are fewer epochs than cycles.
     """
     if facts.gpu:
         arch, width, frames, stride, size, most = "s3d", 1.0, 32, 1, 128, 32
@@ -75,16 +81,16 @@ def sized_recipe(facts: Facts, index: str, out: str) -> Sized:
     stride = stride if facts.median_frames > frames * stride else 1
     batch = max(2, min(most, facts.videos // 4) // 2 * 2)
     per_epoch = facts.videos // batch
-    memory = max(batch, min(2048, facts.videos * 3 // 4) // batch * batch)
-    top_k = max(1, min(5, memory // 16))
-    stages = max((n for n in (1, 3, 5, 7) if int(memory * RATIO ** (n - 1)) > top_k), default=1)
     second, flow = _second_view(facts)
     views = ("rgb", second)
-    epochs = _epochs(GPU_STEPS if facts.gpu else CPU_STEPS, per_epoch, len(views))
-    cycles = [(view, epochs[0], "none") for view in views] + [(view, epochs[1], "cascade") for view in views]
-    momentum = round(max(0.9, min(0.999, 1 - 8 / (epochs[1] * per_epoch))), 3)
+    cycles = _cycles(views, _epochs(GPU_STEPS if facts.gpu else CPU_STEPS, per_epoch, len(views)), epochs)
+    least = min(n for _, n, mining in cycles if mining == "cascade") * per_epoch  # steps of the shortest cascade cycle
+    memory = max(batch, min(2048, facts.videos * 3 // 4, int(least * FILL) * batch) // batch * batch)
+    top_k = max(1, min(5, memory // 16))
+    stages = max((n for n in (1, 3, 5, 7) if int(memory * RATIO ** (n - 1)) > top_k), default=1)
+    momentum = round(max(0.9, min(0.999, 1 - 8 / least)), 3)
     lines = "\n".join(
-        f'  {{ view = "{view}", epochs = {n}, mining = "{mining}", milestones = [{max(1, n * 4 // 5)}]'
+        f'  {{ view = "{view}", epochs = {n}, mining = "{mining}", milestones = {_milestones(n)}'
         + (f', other = "{views[1 - views.index(view)]}"' if second == "residual" else "")
         + " },"
         for view, n, mining in cycles
@@ -113,6 +119,24 @@ def _second_view(facts: Facts) -> tuple[str, str]:
 def _epochs(steps: int, per_epoch: int, views: int) -> tuple[int, int]:
     """Returns the epochs of an InfoNCE cycle and of a cascade cycle: three fifths and two fifths of the steps."""
     return tuple(max(10, min(300, round(share * steps / views / per_epoch))) for share in (0.6, 0.4))
+
+
+def _cycles(views: Sequence[str], default: Sequence[int], total: int | None) -> list[tuple[str, int, str]]:
+    """Returns view, epochs and mining of the cycles: InfoNCE of every view, then a cascade of every view."""
+    cycles = [(view, n, mining) for n, mining in zip(default, ("none", "cascade"), strict=True) for view in views]
+    if total is None:
+        return cycles
+    if total < len(cycles):
+        raise InputError(
+            f"--epochs: expected {len(cycles)} or more, at least one for each of the {len(cycles)} cycles, got {total}"
+        )
+    shares = share_epochs([n for _, n, _ in cycles], total)
+    return [(view, n, mining) for (view, _, mining), n in zip(cycles, shares, strict=True)]
+
+
+def _milestones(epochs: int) -> list[int]:
+    """Returns the epoch at which the learning rate falls, after four fifths of a cycle; a single epoch has none."""
+    return [max(1, epochs * 4 // 5)] if epochs > 1 else []
 
 
 def _quoted(text: str) -> str:

@@ -7,6 +7,7 @@ measured, and is printed by `duration`.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -50,6 +51,15 @@ def track(
         return
     report = _Report(description, total, unit, status, left, Forecast(total))
     yield from (_bar if sys.stderr.isatty() else _lines)(items, report)
+
+
+def announce(text: str) -> None:
+    """Prints at once, on stderr, what a command does now and will be silent about for more than about two seconds.
+
+    Of the processes that torchrun started only the first one prints.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{text} ...", file=sys.stderr, flush=True)
 
 
 class Forecast:

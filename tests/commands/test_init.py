@@ -49,6 +49,23 @@ def test_a_recipe_of_every_size_can_learn(tmp_path, videos, gpu):
             assert (config.data.flow == "on_the_fly") == (gpu and with_flow < videos)
 
 
+@pytest.mark.parametrize("total", [4, 5, 7, 12, 60, 1000])
+@pytest.mark.parametrize("videos", [8, 13, 100, 9537])
+def test_a_number_of_epochs_is_kept_and_divided_as_the_default_plan(videos, total):
+    whole = [cycle.epochs for cycle in sized_recipe(facts(videos), "i", "o").config.schedule.cycles]
+    sized = sized_recipe(facts(videos), "i", "o", total)
+    config, per_epoch = sized.config, videos // sized.config.data.batch_size
+    epochs = [cycle.epochs for cycle in config.schedule.cycles]
+    assert sum(epochs) == total and sized.steps == total * per_epoch
+    assert all(n == 1 or abs(n - total * part / sum(whole)) < 1 for n, part in zip(epochs, whole, strict=True))
+    for cycle in config.schedule.cycles:
+        assert all(0 < milestone < cycle.epochs for milestone in cycle.milestones)
+        assert len(cycle.milestones) == (cycle.epochs > 1)  # the learning rate falls once, if there is room for it
+    # At most a quarter of a cascade cycle fills the memory; a memory has at least one batch.
+    fill = math.ceil(config.memory.size / config.data.batch_size)
+    assert fill == 1 or fill <= min(epochs[2:]) * per_epoch / 4
+
+
 def test_the_facts_are_those_of_the_training_videos():
     labelled = make_index(24)
     assert Facts.of(labelled, cores=2, gpu=False) == Facts(24, 12, 60, 0, "train", 2, False)
@@ -97,10 +114,12 @@ def test_the_command_writes_a_recipe_that_names_the_index_and_replaces_nothing(t
 @pytest.mark.parametrize(
     ("have", "said"),
     [
-        ([0], "1 of 24 videos has it (1 of the 16 training videos)\n  the recipe uses differences of frames (residual) "
+        ([0], "1 of 24 videos has it (1 of the 16 training videos)\n  STOPPED\n"
+              "  the recipe uses differences of frames (residual) "
               "as the second view instead\n  to use stored flow: COMMAND, then this command again with --force\n"),
-        ([0, 15, 16, 23], "4 of 24 videos have it (2 of the 16 training videos)\n  the recipe uses differences"),
-        (range(16), "16 of 24 videos have it (16 of the 16 training videos)\n  the recipe uses it; evaluating the flow "
+        ([0, 15, 16, 23], "4 of 24 videos have it (2 of the 16 training videos)\n  `cpr-fast flow` was stopped"),
+        (range(16), "16 of 24 videos have it (16 of the 16 training videos)\n  STOPPED\n"
+                    "  the recipe uses it; evaluating the flow "
                     "encoder needs it for the other videos, too\n  to complete it: COMMAND\n"),
         (range(24), ""),
     ],
@@ -118,7 +137,72 @@ def test_missing_flow_is_told_with_what_the_recipe_does_and_the_command(tmp_path
     Index(videos).save("index.csv")
     assert main(["init", "index.csv", "--seconds", "0"]) == 0
     out = capsys.readouterr().out
+    said = said.replace(
+        "STOPPED", "`cpr-fast flow` was stopped, is still running, or could not compute it for the others"
+    )
     assert said.replace("COMMAND", "cpr-fast flow index.csv --out 'my flow'") in out
     assert ("optical flow" in out) == bool(said)
     recipe = Path("recipe.toml").read_text()
     assert len(have) >= 16 or f"{sum(i < 16 for i in have)} of 16 training videos have optical flow" in recipe
+
+
+@pytest.fixture
+def listed(tmp_path, monkeypatch):
+    """An index of 100 videos in the working directory; a step is measured as 2 seconds, of which 1.5 are our own."""
+    monkeypatch.chdir(tmp_path)
+    videos = []
+    for i, video in enumerate(make_index(100)):
+        (tmp_path / f"{i}.mp4").touch()
+        videos.append(dataclasses.replace(video, path=tmp_path / f"{i}.mp4"))
+    Index(videos).save("index.csv")
+    measured = {"loader_s_per_step": 2.0, "stage_s_per_step": {"step": 0.5}, "other_programs": 0.25}
+    monkeypatch.setattr("cpr_fast.doctor.bottleneck.breakdown", lambda *a, **k: measured)
+
+
+def test_a_long_plan_says_how_long_it_takes_and_how_to_shorten_it(listed, capsys):
+    assert main(["init", "index.csv"]) == 0
+    out, err = capsys.readouterr()
+    assert "300 epochs of 4 steps: about 40 min at 2 s per step, as measured now\n" in out
+    assert "  measured while other programs use this machine; alone it may take as little as 30 min\n" in out
+    assert "`cpr-fast init index.csv --force --minutes 10` writes a recipe for 10 minutes" in out
+    assert "`cpr-fast pretrain recipe.toml --epochs N` trains" in out and "Measuring training steps" in err
+    assert main(["init", "index.csv", "--epochs", "60", "--out", "a b.toml"]) == 0
+    out = capsys.readouterr().out
+    assert "60 epochs of 4 steps: about 8 min" in out and "shorten" not in out
+    assert out.endswith("next: cpr-fast pretrain 'a b.toml'\n")
+    assert main(["init", "index.csv", "--seconds", "0", "--out", "b.toml"]) == 0
+    out = capsys.readouterr().out
+    assert "300 epochs of 4 steps; the time was not measured (--seconds 0)" in out
+    assert "`cpr-fast init index.csv --out b.toml --force --minutes 10`" in out
+
+
+def test_minutes_cut_the_plan_to_what_fits(listed, capsys):
+    assert main(["init", "index.csv", "--minutes", "10", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["epochs"], result["steps"]) == (67, 268)  # 9 min of 8 s an epoch; the tenth for start and end
+    assert sum(cycle.epochs for cycle in load("recipe.toml").schedule.cycles) == 67
+    assert main(["init", "index.csv", "--minutes", "10", "--force"]) == 0
+    out = capsys.readouterr().out
+    assert "67 epochs of 4 steps: about 9 min" in out
+    assert "  cut from 300 epochs (about 40 min) to fit --minutes 10; fewer epochs learn less\n" in out
+    assert main(["init", "index.csv", "--minutes", "60", "--force"]) == 0
+    assert "--minutes 60 cuts nothing: the whole plan of 300 epochs (about 40 min) fits" in capsys.readouterr().out
+    assert main(["init", "index.csv", "--minutes", "60", "--epochs", "12", "--force"]) == 0
+    assert "the whole plan of 12 epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--minutes", "0.5"], "--minutes: expected at least 0.59, the time of one epoch for each of the 4 cycles (an "
+         "epoch takes a few seconds), got 0.5"),
+        (["--minutes", "0"], "--minutes: expected more than 0, got 0.0"),
+        (["--minutes", "nan"], "--minutes: expected more than 0, got nan"),
+        (["--minutes", "5", "--seconds", "0"], "--minutes: expected --seconds above 0 with it"),
+        (["--epochs", "3"], "--epochs: expected 4 or more, at least one for each of the 4 cycles, got 3"),
+        (["--epochs", "0"], "--epochs: expected 1 or more, got 0"),
+    ],
+)  # fmt: skip
+def test_a_length_that_cannot_be_is_refused_and_nothing_is_written(listed, capsys, options, said):
+    assert main(["init", "index.csv", *options]) == 2
+    assert said in capsys.readouterr().err and not Path("recipe.toml").exists()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tyro
 
@@ -18,12 +19,24 @@ if TYPE_CHECKING:
     from cpr_fast.data.index.index import Index
     from cpr_fast.experiments.sizing import Facts, Sized
 
+LONG_S = 15 * 60.0  # a longer run is printed with the way to shorten it
+MARGIN = 0.9  # of --minutes: the share that training steps get; start, checkpoints and the end take the rest
+
+
+class Pace(NamedTuple):
+    """Seconds per step as measured, and at least how many of them the work alone would take on an idle machine."""
+
+    step_s: float
+    alone_s: float
+
 
 def init(
     index: tyro.conf.Positional[Path],
     *,
     out: Path = Path("recipe.toml"),
     run: Path = Path("runs/mine"),
+    epochs: int | None = None,
+    minutes: float | None = None,
     seconds: float = 20.0,
     force: bool = False,
     json: Json = False,
@@ -37,15 +50,15 @@ def init(
         index: The index (CSV), as `cpr-fast index` wrote it.
         out: The recipe to write (TOML).
         run: The run folder that the recipe names.
+        epochs: Number of epochs of all cycles together; by default it follows from the number of videos.
+        minutes: Reduce the number of epochs to as many as fit into this time, by the measured time of a step.
         seconds: How long to measure; 0 does not measure, and prints no expected time.
         force: Replace a recipe that exists.
     """
-    require_file("INDEX", index)
-    require_at_least("--seconds", 0, seconds)
-    if out.is_dir():
-        raise InputError(f"--out: expected the name of a TOML file, but {str(out)!r} is a folder")
-    if out.exists() and not force:
-        raise InputError(f"--out: {str(out)!r} exists; give another name, or --force to replace it")
+    _check_options(index, out, epochs, minutes, seconds, force)
+    from cpr_fast.runtime.progress import announce
+
+    announce("Loading PyTorch and the index")
     import torch
 
     from cpr_fast.data.flow.names import flow_command
@@ -57,37 +70,113 @@ def init(
     gpu = torch.cuda.is_available()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     facts = Facts.of(videos, cores=cores, gpu=gpu)
-    sized = sized_recipe(facts, os.path.relpath(index, out.parent), str(run))
+    named = os.path.relpath(index, out.parent), str(run)
+    whole = sized = sized_recipe(facts, *named, epochs)
+    pace = None
+    if seconds:
+        announce(f"Measuring training steps on these videos for about {seconds:.0f} s")
+        pace = _pace(videos, facts.split, sized.config, "cuda" if gpu else "cpu", seconds)
+    if minutes is not None and (fit := _epochs_that_fit(sized, pace.step_s, minutes)) < total_epochs(sized):
+        sized = sized_recipe(facts, *named, fit)
     with replacing(out) as temporary:
         temporary.write_text(sized.text, encoding="utf-8")
-    step_s = _step_seconds(videos, facts.split, sized.config, "cuda" if gpu else "cpu", seconds) if seconds else None
     lines = [
-        *_summary(out, facts, sized, step_s),
+        *_summary(out, facts, sized, pace),
+        *_about_length(index, out, whole, sized, pace, minutes),
         *_about_flow(videos, facts, sized.config, flow_command(index, videos)),
     ]
-    result = {
+    show(_result(out, facts, sized, pace), json, lines=lines, next_step=f"cpr-fast pretrain {shlex.quote(str(out))}")
+
+
+def _check_options(
+    index: Path, out: Path, epochs: int | None, minutes: float | None, seconds: float, force: bool
+) -> None:
+    require_file("INDEX", index)
+    require_at_least("--seconds", 0, seconds)
+    require_at_least("--epochs", 1, epochs)
+    if minutes is not None and not minutes > 0:
+        raise InputError(f"--minutes: expected more than 0, got {minutes}")
+    if minutes is not None and not seconds:
+        raise InputError("--minutes: expected --seconds above 0 with it, because the time of a step must be measured")
+    if out.is_dir():
+        raise InputError(f"--out: expected the name of a TOML file, but {str(out)!r} is a folder")
+    if out.exists() and not force:
+        raise InputError(f"--out: {str(out)!r} exists; give another name, or --force to replace it")
+
+
+def _result(out: Path, facts: Facts, sized: Sized, pace: Pace | None) -> dict[str, Any]:
+    return {
         "recipe": str(out),
         "videos": facts.videos,
         "with_flow": facts.with_flow,
+        "epochs": total_epochs(sized),
         "steps": sized.steps,
-        "step_s": step_s,
+        "step_s": pace and pace.step_s,
+        "step_alone_s": pace and pace.alone_s,
         "config": sized.config.to_dict(),
     }
-    show(result, json, lines=lines, next_step=f"cpr-fast pretrain {out}")
 
 
-def _summary(out: Path, facts: Facts, sized: Sized, step_s: float | None) -> list[str]:
+def total_epochs(sized: Sized) -> int:
+    """Returns the number of epochs of all cycles of a recipe."""
+    return sum(cycle.epochs for cycle in sized.config.schedule.cycles)
+
+
+def _epochs_that_fit(sized: Sized, step_s: float, minutes: float) -> int:
+    """Returns how many epochs of a recipe fit into a time. Raises InputError if not every cycle gets one."""
+    from cpr_fast.runtime.progress import about
+
+    epochs, cycles = total_epochs(sized), len(sized.config.schedule.cycles)
+    epoch_s = sized.steps / epochs * step_s
+    fit = int(MARGIN * 60 * minutes / epoch_s)
+    if fit < cycles:
+        least = cycles * epoch_s / 60 / MARGIN
+        raise InputError(
+            f"--minutes: expected at least {least:.2g}, the time of one epoch for each of the {cycles} cycles "
+            f"(an epoch takes {about(epoch_s)}), got {minutes:g}"
+        )
+    return fit
+
+
+def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None) -> list[str]:
     """Returns the sizes of the recipe and, where a step was measured, the expected time."""
     from cpr_fast.runtime.progress import about
 
-    config, time = sized.config, ""
-    if step_s:
-        time = f", {about(sized.steps * step_s)} at {step_s:.2g} s per step, as measured now"
-    return [
+    config, time = sized.config, "; the time was not measured (--seconds 0)"
+    if pace:
+        time = f": {about(sized.steps * pace.step_s)} at {pace.step_s:.2g} s per step, as measured now"
+    lines = [
         f"{out}: {facts.videos} training videos of {facts.sources} sources",
         f"batch of {config.data.batch_size}, memory of {config.memory.size}, {config.mining.stages} stages, "
         f"top {config.mining.top_k}, views {config.schedule.cycles[0].view} and {config.schedule.cycles[1].view}",
-        f"{sized.steps} steps in {sum(cycle.epochs for cycle in config.schedule.cycles)} epochs{time}",
+        f"{total_epochs(sized)} epochs of {sized.steps // total_epochs(sized)} steps{time}",
+    ]
+    if pace and pace.alone_s < pace.step_s:
+        lines.append(
+            f"  measured while other programs use this machine; alone it may take as little as "
+            f"{about(sized.steps * pace.alone_s).removeprefix('about ')}"
+        )
+    return lines
+
+
+def _about_length(
+    index: Path, out: Path, whole: Sized, sized: Sized, pace: Pace | None, minutes: float | None
+) -> list[str]:
+    """Returns what --minutes cut, and how to shorten a long run; nothing about a short one."""
+    from cpr_fast.runtime.progress import about
+
+    if minutes is not None and pace:
+        plan = f"{total_epochs(whole)} epochs ({about(whole.steps * pace.step_s)})"
+        if sized is whole:
+            return [f"  --minutes {minutes:g} cuts nothing: the whole plan of {plan} fits"]
+        return [f"  cut from {plan} to fit --minutes {minutes:g}; fewer epochs learn less"]
+    if pace and sized.steps * pace.step_s <= LONG_S:
+        return []
+    file = shlex.quote(str(out))
+    again = f"cpr-fast init {shlex.quote(str(index))}" + ("" if str(out) == "recipe.toml" else f" --out {file}")
+    return [
+        f"  to shorten it: `{again} --force --minutes 10` writes a recipe for 10 minutes, and",
+        f"  `cpr-fast pretrain {file} --epochs N` trains this one for N epochs in all; fewer epochs learn less",
     ]
 
 
@@ -99,6 +188,8 @@ def _about_flow(videos: Index, facts: Facts, config: Config, command: str) -> li
     training = f" ({facts.with_flow} of the {facts.videos} training videos)" if facts.videos < len(videos) else ""
     verb = "has" if have == 1 else "have"
     lines = [f"optical flow: {have} of {len(videos)} videos {verb} it{training}"]
+    if have:
+        lines.append("  `cpr-fast flow` was stopped, is still running, or could not compute it for the others")
     if facts.with_flow == facts.videos:
         lines.append("  the recipe uses it; evaluating the flow encoder needs it for the other videos, too")
         return [*lines, f"  to complete it: {command}"]
@@ -109,8 +200,8 @@ def _about_flow(videos: Index, facts: Facts, config: Config, command: str) -> li
     return [*lines, f"  to use stored flow: {command}, then this command again with --force"]
 
 
-def _step_seconds(videos, split: str, config, device: str, seconds: float) -> float:
-    """Returns the measured seconds per step: of the network or of the loader, whichever is slower."""
+def _pace(videos: Index, split: str, config: Config, device: str, seconds: float) -> Pace:
+    """Returns the measured time of a step: of the network or of the loader, whichever is slower."""
     import torch
 
     from cpr_fast.doctor.bottleneck import breakdown
@@ -118,4 +209,5 @@ def _step_seconds(videos, split: str, config, device: str, seconds: float) -> fl
     part = videos.select(split) if split else videos
     views = tuple(dict.fromkeys(cycle.view for cycle in config.schedule.cycles))
     measured = breakdown(part, config, views, device=torch.device(device), seconds=seconds)
-    return max(measured["loader_s_per_step"], measured["stage_s_per_step"]["step"])
+    step_s = max(measured["loader_s_per_step"], measured["stage_s_per_step"]["step"])
+    return Pace(step_s, step_s * (1 - measured["other_programs"]))

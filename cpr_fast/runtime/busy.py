@@ -1,0 +1,54 @@
+"""How busy the processor is with other programs while this one is measured.
+
+A time that was measured beside other programs is longer than that of the same work alone, so whoever prints an estimate
+has to say which of the two it is.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+STAT = Path("/proc/stat")  # proc(5): CPU time of every core since the start, in clock ticks
+NOTICED = 0.1  # smaller shares change a time by less than it varies anyway
+FULL = 0.9  # share of the time that the cores work from which programs wait for each other
+
+
+class OtherPrograms:
+    """Measures, from its creation on, which share of the processor other programs take from this one.
+
+    Only the cores that this process may use are counted.
+    """
+
+    def __init__(self, stat: Path = STAT) -> None:
+        self._stat, self._before = stat, _clocks(stat)
+
+    def share(self) -> float:
+        """Returns the CPU time of other programs as a share of all CPU time used since the creation, 0..1.
+
+        Alone, the same work would take at least 1 - share of the time. The share is 0 if the cores were partly idle, so
+        that nobody had to wait, if it is too small to matter, and where the system does not tell.
+        """
+        before, now = self._before, _clocks(self._stat)
+        if before is None or now is None:
+            return 0.0
+        wall, own, used = (end - start for end, start in zip(now[:3], before[:3], strict=True))
+        if wall <= 0 or used <= 0 or used < FULL * wall * now[3]:
+            return 0.0
+        share = min(1.0, 1 - own / used)
+        return share if share >= NOTICED else 0.0
+
+
+def _clocks(stat: Path) -> tuple[float, float, float, int] | None:
+    """Returns wall time, CPU time of this process, and CPU time of all programs on the cores of this process, in
+    seconds, and the number of these cores."""
+    try:
+        rows = [line.split() for line in stat.read_text(encoding="ascii").splitlines()]
+        cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        # user, nice, system, and after idle and iowait: irq, softirq, steal
+        ticks = [sum(map(int, (*row[1:4], *row[6:9]))) for row in rows if row and row[0] in cores]
+        used = sum(ticks) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):  # AttributeError: not Linux
+        return None
+    return (time.monotonic(), time.process_time(), used, len(ticks)) if ticks else None
