@@ -53,13 +53,13 @@ def track(
     yield from (_bar if sys.stderr.isatty() else _lines)(items, report)
 
 
-def announce(text: str) -> None:
-    """Prints at once, on stderr, what a command does now and will be silent about for more than about two seconds.
+def announce(text: str, *, end: str = " ...") -> None:
+    """Prints at once, on stderr, what a command does now, before a silence of more than about two seconds.
 
     Of the processes that torchrun started only the first one prints.
     """
     if os.environ.get("RANK", "0") == "0":
-        print(f"{text} ...", file=sys.stderr, flush=True)
+        print(f"{text}{end}", file=sys.stderr, flush=True)
 
 
 class Forecast:

@@ -46,10 +46,14 @@ def run_classify(
         if name in ("clips", "epochs", "batch_size"):
             require_at_least(f"--{name.replace('_', '-')}", 1, value)
     from cpr_fast.config import override_classifier
+    from cpr_fast.config.unreached import unreached_in_classifier
     from cpr_fast.evaluate.classify.classify import classify
     from cpr_fast.evaluate.features.results import run_of
+    from cpr_fast.runtime.progress import announce
 
     settings = override_classifier(task, settings, **overrides)
+    for text in unreached_in_classifier(task, settings):
+        announce(f"Warning: {text}", end="")
     result = classify(
         checkpoint, index, task=task, settings=settings, recipe=recipe, clips_per_video=clips, crops=crops,
         seeds=seeds, run_dir=run_of(checkpoint), progress=True,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpr_fast.config import Config, Cycle
+from cpr_fast.config.unreached import unreached_epochs, unreached_steps
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 
@@ -112,6 +113,8 @@ def check_run(config: Config, index: Index, plans: list[CyclePlan], *, stored_fl
         _check_cycle(config, index, plan, stored_flow)
     return [
         *_about_settings(config),
+        *unreached_epochs(config),
+        *unreached_steps(config, sum(plan.steps for plan in plans)),
         *_about_videos(config, index),
         *_about_memory(config, plans),
         *_about_mining(config, index, [plan for plan in plans if plan.cycle.mining == "cascade"]),

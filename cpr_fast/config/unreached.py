@@ -1,0 +1,59 @@
+"""Settings that name an epoch or a step after the end of the training, so that they never take effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cpr_fast.config.config import Config
+from cpr_fast.config.sections import ClassifierConfig
+
+
+def unreached_epochs(config: Config) -> Iterator[str]:
+    """Yields a sentence for every setting of pretraining that counts epochs and lies after the last one."""
+    for number, cycle in enumerate(config.schedule.cycles):
+        yield from _milestones(f"schedule.cycles[{number}]", "the cycle", cycle.milestones, cycle.epochs)
+    every, epochs = config.health.online_every, sum(cycle.epochs for cycle in config.schedule.cycles)
+    if every > epochs:
+        yield (
+            f"health.online_every is {every}, but the run ends after {_epochs(epochs)}: retrieval is never measured. "
+            f"Set it to {epochs} or less"
+        )
+
+
+def unreached_steps(config: Config, steps: int) -> Iterator[str]:
+    """Yields a sentence for every setting that counts steps and is larger than the number of `steps` of a run."""
+    if config.run.log_every > steps:
+        yield (
+            f"run.log_every is {config.run.log_every}, but the run ends after {steps} steps: no step is logged, only "
+            f"epochs. Set it to {steps} or less"
+        )
+    if config.run.checkpoint_every > steps:
+        yield (
+            f"run.checkpoint_every is {config.run.checkpoint_every}, but the run ends after {steps} steps: checkpoints "
+            "are written at the ends of epochs only"
+        )
+
+
+def unreached_in_classifier(where: str, settings: ClassifierConfig) -> Iterator[str]:
+    """Yields a sentence for every setting of the section `where`, "probe" or "finetune", after its last epoch."""
+    if settings.schedule == "steps":
+        yield from _milestones(where, "the training", settings.milestones, settings.epochs)
+    elif settings.patience >= settings.epochs:
+        yield (
+            f"{where}.patience is {settings.patience}, but the training ends after {_epochs(settings.epochs)}: its "
+            f"learning rate never falls. Set {where}.patience lower"
+        )
+
+
+def _milestones(where: str, what: str, milestones: Sequence[int], epochs: int) -> Iterator[str]:
+    if late := [milestone for milestone in milestones if milestone >= epochs]:
+        named = " and ".join(filter(None, [", ".join(map(str, late[:-1])), str(late[-1])]))
+        yield (
+            f"{where}.milestones names epoch{'s' if len(late) > 1 else ''} {named}, but {what} ends after "
+            f"{_epochs(epochs)}: the learning rate does not fall there. Set {where}.milestones below {epochs}, or "
+            "change the length with --epochs, which moves them along"
+        )
+
+
+def _epochs(number: int) -> str:
+    return f"{number} epoch{'' if number == 1 else 's'}"
