@@ -114,7 +114,6 @@ def _command(name: str, arguments: list[str]) -> Callable[[list[str]], None]:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(COMMANDS)}"
         raise InputError(f"unknown command {name!r}; {hint}")
-    check_inputs(name, arguments)
     stem = name.replace("-", "_")
     module = importlib.import_module(f"cpr_fast.commands.{COMMANDS[name][0]}.{stem}")
     if hasattr(module, "parse_and_run"):
@@ -122,7 +121,12 @@ def _command(name: str, arguments: list[str]) -> Callable[[list[str]], None]:
 
     import tyro
 
-    return lambda arguments: tyro.cli(getattr(module, stem), prog=f"cpr-fast {name}", args=arguments)
+    from cpr_fast.commands.options import require_known_options
+
+    run = getattr(module, stem)
+    require_known_options(name, run, arguments)
+    check_inputs(name, arguments)
+    return lambda arguments: tyro.cli(run, prog=f"cpr-fast {name}", args=arguments)
 
 
 def _run(run: Callable[[list[str]], None], arguments: list[str]) -> int:

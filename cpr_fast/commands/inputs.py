@@ -1,4 +1,4 @@
-"""Checks of the files that a command line names, before the parser of options, torch or a data set is imported.
+"""Checks of the options and files that a command line names, before anything heavy, such as torch, is imported.
 
 The command line calls `check_inputs` so that a misspelt path is reported immediately. Each command checks its arguments
 again after they are parsed. The second check also finds the paths that the first one misses because of the order of the
@@ -7,6 +7,7 @@ arguments.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def other_shards(shard: tuple[int, int]) -> str:
     parts = [group for group in ([i for i in further if i < number], [i for i in further if i > number]) if group]
     named = ", ".join(f"{group[0]}/{count}" + (f" to {group[-1]}/{count}" if len(group) > 1 else "") for group in parts)
     return f"--shard {first}/{count}" + (f"   (and {named})" if named else "")
+
+
+def unknown_option(option: str, known: Iterable[str], *, otherwise: str) -> InputError:
+    """Returns the error about a misspelt option: the most similar one, or if none is similar the text `otherwise`."""
+    close = difflib.get_close_matches(option.replace("_", "-"), sorted(known), n=1)
+    return InputError(f"unknown option {option}; {f'did you mean {close[0]}?' if close else otherwise}")
 
 
 Check = Callable[[str, Sequence[str]], None]

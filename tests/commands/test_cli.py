@@ -168,3 +168,34 @@ def test_a_classifier_names_the_option_that_is_out_of_range(tmp_path, capsys, co
     arguments = [command, __file__, "--index", __file__, "--config", str(tmp_path / "c.toml"), option, "0"]
     assert main(arguments) == 2
     assert f"{option}: expected 1 or more, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_misspelt_option_of_any_command_suggests_the_nearest(command, capsys, monkeypatch):
+    """Every option that the help lists, without one of its letters or with two exchanged; checked before all else."""
+    monkeypatch.setenv("COLUMNS", "200")
+    try:
+        main([command, "--help"])
+    except SystemExit as stopped:
+        assert stopped.code == 0
+    listed = set(re.findall(r"^[│ ]+(?:-h, )?(--[a-z][a-z0-9.-]+)", capsys.readouterr().out, re.M)) - {"--no-cache"}
+    assert "--help" in listed or command in ("pretrain", "explain")
+    for option in listed:
+        middle = len(option) // 2 + 1
+        for wrong in (option[:middle] + option[middle + 1 :], option[:-2] + option[-1] + option[-2], option[:-1] + "="):
+            if wrong in (option, "--clip", "--split=") or (wrong.rstrip("=") in listed):
+                continue
+            assert main([command, wrong, "x"]) == 2, wrong
+            found = re.fullmatch(r"cpr-fast: unknown option (\S+); did you mean (\S+)\?\n", capsys.readouterr().err)
+            assert found and found[1] == wrong.rstrip("=") and found[2] in (option, *listed), (wrong, found)
+
+
+def test_negative_numbers_and_switches_are_not_taken_for_misspelt_options(capsys):
+    assert main(["init", __file__, "--seconds", "-1"]) == 2
+    assert "--seconds: expected 0 or more, got -1.0" in capsys.readouterr().err
+    assert main(["search", "no.mp4", "--no_cache", "--index", "no.csv", "--checkpoint", "no.pt"]) == 2
+    assert "QUERIES: expected a file" in capsys.readouterr().err
+    assert main(["retrieve", "--idx", "a.csv"]) == 2
+    assert "unknown option --idx; did you mean --index?" in capsys.readouterr().err
+    assert main(["index", ".", "--xyzzy"]) == 2
+    assert "unknown option --xyzzy; `cpr-fast index --help` lists the options" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import re
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cpr_fast.commands.inputs import require_file
+from cpr_fast.commands.inputs import require_file, unknown_option
 from cpr_fast.config import Config, ConfigError, load
 from cpr_fast.config.epochs import scale_epochs
 from cpr_fast.config.recipes import find_config
@@ -169,9 +168,9 @@ def _require_known(word: str, kinds: dict[str, Any], command: str, flags: Sequen
     name = option.replace("_", "-")
     if name.replace(".no-", ".") in kinds or name.startswith("--schedule.cycles."):
         return
-    close = difflib.get_close_matches(name, [*kinds, *flags, "--epochs"], n=1)
-    hint = f"did you mean {close[0]}?" if close else "`cpr-fast pretrain --help-all` lists all settings"
-    raise InputError(f"unknown option {option}; {hint}")
+    raise unknown_option(
+        option, [*kinds, *flags, "--epochs"], otherwise="`cpr-fast pretrain --help-all` lists all settings"
+    )
 
 
 def _require_inputs(config: Config, overrides: list[str]) -> None:
