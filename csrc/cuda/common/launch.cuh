@@ -26,6 +26,14 @@ inline int64_t shared_memory_limit() {
   return bytes;
 }
 
+// Lets the kernel ask for all the shared memory of the current device. It is the same amount in every call: if it
+// depended on the request, one host thread could lower it between the call of another and its launch.
+template <typename... Parameters>
+cudaError_t opt_in_to_shared_memory(void (*kernel)(Parameters...)) {
+  const int bytes = static_cast<int>(shared_memory_limit());
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
 // Launches `kernel` with shared_bytes of dynamic shared memory. Returns null, or the error text of CUDA.
 template <typename... Parameters, typename... Arguments>
 const char* launch_sized(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
@@ -36,10 +44,7 @@ const char* launch_sized(void (*kernel)(Parameters...), dim3 grid, int threads, 
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   cudaError_t status = cudaSuccess;
-  if (shared_bytes > kDefaultShared) {
-    const int bytes = static_cast<int>(shared_bytes);
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  }
+  if (shared_bytes > kDefaultShared) status = opt_in_to_shared_memory(kernel);
   if (status == cudaSuccess) status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   const cudaError_t pending = cudaGetLastError();  // clears the error as well, so that no later call reports it
   if (status != cudaSuccess) return cudaGetErrorString(status);

@@ -40,17 +40,14 @@ struct Team {
 // Returns how many blocks of the kernel the current device can hold at once; 0 if that is unknown.
 template <typename... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes) {
-  const int bytes = static_cast<int>(shared_bytes);
   int device = 0, processors = 0, blocks = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) {
     status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   }
+  if (status == cudaSuccess) status = opt_in_to_shared_memory(kernel);
   if (status == cudaSuccess) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  }
-  if (status == cudaSuccess) {
-    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(bytes));
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared_bytes));
   }
   if (status == cudaSuccess) return blocks * processors;
   cudaGetLastError();  // clears the error, so that no later call reports it
