@@ -34,7 +34,7 @@ demo: setup
 # Each process has one thread. The tests of numerics run again with the instructions of a processor without AVX and two
 # threads, which sleep while they wait, because the processes share the cores.
 test: setup check
-	OMP_NUM_THREADS=1 $(PARALLEL) -m "not packaging"
+	OMP_NUM_THREADS=1 $(PARALLEL) -m "not packaging and not large"
 	CPR_FAST_CPU_VARIANT=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
 	  OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PARALLEL) -q -m numerics
 

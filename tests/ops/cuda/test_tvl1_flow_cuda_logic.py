@@ -9,6 +9,8 @@ import torch
 from support import real_clips
 from support.flow_references import DEFAULTS, SHORT, assert_close_to_opencv, moving_texture, opencv_flow
 
+pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")  # registers torch.ops.cpr_fast
+
 BLOCKS = 4  # blocks that are resident at once in most tests, so that a team of several blocks solves each pair
 
 

@@ -12,11 +12,12 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 FOLDER = Path(__file__).parent
 # Where the kernels are; bench/kernels/mutations.py sets it to changed copies.
 SOURCES = Path(os.environ.get("CPR_FAST_CUDA_SOURCES", REPOSITORY / "csrc"))
-OPERATORS = ("cascade_select", "mil_nce", "tvl1_flow")
+# The operators to compile: all, unless a test of one is to be quick.
+OPERATORS = os.environ.get("CPR_FAST_CUDA_OPERATORS", "cascade_select,mil_nce,tvl1_flow").split(",")
 
 _FLAGS = [
     "-std=c++17",
-    "-g",
+    os.environ.get("CPR_FAST_CUDA_DEBUG", "-g"),  # "-g0" compiles faster, but then reports name no lines
     "-fPIC",
     "-fvisibility=hidden",
     "-ffp-contract=off",

@@ -58,10 +58,6 @@ class Device:
 
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
-        for name in ("cascade_select", "mil_nce_forward", "mil_nce_grad_memory", "tvl1_flow"):
-            getattr(self._library, f"cpr_{name}_cuda").restype = ctypes.c_char_p
-        for name in ("cascade_select", "mil_nce_forward", "tvl1_flow"):
-            getattr(self._library, f"cpr_{name}_cuda_workspace").restype = ctypes.c_size_t
         for name in ("emulation_products", "emulation_launches"):
             getattr(self._library, name).restype = ctypes.c_ulong
 
@@ -106,10 +102,12 @@ class Device:
     def _run(self, function: str, args: ctypes.Structure, pointers=(), outputs=(), with_workspace=True) -> None:
         workspace = None
         if with_workspace:
-            size = getattr(self._library, f"cpr_{function}_cuda_workspace")(ctypes.byref(args))
-            workspace = self._workspace(size)
+            size = getattr(self._library, f"cpr_{function}_cuda_workspace")
+            size.restype = ctypes.c_size_t
+            workspace = self._workspace(size(ctypes.byref(args)))
             pointers = [*pointers, _address(workspace)]
         call = getattr(self._library, f"cpr_{function}_cuda")
+        call.restype = ctypes.c_char_p
         error = call(ctypes.byref(args), *pointers, _POINTER(self.stream))
         if error is not None:
             raise RuntimeError(error.decode())

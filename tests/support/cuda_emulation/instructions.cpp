@@ -36,8 +36,6 @@ unsigned atomic_max(unsigned* address, unsigned value) {
   return atomically(address, __builtin_return_address(0), [&](unsigned old) { return old > value ? old : value; });
 }
 
-void fence() { observe_fence(); }
-
 // ---- asynchronous copies -------------------------------------------------------------------------------------------
 
 void start_copy(void* to, const void* from, int bytes, bool valid) {

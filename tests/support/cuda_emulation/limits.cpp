@@ -13,6 +13,7 @@ namespace {
 constexpr size_t kDefaultSharedBytes = 48 * 1024;
 int shared_limit = 227 * 1024, cache_size = 50 << 20;  // those of an H200, unless a test changes them
 int device = 0;
+unsigned after_fill = 0;                              // what the first word of memory is after it has been zeroed
 std::map<std::pair<int, const void*>, size_t> opted;  // by device and kernel: what it opted in to
 }  // namespace
 
@@ -45,6 +46,7 @@ size_t allowed_shared(const void* function) {
 cudaError_t fill(void* to, int value, size_t bytes, cudaStream_t stream) {
   observe_fill(to, bytes, stream);
   memset(to, value, bytes);
+  if (bytes >= sizeof after_fill) memcpy(to, &after_fill, sizeof after_fill);
   return cudaSuccess;
 }
 
@@ -62,3 +64,8 @@ extern "C" __attribute__((visibility("default"))) void emulation_set_device(int 
 
 // Makes device 0 or 1 the current one.
 extern "C" __attribute__((visibility("default"))) void emulation_use_device(int device) { emulation::device = device; }
+
+// Makes a queue in zeroed memory start at `first`, so that a test can reach the last of very many pieces of work.
+extern "C" __attribute__((visibility("default"))) void emulation_start_queue(unsigned first) {
+  emulation::after_fill = first;
+}

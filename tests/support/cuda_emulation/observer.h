@@ -14,6 +14,7 @@ enum class Kind : unsigned { kPlain = 0, kVolatile = 1, kAtomic = 2 };
 struct Place {
   unsigned launch, block, thread;
   unsigned block_time, warp_time;  // of the last barrier of the block, and of the warp
+  unsigned own_time;               // of that, or of the last fence of the thread: what its accesses are marked with
   bool cooperative;
 };
 

@@ -58,10 +58,16 @@ class SanitizedDevice(Device):
             pytest.skip("needs a g++ with -fsanitize=thread and tsan-distinguish-volatile (GCC 11 or later)")
         return cls(build(sanitize=True))
 
-    def run_edges(self, only: bool) -> None:
-        """Runs only the first and the last two blocks along each axis of a grid, on tensors of any size."""
-        self._library.emulation_run_edges(int(only))
-        self.sparse = only
+    def choose_blocks(self, chosen: str) -> None:
+        """Runs only the `edges` (the first and the last two blocks) or the `last` block along each axis of a grid of
+        more than 8, so that tensors can be of any size; their pages are zero until they are written. Or runs `all`."""
+        self._library.emulation_choose_blocks(["all", "edges", "last"].index(chosen))
+        self.sparse = chosen != "all"
+        self._reset()
+
+    def start_queue(self, first: int) -> None:
+        """Makes the queue of frame pairs start at `first` in every call."""
+        self._library.emulation_start_queue(first)
 
     def set_poison(self, byte: int) -> None:
         self.poison = byte

@@ -40,6 +40,7 @@ struct Fiber {
   bool started = false, finished = true, asleep = false;
   const unsigned* waits_for = nullptr;  // `passed` of a barrier; the fiber can run when it differs from `seen`
   unsigned seen = 0;
+  unsigned fenced = 0;  // the time of its last fence
   Copies copies;
 };
 
@@ -77,7 +78,8 @@ ucontext_t entry_return;
 const std::function<void()>* body;
 Order order = kForward;
 unsigned char poison = 0xff;  // in uninitialised shared memory: a NaN in every float
-bool only_edges = false;
+enum Chosen { kAllBlocks = 0, kEdges = 1, kLast = 2 };
+Chosen chosen_blocks = kAllBlocks;
 Place place;
 
 void give_way() {
@@ -114,6 +116,7 @@ void observe_current() {
   place.thread = threadIdx.x;
   place.block_time = here->time;
   place.warp_time = here->warps[threadIdx.x / kWarp].time;
+  place.own_time = std::max(place.warp_time, current->fenced);
   observe_thread(&place, &here->window);
 }
 
@@ -211,6 +214,13 @@ void warp_barrier(Site site) {
   wait(here->warps[threadIdx.x / kWarp].barrier, kWarp, site, [] {});
 }
 
+// What a thread does after a fence has a later time than what the fence orders.
+void fence() {
+  observe_fence();
+  current->fenced = ++here->last;
+  observe_current();
+}
+
 void warp_fence(Site site) {
   Warp& warp = here->warps[threadIdx.x / kWarp];
   wait(warp.barrier, kWarp, site, [&] { warp.time = ++here->last; });
@@ -259,16 +269,20 @@ void enter(unsigned slot, dim3 index, size_t asked_bytes) {
   for (unsigned t = 0; t < threads; ++t) {
     here->fibers[t].finished = here->fibers[t].asleep = false;
     here->fibers[t].waits_for = nullptr;
+    here->fibers[t].fenced = 0;
     here->fibers[t].index = dim3(t, 0, 0);
   }
 }
 
-// Returns the linear indices of the blocks to run. The indices of a grid fit 32 bits, or only its edges run.
+// Returns the linear indices of the blocks to run. The grids of the kernels have fewer than 2^32
+// blocks.
 std::vector<unsigned> chosen(dim3 grid) {
   std::vector<unsigned> indices;
   const auto along = [](unsigned size) {
+    if (chosen_blocks == kEdges && size > kWhole) return std::vector<unsigned>{0, size - 2, size - 1};
+    const bool last = chosen_blocks == kLast && size > kWhole;
     std::vector<unsigned> at;
-    for (unsigned i = 0; i < size; i = only_edges && i == 0 && size > kWhole ? size - 2 : i + 1) at.push_back(i);
+    for (unsigned i = last ? size - 1 : 0; i < size; ++i) at.push_back(i);
     return at;
   };
   for (const unsigned z : along(grid.z)) {
@@ -321,7 +335,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const st
     cooperative |= config.attrs[i].id == cudaLaunchAttributeCooperative && config.attrs[i].val.cooperative != 0;
   }
   if (cooperative && count > static_cast<unsigned>(processors)) return cudaErrorCooperativeLaunchTooLarge;
-  place = {static_cast<unsigned>(++launches), 0, 0, 0, 0, cooperative};
+  place = {static_cast<unsigned>(++launches), 0, 0, 0, 0, 0, cooperative};
   observe_launch(config.stream, cooperative);
   body = &kernel;
   gridDim = grid;
@@ -348,9 +362,10 @@ extern "C" __attribute__((visibility("default"))) void emulation_set_order(int o
   emulation::order = static_cast<emulation::Order>(order);
 }
 
-// Runs only the first and the last two blocks along every long axis, for calls too large to run whole.
-extern "C" __attribute__((visibility("default"))) void emulation_run_edges(int only) {
-  emulation::only_edges = only != 0;
+// Runs all blocks (0), the first and the last two along every long axis (1), or only the last (2), for calls too large
+// to run whole.
+extern "C" __attribute__((visibility("default"))) void emulation_choose_blocks(int chosen) {
+  emulation::chosen_blocks = static_cast<emulation::Chosen>(chosen);
 }
 
 // Sets the byte that uninitialised shared memory consists of.

@@ -30,4 +30,5 @@ def _restore(sanitized):
     sanitized.resize()
     sanitized.use(0)
     sanitized.offset = 0
-    sanitized.run_edges(False)
+    sanitized.choose_blocks("all")
+    sanitized.start_queue(0)

@@ -54,6 +54,7 @@ def test_several_chunks_with_ids(shuffled, route):
     # The cache holds the rows of 32 queries, or none: then chunks have 128 queries, which is enough to fill a device.
     shuffled.resize(shared_limit=0, cache_size=200_000 if route == "in cache" else 0)
     queries, memory = lattice(2, 133, 4, seed=5), lattice(2, 300, 4, seed=6)
+    memory[1, 150], queries[0, 130] = 1e25, 1e20  # outside the bound of refined scores, in both chunks
     before = shuffled.launches()
     assert_selects(shuffled, queries, memory, [1, 0], [120, 3], **ids(133, 300, seed=7))
     assert shuffled.launches() - before == 4
@@ -122,17 +123,19 @@ def test_a_route_with_more_than_48_kib_on_either_device(shuffled, use):
     assert_selects(shuffled, queries, memory, [1, 0], [900, 3])
 
 
-@pytest.mark.parametrize(("route", "dtype"), [("in cache", torch.float32), ("refined", torch.bfloat16)])
-def test_a_memory_of_more_than_2_to_the_31_elements(shuffled, route, dtype):
+@pytest.mark.parametrize(
+    ("route", "dtype", "K", "D"),
+    [("in cache", torch.float32, 530_000, 8192), ("refined", torch.bfloat16, 1_060_000, 4096)],
+)
+def test_a_memory_of_more_than_2_to_the_32_elements(shuffled, route, dtype, K, D):
     """Entries lie beyond 32-bit offsets: all but a few are zeros, whose scores need not be computed."""
-    K, D, B = 530_000, 4096, 1  # 2.2e9 elements in a view
-    shuffled._reset()
-    shuffled.run_edges(True)
+    B = 1
+    shuffled.choose_blocks("edges")
     shuffled.resize(shared_limit=0, cache_size=1 << 30 if route == "in cache" else 0)
     queries, memory = shuffled.allocate("queries", (2, B, D), dtype), shuffled.allocate("memory", (2, K, D), dtype)
-    queries[:, :, ::512] = normal(2, B, 8, seed=18, dtype=dtype)
+    queries[:, :, :4096:512] = normal(2, B, 8, seed=18, dtype=dtype)
     for part in (slice(0, 40), slice(K - 40, K)):  # the blocks that run hold these
-        memory[:, part, ::512] = normal(2, 40, 8, seed=19, dtype=dtype)
+        memory[:, part, :4096:512] = normal(2, 40, 8, seed=19, dtype=dtype)
     found = shuffled.cascade_select(queries, memory, [1], [5])  # few: all of them score more than zero
     shown = torch.cat([memory[:, :40], memory[:, -40:]], dim=1)
     indices, scores = ops.cascade_select(queries, shown, [1], [5])
@@ -140,10 +143,9 @@ def test_a_memory_of_more_than_2_to_the_31_elements(shuffled, route, dtype):
     assert torch.equal(found[1], scores) and torch.equal(found[0], torch.where(indices < 40, indices, indices + K - 80))
 
 
-def test_outputs_of_more_than_2_to_the_31_elements(shuffled):
-    B, K = 4_400_000, 500
-    shuffled._reset()
-    shuffled.run_edges(True)
+def test_outputs_of_more_than_2_to_the_32_elements(shuffled):
+    B, K = 8_800_000, 500
+    shuffled.choose_blocks("edges")
     shuffled.resize(cache_size=2_000_000_000)
     queries, memory = shuffled.allocate("queries", (1, B, 1)), torch.linspace(-1, 1, K)[None, :, None].clone()
     queries[0, -1] = 1

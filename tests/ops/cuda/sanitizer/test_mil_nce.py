@@ -62,8 +62,7 @@ def test_splits_of_several_tiles(device, dtype, D, tiles):
     K = 128 * 64 * tiles - 64 * (tiles - 1) - 5  # 128 splits, the last of less than a tile, or a whole number of tiles
     span = 64 * tiles
     begin_of_last = (K - 1) // span * span - span
-    device._reset()
-    device.run_edges(True)
+    device.choose_blocks("edges")
     shown = torch.cat([torch.arange(span), torch.arange(begin_of_last, K)])
     small = inputs(5, len(shown), D, 3, dtype, seed=7)
     memory = torch.zeros(K, D, dtype=dtype)
@@ -78,10 +77,9 @@ def test_splits_of_several_tiles(device, dtype, D, tiles):
     assert (found["grad_query"].double() - grad_query).abs().max() < 2e-5 * max(1, grad_query.abs().max())
 
 
-def test_a_gradient_of_more_than_2_to_the_31_elements(shuffled):
-    K, D, B = 17_000_000, 128, 3
-    shuffled._reset()
-    shuffled.run_edges(True)
+def test_a_gradient_of_more_than_2_to_the_32_elements(shuffled):
+    K, D, B = 33_600_000, 128, 3
+    shuffled.choose_blocks("edges")
     memory = shuffled.allocate("memory", (K, D))
     memory[-40:] = normal(40, D, seed=8)
     query, own = unit(B, D, seed=9), unit(B, D, seed=10)
@@ -91,3 +89,21 @@ def test_a_gradient_of_more_than_2_to_the_31_elements(shuffled):
     weight = torch.exp(logits)
     weight[torch.arange(B), positives[:, 0] - (K - 33)] = 0
     assert (found.double() - weight.T @ query.double()).abs().max() < 1e-5
+
+
+@pytest.mark.large
+def test_a_scanned_memory_of_more_than_2_to_the_32_elements(shuffled):
+    """Only the last of 128 splits runs, whose last keys are not empty; the results of the others are zeros."""
+    K, D, B = 33_600_000, 128, 3
+    shuffled.choose_blocks("last")
+    memory = shuffled.allocate("memory", (K, D), torch.bfloat16)
+    memory[-61:] = unit(61, D, seed=11).bfloat16()
+    memory_ids = shuffled.allocate("memory_ids", (K,), torch.int64).fill_(-1)
+    memory_ids[-61:] = 0
+    query, own = unit(B, D, seed=12).bfloat16(), unit(B, D, seed=13).bfloat16()
+    positives = torch.tensor([[K - 1], [K - 61], [-1]])
+    found = shuffled.mil_nce(query, own, memory, positives, memory_ids=memory_ids, backward=False)
+    shown = torch.where(positives >= 0, positives - (K - 61), -1)
+    loss, grad_query, *_ = mil_nce_float64(query, own, memory[-61:], shown)
+    assert (found["loss"].double() - loss).abs().max() < 2e-5 * loss.abs().max()
+    assert (found["grad_query"].double() - grad_query).abs().max() < 2e-5 * grad_query.abs().max()

@@ -56,3 +56,15 @@ def test_on_the_other_device(shuffled):
         shuffled.use(now)
         shuffled.resize(processors=2 + now)
         assert_equals_cpu(shuffled, moving_texture(2, 20, 66, seed=7)[None], **SHORT)
+
+
+def test_frames_and_flows_of_more_than_2_to_the_32_elements(shuffled):
+    shuffled.choose_blocks("edges")
+    shuffled.resize(processors=2)
+    T, last = 262_200, moving_texture(3, 128, 128, seed=8)
+    frames = shuffled.allocate("frames", (1, T, 128, 128), torch.uint8)
+    frames[0, -3:] = last
+    shuffled.start_queue(T - 3)  # the last two pairs
+    flow, _ = shuffled.tvl1_flow(frames, DEFAULTS | SHORT)
+    expected, _ = torch.ops.cpr_fast.tvl1_flow(last[None], *(DEFAULTS | SHORT).values())
+    assert torch.equal(flow[0, -2:], expected[0])

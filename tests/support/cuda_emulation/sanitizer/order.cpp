@@ -24,7 +24,7 @@ void BlockOrder::fence(const Place& thread) {
   own.read.clear();
   own.released = blocks_[thread.block];
   join(own.released, own.acquired);
-  own.released[thread.block] = {thread.block_time, thread.thread, thread.warp_time};
+  own.released[thread.block] = {thread.block_time, thread.thread, thread.own_time};
 }
 
 void BlockOrder::block_barrier(const Place& thread) {
@@ -48,7 +48,7 @@ bool BlockOrder::ordered(const Place& now, unsigned block, unsigned time, unsign
   const auto within = [&](const Clock& clock) {
     const auto found = clock.find(block);
     if (found == clock.end()) return false;
-    return time < found->second.before || (time == found->second.time && thread == found->second.thread);
+    return time < found->second.before || (time <= found->second.time && thread == found->second.thread);
   };
   const auto of_block = blocks_.find(now.block);
   if (of_block != blocks_.end() && within(of_block->second)) return true;

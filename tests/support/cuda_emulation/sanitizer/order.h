@@ -23,7 +23,7 @@ class BlockOrder {
   bool ordered(const Place& now, unsigned block, unsigned time, unsigned thread) const;
 
  private:
-  // What is known of a block: its accesses at times below `before`, and those of one thread at one more time.
+  // What is known of a block: its accesses at times below `before`, and those of one thread up to `time`.
   struct Known {
     unsigned before = 0, thread = 0, time = 0;
   };

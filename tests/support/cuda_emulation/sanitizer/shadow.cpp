@@ -212,10 +212,10 @@ void check(const Event& event) {
 }
 
 void make_tag() {
-  if (now->warp_time >= kMaxTime) fail("more barriers than the sanitizer can count");
+  if (now->own_time >= kMaxTime) fail("more barriers than the sanitizer can count");
   own_tag = static_cast<uint64_t>(now->launch & (kLaunches - 1)) << kLaunchAt |
             static_cast<uint64_t>(now->block & (kBlocks - 1)) << kBlockAt |
-            static_cast<uint64_t>(now->warp_time) << kTimeAt | now->thread;
+            static_cast<uint64_t>(now->own_time) << kTimeAt | now->thread;
 }
 
 }  // namespace
