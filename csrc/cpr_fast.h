@@ -40,7 +40,9 @@ typedef struct {
 } cpr_cascade_args;
 
 // The functions return null on success, otherwise a static error message (for a CUDA error, the text of CUDA).
-// `*_workspace` returns the bytes of device memory to pass as `workspace`.
+// `*_workspace` returns the bytes of device memory to pass as `workspace`, whose address must be a multiple of
+// CPR_WORKSPACE_ALIGNMENT.
+#define CPR_WORKSPACE_ALIGNMENT 16
 CPR_API const char* cpr_cascade_select_cpu(const cpr_cascade_args* args, cpr_parallel_for parallel);
 CPR_API size_t cpr_cascade_select_cuda_workspace(const cpr_cascade_args* args);
 CPR_API const char* cpr_cascade_select_cuda(const cpr_cascade_args* args, void* workspace, void* stream);

@@ -85,6 +85,7 @@ extern "C" size_t cpr_cascade_select_cuda_workspace(const cpr_cascade_args* args
 
 extern "C" const char* cpr_cascade_select_cuda(const cpr_cascade_args* args, void* workspace, void* stream) {
   if (const char* error = cpr::check(*args)) return error;
+  if (const char* error = cpr::check_workspace(workspace)) return error;
   return cpr::with_element_type(args->dtype, [&](auto element) {
     return cpr::run<decltype(element)>(*args, workspace, static_cast<cudaStream_t>(stream));
   });

@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "cpr_fast.h"
+
 namespace cpr {
 
 // Returns the dynamic shared memory of the block. It is uninitialised: no constructor runs.
@@ -12,6 +14,12 @@ template <typename Layout>
 __device__ __forceinline__ Layout& shared_memory() {
   extern __shared__ float4 dynamic_shared[];
   return *reinterpret_cast<Layout*>(dynamic_shared);
+}
+
+// Returns null, or an error text. Asynchronous copies and vectors of the workspace take 16 bytes at a time.
+inline const char* check_workspace(const void* workspace) {
+  const bool aligned = reinterpret_cast<uintptr_t>(workspace) % CPR_WORKSPACE_ALIGNMENT == 0;
+  return aligned ? nullptr : "workspace: expected an address that is a multiple of 16 bytes";
 }
 
 constexpr int64_t kDefaultShared = 48 * 1024;  // bytes that a block gets if its kernel does not opt in to more

@@ -96,6 +96,7 @@ extern "C" size_t cpr_mil_nce_forward_cuda_workspace(const cpr_mil_nce_args* arg
 extern "C" const char* cpr_mil_nce_forward_cuda(const cpr_mil_nce_args* args, const cpr_mil_nce_outputs* outputs,
                                                 void* workspace, void* stream) {
   if (const char* error = cpr::check(*args)) return error;
+  if (const char* error = cpr::check_workspace(workspace)) return error;
   return cpr::with_element_type(args->dtype, [&](auto element) {
     using T = decltype(element);
     const bool positive_by_id = args->same_id == CPR_SAME_POSITIVE && args->query_ids != nullptr;

@@ -123,6 +123,7 @@ const char* cpr_tvl1_flow_cuda(const cpr_tvl1_args* args, void* workspace, void*
   using namespace cpr::tvl1;
   if (const char* error = check_cuda(*args)) return error;
   if (args->N == 0) return nullptr;
+  if (const char* error = cpr::check_workspace(workspace)) return error;
   const Plan plan = make_plan(*args);
   if (plan.levels == 0) return "tvl1_flow: the device cannot hold a block of the kernel";
   const auto stream = static_cast<cudaStream_t>(stream_);

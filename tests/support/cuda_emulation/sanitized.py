@@ -34,6 +34,7 @@ class SanitizedDevice(Device):
         self._library.sanitizer_reports.restype = ctypes.c_char_p
         self.stream = _STREAM
         self.offset = 0  # elements that inputs start off a multiple of 256 bytes
+        self.workspace_offset = 0  # bytes that the workspace starts off a multiple of 256
         self.poison = 0xFF  # the byte that uninitialised memory consists of
         self.sparse = False  # outputs and workspace are zero and initialised, for calls of which only edges run
         self._reset()
@@ -103,7 +104,7 @@ class SanitizedDevice(Device):
         return made if self.sparse else made.fill_(value)
 
     def _workspace(self, bytes_):
-        made = self.allocate("workspace", (bytes_,), torch.uint8, initialised=self.sparse)
+        made = self.allocate("workspace", (bytes_,), torch.uint8, self.sparse, offset=self.workspace_offset)
         return made if self.sparse else made.fill_(self.poison)
 
     def _finish(self, workspace, *outputs):

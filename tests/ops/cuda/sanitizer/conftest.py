@@ -29,6 +29,6 @@ def _restore(sanitized):
     sanitized.set_poison(0xFF)
     sanitized.resize()
     sanitized.use(0)
-    sanitized.offset = 0
+    sanitized.offset = sanitized.workspace_offset = 0
     sanitized.choose_blocks("all")
     sanitized.start_queue(0)
