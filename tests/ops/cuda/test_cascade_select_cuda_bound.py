@@ -10,12 +10,14 @@ import torch
 from support.operator_references import select_by_sorting
 
 
-@pytest.fixture
-def refined(emulated):
-    """The device with limits that select the refined route."""
+@pytest.fixture(params=["worst", "A100", "H100"])
+def refined(request, emulated):
+    """The device with limits that select the refined route, with every model of tensor cores."""
     emulated.resize(shared_limit=0, cache_size=0)
+    emulated.set_tensor_core(request.param)
     yield emulated
     emulated.resize()
+    emulated.set_tensor_core("worst")
 
 
 def assert_selects(device, queries, memory, keep):
@@ -50,3 +52,53 @@ def test_what_two_terms_of_16_bits_leave_out(refined, D, scale):
     queries = torch.full((1, 1, D), 0.7013)
     memory = 0.5 + 2.0**-9 + 2e-5 * (torch.rand(1, 1500, D, generator=torch.Generator().manual_seed(2)) - 0.5)
     assert_selects(refined, queries * scale, memory * scale, [750, 740, 40])
+
+
+def tensor_core_sum(device, model: str, products: list[float], dtype=torch.float16) -> float:
+    """Returns what one instruction makes of up to 16 products (powers of two), in units of 2^-23 above 1."""
+    query, key = torch.zeros(1, 1, 16), torch.zeros(1, 1, 16)
+    for k, product in enumerate(products):
+        half = int(np.log2(abs(product))) // 2
+        query[..., k], key[..., k] = 2.0**half, product / 2.0**half
+    device.set_tensor_core(model)
+    _, scores = device.cascade_select(query.to(dtype), key.to(dtype), [0], [1], precision=1)
+    device.set_tensor_core("worst")
+    return (scores.item() - 1) * 2.0**23
+
+
+@pytest.mark.parametrize(
+    ("products", "sums"),
+    [  # the terms besides 1, and the results of each model in units of the last bit
+        ([2.0**-23], {"worst": 1, "A100": 1, "H100": 1}),
+        ([2.0**-24] * 2, {"worst": 0, "A100": 1, "H100": 1}),  # one more bit than a float
+        ([2.0**-25] * 4, {"worst": 0, "A100": 0, "H100": 1}),  # two more bits
+        ([2.0**-26] * 8, {"worst": 0, "A100": 0, "H100": 0}),
+        (
+            [2.0**-24] + [2.0**-40] * 7 + [2.0**-24],
+            {"worst": 0, "A100": 0, "H100": 1},
+        ),  # in different halves of the sixteen
+        ([-(2.0**-24)], {"worst": 0, "A100": -0.5, "H100": -0.5}),  # below 1 a float has one more bit
+        ([-(2.0**-26)], {"worst": 0, "A100": 0, "H100": 0}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_the_published_models_do_with_bits_below_a_float(emulated, products, sums, dtype):
+    found = {model: tensor_core_sum(emulated, model, [1.0, *products], dtype) for model in sums}
+    assert found == sums
+
+
+@pytest.mark.parametrize("model", ["worst", "A100", "H100"])
+def test_errors_of_every_model_are_within_the_bound_and_not_far_below(emulated, model):
+    """The bound for 16-bit features is 5 D 2^-23 |q| |k|. The worst inputs of the worst model reach a fifth of it, and
+    those of an A100 a tenth.
+    """
+    D, unit = 2048, 2.0**-23
+    queries, memory = torch.full((1, 1, D), 2.0**-11), torch.full((1, 1, D), 127 / 128 * 2.0**-12)
+    queries[..., 0] = memory[..., 0] = 1
+    emulated.set_tensor_core(model)
+    _, scores = emulated.cascade_select(queries.bfloat16(), memory.bfloat16(), [0], [1], precision=1)
+    emulated.set_tensor_core("worst")
+    canonical = 1 + (D - 1) * unit
+    share = abs(scores.item() - canonical) / (5 * D * unit * queries.norm() * memory.norm())
+    expected = {"worst": 1 / 5, "A100": 1 / 10, "H100": 1 / 20}[model]
+    assert expected * 0.95 < share < expected * 1.05

@@ -77,6 +77,10 @@ class Device:
         """Returns the number of kernels that have run since the library was loaded."""
         return self._library.emulation_launches()
 
+    def set_tensor_core(self, model: str) -> None:
+        """Sums products as the tensor cores of an `A100` or `H100`, or less exactly than any: `worst`."""
+        self._library.emulation_set_tensor_core(["worst", "A100", "H100"].index(model))
+
     def use(self, device: int) -> None:
         """Makes device 0 or 1 the current one."""
         self._library.emulation_use_device(device)

@@ -13,11 +13,19 @@ void commit_copies();
 void wait_for_copies(unsigned pending);  // until all but the last `pending` commits of the thread are complete
 void load_matrices(uint32_t (&out)[4], const void* row, bool transposed, Site site);
 
-using Widen = double (*)(uint16_t bits);  // the value of a 16-bit element
-void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Widen widen, Site site);
+// The element type of a product: the value of its bits, and the exponent of its subnormal numbers.
+struct Element {
+  double (*widen)(uint16_t bits);
+  int least_exponent;
+};
+void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Element element, Site site);
 
-inline double widen_bits(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
-inline double widen_bits(uint16_t bits, __half) { return __half2float({bits}); }
+inline Element element_of(__nv_bfloat16) {
+  return {[](uint16_t bits) -> double { return __bfloat162float({bits}); }, -126};
+}
+inline Element element_of(__half) {
+  return {[](uint16_t bits) -> double { return __half2float({bits}); }, -14};
+}
 
 }  // namespace emulation
 
@@ -46,7 +54,7 @@ EMULATED_INLINE void load_matrices_transposed(uint32_t (&out)[4], const void* ro
 
 template <typename T>
 EMULATED_INLINE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMULATED_SITE) {
-  emulation::multiply_add(sum, a, b0, b1, [](uint16_t bits) { return emulation::widen_bits(bits, T()); }, {file, line});
+  emulation::multiply_add(sum, a, b0, b1, emulation::element_of(T()), {file, line});
 }
 
 }  // namespace cpr

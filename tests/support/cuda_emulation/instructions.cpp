@@ -8,8 +8,6 @@
 
 namespace emulation {
 
-unsigned long products = 0;
-
 namespace {
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
@@ -87,59 +85,4 @@ void load_matrices(uint32_t (&out)[4], const void* row, bool transposed, Site si
   }
 }
 
-namespace {
-// Returns 2^exponent, for -1022 <= exponent <= 1023.
-double power_of_two(int exponent) {
-  const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
-  double value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// Sums 17 addends as tensor cores do, or less exactly: each is truncated to 24 bits relative to the greatest.
-float truncated_sum(const double (&addends)[17]) {
-  double greatest = 0;
-  for (const double addend : addends) greatest = fabs(addend) > greatest ? fabs(addend) : greatest;
-  double total = 0;
-  if (greatest > 0 && greatest < HUGE_VAL) {
-    uint64_t bits;
-    memcpy(&bits, &greatest, sizeof bits);  // products of 16-bit floats, and floats, are normal doubles
-    const int exponent = static_cast<int>(bits >> 52) - 1023;
-    const double scale = power_of_two(23 - exponent);
-    int64_t units = 0;
-    for (const double addend : addends) units += addend == addend ? static_cast<int64_t>(addend * scale) : 0;
-    total = static_cast<double>(units) * power_of_two(exponent - 23);
-    for (const double addend : addends) total = addend == addend ? total : addend;
-  } else {
-    for (const double addend : addends) total += addend;
-  }
-  const float rounded = static_cast<float>(total);
-  return fabs(rounded) > fabs(total) ? nextafterf(rounded, 0.0f) : rounded;
-}
-}  // namespace
-
-void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Widen widen, Site site) {
-  struct Operands {
-    uint32_t a[4], b[2];
-  };
-  const Operands* lanes = exchange(kWholeWarp, Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}}, site);
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  products += lane == 0;
-  for (int at = 0; at < 4; ++at) {
-    const int row = lane / 4 + at / 2 * 8, column = lane % 4 * 2 + at % 2;
-    double addends[17];
-    for (int k = 0; k < 16; ++k) {
-      const Operands& of_row = lanes[row % 8 * 4 + k % 8 / 2];
-      const Operands& of_column = lanes[column * 4 + k % 8 / 2];
-      const uint32_t x = of_row.a[row / 8 + k / 8 * 2], y = of_column.b[k / 8];
-      addends[k] = widen(static_cast<uint16_t>(x >> k % 2 * 16)) * widen(static_cast<uint16_t>(y >> k % 2 * 16));
-    }
-    addends[16] = sum[at];
-    sum[at] = truncated_sum(addends);
-  }
-}
-
 }  // namespace emulation
-
-// Returns the number of matrix products so far: tests check that a call used tensor cores.
-extern "C" __attribute__((visibility("default"))) unsigned long emulation_products() { return emulation::products; }
