@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further Ctrl-C ends the process while threads still finish
-        print("cpr-fast: interrupted; run the same command again to continue", file=sys.stderr)
+        print(f"cpr-fast: interrupted; to continue: {_continuing(arguments, '--auto-resume')}", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -129,6 +130,16 @@ def _command(name: str, arguments: list[str]) -> Callable[[list[str]], None]:
     return lambda arguments: tyro.cli(run, prog=f"cpr-fast {name}", args=arguments)
 
 
+def _continuing(arguments: Sequence[str], resume: str) -> str:
+    """Returns the command that continues a stopped one: the same command and, for `pretrain`, the option `resume`."""
+    words = list(arguments)
+    if words[0] == "pretrain" and not {"--resume", "--auto-resume"} & set(words):
+        words.append(resume)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return f"the same torchrun command with `{shlex.join(words)}`"
+    return shlex.join(["cpr-fast", *words])
+
+
 def _run(run: Callable[[list[str]], None], arguments: list[str]) -> int:
     import logging
 
@@ -141,9 +152,7 @@ def _run(run: Callable[[list[str]], None], arguments: list[str]) -> int:
         from cpr_fast.runtime import distributed
 
         if distributed.is_main():
-            same = "run the same command again"
-            how = f"{same}, with --resume, to continue" if arguments[0] == "pretrain" else f"{same} to continue"
-            print(f"cpr-fast: {stopped}; {how}", file=sys.stderr)
+            print(f"cpr-fast: {stopped}; to continue: {_continuing(arguments, '--resume')}", file=sys.stderr)
         distributed.finish()
         return 128 + stopped.signum
     return 0

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 
@@ -10,8 +12,10 @@ import pytest
 
 from cpr_fast.cli import COMMANDS, main
 from cpr_fast.commands import options
+from cpr_fast.commands.training.pretrain import parse
 from cpr_fast.data.synthetic.videos import write_synthetic
 from cpr_fast.evaluate.features import recipe
+from cpr_fast.runtime.interrupt import Interrupted
 from cpr_fast.runtime.metrics import read_metrics
 from cpr_fast.weights.checkpoint import load_checkpoint
 
@@ -199,3 +203,34 @@ def test_negative_numbers_and_switches_are_not_taken_for_misspelt_options(capsys
     assert "unknown option --idx; did you mean --index?" in capsys.readouterr().err
     assert main(["index", ".", "--xyzzy"]) == 2
     assert "unknown option --xyzzy; `cpr-fast index --help` lists the options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "stop", "said"),
+    [
+        (["pretrain", "a b.toml", "--epochs", "8"], Interrupted(2, "after step 3; saved x"),
+         "stopped by SIGINT after step 3; saved x; to continue: cpr-fast pretrain 'a b.toml' --epochs 8 --resume"),
+        (["pretrain", "a.toml", "--resume"], Interrupted(15, "after step 3"),
+         "stopped by SIGTERM after step 3; to continue: cpr-fast pretrain a.toml --resume"),
+        (["pretrain", "a.toml"], KeyboardInterrupt(),  # before or after the first checkpoint: both must work
+         "interrupted; to continue: cpr-fast pretrain a.toml --auto-resume"),
+        (["pretrain", "a.toml", "--auto-resume"], KeyboardInterrupt(),
+         "interrupted; to continue: cpr-fast pretrain a.toml --auto-resume"),
+        (["synth", "my data", "--classes", "4"], KeyboardInterrupt(),
+         "interrupted; to continue: cpr-fast synth 'my data' --classes 4"),
+    ],
+)  # fmt: skip
+def test_a_stopped_command_prints_the_command_that_continues(monkeypatch, capsys, given, stop, said):
+    def stopped(arguments):
+        raise stop
+
+    monkeypatch.setattr("cpr_fast.cli._command", lambda name, arguments: stopped)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(given) == 128 + (stop.signum if isinstance(stop, Interrupted) else signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().err == f"cpr-fast: {said}\n"
+    if given[0] == "pretrain":  # the printed words are a command line that `pretrain` accepts
+        parsed = parse(shlex.split(said.split("cpr-fast pretrain ")[1]))
+        assert parsed.flags & {"--resume", "--auto-resume"} and parsed.config == given[1]

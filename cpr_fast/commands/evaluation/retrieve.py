@@ -69,20 +69,31 @@ def lines_of(result: dict[str, Any]) -> list[str]:
         rest = [percent(row[f"r@{k}"], "") for k in RANKS[1:]]
         body.append([f"{MODEL_NAMES[row['name']]} · {VIEW_NAMES[row['view']]}", *sure, *rest])
     first = rows[0]
-    title = (
-        f"{first['queries']} queries against {first['gallery']} videos, protocol {result['protocol']}, "
-        f"recipe {result['recipe']}"
-    )
+    title, *about = _compared(first, result["protocol"], result["recipe"])
     over = "95 % interval" if first["splits"] == 1 else "deviation"
     header = ["Network · view, in %", "mAP", over, "R@1", over, *(f"R@{k}" for k in RANKS[1:])]
     if all(row["r@1"] is None and row["chance_r@1"] is None for row in rows):
         said = "The index has no labels, so R@k and mAP cannot be measured; the report shows which videos are similar."
         lines = [title, "", said]
     else:
-        lines = [title, "", table(header, body), "", *_notes(rows)]
+        lines = [title, *about, "", table(header, body), "", *_notes(rows)]
     if result.get("leakage"):
         lines += ["", f"note: {result['leakage']}"]
     return [*lines, "", f"all figures: {result['file']}"]
+
+
+def _compared(row: dict[str, Any], protocol: str, recipe: str) -> list[str]:
+    """Returns the title of a result: which videos search among which; and which videos are left out, if any are."""
+    queries, gallery, how = row["queries"], row["gallery"], f"(protocol {protocol}, recipe {recipe})"
+    if protocol == "train_test":
+        return [f"{queries} test videos search among {gallery} training videos {how}"]
+    lines = [f"{queries} of {gallery} videos search, each among the videos of all other sources {how}"]
+    if (out := gallery - queries) > 0 and row["splits"] == 1:
+        lines.append(
+            f"  {'the other one has' if out == 1 else f'the other {out} have'} no label, or no video of another source "
+            "has the same label, so that there is nothing to find"
+        )
+    return lines
 
 
 def _spread(row: dict[str, Any], key: str) -> str:

@@ -329,7 +329,8 @@ def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path, caplog):
     map_interval, r1_interval = (
         " – ".join(f"{100 * bound:.1f}" for bound in first[f"{key}_ci95"]) for key in ("map", "r@1")
     )
-    assert "protocol train_test, recipe paper" in printed[0]
+    compared = f"{len(index.select('test'))} test videos search among {len(index.select('train'))} training videos"
+    assert printed[0] == f"{compared} (protocol train_test, recipe paper)"
     assert printed[2] == "Network · view, in %  mAP  95 % interval  R@1  95 % interval  R@5  R@10  R@20  R@50"
     start = f"Trained · RGB  {100 * first['map']:.1f}  {map_interval}  {100 * first['r@1']:.1f}  {r1_interval}"
     assert printed[4].startswith(start) and f"chance mAP {100 * first['chance_map']:.1f} %, R@1 25.0 %" in "".join(
@@ -342,3 +343,23 @@ def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path, caplog):
     assert [row["name"] for row in rows if row["kind"] == "retrieval"] == 2 * names
     shown = [row for row in rows if row["kind"] == "retrieved"]
     assert shown and all(Path(found["path"]).exists() for row in shown for found in row["nearest"])
+
+
+@pytest.mark.parametrize(
+    ("queries", "said"),
+    [
+        (100, []),
+        (99, ["  the other one has no label, or no video of another source has the same label, so that there is "
+              "nothing to find"]),
+        (61, ["  the other 39 have no label, or no video of another source has the same label, so that there is "
+              "nothing to find"]),
+    ],
+)  # fmt: skip
+def test_videos_that_are_no_queries_are_explained(queries, said):
+    row = dict.fromkeys((f"{k}{end}" for k in ("map", "r@1") for end in ("", "_ci95", "_std")), 0.5)
+    row |= {f"r@{k}": 0.5 for k in (5, 10, 20, 50)} | {"map_ci95": [0.4, 0.6], "r@1_ci95": [0.4, 0.6], "splits": 1}
+    row |= {"name": "trained", "view": "rgb", "queries": queries, "gallery": 100, "map_left_out": 0}
+    row |= {"chance_map": 0.1, "chance_r@1": 0.1}
+    lines = lines_of({"summary": [row], "protocol": "leave_source_out", "recipe": "paper", "file": "f"})
+    start = f"{queries} of 100 videos search, each among the videos of all other sources (protocol leave_source_out"
+    assert lines[0].startswith(start) and lines[1 : lines.index("")] == said
