@@ -20,8 +20,9 @@ from collections.abc import Callable, Sequence
 
 from cpr_fast import __version__
 from cpr_fast.commands.inputs import check_inputs
-from cpr_fast.errors import FailedError, InputError, how_to_install, printable
+from cpr_fast.errors import FailedError, InputError, how_to_install
 from cpr_fast.runtime.files import DISK_ERRORS
+from cpr_fast.wording import printable
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Start here": {

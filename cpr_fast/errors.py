@@ -66,8 +66,3 @@ class FailedError(RuntimeError):
 
     The command line prints it as one line, without a traceback, and exits with 1.
     """
-
-
-def printable(text: str) -> str:
-    """Returns the text with escapes for the bytes of file names that are not valid Unicode."""
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpr_fast.errors import printable
+from cpr_fast.wording import printable
 
 PLAIN = str.maketrans("–−·×", "--/x")  # of the same width, so that columns stay aligned
 
@@ -28,7 +28,7 @@ def show(result: dict[str, Any], json: bool, *, next_step: str, lines: Sequence[
         return
     if lines is None:
         lines = [f"{name.replace('_', ' ')}: {_text(value)}" for name, value in result.items()]
-    for line in [*lines, "", f"next: {next_step}"]:
+    for line in "\n".join([*lines, "", f"next: {next_step}"]).split("\n"):
         print(_encodable(printable(line)))
 
 

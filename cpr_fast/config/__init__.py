@@ -1,6 +1,6 @@
 """Defines every setting of a run, reads settings from files, and checks them.
 
-Imports only `errors`, never torch; every other package of `cpr_fast` may import it.
+Imports only `errors` and `wording`, never torch; every other package of `cpr_fast` may import it.
 """
 
 from cpr_fast.config.config import Config

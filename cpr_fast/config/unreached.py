@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from cpr_fast.config.config import Config
 from cpr_fast.config.sections import ClassifierConfig
+from cpr_fast.wording import counted
 
 
 def unreached_epochs(config: Config) -> Iterator[str]:
@@ -15,8 +16,8 @@ def unreached_epochs(config: Config) -> Iterator[str]:
     every, epochs = config.health.online_every, sum(cycle.epochs for cycle in config.schedule.cycles)
     if every > epochs:
         yield (
-            f"health.online_every is {every}, but the run ends after {_epochs(epochs)}: retrieval is never measured. "
-            f"Set it to {epochs} or less"
+            f"health.online_every is {every}, but the run ends after {counted(epochs, 'epoch')}: retrieval is never "
+            f"measured. Set it to {epochs} or less"
         )
 
 
@@ -40,8 +41,8 @@ def unreached_in_classifier(where: str, settings: ClassifierConfig) -> Iterator[
         yield from _milestones(where, "the training", settings.milestones, settings.epochs)
     elif settings.patience >= settings.epochs:
         yield (
-            f"{where}.patience is {settings.patience}, but the training ends after {_epochs(settings.epochs)}: its "
-            f"learning rate never falls. Set {where}.patience lower"
+            f"{where}.patience is {settings.patience}, but the training ends after "
+            f"{counted(settings.epochs, 'epoch')}: its learning rate never falls. Set {where}.patience lower"
         )
 
 
@@ -50,10 +51,6 @@ def _milestones(where: str, what: str, milestones: Sequence[int], epochs: int) -
         named = " and ".join(filter(None, [", ".join(map(str, late[:-1])), str(late[-1])]))
         yield (
             f"{where}.milestones names epoch{'s' if len(late) > 1 else ''} {named}, but {what} ends after "
-            f"{_epochs(epochs)}: the learning rate does not fall there. Set {where}.milestones below {epochs}, or "
-            "change the length with --epochs, which moves them along"
+            f"{counted(epochs, 'epoch')}: the learning rate does not fall there. Set {where}.milestones below {epochs} "
+            "or change the length with --epochs, which moves them along"
         )
-
-
-def _epochs(number: int) -> str:
-    return f"{number} epoch{'' if number == 1 else 's'}"

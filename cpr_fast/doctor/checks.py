@@ -13,6 +13,7 @@ from cpr_fast.config import Config
 from cpr_fast.doctor.findings import Finding, ordered
 from cpr_fast.doctor.machine import codecs, kernels, machine, optional_parts, packages
 from cpr_fast.runtime.metrics import environment
+from cpr_fast.wording import counted
 
 if TYPE_CHECKING:
     from cpr_fast.data.index.index import Index
@@ -102,9 +103,8 @@ def _breakdown(
 
 def _verdict(row: dict[str, Any]) -> Finding:
     stages = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in row["stage_s_per_step"].items())
-    videos = "1 video" if row["batch_size"] == 1 else f"{row['batch_size']} videos"
-    text = (f"a training step of {videos}: {stages}; the loader alone delivers a batch every "
-            f"{row['loader_s_per_step']:.3g} s. The slowest stage is {row['bottleneck']!r}")  # fmt: skip
+    text = (f"a training step of {counted(row['batch_size'], 'video')}: {stages}; the loader alone delivers a batch "
+            f"every {row['loader_s_per_step']:.3g} s. The slowest stage is {row['bottleneck']!r}")  # fmt: skip
     if others := row["other_programs"]:
         text += (f". Other programs took {others:.0%} of the processor meanwhile: alone, these times may be down to "
                  f"{1 - others:.0%} of it")  # fmt: skip

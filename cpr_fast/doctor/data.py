@@ -20,9 +20,10 @@ from cpr_fast.data.index.layouts import HMDB51_CLASSES
 from cpr_fast.data.storage.media import container, is_record, read_frames
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.packets import slice_packets
-from cpr_fast.doctor.findings import Finding, counted
+from cpr_fast.doctor.findings import Finding
 from cpr_fast.doctor.machine import free_gib
 from cpr_fast.errors import InputError
+from cpr_fast.wording import counted
 
 SAMPLE, SAMPLE_S = 12, 10.0  # videos decoded to find damage, at least; seconds within which more are decoded
 NAMED = 3  # examples of each kind of problem

@@ -10,8 +10,9 @@ from cpr_fast.config import Config
 from cpr_fast.data.flow.estimate import estimate_flow
 from cpr_fast.data.flow.names import flow_command
 from cpr_fast.data.index.index import Index
-from cpr_fast.doctor.findings import Finding, counted
+from cpr_fast.doctor.findings import Finding
 from cpr_fast.runtime.progress import about
+from cpr_fast.wording import counted
 
 LONG_H = 8.0  # hours from which an estimate recommends shards
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cpr_fast.wording import printable
+
 Level = Literal["ok", "warning", "error"]
 Effect = Literal["fails", "results", "time", "capacity", "note"]
 
@@ -34,16 +36,6 @@ def ordered(findings: Iterable[Finding]) -> list[Finding]:
     """Returns the findings by level, then by effect: the ones to act on first come first."""
     places = list(EFFECTS)
     return sorted(findings, key=lambda finding: (LEVELS.index(finding.level), places.index(finding.effect)))
-
-
-def counted(number: int, noun: str) -> str:
-    """Returns "1 video", "2 videos"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def printable(text: str) -> str:
-    """Returns the text with the bytes that are not UTF-8 (of file names, for example) written as `\\xNN`."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def show(result: dict[str, Any]) -> None:

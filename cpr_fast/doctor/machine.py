@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from cpr_fast.doctor.findings import Finding, counted
+from cpr_fast.doctor.findings import Finding
+from cpr_fast.wording import counted
 
 PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu13", "av", "numpy", "pillow",
             "opencv-contrib-python-headless", "opencv-python-headless", "opencv-python", "simplejpeg", "lmdb",

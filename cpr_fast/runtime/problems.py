@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpr_fast.errors import printable
+from cpr_fast.wording import printable
 
 NAMED = 3  # files named in a line
 

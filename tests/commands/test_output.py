@@ -12,8 +12,8 @@ import pytest
 from cpr_fast.cli import COMMANDS, main
 from cpr_fast.commands.inputs import other_shards
 from cpr_fast.commands.output import after_evaluation, show, table
-from cpr_fast.errors import printable
 from cpr_fast.evaluate.retrieval.names import interval, percent, signed, signed_interval
+from cpr_fast.wording import counted, printable
 
 STRANGE = os.fsdecode(b"caf\xe9.mp4")  # encoded as Latin-1, so that the decoded name contains a surrogate
 
@@ -124,3 +124,21 @@ def test_the_help_of_pretrain_says_which_settings_have_no_value(option, columns,
     assert "data.index" in text and "(not set)" in text and not re.search(r"\(default:\s*\)|''", text)
     framed = {len(line) for line in out.splitlines() if line.startswith("\u2502")}
     assert len(framed) == (1 if option == "--help-all" else 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a\nb\tc\x1b[31m", r"a\nb\tc\x1b[31m"), ("x\u2028y\x7f", r"x\u2028y\x7f"), ("\udcff\ud800", r"\udcff\ud800"),
+     ("Vid\u00e9o\u00a0\u3000\U0001f600", "Vid\u00e9o\u00a0\u3000\U0001f600")],
+)  # fmt: skip
+def test_what_changes_a_terminal_is_escaped_and_nothing_else(text, expected):
+    assert printable(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "nouns", "expected"),
+    [(0, ("video",), "0 videos"), (1, ("video",), "1 video"), (9537, ("video",), "9,537 videos"),
+     (1, ("class", "classes"), "1 class"), (2, ("class", "classes"), "2 classes")],
+)  # fmt: skip
+def test_a_number_has_its_noun(number, nouns, expected):
+    assert counted(number, *nouns) == expected

@@ -17,7 +17,7 @@ def config(cycle, **sections):
     ("given", "said"),
     [
         ({"epochs": 5, "milestones": [5]}, "schedule.cycles[0].milestones names epoch 5, but the cycle ends after 5 "
-         "epochs: the learning rate does not fall there. Set schedule.cycles[0].milestones below 5, or change the "
+         "epochs: the learning rate does not fall there. Set schedule.cycles[0].milestones below 5 or change the "
          "length with --epochs, which moves them along"),
         ({"epochs": 1, "milestones": [3, 250, 280]}, "names epochs 3, 250 and 280, but the cycle ends after 1 epoch:"),
         ({"epochs": 9, "milestones": [4, 250]}, "names epoch 250, but"),

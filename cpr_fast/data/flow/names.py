@@ -19,7 +19,6 @@ from pathlib import Path
 
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.records import split_record
-from cpr_fast.errors import printable
 
 SUFFIX = ".flow.mp4"
 LONGEST_NAME = 255  # bytes of a file name on common file systems
@@ -46,7 +45,7 @@ def record_names(index: Index, folder: Path) -> list[str]:
         relative, below = _below(video, folder)
         plain = f"{video.path.parent.name}/{video.path.stem}" if record is None else record[1]
         names = [plain, below.as_posix(), distinct_name(below.as_posix(), str(relative), "")]
-        choices.append([printable(name) for name in names])
+        choices.append([record_name(name) for name in names])
     return _without_sharing(choices)
 
 
@@ -64,6 +63,11 @@ def flow_command(index_csv: Path, index: Index) -> str:
             out = Path(*video.flow_path.parts[: -len(name.parts)])
             return f"{command} --out {shlex.quote(os.path.normpath(out))}"
     return f"{command} --out flow"
+
+
+def record_name(text: str) -> str:
+    """Returns a name as it is stored in an LMDB file: in UTF-8, with escapes for bytes of a path that are not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _below(video: Video, folder: Path) -> tuple[Path, Path]:

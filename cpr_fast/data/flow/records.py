@@ -19,12 +19,12 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 
-from cpr_fast.data.flow.names import distinct_name, record_names
+from cpr_fast.data.flow.names import distinct_name, record_name, record_names
 from cpr_fast.data.flow.origin import Origin, place_of
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.record_writer import RecordWriter
 from cpr_fast.data.storage.records import open_records, read_jpegs, record_path
-from cpr_fast.errors import InputError, printable
+from cpr_fast.errors import InputError
 
 BYTES_PER_PIXEL = 0.309  # of a field: 23.7 kB at 320x240 (bench/results/flow_storage.md)
 
@@ -110,7 +110,7 @@ def _look(index: Index, folder: Path, out: Path) -> tuple[list[str], list[_Place
         if any(origin is not None and origin.is_foreign(video.path, own) for origin in origins):
             # Two indexes share OUT, and the record belongs to a video of the other one: it is kept.
             folder, name = video.path.parent.name, video.path.name
-            names[position] = printable(f"{folder}/{distinct_name(name, os.path.abspath(video.path), '')}")
+            names[position] = record_name(f"{folder}/{distinct_name(name, os.path.abspath(video.path), '')}")
             held = [(file, records) for file, records in files if names[position] in lengths[file]]
         name = names[position]
         current = (_Place(f, name) for f, records in held if _is_current(video, lengths[f][name], records.origin(name)))

@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from cpr_fast.wording import counted, printable
+
 # kind of a problem -> (whether the video is in the index, what the kind means)
 KINDS: dict[str, tuple[bool, str]] = {
     "missing": (False, "listed or linked, but not found"),
@@ -48,13 +50,13 @@ def summary(report: dict[str, Any]) -> list[str]:
             f"{report['probed']:,} videos probed. {report['left']:,} have no result yet: run the other shards, "
             "or run this command again for those that could not be read."
         ]
-    counts = (_count(report["videos"], "video"), _count(report["classes"], "class", "classes"),
-              _count(report["sources"], "source"), _splits(report["splits"]))  # fmt: skip
+    counts = (counted(report["videos"], "video"), counted(report["classes"], "class", "classes"),
+              counted(report["sources"], "source"), _splits(report["splits"]))  # fmt: skip
     lines = [f"{report['index']}: {', '.join(counts)}"]
     if report["levels"]:
         lines.append(f"  {report['levels']}")
     if report["unlabelled"] and report["classes"]:
-        lines.append(f"  {_count(report['unlabelled'], 'video')} without a class")
+        lines.append(f"  {counted(report['unlabelled'], 'video')} without a class")
     lines += _problems(report["problems"])
     if report["other_files"]:
         named = ", ".join(f"{count:,} {suffix}" for suffix, count in _largest(report["other_files"]))
@@ -82,17 +84,10 @@ def _problems(problems: list[dict[str, str]]) -> list[str]:
         kept, says = KINDS.get(kind, (True, kind))
         if title != (title := "Listed, with a remark:" if kept else "Left out:"):
             lines.append(title)
-        first = "; ".join(f"{_shown(problem['path'])}: {_shown(problem['reason'])}" for problem in found[:FIRST])
+        first = "; ".join(f"{printable(problem['path'])}: {printable(problem['reason'])}" for problem in found[:FIRST])
         more = f"; and {len(found) - FIRST:,} more" if len(found) > FIRST else ""
         lines.append(f"  {len(found):,} {kind} ({says}): {first}{more}")
     return lines
-
-
-def _shown(text: str) -> str:
-    """Returns the text with escapes, so that any terminal prints it on one line: names may hold line breaks or bytes
-    that are not UTF-8."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def _splits(splits: dict[str, int]) -> str:
@@ -104,7 +99,7 @@ def _splits(splits: dict[str, int]) -> str:
 def _largest(counts: dict[str, int], most: int = 6) -> list[tuple[str, int]]:
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     rest = sum(count for _, count in ordered[most:])
-    return [(_shown(name), count) for name, count in ordered[:most]] + ([("others", rest)] if rest else [])
+    return [(printable(name), count) for name, count in ordered[:most]] + ([("others", rest)] if rest else [])
 
 
 def next_step(report: dict[str, Any]) -> str:
@@ -115,7 +110,3 @@ def next_step(report: dict[str, Any]) -> str:
     if not report["without_flow"]:
         return f"cpr-fast init {index}"
     return f"cpr-fast flow {index} --out flow   (optical flow, the second view; without it: cpr-fast init {index})"
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from cpr_fast.config import Config, Cycle, ModelConfig
-from cpr_fast.experiments.explain.section import Section, count, fraction
+from cpr_fast.experiments.explain.section import Section, fraction
 from cpr_fast.mining.stages import stage_keep, stage_views
 from cpr_fast.pretrain.run.checks import CyclePlan
+from cpr_fast.wording import counted
 
 # Channels and parameters of the backbones at model.width = 1; a test compares them with the networks.
 BACKBONES = {
@@ -61,7 +62,7 @@ def memory_size(config: Config, videos: int, clips: int) -> int:
 def memory(config: Config, plan: CyclePlan, size: int) -> Section:
     """Explains the memory: its entries, and how keys are computed."""
     kind = config.memory.kind
-    full = f"full after {count(plan.fill_steps, 'step')} of {count(plan.clips, 'video')}"
+    full = f"full after {counted(plan.fill_steps, 'step')} of {counted(plan.clips, 'video')}"
     entries = {
         "queue": f"queue of the newest {size:,} keys, {full}",
         "bank": f"bank of {size:,} entries, one per video, {full}; momentum {fraction(config.memory.bank_momentum)}",

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from cpr_fast.config import ClassifierConfig, Config
-from cpr_fast.experiments.explain.section import Section, count, fraction, number
+from cpr_fast.experiments.explain.section import Section, fraction, number
 from cpr_fast.pretrain.run.checks import CyclePlan
+from cpr_fast.wording import counted
 
 
 def optimiser(config: Config) -> Section:
@@ -30,15 +31,15 @@ def schedule(config: Config, plans: Sequence[CyclePlan], published: Sequence[Cyc
             number of GPUs.
     """
     first = plans[0]
-    text = f"{count(first.epoch_steps, 'step')} of {count(first.clips, 'video')} on one process"
+    text = f"{counted(first.epoch_steps, 'step')} of {counted(first.clips, 'video')} on one process"
     if published[0].clips != first.clips:
         processes = published[0].clips // first.clips
-        text += f"; {count(published[0].epoch_steps, 'step')} of {published[0].clips} on {processes} (torchrun)"
+        text += f"; {counted(published[0].epoch_steps, 'step')} of {published[0].clips} on {processes} (torchrun)"
     rows = [("epoch", text)]
     rows += [(f"cycle {plan.number + 1}", _cycle(config, plan)) for plan in plans]
     total = sum(plan.steps for plan in plans)
     epochs = sum(plan.cycle.epochs for plan in plans)
-    rows.append(("in all", f"{count(epochs, 'epoch')}, {count(total, 'step')} on one process"))
+    rows.append(("in all", f"{counted(epochs, 'epoch')}, {counted(total, 'step')} on one process"))
     rows.append(("time", "`pretrain` prints it after its first steps, as measured"))
     cycles = [
         {
@@ -74,8 +75,8 @@ def _cycle(config: Config, plan: CyclePlan) -> str:
     if cycle.mining == "cascade" and plan.learns_while_filling and config.memory.kind == "bank":
         mines = plan.fill_steps < plan.steps
         learns += f", mines from step {plan.fill_steps + 1:,}" if mines else ", NEVER MINES: the bank is never full"
-    epochs = count(cycle.epochs, "epoch")
-    return f"{views}, {method}: {epochs}{drops}{rate}; {count(plan.steps, 'step')}; {learns}"
+    epochs = counted(cycle.epochs, "epoch")
+    return f"{views}, {method}: {epochs}{drops}{rate}; {counted(plan.steps, 'step')}; {learns}"
 
 
 def evaluation(config: Config) -> Section:
@@ -91,12 +92,12 @@ def evaluation(config: Config) -> Section:
 
 def _classifier(settings: ClassifierConfig) -> str:
     if settings.schedule == "plateau":
-        drops = f" after {count(settings.patience, 'epoch')} without a lower validation loss"
+        drops = f" after {counted(settings.patience, 'epoch')} without a lower validation loss"
     else:
         drops = f" at {', '.join(map(str, settings.milestones))}" if settings.milestones else ""
     backbone = "frozen" if not settings.backbone_lr else number(settings.backbone_lr)
     return (
-        f"{count(settings.epochs, 'epoch')}" + (f", x{number(settings.gamma)}{drops}" if drops else "")
+        f"{counted(settings.epochs, 'epoch')}" + (f", x{number(settings.gamma)}{drops}" if drops else "")
         + f"; {settings.optimizer}, learning rate {number(settings.lr)} (backbone {backbone}), weight decay "
         f"{number(settings.weight_decay)}, dropout {fraction(settings.dropout)}, batch {settings.batch_size}"
         + (f"; validated on {fraction(settings.validation)} of the training videos" if settings.validation else "")

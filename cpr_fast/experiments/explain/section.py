@@ -31,11 +31,6 @@ class Section:
         return lines
 
 
-def count(number: int, noun: str, plural: str | None = None) -> str:
-    """Returns a number with its noun: "1 video", "9,537 videos"."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
 def number(value: float) -> str:
     """Returns a setting as a person would write it: "1e-5", "0.001", "16"."""
     return f"{value:g}".replace("e-0", "e-")

@@ -9,7 +9,8 @@ from pathlib import Path
 from cpr_fast.config import Config, DataConfig
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
-from cpr_fast.experiments.explain.section import Section, count
+from cpr_fast.experiments.explain.section import Section
+from cpr_fast.wording import counted
 
 # Name, number of training videos and frames per second of the data sets that are assumed where an index does not exist,
 # by a part of its path. UCF101 and HMDB51: split 1. Kinetics-400: the recipe's copies at 5 frames per second.
@@ -53,12 +54,12 @@ class TrainingVideos:
         data = config.data
         if self.index is None:
             named = f"{data.index!r} does not exist here" if data.index else "none is named (--data.index INDEX.csv)"
-            found = f"{named}; the steps below assume {self.assumed}'s {count(self.number, 'training video')}"
+            found = f"{named}; the steps below assume {self.assumed}'s {counted(self.number, 'training video')}"
         else:
             sources = len({video.source for video in self.index})
             classes = len({video.label for video in self.index if video.label})
-            found = f"{data.index}: {count(self.number, 'training video')} of {count(sources, 'source')}, " + (
-                count(classes, "class", "classes") if classes else "no labels"
+            found = f"{data.index}: {counted(self.number, 'training video')} of {counted(sources, 'source')}, " + (
+                counted(classes, "class", "classes") if classes else "no labels"
             )
         views = list(dict.fromkeys(v for c in config.schedule.cycles for v in c.views(shared=config.model.shared)))
         rows = [("index", found), ("split", data.split or "all videos"), ("views", _views(config, views, self.index))]

@@ -15,6 +15,7 @@ from cpr_fast.config import Config, Cycle
 from cpr_fast.config.unreached import unreached_epochs, unreached_steps
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
+from cpr_fast.wording import counted
 
 LONG_FILL = 0.25  # if waiting for the queue takes a larger share of a cycle's steps, a warning is given
 TEMPERATURES = (0.005, 2.0)  # beyond these the softmax of the loss is nearly one-hot, or nearly uniform
@@ -254,7 +255,7 @@ def _ways(plans: Sequence[CyclePlan]) -> str:
 def _length(plans: Sequence[CyclePlan]) -> str:
     epochs = _span(plan.cycle.epochs for plan in plans)
     steps = f"{_span(plan.steps for plan in plans)} steps"
-    return f"{steps} ({epochs} epoch{'' if epochs == '1' else 's'} of {_count(plans[0].epoch_steps, 'step')})"
+    return f"{steps} ({epochs} epoch{'' if epochs == '1' else 's'} of {counted(plans[0].epoch_steps, 'step')})"
 
 
 def _about_mining(config: Config, index: Index, plans: Sequence[CyclePlan]) -> Iterator[str]:
@@ -325,7 +326,3 @@ def _span(values: Iterable[float], form: str = "") -> str:
     found = sorted(values)
     ends = dict.fromkeys(format(value, form) for value in (found[0], found[-1]))
     return " to ".join(ends)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

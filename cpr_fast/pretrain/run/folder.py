@@ -22,6 +22,7 @@ from cpr_fast.runtime.metrics import FILE as METRICS_FILE
 from cpr_fast.runtime.metrics import rewind
 from cpr_fast.weights.checkpoint import BEST, LAST, load_checkpoint, point_to, written_whole
 from cpr_fast.weights.reading import CheckpointError, DamagedCheckpointError
+from cpr_fast.wording import counted
 
 T = TypeVar("T")
 
@@ -236,7 +237,7 @@ def _cycle_changes(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> list
 
 
 def _cycles_of(cycles: list[dict[str, Any]]) -> str:
-    return f"{len(cycles)} cycle{'' if len(cycles) == 1 else 's'} of {_epochs_of(cycles)}"
+    return f"{counted(len(cycles), 'cycle')} of {_epochs_of(cycles)}"
 
 
 def _epochs_of(cycles: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from cpr_fast.data.index.index import Index
 from cpr_fast.pretrain.run.checks import CyclePlan
 from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.progress import FEW_S, about, rounded
+from cpr_fast.wording import counted
 
 MEASURED = 5  # learning steps after which the expected time is printed
 PATIENCE_S = 60.0  # if filling takes longer, a first estimate is printed after this time
@@ -22,17 +23,17 @@ def start_lines(config: Config, index: Index, plans: Sequence[CyclePlan], folder
     """Returns the summary that is printed before the first step."""
     labelled = sum(bool(video.label) for video in index)
     classes = len({video.label for video in index if video.label})
-    labels = f"{_count(classes, 'class', 'classes')}" if labelled else "no labels (PMR and CMR will be missing)"
+    labels = f"{counted(classes, 'class', 'classes')}" if labelled else "no labels (PMR and CMR will be missing)"
     if 0 < labelled < len(index):
         labels += f" ({len(index) - labelled} videos without a label)"
     sources = len({video.source for video in index})
     batch = f"{config.data.batch_size}" + (f" x {world.size} processes" if world.size > 1 else "")
     lines = [
-        f"Pretraining on {_count(len(index), 'video')} of {_count(sources, 'source')}, {labels}",
+        f"Pretraining on {counted(len(index), 'video')} of {counted(sources, 'source')}, {labels}",
         f"  {plans[0].epoch_steps} steps per epoch (batch size {batch}), {sum(p.steps for p in plans)} steps in total, "
         f"on {world.device.type}",
     ]
-    lines += [f"  {plan.name}: {_count(plan.cycle.epochs, 'epoch')}, {_memory(config, plan)}" for plan in plans]
+    lines += [f"  {plan.name}: {counted(plan.cycle.epochs, 'epoch')}, {_memory(config, plan)}" for plan in plans]
     return [*lines, f"  Run folder: {folder}"]
 
 
@@ -50,7 +51,7 @@ def _memory(config: Config, plan: CyclePlan) -> str:
         entries += " that starts with random vectors"
     if plan.waiting_steps == plan.steps or share > 1:
         return f"{entries}, never full" + ("" if plan.learns_while_filling else ", so that nothing is learnt")
-    full = f"{entries}, full after {_count(plan.fill_steps, 'step')} ({share:.0%} of the cycle)"
+    full = f"{entries}, full after {counted(plan.fill_steps, 'step')} ({share:.0%} of the cycle)"
     return full if plan.learns_while_filling else f"{full}; learning starts then"
 
 
@@ -115,7 +116,3 @@ class Pace:
         if self.left[True] and True not in self.mean_s:
             return f"at least {rounded(left)} left in total" if left >= FEW_S else ""
         return f"{about(left)} left in total"
-
-
-def _count(number: int, noun: str, plural: str | None = None) -> str:
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"

@@ -1,0 +1,23 @@
+"""Words of messages: numbers with their nouns, and names that any terminal can print."""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Unicode categories that break a line or change what a terminal shows: control characters, lone surrogates (bytes of
+# file names that are not UTF-8), line and paragraph separators.
+_ESCAPED = ("Cc", "Cs", "Zl", "Zp")
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Returns a number with its noun: "1 video", "9,537 videos", or with `plural`: "2 classes"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def printable(text: str) -> str:
+    """Returns the text on one line that any terminal can print.
+
+    Control characters, and the bytes of file names that are not UTF-8, are escaped as `repr` does, which most messages
+    apply to names.
+    """
+    return "".join(ascii(sign)[1:-1] if unicodedata.category(sign) in _ESCAPED else sign for sign in text)
