@@ -12,7 +12,7 @@ TORCH ?= $(if $(wildcard /dev/nvidia0),torch>=2.10,torch==2.13.0)
 
 .PHONY: setup demo test test-packaging wheel bench format check
 
-setup: $(VENV)/.built
+setup: $(VENV)/.built $(BIN)/cpr-fast
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,12 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext
 	touch $@
+
+# The checkout itself is what this environment imports, from any folder.
+$(BIN)/cpr-fast: $(VENV)/.installed
+	echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/cpr_fast_checkout.pth"
+	printf '#!/bin/sh\nexec "$$(dirname "$$0")/python" -m cpr_fast "$$@"\n' > $@
+	chmod +x $@
 
 demo: setup
 	$(BIN)/python -m cpr_fast quickstart
