@@ -116,6 +116,7 @@ def _command(name: str, arguments: list[str]) -> Callable[[list[str]], None]:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(COMMANDS)}"
         raise InputError(f"unknown command {name!r}; {hint}")
+    check_inputs(name, arguments)
     stem = name.replace("-", "_")
     module = importlib.import_module(f"cpr_fast.commands.{COMMANDS[name][0]}.{stem}")
     if hasattr(module, "parse_and_run"):
@@ -127,7 +128,6 @@ def _command(name: str, arguments: list[str]) -> Callable[[list[str]], None]:
 
     run = getattr(module, stem)
     require_known_options(name, run, arguments)
-    check_inputs(name, arguments)
     return lambda arguments: tyro.cli(run, prog=f"cpr-fast {name}", args=arguments)
 
 
