@@ -146,21 +146,23 @@ class SanitizedDevice(Device):
 
     def reports(self) -> list[str]:
         """Returns the reports since the last call, with the lines of the kernels they are about."""
-        lines = self._library.sanitizer_reports().decode().splitlines()
+        lines = [line.split("\t") for line in self._library.sanitizer_reports().decode().splitlines()]
+        places = self._lines_of([int(offset, 16) for *_, offset in lines])
         faults = []
-        for kind, what, site, offset in (line.split("\t") for line in lines):
-            place = site or self._line_of(int(offset, 16))
+        for (kind, what, site, _), place in zip(lines, places, strict=True):
             if not any(kind == k and source in place for k, source in _HARMLESS):
-                faults.append(f"{kind}: {what} ({place})")
+                faults.append(f"{kind}: {what} ({site or place})")
         return faults
 
-    def _line_of(self, offset: int) -> str:
-        if offset == 0:
-            return "in the host's part of the call"
-        if shutil.which("addr2line") is None:
-            return f"{self._path} + {offset:#x}; addr2line would name the line"
-        command = ["addr2line", "-i", "-e", str(self._path), hex(offset - 1)]
-        frames = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-        kernels = [frame.split(" ")[0].partition("/cuda/")[2] for frame in frames if "/cuda/" in frame]
-        others = [frame.split(" ")[0] for frame in frames if not frame.split(":")[0].endswith(".h")]
-        return " in ".join(kernels[:3]) or " in ".join(others) or hex(offset)
+    def _lines_of(self, offsets: list[int]) -> list[str]:
+        """Returns the line of the kernel that each offset in the library belongs to, and those it is inlined in."""
+        if not offsets or shutil.which("addr2line") is None:
+            return [f"{self._path} + {offset:#x}; addr2line would name the line" for offset in offsets]
+        command = ["addr2line", "-a", "-i", "-e", str(self._path), *(hex(max(offset, 1) - 1) for offset in offsets)]
+        answer = subprocess.run(command, capture_output=True, text=True).stdout
+        places = []
+        for _, *frames in (part.splitlines() for part in answer.split("0x")[1:]):
+            kernels = [frame.split(" ")[0].partition("/cuda/")[2] for frame in frames if "/cuda/" in frame]
+            others = [frame.split(" ")[0] for frame in frames if not frame.split(":")[0].endswith(".h")]
+            places.append(" in ".join(kernels[:3] or others))
+        return [place if offset else "in the host's part" for offset, place in zip(offsets, places, strict=True)]

@@ -16,7 +16,7 @@ def assert_equals_cpu(device, clips: torch.Tensor, **settings) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("processors", [1, 2, 5])  # one block in turn, a block for each pair, teams of two blocks
+@pytest.mark.parametrize("processors", [1, 2, 8])  # one block in turn, a block for each pair, teams of four blocks
 def test_every_team_and_order(device, processors):
     device.resize(processors=processors)
     clips = moving_texture(3, 41, 70, seed=1)[None]
@@ -24,7 +24,7 @@ def test_every_team_and_order(device, processors):
 
 
 @pytest.mark.parametrize("median", [0, 3, 5])
-@pytest.mark.parametrize("processors", [1, 3])
+@pytest.mark.parametrize("processors", [1, 4])
 def test_every_median(shuffled, median, processors):
     shuffled.resize(processors=processors)
     assert_equals_cpu(shuffled, moving_texture(2, 33, 65, seed=2)[None], **SHORT | {"median": median})

@@ -192,7 +192,11 @@ void check_cell(const Event& event, Cell& cell, uint64_t tag) {
   }
   if (event.write) {
     if (!(target.shared && block_of(cell.read) != block_of(tag))) check_reads_before(event, cell);
-    cell.write = tag | kInitialised;
+    // An atomic after a plain write of the same thread does not make that write atomic: others must still be ordered.
+    const bool keeps_plain = event.kind == Kind::kAtomic && !fresh && this_launch(write) &&
+                             kind_of(write) == Kind::kPlain && block_of(write) == block_of(tag) &&
+                             thread_of(write) == thread_of(tag);
+    cell.write = keeps_plain ? write : tag | kInitialised;
     cell.read = 0;
   } else if ((cell.read & ~(kManyBlocks | kManyThreads)) != tag) {
     if (target.shared && block_of(cell.read) != block_of(tag)) cell.read = 0;
