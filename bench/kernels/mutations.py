@@ -1,0 +1,191 @@
+"""The mutation score of the tests of the CUDA kernels: which seeded faults of csrc/cuda they catch.
+
+    python bench/kernels/mutations.py                # all that have no result yet; an hour on one core
+    python bench/kernels/mutations.py --only no-release tie-break
+    python bench/kernels/mutations.py --table        # writes the table again
+
+Each fault of bench/kernels/seeded_faults is applied to a copy of csrc, which is compiled for the host and tested: first
+under the sanitizer (tests/ops/cuda/sanitizer), then by the other host tests, then by the large ones. A fault is caught
+if a test fails, a process dies or ends beyond its time, or the compiler warns. Rows go to bench/results/mutations.json
+as they are measured, and the table by class to mutations.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FAULTS = Path(__file__).parent / "seeded_faults"
+RESULTS = ROOT / "bench" / "results" / "mutations.json"
+TESTS = ROOT / "tests" / "ops" / "cuda"
+NOT_COMPILED = "does not compile"
+LIMIT_S = 400  # of one stage; the tests of an operator take about 40 s
+TEST_FAILED, INTERRUPTED = 1, 2  # exit statuses of pytest; above these, pytest itself did not work
+
+
+def read_faults() -> list[dict]:
+    """Returns every fault: class, name, operator, file below csrc/cuda, why, edits [[text, replacement]]."""
+    faults = []
+    for path in sorted(FAULTS.glob("*.toml")):
+        content = tomllib.loads(path.read_text())
+        faults += [{"class": content["class"], **fault} for fault in content["fault"]]
+    return faults
+
+
+def apply(fault: dict, csrc: Path) -> None:
+    """Applies a fault to a copy of csrc. Raises ValueError if a text of it does not occur exactly once."""
+    path = csrc / "cuda" / fault["file"]
+    text = path.read_text()
+    for old, new in fault["edits"]:
+        if text.count(old) != 1:
+            raise ValueError(f"{fault['name']}: {path} has {text.count(old)} times, expected once: {old!r}")
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def stages(operator: str) -> dict[str, list[str]]:
+    host = sorted(map(str, TESTS.glob(f"test_{operator}*.py")))
+    sanitizer = str(TESTS / "sanitizer" / f"test_{operator}.py")
+    return {
+        "sanitizer": [sanitizer, "-m", "not large"],
+        "host execution": [*host, "-m", "not large"],
+        "large": [sanitizer, "-m", "large"],
+    }
+
+
+def run_stage(arguments: list[str], environment: dict[str, str]) -> tuple[bool, str]:
+    """Returns whether a test failed, and how."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-s", "--no-header", "-p", "no:cacheprovider", "--tb=short"]
+    try:
+        done = subprocess.run(
+            [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+        )
+    except subprocess.TimeoutExpired:
+        return True, f"no end within {LIMIT_S} s"
+    output = done.stdout + done.stderr
+    if done.returncode == 0 or (done.returncode == 5 and "large" in arguments):  # 5: no test of this kind
+        return False, ""
+    if done.returncode > INTERRUPTED:
+        raise RuntimeError(f"pytest did not work:\n{output[-2000:]}")
+    if "CalledProcessError" in output:
+        error = next((line for line in output.splitlines() if " error: " in line), "")
+        return True, f"{NOT_COMPILED}: {error}"[:160]
+    lines = output.splitlines()
+    # A process that died says why before pytest's traceback; otherwise the assertion says it.
+    died = [line for line in lines if line.startswith(("sanitizer:", "emulated device", "Fatal Python error"))]
+    told = [line.removeprefix("E").strip() for line in lines if line.startswith("E   ")]
+    told = [line for line in told if "the sanitizer reports" not in line]
+    return True, (died + told + lines[-1:])[0].replace("\t", " ")[:160]
+
+
+def measure(fault: dict) -> dict:
+    folder = ROOT / "build" / "mutations" / fault["name"]
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    apply(fault, folder / "csrc")
+    environment = os.environ | {
+        "CPR_FAST_CUDA_SOURCES": str(folder / "csrc"),
+        "CPR_FAST_CUDA_OPERATORS": fault["operator"],
+        # Without lines, a report of TV-L1's harmless reads could not be told from others.
+        "CPR_FAST_CUDA_DEBUG": "-g" if fault["operator"] == "tvl1_flow" else "-g0",
+        "OMP_NUM_THREADS": "1",
+    }
+    begin, by, message = time.monotonic(), None, ""
+    for stage, arguments in stages(fault["operator"]).items():
+        caught, message = run_stage(arguments, environment)
+        if caught:
+            by = "compiler" if message.startswith(NOT_COMPILED) else stage
+            break
+    shutil.rmtree(folder)
+    row = {key: fault[key] for key in ("name", "class", "operator", "file", "why")}
+    return row | {"edits": digest(fault), "by": by, "message": message, "time_s": round(time.monotonic() - begin, 1)}
+
+
+def digest(fault: dict) -> str:
+    return hashlib.sha256(json.dumps([fault["file"], fault["edits"]]).encode()).hexdigest()[:12]
+
+
+def saved_rows(faults: list[dict]) -> dict[str, dict]:
+    """Returns the saved rows of the present faults by name."""
+    current = {fault["name"]: digest(fault) for fault in faults}
+    saved = json.loads(RESULTS.read_text())["faults"] if RESULTS.exists() else []
+    return {row["name"]: row for row in saved if current.get(row["name"]) == row["edits"]}
+
+
+def save(row: dict, faults: list[dict]) -> None:
+    """Adds a row to the results; several processes may measure different faults."""
+    with open(ROOT / "build" / "mutations.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = saved_rows(faults) | {row["name"]: row}
+        commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+        ordered = [rows[fault["name"]] for fault in faults if fault["name"] in rows]
+        RESULTS.write_text(json.dumps({"commit": commit, "faults": ordered}, indent=1) + "\n")
+
+
+def write_table(faults: list[dict], rows: dict[str, dict]) -> None:
+    """Writes mutations.md: the score by class, and every fault that no test catches."""
+    commit = json.loads(RESULTS.read_text())["commit"]
+    text = [
+        "# Mutation score of the CUDA kernels",
+        "",
+        f"Seeded faults of `csrc/cuda` (`bench/kernels/seeded_faults`) that the tests catch, at commit {commit}:",
+        '`python bench/kernels/mutations.py`. "Equivalent" faults change no behaviour and do not count.',
+        "",
+        "| class | faults | equivalent | caught | by the sanitizer | by host execution | by others |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    measured = [fault for fault in faults if fault["name"] in rows]
+    for name in [*dict.fromkeys(fault["class"] for fault in measured), "all"]:
+        own = [fault for fault in measured if name in (fault["class"], "all")]
+        counted = [fault for fault in own if "equivalent" not in fault]
+        by = [rows[fault["name"]]["by"] for fault in counted]
+        others = sum(stage not in ("sanitizer", "host execution", None) for stage in by)
+        caught = len(by) - by.count(None)
+        text.append(
+            f"| {name} | {len(own)} | {len(own) - len(counted)} | {caught} of {len(by)} | {by.count('sanitizer')} | "
+            f"{by.count('host execution')} | {others} |"
+        )
+    if missing := len(faults) - len(measured):
+        text += ["", f"{missing} faults have no result yet."]
+    survivors = [fault for fault in measured if rows[fault["name"]]["by"] is None]
+    text += ["", "## Not caught", ""] if survivors else []
+    for fault in survivors:
+        reason = fault.get("equivalent", fault.get("survives", "not explained"))
+        text.append(f"- `{fault['name']}` ({fault['class']}): {fault['why']} {reason}")
+    RESULTS.with_suffix(".md").write_text("\n".join(text) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="measure these faults, whether they have a result or not"
+    )
+    parser.add_argument("--table", action="store_true", help="measure nothing, write the table")
+    options = parser.parse_args()
+    faults = read_faults()
+    if unknown := set(options.only or ()) - {fault["name"] for fault in faults}:
+        parser.error(f"--only: no fault of this name: {', '.join(sorted(unknown))}")
+    for fault in () if options.table else faults:
+        if fault["name"] not in options.only if options.only else fault["name"] in saved_rows(faults):
+            continue
+        row = measure(fault)
+        print(
+            f"{row['class']:32} {row['name']:32} {row['by'] or 'NOT CAUGHT':16} {row['time_s']:6} s  {row['message']}"
+        )
+        sys.stdout.flush()
+        save(row, faults)
+    write_table(faults, saved_rows(faults))
+
+
+if __name__ == "__main__":
+    main()
