@@ -60,7 +60,7 @@ SETTINGS: dict[str, dict] = {
 def make_data(data: str, folder: Path) -> Path:
     """Writes the index and the flow of the data set, and returns the index."""
     if data == "synthetic":
-        index = write_synthetic(folder)
+        index = write_synthetic(folder, version=2)
     else:
         index = folder / "index.csv"
         if not index.exists():
@@ -75,7 +75,7 @@ def base_config(data: str, index: Path) -> Config:
     The quick start was tuned on another draw of the synthetic set.
     """
     base = load(ROOT / "cpr_fast" / "experiments" / "quickstart.toml")
-    base = replace(base, "data", index=str(index))
+    base = replace(base, "data", index=str(index), stride=2)  # a clip of 16 frames of 25 per second
     if data == "ucf101_100":
         base = replace(base, "data", split="", batch_size=16)
         base = replace(base, "memory", size=64)

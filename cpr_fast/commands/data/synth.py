@@ -8,10 +8,17 @@ import tyro
 
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
+from cpr_fast.data.synthetic.versions import NEWEST
 
 
 def synth(
-    out: tyro.conf.Positional[Path], *, classes: int = 12, videos: int = 24, seed: int = 0, json: Json = False
+    out: tyro.conf.Positional[Path],
+    *,
+    classes: int = 12,
+    videos: int = 24,
+    seed: int = 0,
+    version: int = NEWEST,
+    json: Json = False,
 ) -> None:
     """Write a data set of encoded videos of synthetic actions, with an index.
 
@@ -23,11 +30,12 @@ def synth(
         classes: Number of classes, 4 or 6 to 36; a class is a motion in a kind of scene.
         videos: Number of source videos of each class, at least 2; every second one gives two clips.
         seed: Seed of all random draws, at least 0.
+        version: 3, or 2 for the videos of results before version 3, in which one view alone tells less of the class.
     """
     from cpr_fast.data.index.index import Index
     from cpr_fast.data.synthetic.videos import write_synthetic
 
-    index = write_synthetic(out, classes=classes, videos=videos, seed=seed, progress=True)
+    index = write_synthetic(out, classes=classes, videos=videos, seed=seed, version=version, progress=True)
     count = len(Index.load(index, require_flow=False))
     lines = [f"{count:,} videos of {classes} classes in {out}, listed in {index}"]
     show({"index": str(index)}, json, lines=lines, next_step=f"cpr-fast flow {index} --out {out / 'flow'}")

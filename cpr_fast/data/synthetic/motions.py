@@ -1,7 +1,6 @@
 """The motion programmes of synthetic actions: the pose of a figure as a closed-form function of time.
 
-Lengths are pixels of a 160x120 frame (they scale with the frame), times are frames at 25 per second, angles are
-radians.
+Lengths are pixels of a 160x120 frame (they scale with the frame), times are ticks of 1/25 second, angles are radians.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ Array = np.ndarray
 class Motion(NamedTuple):
     """The parameters of one figure's programme. `speed` is the rms speed over the figure and over time."""
 
-    speed: float  # pixels per frame
-    period: float  # frames
+    speed: float  # pixels per tick
+    period: float  # ticks
     radius: float  # pixels, the size of the figure
     direction: float
     sign: float
@@ -84,7 +83,3 @@ MOTIONS: dict[str, Callable[[Motion, Array], Pose]] = {
     "rock": _rock,
     "glide": _glide,
 }
-
-# The typical pace of a motion, as walking and running also have one: rms speed in pixels per frame. The pace of a
-# source is 0.8 to 1.25 times this, so the paces of similar motions overlap.
-PACE = {"rotate": 2.3, "shuttle": 1.5, "pulse": 1.0, "orbit": 1.9, "rock": 1.25, "glide": 2.8}

@@ -15,6 +15,9 @@ from cpr_fast.data.synthetic.sources import Figure, Source
 CHUNK = 8  # frames drawn at once, few enough for the arrays of a figure to stay in the second-level cache
 
 
+TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # luma and two of colour
+
+
 def render(source: Source, start: int, frames: int, rng: np.random.Generator) -> Array:
     """Returns frames `start` to `start + frames - 1` of a source, uint8 RGB [T, H, W, 3]; `rng` draws the noise."""
     height, width = source.height, source.width
@@ -22,7 +25,7 @@ def render(source: Source, start: int, frames: int, rng: np.random.Generator) ->
     offsets = rng.integers(0, 33, (frames, 2))  # every frame uses a different part of one plane of noise
     out = np.empty((frames, height, width, 3), np.uint8)
     for first in range(0, frames, CHUNK):
-        time = np.arange(start + first, start + min(first + CHUNK, frames), dtype=np.float64)
+        time = source.step * np.arange(start + first, start + min(first + CHUNK, frames), dtype=np.float64)
         canvas = np.empty((len(time), height, width, 3), np.float32)
         camera_x, camera_y = (source.drift * wave(time) for wave in source.camera)
         for frame, x, y in zip(canvas, camera_x, camera_y, strict=True):
@@ -30,6 +33,8 @@ def render(source: Source, start: int, frames: int, rng: np.random.Generator) ->
         for figure in source.figures:
             _draw(figure, time, camera_x, camera_y, canvas)
         gain = (1 + source.flicker * source.light(time)).astype(np.float32)
+        if source.hue is not None:
+            _turn_hue(canvas, 2 * math.pi * source.hue_swing * source.hue(time))
         for i in range(len(time)):
             y, x = offsets[first + i]
             lit = canvas[i]
@@ -37,6 +42,15 @@ def render(source: Source, start: int, frames: int, rng: np.random.Generator) ->
             lit += noise[y : y + height, x : x + width, None]
             out[first + i] = np.clip(lit, 0, 255, out=lit)
     return out
+
+
+def _turn_hue(canvas: Array, angles: Array) -> None:
+    """Turns the hue of each frame of canvas [T, H, W, 3] by its angle [T]. The luma stays, so optical flow does too."""
+    for frame, angle in zip(canvas, angles, strict=True):
+        turn = np.eye(3)
+        turn[1:, 1:] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        matrix = np.linalg.inv(TO_YIQ) @ turn @ TO_YIQ
+        frame[:] = frame @ matrix.T.astype(np.float32)
 
 
 def _shifted(plane: Array, x: float, y: float, out: Array) -> None:

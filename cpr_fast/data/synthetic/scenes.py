@@ -63,12 +63,13 @@ def _palette(hue: float, rng: np.random.Generator) -> Array:
 
 
 def scene_texture(
-    scene: str, hue: float, height: int, width: int, wavelength: float, rng: np.random.Generator
+    scene: str, hue: float, height: int, width: int, wavelength: float, rng: np.random.Generator, tilt: float | None
 ) -> Array:
     """Returns a piece of the scene's pattern at a random place and angle in two colours around `hue`, float32
-    [height, width, 3] in 0..255."""
+    [height, width, 3] in 0..255. The angle is at most `tilt` radians, or any if that is None."""
     wavelength *= COARSENESS[scene]
-    angle, (x0, y0) = rng.uniform(0, 2 * math.pi), rng.uniform(-3, 3, 2)
+    angle = rng.uniform(0, 2 * math.pi) if tilt is None else rng.uniform(-tilt, tilt)
+    x0, y0 = rng.uniform(-3, 3, 2)
     across = (np.arange(width) - width / 2)[None, :] / wavelength
     down = (np.arange(height) - height / 2)[:, None] / wavelength
     x = math.cos(angle) * across - math.sin(angle) * down + x0

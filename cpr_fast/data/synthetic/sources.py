@@ -5,7 +5,7 @@ closed-form function of time. Therefore clips that are cut from one source at di
 figures and the parameters of the programme, and differ in phase, camera position, lighting and noise.
 
 Letters: T frames, H x W pixels, S side of the box that a figure is drawn in. Lengths are pixels of a 160x120 frame
-(they scale with the frame), times are frames at 25 per second, angles are radians.
+(they scale with the frame), times are ticks of 1/25 second, angles are radians.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpr_fast.data.synthetic.motions import MOTIONS, PACE, Array, Motion, Pose
+from cpr_fast.data.synthetic.motions import MOTIONS, Array, Motion, Pose
 from cpr_fast.data.synthetic.scenes import FIGURE_HUE, GROUND_HUE, OUTLINES, SCENES, scene_texture
+from cpr_fast.data.synthetic.versions import Version
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Figure:
 class Wave:
     """A slow sum of two sines of time, in -1..1, for camera drift and lighting."""
 
-    periods: tuple[float, float]  # frames
+    periods: tuple[float, float]  # ticks
     phases: tuple[float, float]
 
     def __call__(self, time: Array) -> Array:
@@ -54,16 +55,22 @@ class Source:
     flicker: float  # share: amplitude of the lighting change
     shade: Array  # float32 [H, W, 1]: fixed fall-off of the light across the frame
     noise: float  # standard deviation of the sensor noise, in 0..255
+    step: int  # ticks between two frames
+    hue: Wave | None  # course of the light's hue; None: it does not change
+    hue_swing: float  # full turns: amplitude of the change of the light's hue
 
 
-def make_source(motion: str, scene: str, rng: np.random.Generator, *, height: int, width: int) -> Source:
+def make_source(
+    motion: str, scene: str, rng: np.random.Generator, *, height: int, width: int, version: Version
+) -> Source:
     """Draws one source of the class (motion, scene). All random values come from `rng`."""
     unit = min(height, width) / 120
     drift = unit * rng.uniform(1.5, 5)
     margin = math.ceil(drift) + 2
-    wavelength = unit * rng.uniform(18, 28)
-    background = scene_texture(scene, GROUND_HUE[scene], height + 2 * margin, width + 2 * margin, wavelength, rng)
-    distractors = [_distractor(rng, height, width) for _ in range(rng.integers(1, 3))]
+    wavelength = unit * rng.uniform(*version.wavelength)
+    size = height + 2 * margin, width + 2 * margin
+    background = scene_texture(scene, GROUND_HUE[scene], *size, wavelength, rng, version.tilt)
+    distractors = [_distractor(rng, height, width, version.tilt) for _ in range(rng.integers(1, 3))]
     angle, slope = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.2)
     x, y = np.linspace(-1, 1, width)[None, :], np.linspace(-1, 1, height)[:, None]
     shade = 1 + slope * (math.cos(angle) * x + math.sin(angle) * y)
@@ -72,13 +79,16 @@ def make_source(motion: str, scene: str, rng: np.random.Generator, *, height: in
         width=width,
         background=background,
         margin=margin,
-        figures=(*distractors, *_performers(motion, scene, rng, height, width)),
+        figures=(*distractors, *_performers(motion, scene, rng, height, width, version)),
         drift=drift,
         camera=(_wave(rng), _wave(rng)),
         light=_wave(rng),
         flicker=rng.uniform(0.02, 0.15),
         shade=shade.astype(np.float32)[..., None],
         noise=rng.uniform(1, 4),
+        step=version.step,
+        hue=_wave(rng) if version.hue_swing else None,
+        hue_swing=version.hue_swing,
     )
 
 
@@ -86,11 +96,14 @@ def _wave(rng: np.random.Generator) -> Wave:
     return Wave(tuple(rng.uniform(50, 150, 2)), tuple(rng.uniform(0, 2 * math.pi, 2)))
 
 
-def _performers(motion: str, scene: str, rng: np.random.Generator, height: int, width: int) -> list[Figure]:
+def _performers(
+    motion: str, scene: str, rng: np.random.Generator, height: int, width: int, version: Version
+) -> list[Figure]:
     """Draws one to three figures, side by side and of one pace; texture, direction, sense and phase differ."""
     unit = min(height, width) / 120
     count = int(rng.integers(1, 4))
-    speed, period = unit * PACE[motion] * rng.uniform(0.8, 1.25), rng.uniform(12, 24)
+    speed = unit * version.pace[motion] * rng.uniform(*version.pace_range)
+    period = rng.uniform(*version.period)
     places = (rng.permutation(count) + rng.uniform(0.35, 0.65, count)) / count * width
     figures = []
     for x in places:
@@ -100,7 +113,7 @@ def _performers(motion: str, scene: str, rng: np.random.Generator, height: int, 
         parameters = Motion(speed, period, radius, direction, rng.choice((-1.0, 1.0)), phase)
         figures.append(
             Figure(
-                texture=_figure_texture(scene, radius, unit * rng.uniform(8, 15), rng),
+                texture=_figure_texture(scene, radius, unit * rng.uniform(8, 15), rng, version.tilt),
                 reach=radius * (math.exp(0.5) if motion == "pulse" else 1),
                 position=lambda time, x=x, y=y: (np.full(len(time), x), np.full(len(time), y)),
                 programme=lambda time, parameters=parameters: MOTIONS[motion](parameters, time),
@@ -109,7 +122,7 @@ def _performers(motion: str, scene: str, rng: np.random.Generator, height: int, 
     return figures
 
 
-def _distractor(rng: np.random.Generator, height: int, width: int) -> Figure:
+def _distractor(rng: np.random.Generator, height: int, width: int, tilt: float | None) -> Figure:
     """Draws a small figure of any kind of scene that follows no programme: it drifts straight and turns back at the
     edges."""
     unit = min(height, width) / 120
@@ -120,11 +133,13 @@ def _distractor(rng: np.random.Generator, height: int, width: int) -> Figure:
         x, y = (x0 + dx * time / width) % 2, (y0 + dy * time / height) % 2
         return width * np.abs(x - 1), height * np.abs(y - 1)
 
-    texture = _figure_texture(str(rng.choice(SCENES)), radius, unit * rng.uniform(8, 15), rng)
+    texture = _figure_texture(str(rng.choice(SCENES)), radius, unit * rng.uniform(8, 15), rng, tilt)
     return Figure(texture, radius, position, lambda time: Pose())
 
 
-def _figure_texture(scene: str, radius: float, wavelength: float, rng: np.random.Generator) -> Array:
+def _figure_texture(
+    scene: str, radius: float, wavelength: float, rng: np.random.Generator, tilt: float | None
+) -> Array:
     """Returns the pattern of the scene, cut to the outline of the scene, float32 [S, S, 4]."""
     half = math.ceil(radius * 1.2) + 2
     x = np.arange(-half, half + 1.0)[None, :] / radius
@@ -132,5 +147,5 @@ def _figure_texture(scene: str, radius: float, wavelength: float, rng: np.random
     distance = np.hypot(x, y)
     outline = np.minimum(OUTLINES[scene](np.arctan2(y, x)), 1.1)
     alpha = np.clip(radius * (outline - distance) + 0.5, 0, 1)[..., None].astype(np.float32)
-    colour = scene_texture(scene, FIGURE_HUE[scene], 2 * half + 1, 2 * half + 1, wavelength, rng)
+    colour = scene_texture(scene, FIGURE_HUE[scene], 2 * half + 1, 2 * half + 1, wavelength, rng, tilt)
     return np.concatenate([colour * alpha, alpha], axis=2)

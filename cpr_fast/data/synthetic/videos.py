@@ -1,13 +1,15 @@
 """The synthetic actions: a labelled set of encoded videos, made from a seed.
 
 **A class** is a pair of a motion programme and a kind of scene, such as "orbit-stripes". Every kind of scene occurs
-with at least two motions and every motion with at least two kinds of scene. Therefore neither the motion nor the scene
-alone determines the class, but both together do. With 12 classes each of four scenes occurs with three of four motions,
-so knowing only the motion or only the scene leaves three possible classes.
+with at least two motions and every motion with at least two kinds of scene. Therefore neither the motion nor the
+scene alone determines the class, but both together do. In version 3, 12 classes are six motions with two scenes each,
+so knowing only the motion or only the scene leaves two possible classes. In version 2 each of four scenes occurs with
+three of four motions, which leaves three.
 
 **Videos of one class share**, as in real footage, where for example pools are blue and sprints are fast:
 
-- of the motion, the programme (rotate, shuttle, pulse, orbit, rock, glide: see `motions.MOTIONS`) and a typical pace;
+- of the motion, the programme (rotate, shuttle, pulse, orbit, rock, glide: see `motions.MOTIONS`) and a typical pace
+  (`Version.pace`);
 - of the scene, the pattern (stripes, checks, blobs, rings, dots, zigzag) of figures and background, its typical size
   and colours, and the outline of the figures.
 
@@ -15,12 +17,13 @@ Pace, size and colours are weak cues: those of neighbouring motions and scenes o
 information about the class than the motion or the scene does.
 
 **Source videos differ** in the following, drawn in the same way for every class: hues around those of the scene (dark
-and bright in random order); place, angle and wavelength of each pattern; one to three figures and their size, place and
-texture; pace (0.8 to 1.25 times that of the motion); period (0.5 to 1 s, shorter where growing or rocking at that pace
-would go too far); direction, sense and phase of each figure (so the direction of the mean flow gives no information
-about the class); one or two distractors of any kind of scene that drift without a programme; camera drift, light
-fall-off, change of lighting and sensor noise. Clips of one source (siblings) share all of these. They are cut at
-different times, so phase, camera position, lighting and noise differ.
+and bright in random order); place, angle and wavelength of each pattern; one to three figures and their size, place
+and texture; pace (around that of the motion); period (0.5 to 1 s in version 2, to 0.7 s in version 3, shorter where
+growing or rocking at that pace would go too far); direction, sense and phase of each figure (so the direction of the
+mean flow gives no information about the class); one or two distractors of any kind of scene that drift without a
+programme; camera drift, light fall-off, change of lighting, in version 3 also of its hue, and sensor noise. Clips of
+one source (siblings) share all of these. They are cut at different times, so phase, camera position, lighting and
+noise differ.
 
 Every second source gives two clips, the others give one. A quarter of the sources of each class are the test split.
 """
@@ -32,6 +35,7 @@ import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,16 +48,16 @@ from cpr_fast.data.synthetic.motions import MOTIONS
 from cpr_fast.data.synthetic.render import render
 from cpr_fast.data.synthetic.scenes import SCENES
 from cpr_fast.data.synthetic.sources import make_source
+from cpr_fast.data.synthetic.versions import NEWEST, Version, version_of
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import naming, replacing
 from cpr_fast.runtime.progress import track
 
-FPS = 25
 SETTINGS = "synthetic.json"  # written last, so a folder that has it holds a complete set
 UNFINISHED = "synthetic.unfinished"  # present while a set is being written
 
 
-def class_table(classes: int) -> list[tuple[str, str]]:
+def class_table(classes: int, version: Version) -> list[tuple[str, str]]:
     """Returns (motion, scene) of each class. Raises InputError for a number of classes that cannot share every motion
     and every scene."""
     largest = min(len(MOTIONS), len(SCENES)) ** 2
@@ -61,7 +65,7 @@ def class_table(classes: int) -> list[tuple[str, str]]:
         raise InputError(
             f"--classes: expected 4 or 6..{largest}, so that classes share motions and scenes, got {classes}"
         )
-    side = math.isqrt(classes - 1) + 1
+    side = min(classes // 2, len(MOTIONS), len(SCENES)) if version.diagonals else math.isqrt(classes - 1) + 1
     motions, scenes = list(MOTIONS)[:side], SCENES[:side]
     # Diagonal by diagonal: two diagonals already give every motion two scenes and every scene two motions.
     pairs = [(motion, scenes[(i + shift) % side]) for shift in range(side) for i, motion in enumerate(motions)]
@@ -77,19 +81,21 @@ def write_synthetic(
     frames: int = 48,
     width: int = 160,
     height: int = 120,
+    version: int = NEWEST,
     progress: bool = False,
 ) -> Path:
-    """Writes OUT/<split>/<motion>-<scene>/gNN_cMM.mp4 (H.264, 25 fps) and OUT/index.csv; returns the index's path.
+    """Writes OUT/<split>/<motion>-<scene>/gNN_cMM.mp4 (H.264) and OUT/index.csv; returns the index's path.
 
     `videos` is the number of source videos of each class, `frames` the length of a clip, `width` and `height` are
-    pixels. The files are determined, bit for bit, by the arguments and the versions of NumPy and x264. A complete
-    set of the same arguments is reused, and an interrupted one is written again. Raises InputError for an argument out
-    of its range, and if OUT holds other files.
+    pixels. `version` is one of `versions.VERSIONS`: 3 has 12.5 frames per second, 2 has 25. The files are determined,
+    bit for bit, by the arguments and the versions of NumPy and x264. A complete set of the same arguments is reused,
+    and an interrupted one is written again. Raises InputError for an argument out of its range, and if OUT holds
+    other files.
     """
     out = Path(out)
     _check_arguments(videos, seed, frames, width, height)
-    pairs = class_table(classes)
-    settings = {"version": 2, "classes": classes, "videos": videos, "seed": seed, "frames": frames}
+    pairs = class_table(classes, version_of(version))
+    settings = {"version": version, "classes": classes, "videos": videos, "seed": seed, "frames": frames}
     settings |= {"width": width, "height": height}
     index_path = out / "index.csv"
     if _is_complete(out, settings):
@@ -130,7 +136,8 @@ def _write_source(out: Path, pair: tuple[str, str], number: int, settings: dict[
     motion, scene = pair
     key = (settings["seed"], list(MOTIONS).index(motion), SCENES.index(scene), number)
     rng = np.random.default_rng(key)
-    source = make_source(motion, scene, rng, height=settings["height"], width=settings["width"])
+    version = version_of(settings["version"])
+    source = make_source(motion, scene, rng, height=settings["height"], width=settings["width"], version=version)
     names = clip_names(pair, number, settings["videos"])
     start = 0
     for name in names:
@@ -140,17 +147,17 @@ def _write_source(out: Path, pair: tuple[str, str], number: int, settings: dict[
         path = out / name.split / name.label / name.file
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming(path, "the set is unfinished, and the same command writes it again"):
-            _encode(path, clip)
+            _encode(path, clip, version.fps)
     return len(names)
 
 
-def _encode(path: Path, clip: np.ndarray) -> None:
+def _encode(path: Path, clip: np.ndarray, fps: float) -> None:
     """Writes uint8 RGB [T, H, W, 3] as H.264 yuv420p with a key frame every 12 frames."""
     # One thread, because the bits depend on the number of x264's frame threads. No macroblock tree, because for frames
     # of a few dozen pixels its look-ahead reads memory that was never written, and the bits change from run to run.
     options = {"preset": "veryfast", "crf": "20", "g": "12", "bf": "0", "threads": "1", "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], "yuv420p"
         for image in clip:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))

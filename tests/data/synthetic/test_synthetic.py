@@ -5,7 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import av
@@ -17,6 +17,7 @@ from cpr_fast.data.synthetic.motions import MOTIONS, Motion
 from cpr_fast.data.synthetic.render import render
 from cpr_fast.data.synthetic.scenes import SCENES
 from cpr_fast.data.synthetic.sources import make_source
+from cpr_fast.data.synthetic.versions import NEWEST, VERSIONS
 from cpr_fast.data.synthetic.videos import class_table, write_synthetic
 from cpr_fast.errors import InputError
 
@@ -34,9 +35,10 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.parametrize("version", VERSIONS.values(), ids=lambda version: f"version {version.number}")
 @pytest.mark.parametrize("classes", [4, 6, 7, 9, 10, 12, 17, 35, 36])
-def test_every_motion_and_scene_is_shared(classes):
-    pairs = class_table(classes)
+def test_every_motion_and_scene_is_shared(classes, version):
+    pairs = class_table(classes, version)
     assert len(set(pairs)) == len(pairs) == classes
     scenes_of, motions_of = defaultdict(set), defaultdict(set)
     for motion, scene in pairs:
@@ -45,6 +47,13 @@ def test_every_motion_and_scene_is_shared(classes):
         motions_of[scene].add(motion)
     assert min(map(len, scenes_of.values())) >= 2
     assert min(map(len, motions_of.values())) >= 2
+
+
+@pytest.mark.parametrize("classes", [4, 6, 8, 10, 12])
+def test_in_version_3_one_view_alone_leaves_two_classes(classes):
+    pairs = class_table(classes, VERSIONS[3])
+    for part in zip(*pairs, strict=True):
+        assert set(Counter(part).values()) == {2}
 
 
 @pytest.mark.parametrize("classes", [-1, 0, 1, 3, 5, 37])
@@ -66,13 +75,13 @@ def test_arguments_out_of_range_are_refused(setting, value, tmp_path):
 def test_index_holds_every_clip_and_siblings_stay_in_one_split(tiny_set):
     index = Index.load(tiny_set)
     assert len(index) == 4 * (4 + 2)  # every second source gives two clips
-    assert index.classes == sorted("-".join(pair) for pair in class_table(4))
+    assert index.classes == sorted("-".join(pair) for pair in class_table(4, VERSIONS[NEWEST]))
     splits, labels, clips = defaultdict(set), defaultdict(set), defaultdict(int)
     for video in index:
         splits[video.source].add(video.split)
         labels[video.source].add(video.label)
         clips[video.source] += 1
-        assert (video.num_frames, video.width, video.height, video.fps) == (10, 48, 40, 25)
+        assert (video.num_frames, video.width, video.height, video.fps) == (10, 48, 40, 12.5)
     assert all(len(where) == 1 for where in splits.values()) and all(len(which) == 1 for which in labels.values())
     assert len(splits) == 4 * 4 and sorted(clips.values()) == [1] * 8 + [2] * 8
     for label in index.classes:
@@ -86,7 +95,7 @@ def test_files_are_h264_that_decodes_to_what_was_rendered(tiny_set):
         assert container.streams.video[0].codec_context.name == "h264"
         decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     rng = np.random.default_rng((0, 0, 0, 0))
-    source = make_source("rotate", "stripes", rng, height=40, width=48)
+    source = make_source("rotate", "stripes", rng, height=40, width=48, version=VERSIONS[NEWEST])
     rendered = render(source, int(rng.integers(0, 10)), 10, rng)
     assert decoded.shape == rendered.shape
     # colour is stored at half resolution, so brightness is compared
@@ -158,6 +167,13 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path):
     assert (tmp_path / "train" / "mine.mp4").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("version", [-1, 0, 1, 4])
+def test_an_unknown_version_is_refused(version, tmp_path):
+    with pytest.raises(InputError, match=f"^--version: expected one of 2, 3, got {version}$"):
+        write_synthetic(tmp_path / "out", version=version)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_every_programme_keeps_the_pace_it_is_given(motion):
     """The rms speed over figure and time, from finite differences on a disc of points, is the given one. The amount
@@ -177,16 +193,19 @@ def test_every_programme_keeps_the_pace_it_is_given(motion):
 
 def test_siblings_share_the_take_but_not_the_moment():
     rng = np.random.default_rng(0)
-    source = make_source("glide", "blobs", rng, height=60, width=80)
+    source = make_source("glide", "blobs", rng, height=60, width=80, version=VERSIONS[2])
     first, later = (render(source, start, 8, np.random.default_rng(1)) for start in (0, 40))
     colour = [clip.reshape(-1, 3).mean(0) for clip in (first, later)]
-    other = render(make_source("glide", "blobs", rng, height=60, width=80), 0, 8, np.random.default_rng(1))
+    other = render(
+        make_source("glide", "blobs", rng, height=60, width=80, version=VERSIONS[2]), 0, 8, np.random.default_rng(1)
+    )
     assert np.abs(colour[0] - colour[1]).max() < np.abs(colour[0] - other.reshape(-1, 3).mean(0)).max()
     assert np.abs(first.astype(int) - later).mean() > 5
 
 
-def test_frames_do_not_depend_on_where_a_clip_is_cut():
-    source = make_source("orbit", "checks", np.random.default_rng(2), height=40, width=48)
+@pytest.mark.parametrize("version", VERSIONS.values(), ids=lambda version: f"version {version.number}")
+def test_frames_do_not_depend_on_where_a_clip_is_cut(version):
+    source = make_source("orbit", "checks", np.random.default_rng(2), height=40, width=48, version=version)
     quiet = source.__class__(**{**source.__dict__, "noise": 0.0})
     whole = render(quiet, 0, 30, np.random.default_rng(0))
     part = render(quiet, 13, 9, np.random.default_rng(0))
