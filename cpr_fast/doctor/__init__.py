@@ -1,4 +1,5 @@
 """The `doctor` command: checks of the machine and of an index, estimates, decoding parity, and the time of a step.
 
-Imports `data`, `models`, `ops`, `config` and `runtime`; only `commands` and `bench` may import it.
+Imports `data`, `models`, `ops`, `config`, `runtime` and the checks of `pretrain`; only `commands` and `bench` may
+import it.
 """

@@ -20,9 +20,11 @@ from cpr_fast.data.index.layouts import HMDB51_CLASSES
 from cpr_fast.data.storage.media import container, is_record, read_frames
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.packets import slice_packets
+from cpr_fast.data.video.probe import probe_video
 from cpr_fast.doctor.findings import Finding
 from cpr_fast.doctor.machine import free_gib
 from cpr_fast.errors import InputError
+from cpr_fast.pretrain.run.checks import check_run, plan_cycles
 from cpr_fast.wording import counted
 
 SAMPLE, SAMPLE_S = 12, 10.0  # videos decoded to find damage, at least; seconds within which more are decoded
@@ -59,7 +61,7 @@ def views_read(config: Config) -> tuple[str, ...]:
 def check_index(index: Path, videos: Index, config: Config, findings: list[Finding]) -> dict[str, Any]:
     """Returns the properties of the index and the results of decoding a sample of its videos."""
     sources = Counter(video.source for video in videos)
-    sampled, damaged, whole = _sample(videos)
+    sampled, damaged, stale, whole = _sample(videos)
     facts = {
         "videos": len(videos),
         "splits": dict(Counter(video.split for video in videos)),
@@ -73,6 +75,7 @@ def check_index(index: Path, videos: Index, config: Config, findings: list[Findi
         "without_flow": sum(video.flow_path is None for video in videos),
         "sampled": sampled,
         "damaged": damaged,
+        "stale": stale,
         "decodable": len(damaged) < sampled,
         "disk_free_gib": free_gib(container(videos[0].path).parent),
     }
@@ -88,13 +91,24 @@ def _check_sample(facts: dict[str, Any], whole: int, findings: list[Finding]) ->
     if damaged:
         text = "; ".join(f"{row['path']}: {row['reason']}" for row in damaged[:NAMED])
         verb = "is" if len(damaged) == 1 else "are"
-        findings.append(Finding("error", f"{len(damaged)} of {sampled} sampled videos {verb} damaged: {text}",
-                                "cpr-fast index VIDEOS --out INDEX --verify names every damaged video; training "
-                                "replaces clips that do not decode",
-                                "fails"))  # fmt: skip
-    else:
+        # Commands report a video that does not decode and leave it out; they fail where none is left.
+        some = len(damaged) < sampled
+        does = ": training replaces these videos by others, and evaluation leaves them out" if some else ""
+        findings.append(Finding("warning" if some else "error",
+                                f"{len(damaged)} of {sampled} sampled videos {verb} damaged{does}: {text}",
+                                "cpr-fast index VIDEOS --out INDEX --verify lists every damaged video with its frames "
+                                "that decode, and leaves out those without any",
+                                "results" if some else "fails"))  # fmt: skip
+    elif not facts["stale"]:
         verb = "decodes" if sampled == 1 else "decode"
         findings.append(Finding("ok", f"{counted(sampled, 'sampled video')} {verb} to the last frame"))
+    if stale := facts["stale"]:
+        text = "; ".join(f"{row['path']}: {row['reason']}" for row in stale[:NAMED])
+        verb = "differs" if len(stale) == 1 else "differ"
+        findings.append(Finding("warning", f"{len(stale)} of {sampled} sampled videos {verb} from the index: {text}. "
+                                "Commands rely on the index: they never read frames that it does not count, report a "
+                                "clip with a frame that does not exist, and leave it out",
+                                "index them again: cpr-fast index VIDEOS --out INDEX", "results"))  # fmt: skip
     if whole:
         verb = "is" if whole == 1 else "are"
         findings.append(Finding("warning", f"{whole} of {sampled} sampled videos {verb} decoded from their start for "
@@ -110,7 +124,7 @@ def _check_columns(index: Path, videos: Index, facts: dict[str, Any], config: Co
         findings.append(Finding("warning", f"{facts['without_flow']} of {counted(facts['videos'], 'video')} {verb} no "
                                 "flow, which the view \"flow\" of these settings needs",
                                 f"{flow_command(index, videos)}, or data.flow = \"on_the_fly\", or the view "
-                                "\"residual\"", "fails"))  # fmt: skip
+                                "\"residual\"", "settings"))  # fmt: skip
     if facts["short"]:
         verb = "has" if facts["short"] == 1 else "have"
         findings.append(Finding("warning", f"{facts['short']} short: {counted(facts['short'], 'video')} {verb} {SHORT} "
@@ -131,10 +145,11 @@ def _check_labels_and_sources(videos: Index, facts: dict[str, Any], findings: li
         findings.append(Finding("warning", f"{facts['unlabelled']} of {len(videos):,} videos {verb} no label",
                                 "give them one, or expect evaluations to leave them out", "results"))  # fmt: skip
     if facts["sources"] == 1:
-        findings.append(Finding("error", "all videos come from one source, and clips of a query's own source are "
-                                "neither positives nor negatives: training learns nothing",
+        findings.append(Finding("error", "all videos come from one source: `init` refuses them, a cascade has nothing "
+                                "to mine and `retrieve` without a test split nothing to find, because both leave out "
+                                "the clips of a query's own source",
                                 "correct the column \"source\" of the index; an empty value makes each video its own "
-                                "source", "results"))  # fmt: skip
+                                "source", "fails"))  # fmt: skip
     splits: dict[str, set[str]] = {}
     for video in videos:
         splits.setdefault(video.split, set()).add(video.source)
@@ -147,10 +162,10 @@ def _check_labels_and_sources(videos: Index, facts: dict[str, Any], findings: li
                                 "results"))  # fmt: skip
 
 
-def _sample(videos: Index) -> tuple[int, list[dict[str, str]], int]:
-    """Returns how many videos were drawn and decoded at three places, those that failed, and how many of the others
-    are decoded from their start for every clip."""
-    sampled, damaged, whole = 0, [], 0
+def _sample(videos: Index) -> tuple[int, list[dict[str, str]], list[dict[str, str]], int]:
+    """Returns how many videos were drawn and decoded at three places, those that failed, those that the index describes
+    wrongly, and how many of the others are decoded from their start for every clip."""
+    sampled, damaged, stale, whole = 0, [], [], 0
     deadline = time.perf_counter() + SAMPLE_S
     for position in np.random.default_rng(0).permutation(len(videos)):
         if sampled >= SAMPLE and time.perf_counter() > deadline:
@@ -158,13 +173,33 @@ def _sample(videos: Index) -> tuple[int, list[dict[str, str]], int]:
         sampled += 1
         video = videos[int(position)]
         try:
+            if differs := _difference(video):
+                stale.append({"path": str(video.path), "reason": differs})
+                continue
             _read_three_frames(video)
             whole += _is_sliced_whole(video)
         except VideoError as error:
             damaged.append({"path": str(error.path), "reason": error.reason})
         except Exception as error:  # the check reports every error instead of stopping at it
             damaged.append({"path": str(video.path), "reason": f"{type(error).__name__}: {error}"})
-    return sampled, damaged, whole
+    return sampled, damaged, stale, whole
+
+
+def _difference(video: Video) -> str:
+    """Returns how a video file differs from its row in the index, "" if it does not, or for a record of an LMDB
+    file."""
+    if is_record(video.path):
+        return ""
+    info = probe_video(video.path, decode=False)
+    if info.num_frames != video.num_frames:  # of a damaged video the index counts those packets that decode
+        info = probe_video(video.path)
+    now, listed = ((v.num_frames, f"{v.width}x{v.height}") for v in (info, video))
+    parts = []
+    if now[0] != listed[0]:
+        parts.append(f"{counted(now[0], 'frame')}, the index says {listed[0]:,}")
+    if now[1] != listed[1]:
+        parts.append(f"{now[1]} pixels, the index says {listed[1]}")
+    return " and ".join(parts)
 
 
 def _read_three_frames(video: Video) -> None:
@@ -213,20 +248,20 @@ def training_part(videos: Index, config: Config, findings: list[Finding]) -> Ind
     except IndexFileError:
         found = ", ".join(repr(name) for name in dict.fromkeys(video.split for video in videos))
         text = f"the index has no split {config.data.split!r} (data.split); its splits are {found}"
-        findings.append(Finding("warning", text, "set data.split to one of them", "fails"))
+        findings.append(Finding("warning", text, "set data.split to one of them", "settings"))
         train = videos
     try:
         train = train.long_enough(config.data)
     except IndexFileError as error:
-        findings.append(Finding("warning", str(error), 'set data.short_videos to "keep"', "fails"))
+        findings.append(Finding("warning", str(error), 'set data.short_videos to "keep"', "settings"))
     _check_splits(videos, findings)
     if len(train) < config.data.batch_size:
         verb = "is" if len(train) == 1 else "are"
         findings.append(Finding("warning", f"{counted(len(train), 'training video')} {verb} fewer than "
                                 f"data.batch_size = {config.data.batch_size}",
-                                f"set data.batch_size to {len(train)} or less", "fails"))  # fmt: skip
-    elif config.memory.kind == "queue":
-        _check_memory(train, config, findings)
+                                f"set data.batch_size to {len(train)} or less", "settings"))  # fmt: skip
+    else:
+        _check_learning(train, config, findings)
     return train
 
 
@@ -247,20 +282,19 @@ def _check_splits(videos: Index, findings: list[Finding]) -> None:
     findings.append(Finding("ok", text, advice))
 
 
-def _check_memory(train: Index, config: Config, findings: list[Finding]) -> None:
-    """Checks the size of the queue. The queue receives one key per video and step; a cascade starts to learn when its
-    queue is full, and other cycles have random vectors as negatives until then."""
+def _check_learning(train: Index, config: Config, findings: list[Finding]) -> None:
+    """Reports why a run with these settings would fail or learn little: the warnings of `pretrain` itself."""
+    try:
+        plans = plan_cycles(config, len(train), 1)
+        warnings = check_run(config, train, plans, stored_flow=False)  # `_check_columns` checks the flow
+    except InputError as error:
+        findings.append(Finding("warning", str(error), "correct the recipe", "settings"))
+        return
+    for warning in warnings:
+        text, mark, advice = warning.partition(". Set ")
+        findings.append(Finding("warning", text, f"set {advice}" if mark else "", "results"))
     size = config.memory.size
-    per_epoch = len(train) // config.data.batch_size * config.data.batch_size
-    short = [(number, cycle.mining == "cascade") for number, cycle in enumerate(config.schedule.cycles)
-             if cycle.epochs and cycle.epochs * per_epoch < size + (cycle.mining == "cascade")]  # fmt: skip
-    for waits, effect in ((True, "these cycles learn nothing"), (False, "some of its negatives stay random vectors")):
-        if named := ", ".join(f"schedule.cycles[{number}]" for number, cascade in short if cascade == waits):
-            text = f"memory.size = {size} never fills in {named}: {effect}"
-            advice = f"set memory.size to {max(1, len(train) // 2)} or less"
-            findings.append(Finding("warning", text, advice, "results"))
-    if not short and size > len(train):
+    if config.memory.kind == "queue" and size > len(train) and all(plan.fill_share <= 1 for plan in plans):
         text = (f"memory.size = {size} is larger than the {counted(len(train), 'training video')}: the memory holds "
                 f"every video {size / len(train):.1f} times on average")  # fmt: skip
-        advice = f"set memory.size to about {max(1, len(train) // 2)}"
-        findings.append(Finding("warning", text, advice, "results"))
+        findings.append(Finding("warning", text, f"set memory.size to about {max(1, len(train) // 2)}", "results"))

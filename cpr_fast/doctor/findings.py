@@ -9,11 +9,12 @@ from typing import Any, Literal
 from cpr_fast.wording import printable
 
 Level = Literal["ok", "warning", "error"]
-Effect = Literal["fails", "results", "time", "capacity", "note"]
+Effect = Literal["fails", "settings", "results", "time", "capacity", "note"]
 
 LEVELS: tuple[Level, ...] = ("error", "warning", "ok")
 EFFECTS: dict[Effect, str] = {  # what a finding affects, the most important first
     "fails": "a command fails",
+    "settings": "`pretrain` fails with these settings",
     "results": "changes results",
     "time": "costs time",
     "capacity": "disk or memory",

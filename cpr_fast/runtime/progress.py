@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ Item = TypeVar("Item")
 LINE_INTERVAL_S = 30.0  # between plain lines
 FIRST_LINE_S = 5.0  # before the first plain line, which shows that the command runs and how long it will take
 FIRST_ITEMS = 3  # items before the first plain line: a single one does not show the pace
+BEAT_S = 1.0  # between looks whether a line is due while an item takes long
 FEW_S = 10.0  # less time is "a few seconds"
 # An estimate below the first number of seconds is rounded to a multiple of the second.
 _ROUNDED_TO = ((60, 5), (300, 10), (3600, 60), (36_000, 600), (172_800, 3600))
@@ -142,9 +144,15 @@ class _Report:
     def left(self) -> str:
         return (self.own_left or self.forecast.text)()
 
+    def pace(self, rate: float) -> str:
+        """Returns "3.2 videos/s" or, below one in a second, "12.5 s each"; "" where nothing is known."""
+        if not rate:
+            return ""
+        return f"{rate:.1f} {self.unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+
     def print_line(self, done: int, elapsed_s: float, *, end: bool = False) -> None:
         parts = [f"{self.description}: {done}/{self.total} {self.unit}"]
-        parts.append(f"{done / elapsed_s:.1f} {self.unit}/s" if elapsed_s > 0 else "")
+        parts.append(self.pace(done / elapsed_s if elapsed_s > 0 else 0.0))
         parts += [f"done in {duration(elapsed_s)}" if end else "", self.left(), self.status() if self.status else ""]
         print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
@@ -163,20 +171,58 @@ def _bar(items: Iterable[Item], report: _Report) -> Iterator[Item]:
             yield item
             report.forecast.add()
             speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
-            rate = "" if speed is None else f"{speed:.1f} {report.unit}/s"
+            rate = report.pace(speed or 0.0)
             status = report.status() if report.status else ""
             bar.update(task, advance=1, rate=rate, left=report.left(), status=status)
 
 
 def _lines(items: Iterable[Item], report: _Report) -> Iterator[Item]:
-    began = time.monotonic()
-    due, done = began + FIRST_LINE_S, 0
-    for item in items:
-        yield item
-        report.forecast.add()
-        done += 1
-        now = time.monotonic()
-        if now >= due and done < report.total and (done >= report.least or now >= due + LINE_INTERVAL_S):
-            due = now + LINE_INTERVAL_S
-            report.print_line(done, now - began)
-    report.print_line(done, time.monotonic() - began, end=True)
+    lines = _Lines(report)
+    ended = threading.Event()
+    beat = threading.Thread(target=lines.beat, args=(ended,), daemon=True)
+    beat.start()
+    try:
+        for item in items:
+            yield item
+            report.forecast.add()
+            lines.add()
+    finally:
+        ended.set()
+        beat.join()
+    lines.print(end=True)
+
+
+class _Lines:
+    """Prints plain lines: after items where one is due, and from a thread while a single item takes long."""
+
+    def __init__(self, report: _Report) -> None:
+        self._report, self._done, self._lock = report, 0, threading.Lock()
+        self._began = time.monotonic()
+        self._due = self._began + FIRST_LINE_S
+        self._silent_until = self._due
+
+    def add(self) -> None:
+        """Counts an item."""
+        with self._lock:
+            self._done += 1
+            now = time.monotonic()
+            waited = self._done >= self._report.least or now >= self._due + LINE_INTERVAL_S
+            if now >= self._due and waited and self._done < self._report.total:
+                self._due = now + LINE_INTERVAL_S
+                self._print(now)
+
+    def beat(self, ended: threading.Event) -> None:
+        """Until the end, prints a line where none came for long, first after `FIRST_LINE_S` without an item."""
+        while not ended.wait(BEAT_S):
+            with self._lock:
+                now = time.monotonic()
+                if now >= self._silent_until and (not self._done or self._silent_until > self._began + FIRST_LINE_S):
+                    self._print(now)
+
+    def print(self, *, end: bool) -> None:
+        """Prints the last line."""
+        self._print(time.monotonic(), end=end)
+
+    def _print(self, now: float, *, end: bool = False) -> None:
+        self._silent_until = now + LINE_INTERVAL_S + FIRST_LINE_S  # the lines between items have precedence
+        self._report.print_line(self._done, now - self._began, end=end)

@@ -13,8 +13,10 @@ from support.numbered_videos import write_video
 pytest.importorskip("nvidia.dali")
 
 from cpr_fast.cli import main
-from cpr_fast.config import Config
+from cpr_fast.config import Config, DataConfig
+from cpr_fast.data.clips.loader import TrainLoader
 from cpr_fast.data.flow.estimate import FlowEstimate
+from cpr_fast.data.index.index import Index
 from cpr_fast.doctor import checks, data, estimates
 from cpr_fast.doctor.checks import doctor
 from cpr_fast.doctor.findings import EFFECTS, LEVELS, Finding, ordered, show
@@ -108,6 +110,58 @@ def test_records_of_a_file_that_is_no_lmdb(tmp_path):
     assert "2 of 2 sampled videos are damaged" in texts(result, "error") and not result["data"]["decodable"]
 
 
+def effects(result: dict) -> dict:
+    return {f["text"]: f["effect"] for f in result["findings"] if f["level"] != "ok"}
+
+
+def test_damage_that_commands_skip_is_a_warning_and_loading_goes_on(tmp_path, video):
+    """The level is what the commands do: a clip of another video takes the place of one that does not decode."""
+    index = write_rows(tmp_path, video, [f"v{i}.mp4" for i in range(4)])
+    (tmp_path / "v1.mp4").unlink()
+    (tmp_path / "v1.mp4").write_bytes(video.read_bytes()[:900])
+    result = run(index, data={"batch_size": 2, "frames": 8, "size": 20}, memory={"size": 8})
+    (text,) = [text for text in effects(result) if "damaged" in text]
+    assert text.startswith("1 of 4 sampled videos is damaged: training replaces these videos by others, and evaluation")
+    assert effects(result)[text] == "results" and not texts(result, "error")
+    loaded = TrainLoader(Index.load(index), DataConfig(batch_size=2, frames=8, size=20, workers=1), ["rgb"], seed=0)
+    try:
+        assert len(list(loaded.epoch(0))) == 2 and {path.name for path, _ in loaded.skipped} == {"v1.mp4"}
+    finally:
+        loaded.close()
+
+
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [({"frames": 100}, "80 frames, the index says 100"), ({"frames": 50}, "80 frames, the index says 50")],
+)
+def test_a_row_that_no_longer_fits_its_file_is_named_with_what_happens(tmp_path, video, listed, said):
+    result = run(write_rows(tmp_path, video, ["a.mp4", "b.mp4"], **listed))
+    warning = texts(result, "warning")
+    assert "2 of 2 sampled videos differ from the index" in warning and f"a.mp4: {said}" in warning
+    assert "they never read frames that it does not count" in warning and "-> index them again: cpr-fast" in warning
+    assert "decode to the last frame" not in texts(result, "ok") and not texts(result, "error")
+
+
+def test_a_row_of_another_frame_size_is_named(tmp_path, video):
+    index = write_rows(tmp_path, video, ["a.mp4", "b.mp4"])
+    index.write_text(index.read_text().replace("25,64,48", "25,320,240"))
+    assert "64x48 pixels, the index says 320x240" in texts(run(index), "warning")
+
+
+def test_settings_with_which_pretrain_fails_are_said_to_be_settings(tmp_path, video):
+    """The default settings fail on a small index, but `init` and its recipe do not."""
+    index = write_rows(tmp_path, video, ["a.mp4", "b.mp4", "c.mp4"])
+    found = effects(run(index))
+    (text,) = [text for text in found if "fewer than data.batch_size = 16" in text]
+    assert found[text] == "settings" and "fails" not in found.values()
+    assert main(["doctor", str(index), "--seconds", "0", "--json"]) == 0
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[data]\nindex = "index.csv"\nbatch_size = 16\n')
+    with pytest.raises(SystemExit) as stopped:  # now somebody has chosen them
+        main(["doctor", str(index), "--seconds", "0", "--json"])
+    assert stopped.value.code == 1
+
+
 def test_any_failure_while_decoding_is_a_finding(tmp_path, video, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("unexpected")
@@ -132,8 +186,14 @@ def test_a_memory_that_never_fills_is_named(tmp_path, video):
     index = write_rows(tmp_path, video, [f"v{i}.mp4" for i in range(8)])
     cycles = {"cycles": [{"view": "rgb", "epochs": 2, "mining": "none"}]}
     result = run(index, data={"batch_size": 4}, memory={"size": 64}, schedule=cycles, mining={"top_k": 2})
-    assert "memory.size = 64 never fills in schedule.cycles[0]" in texts(result, "warning")
-    assert "memory.size to 4" in texts(result, "warning")
+    assert "cycle 1 (rgb, mining none) never fills its queue of memory.size = 64 entries" in texts(result, "warning")
+    assert "still the random vectors that a queue starts with" in texts(result, "warning")  # but it does learn
+    assert "learn nothing" not in texts(result, "warning").lower()
+    assert "-> set memory.size to 16 or less" in texts(result, "warning")
+    cycles = {"cycles": [{"view": "rgb", "epochs": 2, "mining": "cascade"}]}
+    result = run(index, data={"batch_size": 4}, memory={"size": 64}, schedule=cycles, mining={"top_k": 2})
+    assert "cycle 1 (rgb, mining cascade) NEVER LEARNS: training starts once the queue" in texts(result, "warning")
+    cycles = {"cycles": [{"view": "rgb", "epochs": 2, "mining": "none", "milestones": [5]}]}
     result = run(index, data={"batch_size": 4}, memory={"size": 15}, schedule=cycles, mining={"top_k": 2})
     assert "never fills" not in texts(result, "warning") and "memory.size = 15 is larger" in texts(result, "warning")
 

@@ -39,6 +39,9 @@ def flow(
     """
     require_file("INDEX", index)
     part = parse_shard(shard)
+    from cpr_fast.runtime.progress import announce
+
+    announce(f"Loading PyTorch, and looking for the flow that is stored in {out}")
     from cpr_fast.data.flow.write import write_flow
 
     report = write_flow(index, out, storage=storage, device=device, shard=part, progress=True)

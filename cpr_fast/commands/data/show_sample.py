@@ -36,6 +36,9 @@ def show_sample(
     require_file("--config", config)
     require_at_least("--index", 0, position)
     require_at_least("--epoch", 0, epoch)
+    from cpr_fast.runtime.progress import announce
+
+    announce("Loading PyTorch and NVIDIA DALI")
     from cpr_fast.config import Config, load
     from cpr_fast.data.index.index import Index
     from cpr_fast.doctor.sample import show_sample as run

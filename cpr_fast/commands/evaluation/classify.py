@@ -20,9 +20,12 @@ def classifier_settings(task: str, checkpoint: tuple[str, ...], index: tuple[Pat
     require_files("--index", index)
     require_file("--config", config)
     from cpr_fast.config import Config, load
+    from cpr_fast.runtime.progress import announce
 
-    if config:
-        return getattr(load(config), task)
+    settings = getattr(load(config), task) if config else None
+    announce("Loading PyTorch and NVIDIA DALI")
+    if settings is not None:
+        return settings
     from cpr_fast.evaluate.features.results import checkpoint_files
     from cpr_fast.weights.checkpoint import load_checkpoint
 

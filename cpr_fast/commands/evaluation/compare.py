@@ -38,6 +38,9 @@ def compare(
         raise InputError(f"RUNS: expected two run folders, or --against with the runs to compare with, got {len(runs)}")
     require_folders("RUNS", runs)
     require_folders("--against", against)
+    from cpr_fast.runtime.progress import announce
+
+    announce("Reading the runs")
     from cpr_fast.report.run_folder.pairs import compare_runs
     from cpr_fast.report.run_folder.run import Run
 

@@ -43,6 +43,9 @@ def mine(
         heatmap: A PNG file to write: PMR over stages and ratio.
     """
     require_file("FEATURES", features)
+    from cpr_fast.runtime.progress import announce
+
+    announce("Loading PyTorch")
     from cpr_fast.mining.lab import load_two_view_features, results_table, survivors_table, sweep
 
     data = load_two_view_features(features, raw=raw)

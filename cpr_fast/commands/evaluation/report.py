@@ -36,6 +36,9 @@ def report(
         raise InputError("RUNS: expected at least one run folder, got none")
     require_folders("RUNS", runs)
     require_file("--index", index)
+    from cpr_fast.runtime.progress import announce
+
+    announce("Reading " + ", ".join(map(str, runs)))
     from cpr_fast.report.page import write_report
     from cpr_fast.report.similar import is_unlabelled, similar_path, write_similar
 

@@ -44,6 +44,9 @@ def retrieve(
     require_checkpoints("CHECKPOINT", checkpoint)
     require_files("--index", index)
     require_at_least("--clips", 1, clips)
+    from cpr_fast.runtime.progress import announce
+
+    announce("Loading PyTorch and NVIDIA DALI")
     from cpr_fast.evaluate.features.results import run_of
     from cpr_fast.evaluate.retrieval.retrieve import retrieve as run
 

@@ -44,6 +44,9 @@ def search(
     require_checkpoints("--checkpoint", checkpoint)
     require_at_least("--top", 1, top)
     require_at_least("--clips", 1, clips)
+    from cpr_fast.runtime.progress import announce
+
+    announce("Loading PyTorch and NVIDIA DALI")
     from cpr_fast.evaluate.features.results import checkpoint_files, home
     from cpr_fast.evaluate.retrieval.search import search as run
     from cpr_fast.report.figures.contact_sheet import write_contact_sheet

@@ -37,6 +37,9 @@ def export(
         view: The view whose encoder is written with onnx, coclr and cpr; by default the one that was trained last.
     """
     require_file("CHECKPOINT", checkpoint)
+    from cpr_fast.runtime.progress import announce
+
+    announce("Loading PyTorch")
     from cpr_fast.weights.exporting import export as run
 
     show(run(checkpoint, out, to=to, view=view), json, next_step=USES[to].format(out=str(out)))

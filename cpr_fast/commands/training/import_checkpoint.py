@@ -32,6 +32,9 @@ def import_checkpoint(
             serves both, rgb and residual.
     """
     require_file("FILE", file)
+    from cpr_fast.runtime.progress import announce
+
+    announce("Loading PyTorch")
     from cpr_fast.weights.importing import import_checkpoint as run
 
     show(run(file, out, view=view), json, next_step=f"cpr-fast retrieve {out} --index INDEX.csv")

@@ -83,6 +83,9 @@ def parse_and_run(arguments: list[str]) -> None:
         _require_inputs(config, given.overrides)
     config = settings(config, given, command="pretrain")
 
+    from cpr_fast.runtime.progress import announce
+
+    announce("Loading PyTorch and NVIDIA DALI")
     from cpr_fast.commands.output import show_once
     from cpr_fast.pretrain.run.loop import pretrain
 

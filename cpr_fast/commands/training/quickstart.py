@@ -18,6 +18,9 @@ def quickstart(out: Path = Path("runs/quickstart"), *, seed: int = 0, json: Json
     """
     if out.is_file():
         raise InputError(f"--out: expected a folder, but {str(out)!r} is a file")
+    from cpr_fast.runtime.progress import announce
+
+    announce("Loading PyTorch and NVIDIA DALI")
     from cpr_fast.experiments.quickstart import quickstart as run
 
     result = run(out, seed=seed)

@@ -39,7 +39,7 @@ from cpr_fast.data.storage.unreadable import Unreadable
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import DISK_ERRORS
-from cpr_fast.runtime.progress import Forecast, track
+from cpr_fast.runtime.progress import Forecast, announce, track
 
 MOST_WORKERS = 16  # number of decoding threads, and of encoding threads; more are not faster on any device
 REFILL_S = 20.0  # between two times that the index is filled during a run
@@ -130,6 +130,7 @@ def _announce(
              f"{len(todo):,}", f"{len(share):,}", part, f"{pairs:,}", f"{len(share) - len(todo):,}")  # fmt: skip
     if not todo:
         return
+    announce("  measuring how long it takes, on a few frames")
     for line in describe(estimate_flow(index, todo, storage=storage, solver=solver, out=out), out):
         log.info(line)
     if shards == 1:
