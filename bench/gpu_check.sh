@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Runs all checks that need a GPU within ten minutes: the build, the open items of results/gpu_pending.md,
 # compute-sanitizer on the test without torch, the tests (a skip counts as a failure), a short training with and without
-# the fused operators, and the benchmarks.
+# the fused operators, the benchmarks, and the predicted times beside the measured ones.
 #
 #   bench/gpu_check.sh        logs and JSON go to $OUT (default bench/results); exit status 1 if any step failed.
+#   gpu_compared.txt: the times of results/gpu_predicted.json beside the measured ones, printed as well
 #   gpu_check.json: per step its command, status and seconds; 124: cut off by its limit or by the ten minutes
 #
 # Needs nvcc and a python3 with torch (CUDA), pytest, pytest-benchmark, cmake, ninja and pybind11; no network.
@@ -52,6 +53,10 @@ step bench 150 "python3 bench/kernels/compare.py --device cuda --seconds .5 --wi
   --shapes 32x2048 256x16384 256x65536 1024x65536 1024x1000000 --largest 1048576 --out '$OUT'"
 step suites 60 "python3 -m pytest bench --benchmark-only -k 'cuda and B32-K2048 and not compile' \
   --benchmark-max-time=.1 --benchmark-json='$OUT/gpu_benchmarks.json'"
+
+# The times of the pending items beside those that were predicted from the compiled kernels, with the median error.
+step predicted 20 "set -o pipefail; python3 bench/predict_gpu.py compare --out '$OUT' | tee '$OUT/gpu_compared.txt'"
+[[ -s $OUT/gpu_compared.txt ]] && cat "$OUT/gpu_compared.txt"
 
 python3 - "$rows" "$OUT/gpu_check.json" "$commit" <<'PYTHON'
 import json, sys

@@ -77,9 +77,14 @@ class PtxDevice(Device):
         for machine in self.machines.values():
             self.interpreter.reset(machine)
 
-    def counts(self, operator: str) -> list[Count]:
-        """The instructions of an operator that were executed since the last reset."""
-        return self.interpreter.counts(self.machines[operator])
+    def set_dry(self, dry: bool) -> None:
+        """While dry, calls only plan: their launches are recorded, but not executed."""
+        for machine in self.machines.values():
+            self.interpreter.set_dry(machine, dry)
+
+    def counts(self, operator: str, all_: bool = False) -> list[Count]:
+        """The instructions of an operator that were executed since the last reset; `all_`: every one of its PTX."""
+        return self.interpreter.counts(self.machines[operator], all_)
 
     def launches_of(self, operator: str) -> list[Launch]:
         """The launches of an operator since the last reset."""

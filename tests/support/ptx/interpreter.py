@@ -17,7 +17,8 @@ _POINTER = ctypes.c_void_p
 class Count(NamedTuple):
     """What one instruction did: executions by warps, lanes, and `units`, which are sectors of 32 bytes of global
     memory, wavefronts of shared memory, or the times that the threads of a warp parted at a branch; `least`: the units
-    that the same bytes need at least."""
+    that the same bytes need at least; `shared_units`, `shared_least`: the same of generic accesses that found shared
+    memory."""
 
     function: str
     opcode: str
@@ -28,6 +29,8 @@ class Count(NamedTuple):
     lanes: int
     units: int
     least: int
+    shared_units: int = 0
+    shared_least: int = 0
 
 
 class Launch(NamedTuple):
@@ -83,9 +86,13 @@ class Interpreter:
     def reset(self, machine: int) -> None:
         self._library.ptx_reset(machine)
 
-    def counts(self, machine: int) -> list[Count]:
-        """The instructions that were executed since the last reset."""
-        lines = self._library.ptx_counts(machine).decode().splitlines()
+    def set_dry(self, machine: int, dry: bool) -> None:
+        """While dry, launches are recorded but not executed."""
+        self._library.ptx_set_dry(machine, dry)
+
+    def counts(self, machine: int, all_: bool = False) -> list[Count]:
+        """The instructions that were executed since the last reset; `all_`: those that were not as well."""
+        lines = self._library.ptx_counts(machine, all_).decode().splitlines()
         fields = (line.split("\t") for line in lines)
         return [Count(*names[:4], *map(int, names[4:])) for names in fields]
 

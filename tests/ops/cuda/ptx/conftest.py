@@ -21,8 +21,9 @@ def ptx_devices():
 @pytest.fixture(params=ARCHITECTURES)
 def device(request, ptx_devices) -> PtxDevice:
     """Executes the PTX of each architecture, sm_80 and sm_90a."""
-    made = ptx_devices.setdefault(request.param, None) or PtxDevice(request.param)
-    ptx_devices[request.param] = made
+    if request.param not in ptx_devices:
+        ptx_devices[request.param] = PtxDevice(request.param)
+    made = ptx_devices[request.param]
     made.select()
     made.reset_counts()
     yield made

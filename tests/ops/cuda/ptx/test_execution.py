@@ -98,6 +98,17 @@ def test_wavefronts_of_shared_memory(interpreter, width, type_, stride, wavefron
     assert (count.units, count.least) == (wavefronts, max(1, width // 4))
 
 
+def test_generic_accesses_are_counted_by_the_memory_they_find(interpreter):
+    load = """
+      mov.u64 %rd20, memory; cvta.shared.u64 %rd20, %rd20; mul.wide.u32 %rd21, %r0, 8; add.s64 %rd20, %rd20, %rd21;
+      setp.lt.u32 %p1, %r0, 32; selp.b64 %rd20, %rd20, %rd0, %p1; ld.u32 %r9, [%rd20];"""
+    program = Program(interpreter, load, 1)
+    memory = torch.zeros(1, dtype=torch.int32)
+    program.run(memory, threads=64, shared_bytes=256)  # the second warp reads global memory
+    count = program.count("ld.u32")
+    assert (count.units, count.shared_units, count.shared_least) == (1, 2, 1)
+
+
 def test_an_asynchronous_copy_lands_when_it_is_waited_for(interpreter):
     copy = """
       mul.wide.u32 %rd20, %r0, 16; add.s64 %rd21, %rd20, %rd1; shl.b32 %r1, %r0, 4;

@@ -14,7 +14,6 @@ REGIMES = [  # dtype, width, whether the scan uses tensor cores
     (torch.bfloat16, 128, True),
     (torch.float16, 128, True),
     (torch.bfloat16, 512, True),
-    (torch.float16, 512, True),
 ]
 
 

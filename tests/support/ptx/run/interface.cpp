@@ -124,19 +124,24 @@ PTX_API void ptx_reset(int machine) {
   ptx::machines[machine]->launches.clear();
 }
 
-// Returns the instructions that were executed since the last reset, one a line: function, opcode, class, file, line,
-// executions by warps, lanes, units and the least possible units (see Count), separated by tabs.
-PTX_API const char* ptx_counts(int machine) {
+// While set, launches are recorded but not executed: the plan of a call, whatever its size.
+PTX_API void ptx_set_dry(int machine, int dry) { ptx::machines[machine]->dry = dry != 0; }
+
+// Returns the instructions that were executed since the last reset (all: every instruction), one a line: function,
+// opcode, class, file, line, executions by warps, lanes, units, the least possible units, and both of generic accesses
+// to shared memory (see Count), separated by tabs.
+PTX_API const char* ptx_counts(int machine, int all) {
   const ptx::Machine& m = *ptx::machines[machine];
   std::ostringstream out;
   for (const ptx::Function& function : m.module.functions) {
     for (const ptx::Instruction& in : function.code) {
       const ptx::Count& count = m.counts[in.number];
-      if (count.executed == 0) continue;
+      if (count.executed == 0 && all == 0) continue;
       const auto file = static_cast<size_t>(in.file);
       out << function.name << '\t' << in.opcode->name << '\t' << ptx::kClassNames[static_cast<int>(in.opcode->kind)]
           << '\t' << (file < m.module.files.size() ? m.module.files[file] : "") << '\t' << in.line << '\t'
-          << count.executed << '\t' << count.lanes << '\t' << count.units << '\t' << count.least << '\n';
+          << count.executed << '\t' << count.lanes << '\t' << count.units << '\t' << count.least << '\t'
+          << count.shared_units << '\t' << count.shared_least << '\n';
     }
   }
   ptx::text = out.str();

@@ -262,6 +262,7 @@ void Machine::launch(int function, const uint32_t (&blocks_along)[3], uint32_t b
     memcpy(parameters.data() + kernel->parameters[i].offset, arguments[i], kernel->parameters[i].bytes);
   }
   launches.push_back({kernel->name, {grid[0], grid[1], grid[2]}, threads, dynamic_shared});
+  if (dry) return;
   const uint32_t total = grid[0] * grid[1] * grid[2], resident = cooperative ? total : 1;
   uint32_t entered = 0;
   for (const uint32_t b : ordered(total)) {

@@ -24,6 +24,7 @@ struct Count {
   uint64_t lanes = 0;     // that were active
   uint64_t units = 0;  // global memory: sectors of 32 bytes; shared memory: wavefronts; branches: times threads parted
   uint64_t least = 0;  // the units that the same bytes need at least
+  uint64_t shared_units = 0, shared_least = 0;  // of a generic access that found shared memory: its wavefronts
 };
 
 struct Launch {
@@ -129,6 +130,7 @@ struct Machine {
   std::vector<Launch> launches;
   Order order = kForward;
   uint64_t products = 0;  // of matrices
+  bool dry = false;       // launches are recorded, but not executed
 
   // The launch in progress.
   const Function* kernel = nullptr;

@@ -111,8 +111,14 @@ void locate(Warp& w, const Instruction& in, uint32_t lanes, int operand, uint32_
   const uint64_t first = access.address[__builtin_ctz(lanes)];
   const bool shared = kSpace == kShared || (kSpace == kGeneric && first >= kSharedWindow && first < kLocalWindow);
   const bool global = kSpace == kGlobal || (kSpace == kGeneric && first < kSharedWindow);
-  if (shared) count_wavefronts(w.machine->count(in), access.address, lanes, bytes);
-  if (global) count_sectors(w.machine->count(in), access.address, lanes, bytes);
+  Count& count = w.machine->count(in);
+  if (shared && kSpace == kShared) count_wavefronts(count, access.address, lanes, bytes);
+  if (shared && kSpace == kGeneric) {
+    Count wavefronts;
+    count_wavefronts(wavefronts, access.address, lanes, bytes);
+    count.shared_units += wavefronts.units, count.shared_least += wavefronts.least;
+  }
+  if (global) count_sectors(count, access.address, lanes, bytes);
 }
 
 // T: the type of an element in memory; where the register is wider, it is extended as its sign says.

@@ -1,0 +1,166 @@
+"""Counts what the compiled CUDA kernels do, without a GPU: executes their PTX in the interpreter of tests/support/ptx.
+
+    python bench/ptx/ptx_counts.py [--out bench/results]
+
+writes ptx_counts.json and ptx_counts.md: instructions by class, active lanes, sectors of 32 bytes, wavefronts of shared
+memory and the busiest source lines of interpreted calls; how far extrapolated counts are from interpreted ones; and the
+launches of every call of bench/predict_gpu.py with the counts of a block. Needs nvcc and nvdisasm (see sass.py); takes
+about five minutes of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+
+from measure import RESULTS, world, write_result
+from ptx_cases import DEVICES, Call, Disassembly, Kernel, extrapolate, interpret, plan
+from support.ptx.device import PtxDevice
+
+SHAPES = [(16, 2048), (32, 2048), (32, 16384), (256, 16384), (256, 65536), (1024, 65536), (1024, 1_000_000)]
+PRECISIONS = {"cascade_select": ("fp32", "bf16"), "mil_nce": ("float32", "bfloat16")}
+# For each kernel two calls with different features, where it has one.
+SAMPLES = [
+    *(Call("cascade_select", "fp32", B, K, "on chip") for B, K in ((32, 2048), (32, 16384), (64, 2048))),
+    *(Call("cascade_select", "bf16", B, K, "on chip") for B, K in ((32, 2048),)),
+    *(Call("cascade_select", "fp32", 32, K, "in cache") for K in (16384, 65536)),
+    *(Call("cascade_select", "fp32", 32, K, "refined") for K in (16384, 65536)),
+    *(Call("mil_nce", dtype, 32, K) for dtype in PRECISIONS["mil_nce"] for K in (2048, 16384, 65536)),
+    Call("tvl1_flow", "fp32", 1, 340),  # one pair of 340x256
+]
+CHECKS = [
+    Call("cascade_select", "fp32", 32, 8192, "on chip"),
+    Call("cascade_select", "fp32", 64, 32768, "in cache"),
+    Call("cascade_select", "fp32", 64, 32768, "refined"),
+    Call("mil_nce", "float32", 64, 32768),
+    Call("mil_nce", "bfloat16", 64, 131072),
+]
+CHECKED = ("ptx fp32", "ptx load shared", "ptx load global", "ptx mma", "sectors", "wavefronts")
+
+
+def sample_row(call: Call, kernel: Kernel) -> dict:
+    row = {"op": call.op, "precision": call.precision, "route": call.route, "B": call.B, "K": call.K}
+    row |= {"kernel": kernel.name, "blocks": kernel.blocks, "threads": kernel.threads, "launches": kernel.launches}
+    row["counts"] = {key: round(value) for key, value in sorted(kernel.counts.items())}
+    return row | {"lines": dict(kernel.lines.most_common(5))}
+
+
+def check_rows(device: PtxDevice, samples: list[Kernel], call: Call) -> list[dict]:
+    """Compares extrapolated counts of a call with interpreted ones."""
+    rows = []
+    for kernel in interpret(device, call):
+        launch = next(launch for launch in device.launches_of(call.op) if launch.kernel == kernel.entry)
+        made = extrapolate(samples, call, device.launches_of(call.op))
+        found = next(row for row in made if row["kernel"] == kernel.name)
+        total = sum(value for key, value in kernel.counts.items() if key.startswith("ptx"))
+        expected = found["blocks"] * found["launches"] * sum(v for k, v in found["per_block"].items() if k[:3] == "ptx")
+        row = {"op": call.op, "precision": call.precision, "route": call.route, "B": call.B, "K": call.K}
+        row |= {"kernel": kernel.name, "instructions": total, "error": round(expected / total - 1, 4)}
+        blocks = found["blocks"] * found["launches"]
+        row["errors"] = {
+            key: round(blocks * found["per_block"].get(key, 0) / kernel.counts[key] - 1, 4)
+            for key in CHECKED
+            if kernel.counts[key] > 0.01 * total
+        }
+        assert launch.threads == kernel.threads
+        rows.append(row)
+    return rows
+
+
+def call_rows(device: PtxDevice, samples: list[Kernel]) -> list[dict]:
+    """The launches of every call on every device, with the counts of a block."""
+    rows = []
+    calls = [Call(op, precision, B, K) for op in PRECISIONS for precision in PRECISIONS[op] for B, K in SHAPES]
+    calls += [Call("tvl1_flow", "fp32", pairs, 340) for pairs in (1, 32, 264)]
+    for (name, limits), call in itertools.product(DEVICES.items(), calls):
+        launches = extrapolate(samples, call, plan(device, call, limits))
+        for launch in launches:
+            launch["per_block"] = {key: round(value, 2) for key, value in sorted(launch["per_block"].items())}
+        rows.append({"device": name, "op": call.op, "precision": call.precision, "B": call.B, "K": call.K})
+        rows[-1]["launches"] = launches
+    return rows
+
+
+def registers_of(code: Disassembly, samples: list[Kernel], operators: dict[str, str]) -> dict[str, dict[str, int]]:
+    found = {}
+    for kernel in samples:
+        used = {arch: code.of(operators[kernel.entry], arch)[1][kernel.entry] for arch in ("80", "90a")}
+        found[kernel.name] = used
+    return found
+
+
+def page(report: dict) -> str:
+    """The tables of ptx_counts.md."""
+    about = report["world"]
+    lines = ["# What the compiled CUDA kernels do", "", f"`{about['command']}`, commit {about['commit']}.", ""]
+    lines += [
+        "The PTX of nvcc, executed by the interpreter of `tests/support/ptx`. Counts are of a whole call: instructions"
+    ]
+    lines += [
+        "of PTX by warps; active lanes; sectors of 32 bytes per global request and as many times the least; wavefronts"
+    ]
+    lines += [
+        "of shared memory as many times the least; estimated machine instructions for sm_80 (bench/ptx/sass.py).",
+        "",
+    ]
+    header = ["call", "kernel", "blocks", "PTX", "machine", "lanes", "fp32 %", "int %", "mma", "sectors/request"]
+    header += ["x least", "wavefronts x least", "busiest lines"]
+    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in report["samples"]:
+        count = row["counts"].get
+        total = sum(value for key, value in row["counts"].items() if key.startswith("ptx"))
+        machine = sum(value for key, value in row["counts"].items() if key.startswith("sm_80"))
+        integer = sum(count(f"ptx {kind}", 0) for kind in ("int", "int64", "predicate"))
+        call = f"{row['op']} {row['precision']} {row['route']} {row['B']}x{row['K']}".replace("  ", " ")
+        cells = [call, row["kernel"], row["blocks"], f"{total / 1e6:.2f}M", f"{machine / 1e6:.2f}M"]
+        cells += [f"{count('lanes', 0) / max(1, total):.1f}", f"{100 * count('ptx fp32', 0) / total:.0f}"]
+        cells += [f"{100 * integer / total:.0f}", count("ptx mma", 0)]
+        cells += [f"{count('sectors', 0) / max(1, count('global requests', 1)):.1f}"]
+        cells += [f"{count('sectors', 0) / max(1, count('least sectors', 1)):.2f}"]
+        cells += [f"{count('wavefronts', 0) / max(1, count('least wavefronts', 1)):.2f}"]
+        cells += [", ".join(f"{line} {100 * share / total:.0f} %" for line, share in list(row["lines"].items())[:3])]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "Extrapolated counts beside interpreted ones, of calls that are not among those above:", ""]
+    lines += ["| call | kernel | PTX | error | largest error of a class |", "|---|---|---|---|---|"]
+    for row in report["checks"]:
+        worst = max(row["errors"].items(), key=lambda item: abs(item[1]), default=("", 0.0))
+        call = f"{row['op']} {row['precision']} {row['route']} {row['B']}x{row['K']}".replace("  ", " ")
+        lines.append(f"| {call} | {row['kernel']} | {row['instructions'] / 1e6:.2f}M | {100 * row['error']:.1f} % | "
+                     f"{worst[0].removeprefix('ptx ')} {100 * worst[1]:.1f} % |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    device, code = PtxDevice("80"), Disassembly()
+    report = {"world": world("cpu"), "samples": [], "checks": []}
+    samples, operators = [], {}
+    for call in SAMPLES:
+        kernels = interpret(device, call, code)
+        samples += kernels
+        operators |= {kernel.entry: call.op for kernel in kernels}
+        report["samples"] += [sample_row(call, kernel) for kernel in kernels]
+        print(f"{call}: interpreted", flush=True)
+    report["registers"] = registers_of(code, samples, operators)
+    report["calls"] = call_rows(device, samples)
+    for call in CHECKS:
+        report["checks"] += check_rows(device, samples, call)
+        print(f"{call}: checked", flush=True)
+    write_result("ptx_counts.json", json.dumps(report, indent=1) + "\n", options.out)
+    write_result("ptx_counts.md", page(report), options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The predicted times of the CUDA kernels: what bounds a launch, and how they are put beside measured times."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+
+import predict_gpu
+
+ROOT = Path(__file__).resolve().parents[2]
+PREDICTED = ROOT / "bench" / "results" / "gpu_predicted.json"
+A100 = predict_gpu.GPUS[0]
+
+
+def launch(blocks: int, threads: int = 128, shared_bytes: int = 0, **per_block: float) -> dict:
+    counts = {key.replace("__", " "): value for key, value in per_block.items()}
+    made = {"kernel": "k", "blocks": blocks, "threads": threads, "shared_bytes": shared_bytes, "launches": 1}
+    return made | {"per_block": counts}
+
+
+def test_blocks_that_a_multiprocessor_holds():
+    assert predict_gpu.resident_blocks(A100, 128, 32, 0) == 16  # 64 warps
+    assert predict_gpu.resident_blocks(A100, 128, 255, 0) == 2  # 65,536 registers
+    assert predict_gpu.resident_blocks(A100, 128, 32, 80 << 10) == 2  # 164 KiB
+    assert predict_gpu.resident_blocks(A100, 32, 16, 0) == 32
+
+
+def test_the_busiest_multiprocessor_and_the_slowest_unit_bound_a_launch():
+    products = {"sm_80__tensor": 1e6}
+    one, two = (
+        predict_gpu.predict_launch(A100, launch(blocks, threads=1024, **products), 64, 0) for blocks in (108, 109)
+    )
+    assert one["limit"] == "tensor" and one["time_us"] == pytest.approx(2e6 / 1.41e3)
+    assert two["time_us"] == pytest.approx(2 * one["time_us"])
+    instructions = predict_gpu.predict_launch(A100, launch(108, threads=1024, sm_80__constant=4e6), 64, 0)
+    assert instructions["limit"] == "issue" and instructions["time_us"] == pytest.approx(1e6 / 1.41e3)
+    sectors = predict_gpu.predict_launch(A100, launch(108, sectors=1e6), 64, 0)
+    assert sectors["limit"] == "L2" and sectors["time_us"] == pytest.approx(108e6 * 32 / 4.5e6)
+    conflicts = predict_gpu.predict_launch(A100, launch(1, wavefronts=5e5, sm_80__shared__load=1e5), 64, 0)
+    assert conflicts["limit"] == "shared memory"
+
+
+def test_a_few_warps_wait_for_their_own_results():
+    alone = predict_gpu.predict_launch(A100, launch(1, threads=32, sm_80__fp32=1000, global__loads=40), 64, 0)
+    assert alone["limit"] == "latency"
+    far = predict_gpu.predict_launch(A100, launch(1, threads=32, sm_80__fp32=1000, global__loads=40), 64, 1)
+    assert far["time_us"] > alone["time_us"]
+
+
+def test_every_predicted_call_is_at_least_its_floor_and_names_its_limit():
+    report = json.loads(PREDICTED.read_text())
+    assert len(report["rows"]) >= 30 and {row["device"] for row in report["rows"]} == {g.name for g in predict_gpu.GPUS}
+    for row in report["rows"]:
+        assert row["limit"] and row["kernels"]
+        assert row["floor_us"] is None or row["time_us"] >= row["floor_us"], row
+
+
+def test_the_recorded_predictions_follow_from_the_recorded_counts(tmp_path):
+    predict_gpu.write(ROOT / "bench" / "results" / "ptx_counts.json", tmp_path)
+    for name in ("gpu_predicted.json", "gpu_predicted.md"):
+        assert (tmp_path / name).read_text() == (PREDICTED.parent / name).read_text(), name
+
+
+def test_extrapolated_counts_agree_with_interpreted_ones():
+    checks = json.loads((PREDICTED.parent / "ptx_counts.json").read_text())["checks"]
+    assert {row["op"] for row in checks} == {"cascade_select", "mil_nce"} and len(checks) >= 8
+    for row in checks:
+        assert abs(row["error"]) <= (0.15 if "select" in row["kernel"] else 0.02), row
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "bench" / "predict_gpu.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_predictions_are_printed_beside_measured_times(tmp_path):
+    predicted = [row for row in json.loads(PREDICTED.read_text())["rows"] if row["device"] == "NVIDIA H200"]
+    calls = [row for row in predicted if row["op"] != "tvl1_flow"][:3]
+    measured = [{key: row[key] for key in ("op", "precision", "B", "K")} for row in calls]
+    for row, call, factor in zip(measured, calls, (2.0, 1.0, 0.8), strict=True):  # made up: errors of -50, 0 and +25 %
+        row["time_us"] = factor * call["time_us"]
+    measured.append({"op": "cascade_select", "precision": "fp32", "B": 3, "K": 7, "time_us": 1.0})  # not predicted
+    (tmp_path / "gpu_time.json").write_text(json.dumps({"device": "NVIDIA H200", "rows": measured}))
+    pair = next(row for row in predicted if row["op"] == "tvl1_flow")
+    rows = [{"pairs": pair["B"], "time_ms": pair["time_us"] / 1e3}]
+    (tmp_path / "gpu_flow.json").write_text(json.dumps({"device": "NVIDIA H200", "rows": rows}))
+    process = run("compare", "--out", tmp_path)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert len(lines) == 5 and lines[-1] == "median error of 4 predictions: 12.5 %"
+    first = calls[0]
+    assert lines[0].startswith(f"{first['op']} {first['precision']} {first['B']}x{first['K']} ")
+    assert "-50.0 %" in lines[0] and "+25.0 %" in lines[2] and f"limit {first['limit']}" in lines[0]
+
+
+def test_a_device_without_predictions_or_measurements_is_said(tmp_path):
+    rows = [{"op": "cascade_select", "precision": "fp32", "B": 32, "K": 2048, "time_us": 10.0}]
+    (tmp_path / "gpu_time.json").write_text(json.dumps({"device": "NVIDIA T4", "rows": rows}))
+    other = run("compare", "--out", tmp_path)
+    assert other.returncode == 0 and other.stdout.startswith(
+        "no prediction for NVIDIA T4; there are some for NVIDIA A100"
+    )
+    nothing = run("compare", "--out", tmp_path / "empty")
+    assert nothing.returncode == 1 and "neither gpu_time.json nor gpu_flow.json" in nothing.stderr
