@@ -18,7 +18,7 @@ from cpr_fast.errors import InputError
 CPU_STEPS, GPU_STEPS = 1200, 100_000  # optimiser steps of all cycles together
 MIN_VIDEOS = 8  # from at least two sources; with fewer, no memory remains to compare a batch with
 RATIO = 0.5  # fraction of the entries that each stage of the cascade keeps
-FILL = 0.25  # largest share of the steps of a cascade cycle that may only fill the memory, where a batch allows it
+FILL = 0.25  # share of the steps of a cascade cycle that may only fill the memory, or half an epoch if that is more
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ def sized_recipe(facts: Facts, index: str, out: str, epochs: int | None = None) 
     views = ("rgb", second)
     cycles = _cycles(views, _epochs(GPU_STEPS if facts.gpu else CPU_STEPS, per_epoch, len(views)), epochs)
     least = min(n for _, n, mining in cycles if mining == "cascade") * per_epoch  # steps of the shortest cascade cycle
-    memory = max(batch, min(2048, facts.videos * 3 // 4, int(least * FILL) * batch) // batch * batch)
+    memory = max(
+        batch, min(2048, facts.videos * 3 // 4, max(int(least * FILL), per_epoch // 2) * batch) // batch * batch
+    )
     top_k = max(1, min(5, memory // 16))
     stages = max((n for n in (1, 3, 5, 7) if int(memory * RATIO ** (n - 1)) > top_k), default=1)
     momentum = round(max(0.9, min(0.999, 1 - 8 / least)), 3)

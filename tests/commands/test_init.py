@@ -61,9 +61,10 @@ def test_a_number_of_epochs_is_kept_and_divided_as_the_default_plan(videos, tota
     for cycle in config.schedule.cycles:
         assert all(0 < milestone < cycle.epochs for milestone in cycle.milestones)
         assert len(cycle.milestones) == (cycle.epochs > 1)  # the learning rate falls once, if there is room for it
-    # At most a quarter of a cascade cycle fills the memory; a memory has at least one batch.
+    # At most a quarter of a cascade cycle, or half an epoch, fills the memory; a memory has at least one batch.
     fill = math.ceil(config.memory.size / config.data.batch_size)
-    assert fill == 1 or fill <= min(epochs[2:]) * per_epoch / 4
+    assert fill == 1 or fill <= max(min(epochs[2:]) * per_epoch / 4, per_epoch / 2)
+    assert config.memory.size >= min(2048, videos // 3)  # a cascade needs entries to choose from
 
 
 def test_the_facts_are_those_of_the_training_videos():

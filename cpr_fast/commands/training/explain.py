@@ -11,17 +11,18 @@ from cpr_fast.config import load
 from cpr_fast.config.recipes import FOLDER, find_config, recipes
 from cpr_fast.errors import InputError
 
-FLAGS = ("--json", "--help", "-h")
+FLAGS = ("--all", "--json", "--help", "-h")
 
 HELP = """usage: cpr-fast explain CONFIG [--section.key VALUE ...]
 
-Print what a recipe does, in about one page: data, clips, augmentation, network, memory, mining, loss, the steps of
-every cycle, evaluation, and where it deviates from the paper and the published code. CONFIG is a TOML file, a run's
-config.json, or the name of a recipe, such as cpr_ucf101; `cpr-fast recipes` lists the recipes. Settings can be changed
-on the command line as in `cpr-fast pretrain`.
+Print what a recipe does, on one screen: data, clips, augmentation, network, memory, mining, loss and the steps of every
+cycle; with --all also the evaluation and every deviation from the paper and the published code. CONFIG is a TOML file,
+a run's config.json, or the name of a recipe, such as cpr_ucf101; `cpr-fast recipes` lists the recipes. Settings can be
+changed on the command line as in `cpr-fast pretrain`.
 
 options:
   --epochs N             Explain a run of N epochs in all, as `pretrain --epochs N` trains it.
+  --all                  Also print the evaluation and every deviation.
   --json                 Print one JSON object on stdout.
 """
 
@@ -41,5 +42,6 @@ def parse_and_run(arguments: list[str]) -> None:
 
     from cpr_fast.experiments.explain.page import explain
 
-    lines, result = explain(config, name, recipes()[name] if is_recipe else "")
-    show(result, "--json" in given.flags, lines=lines, next_step=f"cpr-fast pretrain {shlex.join(arguments)}")
+    lines, result = explain(config, name, recipes()[name] if is_recipe else "", whole="--all" in given.flags)
+    trained = shlex.join(word for word in arguments if word not in FLAGS)
+    show(result, "--json" in given.flags, lines=lines, next_step=f"cpr-fast pretrain {trained}")

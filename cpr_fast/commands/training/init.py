@@ -13,6 +13,7 @@ from cpr_fast.commands.inputs import require_at_least, require_file
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
+from cpr_fast.wording import counted
 
 if TYPE_CHECKING:
     from cpr_fast.config import Config
@@ -146,10 +147,10 @@ def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None) -> list[s
     if pace:
         time = f": {about(sized.steps * pace.step_s)} at {pace.step_s:.2g} s per step, as measured now"
     lines = [
-        f"{out}: {facts.videos} training videos of {facts.sources} sources",
-        f"batch of {config.data.batch_size}, memory of {config.memory.size}, {config.mining.stages} stages, "
+        f"{out}: {counted(facts.videos, 'training video')} of {counted(facts.sources, 'source')}",
+        f"batch of {config.data.batch_size}, memory of {config.memory.size}, {counted(config.mining.stages, 'stage')}, "
         f"top {config.mining.top_k}, views {config.schedule.cycles[0].view} and {config.schedule.cycles[1].view}",
-        f"{total_epochs(sized)} epochs of {sized.steps // total_epochs(sized)} steps{time}",
+        f"{counted(total_epochs(sized), 'epoch')} of {counted(sized.steps // total_epochs(sized), 'step')}{time}",
     ]
     if pace and pace.alone_s < pace.step_s:
         lines.append(

@@ -95,11 +95,11 @@ def mining(config: Config, size: int) -> Section | None:
             alike.setdefault((tuple(views), keep[:-1], tuple(idle)), []).append(value)
     rows = [(f"for {group[0]['view']}", _cascade(group)) for group in alike.values()]
     anchor = anchor_of(config)
-    feature = "f_q+, the key" if anchor == "key" else "f_q, the query"
+    feature = "the query's own key (f_q+)" if anchor == "key" else "the query (f_q)"
     stages = config.mining.stages
     ratio = f", r = {fraction(config.mining.ratio)}" if stages > 1 else ", as in CoCLR"
     rows.insert(0, ("stages", f"n = {stages}{ratio}, {size:,} entries; view and survivors of each stage:"))
-    rows.append(("anchor", f"{feature}; videos of the query's source are never mined"))
+    rows.append(("compared with", f"{feature}; videos of the query's source are never mined"))
     return Section(
         "Mining", rows, {"stages": stages, "ratio": config.mining.ratio, "anchor": anchor, "cascades": values}
     )
@@ -147,7 +147,12 @@ def loss(config: Config) -> Section:
     if config.model.shared:
         rows.append(("q+", "the entry of the query's video in the other view; each view learns from the other"))
     if "none" in minings:
-        rows.append(("InfoNCE", "positive: q+; negatives: the other entries, siblings included"))
+        rows.append(
+            (
+                "InfoNCE",
+                "positive: q+, the key of the video's other clip; negatives: the other entries, siblings included",
+            )
+        )
     if "label" in minings:
         form = "log-softmax averaged over the positives" if coclr else "MIL-NCE"
         rows.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from typing import Any
 
 from cpr_fast.config import Config
@@ -16,14 +17,19 @@ from cpr_fast.experiments.fidelity import concerning
 from cpr_fast.pretrain.run.checks import plan_cycles
 
 PAGE = "docs/fidelity.md"
+MORE = ("test_clips", "evaluation")  # sections that are printed with `--all` only
 
 
-def explain(config: Config, name: str, description: str = "") -> tuple[list[str], dict[str, Any]]:
+def explain(
+    config: Config, name: str, description: str = "", *, whole: bool = False
+) -> tuple[list[str], dict[str, Any]]:
     """Explains what a config does.
 
     Args:
         name: The name of the recipe, or the path of the file.
         description: What the recipe reproduces; "" for other configs.
+        whole: Print all lines. Otherwise those that fit on one screen: without the test clips, the evaluation and the
+            text of every deviation. The plain data always hold everything.
     Returns:
         The lines to print, of at most `WIDTH` columns, and the same facts as plain data.
     Raises:
@@ -51,19 +57,25 @@ def explain(config: Config, name: str, description: str = "") -> tuple[list[str]
         "optimiser": optimiser(config),
         "schedule": schedule(config, plans, published),
         "evaluation": evaluation(config),
-        "deviations": _deviations(config, name),
+        "deviations": _deviations(config, name, whole),
     }
     lines = textwrap.wrap(f"{name}: {description}" if description else name, WIDTH)
     lines.append("")
-    for section in filter(None, sections.values()):
-        lines += section.lines()
+    for title, section in sections.items():
+        if section is not None and (whole or title not in MORE):
+            lines += section.lines()
     values = {title: None if section is None else section.values for title, section in sections.items()}
     return lines, {"name": name, "description": description, **values, "config": config.to_dict()}
 
 
-def _deviations(config: Config, name: str) -> Section:
-    """Lists the rows of `PAGE` that concern a config."""
+def _deviations(config: Config, name: str, whole: bool) -> Section:
+    """Counts the rows of `PAGE` that concern a config by group or, for the whole page, lists them."""
     found = concerning(config, name)
-    rows = [("", f"from the paper or the published code; {PAGE} gives both, and the reasons")]
-    rows += [("", f"{row.id} {row.subject}: {row.ours}") for row in found]
+    groups = Counter(row.group for row in found)
+    said = ", ".join(f"{group[0].lower()}{group[1:]} {number}" for group, number in groups.items())
+    rows = [("", f"{len(found)} from the paper or the published code ({said}); {PAGE} gives the reasons")]
+    if whole:
+        rows += [(row.subject, row.ours) for row in found]
+    else:
+        rows.append(("", "`--all` lists them, and explains how the result is evaluated"))
     return Section("Deviations", rows, {"rows": [vars(row) for row in found]})

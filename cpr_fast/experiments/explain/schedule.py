@@ -39,8 +39,8 @@ def schedule(config: Config, plans: Sequence[CyclePlan], published: Sequence[Cyc
     rows += [(f"cycle {plan.number + 1}", _cycle(config, plan)) for plan in plans]
     total = sum(plan.steps for plan in plans)
     epochs = sum(plan.cycle.epochs for plan in plans)
-    rows.append(("in all", f"{counted(epochs, 'epoch')}, {counted(total, 'step')} on one process"))
-    rows.append(("time", "`pretrain` prints it after its first steps, as measured"))
+    whole = f"{counted(epochs, 'epoch')}, {counted(total, 'step')} on one process"
+    rows.append(("in all", f"{whole}; `pretrain` measures its first steps and prints the expected time"))
     cycles = [
         {
             "view": plan.cycle.view,
@@ -69,14 +69,14 @@ def _cycle(config: Config, plan: CyclePlan) -> str:
     drops = f", x{number(config.schedule.gamma)} at {', '.join(map(str, cycle.milestones))}" if cycle.milestones else ""
     rate = "" if cycle.lr is None else f", learning rate {number(cycle.lr)}"
     if plan.waiting_steps < plan.steps:
-        learns = f"learns from step {plan.waiting_steps + 1:,}"
+        learns = f"; learns from step {plan.waiting_steps + 1:,}" if plan.waiting_steps else ""
     else:
-        learns = "NEVER LEARNS: it ends before the queue is full"
+        learns = "; NEVER LEARNS: it ends before the queue is full"
     if cycle.mining == "cascade" and plan.learns_while_filling and config.memory.kind == "bank":
         mines = plan.fill_steps < plan.steps
         learns += f", mines from step {plan.fill_steps + 1:,}" if mines else ", NEVER MINES: the bank is never full"
     epochs = counted(cycle.epochs, "epoch")
-    return f"{views}, {method}: {epochs}{drops}{rate}; {counted(plan.steps, 'step')}; {learns}"
+    return f"{views}, {method}: {epochs}{drops}{rate}; {counted(plan.steps, 'step')}{learns}"
 
 
 def evaluation(config: Config) -> Section:

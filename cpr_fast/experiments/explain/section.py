@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-WIDTH = 100  # columns
+WIDTH = 110  # columns
 _MARGIN = 14  # columns of the titles
 
 
