@@ -39,7 +39,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "init": ("training", "Write a recipe that is sized to the videos of an index."),
         "recipes": ("training", "List the recipes that come with the package."),
         "explain": ("training", "Print what a recipe does, and where it deviates from the paper."),
-        "pretrain": ("training", "Pretrain encoders without labels: InfoNCE, UberNCE, CoCLR, CPR, IIC."),
+        "pretrain": ("training", "Pretrain encoders: InfoNCE, CoCLR, CPR, IIC without labels; UberNCE with them."),
         "reproduce": ("training", "Train and evaluate the rows of a table of the CPR paper."),
         "import-checkpoint": ("training", "Convert a published checkpoint (CoCLR, CPR, IIC, MIL-NCE)."),
         "export": ("training", "Write a checkpoint's encoders as safetensors, ONNX or a CoCLR checkpoint."),

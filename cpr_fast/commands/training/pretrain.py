@@ -36,9 +36,9 @@ COMMON = (
 
 HELP = """usage: cpr-fast pretrain CONFIG [--section.key VALUE ...]
 
-Pretrain encoders without labels. CONFIG is a TOML file, a run's config.json, or the name of a recipe, such as
-cpr_ucf101; `cpr-fast recipes` lists the recipes. Every setting can be changed on the command line. Under `torchrun`
-every process trains on its share of a batch.
+Pretrain encoders, without labels unless a cycle has mining = "label" (UberNCE). CONFIG is a TOML file, a run's
+config.json, or the name of a recipe, such as cpr_ucf101; `cpr-fast recipes` lists the recipes. Every setting can be
+changed on the command line. Under `torchrun` every process trains on its share of a batch.
 
 options:
   --epochs N             Train for N epochs in all, shared among the cycles as in CONFIG.

@@ -50,7 +50,7 @@ def summary(report: dict[str, Any]) -> list[str]:
             f"{report['probed']:,} videos probed. {report['left']:,} have no result yet: run the other shards, "
             "or run this command again for those that could not be read."
         ]
-    counts = (counted(report["videos"], "video"), counted(report["classes"], "class", "classes"),
+    counts = (counted(report["videos"], "video"), _classes(report["classes"]),
               counted(report["sources"], "source"), _splits(report["splits"]))  # fmt: skip
     lines = [f"{report['index']}: {', '.join(counts)}"]
     if report["levels"]:
@@ -88,6 +88,10 @@ def _problems(problems: list[dict[str, str]]) -> list[str]:
         more = f"; and {len(found) - FIRST:,} more" if len(found) > FIRST else ""
         lines.append(f"  {len(found):,} {kind} ({says}): {first}{more}")
     return lines
+
+
+def _classes(number: int) -> str:
+    return counted(number, "class", "classes") if number else "no classes (pretraining needs none)"
 
 
 def _splits(splits: dict[str, int]) -> str:

@@ -212,3 +212,12 @@ def test_pictures_alone_are_named(tmp_path):
         match=r"ROOT: found no video.*; left out: 1 empty_folder .*: 1 \.jpg \(extracted frames are not read; encode",
     ):
         write_index(tmp_path, tmp_path / "i.csv", IndexOptions())
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"), [(0, "no classes (pretraining needs none)"), (1, "1 class"), (3, "3 classes")]
+)
+def test_the_summary_of_unlabelled_videos_says_that_no_labels_are_needed(classes, said):
+    report = {"index": "i.csv", "videos": 8, "classes": classes, "sources": 8, "splits": {"": 8}, "levels": "",
+              "unlabelled": 0, "problems": [], "other_files": {}}  # fmt: skip
+    assert summary(report)[0] == f"i.csv: 8 videos, {said}, 8 sources, no splits"
