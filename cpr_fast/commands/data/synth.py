@@ -30,7 +30,7 @@ def synth(
         classes: Number of classes, 4 or 6 to 36; a class is a motion in a kind of scene.
         videos: Number of source videos of each class, at least 2; every second one gives two clips.
         seed: Seed of all random draws, at least 0.
-        version: 3, or 2 for the videos of results before version 3, in which one view alone tells less of the class.
+        version: 4, or 2 for the videos of earlier results, in which one view alone tells less of the class.
     """
     from cpr_fast.data.index.index import Index
     from cpr_fast.data.synthetic.videos import write_synthetic

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cpr_fast.data.synthetic.motions import Array
+from cpr_fast.data.synthetic.versions import Version
 
 
 def _clouds(x: Array, y: Array, rng: np.random.Generator) -> Array:
@@ -47,28 +48,29 @@ SCENES = tuple(_PATTERNS)  # the names of the kinds of scene
 
 # A kind of scene has typical colours, just as pools are blue and pitches are green. These are the mean hue (0..1 is a
 # full turn) of the background and of the figures. The hues of a source are drawn around these with standard deviation
-# HUE_SPREAD. COARSENESS is the relative size of the pattern.
+# `Version.hue_spread`. COARSENESS is the relative size of the pattern.
 GROUND_HUE = {"stripes": 0.08, "checks": 0.33, "blobs": 0.58, "rings": 0.83, "dots": 0.20, "zigzag": 0.45}
 FIGURE_HUE = {"stripes": 0.50, "checks": 0.00, "blobs": 0.13, "rings": 0.30, "dots": 0.70, "zigzag": 0.92}
 COARSENESS = {"stripes": 1.0, "checks": 1.25, "blobs": 1.4, "rings": 0.85, "dots": 0.75, "zigzag": 1.1}
-HUE_SPREAD = 0.05
 
 
-def _palette(hue: float, rng: np.random.Generator) -> Array:
-    """Returns a dark and a bright colour of hues around `hue`, in random order, [2, 3] in 0..255."""
-    first, second = rng.normal(hue, HUE_SPREAD, 2) % 1
-    dark = colorsys.hsv_to_rgb(first, rng.uniform(0.4, 0.8), rng.uniform(0.2, 0.45))
-    bright = colorsys.hsv_to_rgb(second, rng.uniform(0.2, 0.6), rng.uniform(0.65, 1.0))
-    return 255 * np.array([dark, bright] if rng.uniform() < 0.5 else [bright, dark])
+def _palette(hue: float, rng: np.random.Generator, version: Version) -> Array:
+    """Returns a dark and a bright colour of hues around `hue`, in random order if the version is `reversible`, [2, 3]
+    in 0..255."""
+    first, second = rng.normal(hue, version.hue_spread, 2) % 1
+    dark = colorsys.hsv_to_rgb(first, *(rng.uniform(*between) for between in version.dark))
+    bright = colorsys.hsv_to_rgb(second, *(rng.uniform(*between) for between in version.bright))
+    exchanged = version.reversible and rng.uniform() >= 0.5
+    return 255 * np.array([bright, dark] if exchanged else [dark, bright])
 
 
 def scene_texture(
-    scene: str, hue: float, height: int, width: int, wavelength: float, rng: np.random.Generator, tilt: float | None
+    scene: str, hue: float, height: int, width: int, wavelength: float, rng: np.random.Generator, version: Version
 ) -> Array:
     """Returns a piece of the scene's pattern at a random place and angle in two colours around `hue`, float32
-    [height, width, 3] in 0..255. The angle is at most `tilt` radians, or any if that is None."""
+    [height, width, 3] in 0..255."""
     wavelength *= COARSENESS[scene]
-    angle = rng.uniform(0, 2 * math.pi) if tilt is None else rng.uniform(-tilt, tilt)
+    angle = rng.uniform(0, 2 * math.pi) if version.tilt is None else rng.uniform(-version.tilt, version.tilt)
     x0, y0 = rng.uniform(-3, 3, 2)
     across = (np.arange(width) - width / 2)[None, :] / wavelength
     down = (np.arange(height) - height / 2)[:, None] / wavelength
@@ -76,5 +78,5 @@ def scene_texture(
     y = math.sin(angle) * across + math.cos(angle) * down + y0
     value = np.tanh(1.6 * _PATTERNS[scene](x, y, rng)) + 0.35 * _clouds(x, y, rng)  # so no two pieces are exactly alike
     share = np.clip(0.5 + 0.42 * value, 0, 1)[..., None]
-    first, second = _palette(hue, rng)
+    first, second = _palette(hue, rng, version)
     return (first * (1 - share) + second * share).astype(np.float32)

@@ -65,12 +65,12 @@ def make_source(
 ) -> Source:
     """Draws one source of the class (motion, scene). All random values come from `rng`."""
     unit = min(height, width) / 120
-    drift = unit * rng.uniform(1.5, 5)
+    drift = unit * rng.uniform(*version.drift)
     margin = math.ceil(drift) + 2
     wavelength = unit * rng.uniform(*version.wavelength)
     size = height + 2 * margin, width + 2 * margin
-    background = scene_texture(scene, GROUND_HUE[scene], *size, wavelength, rng, version.tilt)
-    distractors = [_distractor(rng, height, width, version.tilt) for _ in range(rng.integers(1, 3))]
+    background = scene_texture(scene, GROUND_HUE[scene], *size, wavelength, rng, version)
+    distractors = [_distractor(rng, height, width, version) for _ in range(rng.integers(1, 3))]
     angle, slope = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.2)
     x, y = np.linspace(-1, 1, width)[None, :], np.linspace(-1, 1, height)[:, None]
     shade = 1 + slope * (math.cos(angle) * x + math.sin(angle) * y)
@@ -81,27 +81,27 @@ def make_source(
         margin=margin,
         figures=(*distractors, *_performers(motion, scene, rng, height, width, version)),
         drift=drift,
-        camera=(_wave(rng), _wave(rng)),
-        light=_wave(rng),
+        camera=(_wave(rng, version), _wave(rng, version)),
+        light=_wave(rng, version),
         flicker=rng.uniform(0.02, 0.15),
         shade=shade.astype(np.float32)[..., None],
         noise=rng.uniform(1, 4),
         step=version.step,
-        hue=_wave(rng) if version.hue_swing else None,
+        hue=_wave(rng, version) if version.hue_swing else None,
         hue_swing=version.hue_swing,
     )
 
 
-def _wave(rng: np.random.Generator) -> Wave:
-    return Wave(tuple(rng.uniform(50, 150, 2)), tuple(rng.uniform(0, 2 * math.pi, 2)))
+def _wave(rng: np.random.Generator, version: Version) -> Wave:
+    return Wave(tuple(rng.uniform(*version.wave_period, 2)), tuple(rng.uniform(0, 2 * math.pi, 2)))
 
 
 def _performers(
     motion: str, scene: str, rng: np.random.Generator, height: int, width: int, version: Version
 ) -> list[Figure]:
-    """Draws one to three figures, side by side and of one pace; texture, direction, sense and phase differ."""
+    """Draws the figures, side by side and of one pace; texture, direction, sense and phase differ."""
     unit = min(height, width) / 120
-    count = int(rng.integers(1, 4))
+    count = int(rng.integers(version.figures[0], version.figures[1] + 1))
     speed = unit * version.pace[motion] * rng.uniform(*version.pace_range)
     period = rng.uniform(*version.period)
     places = (rng.permutation(count) + rng.uniform(0.35, 0.65, count)) / count * width
@@ -110,10 +110,13 @@ def _performers(
         radius = unit * rng.uniform(*((26, 34), (20, 26), (16, 20))[count - 1])
         y = height * rng.uniform(0.35, 0.65)
         direction, phase = rng.uniform(0, 2 * math.pi, 2)
+        if motion in version.direction:
+            spread = rng.uniform(-version.direction_spread, version.direction_spread)
+            direction = version.direction[motion] + spread + rng.choice((0, math.pi))
         parameters = Motion(speed, period, radius, direction, rng.choice((-1.0, 1.0)), phase)
         figures.append(
             Figure(
-                texture=_figure_texture(scene, radius, unit * rng.uniform(8, 15), rng, version.tilt),
+                texture=_figure_texture(scene, radius, unit * rng.uniform(*version.figure_wavelength), rng, version),
                 reach=radius * (math.exp(0.5) if motion == "pulse" else 1),
                 position=lambda time, x=x, y=y: (np.full(len(time), x), np.full(len(time), y)),
                 programme=lambda time, parameters=parameters: MOTIONS[motion](parameters, time),
@@ -122,7 +125,7 @@ def _performers(
     return figures
 
 
-def _distractor(rng: np.random.Generator, height: int, width: int, tilt: float | None) -> Figure:
+def _distractor(rng: np.random.Generator, height: int, width: int, version: Version) -> Figure:
     """Draws a small figure of any kind of scene that follows no programme: it drifts straight and turns back at the
     edges."""
     unit = min(height, width) / 120
@@ -133,13 +136,13 @@ def _distractor(rng: np.random.Generator, height: int, width: int, tilt: float |
         x, y = (x0 + dx * time / width) % 2, (y0 + dy * time / height) % 2
         return width * np.abs(x - 1), height * np.abs(y - 1)
 
-    texture = _figure_texture(str(rng.choice(SCENES)), radius, unit * rng.uniform(8, 15), rng, tilt)
+    texture = _figure_texture(
+        str(rng.choice(SCENES)), radius, unit * rng.uniform(*version.figure_wavelength), rng, version
+    )
     return Figure(texture, radius, position, lambda time: Pose())
 
 
-def _figure_texture(
-    scene: str, radius: float, wavelength: float, rng: np.random.Generator, tilt: float | None
-) -> Array:
+def _figure_texture(scene: str, radius: float, wavelength: float, rng: np.random.Generator, version: Version) -> Array:
     """Returns the pattern of the scene, cut to the outline of the scene, float32 [S, S, 4]."""
     half = math.ceil(radius * 1.2) + 2
     x = np.arange(-half, half + 1.0)[None, :] / radius
@@ -147,5 +150,5 @@ def _figure_texture(
     distance = np.hypot(x, y)
     outline = np.minimum(OUTLINES[scene](np.arctan2(y, x)), 1.1)
     alpha = np.clip(radius * (outline - distance) + 0.5, 0, 1)[..., None].astype(np.float32)
-    colour = scene_texture(scene, FIGURE_HUE[scene], 2 * half + 1, 2 * half + 1, wavelength, rng, tilt)
+    colour = scene_texture(scene, FIGURE_HUE[scene], 2 * half + 1, 2 * half + 1, wavelength, rng, version)
     return np.concatenate([colour * alpha, alpha], axis=2)

@@ -2,7 +2,7 @@
 
 **A class** is a pair of a motion programme and a kind of scene, such as "orbit-stripes". Every kind of scene occurs
 with at least two motions and every motion with at least two kinds of scene. Therefore neither the motion nor the
-scene alone determines the class, but both together do. In version 3, 12 classes are six motions with two scenes each,
+scene alone determines the class, but both together do. In version 4, 12 classes are six motions with two scenes each,
 so knowing only the motion or only the scene leaves two possible classes. In version 2 each of four scenes occurs with
 three of four motions, which leaves three.
 
@@ -16,14 +16,14 @@ three of four motions, which leaves three.
 Pace, size and colours are weak cues: those of neighbouring motions and scenes overlap, and none of them gives more
 information about the class than the motion or the scene does.
 
-**Source videos differ** in the following, drawn in the same way for every class: hues around those of the scene (dark
-and bright in random order); place, angle and wavelength of each pattern; one to three figures and their size, place
-and texture; pace (around that of the motion); period (0.5 to 1 s in version 2, to 0.7 s in version 3, shorter where
-growing or rocking at that pace would go too far); direction, sense and phase of each figure (so the direction of the
-mean flow gives no information about the class); one or two distractors of any kind of scene that drift without a
-programme; camera drift, light fall-off, change of lighting, in version 3 also of its hue, and sensor noise. Clips of
-one source (siblings) share all of these. They are cut at different times, so phase, camera position, lighting and
-noise differ.
+**Source videos differ** in the following, drawn in the same way for every class: hues around those of the scene;
+place, angle and wavelength of each pattern; number, size, place and texture of the figures; pace (around that of the
+motion); period (shorter where growing or rocking at that pace would go too far); direction, sense and phase of each
+figure (so that in version 2 the direction of the mean flow gives no information about the class; in version 4
+shuttling figures go up and down, and gliding ones left or right); one or two distractors of any kind of scene that
+drift without a programme; camera drift, light fall-off, change of lighting, in version 4 also of its hue, and sensor
+noise. Clips of one source (siblings) share all of these. They are cut at different times, so phase, camera position,
+lighting and noise differ. `versions.VERSIONS` has the ranges.
 
 Every second source gives two clips, the others give one. A quarter of the sources of each class are the test split.
 """
@@ -87,7 +87,7 @@ def write_synthetic(
     """Writes OUT/<split>/<motion>-<scene>/gNN_cMM.mp4 (H.264) and OUT/index.csv; returns the index's path.
 
     `videos` is the number of source videos of each class, `frames` the length of a clip, `width` and `height` are
-    pixels. `version` is one of `versions.VERSIONS`: 3 has 12.5 frames per second, 2 has 25. The files are determined,
+    pixels. `version` is one of `versions.VERSIONS`: 4 has 12.5 frames per second, 2 has 25. The files are determined,
     bit for bit, by the arguments and the versions of NumPy and x264. A complete set of the same arguments is reused,
     and an interrupted one is written again. Raises InputError for an argument out of its range, and if OUT holds
     other files.

@@ -50,8 +50,8 @@ def test_every_motion_and_scene_is_shared(classes, version):
 
 
 @pytest.mark.parametrize("classes", [4, 6, 8, 10, 12])
-def test_in_version_3_one_view_alone_leaves_two_classes(classes):
-    pairs = class_table(classes, VERSIONS[3])
+def test_in_version_4_one_view_alone_leaves_two_classes(classes):
+    pairs = class_table(classes, VERSIONS[4])
     for part in zip(*pairs, strict=True):
         assert set(Counter(part).values()) == {2}
 
@@ -167,9 +167,9 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path):
     assert (tmp_path / "train" / "mine.mp4").read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("version", [-1, 0, 1, 4])
+@pytest.mark.parametrize("version", [-1, 0, 1, 3, 5])
 def test_an_unknown_version_is_refused(version, tmp_path):
-    with pytest.raises(InputError, match=f"^--version: expected one of 2, 3, got {version}$"):
+    with pytest.raises(InputError, match=f"^--version: expected one of 2, 4, got {version}$"):
         write_synthetic(tmp_path / "out", version=version)
     assert not (tmp_path / "out").exists()
 
