@@ -149,6 +149,7 @@ IIC = R3D | {
     "model": {"arch": "r3d", "shared": True},
     "loss": {"intra_negatives": "repeat"},
     "schedule": {"cycles": [{"view": "rgb", "other": "residual", "epochs": 2}]},  # mines in the second one
+    "optim": {"lr": 1e-4},  # the bank keeps every step's rounding; at 1e-3 six steps make 2.4e-4 of it on some processors
 }
 
 
@@ -164,7 +165,7 @@ def test_other_memories_have_the_curve_of_one_too(tmp_path, method):
     queue that starts with the same random vectors on every rank.
     """
     one, two = run_on_one(tmp_path, method), run_on_two(tmp_path, method)
-    assert_equal_curves(one, two, weights=5e-5)  # they move by about 1e-3
+    assert_equal_curves(one, two, weights=5e-6 if method is IIC else 5e-5)  # they move by about 1e-4 and 1e-3
     assert (rows(one, "step")[-1]["pmr"] is None) == (method is RANDOM)
 
 
