@@ -149,7 +149,7 @@ IIC = R3D | {
     "model": {"arch": "r3d", "shared": True},
     "loss": {"intra_negatives": "repeat"},
     "schedule": {"cycles": [{"view": "rgb", "other": "residual", "epochs": 2}]},  # mines in the second one
-    "optim": {"lr": 1e-4},  # the bank keeps every step's rounding; at 1e-3 six steps make 2.4e-4 of it on some processors
+    "optim": {"lr": 1e-4},  # the bank keeps every step's rounding: at 1e-3 six steps can make 2.4e-4 of it
 }
 
 

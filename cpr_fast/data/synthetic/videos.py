@@ -48,7 +48,7 @@ from cpr_fast.data.synthetic.motions import MOTIONS
 from cpr_fast.data.synthetic.render import render
 from cpr_fast.data.synthetic.scenes import SCENES
 from cpr_fast.data.synthetic.sources import make_source
-from cpr_fast.data.synthetic.versions import NEWEST, Version, version_of
+from cpr_fast.data.synthetic.versions import DEFAULT, Version, version_of
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import naming, replacing
 from cpr_fast.runtime.progress import track
@@ -81,7 +81,7 @@ def write_synthetic(
     frames: int = 48,
     width: int = 160,
     height: int = 120,
-    version: int = NEWEST,
+    version: int = DEFAULT,
     progress: bool = False,
 ) -> Path:
     """Writes OUT/<split>/<motion>-<scene>/gNN_cMM.mp4 (H.264) and OUT/index.csv; returns the index's path.

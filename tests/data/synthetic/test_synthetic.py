@@ -17,7 +17,7 @@ from cpr_fast.data.synthetic.motions import MOTIONS, Motion
 from cpr_fast.data.synthetic.render import render
 from cpr_fast.data.synthetic.scenes import SCENES
 from cpr_fast.data.synthetic.sources import make_source
-from cpr_fast.data.synthetic.versions import NEWEST, VERSIONS
+from cpr_fast.data.synthetic.versions import DEFAULT, VERSIONS
 from cpr_fast.data.synthetic.videos import class_table, write_synthetic
 from cpr_fast.errors import InputError
 
@@ -75,13 +75,13 @@ def test_arguments_out_of_range_are_refused(setting, value, tmp_path):
 def test_index_holds_every_clip_and_siblings_stay_in_one_split(tiny_set):
     index = Index.load(tiny_set)
     assert len(index) == 4 * (4 + 2)  # every second source gives two clips
-    assert index.classes == sorted("-".join(pair) for pair in class_table(4, VERSIONS[NEWEST]))
+    assert index.classes == sorted("-".join(pair) for pair in class_table(4, VERSIONS[DEFAULT]))
     splits, labels, clips = defaultdict(set), defaultdict(set), defaultdict(int)
     for video in index:
         splits[video.source].add(video.split)
         labels[video.source].add(video.label)
         clips[video.source] += 1
-        assert (video.num_frames, video.width, video.height, video.fps) == (10, 48, 40, 12.5)
+        assert (video.num_frames, video.width, video.height, video.fps) == (10, 48, 40, 25)
     assert all(len(where) == 1 for where in splits.values()) and all(len(which) == 1 for which in labels.values())
     assert len(splits) == 4 * 4 and sorted(clips.values()) == [1] * 8 + [2] * 8
     for label in index.classes:
@@ -95,7 +95,7 @@ def test_files_are_h264_that_decodes_to_what_was_rendered(tiny_set):
         assert container.streams.video[0].codec_context.name == "h264"
         decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     rng = np.random.default_rng((0, 0, 0, 0))
-    source = make_source("rotate", "stripes", rng, height=40, width=48, version=VERSIONS[NEWEST])
+    source = make_source("rotate", "stripes", rng, height=40, width=48, version=VERSIONS[DEFAULT])
     rendered = render(source, int(rng.integers(0, 10)), 10, rng)
     assert decoded.shape == rendered.shape
     # colour is stored at half resolution, so brightness is compared

@@ -95,7 +95,7 @@ def test_retrieval_over_splits_gives_means_and_deviations(files, index):
     stored = QueryScores.load(Path(result["queries_file"]))
     assert stored.splits.bincount().tolist()[1:] == [row["queries"] for row in rows[0]]
     table = "\n".join(lines_of(result))
-    assert "mAP  splits   R@1   splits" in table and "sd .707" in table and "95 %" not in table
+    assert "mAP  deviation   R@1  deviation" in table and " 70.7" in table and "95 %" not in table
     assert f"mAP leaves out {rows[0][1]['queries']} queries" in table
     told = [row for row in read_metrics(files["flow"].parents[1]) if row["kind"] == "retrieval"]
     assert [(row["name"], row["r@1"]) for row in told] == [(row["name"], row["r@1"]) for row in result["summary"]]
