@@ -1,7 +1,7 @@
 // The matrix products of tensor cores, by one of three models of their sums of 16 products and an addend.
 //
-// A100 and H100 are bit-accurate models: Xie et al., "MMA-Sim", arXiv 2511.10909, compared with the hardware; Khattak
-// and Mikaitis, arXiv 2512.07004, find the same. Products are exact. Every term is truncated towards zero to a number
+// A100 and H100 follow the parameters of Xie et al., "MMA-Sim", arXiv 2511.10909, who compared them with the hardware.
+// Products are exact. Every term is truncated towards zero to a number
 // of bits below the greatest exponent, where the exponent of a product is the sum of those of its factors (not
 // normalised); the terms are added exactly and the sum is truncated to float. An A100 keeps 24 such bits and adds eight
 // products at a time, an H100 keeps 25 and adds all 16. The third model is worse than any of them: 23 bits below the

@@ -116,8 +116,7 @@ enum Order : int { kForward = 0, kBackward = 1, kShuffled = 2 };
 
 // How tensor cores add: a group of products and the accumulator are truncated to 24 + extra_bits bits relative to the
 // greatest of their exponents (that of a product is the sum of those of its factors), summed exactly, and truncated to
-// float; groups follow one another. Groups of 8 and one extra bit are an A100, 16 and two an H100 (arXiv 2511.10909 and
-// 2512.07004).
+// float; groups follow one another. Groups of 8 and one extra bit are an A100, 16 and two an H100 (arXiv 2511.10909).
 struct ProductModel {
   int group = 8, extra_bits = 1;
 };
