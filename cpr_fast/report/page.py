@@ -22,11 +22,13 @@ from cpr_fast.report.sections.mining import class_rates, extremes, inside_figure
 from cpr_fast.report.sections.retrieval import retrieval_blocks
 from cpr_fast.report.sections.sheets import mined_sheets, retrieved_sheet
 from cpr_fast.report.sections.training import cycle_table, flat_config, training_figures
-from cpr_fast.report.unlabelled import signs
+from cpr_fast.report.unlabelled import Compared, signs
 from cpr_fast.runtime.files import replacing
 
 
-def write_report(runs: Sequence[Path], out: Path, *, similar: Path | None = None) -> Path:
+def write_report(
+    runs: Sequence[Path], out: Path, *, similar: Path | None = None, compared: Compared | None = None
+) -> Path:
     """Writes the page of one or more run folders to `out`; the file is written completely or not at all.
 
     If a part of a run is missing (no mining or retrieval yet, videos that no longer exist), a sentence states the
@@ -34,6 +36,7 @@ def write_report(runs: Sequence[Path], out: Path, *, similar: Path | None = None
 
     Args:
         similar: the page of similar, duplicated and odd videos of the first run, to be linked.
+        compared: the videos of the index of the first run, where they are compared with each other already.
     Raises:
         InputError: a folder has no metrics.jsonl, or an empty one; the message names it.
     """
@@ -41,7 +44,7 @@ def write_report(runs: Sequence[Path], out: Path, *, similar: Path | None = None
     published = published_beside(loaded)
     page = render(
         "page.html.j2",
-        runs=[_section(run) for run in loaded],
+        runs=[_section(run, compared if run is loaded[0] else None) for run in loaded],
         comparison=comparison(loaded) if len(loaded) > 1 else None,
         published=published,
         same_data=any(block.same_data for block in published),
@@ -69,7 +72,7 @@ def write_page(page: str, out: Path) -> Path:
     return out
 
 
-def _section(run: Run) -> dict[str, Any]:
+def _section(run: Run, compared: Compared | None) -> dict[str, Any]:
     """Returns all values that the template shows for one run."""
     classes = class_rates(run)
     unlabelled = run.index is not None and not run.index.classes
@@ -78,7 +81,7 @@ def _section(run: Run) -> dict[str, Any]:
         "run": run,
         "facts": facts(run),
         "verdict": verdict(run),
-        "headline": signs(run) if unlabelled else headline(run),
+        "headline": signs(run, compared) if unlabelled else headline(run),
         "tiles": tiles(run),
         "retrieval": retrieval_blocks(run),
         "retrieved": retrieved_sheet(run),

@@ -30,7 +30,7 @@ from cpr_fast.report.run_folder.outcome import verdict
 from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.sections.header import facts
 from cpr_fast.report.sections.sheets import clip
-from cpr_fast.report.unlabelled import compare_videos, videos_of
+from cpr_fast.report.unlabelled import Compared, videos_of
 
 QUERIES, PAIRS, ODD = 8, 12, 6  # shown as film strips
 JUDGED = 48  # number of pairs, the most similar ones, whose files and frames are compared
@@ -59,19 +59,16 @@ def is_unlabelled(run: Path) -> bool:
         return False
 
 
-def write_similar(run: Path, out: Path, *, index: Path | None = None) -> Path | None:
-    """Writes the page to `out`; returns None where no features of these videos are stored.
+def write_similar(run: Path, out: Path, compared: Compared) -> Path:
+    """Writes the page to `out`.
 
     Args:
         run: a run folder in which `cpr-fast retrieve` has stored features.
-        index: the videos; by default those of the run's index, whatever their split.
+        compared: its videos, see `compare_videos`.
     Raises:
-        InputError: no metrics, or no index.
+        InputError: no metrics.
     """
     loaded = Run(Path(run))
-    compared = compare_videos(loaded, index)
-    if compared is None:
-        return None
     features, found = compared.features, compared.found
     troubled = verdict(loaded)
     closest = found.similarity[:, 0]

@@ -62,11 +62,11 @@ def compare_videos(run: Run, index: Path | None = None) -> Compared | None:
     return Compared(features, found, len(videos), step, level, reasons)
 
 
-def signs(run: Run) -> list[str]:
+def signs(run: Run, compared: Compared | None = None) -> list[str]:
     """Returns the first lines of the report of a run without labels: a verdict, and what its loss, its nearest
-    neighbours and its features show."""
+    neighbours and its features show. `compared` is what `compare_videos` returned, where it was called before."""
     below, loss = _loss(run)
-    level, neighbours = _neighbours(run)
+    level, neighbours = _neighbours(run, compared)
     if set(below) == {False} or level == "low":
         found = "nothing below shows that this run learnt"
     elif set(below) == {True} and level in ("moderate", "high"):
@@ -98,11 +98,11 @@ def _loss(run: Run) -> tuple[list[bool | None], str | None]:
     return list(said), f"Loss of the last epoch: {'; '.join(parts)}." if parts else None
 
 
-def _neighbours(run: Run) -> tuple[str | None, str]:
+def _neighbours(run: Run, compared: Compared | None) -> tuple[str | None, str]:
     """Returns the confidence in the nearest neighbours, or None if it is not known, and a sentence with the checks or
     with what to run."""
     try:
-        compared = compare_videos(run)
+        compared = compared or compare_videos(run)
     except InputError as error:
         return None, f"Nearest neighbours: not known, because the index cannot be read ({error})."
     if compared is None:

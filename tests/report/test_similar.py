@@ -25,7 +25,9 @@ from cpr_fast.evaluate.features.recipe import make_recipe
 from cpr_fast.evaluate.retrieval.ranking import Comparison, leading_views, prepare_streams
 from cpr_fast.report.neighbours import confidence, duplicate_pairs, find_neighbours, odd_videos, pixel_agreement
 from cpr_fast.report.run_folder import features as stored
+from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.similar import is_unlabelled, similar_path, write_similar
+from cpr_fast.report.unlabelled import compare_videos
 
 COUNT, ODD = 12, 7  # video 1 is a copy of 0 (in bytes), 3 of 2 (in features only); ODD is far from all
 
@@ -75,7 +77,7 @@ def make_run(tmp_path, monkeypatch, *, views=("rgb", "flow"), labels=False, sour
 @pytest.mark.parametrize("views", [("rgb",), ("rgb", "flow")])
 def test_planted_copies_and_outliers_are_shown(tmp_path, monkeypatch, views):
     run, _ = make_run(tmp_path, monkeypatch, views=views)
-    page = write_similar(run, tmp_path / "p.html")
+    page = write_similar(run, tmp_path / "p.html", compare_videos(Run(run)))
     Text(page.read_text())
     text = text_of(page)
     assert "2 pairs of videos of different sources" in text
@@ -89,7 +91,7 @@ def test_planted_copies_and_outliers_are_shown(tmp_path, monkeypatch, views):
 
 def test_siblings_tell_how_far_to_trust_it(tmp_path, monkeypatch):
     run, _ = make_run(tmp_path, monkeypatch, views=("rgb",), sources=True)
-    text = text_of(write_similar(run, tmp_path / "p.html"))
+    text = text_of(write_similar(run, tmp_path / "p.html", compare_videos(Run(run))))
     assert "12 videos that share a source with another one" in text and "chance: 9%" in text
     assert "v0.mp4 v1.mp4" not in text  # siblings are not duplicates
     assert "Nothing looks duplicated" in text
@@ -130,7 +132,7 @@ def test_without_stored_features_the_command_to_run_is_named(tmp_path, monkeypat
     assert main(["report", str(run), "--unlabelled"]) == 2
     assert "cpr-fast retrieve" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"gone.csv"):
-        write_similar(run, tmp_path / "p.html", index=tmp_path / "gone.csv")
+        compare_videos(Run(run), tmp_path / "gone.csv")
 
 
 @pytest.mark.parametrize("count", [2, 3, 30, 700])

@@ -40,16 +40,17 @@ def report(
 
     announce("Reading " + ", ".join(map(str, runs)))
     from cpr_fast.report.page import write_report
+    from cpr_fast.report.run_folder.run import Run
     from cpr_fast.report.similar import is_unlabelled, similar_path, write_similar
+    from cpr_fast.report.unlabelled import compare_videos
 
     out = out or runs[0] / "report.html"
-    similar = None
     wanted = unlabelled or index is not None
-    if wanted or is_unlabelled(runs[0]):
-        similar = write_similar(runs[0], similar_path(out), index=index)
+    compared = compare_videos(Run(runs[0]), index) if wanted or is_unlabelled(runs[0]) else None
+    similar = None if compared is None else write_similar(runs[0], similar_path(out), compared)
     if wanted and similar is None:
         command = f"cpr-fast retrieve {runs[0]}/checkpoints/last.pt --index {index or 'INDEX.csv'}"
         raise InputError(f"{runs[0]}: no features of these videos are stored; first run: {command}")
-    page = write_report(runs, out, similar=similar)
+    page = write_report(runs, out, similar=similar, compared=compared if index is None else None)
     result = {"report": str(page)} | ({} if similar is None else {"similar": str(similar)})
     show(result, json, next_step=f"open {page} in a browser")
