@@ -1,8 +1,9 @@
-"""Words of messages: numbers with their nouns, and names that any terminal can print."""
+"""Words of messages: numbers with their nouns, lists, and names that any terminal can print."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 # Unicode categories that break a line or change what a terminal shows: control characters, lone surrogates (bytes of
 # file names that are not UTF-8), line and paragraph separators.
@@ -12,6 +13,11 @@ _ESCAPED = ("Cc", "Cs", "Zl", "Zp")
 def counted(number: int, noun: str, plural: str = "") -> str:
     """Returns a number with its noun: "1 video", "9,537 videos", or with `plural`: "2 classes"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Returns words in a sentence: "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def printable(text: str) -> str:

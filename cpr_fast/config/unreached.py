@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from cpr_fast.config.config import Config
 from cpr_fast.config.sections import ClassifierConfig
-from cpr_fast.wording import counted
+from cpr_fast.wording import counted, listed
 
 
 def unreached_epochs(config: Config) -> Iterator[str]:
@@ -48,9 +48,9 @@ def unreached_in_classifier(where: str, settings: ClassifierConfig) -> Iterator[
 
 def _milestones(where: str, what: str, milestones: Sequence[int], epochs: int) -> Iterator[str]:
     if late := [milestone for milestone in milestones if milestone >= epochs]:
-        named = " and ".join(filter(None, [", ".join(map(str, late[:-1])), str(late[-1])]))
+        named = f"epoch{'s' if len(late) > 1 else ''} {listed([*map(str, late)])}"
         yield (
-            f"{where}.milestones names epoch{'s' if len(late) > 1 else ''} {named}, but {what} ends after "
+            f"{where}.milestones names {named}, but {what} ends after "
             f"{counted(epochs, 'epoch')}: the learning rate does not fall there. Set {where}.milestones below {epochs} "
             "or change the length with --epochs, which moves them along"
         )

@@ -11,6 +11,7 @@ from cpr_fast.data.flow.estimate import estimate_flow
 from cpr_fast.data.flow.names import flow_command
 from cpr_fast.data.index.index import Index
 from cpr_fast.doctor.findings import Finding
+from cpr_fast.runtime.busy import alone
 from cpr_fast.runtime.progress import about
 from cpr_fast.wording import counted
 
@@ -79,8 +80,7 @@ def _pretrain(train: Index, config: Config, breakdown: dict[str, Any], findings:
     text = (f"pretraining takes {about(epoch_s)} per epoch of {counted(steps, 'step')} on this device, "
             f"{about(3600 * hours)} for the {counted(epochs, 'epoch')} of the config")  # fmt: skip
     if others := breakdown["other_programs"]:
-        text += (f"; measured while other programs use this machine, alone it may take as little as "
-                 f"{about(3600 * hours * (1 - others)).removeprefix('about ')}")  # fmt: skip
+        text += f"; measured while other programs use this machine, {alone(3600 * hours * (1 - others))}"
     advice = ""
     if hours > LONG_H:
         advice = "use a GPU, or several (torchrun --nproc-per-node N -m cpr_fast pretrain CONFIG), or fewer epochs"

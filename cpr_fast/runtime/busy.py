@@ -10,6 +10,8 @@ import os
 import time
 from pathlib import Path
 
+from cpr_fast.runtime.progress import about
+
 STAT = Path("/proc/stat")  # proc(5): CPU time of every core since the start, in clock ticks
 NOTICED = 0.1  # smaller shares change a time by less than it varies anyway
 FULL = 0.9  # share of the time that the cores work from which programs wait for each other
@@ -38,6 +40,11 @@ class OtherPrograms:
             return 0.0
         share = min(1.0, 1 - own / used)
         return share if share >= NOTICED else 0.0
+
+
+def alone(seconds: float) -> str:
+    """Returns "alone it may take as little as 5 min", of the time that work would take without other programs."""
+    return f"alone it may take as little as {about(seconds).removeprefix('about ')}"
 
 
 def _clocks(stat: Path) -> tuple[float, float, float, int] | None:

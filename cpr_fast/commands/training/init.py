@@ -141,6 +141,7 @@ def _epochs_that_fit(sized: Sized, step_s: float, minutes: float) -> int:
 
 def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None) -> list[str]:
     """Returns the sizes of the recipe and, where a step was measured, the expected time."""
+    from cpr_fast.runtime.busy import alone
     from cpr_fast.runtime.progress import about
 
     config, time = sized.config, "; the time was not measured (--seconds 0)"
@@ -153,10 +154,7 @@ def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None) -> list[s
         f"{counted(total_epochs(sized), 'epoch')} of {counted(sized.steps // total_epochs(sized), 'step')}{time}",
     ]
     if pace and pace.alone_s < pace.step_s:
-        lines.append(
-            f"  measured while other programs use this machine; alone it may take as little as "
-            f"{about(sized.steps * pace.alone_s).removeprefix('about ')}"
-        )
+        lines.append(f"  measured while other programs use this machine; {alone(sized.steps * pace.alone_s)}")
     return lines
 
 

@@ -15,7 +15,7 @@ from cpr_fast.config import Config, Cycle
 from cpr_fast.config.unreached import unreached_epochs, unreached_steps
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
-from cpr_fast.wording import counted
+from cpr_fast.wording import counted, listed
 
 LONG_FILL = 0.25  # if waiting for the queue takes a larger share of a cycle's steps, a warning is given
 TEMPERATURES = (0.005, 2.0)  # beyond these the softmax of the loss is nearly one-hot, or nearly uniform
@@ -74,7 +74,7 @@ def cycle_names(cycles: Sequence[tuple[int, Cycle]]) -> str:
         else:
             parts.append([number])
     texts = [text for part in parts for text in ([f"{part[0]} to {part[-1]}"] if len(part) > 2 else map(str, part))]
-    return "cycles " + " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
+    return f"cycles {listed(texts)}"
 
 
 def plan_cycles(config: Config, videos: int, processes: int) -> list[CyclePlan]:

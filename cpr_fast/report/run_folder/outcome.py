@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES,
 from cpr_fast.evaluate.retrieval.paired import paired_difference
 from cpr_fast.evaluate.retrieval.queries import QueryScores, hits_at_1
 from cpr_fast.report.run_folder.run import Cycle, Run
+from cpr_fast.wording import listed
 
 NO_LOSS = 1e-6  # a loss this small has no gradient: all entries that a query is compared with are positives
 SIGNS = ("pmr", "view_agreement", "hubness", "mutual_neighbours", "mined_age_steps", "mined_share")  # of mining
@@ -51,6 +53,7 @@ class Judgement:
 
     @property
     def result(self) -> Literal["learnt", "unsure", "nothing"]:
+        """ "unsure": the trained network is better, but the interval of the difference includes 0."""
         if self.difference <= 0:
             return "nothing"
         return "learnt" if self.ci95 is None or self.ci95[0] > 0 else "unsure"
@@ -68,15 +71,16 @@ class Judgement:
         }[self.result]
 
 
-def judged_views(run: Run) -> list[Judgement]:
+@functools.lru_cache(maxsize=16)
+def judged_views(run: Run) -> tuple[Judgement, ...]:
     """Returns the judgement of every trained view that was evaluated beside its untrained network, two views together
-    first."""
+    first. The bootstrap of a run is computed once."""
     scores = _scores(run)
-    return [
+    return tuple(
         _judged(row, untrained, scores)
         for row in run.trained()
         if row.get("r@1") is not None and (untrained := run.untrained(row["view"])) is not None
-    ]
+    )
 
 
 def _judged(row: dict[str, Any], untrained: dict[str, Any], scores: QueryScores | None) -> Judgement:
@@ -121,14 +125,10 @@ def _of_views(run: Run) -> str | None:
     if not names["learnt"] and not names["unsure"]:
         start = "For retrieval, this run learnt nothing"
     else:
-        found = "; ".join(f"{_and(of)} {RESULTS[key]}" for key, of in names.items() if of)
+        found = "; ".join(f"{listed(of)} {RESULTS[key]}" for key, of in names.items() if of)
         known = "not every view learnt" if names["learnt"] else "it is not certain that this run learnt anything"
         start = f"For retrieval, {known}: {found}"
     return f"{start}, judged by {measures} against the same network before training ({values})."
-
-
-def _and(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _below_pixels(run: Run) -> str | None:

@@ -9,6 +9,7 @@ from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES,
 from cpr_fast.report.run_folder.outcome import judged_views
 from cpr_fast.report.run_folder.run import Run
 from cpr_fast.runtime.progress import duration
+from cpr_fast.wording import counted
 
 MEANINGS = {
     "map": "Mean average precision: how far up all videos of the query's class rank",
@@ -73,9 +74,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         rows.append(("Training videos", f"{len(index):,} of {sources:,} sources, {classes}, {split}"))
     else:
         rows.append(("Training videos", "not known: the index is no longer there, or its videos are not"))
-    epochs = len(run.epochs)
-    rows.append(("Training time", f"{duration(run.seconds)} for {epochs} epoch{'' if epochs == 1 else 's'} in "
-                 f"{len(run.cycles)} cycle{'' if len(run.cycles) == 1 else 's'}"))  # fmt: skip
+    trained = f"{counted(len(run.epochs), 'epoch')} in {counted(len(run.cycles), 'cycle')}"
+    rows.append(("Training time", f"{duration(run.seconds)} for {trained}"))
     commit = (run.start.get("commit") or "")[:10]
     rows.append(("Machine", ", commit ".join(filter(None, (run.start.get("device") or "not recorded", commit)))))
     return rows
