@@ -6,10 +6,12 @@ import fcntl
 import hashlib
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FOLDER = Path(__file__).parent
+CACHE = REPOSITORY / "build" / "cuda_emulation"
 # Where the kernels are; bench/kernels/mutations.py sets it to changed copies.
 SOURCES = Path(os.environ.get("CPR_FAST_CUDA_SOURCES", REPOSITORY / "csrc"))
 # The operators to compile: all, unless a test of one is to be quick.
@@ -37,25 +39,40 @@ _INCLUDES = [f"-I{FOLDER}", f"-I{SOURCES}"]
 
 def build(sanitize: bool = False) -> Path:
     """Returns the path of the library, after compiling what has changed."""
-    folder = REPOSITORY / "build" / "cuda_emulation"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
+    parts = [_kernels(operator, sanitize) for operator in OPERATORS]
+    headers, flags = [*FOLDER.rglob("*.h")], ["-O2", *(["-DCPR_SANITIZE"] if sanitize else [])]
+    parts += [_object(file, headers, flags) for file in FOLDER.glob("*.cpp")]
+    if sanitize:
+        parts += [_object(file, headers, flags) for file in FOLDER.glob("sanitizer/*.cpp")]
+        parts.append(_instrumented(FOLDER / "sanitizer" / "faulty.cu", []))
+    parts.sort()
+    return compile_once([compiler(), *_FLAGS, "-shared", *map(str, parts), "-ldl"], CACHE / f"{digest(parts)}.so")
+
+
+def compiler() -> str:
+    """Returns the C++ compiler of the host."""
+    return os.environ.get("CXX", "g++")
+
+
+def digest(files: Iterable[Path], *texts: str) -> str:
+    """Identifies the content of files, in any order, and texts, such as the flags that they are compiled with."""
+    content = b"".join(path.read_bytes() for path in sorted(files))
+    return hashlib.sha256(content + "\0".join(texts).encode()).hexdigest()[:16]
+
+
+def compile_once(command: list[str], target: Path) -> Path:
+    """Runs a command that writes to the path appended to it, unless the target exists. Returns the target."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f"{target.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # processes that share the tests compile once
-        parts = [_kernels(folder, operator, sanitize) for operator in OPERATORS]
-        files = sorted(FOLDER.glob("sanitizer/*.cpp" if sanitize else "*.cpp"))
-        for file in {*files, *FOLDER.glob("*.cpp")}:
-            headers = [*FOLDER.rglob("*.h")]
-            parts.append(_object(folder, file, headers, ["-O2", *(["-DCPR_SANITIZE"] if sanitize else [])]))
-        if sanitize:
-            parts.append(_instrumented(folder, FOLDER / "sanitizer" / "faulty.cu", []))
-        parts.sort()
-        library = folder / f"{_digest(parts, '')}.so"
-        if not library.exists():
-            _compile([*_FLAGS, "-shared", *map(str, parts), "-ldl"], library)
-    return library
+        if not target.exists():
+            partial = target.with_name(f"{target.stem}.{os.getpid()}{target.suffix}")
+            subprocess.run([*command, "-o", str(partial)], check=True)
+            os.replace(partial, target)
+    return target
 
 
-def _kernels(folder: Path, operator: str, sanitize: bool) -> Path:
+def _kernels(operator: str, sanitize: bool) -> Path:
     headers = [
         *SOURCES.glob("*.h"),
         *SOURCES.glob(f"cuda/{operator}/*.cuh"),
@@ -64,30 +81,15 @@ def _kernels(folder: Path, operator: str, sanitize: bool) -> Path:
     ]
     source = SOURCES / "cuda" / operator / f"{operator}.cu"
     if sanitize:
-        return _instrumented(folder, source, headers)
-    return _object(folder, source, [*headers, *FOLDER.glob("*.h")], ["-x", "c++", *_INCLUDES, "-O2"])
+        return _instrumented(source, headers)
+    return _object(source, [*headers, *FOLDER.glob("*.h")], ["-x", "c++", *_INCLUDES, "-O2"])
 
 
-def _instrumented(folder: Path, source: Path, headers: list[Path]) -> Path:
+def _instrumented(source: Path, headers: list[Path]) -> Path:
     flags = ["-x", "c++", *_INCLUDES, "-O1", *_INSTRUMENTED]
-    return _object(folder, source, [*headers, *FOLDER.glob("*.h")], flags)
+    return _object(source, [*headers, *FOLDER.glob("*.h")], flags)
 
 
-def _object(folder: Path, source: Path, headers: list[Path], flags: list[str]) -> Path:
-    made = folder / f"{source.stem}-{_digest([source, *sorted(headers)], ' '.join([*_FLAGS, *flags]))}.o"
-    if not made.exists():
-        _compile([*_FLAGS, *flags, "-c", str(source)], made)
-    return made
-
-
-def _digest(files: list[Path], flags: str) -> str:
-    digest = hashlib.sha256(flags.encode())
-    for path in files:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _compile(arguments: list[str], made: Path) -> None:
-    partial = made.with_suffix(f".{os.getpid()}")
-    subprocess.run([os.environ.get("CXX", "g++"), *arguments, "-o", str(partial)], check=True)
-    os.replace(partial, made)
+def _object(source: Path, headers: list[Path], flags: list[str]) -> Path:
+    made = CACHE / f"{source.stem}-{digest([source, *headers], *_FLAGS, *flags)}.o"
+    return compile_once([compiler(), *_FLAGS, *flags, "-c", str(source)], made)

@@ -5,16 +5,13 @@ Everything is kept in build/ptx under a digest of what it was made of.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 
 from support.cuda_emulation.compile import FOLDER as EMULATION
-from support.cuda_emulation.compile import REPOSITORY, SOURCES
+from support.cuda_emulation.compile import REPOSITORY, SOURCES, compile_once, compiler, digest
 
 FOLDER = Path(__file__).parent
 CACHE = REPOSITORY / "build" / "ptx"
@@ -37,8 +34,8 @@ def compile_ptx(operator: str, architecture: str) -> Path:
     source = SOURCES / "cuda" / operator / f"{operator}.cu"
     headers = [path for folder in (operator, "common") for path in SOURCES.glob(f"cuda/{folder}/*.cuh")]
     headers += [*SOURCES.glob("*.h"), *SOURCES.glob(f"cpu/{operator}/*.h")]
-    digest = _digest([source, *headers], version, *flags)
-    return _build([nvcc, *flags, str(source)], CACHE / f"{operator}-{architecture}-{digest}.ptx")
+    made = CACHE / f"{operator}-{architecture}-{digest([source, *headers], version, *flags)}.ptx"
+    return compile_once([nvcc, *flags, str(source)], made)
 
 
 def build_interpreter() -> Path:
@@ -48,10 +45,10 @@ def build_interpreter() -> Path:
     flags += ["-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
     parts = []
     for source in sorted(sources):
-        made = CACHE / f"{source.stem}-{_digest([source, *headers], _processor(), *flags)}.o"
-        parts.append(_build([_compiler(), *flags, "-c", str(source)], made))
-    library = CACHE / f"libptx-{_digest([], *map(str, parts))}.so"
-    return _build([_compiler(), "-shared", *map(str, parts)], library)
+        made = CACHE / f"{source.stem}-{digest([source, *headers], _processor(), *flags)}.o"
+        parts.append(compile_once([compiler(), *flags, "-c", str(source)], made))
+    library = CACHE / f"libptx-{digest([], *map(str, parts))}.so"
+    return compile_once([compiler(), "-shared", *map(str, parts)], library)
 
 
 def build_host(interpreter: Path) -> Path:
@@ -64,14 +61,10 @@ def build_host(interpreter: Path) -> Path:
     flags += [f"-I{EMULATION}", f"-I{SOURCES}", "-include", str(FOLDER / "host" / "launch.h"), "-x", "c++"]
     parts = []
     for source in sorted(kernels + emulation):
-        made = CACHE / f"{source.stem}-host-{_digest([source, *headers], *flags)}.o"
-        parts.append(_build([_compiler(), *flags, "-c", str(source)], made))
-    library = CACHE / f"host-{_digest([], interpreter.name, *map(str, parts))}.so"
-    return _build([_compiler(), "-shared", *map(str, parts), str(interpreter)], library)
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
+        made = CACHE / f"{source.stem}-host-{digest([source, *headers], *flags)}.o"
+        parts.append(compile_once([compiler(), *flags, "-c", str(source)], made))
+    library = CACHE / f"host-{digest([], interpreter.name, *map(str, parts))}.so"
+    return compile_once([compiler(), "-shared", *map(str, parts), str(interpreter)], library)
 
 
 def _processor() -> str:
@@ -81,20 +74,3 @@ def _processor() -> str:
     except OSError:
         return ""
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _digest(paths: Iterable[Path], *texts: str) -> str:
-    content = b"".join(path.read_bytes() for path in sorted(paths))
-    return hashlib.sha256(content + "\0".join(texts).encode()).hexdigest()[:16]
-
-
-def _build(command: list[str], target: Path) -> Path:
-    """Runs a command that writes to the path appended to it, unless the target exists."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / f"{target.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that share the tests compile once
-        if not target.exists():
-            partial = target.with_name(f"{target.stem}.{os.getpid()}{target.suffix}")
-            subprocess.run([*command, "-o", str(partial)], check=True)
-            os.replace(partial, target)
-    return target
