@@ -237,15 +237,17 @@ def compare(predicted: list[dict], measured: list[dict]) -> tuple[list[str], flo
 
 
 def page(report: dict) -> str:
-    lines = ["# Predicted times on GPUs", ""]
-    lines += [
-        "Written by `python bench/predict_gpu.py` before anything was measured on these devices; the model and its"
+    """Returns the predictions as a page."""
+    lines = [
+        "# Predicted times on GPUs",
+        "",
+        "Written by `python bench/predict_gpu.py` before anything was measured on these devices; the model and its",
+        "assumptions are in the docstring and constants of that file, the counts in `ptx_counts.json`. The times of",
+        "`bench/gpu_check.sh` stand beside these when it runs on one of the devices.",
+        "",
+        "| device | operator | B x K | time µs | floor µs | x floor | limit |",
+        "|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        "assumptions are in the docstring and constants of that file, the counts in `ptx_counts.json`. The times of"
-    ]
-    lines += ["`bench/gpu_check.sh` stand beside these when it runs on one of the devices.", ""]
-    lines += ["| device | operator | B x K | time µs | floor µs | x floor | limit |", "|---|---|---|---|---|---|---|"]
     for row in report["rows"]:
         floor = f"{row['floor_us']:.1f} | {row['over_floor']:.1f}" if row["floor_us"] else "- | -"
         lines.append(f"| {row['device']} | {row['op']} {row['precision']} | {row['B']} x {row['K']} | "
@@ -256,6 +258,7 @@ def page(report: dict) -> str:
 
 
 def write(counts: Path, out: Path) -> None:
+    """Predicts every counted call and writes gpu_predicted.json and gpu_predicted.md to `out`."""
     report = json.loads(counts.read_text())
     rows = [
         predict(gpu, call, report["registers"])

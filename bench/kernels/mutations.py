@@ -1,6 +1,6 @@
 """The mutation score of the tests of the CUDA kernels: which seeded faults of csrc/cuda they catch.
 
-    python bench/kernels/mutations.py                # all that have no result yet; an hour on one core
+    python bench/kernels/mutations.py                # all that have no result yet
     python bench/kernels/mutations.py --only no-release tie-break
     python bench/kernels/mutations.py --table        # writes the table again
 
@@ -54,6 +54,7 @@ def apply(fault: dict, csrc: Path) -> None:
 
 
 def stages(operator: str) -> dict[str, list[str]]:
+    """Returns pytest's arguments for every stage of an operator's tests, in the order in which they run."""
     host = sorted(map(str, TESTS.glob(f"test_{operator}*.py")))
     sanitizer = str(TESTS / "sanitizer" / f"test_{operator}.py")
     return {
@@ -89,6 +90,7 @@ def run_stage(arguments: list[str], environment: dict[str, str]) -> tuple[bool, 
 
 
 def measure(fault: dict) -> dict:
+    """Tests a fault in a copy of csrc and returns its row; "by" is the stage that caught it, None if none did."""
     folder = ROOT / "build" / "mutations" / fault["name"]
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
@@ -112,6 +114,7 @@ def measure(fault: dict) -> dict:
 
 
 def digest(fault: dict) -> str:
+    """Identifies the edits of a fault: a row of other edits is measured again."""
     return hashlib.sha256(json.dumps([fault["file"], fault["edits"]]).encode()).hexdigest()[:12]
 
 

@@ -13,9 +13,8 @@ from cpr_fast.data.synthetic.motions import Array
 from cpr_fast.data.synthetic.sources import Figure, Source
 
 CHUNK = 8  # frames drawn at once, few enough for the arrays of a figure to stay in the second-level cache
-
-
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # luma and two of colour
+FROM_YIQ = np.linalg.inv(TO_YIQ)
 
 
 def render(source: Source, start: int, frames: int, rng: np.random.Generator) -> Array:
@@ -49,7 +48,7 @@ def _turn_hue(canvas: Array, angles: Array) -> None:
     for frame, angle in zip(canvas, angles, strict=True):
         turn = np.eye(3)
         turn[1:, 1:] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-        matrix = np.linalg.inv(TO_YIQ) @ turn @ TO_YIQ
+        matrix = FROM_YIQ @ turn @ TO_YIQ
         frame[:] = frame @ matrix.T.astype(np.float32)
 
 

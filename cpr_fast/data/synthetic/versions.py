@@ -13,8 +13,6 @@ from types import MappingProxyType
 from cpr_fast.errors import InputError
 
 TICKS = 25  # the unit of time of all programmes: ticks per second
-
-
 Range = tuple[float, float]  # what a value is drawn from, uniformly
 
 
@@ -45,6 +43,7 @@ class Version:
 
     @property
     def fps(self) -> float:
+        """Frames per second of the videos."""
         return TICKS / self.step
 
 
