@@ -30,8 +30,7 @@ def synth(
         classes: Number of classes, 4 or 6 to 36; a class is a motion in a kind of scene.
         videos: Number of source videos of each class, at least 2; every second one gives two clips.
         seed: Seed of all random draws, at least 0.
-        version: 2, the videos of all published results, or 4, in which one view alone tells more of the class; nothing
-            has been measured on 4 yet.
+        version: 2, the videos of all published results, or 5, in which videos of a class are more alike.
     """
     from cpr_fast.data.index.index import Index
     from cpr_fast.data.synthetic.videos import write_synthetic

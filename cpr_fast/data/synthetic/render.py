@@ -13,8 +13,6 @@ from cpr_fast.data.synthetic.motions import Array
 from cpr_fast.data.synthetic.sources import Figure, Source
 
 CHUNK = 8  # frames drawn at once, few enough for the arrays of a figure to stay in the second-level cache
-TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # luma and two of colour
-FROM_YIQ = np.linalg.inv(TO_YIQ)
 
 
 def render(source: Source, start: int, frames: int, rng: np.random.Generator) -> Array:
@@ -32,8 +30,6 @@ def render(source: Source, start: int, frames: int, rng: np.random.Generator) ->
         for figure in source.figures:
             _draw(figure, time, camera_x, camera_y, canvas)
         gain = (1 + source.flicker * source.light(time)).astype(np.float32)
-        if source.hue is not None:
-            _turn_hue(canvas, 2 * math.pi * source.hue_swing * source.hue(time))
         for i in range(len(time)):
             y, x = offsets[first + i]
             lit = canvas[i]
@@ -41,15 +37,6 @@ def render(source: Source, start: int, frames: int, rng: np.random.Generator) ->
             lit += noise[y : y + height, x : x + width, None]
             out[first + i] = np.clip(lit, 0, 255, out=lit)
     return out
-
-
-def _turn_hue(canvas: Array, angles: Array) -> None:
-    """Turns the hue of each frame of canvas [T, H, W, 3] by its angle [T]. The luma stays, so optical flow does too."""
-    for frame, angle in zip(canvas, angles, strict=True):
-        turn = np.eye(3)
-        turn[1:, 1:] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-        matrix = FROM_YIQ @ turn @ TO_YIQ
-        frame[:] = frame @ matrix.T.astype(np.float32)
 
 
 def _shifted(plane: Array, x: float, y: float, out: Array) -> None:

@@ -56,8 +56,6 @@ class Source:
     shade: Array  # float32 [H, W, 1]: fixed fall-off of the light across the frame
     noise: float  # standard deviation of the sensor noise, in 0..255
     step: int  # ticks between two frames
-    hue: Wave | None  # course of the light's hue; None: it does not change
-    hue_swing: float  # full turns: amplitude of the change of the light's hue
 
 
 def make_source(
@@ -87,8 +85,6 @@ def make_source(
         shade=shade.astype(np.float32)[..., None],
         noise=rng.uniform(1, 4),
         step=version.step,
-        hue=_wave(rng, version) if version.hue_swing else None,
-        hue_swing=version.hue_swing,
     )
 
 

@@ -2,9 +2,8 @@
 
 **A class** is a pair of a motion programme and a kind of scene, such as "orbit-stripes". Every kind of scene occurs
 with at least two motions and every motion with at least two kinds of scene. Therefore neither the motion nor the
-scene alone determines the class, but both together do. In version 4, 12 classes are six motions with two scenes each,
-so knowing only the motion or only the scene leaves two possible classes. In version 2 each of four scenes occurs with
-three of four motions, which leaves three.
+scene alone determines the class, but both together do. With 12 classes each of four scenes occurs with three of four
+motions, so knowing only the motion or only the scene leaves three possible classes.
 
 **Videos of one class share**, as in real footage, where for example pools are blue and sprints are fast:
 
@@ -16,14 +15,14 @@ three of four motions, which leaves three.
 Pace, size and colours are weak cues: those of neighbouring motions and scenes overlap, and none of them gives more
 information about the class than the motion or the scene does.
 
-**Source videos differ** in the following, drawn in the same way for every class: hues around those of the scene;
-place, angle and wavelength of each pattern; number, size, place and texture of the figures; pace (around that of the
-motion); period (shorter where growing or rocking at that pace would go too far); direction, sense and phase of each
-figure (so that in version 2 the direction of the mean flow gives no information about the class; in version 4
-shuttling figures go up and down, and gliding ones left or right); one or two distractors of any kind of scene that
-drift without a programme; camera drift, light fall-off, change of lighting, in version 4 also of its hue, and sensor
-noise. Clips of one source (siblings) share all of these. They are cut at different times, so phase, camera position,
-lighting and noise differ. `versions.VERSIONS` has the ranges.
+**Source videos differ** in the following, drawn in the same way for every class: hues around those of the scene (dark
+and bright in random order); place, angle and wavelength of each pattern; number, size, place and texture of the
+figures; pace (around that of the motion); period (shorter where growing or rocking at that pace would go too far);
+direction, sense and phase of each figure (so that in version 2 the direction of the mean flow gives no information
+about the class; in version 5 shuttling figures go up and down, and gliding ones left or right); one or two
+distractors of any kind of scene that drift without a programme; camera drift, light fall-off, change of lighting and
+sensor noise. Clips of one source (siblings) share all of these. They are cut at different times, so phase, camera
+position, lighting and noise differ. `versions.VERSIONS` has the ranges.
 
 Every second source gives two clips, the others give one. A quarter of the sources of each class are the test split.
 """
@@ -48,7 +47,7 @@ from cpr_fast.data.synthetic.motions import MOTIONS
 from cpr_fast.data.synthetic.render import render
 from cpr_fast.data.synthetic.scenes import SCENES
 from cpr_fast.data.synthetic.sources import make_source
-from cpr_fast.data.synthetic.versions import DEFAULT, Version, version_of
+from cpr_fast.data.synthetic.versions import DEFAULT, version_of
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import naming, replacing
 from cpr_fast.runtime.progress import track
@@ -57,7 +56,7 @@ SETTINGS = "synthetic.json"  # written last, so a folder that has it holds a com
 UNFINISHED = "synthetic.unfinished"  # present while a set is being written
 
 
-def class_table(classes: int, version: Version) -> list[tuple[str, str]]:
+def class_table(classes: int) -> list[tuple[str, str]]:
     """Returns (motion, scene) of each class. Raises InputError for a number of classes that cannot share every motion
     and every scene."""
     largest = min(len(MOTIONS), len(SCENES)) ** 2
@@ -65,7 +64,7 @@ def class_table(classes: int, version: Version) -> list[tuple[str, str]]:
         raise InputError(
             f"--classes: expected 4 or 6..{largest}, so that classes share motions and scenes, got {classes}"
         )
-    side = min(classes // 2, len(MOTIONS), len(SCENES)) if version.diagonals else math.isqrt(classes - 1) + 1
+    side = math.isqrt(classes - 1) + 1
     motions, scenes = list(MOTIONS)[:side], SCENES[:side]
     # Diagonal by diagonal: two diagonals already give every motion two scenes and every scene two motions.
     pairs = [(motion, scenes[(i + shift) % side]) for shift in range(side) for i, motion in enumerate(motions)]
@@ -87,14 +86,15 @@ def write_synthetic(
     """Writes OUT/<split>/<motion>-<scene>/gNN_cMM.mp4 (H.264) and OUT/index.csv; returns the index's path.
 
     `videos` is the number of source videos of each class, `frames` the length of a clip, `width` and `height` are
-    pixels. `version` is one of `versions.VERSIONS`: 4 has 12.5 frames per second, 2 has 25. The files are determined,
+    pixels. `version` is one of `versions.VERSIONS`: 5 has 12.5 frames per second, 2 has 25. The files are determined,
     bit for bit, by the arguments and the versions of NumPy and x264. A complete set of the same arguments is reused,
     and an interrupted one is written again. Raises InputError for an argument out of its range, and if OUT holds
     other files.
     """
     out = Path(out)
     _check_arguments(videos, seed, frames, width, height)
-    pairs = class_table(classes, version_of(version))
+    pairs = class_table(classes)
+    version_of(version)  # raises an error before anything is written
     settings = {"version": version, "classes": classes, "videos": videos, "seed": seed, "frames": frames}
     settings |= {"width": width, "height": height}
     index_path = out / "index.csv"
