@@ -17,13 +17,16 @@ from typing import Any
 from cpr_fast.config import Config, load
 from cpr_fast.errors import InputError
 
+VIDEOS = {"version": 2, "frames": 48, "width": 160, "height": 120}
+
 log = logging.getLogger(__name__)
 
 
 def quickstart(out: Path, *, seed: int = 0) -> dict[str, Any]:
     """Makes the data set, pretrains with CPR, evaluates and writes OUT/report.html.
 
-    Returns the retrieval rates, the seconds of each part (`*_time_s`) and the paths written.
+    Returns the retrieval rates, the seconds of each part (`*_time_s`, and `*_cpu_s` of this process, which other
+    programs change little) and the paths written.
     Raises InputError if OUT holds a run with another seed.
     """
     _check_same_seed(out, seed)
@@ -35,18 +38,19 @@ def quickstart(out: Path, *, seed: int = 0) -> dict[str, Any]:
 
     data, times = out / "data", {}
 
-    with _timed(times, "1/5 videos", "synth_time_s"):
-        index = write_synthetic(data, progress=True)
-    with _timed(times, "2/5 optical flow", "flow_time_s"):
+    with _timed(times, "1/5 videos", "synth"):
+        index = write_synthetic(data, **VIDEOS, progress=True)
+    with _timed(times, "2/5 optical flow", "flow"):
         write_flow(index, data / "flow", progress=True)
-    with _timed(times, "3/5 pretraining: InfoNCE, then CPR", "pretrain_time_s"):
+    with _timed(times, "3/5 pretraining: InfoNCE, then CPR", "pretrain"):
         last = out / "checkpoints" / "last.pt"
         pretrain(quickstart_config(index, out, seed), resume=last.exists())
-    with _timed(times, "4/5 retrieval, beside the untrained network and pixel baselines", "retrieve_time_s"):
+    with _timed(times, "4/5 retrieval, beside the untrained network and pixel baselines", "retrieve"):
         results = retrieve(last, index, run_dir=out, progress=True)
-    with _timed(times, "5/5 report", "report_time_s"):
+    with _timed(times, "5/5 report", "report"):
         report = write_report([out], out / "report.html")
-    return {**results, **times, "total_time_s": sum(times.values()), "run": str(out), "report": str(report)}
+    totals = {f"total_{kind}": sum(t for key, t in times.items() if key.endswith(kind)) for kind in ("time_s", "cpu_s")}
+    return {**results, **times, **totals, "run": str(out), "report": str(report)}
 
 
 def _check_same_seed(out: Path, seed: int) -> None:
@@ -69,9 +73,10 @@ def quickstart_config(index: Path, out: Path, seed: int) -> Config:
 
 
 @contextmanager
-def _timed(times: dict[str, float], title: str, key: str) -> Iterator[None]:
-    """Logs the title of a part before it runs, and stores its wall time in seconds."""
+def _timed(times: dict[str, float], title: str, part: str) -> Iterator[None]:
+    """Logs the title of a part before it runs, and stores its wall time and the CPU time of this process in seconds."""
     log.info("%s", title)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     yield
-    times[key] = round(time.perf_counter() - start, 2)
+    times[f"{part}_time_s"] = round(time.perf_counter() - start, 2)
+    times[f"{part}_cpu_s"] = round(time.process_time() - cpu_start, 2)

@@ -18,19 +18,17 @@ from cpr_fast.runtime.metrics import read_metrics
 
 @pytest.fixture
 def small(monkeypatch):
-    """Uses 12 sources of 64x48 instead of 288 of 160x120, and one epoch per cycle; nothing else differs."""
-    write = functools.partial(
-        synthetic.write_synthetic, classes=4, videos=4, frames=20, width=64, height=48, progress=False
-    )
-    monkeypatch.setattr(synthetic, "write_synthetic", lambda out, progress: write(out))
+    """Uses 16 sources of small videos instead of 288, batches of 4 and two epochs per cycle; nothing else differs."""
+    write = functools.partial(synthetic.write_synthetic, classes=4, videos=4)
+    monkeypatch.setattr(module, "VIDEOS", {**module.VIDEOS, "frames": 24, "width": 64, "height": 48})
+    monkeypatch.setattr(synthetic, "write_synthetic", lambda out, progress, **videos: write(out, **videos))
 
     def config(index, out, seed):
         full = quickstart_config(index, out, seed)
         cycles = tuple(Cycle(cycle.view, 2, cycle.mining) for cycle in full.schedule.cycles)
         return dataclasses.replace(
             full,
-            data=dataclasses.replace(full.data, batch_size=4, size=32),
-            model=dataclasses.replace(full.model, width=0.125),
+            data=dataclasses.replace(full.data, batch_size=4),
             memory=dataclasses.replace(full.memory, size=12, shuffle_bn_groups=2),
             schedule=ScheduleConfig(cycles),
         )
@@ -55,6 +53,9 @@ def test_main_job_from_nothing_to_a_report_and_again(small, tmp_path, capsys):
     assert cycles == {(0, "rgb", "none"), (1, "flow", "none"), (2, "rgb", "cascade"), (3, "flow", "cascade")}
     mining = [row for row in rows if row["kind"] == "epoch" and row["mining"] == "cascade"]
     assert all(0 <= row["pmr"] <= 1 for row in mining)
+    for kind in ("time_s", "cpu_s"):
+        parts = [first[f"{part}_{kind}"] for part in ("synth", "flow", "pretrain", "retrieve", "report")]
+        assert min(parts) > 0 and first[f"total_{kind}"] == pytest.approx(sum(parts))
     page = (out / "report.html").read_text()
     assert f"{100 * first['r@1']:.1f}" in page
 
@@ -74,6 +75,12 @@ def test_settings_are_the_shipped_ones(tmp_path):
         3,
     )
     assert [cycle.mining for cycle in config.schedule.cycles] == ["none", "none", "cascade", "cascade"]
+
+
+def test_two_clips_of_a_video_can_differ_in_time(tmp_path):
+    """InfoNCE compares two clips of a video. If the video were as short as a clip, they would show the same frames."""
+    data = quickstart_config(tmp_path / "index.csv", tmp_path / "run", seed=0).data
+    assert module.VIDEOS["frames"] >= 2 * ((data.frames - 1) * data.stride + 1)
 
 
 def test_another_seed_needs_another_folder(tmp_path, capsys):
