@@ -4,10 +4,10 @@
     python bench/training/quickstart_seeds.py --table
 
 The seeds share the videos and the flow in WORK/data, and each has a run folder of its own. A finished run appends a
-row to bench/results/quickstart.json. A row of the same seed, settings, instruction set and number of threads is never run again or
-replaced; rows of other settings stay. The row holds what `cpr-fast quickstart --seed S` returns, the retrieval of the
-start (the checkpoint before the first cascade cycle), the mining quality, and the untrained network of the same seed
-beside the one of seed 0, which the quick start shows.
+row to bench/results/quickstart.json. A row of the same seed, settings, instruction set and number of threads is never
+run again or replaced; rows of other settings stay. The row holds what `cpr-fast quickstart --seed S` returns, the
+retrieval of the start (the checkpoint before the first cascade cycle), the mining quality, and the untrained network
+of the same seed beside the one of seed 0, which the quick start shows.
 """
 
 import argparse

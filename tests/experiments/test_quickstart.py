@@ -18,9 +18,8 @@ from cpr_fast.runtime.metrics import read_metrics
 
 @pytest.fixture
 def small(monkeypatch):
-    """Uses 16 sources of small videos instead of 288, batches of 4 and two epochs per cycle; nothing else differs."""
+    """Uses 16 sources instead of 288, batches of 4 and two epochs per cycle; nothing else differs."""
     write = functools.partial(synthetic.write_synthetic, classes=4, videos=4)
-    monkeypatch.setattr(module, "VIDEOS", {**module.VIDEOS, "frames": 24, "width": 64, "height": 48})
     monkeypatch.setattr(synthetic, "write_synthetic", lambda out, progress, **videos: write(out, **videos))
 
     def config(index, out, seed):
