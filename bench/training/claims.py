@@ -75,7 +75,7 @@ def base_config(data: str, index: Path) -> Config:
     The quick start was tuned on another draw of the synthetic set.
     """
     base = load(ROOT / "cpr_fast" / "experiments" / "quickstart.toml")
-    base = replace(base, "data", index=str(index), stride=2)  # a clip of 16 frames of 25 per second
+    base = replace(base, "data", index=str(index), stride=2, size=32)  # for videos of 25 frames per second, 160x120
     if data == "ucf101_100":
         base = replace(base, "data", split="", batch_size=16)
         base = replace(base, "memory", size=64)

@@ -72,7 +72,7 @@ VERSIONS = {
         drift=(0.5, 2), wave_period=(50, 150),
     ),
 }  # fmt: skip
-DEFAULT = 2  # until results on version 5 are on record: those of README and bench/results are of version 2
+DEFAULT = 2  # which all results but the quick start's are of
 
 
 def version_of(number: int) -> Version:
