@@ -15,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
+import setuptools
 from setuptools import build_meta
 
 TORCH = "torch>=2.10"
@@ -27,13 +29,23 @@ NOT_COPIED = {".git", ".venv", "build", "dist", "runs"}
 
 def require_setuptools() -> None:
     """Exits with one line where setuptools is too old; older releases print pages of JSON schema instead."""
-    import setuptools
-
-    if int(re.match(r"\d+", setuptools.__version__)[0]) < SETUPTOOLS:
+    version = _setuptools_version()
+    if int(re.match(r"\d+", version)[0]) < SETUPTOOLS:
         raise SystemExit(
-            f"cpr_fast needs setuptools >= {SETUPTOOLS} to build, found {setuptools.__version__}: "
+            f"cpr_fast needs setuptools >= {SETUPTOOLS} to build, found {version}: "
             f"run `pip install 'setuptools>={SETUPTOOLS}'`"
         )
+
+
+def _setuptools_version() -> str:
+    """Returns the version of the installed setuptools.
+
+    `setuptools.__version__` can be that of cpr_fast: pip 25.0 to 26.2 (pyproject_hooks 1.2) answer a question about any
+    installed distribution with those in the source directory first, and an earlier step of the build writes the
+    metadata of cpr_fast there.
+    """
+    found = metadata.distributions(name="setuptools")
+    return next((one.version for one in found if one.metadata["Name"] == "setuptools"), setuptools.__version__)
 
 
 def torch_root() -> str:

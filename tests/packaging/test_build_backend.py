@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -54,10 +55,40 @@ def test_the_variable_names_the_torch_to_build_against(backend, monkeypatch, tmp
         backend.torch_root()
 
 
-def test_old_setuptools_is_one_line(backend, monkeypatch):
-    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+def install_metadata(folder: Path, name: str, version: str) -> Path:
+    """Writes the metadata of a distribution, as pip does in site-packages."""
+    (folder / f"{name}-{version}.dist-info").mkdir()
+    text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    (folder / f"{name}-{version}.dist-info" / "METADATA").write_text(text)
+    return folder
+
+
+def test_old_setuptools_is_one_line(backend, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(install_metadata(tmp_path, "setuptools", "65.5.0")))
     with pytest.raises(SystemExit, match=r"needs setuptools >= 77 to build, found 65.5.0: run `pip install"):
         backend.get_requires_for_build_wheel()
+
+
+def test_the_version_of_setuptools_is_not_that_of_another_distribution(backend, monkeypatch, tmp_path):
+    """pip 25.0 to 26.2 put this finder first, which ignores the name that is asked for; so does setuptools'
+    `__version__` then."""
+
+    class BackendPathFinder:
+        def find_spec(self, name, path=None, target=None):
+            return None
+
+        def find_distributions(self, context=None):
+            context = metadata.DistributionFinder.Context(path=[str(tmp_path)])
+            return metadata.MetadataPathFinder.find_distributions(context)
+
+    install_metadata(tmp_path, "cpr_fast", "0.1.0")
+    monkeypatch.setattr(sys, "meta_path", [BackendPathFinder(), *sys.meta_path])
+    assert metadata.version("setuptools") == "0.1.0"
+    monkeypatch.setattr(setuptools, "__version__", "0.1.0")
+    backend.require_setuptools()
+    install_metadata(tmp_path, "setuptools", "65.5.0")
+    with pytest.raises(SystemExit, match="found 65.5.0"):
+        backend.require_setuptools()
 
 
 def test_a_read_only_source_is_built_from_a_copy(backend, monkeypatch, tmp_path):
