@@ -10,7 +10,7 @@ PARALLEL = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # The CPU wheel where no NVIDIA GPU is visible: plain torch is the CUDA build, 5 GB.
 TORCH ?= $(if $(wildcard /dev/nvidia0),torch>=2.10,torch==2.13.0)
 
-.PHONY: setup demo test test-packaging wheel bench format check
+.PHONY: setup demo test test-avx512 test-packaging wheel bench format check
 
 setup: $(VENV)/.built $(BIN)/cpr-fast
 
@@ -43,6 +43,17 @@ test: setup check
 	OMP_NUM_THREADS=1 $(PARALLEL) -m "not packaging and not large"
 	CPR_FAST_CPU_VARIANT=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
 	  OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PARALLEL) -q -m numerics
+
+# The first pass of `make test` with the avx512 variant on any processor with AVX2, compiled through SIMDe (Debian's
+# libsimde-dev) in a copy of the checkout. It shows results, not speed, and torch itself keeps the processor's instructions.
+test-avx512: setup
+	rm -rf build/avx512 && mkdir -p build/avx512
+	git ls-files -z | xargs -0 cp --parents -t build/avx512
+	ln -s "$(CURDIR)/$(VENV)" build/avx512/$(VENV)
+	cd build/avx512 && git init -q && CPR_FAST_CUDA=OFF CPR_FAST_EMULATE_AVX512=ON PATH="$(CURDIR)/$(BIN):$$PATH" \
+	  $(BIN)/python setup.py --quiet build_ext
+	cd build/avx512 && CPR_FAST_CPU_VARIANT=avx512 OMP_NUM_THREADS=1 CPR_FAST_SHARED="$(abspath $(or $(CPR_FAST_SHARED),../shared))" \
+	  $(PARALLEL) -q -m "not packaging and not large"
 
 # Slow: builds and installs the source distribution and the wheel in several ways.
 test-packaging: setup

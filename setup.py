@@ -4,6 +4,7 @@
 Environment variables that change the build:
 
 CPR_FAST_CUDA=AUTO|ON|OFF   AUTO: build the CUDA kernels where nvcc is found. ON: fail without nvcc. OFF: never.
+CPR_FAST_EMULATE_AVX512=ON  Compile the avx512 variant for AVX2, to test it on any machine (Makefile, test-avx512).
 TORCH_CUDA_ARCH_LIST        GPU architectures, for example "8.0;9.0a+PTX". Default: sm_80 and its PTX, and sm_90a.
 MAX_JOBS                    number of parallel compilations. Default: number of processors.
 CPR_TORCH_ROOT              directory of the torch package to build against. Default: the installed one.
@@ -77,6 +78,7 @@ def configuration(build: Path) -> tuple[str, list]:
     configure = [
         *(cmake, "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release"),
         f"-DCPR_FAST_CUDA={os.environ.get('CPR_FAST_CUDA', 'AUTO')}",
+        f"-DCPR_FAST_EMULATE_AVX512={os.environ.get('CPR_FAST_EMULATE_AVX512', 'OFF')}",
         f"-DCPR_TORCH_ROOT={torch}",
         f"-DPython_EXECUTABLE={sys.executable}",
         "-DPYBIND11_FINDPYTHON=ON",

@@ -20,13 +20,18 @@ const std::vector<KernelTable>& runnable() {
     std::vector<KernelTable> found;
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#if !defined(CPR_EMULATED_AVX512)
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       found.push_back(CPR_TABLE(avx512));
     }
+#endif
     if (avx2) found.push_back(CPR_TABLE(avx2));
 #endif
     found.push_back(CPR_TABLE(portable));
+#if defined(CPR_EMULATED_AVX512)
+    if (avx2) found.push_back(CPR_TABLE(avx512));  // slow: for tests only, so never the default
+#endif
     return found;
   }();
   return tables;
