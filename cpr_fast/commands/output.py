@@ -22,6 +22,10 @@ def show(result: dict[str, Any], json: bool, *, next_step: str, lines: Sequence[
         json: Whether the user gave `--json`.
         next_step: What a user may want to do next: a command, or a file to open. Every command has one.
         lines: The readable text. Without it, each entry of the result is printed as "name: value".
+
+    Raises:
+        TypeError: There are no lines, and a value is a dictionary or a list that holds further ones. Printed, it would
+            be Python code that nobody reads.
     """
     if json:
         print(json_module.dumps(result))
@@ -80,7 +84,13 @@ def left_out_of_map(queries: int) -> list[str]:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {item}" for name, item in value.items()) or "none"
+        return ", ".join(f"{name} {_flat(item)}" for name, item in value.items()) or "none"
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
+        return ", ".join(map(_flat, value)) or "none"
+    return str(value)
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict | list | tuple):
+        raise TypeError(f"expected lines for a result with nested values, got {type(value).__name__} in one of them")
     return str(value)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import pytest
 
@@ -64,6 +65,16 @@ def test_main_job_from_nothing_to_a_report_and_again(small, tmp_path, capsys):
         key: first[key] for key in first if key.startswith("r@")
     }
     assert sum(row["kind"] == "epoch" for row in read_metrics(out)) == sum(row["kind"] == "epoch" for row in rows)
+
+    assert main(["quickstart", "--out", str(out)]) == 0  # for people: tables, no Python code
+    printed = capsys.readouterr().out
+    assert "{" not in printed and "[" not in printed
+    lines = printed.splitlines()
+    trained = next(line for line in lines if line.startswith("Trained · RGB + flow"))
+    assert f"{100 * first['map']:.1f}" in trained and f"{100 * first['r@1']:.1f}" in trained
+    for part in ("videos", "optical flow", "pretraining", "retrieval", "report", "in all"):
+        assert any(re.fullmatch(rf"{part} +\d+ (s|min.*) +\d+ (s|min.*)", line) for line in lines), part
+    assert lines[-1] == f"next: open {out / 'report.html'} in a browser"
 
 
 def test_settings_are_the_shipped_ones(tmp_path):
