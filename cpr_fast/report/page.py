@@ -19,7 +19,7 @@ from cpr_fast.report.sections.classification import classification_table, confus
 from cpr_fast.report.sections.comparison import comparison
 from cpr_fast.report.sections.header import TERMS, facts, headline, tiles
 from cpr_fast.report.sections.mining import class_rates, extremes, inside_figures, mining_figures, no_rates
-from cpr_fast.report.sections.retrieval import retrieval_blocks
+from cpr_fast.report.sections.retrieval import retrieval_blocks, same_video_table
 from cpr_fast.report.sections.sheets import mined_sheets, retrieved_sheet
 from cpr_fast.report.sections.training import cycle_table, flat_config, training_figures
 from cpr_fast.report.unlabelled import Compared, signs
@@ -84,6 +84,7 @@ def _section(run: Run, compared: Compared | None) -> dict[str, Any]:
         "headline": signs(run, compared) if unlabelled else headline(run),
         "tiles": tiles(run),
         "retrieval": retrieval_blocks(run),
+        "same_video": same_video_table(run),
         "retrieved": retrieved_sheet(run),
         "classified": classification_table(run),
         "confusions": confusions(run),

@@ -30,7 +30,8 @@ from cpr_fast.report.run_folder.outcome import verdict
 from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.sections.header import facts
 from cpr_fast.report.sections.sheets import clip
-from cpr_fast.report.unlabelled import Compared, videos_of
+from cpr_fast.report.unlabelled import Compared, same_video, videos_of
+from cpr_fast.wording import ordinal
 
 QUERIES, PAIRS, ODD = 8, 12, 6  # shown as film strips
 JUDGED = 48  # number of pairs, the most similar ones, whose files and frames are compared
@@ -39,8 +40,8 @@ SAME_PICTURES, ALIKE = 0.95, 0.85  # correlation of the frames of copies, and of
 LEVELS = {
     "high": "High: the checks below came out well above chance.",
     "moderate": "Moderate: the checks below came out above chance, but not for all videos. Look before you act on it.",
-    "low": "Low: the checks below came out near chance, or the videos hardly differ for the network. Treat "
-    "this page as a guess.",
+    "low": "Low: the checks below came out near chance or no better than with an untrained network, or the videos "
+    "hardly differ for the network. Treat this page as a guess.",
     "unknown": "Unknown: one view and one video per source leave nothing to check the neighbours against. Judge by the "
     "pictures.",
 }
@@ -71,6 +72,8 @@ def write_similar(run: Path, out: Path, compared: Compared) -> Path:
     loaded = Run(Path(run))
     features, found = compared.features, compared.found
     troubled = verdict(loaded)
+    results, same = same_video(loaded)
+    no_better = bool(results) and set(results.values()) == {"nothing"}
     closest = found.similarity[:, 0]
     closest = closest[~closest.isinf()]
     page = render(
@@ -78,8 +81,8 @@ def write_similar(run: Path, out: Path, compared: Compared) -> Path:
         run=loaded,
         facts=facts(loaded)[:2] + _facts(features, compared.total, compared.step),
         verdict=troubled,
-        level=LEVELS["low" if troubled else compared.level],
-        reasons=compared.reasons,
+        level=LEVELS["low" if troubled or no_better else compared.level],
+        reasons=[*([same] if same else []), *compared.reasons],
         similar=_similar(features, found),
         spread=histogram_figure(closest.tolist(), x="similarity", title="Similarity to the nearest video"),
         nearest=_table(features, found),
@@ -94,7 +97,13 @@ def write_similar(run: Path, out: Path, compared: Compared) -> Path:
 def _facts(features: StoredFeatures, videos: int, step: int) -> list[tuple[str, str]]:
     views = " and ".join(VIEW_NAMES[view] for view in features.streams)
     compared = f"{len(features.videos):,} of {videos:,}" if len(features.videos) < videos else f"{videos:,}"
-    why = f", every {step}th video" if step > 1 else ", those whose features are stored" if "of" in compared else ""
+    why = (
+        f", every {ordinal(step)} video"
+        if step > 1
+        else ", those whose features are stored"
+        if "of" in compared
+        else ""
+    )
     return [
         ("Videos", f"{compared}{why}"),
         ("Sources", f"{len({video.source for video in features.videos}):,}"),

@@ -1,5 +1,5 @@
-"""What can be said of a run whose videos have no labels: its loss against chance, its nearest neighbours, and the
-number of dimensions that its features use."""
+"""What can be said of a run whose videos have no labels: how it compares with the untrained network, its loss against
+chance, its nearest neighbours, and the number of dimensions that its features use."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ import torch
 
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
-from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
+from cpr_fast.evaluate.retrieval.names import VIEW_NAMES, percent, signed, signed_interval
 from cpr_fast.report.neighbours import Neighbours, confidence, find_neighbours
 from cpr_fast.report.run_folder.features import StoredFeatures, stored_features
 from cpr_fast.report.run_folder.run import VIEWS, Run
+from cpr_fast.wording import counted, listed
 
 MOST_VIDEOS = 20_000  # limit of videos compared with each other; of more videos, evenly spaced ones are used
+
+
+MEANINGS = {
+    "learnt": "better",
+    "unsure": "not certain to be better, because the interval includes 0",
+    "nothing": "not better",
+}
 
 
 @dataclass(frozen=True)
@@ -63,18 +71,55 @@ def compare_videos(run: Run, index: Path | None = None) -> Compared | None:
 
 
 def signs(run: Run, compared: Compared | None = None) -> list[str]:
-    """Returns the first lines of the report of a run without labels: a verdict, and what its loss, its nearest
-    neighbours and its features show. `compared` is what `compare_videos` returned, where it was called before."""
+    """Returns the first lines of the report of a run without labels: a verdict, and what the comparison with the
+    untrained network, its loss, its nearest neighbours and its features show.
+
+    Only the comparison with the untrained network shows that a run learnt: clips of a video have similar pictures, so a
+    loss below chance and sensible neighbours are also found with random weights. `compared` is what `compare_videos`
+    returned, where it was called before.
+    """
     below, loss = _loss(run)
     level, neighbours = _neighbours(run, compared)
-    if set(below) == {False} or level == "low":
+    results, same = same_video(run)
+    learnt = [VIEW_NAMES[view] for view, result in results.items() if result == "learnt"]
+    doubtful = set(below) == {False} or level == "low"
+    if learnt and not doubtful:
+        found = f"the signs below suggest that this run learnt ({listed(learnt)})"
+    elif not learnt and (doubtful or (results and set(results.values()) == {"nothing"})):
         found = "nothing below shows that this run learnt"
-    elif set(below) == {True} and level in ("moderate", "high"):
-        found = "the signs below suggest that this run learnt"
     else:
         found = "the signs below do not decide whether this run learnt"
     verdict = f"The videos have no labels, so retrieval cannot be measured; {found}."
-    return [verdict, *(text for text in (loss, neighbours, _rank(run)) if text)]
+    return [verdict, *(text for text in (same, loss, neighbours, _rank(run)) if text)]
+
+
+def same_video(run: Run) -> tuple[dict[str, str], str | None]:
+    """Returns whether each trained view finds clips of the same video more often than the untrained network, {view:
+    "learnt" | "unsure" | "nothing"}, and a sentence; see `cpr_fast.evaluate.retrieval.same_video`."""
+    results, parts = {}, []
+    before = {row["view"]: row for row in run.same_video if row["name"] == "untrained"}
+    for row in run.same_video:
+        if row["name"] != "trained" or row["view"] not in before:
+            continue
+        difference, bounds = row["difference"], row["difference_ci95"]
+        result = "nothing" if difference <= 0 else "learnt" if bounds and bounds[0] > 0 else "unsure"
+        results[row["view"]] = result
+        parts.append(
+            f"{VIEW_NAMES[row['view']]} {percent(row['r@1'])}, untrained {percent(before[row['view']]['r@1'])} "
+            f"(difference {signed(difference)} points, 95 % interval {signed_interval(bounds)}: {MEANINGS[result]})"
+        )
+    if parts:
+        count, chance = run.same_video[0]["videos"], percent(run.same_video[0]["chance_r@1"])
+        return (
+            results,
+            f"Nearest clip of the same video, {counted(count, 'video')}, chance {chance}: {'; '.join(parts)}.",
+        )
+    if not run.retrieval:
+        return {}, None
+    return {}, (
+        "Nearest clip of the same video: not compared with the untrained network, because too few videos hold two "
+        "clips, or an older version ran `cpr-fast retrieve`."
+    )
 
 
 def _loss(run: Run) -> tuple[list[bool | None], str | None]:

@@ -13,7 +13,7 @@ from cpr_fast.cli import COMMANDS, main
 from cpr_fast.commands.inputs import other_shards
 from cpr_fast.commands.output import after_evaluation, show, table
 from cpr_fast.evaluate.retrieval.names import interval, percent, signed, signed_interval
-from cpr_fast.wording import counted, printable
+from cpr_fast.wording import counted, ordinal, printable
 
 STRANGE = os.fsdecode(b"caf\xe9.mp4")  # encoded as Latin-1, so that the decoded name contains a surrogate
 
@@ -43,6 +43,11 @@ def test_rates_and_differences_are_written_in_percent(value, rate, difference):
     assert signed_interval(bounds) == ("–" if value is None else f"{difference} to +100.0")
 
 
+def test_ordinal_numbers_have_their_ending():
+    expected = "1st 2nd 3rd 4th 10th 11th 12th 13th 21st 22nd 101st 111th 112th"
+    assert " ".join(map(ordinal, (1, 2, 3, 4, 10, 11, 12, 13, 21, 22, 101, 111, 112))) == expected
+
+
 def test_names_that_are_not_unicode_can_be_printed(capsys):
     assert printable(STRANGE) == r"caf\udce9.mp4"
     assert printable("Vidéo 視頻.mp4") == "Vidéo 視頻.mp4"
@@ -58,6 +63,14 @@ def test_names_that_are_not_unicode_can_be_printed(capsys):
     ]
     show({"path": STRANGE}, True, lines=["not printed"], next_step="not printed")
     assert json.loads(capsys.readouterr().out) == {"path": STRANGE}
+
+
+@pytest.mark.parametrize("nested", [[{"view": "rgb"}], {"rgb": {"map": 0.5}}, {"rgb": [1, 2]}, ([1],)])
+def test_nested_values_are_never_printed_as_python_code(nested, capsys):
+    with pytest.raises(TypeError, match="expected lines"):
+        show({"path": "a", "rows": nested}, False, next_step="b")
+    show({"rows": nested}, True, next_step="b")  # JSON may be nested
+    assert json.loads(capsys.readouterr().out)["rows"]
 
 
 @pytest.mark.parametrize(

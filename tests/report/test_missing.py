@@ -82,7 +82,7 @@ def test_retrieval_without_labels_says_so(tmp_path, index):
     for row in rows[:-1]:
         row |= dict.fromkeys(("r@1", "r@5", "r@10", "r@20", "r@50", "r@1_ci95", "chance_r@1"))
     text = text_of(write_report([write_run(tmp_path / "run", [start_row(index), *rows])], tmp_path / "r.html"))
-    assert "R@k and mAP need labels, which these videos do not have, so no rate can be measured" in text
+    assert "R@k and mAP need labels, which these videos do not have. The comparison with the untrained" in text
     assert "Network View mAP" not in text  # a table without a number
 
 
@@ -140,21 +140,59 @@ def test_the_first_line_without_labels_compares_the_loss_with_chance(tmp_path, i
     assert f"RGB {loss:.3f} (chance 4.500) – {said}" in text_of(write_report([run], tmp_path / "r.html"))
 
 
+def same_video_rows(**differences: tuple[float, float]) -> list[dict]:
+    """Rows of `retrieve` for views whose trained network is better by a difference, and its interval begins at low."""
+    rows = []
+    for view, (difference, low) in differences.items():
+        common = {"kind": "same_video", "recipe": "paper", "view": view, "chance_r@1": 0.05, "videos": 20}
+        rows.append(common | {"name": "untrained", "r@1": 0.4, "r@1_ci95": [0.3, 0.5]})
+        better = {"difference": difference, "difference_ci95": [low, difference + 0.1]}
+        rows.append(common | {"name": "trained", "r@1": 0.4 + difference, "r@1_ci95": [0.3, 0.6]} | better)
+    return rows
+
+
 @pytest.mark.parametrize(
-    ("loss", "level", "said"),
+    ("loss", "level", "views", "said"),
     [
-        (2.0, "high", "the signs below suggest that this run learnt"),
-        (2.0, "moderate", "the signs below suggest that this run learnt"),
-        (2.0, "low", "nothing below shows that this run learnt"),
-        (4.5, "high", "nothing below shows that this run learnt"),
-        (2.0, "unknown", "the signs below do not decide"),
-        (None, "high", "the signs below do not decide"),
+        (2.0, "high", {"rgb": (0.2, 0.1)}, "the signs below suggest that this run learnt (RGB)"),
+        (2.0, "moderate", {"rgb": (0.2, 0.1), "flow": (0.0, -0.1)}, "suggest that this run learnt (RGB)"),
+        (2.0, "unknown", {"rgb": (0.2, 0.1), "flow": (0.1, 0.02)}, "suggest that this run learnt (RGB and Flow)"),
+        (None, "high", {"rgb": (0.2, 0.1)}, "suggest that this run learnt (RGB)"),
+        (2.0, "high", {"rgb": (0.2, -0.1)}, "the signs below do not decide"),
+        (2.0, "high", {"rgb": (0.0, -0.1), "flow": (-0.1, -0.2)}, "nothing below shows that this run learnt"),
+        (2.0, "high", {}, "the signs below do not decide"),  # random weights give such a loss and such neighbours, too
+        (2.0, "low", {"rgb": (0.2, 0.1)}, "the signs below do not decide"),  # they contradict each other
+        (4.5, "high", {"rgb": (0.2, 0.1)}, "the signs below do not decide"),
+        (2.0, "low", {"rgb": (0.2, -0.1)}, "nothing below shows that this run learnt"),
+        (2.0, "low", {}, "nothing below shows that this run learnt"),
+        (4.5, "high", {}, "nothing below shows that this run learnt"),
+        (2.0, "unknown", {}, "the signs below do not decide"),
+        (None, "high", {}, "the signs below do not decide"),
     ],
 )
-def test_the_verdict_without_labels(tmp_path, index, monkeypatch, loss, level, said):
+def test_the_verdict_without_labels(tmp_path, index, monkeypatch, loss, level, views, said):
     found = SimpleNamespace(level=level, reasons=["A reason."])
     monkeypatch.setattr(unlabelled, "compare_videos", lambda run: found)
     rows = [row | {"loss": loss} if row["kind"] == "epoch" else row for row in training_rows()]
-    run = Run(write_run(tmp_path / "run", [start_row(index), *rows]))
-    lines = unlabelled.signs(run)
+    retrieval = [row | {"r@1": None, "map": None} for row in retrieval_rows(index)]
+    rows = [start_row(index), *rows, *retrieval, *same_video_rows(**views)]
+    lines = unlabelled.signs(Run(write_run(tmp_path / "run", rows)))
     assert said in lines[0] and f"Nearest neighbours, confidence {level}: A reason." in lines
+    if views:
+        difference = views["rgb"][0]
+        expected = f"RGB {40 + 100 * difference:.1f} %, untrained 40.0 % (difference {100 * difference:+.1f} points"
+        assert lines[1].startswith("Nearest clip of the same video, 20 videos, chance 5.0 %: ") and expected in lines[1]
+    else:
+        assert "not compared with the untrained network, because" in lines[1]
+
+
+def test_the_page_without_labels_has_the_comparison_with_the_untrained_network(tmp_path, index):
+    bare = unlabelled_index(tmp_path / "bare", index)
+    missing = dict.fromkeys(("r@1", "r@1_ci95", "map", "map_ci95", "chance_r@1"))
+    retrieval = [row | missing for row in retrieval_rows(index) if row.get("name") == "trained"]
+    for number, rows in enumerate([same_video_rows(rgb=(0.2, 0.1)), []]):
+        run = write_run(tmp_path / f"run{number}", [start_row(bare), *training_rows(), *retrieval, *rows])
+        text = text_of(write_report([run], tmp_path / "r.html"))
+        assert ("Untrained network RGB 40.0 30.0 – 50.0" in text) == bool(rows)
+        assert ("Trained RGB 60.0 30.0 – 60.0 +20.0 +10.0 to +30.0" in text) == bool(rows)
+        assert ("that needs no labels was not made: too few videos hold two clips" in text) != bool(rows)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_files
 from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
 from cpr_fast.commands.output import after_evaluation, left_out_of_map, show_once, table
-from cpr_fast.evaluate.retrieval.names import MODEL_NAMES, VIEW_NAMES, interval, percent
+from cpr_fast.evaluate.retrieval.names import MODEL_NAMES, VIEW_NAMES, interval, percent, signed, signed_interval
 
 RANKS = (1, 5, 10, 20, 50)
 
@@ -77,12 +77,31 @@ def lines_of(result: dict[str, Any]) -> list[str]:
     header = ["Network · view, in %", "mAP", over, "R@1", over, *(f"R@{k}" for k in RANKS[1:])]
     if all(row["r@1"] is None and row["chance_r@1"] is None for row in rows):
         said = "The index has no labels, so R@k and mAP cannot be measured; the report shows which videos are similar."
-        lines = [title, "", said]
+        lines = [title, "", said, *_same_video(result.get("same_video") or [])]
     else:
         lines = [title, *about, "", table(header, body), "", *_notes(rows)]
     if result.get("leakage"):
         lines += ["", f"note: {result['leakage']}"]
     return [*lines, "", f"all figures: {result['file']}"]
+
+
+def _same_video(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns the table of the comparison with the untrained network that needs no labels, see `same_video_rates`."""
+    if not rows:
+        return ["Too few videos hold two clips to compare the network with an untrained one without labels."]
+    body = [
+        [f"{MODEL_NAMES[row['name']]} · {VIEW_NAMES[row['view']]}", percent(row["r@1"], ""), interval(row["r@1_ci95"]),
+         signed(row.get("difference")), signed_interval(row.get("difference_ci95"))]
+        for row in rows
+    ]  # fmt: skip
+    header = ["Network · view", "same video, %", "95 % interval", "minus untrained, points", "95 % interval"]
+    return [
+        "",
+        f"How often the clip nearest to the first clip of a video is the last clip of the same video, of "
+        f"{rows[0]['videos']} videos:",
+        table(header, body),
+        f"chance {percent(rows[0]['chance_r@1'])}; the interval of a view that learnt lies above 0",
+    ]
 
 
 def _compared(row: dict[str, Any], protocol: str, recipe: str) -> list[str]:

@@ -1,22 +1,45 @@
-"""Nearest-neighbour baselines without learning, from pixels and from raw motion.
+"""What a trained network is compared with: the same network untrained, and baselines from pixels and raw motion.
 
-They use the same decoded windows as the network and the same retrieval. Each is the strongest simple version of its
-kind, because a weak baseline would make the method look better than it is.
+They use the same decoded windows as the network and the same retrieval. Each baseline is the strongest simple version
+of its kind, because a weak baseline would make the method look better than it is.
 
 Letters: N windows, T frames, H x W pixels.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpr_fast.config import Config
 from cpr_fast.config.pixels import IMAGENET_MEAN, IMAGENET_STD
-from cpr_fast.evaluate.features.embedding import Embedding
+from cpr_fast.data.index.index import Index
+from cpr_fast.evaluate.features.embedding import Embedding, calibrate_batch_norm
+from cpr_fast.models import Encoder, build_encoder
 
 ZERO_FLOW = 128 / 255  # the grey level of zero motion
 THUMBNAIL = 16  # height and width of the single frame, pixels
+CALIBRATION_VIDEOS = 32  # evenly spaced in the index, so that all classes occur
+CALIBRATION_WINDOWS = 8  # per video, evenly spaced; all windows of long videos would take longer than the evaluation
+
+
+def calibration_videos(index: Index) -> Index:
+    """Returns the videos that the untrained network's BatchNorm statistics are computed from."""
+    return Index(index[i] for i in range(0, len(index), math.ceil(len(index) / CALIBRATION_VIDEOS)))
+
+
+def untrained_twins(configs: Mapping[str, Config], loader: Iterable, seed: int, device: str) -> dict[str, Encoder]:
+    """Returns randomly initialised encoders in eval mode, with BatchNorm statistics computed from the loader's
+    windows."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoders = {view: build_encoder(config.model).to(device).eval() for view, config in configs.items()}
+    calibrate_batch_norm(encoders, loader)
+    return encoders
 
 
 def single_frame(clips: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ The `protocol` decides which videos are compared:
         without a usable split.
         Only queries whose class occurs in another source are counted.
     "auto": "train_test" if every index has both splits, else "leave_source_out".
-Without labels neither can be measured, but the features and the neighbours of some queries are stored.
+Without labels neither can be measured: the features and the neighbours of some queries are stored, and `same_video`
+compares the network with the untrained one.
 The `recipe` ("paper", "coclr" or "iic") decides how a video becomes a feature, see `cpr_fast.evaluate.features.recipe`.
 """
 
@@ -14,11 +15,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,25 +27,26 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cpr_fast.config import Config, DataConfig
+from cpr_fast.config import DataConfig
 from cpr_fast.data.clips.loader import WindowLoader
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, weights_digest
-from cpr_fast.evaluate.features.embedding import Embedding, calibrate_batch_norm, encoder_embeddings
+from cpr_fast.evaluate.features.embedding import Embedding, encoder_embeddings
 from cpr_fast.evaluate.features.pretrained import Pretrained, load_pretrained
 from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints, write_result
 from cpr_fast.evaluate.features.windows import count_windows, open_windows
-from cpr_fast.evaluate.retrieval.baselines import BASELINES
+from cpr_fast.evaluate.retrieval.baselines import BASELINES, CALIBRATION_WINDOWS, calibration_videos, untrained_twins
 from cpr_fast.evaluate.retrieval.queries import QueryScores, joined, query_scores
 from cpr_fast.evaluate.retrieval.ranking import NO_HIT, RANKS, Comparison, Ranking, compared, prepare_streams, rates
-from cpr_fast.models import Encoder, build_encoder
+from cpr_fast.evaluate.retrieval.same_video import same_video_rates, videos_with_two_clips
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.metrics import MetricsWriter
+from cpr_fast.runtime.progress import track
 
 Protocol = Literal["auto", "train_test", "leave_source_out"]
-CALIBRATION_VIDEOS = 32  # evenly spaced in the index, so that all classes occur
+MANY_WINDOWS = 10  # windows per video from which fewer are suggested
 EXAMPLES, NEAREST = 8, 5  # queries shown in the report, and neighbours of each
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def retrieve(
     progress: bool = False,
 ) -> dict[str, Any]:
     """Measures R@k and mAP of a checkpoint, of the same network untrained, and of the pixel baselines, on the same
-    windows. Without labels only the features of the checkpoint are computed.
+    windows. Without labels `same_video_rates` compares the checkpoint with the untrained network instead.
 
     Under `torchrun` the processes share the videos.
 
@@ -82,7 +83,7 @@ def retrieve(
         `summary` (a row per name and view: means over splits, standard deviations `r@1_std` etc., n - 1, and `splits`),
         and `results`: a row per index, name (trained, untrained, single_frame, mean_colour, mean_flow) and view with
         the entries of `rates`. Rates are fractions. The summary is also written to the run's metrics. `queries_file`
-        holds the measures of every query, see `QueryScores`; None without labels.
+        holds the measures of every query, see `QueryScores`; None without labels. `same_video`: see `_embeddings`.
     """
     if not (paths := [indexes] if isinstance(indexes, str | Path) else list(indexes)):
         raise InputError("--index: expected at least one index, got none")
@@ -96,7 +97,7 @@ def retrieve(
     open_loader = partial(
         open_windows, data=pretrained.data, views=list(pretrained.encoders), recipe=how, device=device
     )
-    embeddings = _embeddings(
+    embeddings, same_video = _embeddings(
         pretrained, how, splits, protocol, open_loader, untrained_seed, device, cache=cache,
         progress=progress and world.is_main,
     )  # fmt: skip
@@ -107,9 +108,9 @@ def retrieve(
     name = f"retrieval-{how.name}-{digest(json.dumps([pretrained.name, [*map(str, paths)], protocol, repr(how)]))[:8]}"
     result = _result(found, paths, {"protocol": protocol, "recipe": how.name})
     queries_file = _save_scores([each.scores for each in found], pretrained.evaluations / f"{name}.npz")
-    _write_metrics(run_dir if world.is_main else None, result["summary"], found[0].examples, queries_file)
-    result |= {"leakage": how.leakage, "checkpoint": pretrained.name}
-    result |= {"queries_file": queries_file and str(queries_file)}
+    _write_metrics(run_dir if world.is_main else None, result["summary"], found[0].examples, same_video, queries_file)
+    result |= {"leakage": how.leakage, "checkpoint": pretrained.name, "same_video": same_video,
+               "queries_file": queries_file and str(queries_file)}  # fmt: skip
     return result | {"file": str(write_result(pretrained.evaluations, name, result))}
 
 
@@ -142,56 +143,64 @@ def _headline(summary: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _announce(
-    splits: Sequence[Index], protocol: Protocol, data: DataConfig, how: Recipe, embeddings: Mapping[str, Embedding],
-    labelled: bool,
-) -> None:  # fmt: skip
-    """Logs the number of videos and windows of every split, and the networks, before the work starts."""
-    names = ", ".join(dict.fromkeys(name.split("/")[0].replace("_", " ") for name in embeddings))
+    splits: Sequence[Index], protocol: Protocol, data: DataConfig, how: Recipe, labelled: bool, pairs: int
+) -> None:
+    """Logs the number of videos and windows of every split, and the comparisons, before the work starts."""
     for index in splits:
         parts = dict(zip(("gallery", "queries"), _split(index, protocol), strict=True))
         if protocol == "leave_source_out":
             parts = {"gallery and queries": index}
+        windows = {name: count_windows(part, data, how) for name, part in parts.items()}
         said = " and ".join(
-            f"{len(part):,} videos in {count_windows(part, data, how):,} windows ({name})"
-            for name, part in parts.items()
+            f"{len(part):,} videos in {windows[name]:,} windows ({name})" for name, part in parts.items()
         )
-        log.info("retrieval, protocol %s: %s; compared: %s", protocol, said, names)
-    if not labelled:
-        log.info("no query has a label: R@k cannot be measured, so the references (untrained network, pixel baselines) "
-                 "are left out")  # fmt: skip
+        log.info("retrieval, protocol %s: %s", protocol, said)
+        if sum(windows.values()) > MANY_WINDOWS * sum(map(len, parts.values())):
+            log.info("  every window is used, as published; `--clips 5` takes 5 of each video, which is faster")
+    if labelled:
+        log.info("  compared with the untrained network, whose BatchNorm is computed first, and with pixel baselines")
+    else:
+        other = (f"how often the nearest clip is of the same video is compared with the untrained network instead, on "
+                 f"{pairs:,} videos") if pairs > 1 else (
+            "nothing is compared with the untrained network, because fewer than two videos hold two clips")  # fmt: skip
+        log.info("  no query has a label: R@k cannot be measured; %s", other)
 
 
 def _embeddings(
     pretrained: Pretrained, how: Recipe, splits: Sequence[Index], protocol: Protocol,
-    open_loader: Callable[[Index], WindowLoader], seed: int, device: str, *, cache: bool, progress: bool,
-) -> dict[str, Embedding]:  # fmt: skip
-    """Returns the embeddings to compare: the trained encoders and, if any query has a label, the references."""
+    open_loader: Callable[..., WindowLoader], seed: int, device: str, *, cache: bool, progress: bool,
+) -> tuple[dict[str, Embedding], list[dict[str, Any]]]:  # fmt: skip
+    """Returns the embeddings to compare: the trained encoders and, if any query has a label, the references. Without
+    labels also returns the rows of `same_video_rates`, which compares these with the references."""
     keys = {view: weights_digest(encoder) if cache else "" for view, encoder in pretrained.encoders.items()}
-    embeddings = encoder_embeddings("trained", pretrained.encoders, how, keys)
+    trained = encoder_embeddings("trained", pretrained.encoders, how, keys)
     labelled = any((_split(index, protocol)[1].labels >= 0).any() for index in splits)
-    if labelled:  # one gallery calibrates the untrained network for all splits, so that they can share its features
-        gallery = _split(splits[0], protocol)[0]
-        embeddings |= _references(pretrained, how, gallery, open_loader, seed, device, cache=cache)
+    pairs = videos_with_two_clips(splits[0], pretrained.data)
     if progress:
-        _announce(splits, protocol, pretrained.data, how, embeddings, labelled)
-    return embeddings
+        _announce(splits, protocol, pretrained.data, how, labelled, len(pairs))
+    if not labelled and len(pairs) < 2:
+        return trained, []
+    # One gallery calibrates the untrained network for all splits, so that they can share its features.
+    gallery = _split(splits[0], protocol)[0]
+    references = _references(pretrained, how, gallery, open_loader, seed, device, cache=cache, progress=progress)
+    if labelled:
+        return trained | references, []
+    open_pairs = partial(open_loader, recipe=replace(how, clips_per_video=2, crops=1))
+    same = distributed.from_main(lambda: same_video_rates(pairs, trained | references, open_pairs, progress=progress))
+    return trained, same
 
 
 def _references(
-    pretrained: Pretrained,
-    how: Recipe,
-    gallery: Index,
-    open_loader: Callable[[Index], WindowLoader],
-    seed: int,
-    device: str,
-    *,
-    cache: bool,
-) -> dict[str, Embedding]:
-    """Returns what the trained encoders are compared with: the same encoders untrained, and the baselines. Only R@k is
-    read from them, so they are of no use without labels."""
-    spread = Index(gallery[i] for i in range(0, len(gallery), math.ceil(len(gallery) / CALIBRATION_VIDEOS)))
-    with closing(open_loader(spread)) as loader:
-        untrained = _untrained_twins(pretrained.configs, loader, seed, device)
+    pretrained: Pretrained, how: Recipe, gallery: Index, open_loader: Callable[..., WindowLoader], seed: int,
+    device: str, *, cache: bool, progress: bool,
+) -> dict[str, Embedding]:  # fmt: skip
+    """Returns what the trained encoders are compared with: the same encoders untrained, and the baselines."""
+    spread = calibration_videos(gallery)
+    few = replace(how, clips_per_video=min(how.clips_per_video or CALIBRATION_WINDOWS, CALIBRATION_WINDOWS))
+    many = count_windows(spread, pretrained.data, how) > count_windows(spread, pretrained.data, few)
+    with closing(open_loader(spread, recipe=few) if many else open_loader(spread)) as loader:
+        batches = track(loader, "untrained network", total=len(loader), unit="batches", progress=progress)
+        untrained = untrained_twins(pretrained.configs, batches, seed, device)
     keys = {view: weights_digest(encoder) if cache else "" for view, encoder in untrained.items()}
     embeddings = encoder_embeddings("untrained", untrained, how, keys)
     return embeddings | {name: item for name, item in BASELINES.items() if item.view in pretrained.encoders}
@@ -201,6 +210,7 @@ def _write_metrics(
     run_dir: str | Path | None,
     summary: list[dict[str, Any]],
     examples: list[dict[str, Any]],
+    same_video: list[dict[str, Any]],
     queries_file: Path | None,
 ) -> None:
     if run_dir is None:
@@ -212,6 +222,8 @@ def _write_metrics(
             writer.write({"kind": "retrieval", **row, "queries_file": place})
         for row in examples:
             writer.write({"kind": "retrieved", **row})
+        for row in same_video:
+            writer.write({"kind": "same_video", "recipe": summary[0]["recipe"], **row})
 
 
 def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -233,16 +245,6 @@ def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             line |= {key: round(mean(row[key] for row in same)) for key in ("gallery", "queries")}
         summary.append(line)
     return summary
-
-
-def _untrained_twins(configs: Mapping[str, Config], loader: WindowLoader, seed: int, device: str) -> dict[str, Encoder]:
-    """Returns randomly initialised encoders in eval mode, with BatchNorm statistics computed from the loader's
-    windows."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        encoders = {view: build_encoder(config.model).to(device).eval() for view, config in configs.items()}
-    calibrate_batch_norm(encoders, loader)
-    return encoders
 
 
 def evaluate(

@@ -67,6 +67,10 @@ class Run:
         self.evaluations = _grouped(latest.values(), ("protocol", "recipe"))  # the paper's recipe first
         self.retrieval = self.evaluations[0] if self.evaluations else []
         self.retrieved = list({row["query"]["path"]: row for row in rows if row["kind"] == "retrieved"}.values())
+        same_video = [row for row in rows if row["kind"] == "same_video"]
+        newest = {(row["recipe"], row["name"], row["view"]): row for row in same_video}
+        recipe = self.retrieval[0]["recipe"] if self.retrieval else None
+        self.same_video = [row for row in newest.values() if row["recipe"] == recipe]
         same = ("task", "recipe", "index", "split", "seed", "view", "crops")
         classified = [row for row in rows if row["kind"] == "classification"]
         self.classified = list({tuple(row[key] for key in same): row for row in classified}.values())

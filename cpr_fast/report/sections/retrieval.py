@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES
+from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES, interval, signed, signed_interval
 from cpr_fast.evaluate.retrieval.ranking import TOGETHER
 from cpr_fast.report.figures.bars import Bar, bar_figure
 from cpr_fast.report.figures.chart import Chart
@@ -39,6 +39,27 @@ def retrieval_blocks(run: Run) -> list[dict[str, Any]]:
         }
         for rows in run.evaluations
     ]
+
+
+def same_video_table(run: Run) -> Table | None:
+    """Returns the comparison with the untrained network that needs no labels; None where it was not made."""
+    if not run.same_video:
+        return None
+    columns = [
+        Column("Network"),
+        Column("View"),
+        Column("Same video, %", "rate", "", "the nearest clip is of the same video"),
+        Column("95 % interval"),
+        Column("Minus untrained, points"),
+        Column("95 % interval of the difference"),
+    ]
+    cells = [
+        (MODEL_NAMES[row["name"]], VIEW_NAMES[row["view"]], row["r@1"], interval(row["r@1_ci95"]),
+         signed(row.get("difference")), signed_interval(row.get("difference_ci95")))
+        for row in run.same_video
+    ]  # fmt: skip
+    ours = [place for place, row in enumerate(run.same_video) if row["name"] == "trained"]
+    return Table("Nearest clip of the same video", columns, cells, ours)
 
 
 def _views_note(rows: Sequence[dict[str, Any]]) -> str:

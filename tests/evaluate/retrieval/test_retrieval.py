@@ -262,25 +262,37 @@ def test_untrained_batch_norm_takes_the_statistics_of_the_data_and_keeps_the_wei
     assert embedding.function(next(iter(loader)).clips["rgb"]).shape == (5, 16)
 
 
-def _assert_no_references_without_labels(checkpoint, index_csv, folder, caplog):
-    """Only R@k is read from the untrained network and the baselines: without labels they are not computed. The number
-    of videos, windows and batches is told first."""
+def _assert_comparison_without_labels(checkpoint, index_csv, folder, caplog):
+    """Without labels the features of the references are not stored, because only R@k is read from them; the networks
+    are compared by their clips of the same video, where videos hold two. What will be done is told first."""
     from cpr_fast.evaluate.retrieval.retrieve import retrieve
+    from cpr_fast.runtime.metrics import read_metrics
 
     bare = Index([dataclasses.replace(video, label="") for video in Index.load(index_csv)])
     bare.save(folder / "bare.csv")
     with caplog.at_level("INFO"):
-        result = retrieve(checkpoint, folder / "bare.csv", protocol="auto", cache=False, device="cpu", progress=True)
+        result = retrieve(checkpoint, folder / "bare.csv", protocol="auto", run_dir=folder / "bare", cache=False,
+                          device="cpu", progress=True)  # fmt: skip
     assert [row["name"] for row in result["results"]] == ["trained"] and result["r@1"] is None
     sizes = {name: len(Index.load(index_csv).select(name)) for name in ("train", "test")}
-    windows = {"train": 2 * sizes["train"], "test": 2 * sizes["test"]}  # 12 frames: windows of 8 start at 0 and 3
+    windows = {name: 5 * size for name, size in sizes.items()}  # 20 frames: windows of 8 start at 0, 3, 6, 9 and 12
     assert caplog.messages[0] == (
         f"retrieval, protocol train_test: {sizes['train']} videos in {windows['train']} windows (gallery) and "
-        f"{sizes['test']} videos in {windows['test']} windows (queries); compared: trained"
+        f"{sizes['test']} videos in {windows['test']} windows (queries)"
     )
-    assert caplog.messages[1].startswith("no query has a label: R@k cannot be measured, so the references")
+    assert caplog.messages[1].endswith(f"compared with the untrained network instead, on {len(bare)} videos")
     batches = -(-windows["train"] // DataConfig().batch_size)
-    assert caplog.messages[2] == (f"gallery: {sizes['train']} videos in {windows['train']} windows, {batches} batches")
+    assert f"gallery: {sizes['train']} videos in {windows['train']} windows, {batches} batches" in caplog.messages
+    names = ["trained", "untrained", "single_frame", "mean_colour"]
+    assert [row["name"] for row in result["same_video"]] == names
+    stored = [row for row in read_metrics(folder / "bare") if row["kind"] == "same_video"]
+    assert [row["r@1"] for row in stored] == [row["r@1"] for row in result["same_video"]]
+    printed = "\n".join(lines_of(result))
+    assert "R@k and mAP cannot be measured" in printed and re.search(r"\nTrained · RGB +\d+\.\d ", printed)
+    short = Index([dataclasses.replace(video, num_frames=12) for video in bare])
+    short.save(folder / "short.csv")
+    result = retrieve(checkpoint, folder / "short.csv", protocol="auto", cache=False, device="cpu")
+    assert result["same_video"] == [] and "Too few videos hold two clips" in "\n".join(lines_of(result))
 
 
 def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path, caplog):
@@ -292,7 +304,7 @@ def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path, caplog):
     from cpr_fast.runtime.metrics import read_metrics
     from cpr_fast.weights.checkpoint import save_checkpoint
 
-    index_csv = write_synthetic(tmp_path / "data", classes=4, videos=2, frames=12, width=64, height=48)
+    index_csv = write_synthetic(tmp_path / "data", classes=4, videos=2, frames=20, width=64, height=48)
     config = Config.from_dict({"data": {"frames": 8, "size": 32, "workers": 1}, "model": {"width": 0.0625}})
     encoder = build_encoder(config.model)
     path = save_checkpoint(
@@ -310,7 +322,7 @@ def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path, caplog):
     assert {k: fresh[k] for k in ("r@1", "r@5", "map")} == {k: result[k] for k in ("r@1", "r@5", "map")}
     iic = retrieve(path, index_csv, device="cpu", recipe="iic", clips_per_video=2)
     assert iic["recipe"] == "iic" and len(iic["results"]) == len(result["results"])
-    _assert_no_references_without_labels(path, index_csv, tmp_path, caplog)
+    _assert_comparison_without_labels(path, index_csv, tmp_path, caplog)
     index = Index.load(index_csv)
     names = ["trained", "untrained", "single_frame", "mean_colour"]
     assert [row["name"] for row in result["results"]] == names

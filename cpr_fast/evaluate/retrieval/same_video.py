@@ -1,0 +1,103 @@
+"""A comparison with the untrained network that needs no labels: is the nearest clip one of the same video?
+
+The first and the last clip of a video have no frame in common. The first clip of each video searches among the last
+clips of all videos, and finds the right one if it is of its own video. InfoNCE trains a network to do this, so a
+network that does it no better than the same network with random weights is not shown to have learnt anything. The
+reverse does not hold: clips of a video also share their scenery, so a high rate does not show that actions are told
+apart, which only labels can show.
+
+Letters: M videos, F feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpr_fast.config import DataConfig
+from cpr_fast.data.index.index import Index
+from cpr_fast.evaluate.features.embedding import Embedding
+from cpr_fast.evaluate.features.intervals import source_interval
+from cpr_fast.evaluate.retrieval.paired import paired_difference
+from cpr_fast.evaluate.retrieval.ranking import Comparison, compared, first_and_precision, prepare_streams
+from cpr_fast.runtime.progress import track
+
+if TYPE_CHECKING:
+    from cpr_fast.data.clips.loader import WindowLoader
+
+MOST_VIDEOS = 256  # evenly spaced in the index: the interval of a rate is then within about 6 points
+
+
+def videos_with_two_clips(index: Index, data: DataConfig) -> Index:
+    """Returns at most MOST_VIDEOS videos, evenly spaced, whose first and last clip have no frame in common."""
+    long = [video for video in index if video.shared_frames(data) >= 2 * data.frames * data.stride]
+    return Index(long[:: max(1, -(-len(long) // MOST_VIDEOS))])
+
+
+def same_video_rates(
+    videos: Index,
+    embeddings: Mapping[str, Embedding],
+    open_pairs: Callable[[Index], WindowLoader],
+    *,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Measures how often the nearest clip is of the same video. Other videos of the query's source are left out.
+
+    Args:
+        videos: See `videos_with_two_clips`.
+        embeddings: "trained/view", and "untrained/view" or baselines.
+        open_pairs: Opens a loader of two windows per video, the first and the last.
+    Returns:
+        A row for each network and view, and two views together: `name`, `view`, `r@1` (a fraction of the videos),
+        `r@1_ci95` (bootstrap over sources), `chance_r@1`, `videos`; for the trained network also `difference` from the
+        untrained one, and its `difference_ci95` (paired bootstrap over sources). No row if fewer than two sources could
+        be read.
+    """
+    features, kept = _pairs(videos, embeddings, open_pairs, progress)
+    sources = torch.from_numpy(videos.source_ids)[kept]
+    if len(sources.unique()) < 2:
+        return []
+    own = torch.eye(len(kept), dtype=torch.bool)
+    siblings = (sources[:, None] == sources) & ~own
+    chance = (1 / (~siblings).sum(1).double()).mean().item()
+    hits: dict[str, Tensor] = {}
+    for name, streams in compared(embeddings).items():
+        metric = embeddings[streams[0]].metric
+        pairs = prepare_streams(*([features[s][:, end] for s in streams] for end in (0, 1)), metric)
+        similarity = Comparison(pairs, metric).similarity(torch.arange(len(kept))).masked_fill(siblings, -torch.inf)
+        hits[name] = (first_and_precision(similarity, own)[0] == 0).double()
+    rows = []
+    for name, found in hits.items():
+        model, view = name.split("/")
+        row = {"name": model, "view": view, "r@1": found.mean().item(), "r@1_ci95": source_interval(found, sources)}
+        rows.append(row | {"chance_r@1": chance, "videos": len(kept)})
+        if model == "trained" and (before := hits.get(f"untrained/{view}")) is not None:
+            paired = paired_difference(found, before, sources)
+            rows[-1] |= {"difference": paired["difference"], "difference_ci95": paired["ci95"]}
+    return rows
+
+
+def _pairs(
+    videos: Index, embeddings: Mapping[str, Embedding], open_pairs: Callable[[Index], WindowLoader], progress: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Returns the features of both clips of every readable video, {name: [M, 2, F]}, and its positions [M] int64."""
+    found: dict[str, list[Tensor]] = {name: [] for name in embeddings}
+    owners = []
+    with torch.inference_mode(), closing(open_pairs(videos)) as loader:
+        for batch in track(loader, "two clips of a video", total=len(loader), unit="batches", progress=progress):
+            owners.append(batch.video.cpu())
+            for name, embedding in embeddings.items():
+                features = embedding.function(batch.clips[embedding.view]).flatten(1).float()
+                found[name].append((F.normalize(features, dim=1) if embedding.metric == "cosine" else features).cpu())
+    owner = torch.cat(owners) if owners else torch.zeros(0, dtype=torch.int64)
+    order = owner.argsort(stable=True)  # the clips of a video come in their order in time
+    kept = (torch.bincount(owner, minlength=len(videos)) == 2).nonzero()[:, 0]
+    order = order[torch.isin(owner[order], kept)]
+    if not len(kept):
+        return {}, kept
+    return {name: torch.cat(parts)[order].unflatten(0, (len(kept), 2)) for name, parts in found.items()}, kept
