@@ -129,9 +129,16 @@ def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> list[tuple
     texts = []
     first, last = summary["loss_first"], summary["loss_last"]
     enough = sum(not row.get("random_negatives") for row in comparable(epochs)) >= ENOUGH_EPOCHS
+    chance = summary["loss_chance"]
     if enough and last >= first:
-        texts.append(("the loss did not fall", f"{first:.3f} in its first comparable epoch, {last:.3f} in its last"))
-    if (chance := summary["loss_chance"]) is not None and last >= chance:
+        text = "the loss did not fall"
+        if chance is not None and last < chance:
+            text += (
+                ", but it is below chance; it can rise in a short cycle, because old keys of a network that changes "
+                "fast are easy negatives, so judge by `cpr-fast retrieve`"
+            )
+        texts.append((text, f"{first:.3f} in its first comparable epoch, {last:.3f} in its last"))
+    if chance is not None and last >= chance:
         figures = f"{last:.3f}, chance {chance:.3f}"
         texts.append(
             ("the loss of the last epoch is not below chance, its value if all candidates are equally similar", figures)

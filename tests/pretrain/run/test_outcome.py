@@ -142,6 +142,16 @@ def test_a_doubt_is_told_once_with_the_cycles_and_figures_it_concerns():
     ]
 
 
+@pytest.mark.parametrize(("last", "below"), [(2.2, True), (4.5, False)])
+def test_a_loss_that_rose_but_is_below_chance_is_no_proof(last, below):
+    """The older keys of a network that changes fast are easy negatives, so the loss of the first epochs is low."""
+    rows = [{"kind": "epoch", "cycle": 0, "epoch": e, "loss": loss, "pmr": None, "loss_chance": 4.29}
+            for e, loss in enumerate([2.0, 2.1, last])]  # fmt: skip
+    text = outcome(rows, settings("run", schedule={"cycles": [RGB]}), 6, 18, [])["warnings"]
+    assert "the loss did not fall" in text[0] and (", but it is below chance; " in text[0]) == below
+    assert any("is not below chance" in sentence for sentence in text) != below
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize(("last", "doubted"), [(3.4, False), (4.5, True), (4.6, True)])
 def test_a_last_loss_that_is_not_below_chance_is_doubted_whatever_the_number_of_epochs(tmp_path, count, last, doubted):
