@@ -7,6 +7,7 @@ arguments.
 
 from __future__ import annotations
 
+import csv
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -54,7 +55,39 @@ def require_checkpoints(option: str, checkpoints: Iterable[str]) -> None:
     for text in given:
         view, equals, file = text.partition("=")
         is_pair = bool(equals) and view in ("rgb", "flow", "residual")
-        require_file(option, file if is_pair else text)
+        path = Path(file if is_pair else text)
+        if (last := path / "checkpoints" / "last.pt").is_file():
+            raise InputError(f"{option}: expected a file, but {str(path)!r} is a run folder; its checkpoint is {last}")
+        require_file(option, path)
+
+
+def require_runs(option: str, paths: Iterable[str | Path]) -> None:
+    """Raises InputError that names the option, if a path is no run folder."""
+    for path in map(Path, paths):
+        require_folder(option, path)
+        if not (path / "metrics.jsonl").is_file():
+            near = next((folder for folder in path.resolve().parents[:2] if (folder / "metrics.jsonl").is_file()), None)
+            raise InputError(
+                f"{option}: {str(path)!r} has no metrics.jsonl; expected a folder written by `cpr-fast pretrain`"
+                + (f"; did you mean {str(near)!r}?" if near else "")
+            )
+
+
+def require_splits(option: str, paths: Iterable[str | Path]) -> None:
+    """Raises InputError that names the option, if no row of an index has a split; other faults of an index are left to
+    the reader of the index."""
+    for path in paths:
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = [row.get("split") for row in csv.DictReader(file)]
+        except (OSError, UnicodeDecodeError, csv.Error):
+            continue
+        if rows and not any(rows) and None not in rows:
+            raise InputError(
+                f"{option}: expected videos of the splits train and test, but the column 'split' of {str(path)!r} is "
+                "empty; write train or test into each row, or index videos that lie in folders of these names. "
+                "`cpr-fast retrieve` needs no splits"
+            )
 
 
 def require_at_least(option: str, least: float, value: float | None) -> None:
@@ -114,7 +147,7 @@ INPUTS: dict[str, dict[str, Check]] = {
     "search": {"QUERIES": require_files, "--index": FILE, "--checkpoint": require_checkpoints},
     "mine": {"FEATURES": FILE},
     "compare": {"RUNS": require_folders, "--against": require_folders},
-    "report": {"RUNS": require_folders, "--index": FILE},
+    "report": {"RUNS": require_runs, "--index": FILE},
 }
 
 

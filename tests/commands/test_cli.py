@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -100,7 +101,17 @@ def test_config_settings_are_in_the_help_with_the_files_values(tmp_path, capsys)
         (["reproduce", "stages", "--index", "nowhere.csv"], "--index: expected a file, but 'nowhere.csv'"),
         (["report", "nowhere"], "RUNS: expected a folder, but 'nowhere' does not exist"),
         (["report", __file__], "is a file"),
+        (["report", "."], "RUNS: '.' has no metrics.jsonl; expected a folder written by `cpr-fast pretrain`"),
         (["report"], "RUNS: expected at least one run folder, got none"),
+        (["init", __file__, "--minutes", "abc"], "--minutes: expected a number, got 'abc'"),
+        (["init", __file__, "--epochs=2.5"], "--epochs: expected a whole number, got '2.5'"),
+        (["retrieve", __file__, "--index", __file__, "--crops", "3"], "--crops: expected one of 1, 5, 10, got '3'"),
+        (
+            ["retrieve", __file__, "--index", __file__, "--recipe", "ppr"],
+            "--recipe: expected one of paper, coclr, iic, got 'ppr'",
+        ),
+        (["mine", __file__, "--stages", "1", "x"], "--stages: expected a whole number, got 'x'"),
+        (["mine", __file__, "--query-view", "rbg"], "--query-view: expected one of rgb, flow, got 'rbg'"),
         (["retreive"], "unknown command 'retreive'; did you mean 'retrieve'?"),
         (["xyz"], "expected one of quickstart, doctor"),
     ],
@@ -113,6 +124,40 @@ def test_bad_input_is_one_named_line_and_exit_code_2(tmp_path, monkeypatch, caps
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())  # no partially written file
+
+
+def test_a_folder_near_the_right_one_is_answered_with_the_right_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    last.parent.mkdir(parents=True)
+    for file in (last, tmp_path / "run" / "metrics.jsonl", tmp_path / "index.csv"):
+        file.touch()
+    for command in ("retrieve", "probe", "finetune"):
+        for given in ("run", "rgb=run"):
+            assert main([command, given, "--index", "index.csv"]) == 2
+            expected = (
+                "CHECKPOINT: expected a file, but 'run' is a run folder; its checkpoint is run/checkpoints/last.pt"
+            )
+            assert expected in capsys.readouterr().err
+    assert main(["report", "run/checkpoints"]) == 2
+    printed = capsys.readouterr().err
+    assert "RUNS: 'run/checkpoints' has no metrics.jsonl; expected a folder written by `cpr-fast pretrain`" in printed
+    assert printed.rstrip().endswith(f"; did you mean {str(tmp_path / 'run')!r}?")
+
+
+@pytest.mark.parametrize("command", ["probe", "finetune"])
+def test_classifiers_say_at_once_that_an_index_has_no_splits(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    Path("c.pt").touch()
+    Path("index.csv").write_text("path,label,source,split\na.mp4,x,s,\nb.mp4,y,t,\n")
+    assert main([command, "c.pt", "--index", "index.csv"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("cpr-fast: --index: expected videos of the splits train and test, but the column 'split'")
+    assert "write train or test into each row" in printed and "needs no splits" in printed
+    for text in ("path,label\na.mp4,x\n", "path,split\na.mp4,train\n", ""):  # judged by the reader of the index
+        Path("index.csv").write_text(text)
+        assert main([command, "c.pt", "--index", "index.csv"]) == 2
+        assert "expected videos of the splits" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

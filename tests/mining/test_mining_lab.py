@@ -212,7 +212,7 @@ def with_nan(array):
         (broken("group", lambda x: x.astype(float)), "group: expected integers or strings [N=61], got float64 [61]"),
         (broken("flow", with_nan), "flow: expected finite float32 features, row 7 has NaN or infinity"),
         (broken("rgb", lambda x: x.astype(np.float64) * 1e300), "rgb: expected finite float32 features"),
-        (broken("label", lambda x: x.astype(object)), "expected a readable .npz file"),
+        (broken("label", lambda x: x.astype(object)), "but it cannot be read as one"),
     ],
 )
 def test_bad_arrays_are_named(tmp_path, damage, message):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_file, require_files
+from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_file, require_files, require_splits
 from cpr_fast.commands.options import RecipeName
 from cpr_fast.commands.output import after_evaluation, show_once, table
 from cpr_fast.evaluate.retrieval.names import MISSING, VIEW_NAMES, interval, percent
@@ -18,6 +18,7 @@ def classifier_settings(task: str, checkpoint: tuple[str, ...], index: tuple[Pat
     """
     require_checkpoints("CHECKPOINT", checkpoint)
     require_files("--index", index)
+    require_splits("--index", index)
     require_file("--config", config)
     from cpr_fast.config import Config, load
     from cpr_fast.runtime.progress import announce

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from cpr_fast.commands.inputs import require_file, require_folders
+from cpr_fast.commands.inputs import require_file, require_runs
 from cpr_fast.commands.options import REQUIRED, Flag, Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
@@ -34,7 +34,7 @@ def report(
     """
     if not runs:
         raise InputError("RUNS: expected at least one run folder, got none")
-    require_folders("RUNS", runs)
+    require_runs("RUNS", runs)
     require_file("--index", index)
     from cpr_fast.runtime.progress import announce
 
@@ -46,11 +46,17 @@ def report(
 
     out = out or runs[0] / "report.html"
     wanted = unlabelled or index is not None
-    compared = compare_videos(Run(runs[0]), index) if wanted or is_unlabelled(runs[0]) else None
-    similar = None if compared is None else write_similar(runs[0], similar_path(out), compared)
+    compared = similar = None
+    if wanted or is_unlabelled(runs[0]):
+        announce("Comparing the videos by their stored features")
+        compared = compare_videos(Run(runs[0]), index)
+    if compared is not None:
+        announce("Drawing the page of similar, duplicated and odd videos")
+        similar = write_similar(runs[0], similar_path(out), compared)
     if wanted and similar is None:
         command = f"cpr-fast retrieve {runs[0]}/checkpoints/last.pt --index {index or 'INDEX.csv'}"
         raise InputError(f"{runs[0]}: no features of these videos are stored; first run: {command}")
+    announce("Drawing the report")
     page = write_report(runs, out, similar=similar, compared=compared if index is None else None)
     result = {"report": str(page)} | ({} if similar is None else {"similar": str(similar)})
     show(result, json, next_step=f"open {page} in a browser")

@@ -239,7 +239,10 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
     def file(column: str) -> Path:
         path = folder / fields[column]
         if not exists(path):
-            raise IndexFileError(f"{line}, column {column}: file {str(path)!r} does not exist")
+            raise IndexFileError(
+                f"{line}, column {column}: file {str(path)!r} does not exist; relative paths begin at the folder of "
+                "the index: move it back if it was moved, or list the videos again with `cpr-fast index`"
+            )
         return path
 
     for column in ("label", "source", "split"):
