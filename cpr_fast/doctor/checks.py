@@ -13,6 +13,7 @@ from cpr_fast.config import Config
 from cpr_fast.doctor.findings import Finding, ordered
 from cpr_fast.doctor.machine import codecs, kernels, machine, optional_parts, packages
 from cpr_fast.runtime.metrics import environment
+from cpr_fast.runtime.progress import announce, duration
 from cpr_fast.wording import counted
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def doctor(
         no usable video.
     """
     findings = list(findings)
+    announce("Checking the kernels, and decoding a test video of every codec")
     folder = index.parent if index is not None and index.parent.is_dir() else Path.cwd()
     result: dict[str, Any] = {
         "judged": judged,
@@ -76,6 +78,7 @@ def _check_data(
     videos = load_index(index, findings)
     if videos is None:
         return {}
+    announce(f"Checking {counted(len(videos), 'video')}")
     data = check_index(index, videos, config, findings)
     train = training_part(videos, config, findings)
     row = _breakdown(train, config, device, seconds, findings) if seconds > 0 and data["decodable"] else None
@@ -91,6 +94,7 @@ def _breakdown(
 
     has_flow = config.data.flow == "on_the_fly" or all(video.flow_path for video in train)
     views = tuple(view for view in views_read(config) if view != "flow" or has_flow) or ("rgb",)
+    announce(f"Measuring the time of a training step for up to {duration(seconds)}")
     try:
         row = breakdown(train, config, views, device=device, seconds=seconds)
     except Exception as error:  # any error is reported together with the other findings

@@ -18,6 +18,7 @@ import torch
 
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import LineFile, naming, replacing
+from cpr_fast.wording import counted
 
 FILE = "metrics.jsonl"
 
@@ -117,7 +118,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-        "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)",
+        "device": f"{device.type} ({name}, {counted(torch.get_num_threads(), 'thread')})",
         "commit": commit or None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace("__main__.py", "cpr-fast", 1),

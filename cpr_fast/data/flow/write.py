@@ -146,7 +146,7 @@ def _compute_all(
     unreadable = Unreadable([index[position].path for position in todo])
     # Videos are finished in bursts, a batch at a time, and small ones first, so the time left is that of the pixels.
     forecast = Forecast(sum((index[p].num_frames - 1) * index[p].height * index[p].width for p in todo))
-    with closing(_store_all(index, todo, solver, store, forecast)) as results:
+    with closing(_store_all(index, todo, solver, store, forecast)) as results, _stop_told():
         for problem in track(
             results, "computing flow", total=len(todo), unit="videos", progress=progress, left=forecast.text
         ):
@@ -156,6 +156,16 @@ def _compute_all(
             else:
                 refill.if_due()
     return problems
+
+
+@contextmanager
+def _stop_told() -> Iterator[None]:
+    """Says at once that Ctrl-C was received, because the frame pairs that are being computed end first."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        announce("Stopping when the frame pairs that are being computed are finished")
+        raise
 
 
 class _Refill:

@@ -11,6 +11,7 @@ from cpr_fast.config import Config, DataConfig
 from cpr_fast.config.pixels import normalisation
 from cpr_fast.data.clips import sampling
 from cpr_fast.experiments.explain.section import Section, fraction
+from cpr_fast.wording import ordinal
 
 FRAME = (240, 320)  # height and width of UCF101's frames, pixels
 
@@ -19,7 +20,7 @@ def clips(config: Config, fps: float) -> Section:
     """Explains the size of a clip, and which clips of a video a step compares; `fps` is that of the videos."""
     data, shared = config.data, config.model.shared
     seconds = data.frames * data.stride / fps
-    stride = "consecutive" if data.stride == 1 else f"every {data.stride}th"
+    stride = "consecutive" if data.stride == 1 else f"every {ordinal(data.stride)}"
     rows = [("size", f"{data.frames} frames, {stride}: {seconds:.2f} s at {fps:g} fps; {data.size}x{data.size} pixels")]
     if shared:
         rows.append(("per video", "one clip at a random position, in both views"))
