@@ -100,7 +100,7 @@ class Catalogue:
         return found
 
     def _entry(self, path: Path, entry: os.DirEntry, ancestors: tuple[tuple[int, int], ...]) -> list[Path]:
-        if entry.is_dir():
+        if os.path.isdir(path):  # DirEntry.is_dir raises for links in a circle, or into a folder without permission
             if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
                 self.problems.append(Problem(path, "hidden", "is a hidden or system folder"))
                 return []
@@ -119,9 +119,8 @@ class Catalogue:
         problem = None
         if entry.name.startswith("."):
             problem = ("hidden", "is a hidden file")
-        elif not entry.is_file():
-            link = entry.is_symlink() and not path.exists()
-            problem = ("missing", "is a symbolic link to a file that does not exist" if link else "is not a file")
+        elif not os.path.isfile(path):
+            problem = ("missing", _broken_link(path) if entry.is_symlink() else "is not a file")
         elif any("\ud800" <= sign <= "\udfff" for sign in str(path.relative_to(self.root))):
             problem = ("unreadable_name", "its name is not UTF-8; rename it (for example with convmv)")
         elif MARK in str(path):
@@ -135,7 +134,7 @@ class Catalogue:
         if suffix in UNFINISHED_SUFFIXES and Path(path.stem).suffix.lower() in VIDEO_SUFFIXES:
             self.problems.append(Problem(path, "unfinished", "is an unfinished download or copy"))
             return False
-        known = suffix in OTHER_SUFFIXES or entry.name.startswith(".") or not entry.is_file()
+        known = suffix in OTHER_SUFFIXES or entry.name.startswith(".") or not os.path.isfile(path)
         if not known and _begins_as_video(path):
             return True
         self.others[suffix or entry.name] += 1
@@ -145,6 +144,17 @@ class Catalogue:
 def without_suffix(file: str) -> str:
     """Returns a video's file name without its suffix; other dots belong to the name."""
     return Path(file).stem if Path(file).suffix.lower() in VIDEO_SUFFIXES else file
+
+
+def _broken_link(path: Path) -> str:
+    """Returns why a symbolic link leads to no file."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return "is a symbolic link to a file that does not exist"
+    except OSError as error:  # links in a circle, or a folder without permission
+        return f"is a symbolic link that cannot be followed: {error.strerror}"
+    return "is not a file"
 
 
 def _begins_as_video(path: Path) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -163,20 +164,20 @@ class Index(Sequence[Video]):
         header = _checked_header(path, header)
         if not rows:
             raise IndexFileError(f"{path}: expected at least one video below the header, got none")
-        first_line: dict[Path, str] = {}
+        first_line: dict[str, str] = {}  # by absolute path: a video may be named in several ways
         videos = []
         for line, row in rows:
             try:
                 video = _parse_row(line, header, row, path.parent, require_flow)
-                if video.path in first_line:
+                if (name := _absolute(video.path)) in first_line:
                     raise IndexFileError(f"{line}, column path: {row[header.index('path')]!r} repeats line "
-                                         f"{first_line[video.path].rpartition(':')[2]}")  # fmt: skip
+                                         f"{first_line[name].rpartition(':')[2]}")  # fmt: skip
             except IndexFileError as error:
                 if skipped is None:
                     raise
                 skipped.append(error)
                 continue
-            first_line[video.path] = line
+            first_line[name] = line
             videos.append(video)
         return cls(videos)
 
@@ -225,9 +226,13 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
     if len(row) != len(header):
         raise IndexFileError(f"{line}: expected {len(header)} fields, got {len(row)}")
     fields = dict(zip(header, row, strict=True))
+    for column in ("label", "source", "split"):  # people write blanks after a comma
+        fields[column] = fields[column].strip()
 
     def number(column: str, kind: type) -> int | float:
         try:
+            if kind is int and re.fullmatch(r"\s*\d{1,3}(,\d{3})+\s*", fields[column]):  # 1,000 is a thousand, not one
+                raise ValueError
             value = float(fields[column].replace(",", "."))  # a spreadsheet may write 25,0
             if not 0 < value < float("inf") or kind(value) != value:
                 raise ValueError

@@ -62,10 +62,15 @@ def read_table(
         )
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         next(reader, [])
-        rows = [(f"{path}:{reader.line_num}", row) for row in reader if any(row)]
+        rows = [(f"{path}:{reader.line_num}", row) for row in reader if not _is_empty(row)]
     except csv.Error as error:
         raise TableError(f"{path}: expected a UTF-8 {what}, got {error}") from None
     return [name.strip() for name in header], rows
+
+
+def _is_empty(row: list[str]) -> bool:
+    """Returns whether a row has no content: no or only empty fields, or a line of blanks."""
+    return not any(row) or (len(row) == 1 and not row[0].strip())
 
 
 def table_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -102,6 +102,19 @@ def test_links_to_folders_are_followed(tmp_path, video):
     assert [v.label for v in Index.load(tmp_path / "i.csv")] == ["run", "walk"]
 
 
+def test_links_in_a_circle_and_links_to_other_things_are_named(tmp_path, video):
+    root = tmp_path / "set"
+    copy(video, root / "walk/a.mp4")
+    for name, target in {"one.mp4": "two.mp4", "two.mp4": "one.mp4", "self": "self", "null.mp4": os.devnull}.items():
+        os.symlink(target, root / "walk" / name)
+    os.mkfifo(root / "walk/pipe.mp4")
+    report = write_index(root, tmp_path / "i.csv", IndexOptions())
+    found = {Path(p["path"]).name: p["reason"] for p in report["problems"] if p["kind"] == "missing"}
+    circle = "is a symbolic link that cannot be followed: Too many levels of symbolic links"
+    assert found == {"one.mp4": circle, "two.mp4": circle, "null.mp4": "is not a file", "pipe.mp4": "is not a file"}
+    assert report["videos"] == 1
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
 def test_folders_and_files_without_permission_are_named(tmp_path, video):
     copy(video, tmp_path / "c/ok.mp4", tmp_path / "c/secret.mp4", tmp_path / "locked/v.mp4")

@@ -128,6 +128,14 @@ def test_a_bad_index_is_named(header, rows, message, tmp_path):
         Index.load(write_index(tmp_path, *rows, header=header))
 
 
+@pytest.mark.parametrize("name", ["./a.mp4", "sub/../a.mp4", "{folder}/a.mp4", "{folder}/sub/.././a.mp4"])
+def test_a_video_that_is_named_in_two_ways_is_repeated(name, tmp_path):
+    (tmp_path / "sub").mkdir()
+    rows = [f"{path},J,s,train,9,10,2,2," for path in ("a.mp4", "b.mp4", name.format(folder=tmp_path))]
+    with pytest.raises(IndexFileError, match=r"index.csv:4, column path: '.*a.mp4' repeats line 2"):
+        Index.load(write_index(tmp_path, *rows))
+
+
 def test_no_index_and_no_text_are_named(tmp_path):
     with pytest.raises(IndexFileError, match=r"gone.csv' does not exist"):
         Index.load(tmp_path / "gone.csv")

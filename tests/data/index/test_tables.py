@@ -82,6 +82,23 @@ def test_numbers_of_a_spreadsheet(root):
     assert (video.num_frames, video.fps) == (5, 29.97)
 
 
+@pytest.mark.parametrize("number", ["1,000", "12,345,678", " 2,000 "])
+def test_a_thousands_separator_is_not_taken_for_a_decimal_comma(root, number):
+    (root / "sheet.csv").write_text(f"{';'.join(COLUMNS)}\n{VIDEOS[0]};A;s;train;{number};23,976;64;48;\n")
+    with pytest.raises(IndexFileError, match=f"column num_frames: expected a positive whole number, got '{number}'"):
+        Index.load(root / "sheet.csv")
+
+
+def test_blanks_around_a_name_and_lines_of_blanks_do_not_count(root):
+    text = (
+        f"{', '.join(COLUMNS)}\n{VIDEOS[0]}, A , s, train ,5, 25, 64, 48,\n  \n{VIDEOS[1]},A,s,train,5,25,64,48,\n \t\n"
+    )
+    (root / "blanks.csv").write_text(text)
+    index = Index.load(root / "blanks.csv")
+    assert [(v.label, v.source, v.split, v.num_frames) for v in index] == [("A", "s", "train", 5)] * 2
+    assert index.classes == ["A"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
