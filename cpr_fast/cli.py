@@ -11,6 +11,7 @@ not installed (one line that names the option, file or package), 1 for any other
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import shlex
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 from cpr_fast import __version__
 from cpr_fast.commands.inputs import check_inputs
-from cpr_fast.errors import FailedError, InputError, how_to_install
+from cpr_fast.errors import FailedError, InputError, how_to_install, out_of_memory
 from cpr_fast.runtime.files import DISK_ERRORS
 from cpr_fast.wording import printable
 
@@ -58,6 +59,7 @@ COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.it
 
 # Errors of the file system whose message names the path, which is all that a user needs.
 PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+PATH_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP)  # likewise, but without a class of their own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FailedError as error:
         print(f"cpr-fast: {printable(str(error))}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not (reason := out_of_memory(error)):
+            raise
+        print(f"cpr-fast: {reason}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further Ctrl-C ends the process while threads still finish
         print(f"cpr-fast: interrupted; to continue: {_continuing(arguments, '--auto-resume')}", file=sys.stderr)
@@ -92,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
+        if error.errno in PATH_ERRNOS:
+            print(f"cpr-fast: {printable(str(error))}", file=sys.stderr)
+            return 2
         if error.errno not in DISK_ERRORS:
             raise
         name = repr(str(error.filename)) if error.filename else "a file or the output"

@@ -54,6 +54,18 @@ def how_to_install(error: ImportError) -> str | None:
     )
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """Returns the line that reports an allocation that failed on a GPU or on the CPU, or None for any other error."""
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    signs = ("out of memory", "can't allocate memory", "bad_alloc")
+    if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
+        return None
+    return (
+        f"not enough memory: {text or 'an allocation failed'}. Smaller values of data.batch_size, data.frames, "
+        "data.size or memory.size need less, as does model.recompute = true"
+    )
+
+
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -16,9 +17,12 @@ from cpr_fast.errors import InputError
 
 
 def require_file(option: str, path: str | Path | None) -> None:
-    """Raises InputError that names the option, if its file is given but does not exist."""
-    if path is not None and not Path(path).is_file():
-        state = "is a folder" if Path(path).is_dir() else "does not exist"
+    """Raises InputError that names the option, if its file is given but does not exist.
+
+    The functions of `os.path` treat a name that is too long, or links in a circle, as a file that does not exist.
+    """
+    if path is not None and not os.path.isfile(path):
+        state = "is a folder" if os.path.isdir(path) else "does not exist"
         raise InputError(f"{option}: expected a file, but {str(path)!r} {state}")
 
 
@@ -30,8 +34,8 @@ def require_files(option: str, paths: Iterable[str | Path]) -> None:
 
 def require_folder(option: str, path: str | Path | None) -> None:
     """Raises InputError that names the option, if its folder is given but does not exist."""
-    if path is not None and not Path(path).is_dir():
-        state = "is a file" if Path(path).exists() else "does not exist"
+    if path is not None and not os.path.isdir(path):
+        state = "is a file" if os.path.exists(path) else "does not exist"
         raise InputError(f"{option}: expected a folder, but {str(path)!r} {state}")
 
 
@@ -43,7 +47,7 @@ def require_folders(option: str, paths: Iterable[str | Path]) -> None:
 
 def require_data_set(option: str, path: str | Path) -> None:
     """Raises InputError that names the option, if the path is neither a folder nor an LMDB file."""
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise InputError(f"{option}: expected a folder or an LMDB file, but {str(path)!r} does not exist")
 
 
@@ -56,7 +60,7 @@ def require_checkpoints(option: str, checkpoints: Iterable[str]) -> None:
         view, equals, file = text.partition("=")
         is_pair = bool(equals) and view in ("rgb", "flow", "residual")
         path = Path(file if is_pair else text)
-        if (last := path / "checkpoints" / "last.pt").is_file():
+        if os.path.isfile(last := path / "checkpoints" / "last.pt"):
             raise InputError(f"{option}: expected a file, but {str(path)!r} is a run folder; its checkpoint is {last}")
         require_file(option, path)
 

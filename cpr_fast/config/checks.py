@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
+from typing import Any
 
 from cpr_fast.config.sections import (
     QUARTERS,
@@ -19,6 +22,9 @@ from cpr_fast.config.sections import (
     RunConfig,
     ScheduleConfig,
 )
+
+LARGEST = 2**31 - 1  # of a whole number; a seed may have 64 bits
+MANY = 1024  # more threads or prepared batches than this are a mistake, which a machine may not survive
 
 
 def check_sections(
@@ -39,6 +45,10 @@ def check_sections(
 
     Raises ConfigError, which states the key, what was found and what was expected.
     """
+    sections = {"data": data, "model": model, "memory": memory, "mining": mining, "loss": loss, "optim": optim,
+                "schedule": schedule, "probe": probe, "finetune": finetune, "health": health, "run": run}  # fmt: skip
+    for name, section in sections.items():
+        _check_numbers(name, section)
     _check_positive(
         {
             "data.frames": data.frames,
@@ -58,12 +68,15 @@ def check_sections(
             "loss.temperature": loss.temperature,
             "optim.lr": optim.lr,
             "optim.accumulate": optim.accumulate,
+            "schedule.gamma": schedule.gamma,
             "run.log_every": run.log_every,
             "run.keep_checkpoints": run.keep_checkpoints,
             "health.online_videos": health.online_videos,
         }
     )
-    _check_ranges(data, memory, mining, loss, health, run)
+    _check_ranges(data, memory, mining, loss, optim, health, run)
+    if not run.out:
+        raise ConfigError("run.out: expected the name of a folder, got ''")
     _check_clips(data, model)
     _check_method(data, model, memory, loss, optim)
     check_classifier("probe", probe)
@@ -74,6 +87,25 @@ def check_sections(
         _check_cycle(f"schedule.cycles[{i}]", cycle, memory, mining)
 
 
+def _check_numbers(where: str, value: Any) -> None:
+    """Checks that all numbers of a section are finite, and that its whole numbers are not absurdly large.
+
+    NaN would pass as a value that is not too small, and an infinite learning rate destroys the weights.
+    """
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _check_numbers(f"{where}.{field.name}", getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for i, item in enumerate(value):
+            _check_numbers(f"{where}[{i}]", item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a finite number, got {value}")
+    elif isinstance(value, int):
+        most = 2**63 - 1 if where == "run.seed" else MANY if where in ("data.workers", "data.prefetch") else LARGEST
+        if abs(value) > most:
+            raise ConfigError(f"{where}: expected at most {most:,}, got {value:,}")
+
+
 def _check_positive(values: Mapping[str, float]) -> None:
     for where, value in values.items():
         if not value > 0:
@@ -81,17 +113,26 @@ def _check_positive(values: Mapping[str, float]) -> None:
 
 
 def _check_ranges(
-    data: DataConfig, memory: MemoryConfig, mining: MiningConfig, loss: LossConfig, health: HealthConfig, run: RunConfig
+    data: DataConfig,
+    memory: MemoryConfig,
+    mining: MiningConfig,
+    loss: LossConfig,
+    optim: OptimConfig,
+    health: HealthConfig,
+    run: RunConfig,
 ) -> None:
     for where, value in {
         "memory.ema_momentum": memory.ema_momentum,
         "memory.bank_momentum": memory.bank_momentum,
         "loss.self_positive_drop": loss.self_positive_drop,
+        "optim.momentum": optim.momentum,
     }.items():
         if not 0 <= value <= 1:
             raise ConfigError(f"{where}: expected a fraction in 0..1, got {value}")
     for where, value in {
         "data.cache_gib": data.cache_gib,
+        "optim.weight_decay": optim.weight_decay,
+        "run.checkpoint_every": run.checkpoint_every,
         "run.stall_timeout_s": run.stall_timeout_s,
         "health.online_every": health.online_every,
     }.items():
@@ -115,6 +156,10 @@ def _check_clips(data: DataConfig, model: ModelConfig) -> None:
 def _check_cycle(where: str, cycle: Cycle, memory: MemoryConfig, mining: MiningConfig) -> None:
     if cycle.epochs < 1:
         raise ConfigError(f"{where}.epochs: expected at least 1, got {cycle.epochs}")
+    if cycle.lr is not None and not cycle.lr > 0:
+        raise ConfigError(f"{where}.lr: expected a positive number, got {cycle.lr}")
+    if early := [epoch for epoch in cycle.milestones if epoch < 1]:
+        raise ConfigError(f"{where}.milestones: expected epochs of 1 or more, got {early[0]}")
     top_k = mining.top_k if cycle.top_k is None else cycle.top_k
     if cycle.mining == "cascade" and not (top_k >= 1 and (memory.kind != "queue" or top_k <= memory.size)):
         raise ConfigError(f"{where}.top_k: expected 1..memory.size = {memory.size}, got {top_k}")
@@ -149,12 +194,16 @@ def _check_method(
 
 
 def check_classifier(where: str, config: ClassifierConfig) -> None:
+    """Checks the settings of a classifier. Raises ConfigError naming `where` and the setting."""
+    _check_numbers(where, config)
     for name in ("epochs", "batch_size", "lr", "gamma", "layer_decay"):
         if not getattr(config, name) > 0:
             raise ConfigError(f"{where}.{name}: expected a positive number, got {getattr(config, name)}")
     if config.backbone_lr < 0:
         raise ConfigError(f"{where}.backbone_lr: expected 0 or more, got {config.backbone_lr}")
-    for name in ("patience", "min_lr"):
+    if not 0 <= config.momentum <= 1:
+        raise ConfigError(f"{where}.momentum: expected a fraction in 0..1, got {config.momentum}")
+    for name in ("patience", "min_lr", "weight_decay"):
         if getattr(config, name) < 0:
             raise ConfigError(f"{where}.{name}: expected 0 or more, got {getattr(config, name)}")
     for name in ("dropout", "validation"):

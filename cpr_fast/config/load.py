@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,8 @@ def load(path: str | Path) -> Config:
         ConfigError: states the file, the key, what was found and what was expected.
     """
     path = Path(path)
-    if not path.is_file():
-        state = "is not a file" if path.exists() else "does not exist"
+    if not os.path.isfile(path):
+        state = "is not a file" if os.path.exists(path) else "does not exist"
         raise ConfigError(f"config file {str(path)!r} {state}")
     kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
@@ -40,6 +41,8 @@ def load(path: str | Path) -> Config:
                 f"CONFIG: expected a recipe, got the index {str(path)!r}; `cpr-fast init {path}` writes one for it"
             ) from None
         raise ConfigError(f"config file {str(path)!r} is not valid {kind}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"config file {str(path)!r}: its tables or lists are nested too deeply") from None
     if kind == "JSON" and isinstance(values, dict):
         values.pop("videos", None)  # a run's config.json also lists the videos it was trained on
     try:

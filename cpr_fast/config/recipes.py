@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from cpr_fast.config.sections import ConfigError
@@ -30,7 +31,7 @@ def find_config(name: str | Path) -> Path:
     Raises ConfigError with a suggestion if neither exists.
     """
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(path):  # False also for a name that is too long
         return path
     known = recipes()
     if path.parent == Path(".") and path.name.removesuffix(".toml") in known:

@@ -45,11 +45,10 @@ def init(device: str) -> World:
     Args:
         device: "auto" (CUDA if it is available), "cpu", "cuda" or "cuda:N".
 
-    Raises InputError if a CUDA device is asked for and torch finds none.
+    Raises InputError if torch finds no such device.
     """
     name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"run.device: got {device!r}, but torch finds no CUDA device here; expected 'cpu' or 'auto'")
+    _check_device(name)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(0, 1, torch.device(name))
@@ -65,6 +64,19 @@ def init(device: str) -> World:
         backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=rank, world_size=size)
     return World(dist.get_rank(), dist.get_world_size(), target, _store)
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"run.device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"run.device: got {name!r}, but torch finds no CUDA device here; expected 'cpu' or 'auto'")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise InputError(f"run.device: got {name!r}, but torch finds {count} CUDA device{'s' * (count != 1)} here")
 
 
 def finish() -> None:

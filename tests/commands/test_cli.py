@@ -1,5 +1,6 @@
 """The command line as users see it: exit codes, errors of one line, and nothing but JSON on stdout."""
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cpr_fast.cli import COMMANDS, main
 from cpr_fast.commands import options
@@ -19,6 +21,8 @@ from cpr_fast.evaluate.features import recipe
 from cpr_fast.runtime.interrupt import Interrupted
 from cpr_fast.runtime.metrics import read_metrics
 from cpr_fast.weights.checkpoint import load_checkpoint
+
+LONG = "x" * 5000  # a name that is too long for every file system
 
 
 def run_module(*arguments):
@@ -112,6 +116,11 @@ def test_config_settings_are_in_the_help_with_the_files_values(tmp_path, capsys)
         ),
         (["mine", __file__, "--stages", "1", "x"], "--stages: expected a whole number, got 'x'"),
         (["mine", __file__, "--query-view", "rbg"], "--query-view: expected one of rgb, flow, got 'rbg'"),
+        (["pretrain", LONG], "CONFIG: expected a TOML file or the name of a recipe, got 'xxx"),
+        (["pretrain", "cpr_ucf101", "--data.index", LONG], "--data.index: expected a file, but 'xxx"),
+        (["doctor", LONG], "INDEX: expected a file, but 'xxx"),
+        (["index", LONG, "--out", "index.csv"], "ROOT: expected a folder or an LMDB file, but 'xxx"),
+        (["report", LONG], "RUNS: expected a folder, but 'xxx"),
         (["retreive"], "unknown command 'retreive'; did you mean 'retrieve'?"),
         (["xyz"], "expected one of quickstart, doctor"),
     ],
@@ -170,6 +179,36 @@ def test_files_in_the_place_of_folders_are_bad_input(tmp_path, monkeypatch, caps
     (tmp_path / "file").touch()
     assert main(arguments) == 2
     assert arguments[-1] in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(errno.ENAMETOOLONG, "File name too long", "xx"), 2, "File name too long: 'xx'"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "xx"), 2, "Too many levels of symbolic links: 'xx'"),
+        (MemoryError(), 1, "not enough memory: an allocation failed. Smaller values of data.batch_size"),
+        (MemoryError("Unable to allocate 7 GiB"), 1, "not enough memory: Unable to allocate 7 GiB. Smaller values"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"), 1, "not enough memory: CUDA out of memory"),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you"), 1, "not enough memory: [enforce]"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error, code, message):
+    def fails(arguments):
+        raise error
+
+    monkeypatch.setattr("cpr_fast.cli._command", lambda name, arguments: fails)
+    assert main(["doctor"]) == code
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+
+
+def test_other_failures_keep_their_traceback(monkeypatch):
+    def fails(arguments):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("cpr_fast.cli._command", lambda name, arguments: fails)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["doctor"])
 
 
 def test_torchrun_trains_on_two_processes_without_a_setting(tmp_path):

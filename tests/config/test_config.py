@@ -67,13 +67,47 @@ def test_round_trip_through_json_data():
         ("[schedule]\ncycles = [{ view = 'rgb', epochs = 0 }]", r"cycles\[0\].epochs: expected at least 1, got 0"),
         ("[data]\nsize = 16", "data.size: model.arch 's3d' expects at least 5 frames of 17 pixels, got 32 of 16"),
         ("[data]\ncrop_area = 0", r"data.crop_area: expected a fraction in \(0, 1\], got 0.0"),
-        ("[optim]\nlr = nan", "optim.lr: expected a positive number, got nan"),
+        ("[optim]\nlr = nan", "optim.lr: expected a finite number, got nan"),
         ("[data]\nbatch_size = 8\nbatch_size = 9", "not valid TOML"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         load(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optim]\nlr = inf", "optim.lr: expected a finite number, got inf"),
+        ("[optim]\nweight_decay = nan", "optim.weight_decay: expected a finite number, got nan"),
+        ("[optim]\nweight_decay = -1", "optim.weight_decay: expected 0 or more, got -1"),
+        ("[optim]\nmomentum = -0.1", "optim.momentum: expected a fraction in 0..1, got -0.1"),
+        ("[health]\nmin_feature_std = nan", "health.min_feature_std: expected a finite number, got nan"),
+        ("[probe]\nlr = inf", "probe.lr: expected a finite number, got inf"),
+        ("[finetune]\nweight_decay = -1", "finetune.weight_decay: expected 0 or more, got -1"),
+        ("[memory]\nsize = 10_000_000_000_000", "memory.size: expected at most 2,147,483,647, got 10,000,000,000,000"),
+        ("[data]\nframes = 9_999_999_999", "data.frames: expected at most"),
+        ("[data]\nworkers = 100_000", "data.workers: expected at most 1,024, got 100,000"),
+        ("[run]\nseed = 99999999999999999999", "run.seed: expected at most"),
+        ("[run]\nout = ''", "run.out: expected the name of a folder, got ''"),
+        ("[schedule]\ngamma = 0", "schedule.gamma: expected a positive number, got 0"),
+        ("[schedule]\ncycles = [{view = 'rgb', epochs = 1, lr = -1}]", r"cycles\[0\].lr: expected a positive number"),
+        ("[schedule]\ncycles = [{view = 'rgb', epochs = 1, lr = nan}]", r"cycles\[0\].lr: expected a finite number"),
+        ("[schedule]\ncycles = [{view = 'rgb', epochs = 9, milestones = [2, -1]}]",
+         r"schedule.cycles\[0\].milestones: expected epochs of 1 or more, got -1"),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_training_survives_are_named(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(("name", "text"), [("deep.json", "[" * 100_000), ("deep.toml", "a = " + "[" * 100_000)])
+def test_a_file_that_is_nested_too_deeply_is_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=f"{name}.*: its tables or lists are nested too deeply"):
+        load(tmp_path / name)
 
 
 def test_missing_file_is_named(tmp_path):

@@ -53,6 +53,13 @@ def test_a_missing_device_is_named(tmp_path):
         run(settings(tmp_path, run={"out": str(tmp_path), "device": "cuda"}))
 
 
+@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:x", "", "meta"])
+def test_a_device_that_cannot_train_is_named_before_anything_is_written(tmp_path, name):
+    with pytest.raises(InputError, match=f"run.device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got '{name}'"):
+        run(settings(tmp_path, run={"out": str(tmp_path / "run"), "device": name}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_fp16_needs_cuda(tmp_path):
     with pytest.raises(InputError, match=r"optim.precision: 'fp16' expects a CUDA device"):
         run(settings(tmp_path, optim={"precision": "fp16"}, run={"out": str(tmp_path), "device": "cpu"}))
