@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any
 
 import torch
 
-from cpr_fast.config import Config, ModelConfig
+from cpr_fast.config import Config, ConfigError, ModelConfig, View
 from cpr_fast.models import Encoder, build_encoder
 from cpr_fast.weights.reading import CheckpointError, read_torch
+from cpr_fast.wording import counted
 
 FORMAT = "cpr_fast checkpoint"
 VERSION = 1
@@ -127,10 +129,62 @@ def point_to(path: Path, name: Path) -> None:
         raise CheckpointError(f"could not write {str(name)!r}: {error.strerror or error}") from error
 
 
-def load_encoders(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Config, dict[str, Encoder]]:
-    """Loads the config of a checkpoint and its trained encoder of each view, in eval mode on `device`."""
+def load_trained(path: str | Path) -> tuple[Config, dict[str, Any]]:
+    """Loads the config and the dict of a checkpoint whose encoders are to be used.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`; or an entry is missing, the tensors of an encoder are not those of its
+            config, or their values are not finite, as after a training that diverged.
+    """
     payload = load_checkpoint(path)
-    config = Config.from_dict(payload["config"])
+    for entry in ("config", "encoders"):
+        if not isinstance(payload.get(entry), dict) or not payload[entry]:
+            raise CheckpointError(
+                f"checkpoint {str(path)!r} has no {entry}: expected a dict {entry!r} that is not empty, got "
+                f"{type(payload.get(entry)).__name__} with {', '.join(sorted(map(str, payload)))}"
+            )
+    try:
+        config = Config.from_dict(payload["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"checkpoint {str(path)!r}: its config is not valid: {error}") from None
+    with torch.random.fork_rng([]):  # torch's meta device would draw nothing, but takes 2.5 s to import
+        expected = build_encoder(config.model).state_dict()
+    for view, state in payload["encoders"].items():
+        if view not in typing.get_args(View):
+            raise CheckpointError(
+                f"checkpoint {str(path)!r}: expected encoders of {', '.join(typing.get_args(View))}, got {view!r}"
+            )
+        if fault := _fault(state, expected):
+            raise CheckpointError(f"checkpoint {str(path)!r}: the encoder of view {view!r} {fault}")
+    return config, payload
+
+
+def _fault(state: Any, expected: dict[str, torch.Tensor]) -> str | None:
+    """Returns what is wrong with the tensors of an encoder, of which `expected` has the names and shapes."""
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        return f"is not a dict of tensors, got {type(state).__name__}"
+    for names, what in (
+        ([name for name in expected if name not in state], "lacks"),
+        ([name for name in state if name not in expected], "does not fit its config, which has no"),
+    ):
+        if names:
+            return (
+                f"{what} {counted(len(names), 'tensor')}: {', '.join(map(str, names[:3]))}{', ...' * (len(names) > 3)}"
+            )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            return f"does not fit its config: {name} has shape {list(tensor.shape)}, not {list(expected[name].shape)}"
+        if not torch.isfinite(tensor).all():
+            return f"holds NaN or infinite values in {name}: its training diverged, or the file is damaged"
+    return None
+
+
+def load_encoders(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Config, dict[str, Encoder]]:
+    """Loads the config of a checkpoint and its trained encoder of each view, in eval mode on `device`.
+
+    Raises CheckpointError; see `load_trained`.
+    """
+    config, payload = load_trained(path)
     encoders = {}
     for view, state in payload["encoders"].items():
         encoder = build_encoder(config.model)
@@ -149,13 +203,16 @@ def load_initial(model: ModelConfig) -> dict[str, dict[str, torch.Tensor]]:
     for view, path in dataclasses.asdict(model.init).items():
         if not path:
             continue
-        payload = load_checkpoint(path)
+        try:
+            config, payload = load_trained(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"model.init.{view}: {error}") from None
         if view not in payload["encoders"]:
             held = ", ".join(payload["encoders"])
             raise CheckpointError(
                 f"model.init.{view}: expected a checkpoint with the view {view!r}, but {path!r} holds the views {held}"
             )
-        was = Config.from_dict(payload["config"]).model
+        was = config.model
         for key in ("arch", "width", "head", "feature_dim"):
             if getattr(was, key) != getattr(model, key):
                 raise CheckpointError(

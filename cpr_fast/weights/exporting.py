@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cpr_fast.config import Config, Cycle
 from cpr_fast.errors import InputError
 from cpr_fast.models import Encoder
-from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders, written_whole
+from cpr_fast.weights.checkpoint import load_encoders, load_trained, written_whole
 from cpr_fast.weights.sources import coclr_names
 
 Form = Literal["safetensors", "onnx", "coclr", "cpr"]
@@ -40,9 +40,10 @@ def export(checkpoint: str | Path, out: str | Path, *, to: Form, view: str | Non
         `file`, `form`, `view` if there is one, and further values that depend on the form, such as the number of
         `tensors` and, for "coclr" and "cpr", the `model` of their code that the file is for: InfoNCE, UberNCE, CoCLR.
     Raises:
+        CheckpointError: see `load_trained`.
         InputError: the checkpoint lacks the view, or a package that the form needs is not installed.
     """
-    payload, out = load_checkpoint(checkpoint), Path(out)
+    (_, payload), out = load_trained(checkpoint), Path(out)
     trained = payload.get("view") or payload["config"]["schedule"]["cycles"][payload["cycle"]]["view"]
     view = trained if view is None else view
     if view not in payload["encoders"]:

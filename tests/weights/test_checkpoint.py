@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import signal
@@ -13,10 +14,11 @@ import pytest
 import torch
 from support.full_disk import files_end_at
 
-from cpr_fast.config import Config, ModelConfig
+from cpr_fast.config import Config, InitConfig, ModelConfig
 from cpr_fast.models import build_encoder
 from cpr_fast.weights import checkpoint
-from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders, save_checkpoint, save_step
+from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders, load_initial, save_checkpoint, save_step
+from cpr_fast.weights.exporting import export
 from cpr_fast.weights.reading import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -141,3 +143,59 @@ def test_encoders_come_back_in_eval_mode(tmp_path):
         assert not encoder.training
         with torch.no_grad():
             assert torch.equal(encoder(clips), encoders[view].eval()(clips))
+
+
+def without(name):
+    return lambda payload: {key: value for key, value in payload.items() if key != name}
+
+
+def with_weights(change):
+    """Returns a function that changes the encoder of a payload."""
+    return lambda payload: payload | {"encoders": {"rgb": change(dict(payload["encoders"]["rgb"]))}}
+
+
+NAME = "backbone.Conv_1a.conv1.weight"  # of the first convolution of S3D
+FAULTS = {
+    "no encoders": (without("encoders"), "has no encoders: .* got NoneType with config, format"),
+    "no config": (without("config"), "has no config"),
+    "no view": (lambda payload: payload | {"encoders": {}}, "has no encoders"),
+    "another view": (
+        lambda payload: payload | {"encoders": {"audio": payload["encoders"]["rgb"]}},
+        "expected encoders of rgb, flow, residual, got 'audio'",
+    ),
+    "config of another version": (
+        lambda payload: payload | {"config": {"colour": 1}}, "its config is not valid: unknown key 'colour'",
+    ),
+    "another architecture": (
+        lambda payload: payload | {"config": Config(model=ModelConfig(arch="r3d", width=0.125)).to_dict()},
+        r"encoder of view 'rgb' lacks \d+ tensors: .*, \.\.\.",
+    ),
+    "a list": (with_weights(list), "is not a dict of tensors, got list"),
+    "a tensor is missing": (
+        with_weights(lambda state: {k: v for k, v in state.items() if k != NAME}), f"lacks 1 tensor: {NAME}",
+    ),
+    "a tensor more": (with_weights(lambda state: state | {"more": torch.zeros(1)}), "which has no 1 tensor: more"),
+    "another shape": (with_weights(lambda state: state | {NAME: torch.zeros(3)}), rf"{NAME} has shape \[3\], not \["),
+    "NaN": (
+        with_weights(lambda state: state | {NAME: state[NAME].clone().fill_(torch.nan)}),
+        f"holds NaN or infinite values in {NAME}",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_encoders_that_cannot_be_used_are_named_wherever_they_are_read(tmp_path, fault):
+    change, message = FAULTS[fault]
+    config = Config(model=ModelConfig(width=0.125, feature_dim=8))
+    payload = {"config": config.to_dict(), "encoders": {"rgb": build_encoder(config.model).state_dict()}, "view": "rgb"}
+    before = torch.get_rng_state()
+    path = save_checkpoint(tmp_path / "a.pt", change(payload))
+    with pytest.raises(CheckpointError, match=f"checkpoint .*a.pt.*{message}"):
+        load_encoders(path)
+    with pytest.raises(CheckpointError, match=f"^model.init.rgb: checkpoint .*a.pt.*{message}"):
+        load_initial(dataclasses.replace(config.model, init=InitConfig(rgb=str(path))))
+    assert torch.equal(torch.get_rng_state(), before)  # a run that starts from a file draws the same numbers
+    for form in ("safetensors", "coclr"):
+        with pytest.raises(CheckpointError, match=message):
+            export(path, tmp_path / "out", to=form)
+        assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ def classifier_settings(task: str, checkpoint: tuple[str, ...], index: tuple[Pat
     require_files("--index", index)
     require_splits("--index", index)
     require_file("--config", config)
-    from cpr_fast.config import Config, load
+    from cpr_fast.config import load
     from cpr_fast.runtime.progress import announce
 
     settings = getattr(load(config), task) if config else None
@@ -28,9 +28,9 @@ def classifier_settings(task: str, checkpoint: tuple[str, ...], index: tuple[Pat
     if settings is not None:
         return settings
     from cpr_fast.evaluate.features.results import checkpoint_files
-    from cpr_fast.weights.checkpoint import load_checkpoint
+    from cpr_fast.weights.checkpoint import load_trained
 
-    return getattr(Config.from_dict(load_checkpoint(checkpoint_files(checkpoint)[0][1])["config"]), task)
+    return getattr(load_trained(checkpoint_files(checkpoint)[0][1])[0], task)
 
 
 def run_classify(
