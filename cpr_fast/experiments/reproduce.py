@@ -375,6 +375,6 @@ def _summary(table: PublishedTable, jobs: Sequence[Job], scale: Scale, out: Path
 def read_settings(path: Path) -> dict[str, Any]:
     """Reads sections of a config from a TOML file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"--settings: {str(path)!r} cannot be read as TOML: {error}") from None

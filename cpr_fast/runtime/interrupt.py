@@ -1,18 +1,22 @@
 """Requests to stop: a run finishes its step, saves its state, and ends.
 
-A request comes as SIGTERM (`kill`, torchrun, SLURM), SIGUSR1 (SLURM) or SIGINT (Ctrl-C).
+A request comes as SIGTERM (`kill`, torchrun, SLURM), SIGUSR1 (SLURM), SIGINT (Ctrl-C), or SIGHUP (the terminal or the
+connection was closed) unless `nohup` ignores that one.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 REPEAT_S = 1.0  # a second Ctrl-C that comes later than this ends the process at once
 
 
@@ -41,8 +45,23 @@ class StopRequest:
         """Remembers the first signal; this is the signal handler."""
         if signum == signal.SIGINT and self.signum and time.monotonic() - self._came > REPEAT_S:
             raise KeyboardInterrupt
+        if signum == signal.SIGHUP:
+            _leave_terminal()
         if not self.signum:
             self.signum, self._came = signum, time.monotonic()
+
+
+def _leave_terminal() -> None:
+    """Sends what is printed from now on to nowhere, if it went to a terminal: writing to a closed one is an error,
+    which would end the run before it has saved its state."""
+    for stream in (sys.__stdout__, sys.__stderr__):
+        try:
+            if stream is not None and stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+        except (OSError, ValueError):  # the stream is closed or has no file
+            continue
 
 
 @contextmanager
@@ -55,7 +74,9 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.note) for number in SIGNALS}
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup: the run goes on without its terminal
+    numbers = [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
+    before = {number: signal.signal(number, request.note) for number in numbers}
     try:
         yield request
     finally:

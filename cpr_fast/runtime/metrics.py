@@ -72,20 +72,24 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Returns the rows of a run folder; an incomplete last line is left out.
 
     Raises:
-        InputError: There is no `metrics.jsonl`, or a line before the last one is not JSON.
+        InputError: There is no `metrics.jsonl`, or a line is not a JSON object with a `kind`; only the last line may be
+            incomplete.
     """
     path = Path(run_dir) / FILE
     if not path.is_file():
         raise InputError(f"run folder {str(run_dir)!r} has no {FILE}; expected a folder written by `cpr-fast pretrain`")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().decode("utf-8", "replace").splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
             if number == len(lines):
                 break
             raise InputError(f"{path}:{number}: expected one JSON object per line: {error}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+            raise InputError(f"{path}:{number}: expected a JSON object with a text 'kind', got {line[:60]!r}")
+        rows.append(row)
     return rows
 
 

@@ -3,8 +3,11 @@ once.
 """
 
 import os
+import pty
 import signal
+import sys
 import threading
+import time
 
 import pytest
 
@@ -69,3 +72,39 @@ def test_another_thread_notes_nothing_and_changes_no_handler():
 def test_the_message_names_the_signal():
     stopped = Interrupted(signal.SIGTERM, "after step 7; saved")
     assert str(stopped) == "stopped by SIGTERM after step 7; saved" and stopped.signum == signal.SIGTERM
+
+
+def test_nohup_keeps_a_run_going():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as request:
+            signal.raise_signal(signal.SIGHUP)
+            assert not request.signum and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+CLOSED = """
+import os, sys, time
+from cpr_fast.runtime.interrupt import stop_requests
+with stop_requests() as stop:
+    open(sys.argv[1], "x").close()
+    while not stop.signum:
+        time.sleep(0.01)
+    print("progress", file=sys.stderr, flush=True)  # the terminal is gone
+    print("progress", flush=True)
+os.rename(sys.argv[1], sys.argv[1] + ".saved")
+"""
+
+
+def test_a_closed_terminal_stops_a_run_that_can_still_print_and_save(tmp_path):
+    process, terminal = pty.fork()
+    if not process:
+        os.execv(sys.executable, [sys.executable, "-c", CLOSED, str(tmp_path / "state")])
+    for _ in range(6000):
+        if (tmp_path / "state").exists():
+            break
+        time.sleep(0.01)
+    os.close(terminal)  # the kernel sends SIGHUP to the process, and its writes fail from now on
+    assert os.waitpid(process, 0)[1] == 0
+    assert (tmp_path / "state.saved").exists()

@@ -53,6 +53,21 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
         read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize("line", ["3", "null", "[]", "{}", '{"kind": 1}', '"text"'])
+def test_a_row_of_another_form_is_named(tmp_path, line):
+    write(tmp_path, {"kind": "step", "step": 0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match="metrics.jsonl:2: expected a JSON object with a text 'kind', got"):
+        read_metrics(tmp_path)
+
+
+def test_bytes_that_are_not_utf_8_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\n" * 3)
+    with pytest.raises(InputError, match="metrics.jsonl:1: expected one JSON object per line"):
+        read_metrics(tmp_path)
+
+
 def test_a_folder_without_metrics_is_named(tmp_path):
     with pytest.raises(InputError, match=r"has no metrics.jsonl"):
         read_metrics(tmp_path)

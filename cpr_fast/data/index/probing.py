@@ -55,7 +55,7 @@ class Journal:
     def read(self, files: Iterable[Path]) -> None:
         """Adds the results of journals, which other shards may be writing."""
         for path in files:
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     row = json.loads(line)
                     self._results[row["path"], *row["state"]] = row
@@ -68,7 +68,10 @@ class Journal:
         if row is None:
             return None
         if "info" in row:
-            return VideoInfo(**row["info"])
+            try:
+                return VideoInfo(**row["info"])
+            except TypeError:  # written by a version that measured other properties: the video is probed again
+                return None
         return VideoError(path, row["reason"], unreadable=row.get("unreadable", False))
 
     def wants(self, path: Path) -> bool:

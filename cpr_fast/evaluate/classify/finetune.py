@@ -1,8 +1,8 @@
 """Training of a classifier on clips, end to end or on a frozen backbone. An interrupted training can be continued.
 
 All random numbers of an epoch, including those of dropout, are functions of the seed and the epoch. A training that was
-killed and restarted therefore gives the same result as an uninterrupted one (bit-for-bit on a CPU). SIGTERM, SIGUSR1
-and Ctrl-C save the state in the middle of an epoch.
+killed and restarted therefore gives the same result as an uninterrupted one (bit-for-bit on a CPU). SIGTERM, SIGUSR1,
+SIGHUP and Ctrl-C save the state in the middle of an epoch.
 
 Under `torchrun` every process runs the backbone on its clips of a step, and the head on the features of all processes,
 so the head's BatchNorm and dropout are the same as in one process with the whole batch. The backbone's BatchNorm sees

@@ -105,7 +105,7 @@ def pretrain(
     Raises:
         InputError: the run folder, the index or the config do not fit each other, or the folder cannot be written.
         NonFiniteError: features or loss became NaN or infinite.
-        Interrupted: SIGINT, SIGTERM or SIGUSR1 asked to stop, and the run has saved a checkpoint.
+        Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGHUP asked to stop, and the run has saved a checkpoint.
     """
     world = distributed.init(config.run.device)
     _set_precision(config, world)

@@ -16,6 +16,7 @@ from cpr_fast.cli import main
 from cpr_fast.data.index.build import IndexOptions, report_path, write_index
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.index.layouts import HMDB51_CLASSES, clip_source
+from cpr_fast.data.index.probing import Journal
 from cpr_fast.data.storage.record_writer import RecordWriter
 from cpr_fast.data.storage.records import read_jpegs
 from cpr_fast.data.video.probe import probe_video
@@ -257,6 +258,17 @@ class TestJournal:
         index, report = make(tmp_path, root)
         assert len(index) == 7 and report["probed"] == 5  # v0 again, and v3 .. v6
         assert sorted(path.name for path in tmp_path.iterdir()) == ["index.csv", "index.report.json", "set"]
+
+    def test_results_of_another_version_and_damaged_lines_are_probed_again(self, tmp_path, root):
+        file, path = tmp_path / "j.jsonl", root / "a" / "v0.mp4"
+        Journal(file, "task").add(path, build.probe(path, verify=False))
+        fresh = Journal(None, "task")
+        fresh.read([file])
+        assert not fresh.wants(path)
+        file.write_bytes(file.read_bytes().replace(b'"num_frames"', b'"frames"') + b"\xff\xfe\n[]\n")
+        older = Journal(None, "task")
+        older.read([file])
+        assert older.wants(path)
 
     def test_shards_share_the_work_and_the_last_writes_the_index(self, tmp_path, root):
         reports = [write_index(root, tmp_path / "s.csv", IndexOptions(shard=(i, 3))) for i in (2, 0, 1)]
