@@ -44,15 +44,18 @@ test: setup check
 	CPR_FAST_CPU_VARIANT=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
 	  OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PARALLEL) -q -m numerics
 
-# The first pass of `make test` with the avx512 variant on any processor with AVX2, compiled through SIMDe (Debian's
-# libsimde-dev) in a copy of the checkout. It shows results, not speed, and torch itself keeps the processor's instructions.
+# The first pass of `make test` with the avx512 variant, in a copy of the checkout. On a processor without AVX-512 it is
+# compiled for AVX2 through SIMDe (Debian's libsimde-dev). That shows results, not speed, and torch
+# itself keeps the processor's instructions.
 test-avx512: setup
 	rm -rf build/avx512 && mkdir -p build/avx512
 	git ls-files -z | xargs -0 cp --parents -t build/avx512
 	ln -s "$(CURDIR)/$(VENV)" build/avx512/$(VENV)
-	cd build/avx512 && git init -q && CPR_FAST_CUDA=OFF CPR_FAST_EMULATE_AVX512=ON PATH="$(CURDIR)/$(BIN):$$PATH" \
+	emulate=$$($(BIN)/python -c 'from cpr_fast import _host; \
+	  print("OFF" if "avx512" in _host.build_info()["cpu_variants"] else "ON")') && \
+	  cd build/avx512 && git init -q && CPR_FAST_CUDA=OFF CPR_FAST_EMULATE_AVX512=$$emulate PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  $(BIN)/python setup.py --quiet build_ext
-	cd build/avx512 && CPR_FAST_CPU_VARIANT=avx512 OMP_NUM_THREADS=1 CPR_FAST_SHARED="$(abspath $(or $(CPR_FAST_SHARED),../shared))" \
+	cd build/avx512 && PYTHONPATH="$$PWD" CPR_FAST_CPU_VARIANT=avx512 OMP_NUM_THREADS=1 CPR_FAST_SHARED="$(abspath $(or $(CPR_FAST_SHARED),../shared))" \
 	  $(PARALLEL) -q -m "not packaging and not large"
 
 # Slow: builds and installs the source distribution and the wheel in several ways.

@@ -4,7 +4,8 @@
 Environment variables that change the build:
 
 CPR_FAST_CUDA=AUTO|ON|OFF   AUTO: build the CUDA kernels where nvcc is found. ON: fail without nvcc. OFF: never.
-CPR_FAST_EMULATE_AVX512=ON  Compile the avx512 variant for AVX2, to test it on any machine (Makefile, test-avx512).
+CPR_FAST_EMULATE_AVX512=ON  Compile the avx512 variant for AVX2, to test it on any machine (Makefile, test-avx512). Only
+                            `build_ext` accepts it: a wheel is refused.
 TORCH_CUDA_ARCH_LIST        GPU architectures, for example "8.0;9.0a+PTX". Default: sm_80 and its PTX, and sm_90a.
 MAX_JOBS                    number of parallel compilations. Default: number of processors.
 CPR_TORCH_ROOT              directory of the torch package to build against. Default: the installed one.
@@ -24,6 +25,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+EMULATE_AVX512 = os.environ.get("CPR_FAST_EMULATE_AVX512") or "OFF"
 sys.path.insert(0, str(ROOT))
 from build_backend import TORCH, require_setuptools, torch_root  # noqa: E402
 
@@ -41,6 +43,11 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         in_checkout = self.inplace or "build_ext" in self.distribution.commands
         build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+        if EMULATE_AVX512 != "OFF" and not in_checkout:
+            raise SystemExit(
+                f"CPR_FAST_EMULATE_AVX512: expected OFF for a wheel, got '{EMULATE_AVX512}'; it is for tests only, "
+                "in a checkout (`python setup.py build_ext`)"
+            )
         prefix = ROOT if in_checkout else Path(self.build_lib).resolve()
         cmake, configure = configuration(build)
         forget_stale_cache(build, "Ninja" if "Ninja" in configure else "Unix Makefiles")
@@ -78,7 +85,7 @@ def configuration(build: Path) -> tuple[str, list]:
     configure = [
         *(cmake, "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release"),
         f"-DCPR_FAST_CUDA={os.environ.get('CPR_FAST_CUDA', 'AUTO')}",
-        f"-DCPR_FAST_EMULATE_AVX512={os.environ.get('CPR_FAST_EMULATE_AVX512', 'OFF')}",
+        f"-DCPR_FAST_EMULATE_AVX512={EMULATE_AVX512}",
         f"-DCPR_TORCH_ROOT={torch}",
         f"-DPython_EXECUTABLE={sys.executable}",
         "-DPYBIND11_FINDPYTHON=ON",

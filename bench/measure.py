@@ -129,7 +129,10 @@ def force_variant(name: str | None) -> None:
 
 
 def cpu_variants() -> list[str]:
-    return _host.build_info()["cpu_variants"].split(",")
+    """Returns the variants whose speed can be measured: an emulated one has the results of its name, not the speed."""
+    built = _host.build_info()
+    emulated = built.get("cpu_variants_emulated", "").split(",")
+    return [name for name in built["cpu_variants"].split(",") if name not in emulated]
 
 
 def world(device: str) -> dict[str, str]:

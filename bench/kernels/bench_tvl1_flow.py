@@ -8,7 +8,6 @@ iterations, so both times are divided by ours; tests/ops/test_tvl1_flow.py check
 """
 
 import argparse
-import ctypes
 import json
 import sys
 import time
@@ -22,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from measure import cpu_name, world, write_result
+from measure import cpu_name, cpu_variants, force_variant, world, write_result
 from support import real_clips
 
-from cpr_fast.ops import _library, tvl1_flow
+from cpr_fast.ops import tvl1_flow
 
 SIZES = ((340, 256), (160, 120))
 MOVING_PX = 0.5  # a pixel counts as moving from this length of OpenCV's flow on
@@ -73,15 +72,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    library = ctypes.CDLL(str(_library._PATH))
-    library.cpr_cpu_variants.restype = ctypes.c_char_p
     about = world("cpu")
     rows = []
     for width, height in SIZES:
         clips = real_clips.read_gray(options.clips, 3, (width, height))
         _, pixel_iterations = torch.ops.cpr_fast.tvl1_flow(clips, *DEFAULTS)
-        for variant in library.cpr_cpu_variants().decode().split(","):
-            library.cpr_force_cpu_variant(variant.encode())
+        for variant in cpu_variants():
+            force_variant(variant)
             opencv_s, own_s, expected, flow = measure(clips, options.repeats if variant != "portable" else 1)
             total = int(pixel_iterations.sum())
             rows.append(
@@ -103,7 +100,7 @@ def main() -> None:
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-    library.cpr_force_cpu_variant(None)
+    force_variant(None)
     write_result("tvl1_flow_cpu.json", json.dumps(rows, indent=1) + "\n")
 
 

@@ -79,6 +79,9 @@ py::dict build_info() {
   info["version"] = CPR_VERSION;
   info["cpu_variant"] = cpr_cpu_variant();
   info["cpu_variants"] = cpr_cpu_variants();
+#if defined(CPR_EMULATED_AVX512)
+  info["cpu_variants_emulated"] = "avx512";
+#endif
   info["cuda_architectures"] = cpr_cuda_architectures();
   info["compiler"] = CPR_COMPILER;
   return info;
@@ -106,5 +109,5 @@ PYBIND11_MODULE(_host, module) {
       "bytes, in the encoding of any msgpack version. No element is copied. Raises ValueError on anything else.");
   module.def("build_info", &build_info,
              "dict of str: version, cpu_variant (the one in force), cpu_variants (best first) and cuda_architectures,\n"
-             "comma-separated, and compiler.");
+             "comma-separated, and compiler. Only in a build that emulates AVX-512 for tests: cpu_variants_emulated.");
 }

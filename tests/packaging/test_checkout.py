@@ -1,13 +1,14 @@
 """Building in one checkout several times: editable installs, with and without CUDA kernels, after files have moved."""
 
 import shutil
+import subprocess
 import sys
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
-from support.packaging.distribution import copy_source, pip, run
+from support.packaging.distribution import attempt, copy_source, pip, run
 
 pytestmark = pytest.mark.packaging
 
@@ -41,6 +42,12 @@ def architectures(source) -> str:
     return run(sys.executable, "-W", "ignore", "-c", program, folder=source).strip()
 
 
+def find_simde() -> bool:
+    """Whether the C++ compiler finds the headers of SIMDe."""
+    return not subprocess.run(["c++", "-E", "-x", "c++", "-"], input="#include <simde/x86/avx512/types.h>", text=True,
+                              capture_output=True).returncode  # fmt: skip
+
+
 def test_editable_install(source, python):
     pip("install", "--editable", ".", folder=source, python=python)
     program = "import cpr_fast.ops as ops; print(ops.__file__); print(ops.cmake_dir())"
@@ -69,6 +76,40 @@ def test_switching_between_cpu_and_cuda(source):
     for switch, expected in (("OFF", ""), ("ON", "80"), ("OFF", "")):
         run(sys.executable, "setup.py", "build_ext", folder=source, CPR_FAST_CUDA=switch, TORCH_CUDA_ARCH_LIST="8.0")
         assert architectures(source).partition("-")[0] == expected, switch
+
+
+def test_emulated_avx512(source):
+    """It builds into a checkout only, is never the default, and has the results of the other variants."""
+    if not find_simde():
+        pytest.skip("needs SIMDe (apt-get install libsimde-dev)")
+    run(sys.executable, "setup.py", "build_ext", folder=source, CPR_FAST_EMULATE_AVX512="ON")
+    program = (
+        "import torch; from cpr_fast import _host, ops; built = _host.build_info()\n"
+        "x = torch.arange(600.0).view(1, 20, 30)\n"
+        "print(built['cpu_variants'], built['cpu_variant'], built['cpu_variants_emulated'])\n"
+        "print(ops.cascade_select(x.sin(), x.cos(), views=[0], keep=[9])[0].tolist())"
+    )
+    printed = {
+        name: run(sys.executable, "-W", "ignore", "-c", program, folder=source, CPR_FAST_CPU_VARIANT=name).splitlines()
+        for name in ("", "avx512")
+    }
+    assert [lines[0] for lines in printed.values()] == [
+        "avx2,portable,avx512 avx2 avx512",
+        "avx2,portable,avx512 avx512 avx512",
+    ]
+    assert printed[""][1] == printed["avx512"][1]
+
+
+def test_emulated_avx512_is_no_wheel(source):
+    done = attempt(sys.executable, "setup.py", "build", folder=source, CPR_FAST_EMULATE_AVX512="ON")
+    assert done.returncode and "CPR_FAST_EMULATE_AVX512: expected OFF for a wheel, got 'ON'" in done.stderr
+
+
+def test_emulated_avx512_needs_the_headers_of_simde(source, tmp_path):
+    hidden = "-DCMAKE_IGNORE_PATH=/usr/include;/usr/local/include"
+    options = (hidden, "-DCPR_FAST_CUDA=OFF", "-DCPR_FAST_PYTHON=OFF", "-DCPR_FAST_EMULATE_AVX512=ON")
+    done = attempt("cmake", "-S", source, "-B", tmp_path, *options, folder=source)
+    assert done.returncode and "install SIMDe (Debian: libsimde-dev)" in " ".join(done.stderr.split())
 
 
 def test_a_moved_checkout_builds(source):

@@ -14,6 +14,11 @@
 #include <simde/x86/avx512.h>
 #include <simde/x86/svml.h>
 
+// SIMDe would otherwise write a multiplication and an addition, which round twice.
+#if !defined(SIMDE_X86_FMA_NATIVE) || !SIMDE_NATURAL_VECTOR_SIZE_LE(256)
+#error "compile for AVX2 and FMA: SIMDe does not use the fused multiply-add of this target"
+#endif
+
 #define __m512 simde__m512
 #define __m512i simde__m512i
 
@@ -34,7 +39,7 @@
 #define _mm512_mask_add_epi32 simde_mm512_mask_add_epi32
 #define _mm512_mask_mov_epi32 simde_mm512_mask_mov_epi32
 #define _mm512_mask_mov_ps simde_mm512_mask_mov_ps
-#define _mm512_maskz_compress_epi32 simde_mm512_maskz_compress_epi32
+#define _mm512_maskz_compress_epi32 cpr_emulated_compress
 #define _mm512_maskz_mov_ps simde_mm512_maskz_mov_ps
 #define _mm512_max_ps simde_mm512_max_ps
 #define _mm512_min_epi32 simde_mm512_min_epi32
@@ -74,6 +79,17 @@ static inline int cpr_emulated_reduce_min(simde__m512i a) {
   int least = lanes[0];
   for (int lane : lanes) least = lane < least ? lane : least;
   return least;
+}
+
+// SIMDe 0.7.4 compresses within one array, in a loop that it declares to be free of dependencies (GCC ivdep): it is
+// not.
+static inline simde__m512i cpr_emulated_compress(unsigned mask, simde__m512i a) {
+  alignas(64) int lanes[16], packed[16] = {};
+  simde_mm512_storeu_si512(lanes, a);
+  for (int i = 0, count = 0; i < 16; ++i) {
+    if (mask >> i & 1) packed[count++] = lanes[i];
+  }
+  return simde_mm512_loadu_si512(packed);
 }
 
 #define __AVX512F__ 1  // the sources choose their code by it
