@@ -64,7 +64,7 @@ def config_of(out: Path, batch_size: int, method: dict | None = None, **run) -> 
         "data": {"batch_size": batch_size, "frames": 5, "size": 20},
         # At .01 a barely trained frozen encoder maps all clips to one point, and rounding decides which clips are
         # mined.
-        "model": {"width": 0.125, "feature_dim": 8, "conv_std": 0.15},
+        "model": {"arch": "s3d", "width": 0.125, "feature_dim": 8, "conv_std": 0.15},
         "memory": {"size": 50, "shuffle_bn_groups": 2},  # not a multiple of 32: the batch size need not divide it
         "optim": {"name": "sgd", "lr": 1e-3},  # Adam turns a rounding difference near zero into a full step
         "schedule": {"cycles": [{"view": "rgb", "epochs": 2, "mining": "none"}, {"view": "flow", "epochs": 2}]},

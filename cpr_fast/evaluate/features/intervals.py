@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 RESAMPLES = 2000  # number of bootstrap samples
@@ -64,6 +63,8 @@ def seed_interval(values: Sequence[float]) -> list[float] | None:
     """Returns the 95 % interval (Student's t) of the mean over S runs of different seeds; None for fewer than two."""
     if len(values) < 2:
         return None
+    from scipy import stats  # 1.3 s of CPU time, which training and most evaluations do not need
+
     runs = torch.tensor(values, dtype=torch.float64)
     half = stats.t.ppf(0.975, len(runs) - 1) * (runs.std() / math.sqrt(len(runs))).item()
     return [runs.mean().item() - half, runs.mean().item() + half]

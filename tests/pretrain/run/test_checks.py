@@ -64,13 +64,13 @@ FLOW = {"view": "flow", "epochs": 8, "mining": "none"}  # before a cascade, whos
         (r"loss.temperature is 1e\+06", {"loss": {"temperature": 1e6}}),
         (r"memory.ema_momentum is 1", {"memory": {"size": 10, "ema_momentum": 1.0}}),
         (r"18 of 18 videos are shorter than a clip of 61 frames",
-         {"data": {"batch_size": 6, "frames": 61, "size": 20}}),
-        (r"both clips of a video are the same", {"data": {"batch_size": 6, "frames": 60, "size": 20,
+         {"data": {"batch_size": 6, "frames": 61, "size": 16}}),
+        (r"both clips of a video are the same", {"data": {"batch_size": 6, "frames": 60, "size": 16,
                                                           "augment": "none"}}),
         (r"data.batch_size is 1 with memory.kind = 'batch'",
-         {"data": {"batch_size": 1, "frames": 5, "size": 20}, "memory": {"kind": "batch"}}),
+         {"data": {"batch_size": 1, "frames": 8, "size": 16}, "memory": {"kind": "batch"}}),
         (r"the training set is one video", {"index": Index(list(INDEX)[:1]), "memory": {"kind": "bank"},
-                                            "data": {"batch_size": 1, "frames": 5, "size": 20}}),
+                                            "data": {"batch_size": 1, "frames": 8, "size": 16}}),
     ],
 )  # fmt: skip
 def test_it_is_named_with_what_to_set(expected, given):
@@ -96,7 +96,7 @@ ONE = {"epochs": 1}
           "the queue of memory.size = 24 entries. Set memory.size to 6 or less, or "
           "schedule.cycles[3].epochs to 6 or more"],
          {"cycles": [CASCADE | ONE, CASCADE | ONE, CASCADE | ONE, CASCADE | {"epochs": 2}, CASCADE | ONE],
-          "memory": {"size": 24}, "model": {"init": {"flow": "f.pt"}, "width": 0.125, "feature_dim": 8}}),
+          "memory": {"size": 24}, "model": {"init": {"flow": "f.pt"}, "width": 0.0625, "feature_dim": 8}}),
         (["cycles 1 to 3 never fill their queue of memory.size = 24 entries: they end after 3 steps (1 epoch of 3 "
           "steps) with 18 keys in it, and the other entries are still the random vectors that a queue starts with, "
           "which are easy negatives. Set memory.size to 18 or less, or the epochs of each of them (schedule.cycles) to "
@@ -110,7 +110,7 @@ ONE = {"epochs": 1}
         (["cycles 1 and 2 never mine: their bank is full after 3 steps, and they end after 3. Set the epochs of each "
           "of them (schedule.cycles) to at least 2"],
          {"cycles": [CASCADE | ONE | {"other": "residual"}, CASCADE | ONE | {"view": "residual", "other": "rgb"}],
-          "memory": {"kind": "bank"}, "model": {"shared": True, "width": 0.125, "feature_dim": 8}}),
+          "memory": {"kind": "bank"}, "model": {"shared": True, "width": 0.0625, "feature_dim": 8}}),
         (["cycles 1 and 3 have a learning rate of 1e-09, 1e-08: the weights will hardly change; set optim.lr (the "
           "published value is 0.001)"], {"cycles": [RGB | {"lr": 1e-9}, FLOW, CASCADE | {"lr": 1e-8}]}),
         (["cycles 2 and 3 can mine nothing: all 18 videos have the source 'one', and videos of one source are never "
@@ -150,7 +150,7 @@ def test_the_advice_for_several_cycles_is_sound():
         {"cycles": [RGB | {"epochs": 4}], "memory": {"size": 60}},
         {"memory": {"kind": "bank"}, "cycles": [FLOW, CASCADE]},
         {"memory": {"kind": "batch"}, "cycles": [FLOW, CASCADE]},
-        {"memory": {"kind": "bank"}, "model": {"shared": True, "width": 0.125, "feature_dim": 8},
+        {"memory": {"kind": "bank"}, "model": {"shared": True, "width": 0.0625, "feature_dim": 8},
          "cycles": [CASCADE | {"other": "residual"}]},
     ],
 )  # fmt: skip

@@ -39,8 +39,8 @@ def index(tmp_path_factory):
 def config(index, out, **health) -> Config:
     return Config.from_dict(
         {
-            "data": {"index": str(index), "frames": 5, "size": 32, "batch_size": 6},
-            "model": {"width": 0.125, "feature_dim": 8},
+            "data": {"index": str(index), "frames": 8, "size": 32, "batch_size": 6},
+            "model": {"arch": "r3d", "width": 0.0625, "feature_dim": 8},
             "memory": {"size": 6},
             "optim": {"lr": 0.01},
             "schedule": {"cycles": [{"view": "rgb", "epochs": 4, "mining": "none"}]},

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_start_and_end_are_printed(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     out = tmp_path / "run"
-    config = settings(out, data={"index": "set/index.csv", "batch_size": 6, "frames": 5, "size": 20})
+    config = settings(out, data={"index": "set/index.csv", "batch_size": 6, "frames": 8, "size": 16})
     pretrain(config, index=INDEX, make_loader=RandomLoader, progress=True)
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == "Pretraining on 18 videos of 9 sources, 4 classes"
