@@ -150,7 +150,7 @@ INPUTS: dict[str, dict[str, Check]] = {
     "finetune": {"CHECKPOINT": require_checkpoints, "--index": require_files, "--config": FILE},
     "search": {"QUERIES": require_files, "--index": FILE, "--checkpoint": require_checkpoints},
     "mine": {"FEATURES": FILE},
-    "compare": {"RUNS": require_folders, "--against": require_folders},
+    "compare": {"RUNS": require_runs, "--against": require_runs},
     "report": {"RUNS": require_runs, "--index": FILE},
 }
 

@@ -1,6 +1,7 @@
 """Answers that need neither torch nor a data set are given without importing torch, NVIDIA DALI, PyAV or NumPy."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,15 @@ def test_quick_answers_import_nothing_heavy(tmp_path, command_lines, expected):
         assert (code, heavy) == (expected, []), (arguments, errors)
         assert bool(errors) == (expected == 2), arguments
     assert [path.name for path in tmp_path.iterdir()] == ["F"]
+
+
+@pytest.mark.parametrize("command", ["index", "synth"])
+def test_a_command_says_what_it_does_before_its_long_imports(tmp_path, command):
+    """The heavy modules cannot be imported here, so only what is printed before them is seen."""
+    (tmp_path / "videos").mkdir()
+    words = {"index": ["index", "videos", "--out", "i.csv"], "synth": ["synth", "made"]}[command]
+    block = "import sys; sys.modules['numpy'] = None; from cpr_fast.cli import main; main(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", block, *words], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    said = {"index": "Looking for videos in videos ...", "synth": "Writing synthetic videos to made ..."}[command]
+    assert done.stderr.splitlines()[0] == said

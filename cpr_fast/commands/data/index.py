@@ -72,6 +72,9 @@ def index(
         require_at_least(option, least, value)
     if verify and no_verify:
         raise InputError("--verify, --no-verify: expected at most one of them, got both")
+    from cpr_fast.runtime.progress import announce
+
+    announce(f"Looking for videos in {root}")
     from cpr_fast.data.index.build import IndexOptions, write_index
     from cpr_fast.data.index.summary import next_step, summary
 

@@ -32,6 +32,9 @@ def synth(
         seed: Seed of all random draws, at least 0.
         version: 2, or 5, the quick start's, in which videos of a class are more alike, at 12.5 frames per second.
     """
+    from cpr_fast.runtime.progress import announce
+
+    announce(f"Writing synthetic videos to {out}")
     from cpr_fast.data.index.index import Index
     from cpr_fast.data.synthetic.videos import write_synthetic
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from cpr_fast.commands.inputs import require_folders
+from cpr_fast.commands.inputs import require_runs
 from cpr_fast.commands.options import REQUIRED, Json
 from cpr_fast.commands.output import left_out_of_map, show, table
 from cpr_fast.errors import InputError
@@ -36,8 +36,8 @@ def compare(
     first, second = (runs, against) if against else (runs[:1], runs[1:])
     if not against and len(runs) != 2:
         raise InputError(f"RUNS: expected two run folders, or --against with the runs to compare with, got {len(runs)}")
-    require_folders("RUNS", runs)
-    require_folders("--against", against)
+    require_runs("RUNS", runs)
+    require_runs("--against", against)
     from cpr_fast.runtime.progress import announce
 
     announce("Reading the runs")
