@@ -39,12 +39,6 @@ def require_folder(option: str, path: str | Path | None) -> None:
         raise InputError(f"{option}: expected a folder, but {str(path)!r} {state}")
 
 
-def require_folders(option: str, paths: Iterable[str | Path]) -> None:
-    """Calls `require_folder` for every path."""
-    for path in paths:
-        require_folder(option, path)
-
-
 def require_data_set(option: str, path: str | Path) -> None:
     """Raises InputError that names the option, if the path is neither a folder nor an LMDB file."""
     if not os.path.exists(path):

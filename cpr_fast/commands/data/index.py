@@ -64,12 +64,9 @@ def index(
     require_folder("--splits", splits)
     require_file("--flow-lmdb", flow_lmdb)
     part = parse_shard(shard)
-    for option, least, value in (
-        ("--split", 1, split),
-        ("--short-side", 16, short_side),
-        ("--min-frames", 0, min_frames),
-    ):
-        require_at_least(option, least, value)
+    require_at_least("--split", 1, split)
+    require_at_least("--short-side", 16, short_side)
+    require_at_least("--min-frames", 0, min_frames)
     if verify and no_verify:
         raise InputError("--verify, --no-verify: expected at most one of them, got both")
     from cpr_fast.runtime.progress import announce
