@@ -7,6 +7,7 @@ View 0 is the query's view, view 1 is the other one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 
@@ -23,3 +24,15 @@ def stage_views(stages: int, protocol: Literal["paper", "coclr"] = "paper") -> t
 def stage_keep(stages: int, memory_size: int, ratio: float, top_k: int) -> tuple[int, ...]:
     """Returns the number of survivors of each stage: ``max(top_k, int(K * r**s))`` for s < n, and top_k for s = n."""
     return (*(max(top_k, int(memory_size * ratio**s)) for s in range(1, stages)), top_k)
+
+
+def idle_stages(keep: Sequence[int], memory_size: int) -> list[int]:
+    """Returns the stages, from 1, that keep all entries that they see, so that they select nothing.
+
+    The cascade is then that of the other stages: with K = 256, r = 1/2, n = 7 and top-5 the stages keep 128, 64, 32,
+    16, 8, 5 and 5, so the last one is idle and the cascade ends in the view of stage 6, the query's own.
+
+    Args:
+        keep: the numbers of survivors that `stage_keep` returns.
+    """
+    return [s for s, (seen, kept) in enumerate(zip((memory_size, *keep), keep, strict=False), 1) if kept >= seen]

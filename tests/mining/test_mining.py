@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cpr_fast.config import Config, LossConfig, MiningConfig
-from cpr_fast.mining.stages import stage_keep, stage_views
+from cpr_fast.mining.stages import idle_stages, stage_keep, stage_views
 from cpr_fast.pretrain.state.cascade import Cascade, mine
 from cpr_fast.pretrain.state.memory import Memory
 from cpr_fast.pretrain.step.ids import id_meaning
@@ -37,6 +37,22 @@ def test_survivors_of_each_stage():
     assert stage_keep(7, 2048, 0.5, 5) == (1024, 512, 256, 128, 64, 32, 5)
     assert stage_keep(1, 2048, 0.5, 5) == (5,)
     assert stage_keep(4, 32, 0.5, 10) == (16, 10, 10, 10)  # at least top-k are kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "idle"),
+    [
+        ((7, 256, 0.5, 5), [7]),  # 128, 64, 32, 16, 8, 5, 5
+        ((7, 384, 0.5, 5), []),  # 192, 96, 48, 24, 12, 6, 5
+        ((5, 512, 0.3, 5), [5]),  # 153, 46, 13, 5, 5
+        ((3, 8, 0.5, 5), [2, 3]),  # 5, 5, 5
+        ((3, 10, 1.0, 5), [1, 2]),
+        ((1, 5, 0.5, 5), [1]),
+        ((1, 6, 0.5, 5), []),
+    ],
+)
+def test_stages_that_select_nothing(arguments, idle):
+    assert idle_stages(stage_keep(*arguments), arguments[1]) == idle
 
 
 def brute_force(anchors, memory, source, config, top_k):

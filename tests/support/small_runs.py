@@ -31,7 +31,7 @@ def settings(out, **sections) -> Config:
         "data": {"batch_size": 6, "frames": 8, "size": 16},
         "model": {"arch": "r3d", "width": 0.0625, "feature_dim": 8},  # a third of the time of S3D: fewer layers
         "memory": {"size": 10},
-        "mining": {"stages": 3, "top_k": 2},
+        "mining": {"stages": 3, "ratio": 0.6, "top_k": 2},
         "schedule": {
             "cycles": [{"view": "rgb", "epochs": 2, "mining": "none"}, {"view": "flow", "epochs": 2, "milestones": [1]}]
         },

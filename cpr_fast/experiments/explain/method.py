@@ -11,7 +11,7 @@ from typing import Any
 
 from cpr_fast.config import Config, Cycle, ModelConfig
 from cpr_fast.experiments.explain.section import Section, fraction
-from cpr_fast.mining.stages import stage_keep, stage_views
+from cpr_fast.mining.stages import idle_stages, stage_keep, stage_views
 from cpr_fast.pretrain.run.checks import CyclePlan
 from cpr_fast.wording import counted
 
@@ -87,7 +87,7 @@ def mining(config: Config, size: int) -> Section | None:
     values, alike = [], {}
     for cycle, own in itertools.product(cycles, (0, 1) if config.model.shared else (0,)):
         views, keep = _stages(config, cycle, size, own)
-        idle = _idle(keep, size)
+        idle = idle_stages(keep, size)
         query_view = cycle.views(shared=config.model.shared)[own]
         value = {"view": query_view, "views": views, "keep": list(keep), "idle_stages": idle}
         if value not in values:
@@ -125,11 +125,6 @@ def _stages(config: Config, cycle: Cycle, size: int, own: int) -> tuple[list[str
     top_k = config.mining.top_k if cycle.top_k is None else cycle.top_k
     order = stage_views(config.mining.stages, config.loss.protocol)
     return [views[view ^ own] for view in order], stage_keep(config.mining.stages, size, config.mining.ratio, top_k)
-
-
-def _idle(keep: Sequence[int], size: int) -> list[int]:
-    """Returns the stages, from 1, that keep all that they see, so that they select nothing."""
-    return [s for s, (seen, kept) in enumerate(zip((size, *keep), keep, strict=False), 1) if kept >= seen]
 
 
 def _said(idle: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from cpr_fast.config import Config, Cycle
 from cpr_fast.config.unreached import unreached_epochs, unreached_steps
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
+from cpr_fast.mining.stages import idle_stages, stage_keep
 from cpr_fast.wording import counted, listed
 
 LONG_FILL = 0.25  # if waiting for the queue takes a larger share of a cycle's steps, a warning is given
@@ -119,6 +120,7 @@ def check_run(config: Config, index: Index, plans: list[CyclePlan], *, stored_fl
         *_about_videos(config, index),
         *_about_memory(config, plans),
         *_about_mining(config, index, [plan for plan in plans if plan.cycle.mining == "cascade"]),
+        *_about_stages(config, index, [plan for plan in plans if plan.cycle.mining == "cascade"]),
         *_about_random_encoders(config, plans),
         *_about_labels(index, [plan for plan in plans if plan.cycle.mining == "label"]),
     ]
@@ -134,12 +136,9 @@ def _check_cycle(config: Config, index: Index, plan: CyclePlan, stored_flow: boo
             "schedule.cycles: mining = 'label' expects every video of the index to have a label, "
             f"but {missing} of {len(index)} have none"
         )
-    top_k = config.mining.top_k if cycle.top_k is None else cycle.top_k
-    entries = {"queue": config.memory.size, "bank": len(index), "batch": 2 * config.data.batch_size}
-    if cycle.mining == "cascade" and config.memory.kind != "batch" and top_k > entries[config.memory.kind]:
-        raise InputError(
-            f"top_k: expected at most the {entries[config.memory.kind]} entries of a {config.memory.kind}, got {top_k}"
-        )
+    top_k, size = _top_k(config, cycle), _entries(config, index)
+    if cycle.mining == "cascade" and config.memory.kind != "batch" and top_k > size:
+        raise InputError(f"top_k: expected at most the {size} entries of a {config.memory.kind}, got {top_k}")
     if stored_flow and "flow" in cycle.views(shared=config.model.shared):
         bare = [video.path for video in index if video.flow_path is None]
         if bare:
@@ -268,11 +267,10 @@ def _about_mining(config: Config, index: Index, plans: Sequence[CyclePlan]) -> I
             "mining = 'none'"
         )
         return
-    entries = {"queue": config.memory.size, "bank": len(index), "batch": 2 * config.data.batch_size}
-    size = entries[config.memory.kind]
+    size = _entries(config, index)
     largest = int(sources.argmax())
     others = size * (1 - sources[largest] / len(index))
-    wanted = {plan: config.mining.top_k if plan.cycle.top_k is None else plan.cycle.top_k for plan in plans}
+    wanted = {plan: _top_k(config, plan.cycle) for plan in plans}
     if poor := [plan for plan in plans if others < wanted[plan]]:
         name = index[int(np.flatnonzero(index.source_ids == largest)[0])].source
         yield (
@@ -281,6 +279,36 @@ def _about_mining(config: Config, index: Index, plans: Sequence[CyclePlan]) -> I
             f"{others:.1f} of the {size} entries of the memory are of other sources. Set mining.top_k lower, or "
             "correct the column `source` of the index"
         )
+
+
+def _about_stages(config: Config, index: Index, plans: Sequence[CyclePlan]) -> Iterator[str]:
+    """Yields the cascades of which a stage selects nothing, so that they are cascades of fewer stages."""
+    stages, ratio, size = config.mining.stages, config.mining.ratio, _entries(config, index)
+    cascades: dict[int, list[CyclePlan]] = {}  # by top-k
+    for plan in plans:
+        cascades.setdefault(_top_k(config, plan.cycle), []).append(plan)
+    for top_k, same in cascades.items():
+        keep = stage_keep(stages, size, ratio, top_k)
+        if not (idle := idle_stages(keep, size)) or top_k >= size:
+            continue
+        fewer = next(n for n in range(stages - 1, 0, -1) if not idle_stages(stage_keep(n, size, ratio, top_k), size))
+        ways = [f"mining.stages to {fewer}"]
+        if config.memory.kind == "queue" and ratio < 1:
+            ways.append(f"memory.size to {math.ceil((top_k + 1) / ratio ** (stages - 1))} or more")
+        which = f"stage {idle[0]} selects" if len(idle) == 1 else f"stages {listed([*map(str, idle)])} select"
+        yield (
+            f"{_named(same)} {_verb(same, 'mines', 'mine')} with fewer stages than mining.stages = {stages}: {which} "
+            f"nothing, because the stages keep {listed([*map(str, keep)])} of {size} entries. Set {' or '.join(ways)}"
+        )
+
+
+def _top_k(config: Config, cycle: Cycle) -> int:
+    return config.mining.top_k if cycle.top_k is None else cycle.top_k
+
+
+def _entries(config: Config, index: Index) -> int:
+    """Returns K, the number of entries of the memory, on one process."""
+    return {"queue": config.memory.size, "bank": len(index), "batch": 2 * config.data.batch_size}[config.memory.kind]
 
 
 def _about_random_encoders(config: Config, plans: Sequence[CyclePlan]) -> Iterator[str]:

@@ -83,7 +83,8 @@ def test_it_is_named_with_what_to_set(expected, given):
     assert any(re.search(expected, text) for text in found), found
 
 
-ONE = {"epochs": 1}
+ONE_STAGE = {"stages": 1}  # which is never idle, however small the memory
+ONE, LONG = {"epochs": 1}, {"epochs": 40}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,18 @@ ONE = {"epochs": 1}
         (["cycles 2 and 3 mine fewer than top_k = 9 to 10 entries for many queries: 2 of 18 videos have the source "
           "'source0', so about 8.9 of the 10 entries of the memory are of other sources. Set mining.top_k lower, or "
           "correct the column `source` of the index"],
-         {"cycles": [FLOW, CASCADE | {"top_k": 9}, CASCADE | {"top_k": 10}]}),
+         {"cycles": [FLOW, CASCADE | {"top_k": 9}, CASCADE | {"top_k": 10}], "mining": ONE_STAGE}),
+        (["cycles 2 and 3 mine with fewer stages than mining.stages = 7: stages 5, 6 and 7 select nothing, because the "
+          "stages keep 20, 10, 5, 2, 2, 2 and 2 of 40 entries. Set mining.stages to 4 or memory.size to 192 or more"],
+         {"cycles": [FLOW | LONG, CASCADE | LONG, CASCADE | LONG],
+          "mining": {"stages": 7, "ratio": 0.5, "top_k": 2}, "memory": {"size": 40}}),
+        (["cycle 1 (rgb, mining cascade) mines with fewer stages than mining.stages = 5: stage 5 selects nothing, "
+          "because the stages keep 9, 4, 2, 1 and 1 of 18 entries. Set mining.stages to 4",
+          "cycle 2 (rgb, mining cascade) mines with fewer stages than mining.stages = 5: stages 4 and 5 select "
+          "nothing, because the stages keep 9, 4, 2, 2 and 2 of 18 entries. Set mining.stages to 3"],
+         {"cycles": [CASCADE | {"other": "residual", "top_k": k} for k in (1, 2)], "memory": {"kind": "bank"},
+          "model": {"shared": True, "width": 0.125, "feature_dim": 8},
+          "mining": {"stages": 5, "ratio": 0.5}}),
         (["cycles 1 and 2 compare features of the flow encoder, which no earlier cycle trains and model.init.flow does "
           "not name: its weights are random. Put a cycle {view = 'flow', mining = 'none'} before them, or name a "
           "checkpoint"], {"cycles": [CASCADE, CASCADE, FLOW, CASCADE]}),
@@ -134,10 +146,10 @@ def test_a_reason_is_given_once_with_the_cycles_it_concerns(expected, given):
 
 def test_the_advice_for_several_cycles_is_sound():
     short = [FLOW | {"epochs": 2}, CASCADE | {"epochs": 4}, CASCADE | {"epochs": 2}, CASCADE | {"epochs": 3}]
-    (warning,) = warnings(cycles=short, memory={"size": 24})
+    (warning,) = warnings(cycles=short, memory={"size": 24}, mining=ONE_STAGE)
     assert "Set memory.size to 6 or less, or the epochs of each of them (schedule.cycles) to 6 or more" in warning
-    assert warnings(cycles=short, memory={"size": 6}) == []
-    assert warnings(cycles=[cycle | {"epochs": 6} for cycle in short], memory={"size": 24}) == []
+    assert warnings(cycles=short, memory={"size": 6}, mining=ONE_STAGE) == []
+    assert warnings(cycles=[cycle | {"epochs": 6} for cycle in short], memory={"size": 24}, mining=ONE_STAGE) == []
 
 
 @pytest.mark.parametrize(
