@@ -1,0 +1,171 @@
+"""Trains and evaluates one setting of one seed, and returns its row."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpr_fast.config import Config, ProbeConfig
+from cpr_fast.data.index.index import Index
+from cpr_fast.evaluate.classify.probe import feature_probabilities, train_on_features
+from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, weights_digest
+from cpr_fast.evaluate.features.embedding import Embedding, calibrate_batch_norm, encoder_embeddings
+from cpr_fast.evaluate.features.pretrained import load_pretrained
+from cpr_fast.evaluate.features.recipe import make_recipe
+from cpr_fast.evaluate.features.windows import open_windows
+from cpr_fast.evaluate.retrieval.baselines import BASELINES
+from cpr_fast.evaluate.retrieval.queries import QueryScores
+from cpr_fast.evaluate.retrieval.retrieve import evaluate
+from cpr_fast.models import Encoder, build_encoder
+from cpr_fast.pretrain.run.loop import pretrain
+from cpr_fast.runtime.files import replacing
+from cpr_fast.runtime.metrics import read_metrics
+
+from .rows import packed
+from .settings import ALL, Base, config_of, keeps, settings_digest, start_of
+
+# The published learning rate is for 9,537 videos; `cpr-fast probe` recommends these for few.
+PROBE = ProbeConfig(batch_size=32, lr=0.1)
+RECIPE = make_recipe("paper")
+CALIBRATION = 32  # videos for the BatchNorm statistics of untrained networks, as in `cpr-fast retrieve`
+MEASURES = ("r@1", "r@5", "r@10", "map", "r@1_ci95", "map_ci95")
+
+
+def run_setting(base: Base, setting: str, seed: int, index: Path, data: str, runs: Path) -> tuple[dict, QueryScores]:
+    """Trains a setting, and before it the start if that is missing, and measures it.
+
+    A stopped training is continued from its last checkpoint.
+
+    Args:
+        data: the digest of the videos' description.
+        runs: the folder of all runs of the set. Each has a folder named by its settings and seed.
+    Returns:
+        the measures of the row, and those of every query.
+    Raises:
+        Interrupted: a stop signal came while it trained, and a checkpoint was saved.
+    """
+    start, folder = start_of(setting), runs / f"{settings_digest(base, start_of(setting), data)}-seed-{seed}"
+    config = config_of(base, start, seed, index, folder)
+    config, last = _train(config)
+    if ALL[setting].mining is not None:
+        config = config_of(base, setting, seed, index, folder)
+        keeps(config, len(Index.load(index).select("train")))
+        config, last = _train(config)
+    began = time.process_time()
+    if setting == "untrained":
+        encoders = _untrained(config, index, ("rgb", "flow"), seed)
+    else:
+        encoders = load_pretrained(last).encoders
+    found, scores = measure(setting, config, encoders, index, seed, folder / "features")
+    row = {"training": _cpu(Path(config.run.out)), "evaluation_cpu_s": round(time.process_time() - began, 1)}
+    quality = mining_quality(Path(config.run.out)) if ALL[setting].mining == "cascade" else {}
+    return {**found, **quality, **packed(scores, setting), **row}, scores
+
+
+def _train(config: Config) -> tuple[Config, Path]:
+    """Starts or continues a run, or leaves a finished one, and returns its config and its last checkpoint."""
+    out = Path(config.run.out)
+    last = out / "checkpoints" / "last.pt"
+    with _counted(out):
+        pretrain(config, resume="auto", progress=False)
+    return config, last
+
+
+CPU = "cpu_s.json"
+
+
+@contextmanager
+def _counted(run: Path) -> Iterator[None]:
+    """Adds the CPU time of the block to the run's, also when it is stopped by a signal that it can answer."""
+    began = time.process_time()
+    try:
+        yield
+    finally:
+        spent = time.process_time() - began
+        if run.exists():
+            before = json.loads((run / CPU).read_text()) if (run / CPU).exists() else {"cpu_s": 0.0, "processes": 0}
+            if spent > 1 or not before["processes"]:  # not the time of finding a run finished
+                with replacing(run / CPU) as temporary:
+                    temporary.write_text(json.dumps({"cpu_s": round(before["cpu_s"] + spent, 1),
+                                                     "processes": before["processes"] + 1}))  # fmt: skip
+
+
+def _cpu(run: Path) -> dict[str, Any]:
+    return json.loads((run / CPU).read_text())
+
+
+def _untrained(config: Config, index: Path, views: tuple[str, ...], seed: int) -> dict[str, Encoder]:
+    """Returns encoders with random weights and with BatchNorm statistics of 32 videos, as `cpr-fast retrieve` does."""
+    gallery = Index.load(index).select("train")
+    spread = Index(gallery[i] for i in range(0, len(gallery), max(1, -(-len(gallery) // CALIBRATION))))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoders = {view: build_encoder(config.model).eval() for view in views}
+    with closing(open_windows(spread, config.data, list(views), RECIPE, "cpu")) as loader:
+        calibrate_batch_norm(encoders, loader)
+    return encoders
+
+
+def measure(
+    name: str, config: Config, encoders: dict[str, Encoder], index: Path, seed: int, cache: Path
+) -> tuple[dict[str, Any], QueryScores]:
+    """Returns retrieval from the test into the train split and the linear probe, per view and of both views.
+
+    The row of "untrained" also has the pixel baselines, which are the same for every setting and seed.
+    """
+    videos, views = Index.load(index), list(encoders)
+    keys = {view: weights_digest(encoder) for view, encoder in encoders.items()}
+    embeddings: dict[str, Embedding] = encoder_embeddings(name, encoders, RECIPE, keys)
+    trained = dict(embeddings)
+    if name == "untrained":
+        embeddings |= BASELINES
+    open_loader = partial(open_windows, data=config.data, views=views, recipe=RECIPE, device="cpu")
+    store = FeatureCache(cache, RECIPE.identity(config.data, "cpu"))
+    found = evaluate(videos, embeddings, open_loader, protocol="train_test", cache=store)
+    rows = [{key: row[key] for key in ("name", "view", *MEASURES)} for row in found.rows]
+    of_setting = {row.pop("view"): row for row in rows if row["name"] == name}
+    measured = {view: {key: value for key, value in row.items() if key != "name"} for view, row in of_setting.items()}
+    for view, accuracy in probe(videos, trained, open_loader, store, seed).items():
+        measured[view]["probe"] = accuracy
+    baselines = {row["name"]: row["map"] for row in rows if row["name"] != name}
+    baselines_r1 = {row["name"]: row["r@1"] for row in rows if row["name"] != name}
+    pixels = {"pixels": {"map": baselines, "r@1": baselines_r1}} if baselines else {}
+    weights = digest(*keys.values())[:12]
+    return {"views": measured, **pixels, "weights": weights}, found.scores
+
+
+def probe(
+    videos: Index, embeddings: dict[str, Embedding], open_loader: Any, store: FeatureCache, seed: int
+) -> dict[str, float]:
+    """Returns the accuracy of a linear classifier of every view's features, and of both views' mean probabilities."""
+    parts = [videos.select("train"), videos.select("test")]
+    features = [embed_index(part, embeddings, open_loader, store)[0] for part in parts]
+    labels = [torch.from_numpy(part.labels) for part in parts]
+    found = {}
+    for name in embeddings:
+        head, _ = train_on_features(features[0][name], labels[0], len(videos.classes), PROBE, seed=seed)
+        found[name.split("/")[1]] = feature_probabilities(head, features[1][name])
+    if len(found) == 2:
+        found["two_stream" if "flow" in found else "merged"] = sum(found.values()) / 2
+    return {view: (values.argmax(1) == labels[1]).double().mean().item() for view, values in found.items()}
+
+
+def mining_quality(run: Path) -> dict[str, Any]:
+    """Returns PMR and median CMR (unit: source) of every epoch that mined, per view, from metrics.jsonl."""
+    epochs = [row for row in read_metrics(run) if row["kind"] == "epoch" and row["pmr"] is not None]
+    return {
+        "mining": {
+            view: {
+                key: [round(row[key], 4) for row in epochs if row["view"] == view]
+                for key in ("pmr", "pmr_chance", "cmr_median")
+            }
+            for view in dict.fromkeys(row["view"] for row in epochs)
+        }
+    }

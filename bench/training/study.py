@@ -1,0 +1,184 @@
+"""Runs the registered study of what the paper claims. bench/results/study.md is its protocol and holds its results.
+
+    python bench/training/study.py WORK [--sets synthetic …] [--seeds 0 …] [--settings start untrained …] [--later]
+    python bench/training/study.py WORK --sets jhmdb --seeds 100 --settings start infonce ubernce --base size=32
+    python bench/training/study.py --table
+
+Videos, flow and runs are in WORK. The sets run one after the other, and within a set one seed after the other with all
+settings, so that what is there is balanced at any time. Each finished run appends a row to study.jsonl; rows that are
+there are neither run again nor replaced. SIGTERM and Ctrl-C stop it after a step, and the same command continues.
+
+Before the first row of a set, trials with InfoNCE and UberNCE choose its base among the registered candidates; their
+rows go to study_trials.jsonl. Seeds from 100 on are trials, too: `--base` changes their base, and they may not mine.
+`--table` writes the tables of all rows into study.md, and the figures study_<set>.png beside it.
+"""
+
+import argparse
+import dataclasses
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+
+from evidence.rows import ROWS, TRIALS, add_row, is_done, keep_queries, read_rows
+from evidence.runs import run_setting
+from evidence.settings import (
+    ALL,
+    CANDIDATES,
+    LATER,
+    SEEDS,
+    SETTINGS,
+    TRIAL,
+    TRIAL_SEEDS,
+    Base,
+    chosen_base,
+    settings_digest,
+)
+from evidence.tables import claim_table, draw, progress, replace_results, setting_table, trial_table
+from evidence.videos import SETS, description, prepare
+from measure import RESULTS, world, write_result
+
+from cpr_fast.runtime.interrupt import Interrupted
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Runs the rows that are asked for and not there yet, and prints one line for each."""
+    for name in args.sets:
+        index = prepare(name, args.work / "data" / name, progress=True)
+        about = description(index)
+        base = changed(CANDIDATES[name][0], args.base) if args.base else choose_base(args, name, index, about)
+        for seed in args.seeds:
+            for setting in args.settings:
+                run_row(args, name, base, setting, seed, index, about)
+
+
+def choose_base(args: argparse.Namespace, name: str, index: Path, about: dict[str, Any]) -> Base:
+    """Returns the base of a set; runs the trials of its candidates, in order, that it needs and that are not there."""
+    for base in CANDIDATES[name]:
+        if chosen := base_of(name, about, read_rows(args.results / TRIALS)):
+            return chosen
+        for setting in TRIAL:
+            run_row(args, name, base, setting, TRIAL_SEEDS, index, about)
+    return base_of(name, about, read_rows(args.results / TRIALS))
+
+
+def base_of(name: str, about: dict[str, Any], trials: list[dict[str, Any]]) -> Base | None:
+    """Returns the base that the rows of the trials choose for a set; None if another trial is needed."""
+    found = []
+    for base in CANDIDATES[name]:
+        wanted = {settings_digest(base, setting, about["digest"]): setting for setting in TRIAL}
+        mine = {wanted[row["settings"]]: row["views"]["two_stream"]["map"] for row in trials
+                if row["set"] == name and row["seed"] == TRIAL_SEEDS and row["settings"] in wanted}  # fmt: skip
+        if len(mine) < len(TRIAL):
+            break
+        found.append(mine)
+    return chosen_base(name, found)
+
+
+def run_row(
+    args: argparse.Namespace, name: str, base: Base, setting: str, seed: int, index: Path, about: dict[str, Any]
+) -> None:
+    """Runs one row unless it is there."""
+    trial = seed >= TRIAL_SEEDS
+    path = args.results / (TRIALS if trial else ROWS)
+    key = {"set": name, "setting": setting, "seed": seed, "settings": settings_digest(base, setting, about["digest"])}
+    if is_done(read_rows(path), key):
+        return
+    machine = world("cpu") | {"threads": torch.get_num_threads()}
+    measures, scores = run_setting(base, setting, seed, index, about["digest"], args.work / "runs" / name)
+    if not trial:
+        keep_queries(args.results, name, about["digest"], scores)
+    add_row(path, {**key, "base": dataclasses.asdict(base), "data": about, **measures, **machine})
+    both = list(measures["views"].values())[-1]
+    print(f"{name}, {setting}, seed {seed}: mAP {both['map']:.3f}, R@1 {both['r@1']:.3f}, "
+          f"{measures['training']['cpu_s']:.0f} CPU s of training, {measures['evaluation_cpu_s']:.0f} of evaluation",
+          flush=True)  # fmt: skip
+
+
+def changed(base: Base, changes: list[str]) -> Base:
+    """Returns a base with fields replaced: size=32, or start=8,17 for pairs."""
+    fields = {field.name for field in dataclasses.fields(Base)}
+    values = {}
+    for change in changes:
+        name, _, text = change.partition("=")
+        if name not in fields:
+            raise SystemExit(f"--base: expected one of {', '.join(sorted(fields))}, got {name!r}")
+        numbers = tuple(map(int, text.split(",")))
+        values[name] = numbers if isinstance(getattr(base, name), tuple) else numbers[0]
+    return dataclasses.replace(base, **values)
+
+
+def table(folder: Path) -> str:
+    """Returns the tables of all rows, as Markdown; draws the figures into the folder."""
+    rows, trials = read_rows(folder / ROWS), read_rows(folder / TRIALS)
+    parts = [f"Registered rows that are there: {progress(rows, SETS, list(SETTINGS))}."]
+    for name in SETS:
+        mine = [row for row in rows if row["set"] == name]
+        current = registered(name, mine, trials)
+        if not current:
+            continue
+        draw(current, folder / f"study_{name}.png")
+        parts += [f"### {name}", setting_table(current), claim_table(current, folder, name),
+                  f"![PMR over epochs, and mAP of every seed](study_{name}.png)"]  # fmt: skip
+        if len(mine) > len(current):
+            parts.append(f"{len(mine) - len(current)} rows of other settings than the registered ones are left out.")
+    if trials:
+        parts += ["### Trials that chose the bases, InfoNCE and UberNCE alone", trial_table(trials)]
+    return "\n\n".join(parts)
+
+
+def registered(name: str, rows: list[dict[str, Any]], trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows of a set that have the settings which its base gives now."""
+    if not rows or (base := base_of(name, rows[0]["data"], trials)) is None:
+        return []
+    return [row for row in rows if row["settings"] == settings_digest(base, row["setting"], row["data"]["digest"])]
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    trials = [seed for seed in args.seeds if seed >= TRIAL_SEEDS]
+    if trials and (mines := [name for name in args.settings if ALL[name].mining == "cascade"]):
+        parser.error(f"--settings: trials (seeds from {TRIAL_SEEDS}) choose a base before anything mines, got {mines}")
+    if args.base and len(trials) < len(args.seeds):
+        parser.error(f"--base: the base of seeds below {TRIAL_SEEDS} is the registered one, got {args.base}")
+    if other := [seed for seed in args.seeds if seed < TRIAL_SEEDS and seed not in SEEDS]:
+        parser.error(f"--seeds: expected registered seeds {SEEDS}, or trials from {TRIAL_SEEDS} on, got {other}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, nargs="?", default=Path("runs/study"))
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--settings", nargs="+", choices=list(ALL), help="default: the registered ones")
+    parser.add_argument("--later", action="store_true", help="the settings that are to run after the registered ones")
+    parser.add_argument("--base", nargs="+", default=[], metavar="FIELD=VALUE", help="of a trial")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of study.jsonl")
+    parser.add_argument("--table", action="store_true", help="only write the tables of the existing rows")
+    args = parser.parse_args()
+    args.settings = args.settings or list(LATER if args.later else SETTINGS)
+    check(parser, args)
+    torch.set_num_threads(args.threads)
+    if args.table:
+        text, page = table(args.results), args.results / "study.md"
+        print(text)
+        if page.exists():
+            write_result("study.md", replace_results(page.read_text(), text), args.results)
+        return
+    args.results.mkdir(parents=True, exist_ok=True)
+    try:
+        run_all(args)
+    except Interrupted as stopped:
+        print(f"{stopped}; the same command continues", file=sys.stderr)
+        sys.exit(128 + signal.Signals(stopped.signum))
+
+
+if __name__ == "__main__":
+    main()
