@@ -15,6 +15,7 @@ pytest.importorskip("nvidia.dali")
 from cpr_fast.cli import main
 from cpr_fast.config import Config, DataConfig
 from cpr_fast.data.clips.loader import TrainLoader
+from cpr_fast.data.flow import estimate
 from cpr_fast.data.flow.estimate import FlowEstimate
 from cpr_fast.data.index.index import Index
 from cpr_fast.doctor import checks, data, estimates
@@ -29,6 +30,15 @@ HEADER = "path,label,source,split,num_frames,fps,width,height,flow_path"
 def no_codecs(monkeypatch):
     """Skips the check of the codecs, which takes seconds and does not depend on the index."""
     monkeypatch.setattr(checks, "codecs", lambda device, findings: [])
+
+
+MEASURE = estimate._measure
+
+
+@pytest.fixture(autouse=True)
+def no_flow(monkeypatch):
+    """Takes a constant for the time of a pixel's flow: three seconds of measuring do not depend on the index either."""
+    monkeypatch.setattr(estimate, "_measure", lambda *_: estimate._Cost(1e-4, 5e-5, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +208,8 @@ def test_a_memory_that_never_fills_is_named(tmp_path, video):
     assert "never fills" not in texts(result, "warning") and "memory.size = 15 is larger" in texts(result, "warning")
 
 
-def test_the_flow_estimate_is_reported(tmp_path, video):
+def test_the_flow_estimate_is_reported(tmp_path, video, monkeypatch):
+    monkeypatch.setattr(estimate, "_measure", MEASURE)
     index = write_rows(tmp_path, video, ["a.mp4", "b.mp4", "c.mp4"])
     result = run(index)
     found = result["estimates"]
