@@ -28,7 +28,7 @@ from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = Config.from_dict({"data": {"frames": 8, "size": 32, "batch_size": 4}, "model": {"width": 0.0625}})
+TINY = Config.from_dict({"data": {"frames": 8, "size": 16, "batch_size": 4}, "model": {"arch": "r3d", "width": 0.125}})
 INDEX = make_index(9)  # batches of 4: one video is left over
 PLATEAU = ClassifierConfig(
     epochs=9, schedule="plateau", patience=1, gamma=0.5, min_lr=3e-4, validation=0.3, lr=1e-3, backbone_lr=2e-3,
