@@ -34,7 +34,6 @@ SWEEP_B = 32
 SWEEP_FORMS = {"cascade_select": ("cpr_fast", "best eager"), "mil_nce": ("cpr_fast", "lean eager", "SDPA with LSE")}
 LOSS_SWEEP = "gradient"
 WARM = 32 * 16384  # B x K up to which the state of the caches matters
-THREADS_SHAPE = (256, 65536)
 
 
 def prepare(op, names, B: int, K: int, device: str, direction: str, dtype: torch.dtype) -> tuple[dict, dict, object]:
@@ -88,9 +87,9 @@ def sweep(op, largest: int, rates: Rates, budget_s: float) -> list[dict]:
     return rows
 
 
-def threads(budget_s: float) -> list[dict]:
+def threads(shape: tuple[int, int], budget_s: float) -> list[dict]:
     """Returns the gain of a second thread for the operators and torch's matrix product, by wall clock, all in turn."""
-    B, K = THREADS_SHAPE
+    B, K = shape
     selection = cascade_forms.make_inputs(B, K, "cpu", "forward", torch.float32)
     loss = loss_forms.make_inputs(B, K, "cpu", LOSS_SWEEP, torch.float32)
     calls = {
@@ -118,7 +117,8 @@ def threads(budget_s: float) -> list[dict]:
     return rows
 
 
-def run(device: str, shapes: list[tuple[int, int]], without: list[str], largest: int, budget_s: float) -> dict:
+def run(options: argparse.Namespace, shapes: list[tuple[int, int]], largest: int) -> dict:
+    device, without, budget_s = options.device, options.without, options.seconds
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
     rates = measure_rates(device)
@@ -133,7 +133,7 @@ def run(device: str, shapes: list[tuple[int, int]], without: list[str], largest:
             if device == "cuda":
                 torch.cuda.empty_cache()
     report["sweep"] = [row for op in OPS for row in sweep(op, largest, rates, budget_s / 6)]
-    report["threads"] = threads(2 * budget_s) if device == "cpu" and (os.cpu_count() or 1) > 1 else []
+    report["threads"] = threads(options.threads, 2 * budget_s) if device == "cpu" and (os.cpu_count() or 1) > 1 else []
     return report
 
 
@@ -150,12 +150,15 @@ def main() -> None:
     )
     parser.add_argument("--without", nargs="+", default=[], metavar="FORM", help="forms to leave out")
     parser.add_argument("--largest", type=int, help="last K of the sweep; default 131072 on the CPU, 1048576 on CUDA")
+    parser.add_argument(
+        "--threads", type=shape_of, default=(256, 65536), metavar="BxK", help="shape for the gain of a second thread"
+    )
     parser.add_argument("--seconds", type=float, default=6, help="total time of all forms of a shape")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     shapes = options.shapes or (CPU_SHAPES if options.device == "cpu" else ALL_SHAPES)
     largest = options.largest or (2**17 if options.device == "cpu" else 2**20)
-    report = run(options.device, shapes, options.without, largest, options.seconds)
+    report = run(options, shapes, largest)
     name = f"kernels_{options.device}"
     write_result(f"{name}.json", json.dumps(report, indent=1) + "\n", options.out)
     write_page(report, options.out / f"{name}.md")

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def report(tmp_path_factory) -> Path:
     """Runs the command on one small shape without torch.compile, which takes half a minute."""
     out = tmp_path_factory.mktemp("bench")
-    options = ["--shapes", "5x300", "--without", "torch.compile", "--largest", "2048", "--seconds", ".2"]
+    options = ["--shapes", "5x300", "--without", "torch.compile", "--largest", "2048", "--seconds", ".02"]
+    options += ["--threads", "16x2048"]
     command = [sys.executable, "bench/kernels/compare.py", *options, "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
     return out
