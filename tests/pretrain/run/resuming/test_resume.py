@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from support.small_process import TrainingProcess
 from support.small_runs import Killed, assert_same, everything, killed_at, rows, settings, wait_for_step
 from support.stand_in_loader import NoisyLoader, RandomLoader, make_index
 
@@ -25,34 +23,13 @@ from cpr_fast.weights import checkpoint
 from cpr_fast.weights.checkpoint import load_checkpoint
 from cpr_fast.weights.reading import CheckpointError
 
-ROOT = Path(__file__).parents[4]
 INDEX = make_index(videos=18)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-PROGRAM = f"""
-import json, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import torch
-torch.set_num_threads(1)
-from support.stand_in_loader import NoisyLoader, make_index
-from cpr_fast.config import Config
-from cpr_fast.runtime.interrupt import Interrupted
-from cpr_fast.pretrain.run.loop import pretrain
-class Loader(NoisyLoader):
-    sleep_s = 0.05
-try:
-    config = Config.from_dict(json.loads(sys.argv[1]))
-    pretrain(config, index=make_index(18), make_loader=Loader, progress=False, resume="auto")
-except Interrupted as stopped:
-    sys.exit(f"{{stopped}}")
-"""
-
-
-def start(config: Config) -> subprocess.Popen:
-    command = [sys.executable, "-c", PROGRAM, json.dumps(config.to_dict())]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def start(config: Config) -> TrainingProcess:
+    return TrainingProcess(config, Path(f"{config.run.out}.errors"))
 
 
 def run(config: Config, **kwargs) -> Path:
@@ -81,7 +58,7 @@ def test_kill_9_at_a_random_step(straight, tmp_path):
         wait_for_step(tmp_path / "run", step, process)
         time.sleep(draw.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.wait()
     run(config, resume="auto")
     assert_equal_runs(straight, tmp_path / "run")
 
@@ -92,7 +69,7 @@ def test_a_signal_saves_first(straight, tmp_path, number):
     process = start(config)
     wait_for_step(tmp_path / "run", 6, process)
     process.send_signal(number)
-    errors = process.communicate()[1]
+    errors = process.wait()
     saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     step = saved["step"]
     assert 7 <= step < 12
@@ -202,7 +179,7 @@ def test_settings_that_an_old_checkpoint_lacks_are_compared(straight, tmp_path):
     process = start(config)
     wait_for_step(out, 3, process)
     process.send_signal(signal.SIGTERM)
-    process.communicate()
+    process.wait()
     saved = load_checkpoint(out / "checkpoints" / "last.pt")
     saved["config"]["mining"].pop("anchor")
     checkpoint.save_checkpoint(out / "checkpoints" / "last.pt", saved)
