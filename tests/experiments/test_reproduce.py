@@ -18,7 +18,7 @@ from cpr_fast.report.sections.published import published_tables
 
 SETTINGS = """
 data = { frames = 8, size = 32, batch_size = 4 }
-model = { width = 0.125 }
+model = { arch = "r3d", width = 0.125 }
 memory = { size = 8, shuffle_bn_groups = 2 }
 """
 
