@@ -92,8 +92,8 @@ def test_more_stages_mine_better_on_real_features(shared_data, capsys):
     arrays = np.load(path)
     arrays = {name: arrays[name] for name in ("rgb", "flow", "label", "group")}
     scores = score_matrices(arrays)
-    for row in results:
-        assert (row["ratio"], row["top_k"], row["query_view"]) == (0.5, 5, "rgb")
+    assert {(row["ratio"], row["top_k"], row["query_view"]) for row in results} == {(0.5, 5, "rgb")}
+    for row in (results[0], results[-1]):  # brute force takes 4 s a row
         # One more true positive changes PMR by 5e-5, so agreement within 1e-6 means equal counts.
         assert rates(row) == pytest.approx(
             brute_force(arrays, scores, alternating(row["stages"], "rgb"), 0.5, 5), abs=1e-6
