@@ -53,6 +53,8 @@ def test_the_views_are_those_of_its_training_or_the_users(tmp_path, capsys, moda
     torch.save(iic_file("c3d", modality=modality), tmp_path / "a.pth")
     options = ["--view", view] if view else []
     assert main(["import-checkpoint", str(tmp_path / "a.pth"), "--out", str(tmp_path / "ours.pt"), *options]) == 0
+    said = capsys.readouterr().out
+    assert "ours.pt: c3d from a checkpoint of " in said and f" of the encoder of {' and '.join(views)}\n" in said
     payload = load_checkpoint(tmp_path / "ours.pt")
     assert (list(payload["encoders"]), payload["view"]) == (views, views[0])
 

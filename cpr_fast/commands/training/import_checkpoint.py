@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from cpr_fast.commands.inputs import require_file
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
+from cpr_fast.wording import counted, listed
 
 
 def import_checkpoint(
@@ -37,4 +38,15 @@ def import_checkpoint(
     announce("Loading PyTorch")
     from cpr_fast.weights.importing import import_checkpoint as run
 
-    show(run(file, out, view=view), json, next_step=f"cpr-fast retrieve {out} --index INDEX.csv")
+    result = run(file, out, view=view)
+    show(result, json, lines=lines_of(result), next_step=f"cpr-fast retrieve {out} --index INDEX.csv")
+
+
+def lines_of(result: dict[str, Any]) -> list[str]:
+    """Returns what was read from the file: a line for each encoder, and one for the tensors that were not used."""
+    lines = [f"{result['checkpoint']}: {result['arch']} from a checkpoint of {result['source']}"]
+    for name, encoder in result["encoders"].items():
+        missing = f"; missing, so as in a new encoder: {listed(encoder['missing'])}" if encoder["missing"] else ""
+        matched = counted(encoder["matched"], "tensor")
+        lines.append(f"{name}: {matched} of the encoder of {listed(encoder['views'])}{missing}")
+    return [*lines, f"not used: {listed(result['unused']) or 'none'}"]

@@ -155,8 +155,6 @@ def _about_settings(config: Config) -> Iterator[str]:
             f"loss.temperature is {config.loss.temperature:g}: outside {low:g} to {high:g} the loss hardly depends on "
             "the features, so that little is learnt; the published value is 0.07"
         )
-    if config.schedule.gamma <= 0 and any(cycle.milestones for cycle in config.schedule.cycles):
-        yield f"schedule.gamma is {config.schedule.gamma:g}: nothing is learnt after a cycle's first milestone"
     if config.memory.ema_momentum == 1 and config.memory.kind != "batch" and not config.model.shared:
         yield "memory.ema_momentum is 1: the key encoder keeps its initial weights, and the keys never improve"
     rates = [(n, c, config.optim.lr if c.lr is None else c.lr) for n, c in enumerate(config.schedule.cycles)]
