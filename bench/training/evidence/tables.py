@@ -89,11 +89,10 @@ def claim_table(rows: Sequence[Row], folder: Path, name: str) -> str:
         if found is None:
             continue
         seeds, sources = found["seeds"], found["sources"]
-        measure = "" if claim.measure != "map" else "mAP, "
         effect = "" if seeds["d_z"] is None else f"{seeds['d_z']:.1f}"
+        by_seed = ", ".join(map(_signed, seeds["differences"]))
         cells = [
-            f"{measure}{claim.text}" if not claim.text.startswith(("1. mAP", "**")) else claim.text,
-            ", ".join(map(_signed, seeds["differences"])), _signed(seeds["difference"]), _interval(seeds["ci95"]),
+            claim.text, by_seed, _signed(seeds["difference"]), _interval(seeds["ci95"]),
             "" if sources is None else _interval(sources["ci95"]), effect,
             found["verdict"] + (" (two-sided)" if claim.two_sided else ""),
         ]  # fmt: skip
