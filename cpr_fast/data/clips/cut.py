@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -87,22 +88,26 @@ def _cutter(box: np.ndarray, view: str, data: DataConfig, region: Region) -> Cal
         sides = (region.height, region.width)
         top, left = (round(float(box[i]) * IIC_FRAME[i] / sides[i]) for i in (0, 1))
 
-        def resized(frames: Tensor) -> Tensor:
-            crop = _resized(frames, IIC_FRAME, "bilinear")[..., top : top + IIC_SIDE, left : left + IIC_SIDE]
-            return _resized(crop, side, "bilinear")
+        def resized(frames: np.ndarray) -> Tensor:
+            whole = _resized(_tensor(frames, view), IIC_FRAME, "bilinear")
+            return _resized(whole[..., top : top + IIC_SIDE, left : left + IIC_SIDE], side, "bilinear")
     else:
         top, left, bottom, right = (int(edge) for edge in box - np.tile(region.box[:2], 2))
 
-        def resized(frames: Tensor) -> Tensor:
-            return _resized(frames[..., top:bottom, left:right], side, "bicubic")
+        def resized(frames: np.ndarray) -> Tensor:
+            return _resized(_tensor(frames[:, top:bottom, left:right], view), side, "bicubic")
 
-    def cut(pixels: np.ndarray) -> np.ndarray:
-        if view == "flow":
-            u, v = pixels[..., 0], pixels[..., 1]
-            pixels = np.stack([np.full_like(u, 128), v, u], axis=-1)
-        return resized(torch.from_numpy(pixels).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+    return lambda pixels: resized(pixels).permute(0, 2, 3, 1).numpy()
 
-    return cut
+
+def _tensor(frames: np.ndarray, view: str) -> Tensor:
+    """Returns frames as a tensor [F, 3, H, W]; flow, [F, H, W, 2], becomes (128, v, u)."""
+    if view == "flow":
+        pictures = np.full((*frames.shape[:3], 3), 128, np.uint8)
+        for frame, picture in zip(frames, pictures, strict=True):
+            cv2.mixChannels([frame], [picture], [0, 2, 1, 1])
+        frames = pictures
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
 def _resized(frames: Tensor, size: tuple[int, int], mode: str) -> Tensor:

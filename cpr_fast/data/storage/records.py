@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
+import cv2
 import lmdb
 import msgpack
 import numpy as np
@@ -73,14 +74,17 @@ def read_record_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str
     for place, jpeg in enumerate(jpegs):
         try:
             if out is None:
-                out = np.empty((len(jpegs), *simplejpeg.decode_jpeg_header(jpeg)[:2], channels), np.uint8)
-            picture = simplejpeg.decode_jpeg(jpeg, colours, buffer=out[place])
+                size = simplejpeg.decode_jpeg_header(jpeg)[:2]
+                out = np.empty((len(jpegs), *size, 2 if view == "flow" else channels), np.uint8)
+                # two of three channels of flow are copied out of a picture that stays in the cache of a CPU
+                buffers = np.empty((1, *size, channels), np.uint8) if view == "flow" else out
+            picture = simplejpeg.decode_jpeg(jpeg, colours, buffer=buffers[place % len(buffers)])
         except ValueError as error:
             raise VideoError(path, f"frame {int(frames[place])} does not decode: {error}") from error
-        if picture.shape != out.shape[1:]:
+        if picture.shape != buffers.shape[1:]:
             raise VideoError(path, f"the frame size changes from {out.shape[1:3]} to {picture.shape[:2]}")
-    if view == "flow":
-        return np.ascontiguousarray(out[..., :2])
+        if view == "flow":
+            cv2.mixChannels([picture], [out[place]], [0, 0, 1, 1])
     return out[..., 0] if view == "gray" else out
 
 

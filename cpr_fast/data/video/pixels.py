@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import av
+import cv2
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
@@ -64,7 +65,7 @@ def pixels_of(path: str | Path, frame: av.VideoFrame, view: str, region: Region 
         raise VideoError(path, f"expected flow in 8-bit luma, got the pixel format {frame.format.name}")
     if view == "rgb" and frame.format.name in PLANAR and height % 2 == width % 2 == 0 and not frame.interlaced_frame:
         return _Stacked(frame, box, count)
-    return _OneByOne(view, box)
+    return _Halves(box, count) if view == "flow" else _OneByOne(view, box)
 
 
 class _Stacked:
@@ -96,8 +97,29 @@ class _Stacked:
         return frames[:held, *self._inner]
 
 
+class _Halves:
+    """Takes u and v from the upper and the lower half of the luma of flow frames, only within the box."""
+
+    def __init__(self, box: tuple[int, int, int, int], count: int) -> None:
+        self._box, self._count = box, count
+        self._held, self._out = 0, None
+
+    def add(self, frame: av.VideoFrame) -> None:
+        top, left, bottom, right = self._box
+        if self._out is None:
+            self._out = np.empty((self._count, bottom - top, right - left, 2), np.uint8)
+        rows, half = _rows(frame.planes[0]), frame.height // 2
+        cv2.merge([rows[begin + top : begin + bottom, left:right] for begin in (0, half)], dst=self._out[self._held])
+        self._held += 1
+
+    def take(self) -> np.ndarray:
+        frames = self._out[: self._held]
+        self._held, self._out = 0, None
+        return frames
+
+
 class _OneByOne:
-    """Converts frames of any format to any view, each as a whole."""
+    """Converts frames of any format to "rgb" or "gray", each as a whole."""
 
     def __init__(self, view: str, box: tuple[int, int, int, int]) -> None:
         top, left, bottom, right = box
@@ -105,14 +127,10 @@ class _OneByOne:
         self._scaler = VideoReformatter()  # kept: creating one per frame takes three times as long as the conversion
 
     def add(self, frame: av.VideoFrame) -> None:
-        if self._view == "flow":
-            rows, half = _rows(frame.planes[0]), frame.height // 2
-            pixels = np.stack([rows[:half], rows[half : 2 * half]], axis=-1)
-        else:
-            name, channels = ("rgb24", 3) if self._view == "rgb" else ("gray", 1)
-            pixels = _rows(self._scaler.reformat(frame, format=name, threads=1).planes[0], channels)
-            if channels == 3:
-                pixels = pixels.reshape(frame.height, frame.width, 3)
+        name, channels = ("rgb24", 3) if self._view == "rgb" else ("gray", 1)
+        pixels = _rows(self._scaler.reformat(frame, format=name, threads=1).planes[0], channels)
+        if channels == 3:
+            pixels = pixels.reshape(frame.height, frame.width, 3)
         self._frames.append(pixels[self._box])
 
     def take(self) -> np.ndarray:

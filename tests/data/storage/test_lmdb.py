@@ -292,7 +292,7 @@ class TestBadFiles:
         file = write_as_coclr(
             tmp_path / "x.lmdb",
             {"a/cut": [good[0], good[1][:200]], "a/text": [b"text"], "a/size": [good[0], jpeg(1, 26, 33)],
-             "a/empty": []},
+             "a/smaller": [good[0], jpeg(1, 20, 30)], "a/empty": []},
             legacy=False, lengths=True,
         )  # fmt: skip
         for name, frames, message in [
@@ -301,11 +301,13 @@ class TestBadFiles:
             ("a/cut", [0, 2], "expected frames below 2, got frame 2"),
             ("a/text", [0], "frame 0 does not decode"),
             ("a/size", [0, 1], "frame"),
+            ("a/smaller", [0, 1], r"the frame size changes from \(24, 33\) to \(20, 30\)"),
             ("a/empty", [0], "expected frames below 0, got frame 0"),
         ]:
-            with pytest.raises(VideoError, match=message) as caught:
-                read_record_frames(record_path(file, name), frames, "rgb")
-            assert caught.value.path == record_path(file, name)
+            for view in ("rgb", "flow", "gray"):
+                with pytest.raises(VideoError, match=message) as caught:
+                    read_record_frames(record_path(file, name), frames, view)
+                assert caught.value.path == record_path(file, name)
         assert read_record_frames(record_path(file, "a/cut"), [0], "rgb").shape == (1, 24, 33, 3)
         with pytest.raises(VideoError, match="no JPEG"):
             frame_size(record_path(file, "a/text"))
