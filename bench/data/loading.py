@@ -5,8 +5,9 @@
 Random clips of T = 32 frames to 128x128 with the pretraining augmentation, one of each video; all forms of a table
 are measured in turn. On the CPU rates are per core: process CPU time, with every form on one core. Reads UCF101 videos
 from $CPR_FAST_SHARED/data (default ../shared) or class folders below --root: as they are, transcoded (`cpr-fast index
---transcode`), and as JPEG records in an LMDB file. Writes bench/results/loading.json and .md, or with a GPU
-loading_cuda.*, which adds NVDEC and nvJPEG by elapsed time, compared with the fastest CPU peer on all cores.
+--transcode`), as JPEG records in an LMDB file, and their flow in files and in records (`loading_sources.py`). Writes
+bench/results/loading.json and .md, or with a GPU loading_cuda.*, which adds NVDEC and nvJPEG by elapsed time, compared
+with the fastest CPU peer on all cores.
 
 Peers that are not installed are skipped: `pip install --target PEERS --no-deps torchcodec==0.12.0 decord
 torchvision==0.28.0`. torchcodec also needs FFmpeg's shared libraries on the LD_LIBRARY_PATH. Links named
@@ -24,63 +25,37 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
 import nvidia.dali
-import simplejpeg
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from forms import Unavailable
-from loading_forms import AUGMENTATIONS, decoders, prepared
+from loading_forms import AUGMENTATIONS, decoders, own_channels, prepared
+from loading_sources import EPOCH, SEED, Work, bytes_per_field, sources, truth_of
 from measure import RESULTS, samples_s, world, write_result
 from page import markdown_table
-from support import real_clips
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.clips.loader import TrainLoader
-from cpr_fast.data.clips.sampling import NO_GRAY, Clips, Sources, clip_frames, epoch_order, plan_first
-from cpr_fast.data.index.build import IndexOptions, write_index
-from cpr_fast.data.index.index import Index
+from cpr_fast.data.clips.sampling import NO_GRAY, Clips, plan_first
 from cpr_fast.data.storage.media import is_record
-from cpr_fast.data.storage.record_writer import RecordWriter
-from cpr_fast.data.video.decode import read_frames
-from cpr_fast.doctor.parity import decode_linearly
 
-SEED, EPOCH = 0, 0
 OWN, PUBLISHED = "cpr_fast", "PIL, PIL"  # the published method: PIL decodes whole records and augments
 PEER_AUGMENTATIONS = ("torchvision", "the same", "torch and OpenCV")
 BARS = {"decode": 0.9, "loader": 1.0, "published": 1.5, "device": 5.0}  # required ratio of our rate to that of a peer
 
 
-@dataclass(frozen=True)
-class Work:
-    """Plans the clips of an epoch, one of each video, in the order and batches of the loader."""
-
-    source: str
-    index: Index
-    data: DataConfig
-    clips: Clips
-
-    @classmethod
-    def of(cls, source: str, index: Index, data: DataConfig) -> Work:
-        order = epoch_order(len(index), SEED, EPOCH)
-        return cls(source, index, data, plan_first(Sources.of(index), order, data, SEED, EPOCH))
-
-    def read(self, decoder: Callable, row: int) -> np.ndarray:
-        return decoder(self.index[int(self.clips.video[row])], clip_frames(int(self.clips.start[row]), self.data))
-
-
 # ---- forms: work -> call ---------------------------------------------------------------------------------------
 def decoding(work: Work, name: str) -> Callable:
-    decoder = prepared(name, work.index[0])
+    decoder = prepared(name, work.file(0), work.view)
 
     def call() -> list[np.ndarray]:
         return [work.read(decoder, row) for row in range(len(work.clips))]
@@ -91,14 +66,14 @@ def decoding(work: Work, name: str) -> Callable:
 def loading(work: Work, name: str) -> Callable:
     """Returns the call of the form "DECODER, AUGMENTATION", which makes the batches with another decoder."""
     decoder, augmentation = name.rsplit(", ", 1)
-    decoder, augment = prepared(decoder, work.index[0]), AUGMENTATIONS[augmentation]
+    decoder, augment = prepared(decoder, work.file(0), work.view), AUGMENTATIONS[augmentation]
 
     def call() -> list[torch.Tensor]:
         batches = []
         for begin in range(0, len(work.clips), work.data.batch_size):
             rows = range(begin, min(begin + work.data.batch_size, len(work.clips)))
             frames = (work.read(decoder, row) for row in rows)  # decoded one by one, so that memory is used again
-            batches.append(augment(work.clips[np.array(rows)], frames, work.data))
+            batches.append(augment(work.clips[np.array(rows)], frames, work.view, work.data))
         return batches
 
     return call
@@ -108,10 +83,11 @@ class OwnLoader:
     """Returns the call that loads the same clips with the training loader."""
 
     def __init__(self, work: Work, data: DataConfig, device: str = "cpu") -> None:
-        self._loader = TrainLoader(work.index, data, ["rgb"], seed=SEED, plan=plan_first, device=device)
+        self._view = work.view
+        self._loader = TrainLoader(work.index, data, [self._view], seed=SEED, plan=plan_first, device=device)
 
     def __call__(self) -> list[torch.Tensor]:
-        return [batch.clips["rgb"][:, 0] for batch in self._loader.epoch(EPOCH)]
+        return [batch.clips[self._view][:, 0] for batch in self._loader.epoch(EPOCH)]
 
     def close(self) -> None:
         self._loader.close()
@@ -165,7 +141,7 @@ def with_bars(rows: list[dict], bar_of: Callable[[dict], float | None]) -> list[
 
 
 def decode_rows(work: Work, truth: list[np.ndarray], budget_s: float) -> list[dict]:
-    names = list(decoders(work.index[0]))
+    names = list(decoders(work.file(0)))
     calls, absent = calls_of(decoding, work, names)
     times = samples_s(calls, "cpu", budget_s)
     rows = []
@@ -174,14 +150,15 @@ def decode_rows(work: Work, truth: list[np.ndarray], budget_s: float) -> list[di
         if name in absent:
             rows.append(row | {"skipped": absent[name]})
             continue
-        same = [(a == b).all(axis=(1, 2, 3)) for a, b in zip(calls[name](), truth, strict=True)]
+        pairs = zip(calls[name](), truth, strict=True)
+        same = [np.all(own_channels(a, work.view) == own_channels(b, work.view), axis=(1, 2, 3)) for a, b in pairs]
         rows.append(row | rates(work, times[name]) | {"identical": float(np.mean(same))})
     return with_bars(rows, lambda row: BARS["decode"] if row["form"].startswith("PyAV") else None)
 
 
 def loader_rows(work: Work, truth: torch.Tensor, budget_s: float) -> list[dict]:
-    records = is_record(work.index[0].path)
-    others = [name for name in decoders(work.index[0]) if name != OWN]
+    records = is_record(work.file(0).path)
+    others = [name for name in decoders(work.file(0)) if name != OWN]
     names = [OWN, *(f"{name}, {augmentation}" for augmentation in PEER_AUGMENTATIONS for name in others)]
     names.append(PUBLISHED if records else "PyAV, PIL")
     own = OwnLoader(work, work.data)
@@ -219,44 +196,13 @@ def device_rows(work: Work, truth: torch.Tensor, budget_s: float, peers: list[di
         return batches
 
     times = samples_s({OWN: call}, "cpu", budget_s, clock=time.perf_counter)[OWN]
-    records = is_record(work.index[0].path)
+    records = is_record(work.file(0).path)
     own = {"table": "device", "source": work.source, "form": OWN, "decoder": "nvJPEG" if records else "NVDEC"}
     own |= rates(work, times) | psnr(work.clips, torch.cat(call()), truth)
     loader.close()
     best = max((row for row in peers if "clips_per_s" in row and row["form"] != OWN), key=lambda r: r["clips_per_s"])
     cores = {"table": "device", "source": work.source, "form": f"{best['form']}, times {os.cpu_count()} cores"}
     return with_bars([own, cores | {"clips_per_s": best["clips_per_s"] * os.cpu_count()}], lambda _: BARS["device"])
-
-
-# ---- data --------------------------------------------------------------------------------------------------------
-def sources(root: Path | None, videos: int, data: DataConfig, folder: Path) -> list[Work]:
-    """Makes three indexes of the same videos: as they are, transcoded, and as JPEG records (quality 100, 4:2:0)."""
-    paths = real_clips.spread_videos(videos) if root is None else sorted(root.glob("*/*.*"))[:videos]
-    for path in paths:
-        link = folder / "set" / path.parent.name / path.name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path.resolve())
-    made = {}
-    for name, options in (("files", IndexOptions()), ("transcoded", IndexOptions(transcode=folder / "transcoded"))):
-        write_index(folder / "set", folder / f"{name}.csv", options)
-        made[name] = Index.load(folder / f"{name}.csv")
-    with RecordWriter(folder / "frames.lmdb") as writer:
-        for video in made["files"]:
-            frames = read_frames(video.path, range(video.num_frames), "rgb", video.num_frames)
-            jpegs = [simplejpeg.encode_jpeg(frame, 100, colorsubsampling="420") for frame in frames]
-            writer.put(f"{video.label}/{video.path.stem}", jpegs)
-    write_index(folder / "frames.lmdb", folder / "records.csv", IndexOptions(layout="lmdb", verify=False))
-    made["records"] = Index.load(folder / "records.csv")
-    whole = len(made["files"]) // data.batch_size * data.batch_size
-    return [Work.of(name, Index(list(index)[:whole]), data) for name, index in made.items()]
-
-
-def truth_of(work: Work) -> list[np.ndarray]:
-    """Decodes the frames of every clip in the simplest way, from the start of the file."""
-    if is_record(work.index[0].path):
-        reader = prepared("PIL", work.index[0])
-        return [work.read(reader, row) for row in range(len(work.clips))]
-    return [work.read(lambda video, frames: decode_linearly(video.path)[frames], r) for r in range(len(work.clips))]
 
 
 # ---- page --------------------------------------------------------------------------------------------------------
@@ -294,8 +240,11 @@ def page(report: dict) -> str:
         "same operations in a loop of one's own, without threads, substitutes for bad files or DALI. *PIL* is the "
         "published augmentation, and the truth of PSNR, for clips without and with a change of colours or blur. "
         "*identical*: frames equal to those of a linear decode, bit for bit.\n",
+        "All forms augment a clip by the same plan, the published one: one try of the crop, jitter in a random order, "
+        "one random channel for each frame of a gray clip, blur and flip, also of flow, as a picture (128, v, u).\n",
         "*files*: as they are; *transcoded*: H.264 with a key frame every 12 frames (`cpr-fast index --transcode`); "
-        "*records*: JPEG of quality 100, 4:2:0, in an LMDB file; the published code unpacks the whole video.\n",
+        "*records*: JPEG of quality 100, 4:2:0, in an LMDB file; the published code unpacks the whole video; *flow "
+        f"files* and *flow records*: as `cpr-fast flow` stores it, {report['flow_bytes']:,} bytes a field in files.\n",
     ]
     for table, title in TITLES.items():
         rows = [row for row in report["rows"] if row["table"] == table]
@@ -323,9 +272,14 @@ def main() -> None:
     }  # fmt: skip
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for work in sources(options.root, options.videos, data, Path(folder)):
+        works = sources(options.root, options.videos, data, Path(folder))
+        flow_bytes = bytes_per_field(works)
+        for work in works:
             frames = truth_of(work)
-            truth = torch.cat([AUGMENTATIONS["PIL"](work.clips[[i]], [clip], data) for i, clip in enumerate(frames)])
+            augmented = (
+                AUGMENTATIONS["PIL"](work.clips[[i]], [clip], work.view, data) for i, clip in enumerate(frames)
+            )
+            truth = torch.cat(list(augmented))
             with one_core():
                 rows += decode_rows(work, frames, options.seconds)
                 loaders = loader_rows(work, truth, options.seconds)
@@ -335,6 +289,7 @@ def main() -> None:
             for row in rows[-len(loaders) :]:
                 print(json.dumps(row), flush=True)
     report = {"world": about, "videos": len(work.clips), "frames": data.frames, "size": data.size}
+    report["flow_bytes"] = flow_bytes
     report["rows"] = [row | about for row in rows]
     name = "loading" if options.device == "cpu" else "loading_cuda"
     write_result(f"{name}.json", json.dumps(report, indent=1) + "\n", options.out)

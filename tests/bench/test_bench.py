@@ -109,8 +109,9 @@ def test_the_loader_beside_other_decoders(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out" / "loading.json").read_text())["rows"]
     assert {(row["table"], row["source"]) for row in rows} == {
-        *(("decode", source) for source in ("files", "transcoded", "records")),
-        ("loader", "files"), ("loader", "transcoded"), ("records", "records"),
+        *(("decode", source) for source in ("files", "transcoded", "records", "flow files", "flow records")),
+        *(("loader", source) for source in ("files", "transcoded", "flow files")),
+        ("records", "records"), ("records", "flow records"),
     }  # fmt: skip
     for row in rows:
         if "skipped" in row:
