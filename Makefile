@@ -49,7 +49,7 @@ test: setup check
 # itself keeps the processor's instructions.
 test-avx512: setup
 	rm -rf build/avx512 && mkdir -p build/avx512
-	git ls-files -z | xargs -0 cp --parents -t build/avx512
+	git ls-files -z | xargs -0 cp --no-dereference --parents -t build/avx512
 	ln -s "$(CURDIR)/$(VENV)" build/avx512/$(VENV)
 	emulate=$$($(BIN)/python -c 'from cpr_fast import _host; \
 	  print("OFF" if "avx512" in _host.build_info()["cpu_variants"] else "ON")') && \
