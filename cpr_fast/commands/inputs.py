@@ -7,7 +7,6 @@ arguments.
 
 from __future__ import annotations
 
-import csv
 import difflib
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -74,13 +73,17 @@ def require_runs(option: str, paths: Iterable[str | Path]) -> None:
 def require_splits(option: str, paths: Iterable[str | Path]) -> None:
     """Raises InputError that names the option, if no row of an index has a split; other faults of an index are left to
     the reader of the index."""
-    for path in paths:
+    from cpr_fast.data.index.tables import TableError, read_table
+
+    for path in map(Path, paths):
         try:
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = [row.get("split") for row in csv.DictReader(file)]
-        except (OSError, UnicodeDecodeError, csv.Error):
+            header, rows = read_table(path, ("path", "split"))
+        except TableError:
             continue
-        if rows and not any(rows) and None not in rows:
+        if "split" not in header or any(len(row) != len(header) for _, row in rows):
+            continue
+        column = header.index("split")
+        if rows and not any(row[column].strip() for _, row in rows):
             raise InputError(
                 f"{option}: expected videos of the splits train and test, but the column 'split' of {str(path)!r} is "
                 "empty; write train or test into each row, or index videos that lie in folders of these names. "

@@ -163,6 +163,10 @@ def test_classifiers_say_at_once_that_an_index_has_no_splits(tmp_path, monkeypat
     printed = capsys.readouterr().err
     assert printed.startswith("cpr-fast: --index: expected videos of the splits train and test, but the column 'split'")
     assert "write train or test into each row" in printed and "needs no splits" in printed
+    for text in ("\ufeffsplit;path\r\n;a.mp4\r\n", "path\tsplit\na.mp4\t \n"):  # as spreadsheets save it
+        Path("index.csv").write_text(text, encoding="utf-8")
+        assert main([command, "c.pt", "--index", "index.csv"]) == 2
+        assert "but the column 'split' of 'index.csv' is empty" in capsys.readouterr().err
     for text in ("path,label\na.mp4,x\n", "path,split\na.mp4,train\n", ""):  # judged by the reader of the index
         Path("index.csv").write_text(text)
         assert main([command, "c.pt", "--index", "index.csv"]) == 2
