@@ -31,8 +31,8 @@ def load(path: str | Path) -> Config:
         raise ConfigError(f"config file {str(path)!r} {state}")
     kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # editors on Windows write a byte-order mark
-        values = json.loads(text) if kind == "JSON" else tomllib.loads(text.replace("\r\n", "\n"))
+        text = decoded(path.read_bytes())
+        values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"config file {str(path)!r}: expected UTF-8 text, got byte {error.start}: {error}") from None
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
@@ -50,6 +50,14 @@ def load(path: str | Path) -> Config:
     except ConfigError as error:
         raise ConfigError(f"config file {str(path)!r}: {error}") from None
     return config if kind == "JSON" else _relative_to(config, path.parent)
+
+
+def decoded(data: bytes) -> str:
+    """Returns a UTF-8 text without the byte-order mark and the line ends that editors on Windows write.
+
+    Raises UnicodeDecodeError for another encoding.
+    """
+    return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
 def absolute_inputs(config: Config) -> Config:

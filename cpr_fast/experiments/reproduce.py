@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from cpr_fast.config import Config, load, override_classifier
+from cpr_fast.config.load import decoded
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.classify.classify import classify, load_split
@@ -375,6 +376,6 @@ def _summary(table: PublishedTable, jobs: Sequence[Job], scale: Scale, out: Path
 def read_settings(path: Path) -> dict[str, Any]:
     """Reads sections of a config from a TOML file."""
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n"))
+        return tomllib.loads(decoded(path.read_bytes()))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"--settings: {str(path)!r} cannot be read as TOML: {error}") from None

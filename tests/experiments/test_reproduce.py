@@ -32,7 +32,9 @@ def index(tmp_path_factory):
 
 
 def run(tmp_path, index, *arguments):
-    (tmp_path / "small.toml").write_text(SETTINGS)
+    (tmp_path / "small.toml").write_text(
+        "\ufeff" + SETTINGS.replace("\n", "\r\n"), encoding="utf-8", newline=""
+    )  # as editors on Windows do
     common = ["--index", index, "--scale", 0.001, "--settings", tmp_path / "small.toml", "--out", tmp_path / "out"]
     return main(["reproduce", *map(str, (*arguments, *common))])
 
