@@ -16,14 +16,14 @@ from cpr_fast.config import Config, ProbeConfig
 from cpr_fast.data.index.index import Index
 from cpr_fast.evaluate.classify.probe import feature_probabilities, train_on_features
 from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, weights_digest
-from cpr_fast.evaluate.features.embedding import Embedding, calibrate_batch_norm, encoder_embeddings
+from cpr_fast.evaluate.features.embedding import Embedding, encoder_embeddings
 from cpr_fast.evaluate.features.pretrained import load_pretrained
 from cpr_fast.evaluate.features.recipe import make_recipe
 from cpr_fast.evaluate.features.windows import open_windows
-from cpr_fast.evaluate.retrieval.baselines import BASELINES
+from cpr_fast.evaluate.retrieval.baselines import BASELINES, calibration_videos, untrained_twins
 from cpr_fast.evaluate.retrieval.queries import QueryScores
 from cpr_fast.evaluate.retrieval.retrieve import evaluate
-from cpr_fast.models import Encoder, build_encoder
+from cpr_fast.models import Encoder
 from cpr_fast.pretrain.run.loop import pretrain
 from cpr_fast.runtime.files import replacing
 from cpr_fast.runtime.metrics import read_metrics
@@ -34,7 +34,6 @@ from .settings import ALL, Base, config_of, keeps, settings_digest, start_of
 # The published learning rate is for 9,537 videos; `cpr-fast probe` recommends these for few.
 PROBE = ProbeConfig(batch_size=32, lr=0.1)
 RECIPE = make_recipe("paper")
-CALIBRATION = 32  # videos for the BatchNorm statistics of untrained networks, as in `cpr-fast retrieve`
 MEASURES = ("r@1", "r@5", "r@10", "map", "r@1_ci95", "map_ci95")
 
 
@@ -103,14 +102,9 @@ def _cpu(run: Path) -> dict[str, Any]:
 
 def _untrained(config: Config, index: Path, views: tuple[str, ...], seed: int) -> dict[str, Encoder]:
     """Returns encoders with random weights and with BatchNorm statistics of 32 videos, as `cpr-fast retrieve` does."""
-    gallery = Index.load(index).select("train")
-    spread = Index(gallery[i] for i in range(0, len(gallery), max(1, -(-len(gallery) // CALIBRATION))))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        encoders = {view: build_encoder(config.model).eval() for view in views}
+    spread = calibration_videos(Index.load(index).select("train"))
     with closing(open_windows(spread, config.data, list(views), RECIPE, "cpu")) as loader:
-        calibrate_batch_norm(encoders, loader)
-    return encoders
+        return untrained_twins(dict.fromkeys(views, config), loader, seed, "cpu")
 
 
 def measure(
