@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cpr_fast.errors import InputError
+from cpr_fast.wording import counted
 
 T = TypeVar("T")
 
@@ -76,7 +77,7 @@ def _check_device(name: str) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"run.device: got {name!r}, but torch finds no CUDA device here; expected 'cpu' or 'auto'")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise InputError(f"run.device: got {name!r}, but torch finds {count} CUDA device{'s' * (count != 1)} here")
+        raise InputError(f"run.device: got {name!r}, but torch finds {counted(count, 'CUDA device')} here")
 
 
 def finish() -> None:
