@@ -9,8 +9,10 @@ WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 PARALLEL = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # The CPU wheel where no NVIDIA GPU is visible: plain torch is the CUDA build, 5 GB.
 TORCH ?= $(if $(wildcard /dev/nvidia0),torch>=2.10,torch==2.13.0)
+# The processes of the tests keep their bytecode: with this variable set, each would compile every module again.
+export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-avx512 test-packaging wheel bench format check
+.PHONY: setup demo test test-slow test-avx512 test-packaging wheel bench format check
 
 setup: $(VENV)/.built $(BIN)/cpr-fast
 
@@ -40,11 +42,15 @@ demo: setup
 # Each process has one thread. The tests of numerics run again with the instructions of a processor without AVX and two
 # threads, which sleep while they wait, because the processes share the cores.
 test: setup check
-	OMP_NUM_THREADS=1 $(PARALLEL) -m "not packaging and not large"
+	OMP_NUM_THREADS=1 $(PARALLEL) -m "not packaging and not large and not slow"
 	CPR_FAST_CPU_VARIANT=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
 	  OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PARALLEL) -q -m numerics
 
-# The first pass of `make test` with the avx512 variant, in a copy of the checkout. On a processor without AVX-512 it is
+# Whole jobs of several processes, every command of the documentation, and the PTX of the second architecture.
+test-slow: setup
+	OMP_NUM_THREADS=1 $(PARALLEL) -m slow
+
+# All tests but those of packages, with the avx512 variant, in a copy of the checkout. On a processor without AVX-512 it is
 # compiled for AVX2 through SIMDe (Debian's libsimde-dev). That shows results, not speed, and torch
 # itself keeps the processor's instructions.
 test-avx512: setup

@@ -81,6 +81,7 @@ def lay_out_ucf101(folder: Path) -> None:
     (lists / "testlist01.txt").write_text("".join(line.split()[0] + "\n" for line in named[2:]))
 
 
+@pytest.mark.slow
 def test_every_command_of_the_docs_runs(folder, one_thread):
     python: dict = {}
     commands = 0

@@ -39,6 +39,7 @@ def run(tmp_path, index, *arguments):
     return main(["reproduce", *map(str, (*arguments, *common))])
 
 
+@pytest.mark.slow
 def test_two_rows_two_seeds_and_going_on(tmp_path, index, one_thread, capsys):
     command = ("stages", "--rows", "n1", "n7", "--seeds", "0", "1", "--json")
     assert run(tmp_path, index, *command) == 0

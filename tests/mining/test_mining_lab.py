@@ -82,6 +82,7 @@ def rates(row):
     return {name: row[name] for name in RATES}
 
 
+@pytest.mark.slow
 def test_more_stages_mine_better_on_real_features(shared_data, capsys):
     path = shared_data / "ucf101_two_view_scores.npz"
     arguments = ["mine", str(path), "--stages", "1", "3", "5", "7", "--ratio", ".5", "--top-k", "5", "--json"]

@@ -159,7 +159,14 @@ RANDOM = R3D | {
 }
 
 
-@pytest.mark.parametrize("method", [BATCH, IIC, RANDOM], ids=["batch", "iic", "random queue"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(BATCH, id="batch", marks=pytest.mark.slow),
+        pytest.param(IIC, id="iic", marks=pytest.mark.slow),
+        pytest.param(RANDOM, id="random queue"),
+    ],
+)
 def test_other_memories_have_the_curve_of_one_too(tmp_path, method):
     """The batch of all ranks, with gradients between ranks; the bank of IIC, which every rank holds completely; and a
     queue that starts with the same random vectors on every rank.

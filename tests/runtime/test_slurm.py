@@ -42,6 +42,7 @@ def cluster(tmp_path):
     return tmp_path, os.environ | variables
 
 
+@pytest.mark.slow
 def test_a_job_that_is_out_of_time_saves_goes_back_to_the_queue_and_goes_on(cluster):
     folder, environment = cluster
     index = write_synthetic(folder / "set", classes=4, videos=6, frames=8, width=64, height=48)
@@ -90,6 +91,7 @@ def test_a_job_that_fails_does_not_come_again(cluster):
     assert not (folder / "scontrol.log").exists()
 
 
+@pytest.mark.slow
 def test_an_array_of_tasks_computes_all_flow(cluster):
     folder, environment = cluster
     index = write_synthetic(folder / "set", classes=4, videos=2, frames=3, width=64, height=48)

@@ -106,6 +106,7 @@ def test_safetensors_hold_every_view(trained_run, tmp_path):
             assert torch.equal(file.get_tensor(f"rgb.{name}"), tensor)
 
 
+@pytest.mark.slow
 def test_onnx_computes_the_same_for_any_batch(trained_run, tmp_path):
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name)

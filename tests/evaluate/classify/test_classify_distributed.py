@@ -230,6 +230,7 @@ for number, command in enumerate(json.loads(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_commands_of_two_processes_write_and_print_once(tmp_path):
     pytest.importorskip("nvidia.dali")
     from cpr_fast.data.synthetic.videos import write_synthetic

@@ -18,7 +18,7 @@ def ptx_devices():
     return {}
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=[ARCHITECTURES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES[1:])])
 def device(request, ptx_devices) -> PtxDevice:
     """Executes the PTX of each architecture, sm_80 and sm_90a."""
     if request.param not in ptx_devices:
