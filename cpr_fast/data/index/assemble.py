@@ -170,6 +170,7 @@ def _nothing(root: Path, listing: Listing, problems: list[Problem], options: Ind
         text = f"ROOT: {which} in {str(root)!r} can{'not' if number == 1 else ''} be used"
     else:
         text = f"ROOT: found no video in {str(root)!r}; expected {EXPECTED.get(options.layout, LISTED)}"
+    problems = [problem for problem in problems if not KINDS[problem.kind][0]]
     if problems:
         kinds = Counter(problem.kind for problem in problems)
         counts = ", ".join(f"{count:,} {kind} ({KINDS[kind][1]})" for kind, count in kinds.items())

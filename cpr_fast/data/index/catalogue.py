@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection
 from pathlib import Path
@@ -57,7 +58,7 @@ class Catalogue:
         for path in self.paths:
             name = path.name if root.suffix == ".lmdb" else path.stem
             self._by_name[name].append(path)
-            self._folded[name.lower()].append(path)
+            self._folded[_folded(name)].append(path)
 
     def folders(self, path: Path) -> tuple[str, ...]:
         """Returns the names of the folders between the root and a video; for a record, the folders in its name."""
@@ -70,13 +71,13 @@ class Catalogue:
         Videos in a folder of that class are preferred; those in the folder of another of the `classes` are never
         taken, because equal names in two classes denote different videos. Among equals the folder of the split and the
         listed suffix decide. With `fold` names may differ in case, as v_HandStandPushups_* in UCF101's folder
-        HandstandPushups.
+        HandstandPushups, and in how Unicode composes letters, as macOS stores them.
         """
         name = without_suffix(file)
-        found = self._by_name.get(name) or (self._folded.get(name.lower(), []) if fold else [])
-        others = {_plain(other) for other in classes} - {_plain(label)}
-        own = [path for path in found if _plain(label) in map(_plain, self.folders(path))]
-        found = own or [path for path in found if not others & set(map(_plain, self.folders(path)))]
+        found = self._by_name.get(name) or (self._folded.get(_folded(name), []) if fold else [])
+        others = {plain(other) for other in classes} - {plain(label)}
+        own = [path for path in found if plain(label) in map(plain, self.folders(path))]
+        found = own or [path for path in found if not others & set(map(plain, self.folders(path)))]
         return sorted(found, key=lambda path: (split not in self.folders(path), path.name != file, path))
 
     def _visit(self, folder: Path, ancestors: tuple[tuple[int, int], ...]) -> list[Path]:
@@ -180,7 +181,11 @@ def _begins_as_video(path: Path) -> bool:
     )
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Returns a class name in a normal form for comparison with folder names: case, blanks, hyphens and underscores are
     ignored."""
-    return re.sub(r"[\s_\-()]+", "", name).lower()
+    return re.sub(r"[\s_\-()]+", "", _folded(name))
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).lower()

@@ -6,7 +6,8 @@
   FILE.lmdb#CLASS/VIDEO (see `cpr_fast.data.storage`).
 - `label` is the name of the class; empty if unlabelled.
 - `source` names the source video that a clip was cut from. Clips of equal `source` are *siblings*.
-- `split` is "train", "test" or any other name; empty if there is none.
+- `split` is "train", "test" or any other name; empty if there is none. Names of splits that are known (see `SPLITS`)
+  are read in any case.
 - `num_frames` counts the frames that decode (or, in a very large data set, the packets), not what the header of
   the file claims; `fps` is frames per second; `width` and `height` are pixels.
 """
@@ -25,7 +26,8 @@ import numpy as np
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.index.catalogue import VIDEO_SUFFIXES
-from cpr_fast.data.index.tables import TableError, read_table, table_text
+from cpr_fast.data.index.listing import known_split
+from cpr_fast.data.index.tables import TableError, read_table, require_utf8, table_text
 from cpr_fast.data.storage.media import exists
 from cpr_fast.runtime.files import replacing
 
@@ -84,7 +86,8 @@ class Index(Sequence[Video]):
 
     def select(self, split: str) -> Index:
         """Returns the videos of one split, numbered from 0. Raises IndexFileError if the split has none."""
-        chosen = [video for video in self if video.split == split]
+        name = known_split(split)
+        chosen = [video for video in self if video.split == name]
         if not chosen and not self.has_splits:
             raise IndexFileError(
                 f"split {split!r}: the index has no splits, its column 'split' is empty. Fill it in, or use what needs "
@@ -251,14 +254,16 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
         return path
 
     for column in ("label", "source", "split"):
-        if not fields[column].isascii() and any("\ud800" <= sign <= "\udfff" for sign in fields[column]):
-            raise IndexFileError(f"{line}, column {column}: expected UTF-8, got {os.fsencode(fields[column])!r}")
+        try:
+            require_utf8(f"{line}, column {column}", fields[column])
+        except TableError as error:
+            raise IndexFileError(str(error)) from None
     flow_there = fields["flow_path"] and (require_flow or exists(folder / fields["flow_path"]))
     return Video(
         path=file("path"),
         label=fields["label"],
         source=fields["source"] or fields["path"],  # without a given source, the video is its own source
-        split=fields["split"],
+        split=known_split(fields["split"]),
         num_frames=number("num_frames", int),
         fps=number("fps", float),
         width=number("width", int),

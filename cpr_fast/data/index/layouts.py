@@ -11,15 +11,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cpr_fast.data.index.catalogue import Catalogue, Problem, without_suffix
-from cpr_fast.data.index.listing import Listed, Listing, clip_source, without_contradictions
-from cpr_fast.data.index.tables import read_lines, read_table
+from cpr_fast.data.index.catalogue import Catalogue, Problem, plain, without_suffix
+from cpr_fast.data.index.listing import SPLITS, Listed, Listing, clip_source, without_contradictions
+from cpr_fast.data.index.tables import read_lines, read_table, require_utf8
 from cpr_fast.data.storage.records import split_record
 from cpr_fast.errors import InputError
-
-# Names of folders that denote a split, in lower case.
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val", "valid": "val",
-          "validate": "val", "validation": "val"}  # fmt: skip
 
 # The order of the labels in CoCLR's and CPR's HMDB51 checkpoints; IIC's are alphabetical.
 HMDB51_CLASSES = [
@@ -29,6 +25,9 @@ HMDB51_CLASSES = [
     "swing_baseball", "talk", "walk", "catch", "climb", "draw_sword", "eat", "flic_flac", "hit", "kick", "laugh",
     "pullup", "pushup", "run", "shoot_bow", "situp", "somersault", "sword", "throw", "wave",
 ]  # fmt: skip
+
+# The name of a video in a list, which may be quoted; with blanks in it, it ends in a suffix.
+_VIDEO = r'"?([^\s"]+?|[^"]+?\.\w{2,5})"?'
 
 
 class Row(NamedTuple):
@@ -89,7 +88,7 @@ def _list_folders(catalogue: Catalogue, splits: Path | None, split: int) -> List
         ROOT/<split>/<video>                      no class
 
     The first level is the split if all its folders are named as in SPLITS, or if a training and a test or validation
-    folder are among them; names are compared in lower case.
+    folder are among them; names are read in any case.
 
         The listing's `levels` states how the levels of folders were interpreted.
     """
@@ -113,14 +112,14 @@ def _are_splits(tops: set[str]) -> bool:
 
 
 def _listed(path: Path, folders: tuple[str, ...], has_split: bool) -> Listed:
-    split = ""
+    split, top = "", ()
     if has_split and folders:
-        split, folders = SPLITS.get(folders[0].lower(), folders[0]), folders[1:]
+        split, top, folders = _split(folders[0]), folders[:1], folders[1:]
     label = folders[0] if folders else ""
     clip = re.fullmatch(r"(.+)_c\d+", path.stem)
     if clip:  # clips of one source, also across splits, so that a leak is noticed
         return Listed(path, label, "/".join((*folders, clip[1])), split)
-    return Listed(path, label, "/".join(filter(None, (split, *folders, path.name))), split)
+    return Listed(path, label, "/".join((*top, *folders, path.name)), split)
 
 
 def _levels(has_split: bool, has_class: bool, deepest: int) -> str:
@@ -135,47 +134,59 @@ def _levels(has_split: bool, has_class: bool, deepest: int) -> str:
 
 def _list_ucf101(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
     splits = _required(splits, "ucf101", "classInd.txt and the train and test lists")
-    rows = _matches(splits / "classInd.txt", r"\d+[\s;,]+(\S+)", "<number> <class>")
-    classes, listed = [words[0] for _, words in rows], []
-    for name, file in (("train", f"trainlist{split:02d}.txt"), ("test", f"testlist{split:02d}.txt")):
-        for where, (video,) in _matches(splits / file, r"(\S+?)(?:[\s;,]+\d*)?", "<class>/<video> [<number>]"):
-            label, _, video = video.replace("\\", "/").partition("/")
-            listed.append(Row(where, label, Path(video).name, name))
-    return _find(catalogue, listed, classes)
+    classes, rows = _numbered_classes(splits / "classInd.txt"), []
+    files = {"train": splits / f"trainlist{split:02d}.txt", "test": splits / f"testlist{split:02d}.txt"}
+    for name, file in files.items():
+        expected = "<class>/<video> [<number>]"
+        for where, (video,) in _matches(file, rf"{_VIDEO}(?:[\s;,]+\d*)?", expected):
+            *folders, video = video.replace("\\", "/").split("/")
+            if not folders:
+                raise InputError(f"{where}: expected {expected}, got {video!r}")
+            label = next((folder for folder in reversed(folders) if folder in classes), folders[-1])
+            rows.append(Row(where, label, video, name))
+    return _find(catalogue, rows, classes, list(files.values()))
+
+
+def _numbered_classes(file: Path) -> list[str]:
+    """Reads a list of classes in the order of their numbers, or of the lines if they have none."""
+    numbers: dict[str, tuple[int, str]] = {}  # by class: its number and where it is
+    for line, (where, (number, label)) in enumerate(_matches(file, r"(?:(\d+)[\s;,]+)?(\S.*)", "<number> <class>")):
+        if label in numbers:
+            raise InputError(f"{where}: class {label!r} repeats {numbers[label][1]}")
+        numbers[label] = (int(number or line), where)
+    return sorted(numbers, key=lambda label: numbers[label][0])
 
 
 def _list_hmdb51(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
     splits = _required(splits, "hmdb51", "the 51 files <class>_test_splitN.txt")
     suffix, rows = f"_test_split{split}.txt", []
-    for file in sorted(splits.glob(f"*{suffix}")):
-        for where, (video, use) in _matches(file, r"(\S+?)[\s;,]+(\S+)", "<video> <0, 1 or 2>"):
+    if not (files := sorted(splits.glob(f"*{suffix}"))):
+        raise InputError(f"--splits: expected files <class>{suffix} in {str(splits)!r}, got none")
+    for file in files:
+        for where, (video, use) in _matches(file, rf"{_VIDEO}[\s;,]+(\S+)", "<video> <0, 1 or 2>"):
             if use not in ("0", "1", "2"):
                 raise InputError(f"{where}: expected 0 (unused), 1 (train) or 2 (test), got {use!r}")
             if use != "0":
                 rows.append(Row(where, file.name.removesuffix(suffix), video, "train" if use == "1" else "test"))
-    if not rows:
-        raise InputError(f"--splits: expected files <class>{suffix} in {str(splits)!r}, got none")
-    return _find(catalogue, rows, HMDB51_CLASSES)
+    return _find(catalogue, rows, HMDB51_CLASSES, files)
 
 
 def _list_kinetics(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
     """Reads every csv file in `splits`; the classes follow the smallest label map (*label_map*.txt) that has them."""
     splits = _required(splits, "kinetics", "the csv files of Kinetics (label,youtube_id,time_start,time_end,split)")
-    rows, ids = [], []
+    rows, ids, spelled = [], [], {}
     files = sorted(splits.glob("*.csv"))
     if not files:
         raise InputError(f"--splits: expected the csv files of Kinetics in {str(splits)!r}, got none")
     for file in files:
         for where, row in _kinetics_rows(file):
-            try:
-                clip = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
-            except ValueError:
-                raise InputError(f"{where}: expected seconds in time_start and time_end, got {row}") from None
-            part = (row.get("split") or file.stem.rpartition("_")[-1]).replace("validate", "val")
-            rows.append(Row(where, row.get("label") or "", clip, part))
+            clip = f"{row['youtube_id']}_{_seconds(where, row, 'time_start')}_{_seconds(where, row, 'time_end')}"
+            part = row.get("split") or file.stem.rpartition("_")[-1]
+            spelled[part] = _split(part)
+            rows.append(Row(where, row.get("label") or "", clip, spelled[part]))
             ids.append(row["youtube_id"])
     labels = {row.label for row in rows} - {""}
-    listed, problems = [], []
+    listed, problems = [], _without_rows(rows, files)
     for row, video in zip(rows, ids, strict=True):
         names = (row.file, video)  # with and without the times
         found = next(
@@ -186,18 +197,38 @@ def _list_kinetics(catalogue: Catalogue, splits: Path | None, split: int) -> Lis
             problems += _ambiguous(found)
         else:
             problems.append(_missing(catalogue, row))
-    return Listing(listed, _kinetics_classes(splits, labels), problems)
+    changed = ", ".join(f"{name!r} is {part!r}" for name, part in sorted(spelled.items()) if name != part)
+    levels = f"names of splits are read in any case, and as train, test or val: {changed}" if changed else ""
+    return Listing(listed, _kinetics_classes(splits, labels), problems, levels)
 
 
 def _kinetics_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
     needed = ("youtube_id", "time_start", "time_end")
     header, rows = read_table(file, ("label", *needed, "split"))
     if missing := [name for name in needed if name not in header]:
-        raise InputError(f"{file}:1: missing column {', '.join(missing)}, got {header}")
+        raise InputError(f"{file}:1: missing column {', '.join(missing)}, got {header or 'an empty file'}")
+    if repeated := [name for name in dict.fromkeys(header) if header.count(name) > 1]:
+        raise InputError(f"{file}:1: expected every column once, got {', '.join(map(repr, repeated))} more than once")
     for where, row in rows:
-        if len(row) < len(header):
-            raise InputError(f"{where}: expected {len(header)} fields, got {len(row)}")
-        yield where, dict(zip(header, row, strict=False))
+        fields = list(map(str.strip, row))
+        if len(fields) < len(header) or any(fields[len(header) :]):
+            raise InputError(f"{where}: expected {len(header)} fields, got {len(fields)}")
+        require_utf8(where, ",".join(fields))
+        found = dict(zip(header, fields, strict=False))
+        if not found["youtube_id"]:
+            raise InputError(f"{where}, column youtube_id: expected the id of a video, got ''")
+        yield where, found
+
+
+def _seconds(where: str, row: dict[str, str], column: str) -> str:
+    """Returns whole seconds as the names of Kinetics' files have them, such as "000084"."""
+    try:
+        value = float(row[column].replace(",", "."))  # a spreadsheet may write 84,0
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise InputError(f"{where}, column {column}: expected seconds, got {row[column]!r}")
+    return f"{int(value):06d}"
 
 
 def _kinetics_classes(splits: Path, labels: set[str]) -> list[str]:
@@ -214,19 +245,20 @@ def _kinetics_classes(splits: Path, labels: set[str]) -> list[str]:
 def _list_coclr(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
     """Reads <split>_splitNN.csv or <split>_split.csv, and the order of classes from ClassInd.txt if it is there."""
     splits = _required(splits, "coclr", "CoCLR's train_splitNN.csv and test_splitNN.csv")
-    rows = []
+    rows, files = [], []
     for name in ("train", "val", "test"):
         for file in (splits / f"{name}_split{split:02d}.csv", splits / f"{name}_split.csv"):
             if file.exists():
-                pattern, expected = r"(?:.*/)?([^/]+)/([^/]+)/\s*[,;\t].*", "<folders>/<class>/<video>/,<frames>"
+                files.append(file)
+                pattern, expected = r'"?(?:.*/)?([^/"]+)/([^/]+)/"?\s*[,;\t].*', "<folders>/<class>/<video>/,<frames>"
                 rows += [Row(where, *words, name) for where, words in _matches(file, pattern, expected)]
-    if not rows:
+    if not files:
         raise InputError(
-            f"--splits: expected train_split{split:02d}.csv or test_split{split:02d}.csv in {str(splits)!r}"
+            f"--splits: expected train_split{split:02d}.csv or test_split{split:02d}.csv in {str(splits)!r}, got none"
         )
     file = splits / "ClassInd.txt"
-    named = [re.sub(r"^\d+[\s,;]+", "", line) for _, line in read_lines(file)] if file.exists() else []
-    return _find(catalogue, rows, named or sorted({row.label for row in rows}))
+    named = _numbered_classes(file) if file.exists() else []
+    return _find(catalogue, rows, named or sorted({row.label for row in rows}), files)
 
 
 def _list_lmdb(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
@@ -240,19 +272,42 @@ def _list_lmdb(catalogue: Catalogue, splits: Path | None, split: int) -> Listing
     return Listing(videos, sorted({label for _, label in named if label}), [])
 
 
-def _find(catalogue: Catalogue, rows: list[Row], classes: Sequence[str]) -> Listing:
-    """Looks up the videos of a list's rows."""
-    listed, problems, known = [], [], set(classes)
+def _find(catalogue: Catalogue, rows: list[Row], classes: Sequence[str], files: list[Path]) -> Listing:
+    """Looks up the videos that the rows of the lists `files` name."""
+    listed, problems, known = [], _without_rows(rows, files), set(classes)
+    exact: dict[str, str] = {}  # by source in lower case: the source of a row that names its file exactly
     for row in rows:
         if row.label not in known:
-            raise InputError(f"{row.where}: class {row.label!r} is not one of the {len(known)} of the data set")
+            near = next((f"; did you mean {name!r}? The case matters" for name in classes
+                         if plain(name) == plain(row.label)), "")  # fmt: skip
+            raise InputError(f"{row.where}: class {row.label!r} is not one of the {len(known)} of the data set{near}")
         found = catalogue.find(row.label, row.file, row.split, known)
         if found:
-            listed.append(Listed(found[0], row.label, clip_source(row.label, without_suffix(row.file)), row.split))
+            source = clip_source(row.label, without_suffix(row.file))
+            if without_suffix(row.file) == _name(found[0]):
+                exact.setdefault(source.lower(), source)
+            listed.append(Listed(found[0], row.label, source, row.split))
             problems += _ambiguous(found)
         else:
             problems.append(_missing(catalogue, row))
+    named = set(exact.values())  # a row in another case than its file has the source of its siblings
+    listed = [item if item.source in named else item._replace(source=exact.get(item.source.lower(), item.source))
+              for item in listed]  # fmt: skip
     return Listing(listed, list(classes), problems)
+
+
+def _without_rows(rows: list[Row], files: list[Path]) -> list[Problem]:
+    """Returns a problem for every list without a row. Raises InputError if none of the lists has one."""
+    if not rows:
+        names = ", ".join(file.name for file in files[:3]) + ", ..." * (len(files) > 3)
+        raise InputError(f"--splits: the lists in {str(files[0].parent)!r} name no video ({names})")
+    found = {Path(row.where.rpartition(":")[0]) for row in rows}
+    return [Problem(file, "empty_list", "names no video") for file in files if file not in found]
+
+
+def _split(name: str) -> str:
+    """Returns what a split is called in an index."""
+    return SPLITS.get(name.strip().lower(), name.strip())
 
 
 def _missing(catalogue: Catalogue, row: Row) -> Problem:
@@ -279,6 +334,7 @@ def _matches(path: Path, pattern: str, expected: str) -> Iterator[tuple[str, tup
         found = re.fullmatch(pattern, line)
         if found is None:
             raise InputError(f"{where}: expected {expected}, got {line!r}")
+        require_utf8(where, line)
         yield where, found.groups()
 
 

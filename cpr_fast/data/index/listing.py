@@ -7,7 +7,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from cpr_fast.data.index.catalogue import Problem
+from cpr_fast.data.index.catalogue import Problem, plain
+from cpr_fast.wording import counted
+
+# Names of splits, in lower case, and what they are called in an index.
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val", "valid": "val",
+          "validate": "val", "validation": "val"}  # fmt: skip
 
 
 class Listed(NamedTuple):
@@ -24,6 +29,11 @@ class Listing(NamedTuple):
     problems: list[Problem]
     levels: str = ""  # how the levels of folders were interpreted
     others: dict[str, int] = {}  # number of files that are not videos, by suffix
+
+
+def known_split(name: str) -> str:
+    """Returns the name of a split without blanks around it, and in lower case if it is then one of SPLITS."""
+    return name.strip().lower() if name.strip().lower() in SPLITS else name.strip()
 
 
 def clip_source(label: str, name: str) -> str:
@@ -62,7 +72,7 @@ def without_contradictions(listing: Listing) -> Listing:
         elif len(found) > 1:
             problems.append(Problem(path, "repeated", f"is listed {len(found)} times; kept once"))
         videos.append(next(item for item in found if item.split == splits[0]))
-    return listing._replace(videos=videos, problems=problems + _leaks(videos))
+    return listing._replace(videos=videos, problems=problems + _leaks(videos) + _similar_classes(videos))
 
 
 def _leaks(videos: list[Listed]) -> list[Problem]:
@@ -75,6 +85,21 @@ def _leaks(videos: list[Listed]) -> list[Problem]:
         for source, found in splits.items()
         if "train" in found and len(found) > 1
     ]
+
+
+def _similar_classes(videos: list[Listed]) -> list[Problem]:
+    """Returns a problem for every class whose name differs from a more frequent one only in case, blanks or hyphens."""
+    groups: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for item in videos:
+        groups[plain(item.label)][item.label].append(item.path)
+    problems = []
+    for group in groups.values():
+        most, *others = sorted(group, key=lambda label: (-len(group[label]), label))
+        for label in others:
+            videos_of = counted(len(group[label]), "video")
+            reason = f"class {label!r} of {videos_of} is spelled almost like {most!r}; they are two classes, as written"
+            problems.append(Problem(group[label][0], "similar_classes", reason))
+    return problems
 
 
 def _names(names: set[str]) -> str:

@@ -36,6 +36,8 @@ KINDS: dict[str, tuple[bool, str]] = {
     "two_splits": (True, "listed in two splits"),
     "shared_source": (True, "source in the training split and in another one"),
     "same_file": (True, "same file as another one, by a link"),
+    "similar_classes": (True, "class spelled almost like another one"),
+    "empty_list": (True, "split list that names no video"),
     "missing_flow": (True, "no record in --flow-lmdb"),
     "flow_dropped": (True, "flow of the previous index does not fit any more"),
     "replaced": (True, "other class, source or split in the previous index"),

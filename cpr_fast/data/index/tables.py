@@ -1,12 +1,14 @@
 """Reads text lists and CSV tables as people and spreadsheets save them; every such file is read through this module.
 
-A byte-order mark is dropped; columns may be separated by comma, semicolon or tab; lines may end in LF, CRLF or CR.
+A byte-order mark is dropped; columns may be separated by comma, semicolon or tab; lines may end in LF, CRLF or CR; the
+names of columns are read in any case; a header that is repeated, as in joined files, is read once.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -55,17 +57,24 @@ def read_table(
     caller checks the header and the number of fields. "file:line" is where a row ends, as quoted fields may span lines.
     """
     text = read_text(path, what)
+    known = {name.lower(): name for name in columns}
     try:
         header, delimiter = max(
             ((next(csv.reader(io.StringIO(text, newline=""), delimiter=sign), []), sign) for sign in DELIMITERS),
-            key=lambda found: len(set(map(str.strip, found[0])) & set(columns)),
+            key=lambda found: len({name.strip().lower() for name in found[0]} & set(known)),
         )
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         next(reader, [])
-        rows = [(f"{path}:{reader.line_num}", row) for row in reader if not _is_empty(row)]
+        rows = [(f"{path}:{reader.line_num}", row) for row in reader if not _is_empty(row) and row != header]
     except csv.Error as error:
         raise TableError(f"{path}: expected a UTF-8 {what}, got {error}") from None
-    return [name.strip() for name in header], rows
+    return [known.get(name.strip().lower(), name.strip()) for name in header], rows
+
+
+def require_utf8(where: str, text: str) -> None:
+    """Raises TableError if a text of `read_text` has bytes that are not UTF-8; `where` is its place."""
+    if not text.isascii() and any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise TableError(f"{where}: expected UTF-8, got {os.fsencode(text)!r}")
 
 
 def _is_empty(row: list[str]) -> bool:

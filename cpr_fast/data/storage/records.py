@@ -117,7 +117,10 @@ class Records:
             raise InputError(f"LMDB {str(file)!r}: {error}") from error
         if order is None:
             raise InputError(f"LMDB {str(file)!r}: expected the key '__order__' of CoCLR's format, got none")
-        self.names: list[str] = [record_name(name) for name in msgpack.unpackb(order, raw=True)]
+        try:
+            self.names: list[str] = [record_name(name) for name in msgpack.unpackb(order, raw=True)]
+        except (ValueError, TypeError, AttributeError) as error:  # not msgpack, not a list of names, or not UTF-8
+            raise InputError(f"LMDB {str(file)!r}: expected UTF-8 names in the key '__order__', got {error}") from error
         places = {name: place for place, name in enumerate(self.names)}
         # record(name) returns the mapped record and, as uint32 [F, 2], offset and size of each JPEG in it. They are
         # remembered: 2.4 kB for 300 frames, 160 MB when the cache is full. The cache does not refer to self: LMDB can

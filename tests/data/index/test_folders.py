@@ -36,6 +36,8 @@ LEVELS = {
     "splits without classes": (["train/a.mp4", "test/a.mp4"], [("", "test"), ("", "train")], "no folder names a class"),
     "a third split": (["train/walk/a.mp4", "test/walk/a.mp4", "extra/walk/a.mp4"],
                       [("walk", "extra"), ("walk", "test"), ("walk", "train")], "the first folder level is the split"),
+    "splits in two cases": (["train/walk/a.mp4", "Train/walk/a.mp4", "TEST/walk/a.mp4"],
+                            [("walk", "test"), ("walk", "train"), ("walk", "train")], "folder level is the split"),
     "a class named train": (["train/a.mp4", "bus/a.mp4"], [("bus", ""), ("train", "")], "no folder names a split"),
 }  # fmt: skip
 

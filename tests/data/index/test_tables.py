@@ -1,5 +1,6 @@
 """Lists and tables in every format in which people and spreadsheets save them, read by every reader of the package."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ FORMS = {
     "tab": lambda text: text.replace(",", "\t").encode(),
     "no last line break": lambda text: text.rstrip("\n").encode(),
     "blank lines": lambda text: text.replace("\n", "\n\n").encode(),
+    "columns in capitals": lambda text: re.sub(r"^(label|path),.*", lambda found: found[0].upper(), text).encode(),
+    "header twice": lambda text: re.sub(r"^((?:label|path),.*\n)", r"\1\1", text).encode(),
     "all at once": lambda text: text.replace(",", ";").replace("\n", "\r\n\r\n").encode("utf-8-sig"),
 }
 VIDEOS = ("A/v_A_g01_c01.mp4", "B/v_B_g01_c01.mp4")
