@@ -59,14 +59,17 @@ def stream() -> None:
 
 
 def graph() -> None:
-    """Checks both operators in a CUDA graph that is replayed with inputs written after the capture."""
+    """Checks both operators in a CUDA graph that is replayed with inputs written after the capture, the temperature
+    among them."""
     queries, memory, views, keep = cascade(32, 2048)
     query, own_key = features(32, 128).requires_grad_(), features(32, 128)
+    temperature = torch.tensor(0.1, device="cuda", requires_grad=True)
 
     def step() -> tuple[torch.Tensor, ...]:
         mined, _ = cascade_select(queries, memory, views, keep)
         loss = mil_nce(query, own_key, memory[0], mined)
-        return mined, loss, *torch.autograd.grad(loss, query)
+        learned = mil_nce(query, own_key, memory[0], mined, temperature=temperature)
+        return mined, loss, learned, *torch.autograd.grad(loss + learned, (query, temperature))
 
     warm_up = torch.cuda.Stream()
     warm_up.wait_stream(torch.cuda.current_stream())
@@ -80,6 +83,7 @@ def graph() -> None:
         with torch.no_grad():
             for tensor in (queries, memory, query, own_key):
                 tensor.copy_(features(*tensor.shape))
+            temperature.mul_(0.8)
         captured.replay()
         replayed = [output.clone() for output in outputs]
         torch.testing.assert_close(replayed, list(step()), rtol=0, atol=0)

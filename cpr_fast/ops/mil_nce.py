@@ -50,7 +50,9 @@ def mil_nce(
         self_positive: how own_key is treated in rows that have another positive: "keep" (it is in both sums),
             "denominator" (only in the sum over all keys, as in the published code) or "drop_both" (in neither sum). Or
             [B] int64 of 0, 1 or 2, which selects one of these, in this order, for each row.
-        temperature: a positive number; or a tensor with one element, which receives a gradient if it requires one.
+        temperature: a positive number; or a floating-point tensor with one element, on the CPU or the device of query,
+            which receives a gradient if it requires one. On CUDA and in compiled programs its value is not read: one
+            that is not positive gives a NaN loss.
         reduction: "mean" over B, or "none".
 
     Returns:
@@ -106,10 +108,15 @@ def _checked_number(temperature) -> float:
 def _divided(query: Tensor, own_key: Tensor, memory: Tensor, temperature: Tensor) -> tuple[tuple, float]:
     """Returns the features with the query divided by `temperature`, and the temperature that remains, 1.
 
-    The loss depends on the temperature t and the query q only through q / t, so the chain rule through this division is
-    the exact gradient to t: t dL/dt = -sum(q dL/dq) (Euler's identity). No kernel needs code for it, and
-    nothing waits for the device. 16-bit features are converted to float32 first: rounding q / t to 16 bits would
-    make the scores less accurate.
+    Every score is q . k / t, that of own_key included, and nothing is normalised in between. The loss therefore depends
+    on the temperature t and the query q only through q / t, and the chain rule through this division is the exact
+    gradient to t: t dL/dt = -sum(q dL/dq) (Euler's identity). No kernel needs code for it, and nothing waits for the
+    device. 16-bit features are converted to float32 first: rounding q / t to 16 bits would make the scores less
+    accurate.
+
+    The kernel divides each score by a float, and a tensor divides each element of the query. The score then has the
+    rounding errors of D quotients instead of one, each at most 2^-24 of its term; errors of a sum of D products are
+    as large.
 
     A temperature that is not positive and finite raises ValueError on the CPU. Elsewhere, and in traced programs, its
     value is not read: the loss becomes NaN.
@@ -119,6 +126,9 @@ def _divided(query: Tensor, own_key: Tensor, memory: Tensor, temperature: Tensor
             raise TypeError(f"{name}: expected a torch.Tensor, got {_checks.describe(tensor)}")
     if not temperature.is_floating_point():
         raise TypeError(f"temperature: expected a number or a tensor of floating-point dtype, got {temperature.dtype}")
+    if temperature.layout != torch.strided or temperature.is_nested:
+        layout = "a nested tensor" if temperature.is_nested else temperature.layout
+        raise TypeError(f"temperature: expected a number or a dense (strided) tensor, got {layout}")
     if temperature.numel() != 1:
         raise ValueError(f"temperature: expected a tensor with one element, got shape {list(temperature.shape)}")
     if temperature.device != query.device and temperature.device.type != "cpu":
@@ -133,8 +143,13 @@ def _divided(query: Tensor, own_key: Tensor, memory: Tensor, temperature: Tensor
         query, own_key, memory = (features.float() for features in (query, own_key, memory))
     temperature = temperature.to(torch.promote_types(temperature.dtype, torch.float32)).reshape(())
     valid = (temperature > 0) & (temperature < math.inf)
-    scale = torch.where(valid, 1 / temperature, math.nan).to(query.dtype)
-    return (query * scale, own_key, memory), 1.0
+    scale = torch.where(valid, 1 / temperature, math.nan).double()
+    # With one factor for each row, autograd sums the gradient of the factor within rows and then over the rows, in
+    # float64. A single sum over all B x D elements would be divided among the threads, so its last bits would depend on
+    # their number. (A product instead of expand: `temperature` may be on the CPU with `query` on CUDA.)
+    shape = [len(query), 1] if query.dim() == 2 else []  # the operator refuses other shapes of query
+    factors = scale * query.new_ones(shape, dtype=torch.float64)  # [B, 1]
+    return (query * factors.to(query.dtype), own_key, memory), 1.0
 
 
 def mil_nce_ref(

@@ -1,5 +1,7 @@
 """Compares value and gradient of mil_nce with a learned temperature with plain PyTorch in float64."""
 
+import re
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -74,6 +76,60 @@ def test_value_is_that_of_a_number(device):
     torch.testing.assert_close(as_tensor, mil_nce(*features, positives, temperature=0.07, **ids), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [0.01, 0.07, 1.0])
+def test_dividing_the_query_is_as_exact_as_dividing_the_scores(device, value):
+    """The error against float64 of the loss and of its gradient to the temperature is at most twice that of plain
+    torch, plus one rounding: the bound of mil_nce itself."""
+    features, positives, ids = problem(device=device, B=33, K=300, D=128)
+    results = []
+    for function, dtype in ((mil_nce_ref, torch.float64), (mil_nce_ref, torch.float32), (mil_nce, torch.float32)):
+        temperature = torch.tensor(value, device=device).to(dtype).requires_grad_()
+        loss = function(*[x.to(dtype) for x in features], positives, temperature=temperature, **ids)
+        results.append([x.double() for x in (loss.detach(), *torch.autograd.grad(loss, temperature))])
+    truth, plain, found = results
+    for i in range(2):
+        bound = 2 * (plain[i] - truth[i]).abs() + 4 * torch.finfo(torch.float32).eps * (1 + truth[i].abs() / value)
+        assert (found[i] - truth[i]).abs() <= bound
+
+
+def test_the_gradient_does_not_depend_on_the_number_of_threads():
+    """torch divides a sum of more than 32,768 elements among its threads; here B x D = 131,072."""
+    features, positives, ids = problem(B=1024, K=70, D=128)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            temperature = torch.tensor(0.1, requires_grad=True)
+            loss = mil_nce(*features, positives, temperature=temperature, **ids)
+            found.append([loss.detach(), *torch.autograd.grad(loss, temperature)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(other, found[0], strict=True))
+
+
+def test_vmap_over_temperatures():
+    features, positives, ids = problem()
+    results = []
+    for function in (mil_nce, mil_nce_ref):
+        temperatures = torch.tensor([0.07, 0.2, 1.0], requires_grad=True)
+        loss = torch.vmap(lambda t: function(*features, positives, temperature=t, **ids))(temperatures)  # noqa: B023
+        results.append([loss.detach(), *torch.autograd.grad(loss.sum(), temperatures)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("where", ["meta", "cpu"])
+def test_the_value_is_not_read_on_a_device(where):
+    """Reading a value of a meta tensor raises an error, as it would break the capture of a CUDA graph. A temperature on
+    the CPU can be used with features on a device."""
+    features, positives, ids = problem(device="meta")
+    temperature = torch.tensor(0.1, device=where, requires_grad=True)
+    ids = {name: values.to("meta") for name, values in ids.items()}
+    loss = mil_nce(*features, positives, temperature=temperature, reduction="none", **ids)
+    assert loss.is_meta and loss.shape == (7,) and loss.dtype == torch.float32 and loss.requires_grad
+
+
 def test_compiles_into_one_graph(device):
     features, positives, ids = problem(device=device)
 
@@ -111,12 +167,20 @@ def test_autocast(device):
         (torch.tensor(1), TypeError),
         (torch.tensor(True), TypeError),
         (torch.tensor(0.1, device="meta"), ValueError),
+        (torch.tensor(0.1).to_sparse(), TypeError),
+        (torch.tensor(0.1 + 1j), TypeError),
     ],
 )
 def test_what_is_no_temperature_is_refused(temperature, error):
     features, positives, _ = problem()
     with pytest.raises(error, match="temperature: expected"):
         mil_nce(*features, positives, temperature=temperature)
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (1, 7, 8)])
+def test_a_query_of_another_shape_is_named(shape):
+    with pytest.raises(ValueError, match=re.escape(f"query: expected a non-empty shape [B, D], got {list(shape)}")):
+        mil_nce(torch.rand(shape), torch.rand(7, 8), torch.rand(9, 8), temperature=torch.tensor(0.1))
 
 
 def test_a_temperature_that_is_not_positive_gives_nan_where_it_is_not_read():
