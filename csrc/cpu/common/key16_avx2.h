@@ -55,11 +55,24 @@ inline __m256i key_of(__m256 score) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(_mm256_xor_si256(bits, flip), _mm256_set1_epi32(kNoKey), nan);
 }
+// For each 8-bit mask, the numbers of its lanes, one per byte and ascending. pdep and pext would compute them without a
+// table, but Zen 1 and 2 run these instructions in microcode, for up to hundreds of cycles.
+struct LanesOfMask {
+  uint64_t bytes[256];
+  constexpr LanesOfMask() : bytes() {
+    for (unsigned mask = 0; mask < 256; ++mask) {
+      int count = 0;
+      for (uint64_t lane = 0; lane < 8; ++lane) {
+        if (mask >> lane & 1) bytes[mask] |= lane << 8 * count++;
+      }
+    }
+  }
+};
+alignas(64) constexpr LanesOfMask kLanesOfMask;
 // Moves the lanes of an 8-bit mask to the front.
 inline __m256i compacted(int mask, __m256i a) {
-  const uint64_t bytes = _pdep_u64(static_cast<uint64_t>(mask), 0x0101010101010101u) * 0xff;
-  const uint64_t lanes = _pext_u64(0x0706050403020100u, bytes);
-  return _mm256_permutevar8x32_epi32(a, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(lanes))));
+  const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLanesOfMask.bytes + mask));
+  return _mm256_permutevar8x32_epi32(a, _mm256_cvtepu8_epi32(lanes));
 }
 inline int compress(int32_t* p, Mask16 mask, Key16 a) {
   const int low = __builtin_popcount(mask & 0xff);
