@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cpr_fast.wording import printable
+from cpr_fast.wording import counted, printable
 
 Level = Literal["ok", "warning", "error"]
 Effect = Literal["fails", "settings", "results", "time", "capacity", "note"]
@@ -39,11 +39,32 @@ def ordered(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: (LEVELS.index(finding.level), places.index(finding.effect)))
 
 
-def show(result: dict[str, Any]) -> None:
-    """Prints the result of `doctor` to stdout: tables, then the findings, the ones to act on first."""
+def show(result: dict[str, Any], *, tables: bool = False) -> None:
+    """Prints the result of `doctor` to stdout: with `tables` everything that was measured, and last the findings, the
+    ones to act on first, so that they are on the screen when the command ends."""
     from rich.console import Console
 
     console = Console()
+    if tables:
+        _show_tables(console, result)
+    for line in _context(result):
+        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+    _show_findings(console, result["findings"])
+
+
+def _context(result: dict[str, Any]) -> list[str]:
+    """Returns what the data are, and the settings that they are judged with, in a line each."""
+    lines = []
+    if data := result["data"]:
+        splits = ", ".join(f"{name or 'no name'} {number:,}" for name, number in data["splits"].items())
+        counts = [counted(data["videos"], "video"), counted(data["classes"], "class", "classes")]
+        lines.append(f"Data: {', '.join(counts)}, {counted(data['sources'], 'source')}; splits: {splits}")
+    if result.get("judged"):
+        lines.append(f"The data are {result['judged']}")
+    return lines
+
+
+def _show_tables(console: Any, result: dict[str, Any]) -> None:
     _show_machine(console, result)
     for title, facts in (("Data", result["data"]), ("Estimates", result["estimates"])):
         if facts:
@@ -54,9 +75,6 @@ def show(result: dict[str, Any]) -> None:
             stages.add_row(stage, f"{value:.4g}")
         stages.add_row("loader alone", f"{result['breakdown']['loader_s_per_step']:.4g}")
         console.print(stages)
-    if result.get("judged"):
-        console.print(f"The data are {printable(result['judged'])}", highlight=False, markup=False, soft_wrap=True)
-    _show_findings(console, result["findings"])
 
 
 def _show_machine(console: Any, result: dict[str, Any]) -> None:

@@ -60,8 +60,22 @@ def write_rows(folder, video, names, label="c{}", source="s{}", split="train", f
 def run(index, **config) -> dict:
     result = doctor(index, Config.from_dict(config), device=CPU, seconds=0)
     json.dumps(result)
-    show(result)
+    show(result, tables=True)
     return result
+
+
+@pytest.mark.parametrize("tables", [False, True])
+def test_the_findings_are_what_a_terminal_shows_when_the_command_ends(tmp_path, video, capsys, tables):
+    index = write_rows(tmp_path, video, ["a.mp4", "b.mp4"], source="one")
+    with pytest.raises(SystemExit):
+        main(["doctor", str(index), "--seconds", "0", *(["--tables"] if tables else [])])
+    lines = capsys.readouterr().out.splitlines()
+    first = lines.index("What to change, most important first")
+    assert "Data: 2 videos, 2 classes, 1 source; splits: train 2" in lines[:first]
+    assert "  1. error (a command fails): all videos come from one source" in lines[first + 1]
+    assert len(lines[first:]) < 40 and lines[-1].startswith("next: ")
+    assert first == 2 or tables
+    assert ("Machine" in map(str.strip, lines[:first])) is tables
 
 
 def texts(result: dict, level: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -23,6 +23,7 @@ def doctor(
     config: Path | None = None,
     device: str = "auto",
     seconds: float = 60.0,
+    tables: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     json: Json = False,
 ) -> None:
     """Check the installation and a data set, list what to change first, and estimate the cost of the next steps.
@@ -35,6 +36,7 @@ def doctor(
             index or in the working directory, or the default settings if there is no such recipe or several.
         device: "auto", "cpu", "cuda" or "cuda:N".
         seconds: Time for measuring a training step, in seconds; 0 skips the measurement.
+        tables: Print tables of everything that was measured before the findings.
     """
     require_file("INDEX", index)
     require_file("--config", config)
@@ -66,7 +68,7 @@ def doctor(
     fails = {"fails"} if recipe.path is None else {"fails", "settings"}
     broken = any(finding["level"] == "error" or finding["effect"] in fails for finding in result["findings"])
     if not json:
-        show_findings(result)
+        show_findings(result, tables=tables)
     show(result, json, lines=[], next_step=_next_step(index, recipe.path, broken))
     if broken:
         raise SystemExit(1)
