@@ -30,8 +30,9 @@ class DataConfig:
     # "coclr": random crop, flip, colour jitter, grayscale and blur; "iic": a random 112x112 crop of 128x171 frames
     augment: Literal["coclr", "iic", "none"] = "coclr"
     crop_area: float = 0.2  # smallest area of a random crop, as a fraction of the frame; the largest is the whole frame
-    # Tries of the random crop in pretraining; if none fits, the whole frame is kept. With the published single try
-    # these are 30 % of the clips of 320x240; with 10, as in torchvision's RandomResizedCrop, almost none.
+    # Number of tries of the random crop in pretraining; if none fits into the frame, the whole frame is kept. With the
+    # published single try this happens to 30 % of the clips of 320x240; with 10, as in torchvision's
+    # RandomResizedCrop, to almost none.
     crop_attempts: int = 1
     # "channel": each frame of a gray clip shows one random colour channel [CoCLR]; "luma": its luma
     grayscale: Literal["channel", "luma"] = "channel"
@@ -55,15 +56,17 @@ class InitConfig:
     Files of `cpr-fast pretrain` or `cpr-fast import-checkpoint`; relative to the config file.
     """
 
-    rgb: str = ""
-    flow: str = ""
-    residual: str = ""
+    rgb: str = ""  # checkpoint of the RGB encoder
+    flow: str = ""  # checkpoint of the optical-flow encoder
+    residual: str = ""  # checkpoint of the encoder of frame differences
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The encoder: a backbone followed by a head."""
 
+    # The backbone. "s3d", "s3dg": S3D without and with gating [CoCLR]; "s3d_milnce": the S3D-G of MIL-NCE; "r3d",
+    # "r21d", "c3d": R3D, R(2+1)D and C3D [IIC].
     arch: Literal["s3d", "s3dg", "s3d_milnce", "r3d", "r21d", "c3d"] = "s3d"
     width: float = 1.0  # factor on the number of channels of every layer of the backbone
     # Standard deviation of S3D's initial convolution weights [CoCLR]. Adam changes weights by about lr per step, so
@@ -115,9 +118,11 @@ class LossConfig:
     view where n is even; and UberNCE averages the log-softmax over the positives instead of the MIL form.
     """
 
-    temperature: float = 0.07
-    protocol: Literal["paper", "coclr"] = "paper"
-    self_positive_drop: float = 0.9  # fraction of iterations that drop q+ from the numerator (protocol "coclr" only)
+    temperature: float = 0.07  # divisor of the similarities before the softmax
+    protocol: Literal["paper", "coclr"] = "paper"  # details as in the paper, or as in the published code (see above)
+    # Fraction of the iterations in which q+, the query's own key, is left out of the numerator; used only with
+    # protocol = "coclr".
+    self_positive_drop: float = 0.9
     # Additional negatives without motion, kept in a separate memory bank [IIC]: "repeat" repeats one frame,
     # "shuffle" exchanges two quarters of the clip.
     intra_negatives: Literal["none", "repeat", "shuffle"] = "none"
@@ -127,11 +132,11 @@ class LossConfig:
 class OptimConfig:
     """The optimiser of the query encoder."""
 
-    # "apex_lamb" and "apex_novograd" are NVIDIA apex's optimisers and need apex to be installed
+    # The optimiser; "apex_lamb" and "apex_novograd" are those of NVIDIA apex, which must be installed.
     name: Literal["adam", "sgd", "apex_lamb", "apex_novograd"] = "adam"
     lr: float = 1e-3  # learning rate
-    weight_decay: float = 1e-5
-    momentum: float = 0.9  # of sgd only
+    weight_decay: float = 1e-5  # factor of the L2 penalty on the weights
+    momentum: float = 0.9  # momentum of SGD; the other optimisers do not use it
     precision: Precision = "fp32"  # "bf16" and "fp16" use autocast; "fp16" also scales the gradients
     # Number of parts of a batch whose gradients are summed before an optimiser step: less memory, the same batch.
     accumulate: int = 1
@@ -141,8 +146,8 @@ class OptimConfig:
 class Cycle:
     """One training cycle: which view's encoder learns, how its positives are chosen, and the number of epochs."""
 
-    view: View
-    epochs: int
+    view: View  # the view whose encoder is trained
+    epochs: int  # number of epochs of this cycle
     mining: Mining = "cascade"  # "none": InfoNCE; "label": UberNCE; "cascade": CoCLR and CPR
     milestones: tuple[int, ...] = ()  # epochs of the cycle at which the learning rate is multiplied by schedule.gamma
     top_k: int | None = None  # replaces mining.top_k in this cycle (progressive training)
@@ -183,31 +188,34 @@ class ScheduleConfig:
 class ClassifierConfig:
     """Training of a classifier on top of a pretrained backbone. The defaults finetune all layers [paper, App. A]."""
 
-    epochs: int = 500  # 100 in the ablations, Tables 1 to 5
+    epochs: int = 500  # number of epochs; 100 in the ablations of the paper, Tables 1 to 5
     # When every learning rate is multiplied by gamma: "steps" at the milestones; "plateau" after more than `patience`
     # epochs in a row without a lower loss on the validation part, down to min_lr (torch's ReduceLROnPlateau) [IIC].
     schedule: Literal["steps", "plateau"] = "steps"
-    milestones: tuple[int, ...] = (400, 450)  # epochs, of "steps" only
-    gamma: float = 0.1
-    patience: int = 50  # epochs, of "plateau" only
-    min_lr: float = 1e-5  # of "plateau" only
+    # Epochs at which every learning rate is multiplied by gamma; used only with schedule = "steps".
+    milestones: tuple[int, ...] = (400, 450)
+    gamma: float = 0.1  # factor on every learning rate when it falls
+    # Number of epochs in a row without a lower validation loss before the rates fall; only with schedule = "plateau".
+    patience: int = 50
+    min_lr: float = 1e-5  # the learning rates do not fall below this; used only with schedule = "plateau"
     # Fraction of the training videos, drawn at random, that is not trained on: the validation part. "plateau" watches
     # its loss after every epoch, and the weights of the epoch with the lowest one are tested [IIC].
     validation: float = 0.0
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd"] = "adam"  # the optimiser of the classifier and the backbone
     lr: float = 1e-3  # learning rate of the classifier
-    backbone_lr: float = 1e-3  # of the backbone; 1e-4 in CoCLR's code; 0 freezes it, BatchNorm statistics included
+    # Learning rate of the backbone; 1e-4 in CoCLR's code. 0 freezes the backbone, including its BatchNorm statistics.
+    backbone_lr: float = 1e-3
     layer_decay: float = 1.0  # each layer's learning rate is this fraction of that of the layer above it
-    momentum: float = 0.9  # of sgd only
-    weight_decay: float = 1e-3
-    dropout: float = 0.9  # on the pooled features
+    momentum: float = 0.9  # momentum of SGD; Adam does not use it
+    weight_decay: float = 1e-3  # factor of the L2 penalty on the weights
+    dropout: float = 0.9  # probability of dropout on the pooled features
     normalize: bool = False  # L2-normalise the pooled features
     batch_norm: bool = False  # apply BatchNorm before the linear layer, after the L2 normalisation if there is one
-    # Clips of the view "residual", for x in 0..1: "rescaled" as in pretraining, ((x - roll(x)) + 1) / 2; "difference",
-    # x - roll(x), as IIC finetunes.
+    # What the network receives for the view "residual", for frames x in 0..1: "rescaled" gives ((x - roll(x)) + 1) / 2,
+    # as in pretraining; "difference" gives x - roll(x), as in the finetuning of IIC.
     residual: Literal["rescaled", "difference"] = "rescaled"
-    batch_size: int = 16
-    precision: Precision = "fp32"
+    batch_size: int = 16  # number of clips per process and step
+    precision: Precision = "fp32"  # "bf16" and "fp16" use autocast; "fp16" also scales the gradients
 
 
 @dataclass(frozen=True)
@@ -218,16 +226,19 @@ class ProbeConfig(ClassifierConfig):
     before they are averaged. The published probe on clips normalises each clip's feature.
     """
 
-    inputs: Literal["features", "clips"] = "features"  # one stored feature per video, or augmented clips
-    epochs: int = 100
+    # What the classifier is trained on: "features", one stored feature per video; "clips", augmented clips.
+    inputs: Literal["features", "clips"] = "features"
+    epochs: int = 100  # number of epochs
+    # Epochs at which the learning rate is multiplied by gamma; used only with schedule = "steps".
     milestones: tuple[int, ...] = (60, 80)
-    optimizer: Literal["adam", "sgd"] = "sgd"
-    lr: float = 1.0  # use 0.1 with inputs = "clips"
-    backbone_lr: float = 0.0
-    dropout: float = 0.0
-    normalize: bool = False  # use true with inputs = "clips"
-    batch_norm: bool = True
-    batch_size: int = 1024  # use 16 with inputs = "clips"
+    optimizer: Literal["adam", "sgd"] = "sgd"  # the optimiser of the classifier
+    lr: float = 1.0  # learning rate of the classifier; use 0.1 with inputs = "clips"
+    backbone_lr: float = 0.0  # learning rate of the backbone; 0 freezes it, as a linear probe requires
+    dropout: float = 0.0  # probability of dropout on the pooled features
+    normalize: bool = False  # L2-normalise the pooled features; use true with inputs = "clips"
+    batch_norm: bool = True  # apply BatchNorm before the linear layer
+    # Number of stored features per step, or of clips per process and step; use 16 with inputs = "clips".
+    batch_size: int = 1024
 
 
 @dataclass(frozen=True)
@@ -236,12 +247,13 @@ class HealthConfig:
 
     # Warn if the spread of the queries falls below this: 1 is uniform on the sphere, 0 is a single point.
     min_feature_std: float = 0.1
-    min_effective_rank: float = 4.0  # warn if the queries use fewer dimensions than this, of model.feature_dim
+    # Warn if the queries use fewer than this many of the model.feature_dim dimensions.
+    min_effective_rank: float = 4.0
     # Warn if the mean cosine distance between a video's new key and its entry in the queue exceeds this.
     max_memory_drift: float = 0.8
     online_every: int = 0  # epochs between measurements of retrieval R@1 on held-out videos; 0: never
     online_videos: int = 512  # number of held-out videos
-    online_split: str = "val"  # split that they are taken from; do not use a split whose results you report
+    online_split: str = "val"  # split of the held-out videos; do not use a split whose results you report
 
 
 @dataclass(frozen=True)
@@ -249,14 +261,16 @@ class RunConfig:
     """The run folder, what is written into it, and the device."""
 
     out: str = "runs/default"  # the run folder; relative to the working directory
-    seed: int = 0
-    device: str = "auto"  # "auto", "cpu" or "cuda"
+    seed: int = 0  # seed of the initial weights and of all random draws
+    device: str = "auto"  # "auto" (CUDA if it is available), "cpu", "cuda" or "cuda:N"
     log_every: int = 1  # steps between two rows of metrics.jsonl
-    checkpoint_every: int = 0  # steps between checkpoints within an epoch; one is always written after every epoch
+    # Steps between two checkpoints within an epoch, 0 for none. One is always written after every epoch.
+    checkpoint_every: int = 0
     keep_checkpoints: int = 2  # number of recent checkpoints to keep, besides the best one
     # Seconds without progress after which the process that the others wait for is reported; 0: never.
     stall_timeout_s: float = 120.0
     tensorboard: bool = False  # also write TensorBoard event files
-    # "default": torch.compile of the encoders; "cuda_graphs": torch.compile with CUDA graphs
+    # Whether torch.compile compiles the encoders: "default" with its default mode, "cuda_graphs" with CUDA graphs.
     compile: Literal["none", "default", "cuda_graphs"] = "none"
-    dump_memory: bool = False  # write RUN/memory/cycle-N.npz after every epoch of two views, for `cpr-fast mine`
+    # Write the memory of a cycle of two views to RUN/memory/cycle-N.npz after every epoch, for `cpr-fast mine`.
+    dump_memory: bool = False

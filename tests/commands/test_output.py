@@ -139,6 +139,24 @@ def test_the_help_of_pretrain_says_which_settings_have_no_value(option, columns,
     assert len(framed) == (1 if option == "--help-all" else 0)
 
 
+def test_the_help_of_pretrain_explains_every_setting_in_words_of_its_own(capsys, monkeypatch):
+    """The help is the comment of a field; a field without a comment would show nothing, or that of an earlier field."""
+    monkeypatch.setenv("COLUMNS", "80")  # one column of frames
+    with contextlib.suppress(SystemExit):
+        main(["pretrain", "cpr_ucf101", "--help-all"])
+    words = "\n".join(line.strip("\u2502 ") for line in capsys.readouterr().out.splitlines())
+    blocks = re.split(r"^(?=--)", words, flags=re.MULTILINE)[1:]
+    helps = {}
+    for block in blocks:
+        option, *rest = block.split("\u2570")[0].splitlines()  # up to the lower edge of the frame
+        helps[option.split()[0]] = re.sub(r"\((default: .*|not set)\)$", "", " ".join(rest).strip()).strip()
+    assert len(helps) > 100 and not [option for option, text in helps.items() if not text]
+    first_of = {}
+    for option, text in helps.items():
+        section = re.sub(r"\d+", "N", option.rpartition(".")[0])
+        assert first_of.setdefault((section, text), option).rpartition(".")[2] == option.rpartition(".")[2]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("a\nb\tc\x1b[31m", r"a\nb\tc\x1b[31m"), ("x\u2028y\x7f", r"x\u2028y\x7f"), ("\udcff\ud800", r"\udcff\ud800"),
