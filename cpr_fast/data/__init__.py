@@ -1,4 +1,5 @@
 """From videos on disk to clips: storage, decoding, indexes, optical flow, clip loading, synthetic videos.
 
-Imports `config`, `runtime` and `ops`; it must not import models or training.
+Its packages import `config`, `runtime`, `ops` and, from the bottom up, each other (`video`, `storage`, `index`,
+`flow`, `clips`; `synthetic`), never networks or training.
 """

@@ -1,4 +1,4 @@
 """Evaluation of a checkpoint's encoders: stored features, retrieval, probing and finetuning.
 
-Imports `data`, `models`, `weights` and `mining`; never `pretrain` or `report`.
+Its packages import `config`, `runtime`, `ops`, `models`, `weights` and `data`, never `mining`, `pretrain` or `report`.
 """

@@ -1,7 +1,7 @@
 """Video networks: backbones, heads, and the encoder that joins them.
 
-Imports only `config`, `errors` and the BatchNorm of `ops`, so that the networks can be used without the rest of the
-package.
+Imports only `config` and the BatchNorm of `ops`, so that the networks can be used without the rest of the package;
+`weights`, `evaluate`, `pretrain` and `doctor` may import it.
 """
 
 from cpr_fast.models.encoder import Encoder, build_encoder, running_statistics

@@ -1,4 +1,5 @@
 """Pretraining: the state of a training cycle, one training step, and whole runs.
 
-Imports `data`, `models`, `weights`, `mining` and `evaluate`; never `report` or `commands`.
+Its packages import `config`, `runtime`, `ops`, `models`, `mining`, `weights`, `data` and `evaluate`, never `report` or
+`commands`.
 """

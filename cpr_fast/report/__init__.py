@@ -1,5 +1,5 @@
 """The HTML report of training runs, and the page of similar, duplicated and odd videos. Neither uses scripts or the
 network.
 
-Imports `data`, `runtime` and `evaluate`; only `experiments` and `commands` may import it.
+Imports `runtime`, `data.index`, `evaluate` and its own packages; only `experiments` and `commands` may import it.
 """

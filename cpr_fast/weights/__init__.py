@@ -1,4 +1,4 @@
 """Model weights in files: checkpoints, import of published checkpoints, export to other formats.
 
-Imports `config`, `models` and `runtime`; training, evaluation and commands may import it.
+Imports `config` and `models`; `evaluate`, `pretrain`, `report.figures`, `experiments` and `commands` may import it.
 """

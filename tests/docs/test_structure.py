@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "cpr_fast"
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_FILES = 400, 60, 9
 
-# The rooms (packages and modules) from the bottom up: a room may import itself and rooms earlier in this
-# list, except for those in FORBIDDEN.
+# The layers, which are packages and single modules, from the bottom up: a layer may import itself and layers earlier in
+# this list, except for those in FORBIDDEN.
 ORDER = (
     "wording",
     "errors",
@@ -48,7 +48,7 @@ ORDER = (
     "commands",
     "cli",
 )
-# Rooms that must not be imported although they come earlier in the list: operators need only torch, networks and data
+# Layers that must not be imported although they come earlier in the list: operators need only torch, networks and data
 # do not depend on each other, and evaluation and reports do not depend on training.
 FORBIDDEN = {
     "ops": {"config", "runtime"},
@@ -67,11 +67,11 @@ def python_files(*folders: str) -> list[Path]:
     return [ROOT / name for name in listed if name.endswith(".py") and (ROOT / name).is_file()]
 
 
-def room_of(module: str) -> str:
-    """Returns the room of a module: the longest entry of ORDER that its name starts with, or "" if there is none."""
+def layer_of(module: str) -> str:
+    """Returns the layer of a module: the longest entry of ORDER that its name starts with, or "" if there is none."""
     name = module.removeprefix("cpr_fast").removeprefix(".")
-    rooms = [room for room in ORDER if name == room or name.startswith(room + ".")]
-    return max(rooms, key=len, default="")
+    layers = [layer for layer in ORDER if name == layer or name.startswith(layer + ".")]
+    return max(layers, key=len, default="")
 
 
 def module_name(path: Path) -> str:
@@ -98,12 +98,12 @@ PACKAGE_FILES = python_files("cpr_fast")
 def test_imports_run_downwards():
     wrong = []
     for path in PACKAGE_FILES:
-        own = room_of(module_name(path))
+        own = layer_of(module_name(path))
         for module in imported_modules(path):
-            other = room_of(module)
+            other = layer_of(module)
             if not own or not other or other == own:
                 continue
-            forbidden = {room for key, rooms in FORBIDDEN.items() if own.split(".")[0] == key for room in rooms}
+            forbidden = {layer for key, layers in FORBIDDEN.items() if own.split(".")[0] == key for layer in layers}
             if ORDER.index(other) > ORDER.index(own) or other.split(".")[0] in forbidden:
                 wrong.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not wrong
@@ -178,13 +178,47 @@ def test_every_folder_is_small_and_says_what_lives_there():
         assert len(list(folder.glob("*.py"))) <= MAX_FILES, folder.relative_to(ROOT)
 
 
-def test_tests_lie_in_the_rooms_of_the_code():
-    rooms = {room.replace(".", "/") for room in ORDER}
+def test_packages_state_truly_what_they_import_and_which_packages_may_import_them():
+    """The last paragraph of `__init__`: "Imports `a` and `b`; `c` and `d` may import it", where `a` stands for all of
+    `a.*`. `errors` and `wording` may be imported by any package, and `cli` imports commands only."""
+    packages = {module_name(path).partition(".")[2] for path in PACKAGE_FILES if path.name == "__init__.py"} - {""}
+    stated = {}
+    for package in packages:
+        init = PACKAGE / package.replace(".", "/") / "__init__.py"
+        paragraph = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))).split("\n\n")[-1]
+        if paragraph.startswith("Imports `"):
+            imports, _, importers = paragraph.partition(";")
+            everything = "all packages above it" in importers
+            names = [re.findall(r"`([\w.]+)`", part) for part in (imports, importers)]
+            stated[package] = names[0], [*ORDER] if everything else names[1]
+    assert len(stated) > 15
+
+    def package_of(module: str) -> str:
+        name = module.partition(".")[2]
+        return max((p for p in packages if name == p or name.startswith(p + ".")), key=len, default="")
+
+    def covers(names: list[str], package: str) -> bool:
+        return any(package == name or package.startswith(name + ".") for name in names)
+
+    wrong = set()
+    for path in PACKAGE_FILES:
+        own = package_of(module_name(path))
+        for other in {package_of(module) for module in imported_modules(path)} - {own, ""}:
+            if own in stated and not covers(stated[own][0], other) and not other.startswith(own + "."):
+                wrong.add(f"{own} does not state that it imports {other}")
+            if own and other in stated and not covers(stated[other][1], own) and not other.startswith(own + "."):
+                wrong.add(f"{other} does not state that {own} may import it")
+    known = {*ORDER, *packages, "bench"}
+    assert not wrong and {name for pair in stated.values() for names in pair for name in names} <= known
+
+
+def test_tests_are_divided_like_the_code():
+    layers = {layer.replace(".", "/") for layer in ORDER}
     others = {"bench", "docs", "packaging", "support"}
     for path in python_files("tests"):
-        room = str(path.parent.relative_to(ROOT / "tests"))
-        if path.name.startswith("test_") and room.split("/")[0] not in others:
-            assert any(room == known or room.startswith(known + "/") for known in rooms), path.relative_to(ROOT)
+        layer = str(path.parent.relative_to(ROOT / "tests"))
+        if path.name.startswith("test_") and layer.split("/")[0] not in others:
+            assert any(layer == known or layer.startswith(known + "/") for known in layers), path.relative_to(ROOT)
 
 
 def test_the_readmes_plain_torch_is_equivalent():

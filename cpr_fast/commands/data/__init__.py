@@ -1,4 +1,4 @@
 """Commands that make, check and show data: synth, index, flow, show-sample, doctor.
 
-Only `cpr_fast.cli` may import it.
+Imports what its commands run; only `cli` may import it.
 """

@@ -1,4 +1,4 @@
-"""Commands that evaluate a trained network: retrieve, probe, finetune, search, mine, report.
+"""Commands that evaluate trained networks: retrieve, probe, finetune, search, mine, compare, report.
 
-Only `cpr_fast.cli` may import it.
+Imports what its commands run; only `cli` and `commands.training` may import it.
 """

@@ -1,4 +1,5 @@
-"""Commands that train networks or move their weights: quickstart, pretrain, reproduce, import-checkpoint, export.
+"""Commands that prepare and run trainings (init, recipes, explain, pretrain, quickstart, reproduce), and commands that
+convert the weights of networks (import-checkpoint, export).
 
-Only `cpr_fast.cli` may import it.
+Imports what its commands run; only `cli` may import it.
 """

@@ -1,4 +1,5 @@
 """TV-L1 optical flow of the videos of an index: computed, quantised and stored.
 
-Imports `data.index` and below, and `ops`; clips, commands and reports may import it.
+Imports `config`, `runtime`, `ops`, `data.index`, `data.storage` and `data.video`; `data.clips`, `evaluate`, `doctor`,
+`experiments` and `commands` may import it.
 """

@@ -1,4 +1,5 @@
 """Reads frames from video files or from JPEG records in LMDB files through one interface, and writes such records.
 
-Imports `data.video`; the other packages of `data` may import it.
+Imports `runtime` and `data.video`; the other packages of `data`, `pretrain`, `report`, `doctor` and `commands` may
+import it.
 """

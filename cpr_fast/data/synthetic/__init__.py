@@ -1,4 +1,4 @@
 """The synthetic action videos of the demo: motions, scenes, rendering, and the data set.
 
-Imports `data.index` and below; experiments, commands and tests may import it.
+Imports `runtime` and `data.index`; `experiments`, `commands` and tests may import it.
 """

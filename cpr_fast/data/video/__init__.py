@@ -1,6 +1,6 @@
 """Probing, frame-exact decoding and transcoding of video files with PyAV.
 
-Of `cpr_fast` it imports only `errors`; the other packages of `data` may import it.
+Imports `runtime`; the other packages of `data`, `evaluate`, `report` and `doctor` may import it.
 """
 
 from cpr_fast.data.video.container import VideoError

@@ -1,4 +1,5 @@
 """Linear probing and finetuning of pretrained encoders.
 
-Imports `evaluate.features`; `experiments` and `commands` may import it.
+Imports `config`, `runtime`, `ops`, `models`, `weights`, `data`, `evaluate.features` and `evaluate.retrieval`;
+`experiments` and `commands` may import it.
 """

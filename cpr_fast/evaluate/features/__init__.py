@@ -1,4 +1,5 @@
 """Features of videos: windows to embeddings, the feature cache, recipes, results files.
 
-Imports `data`, `models`, `weights`; the other packages of `evaluate` may import it.
+Imports `config`, `runtime`, `models`, `weights` and `data`; the other packages of `evaluate`, `pretrain`, `report`,
+`experiments` and `commands` may import it.
 """

@@ -1,4 +1,5 @@
 """The state of a training cycle: encoders, memory, cascade, schedule, health statistics.
 
-Imports `models`, `mining` and `runtime`; `pretrain.step` and `pretrain.run` may import it.
+Imports `config`, `runtime`, `ops`, `models`, `mining` and `data.index`; `pretrain.step` and `pretrain.run` may
+import it.
 """

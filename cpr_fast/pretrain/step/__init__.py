@@ -1,4 +1,5 @@
 """One training step: Algorithm 1 of the paper, and the losses it calls.
 
-Imports `pretrain.state`; `pretrain.run` may import it.
+Imports `config`, `runtime`, `ops`, `mining`, `data.clips` and `pretrain.state`; `pretrain.run` and `bench` may
+import it.
 """

@@ -1,4 +1,4 @@
 """Figures of the report as inline SVG with hover values and CSV links; film strips, contact sheets, heat maps.
 
-Imports `data` and `weights`; `report` and `commands` may import it.
+Imports `runtime`, `weights`, `data` and `evaluate.retrieval`; `report` and `commands` may import it.
 """

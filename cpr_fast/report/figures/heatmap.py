@@ -15,7 +15,7 @@ CELL_INCHES = 0.75
 
 
 def write_heatmap(rows: Sequence[dict[str, Any]], out: Path) -> Path:
-    """Writes the PMR of `evaluate.mining_lab.sweep` rows as a PNG; cells are in percent, on one colour scale."""
+    """Writes the PMR of `cpr_fast.mining.lab.sweep` rows as a PNG; cells are in percent, on one colour scale."""
     views, top_ks, ratios = (
         list(dict.fromkeys(row[name] for row in rows)) for name in ("query_view", "top_k", "ratio")
     )

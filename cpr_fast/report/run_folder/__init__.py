@@ -1,4 +1,4 @@
 """The content of a run folder: its rows by kind, whether the run learnt anything, and its stored features.
 
-Imports `data`, `runtime` and `evaluate`; only `report` may import it.
+Imports `config`, `runtime`, `data.index` and `evaluate`; `report` and `commands` may import it.
 """
