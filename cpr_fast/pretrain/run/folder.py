@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +20,7 @@ from cpr_fast.pretrain.run.videos import check_same_videos
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.metrics import FILE as METRICS_FILE
-from cpr_fast.runtime.metrics import rewind
+from cpr_fast.runtime.metrics import read_metrics, rewind
 from cpr_fast.weights.checkpoint import BEST, LAST, load_checkpoint, point_to, written_whole
 from cpr_fast.weights.reading import CheckpointError, DamagedCheckpointError
 from cpr_fast.wording import counted
@@ -51,7 +52,8 @@ def on_main(compute: Callable[[], T]) -> T:
 def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
     """Creates the run folder and locks it against other runs within the block.
 
-    The operating system releases the lock when the process ends, however it ends, so no stale lock can remain.
+    The operating system releases the lock when the process ends, however it ends, so no stale lock can remain. A block
+    that refuses its input before the first step of training leaves no folder and no file behind.
 
     Args:
         exists: whether the folder must exist already, as for a run that is resumed.
@@ -60,8 +62,10 @@ def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
     """
     if exists and not folder.is_dir():
         raise _no_checkpoint(folder / "checkpoints")
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        before = set(folder.iterdir())
         file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, closed by the block below
     except OSError as error:
         raise _not_writable(folder, error) from error
@@ -83,7 +87,32 @@ def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
             file.flush()
         except OSError as error:
             raise _not_writable(folder, error) from error
-        yield
+        try:
+            yield
+        except InputError:
+            if not _has_trained(folder):
+                _remove_new(folder, before, created)
+            raise
+
+
+def _has_trained(folder: Path) -> bool:
+    """Returns whether a run folder holds a checkpoint, or metrics of at least one step."""
+    if any((folder / "checkpoints").glob("*")):
+        return True
+    try:
+        return any(row["kind"] == "step" for row in read_metrics(folder))
+    except InputError:  # no metrics, or metrics of something else
+        return (folder / METRICS_FILE).exists()
+
+
+def _remove_new(folder: Path, before: set[Path], created: list[Path]) -> None:
+    """Removes the files of a run folder that are not in `before`, and those folders in `created` that are empty then.
+    What cannot be removed stays: the error about the input matters more."""
+    with suppress(OSError):
+        for path in set(folder.iterdir()) - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in created:
+            path.rmdir()
 
 
 def open_run(

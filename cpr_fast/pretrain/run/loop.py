@@ -129,8 +129,9 @@ def pretrain(
         online = _online(config, held_out, world, watch, make_windows)
         run = Run(config, world, index, videos, plans, warnings, folder, make_loader, writer, online,
                   progress and world.is_main, stop, watch)  # fmt: skip
+        weights = saved["encoders"] if saved else load_initial(config.model)
         _begin(run, saved)
-        _run_cycles(run, saved)
+        _run_cycles(run, saved, weights)
         _finish(run)
     return folder
 
@@ -196,9 +197,9 @@ def _finish(run: Run) -> None:
         log.info("%s", end_line(row))
 
 
-def _run_cycles(run: Run, saved: dict[str, Any] | None) -> None:
-    """Runs every cycle of the schedule, or those that were not finished in the checkpoint `saved`."""
-    weights = saved["encoders"] if saved else load_initial(run.config.model)
+def _run_cycles(run: Run, saved: dict[str, Any] | None, weights: dict[str, Any]) -> None:
+    """Runs every cycle of the schedule, or those that were not finished in the checkpoint `saved`, from the `weights`
+    of the encoders that were trained before."""
     distributed.set_rng_states(run.world.device, saved.get("rng") if saved else None)
     for number, epochs in enumerate(cycle_epochs(run.config.schedule)):
         if saved and saved["epoch"] >= epochs.stop:

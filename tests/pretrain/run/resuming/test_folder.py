@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.small_runs import Killed, assert_same, killed_at, rows, run, settings, stopped, trained
+from support.stand_in_loader import RandomLoader
 
 from cpr_fast.commands.training.pretrain import parse
 from cpr_fast.config import RunConfig, load
@@ -172,6 +174,46 @@ with only_writer(Path({str(tmp_path)!r})):
     process.communicate()
     with only_writer(tmp_path):
         pass
+
+
+REFUSED = {
+    "model.init.rgb: ": {"model": {"init": {"rgb": "FILE"}}},
+    "health.online_split: ": {"health": {"online_every": 1, "online_split": "none"}, "data": {"index": "INDEX"}},
+    "checkpoint .* does not exist": {},  # and resume
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_refused_run_leaves_no_folder_and_changes_none(tmp_path, message, existing):
+    (tmp_path / "no.pt").write_text("no checkpoint")
+    (tmp_path / "index.csv").write_text(
+        "path,label,source,split,num_frames,fps,width,height,flow_path\nindex.csv,a,s,train,9,25,64,48,\n"
+    )
+    out = tmp_path / "results" / "run"
+    if existing:
+        (out / "empty").mkdir(parents=True)
+        (out / "notes.txt").write_text("of the user\n")
+    text = repr(REFUSED[message]).replace("FILE", f"{tmp_path}/no.pt").replace("INDEX", f"{tmp_path}/index.csv")
+    with pytest.raises(InputError, match=message):
+        run(settings(out, run={"tensorboard": True}, **ast.literal_eval(text)), resume=not REFUSED[message])
+    if existing:
+        assert sorted(path.name for path in out.iterdir()) == ["empty", "notes.txt"]
+    else:
+        assert not (tmp_path / "results").exists()
+
+
+def test_an_input_error_after_the_first_step_keeps_the_run(tmp_path):
+    class Broken(RandomLoader):
+        def epoch(self, number, start_step=0):
+            for i, batch in enumerate(super().epoch(number, start_step), start_step):
+                if (number, i) == (0, 2):
+                    raise InputError("could not write 'x': the disk is full")
+                yield batch
+
+    with pytest.raises(InputError, match="full"):
+        run(settings(tmp_path / "run"), Broken)
+    assert [row["step"] for row in rows(tmp_path / "run", "step")] == [0, 1]
 
 
 # ---- which checkpoint ------------------------------------------------------------------------------
