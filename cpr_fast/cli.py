@@ -59,7 +59,7 @@ COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.it
 
 # Errors of the file system whose message names the path, which is all that a user needs.
 PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-PATH_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP)  # likewise, but without a class of their own
+PATH_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP)  # error numbers of the same kind that have no exception class
 
 
 def main(argv: Sequence[str] | None = None) -> int:

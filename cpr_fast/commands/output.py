@@ -11,7 +11,7 @@ from typing import Any
 
 from cpr_fast.wording import printable
 
-PLAIN = str.maketrans("–−·×", "--/x")  # of the same width, so that columns stay aligned
+PLAIN = str.maketrans("–−·×", "--/x")  # replacements of one character each, so that columns stay aligned
 
 
 def show(result: dict[str, Any], json: bool, *, next_step: str, lines: Sequence[str] | None = None) -> None:
@@ -25,7 +25,7 @@ def show(result: dict[str, Any], json: bool, *, next_step: str, lines: Sequence[
 
     Raises:
         TypeError: There are no lines, and a value is a dictionary or a list that holds further ones. Printed, it would
-            be Python code that nobody reads.
+            be Python code instead of text for a reader.
     """
     if json:
         print(json_module.dumps(result))

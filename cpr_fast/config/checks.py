@@ -23,8 +23,8 @@ from cpr_fast.config.sections import (
     ScheduleConfig,
 )
 
-LARGEST = 2**31 - 1  # of a whole number; a seed may have 64 bits
-MANY = 1024  # more threads or prepared batches than this are a mistake, which a machine may not survive
+LARGEST = 2**31 - 1  # of the whole numbers in a config, except for seeds, which may have 64 bits
+MANY = 1024  # limit of threads and prepared batches: more are a mistake that can exhaust the machine's memory
 
 
 def check_sections(

@@ -61,7 +61,7 @@ def decoded(data: bytes) -> str:
 
 
 def absolute_inputs(config: Config) -> Config:
-    """Returns the config with absolute paths of its input files. A record of it serves from any working directory."""
+    """Returns the config with absolute paths of its input files: its record is then valid in any working directory."""
     return _with_inputs(config, lambda name: str(Path(name).absolute()) if name else name)
 
 

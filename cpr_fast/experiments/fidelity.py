@@ -159,7 +159,7 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def with_tables(page: str) -> str:
-    """Returns the text of docs/fidelity.md with its two tables, below their headings, written anew."""
+    """Returns the text of docs/fidelity.md with its two tables, below their headings, replaced by new ones."""
     for heading, table in {"## Deviations": deviation_table(), "## Recipes": recipe_table()}.items():
         before, mark, after = page.partition(f"\n{heading}\n")
         text, bar, rest = after.partition("\n| ")

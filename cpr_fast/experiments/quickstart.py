@@ -17,7 +17,8 @@ from typing import Any
 from cpr_fast.config import Config, load
 from cpr_fast.errors import InputError
 
-# Small and short, because the optical flow takes its time by the pixel, but three times as long as a clip.
+# Small and short, because the time of the optical flow grows with the number of pixels; but three times as long as a
+# clip, so that two clips of a video differ.
 VIDEOS = {"version": 5, "frames": 24, "width": 64, "height": 48}
 
 log = logging.getLogger(__name__)

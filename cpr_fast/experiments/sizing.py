@@ -16,7 +16,7 @@ from cpr_fast.data.index.index import Index, Video
 from cpr_fast.errors import InputError
 
 CPU_STEPS, GPU_STEPS = 1200, 100_000  # optimiser steps of all cycles together
-MIN_VIDEOS = 8  # from at least two sources; with fewer, no memory remains to compare a batch with
+MIN_VIDEOS = 8  # least number of training videos; with fewer, nothing remains to compare a batch with
 RATIO = 0.5  # fraction of the entries that each stage of the cascade keeps
 FILL = 0.25  # share of the steps of a cascade cycle that may only fill the memory, or half an epoch if that is more
 

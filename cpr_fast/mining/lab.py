@@ -248,7 +248,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     except InputError:
         raise
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        why = "" if "pickle" in str(error) else f" ({error})"  # NumPy's words for any file of another kind
+        why = "" if "pickle" in str(error) else f" ({error})"  # NumPy speaks of pickles for every other kind of file
         raise InputError(
             f"{path}: expected an .npz file of the arrays {', '.join(ARRAYS)}, but it cannot be read as one{why}; "
             "`cpr-fast pretrain --dump-memory` writes RUN/memory/cycle-N.npz"

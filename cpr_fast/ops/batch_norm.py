@@ -17,7 +17,7 @@ from cpr_fast.ops import (
 )
 
 _forward, _backward = torch.ops.cpr_fast.batch_norm.default, torch.ops.cpr_fast.batch_norm_backward.default
-_REST = (None,) * 5  # no gradients to the other arguments of _BatchNorm.forward
+_REST = (None,) * 5  # _BatchNorm.forward has five further arguments, which get no gradient
 
 
 class _AccurateBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -33,10 +33,11 @@ from cpr_fast.report.sections.sheets import clip
 from cpr_fast.report.unlabelled import Compared, same_video, videos_of
 from cpr_fast.wording import ordinal
 
-QUERIES, PAIRS, ODD = 8, 12, 6  # shown as film strips
+QUERIES, PAIRS, ODD = 8, 12, 6  # numbers of queries, pairs and odd videos that are shown as film strips
 JUDGED = 48  # number of pairs, the most similar ones, whose files and frames are compared
-MOST_ROWS = 2000  # of a table
-SAME_PICTURES, ALIKE = 0.95, 0.85  # correlation of the frames of copies, and of videos of perhaps the same place
+MOST_ROWS = 2000  # limit of the rows of a table
+# Least correlation of the frames of copies, and of videos that may show the same place.
+SAME_PICTURES, ALIKE = 0.95, 0.85
 LEVELS = {
     "high": "High: the checks below came out well above chance.",
     "moderate": "Moderate: the checks below came out above chance, but not for all videos. Look before you act on it.",

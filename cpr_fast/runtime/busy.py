@@ -1,7 +1,6 @@
 """How busy the processor is with other programs while this one is measured.
 
-A time that was measured beside other programs is longer than that of the same work alone, so whoever prints an estimate
-has to say which of the two it is.
+Work takes longer while other programs use the same processor, so a printed estimate states whether that was the case.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from pathlib import Path
 from cpr_fast.runtime.progress import about
 
 STAT = Path("/proc/stat")  # proc(5): CPU time of every core since the start, in clock ticks
-NOTICED = 0.1  # smaller shares change a time by less than it varies anyway
-FULL = 0.9  # share of the time that the cores work from which programs wait for each other
+NOTICED = 0.1  # smaller shares change a time by less than its usual variation
+FULL = 0.9  # if the cores work for a larger share of the time, programs wait for each other
 
 
 class OtherPrograms:
@@ -30,7 +29,7 @@ class OtherPrograms:
         """Returns the CPU time of other programs as a share of all CPU time used since the creation, 0..1.
 
         Alone, the same work would take at least 1 - share of the time. The share is 0 if the cores were partly idle, so
-        that nobody had to wait, if it is too small to matter, and where the system does not tell.
+        that no program had to wait, if it is too small to matter, and on systems that do not report it.
         """
         before, now = self._before, _clocks(self._stat)
         if before is None or now is None:

@@ -47,7 +47,7 @@ def replacing(path: str | Path, kept: str = "") -> Iterator[Path]:
         InputError: the disk is full; see `naming`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays, since some writers go by it
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # some writers choose the format by the suffix
     with naming(path, kept or (UNTOUCHED if path.exists() else NOTHING_LEFT)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

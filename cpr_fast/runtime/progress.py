@@ -17,11 +17,11 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-LINE_INTERVAL_S = 30.0  # between plain lines
-FIRST_LINE_S = 5.0  # before the first plain line, which shows that the command runs and how long it will take
-FIRST_ITEMS = 3  # items before the first plain line: a single one does not show the pace
-BEAT_S = 1.0  # between looks whether a line is due while an item takes long
-FEW_S = 10.0  # less time is "a few seconds"
+LINE_INTERVAL_S = 30.0  # time between two plain lines
+FIRST_LINE_S = 5.0  # time before the first plain line, which shows that the command runs and how long it will take
+FIRST_ITEMS = 3  # number of items before the first plain line, because a single one does not show the pace
+BEAT_S = 1.0  # how often the thread checks whether a line is due while a single item takes long
+FEW_S = 10.0  # a shorter time is printed as "a few seconds"
 # An estimate below the first number of seconds is rounded to a multiple of the second.
 _ROUNDED_TO = ((60, 5), (300, 10), (3600, 60), (36_000, 600), (172_800, 3600))
 

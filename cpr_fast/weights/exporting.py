@@ -21,7 +21,7 @@ from cpr_fast.weights.checkpoint import load_encoders, load_trained, written_who
 from cpr_fast.weights.sources import coclr_names
 
 Form = Literal["safetensors", "onnx", "coclr", "cpr"]
-_QUEUE_SEED = 0  # of the random queue of a file whose checkpoint has none
+_QUEUE_SEED = 0  # seed of the random queue that is written if the checkpoint has no queue
 
 
 def export(checkpoint: str | Path, out: str | Path, *, to: Form, view: str | None = None) -> dict[str, Any]:

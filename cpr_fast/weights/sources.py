@@ -95,7 +95,8 @@ _BLOCKS = {
     "block5": ("MaxPool_5a", "Mixed_5b", "Mixed_5c"),
 }
 _PLACES = {name: f"{block}.{i}" for block, names in _BLOCKS.items() for i, name in enumerate(names)}
-_HEAD = {"head.0.": "2.", "head.2.": "4."}  # after the pool and the ReLU of their nn.Sequential
+# Positions in the published nn.Sequential, which also counts the pool and the ReLU.
+_HEAD = {"head.0.": "2.", "head.2.": "4."}
 
 
 def coclr_names(ours: str, role: str, backbone: str | None = None) -> tuple[str, ...]:

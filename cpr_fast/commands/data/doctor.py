@@ -64,7 +64,7 @@ def doctor(
     found: list[Finding] = []
     recipe = choose_recipe(index, config, found)
     result = run(index, recipe.config, device=where, seconds=seconds, judged=recipe.said, findings=found)
-    # The default settings fail on many an index, but nobody has chosen them.
+    # The default settings fail on many indexes, but the user has not chosen them.
     fails = {"fails"} if recipe.path is None else {"fails", "settings"}
     broken = any(finding["level"] == "error" or finding["effect"] in fails for finding in result["findings"])
     if not json:

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from cpr_fast.data.index.index import Index
     from cpr_fast.experiments.sizing import Facts, Sized
 
-LONG_S = 15 * 60.0  # a longer run is printed with the way to shorten it
-MARGIN = 0.9  # of --minutes: the share that training steps get; start, checkpoints and the end take the rest
+LONG_S = 15 * 60.0  # if the expected time is longer, `init` also prints how to shorten the run
+MARGIN = 0.9  # share of --minutes for training steps; the rest is for the start, the checkpoints and the end
 
 
 class Pace(NamedTuple):
-    """Seconds per step as measured, and at least how many of them the work alone would take on an idle machine."""
+    """The measured time of a step in seconds, and the least time that it would take without other programs."""
 
     step_s: float
     alone_s: float

@@ -196,7 +196,8 @@ def _require_inputs(config: Config, overrides: list[str]) -> None:
 def _explained_defaults() -> Iterator[None]:
     """Replaces the empty defaults in what is printed on stdout, "(default: )" and "(default: '')", by "(not set)"; the
     frame around the text, which may also break it into two lines, stays where it is."""
-    printed = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding.lower())  # tyro frames UTF-8 only
+    # In lower case, because tyro draws frames only for an encoding of this spelling.
+    printed = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding.lower())
     try:
         with contextlib.redirect_stdout(printed):
             yield

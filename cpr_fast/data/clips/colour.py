@@ -77,11 +77,11 @@ _OTHER: dict[str, Callable[[Tensor], Tensor]] = {
 def _hue_shifted(frames: Tensor, shift: int) -> Tensor:
     """Returns the frames with the hue of PIL's 8-bit HSV increased by `shift`, modulo 256.
 
-    Where C computes in double precision, so does this; the result of every line but the last of each is a C float.
+    Intermediate results have the types of PIL's C code, float32 or float64, so that they are rounded in the same way.
     """
     red, green, blue = frames.unbind(-1)
     value, chroma = frames.amax(-1), frames.amax(-1) - frames.amin(-1)
-    divisor = chroma.clamp(min=1)  # where the chroma is 0 the picture is gray, and remains so
+    divisor = chroma.clamp(min=1)  # a pixel of chroma 0 is gray, and remains gray
     rc, gc, bc = ((value - channel) / divisor for channel in (red, green, blue))
     green_is_value = torch.where(green == value, 2 + rc.double() - bc, 4 + gc.double() - rc)
     hue = torch.where(red == value, (bc - gc).double(), green_is_value).float()

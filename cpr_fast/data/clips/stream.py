@@ -23,7 +23,7 @@ from cpr_fast.data.clips.sampling import Clips
 
 Item = TypeVar("Item")
 
-# Options of glibc's mallopt(3), and what they get: the largest values that glibc itself would choose.
+# Options of glibc's mallopt(3) and their new values, which are the largest that glibc itself would choose.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT = ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**26))  # bytes
 

@@ -21,9 +21,9 @@ from cpr_fast.data.flow.levels import FlowSolver
 class Segment:
     """Consecutive frames of a video whose pairs are in one batch; a video is one segment or several."""
 
-    position: int  # of the video in the index
+    position: int  # position of the video in the index
     gray: np.ndarray | Exception  # uint8 [n + 1, H, W], or why the video cannot be read
-    last: bool  # whether the video ends here
+    last: bool  # whether this is the last segment of the video
 
     def pairs(self) -> np.ndarray:
         """Returns the frame pairs, uint8 [n, 2, H, W]."""

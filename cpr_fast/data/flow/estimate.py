@@ -31,9 +31,9 @@ from cpr_fast.runtime.progress import about
 
 BYTES_PER_PIXEL = {"video": files.BYTES_PER_PIXEL, "lmdb": records.BYTES_PER_PIXEL}
 SAMPLED_VIDEOS, MOST_MEASURED_S = 4, 6.0
-SAMPLED_PAIRS, SAMPLED_PAIRS_CUDA = 8, 32  # of a video; on the CPU fewer if they take long
-SAMPLED_FRAMES = 64  # of a video are read and stored
-BUSY = 1.3  # a load from which the estimate says how long the work takes at this load
+SAMPLED_PAIRS, SAMPLED_PAIRS_CUDA = 8, 32  # frame pairs solved per video; on the CPU fewer if they take long
+SAMPLED_FRAMES = 64  # number of frames that are read and stored per video
+BUSY = 1.3  # from this load on, the estimate also states the time at the present load
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FlowEstimate:
     """The cost of computing the flow of some videos. The times are None where no frame pair could be measured."""
 
     videos: int
-    pairs: int  # of frames
+    pairs: int  # number of frame pairs
     disk_bytes: int
     core_s: float | None  # CPU time, all threads together
     wall_s: float | None  # with the threads and the device of this process, on an otherwise idle machine

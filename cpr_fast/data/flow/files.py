@@ -35,7 +35,7 @@ from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.video.container import ANY_METADATA, location
 from cpr_fast.errors import InputError
 
-BYTES_PER_PIXEL = 0.124  # of a field: 9.5 kB at 320x240 (bench/results/flow_storage.md)
+BYTES_PER_PIXEL = 0.124  # size of a flow field per pixel: 9.5 kB at 320x240 (bench/results/flow_storage.md)
 LOOKING = 16  # number of threads that open stored files; on a network disk they mostly wait
 
 

@@ -26,7 +26,7 @@ from cpr_fast.data.storage.record_writer import RecordWriter
 from cpr_fast.data.storage.records import open_records, read_jpegs, record_path
 from cpr_fast.errors import InputError
 
-BYTES_PER_PIXEL = 0.309  # of a field: 23.7 kB at 320x240 (bench/results/flow_storage.md)
+BYTES_PER_PIXEL = 0.309  # size of a flow field per pixel: 23.7 kB at 320x240 (bench/results/flow_storage.md)
 
 
 class FlowRecords:
@@ -84,7 +84,7 @@ class FlowRecords:
 
 class _Place(NamedTuple):
     file: Path  # LMDB
-    name: str  # of the record
+    name: str  # name of the record
 
 
 def encode_jpegs(levels: np.ndarray) -> list[bytes]:

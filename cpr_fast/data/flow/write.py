@@ -42,7 +42,7 @@ from cpr_fast.runtime.files import DISK_ERRORS
 from cpr_fast.runtime.progress import Forecast, announce, track
 
 MOST_WORKERS = 16  # number of decoding threads, and of encoding threads; more are not faster on any device
-REFILL_S = 20.0  # between two times that the index is filled during a run
+REFILL_S = 20.0  # time between two updates of the index during a run
 
 log = logging.getLogger(__name__)
 Item, Result = TypeVar("Item"), TypeVar("Result")

@@ -24,7 +24,8 @@ OTHER_SUFFIXES = frozenset((
     ".vtt", ".wav", ".webp", ".xml", ".yaml", ".yml", ".zip",
 ))  # fmt: skip
 UNFINISHED_SUFFIXES = frozenset({".crdownload", ".download", ".part", ".partial", ".tmp"})
-SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found"})  # copies and previews made by file managers
+# Folders in which file managers and file systems keep copies, previews and lost files.
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found"})
 
 
 class Problem(NamedTuple):

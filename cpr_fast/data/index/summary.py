@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "flow_dropped": (True, "flow of the previous index does not fit any more"),
     "replaced": (True, "other class, source or split in the previous index"),
 }
-FIRST = 3  # names per kind
+FIRST = 3  # number of names printed per kind of problem
 
 
 def summary(report: dict[str, Any]) -> list[str]:

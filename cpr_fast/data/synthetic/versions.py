@@ -25,11 +25,11 @@ class Version:
     step: int  # ticks between two frames
     pace: Mapping[str, float]  # the typical rms speed of each motion, pixels per tick
     pace_range: Range  # the pace of a source as a share of the typical one
-    period: Range  # of the periodic motions
+    period: Range  # period of the periodic motions, ticks
     direction: Mapping[str, float]  # the typical direction of a motion, or of its opposite; other motions have none
     direction_spread: float  # largest deviation from it
     figures: tuple[int, int]  # smallest and largest number of figures
-    wavelength: Range  # of the background's pattern
+    wavelength: Range  # wavelength of the background's pattern, pixels
     figure_wavelength: Range
     tilt: float | None  # largest angle of a pattern to the upright; None: any angle
     hue_spread: float  # full turns: standard deviation of a source's hues around those of its scene
@@ -37,7 +37,7 @@ class Version:
     bright: tuple[Range, Range]
     reversible: bool  # whether a pattern may also be drawn with its two colours exchanged
     drift: Range  # amplitude of the camera's drift
-    wave_period: Range  # of the drift and of the light
+    wave_period: Range  # period of the camera's drift and of the lighting, ticks
 
     @property
     def fps(self) -> float:
@@ -46,8 +46,9 @@ class Version:
 
 
 VERSIONS = {
-    # 1 drew colour and pace independently of the class; its code is in commit 245a41f. 3 and 4 (8da4eeb, fa9507d)
-    # turned the hue of the light within a video and gave each motion two of six scenes. Trials on them learnt little.
+    # The other versions are not offered. Version 1 (commit 245a41f) drew colour and pace independently of the class.
+    # Versions 3 and 4 (8da4eeb, fa9507d) changed the hue of the light within a video and gave each motion two of six
+    # scenes; networks learnt little from them.
     2: Version(
         number=2, step=1,
         pace=MappingProxyType({"rotate": 2.3, "shuttle": 1.5, "pulse": 1.0, "orbit": 1.9, "rock": 1.25, "glide": 2.8}),
@@ -56,10 +57,10 @@ VERSIONS = {
         hue_spread=0.05, dark=((0.4, 0.8), (0.2, 0.45)), bright=((0.2, 0.6), (0.65, 1.0)), reversible=True,
         drift=(1.5, 5), wave_period=(50, 150),
     ),
-    # Frames are half as many a second, so that flow takes half the time. At most two figures, of motions whose periods
-    # fit into a clip of 16 ticks; figures that shuttle do it up and down; patterns stand upright; the camera hardly
-    # moves. All these told sources apart, which InfoNCE learnt before the class. Hues vary more, as the augmentation
-    # makes networks ignore them and raw pixels do not.
+    # Half as many frames per second as version 2, so that computing the flow takes half the time. The number of
+    # figures, their periods, the direction of shuttling, the tilt of patterns and the motion of the camera vary less,
+    # because InfoNCE learnt to distinguish sources by them before it learnt the class; a period fits into a clip of 16
+    # ticks. Hues vary more: networks ignore them because of the augmentation, but the pixel baselines do not.
     5: Version(
         number=5, step=2,
         pace=MappingProxyType(
@@ -72,7 +73,7 @@ VERSIONS = {
         drift=(0.5, 2), wave_period=(50, 150),
     ),
 }  # fmt: skip
-DEFAULT = 2  # which all results but the quick start's are of
+DEFAULT = 2  # the version of all recorded results except those of the quick start
 
 
 def version_of(number: int) -> Version:

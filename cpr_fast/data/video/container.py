@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 from av.stream import Disposition
 
-UNPROBED = {"codec_whitelist": "none", "probesize": "32"}  # opening the container decodes nothing
+UNPROBED = {"codec_whitelist": "none", "probesize": "32"}  # options with which opening a container decodes no frame
 # A title that is not UTF-8 must not prevent a file from being opened. PyAV 19 and newer accept it without this option.
 ANY_METADATA = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image

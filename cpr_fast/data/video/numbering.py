@@ -90,8 +90,8 @@ class Layout:
         return np.append(self._key_times, self.first_time)[before - 1]  # if there is none, the first packet of the file
 
 
-REMEMBERED_FILES = 2**17  # about 1 kB each
-LAYOUTS: dict[tuple, Layout | None] = {}  # by file; None if the packets do not prove the numbering
+REMEMBERED_FILES = 2**17  # number of files whose layout is kept in memory, about 1 kB each
+LAYOUTS: dict[tuple, Layout | None] = {}  # layout by file; None if the packets do not prove the numbering
 
 
 def file_identity(path: str | Path, num_frames: int) -> tuple:

@@ -16,7 +16,8 @@ from av.video.reformatter import VideoReformatter
 
 from cpr_fast.data.video.container import VideoError
 
-PLANAR = ("yuv420p", "yuvj420p")  # a box of whole chroma samples converts exactly as in the whole frame
+# In these formats a box of whole chroma samples is converted exactly as in the whole frame.
+PLANAR = ("yuv420p", "yuvj420p")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Region:
     """A box within frames of a known size."""
 
     box: tuple[int, int, int, int]  # top, left, bottom, right, ends exclusive, pixels
-    height: int  # of the frames
+    height: int  # height of the whole frames, pixels
     width: int
 
     @classmethod

@@ -35,7 +35,7 @@ from cpr_fast.models import Encoder
 
 log = logging.getLogger(__name__)
 
-# from (the query's name, unique among the queries; the query; what was found) to the path of the picture
+# Draws the result of a query: (a name that no other query has, the query, the rows found) -> path of the picture.
 Draw = Callable[[str, Video, list[dict[str, Any]]], Path]
 
 

@@ -15,7 +15,7 @@ from cpr_fast.report.run_folder.run import Cycle, Run
 from cpr_fast.wording import listed
 
 NO_LOSS = 1e-6  # a loss this small has no gradient: all entries that a query is compared with are positives
-SIGNS = ("pmr", "view_agreement", "hubness", "mutual_neighbours", "mined_age_steps", "mined_share")  # of mining
+SIGNS = ("pmr", "view_agreement", "hubness", "mutual_neighbours", "mined_age_steps", "mined_share")  # rates of mining
 RESULTS = {"learnt": "learnt", "unsure": "may have learnt", "nothing": "did not"}
 
 

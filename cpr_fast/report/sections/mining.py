@@ -14,7 +14,7 @@ from cpr_fast.report.figures.table import Column, Table
 from cpr_fast.report.run_folder.run import VIEWS, Run
 from cpr_fast.report.sections.training import SERIES, curves, cycle_bands
 
-FIRST = 5  # grey, the colour of the first mining epoch
+FIRST = 5  # position of grey among the colours, for the first mining epoch
 EXTREMES = 3  # classes shown at either end [paper, Fig. 6]
 
 
