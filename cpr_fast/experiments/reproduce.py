@@ -100,6 +100,7 @@ class Step:
     name: str
 
     def folder(self, out: Path, seed: int) -> Path:
+        """Returns the run folder of this pretraining with a seed."""
         return out / "runs" / f"{self.name}-seed{seed}"
 
 
@@ -115,10 +116,12 @@ class Job:
 
     @property
     def config(self) -> Config:
+        """The config of the last pretraining, whose encoder is evaluated."""
         return self.chain[-1].config
 
     @property
     def recipe(self) -> RecipeName:
+        """The name of the evaluation recipe that suits the clips of the pretraining."""
         return default_recipe(self.config.data)
 
     @property
@@ -129,6 +132,7 @@ class Job:
         return digest(json.dumps([self.chain[-1].name, self.row.view, self.recipe, tasks, indexes]))[:12]
 
     def card(self, out: Path, seed: int | str) -> Path:
+        """Returns the path of the file that stores the result of the row with a seed."""
         return out / "cards" / self.table.name / f"{self.row.id}-seed{seed}-{self.hash}.json"
 
 

@@ -58,6 +58,7 @@ def check_int64(name: str, value: Any, shape: Sequence[int], like: Tensor, owner
 
 
 def check_same_device(name: str, value: Tensor, like: Tensor, owner: str) -> None:
+    """Raises ValueError unless `value` is on the device of `like`, the argument `owner`."""
     if value.device != like.device:
         raise ValueError(f"{name}: expected the device of {owner}, {like.device}, got {value.device}")
 
@@ -78,6 +79,7 @@ def check_device(name: str, value: Tensor, operation: str) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises TypeError unless `value` is a string, and ValueError unless it is one of `choices`."""
     expected = ", ".join(map(repr, choices))
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected one of {expected}, got {describe(value)}")

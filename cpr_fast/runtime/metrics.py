@@ -55,6 +55,7 @@ class MetricsWriter:
                     self._tensorboard.add_scalar(f"{row['kind']}/{name}", value, row[row["kind"]])
 
     def close(self) -> None:
+        """Closes the files. Rows are on disk before that, so a run that is killed loses none."""
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()

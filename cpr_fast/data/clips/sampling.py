@@ -102,6 +102,7 @@ class Clips:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Clips]) -> Clips:
+        """Returns the clips of all parts, in order."""
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 

@@ -192,4 +192,5 @@ class _Clock:
         self.cpu_s, self.elapsed_s = -time.thread_time(), -time.perf_counter()
 
     def stop(self) -> None:
+        """Replaces both times by those that have passed since the creation."""
         self.cpu_s, self.elapsed_s = self.cpu_s + time.thread_time(), self.elapsed_s + time.perf_counter()

@@ -47,6 +47,8 @@ class NotAnIndexError(IndexFileError):
 
 @dataclass(frozen=True)
 class Video:
+    """A row of an index, see the docstring of the module; its paths can be opened from the working directory."""
+
     path: Path
     label: str  # class name; "" where unlabelled
     source: str  # equal for siblings
@@ -128,6 +130,7 @@ class Index(Sequence[Video]):
 
     @property
     def has_splits(self) -> bool:
+        """Whether any video names a split."""
         return any(video.split for video in self)
 
     @cached_property

@@ -16,6 +16,8 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
 
 
 class Listed(NamedTuple):
+    """A video that a layout lists; the file has not been opened yet."""
+
     path: Path
     label: str  # "" if unlabelled
     source: str  # equal for clips of one source video
@@ -24,6 +26,8 @@ class Listed(NamedTuple):
 
 
 class Listing(NamedTuple):
+    """What a layout found: the videos, the classes, and problems of files and lists."""
+
     videos: list[Listed]
     classes: list[str]  # in the data set's own order
     problems: list[Problem]

@@ -80,6 +80,7 @@ class Journal:
         return result is None or (isinstance(result, VideoError) and result.unreadable)
 
     def add(self, path: Path, result: VideoInfo | VideoError) -> None:
+        """Stores the result of a video, and appends it to the journal's file."""
         row = {"path": str(path), "state": self._state(path)}
         if isinstance(result, VideoError):
             row |= {"reason": result.reason, "unreadable": result.unreadable}

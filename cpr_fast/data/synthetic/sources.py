@@ -23,6 +23,8 @@ from cpr_fast.data.synthetic.versions import Version
 
 @dataclass(frozen=True)
 class Figure:
+    """A textured figure of a source, and how it moves."""
+
     texture: Array  # float32 [S, S, 4]: colour times alpha in 0..255, and alpha in 0..1; the border is transparent
     reach: float  # pixels: the largest distance from the centre at which the figure is drawn
     position: Callable[[Array], tuple[Array, Array]]  # time [T] -> centre x, y [T] in the scene, without the programme

@@ -120,6 +120,8 @@ def write_synthetic(
 
 
 class ClipName(NamedTuple):
+    """The path of a clip below the folder of the set, in its parts: SPLIT/LABEL/FILE."""
+
     split: str
     label: str
     file: str

@@ -30,6 +30,7 @@ class Region:
 
     @classmethod
     def whole(cls, height: int, width: int) -> Region:
+        """Returns the region that covers whole frames of this size in pixels."""
         return cls((0, 0, height, width), height, width)
 
     def check(self, path: str | Path, height: int, width: int, view: str) -> None:
@@ -48,7 +49,8 @@ class Region:
 class Pixels(Protocol):
     """Converts the frames that were added since the last `take`; at most `count` of them, see `pixels_of`."""
 
-    def add(self, frame: av.VideoFrame) -> None: ...
+    def add(self, frame: av.VideoFrame) -> None:
+        """Adds the next frame."""
 
     def take(self) -> np.ndarray:
         """Returns uint8 [F, H, W, ...], which the caller owns."""

@@ -96,11 +96,12 @@ class _Frames:
 
     def __init__(self) -> None:
         self.first: av.VideoFrame | None = None
-        self.times: list[int | None] = []  # of every frame, or packet, in the file's clock
+        self.times: list[int | None] = []  # the time of every frame, or packet, in units of the stream's time base
         self.corrupt: list[int] = []
         self.size_change = ""
 
     def add(self, frame: av.VideoFrame) -> None:
+        """Adds the next frame in presentation order; frames after a change of size are not counted."""
         if self.first is None:
             self.first = frame
         before, after = ((f.width, f.height, f.format.name) for f in (self.first, frame))

@@ -59,6 +59,7 @@ class _Writer:
         self._count, self._corrupt = 0, []
 
     def add(self, frame: av.VideoFrame, rate: Fraction) -> None:
+        """Encodes a frame; the first one opens the stream. Raises InputError if the file cannot be written."""
         if frame.is_corrupt:
             self._corrupt.append(self._count)
         picture = _upright(frame, self._scaler)
@@ -78,6 +79,7 @@ class _Writer:
         self._count += 1
 
     def info(self, error: VideoError | None) -> VideoInfo:
+        """Returns the properties of the written video; `error` is what ended the source early, if anything."""
         fps, first = float(self.stream.codec_context.framerate), self._corrupt[0] if self._corrupt else -1
         return VideoInfo(
             self._count, fps, self.stream.width, self.stream.height, "h264", error.reason if error else "",

@@ -77,6 +77,7 @@ class Classifier(nn.Module):
         return self.head(self.features(clips))
 
     def train(self, mode: bool = True) -> Classifier:
+        """Sets the mode as `nn.Module.train` does, except that a frozen backbone stays in eval mode."""
         super().train(mode)
         self.encoder.train(mode and not self.frozen)
         return self

@@ -75,6 +75,7 @@ class FeatureCache:
         self.folder, self._identity = folder, identity
 
     def path(self, embedding: Embedding) -> Path:
+        """Returns the file that holds the features of an embedding."""
         return self.folder / f"{embedding.view}-{digest(embedding.key, self._identity)}.safetensors"
 
     def load(self, embedding: Embedding) -> dict[str, tuple[Tensor, int]]:

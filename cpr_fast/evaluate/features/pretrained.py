@@ -39,6 +39,7 @@ class Pretrained:
 
     @property
     def data(self) -> DataConfig:
+        """The data settings of the first checkpoint; those that decide the clips are equal in all checkpoints."""
         return next(iter(self.configs.values())).data
 
 

@@ -41,6 +41,7 @@ class CyclePlan:
 
     @property
     def steps(self) -> int:
+        """Number of steps of the whole cycle."""
         return self.cycle.epochs * self.epoch_steps
 
     @property
@@ -55,6 +56,7 @@ class CyclePlan:
 
     @property
     def name(self) -> str:
+        """The cycle in messages: "cycle 2 (rgb, mining none)"."""
         return cycle_names([(self.number, self.cycle)])
 
     @property

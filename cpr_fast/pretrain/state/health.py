@@ -126,6 +126,7 @@ class Health:
         self.drift.zero_()
 
     def state_dict(self) -> dict[str, Any]:
+        """Returns the window of queries, the drift and the raised alarms, which a checkpoint stores."""
         return {name: getattr(self, name) for name in ("queries", "count", "newest_key", "drift", "alarmed")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

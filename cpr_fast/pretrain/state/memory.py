@@ -54,10 +54,12 @@ class Memory:
 
     @property
     def size(self) -> int:
+        """K, the number of slots."""
         return self.features.shape[1]
 
     @property
     def full(self) -> bool:
+        """Whether every slot holds a key."""
         return self.count >= self.size
 
     @property
@@ -97,6 +99,7 @@ class Memory:
         return (self.count + torch.arange(len(video), device=keys.device)) % self.size, keys
 
     def state_dict(self) -> dict[str, Any]:
+        """Returns the features, the columns and the count, which a checkpoint stores."""
         return {"features": self.features, "count": self.count, **{name: getattr(self, name) for name in _COLUMNS}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ class Line:
 
     @property
     def name(self) -> str:
+        """The label without the mark that hides it from the legend."""
         return self.label.lstrip("_")
 
 

@@ -51,6 +51,7 @@ class Table:
 
     @property
     def cells(self) -> list[list[Cell]]:
+        """Returns the texts of all rows; a missing value has its column's reason."""
         return [
             [
                 Cell(MISSING, column.missing) if value is None else Cell(FORMATS[column.kind](value))
@@ -71,4 +72,5 @@ class Table:
 
     @property
     def file(self) -> str:
+        """Returns the name under which a browser saves the values."""
         return csv_name(self.title)

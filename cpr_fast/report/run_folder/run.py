@@ -77,6 +77,7 @@ class Run:
 
     @cached_property
     def cycles(self) -> list[Cycle]:
+        """The cycles of the run that have rows, in order."""
         numbers = sorted({row["cycle"] for row in self.epochs + self.steps})
         cycles = []
         for number in numbers:
