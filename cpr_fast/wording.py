@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 # Unicode categories that break a line or change what a terminal shows: control characters, lone surrogates (bytes of
 # file names that are not UTF-8), line and paragraph separators.
@@ -24,6 +26,17 @@ def ordinal(number: int) -> str:
 def listed(words: Sequence[str]) -> str:
     """Returns words in a sentence: "a", "a and b", "a, b and c"."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def not_a_file(path: str | Path) -> str:
+    """Returns what a path is that is not a regular file, as the end of a sentence, such as "is a folder"."""
+    if os.path.isdir(path):
+        return "is a folder"
+    if os.path.exists(path):
+        return "is a pipe, a device or a socket"
+    if os.path.islink(path):
+        return f"is a link to {os.readlink(path)!r}, which leads to no file"
+    return "does not exist"
 
 
 def printable(text: str) -> str:

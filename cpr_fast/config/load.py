@@ -14,6 +14,7 @@ from cpr_fast.config.checks import check_classifier
 from cpr_fast.config.config import Config
 from cpr_fast.config.epochs import scale_milestones
 from cpr_fast.config.sections import ClassifierConfig, ConfigError
+from cpr_fast.wording import not_a_file
 
 
 def load(path: str | Path) -> Config:
@@ -27,15 +28,16 @@ def load(path: str | Path) -> Config:
     """
     path = Path(path)
     if not os.path.isfile(path):
-        state = "is not a file" if os.path.exists(path) else "does not exist"
-        raise ConfigError(f"config file {str(path)!r} {state}")
+        raise ConfigError(f"config file {str(path)!r} {not_a_file(path)}")
     kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
         text = decoded(path.read_bytes())
-        values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+        if not text.strip():
+            raise ConfigError(f"config file {str(path)!r} is empty: expected a recipe, such as `cpr-fast init` writes")
+        values = json.loads(text, object_pairs_hook=_unique_keys) if kind == "JSON" else tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"config file {str(path)!r}: expected UTF-8 text, got byte {error.start}: {error}") from None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, _RepeatedKey) as error:
         if path.suffix == ".csv":
             raise ConfigError(
                 f"CONFIG: expected a recipe, got the index {str(path)!r}; `cpr-fast init {path}` writes one for it"
@@ -50,6 +52,19 @@ def load(path: str | Path) -> Config:
     except ConfigError as error:
         raise ConfigError(f"config file {str(path)!r}: {error}") from None
     return config if kind == "JSON" else _relative_to(config, path.parent)
+
+
+class _RepeatedKey(ValueError):
+    """A JSON object holds a key twice, of which `json` would keep the last; TOML files are checked by `tomllib`."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise _RepeatedKey(f"the key {key!r} occurs twice in one object, the values {values[key]!r} and {value!r}")
+        values[key] = value
+    return values
 
 
 def decoded(data: bytes) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cpr_fast.data.index.index import Index
+from cpr_fast.data.index.index import Index, IndexFileError
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES, percent, signed, signed_interval
 from cpr_fast.report.neighbours import Neighbours, confidence, find_neighbours
@@ -45,11 +45,17 @@ class Compared:
 
 
 def videos_of(run: Run, index: Path | None = None) -> Index:
-    """Returns the videos of an index, by default those of the run's index, whatever their split. Raises InputError."""
+    """Returns the videos of an index, by default those of the run's index, whatever their split; rows that cannot be
+    used are left out. Raises InputError, also if no row is left."""
     path = index or run.config.get("data", {}).get("index")
     if not path:
         raise InputError(f"run folder {str(run.folder)!r} does not say its index; expected --index INDEX.csv")
-    return Index.load(path, require_flow=False, skipped=[])
+    skipped: list[IndexFileError] = []
+    videos = Index.load(path, require_flow=False, skipped=skipped)
+    if not len(videos):
+        why = skipped[0] if skipped else "it has no row"
+        raise InputError(f"{path}: no video of this index can be read here: {why}")
+    return videos
 
 
 def compare_videos(run: Run, index: Path | None = None) -> Compared | None:

@@ -44,7 +44,7 @@ def export(checkpoint: str | Path, out: str | Path, *, to: Form, view: str | Non
         InputError: the checkpoint lacks the view, or a package that the form needs is not installed.
     """
     (_, payload), out = load_trained(checkpoint), Path(out)
-    trained = payload.get("view") or payload["config"]["schedule"]["cycles"][payload["cycle"]]["view"]
+    trained = payload.get("view") or _last_view(payload)
     view = trained if view is None else view
     if view not in payload["encoders"]:
         held = ", ".join(payload["encoders"])
@@ -114,7 +114,7 @@ def _coclr(payload: Mapping[str, Any], view: str, is_query: bool, out: Path, to:
             f"--to {to} expects an S3D (model.arch 's3d' or 's3dg') with model.head 'mlp', got {model['arch']!r} with "
             f"{model['head']!r}"
         )
-    encoders, saved = payload["encoders"], payload["cycle_state"] if is_query else {}
+    encoders, saved = payload["encoders"], payload.get("cycle_state", {}) if is_query else {}
     state = _coclr_encoder("encoder_q", encoders[view])
     state |= _coclr_encoder("encoder_k", saved.get("key", encoders[view]))
     config = payload["config"]["memory"]
@@ -141,8 +141,14 @@ def _coclr(payload: Mapping[str, Any], view: str, is_query: bool, out: Path, to:
 
 
 def _cycle(payload: Mapping[str, Any]) -> Cycle | None:
-    """Returns the cycle of the checkpoint, or None for an imported one, which does not store how it was trained."""
-    return None if "imported" in payload else Config.from_dict(payload["config"]).schedule.cycles[payload["cycle"]]
+    """Returns the cycle of the checkpoint, or None for one that is not of pretraining: an imported or finetuned one."""
+    return Config.from_dict(payload["config"]).schedule.cycles[payload["cycle"]] if "cycle" in payload else None
+
+
+def _last_view(payload: Mapping[str, Any]) -> str:
+    """Returns the view of the checkpoint's cycle; of a finetuned one, the only encoder's."""
+    cycle = _cycle(payload)
+    return next(iter(payload["encoders"])) if cycle is None else cycle.view
 
 
 def _random_queue(slots: int, dim: int) -> Tensor:

@@ -109,11 +109,11 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_an_empty_file_is_the_defaults(tmp_path):
+def test_a_file_of_comments_is_the_defaults(tmp_path):
     path = tmp_path / "c.toml"
-    path.touch()
+    path.write_text("# nothing is changed\n")
     assert load(path) == Config()
-    with pytest.raises(ConfigError, match=f"config file '{tmp_path}' is not a file"):
+    with pytest.raises(ConfigError, match=f"config file '{tmp_path}' is a folder"):
         load(tmp_path)
 
 
@@ -124,3 +124,21 @@ def test_the_record_of_a_run_names_its_inputs_from_any_folder(tmp_path, monkeypa
     assert found.data.index == str(tmp_path / "a" / "index.csv")
     assert (found.model.init.rgb, found.model.init.flow) == (str(tmp_path / "x.pt"), "")
     assert absolute_inputs(found) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.json", '{"data": {"size": 20, "size": 24}}', "the key 'size' occurs twice .* the values 20 and 24"),
+        ("c.json", '{"data": {}, "data": {"size": 24}}', "the key 'data' occurs twice"),
+        ("c.toml", "[data]\nsize = 20\nsize = 24\n", "Cannot overwrite a value"),
+        ("c.json", "", "is empty: expected a recipe"),
+        ("c.toml", "", "is empty: expected a recipe"),
+        ("last.pt", " \n", "is empty: expected a recipe"),
+    ],
+)
+def test_a_repeated_key_and_an_empty_file_are_refused(tmp_path, name, text, message):
+    """Neither the last of two values nor the defaults may stand for what the file does not say."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=rf"config file '{tmp_path}/{name}'.* {message}"):
+        load(tmp_path / name)

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from cpr_fast.errors import InputError
+from cpr_fast.wording import not_a_file
 
 DELIMITERS = ",;\t"
 
@@ -28,10 +29,10 @@ def read_text(path: Path, what: str = "file") -> str:
     Bytes that are not UTF-8 are kept as surrogates, as in file names. `what` names the kind of file in errors.
     Raises TableError if the file is missing, not readable or in another encoding.
     """
+    if not os.path.isfile(path):  # a pipe may have no writer, and /dev/zero no end
+        raise TableError(f"{what} {str(path)!r} {not_a_file(path)}")
     try:
         data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise TableError(f"{what} {str(path)!r} does not exist") from None
     except OSError as error:
         raise TableError(f"{path}: expected a UTF-8 {what}, got {error}") from None
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):

@@ -23,12 +23,13 @@ from cpr_fast.runtime.metrics import FILE as METRICS_FILE
 from cpr_fast.runtime.metrics import read_metrics, rewind
 from cpr_fast.weights.checkpoint import BEST, LAST, load_checkpoint, point_to, written_whole
 from cpr_fast.weights.reading import CheckpointError, DamagedCheckpointError
-from cpr_fast.wording import counted
+from cpr_fast.wording import counted, listed
 
 T = TypeVar("T")
 
 LOCK = ".run.lock"
 NAMED = 4  # settings that an error names
+ENTRIES = ("config", "encoders", "cycle_state", "processes", "step", "epoch", "step_in_epoch", "cycle")
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ def _load_newest(checkpoints: Path, world: World) -> dict[str, Any]:
         damaged: list[tuple[Path, str]] = []
         for path in _candidates(checkpoints):
             try:
-                loaded[path] = load_checkpoint(path, device=world.device)
+                loaded[path] = _of_a_run(load_checkpoint(path, device=world.device), path)
             except DamagedCheckpointError as error:
                 damaged.append((path, error.damage))
                 continue
@@ -194,6 +195,18 @@ def _load_newest(checkpoints: Path, world: World) -> dict[str, Any]:
 
     path = on_main(find)
     return loaded[path] if path in loaded else load_checkpoint(path, device=world.device)
+
+
+def _of_a_run(payload: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Returns a checkpoint from which a run can continue. Raises CheckpointError for one of another kind."""
+    missing = [entry for entry in ENTRIES if entry not in payload]
+    if missing:
+        raise CheckpointError(
+            f"--resume: expected {str(path)!r} to be a checkpoint of `cpr-fast pretrain`, but it has no "
+            f"{listed(missing)}: `finetune`, `import-checkpoint` or another program wrote it. To train on from its "
+            f"encoders, start a new run with --model.init.rgb (or flow, residual) {shlex.quote(str(path))}"
+        )
+    return payload
 
 
 def _no_checkpoint(checkpoints: Path) -> CheckpointError:

@@ -1,0 +1,94 @@
+"""Files of another kind where a command expects an index, a checkpoint, a run folder or a file at all."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from support.small_runs import run, settings
+from support.stand_in_loader import RandomLoader
+
+pytest.importorskip("nvidia.dali")
+
+from cpr_fast.cli import main
+from cpr_fast.data.index.index import COLUMNS
+from cpr_fast.models import build_encoder
+from cpr_fast.weights.checkpoint import load_checkpoint, save_checkpoint
+from cpr_fast.weights.reading import CheckpointError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Paths that exist, in a way, but are no regular file; reading a pipe without a writer would never end."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    os.symlink("nowhere", "link")
+    os.symlink("circle", "circle")
+    (tmp_path / "folder").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("pipe", "is a pipe, a device or a socket"),
+        ("/dev/zero", "is a pipe, a device or a socket"),
+        ("link", "is a link to 'nowhere', which leads to no file"),
+        ("circle", "is a link to 'circle', which leads to no file"),
+        ("folder", "is a folder"),
+        ("none", "does not exist"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["mine"], "FEATURES"),
+        (["export", "--out", "x"], "CHECKPOINT"),
+        (["init"], "INDEX"),
+        (["retrieve", "--index", "none.csv"], "CHECKPOINT"),
+        (["search", "--index", __file__, "--checkpoint", __file__], "QUERIES"),
+        (["pretrain", "cpr_ucf101", "--data.index"], "--data.index"),
+    ],
+)
+def test_what_is_no_file_is_described(places, capsys, words, option, path, what):
+    arguments = [*words, path] if words[0] == "pretrain" else [words[0], path, *words[1:]]
+    assert main(arguments) == 2
+    assert f"{option}: expected a file, but {path!r} {what}" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """A run, and a checkpoint such as `finetune` writes: with encoders, but without the state of pretraining."""
+    folder = run(settings(tmp_path_factory.mktemp("finetuned") / "run"))
+    payload = load_checkpoint(folder / "checkpoints" / "last.pt")
+    encoder = build_encoder(settings(folder).model).state_dict()
+    keep = {"config": payload["config"], "encoders": {"flow": encoder}, "head": {}, "epoch": 2, "best": None}
+    return folder, save_checkpoint(folder.parent / "finetuned.pt", keep)
+
+
+def test_a_finetuned_checkpoint_is_exported(finetuned, tmp_path):
+    from safetensors.torch import load_file
+
+    assert main(["export", str(finetuned[1]), "--out", str(tmp_path / "e.safetensors")]) == 0
+    written = load_file(tmp_path / "e.safetensors")
+    (expected,) = load_checkpoint(finetuned[1])["encoders"].values()
+    assert written.keys() == {f"flow.{name}" for name in expected}
+    assert all(torch.equal(written[f"flow.{name}"], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_a_run_does_not_resume_from_a_checkpoint_of_another_kind(finetuned, tmp_path, resume):
+    out = shutil.copytree(finetuned[0], tmp_path / "run")
+    shutil.copyfile(finetuned[1], out / "checkpoints" / "last.pt")
+    before = sorted(path.name for path in (out / "checkpoints").iterdir())
+    with pytest.raises(CheckpointError, match=r"--resume: .*last.pt' .* has no cycle_state, .*--model.init.rgb"):
+        run(settings(out), RandomLoader, resume=resume)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == before
+
+
+def test_the_report_of_an_index_without_a_readable_video_says_so(finetuned, tmp_path, capsys):
+    row = ["gone.mp4", "a", "s", "train", "9", "25", "64", "48", ""]
+    (tmp_path / "index.csv").write_text(f"{','.join(COLUMNS)}\n{','.join(row)}\n")
+    assert main(["report", str(finetuned[0]), "--index", str(tmp_path / "index.csv")]) == 2
+    assert "index.csv: no video of this index can be read here: " in capsys.readouterr().err
