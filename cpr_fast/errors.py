@@ -43,7 +43,7 @@ def how_to_install(error: ImportError) -> str | None:
     if not isinstance(error, ModuleNotFoundError) or (error.name or "").partition(".")[0] not in known:
         return None
     wanted = {"torch": "torch"} | TRAIN_MODULES
-    missing = [package for module, package in wanted.items() if not _is_installed(module)]
+    missing = [package for module, package in wanted.items() if not is_installed(module)]
     if not missing:  # a package is there, but a module inside it is not
         return None
     packages = "a package that is" if len(missing) == 1 else "packages that are"
@@ -66,10 +66,11 @@ def out_of_memory(error: BaseException) -> str | None:
     )
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Returns whether a module can be found; it is not imported."""
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # the parent package is missing, or the module is blocked
+    except (ImportError, ValueError):  # the package that should hold the module is missing, or the module is blocked
         return False
 
 

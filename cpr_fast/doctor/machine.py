@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from cpr_fast.doctor.findings import Finding
+from cpr_fast.errors import is_installed
 from cpr_fast.wording import counted
 
 PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu13", "av", "numpy", "pillow",
@@ -53,7 +53,7 @@ def optional_parts(findings: list[Finding]) -> list[dict[str, Any]]:
     """Returns a row per optional part: "part", "installed", "needed_for", "install". The modules are not imported."""
     rows = []
     for part, (modules, needed_for, install) in OPTIONAL.items():
-        missing = [module for module in modules if not _is_installed(module)]
+        missing = [module for module in modules if not is_installed(module)]
         rows.append({"part": part, "installed": not missing, "needed_for": needed_for, "install": install})
         if missing and part in NEEDED_BY_MOST:
             text = f"{part} is not installed (no module {', '.join(missing)}); it is needed for {needed_for}"
@@ -64,13 +64,6 @@ def optional_parts(findings: list[Finding]) -> list[dict[str, Any]]:
         advice = "only if you need them: " + "; ".join(f"{row['part']}: {row['install']}" for row in absent)
         findings.append(Finding("ok", text, advice))
     return rows
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # the package that should hold the module is missing
-        return False
 
 
 def kernels(device: torch.device, findings: list[Finding]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from cpr_fast.evaluate.features.embedding import Embedding, encoder_embeddings
 from cpr_fast.evaluate.features.pretrained import load_pretrained
 from cpr_fast.evaluate.features.recipe import make_recipe
 from cpr_fast.evaluate.features.windows import open_windows
-from cpr_fast.evaluate.retrieval.baselines import BASELINES, calibration_videos, untrained_twins
+from cpr_fast.evaluate.retrieval.baselines import BASELINES, calibration_videos, untrained_encoders
 from cpr_fast.evaluate.retrieval.queries import QueryScores
 from cpr_fast.evaluate.retrieval.retrieve import evaluate
 from cpr_fast.models import Encoder
@@ -104,7 +104,7 @@ def _untrained(config: Config, index: Path, views: tuple[str, ...], seed: int) -
     """Returns encoders with random weights and with BatchNorm statistics of 32 videos, as `cpr-fast retrieve` does."""
     spread = calibration_videos(Index.load(index).select("train"))
     with closing(open_windows(spread, config.data, list(views), RECIPE, "cpu")) as loader:
-        return untrained_twins(dict.fromkeys(views, config), loader, seed, "cpu")
+        return untrained_encoders(dict.fromkeys(views, config), loader, seed, "cpu")
 
 
 def measure(

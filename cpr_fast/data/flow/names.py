@@ -45,7 +45,7 @@ def record_names(index: Index, folder: Path) -> list[str]:
         relative, below = _below(video, folder)
         plain = f"{video.path.parent.name}/{video.path.stem}" if record is None else record[1]
         names = [plain, below.as_posix(), distinct_name(below.as_posix(), str(relative), "")]
-        choices.append([record_name(name) for name in names])
+        choices.append([utf8_name(name) for name in names])
     return _without_sharing(choices)
 
 
@@ -65,7 +65,7 @@ def flow_command(index_csv: Path, index: Index) -> str:
     return f"{command} --out flow"
 
 
-def record_name(text: str) -> str:
+def utf8_name(text: str) -> str:
     """Returns a name as it is stored in an LMDB file: in UTF-8, with escapes for bytes of a path that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 

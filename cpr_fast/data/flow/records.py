@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 
-from cpr_fast.data.flow.names import distinct_name, record_name, record_names
+from cpr_fast.data.flow.names import distinct_name, record_names, utf8_name
 from cpr_fast.data.flow.origin import Origin, place_of
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.record_writer import RecordWriter
@@ -110,7 +110,7 @@ def _look(index: Index, folder: Path, out: Path) -> tuple[list[str], list[_Place
         if any(origin is not None and origin.is_foreign(video.path, own) for origin in origins):
             # Two indexes share OUT, and the record belongs to a video of the other one: it is kept.
             folder, name = video.path.parent.name, video.path.name
-            names[position] = record_name(f"{folder}/{distinct_name(name, os.path.abspath(video.path), '')}")
+            names[position] = utf8_name(f"{folder}/{distinct_name(name, os.path.abspath(video.path), '')}")
             held = [(file, records) for file, records in files if names[position] in lengths[file]]
         name = names[position]
         current = (_Place(f, name) for f, records in held if _is_current(video, lengths[f][name], records.origin(name)))

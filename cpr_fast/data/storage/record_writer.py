@@ -16,10 +16,10 @@ import msgpack
 from cpr_fast.data.storage.records import (
     META,
     ORIGIN,
+    decoded_name,
     forget_records,
     open_records,
     record_lengths,
-    record_name,
     split_record,
 )
 from cpr_fast.errors import InputError
@@ -114,7 +114,7 @@ class RecordWriter:
             written = dict(msgpack.unpackb(value) for _, value in rows)
             order = transaction.get(b"__order__")
             if order is not None:
-                names = [record_name(name) for name in msgpack.unpackb(order, raw=True)]
+                names = [decoded_name(name) for name in msgpack.unpackb(order, raw=True)]
                 written = dict.fromkeys(names, 0) | record_lengths(transaction.get, names)
         self._number(written)
         if order is not None:

@@ -118,7 +118,7 @@ class Records:
         if order is None:
             raise InputError(f"LMDB {str(file)!r}: expected the key '__order__' of CoCLR's format, got none")
         try:
-            self.names: list[str] = [record_name(name) for name in msgpack.unpackb(order, raw=True)]
+            self.names: list[str] = [decoded_name(name) for name in msgpack.unpackb(order, raw=True)]
         except (ValueError, TypeError, AttributeError) as error:  # not msgpack, not a list of names, or not UTF-8
             raise InputError(f"LMDB {str(file)!r}: expected UTF-8 names in the key '__order__', got {error}") from error
         places = {name: place for place, name in enumerate(self.names)}
@@ -197,6 +197,6 @@ def record_lengths(get: Callable[[bytes], memoryview | None], names: Sequence[st
     return {name: len(msgpack_spans(record)) for name, record in records if record is not None}
 
 
-def record_name(name: bytes | str) -> str:
+def decoded_name(name: bytes | str) -> str:
     """Returns a name as text, decoded from either msgpack encoding."""
     return name.decode() if isinstance(name, bytes) else name

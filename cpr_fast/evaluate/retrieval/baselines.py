@@ -32,7 +32,7 @@ def calibration_videos(index: Index) -> Index:
     return Index(index[i] for i in range(0, len(index), math.ceil(len(index) / CALIBRATION_VIDEOS)))
 
 
-def untrained_twins(configs: Mapping[str, Config], loader: Iterable, seed: int, device: str) -> dict[str, Encoder]:
+def untrained_encoders(configs: Mapping[str, Config], loader: Iterable, seed: int, device: str) -> dict[str, Encoder]:
     """Returns randomly initialised encoders in eval mode, with BatchNorm statistics computed from the loader's
     windows."""
     with torch.random.fork_rng():

@@ -37,7 +37,7 @@ from cpr_fast.evaluate.features.pretrained import Pretrained, load_pretrained
 from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints, write_result
 from cpr_fast.evaluate.features.windows import count_windows, open_windows
-from cpr_fast.evaluate.retrieval.baselines import BASELINES, CALIBRATION_WINDOWS, calibration_videos, untrained_twins
+from cpr_fast.evaluate.retrieval.baselines import BASELINES, CALIBRATION_WINDOWS, calibration_videos, untrained_encoders
 from cpr_fast.evaluate.retrieval.queries import QueryScores, joined, query_scores
 from cpr_fast.evaluate.retrieval.ranking import NO_HIT, RANKS, Comparison, Ranking, compared, prepare_streams, rates
 from cpr_fast.evaluate.retrieval.same_video import same_video_rates, videos_with_two_clips
@@ -200,7 +200,7 @@ def _references(
     many = count_windows(spread, pretrained.data, how) > count_windows(spread, pretrained.data, few)
     with closing(open_loader(spread, recipe=few) if many else open_loader(spread)) as loader:
         batches = track(loader, "untrained network", total=len(loader), unit="batches", progress=progress)
-        untrained = untrained_twins(pretrained.configs, batches, seed, device)
+        untrained = untrained_encoders(pretrained.configs, batches, seed, device)
     keys = {view: weights_digest(encoder) if cache else "" for view, encoder in untrained.items()}
     embeddings = encoder_embeddings("untrained", untrained, how, keys)
     return embeddings | {name: item for name, item in BASELINES.items() if item.view in pretrained.encoders}

@@ -24,12 +24,6 @@ from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Runs the tiny settings from start to end."""
-    return run(settings(tmp_path_factory.mktemp("straight") / "run"))
-
-
 def test_rows_of_a_run(finished):
     first = read_metrics(finished)[0]
     assert first["kind"] == "run"

@@ -28,12 +28,6 @@ ROOT = Path(__file__).parents[4]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Runs the tiny settings from start to end."""
-    return run(settings(tmp_path_factory.mktemp("straight") / "run"))
-
-
 # In the start-up fill, at the end of an epoch and of a cycle, while mining; with checkpoints at every step, every
 # second one (so that some steps are done twice) and only at the ends of epochs.
 @pytest.mark.parametrize(("every", "death"), [(1, (0, 1)), (0, (1, 0)), (2, (2, 0)), (2, (2, 2)), (1, (3, 2))])

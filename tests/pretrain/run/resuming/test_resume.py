@@ -38,7 +38,7 @@ def run(config: Config, **kwargs) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Runs the tiny settings from start to end."""
+    """Runs the tiny settings from start to end, on clips with noise from torch's global generator."""
     return run(settings(tmp_path_factory.mktemp("straight") / "run"))
 
 

@@ -19,12 +19,6 @@ from cpr_fast.weights.checkpoint import load_checkpoint, save_checkpoint
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Runs the tiny settings from start to end."""
-    return run(settings(tmp_path_factory.mktemp("straight") / "run"))
-
-
 def write_index(folder: Path, splits: list[str]) -> str:
     videos = []
     for i, split in enumerate(splits):
