@@ -6,7 +6,8 @@ Environment variables that change the build:
 CPR_FAST_CUDA=AUTO|ON|OFF   AUTO: build the CUDA kernels where nvcc is found. ON: fail without nvcc. OFF: never.
 CPR_FAST_EMULATE_AVX512=ON  Compile the avx512 variant for AVX2, to test it on any machine (Makefile, test-avx512). Only
                             `build_ext` accepts it: a wheel is refused.
-TORCH_CUDA_ARCH_LIST        GPU architectures, for example "8.0;9.0a+PTX". Default: sm_80 and its PTX, and sm_90a.
+TORCH_CUDA_ARCH_LIST        GPU architectures, for example "8.0;9.0a+PTX". Default: sm_80, 86, 89, 90a, 100 and 120,
+                            and the PTX of sm_80 for others.
 MAX_JOBS                    number of parallel compilations. Default: number of processors.
 CPR_TORCH_ROOT              directory of the torch package to build against. Default: the installed one.
 """

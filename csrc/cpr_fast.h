@@ -149,6 +149,13 @@ CPR_API int cpr_force_cpu_variant(const char* name);
 CPR_API void cpr_release_scratch(void);
 // Returns the CUDA architectures of this build ("80-real,80-virtual,90a-real"), or "" for a build without CUDA.
 CPR_API const char* cpr_cuda_architectures(void);
+// Returns the version of CUDA that the kernels were built with ("13.0"), or "" for a build without CUDA.
+CPR_API const char* cpr_cuda_version(void);
+// Returns the oldest NVIDIA driver that this version runs on (580), or 0 for a build without CUDA.
+CPR_API int cpr_cuda_oldest_driver(void);
+// Returns null, or an error message that says what to install if this machine's driver is older than that. It does not
+// initialise CUDA. Every CUDA kernel then returns that message instead of running.
+CPR_API const char* cpr_cuda_driver_error(void);
 
 #ifdef __cplusplus
 }

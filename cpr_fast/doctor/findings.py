@@ -83,7 +83,7 @@ def _show_machine(console: Any, result: dict[str, Any]) -> None:
         "device": about["device"],
         **result["machine"],
         "kernels": kernels.get("cpu_variant", "not built"),
-        "CUDA kernels": ", ".join(kernels.get("cuda_architectures", [])) or "none",
+        "CUDA kernels": _cuda_kernels(kernels),
         "versions": ", ".join(f"{name} {number}" for name, number in (about["versions"] | about["packages"]).items()),
     }
     console.print(_facts("Machine", machine))
@@ -98,6 +98,14 @@ def _show_machine(console: Any, result: dict[str, Any]) -> None:
         for row in missing:
             parts.add_row(*(_plain(row[key]) for key in ("part", "needed_for", "install")))
         console.print(parts)
+
+
+def _cuda_kernels(kernels: dict[str, Any]) -> str:
+    """Returns the GPU architectures of this build and what its version of CUDA needs, or "none"."""
+    if not kernels.get("cuda_architectures"):
+        return "none"
+    architectures = ", ".join(kernels["cuda_architectures"])
+    return f"{architectures}; CUDA {kernels['cuda_version']}, driver {kernels['cuda_oldest_driver']} or newer"
 
 
 def _show_findings(console: Any, findings: list[dict[str, str]]) -> None:

@@ -76,7 +76,8 @@ def kernels(device: torch.device, findings: list[Finding]) -> dict[str, Any]:
         info = _host.build_info()
         variants = info["cpu_variants"].split(",")
         built = {"cpu_variant": info["cpu_variant"], "cpu_variants": variants, "compiler": info["compiler"],
-                 "cuda_architectures": [name for name in info["cuda_architectures"].split(",") if name]}  # fmt: skip
+                 "cuda_architectures": [name for name in info["cuda_architectures"].split(",") if name],
+                 "cuda_version": info["cuda_version"], "cuda_oldest_driver": info["cuda_oldest_driver"]}  # fmt: skip
         features = torch.nn.functional.normalize(torch.rand(2, 8, 16), dim=-1).to(device)
         positives, _ = cascade_select(features, features, views=[1, 0, 1], keep=[4, 3, 2])
         loss = mil_nce(features[0], features[0], features[0], positives)
@@ -93,7 +94,18 @@ def kernels(device: torch.device, findings: list[Finding]) -> dict[str, Any]:
         advice = "build again where nvcc is installed, with CPR_FAST_CUDA=ON"
         text = "this machine has a GPU, but this build of cpr_fast has no CUDA kernels"
         findings.append(Finding("error", text, advice, "fails"))
+    if torch.version.cuda is not None and built.get("cuda_architectures"):
+        driver(findings)
     return built
+
+
+def driver(findings: list[Finding]) -> None:
+    """Checks that the NVIDIA driver, if there is one, is new enough for the CUDA kernels."""
+    from cpr_fast.ops._library import driver_error
+
+    if problem := driver_error():
+        text, _, advice = problem.partition(": ")
+        findings.append(Finding("error", f"the CUDA kernels cannot run: {text}", advice, "fails"))
 
 
 def codecs(device: torch.device, findings: list[Finding]) -> list[dict[str, Any]]:

@@ -83,6 +83,8 @@ py::dict build_info() {
   info["cpu_variants_emulated"] = "avx512";
 #endif
   info["cuda_architectures"] = cpr_cuda_architectures();
+  info["cuda_version"] = cpr_cuda_version();
+  info["cuda_oldest_driver"] = cpr_cuda_oldest_driver();
   info["compiler"] = CPR_COMPILER;
   return info;
 }
@@ -107,7 +109,10 @@ PYBIND11_MODULE(_host, module) {
       "msgpack_spans", &msgpack_spans, py::arg("record"),
       "uint64 [N, 2]: offset and size in bytes of each element of `record`, a buffer that holds a msgpack array of\n"
       "bytes, in the encoding of any msgpack version. No element is copied. Raises ValueError on anything else.");
-  module.def("build_info", &build_info,
-             "dict of str: version, cpu_variant (the one in force), cpu_variants (best first) and cuda_architectures,\n"
-             "comma-separated, and compiler. Only in a build that emulates AVX-512 for tests: cpu_variants_emulated.");
+  module.def(
+      "build_info", &build_info,
+      "dict: version, cpu_variant (the one in force), cpu_variants (best first) and cuda_architectures,\n"
+      "comma-separated, cuda_version (\"\" without CUDA kernels), cuda_oldest_driver (int: the oldest NVIDIA driver\n"
+      "for that version, 0 without) and compiler. Only in a build that emulates AVX-512 for tests:\n"
+      "cpu_variants_emulated.");
 }

@@ -1,4 +1,7 @@
+// Which CPU variant runs, and what this build contains and needs.
 #include "cpu/common/dispatch.h"
+
+#include <dlfcn.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -67,6 +70,25 @@ const Default& by_default() {
 }
 
 std::atomic<const KernelTable*> forced{nullptr};
+
+constexpr int kCudaVersion = CPR_CUDA_VERSION;  // 13000 for CUDA 13.0; 0 without CUDA kernels
+
+std::string dotted(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
+
+// The version of CUDA that the driver supports, 0 if there is no driver. cuDriverGetVersion is the one function of the
+// driver that initialises nothing, so that the process may still be forked.
+int driver_version() {
+  void* const driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+  if (driver == nullptr) return 0;
+  using GetVersion = int (*)(int*);
+  const auto get_version = reinterpret_cast<GetVersion>(dlsym(driver, "cuDriverGetVersion"));
+  int version = 0;
+  return get_version != nullptr && get_version(&version) == 0 ? version : 0;
+}
+
+// The oldest driver of a major version of CUDA [CUDA Toolkit release notes, "CUDA Toolkit and Minimum Required Driver
+// Version"]. Drivers run every minor version of it.
+int oldest_driver(int version) { return version >= 13000 ? 580 : version >= 12000 ? 525 : version > 0 ? 450 : 0; }
 
 }  // namespace
 
@@ -137,5 +159,25 @@ const char* cpr_cpu_variant_error(void) {
 }
 
 const char* cpr_cuda_architectures(void) { return CPR_CUDA_ARCHITECTURES; }
+
+const char* cpr_cuda_version(void) {
+  static const std::string version = cpr::kCudaVersion > 0 ? cpr::dotted(cpr::kCudaVersion) : "";
+  return version.c_str();
+}
+
+int cpr_cuda_oldest_driver(void) { return cpr::oldest_driver(cpr::kCudaVersion); }
+
+const char* cpr_cuda_driver_error(void) {
+  static const std::string error = [] {
+    const int supported = cpr::kCudaVersion > 0 ? cpr::driver_version() : 0;
+    if (supported == 0 || supported / 1000 >= cpr::kCudaVersion / 1000) return std::string();
+    const std::string major = std::to_string(supported / 1000);
+    return "the NVIDIA driver supports CUDA " + cpr::dotted(supported) +
+           ", and the CUDA kernels of cpr_fast were built with CUDA " + cpr::dotted(cpr::kCudaVersion) +
+           ": install driver " + std::to_string(cpr_cuda_oldest_driver()) +
+           " or newer, or build cpr_fast again with the nvcc of CUDA " + major + " (CUDA_HOME)";
+  }();
+  return error.empty() ? nullptr : error.c_str();
+}
 
 }  // extern "C"

@@ -62,7 +62,7 @@ const char* run(const cpr_cascade_args& args, void* workspace, cudaStream_t stre
   chunk.indices = args.indices, chunk.top_scores = args.scores;
   if (plan.route == kRefined) {
     const cudaError_t status = cudaMemsetAsync(chunk.key_squares, 0, plan.views_used * sizeof(unsigned), stream);
-    if (status != cudaSuccess) return cudaGetErrorString(status);
+    if (status != cudaSuccess) return error_text(status);
   }
   const Inputs<T> in = {static_cast<const T*>(args.queries), static_cast<const T*>(args.memory), args.query_ids,
                         args.memory_ids};

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "cpr_fast.h"
+#include "cuda/common/device_errors.cuh"
 
 namespace cpr {
 
@@ -55,8 +56,8 @@ const char* launch_sized(void (*kernel)(Parameters...), dim3 grid, int threads, 
   if (shared_bytes > kDefaultShared) status = opt_in_to_shared_memory(kernel);
   if (status == cudaSuccess) status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   const cudaError_t pending = cudaGetLastError();  // clears the error as well, so that no later call reports it
-  if (status != cudaSuccess) return cudaGetErrorString(status);
-  return pending != cudaSuccess ? cudaGetErrorString(pending) : nullptr;
+  if (status != cudaSuccess) return error_text(status);
+  return pending != cudaSuccess ? error_text(pending) : nullptr;
 }
 
 // Launches `kernel` with a Layout as dynamic shared memory.

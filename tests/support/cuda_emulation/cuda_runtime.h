@@ -51,6 +51,10 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorCooperativeLaunchTooLarge = 720
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -76,6 +80,11 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+struct cudaDeviceProp {
+  char name[256];
+  int major, minor;
+};
+
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the running fiber
 
 namespace emulation {
@@ -90,6 +99,7 @@ struct Site {
 cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel);
 cudaError_t allow_shared(const void* function, int bytes);
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t describe(cudaDeviceProp* properties, int device);
 cudaError_t fill(void* to, int value, size_t bytes, cudaStream_t stream);
 int current_device();
 void block_barrier(Site site);
@@ -140,6 +150,10 @@ inline cudaError_t cudaGetDevice(int* device) {
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   return emulation::device_attribute(value, attribute, device);
+}
+
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  return emulation::describe(properties, device);
 }
 
 template <typename... Parameters>

@@ -85,6 +85,10 @@ class Device:
         """Makes device 0 or 1 the current one."""
         self._library.emulation_use_device(device)
 
+    def refuse(self, capability: int = 90, error: int = 0) -> None:
+        """Makes the device one of this compute capability (80: 8.0) that refuses every kernel with this cudaError_t."""
+        self._library.emulation_refuse(capability, error)
+
     stream = None  # the handle that calls pass as their stream
 
     def _input(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,6 +1,7 @@
 // The limits of the emulated devices, and what the host can ask and set. There are two devices, so that a call which
 // takes the limits of one for those of the other, or sets an attribute for one only, is noticed.
 #include <map>
+#include <string>
 #include <utility>
 
 #include "scheduler.h"
@@ -13,7 +14,9 @@ namespace {
 constexpr size_t kDefaultSharedBytes = 48 * 1024;
 int shared_limit = 227 * 1024, cache_size = 50 << 20;  // those of an H200, unless a test changes them
 int device = 0;
-unsigned after_fill = 0;                              // what the first word of memory is after it has been zeroed
+int capability = 90;                // compute capability, ten times the major version plus the minor one
+cudaError_t refusal = cudaSuccess;  // what every launch and opt-in fails with
+unsigned after_fill = 0;            // what the first word of memory is after it has been zeroed
 std::map<std::pair<int, const void*>, size_t> opted;  // by device and kernel: what it opted in to
 }  // namespace
 
@@ -27,7 +30,16 @@ cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int of) {
   return cudaSuccess;
 }
 
+cudaError_t describe(cudaDeviceProp* properties, int) {
+  std::string("Emulated GPU").copy(properties->name, sizeof properties->name - 1);
+  properties->major = capability / 10, properties->minor = capability % 10;
+  return cudaSuccess;
+}
+
+cudaError_t refused() { return refusal; }
+
 cudaError_t allow_shared(const void* function, int bytes) {
+  if (refusal != cudaSuccess) return refusal;
   if (bytes > shared_limit) return cudaErrorInvalidValue;
   size_t& allowed = opted[{device, function}];
   if (static_cast<size_t>(bytes) < allowed) {
@@ -61,6 +73,16 @@ extern "C" __attribute__((visibility("default"))) void emulation_set_device(int 
   emulation::processors = processors;
   emulation::opted.clear();
 }
+
+// Makes the device one of this compute capability (80: 8.0) that refuses every kernel with an error of CUDA; 0: none.
+extern "C" __attribute__((visibility("default"))) void emulation_refuse(int capability, int error) {
+  emulation::capability = capability;
+  emulation::refusal = static_cast<cudaError_t>(error);
+}
+
+// What the library says of its build (csrc/cpu/common/dispatch.cpp).
+extern "C" const char* cpr_cuda_architectures() { return "80-real,90a-real"; }
+extern "C" const char* cpr_cuda_driver_error() { return "the driver is too old"; }
 
 // Makes device 0 or 1 the current one.
 extern "C" __attribute__((visibility("default"))) void emulation_use_device(int device) { emulation::device = device; }

@@ -321,6 +321,7 @@ void run_resident(unsigned resident, const std::vector<unsigned>& sequence, size
 }  // namespace
 
 cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel) {
+  if (refused() != cudaSuccess) return refused();
   const dim3 grid = config.gridDim;
   threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
   if (threads == 0 || threads > kMaxThreads || threads % kWarp != 0 || config.blockDim.x != threads ||

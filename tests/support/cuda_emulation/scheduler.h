@@ -26,6 +26,8 @@ Copies& copies();  // of the running thread; all must be complete when it ends
 // Returns the bytes of dynamic shared memory that a kernel may ask for on the current device.
 size_t allowed_shared(const void* function);
 
+cudaError_t refused();  // what the device refuses every kernel with, or cudaSuccess
+
 extern int processors;  // each can hold one block of a cooperative launch
 
 }  // namespace emulation
