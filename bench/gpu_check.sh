@@ -5,7 +5,8 @@
 #
 #   bench/gpu_check.sh        logs and JSON go to $OUT (default bench/results); exit status 1 if any step failed.
 #   gpu_compared.txt: the times of results/gpu_predicted.json beside the measured ones, printed as well
-#   gpu_check.json: per step its command, status and seconds; 124: cut off by its limit or by the ten minutes
+#   gpu_check.json: per step its command, status and seconds; 124: cut off by its limit or by the ten minutes; mps: whether
+#   the Multi-Process Service ran, under which a cooperative launch shares the multiprocessors with other processes
 #
 # Needs nvcc and a python3 with torch (CUDA), pytest, pytest-benchmark, cmake, ninja and pybind11; no network.
 # Tests that need DALI skip with a reason where it is absent.
@@ -14,6 +15,8 @@ cd "$(dirname "$0")/.."
 export OUT=${OUT:-$PWD/bench/results}
 export PATH=${CUDA_HOME:-/usr/local/cuda}/bin:$PATH PYTHONUNBUFFERED=1
 export CPR_FAST_CUDA=ON FAIL_WITHOUT_CUDA=1
+export MPS=no
+[[ -e ${CUDA_MPS_PIPE_DIRECTORY:-/tmp/nvidia-mps}/control ]] && MPS=yes
 readonly budget_s=570 rows=$OUT/gpu_check.tsv log=$OUT/gpu_check.log
 mkdir -p "$OUT"
 printf '' >"$rows" && printf '' >"$log"
@@ -43,8 +46,9 @@ while IFS= read -r line; do
   [[ $line =~ ^\ {7}([^ ].*)$ ]] && step "pending $item" 120 "${BASH_REMATCH[1]}"
 done <bench/results/gpu_pending.md
 
+# Ten to a hundred times slower than the kernels alone: the four take four minutes at most, so that the tests are reached.
 for tool in memcheck racecheck initcheck synccheck; do
-  step "$tool" 90 "compute-sanitizer --tool $tool --error-exitcode 9 build/gpu/test_kernels"
+  step "$tool" 60 "compute-sanitizer --tool $tool --error-exitcode 9 build/gpu/test_kernels"
 done
 tests=$(ls -d tests/{ops,models,pretrain/state,pretrain/step} 2>/dev/null | tr '\n' ' ')
 step tests 180 "python3 -m pytest -q -p no:cacheprovider $tests"
@@ -59,11 +63,11 @@ step predicted 20 "set -o pipefail; python3 bench/predict_gpu.py compare --out '
 [[ -s $OUT/gpu_compared.txt ]] && cat "$OUT/gpu_compared.txt"
 
 python3 - "$rows" "$OUT/gpu_check.json" "$commit" <<'PYTHON'
-import json, sys
+import json, os, sys
 steps = [dict(zip(("step", "status", "time_s", "command"), line.rstrip("\n").split("\t"))) for line in open(sys.argv[1])]
 for row in steps:
     row["status"], row["time_s"] = int(row["status"]), int(row["time_s"])
-json.dump({"commit": sys.argv[3], "steps": steps}, open(sys.argv[2], "w"), indent=1)
+json.dump({"commit": sys.argv[3], "mps": os.environ["MPS"] == "yes", "steps": steps}, open(sys.argv[2], "w"), indent=1)
 failed = [row["step"] for row in steps if row["status"] not in (0, 5)]  # 5: pytest found no benchmark
 print(f"failed: {', '.join(failed)} (see gpu_check.log)" if failed else "all steps passed")
 sys.exit(bool(failed))

@@ -1,7 +1,8 @@
 """Checks of the CUDA kernels that need a GPU, one per name (see results/gpu_pending.md).
 
-Run from the repository root: `python3 bench/gpu_probe.py stream|graph|assert|routes|million|approximate|time|flow`.
-The exit status is non-zero if a check fails; `time` and `flow` write gpu_time.json and gpu_flow.json into $OUT (default
+Run from the repository root: `python3 bench/gpu_probe.py NAME`, with a NAME of
+stream|threads|devices|graph|assert|routes|million|approximate|time|flow. The exit status is 5 if the check needs more
+GPUs than there are, and otherwise non-zero if it fails; `time` and `flow` write gpu_time.json and gpu_flow.json into $OUT (default
 bench/results).
 """
 
@@ -11,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -56,6 +58,54 @@ def stream() -> None:
         found = cascade_select(inputs[0], late, *inputs[2:])
     side.synchronize()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def threads() -> None:
+    """Checks the stream of a second host thread: its calls wait for that stream alone, while the first thread calls the
+    same kernels with smaller problems, which need less shared memory."""
+    large, small = cascade(16, 16_384), cascade(16, 600)
+    expected = cascade_select(*large), cascade_select(*small)
+    torch.cuda.synchronize()
+
+    def on_a_stream_of_its_own() -> tuple[torch.Tensor, ...]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            late = torch.zeros_like(large[1])
+            torch.cuda._sleep(200_000_000)  # work on another stream would run before the copy
+            late.copy_(large[1])
+            found = cascade_select(large[0], late, *large[2:])
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(20):
+            started = pool.submit(on_a_stream_of_its_own)
+            while not started.done():
+                torch.testing.assert_close(cascade_select(*small), expected[1], rtol=0, atol=0)
+            torch.testing.assert_close(started.result(), expected[0], rtol=0, atol=0)
+
+
+def devices() -> None:
+    """Checks a second GPU that is not the current one: every operator gives there the bits of the first, in calls of
+    one thread and of a thread per GPU."""
+    if torch.cuda.device_count() < 2:
+        print("needs two GPUs")
+        sys.exit(5)
+    exact = cascade(40, 16_384)
+    query, own_key, mined = features(40, 128).bfloat16(), features(40, 128).bfloat16(), torch.arange(40).cuda()[:, None]
+    clips = moving_clips(2, 64, 80)
+
+    def on(device: str) -> list[torch.Tensor]:
+        inputs = [tensor.to(device) for tensor in (*exact[:2], query, own_key, mined, clips)]
+        chosen, scores = cascade_select(*inputs[:2], *exact[2:])
+        loss = mil_nce(*inputs[2:4], inputs[1][0].bfloat16(), inputs[4], reduction="none")
+        return [tensor.cpu() for tensor in (chosen, scores, loss, tvl1_flow(inputs[5]))]
+
+    expected = on("cuda:0")
+    torch.testing.assert_close(on("cuda:1"), expected, rtol=0, atol=0)
+    assert torch.cuda.current_device() == 0, "a call changed the current device"
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(on, ["cuda:0", "cuda:1"] * 20):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def graph() -> None:
@@ -220,7 +270,15 @@ def flow() -> None:
 
 
 if __name__ == "__main__":
-    checks = {"stream": stream, "graph": graph, "assert": device_assert, "routes": routes, "million": million}
+    checks = {
+        "stream": stream,
+        "threads": threads,
+        "devices": devices,
+        "graph": graph,
+        "assert": device_assert,
+        "routes": routes,
+        "million": million,
+    }
     checks |= {"approximate": approximate, "time": time, "flow": flow}
     if len(sys.argv) != 2 or sys.argv[1] not in checks:
         raise SystemExit(f"usage: gpu_probe.py {'|'.join(checks)}")

@@ -32,9 +32,13 @@ def check(tmp_path):
         (programs / name).write_text(STAND_IN.format(python=sys.executable, log=log))
         (programs / name).chmod(0o755)
 
-    def run(broken: str = "no such command"):
+    def run(broken: str = "no such command", mps: bool = False):
         environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "BROKEN": broken}
         environment |= {"OUT": str(tmp_path / "out"), "CUDA_HOME": str(tmp_path / "no_toolkit")}
+        environment["CUDA_MPS_PIPE_DIRECTORY"] = str(tmp_path / "mps")
+        (tmp_path / "mps").mkdir(exist_ok=True)
+        if mps:
+            (tmp_path / "mps" / "control").touch()
         script = [shutil.which("bash"), str(tmp_path / "bench/gpu_check.sh")]
         status = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
         return status, json.loads((tmp_path / "out" / "gpu_check.json").read_text()), log.read_text()
@@ -54,11 +58,12 @@ def test_every_step_is_given_and_reported(check):
     assert commands.count("FAIL_WITHOUT_CUDA=1") == len(commands.splitlines())
     assert sum(name.startswith("pending ") for name in (step["step"] for step in report["steps"])) >= 9
     failed = {step["step"] for step in report["steps"] if step["status"]}
+    assert report["mps"] is False
     assert failed == {"pending 1"} and process.returncode == 1 and "failed: pending 1 " in process.stdout
 
 
 def test_a_failing_step_stops_nothing_and_is_named(check):
-    process, report, _ = check(broken="racecheck")
+    process, report, _ = check(broken="racecheck", mps=True)
     statuses = {step["step"]: step["status"] for step in report["steps"]}
     assert statuses["racecheck"] == 1 and statuses["synccheck"] == 0 and statuses["suites"] == 0
-    assert process.returncode == 1 and "racecheck" in process.stdout
+    assert process.returncode == 1 and "racecheck" in process.stdout and report["mps"] is True
