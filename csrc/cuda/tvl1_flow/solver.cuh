@@ -44,6 +44,8 @@ __host__ __device__ inline int64_t lay_out(const cpr_tvl1_args& a, int64_t pyram
   return offset;
 }
 
+// In dynamic shared memory. Methods find it through shared_memory<Shared>(): a reference that is a member would lose
+// its address space, and every access through it would be one of generic memory.
 struct Shared {
   TileMemory tile;
   double errors[kHalo];
@@ -69,8 +71,8 @@ __device__ inline Level level_at(const cpr_tvl1_args& a, int scale) {
 // spill.
 class Solver {
  public:
-  __device__ Solver(const cpr_tvl1_args& a, const Team& team, const Buffers& buffers, Shared& shared)
-      : a_(a), team_(team), b_(buffers), shared_(shared) {}
+  __device__ Solver(const cpr_tvl1_args& a, const Team& team, const Buffers& buffers)
+      : a_(a), team_(team), b_(buffers) {}
 
   // flow: out [2, H, W]. Returns the pixel-iterations done.
   __device__ int64_t solve(int levels, float* flow) {
@@ -213,21 +215,23 @@ class Solver {
   __device__ int iterate_block(double threshold, int remaining, double& previous, double& error) {
     int count = block_length(previous, error, threshold, remaining < kHalo ? remaining : kHalo);
     iterate(count);
+    const Shared& shared = shared_memory<Shared>();
     int stop = 0;
-    while (stop < count && shared_.errors[stop] > threshold) ++stop;
+    while (stop < count && shared.errors[stop] > threshold) ++stop;
     if (stop + 1 < count) iterate(count = stop + 1);
     current_ ^= 1;
-    previous = count > 1 ? shared_.errors[count - 2] : error;
-    error = shared_.errors[count - 1];
+    previous = count > 1 ? shared.errors[count - 2] : error;
+    error = shared.errors[count - 1];
     return count;
   }
 
   // Runs `count` inner iterations from the current state into the other one. Computes their errors.
   __device__ __noinline__ void iterate(int count) {
+    Shared& shared = shared_memory<Shared>();
     const int tiles = count_tiles(problem_.size);
     float* partial = b_.partial[turn_ ^= 1];
     for (int tile = team_.rank; tile < tiles; tile += team_.size) {
-      iterate_tile(problem_, tile, count, b_.state[current_], b_.state[current_ ^ 1], shared_.tile,
+      iterate_tile(problem_, tile, count, b_.state[current_], b_.state[current_ ^ 1], shared.tile,
                    partial + tile * kHalo);
     }
     team_.wait();
@@ -236,7 +240,7 @@ class Solver {
       double sum = 0;
       for (int tile = threadIdx.x % kWarp; tile < tiles; tile += kWarp) sum += partial[tile * kHalo + k];
       sum = warp_reduce(sum, Sum());
-      if (threadIdx.x % kWarp == 0) shared_.errors[k] = sum;
+      if (threadIdx.x % kWarp == 0) shared.errors[k] = sum;
     }
     __syncthreads();
   }
@@ -268,7 +272,6 @@ class Solver {
   const cpr_tvl1_args& a_;
   const Team& team_;
   Buffers b_;
-  Shared& shared_;
   Problem problem_ = {};  // of the current level
   int current_ = 0;       // of the two states
   int turn_ = 0;          // of the two arrays of partial errors

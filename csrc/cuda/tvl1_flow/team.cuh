@@ -37,9 +37,10 @@ struct Team {
   }
 };
 
-// Returns how many blocks of the kernel the current device can hold at once; 0 if that is unknown.
+// Returns how many blocks of the kernel the current device can hold at once. If that is unknown, returns 0 and sets
+// `error`.
 template <typename... Parameters>
-int resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes) {
+int resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes, const char** error) {
   int device = 0, processors = 0, blocks = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) {
@@ -51,6 +52,7 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_b
   }
   if (status == cudaSuccess) return blocks * processors;
   cudaGetLastError();  // clears the error, so that no later call reports it
+  *error = error_text(status);
   return 0;
 }
 
@@ -71,8 +73,8 @@ const char* launch_teams(void (*kernel)(Parameters...), int teams, int size, int
   config.numAttrs = size > 1;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   const cudaError_t pending = cudaGetLastError();  // clears the error as well
-  if (status != cudaSuccess) return cudaGetErrorString(status);
-  return pending != cudaSuccess ? cudaGetErrorString(pending) : nullptr;
+  if (status != cudaSuccess) return error_text(status);
+  return pending != cudaSuccess ? error_text(pending) : nullptr;
 }
 
 }  // namespace cpr

@@ -46,9 +46,17 @@ struct TileMemory {
 // Bits that describe the place of a pixel.
 enum Place { kInImage = 1, kInTile = 2, kFirstColumn = 4, kLastColumn = 8, kFirstRow = 16, kLastRow = 32 };
 
+// A pixel of a thread: its index in TileMemory and its Place bits, in one register, because the six pixels of a thread
+// fill its registers. 0: no pixel.
 struct Own {
-  int cell;   // index in TileMemory
-  int place;  // Place bits; 0: no pixel
+  int bits;
+  static constexpr int kCellBits = 16;
+  static_assert(kCells <= 1 << kCellBits);
+
+  Own() = default;
+  __device__ __forceinline__ Own(int cell, int place) : bits(place << kCellBits | cell) {}
+  __device__ __forceinline__ int cell() const { return bits & ((1 << kCellBits) - 1); }
+  __device__ __forceinline__ int place() const { return bits >> kCellBits; }
 };
 
 __host__ __device__ inline int tiles_across(Size size) { return (size.width + kTileWidth - 1) / kTileWidth; }
@@ -61,12 +69,12 @@ __device__ __forceinline__ Own place_pixel(Size size, int top, int left, int i, 
   const int column = i % kRegionWidth, row = i / kRegionWidth;
   const int x = left - kHalo + column, y = top - kHalo + row;
   *pixel = y * size.width + x;
-  if (i >= kRegion || x < 0 || y < 0 || x >= size.width || y >= size.height) return {0, 0};
+  if (i >= kRegion || x < 0 || y < 0 || x >= size.width || y >= size.height) return Own(0, 0);
   const bool in_tile = column >= kHalo && column < kHalo + kTileWidth && row >= kHalo && row < kHalo + kTileHeight;
   const int place = kInImage | (in_tile ? kInTile : 0) | (x == 0 ? kFirstColumn : 0) |
                     (x == size.width - 1 ? kLastColumn : 0) | (y == 0 ? kFirstRow : 0) |
                     (y == size.height - 1 ? kLastRow : 0);
-  return {(row + 1) * kPitch + column + 1, place};
+  return Own((row + 1) * kPitch + column + 1, place);
 }
 
 // Returns sqrt(x^2 + y^2) with a single rounding, as hypotf: one Newton step corrects the rounding of the squares,
@@ -115,12 +123,13 @@ __device__ __forceinline__ float sum_of_changes(const TileMemory& memory, unsign
 }
 
 // Runs `count` <= kHalo inner iterations on one tile, from `source` to `target` (different memory). partial[k]: output,
-// the squared change of iteration k in this tile.
-__device__ inline void iterate_tile(const Problem& problem, int tile, int count, State source, State target,
-                                    TileMemory& memory, float* partial) {
-  const Size size = problem.size;
+// the squared change of iteration k in this tile. What is needed only before and after the iterations is read anew, so
+// that it takes no registers during them.
+__device__ inline void iterate_tile(const Problem& problem, int tile, int count, const State& source,
+                                    const State& target, TileMemory& memory, float* partial) {
   const Step step = problem.step;
-  const int top = tile / tiles_across(size) * kTileHeight, left = tile % tiles_across(size) * kTileWidth;
+  const int top = tile / tiles_across(problem.size) * kTileHeight,
+            left = tile % tiles_across(problem.size) * kTileWidth;
   Own own[kOwn];
   float2 u[kOwn], p_x[kOwn], p_y[kOwn];
   float4 constants[kOwn];
@@ -128,47 +137,47 @@ __device__ inline void iterate_tile(const Problem& problem, int tile, int count,
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) {
     int pixel;
-    own[j] = place_pixel(size, top, left, static_cast<int>(threadIdx.x) + j * kThreads, &pixel);
-    if (!own[j].place) continue;
+    own[j] = place_pixel(problem.size, top, left, static_cast<int>(threadIdx.x) + j * kThreads, &pixel);
+    if (!own[j].place()) continue;
     u[j] = source.u[pixel];
     const float4 p = source.p[pixel];
     p_x[j] = {p.x, p.y}, p_y[j] = {p.z, p.w};
     constants[j] = problem.constants[pixel];
-    memory.p_x[own[j].cell] = p_x[j], memory.p_y[own[j].cell] = p_y[j];
+    memory.p_x[own[j].cell()] = p_x[j], memory.p_y[own[j].cell()] = p_y[j];
   }
   for (int k = 0; k < count; ++k) {
     __syncthreads();
     float change = 0;
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
-      if (!own[j].place) continue;
-      const bool first_column = own[j].place & kFirstColumn;
-      const float2 zero = {0, 0}, above = own[j].place & kFirstRow ? zero : memory.p_y[own[j].cell - kPitch];
+      if (!own[j].place()) continue;
+      const bool first_column = own[j].place() & kFirstColumn;
+      const float2 zero = {0, 0}, above = own[j].place() & kFirstRow ? zero : memory.p_y[own[j].cell() - kPitch];
       float own_change;
-      u[j] = primal(step, constants[j], u[j], p_x[j], p_y[j], memory.p_x[own[j].cell - 1], above, first_column,
+      u[j] = primal(step, constants[j], u[j], p_x[j], p_y[j], memory.p_x[own[j].cell() - 1], above, first_column,
                     &own_change);
-      if (own[j].place & kInTile) change += own_change;
-      memory.u[own[j].cell] = u[j];
+      if (own[j].place() & kInTile) change += own_change;
+      memory.u[own[j].cell()] = u[j];
     }
     change = warp_reduce(change, Sum());
     if (threadIdx.x % kWarp == 0) memory.warp_change[k][threadIdx.x / kWarp] = change;
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
-      if (!own[j].place) continue;
+      if (!own[j].place()) continue;
       // The forward difference of the last column and row is 0.
-      const float2 right = own[j].place & kLastColumn ? u[j] : memory.u[own[j].cell + 1];
-      const float2 below = own[j].place & kLastRow ? u[j] : memory.u[own[j].cell + kPitch];
+      const float2 right = own[j].place() & kLastColumn ? u[j] : memory.u[own[j].cell() + 1];
+      const float2 below = own[j].place() & kLastRow ? u[j] : memory.u[own[j].cell() + kPitch];
       dual(step.taut, right.x - u[j].x, below.x - u[j].x, p_x[j].x, p_y[j].x);
       dual(step.taut, right.y - u[j].y, below.y - u[j].y, p_x[j].y, p_y[j].y);
-      memory.p_x[own[j].cell] = p_x[j], memory.p_y[own[j].cell] = p_y[j];
+      memory.p_x[own[j].cell()] = p_x[j], memory.p_y[own[j].cell()] = p_y[j];
     }
   }
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) {
     int pixel;
-    place_pixel(size, top, left, static_cast<int>(threadIdx.x) + j * kThreads, &pixel);
-    if (!(own[j].place & kInTile)) continue;
+    place_pixel(problem.size, top, left, static_cast<int>(threadIdx.x) + j * kThreads, &pixel);
+    if (!(own[j].place() & kInTile)) continue;
     target.u[pixel] = u[j];
     target.p[pixel] = {p_x[j].x, p_x[j].y, p_y[j].x, p_y[j].y};
   }

@@ -26,8 +26,9 @@ struct TeamSync {
 };
 
 struct Plan {
-  int levels, teams, size;
-  int64_t pyramid_pixels;  // of all levels
+  int levels, teams, size;  // levels = 0: the device cannot run the kernel
+  const char* error;        // or null: why it cannot
+  int64_t pyramid_pixels;   // of all levels
   int64_t team_bytes;
 };
 
@@ -45,7 +46,6 @@ __device__ int64_t next_pair(const Team& team, TeamSync* sync, unsigned* queue, 
 
 __global__ void __launch_bounds__(kThreads)
     tvl1_kernel(const cpr_tvl1_args a, const Plan plan, unsigned* queue, TeamSync* syncs, char* memory) {
-  Shared& shared = shared_memory<Shared>();
   const int own_team = static_cast<int>(blockIdx.x) / plan.size;
   TeamSync* const sync = &syncs[own_team];
   const Team team = {static_cast<int>(blockIdx.x) % plan.size, plan.size, &sync->barrier};
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
     if (pair < 0) return;
     const int64_t clip = pair / (a.T - 1), frame = clip * a.T + pair % (a.T - 1);
     float* flow = a.flow + pair * 2 * a.H * a.W;
-    Solver solver(a, team, buffers, shared);
+    Solver solver(a, team, buffers);
     int64_t pixel_iterations = 0;
     if (solver.build_pyramids(plan.levels, frame, &sync->not_finite)) {
       pixel_iterations = solver.solve(plan.levels, flow);
@@ -83,11 +83,10 @@ int team_size(int64_t pairs, int resident, int tiles) {
 
 int64_t sync_bytes(int teams) { return aligned(sizeof(unsigned)) + aligned(teams * int64_t{sizeof(TeamSync)}); }
 
-// levels = 0: the arguments are invalid or the device is not supported.
 Plan make_plan(const cpr_tvl1_args& a) {
   Plan plan = {};
   const int64_t pairs = a.N * (a.T - 1);
-  const int resident = resident_blocks(tvl1_kernel, kThreads, sizeof(Shared));
+  const int resident = resident_blocks(tvl1_kernel, kThreads, sizeof(Shared), &plan.error);
   if (resident == 0) return plan;
   const Size finest = {static_cast<int>(a.H), static_cast<int>(a.W)};
   plan.size = team_size(std::max<int64_t>(pairs, 1), resident, count_tiles(finest));
@@ -125,12 +124,13 @@ const char* cpr_tvl1_flow_cuda(const cpr_tvl1_args* args, void* workspace, void*
   if (args->N == 0) return nullptr;
   if (const char* error = cpr::check_workspace(workspace)) return error;
   const Plan plan = make_plan(*args);
+  if (plan.error != nullptr) return plan.error;
   if (plan.levels == 0) return "tvl1_flow: the device cannot hold a block of the kernel";
   const auto stream = static_cast<cudaStream_t>(stream_);
   char* const memory = static_cast<char*>(workspace);
   const int64_t head = sync_bytes(plan.teams);
   const cudaError_t cleared = cudaMemsetAsync(workspace, 0, static_cast<size_t>(head), stream);
-  if (cleared != cudaSuccess) return cudaGetErrorString(cleared);
+  if (cleared != cudaSuccess) return cpr::error_text(cleared);
   auto* const queue = reinterpret_cast<unsigned*>(memory);
   auto* const syncs = reinterpret_cast<TeamSync*>(memory + aligned(sizeof(unsigned)));
   return cpr::launch_teams(tvl1_kernel, plan.teams, plan.size, kThreads, sizeof(Shared), stream, *args, plan, queue,
