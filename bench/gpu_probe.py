@@ -2,8 +2,8 @@
 
 Run from the repository root: `python3 bench/gpu_probe.py NAME`, with a NAME of
 stream|threads|devices|graph|assert|routes|million|approximate|time|flow. The exit status is 5 if the check needs more
-GPUs than there are, and otherwise non-zero if it fails; `time` and `flow` write gpu_time.json and gpu_flow.json into $OUT (default
-bench/results).
+GPUs than there are, and otherwise non-zero if it fails; `time` and `flow` write gpu_time.json and gpu_flow.json into
+$OUT (default bench/results).
 """
 
 from __future__ import annotations
