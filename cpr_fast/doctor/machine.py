@@ -77,7 +77,8 @@ def kernels(device: torch.device, findings: list[Finding]) -> dict[str, Any]:
         variants = info["cpu_variants"].split(",")
         built = {"cpu_variant": info["cpu_variant"], "cpu_variants": variants, "compiler": info["compiler"],
                  "cuda_architectures": [name for name in info["cuda_architectures"].split(",") if name],
-                 "cuda_version": info["cuda_version"], "cuda_oldest_driver": info["cuda_oldest_driver"]}  # fmt: skip
+                 # None: of a checkout whose library was built before its files.
+                 **{key: info.get(key) for key in ("cuda_version", "cuda_oldest_driver")}}  # fmt: skip
         features = torch.nn.functional.normalize(torch.rand(2, 8, 16), dim=-1).to(device)
         positives, _ = cascade_select(features, features, views=[1, 0, 1], keep=[4, 3, 2])
         loss = mil_nce(features[0], features[0], features[0], positives)
