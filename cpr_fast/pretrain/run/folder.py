@@ -28,6 +28,8 @@ from cpr_fast.wording import counted, listed
 T = TypeVar("T")
 
 LOCK = ".run.lock"
+# What a run writes before its first step.
+OF_THE_START = (LOCK, METRICS_FILE, "config.json", "checkpoints", "tensorboard")
 NAMED = 4  # settings that an error names
 ENTRIES = ("config", "encoders", "cycle_state", "processes", "step", "epoch", "step_in_epoch", "cycle")
 
@@ -66,7 +68,7 @@ def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before = set(folder.iterdir())
+        new = [folder / name for name in OF_THE_START if not os.path.lexists(folder / name)]
         file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, closed by the block below
     except OSError as error:
         raise _not_writable(folder, error) from error
@@ -92,7 +94,7 @@ def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
             yield
         except InputError:
             if not _has_trained(folder):
-                _remove_new(folder, before, created)
+                _remove(new, created)
             raise
 
 
@@ -106,13 +108,13 @@ def _has_trained(folder: Path) -> bool:
         return (folder / METRICS_FILE).exists()
 
 
-def _remove_new(folder: Path, before: set[Path], created: list[Path]) -> None:
-    """Removes the files of a run folder that are not in `before`, and those folders in `created` that are empty then.
-    What cannot be removed stays: the error about the input matters more."""
+def _remove(files: list[Path], folders: list[Path]) -> None:
+    """Removes files, or folders with their content, and then those of `folders` that are empty. What cannot be removed
+    stays: the error about the input matters more."""
     with suppress(OSError):
-        for path in set(folder.iterdir()) - before:
+        for path in filter(os.path.lexists, files):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in created:
+        for path in folders:
             path.rmdir()
 
 

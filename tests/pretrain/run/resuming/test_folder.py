@@ -197,6 +197,15 @@ def test_a_refused_run_leaves_no_folder_and_changes_none(tmp_path, message, exis
         assert not (tmp_path / "results").exists()
 
 
+def test_a_refused_run_removes_no_file_of_others(tmp_path):
+    """Another program may write to the folder meanwhile."""
+    with pytest.raises(InputError), only_writer(tmp_path / "run"):
+        (tmp_path / "run" / "other").mkdir()
+        (tmp_path / "run" / "other" / "result.txt").write_text("of another program\n")
+        raise InputError("refused")
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == ["other", "result.txt"]
+
+
 def test_an_input_error_after_the_first_step_keeps_the_run(tmp_path):
     class Broken(RandomLoader):
         def epoch(self, number, start_step=0):
