@@ -31,14 +31,18 @@ def check_tensor(name: str, value: Any, dtypes: Sequence[torch.dtype], shape: st
     if not isinstance(value, Tensor):
         hint = " (torch.from_numpy converts an array)" if type(value).__module__ == "numpy" else ""
         raise TypeError(f"{name}: expected a torch.Tensor of shape {shape}, got {describe(value)}{hint}")
-    if value.layout != torch.strided or value.is_nested:
-        layout = "a nested tensor" if value.is_nested else value.layout
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got {layout}")
+    check_dense(name, value)
     if value.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {expected}, got {value.dtype}")
     if value.dim() != dim or 0 in value.shape:
         raise ValueError(f"{name}: expected a non-empty shape {shape}, got {list(value.shape)}")
+
+
+def check_dense(name: str, value: Tensor, expected: str = "a dense (strided) tensor") -> None:
+    """Raises TypeError for a sparse tensor, and for a nested one, whose shape cannot even be asked for."""
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name}: expected {expected}, got {'a nested tensor' if value.is_nested else value.layout}")
 
 
 def check_int64(name: str, value: Any, shape: Sequence[int], like: Tensor, owner: str) -> None:
@@ -50,8 +54,7 @@ def check_int64(name: str, value: Any, shape: Sequence[int], like: Tensor, owner
         raise TypeError(f"{name}: expected an int64 torch.Tensor of shape {list(shape)} or None, got {describe(value)}")
     if value.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {value.dtype}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got {value.layout}")
+    check_dense(name, value)
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
     check_same_device(name, value, like, owner)
@@ -102,6 +105,8 @@ def integers(name: str, values: Any) -> list[int]:
     CUDA."""
     if type(values) in (list, tuple) and all(type(value) is int for value in values):
         return list(values)
+    if isinstance(values, Tensor) and values.is_meta:
+        raise TypeError(f"{name}: expected a sequence of ints, one for each stage, got a tensor without values (meta)")
     listed = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(listed, Sequence) or isinstance(listed, str | bytes):
         raise TypeError(f"{name}: expected a sequence of ints, one for each stage, got {describe(values)}")
@@ -115,6 +120,16 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, numbers.Real | torch.SymInt) and not isinstance(value, bool):
         return float(value)
     raise TypeError(f"{name}: expected a number, got {describe(value)}")
+
+
+def raise_if_out_of_memory(operation: str, error: Exception, **sizes: Any) -> None:
+    """Raises MemoryError with the `sizes` of the arguments if an operator could not allocate a tensor.
+
+    An operator calls torch through its C interface, whose error names the line of C++ that failed and nothing else.
+    """
+    if "API call failed" in str(error) and any(call in str(error) for call in ("empty_strided", "contiguous")):
+        named = ", ".join(f"{name} {list(v.shape) if isinstance(v, Tensor) else v}" for name, v in sizes.items())
+        raise MemoryError(f"{operation}: out of memory for the results, or for dense copies of the arguments: {named}")
 
 
 def readable(value: Tensor) -> bool:

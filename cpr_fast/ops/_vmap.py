@@ -20,12 +20,17 @@ def register(name: str, rule: Callable) -> None:
     import than the rest of `cpr_fast.ops`.
     """
 
+    def checked(info, in_dims, *arguments):
+        if not info.batch_size:
+            raise ValueError(f"{name}: expected one slice or more to map over (torch.vmap), got a dimension of size 0")
+        return rule(info, in_dims, *arguments)
+
     def batched(keyset, *arguments):
         from torch._functorch.autograd_function import custom_function_call_vmap_helper
         from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
         return custom_function_call_vmap_helper(
-            retrieve_current_functorch_interpreter(), rule, getattr(torch.ops.cpr_fast, name).default, *arguments
+            retrieve_current_functorch_interpreter(), checked, getattr(torch.ops.cpr_fast, name).default, *arguments
         )
 
     _LIBRARY.impl(name, batched, "FuncTorchBatched", with_keyset=True)

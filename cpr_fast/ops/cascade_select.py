@@ -16,6 +16,7 @@ from cpr_fast.ops import (
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PRECISIONS = ("fp32", "bf16")
+_MOST_KEPT = 2**40  # results of 12 bytes for each query: more than any machine holds
 
 
 def cascade_select(
@@ -69,8 +70,9 @@ def cascade_select(
         if queries.requires_grad or memory.requires_grad:
             return _operator(queries.detach(), memory.detach(), *arguments[2:])
         return _operator(*arguments)
-    except Exception:  # the operator checks too; checking before each call would make a small selection 10 % slower
+    except Exception as error:  # the operator checks too; checking before each call would take 10 % longer
         _check(*arguments)
+        _checks.raise_if_out_of_memory("cascade_select", error, queries=queries, memory=memory, keep=keep)
         raise
 
 
@@ -151,4 +153,8 @@ def _check(queries, memory, views, keep, query_ids, memory_ids, precision) -> No
         raise ValueError(f"views: expected values in 0..{V - 1}, got {views}")
     if keep[-1] < 1 or keep[0] >= 2**63 or any(b > a for a, b in zip(keep, keep[1:], strict=False)):
         raise ValueError(f"keep: expected non-increasing values >= 1, got {keep}")
+    if keep[-1] >= _MOST_KEPT:
+        raise ValueError(
+            f"keep: expected a last value below {_MOST_KEPT}, because each query has so many results, got {keep}"
+        )
     _checks.check_choice("precision", precision, _PRECISIONS)

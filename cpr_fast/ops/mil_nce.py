@@ -17,6 +17,7 @@ from cpr_fast.ops import (
 _SAME_ID = ("positive", "ignore", "negative")
 _SELF_POSITIVE = ("keep", "denominator", "drop_both")
 _REDUCTION = ("mean", "none")
+_FLOAT32 = torch.finfo(torch.float32)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -72,8 +73,8 @@ def mil_nce(
     features = (query, own_key, memory)
     if isinstance(temperature, Tensor):
         features, temperature = _divided(*features, temperature)
-    elif type(temperature) is not float or not 0 < temperature < math.inf:
-        temperature = _checked_number(temperature)
+    elif type(temperature) is not float or not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
+        temperature = checked_temperature(temperature)
     modes = self_positive if isinstance(self_positive, Tensor) else None
     inputs = (*features, positives, query_ids, memory_ids, modes)
     settings = (same_id, "keep" if modes is not None else self_positive, temperature)
@@ -88,8 +89,9 @@ def _loss(inputs: tuple, settings: tuple, reduction: str) -> Tensor:
         # Same as calling the operator, but the dispatcher does not call back into Python, and the mean is in the same
         # autograd node. This saves 40 us, 10 % of the time of a small loss.
         return _MilNce.apply(*inputs, *settings, reduction)
-    except Exception:  # the operator checks too; checking before each call would make a small loss 10 % slower
+    except Exception as error:  # the operator checks too; checking before each call would take 10 % longer
         _check(*inputs, *settings)
+        _checks.raise_if_out_of_memory("mil_nce", error, query=inputs[0], memory=inputs[2])
         raise
 
 
@@ -98,10 +100,13 @@ def _autocast(query: Tensor) -> bool:
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
-def _checked_number(temperature) -> float:
+def checked_temperature(temperature) -> float:
+    """Returns a temperature as a number. Raises TypeError, or ValueError if float32 cannot hold it or its quotients."""
     value = _checks.number("temperature", temperature)
     if not 0 < value < math.inf:
         raise ValueError(f"temperature: expected a positive finite number, got {value}")
+    if not _FLOAT32.tiny <= value <= _FLOAT32.max:  # the kernel would divide by 0 or infinity
+        raise ValueError(f"temperature: expected {_FLOAT32.tiny:.2g} to {_FLOAT32.max:.2g} (float32), got {value}")
     return value
 
 
@@ -126,15 +131,13 @@ def _divided(query: Tensor, own_key: Tensor, memory: Tensor, temperature: Tensor
             raise TypeError(f"{name}: expected a torch.Tensor, got {_checks.describe(tensor)}")
     if not temperature.is_floating_point():
         raise TypeError(f"temperature: expected a number or a tensor of floating-point dtype, got {temperature.dtype}")
-    if temperature.layout != torch.strided or temperature.is_nested:
-        layout = "a nested tensor" if temperature.is_nested else temperature.layout
-        raise TypeError(f"temperature: expected a number or a dense (strided) tensor, got {layout}")
+    _checks.check_dense("temperature", temperature, "a number or a dense (strided) tensor")
     if temperature.numel() != 1:
         raise ValueError(f"temperature: expected a tensor with one element, got shape {list(temperature.shape)}")
     if temperature.device != query.device and temperature.device.type != "cpu":
         raise ValueError(f"temperature: expected the device of query, {query.device}, got {temperature.device}")
     if _checks.readable(temperature):
-        _checked_number(temperature.item())
+        checked_temperature(temperature.item())
     if not _autocast(query):
         for name, tensor in (("own_key", own_key), ("memory", memory)):
             if tensor.dtype != query.dtype:
@@ -309,6 +312,8 @@ def _check(
         if tensor.dtype != query.dtype and not (autocast and tensor.dtype in _DTYPES):
             raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {tensor.dtype}")
         _checks.check_same_device(name, tensor, query, "query")
+    if isinstance(positives, Tensor):
+        _checks.check_dense("positives", positives)
     if isinstance(positives, Tensor) and positives.dim() != 2:
         raise ValueError(f"positives: expected shape [B={B}, P], got {list(positives.shape)}")
     P = positives.shape[1] if isinstance(positives, Tensor) else "P"
@@ -320,4 +325,4 @@ def _check(
         raise ValueError("query_ids: requires memory_ids, got None")
     _checks.check_choice("same_id", same_id, _SAME_ID)
     _checks.check_choice("self_positive", self_positive, _SELF_POSITIVE)
-    _checked_number(temperature)
+    checked_temperature(temperature)

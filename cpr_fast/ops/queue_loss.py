@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from cpr_fast.ops import _checks
 from cpr_fast.ops.cascade_select import cascade_select
-from cpr_fast.ops.mil_nce import mil_nce
+from cpr_fast.ops.mil_nce import checked_temperature, mil_nce
+
+_UNKNOWN = -2  # the id of a key without a source: equal to no query's, and not that of an empty slot
 
 
 class QueueLoss(nn.Module):
@@ -33,7 +35,7 @@ class QueueLoss(nn.Module):
 
     Attributes:
         memory: [V, K, D] float32, zero where empty.
-        memory_ids: [K] int64, -1 where empty.
+        memory_ids: [K] int64, -1 where empty, -2 for a key whose source is not known.
         position: [] int64, the slot that is written next.
 
     Example:
@@ -64,9 +66,9 @@ class QueueLoss(nn.Module):
             raise ValueError("views, keep: expected both, or neither for InfoNCE without mining")
         self.views = None if views is None else _checks.integers("views", views)
         self.keep = None if keep is None else _checks.integers("keep", keep)
-        temperature = _checks.number("temperature", temperature)
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
+        temperature = checked_temperature(temperature)
+        if not isinstance(learn_temperature, bool):
+            raise TypeError(f"learn_temperature: expected a bool, got {_checks.describe(learn_temperature)}")
         self.same_id, self.self_positive = same_id, self_positive
         self.fixed_temperature = None if learn_temperature else temperature
         if learn_temperature:
@@ -74,6 +76,16 @@ class QueueLoss(nn.Module):
         self.register_buffer("memory", torch.zeros(num_views, size, feature_dim))
         self.register_buffer("memory_ids", torch.full((size,), -1))
         self.register_buffer("position", torch.tensor(0))
+        self._try_settings()
+
+    def _try_settings(self) -> None:
+        """Raises the errors of the operators for `views`, `keep`, `same_id` and `self_positive`, on tensors without
+        values: otherwise the first batch would raise them."""
+        memory = torch.empty_like(self.memory, device="meta")
+        row = memory[:, :1]
+        if self.views is not None:
+            cascade_select(row, memory, self.views, self.keep)
+        mil_nce(row[0], row[0], memory[0], same_id=self.same_id, self_positive=self.self_positive)
 
     @property
     def temperature(self) -> float | Tensor:
@@ -86,9 +98,11 @@ class QueueLoss(nn.Module):
         Args:
             query: [V, B, D], or [B, D] for one view: the features that receive a gradient.
             key: of the same shape: the features of the other augmentation, from the momentum encoder. Detached.
-            ids: [B] int64 >= 0, the source video of each clip; None where no two clips share a source.
+            ids: [B] int64, the source video of each clip, -1 where it is not known; None where no two clips share a
+                source.
         """
         query, key = self._with_views("query", query), self._with_views("key", key).detach()
+        _checks.check_int64("ids", ids, (query.shape[1],), query, "query")
         if query.shape != key.shape:
             raise ValueError(f"key: expected the shape of query, {list(query.shape)}, got {list(key.shape)}")
         positives = self.mine(key, ids)
@@ -109,6 +123,10 @@ class QueueLoss(nn.Module):
         if self.views is None:
             return None
         key = self._with_views("key", key)
+        if self.memory.dtype == torch.float64:
+            raise TypeError("memory: expected float32, bfloat16 or float16 for mining, got torch.float64; convert the "
+                            "module by .float()")  # fmt: skip
+        _checks.check_int64("ids", ids, (key.shape[1],), key, "key")
         slots, _ = cascade_select(key, self.memory, self.views, self.keep, query_ids=ids, memory_ids=self.memory_ids)
         return slots
 
@@ -120,9 +138,10 @@ class QueueLoss(nn.Module):
         if batch > size:
             raise ValueError(f"key: expected at most size = {size} keys at once, got {batch}")
         _checks.check_int64("ids", ids, (batch,), key, "key")
+        known = torch.full((batch,), _UNKNOWN, device=key.device) if ids is None else ids.where(ids >= 0, _UNKNOWN)
         slots = (self.position + torch.arange(batch, device=key.device)) % size
         self.memory.index_copy_(1, slots, key)
-        self.memory_ids.index_copy_(0, slots, torch.zeros_like(slots) if ids is None else ids)
+        self.memory_ids.index_copy_(0, slots, known)
         self.position.add_(batch).remainder_(size)
 
     def extra_repr(self) -> str:
@@ -134,6 +153,7 @@ class QueueLoss(nn.Module):
         V, _, D = self.memory.shape
         if not isinstance(features, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor [V={V}, B, D={D}], got {_checks.describe(features)}")
+        _checks.check_dense(name, features)
         if features.dim() == 2 and V == 1:
             features = features[None]
         if features.dim() != 3 or features.shape[0] != V or features.shape[2] != D or features.shape[1] == 0:

@@ -16,6 +16,7 @@ from cpr_fast.ops import (
 )
 
 _MIN_SIDE = 16  # pixels; the shortest side that a level of the pyramid may have
+_MOST_LEVELS = 1000  # of the pyramid; each is stored
 _ROUNDING = 1e-4  # tolerance of the range 0..1 of float frames: rounding can raise a weighted mean of channels above 1
 
 
@@ -72,7 +73,11 @@ def tvl1_flow(
     settings = _check(frames, *settings)
     *leading, T, H, W = frames.shape
     frames = _in_range(frames.detach()).reshape(math.prod(leading), T, H, W)
-    flow, _ = torch.ops.cpr_fast.tvl1_flow(frames, *settings)
+    try:
+        flow, _ = torch.ops.cpr_fast.tvl1_flow(frames, *settings)
+    except Exception as error:
+        _checks.raise_if_out_of_memory("tvl1_flow", error, frames=frames)
+        raise
     return flow.reshape(*leading, T - 1, 2, H, W)
 
 
@@ -241,6 +246,11 @@ def _check(
     for name, value in counts.items():
         if not 1 <= value < 2**31:
             raise ValueError(f"{name}: expected an int >= 1, got {value}")
+    if (levels := _levels(frames.shape[-2:], counts["scales"], reals["scale_step"])) > _MOST_LEVELS:
+        raise ValueError(
+            f"scale_step: expected a step with which {list(frames.shape[-2:])} pixels have at most {_MOST_LEVELS} "
+            f"levels (or smaller scales), got {reals['scale_step']}, which makes {levels}"
+        )
     median = _checks.integer("median", median)
     if median not in (0, 1, 3, 5):
         raise ValueError(f"median: expected 0 or 1 (none), 3 or 5, got {median}")
@@ -249,12 +259,18 @@ def _check(
     return tau, lambda_, theta, scales, scale_step, warps, epsilon, inner_iterations, outer_iterations, median
 
 
+def _levels(size, scales: int, step: float) -> int:
+    """Returns about how many levels the pyramid of frames of this size has; `scales` if that is not many."""
+    if scales <= _MOST_LEVELS or min(size) <= _MIN_SIDE:
+        return min(scales, _MOST_LEVELS)
+    return min(scales, int(math.log(_MIN_SIDE / min(size)) / math.log(step)))
+
+
 def _check_frames(frames) -> None:
     if not isinstance(frames, Tensor):
         hint = " (torch.from_numpy converts an array)" if type(frames).__module__ == "numpy" else ""
         raise TypeError(f"frames: expected a torch.Tensor [..., T, H, W], got {_checks.describe(frames)}{hint}")
-    if frames.layout != torch.strided or frames.is_nested:
-        raise TypeError(f"frames: expected a dense (strided) tensor, got {frames.layout}")
+    _checks.check_dense("frames", frames)
     if frames.dtype not in (torch.uint8, torch.float32):
         raise TypeError(f"frames: expected uint8 or float32, got {frames.dtype}")
     shape = list(frames.shape)
@@ -264,6 +280,11 @@ def _check_frames(frames) -> None:
             f"frames: expected grey frames [..., T, H, W], got shape {shape}, whose "
             f"{'last dimension' if channels_last else 'third dimension from the end'} looks like channels; "
             f"average colour channels, and remove a single one by squeeze({-1 if channels_last else -3})"
+        )
+    if len(shape) == 3 and shape[-1] in (3, 4) and min(shape[:2]) >= _MIN_SIDE:
+        raise ValueError(
+            f"frames: expected grey frames [T, H, W], got shape {shape}, whose last dimension looks like channels "
+            "of one colour picture; average them, and stack the frames of a video"
         )
     if len(shape) < 3 or shape[-3] < 2 or 0 in shape[-2:]:
         raise ValueError(f"frames: expected shape [..., T, H, W] with T >= 2, H, W >= 1, got {shape}")

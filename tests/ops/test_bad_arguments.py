@@ -27,7 +27,8 @@ def wrong_values(name: str, good) -> dict[str, object]:
         wrong = {
             "an array": good.numpy(), "a list": good.tolist(), "a number": 1, "a string": "x", "no rows": good[:0],
             "a dimension too many": good[None, None], "bool": good.bool(), "complex": good.to(torch.complex64),
-            "sparse": good.to_sparse(), "int32": good.int(), "no dimension": good.flatten()[0],
+            "sparse": good.to_sparse(), "nested": torch.nested.nested_tensor([good]), "int32": good.int(),
+            "no dimension": good.flatten()[0],
         }  # fmt: skip
         if name == "frames":
             wrong |= {"double": good.double(), "half": good.half(), "one frame": good[:1]}
@@ -38,8 +39,17 @@ def wrong_values(name: str, good) -> dict[str, object]:
             wrong |= {"int64": good.long(), "None": None, "another dtype": good.bfloat16()}
         return wrong
     if isinstance(good, list):
+        meta = torch.tensor(good, device="meta")
         wrong = {"an int": 0, "a string": "01", "floats": [0.0, 1.0], "bools": [True, True], "strings": ["0", "1"]}
-        return wrong | {"None": None, "empty": [], "a set": {1, 2}, "negative": [-1, -2], "a matrix": np.ones((2, 1))}
+        return wrong | {
+            "None": None,
+            "empty": [],
+            "a set": {1, 2},
+            "negative": [-1, -2],
+            "meta": meta,
+            "huge": [2**62] * 2,
+            "a matrix": np.ones((2, 1)),
+        }
     if isinstance(good, str):
         return {"another word": "fp8", "a number": 1, "None": None, "bytes": b"fp32", "a bool": True}
     wrong = {"a string": "1", "a bool": True, "None": None, "negative": -good, "a list": [good], "complex": 1j}
@@ -125,7 +135,46 @@ def test_compiled_programs_refuse_too(function):
         torch.compile(call, fullgraph=True, backend="eager")(GOOD[function][name].long())
 
 
-COLOUR = [(5, 32, 32, 3), (5, 32, 32, 4), (5, 32, 32, 1), (5, 3, 32, 32), (2, 5, 3, 32, 32), (2, 3, 5, 32, 3)]
+@pytest.mark.parametrize("function", GOOD)
+def test_no_slices_to_map_over_are_refused(function):
+    name, good = next(iter(GOOD[function].items()))
+    with pytest.raises(ValueError, match=f"{function.__name__}: expected one slice or more to map over"):
+        torch.vmap(lambda tensor: function(**{**GOOD[function], name: tensor}))(good.new_zeros(0, *good.shape))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: cascade_select(X[:, :1].expand(2, 2**16, 8), X, [0, 1], [2**39] * 2),
+        lambda: tvl1_flow(torch.zeros(1, 1, 1, dtype=torch.uint8).expand(2, 300_000_000, 300_000_000)),
+    ],
+)
+def test_results_that_no_memory_holds_are_named_with_their_size(call):
+    with pytest.raises(MemoryError, match=r"^(cascade_select|tvl1_flow): out of memory .*(549755813888|300000000)"):
+        call()
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 5e-324, 1e39, torch.tensor(1e-300, dtype=torch.float64)])
+def test_a_temperature_that_float32_rounds_to_zero_or_infinity_is_refused(temperature):
+    with pytest.raises(ValueError, match=r"temperature: expected 1.2e-38 to 3.4e\+38 \(float32\), got "):
+        mil_nce(X[0], X[1], X[0], temperature=temperature)
+
+
+def test_a_pyramid_of_too_many_levels_is_refused_before_it_fills_the_memory():
+    with pytest.raises(ValueError, match=r"scale_step: expected .* at most 1000 levels .*, got 0.999999, which makes"):
+        tvl1_flow(torch.rand(2, 20, 24), scales=2**30, scale_step=1 - 1e-6)
+
+
+COLOUR = [
+    (32, 48, 3),
+    (32, 48, 4),
+    (5, 32, 32, 3),
+    (5, 32, 32, 4),
+    (5, 32, 32, 1),
+    (5, 3, 32, 32),
+    (2, 5, 3, 32, 32),
+    (2, 3, 5, 32, 3),
+]
 
 
 @pytest.mark.parametrize("shape", COLOUR)

@@ -96,6 +96,12 @@ def test_no_gradient_reaches_the_key():
         ({"key": torch.rand(2, 5, 16)}, "key: expected the shape of query"),
         ({"key": torch.rand(2, 6, 16).numpy()}, "key: expected a torch.Tensor"),
         ({"key": torch.zeros(2, 6, 16, dtype=torch.int64)}, "key: expected a floating-point dtype"),
+        ({"query": torch.rand(2, 6, 16).to_sparse()}, "query: expected a dense"),
+        ({"key": torch.nested.nested_tensor([torch.rand(6, 16)] * 2)}, "key: expected a dense .* got a nested tensor"),
+        ({"ids": torch.arange(6).float()}, "ids: expected int64, got torch.float32"),
+        ({"ids": torch.arange(6).tolist()}, "ids: expected an int64 torch.Tensor"),
+        ({"ids": torch.arange(5)}, r"ids: expected shape \[6\], got \[5\]"),
+        ({"ids": torch.arange(6).to("meta")}, "ids: expected the device of query, cpu, got meta"),
         (
             {"query": torch.rand(2, 13, 16), "key": torch.rand(2, 13, 16), "ids": None},
             "key: expected at most size = 12",
@@ -117,8 +123,35 @@ def test_bad_batches_are_refused(change, message):
         ({"views": 0, "keep": [1]}, "views: expected a sequence"),
         ({"temperature": -1.0}, "temperature: expected a positive"),
         ({"temperature": "0.1"}, "temperature: expected a number"),
+        ({"temperature": 1e-46}, "temperature: expected 1.2e-38 to"),
+        ({"learn_temperature": "no"}, "learn_temperature: expected a bool, got 'no'"),
+        ({"views": [1], "keep": [1]}, r"views: expected values in 0..0, got \[1\]"),
+        ({"views": [-1], "keep": [1]}, "views: expected values in 0..0"),
+        ({"views": [0, 0], "keep": [1]}, "views, keep: expected the same number"),
+        ({"views": [], "keep": []}, "views, keep: expected the same number of entries, at least 1"),
+        ({"views": [0, 0], "keep": [1, 2]}, "keep: expected non-increasing"),
+        ({"same_id": "maybe"}, "same_id: expected one of .* got 'maybe'"),
+        ({"self_positive": None}, "self_positive: expected one of"),
     ],
 )
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         QueueLoss(**{"size": 12, "feature_dim": 16, **arguments})
+
+
+def test_the_cascade_of_a_double_module_says_which_dtypes_it_takes():
+    query, key, ids = batch(0)
+    with pytest.raises(TypeError, match="memory: expected float32, .* got torch.float64; convert the module"):
+        QueueLoss(12, 16, num_views=2, views=[1, 0], keep=[4, 2]).double()(query, key, ids)
+
+
+@pytest.mark.parametrize("unknown", [None, torch.full((6,), -1)])
+def test_keys_without_a_source_are_negatives_of_every_query(unknown):
+    """They are neither taken for empty slots nor for clips of a source, such as number 0."""
+    criterion = QueueLoss(12, 16, num_views=2)
+    (query, key, _), (later, later_key, _) = batch(0), batch(1)
+    criterion(query, key, unknown)
+    assert (criterion.memory_ids[:6] != -1).all()
+    expected = sum(mil_nce_ref(later[v], later_key[v], key[v]) for v in range(2)) / 2
+    for ids in (torch.zeros(6, dtype=torch.int64), torch.full((6,), -1), None):
+        torch.testing.assert_close(criterion.eval()(later, later_key, ids), expected)

@@ -14,6 +14,9 @@ from av.stream import Disposition
 UNPROBED = {"codec_whitelist": "none", "probesize": "32"}  # options with which opening a container decodes no frame
 # A title that is not UTF-8 must not prevent a file from being opened. PyAV 19 and newer accept it without this option.
 ANY_METADATA = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+# Formats that FFmpeg recognises by the content of a file, whatever its name, and that name further files to read: their
+# frames change with those files, and a data set from elsewhere could name any file of this machine.
+PLAYLISTS = ("concat", "hls", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest")
 NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
 
@@ -69,6 +72,8 @@ def open_video(path: str | Path, *, probe: bool = True) -> Iterator[tuple[av.con
     try:
         options = {} if probe else UNPROBED
         with av.open(location(path), container_options=options, **ANY_METADATA) as container:
+            if container.format.name in PLAYLISTS:
+                raise VideoError(path, f"is a list of other files ({container.format.name}) and not a video")
             streams = video_streams(container)
             if not streams:
                 reason = "holds a cover picture but no video stream" if container.streams.video else None

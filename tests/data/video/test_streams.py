@@ -136,3 +136,22 @@ def test_a_full_disk_does_not_look_like_the_end_of_the_source(tmp_path, monkeypa
     with pytest.raises((InputError, OSError), match="No space left"):
         transcode_video(source, tmp_path / "new.mp4", 48)
     assert not (tmp_path / "new.mp4").exists()
+
+
+PLAYLISTS = {
+    "concat.mp4": "ffconcat version 1.0\nfile v.mp4\nfile v.mp4\n",
+    "hls.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\nv.mp4\n#EXT-X-ENDLIST\n",
+}
+
+
+@pytest.mark.parametrize("name", PLAYLISTS)
+def test_a_text_that_lists_other_videos_is_no_video(tmp_path, name):
+    """FFmpeg recognises these texts by their content, and would decode the videos that they name."""
+    write_plain(tmp_path / "v.mp4")
+    (tmp_path / name).write_text(PLAYLISTS[name])
+    with av.open(str(tmp_path / name)) as container:
+        assert container.streams.video
+    for read in (probe_video, lambda path: read_frames(path, [0], "rgb", 20)):
+        with pytest.raises(VideoError, match=f"{name}': is a list of other files .* and not a video") as caught:
+            read(tmp_path / name)
+        assert not caught.value.unreadable
