@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"cpr-fast {__version__}")
             return 0
         code = _run(_command(arguments[0], arguments[1:]), arguments)
-        sys.stdout.flush()  # here, where a full disk under the output can still be reported
+        sys.stdout.flush()  # flushed here, where an error such as a full disk can still be reported
         return code
     except (InputError, *PATH_ERRORS) as error:
         print(f"cpr-fast: {printable(str(error))}", file=sys.stderr)

@@ -28,7 +28,7 @@ RECIPE_HEADER = (
 
 @dataclass(frozen=True)
 class Deviation:
-    """One deviation.
+    """A deviation of this package from the paper or from the published code.
 
     Attributes:
         id: The letter of its group and its number in the group, such as "M3".

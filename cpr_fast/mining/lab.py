@@ -4,6 +4,7 @@ The settings are those of Tables 1, 2 and 4 of the paper.
 
 Every row is used as a query for all other rows. The row itself and its siblings are excluded by their ids, as in
 pretraining.
+
 Letters: N rows, D feature width, n stages, K memory entries (here N), P positives mined per query.
 """
 

@@ -3,7 +3,9 @@
 A further proxy, hubness, is in `quality`.
 
 Everything runs on the device of its inputs without synchronising with the host.
+
 Letters: B queries, K memory slots, D feature width, P positives mined per query.
+
 The last stage of a cascade ranks its survivors in the *other* view. View agreement and mutual neighbours are therefore
 computed in the *query* view. On the features of `bench/results/mining_lab.md`, they then order the cascades in the same
 way as PMR; computed in the ranking view, they do not.

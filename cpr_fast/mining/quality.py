@@ -1,7 +1,9 @@
 """Quality of the mined positives: PMR, mining R@1, CMR [paper, Eq. 3, 4], and how evenly entries are mined.
 
 Everything runs on the device of its inputs without synchronising with the host, except `MiningQuality.summary`.
+
 Letters: B queries, P positives mined per query, K memory slots, N videos of the index, C classes, U units.
+
 Labels are class numbers, -1 where unknown. The mined entries never include the query's own video or its siblings,
 because mining excludes them.
 """

@@ -1,6 +1,7 @@
 """Precision and recall of the survivors of every stage of a cascade, measured with labels.
 
 Everything runs on the device of its inputs without synchronising with the host.
+
 Letters: V views, B queries, K memory slots, D feature width, n stages, P positives mined per query.
 """
 

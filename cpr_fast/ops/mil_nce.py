@@ -41,7 +41,8 @@ def mil_nce(
 
     Args:
         query: [B, D] float32, bfloat16, float16 (on the CPU also float64), any strides. Autocast casts to float32.
-        own_key: [B, D] of the same dtype and device: the other view of each query.
+        own_key: [B, D] of the same dtype and device: the feature of the other view of each query, its positive key
+            (MoCo).
         memory: [K, D] of the same dtype and device. Receives a gradient only if it requires one.
         positives: [B, P] int64 memory slots, -1 for none. With None, the loss is InfoNCE.
         query_ids: [B] int64; -1 is not equal to any id. Requires memory_ids.

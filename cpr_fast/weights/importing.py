@@ -1,7 +1,9 @@
 """Imports published checkpoints: CoCLR and CPR (InfoNCE, UberNCE, CoCLR), IIC, and the S3D of MIL-NCE.
 
 The layouts are in `sources`. The result holds everything that the network needs: `retrieve`, `probe` and `finetune`
-take the clips and the recipe from its config. Letters: K memory slots, D feature width, V views.
+take the clips and the recipe from its config.
+
+Letters: K memory slots, D feature width, V views.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ _COUNTER = "num_batches_tracked"  # files of torch before 0.4.1 lack these, and 
 class Match:
     """One encoder of a file, converted to the names of `Encoder`.
 
-    state: a complete state_dict.
-    matched, missing: the names in `state` whose tensors came from the file, and the other names in `state`.
-    used: the names in the file that were used.
+    Attributes:
+        state: A complete state_dict.
+        matched, missing: The names in `state` whose tensors came from the file, and the other names in `state`.
+        used: The names in the file that were used.
     """
 
     state: dict[str, Tensor]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def open_windows(part: Index, data: DataConfig, views: list[str], recipe: Recipe, device: str) -> WindowLoader:
     """Returns the loader of the windows that a recipe uses."""
-    from cpr_fast.data.clips.loader import WindowLoader  # here, because the other functions need no DALI
+    from cpr_fast.data.clips.loader import WindowLoader  # imported here, because the other functions do not need DALI
 
     return WindowLoader(
         part, data, views, clips_per_video=recipe.clips_per_video, crops=recipe.crops, jitter_seed=recipe.jitter_seed,

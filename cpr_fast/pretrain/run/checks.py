@@ -26,10 +26,12 @@ TEMPERATURES = (0.005, 2.0)  # beyond these the softmax of the loss is nearly on
 class CyclePlan:
     """The steps of one cycle.
 
-    number: position in `schedule.cycles`, from 0.
-    clips: number of videos per step, over all processes; epoch_steps: number of steps per epoch.
-    fill_steps: number of steps after which the memory is full; it may exceed the number of steps of the cycle.
-    learns_while_filling: False for a cascade on a queue, which waits until the queue is full.
+    Attributes:
+        number: Position in `schedule.cycles`, from 0.
+        clips: Number of videos per step, over all processes.
+        epoch_steps: Number of steps per epoch.
+        fill_steps: Number of steps after which the memory is full; it may exceed the number of steps of the cycle.
+        learns_while_filling: False for a cascade on a queue, which waits until the queue is full.
     """
 
     number: int

@@ -115,7 +115,8 @@ def pretrain(
     plans = plan_cycles(config, len(index), world.size)
     warnings = check_run(config, index, plans, stored_flow=make_loader is None and config.data.flow == "stored")
     if make_loader is None:
-        from cpr_fast.data.clips.loader import TrainLoader as make_loader  # here: other loaders do not need DALI
+        # Imported here, because other loaders do not need DALI.
+        from cpr_fast.data.clips.loader import TrainLoader as make_loader
     folder, videos = Path(config.run.out), digest(index)
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(only_writer(folder, exists=resume is True)))

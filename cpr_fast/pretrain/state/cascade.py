@@ -22,9 +22,10 @@ from cpr_fast.pretrain.state.memory import Memory
 class Cascade:
     """The cascade stages of a cycle whose memory has K entries.
 
-    views, keep: n ints each, the view compared and the number of survivors of each stage, as `cascade_select` takes
-        them; keep[-1] is top-k.
-    own: the view of the queries, 0 or 1.
+    Attributes:
+        views, keep: n ints each, the view compared and the number of survivors of each stage, as `cascade_select`
+            takes them; keep[-1] is top-k.
+        own: The view of the queries, 0 or 1.
     """
 
     views: tuple[int, ...]

@@ -27,11 +27,13 @@ _COLUMNS = ("source", "video", "label", "start", "enqueued_at")
 class Memory:
     """A ring buffer of the newest K keys and the clips that they were computed from.
 
-    features: [V, K, D] float32; where no key was written yet, zero, or a random unit vector (see `seed`).
-    source, video, label, start: [K] int64: source id (-1 = no key yet), position in the index, class (-1 = unknown) and
-        first source frame of the key's clip.
-    enqueued_at: [K] int64, the step that wrote the slot (-1 = none).
-    count: keys enqueued so far. It is kept on the host, so that checking whether the memory is full needs no sync.
+    Attributes:
+        features: [V, K, D] float32; where no key was written yet, zero, or a random unit vector (see `seed`).
+        source, video, label, start: [K] int64: source id (-1 = no key yet), position in the index, class (-1 =
+            unknown) and first source frame of the key's clip.
+        enqueued_at: [K] int64, the step that wrote the slot (-1 = none).
+        count: Number of keys enqueued so far. It is kept on the host, so that checking whether the memory is full does
+            not wait for the device.
 
     Args:
         seed: None: queries are not compared with slots that have no key yet. A number: such a slot holds a random unit

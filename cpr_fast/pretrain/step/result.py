@@ -11,12 +11,13 @@ from torch import Tensor
 class StepResult:
     """The result of a step, on the device. B clips per rank, R ranks, L views that learn, V views, P positives.
 
-    loss: 0-d float32; NaN in a step that only fills the queue.
-    rates: {name: 0-d float32}, mining rates averaged over the queries of all ranks; empty if nothing was mined.
-    finite: 0-d bool, whether all features and the loss are finite.
-    video, start: [R*B] int64, video and first source frame of the key clips.
-    queries, keys: [L, R*B, D] and [V, R*B, D].
-    mined_video, mined_start: [R*B, P] int64, -1 = padding; None if nothing was mined.
+    Attributes:
+        loss: 0-d float32; NaN in a step that only fills the queue.
+        rates: {name: 0-d float32}, mining rates averaged over the queries of all ranks; empty if nothing was mined.
+        finite: 0-d bool, whether all features and the loss are finite.
+        video, start: [R*B] int64, video and first source frame of the key clips.
+        queries, keys: [L, R*B, D] and [V, R*B, D] float32 features.
+        mined_video, mined_start: [R*B, P] int64, -1 = padding; None if nothing was mined.
     """
 
     loss: Tensor

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 class Learnt:
     """Loss and mined positives of some queries. B queries, P positives.
 
-    loss: 0-d, with gradient until the backward pass.
-    mined: [B, P] int64 slots, or None.
-    rates: {name: [B]}, mining rates; empty if nothing was mined.
+    Attributes:
+        loss: 0-d, with gradient until the backward pass.
+        mined: [B, P] int64 slots, or None.
+        rates: {name: [B]}, mining rates; empty if nothing was mined.
     """
 
     loss: Tensor
