@@ -131,7 +131,7 @@ def _check_columns(index: Path, videos: Index, facts: dict[str, Any], config: Co
                                 "frames or fewer; CoCLR leaves them out",
                                 f"cpr-fast index --min-frames {SHORT + 1}", "results"))  # fmt: skip
     if facts["sizes"] > 100:
-        text = f"the videos have {facts['sizes']:,} different frame sizes; a hardware decoder keeps 100"
+        text = f"the videos have {facts['sizes']:,} different frame sizes; DALI keeps hardware decoders for 100"
         findings.append(Finding("warning", text, "cpr-fast index --transcode FOLDER", "time"))
 
 

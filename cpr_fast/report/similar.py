@@ -39,10 +39,11 @@ MOST_ROWS = 2000  # limit of the rows of a table
 # Least correlation of the frames of copies, and of videos that may show the same place.
 SAME_PICTURES, ALIKE = 0.95, 0.85
 LEVELS = {
-    "high": "High: the checks below came out well above chance.",
-    "moderate": "Moderate: the checks below came out above chance, but not for all videos. Look before you act on it.",
-    "low": "Low: the checks below came out near chance or no better than with an untrained network, or the videos "
-    "hardly differ for the network. Treat this page as a guess.",
+    "high": "High: the checks below are well above chance.",
+    "moderate": "Moderate: the checks below are above chance, but not for all videos. Look at the videos themselves "
+    "before you act on it.",
+    "low": "Low: the checks below are near chance or no better than with an untrained network, or the videos "
+    "hardly differ for the network. Do not rely on this page.",
     "unknown": "Unknown: one view and one video per source leave nothing to check the neighbours against. Judge by the "
     "pictures.",
 }
@@ -198,8 +199,9 @@ def _odd(features: StoredFeatures, found: Neighbours) -> dict[str, Any]:
     shown = []
     for video, mean, distance in ordered[:ODD]:
         other, value = int(found.index[video, 0]), found.similarity[video, 0].item()
-        clear = f"{'more than 50' if distance > 50 else format(distance, '.1f')} deviations below the median"
-        text = f"Odd: {clear}." if distance >= FAR else f"Not clearly odd, only the next in line: {clear}."
+        number = "more than 50" if distance > 50 else f"{distance:.1f}"
+        clear = f"{number} robust standard deviations below the median"
+        text = f"Odd: {clear}." if distance >= FAR else f"Not clearly odd, but the next in this order: {clear}."
         shown.append({"query": _clip(features.videos[video], f"mean {mean:.2f}"),
                       "found": [_clip(features.videos[other], f"{value:.2f}")], "text": text})  # fmt: skip
     columns = [Column("Video"), Column("Mean similarity to its nearest", "number"), Column("Deviations", "number")]

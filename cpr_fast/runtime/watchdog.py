@@ -124,5 +124,5 @@ class Watchdog:
 def _sentence(rank: int, state: dict[str, Any], silent_s: float | None) -> str:
     doing = f"{state['what']} (in {state['where']})" if "what" in state else "starting"
     if silent_s is not None:
-        return f"rank {rank} has given no sign of life for {silent_s:.1f} s; it was {doing}"
+        return f"rank {rank} has not reported for {silent_s:.1f} s; it was {doing}"
     return f"rank {rank} has been {doing} for {state['idle_s']:.1f} s, and the run waits for it"

@@ -104,7 +104,7 @@ def test_a_recipe_of_init_that_cannot_be_read_is_an_error(folder, capsys):
     (folder / "recipe.toml").write_text(text)
     out, code = doctor(capsys, "set/index.csv")
     assert code == 1 and "recipe.toml" in out and "batchsize" in out and "default settings" in out
-    assert out.endswith("\nnext: correct number 1, then run this command again\n")
+    assert out.endswith("\nnext: correct the problem of number 1, then run this command again\n")
 
 
 def test_without_an_index_the_next_step_makes_one(folder, capsys):

@@ -72,7 +72,7 @@ def test_the_rank_that_is_behind_is_named_by_the_first_that_is_not(caplog):
     watch._heard[1] = (1, time.monotonic() - 6)  # rank 1's beats have stopped
     watch._say([{**busy, "beat": 2}, {**behind, "idle_s": 0.1}, {"left": True}])
     (text,) = named
-    assert text.startswith("rank 1 has given no sign of life for 6.0 s; it was waiting for the batch of step 3 (in")
+    assert text.startswith("rank 1 has not reported for 6.0 s; it was waiting for the batch of step 3 (in")
     store = FakeStore([None, behind])
     states = Watchdog(World(0, 3, torch.device("cpu")), 5.0)._share(store, beat=4)
     assert (states[0]["beat"], states[0]["what"], states[1], states[2]) == (4, "starting", behind, {"beat": 0})

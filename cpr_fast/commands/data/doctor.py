@@ -76,7 +76,7 @@ def doctor(
 
 def _next_step(index: Path | None, recipe: Path | None, broken: bool) -> str:
     if broken:
-        return "correct number 1, then run this command again"
+        return "correct the problem of number 1, then run this command again"
     if index is None:
         return "cpr-fast index VIDEOS --out index.csv"
     return (

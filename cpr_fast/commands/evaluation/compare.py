@@ -84,18 +84,20 @@ def _effect(value: float | None) -> str:
 
 def _meaning(block: dict[str, Any]) -> list[str]:
     """Returns what a reader of the tables needs to know."""
-    lines = ["difference: first - second, in percentage points; p is two-sided",
-             "sources: paired bootstrap over the sources of the queries; what other videos would give"]  # fmt: skip
+    lines = [
+        "difference: first - second, in percentage points; p is two-sided",
+        "sources: paired bootstrap over the sources of the queries: how the difference varies with the videos",
+    ]
     seeds = len(block["pairs"])
     if seeds > 1:
         lines += [
-            f"first and second are means over {seeds} pairs; seeds: paired t over these {seeds} differences; "
-            "what other trainings would give",
-            "d_z: mean of the differences / their standard deviation",
+            f"first and second are means over {seeds} pairs; seeds: paired t-test of these {seeds} differences: "
+            "how the difference varies with the training",
+            "d_z: effect size, the mean of the differences divided by their standard deviation",
         ]
     sources = min(row["sources"] for row in block["rows"])
     if sources < FEW_SOURCES:
         lines.append(
-            f"caution: from {sources} sources, fewer than {FEW_SOURCES}, this interval is too narrow, p too small"
+            f"caution: from {sources} sources, fewer than {FEW_SOURCES}, the interval is too narrow and p too small"
         )
     return lines + left_out_of_map(block["without_class"])

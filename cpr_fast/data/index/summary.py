@@ -62,7 +62,7 @@ def summary(report: dict[str, Any]) -> list[str]:
     lines += _problems(report["problems"])
     if report["other_files"]:
         named = ", ".join(f"{count:,} {suffix}" for suffix, count in _largest(report["other_files"]))
-        lines.append(f"Not taken for videos: {named}")
+        lines.append(f"Other files, which are not videos: {named}")
     if report["problems"]:
         lines.append(f"All problems: {Path(report['index']).with_suffix('.report.json')}")
     if set(report["splits"]) <= {""}:

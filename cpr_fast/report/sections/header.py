@@ -16,8 +16,8 @@ MEANINGS = {
     "r@1": "Recall at 1: the nearest video has the query's class",
 }
 TERMS = (
-    ("View", "A way to look at a clip: RGB, its pictures; flow, the motion between them (optical flow); residual, the "
-     "difference of each picture from the one before. Every view has a network of its own; two views are compared "
+    ("View", "A representation of a clip: RGB, its frames; flow, the optical flow between them; residual, the "
+     "difference of each frame from the one before. Every view has a network of its own; two views are compared "
      "together by the sum of their similarities."),
     ("Clip, window", "A clip is a short piece of a video, as long as the network reads at once. For evaluation a video "
      "is cut into evenly spaced clips, the windows, whose features are averaged."),
@@ -49,7 +49,7 @@ TERMS = (
     ("Effective rank", "The number of dimensions that the features use. Near 1, all clips have the same feature."),
     ("Shuffle-BN", "The clips of a step are shuffled among groups with separate BatchNorm statistics, so that these do "
      "not give away which key belongs to a query (memory.shuffle_bn_groups)."),
-    ("Chance", "What a random choice would reach: the share of right answers among all that may be chosen, mean over "
+    ("Chance", "The result of a random choice: the share of right answers among all that may be chosen, mean over "
      "the queries. Of PMR: videos of the same class among all videos of other sources. Of the loss: its value if all "
      "candidates were equally similar to the query."),
     ("95 % interval", "The range of the number if other sources had been drawn (bootstrap over sources). In the lines "

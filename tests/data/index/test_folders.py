@@ -92,7 +92,7 @@ def test_what_is_passed_over_is_named(tmp_path, video, capsys):
     for line in ("2 missing", "1 broken", "1 empty (", "1 unfinished", "3 hidden", "1 empty_folder", "1 link_loop",
                  "1 no_class", "1 same_file", "stray.mp4", "gone.mp4", "pipe.mp4", "text.wmv"):  # fmt: skip
         assert line in said, line
-    assert "Not taken for videos: 1 .flow.mp4, 1 .txt, 1 .xyz" in said
+    assert "Other files, which are not videos: 1 .flow.mp4, 1 .txt, 1 .xyz" in said
     assert f"next: cpr-fast flow {tmp_path}/i.csv --out flow   (optical flow" in said
     assert f"without it: cpr-fast init {tmp_path}/i.csv)" in said
 
