@@ -6,7 +6,7 @@ the large call, which it plans on the limits of the device (`DEVICES`) without e
 
     score, tensor_score      no feature: a tile of scores is always the same work
     select                   K
-    scan, tensor_scan        tiles of 64 keys in a split of the memory
+    scan, row_scan           tiles of 64 keys in a split of the memory
     finish                   splits of the memory
     tvl1                     no feature: the pairs share the work of one pair, whose blocks are as many as its tiles;
                              a team of one block has no barriers, which are the only atomic operations

@@ -35,6 +35,7 @@ SAMPLES = [
     *(Call("cascade_select", "fp32", 32, K, "in cache") for K in (16384, 65536)),
     *(Call("cascade_select", "fp32", 32, K, "refined") for K in (16384, 65536)),
     *(Call("mil_nce", dtype, 32, K) for dtype in PRECISIONS["mil_nce"] for K in (2048, 16384, 65536)),
+    *(Call("mil_nce", "bfloat16", 64, K) for K in (2048, 16384)),  # more than 32 queries have a kernel of their own
     Call("tvl1_flow", "fp32", 1, 340),  # one pair of 340x256
 ]
 CHECKS = [

@@ -20,11 +20,13 @@ __device__ float warp_dot(const T* a, const T* b, int64_t D) {
   return warp_reduce(sum, Sum());
 }
 
-constexpr int kFinishThreads = 128;
+constexpr int kFinishThreads = 512;  // warps that share the splits: each sum over them is a few loads deep
+constexpr int kFinishWarps = kFinishThreads / kWarp, kFinishColumns = 4 * kWarp;
 
 struct FinishShared {
-  float scratch[kFinishThreads / kWarp];
-  float factor[kGroups][kMaxSplits];  // coefficient of the weighted sum of each split in the gradient
+  float scratch[kFinishWarps];
+  float columns[kFinishWarps][kFinishColumns];  // of the gradient: the sums over the splits of each warp
+  float factor[kGroups][kMaxSplits];            // coefficient of the weighted sum of each split in the gradient
   float own_score;
 };
 
@@ -112,9 +114,51 @@ __device__ __forceinline__ void write_loss(const cpr_mil_nce_outputs& outputs, i
   static_cast<float*>(outputs.lse_positive)[b] = positive.maximum + log_positive;
 }
 
+// Adds the weighted sums of every kFinishWarps-th split, from that of this warp on, to its columns: lane + 32 c.
+__device__ __forceinline__ void add_splits(const Scanned& scanned, const float* factor, int64_t column0, int64_t D,
+                                           float (&sum)[kFinishColumns / kWarp]) {
+  const int64_t column = column0 + threadIdx.x % kWarp;
+#pragma unroll 4
+  for (int64_t s = threadIdx.x / kWarp; s < scanned.splits; s += kFinishWarps) {
+#pragma unroll
+    for (int c = 0; c < kFinishColumns / kWarp; ++c) {
+      if (column + c * kWarp >= D) continue;
+      sum[c] = __fmaf_rn(factor[s], scanned.weighted[s * kChunk * D + column + c * kWarp], sum[c]);
+    }
+  }
+}
+
+// Writes the gradient of query b from the coefficients of its terms. Called by the whole block.
+template <typename T>
+__device__ __forceinline__ void write_gradient(const Problem& problem, int64_t b, const T* own_key, const T* memory,
+                                               float own_coefficient, const Scanned& scanned_all,
+                                               const Scanned& scanned_positive, const Named* named,
+                                               const cpr_mil_nce_outputs& outputs, FinishShared& shared) {
+  const int64_t D = problem.D, P = problem.P;
+  for (int64_t column0 = 0; column0 < D; column0 += kFinishColumns) {
+    float sum[kFinishColumns / kWarp] = {};
+    add_splits(scanned_all, shared.factor[kAll], column0, D, sum);
+    add_splits(scanned_positive, shared.factor[kPositive], column0, D, sum);
+    for (int c = 0; c < kFinishColumns / kWarp; ++c) {
+      shared.columns[threadIdx.x / kWarp][threadIdx.x % kWarp + c * kWarp] = sum[c];
+    }
+    __syncthreads();
+    const int64_t d = column0 + threadIdx.x;
+    const bool owner = threadIdx.x < kFinishColumns && d < D;
+    float gradient = owner && own_coefficient != 0 ? own_coefficient * widen(own_key[d]) : 0.0f;
+    for (int w = 0; owner && w < kFinishWarps; ++w) gradient += shared.columns[w][threadIdx.x];
+    for (int64_t p = 0; owner && p < P; ++p) {
+      if (named[p].membership == kNone) continue;
+      gradient = __fmaf_rn(named[p].value, widen(memory[problem.positives[b * P + p] * D + d]), gradient);
+    }
+    if (owner) static_cast<float*>(outputs.grad_query)[b * D + d] = gradient * problem.inverse_temperature;
+    __syncthreads();  // the sums of these columns have been read
+  }
+}
+
 // One block per query: adds the explicit positives and the own key to the merged splits; computes loss and gradient.
 template <typename T>
-__global__ void __launch_bounds__(kFinishThreads, 4)
+__global__ void __launch_bounds__(kFinishThreads, 2)
     finish_kernel(const __grid_constant__ Problem problem, const T* queries, const T* own_keys, const T* memory,
                   int64_t first_query, int64_t splits, int64_t positive_splits, Partials partials,
                   const __grid_constant__ cpr_mil_nce_outputs outputs) {
@@ -153,20 +197,7 @@ __global__ void __launch_bounds__(kFinishThreads, 4)
                      (entry.membership != kNone ? positive.term(entry.value) : 0.0f);
   }
   __syncthreads();
-  for (int64_t d = threadIdx.x; d < D; d += kFinishThreads) {
-    float gradient = own_coefficient != 0 ? own_coefficient * widen(own_key[d]) : 0.0f;
-    for (int64_t s = 0; s < splits; ++s) {
-      gradient = __fmaf_rn(shared.factor[kAll][s], scanned_all.weighted[s * kChunk * D + d], gradient);
-    }
-    for (int64_t s = 0; s < positive_splits; ++s) {
-      gradient = __fmaf_rn(shared.factor[kPositive][s], scanned_positive.weighted[s * kChunk * D + d], gradient);
-    }
-    for (int64_t p = 0; p < P; ++p) {
-      if (named[p].membership == kNone) continue;
-      gradient = __fmaf_rn(named[p].value, widen(memory[problem.positives[b * P + p] * D + d]), gradient);
-    }
-    static_cast<float*>(outputs.grad_query)[b * D + d] = gradient * problem.inverse_temperature;
-  }
+  write_gradient(problem, b, own_key, memory, own_coefficient, scanned_all, scanned_positive, named, outputs, shared);
   if (threadIdx.x == 0) write_loss(outputs, b, all, positive, own_coefficient * problem.inverse_temperature);
 }
 

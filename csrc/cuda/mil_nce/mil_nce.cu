@@ -6,8 +6,8 @@
 // own key and the explicit positives, and computes the gradient from the same sums. Splits depend only on K and no
 // float is added atomically, so the result of a row does not depend on its batch or on scheduling.
 //
-// Features of 16 bits and width 128 or 512 are scanned on tensor cores (tensor_scan.cuh), all others in float32
-// (scan.cuh).
+// Features of 16 bits are scanned on tensor cores if their width is 128 (row_scan.cuh) or 512 (tensor_scan.cuh), all
+// others in float32 (scan.cuh).
 //
 // Letters in shapes: B queries, K memory entries, D feature width, P explicit positives, S splits.
 #include "cpr_fast.h"
@@ -16,6 +16,7 @@
 #include "cuda/mil_nce/finish.cuh"
 #include "cuda/mil_nce/grad_memory.cuh"
 #include "cuda/mil_nce/problem.cuh"
+#include "cuda/mil_nce/row_scan.cuh"
 #include "cuda/mil_nce/scan.cuh"
 #include "cuda/mil_nce/tensor_scan.cuh"
 
@@ -67,7 +68,11 @@ const char* forward(const cpr_mil_nce_args& args, const cpr_mil_nce_outputs& out
     const int64_t queries = args.B - first < kChunk ? args.B - first : kChunk;
     bool scanned = false;
     const char* error =
-        launch_tensor_scan<kPositiveById>(problem, query, memory, first, queries, splits, partials, stream, &scanned);
+        launch_row_scan<kPositiveById>(problem, query, memory, first, queries, splits, partials, stream, &scanned);
+    if (error == nullptr && !scanned) {
+      error =
+          launch_tensor_scan<kPositiveById>(problem, query, memory, first, queries, splits, partials, stream, &scanned);
+    }
     if (error == nullptr && !scanned) {
       const dim3 grid(static_cast<unsigned>(ceil_div(queries, kSumRows)), static_cast<unsigned>(splits.count),
                       static_cast<unsigned>(ceil_div(args.D, kSumColumns)));

@@ -12,13 +12,11 @@ constexpr int kRowPieces = 2;
 constexpr int kScanRows = kRowPieces * kPieceRows;
 constexpr int kPad = 8;  // elements: the 16-byte rows of a matrix lie in different banks
 
-// Wide features take more warps for the columns, and fewer keys in a tile, so that two tiles fit a multiprocessor of
-// sm_80.
 template <int kWidth>
 struct ScanShape {
-  static constexpr int kWarps = kWidth <= 128 ? 4 : 8, kThreads = kWarps * kWarp;
-  static constexpr int kKeys = kWidth <= 128 ? 64 : 32;
-  static constexpr int kScoreRows = kWidth <= 128 ? 2 : 1;              // row pieces that a warp scores
+  static constexpr int kWarps = 8, kThreads = kWarps * kWarp;
+  static constexpr int kKeys = 32;                                      // in a tile: two fit a multiprocessor of sm_80
+  static constexpr int kScoreRows = 1;                                  // row pieces that a warp scores
   static constexpr int kRowWarps = kRowPieces / kScoreRows;             // warps that divide the rows of a tile
   static constexpr int kKeyWarps = kWarps / kRowWarps;                  // warps that divide its keys
   static constexpr int kScoreKeys = kKeys / kKeyWarps / kPieceColumns;  // key pieces that a warp scores
@@ -43,6 +41,10 @@ template <typename T>
 constexpr float kWeightScale = 1.0f;
 template <>
 constexpr float kWeightScale<__half> = 32768.0f;
+template <typename T>
+constexpr float kWeightExponent = 0.0f;  // log2 of the scale
+template <>
+constexpr float kWeightExponent<__half> = 15.0f;
 
 // The running logsumexp and weighted sum of keys of one group, like Running in scan.cuh, in the layout of the products.
 template <typename T, int kWidth>
@@ -58,8 +60,7 @@ struct TensorRunning {
   static __device__ int score_piece() { return threadIdx.x / kWarp % Shape::kRowWarps * Shape::kScoreRows; }
   static __device__ int key_warp() { return threadIdx.x / kWarp / Shape::kRowWarps; }
   static __device__ __forceinline__ float scored(const float (&of_all)[kRowPieces][2], int m, int half) {
-    if constexpr (Shape::kRowWarps == 1) return of_all[m][half];
-    return score_piece() == 0 ? of_all[0][half] : of_all[1][half];
+    return score_piece() + m == 0 ? of_all[0][half] : of_all[1][half];
   }
 
   __device__ __forceinline__ void start() {

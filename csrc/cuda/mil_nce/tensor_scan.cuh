@@ -1,4 +1,4 @@
-// The scan of the memory for 16-bit features of a fixed width, on tensor cores.
+// The scan of the memory for wide 16-bit features on tensor cores.
 //
 // As in flash-decoding, a block holds 32 queries and goes through its split of the memory in tiles of keys; the next
 // tile is copied asynchronously while the current one is used. The warps divide the scores of a tile by keys, then the
@@ -8,8 +8,6 @@
 //
 // In every product lane l owns rows l/4 and l/4 + 8 and columns 2(l%4) and 2(l%4) + 1 of a 16 x 8 piece.
 #pragma once
-
-#include <type_traits>
 
 #include "cpr_fast.h"
 #include "cuda/common/launch.cuh"
@@ -88,15 +86,15 @@ __device__ __forceinline__ void score_keys(const TensorScanShared<T, kWidth>& sh
   }
 }
 
-// Starts the copy of the 32 queries of the block to shared memory; rows beyond the chunk are zero.
-template <typename T, int kWidth>
+// Starts the copy of the queries of the block to shared memory, [kRows, width]; rows beyond the chunk are zero.
+template <int kRows, int kThreads, typename T, int kStride>
 __device__ __forceinline__ void copy_queries(const T* queries, int64_t first_query, int64_t row0, int64_t chunk_queries,
-                                             TensorScanShared<T, kWidth>& shared) {
-  constexpr int kVector = 16 / sizeof(T), kVectors = kWidth / kVector;
-  for (int at = threadIdx.x; at < kScanRows * kVectors; at += ScanShape<kWidth>::kThreads) {
+                                             T (*out)[kStride]) {
+  constexpr int kWidth = kStride - kPad, kVector = 16 / sizeof(T), kVectors = kWidth / kVector;
+  for (int at = threadIdx.x; at < kRows * kVectors; at += kThreads) {
     const int64_t row = row0 + at / kVectors;
     const T* from = row < chunk_queries ? queries + (first_query + row) * kWidth + at % kVectors * kVector : queries;
-    copy_async<16>(&shared.query[at / kVectors][at % kVectors * kVector], from, row < chunk_queries);
+    copy_async<16>(&out[at / kVectors][at % kVectors * kVector], from, row < chunk_queries);
   }
 }
 
@@ -151,15 +149,9 @@ __device__ __forceinline__ void absorb_positives(TensorRunning<T, kWidth>& posit
   positive.add_weighted_keys(shared, keys);
 }
 
-// Blocks that a multiprocessor must be able to hold. This limits the registers of a thread.
-template <int kWidth, bool kPositiveById>
-constexpr int kScanBlocks = kWidth > 128    ? 1
-                            : kPositiveById ? 2
-                                            : 3;
-
 // Grid: (tiles of 32 queries, S). Feature rows must be 16-byte aligned.
 template <typename T, int kWidth, bool kPositiveById>
-__global__ void __launch_bounds__(ScanShape<kWidth>::kThreads, kScanBlocks<kWidth, kPositiveById>)
+__global__ void __launch_bounds__(ScanShape<kWidth>::kThreads)
     tensor_scan_kernel(const __grid_constant__ Problem problem, const T* queries, const T* memory, int64_t first_query,
                        int64_t chunk_queries, int64_t tiles, Partials out) {
   using Shape = ScanShape<kWidth>;
@@ -170,7 +162,7 @@ __global__ void __launch_bounds__(ScanShape<kWidth>::kThreads, kScanBlocks<kWidt
   const int64_t begin = blockIdx.y * tiles * kSumTerms;
   const int64_t end = begin + tiles * kSumTerms < problem.K ? begin + tiles * kSumTerms : problem.K;
 
-  copy_queries<T, kWidth>(queries, first_query, row0, chunk_queries, shared);
+  copy_queries<kScanRows, Shape::kThreads>(queries, first_query, row0, chunk_queries, shared.query);
   source.copy_ids(begin, shared.ids[0]);
   commit_copies();
   wait_for_copies<0>();
@@ -224,19 +216,15 @@ const char* launch_tensor_scan(const Problem& problem, const T* queries, const T
                                bool* launched) {
   *launched = false;
   if constexpr (sizeof(T) == 2) {
-    const auto start = [&](auto width) -> const char* {
-      constexpr int kWidth = decltype(width)::value;
-      using Shared = TensorScanShared<T, kWidth>;
-      const auto addresses = reinterpret_cast<uintptr_t>(queries) | reinterpret_cast<uintptr_t>(memory);
-      if (problem.D != kWidth || addresses % 16 != 0) return nullptr;
-      if (static_cast<int64_t>(sizeof(Shared)) > shared_memory_limit()) return nullptr;
-      *launched = true;
-      const dim3 grid(static_cast<unsigned>(ceil_div(chunk_queries, kScanRows)), static_cast<unsigned>(splits.count));
-      return launch<Shared>(tensor_scan_kernel<T, kWidth, kPositiveById>, grid, ScanShape<kWidth>::kThreads, stream,
-                            problem, queries, memory, first_query, chunk_queries, splits.tiles, out);
-    };
-    const char* error = start(std::integral_constant<int, 128>());
-    return *launched ? error : start(std::integral_constant<int, 512>());
+    constexpr int kWidth = 512;
+    using Shared = TensorScanShared<T, kWidth>;
+    const auto addresses = reinterpret_cast<uintptr_t>(queries) | reinterpret_cast<uintptr_t>(memory);
+    if (problem.D != kWidth || addresses % 16 != 0) return nullptr;
+    if (static_cast<int64_t>(sizeof(Shared)) > shared_memory_limit()) return nullptr;
+    *launched = true;
+    const dim3 grid(static_cast<unsigned>(ceil_div(chunk_queries, kScanRows)), static_cast<unsigned>(splits.count));
+    return launch<Shared>(tensor_scan_kernel<T, kWidth, kPositiveById>, grid, ScanShape<kWidth>::kThreads, stream,
+                          problem, queries, memory, first_query, chunk_queries, splits.tiles, out);
   }
   return nullptr;
 }

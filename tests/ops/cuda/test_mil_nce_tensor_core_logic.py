@@ -103,6 +103,17 @@ def test_empty_slots_of_any_content_on_tensor_cores(emulated):
 
 
 @pytest.mark.usefixtures("on_tensor_cores")
+@pytest.mark.parametrize("same_id", ["positive", "ignore"])
+def test_ids_that_differ_in_their_upper_half_only(emulated, same_id):
+    inputs = narrow(loss_inputs(6, 140, 128, 2, seed=185))
+    for name in ("query_ids", "memory_ids"):
+        ids = inputs[name]
+        ids[ids >= 0] += torch.arange(int((ids >= 0).sum())) % 3 << 32  # a third of the equal ids stay equal
+    inputs["memory_ids"][5] = (1 << 32) - 1  # its lower half is that of an empty slot
+    assert_loss(emulated, **inputs, same_id=same_id)
+
+
+@pytest.mark.usefixtures("on_tensor_cores")
 @pytest.mark.parametrize("D", [128, 512])
 def test_tensor_core_loss_of_a_row_does_not_depend_on_its_batch(emulated, D):
     inputs = narrow(loss_inputs(40, 200, D, 3, seed=190))

@@ -46,7 +46,7 @@ def test_every_product_of_the_tensor_core_scan_is_needed(device):
 
 def test_the_keys_are_read_in_whole_sectors_and_without_bank_conflicts(device):
     ptx_cases.issue(device, ptx_cases.Call("mil_nce", "bfloat16", 32, 192))
-    counts = [c for c in device.counts("mil_nce") if "tensor_scan_kernel" in c.function]
+    counts = [c for c in device.counts("mil_nce") if "row_scan_kernel" in c.function]
     copies = [c for c in counts if c.opcode == "cp.async.cg.shared.global"]
     assert sum(c.units for c in copies) == sum(c.least for c in copies) > 0
     matrices = [c for c in counts if c.kind == "load matrix"]
