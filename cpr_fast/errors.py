@@ -33,7 +33,7 @@ TRAIN_MODULES = {
 def how_to_install(error: ImportError) -> str | None:
     """Returns the line that tells how to install what could not be imported, or None if that is not known.
 
-    `pip install cpr-fast` installs the operators alone, so the first command of a user may lack the other packages.
+    `pip install cpr-fast` installs only the operators, so the first command of a user may lack the other packages.
     """
     if error.name == "cpr_fast._host" or (error.name == "cpr_fast" and "_host" in str(error)):
         return "the compiled modules are not built: run `python setup.py build_ext` or `pip install .` in the checkout"

@@ -4,8 +4,8 @@
 
 Random clips of T = 32 frames to 128x128, the first clip of each pair, from UCF101 videos of $CPR_FAST_SHARED/data
 (default ../shared). Flow is stored as `cpr-fast flow` stores it, here the difference of two frames in place of u and v.
-Process CPU time of all threads on one core; the forms in turn, so that other load affects all of them. Writes
-bench/results/augmentation.json and .md; rows of other commits are kept, to compare with.
+It measures the process CPU time of all threads on one core, with the forms in turn, so that other load affects all of
+them. Writes bench/results/augmentation.json and .md; rows of other commits are kept, to compare with.
 """
 
 import argparse

@@ -99,7 +99,7 @@ def variant(name: str) -> Callable:
         if inputs.queries.is_cuda:
             raise Unavailable(f"{name} is a CPU variant")
         if name == "portable" and inputs.queries.shape[1] * inputs.memory.shape[1] > 2**17:
-            raise Unavailable("portable code has no bar; timed at the smallest shape alone")
+            raise Unavailable("the portable variant is timed at the smallest shape only")
 
         def call():
             force_variant(name)
@@ -121,7 +121,7 @@ def approximate(inputs: Inputs) -> Callable:
 def faiss(inputs: Inputs) -> Callable:
     library = peer("faiss", "faiss-cpu")
     if inputs.queries.dtype != torch.float32:
-        raise Unavailable("float32 alone")
+        raise Unavailable("supports float32 only")
     if inputs.queries.is_cuda:
         peer("faiss.contrib.torch_utils", "faiss-gpu-cu12")
         if inputs.keep[0] > 2048:
@@ -146,7 +146,7 @@ def cuvs(inputs: Inputs) -> Callable:
     need_cuda(inputs.queries.device, "cuVS")
     library = peer("cuvs.neighbors.brute_force", "cuvs-cu13")
     if inputs.queries.dtype != torch.float32:
-        raise Unavailable("float32 and float16 alone")
+        raise Unavailable("supports float32 and float16 only")
     view, B = VIEWS[0], inputs.queries.shape[1]
     index = library.build(inputs.memory[view], metric="inner_product")
     slots = torch.empty(B, inputs.keep[0], dtype=torch.int64, device="cuda")

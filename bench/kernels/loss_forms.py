@@ -145,7 +145,7 @@ def variant(name: str) -> Callable:
         if inputs.query.is_cuda:
             raise Unavailable(f"{name} is a CPU variant")
         if name == "portable" and len(inputs.query) * len(inputs.memory) > 2**17:
-            raise Unavailable("portable code has no bar; timed at the smallest shape alone")
+            raise Unavailable("the portable variant is timed at the smallest shape only")
         own = with_gradient(mil_nce, inputs)
 
         def call():

@@ -110,6 +110,6 @@ def _verdict(row: dict[str, Any]) -> Finding:
     text = (f"a training step of {counted(row['batch_size'], 'video')}: {stages}; the loader alone delivers a batch "
             f"every {row['loader_s_per_step']:.3g} s. The slowest stage is {row['bottleneck']!r}")  # fmt: skip
     if others := row["other_programs"]:
-        text += (f". Other programs took {others:.0%} of the processor meanwhile: alone, these times may be down to "
-                 f"{1 - others:.0%} of it")  # fmt: skip
+        text += (f". Other programs took {others:.0%} of the processor meanwhile: without them, these times may be as "
+                 f"short as {1 - others:.0%} of it")  # fmt: skip
     return Finding("ok" if row["bottleneck"] == "step" else "warning", text, row["advice"], "time")

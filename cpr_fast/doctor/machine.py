@@ -77,7 +77,7 @@ def kernels(device: torch.device, findings: list[Finding]) -> dict[str, Any]:
         variants = info["cpu_variants"].split(",")
         built = {"cpu_variant": info["cpu_variant"], "cpu_variants": variants, "compiler": info["compiler"],
                  "cuda_architectures": [name for name in info["cuda_architectures"].split(",") if name],
-                 # None: of a checkout whose library was built before its files.
+                 # None if the library of the checkout was built from older sources.
                  **{key: info.get(key) for key in ("cuda_version", "cuda_oldest_driver")}}  # fmt: skip
         features = torch.nn.functional.normalize(torch.rand(2, 8, 16), dim=-1).to(device)
         positives, _ = cascade_select(features, features, views=[1, 0, 1], keep=[4, 3, 2])

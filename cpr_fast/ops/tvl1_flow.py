@@ -16,7 +16,7 @@ from cpr_fast.ops import (
 )
 
 _MIN_SIDE = 16  # pixels; the shortest side that a level of the pyramid may have
-_MOST_LEVELS = 1000  # of the pyramid; each is stored
+_MOST_LEVELS = 1000  # limit of the levels of the pyramid, all of which are stored
 _ROUNDING = 1e-4  # tolerance of the range 0..1 of float frames: rounding can raise a weighted mean of channels above 1
 
 

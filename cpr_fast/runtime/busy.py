@@ -42,8 +42,8 @@ class OtherPrograms:
 
 
 def alone(seconds: float) -> str:
-    """Returns "alone it may take as little as 5 min", of the time that work would take without other programs."""
-    return f"alone it may take as little as {about(seconds).removeprefix('about ')}"
+    """Returns "without them it may take as little as 5 min" for `seconds`, the time without other programs."""
+    return f"without them it may take as little as {about(seconds).removeprefix('about ')}"
 
 
 def _clocks(stat: Path) -> tuple[float, float, float, int] | None:

@@ -103,7 +103,7 @@ PYBIND11_MODULE(_host, module) {
   module.def(
       "philox_uniform", &philox_uniform, py::arg("seed"), py::arg("streams"), py::arg("blocks") = 1,
       "Independent uniforms in [0, 1) with 32 random bits each: uint64 [N, 3] streams (every value below 2**32,\n"
-      "e.g. epoch, video, purpose) -> float64 [N, 4 * blocks]. Row i depends on seed and streams[i] alone, and\n"
+      "e.g. epoch, video, purpose) -> float64 [N, 4 * blocks]. Row i depends only on seed and streams[i], and\n"
       "more blocks extend a row without changing its beginning. Raises ValueError on another shape or value.");
   module.def(
       "msgpack_spans", &msgpack_spans, py::arg("record"),

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> tvl1_flow(const Tensor& frames, double tau, double la
                                      double scale_step, int64_t warps, double epsilon, int64_t inner_iterations,
                                      int64_t outer_iterations, int64_t median);
 
-// On the CPU alone: torch's BatchNorm on CUDA is accurate.
+// Only on the CPU, because torch's BatchNorm on CUDA is accurate.
 std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                                               const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                               double momentum, double eps, bool relu);

@@ -164,7 +164,7 @@ def test_a_long_plan_says_how_long_it_takes_and_how_to_shorten_it(listed, capsys
     assert main(["init", "index.csv"]) == 0
     out, err = capsys.readouterr()
     assert "300 epochs of 4 steps: about 40 min at 2 s per step, as measured now\n" in out
-    assert "  measured while other programs use this machine; alone it may take as little as 30 min\n" in out
+    assert "  measured while other programs use this machine; without them it may take as little as 30 min\n" in out
     assert "`cpr-fast init index.csv --force --minutes 10` writes a recipe for 10 minutes" in out
     assert "`cpr-fast pretrain recipe.toml --epochs N` trains" in out and "Measuring training steps" in err
     assert main(["init", "index.csv", "--epochs", "60", "--out", "a b.toml"]) == 0

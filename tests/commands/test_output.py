@@ -79,7 +79,7 @@ def test_nested_values_are_never_printed_as_python_code(nested, capsys):
      ("latin-1", "RGB / mAP  17.5 - 20.0  -3.0  é")],
 )  # fmt: skip
 def test_tables_can_be_printed_whatever_the_encoding_of_the_terminal(monkeypatch, encoding, row):
-    """Before: a UnicodeEncodeError instead of the results."""
+    """An encoding without the characters of the tables must not raise UnicodeEncodeError."""
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr("sys.stdout", out)
     show({}, False, lines=["RGB · mAP  17.5 – 20.0  −3.0  é"], next_step="open é")

@@ -94,7 +94,7 @@ def test_a_run_that_was_not_evaluated_says_so_first(tmp_path, index):
 
 
 def test_why_there_is_no_pmr(tmp_path, index):
-    """Each sentence is true of its run; before, all were told that no epoch had mined."""
+    """Each sentence gives the reason of its own run."""
     unknown = dict.fromkeys(("pmr", "mining_r1", "cmr_median", "cmr_per_class", "right_counts"))
     mined = [row | unknown if row["kind"] in ("epoch", "step") else row for row in training_rows()]
     infonce = [row for row in training_rows() if row.get("cycle") == 0]

@@ -69,7 +69,7 @@ def judged(tmp_path, index, values, pixels=0.1, measure="map"):
     ],
 )
 def test_every_view_of_a_run_is_judged(tmp_path, index, values, said, measure):
-    """By mAP with its interval, and by R@1 where mAP was not measured; before, by R@1 of the last view alone."""
+    """By mAP with its interval, and by R@1 where mAP was not measured; all views, not only the last one."""
     text = judged(tmp_path, index, values, measure=measure)
     assert said in text if said else text == ""
     if said:

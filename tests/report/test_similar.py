@@ -153,7 +153,7 @@ def test_neighbours_are_those_of_all_pairs(count):
 @pytest.mark.parametrize("metric", ["cosine", "plain_cosine"])
 @pytest.mark.parametrize("widths", [(7,), (7, 29)])
 def test_neighbours_are_those_of_retrieve(metric, widths):
-    """Before, both views weighed the same with IIC's metric, in which retrieval concatenates their features."""
+    """With IIC's metric retrieval concatenates the features of both views, so the views need not weigh the same."""
     count, generator = 40, torch.Generator().manual_seed(0)
     streams = [(i + 1) * torch.randn(count, width, generator=generator) + 1 for i, width in enumerate(widths)]
     sources = torch.arange(count) // 2
@@ -181,7 +181,7 @@ def test_the_views_that_are_compared_are_those_of_retrieve(views, compared):
 
 
 def test_the_first_page_says_what_the_neighbours_show(tmp_path, monkeypatch):
-    """Before, only the second page did."""
+    """A reader of the first page need not open the second one for it."""
     run, _ = make_run(tmp_path, monkeypatch, sources=True)
     assert main(["report", str(run)]) == 0
     head = text_of(run / "report.html")
@@ -218,7 +218,7 @@ def test_collapsed_features_are_not_to_be_trusted():
 
 @pytest.mark.parametrize("sources", [torch.arange(COUNT), torch.arange(COUNT) // 2])
 def test_two_collapsed_views_do_not_vouch_for_each_other(sources):
-    """Before: equal features of two views found the same neighbours, those first in the index, and were trusted."""
+    """Equal features of two views find the same neighbours, those first in the index: agreement proves nothing."""
     streams = dict.fromkeys(("rgb", "flow"), torch.linspace(-1, 1, COUNT)[:, None] * torch.ones(16))
     found = find_neighbours(list(streams.values()), "cosine", sources)
     level, reasons = confidence(streams, "cosine", sources, found, None)

@@ -200,7 +200,7 @@ class ClipReader:
     def read_or_substitute(self, clips: Clips, substitutes: Iterable[Clips], **options) -> Material:
         """Reads the clips of one video, or else those of the first of `substitutes` that can be read.
 
-        The choice depends on the plan and the files alone. Earlier failures do not influence it, because a damaged file
+        The choice depends only on the plan and the files. Earlier failures do not influence it, because a damaged file
         may give one clip and not another, and because a resumed run would not know them. Raises InputError if no video
         can be read.
         """

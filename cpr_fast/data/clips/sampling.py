@@ -139,7 +139,7 @@ def plan_pairs(sources: Sources, video: np.ndarray, data: DataConfig, seed: int,
 
 
 def plan_first(sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int) -> Clips:
-    """Plans the first training clip of each video alone, M = N: that of `plan_pairs`."""
+    """Plans only the first training clip of each video, M = N: the same clip as that of `plan_pairs`."""
     return plan_pairs(sources, video, data, seed, epoch)[np.arange(len(video))]
 
 

@@ -45,8 +45,8 @@ def prepare(
 
 
 def compared(names: Collection[str]) -> dict[str, list[str]]:
-    """Returns the embeddings "name/view" of every comparison: each alone, then for each name the pairs of `TOGETHER`
-    whose views it has."""
+    """Returns the embeddings "name/view" of every comparison: each on its own, then for each name the pairs of
+    `TOGETHER` whose views it has."""
     streams = {name: [name] for name in names}
     for model in dict.fromkeys(name.split("/")[0] for name in names):
         for together, views in TOGETHER.items():
@@ -58,7 +58,7 @@ def compared(names: Collection[str]) -> dict[str, list[str]]:
 
 def leading_views(views: Sequence[str]) -> list[str]:
     """Returns the views whose similarities are summed for the first result of a network: those of the first pair of
-    `TOGETHER` that it has, else its last view alone."""
+    `TOGETHER` that it has, else only its last view."""
     pairs = [list(pair) for pair in TOGETHER.values() if set(pair) <= set(views)]
     return pairs[0] if pairs else list(views)[-1:]
 

@@ -148,7 +148,7 @@ def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> list[tuple
         figures = f"PMR {percent(mined[-1]['pmr'])}, chance {percent(mined[-1]['pmr_chance'])}"
         texts.append(("the mined positives were not above chance", figures))
     if summary["mining"] == "cascade" and all(row.get("mined_share", 0) is None for row in epochs):
-        texts.append(("the cascade mined nothing, so that it trained with the query's own key alone", ""))
+        texts.append(("the cascade mined nothing, so that the query's own key was its only positive", ""))
     return texts
 
 

@@ -123,7 +123,7 @@ __device__ __forceinline__ float sum_of_changes(const TileMemory& memory, unsign
 }
 
 // Runs `count` <= kHalo inner iterations on one tile, from `source` to `target` (different memory). partial[k]: output,
-// the squared change of iteration k in this tile. What is needed only before and after the iterations is read anew, so
+// the squared change of iteration k in this tile. What is needed only before and after the iterations is read again, so
 // that it takes no registers during them.
 __device__ inline void iterate_tile(const Problem& problem, int tile, int count, const State& source,
                                     const State& target, TileMemory& memory, float* partial) {

@@ -141,7 +141,7 @@ def test_without_flow_in_the_index_rgb_alone_is_compared_and_said(data, tmp_path
     ],
 )
 def test_the_views_of_a_search_are_those_that_retrieve_compares(views, flow, compared, note):
-    """Before, the similarities of all three views were added, an order that no evaluation measures."""
+    """The similarities of three views are never added, because no evaluation measures that order."""
     video = SimpleNamespace(flow_path=Path("v.flow") if flow else None)
     found, said = _usable_encoders(dict.fromkeys(views), [video], True)
     assert list(found) == compared and (said is None if note is None else said.startswith(note))

@@ -155,7 +155,7 @@ def test_a_loss_that_rose_but_is_below_chance_is_no_proof(last, below):
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize(("last", "doubted"), [(3.4, False), (4.5, True), (4.6, True)])
 def test_a_last_loss_that_is_not_below_chance_is_doubted_whatever_the_number_of_epochs(tmp_path, count, last, doubted):
-    """Before: only from three epochs on, so that a run of one epoch per cycle ended without a warning."""
+    """Also with one epoch per cycle, which is too few to tell whether the loss falls."""
     config = settings(tmp_path, schedule={"cycles": [{"view": "rgb", "epochs": count, "mining": "none"}]})
     epochs = [
         {"kind": "epoch", "cycle": 0, "epoch": epoch, "loss": loss, "loss_chance": 4.5, "weights_change": 0.1}

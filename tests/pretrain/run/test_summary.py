@@ -91,7 +91,7 @@ def test_the_expected_time_is_told_once(monkeypatch):
 
 
 def test_no_lower_bound_of_nothing_is_told(monkeypatch):
-    """Before: "more than 0 s left", once the queue took longer than a minute to fill."""
+    """A queue that takes longer than a minute to fill must not lead to "more than 0 s left"."""
     now = [0.0]
     monkeypatch.setattr(summary.time, "monotonic", lambda: now[0])
     for filling, learning in ((300, 0), (300, 5)):
@@ -129,7 +129,7 @@ def test_the_time_left_does_not_jump_at_the_end_of_an_epoch():
 
 
 def test_the_progress_line_says_that_a_loss_against_random_vectors_is_low(tmp_path, monkeypatch):
-    """Before: "loss 0.000 (chance 2.398)" after the first step, as if it were learnt already."""
+    """Otherwise "loss 0.000 (chance 2.398)" after the first step would look as if the network had learnt already."""
     seen = []
     told = StepLog.status
 
