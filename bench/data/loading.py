@@ -236,7 +236,7 @@ def page(report: dict) -> str:
         "videos; medians (quartiles) of passes over all of them, the forms of a table in turn in one process, which "
         "has one core; a rate counts the CPU time of all its threads; `cpr_fast is`: our rate over the form's. "
         "*torchvision*: the same augmentation by transforms.v2. *the same*: another decoder in front of the loader's "
-        "own augmentation (torch's resize, OpenCV's colours and blur, DALI's normalisation). *torch and OpenCV*: the "
+        "own augmentation (its own resize, OpenCV's colours and blur, DALI's normalisation). *torch and OpenCV*: the "
         "same operations in a loop of one's own, without threads, substitutes for bad files or DALI. *PIL* is the "
         "published augmentation, and the truth of PSNR, for clips without and with a change of colours or blur. "
         "*identical*: frames equal to those of a linear decode, bit for bit.\n",

@@ -231,6 +231,16 @@ def own_channels(pixels: np.ndarray, view: str) -> np.ndarray:
     return pixels[..., 2:0:-1] if view == "flow" and pixels.shape[-1] == 3 else pixels
 
 
+def _own_memory(pixels: np.ndarray, view: str) -> np.ndarray:
+    """Returns what `own_channels` does as the loader reads it, with the channels of a pixel adjacent in memory."""
+    if view != "flow" or pixels.shape[-1] != 3:
+        return pixels
+    out = np.empty((*pixels.shape[:3], 2), np.uint8)
+    for picture, frame in zip(pixels, out, strict=True):
+        cv2.mixChannels([picture], [frame], [2, 0, 1, 1])
+    return out
+
+
 def _pictures(pixels: np.ndarray) -> np.ndarray:
     """Returns frames as the pictures that are augmented, uint8 [T, H, W, 3]: RGB, or (128, v, u) of (u, v)."""
     if pixels.shape[-1] == 3:
@@ -272,7 +282,7 @@ def same(clips: Clips, frames: Iterable[np.ndarray], view: str, data: DataConfig
     """Augments as the loader does, which also cuts and colours every clip as soon as it is decoded."""
     cut = []
     for row, pixels in enumerate(frames):
-        pixels, whole = own_channels(pixels, view), Region.whole(*pixels.shape[1:3])
+        pixels, whole = _own_memory(pixels, view), Region.whole(*pixels.shape[1:3])
         cut += cut_clips([pixels], clips[[row]], view, data, whole, finish=True)
     return _graph(data, view).run(clips, {view: cut})[view]
 

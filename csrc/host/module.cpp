@@ -1,28 +1,39 @@
 // The NumPy-facing host module cpr_fast._host. It does not depend on torch, so that importing it is fast.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpr_fast.h"
+#include "cpu/common/dispatch.h"
 #include "msgpack.h"
 #include "philox.h"
+#include "resize.h"
 
 namespace py = pybind11;
 
 namespace {
 
 constexpr auto kDense = py::array::c_style;
+constexpr int64_t kMostPixels = 1 << 16;  // of a side
 
-void check_columns(const char* name, const py::array& array, py::ssize_t columns) {
-  if (array.ndim() == 2 && array.shape(1) == columns) return;
+std::string shape_of(const py::array& array) {
   std::string shape;
   for (py::ssize_t axis = 0; axis < array.ndim(); ++axis)
     shape += std::string(axis ? ", " : "") + std::to_string(array.shape(axis));
-  throw py::value_error(std::string(name) + ": expected shape [N, " + std::to_string(columns) + "], got [" + shape +
-                        "]");
+  return "[" + shape + "]";
+}
+
+void check_columns(const char* name, const py::array& array, py::ssize_t columns) {
+  if (array.ndim() == 2 && array.shape(1) == columns) return;
+  throw py::value_error(std::string(name) + ": expected shape [N, " + std::to_string(columns) + "], got " +
+                        shape_of(array));
 }
 
 py::array_t<uint32_t> philox(uint64_t seed, const py::array_t<uint32_t, kDense>& counters) {
@@ -74,6 +85,67 @@ py::array_t<uint64_t> msgpack_spans(const py::buffer& record) {
   return out;
 }
 
+// The weights of a resize from one size to another, which any number of calls and threads use.
+class Resize {
+ public:
+  using Size = std::pair<int64_t, int64_t>;
+
+  Resize(Size from, Size to, const std::string& filter)
+      : rows_(checked(from, to).first, to.first, filter_of(filter)),
+        columns_(from.second, to.second, filter_of(filter)) {}
+
+  void operator()(const py::array_t<uint8_t>& frames, py::array_t<uint8_t>& out) const {
+    const auto [height, width, out_height, out_width] = sizes();
+    const bool same = frames.ndim() == 4 && frames.shape(1) == height && frames.shape(2) == width;
+    if (!same || (frames.shape(3) != 2 && frames.shape(3) != 3)) {
+      throw py::value_error("frames: expected shape [F, " + std::to_string(height) + ", " + std::to_string(width) +
+                            ", 2 or 3], got " + shape_of(frames));
+    }
+    // the stride of an axis of length 1 may be any number
+    if (frames.size() && (frames.strides(3) != 1 || (width > 1 && frames.strides(2) != frames.shape(3))))
+      throw py::value_error("frames: expected the pixels of a row to be adjacent in memory");
+    if (out.ndim() != 4 || out.shape(0) != frames.shape(0) || out.shape(1) != out_height || out.shape(2) != out_width ||
+        out.shape(3) != 3 || !(out.flags() & py::array::c_style)) {
+      throw py::value_error("out: expected a dense array of shape [" + std::to_string(frames.shape(0)) + ", " +
+                            std::to_string(out_height) + ", " + std::to_string(out_width) + ", 3], got " +
+                            shape_of(out));
+    }
+    const cpr::resize::Job job{
+        frames.data(), frames.shape(0), frames.strides(0), frames.strides(1), static_cast<int>(frames.shape(3)),
+        rows_.view(),  columns_.view(), out.mutable_data()};
+    const char* error = cpr_cpu_variant_error();
+    if (error == nullptr) {
+      py::gil_scoped_release release;
+      error = cpr::kernels().resize_frames(job);
+    }
+    if (error != nullptr) throw std::runtime_error(error);
+  }
+
+ private:
+  cpr::AxisWeights rows_, columns_;
+
+  std::array<int64_t, 4> sizes() const {
+    const cpr::resize::Axis rows = rows_.view(), columns = columns_.view();
+    return {rows.in, columns.in, rows.out, columns.out};
+  }
+
+  static Size checked(Size from, Size to) {
+    for (const int64_t side : {from.first, from.second, to.first, to.second}) {
+      if (side < 1 || side > kMostPixels) {
+        throw py::value_error("from_size, to_size: expected sides of 1 to " + std::to_string(kMostPixels) +
+                              " pixels, got " + std::to_string(side));
+      }
+    }
+    return from;
+  }
+
+  static cpr::Filter filter_of(const std::string& name) {
+    if (name == "bilinear") return cpr::Filter::kBilinear;
+    if (name == "bicubic") return cpr::Filter::kBicubic;
+    throw py::value_error("filter: expected bilinear or bicubic, got '" + name + "'");
+  }
+};
+
 py::dict build_info() {
   py::dict info;
   info["version"] = CPR_VERSION;
@@ -97,6 +169,7 @@ PYBIND11_MODULE(_host, module) {
       "philox(seed, counters)                   raw Philox4x32-10 words\n"
       "philox_uniform(seed, streams, blocks=1)  uniform draws as a pure function of (seed, stream)\n"
       "msgpack_spans(record)                    where the byte strings of a msgpack array lie\n"
+      "Resize(from_size, to_size, filter)       an antialiased resize of frames of bytes\n"
       "build_info()                             what this build contains";
   module.def("philox", &philox, py::arg("seed"), py::arg("counters"),
              "Philox4x32-10 with the 64-bit key `seed`: uint32 [N, 4] counters -> uint32 [N, 4] words.");
@@ -109,6 +182,18 @@ PYBIND11_MODULE(_host, module) {
       "msgpack_spans", &msgpack_spans, py::arg("record"),
       "uint64 [N, 2]: offset and size in bytes of each element of `record`, a buffer that holds a msgpack array of\n"
       "bytes, in the encoding of any msgpack version. No element is copied. Raises ValueError on anything else.");
+  py::class_<Resize>(
+      module, "Resize",
+      "Resizes frames of bytes with an antialiased filter, in the fixed-point arithmetic of torch's\n"
+      "`interpolate(antialias=True)`: the result is the same, bit for bit. Any number of threads may share it.")
+      .def(py::init<Resize::Size, Resize::Size, const std::string&>(), py::arg("from_size"), py::arg("to_size"),
+           py::arg("filter"),
+           "(height, width) of the frames and of the result, in pixels; filter \"bilinear\" or \"bicubic\". Raises\n"
+           "ValueError for another filter or a side that is not within 1..65536.")
+      .def("__call__", &Resize::operator(), py::arg("frames").noconvert(), py::arg("out").noconvert(),
+           "Writes frames, uint8 [F, H, W, C], to out, uint8 [F, H', W', 3]. C = 3, or 2: (u, v) becomes (128, v, u).\n"
+           "The pixels of a row must be adjacent in memory; rows and frames need not be, but out must be dense.\n"
+           "Raises ValueError for another shape or layout, TypeError for another type.");
   module.def(
       "build_info", &build_info,
       "dict: version, cpu_variant (the one in force), cpu_variants (best first) and cuda_architectures,\n"

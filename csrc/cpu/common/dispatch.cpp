@@ -14,7 +14,7 @@ namespace {
 #define CPR_TABLE(variant)                                                                     \
   KernelTable {                                                                                \
     #variant, variant::cascade_select, variant::mil_nce_forward, variant::mil_nce_grad_memory, \
-        variant::batch_norm_forward, variant::batch_norm_backward                              \
+        variant::batch_norm_forward, variant::batch_norm_backward, variant::resize_frames      \
   }
 
 // The variants that this machine can run, fastest first.

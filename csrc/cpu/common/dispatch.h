@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpr_fast.h"
+#include "cpu/resize/resize.h"
 
 namespace cpr {
 
@@ -19,6 +20,7 @@ struct KernelTable {
   const char* (*batch_norm_backward)(const cpr_batch_norm_args*, const double* mean, const double* variance,
                                      const float* grad, float* grad_x, float* grad_weight, float* grad_bias,
                                      cpr_parallel_for);
+  const char* (*resize_frames)(const resize::Job&);
 };
 
 // Returns the variant in use, see cpr_cpu_variant.
