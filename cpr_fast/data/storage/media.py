@@ -52,5 +52,4 @@ def read_parts(
         yield from decode.read_parts(path, frames, view, num_frames, region)
         return
     for begin in range(0, len(frames), PART):
-        part = read_record_frames(path, frames[begin : begin + PART], view)
-        yield part if region is None else region.of(path, part, view)
+        yield read_record_frames(path, frames[begin : begin + PART], view, region)

@@ -30,6 +30,7 @@ import simplejpeg
 
 from cpr_fast._host import msgpack_spans
 from cpr_fast.data.video.container import VideoError
+from cpr_fast.data.video.pixels import Region
 from cpr_fast.errors import InputError
 
 MARK = ".lmdb#"
@@ -62,11 +63,13 @@ def read_jpegs(path: Path, frames: Sequence[int] | np.ndarray) -> list[memoryvie
     return [record[offset : offset + size] for offset, size in spans[np.asarray(frames)].tolist()]
 
 
-def read_record_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str) -> np.ndarray:
-    """Returns decoded frames, equal to those of PIL.
+def read_record_frames(
+    path: Path, frames: Sequence[int] | np.ndarray, view: str, region: Region | None = None
+) -> np.ndarray:
+    """Returns decoded frames, equal to those of PIL, or only `region` of each.
 
     They are uint8 [F, H, W, 3] for view "rgb", [F, H, W, 2] (u, v) for "flow", [F, H, W] for "gray". Raises VideoError
-    if a frame is missing, does not decode or has another size than the first.
+    if a frame is missing, does not decode or has another size than the first or than that of `region`.
     """
     jpegs = read_jpegs(path, frames)
     colours, channels = {"rgb": ("RGB", 3), "flow": ("BGR", 3), "gray": ("GRAY", 1)}[view]
@@ -75,16 +78,22 @@ def read_record_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str
         try:
             if out is None:
                 size = simplejpeg.decode_jpeg_header(jpeg)[:2]
-                out = np.empty((len(jpegs), *size, 2 if view == "flow" else channels), np.uint8)
+                if region is not None:
+                    region.check(path, *size, view)
+                top, left, bottom, right = (0, 0, *size) if region is None else region.box
+                sides = (bottom - top, right - left) if view == "flow" else size
+                out = np.empty((len(jpegs), *sides, 2 if view == "flow" else channels), np.uint8)
                 # two of three channels of flow are copied out of a picture that stays in the cache of a CPU
                 buffers = np.empty((1, *size, channels), np.uint8) if view == "flow" else out
             picture = simplejpeg.decode_jpeg(jpeg, colours, buffer=buffers[place % len(buffers)])
         except ValueError as error:
             raise VideoError(path, f"frame {int(frames[place])} does not decode: {error}") from error
         if picture.shape != buffers.shape[1:]:
-            raise VideoError(path, f"the frame size changes from {out.shape[1:3]} to {picture.shape[:2]}")
+            raise VideoError(path, f"the frame size changes from {buffers.shape[1:3]} to {picture.shape[:2]}")
         if view == "flow":
-            cv2.mixChannels([picture], [out[place]], [0, 0, 1, 1])
+            cv2.mixChannels([picture[top:bottom, left:right]], [out[place]], [0, 0, 1, 1])
+    if view != "flow":
+        out = out[:, top:bottom, left:right]
     return out[..., 0] if view == "gray" else out
 
 

@@ -23,6 +23,7 @@ from cpr_fast.data.storage.records import (
     split_record,
 )
 from cpr_fast.data.video.container import VideoError
+from cpr_fast.data.video.pixels import Region
 from cpr_fast.errors import InputError
 
 LENGTHS = {"Zumba/v_Zumba_g01_c01": 7, "Archery/Day_#_2": 300, "Archery/none": 0, "Archery/one": 1}
@@ -286,6 +287,18 @@ class TestBadFiles:
             open_records(tmp_path / "other.lmdb")
         with pytest.raises(InputError, match="ends in .lmdb, got '.*records'"):
             RecordWriter(tmp_path / "records")
+
+    @pytest.mark.parametrize("view", ["rgb", "flow", "gray"])
+    def test_a_region_is_part_of_the_frames(self, tmp_path, view):
+        path = record_path(
+            write_as_coclr(tmp_path / "x.lmdb", {"a/b": pictures(0, 3)}, legacy=False, lengths=True), "a/b"
+        )
+        whole = read_record_frames(path, [0, 2], view)
+        for top, left, bottom, right in ((0, 0, 24, 33), (3, 5, 24, 32), (23, 0, 24, 1)):
+            part = read_record_frames(path, [0, 2], view, Region((top, left, bottom, right), 24, 33))
+            np.testing.assert_array_equal(part, whole[:, top:bottom, left:right])
+        with pytest.raises(VideoError, match="decodes to 33x24, the index says 33x25"):
+            read_record_frames(path, [0], view, Region.whole(25, 33))
 
     def test_videos_that_are_not_there_or_damaged(self, tmp_path):
         good = pictures(0, 3)
