@@ -256,7 +256,7 @@ def test_the_recipes_of_the_options_are_those_of_the_evaluation():
 @pytest.mark.parametrize("command", ["probe", "finetune"])
 @pytest.mark.parametrize("option", ["--clips", "--epochs", "--batch-size"])
 def test_a_classifier_names_the_option_that_is_out_of_range(tmp_path, capsys, command, option):
-    (tmp_path / "c.toml").touch()
+    (tmp_path / "c.toml").write_text("# the defaults\n")
     arguments = [command, __file__, "--index", __file__, "--config", str(tmp_path / "c.toml"), option, "0"]
     assert main(arguments) == 2
     assert f"{option}: expected 1 or more, got 0" in capsys.readouterr().err

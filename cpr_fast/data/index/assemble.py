@@ -20,6 +20,7 @@ from cpr_fast.data.storage.records import frame_size, split_record
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import VideoInfo
 from cpr_fast.errors import InputError
+from cpr_fast.wording import counted
 
 SHORT = 17  # frames: with clips of T = 32, CoCLR drops videos of this length or shorter (frames - T / 2 - 1 <= 0)
 LOST, LOST_SHARE = 10, 0.1  # more unreadable videos than this number and this share indicate a lost mount
@@ -81,8 +82,9 @@ def assemble(
         info = results[item.path]
         problem = _refused(item, info, options)
         if problem is None:
-            videos.append(_video(item, info, root, options))
-            problems += _remarks(item, info)
+            item, frames, remarks = _with_flow(item, info.num_frames)
+            videos.append(_video(item, replace(info, num_frames=frames), root, options))
+            problems += _remarks(item, info) + remarks
         else:
             problems.append(problem)
     _check_disk(problems, len(listing.videos))
@@ -100,12 +102,25 @@ def transcoded(path: Path, root: Path, folder: Path) -> Path:
 
 
 def _video(item: Listed, info: VideoInfo, root: Path, options: IndexOptions) -> Video:
-    path, frames = item.path, info.num_frames
-    if options.transcode is not None:
-        path = transcoded(path, root, options.transcode)
-    if item.flow_path is not None and split_record(item.flow_path):  # published flow does not always have N - 1 fields
-        frames = min(frames, frame_size(item.flow_path)[0] + 1)
-    return Video(path, item.label, item.source, item.split, frames, info.fps, info.width, info.height, item.flow_path)
+    path = item.path if options.transcode is None else transcoded(item.path, root, options.transcode)
+    return Video(path, item.label, item.source, item.split, info.num_frames, info.fps, info.width, info.height,
+                 item.flow_path)  # fmt: skip
+
+
+def _with_flow(item: Listed, frames: int) -> tuple[Listed, int, list[Problem]]:
+    """Returns a video of `frames` frames without a record of flow that cannot be read, how many of its frames the flow
+    covers, and what is wrong with the flow. Published flow does not always have N - 1 fields, but nearly."""
+    if item.flow_path is None or split_record(item.flow_path) is None:
+        return item, frames, []
+    try:
+        fields = frame_size(item.flow_path)[0]
+    except VideoError as error:
+        problem = Problem(item.path, "missing_flow", f"its flow cannot be read: {error.reason}")
+        return item._replace(flow_path=None), frames, [problem]
+    if abs(fields + 1 - frames) <= max(2, frames / 10):
+        return item, min(frames, fields + 1), []
+    reason = f"has {counted(frames, 'frame')}, but {counted(fields, 'field')} of flow: it may be of another video"
+    return item, min(frames, fields + 1), [Problem(item.path, "flow_length", reason)]
 
 
 def _refused(item: Listed, info: VideoInfo | VideoError, options: IndexOptions) -> Problem | None:

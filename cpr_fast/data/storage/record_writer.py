@@ -16,10 +16,11 @@ import msgpack
 from cpr_fast.data.storage.records import (
     META,
     ORIGIN,
-    decoded_name,
+    decoded_names,
     forget_records,
     open_records,
     record_lengths,
+    require_whole,
     split_record,
 )
 from cpr_fast.errors import InputError
@@ -109,12 +110,13 @@ class RecordWriter:
         """
         with self._errors_named():
             self._environment = lmdb.open(str(self._part), subdir=False, map_size=MAP_BYTES, lock=False, meminit=False)
+        require_whole(self._environment, self._part)
         with self._environment.begin(buffers=True) as transaction, transaction.cursor() as cursor:
             rows = cursor.iternext() if cursor.set_range(self._WRITTEN) else ()
             written = dict(msgpack.unpackb(value) for _, value in rows)
             order = transaction.get(b"__order__")
             if order is not None:
-                names = [decoded_name(name) for name in msgpack.unpackb(order, raw=True)]
+                names = decoded_names(msgpack.unpackb(order, raw=True))
                 written = dict.fromkeys(names, 0) | record_lengths(transaction.get, names)
         self._number(written)
         if order is not None:

@@ -32,8 +32,10 @@ from cpr_fast._host import msgpack_spans
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.pixels import Region
 from cpr_fast.errors import InputError
+from cpr_fast.wording import not_a_file
 
 MARK = ".lmdb#"
+_FREED = 16  # pages at the end that may be missing
 META = (b"__keys__", b"__len__", b"__order__", b"__vlen__")
 # Prefix of a video's key; the value identifies what the video was made from. Not part of CoCLR's format.
 ORIGIN = b"__origin__"
@@ -56,8 +58,10 @@ def read_jpegs(path: Path, frames: Sequence[int] | np.ndarray) -> list[memoryvie
     file, name = split_record(path)
     try:
         record, spans = open_records(file).record(name)
-    except (KeyError, ValueError, InputError) as error:
+    except (KeyError, ValueError, InputError, lmdb.Error) as error:
         raise VideoError(path, str(error.args[0])) from error
+    if not len(spans):
+        raise VideoError(path, "the record holds no frame")
     if int(max(frames)) >= len(spans):
         raise VideoError(path, f"expected frames below {len(spans)}, got frame {int(max(frames))}")
     return [record[offset : offset + size] for offset, size in spans[np.asarray(frames)].tolist()]
@@ -112,13 +116,18 @@ class Records:
     """One LMDB file that is open for reading, from any number of threads."""
 
     def __init__(self, file: Path) -> None:
-        if not file.exists():
-            raise InputError(f"LMDB {str(file)!r} does not exist")
+        data = file / "data.mdb" if file.is_dir() else file
+        if not data.is_file():
+            state = "is a folder without data.mdb" if file.is_dir() else not_a_file(file)
+            raise InputError(f"LMDB {str(file)!r} {state}")
+        if not data.stat().st_size:
+            raise InputError(f"LMDB {str(file)!r} is empty")
         try:
             # No readahead: clips are scattered over terabytes. No lock: nobody writes, and the disk may be read-only.
             environment = lmdb.open(
                 str(file), subdir=file.is_dir(), readonly=True, lock=False, readahead=False, meminit=False
             )
+            require_whole(environment, data)
             # One transaction for the life of the process: the buffers that it returns are the mapped file.
             self._get = _shared_get(environment.begin(buffers=True))
             order = self._get(b"__order__")
@@ -127,15 +136,20 @@ class Records:
         if order is None:
             raise InputError(f"LMDB {str(file)!r}: expected the key '__order__' of CoCLR's format, got none")
         try:
-            self.names: list[str] = [decoded_name(name) for name in msgpack.unpackb(order, raw=True)]
+            self.names = decoded_names(msgpack.unpackb(order, raw=True))
         except (ValueError, TypeError, AttributeError) as error:  # not msgpack, not a list of names, or not UTF-8
             raise InputError(f"LMDB {str(file)!r}: expected UTF-8 names in the key '__order__', got {error}") from error
         places = {name: place for place, name in enumerate(self.names)}
+        if len(places) < len(self.names):  # a name would stand for the last of its records, and the others for nothing
+            twice = next(name for place, name in enumerate(self.names) if places[name] != place)
+            raise InputError(
+                f"LMDB {str(file)!r}: expected different names in the key '__order__', got {twice!r} twice"
+            )
         # record(name) returns the mapped record and, as uint32 [F, 2], offset and size of each JPEG in it. They are
         # remembered: 2.4 kB for 300 frames, 160 MB when the cache is full. The cache does not refer to self: LMDB can
         # open a file only once in a process, so an unused object must be freed at once.
         self.record = lru_cache(maxsize=2**16)(partial(_record, self._get, places))
-        self._places = places
+        self._places, self._file = places, str(file)
 
     def origin(self, name: str) -> str | None:
         """Returns the origin of a video that was passed to `RecordWriter.put`, or None."""
@@ -144,7 +158,12 @@ class Records:
 
     def num_frames(self) -> dict[str, int]:
         """Returns the number of frames of every video by name."""
-        return record_lengths(self._get, self.names)
+        try:
+            return record_lengths(self._get, self.names)
+        except (ValueError, TypeError, LookupError) as error:
+            raise InputError(
+                f"LMDB {self._file}: the keys '__keys__', '__vlen__' or a record are damaged: {error}"
+            ) from error
 
 
 def _shared_get(transaction: lmdb.Transaction) -> Callable[[bytes], memoryview | None]:
@@ -206,6 +225,24 @@ def record_lengths(get: Callable[[bytes], memoryview | None], names: Sequence[st
     return {name: len(msgpack_spans(record)) for name, record in records if record is not None}
 
 
-def decoded_name(name: bytes | str) -> str:
-    """Returns a name as text, decoded from either msgpack encoding."""
-    return name.decode() if isinstance(name, bytes) else name
+def decoded_names(names: object) -> list[str]:
+    """Returns the names of the key __order__ as text, decoded from either msgpack encoding. Raises TypeError for what
+    is not a list of names, UnicodeDecodeError for names that are not UTF-8."""
+    if not isinstance(names, list):
+        raise TypeError(f"{type(names).__name__} instead of a list")
+    for name in names:
+        if not isinstance(name, bytes | str):
+            raise TypeError(f"{type(name).__name__} instead of a name")
+    return [name.decode() if isinstance(name, bytes) else name for name in names]
+
+
+def require_whole(environment: lmdb.Environment, file: Path) -> None:
+    """Raises InputError if a file of LMDB ends before its last page, as after a copy that was interrupted.
+
+    The operating system would end the process (SIGBUS) where it reads a page of the mapped file that does not exist.
+    LMDB does not write a page at the end that was freed at once, hence the tolerance.
+    """
+    page = environment.stat()["psize"]
+    expected, size = (environment.info()["last_pgno"] + 1) * page, file.stat().st_size
+    if size < expected - _FREED * page:
+        raise InputError(f"LMDB {str(file)!r} is truncated: expected {expected:,} bytes, got {size:,}; copy it again")

@@ -116,7 +116,7 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path, content, message):
         read_table(tmp_path / "x.csv", ("a",))
     with pytest.raises(TableError, match="split list .*gone.txt' does not exist"):
         list(read_lines(tmp_path / "gone.txt"))
-    with pytest.raises(TableError, match="Is a directory"):
+    with pytest.raises(TableError, match="is a folder"):
         read_text(tmp_path)
 
 
