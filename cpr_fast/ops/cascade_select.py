@@ -55,6 +55,7 @@ def cascade_select(
 
     Raises:
         TypeError, ValueError: the message names the argument. NotImplementedError: no kernel for the device.
+        MemoryError: no memory for the results, or for dense copies of the arguments.
 
     Example:
         >>> queries, memory = torch.randn(2, 8, 128), torch.randn(2, 4096, 128)

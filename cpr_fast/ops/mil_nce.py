@@ -63,7 +63,8 @@ def mil_nce(
     Raises:
         TypeError, ValueError: the message names the argument. IndexError: a positive outside -1..K-1 (on CUDA an
         assertion of the device). NotImplementedError: no kernel for the device, or a call under torch.func.grad or
-        another differentiating transform of torch.func.
+        another differentiating transform of torch.func. MemoryError: no memory for the results, or for dense copies of
+        the arguments.
 
     Example:
         >>> query = torch.randn(8, 128, requires_grad=True)

@@ -62,7 +62,8 @@ def tvl1_flow(
     Raises:
         TypeError, ValueError: the message names the argument. Float frames outside 0..1, or with NaN, raise ValueError
         on the CPU. On CUDA and in compiled programs, where their values are not read, the flow of such a pair is NaN.
-        NotImplementedError: no kernel for the device.
+        NotImplementedError: no kernel for the device. MemoryError: no memory for the results, or for dense copies of
+        the arguments.
 
     Example:
         >>> video = torch.randint(0, 256, (16, 112, 112), dtype=torch.uint8)
