@@ -169,7 +169,7 @@ def hbm_s(gpu: Gpu, call: dict) -> float:
     sectors = sum(
         32 * launch["launches"] * launch["blocks"] * launch["per_block"].get("sectors", 0)
         for launch in call["launches"]
-        if "select" in launch["kernel"]
+        if "select" in launch["kernel"] or "sift" in launch["kernel"]
     )
     rows = max((launch["blocks"] for launch in call["launches"] if "select" in launch["kernel"]), default=0)
     if rows * 2 * 4 * call["K"] > gpu.l2_bytes:  # the rows of a chunk do not stay there

@@ -6,6 +6,7 @@ the large call, which it plans on the limits of the device (`DEVICES`) without e
 
     score, tensor_score      no feature: a tile of scores is always the same work
     select                   K
+    sift                     no feature: a part of a row is always the same work
     scan, row_scan           tiles of 64 keys in a split of the memory
     finish                   splits of the memory
     tvl1                     no feature: the pairs share the work of one pair, whose blocks are as many as its tiles;
@@ -19,6 +20,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -71,6 +73,7 @@ class Kernel:
     lines: Counter = field(default_factory=Counter)  # instructions of PTX by source line
 
 
+@cache
 def short_name(entry: str) -> str:
     """score_kernel<float, 4, 4> for its mangled name."""
     text = subprocess.run(["c++filt", entry], check=True, capture_output=True, text=True).stdout
@@ -209,11 +212,12 @@ def extrapolate(samples: list[Kernel], call: Call, launches: list[Launch]) -> li
     """The launches of a call with the counts of one block each, from samples of the same kernels."""
     rows: list[dict] = []
     for launch, feature in zip(launches, features(call, launches), strict=True):
-        same = [kernel for kernel in samples if kernel.entry == launch.kernel]
+        name = short_name(launch.kernel)
+        same = [kernel for kernel in samples if kernel.name == name]
         if not same:
-            raise LookupError(f"{short_name(launch.kernel)}: no interpreted call has this kernel")
+            raise LookupError(f"{name}: no interpreted call has this kernel")
         blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
-        row = {"kernel": same[0].name, "blocks": blocks, "threads": launch.threads, "shared_bytes": launch.shared_bytes}
+        row = {"kernel": name, "blocks": blocks, "threads": launch.threads, "shared_bytes": launch.shared_bytes}
         row["per_block"] = per_block(same, feature)
         if call.op == "tvl1_flow":
             teams = min(call.B, blocks)

@@ -1,6 +1,6 @@
 """Counts what the compiled CUDA kernels do, without a GPU: executes their PTX in the interpreter of tests/support/ptx.
 
-    python bench/ptx/ptx_counts.py [--out bench/results]
+    python bench/ptx/ptx_counts.py [--out bench/results] [--routes "in cache" refined]
 
 writes ptx_counts.json and ptx_counts.md: instructions by class, active lanes, sectors of 32 bytes, wavefronts of shared
 memory and the busiest source lines of interpreted calls; how far extrapolated counts are from interpreted ones; and the
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from measure import RESULTS, world, write_result
-from ptx_cases import DEVICES, Call, Disassembly, Kernel, extrapolate, interpret, plan
+from ptx_cases import DEVICES, ROUTES, Call, Disassembly, Kernel, extrapolate, interpret, plan
 from support.ptx.device import PtxDevice
 
 SHAPES = [(16, 2048), (32, 2048), (32, 16384), (256, 16384), (256, 65536), (1024, 65536), (1024, 1_000_000)]
@@ -77,11 +77,12 @@ def check_rows(device: PtxDevice, samples: list[Kernel], call: Call) -> list[dic
     return rows
 
 
-def call_rows(device: PtxDevice, samples: list[Kernel]) -> list[dict]:
-    """The launches of every call on every device, with the counts of a block."""
+def call_rows(device: PtxDevice, samples: list[Kernel], operators: tuple[str, ...]) -> list[dict]:
+    """The launches of every call of these operators on every device, with the counts of a block."""
     rows = []
     calls = [Call(op, precision, B, K) for op in PRECISIONS for precision in PRECISIONS[op] for B, K in SHAPES]
     calls += [Call("tvl1_flow", "fp32", pairs, 340) for pairs in (1, 32, 264)]
+    calls = [call for call in calls if call.op in operators]
     for (name, limits), call in itertools.product(DEVICES.items(), calls):
         launches = extrapolate(samples, call, plan(device, call, limits))
         for launch in launches:
@@ -140,25 +141,58 @@ def page(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    device, code = PtxDevice("80"), Disassembly()
-    report = {"world": world("cpu"), "samples": [], "checks": []}
-    samples, operators = [], {}
-    for call in SAMPLES:
+def saved_samples(report: dict, routes: list[str]) -> list[Kernel]:
+    """The saved samples of cascade_select on other routes."""
+    found = []
+    for row in report["samples"]:
+        if row["op"] == "cascade_select" and row["route"] not in routes:
+            feature = row["K"] if row["kernel"].startswith("select_") else 0
+            found.append(Kernel(row["kernel"], "", row["blocks"], row["threads"], 0, row["launches"], feature))
+            found[-1].counts.update(row["counts"])
+    return found
+
+
+def sample(device: PtxDevice, calls: list[Call], report: dict) -> list[Kernel]:
+    """Interprets calls and adds their rows and registers to a report."""
+    code, samples, operators = Disassembly(), [], {}
+    for call in calls:
         kernels = interpret(device, call, code)
         samples += kernels
         operators |= {kernel.entry: call.op for kernel in kernels}
         report["samples"] += [sample_row(call, kernel) for kernel in kernels]
         print(f"{call}: interpreted", flush=True)
-    report["registers"] = registers_of(code, samples, operators)
-    report["calls"] = call_rows(device, samples)
-    for call in CHECKS:
+    report["registers"] |= registers_of(code, samples, operators)
+    return samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--routes", nargs="+", choices=ROUTES, metavar="ROUTE",
+                        help="interpret only the calls of cascade_select on these routes: on chip, in cache, refined; "
+                        "the rest of the report stays as it is saved")  # fmt: skip
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    device = PtxDevice("80")
+    report = {"world": world("cpu"), "samples": [], "checks": [], "registers": {}, "calls": []}
+    samples, again = [], lambda call: True
+    if options.routes:
+        kept, again = (
+            json.loads((options.out / "ptx_counts.json").read_text()),
+            lambda call: call.route in options.routes,
+        )
+        samples = saved_samples(kept, options.routes)
+        for part in ("samples", "checks"):
+            report[part] = [row for row in kept[part] if row["route"] not in options.routes]
+        report["registers"] = kept["registers"]
+        report["calls"] = [row for row in kept["calls"] if row["op"] != "cascade_select"]
+    samples += sample(device, [call for call in SAMPLES if again(call)], report)
+    report["calls"] += call_rows(device, samples, ("cascade_select",) if options.routes else (*PRECISIONS, "tvl1_flow"))
+    for call in filter(again, CHECKS):
         report["checks"] += check_rows(device, samples, call)
         print(f"{call}: checked", flush=True)
+    for part in ("samples", "checks", "calls"):
+        report[part].sort(key=lambda row: row["op"])
     write_result("ptx_counts.json", json.dumps(report, indent=1) + "\n", options.out)
     write_result("ptx_counts.md", page(report), options.out)
 

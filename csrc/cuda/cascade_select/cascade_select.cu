@@ -6,6 +6,7 @@
 //   refined     The rows are too long for both. Tensor cores compute approximate scores with a bound on their error.
 //               Each stage computes the canonical scores of the entries within that bound of its threshold, and
 //               uses them to decide.
+// On the last two routes, long rows are sifted before (sift.cuh): one pass settles most entries for all stages.
 //
 // All routes are exact. The canonical score (float32 fused multiply-adds in the order of d) and the total order (score
 // descending, slot ascending) define indices and scores, and the results have the same bits as those of the CPU. With
@@ -34,6 +35,10 @@ const char* run_chunk(const Plan& plan, const Inputs<T>& in, bool approximate, i
   } else {
     error = launch_scores<8, 8>(plan, in, first, queries, chunk, stream);
   }
+  if (error == nullptr && plan.sifted) {
+    error = plan.route == kRefined ? launch_sift<true>(plan, in.queries, first, queries, chunk, stream)
+                                   : launch_sift<false>(plan, in.queries, first, queries, chunk, stream);
+  }
   if (error != nullptr) return error;
   const dim3 blocks(static_cast<unsigned>(queries));
   const int64_t rows = plan.views_used * plan.row * static_cast<int64_t>(sizeof(float));
@@ -58,7 +63,8 @@ const char* run(const cpr_cascade_args& args, void* workspace, cudaStream_t stre
   chunk.survivors = reinterpret_cast<uint32_t*>(chunk.scores + plan.views_used * entries);
   chunk.window = chunk.survivors + (plan.route == kOnChip ? 0 : entries);
   chunk.ranking = reinterpret_cast<uint64_t*>(chunk.window + (plan.route == kRefined ? entries : 0));
-  chunk.key_squares = reinterpret_cast<unsigned*>(chunk.ranking + plan.chunk * plan.ranking_row);
+  chunk.sieves = reinterpret_cast<Sieve*>(chunk.ranking + plan.chunk * plan.ranking_row);
+  chunk.key_squares = reinterpret_cast<unsigned*>(chunk.sieves + (plan.sifted ? plan.chunk : 0));
   chunk.indices = args.indices, chunk.top_scores = args.scores;
   if (plan.route == kRefined) {
     const cudaError_t status = cudaMemsetAsync(chunk.key_squares, 0, plan.views_used * sizeof(unsigned), stream);

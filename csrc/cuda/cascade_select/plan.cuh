@@ -2,6 +2,8 @@
 // Letters as in cascade_select.cu.
 #pragma once
 
+#include <math.h>
+
 #include "cpr_fast.h"
 #include "cuda/cascade_select/select.cuh"
 #include "cuda/cascade_select/tensor_score.cuh"
@@ -13,11 +15,30 @@ namespace {
 constexpr int kMaxStages = 256;
 constexpr int64_t kRowUnit = 64;  // rows of the workspace start on 256-byte boundaries
 
+// Of the routes with rows in global memory: calls with this many views and stages at most sift rows of this length.
+constexpr int kMaxSiftedViews = 2, kMaxSiftedStages = 8;
+constexpr int64_t kSample = 8192, kMinSifted = 2 * kSample;
+constexpr int kSiftPart = 16384, kSiftThreads = 256;  // entries and threads of a block of sift_kernel
+
+// The ranks in the sample that a stage takes its threshold and its limits from, see sift.cuh. middle 0: the stage keeps
+// everything; high 0, low above the sample: there is no limit.
+struct SampleRanks {
+  uint16_t high, middle, low;
+};
+
+// What decides a query's entries in one pass, see sift.cuh.
+struct Sieve {
+  float low[kMaxSiftedStages], high[kMaxSiftedStages];               // limits of the threshold of each stage
+  float drop_below[kMaxSiftedStages], pass_above[kMaxSiftedStages];  // the same with room for the errors of scores
+  unsigned dropped[kMaxSiftedStages];                                // settled entries that drop out at each stage
+  unsigned gathered;                                                 // entries in the list
+};
+
 enum Route : int { kOnChip, kInCache, kRefined };
 
 // All of a call except its pointers. The workspace holds, in this order: scores float [U, chunk, row]; survivors and
-// window, uint32 [chunk, row] each, on routes that use them; ranking uint64 [chunk, ranking_row]; key_squares float
-// [U].
+// window, uint32 [chunk, row] each, on routes that use them; ranking uint64 [chunk, ranking_row]; sieves [chunk] if
+// rows are sifted; key_squares float [U].
 struct Plan {
   int64_t B, K, D, row, chunk, ranking_row, top_k;
   int stages, views_used;
@@ -25,6 +46,9 @@ struct Plan {
   int16_t view[kMaxStages];       // [stages] index of the view of each stage in view_used
   int32_t keep[kMaxStages];       // [stages] at most K
   int32_t view_used[kMaxStages];  // [views_used] index of the view in the inputs
+  bool sifted;
+  SampleRanks sampled[kMaxSiftedStages];
+  int8_t last_of_view[kMaxSiftedViews], previous_of_view[kMaxSiftedStages];  // stages, or -1
 };
 static_assert(sizeof(Plan) < 3900, "kernel parameters are limited to 4 KiB before CUDA 12.1");
 
@@ -44,7 +68,8 @@ const char* check(const cpr_cascade_args& args) {
 int64_t bytes_per_query(const Plan& plan) {
   const int lists = plan.route == kOnChip ? 0 : plan.route == kInCache ? 1 : 2;
   return plan.row * static_cast<int64_t>(sizeof(float)) * (plan.views_used + lists) +
-         plan.ranking_row * static_cast<int64_t>(sizeof(uint64_t));
+         plan.ranking_row * static_cast<int64_t>(sizeof(uint64_t)) +
+         (plan.sifted ? static_cast<int64_t>(sizeof(Sieve)) : 0);
 }
 
 // Returns how many bytes of rows stay in the L2 cache while the memory streams through it.
@@ -67,14 +92,46 @@ Route route_of(const Plan& plan, const cpr_cascade_args& args) {
 }
 
 // Returns the number of queries in a chunk: as many as have their rows in the L2 cache together; if the rows are too
-// long for that, enough to occupy all multiprocessors, within a limit on memory; at least one.
+// long for that, enough to occupy all multiprocessors, within 1 GiB; at least the queries of one tile of scores, within
+// 4 GiB; at least one. Several chunks of long rows are about equal, in whole tiles: the rest of a tile costs as much.
 int64_t chunk_of(const Plan& plan) {
-  const int64_t bytes = bytes_per_query(plan);
-  const int64_t in_cache = cache_budget() / bytes;
-  const int64_t in_memory = (static_cast<int64_t>(plan.route == kRefined ? 1024 : 256) << 20) / bytes;
-  const int64_t filling = in_memory < 128 ? in_memory : 128;
-  const int64_t chunk = in_cache > filling ? in_cache : filling;
-  return chunk < 1 ? 1 : chunk < plan.B ? chunk : plan.B;
+  const int64_t bytes = bytes_per_query(plan), in_cache = cache_budget() / bytes;
+  const int64_t tile = (int64_t{4} << 30) / bytes, in_memory = (int64_t{1} << 30) / bytes;
+  int64_t chunk = in_memory < 128 ? in_memory : 128;
+  if (chunk < kScoreQueries) chunk = tile < kScoreQueries ? tile : kScoreQueries;
+  if (chunk < in_cache) chunk = in_cache;
+  if (chunk < 1) return 1;
+  if (chunk >= plan.B) return plan.B;
+  if (plan.route == kOnChip || chunk < kScoreQueries) return chunk;
+  const int64_t equal = round_up(ceil_div(plan.B, ceil_div(plan.B, chunk)), kScoreQueries);
+  return equal <= chunk ? equal : chunk / kScoreQueries * kScoreQueries;
+}
+
+// Returns the ranks of a stage that keeps `keep` of `before` entries. Of the kept ones, about `expected` are sampled.
+// The deviation is that of a drawing from the entries before the stage; four times as much, and a few for small
+// numbers, are hardly ever exceeded.
+SampleRanks sample_ranks(int64_t keep, int64_t before, int64_t K) {
+  if (keep >= before) return {0, 0, 0};
+  const double share = static_cast<double>(keep) / static_cast<double>(before);
+  const double expected = static_cast<double>(kSample) * static_cast<double>(keep) / static_cast<double>(K);
+  const double reach = 4 * sqrt(expected * (1 - share) + 1) + 4;
+  return {static_cast<uint16_t>(expected > reach ? expected - reach : 0),
+          static_cast<uint16_t>(expected < 1 ? 1 : expected + 0.5), static_cast<uint16_t>(expected + reach + 1)};
+}
+
+void plan_sift(Plan& plan) {
+  plan.sifted = plan.route != kOnChip && plan.K >= kMinSifted && plan.views_used <= kMaxSiftedViews &&
+                plan.stages <= kMaxSiftedStages;
+  if (!plan.sifted) return;
+  for (int u = 0; u < kMaxSiftedViews; ++u) plan.last_of_view[u] = -1;
+  int64_t before = plan.K;
+  for (int s = 0; s < plan.stages; ++s) {
+    plan.sampled[s] = sample_ranks(plan.keep[s], before, plan.K);
+    if (plan.keep[s] < before) before = plan.keep[s];
+    int8_t& last = plan.last_of_view[plan.view[s]];
+    plan.previous_of_view[s] = last;
+    last = static_cast<int8_t>(s);
+  }
 }
 
 Plan plan_of(const cpr_cascade_args& args) {
@@ -94,6 +151,7 @@ Plan plan_of(const cpr_cascade_args& args) {
   plan.ranking_row = ranked > kCandidates ? round_up(ranked, kRowUnit) : 0;  // smaller rankings use shared memory
   plan.route = kInCache;
   plan.route = route_of(plan, args);
+  plan_sift(plan);
   plan.chunk = chunk_of(plan);
   return plan;
 }
@@ -103,6 +161,7 @@ struct Chunk {
   float* scores;
   uint32_t *survivors, *window;
   uint64_t* ranking;
+  Sieve* sieves;
   unsigned* key_squares;
   int64_t* indices;
   float* top_scores;

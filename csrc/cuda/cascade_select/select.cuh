@@ -109,6 +109,9 @@ struct LinearBuckets {
     const int from_low = position > 0 ? (position < kBuckets - 1 ? static_cast<int>(position) : kBuckets - 1) : 0;
     return kBuckets - 1 - from_low;
   }
+
+  // About the least score of a bucket other than the last. Needs a scale.
+  __device__ float least(unsigned bucket) const { return low + static_cast<float>(kBuckets - 1 - bucket) / scale; }
 };
 
 // Finds the least and the greatest finite score; low > high if there is none.

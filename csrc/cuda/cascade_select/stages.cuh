@@ -4,6 +4,7 @@
 
 #include "cuda/cascade_select/plan.cuh"
 #include "cuda/cascade_select/select.cuh"
+#include "cuda/cascade_select/sift.cuh"
 #include "cuda/cascade_select/tensor_score.cuh"
 #include "cuda/common/launch.cuh"
 
@@ -63,15 +64,11 @@ struct Refined {
     rescore(u, survivors.slots, survivors.count);
   }
 
-  // Computes the bounds of the query. A query outside the range of the bound has canonical scores, hence bound 0.
   __device__ void find_bounds(const unsigned* key_squares, CascadeShared& shared) const {
     for (int u = 0; u < plan.views_used; ++u) {
       const T* query = queries + (plan.view_used[u] * plan.B + b) * plan.D;
-      float square = 0;
-      for (int64_t d = threadIdx.x; d < plan.D; d += kSelectThreads) square += widen(query[d]) * widen(query[d]);
-      square = block_reduce<kSelectThreads>(square, Sum(), shared.select.scratch);
-      const float bound = error_bound(square, __uint_as_float(key_squares[u]), plan.D, sizeof(T) > 2);
-      if (threadIdx.x == 0) shared.bound[u] = unbounded(square) ? 0.0f : bound;
+      const float bound = query_bound<kSelectThreads>(query, plan.D, key_squares[u], shared.select.scratch);
+      if (threadIdx.x == 0) shared.bound[u] = bound;
     }
     __syncthreads();
   }
@@ -109,6 +106,43 @@ __device__ __forceinline__ void run_stages(const Plan& plan, const float* rows, 
   const int u = plan.view[plan.stages - 1];
   survivors.scores = rows + u * view_stride;
   scores.settle(survivors, u);
+}
+
+// Runs the stages of one query on the entries that its sieve has gathered. Returns whether the sieve was right; if not,
+// the survivors are wrong.
+template <typename Scores>
+__device__ __forceinline__ bool run_sifted_stages(const Plan& plan, const float* rows, int64_t view_stride,
+                                                  const Scores& scores, const Sieve& sieve, ListedSurvivors& survivors,
+                                                  CascadeShared& shared) {
+  unsigned settled = 0;  // entries that are left besides the survivors
+  for (int s = 0; s < plan.stages; ++s) settled += sieve.dropped[s];
+  for (int s = 0; s < plan.stages; ++s) {
+    const unsigned keep = static_cast<unsigned>(plan.keep[s]), passing = settled - sieve.dropped[s];
+    if (keep >= settled + survivors.count) {
+      if (passing < settled) return false;
+      continue;
+    }
+    if (keep <= passing || keep - passing > survivors.count) return false;
+    const int u = plan.view[s];
+    survivors.scores = rows + u * view_stride;
+    float low = sieve.low[s], high = sieve.high[s];
+    if (!(low > -INFINITY) || !(high < INFINITY)) {
+      float least, greatest;
+      score_range(survivors, shared.select, &least, &greatest);
+      if (!(low > -INFINITY)) low = least;
+      if (!(high < INFINITY)) high = greatest;
+    }
+    if (threadIdx.x == 0) shared.low[u] = low, shared.high[u] = high;
+    __syncthreads();
+    const uint64_t last = scores.last_kept(survivors, keep - passing, u, shared);
+    if (!(sieve.low[s] <= score_of(last) && score_of(last) <= sieve.high[s])) return false;
+    survivors.keep_from(last, keep - passing, shared.select);
+    settled = passing;
+  }
+  const int u = plan.view[plan.stages - 1];
+  survivors.scores = rows + u * view_stride;
+  scores.settle(survivors, u);
+  return settled == 0;
 }
 
 // Writes the survivors in the order of the last stage. ranking [ranking_row] global, for more than kCandidates.
@@ -175,13 +209,28 @@ __device__ __forceinline__ ListedSurvivors all_comparable(const Plan& plan, cons
   return {nullptr, chunk.survivors, compact(entries, every_slot, number, chunk.survivors, shared.select)};
 }
 
+// Finds the survivors of all stages: among those that the sieve has gathered, or among all entries.
+template <typename Scores>
+__device__ __forceinline__ ListedSurvivors listed_survivors(const Plan& plan, const Chunk& chunk, const Scores& scores,
+                                                            const Sieve& sieve, CascadeShared& shared) {
+  const int64_t view_stride = plan.chunk * plan.row;
+  if (plan.sifted) {
+    ListedSurvivors survivors = {nullptr, chunk.survivors, sieve.gathered};
+    if (run_sifted_stages(plan, chunk.scores, view_stride, scores, sieve, survivors, shared)) return survivors;
+    __syncthreads();
+  }
+  ListedSurvivors survivors = all_comparable(plan, chunk, shared);
+  run_stages(plan, chunk.scores, view_stride, scores, survivors, shared);
+  return survivors;
+}
+
 // One block per query. Its rows and the list of survivors are in global memory.
 __global__ void __launch_bounds__(kSelectThreads)
     select_kernel(const __grid_constant__ Plan plan, Chunk chunk, int64_t first_query) {
   auto& shared = shared_memory<CascadeShared>();
+  const Sieve* sieve = chunk.sieves + blockIdx.x;
   chunk.at(plan, blockIdx.x, first_query);
-  ListedSurvivors survivors = all_comparable(plan, chunk, shared);
-  run_stages(plan, chunk.scores, plan.chunk * plan.row, Final(), survivors, shared);
+  const ListedSurvivors survivors = listed_survivors(plan, chunk, Final(), *sieve, shared);
   write_best(plan, survivors, chunk.ranking, shared, chunk.indices, chunk.top_scores);
 }
 
@@ -191,11 +240,11 @@ __global__ void __launch_bounds__(kSelectThreads)
     select_refined_kernel(const __grid_constant__ Plan plan, Chunk chunk, const T* queries, const T* memory,
                           int64_t first_query) {
   auto& shared = shared_memory<CascadeShared>();
+  const Sieve* sieve = chunk.sieves + blockIdx.x;
   chunk.at(plan, blockIdx.x, first_query);
   const Refined<T> scores = {plan, queries, memory, first_query + blockIdx.x, chunk.scores, chunk.window};
   scores.find_bounds(chunk.key_squares, shared);
-  ListedSurvivors survivors = all_comparable(plan, chunk, shared);
-  run_stages(plan, chunk.scores, plan.chunk * plan.row, scores, survivors, shared);
+  const ListedSurvivors survivors = listed_survivors(plan, chunk, scores, *sieve, shared);
   write_best(plan, survivors, chunk.ranking, shared, chunk.indices, chunk.top_scores);
 }
 

@@ -40,6 +40,16 @@ __device__ __forceinline__ float error_bound(float query_square, float key_squar
   return relative * query * key;
 }
 
+// Returns the bound on the errors of the scores of a query, in all threads of the block. A query outside the range of
+// the bound has canonical scores, hence bound 0. scratch as in block_reduce.
+template <int kThreads, typename T>
+__device__ __forceinline__ float query_bound(const T* query, int64_t D, unsigned key_square, float* scratch) {
+  float square = 0;
+  for (int64_t d = threadIdx.x; d < D; d += kThreads) square += widen(query[d]) * widen(query[d]);
+  square = block_reduce<kThreads>(square, Sum(), scratch);
+  return unbounded(square) ? 0.0f : error_bound(square, __uint_as_float(key_square), D, sizeof(T) > 2);
+}
+
 // Computes a canonical score in one thread.
 template <typename T>
 __device__ __forceinline__ float canonical_score(const Matrix<T>& queries, int64_t b, const Matrix<T>& keys,

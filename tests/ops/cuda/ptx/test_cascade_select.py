@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from support.cuda_emulation.compile import SOURCES
 from support.operator_references import integers, lattice, normal
 
 ops = pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
@@ -74,6 +77,34 @@ def test_refined_scores_are_exact_however_tensor_cores_add(device, group, extra_
     memory[:, 200:] = memory[:, :200] * (1 + 1e-6)  # near ties across every threshold
     assert_selects(device, queries, memory, [0, 1, 0], [201, 101, 5])
     device.set_product_model(*((8, 1) if device.architecture == "80" else (16, 2)))
+
+
+def unsifted(device) -> int:
+    """How often warps looked at entries because a sieve was wrong, or because there was none."""
+    source = (SOURCES / "cuda" / "cascade_select" / "stages.cuh").read_text().splitlines()
+    line = 1 + next(i for i, text in enumerate(source) if "number &= !isnan(rows" in text)
+    counts = device.counts("cascade_select")
+    return sum(c.executed for c in counts if (Path(c.file).name, c.line) == ("stages.cuh", line))
+
+
+@pytest.mark.parametrize("route", ["in cache", "refined"])
+def test_a_sieve_decides_long_rows_of_distinct_scores(device, route):
+    device.resize(**ROUTES[route])
+    K = 16_387
+    queries, memory = normal(2, 3, 4, seed=16), normal(2, K, 4, seed=17)
+    views, keep = [0, 1, 0, 1, 0, 1, 0], [K >> s for s in range(1, 7)] + [5]
+    assert_selects(device, queries, memory, views, keep, **ids(3, K))
+    assert unsifted(device) == 0
+    assert_selects(device, lattice(2, 1, 3, seed=18), lattice(2, K, 3, seed=19), views, keep)
+    assert unsifted(device) >= K / 32  # many ties
+
+
+@pytest.mark.parametrize("order", ["backward", "shuffled"])
+def test_no_order_of_warps_and_blocks_changes_a_sifted_row(device, order):
+    device.resize(**ROUTES["in cache"])
+    device.set_order(order)
+    queries, memory = normal(2, 2, 3, seed=20), normal(2, 16_386, 3, seed=21)
+    assert_selects(device, queries, memory, [1, 0, 1], [9000, 4000, 700])
 
 
 @pytest.mark.parametrize("route", ["on chip", "in cache"])

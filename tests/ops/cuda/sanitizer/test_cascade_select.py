@@ -110,6 +110,28 @@ def test_approximate_scores(shuffled, route, dtype):
     torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
 
 
+SIFTED = 16_385  # one more than the shortest row that is sifted, and than a block sifts
+
+
+def test_sifted_rows_in_every_order(device):
+    choose(device, "in cache")
+    queries, memory = normal(2, 2, 3, seed=20), normal(2, SIFTED, 3, seed=21)
+    memory[0, 9] = torch.nan
+    assert_selects(device, queries, memory, [0, 1, 0, 1], [8000, 4000, 900, 5], **ids(2, SIFTED))
+
+
+def test_sifted_rows_whose_scores_are_refined(shuffled):
+    choose(shuffled, "refined")
+    queries, memory = normal(1, 2, 3, seed=22), normal(1, SIFTED + 1, 3, seed=23)
+    assert_selects(shuffled, queries, memory, [0, 0], [8000, 600])
+
+
+def test_sifted_rows_with_ties_that_mislead_the_sample(shuffled):
+    choose(shuffled, "in cache")
+    queries, memory = lattice(2, 1, 3, seed=24), lattice(2, SIFTED + 2, 3, seed=25)
+    assert_selects(shuffled, queries, memory, [0, 1, 0], [9000, 4000, 30])
+
+
 @pytest.mark.parametrize("use", [0, 1])
 def test_a_route_with_more_than_48_kib_on_either_device(shuffled, use):
     shuffled.resize()

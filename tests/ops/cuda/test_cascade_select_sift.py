@@ -1,0 +1,136 @@
+"""Long rows of cascade_select, which a sieve from a sample of the row sifts before the stages: the same bits as on the
+CPU, whether the sample tells the truth or misleads. The kernels are executed on the host.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.operator_references import integers, lattice, normal
+
+ops = pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
+
+ROUTES = {  # the limits of the device that select them
+    "in cache": {"shared_limit": 0, "cache_size": 40 << 20},
+    "refined": {"shared_limit": 0, "cache_size": 0},
+}
+K = 16_385  # one more than a block sifts, and than the shortest sifted row
+STAGES = [0, 1, 0, 1, 0, 1, 0]
+HALVES = [K >> s for s in range(1, 7)] + [5]
+
+
+@pytest.fixture(params=ROUTES)
+def route(request, emulated):
+    emulated.resize(**ROUTES[request.param])
+    yield request.param
+    emulated.resize()
+
+
+@pytest.fixture
+def in_cache(emulated):
+    emulated.resize(**ROUTES["in cache"])
+    yield emulated
+    emulated.resize()
+
+
+def assert_selects(device, queries, memory, views, keep, **options):
+    before = device.launches()
+    found = device.cascade_select(queries, memory, views, keep, **options)
+    expected = ops.cascade_select(queries, memory, views, keep, **options)
+    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+    return device.launches() - before
+
+
+@pytest.mark.usefixtures("route")
+def test_the_published_stages_with_ids_and_rows_that_cannot_be_compared(emulated):
+    queries, memory = normal(2, 2, 5, seed=1), normal(2, K, 5, seed=2)
+    memory[0, 77], memory[1, 16_384] = torch.nan, torch.nan
+    ids = {"query_ids": integers(-1, 5, 2, seed=3), "memory_ids": integers(-1, 9, K, seed=4)}
+    assert assert_selects(emulated, queries, memory, STAGES, HALVES, **ids) == 4  # scores, sample, sieve, stages
+
+
+@pytest.mark.parametrize(
+    ("views", "keep"),
+    [
+        ([0], [7]),
+        ([1, 1, 1], [15_000, 700, 600]),  # one view, and more at the end than is ranked in shared memory
+        ([0, 1, 0], [K + 5, K, 3]),  # stages that keep everything
+        ([0, 1, 0], [14_800, 14_700, 14_600]),  # the first stage keeps more than there are comparable entries
+        ([1, 0, 1, 0], [40, 30, 20, 10]),  # about 20 of the sample are left after the first stage, later too few
+        ([0, 1, 0, 1, 0, 1, 0, 1], [9000, 9000, 4000, 4000, 4000, 900, 30, 30]),
+        ([0, 1] * 4 + [0], [K >> s for s in range(1, 10)]),  # more stages than a sieve has: not sifted
+    ],
+)
+def test_stages_of_every_kind(in_cache, views, keep):
+    queries, memory = normal(2, 2, 3, seed=5), normal(2, K, 3, seed=6)
+    ids = {"query_ids": integers(-1, 5, 2, seed=7), "memory_ids": integers(-1, 9, K, seed=8)}
+    assert_selects(in_cache, queries, memory, views, keep, **ids)
+
+
+def unusual(case: str) -> torch.Tensor:
+    memory = normal(2, K, 4, seed=9)
+    if case == "sorted":
+        return memory[:, memory[0, :, 0].argsort()].contiguous()
+    if case == "equal":
+        memory.fill_(0.25)
+    elif case == "few values":  # ties at every threshold: the sample cannot tell which of them are kept
+        return lattice(2, K, 4, seed=10)
+    elif case == "infinities":
+        memory[0, ::3], memory[1, 1::5], memory[0, 7] = torch.inf, -torch.inf, torch.nan
+    elif case == "denormal":
+        memory *= 1e-41
+    elif case == "outliers":
+        memory[0, 7], memory[0, 900], memory[1, 8] = 3e30, -3e30, 1e30
+    elif case == "empty":
+        memory.fill_(torch.nan)
+    return memory
+
+
+@pytest.mark.parametrize("case", ["sorted", "equal", "few values", "infinities", "denormal", "outliers", "empty"])
+def test_unusual_rows(in_cache, case):
+    queries = torch.cat([torch.ones(2, 1, 4), normal(2, 1, 4, seed=11)], dim=1)
+    assert_selects(in_cache, queries, unusual(case), [0, 1, 0, 1], [9000, 4000, 1000, 30])
+
+
+@pytest.mark.parametrize("case", ["few values", "outliers"])
+def test_unusual_rows_whose_scores_are_refined(emulated, case):
+    emulated.resize(**ROUTES["refined"])
+    assert_selects(emulated, normal(2, 2, 4, seed=11), unusual(case), [0, 1, 0, 1], [9000, 4000, 1000, 30])
+    emulated.resize()
+
+
+def sampled_slots() -> torch.Tensor:
+    """The slots that the sample draws: one from each of 8,192 equal parts of the row (Sample in sift.cuh)."""
+    part = torch.arange(8192, dtype=torch.int64)
+    scattered = (part + 1) * 2654435761 % 2**32
+    return (part * K + (scattered * K >> 32)) // 8192
+
+
+@pytest.mark.parametrize("better", [True, False])
+@pytest.mark.parametrize("slots", ["sampled", "others"])
+def test_a_sample_that_misleads(in_cache, slots, better):
+    """The entries that are sampled score higher, or lower, than all others: every limit is wrong."""
+    slots = sampled_slots() if slots == "sampled" else torch.ones(K).index_fill(0, sampled_slots(), 0).nonzero()[:, 0]
+    queries, memory = torch.ones(2, 2, 1), normal(2, K, 1, seed=12)
+    memory[:, slots] += 10 if better else -10
+    assert_selects(in_cache, queries, memory, [0, 1, 0], [4096, 1024, 30])
+    assert_selects(in_cache, queries, memory, [0, 1, 0], [12_000, 11_000, 10_000])
+
+
+@pytest.mark.parametrize("above", [0, 1, 2])
+def test_a_sample_that_misleads_about_a_single_entry(in_cache, above):
+    """The best entries are not in the sample. The last stage keeps them, and the stage before keeps one of them less,
+    as many, or one more."""
+    hidden = torch.ones(K).index_fill(0, sampled_slots(), 0).nonzero()[:40, 0]
+    queries, memory = torch.ones(2, 1, 1), normal(2, K, 1, seed=13)
+    memory[:, hidden] += 20
+    assert_selects(in_cache, queries, memory, [1, 0, 1], [4000, 39 + above, 39])
+
+
+@pytest.mark.slow
+def test_several_chunks(emulated):
+    # The cache holds the rows of 32 queries; chunks have up to 128, which is enough to fill a device.
+    emulated.resize(shared_limit=0, cache_size=7 << 20)
+    queries, memory = normal(1, 129, 2, seed=14), normal(1, K, 2, seed=15)
+    assert assert_selects(emulated, queries, memory, [0, 0], [900, 9]) == 8
+    emulated.resize()
