@@ -33,6 +33,15 @@ def test_threads_part_and_join_again(interpreter):
     assert program.count("shfl.sync.bfly.b32").executed == 1 and program.count("shfl.sync.bfly.b32").lanes == 32
 
 
+def test_the_low_bits_of_a_wide_register(interpreter):
+    program = Program(interpreter, """
+      cvt.u64.u32 %rd9, %r0; add.s64 %rd9, %rd9, 240;
+      cvt.s64.s8 %rd9, %rd9; cvt.u32.u64 %r9, %rd9;""" + STORE, 1)  # fmt: skip
+    result = out()
+    program.run(result)
+    assert result.tolist() == [(t + 240 + 128) % 256 - 128 for t in range(32)]
+
+
 def test_threads_that_return_early_do_not_run_on(interpreter):
     program = Program(interpreter, "mov.u32 %r9, 1; setp.lt.u32 %p1, %r0, 7; @%p1 ret;" + STORE, 1)
     result = out()

@@ -72,6 +72,7 @@ struct Instruction {
   int64_t second_displacement = 0;
   bool wide_address = false;  // the address row holds 8 bytes a lane
   bool wide_value = false;    // a value row of a load or store holds 8 bytes a lane
+  bool wide_last = false;     // the row of the last operand does
   int vector = 1;             // elements of a load or store
   int guard = -1;             // the predicate row; -1: always executed
   bool guard_negated = false;

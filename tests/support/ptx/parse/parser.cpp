@@ -122,9 +122,11 @@ class Parser : Declarations {
     const std::string token = tokens_.take();
     uint32_t& row = in.at[in.operands];
     uint64_t address;
+    in.wide_last = false;
     if (const Register* found = find_register(token)) {
       row = found->offset;
-      in.wide_value |= found->bits == 64;
+      in.wide_last = found->bits == 64;
+      in.wide_value |= in.wide_last;
     } else if (isdigit(static_cast<unsigned char>(token[0]))) {
       row = number(token, negative, immediate_bits(opcode, in.operands, in_braces));
     } else if (find_symbol(token, &address)) {
@@ -225,6 +227,7 @@ class Parser : Declarations {
     if (starts_with(name, "ld.param") && !function_->entry) name.replace(3, 5, "argument");
     if (starts_with(name, "ld.") || starts_with(name, "st.")) in.vector = in.operands - 1, braces = 0;
     in.wide_value &= bits_of(name) < 64;
+    if (starts_with(name, "cvt.") && in.wide_last && bits_of(name) < 64) name += ".low";
     in.opcode = find_opcode(name, starts_with(name, "mov") ? braces : 0);
     if (in.opcode == nullptr) tokens_.fail("the interpreter does not know the opcode " + name);
     in.number = module_.instructions++;

@@ -21,6 +21,12 @@ struct Cast {
   }
 };
 
+// The low bits of a wider register, extended as the sign of T says.
+template <typename T>
+struct Low {
+  int64_t operator()(int64_t a) const { return static_cast<int64_t>(static_cast<T>(a)); }
+};
+
 // Rounding to an integral value.
 struct Nearest {
   template <typename T>
@@ -196,6 +202,8 @@ void add_from_integer(const Sink& add, const std::string& from) {
   add("cvt.u32." + from, Class::kMove, each1<uint32_t, T, Cast<uint32_t>>);
   add("cvt.s64." + from, from[0] == 's' ? Class::kInteger : Class::kMove, each1<int64_t, T, Cast<int64_t>>);
   add("cvt.u64." + from, Class::kMove, each1<uint64_t, T, Cast<uint64_t>>);
+  add("cvt.s64." + from + ".low", Class::kInteger, each1<int64_t, int64_t, Low<T>>);
+  add("cvt.u64." + from + ".low", Class::kInteger, each1<int64_t, int64_t, Low<T>>);
   add("cvt.rn.f32." + from, Class::kConversion, each1<float, T, Cast<float>>);
   add("cvt.rz.f32." + from, Class::kConversion, rounded<_MM_ROUND_TOWARD_ZERO, each1<float, T, Cast<float>>>);
   add("cvt.rn.f64." + from, Class::kFloat64, each1<double, T, Cast<double>>);
