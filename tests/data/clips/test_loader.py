@@ -1,6 +1,9 @@
 """Batches contain the planned clips, with the right frames and boxes, bitwise equal for every way of making them."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -199,3 +202,28 @@ class TestEnd:
         with pytest.raises(ValueError, match="behind"):
             next(ahead)
         assert closed.is_set() and self.loader_threads() == []
+
+
+FAULTS = """
+import resource
+import numpy as np
+from cpr_fast.data.clips.stream import ClipStream
+ClipStream(None, None, workers=1, prefetch=1).close()
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    frames = [np.full(2**21, 1, np.uint8) for _ in range(16)]
+    del frames
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="another C library than glibc")
+@pytest.mark.parametrize("variable", [None, "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_memory_of_frames_is_used_again_unless_the_user_has_set_malloc_up(variable):
+    """Counts the page faults of arrays of 32 MiB in all, 8192 pages, that are freed and allocated again."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUN"))}
+    if variable is not None:
+        environment[variable] = "131072" if variable.startswith("MALLOC_") else "glibc.malloc.trim_threshold=131072"
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
+    faults = int(done.stdout)
+    assert faults < 100 if variable is None else faults > 4000
