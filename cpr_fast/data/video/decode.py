@@ -26,7 +26,7 @@ from cpr_fast.data.video.numbering import LAYOUTS, REMEMBERED_FILES, Layout, fil
 from cpr_fast.data.video.pixels import Pixels, Region, pixels_of
 
 PASSES_OVER = ("h264", "mpeg4")  # decoders whose skip_frame leaves out exactly the frames that no other frame refers to
-PART = 8  # frames converted at once: few enough to stay in the cache of a CPU
+PART = 16  # frames converted at once: few enough to stay in the last cache of a CPU
 PART_PIXELS = 2**25  # limit in pixels, for large frames: FFmpeg limits the size of a picture
 
 
