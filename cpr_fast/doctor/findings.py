@@ -53,7 +53,7 @@ def show(result: dict[str, Any], *, tables: bool = False) -> None:
 
 
 def _context(result: dict[str, Any]) -> list[str]:
-    """Returns what the data are, and the settings that they are judged with, in a line each."""
+    """Returns two lines: counts of the videos, classes and sources; and the settings that the data are judged with."""
     lines = []
     if data := result["data"]:
         splits = ", ".join(f"{name or 'no name'} {number:,}" for name, number in data["splits"].items())

@@ -8,7 +8,7 @@ namespace {
 
 double bilinear(double x) { return std::max(0.0, 1 - std::abs(x)); }
 
-double bicubic(double x) {  // Keys's, a = -1/2
+double bicubic(double x) {  // cubic convolution [Keys 1981] with a = -1/2
   constexpr double a = -0.5;
   x = std::abs(x);
   if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;

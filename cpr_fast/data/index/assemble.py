@@ -109,7 +109,10 @@ def _video(item: Listed, info: VideoInfo, root: Path, options: IndexOptions) -> 
 
 def _with_flow(item: Listed, frames: int) -> tuple[Listed, int, list[Problem]]:
     """Returns a video of `frames` frames without a record of flow that cannot be read, how many of its frames the flow
-    covers, and what is wrong with the flow. Published flow does not always have N - 1 fields, but nearly."""
+    covers, and what is wrong with the flow.
+
+    Published flow does not always have N - 1 fields, but a number close to it.
+    """
     if item.flow_path is None or split_record(item.flow_path) is None:
         return item, frames, []
     try:

@@ -35,7 +35,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.wording import not_a_file
 
 MARK = ".lmdb#"
-_FREED = 16  # pages at the end that may be missing
+_FREED = 16  # number of pages that may be missing at the end of a complete file
 META = (b"__keys__", b"__len__", b"__order__", b"__vlen__")
 # Prefix of a video's key; the value identifies what the video was made from. Not part of CoCLR's format.
 ORIGIN = b"__origin__"
@@ -140,7 +140,7 @@ class Records:
         except (ValueError, TypeError, AttributeError) as error:  # not msgpack, not a list of names, or not UTF-8
             raise InputError(f"LMDB {str(file)!r}: expected UTF-8 names in the key '__order__', got {error}") from error
         places = {name: place for place, name in enumerate(self.names)}
-        if len(places) < len(self.names):  # a name would stand for the last of its records, and the others for nothing
+        if len(places) < len(self.names):  # equal names would all lead to the last record of that name
             twice = next(name for place, name in enumerate(self.names) if places[name] != place)
             raise InputError(
                 f"LMDB {str(file)!r}: expected different names in the key '__order__', got {twice!r} twice"

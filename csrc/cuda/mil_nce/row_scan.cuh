@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 8 / kWarps)
   }
 }
 
-// Launches the scan for these features if it is for them; *launched says whether it is.
+// Launches this scan if it can scan these features; *launched says whether it was launched.
 template <bool kPositiveById, typename T>
 const char* launch_row_scan(const Problem& problem, const T* queries, const T* memory, int64_t first_query,
                             int64_t chunk_queries, const Splits& splits, const Partials& out, cudaStream_t stream,
