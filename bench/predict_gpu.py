@@ -89,7 +89,7 @@ REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
 
 
 def resident_blocks(gpu: Gpu, threads: int, registers: int, shared_bytes: int) -> int:
-    """How many blocks a multiprocessor holds."""
+    """Returns how many blocks a multiprocessor holds."""
     warps = threads // 32
     by_registers = REGISTERS // (math.ceil(registers * 32 / 256) * 256 * warps)
     by_shared = gpu.shared_bytes // (shared_bytes + RESERVED)
@@ -97,7 +97,8 @@ def resident_blocks(gpu: Gpu, threads: int, registers: int, shared_bytes: int) -
 
 
 def work(op: str, precision: str, B: int, K: int) -> tuple[float, float, str]:
-    """Operations and bytes that a call needs at least, and the precision of its floor (the figures of bench/)."""
+    """Returns operations and bytes that a call needs at least, and the precision of its floor (the figures of
+    bench/)."""
     if op == "cascade_select":
         return 2 * 2 * B * K * 128, 4 * 2 * (B + K) * 128, precision
     width = 4 if precision == "float32" else 2
@@ -105,7 +106,7 @@ def work(op: str, precision: str, B: int, K: int) -> tuple[float, float, str]:
 
 
 def floor_s(gpu: Gpu, op: str, precision: str, B: int, K: int) -> float | None:
-    """The shortest possible time, with one launch; None for tvl1_flow, whose work depends on the frames."""
+    """Returns the shortest possible time, with one launch; None for tvl1_flow, whose work depends on the frames."""
     if op == "tvl1_flow":
         return None
     operations, moved, kind = work(op, precision, B, K)
@@ -113,7 +114,7 @@ def floor_s(gpu: Gpu, op: str, precision: str, B: int, K: int) -> float | None:
 
 
 def units(gpu: Gpu, launch: dict) -> dict[str, float]:
-    """Cycles that a block takes of each unit of a multiprocessor."""
+    """Returns the cycles that a block takes of each unit of a multiprocessor."""
     get = {
         key.removeprefix(f"sm_{gpu.architecture} "): value
         for key, value in launch["per_block"].items()
@@ -132,7 +133,7 @@ def units(gpu: Gpu, launch: dict) -> dict[str, float]:
 
 
 def latency_cycles(gpu: Gpu, launch: dict, from_hbm: float) -> float:
-    """Cycles of a block whose warps never compete: each waits for its own results and loads."""
+    """Returns the cycles of a block whose warps never compete: each waits for its own results and loads."""
     warps = launch["threads"] / 32
     per_warp = {key: value / warps for key, value in launch["per_block"].items()}
     machine = sum(value for key, value in per_warp.items() if key.startswith(f"sm_{gpu.architecture} "))
@@ -144,7 +145,7 @@ def latency_cycles(gpu: Gpu, launch: dict, from_hbm: float) -> float:
 
 
 def predict_launch(gpu: Gpu, launch: dict, registers: int, from_hbm: float) -> dict:
-    """The time of one launch, its limit, and the time of every resource."""
+    """Returns the time of one launch, its limit, and the time of every resource."""
     blocks = launch["blocks"]
     resident = resident_blocks(gpu, launch["threads"], registers, launch["shared_bytes"])
     busiest = math.ceil(blocks / gpu.processors)
@@ -159,8 +160,8 @@ def predict_launch(gpu: Gpu, launch: dict, registers: int, from_hbm: float) -> d
 
 
 def hbm_s(gpu: Gpu, call: dict) -> float:
-    """The time to read what does not stay in the L2 cache, once for each chunk of queries, and to write long rows of
-    scores and read them again."""
+    """Returns the time to read what does not stay in the L2 cache, once for each chunk of queries, and to write long
+    rows of scores and read them again."""
     if call["op"] == "tvl1_flow":
         return 0.0
     _, moved, _ = work(call["op"], call["precision"], call["B"], call["K"])
@@ -178,7 +179,7 @@ def hbm_s(gpu: Gpu, call: dict) -> float:
 
 
 def predict(gpu: Gpu, call: dict, registers: dict) -> dict:
-    """The time of a call with its launches; limit: the resource that bounds most of it."""
+    """Returns the time of a call with its launches; limit: the resource that bounds most of it."""
     moved = 0.0 if call["op"] == "tvl1_flow" else work(call["op"], call["precision"], call["B"], call["K"])[1]
     from_hbm = float(moved > gpu.l2_bytes)
     rows = [
@@ -205,7 +206,7 @@ def predict(gpu: Gpu, call: dict, registers: dict) -> dict:
 
 
 def measured_rows(folder: Path) -> list[dict]:
-    """Times by events of CUDA-graph replays, from the files of bench/gpu_probe.py time and flow."""
+    """Returns times by events of CUDA-graph replays, from the files of bench/gpu_probe.py time and flow."""
     rows = []
     if (path := folder / "gpu_time.json").exists():
         report = json.loads(path.read_text())

@@ -50,7 +50,7 @@ def videos(folder: Path, count: int) -> Index:
 
 
 def measure(index: Index, rounds: int) -> dict[str, list[float]]:
-    """CPU milliseconds per clip by form, one value for each round (an epoch)."""
+    """Returns CPU milliseconds per clip by form, one value for each round (an epoch)."""
     data = DataConfig(workers=1, cache_gib=0, batch_size=8)
     forms = {f"{view}, {augment}": (view, dataclasses.replace(data, augment=augment))
              for view in ("rgb", "flow") for augment in ("coclr", "none")}  # fmt: skip

@@ -49,7 +49,7 @@ def competitors(count: int) -> Iterator[None]:
 
 
 def cpu_s_per_pair(solver: FlowSolver, pairs: np.ndarray) -> tuple[float, float]:
-    """CPU seconds (user and system, all threads) and elapsed seconds of a frame pair."""
+    """Returns CPU seconds (user and system, all threads) and elapsed seconds of a frame pair."""
     cpu, elapsed = time.process_time(), time.perf_counter()
     solver.levels(pairs)
     return (time.process_time() - cpu) / len(pairs), (time.perf_counter() - elapsed) / len(pairs)

@@ -75,7 +75,7 @@ class Kernel:
 
 @cache
 def short_name(entry: str) -> str:
-    """score_kernel<float, 4, 4> for its mangled name."""
+    """Returns score_kernel<float, 4, 4> for its mangled name."""
     text = subprocess.run(["c++filt", entry], check=True, capture_output=True, text=True).stdout
     found = re.search(r"(\w+_kernel)(<[^>]*>)?", text)
     return found[1] + (found[2] or "").replace("__nv_", "").replace("(int)", "").replace("(bool)", "")
@@ -94,7 +94,8 @@ def issue(device: PtxDevice, call: Call) -> None:
 
 
 def plan(device: PtxDevice, call: Call, limits: tuple[int, int, int]) -> list[Launch]:
-    """The launches of a call on a device. Only shapes and alignment matter: the tensors are not written or read."""
+    """Returns the launches of a call on a device. Only shapes and alignment matter: the tensors are not written or
+    read."""
     device.resize(*limits)
     device.set_dry(True)
     device.reset_counts()
@@ -117,7 +118,7 @@ def plan(device: PtxDevice, call: Call, limits: tuple[int, int, int]) -> list[La
 
 
 def features(call: Call, launches: list[Launch]) -> list[float]:
-    """The feature of each launch that its counts depend on."""
+    """Returns the feature of each launch that its counts depend on."""
     splits, found = 1, []
     for launch in launches:
         if "scan_kernel" in launch.kernel:
@@ -130,7 +131,7 @@ def features(call: Call, launches: list[Launch]) -> list[float]:
 
 
 def keys_of(counts: list[Count]) -> Counter:
-    """The counts of one kernel by key: instructions of each class, and what they did to memory."""
+    """Returns the counts of one kernel by key: instructions of each class, and what they did to memory."""
     keys: Counter = Counter()
     for count in counts:
         keys[f"ptx {count.kind}"] += count.executed
@@ -198,7 +199,8 @@ def interpret(device: PtxDevice, call: Call, code: Disassembly | None = None) ->
 
 
 def per_block(samples: list[Kernel], feature: float) -> dict[str, float]:
-    """The counts of one block at a feature: on the line through the two samples with the most different features."""
+    """Returns the counts of one block at a feature: on the line through the two samples with the most different
+    features."""
     low, high = (choose(samples, key=lambda kernel: kernel.feature) for choose in (min, max))
     found = {}
     for key in set(low.counts) | set(high.counts):
@@ -209,7 +211,7 @@ def per_block(samples: list[Kernel], feature: float) -> dict[str, float]:
 
 
 def extrapolate(samples: list[Kernel], call: Call, launches: list[Launch]) -> list[dict]:
-    """The launches of a call with the counts of one block each, from samples of the same kernels."""
+    """Returns the launches of a call with the counts of one block each, from samples of the same kernels."""
     rows: list[dict] = []
     for launch, feature in zip(launches, features(call, launches), strict=True):
         name = short_name(launch.kernel)

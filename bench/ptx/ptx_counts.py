@@ -78,7 +78,7 @@ def check_rows(device: PtxDevice, samples: list[Kernel], call: Call) -> list[dic
 
 
 def call_rows(device: PtxDevice, samples: list[Kernel], operators: tuple[str, ...]) -> list[dict]:
-    """The launches of every call of these operators on every device, with the counts of a block."""
+    """Returns the launches of every call of these operators on every device, with the counts of a block."""
     rows = []
     calls = [Call(op, precision, B, K) for op in PRECISIONS for precision in PRECISIONS[op] for B, K in SHAPES]
     calls += [Call("tvl1_flow", "fp32", pairs, 340) for pairs in (1, 32, 264)]
@@ -101,7 +101,7 @@ def registers_of(code: Disassembly, samples: list[Kernel], operators: dict[str, 
 
 
 def page(report: dict) -> str:
-    """The tables of ptx_counts.md."""
+    """Returns the tables of ptx_counts.md."""
     about = report["world"]
     lines = ["# What the compiled CUDA kernels do", "", f"`{about['command']}`, commit {about['commit']}.", ""]
     lines += [

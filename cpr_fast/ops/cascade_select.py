@@ -119,7 +119,7 @@ def _fake(queries, memory, views, keep, query_ids, memory_ids, precision):
 
 
 def _map(info, in_dims, queries, memory, views, keep, query_ids, memory_ids, precision):
-    """The rule for torch.vmap: a single call for all slices of the queries if they share a memory."""
+    """Implements torch.vmap: a single call for all slices of the queries if they share a memory."""
     arguments, size = (queries, memory, views, keep, query_ids, memory_ids, precision), info.batch_size
     of_queries, of_memory, _, _, of_query_ids, of_memory_ids, _ = in_dims
     if of_memory is not None or of_memory_ids is not None:

@@ -272,7 +272,7 @@ def _autograd(*arguments):
 
 
 def _map(info, in_dims, *arguments):
-    """The rule for torch.vmap: a single call for all slices of the queries if they share a memory."""
+    """Implements torch.vmap: a single call for all slices of the queries if they share a memory."""
     size = info.batch_size
     if in_dims[2] is not None or in_dims[5] is not None:
         return _vmap.one_by_one(torch.ops.cpr_fast.mil_nce, in_dims, arguments, size)

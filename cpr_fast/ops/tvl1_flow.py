@@ -167,7 +167,7 @@ def _minimise(
 
 
 def _resize(x: Tensor, size: tuple[int, int], scale: tuple[float, float]) -> Tensor:
-    """Bilinear resize of [..., h, w] to `size`; `scale` is source pixels per target pixel, pixel centres aligned."""
+    """Resizes [..., h, w] to `size`, bilinear; `scale` is source pixels per target pixel, pixel centres aligned."""
     for axis, target, pixels in ((-2, size[0], scale[0]), (-1, size[1], scale[1])):
         source = x.shape[axis]
         position = ((torch.arange(target) + 0.5) * pixels - 0.5).clamp(0, source - 1)
@@ -215,7 +215,7 @@ def _fake(frames, *settings):
 
 
 def _map(info, in_dims, frames, *settings):
-    """The rule for torch.vmap: a single call for the clips of all slices."""
+    """Implements torch.vmap: a single call for the clips of all slices."""
     outputs = torch.ops.cpr_fast.tvl1_flow(_vmap.fold(frames, in_dims[0], info.batch_size, 0), *settings)
     return tuple(output.unflatten(0, (info.batch_size, -1)) for output in outputs), (0, 0)
 

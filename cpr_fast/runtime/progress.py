@@ -212,7 +212,8 @@ class _Lines:
                 self._print(now)
 
     def beat(self, ended: threading.Event) -> None:
-        """Until the end, prints a line where none came for long, first after `FIRST_LINE_S` without an item."""
+        """Prints a line whenever none was printed for long, until the end; first after `FIRST_LINE_S` without an
+        item."""
         while not ended.wait(BEAT_S):
             with self._lock:
                 now = time.monotonic()

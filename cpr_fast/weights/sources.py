@@ -115,7 +115,7 @@ def coclr_names(ours: str, role: str, backbone: str | None = None) -> tuple[str,
 
 
 def _coclr(tensors: Mapping[str, Tensor], path: str | Path) -> Layout:
-    """The models of `main_nce.py` and `main_coclr.py`, or the `backbone` of a classifier."""
+    """Returns the layout of the models of `main_nce.py` and `main_coclr.py`, or the `backbone` of a classifier."""
     classifier = not any(key.startswith("encoder_q.") for key in tensors)
     backbones = (
         {"encoder_q": "backbone."} if classifier else {r: f"{r}.0." for r in ("encoder_q", "encoder_k", "sampler")}
@@ -169,7 +169,8 @@ _MILNCE_BRANCHES = {
 
 
 def _milnce(tensors: Mapping[str, Tensor], path: str | Path) -> Layout:
-    """The video network of S3D_HowTo100M; its text module and the projection to text are not used.
+    """Returns the layout of the video network of S3D_HowTo100M; its text module and the projection to text are not
+    used.
 
     Its pixels are 0..1 without normalisation. Our network gets ImageNet's normalisation, which its stem undoes.
     """

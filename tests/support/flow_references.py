@@ -41,7 +41,7 @@ def moving_texture(frames: int, height: int, width: int, seed: int, velocity=(1.
 
 
 def opencv_flow(frames: torch.Tensor, **settings) -> torch.Tensor:
-    """[T, H, W] to [T-1, 2, H, W]."""
+    """Computes the flow with OpenCV: frames [T, H, W] to [T-1, 2, H, W]."""
     flows = []
     for first, second in zip(frames.numpy()[:-1], frames.numpy()[1:], strict=True):
         solver = (

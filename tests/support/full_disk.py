@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def files_end_at(size: int) -> Iterator[None]:
-    """Within the block every write beyond `size` bytes of a file fails, after a real short write up to the limit."""
+    """Makes every write beyond `size` bytes of a file fail within the block, after a real short write up to the
+    limit."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:

@@ -30,13 +30,13 @@ KINDS = {
 
 
 def numbered_picture(number: int) -> np.ndarray:
-    """uint8 [48, 64]: bit i of `number` is white in block (i // 4, i % 4)."""
+    """Returns uint8 [48, 64]: bit i of `number` is white in block (i // 4, i % 4)."""
     bits = (number >> np.arange(8)) & 1
     return np.kron(bits.reshape(2, 4), np.ones((24, 16))).astype(np.uint8) * 215 + 20
 
 
 def numbers_shown(pixels: np.ndarray) -> list[int]:
-    """The frame numbers in uint8 [F, 48, 64, 3]."""
+    """Returns the frame numbers in uint8 [F, 48, 64, 3]."""
     blocks = pixels[..., 0].reshape(len(pixels), 2, 24, 4, 16).astype(float).mean(axis=(2, 4)).reshape(-1, 8)
     return ((blocks > 128) * 2 ** np.arange(8)).sum(axis=1).tolist()
 
@@ -65,7 +65,7 @@ def write_numbered(path: Path, num_frames: int, kind: str = "h264-bframes") -> P
 
 
 def decode_linearly(path: Path) -> np.ndarray:
-    """Every frame in presentation order, uint8 [F, H, W, 3]: the independent reference."""
+    """Returns every frame in presentation order, uint8 [F, H, W, 3]: the independent reference."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 

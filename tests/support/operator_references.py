@@ -7,7 +7,8 @@ import torch
 
 
 def fma_scores(queries: torch.Tensor, memory: torch.Tensor) -> np.ndarray:
-    """The canonical score [B, K]: a float32 chain of fused multiply-adds over d from +0, every step rounded once.
+    """Returns the canonical score [B, K]: a float32 chain of fused multiply-adds over d from +0, every step rounded
+    once.
 
     The product of two floats is exact in double; the sum is rounded to odd there, which makes rounding it once more
     to float32 the same as rounding the exact sum.
@@ -27,7 +28,7 @@ def fma_scores(queries: torch.Tensor, memory: torch.Tensor) -> np.ndarray:
 
 
 def select_by_sorting(queries, memory, views, keep, query_ids=None, memory_ids=None):
-    """cascade_select by full sorts in (score descending, slot ascending) over the canonical scores."""
+    """Computes cascade_select by full sorts in (score descending, slot ascending) over the canonical scores."""
     B, K = queries.shape[1], memory.shape[1]
     rows = {v: fma_scores(queries[v], memory[v]) for v in set(views)}
     indices, scores = np.full((B, keep[-1]), -1), np.full((B, keep[-1]), -np.inf, np.float32)

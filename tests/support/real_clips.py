@@ -25,7 +25,7 @@ def spread_videos(count: int) -> list[Path]:
 
 
 def read_gray(count: int, frames: int, size: tuple[int, int]) -> torch.Tensor:
-    """[count, frames, H, W] uint8 of size (W, H), from frame 20 of evenly spaced videos, or Absent."""
+    """Returns uint8 [count, frames, H, W] of size (W, H), from frame 20 of evenly spaced videos. Raises Absent."""
     import cv2
 
     clips = []

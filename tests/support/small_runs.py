@@ -26,7 +26,8 @@ TIMES = {"step_time_s", "data_wait_s", "clips_per_s", "epoch_time_s"}
 
 
 def settings(out, **sections) -> Config:
-    """A tiny run: 3 steps per epoch of 6 videos, a memory that fills in 2, one CPR cycle after one of InfoNCE."""
+    """Returns the settings of a tiny run: 3 steps per epoch of 6 videos, a memory that fills in 2, one CPR cycle after
+    one of InfoNCE."""
     values = {
         "data": {"batch_size": 6, "frames": 8, "size": 16},
         "model": {"arch": "r3d", "width": 0.0625, "feature_dim": 8},  # a third of the time of S3D: fewer layers
@@ -72,7 +73,7 @@ class Killed(Exception):
 
 
 def killed_at(epoch: int, step: int, loader=RandomLoader):
-    """A loader whose process dies when it fetches this batch."""
+    """Returns a loader whose process dies when it fetches this batch."""
 
     class Dying(loader):
         def epoch(self, number, start_step=0):
@@ -85,7 +86,7 @@ def killed_at(epoch: int, step: int, loader=RandomLoader):
 
 
 def stopped(out: Path, at: tuple[int, int] = (2, 1)) -> Path:
-    """A run that was killed at a step (epoch, step in it), with checkpoints at the ends of epochs."""
+    """Returns a run that was killed at a step (epoch, step in it), with checkpoints at the ends of epochs."""
     with contextlib.suppress(Killed):
         run(settings(out), killed_at(*at))
     return out

@@ -14,7 +14,7 @@ VIEWS = ("rgb", "flow", "residual")
 
 
 def make_index(videos: int = 24, classes: int = 4) -> Index:
-    """`videos` videos, two clips per source, classes in turn."""
+    """Returns an index of `videos` videos: two clips per source, classes in turn."""
     return Index(
         Video(Path(f"/v{i}.mp4"), f"class{i // 2 % classes}", f"source{i // 2}", "train", 60, 25.0, 64, 64)
         for i in range(videos)

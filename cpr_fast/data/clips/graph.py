@@ -57,7 +57,8 @@ def cut(frames, box, view: str, data: DataConfig):
 
 @pipeline_def(exec_dynamic=True, prefetch_queue_depth=1)
 def normalised_graph(data: DataConfig):
-    """The graph of the route "frames" on the CPU. A sample is a finished clip: input "frames", uint8 [T, S, S, 3]."""
+    """Defines the graph of the route "frames" on the CPU. A sample is a finished clip: input "frames", uint8 [T, S, S,
+    3]."""
     frames = fn.external_source(name="frames", device="cpu", layout="FHWC", no_copy=True)
     mean, std = ([255 * value for value in values] for values in normalisation(data.augment))
     return fn.crop_mirror_normalize(frames, mean=mean, std=std, output_layout="FHWC")
@@ -65,8 +66,8 @@ def normalised_graph(data: DataConfig):
 
 @pipeline_def(exec_dynamic=True, prefetch_queue_depth=1)
 def packets_graph(view: str, data: DataConfig, group: int, decoder: str):
-    """The graph of the route "packets". A sample is a group: inputs "box" [G, 4], "packets" uint8 [L], "chosen" int32
-    [U], the frames to decode, and "order" int32 [G, T], the place in `chosen` of every clip's frames. G outputs.
+    """Defines the graph of the route "packets". A sample is a group: inputs "box" [G, 4], "packets" uint8 [L], "chosen"
+    int32 [U], the frames to decode, and "order" int32 [G, T], the place in `chosen` of every clip's frames. G outputs.
 
     Each frame is requested once and in order, because the decoder starts again for a frame that is requested twice.
     """
@@ -85,9 +86,8 @@ def packets_graph(view: str, data: DataConfig, group: int, decoder: str):
 
 @pipeline_def(exec_dynamic=True, prefetch_queue_depth=1)
 def jpegs_graph(view: str, data: DataConfig, cuts: int, decoder: str):
-    """The graph of the route "jpegs". A sample is a frame: inputs "box" [cuts, 4] and "jpegs" uint8 [L]. One output per
-    cut.
-    """
+    """Defines the graph of the route "jpegs". A sample is a frame: inputs "box" [cuts, 4] and "jpegs" uint8 [L]. One
+    output per cut."""
     box = fn.external_source(name="box", device="cpu")
     jpegs = fn.external_source(name="jpegs", device="cpu")
     frames = fn.decoders.image(jpegs, device=decoder, output_type=types.RGB)

@@ -65,7 +65,7 @@ class Device:
         self._library.emulation_set_order(ORDERS[order])
 
     def resize(self, shared_limit: int = 227 << 10, cache_size: int = 50 << 20, processors: int = 132) -> None:
-        """The bytes of shared memory that a block can opt in to and of the L2 cache, and how many blocks of a
+        """Sets the bytes of shared memory that a block can opt in to and of the L2 cache, and how many blocks of a
         cooperative launch are resident: they decide the route."""
         self._library.emulation_set_device(shared_limit, cache_size, processors)
 
@@ -103,7 +103,7 @@ class Device:
         return torch.full((bytes_ + _GUARD,), 0xFF, dtype=torch.uint8)  # NaN in every float
 
     def _finish(self, workspace: torch.Tensor | None, *outputs: torch.Tensor) -> None:
-        """Called after every kernel of a call has run."""
+        """Is called after every kernel of a call has run."""
         if workspace is not None:
             assert (workspace[-_GUARD:] == 0xFF).all(), "a write past the workspace"
 
@@ -138,8 +138,8 @@ class Device:
         self, query, own_key, memory, positives=None, query_ids=None, memory_ids=None,
         same_id="positive", self_positive="keep", temperature=0.07, forward=True, backward=True,
     ):  # fmt: skip
-        """The forward's outputs by name, and `grad_memory` [K, D] of loss.sum(); arguments as for mil_nce. Without
-        `forward`, the gradient is that for lse_all and lse_positive as `_output` makes them."""
+        """Returns the forward's outputs by name, and `grad_memory` [K, D] of loss.sum(); arguments as for mil_nce.
+        Without `forward`, the gradient is that for lse_all and lse_positive as `_output` makes them."""
         (B, D), K = query.shape, memory.shape[0]
         modes = self_positive if isinstance(self_positive, torch.Tensor) else None
         given = {"query": query, "own_key": own_key, "memory": memory, "positives": positives}
@@ -163,7 +163,8 @@ class Device:
         return outputs
 
     def tvl1_flow(self, frames: torch.Tensor, settings: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """flow [N, T-1, 2, H, W], pixel-iterations [N, T-1] of frames [N, T, H, W]; every setting of the op by name."""
+        """Returns flow [N, T-1, 2, H, W], pixel-iterations [N, T-1] of frames [N, T, H, W]; every setting of the op by
+        name."""
         N, T, H, W = frames.shape
         flow = self._output("flow", (N, T - 1, 2, H, W), torch.nan)
         counted = self._output("pixel_iterations", (N, T - 1), -7, torch.int64)

@@ -69,7 +69,7 @@ def collect(loader, epoch=0, start_step=0):
 
 
 def levels(clip: torch.Tensor) -> np.ndarray:
-    """A normalised clip [3, T, S, S] as 0..255 levels, float32 [T, S, S, 3]."""
+    """Returns a normalised clip [3, T, S, S] as 0..255 levels, float32 [T, S, S, 3]."""
     pixels = clip.permute(1, 2, 3, 0).numpy() * np.array(STD, np.float32) + np.array(MEAN, np.float32)
     return 255 * pixels
 

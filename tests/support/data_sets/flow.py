@@ -11,7 +11,7 @@ LONG = 35  # frames of the longest video of a set, more than two batches hold
 
 
 def smooth_flow(pairs: torch.Tensor) -> torch.Tensor:
-    """A stand-in for TV-L1: a field that depends on both frames of the pair. [P, 2, H, W] -> [P, 2, H, W]."""
+    """Stands in for TV-L1 by a field that depends on both frames of the pair. [P, 2, H, W] -> [P, 2, H, W]."""
     assert pairs.dtype == torch.uint8 and pairs.shape[1] == 2
     first, second = pairs[:, 0].float(), pairs[:, 1].float()
     rows = torch.linspace(0, 3, pairs.shape[2])[:, None].expand_as(first)

@@ -68,7 +68,7 @@ def build_host(interpreter: Path) -> Path:
 
 
 def _processor() -> str:
-    """The features of the processor that -march=native stands for."""
+    """Returns the features of the processor that -march=native stands for."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -41,7 +41,7 @@ class PtxDevice(Device):
         self.select()
 
     def _host_functions(self, host: Path) -> dict[str, int]:
-        """The addresses of the functions of the loaded host code."""
+        """Returns the addresses of the functions of the loaded host code."""
         listed = subprocess.run(["nm", str(host)], check=True, capture_output=True, text=True).stdout
         offsets = {fields[2]: int(fields[0], 16) for line in listed.splitlines() if len(fields := line.split()) == 3}
         anchor = ctypes.cast(self._library.emulation_set_order, ctypes.c_void_p).value
@@ -78,14 +78,15 @@ class PtxDevice(Device):
             self.interpreter.reset(machine)
 
     def set_dry(self, dry: bool) -> None:
-        """While dry, calls only plan: their launches are recorded, but not executed."""
+        """Sets whether calls only plan: while dry, their launches are recorded, but not executed."""
         for machine in self.machines.values():
             self.interpreter.set_dry(machine, dry)
 
     def counts(self, operator: str, all_: bool = False) -> list[Count]:
-        """The instructions of an operator that were executed since the last reset; `all_`: every one of its PTX."""
+        """Returns the instructions of an operator that were executed since the last reset; `all_`: every one of its
+        PTX."""
         return self.interpreter.counts(self.machines[operator], all_)
 
     def launches_of(self, operator: str) -> list[Launch]:
-        """The launches of an operator since the last reset."""
+        """Returns the launches of an operator since the last reset."""
         return self.interpreter.launches(self.machines[operator])

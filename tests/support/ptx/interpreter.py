@@ -64,7 +64,7 @@ class Interpreter:
         return self._library.ptx_entries(machine).decode().split()
 
     def bind(self, host_function: int, machine: int, entry: str) -> None:
-        """From now on a launch of the host function runs this entry."""
+        """Makes launches of the host function run this entry from now on."""
         self._library.ptx_bind(_POINTER(host_function), machine, entry.encode())
 
     def launch(self, host_function: int, grid, threads: int, shared_bytes: int, arguments, cooperative=False) -> None:
@@ -87,11 +87,11 @@ class Interpreter:
         self._library.ptx_reset(machine)
 
     def set_dry(self, machine: int, dry: bool) -> None:
-        """While dry, launches are recorded but not executed."""
+        """Sets whether launches are only recorded, not executed."""
         self._library.ptx_set_dry(machine, dry)
 
     def counts(self, machine: int, all_: bool = False) -> list[Count]:
-        """The instructions that were executed since the last reset; `all_`: those that were not as well."""
+        """Returns the instructions that were executed since the last reset; `all_`: those that were not as well."""
         lines = self._library.ptx_counts(machine, all_).decode().splitlines()
         fields = (line.split("\t") for line in lines)
         return [Count(*names[:4], *map(int, names[4:])) for names in fields]

@@ -38,7 +38,7 @@ class Program:
         self._interpreter.launch(self._function, grid, threads, shared_bytes, pointers, cooperative)
 
     def count(self, opcode: str) -> Count:
-        """What the only instruction with this opcode did."""
+        """Returns what the only instruction with this opcode did."""
         (found,) = [count for count in self._interpreter.counts(self.machine) if count.opcode == opcode]
         return found
 

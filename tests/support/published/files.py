@@ -22,19 +22,20 @@ def bn(state: dict[str, Tensor], name: str, width: int) -> None:
 
 
 def weight(*shape: int) -> Tensor:
-    """Random weights with which the signal neither grows nor shrinks."""
+    """Returns random weights with which the signal neither grows nor shrinks."""
     return torch.randn(*shape) * math.sqrt(2 / math.prod(shape[1:]))
 
 
 def coclr_encoder(role: str, width: float, dim: int, gated: bool = False) -> dict[str, Tensor]:
-    """nn.Sequential(S3D, pool, conv, ReLU, conv): both names of every layer, the head as 1x1x1 convolutions."""
+    """Returns the state of nn.Sequential(S3D, pool, conv, ReLU, conv): both names of every layer, the head as 1x1x1
+    convolutions."""
     network = encoder(width, dim, gated)
     randomise(network)
     return {f"{role}.{name}": value for name, value in network.state_dict().items()}
 
 
 def coclr_file(kind: str, width: float = 0.125, dim: int = 16, slots: int = 32, gated: bool = False) -> dict:
-    """The file of a model of CoCLR ("infonce", "ubernce", "coclr") or of CPR's model of two views ("cpr")."""
+    """Returns the file of a model of CoCLR ("infonce", "ubernce", "coclr") or of CPR's model of two views ("cpr")."""
     model = MODELS[kind](width, dim, slots, gated)
     randomise(model)
     state = dict(model.state_dict())
@@ -48,7 +49,7 @@ def coclr_file(kind: str, width: float = 0.125, dim: int = 16, slots: int = 32, 
 
 
 def iic_state(arch: str, c: int = 8) -> dict[str, Tensor]:
-    """The state_dict of IIC's models/r3d.py, r21d.py and c3d.py with `c` first channels instead of 64."""
+    """Returns the state_dict of IIC's models/r3d.py, r21d.py and c3d.py with `c` first channels instead of 64."""
     state: dict[str, Tensor] = {}
 
     def conv(name, c_in, c_out, kernel):
@@ -85,14 +86,14 @@ def iic_state(arch: str, c: int = 8) -> dict[str, Tensor]:
 
 
 def iic_file(arch: str, c: int = 8, modality: str = "res") -> dict[str, Any]:
-    """The file of IIC's train_ssl.py, with its options, its memory bank and the state of its optimiser."""
+    """Returns the file of IIC's train_ssl.py, with its options, its memory bank and the state of its optimiser."""
     contrast = {"memory_l": F.normalize(torch.randn(10, 8 * c)), "params": torch.tensor([1024, 0.07, -1, -1, 0.5])}
     return {"opt": argparse.Namespace(model=arch, modality=modality, learning_rate=0.01), "model": iic_state(arch, c),
             "contrast": contrast, "optimizer": {"state": {}}, "epoch": 240}  # fmt: skip
 
 
 def milnce_file(width: int) -> dict[str, Tensor]:
-    """The state_dict of S3D_HowTo100M's s3dg.py with `width` first channels instead of 64, including the text
+    """Returns the state_dict of S3D_HowTo100M's s3dg.py with `width` first channels instead of 64, including the text
     module.
     """
     state: dict[str, Tensor] = {}

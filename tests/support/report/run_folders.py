@@ -19,7 +19,7 @@ SOURCES = ["s0", "s1", "s2", "s2", "s3", "s4"]
 
 
 def write_video(path: Path, number: int) -> None:
-    """Frame f of video n is filled with grey level 8 f + 10 n; the size is odd on purpose."""
+    """Writes a video: frame f of video n is filled with grey level 8 f + 10 n; the size is odd on purpose."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(25))
         stream.width, stream.height, stream.pix_fmt, stream.options = 98, 54, "yuv420p", {"crf": "10"}

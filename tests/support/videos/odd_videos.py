@@ -60,7 +60,7 @@ def _box(kind: bytes, *parts: bytes) -> bytes:
 
 
 def write_sound(path: Path) -> Path:
-    """A second of silence."""
+    """Writes a second of silence."""
     with av.open(str(path), "w") as output:
         stream = output.add_stream("aac", rate=8000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
@@ -80,7 +80,7 @@ def damage(path: Path, place: int) -> Path:
 
 
 def write_size_change(path: Path, before: int = 20) -> Path:
-    """`before` frames of 64x48, then frames of 96x80, in one MPEG transport stream."""
+    """Writes `before` frames of 64x48, then frames of 96x80, in one MPEG transport stream."""
     parts = [
         write_streams(path.with_name(f"{number}.part"), frames, fmt="mpegts")
         for number, frames in enumerate((pictures(before), pictures(20, 80, 96)))
