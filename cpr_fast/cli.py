@@ -5,7 +5,7 @@ Each command lives in a file of its own below `cpr_fast.commands`, which is impo
 
 Results go to stdout, progress and logs to stderr. The exit code is 0 on success, 2 for bad input or a package that is
 not installed (one line that names the option, file or package), 1 for any other failure (with its traceback), and
-128 + N for a run that was stopped by signal N after it saved its state.
+128 + N for a command that was stopped by signal N, after a run saved its state.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from cpr_fast import __version__
 from cpr_fast.commands.inputs import check_inputs
 from cpr_fast.errors import FailedError, InputError, how_to_install, out_of_memory
 from cpr_fast.runtime.files import DISK_ERRORS
+from cpr_fast.runtime.interrupt import signals_raise
 from cpr_fast.wording import printable
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
@@ -65,6 +66,7 @@ PATH_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP)  # error numbers of the same kin
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(_help())
@@ -72,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] in ("-V", "--version", "version"):
             print(f"cpr-fast {__version__}")
             return 0
-        code = _run(_command(arguments[0], arguments[1:]), arguments)
+        with signals_raise():
+            code = _run(_command(arguments[0], arguments[1:]), arguments)
         sys.stdout.flush()  # flushed here, where an error such as a full disk can still be reported
         return code
     except (InputError, *PATH_ERRORS) as error:
@@ -91,10 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"cpr-fast: {reason}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further Ctrl-C ends the process while threads still finish
-        print(f"cpr-fast: interrupted; to continue: {_continuing(arguments, '--auto-resume')}", file=sys.stderr)
-        return 128 + signal.SIGINT
+        text = f"{str(stopped) or 'interrupted'}, complete files are kept; to continue: "
+        print(f"cpr-fast: {text}{_continuing(arguments, '--auto-resume')}", file=sys.stderr)
+        return 128 + getattr(stopped, "signum", signal.SIGINT)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -110,6 +114,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered cannot be written, either
         return 2
+
+
+def _open_closed_streams() -> None:
+    """Opens the null device where the caller has closed stdin, stdout or stderr (`>&-`).
+
+    Otherwise the next files that are opened get these numbers, and libraries print their warnings into them.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _help() -> str:

@@ -1,4 +1,4 @@
-"""Requests to stop: a run finishes its step, saves its state, and ends.
+"""Requests to stop: a run finishes its step, saves its state, and ends; any other command removes what is unfinished.
 
 A request comes as SIGTERM (`kill`, torchrun, SLURM), SIGUSR1 (SLURM), SIGINT (Ctrl-C), or SIGHUP (the terminal or the
 connection was closed) unless `nohup` ignores that one.
@@ -12,7 +12,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -25,6 +25,15 @@ class Interrupted(Exception):
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name} {message}")
+        self.signum = signum
+
+
+class Stopped(KeyboardInterrupt):
+    """The signal `signum` asked a command to stop that has no steps to finish. It acts as Ctrl-C does, which Python
+    turns into a KeyboardInterrupt, so that the same blocks remove unfinished files."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
 
 
@@ -74,11 +83,43 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup: the run goes on without its terminal
-    numbers = [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
-    before = {number: signal.signal(number, request.note) for number in numbers}
-    try:
+    with _handled(SIGNALS, request.note):
         yield request
+
+
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """Within the block, SIGTERM, SIGUSR1 and SIGHUP raise Stopped in the main thread.
+
+    One that is repeated at once has no effect, since SLURM and torchrun both send it; a later one ends the process.
+    """
+    came: list[float] = []
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        if signum == signal.SIGHUP:
+            _leave_terminal()
+        if came and time.monotonic() - came[0] > REPEAT_S:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        if not came:
+            came.append(time.monotonic())
+            raise Stopped(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with _handled([number for number in SIGNALS if number != signal.SIGINT], stop):
+        yield
+
+
+@contextmanager
+def _handled(signals: Sequence[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handles signals within the block, but not SIGHUP if nohup ignores it: the run goes on without its terminal."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [number for number in signals if number != signal.SIGHUP or not ignored]
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -18,7 +18,7 @@ from cpr_fast.commands import options
 from cpr_fast.commands.training.pretrain import parse
 from cpr_fast.data.synthetic.videos import write_synthetic
 from cpr_fast.evaluate.features import recipe
-from cpr_fast.runtime.interrupt import Interrupted
+from cpr_fast.runtime.interrupt import Interrupted, Stopped
 from cpr_fast.runtime.metrics import read_metrics
 from cpr_fast.weights.checkpoint import load_checkpoint
 
@@ -301,11 +301,13 @@ def test_negative_numbers_and_switches_are_not_taken_for_misspelt_options(capsys
         (["pretrain", "a.toml", "--resume"], Interrupted(15, "after step 3"),
          "stopped by SIGTERM after step 3; to continue: cpr-fast pretrain a.toml --resume"),
         (["pretrain", "a.toml"], KeyboardInterrupt(),  # before or after the first checkpoint: both must work
-         "interrupted; to continue: cpr-fast pretrain a.toml --auto-resume"),
+         "interrupted, complete files are kept; to continue: cpr-fast pretrain a.toml --auto-resume"),
         (["pretrain", "a.toml", "--auto-resume"], KeyboardInterrupt(),
-         "interrupted; to continue: cpr-fast pretrain a.toml --auto-resume"),
+         "interrupted, complete files are kept; to continue: cpr-fast pretrain a.toml --auto-resume"),
+        (["index", "a", "--out", "b.csv"], Stopped(signal.SIGTERM),
+         "stopped by SIGTERM, complete files are kept; to continue: cpr-fast index a --out b.csv"),
         (["synth", "my data", "--classes", "4"], KeyboardInterrupt(),
-         "interrupted; to continue: cpr-fast synth 'my data' --classes 4"),
+         "interrupted, complete files are kept; to continue: cpr-fast synth 'my data' --classes 4"),
     ],
 )  # fmt: skip
 def test_a_stopped_command_prints_the_command_that_continues(monkeypatch, capsys, given, stop, said):
@@ -315,7 +317,7 @@ def test_a_stopped_command_prints_the_command_that_continues(monkeypatch, capsys
     monkeypatch.setattr("cpr_fast.cli._command", lambda name, arguments: stopped)
     handler = signal.getsignal(signal.SIGINT)
     try:
-        assert main(given) == 128 + (stop.signum if isinstance(stop, Interrupted) else signal.SIGINT)
+        assert main(given) == 128 + getattr(stop, "signum", signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, handler)
     assert capsys.readouterr().err == f"cpr-fast: {said}\n"

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from cpr_fast.runtime import interrupt
-from cpr_fast.runtime.interrupt import SIGNALS, Interrupted, StopRequest, stop_requests
+from cpr_fast.runtime.interrupt import SIGNALS, Interrupted, StopRequest, signals_raise, stop_requests
 
 
 @pytest.fixture
@@ -108,3 +108,20 @@ def test_a_closed_terminal_stops_a_run_that_can_still_print_and_save(tmp_path):
     os.close(terminal)  # the kernel sends SIGHUP to the process, and its writes fail from now on
     assert os.waitpid(process, 0)[1] == 0
     assert (tmp_path / "state.saved").exists()
+
+
+@pytest.mark.parametrize("number", [number for number in SIGNALS if number != signal.SIGINT])
+def test_other_signals_raise_what_ctrl_c_raises_and_a_repeat_at_once_has_no_effect(number):
+    before = [signal.getsignal(n) for n in SIGNALS]
+    repeated = []
+    with pytest.raises(KeyboardInterrupt) as caught, signals_raise():
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            os.kill(os.getpid(), number)  # torchrun forwards it, too
+            repeated.append(True)
+    assert caught.value.signum == number and str(caught.value) == f"stopped by {signal.Signals(number).name}"
+    assert repeated and [signal.getsignal(n) for n in SIGNALS] == before
+    with signals_raise(), stop_requests() as request:  # a run notes it instead
+        os.kill(os.getpid(), number)
+        assert request.signum == number
