@@ -46,7 +46,7 @@ def quickstart(out: Path, *, seed: int = 0) -> dict[str, Any]:
         write_flow(index, data / "flow", progress=True)
     with _timed(times, "3/5 pretraining: InfoNCE, then CPR", "pretrain"):
         last = out / "checkpoints" / "last.pt"
-        pretrain(quickstart_config(index, out, seed), resume=last.exists())
+        pretrain(quickstart_config(index, out, seed), resume="auto")
     with _timed(times, "4/5 retrieval, beside the untrained network and pixel baselines", "retrieve"):
         results = retrieve(last, index, run_dir=out, progress=True)
     with _timed(times, "5/5 report", "report"):

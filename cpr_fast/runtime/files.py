@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from cpr_fast.errors import InputError
 
 # A full disk, a used-up quota, a file above the limit of the process or the file system, a failing or read-only disk.
+# Missing permission is not among them, because it concerns files that are read as well.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 UNTOUCHED, NOTHING_LEFT = "the previous file is untouched", "nothing was left behind"
 
@@ -24,15 +26,39 @@ def naming(path: str | Path, kept: str) -> Iterator[None]:
         path: What the block writes.
         kept: What remains usable, such as "the previous file is untouched".
     Raises:
-        InputError: the block raised one of DISK_ERRORS. Other errors are not changed.
+        InputError: the block raised one of DISK_ERRORS, or lacks the permission to create or change a file beside
+            `path` or its folder. Other errors are not changed.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_ERRORS and not _is_refused(error, Path(path)):
             raise
         reason = error.strerror or os.strerror(error.errno)
         raise InputError(f"could not write {str(path)!r}: {reason}; {kept}") from error
+
+
+def _is_refused(error: OSError, path: Path) -> bool:
+    """Returns whether the permission to write a file, or into one of its folders, is missing."""
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return False
+    refused = Path(os.path.abspath(os.fsdecode(error.filename or path)))
+    folder = Path(os.path.abspath(path)).parent
+    return refused.parent == folder or refused == folder or refused in folder.parents
+
+
+def require_writable(what: str, folder: Path, advice: str) -> None:
+    """Raises InputError that names `what` if no file can be created in a folder, or where it would be created.
+
+    Commands that compute for long call it first, because they would fail only when they write their results.
+    """
+    try:
+        existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        reason = error.strerror or os.strerror(error.errno)
+        raise InputError(f"{what}: cannot write to {str(folder)!r}: {reason}. {advice}") from error
 
 
 @contextmanager
@@ -55,6 +81,46 @@ def replacing(path: str | Path, kept: str = "") -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_writer(lock: str | Path, refusal: str) -> Iterator[None]:
+    """Lets one process at a time run the block; the file `lock` exists meanwhile, and its folder is created.
+
+    The operating system releases the lock when the process ends, however it ends. Without locks (some network file
+    systems) the block runs unprotected.
+
+    Args:
+        refusal: The error while another process runs the block.
+    Raises:
+        InputError: `refusal`, or the folder cannot be written.
+    """
+    lock = Path(lock)
+    with naming(lock, NOTHING_LEFT):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_current(lock, refusal)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _open_current(lock: Path, refusal: str) -> int:
+    """Opens and locks a file; once more if the process that held the lock has removed the file meanwhile."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(refusal) from None
+        except OSError:
+            return descriptor
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                return descriptor
+        os.close(descriptor)
 
 
 def append_line(path: Path, line: str) -> None:

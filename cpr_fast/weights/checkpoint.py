@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -38,9 +38,39 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> Path:
         CheckpointError: the file could not be written.
     """
     path = Path(path)
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, "version": VERSION, **payload}, file)
+    with written_whole(path) as temporary:
+        torch_save({"format": FORMAT, "version": VERSION, **payload}, temporary)
     return path
+
+
+def torch_save(payload: dict[str, Any], path: Path) -> None:
+    """Writes a file with `torch.save`.
+
+    Raises OSError with the reason if it cannot be written; torch itself reports an unexpected position in the file.
+    """
+    with open(path, "wb") as file:
+        output = _Output(file)
+        try:
+            torch.save(payload, output)
+        except RuntimeError as error:
+            raise output.error or error from None
+
+
+class _Output:
+    """A file that remembers why a write failed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.error = file, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 @contextmanager
@@ -62,7 +92,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         _replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
         temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        reason = getattr(error, "strerror", None) or (str(error).splitlines()[0] if str(error) else repr(error))
         kept = "the previous file is untouched" if path.exists() else "nothing was left behind"
         raise CheckpointError(f"could not write {str(path)!r}: {reason}; {kept}") from error
 

@@ -5,6 +5,7 @@ Letters: N clips, T frames, H x W pixels, D feature width, C backbone width, K m
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 from collections.abc import Mapping
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from cpr_fast.config import Config, Cycle
 from cpr_fast.errors import InputError
 from cpr_fast.models import Encoder
-from cpr_fast.weights.checkpoint import load_encoders, load_trained, written_whole
+from cpr_fast.weights.checkpoint import load_encoders, load_trained, torch_save, written_whole
 from cpr_fast.weights.sources import coclr_names
+from cpr_fast.weights.tensors import save_tensors
 
 Form = Literal["safetensors", "onnx", "coclr", "cpr"]
 _QUEUE_SEED = 0  # seed of the random queue that is written if the checkpoint has no queue
@@ -60,10 +62,8 @@ def export(checkpoint: str | Path, out: str | Path, *, to: Form, view: str | Non
 
 
 def _safetensors(payload: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise InputError("--to safetensors needs the package safetensors: pip install cpr-fast[onnx]") from None
+    if importlib.util.find_spec("safetensors") is None:
+        raise InputError("--to safetensors needs the package safetensors: pip install cpr-fast[onnx]")
     tensors = {
         f"{view}.{name}": tensor.contiguous()
         for view, state in payload["encoders"].items()
@@ -71,7 +71,7 @@ def _safetensors(payload: Mapping[str, Any], out: Path) -> dict[str, Any]:
     }
     metadata = {"format": "pt", "cpr_fast_config": json.dumps(payload["config"])}
     with written_whole(out) as temporary:
-        save_file(tensors, temporary, metadata)
+        save_tensors(tensors, temporary, metadata)
     return {"views": list(payload["encoders"]), "tensors": len(tensors)}
 
 
@@ -135,7 +135,7 @@ def _coclr(payload: Mapping[str, Any], view: str, is_query: bool, out: Path, to:
     about = {"epoch": payload.get("epoch", 0) - 1, "iteration": payload.get("step", 0) + 1, "best_acc": 0.0}
     about |= {key: value for key, value in payload.get("imported", {}).items() if key in about}
     with written_whole(out) as temporary:
-        torch.save({**about, "state_dict": state}, temporary)
+        torch_save({**about, "state_dict": state}, temporary)
     kind = "CoCLR" if two_views else "UberNCE" if "queue_label" in state else "InfoNCE"
     return {"tensors": len(state), "model": kind}
 

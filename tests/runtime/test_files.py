@@ -9,7 +9,7 @@ import os
 import threading
 
 import pytest
-from support.full_disk import files_end_at
+from support.machine.full_disk import files_end_at
 
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import LineFile, naming, replacing
@@ -90,8 +90,8 @@ def test_replacing_a_file_on_a_full_disk(tmp_path):
 
 
 def test_other_errors_are_not_called_a_full_disk(tmp_path):
-    with pytest.raises(PermissionError), naming(tmp_path, "nothing"):
-        raise PermissionError(errno.EACCES, "Permission denied")
+    with pytest.raises(PermissionError), naming(tmp_path / "a", "nothing"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/etc/what the block reads")
     with pytest.raises(ValueError, match="own"), replacing(tmp_path / "a") as temporary:
         temporary.write_text("half")
         raise ValueError("own")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.full_disk import files_end_at
+from support.machine.full_disk import files_end_at
 
 from cpr_fast.config import Config, InitConfig, ModelConfig
 from cpr_fast.models import build_encoder
@@ -199,3 +199,13 @@ def test_encoders_that_cannot_be_used_are_named_wherever_they_are_read(tmp_path,
         with pytest.raises(CheckpointError, match=message):
             export(path, tmp_path / "out", to=form)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [16, 4096, 20_000])
+def test_a_full_disk_is_named_and_not_a_position_in_the_file(tmp_path, size):
+    with (
+        files_end_at(size),
+        pytest.raises(CheckpointError, match=r"last.pt': File too large; nothing was left behind$"),
+    ):
+        save_checkpoint(tmp_path / "last.pt", {"tensor": torch.zeros(10_000)})
+    assert list(tmp_path.iterdir()) == []

@@ -50,8 +50,10 @@ def search(
     from cpr_fast.evaluate.features.results import checkpoint_files, home
     from cpr_fast.evaluate.retrieval.search import search as run
     from cpr_fast.report.figures.contact_sheet import write_contact_sheet
+    from cpr_fast.runtime.files import require_writable
 
     folder = out or home(checkpoint_files(checkpoint)[0][1]) / "search"
+    require_writable("--out", folder, "The contact sheets are stored there; choose another folder")
     result = run(
         queries, index, checkpoint, top=top, recipe=recipe, clips_per_video=clips, cache=cache, progress=True,
         draw=lambda name, query, found: write_contact_sheet(folder / f"{name}.jpg", query, found),

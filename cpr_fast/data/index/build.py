@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from cpr_fast.data.index.layouts import LAYOUTS, list_videos
 from cpr_fast.data.index.probing import Journal, probe, probe_all
 from cpr_fast.data.video.transcode import transcode_video
 from cpr_fast.errors import InputError
-from cpr_fast.runtime.files import replacing
+from cpr_fast.runtime.files import one_writer, replacing
 
 VERIFY_BELOW = 10_000  # videos: below this number each is decoded completely, unless the user decides otherwise
 
@@ -52,6 +54,25 @@ def write_index(root: Path, out: Path, options: IndexOptions, *, progress: bool 
     Raises:
         InputError: no video is left, or many could not be read, as when a mount is lost.
     """
+    with _only_index(out, options):
+        return _write_index(root, out, options, progress)
+
+
+@contextmanager
+def _only_index(out: Path, options: IndexOptions) -> Iterator[None]:
+    """Refuses a second command that writes the same index, or the same transcoded videos, at the same time."""
+    number, count = options.shard
+    part = "" if count == 1 else f"-{number}-of-{count}"
+    with ExitStack() as stack:
+        for option, folder, name in (("--out", out.parent, out.stem), ("--transcode", options.transcode, "transcode")):
+            if folder is not None:
+                named = str(out if option == "--out" else folder)
+                refusal = f"{option}: another `cpr-fast index` is writing {named!r}; wait until it has ended"
+                stack.enter_context(one_writer(folder / f".{name}{part}.index.lock", refusal))
+        yield
+
+
+def _write_index(root: Path, out: Path, options: IndexOptions, progress: bool) -> dict[str, Any]:
     index, problems, facts = _build(root, out, options, progress)
     if index is None:
         return {"index": None, **facts}
@@ -114,7 +135,7 @@ def _build(
         index.save(out)
         if count == 1:  # with several shards, another one may still need the journals
             for file in files():
-                file.unlink()
+                file.unlink(missing_ok=True)
     return index, problems, facts
 
 

@@ -28,7 +28,7 @@ from cpr_fast.config import DataConfig
 from cpr_fast.data.index.catalogue import VIDEO_SUFFIXES
 from cpr_fast.data.index.listing import known_split
 from cpr_fast.data.index.tables import TableError, read_table, require_utf8, table_text
-from cpr_fast.data.storage.media import exists
+from cpr_fast.data.storage.media import exists, why_missing
 from cpr_fast.runtime.files import replacing
 
 COLUMNS = ("path", "label", "source", "split", "num_frames", "fps", "width", "height", "flow_path")
@@ -249,10 +249,11 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
 
     def file(column: str) -> Path:
         path = folder / fields[column]
-        if not exists(path):
+        if reason := why_missing(path):
+            advice = "; relative paths begin at the folder of the index: move it back if it was moved, or list the "
+            advice += "videos again with `cpr-fast index`"
             raise IndexFileError(
-                f"{line}, column {column}: file {str(path)!r} does not exist; relative paths begin at the folder of "
-                "the index: move it back if it was moved, or list the videos again with `cpr-fast index`"
+                f"{line}, column {column}: file {str(path)!r} {reason}{advice * (reason == 'does not exist')}"
             )
         return path
 

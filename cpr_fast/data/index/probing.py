@@ -55,7 +55,11 @@ class Journal:
     def read(self, files: Iterable[Path]) -> None:
         """Adds the results of journals, which other shards may be writing."""
         for path in files:
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")
+            except FileNotFoundError:  # the command that finished the index has removed it
+                continue
+            for line in text.splitlines():
                 try:
                     row = json.loads(line)
                     self._results[row["path"], *row["state"]] = row

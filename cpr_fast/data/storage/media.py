@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,10 +28,21 @@ def container(path: Path) -> Path:
 
 def exists(path: Path) -> bool:
     """Returns whether the file exists; for a record, whether the LMDB file exists."""
+    return not why_missing(path)
+
+
+def why_missing(path: Path) -> str:
+    """Returns why a file, or the LMDB file of a record, cannot be opened: "does not exist", "is a folder" or
+    "cannot be reached: Permission denied"; "" if it can."""
     try:
-        return container(path).exists() if is_record(path) else path.is_file()
-    except OSError:  # the name is too long, or the folder is not accessible
-        return False
+        facts = os.stat(container(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return "does not exist"
+    except OSError as error:  # the name is too long, the folder is not accessible, or the mount is gone
+        return f"cannot be reached: {error.strerror}"
+    except ValueError:  # a NUL byte in the name
+        return "does not exist"
+    return "is a folder" if stat.S_ISDIR(facts.st_mode) and not is_record(path) else ""
 
 
 def read_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int) -> np.ndarray:

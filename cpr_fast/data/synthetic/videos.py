@@ -49,10 +49,11 @@ from cpr_fast.data.synthetic.scenes import SCENES
 from cpr_fast.data.synthetic.sources import make_source
 from cpr_fast.data.synthetic.versions import DEFAULT, version_of
 from cpr_fast.errors import InputError
-from cpr_fast.runtime.files import naming, replacing
+from cpr_fast.runtime.files import naming, one_writer, replacing
 from cpr_fast.runtime.progress import track
 
 SETTINGS = "synthetic.json"  # written last, so a folder that has it holds a complete set
+LOCK = ".synth.lock"
 UNFINISHED = "synthetic.unfinished"  # present while a set is being written
 
 
@@ -98,9 +99,23 @@ def write_synthetic(
     settings = {"version": version, "classes": classes, "videos": videos, "seed": seed, "frames": frames}
     settings |= {"width": width, "height": height}
     index_path = out / "index.csv"
-    if _is_complete(out, settings):
-        Index.load(index_path, require_flow=False)
-        return index_path
+    if not _is_complete(out, settings):
+        with one_writer(out / LOCK, f"OUT: another command is writing the data set {str(out)!r}"):
+            if not _is_complete(out, settings):  # another command may have ended in between
+                _write_set(out, index_path, pairs, videos, frames, settings, progress)
+    Index.load(index_path, require_flow=False)
+    return index_path
+
+
+def _write_set(
+    out: Path,
+    index_path: Path,
+    pairs: list[tuple[str, str]],
+    videos: int,
+    frames: int,
+    settings: dict[str, int],
+    progress: bool,
+) -> None:
     _start_afresh(out)
     sources = [(pair, number) for pair in pairs for number in range(videos)]
 
@@ -116,7 +131,6 @@ def write_synthetic(
     with replacing(out / SETTINGS) as temporary:
         temporary.write_text(json.dumps(settings))
     (out / UNFINISHED).unlink(missing_ok=True)
-    return index_path
 
 
 class ClipName(NamedTuple):
@@ -185,7 +199,7 @@ def _is_complete(out: Path, settings: dict[str, int]) -> bool:
         if there != settings:
             raise InputError(f"folder {str(out)!r} holds the set {there}, asked for {settings}; choose another folder")
         return True
-    if out.exists() and not (out / UNFINISHED).exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / UNFINISHED).exists() and (not out.is_dir() or set(os.listdir(out)) - {LOCK}):
         raise InputError(f"folder {str(out)!r}: expected a new or empty folder, or a set of synthetic actions")
     return False
 

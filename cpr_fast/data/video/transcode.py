@@ -32,7 +32,7 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
     error: VideoError | None = None
     try:
         with naming(target, KEPT), av.open(location(temporary), "w", format="mp4") as output:
-            writer = _Writer(output, short_side)
+            writer = _Writer(output, target, short_side)
             try:
                 with open_video(path) as (container, stream):
                     writer.streams = which_stream(container, stream)
@@ -52,8 +52,9 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
 class _Writer:
     """Encodes frames, all of them scaled to the size that the first one gives."""
 
-    def __init__(self, output: av.container.OutputContainer, short_side: int) -> None:
-        self._output, self._short_side, self._scaler = output, short_side, VideoReformatter()
+    def __init__(self, output: av.container.OutputContainer, target: Path, short_side: int) -> None:
+        self._output, self._target = output, target
+        self._short_side, self._scaler = short_side, VideoReformatter()
         self.stream: av.VideoStream | None = None
         self.streams = ""  # which of several was read
         self._count, self._corrupt = 0, []
@@ -75,7 +76,7 @@ class _Writer:
         try:
             self._output.mux(stream.encode(picture))
         except av.FFmpegError as error:  # a full disk must not look like the end of the source
-            raise InputError(f"could not write {self._output.name!r}: {error.strerror}; {KEPT}") from error
+            raise InputError(f"could not write {str(self._target)!r}: {error.strerror}; {KEPT}") from error
         self._count += 1
 
     def info(self, error: VideoError | None) -> VideoInfo:

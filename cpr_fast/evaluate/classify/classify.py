@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cpr_fast.config import ClassifierConfig, Config, DataConfig, ProbeConfig
@@ -46,15 +46,16 @@ from cpr_fast.evaluate.features.embedding import encoder_embeddings
 from cpr_fast.evaluate.features.intervals import seed_interval
 from cpr_fast.evaluate.features.pretrained import load_pretrained
 from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, recipe_for
-from cpr_fast.evaluate.features.results import Checkpoints, write_result
+from cpr_fast.evaluate.features.results import Checkpoints, results_folder, write_result
 from cpr_fast.evaluate.features.shares import shared_out
 from cpr_fast.evaluate.features.windows import count_windows, open_windows, work_ahead
 from cpr_fast.evaluate.retrieval.ranking import TOGETHER
 from cpr_fast.models import Encoder
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
+from cpr_fast.runtime.files import one_writer, replacing
 from cpr_fast.runtime.metrics import MetricsWriter
-from cpr_fast.weights.checkpoint import written_whole
+from cpr_fast.weights.tensors import save_tensors
 
 Task = Literal["probe", "finetune"]
 
@@ -101,7 +102,7 @@ def classify(
     configs, encoders = pretrained.configs, pretrained.encoders
     digests = {view: weights_digest(encoder) for view, encoder in encoders.items()}
     settings = settings or getattr(next(iter(configs.values())), task)
-    folder = Path(out) if out else pretrained.evaluations
+    folder = results_folder(Path(out) if out else pretrained.evaluations)
     how = recipe_for(pretrained.data, recipe, clips_per_video, crops)
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, str(world.device)))
     rows = []
@@ -203,8 +204,8 @@ def predictions(job: Job, view: str, pretrained: Encoder, key: str, store: Featu
         found = _train_on_clips(job, view, encoder, folder)
     tensors = {f"crops{n}": value for n, value in found.probabilities.items()}
     if job.world.is_main:
-        with written_whole(path) as temporary:
-            save_file(tensors | {"windows": found.windows, "best_epoch": torch.tensor(found.best_epoch)}, temporary)
+        with replacing(path) as temporary:
+            save_tensors(tensors | {"windows": found.windows, "best_epoch": torch.tensor(found.best_epoch)}, temporary)
     return found
 
 
@@ -243,6 +244,8 @@ def _train_on_clips(job: Job, view: str, encoder: Encoder, folder: Path) -> Pred
         model = Classifier(encoder, len(train.classes), settings, rescaled=rescaled).to(device)
     training = Training(job.configs[view], settings, view, folder, job.seed, device, progress=job.progress)
     with ExitStack() as stack:
+        if job.world.is_main:
+            stack.enter_context(one_writer(folder / ".lock", f"another process is training in {str(folder)!r}"))
         open_loader = lambda part, plan: stack.enter_context(closing(_clip_loader(job, part, view, plan)))  # noqa: E731
         if job.recipe.selects_on_test:
             select = selection_accuracy(open_loader(test, plan_selection), len(test), view, device)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cpr_fast.data.index.index import Index, Video
@@ -29,6 +29,7 @@ from cpr_fast.evaluate.features.embedding import Embedding, sum_features
 from cpr_fast.evaluate.features.shares import shared_out
 from cpr_fast.evaluate.features.windows import work_ahead
 from cpr_fast.runtime import distributed
+from cpr_fast.weights.tensors import save_tensors
 
 if TYPE_CHECKING:
     from cpr_fast.data.clips.loader import WindowLoader
@@ -73,6 +74,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder, self._identity = folder, identity
+        self._said: set[str] = set()  # why rows could not be stored
 
     def path(self, embedding: Embedding) -> Path:
         """Returns the file that holds the features of an embedding."""
@@ -104,13 +106,16 @@ class FeatureCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                save_file(tensors, temporary, metadata={"view": embedding.view, "identity": self._identity})
+                save_tensors(tensors, temporary, {"view": embedding.view, "identity": self._identity})
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
-            log.warning("features cannot be stored in %s: %s; this evaluation uses them, the next computes them again",
-                        path, error)  # fmt: skip
+            reason = getattr(error, "strerror", None) or str(error)
+            if reason not in self._said:  # one line, not one for each encoder
+                log.warning("features cannot be stored in %s: %s; this evaluation uses them, the next computes them "
+                            "again", self.folder, reason)  # fmt: skip
+            self._said.add(reason)
 
 
 def embed_index(

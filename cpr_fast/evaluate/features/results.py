@@ -10,8 +10,8 @@ from typing import Any, get_args
 from cpr_fast.config import View
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.distributed import is_main
+from cpr_fast.runtime.files import replacing, require_writable
 from cpr_fast.runtime.metrics import FILE as METRICS_FILE
-from cpr_fast.weights.checkpoint import written_whole
 
 Checkpoints = str | Path | Sequence[str | Path]  # one or several of FILE and VIEW=FILE
 
@@ -34,6 +34,13 @@ def home(checkpoint: str | Path) -> Path:
     return folder.parent if folder.name == "checkpoints" else folder
 
 
+def results_folder(folder: Path) -> Path:
+    """Returns the folder of an evaluation's results. Raises InputError before the work if it cannot be written."""
+    advice = "The results are stored there; copy the checkpoint to a folder that can be written"
+    require_writable("CHECKPOINT", folder, advice)
+    return folder
+
+
 def run_of(checkpoints: Checkpoints) -> Path | None:
     """Returns the run folder of the checkpoints, or None if they are in no run folder or in several."""
     homes = {home(file) for _, file in checkpoint_files(checkpoints)}
@@ -45,6 +52,6 @@ def write_result(folder: Path, name: str, result: dict[str, Any]) -> Path:
     """Writes FOLDER/NAME.json atomically in the first process of a run; returns the path."""
     path = folder / f"{name}.json"
     if is_main():
-        with written_whole(path) as temporary:
+        with replacing(path) as temporary:  # two evaluations of one checkpoint may end at the same time
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path

@@ -35,7 +35,7 @@ from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, 
 from cpr_fast.evaluate.features.embedding import Embedding, encoder_embeddings
 from cpr_fast.evaluate.features.pretrained import Pretrained, load_pretrained
 from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, recipe_for
-from cpr_fast.evaluate.features.results import Checkpoints, write_result
+from cpr_fast.evaluate.features.results import Checkpoints, results_folder, write_result
 from cpr_fast.evaluate.features.windows import count_windows, open_windows
 from cpr_fast.evaluate.retrieval.baselines import BASELINES, CALIBRATION_WINDOWS, calibration_videos, untrained_encoders
 from cpr_fast.evaluate.retrieval.queries import QueryScores, joined, query_scores
@@ -90,7 +90,7 @@ def retrieve(
     world = distributed.init(device)
     device = str(world.device)
     pretrained = load_pretrained(checkpoint, device=device)
-    data = pretrained.data
+    data, folder = pretrained.data, results_folder(pretrained.evaluations)
     how = recipe_for(data, recipe, clips_per_video, crops)
     splits = [Index.load(path, require_flow=data.flow == "stored").long_enough(data) for path in paths]
     protocol = _resolved(protocol, splits)
@@ -107,11 +107,11 @@ def retrieve(
     ]
     name = f"retrieval-{how.name}-{digest(json.dumps([pretrained.name, [*map(str, paths)], protocol, repr(how)]))[:8]}"
     result = _result(found, paths, {"protocol": protocol, "recipe": how.name})
-    queries_file = _save_scores([each.scores for each in found], pretrained.evaluations / f"{name}.npz")
+    queries_file = _save_scores([each.scores for each in found], folder / f"{name}.npz")
     _write_metrics(run_dir if world.is_main else None, result["summary"], found[0].examples, same_video, queries_file)
     result |= {"leakage": how.leakage, "checkpoint": pretrained.name, "same_video": same_video,
                "queries_file": queries_file and str(queries_file)}  # fmt: skip
-    return result | {"file": str(write_result(pretrained.evaluations, name, result))}
+    return result | {"file": str(write_result(folder, name, result))}
 
 
 def _result(found: Sequence[Evaluated], paths: Sequence[str | Path], how: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from support.machine.permissions import without_permission
 from support.videos.odd_videos import write_plain
 
 from cpr_fast.cli import main
@@ -117,15 +118,10 @@ def test_links_in_a_circle_and_links_to_other_things_are_named(tmp_path, video):
     assert report["videos"] == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
 def test_folders_and_files_without_permission_are_named(tmp_path, video):
     copy(video, tmp_path / "c/ok.mp4", tmp_path / "c/secret.mp4", tmp_path / "locked/v.mp4")
-    (tmp_path / "c/secret.mp4").chmod(0)
-    (tmp_path / "locked").chmod(0)
-    try:
+    with without_permission(tmp_path / "c/secret.mp4", tmp_path / "locked"):
         report = write_index(tmp_path, tmp_path / "i.csv", IndexOptions())
-    finally:
-        (tmp_path / "locked").chmod(0o700)
     assert report["counts"] == {"unreadable_folder": 1, "unreadable": 1}
 
 

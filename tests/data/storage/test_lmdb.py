@@ -11,7 +11,7 @@ from cpr_fast._host import msgpack_spans
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from support.full_disk import files_end_at
+from support.machine.full_disk import files_end_at
 
 from cpr_fast.data.storage.record_writer import RecordWriter
 from cpr_fast.data.storage.records import (

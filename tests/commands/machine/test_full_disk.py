@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.data_sets.flow import write_video
-from support.full_disk import files_end_at
+from support.machine.full_disk import files_end_at
 
 from cpr_fast.cli import main
 

@@ -1,0 +1,88 @@
+"""Two commands that write the same files at the same time: the second is refused, or both leave whole files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from support.data_sets.flow import write_video
+
+import cpr_fast.data.index.build as build
+import cpr_fast.data.synthetic.videos as synthetic
+from cpr_fast.cli import main
+from cpr_fast.data.index.build import IndexOptions, write_index
+from cpr_fast.errors import InputError
+from cpr_fast.runtime.files import one_writer
+
+
+@pytest.fixture
+def root(tmp_path):
+    for name in "abc":
+        write_video(tmp_path / "set/A" / f"{name}.mkv", 18, width=64)
+    return tmp_path / "set"
+
+
+def test_one_process_at_a_time_holds_a_lock(tmp_path):
+    lock = tmp_path / "new/.lock"
+    with one_writer(lock, "busy"):
+        with pytest.raises(InputError, match="^busy$"), one_writer(lock, "busy"):
+            pass
+        assert lock.exists()
+    assert not lock.exists()
+    lock.write_text("left by a process that was killed")
+    with one_writer(lock, "busy"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("second", "refusal"),
+    [
+        (["--out", "{0}/i.csv"], "--out: another `cpr-fast index` is writing '{0}/i.csv'"),
+        (["--out", "{0}/other.csv", "--transcode", "{0}/small"], "--transcode: another `cpr-fast index` is writing"),
+        (["--out", "{0}/other.csv"], None),
+        (["--out", "{0}/i.csv", "--shard", "1/2"], None),
+    ],
+)
+def test_a_second_index_is_refused_while_the_first_runs(tmp_path, root, capsys, monkeypatch, second, refusal):
+    codes, real = [], build.transcode_video
+
+    def transcode(*arguments):
+        if not codes and arguments[0].stem == "b":
+            codes.append(None)
+            codes[0] = main(["index", str(root), *(part.format(tmp_path) for part in second)])
+        return real(*arguments)
+
+    monkeypatch.setattr(build, "transcode_video", transcode)
+    write_index(root, tmp_path / "i.csv", IndexOptions(transcode=tmp_path / "small"))
+    assert codes == [2 if refusal else 0]
+    assert refusal is None or refusal.format(tmp_path) in capsys.readouterr().err
+    assert (tmp_path / "i.csv").read_text().count("small/A/") == 3
+    assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
+
+
+def test_a_second_synth_does_not_remove_the_videos_of_the_first(tmp_path, capsys, monkeypatch):
+    codes, real = [], synthetic._write_source
+
+    def write(*arguments):
+        if not codes:
+            codes.append(None)
+            codes[0] = main(["synth", str(tmp_path / "s"), "--videos", "4", "--classes", "4"])
+        return real(*arguments)
+
+    monkeypatch.setattr(synthetic, "_write_source", write)
+    synthetic.write_synthetic(tmp_path / "s", videos=4, classes=4)
+    assert codes == [2] and "OUT: another command is writing the data set" in capsys.readouterr().err
+    assert main(["synth", str(tmp_path / "s"), "--videos", "4", "--classes", "4"]) == 0
+
+
+def test_two_evaluations_that_end_together_leave_a_whole_result(tmp_path):
+    program = (
+        "from pathlib import Path\nfrom cpr_fast.evaluate.features.results import write_result\n"
+        f"for _ in range(200): write_result(Path({str(tmp_path)!r}), 'r', {{'numbers': list(range(2000))}})"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+    assert json.loads((tmp_path / "r.json").read_text()) == {"numbers": list(range(2000))}
