@@ -97,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further Ctrl-C ends the process while threads still finish
         text = f"{str(stopped) or 'interrupted'}, complete files are kept; to continue: "
-        print(f"cpr-fast: {text}{_continuing(arguments, '--auto-resume')}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started
+            print(f"cpr-fast: {text}{_continuing(arguments, '--auto-resume')}", file=sys.stderr)
         return 128 + getattr(stopped, "signum", signal.SIGINT)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -26,8 +26,8 @@ def naming(path: str | Path, kept: str) -> Iterator[None]:
         path: What the block writes.
         kept: What remains usable, such as "the previous file is untouched".
     Raises:
-        InputError: the block raised one of DISK_ERRORS, or lacks the permission to create or change a file beside
-            `path` or its folder. Other errors are not changed.
+        InputError: the block raised one of DISK_ERRORS, or lacks the permission to create or change `path`, a file
+            beside it or in it, or one of its folders. Other errors are not changed.
     """
     try:
         yield
@@ -43,8 +43,8 @@ def _is_refused(error: OSError, path: Path) -> bool:
     if error.errno not in (errno.EACCES, errno.EPERM):
         return False
     refused = Path(os.path.abspath(os.fsdecode(error.filename or path)))
-    folder = Path(os.path.abspath(path)).parent
-    return refused.parent == folder or refused == folder or refused in folder.parents
+    path = Path(os.path.abspath(path))
+    return refused.parent in (path, path.parent) or refused in path.parents
 
 
 def require_writable(what: str, folder: Path, advice: str) -> None:
@@ -95,8 +95,8 @@ def one_writer(lock: str | Path, refusal: str) -> Iterator[None]:
     Raises:
         InputError: `refusal`, or the folder cannot be written.
     """
-    lock = Path(lock)
-    with naming(lock, NOTHING_LEFT):
+    lock = Path(os.path.abspath(lock))
+    with naming(lock.parent, NOTHING_LEFT):
         lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open_current(lock, refusal)
     try:

@@ -8,6 +8,7 @@ measured, and is printed by `duration`.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -61,7 +62,21 @@ def announce(text: str, *, end: str = " ...") -> None:
     Of the processes that torchrun started only the first one prints.
     """
     if os.environ.get("RANK", "0") == "0":
-        print(f"{text}{end}", file=sys.stderr, flush=True)
+        _print(f"{text}{end}")
+
+
+def _print(text: str) -> None:
+    """Prints a line on stderr. If its reader has gone, as `head` has in `2>&1 | head`, the command is asked to stop as
+    if its terminal was closed: a run then saves its state, where an error would lose it."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        if signal.getsignal(signal.SIGHUP) in (signal.SIG_DFL, None):  # nobody would notice the request
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
+        os.kill(os.getpid(), signal.SIGHUP)
 
 
 class Forecast:
@@ -154,7 +169,7 @@ class _Report:
         parts = [f"{self.description}: {done}/{self.total} {self.unit}"]
         parts.append(self.pace(done / elapsed_s if elapsed_s > 0 else 0.0))
         parts += [f"done in {duration(elapsed_s)}" if end else "", self.left(), self.status() if self.status else ""]
-        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+        _print(", ".join(filter(None, parts)))
 
 
 def _bar(items: Iterable[Item], report: _Report) -> Iterator[Item]:

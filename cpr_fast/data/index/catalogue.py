@@ -113,6 +113,8 @@ class Catalogue:
 
     def _is_video(self, path: Path, entry: os.DirEntry) -> bool:
         suffix = path.suffix.lower()
+        if entry.name.startswith(".") and suffix == ".lock":  # of this command or of `cpr-fast flow`
+            return False
         if entry.name.endswith(".flow.mp4"):  # written by `cpr-fast flow`
             self.others[".flow.mp4"] += 1
             return False

@@ -29,7 +29,7 @@ def made(tmp_path_factory):
 
 RUN = "{0}/run/checkpoints/last.pt"
 WRITING = [
-    ("index {0}/set --out {0}/locked/i.csv", "could not write '{0}/locked/.i.index.lock': Permission denied"),
+    ("index {0}/set --out {0}/locked/i.csv", "could not write '{0}/locked': Permission denied"),
     ("init {0}/index.csv --out {0}/locked/i.toml --seconds 0", "could not write '{0}/locked/i.toml': Permission"),
     ("show-sample {0}/index.csv --out {0}/locked/x.png", "could not write '{0}/locked/x.png': Permission denied"),
     (f"export {RUN} --out {{0}}/locked/x.st", "could not write '{0}/locked/x.st': Permission denied"),

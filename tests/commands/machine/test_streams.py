@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -40,3 +42,23 @@ def test_a_terminal_of_another_kind_changes_no_exit_code(command):
     odd = shell(f"COLUMNS=20 TERM=dumb PYTHONIOENCODING=ascii LC_ALL=C {CPR} {command}")
     assert odd.returncode == plain.returncode and "Traceback" not in odd.stderr
     assert odd.stdout.isascii() and bool(odd.stdout) == bool(plain.stdout)
+
+
+def test_a_run_whose_progress_nobody_reads_any_more_saves_its_state(tmp_path):
+    """`2>&1 | head` of a run: it ends at its next progress line, with a checkpoint."""
+    program = (
+        "import signal, sys, time\n"
+        "from support.small_runs import RandomLoader, INDEX, settings\n"
+        "from cpr_fast.pretrain.run.loop import pretrain\nfrom cpr_fast.runtime import progress\n"
+        "from cpr_fast.runtime.interrupt import Interrupted\n"
+        "progress.FIRST_LINE_S = progress.LINE_INTERVAL_S = 0.0\n"
+        f"config = settings({str(tmp_path / 'run')!r}, schedule={{'cycles': [{{'view': 'rgb', 'epochs': 9999}}]}})\n"
+        "try: pretrain(config, index=INDEX, make_loader=RandomLoader)\n"
+        "except Interrupted as stopped: sys.exit(100 + stopped.signum)\n"
+    )
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$0" -c "$1" 2>&1 | head -1', sys.executable, program],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "tests:."}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 100 + signal.SIGHUP, done.stderr
+    assert (tmp_path / "run/checkpoints/last.pt").exists()

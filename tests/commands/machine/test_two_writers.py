@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
 import pytest
 from support.data_sets.flow import write_video
+from support.small_runs import run, settings
 
 import cpr_fast.data.index.build as build
 import cpr_fast.data.synthetic.videos as synthetic
+import cpr_fast.evaluate.classify.classify as classify
 from cpr_fast.cli import main
 from cpr_fast.data.index.build import IndexOptions, write_index
 from cpr_fast.errors import InputError
@@ -86,3 +89,27 @@ def test_two_evaluations_that_end_together_leave_a_whole_result(tmp_path):
     assert [process.wait() for process in processes] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
     assert json.loads((tmp_path / "r.json").read_text()) == {"numbers": list(range(2000))}
+
+
+def test_a_second_finetuning_is_refused_while_the_first_runs(tmp_path, capsys, monkeypatch):
+    for number, name in enumerate("abcdefgh"):
+        folder = tmp_path / "set" / ("train" if number % 4 else "test") / "AB"[number // 4]
+        write_video(folder / f"{name}.mkv", 18, width=64)
+    index, run_folder = tmp_path / "i.csv", tmp_path / "run"
+    assert main(["index", str(tmp_path / "set"), "--out", str(index)]) == 0
+    run(settings(run_folder, schedule={"cycles": [{"view": "rgb", "epochs": 1, "mining": "none"}]}))
+    command = ["finetune", str(run_folder / "checkpoints/last.pt"), "--index", str(index), "--epochs", "1"]
+    codes = []
+
+    def train(*_arguments):
+        codes.append(None)
+        codes.append(main(command) if len(codes) == 1 else None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(classify, "train_on_clips", train)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(command) == 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert codes == [None, 2] and "another process is training in" in capsys.readouterr().err
