@@ -29,7 +29,14 @@ def listed(words: Sequence[str]) -> str:
 
 
 def not_a_file(path: str | Path) -> str:
-    """Returns what a path is that is not a regular file, as the end of a sentence, such as "is a folder"."""
+    """Returns what a path is that is not a regular file, as the end of a sentence, such as "is a folder", or
+    "cannot be reached: Permission denied"."""
+    try:
+        os.stat(path)
+    except PermissionError as error:  # os.path treats such a file as one that does not exist
+        return f"cannot be reached: {error.strerror}"
+    except (OSError, ValueError):
+        pass
     if os.path.isdir(path):
         return "is a folder"
     if os.path.exists(path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from cpr_fast.data.storage.records import read_record_frames, split_record
 from cpr_fast.data.video import decode
 from cpr_fast.data.video.decode import PART, joined
 from cpr_fast.data.video.pixels import Region
+from cpr_fast.wording import not_a_file
 
 
 def is_record(path: Path) -> bool:
@@ -32,17 +32,11 @@ def exists(path: Path) -> bool:
 
 
 def why_missing(path: Path) -> str:
-    """Returns why a file, or the LMDB file of a record, cannot be opened: "does not exist", "is a folder" or
+    """Returns why a file, or the LMDB file of a record, cannot be opened, such as "does not exist", "is a folder" or
     "cannot be reached: Permission denied"; "" if it can."""
-    try:
-        facts = os.stat(container(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return "does not exist"
-    except OSError as error:  # the name is too long, the folder is not accessible, or the mount is gone
-        return f"cannot be reached: {error.strerror}"
-    except ValueError:  # a NUL byte in the name
-        return "does not exist"
-    return "is a folder" if stat.S_ISDIR(facts.st_mode) and not is_record(path) else ""
+    file = container(path)
+    there = os.path.exists(file) if is_record(path) else os.path.isfile(file)
+    return "" if there else not_a_file(file)
 
 
 def read_frames(path: Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int) -> np.ndarray:
