@@ -142,7 +142,7 @@ def page(report: dict) -> str:
 
 
 def saved_samples(report: dict, routes: list[str]) -> list[Kernel]:
-    """The saved samples of cascade_select on other routes."""
+    """Returns the saved samples of cascade_select on other routes."""
     found = []
     for row in report["samples"]:
         if row["op"] == "cascade_select" and row["route"] not in routes:

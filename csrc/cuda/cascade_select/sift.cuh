@@ -2,9 +2,9 @@
 // the few that are left. Letters as in cascade_select.cu.
 //
 // A stage is decided by its threshold, the last score that it keeps. select_sample_kernel runs the stages on a sample
-// of the row and takes from it, for every stage, two limits that the threshold lies between almost surely. Then
+// of the row and takes from it, for every stage, two limits that enclose the threshold with high probability. Then
 // sift_kernel follows every entry to the first stage where its score is not above the upper limit. If it is below the
-// lower limit, the entry is settled: it passes the stages before and drops out there, which takes a count and no more.
+// lower limit, the entry is settled: it passes the stages before and drops out there, so it only has to be counted.
 // The others are gathered, and with them all that reach the end. The stages of select_kernel then know how many settled
 // entries pass each of them, and rank the gathered ones. A threshold that turns out to lie between its limits proves
 // that the settled entries were on the right side of it: the result is exact, whatever the sample. Otherwise the sample

@@ -1,5 +1,5 @@
 """Long rows of cascade_select, which a sieve from a sample of the row sifts before the stages: the same bits as on the
-CPU, whether the sample tells the truth or misleads. The kernels are executed on the host.
+CPU, whether the limits from the sample are right or wrong. The kernels are executed on the host.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def test_unusual_rows_whose_scores_are_refined(emulated, case):
 
 
 def sampled_slots() -> torch.Tensor:
-    """The slots that the sample draws: one from each of 8,192 equal parts of the row (Sample in sift.cuh)."""
+    """Returns the slots that the sample draws: one from each of 8,192 equal parts of the row (Sample in sift.cuh)."""
     part = torch.arange(8192, dtype=torch.int64)
     scattered = (part + 1) * 2654435761 % 2**32
     return (part * K + (scattered * K >> 32)) // 8192
