@@ -58,7 +58,7 @@ def test_a_run_whose_progress_nobody_reads_any_more_saves_its_state(tmp_path):
     )
     done = subprocess.run(
         ["bash", "-c", 'set -o pipefail; "$0" -c "$1" 2>&1 | head -1', sys.executable, program],
-        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "tests:."}, timeout=120,
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "tests:."}, timeout=600,
     )  # fmt: skip
     assert done.returncode == 100 + signal.SIGHUP, done.stderr
     assert (tmp_path / "run/checkpoints/last.pt").exists()
