@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kTileThreads)
 // does not hold, and the greatest squared norm of a key in each view goes to key_squares, which must start as zeros.
 // Otherwise features are rounded to one 16-bit term and the scores are final.
 template <typename T, bool kBounded>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kTileThreads, kBounded ? 2 : 3)
     tensor_score_kernel(const __grid_constant__ Plan plan, const T* queries, const T* memory, const int64_t* query_ids,
                         const int64_t* memory_ids, int64_t first_query, int64_t chunk_queries, float* scores,
                         unsigned* key_squares) {
@@ -72,16 +72,16 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const Matrix<T> keys(memory + view * plan.K * plan.D, plan.K, plan.D, memory_ids);
   float* out = scores + u * plan.chunk * plan.row;
   TensorScores score;
-  score_tile(query, b0, keys, k0, shared, score);
+  score_tile<kBounded>(query, b0, keys, k0, shared, score);
 
   const int lane = threadIdx.x % kWarp, column0 = threadIdx.x / kWarp * kTensorKeyPieces * 8 + lane % 4 * 2;
-  int64_t id[kTensorKeyPieces][2];
+  int64_t id[kTensorKeyPieces][2] = {};
 #pragma unroll
   for (int n = 0; n < kTensorKeyPieces; ++n) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int64_t slot = k0 + column0 + n * 8 + j;
-      id[n][j] = memory_ids != nullptr && slot < plan.K ? memory_ids[slot] : 0;
+      if (memory_ids != nullptr && slot < plan.K) id[n][j] = memory_ids[slot];
     }
   }
 #pragma unroll
@@ -89,13 +89,19 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     const int64_t b = b0 + i * 8 + lane / 4;
     if (b >= chunk_queries) continue;
     const int64_t own_id = query_ids != nullptr ? query_ids[first_query + b] : -1;
+    float* to = out + b * plan.row + k0 + column0;
 #pragma unroll
     for (int n = 0; n < kTensorKeyPieces; ++n) {
+      float value[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int64_t slot = k0 + column0 + n * 8 + j;
-        const float value = excluded(memory_ids, id[n][j], own_id) ? NAN : score[i / 2][n][i % 2 * 2 + j] + 0.0f;
-        if (slot < plan.K) out[b * plan.row + slot] = value;
+        value[j] = excluded(memory_ids, id[n][j], own_id) ? NAN : score[i / 2][n][i % 2 * 2 + j] + 0.0f;
+      }
+      const int64_t slot = k0 + column0 + n * 8;  // even
+      if (slot + 1 < plan.K) {
+        *reinterpret_cast<float2*>(to + n * 8) = {value[0], value[1]};
+      } else if (slot < plan.K) {
+        to[n * 8] = value[0];
       }
     }
   }

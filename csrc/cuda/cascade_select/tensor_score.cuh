@@ -72,12 +72,49 @@ struct alignas(16) TensorScoreShared {
   float query_square[kScoreQueries], key_square[kScoreKeys];  // squared norms
 };
 
-// Copies panels of rows to shared memory in 16-bit terms, and sums the squares of each row.
-template <typename E, int kTerms, int kRows>
+// Copies panels of rows to shared memory in 16-bit terms, and with kSquares sums the squares of each row. Rows of
+// aligned vectors in whole panels are read through one pointer, which is moved from panel to panel.
+template <typename T, typename E, int kTerms, int kRows, bool kSquares>
 struct TermPanel {
   using Values = Panel<kRows, kScoreDepth>;
+  static constexpr int kRowStep = kTileThreads / Values::kVectorsPerRow;  // between the rows of a thread
+  const Matrix<T>& matrix;
+  int64_t row0;
+  const Packed4<T>* next;  // of the first row of this thread
+  int64_t step;            // vectors between its rows
+  unsigned live;           // a bit for each of its rows that is read
+  bool whole;
   Values panel;
   float square[Values::kVectors] = {};
+
+  __device__ __forceinline__ TermPanel(const Matrix<T>& matrix, int64_t row0)
+      : matrix(matrix),
+        row0(row0),
+        step(kRowStep * (matrix.D / 4)),
+        live(0),
+        whole(matrix.aligned && matrix.D % kScoreDepth == 0) {
+    const int64_t row = row0 + threadIdx.x / Values::kVectorsPerRow;
+    const int64_t start = row < matrix.rows ? row * matrix.D + threadIdx.x % Values::kVectorsPerRow * 4 : 0;
+    next = reinterpret_cast<const Packed4<T>*>(matrix.data + start);
+#pragma unroll
+    for (int v = 0; v < Values::kVectors; ++v) {
+      if (matrix.holds(row + v * kRowStep)) live |= 1u << v;
+    }
+  }
+
+  // Reads the panel that starts at column d0; they are read in order.
+  __device__ __forceinline__ void load(int64_t d0) {
+    if (!whole) {
+      panel.load(matrix, row0, d0);
+      return;
+    }
+#pragma unroll
+    for (int v = 0; v < Values::kVectors; ++v) {
+      panel.values[v] = make_float4(0, 0, 0, 0);
+      if ((live >> v & 1) != 0) panel.values[v] = widen4(next[v * step]);
+    }
+    next += kScoreDepth / 4;
+  }
 
   __device__ __forceinline__ void store(E (&out)[kTerms][kRows][kScoreStride]) {
 #pragma unroll
@@ -85,7 +122,7 @@ struct TermPanel {
       const int at = threadIdx.x + v * kTileThreads;
       const int row = at / Values::kVectorsPerRow, column = at % Values::kVectorsPerRow * 4;
       const float4 x = panel.values[v];
-      square[v] += (x.x * x.x + x.y * x.y) + (x.z * x.z + x.w * x.w);
+      if (kSquares) square[v] += (x.x * x.x + x.y * x.y) + (x.z * x.z + x.w * x.w);
       const Pair<E> low_half(x.x, x.y), high_half(x.z, x.w);
       *reinterpret_cast<Pair<E>*>(&out[0][row][column]) = low_half;
       *reinterpret_cast<Pair<E>*>(&out[0][row][column + 2]) = high_half;
@@ -145,13 +182,13 @@ __device__ __forceinline__ void add_products(const TensorScoreShared<E, kTerms>&
 }
 
 // Computes the scores of the tile of the block, of queries from b0 on and keys from k0 on. Lane l of warp w holds
-// queries l/4 + 8i and keys 32w + 8n + 2(l%4) + j at score[i/2][n][2(i%2) + j]. The squared norms of the rows are left
-// in `shared`.
-template <typename E, int kTerms, typename T>
+// queries l/4 + 8i and keys 32w + 8n + 2(l%4) + j at score[i/2][n][2(i%2) + j]. With kSquares, the squared norms of the
+// rows are left in `shared`.
+template <bool kSquares, typename E, int kTerms, typename T>
 __device__ __forceinline__ void score_tile(const Matrix<T>& queries, int64_t b0, const Matrix<T>& keys, int64_t k0,
                                            TensorScoreShared<E, kTerms>& shared, TensorScores& score) {
-  TermPanel<E, kTerms, kScoreQueries> query_panel;
-  TermPanel<E, kTerms, kScoreKeys> key_panel;
+  TermPanel<T, E, kTerms, kScoreQueries, kSquares> query_panel(queries, b0);
+  TermPanel<T, E, kTerms, kScoreKeys, kSquares> key_panel(keys, k0);
 #pragma unroll
   for (int m = 0; m < kTensorQueryPieces; ++m) {
 #pragma unroll
@@ -160,19 +197,20 @@ __device__ __forceinline__ void score_tile(const Matrix<T>& queries, int64_t b0,
       for (int e = 0; e < 4; ++e) score[m][n][e] = 0;
     }
   }
-  query_panel.panel.load(queries, b0, 0);
-  key_panel.panel.load(keys, k0, 0);
+  query_panel.load(0);
+  key_panel.load(0);
   for (int64_t d0 = 0; d0 < queries.D; d0 += kScoreDepth) {
     __syncthreads();  // the previous panel has been read
     query_panel.store(shared.queries);
     key_panel.store(shared.keys);
     __syncthreads();
     if (d0 + kScoreDepth < queries.D) {  // load the next panel while this one is used
-      query_panel.panel.load(queries, b0, d0 + kScoreDepth);
-      key_panel.panel.load(keys, k0, d0 + kScoreDepth);
+      query_panel.load(d0 + kScoreDepth);
+      key_panel.load(d0 + kScoreDepth);
     }
     add_products(shared, score);
   }
+  if (!kSquares) return;
   query_panel.store_squares(shared.query_square);
   key_panel.store_squares(shared.key_square);
   __syncthreads();

@@ -28,6 +28,11 @@ struct alignas(4 * sizeof(T)) Packed4 {
   T x, y, z, w;
 };
 
+template <typename T>
+__device__ __forceinline__ float4 widen4(const Packed4<T>& packed) {
+  return make_float4(widen(packed.x), widen(packed.y), widen(packed.z), widen(packed.w));
+}
+
 // Reads a dense [rows, D] matrix as float, four features at a time; zero outside it and in empty rows.
 template <typename T>
 struct Matrix {
@@ -43,14 +48,16 @@ struct Matrix {
         ids(ids),
         aligned(D % 4 == 0 && reinterpret_cast<uintptr_t>(data) % sizeof(Packed4<T>) == 0) {}
 
+  // Whether the matrix has content in this row.
+  __device__ __forceinline__ bool holds(int64_t row) const {
+    return !(row >= rows || (ids != nullptr && ids[row] == -1));
+  }
+
   __device__ __forceinline__ float4 load4(int64_t row, int64_t d) const {
     float4 out = make_float4(0, 0, 0, 0);
-    if (row >= rows || d >= D || (ids != nullptr && ids[row] == -1)) return out;
+    if (d >= D || !holds(row)) return out;
     const T* source = data + row * D + d;
-    if (aligned) {
-      const Packed4<T> packed = *reinterpret_cast<const Packed4<T>*>(source);
-      return make_float4(widen(packed.x), widen(packed.y), widen(packed.z), widen(packed.w));
-    }
+    if (aligned) return widen4(*reinterpret_cast<const Packed4<T>*>(source));
     out.x = widen(source[0]);
     if (d + 1 < D) out.y = widen(source[1]);
     if (d + 2 < D) out.z = widen(source[2]);
