@@ -1,6 +1,8 @@
 """Errors that a user can correct: bad input, and packages that are not installed."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -72,6 +74,23 @@ def is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):  # the package that should hold the module is missing, or the module is blocked
         return False
+
+
+@contextmanager
+def enough_values(option: str) -> Iterator[None]:
+    """Converts BatchNorm's error about a single value per channel to one that names the option of the batch size.
+
+    It occurs where a process computes one clip at a time and the last layers have reduced it to one position.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"{option}: BatchNorm has nothing to average over one clip that the network reduces to one position; "
+            f"expected 2 clips or more per process and part of a batch (optim.accumulate), or a larger data.size"
+        ) from error
 
 
 class FailedError(RuntimeError):

@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cpr_fast.config import ClassifierConfig, Config
 from cpr_fast.data.clips.loader import Batch
+from cpr_fast.errors import enough_values
 from cpr_fast.evaluate.classify.classifier import Classifier, make_optimizer, set_epoch
 from cpr_fast.models import running_statistics
 from cpr_fast.runtime import distributed
@@ -145,7 +146,7 @@ def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest, forecast:
         bar = track(batches, title, total=len(loader) - first, unit="steps", progress=training.progress, left=left)
         for step, batch in enumerate(bar, first):
             labels = distributed.all_gather(batch.label.to(device))  # [R*B]
-            with autocast(device, training.settings.precision):
+            with autocast(device, training.settings.precision), enough_values("--batch-size"):
                 features = model.features(batch.clips[training.view][:, 0])  # [B, C]
                 logits = model.head(distributed.all_gather_with_gradient(features))  # [R*B, L]
             loss = F.cross_entropy(logits.float(), labels)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cpr_fast.errors import enough_values
 from cpr_fast.mining.quality import gather_slots, hubness, mined_counts
 from cpr_fast.pretrain.state.cascade import mine, mining_rates
 from cpr_fast.pretrain.state.cycle import CycleState
@@ -45,12 +46,13 @@ def train_step(state: CycleState, batch: Batch, step: int) -> StepResult:
     """Trains on one batch [paper, Algorithm 1]. Does not wait for the device."""
     if state.config.run.compile == "cuda_graphs":
         torch.compiler.cudagraph_mark_step_begin()
-    if state.config.model.shared:
-        result = _shared_step(state, batch, step)
-    elif state.config.memory.kind == "batch":
-        result = _batch_step(state, batch, step)
-    else:
-        result = _queue_step(state, batch, step)
+    with enough_values("data.batch_size"):
+        if state.config.model.shared:
+            result = _shared_step(state, batch, step)
+        elif state.config.memory.kind == "batch":
+            result = _batch_step(state, batch, step)
+        else:
+            result = _queue_step(state, batch, step)
     state.encoders.sync_running_statistics()
     return result
 

@@ -206,6 +206,17 @@ def test_a_refused_run_removes_no_file_of_others(tmp_path):
     assert [path.name for path in (tmp_path / "run").rglob("*")] == ["other", "result.txt"]
 
 
+def test_one_clip_that_becomes_one_position_names_the_batch_size(tmp_path):
+    """BatchNorm cannot average over a single value; torch's error names neither the setting nor what to do."""
+    config = settings(
+        tmp_path / "run", data={"batch_size": 1}, memory={"size": 2},
+        schedule={"cycles": [{"view": "rgb", "epochs": 1, "mining": "none"}]},
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"data.batch_size: .* expected 2 clips or more"):
+        run(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_input_error_after_the_first_step_keeps_the_run(tmp_path):
     class Broken(RandomLoader):
         def epoch(self, number, start_step=0):
