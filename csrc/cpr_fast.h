@@ -88,6 +88,14 @@ CPR_API const char* cpr_mil_nce_grad_memory_cuda(const cpr_mil_nce_args* args, c
                                                  const void* lse_all, const void* lse_positive, void* grad_memory,
                                                  void* stream);
 
+// ---- cascade_mil_nce: both of the above, where the cascade compares the queries of the loss ----------
+// The loss is that of the queries in one `view` against the memory in this view: loss->query and loss->memory are these
+// parts of cascade->queries and cascade->memory, both have the same ids, and loss->positives is cascade->indices
+// (P = keep[n-1]). Gives the bits of cpr_cascade_select_cpu, then cpr_mil_nce_forward_cpu. If a stage compares in
+// `view`, the scores are computed once. The dtype is not CPR_F64.
+CPR_API const char* cpr_cascade_mil_nce_cpu(const cpr_cascade_args* cascade, const cpr_mil_nce_args* loss, int64_t view,
+                                            const cpr_mil_nce_outputs* outputs, cpr_parallel_for parallel);
+
 // ---- tvl1_flow: TV-L1 optical flow ----------------------------------------------------------------
 typedef struct {
   const void* frames;         // [N, T, H, W] uint8 0..255, or float 0..1

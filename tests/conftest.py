@@ -95,7 +95,15 @@ def every_order(request, emulated):
 
 
 # The folders whose tests compare floating-point results of torch or of the kernels; see `make test`.
-NUMERICS = ("ops/test_", "models/", "mining/", "pretrain/step/", "pretrain/state/", "pretrain/run/test_learning.py")
+NUMERICS = (
+    "ops/test_",
+    "ops/loss/",
+    "models/",
+    "mining/",
+    "pretrain/step/",
+    "pretrain/state/",
+    "pretrain/run/test_learning.py",
+)
 
 
 def pytest_collection_modifyitems(items):

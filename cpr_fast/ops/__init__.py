@@ -8,6 +8,7 @@ those of the modules `BatchNorm*` are torch's. Any module may import this packag
 from pathlib import Path
 
 from cpr_fast.ops.batch_norm import BatchNorm1d, BatchNorm3d
+from cpr_fast.ops.cascade_mil_nce import cascade_mil_nce, cascade_mil_nce_ref
 from cpr_fast.ops.cascade_select import cascade_select, cascade_select_ref
 from cpr_fast.ops.mil_nce import mil_nce, mil_nce_ref
 from cpr_fast.ops.queue_loss import QueueLoss
@@ -17,6 +18,8 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm3d",
     "QueueLoss",
+    "cascade_mil_nce",
+    "cascade_mil_nce_ref",
     "cascade_select",
     "cascade_select_ref",
     "cmake_dir",

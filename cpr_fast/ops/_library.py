@@ -1,10 +1,18 @@
-"""Loads the operator library, which registers `torch.ops.cpr_fast.*` for the CPU and, where built, for CUDA."""
+"""Loads the operator library, which registers `torch.ops.cpr_fast.*` for the CPU and, where built, for CUDA. Registers
+rules for `torch.vmap` with the operators, and contains the helper functions of the rules.
+
+Where possible, a rule merges the mapped dimension into an existing dimension of the operator and makes a single call.
+Otherwise it calls the operator once for each slice.
+"""
 
 import ctypes
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError
 
@@ -37,3 +45,53 @@ if message := _error("cpr_cpu_variant_error"):
 # The operators still run on the CPU. A CPU build of torch cannot use the GPU, so its driver does not matter.
 if torch.version.cuda is not None and (message := driver_error()):
     warnings.warn(f"cpr_fast: no CUDA kernels: {message}", stacklevel=2)
+
+_LIBRARY = torch.library.Library("cpr_fast", "IMPL")  # a registration lasts as long as its library object
+
+
+def register_vmap(name: str, rule: Callable) -> None:
+    """Registers `rule(info, in_dims, *arguments) -> (outputs, out_dims)` for operator `cpr_fast::name`.
+
+    Does the same as `torch.library.register_vmap`, but imports functorch only on the first use: it takes longer to
+    import than the rest of `cpr_fast.ops`.
+    """
+
+    def checked(info, in_dims, *arguments):
+        if not info.batch_size:
+            raise ValueError(f"{name}: expected one slice or more to map over (torch.vmap), got a dimension of size 0")
+        return rule(info, in_dims, *arguments)
+
+    def batched(keyset, *arguments):
+        from torch._functorch.autograd_function import custom_function_call_vmap_helper
+        from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+        return custom_function_call_vmap_helper(
+            retrieve_current_functorch_interpreter(), checked, getattr(torch.ops.cpr_fast, name).default, *arguments
+        )
+
+    _LIBRARY.impl(name, batched, "FuncTorchBatched", with_keyset=True)
+
+
+def fold(tensor: Tensor | None, mapped: int | None, size: int, axis: int) -> Tensor | None:
+    """Returns `tensor` with its mapped dimension, of `size` slices, merged into dimension `axis` of a slice.
+
+    A tensor that is not mapped (mapped=None) is repeated. Slice n of a result of B rows is rows n B to (n + 1) B.
+    """
+    if tensor is None:
+        return None
+    if mapped is None:
+        shape = list(tensor.shape)
+        tensor = tensor.unsqueeze(axis).expand(*shape[:axis], size, *shape[axis:])
+    else:
+        tensor = tensor.movedim(mapped, axis)
+    return tensor.flatten(axis, axis + 1)
+
+
+def one_by_one(operation: Callable, in_dims: tuple, arguments: tuple[Any, ...], size: int) -> tuple:
+    """Calls the operator for each slice and stacks each of its outputs: (outputs, out_dims)."""
+    calls = [
+        operation(*(a.select(d, n) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=True)))
+        for n in range(size)
+    ]
+    outputs = tuple(torch.stack(output) for output in zip(*calls, strict=True))
+    return outputs, (0,) * len(outputs)

@@ -8,11 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpr_fast.ops import (
-    _checks,
-    _library,  # noqa: F401 - registers torch.ops.cpr_fast
-    _vmap,
-)
+from cpr_fast.ops import _checks, _library
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PRECISIONS = ("fp32", "bf16")
@@ -72,7 +68,7 @@ def cascade_select(
             return _operator(queries.detach(), memory.detach(), *arguments[2:])
         return _operator(*arguments)
     except Exception as error:  # the operator checks too; checking before each call would take 10 % longer
-        _check(*arguments)
+        check(*arguments)
         _checks.raise_if_out_of_memory("cascade_select", error, queries=queries, memory=memory, keep=keep)
         raise
 
@@ -113,7 +109,7 @@ _operator = torch.ops.cpr_fast.cascade_select.default
 
 @torch.library.register_fake("cpr_fast::cascade_select")
 def _fake(queries, memory, views, keep, query_ids, memory_ids, precision):
-    _check(queries, memory, views, keep, query_ids, memory_ids, precision)
+    check(queries, memory, views, keep, query_ids, memory_ids, precision)
     shape = (queries.shape[1], keep[-1])
     return queries.new_empty(shape, dtype=torch.int64), queries.new_empty(shape, dtype=torch.float32)
 
@@ -123,17 +119,17 @@ def _map(info, in_dims, queries, memory, views, keep, query_ids, memory_ids, pre
     arguments, size = (queries, memory, views, keep, query_ids, memory_ids, precision), info.batch_size
     of_queries, of_memory, _, _, of_query_ids, of_memory_ids, _ = in_dims
     if of_memory is not None or of_memory_ids is not None:
-        return _vmap.one_by_one(_operator, in_dims, arguments, size)
-    queries = _vmap.fold(queries, of_queries, size, 1)  # [V, N B, D]
-    query_ids = _vmap.fold(query_ids, of_query_ids, size, 0)
+        return _library.one_by_one(_operator, in_dims, arguments, size)
+    queries = _library.fold(queries, of_queries, size, 1)  # [V, N B, D]
+    query_ids = _library.fold(query_ids, of_query_ids, size, 0)
     indices, scores = _operator(queries, memory, views, keep, query_ids, memory_ids, precision)
     return (indices.unflatten(0, (size, -1)), scores.unflatten(0, (size, -1))), (0, 0)
 
 
-_vmap.register("cascade_select", _map)
+_library.register_vmap("cascade_select", _map)
 
 
-def _check(queries, memory, views, keep, query_ids, memory_ids, precision) -> None:
+def check(queries, memory, views, keep, query_ids, memory_ids, precision) -> None:
     """Raises an error for the first invalid argument. Reads shapes and types only, never values on a device."""
     _checks.check_tensor("queries", queries, _DTYPES, "[V, B, D]", 3)
     _checks.check_tensor("memory", memory, _DTYPES, "[V, K, D]", 3)

@@ -8,11 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from cpr_fast.ops import (
-    _checks,
-    _library,  # noqa: F401 - registers torch.ops.cpr_fast
-    _vmap,
-)
+from cpr_fast.ops import _checks, _library
 
 _SAME_ID = ("positive", "ignore", "negative")
 _SELF_POSITIVE = ("keep", "denominator", "drop_both")
@@ -85,19 +81,19 @@ def mil_nce(
 
 def _loss(inputs: tuple, settings: tuple, reduction: str) -> Tensor:
     try:
-        if torch.compiler.is_compiling() or _autocast(inputs[0]) or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or autocast_enabled(inputs[0]) or torch._C._are_functorch_transforms_active():
             loss, *_ = torch.ops.cpr_fast.mil_nce(*inputs, *settings)
             return loss.mean() if reduction == "mean" else loss
         # Same as calling the operator, but the dispatcher does not call back into Python, and the mean is in the same
         # autograd node. This saves 40 us, 10 % of the time of a small loss.
-        return _MilNce.apply(*inputs, *settings, reduction)
+        return MilNce.apply(*inputs, *settings, reduction)
     except Exception as error:  # the operator checks too; checking before each call would take 10 % longer
-        _check(*inputs, *settings)
+        check(*inputs, *settings)
         _checks.raise_if_out_of_memory("mil_nce", error, query=inputs[0], memory=inputs[2])
         raise
 
 
-def _autocast(query: Tensor) -> bool:
+def autocast_enabled(query: Tensor) -> bool:
     kind = query.device.type
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
@@ -140,7 +136,7 @@ def _divided(query: Tensor, own_key: Tensor, memory: Tensor, temperature: Tensor
         raise ValueError(f"temperature: expected the device of query, {query.device}, got {temperature.device}")
     if _checks.readable(temperature):
         checked_temperature(temperature.item())
-    if not _autocast(query):
+    if not autocast_enabled(query):
         for name, tensor in (("own_key", own_key), ("memory", memory)):
             if tensor.dtype != query.dtype:
                 raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {tensor.dtype}")
@@ -198,7 +194,7 @@ def mil_nce_ref(
 
 @torch.library.register_fake("cpr_fast::mil_nce")
 def _fake(query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id, self_positive, temperature):
-    _check(query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id, self_positive, temperature)
+    check(query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id, self_positive, temperature)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     row = [query.new_empty(query.shape[0], dtype=dtype) for _ in range(4)]
     return row[0], query.new_empty(query.shape, dtype=dtype), row[1], row[2], row[3]
@@ -210,20 +206,22 @@ def _fake_grad_memory(query, own_key, memory, *settings_and_outputs):
     return memory.new_empty(memory.shape, dtype=dtype)
 
 
-class _MilNce(torch.autograd.Function):
+class MilNce(torch.autograd.Function):
     """Autograd function of the operator, which returns all of its outputs. With a reduction, it is the autograd
-    function of the public function and returns only the loss. torch.library.register_autograd would suffice for the
-    operator, but reading the schema takes 35 us."""
+    function of the public functions and returns only the loss; `computed`: the outputs, if cascade_mil_nce has computed
+    them. torch.library.register_autograd would suffice for the operator, but reading the schema takes 35 us."""
 
     @staticmethod
     def forward(
         ctx, query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id, self_positive, temperature,
-        reduction=None,
+        reduction=None, computed=None,
     ):  # fmt: skip
         inputs = (query, own_key, memory, positives, query_ids, memory_ids, self_mode)
         settings = (same_id, self_positive, temperature)
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _operator(*inputs, *settings)
+        output = computed
+        if output is None:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = _operator(*inputs, *settings)
         loss, grad_query, own_coefficient, lse_all, lse_positive = output
         ctx.dtype, ctx.settings, ctx.reduction = query.dtype, settings, reduction
         ctx.set_materialize_grads(False)
@@ -242,7 +240,7 @@ class _MilNce(torch.autograd.Function):
             raise RuntimeError(
                 "mil_nce: cannot be differentiated twice (backward ran with create_graph=True); use mil_nce_ref"
             )
-        grads = [None] * 11
+        grads = [None] * 12
         if grad_loss is None:
             return tuple(grads)
         query, grad_query, own_coefficient, *rest = ctx.saved_tensors
@@ -268,16 +266,16 @@ def _autograd(*arguments):
             "mil_nce: torch.func.grad, vjp, jacrev and jvp are not supported; use backward(), torch.autograd.grad "
             "or mil_nce_ref"
         )
-    return _MilNce.apply(*arguments)
+    return MilNce.apply(*arguments)
 
 
 def _map(info, in_dims, *arguments):
     """Implements torch.vmap: a single call for all slices of the queries if they share a memory."""
     size = info.batch_size
     if in_dims[2] is not None or in_dims[5] is not None:
-        return _vmap.one_by_one(torch.ops.cpr_fast.mil_nce, in_dims, arguments, size)
+        return _library.one_by_one(torch.ops.cpr_fast.mil_nce, in_dims, arguments, size)
     memory, memory_ids = arguments[2], arguments[5]
-    rows = (_vmap.fold(arguments[i], in_dims[i], size, 0) for i in (0, 1, 3, 4, 6))
+    rows = (_library.fold(arguments[i], in_dims[i], size, 0) for i in (0, 1, 3, 4, 6))
     query, own_key, positives, query_ids, self_mode = rows  # N B rows each
     outputs = torch.ops.cpr_fast.mil_nce(
         query, own_key, memory, positives, query_ids, memory_ids, self_mode, *arguments[7:]
@@ -288,12 +286,12 @@ def _map(info, in_dims, *arguments):
 _operator = torch.ops.cpr_fast.mil_nce.default
 _AUTOGRAD = torch.library.Library("cpr_fast", "IMPL")  # a registration lasts as long as its library object
 _AUTOGRAD.impl("mil_nce", _autograd, "Autograd")
-_vmap.register("mil_nce", _map)
+_library.register_vmap("mil_nce", _map)
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast("cpr_fast::mil_nce", _device, torch.float32)
 
 
-def _check(
+def check(
     query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id, self_positive, temperature
 ) -> None:
     """Raises an error for the first invalid argument. Reads shapes and types only, never values on a device."""
@@ -309,7 +307,7 @@ def _check(
         raise ValueError(f"memory: expected a non-empty shape [K, D={D}], got {list(memory.shape)}")
     if own_key.shape != query.shape:
         raise ValueError(f"own_key: expected the shape of query, {[B, D]}, got {list(own_key.shape)}")
-    autocast = _autocast(query)
+    autocast = autocast_enabled(query)
     for name, tensor in (("own_key", own_key), ("memory", memory)):
         if tensor.dtype != query.dtype and not (autocast and tensor.dtype in _DTYPES):
             raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {tensor.dtype}")

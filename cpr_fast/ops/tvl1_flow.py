@@ -9,11 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpr_fast.ops import (
-    _checks,
-    _library,  # noqa: F401 - registers torch.ops.cpr_fast
-    _vmap,
-)
+from cpr_fast.ops import _checks, _library
 
 _MIN_SIDE = 16  # pixels; the shortest side that a level of the pyramid may have
 _MOST_LEVELS = 1000  # limit of the levels of the pyramid, all of which are stored
@@ -216,11 +212,11 @@ def _fake(frames, *settings):
 
 def _map(info, in_dims, frames, *settings):
     """Implements torch.vmap: a single call for the clips of all slices."""
-    outputs = torch.ops.cpr_fast.tvl1_flow(_vmap.fold(frames, in_dims[0], info.batch_size, 0), *settings)
+    outputs = torch.ops.cpr_fast.tvl1_flow(_library.fold(frames, in_dims[0], info.batch_size, 0), *settings)
     return tuple(output.unflatten(0, (info.batch_size, -1)) for output in outputs), (0, 0)
 
 
-_vmap.register("tvl1_flow", _map)
+_library.register_vmap("tvl1_flow", _map)
 
 
 def _check(

@@ -1,18 +1,17 @@
 // Implements torch.ops.cpr_fast.cascade_select.
-#include <string>
 #include <tuple>
-#include <vector>
+#include <utility>
 
+#include "ops/cascade.h"
 #include "ops/checks.h"
 #include "ops/launch.h"
-#include "ops/ops.h"
 
 namespace cpr::ops {
 
-template <bool cuda>
-std::tuple<Tensor, Tensor> cascade_select(const Tensor& queries_in, const Tensor& memory_in, std::vector<int64_t> views,
-                                          std::vector<int64_t> keep, const OptionalTensor& query_ids_in,
-                                          const OptionalTensor& memory_ids_in, std::string precision) {
+Cascade::Cascade(const Tensor& queries_in, const Tensor& memory_in, std::vector<int64_t> views_in,
+                 std::vector<int64_t> keep_in, const OptionalTensor& query_ids_in, const OptionalTensor& memory_ids_in,
+                 const std::string& precision)
+    : queries(queries_in), memory(memory_in), views(std::move(views_in)), keep(std::move(keep_in)) {
   check(queries_in.dim() == 3, "queries: expected shape [V, B, D], got ", queries_in);
   check(memory_in.dim() == 3, "memory: expected shape [V, K, D], got ", memory_in);
   const int64_t V = queries_in.size(0), B = queries_in.size(1), D = queries_in.size(2), K = memory_in.size(1);
@@ -29,35 +28,43 @@ std::tuple<Tensor, Tensor> cascade_select(const Tensor& queries_in, const Tensor
   const int dtype = dtype_code("queries", queries_in);
   check(dtype != CPR_F64, "queries: expected float32, bfloat16 or float16, got float64");
 
-  const Tensor queries = dense(queries_in), memory = dense(memory_in);
-  const OptionalTensor query_ids = dense_int64("query_ids", query_ids_in, {B}, queries);
-  const OptionalTensor memory_ids = dense_int64("memory_ids", memory_ids_in, {K}, queries);
-  Tensor indices = empty(queries, {B, keep.back()}, ScalarType::Long);
-  Tensor scores = empty(queries, {B, keep.back()}, ScalarType::Float);
-  const cpr_cascade_args args{.queries = queries.const_data_ptr(),
-                              .memory = memory.const_data_ptr(),
-                              .query_ids = pointer(query_ids),
-                              .memory_ids = pointer(memory_ids),
-                              .indices = indices.mutable_data_ptr<int64_t>(),
-                              .scores = scores.mutable_data_ptr<float>(),
-                              .views = views.data(),
-                              .keep = keep.data(),
-                              .V = V,
-                              .B = B,
-                              .K = K,
-                              .D = D,
-                              .n = static_cast<int64_t>(views.size()),
-                              .dtype = dtype,
-                              .precision = choice("precision", precision, {"fp32", "bf16"})};
-  if (!cuda) raise_failure(cpr_cascade_select_cpu(&args, parallel_for));
+  queries = dense(queries_in);
+  memory = dense(memory_in);
+  query_ids = dense_int64("query_ids", query_ids_in, {B}, queries);
+  memory_ids = dense_int64("memory_ids", memory_ids_in, {K}, queries);
+  indices = empty(queries, {B, keep.back()}, ScalarType::Long);
+  scores = empty(queries, {B, keep.back()}, ScalarType::Float);
+  args = {.queries = queries.const_data_ptr(),
+          .memory = memory.const_data_ptr(),
+          .query_ids = pointer(query_ids),
+          .memory_ids = pointer(memory_ids),
+          .indices = indices.mutable_data_ptr<int64_t>(),
+          .scores = scores.mutable_data_ptr<float>(),
+          .views = views.data(),
+          .keep = keep.data(),
+          .V = V,
+          .B = B,
+          .K = K,
+          .D = D,
+          .n = static_cast<int64_t>(views.size()),
+          .dtype = dtype,
+          .precision = choice("precision", precision, {"fp32", "bf16"})};
+}
+
+template <bool cuda>
+std::tuple<Tensor, Tensor> cascade_select(const Tensor& queries, const Tensor& memory, std::vector<int64_t> views,
+                                          std::vector<int64_t> keep, const OptionalTensor& query_ids,
+                                          const OptionalTensor& memory_ids, std::string precision) {
+  Cascade call(queries, memory, std::move(views), std::move(keep), query_ids, memory_ids, precision);
+  if (!cuda) raise_failure(cpr_cascade_select_cpu(&call.args, parallel_for));
 #ifdef CPR_FAST_WITH_CUDA
   if (cuda) {
     const torch::stable::accelerator::DeviceGuard guard(queries.get_device_index());
-    Tensor scratch = workspace(queries, cpr_cascade_select_cuda_workspace(&args));
-    raise_failure(cpr_cascade_select_cuda(&args, scratch.mutable_data_ptr(), current_cuda_stream(queries)));
+    Tensor scratch = workspace(queries, cpr_cascade_select_cuda_workspace(&call.args));
+    raise_failure(cpr_cascade_select_cuda(&call.args, scratch.mutable_data_ptr(), current_cuda_stream(queries)));
   }
 #endif
-  return {indices, scores};
+  return {call.indices, call.scores};
 }
 
 template decltype(cascade_select<false>) cascade_select<false>;

@@ -66,4 +66,11 @@ inline int choice(const char* name, const std::string& value, const std::vector<
   throw std::invalid_argument(std::string(name) + ": expected one of " + listed + ", got '" + value + "'");
 }
 
+// Checks the modes [B] of own_key, in host memory, or null.
+inline void check_self_modes(const int64_t* modes, int64_t B) {
+  for (int64_t b = 0; modes != nullptr && b < B; ++b) {
+    check(modes[b] >= 0 && modes[b] <= 2, "self_positive: expected 0, 1 or 2, got ", modes[b]);
+  }
+}
+
 }  // namespace cpr::ops

@@ -26,10 +26,7 @@ void check_values(const MilNce& call) {
                               std::to_string(slots[i]));
     }
   }
-  const int64_t* modes = call.args.self_mode;
-  for (int64_t b = 0; modes != nullptr && b < call.args.B; ++b) {
-    check(modes[b] >= 0 && modes[b] <= 2, "self_positive: expected 0, 1 or 2, got ", modes[b]);
-  }
+  check_self_modes(call.args.self_mode, call.args.B);
 }
 
 MilNce mil_nce_inputs(const Tensor& query, const Tensor& own_key, const Tensor& memory, const OptionalTensor& positives,

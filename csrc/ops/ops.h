@@ -38,6 +38,12 @@ Tensor mil_nce_grad_memory(const Tensor& query, const Tensor& own_key, const Ten
                            std::string self_positive, double temperature, const Tensor& lse_all,
                            const Tensor& lse_positive, const Tensor& grad_loss);
 
+// On the CPU alone: it saves a matrix product of the CPU kernels.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cascade_mil_nce(
+    const Tensor& queries, const Tensor& own_key, const Tensor& memory, std::vector<int64_t> views,
+    std::vector<int64_t> keep, int64_t view, const OptionalTensor& query_ids, const OptionalTensor& memory_ids,
+    const OptionalTensor& self_mode, std::string same_id, std::string self_positive, double temperature);
+
 template <bool cuda>
 std::tuple<Tensor, Tensor> tvl1_flow(const Tensor& frames, double tau, double lambda, double theta, int64_t scales,
                                      double scale_step, int64_t warps, double epsilon, int64_t inner_iterations,

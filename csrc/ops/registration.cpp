@@ -18,6 +18,11 @@ STABLE_TORCH_LIBRARY(cpr_fast, m) {
       "Tensor? memory_ids, Tensor? self_mode, str same_id, str self_positive, float temperature, Tensor lse_all, "
       "Tensor lse_positive, Tensor grad_loss) -> Tensor");
   m.def(
+      "cascade_mil_nce(Tensor queries, Tensor own_key, Tensor memory, int[] views, int[] keep, int view, "
+      "Tensor? query_ids, Tensor? memory_ids, Tensor? self_mode, str same_id, str self_positive, float temperature) -> "
+      "(Tensor loss, Tensor grad_query, Tensor own_coefficient, Tensor lse_all, Tensor lse_positive, Tensor indices, "
+      "Tensor scores)");
+  m.def(
       "tvl1_flow(Tensor frames, float tau, float lambda_, float theta, int scales, float scale_step, int warps, "
       "float epsilon, int inner_iterations, int outer_iterations, int median) -> (Tensor flow, "
       "Tensor pixel_iterations)");
@@ -33,6 +38,7 @@ STABLE_TORCH_LIBRARY_IMPL(cpr_fast, CPU, m) {
   m.impl("cascade_select", TORCH_BOX(&ops::cascade_select<false>));
   m.impl("mil_nce", TORCH_BOX(&ops::mil_nce<false>));
   m.impl("mil_nce_grad_memory", TORCH_BOX(&ops::mil_nce_grad_memory<false>));
+  m.impl("cascade_mil_nce", TORCH_BOX(&ops::cascade_mil_nce));
   m.impl("tvl1_flow", TORCH_BOX(&ops::tvl1_flow<false>));
   m.impl("batch_norm", TORCH_BOX(&ops::batch_norm));
   m.impl("batch_norm_backward", TORCH_BOX(&ops::batch_norm_backward));

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from cpr_fast.ops import cascade_select, mil_nce, tvl1_flow
+from cpr_fast.ops import cascade_mil_nce, cascade_select, mil_nce, tvl1_flow
 
 X, SLOTS = torch.rand(2, 4, 8), torch.zeros(9, dtype=torch.int64)
 GOOD = {
@@ -14,6 +14,9 @@ GOOD = {
     mil_nce: {"query": X[0], "own_key": X[1], "memory": torch.rand(9, 8), "positives": SLOTS[:4, None],
               "query_ids": SLOTS[:4], "memory_ids": SLOTS, "same_id": "ignore", "self_positive": "keep",
               "temperature": 0.1, "reduction": "mean"},
+    cascade_mil_nce: {"queries": X, "own_key": X[1], "memory": torch.rand(2, 9, 8), "views": [0, 1], "keep": [5, 2],
+                      "view": 1, "query_ids": SLOTS[:4], "memory_ids": SLOTS, "same_id": "ignore",
+                      "self_positive": "keep", "temperature": 0.1, "reduction": "mean", "precision": "fp32"},
     tvl1_flow: {"frames": torch.rand(2, 20, 24), "tau": 0.25, "lambda_": 0.15, "theta": 0.3, "scales": 1,
                 "scale_step": 0.8, "warps": 1, "epsilon": 0.01, "inner_iterations": 1, "outer_iterations": 1,
                 "median": 3},
@@ -102,7 +105,7 @@ def test_sequences_of_any_kind_are_sequences(make):
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("function", [cascade_select, mil_nce])
+@pytest.mark.parametrize("function", [cascade_select, mil_nce, cascade_mil_nce])
 def test_meta_tensors_give_shapes_and_the_same_errors(function):
     meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in GOOD[function].items()}
     found, expected = function(**meta), function(**GOOD[function])

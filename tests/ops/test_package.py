@@ -32,6 +32,7 @@ x, slots = torch.ones(1, 2, 4), torch.zeros(2, 1, dtype=torch.int64)
 for call in (
     lambda: torch.ops.cpr_fast.cascade_select(x, x, [0], [1], None, None, "fp32"),
     lambda: torch.ops.cpr_fast.mil_nce(x[0], x[0], x[0], slots, None, None, None, "ignore", "keep", 0.1),
+    lambda: torch.ops.cpr_fast.cascade_mil_nce(x, x[0], x, [0], [1], 0, None, None, None, "ignore", "keep", 0.1),
     lambda: torch.ops.cpr_fast.tvl1_flow(torch.ones(1, 2, 4, 4), 0.25, 0.15, 0.3, 1, 0.8, 1, 0.01, 1, 1, 5),
     lambda: torch.ops.cpr_fast.batch_norm(x[0], None, None, None, None, 0.0, 1e-5, False),
 ):
@@ -57,7 +58,9 @@ def test_the_package_is_typed():
     assert (Path(cpr_fast.__file__).parent / "py.typed").exists()
 
 
-@pytest.mark.parametrize("name", ["cascade_select", "mil_nce", "tvl1_flow", "QueueLoss", "BatchNorm1d", "BatchNorm3d"])
+@pytest.mark.parametrize(
+    "name", ["cascade_select", "mil_nce", "cascade_mil_nce", "tvl1_flow", "QueueLoss", "BatchNorm1d", "BatchNorm3d"]
+)
 def test_help_has_shapes_and_an_example_that_runs(name):
     import doctest
 
@@ -71,7 +74,7 @@ def test_help_has_shapes_and_an_example_that_runs(name):
     assert runner.failures == 0 and runner.tries > 0
 
 
-@pytest.mark.parametrize("name", ["cascade_select_ref", "mil_nce_ref", "tvl1_flow_ref"])
+@pytest.mark.parametrize("name", ["cascade_select_ref", "mil_nce_ref", "cascade_mil_nce_ref", "tvl1_flow_ref"])
 def test_references_are_documented(name):
     assert inspect.getdoc(getattr(ops, name)).startswith(f"Computes `{name.removesuffix('_ref')}` in plain PyTorch")
 
@@ -93,4 +96,4 @@ def test_the_named_variant_is_in_force(variant):
 @pytest.mark.parametrize("variant", ["portable", "sse", *ABSENT])
 def test_a_variant_that_cannot_run_is_an_error(variant):
     text = f"CPR_FAST_CPU_VARIANT: expected a variant that this machine can run ({VARIANTS}), got '{variant}'"
-    assert output(KERNELS, variant) == (["ran"] * 4 if variant == "portable" else [text] * 5)
+    assert output(KERNELS, variant) == (["ran"] * 5 if variant == "portable" else [text] * 6)

@@ -11,10 +11,10 @@
 namespace cpr {
 namespace {
 
-#define CPR_TABLE(variant)                                                                     \
-  KernelTable {                                                                                \
-    #variant, variant::cascade_select, variant::mil_nce_forward, variant::mil_nce_grad_memory, \
-        variant::batch_norm_forward, variant::batch_norm_backward, variant::resize_frames      \
+#define CPR_TABLE(variant)                                                                                          \
+  KernelTable {                                                                                                     \
+    #variant, variant::cascade_select, variant::mil_nce_forward, variant::mil_nce_grad_memory,                      \
+        variant::cascade_mil_nce, variant::batch_norm_forward, variant::batch_norm_backward, variant::resize_frames \
   }
 
 // The variants that this machine can run, fastest first.
@@ -116,6 +116,12 @@ const char* cpr_mil_nce_grad_memory_cpu(const cpr_mil_nce_args* args, const void
                                         const void* lse_positive, void* grad_memory, cpr_parallel_for parallel) {
   if (const char* error = cpr_cpu_variant_error()) return error;
   return cpr::kernels().mil_nce_grad_memory(args, grad_loss, lse_all, lse_positive, grad_memory, parallel);
+}
+
+const char* cpr_cascade_mil_nce_cpu(const cpr_cascade_args* cascade, const cpr_mil_nce_args* loss, int64_t view,
+                                    const cpr_mil_nce_outputs* outputs, cpr_parallel_for parallel) {
+  if (const char* error = cpr_cpu_variant_error()) return error;
+  return cpr::kernels().cascade_mil_nce(cascade, loss, view, outputs, parallel);
 }
 
 const char* cpr_batch_norm_forward_cpu(const cpr_batch_norm_args* args, const cpr_batch_norm_running* running, float* y,

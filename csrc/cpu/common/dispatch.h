@@ -15,6 +15,8 @@ struct KernelTable {
   const char* (*mil_nce_forward)(const cpr_mil_nce_args*, const cpr_mil_nce_outputs*, cpr_parallel_for);
   const char* (*mil_nce_grad_memory)(const cpr_mil_nce_args*, const void* grad_loss, const void* lse_all,
                                      const void* lse_positive, void* grad_memory, cpr_parallel_for);
+  const char* (*cascade_mil_nce)(const cpr_cascade_args*, const cpr_mil_nce_args*, int64_t view,
+                                 const cpr_mil_nce_outputs*, cpr_parallel_for);
   const char* (*batch_norm_forward)(const cpr_batch_norm_args*, const cpr_batch_norm_running*, float* y, double* mean,
                                     double* variance, cpr_parallel_for);
   const char* (*batch_norm_backward)(const cpr_batch_norm_args*, const double* mean, const double* variance,
@@ -32,6 +34,8 @@ const KernelTable& kernels();
   const char* mil_nce_forward(const cpr_mil_nce_args*, const cpr_mil_nce_outputs*, cpr_parallel_for);                 \
   const char* mil_nce_grad_memory(const cpr_mil_nce_args*, const void*, const void*, const void*, void*,              \
                                   cpr_parallel_for);                                                                  \
+  const char* cascade_mil_nce(const cpr_cascade_args*, const cpr_mil_nce_args*, int64_t, const cpr_mil_nce_outputs*,  \
+                              cpr_parallel_for);                                                                      \
   const char* batch_norm_forward(const cpr_batch_norm_args*, const cpr_batch_norm_running*, float*, double*, double*, \
                                  cpr_parallel_for);                                                                   \
   const char* batch_norm_backward(const cpr_batch_norm_args*, const double*, const double*, const float*, float*,     \

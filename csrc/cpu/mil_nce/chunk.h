@@ -76,14 +76,19 @@ const T* chunk_entries(const cpr_mil_nce_args& a, int64_t begin, int64_t count, 
   return copy;
 }
 
-// Computes scores[k][lane] = entry . query / temperature.
+// Computes products[k][lane] = entry . query.
 template <class T>
-void score_chunk(const Queries<T>& job, int64_t block, const T* entries, int64_t count, T* scores) {
+void multiply_chunk(const Queries<T>& job, int64_t block, const T* entries, int64_t count, T* products) {
   const int64_t D = job.args.D;
-  tiles<kTileVectors, false>(count, Operand<T>{entries, D, 1}, job.panels + block * D * kBlock, kBlock, D, scores,
+  tiles<kTileVectors, false>(count, Operand<T>{entries, D, 1}, job.panels + block * D * kBlock, kBlock, D, products,
                              kBlock);
-  const auto inverse_temperature = broadcast(static_cast<T>(1 / job.args.temperature));
-  for (int64_t i = 0; i < count * kBlock; i += 16) store(scores + i, load(scores + i) * inverse_temperature);
+}
+
+// Replaces the products [count, kBlock] by scores.
+template <class T>
+void divide_by_temperature(const cpr_mil_nce_args& a, int64_t count, T* products) {
+  const auto inverse_temperature = broadcast(static_cast<T>(1 / a.temperature));
+  for (int64_t i = 0; i < count * kBlock; i += 16) store(products + i, load(products + i) * inverse_temperature);
 }
 
 template <class T>

@@ -7,224 +7,40 @@
 // which depend only on K and are merged in order: results depend neither on the number of threads nor on the batch.
 //
 // Letters in shapes: B queries, K memory entries, D width, P positives.
-#include <math.h>
-
 #include "cpu/common/dispatch.h"
-#include "cpu/mil_nce/chunk.h"
+#include "cpu/mil_nce/parts.h"
 
 namespace cpr::CPR_VARIANT {
 namespace {
-
-constexpr int64_t kSplit = 1024;  // the least number of memory entries in a part
-constexpr int64_t kMaxSplits = 16;
-
-template <class T>
-constexpr T kLowest = static_cast<T>(-3.4028234663852886e38);  // finite, because kLowest - kLowest must be 0
-
-// The running softmax of one block of queries over one part of the memory, relative to the greatest score `max`.
-template <class T>
-struct Part {
-  T* max;       // [kBlock]
-  T* sum;       // [kBlock] sum of exp(score - max)
-  T* weighted;  // all keys: [D, kBlock]; positives: [kBlock, D]. Sum of exp(score - max) * key
-
-  static int64_t size(int64_t D) { return kBlock * (D + 2); }
-  Part(T* data) : max(data), sum(data + kBlock), weighted(data + 2 * kBlock) {}
-  void clear(int64_t D) {
-    for (int64_t i = 0; i < kBlock; ++i) max[i] = kLowest<T>;
-    for (int64_t i = 0; i < kBlock * (D + 1); ++i) sum[i] = 0;
-  }
-};
-
-template <class T>
-struct Job : Queries<T> {
-  int64_t splits, chunks_per_split;
-  T* all_parts;       // [blocks, splits] Part
-  T* positive_parts;  // [blocks, splits] Part, or null where the memory holds no positives
-  const cpr_mil_nce_outputs* outputs;
-  const char* failure;  // every thread sets the same text
-};
-
-// Adds one entry to the running softmax over the positives of one query.
-template <class T>
-void add_positive(Part<T>& part, int64_t lane, T score, const T* entry, int64_t D) {
-  T* weighted = part.weighted + lane * D;
-  if (score > part.max[lane]) {
-    const T scale = exp_scalar(part.max[lane] - score);
-    part.max[lane] = score;
-    part.sum[lane] *= scale;
-    for (int64_t d = 0; d < D; ++d) weighted[d] *= scale;
-  }
-  const T weight = exp_scalar(score - part.max[lane]);
-  part.sum[lane] += weight;
-  for (int64_t d = 0; d < D; ++d) weighted[d] += weight * entry[d];
-}
-
-// Replaces the scores [count, kBlock] of one vector of queries by exp(score - max), and rescales the sums of the part
-// where the maximum rose. Lanes with an unchanged maximum are multiplied by exactly 1.
-template <class T>
-void online_softmax(Part<T>& part, int v, int64_t count, int64_t D, const Membership& members, T* scores) {
-  T* column = scores + v * 16;
-  const auto old_max = load(part.max + v * 16);
-  auto new_max = old_max;
-  for (int64_t k = 0; k < count; ++k) {
-    const auto score = load(column + k * kBlock);
-    const auto raised = max(new_max, score);
-    new_max = members.all_present ? raised : select(members.present[k][v], raised, new_max);
-  }
-  auto sum = load(part.sum + v * 16);
-  if (less(old_max, new_max)) {
-    const auto scale = exp(old_max - new_max);
-    store(part.max + v * 16, new_max);
-    sum = sum * scale;
-    for (int64_t d = 0; d < D; ++d) {
-      T* weighted = part.weighted + d * kBlock + v * 16;
-      store(weighted, load(weighted) * scale);
-    }
-  }
-  for (int64_t k = 0; k < count; ++k) {
-    auto weight = exp(load(column + k * kBlock) - new_max);
-    if (!members.all_present) weight = keep_lanes(members.present[k][v], weight);
-    sum = sum + weight;
-    store(column + k * kBlock, weight);
-  }
-  store(part.sum + v * 16, sum);
-}
-
-// ---- forward -----------------------------------------------------------------------------------------------
 
 // Computes parts begin..end-1 of [blocks, splits].
 template <class T>
 void accumulate_parts(int64_t begin, int64_t end, void* context) {
   Job<T>& job = *static_cast<Job<T>*>(context);
-  const cpr_mil_nce_args& a = job.args;
+  const int64_t D = job.args.D;
+  const T inverse_temperature = static_cast<T>(1 / job.args.temperature);
   const ExactArithmetic exact;
-  const Scratch<T> scores(kChunk * kBlock), copy(kChunk * a.D);
-  if (!scores.data || !copy.data) {
+  ChunkBuffers<T> buffers(D);
+  if (!buffers.complete()) {
     job.failure = kNoMemory;
     return;
   }
-  Membership members;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t block = i / job.splits, first_chunk = i % job.splits * job.chunks_per_split;
-    Part<T> all(job.all_parts + i * Part<T>::size(a.D));
-    Part<T> positive(job.positive_parts ? job.positive_parts + i * Part<T>::size(a.D) : nullptr);
-    all.clear(a.D);
-    if (job.positive_parts) positive.clear(a.D);
-    for (int64_t chunk = first_chunk; chunk < first_chunk + job.chunks_per_split; ++chunk) {
-      const int64_t first = chunk * kChunk, count = a.K - first < kChunk ? a.K - first : kChunk;
-      if (count <= 0) break;
-      const T* entries = chunk_entries(a, first, count, copy.data);
-      find_members(a, block, first, count, members);
-      score_chunk(job, block, entries, count, scores.data);
-      for (int64_t k = 0; !members.none_positive && k < count; ++k) {
-        for (int v = 0; v < kTileVectors; ++v) {
-          for (unsigned left = members.positive[k][v]; left; left &= left - 1) {
-            const int64_t lane = v * 16 + __builtin_ctz(left);
-            add_positive(positive, lane, scores.data[k * kBlock + lane], entries + k * a.D, a.D);
-          }
-        }
-      }
-      for (int v = 0; v < kTileVectors; ++v) online_softmax(all, v, count, a.D, members, scores.data);
-      tiles<kTileVectors, true>(a.D, Operand<T>{entries, 1, a.D}, scores.data, kBlock, count, all.weighted, kBlock);
-    }
-  }
-}
-
-// The running softmax of one query over terms of (maximum, sum, weighted sum of keys).
-template <class T>
-struct Softmax {
-  T max = kLowest<T>, sum = 0;
-  T* weighted;  // [D]
-  int64_t D;
-
-  void add(T term_max, T term_sum, const T* term_weighted, int64_t stride) {
-    const T new_max = term_max > max ? term_max : max;
-    const T scale = exp_scalar(max - new_max), term_scale = exp_scalar(term_max - new_max);
-    max = new_max;
-    sum = sum * scale + term_sum * term_scale;
-    for (int64_t d = 0; d < D; ++d) weighted[d] = weighted[d] * scale + term_weighted[d * stride] * term_scale;
-  }
-  T logsumexp() const { return max + static_cast<T>(log(static_cast<double>(sum))); }
-};
-
-// Merges the parts of one query, adds own_key and writes the outputs.
-template <class T>
-void finish_query(const Job<T>& job, int64_t b, const T* query, const T* own_key, Softmax<T> all, Softmax<T> positive) {
-  const cpr_mil_nce_args& a = job.args;
-  const int64_t block = b / kBlock, lane = b % kBlock, D = a.D;
-  bool has_other = false;
-  for (int64_t d = 0; d < D; ++d) all.weighted[d] = positive.weighted[d] = 0;
-  for (int64_t split = 0; split < job.splits; ++split) {
-    const int64_t offset = (block * job.splits + split) * Part<T>::size(D);
-    const Part<T> part(job.all_parts + offset);
-    all.add(part.max[lane], part.sum[lane], part.weighted + lane, kBlock);
-    if (!job.positive_parts) continue;
-    const Part<T> listed(job.positive_parts + offset);
-    if (listed.sum[lane] == 0) continue;  // it is 0 only if the part holds no positive
-    has_other = true;
-    positive.add(listed.max[lane], listed.sum[lane], listed.weighted + lane * D, 1);
-  }
-  const int64_t chosen = a.self_mode ? a.self_mode[b] : a.self_positive;
-  const int64_t mode = has_other ? chosen : int64_t{CPR_SELF_KEEP};
-  T own_score = 0;
-  for (int64_t d = 0; d < D; ++d) own_score += query[d] * own_key[d];
-  own_score *= static_cast<T>(1 / a.temperature);
-  if (mode != CPR_SELF_DROP_BOTH) all.add(own_score, 1, own_key, 1);
-  if (mode == CPR_SELF_KEEP) positive.add(own_score, 1, own_key, 1);
-
-  const T lse_all = all.logsumexp(), lse_positive = positive.logsumexp();
-  const T in_all = mode != CPR_SELF_DROP_BOTH ? exp_scalar(own_score - lse_all) : 0;
-  const T in_positive = mode == CPR_SELF_KEEP ? exp_scalar(own_score - lse_positive) : 0;
-  const T inverse_temperature = static_cast<T>(1 / a.temperature);
-  static_cast<T*>(job.outputs->loss)[b] = lse_all - lse_positive;
-  static_cast<T*>(job.outputs->lse_all)[b] = lse_all;
-  static_cast<T*>(job.outputs->lse_positive)[b] = lse_positive;
-  static_cast<T*>(job.outputs->own_coefficient)[b] = (in_all - in_positive) * inverse_temperature;
-  T* grad = static_cast<T*>(job.outputs->grad_query) + b * D;
-  const T all_scale = inverse_temperature / all.sum, positive_scale = inverse_temperature / positive.sum;
-  for (int64_t d = 0; d < D; ++d) grad[d] = all.weighted[d] * all_scale - positive.weighted[d] * positive_scale;
-}
-
-template <class T>
-void finish_queries(int64_t begin, int64_t end, void* context) {
-  Job<T>& job = *static_cast<Job<T>*>(context);
-  const cpr_mil_nce_args& a = job.args;
-  const ExactArithmetic exact;
-  const Scratch<T> query(a.D), own_key(a.D), all(a.D), positive(a.D);
-  if (!query.data || !own_key.data || !all.data || !positive.data) {
-    job.failure = kNoMemory;
-    return;
-  }
-  for (int64_t b = begin; b < end; ++b) {
-    widen(a.query, a.dtype, b * a.D, a.D, query.data);
-    widen(a.own_key, a.dtype, b * a.D, a.D, own_key.data);
-    finish_query(job, b, query.data, own_key.data, Softmax<T>{.weighted = all.data, .D = a.D},
-                 Softmax<T>{.weighted = positive.data, .D = a.D});
+    Part<T> positive(job.positive_parts ? job.positive_parts + i * Part<T>::size(D) : nullptr);
+    if (job.positive_parts) positive.clear(D);
+    accumulate_keys(job, i, buffers, [&](int64_t, int64_t count, const T* entries, const T* products) {
+      add_positives(positive, buffers.members, count, entries, D, products, inverse_temperature);
+    });
   }
 }
 
 template <class T>
 const char* forward(const cpr_mil_nce_args& a, const cpr_mil_nce_outputs* outputs, cpr_parallel_for parallel) {
-  const int64_t blocks = ceil_div(a.B, kBlock), chunks = ceil_div(a.K, kChunk);
-  const int64_t wanted = ceil_div(a.K, kSplit) < kMaxSplits ? ceil_div(a.K, kSplit) : kMaxSplits;
-  const int64_t chunks_per_split = ceil_div(chunks, wanted), splits = ceil_div(chunks, chunks_per_split);
-  const bool has_positives = (a.positives && a.P > 0) || (a.query_ids && a.same_id == CPR_SAME_POSITIVE);
-  const int64_t part_elements = blocks * splits * Part<T>::size(a.D);
-  const Scratch<T> row(a.D), panels(blocks * a.D * kBlock), all(part_elements),
-      positive(has_positives ? part_elements : 0);
-  if (!row.data || !panels.data || !all.data || !positive.data) return kNoMemory;
-  Job<T> job{{a, blocks, panels.data},
-             splits,
-             chunks_per_split,
-             all.data,
-             has_positives ? positive.data : nullptr,
-             outputs,
-             nullptr};
-  pack_queries(job, row.data);
-  parallel(blocks * splits, 1, accumulate_parts<T>, &job);
-  if (job.failure == nullptr) parallel(a.B, 8, finish_queries<T>, &job);
-  return job.failure;
+  return with_job<T>(a, outputs, [&](Job<T>& job) {
+    parallel(job.blocks * job.splits, 1, accumulate_parts<T>, &job);
+    if (job.failure == nullptr) parallel(a.B, 8, finish_queries<T>, &job);
+    return job.failure;
+  });
 }
 
 }  // namespace

@@ -57,7 +57,8 @@ void grad_chunks(int64_t begin, int64_t end, void* context) {
     for (int64_t i = 0; i < count * job.width; ++i) grad.data[i] = 0;
     for (int64_t block = 0; block < job.blocks; ++block) {
       find_members(a, block, first, count, members);
-      score_chunk(job, block, entries, count, scores.data);
+      multiply_chunk(job, block, entries, count, scores.data);
+      divide_by_temperature(a, count, scores.data);
       entry_weights(job, block, count, members, scores.data);
       for (int64_t d = 0; d < job.width; d += 16) {
         tiles<1, true>(count, Operand<T>{scores.data, kBlock, 1}, job.rows + block * kBlock * job.width + d, job.width,
