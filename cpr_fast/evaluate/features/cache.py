@@ -129,6 +129,9 @@ def embed_index(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Returns the features of the videos of `part` for every embedding. Features in the cache are reused.
 
+    If it is stopped (KeyboardInterrupt), the features of the videos that are complete are stored, unless several
+    processes share the videos, so that the same call continues from there.
+
     Under `torchrun` the processes share the videos, and the first one reads and writes the cache.
 
     Returns:
@@ -156,19 +159,22 @@ def embed_index(
     if progress and main and not todo:
         log.info("%s: the features of all %d videos are stored already", description, len(part))
     computed = {name: embedding for name, embedding in embeddings.items() if missing[name]}
-    sums, counts = shared_out(
-        len(todo),
-        lambda mine: _embed(
-            part, [todo[i] for i in mine], computed, open_loader, description, progress and main, len(part) - len(todo)
-        ),
-    )
-    for name, total in sums.items():
-        for row, (i, count) in enumerate(zip(todo, counts.tolist(), strict=True)):
-            if count:
-                key = keys[embeddings[name].view][i] if keys else str(i)
-                known[name][key] = (total[row] / count, count)
-        if cache is not None and embeddings[name].key:
-            cache.store(embeddings[name], known[name])
+
+    def keep(sums: Mapping[str, Tensor], counts: Tensor) -> None:
+        for name, total in sums.items():
+            for row, (i, count) in enumerate(zip(todo, counts.tolist(), strict=True)):
+                if count:
+                    key = keys[embeddings[name].view][i] if keys else str(i)
+                    known[name][key] = (total[row].cpu() / count, count)
+            if cache is not None and embeddings[name].key:
+                cache.store(embeddings[name], known[name])
+
+    def embed(mine: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+        on_stop = keep if cache is not None and len(mine) == len(todo) else None
+        positions, stored = [todo[i] for i in mine], len(part) - len(todo)
+        return _embed(part, positions, computed, open_loader, description, progress and main, stored, on_stop)
+
+    keep(*shared_out(len(todo), embed))
     names = {name: keys.get(embedding.view) for name, embedding in embeddings.items()}
     return distributed.from_main(lambda: _collect(known, names, len(part), description))
 
@@ -181,13 +187,16 @@ def _embed(
     description: str,
     progress: bool,
     stored: int,
+    on_stop: Callable[[dict[str, Tensor], Tensor], None] | None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Returns sums over the windows of the videos at these positions, {name: [len(positions), F]}, and their counts."""
     chosen = Index((part[i] for i in positions), part.classes)
     with closing(open_loader(chosen)) as loader:
         if progress:
             log.info(work_ahead(description, len(chosen), loader, stored=stored))
-        sums, counts = sum_features(embeddings, loader, len(chosen), description=description, progress=progress)
+        sums, counts = sum_features(
+            embeddings, loader, len(chosen), description=description, progress=progress, on_stop=on_stop
+        )
         for path, reason in loader.skipped:
             log.warning("%s: %s is left out: %s", description, path, reason)
     return {name: total.cpu() for name, total in sums.items()}, counts

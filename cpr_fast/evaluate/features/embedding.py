@@ -42,12 +42,16 @@ def sum_features(
     *,
     description: str = "features",
     progress: bool = False,
+    on_stop: Callable[[dict[str, Tensor], Tensor], None] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Sums the features of each video's windows for every embedding, in one pass over the decoded windows.
 
     Args:
         loader: Has a length; its batches have `clips` {view: [N, 3, T, H, W]} and `video` [N] int64, 0..videos-1.
+            The windows come video by video, in this order, if `on_stop` is given.
         videos: M.
+        on_stop: Called with the sums and counts so far when the pass is stopped (KeyboardInterrupt), before that
+            goes on; the count of a video whose windows were not all read is 0.
     Returns:
         {name: [M, F] float32 on the clips' device}, empty if no window could be read, and the number of windows of
         every video, [M] int64.
@@ -55,16 +59,25 @@ def sum_features(
     """
     sums: dict[str, Tensor] = {}
     windows = torch.zeros(videos, dtype=torch.int64)
-    with torch.inference_mode():
-        for batch in track(loader, description, total=len(loader), unit="batches", progress=progress):
-            for name, embedding in embeddings.items():
-                features = embedding.function(batch.clips[embedding.view]).flatten(1).float()  # [N, F]
-                if embedding.metric == "cosine":
-                    features = F.normalize(features, dim=1)
-                if name not in sums:
-                    sums[name] = features.new_zeros(videos, features.shape[1])
-                sums[name].index_add_(0, batch.video.to(features.device), features)
-            windows += torch.bincount(batch.video.cpu(), minlength=videos)
+    complete = 0  # windows come in the order of the videos: of those before the last one seen, none is left
+    try:
+        with torch.inference_mode():
+            for batch in track(loader, description, total=len(loader), unit="batches", progress=progress):
+                for name, embedding in embeddings.items():
+                    features = embedding.function(batch.clips[embedding.view]).flatten(1).float()  # [N, F]
+                    if embedding.metric == "cosine":
+                        features = F.normalize(features, dim=1)
+                    if name not in sums:
+                        sums[name] = features.new_zeros(videos, features.shape[1])
+                    sums[name].index_add_(0, batch.video.to(features.device), features)
+                seen = batch.video.cpu()
+                windows += torch.bincount(seen, minlength=videos)
+                complete = int(seen.max())
+    except KeyboardInterrupt:
+        if on_stop is not None and complete:
+            windows[complete:] = 0
+            on_stop(sums, windows)
+        raise
     return sums, windows
 
 

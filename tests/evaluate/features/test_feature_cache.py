@@ -74,6 +74,28 @@ def test_a_video_that_cannot_be_read_is_tried_again(tmp_path, opened, caplog):
         embed_index(Index([index[1]]), NET, lambda part: CountingLoader(part, "b"), cache)
 
 
+@pytest.mark.parametrize(("batches", "kept"), [(0, ""), (1, "a"), (2, "ab"), (3, "abcd")])
+def test_a_stopped_pass_keeps_the_videos_that_are_complete(tmp_path, opened, batches, kept):
+    class Stopped(CountingLoader):
+        def __iter__(self):  # batches of three windows, two of each video, in the order of the index
+            first, second = super().__iter__()
+            clips = torch.stack([first.clips["rgb"], second.clips["rgb"]], 1).flatten(0, 1)
+            video = first.video.repeat_interleave(2)
+            for start in range(0, 3 * batches, 3):
+                part = slice(start, start + 3)
+                yield SimpleNamespace(clips={"rgb": clips[part]}, video=video[part])
+            raise KeyboardInterrupt
+
+    index, cache = write_videos(tmp_path, "abcdef"), FeatureCache(tmp_path / "features", "recipe")
+    with pytest.raises(KeyboardInterrupt):
+        embed_index(index, NET, Stopped, cache)
+    CountingLoader.opened.clear()
+    again, windows = embed_index(index, NET, CountingLoader, cache)
+    assert opened() == sorted(set("abcdef") - set(kept)) and windows.tolist() == [2] * 6
+    fresh, _ = embed_index(index, NET, CountingLoader)
+    assert torch.equal(again["net/rgb"], fresh["net/rgb"])
+
+
 def test_a_damaged_file_and_a_folder_that_cannot_be_written_cost_a_warning(tmp_path, opened, caplog):
     index = write_videos(tmp_path, "ab")
     cache = FeatureCache(tmp_path / "features", "recipe")
