@@ -48,7 +48,7 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
     Reading and decoding are measured for one video at a time and divided by the number of workers. Files are dropped
     from the page cache first, so that "read" measures the disk. The network's part is the cost of a mining step:
     forward and backward of the query clip, and forward of the second clip of each view. On the CPU it is measured on
-    two clips and scaled up to B.
+    two clips, then on more while the time allows it, and scaled up to B.
 
     Returns:
         "batch_size" (B), "views", "workers", "videos_measured", "mean_frames", "stage_s_per_step" (seconds by stage),
@@ -203,12 +203,17 @@ def _copy(batch: int, data: DataConfig, views: tuple[str, ...], device: torch.de
 
 
 def _step(config: Config, views: int, batch: int, device: torch.device, budget_s: float) -> tuple[float, int]:
-    """Returns the seconds of the networks in a step of `batch` videos, and the clips per forward pass measured."""
-    data, count = config.data, batch if device.type == "cuda" else min(2, batch)
-    encoder = build_encoder(config.model).to(device)
-    clips = torch.rand(count, 3, data.frames, data.size, data.size, device=device)
+    """Returns the seconds of the networks in a step of `batch` videos, and the clips per forward pass measured.
 
-    def step() -> None:
+    Every operation has a cost that does not depend on the batch, mostly of threads that wait for each other. Scaled up
+    from two clips, it would count batch / 2 times: of a small network on a busy machine that is most of the time. The
+    measurement is therefore repeated on more clips as long as their processor time, which does not grow with what other
+    programs do, fits into `budget_s`.
+    """
+    data = config.data
+    encoder = build_encoder(config.model).to(device)
+
+    def step(clips: torch.Tensor) -> None:
         encoder(clips).square().sum().backward()
         with torch.no_grad():
             for _ in range(views):
@@ -216,7 +221,17 @@ def _step(config: Config, views: int, batch: int, device: torch.device, budget_s
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return _repeat(step, budget_s) * batch / count, count
+    def measured(count: int) -> tuple[float, float]:
+        clips = torch.rand(count, 3, data.frames, data.size, data.size, device=device)
+        began = time.process_time()
+        return _repeat(lambda: step(clips), budget_s / 4), time.process_time() - began
+
+    count = batch if device.type == "cuda" else min(2, batch)
+    seconds, used_s = measured(count)
+    while count < batch and used_s < budget_s:
+        count = min(batch, 4 * count)
+        seconds, used_s = measured(count)
+    return seconds * batch / count, count
 
 
 def _loader(

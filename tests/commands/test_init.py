@@ -9,6 +9,7 @@ import pytest
 from support.stand_in_loader import make_index
 
 from cpr_fast.cli import main
+from cpr_fast.commands.training.init import _step_time
 from cpr_fast.config import load
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
@@ -193,10 +194,17 @@ def test_minutes_cut_the_plan_to_what_fits(listed, capsys):
 
 
 @pytest.mark.parametrize(
+    ("seconds", "said"), [(0.0341, "0.034 s"), (1.24, "1.2 s"), (9.96, "10 s"), (12.4, "12 s"), (151.0, "150 s")]
+)
+def test_the_time_of_a_step_has_two_digits_and_no_exponent(seconds, said):
+    assert _step_time(seconds) == said
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--minutes", "0.5"], "--minutes: expected at least 0.59, the time of one epoch for each of the 4 cycles (an "
-         "epoch takes a few seconds), got 0.5"),
+        (["--minutes", "0.5"], "--minutes: expected at least 0.6, the time of one epoch for each of the 4 cycles (an "
+         "epoch takes a few seconds), got 0.5; --epochs 4 writes that recipe"),
         (["--minutes", "0"], "--minutes: expected more than 0, got 0.0"),
         (["--minutes", "nan"], "--minutes: expected more than 0, got nan"),
         (["--minutes", "5", "--seconds", "0"], "--minutes: expected --seconds above 0 with it"),

@@ -1,5 +1,6 @@
 """`doctor` on a machine without data, on a good data set and on a broken one."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -69,6 +70,13 @@ def test_a_good_data_set(good):
     assert row["views"] == ["rgb"] and row["batch_size"] == 4 and row["bottleneck"] in row["stage_s_per_step"]
     assert all(value > 0 for stage, value in row["stage_s_per_step"].items() if stage != "copy")
     assert row["loader_s_per_step"] > 0 and 0 <= row["data_wait_fraction"] <= 1
+
+
+def test_a_step_is_measured_on_the_whole_batch_where_the_time_allows_it():
+    """Scaled up from two clips, what a step costs whatever its batch would count twelve times."""
+    config = dataclasses.replace(SMALL, data=dataclasses.replace(SMALL.data, batch_size=24))
+    assert bottleneck._step(config, 2, 24, CPU, 12.0)[1] == 24
+    assert bottleneck._step(config, 2, 24, CPU, 0.0)[1] == 2
 
 
 def test_a_broken_data_set(good, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from pathlib import Path
@@ -132,9 +133,10 @@ def _epochs_that_fit(sized: Sized, step_s: float, minutes: float) -> int:
     fit = int(MARGIN * 60 * minutes / epoch_s)
     if fit < cycles:
         least = cycles * epoch_s / 60 / MARGIN
+        least = math.ceil(least) if least >= 10 else math.ceil(100 * least) / 100  # upwards, so that it is enough
         raise InputError(
-            f"--minutes: expected at least {least:.2g}, the time of one epoch for each of the {cycles} cycles "
-            f"(an epoch takes {about(epoch_s)}), got {minutes:g}"
+            f"--minutes: expected at least {least:,}, the time of one epoch for each of the {cycles} cycles "
+            f"(an epoch takes {about(epoch_s)}), got {minutes:g}; --epochs {cycles} writes that recipe"
         )
     return fit
 
@@ -146,7 +148,7 @@ def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None) -> list[s
 
     config, time = sized.config, "; the time was not measured (--seconds 0)"
     if pace:
-        time = f": {about(sized.steps * pace.step_s)} at {pace.step_s:.2g} s per step, as measured now"
+        time = f": {about(sized.steps * pace.step_s)} at {_step_time(pace.step_s)} per step, as measured now"
     lines = [
         f"{out}: {counted(facts.videos, 'training video')} of {counted(facts.sources, 'source')}",
         f"batch of {config.data.batch_size}, memory of {config.memory.size}, {counted(config.mining.stages, 'stage')}, "
@@ -156,6 +158,11 @@ def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None) -> list[s
     if pace and pace.alone_s < pace.step_s:
         lines.append(f"  measured while other programs use this machine; {alone(sized.steps * pace.alone_s)}")
     return lines
+
+
+def _step_time(seconds: float) -> str:
+    """Returns "0.034 s", "1.2 s" or "150 s": two digits, and no exponent for long steps."""
+    return f"{seconds:.2g} s" if seconds < 10 else f"{float(f'{seconds:.2g}'):.0f} s"
 
 
 def _about_length(
