@@ -152,6 +152,8 @@ class MiningQuality:
         self.top_k = top_k
         self.names = ("pmr", "mining_r1", *extra)
         self._units = {unit: class_units(self.labels, sources, unit) for unit in ("source", "video")}
+        classes = self._units["source"][1]  # of every pair of class and source
+        self._one_source = torch.bincount(classes[classes >= 0], minlength=self.num_classes) == 1
         self.reset()
 
     def reset(self) -> None:
@@ -197,8 +199,11 @@ class MiningQuality:
         return dict(zip(self.names, values.nanmean(1).unbind(), strict=True))
 
     def class_rates(self, unit: Unit = "source") -> Tensor:
-        """Returns CMR of every class so far: [C] float32 on the device."""
-        return class_mining_rate(self.found[unit].bool(), self._units[unit][1], self.num_classes)
+        """Returns CMR of every class so far: [C] float32 on the device; NaN for a class without videos, and for one
+        whose videos are all of one source: siblings are never mined, so its rate would be 0 whatever the network does.
+        """
+        rates = class_mining_rate(self.found[unit].bool(), self._units[unit][1], self.num_classes)
+        return rates.masked_fill(self._one_source, torch.nan)
 
     def summary(self) -> dict[str, float | None]:
         """Returns the results of the epoch on the host (one synchronisation); None where unknown, for example without

@@ -42,9 +42,8 @@ def reference(batches, labels, sources):
     for video, (label, source) in enumerate(zip(labels, sources, strict=True)):
         instances["video"][label].add(video)
         instances["source"][label].add(source)
-    cmr = {
-        unit: {c: len(found[unit][c]) / len(instances[unit][c]) for c in instances[unit] if c >= 0} for unit in found
-    }
+    several = {c for c, of_class in instances["source"].items() if c >= 0 and len(of_class) > 1}
+    cmr = {unit: {c: len(found[unit][c]) / len(instances[unit][c]) for c in several} for unit in found}
     return pmr, r1, cmr
 
 
@@ -77,9 +76,11 @@ def test_an_epoch_equals_its_definition(videos, classes, batch, mined, unknown):
     summary = quality.summary()
     assert summary["pmr"] == pytest.approx(np.mean(pmr))
     assert summary["mining_r1"] == pytest.approx(np.mean(r1))
-    assert summary["cmr_median"] == pytest.approx(np.median(list(cmr["source"].values())))
-    assert summary["cmr_mean"] == pytest.approx(np.mean(list(cmr["source"].values())))
-    assert summary["cmr_median_video"] == pytest.approx(np.median(list(cmr["video"].values())))
+    assert summary["cmr_median"] == (pytest.approx(np.median(list(cmr["source"].values()))) if cmr["source"] else None)
+    assert summary["cmr_mean"] == (pytest.approx(np.mean(list(cmr["source"].values()))) if cmr["source"] else None)
+    assert summary["cmr_median_video"] == (
+        pytest.approx(np.median(list(cmr["video"].values()))) if cmr["video"] else None
+    )
     right = [
         (int(labels[q]), sum(labels[v] == labels[q] for v in row if v >= 0))
         for mined_videos, queries in batches
@@ -101,6 +102,19 @@ def test_paper_cmr_is_a_multiple_of_one_over_the_sources_of_a_class():
     quality.update(torch.arange(0, 75, 5)[:, None], torch.full((15,), 89))
     assert quality.class_rates("source").item() == pytest.approx(15 / 18)
     assert quality.class_rates("video").item() == pytest.approx(15 / 90)
+
+
+def test_classes_of_one_source_have_no_cmr():
+    # Class 0 has two sources; class 1 two videos of one source, which are siblings; class 2 one video.
+    labels, sources = torch.tensor([0, 0, 1, 1, 2, -1]), torch.tensor([0, 1, 2, 2, 3, 4])
+    quality = MiningQuality(labels, sources)
+    quality.update(torch.tensor([[1, 2], [0, 4]]), torch.tensor([0, 2]))
+    for unit in ("source", "video"):
+        assert quality.class_rates(unit).tolist() == pytest.approx([0.5, math.nan, math.nan], nan_ok=True)
+    assert quality.summary()["cmr_median"] == quality.summary()["cmr_mean"] == 0.5
+    alone = MiningQuality(labels[2:], sources[2:])
+    alone.update(torch.tensor([[2]]), torch.tensor([0]))
+    assert alone.summary()["cmr_median"] is alone.summary()["cmr_median_video"] is None
 
 
 def test_padding_is_not_part_of_the_mined_set():
