@@ -94,13 +94,14 @@ def _same_video(rows: list[dict[str, Any]]) -> list[str]:
          signed(row.get("difference")), signed_interval(row.get("difference_ci95"))]
         for row in rows
     ]  # fmt: skip
-    header = ["Network · view", "same video, %", "95 % interval", "minus untrained, points", "95 % interval"]
+    header = ["Network · view", "same video, %", "95 % interval", "minus untrained, points", "95 % interval of it"]
     return [
         "",
         f"How often the clip nearest to the first clip of a video is the last clip of the same video, of "
         f"{rows[0]['videos']} videos:",
         table(header, body),
-        f"chance {percent(rows[0]['chance_r@1'])}; the interval of a view that learnt lies above 0",
+        f"chance {percent(rows[0]['chance_r@1'])}; "
+        + "where a view learnt, the interval of its difference to the untrained network (last column) lies above 0",
     ]
 
 
