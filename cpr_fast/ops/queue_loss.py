@@ -23,6 +23,10 @@ class QueueLoss(nn.Module):
     buffers: they move with `.to()` and are part of the `state_dict`. Under DistributedDataParallel each process has
     a separate queue; to share one queue, gather keys and ids over the processes before the call.
 
+    The queue starts empty. The loss of the first call is therefore 0, without a gradient, and a cascade in a queue of a
+    few entries mines most of them. Fill the queue first: call `enqueue` with keys, or train with a `QueueLoss` without
+    a cascade, until `(memory_ids != -1).all()`.
+
     Args:
         size: K, the number of entries of the queue; at least the batch size.
         feature_dim: D.

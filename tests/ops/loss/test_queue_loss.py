@@ -114,6 +114,18 @@ def test_bad_batches_are_refused(change, message):
         QueueLoss(12, 16, num_views=2)(**{"query": query, "key": key, "ids": ids, **change})
 
 
+def test_the_first_loss_is_zero_without_a_gradient_unless_the_queue_was_filled():
+    query, key, ids = batch(0)
+    for filled in (False, True):
+        criterion, leaf = QueueLoss(len(ids), 16, num_views=2), query.detach().clone().requires_grad_()
+        if filled:
+            criterion.enqueue(batch(1)[1], batch(1)[2] + 100)
+        assert (criterion.memory_ids != -1).all() == filled
+        loss = criterion(leaf, key, ids=ids)
+        loss.backward()
+        assert (loss.item() > 0) == filled and (leaf.grad.abs().max() > 1e-3) == filled
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
