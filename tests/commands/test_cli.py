@@ -215,6 +215,7 @@ def test_other_failures_keep_their_traceback(monkeypatch):
         main(["doctor"])
 
 
+@pytest.mark.slow
 def test_torchrun_trains_on_two_processes_without_a_setting(tmp_path):
     """With the real loader and all defaults, each process takes its share of the batches; only the first one writes and
     prints.

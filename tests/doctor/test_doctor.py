@@ -109,7 +109,7 @@ def test_no_index_and_no_video_left(tmp_path, good):
 def test_the_slow_stage_is_named(good, monkeypatch, stage):
     """A stage for which the clock jumps becomes the bottleneck, however busy the machine is; the advice is about it."""
     jumped_s = [0.0]
-    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + jumped_s[0])
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + jumped_s[0], process_time=time.process_time)
     monkeypatch.setattr(bottleneck, "time", clock)
     target = {"decode": (bottleneck, "needed_parts"), "augment": (bottleneck.ClipGraph, "run"),
               "step": (bottleneck, "build_encoder")}[stage]  # fmt: skip

@@ -253,10 +253,8 @@ def test_errors_come_first_then_the_largest_effect():
 def test_a_missing_part_is_named_with_its_command(tmp_path, monkeypatch):
     from cpr_fast.doctor import machine
 
-    real = machine._is_installed
-    monkeypatch.setattr(
-        machine, "_is_installed", lambda name: name not in ("tensorboard", "nvidia.dali") and real(name)
-    )
+    real = machine.is_installed
+    monkeypatch.setattr(machine, "is_installed", lambda name: name not in ("tensorboard", "nvidia.dali") and real(name))
     result = doctor(None, Config(), device=CPU, seconds=0)
     rows = {row["part"]: row for row in result["optional"]}
     assert not rows["TensorBoard"]["installed"] and rows["TensorBoard"]["install"] == "pip install tensorboard"
