@@ -17,6 +17,14 @@ from cpr_fast.evaluate.features.cache import FeatureCache
 NAMES = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGHUP: "stopped by SIGHUP", signal.SIGINT: "interrupted"}
 
 
+@pytest.fixture(autouse=True)
+def python_handles_ctrl_c():
+    """A shell starts what it runs in the background with SIGINT ignored; Python then sets no handler of its own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def made(tmp_path):
     """Six videos and their index, made apart so that every test changes its own."""
