@@ -50,7 +50,8 @@ test: setup check
 	CPR_FAST_CPU_VARIANT=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
 	  OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PARALLEL) -q -m numerics
 
-# Whole jobs of several processes, every command of the documentation, and the PTX of the second architecture.
+# Whole jobs, of several processes or of every recipe, every command of the documentation, and the PTX of the second
+# architecture.
 test-slow: setup
 	OMP_NUM_THREADS=1 $(PARALLEL) -m slow
 

@@ -83,6 +83,7 @@ def test_the_pytest_benchmark_suites_run(tmp_path):
         assert {"B", "K", "D", "dtype", "floor_us", "ratio", "error", "peak_mib", "device", "commit"} <= row.keys()
 
 
+@pytest.mark.slow
 def test_a_step_with_the_operators_is_one_with_their_references(tmp_path):
     sizes = ["--batch", "4", "--frames", "5", "--size", "20", "--width", ".125", "--memory", "256", "--seconds", ".2"]
     command = [sys.executable, "bench/training/training_step.py", "--device", "cpu", *sizes]
@@ -96,6 +97,7 @@ def test_a_step_with_the_operators_is_one_with_their_references(tmp_path):
     assert "| published, CPR | " in (tmp_path / "training_step_cpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_loader_beside_other_decoders(tmp_path):
     """Every form returns the requested clips; a peer that is not installed is reported as such."""
     pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")
@@ -126,6 +128,7 @@ def test_the_loader_beside_other_decoders(tmp_path):
     assert all(f"| {row['form']} |" in page for row in rows)
 
 
+@pytest.mark.slow
 def test_batch_norm_is_compared_with_float64(tmp_path):
     command = [sys.executable, "bench/training/batch_norm.py", "--seconds", "0", "--clips", "2", "--draws", "1"]
     environment = os.environ | {"OUT": str(tmp_path)}

@@ -284,6 +284,7 @@ def tiny_index(tmp_path_factory):
     return index
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_its_row_is_what_retrieve_finds(study, parts, monkeypatch, tmp_path, tiny_index):
     runs, settings = sys.modules["evidence.runs"], parts[2]
     tiny = settings.Base(size=16, memory=24, start=(2, 2), epochs=(6, 3), iic=(2, 2))

@@ -69,6 +69,7 @@ def runs() -> dict[str, list[Path]]:
     return shared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paths", runs().values(), ids=lambda paths: paths[0].stem)
 def test_every_recipe_trains(paths, tmp_path, one_thread):
     configs = [load(path) for path in paths]

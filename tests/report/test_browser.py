@@ -28,7 +28,7 @@ def chromium() -> str:
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize("runs", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_browser_shows_the_page(tmp_path, index, runs, width):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     rows = [start_row(index), *training_rows(), *retrieval_rows(index), *classification_rows(), *health_rows()]

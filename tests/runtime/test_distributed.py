@@ -159,14 +159,8 @@ RANDOM = R3D | {
 }
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(BATCH, id="batch", marks=pytest.mark.slow),
-        pytest.param(IIC, id="iic", marks=pytest.mark.slow),
-        pytest.param(RANDOM, id="random queue"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [BATCH, IIC, RANDOM], ids=["batch", "iic", "random queue"])
 def test_other_memories_have_the_curve_of_one_too(tmp_path, method):
     """The batch of all ranks, with gradients between ranks; the bank of IIC, which every rank holds completely; and a
     queue that starts with the same random vectors on every rank.
@@ -176,6 +170,7 @@ def test_other_memories_have_the_curve_of_one_too(tmp_path, method):
     assert (rows(one, "step")[-1]["pmr"] is None) == (method is RANDOM)
 
 
+@pytest.mark.slow
 def test_a_pre_empted_job_and_a_killed_and_a_sleeping_worker(two, tmp_path):
     """torchrun receives SIGTERM; then a worker is killed and torchrun restarts it; then a rank sleeps and is reported.
 

@@ -170,7 +170,9 @@ def iic_reference(
     return means | {"merged": torch.cat([means["rgb"], means["residual"]], 1)}
 
 
-@pytest.mark.parametrize("arch", ["r3d", "r21d", "c3d"])
+@pytest.mark.parametrize(
+    "arch", ["r3d", pytest.param("r21d", marks=pytest.mark.slow), pytest.param("c3d", marks=pytest.mark.slow)]
+)
 def test_iic(tmp_path, small, arch):
     torch.manual_seed(2)
     theirs = iic_file(arch)

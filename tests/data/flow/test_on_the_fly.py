@@ -104,6 +104,7 @@ def test_without_flow_and_without_the_setting_the_message_names_it(index):
         batches(index, STORED)
 
 
+@pytest.mark.slow
 def test_training_search_and_evaluation_without_a_flow_file(index_csv, tmp_path, capsys):
     config = tmp_path / "config.toml"
     config.write_text(f"""
