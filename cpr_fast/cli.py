@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from cpr_fast import __version__
 from cpr_fast.commands.inputs import check_inputs
 from cpr_fast.errors import FailedError, InputError, how_to_install, out_of_memory
-from cpr_fast.runtime.files import DISK_ERRORS
+from cpr_fast.runtime.files import DISK_ERRORS, discard
 from cpr_fast.runtime.interrupt import signals_raise
 from cpr_fast.wording import printable
 
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"cpr-fast: {text}{_continuing(arguments, '--auto-resume')}", file=sys.stderr)
         return 128 + getattr(stopped, "signum", signal.SIGINT)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno in PATH_ERRNOS:
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"cpr-fast: could not write {printable(name)}: {error.strerror}; complete files are kept", file=sys.stderr
         )
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered cannot be written, either
+        discard(sys.stdout.fileno())  # what is buffered cannot be written, either
         return 2
 
 
@@ -126,10 +126,7 @@ def _open_closed_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            if nowhere != number:
-                os.dup2(nowhere, number)
-                os.close(nowhere)
+            discard(number)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,6 +51,8 @@ def require_writable(what: str, folder: Path, advice: str) -> None:
 
     Commands that compute for long call it first, because they would fail only when they write their results.
     """
+    import tempfile  # imported here, because every command imports this module, and most do not need it
+
     try:
         existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         with tempfile.TemporaryFile(dir=existing):
@@ -121,6 +122,14 @@ def _open_current(lock: Path, refusal: str) -> int:
             if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                 return descriptor
         os.close(descriptor)
+
+
+def discard(descriptor: int) -> None:
+    """Opens the null device in the place of a file descriptor, such as that of stderr: what is written is lost."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere != descriptor:
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from cpr_fast.runtime.files import discard
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 REPEAT_S = 1.0  # a second Ctrl-C that comes later than this ends the process at once
 
@@ -66,9 +68,7 @@ def _leave_terminal() -> None:
     for stream in (sys.__stdout__, sys.__stderr__):
         try:
             if stream is not None and stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+                discard(stream.fileno())
         except (OSError, ValueError):  # the stream is closed or has no file
             continue
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from cpr_fast.runtime.files import discard
+
 Item = TypeVar("Item")
 
 LINE_INTERVAL_S = 30.0  # time between two plain lines
@@ -73,9 +75,7 @@ def _print(text: str) -> None:
     except BrokenPipeError:
         if signal.getsignal(signal.SIGHUP) in (signal.SIG_DFL, None):  # nobody would notice the request
             raise
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stderr.fileno())
-        os.close(nowhere)
+        discard(sys.stderr.fileno())
         os.kill(os.getpid(), signal.SIGHUP)
 
 
