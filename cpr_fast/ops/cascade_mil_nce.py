@@ -16,10 +16,8 @@ from torch import Tensor
 from cpr_fast.ops import _checks
 from cpr_fast.ops.cascade_select import cascade_select, cascade_select_ref
 from cpr_fast.ops.cascade_select import check as check_cascade
-from cpr_fast.ops.mil_nce import MilNce, autocast_enabled, checked_temperature, mil_nce, mil_nce_ref
+from cpr_fast.ops.mil_nce import REDUCTIONS, MilNce, autocast_enabled, checked_temperature, mil_nce, mil_nce_ref
 from cpr_fast.ops.mil_nce import check as check_loss
-
-_REDUCTION = ("mean", "none")
 
 
 def cascade_mil_nce(
@@ -121,7 +119,7 @@ def _shares_scores(queries: Tensor, temperature: float | Tensor) -> bool:
 def _shared(
     queries, own_key, memory, views, keep, view, query_ids, memory_ids, same_id, self_positive, temperature, reduction
 ) -> tuple[Tensor, Tensor]:
-    _checks.check_choice("reduction", reduction, _REDUCTION)
+    _checks.check_choice("reduction", reduction, REDUCTIONS)
     modes = self_positive if isinstance(self_positive, Tensor) else None
     settings = (modes, same_id, "keep" if modes is not None else self_positive, temperature)
     try:

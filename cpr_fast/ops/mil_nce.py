@@ -12,7 +12,7 @@ from cpr_fast.ops import _checks, _library
 
 _SAME_ID = ("positive", "ignore", "negative")
 _SELF_POSITIVE = ("keep", "denominator", "drop_both")
-_REDUCTION = ("mean", "none")
+REDUCTIONS = ("mean", "none")
 _FLOAT32 = torch.finfo(torch.float32)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,7 +67,7 @@ def mil_nce(
         >>> own_key, memory, positives = torch.randn(8, 128), torch.randn(4096, 128), torch.randint(4096, (8, 5))
         >>> mil_nce(query, own_key, memory, positives, temperature=0.1).backward()
     """
-    _checks.check_choice("reduction", reduction, _REDUCTION)
+    _checks.check_choice("reduction", reduction, REDUCTIONS)
     features = (query, own_key, memory)
     if isinstance(temperature, Tensor):
         features, temperature = _divided(*features, temperature)

@@ -64,14 +64,11 @@ void accumulate_positives(int64_t begin, int64_t end, void* context) {
   }
   Membership& members = buffers.members;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t block = i / job.splits, first_chunk = i % job.splits * job.chunks_per_split;
     Part<float> positive(job.positive_parts + i * Part<float>::size(a.D));
     positive.clear(a.D);
-    for (int64_t chunk = first_chunk; chunk < first_chunk + job.chunks_per_split; ++chunk) {
-      const int64_t first = chunk * kChunk, count = a.K - first < kChunk ? a.K - first : kChunk;
-      if (count <= 0) break;
+    for_chunks(job, i, [&](int64_t block, int64_t first, int64_t count) {
       find_members(a, block, first, count, members);
-      if (members.none_positive) continue;
+      if (members.none_positive) return;
       const float* entries = chunk_entries(a, first, count, buffers.copy.data);
       for (int64_t k = 0; k < count; ++k) {
         Mask16 any = 0;
@@ -79,7 +76,7 @@ void accumulate_positives(int64_t begin, int64_t end, void* context) {
         if (any) multiply_chunk(job, block, entries + k * a.D, 1, buffers.scores.data + k * kBlock);
       }
       add_positives(positive, members, count, entries, a.D, buffers.scores.data, inverse_temperature);
-    }
+    });
   }
 }
 

@@ -109,18 +109,26 @@ struct ChunkBuffers {
   Membership members;
 };
 
+// Calls use(block, first, count) for each chunk of part i of [blocks, splits], in order.
+template <class T, class Use>
+void for_chunks(const Job<T>& job, int64_t i, Use use) {
+  const int64_t K = job.args.K, block = i / job.splits, first_chunk = i % job.splits * job.chunks_per_split;
+  for (int64_t chunk = first_chunk; chunk < first_chunk + job.chunks_per_split; ++chunk) {
+    const int64_t first = chunk * kChunk, count = K - first < kChunk ? K - first : kChunk;
+    if (count <= 0) break;
+    use(block, first, count);
+  }
+}
+
 // Computes the softmax over all keys of part i of [blocks, splits]. Calls use_products(first, count, entries, products)
 // for each chunk with the products entry . query [count, kBlock]; it may overwrite rows beyond `count`.
 template <class T, class UseProducts>
 void accumulate_keys(const Job<T>& job, int64_t i, ChunkBuffers<T>& buffers, UseProducts use_products) {
   const cpr_mil_nce_args& a = job.args;
   T* const scores = buffers.scores.data;
-  const int64_t block = i / job.splits, first_chunk = i % job.splits * job.chunks_per_split;
   Part<T> all(job.all_parts + i * Part<T>::size(a.D));
   all.clear(a.D);
-  for (int64_t chunk = first_chunk; chunk < first_chunk + job.chunks_per_split; ++chunk) {
-    const int64_t first = chunk * kChunk, count = a.K - first < kChunk ? a.K - first : kChunk;
-    if (count <= 0) break;
+  for_chunks(job, i, [&](int64_t block, int64_t first, int64_t count) {
     const T* entries = chunk_entries(a, first, count, buffers.copy.data);
     find_members(a, block, first, count, buffers.members);
     multiply_chunk(job, block, entries, count, scores);
@@ -128,7 +136,7 @@ void accumulate_keys(const Job<T>& job, int64_t i, ChunkBuffers<T>& buffers, Use
     divide_by_temperature(a, count, scores);
     for (int v = 0; v < kTileVectors; ++v) online_softmax(all, v, count, a.D, buffers.members, scores);
     tiles<kTileVectors, true>(a.D, Operand<T>{entries, 1, a.D}, scores, kBlock, count, all.weighted, kBlock);
-  }
+  });
 }
 
 // The running softmax of one query over terms of (maximum, sum, weighted sum of keys).
