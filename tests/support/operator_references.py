@@ -1,9 +1,16 @@
-"""Slow references of cascade_select and mil_nce from their definitions, and difficult inputs."""
+"""Slow references of cascade_select and mil_nce from their definitions, difficult inputs, and the routes of the CUDA
+kernels."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+
+ROUTES = {  # the limits of an emulated device that select a route of cascade_select
+    "on chip": {},
+    "in cache": {"shared_limit": 0, "cache_size": 40 << 20},
+    "refined": {"shared_limit": 0, "cache_size": 0},
+}
 
 
 def fma_scores(queries: torch.Tensor, memory: torch.Tensor) -> np.ndarray:
@@ -124,3 +131,17 @@ def assert_loss(emulated, query, own_key, memory, *, tolerance=2e-5, **options):
         scale = max(1.0, truth[name].abs().max().item())
         assert (value.double() - truth[name]).abs().max().item() <= tolerance * scale, name
     np.testing.assert_array_equal((out["lse_all"] >= out["lse_positive"] - 1e-4).numpy(), True)
+
+
+def assert_cpu_selection(device, queries, memory, views, keep, **options) -> None:
+    """Compares cascade_select of an emulated device with that of the CPU kernel, bit for bit."""
+    from cpr_fast.ops import cascade_select
+
+    found = device.cascade_select(queries, memory, views, keep, **options)
+    expected = cascade_select(queries, memory, views, keep, **options)
+    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+
+
+def random_ids(B: int, K: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Returns ids of queries and memory, some of them equal, -1 among them."""
+    return {"query_ids": integers(-1, 5, B, seed=seed), "memory_ids": integers(-1, 9, K, seed=seed + 1)}

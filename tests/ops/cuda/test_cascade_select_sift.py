@@ -6,20 +6,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.operator_references import integers, lattice, normal
+from support.operator_references import ROUTES, assert_cpu_selection, lattice, normal, random_ids
 
-ops = pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
+pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
 
-ROUTES = {  # the limits of the device that select them
-    "in cache": {"shared_limit": 0, "cache_size": 40 << 20},
-    "refined": {"shared_limit": 0, "cache_size": 0},
-}
 K = 16_385  # one more than a block sifts, and than the shortest sifted row
 STAGES = [0, 1, 0, 1, 0, 1, 0]
 HALVES = [K >> s for s in range(1, 7)] + [5]
 
 
-@pytest.fixture(params=ROUTES)
+@pytest.fixture(params=["in cache", "refined"])
 def route(request, emulated):
     emulated.resize(**ROUTES[request.param])
     yield request.param
@@ -35,9 +31,7 @@ def in_cache(emulated):
 
 def assert_selects(device, queries, memory, views, keep, **options):
     before = device.launches()
-    found = device.cascade_select(queries, memory, views, keep, **options)
-    expected = ops.cascade_select(queries, memory, views, keep, **options)
-    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+    assert_cpu_selection(device, queries, memory, views, keep, **options)
     return device.launches() - before
 
 
@@ -45,7 +39,7 @@ def assert_selects(device, queries, memory, views, keep, **options):
 def test_the_published_stages_with_ids_and_rows_that_cannot_be_compared(emulated):
     queries, memory = normal(2, 2, 5, seed=1), normal(2, K, 5, seed=2)
     memory[0, 77], memory[1, 16_384] = torch.nan, torch.nan
-    ids = {"query_ids": integers(-1, 5, 2, seed=3), "memory_ids": integers(-1, 9, K, seed=4)}
+    ids = random_ids(2, K, seed=3)
     assert assert_selects(emulated, queries, memory, STAGES, HALVES, **ids) == 4  # scores, sample, sieve, stages
 
 
@@ -63,7 +57,7 @@ def test_the_published_stages_with_ids_and_rows_that_cannot_be_compared(emulated
 )
 def test_stages_of_every_kind(in_cache, views, keep):
     queries, memory = normal(2, 2, 3, seed=5), normal(2, K, 3, seed=6)
-    ids = {"query_ids": integers(-1, 5, 2, seed=7), "memory_ids": integers(-1, 9, K, seed=8)}
+    ids = random_ids(2, K, seed=7)
     assert_selects(in_cache, queries, memory, views, keep, **ids)
 
 

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.operator_references import integers, lattice, normal
+from support.operator_references import ROUTES, lattice, normal
+from support.operator_references import assert_cpu_selection as assert_selects
+from support.operator_references import random_ids as ids
 
 ops = pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
 
-ROUTES = {  # the limits of the device that select them
-    "on chip": {},
-    "in cache": {"shared_limit": 0, "cache_size": 40 << 20},
-    "refined": {"shared_limit": 0, "cache_size": 0},
-}
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def choose(device, route: str) -> None:
     device.resize(**ROUTES[route])
-
-
-def assert_selects(device, queries, memory, views, keep, **options):
-    found = device.cascade_select(queries, memory, views, keep, **options)
-    expected = ops.cascade_select(queries, memory, views, keep, **options)
-    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
-
-
-def ids(B: int, K: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    return {"query_ids": integers(-1, 5, B, seed=seed), "memory_ids": integers(-1, 9, K, seed=seed + 1)}
 
 
 @pytest.mark.parametrize("route", ROUTES)
