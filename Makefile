@@ -9,7 +9,7 @@ WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 PARALLEL = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # The CPU wheel where no NVIDIA GPU is visible: plain torch is the CUDA build, 5 GB.
 TORCH ?= $(if $(wildcard /dev/nvidia0),torch>=2.10,torch==2.13.0)
-# Machine code for all GPUs takes three times as long to compile; without a GPU, that for A100 and H100 shows the same.
+# Machine code for every GPU takes its time to compile; without a GPU, that for A100 and H100 is enough.
 ifeq ($(wildcard /dev/nvidia0),)
 export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX;9.0a
 endif

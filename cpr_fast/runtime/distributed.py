@@ -20,7 +20,7 @@ from cpr_fast.wording import counted
 
 T = TypeVar("T")
 
-_store: dist.Store | None = None  # the device of the process group that `init` joined
+_store: dist.Store | None = None  # the store of the process group that `init` joined
 
 
 @dataclass(frozen=True)

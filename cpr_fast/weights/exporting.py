@@ -5,7 +5,6 @@ Letters: N clips, T frames, H x W pixels, D feature width, C backbone width, K m
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cpr_fast.config import Config, Cycle
-from cpr_fast.errors import InputError
+from cpr_fast.errors import InputError, is_installed
 from cpr_fast.models import Encoder
 from cpr_fast.weights.checkpoint import load_encoders, load_trained, torch_save, written_whole
 from cpr_fast.weights.sources import coclr_names
@@ -62,7 +61,7 @@ def export(checkpoint: str | Path, out: str | Path, *, to: Form, view: str | Non
 
 
 def _safetensors(payload: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    if importlib.util.find_spec("safetensors") is None:
+    if not is_installed("safetensors"):
         raise InputError("--to safetensors needs the package safetensors: pip install cpr-fast[onnx]")
     tensors = {
         f"{view}.{name}": tensor.contiguous()
