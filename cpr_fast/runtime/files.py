@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +17,8 @@ from cpr_fast.errors import InputError
 # Missing permission is not among them, because it concerns files that are read as well.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 UNTOUCHED, NOTHING_LEFT = "the previous file is untouched", "nothing was left behind"
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -85,43 +89,60 @@ def replacing(path: str | Path, kept: str = "") -> Iterator[Path]:
 
 
 @contextmanager
-def one_writer(lock: str | Path, refusal: str) -> Iterator[None]:
+def one_writer(lock: str | Path, refusal: str | None) -> Iterator[None]:
     """Lets one process at a time run the block; the file `lock` exists meanwhile, and its folder is created.
 
-    The operating system releases the lock when the process ends, however it ends. Without locks (some network file
-    systems) the block runs unprotected.
+    The operating system releases the lock when the process ends, however it ends, so no stale lock can remain. Without
+    locks (some network file systems) the block runs unprotected, and the log says so.
 
     Args:
-        refusal: The error while another process runs the block.
+        refusal: The error while another process runs the block, in which {holder} is replaced by this process and its
+            machine; None waits until the other process has ended.
     Raises:
         InputError: `refusal`, or the folder cannot be written.
     """
     lock = Path(os.path.abspath(lock))
     with naming(lock.parent, NOTHING_LEFT):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_current(lock, refusal)
+        descriptor = _open_locked(lock, refusal)
+        with suppress(OSError):  # a full disk; the holder is only for the refusal of others
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        if _is_current(descriptor, lock):  # the block may have removed the folder
+            lock.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _open_current(lock: Path, refusal: str) -> int:
+def _open_locked(lock: Path, refusal: str | None) -> int:
     """Opens and locks a file; once more if the process that held the lock has removed the file meanwhile."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if refusal is None else fcntl.LOCK_NB))
         except BlockingIOError:
+            holder = os.pread(descriptor, 400, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            raise InputError(refusal) from None
-        except OSError:
+            raise InputError(refusal.replace("{holder}", holder)) from None
+        except OSError as error:
+            log.warning("Cannot lock %r (%s): make sure that no other process writes there", str(lock), error.strerror)
             return descriptor
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                return descriptor
+        except BaseException:  # Ctrl-C while it waits
+            os.close(descriptor)
+            raise
+        if _is_current(descriptor, lock):
+            return descriptor
         os.close(descriptor)
+
+
+def _is_current(descriptor: int, path: Path) -> bool:
+    """Returns whether an open file is still the one at `path`, which another process may have removed or replaced."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def discard(descriptor: int) -> None:
@@ -175,7 +196,7 @@ class LineFile:
             descriptor = self._descriptor
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if self._is_current():
+            if _is_current(descriptor, self.path):
                 break
             self._descriptor = self._open()
             os.close(descriptor)
@@ -193,12 +214,6 @@ class LineFile:
 
     def _open(self) -> int:
         return os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-
-    def _is_current(self) -> bool:
-        try:
-            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
-        except FileNotFoundError:
-            return False
 
     def _end_of_lines(self) -> int:
         """Returns the length of the file, after an incomplete last line was removed."""

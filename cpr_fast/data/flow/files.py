@@ -20,7 +20,6 @@ Letters: N frames of a video, H x W pixels.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +33,7 @@ from cpr_fast.data.flow.origin import Origin, place_of
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.video.container import ANY_METADATA, location
 from cpr_fast.errors import InputError
+from cpr_fast.runtime.files import one_writer
 
 BYTES_PER_PIXEL = 0.124  # size of a flow field per pixel: 9.5 kB at 320x240 (bench/results/flow_storage.md)
 LOOKING = 16  # number of threads that open stored files; on a network disk they mostly wait
@@ -68,20 +68,13 @@ class FlowFiles:
 
     def __enter__(self) -> FlowFiles:
         """Raises InputError while another process computes the same shard of the same videos into OUT."""
-        self._out.mkdir(parents=True, exist_ok=True)
-        self._lock = self._lock_file.open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise InputError(f"--out: another process is computing the same videos into {str(self._out)!r}") from None
-        except OSError:
-            pass  # a file system without locks
+        refusal = f"--out: another process is computing the same videos into {str(self._out)!r}"
+        self._lock = one_writer(self._lock_file, refusal)
+        self._lock.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._lock_file.unlink(missing_ok=True)
-        self._lock.close()
+    def __exit__(self, *raised: object) -> None:
+        self._lock.__exit__(*raised)
 
 
 def encode_video(target: Path, levels: np.ndarray, origin: Origin | None = None, part: str = ".part") -> None:

@@ -10,7 +10,6 @@ Letters: N frames of a video, H x W pixels.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
 import os
@@ -38,7 +37,7 @@ from cpr_fast.data.storage.media import read_frames
 from cpr_fast.data.storage.unreadable import Unreadable
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError
-from cpr_fast.runtime.files import DISK_ERRORS
+from cpr_fast.runtime.files import DISK_ERRORS, one_writer
 from cpr_fast.runtime.progress import Forecast, announce, track
 
 MOST_WORKERS = 16  # number of decoding threads, and of encoding threads; more are not faster on any device
@@ -283,7 +282,8 @@ def _store(index: Index, store: Store, position: int, levels: np.ndarray | Excep
 def _fill_index(index_csv: Path, found: Callable[[Index, Path], list[tuple[set[Path], Path | None]]]) -> int:
     """Sets flow_path for every video whose flow is stored, whichever shard computed it, and clears it if the flow was
     computed from an earlier version of the video. Returns the number of videos without flow."""
-    with _locked(index_csv):
+    lock = index_csv.with_name(f".{index_csv.name}.lock")
+    with one_writer(lock, None):  # shards that finish at the same time fill the index one after the other
         index = Index.load(index_csv, require_flow=False)
         videos = []
         for video, (paths, path) in zip(index, found(index, index_csv.parent), strict=True):
@@ -291,12 +291,3 @@ def _fill_index(index_csv: Path, found: Callable[[Index, Path], list[tuple[set[P
             videos.append(replace(video, flow_path=path or (None if stale else video.flow_path)))
         Index(videos).save(index_csv)
     return sum(video.flow_path is None for video in videos)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Locks the index, so that shards that finish at the same time update it one after the other; the lock file is not
-    deleted."""
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

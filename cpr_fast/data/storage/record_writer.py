@@ -3,7 +3,6 @@ continued."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from cpr_fast.data.storage.records import (
     split_record,
 )
 from cpr_fast.errors import InputError
-from cpr_fast.runtime.files import naming
+from cpr_fast.runtime.files import naming, one_writer
 
 MAP_BYTES = 2**30  # first size of the memory map, which limits the file; it is doubled when it is full
 
@@ -45,14 +44,8 @@ class RecordWriter:
         if split_record(f"{file}#") is None or file.is_dir():
             raise InputError(f"expected the name of a file that ends in .lmdb, got {str(file)!r}")
         self._file, self._part = file, Path(f"{file}.part")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._lock_file = file.with_name(f".{file.name}.lock")
-        self._lock = self._lock_file.open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise InputError(f"another process is writing {str(file)!r}") from None
+        self._lock = one_writer(file.with_name(f".{file.name}.lock"), f"another process is writing {str(file)!r}")
+        self._lock.__enter__()
         self._environment: lmdb.Environment | None = None
         self.num_frames: dict[str, int] = {}
         if self._part.exists() or not file.exists():
@@ -86,7 +79,7 @@ class RecordWriter:
     def __enter__(self) -> RecordWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
         try:
             if self._environment is not None:
                 try:
@@ -99,8 +92,7 @@ class RecordWriter:
                         os.replace(self._part, self._file)
                     forget_records(self._file)
         finally:
-            self._lock_file.unlink(missing_ok=True)
-            self._lock.close()
+            self._lock.__exit__(kind, *raised)
 
     def _open(self) -> None:
         """Opens the unfinished file.

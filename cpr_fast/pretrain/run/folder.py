@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import shlex
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +17,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.pretrain.run.videos import check_same_videos
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
+from cpr_fast.runtime.files import one_writer, require_writable
 from cpr_fast.runtime.metrics import FILE as METRICS_FILE
 from cpr_fast.runtime.metrics import read_metrics, rewind
 from cpr_fast.weights.checkpoint import BEST, LAST, load_checkpoint, point_to, written_whole
@@ -28,6 +27,7 @@ from cpr_fast.wording import counted, listed
 T = TypeVar("T")
 
 LOCK = ".run.lock"
+OTHER_FOLDER = "Choose another folder with --run.out"
 # What a run writes before its first step.
 OF_THE_START = (LOCK, METRICS_FILE, "config.json", "checkpoints", "tensorboard")
 NAMED = 4  # settings that an error names
@@ -55,8 +55,7 @@ def on_main(compute: Callable[[], T]) -> T:
 def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
     """Creates the run folder and locks it against other runs within the block.
 
-    The operating system releases the lock when the process ends, however it ends, so no stale lock can remain. A block
-    that refuses its input before the first step of training leaves no folder and no file behind.
+    A block that refuses its input before the first step of training leaves no folder and no file behind.
 
     Args:
         exists: whether the folder must exist already, as for a run that is resumed.
@@ -65,31 +64,14 @@ def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
     """
     if exists and not folder.is_dir():
         raise _no_checkpoint(folder / "checkpoints")
+    require_writable("run.out", folder, OTHER_FOLDER)
     created = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        new = [folder / name for name in OF_THE_START if not os.path.lexists(folder / name)]
-        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, closed by the block below
-    except OSError as error:
-        raise _not_writable(folder, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise InputError(
-                f"run.out: another run is writing to {str(folder)!r} ({holder}). Wait until it has ended, or choose "
-                "another folder with --run.out"
-            ) from None
-        except OSError as error:  # some network file systems have no locks
-            log.warning("Cannot lock %r (%s): make sure that no other run writes to it", str(folder), error.strerror)
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        except OSError as error:
-            raise _not_writable(folder, error) from error
+    new = [folder / name for name in OF_THE_START if not os.path.lexists(folder / name)]
+    refusal = (
+        f"run.out: another run is writing to {str(folder)!r} ({{holder}}). Wait until it has ended, or choose another "
+        "folder with --run.out"
+    )
+    with one_writer(folder / LOCK, refusal):
         try:
             yield
         except InputError:
@@ -315,6 +297,4 @@ def _what_counts(config: dict[str, Any], processes: int) -> dict[str, dict[str, 
 
 
 def _not_writable(folder: Path, error: OSError) -> InputError:
-    return InputError(
-        f"run.out: cannot write to {str(folder)!r}: {error.strerror or error}. Choose another folder with --run.out"
-    )
+    return InputError(f"run.out: cannot write to {str(folder)!r}: {error.strerror or error}. {OTHER_FOLDER}")

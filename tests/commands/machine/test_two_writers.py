@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 from support.data_sets.flow import write_video
@@ -37,6 +42,55 @@ def test_one_process_at_a_time_holds_a_lock(tmp_path):
     lock.write_text("left by a process that was killed")
     with one_writer(lock, "busy"):
         pass
+
+
+def test_a_refusal_names_the_process_that_holds_the_lock(tmp_path):
+    with one_writer(tmp_path / ".lock", "busy: {holder}"):
+        said = f"^busy: process {os.getpid()} on {socket.gethostname()}$"
+        with pytest.raises(InputError, match=said), one_writer(tmp_path / ".lock", "busy: {holder}"):
+            pass
+
+
+def test_a_writer_without_a_refusal_waits(tmp_path):
+    order = []
+
+    def second():
+        with one_writer(tmp_path / ".lock", None):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with one_writer(tmp_path / ".lock", None):
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"] and not os.listdir(tmp_path)
+
+
+def test_a_lock_that_the_block_removed_is_not_taken_from_the_next_writer(tmp_path):
+    lock = tmp_path / ".lock"
+    with one_writer(lock, "busy"):
+        lock.unlink()
+        second = one_writer(lock, "busy")
+        second.__enter__()
+    with pytest.raises(InputError, match="^busy$"), one_writer(lock, "busy"):
+        pass
+    second.__exit__(None, None, None)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("storage", ["video", "lmdb"])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, root, caplog, monkeypatch, storage):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    index, out = tmp_path / "i.csv", tmp_path / ("flow" if storage == "video" else "flow.lmdb")
+    assert main(["index", str(root), "--out", str(index)]) == 0
+    assert main(["flow", str(index), "--out", str(out), "--storage", storage]) == 0
+    assert index.read_text().count(",flow") == 4  # one is in the first line
+    warned = [record.message for record in caplog.records if record.message.startswith("Cannot lock")]
+    assert len(warned) >= 3 and all("No locks available" in message for message in warned)
 
 
 @pytest.mark.parametrize(
