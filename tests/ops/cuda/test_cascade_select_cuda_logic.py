@@ -122,6 +122,17 @@ def test_crowded_buckets_fall_back_exactly(emulated, case):
 
 
 @pytest.mark.usefixtures("every_route")
+@pytest.mark.parametrize("points", [509, 512])
+def test_every_candidate_of_a_bucket_is_compared(emulated, points):
+    """Up to 512 candidates of a bucket are compared with each other. Here each is the best of them for one query."""
+    angles = torch.arange(points) * (2 * torch.pi / points)
+    circle = torch.stack([angles.cos(), angles.sin(), torch.zeros(points)], dim=1)
+    ends = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, -1.0]])  # make the buckets wide
+    queries, memory = circle + ends[:1], torch.cat([ends[:1], 1e-4 * circle, ends[1:]])
+    assert_selects(emulated, queries[None], memory[None], [0], [2])
+
+
+@pytest.mark.usefixtures("every_route")
 def test_nan_is_never_selected_and_zeros_of_either_sign_tie(emulated):
     queries, memory = torch.zeros(2, 1, 16), torch.zeros(2, 40, 16)
     queries[..., -1], memory[..., -1] = 1e-30, 1e-30
