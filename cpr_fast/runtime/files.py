@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import logging
 import os
+import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +20,7 @@ from cpr_fast.errors import InputError
 # Missing permission is not among them, because it concerns files that are read as well.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 UNTOUCHED, NOTHING_LEFT = "the previous file is untouched", "nothing was left behind"
+TEMPORARY = ".cpr-fast-"  # how the names of files and folders begin that exist only while they are written
 
 log = logging.getLogger(__name__)
 
@@ -67,25 +71,77 @@ def require_writable(what: str, folder: Path, advice: str) -> None:
 
 
 @contextmanager
-def replacing(path: str | Path, kept: str = "") -> Iterator[Path]:
+def replacing(path: str | Path, kept: str = "", *, durable: bool = False) -> Iterator[Path]:
     """Replaces a file in one step: yields the path of a temporary file for the block to write, then renames it.
 
-    The folder is created. Other processes may replace the same file at the same time.
+    The folder is created. Other processes and threads may replace the same file at the same time: one of their whole
+    files remains. The temporary file is beside `path` and has its suffix, by which some writers choose the format; a
+    process that is killed leaves it, and the next process that replaces a file in this folder removes it.
 
     Args:
         kept: What remains usable if the disk is full; by default that the file is as it was before.
+        durable: Whether the file is on the disk before it gets its name, so that a power failure cannot damage it.
     Raises:
         InputError: the disk is full; see `naming`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # some writers choose the format by the suffix
+    suffix = path.suffix if len(os.fsencode(path.suffix)) < 16 else ""
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}{suffix}")
     with naming(path, kept or (UNTOUCHED if path.exists() else NOTHING_LEFT)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path.parent.absolute())
+        descriptor = _open_locked(temporary)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
+            if durable:
+                _sync(temporary)
             os.replace(temporary, path)
+            if durable:
+                with suppress(OSError):  # a file system that does not sync folders
+                    _sync(path.parent)  # the rename
         finally:
             temporary.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def temporary_folder(parent: str | Path) -> Iterator[Path]:
+    """Yields a new folder that is removed after the block or, if the process is killed, as a file of `replacing` is."""
+    _remove_abandoned(Path(parent).absolute())
+    folder = Path(parent) / f"{TEMPORARY}{secrets.token_hex(6)}"
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+@functools.cache
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what killed processes left of `replacing` and `temporary_folder`, once per process: that no process has
+    locked. What cannot be removed stays."""
+    with suppress(OSError):
+        for path in [Path(entry) for entry in os.scandir(folder) if entry.name.startswith(TEMPORARY)]:
+            with suppress(OSError):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                finally:
+                    os.close(descriptor)
 
 
 @contextmanager
@@ -104,7 +160,7 @@ def one_writer(lock: str | Path, refusal: str | None) -> Iterator[None]:
     lock = Path(os.path.abspath(lock))
     with naming(lock.parent, NOTHING_LEFT):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_locked(lock, refusal)
+        descriptor = _open_locked(lock, refusal, warns=True)
         with suppress(OSError):  # a full disk; the holder is only for the refusal of others
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -116,7 +172,7 @@ def one_writer(lock: str | Path, refusal: str | None) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_locked(lock: Path, refusal: str | None) -> int:
+def _open_locked(lock: Path, refusal: str | None = None, *, warns: bool = False) -> int:
     """Opens and locks a file; once more if the process that held the lock has removed the file meanwhile."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -127,7 +183,9 @@ def _open_locked(lock: Path, refusal: str | None) -> int:
             os.close(descriptor)
             raise InputError(refusal.replace("{holder}", holder)) from None
         except OSError as error:
-            log.warning("Cannot lock %r (%s): make sure that no other process writes there", str(lock), error.strerror)
+            if warns:
+                said = "Cannot lock %r (%s): make sure that no other process writes there"
+                log.warning(said, str(lock), error.strerror)
             return descriptor
         except BaseException:  # Ctrl-C while it waits
             os.close(descriptor)

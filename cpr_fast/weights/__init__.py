@@ -1,4 +1,4 @@
 """Model weights in files: checkpoints, import of published checkpoints, export to other formats.
 
-Imports `config` and `models`; `evaluate`, `pretrain`, `report.figures`, `experiments` and `commands` may import it.
+Imports `config`, `runtime` and `models`; `evaluate`, `pretrain`, `experiments` and `commands` may import it.
 """

@@ -11,15 +11,15 @@ import dataclasses
 import os
 import shutil
 import typing
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from cpr_fast.config import Config, ConfigError, ModelConfig, View
+from cpr_fast.errors import InputError
 from cpr_fast.models import Encoder, build_encoder
+from cpr_fast.runtime.files import replacing
 from cpr_fast.weights.reading import CheckpointError, read_torch
 from cpr_fast.wording import counted
 
@@ -30,7 +30,8 @@ BEST = "best.pt"  # best result of online retrieval, see `cpr_fast.pretrain.run.
 
 
 def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> Path:
-    """Writes `payload` (tensors and plain Python values) to `path`, atomically as `written_whole` does.
+    """Writes `payload` (tensors and plain Python values) to `path`, which is replaced in one step: if the process is
+    killed or the disk is full, the previous file is unchanged.
 
     Returns:
         `path`.
@@ -38,8 +39,11 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> Path:
         CheckpointError: the file could not be written.
     """
     path = Path(path)
-    with written_whole(path) as temporary:
-        torch_save({"format": FORMAT, "version": VERSION, **payload}, temporary)
+    try:
+        with replacing(path, durable=True) as temporary:
+            torch_save({"format": FORMAT, "version": VERSION, **payload}, temporary)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
     return path
 
 
@@ -73,30 +77,6 @@ class _Output:
         self._file.flush()
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Replaces a file atomically: yields a temporary path for the block to write, then renames it to `path`.
-
-    The data are flushed to disk before the rename. If the process is killed or the disk is full, the previous file is
-    therefore unchanged. At most a `*.tmp` file remains, which the next save under that name overwrites.
-
-    Raises:
-        CheckpointError: the file could not be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        _replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or (str(error).splitlines()[0] if str(error) else repr(error))
-        kept = "the previous file is untouched" if path.exists() else "nothing was left behind"
-        raise CheckpointError(f"could not write {str(path)!r}: {reason}; {kept}") from error
-
-
 def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Loads the dict of a checkpoint that `save_checkpoint` wrote, with its tensors on `device`.
 
@@ -120,7 +100,7 @@ def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> 
 def save_step(folder: str | Path, step: int, payload: dict[str, Any], *, keep: int, best: bool = False) -> Path:
     """Writes `folder/step-XXXXXXXX.pt` and makes `last.pt` a hard link to it.
 
-    Removes all but the newest `keep` step files, and incomplete files of killed processes.
+    Removes all but the newest `keep` step files.
 
     Args:
         best: make `best.pt` a hard link to it as well.
@@ -128,8 +108,6 @@ def save_step(folder: str | Path, step: int, payload: dict[str, Any], *, keep: i
         The path of the step file.
     """
     folder = Path(folder)
-    for stray in folder.glob("*.tmp"):
-        stray.unlink()
     path = save_checkpoint(folder / f"step-{step:08d}.pt", payload)
     for name in (BEST, LAST) if best else (LAST,):
         point_to(path, folder / name)

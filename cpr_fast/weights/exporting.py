@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from cpr_fast.config import Config, Cycle
 from cpr_fast.errors import InputError, is_installed
 from cpr_fast.models import Encoder
-from cpr_fast.weights.checkpoint import load_encoders, load_trained, torch_save, written_whole
+from cpr_fast.runtime.files import replacing
+from cpr_fast.weights.checkpoint import load_encoders, load_trained, torch_save
 from cpr_fast.weights.sources import coclr_names
 from cpr_fast.weights.tensors import save_tensors
 
@@ -69,7 +70,7 @@ def _safetensors(payload: Mapping[str, Any], out: Path) -> dict[str, Any]:
         for name, tensor in state.items()
     }
     metadata = {"format": "pt", "cpr_fast_config": json.dumps(payload["config"])}
-    with written_whole(out) as temporary:
+    with replacing(out, durable=True) as temporary:
         save_tensors(tensors, temporary, metadata)
     return {"views": list(payload["encoders"]), "tensors": len(tensors)}
 
@@ -100,7 +101,7 @@ def _onnx(config: Config, encoder: Encoder, out: Path) -> dict[str, Any]:
             _Both(encoder).eval(), (clips,), dynamo=True, dynamic_shapes={"clips": {0: torch.export.Dim("batch")}},
             input_names=["clips"], output_names=["features", "embedding"], verbose=False,
         )  # fmt: skip
-    with written_whole(out) as temporary:
+    with replacing(out, durable=True) as temporary:
         program.save(str(temporary), external_data=False)
     return {"clips": ["batch", *clips.shape[1:]]}
 
@@ -133,7 +134,7 @@ def _coclr(payload: Mapping[str, Any], view: str, is_query: bool, out: Path, to:
             state["memory_index_record"] = torch.arange(len(state["queue_vname"]))
     about = {"epoch": payload.get("epoch", 0) - 1, "iteration": payload.get("step", 0) + 1, "best_acc": 0.0}
     about |= {key: value for key, value in payload.get("imported", {}).items() if key in about}
-    with written_whole(out) as temporary:
+    with replacing(out, durable=True) as temporary:
         torch_save({**about, "state_dict": state}, temporary)
     kind = "CoCLR" if two_views else "UberNCE" if "queue_label" in state else "InfoNCE"
     return {"tensors": len(state), "model": kind}

@@ -57,7 +57,7 @@ def test_the_page_is_whole_and_alone(run):
     assert len(ids) > 20
     referenced = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page))
     assert {a or b for a, b in referenced} <= set(ids)
-    assert not list(run.glob("*.tmp"))
+    assert not list(run.glob(".*"))
 
 
 def test_names_are_escaped(run):

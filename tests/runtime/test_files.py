@@ -6,13 +6,16 @@ import errno
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.machine.full_disk import files_end_at
 
 from cpr_fast.errors import InputError
-from cpr_fast.runtime.files import LineFile, naming, replacing
+from cpr_fast.runtime.files import TEMPORARY, LineFile, _remove_abandoned, naming, replacing, temporary_folder
 from cpr_fast.runtime.metrics import MetricsWriter, read_metrics, rewind
 
 
@@ -87,6 +90,61 @@ def test_replacing_a_file_on_a_full_disk(tmp_path):
             with replacing(path) as temporary:
                 temporary.write_text("whole")
     assert path.read_text() == "whole" and os.listdir(tmp_path / "new") == ["a.txt"]
+
+
+def abandoned(folder):
+    """A process that is killed while it writes a file of each kind."""
+    program = f"""
+import os, signal, threading
+from pathlib import Path
+from cpr_fast.runtime.files import replacing, temporary_folder
+with replacing({str(folder / "a.txt")!r}) as file, temporary_folder({str(folder)!r}) as other:
+    file.write_text("half"), (other / "b").write_text("half")
+    print("written", flush=True)
+    threading.Event().wait()
+"""
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("writer", ["replacing", "temporary_folder"])
+def test_what_a_killed_process_leaves_is_removed_and_what_a_running_one_writes_is_kept(tmp_path, writer):
+    def write():
+        _remove_abandoned.cache_clear()  # as in another process
+        if writer == "replacing":
+            with replacing(tmp_path / "c.txt") as temporary:
+                temporary.write_text("whole")
+        else:
+            with temporary_folder(tmp_path):
+                pass
+
+    process = abandoned(tmp_path)
+    assert process.stdout.readline() == "written\n"
+    write()
+    assert len([name for name in os.listdir(tmp_path) if name.startswith(TEMPORARY)]) == 2
+    process.kill()
+    process.communicate()
+    write()
+    assert set(os.listdir(tmp_path)) <= {"c.txt"}
+
+
+def test_threads_that_replace_one_file_leave_one_of_their_whole_files(tmp_path):
+    def write(number):
+        with replacing(tmp_path / "a.txt", durable=True) as temporary, open(temporary, "w") as file:
+            for _ in range(100):
+                file.write(f"{number}\n")
+                file.flush()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(40)))
+    lines = (tmp_path / "a.txt").read_text().split()
+    assert len(lines) == 100 and len(set(lines)) == 1 and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_names_as_long_as_the_file_system_allows(tmp_path):
+    for name in ("a" * 251 + ".txt", "a." + "b" * 253, "é" * 125 + ".txt"):
+        with replacing(tmp_path / name) as temporary:
+            temporary.write_text("whole")
+        assert (tmp_path / name).read_text() == "whole"
 
 
 def test_other_errors_are_not_called_a_full_disk(tmp_path):

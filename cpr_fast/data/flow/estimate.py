@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from cpr_fast.data.flow.levels import FlowSolver
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.media import read_frames
 from cpr_fast.data.storage.record_writer import RecordWriter
+from cpr_fast.runtime.files import temporary_folder
 from cpr_fast.runtime.progress import about
 
 BYTES_PER_PIXEL = {"video": files.BYTES_PER_PIXEL, "lmdb": records.BYTES_PER_PIXEL}
@@ -124,12 +125,10 @@ def _measure(videos: list[Video], solver: FlowSolver, storage: str, out: Path | 
     chosen = videos[:: max(1, len(videos) // SAMPLED_VIDEOS)][:SAMPLED_VIDEOS]
     beside = None if out is None else _existing(out)
     end, found = time.monotonic() + MOST_MEASURED_S, []
-    with TemporaryDirectory(
-        prefix=".cpr-fast-", dir=beside if beside and os.access(beside, os.W_OK) else None
-    ) as folder:
+    with temporary_folder(beside if beside and os.access(beside, os.W_OK) else gettempdir()) as folder:
         for number, video in enumerate(chosen):
             with suppress(Exception):  # errors of a video are reported when its flow is computed
-                found.append(_measure_video(video, solver, storage, Path(folder) / str(number)))
+                found.append(_measure_video(video, solver, storage, folder / str(number)))
             if time.monotonic() > end:
                 break
     if not found:

@@ -33,9 +33,10 @@ from cpr_fast.data.flow.origin import Origin, place_of
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.video.container import ANY_METADATA, location
 from cpr_fast.errors import InputError
-from cpr_fast.runtime.files import one_writer
+from cpr_fast.runtime.files import one_writer, replacing
 
 BYTES_PER_PIXEL = 0.124  # size of a flow field per pixel: 9.5 kB at 320x240 (bench/results/flow_storage.md)
+KEPT = "complete flow is kept, so free some space and run the same command again"
 LOOKING = 16  # number of threads that open stored files; on a network disk they mostly wait
 
 
@@ -49,7 +50,6 @@ class FlowFiles:
         self._index, self._out = index, out
         self._targets, self._current = zip(*_look(index, folder, out), strict=True)
         name = f"{shard[0]}-of-{shard[1]}"
-        self._part = f".{name}.part"
         self._lock_file = out / distinct_name(".flow", "\n".join(map(str, self._targets)), f".{name}.lock")
 
     def holds(self, position: int) -> bool:
@@ -59,7 +59,7 @@ class FlowFiles:
 
     def write(self, position: int, levels: np.ndarray) -> None:
         """Stores the levels of a video, uint8 [N - 1, 2, H, W]; safe to call from several threads."""
-        encode_video(self._targets[position], levels, Origin.of(self._index[position].path), self._part)
+        encode_video(self._targets[position], levels, Origin.of(self._index[position].path))
 
     @staticmethod
     def found(index: Index, folder: Path, *, out: Path) -> list[tuple[set[Path], Path | None]]:
@@ -77,32 +77,26 @@ class FlowFiles:
         self._lock.__exit__(*raised)
 
 
-def encode_video(target: Path, levels: np.ndarray, origin: Origin | None = None, part: str = ".part") -> None:
-    """Writes uint8 [N - 1, 2, H, W] as a flow file. The file gets its final name only when it is completely on disk;
-    until then it has a short temporary name that ends in `part`."""
+def encode_video(target: Path, levels: np.ndarray, origin: Origin | None = None) -> None:
+    """Writes uint8 [N - 1, 2, H, W] as a flow file, which gets its name only when it is completely on the disk."""
     fields, _, height, width = levels.shape
     padded = width + width % 2
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(distinct_name("", target.name, part))
     image = np.full((3 * height, padded), 128, np.uint8)  # luma [2H, W], then both chroma planes [H, W]
     options = {"preset": "veryfast", "qp": "8", "g": "12", "bf": "0", "threads": "1"}
-    try:
-        with av.open(location(temporary), "w", format="mp4") as container:
-            if origin is not None:
-                container.metadata["comment"] = origin.dump()
-            stream = container.add_stream("libx264", rate=25, options=options)
-            stream.height, stream.width, stream.pix_fmt = 2 * height, padded, "yuv420p"
-            stream.codec_context.color_range = ColorRange.JPEG
-            for field in levels:
-                image[: 2 * height, :width] = field.reshape(2 * height, width)
-                image[: 2 * height, width:] = image[: 2 * height, width - 1 : width]
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="yuv420p")))
-            container.mux(stream.encode(None))
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())  # otherwise a power failure could leave an empty file with the final name
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        replacing(target, KEPT, durable=True) as temporary,
+        av.open(location(temporary), "w", format="mp4") as container,
+    ):
+        if origin is not None:
+            container.metadata["comment"] = origin.dump()
+        stream = container.add_stream("libx264", rate=25, options=options)
+        stream.height, stream.width, stream.pix_fmt = 2 * height, padded, "yuv420p"
+        stream.codec_context.color_range = ColorRange.JPEG
+        for field in levels:
+            image[: 2 * height, :width] = field.reshape(2 * height, width)
+            image[: 2 * height, width:] = image[: 2 * height, width - 1 : width]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="yuv420p")))
+        container.mux(stream.encode(None))
 
 
 def _look(index: Index, folder: Path, out: Path) -> list[tuple[Path, bool]]:

@@ -37,7 +37,7 @@ from cpr_fast.data.storage.media import read_frames
 from cpr_fast.data.storage.unreadable import Unreadable
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError
-from cpr_fast.runtime.files import DISK_ERRORS, one_writer
+from cpr_fast.runtime.files import one_writer
 from cpr_fast.runtime.progress import Forecast, announce, track
 
 MOST_WORKERS = 16  # number of decoding threads, and of encoding threads; more are not faster on any device
@@ -87,8 +87,7 @@ def write_flow(
         if progress:
             _announce(index_csv, index, share, todo, out, storage, solver, count)
         began = time.perf_counter()
-        with _disk_full_named(out):
-            problems = _compute_all(index, todo, solver, store, progress, _Refill(fill, storage))
+        problems = _compute_all(index, todo, solver, store, progress, _Refill(fill, storage))
     elapsed_s = time.perf_counter() - began
     failed = {problem.path for problem in problems}
     pairs = sum(index[p].num_frames - 1 for p in todo if index[p].path not in failed)
@@ -193,18 +192,6 @@ def _filled_if_stopped(fill: Callable[[], int]) -> Iterator[None]:
         with suppress(Exception):  # the first error is the one to report
             fill()
         raise
-
-
-@contextmanager
-def _disk_full_named(out: Path) -> Iterator[None]:
-    """Converts the error of a full disk to an InputError that names the option; other errors are not changed."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise InputError(f"--out: {error.strerror} in {str(out)!r}; complete flow is kept, so free some space and run "
-                         "the same command again") from error  # fmt: skip
 
 
 def _store_all(

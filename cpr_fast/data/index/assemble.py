@@ -20,6 +20,7 @@ from cpr_fast.data.storage.records import frame_size, split_record
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import VideoInfo
 from cpr_fast.errors import InputError
+from cpr_fast.runtime.files import replacing
 from cpr_fast.wording import counted
 
 SHORT = 17  # frames: with clips of T = 32, CoCLR drops videos of this length or shorter (frames - T / 2 - 1 <= 0)
@@ -242,7 +243,8 @@ def _after_previous(index: Index, out: Path, problems: list[Problem]) -> tuple[I
             changed.append(Problem(video.path, "replaced", f"{differs}; the previous index is {_old(out).name}"))
         videos.append(video)
     if changed:
-        shutil.copyfile(out, _old(out))
+        with replacing(_old(out)) as temporary:
+            shutil.copyfile(out, temporary)
     return Index(videos, index.classes), problems + changed
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cpr_fast.data.storage.records import MARK, open_records, record_path, split_record
+from cpr_fast.runtime.files import TEMPORARY
 
 VIDEO_SUFFIXES = frozenset((
     ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov",
@@ -113,8 +114,8 @@ class Catalogue:
 
     def _is_video(self, path: Path, entry: os.DirEntry) -> bool:
         suffix = path.suffix.lower()
-        if entry.name.startswith(".") and suffix == ".lock":  # of this command or of `cpr-fast flow`
-            return False
+        if entry.name.startswith(TEMPORARY) or entry.name.startswith(".") and suffix == ".lock":
+            return False  # of this command or of `cpr-fast flow`
         if entry.name.endswith(".flow.mp4"):  # written by `cpr-fast flow`
             self.others[".flow.mp4"] += 1
             return False

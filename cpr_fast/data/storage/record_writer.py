@@ -43,9 +43,10 @@ class RecordWriter:
     def __init__(self, file: Path) -> None:
         if split_record(f"{file}#") is None or file.is_dir():
             raise InputError(f"expected the name of a file that ends in .lmdb, got {str(file)!r}")
-        self._file, self._part = file, Path(f"{file}.part")
+        self._file, self._part, self._copied = file, Path(f"{file}.part"), Path(f"{file}.copy")
         self._lock = one_writer(file.with_name(f".{file.name}.lock"), f"another process is writing {str(file)!r}")
         self._lock.__enter__()
+        self._copied.unlink(missing_ok=True)  # of a process that was killed
         self._environment: lmdb.Environment | None = None
         self.num_frames: dict[str, int] = {}
         if self._part.exists() or not file.exists():
@@ -123,13 +124,12 @@ class RecordWriter:
         return {self._WRITTEN + b"%09d" % place: msgpack.packb([name, frames])}
 
     def _copy(self) -> None:
-        copy = Path(f"{self._file}.copy")
         try:
-            with naming(copy, f"{self._file.name!r} is untouched"):
-                shutil.copyfile(self._file, copy)
-                os.replace(copy, self._part)
+            with naming(self._copied, f"{self._file.name!r} is untouched"):
+                shutil.copyfile(self._file, self._copied)
+                os.replace(self._copied, self._part)
         finally:
-            copy.unlink(missing_ok=True)
+            self._copied.unlink(missing_ok=True)
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from cpr_fast.data.video.container import VideoError, location, open_video
 from cpr_fast.data.video.probe import VideoInfo, which_stream
 from cpr_fast.errors import InputError
-from cpr_fast.runtime.files import naming
+from cpr_fast.runtime.files import replacing
 
 OPTIONS = {"preset": "veryfast", "crf": "18", "g": "12", "bf": "0", "threads": "1"}
 KEPT = "complete videos are kept, and the same command continues after them"
@@ -27,25 +26,22 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
     as a player would show them; frames come at the average rate. Frames of another size than the first are scaled to
     it. The file appears under its name only when complete. Raises VideoError if no frame decodes.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.part")
     error: VideoError | None = None
-    try:
-        with naming(target, KEPT), av.open(location(temporary), "w", format="mp4") as output:
-            writer = _Writer(output, target, short_side)
-            try:
-                with open_video(path) as (container, stream):
-                    writer.streams = which_stream(container, stream)
-                    for frame in container.decode(stream):
-                        writer.add(frame, Fraction(stream.average_rate or 25))  # PyAV 19 has a type of its own
-            except VideoError as failure:
-                error = failure
-            if writer.stream is None:
-                raise error or VideoError(path, "no frame decodes")
-            output.mux(writer.stream.encode(None))
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        replacing(target, KEPT, durable=True) as temporary,
+        av.open(location(temporary), "w", format="mp4") as output,
+    ):
+        writer = _Writer(output, target, short_side)
+        try:
+            with open_video(path) as (container, stream):
+                writer.streams = which_stream(container, stream)
+                for frame in container.decode(stream):
+                    writer.add(frame, Fraction(stream.average_rate or 25))  # PyAV 19 has a type of its own
+        except VideoError as failure:
+            error = failure
+        if writer.stream is None:
+            raise error or VideoError(path, "no frame decodes")
+        output.mux(writer.stream.encode(None))
     return writer.info(error)
 
 

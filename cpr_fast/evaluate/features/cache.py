@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -29,6 +28,7 @@ from cpr_fast.evaluate.features.embedding import Embedding, sum_features
 from cpr_fast.evaluate.features.shares import shared_out
 from cpr_fast.evaluate.features.windows import work_ahead
 from cpr_fast.runtime import distributed
+from cpr_fast.runtime.files import replacing
 from cpr_fast.weights.tensors import save_tensors
 
 if TYPE_CHECKING:
@@ -102,16 +102,11 @@ class FeatureCache:
             "features": torch.stack([feature for feature, _ in rows.values()]),  # [M, F]
             "windows": torch.tensor([windows for _, windows in rows.values()]),  # [M]
         }
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
+            with replacing(path) as temporary:
                 save_tensors(tensors, temporary, {"view": embedding.view, "identity": self._identity})
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
+        except (InputError, OSError) as error:
+            reason = getattr(error.__cause__ or error, "strerror", None) or str(error)
             if reason not in self._said:  # one line, not one for each encoder
                 log.warning("features cannot be stored in %s: %s; this evaluation uses them, the next computes them "
                             "again", self.folder, reason)  # fmt: skip

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpr_fast.pretrain.state.cycle import CycleState
-from cpr_fast.weights.checkpoint import save_checkpoint, written_whole
+from cpr_fast.runtime.files import replacing
+from cpr_fast.weights.checkpoint import save_checkpoint
 
 if TYPE_CHECKING:
     from cpr_fast.pretrain.step.result import StepResult
@@ -42,7 +43,7 @@ def dump_memory(folder: Path, state: CycleState, number: int) -> Path | None:
     }
     written = memory.enqueued_at.cpu().numpy()[slots]
     path = folder / "memory" / f"cycle-{number + 1}.npz"
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path, durable=True) as temporary, open(temporary, "wb") as file:
         np.savez(file, age=written.max() - written, **arrays)
     return path
 

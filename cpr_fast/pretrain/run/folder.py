@@ -17,10 +17,10 @@ from cpr_fast.errors import InputError
 from cpr_fast.pretrain.run.videos import check_same_videos
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
-from cpr_fast.runtime.files import one_writer, require_writable
+from cpr_fast.runtime.files import one_writer, replacing, require_writable
 from cpr_fast.runtime.metrics import FILE as METRICS_FILE
 from cpr_fast.runtime.metrics import read_metrics, rewind
-from cpr_fast.weights.checkpoint import BEST, LAST, load_checkpoint, point_to, written_whole
+from cpr_fast.weights.checkpoint import BEST, LAST, load_checkpoint, point_to
 from cpr_fast.weights.reading import CheckpointError, DamagedCheckpointError
 from cpr_fast.wording import counted, listed
 
@@ -152,7 +152,7 @@ def _start_new(config: Config, folder: Path, videos: dict[str, Any]) -> None:
         (folder / METRICS_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise _not_writable(folder, error) from error
-    with written_whole(folder / "config.json") as temporary:
+    with replacing(folder / "config.json", durable=True) as temporary:
         temporary.write_text(json.dumps({**config.to_dict(), "videos": videos}, indent=2) + "\n", encoding="utf-8")
 
 

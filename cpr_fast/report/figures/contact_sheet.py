@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cpr_fast.data.index.index import Video
 from cpr_fast.report.figures.film_strip import STRIP_FRAMES, THUMB_HEIGHT, THUMB_WIDTH, strip_image
-from cpr_fast.weights.checkpoint import written_whole
+from cpr_fast.runtime.files import replacing
 
 MARGIN, LINE, GAP = 12, 24, 10  # pixels: around the sheet, height of a line of text, below a strip
 WIDTH = STRIP_FRAMES * THUMB_WIDTH + 2 * MARGIN
@@ -39,7 +39,7 @@ def write_contact_sheet(out: Path, query: Video, found: Sequence[dict[str, Any]]
         else:
             sheet.paste(strip, place)
         top += LINE + THUMB_HEIGHT + GAP
-    with written_whole(out) as temporary:
+    with replacing(out) as temporary:
         sheet.save(temporary, "JPEG", quality=88)
     return out
 

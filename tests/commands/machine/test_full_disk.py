@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from support.data_sets.flow import write_video
 from support.machine.full_disk import files_end_at
 
 from cpr_fast.cli import main
+from cpr_fast.runtime.files import TEMPORARY
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ COMMANDS = [
     (
         300,
         "flow {index} --out {new}",
-        "new",
+        ".flow.mp4",
         "complete flow is kept, so free some space and run the same command again",
     ),
     (
@@ -61,7 +61,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, index, capsys, size, command, fil
     assert f"{file}'" in last and kept in last
     assert any(reason in last for reason in ("File too large", "Input/output error"))
     assert index.read_bytes() == before
-    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(f".{os.getpid()}.")]
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(TEMPORARY)]
     assert main(arguments) == 0
 
 

@@ -13,6 +13,7 @@ import cpr_fast.data.flow.files as flow_files
 import cpr_fast.data.video.transcode as transcode
 from cpr_fast.cli import main
 from cpr_fast.evaluate.features.cache import FeatureCache
+from cpr_fast.runtime.files import TEMPORARY
 
 NAMES = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGHUP: "stopped by SIGHUP", signal.SIGINT: "interrupted"}
 
@@ -75,7 +76,7 @@ def stopped(made, capsys, monkeypatch, command, owner, name, number, count=3):
 def test_index_continues_after_a_signal(made, capsys, monkeypatch, number):
     command = ["index", str(made / "set"), "--out", str(made / "again.csv"), "--transcode", str(made / "small")]
     left = stopped(made, capsys, monkeypatch, command, transcode, "open_video", number)
-    assert "again.csv" not in left and not [name for name in left if name.endswith((".part", ".tmp"))]
+    assert "again.csv" not in left and not [name for name in left if TEMPORARY in name]
     assert main(command) == 0
     assert (made / "again.csv").read_text().count("\n") == 7 and not list(made.glob("*.jsonl"))
 
@@ -84,7 +85,7 @@ def test_index_continues_after_a_signal(made, capsys, monkeypatch, number):
 def test_flow_continues_after_a_signal(made, capsys, monkeypatch, number):
     command = ["flow", str(made / "index.csv"), "--out", str(made / "flow")]
     left = stopped(made, capsys, monkeypatch, command, flow_files, "encode_video", number)
-    assert not [name for name in left if name.endswith(".part") or ".flow." not in name and "lock" not in name]
+    assert all(name.endswith(".flow.mp4") for name in left)
     assert main(command) == 0
     assert (made / "index.csv").read_text().count(".flow.mp4") == len(list((made / "flow").rglob("*.flow.mp4"))) == 6
 

@@ -28,7 +28,7 @@ def test_flow_files_hold_what_was_computed(data_set, tmp_path):
         assert stored.shape == expected.shape == (video.num_frames - 1, 2, video.height, video.width)
         error = dequantise(torch.from_numpy(stored)).numpy() - np.clip(expected, -20, 20)
         assert np.sqrt(np.mean(error**2)) < 0.07 and np.abs(error).max() < 0.5
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_flow_files_are_what_hardware_decoders_take(data_set, tmp_path):

@@ -81,7 +81,7 @@ def test_a_killed_run_leaves_no_half_file_and_is_continued(data_set, tmp_path):
     assert all(video.flow_path is None for video in Index.load(data_set))
     report = write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
     assert (report["written"], report["kept"]) == (3, 2)
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob(".*"))
     assert all(video.flow_path is not None for video in Index.load(data_set))
 
 
@@ -122,7 +122,7 @@ def test_a_failure_while_encoding_stops_the_run_and_leaves_no_half_file(data_set
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("cpr_fast.data.flow.files.os.replace", full_disk)
-    with pytest.raises(InputError, match="^--out: No space left .*flow'; complete flow is kept"):
+    with pytest.raises(InputError, match="^could not write '.*flow.mp4': No space left .*; complete flow is kept"):
         write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
     assert not [path for path in (tmp_path / "flow").rglob("*") if path.is_file()]
 

@@ -41,7 +41,7 @@ def test_only_what_is_new_is_embedded_and_the_rows_are_those_of_a_fresh_run(tmp_
     CountingLoader.opened.clear()
     embed_index(index, NET, CountingLoader, cache)
     assert opened() == []
-    assert not [file for file in (tmp_path / "features").iterdir() if file.suffix == ".tmp"]
+    assert [file.suffix for file in (tmp_path / "features").iterdir()] == [".safetensors"]
 
 
 def test_a_changed_video_weights_or_recipe_is_another_row(tmp_path, opened):
