@@ -32,12 +32,11 @@ from cpr_fast.data.flow.files import FlowFiles
 from cpr_fast.data.flow.levels import Compute, FlowSolver, batch_pixels, flow_device, pair_flow
 from cpr_fast.data.flow.records import FlowRecords
 from cpr_fast.data.index.catalogue import Problem
-from cpr_fast.data.index.index import Index, Video
+from cpr_fast.data.index.index import Index, Video, changing
 from cpr_fast.data.storage.media import read_frames
 from cpr_fast.data.storage.unreadable import Unreadable
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError
-from cpr_fast.runtime.files import one_writer
 from cpr_fast.runtime.progress import Forecast, announce, track
 
 MOST_WORKERS = 16  # number of decoding threads, and of encoding threads; more are not faster on any device
@@ -269,8 +268,7 @@ def _store(index: Index, store: Store, position: int, levels: np.ndarray | Excep
 def _fill_index(index_csv: Path, found: Callable[[Index, Path], list[tuple[set[Path], Path | None]]]) -> int:
     """Sets flow_path for every video whose flow is stored, whichever shard computed it, and clears it if the flow was
     computed from an earlier version of the video. Returns the number of videos without flow."""
-    lock = index_csv.with_name(f".{index_csv.name}.lock")
-    with one_writer(lock, None):  # shards that finish at the same time fill the index one after the other
+    with changing(index_csv):
         index = Index.load(index_csv, require_flow=False)
         videos = []
         for video, (paths, path) in zip(index, found(index, index_csv.parent), strict=True):

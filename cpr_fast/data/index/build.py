@@ -13,7 +13,7 @@ from typing import Any
 
 from cpr_fast.data.index.assemble import IndexOptions, assemble, transcoded
 from cpr_fast.data.index.catalogue import Problem
-from cpr_fast.data.index.index import Index
+from cpr_fast.data.index.index import Index, changing
 from cpr_fast.data.index.layouts import LAYOUTS, list_videos
 from cpr_fast.data.index.probing import Journal, probe, probe_all
 from cpr_fast.data.video.transcode import transcode_video
@@ -130,12 +130,14 @@ def _build(
     results = {item.path: journal.get(item.path) for item in listing.videos}
     if left := sum(result is None for result in results.values()):
         return None, [], facts | {"left": left}
-    index, problems = assemble(root, out, listing, results, options)
-    if out is not None:
+    if out is None:
+        return *assemble(root, out, listing, results, options), facts
+    with changing(out):  # `cpr-fast flow` may fill the previous index meanwhile, whose flow is kept
+        index, problems = assemble(root, out, listing, results, options)
         index.save(out)
-        if count == 1:  # with several shards, another one may still need the journals
-            for file in files():
-                file.unlink(missing_ok=True)
+    if count == 1:  # with several shards, another one may still need the journals
+        for file in files():
+            file.unlink(missing_ok=True)
     return index, problems, facts
 
 

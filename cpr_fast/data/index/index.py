@@ -18,6 +18,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ from cpr_fast.data.index.catalogue import VIDEO_SUFFIXES
 from cpr_fast.data.index.listing import known_split
 from cpr_fast.data.index.tables import TableError, read_table, require_utf8, table_text
 from cpr_fast.data.storage.media import exists, why_missing
-from cpr_fast.runtime.files import replacing
+from cpr_fast.runtime.files import one_writer, replacing
 
 COLUMNS = ("path", "label", "source", "split", "num_frames", "fps", "width", "height", "flow_path")
 
@@ -196,6 +197,14 @@ class Index(Sequence[Video]):
             rows.append((relative(v.path), v.label, v.source, v.split, v.num_frames, f"{v.fps:.6g}", v.width, v.height,
                          flow))  # fmt: skip
         _write(path, table_text(COLUMNS, rows))
+
+
+@contextmanager
+def changing(path: str | Path) -> Iterator[None]:
+    """Lets one process at a time read an index, change it and save it, so that no change of another one is lost."""
+    path = Path(path)
+    with one_writer(path.with_name(f".{path.name}.lock"), None):
+        yield
 
 
 def _write(path: Path, text: str) -> None:

@@ -28,7 +28,7 @@ from cpr_fast.evaluate.features.embedding import Embedding, sum_features
 from cpr_fast.evaluate.features.shares import shared_out
 from cpr_fast.evaluate.features.windows import work_ahead
 from cpr_fast.runtime import distributed
-from cpr_fast.runtime.files import replacing
+from cpr_fast.runtime.files import one_writer, replacing
 from cpr_fast.weights.tensors import save_tensors
 
 if TYPE_CHECKING:
@@ -94,16 +94,12 @@ class FeatureCache:
         return dict(zip(names, zip(stored["features"], stored["windows"].tolist(), strict=True), strict=True))
 
     def store(self, embedding: Embedding, rows: Mapping[str, tuple[Tensor, int]]) -> None:
-        """Replaces the stored rows by `rows`, atomically; logs a warning if the folder cannot be written."""
+        """Adds rows to the stored ones, also to those that another process has stored since they were loaded; logs a
+        warning if the folder cannot be written."""
         path = self.path(embedding)
-        names = torch.tensor([list(bytes.fromhex(name)) for name in rows], dtype=torch.uint8)  # [M, 16]
-        tensors = {
-            "videos": names,
-            "features": torch.stack([feature for feature, _ in rows.values()]),  # [M, F]
-            "windows": torch.tensor([windows for _, windows in rows.values()]),  # [M]
-        }
         try:
-            with replacing(path) as temporary:
+            with one_writer(path.with_name(f".{path.name}.lock"), None), replacing(path) as temporary:
+                tensors = _as_tensors(self.load(embedding) | dict(rows))
                 save_tensors(tensors, temporary, {"view": embedding.view, "identity": self._identity})
         except (InputError, OSError) as error:
             reason = getattr(error.__cause__ or error, "strerror", None) or str(error)
@@ -111,6 +107,15 @@ class FeatureCache:
                 log.warning("features cannot be stored in %s: %s; this evaluation uses them, the next computes them "
                             "again", self.folder, reason)  # fmt: skip
             self._said.add(reason)
+
+
+def _as_tensors(rows: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
+    """Returns what a file of the cache holds: digests of videos [M, 16] uint8, features [M, F] and windows [M]."""
+    return {
+        "videos": torch.tensor([list(bytes.fromhex(name)) for name in rows], dtype=torch.uint8),
+        "features": torch.stack([feature for feature, _ in rows.values()]),
+        "windows": torch.tensor([windows for _, windows in rows.values()]),
+    }
 
 
 def embed_index(

@@ -20,6 +20,7 @@ import cpr_fast.data.index.build as build
 import cpr_fast.data.synthetic.videos as synthetic
 import cpr_fast.evaluate.classify.classify as classify
 from cpr_fast.cli import main
+from cpr_fast.data.flow.write import write_flow
 from cpr_fast.data.index.build import IndexOptions, write_index
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import one_writer
@@ -117,6 +118,28 @@ def test_a_second_index_is_refused_while_the_first_runs(tmp_path, root, capsys, 
     assert refusal is None or refusal.format(tmp_path) in capsys.readouterr().err
     assert (tmp_path / "i.csv").read_text().count("small/A/") == 3
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
+
+
+def test_flow_that_is_filled_while_the_index_is_made_again_is_kept(tmp_path, root, monkeypatch):
+    """`cpr-fast flow` ends after `cpr-fast index` has read the previous index, and before it replaces it."""
+    index = tmp_path / "i.csv"
+    write_index(root, index, IndexOptions())
+    write_flow(index, tmp_path / "flow")
+    index.unlink()
+    write_index(root, index, IndexOptions())  # the flow is stored, and only to be filled in
+    real, flow = build.assemble, []
+
+    def assemble(*arguments):
+        made = real(*arguments)
+        flow.append(threading.Thread(target=write_flow, args=(index, tmp_path / "flow")))
+        flow[0].start()
+        flow[0].join(2.0)
+        return made
+
+    monkeypatch.setattr(build, "assemble", assemble)
+    write_index(root, index, IndexOptions())
+    flow[0].join()
+    assert index.read_text().count(",flow/") == 3
 
 
 def test_a_second_synth_does_not_remove_the_videos_of_the_first(tmp_path, capsys, monkeypatch):

@@ -109,6 +109,22 @@ def test_a_damaged_file_and_a_folder_that_cannot_be_written_cost_a_warning(tmp_p
     assert "cannot be stored" in caplog.text
 
 
+def test_two_evaluations_at_the_same_time_keep_the_rows_of_both(tmp_path, opened):
+    """Both have loaded the cache before either stores its rows."""
+    index = write_videos(tmp_path, "abc")
+    first, second = (FeatureCache(tmp_path / "features", "recipe") for _ in range(2))
+
+    class Loader(CountingLoader):
+        def __init__(self, part):
+            super().__init__(part)
+            embed_index(Index([index[2]]), NET, CountingLoader, second)
+
+    embed_index(Index([index[0], index[1]]), NET, Loader, first)
+    CountingLoader.opened.clear()
+    embed_index(index, NET, CountingLoader, first)
+    assert opened() == [] and [file.suffix for file in (tmp_path / "features").iterdir()] == [".safetensors"]
+
+
 def test_weights_digest_sees_every_tensor():
     net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     before = weights_digest(net)
