@@ -15,6 +15,7 @@
 #include "msgpack.h"
 #include "philox.h"
 #include "resize.h"
+#include "yuv_to_rgb.h"
 
 namespace py = pybind11;
 
@@ -146,6 +147,66 @@ class Resize {
   }
 };
 
+// The bytes of an object, for as long as the view lives.
+class Bytes {
+ public:
+  explicit Bytes(py::handle object) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  }
+  ~Bytes() { PyBuffer_Release(&view_); }
+  Bytes(const Bytes&) = delete;
+  Bytes& operator=(const Bytes&) = delete;
+  const uint8_t* data() const { return static_cast<const uint8_t*>(view_.buf); }
+  int64_t size() const { return view_.len; }
+
+ private:
+  Py_buffer view_;
+};
+
+// The conversion of 4:2:0 pictures of one kind of colours, which any number of threads use.
+class Yuv420ToRgb {
+ public:
+  Yuv420ToRgb(double red, double blue, bool full_range) : factors_(checked(red, blue, full_range)) {}
+
+  void operator()(const std::array<py::object, 3>& planes, const std::array<int64_t, 3>& strides, int64_t top,
+                  int64_t left, py::array_t<uint8_t>& out) const {
+    const bool even = out.ndim() == 3 && out.shape(2) == 3 && out.shape(0) % 2 == 0 && out.shape(1) % 2 == 0;
+    if (!even || (out.size() && (out.strides(2) != 1 || out.strides(1) != 3))) {
+      throw py::value_error("out: expected even sides and adjacent pixels, [H, W, 3], got shape " + shape_of(out));
+    }
+    if (top < 0 || left < 0 || top % 2 || left % 2) {
+      throw py::value_error("top, left: expected even numbers from 0 on, got " + std::to_string(top) + ", " +
+                            std::to_string(left));
+    }
+    const int64_t height = out.shape(0), width = out.shape(1);
+    if (out.size() == 0) return;
+    const Bytes y(planes[0]), u(planes[1]), v(planes[2]);
+    const auto plane = [&](const Bytes& bytes, int at, int64_t scale) {
+      const int64_t stride = strides[at], right = (left + width) / scale, bottom = (top + height) / scale;
+      if (stride < right || bytes.size() < (bottom - 1) * stride + right) {
+        throw py::value_error("planes: expected at least " + std::to_string(bottom) + " rows of " +
+                              std::to_string(right) + " bytes in plane " + std::to_string(at) + ", got " +
+                              std::to_string(bytes.size()) + " bytes in rows of " + std::to_string(stride));
+      }
+      return cpr::yuv_to_rgb::Plane{bytes.data() + top / scale * stride + left / scale, stride};
+    };
+    const cpr::yuv_to_rgb::Job job{plane(y, 0, 1), plane(u, 1, 2), plane(v, 2, 2),     height,
+                                   width,          factors_,       out.mutable_data(), out.strides(0)};
+    if (const char* error = cpr_cpu_variant_error()) throw std::runtime_error(error);
+    py::gil_scoped_release release;
+    cpr::kernels().convert_yuv420(job);
+  }
+
+ private:
+  cpr::yuv_to_rgb::Factors factors_;
+
+  static cpr::yuv_to_rgb::Factors checked(double red, double blue, bool full_range) {
+    if (red > 0 && blue > 0 && red + blue < 1) return cpr::factors_of(red, blue, full_range);
+    throw py::value_error("red, blue: expected weights above 0 whose sum is below 1, got " + std::to_string(red) +
+                          ", " + std::to_string(blue));
+  }
+};
+
 py::dict build_info() {
   py::dict info;
   info["version"] = CPR_VERSION;
@@ -170,6 +231,7 @@ PYBIND11_MODULE(_host, module) {
       "philox_uniform(seed, streams, blocks=1)  uniform draws as a pure function of (seed, stream)\n"
       "msgpack_spans(record)                    where the byte strings of a msgpack array lie\n"
       "Resize(from_size, to_size, filter)       an antialiased resize of frames of bytes\n"
+      "Yuv420ToRgb(red, blue, full_range)       the conversion of boxes of 4:2:0 pictures to RGB\n"
       "build_info()                             what this build contains";
   module.def("philox", &philox, py::arg("seed"), py::arg("counters"),
              "Philox4x32-10 with the 64-bit key `seed`: uint32 [N, 4] counters -> uint32 [N, 4] words.");
@@ -194,6 +256,20 @@ PYBIND11_MODULE(_host, module) {
            "Writes frames, uint8 [F, H, W, C], to out, uint8 [F, H', W', 3]. C = 3, or 2: (u, v) becomes (128, v, u).\n"
            "The pixels of a row must be adjacent in memory; rows and frames need not be, but out must be dense.\n"
            "Raises ValueError for another shape or layout, TypeError for another type.");
+  py::class_<Yuv420ToRgb>(module, "Yuv420ToRgb",
+                          "Converts boxes of 4:2:0 pictures to RGB in the arithmetic of FFmpeg's swscale on x86, in "
+                          "which every 2x2 pixels\n"
+                          "share the nearest chroma sample. Any number of threads may share it.")
+      .def(py::init<double, double, bool>(), py::arg("red"), py::arg("blue"), py::arg("full_range"),
+           "The weights of red and blue in luma (K_R and K_B of ITU-T H.273), and whether levels range from 0 to 255 "
+           "or\n"
+           "as in television. Raises ValueError unless both weights are above 0 and their sum is below 1.")
+      .def("__call__", &Yuv420ToRgb::operator(), py::arg("planes"), py::arg("strides"), py::arg("top"), py::arg("left"),
+           py::arg("out").noconvert(),
+           "Writes the box of a picture whose first pixel is (top, left) to out, uint8 [H, W, 3]. `planes` are the\n"
+           "bytes of Y, U and V, and `strides` the bytes from row to row of each. All of the box's sides are even.\n"
+           "Raises ValueError for another shape or layout, or if the box ends outside of a plane, TypeError for\n"
+           "another type.");
   module.def(
       "build_info", &build_info,
       "dict: version, cpu_variant (the one in force), cpu_variants (best first) and cuda_architectures,\n"

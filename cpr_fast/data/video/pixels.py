@@ -5,6 +5,8 @@ Letters: F frames, H x W pixels.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,10 +16,13 @@ import cv2
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from cpr_fast._host import Yuv420ToRgb
 from cpr_fast.data.video.container import VideoError
 
-# In these formats a box of whole chroma samples is converted exactly as in the whole frame.
+# Formats in which swscale converts each pixel of a frame with even sides by itself, from the nearest chroma sample.
 PLANAR = ("yuv420p", "yuvj420p")
+# Weights of red and blue in the luma of BT.601, BT.709, FCC, SMPTE 240M and BT.2020 (ITU-T H.273).
+LUMA_WEIGHTS = ((0.299, 0.114), (0.2126, 0.0722), (0.3, 0.11), (0.212, 0.087), (0.2627, 0.0593))
 
 
 @dataclass(frozen=True)
@@ -67,37 +72,63 @@ def pixels_of(path: str | Path, frame: av.VideoFrame, view: str, region: Region 
     ):
         raise VideoError(path, f"expected flow in 8-bit luma, got the pixel format {frame.format.name}")
     if view == "rgb" and frame.format.name in PLANAR and height % 2 == width % 2 == 0 and not frame.interlaced_frame:
-        return _Stacked(frame, box, count)
+        convert = _like_swscale(frame.format.name, int(frame.colorspace), int(frame.color_range))
+        if convert is not None:
+            return _Boxes(convert, box, count)
     return _Halves(box, count) if view == "flow" else _OneByOne(view, box)
 
 
-class _Stacked:
-    """Converts boxes of 4:2:0 frames to RGB: stacks them and converts one tall picture, which is faster."""
+class _Boxes:
+    """Converts boxes of 4:2:0 frames to RGB, without the rest of the frames."""
 
-    def __init__(self, frame: av.VideoFrame, box: tuple[int, int, int, int], count: int) -> None:
+    def __init__(self, convert: Yuv420ToRgb, box: tuple[int, int, int, int], count: int) -> None:
         top, left, bottom, right = box
-        # whole chroma samples, and a left edge that is aligned to the converter's vectors
-        outer = top - top % 2, left - left % 16, bottom + bottom % 2, right + right % 2
-        self._height, width = outer[2] - outer[0], outer[3] - outer[1]
-        self._inner = slice(top - outer[0], bottom - outer[0]), slice(left - outer[1], right - outer[1])
-        self._tall = av.VideoFrame(width, count * self._height, frame.format.name)
-        self._tall.colorspace, self._tall.color_range = frame.colorspace, frame.color_range
-        self._targets = [rows.reshape(count, -1, rows.shape[1]) for rows in map(_rows, self._tall.planes)]
-        planes = (tuple(edge // scale for edge in outer) for scale in (1, 2, 2))
-        self._boxes = [((bottom - top, right - left), top, left) for top, left, bottom, right in planes]
-        self._scaler, self._held = VideoReformatter(), 0
+        self._convert, self._top, self._left = convert, top - top % 2, left - left % 2  # whole chroma samples
+        self._shape = count, bottom + bottom % 2 - self._top, right + right % 2 - self._left, 3
+        self._inner = slice(top % 2, top % 2 + bottom - top), slice(left % 2, left % 2 + right - left)
+        self._held, self._out = 0, None
 
     def add(self, frame: av.VideoFrame) -> None:
-        for plane, target, (shape, top, left) in zip(frame.planes, self._targets, self._boxes, strict=True):
-            row = plane.line_size
-            target[self._held] = np.ndarray(shape, np.uint8, plane, top * row + left, (row, 1))
+        if self._out is None:
+            self._out = np.empty(self._shape, np.uint8)
+        planes = frame.planes
+        strides = [plane.line_size for plane in planes]
+        self._convert(planes, strides, self._top, self._left, self._out[self._held])
         self._held += 1
 
     def take(self) -> np.ndarray:
-        rows = _rows(self._scaler.reformat(self._tall, format="rgb24", threads=1).planes[0], channels=3)
-        frames = rows.reshape(-1, self._height, self._tall.width, 3)
-        held, self._held = self._held, 0
-        return frames[:held, *self._inner]
+        frames = self._out[: self._held, *self._inner]
+        self._held, self._out = 0, None
+        return frames
+
+
+@functools.cache
+def _like_swscale(pixel_format: str, colorspace: int, color_range: int) -> Yuv420ToRgb | None:
+    """Returns the conversion that gives swscale's result for 4:2:0 frames of these properties; None if none does, as on
+    processors other than x86, whose swscale rounds otherwise.
+
+    The compared picture holds every pair of levels of u and v, of u and y, and of v and y.
+    """
+    level = np.arange(256, dtype=np.uint8)
+    u, v = np.meshgrid(level, level)
+    y = np.add.outer(np.array([[0, 64], [128, 192]], np.uint8), u + v)  # of the four pixels that share u and v
+    picture = av.VideoFrame(512, 512, pixel_format)
+    picture.colorspace, picture.color_range = colorspace, color_range
+    for plane, levels in zip(picture.planes, (y.transpose(2, 0, 3, 1).reshape(512, 512), u, v), strict=True):
+        _rows(plane)[:] = levels
+    whole = _OneByOne("rgb", (0, 0, 512, 512))
+    try:
+        whole.add(picture)
+    except (av.FFmpegError, OSError):  # such as colours that swscale does not convert
+        return None
+    expected = whole.take()
+    for full_range, (red, blue) in itertools.product((False, True), LUMA_WEIGHTS):
+        convert = Yuv420ToRgb(red, blue, full_range)
+        boxes = _Boxes(convert, (0, 0, 512, 512), 1)
+        boxes.add(picture)
+        if np.array_equal(boxes.take(), expected):
+            return convert
+    return None
 
 
 class _Halves:

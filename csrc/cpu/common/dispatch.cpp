@@ -11,10 +11,11 @@
 namespace cpr {
 namespace {
 
-#define CPR_TABLE(variant)                                                                                          \
-  KernelTable {                                                                                                     \
-    #variant, variant::cascade_select, variant::mil_nce_forward, variant::mil_nce_grad_memory,                      \
-        variant::cascade_mil_nce, variant::batch_norm_forward, variant::batch_norm_backward, variant::resize_frames \
+#define CPR_TABLE(variant)                                                                                           \
+  KernelTable {                                                                                                      \
+    #variant, variant::cascade_select, variant::mil_nce_forward, variant::mil_nce_grad_memory,                       \
+        variant::cascade_mil_nce, variant::batch_norm_forward, variant::batch_norm_backward, variant::resize_frames, \
+        variant::convert_yuv420                                                                                      \
   }
 
 // The variants that this machine can run, fastest first.

@@ -6,6 +6,7 @@
 
 #include "cpr_fast.h"
 #include "cpu/resize/resize.h"
+#include "cpu/yuv_to_rgb/yuv_to_rgb.h"
 
 namespace cpr {
 
@@ -23,6 +24,7 @@ struct KernelTable {
                                      const float* grad, float* grad_x, float* grad_weight, float* grad_bias,
                                      cpr_parallel_for);
   const char* (*resize_frames)(const resize::Job&);
+  void (*convert_yuv420)(const yuv_to_rgb::Job&);
 };
 
 // Returns the variant in use, see cpr_cpu_variant.
