@@ -99,6 +99,8 @@ def verdict(seeds: dict[str, Any], sources: dict[str, Any] | None, *, complete: 
     if not complete:
         return f"partial ({seeds['seeds']} of {len(SEEDS)} seeds)"
     intervals = [seeds["ci95"]] + ([] if sources is None else [sources["ci95"]])
+    if None in intervals:  # all seeds gave the same difference
+        return "undecided"
     if all(low > 0 for low, _ in intervals) and min(seeds["differences"]) >= 0:
         return "**confirmed**"
     if all(high < 0 for _, high in intervals) and max(seeds["differences"]) <= 0:

@@ -1,6 +1,11 @@
 """Confidence intervals: over the sources of the test set, and over seeds.
 
-Letters: Q videos, S runs.
+If all sources have the same mean, for example because no query was answered correctly, every bootstrap sample is equal,
+and the percentiles would claim that the value is known exactly. The bound of Clopper and Pearson (1934) for 0 of n is
+used instead: had a share of more than u = 1 - 0.025^(1 / n) of all sources another mean, n sources would show none of
+them with a probability below 2.5 %.
+
+Letters: Q videos, S runs, n sources.
 """
 
 from __future__ import annotations
@@ -13,16 +18,44 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 2000  # number of bootstrap samples
+NO_SPREAD = 1e-12  # a spread this small is rounding
 _CHUNK = 100  # number of samples computed at once
 
 
 def source_interval(values: Tensor, sources: Tensor) -> list[float] | None:
-    """Returns the 95 % percentile bootstrap interval of the mean of `values` [Q] (bool or float, NaN: left out).
+    """Returns the 95 % percentile bootstrap interval of the mean of `values` [Q] (bool, or float in [0, 1]; NaN: left
+    out), or the bound of `unseen_interval` if all sources have the same mean.
 
     None if the values that count come from fewer than two sources, because one source does not show how sources differ.
     """
-    means = resampled_means(values.double()[:, None], sources)
-    return None if means is None else percentile_interval(means[:, 0])
+    values = values.double()
+    means = resampled_means(values[:, None], sources)
+    return None if means is None else mean_interval(means[:, 0], counted_sources(values, sources), 0, 1)
+
+
+def counted_sources(values: Tensor, sources: Tensor) -> int:
+    """Returns n, the number of sources of the `values` [Q] that are not NaN."""
+    return len(sources[~values.isnan()].unique())
+
+
+def mean_interval(means: Tensor, count: int, least: float, most: float) -> list[float]:
+    """Returns the 95 % interval of a mean from its bootstrap samples `means` [RESAMPLES] over `count` sources.
+
+    Args:
+        least, most: The smallest and the largest value that a query can have.
+    """
+    if (means.max() - means.min()).item() <= NO_SPREAD:
+        return unseen_interval(means[0].item(), count, least, most)
+    return percentile_interval(means)
+
+
+def unseen_interval(value: float, count: int, least: float, most: float) -> list[float]:
+    """Returns the 95 % interval of the mean of values in [least, most] where all `count` sources have the mean `value`.
+
+    For a share of 0 or 1 it is the interval of Clopper and Pearson (1934); see the text of this module.
+    """
+    unseen = 1 - 0.025 ** (1 / count)
+    return [value - unseen * (value - least), value + unseen * (most - value)]
 
 
 def resampled_means(values: Tensor, sources: Tensor) -> Tensor | None:
@@ -60,11 +93,14 @@ def percentile_interval(samples: Tensor) -> list[float]:
 
 
 def seed_interval(values: Sequence[float]) -> list[float] | None:
-    """Returns the 95 % interval (Student's t) of the mean over S runs of different seeds; None for fewer than two."""
-    if len(values) < 2:
+    """Returns the 95 % interval (Student's t) of the mean over S runs of different seeds.
+
+    None for fewer than two runs, and if all values are equal: then the runs do not show how seeds differ.
+    """
+    runs = torch.tensor(values, dtype=torch.float64)
+    if len(values) < 2 or runs.std().item() <= NO_SPREAD:
         return None
     from scipy import stats  # 1.3 s of CPU time, which training and most evaluations do not need
 
-    runs = torch.tensor(values, dtype=torch.float64)
     half = stats.t.ppf(0.975, len(runs) - 1) * (runs.std() / math.sqrt(len(runs))).item()
     return [runs.mean().item() - half, runs.mean().item() + half]

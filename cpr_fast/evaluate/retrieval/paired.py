@@ -14,22 +14,21 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cpr_fast.evaluate.features.intervals import percentile_interval, resampled_means, seed_interval
-
-NO_SPREAD = 1e-12  # a deviation over seeds this small is rounding
+from cpr_fast.evaluate.features.intervals import NO_SPREAD, mean_interval, resampled_means, seed_interval
 
 
 def paired_difference(first: Tensor, second: Tensor, sources: Tensor) -> dict[str, Any]:
     """Returns the difference of the means of two measures of the same queries.
 
     Args:
-        first, second: [Q] float64, NaN where a query has no value; such queries are left out of both.
+        first, second: [Q] float64 in [0, 1], NaN where a query has no value; such queries are left out of both.
         sources: [Q] int64.
     Returns:
         `first` and `second` (means), `difference` (first - second), its 95 % percentile bootstrap interval over sources
         `ci95`, the two-sided `p` (twice the smaller share of bootstrap samples at or below 0 and at or above 0, where 0
         itself counts as one more sample, at most 1), and the numbers of `queries` and `sources`. Values are None if
-        there is no query, `ci95` and `p` also if there is one source only.
+        there is no query, `ci95` and `p` also if there is one source only. If all sources have the same difference d,
+        `ci95` is that of `unseen_interval`, and `p` = 2 (1 + |d|)^-n, at which an interval of its kind just excludes 0.
     """
     paired = first - second
     counted = ~paired.isnan()
@@ -40,9 +39,11 @@ def paired_difference(first: Tensor, second: Tensor, sources: Tensor) -> dict[st
     found |= {"difference": paired[counted].mean().item(), "ci95": None, "p": None}
     means = resampled_means(paired[:, None], sources)
     if means is not None:
-        below, above = int((means <= 0).sum()), int((means >= 0).sum())
-        p = min(1.0, 2 * (1 + min(below, above)) / (1 + len(means)))
-        found |= {"ci95": percentile_interval(means[:, 0]), "p": p}
+        if (means.max() - means.min()).item() <= NO_SPREAD:
+            p = 2 * (1 + abs(found["difference"])) ** -found["sources"]
+        else:
+            p = 2 * (1 + min(int((means <= 0).sum()), int((means >= 0).sum()))) / (1 + len(means))
+        found |= {"ci95": mean_interval(means[:, 0], found["sources"], -1, 1), "p": min(1.0, p)}
     return found
 
 
@@ -52,7 +53,7 @@ def seed_difference(differences: Sequence[float]) -> dict[str, Any]:
     Returns:
         `difference` (mean), its 95 % interval `ci95` and two-sided `p` (both Student's t, paired), `d_z` (Cohen's
         effect size of paired values: mean / standard deviation, n - 1), the number of `seeds` and their `differences`.
-        `ci95`, `p` and `d_z` are None for one seed; `p` and `d_z` also if all differences are equal.
+        `ci95`, `p` and `d_z` are None for one seed, and if all differences are equal.
     """
     values = np.asarray(differences, dtype=np.float64)
     found: dict[str, Any] = {"difference": float(values.mean()), "ci95": seed_interval(values.tolist()), "p": None}

@@ -56,12 +56,14 @@ def test_scores_equal_torchmetrics():
     json.dumps(got)
     few = classification_scores(torch.eye(3).double(), torch.arange(3), torch.arange(3), "abc")
     assert few["accuracy"] == 1 and few["top5"] is None
+    assert few["accuracy_ci95"] == pytest.approx([0.025 ** (1 / 3), 1])
 
 
 def test_seed_interval_is_students():
     low, high = seed_interval([0.4, 0.5, 0.6])
     half = 4.302652729911275 * 0.1 / np.sqrt(3)
     assert (low, high) == pytest.approx((0.5 - half, 0.5 + half)) and seed_interval([0.4]) is None
+    assert seed_interval([0.0, 0.0]) is None and seed_interval([0.1 + 0.2, 0.3]) is None  # equal but for rounding
 
 
 def test_probe_reaches_scikit_learns_accuracy_and_repeats():

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from cpr_fast.evaluate.features import intervals as module
 from cpr_fast.evaluate.features.intervals import RESAMPLES, resampled_means, source_interval
@@ -39,6 +40,27 @@ def test_samples_are_those_of_a_loop_over_the_same_draws():
 )
 def test_one_source_has_no_interval(values, sources):
     assert source_interval(torch.tensor(values), torch.tensor(sources, dtype=torch.int64)) is None
+
+
+@pytest.mark.parametrize("count", [2, 12, 61, 2000])
+@pytest.mark.parametrize("hit", [False, True])
+def test_no_hit_and_only_hits_have_the_exact_interval(count, hit):
+    """Every source has three videos, which are one observation only; a value that does not count adds no source."""
+    expected = stats.binomtest(count * hit, count).proportion_ci(method="exact")
+    sources = torch.arange(count).repeat_interleave(3)
+    got = source_interval(torch.full((3 * count,), hit), sources)
+    assert got == pytest.approx([expected.low, expected.high])
+    values = torch.cat([torch.full((3 * count,), float(hit)), torch.tensor([torch.nan])])
+    assert source_interval(values, torch.cat([sources, torch.tensor([count])])) == pytest.approx(got)
+
+
+@pytest.mark.parametrize("value", [0.3, 0.5])
+def test_equal_values_between_the_ends_have_an_interval_inside_the_range(value):
+    low, high = source_interval(torch.full((5,), value, dtype=torch.float64), torch.arange(5))
+    assert 0 < low < value < high < 1
+    halves = torch.tensor([0, 1] * 5)  # each source answers one of two queries
+    low, high = source_interval(halves.bool(), torch.arange(5).repeat_interleave(2))
+    assert 0 < low < 0.5 < high < 1
 
 
 def test_it_is_deterministic_and_quick():

@@ -61,7 +61,23 @@ def test_ugly_sizes():
     assert found["difference"] is None and found["queries"] == 0
     values = torch.rand(9, dtype=torch.float64)
     found = paired_difference(values, values, torch.arange(9))
-    assert found["difference"] == 0 and found["ci95"] == [0, 0] and found["p"] == 1
+    assert found["difference"] == 0 and found["p"] == 1
+    high = stats.binomtest(0, 9).proportion_ci(method="exact").high
+    assert found["ci95"] == pytest.approx([-high, high])
+
+
+@pytest.mark.parametrize("count", [2, 5, 6, 61])
+@pytest.mark.parametrize("difference", [-1.0, 0.25, 1.0])
+def test_equal_differences_do_not_make_the_difference_certain(count, difference):
+    """One network right and the other wrong for every query: p is that of the sign test, and agrees with the
+    interval."""
+    first = torch.full((count,), max(difference, 0.0), dtype=torch.float64)
+    found = paired_difference(first, first - difference, torch.arange(count))
+    low, high = found["ci95"]
+    assert low < high and -1 <= low <= difference <= high <= 1
+    assert (found["p"] < 0.05) == (low > 0 or high < 0)
+    if abs(difference) == 1:
+        assert found["p"] == pytest.approx(stats.binomtest(0, count).pvalue)
 
 
 def test_queries_without_a_value_are_left_out_of_both():
@@ -83,4 +99,4 @@ def test_seeds_are_compared_by_students_paired_test():
         "difference": 0.1, "ci95": None, "p": None, "d_z": None, "seeds": 1, "differences": [0.1]
     }  # fmt: skip
     equal = seed_difference([0.1, 0.1, 0.1])
-    assert equal["d_z"] is None and equal["p"] is None and equal["ci95"] == pytest.approx([0.1, 0.1])
+    assert equal["d_z"] is None and equal["p"] is None and equal["ci95"] is None
