@@ -11,7 +11,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from cpr_fast.errors import InputError
@@ -71,12 +71,28 @@ def require_writable(what: str, folder: Path, advice: str) -> None:
 
 
 @contextmanager
+def created(folder: str | Path) -> Iterator[None]:
+    """Creates a folder for the block. If the block raises, the folders that were created are removed again, unless
+    something is in them: a command that refuses its input leaves nothing behind."""
+    folder = Path(os.path.abspath(folder))
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
+        raise
+
+
+@contextmanager
 def replacing(path: str | Path, kept: str = "", *, durable: bool = False) -> Iterator[Path]:
     """Replaces a file in one step: yields the path of a temporary file for the block to write, then renames it.
 
-    The folder is created. Other processes and threads may replace the same file at the same time: one of their whole
-    files remains. The temporary file is beside `path` and has its suffix, by which some writers choose the format; a
-    process that is killed leaves it, and the next process that replaces a file in this folder removes it.
+    The folder is created, see `created`. Other processes and threads may replace the same file at the same time: one of
+    their whole files remains. The temporary file is beside `path` and has its suffix, by which some writers choose the
+    format; a process that is killed leaves it, and the next process that replaces a file in this folder removes it.
 
     Args:
         kept: What remains usable if the disk is full; by default that the file is as it was before.
@@ -87,8 +103,7 @@ def replacing(path: str | Path, kept: str = "", *, durable: bool = False) -> Ite
     path = Path(path)
     suffix = path.suffix if len(os.fsencode(path.suffix)) < 16 else ""
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}{suffix}")
-    with naming(path, kept or (UNTOUCHED if path.exists() else NOTHING_LEFT)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path, kept or (UNTOUCHED if path.exists() else NOTHING_LEFT)), created(path.parent):
         _remove_abandoned(path.parent.absolute())
         descriptor = _open_locked(temporary)
         try:
@@ -146,7 +161,8 @@ def _remove_abandoned(folder: Path) -> None:
 
 @contextmanager
 def one_writer(lock: str | Path, refusal: str | None) -> Iterator[None]:
-    """Lets one process at a time run the block; the file `lock` exists meanwhile, and its folder is created.
+    """Lets one process at a time run the block; the file `lock` exists meanwhile, and its folder is created,
+    see `created`.
 
     The operating system releases the lock when the process ends, however it ends, so no stale lock can remain. Without
     locks (some network file systems) the block runs unprotected, and the log says so.
@@ -158,18 +174,19 @@ def one_writer(lock: str | Path, refusal: str | None) -> Iterator[None]:
         InputError: `refusal`, or the folder cannot be written.
     """
     lock = Path(os.path.abspath(lock))
-    with naming(lock.parent, NOTHING_LEFT):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_locked(lock, refusal, warns=True)
-        with suppress(OSError):  # a full disk; the holder is only for the refusal of others
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    try:
-        yield
-    finally:
-        if _is_current(descriptor, lock):  # the block may have removed the folder
-            lock.unlink(missing_ok=True)
-        os.close(descriptor)
+    with ExitStack() as stack:
+        with naming(lock.parent, NOTHING_LEFT):
+            stack.enter_context(created(lock.parent))
+            descriptor = _open_locked(lock, refusal, warns=True)
+            with suppress(OSError):  # a full disk; the holder is only for the refusal of others
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        try:
+            yield
+        finally:
+            if _is_current(descriptor, lock):  # the block may have removed the folder
+                lock.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 def _open_locked(lock: Path, refusal: str | None = None, *, warns: bool = False) -> int:
@@ -230,8 +247,8 @@ class LineFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = self._open()
+        with created(self.path.parent):
+            self._descriptor = self._open()
 
     def append(self, line: str) -> None:
         """Writes `line`, without line breaks, and a line break. Raises OSError if the disk is full."""
@@ -265,9 +282,13 @@ class LineFile:
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Closes the file. Further calls have no effect."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+        """Closes the file, and removes it if nothing was ever written to it. Further calls have no effect."""
+        if self._descriptor < 0:
+            return
+        with suppress(OSError), self.locked():  # another process opens the file again if it is removed
+            if not os.fstat(self._descriptor).st_size:
+                self.path.unlink()
+        os.close(self._descriptor)
         self._descriptor = -1
 
     def _open(self) -> int:

@@ -10,12 +10,23 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from support.machine.full_disk import files_end_at
 
+from cpr_fast.data.storage.record_writer import RecordWriter
 from cpr_fast.errors import InputError
-from cpr_fast.runtime.files import TEMPORARY, LineFile, _remove_abandoned, naming, replacing, temporary_folder
+from cpr_fast.runtime.files import (
+    TEMPORARY,
+    LineFile,
+    _remove_abandoned,
+    created,
+    naming,
+    one_writer,
+    replacing,
+    temporary_folder,
+)
 from cpr_fast.runtime.metrics import MetricsWriter, read_metrics, rewind
 
 
@@ -86,7 +97,7 @@ def test_replacing_a_file_on_a_full_disk(tmp_path):
         ):
             temporary.write_text("x" * 5000)
         if kept.startswith("nothing"):
-            assert os.listdir(tmp_path / "new") == []
+            assert os.listdir(tmp_path) == []
             with replacing(path) as temporary:
                 temporary.write_text("whole")
     assert path.read_text() == "whole" and os.listdir(tmp_path / "new") == ["a.txt"]
@@ -154,3 +165,28 @@ def test_other_errors_are_not_called_a_full_disk(tmp_path):
         temporary.write_text("half")
         raise ValueError("own")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("raised", [InputError("no"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")], ids=repr)
+@pytest.mark.parametrize("write", ["created", "replacing", "one_writer", "RecordWriter"])
+def test_a_block_that_fails_leaves_no_folder(tmp_path, write, raised):
+    """Whatever creates a folder removes it again; folders that were there before, and what is in them, stay."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    folder = tmp_path / "old" / "new" / "deep"
+    block = {
+        "created": lambda: created(folder),
+        "replacing": lambda: replacing(folder / "file"),
+        "one_writer": lambda: one_writer(folder / ".lock", "held"),
+        "RecordWriter": lambda: RecordWriter(folder / "flow.lmdb"),
+    }[write]
+    with pytest.raises((type(raised), InputError)), block() as path:
+        if isinstance(path, Path):
+            path.write_text("unfinished")
+        raise raised
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(KeyboardInterrupt), block():
+        (folder / "kept").write_text("work that was done")
+        raise KeyboardInterrupt
+    assert (folder / "kept").exists()

@@ -87,15 +87,15 @@ def write_flow(
             _announce(index_csv, index, share, todo, out, storage, solver, count)
         began = time.perf_counter()
         problems = _compute_all(index, todo, solver, store, progress, _Refill(fill, storage))
+        if problems and len(problems) == len(share):
+            raise InputError(
+                f"index {str(index_csv)!r}: none of its {len(share)} videos gave flow; the first: {problems[0].path}: "
+                f"{problems[0].reason}"
+            )
     elapsed_s = time.perf_counter() - began
     failed = {problem.path for problem in problems}
     pairs = sum(index[p].num_frames - 1 for p in todo if index[p].path not in failed)
     without_flow = fill()
-    if problems and len(problems) == len(share):
-        raise InputError(
-            f"index {str(index_csv)!r}: none of its {len(share)} videos gave flow; the first: {problems[0].path}: "
-            f"{problems[0].reason}"
-        )
     return {
         "index": str(index_csv),
         "videos": len(share),

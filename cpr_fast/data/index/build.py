@@ -16,6 +16,7 @@ from cpr_fast.data.index.catalogue import Problem
 from cpr_fast.data.index.index import Index, changing
 from cpr_fast.data.index.layouts import LAYOUTS, list_videos
 from cpr_fast.data.index.probing import Journal, probe, probe_all
+from cpr_fast.data.video.probe import VideoInfo
 from cpr_fast.data.video.transcode import transcode_video
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import one_writer, replacing
@@ -130,15 +131,22 @@ def _build(
     results = {item.path: journal.get(item.path) for item in listing.videos}
     if left := sum(result is None for result in results.values()):
         return None, [], facts | {"left": left}
+    none_usable = not any(isinstance(result, VideoInfo) for result in results.values())
+    if count == 1 and none_usable:  # the command is refused, and the journal would spare no work
+        _remove(files())
     if out is None:
         return *assemble(root, out, listing, results, options), facts
     with changing(out):  # `cpr-fast flow` may fill the previous index meanwhile, whose flow is kept
         index, problems = assemble(root, out, listing, results, options)
         index.save(out)
     if count == 1:  # with several shards, another one may still need the journals
-        for file in files():
-            file.unlink(missing_ok=True)
+        _remove(files())
     return index, problems, facts
+
+
+def _remove(files: list[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _check(options: IndexOptions) -> None:
@@ -158,8 +166,7 @@ def _journal(out: Path | None, options: IndexOptions, verify: bool) -> tuple[Jou
     task = f"transcode {options.short_side}" if options.transcode else "decode" if verify else "packets"
     if out is None:
         return Journal(None, task), list
-    out.parent.mkdir(parents=True, exist_ok=True)
-    number, count = options.shard
+    number, count = options.shard  # the folder was created by `_only_index`
     name = f"{out.stem}.probe.jsonl" if count == 1 else f"{out.stem}.probe-{number}-of-{count}.jsonl"
     files = lambda: sorted(out.parent.glob(f"{out.stem}.probe*.jsonl"))  # noqa: E731
     journal = Journal(out.with_name(name), task)

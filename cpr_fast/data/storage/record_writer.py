@@ -88,7 +88,9 @@ class RecordWriter:
                         self._complete()
                 finally:
                     self._environment.close()
-                if kind is None:
+                if not self.num_frames and not self._file.exists():
+                    self._part.unlink()  # nothing is stored that the same command could continue
+                elif kind is None:
                     with naming(self._file, self._kept()):
                         os.replace(self._part, self._file)
                     forget_records(self._file)
