@@ -24,6 +24,7 @@ _FLAGS = [
     "-fvisibility=hidden",
     "-ffp-contract=off",
     "-fno-strict-aliasing",
+    "-fno-threadsafe-statics",  # the guard of a static variable is an atomic access, which the sanitizer does not have
     "-fno-tree-slp-vectorize",  # with it GCC 12 omits the rounding of a pair of doubles to float
     "-U_FORTIFY_SOURCE",  # longjmp between stacks
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"),
