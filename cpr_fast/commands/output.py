@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,15 @@ def show_once(result: dict[str, Any], json: bool, **text: Any) -> None:
     if distributed.is_main():
         show(result, json, **text)
     distributed.finish()
+
+
+def about_unfinished(runs: Iterable[Path]) -> list[str]:
+    """Returns a note for each run folder whose training has not reached its last epoch."""
+    from cpr_fast.report.run_folder.run import Run
+    from cpr_fast.report.run_folder.unfinished import unfinished
+
+    found = [(folder, unfinished(Run(folder))) for folder in runs]
+    return [line for folder, text in found if text for line in ("", f"note: {folder}: {text}")]
 
 
 def after_evaluation(run: Path | None, checkpoint: Sequence[str], index: Path) -> str:

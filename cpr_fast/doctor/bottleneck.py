@@ -52,9 +52,9 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
 
     Returns:
         "batch_size" (B), "views", "workers", "videos_measured", "mean_frames", "stage_s_per_step" (seconds by stage),
-        "loader_s_per_step", "step_measured_on_clips", "bottleneck" (the slowest stage), "data_wait_fraction" (share of
-        a step that would wait for data, 0..1), "other_programs" (share of the processor that they took, see
-        `OtherPrograms`), and "advice".
+        "loader_s_per_step", "step_measured_on_clips", "bottleneck" (the slowest stage; the step only if the loader as a
+        whole keeps up with it), "data_wait_fraction" (share of a step that would wait for data, 0..1),
+        "other_programs" (share of the processor that they took, see `OtherPrograms`), and "advice".
     """
     others = OtherPrograms()
     data = config.data
@@ -78,7 +78,8 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
         "copy": copy_s,
         "step": step_s,
     }
-    slowest = max(stages, key=stages.__getitem__)
+    keeps_up = step_s >= loader_s  # parts that together take longer than the step may each take less
+    slowest = max(stages if keeps_up else stages.keys() - {"step"}, key=stages.__getitem__)
     advice = ADVICE[slowest]
     if slowest == "decode" and data.workers < cores:
         advice = f"increase data.workers (now {data.workers}, this machine has {cores} cores); then: {advice}"

@@ -72,7 +72,8 @@ def check_index(index: Path, videos: Index, config: Config, findings: list[Findi
         "videos_with_siblings": sum(count for count in sources.values() if count > 1),
         "sizes": len({(video.width, video.height) for video in videos}),
         "short": sum(video.num_frames <= SHORT for video in videos),
-        "without_flow": sum(video.flow_path is None for video in videos),
+        "single_frames": sum(video.num_frames == 1 for video in videos),
+        "without_flow": sum(video.flow_path is None and video.num_frames > 1 for video in videos),
         "sampled": sampled,
         "damaged": damaged,
         "stale": stale,
@@ -119,12 +120,18 @@ def _check_sample(facts: dict[str, Any], whole: int, findings: list[Finding]) ->
 
 def _check_columns(index: Path, videos: Index, facts: dict[str, Any], config: Config, findings: list[Finding]) -> None:
     """Checks flow, lengths and frame sizes."""
-    if facts["without_flow"] and config.data.flow == "stored" and "flow" in views_read(config):
+    needs_flow = config.data.flow == "stored" and "flow" in views_read(config)
+    if facts["without_flow"] and facts["decodable"] and needs_flow:
         verb = "has" if facts["without_flow"] == 1 else "have"
         findings.append(Finding("warning", f"{facts['without_flow']} of {counted(facts['videos'], 'video')} {verb} no "
                                 "flow, which the view \"flow\" of these settings needs",
                                 f"{flow_command(index, videos)}, or data.flow = \"on_the_fly\", or the view "
                                 "\"residual\"", "settings"))  # fmt: skip
+    if facts["single_frames"]:
+        verb = "has" if facts["single_frames"] == 1 else "have"
+        findings.append(Finding("warning", f"{counted(facts['single_frames'], 'video')} {verb} a single frame: it "
+                                "shows no motion, has no flow, and is repeated to the length of a clip",
+                                "cpr-fast index --min-frames 2", "results"))  # fmt: skip
     if facts["short"]:
         verb = "has" if facts["short"] == 1 else "have"
         findings.append(Finding("warning", f"{facts['short']} short: {counted(facts['short'], 'video')} {verb} {SHORT} "
@@ -144,6 +151,11 @@ def _check_labels_and_sources(videos: Index, facts: dict[str, Any], findings: li
         verb = "has" if facts["unlabelled"] == 1 else "have"
         findings.append(Finding("warning", f"{facts['unlabelled']} of {len(videos):,} videos {verb} no label",
                                 "give them one, or expect evaluations to leave them out", "results"))  # fmt: skip
+    if facts["classes"] == 1:
+        findings.append(Finding("warning", "all labels are of one class: R@k, mAP, PMR and the accuracy of `probe` and "
+                                "`finetune` are 100 % for any network, so they show nothing",
+                                "label the videos with two classes or more, or index them without labels (`report` "
+                                "then shows what the network finds similar)", "results"))  # fmt: skip
     if facts["sources"] == 1:
         findings.append(Finding("error", "all videos come from one source: `init` refuses them, a cascade has nothing "
                                 "to mine and `retrieve` without a test split nothing to find, because both leave out "

@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 from cpr_fast.evaluate.retrieval.names import percent
 from cpr_fast.report.run_folder.outcome import verdict
 from cpr_fast.report.run_folder.run import Run
+from cpr_fast.report.run_folder.unfinished import unfinished
 from cpr_fast.report.sections.beside import published_beside
 from cpr_fast.report.sections.classification import classification_table, confusions
 from cpr_fast.report.sections.comparison import comparison
@@ -80,6 +81,7 @@ def _section(run: Run, compared: Compared | None) -> dict[str, Any]:
     return {
         "run": run,
         "facts": facts(run),
+        "unfinished": unfinished(run),
         "verdict": verdict(run),
         "headline": signs(run, compared) if unlabelled else headline(run),
         "tiles": tiles(run),

@@ -28,6 +28,7 @@ from cpr_fast.report.page import render, write_page
 from cpr_fast.report.run_folder.features import StoredFeatures
 from cpr_fast.report.run_folder.outcome import verdict
 from cpr_fast.report.run_folder.run import Run
+from cpr_fast.report.run_folder.unfinished import unfinished
 from cpr_fast.report.sections.header import facts
 from cpr_fast.report.sections.sheets import clip
 from cpr_fast.report.unlabelled import Compared, same_video, videos_of
@@ -82,7 +83,7 @@ def write_similar(run: Path, out: Path, compared: Compared) -> Path:
         "similar.html.j2",
         run=loaded,
         facts=facts(loaded)[:2] + _facts(features, compared.total, compared.step),
-        verdict=troubled,
+        verdict=[*filter(None, [unfinished(loaded)]), *troubled],
         level=LEVELS["low" if troubled or no_better else compared.level],
         reasons=[*([same] if same else []), *compared.reasons],
         similar=_similar(features, found),

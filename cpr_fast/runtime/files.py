@@ -19,6 +19,7 @@ from cpr_fast.errors import InputError
 # A full disk, a used-up quota, a file above the limit of the process or the file system, a failing or read-only disk.
 # Missing permission is not among them, because it concerns files that are read as well.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+RUN_LOCK = ".run.lock"  # in a run folder; held as long as the run trains
 UNTOUCHED, NOTHING_LEFT = "the previous file is untouched", "nothing was left behind"
 TEMPORARY = ".cpr-fast-"  # how the names of files and folders begin that exist only while they are written
 
@@ -187,6 +188,23 @@ def one_writer(lock: str | Path, refusal: str | None) -> Iterator[None]:
             if _is_current(descriptor, lock):  # the block may have removed the folder
                 lock.unlink(missing_ok=True)
             os.close(descriptor)
+
+
+def is_locked(lock: Path) -> bool:
+    """Returns whether another process holds the lock of this file; False if there is no such file, or no locks."""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _open_locked(lock: Path, refusal: str | None = None, *, warns: bool = False) -> int:

@@ -1,4 +1,5 @@
 """Model weights in files: checkpoints, import of published checkpoints, export to other formats.
 
-Imports `config`, `runtime` and `models`; `evaluate`, `pretrain`, `experiments` and `commands` may import it.
+Imports `config`, `models` and `runtime`; `evaluate`, `pretrain`, `report.figures`, `experiments` and `commands` may
+import it.
 """

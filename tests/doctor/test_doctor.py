@@ -132,6 +132,12 @@ def test_the_slow_stage_is_named(good, monkeypatch, stage):
     assert row["bottleneck"] == stage and bottleneck.ADVICE[stage] in row["advice"]
 
 
+def test_the_step_is_the_slowest_stage_only_if_the_loader_keeps_up(good, monkeypatch):
+    monkeypatch.setattr(bottleneck, "_loader", lambda *_: 1e6)
+    row = bottleneck.breakdown(Index.load(good).select("train"), SMALL, ("rgb",), device=CPU, seconds=1)
+    assert row["bottleneck"] != "step" and "keep up" not in row["advice"] and row["data_wait_fraction"] > 0.9
+
+
 def test_real_xvid_clips_ask_to_be_transcoded(tmp_path):
     clips = sorted(shared_data("ucf101_100").glob("*/*.avi"))[:3]
     for clip in clips:

@@ -268,3 +268,20 @@ def test_a_missing_part_is_named_with_its_command(tmp_path, monkeypatch):
 def test_bad_options_are_refused(options, capsys):
     assert main(["doctor", *options]) == 2
     assert options[0] in capsys.readouterr().err
+
+
+def test_labels_of_one_class_are_said_to_show_nothing(tmp_path, video):
+    index = write_rows(tmp_path, video, [f"v{i}.mp4" for i in range(4)], label="jump")
+    assert "all labels are of one class" in texts(run(index), "warning")
+    two = write_rows(tmp_path, video, [f"w{i}.mp4" for i in range(4)])
+    assert "all labels are of one class" not in texts(run(two), "warning")
+
+
+def test_no_flow_is_advised_for_videos_that_cannot_have_any(tmp_path, video):
+    still = write_video(tmp_path / "still", np.zeros((1, 48, 64, 3), np.uint8), "h264-bframes")
+    index = write_rows(tmp_path, still, [f"v{i}.mp4" for i in range(4)], frames=1)
+    warnings = texts(run(index), "warning")
+    assert "4 videos have a single frame" in warnings and "no flow, which" not in warnings
+    (tmp_path / "damaged").write_bytes(b"no video")
+    damaged = write_rows(tmp_path, tmp_path / "damaged", [f"w{i}.mp4" for i in range(4)])
+    assert "no flow, which" not in texts(run(damaged), "warning")

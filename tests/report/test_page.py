@@ -121,7 +121,7 @@ def test_two_views_together_lead_or_the_page_says_why_there_is_no_such_row(tmp_p
     text = text_of(write_report([write_run(tmp_path / "run", [start_row(index), *rows])], tmp_path / "r.html"))
     assert said in text if said else "together:" not in text and "compares videos by" not in text
     first = {"two_stream": "RGB + flow", "merged": "RGB + residual"}.get(views[-1], VIEW_NAMES[views[0]])
-    assert f"run Retrieval, {first}: mAP not measured" in text
+    assert f" Retrieval, {first}: mAP not measured" in text
     table = text[text.index("Network View mAP") :]
     assert table.index(f"Trained {first} ") == table.index("Trained")
 
@@ -192,7 +192,7 @@ def test_the_first_line_has_map_and_r1_with_intervals_beside_what_they_must_beat
     page = write_report([write_run(tmp_path / "run", [start_row(index), *rows])], tmp_path / "r.html")
     text = text_of(page)
     assert (
-        "run Retrieval, RGB + flow: mAP 45.6 % (35.6 – 55.6), R@1 62.5 % (52.5 – 72.5). "
+        " Retrieval, RGB + flow: mAP 45.6 % (35.6 – 55.6), R@1 62.5 % (52.5 – 72.5). "
         "Flow: mAP 50.0 % (40.0 – 60.0), R@1 50.0 % (40.0 – 60.0). "
         "RGB: mAP 40.0 % (30.0 – 50.0), R@1 40.0 % (30.0 – 50.0). "
         "Untrained network: mAP 20.0 % (10.0 – 30.0), R@1 20.0 % (10.0 – 30.0). "

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_file, require_files, require_splits
 from cpr_fast.commands.options import RecipeName
-from cpr_fast.commands.output import after_evaluation, show_once, table
+from cpr_fast.commands.output import about_unfinished, after_evaluation, show_once, table
 from cpr_fast.evaluate.retrieval.names import MISSING, VIEW_NAMES, interval, percent
 
 
@@ -62,7 +62,9 @@ def run_classify(
         checkpoint, index, task=task, settings=settings, recipe=recipe, clips_per_video=clips, crops=crops,
         seeds=seeds, run_dir=run_of(checkpoint), progress=True,
     )  # fmt: skip
-    show_once(result, json, lines=_lines(result), next_step=after_evaluation(run_of(checkpoint), checkpoint, index[0]))
+    run = run_of(checkpoint)
+    lines = [*_lines(result), *about_unfinished(filter(None, [run]))]
+    show_once(result, json, lines=lines, next_step=after_evaluation(run, checkpoint, index[0]))
 
 
 def _lines(result: dict[str, Any]) -> list[str]:

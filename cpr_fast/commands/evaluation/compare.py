@@ -10,7 +10,7 @@ import tyro
 
 from cpr_fast.commands.inputs import require_runs
 from cpr_fast.commands.options import REQUIRED, Json
-from cpr_fast.commands.output import left_out_of_map, show, table
+from cpr_fast.commands.output import about_unfinished, left_out_of_map, show, table
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.retrieval.names import MEASURES, MISSING, VIEW_NAMES, percent, signed, signed_interval
 
@@ -47,7 +47,8 @@ def compare(
     blocks = compare_runs([Run(folder) for folder in first], [Run(folder) for folder in second])
     lines = [line for block in blocks for line in (*_lines(block), "")]
     page = shlex.join(["cpr-fast", "report", *map(str, (*first, *second)), "--out", "comparison.html"])
-    show({"comparisons": blocks}, json, lines=[*lines, *_meaning(blocks[0])], next_step=page)
+    lines += [*_meaning(blocks[0]), *about_unfinished((*first, *second))]
+    show({"comparisons": blocks}, json, lines=lines, next_step=page)
 
 
 def _lines(block: dict[str, Any]) -> list[str]:

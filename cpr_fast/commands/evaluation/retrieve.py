@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_files
 from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
-from cpr_fast.commands.output import after_evaluation, left_out_of_map, show_once, table
+from cpr_fast.commands.output import about_unfinished, after_evaluation, left_out_of_map, show_once, table
 from cpr_fast.evaluate.retrieval.names import MODEL_NAMES, VIEW_NAMES, interval, percent, signed, signed_interval
 
 RANKS = (1, 5, 10, 20, 50)
@@ -54,9 +54,9 @@ def retrieve(
         checkpoint, index, protocol=protocol, recipe=recipe, run_dir=run_of(checkpoint), clips_per_video=clips,
         crops=crops, cache=cache, progress=True,
     )  # fmt: skip
-    show_once(
-        result, json, lines=lines_of(result), next_step=after_evaluation(run_of(checkpoint), checkpoint, index[0])
-    )
+    folder = run_of(checkpoint)
+    lines = [*lines_of(result), *about_unfinished(filter(None, [folder]))]
+    show_once(result, json, lines=lines, next_step=after_evaluation(folder, checkpoint, index[0]))
 
 
 def lines_of(result: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.pretrain.run.videos import check_same_videos
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
+from cpr_fast.runtime.files import RUN_LOCK as LOCK
 from cpr_fast.runtime.files import one_writer, replacing, require_writable
 from cpr_fast.runtime.metrics import FILE as METRICS_FILE
 from cpr_fast.runtime.metrics import read_metrics, rewind
@@ -26,7 +27,6 @@ from cpr_fast.wording import counted, listed
 
 T = TypeVar("T")
 
-LOCK = ".run.lock"
 OTHER_FOLDER = "Choose another folder with --run.out"
 # What a run writes before its first step.
 OF_THE_START = (LOCK, METRICS_FILE, "config.json", "checkpoints", "tensorboard")

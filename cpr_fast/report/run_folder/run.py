@@ -91,6 +91,13 @@ class Run:
         return cycles
 
     @property
+    def planned_epochs(self) -> int | None:
+        """Returns the number of epochs of all cycles, as the run was started or last resumed; None if not recorded."""
+        recorded = [row["config"] for row in (self.start, *self.notes) if row.get("config")]
+        cycles = recorded[-1].get("schedule", {}).get("cycles") if recorded else None
+        return sum(cycle["epochs"] for cycle in cycles) if cycles else None
+
+    @property
     def seconds(self) -> float:
         """Returns the total time of all finished epochs, in seconds."""
         return sum(row.get("epoch_time_s") or 0 for row in self.epochs)

@@ -74,7 +74,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
         rows.append(("Training videos", f"{len(index):,} of {sources:,} sources, {classes}, {split}"))
     else:
         rows.append(("Training videos", "not known: the index is no longer there, or its videos are not"))
-    trained = f"{counted(len(run.epochs), 'epoch')} in {counted(len(run.cycles), 'cycle')}"
+    planned = run.planned_epochs or 0
+    of = f"{len(run.epochs)} of " if len(run.epochs) < planned else ""
+    trained = f"{of}{counted(max(planned, len(run.epochs)), 'epoch')} in {counted(len(run.cycles), 'cycle')}"
     rows.append(("Training time", f"{duration(run.seconds)} for {trained}"))
     commit = (run.start.get("commit") or "")[:10]
     rows.append(("Machine", ", commit ".join(filter(None, (run.start.get("device") or "not recorded", commit)))))

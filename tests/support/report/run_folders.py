@@ -50,7 +50,9 @@ def unlabelled_index(folder: Path, index: Path) -> Path:
 
 
 def start_row(index: Path, stages: int = 3) -> dict:
+    cycles = [{"view": "rgb", "epochs": 1, "mining": "none"}, {"view": "rgb", "epochs": 2}]  # of `training_rows`
     config = {"data": {"index": str(index), "frames": 8}, "mining": {"stages": stages}}
+    config |= {"schedule": {"cycles": cycles}}
     config = Config.from_dict(config).to_dict()
     return {
         "kind": "run",

@@ -19,7 +19,8 @@ from support.stand_in_loader import RandomLoader
 from cpr_fast.commands.training.pretrain import parse
 from cpr_fast.config import RunConfig, load
 from cpr_fast.errors import InputError
-from cpr_fast.pretrain.run.folder import LOCK, _resuming, only_writer
+from cpr_fast.pretrain.run.folder import _resuming, only_writer
+from cpr_fast.runtime.files import RUN_LOCK
 from cpr_fast.weights.checkpoint import load_checkpoint, save_checkpoint
 from cpr_fast.weights.reading import CheckpointError
 
@@ -143,7 +144,7 @@ def test_a_second_writer_is_refused_and_changes_nothing(tmp_path):
         for resume in (False, True, "auto"):
             with pytest.raises(InputError, match=rf"another run is writing to '.*run' \(process {os.getpid()} on "):
                 run(settings(out), resume=resume)
-        assert sorted(path.name for path in out.iterdir()) == [LOCK, "metrics.jsonl"]
+        assert sorted(path.name for path in out.iterdir()) == [RUN_LOCK, "metrics.jsonl"]
         assert (out / "metrics.jsonl").read_text() == "of the first\n"
     run(settings(out))
 
