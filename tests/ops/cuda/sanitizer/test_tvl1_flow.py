@@ -51,6 +51,20 @@ def test_float_frames_and_pixels_that_are_not_finite(shuffled, processors):
     assert_equals_cpu(shuffled, clips, **SHORT)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("slope", [-1, 1])
+def test_samples_far_outside_the_image(shuffled, axis, slope):
+    """A weak gradient and a great difference of the frames give a flow of more than a hundred pixels."""
+    shuffled.resize(processors=2)
+    along = (150 + slope * torch.arange(48)).to(torch.uint8)
+    image = along[:, None].expand(48, 40) if axis == 0 else along[:40].expand(48, 40)
+    clips = torch.stack([torch.zeros_like(image), image])[None].contiguous()
+    settings = SHORT | {"lambda_": 1000.0, "warps": 3}
+    component = torch.ops.cpr_fast.tvl1_flow(clips, *(DEFAULTS | settings).values())[0][:, :, 1 - axis]
+    assert (component * -slope).max() > 100
+    assert_equals_cpu(shuffled, clips, **settings)
+
+
 def test_on_the_other_device(shuffled):
     for now in (0, 1):
         shuffled.use(now)
