@@ -10,6 +10,8 @@ import os
 import secrets
 import shutil
 import socket
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -24,6 +26,10 @@ UNTOUCHED, NOTHING_LEFT = "the previous file is untouched", "nothing was left be
 TEMPORARY = ".cpr-fast-"  # how the names of files and folders begin that exist only while they are written
 
 log = logging.getLogger(__name__)
+
+_creating = threading.Lock()
+_created: set[Path] = set()  # folders that running blocks of `created` have made
+_in_use: Counter[Path] = Counter()  # how many running blocks need a folder
 
 
 @contextmanager
@@ -74,17 +80,29 @@ def require_writable(what: str, folder: Path, advice: str) -> None:
 @contextmanager
 def created(folder: str | Path) -> Iterator[None]:
     """Creates a folder for the block. If the block raises, the folders that were created are removed again, unless
-    something is in them: a command that refuses its input leaves nothing behind."""
+    something is in them: a command that refuses its input leaves nothing behind.
+
+    Threads may create the same folder at the same time: the last of their blocks that fail removes it.
+    """
     folder = Path(os.path.abspath(folder))
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    places, raised = (folder, *folder.parents), True
+    with _creating:
+        _created.update(place for place in places if not place.exists())
+        _in_use.update(places)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with _creating:  # so that no other block removes a part of the path meanwhile
+            folder.mkdir(parents=True, exist_ok=True)
         yield
-    except BaseException:
-        with suppress(OSError):
-            for path in new:
-                path.rmdir()
-        raise
+        raised = False
+    finally:
+        with _creating:
+            _in_use.subtract(places)
+            unused = [place for place in places if place in _created and not _in_use[place]]
+            _created.difference_update(unused)
+            if raised:
+                with suppress(OSError):
+                    for place in unused:
+                        place.rmdir()
 
 
 @contextmanager

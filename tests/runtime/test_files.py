@@ -190,3 +190,13 @@ def test_a_block_that_fails_leaves_no_folder(tmp_path, write, raised):
         (folder / "kept").write_text("work that was done")
         raise KeyboardInterrupt
     assert (folder / "kept").exists()
+
+
+def test_threads_that_fail_in_the_same_new_folder_leave_none_of_it(tmp_path):
+    def fail(number: int) -> None:
+        with pytest.raises(ValueError, match="refused"), replacing(tmp_path / "new" / "deep" / f"{number % 3}.txt"):
+            raise ValueError("refused")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(fail, range(400)))
+    assert not list(tmp_path.iterdir())
