@@ -146,8 +146,9 @@ def write_table(faults: list[dict], rows: dict[str, dict]) -> None:
     text = [
         "# Mutation score of the CUDA kernels",
         "",
-        f"Seeded faults of `csrc/cuda` (`bench/kernels/seeded_faults`) that the tests catch, at commit {commit}:",
-        '`python bench/kernels/mutations.py`. "Equivalent" faults change no behaviour and do not count.',
+        "Seeded faults of `csrc/cuda` (`bench/kernels/seeded_faults`) that the tests catch:",
+        f"`python bench/kernels/mutations.py`. A fault is measured again when its edits change, the last at {commit}.",
+        '"Equivalent" faults change no behaviour and do not count.',
         "",
         "| class | faults | equivalent | caught | by the sanitizer | by host execution | by others |",
         "|---|---|---|---|---|---|---|",

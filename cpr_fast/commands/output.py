@@ -55,12 +55,12 @@ def show_once(result: dict[str, Any], json: bool, **text: Any) -> None:
     distributed.finish()
 
 
-def about_unfinished(runs: Iterable[Path]) -> list[str]:
-    """Returns a note for each run folder whose training has not reached its last epoch."""
+def about_unfinished(runs: Iterable[Path | None]) -> list[str]:
+    """Returns a note for each run folder whose training has not reached its last epoch; None stands for no run."""
     from cpr_fast.report.run_folder.run import Run
     from cpr_fast.report.run_folder.unfinished import unfinished
 
-    found = [(folder, unfinished(Run(folder))) for folder in runs]
+    found = [(folder, unfinished(Run(folder))) for folder in runs if folder is not None]
     return [line for folder, text in found if text for line in ("", f"note: {folder}: {text}")]
 
 

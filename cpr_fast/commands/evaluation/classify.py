@@ -63,7 +63,7 @@ def run_classify(
         seeds=seeds, run_dir=run_of(checkpoint), progress=True,
     )  # fmt: skip
     run = run_of(checkpoint)
-    lines = [*_lines(result), *about_unfinished(filter(None, [run]))]
+    lines = [*_lines(result), *about_unfinished([run])]
     show_once(result, json, lines=lines, next_step=after_evaluation(run, checkpoint, index[0]))
 
 

@@ -30,12 +30,12 @@ def source_interval(values: Tensor, sources: Tensor) -> list[float] | None:
     """
     values = values.double()
     means = resampled_means(values[:, None], sources)
-    return None if means is None else mean_interval(means[:, 0], counted_sources(values, sources), 0, 1)
+    return None if means is None else mean_interval(means[:, 0], len(sources[~values.isnan()].unique()), 0, 1)
 
 
-def counted_sources(values: Tensor, sources: Tensor) -> int:
-    """Returns n, the number of sources of the `values` [Q] that are not NaN."""
-    return len(sources[~values.isnan()].unique())
+def are_equal(means: Tensor) -> bool:
+    """Returns whether bootstrap samples [RESAMPLES] differ by rounding only, as if all sources have the same mean."""
+    return (means.max() - means.min()).item() <= NO_SPREAD
 
 
 def mean_interval(means: Tensor, count: int, least: float, most: float) -> list[float]:
@@ -44,7 +44,7 @@ def mean_interval(means: Tensor, count: int, least: float, most: float) -> list[
     Args:
         least, most: The smallest and the largest value that a query can have.
     """
-    if (means.max() - means.min()).item() <= NO_SPREAD:
+    if are_equal(means):
         return unseen_interval(means[0].item(), count, least, most)
     return percentile_interval(means)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cpr_fast.evaluate.features.intervals import NO_SPREAD, mean_interval, resampled_means, seed_interval
+from cpr_fast.evaluate.features.intervals import NO_SPREAD, are_equal, mean_interval, resampled_means, seed_interval
 
 
 def paired_difference(first: Tensor, second: Tensor, sources: Tensor) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def paired_difference(first: Tensor, second: Tensor, sources: Tensor) -> dict[st
     found |= {"difference": paired[counted].mean().item(), "ci95": None, "p": None}
     means = resampled_means(paired[:, None], sources)
     if means is not None:
-        if (means.max() - means.min()).item() <= NO_SPREAD:
+        if are_equal(means):
             p = 2 * (1 + abs(found["difference"])) ** -found["sources"]
         else:
             p = 2 * (1 + min(int((means <= 0).sum()), int((means >= 0).sum()))) / (1 + len(means))

@@ -65,7 +65,6 @@ def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
     if exists and not folder.is_dir():
         raise _no_checkpoint(folder / "checkpoints")
     require_writable("run.out", folder, OTHER_FOLDER)
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
     new = [folder / name for name in OF_THE_START if not os.path.lexists(folder / name)]
     refusal = (
         f"run.out: another run is writing to {str(folder)!r} ({{holder}}). Wait until it has ended, or choose another "
@@ -76,7 +75,7 @@ def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
             yield
         except InputError:
             if not _has_trained(folder):
-                _remove(new, created)
+                _remove(new)
             raise
 
 
@@ -90,14 +89,12 @@ def _has_trained(folder: Path) -> bool:
         return (folder / METRICS_FILE).exists()
 
 
-def _remove(files: list[Path], folders: list[Path]) -> None:
-    """Removes files, or folders with their content, and then those of `folders` that are empty. What cannot be removed
-    stays: the error about the input matters more."""
+def _remove(files: list[Path]) -> None:
+    """Removes files, or folders with their content. What cannot be removed stays: the error about the input matters
+    more."""
     with suppress(OSError):
         for path in filter(os.path.lexists, files):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in folders:
-            path.rmdir()
 
 
 def open_run(

@@ -10,13 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.operator_references import integers, lattice, normal, select_by_sorting, unit
-
-ROUTES = {  # routes of cascade_select, and the device limits that select them
-    "on chip": {},
-    "in cache": {"shared_limit": 0},
-    "refined": {"shared_limit": 0, "cache_size": 0},
-}
+from support.operator_references import ROUTES, integers, lattice, normal, select_by_sorting, unit
 
 
 @pytest.fixture(params=ROUTES)
