@@ -12,9 +12,10 @@ import shutil
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from cpr_fast.errors import InputError
 
@@ -24,6 +25,9 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 RUN_LOCK = ".run.lock"  # in a run folder; held as long as the run trains
 UNTOUCHED, NOTHING_LEFT = "the previous file is untouched", "nothing was left behind"
 TEMPORARY = ".cpr-fast-"  # how the names of files and folders begin that exist only while they are written
+TRIES = 100  # to create a file in a new folder that failing processes remove at the same time
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +86,8 @@ def created(folder: str | Path) -> Iterator[None]:
     """Creates a folder for the block. If the block raises, the folders that were created are removed again, unless
     something is in them: a command that refuses its input leaves nothing behind.
 
-    Threads may create the same folder at the same time: the last of their blocks that fail removes it.
+    Threads may create the same folder at the same time: the last of their blocks that fail removes it. Another process
+    may remove it as long as it is empty, hence `_in_folder`.
     """
     folder = Path(os.path.abspath(folder))
     places, raised = (folder, *folder.parents), True
@@ -90,8 +95,7 @@ def created(folder: str | Path) -> Iterator[None]:
         _created.update(place for place in places if not place.exists())
         _in_use.update(places)
     try:
-        with _creating:  # so that no other block removes a part of the path meanwhile
-            folder.mkdir(parents=True, exist_ok=True)
+        _in_folder(folder, lambda: None)
         yield
         raised = False
     finally:
@@ -103,6 +107,19 @@ def created(folder: str | Path) -> Iterator[None]:
                 with suppress(OSError):
                     for place in unused:
                         place.rmdir()
+
+
+def _in_folder(folder: Path, create: Callable[[], T]) -> T:
+    """Makes a folder and returns what `create` does in it; again if the folder was removed in between, by another
+    process whose block of `created` has failed."""
+    for left in reversed(range(TRIES)):
+        try:
+            with _creating:  # so that no other block removes a part of the path meanwhile
+                folder.mkdir(parents=True, exist_ok=True)
+            return create()
+        except (FileNotFoundError, FileExistsError):  # the latter from mkdir, where what existed is no longer there
+            if not left:
+                raise
 
 
 @contextmanager
@@ -124,7 +141,7 @@ def replacing(path: str | Path, kept: str = "", *, durable: bool = False) -> Ite
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}{suffix}")
     with naming(path, kept or (UNTOUCHED if path.exists() else NOTHING_LEFT)), created(path.parent):
         _remove_abandoned(path.parent.absolute())
-        descriptor = _open_locked(temporary)
+        descriptor = _in_folder(path.parent, lambda: _open_locked(temporary))
         try:
             yield temporary
             if durable:
@@ -152,11 +169,14 @@ def temporary_folder(parent: str | Path) -> Iterator[Path]:
     """Yields a new folder that is removed after the block or, if the process is killed, as a file of `replacing` is."""
     _remove_abandoned(Path(parent).absolute())
     folder = Path(parent) / f"{TEMPORARY}{secrets.token_hex(6)}"
-    folder.mkdir()
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    while True:
+        descriptor = _in_folder(folder, lambda: os.open(folder, os.O_RDONLY))
         with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _is_current(descriptor, folder):
+            break
+        os.close(descriptor)  # another process removed it before it was locked
+    try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -179,7 +199,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 @contextmanager
-def one_writer(lock: str | Path, refusal: str | None) -> Iterator[None]:
+def one_writer(lock: str | Path, busy: str | None, advice: str = "wait until it has ended") -> Iterator[None]:
     """Lets one process at a time run the block; the file `lock` exists meanwhile, and its folder is created,
     see `created`.
 
@@ -187,16 +207,18 @@ def one_writer(lock: str | Path, refusal: str | None) -> Iterator[None]:
     locks (some network file systems) the block runs unprotected, and the log says so.
 
     Args:
-        refusal: The error while another process runs the block, in which {holder} is replaced by this process and its
-            machine; None waits until the other process has ended.
+        busy: What another process does while it runs the block, for the error, which adds the number of this process
+            and its machine; None waits until the other process has ended.
+        advice: What to do meanwhile; the end of the error.
     Raises:
-        InputError: `refusal`, or the folder cannot be written.
+        InputError: another process runs the block, or the folder cannot be written.
     """
     lock = Path(os.path.abspath(lock))
     with ExitStack() as stack:
         with naming(lock.parent, NOTHING_LEFT):
             stack.enter_context(created(lock.parent))
-            descriptor = _open_locked(lock, refusal, warns=True)
+            refusal = None if busy is None else lambda holder: f"{busy} ({holder}); {advice}"
+            descriptor = _in_folder(lock.parent, lambda: _open_locked(lock, refusal, warns=True))
             with suppress(OSError):  # a full disk; the holder is only for the refusal of others
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -225,8 +247,9 @@ def is_locked(lock: Path) -> bool:
     return False
 
 
-def _open_locked(lock: Path, refusal: str | None = None, *, warns: bool = False) -> int:
-    """Opens and locks a file; once more if the process that held the lock has removed the file meanwhile."""
+def _open_locked(lock: Path, refusal: Callable[[str], str] | None = None, *, warns: bool = False) -> int:
+    """Opens and locks a file; once more if the process that held the lock has removed the file meanwhile. `refusal`
+    returns the error about the process that holds the lock; without it, the lock is waited for."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -234,7 +257,7 @@ def _open_locked(lock: Path, refusal: str | None = None, *, warns: bool = False)
         except BlockingIOError:
             holder = os.pread(descriptor, 400, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            raise InputError(refusal.replace("{holder}", holder)) from None
+            raise InputError(refusal(holder)) from None
         except OSError as error:
             if warns:
                 said = "Cannot lock %r (%s): make sure that no other process writes there"
@@ -284,7 +307,7 @@ class LineFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         with created(self.path.parent):
-            self._descriptor = self._open()
+            self._descriptor = _in_folder(self.path.parent, self._open)
 
     def append(self, line: str) -> None:
         """Writes `line`, without line breaks, and a line break. Raises OSError if the disk is full."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -199,4 +201,67 @@ def test_threads_that_fail_in_the_same_new_folder_leave_none_of_it(tmp_path):
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(fail, range(400)))
+    assert not list(tmp_path.iterdir())
+
+
+def failing(folder):
+    """A process that creates a folder and removes it again many times, as a command that refuses its input does."""
+    program = f"""
+from contextlib import suppress
+from pathlib import Path
+from cpr_fast.runtime.files import replacing
+for _ in range(1000):
+    with suppress(ValueError), replacing(Path({str(folder / "refused")!r})):
+        raise ValueError
+"""
+    return subprocess.Popen([sys.executable, "-c", program])
+
+
+@pytest.mark.parametrize("write", ["replacing", "one_writer", "LineFile", "temporary_folder"])
+def test_a_folder_that_another_process_removes_is_created_again(tmp_path, write):
+    """The other process may remove an empty folder at any moment before the first file is in it."""
+    folder = tmp_path / "new" / "deep"
+
+    def use():
+        if write == "replacing":
+            with replacing(folder / "a") as temporary:
+                temporary.write_text("whole")
+            (folder / "a").unlink()
+        elif write == "one_writer":
+            with one_writer(folder / ".lock", None):
+                pass
+        elif write == "LineFile":
+            LineFile(folder / "lines").close()
+        else:
+            with temporary_folder(folder) as temporary:
+                (temporary / "a").write_text("whole")
+
+    other = failing(folder)
+    while other.poll() is None:
+        use()
+        with suppress(OSError):
+            folder.rmdir()
+    assert other.returncode == 0
+
+
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path):
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing" / "file")
+    for path in (tmp_path / "nowhere" / "a", tmp_path / "nowhere"):
+        with pytest.raises((FileNotFoundError, FileExistsError)):
+            LineFile(path)
+
+
+def test_a_temporary_folder_that_another_process_takes_for_abandoned_is_made_again(tmp_path, monkeypatch):
+    """Between its creation and its lock, a process that starts to write beside it may remove it."""
+    real, taken = fcntl.flock, []
+
+    def flock(descriptor, operation):
+        if not taken:
+            taken.extend(tmp_path.iterdir())
+            taken[0].rmdir()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with temporary_folder(tmp_path) as folder:
+        assert taken == [folder] and folder.is_dir()
     assert not list(tmp_path.iterdir())

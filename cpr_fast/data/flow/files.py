@@ -68,8 +68,8 @@ class FlowFiles:
 
     def __enter__(self) -> FlowFiles:
         """Raises InputError while another process computes the same shard of the same videos into OUT."""
-        refusal = f"--out: another process is computing the same videos into {str(self._out)!r}"
-        self._lock = one_writer(self._lock_file, refusal)
+        busy = f"--out: another process is computing the same videos into {str(self._out)!r}"
+        self._lock = one_writer(self._lock_file, busy)
         self._lock.__enter__()
         return self
 

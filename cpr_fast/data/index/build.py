@@ -68,8 +68,8 @@ def _only_index(out: Path, options: IndexOptions) -> Iterator[None]:
         for option, folder, name in (("--out", out.parent, out.stem), ("--transcode", options.transcode, "transcode")):
             if folder is not None:
                 named = str(out if option == "--out" else folder)
-                refusal = f"{option}: another `cpr-fast index` is writing {named!r}; wait until it has ended"
-                stack.enter_context(one_writer(folder / f".{name}{part}.index.lock", refusal))
+                busy = f"{option}: another `cpr-fast index` is writing {named!r}"
+                stack.enter_context(one_writer(folder / f".{name}{part}.index.lock", busy))
         yield
 
 

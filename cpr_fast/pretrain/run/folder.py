@@ -66,11 +66,8 @@ def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
         raise _no_checkpoint(folder / "checkpoints")
     require_writable("run.out", folder, OTHER_FOLDER)
     new = [folder / name for name in OF_THE_START if not os.path.lexists(folder / name)]
-    refusal = (
-        f"run.out: another run is writing to {str(folder)!r} ({{holder}}). Wait until it has ended, or choose another "
-        "folder with --run.out"
-    )
-    with one_writer(folder / LOCK, refusal):
+    busy = f"run.out: another run is writing to {str(folder)!r}"
+    with one_writer(folder / LOCK, busy, "wait until it has ended, or choose another folder with --run.out"):
         try:
             yield
         except InputError:

@@ -25,6 +25,8 @@ from cpr_fast.data.index.build import IndexOptions, write_index
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import one_writer
 
+HOLDER = f"process {os.getpid()} on {socket.gethostname()}"
+
 
 @pytest.fixture
 def root(tmp_path):
@@ -36,7 +38,7 @@ def root(tmp_path):
 def test_one_process_at_a_time_holds_a_lock(tmp_path):
     lock = tmp_path / "new/.lock"
     with one_writer(lock, "busy"):
-        with pytest.raises(InputError, match="^busy$"), one_writer(lock, "busy"):
+        with pytest.raises(InputError, match="^busy "), one_writer(lock, "busy"):
             pass
         assert lock.exists()
     assert not lock.exists()
@@ -46,9 +48,11 @@ def test_one_process_at_a_time_holds_a_lock(tmp_path):
 
 
 def test_a_refusal_names_the_process_that_holds_the_lock(tmp_path):
-    with one_writer(tmp_path / ".lock", "busy: {holder}"):
-        said = f"^busy: process {os.getpid()} on {socket.gethostname()}$"
-        with pytest.raises(InputError, match=said), one_writer(tmp_path / ".lock", "busy: {holder}"):
+    with one_writer(tmp_path / ".lock", "busy"):
+        said = rf"^busy \({HOLDER}\); wait until it has ended$"
+        with pytest.raises(InputError, match=said), one_writer(tmp_path / ".lock", "busy"):
+            pass
+        with pytest.raises(InputError, match="; go$"), one_writer(tmp_path / ".lock", "busy", "go"):
             pass
 
 
@@ -74,7 +78,7 @@ def test_a_lock_that_the_block_removed_is_not_taken_from_the_next_writer(tmp_pat
         lock.unlink()
         second = one_writer(lock, "busy")
         second.__enter__()
-    with pytest.raises(InputError, match="^busy$"), one_writer(lock, "busy"):
+    with pytest.raises(InputError, match="^busy "), one_writer(lock, "busy"):
         pass
     second.__exit__(None, None, None)
     assert not os.listdir(tmp_path)
@@ -97,8 +101,11 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, root, caplog, monkey
 @pytest.mark.parametrize(
     ("second", "refusal"),
     [
-        (["--out", "{0}/i.csv"], "--out: another `cpr-fast index` is writing '{0}/i.csv'"),
-        (["--out", "{0}/other.csv", "--transcode", "{0}/small"], "--transcode: another `cpr-fast index` is writing"),
+        (["--out", "{0}/i.csv"], "--out: another `cpr-fast index` is writing '{0}/i.csv' ({1})"),
+        (
+            ["--out", "{0}/other.csv", "--transcode", "{0}/small"],
+            "--transcode: another `cpr-fast index` is writing '{0}/small' ({1})",
+        ),
         (["--out", "{0}/other.csv"], None),
         (["--out", "{0}/i.csv", "--shard", "1/2"], None),
     ],
@@ -115,7 +122,7 @@ def test_a_second_index_is_refused_while_the_first_runs(tmp_path, root, capsys, 
     monkeypatch.setattr(build, "transcode_video", transcode)
     write_index(root, tmp_path / "i.csv", IndexOptions(transcode=tmp_path / "small"))
     assert codes == [2 if refusal else 0]
-    assert refusal is None or refusal.format(tmp_path) in capsys.readouterr().err
+    assert refusal is None or refusal.format(tmp_path, HOLDER) in capsys.readouterr().err
     assert (tmp_path / "i.csv").read_text().count("small/A/") == 3
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
 
