@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from torch import Tensor
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file.
 
-    The library's own function writes a further temporary file, which a killed process leaves, ignores the umask, so
-    that only the owner could read the file, and reports a failed write as an error of its own.
+    Equal tensors and metadata give equal bytes. The library's own function writes the metadata in random order and a
+    further temporary file, which a killed process leaves, ignores the umask, so that only the owner could read the
+    file, and reports a failed write as an error of its own.
 
     Raises:
         OSError: the file could not be written.
@@ -20,4 +22,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     """
     from safetensors.torch import save
 
-    path.write_bytes(save(dict(tensors), dict(metadata) if metadata else None))
+    data = save(dict(tensors), dict(metadata) if metadata else None)
+    size = int.from_bytes(data[:8], "little")  # of the header, JSON padded with blanks
+    header = json.loads(data[8 : 8 + size])
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(memoryview(data)[8 + size :])

@@ -215,3 +215,15 @@ def test_the_time_of_a_step_has_two_digits_and_no_exponent(seconds, said):
 def test_a_length_that_cannot_be_is_refused_and_nothing_is_written(listed, capsys, options, said):
     assert main(["init", "index.csv", *options]) == 2
     assert said in capsys.readouterr().err and not Path("recipe.toml").exists()
+
+
+def test_a_recipe_that_another_command_wrote_during_the_measurement_is_not_replaced(listed, monkeypatch, capsys):
+    def meanwhile(*_arguments, **_options):
+        Path("recipe.toml").write_text("by another command")
+        return {"loader_s_per_step": 2.0, "stage_s_per_step": {"step": 0.5}, "other_programs": 0.25}
+
+    monkeypatch.setattr("cpr_fast.doctor.bottleneck.breakdown", meanwhile)
+    assert main(["init", "index.csv"]) == 2
+    assert "--out: 'recipe.toml' exists" in capsys.readouterr().err
+    assert Path("recipe.toml").read_text() == "by another command"
+    assert main(["init", "index.csv", "--force"]) == 0

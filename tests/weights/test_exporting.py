@@ -106,6 +106,13 @@ def test_safetensors_hold_every_view(trained_run, tmp_path):
             assert torch.equal(file.get_tensor(f"rgb.{name}"), tensor)
 
 
+@pytest.mark.parametrize("form", ["safetensors", "coclr"])
+def test_an_export_of_the_same_checkpoint_has_the_same_bytes(trained_run, tmp_path, form):
+    for number in range(4):
+        export(trained_run, tmp_path / str(number) / "a", to=form)
+    assert len({(tmp_path / str(number) / "a").read_bytes() for number in range(4)}) == 1
+
+
 @pytest.mark.slow
 def test_onnx_computes_the_same_for_any_batch(trained_run, tmp_path):
     for name in ("onnx", "onnxscript"):

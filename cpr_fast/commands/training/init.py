@@ -80,6 +80,7 @@ def init(
         pace = _pace(videos, facts.split, sized.config, "cuda" if gpu else "cpu", seconds)
     if minutes is not None and (fit := _epochs_that_fit(sized, pace.step_s, minutes)) < total_epochs(sized):
         sized = sized_recipe(facts, *named, fit)
+    _require_new(out, force)  # again, because the measurement takes long and another command may have written it
     with replacing(out) as temporary:
         temporary.write_text(sized.text, encoding="utf-8")
     lines = [
@@ -102,6 +103,10 @@ def _check_options(
         raise InputError("--minutes: expected --seconds above 0 with it, because the time of a step must be measured")
     if out.is_dir():
         raise InputError(f"--out: expected the name of a TOML file, but {str(out)!r} is a folder")
+    _require_new(out, force)
+
+
+def _require_new(out: Path, force: bool) -> None:
     if out.exists() and not force:
         raise InputError(f"--out: {str(out)!r} exists; give another name, or --force to replace it")
 
