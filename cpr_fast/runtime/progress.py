@@ -160,10 +160,11 @@ class _Report:
         return (self.own_left or self.forecast.text)()
 
     def pace(self, rate: float) -> str:
-        """Returns "3.2 videos/s" or, below one in a second, "12.5 s each"; "" where nothing is known."""
+        """Returns "3.2 videos/s", "4.8 videos/min" or "2.5 videos/h"; "" where nothing is known."""
         if not rate:
             return ""
-        return f"{rate:.1f} {self.unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        seconds, name = next((t for t in ((1, "s"), (60, "min")) if rate * t[0] >= 1), (3600, "h"))
+        return f"{rate * seconds:.1f} {self.unit}/{name}"
 
     def print_line(self, done: int, elapsed_s: float, *, end: bool = False) -> None:
         parts = [f"{self.description}: {done}/{self.total} {self.unit}"]

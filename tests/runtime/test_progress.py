@@ -50,9 +50,9 @@ def test_slow_items_and_the_status(clock, capsys):
     loss = iter("abc")
     lines = run(clock, capsys, 3, 60.0, status=lambda: f"loss {next(loss)}")
     assert lines == [
-        "decoding: 1/3 videos, 60.0 s each, about 2 min left, loss a",
-        "decoding: 2/3 videos, 60.0 s each, about 1 min left, loss b",
-        "decoding: 3/3 videos, 60.0 s each, done in 3 min 00 s, loss c",
+        "decoding: 1/3 videos, 1.0 videos/min, about 2 min left, loss a",
+        "decoding: 2/3 videos, 1.0 videos/min, about 1 min left, loss b",
+        "decoding: 3/3 videos, 1.0 videos/min, done in 3 min 00 s, loss c",
     ]
 
 
@@ -75,17 +75,17 @@ def test_a_long_item_is_not_silent(clock, capsys, monkeypatch):
             assert printed() == "decoding: 0/2 videos\n"
             clock[0] = 1050.0
         else:
-            assert capsys.readouterr().err == "decoding: 1/2 videos, 50.0 s each, about 50 s left\n"
+            assert capsys.readouterr().err == "decoding: 1/2 videos, 1.2 videos/min, about 50 s left\n"
             clock[0] = 1090.0
-            assert printed() == "decoding: 1/2 videos, 90.0 s each, about 50 s left\n"
+            assert printed() == "decoding: 1/2 videos, 40.0 videos/h, about 50 s left\n"
             clock[0] = 1100.0
-    assert capsys.readouterr().err == "decoding: 2/2 videos, 50.0 s each, done in 1 min 40 s\n"
+    assert capsys.readouterr().err == "decoding: 2/2 videos, 1.2 videos/min, done in 1 min 40 s\n"
 
 
 def test_a_single_item_is_not_yet_a_pace(clock, capsys):
     """The first line waits for the third item: 20 s a video are not said from one video, which took 20 s to set up."""
     lines = run(clock, capsys, 4, 8.0)
-    assert lines[0] == "decoding: 3/4 videos, 8.0 s each, a few seconds left"
+    assert lines[0] == "decoding: 3/4 videos, 7.5 videos/min, a few seconds left"
 
 
 def test_the_setup_in_the_first_item_is_not_counted_for_the_others(clock):
@@ -113,8 +113,8 @@ def test_unequal_items_are_counted_by_their_work(clock, capsys):
 def test_the_time_left_may_be_that_of_a_larger_whole(clock, capsys):
     lines = run(clock, capsys, 2, 6.0, left=lambda: "about 3 h left in total")
     assert lines == [
-        "decoding: 1/2 videos, 6.0 s each, about 3 h left in total",
-        "decoding: 2/2 videos, 6.0 s each, done in 12 s, about 3 h left in total",
+        "decoding: 1/2 videos, 10.0 videos/min, about 3 h left in total",
+        "decoding: 2/2 videos, 10.0 videos/min, done in 12 s, about 3 h left in total",
     ]
 
 
