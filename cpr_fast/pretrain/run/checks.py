@@ -212,7 +212,7 @@ def _about_memory(config: Config, plans: Sequence[CyclePlan]) -> Iterator[str]:
             yield (
                 f"{_named(late)} never {_verb(late, 'mines: its', 'mine: their')} bank is full after "
                 f"{late[0].fill_steps} steps, and {_verb(late, 'it ends', 'they end')} after "
-                f"{_span(p.steps for p in late)}. Set {_epochs_of(late)} to at least {epochs}"
+                f"{_span(p.steps for p in late)}. Set {_longer(config, late, epochs)}"
             )
         return
     yield from _about_random_entries(config, [plan for plan in plans if plan.learns_while_filling])
@@ -222,14 +222,14 @@ def _about_memory(config: Config, plans: Sequence[CyclePlan]) -> Iterator[str]:
         yield (
             f"{_named(never)} NEVER {_verb(never, 'LEARNS', 'LEARN')}: training starts once the queue of memory.size = "
             f"{size} entries is full, after {filled} steps, but {_verb(never, 'the cycle ends', 'they end')} after "
-            f"{_length(never)}. {_ways(never)}"
+            f"{_length(never)}. {_ways(config, never)}"
         )
     if slow := [plan for plan in waiting if plan not in never and plan.fill_share > LONG_FILL]:
         yield (
             f"{_named(slow)} {_verb(slow, 'learns', 'learn')} in only {_span(p.steps - filled for p in slow)} of "
             f"{_verb(slow, 'its', 'their')} {_length(slow)}: the first {filled} "
             f"({_span((p.fill_share for p in slow), '.0%')}) fill the queue of memory.size = {size} entries. "
-            f"{_ways(slow)}"
+            f"{_ways(config, slow)}"
         )
 
 
@@ -242,15 +242,15 @@ def _about_random_entries(config: Config, plans: Sequence[CyclePlan]) -> Iterato
             f"{config.memory.size} entries: {_verb(short, 'it ends', 'they end')} after {_length(short)} with "
             f"{_span(plan.steps * plan.clips for plan in short)} keys in it, and the other entries are still the "
             f"random vectors that a queue starts with, which are easy negatives. Set memory.size to "
-            f"{min(plan.steps for plan in short) * short[0].clips} or less, or {_epochs_of(short)} to {epochs} or more"
+            f"{min(plan.steps for plan in short) * short[0].clips} or less, or {_longer(config, short, epochs)}"
         )
 
 
-def _ways(plans: Sequence[CyclePlan]) -> str:
+def _ways(config: Config, plans: Sequence[CyclePlan]) -> str:
     """Returns the settings with which the queue is full early enough in each of the cycles."""
     size = min(max(1, int(plan.steps * LONG_FILL)) * plan.clips for plan in plans)  # a whole number of steps
     epochs = math.ceil(plans[0].fill_steps / LONG_FILL / plans[0].epoch_steps)
-    return f"Set memory.size to {size} or less, or {_epochs_of(plans)} to {epochs} or more"
+    return f"Set memory.size to {size} or less, or {_longer(config, plans, epochs)}"
 
 
 def _length(plans: Sequence[CyclePlan]) -> str:
@@ -342,9 +342,13 @@ def _named(plans: Sequence[CyclePlan]) -> str:
     return cycle_names([(plan.number, plan.cycle) for plan in plans])
 
 
-def _epochs_of(plans: Sequence[CyclePlan]) -> str:
-    """Returns the name of the setting that holds the epochs of the cycles."""
-    return f"{plans[0].key}.epochs" if len(plans) == 1 else "the epochs of each of them (schedule.cycles)"
+def _longer(config: Config, plans: Sequence[CyclePlan], epochs: int) -> str:
+    """Returns the two settings that give each of the cycles at least `epochs` epochs: its own, and that of the whole
+    run, which --epochs shares among the cycles and which takes precedence over the first."""
+    name = f"{plans[0].key}.epochs" if len(plans) == 1 else "the epochs of each of them (schedule.cycles)"
+    parts = [cycle.epochs for cycle in config.schedule.cycles]
+    least = max(math.ceil(sum(parts) * epochs / plan.cycle.epochs) for plan in plans)
+    return f"{name} to {epochs} or more (with --epochs: {least} or more for the whole run)"
 
 
 def _verb(plans: Sequence[CyclePlan], one: str, several: str) -> str:

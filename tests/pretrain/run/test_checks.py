@@ -10,6 +10,7 @@ from support.small_runs import INDEX, rows, run, settings
 from support.stand_in_loader import RandomLoader
 
 from cpr_fast.config import Config
+from cpr_fast.config.epochs import share_epochs
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.pretrain.run.checks import check_run, plan_cycles
@@ -48,7 +49,7 @@ FLOW = {"view": "flow", "epochs": 8, "mining": "none"}  # before a cascade, whos
          {"cycles": [RGB | {"epochs": 1}], "memory": {"size": 60}}),
         (r"cycle 1 .*mining label.*never fills its queue .*random vectors",
          {"cycles": [RGB | {"epochs": 1, "mining": "label"}], "memory": {"size": 19}}),
-        (r"cycle 1 .*never mines: its bank is full after 3 steps, and it ends after 3. Set .*epochs to at least 2",
+        (r"cycle 1 .*never mines: its bank is full after 3 steps, and it ends after 3. Set .*epochs to 2 or more",
          {"cycles": [CASCADE | {"epochs": 1, "other": "residual"}], "memory": {"kind": "bank"}}),
         (r"cycle 2 .*can mine nothing: all 18 videos have the source 'one'",
          {"index": changed(source="one"), "cycles": [FLOW, CASCADE]}),
@@ -86,24 +87,24 @@ ONE, LONG = {"epochs": 1}, {"epochs": 40}
     [
         (["cycles 1 to 3 and 5 NEVER LEARN: training starts once the queue of memory.size = 24 entries is full, after "
           "4 steps, but they end after 3 steps (1 epoch of 3 steps). Set memory.size to 6 or less, or the epochs of "
-          "each of them (schedule.cycles) to 6 or more",
+          "each of them (schedule.cycles) to 6 or more (with --epochs: 36 or more for the whole run)",
           "cycle 4 (rgb, mining cascade) learns in only 2 of its 6 steps (2 epochs of 3 steps): the first 4 (67%) fill "
           "the queue of memory.size = 24 entries. Set memory.size to 6 or less, or "
-          "schedule.cycles[3].epochs to 6 or more"],
+          "schedule.cycles[3].epochs to 6 or more (with --epochs: 18 or more for the whole run)"],
          {"cycles": [CASCADE | ONE, CASCADE | ONE, CASCADE | ONE, CASCADE | {"epochs": 2}, CASCADE | ONE],
           "memory": {"size": 24}, "model": {"init": {"flow": "f.pt"}, "width": 0.0625, "feature_dim": 8}}),
         (["cycles 1 to 3 never fill their queue of memory.size = 24 entries: they end after 3 steps (1 epoch of 3 "
           "steps) with 18 keys in it, and the other entries are still the random vectors that a queue starts with, "
           "which are easy negatives. Set memory.size to 18 or less, or the epochs of each of them (schedule.cycles) to "
-          "2 or more"],
+          "2 or more (with --epochs: 10 or more for the whole run)"],
          {"cycles": [RGB | ONE, FLOW | ONE, RGB | ONE | {"mining": "label"}, RGB | {"epochs": 2}],
           "memory": {"size": 24}}),
         (["cycles 2 and 3 learn in only 14 to 20 of their 24 to 30 steps (8 to 10 epochs of 3 steps): the first 10 "
           "(33% to 42%) fill the queue of memory.size = 60 entries. Set memory.size to 36 or less, or the epochs of "
-          "each of them (schedule.cycles) to 14 or more"],
+          "each of them (schedule.cycles) to 14 or more (with --epochs: 46 or more for the whole run)"],
          {"cycles": [FLOW, CASCADE, CASCADE | {"epochs": 10}], "memory": {"size": 60}}),
         (["cycles 1 and 2 never mine: their bank is full after 3 steps, and they end after 3. Set the epochs of each "
-          "of them (schedule.cycles) to at least 2"],
+          "of them (schedule.cycles) to 2 or more (with --epochs: 4 or more for the whole run)"],
          {"cycles": [CASCADE | ONE | {"other": "residual"}, CASCADE | ONE | {"view": "residual", "other": "rgb"}],
           "memory": {"kind": "bank"}, "model": {"shared": True, "width": 0.0625, "feature_dim": 8}}),
         (["cycles 1 and 3 have a learning rate of 1e-09, 1e-08: the weights will hardly change; set optim.lr (the "
@@ -144,6 +145,14 @@ def test_the_advice_for_several_cycles_is_sound():
     assert "Set memory.size to 6 or less, or the epochs of each of them (schedule.cycles) to 6 or more" in warning
     assert warnings(cycles=short, memory={"size": 6}, mining=ONE_STAGE) == []
     assert warnings(cycles=[cycle | {"epochs": 6} for cycle in short], memory={"size": 24}, mining=ONE_STAGE) == []
+    total = int(re.search(r"with --epochs: (\d+) or more", warning).group(1))
+
+    def left(total: int) -> list[str]:
+        parts = share_epochs([cycle["epochs"] for cycle in short], total)
+        cycles = [cycle | {"epochs": n} for cycle, n in zip(short, parts, strict=True)]
+        return warnings(cycles=cycles, memory={"size": 24}, mining=ONE_STAGE)
+
+    assert left(total - len(short)) and not any(left(total + more) for more in range(40))
 
 
 @pytest.mark.parametrize(
