@@ -81,8 +81,8 @@ def signs(run: Run, compared: Compared | None = None) -> list[str]:
     untrained network, its loss, its nearest neighbours and its features show.
 
     Only the comparison with the untrained network shows that a run learnt: clips of a video have similar pictures, so a
-    loss below chance and sensible neighbours are also found with random weights. `compared` is what `compare_videos`
-    returned, where it was called before.
+    loss better than chance and sensible neighbours are also found with random weights. `compared` is what
+    `compare_videos` returned, where it was called before.
     """
     below, loss = _loss(run)
     level, neighbours = _neighbours(run, compared)
@@ -129,8 +129,8 @@ def same_video(run: Run) -> tuple[dict[str, str], str | None]:
 
 
 def _loss(run: Run) -> tuple[list[bool | None], str | None]:
-    """Returns whether the loss of the last epoch of every trained view is below chance (None: cannot be compared), and
-    a sentence about it."""
+    """Returns whether the loss of the last epoch of every trained view is better than chance (None: cannot be
+    compared), and a sentence about it."""
     said: dict[bool | None, list[str]] = {}
     for view in VIEWS:
         rows = [row for row in run.epochs if row["view"] == view and row.get("loss") is not None]
@@ -141,8 +141,8 @@ def _loss(run: Run) -> tuple[list[bool | None], str | None]:
         text = f"{VIEW_NAMES[view]} {last:.3f}" + ("" if chance is None else f" (chance {chance:.3f})")
         said.setdefault(below, []).append(text)
     meanings = {
-        True: "below chance: the network tells clips of a video from those of others",
-        False: "not below chance: it does not show that anything was learnt",
+        True: "better than chance: the network tells clips of a video from those of others",
+        False: "not better than chance: it does not show that anything was learnt",
         None: "cannot be compared with chance, because it is not known or the queue held random vectors",
     }
     parts = [f"{', '.join(said[kind])} – {meaning}" for kind, meaning in meanings.items() if kind in said]

@@ -134,19 +134,18 @@ def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> list[tuple
         text = "the loss did not fall"
         if chance is not None and last < chance:
             text += (
-                ", but it is below chance; it can rise in a short cycle, because old keys of a network that changes "
-                "fast are easy negatives, so judge by `cpr-fast retrieve`"
+                ", but it is better than chance; it can rise in a short cycle, because old keys of a network that "
+                "changes fast are easy negatives, so judge by `cpr-fast retrieve`"
             )
         texts.append((text, f"{first:.3f} in its first comparable epoch, {last:.3f} in its last"))
     if chance is not None and last >= chance:
         figures = f"{last:.3f}, chance {chance:.3f}"
-        texts.append(
-            ("the loss of the last epoch is not below chance, its value if all candidates are equally similar", figures)
-        )
+        text = "the loss of the last epoch is not better than chance, its value if all candidates are equally similar"
+        texts.append((text, figures))
     mined = [row for row in epochs if row.get("pmr") is not None and row.get("pmr_chance") is not None]
     if mined and mined[-1]["pmr"] <= mined[-1]["pmr_chance"]:
         figures = f"PMR {percent(mined[-1]['pmr'])}, chance {percent(mined[-1]['pmr_chance'])}"
-        texts.append(("the mined positives were not above chance", figures))
+        texts.append(("the mined positives were not better than chance", figures))
     if summary["mining"] == "cascade" and all(row.get("mined_share", 0) is None for row in epochs):
         texts.append(("the cascade mined nothing, so that the query's own key was its only positive", ""))
     return texts

@@ -148,8 +148,8 @@ def test_a_loss_that_rose_but_is_below_chance_is_no_proof(last, below):
     rows = [{"kind": "epoch", "cycle": 0, "epoch": e, "loss": loss, "pmr": None, "loss_chance": 4.29}
             for e, loss in enumerate([2.0, 2.1, last])]  # fmt: skip
     text = outcome(rows, settings("run", schedule={"cycles": [RGB]}), 6, 18, [])["warnings"]
-    assert "the loss did not fall" in text[0] and (", but it is below chance; " in text[0]) == below
-    assert any("is not below chance" in sentence for sentence in text) != below
+    assert "the loss did not fall" in text[0] and (", but it is better than chance; " in text[0]) == below
+    assert any("is not better than chance" in sentence for sentence in text) != below
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -162,7 +162,7 @@ def test_a_last_loss_that_is_not_below_chance_is_doubted_whatever_the_number_of_
         for epoch, loss in enumerate((5.0, 4.7, last)[-count:])
     ]
     row = outcome(epochs, config, 9, 18, [])
-    said = f"not below chance, its value if all candidates are equally similar ({last:.3f}, chance 4.500)"
+    said = f"not better than chance, its value if all candidates are equally similar ({last:.3f}, chance 4.500)"
     assert (said in str(row["warnings"])) == doubted
     if count == 1:
         assert row["text"] == f"Trained: rgb (cycle 1) loss {last:.3f} (chance 4.500; one epoch)."
