@@ -9,6 +9,7 @@ from cpr_fast.commands.inputs import require_at_least, require_checkpoints, requ
 from cpr_fast.commands.options import RecipeName
 from cpr_fast.commands.output import about_unfinished, after_evaluation, show_once, table
 from cpr_fast.evaluate.retrieval.names import MISSING, VIEW_NAMES, interval, percent
+from cpr_fast.wording import listed
 
 
 def classifier_settings(task: str, checkpoint: tuple[str, ...], index: tuple[Path, ...], config: Path | None) -> Any:
@@ -63,7 +64,7 @@ def run_classify(
         seeds=seeds, run_dir=run_of(checkpoint), progress=True,
     )  # fmt: skip
     run = run_of(checkpoint)
-    lines = [*_lines(result), *about_unfinished([run])]
+    lines = [] if json else [*_lines(result), *about_unfinished([run])]
     show_once(result, json, lines=lines, next_step=after_evaluation(run, checkpoint, index[0]))
 
 
@@ -76,6 +77,21 @@ def _lines(result: dict[str, Any]) -> list[str]:
     tested = sum(row["videos"] for row in result["results"][:1] if "videos" in row)
     title = f"{result['task']}, recipe {result['recipe']}" + (f", {tested} test videos" if tested else "")
     lines = [title, "", table(["View, in %", "accuracy", "95 % interval", "splits", "seeds"], rows)]
+    lines += _near_chance(result)
     if result.get("leakage"):
         lines += ["", f"note: {result['leakage']}"]
     return [*lines, "", f"all figures, per class and the confusion matrix: {result['file']}"]
+
+
+def _near_chance(result: dict[str, Any]) -> list[str]:
+    """Returns a note that names the views of which nothing shows that the classifier learnt."""
+    counts = [[sum(row) for row in of["confusion"]] for of in result["results"] if "confusion" in of]
+    if not counts:
+        return []
+    chance = sum(max(of) / sum(of) for of in counts) / len(counts)
+    views = [VIEW_NAMES[row["view"]] for row in result["summary"]
+             if (row["accuracy_ci95"] or [row["accuracy"]])[0] <= chance]  # fmt: skip
+    if not views:
+        return []
+    return ["", f"note: {listed(views)}: the accuracy is not certainly better than {percent(chance)}, which naming the "
+            "most frequent class for every video gives; nothing shows that the classifier learnt"]  # fmt: skip

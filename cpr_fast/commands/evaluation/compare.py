@@ -45,9 +45,11 @@ def compare(
     from cpr_fast.report.run_folder.run import Run
 
     blocks = compare_runs([Run(folder) for folder in first], [Run(folder) for folder in second])
-    lines = [line for block in blocks for line in (*_lines(block), "")]
     page = shlex.join(["cpr-fast", "report", *map(str, (*first, *second)), "--out", "comparison.html"])
-    lines += [*_meaning(blocks[0]), *about_unfinished((*first, *second))]
+    lines = []
+    if not json:
+        lines += [line for block in blocks for line in (*_lines(block), "")]
+        lines += [*_meaning(blocks[0]), *about_unfinished((*first, *second))]
     show({"comparisons": blocks}, json, lines=lines, next_step=page)
 
 

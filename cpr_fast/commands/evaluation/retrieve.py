@@ -55,7 +55,7 @@ def retrieve(
         crops=crops, cache=cache, progress=True,
     )  # fmt: skip
     folder = run_of(checkpoint)
-    lines = [*lines_of(result), *about_unfinished([folder])]
+    lines = [] if json else [*lines_of(result), *about_unfinished([folder])]
     show_once(result, json, lines=lines, next_step=after_evaluation(folder, checkpoint, index[0]))
 
 
