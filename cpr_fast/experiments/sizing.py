@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 from cpr_fast.config import Config
 from cpr_fast.config.epochs import share_epochs
-from cpr_fast.data.index.index import Index, Video
+from cpr_fast.data.index.index import MIN_SOURCES, MIN_VIDEOS, Index
 from cpr_fast.errors import InputError
 
 CPU_STEPS, GPU_STEPS = 1200, 100_000  # optimiser steps of all cycles together
-MIN_VIDEOS = 8  # least number of training videos; with fewer, nothing remains to compare a batch with
 RATIO = 0.5  # fraction of the entries that each stage of the cascade keeps
 FILL = 0.25  # share of the steps of a cascade cycle that may only fill the memory, or half an epoch if that is more
 
@@ -39,13 +38,12 @@ class Facts:
 
         Raises InputError for an index from which nothing can be learnt.
         """
-        split = "train" if any(video.split for video in index) else ""
-        videos: Sequence[Video] = [video for video in index if not split or video.split == split]
+        split, videos = index.training()
         sources = len({video.source for video in videos})
-        if len(videos) < MIN_VIDEOS or sources < 2:
+        if len(videos) < MIN_VIDEOS or sources < MIN_SOURCES:
             raise InputError(
-                f"INDEX: expected at least {MIN_VIDEOS} training videos of at least 2 sources, got {len(videos)} of "
-                f"{sources}" + (f" in split {split!r}" if split else "")
+                f"INDEX: expected at least {MIN_VIDEOS} training videos of at least {MIN_SOURCES} sources, got "
+                f"{len(videos)} of {sources}" + (f" in split {split!r}" if split else "")
             )
         frames = sorted(video.num_frames for video in videos)
         with_flow = sum(video.flow_path is not None for video in videos)

@@ -48,6 +48,7 @@ def write_video(path: Path, pictures, kind: str = "h264-bframes") -> Path:
     codec, suffix, pixel_format, options = KINDS[kind]
     path = path.with_suffix(suffix)
     with av.open(str(path), "w") as output:
+        output.metadata["title"] = str(path)  # files of equal bytes would be reported
         stream = output.add_stream(codec, rate=25, options=options)
         stream.pix_fmt = pixel_format
         stream.bit_rate = 2_000_000

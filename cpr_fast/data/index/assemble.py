@@ -3,10 +3,11 @@ out."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -203,8 +204,9 @@ def _nothing(root: Path, listing: Listing, problems: list[Problem], options: Ind
 
 
 def _same_files(videos: list[Video]) -> list[Problem]:
-    """Returns the videos that are the same file as an earlier one, by a symbolic or hard link."""
-    first: dict[tuple[int, int], Path] = {}
+    """Returns the videos that are the same file as an earlier one, by a symbolic or hard link, or a copy of it."""
+    first: dict[tuple[int, int], Video] = {}
+    alike = defaultdict(list)
     problems = []
     for video in videos:
         if is_record(video.path):
@@ -213,10 +215,29 @@ def _same_files(videos: list[Video]) -> list[Problem]:
             facts = os.stat(video.path)
         except OSError:
             continue
-        other = first.setdefault((facts.st_dev, facts.st_ino), video.path)
-        if other != video.path:
-            problems.append(Problem(video.path, "same_file", f"is the same file as {other}"))
-    return problems
+        other = first.setdefault((facts.st_dev, facts.st_ino), video)
+        if other is not video:
+            problems.append(Problem(video.path, "same_file", f"is the same file as {other.path}"))
+        else:
+            alike[(facts.st_size, *_shape(video), video.fps)].append(video)
+    return problems + [problem for videos in alike.values() if len(videos) > 1 for problem in _same_contents(videos)]
+
+
+def _same_contents(videos: list[Video]) -> Iterator[Problem]:
+    """Yields the videos, files of one size, that hold the same bytes as an earlier one, and what differs besides."""
+    first: dict[bytes, Video] = {}
+    for video in videos:
+        try:
+            with open(video.path, "rb") as file:
+                content = hashlib.file_digest(file, "blake2b").digest()
+        except OSError:
+            continue
+        other = first.setdefault(content, video)
+        if other is not video:
+            differs = [f"{name} {getattr(other, name)!r}" for name in ("label", "split")
+                       if getattr(other, name) not in ("", getattr(video, name))]  # fmt: skip
+            yield Problem(video.path, "same_content", f"holds the same bytes as {other.path}"
+                          + (f", which has {' and '.join(differs)}" if differs else ""))  # fmt: skip
 
 
 def _after_previous(index: Index, out: Path, problems: list[Problem]) -> tuple[Index, list[Problem]]:

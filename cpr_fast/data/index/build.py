@@ -23,7 +23,7 @@ from cpr_fast.runtime.files import one_writer, replacing
 
 VERIFY_BELOW = 10_000  # videos: below this number each is decoded completely, unless the user decides otherwise
 
-REMARKS = ("short", "variable_rate", "several_streams", "empty_folder", "hidden")
+REMARKS = ("short", "variable_rate", "several_streams", "empty_folder", "hidden", "same_content")
 
 
 def build_index(
@@ -49,9 +49,10 @@ def write_index(root: Path, out: Path, options: IndexOptions, *, progress: bool 
 
     Returns:
         The report: {"index", "layout", "videos", "classes", "sources", "splits" (videos of each), "unlabelled",
-        "without_flow", "levels" (how the levels of folders were interpreted), "other_files" (by suffix), "verified",
-        "probed", "files_per_s", "counts" (problems by kind), "problems": [{"path", "kind", "reason"}]}. The kinds are
-        those of `cpr_fast.data.index.summary.KINDS`.
+        "without_flow", "training" ({"split", "videos", "sources"} that pretraining reads), "levels" (how the levels of
+        folders were interpreted), "other_files" (by suffix), "verified", "probed", "files_per_s", "counts"
+        (problems by kind), "problems": [{"path", "kind", "reason"}]}. The kinds are those of
+        `cpr_fast.data.index.summary.KINDS`.
     Raises:
         InputError: no video is left, or many could not be read, as when a mount is lost.
     """
@@ -86,6 +87,7 @@ def _write_index(root: Path, out: Path, options: IndexOptions, progress: bool) -
         "splits": dict(Counter(video.split for video in index)),
         "unlabelled": int((index.labels < 0).sum()),
         "without_flow": sum(video.flow_path is None for video in index),
+        "training": _training(index),
         **facts,
         "counts": dict(Counter(problem.kind for problem in problems)),
         "problems": [{"path": str(p.path), "kind": p.kind, "reason": p.reason} for p in problems],
@@ -93,6 +95,11 @@ def _write_index(root: Path, out: Path, options: IndexOptions, progress: bool) -
     with replacing(report_path(out)) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _training(index: Index) -> dict[str, Any]:
+    split, videos = index.training()
+    return {"split": split, "videos": len(videos), "sources": len({video.source for video in videos})}
 
 
 def report_path(out: Path) -> Path:

@@ -33,6 +33,8 @@ from cpr_fast.data.storage.media import exists, why_missing
 from cpr_fast.runtime.files import one_writer, replacing
 
 COLUMNS = ("path", "label", "source", "split", "num_frames", "fps", "width", "height", "flow_path")
+MIN_VIDEOS = 8  # least number of training videos; with fewer, nothing remains to compare a batch with
+MIN_SOURCES = 2  # videos of one source are never negatives or positives of each other
 
 
 log = logging.getLogger(__name__)
@@ -100,6 +102,12 @@ class Index(Sequence[Video]):
             splits = ", ".join(map(repr, _distinct(video.split for video in self)))
             raise IndexFileError(f"split {split!r}: the index has no such video; its splits are {splits}")
         return Index(chosen, self.classes)
+
+    def training(self) -> tuple[str, list[Video]]:
+        """Returns the split that pretraining reads by default and its videos: "train", or "" where there are no splits,
+        which stands for all videos."""
+        split = "train" if self.has_splits else ""
+        return split, [video for video in self if not split or video.split == split]
 
     def select_for_training(self, split: str) -> Index:
         """Returns the videos of one split, or all videos if the index has no splits at all, which is logged."""

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from cpr_fast.data.index.index import MIN_SOURCES, MIN_VIDEOS
 from cpr_fast.wording import counted, printable
 
 # kind of a problem -> (whether the video is in the index, what the kind means)
@@ -36,6 +37,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "two_splits": (True, "listed in two splits"),
     "shared_source": (True, "source in the training split and in another one"),
     "same_file": (True, "same file as another one, by a link"),
+    "same_content": (True, "copy of another file; videos of different sources count as different"),
     "similar_classes": (True, "class spelled almost like another one"),
     "empty_list": (True, "split list that names no video"),
     "missing_flow": (True, "no record in --flow-lmdb"),
@@ -66,10 +68,24 @@ def summary(report: dict[str, Any]) -> list[str]:
         lines.append(f"Other files, which are not videos: {named}")
     if report["problems"]:
         lines.append(f"All problems: {Path(report['index']).with_suffix('.report.json')}")
-    if set(report["splits"]) <= {""}:
+    if too_few := _too_few(report):
+        lines.append(too_few)
+    elif set(report["splits"]) <= {""}:
         lines.append("Without splits pretraining reads all videos, and in `cpr-fast retrieve` every video queries "
                      "those of all other sources.")  # fmt: skip
     return lines
+
+
+def _too_few(report: dict[str, Any]) -> str:
+    """Returns a sentence if pretraining would refuse the index, or else ""."""
+    split, videos, sources = (report["training"][key] for key in ("split", "videos", "sources"))
+    if videos >= MIN_VIDEOS and sources >= MIN_SOURCES:
+        return ""
+    where = f" in split {split!r}" if split else ""
+    return (
+        f"Too few for pretraining: {counted(videos, 'video')} of {counted(sources, 'source')}{where}; expected at "
+        f"least {MIN_VIDEOS} of at least {MIN_SOURCES} sources."
+    )
 
 
 def grouped(problems: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
@@ -113,6 +129,8 @@ def next_step(report: dict[str, Any]) -> str:
     """Returns the command that a user may want to run next, or "" while no index is written."""
     if report["index"] is None:
         return ""
+    if _too_few(report):
+        return "add videos to pretrain on, and run this command again"
     index = shlex.quote(report["index"])
     if not report["without_flow"]:
         return f"cpr-fast init {index}"

@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 from support.numbered_videos import KINDS, decode_linearly, numbers_shown, shared_data, write_numbered
+from support.videos.odd_videos import place
 
 import cpr_fast.data.index.build as build
 from cpr_fast.cli import main
@@ -26,12 +27,6 @@ from cpr_fast.errors import InputError
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
     return write_numbered(tmp_path_factory.mktemp("clip") / "clip", 30)
-
-
-def place(clip: Path, *targets: Path) -> None:
-    for target in targets:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(clip, target)
 
 
 def write(path: Path, text: str) -> Path:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.videos.odd_videos import damage, write_plain, write_size_change, write_streams
+from support.videos.odd_videos import damage, place, write_plain, write_size_change, write_streams
 from support.videos.odd_videos import pictures as frames_of
 
 import cpr_fast.data.index.build as build
@@ -94,8 +94,8 @@ def test_contradictory_lists(tmp_path, train, test, expected, counts):
 def test_what_only_decoding_shows(tmp_path, capsys):
     root = tmp_path / "set/c"
     write_plain(root / "fine.mp4")
-    for place in range(1, 16):  # until the damage makes the decoder report an error
-        if probe_video(damage(write_plain(root / "bad.mp4", height=96, width=128), place)).corrupt:
+    for block in range(1, 16):  # until the damage makes the decoder report an error
+        if probe_video(damage(write_plain(root / "bad.mp4", height=96, width=128), block)).corrupt:
             break
     write_size_change(root / "joined.ts")
     write_streams(root / "two.mkv", frames_of(20), frames_of(20, 80, 96))
@@ -221,5 +221,46 @@ def test_pictures_alone_are_named(tmp_path):
 )
 def test_the_summary_of_unlabelled_videos_says_that_no_labels_are_needed(classes, said):
     report = {"index": "i.csv", "videos": 8, "classes": classes, "sources": 8, "splits": {"": 8}, "levels": "",
-              "unlabelled": 0, "problems": [], "other_files": {}}  # fmt: skip
+              "unlabelled": 0, "problems": [], "other_files": {},
+              "training": {"split": "", "videos": 8, "sources": 8}}  # fmt: skip
     assert summary(report)[0] == f"i.csv: 8 videos, {said}, 8 sources, no splits"
+
+
+@pytest.mark.parametrize(
+    ("videos", "said"),
+    [
+        (["a.mp4", "b.mp4"], "2 videos of 2 sources; expected"),
+        ([f"x_c{n:02d}.mp4" for n in range(9)], "9 videos of 1 source; expected"),
+        (["train/a/a.mp4", *(f"test/a/{n}.mp4" for n in range(9))], "1 video of 1 source in split 'train'; expected"),
+        ([f"{n}.mp4" for n in range(8)], None),
+    ],
+)
+def test_an_index_that_pretraining_refuses_says_so_at_once(tmp_path, capsys, videos, said):
+    place(write_plain(tmp_path / "v.mp4", 3), *(tmp_path / "set" / name for name in videos))
+    assert main(["index", str(tmp_path / "set"), "--out", str(tmp_path / "i.csv")]) == 0
+    printed = capsys.readouterr().out
+    assert (f"Too few for pretraining: {said}" in printed) == (said is not None)
+    assert ("next: add videos to pretrain on" in printed) == (said is not None)
+    refused = main(["init", str(tmp_path / "i.csv"), "--out", str(tmp_path / "r.toml"), "--seconds", "0"])
+    assert refused == (0 if said is None else 2)
+
+
+def test_copies_are_named_with_what_contradicts(tmp_path, capsys):
+    video, root = write_plain(tmp_path / "v.mp4", 18), tmp_path / "set"
+    place(video, root / "train/A/one.mp4")
+    content = (root / "train/A/one.mp4").read_bytes()
+    for name in ("train/A/two.mp4", "train/B/three.mp4", "test/A/four.mp4"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    (root / "train/B/shifted.mp4").write_bytes(content[:-1] + b"!")  # of equal size, but another content
+    assert main(["index", str(root), "--out", str(tmp_path / "i.csv")]) == 0
+    printed = capsys.readouterr().out
+    assert "3 same_content (copy of another file; videos of different sources count as different)" in printed
+    problems = json.loads(report_path(tmp_path / "i.csv").read_text())["problems"]
+    found = {Path(p["path"]).stem: p["reason"].split(", which ") for p in problems if p["kind"] == "same_content"}
+    first = root / "test/A/four.mp4"
+    assert {reason[0] for reason in found.values()} == {f"holds the same bytes as {first}"}
+    assert {name: reason[1:] for name, reason in found.items()} == {
+        "one": ["has split 'test'"], "two": ["has split 'test'"], "three": ["has label 'A' and split 'test'"]
+    }  # fmt: skip
+    assert len(Index.load(tmp_path / "i.csv")) == 5
