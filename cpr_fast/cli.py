@@ -174,8 +174,9 @@ def _run(run: Callable[[list[str]], None], arguments: list[str]) -> int:
     import logging
 
     from cpr_fast.runtime.interrupt import Interrupted
+    from cpr_fast.runtime.progress import CurrentStderr
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[CurrentStderr()])
     try:
         run(arguments[1:])
     except Interrupted as stopped:

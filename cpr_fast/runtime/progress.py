@@ -7,6 +7,7 @@ measured, and is printed by `duration`.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from cpr_fast.runtime.files import discard
 
@@ -56,6 +57,18 @@ def track(
         return
     report = _Report(description, total, unit, status, left, Forecast(total))
     yield from (_bar if sys.stderr.isatty() else _lines)(items, report)
+
+
+class CurrentStderr(logging.StreamHandler):
+    """Logs to what `sys.stderr` is at that moment: while a bar is drawn, that is a stream that prints above the bar."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        """`sys.stderr`."""
+        return sys.stderr
 
 
 def announce(text: str, *, end: str = " ...") -> None:

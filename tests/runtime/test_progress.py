@@ -1,6 +1,12 @@
-"""Progress of long commands if stderr is not a terminal: few plain lines, which say how long it will take."""
+"""Progress of long commands: where stderr is not a terminal, few plain lines that say how long it will take."""
 
+import contextlib
 import io
+import os
+import pty
+import re
+import subprocess
+import sys
 from time import sleep
 
 import pytest
@@ -166,3 +172,31 @@ def spoken_seconds(text):
 )  # fmt: skip
 def test_durations_are_for_people(seconds, text):
     assert duration(seconds) == text
+
+
+def test_what_is_logged_while_a_bar_is_drawn_does_not_run_into_the_bar():
+    """A terminal of 80 columns: every text begins on a line of its own."""
+    code = """
+import logging, time
+from cpr_fast.runtime.progress import CurrentStderr, announce, track
+logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[CurrentStderr()])
+for item in track(range(6), "training", total=6, unit="steps", status=lambda: "loss 3.6"):
+    time.sleep(0.15)
+    if item == 2:
+        logging.getLogger("x").info("logged here")
+        announce("announced here", end="")
+"""
+    here, there = pty.openpty()
+    with os.fdopen(here, "rb", buffering=0) as reader:
+        environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+        with subprocess.Popen([sys.executable, "-c", code], stderr=there, env=environment) as process:
+            os.close(there)
+            shown = b""
+            with contextlib.suppress(OSError):  # the terminal is closed
+                while part := reader.read(4096):
+                    shown += part
+        assert process.returncode == 0
+    assert b"training" in shown
+    for text in (b"logged here", b"announced here"):
+        before = shown[: shown.index(text)]
+        assert re.search(rb"(\r\n|\x1b\[2K|\r)$", before), before[-60:]
