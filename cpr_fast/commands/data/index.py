@@ -34,6 +34,7 @@ def index(
     transcode: Path | None = None,
     short_side: int = 256,
     min_frames: int = 0,
+    no_classes: Flag = False,
     shard: str = "0/1",
     json: Json = False,
 ) -> None:
@@ -57,6 +58,7 @@ def index(
         transcode: Re-encode every video (H.264, short groups of pictures, upright) into this folder, and list those.
         short_side: Largest short side of transcoded videos, in pixels.
         min_frames: Leave out videos with fewer frames.
+        no_classes: Give no video a class, as for folders that are named by date, camera or person.
         shard: i/n: probe the i-th of n shares, 0 <= i < n. The shard that finishes last writes the index.
         json: Print the whole report as one JSON object.
     """
@@ -77,7 +79,7 @@ def index(
 
     whole = True if verify else False if no_verify else None
     options = IndexOptions(layout, splits, split, class_order, flow_lmdb, whole, transcode, short_side, min_frames,
-                           part)  # fmt: skip
+                           not no_classes, part)  # fmt: skip
     report = write_index(root, out, options, progress=True)
     show(report, json, lines=[] if json else summary(report), next_step=next_step(report) or _missing(part))
 

@@ -65,6 +65,7 @@ class IndexOptions:
     transcode: Path | None = None  # re-encode every video below this folder, and list the result
     short_side: int = 256  # pixels at most, of transcoded videos
     min_frames: int = 0  # videos with fewer frames are left out
+    classes: bool = True  # whether videos get the class that the layout finds
     shard: tuple[int, int] = (0, 1)  # (i, n): probe videos i, i + n, ... only; the last shard writes the index
 
 

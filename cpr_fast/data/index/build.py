@@ -117,6 +117,7 @@ def _build(
     listing = list_videos(
         options.layout, root, options.splits, options.split,
         class_order=options.class_order, flow_lmdb=options.flow_lmdb, exclude=options.transcode,
+        classes=options.classes,
     )  # fmt: skip
     verify = len(listing.videos) < VERIFY_BELOW if options.verify is None else options.verify
     journal, files = _journal(out, options, verify)

@@ -48,11 +48,12 @@ def list_videos(
     class_order: str,
     flow_lmdb: Path | None,
     exclude: Path | None = None,
+    classes: bool = True,
 ) -> Listing:
     """Lists the videos of a data set, sorted by class in the data set's order ("official") or by "alphabetical" order.
 
-    `exclude` is a folder below the root that is skipped. Raises InputError if the root or a list does not match the
-    layout.
+    `exclude` is a folder below the root that is skipped; without `classes` no video gets one. Raises InputError if the
+    root or a list does not match the layout.
     """
     if not root.exists() or (root.suffix != ".lmdb" and not root.is_dir()):
         raise InputError(f"ROOT: expected a folder or an LMDB file, got {str(root)!r}")
@@ -62,17 +63,19 @@ def list_videos(
         raise InputError(f"--splits: expected the folder of the split lists, got {str(splits)!r}")
     catalogue = Catalogue(root, exclude)
     listing = without_contradictions(LAYOUTS[layout](catalogue, splits, split))
-    classes = sorted(listing.classes) if class_order == "alphabetical" else listing.classes
-    place = {label: i for i, label in enumerate(classes)} | {"": len(classes)}
+    if not classes:
+        listing = _without_classes(listing)
+    order = sorted(listing.classes) if class_order == "alphabetical" else listing.classes
+    place = {label: i for i, label in enumerate(order)} | {"": len(order)}
     videos = sorted(listing.videos, key=lambda item: place[item.label])
     problems = catalogue.problems + listing.problems
     if flow_lmdb is not None:
         flow = Catalogue(flow_lmdb)
-        found = (flow.find(item.label, _name(item.path), item.split, classes) for item in videos)
+        found = (flow.find(item.label, _name(item.path), item.split, order) for item in videos)
         videos = [item._replace(flow_path=next(iter(paths), None)) for item, paths in zip(videos, found, strict=True)]
         problems += [Problem(item.path, "missing_flow", f"not in {flow_lmdb.name}") for item in videos
                      if item.flow_path is None]  # fmt: skip
-    return listing._replace(videos=videos, classes=classes, problems=problems, others=dict(catalogue.others))
+    return listing._replace(videos=videos, classes=order, problems=problems, others=dict(catalogue.others))
 
 
 def _name(path: Path) -> str:
@@ -88,7 +91,8 @@ def _list_folders(catalogue: Catalogue, splits: Path | None, split: int) -> List
         ROOT/<split>/<video>                      no class
 
     The first level is the split if all its folders are named as in SPLITS, or if a training and a test or validation
-    folder are among them; names are read in any case.
+    folder are among them; names are read in any case. Where most videos lie in no class folder, no folder is a
+    class.
 
         The listing's `levels` states how the levels of folders were interpreted.
     """
@@ -98,12 +102,24 @@ def _list_folders(catalogue: Catalogue, splits: Path | None, split: int) -> List
     tops = {folders[0] for folders in parents.values() if folders}
     has_split = _are_splits(tops)
     listed = [_listed(path, folders, has_split) for path, folders in parents.items()]
+    outside = sum(not item.label for item in listed)
+    if len(listed) >= 2 * outside:
+        labels = sorted({item.label for item in listed if item.label})
+    else:  # most videos lie in no folder, so the others are not sorted by class, either
+        listed, labels = [item._replace(label="") for item in listed], []
     listed.sort(key=lambda item: (item.label, item.split, item.path))
-    labels = sorted({item.label for item in listed if item.label})
     problems = [Problem(item.path, "no_class", "lies beside the class folders, so it has no class")
                 for item in listed if labels and not item.label]  # fmt: skip
     deepest = max((len(folders) for folders in parents.values()), default=0)
-    return Listing(listed, labels, problems, _levels(has_split, bool(labels), deepest))
+    return Listing(listed, labels, problems, _levels(has_split, bool(labels), deepest, outside < len(listed)))
+
+
+def _without_classes(listing: Listing) -> Listing:
+    videos = [item._replace(label="") for item in listing.videos]
+    problems = [problem for problem in listing.problems if problem.kind not in ("no_class", "similar_classes")]
+    split = listing.levels.split(";")[0]
+    levels = f"{split}; no folder is taken as a class" if listing.levels else ""
+    return listing._replace(videos=videos, classes=[], problems=problems, levels=levels)
 
 
 def _are_splits(tops: set[str]) -> bool:
@@ -122,14 +138,15 @@ def _listed(path: Path, folders: tuple[str, ...], has_split: bool) -> Listed:
     return Listed(path, label, "/".join((*top, *folders, path.name)), split)
 
 
-def _levels(has_split: bool, has_class: bool, deepest: int) -> str:
+def _levels(has_split: bool, has_class: bool, deepest: int, has_folders: bool) -> str:
     """Returns a sentence that states how the levels of folders were interpreted."""
     split = "the first folder level is the split" if has_split else "no folder names a split"
     if not has_class:
-        return f"{split}; no folder names a class"
+        why = ", because most videos lie in none" if has_folders else ""
+        return f"{split}; no folder names a class{why}"
     level = "second" if has_split else "first"
     deeper = "; deeper folders are ignored" if deepest > 1 + has_split else ""
-    return f"{split}; the {level} folder level is the class{deeper}"
+    return f"{split}; the {level} folder level is the class{deeper} (--no-classes if it is not)"
 
 
 def _list_ucf101(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:

@@ -32,6 +32,12 @@ LEVELS = {
                       [("walk", "extra"), ("walk", "test"), ("walk", "train")], "the first folder level is the split"),
     "splits in two cases": (["train/walk/a.mp4", "Train/walk/a.mp4", "TEST/walk/a.mp4"],
                             [("walk", "test"), ("walk", "train"), ("walk", "train")], "folder level is the split"),
+    "most videos in no folder": (["a.mp4", "b.mp4", "2019/c.mp4"], [("", ""), ("", ""), ("", "")],
+                                 "no folder names a class, because most videos lie in none"),
+    "as many in folders as outside": (["a.mp4", "walk/b.mp4"], [("", ""), ("walk", "")],
+                                      "is the class (--no-classes if it is not)"),
+    "most videos of the splits in no folder": (["train/a.mp4", "test/b.mp4", "test/x/c.mp4"],
+                                               [("", "test"), ("", "test"), ("", "train")], "because most videos"),
     "a class named train": (["train/a.mp4", "bus/a.mp4"], [("bus", ""), ("train", "")], "no folder names a split"),
 }  # fmt: skip
 
@@ -45,6 +51,17 @@ def test_levels_of_folders(tmp_path, video, name):
     assert sorted((v.label, v.split) for v in index) == expected and levels in report["levels"]
     assert len(set(index.source_ids.tolist())) == len(files)  # equal names do not make videos siblings
     assert not {"shared_source", "same_file"} & report["counts"].keys()
+
+
+def test_folders_need_not_be_classes(tmp_path, video, capsys):
+    place(video, *(tmp_path / "set" / name for name in ("train/2019/a.mp4", "train/2020/a.mp4", "test/2019/b.mp4",
+                                                       "test/c.mp4")))  # fmt: skip
+    assert main(["index", str(tmp_path / "set"), "--out", str(tmp_path / "i.csv"), "--no-classes"]) == 0
+    said = capsys.readouterr().out
+    assert "4 videos, no classes (pretraining needs none), 4 sources, test 2, train 2" in said
+    assert "the first folder level is the split; no folder is taken as a class" in said and "no_class" not in said
+    index = Index.load(tmp_path / "i.csv")
+    assert {video.label for video in index} == {""} and len(set(index.source_ids.tolist())) == 4
 
 
 def test_clips_of_one_source_in_two_splits_are_named(tmp_path, video):
