@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -19,12 +19,11 @@ from cpr_fast.data.clips.graph import ClipGraph
 from cpr_fast.data.clips.loader import TrainLoader
 from cpr_fast.data.clips.reader import needed_parts
 from cpr_fast.data.clips.sampling import Clips, Sources, clip_frames, epoch_order, plan_pairs
-from cpr_fast.data.flow.on_the_fly import ReadParts, frame_reader
+from cpr_fast.data.flow.on_the_fly import frame_reader
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.media import is_record
 from cpr_fast.data.storage.records import read_jpegs
 from cpr_fast.data.video.container import VideoError
-from cpr_fast.data.video.pixels import Region
 from cpr_fast.models import build_encoder
 from cpr_fast.runtime.busy import OtherPrograms
 
@@ -45,10 +44,10 @@ ADVICE = {
 def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: torch.device, seconds: float) -> dict:
     """Measures a training step of B videos stage by stage, and the loader as a whole, in about `seconds`.
 
-    Reading and decoding are measured for one video at a time and divided by the number of workers. Files are dropped
-    from the page cache first, so that "read" measures the disk. The network's part is the cost of a mining step:
-    forward and backward of the query clip, and forward of the second clip of each view. On the CPU it is measured on
-    two clips, then on more while the time allows it, and scaled up to B.
+    Reading, decoding and cutting are measured for one video at a time and divided by the number of workers. Files are
+    dropped from the page cache first, so that "read" measures the disk. The network's part is the cost of a mining
+    step: forward and backward of the query clip, and forward of the second clip of each view. On the CPU it is measured
+    on two clips, then on more while the time allows it, and scaled up to B.
 
     Returns:
         "batch_size" (B), "views", "workers", "videos_measured", "mean_frames", "stage_s_per_step" (seconds by stage),
@@ -63,8 +62,8 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
     sources, plans = Sources.of(index, data), _plans(index, config, data)
     cores = os.cpu_count() or 1
     share = batch / min(data.workers, cores)
-    read_s, decode_s, flow_s, kept = _read_and_decode(index, plans, data, views, device, 0.3 * seconds)
-    augment_s = _augment(kept, data, views, 0.1 * seconds) * batch
+    read_s, decode_s, flow_s, cut_s, kept = _read_and_cut(index, plans, data, views, device, 0.3 * seconds)
+    augment_s = cut_s * share + _augment(kept[:batch], data, views, 0.1 * seconds) * batch
     copy_s = _copy(batch, data, views, device)
     step_s, clips = _step(config, len(views), batch, device, 0.3 * seconds)
     loader_s = _loader(index, data, views, config.run.seed, device, 0.3 * seconds)
@@ -108,17 +107,21 @@ def _plans(index: Index, config: Config, data: DataConfig) -> Iterator[Clips]:
         epoch += 1
 
 
-def _read_and_decode(
+def _read_and_cut(
     index: Index,
     plans: Iterator[Clips],
     data: DataConfig,
     views: tuple[str, ...],
     device: torch.device,
     budget_s: float,
-) -> tuple[float, float, float, list[tuple[Clips, dict[str, list]]]]:
-    """Returns seconds per video to read its files, to decode its clips and to compute their flow; and the clips of up
-    to 64 videos, each with the region and the parts of `needed_parts` by view."""
-    read_s, decode_s, flow_s, kept, failed = 0.0, 0.0, 0.0, [], 0
+) -> tuple[float, float, float, float, list[tuple[Clips, dict[str, list]]]]:
+    """Returns seconds per video to read its files, to decode its clips, to compute their flow and to cut and finish
+    them; and the finished clips of up to 64 videos by view.
+
+    As in training, frames are cut while they are decoded: whole frames of 64 videos of 1920x1080 would take 25 GB.
+    """
+    read_s, kept, failed = 0.0, [], 0
+    seconds = {"decode": 0.0, "flow": 0.0, "cut": 0.0}
     computed, reader = data.flow == "on_the_fly", frame_reader(data, device)
     end = time.perf_counter() + budget_s
     while len(kept) < 64 and (time.perf_counter() < end or not kept) and failed < 64:
@@ -127,29 +130,42 @@ def _read_and_decode(
         began = time.perf_counter()
         for view in ["rgb"] if computed else views:
             _read(video, view, plan, data)
-        read = time.perf_counter() - began
-        began = time.perf_counter()
+        read, spent, clips = time.perf_counter() - began, dict.fromkeys(seconds, 0.0), {}
         try:
-            stored = [view for view in views if view == "rgb" or not computed]
-            frames = {view: _decoded(video, plan, view, data, None) for view in stored}
-            decoded = time.perf_counter()
-            frames |= {view: _decoded(video, plan, view, data, reader) for view in views if view not in frames}
+            for view in views:
+                stage = "flow" if computed and view != "rgb" else "decode"
+                began = time.perf_counter()
+                region, parts = needed_parts(video, plan, view, data, reader if stage == "flow" else None)
+                spent[stage] += time.perf_counter() - began
+                timed = _Timed(parts)
+                clips[view] = cut_clips(timed, plan, view, data, region, finish=True)
+                spent[stage] += timed.seconds
+                spent["cut"] += time.perf_counter() - began - timed.seconds
         except VideoError:
             failed += 1
             continue
-        decode_s += decoded - began
-        flow_s += time.perf_counter() - decoded
         read_s += read
-        kept.append((plan, frames))
+        seconds = {stage: total + spent[stage] for stage, total in seconds.items()}
+        kept.append((plan, clips))
     count = max(1, len(kept))
-    return read_s / count, decode_s / count, flow_s / count, kept
+    return read_s / count, *(total / count for total in seconds.values()), kept
 
 
-def _decoded(
-    video: Video, plan: Clips, view: str, data: DataConfig, read: ReadParts | None
-) -> tuple[Region, list[np.ndarray]]:
-    region, parts = needed_parts(video, plan, view, data, read)
-    return region, list(parts)
+class _Timed:
+    """Passes on the parts of a clip; `seconds` is the time that making them took."""
+
+    def __init__(self, parts: Iterable[np.ndarray]) -> None:
+        self._parts, self.seconds = iter(parts), 0.0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        began = time.perf_counter()
+        try:
+            return next(self._parts)
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:
@@ -173,21 +189,13 @@ def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:
 
 
 def _augment(kept: list, data: DataConfig, views: tuple[str, ...], budget_s: float) -> float:
-    """Returns the seconds per video of cutting clips and of the augmentation graph, on all threads of the CPU."""
+    """Returns the seconds per video of the augmentation graph, on all threads of the CPU."""
     if not kept:
         return 0.0
-    some = kept[: data.batch_size]
-    graph = ClipGraph(data, dict.fromkeys(views, "frames"), torch.device("cpu"), 2 * len(some))
-    clips = Clips.concatenate([plan for plan, _ in some])
-
-    def run() -> None:
-        samples: dict[str, list] = {view: [] for view in views}
-        for plan, decoded in some:
-            for view, (region, parts) in decoded.items():
-                samples[view] += cut_clips(parts, plan, view, data, region, finish=True)
-        graph.run(clips, samples)
-
-    return _repeat(run, budget_s) / len(some)
+    graph = ClipGraph(data, dict.fromkeys(views, "frames"), torch.device("cpu"), 2 * len(kept))
+    clips = Clips.concatenate([plan for plan, _ in kept])
+    samples = {view: [clip for _, cut in kept for clip in cut[view]] for view in views}
+    return _repeat(lambda: graph.run(clips, samples), budget_s) / len(kept)
 
 
 def _copy(batch: int, data: DataConfig, views: tuple[str, ...], device: torch.device) -> float:

@@ -40,15 +40,13 @@ def index(
 ) -> None:
     """List and check the videos of a data set, and write an index for the other commands.
 
-    The index is a CSV file with one row per video. Every problem or unusual property (broken, damaged, rotated or
-    short videos, unreadable folders, contradictory lists) is summarised and written to <name>.report.json. Running the
-    same command again resumes a stopped run.
+    The index is a CSV file with one row per video. Every problem or unusual property (broken, damaged, rotated or short
+    videos, contradictory lists) is also written to <name>.report.json. The same command resumes a stopped run.
 
     Args:
-        root: Folder of the data set, or an LMDB file.
+        root: Folder, or an LMDB file.
         out: The index (CSV file) to write.
-        layout: How the data set is organised. "folders": ROOT/class/video, ROOT/split/class/video, or videos directly
-            in ROOT, which have no class.
+        layout: How the data set is organised. "folders": ROOT/class/video, ROOT/split/class/video or ROOT/video.
         splits: Folder of the split lists (every layout but folders; optional for lmdb).
         split: Which of the official splits to take (ucf101, hmdb51, coclr).
         class_order: The data set's own order of classes (HMDB51: that of CoCLR and CPR), or alphabetical (IIC).
