@@ -24,6 +24,7 @@ from cpr_fast.data.flow.origin import Origin, place_of
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.record_writer import RecordWriter
 from cpr_fast.data.storage.records import open_records, read_jpegs, record_path
+from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError
 
 BYTES_PER_PIXEL = 0.309  # size of a flow field per pixel: 23.7 kB at 320x240 (bench/results/flow_storage.md)
@@ -74,7 +75,11 @@ class FlowRecords:
         self._writer.__enter__()
         for position, place in enumerate(self._places):
             if self._takes_over and place is not None and not self._current[position]:
-                jpegs = read_jpegs(record_path(*place), range(self._index[position].num_frames - 1))
+                try:
+                    jpegs = read_jpegs(record_path(*place), range(self._index[position].num_frames - 1))
+                except VideoError:  # damaged in the file of the shard: computed again
+                    self._places[position] = None
+                    continue
                 self._writer.put(self._names[position], jpegs, open_records(place.file).origin(place.name))
         return self
 

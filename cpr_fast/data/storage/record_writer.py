@@ -5,26 +5,30 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import lmdb
 import msgpack
+import numpy as np
 
+from cpr_fast.data.storage.pages import require_intact
 from cpr_fast.data.storage.records import (
+    CHECKSUMS,
     META,
     ORIGIN,
     decoded_names,
     forget_records,
     open_records,
     record_lengths,
-    require_whole,
     split_record,
 )
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import naming, one_writer
 
+BEGIN_AGAIN = "remove it, and the same command begins again"
 MAP_BYTES = 2**30  # first size of the memory map, which limits the file; it is doubled when it is full
 
 
@@ -45,15 +49,17 @@ class RecordWriter:
             raise InputError(f"expected the name of a file that ends in .lmdb, got {str(file)!r}")
         self._file, self._part, self._copied = file, Path(f"{file}.part"), Path(f"{file}.copy")
         self._lock = one_writer(file.with_name(f".{file.name}.lock"), f"another process is writing {str(file)!r}")
-        self._lock.__enter__()
-        self._copied.unlink(missing_ok=True)  # of a process that was killed
         self._environment: lmdb.Environment | None = None
         self.num_frames: dict[str, int] = {}
-        if self._part.exists() or not file.exists():
-            self._open()
-        else:
-            records = open_records(file)
-            self._number(dict.fromkeys(records.names, 0) | records.num_frames())
+        with ExitStack() as stack:
+            stack.enter_context(self._lock)
+            self._copied.unlink(missing_ok=True)  # of a process that was killed
+            if self._part.exists() or not file.exists():
+                self._open()
+            else:
+                records = open_records(file)
+                self._number(dict.fromkeys(records.names, 0) | records.num_frames())
+            stack.pop_all()  # the lock is held until the end of the `with` block
 
     def put(self, name: str, jpegs: Sequence[bytes | memoryview], origin: str | None = None) -> None:
         """Adds or replaces a video, which is on the disk when this returns. `jpegs` are its frames in order.
@@ -66,6 +72,7 @@ class RecordWriter:
             self._open()
         place = self._places.setdefault(name, len(self._places))
         said = {ORIGIN + b"%09d" % place: None if origin is None else origin.encode()}
+        said[CHECKSUMS + b"%09d" % place] = np.array([zlib.crc32(jpeg) for jpeg in jpegs], "<u4").tobytes()
         self._commit({b"%09d" % place: msgpack.packb(list(jpegs))} | self._note(place, name, len(jpegs)) | said)
         self.num_frames[name] = len(jpegs)
 
@@ -75,7 +82,7 @@ class RecordWriter:
             return open_records(self._file).origin(name)
         with self._environment.begin() as transaction:
             value = transaction.get(ORIGIN + b"%09d" % self._places[name])
-        return None if value is None else value.decode()
+        return None if value is None else value.decode(errors="replace")
 
     def __enter__(self) -> RecordWriter:
         return self
@@ -103,20 +110,30 @@ class RecordWriter:
         A complete file is marked as unfinished again. It is either a copy, or a file whose process was killed before it
         could rename it.
         """
+        if self._part.exists():
+            require_intact(self._part, BEGIN_AGAIN)
         with self._errors_named():
             self._environment = lmdb.open(str(self._part), subdir=False, map_size=MAP_BYTES, lock=False, meminit=False)
-        require_whole(self._environment, self._part)
+        try:
+            written, is_complete = self._stored()
+        except (ValueError, TypeError, LookupError) as error:
+            self._environment.close()
+            raise InputError(f"LMDB {str(self._part)!r} is damaged: {error}; {BEGIN_AGAIN}") from error
+        self._number(written)
+        if is_complete:
+            notes = (self._note(place, *item) for place, item in enumerate(written.items()))
+            self._commit({key: value for note in notes for key, value in note.items()} | dict.fromkeys(META))
+
+    def _stored(self) -> tuple[dict[str, int], bool]:
+        """Returns the number of frames of every video in the unfinished file by name, and whether it is complete."""
         with self._environment.begin(buffers=True) as transaction, transaction.cursor() as cursor:
             rows = cursor.iternext() if cursor.set_range(self._WRITTEN) else ()
             written = dict(msgpack.unpackb(value) for _, value in rows)
             order = transaction.get(b"__order__")
-            if order is not None:
-                names = decoded_names(msgpack.unpackb(order, raw=True))
-                written = dict.fromkeys(names, 0) | record_lengths(transaction.get, names)
-        self._number(written)
-        if order is not None:
-            notes = (self._note(place, *item) for place, item in enumerate(written.items()))
-            self._commit({key: value for note in notes for key, value in note.items()} | dict.fromkeys(META))
+            if order is None:
+                return written, False
+            names = decoded_names(msgpack.unpackb(order, raw=True))
+            return dict.fromkeys(names, 0) | record_lengths(transaction.get, names), True
 
     def _number(self, num_frames: dict[str, int]) -> None:
         self.num_frames = num_frames  # of every video that is written, by name

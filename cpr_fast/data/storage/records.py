@@ -18,6 +18,7 @@ Letters: F frames, H x W pixels.
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,16 +30,18 @@ import numpy as np
 import simplejpeg
 
 from cpr_fast._host import msgpack_spans
+from cpr_fast.data.storage.pages import require_intact
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.pixels import Region
 from cpr_fast.errors import InputError
 from cpr_fast.wording import not_a_file
 
 MARK = ".lmdb#"
-_FREED = 16  # number of pages that may be missing at the end of a complete file
 META = (b"__keys__", b"__len__", b"__order__", b"__vlen__")
 # Prefix of a video's key; the value identifies what the video was made from. Not part of CoCLR's format.
 ORIGIN = b"__origin__"
+# Likewise; the value holds the CRC-32 of each JPEG, uint32 [F], because a damaged JPEG may decode to other pixels.
+CHECKSUMS = b"__crc32__"
 
 
 def split_record(path: str | Path) -> tuple[Path, str] | None:
@@ -64,7 +67,13 @@ def read_jpegs(path: Path, frames: Sequence[int] | np.ndarray) -> list[memoryvie
         raise VideoError(path, "the record holds no frame")
     if int(max(frames)) >= len(spans):
         raise VideoError(path, f"expected frames below {len(spans)}, got frame {int(max(frames))}")
-    return [record[offset : offset + size] for offset, size in spans[np.asarray(frames)].tolist()]
+    jpegs = [record[offset : offset + size] for offset, size in spans[np.asarray(frames)].tolist()]
+    checksums = open_records(file).checksums(name)
+    if checksums is not None:
+        for frame, jpeg in zip(frames, jpegs, strict=True):
+            if len(checksums) != len(spans) or zlib.crc32(jpeg) != checksums[frame]:
+                raise VideoError(path, f"frame {int(frame)} is damaged on the disk: its bytes are not those written")
+    return jpegs
 
 
 def read_record_frames(
@@ -122,12 +131,12 @@ class Records:
             raise InputError(f"LMDB {str(file)!r} {state}")
         if not data.stat().st_size:
             raise InputError(f"LMDB {str(file)!r} is empty")
+        require_intact(data, "copy it again")
         try:
             # No readahead: clips are scattered over terabytes. No lock: nobody writes, and the disk may be read-only.
             environment = lmdb.open(
                 str(file), subdir=file.is_dir(), readonly=True, lock=False, readahead=False, meminit=False
             )
-            require_whole(environment, data)
             # One transaction for the life of the process: the buffers that it returns are the mapped file.
             self._get = _shared_get(environment.begin(buffers=True))
             order = self._get(b"__order__")
@@ -154,7 +163,12 @@ class Records:
     def origin(self, name: str) -> str | None:
         """Returns the origin of a video that was passed to `RecordWriter.put`, or None."""
         value = self._get(ORIGIN + b"%09d" % self._places[name])
-        return None if value is None else bytes(value).decode()
+        return None if value is None else bytes(value).decode(errors="replace")  # damaged bytes are no origin
+
+    def checksums(self, name: str) -> np.ndarray | None:
+        """Returns the CRC-32 of every JPEG of a video, uint32 [F], or None if the file holds none."""
+        value = self._get(CHECKSUMS + b"%09d" % self._places[name])
+        return None if value is None else np.frombuffer(value, "<u4", len(value) // 4)
 
     def num_frames(self) -> dict[str, int]:
         """Returns the number of frames of every video by name."""
@@ -234,15 +248,3 @@ def decoded_names(names: object) -> list[str]:
         if not isinstance(name, bytes | str):
             raise TypeError(f"{type(name).__name__} instead of a name")
     return [name.decode() if isinstance(name, bytes) else name for name in names]
-
-
-def require_whole(environment: lmdb.Environment, file: Path) -> None:
-    """Raises InputError if a file of LMDB ends before its last page, as after a copy that was interrupted.
-
-    The operating system would end the process (SIGBUS) where it reads a page of the mapped file that does not exist.
-    LMDB does not write a page at the end that was freed at once, hence the tolerance.
-    """
-    page = environment.stat()["psize"]
-    expected, size = (environment.info()["last_pgno"] + 1) * page, file.stat().st_size
-    if size < expected - _FREED * page:
-        raise InputError(f"LMDB {str(file)!r} is truncated: expected {expected:,} bytes, got {size:,}; copy it again")

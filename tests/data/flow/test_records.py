@@ -17,7 +17,14 @@ from cpr_fast.data.clips.reader import fetch_frames
 from cpr_fast.data.flow.levels import quantise
 from cpr_fast.data.flow.write import write_flow
 from cpr_fast.data.index.index import Index
-from cpr_fast.data.storage.records import frame_size, open_records, split_record
+from cpr_fast.data.storage.records import (
+    forget_records,
+    frame_size,
+    open_records,
+    read_jpegs,
+    record_path,
+    split_record,
+)
 
 
 def test_records_are_in_coclrs_format_and_both_storages_give_the_same_clips(data_set, tmp_path):
@@ -110,3 +117,21 @@ def test_a_record_that_was_missing_or_of_the_wrong_length_joins_the_finished_fil
     report = write_flow(data_set, out, storage="lmdb", compute=smooth_flow)
     assert (report["written"], report["kept"], report["problems"]) == (2, 3, [])
     assert all(frame_size(video.flow_path)[0] == video.num_frames - 1 for video in Index.load(data_set))
+
+
+def test_a_damaged_record_of_a_shard_is_computed_again(data_set, tmp_path):
+    out, whole = tmp_path / "flow.lmdb", tmp_path / "whole.lmdb"
+    write_flow(data_set, whole, storage="lmdb", compute=smooth_flow)
+    for number in (0, 1):
+        write_flow(data_set, out, storage="lmdb", compute=smooth_flow, shard=(number, 2))
+    shard = tmp_path / "flow.0-of-2.lmdb"
+    name = open_records(shard).names[1]
+    jpeg = bytes(read_jpegs(record_path(shard, name), [0])[0])
+    data = shard.read_bytes()
+    shard.write_bytes(data.replace(jpeg, jpeg[:300] + bytes([jpeg[300] ^ 1]) + jpeg[301:], 1))  # videos share it
+    forget_records(shard)
+    report = write_flow(data_set, out, storage="lmdb", compute=smooth_flow)
+    assert (report["written"], report["kept"], report["without_flow"]) == (1, 4, 0)
+    for name, frames in open_records(whole).num_frames().items():
+        ours, expected = (read_jpegs(record_path(file, name), range(frames)) for file in (out, whole))
+        assert [bytes(jpeg) for jpeg in ours] == [bytes(jpeg) for jpeg in expected]

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import lmdb
@@ -12,7 +14,15 @@ import pytest
 import simplejpeg
 
 from cpr_fast.data.index.build import IndexOptions, write_index
-from cpr_fast.data.storage.records import Records, frame_size
+from cpr_fast.data.storage.record_writer import RecordWriter
+from cpr_fast.data.storage.records import (
+    Records,
+    forget_records,
+    frame_size,
+    open_records,
+    read_jpegs,
+    read_record_frames,
+)
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError
 
@@ -41,12 +51,129 @@ def test_a_truncated_file_is_refused_and_does_not_end_the_process(tmp_path):
     """Reading a page of the mapped file that does not exist is a bus error; hence the process of its own."""
     file = write(tmp_path / "a.lmdb")
     whole = file.read_bytes()
-    for part in (0.3, 0.7):
-        file.write_bytes(whole[: int(part * len(whole))])
+    for missing in (len(whole) * 2 // 3, len(whole) // 3, 100_000, *(pages * 4096 for pages in (1, 2, 7, 15, 16, 17))):
+        file.write_bytes(whole[: len(whole) - missing])
         code = "import sys; from cpr_fast.data.storage.records import *; Records(Path(sys.argv[1])).num_frames()"
         done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True)
         assert done.returncode == 1, done
         assert f"is truncated: expected {len(whole):,} bytes, got {file.stat().st_size:,}" in done.stderr
+
+
+def tree_pages(file: Path) -> list[int]:
+    """Returns the positions, in bytes, of the pages of the tree whose root the newer header names."""
+    data = file.read_bytes()
+    headers = [data[16 + 4096 * i :][:136] for i in range(2)]
+    newer = max(headers, key=lambda header: header[128:136][::-1])
+    below, found = [int.from_bytes(newer[112:120], "little")], []
+    while below:
+        found.append(at := 4096 * below.pop())
+        lower = int.from_bytes(data[at + 12 : at + 14], "little")
+        for entry in range(16, lower, 2) if data[at + 10] & 1 else ():  # a branch
+            node = at + int.from_bytes(data[at + entry : at + entry + 2], "little")
+            below.append(int.from_bytes(data[node : node + 4], "little"))
+    return found
+
+
+def read_everything(file: Path) -> dict[str, bytes]:
+    """Returns the pixels of every video that can be read."""
+    records, found = open_records(file), {}
+    lengths = records.num_frames()
+    for name in records.names:
+        try:
+            found[name] = read_record_frames(Path(f"{file}#{name}"), range(lengths[name]), "rgb").tobytes()
+            records.origin(name)
+        except VideoError as error:
+            assert name in str(error)
+    return found
+
+
+def write_more(file: Path) -> None:
+    with RecordWriter(file) as writer:
+        for i in range(4):
+            writer.put(f"more/{i}", [b"x" * 3000] * 3, "origin")
+
+
+@pytest.mark.parametrize("use", [read_everything, write_more])
+def test_damaged_pages_are_named_and_do_not_end_the_process(tmp_path, use):
+    """150 files with up to 20 wrong bytes in the pages of the tree. Each is opened in a process of its own, which a
+    bus error would end; a single wrong byte may also be in a part of a page that nothing refers to."""
+    good = tmp_path / "a.lmdb"
+    with RecordWriter(good) as writer:
+        for i in range(150):
+            pictures = np.random.default_rng(i).integers(0, 256, (1 + i % 3, 16, 24, 3), np.uint8)
+            writer.put(f"c{i % 3}/v{i}", [simplejpeg.encode_jpeg(picture) for picture in pictures], f"origin {i}")
+    whole, pages, rng = good.read_bytes(), tree_pages(good), np.random.default_rng(0)
+    assert len(pages) > 3
+    expected = read_everything(good)
+    said: Counter[str] = Counter()
+    for number in range(150):
+        damaged, count = bytearray(whole), (1, 4, 20)[number % 3]
+        for at in rng.choice(pages) + rng.choice([*range(0, 16)] * 8 + [*range(16, 60)] * 8 + [*range(4096)], count):
+            damaged[at] = rng.choice([0, 255, rng.integers(256)])
+        file = tmp_path / f"{number}.lmdb"
+        file.write_bytes(damaged)
+        if not (child := os.fork()):
+            try:
+                found = use(file)
+                code = 0 if found is None or found.items() <= expected.items() else 3
+            except InputError as error:
+                code = 2 if str(file) in str(error) else 4
+            except BaseException:
+                code = 5
+            os._exit(code)
+        said[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])] += 1
+    assert set(said) == {0, 2} and said[2] > 50, said
+
+
+def test_a_damaged_jpeg_is_named_also_if_it_decodes(tmp_path):
+    """JPEG has no checksums: about half of the pictures with a wrong byte decode without an error."""
+    file, rng, decoded = tmp_path / "a.lmdb", np.random.default_rng(0), 0
+    pictures = rng.integers(0, 256, (9, 40, 48, 3), np.uint8)
+    with RecordWriter(file) as writer:
+        writer.put("c/v", [simplejpeg.encode_jpeg(picture) for picture in pictures])
+    whole = file.read_bytes()
+    video = Path(f"{file}#c/v")
+    jpegs = [bytes(jpeg) for jpeg in read_jpegs(video, range(9))]
+    for number in range(40):
+        frame = number % 9
+        damaged, at = bytearray(jpegs[frame]), int(rng.integers(len(jpegs[frame])))
+        damaged[at] ^= 1 << int(rng.integers(8))
+        file.write_bytes(whole.replace(jpegs[frame], damaged))
+        forget_records(file)
+        with suppress(ValueError):
+            decoded += simplejpeg.decode_jpeg(bytes(damaged)) is not None
+        with pytest.raises(VideoError, match=rf"c/v': frame {frame} is damaged on the disk"):
+            read_record_frames(video, [frame], "rgb")
+        others = [other for other in range(9) if other != frame]
+        assert [bytes(jpeg) for jpeg in read_jpegs(video, others)] == [jpegs[other] for other in others]
+    assert decoded > 10
+
+
+def test_free_pages_may_be_missing_at_the_end(tmp_path):
+    """LMDB need not write pages that are freed in the transaction that takes them."""
+    file = write(tmp_path / "a.lmdb")
+    changes = [{b"big": bytes(500_000)}, {b"big": None}, {b"other": b"1"}, {b"other": b"2"}]
+    with lmdb.open(str(file), subdir=False, map_size=2**25) as environment:
+        for change in changes:
+            with environment.begin(write=True) as writing:
+                for key, value in change.items():
+                    writing.delete(key) if value is None else writing.put(key, value)
+    file.write_bytes(file.read_bytes()[: -100 * 4096])
+    assert len(read_everything(file)) == len(NAMES)
+
+
+def test_a_refused_file_does_not_stay_locked(tmp_path):
+    file = write(tmp_path / "a.lmdb")
+    whole = file.read_bytes()
+    for damaged, message in ((file, "copy it again"), (Path(f"{file}.part"), "remove it, and the same command begins")):
+        damaged.write_bytes(whole[:-4096])
+        with pytest.raises(InputError, match=f"{damaged.name}' is truncated: .*; {message}"):
+            RecordWriter(file)
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    Path(f"{file}.part").unlink()
+    file.unlink()
+    write_more(file)
+    assert len(Records(file).names) == 4
 
 
 def test_what_is_no_file_of_lmdb_is_described(tmp_path):
