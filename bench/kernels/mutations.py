@@ -5,7 +5,8 @@
     python bench/kernels/mutations.py --table        # writes the table again
 
 Each fault of bench/kernels/seeded_faults is applied to a copy of csrc, which is compiled for the host and tested: first
-under the sanitizer (tests/ops/cuda/sanitizer), then by the other host tests, then by the large ones. A fault is caught
+under the sanitizer (tests/ops/cuda/sanitizer), then by the other host tests, then by the large ones; at last its PTX
+is executed (tests/ops/cuda/ptx). A fault is caught
 if a test fails, a process dies or ends beyond its time, or the compiler warns. Rows go to bench/results/mutations.json
 as they are measured, and the table by class to mutations.md.
 """
@@ -63,6 +64,7 @@ def stages(operator: str) -> dict[str, list[str]]:
         "sanitizer": [sanitizer, "-m", "not large"],
         "host execution": [*host, "-m", "not large"],
         "large": [sanitizer, "-m", "large"],
+        "compiled code": [str(TESTS / "ptx" / f"test_{operator}.py")],
     }
 
 

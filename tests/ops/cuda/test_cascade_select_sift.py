@@ -93,6 +93,29 @@ def test_unusual_rows_whose_scores_are_refined(emulated, case):
     emulated.resize()
 
 
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("views", [[0, 1, 0], [1, 0, 1]])
+@pytest.mark.parametrize("blind", [0, 1])
+def test_entries_that_cannot_be_compared_in_one_view(emulated, views, blind):
+    """They are at every place of a vector of four entries, and score best in the other view."""
+    queries, memory = torch.ones(2, 2, 3), normal(2, K, 3, seed=18)
+    memory[1 - blind, ::7] += 10
+    memory[blind, ::7] = torch.nan
+    assert_selects(emulated, queries, memory, views, [9000, 3000, 30])
+
+
+def test_a_refined_threshold_that_is_infinite(emulated):
+    emulated.resize(**ROUTES["refined"])
+    queries = torch.cat([torch.ones(2, 1, 4), -torch.ones(2, 1, 4)], dim=1)
+    for keep in ([4000, 2000, 1000, 30], [12_000, 9000, 8000, 7000]):
+        assert_selects(emulated, queries, unusual("infinities"), [0, 1, 0, 1], keep)
+    for size in (40, 700):  # rows that are not sifted
+        memory = normal(2, size, 4, seed=19)
+        memory[0, ::2], memory[1, 1::2] = torch.inf, -torch.inf
+        assert_selects(emulated, queries, memory, [0, 1, 0], [size // 4, size // 8, 3])
+    emulated.resize()
+
+
 def sampled_slots() -> torch.Tensor:
     """Returns the slots that the sample draws: one from each of 8,192 equal parts of the row (Sample in sift.cuh)."""
     part = torch.arange(8192, dtype=torch.int64)

@@ -92,9 +92,10 @@ def test_a_gradient_of_more_than_2_to_the_32_elements(shuffled):
 
 
 @pytest.mark.large
-def test_a_scanned_memory_of_more_than_2_to_the_32_elements(shuffled):
+@pytest.mark.parametrize(("K", "D"), [(33_600_000, 128), (8_400_000, 512)])  # both kernels for tensor cores
+def test_a_scanned_memory_of_more_than_2_to_the_32_elements(shuffled, K, D):
     """Only the last of 128 splits runs, whose last keys are not empty; the results of the others are zeros."""
-    K, D, B = 33_600_000, 128, 3
+    B = 3
     shuffled.choose_blocks("last")
     memory = shuffled.allocate("memory", (K, D), torch.bfloat16)
     memory[-61:] = unit(61, D, seed=11).bfloat16()
