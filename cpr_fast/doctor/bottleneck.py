@@ -26,6 +26,7 @@ from cpr_fast.data.storage.records import read_jpegs
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.models import build_encoder
 from cpr_fast.runtime.busy import OtherPrograms
+from cpr_fast.runtime.progress import announce
 
 ADVICE = {
     "read": "reading from the disk is slow: copy the data to a local disk or to /dev/shm, or make it smaller with "
@@ -62,10 +63,13 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
     sources, plans = Sources.of(index, data), _plans(index, config, data)
     cores = os.cpu_count() or 1
     share = batch / min(data.workers, cores)
+    announce("  reading and decoding")
     read_s, decode_s, flow_s, cut_s, kept = _read_and_cut(index, plans, data, views, device, 0.3 * seconds)
     augment_s = cut_s * share + _augment(kept[:batch], data, views, 0.1 * seconds) * batch
     copy_s = _copy(batch, data, views, device)
+    announce("  the network")
     step_s, clips = _step(config, len(views), batch, device, 0.3 * seconds)
+    announce("  the loader as a whole")
     loader_s = _loader(index, data, views, config.run.seed, device, 0.3 * seconds)
     stages = {
         "read": read_s * share,

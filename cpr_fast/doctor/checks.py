@@ -94,7 +94,7 @@ def _breakdown(
 
     has_flow = config.data.flow == "on_the_fly" or all(video.flow_path for video in train)
     views = tuple(view for view in views_read(config) if view != "flow" or has_flow) or ("rgb",)
-    announce(f"Measuring the time of a training step for up to {duration(seconds)}")
+    announce(f"Measuring the time of a training step for about {duration(seconds)}, longer on a busy machine")
     try:
         row = breakdown(train, config, views, device=device, seconds=seconds)
     except Exception as error:  # any error is reported together with the other findings

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from cpr_fast.runtime.files import discard
 
@@ -180,29 +180,37 @@ class _Report:
         return f"{rate * seconds:.1f} {self.unit}/{name}"
 
     def print_line(self, done: int, elapsed_s: float, *, end: bool = False) -> None:
-        parts = [f"{self.description}: {done}/{self.total} {self.unit}"]
-        parts.append(self.pace(done / elapsed_s if elapsed_s > 0 else 0.0))
-        parts += [f"done in {duration(elapsed_s)}" if end else "", self.left(), self.status() if self.status else ""]
-        _print(", ".join(filter(None, parts)))
+        told = self.told(done, elapsed_s, end=end)
+        _print(f"{self.description}: {done}/{self.total} {self.unit}" + (f", {told}" if told else ""))
+
+    def told(self, done: int, elapsed_s: float, *, end: bool = False) -> str:
+        """Returns the pace, the time left and the status, as far as they are known."""
+        parts = [self.pace(done / elapsed_s if elapsed_s > 0 else 0.0), f"done in {duration(elapsed_s)}" if end else "",
+                 self.left(), self.status() if self.status else ""]  # fmt: skip
+        return ", ".join(filter(None, parts))
 
 
 def _bar(items: Iterable[Item], report: _Report) -> Iterator[Item]:
     # importing rich takes .1 s, which would delay short commands such as --help
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.text import Text
 
-    fields = ("rate", "left", "status")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               *(TextColumn(f"{{task.fields[{name}]}}") for name in fields))  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(report.description, total=report.total, **dict.fromkeys(fields, ""))
-        for item in items:
+    class TwoLines(Progress):
+        """The bar and, on a line of its own, what would not fit beside it into 80 columns."""
+
+        def get_renderables(self) -> Iterator[Any]:
+            yield self.make_tasks_table(self.tasks)
+            yield from (Text(f"  {task.fields['told']}") for task in self.tasks if task.fields["told"])
+
+    began = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
+    with TwoLines(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(report.description, total=report.total, told="")
+        for done, item in enumerate(items, 1):
             yield item
             report.forecast.add()
-            speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
-            rate = report.pace(speed or 0.0)
-            status = report.status() if report.status else ""
-            bar.update(task, advance=1, rate=rate, left=report.left(), status=status)
+            bar.update(task, advance=1, told=report.told(done, time.monotonic() - began))
 
 
 def _lines(items: Iterable[Item], report: _Report) -> Iterator[Item]:

@@ -76,7 +76,7 @@ def init(
     whole = sized = sized_recipe(facts, *named, epochs)
     pace = None
     if seconds:
-        announce(f"Measuring training steps on these videos for about {seconds:.0f} s")
+        announce(f"Measuring training steps on these videos for about {seconds:.0f} s, longer on a busy machine")
         pace = _pace(videos, facts.split, sized.config, "cuda" if gpu else "cpu", seconds)
     if minutes is not None and (fit := _epochs_that_fit(sized, pace.step_s, minutes)) < total_epochs(sized):
         sized = sized_recipe(facts, *named, fit)

@@ -157,11 +157,14 @@ def _compute_all(
 
 @contextmanager
 def _stop_told() -> Iterator[None]:
-    """Says at once that Ctrl-C was received, because the frame pairs that are being computed end first."""
+    """Says at once that a request to stop was received, because the frame pairs that are being computed end first. Of
+    several blocks around each other only the innermost says it, before the outer ones wait for their threads."""
     try:
         yield
-    except KeyboardInterrupt:
-        announce("Stopping when the frame pairs that are being computed are finished")
+    except KeyboardInterrupt as stopped:
+        if not getattr(stopped, "told", False):
+            stopped.told = True
+            announce("Stopping when the frame pairs that are being computed are finished")
         raise
 
 
@@ -223,12 +226,13 @@ def _map_ahead(function: Callable[[Item], Result], items: Iterable[Item], worker
     pending: deque[Future] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > ahead:
+            with _stop_told():
+                for item in items:
+                    pending.append(pool.submit(function, item))
+                    if len(pending) > ahead:
+                        yield pending.popleft().result()
+                while pending:
                     yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()

@@ -174,7 +174,7 @@ def _sentence(cycles: list[dict[str, Any]]) -> str:
     parts = [f"{cycle['view']} (cycle {cycle['cycle'] + 1}) {_losses(cycle)}" for cycle in trained]
     some = "" if len(trained) == len(cycles) else f"{len(trained)} of {len(cycles)} cycles learnt. "
     several = any(cycle["compared"] > 1 for cycle in trained)
-    return some + ("First and last epoch: " if several else "Trained: ") + "; ".join(parts) + "."
+    return some + ("First and last comparable epoch: " if several else "Trained: ") + "; ".join(parts) + "."
 
 
 def _losses(cycle: dict[str, Any]) -> str:

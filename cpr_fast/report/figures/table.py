@@ -62,8 +62,9 @@ class Table:
 
     @property
     def reasons(self) -> list[str]:
-        """Returns the reasons why values of this table are missing, each sentence once."""
-        return list(dict.fromkeys(cell.reason for row in self.cells for cell in row if cell.reason))
+        """Returns the reasons why values of this table are missing, each once and none that another one contains."""
+        found = list(dict.fromkeys(cell.reason for row in self.cells for cell in row if cell.reason))
+        return [reason for reason in found if not any(reason in other for other in found if other != reason)]
 
     @property
     def csv(self) -> str:

@@ -16,7 +16,7 @@ from cpr_fast.wording import listed
 
 NO_LOSS = 1e-6  # a loss this small has no gradient: all entries that a query is compared with are positives
 SIGNS = ("pmr", "view_agreement", "hubness", "mutual_neighbours", "mined_age_steps", "mined_share")  # rates of mining
-RESULTS = {"learnt": "learnt", "unsure": "may have learnt", "nothing": "did not"}
+RESULTS = {"learnt": "learnt", "unsure": "may have learnt", "nothing": "did not improve"}
 
 
 def verdict(run: Run) -> list[str]:
@@ -67,7 +67,7 @@ class Judgement:
         return {
             "learnt": f"Learnt: {name} {how}.",
             "unsure": f"Not certain to have learnt: {name} {how}, and the interval includes 0.",
-            "nothing": f"Learnt nothing for retrieval: {name} {how}.",
+            "nothing": f"Not better than before training: {name} {how}.",
         }[self.result]
 
 
@@ -128,7 +128,10 @@ def _of_views(run: Run) -> str | None:
         found = "; ".join(f"{listed(of)} {RESULTS[key]}" for key, of in names.items() if of)
         known = "not every view learnt" if names["learnt"] else "it is not certain that this run learnt anything"
         start = f"For retrieval, {known}: {found}"
-    return f"{start}, judged by {measures} against the same network before training ({values})."
+    return (
+        f"{start}, judged by {measures} against the same network before training ({values}). The first thing to try is "
+        "more epochs: `cpr-fast init` without --minutes proposes how many."
+    )
 
 
 def _below_pixels(run: Run) -> str | None:
@@ -144,7 +147,7 @@ def _below_pixels(run: Run) -> str | None:
     return (
         f"{MEASURES[measure]} of the trained network ({VIEW_NAMES[best['view']]}) is {percent(best[measure])}, not "
         f"above the {percent(reference[measure])} of a baseline that learns nothing "
-        f"({MODEL_NAMES[reference['name']].lower()}): for retrieval, this run learnt nothing useful."
+        f"({MODEL_NAMES[reference['name']].lower()}): for retrieval, its features are no better than pixels."
     )
 
 

@@ -38,7 +38,7 @@ def test_a_run_that_learns(tmp_path):
     assert row["cycles"][1]["pmr_last"] == epochs[3]["pmr"]
     losses = [epoch["loss"] for epoch in epochs]
     assert row["text"].startswith(
-        f"First and last epoch: rgb (cycle 1) loss {losses[1]:.3f} (chance 2.398; one epoch); "
+        f"First and last comparable epoch: rgb (cycle 1) loss {losses[1]:.3f} (chance 2.398; one epoch); "
     )
     assert f"flow (cycle 2) loss {losses[2]:.3f} to {losses[3]:.3f} (chance " in row["text"]
     assert all(epoch["weights_change"] > 0 for epoch in epochs)
