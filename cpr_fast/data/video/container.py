@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import av
+import av.stream
 from av.stream import Disposition
 
 UNPROBED = {"codec_whitelist": "none", "probesize": "32"}  # options with which opening a container decodes no frame
@@ -17,6 +18,7 @@ ANY_METADATA = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0
 # Formats that FFmpeg recognises by the content of a file, whatever its name, and that name further files to read: their
 # frames change with those files, and a data set from elsewhere could name any file of this machine.
 PLAYLISTS = ("concat", "hls", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest")
+DISCARD = getattr(av.stream, "Discard", None)  # versions before PyAV 18 cannot make a demultiplexer skip a stream
 NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
 
@@ -61,17 +63,25 @@ def video_streams(container: av.container.InputContainer) -> list[av.VideoStream
     return sorted(streams, key=lambda stream: not stream.disposition & Disposition.default)
 
 
+def format_name(container: av.container.InputContainer) -> str:
+    """Returns a name by which `open_video` finds the format of a container again."""
+    return container.format.name.partition(",")[0]
+
+
 @contextmanager
-def open_video(path: str | Path, *, probe: bool = True) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def open_video(
+    path: str | Path, *, probe: bool = True, known_format: str | None = None
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Opens a file and yields (container, video stream); every FFmpeg error in the block is converted to a VideoError.
 
     With `probe=False` FFmpeg decodes no frame to find properties that the container does not store, such as the frame
     rate. Probing takes ten times as long as the rest of opening. Frames are the same without it, except in streams that
-    do not specify how their frames are reordered.
+    do not specify how their frames are reordered. `known_format` is the `format_name` of a file that was opened before;
+    FFmpeg then does not compare the file with all formats. Packets of other streams are skipped, not read.
     """
     try:
         options = {} if probe else UNPROBED
-        with av.open(location(path), container_options=options, **ANY_METADATA) as container:
+        with av.open(location(path), format=known_format, container_options=options, **ANY_METADATA) as container:
             if container.format.name in PLAYLISTS:
                 raise VideoError(path, f"is a list of other files ({container.format.name}) and not a video")
             streams = video_streams(container)
@@ -81,6 +91,10 @@ def open_video(path: str | Path, *, probe: bool = True) -> Iterator[tuple[av.con
             stream = streams[0]
             if stream.codec_context is None:
                 raise VideoError(path, "uses a codec for which this FFmpeg has no decoder")
+            if DISCARD is not None:
+                for other in container.streams:
+                    if other.index != stream.index:
+                        other.discard = DISCARD.all
             stream.codec_context.thread_count = 1  # videos are decoded in parallel, not the frames of one video
             yield container, stream
     except (av.FFmpegError, OSError) as error:

@@ -16,18 +16,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 
 import av
 import numpy as np
 
-from cpr_fast.data.video.container import VideoError, holds_frame, open_video
+from cpr_fast.data.video.container import VideoError, format_name, holds_frame, open_video
 from cpr_fast.data.video.numbering import LAYOUTS, REMEMBERED_FILES, Layout, file_identity
 from cpr_fast.data.video.pixels import Pixels, Region, pixels_of
 
 PASSES_OVER = ("h264", "mpeg4")  # decoders whose skip_frame leaves out exactly the frames that no other frame refers to
-PART = 16  # frames converted at once: few enough to stay in the last cache of a CPU
-PART_PIXELS = 2**25  # limit in pixels, for large frames: FFmpeg limits the size of a picture
+# What determines the conversion of a frame to RGB; neither size nor format may change within a file.
+KIND = attrgetter("width", "height", "format.name", "colorspace", "color_range", "interlaced_frame")
+# Limits of what is converted before it is used, in frames and in pixels: few enough to stay in the last cache of a CPU,
+# and many, because decoding and resizing evict one another's code and data. 32 frames of 320x240 are 7 MiB.
+PART, PART_PIXELS = 32, 2**22
 
 
 def read_frames(path: str | Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int) -> np.ndarray:
@@ -67,7 +71,8 @@ def read_parts(
     known, packets = LAYOUTS.get(identity), None
     if known is not None:
         # a file in which seeking fails, for example, is read as if no result were cached
-        with suppress(VideoError), open_video(path, probe=known.probe) as (container, stream):
+        opened = open_video(path, probe=known.probe, known_format=known.format)
+        with suppress(VideoError), opened as (container, stream):
             for part in _parts(path, frames, view, num_frames, region, _decode(container, stream, known, frames)):
                 yield part
                 done += len(part)
@@ -77,7 +82,7 @@ def read_parts(
             packets, failed = list(container.demux(stream)), known is not None
             known = Layout.of(container, stream, packets, num_frames)
             if known is not None:
-                known.probe = failed
+                known.probe, known.format = failed, format_name(container)
             if len(LAYOUTS) < REMEMBERED_FILES:
                 LAYOUTS[identity] = known
         frames = frames[done:]
@@ -94,23 +99,23 @@ def _parts(
 ) -> Iterator[np.ndarray]:
     """Yields what `read_parts` does, from the (number, frame) of all `frames`."""
     pixels: Pixels | None = None
-    kind = colours = None
+    kind: tuple | None = None
     held = most = 0
     for wanted in frames:
         number, frame = next(decoded, (None, None))
         if number != wanted:
             raise VideoError(path, f"frame {wanted} of {num_frames} does not decode")
-        now = (frame.width, frame.height, frame.format.name)
-        if kind is None:
-            _refuse_rotation(path, frame)
-            kind, most = now, max(1, min(PART, len(frames), PART_PIXELS // (frame.width * frame.height)))
+        now = KIND(frame)
         if now != kind:
-            before, after = ("{}x{} {}".format(*each) for each in (kind, now))
-            raise VideoError(path, f"the frame size or format changes from {before} to {after}")
-        if pixels is None or colours != _colours(frame):
+            if kind is None:
+                _refuse_rotation(path, frame)
+                most = max(1, min(PART, len(frames), PART_PIXELS // _pixels_of_a_frame(frame, region)))
+            elif now[:3] != kind[:3]:
+                before, after = ("{}x{} {}".format(*each[:3]) for each in (kind, now))
+                raise VideoError(path, f"the frame size or format changes from {before} to {after}")
             if held:
                 yield pixels.take()
-            held, colours, pixels = 0, _colours(frame), pixels_of(path, frame, view, region, most)
+            held, kind, pixels = 0, now, pixels_of(path, frame, view, region, most)
         pixels.add(frame)
         held += 1
         if held == most:
@@ -120,9 +125,12 @@ def _parts(
         yield pixels.take()
 
 
-def _colours(frame: av.VideoFrame) -> tuple:
-    """Returns the properties of a frame, besides its format, that determine the conversion to RGB."""
-    return frame.colorspace, frame.color_range, frame.interlaced_frame
+def _pixels_of_a_frame(frame: av.VideoFrame, region: Region | None) -> int:
+    """Returns how many pixels of a frame are converted."""
+    if region is None:
+        return frame.width * frame.height
+    top, left, bottom, right = region.box
+    return max(1, (bottom - top) * (right - left))
 
 
 def _decode(

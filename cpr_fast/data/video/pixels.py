@@ -91,8 +91,8 @@ class _Boxes:
     def add(self, frame: av.VideoFrame) -> None:
         if self._out is None:
             self._out = np.empty(self._shape, np.uint8)
-        planes = frame.planes
-        strides = [plane.line_size for plane in planes]
+        planes = y, u, v = frame.planes
+        strides = y.line_size, u.line_size, v.line_size
         self._convert(planes, strides, self._top, self._left, self._out[self._held])
         self._held += 1
 

@@ -5,6 +5,7 @@ import io
 import av
 import numpy as np
 import pytest
+from support.numbered_videos import decode_linearly
 from support.videos.odd_videos import (
     damage,
     pictures,
@@ -16,8 +17,9 @@ from support.videos.odd_videos import (
 )
 
 from cpr_fast.data.video import transcode
-from cpr_fast.data.video.container import VideoError, location, open_video
+from cpr_fast.data.video.container import DISCARD, VideoError, location, open_video
 from cpr_fast.data.video.decode import read_frames
+from cpr_fast.data.video.numbering import LAYOUTS, file_identity
 from cpr_fast.data.video.packets import slice_packets
 from cpr_fast.data.video.probe import probe_video
 from cpr_fast.data.video.transcode import transcode_video
@@ -70,6 +72,42 @@ def test_of_several_streams_the_default_one_is_read_and_named(tmp_path, default,
     )
     for _ in range(2):
         assert read_frames(path, [3, 4], "rgb", 20).shape == (2, expected[1], expected[0], 3)
+
+
+def write_with_sound(path, codec, frames=40, rate=32000):
+    """Writes video and sound that alternate in the file."""
+    with av.open(str(path), "w") as output:
+        video, sound = output.add_stream(codec, rate=25, options={"g": "12"}), output.add_stream("mp2", rate=rate)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        for picture in pictures(frames):
+            noise = np.random.default_rng(0).integers(-999, 999, (1, 2 * rate // 25), np.int16)
+            samples = av.AudioFrame.from_ndarray(noise, format="s16", layout="stereo")
+            samples.sample_rate = rate
+            output.mux([*video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")), *sound.encode(samples)])
+        output.mux([*video.encode(), *sound.encode()])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "format"),
+    [
+        ("sound.avi", "mpeg4", "avi"),
+        ("sound.mp4", "libx264", "mov"),
+        ("sound.mkv", "libx264", "matroska"),
+        ("sound.ts", "libx264", "mpegts"),
+    ],
+)
+def test_sound_is_passed_over_and_the_format_remembered(tmp_path, name, codec, format):
+    path = write_with_sound(tmp_path / name, codec)
+    truth = decode_linearly(path)
+    assert len(truth) == 40
+    for frames in ([0, 1], [7, 8, 30], [14], [38, 39]):  # the first read decides how the others read
+        np.testing.assert_array_equal(read_frames(path, frames, "rgb", 40), truth[frames])
+    assert LAYOUTS[file_identity(path, 40)].format == format
+    with open_video(path, probe=False, known_format=format) as (container, stream):
+        packets = [packet for packet in container.demux() if packet.size]
+    assert len([packet for packet in packets if packet.stream is stream]) == 40
+    assert len(packets) < 45 or DISCARD is None  # of 88 of sound, what was read when the file was opened
 
 
 def test_damage_is_counted_or_makes_no_difference(tmp_path):

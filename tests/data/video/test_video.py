@@ -141,13 +141,13 @@ def test_a_container_that_seeks_to_the_wrong_place_costs_time_alone(numbered, mo
     elsewhere = int(decode.LAYOUTS[decode.file_identity(path, FRAMES)].start(FRAMES - 1))
 
     @contextmanager
-    def opened(path, probe, real=decode.open_video):
-        with real(path, probe=probe) as (container, stream):
+    def opened(path, real=decode.open_video, **options):
+        with real(path, **options) as (container, stream):
             container.seek(elsewhere, stream=stream)  # demultiplexing starts there
             yield container, stream
 
     calls = iter([opened, decode.open_video])
-    monkeypatch.setattr(decode, "open_video", lambda path, probe=True: next(calls)(path, probe=probe))
+    monkeypatch.setattr(decode, "open_video", lambda path, **options: next(calls)(path, **options))
     np.testing.assert_array_equal(read_frames(path, [5, 6], "rgb", FRAMES), expected)
     assert next(calls, None) is None
     assert decode.LAYOUTS[
