@@ -250,8 +250,17 @@ def page(report: dict) -> str:
         rows = [row for row in report["rows"] if row["table"] == table]
         for source in dict.fromkeys(row["source"] for row in rows):
             text += [f"## {title}: {source}\n"]
+            run = next(row for row in rows if row["source"] == source)
+            if run["commit"] != about["commit"]:
+                text += [f"Measured alone, `{run['command']}` at {run['commit']}.\n"]
             text += [markdown_table(HEADER, [cells(row) for row in rows if row["source"] == source])]
     return "\n".join(text)
+
+
+def with_other_sources(report: dict, earlier: dict) -> dict:
+    """Returns the earlier report with the rows of the sources of this one replaced."""
+    measured = {row["source"] for row in report["rows"]}
+    return earlier | {"rows": report["rows"] + [row for row in earlier["rows"] if row["source"] not in measured]}
 
 
 def main() -> None:
@@ -262,6 +271,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="side of the output, pixels")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--root", type=Path, help="class folders of videos in the place of UCF101")
+    parser.add_argument(
+        "--files-only", action="store_true", help="only the videos as they are; other rows of --out are kept"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     data = DataConfig(frames=options.frames, size=options.size, batch_size=8, workers=1, cache_gib=0)
@@ -272,8 +284,8 @@ def main() -> None:
     }  # fmt: skip
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        works = sources(options.root, options.videos, data, Path(folder))
-        flow_bytes = bytes_per_field(works)
+        works = sources(options.root, options.videos, data, Path(folder), files_only=options.files_only)
+        flow_bytes = None if options.files_only else bytes_per_field(works)
         for work in works:
             frames = truth_of(work)
             augmented = (
@@ -292,6 +304,8 @@ def main() -> None:
     report["flow_bytes"] = flow_bytes
     report["rows"] = [row | about for row in rows]
     name = "loading" if options.device == "cpu" else "loading_cuda"
+    if options.files_only:
+        report = with_other_sources(report, json.loads((options.out / f"{name}.json").read_text()))
     write_result(f"{name}.json", json.dumps(report, indent=1) + "\n", options.out)
     write_result(f"{name}.md", page(report), options.out)
 

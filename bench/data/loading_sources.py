@@ -60,19 +60,26 @@ class Work:
         return decoder(self.file(row), clip_frames(int(self.clips.start[row]), self.data))
 
 
-def sources(root: Path | None, videos: int, data: DataConfig, folder: Path) -> list[Work]:
+def sources(root: Path | None, videos: int, data: DataConfig, folder: Path, *, files_only: bool = False) -> list[Work]:
     """Makes five indexes of the same videos: as they are, transcoded, as JPEG records (quality 100, 4:2:0), and with
-    flow in files and in JPEG records as `cpr-fast flow` stores it."""
+    flow in files and in JPEG records as `cpr-fast flow` stores it. With `files_only` only the first."""
     paths = real_clips.spread_videos(videos) if root is None else sorted(root.glob("*/*.*"))[:videos]
     for path in paths:
         link = folder / "set" / path.parent.name / path.name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
-    made = {}
-    for name, options in (("files", IndexOptions()), ("transcoded", IndexOptions(transcode=folder / "transcoded"))):
+    made, copies = {}, [("files", IndexOptions()), ("transcoded", IndexOptions(transcode=folder / "transcoded"))]
+    for name, options in copies[:1] if files_only else copies:
         write_index(folder / "set", folder / f"{name}.csv", options)
         made[name] = "rgb", list(Index.load(folder / f"{name}.csv"))
     _, files = made["files"]
+    if not files_only:
+        made |= _records_and_flow(files, folder)
+    whole = len(files) // data.batch_size * data.batch_size
+    return [Work.of(name, view, Index(rows[:whole]), data) for name, (view, rows) in made.items()]
+
+
+def _records_and_flow(files: list[Video], folder: Path) -> dict[str, tuple[str, list[Video]]]:
     with RecordWriter(folder / "frames.lmdb") as frames, RecordWriter(folder / "flow.lmdb") as flow:
         for video in files:
             pixels = read_frames(video.path, range(video.num_frames), "rgb", video.num_frames)
@@ -82,11 +89,11 @@ def sources(root: Path | None, videos: int, data: DataConfig, folder: Path) -> l
             encode_video(folder / "flow" / f"{_name(video)}.flow.mp4", levels)
             flow.put(_name(video), encode_jpegs(levels))
     write_index(folder / "frames.lmdb", folder / "records.csv", IndexOptions(layout="lmdb", verify=False))
-    made["records"] = "rgb", list(Index.load(folder / "records.csv"))
-    made["flow files"] = "flow", [replace(v, flow_path=folder / "flow" / f"{_name(v)}.flow.mp4") for v in files]
-    made["flow records"] = "flow", [replace(v, flow_path=Path(f"{folder}/flow.lmdb#{_name(v)}")) for v in files]
-    whole = len(files) // data.batch_size * data.batch_size
-    return [Work.of(name, view, Index(rows[:whole]), data) for name, (view, rows) in made.items()]
+    return {
+        "records": ("rgb", list(Index.load(folder / "records.csv"))),
+        "flow files": ("flow", [replace(v, flow_path=folder / "flow" / f"{_name(v)}.flow.mp4") for v in files]),
+        "flow records": ("flow", [replace(v, flow_path=Path(f"{folder}/flow.lmdb#{_name(v)}")) for v in files]),
+    }
 
 
 def _name(video: Video) -> str:
