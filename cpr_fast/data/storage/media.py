@@ -10,7 +10,7 @@ import numpy as np
 
 from cpr_fast.data.storage.records import read_record_frames, split_record
 from cpr_fast.data.video import decode
-from cpr_fast.data.video.decode import PART, joined
+from cpr_fast.data.video.decode import PART, frames_at_once, joined
 from cpr_fast.data.video.pixels import Region
 from cpr_fast.wording import not_a_file
 
@@ -58,5 +58,6 @@ def read_parts(
     if not is_record(path):
         yield from decode.read_parts(path, frames, view, num_frames, region)
         return
-    for begin in range(0, len(frames), PART):
-        yield read_record_frames(path, frames[begin : begin + PART], view, region)
+    most = PART if region is None else frames_at_once(region.height * region.width)
+    for begin in range(0, len(frames), most):
+        yield read_record_frames(path, frames[begin : begin + most], view, region)

@@ -34,6 +34,11 @@ KIND = attrgetter("width", "height", "format.name", "colorspace", "color_range",
 PART, PART_PIXELS = 32, 2**22
 
 
+def frames_at_once(pixels: int) -> int:
+    """Returns how many frames are converted at once if of each so many pixels are."""
+    return max(1, min(PART, PART_PIXELS // max(1, pixels)))
+
+
 def read_frames(path: str | Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int) -> np.ndarray:
     """Returns the frames of the given numbers, read in one pass over the file.
 
@@ -109,7 +114,7 @@ def _parts(
         if now != kind:
             if kind is None:
                 _refuse_rotation(path, frame)
-                most = max(1, min(PART, len(frames), PART_PIXELS // _pixels_of_a_frame(frame, region)))
+                most = min(len(frames), frames_at_once(_pixels_of_a_frame(frame, region)))
             elif now[:3] != kind[:3]:
                 before, after = ("{}x{} {}".format(*each[:3]) for each in (kind, now))
                 raise VideoError(path, f"the frame size or format changes from {before} to {after}")
@@ -130,7 +135,7 @@ def _pixels_of_a_frame(frame: av.VideoFrame, region: Region | None) -> int:
     if region is None:
         return frame.width * frame.height
     top, left, bottom, right = region.box
-    return max(1, (bottom - top) * (right - left))
+    return (bottom - top) * (right - left)
 
 
 def _decode(
