@@ -103,6 +103,11 @@ class Index(Sequence[Video]):
             raise IndexFileError(f"split {split!r}: the index has no such video; its splits are {splits}")
         return Index(chosen, self.classes)
 
+    @property
+    def mostly_labelled(self) -> bool:
+        """Whether at least half of the videos have a label, of two classes or more: fewer labels judge no network."""
+        return 2 * int((self.labels >= 0).sum()) >= len(self) and len(set(self.labels[self.labels >= 0].tolist())) > 1
+
     def training(self) -> tuple[str, list[Video]]:
         """Returns the split that pretraining reads by default and its videos: "train", or "" where there are no splits,
         which stands for all videos."""
