@@ -76,14 +76,14 @@ def write_page(page: str, out: Path) -> Path:
 def _section(run: Run, compared: Compared | None) -> dict[str, Any]:
     """Returns all values that the template shows for one run."""
     classes = class_rates(run)
-    unlabelled = run.index is not None and not run.index.classes
+    without = run.index is not None and not run.index.classes
     mined = mined_sheets(run)
     return {
         "run": run,
         "facts": facts(run),
         "unfinished": unfinished(run),
         "verdict": verdict(run),
-        "headline": signs(run, compared) if unlabelled else headline(run),
+        "headline": signs(run, compared) if run.unlabelled else headline(run),
         "tiles": tiles(run),
         "retrieval": retrieval_blocks(run),
         "same_video": same_video_table(run),
@@ -96,16 +96,16 @@ def _section(run: Run, compared: Compared | None) -> dict[str, Any]:
         "judged": any(
             clip["correct"] is not None for sheet in mined for line in sheet["queries"] for clip in line["found"]
         ),
-        "no_rates": no_rates(run, unlabelled),
+        "no_rates": no_rates(run, without),
         "class_rates": classes,
         "extremes": extremes(classes["classes"]) if classes else None,
         "training_figures": training_figures(run),
         "speed": run.speed(),
-        "cycles": cycle_table(run, unlabelled),
+        "cycles": cycle_table(run, without),
         "config": flat_config(run.config),
         "skipped": max((row.get("skipped") or 0 for row in run.epochs), default=0),
         "chance_pmr": run.chance_pmr,
-        "unlabelled": unlabelled,
+        "unlabelled": run.unlabelled,
     }
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from cpr_fast.data.index.index import Video
-from cpr_fast.errors import InputError
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
 from cpr_fast.report.figures.bars import histogram_figure
 from cpr_fast.report.figures.film_strip import STRIP_FRAMES, film_strip, strip_image
@@ -31,7 +30,7 @@ from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.run_folder.unfinished import unfinished
 from cpr_fast.report.sections.header import facts
 from cpr_fast.report.sections.sheets import clip
-from cpr_fast.report.unlabelled import Compared, same_video, videos_of
+from cpr_fast.report.unlabelled import Compared, same_video
 from cpr_fast.wording import ordinal
 
 QUERIES, PAIRS, ODD = 8, 12, 6  # numbers of queries, pairs and odd videos that are shown as film strips
@@ -44,7 +43,7 @@ LEVELS = {
     "moderate": "Moderate: the checks below are above chance, but not for all videos. Look at the videos themselves "
     "before you act on it.",
     "low": "Low: the checks below are near chance or no better than with an untrained network, or the videos "
-    "hardly differ for the network. Do not rely on this page.",
+    "hardly differ for the network. Rely on nothing on this page but pairs that are called certain.",
     "unknown": "Unknown: one view and one video per source leave nothing to check the neighbours against. Judge by the "
     "pictures.",
 }
@@ -53,14 +52,6 @@ LEVELS = {
 def similar_path(report: Path) -> Path:
     """Returns the path of the page of similar videos of a report: in the same folder, with "-similar" in its name."""
     return report.with_name(f"{report.stem}-similar.html")
-
-
-def is_unlabelled(run: Path) -> bool:
-    """Returns whether the index of a run can be read and none of its videos has a label."""
-    try:
-        return not videos_of(Run(run)).classes
-    except InputError:
-        return False
 
 
 def write_similar(run: Path, out: Path, compared: Compared) -> Path:

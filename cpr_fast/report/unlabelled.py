@@ -95,7 +95,11 @@ def signs(run: Run, compared: Compared | None = None) -> list[str]:
         found = "nothing below shows that this run learnt"
     else:
         found = "the signs below do not decide whether this run learnt"
-    verdict = f"The videos have no labels, so retrieval cannot be measured; {found}."
+    if run.index is not None and run.index.classes:
+        why = "Too few videos have a label, or all have one class, so that retrieval by classes says little"
+    else:
+        why = "The videos have no labels, so retrieval cannot be measured"
+    verdict = f"{why}; {found}."
     return [verdict, *(text for text in (same, loss, neighbours, _rank(run)) if text)]
 
 
@@ -123,8 +127,8 @@ def same_video(run: Run) -> tuple[dict[str, str], str | None]:
     if not run.retrieval:
         return {}, None
     return {}, (
-        "Nearest clip of the same video: not compared with the untrained network, because too few videos hold two "
-        "clips, or an older version ran `cpr-fast retrieve`."
+        "Nearest clip of the same video: not compared with the untrained network. `cpr-fast retrieve` does so where "
+        "less than half of the queries have a label and two videos or more hold two clips."
     )
 
 

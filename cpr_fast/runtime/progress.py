@@ -180,13 +180,13 @@ class _Report:
         return f"{rate * seconds:.1f} {self.unit}/{name}"
 
     def print_line(self, done: int, elapsed_s: float, *, end: bool = False) -> None:
-        told = self.told(done, elapsed_s, end=end)
+        told = self.told(done, elapsed_s, end=end, status=self.status() if self.status else "")
         _print(f"{self.description}: {done}/{self.total} {self.unit}" + (f", {told}" if told else ""))
 
-    def told(self, done: int, elapsed_s: float, *, end: bool = False) -> str:
+    def told(self, done: int, elapsed_s: float, *, status: str, end: bool = False) -> str:
         """Returns the pace, the time left and the status, as far as they are known."""
         parts = [self.pace(done / elapsed_s if elapsed_s > 0 else 0.0), f"done in {duration(elapsed_s)}" if end else "",
-                 self.left(), self.status() if self.status else ""]  # fmt: skip
+                 self.left(), status]  # fmt: skip
         return ", ".join(filter(None, parts))
 
 
@@ -197,20 +197,24 @@ def _bar(items: Iterable[Item], report: _Report) -> Iterator[Item]:
     from rich.text import Text
 
     class TwoLines(Progress):
-        """The bar and, on a line of its own, what would not fit beside it into 80 columns."""
+        """The bar and, on a line of its own, what would not fit beside it into 80 columns. It is drawn several times a
+        second: pace and time left are those of that moment, also while a single item takes long."""
 
         def get_renderables(self) -> Iterator[Any]:
             yield self.make_tasks_table(self.tasks)
-            yield from (Text(f"  {task.fields['told']}") for task in self.tasks if task.fields["told"])
+            for task in self.tasks:
+                elapsed_s = time.monotonic() - began
+                told = report.told(int(task.completed), elapsed_s, status=task.fields["status"])
+                yield from [Text(f"  {told}")] if told else []
 
     began = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
     with TwoLines(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(report.description, total=report.total, told="")
-        for done, item in enumerate(items, 1):
+        task = bar.add_task(report.description, total=report.total, status="")
+        for item in items:
             yield item
             report.forecast.add()
-            bar.update(task, advance=1, told=report.told(done, time.monotonic() - began))
+            bar.update(task, advance=1, status=report.status() if report.status else "")
 
 
 def _lines(items: Iterable[Item], report: _Report) -> Iterator[Item]:

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import shutil
 import typing
+import zipfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +21,7 @@ from cpr_fast.config import Config, ConfigError, ModelConfig, View
 from cpr_fast.errors import InputError
 from cpr_fast.models import Encoder, build_encoder
 from cpr_fast.runtime.files import replacing
-from cpr_fast.weights.reading import CheckpointError, read_torch
+from cpr_fast.weights.reading import CheckpointError, DamagedCheckpointError, read_torch, zip_intact
 from cpr_fast.wording import counted
 
 FORMAT = "cpr_fast checkpoint"
@@ -94,6 +95,9 @@ def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> 
         raise CheckpointError(f"checkpoint {str(path)!r} comes from another program (it holds {keys}); {expected}")
     if payload.get("version") != VERSION:
         raise CheckpointError(f"checkpoint {str(path)!r} has version {payload.get('version')!r}; {expected}")
+    if zipfile.is_zipfile(path) and not zip_intact(path):  # torch does not compare the checksums that it writes
+        damage = "is damaged: its bytes are not those written"
+        raise DamagedCheckpointError(f"checkpoint {str(path)!r} {damage}; {expected}", damage)
     return payload
 
 

@@ -26,7 +26,7 @@ from cpr_fast.evaluate.retrieval.ranking import Comparison, leading_views, prepa
 from cpr_fast.report.neighbours import confidence, duplicate_pairs, find_neighbours, odd_videos, pixel_agreement
 from cpr_fast.report.run_folder import features as stored
 from cpr_fast.report.run_folder.run import Run
-from cpr_fast.report.similar import is_unlabelled, similar_path, write_similar
+from cpr_fast.report.similar import similar_path, write_similar
 from cpr_fast.report.unlabelled import compare_videos
 
 COUNT, ODD = 12, 7  # video 1 is a copy of 0 (in bytes), 3 of 2 (in features only); ODD is far from all
@@ -52,7 +52,7 @@ def make_run(tmp_path, monkeypatch, *, views=("rgb", "flow"), labels=False, sour
         else:
             write_video(data / f"v{i}.mp4", i % 7)
         source = f"s{i // 2}" if sources else ""
-        rows.append(f"v{i}.mp4,{'c' if labels else ''},{source},,{FRAMES},25,98,54,")
+        rows.append(f"v{i}.mp4,{'cd'[i % 2] if labels else ''},{source},,{FRAMES},25,98,54,")
     index_csv = data / "index.csv"
     index_csv.write_text("\n".join(rows) + "\n")
     config = Config.from_dict({"data": {"index": str(index_csv), "split": ""}}).to_dict()
@@ -110,7 +110,7 @@ def test_the_features_of_the_trained_network_are_taken(tmp_path, monkeypatch):
 
 def test_the_command_writes_both_pages(tmp_path, monkeypatch, capsys):
     run, _ = make_run(tmp_path, monkeypatch)
-    assert is_unlabelled(run)
+    assert Run(run).unlabelled
     assert main(["report", str(run), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result == {"report": str(run / "report.html"), "similar": str(run / "report-similar.html")}

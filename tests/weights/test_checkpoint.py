@@ -19,7 +19,7 @@ from cpr_fast.models import build_encoder
 from cpr_fast.weights import checkpoint
 from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders, load_initial, save_checkpoint, save_step
 from cpr_fast.weights.exporting import export
-from cpr_fast.weights.reading import CheckpointError
+from cpr_fast.weights.reading import CheckpointError, DamagedCheckpointError
 
 ROOT = Path(__file__).parents[2]
 EXPECTED = r"expected a file written by cpr_fast.weights.checkpoint.save_checkpoint, version 1"
@@ -209,3 +209,18 @@ def test_a_full_disk_is_named_and_not_a_position_in_the_file(tmp_path, size):
     ):
         save_checkpoint(tmp_path / "last.pt", {"tensor": torch.zeros(10_000)})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_byte_anywhere_is_damage(tmp_path):
+    """torch reads the values of a tensor without comparing the archive's checksums."""
+    torch.manual_seed(0)
+    payload = {"encoders": {"rgb": {"weight": torch.randn(3000)}}, "step": 1}
+    path = save_checkpoint(tmp_path / "a.pt", payload)
+    whole = path.read_bytes()
+    value = whole.index(payload["encoders"]["rgb"]["weight"].numpy().tobytes())
+    for at in (value, value + 6001, value + 11_999, whole.index(b"encoders") + 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(DamagedCheckpointError, match=r"a.pt' is (damaged|truncated or damaged)"):
+            load_checkpoint(path)
+    path.write_bytes(whole)
+    assert torch.equal(load_checkpoint(path)["encoders"]["rgb"]["weight"], payload["encoders"]["rgb"]["weight"])

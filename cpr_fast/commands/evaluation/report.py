@@ -41,13 +41,13 @@ def report(
     announce("Reading " + ", ".join(map(str, runs)))
     from cpr_fast.report.page import write_report
     from cpr_fast.report.run_folder.run import Run
-    from cpr_fast.report.similar import is_unlabelled, similar_path, write_similar
+    from cpr_fast.report.similar import similar_path, write_similar
     from cpr_fast.report.unlabelled import compare_videos
 
     out = out or runs[0] / "report.html"
     wanted = unlabelled or index is not None
     compared = similar = None
-    if wanted or is_unlabelled(runs[0]):
+    if wanted or Run(runs[0]).unlabelled:
         announce("Comparing the videos by their stored features")
         compared = compare_videos(Run(runs[0]), index)
     if compared is not None:

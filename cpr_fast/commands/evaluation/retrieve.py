@@ -80,6 +80,9 @@ def lines_of(result: dict[str, Any]) -> list[str]:
         lines = [title, "", said, *_same_video(result.get("same_video") or [])]
     else:
         lines = [title, *about, "", table(header, body), "", *_notes(rows)]
+        if result.get("same_video"):
+            few = "Too few queries have a label, or all have one class: these figures say little about the network."
+            lines += ["", few, *_same_video(result["same_video"])]
     if result.get("leakage"):
         lines += ["", f"note: {result['leakage']}"]
     return [*lines, "", f"all figures: {result['file']}"]

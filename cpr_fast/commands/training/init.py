@@ -87,6 +87,7 @@ def init(
         *_summary(out, facts, sized, pace),
         *_about_length(index, out, whole, sized, pace, minutes),
         *_about_flow(videos, facts, sized.config, flow_command(index, videos)),
+        *_doubts(videos, facts, sized.config),
     ]
     show(_result(out, facts, sized, pace), json, lines=lines, next_step=f"cpr-fast pretrain {shlex.quote(str(out))}")
 
@@ -163,6 +164,16 @@ def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None) -> list[s
     if pace and pace.alone_s < pace.step_s:
         lines.append(f"  measured while other programs use this machine; {alone(sized.steps * pace.alone_s)}")
     return lines
+
+
+def _doubts(videos: Index, facts: Facts, config: Config) -> list[str]:
+    """Returns the warnings that `cpr-fast pretrain` will give for the recipe, which few epochs or few videos cause."""
+    from cpr_fast.pretrain.run.checks import check_run, plan_cycles
+
+    train = videos.select(facts.split) if facts.split else videos
+    stored = config.data.flow == "stored"
+    found = check_run(config, train, plan_cycles(config, len(train), 1), stored_flow=stored)
+    return [f"  warning: {text}" for text in found]
 
 
 def _step_time(seconds: float) -> str:

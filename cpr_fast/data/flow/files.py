@@ -122,6 +122,8 @@ def _facts(target: Path) -> tuple[tuple[int, int, int] | None, Origin | None]:
     try:
         with av.open(location(target), **ANY_METADATA) as container:
             stream = container.streams.video[0]
+            if stream.codec_context is None:  # the bytes that name the codec are damaged
+                return None, None
             return (stream.frames, stream.height, stream.width), Origin.parse(container.metadata.get("comment"))
     except (OSError, av.FFmpegError, IndexError):
         return None, None

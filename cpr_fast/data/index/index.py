@@ -103,6 +103,11 @@ class Index(Sequence[Video]):
             raise IndexFileError(f"split {split!r}: the index has no such video; its splits are {splits}")
         return Index(chosen, self.classes)
 
+    @property
+    def mostly_labelled(self) -> bool:
+        """Whether at least half of the videos have a label, of two classes or more: fewer labels judge no network."""
+        return 2 * int((self.labels >= 0).sum()) >= len(self) and len(set(self.labels[self.labels >= 0].tolist())) > 1
+
     def training(self) -> tuple[str, list[Video]]:
         """Returns the split that pretraining reads by default and its videos: "train", or "" where there are no splits,
         which stands for all videos."""
@@ -184,6 +189,8 @@ class Index(Sequence[Video]):
         for line, row in rows:
             try:
                 video = _parse_row(line, header, row, path.parent, require_flow)
+                if row is rows[-1][1] and video.flow_path is None and row[header.index("flow_path")]:
+                    _require_last_line(path, line, row[header.index("flow_path")])
                 if (name := _absolute(video.path)) in first_line:
                     raise IndexFileError(f"{line}, column path: {row[header.index('path')]!r} repeats line "
                                          f"{first_line[name].rpartition(':')[2]}")  # fmt: skip
@@ -213,6 +220,18 @@ def changing(path: str | Path) -> Iterator[None]:
     path = Path(path)
     with one_writer(path.with_name(f".{path.name}.lock"), None):
         yield
+
+
+def _require_last_line(path: Path, line: str, flow: str) -> None:
+    """Raises IndexFileError if the last line, whose flow file does not exist, has no line break: it was cut off."""
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() not in b"\r\n":
+            raise IndexFileError(
+                f"{line}, column flow_path: got {flow!r}, which does not exist, at the end of a file without a final "
+                "line break, as after a copy that was interrupted; copy it again, or list the videos again with "
+                "`cpr-fast index`"
+            )
 
 
 def _write(path: Path, text: str) -> None:

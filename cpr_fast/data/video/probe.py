@@ -118,7 +118,10 @@ def which_stream(container: av.container.InputContainer, chosen: av.VideoStream)
     streams = video_streams(container)
     if len(streams) < 2:
         return ""
-    sizes = {stream.index: f"{stream.width}x{stream.height}" for stream in streams}
+    sizes = {
+        stream.index: "of an unknown codec" if stream.codec_context is None else f"{stream.width}x{stream.height}"
+        for stream in streams
+    }
     others = ", ".join(f"{index} ({size})" for index, size in sorted(sizes.items()) if index != chosen.index)
     return f"reads video stream {chosen.index} ({sizes[chosen.index]}), the first or default one, not {others}"
 

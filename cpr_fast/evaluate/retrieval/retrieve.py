@@ -67,7 +67,7 @@ def retrieve(
     progress: bool = False,
 ) -> dict[str, Any]:
     """Measures R@k and mAP of a checkpoint, of the same network untrained, and of the pixel baselines, on the same
-    windows. Without labels `same_video_rates` compares the checkpoint with the untrained network instead.
+    windows. Where less than half of the queries have a label, `same_video_rates` compares the networks, too.
 
     Under `torchrun` the processes share the videos.
 
@@ -143,7 +143,7 @@ def _headline(summary: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _announce(
-    splits: Sequence[Index], protocol: Protocol, data: DataConfig, how: Recipe, labelled: bool, pairs: int
+    splits: Sequence[Index], protocol: Protocol, data: DataConfig, how: Recipe, labelled: bool, enough: bool, pairs: int
 ) -> None:
     """Logs the number of videos and windows of every split, and the comparisons, before the work starts."""
     for index in splits:
@@ -159,35 +159,39 @@ def _announce(
             log.info("  every window is used, as published; `--clips 5` takes 5 of each video, which is faster")
     if labelled:
         log.info("  compared with the untrained network, whose BatchNorm is computed first, and with pixel baselines")
-    else:
-        other = (f"how often the nearest clip is of the same video is compared with the untrained network instead, on "
+    if not enough:
+        other = (f"how often the nearest clip is of the same video is compared with the untrained network, on "
                  f"{pairs:,} videos") if pairs > 1 else (
-            "nothing is compared with the untrained network, because fewer than two videos hold two clips")  # fmt: skip
-        log.info("  no query has a label: R@k cannot be measured; %s", other)
+            "the network is not judged without labels, because fewer than two videos hold two clips")  # fmt: skip
+        few = "too few queries have a label, or all have one class" if labelled else "no query has a label"
+        log.info("  %s: R@k %s; %s", few, "says little" if labelled else "cannot be measured", other)
 
 
 def _embeddings(
     pretrained: Pretrained, how: Recipe, splits: Sequence[Index], protocol: Protocol,
     open_loader: Callable[..., WindowLoader], seed: int, device: str, *, cache: bool, progress: bool,
 ) -> tuple[dict[str, Embedding], list[dict[str, Any]]]:  # fmt: skip
-    """Returns the embeddings to compare: the trained encoders and, if any query has a label, the references. Without
-    labels also returns the rows of `same_video_rates`, which compares these with the references."""
+    """Returns the embeddings to compare: the trained encoders and, if any query has a label, the references. Where the
+    queries are not mostly labelled, also returns the rows of `same_video_rates`, which compares these with the
+    references."""
     keys = {view: weights_digest(encoder) if cache else "" for view, encoder in pretrained.encoders.items()}
     trained = encoder_embeddings("trained", pretrained.encoders, how, keys)
-    labelled = any((_split(index, protocol)[1].labels >= 0).any() for index in splits)
+    queries = [_split(index, protocol)[1] for index in splits]
+    labelled = any((part.labels >= 0).any() for part in queries)
+    enough = any(part.mostly_labelled for part in queries)
     pairs = videos_with_two_clips(splits[0], pretrained.data)
     if progress:
-        _announce(splits, protocol, pretrained.data, how, labelled, len(pairs))
+        _announce(splits, protocol, pretrained.data, how, labelled, enough, len(pairs))
     if not labelled and len(pairs) < 2:
         return trained, []
     # One gallery calibrates the untrained network for all splits, so that they can share its features.
     gallery = _split(splits[0], protocol)[0]
     references = _references(pretrained, how, gallery, open_loader, seed, device, cache=cache, progress=progress)
-    if labelled:
+    if enough or len(pairs) < 2:
         return trained | references, []
     open_pairs = partial(open_loader, recipe=replace(how, clips_per_video=2, crops=1))
     same = distributed.from_main(lambda: same_video_rates(pairs, trained | references, open_pairs, progress=progress))
-    return trained, same
+    return trained | references if labelled else trained, same
 
 
 def _references(

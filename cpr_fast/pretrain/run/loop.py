@@ -186,7 +186,7 @@ def _finish(run: Run) -> None:
     step = sum(plan.steps for plan in run.plans)
     row = next((row for row in rows if row["kind"] == "outcome" and row["step"] == step), None)
     if row is None:
-        row = outcome(rows, run.config, step, len(run.index), run.warnings)
+        row = outcome(rows, run.config, step, len(run.index), run.warnings, judged=run.index.mostly_labelled)
         run.writer.write(row)
     elif run.progress:
         log.info("The run is complete; nothing was left to train.")

@@ -18,7 +18,9 @@ ENOUGH_EPOCHS = 3  # comparable epochs; fewer do not show whether the loss falls
 MANY_SKIPPED = 0.2  # share of unreadable videos above which a warning is given
 
 
-def outcome(rows: list[dict[str, Any]], config: Config, step: int, videos: int, expected: list[str]) -> dict[str, Any]:
+def outcome(
+    rows: list[dict[str, Any]], config: Config, step: int, videos: int, expected: list[str], *, judged: bool = True
+) -> dict[str, Any]:
     """Returns the row `outcome` of a run.
 
     Args:
@@ -26,6 +28,7 @@ def outcome(rows: list[dict[str, Any]], config: Config, step: int, videos: int, 
         step: number of steps that the run has done.
         videos: number of training videos.
         expected: warnings that were given before the run started.
+        judged: whether enough videos have labels for PMR to raise doubts.
     Returns:
         `learnt`: whether any cycle changed the weights by a loss. `text`: one sentence for the head of a report.
         `warnings`: one sentence for each kind of doubt, which names the cycles it concerns. `cycles`: for each `cycle`,
@@ -42,7 +45,7 @@ def outcome(rows: list[dict[str, Any]], config: Config, step: int, videos: int, 
         if why := _why_not(epochs, config):
             doubts.append((number, " learnt nothing: " + why, ""))
         else:
-            doubts += [(number, f": {text}", figures) for text, figures in _doubts(summary, epochs)]
+            doubts += [(number, f": {text}", figures) for text, figures in _doubts(summary, epochs, judged)]
         doubts += [(number, f": {text}", figures) for text, figures in _collapse(rows, number, config)]
     warnings = _by_kind(doubts, config)
     skipped = max((row.get("skipped") or 0 for row in rows if row["kind"] == "epoch"), default=0)
@@ -124,7 +127,7 @@ def _by_kind(doubts: list[tuple[int, str, str]], config: Config) -> list[str]:
     return sentences
 
 
-def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]], judged: bool) -> list[tuple[str, str]]:
     """Returns reasons to doubt that a cycle learnt anything useful, each with its figures ("" if there are none)."""
     texts = []
     first, last = summary["loss_first"], summary["loss_last"]
@@ -143,7 +146,7 @@ def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> list[tuple
         text = "the loss of the last epoch is not better than chance, its value if all candidates are equally similar"
         texts.append((text, figures))
     mined = [row for row in epochs if row.get("pmr") is not None and row.get("pmr_chance") is not None]
-    if mined and mined[-1]["pmr"] <= mined[-1]["pmr_chance"]:
+    if judged and mined and mined[-1]["pmr"] <= mined[-1]["pmr_chance"]:
         figures = f"PMR {percent(mined[-1]['pmr'])}, chance {percent(mined[-1]['pmr_chance'])}"
         texts.append(("the mined positives were not better than chance", figures))
     if summary["mining"] == "cascade" and all(row.get("mined_share", 0) is None for row in epochs):
@@ -183,7 +186,7 @@ def _losses(cycle: dict[str, Any]) -> str:
     if cycle["compared"] > 1:
         loss = f"loss {cycle['loss_first']:.3f} to {cycle['loss_last']:.3f}"
     about = [] if chance is None else [f"chance {chance:.3f}"]
-    about += ["one epoch"] if cycle["compared"] == 1 else []
+    about += ["one comparable epoch"] if cycle["compared"] == 1 else []
     about += ["low, because the queue held random vectors"] if cycle["random_negatives"] else []
     loss += f" ({'; '.join(about)})" if about else ""
     if cycle["pmr_last"] is None:

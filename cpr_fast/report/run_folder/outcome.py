@@ -74,7 +74,10 @@ class Judgement:
 @functools.lru_cache(maxsize=16)
 def judged_views(run: Run) -> tuple[Judgement, ...]:
     """Returns the judgement of every trained view that was evaluated beside its untrained network, two views together
-    first. The bootstrap of a run is computed once."""
+    first. The bootstrap of a run is computed once. A run that must be judged without labels has none: a few labelled
+    queries would decide."""
+    if run.unlabelled:
+        return ()
     scores = _scores(run)
     return tuple(
         _judged(row, untrained, scores)

@@ -15,7 +15,7 @@ from cpr_fast.report.run_folder.run import Run
 RANKS = (1, 5, 10, 20, 50)
 PROTOCOLS = {
     "train_test": "Test videos are the queries, training videos of other sources are the gallery.",
-    "leave_source_out": "Every video is a query, and its gallery is all videos of other sources.",
+    "leave_source_out": "Every video whose class has videos of other sources is a query; all those are its gallery.",
 }
 
 

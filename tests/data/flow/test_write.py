@@ -257,3 +257,17 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(data_set, tmp_
     with pytest.raises(InputError, match="is read-only"):
         write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
     assert not (tmp_path / "flow").exists()
+
+
+def test_flow_files_that_are_damaged_on_the_disk_are_computed_again(data_set, tmp_path):
+    """Cut, empty, of zeros, and of a codec that FFmpeg does not know."""
+    write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
+    files = [video.flow_path for video in Index.load(data_set)]
+    whole = [file.read_bytes() for file in files]
+    files[0].write_bytes(whole[0][: len(whole[0]) // 2])
+    files[1].write_bytes(b"")
+    files[2].write_bytes(bytes(len(whole[2])))
+    files[3].write_bytes(whole[3].replace(b"avc1", b"avxx"))
+    report = write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
+    assert (report["written"], report["kept"], report["problems"]) == (4, 1, [])
+    assert [file.read_bytes() for file in files] == whole

@@ -146,6 +146,27 @@ def test_no_index_and_no_text_are_named(tmp_path):
         Index.load(tmp_path / "binary.csv")
 
 
+def test_an_index_that_was_cut_off_anywhere_is_not_read_as_complete(tmp_path):
+    """Where the cut leaves a complete last row, or only the last line break is missing, it cannot be seen."""
+    for name in ("f/a.flow.mp4", "f/b.flow.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    row = "{0}.mp4,A,s{0},train,20,25,64,48,f/{0}.flow.mp4"
+    path = write_index(tmp_path, row.format("a"), row.format("b"))
+    whole = path.read_bytes()
+    rows = whole.index(b"b.mp4")
+    complete = {rows, rows - 1, len(whole) - 1, whole.rindex(b",") + 1}
+    for end in range(whole.index(b"a.mp4") + 1, len(whole)):
+        path.write_bytes(whole[:end])
+        if end in complete or end == rows - 1 - len("f/a.flow.mp4"):
+            assert len(Index.load(path, require_flow=False)) == 1 + (end > rows)
+        else:
+            with pytest.raises(IndexFileError, match=r"index.csv:[123]"):
+                Index.load(path, require_flow=False)
+    path.write_bytes(whole.replace(b"f/b", b"f/missing"))  # with its line break: the flow was removed
+    assert [video.flow_path is None for video in Index.load(path, require_flow=False)] == [False, True]
+
+
 def test_a_failed_write_leaves_the_old_index(tmp_path, monkeypatch):
     path = write_index(tmp_path, "a.mp4,J,s,train,9,10,2,2,")
     before = path.read_bytes()

@@ -193,3 +193,12 @@ def test_a_text_that_lists_other_videos_is_no_video(tmp_path, name):
         with pytest.raises(VideoError, match=f"{name}': is a list of other files .* and not a video") as caught:
             read(tmp_path / name)
         assert not caught.value.unreadable
+
+
+def test_a_further_stream_of_an_unknown_codec_is_named(tmp_path):
+    path = write_streams(tmp_path / "two.mkv", pictures(20), pictures(20, 80, 96), default=0)
+    data = path.read_bytes()
+    name = max(data.rfind(codec) for codec in (b"V_MPEG4/ISO/AVC", b"V_FFV1", b"V_MPEG4/ISO/ASP"))
+    path.write_bytes(data[: name + 2] + b"X" + data[name + 3 :])
+    info = probe_video(path, decode=True)
+    assert info.num_frames == 20 and "not 1 (of an unknown codec)" in info.streams

@@ -280,7 +280,7 @@ def _assert_comparison_without_labels(checkpoint, index_csv, folder, caplog):
         f"retrieval, protocol train_test: {sizes['train']} videos in {windows['train']} windows (gallery) and "
         f"{sizes['test']} videos in {windows['test']} windows (queries)"
     )
-    assert caplog.messages[1].endswith(f"compared with the untrained network instead, on {len(bare)} videos")
+    assert caplog.messages[1].endswith(f"compared with the untrained network, on {len(bare)} videos")
     batches = -(-windows["train"] // DataConfig().batch_size)
     assert f"gallery: {sizes['train']} videos in {windows['train']} windows, {batches} batches" in caplog.messages
     names = ["trained", "untrained", "single_frame", "mean_colour"]
@@ -289,6 +289,13 @@ def _assert_comparison_without_labels(checkpoint, index_csv, folder, caplog):
     assert [row["r@1"] for row in stored] == [row["r@1"] for row in result["same_video"]]
     printed = "\n".join(lines_of(result))
     assert "R@k and mAP cannot be measured" in printed and re.search(r"\nTrained · RGB +\d+\.\d ", printed)
+    whole = Index.load(index_csv)
+    one = whole[0].label
+    few = Index([dataclasses.replace(video, label=one if video.label == one else "") for video in whole])
+    few.save(folder / "few.csv")
+    result = retrieve(checkpoint, folder / "few.csv", protocol="auto", cache=False, device="cpu")
+    assert [row["name"] for row in result["same_video"]] == [row["name"] for row in result["results"]] == names
+    assert result["r@1"] is not None and "figures say little about the network" in "\n".join(lines_of(result))
     short = Index([dataclasses.replace(video, num_frames=12) for video in bare])
     short.save(folder / "short.csv")
     result = retrieve(checkpoint, folder / "short.csv", protocol="auto", cache=False, device="cpu")

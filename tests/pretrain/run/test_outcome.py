@@ -38,7 +38,7 @@ def test_a_run_that_learns(tmp_path):
     assert row["cycles"][1]["pmr_last"] == epochs[3]["pmr"]
     losses = [epoch["loss"] for epoch in epochs]
     assert row["text"].startswith(
-        f"First and last comparable epoch: rgb (cycle 1) loss {losses[1]:.3f} (chance 2.398; one epoch); "
+        f"First and last comparable epoch: rgb (cycle 1) loss {losses[1]:.3f} (chance 2.398; one comparable epoch); "
     )
     assert f"flow (cycle 2) loss {losses[2]:.3f} to {losses[3]:.3f} (chance " in row["text"]
     assert all(epoch["weights_change"] > 0 for epoch in epochs)
@@ -165,7 +165,7 @@ def test_a_last_loss_that_is_not_below_chance_is_doubted_whatever_the_number_of_
     said = f"not better than chance, its value if all candidates are equally similar ({last:.3f}, chance 4.500)"
     assert (said in str(row["warnings"])) == doubted
     if count == 1:
-        assert row["text"] == f"Trained: rgb (cycle 1) loss {last:.3f} (chance 4.500; one epoch)."
+        assert row["text"] == f"Trained: rgb (cycle 1) loss {last:.3f} (chance 4.500; one comparable epoch)."
     else:
         assert row["text"].endswith(f" to {last:.3f} (chance 4.500).")
 
@@ -174,6 +174,6 @@ def test_a_loss_against_random_vectors_is_told_to_be_low(tmp_path):
     row = of(tmp_path, cycles=[RGB | {"epochs": 1}, RGB | {"view": "flow", "mining": "cascade", "epochs": 1}])
     loss, pmr = (row["cycles"][i][key] for i, key in ((0, "loss_last"), (1, "pmr_last")))
     assert row["text"].startswith(
-        f"Trained: rgb (cycle 1) loss {loss:.3f} (chance 2.398; one epoch; low, because the queue"
+        f"Trained: rgb (cycle 1) loss {loss:.3f} (chance 2.398; one comparable epoch; low, because the queue"
     )
-    assert row["text"].endswith(f"; one epoch), PMR {100 * pmr:.1f} %.")
+    assert row["text"].endswith(f"; one comparable epoch), PMR {100 * pmr:.1f} %.")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from support.report.run_folders import retrieval_rows, start_row, text_of, training_rows, write_run
 
+from cpr_fast.data.index.index import Index
 from cpr_fast.evaluate.retrieval.queries import QueryScores
 from cpr_fast.report.page import write_report
 from cpr_fast.report.run_folder.outcome import judged_views, verdict
@@ -130,3 +133,35 @@ def test_what_the_trainer_says_is_repeated(tmp_path, index):
     assert text == "This run has learnt nothing: so it is. Cycle 1 …."
     good = {"kind": "outcome", "learnt": True, "text": "Fine.", "warnings": []}
     assert texts(tmp_path / "good", [start_row(index), *training_rows(), good]) == ""
+
+
+def test_an_evaluation_on_another_index_replaces_all_rows_of_the_earlier_one(tmp_path, index):
+    """Rows of two indexes were compared: an untrained network of one with the trained one of the other."""
+    missing = dict.fromkeys(("r@1", "r@1_ci95", "map", "map_ci95", "chance_r@1"))
+    labelled = retrieval_rows(index)
+    without = [row | missing for row in labelled if row.get("name") == "trained"]
+    same = {"kind": "same_video", "recipe": "paper", "name": "trained", "view": "rgb", "r@1": 0.5}
+    for number, (rows, unlabelled, names) in enumerate(
+        (
+            ([*labelled, *without, same], True, {"trained"}),
+            ([*without, same, *labelled], False, {row["name"] for row in labelled if row["kind"] == "retrieval"}),
+            ([*labelled, same], True, {row["name"] for row in labelled if row["kind"] == "retrieval"}),  # few labels
+        )
+    ):
+        run = Run(write_run(tmp_path / f"run{number}", [start_row(index), *training_rows(), *rows]))
+        assert (run.unlabelled, {row["name"] for row in run.retrieval}) == (unlabelled, names)
+        assert bool(run.same_video) == unlabelled and bool(judged_views(run)) != unlabelled
+
+
+@pytest.mark.parametrize(
+    ("labels", "unlabelled"),
+    [(" ", True), ("aabb", False), ("a", True), ("ab  ", False), ("ab      ", True)],  # a blank stands for no label
+)
+def test_too_few_labels_judge_nothing(tmp_path, index, labels, unlabelled):
+    videos = list(Index.load(index))
+    named = (labels * len(videos))[: len(videos)]
+    Index(dataclasses.replace(video, label=name.strip()) for video, name in zip(videos, named, strict=True)).save(
+        tmp_path / "few.csv"
+    )
+    run = Run(write_run(tmp_path / "run", [start_row(tmp_path / "few.csv"), *training_rows()]))
+    assert run.unlabelled == unlabelled
