@@ -254,9 +254,13 @@ def test_an_impossible_out_is_named_by_its_option(data_set, tmp_path, storage, n
 
 def test_a_folder_that_cannot_be_written_is_named_before_the_work(data_set, tmp_path, monkeypatch):
     monkeypatch.setattr("cpr_fast.data.flow.write.os.access", lambda path, mode: False)
-    with pytest.raises(InputError, match="is read-only"):
+    with pytest.raises(InputError, match="is read-only.*make an index in a folder that can be written.*index VIDEOS"):
         write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
     assert not (tmp_path / "flow").exists()
+    monkeypatch.undo()
+    other = tmp_path / "other" / "index.csv"  # as the message says; a copy of the index would not find the videos
+    build_index(data_set.parent, out=other)
+    assert write_flow(other, tmp_path / "flow", compute=smooth_flow)["without_flow"] == 0
 
 
 def test_flow_files_that_are_damaged_on_the_disk_are_computed_again(data_set, tmp_path):

@@ -97,10 +97,11 @@ def test_unusual_rows_whose_scores_are_refined(emulated, case):
 @pytest.mark.parametrize("views", [[0, 1, 0], [1, 0, 1]])
 @pytest.mark.parametrize("blind", [0, 1])
 def test_entries_that_cannot_be_compared_in_one_view(emulated, views, blind):
-    """They are at every place of a vector of four entries, and score best in the other view."""
-    queries, memory = torch.ones(2, 2, 3), normal(2, K, 3, seed=18)
-    memory[1 - blind, ::7] += 10
-    memory[blind, ::7] = torch.nan
+    """They are at every place of a vector of four entries, score best in the other view, and are so few that the limits
+    from the sample stay right."""
+    queries, memory, slots = torch.ones(2, 2, 3), normal(2, K, 3, seed=18), [1000, 2001, 3002, 4003]
+    memory[1 - blind, slots] += 10
+    memory[blind, slots] = torch.nan
     assert_selects(emulated, queries, memory, views, [9000, 3000, 30])
 
 
@@ -113,6 +114,16 @@ def test_a_refined_threshold_that_is_infinite(emulated):
         memory = normal(2, size, 4, seed=19)
         memory[0, ::2], memory[1, 1::2] = torch.inf, -torch.inf
         assert_selects(emulated, queries, memory, [0, 1, 0], [size // 4, size // 8, 3])
+    emulated.resize()
+
+
+def test_scores_that_differ_by_less_than_their_error(emulated):
+    """Two large products cancel, so that the rounding of the sums orders many entries: the sieve allows for that."""
+    emulated.resize(**ROUTES["refined"])
+    queries, memory = normal(2, 2, 40, seed=20), 3e-4 * normal(2, K, 40, seed=22)
+    queries[..., 0] = queries[..., -1] = 1
+    memory[..., 0], memory[..., -1] = 1000, -1000
+    assert_selects(emulated, queries, memory, [0, 1, 0, 1], [9000, 4000, 1000, 30])
     emulated.resize()
 
 
