@@ -126,6 +126,16 @@ def test_the_loader_beside_other_decoders(tmp_path):
     assert {("decode", "PyAV", 0.9), ("loader", "PyAV, the same", 1.0), ("records", "PIL, PIL", 1.5)} <= barred
     page = (tmp_path / "out" / "loading.md").read_text()
     assert all(f"| {row['form']} |" in page for row in rows)
+    done = subprocess.run([*command, "--files-only"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "out" / "loading.json").read_text())["rows"]
+    assert sorted((row["source"], row["form"], row["table"]) for row in again) == sorted(
+        (row["source"], row["form"], row["table"]) for row in rows
+    )
+    measured = {row["source"] for row in again if "--files-only" in row["command"]}
+    assert measured == {"files"}
+    kept, before = ([row for row in some if row["source"] != "files"] for some in (again, rows))
+    assert kept == before
 
 
 @pytest.mark.slow
