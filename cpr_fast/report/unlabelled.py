@@ -100,6 +100,8 @@ def signs(run: Run, compared: Compared | None = None) -> list[str]:
     else:
         why = "The videos have no labels, so retrieval cannot be measured"
     verdict = f"{why}; {found}."
+    if not learnt or doubtful:
+        verdict += " The first thing to try is more epochs: `cpr-fast init` without --minutes proposes how many."
     return [verdict, *(text for text in (same, loss, neighbours, _rank(run)) if text)]
 
 

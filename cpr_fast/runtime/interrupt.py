@@ -6,6 +6,7 @@ connection was closed) unless `nohup` ignores that one.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import stat
@@ -20,6 +21,7 @@ from cpr_fast.runtime.files import discard
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 REPEAT_S = 1.0  # a second Ctrl-C that comes later than this ends the process at once
+RETRY_S = 0.05  # how often a request that came during an import is repeated
 
 
 class Interrupted(Exception):
@@ -92,6 +94,7 @@ def signals_raise() -> Iterator[None]:
     """Within the block, SIGTERM, SIGUSR1 and SIGHUP raise Stopped in the main thread.
 
     One that is repeated at once has no effect, since SLURM and torchrun both send it; a later one ends the process.
+    While a module is imported, they and Ctrl-C wait for the end of the import, see `_AfterImports`.
     """
     came: list[float] = []
 
@@ -108,8 +111,50 @@ def signals_raise() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    with _handled([number for number in SIGNALS if number != signal.SIGINT], stop):
+    others = [number for number in SIGNALS if number != signal.SIGINT]
+    # A shell lets commands in the background ignore Ctrl-C.
+    ctrl_c = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
+    with _handled(others, _AfterImports(stop)), _handled(ctrl_c, _AfterImports(signal.default_int_handler)):
         yield
+
+
+class _AfterImports:
+    """A signal handler that calls `handler` when no module is being imported any more, or at the second request.
+
+    torch and others import modules in blocks that ignore every exception. A request to stop was lost in one, and the
+    command went on with a half-imported numpy.
+    """
+
+    def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
+        self._handler = handler
+        self._came: dict[int, float] = {}  # the signals that wait
+        self._again: list[int] = []  # those that were sent again by `_send`
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if signum in self._again:
+            self._again.remove(signum)
+        elif time.monotonic() - self._came.get(signum, math.inf) > REPEAT_S:
+            self._handler(signum, frame)
+            return
+        if not _importing(frame):
+            self._handler(signum, frame)
+            return
+        self._came.setdefault(signum, time.monotonic())
+        timer = threading.Timer(RETRY_S, self._send, [signum])
+        timer.daemon = True
+        timer.start()
+
+    def _send(self, signum: int) -> None:
+        self._again.append(signum)
+        os.kill(os.getpid(), signum)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

@@ -5,14 +5,26 @@ once.
 import os
 import pty
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import cpr_fast
 from cpr_fast.runtime import interrupt
-from cpr_fast.runtime.interrupt import SIGNALS, Interrupted, StopRequest, signals_raise, stop_requests
+from cpr_fast.runtime.interrupt import (
+    REPEAT_S,
+    SIGNALS,
+    Interrupted,
+    StopRequest,
+    _AfterImports,
+    signals_raise,
+    stop_requests,
+)
 
 
 @pytest.fixture
@@ -125,3 +137,48 @@ def test_other_signals_raise_what_ctrl_c_raises_and_a_repeat_at_once_has_no_effe
     with signals_raise(), stop_requests() as request:  # a run notes it instead
         os.kill(os.getpid(), number)
         assert request.signum == number
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, "Stopped"), (signal.SIGINT, "KeyboardInterrupt")])
+def test_a_request_during_an_import_is_not_lost(tmp_path, number, raised):
+    """A package imports a module in a block that ignores every exception, as torch imports numpy."""
+    (tmp_path / "slow.py").write_text(
+        f"import os, time\nos.kill(os.getpid(), {number.value})\ntime.sleep(0.5)\nprint('whole')\n"
+    )
+    (tmp_path / "package.py").write_text("try:\n    import slow\nexcept BaseException:\n    print('lost')\n")
+    (tmp_path / "program.py").write_text(
+        "import signal, time\n"
+        "from cpr_fast.runtime.interrupt import signals_raise\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try:\n"
+        "    with signals_raise():\n"
+        "        import package\n"
+        "        time.sleep(20)\n"
+        "except KeyboardInterrupt as stopped:\n"
+        "    print(type(stopped).__name__)\n"
+    )
+    path = os.pathsep.join([str(Path(cpr_fast.__file__).parents[1]), str(tmp_path)])
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["whole", raised] and done.returncode == 0
+
+
+def test_a_second_request_does_not_wait_for_an_import(clock):
+    came = []
+    handler = _AfterImports(lambda signum, frame: came.append(signum))
+    importing = SimpleNamespace(f_code=SimpleNamespace(co_filename="<frozen importlib._bootstrap>"), f_back=None)
+    inside = SimpleNamespace(f_code=SimpleNamespace(co_filename="numpy.py"), f_back=importing)
+    handler._send = lambda signum: None  # nothing is sent again
+    handler(signal.SIGTERM, inside)
+    handler(signal.SIGTERM, inside)  # torchrun and SLURM both send it
+    assert came == []
+    clock[0] += REPEAT_S + 0.1
+    handler(signal.SIGTERM, inside)
+    handler(signal.SIGUSR1, None)
+    assert came == [signal.SIGTERM, signal.SIGUSR1]

@@ -50,6 +50,7 @@ def retrieve(
     from cpr_fast.evaluate.features.results import run_of
     from cpr_fast.evaluate.retrieval.retrieve import retrieve as run
 
+    announce("Reading the checkpoint and the index")
     result = run(
         checkpoint, index, protocol=protocol, recipe=recipe, run_dir=run_of(checkpoint), clips_per_video=clips,
         crops=crops, cache=cache, progress=True,

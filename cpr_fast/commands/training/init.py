@@ -84,7 +84,7 @@ def init(
     with replacing(out) as temporary:
         temporary.write_text(sized.text, encoding="utf-8")
     lines = [
-        *_summary(out, facts, sized, pace),
+        *_summary(out, facts, sized, pace, minutes),
         *_about_length(index, out, whole, sized, pace, minutes),
         *_about_flow(videos, facts, sized.config, flow_command(index, videos)),
         *_doubts(videos, facts, sized.config),
@@ -147,7 +147,7 @@ def _epochs_that_fit(sized: Sized, step_s: float, minutes: float) -> int:
     return fit
 
 
-def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None) -> list[str]:
+def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None, minutes: float | None) -> list[str]:
     """Returns the sizes of the recipe and, where a step was measured, the expected time."""
     from cpr_fast.runtime.busy import alone
     from cpr_fast.runtime.progress import about
@@ -163,6 +163,8 @@ def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None) -> list[s
     ]
     if pace and pace.alone_s < pace.step_s:
         lines.append(f"  measured while other programs use this machine; {alone(sized.steps * pace.alone_s)}")
+        if minutes is not None:
+            lines.append("  on an idle machine the same --minutes gives a recipe of more epochs")
     return lines
 
 
