@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 
 from cpr_fast.cli import main
 from cpr_fast.config import Config
-from cpr_fast.data.index.index import Index
+from cpr_fast.data.index.index import Index, Video
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import FeatureCache, video_digest, weights_digest
 from cpr_fast.evaluate.features.embedding import Embedding
@@ -26,7 +27,7 @@ from cpr_fast.evaluate.retrieval.ranking import Comparison, leading_views, prepa
 from cpr_fast.report.neighbours import confidence, duplicate_pairs, find_neighbours, odd_videos, pixel_agreement
 from cpr_fast.report.run_folder import features as stored
 from cpr_fast.report.run_folder.run import Run
-from cpr_fast.report.similar import similar_path, write_similar
+from cpr_fast.report.similar import _names, similar_path, write_similar
 from cpr_fast.report.unlabelled import compare_videos
 
 COUNT, ODD = 12, 7  # video 1 is a copy of 0 (in bytes), 3 of 2 (in features only); ODD is far from all
@@ -87,6 +88,13 @@ def test_planted_copies_and_outliers_are_shown(tmp_path, monkeypatch, views):
     known = {("rgb",): "Unknown: one view", ("rgb", "flow"): "The views RGB and Flow agree for"}
     assert known[views] in text and "With 12 videos" in text
     assert not re.search(r"<script|<link|(src|href)=\"https?:", page.read_text())
+
+
+def test_equal_names_in_two_folders_are_told_apart():
+    paths = ["spring/IMG_1.mp4", "autumn/old/IMG_1.mp4", "clips.lmdb#a/IMG_1"]
+    videos = [Video(Path("data") / path, "", "", "", 9, 25.0, 8, 8) for path in paths]
+    assert list(_names(videos).values()) == paths
+    assert list(_names(videos[:1]).values()) == ["IMG_1.mp4"]
 
 
 def test_siblings_tell_how_far_to_trust_it(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from cpr_fast.evaluate.retrieval.queries import QueryScores, hits_at_1
 from cpr_fast.report.run_folder.run import Cycle, Run
 from cpr_fast.wording import listed
 
+FEW_SOURCES = 20  # below this number a bootstrap over sources gives too narrow an interval
 NO_LOSS = 1e-6  # a loss this small has no gradient: all entries that a query is compared with are positives
 SIGNS = ("pmr", "view_agreement", "hubness", "mutual_neighbours", "mined_age_steps", "mined_share")  # rates of mining
 RESULTS = {"learnt": "learnt", "unsure": "may have learnt", "nothing": "did not improve"}
@@ -42,6 +43,7 @@ class Judgement:
         difference: Of the measure, trained - untrained; a fraction.
         ci95: Interval of the difference: of a paired bootstrap over the sources of the queries where the measures of
             every query are stored, else the interval of the trained network minus the untrained value; None if unknown.
+        sources: Number of sources of the queries, over which the bootstrap draws; None if unknown.
     """
 
     view: str
@@ -50,6 +52,7 @@ class Judgement:
     untrained: float
     difference: float
     ci95: list[float] | None
+    sources: int | None = None
 
     @property
     def result(self) -> Literal["learnt", "unsure", "nothing"]:
@@ -63,7 +66,9 @@ class Judgement:
         """Says whether the view learnt, with the difference and its interval."""
         name, how = MEASURES[self.measure], f"{signed(self.difference)} points"
         if self.ci95 is not None:
-            how += f" (95 % interval {signed_interval(self.ci95)})"
+            few = self.sources is not None and self.sources < FEW_SOURCES
+            narrow = f", too narrow because the queries have only {self.sources} sources" if few else ""
+            how += f" (95 % interval {signed_interval(self.ci95)}{narrow})"
         return {
             "learnt": f"Learnt: {name} {how}.",
             "unsure": f"Not certain to have learnt: {name} {how}, and the interval includes 0.",
@@ -90,15 +95,16 @@ def _judged(row: dict[str, Any], untrained: dict[str, Any], scores: QueryScores 
     both = row.get("map") is not None and untrained.get("map") is not None
     measure: Literal["map", "r@1"] = "map" if both else "r@1"
     difference, bounds = row[measure] - untrained[measure], row.get(f"{measure}_ci95")
-    names = [f"{name}/{row['view']}" for name in ("trained", "untrained")]
+    names, sources = [f"{name}/{row['view']}" for name in ("trained", "untrained")], None
     if scores is not None and all(name in scores.first_hit for name in names):
         ours, theirs = (
             scores.average_precision[name] if measure == "map" else hits_at_1(scores.first_hit[name]) for name in names
         )
-        interval = paired_difference(ours, theirs, scores.source_ids())["ci95"]
+        ids = scores.source_ids()
+        interval, sources = paired_difference(ours, theirs, ids)["ci95"], len(set(ids.tolist()))
     else:
         interval = None if bounds is None else [bound - untrained[measure] for bound in bounds]
-    return Judgement(row["view"], measure, row[measure], untrained[measure], difference, interval)
+    return Judgement(row["view"], measure, row[measure], untrained[measure], difference, interval, sources)
 
 
 def _scores(run: Run) -> QueryScores | None:
