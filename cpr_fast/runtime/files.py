@@ -275,8 +275,10 @@ def _is_current(descriptor: int, path: Path) -> bool:
     """Returns whether an open file is still the one at `path`, which another process may have removed or replaced."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # NFS calls a removed file stale
+            return False
+        raise
 
 
 def discard(descriptor: int) -> None:

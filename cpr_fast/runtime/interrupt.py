@@ -131,18 +131,20 @@ class _AfterImports:
         self._again: list[int] = []  # those that were sent again by `_send`
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if signum in self._again:
+        again = signum in self._again
+        if again:
             self._again.remove(signum)
-        elif time.monotonic() - self._came.get(signum, math.inf) > REPEAT_S:
+            if signum not in self._came:
+                return  # it was answered meanwhile, by a second request
+        second = not again and time.monotonic() - self._came.get(signum, math.inf) > REPEAT_S
+        if second or not _importing(frame):
+            self._came.pop(signum, None)
             self._handler(signum, frame)
-            return
-        if not _importing(frame):
-            self._handler(signum, frame)
-            return
-        self._came.setdefault(signum, time.monotonic())
-        timer = threading.Timer(RETRY_S, self._send, [signum])
-        timer.daemon = True
-        timer.start()
+        elif again or signum not in self._came:
+            self._came.setdefault(signum, time.monotonic())
+            timer = threading.Timer(RETRY_S, self._send, [signum])
+            timer.daemon = True
+            timer.start()
 
     def _send(self, signum: int) -> None:
         self._again.append(signum)

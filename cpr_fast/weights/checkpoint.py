@@ -11,7 +11,6 @@ import dataclasses
 import os
 import shutil
 import typing
-import zipfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +20,7 @@ from cpr_fast.config import Config, ConfigError, ModelConfig, View
 from cpr_fast.errors import InputError
 from cpr_fast.models import Encoder, build_encoder
 from cpr_fast.runtime.files import replacing
-from cpr_fast.weights.reading import CheckpointError, DamagedCheckpointError, read_torch, zip_intact
+from cpr_fast.weights.reading import CheckpointError, DamagedCheckpointError, is_zip, read_torch, zip_intact
 from cpr_fast.wording import counted
 
 FORMAT = "cpr_fast checkpoint"
@@ -95,7 +94,7 @@ def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> 
         raise CheckpointError(f"checkpoint {str(path)!r} comes from another program (it holds {keys}); {expected}")
     if payload.get("version") != VERSION:
         raise CheckpointError(f"checkpoint {str(path)!r} has version {payload.get('version')!r}; {expected}")
-    if zipfile.is_zipfile(path) and not zip_intact(path):  # torch does not compare the checksums that it writes
+    if is_zip(path) and not zip_intact(path):  # torch does not compare the checksums that it writes
         damage = "is damaged: its bytes are not those written"
         raise DamagedCheckpointError(f"checkpoint {str(path)!r} {damage}; {expected}", damage)
     return payload

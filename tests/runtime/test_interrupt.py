@@ -182,3 +182,18 @@ def test_a_second_request_does_not_wait_for_an_import(clock):
     handler(signal.SIGTERM, inside)
     handler(signal.SIGUSR1, None)
     assert came == [signal.SIGTERM, signal.SIGUSR1]
+
+
+def test_a_request_that_was_answered_is_not_sent_again(clock):
+    """The second Ctrl-C ends an import; the repetition of the first one came later, while files were removed."""
+    came = []
+    handler = _AfterImports(lambda signum, frame: came.append(signum))
+    sent = []
+    handler._send = sent.append
+    importing = SimpleNamespace(f_code=SimpleNamespace(co_filename="<frozen importlib._bootstrap>"), f_back=None)
+    handler(signal.SIGINT, importing)
+    clock[0] += REPEAT_S + 0.1
+    handler(signal.SIGINT, importing)
+    handler._again.append(signal.SIGINT)  # what the timer does
+    handler(signal.SIGINT, None)
+    assert came == [signal.SIGINT]

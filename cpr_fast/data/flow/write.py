@@ -113,8 +113,8 @@ def write_flow(
 def _require_writable(index_csv: Path) -> None:
     if not os.access(index_csv.resolve().parent, os.W_OK):
         raise InputError(f"the folder of the index {str(index_csv)!r} is read-only, but its column flow_path is to be "
-                         "filled; make an index in a folder that can be written, because a copy would not find the "
-                         "videos: `cpr-fast index VIDEOS --out FOLDER/index.csv`")  # fmt: skip
+                         "filled; make an index in a folder that can be written, because the paths of this one are "
+                         "relative to its folder: `cpr-fast index VIDEOS --out FOLDER/index.csv`")  # fmt: skip
 
 
 def _announce(

@@ -229,8 +229,8 @@ def _require_last_line(path: Path, line: str, flow: str) -> None:
         if file.read() not in b"\r\n":
             raise IndexFileError(
                 f"{line}, column flow_path: got {flow!r}, which does not exist, at the end of a file without a final "
-                "line break, as after a copy that was interrupted; copy it again, or list the videos again with "
-                "`cpr-fast index`"
+                "line break, as after a copy that was interrupted; copy it again, list the videos again with "
+                "`cpr-fast index`, or end the line if the file is whole"
             )
 
 

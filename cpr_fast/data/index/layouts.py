@@ -63,15 +63,22 @@ def list_videos(
         raise InputError(f"--splits: expected the folder of the split lists, got {str(splits)!r}")
     catalogue = Catalogue(root, exclude)
     listing = without_contradictions(LAYOUTS[layout](catalogue, splits, split))
+    folders = {item.path: item.label for item in listing.videos}  # records of flow are named by them, classes or not
+    named = {*listing.classes, *folders.values()} - {""}
     if not classes:
         listing = _without_classes(listing)
+    if not listing.classes:
+        listing = listing._replace(
+            videos=[item._replace(label="") for item in listing.videos],
+            problems=[problem for problem in listing.problems if problem.kind != "similar_classes"],
+        )
     order = sorted(listing.classes) if class_order == "alphabetical" else listing.classes
     place = {label: i for i, label in enumerate(order)} | {"": len(order)}
     videos = sorted(listing.videos, key=lambda item: place[item.label])
     problems = catalogue.problems + listing.problems
     if flow_lmdb is not None:
         flow = Catalogue(flow_lmdb)
-        found = (flow.find(item.label, _name(item.path), item.split, order) for item in videos)
+        found = (flow.find(folders[item.path], _name(item.path), item.split, named) for item in videos)
         videos = [item._replace(flow_path=next(iter(paths), None)) for item, paths in zip(videos, found, strict=True)]
         problems += [Problem(item.path, "missing_flow", f"not in {flow_lmdb.name}") for item in videos
                      if item.flow_path is None]  # fmt: skip
@@ -103,11 +110,10 @@ def _list_folders(catalogue: Catalogue, splits: Path | None, split: int) -> List
     has_split = _are_splits(tops)
     listed = [_listed(path, folders, has_split) for path, folders in parents.items()]
     outside = sum(not item.label for item in listed)
-    if len(listed) >= 2 * outside:
-        labels = sorted({item.label for item in listed if item.label})
-    else:  # most videos lie in no folder, so the others are not sorted by class, either
-        listed, labels = [item._replace(label="") for item in listed], []
-    listed.sort(key=lambda item: (item.label, item.split, item.path))
+    found = {item.label for item in listed if item.label}
+    # Where most videos lie in no folder, the others are not sorted by class, either; `list_videos` drops their labels.
+    labels = sorted(found) if len(listed) >= 2 * outside else []
+    listed.sort(key=lambda item: (item.label if labels else "", item.split, item.path))
     problems = [Problem(item.path, "no_class", "lies beside the class folders, so it has no class")
                 for item in listed if labels and not item.label]  # fmt: skip
     deepest = max((len(folders) for folders in parents.values()), default=0)
@@ -115,11 +121,10 @@ def _list_folders(catalogue: Catalogue, splits: Path | None, split: int) -> List
 
 
 def _without_classes(listing: Listing) -> Listing:
-    videos = [item._replace(label="") for item in listing.videos]
     problems = [problem for problem in listing.problems if problem.kind not in ("no_class", "similar_classes")]
     split = listing.levels.split(";")[0]
     levels = f"{split}; no folder is taken as a class" if listing.levels else ""
-    return listing._replace(videos=videos, classes=[], problems=problems, levels=levels)
+    return listing._replace(classes=[], problems=problems, levels=levels)
 
 
 def _are_splits(tops: set[str]) -> bool:

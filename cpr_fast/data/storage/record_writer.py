@@ -29,6 +29,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import naming, one_writer
 
 BEGIN_AGAIN = "remove it, and the same command begins again"
+OUTSIDE = 2040  # bytes from which LMDB keeps a value out of the tree, whose pages are all read when a file is opened
 MAP_BYTES = 2**30  # first size of the memory map, which limits the file; it is doubled when it is full
 
 
@@ -72,7 +73,9 @@ class RecordWriter:
             self._open()
         place = self._places.setdefault(name, len(self._places))
         said = {ORIGIN + b"%09d" % place: None if origin is None else origin.encode()}
-        said[CHECKSUMS + b"%09d" % place] = np.array([zlib.crc32(jpeg) for jpeg in jpegs], "<u4").tobytes()
+        said[CHECKSUMS + b"%09d" % place] = (
+            np.array([zlib.crc32(jpeg) for jpeg in jpegs], "<u4").tobytes().ljust(OUTSIDE, b"\0")
+        )
         self._commit({b"%09d" % place: msgpack.packb(list(jpegs))} | self._note(place, name, len(jpegs)) | said)
         self.num_frames[name] = len(jpegs)
 

@@ -146,7 +146,7 @@ def _of_views(run: Run) -> str | None:
 def _below_pixels(run: Run) -> str | None:
     """Compares the view that the report shows first with the baselines that look at pixels or flow only."""
     best = run.headline()
-    if best is None or best.get("r@1") is None:
+    if best is None or best.get("r@1") is None or run.unlabelled:
         return None
     rows = [row for row in run.retrieval if row["name"] not in ("trained", "untrained")]
     measure = "map" if best.get("map") is not None and any(row.get("map") is not None for row in rows) else "r@1"

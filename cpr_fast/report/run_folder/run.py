@@ -65,16 +65,16 @@ class Run:
         self.evaluations = _grouped(latest, ("protocol", "recipe"))  # the paper's recipe first
         self.retrieval = self.evaluations[0] if self.evaluations else []
         self.retrieved = list({row["query"]["path"]: row for row in rows if row["kind"] == "retrieved"}.values())
-        recipe = self.retrieval[0]["recipe"] if self.retrieval else None
-        self.same_video = [row for row in same_video if row["recipe"] == recipe]
+        shown = next(((row["protocol"], row["recipe"]) for row in self.retrieval), None)
+        self.same_video = same_video.get(shown, [])
         same = ("task", "recipe", "index", "split", "seed", "view", "crops")
         classified = [row for row in rows if row["kind"] == "classification"]
         self.classified = list({tuple(row[key] for key in same): row for row in classified}.values())
 
     @property
     def unlabelled(self) -> bool:
-        """Whether the network must be judged without labels: by what the last retrieval measured or, before the first
-        one, by the videos of the index."""
+        """Whether the network must be judged without labels: by what the evaluation that the report shows first has
+        measured or, before any, by the videos of the index."""
         if self.same_video or not self.retrieval:
             return bool(self.same_video) or (self.index is not None and not self.index.mostly_labelled)
         return all(row.get("r@1") is None for row in self.trained())
@@ -188,20 +188,23 @@ def _grouped(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[list[d
     return sorted(groups.values(), key=lambda group: group[0]["recipe"] != "paper")
 
 
-def _latest_evaluations(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns the rows of retrieval and of the same video. An evaluation that is repeated, perhaps on another index,
-    replaces all rows of the earlier one of its protocol and recipe: rows of two indexes are never compared."""
-    retrieval: dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]] = {}
-    same_video: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+def _latest_evaluations(
+    rows: list[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], dict[tuple[str, str], list[dict[str, Any]]]]:
+    """Returns the rows of retrieval and, by protocol and recipe, those of the same video. An evaluation that is
+    repeated, perhaps on another index, replaces all rows of the earlier one of its protocol and recipe: rows of two
+    indexes are never compared."""
+    retrieval: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    same_video: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    key = None
     for row in rows:
         if row["kind"] == "retrieval":
             row = {"recipe": "paper"} | row
-            group = retrieval.setdefault((row["protocol"], row["recipe"]), {})
-            if (place := (row["name"], row["view"])) in group:
-                group.clear()
-                same_video.pop(row["recipe"], None)
-            group[place] = row
-        elif row["kind"] == "same_video":
-            same_video.setdefault(row["recipe"], {})[row["name"], row["view"]] = row
-    return ([row for group in retrieval.values() for row in group.values()],
-            [row for group in same_video.values() for row in group.values()])  # fmt: skip
+            key = row["protocol"], row["recipe"]
+            names = [(other["name"], other["view"]) for other in retrieval.get(key, ())]
+            if not names or (row["name"], row["view"]) in names:  # the first row of an evaluation
+                retrieval[key], same_video[key] = [], []
+            retrieval[key].append(row)
+        elif row["kind"] == "same_video" and key is not None:  # of the evaluation above it
+            same_video[key].append(row)
+    return [row for group in retrieval.values() for row in group], same_video

@@ -2,16 +2,21 @@
 reported.
 """
 
+import io
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from support.machine.permissions import without_permission
 from support.videos.odd_videos import place, write_plain
 
 from cpr_fast.cli import main
 from cpr_fast.data.index.build import IndexOptions, write_index
 from cpr_fast.data.index.index import Index, IndexFileError
+from cpr_fast.data.storage.record_writer import RecordWriter
+from cpr_fast.data.storage.records import split_record
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +67,25 @@ def test_folders_need_not_be_classes(tmp_path, video, capsys):
     assert "the first folder level is the split; no folder is taken as a class" in said and "no_class" not in said
     index = Index.load(tmp_path / "i.csv")
     assert {video.label for video in index} == {""} and len(set(index.source_ids.tolist())) == 4
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_videos_without_classes_keep_the_flow_of_their_own_folder(tmp_path, video, flat):
+    """By --no-classes, or because most videos lie in no folder: equal names in two folders stay two videos."""
+    names = ["2019/a", "2020/a", "2020/b"]
+    place(video, *(tmp_path / "set" / f"{name}.mp4" for name in names))
+    place(video, *(tmp_path / "set" / f"{i}.mp4" for i in range(4 * flat)))
+    picture = io.BytesIO()
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(picture, "JPEG")
+    with RecordWriter(tmp_path / "flow.lmdb") as writer:
+        for name in names:
+            writer.put(name, [picture.getvalue()] * 19)
+    write_index(tmp_path / "set", tmp_path / "i.csv", IndexOptions(flow_lmdb=tmp_path / "flow.lmdb", classes=flat))
+    index = Index.load(tmp_path / "i.csv")
+    assert {video.label for video in index} == {""}
+    found = {str(v.path.relative_to(tmp_path / "set").with_suffix("")): split_record(v.flow_path)[1] for v in index
+             if v.flow_path is not None}  # fmt: skip
+    assert found == {name: name for name in names}
 
 
 def test_clips_of_one_source_in_two_splits_are_named(tmp_path, video):

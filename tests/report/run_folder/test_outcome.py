@@ -155,6 +155,20 @@ def test_an_evaluation_on_another_index_replaces_all_rows_of_the_earlier_one(tmp
         assert bool(run.same_video) == unlabelled and bool(judged_views(run)) != unlabelled
 
 
+def test_evaluations_of_two_protocols_are_kept_apart(tmp_path, index):
+    missing = dict.fromkeys(("r@1", "r@1_ci95", "map", "map_ci95", "chance_r@1"))
+    labelled = retrieval_rows(index)
+    other = [row | missing | {"protocol": "leave_source_out"} for row in labelled if row.get("name") == "trained"]
+    same = {"kind": "same_video", "recipe": "paper", "name": "trained", "view": "rgb", "r@1": 0.5}
+    for number, rows in enumerate(([*labelled, *other, same], [*other, same, *labelled])):
+        run = Run(write_run(tmp_path / f"run{number}", [start_row(index), *training_rows(), *rows]))
+        first = run.retrieval[0]["protocol"]
+        assert run.unlabelled == bool(run.same_video) == (first == "leave_source_out")
+    few = [row | {"r@1": 0.99} if row.get("name") == "single_frame" else row for row in labelled]
+    run = Run(write_run(tmp_path / "few", [start_row(index), *training_rows(), *few, same]))
+    assert run.unlabelled and verdict(run) == []  # neither are the pixels judged by few queries
+
+
 @pytest.mark.parametrize(
     ("labels", "unlabelled"),
     [(" ", True), ("aabb", False), ("a", True), ("ab  ", False), ("ab      ", True)],  # a blank stands for no label
