@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,17 @@ def cpu_variants(kernel_library):
 
     yield kernel_library.cpr_cpu_variants().decode().split(","), force
     kernel_library.cpr_force_cpu_variant(None)
+
+
+@pytest.fixture
+def signals_as_in_a_terminal():
+    """Ctrl-C and SIGHUP have their defaults, also in processes that a test starts. A shell starts what it runs in the
+    background with SIGINT ignored, for which Python then sets no handler, and nohup ignores SIGHUP."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

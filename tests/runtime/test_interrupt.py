@@ -26,6 +26,8 @@ from cpr_fast.runtime.interrupt import (
     stop_requests,
 )
 
+pytestmark = pytest.mark.usefixtures("signals_as_in_a_terminal")
+
 
 @pytest.fixture
 def clock(monkeypatch):

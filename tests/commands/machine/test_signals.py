@@ -15,15 +15,9 @@ from cpr_fast.cli import main
 from cpr_fast.evaluate.features.cache import FeatureCache
 from cpr_fast.runtime.files import TEMPORARY
 
+pytestmark = pytest.mark.usefixtures("signals_as_in_a_terminal")
+
 NAMES = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGHUP: "stopped by SIGHUP", signal.SIGINT: "interrupted"}
-
-
-@pytest.fixture(autouse=True)
-def python_handles_ctrl_c():
-    """A shell starts what it runs in the background with SIGINT ignored; Python then sets no handler of its own."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

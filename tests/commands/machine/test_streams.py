@@ -11,6 +11,8 @@ import sys
 import pytest
 from support.data_sets.flow import write_video
 
+pytestmark = pytest.mark.usefixtures("signals_as_in_a_terminal")
+
 CPR = f"{sys.executable} -m cpr_fast"
 
 
