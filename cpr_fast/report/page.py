@@ -76,7 +76,7 @@ def write_page(page: str, out: Path) -> Path:
 def _section(run: Run, compared: Compared | None) -> dict[str, Any]:
     """Returns all values that the template shows for one run."""
     classes = class_rates(run)
-    without = run.index is not None and not run.index.classes
+    no_labels = run.index is not None and not run.index.classes
     mined = mined_sheets(run)
     return {
         "run": run,
@@ -96,12 +96,12 @@ def _section(run: Run, compared: Compared | None) -> dict[str, Any]:
         "judged": any(
             clip["correct"] is not None for sheet in mined for line in sheet["queries"] for clip in line["found"]
         ),
-        "no_rates": no_rates(run, without),
+        "no_rates": no_rates(run, no_labels),
         "class_rates": classes,
         "extremes": extremes(classes["classes"]) if classes else None,
         "training_figures": training_figures(run),
         "speed": run.speed(),
-        "cycles": cycle_table(run, without),
+        "cycles": cycle_table(run, no_labels),
         "config": flat_config(run.config),
         "skipped": max((row.get("skipped") or 0 for row in run.epochs), default=0),
         "chance_pmr": run.chance_pmr,

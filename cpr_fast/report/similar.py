@@ -4,8 +4,6 @@ network."""
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,29 +110,22 @@ def _strip(path: Path, num_frames: int) -> str | None:
     return film_strip(path, num_frames, 0, num_frames)
 
 
-def _names(videos: Sequence[Video]) -> dict[Path, str]:
-    """Returns the name of each file below the folder that holds all of them: file names alone may occur twice."""
-    paths = [video.path.absolute() for video in videos]
-    common = os.path.commonpath([path.parent for path in paths])
-    return {video.path: str(path.relative_to(common)) for video, path in zip(videos, paths, strict=True)}
-
-
-def _clip(video: Video, names: dict[Path, str], note: str = "") -> dict[str, Any]:
-    shown = clip(video.path, "", video.source, _strip(video.path, video.num_frames)) | {"caption": names[video.path]}
+def _clip(features: StoredFeatures, position: int, note: str = "") -> dict[str, Any]:
+    video = features.videos[position]
+    shown = clip(video.path, "", video.source, _strip(video.path, video.num_frames))
     label = f"class {video.label}" if video.label else ""
-    return shown | {"note": " · ".join(filter(None, (note, label)))}
+    return shown | {"caption": features.names[position], "note": " · ".join(filter(None, (note, label)))}
 
 
 def _similar(features: StoredFeatures, found: Neighbours) -> list[dict[str, Any]]:
     """Returns videos spread evenly over the index, each with its nearest videos of other sources."""
-    names = _names(features.videos)
     count = len(features.videos)
     chosen = np.unique(np.linspace(0, count - 1, min(QUERIES, count)).round().astype(int)).tolist()
     return [
         {
-            "query": _clip(features.videos[video], names),
+            "query": _clip(features, video),
             "found": [
-                _clip(features.videos[other], names, f"{value:.2f}")
+                _clip(features, other, f"{value:.2f}")
                 for other, value in zip(found.index[video].tolist(), found.similarity[video].tolist(), strict=True)
                 if np.isfinite(value)
             ],
@@ -144,11 +135,10 @@ def _similar(features: StoredFeatures, found: Neighbours) -> list[dict[str, Any]
 
 
 def _table(features: StoredFeatures, found: Neighbours) -> Table:
-    names = _names(features.videos)
     columns = [Column("Video"), Column("Nearest video of another source"), Column("Similarity", "number")]
     rows = [
-        (names[video.path], names[features.videos[other].path], value)
-        for video, other, value in zip(features.videos, found.index[:, 0].tolist(), found.similarity[:, 0].tolist(),
+        (name, features.names[other], value)
+        for name, other, value in zip(features.names, found.index[:, 0].tolist(), found.similarity[:, 0].tolist(),
                                        strict=True)
         if np.isfinite(value)
     ]  # fmt: skip
@@ -158,21 +148,20 @@ def _table(features: StoredFeatures, found: Neighbours) -> Table:
 def _duplicates(features: StoredFeatures, found: Neighbours) -> dict[str, Any]:
     """Returns pairs above the threshold, the most certain first: those with equal files, then with equal frames, then
     with a high similarity only."""
-    names = _names(features.videos)
     pairs = duplicate_pairs(found)
     judged = {(a, b): _judge(features.videos[a], features.videos[b]) for a, b, _ in pairs[:JUDGED]}
     pairs = sorted(pairs[:JUDGED], key=lambda pair: judged[pair[:2]][0]) + pairs[JUDGED:]
     shown = [
         {
-            "query": _clip(features.videos[a], names),
-            "found": [_clip(features.videos[b], names, f"{value:.3f}")],
+            "query": _clip(features, a),
+            "found": [_clip(features, b, f"{value:.3f}")],
             "text": judged[a, b][1],
         }
         for a, b, value in pairs[:PAIRS]
     ]
     later = f"Only the {JUDGED} most similar pairs are compared picture by picture."
     columns = [Column("Video"), Column("Other video"), Column("Similarity", "number"), Column("Verdict", "text", later)]
-    rows = [(names[features.videos[a].path], names[features.videos[b].path], value, judged.get((a, b), (0, None))[1])
+    rows = [(features.names[a], features.names[b], value, judged.get((a, b), (0, None))[1])
             for a, b, value in pairs]  # fmt: skip
     sure = sum(rank < 2 for rank, _ in judged.values())
     table = Table("Duplicates", columns, rows[:MOST_ROWS])
@@ -199,7 +188,6 @@ def _judge(first: Video, second: Video) -> tuple[int, str]:
 
 
 def _odd(features: StoredFeatures, found: Neighbours) -> dict[str, Any]:
-    names = _names(features.videos)
     ordered = odd_videos(found)
     shown = []
     for video, mean, distance in ordered[:ODD]:
@@ -207,9 +195,9 @@ def _odd(features: StoredFeatures, found: Neighbours) -> dict[str, Any]:
         number = "more than 50" if distance > 50 else f"{distance:.1f}"
         clear = f"{number} robust standard deviations below the median"
         text = f"Odd: {clear}." if distance >= FAR else f"Not clearly odd, but the next in this order: {clear}."
-        shown.append({"query": _clip(features.videos[video], names, f"mean {mean:.2f}"),
-                      "found": [_clip(features.videos[other], names, f"{value:.2f}")], "text": text})  # fmt: skip
+        shown.append({"query": _clip(features, video, f"mean {mean:.2f}"),
+                      "found": [_clip(features, other, f"{value:.2f}")], "text": text})  # fmt: skip
     columns = [Column("Video"), Column("Mean similarity to its nearest", "number"), Column("Deviations", "number")]
-    rows = [(names[features.videos[video].path], mean, distance) for video, mean, distance in ordered]
+    rows = [(features.names[video], mean, distance) for video, mean, distance in ordered]
     clear = sum(distance >= FAR for _, _, distance in ordered)
     return {"count": clear, "shown": shown, "table": Table("Odd videos", columns, rows[:MOST_ROWS])}

@@ -14,6 +14,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES, percent, signed, signed_interval
 from cpr_fast.report.neighbours import Neighbours, confidence, find_neighbours
 from cpr_fast.report.run_folder.features import StoredFeatures, stored_features
+from cpr_fast.report.run_folder.outcome import MORE_EPOCHS
 from cpr_fast.report.run_folder.run import VIEWS, Run
 from cpr_fast.wording import counted, listed
 
@@ -101,7 +102,7 @@ def signs(run: Run, compared: Compared | None = None) -> list[str]:
         why = "The videos have no labels, so retrieval cannot be measured"
     verdict = f"{why}; {found}."
     if not learnt or doubtful:
-        verdict += " The first thing to try is more epochs: `cpr-fast init` without --minutes proposes how many."
+        verdict += f" {MORE_EPOCHS}"
     return [verdict, *(text for text in (same, loss, neighbours, _rank(run)) if text)]
 
 

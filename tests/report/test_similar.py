@@ -26,8 +26,9 @@ from cpr_fast.evaluate.features.recipe import make_recipe
 from cpr_fast.evaluate.retrieval.ranking import Comparison, leading_views, prepare_streams
 from cpr_fast.report.neighbours import confidence, duplicate_pairs, find_neighbours, odd_videos, pixel_agreement
 from cpr_fast.report.run_folder import features as stored
+from cpr_fast.report.run_folder.features import StoredFeatures
 from cpr_fast.report.run_folder.run import Run
-from cpr_fast.report.similar import _names, similar_path, write_similar
+from cpr_fast.report.similar import similar_path, write_similar
 from cpr_fast.report.unlabelled import compare_videos
 
 COUNT, ODD = 12, 7  # video 1 is a copy of 0 (in bytes), 3 of 2 (in features only); ODD is far from all
@@ -93,8 +94,8 @@ def test_planted_copies_and_outliers_are_shown(tmp_path, monkeypatch, views):
 def test_equal_names_in_two_folders_are_told_apart():
     paths = ["spring/IMG_1.mp4", "autumn/old/IMG_1.mp4", "clips.lmdb#a/IMG_1"]
     videos = [Video(Path("data") / path, "", "", "", 9, 25.0, 8, 8) for path in paths]
-    assert list(_names(videos).values()) == paths
-    assert list(_names(videos[:1]).values()) == ["IMG_1.mp4"]
+    assert StoredFeatures(videos, {}, "cosine", "paper", None).names == paths
+    assert StoredFeatures(videos[:1], {}, "cosine", "paper", None).names == ["IMG_1.mp4"]
 
 
 def test_siblings_tell_how_far_to_trust_it(tmp_path, monkeypatch):

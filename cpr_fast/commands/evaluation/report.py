@@ -47,9 +47,10 @@ def report(
     out = out or runs[0] / "report.html"
     wanted = unlabelled or index is not None
     compared = similar = None
-    if wanted or Run(runs[0]).unlabelled:
+    first = Run(runs[0])
+    if wanted or first.unlabelled:
         announce("Comparing the videos by their stored features")
-        compared = compare_videos(Run(runs[0]), index)
+        compared = compare_videos(first, index)
     if compared is not None:
         announce("Drawing the page of similar, duplicated and odd videos")
         similar = write_similar(runs[0], similar_path(out), compared)

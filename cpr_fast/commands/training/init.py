@@ -172,7 +172,7 @@ def _doubts(videos: Index, facts: Facts, config: Config) -> list[str]:
     """Returns the warnings that `cpr-fast pretrain` will give for the recipe, which few epochs or few videos cause."""
     from cpr_fast.pretrain.run.checks import check_run, plan_cycles
 
-    train = videos.select(facts.split) if facts.split else videos
+    train = videos.select(facts.split)
     stored = config.data.flow == "stored"
     found = check_run(config, train, plan_cycles(config, len(train), 1), stored_flow=stored)
     return [f"  warning: {text}" for text in found]
@@ -230,7 +230,7 @@ def _pace(videos: Index, split: str, config: Config, device: str, seconds: float
 
     from cpr_fast.doctor.bottleneck import breakdown
 
-    part = videos.select(split) if split else videos
+    part = videos.select(split)
     views = tuple(dict.fromkeys(cycle.view for cycle in config.schedule.cycles))
     measured = breakdown(part, config, views, device=torch.device(device), seconds=seconds)
     step_s = max(measured["loader_s_per_step"], measured["stage_s_per_step"]["step"])

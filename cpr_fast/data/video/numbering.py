@@ -25,9 +25,7 @@ class Layout:
     """
 
     probe = False  # whether FFmpeg must look at some frames before it decodes all of them
-    format: str | None = (
-        None  # the name of the container's format, with which it opens without being compared to others
-    )
+    format: str | None = None  # of the container, as `format_name` returns it: the file then opens without a search
     first_alone = False  # whether only the first packet of an MPEG-4 stream names its encoder, which FFmpeg must know
 
     def __init__(self, times: np.ndarray, numbers: np.ndarray, keys: np.ndarray) -> None:

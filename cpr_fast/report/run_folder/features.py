@@ -6,8 +6,10 @@ Letters: M videos, F feature width.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -43,6 +45,13 @@ class StoredFeatures:
     metric: Metric
     recipe: str
     pixels: Tensor | None
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The name of each video below the folder that holds all of them: file names alone may occur twice."""
+        paths = [video.path.absolute() for video in self.videos]
+        common = os.path.commonpath([path.parent for path in paths])
+        return [str(path.relative_to(common)) for path in paths]
 
 
 def stored_features(run: Path, index: Index) -> StoredFeatures | None:

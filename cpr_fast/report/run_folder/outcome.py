@@ -17,6 +17,7 @@ from cpr_fast.wording import listed
 FEW_SOURCES = 20  # below this number a bootstrap over sources gives too narrow an interval
 NO_LOSS = 1e-6  # a loss this small has no gradient: all entries that a query is compared with are positives
 SIGNS = ("pmr", "view_agreement", "hubness", "mutual_neighbours", "mined_age_steps", "mined_share")  # rates of mining
+MORE_EPOCHS = "The first thing to try is more epochs: `cpr-fast init` without --minutes proposes how many."
 RESULTS = {"learnt": "learnt", "unsure": "may have learnt", "nothing": "did not improve"}
 
 
@@ -137,10 +138,7 @@ def _of_views(run: Run) -> str | None:
         found = "; ".join(f"{listed(of)} {RESULTS[key]}" for key, of in names.items() if of)
         known = "not every view learnt" if names["learnt"] else "it is not certain that this run learnt anything"
         start = f"For retrieval, {known}: {found}"
-    return (
-        f"{start}, judged by {measures} against the same network before training ({values}). The first thing to try is "
-        "more epochs: `cpr-fast init` without --minutes proposes how many."
-    )
+    return f"{start}, judged by {measures} against the same network before training ({values}). {MORE_EPOCHS}"
 
 
 def _below_pixels(run: Run) -> str | None:
