@@ -120,9 +120,9 @@ def units(gpu: Gpu, launch: dict) -> dict[str, float]:
         for key, value in launch["per_block"].items()
         if key.startswith(f"sm_{gpu.architecture} ")
     }
-    memory = sum(get.get(f"{space} {way}", 0) for space in ("shared", "global") for way in ("load", "store"))
+    memory = math.fsum(get.get(f"{space} {way}", 0) for space in ("shared", "global") for way in ("load", "store"))
     return {
-        "issue": sum(get.values()) / ISSUE,
+        "issue": math.fsum(get.values()) / ISSUE,
         "fp32": (get.get("fp32", 0) + get.get("imad", 0)) / gpu.fp32,
         "alu": get.get("alu", 0) / gpu.alu,
         "tensor": get.get("tensor", 0) / gpu.tensor,
@@ -136,8 +136,8 @@ def latency_cycles(gpu: Gpu, launch: dict, from_hbm: float) -> float:
     """Returns the cycles of a block whose warps never compete: each waits for its own results and loads."""
     warps = launch["threads"] / 32
     per_warp = {key: value / warps for key, value in launch["per_block"].items()}
-    machine = sum(value for key, value in per_warp.items() if key.startswith(f"sm_{gpu.architecture} "))
-    sums = sum(per_warp.get(f"sm_{gpu.architecture} {unit}", 0) for unit in ("fp32", "tensor"))
+    machine = math.fsum(value for key, value in per_warp.items() if key.startswith(f"sm_{gpu.architecture} "))
+    sums = math.fsum(per_warp.get(f"sm_{gpu.architecture} {unit}", 0) for unit in ("fp32", "tensor"))
     loads = per_warp.get("global loads", 0) + per_warp.get("ptx copy async", 0) / 4
     latency = gpu.l2_latency + from_hbm * (gpu.hbm_latency - gpu.l2_latency)
     barriers = per_warp.get("ptx barrier", 0)
@@ -167,7 +167,7 @@ def hbm_s(gpu: Gpu, call: dict) -> float:
     _, moved, _ = work(call["op"], call["precision"], call["B"], call["K"])
     passes = max(launch["launches"] for launch in call["launches"])
     total = moved * passes if moved > gpu.l2_bytes else 0.0
-    sectors = sum(
+    sectors = math.fsum(
         32 * launch["launches"] * launch["blocks"] * launch["per_block"].get("sectors", 0)
         for launch in call["launches"]
         if "select" in launch["kernel"] or "sift" in launch["kernel"]
@@ -194,7 +194,7 @@ def predict(gpu: Gpu, call: dict, registers: dict) -> dict:
     if call["op"] == "tvl1_flow":
         barriers = max(launch["per_block"].get("ptx atomic", 0) for launch in call["launches"])
         shares["barriers between blocks"] = TEAM_BARRIER_S * barriers
-    total = sum(shares.values())
+    total = math.fsum(shares.values())
     if (memory := hbm_s(gpu, call)) > total - shares["launches"]:
         shares["HBM"] = memory
         total = memory + shares["launches"]
