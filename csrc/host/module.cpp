@@ -153,7 +153,10 @@ class Bytes {
   explicit Bytes(py::handle object) {
     if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
   }
-  ~Bytes() { PyBuffer_Release(&view_); }
+  ~Bytes() {
+    if (view_.obj != nullptr) PyBuffer_Release(&view_);
+  }
+  Bytes(Bytes&& other) noexcept : view_(std::exchange(other.view_, {})) {}
   Bytes(const Bytes&) = delete;
   Bytes& operator=(const Bytes&) = delete;
   const uint8_t* data() const { return static_cast<const uint8_t*>(view_.buf); }
@@ -168,33 +171,42 @@ class Yuv420ToRgb {
  public:
   Yuv420ToRgb(double red, double blue, bool full_range) : factors_(checked(red, blue, full_range)) {}
 
-  void operator()(const std::array<py::object, 3>& planes, const std::array<int64_t, 3>& strides, int64_t top,
-                  int64_t left, py::array_t<uint8_t>& out) const {
-    const bool even = out.ndim() == 3 && out.shape(2) == 3 && out.shape(0) % 2 == 0 && out.shape(1) % 2 == 0;
-    if (!even || (out.size() && (out.strides(2) != 1 || out.strides(1) != 3))) {
-      throw py::value_error("out: expected even sides and adjacent pixels, [H, W, 3], got shape " + shape_of(out));
+  void operator()(const std::vector<std::array<py::object, 3>>& pictures, int64_t rows, int64_t top, int64_t left,
+                  py::array_t<uint8_t>& out) const {
+    const bool even = out.ndim() == 4 && out.shape(3) == 3 && out.shape(1) % 2 == 0 && out.shape(2) % 2 == 0;
+    if (!even || out.shape(0) != static_cast<int64_t>(pictures.size()) ||
+        (out.size() && (out.strides(3) != 1 || out.strides(2) != 3))) {
+      throw py::value_error("out: expected even sides and adjacent pixels, [" + std::to_string(pictures.size()) +
+                            ", H, W, 3], got shape " + shape_of(out));
     }
-    if (top < 0 || left < 0 || top % 2 || left % 2) {
-      throw py::value_error("top, left: expected even numbers from 0 on, got " + std::to_string(top) + ", " +
-                            std::to_string(left));
+    if (rows < 2 || top < 0 || left < 0 || rows % 2 || top % 2 || left % 2) {
+      throw py::value_error("rows, top, left: expected even numbers, from 2 and from 0 on, got " +
+                            std::to_string(rows) + ", " + std::to_string(top) + ", " + std::to_string(left));
     }
-    const int64_t height = out.shape(0), width = out.shape(1);
     if (out.size() == 0) return;
-    const Bytes y(planes[0]), u(planes[1]), v(planes[2]);
-    const auto plane = [&](const Bytes& bytes, int at, int64_t scale) {
-      const int64_t stride = strides[at], right = (left + width) / scale, bottom = (top + height) / scale;
-      if (stride < right || bytes.size() < (bottom - 1) * stride + right) {
-        throw py::value_error("planes: expected at least " + std::to_string(bottom) + " rows of " +
-                              std::to_string(right) + " bytes in plane " + std::to_string(at) + ", got " +
-                              std::to_string(bytes.size()) + " bytes in rows of " + std::to_string(stride));
-      }
-      return cpr::yuv_to_rgb::Plane{bytes.data() + top / scale * stride + left / scale, stride};
-    };
-    const cpr::yuv_to_rgb::Job job{plane(y, 0, 1), plane(u, 1, 2), plane(v, 2, 2),     height,
-                                   width,          factors_,       out.mutable_data(), out.strides(0)};
+    const int64_t height = out.shape(1), width = out.shape(2);
+    std::vector<std::array<Bytes, 3>> held;
+    std::vector<cpr::yuv_to_rgb::Job> jobs;
+    held.reserve(pictures.size());
+    jobs.reserve(pictures.size());
+    for (const auto& [y, u, v] : pictures) {
+      const auto& planes = held.emplace_back(std::array<Bytes, 3>{Bytes(y), Bytes(u), Bytes(v)});
+      const auto plane = [&](int at) {
+        const int64_t scale = at == 0 ? 1 : 2, size = planes[at].size(), stride = size / (rows / scale);
+        const int64_t right = (left + width) / scale, bottom = (top + height) / scale;
+        if (size % (rows / scale) || stride < right || rows / scale < bottom) {
+          throw py::value_error("pictures: expected " + std::to_string(rows / scale) + " rows, from " +
+                                std::to_string(bottom) + " on, of at least " + std::to_string(right) +
+                                " bytes in plane " + std::to_string(at) + ", got " + std::to_string(size) + " bytes");
+        }
+        return cpr::yuv_to_rgb::Plane{planes[at].data() + top / scale * stride + left / scale, stride};
+      };
+      jobs.push_back({plane(0), plane(1), plane(2), height, width, factors_,
+                      out.mutable_data(static_cast<int64_t>(jobs.size()), 0, 0, 0), out.strides(1)});
+    }
     if (const char* error = cpr_cpu_variant_error()) throw std::runtime_error(error);
     py::gil_scoped_release release;
-    cpr::kernels().convert_yuv420(job);
+    for (const auto& job : jobs) cpr::kernels().convert_yuv420(job);
   }
 
  private:
@@ -264,12 +276,12 @@ PYBIND11_MODULE(_host, module) {
            "The weights of red and blue in luma (K_R and K_B of ITU-T H.273), and whether levels range from 0 to 255 "
            "or\n"
            "as in television. Raises ValueError unless both weights are above 0 and their sum is below 1.")
-      .def("__call__", &Yuv420ToRgb::operator(), py::arg("planes"), py::arg("strides"), py::arg("top"), py::arg("left"),
+      .def("__call__", &Yuv420ToRgb::operator(), py::arg("pictures"), py::arg("rows"), py::arg("top"), py::arg("left"),
            py::arg("out").noconvert(),
-           "Writes the box of a picture whose first pixel is (top, left) to out, uint8 [H, W, 3]. `planes` are the\n"
-           "bytes of Y, U and V, and `strides` the bytes from row to row of each. All of the box's sides are even.\n"
-           "Raises ValueError for another shape or layout, or if the box ends outside of a plane, TypeError for\n"
-           "another type.");
+           "Writes the box of each of F pictures whose first pixel is (top, left) to out, uint8 [F, H, W, 3]. A picture\n"
+           "is the bytes of its planes Y, U and V, which have `rows`, rows / 2 and rows / 2 rows of equal length. All\n"
+           "sides and the place of the box are even. Raises ValueError for another shape or layout, or if the box ends\n"
+           "outside of a plane, TypeError for another type.");
   module.def(
       "build_info", &build_info,
       "dict: version, cpu_variant (the one in force), cpu_variants (best first) and cuda_architectures,\n"

@@ -21,6 +21,8 @@ from cpr_fast.data.video.container import VideoError
 
 # Formats in which swscale converts each pixel of a frame with even sides by itself, from the nearest chroma sample.
 PLANAR = ("yuv420p", "yuvj420p")
+# So many frames are converted in a row: each change between decoding and conversion costs cached code and data.
+IN_A_ROW = 4
 # Weights of red and blue in the luma of BT.601, BT.709, FCC, SMPTE 240M and BT.2020 (ITU-T H.273).
 LUMA_WEIGHTS = ((0.299, 0.114), (0.2126, 0.0722), (0.3, 0.11), (0.212, 0.087), (0.2627, 0.0593))
 
@@ -74,29 +76,37 @@ def pixels_of(path: str | Path, frame: av.VideoFrame, view: str, region: Region 
     if view == "rgb" and frame.format.name in PLANAR and height % 2 == width % 2 == 0 and not frame.interlaced_frame:
         convert = _like_swscale(frame.format.name, int(frame.colorspace), int(frame.color_range))
         if convert is not None:
-            return _Boxes(convert, box, count)
+            return _Boxes(convert, height, box, count)
     return _Halves(box, count) if view == "flow" else _OneByOne(view, box)
 
 
 class _Boxes:
     """Converts boxes of 4:2:0 frames to RGB, without the rest of the frames."""
 
-    def __init__(self, convert: Yuv420ToRgb, box: tuple[int, int, int, int], count: int) -> None:
+    def __init__(self, convert: Yuv420ToRgb, height: int, box: tuple[int, int, int, int], count: int) -> None:
         top, left, bottom, right = box
         self._convert, self._top, self._left = convert, top - top % 2, left - left % 2  # whole chroma samples
         self._shape = count, bottom + bottom % 2 - self._top, right + right % 2 - self._left, 3
         self._inner = slice(top % 2, top % 2 + bottom - top), slice(left % 2, left % 2 + right - left)
         self._held, self._out = 0, None
+        self._waiting, self._height = [], height
 
     def add(self, frame: av.VideoFrame) -> None:
+        self._waiting.append(frame.planes)
+        if len(self._waiting) == IN_A_ROW:
+            self._convert_waiting()
+
+    def _convert_waiting(self) -> None:
         if self._out is None:
             self._out = np.empty(self._shape, np.uint8)
-        planes = y, u, v = frame.planes
-        strides = y.line_size, u.line_size, v.line_size
-        self._convert(planes, strides, self._top, self._left, self._out[self._held])
-        self._held += 1
+        out = self._out[self._held : self._held + len(self._waiting)]
+        self._convert(self._waiting, self._height, self._top, self._left, out)
+        self._held += len(self._waiting)
+        self._waiting = []
 
     def take(self) -> np.ndarray:
+        if self._waiting:
+            self._convert_waiting()
         frames = self._out[: self._held, *self._inner]
         self._held, self._out = 0, None
         return frames
@@ -124,7 +134,7 @@ def _like_swscale(pixel_format: str, colorspace: int, color_range: int) -> Yuv42
     expected = whole.take()
     for full_range, (red, blue) in itertools.product((False, True), LUMA_WEIGHTS):
         convert = Yuv420ToRgb(red, blue, full_range)
-        boxes = _Boxes(convert, (0, 0, 512, 512), 1)
+        boxes = _Boxes(convert, 512, (0, 0, 512, 512), 1)
         boxes.add(picture)
         if np.array_equal(boxes.take(), expected):
             return convert

@@ -49,7 +49,7 @@ def by_swscale(frame):
 
 
 def converted(frame, convert, top, left, out):
-    convert(frame.planes, [plane.line_size for plane in frame.planes], top, left, out)
+    convert([frame.planes], frame.height, top, left, out[None])
     return out
 
 
@@ -124,7 +124,7 @@ def boxes_of(frames, region):
 @pytest.mark.parametrize("colorspace", [0, 1, 2, 4, 5, 6, 7, 9])
 def test_every_kind_of_colours_is_converted_as_a_whole_frame(pixel_format, colorspace, color_range):
     rng = np.random.default_rng(2)
-    frames = [noise(rng, 50, 70, colorspace, color_range, pixel_format) for _ in range(3)]
+    frames = [noise(rng, 50, 70, colorspace, color_range, pixel_format) for _ in range(11)]
     for top, left, bottom, right in ((0, 0, 50, 70), (3, 5, 30, 41), (49, 69, 50, 70), (7, 0, 8, 33)):
         kind, boxes = boxes_of(frames, (top, left, bottom, right))
         expected = [by_swscale(frame)[top:bottom, left:right] for frame in frames]
@@ -155,43 +155,48 @@ def test_bad_weights():
 
 
 class TestBadPictures:
-    planes, strides = [bytes(8 * 6), bytes(4 * 3), bytes(4 * 3)], [6, 3, 3]  # 8 rows of 6 pixels
+    planes = [bytes(8 * 6), bytes(4 * 3), bytes(4 * 3)]  # 8 rows of 6 pixels
     convert = Yuv420ToRgb(0.299, 0.114, False)
 
-    def refuse(self, message, planes=None, strides=None, top=0, left=0, out=None):
-        out = np.empty((8, 6, 3), np.uint8) if out is None else out
+    def refuse(self, message, pictures=None, rows=8, top=0, left=0, out=None):
+        pictures = [self.planes] if pictures is None else pictures
+        out = np.empty((len(pictures), 8, 6, 3), np.uint8) if out is None else out
         with pytest.raises(ValueError, match=message):
-            self.convert(planes or self.planes, strides or self.strides, top, left, out)
+            self.convert(pictures, rows, top, left, out)
 
     def test_a_box_outside_of_a_plane(self):
-        self.refuse(r"planes: expected at least 10 rows of 6 bytes in plane 0, got 48 bytes in rows of 6", top=2)
-        self.refuse(r"planes: expected at least 8 rows of 8 bytes in plane 0, got 48 bytes in rows of 6", left=2)
+        self.refuse(r"pictures: expected 8 rows, from 10 on, of at least 6 bytes in plane 0, got 48 bytes", top=2)
+        self.refuse(r"pictures: expected 8 rows, from 8 on, of at least 8 bytes in plane 0, got 48 bytes", left=2)
         for short in range(3):
-            planes = [plane[:-1] if at == short else plane for at, plane in enumerate(self.planes)]
-            self.refuse(rf"bytes in plane {short}, got {len(planes[short])} bytes in rows of", planes)
-        self.refuse(r"rows of 3 bytes in plane 1, got 12 bytes in rows of -3", strides=[6, -3, 3])
+            whole = self.planes[short]
+            for levels in (whole[:-1], whole[: len(whole) // 2], b""):
+                planes = [levels if at == short else plane for at, plane in enumerate(self.planes)]
+                self.refuse(rf"in plane {short}, got {len(levels)} bytes", [self.planes, planes])
 
     def test_odd_boxes(self):
-        self.refuse("top, left: expected even numbers from 0 on, got 1, 0", top=1)
-        self.refuse("top, left: expected even numbers from 0 on, got 0, -2", left=-2)
+        message = "rows, top, left: expected even numbers, from 2 and from 0 on, got "
+        self.refuse(message + "8, 1, 0", top=1)
+        self.refuse(message + "8, 0, -2", left=-2)
+        for rows in (-8, 0, 7):
+            self.refuse(message + f"{rows}, 0, 0", rows=rows)
 
     def test_out_of_another_shape_or_layout(self):
-        shapes = ((8, 5, 3), (7, 6, 3), (8, 6, 4), (8, 6))
-        wrong = [*(np.empty(shape, np.uint8) for shape in shapes), np.empty((8, 12, 3), np.uint8)[:, ::2]]
+        shapes = ((1, 8, 5, 3), (1, 7, 6, 3), (1, 8, 6, 4), (8, 6, 3), (2, 8, 6, 3), (0, 8, 6, 3))
+        wrong = [*(np.empty(shape, np.uint8) for shape in shapes), np.empty((1, 8, 12, 3), np.uint8)[:, :, ::2]]
         for out in wrong:
-            self.refuse(r"out: expected even sides and adjacent pixels, \[H, W, 3\], got shape \[", out=out)
-        fixed = np.empty((8, 6, 3), np.uint8)
+            self.refuse(r"out: expected even sides and adjacent pixels, \[1, H, W, 3\], got shape \[", out=out)
+        fixed = np.empty((1, 8, 6, 3), np.uint8)
         fixed.setflags(write=False)
         self.refuse("not writeable", out=fixed)
         with pytest.raises(TypeError):
-            self.convert(self.planes, self.strides, 0, 0, np.empty((8, 6, 3)))
+            self.convert([self.planes], 8, 0, 0, np.empty((1, 8, 6, 3)))
 
     def test_no_bytes(self):
-        with pytest.raises(TypeError):
-            self.convert([1, 2, 3], self.strides, 0, 0, np.empty((8, 6, 3), np.uint8))
-        with pytest.raises(TypeError):
-            self.convert(self.planes[:2], self.strides, 0, 0, np.empty((8, 6, 3), np.uint8))
+        for pictures in ([[1, 2, 3]], [self.planes[:2]], [bytes(8)], self.planes, None):
+            with pytest.raises(TypeError):
+                self.convert(pictures, 8, 0, 0, np.empty((1, 8, 6, 3), np.uint8))
 
-    def test_a_box_without_pixels(self):
-        for shape in ((0, 6, 3), (8, 0, 3)):
-            self.convert(self.planes, self.strides, 0, 0, np.empty(shape, np.uint8))
+    def test_nothing_to_convert(self):
+        for shape in ((1, 0, 6, 3), (1, 8, 0, 3)):
+            self.convert([self.planes], 8, 0, 0, np.empty(shape, np.uint8))
+        self.convert([], 8, 0, 0, np.empty((0, 8, 6, 3), np.uint8))
