@@ -1,6 +1,7 @@
 """Runs the registered study of what the paper claims. bench/results/study.md is its protocol and holds its results.
 
-    python bench/training/study.py WORK [--sets synthetic …] [--seeds 0 …] [--settings start untrained …] [--later]
+    python bench/training/study.py WORK [--sets synthetic …] [--seeds 0 …] [--settings start untrained …]
+    python bench/training/study.py WORK --later | --better [--sets synthetic …] [--seeds 0 …]
     python bench/training/study.py WORK --sets jhmdb --seeds 100 --settings start infonce ubernce --base size=32
     python bench/training/study.py --table
 
@@ -31,6 +32,7 @@ from evidence.rows import ROWS, TRIALS, add_row, is_done, keep_queries, read_row
 from evidence.runs import run_setting
 from evidence.settings import (
     ALL,
+    BETTER,
     CANDIDATES,
     LATER,
     SEEDS,
@@ -156,14 +158,16 @@ def main() -> None:
     parser.add_argument("work", type=Path, nargs="?", default=Path("runs/study"))
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--settings", nargs="+", choices=list(ALL), help="default: the registered ones")
-    parser.add_argument("--later", action="store_true", help="the settings that are to run after the registered ones")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--settings", nargs="+", choices=list(ALL), help="default: those of the main table")
+    which.add_argument("--later", action="store_const", dest="settings", const=list(LATER), help="the other claims")
+    which.add_argument("--better", action="store_const", dest="settings", const=list(BETTER), help="other ways to mine")
     parser.add_argument("--base", nargs="+", default=[], metavar="FIELD=VALUE", help="of a trial")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of study.jsonl")
     parser.add_argument("--table", action="store_true", help="only write the tables of the existing rows")
     args = parser.parse_args()
-    args.settings = args.settings or list(LATER if args.later else SETTINGS)
+    args.settings = args.settings or list(SETTINGS)
     check(parser, args)
     torch.set_num_threads(args.threads)
     if args.table:

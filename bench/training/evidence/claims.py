@@ -12,7 +12,7 @@ from torch import Tensor
 from cpr_fast.evaluate.retrieval.paired import paired_difference, seed_difference
 
 from .rows import query_sources, query_values
-from .settings import SEEDS
+from .settings import BETTER, SEEDS
 
 # The rise of a straight line through n = 1, 3, 5, 7 (least squares), from n = 1 to n = 7.
 TREND = {"coclr": -0.9, "cpr_n3": -0.3, "cpr_n5": 0.3, "cpr_n7": 0.9}
@@ -65,6 +65,7 @@ CLAIMS = (
         "mAP, CPR's lead over CoCLR grows with the memory",
         {"cpr_n7_memory_x2": 1.0, "coclr_memory_x2": -1.0, "cpr_n7": -1.0, "coclr": 1.0},
     ),
+    *(_pair(f"better mining: mAP, {setting.replace('_', ' ')} > CPR n = 7", setting, "cpr_n7") for setting in BETTER),
 )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from cpr_fast.models import Encoder
 from cpr_fast.pretrain.run.loop import pretrain
 from cpr_fast.runtime.files import replacing
 from cpr_fast.runtime.metrics import read_metrics
+from cpr_fast.weights.checkpoint import load_checkpoint
 
+from .better_mining import WAYS
 from .rows import packed
 from .settings import ALL, Base, config_of, keeps, settings_digest, start_of
 
@@ -40,7 +43,8 @@ MEASURES = ("r@1", "r@5", "r@10", "map", "r@1_ci95", "map_ci95")
 def run_setting(base: Base, setting: str, seed: int, index: Path, data: str, runs: Path) -> tuple[dict, QueryScores]:
     """Trains a setting, and before it the start if that is missing, and measures it.
 
-    A stopped training is continued from its last checkpoint.
+    A stopped training is continued from its last checkpoint, or begun again if it mines in a way of `better_mining`,
+    whose features no checkpoint holds.
 
     Args:
         data: the digest of the videos' description.
@@ -56,7 +60,7 @@ def run_setting(base: Base, setting: str, seed: int, index: Path, data: str, run
     if ALL[setting].mining is not None:
         config = config_of(base, setting, seed, index, folder)
         keeps(config, len(Index.load(index).select("train")))
-        config, last = _train(config)
+        config, last = _train(config, ALL[setting].way)
     began = time.process_time()
     if setting == "untrained":
         encoders = _untrained(config, index, ("rgb", "flow"), seed)
@@ -68,13 +72,20 @@ def run_setting(base: Base, setting: str, seed: int, index: Path, data: str, run
     return {**found, **quality, **packed(scores, setting), **row}, scores
 
 
-def _train(config: Config) -> tuple[Config, Path]:
+def _train(config: Config, way: str = "") -> tuple[Config, Path]:
     """Starts or continues a run, or leaves a finished one, and returns its config and its last checkpoint."""
     out = Path(config.run.out)
     last = out / "checkpoints" / "last.pt"
-    with _counted(out):
+    if way and out.exists() and not is_finished(config, last):
+        shutil.rmtree(out)
+    with _counted(out), WAYS[way]().in_force() if way else nullcontext():
         pretrain(config, resume="auto", progress=False)
     return config, last
+
+
+def is_finished(config: Config, last: Path) -> bool:
+    """Returns whether a checkpoint is the one at the end of the schedule."""
+    return last.exists() and load_checkpoint(last)["epoch"] == sum(cycle.epochs for cycle in config.schedule.cycles)
 
 
 CPU = "cpu_s.json"

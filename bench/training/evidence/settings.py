@@ -71,6 +71,8 @@ class Setting:
         changes: replaced fields of `MiningConfig`.
         top_k: of each of five equal cycles [paper, Table 3]; empty: one cycle for each view.
         queue: factor on the entries of the queue.
+        way: a name in `better_mining.WAYS`; empty: as in the paper.
+        rounds: number of times that a cycle of each view comes, with as many epochs in all.
     """
 
     mining: Literal["none", "label", "cascade"] | None
@@ -79,6 +81,8 @@ class Setting:
     protocol: Literal["paper", "coclr"] = "paper"
     top_k: tuple[int, ...] = ()
     queue: int = 1
+    way: str = ""
+    rounds: int = 1
 
 
 def _cpr(stages: int, ratio: float = 0.5, **changes: Any) -> Setting:
@@ -111,7 +115,17 @@ LATER: dict[str, Setting] = {
     "iic_cpr_fixed": _cpr(5, family="iic", top_k=(5,) * 5),
     "iic_cpr_progressive": _cpr(5, family="iic", top_k=(1, 2, 3, 4, 5)),
 }
-ALL = SETTINGS | LATER
+# What might mine better than the paper's cascade, each against "cpr_n7".
+BETTER: dict[str, Setting] = {
+    "backbone_features": _cpr(7, way="backbone"),
+    "past_views": _cpr(7, way="past_views"),
+    "mutual_neighbours": _cpr(7, way="mutual"),
+    "siblings_agree": _cpr(7, way="siblings"),
+    "confidence_weights": _cpr(7, way="confidence"),
+    "warm_start": _cpr(7, way="warm_start"),
+    "short_cycles": _cpr(7, rounds=2),
+}
+ALL = SETTINGS | LATER | BETTER
 
 
 def passes(trial: dict[str, float]) -> bool:
@@ -176,7 +190,10 @@ def _cycles(base: Base, setting: Setting, start: bool) -> tuple[Cycle, ...]:
     if setting.family == "coclr":
         epochs = base.start if start else base.epochs
         return tuple(
-            Cycle(view, number, mining, (_drop(number),)) for view, number in zip(("rgb", "flow"), epochs, strict=True)
+            Cycle(view, part, mining, (_drop(part),))
+            for turn in range(setting.rounds)
+            for view, number in zip(("rgb", "flow"), epochs, strict=True)
+            if (part := number // setting.rounds + (turn < number % setting.rounds))
         )
     total = base.iic[0 if start else 1]
     parts = setting.top_k or (None,)
