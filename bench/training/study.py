@@ -174,7 +174,7 @@ def main() -> None:
         text, page = table(args.results), args.results / "study.md"
         print(text)
         if page.exists():
-            write_result("study.md", replace_results(page.read_text(), text), args.results)
+            write_result("study.md", replace_results(page.read_text(), text, "study.py"), args.results)
         return
     args.results.mkdir(parents=True, exist_ok=True)
     try:

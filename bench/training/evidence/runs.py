@@ -54,6 +54,23 @@ def run_setting(base: Base, setting: str, seed: int, index: Path, data: str, run
     Raises:
         Interrupted: a stop signal came while it trained, and a checkpoint was saved.
     """
+    config, last = trained(base, setting, seed, index, data, runs)
+    began = time.process_time()
+    if setting == "untrained":
+        encoders = untrained(config, index, ("rgb", "flow"), seed)
+    else:
+        encoders = load_pretrained(last).encoders
+    found, scores = measure(setting, config, encoders, index, seed, last.parents[2] / "features")
+    row = {"training": _cpu(Path(config.run.out)), "evaluation_cpu_s": round(time.process_time() - began, 1)}
+    quality = mining_quality(Path(config.run.out)) if ALL[setting].mining == "cascade" else {}
+    return {**found, **quality, **packed(scores, setting), **row}, scores
+
+
+def trained(base: Base, setting: str, seed: int, index: Path, data: str, runs: Path) -> tuple[Config, Path]:
+    """Trains a setting, and before it its start, unless they are there; returns its config and its last checkpoint.
+
+    "untrained" has those of its start. The arguments are those of `run_setting`.
+    """
     start, folder = start_of(setting), runs / f"{settings_digest(base, start_of(setting), data)}-seed-{seed}"
     config = config_of(base, start, seed, index, folder)
     config, last = _train(config)
@@ -61,15 +78,7 @@ def run_setting(base: Base, setting: str, seed: int, index: Path, data: str, run
         config = config_of(base, setting, seed, index, folder)
         keeps(config, len(Index.load(index).select("train")))
         config, last = _train(config, ALL[setting].way)
-    began = time.process_time()
-    if setting == "untrained":
-        encoders = _untrained(config, index, ("rgb", "flow"), seed)
-    else:
-        encoders = load_pretrained(last).encoders
-    found, scores = measure(setting, config, encoders, index, seed, folder / "features")
-    row = {"training": _cpu(Path(config.run.out)), "evaluation_cpu_s": round(time.process_time() - began, 1)}
-    quality = mining_quality(Path(config.run.out)) if ALL[setting].mining == "cascade" else {}
-    return {**found, **quality, **packed(scores, setting), **row}, scores
+    return config, last
 
 
 def _train(config: Config, way: str = "") -> tuple[Config, Path]:
@@ -111,7 +120,7 @@ def _cpu(run: Path) -> dict[str, Any]:
     return json.loads((run / CPU).read_text())
 
 
-def _untrained(config: Config, index: Path, views: tuple[str, ...], seed: int) -> dict[str, Encoder]:
+def untrained(config: Config, index: Path, views: tuple[str, ...], seed: int) -> dict[str, Encoder]:
     """Returns encoders with random weights and with BatchNorm statistics of 32 videos, as `cpr-fast retrieve` does."""
     spread = calibration_videos(Index.load(index).select("train"))
     with closing(open_windows(spread, config.data, list(views), RECIPE, "cpu")) as loader:

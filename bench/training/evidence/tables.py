@@ -16,7 +16,7 @@ from .claims import CLAIMS, judge
 from .rows import WORLD, marked
 from .settings import ALL, SEEDS
 
-BEGIN, END = "<!-- written by study.py --table -->", "<!-- end -->"
+BEGIN, END = "<!-- written by {} --table -->", "<!-- end -->"
 NAMES = {
     "start": "start (InfoNCE)", "untrained": "untrained", "infonce": "InfoNCE, continued", "coclr": "CoCLR (n = 1)",
     "cpr_n3": "CPR n = 3", "cpr_n5": "CPR n = 5", "cpr_n7": "CPR n = 7", "ubernce": "UberNCE (labels)",
@@ -154,11 +154,13 @@ def progress(rows: Sequence[Row], sets: Sequence[str], settings: Sequence[str]) 
     return "; ".join(f"{name}: {number} of {wanted} rows" for name, number in done.items())
 
 
-def replace_results(page: str, text: str) -> str:
-    """Returns a page with the text between its two marks replaced. Raises ValueError if it lacks a mark."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
+def replace_results(page: str, text: str, script: str) -> str:
+    """Returns the page of a script with the text between its two marks replaced. Raises ValueError if it lacks a
+    mark."""
+    begin = BEGIN.format(script)
+    if page.count(begin) != 1 or page.count(END) != 1:
         raise ValueError(
-            f"study.md: expected one {BEGIN!r} and one {END!r}, got {page.count(BEGIN)}, {page.count(END)}"
+            f"page of {script}: expected one {begin!r} and one {END!r}, got {page.count(begin)}, {page.count(END)}"
         )
-    head, tail = page.split(BEGIN)[0], page.split(END)[1]
-    return f"{head}{BEGIN}\n\n{text.strip()}\n\n{END}{tail}"
+    head, tail = page.split(begin)[0], page.split(END)[1]
+    return f"{head}{begin}\n\n{text.strip()}\n\n{END}{tail}"

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from support import real_clips
 
 from cpr_fast.data.flow.write import write_flow
 from cpr_fast.data.index.build import IndexOptions, write_index
-from cpr_fast.data.index.index import Index
+from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.synthetic.videos import write_synthetic
 from cpr_fast.experiments.quickstart import VIDEOS
 
 # The folder of each real set and the short side, in pixels, that its videos are scaled to. Flow is computed at that
 # size: it costs time by the pixel, and clips are smaller still.
-REAL = {"jhmdb": ("jhmdb", 72), "shrec17": ("shrec17_depth", 48)}
-SETS = ("synthetic", *REAL)
+REAL = {"jhmdb": ("jhmdb", 72), "shrec17": ("shrec17_depth", 48), "ucf101": ("ucf101_100", 72)}
+SETS = ("synthetic", "jhmdb", "shrec17")  # of the study; the 100 clips of UCF101 are only a target of transfer.py
 
 
 def prepare(name: str, folder: Path, *, progress: bool = False) -> Path:
@@ -49,9 +50,12 @@ def _real(root: Path, folder: Path, short_side: int, progress: bool) -> Path:
     if not plain.exists():
         write_index(root, plain, IndexOptions(layout="folders", transcode=videos, short_side=short_side),
                     progress=progress)  # fmt: skip
+    found = {video.path.resolve().relative_to(videos.resolve()).as_posix(): video for video in Index.load(plain)}
+    if not (root / "sources.csv").exists():
+        Index(_by_group(list(found.values()))).save(index)
+        return index
     with (root / "sources.csv").open(newline="") as file:
         listed = {row["path"]: row for row in csv.DictReader(file)}
-    found = {video.path.resolve().relative_to(videos.resolve()).as_posix(): video for video in Index.load(plain)}
     if set(found) != set(listed):
         lacking = sorted(set(listed) ^ set(found))
         raise RuntimeError(
@@ -62,6 +66,16 @@ def _real(root: Path, folder: Path, short_side: int, progress: bool) -> Path:
         dataclasses.replace(video, label=row["label"], source=row["source"], split=row["split"]) for video, row in rows
     ).save(index)
     return index
+
+
+def _by_group(videos: list[Video]) -> Iterator[Video]:
+    """Yields the videos of classes with at least two sources. The last source of a class, by name, is tested."""
+    sources = {
+        video.label: sorted({other.source for other in videos if other.label == video.label}) for video in videos
+    }
+    for video in videos:
+        if len(sources[video.label]) > 1:
+            yield dataclasses.replace(video, split="test" if video.source == sources[video.label][-1] else "train")
 
 
 def description(index: Path) -> dict[str, Any]:
