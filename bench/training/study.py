@@ -11,7 +11,7 @@ there are neither run again nor replaced. SIGTERM and Ctrl-C stop it after a ste
 
 Before the first row of a set, trials with InfoNCE and UberNCE choose its base among the registered candidates; their
 rows go to study_trials.jsonl. Seeds from 100 on are trials, too: `--base` changes their base, and they may not mine.
-`--table` writes the tables of all rows into study.md, and the figures study_<set>.png beside it.
+`--table` writes the tables of all rows into study.md, and the figures study.png and study_<set>.png beside it.
 """
 
 import argparse
@@ -43,11 +43,21 @@ from evidence.settings import (
     chosen_base,
     settings_digest,
 )
-from evidence.tables import claim_table, draw, progress, replace_results, setting_table, trial_table
+from evidence.tables import (
+    claim_table,
+    draw,
+    draw_overview,
+    progress,
+    replace_results,
+    setting_table,
+    trial_table,
+)
 from evidence.videos import SETS, description, prepare
 from measure import RESULTS, world, write_result
 
 from cpr_fast.runtime.interrupt import Interrupted
+
+OVERVIEW = "study.png"
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -121,16 +131,21 @@ def table(folder: Path) -> str:
     """Returns the tables of all rows, as Markdown; draws the figures into the folder."""
     rows, trials = read_rows(folder / ROWS), read_rows(folder / TRIALS)
     parts = [f"Registered rows that are there: {progress(rows, SETS, list(SETTINGS))}."]
+    by_set = {}
     for name in SETS:
         mine = [row for row in rows if row["set"] == name]
         current = registered(name, mine, trials)
         if not current:
             continue
+        by_set[name] = current
         draw(current, folder / f"study_{name}.png")
         parts += [f"### {name}", setting_table(current), claim_table(current, folder, name),
                   f"![PMR over epochs, and mAP of every seed](study_{name}.png)"]  # fmt: skip
         if len(mine) > len(current):
             parts.append(f"{len(mine) - len(current)} rows of other settings than the registered ones are left out.")
+    if by_set:
+        draw_overview(by_set, folder / OVERVIEW)
+        parts.insert(1, f"![mAP and PMR of every setting and set]({OVERVIEW})")
     if trials:
         parts += ["### Trials that chose the bases, InfoNCE and UberNCE alone", trial_table(trials)]
     return "\n\n".join(parts)

@@ -12,9 +12,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from cpr_fast.evaluate.features.intervals import seed_interval
+
 from .claims import CLAIMS, judge
 from .rows import WORLD, marked
-from .settings import ALL, SEEDS
+from .settings import ALL, SEEDS, SETTINGS
 
 BEGIN, END = "<!-- written by {} --table -->", "<!-- end -->"
 NAMES = {
@@ -145,6 +147,36 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     precision.tick_params(axis="x", rotation=30)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_overview(by_set: dict[str, Sequence[Row]], path: Path) -> None:
+    """Draws two-stream mAP and the PMR of the last epoch of the main table's settings, a column for each set: every
+    seed, the mean, and the 95 % interval over seeds (Student's t)."""
+    figure, axes = plt.subplots(2, len(by_set), figsize=(4.2 * len(by_set), 6), squeeze=False, constrained_layout=True)
+    for column, (name, rows) in enumerate(by_set.items()):
+        for position, setting in enumerate(SETTINGS):
+            mine = [row for row in rows if row["setting"] == setting]
+            quality = [[row["mining"][view]["pmr"][-1] for row in mine if "mining" in row] for view in ("rgb", "flow")]
+            _with_interval(axes[0, column], position, [row["views"][together(row)]["map"] for row in mine], "C0")
+            for values, shift, colour in zip(quality, (-0.15, 0.15), ("C1", "C2"), strict=True):
+                _with_interval(axes[1, column], position + shift, values, colour)
+        seeds = len({row["seed"] for row in rows})
+        axes[0, column].set(title=f"{name} ({seeds} of {len(SEEDS)} seeds)", ylim=(0, None))
+        axes[1, column].set(ylim=(0, None))
+        for axis in axes[:, column]:
+            axis.set_xticks(range(len(SETTINGS)), list(SETTINGS), rotation=60, fontsize=8)
+    axes[0, 0].set_ylabel("mAP of both views")
+    axes[1, 0].set_ylabel("PMR, RGB (left) and flow queries")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _with_interval(axis: plt.Axes, position: float, values: Sequence[float], colour: str) -> None:
+    if values:
+        axis.plot([position] * len(values), values, ".", color=colour, alpha=0.5)
+        bounds = seed_interval(list(values)) or (values[0], values[0])
+        axis.plot([position, position], bounds, color=colour)
+        axis.plot([position], [statistics.mean(values)], "_", color=colour, markersize=12)
 
 
 def progress(rows: Sequence[Row], sets: Sequence[str], settings: Sequence[str]) -> str:
