@@ -165,6 +165,7 @@ def draw_overview(by_set: dict[str, Sequence[Row]], path: Path) -> None:
         axes[1, column].set(ylim=(0, None))
         for axis in axes[:, column]:
             axis.set_xticks(range(len(SETTINGS)), list(SETTINGS), rotation=60, fontsize=8)
+            axis.set_xlim(-0.6, len(SETTINGS) - 0.4)
     axes[0, 0].set_ylabel("mAP of both views")
     axes[1, 0].set_ylabel("PMR, RGB (left) and flow queries")
     figure.savefig(path, dpi=110)
