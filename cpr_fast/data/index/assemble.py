@@ -3,11 +3,10 @@ out."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -207,8 +206,7 @@ def _nothing(root: Path, listing: Listing, problems: list[Problem], options: Ind
 def _same_files(videos: list[Video]) -> list[Problem]:
     """Returns the videos that are the same file as an earlier one, by a symbolic or hard link, or a copy of it."""
     first: dict[tuple[int, int], Video] = {}
-    alike = defaultdict(list)
-    problems = []
+    others, problems = [], []
     for video in videos:
         if is_record(video.path):
             continue
@@ -220,40 +218,21 @@ def _same_files(videos: list[Video]) -> list[Problem]:
         if other is not video:
             problems.append(Problem(video.path, "same_file", f"is the same file as {other.path}"))
         else:
-            alike[(facts.st_size, *_shape(video), video.fps)].append(video)
-    for videos in [videos for videos in alike.values() if len(videos) > 1]:
-        ends = defaultdict(list)  # uncompressed videos of one length are all of one size: not all of them are read
-        for video in videos:
-            ends[_end(video.path)].append(video)
-        problems += [p for group in ends.values() if len(group) > 1 for p in _same_contents(group)]
-    return problems
+            others.append(video)
+    return problems + _same_contents(Index(others))
 
 
-def _end(path: Path) -> bytes:
-    """Returns the last bytes of a file, b"" if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 2**16))
-            return hashlib.blake2b(file.read()).digest()
-    except OSError:
-        return b""
-
-
-def _same_contents(videos: list[Video]) -> Iterator[Problem]:
-    """Yields the videos, files of one size, that hold the same bytes as an earlier one, and what differs besides."""
-    first: dict[bytes, Video] = {}
-    for video in videos:
-        try:
-            with open(video.path, "rb") as file:
-                content = hashlib.file_digest(file, "blake2b").digest()
-        except OSError:
-            continue
-        other = first.setdefault(content, video)
-        if other is not video:
+def _same_contents(videos: Index) -> list[Problem]:
+    """Returns the videos that hold the same bytes as an earlier one, and what differs besides."""
+    problems = []
+    for video, position in zip(videos, videos.originals(), strict=True):
+        if (other := videos[position]) is not video:
             differs = [f"{name} {getattr(other, name)!r}" for name in ("label", "split")
                        if getattr(other, name) not in ("", getattr(video, name))]  # fmt: skip
-            yield Problem(video.path, "same_content", f"holds the same bytes as {other.path}"
-                          + (f", which has {' and '.join(differs)}" if differs else ""))  # fmt: skip
+            reason = f"holds the same bytes as {other.path}"
+            reason += f", which has {' and '.join(differs)}" if differs else ""
+            problems.append(Problem(video.path, "same_content", reason))
+    return problems
 
 
 def _after_previous(index: Index, out: Path, problems: list[Problem]) -> tuple[Index, list[Problem]]:

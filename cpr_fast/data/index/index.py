@@ -29,6 +29,7 @@ from cpr_fast.config import DataConfig
 from cpr_fast.data.index.catalogue import VIDEO_SUFFIXES
 from cpr_fast.data.index.listing import known_split
 from cpr_fast.data.index.tables import TableError, read_table, require_utf8, table_text
+from cpr_fast.data.storage.copies import originals
 from cpr_fast.data.storage.media import exists, why_missing
 from cpr_fast.runtime.files import one_writer, replacing
 
@@ -158,6 +159,11 @@ class Index(Sequence[Video]):
         """int64 [N]: equal for siblings; numbered from 0 in order of first appearance."""
         number = {name: i for i, name in enumerate(_distinct(video.source for video in self))}
         return np.array([number[video.source] for video in self], dtype=np.int64)
+
+    def originals(self) -> list[int]:
+        """Returns for each video the position of the first one whose file holds the same bytes, which is its own unless
+        it is an exact copy; see `cpr_fast.data.storage.copies`."""
+        return originals([v.path for v in self], [(v.num_frames, v.fps, v.width, v.height) for v in self])
 
     @classmethod
     def load(cls, path: str | Path, *, require_flow: bool = True, skipped: list[IndexFileError] | None = None) -> Index:

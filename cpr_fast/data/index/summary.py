@@ -37,7 +37,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "two_splits": (True, "listed in two splits"),
     "shared_source": (True, "source in the training split and in another one"),
     "same_file": (True, "same file as another one, by a link"),
-    "same_content": (True, "copy of another file; videos of different sources count as different"),
+    "same_content": (True, "copy of another file, byte by byte"),
     "similar_classes": (True, "class spelled almost like another one"),
     "empty_list": (True, "split list that names no video"),
     "missing_flow": (True, "no record in --flow-lmdb"),
@@ -45,6 +45,11 @@ KINDS: dict[str, tuple[bool, str]] = {
     "flow_dropped": (True, "flow of the previous index does not fit any more"),
     "replaced": (True, "other class, source or split in the previous index"),
 }
+# What to do about videos of which the index lists copies; the page of similar videos and docs/data.md say the same.
+COPIES = (
+    "Exact copies whose sources differ count as different videos. Delete the row of one of them from the index, or give "
+    "both the same source."
+)
 FIRST = 3  # number of names printed per kind of problem
 
 
@@ -106,6 +111,8 @@ def _problems(problems: list[dict[str, str]]) -> list[str]:
         first = "; ".join(f"{printable(problem['path'])}: {printable(problem['reason'])}" for problem in found[:FIRST])
         more = f"; and {len(found) - FIRST:,} more" if len(found) > FIRST else ""
         lines.append(f"  {len(found):,} {kind} ({says}): {first}{more}")
+        if kind in ("same_file", "same_content"):
+            lines.append(f"    {COPIES}")
     return lines
 
 

@@ -12,10 +12,12 @@ from cpr_fast.cli import main
 from cpr_fast.data.index.build import IndexOptions, report_path, write_index
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.index.probing import _with_estimate
-from cpr_fast.data.index.summary import KINDS, summary
+from cpr_fast.data.index.summary import COPIES, KINDS, summary
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import probe_video
 from cpr_fast.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def lists(folder: Path, train: str, test: str = "", classes: str = "1 A\n2 B\n") -> IndexOptions:
@@ -255,7 +257,8 @@ def test_copies_are_named_with_what_contradicts(tmp_path, capsys):
     (root / "train/B/shifted.mp4").write_bytes(content[:-1] + b"!")  # of equal size, but another content
     assert main(["index", str(root), "--out", str(tmp_path / "i.csv")]) == 0
     printed = capsys.readouterr().out
-    assert "3 same_content (copy of another file; videos of different sources count as different)" in printed
+    assert "3 same_content (copy of another file, byte by byte)" in printed
+    assert printed.count(COPIES) == 1 and COPIES in " ".join((ROOT / "docs" / "data.md").read_text().split())
     problems = json.loads(report_path(tmp_path / "i.csv").read_text())["problems"]
     found = {Path(p["path"]).stem: p["reason"].split(", which ") for p in problems if p["kind"] == "same_content"}
     first = root / "test/A/four.mp4"
