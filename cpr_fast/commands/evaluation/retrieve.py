@@ -8,7 +8,16 @@ from typing import Any, Literal
 from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_files
 from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
 from cpr_fast.commands.output import about_unfinished, after_evaluation, left_out_of_map, show_once, table
-from cpr_fast.evaluate.retrieval.names import MODEL_NAMES, VIEW_NAMES, interval, percent, signed, signed_interval
+from cpr_fast.evaluate.retrieval.names import (
+    MODEL_NAMES,
+    VIEW_NAMES,
+    interval,
+    percent,
+    signed,
+    signed_interval,
+    with_copies,
+    without_copies,
+)
 
 RANKS = (1, 5, 10, 20, 50)
 
@@ -106,6 +115,7 @@ def _same_video(rows: list[dict[str, Any]]) -> list[str]:
         table(header, body),
         f"chance {percent(rows[0]['chance_r@1'])}; "
         + "where a view learnt, the interval of its difference to the untrained network (last column) lies above 0",
+        *filter(None, [without_copies(rows[0]["copies"])]),
     ]
 
 
@@ -139,4 +149,5 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
     if first["splits"] == 1:
         said = "none, because all queries are of one source" if first["r@1_ci95"] is None else "bootstrap over sources"
         notes.append(f"95 % intervals: {said}")
+    notes += filter(None, [with_copies(first["queries_with_copy"])])
     return notes + left_out_of_map(first["map_left_out"])

@@ -47,8 +47,8 @@ KINDS: dict[str, tuple[bool, str]] = {
 }
 # What to do about videos of which the index lists copies; the page of similar videos and docs/data.md say the same.
 COPIES = (
-    "Exact copies whose sources differ count as different videos. Delete the row of one of them from the index, or give "
-    "both the same source."
+    "Exact copies whose sources differ count as different videos. Delete the row of one of them from the index, or "
+    "give both the same source."
 )
 FIRST = 3  # number of names printed per kind of problem
 

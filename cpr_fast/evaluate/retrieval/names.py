@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cpr_fast.wording import counted
+
 VIEW_NAMES = {
     "rgb": "RGB",
     "flow": "Flow",
@@ -23,6 +25,21 @@ MODEL_NAMES = {
 }
 MEASURES = {"map": "mAP", "r@1": "R@1"}
 MISSING = "–"
+
+
+def without_copies(count: int) -> str:
+    """Returns a sentence about exact copies that were left out of a comparison; "" if there are none."""
+    if not count:
+        return ""
+    return f"{counted(count, 'exact copy', 'exact copies')} of other videos left out: a copy is the same video."
+
+
+def with_copies(count: int | None) -> str:
+    """Returns a sentence about queries that have an exact copy in the gallery; "" if there are none."""
+    if not count:
+        return ""
+    have = "query has" if count == 1 else "queries have"
+    return f"{count:,} {have} an exact copy in the gallery, found whatever the network has learnt."
 
 
 def percent(rate: float | None, unit: str = " %") -> str:

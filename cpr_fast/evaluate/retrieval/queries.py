@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpr_fast.data.index.index import Video
+from cpr_fast.data.index.index import Index, Video
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import digest
 from cpr_fast.evaluate.retrieval.ranking import Ranking
@@ -109,6 +109,22 @@ def query_scores(
         {name: ranking.average_precision[counted] for name, ranking in rankings.items()},
         {name: ranking.first_hit[counted] for name, ranking in rankings.items()},
     )
+
+
+def have_copies(queries: Sequence[Video], gallery: Sequence[Video], other_sources: bool) -> list[bool]:
+    """Returns for each query whether the gallery holds an exact copy of it; with `other_sources`, one of another
+    source, since the gallery of a query then has no video of its own."""
+    unique = {str(video.path.absolute()): video for video in (*queries, *gallery)}  # no file is compared with itself
+    original = dict(zip(unique, Index(unique.values()).originals(), strict=True))
+    copies: dict[int, list[tuple[str, str]]] = {}
+    for video in gallery:
+        path = str(video.path.absolute())
+        copies.setdefault(original[path], []).append((path, video.source))
+    return [
+        any(path != own and not (other_sources and source == video.source) for path, source in
+            copies.get(original[own], ()))
+        for video, own in ((video, str(video.path.absolute())) for video in queries)
+    ]  # fmt: skip
 
 
 def joined(splits: Sequence[QueryScores]) -> QueryScores:

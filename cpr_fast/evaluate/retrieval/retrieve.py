@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,11 +36,11 @@ from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints, results_folder, write_result
 from cpr_fast.evaluate.features.windows import count_windows, open_windows
 from cpr_fast.evaluate.retrieval.baselines import BASELINES, CALIBRATION_WINDOWS, calibration_videos, untrained_encoders
-from cpr_fast.evaluate.retrieval.queries import QueryScores, joined, query_scores
-from cpr_fast.evaluate.retrieval.ranking import NO_HIT, RANKS, Comparison, Ranking, compared, prepare_streams, rates
+from cpr_fast.evaluate.retrieval.queries import QueryScores, have_copies, joined, query_scores
+from cpr_fast.evaluate.retrieval.ranking import NO_HIT, Comparison, Ranking, compared, prepare_streams, rates
 from cpr_fast.evaluate.retrieval.same_video import same_video_rates, videos_with_two_clips
+from cpr_fast.evaluate.retrieval.summary import no_rates, results, write_metrics
 from cpr_fast.runtime import distributed
-from cpr_fast.runtime.metrics import MetricsWriter
 from cpr_fast.runtime.progress import track
 
 Protocol = Literal["auto", "train_test", "leave_source_out"]
@@ -82,8 +80,8 @@ def retrieve(
         `protocol`, `recipe`, `view` (two_stream or merged if there are both views), its `r@1` to `r@50` and `map`,
         `summary` (a row per name and view: means over splits, standard deviations `r@1_std` etc., n - 1, and `splits`),
         and `results`: a row per index, name (trained, untrained, single_frame, mean_colour, mean_flow) and view with
-        the entries of `rates`. Rates are fractions. The summary is also written to the run's metrics. `queries_file`
-        holds the measures of every query, see `QueryScores`; None without labels. `same_video`: see `_embeddings`.
+        the entries of `rates` and `queries_with_copy`, see `have_copies`. Rates are fractions. The summary is also in
+        the run's metrics. `queries_file`: see `QueryScores`, None without labels. `same_video`: see `_embeddings`.
     """
     if not (paths := [indexes] if isinstance(indexes, str | Path) else list(indexes)):
         raise InputError("--index: expected at least one index, got none")
@@ -106,24 +104,12 @@ def retrieve(
         evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress) for index in splits
     ]
     name = f"retrieval-{how.name}-{digest(json.dumps([pretrained.name, [*map(str, paths)], protocol, repr(how)]))[:8]}"
-    result = _result(found, paths, {"protocol": protocol, "recipe": how.name})
+    result = results([each.rows for each in found], paths, {"protocol": protocol, "recipe": how.name})
     queries_file = _save_scores([each.scores for each in found], folder / f"{name}.npz")
-    _write_metrics(run_dir if world.is_main else None, result["summary"], found[0].examples, same_video, queries_file)
+    write_metrics(run_dir if world.is_main else None, result["summary"], found[0].examples, same_video, queries_file)
     result |= {"leakage": how.leakage, "checkpoint": pretrained.name, "same_video": same_video,
                "queries_file": queries_file and str(queries_file)}  # fmt: skip
     return result | {"file": str(write_result(folder, name, result))}
-
-
-def _result(found: Sequence[Evaluated], paths: Sequence[str | Path], how: dict[str, Any]) -> dict[str, Any]:
-    """Returns the entries of the result that follow from the evaluations of the indexes; `how` is added to each row."""
-    named = [str(path) for path in paths]
-    results = [
-        row | how | {"index": path, "split": number}
-        for number, (path, each) in enumerate(zip(named, found, strict=True), 1)
-        for row in each.rows
-    ]
-    summary = _summary(results)
-    return _headline(summary) | how | {"index": " ".join(named), "summary": summary, "results": results}
 
 
 def _save_scores(scores: Sequence[QueryScores | None], path: Path) -> Path | None:
@@ -134,12 +120,6 @@ def _save_scores(scores: Sequence[QueryScores | None], path: Path) -> Path | Non
     if distributed.is_main():
         joined(known).save(path)
     return path
-
-
-def _headline(summary: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the view and the rates of the trained network's last row, which is two-stream if it has both views."""
-    row = [row for row in summary if row["name"] == "trained"][-1]
-    return {key: row[key] for key in ("view", *(f"r@{k}" for k in RANKS), "map")}
 
 
 def _announce(
@@ -181,13 +161,13 @@ def _embeddings(
     enough = any(part.mostly_labelled for part in queries)
     pairs = videos_with_two_clips(splits[0], pretrained.data)
     if progress:
-        _announce(splits, protocol, pretrained.data, how, labelled, enough, len(pairs))
-    if not labelled and len(pairs) < 2:
+        _announce(splits, protocol, pretrained.data, how, labelled, enough, len(pairs.videos))
+    if not labelled and len(pairs.videos) < 2:
         return trained, []
     # One gallery calibrates the untrained network for all splits, so that they can share its features.
     gallery = _split(splits[0], protocol)[0]
     references = _references(pretrained, how, gallery, open_loader, seed, device, cache=cache, progress=progress)
-    if enough or len(pairs) < 2:
+    if enough or len(pairs.videos) < 2:
         return trained | references, []
     open_pairs = partial(open_loader, recipe=replace(how, clips_per_video=2, crops=1))
     same = distributed.from_main(lambda: same_video_rates(pairs, trained | references, open_pairs, progress=progress))
@@ -210,47 +190,6 @@ def _references(
     return embeddings | {name: item for name, item in BASELINES.items() if item.view in pretrained.encoders}
 
 
-def _write_metrics(
-    run_dir: str | Path | None,
-    summary: list[dict[str, Any]],
-    examples: list[dict[str, Any]],
-    same_video: list[dict[str, Any]],
-    queries_file: Path | None,
-) -> None:
-    if run_dir is None:
-        return
-    # relative, so that the run folder can be moved
-    place = None if queries_file is None else os.path.relpath(queries_file, run_dir)
-    with MetricsWriter(run_dir) as writer:
-        for row in summary:
-            writer.write({"kind": "retrieval", **row, "queries_file": place})
-        for row in examples:
-            writer.write({"kind": "retrieved", **row})
-        for row in same_video:
-            writer.write({"kind": "same_video", "recipe": summary[0]["recipe"], **row})
-
-
-def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns a row per name and view: the row of a single split, or means and standard deviations over several."""
-    summary = []
-    for name, view in dict.fromkeys((row["name"], row["view"]) for row in rows):
-        same = [row for row in rows if (row["name"], row["view"]) == (name, view)]
-        line = {key: value for key, value in same[0].items() if key not in ("index", "split")} | {"splits": len(same)}
-        for key in [*(f"r@{k}" for k in RANKS), "map"]:
-            values = [row[key] for row in same]
-            several = len(values) > 1 and None not in values
-            line[f"{key}_std"] = stdev(values) if several else None
-            line[key] = mean(values) if None not in values else None
-        if len(same) > 1:
-            for key in ("chance_r@1", "chance_map"):
-                chances = [row[key] for row in same]
-                line[key] = None if None in chances else mean(chances)
-            line |= {"r@1_ci95": None, "map_ci95": None, "map_left_out": sum(row["map_left_out"] for row in same)}
-            line |= {key: round(mean(row[key] for row in same)) for key in ("gallery", "queries")}
-        summary.append(line)
-    return summary
-
-
 def evaluate(
     index: Index,
     embeddings: Mapping[str, Embedding],
@@ -267,6 +206,7 @@ def evaluate(
     if protocol == "train_test":
         queries = _embed(query_index, index, embeddings, open_loader, cache, "queries", progress)
         _warn_of_shared_sources(queries, gallery)
+    copied = torch.tensor(have_copies(queries.videos, gallery.videos, protocol == "leave_source_out"))
     rows, examples, rankings = [], [], {}
     for name, streams in compared(embeddings).items():
         metric = embeddings[streams[0]].metric
@@ -278,8 +218,9 @@ def evaluate(
         model, view = name.split("/")
         if counted is not None:
             measured = rates(ranking, counted, queries.sources, len(gallery.labels))
+            measured["queries_with_copy"] = int((copied & counted).sum())
         else:  # without labels, only the neighbours can be shown
-            measured = _no_rates(len(queries.labels), len(gallery.labels))
+            measured = no_rates(len(queries.labels), len(gallery.labels))
         rows.append({"name": model, "view": view, **measured})
         if model == rows[0]["name"]:
             shown = torch.ones_like(queries.labels, dtype=torch.bool) if counted is None else counted
@@ -363,12 +304,6 @@ def _resolved(protocol: Protocol, splits: Sequence[Index]) -> Protocol:
         return protocol
     both = all({"train", "test"} <= {video.split for video in index} for index in splits)
     return "train_test" if both else "leave_source_out"
-
-
-def _no_rates(queries: int, gallery: int) -> dict[str, Any]:
-    """Returns the row of `rates` for videos without labels."""
-    missing = [*(f"r@{k}" for k in RANKS), "r@1_ci95", "map", "map_ci95", "chance_r@1", "chance_map"]
-    return dict.fromkeys(missing) | {"map_left_out": 0, "gallery": gallery, "queries": queries}
 
 
 def _warn_of_shared_sources(queries: FeatureSet, gallery: FeatureSet) -> None:

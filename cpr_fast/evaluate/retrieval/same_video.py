@@ -6,6 +6,9 @@ network that does it no better than the same network with random weights is not 
 reverse does not hold: clips of a video also share their scenery, so a high rate does not show that actions are told
 apart, which only labels can show.
 
+Exact copies are the same video: only the first of them takes part. Otherwise each would be nearest to the other as
+often as to itself, and half of these hits would count as misses.
+
 Letters: M videos, F feature width.
 """
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +36,25 @@ if TYPE_CHECKING:
 MOST_VIDEOS = 256  # evenly spaced in the index: the interval of a rate is then within about 6 points
 
 
-def videos_with_two_clips(index: Index, data: DataConfig) -> Index:
-    """Returns at most MOST_VIDEOS videos, evenly spaced, whose first and last clip have no frame in common."""
+class TwoClips(NamedTuple):
+    """Videos that are compared by two of their clips, and the number of exact copies of them that were left out."""
+
+    videos: Index
+    copies: int
+
+
+def videos_with_two_clips(index: Index, data: DataConfig) -> TwoClips:
+    """Returns at most MOST_VIDEOS videos, evenly spaced, whose first and last clip have no frame in common; of exact
+    copies among them only the first."""
     long = [video for video in index if video.shared_frames(data) >= 2 * data.frames * data.stride]
-    return Index(long[:: max(1, -(-len(long) // MOST_VIDEOS))])
+    chosen = Index(long[:: max(1, -(-len(long) // MOST_VIDEOS))])
+    distinct = [video for place, (video, first) in enumerate(zip(chosen, chosen.originals(), strict=True))
+                if place == first]  # fmt: skip
+    return TwoClips(Index(distinct), len(chosen) - len(distinct))
 
 
 def same_video_rates(
-    videos: Index,
+    compared_videos: TwoClips,
     embeddings: Mapping[str, Embedding],
     open_pairs: Callable[[Index], WindowLoader],
     *,
@@ -49,15 +63,16 @@ def same_video_rates(
     """Measures how often the nearest clip is of the same video. Other videos of the query's source are left out.
 
     Args:
-        videos: See `videos_with_two_clips`.
+        compared_videos: See `videos_with_two_clips`.
         embeddings: "trained/view", and "untrained/view" or baselines.
         open_pairs: Opens a loader of two windows per video, the first and the last.
     Returns:
         A row for each network and view, and two views together: `name`, `view`, `r@1` (a fraction of the videos),
-        `r@1_ci95` (bootstrap over sources), `chance_r@1`, `videos`; for the trained network also `difference` from the
-        untrained one, and its `difference_ci95` (paired bootstrap over sources). No row if fewer than two sources could
-        be read.
+        `r@1_ci95` (bootstrap over sources), `chance_r@1`, `videos`, `copies` (exact copies that were left out); for the
+        trained network also `difference` from the untrained one, and its `difference_ci95` (paired bootstrap over
+        sources). No row if fewer than two sources could be read.
     """
+    videos, copies = compared_videos
     features, kept = _pairs(videos, embeddings, open_pairs, progress)
     sources = torch.from_numpy(videos.source_ids)[kept]
     if len(sources.unique()) < 2:
@@ -75,7 +90,7 @@ def same_video_rates(
     for name, found in hits.items():
         model, view = name.split("/")
         row = {"name": model, "view": view, "r@1": found.mean().item(), "r@1_ci95": source_interval(found, sources)}
-        rows.append(row | {"chance_r@1": chance, "videos": len(kept)})
+        rows.append(row | {"chance_r@1": chance, "videos": len(kept), "copies": copies})
         if model == "trained" and (before := hits.get(f"untrained/{view}")) is not None:
             paired = paired_difference(found, before, sources)
             rows[-1] |= {"difference": paired["difference"], "difference_ci95": paired["ci95"]}

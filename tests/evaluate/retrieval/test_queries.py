@@ -11,7 +11,7 @@ import torch
 
 from cpr_fast.data.index.index import Video
 from cpr_fast.errors import InputError
-from cpr_fast.evaluate.retrieval.queries import QueryScores, hits_at_1, joined, matched, query_scores
+from cpr_fast.evaluate.retrieval.queries import QueryScores, have_copies, hits_at_1, joined, matched, query_scores
 from cpr_fast.evaluate.retrieval.ranking import NO_HIT, Ranking
 
 STRANGE = os.fsdecode(b"caf\xe9.mp4")  # a file name that is not UTF-8
@@ -93,3 +93,13 @@ def test_what_differs_is_said():
 
 def test_hits_at_1():
     assert hits_at_1(torch.tensor([0, 1, NO_HIT, 0])).tolist() == [1, 0, 0, 1]
+
+
+def test_a_video_is_no_copy_of_itself_nor_with_other_sources_of_a_sibling(tmp_path):
+    for name, content in (("a", "1"), ("b", "1"), ("c", "1"), ("d", "2")):
+        (tmp_path / name).write_text(content)
+    a, b, c, d = (video(str(tmp_path / name), source=source) for name, source in zip("abcd", "stsu", strict=True))
+    assert have_copies([a, b, c, d], [a, b, c, d], True) == [True, True, True, False]
+    assert have_copies([a, c, d], [a, c, d], True) == [False] * 3
+    assert have_copies([a, c, d], [a, c, d], False) == [True, True, False]
+    assert have_copies([a, d], [b], False) == [True, False] and have_copies([a], [a], False) == [False]

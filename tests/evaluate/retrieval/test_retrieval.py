@@ -210,6 +210,19 @@ def test_bad_input_is_named(index, protocol, error, message):
         evaluate(index, EMBEDDINGS, Windows, protocol=protocol)
 
 
+@pytest.mark.parametrize(("protocol", "expected"), [("train_test", 2), ("leave_source_out", 5)])
+def test_queries_with_an_exact_copy_in_the_gallery_are_counted(tmp_path, protocol, expected):
+    """Video 1 is a sibling of 0 and a copy; 4 and 5, which has no label, are copies of 0; 2 and 6 are copies."""
+    splits, sources = ["train"] * 3 + ["test"] * 4, ["s", "s", "t", "u", "v", "w", "x"]
+    labels, contents = ["a", "a", "b", "b", "a", "", "b"], ["0", "0", "2", "3", "0", "0", "2"]
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}.mp4").write_text(content)
+    index = Index([dataclasses.replace(video(i, label, source, split), path=tmp_path / f"{i}.mp4")
+                   for i, (label, source, split) in enumerate(zip(labels, sources, splits, strict=True))])  # fmt: skip
+    rows, *_ = evaluate(index, EMBEDDINGS, Windows, protocol=protocol)
+    assert {row["queries_with_copy"] for row in rows} == {expected}
+
+
 def test_videos_without_labels_have_neighbours_and_no_rates():
     index = Index([video(i, "", f"s{i}", "train") for i in range(4)])
     rows, examples, scores = evaluate(index, EMBEDDINGS, Windows, protocol="leave_source_out")
@@ -378,7 +391,8 @@ def test_videos_that_are_no_queries_are_explained(queries, said):
     row = dict.fromkeys((f"{k}{end}" for k in ("map", "r@1") for end in ("", "_ci95", "_std")), 0.5)
     row |= {f"r@{k}": 0.5 for k in (5, 10, 20, 50)} | {"map_ci95": [0.4, 0.6], "r@1_ci95": [0.4, 0.6], "splits": 1}
     row |= {"name": "trained", "view": "rgb", "queries": queries, "gallery": 100, "map_left_out": 0}
-    row |= {"chance_map": 0.1, "chance_r@1": 0.1}
+    row |= {"chance_map": 0.1, "chance_r@1": 0.1, "queries_with_copy": 3}
     lines = lines_of({"summary": [row], "protocol": "leave_source_out", "recipe": "paper", "file": "f"})
     start = f"{queries} of 100 videos search, each among the videos of all other sources (protocol leave_source_out"
     assert lines[0].startswith(start) and lines[1 : lines.index("")] == said
+    assert "3 queries have an exact copy in the gallery, found whatever the network has learnt." in lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from cpr_fast.config import DataConfig
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.evaluate.features.embedding import Embedding
 from cpr_fast.evaluate.retrieval import same_video
-from cpr_fast.evaluate.retrieval.same_video import same_video_rates, videos_with_two_clips
+from cpr_fast.evaluate.retrieval.same_video import TwoClips, same_video_rates, videos_with_two_clips
 
 NOISE = {"trained": 0.6, "untrained": 2.0}  # added to the point of a video: the trained network is nearer to it
 
@@ -81,7 +82,7 @@ def brute_force(index: list[Video], model: str, views: list[str]) -> np.ndarray:
 @pytest.mark.parametrize(("count", "broken"), [(37, (4, 20)), (2, ()), (5, (0, 1))])
 def test_rates_equal_brute_force(count, broken):
     index = Index([video(i, source=f"s{i // 2}" if i < 12 and count > 12 else "") for i in range(count)])
-    rows = same_video_rates(index, EMBEDDINGS, lambda part: Pairs(part, broken))
+    rows = same_video_rates(TwoClips(index, 0), EMBEDDINGS, lambda part: Pairs(part, broken))
     read = [entry for entry in index if int(entry.path.stem) not in broken]
     views = ("rgb", "residual", "merged")
     assert {(row["name"], row["view"]) for row in rows} == {(model, view) for model in NOISE for view in views}
@@ -104,15 +105,30 @@ def test_rates_equal_brute_force(count, broken):
 @pytest.mark.parametrize("index", [Index([video(0), video(1)]), Index([video(i, source="one") for i in range(4)])])
 def test_fewer_than_two_sources_give_no_rates(index):
     broken = (1,) if len(index) == 2 else ()
-    assert same_video_rates(index, EMBEDDINGS, lambda part: Pairs(part, broken)) == []
+    assert same_video_rates(TwoClips(index, 0), EMBEDDINGS, lambda part: Pairs(part, broken)) == []
     everything = tuple(range(4))
-    assert same_video_rates(index, EMBEDDINGS, lambda part: Pairs(Index([]), everything)) == []
+    assert same_video_rates(TwoClips(index, 0), EMBEDDINGS, lambda part: Pairs(Index([]), everything)) == []
 
 
 def test_only_videos_whose_two_clips_share_no_frame_are_compared(monkeypatch):
     data = DataConfig(frames=8, stride=2)  # a clip covers 16 frames
     index = Index([video(i, frames) for i, frames in enumerate((31, 32, 33, 16, 500))])
-    assert [int(entry.path.stem) for entry in videos_with_two_clips(index, data)] == [1, 2, 4]
+    assert [int(entry.path.stem) for entry in videos_with_two_clips(index, data).videos] == [1, 2, 4]
     monkeypatch.setattr(same_video, "MOST_VIDEOS", 3)
     many = Index([video(i, 40) for i in range(10)])
-    assert [int(entry.path.stem) for entry in videos_with_two_clips(many, data)] == [0, 4, 8]
+    assert [int(entry.path.stem) for entry in videos_with_two_clips(many, data).videos] == [0, 4, 8]
+
+
+def test_an_exact_copy_is_the_same_video(tmp_path):
+    """The rates are those without the copies: with them, each copy would take half of the hits of the other."""
+    contents = [f"content {number}".encode() for number in range(12)]
+    contents[7], contents[11], contents[9] = contents[2], contents[2], contents[8]
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}.mp4").write_bytes(content)
+    index = Index([dataclasses.replace(video(i), path=tmp_path / f"{i}.mp4") for i in range(12)])
+    distinct = [entry for i, entry in enumerate(index) if contents.index(contents[i]) == i]
+    rows = same_video_rates(
+        videos_with_two_clips(index, DataConfig(frames=8, stride=2)), EMBEDDINGS, lambda part: Pairs(part, ())
+    )
+    assert rows == [row | {"copies": 3} for row in same_video_rates(TwoClips(Index(distinct), 0), EMBEDDINGS, Pairs)]
+    assert {row["videos"] for row in rows} == {9} and rows[0]["chance_r@1"] == pytest.approx(1 / 9)
