@@ -1,4 +1,4 @@
-"""Confidence intervals: over the sources of the test set, and over seeds.
+"""Confidence intervals: over the sources of the test set, over seeds, and of a share of independent draws.
 
 If all sources have the same mean, for example because no query was answered correctly, every bootstrap sample is equal,
 and the percentiles would claim that the value is known exactly. The bound of Clopper and Pearson (1934) for 0 of n is
@@ -90,6 +90,13 @@ def _draws(units: int) -> Tensor:
 def percentile_interval(samples: Tensor) -> list[float]:
     """Returns the bounds between which 95 % of the samples [N] float64 lie."""
     return torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def binomial_interval(share: float, draws: int) -> list[float]:
+    """Returns the 95 % interval of Wilson (1927) for a share of `draws` >= 1 independent draws."""
+    z2 = 1.959964**2
+    centre, half = share + z2 / (2 * draws), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * draws)) / draws)
+    return [(centre - half) / (1 + z2 / draws), (centre + half) / (1 + z2 / draws)]
 
 
 def seed_interval(values: Sequence[float]) -> list[float] | None:

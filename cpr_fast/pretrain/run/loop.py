@@ -190,7 +190,7 @@ def _finish(run: Run) -> None:
         run.writer.write(row)
     elif run.progress:
         log.info("The run is complete; nothing was left to train.")
-    if not row["learnt"]:
+    if row["learnt"] is False:
         log.warning("Warning: %s", row["text"])
     for text in row["warnings"]:
         log.warning("Warning: %s", text)

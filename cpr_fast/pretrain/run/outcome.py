@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from cpr_fast.config import Config
-from cpr_fast.evaluate.retrieval.names import percent
+from cpr_fast.evaluate.features.intervals import binomial_interval
+from cpr_fast.evaluate.retrieval.names import interval, percent
 from cpr_fast.pretrain.run.checks import cycle_names
 
 NO_LOSS = 1e-6  # below this the gradient is negligible: every entry compared is a positive
@@ -30,32 +31,36 @@ def outcome(
         expected: warnings that were given before the run started.
         judged: whether enough videos have labels for PMR to raise doubts.
     Returns:
-        `learnt`: whether any cycle changed the weights by a loss. `text`: one sentence for the head of a report.
-        `warnings`: one sentence for each kind of doubt, which names the cycles it concerns. `cycles`: for each `cycle`,
-        `view`, `mining`, `learnt`, `learning_steps` (optimiser steps; None in rows of older versions), `loss_first`,
-        `loss_last` (means of the first and last of the `comparable` epochs, of which there are `compared`),
-        `loss_chance` (the loss if every candidate were equally similar; None in rows of older versions), `pmr_first`,
-        `pmr_last`, `random_negatives` (whether the queue held random vectors in all epochs that have a loss).
+        `learnt`: True if every cycle learnt, False if none did, else None: it is not decided, or not every cycle did.
+        `text`: sentences for the head of a report. `warnings`: one sentence for each kind of doubt, which names the
+        cycles it concerns. `cycles`: for each `cycle`, `view`, `mining`, `trained` (whether a loss changed the
+        weights), `learnt` (see `_learnt`), `learning_steps` (optimiser steps; None in rows of older versions),
+        `loss_first`, `loss_last` (means of the first and last of the `comparable` epochs, of which there are
+        `compared`), `loss_chance` (the loss if every candidate were equally similar; None in rows of older versions),
+        `pmr_first`, `pmr_last`, `random_negatives` (whether the queue held random vectors in all epochs that have a
+        loss).
     """
     cycles, doubts = [], []
     for number, cycle in enumerate(config.schedule.cycles):
         epochs = [row for row in rows if row["kind"] == "epoch" and row["cycle"] == number]
         summary = _cycle(epochs) | {"cycle": number, "view": cycle.view, "mining": cycle.mining}
-        cycles.append(summary)
         if why := _why_not(epochs, config):
             doubts.append((number, " learnt nothing: " + why, ""))
+            found = []
         else:
-            doubts += [(number, f": {text}", figures) for text, figures in _doubts(summary, epochs, judged)]
-        doubts += [(number, f": {text}", figures) for text, figures in _collapse(rows, number, config)]
+            found = _doubts(summary, epochs, judged)
+        found += _collapse(rows, number, config)
+        doubts += [(number, f": {text}", figures) for text, figures in found]
+        cycles.append(summary | {"learnt": _learnt(summary, bool(found))})
     warnings = _by_kind(doubts, config)
     skipped = max((row.get("skipped") or 0 for row in rows if row["kind"] == "epoch"), default=0)
     if skipped > MANY_SKIPPED * videos:
         warnings.append(f"{skipped} of {videos} videos could not be read and were replaced by others")
-    learnt = any(cycle["learnt"] for cycle in cycles)
+    found = {cycle["learnt"] for cycle in cycles}
     return {
         "kind": "outcome",
         "step": step,
-        "learnt": learnt,
+        "learnt": found.pop() if len(found) == 1 else None,
         "text": _sentence(cycles),
         "warnings": warnings,
         "expected": expected,
@@ -80,7 +85,7 @@ def _cycle(epochs: list[dict[str, Any]]) -> dict[str, Any]:
     random = [bool(row.get("random_negatives")) for row in comparable(epochs)]
     counts = [row["learning_steps"] for row in epochs if row.get("learning_steps") is not None]
     return {
-        "learnt": any(_learnt(row) for row in comparable(epochs)),
+        "trained": any(_trained(row) for row in comparable(epochs)),
         "learning_steps": sum(counts) if len(counts) == len(epochs) else None,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
@@ -92,7 +97,18 @@ def _cycle(epochs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _learnt(row: dict[str, Any]) -> bool:
+def _learnt(summary: dict[str, Any], doubted: bool) -> bool | None:
+    """Returns whether a cycle learnt: True if its loss fell and is better than chance, and nothing raises doubts; False
+    if nothing was trained, or the loss of its last epoch is not better than chance; None if this is not decided: the
+    first loss of a network with random weights may be better than chance, too, and random vectors make it too low."""
+    first, last, chance = summary["loss_first"], summary["loss_last"], summary["loss_chance"]
+    if not summary["trained"] or (chance is not None and last >= chance):
+        return False
+    fell = summary["compared"] > 1 and last < first
+    return True if fell and not doubted and not summary["random_negatives"] else None
+
+
+def _trained(row: dict[str, Any]) -> bool:
     """Returns whether a loss changed the weights in an epoch; rows of older versions lack the change of the weights."""
     return row["loss"] is not None and row["loss"] > NO_LOSS and row.get("weights_change") != 0
 
@@ -100,7 +116,7 @@ def _learnt(row: dict[str, Any]) -> bool:
 def _why_not(epochs: list[dict[str, Any]], config: Config) -> str | None:
     """Returns why no epoch of a cycle learnt, or None if one did."""
     trained = comparable(epochs)
-    if any(_learnt(row) for row in trained):
+    if any(_trained(row) for row in trained):
         return None
     if not epochs:
         return "no epoch was finished"
@@ -146,12 +162,26 @@ def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]], judged: bool)
         text = "the loss of the last epoch is not better than chance, its value if all candidates are equally similar"
         texts.append((text, figures))
     mined = [row for row in epochs if row.get("pmr") is not None and row.get("pmr_chance") is not None]
-    if judged and mined and mined[-1]["pmr"] <= mined[-1]["pmr_chance"]:
-        figures = f"PMR {percent(mined[-1]['pmr'])}, chance {percent(mined[-1]['pmr_chance'])}"
+    if judged and mined and (figures := _mined_at_chance(mined[-1])):
         texts.append(("the mined positives were not better than chance", figures))
     if summary["mining"] == "cascade" and all(row.get("mined_share", 0) is None for row in epochs):
         texts.append(("the cascade mined nothing, so that the query's own key was its only positive", ""))
     return texts
+
+
+def _mined_at_chance(row: dict[str, Any]) -> str:
+    """Returns the figures of an epoch whose PMR is not above chance, if its queries are enough to exclude that it is
+    well above: twice chance, or half of the way from chance to 1 if this is less. Else returns "".
+
+    The clips that are mined for one query resemble each other, so a query counts as one draw.
+    """
+    pmr, chance, draws = row["pmr"], row["pmr_chance"], sum(row.get("right_counts") or ())
+    if pmr > chance or not draws:
+        return ""
+    bounds = binomial_interval(pmr, draws)
+    if bounds[1] >= min(2 * chance, (1 + chance) / 2):
+        return ""
+    return f"PMR {percent(pmr)}, 95 % interval {interval(bounds)}, chance {percent(chance)}; {draws:,} queries mined"
 
 
 def _collapse(rows: list[dict[str, Any]], number: int, config: Config) -> list[tuple[str, str]]:
@@ -171,22 +201,37 @@ def _collapse(rows: list[dict[str, Any]], number: int, config: Config) -> list[t
 
 
 def _sentence(cycles: list[dict[str, Any]]) -> str:
-    trained = [cycle for cycle in cycles if cycle["learnt"]]
-    if not trained:
+    """Returns sentences that divide the cycles by what they learnt, with their losses."""
+    if not any(cycle["trained"] for cycle in cycles):
         return "This run has learnt nothing: no step changed the weights by a loss."
-    parts = [f"{cycle['view']} (cycle {cycle['cycle'] + 1}) {_losses(cycle)}" for cycle in trained]
-    some = "" if len(trained) == len(cycles) else f"{len(trained)} of {len(cycles)} cycles learnt. "
-    several = any(cycle["compared"] > 1 for cycle in trained)
-    return some + ("First and last comparable epoch: " if several else "Trained: ") + "; ".join(parts) + "."
+    groups = {
+        "The loss fell and is better than chance": [c for c in cycles if c["learnt"]],
+        "It is not certain whether this learnt": [c for c in cycles if c["learnt"] is None],
+        "The loss is not better than chance": [c for c in cycles if c["learnt"] is False and c["trained"]],
+        "No step changed the weights by a loss": [c for c in cycles if not c["trained"]],
+    }
+    parts = [
+        f"{head}: {'; '.join(_losses(cycle) if cycle['trained'] else _name(cycle) for cycle in found)}."
+        for head, found in groups.items()
+        if found
+    ]
+    nothing = all(cycle["learnt"] is False for cycle in cycles)
+    return ("This run has learnt nothing. " if nothing else "") + " ".join(parts)
+
+
+def _name(cycle: dict[str, Any]) -> str:
+    return f"{cycle['view']} (cycle {cycle['cycle'] + 1})"
 
 
 def _losses(cycle: dict[str, Any]) -> str:
-    """Returns loss and PMR of a cycle: of its first and last epoch, or one number where a single epoch has one."""
-    loss, chance = f"loss {cycle['loss_last']:.3f}", cycle["loss_chance"]
+    """Returns loss and PMR of a cycle: of its first and last comparable epoch, or one number where a single epoch has
+    one."""
+    loss, chance = f"{_name(cycle)} loss {cycle['loss_last']:.3f}", cycle["loss_chance"]
     if cycle["compared"] > 1:
-        loss = f"loss {cycle['loss_first']:.3f} to {cycle['loss_last']:.3f}"
+        loss = f"{_name(cycle)} loss {cycle['loss_first']:.3f} to {cycle['loss_last']:.3f}"
     about = [] if chance is None else [f"chance {chance:.3f}"]
     about += ["one comparable epoch"] if cycle["compared"] == 1 else []
+    about += ["it did not fall"] if cycle["compared"] > 1 and cycle["loss_last"] >= cycle["loss_first"] else []
     about += ["low, because the queue held random vectors"] if cycle["random_negatives"] else []
     loss += f" ({'; '.join(about)})" if about else ""
     if cycle["pmr_last"] is None:

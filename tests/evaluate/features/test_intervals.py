@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from cpr_fast.evaluate.features import intervals as module
-from cpr_fast.evaluate.features.intervals import RESAMPLES, resampled_means, source_interval
+from cpr_fast.evaluate.features.intervals import RESAMPLES, binomial_interval, resampled_means, source_interval
 
 
 def test_it_resamples_sources_not_videos():
@@ -86,3 +86,13 @@ def test_it_holds_the_true_mean_about_as_often_as_it_says():
         low, high = source_interval(torch.from_numpy(rng.random(len(sources)) < chance), torch.from_numpy(sources))
         held.append(low <= 0.5 <= high)
     assert 0.92 <= np.mean(held) <= 0.98
+
+
+@pytest.mark.parametrize(("share", "draws"), [(0.0, 1), (0.0, 6), (0.1, 60), (0.5, 7), (1.0, 40), (0.37, 1000)])
+def test_the_interval_of_a_share_solves_wilsons_equation(share, draws):
+    """A bound b is a share from which `share` is 1.96 standard errors away, those of b itself; it lies in 0..1."""
+    low, high = binomial_interval(share, draws)
+    assert -1e-12 <= low <= share <= high <= 1 + 1e-12
+    for bound in (low, high):
+        error = np.sqrt(bound * (1 - bound) / draws)
+        assert abs(bound - share) == pytest.approx(stats.norm.ppf(0.975) * error, abs=1e-6)

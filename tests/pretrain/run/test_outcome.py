@@ -23,13 +23,15 @@ def of(tmp_path, index=INDEX, cycles=(RGB,), **sections) -> dict:
     return row
 
 
-def test_a_run_that_learns(tmp_path):
+def test_the_outcome_agrees_with_the_epochs(tmp_path):
+    """The weights changed in both cycles, but no loss is better than chance after 12 steps on random clips."""
     config = settings(tmp_path / "run")
     folder = run(config)
     (row,) = rows(folder, "outcome")
     epochs = rows(folder, "epoch")
-    assert row["learnt"] and row["step"] == 12
-    assert [cycle["learnt"] for cycle in row["cycles"]] == [True, True]
+    assert row["learnt"] is False and row["step"] == 12 and row["text"].startswith("This run has learnt nothing. ")
+    assert all(cycle["loss_last"] > cycle["loss_chance"] for cycle in row["cycles"])
+    assert [(cycle["trained"], cycle["learnt"]) for cycle in row["cycles"]] == 2 * [(True, False)]
     assert [cycle["learning_steps"] for cycle in row["cycles"]] == [6, 4]  # the cascade waits until its queue is full
     assert [epoch["random_negatives"] for epoch in epochs] == [1, 0, 0, 0]
     # The first epoch of InfoNCE began with random negatives, so that its loss is not compared with later ones.
@@ -37,9 +39,7 @@ def test_a_run_that_learns(tmp_path):
     assert [row["cycles"][1][f"loss_{at}"] for at in ("first", "last")] == [epochs[2]["loss"], epochs[3]["loss"]]
     assert row["cycles"][1]["pmr_last"] == epochs[3]["pmr"]
     losses = [epoch["loss"] for epoch in epochs]
-    assert row["text"].startswith(
-        f"First and last comparable epoch: rgb (cycle 1) loss {losses[1]:.3f} (chance 2.398; one comparable epoch); "
-    )
+    assert f"better than chance: rgb (cycle 1) loss {losses[1]:.3f} (chance 2.398; one comparable epoch)" in row["text"]
     assert f"flow (cycle 2) loss {losses[2]:.3f} to {losses[3]:.3f} (chance " in row["text"]
     assert all(epoch["weights_change"] > 0 for epoch in epochs)
 
@@ -57,7 +57,7 @@ def test_a_resumed_run_has_the_same_outcome(tmp_path):
 
 def test_a_memory_that_is_never_full(tmp_path):
     row = of(tmp_path, cycles=[RGB | {"mining": "cascade"}], memory={"size": 60})
-    assert not row["learnt"] and row["text"].startswith("This run has learnt nothing")
+    assert row["learnt"] is False and row["text"].startswith("This run has learnt nothing")
     assert any("the queue was never full" in text and "memory.size is 60" in text for text in row["warnings"])
     assert row["cycles"][0]["learning_steps"] == 0
 
@@ -66,7 +66,8 @@ def test_a_memory_that_is_never_full(tmp_path):
 def test_a_memory_that_is_never_full_does_not_keep_other_methods_from_learning(tmp_path, mining):
     """18 of 60 entries are keys at the start of the second epoch; a loss that rises meanwhile is no reason to doubt."""
     row = of(tmp_path, cycles=[RGB | {"mining": mining, "epochs": 3}], memory={"size": 60})
-    assert row["learnt"] and row["cycles"][0]["learning_steps"] == 9
+    assert row["cycles"][0]["trained"] and row["cycles"][0]["learning_steps"] == 9
+    assert not row["cycles"][0]["learnt"]  # random vectors make the loss too low, so it shows nothing
     assert not any("did not fall" in text or "learnt nothing" in text for text in row["warnings"])
     epochs = rows(tmp_path / "run", "epoch")
     assert [epoch["random_negatives"] for epoch in epochs] == pytest.approx([1, 42 / 60, 24 / 60])
@@ -74,14 +75,14 @@ def test_a_memory_that_is_never_full_does_not_keep_other_methods_from_learning(t
 
 def test_one_cycle_of_two(tmp_path):
     row = of(tmp_path, cycles=[RGB, RGB | {"epochs": 1, "mining": "cascade"}], memory={"size": 18})
-    assert row["learnt"] and [cycle["learnt"] for cycle in row["cycles"]] == [True, False]
-    assert row["text"].startswith("1 of 2 cycles learnt. ")
+    assert [cycle["trained"] for cycle in row["cycles"]] == [True, False]
+    assert row["text"].endswith("No step changed the weights by a loss: rgb (cycle 2).")
 
 
 @pytest.mark.parametrize("optim", [{"lr": 1e-30}, {"name": "sgd", "lr": 1e-30}])
 def test_a_rate_too_small_to_move_a_weight(tmp_path, optim):
     row = of(tmp_path, optim=optim)
-    assert not row["learnt"]
+    assert row["learnt"] is False
     assert any("no weight changed: the learning rate is too small" in text for text in row["warnings"])
 
 
@@ -90,7 +91,7 @@ def test_a_loss_that_is_zero(tmp_path):
     weight decay still changes the weights."""
     index = Index([dataclasses.replace(video, label="same") for video in INDEX])
     row = of(tmp_path, index=index, cycles=[RGB | {"mining": "label"}])
-    assert not row["learnt"]
+    assert row["learnt"] is False
     assert any("the loss was 0" in text for text in row["warnings"])
 
 
@@ -118,7 +119,7 @@ def test_rows_of_an_older_version():
     """Old metrics do not record whether weights changed; then a loss is enough."""
     old = [{"kind": "epoch", "cycle": 0, "epoch": e, "loss": loss, "pmr": None} for e, loss in enumerate([3.0, 2.0])]
     row = outcome(old, settings("run", schedule={"cycles": [RGB]}), 6, 18, [])
-    assert row["learnt"] and row["cycles"][0]["learning_steps"] is None
+    assert row["learnt"] is True and row["cycles"][0]["learning_steps"] is None
     rising = [{**epoch, "epoch": e, "loss": 2.0 + e} for e, epoch in enumerate([*old, *old])]
     row = outcome(rising, settings("run", schedule={"cycles": [RGB]}), 6, 18, [])
     assert any("the loss did not fall (2.000 in its first comparable epoch, 5.000 in its last)" in text
@@ -164,16 +165,54 @@ def test_a_last_loss_that_is_not_below_chance_is_doubted_whatever_the_number_of_
     row = outcome(epochs, config, 9, 18, [])
     said = f"not better than chance, its value if all candidates are equally similar ({last:.3f}, chance 4.500)"
     assert (said in str(row["warnings"])) == doubted
+    head = "This run has learnt nothing. The loss is not better than chance: rgb (cycle 1) loss "
+    assert row["text"].startswith(head) == doubted == (row["learnt"] is False)
     if count == 1:
-        assert row["text"] == f"Trained: rgb (cycle 1) loss {last:.3f} (chance 4.500; one comparable epoch)."
+        assert row["text"].endswith(f"rgb (cycle 1) loss {last:.3f} (chance 4.500; one comparable epoch).")
     else:
         assert row["text"].endswith(f" to {last:.3f} (chance 4.500).")
+        assert doubted or (row["learnt"] and row["text"].startswith("The loss fell and is better than chance: rgb"))
+
+
+def test_a_cycle_that_is_worse_than_before_or_than_chance_is_no_success():
+    """Whatever the other cycles did: neither in the row nor in its text."""
+    cycles = [RGB, {"view": "flow", "epochs": 2}, RGB, {"view": "flow", "epochs": 2}]
+    losses = [[4.0, 3.0], [5.0, 4.8], [3.0, 3.5], [3.0, 2.0]]
+    rows = [{"kind": "epoch", "cycle": cycle, "epoch": e, "loss": loss, "pmr": None, "loss_chance": 4.5}
+            for cycle, of_cycle in enumerate(losses) for e, loss in enumerate(of_cycle)]  # fmt: skip
+    row = outcome(rows, settings("run", schedule={"cycles": cycles}), 6, 18, [])
+    assert row["learnt"] is None and [cycle["learnt"] for cycle in row["cycles"]] == [True, False, None, True]
+    assert row["text"] == (
+        "The loss fell and is better than chance: rgb (cycle 1) loss 4.000 to 3.000 (chance 4.500); flow (cycle 4) "
+        "loss 3.000 to 2.000 (chance 4.500). It is not certain whether this learnt: rgb (cycle 3) loss 3.000 to 3.500 "
+        "(chance 4.500; it did not fall). The loss is not better than chance: flow (cycle 2) loss 5.000 to 4.800 "
+        "(chance 4.500)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("pmr", "chance", "queries", "doubted"),
+    [(0.0, 0.1, 6, False), (0.1, 0.1, 12, False), (0.1, 0.1, 100, True), (0.0, 0.1, 40, True), (0.12, 0.1, 9999, False),
+     (0.5, 0.5, 6, False), (0.5, 0.5, 40, True), (0.2, 0.5, 6, True), (0.05, 0.1, 0, False)],
+)  # fmt: skip
+def test_positives_at_chance_are_doubted_only_if_enough_queries_mined(pmr, chance, queries, doubted):
+    """Enough to exclude that PMR is twice chance, or half-way from chance to 1."""
+    row = {"kind": "epoch", "cycle": 0, "pmr": pmr, "pmr_chance": chance, "loss_chance": 4.5,
+           "right_counts": [queries - queries // 2, queries // 2]}  # fmt: skip
+    rows = [row | {"epoch": epoch, "loss": 4.0 - epoch} for epoch in range(2)]
+    config = settings("run", schedule={"cycles": [RGB | {"mining": "cascade"}]})
+    found = outcome(rows, config, 6, 18, [])
+    said = [text for text in found["warnings"] if "the mined positives were not better than chance" in text]
+    assert bool(said) == doubted and found["learnt"] == (None if doubted else True)
+    assert all(f"chance {100 * chance:.1f} %; {queries} queries mined" in text for text in said)
+    assert not outcome(rows, config, 6, 18, [], judged=False)["warnings"]
 
 
 def test_a_loss_against_random_vectors_is_told_to_be_low(tmp_path):
     row = of(tmp_path, cycles=[RGB | {"epochs": 1}, RGB | {"view": "flow", "mining": "cascade", "epochs": 1}])
     loss, pmr = (row["cycles"][i][key] for i, key in ((0, "loss_last"), (1, "pmr_last")))
     assert row["text"].startswith(
-        f"Trained: rgb (cycle 1) loss {loss:.3f} (chance 2.398; one comparable epoch; low, because the queue"
+        f"It is not certain whether this learnt: rgb (cycle 1) loss {loss:.3f} (chance 2.398; one comparable epoch; "
+        "low, because the queue"
     )
     assert row["text"].endswith(f"; one comparable epoch), PMR {100 * pmr:.1f} %.")

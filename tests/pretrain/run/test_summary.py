@@ -35,7 +35,7 @@ def test_start_and_end_are_printed(tmp_path, caplog):
         "learning starts then"
     )
     assert lines[4] == f"  Run folder: {out}"
-    assert lines[-1].startswith("Finished after 12 steps. First and last comparable epoch: rgb (cycle 1) loss ")
+    assert lines[-1].startswith("Finished after 12 steps. ") and "rgb (cycle 1) loss " in lines[-1]
 
 
 @pytest.mark.parametrize(
