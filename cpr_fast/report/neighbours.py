@@ -6,10 +6,8 @@ Letters: M videos, F feature width, k neighbours.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -94,19 +92,6 @@ def odd_videos(found: Neighbours) -> list[tuple[int, float, float]]:
     return [(i, mean[i].item(), distance[i].item()) for i in order]
 
 
-def same_file(a: Path, b: Path) -> bool:
-    """Returns whether two files hold the same bytes; a record or a missing file counts as different."""
-    try:
-        return a.stat().st_size == b.stat().st_size and _sha256(a) == _sha256(b)
-    except OSError:
-        return False
-
-
-def _sha256(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
 def pixel_agreement(a: Image.Image, b: Image.Image, frames: int) -> float:
     """Returns the mean correlation of the frames of two film strips, -1..1, as gray pictures of THUMBNAIL pixels.
 
@@ -125,15 +110,20 @@ def pixel_agreement(a: Image.Image, b: Image.Image, frames: int) -> float:
 
 
 def confidence(
-    streams: dict[str, Tensor], metric: Metric, sources: Tensor, found: Neighbours, pixels: Tensor | None
+    streams: dict[str, Tensor],
+    metric: Metric,
+    sources: Tensor,
+    found: Neighbours,
+    pixels: Tensor | None,
+    doubts: Sequence[str] = (),
 ) -> tuple[str, list[str]]:
     """Returns how far the neighbours can be trusted, "high" | "moderate" | "low" | "unknown", and the reasons.
 
     Siblings (videos of one source) should be each other's nearest, and the views should agree. Both rates are compared
-    with those of a random choice.
+    with those of a random choice. With `doubts`, sentences that say why the run may not have learnt, it is "low".
     """
     count = len(sources)
-    level, reasons = "unknown", []
+    level, reasons = "unknown", list(doubts)
     crowded = _crowded(streams, metric)
     if crowded > CROWDED:
         reasons.append(
@@ -161,20 +151,22 @@ def confidence(
             f"the nearest by one is among the {alone[1].index.shape[1]} nearest by the other (chance: "
             f"{_share(chance)})."
         )
+    level = "low" if doubts or crowded > CROWDED else level
     if pixels is not None:
         thumbnails = find_neighbours([pixels], "cosine", sources)
         share = (thumbnails.index[:, 0] == found.index[:, 0]).double().mean().item()
-        meaning = (
-            "Similar means similar colours and scenery rather than similar motion."
-            if share > 0.5
-            else "So similarity is about more than the picture's layout and brightness."
-        )
+        if share > 0.5:
+            meaning = "Similar means similar colours and scenery rather than similar motion."
+        elif level in ("high", "moderate"):
+            meaning = "So similarity is about more than the picture's layout and brightness."
+        else:
+            meaning = f"This does not show what the network compares instead, because the confidence is {level}."
         reasons.append(
             f"For {_share(share)} of the videos a thumbnail of the middle frame finds the same nearest one. {meaning}"
         )
     if count < 100:
         reasons.append(f"With {_videos(count)} every video has a nearest one, even if nothing is really similar to it.")
-    return "low" if crowded > CROWDED else level, reasons
+    return level, reasons
 
 
 def _crowded(streams: dict[str, Tensor], metric: Metric) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from cpr_fast.evaluate.retrieval.names import percent
+from cpr_fast.evaluate.retrieval.names import percent, without_copies
 from cpr_fast.report.run_folder.outcome import verdict
 from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.run_folder.unfinished import unfinished
@@ -87,6 +87,7 @@ def _section(run: Run, compared: Compared | None) -> dict[str, Any]:
         "tiles": tiles(run),
         "retrieval": retrieval_blocks(run),
         "same_video": same_video_table(run),
+        "copies": without_copies(run.same_video[0].get("copies")) if run.same_video else "",
         "retrieved": retrieved_sheet(run),
         "classified": classification_table(run),
         "confusions": confusions(run),

@@ -10,21 +10,19 @@ from typing import Any
 import numpy as np
 
 from cpr_fast.data.index.index import Video
-from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
+from cpr_fast.data.index.summary import COPIES
+from cpr_fast.evaluate.retrieval.names import VIEW_NAMES, without_copies
 from cpr_fast.report.figures.bars import histogram_figure
 from cpr_fast.report.figures.film_strip import STRIP_FRAMES, film_strip, strip_image
 from cpr_fast.report.figures.table import Column, Table
 from cpr_fast.report.neighbours import (
     DUPLICATE,
     FAR,
-    Neighbours,
     duplicate_pairs,
     odd_videos,
     pixel_agreement,
-    same_file,
 )
 from cpr_fast.report.page import render, write_page
-from cpr_fast.report.run_folder.features import StoredFeatures
 from cpr_fast.report.run_folder.outcome import verdict
 from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.run_folder.unfinished import unfinished
@@ -34,7 +32,8 @@ from cpr_fast.report.unlabelled import Compared, same_video
 from cpr_fast.wording import ordinal
 
 QUERIES, PAIRS, ODD = 8, 12, 6  # numbers of queries, pairs and odd videos that are shown as film strips
-JUDGED = 48  # number of pairs, the most similar ones, whose files and frames are compared
+JUDGED = 48  # number of pairs, the most similar ones, whose frames are compared
+LATER = f"Only the frames of the {JUDGED} most similar pairs are compared."
 MOST_ROWS = 2000  # limit of the rows of a table
 # Least correlation of the frames of copies, and of videos that may show the same place.
 SAME_PICTURES, ALIKE = 0.95, 0.85
@@ -43,7 +42,7 @@ LEVELS = {
     "moderate": "Moderate: the checks below are above chance, but not for all videos. Look at the videos themselves "
     "before you act on it.",
     "low": "Low: the checks below are near chance or no better than with an untrained network, or the videos "
-    "hardly differ for the network. Rely on nothing on this page but pairs that are called certain.",
+    "hardly differ for the network. Rely on nothing on this page but exact copies.",
     "unknown": "Unknown: one view and one video per source leave nothing to check the neighbours against. Judge by the "
     "pictures.",
 }
@@ -64,42 +63,44 @@ def write_similar(run: Path, out: Path, compared: Compared) -> Path:
         InputError: no metrics.
     """
     loaded = Run(Path(run))
-    features, found = compared.features, compared.found
-    troubled = verdict(loaded)
-    results, same = same_video(loaded)
-    no_better = bool(results) and set(results.values()) == {"nothing"}
+    found = compared.found
+    _, same = same_video(loaded)
     closest = found.similarity[:, 0]
     closest = closest[~closest.isinf()]
     page = render(
         "similar.html.j2",
         run=loaded,
-        facts=facts(loaded)[:2] + _facts(features, compared.total, compared.step),
-        verdict=[*filter(None, [unfinished(loaded)]), *troubled],
-        level=LEVELS["low" if troubled or no_better else compared.level],
+        facts=facts(loaded)[:2] + _facts(loaded, compared),
+        verdict=[*filter(None, [unfinished(loaded)]), *verdict(loaded)],
+        level=LEVELS[compared.level],
         reasons=[*([same] if same else []), *compared.reasons],
-        similar=_similar(features, found),
+        similar=_similar(compared),
         spread=histogram_figure(closest.tolist(), x="similarity", title="Similarity to the nearest video"),
-        nearest=_table(features, found),
-        duplicates=_duplicates(features, found),
+        nearest=_table(compared),
+        duplicates=_duplicates(compared),
         threshold=DUPLICATE,
-        odd=_odd(features, found),
+        agreement=SAME_PICTURES,
+        advice=COPIES,
+        odd=_odd(compared),
         far=FAR,
     )
     return write_page(page, Path(out))
 
 
-def _facts(features: StoredFeatures, videos: int, step: int) -> list[tuple[str, str]]:
+def _facts(run: Run, compared: Compared) -> list[tuple[str, str]]:
+    features, step = compared.features, compared.step
     views = " and ".join(VIEW_NAMES[view] for view in features.streams)
-    compared = f"{len(features.videos):,} of {videos:,}" if len(features.videos) < videos else f"{videos:,}"
-    why = (
-        f", every {ordinal(step)} video"
-        if step > 1
-        else ", those whose features are stored"
-        if "of" in compared
-        else ""
-    )
+    count = f"{len(features.videos):,}" + (f" of {compared.total:,}" if len(features.videos) < compared.total else "")
+    why = [without_copies(compared.total - compared.distinct).removesuffix(".")]
+    if step > 1:
+        why.append(f"every {ordinal(step)} video")
+    elif len(features.videos) < compared.distinct:
+        why.append("those whose features are stored")
+    trained = run.config.get("data", {}).get("index") or "not recorded"
     return [
-        ("Videos", f"{compared}{why}"),
+        ("Index of these videos", str(compared.index)),
+        ("Training index", "the same" if Path(trained) == compared.index else str(trained)),
+        ("Videos compared", "; ".join(filter(None, [count, *why]))),
         ("Sources", f"{len({video.source for video in features.videos}):,}"),
         ("Similarity", f"cosine of the trained network's features ({views}, recipe {features.recipe}), from -1 to 1"),
     ]
@@ -110,22 +111,23 @@ def _strip(path: Path, num_frames: int) -> str | None:
     return film_strip(path, num_frames, 0, num_frames)
 
 
-def _clip(features: StoredFeatures, position: int, note: str = "") -> dict[str, Any]:
-    video = features.videos[position]
+def _clip(compared: Compared, video: int | Video, note: str = "") -> dict[str, Any]:
+    """Returns the parts that the page shows of a video, or of the video at this position among those compared."""
+    video = compared.features.videos[video] if isinstance(video, int) else video
     shown = clip(video.path, "", video.source, _strip(video.path, video.num_frames))
     label = f"class {video.label}" if video.label else ""
-    return shown | {"caption": features.names[position], "note": " · ".join(filter(None, (note, label)))}
+    return shown | {"caption": compared.names[video], "note": " · ".join(filter(None, (note, label)))}
 
 
-def _similar(features: StoredFeatures, found: Neighbours) -> list[dict[str, Any]]:
+def _similar(compared: Compared) -> list[dict[str, Any]]:
     """Returns videos spread evenly over the index, each with its nearest videos of other sources."""
-    count = len(features.videos)
+    count, found = len(compared.features.videos), compared.found
     chosen = np.unique(np.linspace(0, count - 1, min(QUERIES, count)).round().astype(int)).tolist()
     return [
         {
-            "query": _clip(features, video),
+            "query": _clip(compared, video),
             "found": [
-                _clip(features, other, f"{value:.2f}")
+                _clip(compared, other, f"{value:.2f}")
                 for other, value in zip(found.index[video].tolist(), found.similarity[video].tolist(), strict=True)
                 if np.isfinite(value)
             ],
@@ -134,60 +136,74 @@ def _similar(features: StoredFeatures, found: Neighbours) -> list[dict[str, Any]
     ]
 
 
-def _table(features: StoredFeatures, found: Neighbours) -> Table:
+def _names(compared: Compared) -> list[str]:
+    return [compared.names[video] for video in compared.features.videos]
+
+
+def _table(compared: Compared) -> Table:
     columns = [Column("Video"), Column("Nearest video of another source"), Column("Similarity", "number")]
+    names, found = _names(compared), compared.found
     rows = [
-        (name, features.names[other], value)
-        for name, other, value in zip(features.names, found.index[:, 0].tolist(), found.similarity[:, 0].tolist(),
-                                       strict=True)
+        (name, names[other], value)
+        for name, other, value in zip(names, found.index[:, 0].tolist(), found.similarity[:, 0].tolist(), strict=True)
         if np.isfinite(value)
-    ]  # fmt: skip
+    ]
     return Table("Nearest video of every video", columns, rows[:MOST_ROWS])
 
 
-def _duplicates(features: StoredFeatures, found: Neighbours) -> dict[str, Any]:
-    """Returns pairs above the threshold, the most certain first: those with equal files, then with equal frames, then
-    with a high similarity only."""
-    pairs = duplicate_pairs(found)
-    judged = {(a, b): _judge(features.videos[a], features.videos[b]) for a, b, _ in pairs[:JUDGED]}
-    pairs = sorted(pairs[:JUDGED], key=lambda pair: judged[pair[:2]][0]) + pairs[JUDGED:]
+def _duplicates(compared: Compared) -> dict[str, Any]:
+    """Returns what the page shows of exact copies, of near-copies, and of other pairs above the threshold: "exact",
+    "near" and "rest", each with "count", "shown" and "table"."""
+    names = compared.names
+    exact = [
+        {"query": _clip(compared, first), "found": [_clip(compared, copy)],
+         "text": "The files are identical, byte for byte."}
+        for first, copy in compared.copies[:PAIRS]
+    ]  # fmt: skip
+    rows = [(names[first], names[copy]) for first, copy in compared.copies]
+    table = Table("Exact copies", [Column("Video"), Column("Its copy")], rows[:MOST_ROWS])
+    videos, pairs = compared.features.videos, duplicate_pairs(compared.found)
+    judged = [(*pair, *_judge(videos[pair[0]], videos[pair[1]])) for pair in pairs[:JUDGED]]
+    judged += [(*pair, None, None) for pair in pairs[JUDGED:]]
+    near = [pair for pair in judged if pair[3] is not None and pair[3] >= SAME_PICTURES]
+    return {
+        "exact": {"count": len(rows), "shown": exact, "table": table},
+        "near": _pairs(compared, near, "Near-copies"),
+        "rest": _pairs(compared, [pair for pair in judged if pair not in near], "Other similar pairs"),
+    }
+
+
+def _pairs(compared: Compared, pairs: list[tuple], title: str) -> dict[str, Any]:
+    """Returns what the page shows of pairs (video, video, similarity, agreement of the frames, what it means)."""
     shown = [
-        {
-            "query": _clip(features, a),
-            "found": [_clip(features, b, f"{value:.3f}")],
-            "text": judged[a, b][1],
-        }
-        for a, b, value in pairs[:PAIRS]
+        {"query": _clip(compared, a), "found": [_clip(compared, b, f"{value:.3f}")], "text": text or LATER}
+        for a, b, value, _, text in pairs[:PAIRS]
     ]
-    later = f"Only the {JUDGED} most similar pairs are compared picture by picture."
-    columns = [Column("Video"), Column("Other video"), Column("Similarity", "number"), Column("Verdict", "text", later)]
-    rows = [(features.names[a], features.names[b], value, judged.get((a, b), (0, None))[1])
-            for a, b, value in pairs]  # fmt: skip
-    sure = sum(rank < 2 for rank, _ in judged.values())
-    table = Table("Duplicates", columns, rows[:MOST_ROWS])
-    return {"count": len(pairs), "sure": sure, "shown": shown, "table": table}
+    columns = [Column("Video"), Column("Other video"), Column("Similarity", "number"),
+               Column("Agreement of the frames", "number", LATER, "mean correlation of their pixels")]  # fmt: skip
+    names = _names(compared)
+    rows = [(names[a], names[b], value, agreement) for a, b, value, agreement, _ in pairs]
+    return {"count": len(pairs), "shown": shown, "table": Table(title, columns, rows[:MOST_ROWS])}
 
 
-def _judge(first: Video, second: Video) -> tuple[int, str]:
-    """Returns how certain it is that two videos are the same, from 0 (certain) to 3, by their bytes or by their frames;
-    and a sentence that states this."""
-    if same_file(first.path, second.path):
-        return 0, "Certain: the files are identical, byte for byte."
+def _judge(first: Video, second: Video) -> tuple[float | None, str]:
+    """Returns how well the frames of two videos agree (mean correlation of their pixels, None if they cannot be read),
+    and a sentence about it."""
     strips = [strip_image(video.path, video.num_frames, 0, video.num_frames) for video in (first, second)]
     if None in strips:
-        return 3, "Unknown: the pictures cannot be read."
+        return None, "The pictures cannot be read."
     agreement = pixel_agreement(strips[0], strips[1], STRIP_FRAMES)
     if agreement >= SAME_PICTURES:
-        return 1, f"Almost certain: the frames agree as well (correlation of their pixels {agreement:.2f})."
-    if agreement >= ALIKE:
-        return (
-            2,
-            f"Perhaps the same place, or another cut of a recording (correlation of the pixels {agreement:.2f}).",
-        )
-    return 3, f"Similar to the network only: the frames differ (correlation of their pixels {agreement:.2f})."
+        meaning = "Almost certainly a copy: the frames agree"
+    elif agreement >= ALIKE:
+        meaning = "Perhaps the same place, or another cut of a recording"
+    else:
+        meaning = "Similar to the network only: the frames differ"
+    return agreement, f"{meaning} (correlation of their pixels {agreement:.2f})."
 
 
-def _odd(features: StoredFeatures, found: Neighbours) -> dict[str, Any]:
+def _odd(compared: Compared) -> dict[str, Any]:
+    found, names = compared.found, _names(compared)
     ordered = odd_videos(found)
     shown = []
     for video, mean, distance in ordered[:ODD]:
@@ -195,9 +211,9 @@ def _odd(features: StoredFeatures, found: Neighbours) -> dict[str, Any]:
         number = "more than 50" if distance > 50 else f"{distance:.1f}"
         clear = f"{number} robust standard deviations below the median"
         text = f"Odd: {clear}." if distance >= FAR else f"Not clearly odd, but the next in this order: {clear}."
-        shown.append({"query": _clip(features, video, f"mean {mean:.2f}"),
-                      "found": [_clip(features, other, f"{value:.2f}")], "text": text})  # fmt: skip
+        shown.append({"query": _clip(compared, video, f"mean {mean:.2f}"),
+                      "found": [_clip(compared, other, f"{value:.2f}")], "text": text})  # fmt: skip
     columns = [Column("Video"), Column("Mean similarity to its nearest", "number"), Column("Deviations", "number")]
-    rows = [(features.names[video], mean, distance) for video, mean, distance in ordered]
+    rows = [(names[video], mean, distance) for video, mean, distance in ordered]
     clear = sum(distance >= FAR for _, _, distance in ordered)
     return {"count": clear, "shown": shown, "table": Table("Odd videos", columns, rows[:MOST_ROWS])}

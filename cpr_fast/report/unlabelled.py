@@ -3,18 +3,19 @@ chance, its nearest neighbours, and the number of dimensions that its features u
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cpr_fast.data.index.index import Index, IndexFileError
+from cpr_fast.data.index.index import Index, IndexFileError, Video
 from cpr_fast.errors import InputError
-from cpr_fast.evaluate.retrieval.names import VIEW_NAMES, percent, signed, signed_interval
+from cpr_fast.evaluate.retrieval.names import VIEW_NAMES, percent, signed, signed_interval, without_copies
 from cpr_fast.report.neighbours import Neighbours, confidence, find_neighbours
-from cpr_fast.report.run_folder.features import StoredFeatures, stored_features
-from cpr_fast.report.run_folder.outcome import MORE_EPOCHS
+from cpr_fast.report.run_folder.features import StoredFeatures, names_of, stored_features
+from cpr_fast.report.run_folder.outcome import MORE_EPOCHS, judge, verdict
 from cpr_fast.report.run_folder.run import VIEWS, Run
 from cpr_fast.wording import counted, listed
 
@@ -22,9 +23,11 @@ MOST_VIDEOS = 20_000  # limit of videos compared with each other; of more videos
 
 
 MEANINGS = {
-    "learnt": "better",
-    "unsure": "not certain to be better, because the interval includes 0",
-    "nothing": "not better",
+    ("learnt", ""): "better",
+    ("unsure", "before"): "not certain to be better, because the interval includes 0",
+    ("unsure", "chance"): "better, but not certain to be better than chance",
+    ("nothing", "before"): "not better",
+    ("nothing", "chance"): "better, but not better than chance",
 }
 
 
@@ -32,25 +35,40 @@ MEANINGS = {
 class Compared:
     """The neighbours of the videos of an index by a run's stored features, and how far they can be trusted.
 
+    Of exact copies only the first is compared: a copy would be the nearest video, and hide what the network finds.
+
     Attributes:
-        total, step: number of videos of the index, of which every `step`-th was compared.
+        index: the file that lists the videos.
+        names: the name of every video of the index that a page shows.
+        copies: pairs of videos of different sources with the same bytes, of which the second was left out.
+        total, distinct, step: number of videos of the index, and without copies, of which every `step`-th was compared.
         level, reasons: see `confidence`.
     """
 
+    index: Path
     features: StoredFeatures
     found: Neighbours
+    names: Mapping[Video, str]
+    copies: list[tuple[Video, Video]]
     total: int
+    distinct: int
     step: int
     level: str
     reasons: list[str]
 
 
-def videos_of(run: Run, index: Path | None = None) -> Index:
-    """Returns the videos of an index, by default those of the run's index, whatever their split; rows that cannot be
-    used are left out. Raises InputError, also if no row is left."""
-    path = index or run.config.get("data", {}).get("index")
+def index_of(run: Run) -> Path:
+    """Returns the index that the run was evaluated on or, where that is not known, trained on. Raises InputError if
+    neither is known."""
+    path = next(iter(run.evaluated_indexes), None) or run.config.get("data", {}).get("index")
     if not path:
         raise InputError(f"run folder {str(run.folder)!r} does not say its index; expected --index INDEX.csv")
+    return Path(path)
+
+
+def _videos(path: Path) -> Index:
+    """Returns the videos of an index, whatever their split; rows that cannot be used are left out. Raises InputError,
+    also if no row is left."""
     skipped: list[IndexFileError] = []
     videos = Index.load(path, require_flow=False, skipped=skipped)
     if not len(videos):
@@ -60,21 +78,36 @@ def videos_of(run: Run, index: Path | None = None) -> Index:
 
 
 def compare_videos(run: Run, index: Path | None = None) -> Compared | None:
-    """Compares the videos with each other; None if `cpr-fast retrieve` has not stored features of two of them.
+    """Compares the videos of an index with each other, by default those of `index_of`; None if `cpr-fast retrieve` has
+    not stored features of two of them.
 
     Raises:
         InputError: the index cannot be read.
     """
-    videos = videos_of(run, index)
-    step = -(-len(videos) // MOST_VIDEOS)
-    features = stored_features(run.folder, Index(videos[i] for i in range(0, len(videos), step)))
+    path = index or index_of(run)
+    videos = _videos(path)
+    originals = videos.originals()
+    distinct = [video for place, video in enumerate(videos) if originals[place] == place]
+    step = -(-len(distinct) // MOST_VIDEOS)
+    features = stored_features(run.folder, Index(distinct[::step]))
     if features is None or len(features.videos) < 2:
         return None
     source_ids = {name: i for i, name in enumerate(dict.fromkeys(video.source for video in features.videos))}
     sources = torch.tensor([source_ids[video.source] for video in features.videos])
     found = find_neighbours(list(features.streams.values()), features.metric, sources)
-    level, reasons = confidence(features.streams, features.metric, sources, found, features.pixels)
-    return Compared(features, found, len(videos), step, level, reasons)
+    level, reasons = confidence(features.streams, features.metric, sources, found, features.pixels, _doubts(run))
+    copies = [(videos[first], video) for video, first in zip(videos, originals, strict=True)
+              if videos[first].source != video.source]  # fmt: skip
+    return Compared(path, features, found, names_of(videos), copies, len(videos), len(distinct), step, level, reasons)
+
+
+def _doubts(run: Run) -> list[str]:
+    """Returns sentences that say why the run may not have learnt, so that its neighbours mean little."""
+    results, _ = same_video(run)
+    doubts = ["The warnings at the head of this page make the features doubtful."] if verdict(run) else []
+    if results and set(results.values()) == {"nothing"}:
+        doubts.append("No view finds clips of the same video more often than both the untrained network and chance.")
+    return doubts
 
 
 def signs(run: Run, compared: Compared | None = None) -> list[str]:
@@ -88,11 +121,12 @@ def signs(run: Run, compared: Compared | None = None) -> list[str]:
     below, loss = _loss(run)
     level, neighbours = _neighbours(run, compared)
     results, same = same_video(run)
-    learnt = [VIEW_NAMES[view] for view, result in results.items() if result == "learnt"]
-    doubtful = set(below) == {False} or level == "low"
+    better = [view for view, result in results.items() if result == "learnt"]
+    learnt = [VIEW_NAMES[view] for view in better if below.get(view) is not False]  # the loss does not contradict it
+    doubtful = set(below.values()) == {False} or level == "low"
     if learnt and not doubtful:
         found = f"the signs below suggest that this run learnt ({listed(learnt)})"
-    elif not learnt and (doubtful or (results and set(results.values()) == {"nothing"})):
+    elif not better and (doubtful or (results and set(results.values()) == {"nothing"})):
         found = "nothing below shows that this run learnt"
     else:
         found = "the signs below do not decide whether this run learnt"
@@ -115,18 +149,16 @@ def same_video(run: Run) -> tuple[dict[str, str], str | None]:
         if row["name"] != "trained" or row["view"] not in before:
             continue
         difference, bounds = row["difference"], row["difference_ci95"]
-        result = "nothing" if difference <= 0 else "learnt" if bounds and bounds[0] > 0 else "unsure"
-        results[row["view"]] = result
+        judged = judge(row["r@1"], row["r@1_ci95"], row["chance_r@1"], difference, bounds)
+        results[row["view"]] = judged[0]
         parts.append(
             f"{VIEW_NAMES[row['view']]} {percent(row['r@1'])}, untrained {percent(before[row['view']]['r@1'])} "
-            f"(difference {signed(difference)} points, 95 % interval {signed_interval(bounds)}: {MEANINGS[result]})"
+            f"(difference {signed(difference)} points, 95 % interval {signed_interval(bounds)}: {MEANINGS[judged]})"
         )
     if parts:
         count, chance = run.same_video[0]["videos"], percent(run.same_video[0]["chance_r@1"])
-        return (
-            results,
-            f"Nearest clip of the same video, {counted(count, 'video')}, chance {chance}: {'; '.join(parts)}.",
-        )
+        said = f"Nearest clip of the same video, {counted(count, 'video')}, chance {chance}: {'; '.join(parts)}."
+        return results, " ".join(filter(None, [said, without_copies(run.same_video[0].get("copies", 0))]))
     if not run.retrieval:
         return {}, None
     return {}, (
@@ -135,9 +167,10 @@ def same_video(run: Run) -> tuple[dict[str, str], str | None]:
     )
 
 
-def _loss(run: Run) -> tuple[list[bool | None], str | None]:
-    """Returns whether the loss of the last epoch of every trained view is better than chance (None: cannot be
+def _loss(run: Run) -> tuple[dict[str, bool | None], str | None]:
+    """Returns for every trained view whether the loss of its last epoch is better than chance (None: cannot be
     compared), and a sentence about it."""
+    views: dict[str, bool | None] = {}
     said: dict[bool | None, list[str]] = {}
     for view in VIEWS:
         rows = [row for row in run.epochs if row["view"] == view and row.get("loss") is not None]
@@ -146,6 +179,7 @@ def _loss(run: Run) -> tuple[list[bool | None], str | None]:
         last, chance = rows[-1]["loss"], rows[-1].get("loss_chance")
         below = None if chance is None or (rows[-1].get("random_negatives") and last < chance) else last < chance
         text = f"{VIEW_NAMES[view]} {last:.3f}" + ("" if chance is None else f" (chance {chance:.3f})")
+        views[view] = below
         said.setdefault(below, []).append(text)
     meanings = {
         True: "better than chance: the network tells clips of a video from those of others",
@@ -153,7 +187,7 @@ def _loss(run: Run) -> tuple[list[bool | None], str | None]:
         None: "cannot be compared with chance, because it is not known or the queue held random vectors",
     }
     parts = [f"{', '.join(said[kind])} – {meaning}" for kind, meaning in meanings.items() if kind in said]
-    return list(said), f"Loss of the last epoch: {'; '.join(parts)}." if parts else None
+    return views, f"Loss of the last epoch: {'; '.join(parts)}." if parts else None
 
 
 def _neighbours(run: Run, compared: Compared | None) -> tuple[str | None, str]:
@@ -166,7 +200,7 @@ def _neighbours(run: Run, compared: Compared | None) -> tuple[str | None, str]:
     if compared is None:
         return None, (
             f"Nearest neighbours: not known yet. Run `cpr-fast retrieve {run.folder}/checkpoints/last.pt --index "
-            f"{run.config['data']['index']}`, then `cpr-fast report` again."
+            f"{index_of(run)}`, then `cpr-fast report` again."
         )
     return compared.level, f"Nearest neighbours, confidence {compared.level}: {' '.join(compared.reasons)}"
 

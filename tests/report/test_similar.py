@@ -19,6 +19,7 @@ from torch import nn
 from cpr_fast.cli import main
 from cpr_fast.config import Config
 from cpr_fast.data.index.index import Index, Video
+from cpr_fast.data.index.summary import COPIES
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import FeatureCache, video_digest, weights_digest
 from cpr_fast.evaluate.features.embedding import Embedding
@@ -26,7 +27,7 @@ from cpr_fast.evaluate.features.recipe import make_recipe
 from cpr_fast.evaluate.retrieval.ranking import Comparison, leading_views, prepare_streams
 from cpr_fast.report.neighbours import confidence, duplicate_pairs, find_neighbours, odd_videos, pixel_agreement
 from cpr_fast.report.run_folder import features as stored
-from cpr_fast.report.run_folder.features import StoredFeatures
+from cpr_fast.report.run_folder.features import names_of
 from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.similar import similar_path, write_similar
 from cpr_fast.report.unlabelled import compare_videos
@@ -52,7 +53,7 @@ def make_run(tmp_path, monkeypatch, *, views=("rgb", "flow"), labels=False, sour
         if i == 1:
             shutil.copy(data / "v0.mp4", data / "v1.mp4")
         else:
-            write_video(data / f"v{i}.mp4", i % 7)
+            write_video(data / f"v{i}.mp4", i / 2)  # the grey levels of each differ
         source = f"s{i // 2}" if sources else ""
         rows.append(f"v{i}.mp4,{'cd'[i % 2] if labels else ''},{source},,{FRAMES},25,98,54,")
     index_csv = data / "index.csv"
@@ -82,28 +83,31 @@ def test_planted_copies_and_outliers_are_shown(tmp_path, monkeypatch, views):
     page = write_similar(run, tmp_path / "p.html", compare_videos(Run(run)))
     Text(page.read_text())
     text = text_of(page)
-    assert "2 pairs of videos of different sources" in text
-    assert "Certain: the files are identical, byte for byte." in text
+    assert COPIES in text and "The files are identical, byte for byte." in text
+    parts = ("Exact copies: 1 ", "Near-copies: 0 ", "1 other pair with a", "Odd The videos")
+    copies, near, rest, odd = map(text.index, parts)
+    assert copies < text.index("v0.mp4 v1.mp4", copies) < near < rest < text.index("v2.mp4 v3.mp4 1.000", rest) < odd
+    assert "v0.mp4 v1.mp4" not in text[near:odd] and "<details" in page.read_text().split("1 other pair")[0][-80:]
+    assert "Videos compared 11 of 12; 1 exact copy of another video is left out" in text
     odd = text[text.index("Odd The videos that are far") :]
     assert odd.index("v7.mp4") < odd.index("Odd:") < odd.index("Every video")
     known = {("rgb",): "Unknown: one view", ("rgb", "flow"): "The views RGB and Flow agree for"}
-    assert known[views] in text and "With 12 videos" in text
+    assert known[views] in text and "With 11 videos" in text
     assert not re.search(r"<script|<link|(src|href)=\"https?:", page.read_text())
 
 
 def test_equal_names_in_two_folders_are_told_apart():
     paths = ["spring/IMG_1.mp4", "autumn/old/IMG_1.mp4", "clips.lmdb#a/IMG_1"]
     videos = [Video(Path("data") / path, "", "", "", 9, 25.0, 8, 8) for path in paths]
-    assert StoredFeatures(videos, {}, "cosine", "paper", None).names == paths
-    assert StoredFeatures(videos[:1], {}, "cosine", "paper", None).names == ["IMG_1.mp4"]
+    assert names_of(videos) == dict(zip(videos, paths, strict=True))
+    assert list(names_of(videos[:1]).values()) == ["IMG_1.mp4"]
 
 
 def test_siblings_tell_how_far_to_trust_it(tmp_path, monkeypatch):
     run, _ = make_run(tmp_path, monkeypatch, views=("rgb",), sources=True)
     text = text_of(write_similar(run, tmp_path / "p.html", compare_videos(Run(run))))
-    assert "12 videos that share a source with another one" in text and "chance: 9%" in text
-    assert "v0.mp4 v1.mp4" not in text  # siblings are not duplicates
-    assert "No duplicates were found" in text
+    assert "10 videos that share a source with another one" in text and "chance: 10%" in text
+    assert "v0.mp4 v1.mp4" not in text and "Exact copies: 0" in text  # siblings need no advice
 
 
 def test_the_features_of_the_trained_network_are_taken(tmp_path, monkeypatch):
@@ -196,7 +200,7 @@ def test_the_first_page_says_what_the_neighbours_show(tmp_path, monkeypatch):
     head = text_of(run / "report.html")
     head = head[: head.index("Date")]
     assert "The videos have no labels, so retrieval cannot be measured; " in head
-    assert "Nearest neighbours, confidence " in head and "the nearest video is of the same source (chance: 9%)" in head
+    assert "Nearest neighbours, confidence " in head and "the nearest video is of the same source (chance: 10%)" in head
     assert "The views RGB and Flow agree for" in head
 
 
@@ -240,3 +244,65 @@ def test_black_bars_do_not_make_videos_alike():
         strip.paste(0, (0, 0, 8 * 128, 14))
         strip.paste(0, (0, 82, 8 * 128, 96))
     assert abs(pixel_agreement(*strips, 8)) < 0.2
+
+
+def evaluated(run: Path, index_csv: Path, **rates) -> None:
+    """Writes the rows of an evaluation of the trained and the untrained network without labels."""
+    row = {"kind": "retrieval", "protocol": "leave_source_out", "recipe": "paper", "view": "rgb", "r@1": None,
+           "map": None, "queries": 5, "gallery": 5, "indexes": [str(index_csv)]}  # fmt: skip
+    same = {"kind": "same_video", "recipe": "paper", "view": "rgb", "chance_r@1": 0.2, "videos": 5, "copies": 1}
+    rates = {"r@1": 0.8, "r@1_ci95": [0.6, 0.9], "difference": 0.4, "difference_ci95": [0.1, 0.6]} | rates
+    rows = [row | {"name": "trained"}, same | {"name": "trained"} | rates, same | {"name": "untrained", "r@1": 0.4}]
+    with open(run / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(row | {"r@1_ci95": row.get("r@1_ci95")}) + "\n" for row in rows)
+
+
+def test_both_pages_are_of_the_evaluated_index_and_name_it(tmp_path, monkeypatch):
+    """Not of the training index, whose videos may be others."""
+    run, index_csv = make_run(tmp_path, monkeypatch)
+    few = index_csv.with_name("few.csv")
+    few.write_text("".join(index_csv.read_text().splitlines(keepends=True)[:6]))
+    evaluated(run, few)
+    assert main(["report", str(run)]) == 0
+    first, second = (text_of(run / name) for name in ("report.html", "report-similar.html"))
+    assert f"Training index {index_csv} " in first
+    assert f"Retrieval on {few}: 5 queries, 5 gallery videos, leave_source_out, recipe paper" in first
+    assert f"Index of these videos {few} Training index {index_csv} Videos compared 4 of 5; 1 exact copy" in second
+    assert "Exact copies: 1 " in second and "v7.mp4" not in second
+    assert "1 exact copy of another video is left out, because a copy is the same video." in first
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ({}, "unknown"),
+        ({"difference": -0.1, "difference_ci95": [-0.3, 0.2]}, "low"),
+        ({"r@1": 0.15, "difference": 0.1, "difference_ci95": [0.05, 0.2]}, "low"),  # better than before, below chance
+    ],
+)
+def test_both_pages_have_one_confidence(tmp_path, monkeypatch, rates, said):
+    run, index_csv = make_run(tmp_path, monkeypatch, views=("rgb",))
+    evaluated(run, index_csv, **rates)
+    assert main(["report", str(run)]) == 0
+    first, second = (text_of(run / name) for name in ("report.html", "report-similar.html"))
+    assert f"Nearest neighbours, confidence {said}: " in first
+    assert f"How reliable this page is {said.capitalize()}: " in second
+    assert (
+        "No view finds clips of the same video more often than both the untrained network and chance." in second
+    ) == (said == "low")
+    assert ("nothing below shows that this run learnt" in first) == (said == "low")
+
+
+@pytest.mark.parametrize(
+    ("doubts", "meaning"), [((), "So similarity is about more"), (("It failed.",), "does not show")]
+)
+def test_a_thumbnail_that_finds_others_proves_nothing_where_the_confidence_is_low(doubts, meaning):
+    """Pairs of siblings are each other's nearest by the network, and never by the thumbnails."""
+    generator = torch.Generator().manual_seed(0)
+    centres, sources = torch.randn(COUNT // 2, 16, generator=generator), torch.arange(COUNT) // 2
+    streams = {"rgb": centres[sources] + 0.01 * torch.randn(COUNT, 16, generator=generator)}
+    pixels = torch.randn(COUNT, 16, generator=generator)
+    found = find_neighbours(list(streams.values()), "cosine", sources)
+    level, reasons = confidence(streams, "cosine", sources, found, pixels, doubts)
+    assert level == ("low" if doubts else "high") and reasons[: len(doubts)] == list(doubts)
+    assert [meaning in reason for reason in reasons if "a thumbnail of the middle frame" in reason] == [True]

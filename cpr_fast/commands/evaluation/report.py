@@ -30,7 +30,7 @@ def report(
         runs: The run folders.
         out: The page to write; report.html in the first run folder by default.
         unlabelled: Write the second page of labelled videos, too.
-        index: The index (CSV) of the second page; that of the first run by default.
+        index: The index (CSV) of the second page; the one that the first run was evaluated on by default.
     """
     if not runs:
         raise InputError("RUNS: expected at least one run folder, got none")
@@ -42,7 +42,7 @@ def report(
     from cpr_fast.report.page import write_report
     from cpr_fast.report.run_folder.run import Run
     from cpr_fast.report.similar import similar_path, write_similar
-    from cpr_fast.report.unlabelled import compare_videos
+    from cpr_fast.report.unlabelled import compare_videos, index_of
 
     out = out or runs[0] / "report.html"
     wanted = unlabelled or index is not None
@@ -55,7 +55,7 @@ def report(
         announce("Drawing the page of similar, duplicated and odd videos")
         similar = write_similar(runs[0], similar_path(out), compared)
     if wanted and similar is None:
-        command = f"cpr-fast retrieve {runs[0]}/checkpoints/last.pt --index {index or 'INDEX.csv'}"
+        command = f"cpr-fast retrieve {runs[0]}/checkpoints/last.pt --index {index or index_of(first)}"
         raise InputError(f"{runs[0]}: no features of these videos are stored; first run: {command}")
     announce("Drawing the report")
     page = write_report(runs, out, similar=similar, compared=compared if index is None else None)

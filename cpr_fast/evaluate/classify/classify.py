@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def _write_metrics(run_dir: str | Path | None, rows: list[dict[str, Any]]) -> No
         return
     with MetricsWriter(run_dir) as writer:
         for row in rows:
-            writer.write({"kind": "classification", **row})
+            writer.write({"kind": "classification", **row, "index": os.path.abspath(row["index"])})
 
 
 @dataclass(frozen=True)

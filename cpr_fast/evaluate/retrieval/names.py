@@ -27,11 +27,12 @@ MEASURES = {"map": "mAP", "r@1": "R@1"}
 MISSING = "–"
 
 
-def without_copies(count: int) -> str:
+def without_copies(count: int | None) -> str:
     """Returns a sentence about exact copies that were left out of a comparison; "" if there are none."""
     if not count:
         return ""
-    return f"{counted(count, 'exact copy', 'exact copies')} of other videos left out: a copy is the same video."
+    of = "of another video is" if count == 1 else "of other videos are"
+    return f"{counted(count, 'exact copy', 'exact copies')} {of} left out, because a copy is the same video."
 
 
 def with_copies(count: int | None) -> str:

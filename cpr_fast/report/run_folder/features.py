@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -46,12 +45,12 @@ class StoredFeatures:
     recipe: str
     pixels: Tensor | None
 
-    @cached_property
-    def names(self) -> list[str]:
-        """The name of each video below the folder that holds all of them: file names alone may occur twice."""
-        paths = [video.path.absolute() for video in self.videos]
-        common = os.path.commonpath([path.parent for path in paths])
-        return [str(path.relative_to(common)) for path in paths]
+
+def names_of(videos: Sequence[Video]) -> dict[Video, str]:
+    """Returns the name of each video below the folder that holds all of them: file names alone may occur twice."""
+    paths = [video.path.absolute() for video in videos]
+    common = os.path.commonpath([path.parent for path in paths])
+    return {video: str(path.relative_to(common)) for video, path in zip(videos, paths, strict=True)}
 
 
 def stored_features(run: Path, index: Index) -> StoredFeatures | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,8 @@ FEW_SOURCES = 20  # below this number a bootstrap over sources gives too narrow 
 NO_LOSS = 1e-6  # a loss this small has no gradient: all entries that a query is compared with are positives
 SIGNS = ("pmr", "view_agreement", "hubness", "mutual_neighbours", "mined_age_steps", "mined_share")  # rates of mining
 MORE_EPOCHS = "The first thing to try is more epochs: `cpr-fast init` without --minutes proposes how many."
-RESULTS = {"learnt": "learnt", "unsure": "may have learnt", "nothing": "did not improve"}
+Result = Literal["learnt", "unsure", "nothing"]
+RESULTS: dict[Result, str] = {"learnt": "learnt", "unsure": "may have learnt", "nothing": "did not improve"}
 
 
 def verdict(run: Run) -> list[str]:
@@ -35,6 +37,27 @@ def verdict(run: Run) -> list[str]:
     return sentences + [text for text in (_of_views(run), _below_pixels(run)) if text]
 
 
+def judge(
+    value: float,
+    interval: Sequence[float] | None,
+    chance: float | None,
+    difference: float,
+    difference_interval: Sequence[float] | None,
+) -> tuple[Result, str]:
+    """Returns whether a network learnt, judged by its measure, the value of a random order, and the difference from the
+    network before training, with their 95 % intervals; and if not, why: "before" | "chance", which it is not above or
+    not certain to be above. None: unknown."""
+    if difference <= 0:
+        return "nothing", "before"
+    if chance is not None and value <= chance:
+        return "nothing", "chance"
+    if difference_interval is not None and difference_interval[0] <= 0:
+        return "unsure", "before"
+    if chance is not None and interval is not None and interval[0] <= chance:
+        return "unsure", "chance"
+    return "learnt", ""
+
+
 @dataclass(frozen=True)
 class Judgement:
     """A trained view, or two views together, compared with the same network before training.
@@ -45,6 +68,8 @@ class Judgement:
         ci95: Interval of the difference: of a paired bootstrap over the sources of the queries where the measures of
             every query are stored, else the interval of the trained network minus the untrained value; None if unknown.
         sources: Number of sources of the queries, over which the bootstrap draws; None if unknown.
+        chance: The measure of a random order; None if unknown.
+        trained_ci95: Interval of the trained network's measure; None if unknown.
     """
 
     view: str
@@ -54,13 +79,18 @@ class Judgement:
     difference: float
     ci95: list[float] | None
     sources: int | None = None
+    chance: float | None = None
+    trained_ci95: list[float] | None = None
 
     @property
-    def result(self) -> Literal["learnt", "unsure", "nothing"]:
-        """ "unsure": the trained network is better, but the interval of the difference includes 0."""
-        if self.difference <= 0:
-            return "nothing"
-        return "learnt" if self.ci95 is None or self.ci95[0] > 0 else "unsure"
+    def verdict(self) -> tuple[Result, str]:
+        """The result and the reason, see `judge`."""
+        return judge(self.trained, self.trained_ci95, self.chance, self.difference, self.ci95)
+
+    @property
+    def result(self) -> Result:
+        """ "unsure": the trained network is better than before and than chance, but an interval includes either."""
+        return self.verdict[0]
 
     @property
     def sentence(self) -> str:
@@ -70,11 +100,15 @@ class Judgement:
             few = self.sources is not None and self.sources < FEW_SOURCES
             narrow = f", too narrow because the queries have only {self.sources} sources" if few else ""
             how += f" (95 % interval {signed_interval(self.ci95)}{narrow})"
+        at_chance = f"chance, {percent(self.chance)}"
         return {
-            "learnt": f"Learnt: {name} {how}.",
-            "unsure": f"Not certain to have learnt: {name} {how}, and the interval includes 0.",
-            "nothing": f"Not better than before training: {name} {how}.",
-        }[self.result]
+            ("learnt", ""): f"Learnt: {name} {how}.",
+            ("unsure", "before"): f"Not certain to have learnt: {name} {how}, and the interval includes 0.",
+            ("unsure", "chance"): f"Not certain to have learnt: {name} {how}, but the interval of {name} includes "
+            f"{at_chance}.",
+            ("nothing", "before"): f"Not better than before training: {name} {how}.",
+            ("nothing", "chance"): f"Not better than {at_chance}, although better than before training: {name} {how}.",
+        }[self.verdict]
 
 
 @functools.lru_cache(maxsize=16)
@@ -105,7 +139,9 @@ def _judged(row: dict[str, Any], untrained: dict[str, Any], scores: QueryScores 
         interval, sources = paired_difference(ours, theirs, ids)["ci95"], len(set(ids.tolist()))
     else:
         interval = None if bounds is None else [bound - untrained[measure] for bound in bounds]
-    return Judgement(row["view"], measure, row[measure], untrained[measure], difference, interval, sources)
+    chance = row.get("chance_map" if measure == "map" else "chance_r@1")
+    values = row[measure], untrained[measure], difference
+    return Judgement(row["view"], measure, *values, interval, sources, chance, bounds)
 
 
 def _scores(run: Run) -> QueryScores | None:
@@ -129,6 +165,7 @@ def _of_views(run: Run) -> str | None:
     measures = " or ".join(dict.fromkeys(MEASURES[j.measure] for j in judged))
     values = "; ".join(
         f"{VIEW_NAMES[j.view]} {percent(j.trained)}, before training {percent(j.untrained)}"
+        + (f", chance {percent(j.chance)}" if j.verdict[1] == "chance" else "")
         for j in judged
         if j.result != "learnt"
     )
@@ -138,7 +175,10 @@ def _of_views(run: Run) -> str | None:
         found = "; ".join(f"{listed(of)} {RESULTS[key]}" for key, of in names.items() if of)
         known = "not every view learnt" if names["learnt"] else "it is not certain that this run learnt anything"
         start = f"For retrieval, {known}: {found}"
-    return f"{start}, judged by {measures} against the same network before training ({values}). {MORE_EPOCHS}"
+    against = "the same network before training" + (
+        " and chance" if any(j.verdict[1] == "chance" for j in judged) else ""
+    )
+    return f"{start}, judged by {measures} against {against} ({values}). {MORE_EPOCHS}"
 
 
 def _below_pixels(run: Run) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,15 +61,12 @@ class Run:
         self.alarms = [row for row in rows if row["kind"] == "alarm"]
         self.online = [row for row in rows if row["kind"] == "online"]
         self.outcome = next((row for row in reversed(rows) if row["kind"] == "outcome"), None)
-        latest, same_video = _latest_evaluations(rows)
-        self.evaluations = _grouped(latest, ("protocol", "recipe"))  # the paper's recipe first
-        self.retrieval = self.evaluations[0] if self.evaluations else []
-        self.retrieved = list({row["query"]["path"]: row for row in rows if row["kind"] == "retrieved"}.values())
-        shown = next(((row["protocol"], row["recipe"]) for row in self.retrieval), None)
-        self.same_video = same_video.get(shown, [])
-        same = ("task", "recipe", "index", "split", "seed", "view", "crops")
-        classified = [row for row in rows if row["kind"] == "classification"]
-        self.classified = list({tuple(row[key] for key in same): row for row in classified}.values())
+        latest = sorted(_latest_evaluations(rows), key=lambda kinds: kinds["retrieval"][0]["recipe"] != "paper")
+        self.evaluations = [kinds["retrieval"] for kinds in latest]  # the paper's recipe first
+        first = latest[0] if latest else {}
+        self.retrieval = first.get("retrieval", [])
+        self.retrieved, self.same_video = first.get("retrieved", []), first.get("same_video", [])
+        self.classified = _latest_classifications(rows)
 
     @property
     def unlabelled(self) -> bool:
@@ -115,6 +112,12 @@ class Run:
         except (InputError, OSError):
             return None
 
+    @property
+    def evaluated_indexes(self) -> list[str]:
+        """The paths of the indexes of the retrieval that the report shows first; empty if there is none, or if an older
+        version evaluated the run."""
+        return self.retrieval[0].get("indexes", []) if self.retrieval else []
+
     @cached_property
     def chance_pmr(self) -> float | None:
         """PMR of random mining: the share of same-class videos among those of other sources, mean over videos.
@@ -150,13 +153,17 @@ class Run:
         )
 
     def accuracy(self, task: str) -> dict[str, Any] | None:
-        """Returns the mean accuracy of a task ("probe" | "finetune"), its recipe and view (chosen as in `headline`)."""
+        """Returns the mean accuracy of a task ("probe" | "finetune"), its recipe, view (chosen as in `headline`) and
+        indexes."""
         rows = [row for row in self.classified if row["task"] == task]
         rows = [row for row in rows if row["recipe"] == "paper"] or rows
         views = {row["view"] for row in rows}
         view = next((pair for pair in TOGETHER if pair in views), rows[-1]["view"] if rows else None)
         values = [row["accuracy"] for row in rows if row["view"] == view]
-        return {"accuracy": mean(values), "view": view, "recipe": rows[0]["recipe"]} if values else None
+        if not values:
+            return None
+        indexes = list(dict.fromkeys(row["index"] for row in rows))
+        return {"accuracy": mean(values), "view": view, "recipe": rows[0]["recipe"], "indexes": indexes}
 
     def untrained(self, view: str) -> dict[str, Any] | None:
         """Returns the row of the network of a view (or of two views) before training."""
@@ -180,31 +187,37 @@ class Run:
         return {key: median(found) for key, found in values.items()} if all(values.values()) else None
 
 
-def _grouped(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """Groups rows of equal keys; groups of the recipe "paper" come first."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return sorted(groups.values(), key=lambda group: group[0]["recipe"] != "paper")
+def _latest_evaluations(rows: Iterable[dict[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
+    """Returns for every protocol and recipe the rows of the last evaluation by kind: "retrieval" and, where it has
+    them, "retrieved" and "same_video", which follow these.
 
-
-def _latest_evaluations(
-    rows: list[dict[str, Any]],
-) -> tuple[list[dict[str, Any]], dict[tuple[str, str], list[dict[str, Any]]]]:
-    """Returns the rows of retrieval and, by protocol and recipe, those of the same video. An evaluation that is
-    repeated, perhaps on another index, replaces all rows of the earlier one of its protocol and recipe: rows of two
-    indexes are never compared."""
-    retrieval: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    same_video: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    An evaluation that is repeated, perhaps on another index, replaces all rows of the earlier one of its protocol and
+    recipe: rows of two indexes are never compared.
+    """
+    found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     key = None
     for row in rows:
         if row["kind"] == "retrieval":
             row = {"recipe": "paper"} | row
             key = row["protocol"], row["recipe"]
-            names = [(other["name"], other["view"]) for other in retrieval.get(key, ())]
+            names = [(other["name"], other["view"]) for other in found.get(key, {}).get("retrieval", ())]
             if not names or (row["name"], row["view"]) in names:  # the first row of an evaluation
-                retrieval[key], same_video[key] = [], []
-            retrieval[key].append(row)
-        elif row["kind"] == "same_video" and key is not None:  # of the evaluation above it
-            same_video[key].append(row)
-    return [row for group in retrieval.values() for row in group], same_video
+                found[key] = {}
+        if row["kind"] in ("retrieval", "retrieved", "same_video") and key is not None:
+            found[key].setdefault(row["kind"], []).append(row)
+    return list(found.values())
+
+
+def _latest_classifications(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows of classification, the last of each split, seed and view. Those of another index, which has the
+    number of an earlier split, replace all earlier rows of their task and recipe: a mean over splits is one of the
+    indexes that one command was given."""
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        if row["kind"] == "classification":
+            same = [other for other in found if all(other[key] == row[key] for key in ("task", "recipe"))]
+            if any(other["split"] == row["split"] and other["index"] != row["index"] for other in same):
+                found = [other for other in found if other not in same]
+            keys = ("task", "recipe", "split", "seed", "view", "crops")
+            found = [other for other in found if any(other[key] != row[key] for key in keys)] + [row]
+    return found

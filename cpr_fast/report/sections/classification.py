@@ -11,6 +11,7 @@ from cpr_fast.report.figures.chart import Chart
 from cpr_fast.report.figures.matrix import confusion_figure
 from cpr_fast.report.figures.table import Column, Table
 from cpr_fast.report.run_folder.run import Run
+from cpr_fast.wording import listed
 
 TASK_NAMES = {"probe": "Linear probe", "finetune": "Finetune"}
 CONFUSIONS = 10  # pairs of classes in the table below a matrix
@@ -30,6 +31,7 @@ def classification_table(run: Run) -> Table | None:
         Column("Recipe"),
         Column("Crops", "count", meaning="views of each clip that are averaged"),
         Column("Splits", "count"),
+        Column("Index"),
         Column("Seeds", "count"),
         Column("Videos", "count"),
     ]
@@ -78,6 +80,7 @@ def _line(key: tuple, rows: Sequence[dict[str, Any]]) -> tuple:
         recipe,
         crops,
         len({row["index"] for row in rows}),
+        listed(list(dict.fromkeys(row["index"] for row in rows))),
         len({row["seed"] for row in rows}),
         rows[0]["videos"],
     )

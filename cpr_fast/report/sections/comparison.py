@@ -14,6 +14,7 @@ from cpr_fast.report.run_folder.pairs import compare_runs
 from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.sections.mining import class_rates, count_shares, counted_epochs
 from cpr_fast.report.sections.retrieval import RANKS
+from cpr_fast.wording import listed
 
 
 def comparison(runs: Sequence[Run]) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def _table(runs: Sequence[Run], names: Sequence[str]) -> Table:
     mining = "PMR and CMR need labels and an epoch that mined positives."
     columns = [
         Column("Run"),
+        Column("Retrieval on", "text", "No evaluation, or an older version did not record its index."),
         Column("mAP, %", "rate", "mAP was not measured by `cpr-fast retrieve`.", "mean average precision"),
         *(Column(f"R@{k}, %", "rate", retrieval) for k in RANKS),
         Column("Probe, %", "rate", "This run was not evaluated by `cpr-fast probe`.", "accuracy of a linear probe"),
@@ -77,7 +79,8 @@ def _line(run: Run) -> tuple:
     rate = (run.speed() or {}).get("clips_per_s")
     method = run.cycles[-1].name if run.cycles else None
     rates = [best.get(key) for key in ("map", *(f"r@{k}" for k in RANKS))]
-    return (*rates, *accuracies, last.get("pmr"), last.get("cmr_median"), rate, method)
+    on = listed(run.evaluated_indexes) or None
+    return (on, *rates, *accuracies, last.get("pmr"), last.get("cmr_median"), rate, method)
 
 
 def _differences(runs: Sequence[Run], names: Sequence[str]) -> tuple[Table | None, list[str]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from cpr_fast.evaluate.features.intervals import binomial_interval
 from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES, interval, percent
 from cpr_fast.report.run_folder.outcome import judged_views
 from cpr_fast.report.run_folder.run import Run
 from cpr_fast.runtime.progress import duration
-from cpr_fast.wording import counted
+from cpr_fast.wording import counted, listed
 
 MEANINGS = {
     "map": "Mean average precision: how far up all videos of the query's class rank",
@@ -25,8 +27,9 @@ TERMS = (
     ("R@k", "Recall at k: the share of queries that have a video of their own class among the k nearest."),
     ("mAP", "Mean average precision: how far up the ranking all videos of the query's class are, mean over queries. "
      "Average precision is the precision at the rank of each of these videos, mean over them."),
-    ("Learnt", "A view learnt for retrieval if its mAP is above that of the same network before training, and the 95 % "
-     "interval of the difference is above 0; by R@1 where mAP was not measured."),
+    ("Learnt", "A view learnt for retrieval if its mAP is above that of the same network before training and above "
+     "chance, and the 95 % intervals of the difference and of the mAP lie above 0 and chance; by R@1 where mAP was not "
+     "measured."),
     ("Protocol", "Which videos are queries and which are the gallery. train_test: the test videos and the training "
      "videos. leave_source_out: every video is a query, and the gallery is all videos of other sources."),
     ("Recipe", "How a video becomes a feature: the windows, the crops and the normalisation, as a publication "
@@ -63,10 +66,10 @@ NOT_EVALUATED = (
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """Returns (name, value) of the date, the command, the data set, the time and the machine of a run."""
+    """Returns (name, value) of the date, the command, the data, the time, the machine and the evaluations of a run."""
     data, index = run.config.get("data", {}), run.index
     rows = [("Date", date(run)), ("Command", run.start.get("command") or "not recorded by the version that trained")]
-    rows.append(("Data set", data.get("index") or "not recorded"))
+    rows.append(("Training index", data.get("index") or "not recorded"))
     if index is not None:
         classes = f"{len(index.classes)} classes" if index.classes else "no labels"
         split = f"split {data['split']!r}" if data.get("split") else "all splits"
@@ -80,7 +83,16 @@ def facts(run: Run) -> list[tuple[str, str]]:
     rows.append(("Training time", f"{duration(run.seconds)} for {trained}"))
     commit = (run.start.get("commit") or "")[:10]
     rows.append(("Machine", ", commit ".join(filter(None, (run.start.get("device") or "not recorded", commit)))))
-    return rows
+    return rows + [("Retrieval on", f"{evaluated_on(of)}, {of[0]['protocol']}, recipe {of[0]['recipe']}")
+                   for of in run.evaluations]  # fmt: skip
+
+
+def evaluated_on(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the indexes of an evaluation of retrieval, and the numbers of its queries and gallery videos."""
+    first = rows[0]
+    named = listed(first.get("indexes") or ["an index that the version that evaluated did not record"])
+    queries = counted(first["queries"], "query", "queries")
+    return f"{named}: {queries}, {counted(first['gallery'], 'gallery video')}"
 
 
 def date(run: Run) -> str:
@@ -103,7 +115,8 @@ def tiles(run: Run) -> list[dict[str, Any]]:
             continue
         note, good = "", None
         if other := run.best_other(measure):
-            good = best[measure] > other[measure]
+            chance = best.get("chance_map" if measure == "map" else "chance_r@1")
+            good = best[measure] > max(other[measure], chance or 0)
             note = f"best of the others {percent(other[measure])} ({MODEL_NAMES[other['name']].lower()})"
         found.append(
             _tile(f"{name}, {VIEW_NAMES[best['view']]}", percent(best[measure]), MEANINGS[measure], note, good)
@@ -166,7 +179,10 @@ def _mining_tiles(run: Run) -> list[dict[str, Any]]:
     last, chance = mining[-1], run.chance_pmr
     note = f"first mining epoch {percent(mining[0]['pmr'])}"
     note += f", chance {percent(chance)}" if chance is not None else ""
-    good = last["pmr"] > chance if chance is not None else None
+    good, draws = None, sum(last.get("right_counts") or ())  # neither, if there are too few queries to tell
+    if chance is not None and draws:
+        low, high = binomial_interval(last["pmr"], draws)
+        good = True if low > chance else False if high < chance else None
     meaning = "Positive mining ratio: mined clips that have the query's class"
     found = [_tile(f"PMR, {VIEW_NAMES[last['view']]}, last epoch", percent(last["pmr"]), meaning, note, good)]
     if last.get("cmr_median") is not None:

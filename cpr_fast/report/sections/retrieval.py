@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES, interval, signed, signed_interval
+from cpr_fast.evaluate.retrieval.names import (
+    MEASURES,
+    MODEL_NAMES,
+    VIEW_NAMES,
+    interval,
+    signed,
+    signed_interval,
+    with_copies,
+)
 from cpr_fast.evaluate.retrieval.ranking import TOGETHER
 from cpr_fast.report.figures.bars import Bar, bar_figure
 from cpr_fast.report.figures.chart import Chart
 from cpr_fast.report.figures.table import Column, Table
 from cpr_fast.report.run_folder.run import Run
+from cpr_fast.report.sections.header import evaluated_on
 
 RANKS = (1, 5, 10, 20, 50)
 PROTOCOLS = {
@@ -21,8 +30,8 @@ PROTOCOLS = {
 
 def retrieval_blocks(run: Run) -> list[dict[str, Any]]:
     """Returns a block for every protocol and recipe: "measured" (whether the videos have labels), "table", "figures",
-    "protocol" and "views" (sentences), "recipe", "queries", "gallery", "chance" (R@1), "chance_map" and "left_out" (of
-    mAP)."""
+    "protocol", "copies" and "views" (sentences), "recipe", "evaluated_on", "chance" (R@1), "chance_map" and "left_out"
+    (of mAP)."""
     return [
         {
             "measured": any(row.get("r@1") is not None for row in rows),
@@ -31,8 +40,8 @@ def retrieval_blocks(run: Run) -> list[dict[str, Any]]:
             "figures": _figures(rows),
             "protocol": PROTOCOLS.get(rows[0]["protocol"], rows[0]["protocol"]),
             "recipe": rows[0]["recipe"],
-            "queries": rows[0]["queries"],
-            "gallery": rows[0]["gallery"],
+            "evaluated_on": evaluated_on(rows),
+            "copies": with_copies(rows[0].get("queries_with_copy")),
             "chance": rows[0].get("chance_r@1"),
             "chance_map": rows[0].get("chance_map"),
             "left_out": rows[0].get("map_left_out"),

@@ -46,7 +46,10 @@ def retrieved_sheet(run: Run) -> dict[str, Any] | None:
         }
         for row in run.retrieved[:SHEET_QUERIES]
     ]
-    return {"title": f"Nearest neighbours, {VIEW_NAMES[run.retrieved[0]['view']]}", "queries": queries}
+    title = f"Nearest neighbours, {VIEW_NAMES[run.retrieved[0]['view']]}"
+    if run.evaluated_indexes:  # the neighbours of the first of several are stored
+        title += f", videos of {run.evaluated_indexes[0]}"
+    return {"title": title, "queries": queries}
 
 
 def _judged(run: Run, row: dict[str, Any], mined: dict[str, Any]) -> bool | None:

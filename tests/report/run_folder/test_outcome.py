@@ -181,3 +181,75 @@ def test_too_few_labels_judge_nothing(tmp_path, index, labels, unlabelled):
     )
     run = Run(write_run(tmp_path / "run", [start_row(tmp_path / "few.csv"), *training_rows()]))
     assert run.unlabelled == unlabelled
+
+
+@pytest.mark.parametrize(
+    ("measure", "trained", "untrained", "chance", "result", "said"),
+    [
+        ("map", 0.3, 0.1, 0.15, "learnt", "Learnt: mAP +20.0 points"),
+        ("map", 0.3, 0.1, 0.25, "unsure", "but the interval of mAP includes chance, 25.0 %"),
+        ("map", 0.3, 0.1, 0.3, "nothing", "Not better than chance, 30.0 %, although better than before training: mAP"),
+        ("r@1", 0.3, 0.1, 0.4, "nothing", "Not better than chance, 40.0 %, although better than before training: R@1"),
+        ("r@1", 0.1, 0.3, 0.4, "nothing", "Not better than before training: R@1 −20.0 points"),
+        ("r@1", 0.3, 0.1, None, "learnt", "Learnt: R@1 +20.0 points"),  # an older version did not record chance
+    ],
+)
+def test_a_network_that_is_not_above_chance_has_not_learnt(
+    tmp_path, index, measure, trained, untrained, chance, result, said
+):
+    """It may still be better than the same network before training."""
+    rows = [
+        {"kind": "retrieval", "protocol": "train_test", "name": name, "view": "rgb", "gallery": 30, "queries": 16,
+         "chance_r@1": chance, "chance_map": chance, "r@1": value, "map": value if measure == "map" else None,
+         f"{measure}_ci95": [value - 0.1, value + 0.1]}
+        for name, value in (("trained", trained), ("untrained", untrained))
+    ]  # fmt: skip
+    run = Run(write_run(tmp_path / "run", [start_row(index), *rows]))
+    (found,) = judged_views(run)
+    assert found.result == result and said in found.sentence
+    assert verdict(run) == [] or result != "learnt"
+    assert any("before training and chance" in text for text in verdict(run)) == ("hance, " in said)
+
+
+def test_neighbours_are_those_of_the_evaluation_that_is_shown(tmp_path, index):
+    """The pictures of an earlier evaluation, perhaps on another index, are not shown under the numbers of the last."""
+    first = [row | {"indexes": ["/old.csv"]} for row in retrieval_rows(index)]
+    second = [row | {"indexes": ["/new.csv"]} for row in retrieval_rows(index)]
+    other = {"query": second[-1]["nearest"][0], "nearest": [second[-1]["query"]]}
+    run = Run(write_run(tmp_path / "run", [start_row(index), *first, *second[:-1], second[-1] | other]))
+    assert [row["query"] for row in run.retrieved] == [other["query"]] and run.evaluated_indexes == ["/new.csv"]
+    text = text_of(write_report([run.folder], tmp_path / "r.html"))
+    assert "Nearest neighbours, RGB + flow, videos of /new.csv" in text and "/old.csv" not in text
+    assert "Retrieval on /new.csv: 16 queries, 30 gallery videos, train_test, recipe paper" in text
+
+
+def test_accuracies_of_two_data_sets_are_not_averaged(tmp_path):
+    def row(index, split, accuracy):
+        common = {
+            "kind": "classification",
+            "task": "finetune",
+            "recipe": "paper",
+            "seed": 0,
+            "view": "rgb",
+            "crops": 10,
+        }
+        return common | {"index": index, "split": split, "accuracy": accuracy}
+
+    splits = [row("/ucf1.csv", 1, 0.5), row("/ucf2.csv", 2, 0.75)]
+    run = Run(write_run(tmp_path / "splits", splits))
+    assert run.accuracy("finetune")["accuracy"] == 0.625
+    run = Run(write_run(tmp_path / "both", [*splits, row("/hmdb1.csv", 1, 0.25)]))
+    assert run.accuracy("finetune") | {"recipe": "", "view": ""} == {
+        "accuracy": 0.25, "indexes": ["/hmdb1.csv"], "recipe": "", "view": ""
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("evaluated", "own"), [("hmdb51.csv", "HMDB51"), ("ucf101.csv", "UCF101")])
+def test_our_rows_stand_in_the_table_of_the_data_that_was_evaluated(tmp_path, index, evaluated, own):
+    """Not of the data that the network was trained on, as in the paper."""
+    rows = [row | {"indexes": [f"/data/{evaluated}"]} for row in retrieval_rows(index)]
+    start = start_row(index.with_name("ucf101.csv"))
+    text = text_of(write_report([write_run(tmp_path / "run", [start, *rows])], tmp_path / "r.html"))
+    parts = {"UCF101": text[text.index("Retrieval on UCF101 (") : text.index("Retrieval on HMDB51 (")]}
+    parts["HMDB51"] = text[text.index("Retrieval on HMDB51 (") : text.index("Finetuned (Table")]
+    assert [name for name, part in parts.items() if "run, RGB" in part] == [own]
