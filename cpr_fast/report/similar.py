@@ -29,7 +29,7 @@ from cpr_fast.report.run_folder.unfinished import unfinished
 from cpr_fast.report.sections.header import facts
 from cpr_fast.report.sections.sheets import clip
 from cpr_fast.report.unlabelled import Compared, same_video
-from cpr_fast.wording import ordinal
+from cpr_fast.wording import listed, ordinal
 
 QUERIES, PAIRS, ODD = 8, 12, 6  # numbers of queries, pairs and odd videos that are shown as film strips
 JUDGED = 48  # number of pairs, the most similar ones, whose frames are compared
@@ -73,7 +73,7 @@ def write_similar(run: Path, out: Path, compared: Compared) -> Path:
         facts=facts(loaded)[:2] + _facts(loaded, compared),
         verdict=[*filter(None, [unfinished(loaded)]), *verdict(loaded)],
         level=LEVELS[compared.level],
-        reasons=[*([same] if same else []), *compared.reasons],
+        reasons=[*([same] if same and loaded.unlabelled else []), *compared.reasons],
         similar=_similar(compared),
         spread=histogram_figure(closest.tolist(), x="similarity", title="Similarity to the nearest video"),
         nearest=_table(compared),
@@ -156,10 +156,9 @@ def _duplicates(compared: Compared) -> dict[str, Any]:
     "near" and "rest", each with "count", "shown" and "table"."""
     names = compared.names
     exact = [
-        {"query": _clip(compared, first), "found": [_clip(compared, copy)],
-         "text": "The files are identical, byte for byte."}
+        {"query": _clip(compared, first), "found": [_clip(compared, copy)], "text": _of_copies(first, copy)}
         for first, copy in compared.copies[:PAIRS]
-    ]  # fmt: skip
+    ]
     rows = [(names[first], names[copy]) for first, copy in compared.copies]
     table = Table("Exact copies", [Column("Video"), Column("Its copy")], rows[:MOST_ROWS])
     videos, pairs = compared.features.videos, duplicate_pairs(compared.found)
@@ -171,6 +170,12 @@ def _duplicates(compared: Compared) -> dict[str, Any]:
         "near": _pairs(compared, near, "Near-copies"),
         "rest": _pairs(compared, [pair for pair in judged if pair not in near], "Other similar pairs"),
     }
+
+
+def _of_copies(first: Video, copy: Video) -> str:
+    differs = [name for name in ("label", "split") if getattr(first, name) != getattr(copy, name)]
+    but = f", but their {listed(differs)} {'differ' if len(differs) > 1 else 'differs'}" if differs else ""
+    return f"The files are identical, byte for byte{but}."
 
 
 def _pairs(compared: Compared, pairs: list[tuple], title: str) -> dict[str, Any]:

@@ -151,9 +151,10 @@ def same_video(run: Run) -> tuple[dict[str, str], str | None]:
         difference, bounds = row["difference"], row["difference_ci95"]
         judged = judge(row["r@1"], row["r@1_ci95"], row["chance_r@1"], difference, bounds)
         results[row["view"]] = judged[0]
+        meaning = "worse" if bounds and bounds[1] < 0 else MEANINGS[judged]
         parts.append(
             f"{VIEW_NAMES[row['view']]} {percent(row['r@1'])}, untrained {percent(before[row['view']]['r@1'])} "
-            f"(difference {signed(difference)} points, 95 % interval {signed_interval(bounds)}: {MEANINGS[judged]})"
+            f"(difference {signed(difference)} points, 95 % interval {signed_interval(bounds)}: {meaning})"
         )
     if parts:
         count, chance = run.same_video[0]["videos"], percent(run.same_video[0]["chance_r@1"])
@@ -182,7 +183,7 @@ def _loss(run: Run) -> tuple[dict[str, bool | None], str | None]:
         views[view] = below
         said.setdefault(below, []).append(text)
     meanings = {
-        True: "better than chance: the network tells clips of a video from those of others",
+        True: "better than chance, which it may be with random weights, too",
         False: "not better than chance: it does not show that anything was learnt",
         None: "cannot be compared with chance, because it is not known or the queue held random vectors",
     }

@@ -195,4 +195,5 @@ def test_the_page_without_labels_has_the_comparison_with_the_untrained_network(t
         text = text_of(write_report([run], tmp_path / "r.html"))
         assert ("Untrained network RGB 40.0 30.0 – 50.0" in text) == bool(rows)
         assert ("Trained RGB 60.0 30.0 – 60.0 +20.0 +10.0 to +30.0" in text) == bool(rows)
+        assert "may be with random weights, too" in text  # a loss better than chance is not praised
         assert ("that needs no labels was not made: too few videos hold two clips" in text) != bool(rows)

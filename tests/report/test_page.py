@@ -221,3 +221,11 @@ def test_published_tables_are_open_on_their_own_data_only(tmp_path, index, name,
     page = write_report([write_run(tmp_path / "run", [start, *training_rows()])], tmp_path / "r.html").read_text()
     published = page[page.index('id="published"') :]
     assert published.count('<details class="card" open>') == opened and published.count("<details") == 8
+
+
+def test_queries_with_an_exact_copy_are_told_at_the_top_and_below_the_table(tmp_path, index):
+    rows = [row | {"queries_with_copy": 2} for row in retrieval_rows(index)]
+    run = write_run(tmp_path / "run", [start_row(index), *training_rows(), *rows])
+    text = text_of(write_report([run], tmp_path / "r.html"))
+    said = "2 queries have an exact copy in the gallery, found whatever the network has learnt."
+    assert text.count(said) == 2 and text.index(said) < text.index("Date")

@@ -47,7 +47,7 @@ def vectors(seed: int) -> torch.Tensor:
 def make_run(tmp_path, monkeypatch, *, views=("rgb", "flow"), labels=False, sources=False, store=True):
     """A run folder with stored features of COUNT videos, of a trained network and of another one."""
     data = tmp_path / "data"
-    data.mkdir()
+    data.mkdir(parents=True)
     rows = ["path,label,source,split,num_frames,fps,width,height,flow_path"]
     for i in range(COUNT):
         if i == 1:
@@ -84,6 +84,9 @@ def test_planted_copies_and_outliers_are_shown(tmp_path, monkeypatch, views):
     Text(page.read_text())
     text = text_of(page)
     assert COPIES in text and "The files are identical, byte for byte." in text
+    labelled, _ = make_run(tmp_path / "other", monkeypatch, views=views, labels=True)  # classes c and d by turns
+    said = "The files are identical, byte for byte, but their label differs."
+    assert said in text_of(write_similar(labelled, tmp_path / "q.html", compare_videos(Run(labelled))))
     parts = ("Exact copies: 1 ", "Near-copies: 0 ", "1 other pair with a", "Odd The videos")
     copies, near, rest, odd = map(text.index, parts)
     assert copies < text.index("v0.mp4 v1.mp4", copies) < near < rest < text.index("v2.mp4 v3.mp4 1.000", rest) < odd

@@ -100,13 +100,14 @@ class Judgement:
             few = self.sources is not None and self.sources < FEW_SOURCES
             narrow = f", too narrow because the queries have only {self.sources} sources" if few else ""
             how += f" (95 % interval {signed_interval(self.ci95)}{narrow})"
+        before = "Worse" if self.ci95 is not None and self.ci95[1] < 0 else "Not better"
         at_chance = f"chance, {percent(self.chance)}"
         return {
             ("learnt", ""): f"Learnt: {name} {how}.",
             ("unsure", "before"): f"Not certain to have learnt: {name} {how}, and the interval includes 0.",
             ("unsure", "chance"): f"Not certain to have learnt: {name} {how}, but the interval of {name} includes "
             f"{at_chance}.",
-            ("nothing", "before"): f"Not better than before training: {name} {how}.",
+            ("nothing", "before"): f"{before} than before training: {name} {how}.",
             ("nothing", "chance"): f"Not better than {at_chance}, although better than before training: {name} {how}.",
         }[self.verdict]
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cpr_fast.evaluate.features.intervals import binomial_interval
-from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES, interval, percent
+from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES, interval, percent, with_copies
 from cpr_fast.report.run_folder.outcome import judged_views
 from cpr_fast.report.run_folder.run import Run
 from cpr_fast.runtime.progress import duration
@@ -137,7 +137,8 @@ def headline(run: Run) -> list[str]:
     """Returns the result of the run, a line for every view that it trained, two views together first.
 
     A line gives mAP and R@1 of the trained network, with their intervals, those of the same network untrained, and
-    whether the view learnt. The last line is the best pixel baseline. Without an evaluation the only line says so.
+    whether the view learnt. Then follow the best pixel baseline and, if there are any, the number of queries with an
+    exact copy in the gallery. Without an evaluation the only line says so.
     """
     lines, judged = [], {judgement.view: judgement for judgement in judged_views(run)}
     for row in run.trained():
@@ -154,7 +155,7 @@ def headline(run: Run) -> list[str]:
     lines[0] = f"Retrieval, {lines[0]}"
     if pixels := run.best_pixels():
         lines.append(f"Best pixel baseline ({MODEL_NAMES[pixels['name']].lower()}): {_measures(pixels)}.")
-    return lines
+    return [*lines, *filter(None, [with_copies(run.retrieval[0].get("queries_with_copy"))])]
 
 
 def _measures(row: dict[str, Any]) -> str:

@@ -190,7 +190,8 @@ def test_too_few_labels_judge_nothing(tmp_path, index, labels, unlabelled):
         ("map", 0.3, 0.1, 0.25, "unsure", "but the interval of mAP includes chance, 25.0 %"),
         ("map", 0.3, 0.1, 0.3, "nothing", "Not better than chance, 30.0 %, although better than before training: mAP"),
         ("r@1", 0.3, 0.1, 0.4, "nothing", "Not better than chance, 40.0 %, although better than before training: R@1"),
-        ("r@1", 0.1, 0.3, 0.4, "nothing", "Not better than before training: R@1 −20.0 points"),
+        ("r@1", 0.1, 0.3, 0.4, "nothing", "Worse than before training: R@1 −20.0 points"),
+        ("r@1", 0.25, 0.3, 0.1, "nothing", "Not better than before training: R@1 −5.0 points"),
         ("r@1", 0.3, 0.1, None, "learnt", "Learnt: R@1 +20.0 points"),  # an older version did not record chance
     ],
 )
