@@ -50,6 +50,7 @@ from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints, results_folder, write_result
 from cpr_fast.evaluate.features.shares import shared_out
 from cpr_fast.evaluate.features.windows import count_windows, open_windows, work_ahead
+from cpr_fast.evaluate.retrieval.queries import have_copies
 from cpr_fast.evaluate.retrieval.ranking import TOGETHER
 from cpr_fast.models import Encoder
 from cpr_fast.runtime import distributed
@@ -152,6 +153,10 @@ def load_split(path: str | Path, data: DataConfig) -> Split:
             raise InputError(f"{path}: expected labelled videos in split {name!r}, got {len(labelled)} of {len(part)}")
         parts.append(labelled)
     shared = len({v.source for v in parts[0]} & {v.source for v in parts[1]})
+    copied = sum(have_copies(parts[1], parts[0], other_sources=False)) if distributed.is_main() else 0
+    if copied:
+        log.warning("%s: %d of %d test videos have an exact copy among the training videos, which tells their class",
+                    path, copied, len(parts[1]))  # fmt: skip
     if shared and distributed.is_main():
         log.warning("%s: %d sources are in both splits, so test videos have siblings among the training videos", path,
                     shared)  # fmt: skip

@@ -19,6 +19,8 @@ from cpr_fast.evaluate.features.cache import embed_index
 from cpr_fast.evaluate.features.embedding import Embedding
 from cpr_fast.evaluate.features.recipe import make_recipe
 from cpr_fast.evaluate.features.windows import count_windows
+from cpr_fast.evaluate.retrieval.names import with_copies
+from cpr_fast.evaluate.retrieval.queries import have_copies
 from cpr_fast.evaluate.retrieval.ranking import NO_HIT, Comparison, prepare, rates
 from cpr_fast.models import Encoder
 from cpr_fast.runtime.distributed import World
@@ -71,7 +73,9 @@ class OnlineRetrieval:
     def work_ahead(self) -> str:
         """Returns a sentence about the work of one measurement."""
         windows = count_windows(self.index, self._data, RECIPE)
-        return f"retrieval among {len(self.index)} held-out videos in {windows} windows"
+        said = f"retrieval among {len(self.index)} held-out videos in {windows} windows"
+        copied = with_copies(sum(have_copies(self.index, self.index, other_sources=True)))
+        return f"{said}. {copied}" if copied else said
 
     def measure(self, encoder: Encoder, view: View) -> dict[str, Any]:
         """Returns, on every rank, `r@1`, `r@5`, `map`, `chance_r@1` and `chance_map` (the expected values for a

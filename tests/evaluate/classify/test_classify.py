@@ -17,7 +17,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from cpr_fast.cli import main
 from cpr_fast.config import ClassifierConfig, Config, ConfigError, ProbeConfig, override_classifier
-from cpr_fast.data.index.index import Index
+from cpr_fast.data.index.index import Index, Video
 from cpr_fast.evaluate.classify.classifier import (
     Classifier,
     ClassifierHead,
@@ -26,7 +26,7 @@ from cpr_fast.evaluate.classify.classifier import (
     set_epoch,
     video_probabilities,
 )
-from cpr_fast.evaluate.classify.classify import classify
+from cpr_fast.evaluate.classify.classify import classify, load_split
 from cpr_fast.evaluate.classify.finetune import Training, selection_accuracy, train_on_clips
 from cpr_fast.evaluate.classify.probe import feature_probabilities, train_on_features
 from cpr_fast.evaluate.classify.scores import classification_scores
@@ -336,3 +336,18 @@ def test_two_stream_is_the_mean_of_probabilities(run, monkeypatch):
     )
     summary = classify(checkpoint, [index, index], task="probe", seeds=(0, 1))["summary"][0]
     assert summary["accuracy"] == 0.5 and summary["accuracy_std"] == pytest.approx(0.25 / 2**0.5)
+
+
+def test_test_videos_with_an_exact_copy_among_the_training_videos_are_counted(tmp_path, caplog):
+    contents = {"a": "train", "b": "train", "c": "train", "d": "test", "e": "test", "f": "test"}
+    for name, content in zip(contents, "120221", strict=True):
+        (tmp_path / f"{name}.mp4").write_text(content)
+    Index([Video(tmp_path / f"{name}.mp4", "ab"[i % 2], name, split, 40, 25.0, 64, 48)
+           for i, (name, split) in enumerate(contents.items())]).save(tmp_path / "index.csv")  # fmt: skip
+    load_split(tmp_path / "index.csv", Config().data)
+    assert "3 of 3 test videos have an exact copy among the training videos" in caplog.text
+    caplog.clear()
+    for name in "de":
+        (tmp_path / f"{name}.mp4").write_text(name)
+    load_split(tmp_path / "index.csv", Config().data)
+    assert "1 of 3 test videos have an exact copy" in caplog.text

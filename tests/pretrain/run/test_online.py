@@ -2,8 +2,10 @@
 change the run.
 """
 
+import dataclasses
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from cpr_fast.data.synthetic.videos import write_synthetic
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.retrieval.retrieve import retrieve
 from cpr_fast.pretrain.run.loop import pretrain
+from cpr_fast.pretrain.run.online import OnlineRetrieval
+from cpr_fast.runtime import distributed
 from cpr_fast.weights.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,3 +111,12 @@ def test_held_out_videos_that_cannot_be_judged(index, tmp_path):
     ]:
         with pytest.raises(InputError, match=message):
             pretrain(config(index, tmp_path / json.dumps(health), online_every=1, **health), progress=False)
+
+
+def test_held_out_videos_with_an_exact_copy_are_told_at_the_start(index, tmp_path):
+    held_out = Index.load(index).select(split="test")
+    copy = shutil.copyfile(held_out[0].path, tmp_path / "copy.mp4")
+    both = Index([*held_out, dataclasses.replace(held_out[0], path=copy, source="another")], held_out.classes)
+    for videos, said in ((held_out, ""), (both, ". 2 queries have an exact copy in the gallery, found whatever")):
+        measured = OnlineRetrieval(config(index, tmp_path), videos, ["rgb"], distributed.init("cpu"), watch=None)
+        assert said in measured.work_ahead() and ("copy" in measured.work_ahead()) == bool(said)
