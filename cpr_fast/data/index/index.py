@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -195,7 +196,7 @@ class Index(Sequence[Video]):
         for line, row in rows:
             try:
                 video = _parse_row(line, header, row, path.parent, require_flow)
-                if row is rows[-1][1] and video.flow_path is None and row[header.index("flow_path")]:
+                if row is rows[-1][1] and video.flow_path is None and row[header.index("flow_path")].strip():
                     _require_last_line(path, line, row[header.index("flow_path")])
                 if (name := _absolute(video.path)) in first_line:
                     raise IndexFileError(f"{line}, column path: {row[header.index('path')]!r} repeats line "
@@ -282,15 +283,19 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
             if kind is int and re.fullmatch(r"\s*\d{1,3}(,\d{3})+\s*", fields[column]):  # 1,000 is a thousand, not one
                 raise ValueError
             value = float(fields[column].replace(",", "."))  # a spreadsheet may write 25,0
-            if not 0 < value < float("inf") or kind(value) != value:
+            if not 0 < value < (2**31 if kind is int else math.inf) or kind(value) != value:
                 raise ValueError
         except ValueError:
-            expected = "a positive whole number" if kind is int else "a positive number"
+            expected = "a positive whole number below 2,147,483,648" if kind is int else "a positive number"
             raise IndexFileError(f"{line}, column {column}: expected {expected}, got {fields[column]!r}") from None
         return kind(value)
 
     def file(column: str) -> Path:
-        path = folder / fields[column]
+        if not fields[column].strip():
+            raise IndexFileError(f"{line}, column {column}: expected a file, got {fields[column]!r}")
+        path, trimmed = folder / fields[column], folder / fields[column].strip()
+        if path != trimmed and why_missing(path) and not why_missing(trimmed):
+            return trimmed
         if reason := why_missing(path):
             advice = "; relative paths begin at the folder of the index: move it back if it was moved, or list the "
             advice += "videos again with `cpr-fast index`"
@@ -304,7 +309,7 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
             require_utf8(f"{line}, column {column}", fields[column])
         except TableError as error:
             raise IndexFileError(str(error)) from None
-    flow_there = fields["flow_path"] and (require_flow or exists(folder / fields["flow_path"]))
+    flow_there = fields["flow_path"].strip() and (require_flow or exists(folder / fields["flow_path"]))
     return Video(
         path=file("path"),
         label=fields["label"],

@@ -1,7 +1,8 @@
 """Reads text lists and CSV tables as people and spreadsheets save them; every such file is read through this module.
 
 A byte-order mark is dropped; columns may be separated by comma, semicolon or tab; lines may end in LF, CRLF or CR; the
-names of columns are read in any case; a header that is repeated, as in joined files, is read once.
+names of columns are read in any case; a header that is repeated, as in joined files, is read once. Blank lines above
+the header, Excel's line `sep=;`, and empty columns at the right, which spreadsheets append, are skipped.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from cpr_fast.errors import InputError
 from cpr_fast.wording import not_a_file
 
 DELIMITERS = ",;\t"
+_LINE_END = r"\r\n|\r|\n"
+# What spreadsheets write above a header: lines that are blank or hold only separators, and Excel's `sep=;`.
+_ABOVE = re.compile(rf"(?:[ ,;\t]*(?:{_LINE_END}))*(?:\"?sep=[^\r\n]?\"?[ ,;\t]*(?:{_LINE_END}))?", re.IGNORECASE)
 
 
 class TableError(InputError):
@@ -44,7 +48,7 @@ def read_text(path: Path, what: str = "file") -> str:
 
 def read_lines(path: Path, what: str = "split list") -> Iterator[tuple[str, str]]:
     """Yields ("file:line", line without surrounding blanks) for every line that is not blank."""
-    for number, line in enumerate(re.split(r"\r\n|\r|\n", read_text(path, what)), start=1):
+    for number, line in enumerate(re.split(_LINE_END, read_text(path, what)), start=1):
         if line.strip():
             yield f"{path}:{number}", line.strip()
 
@@ -58,18 +62,29 @@ def read_table(
     caller checks the header and the number of fields. "file:line" is where a row ends, as quoted fields may span lines.
     """
     text = read_text(path, what)
+    above = _ABOVE.match(text).group()
+    skipped, text = len(re.findall(_LINE_END, above)), text[len(above) :]
     known = {name.lower(): name for name in columns}
+    header, rows, last = [], [], skipped
     try:
         header, delimiter = max(
             ((next(csv.reader(io.StringIO(text, newline=""), delimiter=sign), []), sign) for sign in DELIMITERS),
             key=lambda found: len({name.strip().lower() for name in found[0]} & set(known)),
         )
+        width = max((i for i, name in enumerate(header, start=1) if name.strip()), default=0)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         next(reader, [])
-        rows = [(f"{path}:{reader.line_num}", row) for row in reader if not _is_empty(row) and row != header]
+        last += reader.line_num
+        for row in reader:
+            last = skipped + reader.line_num
+            if not _is_empty(row) and row != header:
+                rows.append((f"{path}:{last}", row if any(row[width:]) else row[:width]))
     except csv.Error as error:
-        raise TableError(f"{path}: expected a UTF-8 {what}, got {error}") from None
-    return [known.get(name.strip().lower(), name.strip()) for name in header], rows
+        raise TableError(
+            f"{path}:{last + 1}: expected a UTF-8 {what}, got {error} in the row that begins here; is a quotation mark "
+            "missing or too many?"
+        ) from None
+    return [known.get(name.strip().lower(), name.strip()) for name in header[:width]], rows
 
 
 def require_utf8(where: str, text: str) -> None:

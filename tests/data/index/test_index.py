@@ -108,7 +108,7 @@ def test_a_video_without_source_is_a_source_of_its_own(tmp_path):
         (HEADER, [], r"index.csv: expected at least one video"),
         (HEADER, ["a.mp4,J,s,train,9,10,2,2,", "b.mp4,J,s,train,9,10,2"], r"index.csv:3: expected 9 fields, got 7"),
         (HEADER, ["a.mp4,J,s,train,nine,10,2,2,"],
-         r"index.csv:2, column num_frames: expected a positive whole number, got 'nine'"),
+         r"index.csv:2, column num_frames: expected a positive whole number below 2,147,483,648, got 'nine'"),
         (HEADER, ["a.mp4,J,s,train,0,10,2,2,"], r"column num_frames: .* got '0'"),
         (HEADER, ["a.mp4,J,s,train,9.5,10,2,2,"], r"column num_frames: .* got '9.5'"),
         (HEADER, ["a.mp4,J,s,train,9,,2,2,"], r"column fps: expected a positive number, got ''"),

@@ -23,6 +23,11 @@ FORMS = {
     "blank lines": lambda text: text.replace("\n", "\n\n").encode(),
     "columns in capitals": lambda text: re.sub(r"^(label|path),.*", lambda found: found[0].upper(), text).encode(),
     "header twice": lambda text: re.sub(r"^((?:label|path),.*\n)", r"\1\1", text).encode(),
+    "blank lines above": lambda text: f"\n  \n{text}".encode(),
+    "a line sep=": lambda text: re.sub(r"^((?:label|path),.*)", r"sep=,\n\1", text).encode(),
+    "separators at the ends of rows": lambda text: (
+        re.sub(r"(?m)^(.*)$", r"\1,,", text).encode() if re.match("(?:label|path),", text) else text.encode()
+    ),
     "all at once": lambda text: text.replace(",", ";").replace("\n", "\r\n\r\n").encode("utf-8-sig"),
 }
 VIDEOS = ("A/v_A_g01_c01.mp4", "B/v_B_g01_c01.mp4")
@@ -85,10 +90,10 @@ def test_numbers_of_a_spreadsheet(root):
     assert (video.num_frames, video.fps) == (5, 29.97)
 
 
-@pytest.mark.parametrize("number", ["1,000", "12,345,678", " 2,000 "])
-def test_a_thousands_separator_is_not_taken_for_a_decimal_comma(root, number):
+@pytest.mark.parametrize("number", ["1,000", "12,345,678", " 2,000 ", "2147483648", "99999999999999999999"])
+def test_a_thousands_separator_is_not_a_decimal_comma_and_a_number_beyond_int32_is_refused(root, number):
     (root / "sheet.csv").write_text(f"{';'.join(COLUMNS)}\n{VIDEOS[0]};A;s;train;{number};23,976;64;48;\n")
-    with pytest.raises(IndexFileError, match=f"column num_frames: expected a positive whole number, got '{number}'"):
+    with pytest.raises(IndexFileError, match=f"column num_frames: expected a positive whole number .*, got '{number}'"):
         Index.load(root / "sheet.csv")
 
 
@@ -105,19 +110,27 @@ def test_blanks_around_a_name_and_lines_of_blanks_do_not_count(root):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("path,label\n".encode("utf-16"), "got UTF-16"),
-        (b"\x00\x01\x02\x03", "got a binary file"),
-        (b'a,b\n"open,1\n', "unexpected end of data"),
+        ("path,label\n".encode("utf-16"), ": expected a UTF-8 CSV file, got UTF-16"),
+        (b"\x00\x01\x02\x03", ": expected a UTF-8 CSV file, got a binary file"),
+        (b'\n\na,b\n2,3\n"open,1\n5,6\n', r":5: .*unexpected end of data in the row that begins here"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_named(tmp_path, content, message):
     (tmp_path / "x.csv").write_bytes(content)
-    with pytest.raises(TableError, match=rf"x\.csv: expected a UTF-8 CSV file, got .*{message.removeprefix('got ')}"):
+    with pytest.raises(TableError, match=rf"x\.csv{message}"):
         read_table(tmp_path / "x.csv", ("a",))
     with pytest.raises(TableError, match="split list .*gone.txt' does not exist"):
         list(read_lines(tmp_path / "gone.txt"))
     with pytest.raises(TableError, match="is a folder"):
         read_text(tmp_path)
+
+
+def test_an_empty_path_is_named_and_blanks_around_a_path_do_not_count(root):
+    (root / "sheet.csv").write_text(INDEX + ",A,s,train,5,25,64,48,\n")
+    with pytest.raises(IndexFileError, match="sheet.csv:4, column path: expected a file, got ''"):
+        Index.load(root / "sheet.csv")
+    (root / "sheet.csv").write_text(INDEX.replace(".mp4,", ".mp4 ,").replace(",\n", ", \n"))
+    assert [video.path for video in Index.load(root / "sheet.csv")] == [root / name for name in VIDEOS]
 
 
 def test_a_class_name_in_latin_1_is_named(root):
