@@ -4,6 +4,7 @@ Every message starts with the name of the argument and says what was expected an
 TypeError, a wrong value ValueError, a device without a kernel NotImplementedError.
 """
 
+import math
 import numbers
 import operator
 from collections.abc import Sequence
@@ -12,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_FLOAT32 = torch.finfo(torch.float32)
+_INT64 = 2**63
+
 
 def describe(value: Any) -> str:
     """Returns the type of `value` and, where it is short, the value itself, for an error message."""
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to print the longest ones
+        return f"an int of {value.bit_length()} bits"
     if isinstance(value, bool | int | float | complex | str) and len(repr(value)) <= 40:
         return f"{value!r} ({name})"
     return name
@@ -90,20 +96,33 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
 
 
+def count(name: str, value: Any) -> int:
+    """Returns `value`, a number of things, as an int. Raises as `integer`, and ValueError outside 1..2**31 - 1."""
+    number = integer(name, value)
+    if not 1 <= number < 2**31:
+        raise ValueError(f"{name}: expected an int in 1..{2**31 - 1}, got {describe(number)}")
+    return number
+
+
 def integer(name: str, value: Any) -> int:
-    """Returns `value` as an int. Raises TypeError for anything that is not an integer; bool is not one."""
+    """Returns `value` as an int. Raises TypeError for anything that is not an integer, such as bool, and ValueError for
+    one beyond int64."""
     if not isinstance(value, bool) and getattr(value, "dtype", None) != torch.bool:
         try:
-            return operator.index(value)
+            found = operator.index(value)
         except TypeError:
             pass
+        else:
+            if not -_INT64 <= found < _INT64:
+                raise ValueError(f"{name}: expected an int of 64 bits, got {describe(found)}")
+            return found
     raise TypeError(f"{name}: expected an int, got {describe(value)}")
 
 
 def integers(name: str, values: Any) -> list[int]:
     """Returns a sequence of integers as a list. Converts tensors and arrays; waits for the device if a tensor is on
     CUDA."""
-    if type(values) in (list, tuple) and all(type(value) is int for value in values):
+    if type(values) in (list, tuple) and all(type(value) is int and abs(value) < _INT64 for value in values):
         return list(values)
     if isinstance(values, Tensor) and values.is_meta:
         raise TypeError(f"{name}: expected a sequence of ints, one for each stage, got a tensor without values (meta)")
@@ -118,8 +137,22 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, float | torch.SymFloat):
         return value
     if isinstance(value, numbers.Real | torch.SymInt) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{name}: expected a number that a float can hold, got {describe(value)}") from None
     raise TypeError(f"{name}: expected a number, got {describe(value)}")
+
+
+def positive(name: str, value: Any) -> float:
+    """Returns `value` as a float. Raises TypeError as `number`, and ValueError unless it is positive and finite, also
+    in float32, in which the kernels compute."""
+    value = number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    if not _FLOAT32.tiny <= value <= _FLOAT32.max:  # the kernels would compute with 0 or infinity
+        raise ValueError(f"{name}: expected {_FLOAT32.tiny:.2g} to {_FLOAT32.max:.2g} (float32), got {value}")
+    return value
 
 
 def raise_if_out_of_memory(operation: str, error: Exception, **sizes: Any) -> None:

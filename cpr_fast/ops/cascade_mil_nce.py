@@ -16,7 +16,7 @@ from torch import Tensor
 from cpr_fast.ops import _checks
 from cpr_fast.ops.cascade_select import cascade_select, cascade_select_ref
 from cpr_fast.ops.cascade_select import check as check_cascade
-from cpr_fast.ops.mil_nce import REDUCTIONS, MilNce, autocast_enabled, checked_temperature, mil_nce, mil_nce_ref
+from cpr_fast.ops.mil_nce import REDUCTIONS, MilNce, autocast_enabled, mil_nce, mil_nce_ref
 from cpr_fast.ops.mil_nce import check as check_loss
 
 
@@ -68,7 +68,7 @@ def cascade_mil_nce(
     """
     views, keep, view = _checks.integers("views", views), _checks.integers("keep", keep), _checks.integer("view", view)
     if not isinstance(temperature, Tensor):
-        temperature = checked_temperature(temperature)
+        temperature = _checks.positive("temperature", temperature)
     ids, settings = (query_ids, memory_ids), (same_id, self_positive, temperature, reduction)
     if query is None and precision == "fp32" and _shares_scores(queries, temperature):
         return _shared(queries, own_key, memory, views, keep, view, *ids, *settings)

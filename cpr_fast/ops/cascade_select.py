@@ -148,7 +148,7 @@ def check(queries, memory, views, keep, query_ids, memory_ids, precision) -> Non
         raise ValueError(f"views, keep: expected the same number of entries, at least 1, got {len(views)}, {len(keep)}")
     if any(not 0 <= view < V for view in views):
         raise ValueError(f"views: expected values in 0..{V - 1}, got {views}")
-    if keep[-1] < 1 or keep[0] >= 2**63 or any(b > a for a, b in zip(keep, keep[1:], strict=False)):
+    if keep[-1] < 1 or any(b > a for a, b in zip(keep, keep[1:], strict=False)):
         raise ValueError(f"keep: expected non-increasing values >= 1, got {keep}")
     if keep[-1] >= _MOST_KEPT:
         raise ValueError(

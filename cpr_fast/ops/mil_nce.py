@@ -11,7 +11,7 @@ from torch import Tensor
 from cpr_fast.ops import _checks, _library
 
 _SAME_ID = ("positive", "ignore", "negative")
-_SELF_POSITIVE = ("keep", "denominator", "drop_both")
+SELF_POSITIVE = ("keep", "denominator", "drop_both")
 REDUCTIONS = ("mean", "none")
 _FLOAT32 = torch.finfo(torch.float32)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,7 +72,7 @@ def mil_nce(
     if isinstance(temperature, Tensor):
         features, temperature = _divided(*features, temperature)
     elif type(temperature) is not float or not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
-        temperature = checked_temperature(temperature)
+        temperature = _checks.positive("temperature", temperature)
     modes = self_positive if isinstance(self_positive, Tensor) else None
     inputs = (*features, positives, query_ids, memory_ids, modes)
     settings = (same_id, "keep" if modes is not None else self_positive, temperature)
@@ -96,16 +96,6 @@ def _loss(inputs: tuple, settings: tuple, reduction: str) -> Tensor:
 def autocast_enabled(query: Tensor) -> bool:
     kind = query.device.type
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
-
-
-def checked_temperature(temperature) -> float:
-    """Returns a temperature as a number. Raises TypeError, or ValueError if float32 cannot hold it or its quotients."""
-    value = _checks.number("temperature", temperature)
-    if not 0 < value < math.inf:
-        raise ValueError(f"temperature: expected a positive finite number, got {value}")
-    if not _FLOAT32.tiny <= value <= _FLOAT32.max:  # the kernel would divide by 0 or infinity
-        raise ValueError(f"temperature: expected {_FLOAT32.tiny:.2g} to {_FLOAT32.max:.2g} (float32), got {value}")
-    return value
 
 
 def _divided(query: Tensor, own_key: Tensor, memory: Tensor, temperature: Tensor) -> tuple[tuple, float]:
@@ -135,7 +125,7 @@ def _divided(query: Tensor, own_key: Tensor, memory: Tensor, temperature: Tensor
     if temperature.device != query.device and temperature.device.type != "cpu":
         raise ValueError(f"temperature: expected the device of query, {query.device}, got {temperature.device}")
     if _checks.readable(temperature):
-        checked_temperature(temperature.item())
+        _checks.positive("temperature", temperature.item())
     if not autocast_enabled(query):
         for name, tensor in (("own_key", own_key), ("memory", memory)):
             if tensor.dtype != query.dtype:
@@ -182,7 +172,7 @@ def mil_nce_ref(
     positive = (listed | same if same_id == "positive" else listed) & ~empty  # [B, K]
     present = (listed | ~same if same_id == "ignore" else torch.ones_like(listed)) & ~empty
 
-    mode = self_positive if isinstance(self_positive, Tensor) else _SELF_POSITIVE.index(self_positive)
+    mode = self_positive if isinstance(self_positive, Tensor) else SELF_POSITIVE.index(self_positive)
     mode = positive.any(1) * mode  # [B]: rows without another positive keep own_key
     positive = torch.cat([(mode == 0)[:, None], positive], 1)
     present = torch.cat([(mode != 2)[:, None], present], 1)
@@ -324,5 +314,5 @@ def check(
     if query_ids is not None and memory_ids is None:
         raise ValueError("query_ids: requires memory_ids, got None")
     _checks.check_choice("same_id", same_id, _SAME_ID)
-    _checks.check_choice("self_positive", self_positive, _SELF_POSITIVE)
-    checked_temperature(temperature)
+    _checks.check_choice("self_positive", self_positive, SELF_POSITIVE)
+    _checks.positive("temperature", temperature)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cpr_fast.ops import _checks
 from cpr_fast.ops.cascade_select import cascade_select
-from cpr_fast.ops.mil_nce import checked_temperature, mil_nce
+from cpr_fast.ops.mil_nce import SELF_POSITIVE, mil_nce
 
 _UNKNOWN = -2  # the id of a key without a source: equal to no query's, and not that of an empty slot
 
@@ -63,21 +63,25 @@ class QueueLoss(nn.Module):
     ) -> None:
         super().__init__()
         counts = {"size": size, "feature_dim": feature_dim, "num_views": num_views}
-        for name, value in counts.items():
-            if _checks.integer(name, value) < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {value}")
+        size, feature_dim, num_views = (_checks.count(name, value) for name, value in counts.items())
         if (views is None) != (keep is None):
             raise ValueError("views, keep: expected both, or neither for InfoNCE without mining")
         self.views = None if views is None else _checks.integers("views", views)
         self.keep = None if keep is None else _checks.integers("keep", keep)
-        temperature = checked_temperature(temperature)
+        temperature = _checks.positive("temperature", temperature)
         if not isinstance(learn_temperature, bool):
             raise TypeError(f"learn_temperature: expected a bool, got {_checks.describe(learn_temperature)}")
+        _checks.check_choice("self_positive", self_positive, SELF_POSITIVE)
         self.same_id, self.self_positive = same_id, self_positive
         self.fixed_temperature = None if learn_temperature else temperature
         if learn_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
-        self.register_buffer("memory", torch.zeros(num_views, size, feature_dim))
+        try:
+            memory = torch.zeros(num_views, size, feature_dim)
+        except RuntimeError:  # the size is more than int64 counts, or than the machine has
+            shape = [num_views, size, feature_dim]
+            raise MemoryError(f"size, feature_dim, num_views: out of memory for a queue {shape} of float32") from None
+        self.register_buffer("memory", memory)
         self.register_buffer("memory_ids", torch.full((size,), -1))
         self.register_buffer("position", torch.tensor(0))
         self._try_settings()

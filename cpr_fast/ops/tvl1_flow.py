@@ -225,10 +225,8 @@ def _check(
     """Returns the settings as plain numbers. Raises an error for the first invalid argument; does not read pixels."""
     _check_frames(frames)
     reals = {"tau": tau, "lambda_": lambda_, "theta": theta, "scale_step": scale_step, "epsilon": epsilon}
-    reals = {name: _checks.number(name, value) for name, value in reals.items()}
-    for name in ("tau", "lambda_", "theta"):
-        if not 0 < reals[name] < math.inf:
-            raise ValueError(f"{name}: expected a positive number, got {reals[name]}")
+    checks = {name: _checks.positive if name in ("tau", "lambda_", "theta") else _checks.number for name in reals}
+    reals = {name: checks[name](name, value) for name, value in reals.items()}
     if not 0 < reals["scale_step"] < 1:
         raise ValueError(f"scale_step: expected a number between 0 and 1, got {reals['scale_step']}")
     if not 0 <= reals["epsilon"] < math.inf:
@@ -239,10 +237,7 @@ def _check(
         "inner_iterations": inner_iterations,
         "outer_iterations": outer_iterations,
     }
-    counts = {name: _checks.integer(name, value) for name, value in counts.items()}
-    for name, value in counts.items():
-        if not 1 <= value < 2**31:
-            raise ValueError(f"{name}: expected an int >= 1, got {value}")
+    counts = {name: _checks.count(name, value) for name, value in counts.items()}
     if (levels := _levels(frames.shape[-2:], counts["scales"], reals["scale_step"])) > _MOST_LEVELS:
         raise ValueError(
             f"scale_step: expected a step with which {list(frames.shape[-2:])} pixels have at most {_MOST_LEVELS} "

@@ -1,5 +1,7 @@
 """Every operator rejects invalid values of every argument, with an error that starts with the name of the argument."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -162,6 +164,25 @@ def test_results_that_no_memory_holds_are_named_with_their_size(call):
 def test_a_temperature_that_float32_rounds_to_zero_or_infinity_is_refused(temperature):
     with pytest.raises(ValueError, match=r"temperature: expected 1.2e-38 to 3.4e\+38 \(float32\), got "):
         mil_nce(X[0], X[1], X[0], temperature=temperature)
+
+
+NUMBERS = [
+    (function, name) for function in GOOD for name, good in GOOD[function].items() if type(good) in (int, float, list)
+]
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**5000), Fraction(10**400)], ids=["1e400", "-1e5000", "fraction"])
+@pytest.mark.parametrize(("function", "name"), NUMBERS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_number_that_no_machine_holds_is_refused_by_name(function, name, value):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected .{{0,90}}, got .{{0,90}}$"):
+        function(**GOOD[function] | {name: [value, value] if isinstance(GOOD[function][name], list) else value})
+
+
+@pytest.mark.parametrize("name", ["tau", "lambda_", "theta"])
+@pytest.mark.parametrize("value", [1e-46, 1e39])
+def test_a_setting_of_flow_that_float32_rounds_to_zero_or_infinity_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name}: expected 1.2e-38 to 3.4e\+38 \(float32\), got "):
+        tvl1_flow(torch.rand(2, 20, 24), **{name: value})
 
 
 def test_a_pyramid_of_too_many_levels_is_refused_before_it_fills_the_memory():

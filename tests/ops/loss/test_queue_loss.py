@@ -129,8 +129,11 @@ def test_the_first_loss_is_zero_without_a_gradient_unless_the_queue_was_filled()
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": 0}, "size: expected an int >= 1"),
+        ({"size": 0}, r"size: expected an int in 1..2147483647, got 0"),
         ({"size": 1.5}, "size: expected an int"),
+        ({"num_views": 2**64}, "num_views: expected an int of 64 bits, got 18446744073709551616"),
+        ({"size": 2**31}, "size: expected an int in 1..2147483647, got 2147483648"),
+        ({"self_positive": torch.tensor([0])}, "self_positive: expected one of 'keep'.* got torch.Tensor"),
         ({"views": [0]}, "views, keep: expected both"),
         ({"views": 0, "keep": [1]}, "views: expected a sequence"),
         ({"temperature": -1.0}, "temperature: expected a positive"),
@@ -167,3 +170,10 @@ def test_keys_without_a_source_are_negatives_of_every_query(unknown):
     expected = sum(mil_nce_ref(later[v], later_key[v], key[v]) for v in range(2)) / 2
     for ids in (torch.zeros(6, dtype=torch.int64), torch.full((6,), -1), None):
         torch.testing.assert_close(criterion.eval()(later, later_key, ids), expected)
+
+
+def test_a_queue_that_no_memory_holds_is_named_with_its_size():
+    with pytest.raises(
+        MemoryError, match=r"size, feature_dim, num_views: out of memory .*\[1, 2147483647, 2147483647\]"
+    ):
+        QueueLoss(2**31 - 1, 2**31 - 1)
