@@ -12,6 +12,8 @@ import av
 import av.stream
 from av.stream import Disposition
 
+from cpr_fast.data.video.contents import what_it_is
+
 UNPROBED = {"codec_whitelist": "none", "probesize": "32"}  # options with which opening a container decodes no frame
 # A title that is not UTF-8 must not prevent a file from being opened. PyAV 19 and newer accept it without this option.
 ANY_METADATA = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -79,9 +81,11 @@ def open_video(
     do not specify how their frames are reordered. `known_format` is the `format_name` of a file that was opened before;
     FFmpeg then does not compare the file with all formats. Packets of other streams are skipped, not read.
     """
+    opened = False
     try:
         options = {} if probe else UNPROBED
         with av.open(location(path), format=known_format, container_options=options, **ANY_METADATA) as container:
+            opened = True
             if container.format.name in PLAYLISTS:
                 raise VideoError(path, f"is a list of other files ({container.format.name}) and not a video")
             streams = video_streams(container)
@@ -99,6 +103,8 @@ def open_video(
             yield container, stream
     except (av.FFmpegError, OSError) as error:
         reason = error.strerror or str(error) or type(error).__name__
+        if not opened and isinstance(error, av.InvalidDataError) and (told := what_it_is(path)):
+            reason += f": it {told}"
         raise VideoError(path, reason, unreadable=_unreadable(path, error)) from error
 
 

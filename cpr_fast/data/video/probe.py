@@ -130,8 +130,8 @@ def _irregular(times: Sequence[int | None]) -> bool:
     """Returns whether frames shown at these times (in any order and unit) have a variable rate.
 
     A step is irregular if it differs from the median step by more than a quarter, and by more than rounding to a coarse
-    clock explains. One irregular step in a hundred is tolerated. If any time is unknown (None),
-    the result is False.
+    clock explains. One irregular step in a hundred is tolerated, unless it is so long that the mean step differs from
+    the median step as much. If any time is unknown (None), the result is False.
     """
     known = np.sort(np.array([time for time in times if time is not None], np.int64))
     if len(known) < 3 or len(known) < len(times):
@@ -139,4 +139,5 @@ def _irregular(times: Sequence[int | None]) -> bool:
     steps = np.diff(known)
     middle = np.median(steps)
     odd = np.abs(steps - middle) > middle / 4 + (middle > 2)
-    return bool(odd.sum() > max(1, 0.01 * len(steps)))
+    gap = steps.mean() - middle > middle / 4 + (middle > 2)
+    return bool(gap or odd.sum() > max(1, 0.01 * len(steps)))

@@ -132,5 +132,6 @@ def test_the_command_says_what_was_done_and_what_comes_next(data_set, tmp_path, 
     assert main(["flow", str(data_set), "--out", str(tmp_path / "flow")]) == 0
     out = capsys.readouterr().out
     assert "2 videos computed, 2 kept from earlier runs, 1 failed" in out
-    assert f"no flow for 1 file: Invalid data found when processing input: {videos[0].path}" in out
+    reason = "Invalid data found when processing input: it is a text that begins with 'not a video'"
+    assert f"no flow for 1 file: {reason}: {videos[0].path}" in out
     assert f"next: cpr-fast init {data_set}   (writes a recipe; `cpr-fast doctor {data_set}` checks" in out

@@ -162,6 +162,17 @@ def test_a_tag_in_latin_1_is_no_error(tmp_path):
     assert probe_video(path).num_frames == 1
 
 
+@pytest.mark.parametrize(("pause", "variable"), [(0, False), (1, False), (10_000, True)])
+def test_one_long_pause_is_a_variable_rate(tmp_path, pause, variable):
+    def prepare(frame):
+        frame.pts = next(number) * 2
+        frame.pts += pause if frame.pts > FRAMES else 0
+
+    number = iter(range(FRAMES))
+    path = encode(tmp_path / "video.mkv", prepare=prepare)
+    assert probe_video(path).variable_rate == variable
+
+
 def test_a_codec_without_a_decoder_is_named(tmp_path):
     path = encode(tmp_path / "video.mp4")
     path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz1"))
