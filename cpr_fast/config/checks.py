@@ -143,9 +143,14 @@ def _check_ranges(
             raise ConfigError(f"{where}: expected a fraction in (0, 1], got {value}")
 
 
+def least_clip(arch: str) -> tuple[int, int]:
+    """Returns the smallest number of frames, and of pixels of a side, of a clip that a backbone can read."""
+    return (5, 17) if arch.startswith("s3d") else (8, 16)
+
+
 def _check_clips(data: DataConfig, model: ModelConfig) -> None:
     """Checks that a clip is at least as large as the network needs."""
-    frames, size = (5, 17) if model.arch.startswith("s3d") else (8, 16)
+    frames, size = least_clip(model.arch)
     if data.frames < frames or data.size < size:
         raise ConfigError(
             f"data.frames, data.size: model.arch {model.arch!r} expects at least {frames} frames of {size} "

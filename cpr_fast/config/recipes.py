@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 from pathlib import Path
 
 from cpr_fast.config.sections import ConfigError
@@ -23,6 +24,14 @@ def _description(text: str) -> str:
         if not said[-1] or said[-1].endswith("."):
             break
     return " ".join(said).strip()
+
+
+def init_command(index: str | Path) -> str:
+    """Returns the command that writes a recipe for an index. It names the recipe where the default name, recipe.toml,
+    is taken, because `init` replaces no file."""
+    names = ("recipe.toml", *(f"{Path(index).stem}{number}.toml" for number in ("", *range(2, 100))))
+    name = next((name for name in names if not os.path.lexists(name)), names[0])
+    return f"cpr-fast init {shlex.quote(str(index))}" + (f" --out {shlex.quote(name)}" if name != names[0] else "")
 
 
 def find_config(name: str | Path) -> Path:

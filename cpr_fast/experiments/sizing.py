@@ -7,25 +7,42 @@ no cascade learns; on a CPU they take months.
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpr_fast.config import Config
+from cpr_fast.config.checks import least_clip
 from cpr_fast.config.epochs import share_epochs
-from cpr_fast.data.index.index import MIN_SOURCES, MIN_VIDEOS, Index
+from cpr_fast.data.index.index import Index, too_few
 from cpr_fast.errors import InputError
+from cpr_fast.mining.stages import most_stages
+from cpr_fast.pretrain.run.checks import largest_queue, other_entries
 
 CPU_STEPS, GPU_STEPS = 1200, 100_000  # optimiser steps of all cycles together
 RATIO = 0.5  # fraction of the entries that each stage of the cascade keeps
-FILL = 0.25  # share of the steps of a cascade cycle that may only fill the memory, or half an epoch if that is more
+
+
+def usable_cores() -> int:
+    """Returns the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The properties of the data and the machine that determine the size of a recipe."""
+    """The properties of the data and the machine that determine the size of a recipe.
+
+    Attributes:
+        largest_source: Number of videos of the source that has the most.
+        median_frames: Number of frames that more than half of the videos have at least.
+        with_flow: Number of videos with stored optical flow.
+        split: The split to train on; "" for all videos.
+    """
 
     videos: int
     sources: int
+    largest_source: int
     median_frames: int
     with_flow: int
     split: str
@@ -39,15 +56,12 @@ class Facts:
         Raises InputError for an index from which nothing can be learnt.
         """
         split, videos = index.training()
-        sources = len({video.source for video in videos})
-        if len(videos) < MIN_VIDEOS or sources < MIN_SOURCES:
-            raise InputError(
-                f"INDEX: expected at least {MIN_VIDEOS} training videos of at least {MIN_SOURCES} sources, got "
-                f"{len(videos)} of {sources}" + (f" in split {split!r}" if split else "")
-            )
-        frames = sorted(video.num_frames for video in videos)
+        sources = Counter(video.source for video in videos)
+        if reason := too_few(len(videos), len(sources), split):
+            raise InputError(f"INDEX: {reason}")
+        median = sorted(video.num_frames for video in videos)[(len(videos) - 1) // 2]
         with_flow = sum(video.flow_path is not None for video in videos)
-        return cls(len(videos), sources, frames[len(frames) // 2], with_flow, split, cores, gpu)
+        return cls(len(videos), len(sources), max(sources.values()), median, with_flow, split, cores, gpu)
 
 
 @dataclass(frozen=True)
@@ -77,17 +91,18 @@ def sized_recipe(facts: Facts, index: str, out: str, epochs: int | None = None) 
     else:
         arch, width, frames, stride, size, most = "r3d", 0.25, 8, 2, 64, 32
     stride = stride if facts.median_frames > frames * stride else 1
+    least_frames, _ = least_clip(arch)
+    while frames > max(facts.median_frames, least_frames):
+        frames = max(least_frames, frames // 2)
     batch = max(2, min(most, facts.videos // 4) // 2 * 2)
     per_epoch = facts.videos // batch
     second, flow = _second_view(facts)
     views = ("rgb", second)
     cycles = _cycles(views, _epochs(GPU_STEPS if facts.gpu else CPU_STEPS, per_epoch, len(views)), epochs)
     least = min(n for _, n, mining in cycles if mining == "cascade") * per_epoch  # steps of the shortest cascade cycle
-    memory = max(
-        batch, min(2048, facts.videos * 3 // 4, max(int(least * FILL), per_epoch // 2) * batch) // batch * batch
-    )
-    top_k = max(1, min(5, memory // 16))
-    stages = max((n for n in (1, 3, 5, 7) if int(memory * RATIO ** (n - 1)) > top_k), default=1)
+    memory = min(2048, facts.videos * 3 // 4, largest_queue(least, batch)) // batch * batch
+    top_k = max(1, min(5, memory // 16, int(other_entries(memory, facts.largest_source, facts.videos))))
+    stages = most_stages((1, 3, 5, 7), memory, RATIO, top_k)
     momentum = round(max(0.9, min(0.999, 1 - 8 / least)), 3)
     lines = "\n".join(
         f'  {{ view = "{view}", epochs = {n}, mining = "{mining}", milestones = {_milestones(n)}'

@@ -7,7 +7,7 @@ View 0 is the query's view, view 1 is the other one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 
@@ -36,3 +36,10 @@ def idle_stages(keep: Sequence[int], memory_size: int) -> list[int]:
         keep: the numbers of survivors that `stage_keep` returns.
     """
     return [s for s, (seen, kept) in enumerate(zip((memory_size, *keep), keep, strict=False), 1) if kept >= seen]
+
+
+def most_stages(numbers: Iterable[int], memory_size: int, ratio: float, top_k: int) -> int:
+    """Returns the largest of these `numbers` of stages with which every stage selects something; 1 if there is none."""
+    return max(
+        (n for n in numbers if not idle_stages(stage_keep(n, memory_size, ratio, top_k), memory_size)), default=1
+    )

@@ -27,7 +27,7 @@ MODEL = {"arch": "r3d", "width": 0.125, "head": "pooled", "feature_dim": 64}
 def made(tmp_path_factory):
     """(index, config, checkpoint): the first video of either split counts 5 frames, half a clip and one."""
     folder = tmp_path_factory.mktemp("short")
-    path = write_synthetic(folder / "data", classes=4, videos=2, frames=12, width=64, height=48)
+    path = write_synthetic(folder / "data", classes=4, videos=4, frames=12, width=64, height=48)
     videos, seen = [], set()
     for video in Index.load(path):
         videos.append(video if video.split in seen else dataclasses.replace(video, num_frames=5))

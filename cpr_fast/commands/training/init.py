@@ -65,13 +65,12 @@ def init(
 
     from cpr_fast.data.flow.names import flow_command
     from cpr_fast.data.index.index import Index
-    from cpr_fast.experiments.sizing import Facts, sized_recipe
+    from cpr_fast.experiments.sizing import Facts, sized_recipe, usable_cores
     from cpr_fast.runtime.files import replacing
 
     videos = Index.load(index, require_flow=False)
     gpu = torch.cuda.is_available()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    facts = Facts.of(videos, cores=cores, gpu=gpu)
+    facts = Facts.of(videos, cores=usable_cores(), gpu=gpu)
     named = os.path.relpath(index, out.parent), str(run)
     whole = sized = sized_recipe(facts, *named, epochs)
     pace = None

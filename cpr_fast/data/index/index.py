@@ -42,6 +42,17 @@ MIN_SOURCES = 2  # videos of one source are never negatives or positives of each
 log = logging.getLogger(__name__)
 
 
+def too_few(videos: int, sources: int, split: str) -> str:
+    """Returns why nothing can be learnt from this number of training videos and of their sources, or "" if enough is
+    there. `split` is the split that they are of; "" where the index has none."""
+    if videos >= MIN_VIDEOS and sources >= MIN_SOURCES:
+        return ""
+    return (
+        f"expected at least {MIN_VIDEOS} training videos of at least {MIN_SOURCES} sources, got {videos} of {sources}"
+        + (f" in split {split!r}" if split else "")
+    )
+
+
 class IndexFileError(TableError):
     """An index is not as expected; the message states the place, what was found and what was expected."""
 

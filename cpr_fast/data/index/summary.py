@@ -7,7 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from cpr_fast.data.index.index import MIN_SOURCES, MIN_VIDEOS
+from cpr_fast.config.recipes import init_command
+from cpr_fast.data.index.index import too_few
 from cpr_fast.wording import counted, printable
 
 # kind of a problem -> (whether the video is in the index, what the kind means)
@@ -73,8 +74,8 @@ def summary(report: dict[str, Any]) -> list[str]:
         lines.append(f"Other files, which are not videos: {named}")
     if report["problems"]:
         lines.append(f"All problems: {Path(report['index']).with_suffix('.report.json')}")
-    if too_few := _too_few(report):
-        lines.append(too_few)
+    if missing := _too_few(report):
+        lines.append(f"Too few videos for pretraining: {missing}.")
     elif set(report["splits"]) <= {""}:
         lines.append("Without splits pretraining reads all videos, and in `cpr-fast retrieve` every video queries "
                      "those of all other sources.")  # fmt: skip
@@ -82,15 +83,8 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 
 def _too_few(report: dict[str, Any]) -> str:
-    """Returns a sentence if pretraining would refuse the index, or else ""."""
-    split, videos, sources = (report["training"][key] for key in ("split", "videos", "sources"))
-    if videos >= MIN_VIDEOS and sources >= MIN_SOURCES:
-        return ""
-    where = f" in split {split!r}" if split else ""
-    return (
-        f"Too few for pretraining: {counted(videos, 'video')} of {counted(sources, 'source')}{where}; expected at "
-        f"least {MIN_VIDEOS} of at least {MIN_SOURCES} sources."
-    )
+    """Returns why pretraining refuses the index, or "" if it does not."""
+    return too_few(*(report["training"][key] for key in ("videos", "sources", "split")))
 
 
 def grouped(problems: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
@@ -138,7 +132,8 @@ def next_step(report: dict[str, Any]) -> str:
         return ""
     if _too_few(report):
         return "add videos to pretrain on, and run this command again"
-    index = shlex.quote(report["index"])
+    init = init_command(report["index"])
     if not report["without_flow"]:
-        return f"cpr-fast init {index}"
-    return f"cpr-fast flow {index} --out flow   (optical flow, the second view; without it: cpr-fast init {index})"
+        return init
+    flow = f"cpr-fast flow {shlex.quote(report['index'])} --out flow"
+    return f"{flow}   (optical flow, the second view; without it: {init})"

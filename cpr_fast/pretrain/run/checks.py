@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpr_fast.config import Config, Cycle
+from cpr_fast.config.checks import least_clip
 from cpr_fast.config.unreached import unreached_epochs, unreached_steps
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
-from cpr_fast.mining.stages import idle_stages, stage_keep
+from cpr_fast.mining.stages import idle_stages, most_stages, stage_keep
 from cpr_fast.wording import counted, listed
 
 LONG_FILL = 0.25  # if waiting for the queue takes a larger share of a cycle's steps, a warning is given
@@ -176,7 +177,7 @@ def _about_videos(config: Config, index: Index) -> Iterator[str]:
     if 2 * short >= len(index):
         yield (
             f"{short} of {len(index)} videos are shorter than a clip of {config.data.frames} frames at stride "
-            f"{config.data.stride} and are padded: set data.frames or data.stride lower"
+            f"{config.data.stride} and are padded: {_shorter_clips(config)}"
         )
     fits = sum(video.num_frames > span for video in index)
     if config.data.augment == "none" and not fits:
@@ -197,6 +198,15 @@ def _about_videos(config: Config, index: Index) -> Iterator[str]:
             "videos are of one source: every entry is a positive and nothing is learnt. Give the clips of different "
             "videos different sources in the index"
         )
+
+
+def _shorter_clips(config: Config) -> str:
+    """Returns the settings that make clips shorter, as far as the network allows it."""
+    least, _ = least_clip(config.model.arch)
+    ways = ["data.frames"] * (config.data.frames > least) + ["data.stride"] * (config.data.stride > 1)
+    if not ways:
+        return f"model.arch {config.model.arch!r} reads no clips of fewer than {least} frames, so use longer videos"
+    return f"set {' or '.join(ways)} lower"
 
 
 def _all_positive(config: Config, index: Index) -> bool:
@@ -246,9 +256,21 @@ def _about_random_entries(config: Config, plans: Sequence[CyclePlan]) -> Iterato
         )
 
 
+def largest_queue(steps: int, clips: int) -> int:
+    """Returns the largest size of a queue that is filled early enough by a cascade cycle of `steps` steps: within
+    LONG_FILL of them, or within one step. It is a multiple of `clips`, the number of keys of a step."""
+    return max(1, int(steps * LONG_FILL)) * clips
+
+
+def other_entries(size: int, largest: int, videos: int) -> float:
+    """Returns about how many of the `size` entries of a memory are of other sources than a query of the largest source,
+    which has `largest` of the `videos`."""
+    return size * (1 - largest / videos)
+
+
 def _ways(config: Config, plans: Sequence[CyclePlan]) -> str:
     """Returns the settings with which the queue is full early enough in each of the cycles."""
-    size = min(max(1, int(plan.steps * LONG_FILL)) * plan.clips for plan in plans)  # a whole number of steps
+    size = min(largest_queue(plan.steps, plan.clips) for plan in plans)
     epochs = math.ceil(plans[0].fill_steps / LONG_FILL / plans[0].epoch_steps)
     return f"Set memory.size to {size} or less, or {_longer(config, plans, epochs)}"
 
@@ -271,7 +293,7 @@ def _about_mining(config: Config, index: Index, plans: Sequence[CyclePlan]) -> I
         return
     size = _entries(config, index)
     largest = int(sources.argmax())
-    others = size * (1 - sources[largest] / len(index))
+    others = other_entries(size, sources[largest], len(index))
     wanted = {plan: _top_k(config, plan.cycle) for plan in plans}
     if poor := [plan for plan in plans if others < wanted[plan]]:
         name = index[int(np.flatnonzero(index.source_ids == largest)[0])].source
@@ -293,8 +315,7 @@ def _about_stages(config: Config, index: Index, plans: Sequence[CyclePlan]) -> I
         keep = stage_keep(stages, size, ratio, top_k)
         if not (idle := idle_stages(keep, size)) or top_k >= size:
             continue
-        fewer = next(n for n in range(stages - 1, 0, -1) if not idle_stages(stage_keep(n, size, ratio, top_k), size))
-        ways = [f"mining.stages to {fewer}"]
+        ways = [f"mining.stages to {most_stages(range(1, stages), size, ratio, top_k)}"]
         if config.memory.kind == "queue" and ratio < 1:
             ways.append(f"memory.size to {math.ceil((top_k + 1) / ratio ** (stages - 1))} or more")
         which = f"stage {idle[0]} selects" if len(idle) == 1 else f"stages {listed([*map(str, idle)])} select"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cpr_fast.config import DataConfig
-from cpr_fast.data.index.index import Index
+from cpr_fast.data.index.index import Index, too_few
 from cpr_fast.errors import InputError
 from cpr_fast.runtime import distributed
 
@@ -23,8 +23,8 @@ def training_videos(data: DataConfig) -> Index:
     those that `data.short_videos` drops.
 
     Raises:
-        InputError: no index was given, it cannot be read, no video has that split, or all are dropped; the message
-            names the setting.
+        InputError: no index was given, it cannot be read, no video has that split, all are dropped, or too few are
+            left; the message names the setting.
     """
     if not data.index:
         raise InputError("data.index: expected the path of an index (written by `cpr-fast index`), got ''")
@@ -33,7 +33,16 @@ def training_videos(data: DataConfig) -> Index:
         part = index.select_for_training(data.split)
     except InputError as error:
         raise InputError(f"data.split: {error}. Choose one with --data.split") from None
-    return part.long_enough(data)
+    split = data.split if index.has_splits else ""
+    _require_enough(part, split)  # before the short ones are dropped, too: their number is then not the reason
+    kept = part.long_enough(data)
+    _require_enough(kept, split)
+    return kept
+
+
+def _require_enough(part: Index, split: str) -> None:
+    if reason := too_few(len(part), len({video.source for video in part}), split):
+        raise InputError(f"data.index: {reason}")
 
 
 def digest(index: Index) -> dict[str, Any]:

@@ -231,9 +231,9 @@ def test_the_summary_of_unlabelled_videos_says_that_no_labels_are_needed(classes
 @pytest.mark.parametrize(
     ("videos", "said"),
     [
-        (["a.mp4", "b.mp4"], "2 videos of 2 sources; expected"),
-        ([f"x_c{n:02d}.mp4" for n in range(9)], "9 videos of 1 source; expected"),
-        (["train/a/a.mp4", *(f"test/a/{n}.mp4" for n in range(9))], "1 video of 1 source in split 'train'; expected"),
+        (["a.mp4", "b.mp4"], "got 2 of 2."),
+        ([f"x_c{n:02d}.mp4" for n in range(9)], "got 9 of 1."),
+        (["train/a/a.mp4", *(f"test/a/{n}.mp4" for n in range(9))], "got 1 of 1 in split 'train'."),
         ([f"{n}.mp4" for n in range(8)], None),
     ],
 )
@@ -241,10 +241,17 @@ def test_an_index_that_pretraining_refuses_says_so_at_once(tmp_path, capsys, vid
     place(write_plain(tmp_path / "v.mp4", 3), *(tmp_path / "set" / name for name in videos))
     assert main(["index", str(tmp_path / "set"), "--out", str(tmp_path / "i.csv")]) == 0
     printed = capsys.readouterr().out
-    assert (f"Too few for pretraining: {said}" in printed) == (said is not None)
+    few = f"Too few videos for pretraining: expected at least 8 training videos of at least 2 sources, {said}\n"
+    assert (few in printed) == (said is not None)
     assert ("next: add videos to pretrain on" in printed) == (said is not None)
     refused = main(["init", str(tmp_path / "i.csv"), "--out", str(tmp_path / "r.toml"), "--seconds", "0"])
     assert refused == (0 if said is None else 2)
+    reason = f"expected at least 8 training videos of at least 2 sources, {said}".rstrip(".")
+    assert (reason in capsys.readouterr().err) == (said is not None)
+    if said is not None:  # in the same words
+        settings = ["--data.index", str(tmp_path / "i.csv"), "--run.out", str(tmp_path / "run")]
+        assert main(["pretrain", "infonce_ucf101", *settings, "--data.split", "train" if "split" in said else ""]) == 2
+        assert f"data.index: {reason}" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_copies_are_named_with_what_contradicts(tmp_path, capsys):

@@ -30,16 +30,19 @@ def write_index(folder: Path, splits: list[str]) -> str:
 
 
 def test_videos_are_chosen_by_split(tmp_path):
-    index = write_index(tmp_path, ["train", "test", "train", "val"])
-    assert [video.path.name for video in training_videos(DataConfig(index=index))] == ["v0.mp4", "v2.mp4"]
-    assert len(training_videos(DataConfig(index=index, split="val"))) == 1
+    index = write_index(tmp_path, ["test", *["train"] * 8, "val"])
+    assert [video.path.name for video in training_videos(DataConfig(index=index))] == [f"v{i}.mp4" for i in range(1, 9)]
+    with pytest.raises(
+        InputError, match="data.index: expected at least 8 training videos .* got 1 of 1 in split 'val'"
+    ):
+        training_videos(DataConfig(index=index, split="val"))
 
 
 @pytest.mark.parametrize("split", ["train", "", "anything"])
 def test_without_splits_all_videos_are_taken(tmp_path, split, caplog):
     caplog.set_level("INFO")
-    index = write_index(tmp_path, ["", "", ""])
-    assert len(training_videos(DataConfig(index=index, split=split))) == 3
+    index = write_index(tmp_path, [""] * 9)
+    assert len(training_videos(DataConfig(index=index, split=split))) == 9
     assert ("the index has no splits" in caplog.text) == (split != "")
 
 
