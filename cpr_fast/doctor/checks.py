@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def doctor(
     index: Path | None,
-    config: Config,
+    config: Config | None,
     *,
     device: torch.device,
     seconds: float,
@@ -35,7 +35,8 @@ def doctor(
 
     Args:
         index: an index (CSV), or None.
-        config: the settings that the data are checked against, and that the step is measured with.
+        config: the settings that the data are checked against, and that the step is measured with; None if there are
+            none for this index, so that neither is done.
         device: where the operators and the step run.
         seconds: time for measuring a step; 0 skips the measurement.
         judged: a sentence that says where `config` is from, for the user.
@@ -69,9 +70,9 @@ def doctor(
 
 
 def _check_data(
-    index: Path, config: Config, device: torch.device, seconds: float, findings: list[Finding]
+    index: Path, config: Config | None, device: torch.device, seconds: float, findings: list[Finding]
 ) -> dict[str, Any]:
-    """Returns "data", "estimates" and "breakdown" of an index."""
+    """Returns "data", "estimates" and "breakdown" of an index; the last two only if it can be trained on."""
     from cpr_fast.doctor.data import check_index, load_index, training_part
     from cpr_fast.doctor.estimates import estimates
 
@@ -81,6 +82,8 @@ def _check_data(
     announce(f"Checking {counted(len(videos), 'video')}")
     data = check_index(index, videos, config, findings)
     train = training_part(videos, config, findings)
+    if train is None or config is None:
+        return {"data": data}
     row = _breakdown(train, config, device, seconds, findings) if seconds > 0 and data["decodable"] else None
     expected = estimates(index, videos, train, config, row, findings) if data["decodable"] else None
     return {"data": data, "estimates": expected, "breakdown": row}

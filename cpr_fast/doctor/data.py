@@ -15,7 +15,7 @@ from cpr_fast.config import Config
 from cpr_fast.data.flow.names import flow_command
 from cpr_fast.data.index.assemble import SHORT
 from cpr_fast.data.index.build import report_path
-from cpr_fast.data.index.index import Index, IndexFileError, NotAnIndexError, Video
+from cpr_fast.data.index.index import MIN_VIDEOS, Index, IndexFileError, NotAnIndexError, Video, too_few
 from cpr_fast.data.index.layouts import HMDB51_CLASSES
 from cpr_fast.data.storage.media import container, is_record, read_frames
 from cpr_fast.data.video.container import VideoError
@@ -58,7 +58,7 @@ def views_read(config: Config) -> tuple[str, ...]:
     return tuple(dict.fromkeys(v for cycle in config.schedule.cycles for v in cycle.views(shared=config.model.shared)))
 
 
-def check_index(index: Path, videos: Index, config: Config, findings: list[Finding]) -> dict[str, Any]:
+def check_index(index: Path, videos: Index, config: Config | None, findings: list[Finding]) -> dict[str, Any]:
     """Returns the properties of the index and the results of decoding a sample of its videos."""
     sources = Counter(video.source for video in videos)
     sampled, damaged, stale, whole = _sample(videos)
@@ -118,9 +118,11 @@ def _check_sample(facts: dict[str, Any], whole: int, findings: list[Finding]) ->
                                 "time"))  # fmt: skip
 
 
-def _check_columns(index: Path, videos: Index, facts: dict[str, Any], config: Config, findings: list[Finding]) -> None:
+def _check_columns(
+    index: Path, videos: Index, facts: dict[str, Any], config: Config | None, findings: list[Finding]
+) -> None:
     """Checks flow, lengths and frame sizes."""
-    needs_flow = config.data.flow == "stored" and "flow" in views_read(config)
+    needs_flow = config is not None and config.data.flow == "stored" and "flow" in views_read(config)
     if facts["without_flow"] and facts["decodable"] and needs_flow:
         verb = "has" if facts["without_flow"] == 1 else "have"
         findings.append(Finding("warning", f"{facts['without_flow']} of {counted(facts['videos'], 'video')} {verb} no "
@@ -253,28 +255,48 @@ def _index_report(index: Path) -> list[Finding]:
     return [Finding("warning", text, f"read {report_path(index)}", "results")]
 
 
-def training_part(videos: Index, config: Config, findings: list[Finding]) -> Index:
-    """Returns the videos of data.split, all videos if there is no such split, and checks the sizes of the config."""
-    try:
-        train = videos.select_for_training(config.data.split)
-    except IndexFileError:
-        found = ", ".join(repr(name) for name in dict.fromkeys(video.split for video in videos))
-        text = f"the index has no split {config.data.split!r} (data.split); its splits are {found}"
-        findings.append(Finding("warning", text, "set data.split to one of them", "settings"))
-        train = videos
-    try:
-        train = train.long_enough(config.data)
-    except IndexFileError as error:
-        findings.append(Finding("warning", str(error), 'set data.short_videos to "keep"', "settings"))
+def training_part(videos: Index, config: Config | None, findings: list[Finding]) -> Index | None:
+    """Returns the videos of data.split, all videos if there is no such split, and checks the sizes of the config.
+
+    Returns None, with the reason in the findings, if there are too few videos to train on. Without a config, the split
+    is the one that pretraining reads by default.
+    """
+    split, train = _training_part(videos, config, findings)
     _check_splits(videos, findings)
+    if reason := too_few(len(train), len({video.source for video in train}), split):
+        if len(set(videos.source_ids.tolist())) > 1 or len(train) < MIN_VIDEOS:  # else it is reported already
+            findings.append(Finding("error", f"too few videos for pretraining: {reason}",
+                                    "add videos, then list them again with `cpr-fast index`", "fails"))  # fmt: skip
+        return None
+    if config is None:
+        return train
     if len(train) < config.data.batch_size:
-        verb = "is" if len(train) == 1 else "are"
-        findings.append(Finding("warning", f"{counted(len(train), 'training video')} {verb} fewer than "
+        findings.append(Finding("warning", f"{counted(len(train), 'training video')} are fewer than "
                                 f"data.batch_size = {config.data.batch_size}",
                                 f"set data.batch_size to {len(train)} or less", "settings"))  # fmt: skip
     else:
         _check_learning(train, config, findings)
     return train
+
+
+def _training_part(videos: Index, config: Config | None, findings: list[Finding]) -> tuple[str, Index]:
+    """Returns the split to train on, "" for all videos, and its videos."""
+    if config is None:
+        split, chosen = videos.training()
+        return split, Index(chosen, videos.classes)
+    split = config.data.split if videos.has_splits else ""
+    try:
+        train = videos.select_for_training(split)
+    except IndexFileError:
+        found = ", ".join(repr(name) for name in dict.fromkeys(video.split for video in videos))
+        text = f"the index has no split {config.data.split!r} (data.split); its splits are {found}"
+        findings.append(Finding("warning", text, "set data.split to one of them", "settings"))
+        split, train = "", videos
+    try:
+        return split, train.long_enough(config.data)
+    except IndexFileError as error:
+        findings.append(Finding("warning", str(error), 'set data.short_videos to "keep"', "settings"))
+        return split, train
 
 
 def _check_splits(videos: Index, findings: list[Finding]) -> None:

@@ -1,4 +1,5 @@
-"""Chooses the settings that an index is judged with: those of a named recipe, or of the recipe made for that index."""
+"""Chooses the settings that an index is judged with: those of a named recipe, of the recipe made for that index, or
+those that `cpr-fast init` would choose."""
 
 from __future__ import annotations
 
@@ -9,44 +10,73 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cpr_fast.config import Config, ConfigError, load
+from cpr_fast.config.recipes import init_command
+from cpr_fast.data.index.index import Index
 from cpr_fast.doctor.findings import Finding
+from cpr_fast.errors import InputError
+from cpr_fast.experiments.sizing import Facts, sized_recipe, usable_cores
 
 LARGEST = 2**20  # bytes; a larger file is not a recipe
 MARK = "written by `cpr-fast init`"
 
 
 class Recipe(NamedTuple):
-    """Settings, the file they are from (None: the defaults), and a sentence about this choice."""
+    """The settings that an index is judged with.
 
-    config: Config
+    Attributes:
+        config: None where there is no recipe, and `init` writes none for such an index.
+        path: The file that the settings are from; None if they are those that `init` would choose.
+        said: A sentence about this choice, which follows "The data are"; "" if there is none.
+        next_step: The command to run next if nothing is wrong.
+    """
+
+    config: Config | None
     path: Path | None
     said: str
+    next_step: str
 
 
-def choose_recipe(index: Path | None, named: Path | None, findings: list[Finding]) -> Recipe:
+def choose_recipe(index: Path | None, named: Path | None, findings: list[Finding], *, gpu: bool = False) -> Recipe:
     """Returns the recipe `named`, or the only recipe that names `index` beside the index or in the working directory,
-    or the defaults if there is no such recipe or several.
+    or what `init` would choose if there is no such recipe or several.
 
     A recipe of `cpr-fast init` that cannot be read is reported in `findings`.
+
+    Args:
+        gpu: Whether training would run on a GPU.
     """
     if named is not None:
-        return Recipe(load(named), named, f"judged with the settings of {named} (--config)")
+        return Recipe(load(named), named, f"judged with the settings of {named} (--config)", _pretrain(named))
     if index is None:
-        return Recipe(Config(), None, "")
+        return Recipe(None, None, "", "cpr-fast index VIDEOS --out index.csv")
     found = dict(_recipes_of(index, findings))
     if len(found) == 1:
         ((path, config),) = found.items()
         return Recipe(config, path, f"judged with the settings of {path}, which names this index; to judge another "
-                      "recipe: --config RECIPE.toml")  # fmt: skip
-    defaults = "judged with the default settings, which suit ten thousand videos"
+                      "recipe: --config RECIPE.toml", _pretrain(path))  # fmt: skip
+    sized = _sized(index, gpu)
     if found:
-        which = (
-            f"several recipes name this index ({', '.join(map(str, found))}); choose one: --config {next(iter(found))}"
-        )
+        next_step = f"cpr-fast doctor {shlex.quote(str(index))} --config {shlex.quote(str(next(iter(found))))}"
+        which = f"several recipes name this index ({', '.join(map(str, found))}); --config chooses one"
     else:
-        quoted = shlex.quote(str(index))
-        which = f"no recipe names this index; `cpr-fast init {quoted}` writes one, --config RECIPE.toml names another"
-    return Recipe(Config(), None, f"{defaults}: {which}")
+        next_step = init_command(index)
+        which = f"no recipe names this index; `{next_step}` writes one"
+    said = f"judged with the settings that `cpr-fast init` would choose: {which}" if sized else ""
+    return Recipe(sized, None, said, next_step)
+
+
+def _pretrain(recipe: Path) -> str:
+    return f"cpr-fast pretrain {shlex.quote(str(recipe))}"
+
+
+def _sized(index: Path, gpu: bool) -> Config | None:
+    """Returns the settings that `init` would choose, or None if it would refuse the index, for a reason that the checks
+    of the index report."""
+    try:
+        videos = Index.load(index, require_flow=False, skipped=[])
+        return sized_recipe(Facts.of(videos, cores=usable_cores(), gpu=gpu), str(index), "runs/mine").config
+    except (InputError, OSError, ValueError):
+        return None
 
 
 def _recipes_of(index: Path, findings: list[Finding]) -> Iterator[tuple[Path, Config]]:

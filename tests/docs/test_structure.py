@@ -43,8 +43,8 @@ ORDER = (
     "report.run_folder",
     "report.sections",
     "report",
-    "doctor",
     "experiments",
+    "doctor",
     "commands",
     "cli",
 )

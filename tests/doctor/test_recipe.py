@@ -10,7 +10,6 @@ from support.numbered_videos import write_video
 pytest.importorskip("nvidia.dali")
 
 from cpr_fast.cli import main
-from cpr_fast.config import Config
 from cpr_fast.data.flow import estimate
 from cpr_fast.data.index.index import Index, IndexFileError, NotAnIndexError
 from cpr_fast.doctor import checks
@@ -32,7 +31,7 @@ top_k = 1
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The working directory, with `set/index.csv` of four videos without flow; neither the codecs are checked nor the
+    """The working directory, with `set/index.csv` of eight videos without flow; neither the codecs are checked nor the
     time of their flow is measured."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(estimate, "_measure", lambda *_: estimate._Cost(1e-4, 5e-5, 1.0))
@@ -42,9 +41,9 @@ def folder(tmp_path, monkeypatch):
     pictures = np.random.default_rng(0).integers(0, 256, (20, 48, 64, 3)).astype(np.uint8)
     (tmp_path / "set").mkdir()
     video = write_video(tmp_path / "v", pictures, "h264-bframes")
-    for i in range(4):
+    for i in range(8):
         os.link(video, tmp_path / "set" / f"{i}.mp4")
-    write_index(tmp_path / "set" / "index.csv", ["train"] * 4)
+    write_index(tmp_path / "set" / "index.csv", ["train"] * 8)
     return tmp_path
 
 
@@ -81,19 +80,44 @@ def test_the_recipe_of_the_index_is_judged(folder, capsys, place, index):
     assert out.endswith(f"\nnext: cpr-fast pretrain {place}\n")
 
 
-def test_without_a_recipe_the_defaults_are_judged_and_named(folder, capsys):
-    out, _ = doctor(capsys, "set/index.csv")
-    assert "judged with the default settings, which suit ten thousand videos: no recipe names this index; " in out
-    assert "`cpr-fast init set/index.csv` writes one, --config RECIPE.toml names another" in out
-    assert '4 of 4 videos have no flow, which the view "flow" of these settings needs' in out
-    assert out.endswith("\nnext: cpr-fast init set/index.csv\n")
+def test_without_a_recipe_the_settings_of_init_are_judged_and_their_advice_is_not_refused(folder, capsys):
+    for command in ("cpr-fast init set/index.csv", "cpr-fast init set/index.csv --out index.toml"):
+        out, code = doctor(capsys, "set/index.csv")
+        assert (
+            code == 0
+            and (
+                "The data are judged with the settings that `cpr-fast init` would choose: no recipe names this index; "
+                f"`{command}` writes one\n"
+            )
+            in out
+        )
+        assert "of these settings needs" not in out and "Set " not in out and "set " not in out.replace("set/", "")
+        assert out.endswith(f"\nnext: {command}\n")
+        (folder / "recipe.toml").write_text("# a recipe of other videos")
+    assert main([*command.split()[1:], "--seconds", "0"]) == 0
+
+
+@pytest.mark.parametrize("videos", [1, 6, 7])
+def test_too_few_videos_are_the_one_thing_to_change_in_the_words_of_init(folder, capsys, videos):
+    write_index(folder / "set" / "index.csv", [""] * videos)
+    out, code = doctor(capsys, "set/index.csv")
+    reason = f"expected at least 8 training videos of at least 2 sources, got {videos} of {videos}"
+    assert code == 1 and f"error (a command fails): too few videos for pretraining: {reason}\n" in out
+    assert "-> add videos, then list them again with `cpr-fast index`\n" in out and "settings" not in out
+    assert "cpr-fast init" not in out.replace("`init` refuses", "") and "batch_size" not in out
+    assert out.endswith("\nnext: correct the problem of number 1, then run this command again\n")
+    assert main(["init", "set/index.csv", "--seconds", "0"]) == 2 and reason in capsys.readouterr().err
+    (folder / "r.toml").write_text(RECIPE.format(index="set/index.csv", size=2))
+    assert reason in doctor(capsys, "set/index.csv")[0]
+    assert main(["pretrain", "r.toml", "--data.split", ""]) == 2 and reason in capsys.readouterr().err
 
 
 def test_of_several_recipes_none_is_chosen(folder, capsys):
     (folder / "a.toml").write_text(RECIPE.format(index="set/index.csv", size=2))
     (folder / "set" / "b.toml").write_text(RECIPE.format(index="index.csv", size=2))
     out, _ = doctor(capsys, "set/index.csv")
-    assert "several recipes name this index (set/b.toml, a.toml); choose one: --config set/b.toml" in out
+    assert "several recipes name this index (set/b.toml, a.toml); --config chooses one\n" in out
+    assert out.endswith("\nnext: cpr-fast doctor set/index.csv --config set/b.toml\n")
     out, _ = doctor(capsys, "set/index.csv", "--config", "a.toml")
     assert "The data are judged with the settings of a.toml (--config)" in out
     assert out.endswith("\nnext: cpr-fast pretrain a.toml\n")
@@ -103,25 +127,25 @@ def test_a_recipe_of_init_that_cannot_be_read_is_an_error(folder, capsys):
     text = RECIPE.format(index="set/index.csv", size=2).replace("batch_size", "batchsize")
     (folder / "recipe.toml").write_text(text)
     out, code = doctor(capsys, "set/index.csv")
-    assert code == 1 and "recipe.toml" in out and "batchsize" in out and "default settings" in out
+    assert code == 1 and "recipe.toml" in out and "batchsize" in out and "`cpr-fast init` would choose" in out
     assert out.endswith("\nnext: correct the problem of number 1, then run this command again\n")
 
 
 def test_without_an_index_the_next_step_makes_one(folder, capsys):
     out, _ = doctor(capsys)
     assert "The data are" not in out and out.endswith("\nnext: cpr-fast index VIDEOS --out index.csv\n")
-    assert choose_recipe(None, None, []).config == Config()
+    assert choose_recipe(None, None, []).config is None
 
 
 @pytest.mark.parametrize(
     ("splits", "said"),
     [
         (
-            ["", "", "", ""],
+            [""] * 8,
             "no train and no test split: training uses all videos, `retrieve` lets every video search among",
         ),
-        (["train"] * 4, "no test split: `retrieve` lets every video search among those of all other sources"),
-        (["train", "train", "test", "test"], ""),
+        (["train"] * 8, "no test split: `retrieve` lets every video search among those of all other sources"),
+        (["train"] * 7 + ["test"], ""),
     ],
 )
 def test_a_missing_split_is_named_with_what_it_is_for(folder, capsys, splits, said):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +14,8 @@ from cpr_fast.errors import InputError
 
 if TYPE_CHECKING:
     from cpr_fast.doctor.findings import Finding
+
+BROKEN = ("fails", "settings")  # effects of findings with which a command fails
 
 
 def doctor(
@@ -33,7 +34,7 @@ def doctor(
     Args:
         index: An index (CSV) whose data are checked, and for which the time of a training step is measured.
         config: The recipe (TOML) that the data are judged with; by default the one that names this index, beside the
-            index or in the working directory, or the default settings if there is no such recipe or several.
+            index or in the working directory, or what `init` would write if there is no such recipe or several.
         device: "auto", "cpu", "cuda" or "cuda:N".
         seconds: Time for measuring a training step, in seconds; 0 skips the measurement.
         tables: Print tables of everything that was measured before the findings.
@@ -62,25 +63,12 @@ def doctor(
     if reason := no_device(where):
         raise InputError(f"--device: {reason}")
     found: list[Finding] = []
-    recipe = choose_recipe(index, config, found)
+    recipe = choose_recipe(index, config, found, gpu=where.type == "cuda")
     result = run(index, recipe.config, device=where, seconds=seconds, judged=recipe.said, findings=found)
-    # The default settings fail on many indexes, but the user has not chosen them.
-    fails = {"fails"} if recipe.path is None else {"fails", "settings"}
-    broken = any(finding["level"] == "error" or finding["effect"] in fails for finding in result["findings"])
+    broken = any(finding["level"] == "error" or finding["effect"] in BROKEN for finding in result["findings"])
     if not json:
         show_findings(result, tables=tables)
-    show(result, json, lines=[], next_step=_next_step(index, recipe.path, broken))
+    again = "correct the problem of number 1, then run this command again"
+    show(result, json, lines=[], next_step=again if broken else recipe.next_step)
     if broken:
         raise SystemExit(1)
-
-
-def _next_step(index: Path | None, recipe: Path | None, broken: bool) -> str:
-    if broken:
-        return "correct the problem of number 1, then run this command again"
-    if index is None:
-        return "cpr-fast index VIDEOS --out index.csv"
-    return (
-        f"cpr-fast init {shlex.quote(str(index))}"
-        if recipe is None
-        else f"cpr-fast pretrain {shlex.quote(str(recipe))}"
-    )
