@@ -28,6 +28,8 @@ from cpr_fast.models import build_encoder
 from cpr_fast.runtime.busy import OtherPrograms
 from cpr_fast.runtime.progress import announce
 
+LEAST_BUDGET_S = 2.0  # processor time of `least_step_s`
+
 ADVICE = {
     "read": "reading from the disk is slow: copy the data to a local disk or to /dev/shm, or make it smaller with "
     "`cpr-fast index --transcode`",
@@ -68,7 +70,8 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
     augment_s = cut_s * share + _augment(kept[:batch], data, views, 0.1 * seconds) * batch
     copy_s = _copy(batch, data, views, device)
     announce("  the network")
-    step_s, clips = _step(config, len(views), batch, device, 0.3 * seconds)
+    part_s, clips = _step(config, len(views), batch, device, 0.3 * seconds)
+    step_s = part_s * batch / clips
     announce("  the loader as a whole")
     loader_s = _loader(index, data, views, config.run.seed, device, 0.3 * seconds)
     stages = {
@@ -215,8 +218,14 @@ def _copy(batch: int, data: DataConfig, views: tuple[str, ...], device: torch.de
     return _repeat(copy, 1.0)
 
 
+def least_step_s(config: Config, views: int, batch: int, *, device: torch.device) -> float:
+    """Returns seconds that a training step of `batch` videos takes at least: those of the networks alone, on as many of
+    its clips as can be measured within some seconds."""
+    return _step(config, views, batch, device, LEAST_BUDGET_S)[0]
+
+
 def _step(config: Config, views: int, batch: int, device: torch.device, budget_s: float) -> tuple[float, int]:
-    """Returns the seconds of the networks in a step of `batch` videos, and the clips per forward pass measured.
+    """Returns the seconds of the networks in a step of as many of `batch` clips as `budget_s` allows, and this number.
 
     Every operation has a cost that does not depend on the batch, mostly of threads that wait for each other. Scaled up
     from two clips, it would count batch / 2 times: of a small network on a busy machine that is most of the time. The
@@ -244,7 +253,7 @@ def _step(config: Config, views: int, batch: int, device: torch.device, budget_s
     while count < batch and used_s < budget_s:
         count = min(batch, 4 * count)
         seconds, used_s = measured(count)
-    return seconds * batch / count, count
+    return seconds, count
 
 
 def _loader(

@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from support.stand_in_loader import make_index
 
 from cpr_fast.cli import main
 from cpr_fast.commands.training.init import _step_time
 from cpr_fast.config import load
 from cpr_fast.data.index.index import Index
+from cpr_fast.doctor import bottleneck
 from cpr_fast.errors import InputError
 from cpr_fast.experiments.sizing import Facts, sized_recipe
 from cpr_fast.mining.stages import stage_keep
@@ -160,6 +162,7 @@ def listed(tmp_path, monkeypatch):
     Index(videos).save("index.csv")
     measured = {"loader_s_per_step": 2.0, "stage_s_per_step": {"step": 0.5}, "other_programs": 0.25}
     monkeypatch.setattr("cpr_fast.doctor.bottleneck.breakdown", lambda *a, **k: measured)
+    monkeypatch.setattr("cpr_fast.doctor.bottleneck.least_step_s", lambda *a, **k: 0.5)
 
 
 def test_a_long_plan_says_how_long_it_takes_and_how_to_shorten_it(listed, capsys):
@@ -205,7 +208,7 @@ def test_the_time_of_a_step_has_two_digits_and_no_exponent(seconds, said):
     ("options", "said"),
     [
         (["--minutes", "0.5"], "--minutes: expected at least 0.6, the time of one epoch for each of the 4 cycles (an "
-         "epoch takes a few seconds), got 0.5; --epochs 4 writes that recipe"),
+         "epoch takes a few seconds), got 0.5; --epochs 4 writes that recipe and prints its time"),
         (["--minutes", "0"], "--minutes: expected more than 0, got 0.0"),
         (["--minutes", "nan"], "--minutes: expected more than 0, got nan"),
         (["--minutes", "5", "--seconds", "0"], "--minutes: expected --seconds above 0 with it"),
@@ -216,6 +219,25 @@ def test_the_time_of_a_step_has_two_digits_and_no_exponent(seconds, said):
 def test_a_length_that_cannot_be_is_refused_and_nothing_is_written(listed, capsys, options, said):
     assert main(["init", "index.csv", *options]) == 2
     assert said in capsys.readouterr().err and not Path("recipe.toml").exists()
+
+
+def test_minutes_that_the_network_alone_exceeds_are_refused_before_the_measurement(listed, monkeypatch, capsys):
+    def measured(*_arguments, **_options):
+        raise AssertionError("a step was measured")
+
+    monkeypatch.setattr("cpr_fast.doctor.bottleneck.breakdown", measured)
+    assert main(["init", "index.csv", "--minutes", "0.1"]) == 2  # 4 epochs of 4 steps of 0.5 s take 8 s
+    said = (
+        "--minutes: expected more than 0.15, the time of one epoch for each of the 4 cycles (an epoch takes more than"
+    )
+    err = capsys.readouterr().err
+    assert said in err and "Measuring the network of a training step" in err and not Path("recipe.toml").exists()
+
+
+def test_the_network_alone_is_measured_without_the_videos():
+    config = sized_recipe(facts(8), "i", "o").config
+    small = dataclasses.replace(config, model=dataclasses.replace(config.model, width=1 / 16))
+    assert 0 < bottleneck.least_step_s(small, 2, 2, device=torch.device("cpu")) < 60
 
 
 def test_a_recipe_that_another_command_wrote_during_the_measurement_is_not_replaced(listed, monkeypatch, capsys):

@@ -73,10 +73,13 @@ def init(
     facts = Facts.of(videos, cores=usable_cores(), gpu=gpu)
     named = os.path.relpath(index, out.parent), str(run)
     whole = sized = sized_recipe(facts, *named, epochs)
-    pace = None
+    pace, device = None, "cuda" if gpu else "cpu"
+    if minutes is not None:
+        announce("Measuring the network of a training step, which takes some seconds")
+        _require_enough(sized, _least_step_s(sized.config, device), minutes, network_alone=True)
     if seconds:
         announce(f"Measuring training steps on these videos for about {seconds:.0f} s, longer on a busy machine")
-        pace = _pace(videos, facts.split, sized.config, "cuda" if gpu else "cpu", seconds)
+        pace = _pace(videos, facts.split, sized.config, device, seconds)
     if minutes is not None and (fit := _epochs_that_fit(sized, pace.step_s, minutes)) < total_epochs(sized):
         sized = sized_recipe(facts, *named, fit)
     _require_new(out, force)  # again, because the measurement takes long and another command may have written it
@@ -131,19 +134,46 @@ def total_epochs(sized: Sized) -> int:
 
 def _epochs_that_fit(sized: Sized, step_s: float, minutes: float) -> int:
     """Returns how many epochs of a recipe fit into a time. Raises InputError if not every cycle gets one."""
+    _require_enough(sized, step_s, minutes)
+    return int(MARGIN * 60 * minutes / _epoch_s(sized, step_s))
+
+
+def _epoch_s(sized: Sized, step_s: float) -> float:
+    return sized.steps / total_epochs(sized) * step_s
+
+
+def _require_enough(sized: Sized, step_s: float, minutes: float, *, network_alone: bool = False) -> None:
+    """Raises InputError if a time is too short for an epoch of each cycle.
+
+    Args:
+        network_alone: Whether `step_s` is the time of the network alone, which a step takes at least.
+    """
     from cpr_fast.runtime.progress import about
 
-    epochs, cycles = total_epochs(sized), len(sized.config.schedule.cycles)
-    epoch_s = sized.steps / epochs * step_s
-    fit = int(MARGIN * 60 * minutes / epoch_s)
-    if fit < cycles:
-        least = cycles * epoch_s / 60 / MARGIN
-        least = math.ceil(least) if least >= 10 else math.ceil(100 * least) / 100  # upwards, so that it is enough
-        raise InputError(
-            f"--minutes: expected at least {least:,}, the time of one epoch for each of the {cycles} cycles "
-            f"(an epoch takes {about(epoch_s)}), got {minutes:g}; --epochs {cycles} writes that recipe"
-        )
-    return fit
+    cycles, epoch_s = len(sized.config.schedule.cycles), _epoch_s(sized, step_s)
+    if int(MARGIN * 60 * minutes / epoch_s) >= cycles:
+        return
+    least = cycles * epoch_s / 60 / MARGIN
+    least = math.ceil(least) if least >= 10 else math.ceil(100 * least) / 100  # upwards, so that it is enough
+    expected, takes = (
+        (f"more than {least:,}", "an epoch takes more than")
+        if network_alone
+        else (f"at least {least:,}", "an epoch takes")
+    )
+    raise InputError(
+        f"--minutes: expected {expected}, the time of one epoch for each of the {cycles} cycles "
+        f"({takes} {about(epoch_s)}), got {minutes:g}; --epochs {cycles} writes that recipe and prints its time"
+    )
+
+
+def _least_step_s(config: Config, device: str) -> float:
+    """Returns seconds that a step takes at least, without reading a video."""
+    import torch
+
+    from cpr_fast.doctor.bottleneck import least_step_s
+
+    views = len({cycle.view for cycle in config.schedule.cycles})
+    return least_step_s(config, views, config.data.batch_size, device=torch.device(device))
 
 
 def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None, minutes: float | None) -> list[str]:
