@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 # Unicode categories that break a line or change what a terminal shows: control characters, lone surrogates (bytes of
 # file names that are not UTF-8), line and paragraph separators.
 _ESCAPED = ("Cc", "Cs", "Zl", "Zp")
+MOST_NAMES = 1000  # names of a folder among which a similar one is sought; 1,000 take 4 ms (one Zen 4 thread)
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
@@ -44,6 +46,47 @@ def not_a_file(path: str | Path) -> str:
     if os.path.islink(path):
         return f"is a link to {os.readlink(path)!r}, which leads to no file"
     return "does not exist"
+
+
+def expected(what: str, path: str | Path, state: str = "") -> str:
+    """Returns the sentence about a path that a user named and that is not what a command expects.
+
+    For example "expected a file, but 'six.csv' does not exist; did you mean 'set.csv'?". `state` says what the path is
+    instead, by default `not_a_file`.
+    """
+    state = state or not_a_file(path)
+    sentence = f"expected {what}, but {str(path)!r} {state}"
+    if state != "does not exist":
+        return sentence
+    if close := similar_path(path):
+        return f"{sentence}; did you mean {close!r}?"
+    folder = os.path.dirname(path)
+    return sentence if not folder or os.path.exists(folder) else f"{sentence}, nor does the folder {folder!r}"
+
+
+def similar_path(path: str | Path) -> str:
+    """Returns an existing path of a name that is similar to one that does not exist, or "" if there is none.
+
+    Similar are names of the same suffix in the same folder, and paths below a folder of a similar name.
+    """
+    folder, name = os.path.split(str(path).rstrip("/"))
+    if not name:
+        return ""
+    folders = [folder]
+    if folder and not os.path.isdir(folder):
+        folders = [similar_path(folder)]
+        if not folders[0]:
+            return ""
+        if os.path.exists(os.path.join(*folders, name)):
+            return os.path.join(*folders, name)
+    try:
+        names = os.listdir(folders[0] or ".")
+    except (OSError, ValueError):
+        return ""
+    stem, suffix = os.path.splitext(name)
+    stems = {os.path.splitext(other)[0]: other for other in names if os.path.splitext(other)[1] == suffix}
+    close = difflib.get_close_matches(stem, stems, n=1) if len(stems) <= MOST_NAMES else []
+    return os.path.join(folders[0], stems[close[0]]) if close else ""
 
 
 def printable(text: str) -> str:

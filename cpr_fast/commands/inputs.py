@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from cpr_fast.errors import InputError
-from cpr_fast.wording import not_a_file
+from cpr_fast.wording import expected
 
 
 def require_file(option: str, path: str | Path | None) -> None:
@@ -22,7 +22,7 @@ def require_file(option: str, path: str | Path | None) -> None:
     The functions of `os.path` treat a name that is too long, or links in a circle, as a file that does not exist.
     """
     if path is not None and not os.path.isfile(path):
-        raise InputError(f"{option}: expected a file, but {str(path)!r} {not_a_file(path)}")
+        raise InputError(f"{option}: {expected('a file', path)}")
 
 
 def require_files(option: str, paths: Iterable[str | Path]) -> None:
@@ -34,14 +34,13 @@ def require_files(option: str, paths: Iterable[str | Path]) -> None:
 def require_folder(option: str, path: str | Path | None) -> None:
     """Raises InputError that names the option, if its folder is given but does not exist."""
     if path is not None and not os.path.isdir(path):
-        state = "is a file" if os.path.isfile(path) else not_a_file(path)
-        raise InputError(f"{option}: expected a folder, but {str(path)!r} {state}")
+        raise InputError(f"{option}: {expected('a folder', path, 'is a file' if os.path.isfile(path) else '')}")
 
 
 def require_data_set(option: str, path: str | Path) -> None:
     """Raises InputError that names the option, if the path is neither a folder nor an LMDB file."""
     if not os.path.exists(path):
-        raise InputError(f"{option}: expected a folder or an LMDB file, but {str(path)!r} {not_a_file(path)}")
+        raise InputError(f"{option}: {expected('a folder or an LMDB file', path)}")
 
 
 def require_checkpoints(option: str, checkpoints: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from cpr_fast.config.checks import check_classifier
 from cpr_fast.config.config import Config
 from cpr_fast.config.epochs import scale_milestones
 from cpr_fast.config.sections import ClassifierConfig, ConfigError
-from cpr_fast.wording import not_a_file
+from cpr_fast.wording import expected
 
 
 def load(path: str | Path) -> Config:
@@ -28,7 +28,7 @@ def load(path: str | Path) -> Config:
     """
     path = Path(path)
     if not os.path.isfile(path):
-        raise ConfigError(f"config file {str(path)!r} {not_a_file(path)}")
+        raise ConfigError(expected("a recipe (a TOML file)", path))
     kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
         text = decoded(path.read_bytes())

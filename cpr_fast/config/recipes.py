@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from cpr_fast.config.sections import ConfigError
+from cpr_fast.wording import expected
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 
@@ -37,7 +38,8 @@ def init_command(index: str | Path) -> str:
 def find_config(name: str | Path) -> Path:
     """Returns the path of a config: an existing file, or a recipe by its name, such as "cpr_ucf101".
 
-    Raises ConfigError with a suggestion if neither exists.
+    Raises ConfigError with a suggestion if neither exists. A name that ends in .toml or .json, or that holds a slash,
+    is that of a file.
     """
     path = Path(name)
     if os.path.isfile(path):  # False also for a name that is too long
@@ -45,8 +47,13 @@ def find_config(name: str | Path) -> Path:
     known = recipes()
     if path.parent == Path(".") and path.name.removesuffix(".toml") in known:
         return FOLDER / f"{path.name.removesuffix('.toml')}.toml"
-    close = difflib.get_close_matches(path.name.removesuffix(".toml"), known, n=1)
-    hint = f"did you mean the recipe {close[0]!r}?" if close else "`cpr-fast recipes` lists the recipes"
+    close = [f"the recipe {recipe!r}" for recipe in difflib.get_close_matches(path.stem, known, n=1)]
+    if path.suffix in (".toml", ".json") or "/" in str(name) or os.path.lexists(path):
+        sentence = f"CONFIG: {expected('a recipe (a TOML file)', name)}"
+        hint = f"did you mean {close[0]}?" if close else "`cpr-fast init INDEX.csv` writes a recipe for your videos"
+        raise ConfigError(sentence if "did you mean" in sentence else f"{sentence}; {hint}")
+    close += [repr(file)] if os.path.isfile(file := f"{name}.toml") else []
+    hint = f"did you mean {close[-1]}?" if close else "`cpr-fast recipes` lists the recipes"
     raise ConfigError(
         f"CONFIG: expected a TOML file or the name of a recipe, got {str(name)!r}, which is neither; {hint}"
     )

@@ -57,6 +57,48 @@ def test_what_is_no_file_is_described(places, capsys, words, option, path, what)
     assert f"{option}: expected a file, but {path!r} {what}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "option", "path", "close"),
+    [
+        ("pretrain", "CONFIG", "recipes.toml", "recipe.toml"),
+        ("pretrain", "CONFIG", "recipe", "recipe.toml"),
+        ("pretrain recipe.toml --resume --run.out", "run.out", "runs/mime", "runs/mine"),
+        ("pretrain recipe.toml --data.index", "--data.index", "indx.csv", "index.csv"),
+        ("explain", "CONFIG", "./recipee.toml", "./recipe.toml"),
+        ("doctor", "INDEX", "idnex.csv", "index.csv"),
+        ("init", "INDEX", "Index.csv", "index.csv"),
+        ("index --out new.csv", "ROOT", "video", "videos"),
+        ("index --out new.csv", "ROOT", "video/a", "videos/a"),
+        ("retrieve --index index.csv", "CHECKPOINT", "runs/min/checkpoints/last.pt", "runs/mine/checkpoints/last.pt"),
+        ("export --out new.onnx", "CHECKPOINT", "runs/mine/checkpoints/lst.pt", "runs/mine/checkpoints/last.pt"),
+        ("report", "RUNS", "runs/mien", "runs/mine"),
+        ("compare runs/mine", "RUNS", "run/mine", "runs/mine"),
+        ("mine", "FEATURES", "runs/mine/checkpoints/last.npz", ""),
+        ("init", "INDEX", "other.csv", ""),
+    ],
+)
+def test_a_missing_path_is_called_missing_and_a_similar_one_is_named(
+    tmp_path, monkeypatch, capsys, words, option, path, close
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/mine/checkpoints/last.pt", "runs/mine/metrics.jsonl", "videos/a/v.mp4", "index.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    rows = [f"videos/a/v{i}.mp4,,,,9,25,64,48," for i in range(9)]
+    for i in range(9):
+        (tmp_path / "videos" / "a" / f"v{i}.mp4").touch()
+    (tmp_path / "index.csv").write_text("\n".join([",".join(COLUMNS), *rows]) + "\n")
+    (tmp_path / "recipe.toml").write_text(
+        "[data]\nindex = 'index.csv'\nbatch_size = 2\nflow = 'on_the_fly'\n[memory]\nsize = 6\n"
+    )
+    command, *options = words.split()
+    assert main([command, *options, path] if options and command == "pretrain" else [command, path, *options]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"cpr-fast: {option}: expected ") and f"{path!r}" in last
+    assert ("; did you mean " in last) == bool(close) and (not close or f"did you mean {close!r}?" in last)
+    assert " does not exist" in last or path == "recipe"
+
+
 @pytest.fixture(scope="module")
 def finetuned(tmp_path_factory):
     """A run, and a checkpoint such as `finetune` writes: with encoders, but without the state of pretraining."""

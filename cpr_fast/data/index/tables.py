@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from cpr_fast.errors import InputError
-from cpr_fast.wording import not_a_file
+from cpr_fast.wording import expected
 
 DELIMITERS = ",;\t"
 _LINE_END = r"\r\n|\r|\n"
@@ -34,7 +34,8 @@ def read_text(path: Path, what: str = "file") -> str:
     Raises TableError if the file is missing, not readable or in another encoding.
     """
     if not os.path.isfile(path):  # a pipe may have no writer, and /dev/zero no end
-        raise TableError(f"{what} {str(path)!r} {not_a_file(path)}")
+        article = "an" if what[0] in "aeiou" else "a"
+        raise TableError(expected(f"{article} {what}", path))
     try:
         data = Path(path).read_bytes()
     except OSError as error:

@@ -32,7 +32,7 @@ from cpr_fast.evaluate.features.results import Checkpoints
 from cpr_fast.evaluate.features.windows import open_windows
 from cpr_fast.evaluate.retrieval.ranking import Comparison, leading_views, prepare_streams
 from cpr_fast.models import Encoder
-from cpr_fast.wording import not_a_file
+from cpr_fast.wording import expected
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfi
     videos = []
     for number, path in enumerate(paths):
         if not path.is_file():
-            raise InputError(f"QUERIES: expected a video file, but {str(path)!r} {not_a_file(path)}")
+            raise InputError(f"QUERIES: {expected('a video file', path)}")
         try:
             info, file = probe_video(path), path
             if info.error:

@@ -23,7 +23,7 @@ from cpr_fast.runtime.metrics import FILE as METRICS_FILE
 from cpr_fast.runtime.metrics import read_metrics, rewind
 from cpr_fast.weights.checkpoint import BEST, LAST, load_checkpoint, point_to
 from cpr_fast.weights.reading import CheckpointError, DamagedCheckpointError
-from cpr_fast.wording import counted, listed
+from cpr_fast.wording import counted, expected, listed
 
 T = TypeVar("T")
 
@@ -63,7 +63,10 @@ def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
         InputError: another process holds the lock, or the folder cannot be written.
     """
     if exists and not folder.is_dir():
-        raise _no_checkpoint(folder / "checkpoints")
+        state = "is a file" if folder.is_file() else ""
+        raise CheckpointError(
+            f"run.out: {expected('the folder of a run to continue', folder, state)}; a new run starts without --resume"
+        )
     require_writable("run.out", folder, OTHER_FOLDER)
     new = [folder / name for name in OF_THE_START if not os.path.lexists(folder / name)]
     busy = f"run.out: another run is writing to {str(folder)!r}"

@@ -139,7 +139,7 @@ def test_a_video_that_is_named_in_two_ways_is_repeated(name, tmp_path):
 def test_no_index_and_no_text_are_named(tmp_path):
     with pytest.raises(IndexFileError, match=r"gone.csv' does not exist"):
         Index.load(tmp_path / "gone.csv")
-    with pytest.raises(IndexFileError, match="index .* is a folder"):
+    with pytest.raises(IndexFileError, match="expected an index, but .* is a folder"):
         Index.load(tmp_path)
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00path")
     with pytest.raises(IndexFileError, match="binary.csv: expected a UTF-8 index"):

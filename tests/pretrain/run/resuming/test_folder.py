@@ -124,9 +124,12 @@ def test_the_command_that_is_named_starts_as_many_processes(finished):
 
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"last.pt' does not exist"):
+    with pytest.raises(CheckpointError, match=r"run.out: expected the folder of a run to continue, but '.*none' does"):
         run(settings(tmp_path / "none"), resume=True)
     assert not (tmp_path / "none").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"last.pt' does not exist"):
+        run(settings(tmp_path / "empty"), resume=True)
 
 
 def test_a_folder_with_a_run_is_not_overwritten(finished):
@@ -174,7 +177,7 @@ with only_writer(Path({str(tmp_path)!r})):
 REFUSED = {
     "model.init.rgb: ": {"model": {"init": {"rgb": "FILE"}}},
     "health.online_split: ": {"health": {"online_every": 1, "online_split": "none"}, "data": {"index": "INDEX"}},
-    "checkpoint .* does not exist": {},  # and resume
+    "run.out: .* does not exist|checkpoint .* does not exist": {},  # and resume
 }
 
 
