@@ -30,9 +30,10 @@ def scale_epochs(config: Config, epochs: int) -> Config:
 def scale_milestones(milestones: Sequence[int], old: int, new: int) -> tuple[int, ...]:
     """Returns the milestones of a training of `old` epochs for one of `new` epochs.
 
-    Epochs are counted from 0, so a milestone takes effect if it lies in 1..new - 1. Milestones that would fall on the
-    same epoch or after the last one are moved to neighbouring epochs. If there are more milestones than such epochs,
-    the first ones are dropped. Milestones that never took effect in the old training are dropped, too.
+    A milestone is the number of epochs after which the learning rate falls, so it takes effect if it lies in
+    1..new - 1. Milestones that would fall on the same epoch or after the last one are moved to neighbouring epochs. If
+    there are more milestones than such epochs, the first ones are dropped. Milestones that never took effect in the old
+    training are dropped, too.
     """
     effective = sorted(milestone for milestone in milestones if milestone < old)
     count = min(len(effective), new - 1)

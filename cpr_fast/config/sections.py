@@ -149,7 +149,9 @@ class Cycle:
     view: View  # the view whose encoder is trained
     epochs: int  # number of epochs of this cycle
     mining: Mining = "cascade"  # "none": InfoNCE; "label": UberNCE; "cascade": CoCLR and CPR
-    milestones: tuple[int, ...] = ()  # epochs of the cycle at which the learning rate is multiplied by schedule.gamma
+    milestones: tuple[
+        int, ...
+    ] = ()  # after how many epochs of the cycle the learning rate is multiplied by schedule.gamma
     top_k: int | None = None  # replaces mining.top_k in this cycle (progressive training)
     lr: float | None = None  # replaces optim.lr in this cycle
     other: View | None = None  # the second view; None: flow for rgb, and rgb for flow and residual
@@ -192,7 +194,7 @@ class ClassifierConfig:
     # When every learning rate is multiplied by gamma: "steps" at the milestones; "plateau" after more than `patience`
     # epochs in a row without a lower loss on the validation part, down to min_lr (torch's ReduceLROnPlateau) [IIC].
     schedule: Literal["steps", "plateau"] = "steps"
-    # Epochs at which every learning rate is multiplied by gamma; used only with schedule = "steps".
+    # After how many epochs every learning rate is multiplied by gamma; used only with schedule = "steps".
     milestones: tuple[int, ...] = (400, 450)
     gamma: float = 0.1  # factor on every learning rate when it falls
     # Number of epochs in a row without a lower validation loss before the rates fall; only with schedule = "plateau".
@@ -229,7 +231,7 @@ class ProbeConfig(ClassifierConfig):
     # What the classifier is trained on: "features", one stored feature per video; "clips", augmented clips.
     inputs: Literal["features", "clips"] = "features"
     epochs: int = 100  # number of epochs
-    # Epochs at which the learning rate is multiplied by gamma; used only with schedule = "steps".
+    # After how many epochs the learning rate is multiplied by gamma; used only with schedule = "steps".
     milestones: tuple[int, ...] = (60, 80)
     optimizer: Literal["adam", "sgd"] = "sgd"  # the optimiser of the classifier
     lr: float = 1.0  # learning rate of the classifier; use 0.1 with inputs = "clips"

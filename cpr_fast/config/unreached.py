@@ -48,9 +48,9 @@ def unreached_in_classifier(where: str, settings: ClassifierConfig) -> Iterator[
 
 def _milestones(where: str, what: str, milestones: Sequence[int], epochs: int) -> Iterator[str]:
     if late := [milestone for milestone in milestones if milestone >= epochs]:
-        named = f"epoch{'s' if len(late) > 1 else ''} {listed([*map(str, late)])}"
+        when = counted(late[0], "epoch") if len(late) == 1 else f"{listed([*map(str, late)])} epochs"
         yield (
-            f"{where}.milestones names {named}, but {what} ends after "
-            f"{counted(epochs, 'epoch')}: the learning rate does not fall there. Set {where}.milestones below {epochs} "
-            "or change the length with --epochs, which moves them along"
+            f"{where}.milestones lets the learning rate fall after {when}, but {what} ends after "
+            f"{counted(epochs, 'epoch')}. Set {where}.milestones below {epochs} or change the length with --epochs, "
+            "which moves them along"
         )

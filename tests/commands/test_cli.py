@@ -59,7 +59,17 @@ def test_config_settings_are_in_the_help_with_the_files_values(tmp_path, capsys)
     ("arguments", "message"),
     [
         (["pretrain"], "CONFIG: expected a TOML file or the name of a recipe, got none"),
-        (["pretrain", "nowhere.toml"], "CONFIG: expected a TOML file or the name of a recipe, got 'nowhere.toml'"),
+        (
+            ["pretrain", "nowhere.toml"],
+            "CONFIG: expected a recipe (a TOML file), but 'nowhere.toml' does not exist; "
+            "`cpr-fast init INDEX.csv` writes a recipe for your videos",
+        ),
+        (
+            ["explain", "no/where"],
+            "CONFIG: expected a recipe (a TOML file), but 'no/where' does not exist, nor does the folder 'no'",
+        ),
+        (["pretrain", "crp_ucf101.toml"], "'crp_ucf101.toml' does not exist; did you mean the recipe 'cpr_ucf101'?"),
+        (["pretrain", "."], "CONFIG: expected a recipe (a TOML file), but '.' is a folder"),
         (["pretrain", "crp_ucf101"], "did you mean the recipe 'cpr_ucf101'?"),
         (["pretrain", "config.yaml"], "got 'config.yaml', which is neither"),
         (["pretrain", "a.toml", "b.toml"], "CONFIG: expected one config, got 'a.toml' and 'b.toml'"),
@@ -97,7 +107,7 @@ def test_config_settings_are_in_the_help_with_the_files_values(tmp_path, capsys)
         (["doctor", "nowhere.csv"], "INDEX: expected a file, but 'nowhere.csv'"),
         (["doctor", "--seconds", "nan"], "--seconds: expected 0 or more, got nan"),
         (["show-sample", "nowhere.csv", "--out", "x.png"], "INDEX: expected a file, but 'nowhere.csv'"),
-        (["show-sample", __file__, "--out", "x.png", "--epoch", "-1"], "--epoch: expected 0 or more, got -1"),
+        (["show-sample", __file__, "--out", "x.png", "--epoch", "0"], "--epoch: expected 1 or more, got 0"),
         (["init", "nowhere.csv"], "INDEX: expected a file, but 'nowhere.csv'"),
         (["init", __file__, "--seconds", "-1"], "--seconds: expected 0 or more, got -1.0"),
         (["init", __file__, "--out", "."], "--out: expected the name of a TOML file, but '.' is a folder"),

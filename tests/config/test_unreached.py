@@ -16,11 +16,11 @@ def config(cycle, **sections):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"epochs": 5, "milestones": [5]}, "schedule.cycles[0].milestones names epoch 5, but the cycle ends after 5 "
-         "epochs: the learning rate does not fall there. Set schedule.cycles[0].milestones below 5 or change the "
+        ({"epochs": 5, "milestones": [5]}, "schedule.cycles[0].milestones lets the learning rate fall after 5 epochs, "
+         "but the cycle ends after 5 epochs. Set schedule.cycles[0].milestones below 5 or change the "
          "length with --epochs, which moves them along"),
-        ({"epochs": 1, "milestones": [3, 250, 280]}, "names epochs 3, 250 and 280, but the cycle ends after 1 epoch:"),
-        ({"epochs": 9, "milestones": [4, 250]}, "names epoch 250, but"),
+        ({"epochs": 1, "milestones": [3, 250, 280]}, "fall after 3, 250 and 280 epochs, but the cycle ends after 1 "),
+        ({"epochs": 9, "milestones": [4, 250]}, "fall after 250 epochs, but"),
     ],
 )  # fmt: skip
 def test_a_milestone_after_the_last_epoch_is_named(given, said):
@@ -42,7 +42,10 @@ def test_an_interval_longer_than_the_run_is_named():
 @pytest.mark.parametrize("settings", [ClassifierConfig(epochs=7, milestones=(3, 7)), ProbeConfig(epochs=61)])
 def test_the_milestones_of_a_classifier_are_checked_too(settings):
     (text,) = unreached_in_classifier("probe", settings)
-    assert f"probe.milestones names epoch {settings.milestones[-1]}, but the training ends" in text
+    assert (
+        f"probe.milestones lets the learning rate fall after {settings.milestones[-1]} epochs, but the training ends"
+        in text
+    )
 
 
 def test_a_plateau_that_cannot_end_in_time_is_named():

@@ -31,9 +31,9 @@ def test_the_watchdog_names_what_one_process_hangs_in(tmp_path, caplog):
     config = settings(tmp_path, schedule=cycles, run={"out": str(tmp_path), "stall_timeout_s": 0.5})
     pretrain(config, index=INDEX, make_loader=Hanging, progress=False)
     notes = [row["text"] for row in read_metrics(tmp_path) if row["kind"] == "note"]
-    (note,) = (text for text in notes if "of step 2" in text)  # a busy machine may have stalled elsewhere, too
+    (note,) = (text for text in notes if "of step 3" in text)  # a busy machine may have stalled elsewhere, too
     assert note in caplog.text
-    assert note.startswith("rank 0 has been waiting for the batch of step 2 (in test_watchdog.py:")
+    assert note.startswith("rank 0 has been waiting for the batch of step 3 (in test_watchdog.py:")
     assert ", epoch) for 0." in note
 
 

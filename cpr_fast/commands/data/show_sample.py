@@ -17,7 +17,7 @@ def show_sample(
     *,
     out: Path,
     position: Annotated[int, tyro.conf.arg(name="index")] = 0,
-    epoch: int = 0,
+    epoch: int = 1,
     config: Path | None = None,
     views: tuple[Literal["rgb", "flow", "residual"], ...] = ("rgb",),
     json: Json = False,
@@ -27,15 +27,16 @@ def show_sample(
     Args:
         index: The index (CSV) that `cpr-fast index` wrote.
         out: The file to write, with the suffix .png or .mp4.
-        position: Number of the video, from 0: its row in the index, or with --config in the split that the config uses.
-        epoch: Number of the epoch, from 0.
+        position: Number of the video, from 0: its row below the header of the index, or with --config in the split that
+            the config uses.
+        epoch: Number of the epoch, from 1.
         config: The TOML file or config.json of a run, whose data settings and seed are used; without it the defaults.
         views: The views to show of each clip.
     """
     require_file("INDEX", index)
     require_file("--config", config)
     require_at_least("--index", 0, position)
-    require_at_least("--epoch", 0, epoch)
+    require_at_least("--epoch", 1, epoch)
     from cpr_fast.runtime.progress import announce
 
     announce("Loading PyTorch and NVIDIA DALI")
@@ -47,6 +48,8 @@ def show_sample(
     videos = Index.load(index, require_flow=settings.data.flow == "stored")
     if config is not None:
         videos = videos.select_for_training(settings.data.split).long_enough(settings.data)
-    result = run(videos, settings.data, seed=settings.run.seed, epoch=epoch, position=position, out=out, views=views)
+    result = run(
+        videos, settings.data, seed=settings.run.seed, epoch=epoch - 1, position=position, out=out, views=views
+    )
     result["settings"] = "the defaults; to use others: --config RECIPE.toml" if config is None else str(config)
     show(result, json, next_step=f"open {out}, which shows what the network sees")

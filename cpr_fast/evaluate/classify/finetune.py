@@ -117,7 +117,7 @@ def _judged(state: _State) -> dict[str, float]:
         row["validation_loss"] = training.validate(state.model, state.epoch)
         if not math.isfinite(row["validation_loss"]):
             raise ArithmeticError(
-                f"epoch {state.epoch}: the loss on the validation part is NaN or infinite; lower the learning rates"
+                f"epoch {state.epoch + 1}: the loss on the validation part is NaN or infinite; lower the learning rates"
             )
         if state.plateau is not None:
             state.plateau.step(row["validation_loss"])
@@ -136,7 +136,7 @@ def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest, forecast:
     training, epoch, device = state.training, state.epoch, state.training.device
     model = state.model.train()
     first, total, rng = state.take_partial()
-    title = f"{training.view}, epoch {epoch + 1}/{training.settings.epochs}"
+    title = f"{training.view}, epoch {epoch + 1} of {training.settings.epochs}"
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed((training.seed << 20) + epoch)
         distributed.set_rng_states(device, rng)
@@ -160,10 +160,10 @@ def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest, forecast:
             forecast.add()
             if signum := distributed.largest(stop.signum):
                 path = state.save({"steps": step + 1, "total": total, "rng": distributed.rng_states(device)})
-                raise Interrupted(signum, f"after step {step} of epoch {epoch}; saved {path}")
+                raise Interrupted(signum, f"after step {step + 1} of epoch {epoch + 1}; saved {path}")
     loss, hits, clips = total.tolist()
     if not loss / clips < float("inf"):
-        raise ArithmeticError(f"epoch {epoch}: the loss of the classifier is NaN or infinite; lower its rates")
+        raise ArithmeticError(f"epoch {epoch + 1}: the loss of the classifier is NaN or infinite; lower its rates")
     return loss / clips, hits / clips
 
 

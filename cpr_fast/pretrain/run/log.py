@@ -40,6 +40,8 @@ class StepLog:
         self.loss_chance = chance_loss(state.config, state.cycle, state.memory.size)
         self.common = {"cycle": number, "view": state.cycle.view, "mining": state.cycle.mining}
         self.pending: list[tuple[int, StepResult]] = []
+        self.epochs = sum(cycle.epochs for cycle in state.config.schedule.cycles)
+        self.current = ""  # the epoch of the newest step, for people: counted from 1
         self.newest: dict[str, float] = {}  # loss and PMR of the last row, for the progress line
         self.newest_random = False  # whether that loss was computed with random vectors in the queue
         self.clips_per_step = 2 * state.config.data.batch_size * state.world.size
@@ -49,6 +51,7 @@ class StepLog:
     def step(self, step: int, epoch: int, lr: float, data_wait_s: float, result: StepResult) -> None:
         """Records a step, and every `run.log_every` steps writes a row, with times averaged over these steps."""
         self.pending.append((step, result))
+        self.current = f"epoch {epoch + 1} of {self.epochs}"
         self.data_wait_s += data_wait_s
         self.steps += 1
         if (step + 1) % self.state.config.run.log_every:
@@ -63,8 +66,8 @@ class StepLog:
         self.newest_random = self._random_negatives(1) > 0
 
     def status(self) -> str:
-        """Returns loss, PMR and the filled share of the memory, for the progress line. Does not read from the
-        device.
+        """Returns the epoch, loss, PMR and the filled share of the memory, for the progress line. Does not read from
+        the device.
 
         While a queue still holds the random vectors that it began with, the loss is near 0 even if nothing is learnt,
         because they are easy negatives; it is then not compared with chance.
@@ -75,7 +78,9 @@ class StepLog:
             chance = " (low while the queue holds random vectors)"
         shown = [f"PMR {percent(value)}" if name == "pmr" else f"loss {value:.3f}{chance}"
                  for name, value in self.newest.items() if math.isfinite(value)]  # fmt: skip
-        return ", ".join([*shown, f"memory {min(1, memory.count / memory.size):.0%} full"])
+        return ", ".join(
+            [*filter(None, [self.current]), *shown, f"memory {min(1, memory.count / memory.size):.0%} full"]
+        )
 
     def check(self) -> tuple[float, dict[str, float]]:
         """Returns loss and mining rates of the newest step.
@@ -104,7 +109,7 @@ class StepLog:
                (("queries", result.queries), ("keys", result.keys))}  # fmt: skip
         counts = ", ".join(f"{name} of {count} of {len(paths)} clips" for name, count in bad.items())
         return (
-            f"step {step}: features or loss are NaN or infinite ({counts}; loss {result.loss.item():.4g}). "
+            f"step {step + 1}: features or loss are NaN or infinite ({counts}; loss {result.loss.item():.4g}). "
             f"{self._dump(step, result, paths)}Try a lower optim.lr, or optim.precision = 'fp32'. "
             f"Videos of the batch: {', '.join(paths)}"
         )
@@ -164,7 +169,7 @@ class StepLog:
         for text in health.alarms(row, self.state.config.health):
             self._write({"kind": "alarm", **common, "text": text})
             if self.writer is not None:
-                log.warning("epoch %d: %s", epoch, text)
+                log.warning("epoch %d of %d: %s", epoch + 1, self.epochs, text)
 
     def online(self, epoch: int, step: int, measured: dict[str, Any], best: bool) -> None:
         """Writes the result of online retrieval after an epoch. Its time does not count for the next epoch."""

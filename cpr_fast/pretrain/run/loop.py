@@ -173,7 +173,7 @@ def _begin(run: Run, saved: dict[str, Any] | None) -> None:
         if run.online is not None:
             log.info("  Every %d epochs: %s", run.config.health.online_every, run.online.work_ahead())
         if saved:
-            log.info("  Resumed at step %d of %d", saved["step"], sum(plan.steps for plan in run.plans))
+            log.info("  Resumed after step %d of %d", saved["step"], sum(plan.steps for plan in run.plans))
     for text in run.warnings:
         log.warning("Warning: %s", text)
 
@@ -227,7 +227,8 @@ def _run_cycle(
     )  # fmt: skip
     rows = StepLog(run.writer, state, number, run.index)
     steps = len(loader)  # per epoch
-    description = f"cycle {number + 1}/{len(config.schedule.cycles)}: {state.cycle.view}, mining {state.cycle.mining}"
+    cycles = len(config.schedule.cycles)
+    description = f"cycle {number + 1} of {cycles}: {state.cycle.view}, mining {state.cycle.mining}"
     batches = _timed_batches(loader, epochs, start_step, run.watch)
     left = len(epochs) * steps - start_step
     pace = _pace(run, state, number, left)
@@ -237,7 +238,7 @@ def _run_cycle(
             batches, description, total=left, unit="steps", progress=run.progress, status=rows.status, left=pace.text
         ):
             step, learns = epoch * steps + i, state.learning
-            run.watch.doing(f"computing step {step}")
+            run.watch.doing(f"computing step {step + 1}")
             lr = learning_rate(epoch - cycle_epochs(config.schedule)[number].start, state.cycle, config.optim,
                                config.schedule.gamma)  # fmt: skip
             state.set_learning_rate(lr)
@@ -280,7 +281,7 @@ def _after_step(
             best = _measure_retrieval(run, state, rows, epoch, step)
     every, signum = run.config.run.checkpoint_every, distributed.largest(run.stop.signum)
     if last or signum or (every and (step + 1) % every == 0):
-        run.watch.doing(f"writing the checkpoint of step {step}")
+        run.watch.doing(f"writing the checkpoint of step {step + 1}")
         rows.check()
         where = {"step": step + 1, "epoch": epoch + last, "step_in_epoch": 0 if last else i + 1}
         path = _save(run, state, {**where, "cycle": number}, weights, best)
@@ -301,7 +302,7 @@ def _pace(run: Run, state: CycleState, number: int, left: int) -> Pace:
 
 def _measure_retrieval(run: Run, state: CycleState, rows: StepLog, epoch: int, step: int) -> bool:
     """Measures online retrieval of the encoder that learns; returns whether its R@1 is the cycle's best so far."""
-    run.watch.doing(f"measuring retrieval after step {step}")
+    run.watch.doing(f"measuring retrieval after step {step + 1}")
     measured = run.online.measure(state.encoders.query, state.cycle.view)
     best = state.best is None or measured["r@1"] > state.best["r@1"]
     if best:
@@ -332,7 +333,7 @@ def _timed_batches(
     for epoch in epochs:
         batches = iter(loader.epoch(epoch, start_step))
         for i in range(start_step, len(loader)):
-            watch.doing(f"waiting for the batch of step {epoch * len(loader) + i}")
+            watch.doing(f"waiting for the batch of step {epoch * len(loader) + i + 1}")
             began = time.perf_counter()
             batch = next(batches)
             yield epoch, i, batch, time.perf_counter() - began

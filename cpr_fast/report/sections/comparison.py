@@ -31,7 +31,7 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
     for number, (name, run) in enumerate(zip(names, runs, strict=True)):
         mined = [row for row in run.epochs if row.get("pmr") is not None]
         if mined:
-            curves.append(Line(name, range(len(mined)), [row["pmr"] for row in mined], number))
+            curves.append(Line(name, range(1, len(mined) + 1), [row["pmr"] for row in mined], number))
         if counted := counted_epochs(run):
             counts[number] = (name, count_shares(counted[-1]))
         if found := class_rates(run):

@@ -74,8 +74,8 @@ def class_rates(run: Run) -> dict[str, Any] | None:
     """Returns CMR and true positives of every class in the last mining epoch, the best class first.
 
     Returns:
-        `epoch`, `full` (how many classes are at 100 %), `classes` (name, CMR, true positives or None) and `table`;
-        None if the index no longer exists or no epoch has a CMR.
+        `epoch` (from 1), `full` (how many classes are at 100 %), `classes` (name, CMR, true positives or None) and
+        `table`; None if the index no longer exists or no epoch has a CMR.
     """
     row = next((row for row in reversed(run.epochs) if row.get("cmr_per_class")), None)
     if row is None or run.index is None or len(run.index.classes) != len(row["cmr_per_class"]):
@@ -87,7 +87,7 @@ def class_rates(run: Run) -> dict[str, Any] | None:
     columns = [Column("Class"), Column("CMR, %", "rate"), Column("True positives mined", "count", old)]
     table = Table("CMR of every class", columns, rates)
     full = sum(rate == 1 for _, rate, _ in rates)
-    return {"epoch": row["epoch"], "full": full, "classes": rates, "table": table}
+    return {"epoch": row["epoch"] + 1, "full": full, "classes": rates, "table": table}
 
 
 def extremes(rates: Sequence[tuple]) -> tuple[Sequence[tuple], Sequence[tuple]]:
@@ -110,7 +110,7 @@ def _count_figures(run: Run) -> list[Chart]:
     for view in VIEWS:
         if rows := counted_epochs(run, view):
             same = [row for row in rows if len(row["right_counts"]) == len(rows[-1]["right_counts"])]  # of equal top-k
-            groups = {f"epoch {row['epoch']}": count_shares(row) for row in (same[0], same[-1])}
+            groups = {f"epoch {row['epoch'] + 1}": count_shares(row) for row in (same[0], same[-1])}
             title = f"{VIEW_NAMES[view]} queries by true positives"
             colours = [FIRST, SERIES[view]][-len(groups) :]
             figures.append(group_figure(groups, x="correct among the mined", title=title, colours=colours))

@@ -31,7 +31,7 @@ def mined_sheets(run: Run) -> list[dict[str, Any]]:
                 }
                 for row in known
             ]
-            sheets.append({"title": f"{VIEW_NAMES[view]} queries, epoch {last[0]['epoch']}", "queries": queries})
+            sheets.append({"title": f"{VIEW_NAMES[view]} queries, epoch {last[0]['epoch'] + 1}", "queries": queries})
     return sheets
 
 

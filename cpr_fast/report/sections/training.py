@@ -19,7 +19,7 @@ SMOOTH_STEPS = 9  # window of the running medians
 def cycle_bands(run: Run, only_mining: bool = False) -> list[Band]:
     """Returns the span of epochs of every cycle."""
     cycles = [c for c in run.cycles if c.epochs and (c.mining == "cascade" or not only_mining)]
-    return [Band(c.epochs[0]["epoch"] - 0.5, c.epochs[-1]["epoch"] + 0.5, c.name) for c in cycles]
+    return [Band(c.epochs[0]["epoch"] + 0.5, c.epochs[-1]["epoch"] + 1.5, c.name) for c in cycles]
 
 
 def curves(run: Run, key: str, label: str = "", dashed: bool = False) -> list[Line]:
@@ -30,7 +30,7 @@ def curves(run: Run, key: str, label: str = "", dashed: bool = False) -> list[Li
         if rows:
             name = label.format(view=VIEW_NAMES[cycle.view]) or VIEW_NAMES[cycle.view]
             named = any(line.name == name for line in lines)
-            x, y = [row["epoch"] for row in rows], [row[key] for row in rows]
+            x, y = [row["epoch"] + 1 for row in rows], [row[key] for row in rows]
             lines.append(Line(f"_{name}" if named else name, x, y, SERIES[cycle.view], dashed=dashed))
     return lines
 
@@ -52,7 +52,7 @@ def training_figures(run: Run) -> list[Chart]:
 def _over_steps(run: Run, key: str, label: str, series: int, raw: bool = False) -> list[Line]:
     """Returns the running median of a quantity of steps and, with `raw`, the quantity itself as a faint line."""
     rows = [row for row in run.steps if row.get(key) is not None]
-    steps, values = [row["step"] for row in rows], [row[key] for row in rows]
+    steps, values = [row["step"] + 1 for row in rows], [row[key] for row in rows]
     smooth = Line(label, steps, _running_median(values), series, marker=False)
     return [Line("_single steps", steps, values, series, faint=True, marker=False), smooth] if raw else [smooth]
 
@@ -69,7 +69,7 @@ def _step_losses(run: Run) -> list[Line]:
         per_epoch: dict[int, list[float | None]] = {}
         for row in cycle.steps:
             per_epoch.setdefault(row["epoch"], []).append(row["loss"])
-        x = [epoch - 0.5 + (i + 0.5) / len(rows) for epoch, rows in per_epoch.items() for i in range(len(rows))]
+        x = [epoch + 0.5 + (i + 0.5) / len(rows) for epoch, rows in per_epoch.items() for i in range(len(rows))]
         y = [loss for rows in per_epoch.values() for loss in rows]
         lines.append(Line("_single steps", x, y, SERIES[cycle.view], faint=True, marker=False))
     return lines
@@ -83,7 +83,7 @@ def _health_figures(run: Run) -> list[Chart]:
         rows = [row for row in run.health if row["effective_rank"].get(view) is not None]
         if rows:
             values = [row["effective_rank"][view] for row in rows]
-            ranks.append(Line(VIEW_NAMES[view], [row["epoch"] for row in rows], values, SERIES[view]))
+            ranks.append(Line(VIEW_NAMES[view], [row["epoch"] + 1 for row in rows], values, SERIES[view]))
     if ranks:
         figures.append(line_figure(ranks, x="epoch", y="Effective rank of the queries"))
     online = []
@@ -91,7 +91,7 @@ def _health_figures(run: Run) -> list[Chart]:
         rows = [row for row in run.online if row["view"] == view]
         if rows:
             values = [row["r@1"] for row in rows]
-            online.append(Line(VIEW_NAMES[view], [row["epoch"] for row in rows], values, SERIES[view]))
+            online.append(Line(VIEW_NAMES[view], [row["epoch"] + 1 for row in rows], values, SERIES[view]))
     if online:
         figures.append(line_figure(online, x="epoch", y="R@1 while training, held-out videos", percent=True))
     return figures

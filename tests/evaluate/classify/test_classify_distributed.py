@@ -184,7 +184,7 @@ def test_two_processes_of_4_learn_what_one_of_8_does(two, tmp_path, task, model_
 
 def test_a_signal_to_one_rank_stops_both_and_they_end_as_uninterrupted_ones(two):
     for found in two[:2]:
-        assert found["message"].startswith("stopped by SIGTERM after step 1 of epoch 1; saved ")
+        assert found["message"].startswith("stopped by SIGTERM after step 2 of epoch 2; saved ")
     for (name, a), b in zip(two[0]["finetune"]["weights"].items(), two[0]["stopped"]["weights"].values(), strict=True):
         assert torch.equal(a, b), name
     assert rows(two[2] / "finetune") == rows(two[2] / "stopped")

@@ -136,7 +136,7 @@ def test_selection_on_the_test_split_goes_before_the_validation_part(tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_and_a_foreign_checkpoint_are_named(tmp_path):
-    with pytest.raises(ArithmeticError, match="epoch 0: the loss on the validation part is NaN or infinite"):
+    with pytest.raises(ArithmeticError, match="epoch 1: the loss on the validation part is NaN or infinite"):
         train(tmp_path / "nan", PLATEAU, lambda *_: math.nan)
     steps = override_classifier("finetune", PLATEAU, schedule="steps", epochs=1)
     train(tmp_path / "steps", steps, lambda *_: 1.0)

@@ -27,7 +27,7 @@ def test_nan_stops_the_run_and_names_step_and_videos(tmp_path, bad, log_every):
     class Spoiled(RandomLoader):
         spoil = bad
 
-    with pytest.raises(NonFiniteError, match=rf"step {bad[0] * 3 + bad[1]}: .*queries of 6 of 6 clips.*\. "
+    with pytest.raises(NonFiniteError, match=rf"step {bad[0] * 3 + bad[1] + 1}: .*queries of 6 of 6 clips.*\. "
                        r"The step is saved in .*.pt\..* Videos of the batch: /v\d+.mp4, /v"):  # fmt: skip
         run(settings(tmp_path, run={"out": str(tmp_path), "log_every": log_every}), Spoiled)
     (dump,) = tmp_path.glob("nonfinite-step-*.pt")
@@ -82,7 +82,7 @@ def test_nan_on_a_full_disk_is_still_named(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(FailedError, match=r"step 1: features or loss are NaN .* could not be saved .*No space left"):
+    with pytest.raises(FailedError, match=r"step 2: features or loss are NaN .* could not be saved .*No space left"):
         run(settings(tmp_path), Spoiled)
     assert not list(tmp_path.glob("nonfinite*"))
 
