@@ -16,7 +16,7 @@ import torch
 from cpr_fast.config import Config, DataConfig
 from cpr_fast.data.clips.cut import cut_clips
 from cpr_fast.data.clips.graph import ClipGraph
-from cpr_fast.data.clips.loader import TrainLoader
+from cpr_fast.data.clips.loader import TrainLoader, decoded_views
 from cpr_fast.data.clips.reader import needed_parts
 from cpr_fast.data.clips.sampling import Clips, Sources, clip_frames, epoch_order, plan_pairs
 from cpr_fast.data.flow.on_the_fly import frame_reader
@@ -66,8 +66,9 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
     cores = os.cpu_count() or 1
     share = batch / min(data.workers, cores)
     announce("  reading and decoding")
-    read_s, decode_s, flow_s, cut_s, kept = _read_and_cut(index, plans, data, views, device, 0.3 * seconds)
-    augment_s = cut_s * share + _augment(kept[:batch], data, views, 0.1 * seconds) * batch
+    decoded = decoded_views(views)
+    read_s, decode_s, flow_s, cut_s, kept = _read_and_cut(index, plans, data, decoded, device, 0.3 * seconds)
+    augment_s = cut_s * share + _augment(kept[:batch], data, decoded, 0.1 * seconds) * batch
     copy_s = _copy(batch, data, views, device)
     announce("  the network")
     part_s, clips = _step(config, len(views), batch, device, 0.3 * seconds)
@@ -126,6 +127,8 @@ def _read_and_cut(
     them; and the finished clips of up to 64 videos by view.
 
     As in training, frames are cut while they are decoded: whole frames of 64 videos of 1920x1080 would take 25 GB.
+
+    Raises VideoError if none of the first 64 clips can be read.
     """
     read_s, kept, failed = 0.0, [], 0
     seconds = {"decode": 0.0, "flow": 0.0, "cut": 0.0}
@@ -150,11 +153,13 @@ def _read_and_cut(
                 spent["cut"] += time.perf_counter() - began - timed.seconds
         except VideoError:
             failed += 1
+            if failed == 64 and not kept:
+                raise
             continue
         read_s += read
         seconds = {stage: total + spent[stage] for stage, total in seconds.items()}
         kept.append((plan, clips))
-    count = max(1, len(kept))
+    count = len(kept)
     return read_s / count, *(total / count for total in seconds.values()), kept
 
 
@@ -197,8 +202,6 @@ def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:
 
 def _augment(kept: list, data: DataConfig, views: tuple[str, ...], budget_s: float) -> float:
     """Returns the seconds per video of the augmentation graph, on all threads of the CPU."""
-    if not kept:
-        return 0.0
     graph = ClipGraph(data, dict.fromkeys(views, "frames"), torch.device("cpu"), 2 * len(kept))
     clips = Clips.concatenate([plan for plan, _ in kept])
     samples = {view: [clip for _, cut in kept for clip in cut[view]] for view in views}

@@ -78,7 +78,7 @@ def _pretrain(train: Index, config: Config, breakdown: dict[str, Any], findings:
     epochs = sum(cycle.epochs for cycle in config.schedule.cycles)
     epoch_s, hours = steps * step_s, steps * step_s * epochs / 3600
     text = (f"pretraining takes {about(epoch_s)} per epoch of {counted(steps, 'step')} on this device, "
-            f"{about(3600 * hours)} for the {counted(epochs, 'epoch')} of the config")  # fmt: skip
+            f"{about(3600 * hours)} for the {counted(epochs, 'epoch')} of these settings")  # fmt: skip
     if others := breakdown["other_programs"]:
         text += f"; measured while other programs use this machine, {alone(3600 * hours * (1 - others))}"
     advice = ""

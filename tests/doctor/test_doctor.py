@@ -138,6 +138,14 @@ def test_the_step_is_the_slowest_stage_only_if_the_loader_keeps_up(good, monkeyp
     assert row["bottleneck"] != "step" and "keep up" not in row["advice"] and row["data_wait_fraction"] > 0.9
 
 
+def test_reading_is_measured_for_differences_of_frames(good):
+    """The view residual is computed from RGB, so no file of it is read."""
+    index = Index.load(good).select("train")
+    row = bottleneck.breakdown(index, SMALL, ("rgb", "residual"), device=CPU, seconds=1)
+    assert row["videos_measured"] > 0 and row["views"] == ["rgb", "residual"]
+    assert all(row["stage_s_per_step"][stage] > 0 for stage in ("read", "decode", "augment"))
+
+
 def test_real_xvid_clips_ask_to_be_transcoded(tmp_path):
     clips = sorted(shared_data("ucf101_100").glob("*/*.avi"))[:3]
     for clip in clips:

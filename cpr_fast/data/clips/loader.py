@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,11 @@ from cpr_fast.errors import InputError
 
 CPU = torch.device("cpu")
 VIEWS = ("rgb", "flow", "residual")
+
+
+def decoded_views(views: Iterable[str]) -> tuple[str, ...]:
+    """Returns the views that are decoded for `views`, in their order and without repeats: "residual" needs RGB."""
+    return tuple(dict.fromkeys("flow" if view == "flow" else "rgb" for view in views))
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class _ClipSource:
             raise InputError(f"views: expected some of {', '.join(VIEWS)}, got {', '.join(sorted(unknown))}")
         self._views, self._data, self._device = tuple(views), data, torch.device(device)
         device = CPU if data.exact else self._device  # where frames are decoded
-        decoded = dict.fromkeys("flow" if view == "flow" else "rgb" for view in views)  # keeps the order, drops repeats
+        decoded = decoded_views(views)
         computed = "flow" if data.flow == "on_the_fly" else None
         routes = {view: "frames" if view == computed else _route(index, view, device) for view in decoded}
         cache = FrameCache(data.cache_gib, frame_reader(data, device))
