@@ -88,6 +88,11 @@ def finish() -> None:
         _store = None
 
 
+def size() -> int:
+    """Returns the number of processes of the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def is_main() -> bool:
     """Returns whether this is the first process of the run."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TextIO, TypeVar
 
 from cpr_fast.runtime.files import discard
@@ -110,6 +111,10 @@ class Forecast:
             self._first, self._first_at = amount, self._last_at
         self._done += amount
 
+    def expect(self, amount: float) -> None:
+        """Changes the amount of work by `amount`, which is negative if some of it need not be done."""
+        self._total += amount
+
     def left_s(self) -> float | None:
         """Returns the seconds that the rest takes, or None before any work is finished."""
         if not self._done:
@@ -122,6 +127,42 @@ class Forecast:
         """Returns "about 5 min left", or "" where nothing is left or nothing is known."""
         left = self.left_s()
         return f"{about(left)} {suffix}" if left else ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the work of a command, in which the time left of the whole command is shown.
+
+    Attributes:
+        whole: The forecast of the whole, or None if the part is all there is, so that `track` makes its own.
+        weight: How much a unit of this part counts in the whole.
+    """
+
+    whole: Forecast | None = None
+    weight: float = 1.0
+
+    def add(self, amount: float) -> None:
+        """Records that this amount of the part is finished now."""
+        if self.whole is not None:
+            self.whole.add(self.weight * amount)
+
+    def done(self, item: Item, amount: float) -> Item:
+        """Records that `item` is finished, which is this amount of the part, and returns it."""
+        self.add(amount)
+        return item
+
+    def expect(self, amount: float) -> None:
+        """Changes the amount of the part by `amount`."""
+        if self.whole is not None:
+            self.whole.expect(self.weight * amount)
+
+    @property
+    def left(self) -> Callable[[], str] | None:
+        """What `track` calls for the time left."""
+        return None if self.whole is None else partial(self.whole.text, "left in all")
+
+
+WHOLE = Part()  # work that is no part of a larger one
 
 
 def about(seconds: float) -> str:

@@ -12,7 +12,7 @@ from time import sleep
 import pytest
 
 from cpr_fast.runtime import progress
-from cpr_fast.runtime.progress import Forecast, about, duration, rounded, track
+from cpr_fast.runtime.progress import WHOLE, Forecast, Part, about, duration, rounded, track
 
 
 @pytest.fixture
@@ -114,6 +114,21 @@ def test_unequal_items_are_counted_by_their_work(clock, capsys):
         forecast.add(amount)
         left.append(forecast.left_s())
     assert left == sorted(left, reverse=True) and left[0] == 2 * 25
+
+
+def test_parts_of_different_weight_make_one_time_left(clock):
+    whole = Forecast(0)
+    light, heavy = Part(whole), Part(whole, 2)
+    light.expect(3)
+    heavy.expect(5)
+    heavy.expect(-1)  # this one need not be done
+    assert light.left() == "" and WHOLE.left is None
+    for _ in range(3):
+        clock[0] += 2
+        light.add(1)
+    assert whole.left_s() == 8 * 2 and light.left() == heavy.left() == "about 15 s left in all"
+    clock[0] += 4
+    assert heavy.done("item", 1) == "item" and whole.left_s() == 6 * 2
 
 
 def test_the_time_left_may_be_that_of_a_larger_whole(clock, capsys):

@@ -57,7 +57,9 @@ from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.files import one_writer, replacing
 from cpr_fast.runtime.metrics import MetricsWriter
+from cpr_fast.runtime.progress import Forecast, Part
 from cpr_fast.weights.tensors import save_tensors
+from cpr_fast.wording import counted
 
 Task = Literal["probe", "finetune"]
 
@@ -99,27 +101,27 @@ def classify(
     """
     if not indexes or not seeds:
         raise InputError(f"--index, --seeds: expected at least one of each, got {len(indexes)} and {len(seeds)}")
-    world = distributed.init(device)
-    pretrained = load_pretrained(checkpoint)
+    world, pretrained = distributed.init(device), load_pretrained(checkpoint)
     configs, encoders = pretrained.configs, pretrained.encoders
     digests = {view: weights_digest(encoder) for view, encoder in encoders.items()}
     settings = settings or getattr(next(iter(configs.values())), task)
     folder = results_folder(Path(out) if out else pretrained.evaluations)
     how = recipe_for(pretrained.data, recipe, clips_per_video, crops)
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, str(world.device)))
-    rows = []
-    for number, path in enumerate(indexes):
-        split = load_split(path, pretrained.data)
-        for seed in seeds:
-            job = Job(task, configs, settings, how, split, seed, folder, world, progress and world.is_main)
+    rows, splits, work = [], [load_split(path, pretrained.data) for path in indexes], Forecast(0)
+    for number, (path, split) in enumerate(zip(indexes, splits, strict=True)):
+        for place, seed in enumerate(seeds):
+            later = (len(splits) - number) * len(seeds) - place - 1
+            job = Job(task, configs, settings, how, split, seed, folder, world, progress and world.is_main, later, work)
+            if job.on_features and not rows:
+                work.expect(len(seeds) * sum(map(job.windows, splits)))
             found = {view: predictions(job, view, encoders[view], digests[view], store) for view in encoders}
             common = {"task": task, "recipe": how.name, "index": str(path), "split": number + 1, "seed": seed}
             rows += [common | row for row in _score(found, split, how.crops)]
     summary = _summary(rows, len(indexes))
-    headline = {key: summary[-1][key] for key in ("view", "accuracy", "accuracy_ci95")}
-    result = {"task": task, "recipe": how.name, "leakage": how.leakage, "crops": how.crops, **headline,
-              "checkpoint": pretrained.name, "settings": dataclasses.asdict(settings), "summary": summary,
-              "results": rows}  # fmt: skip
+    result = {"task": task, "recipe": how.name, "leakage": how.leakage, "crops": how.crops,
+              **{key: summary[-1][key] for key in ("view", "accuracy", "accuracy_ci95")}, "checkpoint": pretrained.name,
+              "settings": dataclasses.asdict(settings), "summary": summary, "results": rows}  # fmt: skip
     parts = [pretrained.name, list(map(str, indexes)), list(seeds), result["settings"], how.crops, *_processes(job)]
     path = write_result(folder, f"{task}-{how.name}-{digest(json.dumps(parts))[:8]}", result)
     _write_metrics(run_dir if world.is_main else None, rows)
@@ -165,7 +167,12 @@ def load_split(path: str | Path, data: DataConfig) -> Split:
 
 @dataclass(frozen=True)
 class Job:
-    """The classifiers of one split and seed; `configs` are the pretraining configs by view."""
+    """The classifiers of one split and seed; `configs` are the pretraining configs by view.
+
+    Attributes:
+        later: Number of pairs of a split and a seed that follow.
+        work: The windows of all splits, seeds and views whose features are read.
+    """
 
     task: Task
     configs: dict[str, Config]
@@ -176,6 +183,21 @@ class Job:
     folder: Path
     world: World
     progress: bool
+    later: int
+    work: Forecast
+
+    def trainings_after(self, view: str) -> int:
+        """Returns how many classifiers are trained after the one of this view."""
+        views = list(self.configs)
+        return len(views) - 1 - views.index(view) + self.later * len(views)
+
+    def windows(self, split: Split) -> int:
+        """Returns the number of windows of the videos of a split, over all views."""
+        return sum(
+            count_windows(part, config.data, self.recipe)
+            for part in (split.train, split.test)
+            for config in self.configs.values()
+        )
 
     @property
     def on_features(self) -> bool:
@@ -225,8 +247,9 @@ def _probe_features(job: Job, view: str, encoder: Encoder, key: str, store: Feat
 
     def features(part: Index, name: str) -> tuple[Tensor, Tensor, Tensor]:
         found, windows = embed_index(
-            part, embedding, open_loader, store, description=f"{view} features, {name}", progress=job.progress
-        )
+            part, embedding, open_loader, store, description=f"{view} features, {name}", progress=job.progress,
+            work=Part(job.work, job.world.size),  # of each window, this process reads its share
+        )  # fmt: skip
         return found[f"net/{view}"].to(device), torch.from_numpy(part.labels).to(device), windows
 
     train, train_labels, train_windows = features(job.split.train, "train")
@@ -248,7 +271,8 @@ def _train_on_clips(job: Job, view: str, encoder: Encoder, folder: Path) -> Pred
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
         model = Classifier(encoder, len(train.classes), settings, rescaled=rescaled).to(device)
-    training = Training(job.configs[view], settings, view, folder, job.seed, device, progress=job.progress)
+    training = Training(job.configs[view], settings, view, folder, job.seed, device, progress=job.progress,
+                        later=job.trainings_after(view))  # fmt: skip
     with ExitStack() as stack:
         if job.world.is_main:
             stack.enter_context(one_writer(folder / ".lock", f"another process is training in {str(folder)!r}"))
@@ -297,9 +321,10 @@ def _plan(job: Job, view: str, videos: int, steps: int) -> str:
     """Returns a sentence about the training of one view's classifier on clips and its test, to be said before both."""
     test, epochs = job.split.test, job.settings.epochs
     windows = count_windows(test, job.configs[view].data, job.recipe)
+    later = job.trainings_after(view)
     return (
         f"{job.task} of {view}: {epochs} epochs of {steps} steps on {videos:,} videos, then a test on "
-        f"{len(test):,} videos in {windows:,} windows"
+        f"{len(test):,} videos in {windows:,} windows" + (f"; {counted(later, 'training')} after it" if later else "")
     )
 
 

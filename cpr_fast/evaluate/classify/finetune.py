@@ -40,6 +40,7 @@ from cpr_fast.runtime.precision import autocast
 from cpr_fast.runtime.progress import Forecast, track
 from cpr_fast.weights.checkpoint import load_checkpoint, save_checkpoint
 from cpr_fast.weights.reading import CheckpointError
+from cpr_fast.wording import counted
 
 LAST = "last.pt"
 
@@ -63,6 +64,7 @@ class Training:
             instead of those of the last epoch.
         validate: None, or a function (model, epoch) -> loss on the validation part. The schedule "plateau" watches this
             loss. Without `select`, the weights of the epoch with the lowest one are kept.
+        later: Number of trainings that follow, for the time left.
     """
 
     config: Config
@@ -74,6 +76,7 @@ class Training:
     select: Callable[[Classifier, int], float] | None = None
     validate: Callable[[Classifier, int], float] | None = None
     progress: bool = False
+    later: int = 0
 
 
 def train_on_clips(model: Classifier, loader: ClipLoader, training: Training) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def train_on_clips(model: Classifier, loader: ClipLoader, training: Training) ->
         rewind(training.folder, step=0, epoch=state.epoch)
     with MetricsWriter(training.folder) if main else nullcontext() as writer, stop_requests() as stop:
         classes = model.head.linear.out_features
-        forecast = Forecast((settings.epochs - state.epoch) * len(loader))
+        forecast = Forecast((settings.epochs * (1 + training.later) - state.epoch) * len(loader))
         while state.epoch < settings.epochs:
             began = time.perf_counter()
             lr = set_epoch(state.optimizer, settings, state.epoch)
@@ -142,7 +145,8 @@ def _train_epoch(state: _State, loader: ClipLoader, stop: StopRequest, forecast:
         distributed.set_rng_states(device, rng)
         batches = loader.epoch(epoch, first)
         forecast.add(first)  # steps of an interrupted epoch
-        left = partial(forecast.text, "left of the training")
+        later = training.later
+        left = partial(forecast.text, f"left of {counted(later + 1, 'training')}" if later else "left of the training")
         bar = track(batches, title, total=len(loader) - first, unit="steps", progress=training.progress, left=left)
         for step, batch in enumerate(bar, first):
             labels = distributed.all_gather(batch.label.to(device))  # [R*B]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from cpr_fast.evaluate.features.shares import shared_out
 from cpr_fast.evaluate.features.windows import work_ahead
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.files import one_writer, replacing
+from cpr_fast.runtime.progress import WHOLE, Part
 from cpr_fast.weights.tensors import save_tensors
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def embed_index(
     *,
     description: str = "features",
     progress: bool = False,
+    work: Part = WHOLE,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Returns the features of the videos of `part` for every embedding. Features in the cache are reused.
 
@@ -133,6 +135,8 @@ def embed_index(
     processes share the videos, so that the same call continues from there.
 
     Under `torchrun` the processes share the videos, and the first one reads and writes the cache.
+
+    `work`: what the windows of `part` are a part of; those of stored features are not read.
 
     Returns:
         {name: [M, F] float32 on the CPU}, the mean over a video's windows (zero for a video without windows, which
@@ -149,16 +153,13 @@ def embed_index(
             if embedding.key:
                 known[name] = cache.load(embedding)
         keys = {e.view: [video_digest(video, e.view) for video in part] for e in embeddings.values()}
-    missing = distributed.from_main(
-        lambda: {
-            name: [i for i in range(len(part)) if not keys or keys[embedding.view][i] not in known[name]]
-            for name, embedding in embeddings.items()
-        }
-    )
+    missing = distributed.from_main(lambda: _missing(len(part), embeddings, known, keys))
     todo = sorted({i for positions in missing.values() for i in positions})
     if progress and main and not todo:
         log.info("%s: the features of all %d videos are stored already", description, len(part))
     computed = {name: embedding for name, embedding in embeddings.items() if missing[name]}
+    if keys:
+        work.expect(-_stored_windows(set(range(len(part))).difference(todo), embeddings, known, keys))
 
     def keep(sums: Mapping[str, Tensor], counts: Tensor) -> None:
         for name, total in sums.items():
@@ -172,11 +173,35 @@ def embed_index(
     def embed(mine: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
         on_stop = keep if cache is not None and len(mine) == len(todo) else None
         positions, stored = [todo[i] for i in mine], len(part) - len(todo)
-        return _embed(part, positions, computed, open_loader, description, progress and main, stored, on_stop)
+        return _embed(part, positions, computed, open_loader, description, progress and main, stored, on_stop, work)
 
     keep(*shared_out(len(todo), embed))
     names = {name: keys.get(embedding.view) for name, embedding in embeddings.items()}
     return distributed.from_main(lambda: _collect(known, names, len(part), description))
+
+
+def _missing(
+    videos: int,
+    embeddings: Mapping[str, Embedding],
+    known: Mapping[str, Mapping[str, tuple[Tensor, int]]],
+    keys: Mapping[str, list[str]],
+) -> dict[str, list[int]]:
+    """Returns the positions of the videos whose features are not stored, for every embedding."""
+    return {
+        name: [i for i in range(videos) if not keys or keys[embedding.view][i] not in known[name]]
+        for name, embedding in embeddings.items()
+    }
+
+
+def _stored_windows(
+    positions: Collection[int],
+    embeddings: Mapping[str, Embedding],
+    known: Mapping[str, Mapping[str, tuple[Tensor, int]]],
+    keys: Mapping[str, list[str]],
+) -> float:
+    """Returns the number of windows of the videos at these positions, whose features are stored, for each process."""
+    windows = (max(known[name][keys[e.view][i]][1] for name, e in embeddings.items()) for i in positions)
+    return sum(windows) / distributed.size()
 
 
 def _embed(
@@ -188,6 +213,7 @@ def _embed(
     progress: bool,
     stored: int,
     on_stop: Callable[[dict[str, Tensor], Tensor], None] | None,
+    work: Part,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Returns sums over the windows of the videos at these positions, {name: [len(positions), F]}, and their counts."""
     chosen = Index((part[i] for i in positions), part.classes)
@@ -195,7 +221,7 @@ def _embed(
         if progress:
             log.info(work_ahead(description, len(chosen), loader, stored=stored))
         sums, counts = sum_features(
-            embeddings, loader, len(chosen), description=description, progress=progress, on_stop=on_stop
+            embeddings, loader, len(chosen), description=description, progress=progress, on_stop=on_stop, work=work
         )
         for path, reason in loader.skipped:
             log.warning("%s: %s is left out: %s", description, path, reason)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cpr_fast.evaluate.features.recipe import Metric, Recipe
 from cpr_fast.models import Encoder
-from cpr_fast.runtime.progress import track
+from cpr_fast.runtime.progress import WHOLE, Part, track
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def sum_features(
     description: str = "features",
     progress: bool = False,
     on_stop: Callable[[dict[str, Tensor], Tensor], None] | None = None,
+    work: Part = WHOLE,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Sums the features of each video's windows for every embedding, in one pass over the decoded windows.
 
@@ -52,6 +53,7 @@ def sum_features(
         videos: M.
         on_stop: Called with the sums and counts so far when the pass is stopped (KeyboardInterrupt), before that
             goes on; the count of a video whose windows were not all read is 0.
+        work: What these windows are a part of.
     Returns:
         {name: [M, F] float32 on the clips' device}, empty if no window could be read, and the number of windows of
         every video, [M] int64.
@@ -62,7 +64,8 @@ def sum_features(
     complete = 0  # windows come in the order of the videos: of those before the last one seen, none is left
     try:
         with torch.inference_mode():
-            for batch in track(loader, description, total=len(loader), unit="batches", progress=progress):
+            batches = track(loader, description, total=len(loader), unit="batches", progress=progress, left=work.left)
+            for batch in batches:
                 for name, embedding in embeddings.items():
                     features = embedding.function(batch.clips[embedding.view]).flatten(1).float()  # [N, F]
                     if embedding.metric == "cosine":
@@ -73,6 +76,7 @@ def sum_features(
                 seen = batch.video.cpu()
                 windows += torch.bincount(seen, minlength=videos)
                 complete = int(seen.max())
+                work.add(len(seen))
     except KeyboardInterrupt:
         if on_stop is not None and complete:
             windows[complete:] = 0

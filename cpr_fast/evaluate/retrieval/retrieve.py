@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,7 +41,7 @@ from cpr_fast.evaluate.retrieval.ranking import NO_HIT, Comparison, Ranking, com
 from cpr_fast.evaluate.retrieval.same_video import same_video_rates, videos_with_two_clips
 from cpr_fast.evaluate.retrieval.summary import no_rates, results, write_metrics
 from cpr_fast.runtime import distributed
-from cpr_fast.runtime.progress import track
+from cpr_fast.runtime.progress import Forecast, Part, track
 
 Protocol = Literal["auto", "train_test", "leave_source_out"]
 MANY_WINDOWS = 10  # windows per video from which fewer are suggested
@@ -92,16 +92,16 @@ def retrieve(
     how = recipe_for(data, recipe, clips_per_video, crops)
     splits = [Index.load(path, require_flow=data.flow == "stored").long_enough(data) for path in paths]
     protocol = _resolved(protocol, splits)
-    open_loader = partial(
-        open_windows, data=pretrained.data, views=list(pretrained.encoders), recipe=how, device=device
-    )
+    open_loader = partial(open_windows, data=data, views=list(pretrained.encoders), recipe=how, device=device)
+    work = Forecast(0)  # windows; one counts once for each network that reads it
     embeddings, same_video = _embeddings(
-        pretrained, how, splits, protocol, open_loader, untrained_seed, device, cache=cache,
+        pretrained, how, splits, protocol, open_loader, untrained_seed, device, work, cache=cache,
         progress=progress and world.is_main,
     )  # fmt: skip
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, device)) if cache else None
     found = [
-        evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress) for index in splits
+        evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress, work=work)
+        for index in splits
     ]
     name = f"retrieval-{how.name}-{digest(json.dumps([pretrained.name, [*map(str, paths)], protocol, repr(how)]))[:8]}"
     result = results([each.rows for each in found], paths, {"protocol": protocol, "recipe": how.name})
@@ -123,13 +123,16 @@ def _save_scores(scores: Sequence[QueryScores | None], path: Path) -> Path | Non
 
 
 def _announce(
-    splits: Sequence[Index], protocol: Protocol, data: DataConfig, how: Recipe, labelled: bool, enough: bool, pairs: int
+    splits: Sequence[Mapping[str, Index]],
+    protocol: str,
+    data: DataConfig,
+    how: Recipe,
+    labelled: bool,
+    enough: bool,
+    pairs: int,
 ) -> None:
     """Logs the number of videos and windows of every split, and the comparisons, before the work starts."""
-    for index in splits:
-        parts = dict(zip(("gallery", "queries"), _split(index, protocol), strict=True))
-        if protocol == "leave_source_out":
-            parts = {"gallery and queries": index}
+    for parts in splits:
         windows = {name: count_windows(part, data, how) for name, part in parts.items()}
         said = " and ".join(
             f"{len(part):,} videos in {windows[name]:,} windows ({name})" for name, part in parts.items()
@@ -147,9 +150,28 @@ def _announce(
         log.info("  %s: R@k %s; %s", few, "says little" if labelled else "cannot be measured", other)
 
 
+def _networks(embeddings: Iterable[str]) -> int:
+    """Returns how many networks are among embeddings named "trained/view", "untrained/view" and those of pixels."""
+    return len({name.partition("/")[0] for name in embeddings} & {"trained", "untrained"})
+
+
+def _windows_to_read(
+    splits: Sequence[Mapping[str, Index]], data: DataConfig, how: Recipe, networks: int, pairs: int
+) -> int:
+    """Returns the number of windows that are read, without those of the BatchNorm statistics; each counts once for each
+    network that reads it.
+
+    Args:
+        networks: Number of networks that read all windows.
+        pairs: Number of videos of which the trained and the untrained network read two windows.
+    """
+    windows = sum(count_windows(part, data, how) for parts in splits for part in parts.values())
+    return networks * windows + 2 * 2 * pairs
+
+
 def _embeddings(
     pretrained: Pretrained, how: Recipe, splits: Sequence[Index], protocol: Protocol,
-    open_loader: Callable[..., WindowLoader], seed: int, device: str, *, cache: bool, progress: bool,
+    open_loader: Callable[..., WindowLoader], seed: int, device: str, work: Forecast, *, cache: bool, progress: bool,
 ) -> tuple[dict[str, Embedding], list[dict[str, Any]]]:  # fmt: skip
     """Returns the embeddings to compare: the trained encoders and, if any query has a label, the references. Where the
     queries are not mostly labelled, also returns the rows of `same_video_rates`, which compares these with the
@@ -160,30 +182,38 @@ def _embeddings(
     labelled = any((part.labels >= 0).any() for part in queries)
     enough = any(part.mostly_labelled for part in queries)
     pairs = videos_with_two_clips(splits[0], pretrained.data)
+    parts, compares = [_parts(index, protocol) for index in splits], not enough and len(pairs.videos) > 1
+    few = len(pairs.videos) * compares
+    work.expect(_windows_to_read(parts, pretrained.data, how, 2 if labelled else 1, few))
     if progress:
-        _announce(splits, protocol, pretrained.data, how, labelled, enough, len(pairs.videos))
+        _announce(parts, protocol, pretrained.data, how, labelled, enough, len(pairs.videos))
     if not labelled and len(pairs.videos) < 2:
         return trained, []
     # One gallery calibrates the untrained network for all splits, so that they can share its features.
     gallery = _split(splits[0], protocol)[0]
-    references = _references(pretrained, how, gallery, open_loader, seed, device, cache=cache, progress=progress)
-    if enough or len(pairs.videos) < 2:
-        return trained | references, []
+    references = _references(pretrained, how, gallery, open_loader, seed, device, work, cache=cache, progress=progress)
+    both = trained | references
+    if not compares:
+        return both, []
     open_pairs = partial(open_loader, recipe=replace(how, clips_per_video=2, crops=1))
-    same = distributed.from_main(lambda: same_video_rates(pairs, trained | references, open_pairs, progress=progress))
-    return trained | references if labelled else trained, same
+    part = Part(work, _networks(both))
+    same = distributed.from_main(lambda: same_video_rates(pairs, both, open_pairs, progress=progress, work=part))
+    return both if labelled else trained, same
 
 
 def _references(
     pretrained: Pretrained, how: Recipe, gallery: Index, open_loader: Callable[..., WindowLoader], seed: int,
-    device: str, *, cache: bool, progress: bool,
+    device: str, work: Forecast, *, cache: bool, progress: bool,
 ) -> dict[str, Embedding]:  # fmt: skip
     """Returns what the trained encoders are compared with: the same encoders untrained, and the baselines."""
     spread = calibration_videos(gallery)
     few = replace(how, clips_per_video=min(how.clips_per_video or CALIBRATION_WINDOWS, CALIBRATION_WINDOWS))
     many = count_windows(spread, pretrained.data, how) > count_windows(spread, pretrained.data, few)
     with closing(open_loader(spread, recipe=few) if many else open_loader(spread)) as loader:
-        batches = track(loader, "untrained network", total=len(loader), unit="batches", progress=progress)
+        part = Part(work)
+        part.expect(loader.windows)
+        seen = track(loader, "untrained network", total=len(loader), unit="batches", progress=progress, left=part.left)
+        batches = (part.done(batch, len(batch.video)) for batch in seen)
         untrained = untrained_encoders(pretrained.configs, batches, seed, device)
     keys = {view: weights_digest(encoder) if cache else "" for view, encoder in untrained.items()}
     embeddings = encoder_embeddings("untrained", untrained, how, keys)
@@ -198,13 +228,15 @@ def evaluate(
     protocol: Protocol = "train_test",
     cache: FeatureCache | None = None,
     progress: bool = False,
+    work: Forecast | None = None,
 ) -> Evaluated:
     """Measures retrieval with every embedding "name/view", and with "name/two_stream" and "name/merged" if a name
     has both views, see `compared`."""
     gallery_index, query_index = _split(index, protocol)
-    gallery = queries = _embed(gallery_index, index, embeddings, open_loader, cache, "gallery", progress)
+    part = Part(work, _networks(embeddings) * distributed.size())  # of each window, this process reads its share
+    gallery = queries = _embed(gallery_index, index, embeddings, open_loader, cache, "gallery", progress, part)
     if protocol == "train_test":
-        queries = _embed(query_index, index, embeddings, open_loader, cache, "queries", progress)
+        queries = _embed(query_index, index, embeddings, open_loader, cache, "queries", progress, part)
         _warn_of_shared_sources(queries, gallery)
     copied = torch.tensor(have_copies(queries.videos, gallery.videos, protocol == "leave_source_out"))
     rows, examples, rankings = [], [], {}
@@ -278,9 +310,12 @@ def _embed(
     cache: FeatureCache | None,
     description: str,
     progress: bool,
+    work: Part,
 ) -> FeatureSet:
     """Returns features, labels and sources of the readable videos of `part`; source ids are those of `whole`."""
-    features, windows = embed_index(part, embeddings, open_loader, cache, description=description, progress=progress)
+    features, windows = embed_index(
+        part, embeddings, open_loader, cache, description=description, progress=progress, work=work
+    )
     source_id = {video.source: i for video, i in zip(whole, whole.source_ids.tolist(), strict=True)}
     labels = torch.from_numpy(part.labels)  # a part has the class numbers of its index, but other source ids
     sources = torch.tensor([source_id[video.source] for video in part])
@@ -296,6 +331,13 @@ def _split(index: Index, protocol: Protocol) -> tuple[Index, Index]:
     if protocol != "train_test":
         raise InputError(f"--protocol: expected 'train_test' or 'leave_source_out', got {protocol!r}")
     return index.select(split="train"), index.select(split="test")
+
+
+def _parts(index: Index, protocol: Protocol) -> dict[str, Index]:
+    """Returns the videos that are read, by what they are."""
+    if protocol == "leave_source_out":
+        return {"gallery and queries": index}
+    return dict(zip(("gallery", "queries"), _split(index, protocol), strict=True))
 
 
 def _resolved(protocol: Protocol, splits: Sequence[Index]) -> Protocol:

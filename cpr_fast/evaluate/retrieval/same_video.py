@@ -28,7 +28,7 @@ from cpr_fast.evaluate.features.embedding import Embedding
 from cpr_fast.evaluate.features.intervals import source_interval
 from cpr_fast.evaluate.retrieval.paired import paired_difference
 from cpr_fast.evaluate.retrieval.ranking import Comparison, compared, first_and_precision, prepare_streams
-from cpr_fast.runtime.progress import track
+from cpr_fast.runtime.progress import WHOLE, Part, track
 
 if TYPE_CHECKING:
     from cpr_fast.data.clips.loader import WindowLoader
@@ -59,6 +59,7 @@ def same_video_rates(
     open_pairs: Callable[[Index], WindowLoader],
     *,
     progress: bool = False,
+    work: Part = WHOLE,
 ) -> list[dict[str, Any]]:
     """Measures how often the nearest clip is of the same video. Other videos of the query's source are left out.
 
@@ -66,6 +67,7 @@ def same_video_rates(
         compared_videos: See `videos_with_two_clips`.
         embeddings: "trained/view", and "untrained/view" or baselines.
         open_pairs: Opens a loader of two windows per video, the first and the last.
+        work: What these windows are a part of.
     Returns:
         A row for each network and view, and two views together: `name`, `view`, `r@1` (a fraction of the videos),
         `r@1_ci95` (bootstrap over sources), `chance_r@1`, `videos`, `copies` (exact copies that were left out); for the
@@ -73,7 +75,7 @@ def same_video_rates(
         sources). No row if fewer than two sources could be read.
     """
     videos, copies = compared_videos
-    features, kept = _pairs(videos, embeddings, open_pairs, progress)
+    features, kept = _pairs(videos, embeddings, open_pairs, progress, work)
     sources = torch.from_numpy(videos.source_ids)[kept]
     if len(sources.unique()) < 2:
         return []
@@ -98,13 +100,19 @@ def same_video_rates(
 
 
 def _pairs(
-    videos: Index, embeddings: Mapping[str, Embedding], open_pairs: Callable[[Index], WindowLoader], progress: bool
+    videos: Index,
+    embeddings: Mapping[str, Embedding],
+    open_pairs: Callable[[Index], WindowLoader],
+    progress: bool,
+    work: Part,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Returns the features of both clips of every readable video, {name: [M, 2, F]}, and its positions [M] int64."""
     found: dict[str, list[Tensor]] = {name: [] for name in embeddings}
     owners = []
     with torch.inference_mode(), closing(open_pairs(videos)) as loader:
-        for batch in track(loader, "two clips of a video", total=len(loader), unit="batches", progress=progress):
+        title = "two clips of a video"
+        for batch in track(loader, title, total=len(loader), unit="batches", progress=progress, left=work.left):
+            work.add(len(batch.video))
             owners.append(batch.video.cpu())
             for name, embedding in embeddings.items():
                 features = embedding.function(batch.clips[embedding.view]).flatten(1).float()

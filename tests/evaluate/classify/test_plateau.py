@@ -24,6 +24,7 @@ from cpr_fast.evaluate.classify.finetune import Training, train_on_clips, valida
 from cpr_fast.evaluate.features.recipe import make_recipe
 from cpr_fast.models import build_encoder
 from cpr_fast.runtime.metrics import read_metrics
+from cpr_fast.runtime.progress import Forecast
 from cpr_fast.weights.checkpoint import CheckpointError, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -216,7 +217,7 @@ def test_only_residual_clips_become_differences_and_only_the_training_split_is_w
     test = module.Index([module.dataclasses.replace(v, path=Path(f"/test{i}")) for i, v in enumerate(make_index(5))])
     finetune = override_classifier("finetune", PLATEAU, epochs=2, **settings)
     recipe, split = make_recipe("iic"), module.Split(INDEX, test)
-    job = module.Job("finetune", {view: TINY}, finetune, recipe, split, 0, tmp_path, ALONE, False)
+    job = module.Job("finetune", {view: TINY}, finetune, recipe, split, 0, tmp_path, ALONE, False, 0, Forecast(0))
     module._train_on_clips(job, view, build_encoder(TINY.model), tmp_path)
     train, held = module.hold_out(INDEX, 0.3, 0)
     assert models == [normalisation("coclr") if rescaled else None]
