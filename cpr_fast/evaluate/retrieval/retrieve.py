@@ -183,8 +183,8 @@ def _embeddings(
     enough = any(part.mostly_labelled for part in queries)
     pairs = videos_with_two_clips(splits[0], pretrained.data)
     parts, compares = [_parts(index, protocol) for index in splits], not enough and len(pairs.videos) > 1
-    few = len(pairs.videos) * compares
-    work.expect(_windows_to_read(parts, pretrained.data, how, 2 if labelled else 1, few))
+    read_twice = len(pairs.videos) if compares else 0
+    work.expect(_windows_to_read(parts, pretrained.data, how, 2 if labelled else 1, read_twice))
     if progress:
         _announce(parts, protocol, pretrained.data, how, labelled, enough, len(pairs.videos))
     if not labelled and len(pairs.videos) < 2:
