@@ -193,11 +193,8 @@ class Job:
 
     def windows(self, split: Split) -> int:
         """Returns the number of windows of the videos of a split, over all views."""
-        return sum(
-            count_windows(part, config.data, self.recipe)
-            for part in (split.train, split.test)
-            for config in self.configs.values()
-        )
+        data, parts = [config.data for config in self.configs.values()], (split.train, split.test)
+        return sum(count_windows(part, each, self.recipe) for part in parts for each in data)
 
     @property
     def on_features(self) -> bool:
