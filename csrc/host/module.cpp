@@ -276,12 +276,14 @@ PYBIND11_MODULE(_host, module) {
            "The weights of red and blue in luma (K_R and K_B of ITU-T H.273), and whether levels range from 0 to 255 "
            "or\n"
            "as in television. Raises ValueError unless both weights are above 0 and their sum is below 1.")
-      .def("__call__", &Yuv420ToRgb::operator(), py::arg("pictures"), py::arg("rows"), py::arg("top"), py::arg("left"),
-           py::arg("out").noconvert(),
-           "Writes the box of each of F pictures whose first pixel is (top, left) to out, uint8 [F, H, W, 3]. A picture\n"
-           "is the bytes of its planes Y, U and V, which have `rows`, rows / 2 and rows / 2 rows of equal length. All\n"
-           "sides and the place of the box are even. Raises ValueError for another shape or layout, or if the box ends\n"
-           "outside of a plane, TypeError for another type.");
+      .def(
+          "__call__", &Yuv420ToRgb::operator(), py::arg("pictures"), py::arg("rows"), py::arg("top"), py::arg("left"),
+          py::arg("out").noconvert(),
+          "Writes the box of each of F pictures whose first pixel is (top, left) to out, uint8 [F, H, W, 3]. A "
+          "picture\n"
+          "is the bytes of its planes Y, U and V, which have `rows`, rows / 2 and rows / 2 rows of equal length. All\n"
+          "sides and the place of the box are even. Raises ValueError for another shape or layout, or if the box ends\n"
+          "outside of a plane, TypeError for another type.");
   module.def(
       "build_info", &build_info,
       "dict: version, cpu_variant (the one in force), cpu_variants (best first) and cuda_architectures,\n"
