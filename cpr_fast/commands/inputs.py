@@ -31,6 +31,13 @@ def require_files(option: str, paths: Iterable[str | Path]) -> None:
         require_file(option, path)
 
 
+def require_other_file(option: str, out: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raises InputError that names the option, if the file to write is one that the command reads: it would be lost."""
+    for path in inputs:
+        if os.path.basename(path) == os.path.basename(out) and os.path.exists(out) and os.path.samefile(path, out):
+            raise InputError(f"{option}: expected the name of a new file, got {str(out)!r}, which this command reads")
+
+
 def require_folder(option: str, path: str | Path | None) -> None:
     """Raises InputError that names the option, if its folder is given but does not exist."""
     if path is not None and not os.path.isdir(path):

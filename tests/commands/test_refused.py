@@ -1,4 +1,5 @@
-"""A command that refuses its input leaves the folder as it found it: no empty folder, no lock, no journal."""
+"""A command that refuses its input leaves the folder as it found it: no empty folder, no lock, no journal, and no file
+replaced by a result."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
         (folder / "broken" / "a" / f"{number}.mkv").write_text("no video")
     for name, place in (("index.csv", ""), ("broken.csv", "broken/a/")):
         with open(folder / name, "w", newline="") as file:
-            rows = csv.writer(file)
+            rows = csv.writer(file, lineterminator="\n")
             rows.writerow(FIELDS)
             for i in range(4):
                 rows.writerow([f"{place}{i}.mkv", "ab"[i % 2], i, ("train", "test")[i // 2], 12, 25, 32, 32, ""])
@@ -55,6 +56,17 @@ REFUSED = [
     "init broken.csv --out new/deep/recipe.toml --seconds 0",
     "export index.csv --out new/deep/net.safetensors",
     "import-checkpoint index.csv --out new/deep/net.pt",
+    # the file to write is one that is read, or one of another kind
+    "index . --out 0.mkv",
+    "index . --out net.pt",
+    "show-sample index.csv --out 0.mkv",
+    "show-sample index.csv --out broken/../0.mkv",
+    "export net.pt --out net.pt",
+    "import-checkpoint net.pt --out net.pt",
+    "init index.csv --out index.csv --force --seconds 0",
+    "flow index.csv --out 0.mkv",
+    "flow index.csv --out 0.mkv --storage lmdb",
+    "synth 0.mkv --classes 4 --videos 4",
 ]
 
 
@@ -62,10 +74,10 @@ REFUSED = [
 def test_a_refused_command_leaves_nothing(folder, monkeypatch, capsys, command):
     monkeypatch.chdir(folder)
     torch.manual_seed(0)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     folders = {path for path in folder.rglob("*") if path.is_dir()}
     assert main(command.split()) == 2, capsys.readouterr().err
     assert capsys.readouterr().err.splitlines()[-1].startswith("cpr-fast: ")
-    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    assert after.keys() == before.keys()
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert after == before
     assert {path for path in folder.rglob("*") if path.is_dir()} == folders

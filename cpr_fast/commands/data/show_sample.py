@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cpr_fast.commands.inputs import require_at_least, require_file
+from cpr_fast.commands.inputs import require_at_least, require_file, require_other_file
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 
@@ -46,6 +46,7 @@ def show_sample(
 
     settings = Config() if config is None else load(config)
     videos = Index.load(index, require_flow=settings.data.flow == "stored")
+    require_other_file("--out", out, (path for video in videos for path in (video.path, video.flow_path) if path))
     if config is not None:
         videos = videos.select_for_training(settings.data.split).long_enough(settings.data)
     result = run(

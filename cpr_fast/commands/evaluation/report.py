@@ -36,6 +36,10 @@ def report(
         raise InputError("RUNS: expected at least one run folder, got none")
     require_runs("RUNS", runs)
     require_file("--index", index)
+    if out is not None and out.is_file() and out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(
+            f"--out: expected the name of an HTML page, got {str(out)!r}, which exists and is another file"
+        )
     from cpr_fast.runtime.progress import announce
 
     announce("Reading " + ", ".join(map(str, runs)))

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from cpr_fast.commands.inputs import require_file
+from cpr_fast.commands.inputs import require_file, require_other_file
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 
@@ -37,6 +37,7 @@ def export(
         view: The view whose encoder is written with onnx, coclr and cpr; by default the one that was trained last.
     """
     require_file("CHECKPOINT", checkpoint)
+    require_other_file("--out", out, [checkpoint])
     from cpr_fast.runtime.progress import announce
 
     announce("Loading PyTorch")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
-from cpr_fast.commands.inputs import require_file
+from cpr_fast.commands.inputs import require_file, require_other_file
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 from cpr_fast.wording import counted, listed
@@ -33,6 +33,7 @@ def import_checkpoint(
             serves both, rgb and residual.
     """
     require_file("FILE", file)
+    require_other_file("--out", out, [file])
     from cpr_fast.runtime.progress import announce
 
     announce("Loading PyTorch")

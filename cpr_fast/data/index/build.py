@@ -13,7 +13,7 @@ from typing import Any
 
 from cpr_fast.data.index.assemble import IndexOptions, assemble, transcoded
 from cpr_fast.data.index.catalogue import Problem
-from cpr_fast.data.index.index import Index, changing
+from cpr_fast.data.index.index import Index, changing, kind_of
 from cpr_fast.data.index.layouts import LAYOUTS, list_videos
 from cpr_fast.data.index.probing import Journal, probe, probe_all
 from cpr_fast.data.video.probe import VideoInfo
@@ -114,6 +114,8 @@ def _build(
     _check(options)
     if out is not None and out.is_dir():
         raise InputError(f"--out: expected the name of a CSV file, got the folder {str(out)!r}")
+    if out is not None and (kind := kind_of(out)):
+        raise InputError(f"--out: expected the name of a CSV file, got {str(out)!r}, which exists and is {kind}")
     listing = list_videos(
         options.layout, root, options.splits, options.split,
         class_order=options.class_order, flow_lmdb=options.flow_lmdb, exclude=options.transcode,

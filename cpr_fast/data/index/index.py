@@ -193,12 +193,12 @@ class Index(Sequence[Video]):
         try:
             header, rows = read_table(path, COLUMNS, "index")
         except TableError as error:
-            if _kind(path):
-                raise _not_an_index(path, _kind(path)) from None
+            if kind_of(path):
+                raise _not_an_index(path, kind_of(path)) from None
             raise IndexFileError(str(error)) from None
         if not set(header) & set(COLUMNS):
             begins = f"a text file that begins with {','.join(header)[:40]!r}" if header else "an empty file"
-            raise _not_an_index(path, _kind(path) or begins)
+            raise _not_an_index(path, kind_of(path) or begins)
         header = _checked_header(path, header)
         if not rows:
             raise IndexFileError(f"{path}: expected at least one video below the header, got none")
@@ -265,7 +265,7 @@ def _not_an_index(path: Path, what: str) -> NotAnIndexError:
     )
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
     """Returns what a file is by its suffix, or "" if the suffix does not tell or there is no such file."""
     kinds = {".toml": "a TOML file, such as a recipe", ".json": "a JSON file", ".lmdb": "an LMDB file",
              ".pt": "a checkpoint", ".npz": "NumPy arrays", **dict.fromkeys(VIDEO_SUFFIXES, "a video")}  # fmt: skip
