@@ -149,9 +149,8 @@ class Cycle:
     view: View  # the view whose encoder is trained
     epochs: int  # number of epochs of this cycle
     mining: Mining = "cascade"  # "none": InfoNCE; "label": UberNCE; "cascade": CoCLR and CPR
-    milestones: tuple[
-        int, ...
-    ] = ()  # after how many epochs of the cycle the learning rate is multiplied by schedule.gamma
+    # After how many epochs of the cycle the learning rate is multiplied by schedule.gamma.
+    milestones: tuple[int, ...] = ()
     top_k: int | None = None  # replaces mining.top_k in this cycle (progressive training)
     lr: float | None = None  # replaces optim.lr in this cycle
     other: View | None = None  # the second view; None: flow for rgb, and rgb for flow and residual

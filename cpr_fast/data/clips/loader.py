@@ -45,7 +45,7 @@ from cpr_fast.data.clips.sampling import (
     step_videos,
     with_test_jitter,
 )
-from cpr_fast.data.clips.stream import ClipStream, Job
+from cpr_fast.data.clips.stream import ClipStream, Job, returning_freed_memory
 from cpr_fast.data.flow.on_the_fly import frame_reader
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.media import is_record
@@ -107,7 +107,7 @@ class _ClipSource:
         decoded = decoded_views(views)
         computed = "flow" if data.flow == "on_the_fly" else None
         routes = {view: "frames" if view == computed else _route(index, view, device) for view in decoded}
-        cache = FrameCache(data.cache_gib, frame_reader(data, device))
+        self._cache = cache = FrameCache(data.cache_gib, frame_reader(data, device))
         decode = fetch_frames if data.exact else partial(fetch_cut, finish=device.type != "cuda")
         fetch = {
             "frames": partial(decode, read=cache.read_parts),
@@ -124,7 +124,13 @@ class _ClipSource:
             reader, graph, workers=data.workers, prefetch=data.prefetch, check=device.type == "cuda"
         )
         self.skipped, self.read = reader.skipped, reader.read
-        self.stream, self.close = self._stream.stream, self._stream.close
+        self.stream = self._stream.stream
+
+    def close(self) -> None:
+        """Ends the threads and frees the decoded videos."""
+        self._stream.close()
+        with returning_freed_memory():
+            self._cache.clear()
 
     def run(self, materials: list[Material]) -> tuple[Clips, dict[str, Tensor]]:
         """Returns the plan of the clips of the given videos and, in the same order, view -> float32 [M, 3, T, S, S]."""

@@ -139,6 +139,11 @@ class FrameCache:
         else:
             yield taken(pixels if region is None else region.of(path, pixels, view), frames)
 
+    def clear(self) -> None:
+        """Forgets the videos, and keeps none from now on."""
+        with self._lock:
+            self._videos, self._free_bytes = {}, 0
+
     def _whole(self, path: Path, view: str, num_frames: int) -> np.ndarray | None:
         """Reads all frames and keeps them if there is room. Returns None if only the needed frames should be read."""
         # A record gives each frame without decoding others, so reading all of them would only cost more.

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -115,6 +116,14 @@ class ClipStream:
         return self.reader.read_or_substitute(job.clips, job.substitutes(), **options)
 
 
+def _set_malloc(options: Iterable[tuple[int, int]]) -> None:
+    """Sets options of mallopt(3) for the process, unless the user has set malloc up."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        for option, value in options:
+            mallopt(option, value)
+
+
 def _keep_freed_memory() -> None:
     """Makes malloc keep what is freed in blocks of up to 32 MiB, for the process, unless the user has set it up.
 
@@ -122,10 +131,23 @@ def _keep_freed_memory() -> None:
     1,000 page faults and 3 to 7 % of the CPU time of a clip of 32 frames of 320x240 (on Zen 1). The process then keeps
     about 10 MiB more; its peak is the same.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        for option, value in KEPT:
-            mallopt(option, value)
+    _set_malloc(KEPT)
+
+
+@contextmanager
+def returning_freed_memory() -> Iterator[None]:
+    """Returns to the system what is freed in the block and what malloc keeps of earlier blocks.
+
+    Frames are allocated in the arenas of the threads that read them, which the threads of the next loader do not reuse:
+    without this, every loader of a process would add the size of its cache.
+    """
+    _set_malloc([(M_TRIM_THRESHOLD, 0)])
+    try:
+        yield
+        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+            trim(0)
+    finally:
+        _set_malloc(KEPT)
 
 
 class _End:

@@ -119,7 +119,7 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path, content, message):
     (tmp_path / "x.csv").write_bytes(content)
     with pytest.raises(TableError, match=rf"x\.csv{message}"):
         read_table(tmp_path / "x.csv", ("a",))
-    with pytest.raises(TableError, match="split list .*gone.txt' does not exist"):
+    with pytest.raises(TableError, match="expected a split list, but .*gone.txt' does not exist"):
         list(read_lines(tmp_path / "gone.txt"))
     with pytest.raises(TableError, match="is a folder"):
         read_text(tmp_path)

@@ -149,4 +149,4 @@ def test_alarms_are_rows_and_warnings(tmp_path, caplog):
         (3, "flow", "memory_drift"),
     ]  # fmt: skip
     for row in alarms:
-        assert f"epoch {row['epoch']}: {row['text']}" in caplog.text
+        assert f"epoch {row['epoch'] + 1} of 4: {row['text']}" in caplog.text
