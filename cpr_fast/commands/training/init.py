@@ -76,11 +76,11 @@ def init(
     pace, device = None, "cuda" if gpu else "cpu"
     if minutes is not None:
         announce("Measuring the network of a training step, which takes some seconds")
-        _require_enough(sized, _least_step_s(sized.config, device), minutes, network_alone=True)
+        _require_enough(sized, Pace(*(_least_step_s(sized.config, device),) * 2), minutes, network_alone=True)
     if seconds:
         announce(f"Measuring training steps on these videos for about {seconds:.0f} s, longer on a busy machine")
         pace = _pace(videos, facts.split, sized.config, device, seconds)
-    if minutes is not None and (fit := _epochs_that_fit(sized, pace.step_s, minutes)) < total_epochs(sized):
+    if minutes is not None and (fit := _epochs_that_fit(sized, pace, minutes)) < total_epochs(sized):
         sized = sized_recipe(facts, *named, fit)
     _require_new(out, force)  # again, because the measurement takes long and another command may have written it
     with replacing(out) as temporary:
@@ -133,25 +133,26 @@ def total_epochs(sized: Sized) -> int:
     return sum(cycle.epochs for cycle in sized.config.schedule.cycles)
 
 
-def _epochs_that_fit(sized: Sized, step_s: float, minutes: float) -> int:
+def _epochs_that_fit(sized: Sized, pace: Pace, minutes: float) -> int:
     """Returns how many epochs of a recipe fit into a time. Raises InputError if not every cycle gets one."""
-    _require_enough(sized, step_s, minutes)
-    return int(MARGIN * 60 * minutes / _epoch_s(sized, step_s))
+    _require_enough(sized, pace, minutes)
+    return int(MARGIN * 60 * minutes / _epoch_s(sized, pace.step_s))
 
 
 def _epoch_s(sized: Sized, step_s: float) -> float:
     return sized.steps / total_epochs(sized) * step_s
 
 
-def _require_enough(sized: Sized, step_s: float, minutes: float, *, network_alone: bool = False) -> None:
+def _require_enough(sized: Sized, pace: Pace, minutes: float, *, network_alone: bool = False) -> None:
     """Raises InputError if a time is too short for an epoch of each cycle.
 
     Args:
-        network_alone: Whether `step_s` is the time of the network alone, which a step takes at least.
+        network_alone: Whether `pace` is the time of the network alone, which a step takes at least.
     """
+    from cpr_fast.runtime.busy import alone
     from cpr_fast.runtime.progress import about
 
-    cycles, epoch_s = len(sized.config.schedule.cycles), _epoch_s(sized, step_s)
+    cycles, epoch_s = len(sized.config.schedule.cycles), _epoch_s(sized, pace.step_s)
     if int(MARGIN * 60 * minutes / epoch_s) >= cycles:
         return
     least = cycles * epoch_s / 60 / MARGIN
@@ -161,20 +162,24 @@ def _require_enough(sized: Sized, step_s: float, minutes: float, *, network_alon
         if network_alone
         else (f"at least {least:,}", "an epoch takes")
     )
+    busy = pace.alone_s < pace.step_s
     raise InputError(
         f"--minutes: expected {expected}, the time of one epoch for each of the {cycles} cycles "
         f"({takes} {about(epoch_s)}), got {minutes:g}; --epochs {cycles} writes that recipe and prints its time"
+        + (f". Measured while other programs use this machine; {alone(_epoch_s(sized, pace.alone_s))}" if busy else "")
     )
 
 
 def _least_step_s(config: Config, device: str) -> float:
-    """Returns seconds that a step takes at least, without reading a video."""
+    """Returns seconds that a step takes at least on an idle machine, without reading a video."""
     import torch
 
     from cpr_fast.doctor.bottleneck import least_step_s
+    from cpr_fast.runtime.busy import OtherPrograms
 
-    views = len({cycle.view for cycle in config.schedule.cycles})
-    return least_step_s(config, views, config.data.batch_size, device=torch.device(device))
+    views, others = len({cycle.view for cycle in config.schedule.cycles}), OtherPrograms()
+    step_s = least_step_s(config, views, config.data.batch_size, device=torch.device(device))
+    return step_s * (1 - others.share())
 
 
 def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None, minutes: float | None) -> list[str]:
