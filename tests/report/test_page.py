@@ -229,3 +229,7 @@ def test_queries_with_an_exact_copy_are_told_at_the_top_and_below_the_table(tmp_
     text = text_of(write_report([run], tmp_path / "r.html"))
     said = "2 queries have an exact copy in the gallery, found whatever the network has learnt."
     assert text.count(said) == 2 and text.index(said) < text.index("Date")
+    among = "exact copies of other videos are among them"
+    assert among in text
+    run = write_run(tmp_path / "without", [start_row(index), *training_rows(), *retrieval_rows(index)])
+    assert among not in text_of(write_report([run], tmp_path / "r.html"))

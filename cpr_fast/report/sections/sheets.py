@@ -49,6 +49,8 @@ def retrieved_sheet(run: Run) -> dict[str, Any] | None:
     title = f"Nearest neighbours, {VIEW_NAMES[run.retrieved[0]['view']]}"
     if run.evaluated_indexes:  # the neighbours of the first of several are stored
         title += f", videos of {run.evaluated_indexes[0]}"
+    if any(row.get("copies") or row.get("queries_with_copy") for row in (*run.same_video[:1], *run.retrieval[:1])):
+        title += "; exact copies of other videos are among them"
     return {"title": title, "queries": queries}
 
 
