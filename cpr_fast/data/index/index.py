@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def too_few(videos: int, sources: int, split: str) -> str:
-    """Returns why nothing can be learnt from this number of training videos and of their sources, or "" if enough is
+    """Returns why nothing useful is learnt from this number of training videos and of their sources, or "" if enough is
     there. `split` is the split that they are of; "" where the index has none."""
     if videos >= MIN_VIDEOS and sources >= MIN_SOURCES:
         return ""

@@ -23,8 +23,8 @@ def training_videos(data: DataConfig) -> Index:
     those that `data.short_videos` drops.
 
     Raises:
-        InputError: no index was given, it cannot be read, no video has that split, all are dropped, or too few are
-            left; the message names the setting.
+        InputError: no index was given, it cannot be read, no video has that split, or all are dropped; the message
+            names the setting.
     """
     if not data.index:
         raise InputError("data.index: expected the path of an index (written by `cpr-fast index`), got ''")
@@ -33,16 +33,11 @@ def training_videos(data: DataConfig) -> Index:
         part = index.select_for_training(data.split)
     except InputError as error:
         raise InputError(f"data.split: {error}. Choose one with --data.split") from None
-    split = data.split if index.has_splits else ""
-    _require_enough(part, split)  # before the short ones are dropped, too: their number is then not the reason
     kept = part.long_enough(data)
-    _require_enough(kept, split)
+    reason = too_few(len(kept), len({video.source for video in kept}), data.split if index.has_splits else "")
+    if reason and distributed.is_main():
+        log.warning("Warning: data.index: %s; a run on fewer shows only that everything works", reason)
     return kept
-
-
-def _require_enough(part: Index, split: str) -> None:
-    if reason := too_few(len(part), len({video.source for video in part}), split):
-        raise InputError(f"data.index: {reason}")
 
 
 def digest(index: Index) -> dict[str, Any]:
