@@ -16,7 +16,6 @@ rows go to study_trials.jsonl. Seeds from 100 on are trials, too: `--base` chang
 
 import argparse
 import dataclasses
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from evidence.rows import ROWS, TRIALS, add_row, is_done, keep_queries, read_rows
-from evidence.runs import run_setting
+from evidence.runs import continued_by_the_same_command, run_setting
 from evidence.settings import (
     ALL,
     BETTER,
@@ -54,8 +53,6 @@ from evidence.tables import (
 )
 from evidence.videos import SETS, description, prepare
 from measure import RESULTS, world, write_result
-
-from cpr_fast.runtime.interrupt import Interrupted
 
 OVERVIEW = "study.png"
 
@@ -192,11 +189,8 @@ def main() -> None:
             write_result("study.md", replace_results(page.read_text(), text, "study.py"), args.results)
         return
     args.results.mkdir(parents=True, exist_ok=True)
-    try:
+    with continued_by_the_same_command():
         run_all(args)
-    except Interrupted as stopped:
-        print(f"{stopped}; the same command continues", file=sys.stderr)
-        sys.exit(128 + signal.Signals(stopped.signum))
 
 
 if __name__ == "__main__":

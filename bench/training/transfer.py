@@ -9,7 +9,6 @@ measured again nor replaced; a stopped call is continued by the same call.
 """
 
 import argparse
-import signal
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from evidence.rows import TRIALS, add_row, is_done, read_rows
-from evidence.runs import PROBE, trained, untrained
+from evidence.runs import PROBE, continued_by_the_same_command, trained, untrained
 from evidence.settings import SEEDS, settings_digest
 from evidence.tables import replace_results
 from evidence.videos import description, prepare
@@ -35,7 +34,6 @@ from study import base_of
 from cpr_fast.config import ClassifierConfig
 from cpr_fast.evaluate.classify.classify import classify
 from cpr_fast.evaluate.retrieval.paired import seed_difference
-from cpr_fast.runtime.interrupt import Interrupted
 from cpr_fast.weights.checkpoint import load_checkpoint, save_checkpoint
 
 ROWS, PAGE = "transfer.jsonl", "transfer.md"
@@ -167,11 +165,8 @@ def main() -> None:
         print(text)
         write_result(PAGE, replace_results(page.read_text(), text, "transfer.py"), args.results)
         return
-    try:
+    with continued_by_the_same_command():
         run_all(args)
-    except Interrupted as stopped:
-        print(f"{stopped}; the same command continues", file=sys.stderr)
-        sys.exit(128 + signal.Signals(stopped.signum))
 
 
 if __name__ == "__main__":

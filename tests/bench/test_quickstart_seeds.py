@@ -1,6 +1,5 @@
 """The table of the quick start's seeds: finished rows stay, and every promise is judged by its own numbers."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -14,12 +13,8 @@ PIXEL, UNTRAINED, OWN, START = PROMISES = [
 
 
 @pytest.fixture
-def script(monkeypatch):
-    spec = importlib.util.spec_from_file_location("seeds_script", ROOT / "bench" / "training" / "quickstart_seeds.py")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(training_script):
+    return training_script("quickstart_seeds")
 
 
 def row(seed, trained=(0.9, 0.7), start=(0.8, 0.6), untrained=0.3, own=0.2, pixels=(0.1, 0.4, 0.2)):

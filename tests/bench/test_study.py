@@ -1,7 +1,6 @@
 """The study: finished rows stay, stopped runs go on, odd rows are marked, and claims are judged as registered."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 import signal
@@ -25,12 +24,8 @@ TRAINING_VIDEOS = {"synthetic": 324, "jhmdb": 654, "shrec17": 1670}
 
 
 @pytest.fixture(scope="module")
-def study():
-    path, spec = list(sys.path), importlib.util.spec_from_file_location("study", ROOT / "bench/training/study.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = path
+def study(training_script):
+    return training_script("study")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The transfer between sets: finished rows stay, and its verdicts are those of its protocol."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -16,12 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def transfer():
-    path, spec = list(sys.path), importlib.util.spec_from_file_location("transfer", ROOT / "bench/training/transfer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = path
+def transfer(training_script):
+    return training_script("transfer")
 
 
 @pytest.fixture

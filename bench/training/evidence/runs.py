@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -27,6 +29,7 @@ from cpr_fast.evaluate.retrieval.retrieve import evaluate
 from cpr_fast.models import Encoder
 from cpr_fast.pretrain.run.loop import pretrain
 from cpr_fast.runtime.files import replacing
+from cpr_fast.runtime.interrupt import Interrupted
 from cpr_fast.runtime.metrics import read_metrics
 from cpr_fast.weights.checkpoint import load_checkpoint
 
@@ -38,6 +41,16 @@ from .settings import ALL, Base, config_of, keeps, settings_digest, start_of
 PROBE = ProbeConfig(batch_size=32, lr=0.1)
 RECIPE = make_recipe("paper")
 MEASURES = ("r@1", "r@5", "r@10", "map", "r@1_ci95", "map_ci95")
+
+
+@contextmanager
+def continued_by_the_same_command() -> Iterator[None]:
+    """Ends the program, with the exit status of a signal, if one stops the block; says that it can be continued."""
+    try:
+        yield
+    except Interrupted as stopped:
+        print(f"{stopped}; the same command continues", file=sys.stderr)
+        sys.exit(128 + signal.Signals(stopped.signum))
 
 
 def run_setting(base: Base, setting: str, seed: int, index: Path, data: str, runs: Path) -> tuple[dict, QueryScores]:

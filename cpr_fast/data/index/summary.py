@@ -83,7 +83,7 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 
 def _too_few(report: dict[str, Any]) -> str:
-    """Returns why pretraining refuses the index, or "" if it does not."""
+    """Returns why the index has too few videos for pretraining, or "" if it has enough."""
     return too_few(*(report["training"][key] for key in ("videos", "sources", "split")))
 
 
