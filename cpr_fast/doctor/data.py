@@ -258,21 +258,23 @@ def _index_report(index: Path) -> list[Finding]:
 def training_part(videos: Index, config: Config | None, findings: list[Finding]) -> Index | None:
     """Returns the videos of data.split, all videos if there is no such split, and checks the sizes of the config.
 
-    Returns None, with the reason in the findings, if there are too few videos to train on. Without a config, the split
-    is the one that pretraining reads by default.
+    Too few videos are an error without a config, because `init` refuses them (then None is returned), and a warning
+    with one, as in `pretrain`. Without a config, the split is the one that pretraining reads by default.
     """
     split, train = _training_part(videos, config, findings)
     _check_splits(videos, findings)
     if reason := too_few(len(train), len({video.source for video in train}), split):
         if len(set(videos.source_ids.tolist())) > 1 or len(train) < MIN_VIDEOS:  # else it is reported already
-            findings.append(Finding("error", f"too few videos for pretraining: {reason}",
-                                    "add videos, then list them again with `cpr-fast index`", "fails"))  # fmt: skip
-        return None
+            level, consequence = ("error", "fails") if config is None else ("warning", "results")
+            findings.append(Finding(level, f"too few videos for pretraining: {reason}",
+                                    "add videos, then list them again with `cpr-fast index`", consequence))  # fmt: skip
+        if config is None:
+            return None
     if config is None:
         return train
     if len(train) < config.data.batch_size:
-        findings.append(Finding("warning", f"{counted(len(train), 'training video')} are fewer than "
-                                f"data.batch_size = {config.data.batch_size}",
+        findings.append(Finding("warning", f"data.batch_size = {config.data.batch_size} is larger than the number of "
+                                f"training videos, {len(train)}",
                                 f"set data.batch_size to {len(train)} or less", "settings"))  # fmt: skip
     else:
         _check_learning(train, config, findings)
