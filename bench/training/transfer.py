@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
+from evidence.claims import verdict
 from evidence.rows import TRIALS, add_row, is_done, read_rows
 from evidence.runs import PROBE, continued_by_the_same_command, trained, untrained
 from evidence.settings import SEEDS, settings_digest
@@ -115,7 +116,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 differences.append([
                     name, task, f"{first} - {second}", ", ".join(f"{value:+.3f}" for value in found["differences"]),
                     f"{found['difference']:+.3f}", "" if interval is None else "{:+.3f} to {:+.3f}".format(*interval),
-                    verdict(found, len(SEEDS)),
+                    verdict(found, None, complete=len(seeds) == len(SEEDS)),
                 ])  # fmt: skip
     header = [
         "from, to",
@@ -133,16 +134,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         markdown_table(header, accuracies),
         markdown_table(of_differences, differences),
     ])  # fmt: skip
-
-
-def verdict(found: dict[str, Any], wanted: int) -> str:
-    """Returns the verdict of the protocol on the differences of the seeds; partial while seeds are missing."""
-    if found["seeds"] < wanted:
-        return f"partial ({found['seeds']} of {wanted} seeds)"
-    low, high = found["ci95"] or (found["difference"],) * 2
-    if low > 0 and min(found["differences"]) >= 0:
-        return "confirmed"
-    return "refuted" if high < 0 and max(found["differences"]) <= 0 else "undecided"
 
 
 def _mean(values: list[float]) -> str:

@@ -79,17 +79,17 @@ def test_the_table(transfer, call, tmp_path):
 @pytest.mark.parametrize(
     ("differences", "interval", "expected"),
     [
-        ([0.1, 0.1, 0.2, 0.1, 0.0], (0.01, 0.2), "confirmed"),
+        ([0.1, 0.1, 0.2, 0.1, 0.0], (0.01, 0.2), "**confirmed**"),
         ([0.1, 0.2, 0.2, 0.1, -0.01], (0.01, 0.2), "undecided"),
         ([0.1, 0.2, 0.2, 0.1, 0.1], (-0.01, 0.2), "undecided"),
-        ([-0.1, -0.2, -0.2, -0.1, 0.0], (-0.2, -0.01), "refuted"),
-        ([0.1] * 5, None, "confirmed"),
+        ([-0.1, -0.2, -0.2, -0.1, 0.0], (-0.2, -0.01), "**refuted**"),
+        ([0.1] * 5, None, "undecided"),
         ([0.1] * 4, (0.01, 0.2), "partial (4 of 5 seeds)"),
     ],
 )
 def test_verdicts(transfer, differences, interval, expected):
     found = {"seeds": len(differences), "differences": differences, "ci95": interval, "difference": differences[0]}
-    assert transfer.verdict(found, 5) == expected
+    assert transfer.verdict(found, None, complete=len(differences) == 5) == expected
 
 
 def test_the_checkpoint_of_the_untrained_network(transfer, tmp_path):

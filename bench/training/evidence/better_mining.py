@@ -35,7 +35,9 @@ class Way:
     """The paper's cascade; subclasses replace parts of it. `start` is called at the start of each cycle that mines."""
 
     state: CycleState
+    original: Any  # the trainer's own step with a queue
     video: Tensor  # [B], of the current queries
+    step: int
 
     def start(self) -> None:
         pass
@@ -51,10 +53,10 @@ class Way:
         return cascade_select(anchors, entries, views, keep, query_ids=source, memory_ids=memory.source)[0]
 
     def queue_step(self, original: Any, state: CycleState, batch: Any, step: int) -> Any:
+        self.original, self.video, self.step = original, batch.video, step
         if state.cascades and state is not getattr(self, "state", None):
             self.state = state
             self.start()
-        self.video = batch.video
         return original(state, batch, step)
 
     @contextmanager
@@ -232,16 +234,14 @@ class WarmStart(Way):
     """Fills the memory of each cycle before its first step, by a pass over the videos in which nothing is learnt. All
     steps of the cycle learn."""
 
-    def queue_step(self, original: Any, state: CycleState, batch: Any, step: int) -> Any:
-        if state.cascades and state is not getattr(self, "state", None):
-            self.state = state
-            data, seed = state.config.data, state.config.run.seed
-            with closing(TrainLoader(_videos(state), data, state.views, seed=seed)) as loader:
-                batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count(WARM_EPOCH)))
-                while not state.memory.full:
-                    original(state, next(batches), step)
-            state.start_epoch()
-        return original(state, batch, step)
+    def start(self) -> None:
+        state = self.state
+        data, seed = state.config.data, state.config.run.seed
+        with closing(TrainLoader(_videos(state), data, state.views, seed=seed)) as loader:
+            batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count(WARM_EPOCH)))
+            while not state.memory.full:
+                self.original(state, next(batches), self.step)
+        state.start_epoch()
 
 
 def _videos(state: CycleState) -> Index:
