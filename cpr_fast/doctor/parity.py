@@ -26,7 +26,7 @@ from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.decode import read_frames
 from cpr_fast.data.video.packets import slice_packets
-from cpr_fast.data.video.probe import probe_video
+from cpr_fast.data.video.probe import ASSUMED_FPS, probe_video
 
 # codec -> (encoders, of which the first one available is used; suffix; pixel format; options)
 CODECS: dict[str, tuple[tuple[str, ...], str, str, dict[str, str]]] = {
@@ -144,7 +144,7 @@ def clip_parity(path: Path, data: DataConfig, *, epochs: int = 8, device: torch.
         "colour_min_db" of clips with jitter, grayscale or blur too; and their numbers "plain_clips", "colour_clips".
     """
     info = probe_video(path)
-    video = Video(path, "", "", "", info.num_frames, info.fps or 25.0, info.width, info.height)
+    video = Video(path, "", "", "", info.num_frames, info.fps or ASSUMED_FPS, info.width, info.height)
     sources = Sources.of(Index([video]))
     device = device or torch.device("cpu")
     graph = ClipGraph(data, {"rgb": "frames"}, device, 2)

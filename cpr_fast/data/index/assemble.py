@@ -18,7 +18,7 @@ from cpr_fast.data.index.summary import KINDS
 from cpr_fast.data.storage.media import is_record
 from cpr_fast.data.storage.records import frame_size, split_record
 from cpr_fast.data.video.container import VideoError
-from cpr_fast.data.video.probe import VideoInfo
+from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import replacing
 from cpr_fast.wording import counted
@@ -105,8 +105,8 @@ def transcoded(path: Path, root: Path, folder: Path) -> Path:
 
 def _video(item: Listed, info: VideoInfo, root: Path, options: IndexOptions) -> Video:
     path = item.path if options.transcode is None else transcoded(item.path, root, options.transcode)
-    return Video(path, item.label, item.source, item.split, info.num_frames, info.fps, info.width, info.height,
-                 item.flow_path)  # fmt: skip
+    return Video(path, item.label, item.source, item.split, info.num_frames, info.fps or ASSUMED_FPS, info.width,
+                 info.height, item.flow_path)  # fmt: skip
 
 
 def _with_flow(item: Listed, frames: int) -> tuple[Listed, int, list[Problem]]:
@@ -141,8 +141,6 @@ def _refused(item: Listed, info: VideoInfo | VideoError, options: IndexOptions) 
     if info.num_frames < options.min_frames:
         reason = f"has {info.num_frames} frames, expected at least --min-frames {options.min_frames}"
         return Problem(item.path, "too_short", reason)
-    if not info.fps > 0:
-        return Problem(item.path, "broken", "the file does not say its frame rate")
     return None
 
 
@@ -166,6 +164,8 @@ def _remarks(item: Listed, info: VideoInfo) -> list[Problem]:
     if info.num_frames <= SHORT:
         frames = "1 frame" if info.num_frames == 1 else f"{info.num_frames} frames"
         found.append(("short", f"has {frames}; a clip of 32 frames is padded by half or more"))
+    if not info.fps:
+        found.append(("no_rate", f"does not say its frame rate; the index says {ASSUMED_FPS:g}"))
     if info.variable_rate:
         found.append(("variable_rate", "its frames are not evenly spaced in time"))
     return [Problem(item.path, kind, reason) for kind, reason in found]
@@ -200,6 +200,8 @@ def _nothing(root: Path, listing: Listing, problems: list[Problem], options: Ind
         text += f"; it holds other files: {', '.join(f'{listing.others[suffix]:,} {suffix}' for suffix in suffixes)}"
         if {".jpg", ".jpeg", ".png"} & set(suffixes):
             text += " (extracted frames are not read; encode them as videos)"
+        elif ".gif" in suffixes:
+            text += " (animations are not read; encode them as videos)"
     return text
 
 

@@ -23,7 +23,7 @@ from cpr_fast.runtime.files import one_writer, replacing
 
 VERIFY_BELOW = 10_000  # videos: below this number each is decoded completely, unless the user decides otherwise
 
-REMARKS = ("short", "variable_rate", "several_streams", "empty_folder", "hidden", "same_content")
+REMARKS = ("short", "variable_rate", "no_rate", "several_streams", "empty_folder", "hidden", "same_content")
 
 
 def build_index(

@@ -14,15 +14,16 @@ from cpr_fast.data.storage.records import MARK, open_records, record_path, split
 from cpr_fast.runtime.files import TEMPORARY
 
 VIDEO_SUFFIXES = frozenset((
-    ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov",
-    ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob",
-    ".webm", ".wmv",
+    ".264", ".265", ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gxf", ".h264", ".h265", ".hevc",
+    ".ismv", ".ivf", ".m1v", ".m2ts", ".m2v", ".m4v", ".mj2", ".mjpeg", ".mjpg", ".mk3d", ".mkv", ".mov", ".mp4",
+    ".mpe", ".mpeg", ".mpg", ".mpv", ".mts", ".mxf", ".nut", ".obu", ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts",
+    ".vob", ".webm", ".wmv", ".wtv", ".y4m",
 ))  # fmt: skip
 # These files are not opened to check whether they hold a video: data sets may have millions of them.
 OTHER_SUFFIXES = frozenset((
-    ".bmp", ".csv", ".db", ".gz", ".ini", ".jpeg", ".jpg", ".json", ".jsonl", ".lmdb", ".md", ".mp3", ".npy",
-    ".npz", ".pdf", ".pickle", ".pkl", ".png", ".pt", ".py", ".srt", ".tar", ".tif", ".tiff", ".toml", ".txt",
-    ".vtt", ".wav", ".webp", ".xml", ".yaml", ".yml", ".zip",
+    ".apng", ".avif", ".bmp", ".csv", ".db", ".gif", ".gz", ".heic", ".ini", ".jpeg", ".jpg", ".json", ".jsonl",
+    ".lmdb", ".md", ".mp3", ".npy", ".npz", ".pdf", ".pickle", ".pkl", ".png", ".pt", ".py", ".srt", ".tar", ".tif",
+    ".tiff", ".toml", ".txt", ".vtt", ".wav", ".webp", ".xml", ".yaml", ".yml", ".zip",
 ))  # fmt: skip
 UNFINISHED_SUFFIXES = frozenset({".crdownload", ".download", ".part", ".partial", ".tmp"})
 # Folders in which file managers and file systems keep copies, previews and lost files.
@@ -163,7 +164,7 @@ def _broken_link(path: Path) -> str:
 
 
 def _begins_as_video(path: Path) -> bool:
-    """Returns whether the first bytes are those of MP4, Matroska, AVI, FLV, ASF, RealMedia, MPEG or MPEG-TS."""
+    """Returns whether the first bytes are those of one of the containers below, MP4, AVI or MPEG-TS."""
     try:
         with path.open("rb") as file:
             head = file.read(377)
@@ -174,6 +175,8 @@ def _begins_as_video(path: Path) -> bool:
         b"FLV\x01",
         b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",
         b".RMF",
+        b"YUV4MPEG2 ",
+        b"DKIF",
         b"\0\0\1\xba",
         b"\0\0\1\xb3",
     )

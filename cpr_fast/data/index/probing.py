@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cpr_fast.data.storage.records import frame_size, read_record_frames, split_record
 from cpr_fast.data.video.container import VideoError
-from cpr_fast.data.video.probe import VideoInfo, probe_video
+from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo, probe_video
 from cpr_fast.runtime.files import append_line, naming
 from cpr_fast.runtime.progress import Forecast, about, track
 
@@ -39,7 +39,7 @@ def probe(path: Path, *, verify: bool) -> VideoInfo:
             if frame == 0:
                 raise
             frames, error = frame, failure.reason
-    return VideoInfo(frames, 25.0, width, height, "mjpeg", error)  # an LMDB file does not store the frame rate
+    return VideoInfo(frames, ASSUMED_FPS, width, height, "mjpeg", error)  # an LMDB file does not store the frame rate
 
 
 class Journal:

@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "several_streams": (True, "one of several video streams is read"),
     "short": (True, "short for clips of 32 frames"),
     "variable_rate": (True, "variable frame rate"),
+    "no_rate": (True, "frame rate not stated"),
     "no_class": (True, "beside the class folders"),
     "repeated": (True, "listed more than once"),
     "ambiguous": (True, "same name as another file"),
@@ -39,6 +40,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "shared_source": (True, "source in the training split and in another one"),
     "same_file": (True, "same file as another one, by a link"),
     "same_content": (True, "copy of another file, byte by byte"),
+    "other_class": (True, "number or name of another class than that of the list"),
     "similar_classes": (True, "class spelled almost like another one"),
     "empty_list": (True, "split list that names no video"),
     "missing_flow": (True, "no record in --flow-lmdb"),
@@ -71,7 +73,7 @@ def summary(report: dict[str, Any]) -> list[str]:
     lines += _problems(report["problems"])
     if report["other_files"]:
         named = ", ".join(f"{count:,} {suffix}" for suffix, count in _largest(report["other_files"]))
-        lines.append(f"Other files, which are not videos: {named}")
+        lines.append(f"Other files, not read: {named}")
     if report["problems"]:
         lines.append(f"All problems: {Path(report['index']).with_suffix('.report.json')}")
     if missing := _too_few(report):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 
 from cpr_fast.data.video.container import VideoError, holds_frame, open_video, shows_times, video_streams
+
+ASSUMED_FPS = 25.0  # of a video whose file says nothing about its frame rate
+FPS_LIMIT = 1000  # frames per second; such a "rate" is the clock of the file, as 60,000 for DV and 1,000 for ASF
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class VideoInfo:
 
     Attributes:
         num_frames: Frames that decode, up to the end of the file, an `error`, or a change of the frame size.
-        fps: Frames per second; 0 if the file does not specify it.
+        fps: Frames per second; 0 if the file specifies none below FPS_LIMIT, and the times of its frames do not either.
         width: Pixels, as stored, before any rotation.
         height: Pixels.
         codec: FFmpeg's name of the codec.
@@ -57,11 +61,11 @@ def probe_video(path: str | Path, *, decode: bool = True) -> VideoInfo:
     try:
         with open_video(path) as (container, stream):
             facts = {
-                "fps": float(stream.average_rate or stream.guessed_rate or 0),
+                "fps": float(frame_rate(stream) or 0),
                 "codec": stream.codec_context.codec.canonical_name,
                 "streams": which_stream(container, stream),
             }
-            clocked = shows_times(container)
+            clocked, clock = shows_times(container), stream.time_base
             for packet in container.demux(stream):
                 frames = stream.codec_context.decode(packet) if decode or found.first is None else []
                 if decode:
@@ -80,6 +84,7 @@ def probe_video(path: str | Path, *, decode: bool = True) -> VideoInfo:
     if found.first is None:
         raise VideoError(path, "no frame decodes")
     first = found.first
+    facts["fps"] = facts["fps"] or _measured_rate(found.times, clock)
     info = VideoInfo(len(found.times), width=first.width, height=first.height, error=error, **facts)
     return replace(
         info,
@@ -89,6 +94,21 @@ def probe_video(path: str | Path, *, decode: bool = True) -> VideoInfo:
         first_corrupt=found.corrupt[0] if found.corrupt else -1,
         size_change=found.size_change,
     )
+
+
+def frame_rate(stream: av.VideoStream) -> Fraction | None:
+    """Returns the frames per second that the container states, or that FFmpeg guessed when it opened the file; None if
+    neither is a frame rate."""
+    stated = (Fraction(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate)  # PyAV 19: its own type
+    return next((rate for rate in stated if 0 < rate < FPS_LIMIT), None)
+
+
+def _measured_rate(times: Sequence[int | None], clock: Fraction | None) -> float:
+    """Returns the frames per second of these times, in units of `clock` seconds; 0 if they do not tell."""
+    known = [time for time in times if time is not None]
+    span = (max(known) - min(known)) * (clock or 0) if known else 0
+    rate = float((len(known) - 1) / span) if span else 0.0
+    return rate if rate < FPS_LIMIT else 0.0
 
 
 class _Frames:

@@ -10,7 +10,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from cpr_fast.data.video.container import VideoError, location, open_video
-from cpr_fast.data.video.probe import VideoInfo, which_stream
+from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo, frame_rate, which_stream
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import replacing
 
@@ -35,8 +35,9 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
         try:
             with open_video(path) as (container, stream):
                 writer.streams = which_stream(container, stream)
+                rate = frame_rate(stream) or Fraction(ASSUMED_FPS)
                 for frame in container.decode(stream):
-                    writer.add(frame, Fraction(stream.average_rate or 25))  # PyAV 19 has a type of its own
+                    writer.add(frame, rate)
         except VideoError as failure:
             error = failure
         if writer.stream is None:

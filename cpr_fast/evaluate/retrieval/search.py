@@ -21,7 +21,7 @@ from cpr_fast.config import DataConfig
 from cpr_fast.data.flow.write import write_flow
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.video.container import VideoError
-from cpr_fast.data.video.probe import probe_video
+from cpr_fast.data.video.probe import ASSUMED_FPS, probe_video
 from cpr_fast.data.video.transcode import transcode_video
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import FeatureCache, embed_index, weights_digest
@@ -169,8 +169,8 @@ def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfi
             raise InputError(
                 f"QUERIES: {str(path)!r}: expected more than {half + 1} frames, half a clip, got {info.num_frames}"
             )
-        videos.append(Video(file.absolute(), "", str(path), "query", info.num_frames, info.fps or 25.0, info.width,
-                            info.height))  # fmt: skip
+        fps = info.fps or ASSUMED_FPS
+        videos.append(Video(file.absolute(), "", str(path), "query", info.num_frames, fps, info.width, info.height))
     return Index(videos)
 
 

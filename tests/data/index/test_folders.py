@@ -127,7 +127,7 @@ def test_what_is_passed_over_is_named(tmp_path, video, capsys):
     for line in ("2 missing", "1 broken", "1 empty (", "1 unfinished", "3 hidden", "1 empty_folder", "1 link_loop",
                  "1 no_class", "1 same_file", "stray.mp4", "gone.mp4", "pipe.mp4", "text.wmv"):  # fmt: skip
         assert line in said, line
-    assert "Other files, which are not videos: 1 .flow.mp4, 1 .txt, 1 .xyz" in said
+    assert "Other files, not read: 1 .flow.mp4, 1 .txt, 1 .xyz" in said
     assert "next: add videos to pretrain on, and run this command again" in said
 
 
