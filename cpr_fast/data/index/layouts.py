@@ -7,12 +7,19 @@ files below a folder or, if the root is an LMDB file, its records.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from cpr_fast.data.index.catalogue import Catalogue, Problem, plain, without_suffix
-from cpr_fast.data.index.listing import SPLITS, Listed, Listing, clip_source, without_contradictions
+from cpr_fast.data.index.listing import (
+    SPLITS,
+    Listed,
+    Listing,
+    Row,
+    clip_source,
+    other_classes,
+    without_contradictions,
+)
 from cpr_fast.data.index.tables import read_lines, read_table, require_utf8
 from cpr_fast.data.storage.records import split_record
 from cpr_fast.errors import InputError
@@ -28,15 +35,6 @@ HMDB51_CLASSES = [
 
 # The name of a video in a list, which may be quoted; with blanks in it, it ends in a suffix.
 _VIDEO = r'"?([^\s"]+?|[^"]+?\.\w{2,5})"?'
-
-
-class Row(NamedTuple):
-    """A row of a list."""
-
-    where: str  # "file:line"
-    label: str
-    file: str  # the video's name, with or without a suffix
-    split: str
 
 
 def list_videos(
@@ -160,23 +158,27 @@ def _list_ucf101(catalogue: Catalogue, splits: Path | None, split: int) -> Listi
     files = {"train": splits / f"trainlist{split:02d}.txt", "test": splits / f"testlist{split:02d}.txt"}
     for name, file in files.items():
         expected = "<class>/<video> [<number>]"
-        for where, (video,) in _matches(file, rf"{_VIDEO}(?:[\s;,]+\d*)?", expected):
+        for where, (video, number) in _matches(file, rf"{_VIDEO}(?:[\s;,]+(\d*))?", expected):
             *folders, video = video.replace("\\", "/").split("/")
             if not folders:
                 raise InputError(f"{where}: expected {expected}, got {video!r}")
             label = next((folder for folder in reversed(folders) if folder in classes), folders[-1])
-            rows.append(Row(where, label, video, name))
-    return _find(catalogue, rows, classes, list(files.values()))
+            rows.append(Row(where, label, video, name, number or ""))
+    return _find(catalogue, rows, list(classes), list(files.values()), classes)
 
 
-def _numbered_classes(file: Path) -> list[str]:
-    """Reads a list of classes in the order of their numbers, or of the lines if they have none."""
-    numbers: dict[str, tuple[int, str]] = {}  # by class: its number and where it is
+def _numbered_classes(file: Path) -> dict[str, int]:
+    """Reads a list of classes with their numbers, or those of the lines if they have none, and sorts it by them."""
+    numbers: dict[str, int] = {}
+    places: dict[str | int, str] = {}  # of each class and number
     for line, (where, (number, label)) in enumerate(_matches(file, r"(?:(\d+)[\s;,]+)?(\S.*)", "<number> <class>")):
-        if label in numbers:
-            raise InputError(f"{where}: class {label!r} repeats {numbers[label][1]}")
-        numbers[label] = (int(number or line), where)
-    return sorted(numbers, key=lambda label: numbers[label][0])
+        place = int(number or line)
+        for key, what in ((label, f"class {label!r}"), (place, f"number {place} of class {label!r}")):
+            if key in places:
+                raise InputError(f"{where}: {what} repeats {places[key]}")
+            places[key] = where
+        numbers[label] = place
+    return dict(sorted(numbers.items(), key=lambda item: item[1]))
 
 
 def _list_hmdb51(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
@@ -279,7 +281,7 @@ def _list_coclr(catalogue: Catalogue, splits: Path | None, split: int) -> Listin
             f"--splits: expected train_split{split:02d}.csv or test_split{split:02d}.csv in {str(splits)!r}, got none"
         )
     file = splits / "ClassInd.txt"
-    named = _numbered_classes(file) if file.exists() else []
+    named = list(_numbered_classes(file)) if file.exists() else []
     return _find(catalogue, rows, named or sorted({row.label for row in rows}), files)
 
 
@@ -294,9 +296,12 @@ def _list_lmdb(catalogue: Catalogue, splits: Path | None, split: int) -> Listing
     return Listing(videos, sorted({label for _, label in named if label}), [])
 
 
-def _find(catalogue: Catalogue, rows: list[Row], classes: Sequence[str], files: list[Path]) -> Listing:
-    """Looks up the videos that the rows of the lists `files` name."""
+def _find(
+    catalogue: Catalogue, rows: list[Row], classes: Sequence[str], files: list[Path], numbers: Mapping[str, int] = {}
+) -> Listing:
+    """Looks up the videos that the rows of the lists `files` name; `numbers` are those of the classes in the lists."""
     listed, problems, known = [], _without_rows(rows, files), set(classes)
+    paths: dict[Row, Path] = {}
     exact: dict[str, str] = {}  # by source in lower case: the source of a row that names its file exactly
     for row in rows:
         if row.label not in known:
@@ -310,12 +315,13 @@ def _find(catalogue: Catalogue, rows: list[Row], classes: Sequence[str], files: 
                 exact.setdefault(source.lower(), source)
             listed.append(Listed(found[0], row.label, source, row.split))
             problems += _ambiguous(found)
+            paths[row] = found[0]
         else:
             problems.append(_missing(catalogue, row))
     named = set(exact.values())  # a row in another case than its file has the source of its siblings
     listed = [item if item.source in named else item._replace(source=exact.get(item.source.lower(), item.source))
               for item in listed]  # fmt: skip
-    return Listing(listed, list(classes), problems)
+    return Listing(listed, list(classes), problems + other_classes(paths, numbers, classes))
 
 
 def _without_rows(rows: list[Row], files: list[Path]) -> list[Problem]:
@@ -333,8 +339,7 @@ def _split(name: str) -> str:
 
 
 def _missing(catalogue: Catalogue, row: Row) -> Problem:
-    file, _, line = row.where.rpartition(":")
-    return Problem(catalogue.root / row.label / row.file, "missing", f"listed in {Path(file).name}:{line}, not found")
+    return Problem(catalogue.root / row.label / row.file, "missing", f"listed in {row.place}, not found")
 
 
 def _ambiguous(found: Collection[Path]) -> list[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,25 @@ from cpr_fast.wording import counted
 # Names of splits, in lower case, and what they are called in an index.
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val", "valid": "val",
           "validate": "val", "validation": "val"}  # fmt: skip
+
+_UCF101 = r"v_(?P<class>.+)_g\d+_c\d+"
+_HMDB51 = r"_[a-z]_[a-z]{2}_np\w+_[a-z]{2}_[a-z]{3}_\d+"  # properties of a clip, after its film and class
+
+
+class Row(NamedTuple):
+    """A row of a list."""
+
+    where: str  # "file:line"
+    label: str
+    file: str  # the video's name, with or without a suffix
+    split: str
+    number: str = ""  # of the class, if the list gives one
+
+    @property
+    def place(self) -> str:
+        """`where` without the folder."""
+        file, _, line = self.where.rpartition(":")
+        return f"{Path(file).name}:{line}"
 
 
 class Listed(NamedTuple):
@@ -32,7 +52,7 @@ class Listing(NamedTuple):
     classes: list[str]  # in the data set's own order
     problems: list[Problem]
     levels: str = ""  # how the levels of folders were interpreted
-    others: dict[str, int] = {}  # number of files that are not videos, by suffix
+    others: dict[str, int] = {}  # number of files that are not read, by suffix
 
 
 def known_split(name: str) -> str:
@@ -45,12 +65,48 @@ def clip_source(label: str, name: str) -> str:
     (YOUTUBEID_start_end); any other clip is its own source, identified by class and name, because equal names in two
     classes denote different videos.
     """
-    if found := re.fullmatch(rf"(.+)_{re.escape(label)}_[a-z]_[a-z]{{2}}_np\w+_[a-z]{{2}}_[a-z]{{3}}_\d+", name):
+    if found := re.fullmatch(rf"(.+)_{re.escape(label)}{_HMDB51}", name):
         return f"{label}/{found[1]}"
     if found := re.fullmatch(r"(.{11})_\d{6}_\d{6}", name):
         return found[1]
     source = re.sub(r"_c\d+$", "", name)
     return source if source.lower().startswith(f"v_{label.lower()}_") else "/".join(filter(None, (label, source)))
+
+
+def class_in_name(name: str, label: str, classes: Mapping[str, str]) -> str:
+    """Returns the class that a file name in the style of UCF101 or HMDB51 (see `clip_source`) states: `label` if the
+    name may mean it, else one of `classes`, which are by their plain names; "" if it states none of them."""
+    if found := re.fullmatch(_UCF101, name, re.IGNORECASE):
+        return classes.get(plain(found["class"]), "")
+    if found := re.fullmatch(rf"(.+){_HMDB51}", name):  # of a film "x_draw", or of the class "draw_sword"
+        stated = [other for other in classes.values() if found[1].endswith(f"_{other}")]
+        return label if label in stated else max(stated, key=len, default="")
+    return ""
+
+
+def other_classes(paths: Mapping[Row, Path], numbers: Mapping[str, int], classes: Sequence[str]) -> list[Problem]:
+    """Returns a problem for every row, found at a path, whose number or file name says another class than the list;
+    `numbers` are those of the classes."""
+    problems, wrong, by_name = [], _wrong_numbers(paths, numbers), {plain(label): label for label in classes}
+    for row, path in paths.items():
+        stated = class_in_name(path.stem, row.label, by_name)
+        if reason := wrong.get(row) or (f"its name says {stated!r}" if stated not in ("", row.label) else ""):
+            kept = f"is listed in class {row.label!r} ({row.place}), which the index says, but {reason}"
+            problems.append(Problem(path, "other_class", kept))
+    return problems
+
+
+def _wrong_numbers(rows: Iterable[Row], numbers: Mapping[str, int]) -> dict[Row, str]:
+    """Returns the rows whose number is not that of their class, with the reason.
+
+    Lists that count from 0 where the list of classes counts from 1, or the reverse, are right.
+    """
+    away = {row: int(row.number) - numbers[row.label] for row in rows if row.number and row.label in numbers}
+    if set(away.values()) in ({1}, {-1}) and len({row.label for row in away}) > 1:
+        return {}
+    names = {number: repr(label) for label, number in numbers.items()}
+    return {row: f"its number {row.number} there is that of {names.get(int(row.number), 'no class')}"
+            for row, off in away.items() if off}  # fmt: skip
 
 
 def without_contradictions(listing: Listing) -> Listing:

@@ -253,8 +253,10 @@ def test_a_root_that_cannot_be_indexed_is_named(make, arguments, message, tmp_pa
 
 def write_lists(folder: Path, train: list[str], test: list[str], number: int = 1) -> Path:
     folder.mkdir()
-    (folder / "classInd.txt").write_text("1 Zumba\r\n2 HandstandPushups\r\n3 Archery\r\n")
-    (folder / f"trainlist{number:02d}.txt").write_text("".join(f"{line} 1\r\n" for line in train))
+    numbers = {"Zumba": 1, "HandstandPushups": 2, "Archery": 3}
+    (folder / "classInd.txt").write_text("".join(f"{place} {label}\r\n" for label, place in numbers.items()))
+    rows = [f"{line} {numbers.get(line.split('/')[0], 1)}\r\n" for line in train]
+    (folder / f"trainlist{number:02d}.txt").write_text("".join(rows))
     (folder / f"testlist{number:02d}.txt").write_text("".join(f"{line}\r\n" for line in test))
     return folder
 

@@ -68,6 +68,7 @@ def test_clips_of_one_source_stay_together_whatever_the_case_of_their_rows(root,
         ("ucf101", ucf101("A/v\0.avi 1\n"), "trainlist01.txt: expected a UTF-8 split list, got a binary file"),
         ("ucf101", ucf101("", ""), r"--splits: the lists in .* name no video \(trainlist01.txt, testlist01.txt\)"),
         ("ucf101", ucf101("A/v.avi 1\n", classes="1 A\n2 B\n3 A\n"), r"classInd.txt:3: class 'A' repeats .*:1"),
+        ("ucf101", ucf101("A/v.avi 1\n", classes="1 A\n2 B\n2 C\n"), "txt:3: number 2 of class 'C' repeats .*:2"),
         ("hmdb51", {"Walk_test_split1.txt": "w.avi 1\n"}, "class 'Walk' .* did you mean 'walk'"),
         ("hmdb51", {"walk_test_split1.txt": "w.avi 0\n"}, r"--splits: the lists .* name no video \(walk_"),
         ("coclr", {"train_split01.csv": ""}, r"--splits: the lists in .* name no video \(train_split01.csv\)"),
@@ -104,6 +105,43 @@ def test_a_split_that_was_edited_by_hand_is_found_in_any_case(root, tmp_path):
     assert len(index.select("train")) == len(index.select("TRAIN")) == 2 and len(index.select("Mine")) == 1
     with pytest.raises(IndexFileError, match="split 'mine': .* its splits are 'train', 'Mine'"):
         index.select("mine")
+
+
+TWO = "A/v_A_g01_c01.avi {}\nB/v B g01_c01.avi {}\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (ucf101(TWO.format(1, 2)), None),
+        (ucf101(TWO.format(0, 1)), None),  # the list counts from 0
+        (ucf101(TWO.format(1, 2), classes="A\nB\nB C\n"), None),  # the classes have no numbers
+        (ucf101(TWO.format(1, 3)), "'B' (trainlist01.txt:2): its number 3 there is that of 'B C'"),
+        (ucf101(TWO.format(7, 2)), "'A' (trainlist01.txt:1): its number 7 there is that of no class"),
+        (ucf101(TWO.format(1, 2) + "B/v_A_g03_c01.avi 2\n"), "'B' (trainlist01.txt:3): its name says 'A'"),
+    ],
+)  # fmt: skip
+def test_numbers_and_names_that_contradict_the_class_of_a_list_are_reported(root, tmp_path, files, reason):
+    for name in ("A/v_A_g01_c01", "B/v B g01_c01", "A/v_A_g02_c01", "B/v_A_g03_c01"):
+        write_plain(tmp_path / "set" / f"{name}.mp4", 18)
+    _, report = listed(tmp_path / "set", tmp_path, "ucf101", files)
+    found = [problem["reason"] for problem in report["problems"] if problem["kind"] == "other_class"]
+    kept = ", which the index says, but "
+    assert [text.replace(kept, ": ") for text in found] == [f"is listed in class {reason}"] * (reason is not None)
+    assert {video.path.stem: video.label for video in Index.load(tmp_path / "i.csv")}["v B g01_c01"] == "B"
+
+
+def test_the_film_of_a_clip_of_hmdb51_is_not_its_class(tmp_path):
+    """A film may be called as a class; a clip of a class whose name ends in another class is not contradictory."""
+    names = {"sword": "x_draw_sword_f_cm_np1_ba_med_0", "draw_sword": "y_draw_sword_f_cm_np1_ba_med_0",
+             "sit": "z_wave_f_cm_np1_ba_med_0"}  # fmt: skip
+    for label, name in names.items():
+        write_plain(tmp_path / "set" / label / f"{name}.mp4", 18)
+    lists = {f"{label}_test_split1.txt": f"{name}.avi 1\n" for label, name in names.items()}
+    _, report = listed(tmp_path / "set", tmp_path, "hmdb51", lists)
+    assert [problem["reason"] for problem in report["problems"]] == [
+        "is listed in class 'sit' (sit_test_split1.txt:1), which the index says, but its name says 'wave'"
+    ]
 
 
 def test_an_empty_list_and_classes_spelled_almost_alike_are_reported(root, tmp_path, capsys):
