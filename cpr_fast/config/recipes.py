@@ -35,6 +35,12 @@ def init_command(index: str | Path) -> str:
     return f"cpr-fast init {shlex.quote(str(index))}" + (f" --out {shlex.quote(name)}" if name != names[0] else "")
 
 
+def retrieve_command(run: str | Path, index: str | Path, *, published: bool = False) -> str:
+    """Returns the command that evaluates a run on an index: on 5 windows of each video, or on all, as published."""
+    checkpoint = shlex.quote(f"{run}/checkpoints/last.pt")
+    return f"cpr-fast retrieve {checkpoint} --index {shlex.quote(str(index))}" + ("" if published else " --clips 5")
+
+
 def find_config(name: str | Path) -> Path:
     """Returns the path of a config: an existing file, or a recipe by its name, such as "cpr_ucf101".
 

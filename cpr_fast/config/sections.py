@@ -248,13 +248,18 @@ class HealthConfig:
 
     # Warn if the spread of the queries falls below this: 1 is uniform on the sphere, 0 is a single point.
     min_feature_std: float = 0.1
-    # Warn if the queries use fewer than this many of the model.feature_dim dimensions.
+    # Warn if the queries use fewer than this many of the model.feature_dim dimensions, see `rank_limit`.
     min_effective_rank: float = 4.0
     # Warn if the mean cosine distance between a video's new key and its entry in the queue exceeds this.
     max_memory_drift: float = 0.8
     online_every: int = 0  # epochs between measurements of retrieval R@1 on held-out videos; 0: never
     online_videos: int = 512  # number of held-out videos
     online_split: str = "val"  # split of the held-out videos; do not use a split whose results you report
+
+    def rank_limit(self, queries: int) -> float:
+        """Returns the effective rank below which a run warns: `min_effective_rank`, but at most an eighth of the number
+        of queries of different videos, because N queries span at most N dimensions."""
+        return min(self.min_effective_rank, queries / 8)
 
 
 @dataclass(frozen=True)

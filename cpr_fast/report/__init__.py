@@ -1,5 +1,6 @@
 """The HTML report of training runs, and the page of similar, duplicated and odd videos. Neither uses scripts or the
 network.
 
-Imports `runtime`, `data.index`, `evaluate` and its own packages; only `experiments` and `commands` may import it.
+Imports `config`, `runtime`, `data.index`, `evaluate` and its own packages; only `experiments` and `commands` may
+import it.
 """

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from cpr_fast.config import HealthConfig
+from cpr_fast.config.recipes import retrieve_command
 from cpr_fast.data.index.index import Index, IndexFileError, Video
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES, percent, signed, signed_interval, without_copies
@@ -19,6 +21,7 @@ from cpr_fast.report.run_folder.outcome import MORE_EPOCHS, judge, verdict
 from cpr_fast.report.run_folder.run import VIEWS, Run
 from cpr_fast.wording import counted, listed
 
+MANY_QUERIES = 1024  # of a measurement of the effective rank by a version that did not count them
 MOST_VIDEOS = 20_000  # limit of videos compared with each other; of more videos, evenly spaced ones are used
 
 
@@ -200,8 +203,8 @@ def _neighbours(run: Run, compared: Compared | None) -> tuple[str | None, str]:
         return None, f"Nearest neighbours: not known, because the index cannot be read ({error})."
     if compared is None:
         return None, (
-            f"Nearest neighbours: not known yet. Run `cpr-fast retrieve {run.folder}/checkpoints/last.pt --index "
-            f"{index_of(run)}`, then `cpr-fast report` again."
+            f"Nearest neighbours: not known yet. Run `{retrieve_command(run.folder, index_of(run))}`, then `cpr-fast "
+            "report` again."
         )
     return compared.level, f"Nearest neighbours, confidence {compared.level}: {' '.join(compared.reasons)}"
 
@@ -215,6 +218,8 @@ def _rank(run: Run) -> str | None:
         return None
     width = run.config.get("model", {}).get("feature_dim")
     least = run.config.get("health", {}).get("min_effective_rank")
+    if least is not None:
+        least = HealthConfig(min_effective_rank=least).rank_limit(run.health[-1].get("queries", MANY_QUERIES))
     values = ", ".join(f"{VIEW_NAMES[view]} {value:.1f}" for view, value in ranks.items())
     of = "" if width is None else f" of {width}"
     low = [VIEW_NAMES[view] for view, value in ranks.items() if least is not None and value < least]

@@ -52,7 +52,7 @@ class Health:
 
     def __init__(self, views: Sequence[str], memory: Memory, videos: int, *, drifts: bool) -> None:
         width, device = memory.features.shape[2], memory.features.device
-        self.views, self.memory, self.drifts = tuple(views), memory, drifts
+        self.views, self.memory, self.videos, self.drifts = tuple(views), memory, videos, drifts
         self.queries = torch.zeros(len(self.views), WINDOW, width, device=device)  # a ring buffer
         self.count = 0  # number of queries so far
         # The number of the newest key of each video, counted over all keys enqueued; -1 = none.
@@ -82,7 +82,8 @@ class Health:
     def summary(self, step: int) -> dict[str, Any]:
         """Returns the state after `step`, on the host. This is a sync point.
 
-        `feature_std`, `effective_rank`: {view: value} of the window. `memory_age_steps`: mean age of the entries.
+        `feature_std`, `effective_rank`: {view: value} of the window. `queries`: its number of different videos, at
+        most. `memory_age_steps`: mean age of the entries.
         `memory_drift`: mean, over the epoch, of 1 - cosine between the new key of a video and its older key in the
         queue (computed from another clip); None if the queue held no older key, and for other kinds of memory.
         """
@@ -92,13 +93,14 @@ class Health:
         return {
             "feature_std": {view: feature_std(f).item() for view, f in zip(self.views, features, strict=True)},
             "effective_rank": {view: effective_rank(f).item() for view, f in zip(self.views, features, strict=True)},
+            "queries": min(self.count, WINDOW, self.videos),
             "memory_age_steps": (step - written).double().mean().item(),
             "memory_drift": total / compared if compared else None,
         }
 
     def alarms(self, row: dict[str, Any], bounds: HealthConfig) -> list[str]:
         """Returns one sentence for each value of a `summary` that is out of bounds now and was not at the last call."""
-        outside = {}
+        outside, limit = {}, bounds.rank_limit(row["queries"])
         for view in self.views:
             spread, rank = row["feature_std"][view], row["effective_rank"][view]
             if spread < bounds.min_feature_std:
@@ -106,11 +108,13 @@ class Health:
                     f"the {view} queries are nearly one point: feature_std {spread:.3g} is below "
                     f"health.min_feature_std {bounds.min_feature_std}"
                 )
-            if rank < bounds.min_effective_rank:
+            if rank < limit:
+                few = limit < bounds.min_effective_rank
                 outside[f"effective_rank {view}"] = (
                     f"the {view} queries use few dimensions: effective_rank {rank:.3g} is below "
-                    f"health.min_effective_rank {bounds.min_effective_rank}"
-                )
+                    + (f"{limit:.3g}, an eighth of the {row['queries']} videos" if few else
+                       f"health.min_effective_rank {bounds.min_effective_rank}")
+                )  # fmt: skip
         drift = row["memory_drift"]
         if drift is not None and drift > bounds.max_memory_drift:
             outside["memory_drift"] = (

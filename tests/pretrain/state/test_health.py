@@ -117,7 +117,7 @@ def test_a_shared_encoder_is_watched_in_both_views(tmp_path):
 
 def test_a_collapse_raises_one_alarm_until_it_recovers():
     bounds = HealthConfig()
-    health = Health(["flow"], Memory(1, 4, 16), videos=9, drifts=False)
+    health = Health(["flow"], Memory(1, 4, 16), videos=900, drifts=False)
 
     def epoch(queries: torch.Tensor) -> list[str]:
         health.update(queries[None], queries, torch.zeros(len(queries), dtype=torch.int64))
@@ -136,16 +136,27 @@ def test_a_collapse_raises_one_alarm_until_it_recovers():
     assert len(epoch(point)) == 2
 
 
+@pytest.mark.parametrize(("queries", "videos", "limit"), [(8, 900, 1), (40, 20, 2.5), (32, 900, 4), (2000, 900, 4)])
+def test_few_queries_may_use_few_dimensions(queries, videos, limit):
+    """N queries span at most N dimensions, so the limit grows with their number, up to the setting."""
+    health = Health(["rgb"], Memory(1, 4, 64), videos=videos, drifts=False)
+    health.update(directions(queries, 64)[None], directions(queries, 64), torch.zeros(queries, dtype=torch.int64))
+    row = health.summary(0)
+    said = f"{limit:.3g}, an eighth of the {row['queries']} videos" if limit < 4 else "health.min_effective_rank 4.0"
+    for rank in (limit - 0.01, limit):
+        alarms = health.alarms(row | {"effective_rank": {"rgb": rank}}, HealthConfig())
+        assert alarms == ([] if rank == limit else [
+            f"the rgb queries use few dimensions: effective_rank {rank:.3g} is below {said}"])  # fmt: skip
+
+
 def test_alarms_are_rows_and_warnings(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
-    # Features of eight dimensions cannot have rank 9, and no two clips have equal keys, so both measures are always out
-    # of
-    # bounds.
-    folder = run(settings(tmp_path, health={"min_effective_rank": 9.0, "max_memory_drift": 1e-6}))
+    # No queries spread more than uniformly, and no two clips have equal keys: both measures are always out of bounds.
+    folder = run(settings(tmp_path, health={"min_feature_std": 1.5, "max_memory_drift": 1e-6}))
     alarms = rows(folder, "alarm")
     # Alarms are reset in each cycle; the drift is measured from its second epoch on.
     assert [(row["epoch"], row["view"], row["text"].split(":")[1].split()[0]) for row in alarms] == [
-        (0, "rgb", "effective_rank"), (1, "rgb", "memory_drift"), (2, "flow", "effective_rank"),
+        (0, "rgb", "feature_std"), (1, "rgb", "memory_drift"), (2, "flow", "feature_std"),
         (3, "flow", "memory_drift"),
     ]  # fmt: skip
     for row in alarms:
