@@ -73,7 +73,7 @@ def _check_data(
     index: Path, config: Config | None, device: torch.device, seconds: float, findings: list[Finding]
 ) -> dict[str, Any]:
     """Returns "data", "estimates" and "breakdown" of an index; the last two only if it can be trained on."""
-    from cpr_fast.doctor.data import check_index, load_index, training_part
+    from cpr_fast.doctor.data import check_index, decoded_from_start, load_index, training_part
     from cpr_fast.doctor.estimates import estimates
 
     videos = load_index(index, findings)
@@ -82,9 +82,12 @@ def _check_data(
     announce(f"Checking {counted(len(videos), 'video')}")
     data = check_index(index, videos, config, findings)
     train = training_part(videos, config, findings)
+    row = None
+    if train is not None and config is not None and seconds > 0 and data["decodable"]:
+        row = _breakdown(train, config, device, seconds, findings)
+    findings += decoded_from_start(data, row)
     if train is None or config is None:
         return {"data": data}
-    row = _breakdown(train, config, device, seconds, findings) if seconds > 0 and data["decodable"] else None
     expected = estimates(index, videos, train, config, row, findings) if data["decodable"] else None
     return {"data": data, "estimates": expected, "breakdown": row}
 

@@ -78,16 +78,30 @@ def check_index(index: Path, videos: Index, config: Config | None, findings: lis
         "damaged": damaged,
         "stale": stale,
         "decodable": len(damaged) < sampled,
+        "from_start": whole,
         "disk_free_gib": free_gib(container(videos[0].path).parent),
     }
-    _check_sample(facts, whole, findings)
+    _check_sample(facts, findings)
     _check_columns(index, videos, facts, config, findings)
     _check_labels_and_sources(videos, facts, findings)
     findings += _index_report(index)
     return facts
 
 
-def _check_sample(facts: dict[str, Any], whole: int, findings: list[Finding]) -> None:
+def decoded_from_start(facts: dict[str, Any], breakdown: dict[str, Any] | None) -> list[Finding]:
+    """Returns the finding that the sampled videos have few key frames: advice to transcode them, unless the `breakdown`
+    of a training step shows that their decoding costs no time."""
+    number, sampled = facts["from_start"], facts["sampled"]
+    if not number:
+        return []
+    text = (f"{number} of {counted(sampled, 'sampled video')} {'is' if number == 1 else 'are'} decoded from the start "
+            "for every clip (an AVI file, or a single key frame)")  # fmt: skip
+    if breakdown is not None and breakdown["bottleneck"] == "step":
+        return [Finding("ok", f"{text}; that costs no time here, because the network takes longer", effect="time")]
+    return [Finding("warning", text, "cpr-fast index --transcode FOLDER writes copies with many key frames", "time")]
+
+
+def _check_sample(facts: dict[str, Any], findings: list[Finding]) -> None:
     sampled, damaged = facts["sampled"], facts["damaged"]
     if damaged:
         text = "; ".join(f"{row['path']}: {row['reason']}" for row in damaged[:NAMED])
@@ -110,12 +124,6 @@ def _check_sample(facts: dict[str, Any], whole: int, findings: list[Finding]) ->
                                 "Commands rely on the index: they never read frames that it does not count, report a "
                                 "clip with a frame that does not exist, and leave it out",
                                 "index them again: cpr-fast index VIDEOS --out INDEX", "results"))  # fmt: skip
-    if whole:
-        verb = "is" if whole == 1 else "are"
-        findings.append(Finding("warning", f"{whole} of {sampled} sampled videos {verb} decoded from their start for "
-                                "every clip (an AVI file, or a single key frame)",
-                                "cpr-fast index --transcode FOLDER writes copies with many key frames",
-                                "time"))  # fmt: skip
 
 
 def _check_columns(
@@ -171,9 +179,10 @@ def _check_labels_and_sources(videos: Index, facts: dict[str, Any], findings: li
     if shared:
         names = ", ".join(sorted(shared)[:NAMED])
         verb = "has" if len(shared) == 1 else "have"
-        findings.append(Finding("warning", f"{counted(len(shared), 'source')} {verb} videos in both the train and the "
-                                f"test split: {names}", "move them to one split: evaluations are too good otherwise",
-                                "results"))  # fmt: skip
+        text = (f"{counted(len(shared), 'source')} (recordings that videos were cut from) {verb} videos in both the "
+                f"train and the test split: {names}")  # fmt: skip
+        advice = "move them to one split: evaluations are too good otherwise"
+        findings.append(Finding("warning", text, advice, "results"))
 
 
 def _sample(videos: Index) -> tuple[int, list[dict[str, str]], list[dict[str, str]], int]:

@@ -56,7 +56,7 @@ def _context(result: dict[str, Any]) -> list[str]:
     """Returns two lines: counts of the videos, classes and sources; and the settings that the data are judged with."""
     lines = []
     if data := result["data"]:
-        splits = ", ".join(f"{name or 'no name'} {number:,}" for name, number in data["splits"].items())
+        splits = ", ".join(f"{name or 'no split'} {number:,}" for name, number in data["splits"].items())
         counts = [counted(data["videos"], "video"), counted(data["classes"], "class", "classes")]
         lines.append(f"Data: {', '.join(counts)}, {counted(data['sources'], 'source')}; splits: {splits}")
     if result.get("judged"):

@@ -102,7 +102,10 @@ def _facts(run: Run, compared: Compared) -> list[tuple[str, str]]:
         ("Training index", "the same" if Path(trained) == compared.index else str(trained)),
         ("Videos compared", "; ".join(filter(None, [count, *why]))),
         ("Sources", f"{len({video.source for video in features.videos}):,}"),
-        ("Similarity", f"cosine of the trained network's features ({views}, recipe {features.recipe}), from -1 to 1"),
+        (
+            "Similarity",
+            f"cosine of the trained network's features ({views}, test-time recipe {features.recipe}), from -1 to 1",
+        ),
     ]
 
 
@@ -127,7 +130,7 @@ def _similar(compared: Compared) -> list[dict[str, Any]]:
         {
             "query": _clip(compared, video),
             "found": [
-                _clip(compared, other, f"{value:.2f}")
+                _clip(compared, other, f"similarity {value:.2f}")
                 for other, value in zip(found.index[video].tolist(), found.similarity[video].tolist(), strict=True)
                 if np.isfinite(value)
             ],
@@ -181,7 +184,7 @@ def _of_copies(first: Video, copy: Video) -> str:
 def _pairs(compared: Compared, pairs: list[tuple], title: str) -> dict[str, Any]:
     """Returns what the page shows of pairs (video, video, similarity, agreement of the frames, what it means)."""
     shown = [
-        {"query": _clip(compared, a), "found": [_clip(compared, b, f"{value:.3f}")], "text": text or LATER}
+        {"query": _clip(compared, a), "found": [_clip(compared, b, f"similarity {value:.3f}")], "text": text or LATER}
         for a, b, value, _, text in pairs[:PAIRS]
     ]
     columns = [Column("Video"), Column("Other video"), Column("Similarity", "number"),
@@ -216,8 +219,8 @@ def _odd(compared: Compared) -> dict[str, Any]:
         number = "more than 50" if distance > 50 else f"{distance:.1f}"
         clear = f"{number} robust standard deviations below the median"
         text = f"Odd: {clear}." if distance >= FAR else f"Not clearly odd, but the next in this order: {clear}."
-        shown.append({"query": _clip(compared, video, f"mean {mean:.2f}"),
-                      "found": [_clip(compared, other, f"{value:.2f}")], "text": text})  # fmt: skip
+        shown.append({"query": _clip(compared, video, f"mean similarity {mean:.2f}"),
+                      "found": [_clip(compared, other, f"similarity {value:.2f}")], "text": text})  # fmt: skip
     columns = [Column("Video"), Column("Mean similarity to its nearest", "number"), Column("Deviations", "number")]
     rows = [(names[video], mean, distance) for video, mean, distance in ordered]
     clear = sum(distance >= FAR for _, _, distance in ordered)

@@ -153,5 +153,5 @@ def test_real_xvid_clips_ask_to_be_transcoded(tmp_path):
         (tmp_path / "set" / clip.parent.name / clip.name).symlink_to(clip)
     write_index(tmp_path / "set", tmp_path / "index.csv", IndexOptions(verify=False))
     result = doctor(tmp_path / "index.csv", SMALL, device=CPU, seconds=0)
-    assert "3 of 3 sampled videos are decoded from their start" in texts(result, "warning")
+    assert "3 of 3 sampled videos are decoded from the start" in texts(result, "warning")
     assert "split" not in texts(result, "error")  # an index without splits is trained on whole

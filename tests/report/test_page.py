@@ -87,7 +87,7 @@ def test_several_runs_stand_beside_each_other(tmp_path, index):
     coclr = write_run(tmp_path / "coclr", [start_row(index, stages=1), *training_rows()])
     text = text_of(write_report([cpr, coclr], tmp_path / "r.html"))
     assert "2 runs" in text and "cpr – – 62.5 72.5 82.5 100.0 –" in text and "coclr – – – – – – –" in text
-    assert "Not compared query by query: expected evaluations with the same protocol and recipe, got" in text
+    assert "Not compared query by query: expected evaluations with the same protocol and test-time recipe, got" in text
     assert "2. RGB CoCLR" in text and "2. RGB CPR" in text
 
 
@@ -139,7 +139,7 @@ def test_both_protocols_and_all_tasks_have_their_tables(tmp_path, index):
     paper, iic = retrieval_rows(index), [row | {"recipe": "iic"} for row in retrieval_rows(index)]
     run = write_run(tmp_path / "run", [start_row(index), *iic, *paper, *classification_rows(), *health_rows()])
     text = text_of(write_report([run], tmp_path / "r.html"))
-    assert text.index("Recipe paper.") < text.index("Recipe iic.")
+    assert text.index("Test-time recipe paper.") < text.index("Test-time recipe iic.")
     assert "Linear probe, RGB + flow 75.0 %" in text and "Finetuned, RGB 85.0 %" in text
     assert "Linear probe RGB + flow 75.0 50.0 – 90.0 60.0 33.3 paper 10 1 a.csv 1 16" in text
     assert "Finetune RGB 85.0 – 60.0 33.3 paper 10 1 a.csv 2 16" in text

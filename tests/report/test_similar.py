@@ -89,7 +89,14 @@ def test_planted_copies_and_outliers_are_shown(tmp_path, monkeypatch, views):
     assert said in text_of(write_similar(labelled, tmp_path / "q.html", compare_videos(Run(labelled))))
     parts = ("Exact copies: 1 ", "Near-copies: 0 ", "1 other pair with a", "Odd The videos")
     copies, near, rest, odd = map(text.index, parts)
-    assert copies < text.index("v0.mp4 v1.mp4", copies) < near < rest < text.index("v2.mp4 v3.mp4 1.000", rest) < odd
+    assert (
+        copies
+        < text.index("v0.mp4 v1.mp4", copies)
+        < near
+        < rest
+        < text.index("v2.mp4 v3.mp4 similarity 1.000", rest)
+        < odd
+    )
     assert "v0.mp4 v1.mp4" not in text[near:odd] and "<details" in page.read_text().split("1 other pair")[0][-80:]
     assert "Videos compared 11 of 12; 1 exact copy of another video is left out" in text
     odd = text[text.index("Odd The videos that are far") :]
@@ -269,7 +276,7 @@ def test_both_pages_are_of_the_evaluated_index_and_name_it(tmp_path, monkeypatch
     assert main(["report", str(run)]) == 0
     first, second = (text_of(run / name) for name in ("report.html", "report-similar.html"))
     assert f"Training index {index_csv} " in first
-    assert f"Retrieval on {few}: 5 queries, 5 gallery videos, leave_source_out, recipe paper" in first
+    assert f"Retrieval on {few}: 5 queries, 5 gallery videos, leave_source_out, test-time recipe paper" in first
     assert f"Index of these videos {few} Training index {index_csv} Videos compared 4 of 5; 1 exact copy" in second
     assert "Exact copies: 1 " in second and "v7.mp4" not in second
     assert "1 exact copy of another video is left out, because a copy is the same video." in first

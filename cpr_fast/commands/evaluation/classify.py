@@ -75,7 +75,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
         said = f"{interval(bounds)}, over {row['interval_over']}" if bounds else MISSING
         rows.append([VIEW_NAMES[row["view"]], percent(row["accuracy"], ""), said, row["splits"], row["seeds"]])
     tested = sum(row["videos"] for row in result["results"][:1] if "videos" in row)
-    title = f"{result['task']}, recipe {result['recipe']}" + (f", {tested} test videos" if tested else "")
+    title = f"{result['task']}, test-time recipe {result['recipe']}" + (f", {tested} test videos" if tested else "")
     lines = [title, "", table(["View, in %", "accuracy", "95 % interval", "splits", "seeds"], rows)]
     lines += _near_chance(result)
     if result.get("leakage"):

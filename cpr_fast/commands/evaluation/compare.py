@@ -56,9 +56,8 @@ def compare(
 def _lines(block: dict[str, Any]) -> list[str]:
     """Returns the pairs of runs, and a table with a row for each view and measure."""
     row = block["rows"][0]
-    title = (
-        f"{row['queries']} queries of {row['sources']} sources, protocol {block['protocol']}, recipe {block['recipe']}"
-    )
+    title = (f"{row['queries']} queries of {row['sources']} sources, protocol {block['protocol']}, "
+             f"test-time recipe {block['recipe']}")  # fmt: skip
     pairs = [f"{pair['first']} against {pair['second']}" + _seed(pair["seed"]) for pair in block["pairs"]]
     header = ["View · measure, in %", "First", "Second", "Difference", "95 % interval (sources)", "p"]
     header += ["95 % interval (seeds)", "p", "d_z"] if row["seeds"] else []

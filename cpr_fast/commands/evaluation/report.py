@@ -10,6 +10,7 @@ import tyro
 from cpr_fast.commands.inputs import require_file, require_runs
 from cpr_fast.commands.options import REQUIRED, Flag, Json
 from cpr_fast.commands.output import show
+from cpr_fast.config.recipes import retrieve_command
 from cpr_fast.errors import InputError
 
 
@@ -59,7 +60,7 @@ def report(
         announce("Drawing the page of similar, duplicated and odd videos")
         similar = write_similar(runs[0], similar_path(out), compared)
     if wanted and similar is None:
-        command = f"cpr-fast retrieve {runs[0]}/checkpoints/last.pt --index {index or index_of(first)}"
+        command = retrieve_command(runs[0], index or index_of(first))
         raise InputError(f"{runs[0]}: no features of these videos are stored; first run: {command}")
     announce("Drawing the report")
     page = write_report(runs, out, similar=similar, compared=compared if index is None else None)

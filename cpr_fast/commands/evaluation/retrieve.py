@@ -121,7 +121,7 @@ def _same_video(rows: list[dict[str, Any]]) -> list[str]:
 
 def _compared(row: dict[str, Any], protocol: str, recipe: str) -> list[str]:
     """Returns the title of a result: which videos search among which; and which videos are left out, if any are."""
-    queries, gallery, how = row["queries"], row["gallery"], f"(protocol {protocol}, recipe {recipe})"
+    queries, gallery, how = row["queries"], row["gallery"], f"(protocol {protocol}, test-time recipe {recipe})"
     if protocol == "train_test":
         return [f"{queries} test videos search among {gallery} training videos {how}"]
     lines = [f"{queries} of {gallery} videos search, each among the videos of all other sources {how}"]

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import shlex
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 from cpr_fast.commands.inputs import require_file, unknown_option
 from cpr_fast.config import Config, ConfigError, load
 from cpr_fast.config.epochs import scale_epochs
-from cpr_fast.config.recipes import find_config
+from cpr_fast.config.recipes import FOLDER, find_config, retrieve_command
 from cpr_fast.errors import InputError
 
 FLAGS = ("--resume", "--auto-resume", "--json", "--help", "-h", "--help-all", "--dump-memory", "--run.dump-memory")
@@ -90,12 +91,12 @@ def parse_and_run(arguments: list[str]) -> None:
     from cpr_fast.pretrain.run.loop import pretrain
 
     folder = pretrain(config, resume="auto" if "--auto-resume" in given.flags else "--resume" in given.flags)
-    last = f"{folder}/checkpoints/last.pt"
+    evaluate = retrieve_command(folder, config.data.index, published=path.parent == FOLDER)
     show_once(
         {"run": str(folder)},
         "--json" in given.flags,
         lines=[f"run folder: {folder}"],
-        next_step=f"cpr-fast retrieve {last} --index {config.data.index}, then cpr-fast report {folder}",
+        next_step=f"{evaluate}, then cpr-fast report {shlex.quote(str(folder))}",
     )
 
 

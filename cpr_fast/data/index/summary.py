@@ -68,6 +68,10 @@ def summary(report: dict[str, Any]) -> list[str]:
     lines = [f"{report['index']}: {', '.join(counts)}"]
     if report["levels"]:
         lines.append(f"  {report['levels']}")
+    if report["sources"] == report["videos"]:
+        lines.append("  every video is a source (the recording that clips were cut from) of its own")
+    else:
+        lines.append("  a source is the recording that videos were cut from: those of one are never compared")
     if report["unlabelled"] and report["classes"]:
         lines.append(f"  {counted(report['unlabelled'], 'video')} without a class")
     lines += _problems(report["problems"])

@@ -144,7 +144,8 @@ def _by_kind(doubts: list[tuple[int, str, str]], config: Config) -> list[str]:
 
 
 def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]], judged: bool) -> list[tuple[str, str]]:
-    """Returns reasons to doubt that a cycle learnt anything useful, each with its figures ("" if there are none)."""
+    """Returns reasons to doubt that a cycle learnt anything useful, each with its figures ("" if there are none, or if
+    `_sentence` states them)."""
     texts = []
     first, last = summary["loss_first"], summary["loss_last"]
     enough = sum(not row.get("random_negatives") for row in comparable(epochs)) >= ENOUGH_EPOCHS
@@ -156,11 +157,10 @@ def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]], judged: bool)
                 ", but it is better than chance; it can rise in a short cycle, because old keys of a network that "
                 "changes fast are easy negatives, so judge by `cpr-fast retrieve`"
             )
-        texts.append((text, f"{first:.3f} in its first comparable epoch, {last:.3f} in its last"))
+        texts.append((text, ""))
     if chance is not None and last >= chance:
-        figures = f"{last:.3f}, chance {chance:.3f}"
         text = "the loss of the last epoch is not better than chance, its value if all candidates are equally similar"
-        texts.append((text, figures))
+        texts.append((text, ""))
     mined = [row for row in epochs if row.get("pmr") is not None and row.get("pmr_chance") is not None]
     if judged and mined and (figures := _mined_at_chance(mined[-1])):
         texts.append(("the mined positives were not better than chance", figures))
@@ -224,13 +224,13 @@ def _name(cycle: dict[str, Any]) -> str:
 
 
 def _losses(cycle: dict[str, Any]) -> str:
-    """Returns loss and PMR of a cycle: of its first and last comparable epoch, or one number where a single epoch has
-    one."""
+    """Returns loss and PMR of a cycle: of the first and last of its `comparable` epochs, or one number where a single
+    epoch has one."""
     loss, chance = f"{_name(cycle)} loss {cycle['loss_last']:.3f}", cycle["loss_chance"]
     if cycle["compared"] > 1:
         loss = f"{_name(cycle)} loss {cycle['loss_first']:.3f} to {cycle['loss_last']:.3f}"
     about = [] if chance is None else [f"chance {chance:.3f}"]
-    about += ["one comparable epoch"] if cycle["compared"] == 1 else []
+    about += ["only one epoch can be judged"] if cycle["compared"] == 1 else []
     about += ["it did not fall"] if cycle["compared"] > 1 and cycle["loss_last"] >= cycle["loss_first"] else []
     about += ["low, because the queue held random vectors"] if cycle["random_negatives"] else []
     loss += f" ({'; '.join(about)})" if about else ""

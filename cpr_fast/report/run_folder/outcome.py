@@ -164,12 +164,6 @@ def _of_views(run: Run) -> str | None:
         return None
     names = {key: [VIEW_NAMES[j.view] for j in judged if j.result == key] for key in RESULTS}
     measures = " or ".join(dict.fromkeys(MEASURES[j.measure] for j in judged))
-    values = "; ".join(
-        f"{VIEW_NAMES[j.view]} {percent(j.trained)}, before training {percent(j.untrained)}"
-        + (f", chance {percent(j.chance)}" if j.verdict[1] == "chance" else "")
-        for j in judged
-        if j.result != "learnt"
-    )
     if not names["learnt"] and not names["unsure"]:
         start = "For retrieval, this run learnt nothing"
     else:
@@ -179,7 +173,7 @@ def _of_views(run: Run) -> str | None:
     against = "the same network before training" + (
         " and chance" if any(j.verdict[1] == "chance" for j in judged) else ""
     )
-    return f"{start}, judged by {measures} against {against} ({values}). {MORE_EPOCHS}"
+    return f"{start}, judged by {measures} against {against}. {MORE_EPOCHS}"
 
 
 def _below_pixels(run: Run) -> str | None:
@@ -193,9 +187,9 @@ def _below_pixels(run: Run) -> str | None:
     if reference is None or best[measure] > reference[measure]:
         return None
     return (
-        f"{MEASURES[measure]} of the trained network ({VIEW_NAMES[best['view']]}) is {percent(best[measure])}, not "
-        f"above the {percent(reference[measure])} of a baseline that learns nothing "
-        f"({MODEL_NAMES[reference['name']].lower()}): for retrieval, its features are no better than pixels."
+        f"{MEASURES[measure]} of the trained network ({VIEW_NAMES[best['view']]}) is not above that of a baseline that "
+        f"learns nothing ({MODEL_NAMES[reference['name']].lower()}): for retrieval, its features are no better than "
+        "pixels."
     )
 
 

@@ -40,8 +40,8 @@ def compare_runs(first: Sequence[Run], second: Sequence[Run]) -> list[dict[str, 
     if not kinds:
         had = "; ".join(f"{run.folder}: {', '.join(' '.join(kind) for kind in _kinds(run)) or 'none'}" for run in runs)
         raise InputError(
-            f"expected evaluations with the same protocol and recipe, got {had}; run `cpr-fast retrieve`, which "
-            "measures R@k and mAP only of videos with labels"
+            f"expected evaluations with the same protocol and test-time recipe, got {had}; run `cpr-fast retrieve`, "
+            "which measures R@k and mAP only of videos with labels"
         )
     return [_compare(pairs, kind) for kind in kinds]
 

@@ -28,7 +28,7 @@ def classification_table(run: Run) -> Table | None:
         Column("95 % interval, %", "text", SINGLE),
         Column("Mean of classes, %", "rate", meaning="every class counts the same, however many videos it has"),
         Column("Chance, %", "rate", "The number of classes was not recorded.", "one of the classes at random"),
-        Column("Recipe"),
+        Column("Test-time recipe"),
         Column("Crops", "count", meaning="views of each clip that are averaged"),
         Column("Splits", "count"),
         Column("Index"),

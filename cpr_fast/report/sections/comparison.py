@@ -111,7 +111,7 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> tuple[Table | Non
                 for row in block["rows"]
             ]
     single = "All queries are of one source, or none has a value."
-    columns = [Column("Runs"), Column("Protocol, recipe"), Column("View"), Column("Measure")]
+    columns = [Column("Runs"), Column("Protocol, test-time recipe"), Column("View"), Column("Measure")]
     columns += [Column("First, %", "rate", single), Column("Second, %", "rate", single)]
     columns += [Column("Difference, %", "signed", single, "first – second, in percentage points")]
     columns += [Column("95 % interval, %", "text", single, "paired bootstrap over sources"),

@@ -32,8 +32,8 @@ TERMS = (
      "measured."),
     ("Protocol", "Which videos are queries and which are the gallery. train_test: the test videos and the training "
      "videos. leave_source_out: every video is a query, and the gallery is all videos of other sources."),
-    ("Recipe", "How a video becomes a feature: the windows, the crops and the normalisation, as a publication "
-     "describes them (paper, coclr, iic)."),
+    ("Test-time recipe", "How a video becomes a feature: the windows, the crops and the normalisation, as a "
+     "publication describes them (paper, coclr, iic)."),
     ("Cycle", "A part of the training in which the network of one view learns and the others stay as they are."),
     ("Memory, queue", "The memory is a store of features of earlier clips. A queue is a memory that keeps the most "
      "recent ones; it begins empty or with random vectors, and those make the first losses too low."),
@@ -83,7 +83,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     rows.append(("Training time", f"{duration(run.seconds)} for {trained}"))
     commit = (run.start.get("commit") or "")[:10]
     rows.append(("Machine", ", commit ".join(filter(None, (run.start.get("device") or "not recorded", commit)))))
-    return rows + [("Retrieval on", f"{evaluated_on(of)}, {of[0]['protocol']}, recipe {of[0]['recipe']}")
+    return rows + [("Retrieval on", f"{evaluated_on(of)}, {of[0]['protocol']}, test-time recipe {of[0]['recipe']}")
                    for of in run.evaluations]  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def tiles(run: Run) -> list[dict[str, Any]]:
         )
     for task, name in (("probe", "Linear probe"), ("finetune", "Finetuned")):
         if accuracy := run.accuracy(task):
-            meaning = f"accuracy on test videos, recipe {accuracy['recipe']}"
+            meaning = f"accuracy on test videos, test-time recipe {accuracy['recipe']}"
             found.append(_tile(f"{name}, {VIEW_NAMES[accuracy['view']]}", percent(accuracy["accuracy"]), meaning))
     found += _mining_tiles(run)
     if speed := run.speed():

@@ -362,7 +362,7 @@ def test_a_checkpoint_is_evaluated_on_encoded_videos(tmp_path, caplog):
         " – ".join(f"{100 * bound:.1f}" for bound in first[f"{key}_ci95"]) for key in ("map", "r@1")
     )
     compared = f"{len(index.select('test'))} test videos search among {len(index.select('train'))} training videos"
-    assert printed[0] == f"{compared} (protocol train_test, recipe paper)"
+    assert printed[0] == f"{compared} (protocol train_test, test-time recipe paper)"
     assert printed[2] == "Network · view, in %  mAP  95 % interval  R@1  95 % interval  R@5  R@10  R@20  R@50"
     start = f"Trained · RGB  {100 * first['map']:.1f}  {map_interval}  {100 * first['r@1']:.1f}  {r1_interval}"
     assert printed[4].startswith(start) and f"chance mAP {100 * first['chance_map']:.1f} %, R@1 25.0 %" in "".join(

@@ -64,7 +64,8 @@ def test_a_planted_difference_of_two_runs_is_found(tmp_path, index, capsys):
     assert main(["compare", str(cpr), "--against", str(coclr)]) == 0
     printed = capsys.readouterr().out
     assert (
-        f"{cpr} against {coclr}" in printed and "60 queries of 30 sources, protocol train_test, recipe paper" in printed
+        f"{cpr} against {coclr}" in printed
+        and "60 queries of 30 sources, protocol train_test, test-time recipe paper" in printed
     )
     assert f"{100 * precision['difference']:+.1f}" in printed and "d_z" not in printed
     assert "caution" not in printed
@@ -125,7 +126,7 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, index, capsys):
     (others["torn"] / "evaluations" / "q.npz").write_bytes(b"PK")
     messages = {
         "queries": "1 only in the first (/data/59.mp4), 1 only in the second (/data/new.mp4)",
-        "recipe": "expected evaluations with the same protocol and recipe, got",
+        "recipe": "expected evaluations with the same protocol and test-time recipe, got",
         "old": "none are stored since an older version evaluated it; run `cpr-fast retrieve` again",
         "torn": "is damaged",
         "never": f"{others['never']}: none; run `cpr-fast retrieve`",
