@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cpr_fast import __version__
-from cpr_fast.commands.inputs import check_inputs
+from cpr_fast.commands.inputs import check_inputs, with_home
 from cpr_fast.errors import FailedError, InputError, how_to_install, out_of_memory
 from cpr_fast.runtime.files import DISK_ERRORS, discard
 from cpr_fast.runtime.interrupt import signals_raise
@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] in ("-V", "--version", "version"):
             print(f"cpr-fast {__version__}")
             return 0
+        arguments = with_home(arguments)
         with signals_raise():
             code = _run(_command(arguments[0], arguments[1:]), arguments)
         sys.stdout.flush()  # flushed here, where an error such as a full disk can still be reported

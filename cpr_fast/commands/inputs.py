@@ -127,6 +127,24 @@ def unknown_option(option: str, known: Iterable[str], *, otherwise: str) -> Inpu
     return InputError(f"unknown option {option}; {f'did you mean {close[0]}?' if close else otherwise}")
 
 
+def with_home(arguments: Sequence[str]) -> list[str]:
+    """Returns a command line in which a leading `~` of every path is the home folder, also after an equals sign
+    (`--out=~/runs`, `rgb=~/a.pt`) and in quotes, where shells leave it. Raises InputError for `$HOME` and the like."""
+    words, option = [], "argument"
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        if word.startswith("-"):
+            option = name
+        if not equals or "/" in name:
+            name, equals, value = "", "", word
+        if "~" in value or "$" in value:
+            from cpr_fast.config.load import expanded
+
+            value = expanded(option, value)
+        words.append(f"{name}{equals}{value}")
+    return words
+
+
 Check = Callable[[str, Sequence[str]], None]
 
 

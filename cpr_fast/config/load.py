@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,15 @@ from cpr_fast.config.epochs import scale_milestones
 from cpr_fast.config.sections import ClassifierConfig, ConfigError
 from cpr_fast.wording import expected
 
+# A folder or file of a path that is a variable of the shell, as in "$HOME/videos" and "/data/${USER}".
+_VARIABLE = re.compile(r"(^|/)\$(\w+|\{\w+\})(/|$)")
+
 
 def load(path: str | Path) -> Config:
     """Reads the config of a TOML file, or of a run's config.json.
 
     Input files that a TOML file names (`data.index`, `model.init`) are relative to its folder; a file that is not found
-    there is looked up relative to the working directory.
+    there is looked up relative to the working directory. In these and in `run.out` a leading `~` is the home folder.
 
     Raises:
         ConfigError: states the file, the key, what was found and what was expected.
@@ -48,7 +52,7 @@ def load(path: str | Path) -> Config:
     if kind == "JSON" and isinstance(values, dict):
         values.pop("videos", None)  # a run's config.json also lists the videos it was trained on
     try:
-        config = Config.from_dict(values)
+        config = _expanded(Config.from_dict(values))
     except ConfigError as error:
         raise ConfigError(f"config file {str(path)!r}: {error}") from None
     return config if kind == "JSON" else _relative_to(config, path.parent)
@@ -75,26 +79,46 @@ def decoded(data: bytes) -> str:
     return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
+def expanded(name: str, path: str) -> str:
+    """Returns a path that a user wrote, in which a leading `~` is the home folder, as in a shell.
+
+    Raises ConfigError that names the setting or option if a part of the path is an environment variable, such as $HOME:
+    without a shell nothing replaces it, and a folder of that name would be written.
+    """
+    if "$" in path and _VARIABLE.search(path) and not os.path.exists(path):
+        raise ConfigError(
+            f"{name}: expected a path, got {path!r}, in which no environment variable is replaced; write the folder "
+            "itself, or ~ for the home folder"
+        )
+    return os.path.expanduser(path) if path.startswith("~") else path
+
+
 def absolute_inputs(config: Config) -> Config:
     """Returns the config with absolute paths of its input files: its record is then valid in any working directory."""
-    return _with_inputs(config, lambda name: str(Path(name).absolute()) if name else name)
+    return _with_inputs(config, lambda _, name: str(Path(name).absolute()) if name else name)
+
+
+def _expanded(config: Config) -> Config:
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=expanded("run.out", config.run.out)))
+    return _with_inputs(config, expanded)
 
 
 def _relative_to(config: Config, folder: Path) -> Config:
     """Returns the config with the input files that are found in `folder` named relative to the working directory."""
 
-    def found(name: str) -> str:
+    def found(_: str, name: str) -> str:
         return str(folder / name) if name and not Path(name).is_absolute() and (folder / name).exists() else name
 
     return _with_inputs(config, found)
 
 
-def _with_inputs(config: Config, path: Callable[[str], str]) -> Config:
-    """Returns the config with `path` applied to the name of every input file."""
-    init = dataclasses.replace(config.model.init, **{k: path(v) for k, v in vars(config.model.init).items()})
+def _with_inputs(config: Config, path: Callable[[str, str], str]) -> Config:
+    """Returns the config with `path`, a function of (setting, name), applied to the name of every input file."""
+    start = config.model.init
+    init = dataclasses.replace(start, **{view: path(f"model.init.{view}", name) for view, name in vars(start).items()})
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, index=path(config.data.index)),
+        data=dataclasses.replace(config.data, index=path("data.index", config.data.index)),
         model=dataclasses.replace(config.model, init=init),
     )
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from support.small_runs import run, settings
 from support.stand_in_loader import RandomLoader
+from support.videos.odd_videos import write_plain
 
 pytest.importorskip("nvidia.dali")
 
 from cpr_fast.cli import main
-from cpr_fast.data.index.index import COLUMNS
+from cpr_fast.commands.inputs import with_home
+from cpr_fast.data.index.index import COLUMNS, Index
 from cpr_fast.models import build_encoder
 from cpr_fast.weights.checkpoint import load_checkpoint, save_checkpoint
 from cpr_fast.weights.reading import CheckpointError
@@ -134,3 +136,32 @@ def test_the_report_of_an_index_without_a_readable_video_says_so(finetuned, tmp_
     (tmp_path / "index.csv").write_text(f"{','.join(COLUMNS)}\n{','.join(row)}\n")
     assert main(["report", str(finetuned[0]), "--index", str(tmp_path / "index.csv")]) == 2
     assert "index.csv: no video of this index can be read here: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["--out=~/i.csv", "--out ~/i.csv"])
+def test_the_home_folder_where_no_shell_replaces_it(tmp_path, monkeypatch, out, capsys):
+    """A shell leaves `~` after an equals sign and in quotes; job schedulers start programs without one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_plain(tmp_path / "set" / "a~b.mp4", 20)
+    assert main(["index", "~/set", *out.split()]) == 0
+    assert [video.path for video in Index.load(tmp_path / "i.csv")] == [tmp_path / "set" / "a~b.mp4"]
+    assert not (tmp_path / "~").exists()
+    assert with_home(["pretrain", "r.toml", "--run.out=~/x", "rgb=~/a.pt", "./~/b"]) == [
+        "pretrain", "r.toml", f"--run.out={tmp_path}/x", f"rgb={tmp_path}/a.pt", "./~/b",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("index $HOME/set --out i.csv", "argument: expected a path, got '$HOME/set', in which no environment variable"),
+        ("index set --out=$HOME/i.csv", "--out: expected a path, got '$HOME/i.csv', in which no environment variable"),
+        ("index set --out /data/${USER}/i.csv", "--out: expected a path, got '/data/${USER}/i.csv', in which no "),
+        ("retrieve rgb=$RUN/a.pt --index i.csv", "argument: expected a path, got '$RUN/a.pt', in which no environment"),
+    ],
+)
+def test_an_environment_variable_that_no_shell_replaced_is_named(tmp_path, monkeypatch, command, message, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())

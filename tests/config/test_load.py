@@ -1,6 +1,7 @@
 """Finding and reading config files: recipes by name, relative paths, and unusual or malformed files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,33 @@ def test_a_repeated_key_and_an_empty_file_are_refused(tmp_path, name, text, mess
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=rf"config file '{tmp_path}/{name}'.* {message}"):
         load(tmp_path / name)
+
+
+@pytest.mark.parametrize("home", ["~/", "~"])
+def test_the_home_folder_in_the_paths_of_a_recipe(tmp_path, monkeypatch, home):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'[data]\nindex = "{home}"\n[model.init]\nflow = "{home}"\n[run]\nout = "{home}"\n')
+    config = load(path)
+    for found in (config.data.index, config.model.init.flow, config.run.out):
+        assert Path(found) == tmp_path
+    assert config.model.init.rgb == ""
+    path.write_text('[data]\nindex = "a~b/~x.csv"\n[run]\nout = "./~/runs"\n')  # as in a shell, only at the start
+    assert (load(path).data.index, load(path).run.out) == ("a~b/~x.csv", "./~/runs")
+
+
+@pytest.mark.parametrize("key", ["data.index", "model.init.rgb", "model.init.residual", "run.out"])
+@pytest.mark.parametrize("value", ["$HOME/set/i.csv", "/data/$USER", "${SCRATCH}/runs", "$UNSET"])
+def test_environment_variables_in_a_recipe_are_named(tmp_path, key, value):
+    table, _, name = key.rpartition(".")
+    (tmp_path / "recipe.toml").write_text(f'[{table}]\n{name} = "{value}"\n')
+    with pytest.raises(ConfigError, match=f"recipe.toml': {key}: .*{re.escape(repr(value))}, in which no environment"):
+        load(tmp_path / "recipe.toml")
+
+
+def test_a_dollar_that_is_no_variable_is_part_of_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "$HOME").mkdir()
+    for name in ("price$5.csv", "a/$/b", "$HOME", "US$"):
+        (tmp_path / "recipe.toml").write_text(f'[run]\nout = "{name}"\n')
+        assert load("recipe.toml").run.out == name
