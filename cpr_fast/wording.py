@@ -67,7 +67,8 @@ def expected(what: str, path: str | Path, state: str = "") -> str:
 def similar_path(path: str | Path) -> str:
     """Returns an existing path of a name that is similar to one that does not exist, or "" if there is none.
 
-    Similar are names of the same suffix in the same folder, and paths below a folder of a similar name.
+    Similar are names of the same suffix, or of one that is spelled almost like it, in the same folder, and paths below
+    a folder of a similar name.
     """
     folder, name = os.path.split(str(path).rstrip("/"))
     if not name:
@@ -84,9 +85,13 @@ def similar_path(path: str | Path) -> str:
     except (OSError, ValueError):
         return ""
     stem, suffix = os.path.splitext(name)
-    stems = {os.path.splitext(other)[0]: other for other in names if os.path.splitext(other)[1] == suffix}
-    close = difflib.get_close_matches(stem, stems, n=1) if len(stems) <= MOST_NAMES else []
-    return os.path.join(folders[0], stems[close[0]]) if close else ""
+    alike = [suffix, *difflib.get_close_matches(suffix, {os.path.splitext(other)[1] for other in names} - {suffix})]
+    for ending in alike:
+        stems = {os.path.splitext(other)[0]: other for other in names if os.path.splitext(other)[1] == ending}
+        close = difflib.get_close_matches(stem, stems, n=1) if len(stems) <= MOST_NAMES else []
+        if close:
+            return os.path.join(folders[0], stems[close[0]])
+    return ""
 
 
 def printable(text: str) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from cpr_fast.config.sections import ConfigError
-from cpr_fast.wording import expected
+from cpr_fast.wording import expected, similar_path
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
+SUFFIXES = (".toml", ".json")  # of a recipe, and of the settings in a run folder
 
 
 def recipes() -> dict[str, str]:
@@ -53,13 +55,23 @@ def find_config(name: str | Path) -> Path:
     known = recipes()
     if path.parent == Path(".") and path.name.removesuffix(".toml") in known:
         return FOLDER / f"{path.name.removesuffix('.toml')}.toml"
-    close = [f"the recipe {recipe!r}" for recipe in difflib.get_close_matches(path.stem, known, n=1)]
-    if path.suffix in (".toml", ".json") or "/" in str(name) or os.path.lexists(path):
-        sentence = f"CONFIG: {expected('a recipe (a TOML file)', name)}"
-        hint = f"did you mean {close[0]}?" if close else "`cpr-fast init INDEX.csv` writes a recipe for your videos"
-        raise ConfigError(sentence if "did you mean" in sentence else f"{sentence}; {hint}")
-    close += [repr(file)] if os.path.isfile(file := f"{name}.toml") else []
-    hint = f"did you mean {close[-1]}?" if close else "`cpr-fast recipes` lists the recipes"
-    raise ConfigError(
-        f"CONFIG: expected a TOML file or the name of a recipe, got {str(name)!r}, which is neither; {hint}"
-    )
+    if path.suffix or "/" in str(name) or os.path.lexists(path):
+        sentence = f"CONFIG: {expected('a recipe (a TOML file)', name)}".partition("; did you mean")[0]
+        otherwise = "`cpr-fast init INDEX.csv` writes a recipe for your videos"
+    else:
+        sentence = f"CONFIG: expected a TOML file or the name of a recipe, got {str(name)!r}, which is neither"
+        otherwise = "`cpr-fast recipes` lists the recipes"
+    close = _similar(str(name), known)
+    raise ConfigError(f"{sentence}; {f'did you mean {close}?' if close else otherwise}")
+
+
+def _similar(name: str, known: Iterable[str]) -> str:
+    """Returns what a user may have meant by the name of a config that is no file: a config of a similar name, or else a
+    recipe that comes with the package, or "" if there is neither."""
+    path = Path(name)
+    if path.is_dir():
+        return repr(str(path / "config.json")) if os.path.isfile(path / "config.json") else ""
+    for other in (name, *(f"{stem}{suffix}" for suffix in SUFFIXES for stem in (name, os.path.splitext(name)[0]))):
+        if file := similar_path(other):
+            return repr(file)
+    return next((f"the recipe {name!r}" for name in difflib.get_close_matches(path.stem, known, n=1)), "")

@@ -64,6 +64,13 @@ def test_what_is_no_file_is_described(places, capsys, words, option, path, what)
     [
         ("pretrain", "CONFIG", "recipes.toml", "recipe.toml"),
         ("pretrain", "CONFIG", "recipe", "recipe.toml"),
+        ("pretrain", "CONFIG", "recipe.tml", "recipe.toml"),
+        ("pretrain", "CONFIG", "recipes.tml", "recipe.toml"),
+        ("pretrain", "CONFIG", "recipy", "recipe.toml"),
+        ("pretrain", "CONFIG", "runs/mine/config.jsn", "runs/mine/config.json"),
+        ("explain", "CONFIG", "run/mine/config.toml", "runs/mine/config.json"),
+        ("doctor --config", "--config", "recipe.tml", "recipe.toml"),
+        ("pretrain recipe.toml --data.index", "--data.index", "index.cvs", "index.csv"),
         ("pretrain recipe.toml --resume --run.out", "run.out", "runs/mime", "runs/mine"),
         ("pretrain recipe.toml --data.index", "--data.index", "indx.csv", "index.csv"),
         ("explain", "CONFIG", "./recipee.toml", "./recipe.toml"),
@@ -83,7 +90,13 @@ def test_a_missing_path_is_called_missing_and_a_similar_one_is_named(
     tmp_path, monkeypatch, capsys, words, option, path, close
 ):
     monkeypatch.chdir(tmp_path)
-    for name in ("runs/mine/checkpoints/last.pt", "runs/mine/metrics.jsonl", "videos/a/v.mp4", "index.csv"):
+    for name in (
+        "runs/mine/checkpoints/last.pt",
+        "runs/mine/config.json",
+        "runs/mine/metrics.jsonl",
+        "videos/a/v.mp4",
+        "index.csv",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     rows = [f"videos/a/v{i}.mp4,,,,9,25,64,48," for i in range(9)]
@@ -94,11 +107,12 @@ def test_a_missing_path_is_called_missing_and_a_similar_one_is_named(
         "[data]\nindex = 'index.csv'\nbatch_size = 2\nflow = 'on_the_fly'\n[memory]\nsize = 6\n"
     )
     command, *options = words.split()
-    assert main([command, *options, path] if options and command == "pretrain" else [command, path, *options]) == 2
+    ends = bool(options) and (command == "pretrain" or options[-1] == "--config")
+    assert main([command, *options, path] if ends else [command, path, *options]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"cpr-fast: {option}: expected ") and f"{path!r}" in last
     assert ("; did you mean " in last) == bool(close) and (not close or f"did you mean {close!r}?" in last)
-    assert " does not exist" in last or path == "recipe"
+    assert " does not exist" in last or path in ("recipe", "recipy")
 
 
 @pytest.fixture(scope="module")

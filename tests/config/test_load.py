@@ -32,6 +32,7 @@ def test_a_file_is_preferred_to_the_recipe_of_its_name(tmp_path, monkeypatch):
     ("name", "hint"),
     [
         ("crp_ucf101", "did you mean the recipe 'cpr_ucf101'"),
+        ("cpr_ucf101.tml", "did you mean the recipe 'cpr_ucf101'"),
         ("cpr_ucf101.tmol", "did you mean the recipe 'cpr_ucf101'"),
         ("configs/cpr_ucf101.toml", "did you mean the recipe 'cpr_ucf101'"),
         ("something", "`cpr-fast recipes` lists the recipes"),
