@@ -85,7 +85,7 @@ def _check_data(
     row = None
     if train is not None and config is not None and seconds > 0 and data["decodable"]:
         row = _breakdown(train, config, device, seconds, findings)
-    findings += decoded_from_start(data, row)
+    findings += decoded_from_start(index, videos, data, row)
     if train is None or config is None:
         return {"data": data}
     expected = estimates(index, videos, train, config, row, findings) if data["decodable"] else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,9 +13,9 @@ import numpy as np
 from cpr_fast.config import Config
 from cpr_fast.data.flow.names import flow_command
 from cpr_fast.data.index.assemble import SHORT
-from cpr_fast.data.index.build import report_path
 from cpr_fast.data.index.index import MIN_VIDEOS, Index, IndexFileError, NotAnIndexError, Video, too_few
 from cpr_fast.data.index.layouts import HMDB51_CLASSES
+from cpr_fast.data.index.summary import index_command, report_path
 from cpr_fast.data.storage.media import container, is_record, read_frames
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.packets import slice_packets
@@ -34,7 +33,8 @@ LONG = 64  # frames: up to this length, decoding from the start is fast
 
 def load_index(index: Path, findings: list[Finding]) -> Index | None:
     """Returns the usable rows of the index, or None if there is none; every row that is not usable is an error."""
-    advice = f"create it again: cpr-fast index FOLDER --out {shlex.quote(str(index))}"
+    again = index_command(index)
+    advice = f"create it again: {again}" if again else "correct it, or create it again with `cpr-fast index`"
     skipped: list[IndexFileError] = []
     try:
         videos = Index.load(index, require_flow=False, skipped=skipped)
@@ -81,14 +81,16 @@ def check_index(index: Path, videos: Index, config: Config | None, findings: lis
         "from_start": whole,
         "disk_free_gib": free_gib(container(videos[0].path).parent),
     }
-    _check_sample(facts, findings)
+    _check_sample(index, videos, facts, findings)
     _check_columns(index, videos, facts, config, findings)
     _check_labels_and_sources(videos, facts, findings)
     findings += _index_report(index)
     return facts
 
 
-def decoded_from_start(facts: dict[str, Any], breakdown: dict[str, Any] | None) -> list[Finding]:
+def decoded_from_start(
+    index: Path, videos: Index, facts: dict[str, Any], breakdown: dict[str, Any] | None
+) -> list[Finding]:
     """Returns the finding that the sampled videos have few key frames: advice to transcode them, unless the `breakdown`
     of a training step shows that their decoding costs no time."""
     number, sampled = facts["from_start"], facts["sampled"]
@@ -98,10 +100,10 @@ def decoded_from_start(facts: dict[str, Any], breakdown: dict[str, Any] | None) 
             "for every clip (an AVI file, or a single key frame)")  # fmt: skip
     if breakdown is not None and breakdown["bottleneck"] == "step":
         return [Finding("ok", f"{text}; that costs no time here, because the network takes longer", effect="time")]
-    return [Finding("warning", text, "cpr-fast index --transcode FOLDER writes copies with many key frames", "time")]
+    return [Finding("warning", text, f"{_transcoding(index, videos)}   (writes copies with many key frames)", "time")]
 
 
-def _check_sample(facts: dict[str, Any], findings: list[Finding]) -> None:
+def _check_sample(index: Path, videos: Index, facts: dict[str, Any], findings: list[Finding]) -> None:
     sampled, damaged = facts["sampled"], facts["damaged"]
     if damaged:
         text = "; ".join(f"{row['path']}: {row['reason']}" for row in damaged[:NAMED])
@@ -111,8 +113,8 @@ def _check_sample(facts: dict[str, Any], findings: list[Finding]) -> None:
         does = ": training replaces these videos by others, and evaluation leaves them out" if some else ""
         findings.append(Finding("warning" if some else "error",
                                 f"{len(damaged)} of {sampled} sampled videos {verb} damaged{does}: {text}",
-                                "cpr-fast index VIDEOS --out INDEX --verify lists every damaged video with its frames "
-                                "that decode, and leaves out those without any",
+                                f"{index_command(index, videos, verify='')}   (lists every damaged video with its "
+                                "frames that decode, and leaves out those without any)",
                                 "results" if some else "fails"))  # fmt: skip
     elif not facts["stale"]:
         verb = "decodes" if sampled == 1 else "decode"
@@ -123,7 +125,12 @@ def _check_sample(facts: dict[str, Any], findings: list[Finding]) -> None:
         findings.append(Finding("warning", f"{len(stale)} of {sampled} sampled videos {verb} from the index: {text}. "
                                 "Commands rely on the index: they never read frames that it does not count, report a "
                                 "clip with a frame that does not exist, and leave it out",
-                                "index them again: cpr-fast index VIDEOS --out INDEX", "results"))  # fmt: skip
+                                f"index them again: {index_command(index, videos)}", "results"))  # fmt: skip
+
+
+def _transcoding(index: Path, videos: Index) -> str:
+    """Returns the command that writes copies of the videos, and the index of these."""
+    return index_command(index, videos, transcode=str(index.parent / "transcoded"))
 
 
 def _check_columns(
@@ -141,15 +148,15 @@ def _check_columns(
         verb = "has" if facts["single_frames"] == 1 else "have"
         findings.append(Finding("warning", f"{counted(facts['single_frames'], 'video')} {verb} a single frame: it "
                                 "shows no motion, has no flow, and is repeated to the length of a clip",
-                                "cpr-fast index --min-frames 2", "results"))  # fmt: skip
+                                index_command(index, videos, min_frames="2"), "results"))  # fmt: skip
     if facts["short"]:
         verb = "has" if facts["short"] == 1 else "have"
         findings.append(Finding("warning", f"{facts['short']} short: {counted(facts['short'], 'video')} {verb} {SHORT} "
                                 "frames or fewer; CoCLR leaves them out",
-                                f"cpr-fast index --min-frames {SHORT + 1}", "results"))  # fmt: skip
+                                index_command(index, videos, min_frames=str(SHORT + 1)), "results"))  # fmt: skip
     if facts["sizes"] > 100:
         text = f"the videos have {facts['sizes']:,} different frame sizes; DALI keeps hardware decoders for 100"
-        findings.append(Finding("warning", text, "cpr-fast index --transcode FOLDER", "time"))
+        findings.append(Finding("warning", text, _transcoding(index, videos), "time"))
 
 
 def _check_labels_and_sources(videos: Index, facts: dict[str, Any], findings: list[Finding]) -> None:

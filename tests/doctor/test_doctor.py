@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import re
+import shlex
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -95,6 +98,33 @@ def test_a_broken_data_set(good, capsys):
         main(["doctor", str(good), "--seconds", "0", "--json"])
     assert stopped.value.code == 1
     assert json.loads(capsys.readouterr().out)["data"]["damaged"][0]["path"].endswith("v4.mp4")
+
+
+def commands_in(result: dict) -> list[list[str]]:
+    """The commands that the findings name, as a shell would split them."""
+    found = [line for f in result["findings"] for line in re.findall(r"cpr-fast \w[^;`]*", f["advice"])]
+    return [shlex.split(command.split("   (")[0]) for command in found if "--" in command]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_commands_of_the_advice_can_be_pasted(good, monkeypatch, recorded):
+    """They name the folder and the index, with or without the report in which `index` recorded them."""
+    monkeypatch.chdir(good.parent)
+    root = good.parent / "set"
+    if recorded:
+        write_index(root, good, IndexOptions(min_frames=3, verify=False))
+    else:
+        good.with_suffix(".report.json").unlink()
+    (root / "train" / "a" / "v4.mp4").write_text("no video any more " * 50)
+    good.write_text(good.read_text().replace("v7.mp4,b,v7,train,30", "v7.mp4,b,v7,train,31"))
+    found = commands_in(doctor(Path("index.csv"), SMALL, device=CPU, seconds=0))
+    index = [words for words in found if words[1] == "index"]
+    assert {"--verify", "--min-frames"} <= {word for words in index for word in words}
+    for words in index:
+        assert words[2:5] == ["set", "--out", "index.csv"] and not {word for word in words if word.isupper()}
+        assert ("--no-verify" in words) == (recorded and "--verify" not in words)
+        assert words[words.index("--min-frames") + 1] in ("3", "18") if "--min-frames" in words else not recorded
+        assert main([*words[1:4], "again.csv", *words[5:]]) == 0
 
 
 def test_no_index_and_no_video_left(tmp_path, good):

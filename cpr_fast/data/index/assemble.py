@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -66,6 +66,21 @@ class IndexOptions:
     min_frames: int = 0  # videos with fewer frames are left out
     classes: bool = True  # whether videos get the class that the layout finds
     shard: tuple[int, int] = (0, 1)  # (i, n): probe videos i, i + n, ... only; the last shard writes the index
+
+    def given(self) -> dict[str, str]:
+        """Returns the options of `cpr-fast index` that differ from their defaults, without the shard: {name: value},
+        with "" for a switch and absolute paths."""
+        switches = {("verify", True): "verify", ("verify", False): "no_verify", ("classes", False): "no_classes"}
+        found = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value == field.default or field.name == "shard":
+                continue
+            if switch := switches.get((field.name, value)):
+                found[switch] = ""
+            else:
+                found[field.name] = os.path.abspath(value) if isinstance(value, Path) else str(value)
+        return found
 
 
 def assemble(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from cpr_fast.data.index.catalogue import Problem
 from cpr_fast.data.index.index import Index, changing, kind_of
 from cpr_fast.data.index.layouts import LAYOUTS, list_videos
 from cpr_fast.data.index.probing import Journal, probe, probe_all
+from cpr_fast.data.index.summary import report_path
 from cpr_fast.data.video.probe import VideoInfo
 from cpr_fast.data.video.transcode import transcode_video
 from cpr_fast.errors import InputError
@@ -48,11 +50,11 @@ def write_index(root: Path, out: Path, options: IndexOptions, *, progress: bool 
     one to finish writes the index; the others return {"index": None, "left": videos without a result}.
 
     Returns:
-        The report: {"index", "layout", "videos", "classes", "sources", "splits" (videos of each), "unlabelled",
-        "without_flow", "training" ({"split", "videos", "sources"} that pretraining reads), "levels" (how the levels of
-        folders were interpreted), "other_files" (by suffix), "verified", "probed", "files_per_s", "counts"
-        (problems by kind), "problems": [{"path", "kind", "reason"}]}. The kinds are those of
-        `cpr_fast.data.index.summary.KINDS`.
+        The report: {"index", "layout", "root", "options" (see `IndexOptions.given`), "videos", "classes", "sources",
+        "splits" (videos of each), "unlabelled", "without_flow", "training" ({"split", "videos", "sources"} that
+        pretraining reads), "levels" (how the levels of folders were interpreted), "other_files" (by suffix),
+        "verified", "probed", "files_per_s", "counts" (problems by kind), "problems": [{"path", "kind", "reason"}]}. The
+        kinds are those of `cpr_fast.data.index.summary.KINDS`.
     Raises:
         InputError: no video is left, or many could not be read, as when a mount is lost.
     """
@@ -81,6 +83,8 @@ def _write_index(root: Path, out: Path, options: IndexOptions, progress: bool) -
     report = {
         "index": str(out),
         "layout": options.layout,
+        "root": os.path.abspath(root),
+        "options": options.given(),
         "videos": len(index),
         "classes": len(index.classes),
         "sources": len({video.source for video in index}),
@@ -100,11 +104,6 @@ def _write_index(root: Path, out: Path, options: IndexOptions, progress: bool) -
 def _training(index: Index) -> dict[str, Any]:
     split, videos = index.training()
     return {"split": split, "videos": len(videos), "sources": len({video.source for video in videos})}
-
-
-def report_path(out: Path) -> Path:
-    """Returns the path of the report of an index."""
-    return out.with_suffix(".report.json")
 
 
 def _build(

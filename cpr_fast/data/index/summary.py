@@ -1,14 +1,19 @@
-"""Formats the report of an index as text: counts, kinds of problems with their first names, the next command."""
+"""Formats the report of an index as text: counts, kinds of problems with their first names, the next command, and the
+command that writes the index again."""
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from cpr_fast.config.recipes import init_command
-from cpr_fast.data.index.index import too_few
+from cpr_fast.data.index.index import Video, too_few
+from cpr_fast.data.storage.media import container
 from cpr_fast.wording import counted, printable
 
 # kind of a problem -> (whether the video is in the index, what the kind means)
@@ -56,6 +61,40 @@ COPIES = (
 FIRST = 3  # number of names printed per kind of problem
 
 
+def report_path(out: Path) -> Path:
+    """Returns the path of the report of an index."""
+    return out.with_suffix(".report.json")
+
+
+def index_command(index: Path, videos: Iterable[Video] = (), **changes: str) -> str:
+    """Returns the command that lists the videos of an index again, with the options that its report records; without a
+    report, for the folder that all `videos` share, and without these "" where the folder is not known.
+
+    `changes` are options by name, such as min_frames="2"; "" stands for a switch.
+    """
+    try:
+        report = json.loads(report_path(index).read_text(encoding="utf-8"))
+        root, options = report["root"], dict(report["options"])
+    except (OSError, ValueError, KeyError, TypeError):
+        folders = [os.path.dirname(os.path.abspath(container(video.path))) for video in videos]
+        if not folders:
+            return ""
+        root, options = os.path.commonpath(folders), {}
+    if "verify" in changes:
+        options.pop("no_verify", None)
+    words = ["cpr-fast", "index", _from_here(root), "--out", str(index)]
+    for name, value in (options | changes).items():
+        shown = _from_here(value) if os.path.isabs(value) else value
+        words += [f"--{name.replace('_', '-')}", *([shown] if shown else [])]
+    return shlex.join(words)
+
+
+def _from_here(path: str) -> str:
+    """Returns an absolute path relative to the working directory if it is inside it."""
+    here = os.path.relpath(path)
+    return path if here.split(os.sep)[0] == ".." else here
+
+
 def summary(report: dict[str, Any]) -> list[str]:
     """Returns the report of `write_index` as lines of text."""
     if report["index"] is None:
@@ -79,7 +118,7 @@ def summary(report: dict[str, Any]) -> list[str]:
         named = ", ".join(f"{count:,} {suffix}" for suffix, count in _largest(report["other_files"]))
         lines.append(f"Other files, not read: {named}")
     if report["problems"]:
-        lines.append(f"All problems: {Path(report['index']).with_suffix('.report.json')}")
+        lines.append(f"All problems: {report_path(Path(report['index']))}")
     if missing := _too_few(report):
         lines.append(f"Too few videos for pretraining: {missing}.")
     elif set(report["splits"]) <= {""}:

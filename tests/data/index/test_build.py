@@ -14,10 +14,11 @@ from support.videos.odd_videos import place
 
 import cpr_fast.data.index.build as build
 from cpr_fast.cli import main
-from cpr_fast.data.index.build import IndexOptions, report_path, write_index
+from cpr_fast.data.index.build import IndexOptions, write_index
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.index.layouts import HMDB51_CLASSES, clip_source
 from cpr_fast.data.index.probing import Journal
+from cpr_fast.data.index.summary import report_path
 from cpr_fast.data.storage.record_writer import RecordWriter
 from cpr_fast.data.storage.records import read_jpegs
 from cpr_fast.data.video.probe import probe_video
