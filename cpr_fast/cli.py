@@ -58,6 +58,9 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 }
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 
+# Commands that store parts of a long computation as they finish, see `_continues`.
+CONTINUE = ("quickstart", "index", "flow", "pretrain", "reproduce", "retrieve", "probe", "finetune", "search")
+
 # Errors of the file system whose message names the path, which is all that a user needs.
 PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 PATH_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP)  # error numbers of the same kind that have no exception class
@@ -97,9 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stopped:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further Ctrl-C ends the process while threads still finish
-        text = f"{str(stopped) or 'interrupted'}, complete files are kept; to continue: "
         if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started
-            print(f"cpr-fast: {text}{_continuing(arguments, '--auto-resume')}", file=sys.stderr)
+            kept = (
+                "complete files are kept; to continue" if _continues(arguments) else "nothing was kept; to start again"
+            )
+            command = _continuing(arguments, "--auto-resume")
+            print(f"cpr-fast: {str(stopped) or 'interrupted'}, {kept}: {command}", file=sys.stderr)
         return 128 + getattr(stopped, "signum", signal.SIGINT)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         discard(sys.stdout.fileno())
@@ -159,6 +165,12 @@ def _command(name: str, arguments: list[str]) -> Callable[[list[str]], None]:
     run = getattr(module, stem)
     require_known_options(name, run, arguments)
     return lambda arguments: tyro.cli(run, prog=f"cpr-fast {name}", args=arguments)
+
+
+def _continues(arguments: Sequence[str]) -> bool:
+    """Returns whether the same command, after it was stopped, uses what it had finished instead of computing it
+    again."""
+    return arguments[0] in CONTINUE and "--no-cache" not in arguments
 
 
 def _continuing(arguments: Sequence[str], resume: str) -> str:

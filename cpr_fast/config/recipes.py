@@ -68,10 +68,10 @@ def find_config(name: str | Path) -> Path:
 def _similar(name: str, known: Iterable[str]) -> str:
     """Returns what a user may have meant by the name of a config that is no file: a config of a similar name, or else a
     recipe that comes with the package, or "" if there is neither."""
-    path = Path(name)
-    if path.is_dir():
-        return repr(str(path / "config.json")) if os.path.isfile(path / "config.json") else ""
+    if os.path.isdir(name):
+        settings = os.path.join(name, "config.json")
+        return repr(settings) if os.path.isfile(settings) else ""
     for other in (name, *(f"{stem}{suffix}" for suffix in SUFFIXES for stem in (name, os.path.splitext(name)[0]))):
         if file := similar_path(other):
             return repr(file)
-    return next((f"the recipe {name!r}" for name in difflib.get_close_matches(path.stem, known, n=1)), "")
+    return next((f"the recipe {name!r}" for name in difflib.get_close_matches(Path(name).stem, known, n=1)), "")

@@ -71,7 +71,7 @@ def test_config_settings_are_in_the_help_with_the_files_values(tmp_path, capsys)
         (["pretrain", "crp_ucf101.toml"], "'crp_ucf101.toml' does not exist; did you mean the recipe 'cpr_ucf101'?"),
         (["pretrain", "."], "CONFIG: expected a recipe (a TOML file), but '.' is a folder"),
         (["pretrain", "crp_ucf101"], "did you mean the recipe 'cpr_ucf101'?"),
-        (["pretrain", "config.yaml"], "got 'config.yaml', which is neither"),
+        (["pretrain", "config.yaml"], "expected a recipe (a TOML file), but 'config.yaml' does not exist"),
         (["pretrain", "a.toml", "b.toml"], "CONFIG: expected one config, got 'a.toml' and 'b.toml'"),
         (["pretrain", "--resme", "cpr_ucf101"], "unknown option --resme; did you mean --resume?"),
         (["pretrain", "--epoch", "3"], "unknown option --epoch; did you mean --epochs?"),
@@ -318,7 +318,7 @@ def test_negative_numbers_and_switches_are_not_taken_for_misspelt_options(capsys
         (["index", "a", "--out", "b.csv"], Stopped(signal.SIGTERM),
          "stopped by SIGTERM, complete files are kept; to continue: cpr-fast index a --out b.csv"),
         (["synth", "my data", "--classes", "4"], KeyboardInterrupt(),
-         "interrupted, complete files are kept; to continue: cpr-fast synth 'my data' --classes 4"),
+         "interrupted, nothing was kept; to start again: cpr-fast synth 'my data' --classes 4"),
     ],
 )  # fmt: skip
 def test_a_stopped_command_prints_the_command_that_continues(monkeypatch, capsys, given, stop, said):

@@ -19,7 +19,7 @@ from cpr_fast.config import Config, ProbeConfig
 from cpr_fast.data.index.index import Index
 from cpr_fast.evaluate.classify.probe import feature_probabilities, train_on_features
 from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, weights_digest
-from cpr_fast.evaluate.features.embedding import Embedding, encoder_embeddings
+from cpr_fast.evaluate.features.embedding import Embedding, calibrate_batch_norm, encoder_embeddings
 from cpr_fast.evaluate.features.pretrained import load_pretrained
 from cpr_fast.evaluate.features.recipe import make_recipe
 from cpr_fast.evaluate.features.windows import open_windows
@@ -137,7 +137,9 @@ def untrained(config: Config, index: Path, views: tuple[str, ...], seed: int) ->
     """Returns encoders with random weights and with BatchNorm statistics of 32 videos, as `cpr-fast retrieve` does."""
     spread = calibration_videos(Index.load(index).select("train"))
     with closing(open_windows(spread, config.data, list(views), RECIPE, "cpu")) as loader:
-        return untrained_encoders(dict.fromkeys(views, config), loader, seed, "cpu")
+        encoders = untrained_encoders(dict.fromkeys(views, config), seed, "cpu")
+        calibrate_batch_norm(encoders, loader)
+        return encoders
 
 
 def measure(

@@ -6,7 +6,7 @@ Letters: N clips, M videos, C channels of the pooled features, L classes.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -134,13 +134,17 @@ def video_probabilities(
     crops: int = 1,
     description: str = "testing",
     progress: bool = False,
+    on_stop: Callable[[dict[int, Tensor], Tensor], None] | None = None,
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Returns the class probabilities of every video: the mean softmax over windows and crops [CoCLR].
 
     Args:
         model: Maps clips [N, 3, T, H, W] to logits [N, L]; it is set to eval mode.
         loader: Has a length; its batches have `clips`, `video` [N] and `crop` [N], 0..crops-1 (see `WindowLoader`).
+            The windows come video by video, in this order, if `on_stop` is given.
         videos: M.
+        on_stop: Called with the result so far when the test is stopped (KeyboardInterrupt), before that goes on; a
+            video whose windows were not all read has 0 windows.
     Returns:
         {number of crops: [M, L] float64 on the CPU} for every crop set up to `crops`, zero for a video without
         readable windows, and the number of windows of every video, [M] int64.
@@ -149,14 +153,25 @@ def video_probabilities(
     sets = [n for n in CROP_SETS if n <= crops]
     sums: dict[int, Tensor] = {}
     counts = {n: torch.zeros(videos, dtype=torch.int64) for n in sets}
-    for batch in track(loader, description, total=len(loader), unit="batches", progress=progress):
-        probabilities = model(batch.clips[view]).float().softmax(1).double().cpu()  # [N, L]
-        video, crop = batch.video.cpu(), batch.crop.cpu()
-        for n in sets:
-            rows = crop < n
-            if n not in sums:
-                sums[n] = probabilities.new_zeros(videos, probabilities.shape[1])
-            sums[n].index_add_(0, video[rows], probabilities[rows])
-            counts[n] += torch.bincount(video[rows], minlength=videos)
-    means = {n: total / counts[n].clamp(min=1)[:, None] for n, total in sums.items()}
-    return means, counts[1]
+    complete = 0  # number of videos before the last one seen, of which no window is left
+
+    def means() -> dict[int, Tensor]:
+        return {n: total / counts[n].clamp(min=1)[:, None] for n, total in sums.items()}
+
+    try:
+        for batch in track(loader, description, total=len(loader), unit="batches", progress=progress):
+            probabilities = model(batch.clips[view]).float().softmax(1).double().cpu()  # [N, L]
+            video, crop = batch.video.cpu(), batch.crop.cpu()
+            for n in sets:
+                rows = crop < n
+                if n not in sums:
+                    sums[n] = probabilities.new_zeros(videos, probabilities.shape[1])
+                sums[n].index_add_(0, video[rows], probabilities[rows])
+                counts[n] += torch.bincount(video[rows], minlength=videos)
+            complete = int(video.max())
+    except KeyboardInterrupt:
+        if on_stop is not None and complete:
+            counts[1][complete:] = 0
+            on_stop(means(), counts[1])
+        raise
+    return means(), counts[1]

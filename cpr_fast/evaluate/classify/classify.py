@@ -28,8 +28,6 @@ from statistics import mean, stdev
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cpr_fast.config import ClassifierConfig, Config, DataConfig, ProbeConfig
@@ -38,8 +36,9 @@ from cpr_fast.data.clips.loader import TrainLoader, WindowLoader
 from cpr_fast.data.clips.sampling import plan_labelled, plan_selection
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
-from cpr_fast.evaluate.classify.classifier import CROP_SETS, Classifier, video_probabilities
+from cpr_fast.evaluate.classify.classifier import Classifier, video_probabilities
 from cpr_fast.evaluate.classify.finetune import Training, selection_accuracy, train_on_clips, validation_loss
+from cpr_fast.evaluate.classify.predictions import OnStop, Predictions, tested_videos
 from cpr_fast.evaluate.classify.probe import feature_probabilities, train_on_features
 from cpr_fast.evaluate.classify.scores import classification_scores
 from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, video_digest, weights_digest
@@ -55,13 +54,13 @@ from cpr_fast.evaluate.retrieval.ranking import TOGETHER
 from cpr_fast.models import Encoder
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
-from cpr_fast.runtime.files import one_writer, replacing
+from cpr_fast.runtime.files import one_writer
 from cpr_fast.runtime.metrics import MetricsWriter
 from cpr_fast.runtime.progress import Forecast, Part
-from cpr_fast.weights.tensors import save_tensors
 from cpr_fast.wording import counted
 
 Task = Literal["probe", "finetune"]
+TESTED = "tested"  # begins the name of the file with the videos that were tested before a stop
 
 log = logging.getLogger(__name__)
 
@@ -202,15 +201,6 @@ class Job:
         return isinstance(self.settings, ProbeConfig) and self.settings.inputs == "features"
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions for M test videos: {crops: probabilities [M, L] float64}, windows [M] int64, 0 for unread files."""
-
-    probabilities: dict[int, Tensor]
-    windows: Tensor
-    best_epoch: int
-
-
 def predictions(job: Job, view: str, pretrained: Encoder, key: str, store: FeatureCache) -> Predictions:
     """Returns the predictions of one view's classifier for the test videos; trains it unless they are stored.
 
@@ -220,17 +210,17 @@ def predictions(job: Job, view: str, pretrained: Encoder, key: str, store: Featu
     """
     folder = job.folder / f"{job.task}-{view}-{_identity(job, view, key)[:12]}"
     path = folder / "predictions.safetensors"
-    if (stored := distributed.from_main(lambda: _read_predictions(path))) is not None:
+    if (stored := distributed.from_main(lambda: Predictions.load(path))) is not None:
         return stored
     encoder = copy.deepcopy(pretrained).to(job.world.device)
     if job.on_features:
         found = _probe_features(job, view, encoder, key, store)
     else:
         found = _train_on_clips(job, view, encoder, folder)
-    tensors = {f"crops{n}": value for n, value in found.probabilities.items()}
     if job.world.is_main:
-        with replacing(path) as temporary:
-            save_tensors(tensors | {"windows": found.windows, "best_epoch": torch.tensor(found.best_epoch)}, temporary)
+        found.save(path)
+        for unfinished in folder.glob(f"{TESTED}-*"):
+            unfinished.unlink()
     return found
 
 
@@ -285,20 +275,29 @@ def _train_on_clips(job: Job, view: str, encoder: Encoder, folder: Path) -> Pred
             log.info(_plan(job, view, len(train), len(loader)))
         done = train_on_clips(model, loader, training)
 
-    def measure(mine: range) -> tuple[dict[int, Tensor], Tensor]:
-        part = Index((test[i] for i in mine), test.classes)
-        with closing(open_windows(part, job.configs[view].data, [view], job.recipe, str(device))) as windows:
-            if job.progress:
-                log.info(work_ahead(f"{view}, test", len(part), windows))
-            found = video_probabilities(
-                model, windows, len(part), view, crops=job.recipe.crops, description=f"{view}, test",
-                progress=job.progress,
-            )  # fmt: skip
-            for path, reason in windows.skipped:
-                log.warning("test: %s is left out: %s", path, reason)
-        return found
+    tested = folder / f"{TESTED}-{weights_digest(model)[:12]}.safetensors"
+    if job.world.size > 1:  # of a stopped test, the share of one process says nothing about the others
+        return Predictions(*shared_out(len(test), lambda mine: _test(job, view, model, mine)), done["best_epoch"])
+    found = tested_videos(len(test), lambda todo, on_stop: _test(job, view, model, todo, on_stop), tested)
+    return Predictions(*found, done["best_epoch"])
 
-    return Predictions(*shared_out(len(test), measure), done["best_epoch"])
+
+def _test(
+    job: Job, view: str, model: Classifier, positions: Sequence[int], on_stop: OnStop | None = None
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Tests a classifier on every window and crop of the test videos at these positions, see `video_probabilities`."""
+    part = Index((job.split.test[i] for i in positions), job.split.test.classes)
+    stored = len(job.split.test) - len(part) if on_stop else 0
+    with closing(open_windows(part, job.configs[view].data, [view], job.recipe, str(job.world.device))) as windows:
+        if job.progress:
+            log.info(work_ahead(f"{view}, test", len(part), windows, stored=stored))
+        found = video_probabilities(
+            model, windows, len(part), view, crops=job.recipe.crops, description=f"{view}, test",
+            progress=job.progress, on_stop=on_stop,
+        )  # fmt: skip
+        for path, reason in windows.skipped:
+            log.warning("test: %s is left out: %s", path, reason)
+    return found
 
 
 def hold_out(train: Index, fraction: float, seed: int) -> tuple[Index, Index]:
@@ -348,18 +347,6 @@ def _identity(job: Job, view: str, weights: str) -> str:
 def _processes(job: Job) -> list[int]:
     """Returns the number of processes if several share a step, because the batch of a step grows with their number."""
     return [] if job.on_features or job.world.size == 1 else [job.world.size]
-
-
-def _read_predictions(path: Path) -> Predictions | None:
-    if not path.exists():
-        return None
-    try:
-        stored = load_file(path)
-    except (SafetensorError, OSError) as error:
-        log.warning("%s cannot be read (%s): the classifier is trained again", path, error)
-        return None
-    probabilities = {n: stored[f"crops{n}"] for n in CROP_SETS if f"crops{n}" in stored}
-    return Predictions(probabilities, stored["windows"], int(stored["best_epoch"]))
 
 
 def _score(found: dict[str, Predictions], split: Split, crops: int) -> list[dict[str, Any]]:

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class NothingReadError(InputError):
+    """No window of any video of an index could be read."""
+
+
 def digest(*parts: str | bytes) -> str:
     """Returns a digest of the parts: 32 hexadecimal digits."""
     sha = hashlib.sha256()
@@ -142,7 +146,7 @@ def embed_index(
         {name: [M, F] float32 on the CPU}, the mean over a video's windows (zero for a video without windows, which
         is reported in the log), and the number of windows of every video, [M] int64.
     Raises:
-        InputError: No window of any video could be read.
+        NothingReadError: No window of any video could be read.
     """
     main = distributed.is_main()
     cache = cache if main else None
@@ -241,7 +245,7 @@ def _collect(
         found = [rows.get(key) for key in names]
         some = next((row for row in found if row is not None), None)
         if some is None:
-            raise InputError(f"{description}: no window of any of the {videos} videos of the index could be read")
+            raise NothingReadError(f"{description}: no window of any of the {videos} videos of the index could be read")
         empty = (torch.zeros_like(some[0]), 0)
         features[name] = torch.stack([(row or empty)[0] for row in found])
         counts = torch.tensor([(row or empty)[1] for row in found])

@@ -8,23 +8,34 @@ Letters: N windows, T frames, H x W pixels.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cpr_fast.config import Config
 from cpr_fast.config.pixels import IMAGENET_MEAN, IMAGENET_STD
 from cpr_fast.data.index.index import Index
-from cpr_fast.evaluate.features.embedding import Embedding, calibrate_batch_norm
+from cpr_fast.errors import InputError
+from cpr_fast.evaluate.features.cache import digest, weights_digest
+from cpr_fast.evaluate.features.embedding import Embedding
 from cpr_fast.models import Encoder, build_encoder
+from cpr_fast.runtime import distributed
+from cpr_fast.runtime.files import replacing
+from cpr_fast.weights.tensors import save_tensors
 
 ZERO_FLOW = 128 / 255  # the grey level of zero motion
 THUMBNAIL = 16  # height and width of the single frame, pixels
 CALIBRATION_VIDEOS = 32  # evenly spaced in the index, so that all classes occur
 CALIBRATION_WINDOWS = 8  # per video, evenly spaced; all windows of long videos would take longer than the evaluation
+
+log = logging.getLogger(__name__)
 
 
 def calibration_videos(index: Index) -> Index:
@@ -32,14 +43,58 @@ def calibration_videos(index: Index) -> Index:
     return Index(index[i] for i in range(0, len(index), math.ceil(len(index) / CALIBRATION_VIDEOS)))
 
 
-def untrained_encoders(configs: Mapping[str, Config], loader: Iterable, seed: int, device: str) -> dict[str, Encoder]:
-    """Returns randomly initialised encoders in eval mode, with BatchNorm statistics computed from the loader's
-    windows."""
+def untrained_encoders(configs: Mapping[str, Config], seed: int, device: str) -> dict[str, Encoder]:
+    """Returns randomly initialised encoders in eval mode; `calibrate_batch_norm` computes their statistics."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        encoders = {view: build_encoder(config.model).to(device).eval() for view, config in configs.items()}
-    calibrate_batch_norm(encoders, loader)
-    return encoders
+        return {view: build_encoder(config.model).to(device).eval() for view, config in configs.items()}
+
+
+class StoredStatistics:
+    """The BatchNorm statistics of untrained encoders in a file, so that they are computed once.
+
+    Args:
+        folder: The folder of the file, see `FeatureCache`.
+        encoders: The encoders before their statistics are computed.
+        identity: Everything else that the statistics depend on.
+    """
+
+    def __init__(self, folder: Path, encoders: Mapping[str, Encoder], identity: str) -> None:
+        self.path = folder / f"untrained-{digest(*map(weights_digest, encoders.values()), identity)}.safetensors"
+        self._buffers = {f"{view}.{name}": buffer for view, encoder in encoders.items()
+                         for name, buffer in encoder.named_buffers()}  # fmt: skip
+
+    def load(self) -> bool:
+        """Copies the stored statistics into the encoders of every process; returns False if there are none."""
+        stored = distributed.from_main(self._read)
+        if stored is None:
+            return False
+        for name, buffer in self._buffers.items():
+            buffer.copy_(stored[name])
+        return True
+
+    def _read(self) -> dict[str, Tensor] | None:
+        if not self.path.exists():
+            return None
+        try:
+            stored = load_file(self.path)
+        except (SafetensorError, OSError) as error:
+            log.warning("%s cannot be read (%s): the statistics are computed again", self.path, error)
+            return None
+        same = stored.keys() == self._buffers.keys() and all(
+            stored[n].shape == b.shape for n, b in self._buffers.items()
+        )
+        return stored if same else None
+
+    def store(self) -> None:
+        """Writes the statistics in the first process; logs a warning if the folder cannot be written."""
+        if not distributed.is_main():
+            return
+        try:
+            with replacing(self.path) as temporary:
+                save_tensors({name: buffer.cpu() for name, buffer in self._buffers.items()}, temporary)
+        except (InputError, OSError) as error:
+            log.warning("the untrained network cannot be stored in %s: %s", self.path.parent, error)
 
 
 def single_frame(clips: Tensor) -> Tensor:

@@ -29,13 +29,19 @@ from cpr_fast.config import DataConfig
 from cpr_fast.data.clips.loader import WindowLoader
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.errors import InputError
-from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, weights_digest
-from cpr_fast.evaluate.features.embedding import Embedding, encoder_embeddings
+from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, video_digest, weights_digest
+from cpr_fast.evaluate.features.embedding import Embedding, calibrate_batch_norm, encoder_embeddings
 from cpr_fast.evaluate.features.pretrained import Pretrained, load_pretrained
 from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints, results_folder, write_result
 from cpr_fast.evaluate.features.windows import count_windows, open_windows
-from cpr_fast.evaluate.retrieval.baselines import BASELINES, CALIBRATION_WINDOWS, calibration_videos, untrained_encoders
+from cpr_fast.evaluate.retrieval.baselines import (
+    BASELINES,
+    CALIBRATION_WINDOWS,
+    StoredStatistics,
+    calibration_videos,
+    untrained_encoders,
+)
 from cpr_fast.evaluate.retrieval.queries import QueryScores, have_copies, joined, query_scores
 from cpr_fast.evaluate.retrieval.ranking import NO_HIT, Comparison, Ranking, compared, prepare_streams, rates
 from cpr_fast.evaluate.retrieval.same_video import same_video_rates, videos_with_two_clips
@@ -195,9 +201,10 @@ def _embeddings(
     both = trained | references
     if not compares:
         return both, []
-    open_pairs = partial(open_loader, recipe=replace(how, clips_per_video=2, crops=1))
-    part = Part(work, _networks(both))
-    same = distributed.from_main(lambda: same_video_rates(pairs, both, open_pairs, progress=progress, work=part))
+    two = replace(how, clips_per_video=2, crops=1)
+    store = FeatureCache(pretrained.features, two.identity(pretrained.data, device)) if cache else None
+    part = Part(work, 2 * _networks(both) * distributed.size())  # of each video, this process reads its share
+    same = same_video_rates(pairs, both, partial(open_loader, recipe=two), cache=store, progress=progress, work=part)
     return both if labelled else trained, same
 
 
@@ -206,15 +213,24 @@ def _references(
     device: str, work: Forecast, *, cache: bool, progress: bool,
 ) -> dict[str, Embedding]:  # fmt: skip
     """Returns what the trained encoders are compared with: the same encoders untrained, and the baselines."""
-    spread = calibration_videos(gallery)
+    spread, data, name = calibration_videos(gallery), pretrained.data, "untrained network"
     few = replace(how, clips_per_video=min(how.clips_per_video or CALIBRATION_WINDOWS, CALIBRATION_WINDOWS))
-    many = count_windows(spread, pretrained.data, how) > count_windows(spread, pretrained.data, few)
-    with closing(open_loader(spread, recipe=few) if many else open_loader(spread)) as loader:
-        part = Part(work)
-        part.expect(loader.windows)
-        seen = track(loader, "untrained network", total=len(loader), unit="batches", progress=progress, left=part.left)
-        batches = (part.done(batch, len(batch.video)) for batch in seen)
-        untrained = untrained_encoders(pretrained.configs, batches, seed, device)
+    used = few if count_windows(spread, data, how) > count_windows(spread, data, few) else how
+    untrained, stored = untrained_encoders(pretrained.configs, seed, device), None
+    if cache:
+        videos = [video_digest(video, view) for view in untrained for video in spread]
+        stored = StoredStatistics(pretrained.features, untrained,
+                                  json.dumps([used.identity(data, device), data.batch_size, videos]))  # fmt: skip
+    if stored is not None and stored.load():
+        log.log(logging.INFO if progress else logging.DEBUG, "%s: its BatchNorm statistics are stored already", name)
+    else:
+        with closing(open_loader(spread, recipe=used)) as loader:
+            part = Part(work)
+            part.expect(loader.windows)
+            seen = track(loader, name, total=len(loader), unit="batches", progress=progress, left=part.left)
+            calibrate_batch_norm(untrained, (part.done(batch, len(batch.video)) for batch in seen))
+        if stored is not None:
+            stored.store()
     keys = {view: weights_digest(encoder) if cache else "" for view, encoder in untrained.items()}
     embeddings = encoder_embeddings("untrained", untrained, how, keys)
     return embeddings | {name: item for name, item in BASELINES.items() if item.view in pretrained.encoders}

@@ -14,8 +14,7 @@ Letters: M videos, F feature width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,11 +23,12 @@ from torch import Tensor
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.index.index import Index
+from cpr_fast.evaluate.features.cache import FeatureCache, NothingReadError, embed_index
 from cpr_fast.evaluate.features.embedding import Embedding
 from cpr_fast.evaluate.features.intervals import source_interval
 from cpr_fast.evaluate.retrieval.paired import paired_difference
 from cpr_fast.evaluate.retrieval.ranking import Comparison, compared, first_and_precision, prepare_streams
-from cpr_fast.runtime.progress import WHOLE, Part, track
+from cpr_fast.runtime.progress import WHOLE, Part
 
 if TYPE_CHECKING:
     from cpr_fast.data.clips.loader import WindowLoader
@@ -58,16 +58,21 @@ def same_video_rates(
     embeddings: Mapping[str, Embedding],
     open_pairs: Callable[[Index], WindowLoader],
     *,
+    cache: FeatureCache | None = None,
     progress: bool = False,
     work: Part = WHOLE,
 ) -> list[dict[str, Any]]:
     """Measures how often the nearest clip is of the same video. Other videos of the query's source are left out.
 
+    Under `torchrun` the processes share the videos.
+
     Args:
         compared_videos: See `videos_with_two_clips`.
         embeddings: "trained/view", and "untrained/view" or baselines.
-        open_pairs: Opens a loader of two windows per video, the first and the last.
-        work: What these windows are a part of.
+        open_pairs: Opens a loader of two windows per video, the first and the last, in the order of the index.
+        cache: Stores the features of the two clips, and holds those of earlier calls; its identity is that of the
+            recipe with two windows per video.
+        work: What these videos are a part of.
     Returns:
         A row for each network and view, and two views together: `name`, `view`, `r@1` (a fraction of the videos),
         `r@1_ci95` (bootstrap over sources), `chance_r@1`, `videos`, `copies` (exact copies that were left out); for the
@@ -75,7 +80,7 @@ def same_video_rates(
         sources). No row if fewer than two sources could be read.
     """
     videos, copies = compared_videos
-    features, kept = _pairs(videos, embeddings, open_pairs, progress, work)
+    features, kept = _pairs(videos, embeddings, open_pairs, cache, progress, work)
     sources = torch.from_numpy(videos.source_ids)[kept]
     if len(sources.unique()) < 2:
         return []
@@ -103,24 +108,75 @@ def _pairs(
     videos: Index,
     embeddings: Mapping[str, Embedding],
     open_pairs: Callable[[Index], WindowLoader],
+    cache: FeatureCache | None,
     progress: bool,
     work: Part,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Returns the features of both clips of every readable video, {name: [M, 2, F]}, and its positions [M] int64."""
-    found: dict[str, list[Tensor]] = {name: [] for name in embeddings}
-    owners = []
-    with torch.inference_mode(), closing(open_pairs(videos)) as loader:
-        title = "two clips of a video"
-        for batch in track(loader, title, total=len(loader), unit="batches", progress=progress, left=work.left):
-            work.add(len(batch.video))
-            owners.append(batch.video.cpu())
-            for name, embedding in embeddings.items():
-                features = embedding.function(batch.clips[embedding.view]).flatten(1).float()
-                found[name].append((F.normalize(features, dim=1) if embedding.metric == "cosine" else features).cpu())
-    owner = torch.cat(owners) if owners else torch.zeros(0, dtype=torch.int64)
-    order = owner.argsort(stable=True)  # the clips of a video come in their order in time
-    kept = (torch.bincount(owner, minlength=len(videos)) == 2).nonzero()[:, 0]
-    order = order[torch.isin(owner[order], kept)]
-    if not len(kept):
-        return {}, kept
-    return {name: torch.cat(parts)[order].unflatten(0, (len(kept), 2)) for name, parts in found.items()}, kept
+    both = {name: _of_pairs(embedding) for name, embedding in embeddings.items()}
+    try:
+        features, found = embed_index(
+            videos, both, lambda part: _PairLoader(open_pairs(part)), cache, description="two clips of a video",
+            progress=progress, work=work,
+        )  # fmt: skip
+    except NothingReadError:
+        return {}, torch.zeros(0, dtype=torch.int64)
+    kept = found.nonzero()[:, 0]
+    return {name: rows[kept].unflatten(1, (2, -1)) for name, rows in features.items()}, kept
+
+
+def _of_pairs(embedding: Embedding) -> Embedding:
+    """Returns an embedding of two clips of a video as one row: clips [2 * N, 3, T, H, W], the two of a video one after
+    the other, to [N, 2 * F]."""
+
+    def function(clips: Tensor) -> Tensor:
+        features = embedding.function(clips).flatten(1).float()
+        if embedding.metric == "cosine":
+            features = F.normalize(features, dim=1)
+        return features.unflatten(0, (-1, 2)).flatten(1)
+
+    # Each clip has its length already, so the row must keep its own.
+    return Embedding(embedding.view, function, "euclidean", embedding.key and f"{embedding.key} two clips")
+
+
+class _PairLoader:
+    """Joins the windows of a loader of two windows per video: a batch holds both clips of its videos one after the
+    other, and each video once. A video of which one window could not be read is left out."""
+
+    def __init__(self, loader: WindowLoader) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    @property
+    def windows(self) -> int:
+        return self._loader.windows
+
+    @property
+    def skipped(self) -> Sequence[Any]:
+        return self._loader.skipped
+
+    def close(self) -> None:
+        self._loader.close()
+
+    def __iter__(self) -> Iterator[_PairBatch]:
+        rest: dict[str, Tensor] = {}  # the last window, if the other one of its video may be in the next batch
+        rest_video = torch.zeros(0, dtype=torch.int64)
+        for batch in self._loader:
+            video = torch.cat([rest_video, batch.video.cpu()])
+            clips = {view: torch.cat([rest[view], x]) if rest else x for view, x in batch.clips.items()}
+            first = (video[1:] == video[:-1]).nonzero()[:, 0]
+            if len(first):
+                both = torch.stack([first, first + 1], 1).flatten()
+                yield _PairBatch({view: x[both.to(x.device)] for view, x in clips.items()}, video[first])
+            alone = bool(len(video)) and not (len(first) and first[-1] + 2 == len(video))
+            rest = {view: x[-1:] for view, x in clips.items()} if alone else {}
+            rest_video = video[-1:] if alone else video[:0]
+
+
+class _PairBatch(NamedTuple):
+    """Clips {view: [2 * N, 3, T, H, W]} of N videos [N] int64."""
+
+    clips: dict[str, Tensor]
+    video: Tensor

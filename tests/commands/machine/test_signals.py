@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -82,6 +84,37 @@ def test_flow_continues_after_a_signal(made, capsys, monkeypatch, number):
     assert all(name.endswith(".flow.mp4") for name in left)
     assert main(command) == 0
     assert (made / "index.csv").read_text().count(".flow.mp4") == len(list((made / "flow").rglob("*.flow.mp4"))) == 6
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_retrieve_computes_nothing_twice_that_it_had_finished(made, capsys, monkeypatch, labels):
+    """Neither the statistics of the untrained network, nor the two clips of the videos that are compared without labels,
+    nor the features of whole videos."""
+    from cpr_fast.evaluate.retrieval import retrieve as module
+
+    run(settings(made / "run", schedule={"cycles": [{"view": "rgb", "epochs": 1, "mining": "none"}]}))
+    if not labels:
+        assert main(["index", str(made / "set"), "--out", str(made / "index.csv"), "--no-classes"]) == 0
+    opened, real = [], module.open_windows
+
+    def open_windows(part, *arguments, **options):
+        opened.append(sorted(video.path.stem for video in part))
+        return real(part, *arguments, **options)
+
+    monkeypatch.setattr(module, "open_windows", open_windows)
+    command = ["retrieve", str(made / "run/checkpoints/last.pt"), "--index", str(made / "index.csv"), "--clips", "1"]
+    stopped(made, capsys, monkeypatch, command, FeatureCache, "load", signal.SIGTERM, 3 if labels else 9)
+    first = list(opened)
+    assert len(first) == 1 + (not labels)
+    opened.clear()
+    assert main([*command, "--json"]) == 0
+    result, second = json.loads(capsys.readouterr().out), list(opened)
+    opened.clear()
+    assert main([*command, "--json"]) == 0 and not opened
+    shutil.rmtree(made / "run" / "features")
+    assert main([*command, "--json"]) == 0
+    assert sorted(opened) == sorted(first + second)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
 
 
 def test_retrieve_continues_after_a_signal(made, capsys, monkeypatch):

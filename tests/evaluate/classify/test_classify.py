@@ -307,6 +307,42 @@ def test_bad_input_is_named(run, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_stopped_test_reads_only_the_other_videos_again(run, tmp_path, monkeypatch):
+    from cpr_fast.evaluate.classify import classify as module
+
+    folder, index = run
+    opened, limit = [], [99]
+
+    class Windows(module.WindowLoader):
+        def __init__(self, part, data, views, recipe, device):
+            opened.append([video.path.name for video in part])
+            super().__init__(part, data, views, clips_per_video=recipe.clips_per_video, crops=recipe.crops)
+
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__()):
+                if number == limit[0]:
+                    raise KeyboardInterrupt
+                yield batch
+
+    monkeypatch.setattr(module, "open_windows", Windows)
+    settings = ClassifierConfig(epochs=1, batch_size=4)
+
+    def tested(out):
+        opened.clear()
+        return classify(folder / "checkpoints" / "last.pt", [index], task="finetune", settings=settings, crops=5,
+                        out=tmp_path / out)["results"]  # fmt: skip
+
+    expected, names = tested("straight"), opened[0]
+    limit[0] = 3
+    with pytest.raises(KeyboardInterrupt):
+        tested("stopped")
+    (kept,) = (tmp_path / "stopped").rglob("tested-*.safetensors")
+    limit[0] = 99
+    found = tested("stopped")
+    assert 0 < len(opened[0]) < len(names) and names[-len(opened[0]) :] == opened[0]
+    assert found == expected and not kept.exists()
+
+
 def test_two_stream_is_the_mean_of_probabilities(run, monkeypatch):
     from cpr_fast.evaluate.classify import classify as module
 

@@ -213,7 +213,9 @@ def test_only_residual_clips_become_differences_and_only_the_training_split_is_w
     monkeypatch.setattr(module, "TrainLoader", loader)
     real = module.Classifier
     monkeypatch.setattr(module, "Classifier", lambda *a, **k: models.append(k["rescaled"]) or real(*a, **k))
-    monkeypatch.setattr(module, "shared_out", lambda count, measure: ({1: torch.zeros(count, 4)}, torch.ones(count)))
+    monkeypatch.setattr(
+        module, "tested_videos", lambda count, measure, path: ({1: torch.zeros(count, 4)}, torch.ones(count))
+    )
     test = module.Index([module.dataclasses.replace(v, path=Path(f"/test{i}")) for i, v in enumerate(make_index(5))])
     finetune = override_classifier("finetune", PLATEAU, epochs=2, **settings)
     recipe, split = make_recipe("iic"), module.Split(INDEX, test)

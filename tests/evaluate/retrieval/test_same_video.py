@@ -33,6 +33,8 @@ class Pairs:
     """Gives two clips of each video, whose "pixels" are the number of the video and of the clip; of the videos in
     `broken` only the first."""
 
+    skipped = ()
+
     def __init__(self, index: Index, broken: tuple[int, ...] = ()) -> None:
         numbers = [(place, int(entry.path.stem)) for place, entry in enumerate(index)]
         self.clips = [(p, n, end) for p, n in numbers for end in (0, 1) if not (end and n in broken)]
