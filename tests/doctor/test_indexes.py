@@ -201,7 +201,8 @@ def test_sources_in_both_splits_and_one_source(tmp_path, video):
     index = write_rows(tmp_path, video, ["a.mp4", "b.mp4", "c.mp4"])
     text = index.read_text()
     index.write_text(text.replace("s1,train", "s0,test"))
-    assert "1 source has videos in both the train and the test split: s0" in texts(run(index), "warning")
+    found = texts(run(index), "warning")
+    assert "1 source (" in found and ") has videos in both the train and the test split: s0" in found
     index.write_text(text.replace(",s1,", ",s0,").replace(",s2,", ",s0,"))
     assert "all videos come from one source" in texts(run(index), "error")
 

@@ -88,7 +88,7 @@ def test_flow_continues_after_a_signal(made, capsys, monkeypatch, number):
 
 @pytest.mark.parametrize("labels", [True, False])
 def test_retrieve_computes_nothing_twice_that_it_had_finished(made, capsys, monkeypatch, labels):
-    """Neither the statistics of the untrained network, nor the two clips of videos that are compared without labels, nor
+    """Neither the statistics of the untrained network, nor the two clips of videos compared without labels, nor
     the features of whole videos."""
     from cpr_fast.evaluate.retrieval import retrieve as module
 
