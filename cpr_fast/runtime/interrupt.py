@@ -6,6 +6,8 @@ connection was closed) unless `nohup` ignores that one.
 
 from __future__ import annotations
 
+import _thread
+import concurrent.futures.thread
 import math
 import os
 import signal
@@ -21,7 +23,9 @@ from cpr_fast.runtime.files import discard
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 REPEAT_S = 1.0  # a second Ctrl-C that comes later than this ends the process at once
-RETRY_S = 0.05  # how often a request that came during an import is repeated
+RETRY_S = 0.05  # how often a request is repeated that came at an unsafe moment
+_LOCKING = (threading.__file__, concurrent.futures.thread.__file__)  # files whose functions hold locks
+_WEAK = ("weakref.py", "_weakrefset.py")  # files whose functions are called where exceptions are ignored
 
 
 class Interrupted(Exception):
@@ -94,7 +98,7 @@ def signals_raise() -> Iterator[None]:
     """Within the block, SIGTERM, SIGUSR1 and SIGHUP raise Stopped in the main thread.
 
     One that is repeated at once has no effect, since SLURM and torchrun both send it; a later one ends the process.
-    While a module is imported, they and Ctrl-C wait for the end of the import, see `_AfterImports`.
+    While a module is imported or a lock is held, they and Ctrl-C wait for the end of it, see `_WhenSafe`.
     """
     came: list[float] = []
 
@@ -114,21 +118,33 @@ def signals_raise() -> Iterator[None]:
     others = [number for number in SIGNALS if number != signal.SIGINT]
     # A shell lets commands in the background ignore Ctrl-C.
     ctrl_c = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
-    with _handled(others, _AfterImports(stop)), _handled(ctrl_c, _AfterImports(signal.default_int_handler)):
-        yield
+    handlers = _WhenSafe(stop), _WhenSafe(signal.default_int_handler)
+    with _handled(others, handlers[0]), _handled(ctrl_c, handlers[1]):
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.close()
 
 
-class _AfterImports:
-    """A signal handler that calls `handler` when no module is being imported any more, or at the second request.
+class _WhenSafe:
+    """A signal handler that calls `handler` as soon as an exception does no harm, see `_unsafe`, or at the second
+    request.
 
     torch and others import modules in blocks that ignore every exception. A request to stop was lost in one, and the
-    command went on with a half-imported numpy.
+    command went on with a half-imported numpy. An exception that is raised while a lock is taken or given back leaves
+    it closed for ever: threads that need it hung, or the command ended in "release unlocked lock".
     """
 
     def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
         self._handler = handler
         self._came: dict[int, float] = {}  # the signals that wait
         self._again: list[int] = []  # those that were sent again by `_send`
+        self._closed = False
+
+    def close(self) -> None:
+        """Forgets the requests that wait: what they would stop has ended."""
+        self._closed = True
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         again = signum in self._again
@@ -137,26 +153,41 @@ class _AfterImports:
             if signum not in self._came:
                 return  # it was answered meanwhile, by a second request
         second = not again and time.monotonic() - self._came.get(signum, math.inf) > REPEAT_S
-        if second or not _importing(frame):
+        if second or not _unsafe(frame):
             self._came.pop(signum, None)
             self._handler(signum, frame)
         elif again or signum not in self._came:
             self._came.setdefault(signum, time.monotonic())
-            timer = threading.Timer(RETRY_S, self._send, [signum])
-            timer.daemon = True
-            timer.start()
+            # Not threading.Timer, whose start takes a lock that the interrupted code may hold.
+            _thread.start_new_thread(self._send, (signum,))
 
     def _send(self, signum: int) -> None:
-        self._again.append(signum)
-        os.kill(os.getpid(), signum)
+        time.sleep(RETRY_S)
+        if not self._closed:
+            self._again.append(signum)
+            os.kill(os.getpid(), signum)
 
 
-def _importing(frame: FrameType | None) -> bool:
+def _unsafe(frame: FrameType | None) -> bool:
+    """Returns whether an exception raised at `frame` would be ignored, in an import or while an object is deleted, or
+    might leave a lock of `threading` or a thread pool in disorder. Code that waits there may be interrupted."""
+    waits = frame is not None and _waits(frame)
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if file.startswith("<frozen importlib") or name == "__del__" or os.path.basename(file) in _WEAK:
+            return True
+        if file in _LOCKING and (not waits or name in ("start", "submit")):
             return True
         frame = frame.f_back
     return False
+
+
+def _waits(frame: FrameType) -> bool:
+    """Returns whether a frame waits in `threading`, in a block that leaves its locks in order if it is interrupted."""
+    if frame.f_code.co_filename != threading.__file__:
+        return False
+    name = frame.f_code.co_name
+    return name in ("join", "_wait_for_tstate_lock") or name == "wait" and "gotit" in frame.f_locals
 
 
 @contextmanager

@@ -9,9 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import thread as pools
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import cpr_fast
@@ -20,8 +24,9 @@ from cpr_fast.runtime.interrupt import (
     REPEAT_S,
     SIGNALS,
     Interrupted,
+    Stopped,
     StopRequest,
-    _AfterImports,
+    _WhenSafe,
     signals_raise,
     stop_requests,
 )
@@ -173,9 +178,11 @@ def test_a_request_during_an_import_is_not_lost(tmp_path, number, raised):
 
 def test_a_second_request_does_not_wait_for_an_import(clock):
     came = []
-    handler = _AfterImports(lambda signum, frame: came.append(signum))
-    importing = SimpleNamespace(f_code=SimpleNamespace(co_filename="<frozen importlib._bootstrap>"), f_back=None)
-    inside = SimpleNamespace(f_code=SimpleNamespace(co_filename="numpy.py"), f_back=importing)
+    handler = _WhenSafe(lambda signum, frame: came.append(signum))
+    importing = SimpleNamespace(
+        f_code=SimpleNamespace(co_filename="<frozen importlib._bootstrap>", co_name="_load"), f_back=None
+    )
+    inside = SimpleNamespace(f_code=SimpleNamespace(co_filename="numpy.py", co_name="<module>"), f_back=importing)
     handler._send = lambda signum: None  # nothing is sent again
     handler(signal.SIGTERM, inside)
     handler(signal.SIGTERM, inside)  # torchrun and SLURM both send it
@@ -189,13 +196,82 @@ def test_a_second_request_does_not_wait_for_an_import(clock):
 def test_a_request_that_was_answered_is_not_sent_again(clock):
     """The second Ctrl-C ends an import; the repetition of the first one came later, while files were removed."""
     came = []
-    handler = _AfterImports(lambda signum, frame: came.append(signum))
+    handler = _WhenSafe(lambda signum, frame: came.append(signum))
     sent = []
     handler._send = sent.append
-    importing = SimpleNamespace(f_code=SimpleNamespace(co_filename="<frozen importlib._bootstrap>"), f_back=None)
+    importing = SimpleNamespace(
+        f_code=SimpleNamespace(co_filename="<frozen importlib._bootstrap>", co_name="_load"), f_back=None
+    )
     handler(signal.SIGINT, importing)
     clock[0] += REPEAT_S + 0.1
     handler(signal.SIGINT, importing)
     handler._again.append(signal.SIGINT)  # what the timer does
     handler(signal.SIGINT, None)
     assert came == [signal.SIGINT]
+
+
+def function_of(file, name):
+    """Returns a function of this name, as if it were written in `file`, that calls its argument."""
+    made = {}
+    exec(compile(f"def {name}(call):\n    call()\n    return 'whole'\n", file, "exec"), made)
+    return made[name]
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [(threading.__file__, "__enter__"), (threading.__file__, "start"), (pools.__file__, "submit"),
+     (weakref.__file__, "remove"), (__file__, "__del__")],
+)  # fmt: skip
+def test_a_request_waits_where_it_would_be_ignored_or_leave_a_lock_closed(file, name):
+    done = []
+    with pytest.raises(Stopped), signals_raise():
+        done.append(function_of(file, name)(stop))
+        time.sleep(20)
+    assert done == ["whole"]
+
+
+def test_locks_are_in_order_after_a_stop():
+    """Condition takes its lock in a function of Python, where a signal handler may run with the lock in hand."""
+    condition = threading.Condition(threading.Lock())
+    for delay in np.random.default_rng(0).uniform(0, 0.004, 60):
+        with pytest.raises(Stopped), signals_raise():
+            threading.Timer(delay, stop).start()
+            while True:
+                with condition:
+                    condition.notify()
+                sum(range(500))  # a request that finds the lock held comes again 50 ms later
+        assert condition.acquire(timeout=0)
+        condition.release()
+
+
+@pytest.mark.parametrize("wait", ["event", "thread", "future", "pool"])
+def test_a_wait_for_another_thread_is_interrupted(wait):
+    end = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(end.wait)
+        thread = threading.Thread(target=end.wait)
+        thread.start()
+        waits = {"event": end.wait, "thread": thread.join, "future": future.result, "pool": pool.shutdown}
+        try:
+            with pytest.raises(Stopped), signals_raise():
+                threading.Timer(0.05, stop).start()
+                waits[wait]()
+        finally:
+            end.set()
+            thread.join()
+
+
+def test_a_request_that_waits_is_forgotten_when_the_command_has_ended():
+    noted = []
+    before = signal.signal(signal.SIGTERM, lambda *_: noted.append(True))
+    try:
+        with signals_raise():
+            assert function_of(threading.__file__, "__enter__")(stop) == "whole"
+        time.sleep(4 * interrupt.RETRY_S)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert noted == []
