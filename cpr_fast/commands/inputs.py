@@ -38,6 +38,18 @@ def require_other_file(option: str, out: str | Path, inputs: Iterable[str | Path
             raise InputError(f"{option}: expected the name of a new file, got {str(out)!r}, which this command reads")
 
 
+# Suffixes by which people and programs know what a file is, so that no command writes something else under them.
+KNOWN_SUFFIXES = (".csv", ".html", ".json", ".jsonl", ".lmdb", ".npz", ".pt", ".toml", ".avi", ".mkv", ".mov", ".mp4",
+                  ".webm")  # fmt: skip
+
+
+def require_suffix(option: str, out: str | Path, suffix: str) -> None:
+    """Raises InputError that names the option, if the file to write has the suffix of a file of another kind."""
+    given = os.path.splitext(out)[1].lower()
+    if given != suffix and given in KNOWN_SUFFIXES:
+        raise InputError(f"{option}: expected a name that ends in {suffix}, got {str(out)!r}")
+
+
 def require_folder(option: str, path: str | Path | None) -> None:
     """Raises InputError that names the option, if its folder is given but does not exist."""
     if path is not None and not os.path.isdir(path):
@@ -48,6 +60,14 @@ def require_data_set(option: str, path: str | Path) -> None:
     """Raises InputError that names the option, if the path is neither a folder nor an LMDB file."""
     if not os.path.exists(path):
         raise InputError(f"{option}: {expected('a folder or an LMDB file', path)}")
+
+
+def require_indexes(option: str, paths: Sequence[str | Path]) -> None:
+    """Raises InputError that names the option, if an index does not exist or is given twice: the deviation between
+    indexes would be computed from equal results."""
+    require_files(option, paths)
+    if again := [path for i, path in enumerate(paths) if any(os.path.samefile(path, other) for other in paths[:i])]:
+        raise InputError(f"{option}: expected every index once, got {str(again[0])!r} again")
 
 
 def require_checkpoints(option: str, checkpoints: Iterable[str]) -> None:
@@ -166,9 +186,9 @@ INPUTS: dict[str, dict[str, Check]] = {
     "reproduce": {"--index": FILE, "--settings": FILE, "--hmdb51": FILE, "--k400": FILE},
     "import-checkpoint": {"FILE": FILE},
     "export": {"CHECKPOINT": FILE},
-    "retrieve": {"CHECKPOINT": require_checkpoints, "--index": require_files},
-    "probe": {"CHECKPOINT": require_checkpoints, "--index": require_files, "--config": FILE},
-    "finetune": {"CHECKPOINT": require_checkpoints, "--index": require_files, "--config": FILE},
+    "retrieve": {"CHECKPOINT": require_checkpoints, "--index": require_indexes},
+    "probe": {"CHECKPOINT": require_checkpoints, "--index": require_indexes, "--config": FILE},
+    "finetune": {"CHECKPOINT": require_checkpoints, "--index": require_indexes, "--config": FILE},
     "search": {"QUERIES": require_files, "--index": FILE, "--checkpoint": require_checkpoints},
     "mine": {"FEATURES": FILE},
     "compare": {"RUNS": require_runs, "--against": require_runs},

@@ -57,7 +57,8 @@ class Facts:
         """
         split, videos = index.training()
         sources = Counter(video.source for video in videos)
-        if reason := too_few(len(videos), len(sources), split):
+        splits = dict.fromkeys(video.split for video in index) if split else ()
+        if reason := too_few(len(videos), len(sources), split, splits):
             raise InputError(f"INDEX: {reason}")
         median = sorted(video.num_frames for video in videos)[(len(videos) - 1) // 2]
         with_flow = sum(video.flow_path is not None for video in videos)

@@ -179,3 +179,35 @@ def test_an_environment_variable_that_no_shell_replaced_is_named(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert main(command.split()) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "suffix"),
+    [
+        ("index set --out new.toml", ".csv"),
+        ("index set --out new.mp4", ".csv"),
+        ("init i.csv --out new.csv --seconds 0", ".toml"),
+        ("init i.csv --out other.csv --seconds 0 --force", ".toml"),
+        ("report run --out new.csv", ".html"),
+    ],
+)
+def test_no_file_is_written_under_the_suffix_of_another_kind(tmp_path, monkeypatch, capsys, command, suffix):
+    monkeypatch.chdir(tmp_path)
+    write_plain(tmp_path / "set" / "a.mp4", 20)
+    (tmp_path / "run").mkdir()
+    for name in ("i.csv", "other.csv", "run/metrics.jsonl"):
+        (tmp_path / name).write_text("kept")
+    assert main(command.split()) == 2
+    name = command.split("--out ")[1].split()[0]
+    assert f"--out: expected a name that ends in {suffix}, got {name!r}" in capsys.readouterr().err
+    assert not list(tmp_path.glob("new*")) and (tmp_path / "other.csv").read_text() == "kept"
+
+
+@pytest.mark.parametrize("command", ["retrieve", "probe", "finetune"])
+def test_an_index_that_is_given_twice_is_refused(tmp_path, monkeypatch, capsys, command):
+    """The results of several indexes give a deviation, which would be 0."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.pt", "i.csv", "j.csv"):
+        (tmp_path / name).touch()
+    assert main([command, "a.pt", "--index", "i.csv", "j.csv", "./i.csv"]) == 2
+    assert "--index: expected every index once, got './i.csv' again" in capsys.readouterr().err

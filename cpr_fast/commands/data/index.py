@@ -14,6 +14,7 @@ from cpr_fast.commands.inputs import (
     require_data_set,
     require_file,
     require_folder,
+    require_suffix,
 )
 from cpr_fast.commands.options import Flag, Json
 from cpr_fast.commands.output import show
@@ -64,6 +65,7 @@ def index(
     require_folder("--splits", splits)
     require_file("--flow-lmdb", flow_lmdb)
     part = parse_shard(shard)
+    require_suffix("--out", out, ".csv")
     require_at_least("--split", 1, split)
     require_at_least("--short-side", 16, short_side)
     require_at_least("--min-frames", 0, min_frames)
@@ -75,9 +77,8 @@ def index(
     from cpr_fast.data.index.build import IndexOptions, write_index
     from cpr_fast.data.index.summary import next_step, summary
 
-    whole = True if verify else False if no_verify else None
-    options = IndexOptions(layout, splits, split, class_order, flow_lmdb, whole, transcode, short_side, min_frames,
-                           not no_classes, part)  # fmt: skip
+    options = IndexOptions(layout, splits, split, class_order, flow_lmdb, verify or (False if no_verify else None),
+                           transcode, short_side, min_frames, not no_classes, part)  # fmt: skip
     report = write_index(root, out, options, progress=True)
     show(report, json, lines=[] if json else summary(report), next_step=next_step(report) or _missing(part))
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_file, require_files, require_splits
+from cpr_fast.commands.inputs import (
+    require_at_least,
+    require_checkpoints,
+    require_file,
+    require_indexes,
+    require_splits,
+)
 from cpr_fast.commands.options import RecipeName
 from cpr_fast.commands.output import about_unfinished, after_evaluation, show_once, table
 from cpr_fast.evaluate.retrieval.names import MISSING, VIEW_NAMES, interval, percent
@@ -18,7 +24,7 @@ def classifier_settings(task: str, checkpoint: tuple[str, ...], index: tuple[Pat
     Checks the files that the user named first, before torch is imported.
     """
     require_checkpoints("CHECKPOINT", checkpoint)
-    require_files("--index", index)
+    require_indexes("--index", index)
     require_splits("--index", index)
     require_file("--config", config)
     from cpr_fast.config import load

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from cpr_fast.commands.inputs import require_file, require_runs
+from cpr_fast.commands.inputs import require_file, require_runs, require_suffix
 from cpr_fast.commands.options import REQUIRED, Flag, Json
 from cpr_fast.commands.output import show
 from cpr_fast.config.recipes import retrieve_command
@@ -37,6 +37,8 @@ def report(
         raise InputError("RUNS: expected at least one run folder, got none")
     require_runs("RUNS", runs)
     require_file("--index", index)
+    if out is not None:
+        require_suffix("--out", out, ".html")
     if out is not None and out.is_file() and out.suffix.lower() not in (".html", ".htm"):
         raise InputError(
             f"--out: expected the name of an HTML page, got {str(out)!r}, which exists and is another file"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_files
+from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_indexes
 from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
 from cpr_fast.commands.output import about_unfinished, after_evaluation, left_out_of_map, show_once, table
 from cpr_fast.evaluate.retrieval.names import (
@@ -51,7 +51,7 @@ def retrieve(
         cache: Store features beside the checkpoint and reuse them.
     """
     require_checkpoints("CHECKPOINT", checkpoint)
-    require_files("--index", index)
+    require_indexes("--index", index)
     require_at_least("--clips", 1, clips)
     from cpr_fast.runtime.progress import announce
 

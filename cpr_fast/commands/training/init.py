@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tyro
 
-from cpr_fast.commands.inputs import require_at_least, require_file, require_other_file
+from cpr_fast.commands.inputs import require_at_least, require_file, require_other_file, require_suffix
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
@@ -107,6 +107,7 @@ def _check_options(
     if out.is_dir():
         raise InputError(f"--out: expected the name of a TOML file, but {str(out)!r} is a folder")
     require_other_file("--out", out, [index])
+    require_suffix("--out", out, ".toml")
     _require_new(out, force)
 
 

@@ -42,14 +42,17 @@ MIN_SOURCES = 2  # videos of one source are never negatives or positives of each
 log = logging.getLogger(__name__)
 
 
-def too_few(videos: int, sources: int, split: str) -> str:
+def too_few(videos: int, sources: int, split: str, splits: Iterable[str] = ()) -> str:
     """Returns why nothing useful is learnt from this number of training videos and of their sources, or "" if enough is
-    there. `split` is the split that they are of; "" where the index has none."""
+    there. `split` is the split that they are of; "" where the index has none. `splits` are those of the index, which
+    are named if none of their videos is in `split`."""
     if videos >= MIN_VIDEOS and sources >= MIN_SOURCES:
         return ""
+    others = ", ".join(map(repr, filter(None, splits)))
     return (
         f"expected at least {MIN_VIDEOS} training videos of at least {MIN_SOURCES} sources, got {videos} of {sources}"
         + (f" in split {split!r}" if split else "")
+        + (f"; the splits are {others}" if others and not videos else "")
     )
 
 
@@ -304,9 +307,11 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
     def file(column: str) -> Path:
         if not fields[column].strip():
             raise IndexFileError(f"{line}, column {column}: expected a file, got {fields[column]!r}")
-        path, trimmed = folder / fields[column], folder / fields[column].strip()
-        if path != trimmed and why_missing(path) and not why_missing(trimmed):
-            return trimmed
+        path = folder / fields[column]
+        if why_missing(path):  # blanks after a comma, or a path that was written on Windows
+            others = {fields[column].strip(), fields[column].strip().replace("\\", "/")} - {fields[column]}
+            if found := [folder / name for name in sorted(others) if not why_missing(folder / name)]:
+                return found[0]
         if reason := why_missing(path):
             advice = "; relative paths begin at the folder of the index: move it back if it was moved, or list the "
             advice += "videos again with `cpr-fast index`"

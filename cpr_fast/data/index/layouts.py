@@ -134,7 +134,7 @@ def _listed(path: Path, folders: tuple[str, ...], has_split: bool) -> Listed:
     split, top = "", ()
     if has_split and folders:
         split, top, folders = _split(folders[0]), folders[:1], folders[1:]
-    label = folders[0] if folders else ""
+    label = folders[0].strip() if folders else ""  # as a list and an index are read
     clip = re.fullmatch(r"(.+)_c\d+", path.stem)
     if clip:  # clips of one source, also across splits, so that a leak is noticed
         return Listed(path, label, "/".join((*folders, clip[1])), split)

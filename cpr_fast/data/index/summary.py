@@ -129,7 +129,7 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 def _too_few(report: dict[str, Any]) -> str:
     """Returns why the index has too few videos for pretraining, or "" if it has enough."""
-    return too_few(*(report["training"][key] for key in ("videos", "sources", "split")))
+    return too_few(*(report["training"][key] for key in ("videos", "sources", "split")), report["splits"])
 
 
 def grouped(problems: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:

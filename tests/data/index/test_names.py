@@ -9,7 +9,7 @@ from support.videos.odd_videos import write_plain
 
 from cpr_fast.cli import main
 from cpr_fast.data.index.build import IndexOptions, build_index, write_index
-from cpr_fast.data.index.index import Index, Video
+from cpr_fast.data.index.index import COLUMNS, Index, IndexFileError, Video
 from cpr_fast.data.storage.media import read_frames
 
 NAMES = ["a,b", 'q"uote', "n\nl", "c\rr", "-dash", "#hash", "http:x", " lead", "trail ", "t\tab", "semi;x", "%03d",
@@ -78,3 +78,33 @@ def test_links_and_dots_on_the_way(tmp_path, video, monkeypatch, root, out):
         assert (
             (tmp_path / "data/i.csv").read_text().splitlines()[1].startswith("c/v.mp4,")
         )  # the index and its videos move together
+
+
+def test_the_classes_of_an_index_are_those_of_its_folders_whatever_blanks_are_around_them(tmp_path, video):
+    for number, name in enumerate(("y", "y ", " z")):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        os.link(video, tmp_path / "set" / name / f"{number}.mp4")
+    report = write_index(tmp_path / "set", tmp_path / "i.csv", IndexOptions(verify=False))
+    assert report["classes"] == len(Index.load(tmp_path / "i.csv").classes) == 2
+    assert [(v.path.name, v.label) for v in Index.load(tmp_path / "i.csv")] == [
+        ("0.mp4", "y"), ("1.mp4", "y"), ("2.mp4", "z"),
+    ]  # fmt: skip
+
+
+def test_paths_that_were_written_on_windows_are_found(tmp_path, video):
+    """A backslash may also belong to a name on Linux, which comes first."""
+    for name in ("set/c/v.mp4", "a\\b.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        os.link(video, tmp_path / name)
+    rows = "".join(f"{name},c,,,5,25,64,48,\n" for name in ("set\\c\\v.mp4", "a\\b.mp4"))
+    (tmp_path / "i.csv").write_text(",".join(COLUMNS) + "\n" + rows)
+    assert [v.path for v in Index.load(tmp_path / "i.csv")] == [tmp_path / "set/c/v.mp4", tmp_path / "a\\b.mp4"]
+    (tmp_path / "i.csv").write_text(",".join(COLUMNS) + "\nset\\d\\v.mp4,c,,,5,25,64,48,\n")
+    with pytest.raises(IndexFileError, match="column path: file .* does not exist"):
+        Index.load(tmp_path / "i.csv")
+
+
+def test_the_splits_are_named_where_none_is_for_training(tmp_path, video, capsys):
+    (tmp_path / "i.csv").write_text(",".join(COLUMNS) + "\n" + f"{video},c,s,trian,5,25,64,48,\n")
+    assert main(["init", str(tmp_path / "i.csv"), "--out", str(tmp_path / "r.toml"), "--seconds", "0"]) == 2
+    assert "got 0 of 0 in split 'train'; the splits are 'trian'" in capsys.readouterr().err
