@@ -8,6 +8,7 @@ from cpr_fast.config import DataConfig
 from cpr_fast.data.clips.sampling import Sources, plan_windows
 from cpr_fast.data.index.index import Index
 from cpr_fast.evaluate.features.recipe import Recipe
+from cpr_fast.wording import counted
 
 if TYPE_CHECKING:
     from cpr_fast.data.clips.loader import WindowLoader
@@ -37,4 +38,5 @@ def work_ahead(description: str, videos: int, loader: WindowLoader, *, stored: i
     `stored` is the number of videos whose features are stored already, and which the loader leaves out.
     """
     known = f", {stored:,} more are stored already" if stored else ""
-    return f"{description}: {videos:,} videos in {loader.windows:,} windows, {len(loader):,} batches{known}"
+    batches = counted(len(loader), "batch", "batches")
+    return f"{description}: {counted(videos, 'video')} in {counted(loader.windows, 'window')}, {batches}{known}"

@@ -11,6 +11,7 @@ from cpr_fast.config import Config
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.synthetic.videos import write_synthetic
 from cpr_fast.evaluate.classify import classify
+from cpr_fast.evaluate.features.windows import work_ahead
 from cpr_fast.evaluate.retrieval import retrieve
 from cpr_fast.models import build_encoder
 from cpr_fast.runtime.progress import Forecast
@@ -61,3 +62,20 @@ def test_what_a_probe_expects_to_read_is_what_it_reads(made, monkeypatch):
     settings = dataclasses.replace(Config().probe, epochs=1, milestones=())
     classify.classify([str(made[2])], [made[0]], task="probe", settings=settings, seeds=(0, 1))
     assert Recorded.last._total == pytest.approx(Recorded.last._done) and Recorded.last._done > 0
+
+
+@pytest.mark.parametrize(
+    ("videos", "windows", "batches", "sentence"),
+    [
+        (1, 1, 1, "queries: 1 video in 1 window, 1 batch"),
+        (1200, 2400, 2, "queries: 1,200 videos in 2,400 windows, 2 ba"),
+    ],
+)
+def test_the_work_ahead_is_counted_in_words(videos, windows, batches, sentence):
+    class Loader:
+        def __len__(self):
+            return batches
+
+    Loader.windows = windows
+    assert work_ahead("queries", videos, Loader()).startswith(sentence)
+    assert work_ahead("queries", videos, Loader(), stored=3).endswith(", 3 more are stored already")
