@@ -28,6 +28,7 @@ from cpr_fast.wording import counted
 
 SAMPLE, SAMPLE_S = 12, 10.0  # videos decoded to find damage, at least; seconds within which more are decoded
 NAMED = 3  # examples of each kind of problem
+FPS_TOLERANCE = 0.01  # relative: 29.97 may be written as 30
 LONG = 64  # frames: up to this length, decoding from the start is fast
 
 
@@ -229,6 +230,8 @@ def _difference(video: Video) -> str:
         parts.append(f"{counted(now[0], 'frame')}, the index says {listed[0]:,}")
     if now[1] != listed[1]:
         parts.append(f"{now[1]} pixels, the index says {listed[1]}")
+    if info.fps and abs(info.fps - video.fps) > FPS_TOLERANCE * info.fps:
+        parts.append(f"{info.fps:.6g} frames per second, the index says {video.fps:.6g}")
     return " and ".join(parts)
 
 

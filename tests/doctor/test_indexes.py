@@ -166,10 +166,12 @@ def test_a_row_that_no_longer_fits_its_file_is_named_with_what_happens(tmp_path,
     assert "decode to the last frame" not in texts(result, "ok") and not texts(result, "error")
 
 
-def test_a_row_of_another_frame_size_is_named(tmp_path, video):
+def test_a_row_of_another_frame_size_or_rate_is_named(tmp_path, video):
     index = write_rows(tmp_path, video, ["a.mp4", "b.mp4"])
     index.write_text(index.read_text().replace("25,64,48", "25,320,240"))
     assert "64x48 pixels, the index says 320x240" in texts(run(index), "warning")
+    index.write_text(index.read_text().replace("25,320,240", "50,64,48"))
+    assert "25 frames per second, the index says 50" in texts(run(index), "warning")
 
 
 def test_settings_with_which_pretrain_fails_are_said_to_be_settings(tmp_path, video):

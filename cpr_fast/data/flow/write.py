@@ -35,7 +35,7 @@ from cpr_fast.data.index.catalogue import Problem
 from cpr_fast.data.index.index import Index, Video, changing
 from cpr_fast.data.storage.media import read_frames
 from cpr_fast.data.storage.unreadable import Unreadable
-from cpr_fast.data.video.container import VideoError
+from cpr_fast.data.video.container import VideoError, not_as_listed
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.progress import Forecast, announce, track
 
@@ -247,7 +247,7 @@ def _read_gray(video: Video) -> np.ndarray | VideoError:
         gray = read_frames(video.path, np.arange(video.num_frames), "gray", video.num_frames)
         if gray.shape[1:] != (video.height, video.width):
             size = f"{gray.shape[2]}x{gray.shape[1]}"
-            raise VideoError(video.path, f"decodes to {size}, the index says {video.width}x{video.height}")
+            raise not_as_listed(video.path, f"decodes to {size}", f"{video.width}x{video.height}")
         return gray
     except VideoError as error:
         return error

@@ -31,10 +31,10 @@ import simplejpeg
 
 from cpr_fast._host import msgpack_spans
 from cpr_fast.data.storage.pages import require_intact
-from cpr_fast.data.video.container import VideoError
+from cpr_fast.data.video.container import VideoError, not_as_listed
 from cpr_fast.data.video.pixels import Region
 from cpr_fast.errors import InputError
-from cpr_fast.wording import not_a_file
+from cpr_fast.wording import counted, not_a_file
 
 MARK = ".lmdb#"
 META = (b"__keys__", b"__len__", b"__order__", b"__vlen__")
@@ -66,7 +66,7 @@ def read_jpegs(path: Path, frames: Sequence[int] | np.ndarray) -> list[memoryvie
     if not len(spans):
         raise VideoError(path, "the record holds no frame")
     if int(max(frames)) >= len(spans):
-        raise VideoError(path, f"expected frames below {len(spans)}, got frame {int(max(frames))}")
+        raise not_as_listed(path, f"the record holds {counted(len(spans), 'frame')}", f"{int(max(frames)) + 1} or more")
     jpegs = [record[offset : offset + size] for offset, size in spans[np.asarray(frames)].tolist()]
     checksums = open_records(file).checksums(name)
     if checksums is not None:

@@ -39,6 +39,16 @@ class VideoError(RuntimeError):
         self.path, self.reason, self.unreadable = Path(path), reason, unreadable
 
 
+def not_as_listed(path: str | Path, found: str, listed: str) -> VideoError:
+    """Returns the error about a whole video that its row in the index describes wrongly: what the file has, and what
+    the index says instead, such as "holds 20 frames" and "25"."""
+    return VideoError(
+        path,
+        f"{found}, the index says {listed}: correct its row, or list the videos again with `cpr-fast index`; "
+        "`cpr-fast doctor` compares the other rows with their files",
+    )
+
+
 def location(path: str | Path) -> str:
     """Returns the path with a prefix that makes FFmpeg open it as a file; without it, FFmpeg interprets `name:x.mp4` as
     a network protocol."""

@@ -22,9 +22,10 @@ from pathlib import Path
 import av
 import numpy as np
 
-from cpr_fast.data.video.container import VideoError, format_name, holds_frame, open_video
+from cpr_fast.data.video.container import VideoError, format_name, holds_frame, not_as_listed, open_video
 from cpr_fast.data.video.numbering import LAYOUTS, REMEMBERED_FILES, Layout, file_identity
 from cpr_fast.data.video.pixels import Pixels, Region, pixels_of
+from cpr_fast.wording import counted
 
 PASSES_OVER = ("h264", "mpeg4")  # decoders whose skip_frame leaves out exactly the frames that no other frame refers to
 # What determines the conversion of a frame to RGB; neither size nor format may change within a file.
@@ -91,7 +92,30 @@ def read_parts(
             if len(LAYOUTS) < REMEMBERED_FILES:
                 LAYOUTS[identity] = known
         frames = frames[done:]
-        yield from _parts(path, frames, view, num_frames, region, _decode(container, stream, known, frames, packets))
+        try:
+            yield from _parts(
+                path, frames, view, num_frames, region, _decode(container, stream, known, frames, packets)
+            )
+        except _MissingFrame as missing:
+            raise missing.explained(num_frames, view) from None
+
+
+class _MissingFrame(VideoError):
+    """A frame was not decoded: the file is damaged, or never had as many frames as the index says."""
+
+    def __init__(self, path: str | Path, wanted: int, num_frames: int) -> None:
+        super().__init__(path, f"frame {wanted} of {num_frames} does not decode")
+        self.wanted = wanted
+
+    def explained(self, num_frames: int, view: str) -> VideoError:
+        """Returns the error that tells which of the two it is, by the number of frames in the file."""
+        with suppress(VideoError), open_video(self.path) as (container, stream):
+            held = sum(map(holds_frame, container.demux(stream)))
+            if self.wanted >= held and view == "flow":
+                return not_as_listed(self.path, f"holds {counted(held, 'field')} of flow", f"{num_frames + 1:,} frames")
+            if self.wanted >= held:
+                return not_as_listed(self.path, f"holds {counted(held, 'frame')}", f"{num_frames:,}")
+        return self
 
 
 def _parts(
@@ -109,7 +133,7 @@ def _parts(
     for wanted in frames:
         number, frame = next(decoded, (None, None))
         if number != wanted:
-            raise VideoError(path, f"frame {wanted} of {num_frames} does not decode")
+            raise _MissingFrame(path, wanted, num_frames)
         now = KIND(frame)
         if now != kind:
             if kind is None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-from cpr_fast.data.video.container import VideoError, open_video, shows_times
+from cpr_fast.data.video.container import VideoError, holds_frame, not_as_listed, open_video, shows_times
 from cpr_fast.data.video.numbering import Layout
+from cpr_fast.wording import counted
 
 
 def slice_packets(
@@ -41,6 +42,8 @@ def slice_packets(
             packets = list(container.demux(stream))
         if shows_times(container):
             layout = Layout.of(container, stream, packets, num_frames)
+            if layout is None and frames[-1] >= (held := sum(map(holds_frame, packets))):
+                raise not_as_listed(path, f"holds {counted(held, 'frame')}", f"{num_frames:,}")
         if layout is None:
             whole = np.fromfile(path, np.uint8) if alone else _copied(stream, packets)
             return whole, frames.astype(np.int32)

@@ -17,7 +17,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from cpr_fast._host import Yuv420ToRgb
-from cpr_fast.data.video.container import VideoError
+from cpr_fast.data.video.container import VideoError, not_as_listed
 
 # Formats in which swscale converts each pixel of a frame with even sides by itself, from the nearest chroma sample.
 PLANAR = ("yuv420p", "yuvj420p")
@@ -44,7 +44,7 @@ class Region:
         """Raises VideoError for frames of another size. Flow files pad an odd width by one column, for 4:2:0."""
         padded = view == "flow" and self.width % 2 == 1 and width == self.width + 1
         if height != self.height or (width != self.width and not padded):
-            raise VideoError(path, f"decodes to {width}x{height}, the index says {self.width}x{self.height}")
+            raise not_as_listed(path, f"decodes to {width}x{height}", f"{self.width}x{self.height}")
 
     def of(self, path: str | Path, frames: np.ndarray, view: str) -> np.ndarray:
         """Returns the box of whole frames [F, H, W, ...], not copied. Raises VideoError for another size."""

@@ -159,7 +159,7 @@ def test_videos_that_cannot_be_read_are_skipped_by_name(data_set, tmp_path):
     assert report["written"] == 2
     named = {row["path"]: row["reason"] for row in report["problems"]}
     assert named.keys() == {str(videos[n].path) for n in (5, 6, 9)} and report["counts"] == {"broken": 3}
-    assert "frame 4 of 5 does not decode" in named[str(videos[5].path)]
+    assert "holds 4 frames, the index says 5: correct its row" in named[str(videos[5].path)]
     with_flow = {video.num_frames for video in Index.load(data_set) if video.flow_path}
     assert with_flow == {2, LONG}
 
