@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from cpr_fast.runtime.progress import about
+from cpr_fast.wording import counted
 
 STAT = Path("/proc/stat")  # proc(5): CPU time of every core since the start, in clock ticks
 NOTICED = 0.1  # smaller shares change a time by less than its usual variation
@@ -39,6 +40,21 @@ class OtherPrograms:
             return 0.0
         share = min(1.0, 1 - own / used)
         return share if share >= NOTICED else 0.0
+
+    def sentence(self) -> str:
+        """Returns a sentence for the start of a long command, or "" if other programs used hardly any of the cores of
+        this process since the creation."""
+        before, now = self._before, _clocks(self._stat)
+        if before is None or now is None or now[0] <= before[0]:
+            return ""
+        wall, own, used = (end - start for end, start in zip(now[:3], before[:3], strict=True))
+        taken, cores = max(0.0, used - own) / wall, now[3]
+        if taken < NOTICED * cores:
+            return ""
+        return (
+            f"Other programs use {min(taken, cores):.1f} of {counted(cores, 'processor core')}, so that this takes "
+            "longer than on an idle machine"
+        )
 
 
 def alone(seconds: float) -> str:

@@ -11,6 +11,7 @@ import concurrent.futures.thread
 import math
 import os
 import signal
+import socket
 import stat
 import sys
 import threading
@@ -20,12 +21,16 @@ from contextlib import contextmanager
 from types import FrameType
 
 from cpr_fast.runtime.files import discard
+from cpr_fast.runtime.progress import announce
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 REPEAT_S = 1.0  # a second Ctrl-C that comes later than this ends the process at once
+ANSWER_S = 0.7  # a command that still runs this long after a request to stop says that it is stopping
 RETRY_S = 0.05  # how often a request is repeated that came at an unsafe moment
 _LOCKING = (threading.__file__, concurrent.futures.thread.__file__)  # files whose functions hold locks
 _WEAK = ("weakref.py", "_weakrefset.py")  # files whose functions are called where exceptions are ignored
+
+_after = ["Stopping as soon as the current operation ends"]  # what a command says then; the last one is valid
 
 
 class Interrupted(Exception):
@@ -89,13 +94,18 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    with _handled(SIGNALS, request.note):
-        yield request
+    _after.append("Stopping after the current step, and saving its state; a second Ctrl-C ends the command at once")
+    try:
+        with _handled(SIGNALS, request.note):
+            yield request
+    finally:
+        _after.pop()
 
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Within the block, SIGTERM, SIGUSR1 and SIGHUP raise Stopped in the main thread.
+    """Within the block, SIGTERM, SIGUSR1 and SIGHUP raise Stopped in the main thread. If the block has not ended soon
+    after one of them or Ctrl-C, a line says that the command is stopping.
 
     One that is repeated at once has no effect, since SLURM and torchrun both send it; a later one ends the process.
     While a module is imported or a lock is held, they and Ctrl-C wait for the end of it, see `_WhenSafe`.
@@ -119,12 +129,43 @@ def signals_raise() -> Iterator[None]:
     # A shell lets commands in the background ignore Ctrl-C.
     ctrl_c = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
     handlers = _WhenSafe(stop), _WhenSafe(signal.default_int_handler)
-    with _handled(others, handlers[0]), _handled(ctrl_c, handlers[1]):
+    with _says_that_it_stops(), _handled(others, handlers[0]), _handled(ctrl_c, handlers[1]):
         try:
             yield
         finally:
             for handler in handlers:
                 handler.close()
+
+
+@contextmanager
+def _says_that_it_stops() -> Iterator[None]:
+    """Prints a line if the block has not ended `ANSWER_S` after a request to stop.
+
+    Python writes the number of a signal to a socket at once, also while the main thread computes in C++, where it
+    cannot run a handler. A thread waits at the other end of the socket.
+    """
+    read, write = socket.socketpair()
+    write.setblocking(False)
+    ended = threading.Event()
+
+    def wait() -> None:
+        while came := read.recv(64):
+            if set(came) & set(SIGNALS):
+                if not ended.wait(ANSWER_S):
+                    announce(_after[-1])
+                return
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        ended.set()
+        write.close()
+        thread.join()
+        read.close()
 
 
 class _WhenSafe:

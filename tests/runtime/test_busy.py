@@ -29,6 +29,9 @@ def test_the_share_of_others_counts_where_the_cores_are_full(tmp_path, monkeypat
     clock["own"] += 2.5 * cores  # a quarter of ten seconds of every core
     write(stat, 50 + used)
     assert others.share() == pytest.approx(expected)
+    taken = (used - 2.5) / 10 * cores
+    said = f"Other programs use {taken:.1f} of {cores} processor core{'s' * (cores > 1)}, so that this takes longer"
+    assert others.sentence().startswith(said) if used > 2.5 else others.sentence() == ""
 
 
 @pytest.mark.parametrize("text", [None, "", "cpu 1 2 3", "cpu0 x y z 1 2 3 4"])
@@ -36,7 +39,7 @@ def test_a_system_that_does_not_tell_gives_no_share(tmp_path, text):
     stat = tmp_path / "stat"
     if text is not None:
         stat.write_text(text)
-    assert OtherPrograms(stat).share() == 0.0
+    assert OtherPrograms(stat).share() == 0.0 and OtherPrograms(stat).sentence() == ""
 
 
 def test_a_process_alone_is_not_taken_for_others():

@@ -2,6 +2,7 @@
 once.
 """
 
+import hashlib
 import os
 import pty
 import signal
@@ -174,6 +175,47 @@ def test_a_request_during_an_import_is_not_lost(tmp_path, number, raised):
         timeout=60,
     )
     assert done.stdout.split() == ["whole", raised] and done.returncode == 0
+
+
+@pytest.mark.parametrize(("number", "noted"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)])
+def test_a_command_that_does_not_end_at_once_says_that_it_is_stopping(monkeypatch, capsys, number, noted):
+    """Also while the main thread computes in C, where no handler of Python runs."""
+    monkeypatch.setattr(interrupt, "ANSWER_S", 0.05)
+
+    def busy():
+        timer = threading.Timer(0.05, os.kill, [os.getpid(), number])
+        timer.start()
+        while not capsys_err():
+            hashlib.pbkdf2_hmac("sha256", b"x", b"y", 300_000)  # a call of C that no signal interrupts
+
+    said = []
+
+    def capsys_err():
+        said.append(capsys.readouterr().err)
+        return "".join(said)
+
+    with signals_raise():
+        if noted:
+            with stop_requests() as request:
+                busy()
+                assert request.signum == number
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                try:
+                    busy()
+                finally:
+                    time.sleep(0.3)  # removing unfinished files
+    line = "Stopping after the current step, and saving its state" if noted else "Stopping as soon as"
+    capsys_err()
+    assert "".join(said).startswith(line) and "".join(said).count("\n") == 1
+
+
+def test_a_command_that_ends_at_once_does_not_say_that_it_is_stopping(capsys):
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    with pytest.raises(KeyboardInterrupt), signals_raise():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capsys.readouterr().err == "" and signal.set_wakeup_fd(before) == before
 
 
 def test_a_second_request_does_not_wait_for_an_import(clock):
