@@ -96,6 +96,19 @@ def require_runs(option: str, paths: Iterable[str | Path]) -> None:
             )
 
 
+def require_videos(option: str, paths: Iterable[str | Path]) -> None:
+    """Raises the error of the reader of an index, which names its row, if one of the indexes has a row that cannot be
+    used, such as that of a video that does not exist. Large indexes are left to the command, which reads them again.
+
+    Imports NumPy and PyAV, which take much less time than torch.
+    """
+    from cpr_fast.data.index.index import Index
+
+    for path in paths:
+        if os.path.getsize(path) <= QUICKLY_READ:
+            Index.load(path, require_flow=False)
+
+
 def require_splits(option: str, paths: Iterable[str | Path]) -> None:
     """Raises InputError that names the option, if no row of an index has a split; other faults of an index are left to
     the reader of the index."""
@@ -164,6 +177,8 @@ def with_home(arguments: Sequence[str]) -> list[str]:
         words.append(f"{name}{equals}{value}")
     return words
 
+
+QUICKLY_READ = 2**22  # bytes of an index, about 40,000 rows
 
 Check = Callable[[str, Sequence[str]], None]
 

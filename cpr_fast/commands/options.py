@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -11,8 +12,13 @@ import tyro
 from cpr_fast.commands.inputs import unknown_option
 from cpr_fast.errors import InputError
 
-# Of a positional list: the command itself refuses an empty one, and the help would show an empty default.
-REQUIRED = tyro.conf.arg(help_behavior_hint="(required)")
+
+def required(metavar: str) -> Any:
+    """Returns what the help says about a positional list, whose name in usage lines is `metavar`. The command itself
+    refuses an empty one, and the help would show an empty default."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="(required)")
+
+
 CheckpointFiles = Annotated[
     tuple[str, ...],
     tyro.conf.Positional,
@@ -22,6 +28,8 @@ CheckpointFiles = Annotated[
         help="A checkpoint of `pretrain` or `import-checkpoint`: FILE, or one for each view: rgb=FILE flow=FILE.",
     ),
 ]
+# An index that the command reads; the name in the help is the one that its errors and the README use.
+IndexPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Print one JSON object on stdout.")]
 # The names of `cpr_fast.evaluate.features.recipe`, repeated here so that the command line need not import that module.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpr_fast.wording import printable
+from cpr_fast.wording import counted, printable
 
 PLAIN = str.maketrans("–−·×", "--/x")  # replacements of one character each, so that columns stay aligned
 
@@ -88,7 +88,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, title: str
 
 def left_out_of_map(queries: int) -> list[str]:
     """Returns the line that says how many queries mAP leaves out; no line if it leaves out none."""
-    return [f"mAP leaves out {queries} queries: the gallery has no video of their class"] if queries else []
+    left_out = counted(queries, "query", "queries")
+    return [f"mAP leaves out {left_out}: the gallery has no video of their class"] if queries else []
 
 
 def _text(value: Any) -> str:

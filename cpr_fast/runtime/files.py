@@ -23,6 +23,7 @@ from cpr_fast.errors import InputError
 # Missing permission is not among them, because it concerns files that are read as well.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 RUN_LOCK = ".run.lock"  # in a run folder; held as long as the run trains
+CHECKPOINTS = ("last.pt", "best.pt")  # of a run folder, beside those of single steps
 UNTOUCHED, NOTHING_LEFT = "the previous file is untouched", "nothing was left behind"
 TEMPORARY = ".cpr-fast-"  # how the names of files and folders begin that exist only while they are written
 TRIES = 100  # to create a file in a new folder that failing processes remove at the same time
@@ -54,6 +55,23 @@ def naming(path: str | Path, kept: str) -> Iterator[None]:
             raise
         reason = error.strerror or os.strerror(error.errno)
         raise InputError(f"could not write {str(path)!r}: {reason}; {kept}") from error
+
+
+def run_checkpoints(folder: Path) -> list[Path]:
+    """Returns the checkpoints of a run folder from which its run could continue, in the order in which to try them."""
+    checkpoints = folder / "checkpoints"
+    last, best = (checkpoints / name for name in CHECKPOINTS)
+    steps = sorted(checkpoints.glob("step-*.pt"), reverse=True)
+    return [*([last] if last.exists() else []), *steps, *([best] if best.exists() else [])]
+
+
+def require_new_run(folder: Path) -> None:
+    """Raises InputError if a run folder holds the checkpoint of a run, which a new run would overwrite."""
+    if found := run_checkpoints(folder):
+        raise InputError(
+            f"run.out: {str(folder)!r} already holds a run ({found[0].relative_to(folder)}). Continue it with "
+            "--resume, or choose another folder with --run.out"
+        )
 
 
 def _is_refused(error: OSError, path: Path) -> bool:

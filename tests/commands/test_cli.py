@@ -293,6 +293,22 @@ def test_a_misspelt_option_of_any_command_suggests_the_nearest(command, capsys, 
             assert found and found[1] == wrong.rstrip("=") and found[2] in (option, *listed), (wrong, found)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_usage_of_a_command_and_the_error_about_a_missing_path_use_the_same_name(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    try:
+        main([command, "--help"])
+    except SystemExit as stopped:
+        assert stopped.code == 0
+    usage = re.sub(r"\[-[^]]*\]", "", capsys.readouterr().out.splitlines()[0])  # without the options
+    words = [word.strip("[]") for word in usage.split()[2:]]
+    name = next((word for word in words if word.isupper() and word != "OPTIONS"), "")
+    assert "PATH" not in words[:2] and (name or command in ("quickstart", "recipes"))
+    if name and name not in ("OUT", "TABLE"):  # these two need not exist
+        assert main([command, "./no-such-path"]) == 2
+        assert capsys.readouterr().err.startswith(f"cpr-fast: {name}: expected ")
+
+
 def test_negative_numbers_and_switches_are_not_taken_for_misspelt_options(capsys):
     assert main(["init", __file__, "--seconds", "-1"]) == 2
     assert "--seconds: expected 0 or more, got -1.0" in capsys.readouterr().err

@@ -91,6 +91,47 @@ def test_quick_answers_import_nothing_heavy(tmp_path, command_lines, expected):
     assert [path.name for path in tmp_path.iterdir()] == ["F"]
 
 
+# Command lines whose files exist, but cannot be used: a run folder that is full, rows of videos that are missing, an
+# index of one video, recipes that cannot be read.
+UNUSABLE = [
+    "pretrain r.toml --run.out full",
+    "pretrain r.toml --run.out new --data.index gone.csv",
+    "pretrain r.toml --run.out new --data.index F",
+    "pretrain r.toml --run.out new",
+    "pretrain broken.toml",
+    "explain broken.toml",
+    "init gone.csv",
+    "init few.csv",
+    "flow gone.csv --out new",
+    "show-sample gone.csv --out new.png",
+    "show-sample few.csv --out new.png --config broken.toml",
+    "retrieve F --index gone.csv",
+    "probe F --index gone.csv",
+    "probe F --index split.csv --config broken.toml",
+    "finetune F --index gone.csv",
+    "search v.mp4 --index gone.csv --checkpoint F",
+    "doctor few.csv --config broken.toml",
+    "reproduce stages --index gone.csv",
+]
+
+
+def test_what_is_wrong_with_the_files_is_said_before_torch_is_imported(tmp_path):
+    header = "path,label,source,split,num_frames,fps,width,height,flow_path"
+    for name, row in {"gone": "gone.mp4,a,s,train", "few": "v.mp4,a,s,", "split": "v.mp4,a,s,train"}.items():
+        (tmp_path / f"{name}.csv").write_text(f"{header}\n{row},40,25,64,48,\n")
+    (tmp_path / "full" / "checkpoints").mkdir(parents=True)
+    for name in ("F", "v.mp4", "full/checkpoints/last.pt"):
+        (tmp_path / name).touch()
+    (tmp_path / "r.toml").write_text("data = { index = 'few.csv', batch_size = 4 }\nmemory = { size = 8 }\n")
+    (tmp_path / "broken.toml").write_text("data = {\n")
+    before = sorted(tmp_path.rglob("*"))
+    lines = [line.split() for line in UNUSABLE]
+    for arguments, (code, heavy, errors) in zip(lines, answers(lines, tmp_path), strict=True):
+        assert code == 2 and not {"torch", "nvidia.dali"} & set(heavy), (arguments, errors)
+        assert errors.splitlines()[-1].startswith("cpr-fast: ") and "Traceback" not in errors, (arguments, errors)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("command", ["index", "synth"])
 def test_a_command_says_what_it_does_before_its_long_imports(tmp_path, command):
     """The heavy modules cannot be imported here, so only what is printed before them is seen."""

@@ -19,7 +19,7 @@ BROKEN = ("fails", "settings")  # effects of findings with which a command fails
 
 
 def doctor(
-    index: tyro.conf.Positional[Path | None] = None,
+    index: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[INDEX]")] = None,
     *,
     config: Path | None = None,
     device: str = "auto",
@@ -42,8 +42,11 @@ def doctor(
     require_file("INDEX", index)
     require_file("--config", config)
     require_at_least("--seconds", 0, seconds)
+    from cpr_fast.config import load
     from cpr_fast.runtime.progress import announce
 
+    if config is not None:
+        load(config)  # an unreadable recipe is an error before the long import
     announce("Loading PyTorch")
     import torch
 

@@ -6,15 +6,14 @@ import shlex
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
-from cpr_fast.commands.inputs import other_shards, parse_shard, require_file
-from cpr_fast.commands.options import Json
+from cpr_fast.commands.inputs import other_shards, parse_shard, require_file, require_videos
+from cpr_fast.commands.options import IndexPath, Json
 from cpr_fast.commands.output import show
+from cpr_fast.wording import counted
 
 
 def flow(
-    index: tyro.conf.Positional[Path],
+    index: IndexPath,
     *,
     out: Path,
     storage: Literal["video", "lmdb"] = "video",
@@ -39,6 +38,7 @@ def flow(
     """
     require_file("INDEX", index)
     part = parse_shard(shard)
+    require_videos("INDEX", [index])
     from cpr_fast.runtime.progress import announce
 
     announce(f"Loading PyTorch, and looking for the flow that is stored in {out}")
@@ -71,11 +71,15 @@ def _summary(report: dict[str, Any], index: Path, shard: tuple[int, int], waitin
     problems = [(row["path"], row["reason"]) for row in report["problems"]]
     share = "" if shard[1] == 1 else f", shard {shard[0]}/{shard[1]}"
     lines = [
-        f"flow of {index}{share}: {report['written']:,} videos computed, {report['kept']:,} kept from earlier runs, "
+        f"flow of {index}{share}: {counted(report['written'], 'video')} computed, {report['kept']:,} "
+        f"kept from earlier runs, "
         f"{len(problems):,} failed",
         f"  {report['pairs']:,} frame pairs in {duration(report['elapsed_s'])} ({report['pairs_per_s']:,} per second)",
         *(f"  no flow for {line}" for line in by_kind(problems)),
     ]
     if waiting > 0:
-        lines.append(f"  {waiting:,} other videos of the index have no flow yet; they belong to other shards")
+        lines.append(
+            f"  {counted(waiting, 'other video')} of the index {'has' if waiting == 1 else 'have'} no flow yet, "
+            "because of other shards"
+        )
     return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -22,7 +22,7 @@ from cpr_fast.errors import InputError
 
 
 def index(
-    root: tyro.conf.Positional[Path],
+    root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ROOT")],
     *,
     out: Path,
     layout: Literal["folders", "ucf101", "hmdb51", "kinetics", "coclr", "lmdb"] = "folders",

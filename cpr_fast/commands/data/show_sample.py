@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 import tyro
 
 from cpr_fast.commands.inputs import require_at_least, require_file, require_other_file
-from cpr_fast.commands.options import Json
+from cpr_fast.commands.options import IndexPath, Json
 from cpr_fast.commands.output import show
 
 
 def show_sample(
-    index: tyro.conf.Positional[Path],
+    index: IndexPath,
     *,
     out: Path,
     position: Annotated[int, tyro.conf.arg(name="index")] = 0,
@@ -37,18 +37,18 @@ def show_sample(
     require_file("--config", config)
     require_at_least("--index", 0, position)
     require_at_least("--epoch", 1, epoch)
-    from cpr_fast.runtime.progress import announce
-
-    announce("Loading PyTorch and NVIDIA DALI")
     from cpr_fast.config import Config, load
     from cpr_fast.data.index.index import Index
-    from cpr_fast.doctor.sample import show_sample as run
+    from cpr_fast.runtime.progress import announce
 
     settings = Config() if config is None else load(config)
     videos = Index.load(index, require_flow=settings.data.flow == "stored")
     require_other_file("--out", out, (path for video in videos for path in (video.path, video.flow_path) if path))
     if config is not None:
         videos = videos.select_for_training(settings.data.split).long_enough(settings.data)
+    announce("Loading PyTorch and NVIDIA DALI")
+    from cpr_fast.doctor.sample import show_sample as run
+
     result = run(
         videos, settings.data, seed=settings.run.seed, epoch=epoch - 1, position=position, out=out, views=views
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 from cpr_fast.data.synthetic.versions import DEFAULT
+from cpr_fast.wording import counted
 
 
 def synth(
-    out: tyro.conf.Positional[Path],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     *,
     classes: int = 12,
     videos: int = 24,
@@ -40,5 +42,5 @@ def synth(
 
     index = write_synthetic(out, classes=classes, videos=videos, seed=seed, version=version, progress=True)
     count = len(Index.load(index, require_flow=False))
-    lines = [f"{count:,} videos of {classes} classes in {out}, listed in {index}"]
+    lines = [f"{counted(count, 'video')} of {counted(classes, 'class', 'classes')} in {out}, listed in {index}"]
     show({"index": str(index)}, json, lines=lines, next_step=f"cpr-fast flow {index} --out {out / 'flow'}")

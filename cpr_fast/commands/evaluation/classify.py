@@ -11,11 +11,12 @@ from cpr_fast.commands.inputs import (
     require_file,
     require_indexes,
     require_splits,
+    require_videos,
 )
 from cpr_fast.commands.options import RecipeName
 from cpr_fast.commands.output import about_unfinished, after_evaluation, show_once, table
 from cpr_fast.evaluate.retrieval.names import MISSING, VIEW_NAMES, interval, percent
-from cpr_fast.wording import listed
+from cpr_fast.wording import counted, listed
 
 
 def classifier_settings(task: str, checkpoint: tuple[str, ...], index: tuple[Path, ...], config: Path | None) -> Any:
@@ -31,6 +32,7 @@ def classifier_settings(task: str, checkpoint: tuple[str, ...], index: tuple[Pat
     from cpr_fast.runtime.progress import announce
 
     settings = getattr(load(config), task) if config else None
+    require_videos("--index", index)
     announce("Loading PyTorch and NVIDIA DALI")
     if settings is not None:
         return settings
@@ -81,7 +83,9 @@ def _lines(result: dict[str, Any]) -> list[str]:
         said = f"{interval(bounds)}, over {row['interval_over']}" if bounds else MISSING
         rows.append([VIEW_NAMES[row["view"]], percent(row["accuracy"], ""), said, row["splits"], row["seeds"]])
     tested = sum(row["videos"] for row in result["results"][:1] if "videos" in row)
-    title = f"{result['task']}, test-time recipe {result['recipe']}" + (f", {tested} test videos" if tested else "")
+    title = f"{result['task']}, test-time recipe {result['recipe']}" + (
+        f", {counted(tested, 'test video')}" if tested else ""
+    )
     lines = [title, "", table(["View, in %", "accuracy", "95 % interval", "splits", "seeds"], rows)]
     lines += _near_chance(result)
     if result.get("leakage"):

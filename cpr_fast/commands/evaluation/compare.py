@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import tyro
 
 from cpr_fast.commands.inputs import require_runs
-from cpr_fast.commands.options import REQUIRED, Json
+from cpr_fast.commands.options import Json, required
 from cpr_fast.commands.output import about_unfinished, left_out_of_map, show, table
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.retrieval.names import MEASURES, MISSING, VIEW_NAMES, percent, signed, signed_interval
+from cpr_fast.wording import counted
 
 # Below this number of sources the interval is too narrow: in 1,500 simulations of equal means for each number, the 95 %
 # interval contained the true value in 80 % with 4 sources, in 89 % with 8 and in 92 % with 20.
@@ -20,7 +21,7 @@ FEW_SOURCES = 20
 
 
 def compare(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, REQUIRED],
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, required("RUNS")],
     *,
     against: Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="(default: two RUNS)")] = (),
     json: Json = False,
@@ -56,7 +57,8 @@ def compare(
 def _lines(block: dict[str, Any]) -> list[str]:
     """Returns the pairs of runs, and a table with a row for each view and measure."""
     row = block["rows"][0]
-    title = (f"{row['queries']} queries of {row['sources']} sources, protocol {block['protocol']}, "
+    title = (f"{counted(row['queries'], 'query', 'queries')} of {counted(row['sources'], 'source')}, "
+             f"protocol {block['protocol']}, "
              f"test-time recipe {block['recipe']}")  # fmt: skip
     pairs = [f"{pair['first']} against {pair['second']}" + _seed(pair["seed"]) for pair in block["pairs"]]
     header = ["View · measure, in %", "First", "Second", "Difference", "95 % interval (sources)", "p"]
@@ -93,13 +95,15 @@ def _meaning(block: dict[str, Any]) -> list[str]:
     seeds = len(block["pairs"])
     if seeds > 1:
         lines += [
-            f"first and second are means over {seeds} pairs; seeds: paired t-test of these {seeds} differences: "
+            f"first and second are means over {counted(seeds, 'pair')}; seeds: paired t-test of these "
+            f"{seeds} differences: "
             "how the difference varies with the training",
             "d_z: effect size, the mean of the differences divided by their standard deviation",
         ]
     sources = min(row["sources"] for row in block["rows"])
     if sources < FEW_SOURCES:
         lines.append(
-            f"caution: from {sources} sources, fewer than {FEW_SOURCES}, the interval is too narrow and p too small"
+            f"caution: from {counted(sources, 'source')}, fewer than {FEW_SOURCES}, the interval is "
+            f"too narrow and p too small"
         )
     return lines + left_out_of_map(block["without_class"])

@@ -13,7 +13,7 @@ from cpr_fast.commands.output import show
 
 
 def mine(
-    features: tyro.conf.Positional[Path],
+    features: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURES")],
     *,
     stages: tuple[int, ...] = (1, 3, 5, 7),
     ratio: tuple[float, ...] = (0.5,),

@@ -8,14 +8,14 @@ from typing import Annotated
 import tyro
 
 from cpr_fast.commands.inputs import require_file, require_runs, require_suffix
-from cpr_fast.commands.options import REQUIRED, Flag, Json
+from cpr_fast.commands.options import Flag, Json, required
 from cpr_fast.commands.output import show
 from cpr_fast.config.recipes import retrieve_command
 from cpr_fast.errors import InputError
 
 
 def report(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, REQUIRED],
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, required("RUNS")],
     *,
     out: Path | None = None,
     unlabelled: Flag = False,

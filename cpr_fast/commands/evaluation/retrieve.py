@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_indexes
+from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_indexes, require_videos
 from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
 from cpr_fast.commands.output import about_unfinished, after_evaluation, left_out_of_map, show_once, table
 from cpr_fast.evaluate.retrieval.names import (
@@ -18,6 +18,7 @@ from cpr_fast.evaluate.retrieval.names import (
     with_copies,
     without_copies,
 )
+from cpr_fast.wording import counted
 
 RANKS = (1, 5, 10, 20, 50)
 
@@ -53,6 +54,7 @@ def retrieve(
     require_checkpoints("CHECKPOINT", checkpoint)
     require_indexes("--index", index)
     require_at_least("--clips", 1, clips)
+    require_videos("--index", index)
     from cpr_fast.runtime.progress import announce
 
     announce("Loading PyTorch and NVIDIA DALI")
@@ -111,7 +113,7 @@ def _same_video(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "",
         f"How often the clip nearest to the first clip of a video is the last clip of the same video, of "
-        f"{rows[0]['videos']} videos:",
+        f"{counted(rows[0]['videos'], 'video')}:",
         table(header, body),
         f"chance {percent(rows[0]['chance_r@1'])}; "
         + "where a view learnt, the interval of its difference to the untrained network (last column) lies above 0",
@@ -123,8 +125,9 @@ def _compared(row: dict[str, Any], protocol: str, recipe: str) -> list[str]:
     """Returns the title of a result: which videos search among which; and which videos are left out, if any are."""
     queries, gallery, how = row["queries"], row["gallery"], f"(protocol {protocol}, test-time recipe {recipe})"
     if protocol == "train_test":
-        return [f"{queries} test videos search among {gallery} training videos {how}"]
-    lines = [f"{queries} of {gallery} videos search, each among the videos of all other sources {how}"]
+        who = counted(queries, "test video searches", "test videos search")
+        return [f"{who} among {counted(gallery, 'training video')} {how}"]
+    lines = [f"{queries} of {counted(gallery, 'video')} search, each among the videos of all other sources {how}"]
     if (out := gallery - queries) > 0 and row["splits"] == 1:
         lines.append(
             f"  {'the other one has' if out == 1 else f'the other {out} have'} no label, or no video of another source "

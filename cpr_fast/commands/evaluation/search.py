@@ -7,14 +7,14 @@ from typing import Annotated
 
 import tyro
 
-from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_file, require_files
-from cpr_fast.commands.options import REQUIRED, Json, RecipeName
+from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_file, require_files, require_videos
+from cpr_fast.commands.options import Json, RecipeName, required
 from cpr_fast.commands.output import show, table
 from cpr_fast.errors import InputError
 
 
 def search(
-    queries: Annotated[tuple[Path, ...], tyro.conf.Positional, REQUIRED],
+    queries: Annotated[tuple[Path, ...], tyro.conf.Positional, required("QUERIES")],
     *,
     index: Path,
     checkpoint: tuple[str, ...],
@@ -44,6 +44,7 @@ def search(
     require_checkpoints("--checkpoint", checkpoint)
     require_at_least("--top", 1, top)
     require_at_least("--clips", 1, clips)
+    require_videos("--index", [index])
     from cpr_fast.runtime.progress import announce
 
     announce("Loading PyTorch and NVIDIA DALI")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -20,7 +20,7 @@ USES = {  # how the file of each format is used
 
 
 def export(
-    checkpoint: tyro.conf.Positional[Path],
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
     *,
     out: Path,
     to: Literal["safetensors", "onnx", "coclr", "cpr"] = "safetensors",

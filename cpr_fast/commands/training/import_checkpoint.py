@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -14,7 +14,7 @@ from cpr_fast.wording import counted, listed
 
 
 def import_checkpoint(
-    file: tyro.conf.Positional[Path],
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")],
     *,
     out: Path,
     view: Literal["rgb", "flow", "residual"] | None = None,

@@ -8,10 +8,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import tyro
-
 from cpr_fast.commands.inputs import require_at_least, require_file, require_other_file, require_suffix
-from cpr_fast.commands.options import Json
+from cpr_fast.commands.options import IndexPath, Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
 from cpr_fast.wording import counted
@@ -33,7 +31,7 @@ class Pace(NamedTuple):
 
 
 def init(
-    index: tyro.conf.Positional[Path],
+    index: IndexPath,
     *,
     out: Path = Path("recipe.toml"),
     run: Path = Path("runs/mine"),
@@ -60,17 +58,12 @@ def init(
     _check_options(index, out, epochs, minutes, seconds, force)
     from cpr_fast.runtime.progress import announce
 
-    announce("Loading PyTorch and the index")
-    import torch
-
+    announce("Loading the index and PyTorch")
     from cpr_fast.data.flow.names import flow_command
-    from cpr_fast.data.index.index import Index
-    from cpr_fast.experiments.sizing import Facts, sized_recipe, usable_cores
+    from cpr_fast.experiments.sizing import sized_recipe
     from cpr_fast.runtime.files import replacing
 
-    videos = Index.load(index, require_flow=False)
-    gpu = torch.cuda.is_available()
-    facts = Facts.of(videos, cores=usable_cores(), gpu=gpu)
+    videos, facts, gpu = _facts(index, epochs)
     named = os.path.relpath(index, out.parent), str(run)
     whole = sized = sized_recipe(facts, *named, epochs)
     pace, device = None, "cuda" if gpu else "cpu"
@@ -92,6 +85,20 @@ def init(
         *_doubts(videos, facts, sized.config),
     ]
     show(_result(out, facts, sized, pace), json, lines=lines, next_step=f"cpr-fast pretrain {shlex.quote(str(out))}")
+
+
+def _facts(index: Path, epochs: int | None) -> tuple[Index, Facts, bool]:
+    """Returns the videos, what a recipe depends on, and whether there is a GPU. Refuses the index and the number of
+    epochs before torch is imported."""
+    from cpr_fast.data.index.index import Index
+    from cpr_fast.experiments.sizing import Facts, sized_recipe, usable_cores
+
+    videos = Index.load(index, require_flow=False)
+    sized_recipe(Facts.of(videos, cores=usable_cores(), gpu=False), str(index), "runs/mine", epochs)
+    import torch
+
+    gpu = torch.cuda.is_available()
+    return videos, Facts.of(videos, cores=usable_cores(), gpu=gpu), gpu
 
 
 def _check_options(
@@ -165,7 +172,7 @@ def _require_enough(sized: Sized, pace: Pace, minutes: float, *, network_alone: 
     )
     busy = pace.alone_s < pace.step_s
     raise InputError(
-        f"--minutes: expected {expected}, the time of one epoch for each of the {cycles} cycles "
+        f"--minutes: expected {expected}, the time of one epoch for each of the {counted(cycles, 'cycle')} "
         f"({takes} {about(epoch_s)}), got {minutes:g}; --epochs {cycles} writes that recipe and prints its time"
         + (f". Measured while other programs use this machine; {alone(_epoch_s(sized, pace.alone_s))}" if busy else "")
     )
@@ -226,7 +233,7 @@ def _about_length(
     from cpr_fast.runtime.progress import about
 
     if minutes is not None and pace:
-        plan = f"{total_epochs(whole)} epochs ({about(whole.steps * pace.step_s)})"
+        plan = f"{counted(total_epochs(whole), 'epoch')} ({about(whole.steps * pace.step_s)})"
         if sized is whole:
             return [f"  --minutes {minutes:g} cuts nothing: the whole plan of {plan} fits"]
         return [f"  cut from {plan} to fit --minutes {minutes:g}; fewer epochs learn less"]
@@ -245,9 +252,11 @@ def _about_flow(videos: Index, facts: Facts, config: Config, command: str) -> li
     have = sum(video.flow_path is not None for video in videos)
     if have == len(videos):
         return []
-    training = f" ({facts.with_flow} of the {facts.videos} training videos)" if facts.videos < len(videos) else ""
+    training = ""
+    if facts.videos < len(videos):
+        training = f" ({facts.with_flow} of the {counted(facts.videos, 'training video')})"
     verb = "has" if have == 1 else "have"
-    lines = [f"optical flow: {have} of {len(videos)} videos {verb} it{training}"]
+    lines = [f"optical flow: {have} of {counted(len(videos), 'video')} {verb} it{training}"]
     if have:
         lines.append("  `cpr-fast flow` was stopped, is still running, or could not compute it for the others")
     if facts.with_flow == facts.videos:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import shlex
 import sys
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from cpr_fast.commands.inputs import require_file, unknown_option
 from cpr_fast.config import Config, ConfigError, load
 from cpr_fast.config.epochs import scale_epochs
 from cpr_fast.config.recipes import FOLDER, find_config, retrieve_command
 from cpr_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from cpr_fast.data.index.index import Index
 
 FLAGS = ("--resume", "--auto-resume", "--json", "--help", "-h", "--help-all", "--dump-memory", "--run.dump-memory")
 
@@ -83,14 +88,19 @@ def parse_and_run(arguments: list[str]) -> None:
     else:
         _require_inputs(config, given.overrides)
     config = settings(config, given, command="pretrain")
-
+    resume = "auto" if "--auto-resume" in given.flags else "--resume" in given.flags
+    from cpr_fast.runtime.busy import OtherPrograms
     from cpr_fast.runtime.progress import announce
 
+    others = OtherPrograms()
+    index = _checked_videos(config, resume)
     announce("Loading PyTorch and NVIDIA DALI")
     from cpr_fast.commands.output import show_once
     from cpr_fast.pretrain.run.loop import pretrain
 
-    folder = pretrain(config, resume="auto" if "--auto-resume" in given.flags else "--resume" in given.flags)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and (busy := others.sentence()):  # torchrun's are not other programs
+        announce(busy, end="")
+    folder = pretrain(config, resume=resume, index=index)
     evaluate = retrieve_command(folder, config.data.index, published=path.parent == FOLDER)
     show_once(
         {"run": str(folder)},
@@ -191,6 +201,20 @@ def _require_inputs(config: Config, overrides: list[str]) -> None:
         if not file and option.endswith("index"):
             raise ConfigError("data.index: expected the index of a data set (--data.index INDEX.csv), got none")
         require_file(option, file or None)
+
+
+def _checked_videos(config: Config, resume: bool | Literal["auto"]) -> Index:
+    """Returns the training videos, after every check of the run that needs neither torch nor NVIDIA DALI."""
+    from cpr_fast.pretrain.run.checks import check_run, plan_cycles
+    from cpr_fast.pretrain.run.videos import training_videos
+    from cpr_fast.runtime.files import require_new_run
+
+    if not resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        require_new_run(Path(config.run.out))
+    index = training_videos(config.data)
+    plans = plan_cycles(config, len(index), int(os.environ.get("WORLD_SIZE", "1")))
+    check_run(config, index, plans, stored_flow=config.data.flow == "stored")
+    return index
 
 
 @contextlib.contextmanager

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import tyro
 
-from cpr_fast.commands.inputs import require_file
+from cpr_fast.commands.inputs import require_file, require_videos
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
 
 
 def reproduce(
-    table: tyro.conf.Positional[str | None] = None,
+    table: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[TABLE]")] = None,
     *,
     index: Path | None = None,
     rows: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: all)")] = (),
@@ -47,6 +47,8 @@ def reproduce(
         require_file(option, file)
     if table is not None and index is None:
         raise InputError("--index: expected the index to use as UCF101, got none")
+    for option, file in {"--index": index, "--hmdb51": hmdb51, "--k400": k400}.items():
+        require_videos(option, [file] if file is not None else [])
     from cpr_fast.experiments.reproduce import Scale, list_tables, read_settings
     from cpr_fast.experiments.reproduce import reproduce as run
 

@@ -18,10 +18,10 @@ from cpr_fast.pretrain.run.videos import check_same_videos
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.files import RUN_LOCK as LOCK
-from cpr_fast.runtime.files import one_writer, replacing, require_writable
+from cpr_fast.runtime.files import one_writer, replacing, require_new_run, require_writable, run_checkpoints
 from cpr_fast.runtime.metrics import FILE as METRICS_FILE
 from cpr_fast.runtime.metrics import read_metrics, rewind
-from cpr_fast.weights.checkpoint import BEST, LAST, load_checkpoint, point_to
+from cpr_fast.weights.checkpoint import LAST, load_checkpoint, point_to
 from cpr_fast.weights.reading import CheckpointError, DamagedCheckpointError
 from cpr_fast.wording import counted, expected, listed
 
@@ -113,7 +113,7 @@ def open_run(
     """
     checkpoints = folder / "checkpoints"
     if resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        resume = on_main(lambda: bool(_candidates(checkpoints)))
+        resume = on_main(lambda: bool(run_checkpoints(folder)))
     if not resume:
         on_main(lambda: _start_new(config, folder, videos))
         return None
@@ -132,19 +132,8 @@ def _rewind(folder: Path, saved: dict[str, Any]) -> None:
         raise _not_writable(folder, error) from error
 
 
-def _candidates(checkpoints: Path) -> list[Path]:
-    """Returns the checkpoints from which a run could continue, in the order in which to try them."""
-    named = [path for name in (LAST, BEST) if (path := checkpoints / name).exists()]
-    steps = sorted(checkpoints.glob("step-*.pt"), reverse=True)
-    return [*(path for path in named if path.name == LAST), *steps, *(path for path in named if path.name == BEST)]
-
-
 def _start_new(config: Config, folder: Path, videos: dict[str, Any]) -> None:
-    if found := _candidates(folder / "checkpoints"):
-        raise InputError(
-            f"run.out: {str(folder)!r} already holds a run ({found[0].relative_to(folder)}). Continue it with "
-            "--resume, or choose another folder with --run.out"
-        )
+    require_new_run(folder)
     try:
         (folder / METRICS_FILE).unlink(missing_ok=True)
     except OSError as error:
@@ -159,7 +148,7 @@ def _load_newest(checkpoints: Path, world: World) -> dict[str, Any]:
 
     def find() -> Path:
         damaged: list[tuple[Path, str]] = []
-        for path in _candidates(checkpoints):
+        for path in run_checkpoints(checkpoints.parent):
             try:
                 loaded[path] = _of_a_run(load_checkpoint(path, device=world.device), path)
             except DamagedCheckpointError as error:
