@@ -22,6 +22,7 @@ from cpr_fast.config.sections import (
     RunConfig,
     ScheduleConfig,
 )
+from cpr_fast.wording import counted
 
 LARGEST = 2**31 - 1  # of the whole numbers in a config, except for seeds, which may have 64 bits
 MANY = 1024  # limit of threads and prepared batches: more are a mistake that can exhaust the machine's memory
@@ -153,7 +154,7 @@ def _check_clips(data: DataConfig, model: ModelConfig) -> None:
     frames, size = least_clip(model.arch)
     if data.frames < frames or data.size < size:
         raise ConfigError(
-            f"data.frames, data.size: model.arch {model.arch!r} expects at least {frames} frames of {size} "
+            f"data.frames, data.size: model.arch {model.arch!r} expects at least {counted(frames, 'frame')} of {size} "
             f"pixels, got {data.frames} of {data.size}"
         )
 

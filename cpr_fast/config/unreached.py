@@ -25,12 +25,14 @@ def unreached_steps(config: Config, steps: int) -> Iterator[str]:
     """Yields a sentence for every setting that counts steps and is larger than the number of `steps` of a run."""
     if config.run.log_every > steps:
         yield (
-            f"run.log_every is {config.run.log_every}, but the run ends after {steps} steps: no step is logged, only "
+            f"run.log_every is {config.run.log_every}, but the run ends after "
+            f"{counted(steps, 'step')}: no step is logged, only "
             f"epochs. Set it to {steps} or less"
         )
     if config.run.checkpoint_every > steps:
         yield (
-            f"run.checkpoint_every is {config.run.checkpoint_every}, but the run ends after {steps} steps: checkpoints "
+            f"run.checkpoint_every is {config.run.checkpoint_every}, but the run ends after "
+            f"{counted(steps, 'step')}: checkpoints "
             "are written at the ends of epochs only"
         )
 

@@ -47,7 +47,7 @@ def load_index(index: Path, findings: list[Finding]) -> Index | None:
     if skipped:
         more = f"; and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
         text = "; ".join(str(error) for error in skipped[:NAMED])
-        rows = "1 row of the index is" if len(skipped) == 1 else f"{len(skipped):,} rows of the index are"
+        rows = f"{counted(len(skipped), 'row')} of the index {'is' if len(skipped) == 1 else 'are'}"
         findings.append(Finding("error", f"{rows} bad: {text}{more}", advice, "fails"))
     if not len(videos):
         findings.append(Finding("error", f"{index}: no video is left", advice, "fails"))
@@ -113,7 +113,7 @@ def _check_sample(index: Path, videos: Index, facts: dict[str, Any], findings: l
         some = len(damaged) < sampled
         does = ": training replaces these videos by others, and evaluation leaves them out" if some else ""
         findings.append(Finding("warning" if some else "error",
-                                f"{len(damaged)} of {sampled} sampled videos {verb} damaged{does}: {text}",
+                                f"{len(damaged)} of {counted(sampled, 'sampled video')} {verb} damaged{does}: {text}",
                                 f"{index_command(index, videos, verify='')}   (lists every damaged video with its "
                                 "frames that decode, and leaves out those without any)",
                                 "results" if some else "fails"))  # fmt: skip
@@ -123,7 +123,8 @@ def _check_sample(index: Path, videos: Index, facts: dict[str, Any], findings: l
     if stale := facts["stale"]:
         text = "; ".join(f"{row['path']}: {row['reason']}" for row in stale[:NAMED])
         verb = "differs" if len(stale) == 1 else "differ"
-        findings.append(Finding("warning", f"{len(stale)} of {sampled} sampled videos {verb} from the index: {text}. "
+        findings.append(Finding("warning", f"{len(stale)} of {counted(sampled, 'sampled video')} {verb} from the "
+                                f"index: {text}. "
                                 "Commands rely on the index: they never read frames that it does not count, report a "
                                 "clip with a frame that does not exist, and leave it out",
                                 f"index them again: {index_command(index, videos)}", "results"))  # fmt: skip
@@ -167,7 +168,7 @@ def _check_labels_and_sources(videos: Index, facts: dict[str, Any], findings: li
         findings.append(Finding("ok", text, advice))
     elif facts["unlabelled"]:
         verb = "has" if facts["unlabelled"] == 1 else "have"
-        findings.append(Finding("warning", f"{facts['unlabelled']} of {len(videos):,} videos {verb} no label",
+        findings.append(Finding("warning", f"{facts['unlabelled']} of {counted(len(videos), 'video')} {verb} no label",
                                 "give them one, or expect evaluations to leave them out", "results"))  # fmt: skip
     if facts["classes"] == 1:
         findings.append(Finding("warning", "all labels are of one class: R@k, mAP, PMR and the accuracy of `probe` and "

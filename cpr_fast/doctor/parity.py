@@ -27,6 +27,7 @@ from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.decode import read_frames
 from cpr_fast.data.video.packets import slice_packets
 from cpr_fast.data.video.probe import ASSUMED_FPS, probe_video
+from cpr_fast.wording import counted
 
 # codec -> (encoders, of which the first one available is used; suffix; pixel format; options)
 CODECS: dict[str, tuple[tuple[str, ...], str, str, dict[str, str]]] = {
@@ -186,7 +187,7 @@ def check_codec(codec: str, folder: Path, device: torch.device) -> dict[str, Any
         dali = "not supported, PyAV is used"
     else:
         wrong = row["frames"] - row["identical"]
-        dali = f"{wrong} of {row['frames']} frames wrong" if wrong else "exact"
+        dali = f"{wrong} of {counted(row['frames'], 'frame')} wrong" if wrong else "exact"
     return {"codec": codec, "pyav": pyav, "dali": f"{row['decoder']}: {dali}"}
 
 

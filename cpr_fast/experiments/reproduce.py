@@ -37,6 +37,7 @@ from cpr_fast.report.sections.published import PublishedRow, PublishedTable, pub
 from cpr_fast.runtime.files import replacing
 from cpr_fast.runtime.metrics import environment, read_metrics
 from cpr_fast.weights.checkpoint import LAST
+from cpr_fast.wording import counted
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STARTS = ("infonce_ucf101",)  # recipes that other recipes start from, by the name of their checkpoint
@@ -187,7 +188,9 @@ def list_tables() -> str:
             views = {view for cycle in config.schedule.cycles for view in cycle.views(shared=config.model.shared)}
             needs = ["labels"] + ["flow"] * ("flow" in views) + [Path(config.data.index).parts[0]]
             epochs = sum(cycle.epochs for cycle in config.schedule.cycles[: row.cycle])
-            lines.append(f"  {row.id:12} configs/{row.config}.toml  {epochs} epochs; needs {', '.join(needs)}")
+            lines.append(
+                f"  {row.id:12} configs/{row.config}.toml  {counted(epochs, 'epoch')}; needs {', '.join(needs)}"
+            )
     return "\n".join(lines)
 
 
@@ -268,7 +271,8 @@ def _check(job: Job, data: Mapping[str, Path]) -> None:
                 needed = len(train) // config.data.batch_size
             if steps <= needed:
                 raise InputError(
-                    f"{where}: a cycle of {step.name} has {steps} steps, and its memory is full after {needed}: it "
+                    f"{where}: a cycle of {step.name} has {counted(steps, 'step')}, and its memory is "
+                    f"full after {needed}: it "
                     "would not learn as it should; expected a larger scale, or a smaller memory.size in the settings"
                 )
         if number == 0:
@@ -288,7 +292,7 @@ def _check(job: Job, data: Mapping[str, Path]) -> None:
 def _check_flow(where: str, path: str | Path, videos: Sequence[Any]) -> None:
     if missing := sum(video.flow_path is None for video in videos):
         raise InputError(
-            f"{where}: {missing} of {len(videos)} videos of {path} have no flow; run `cpr-fast flow` first"
+            f"{where}: {missing} of {counted(len(videos), 'video')} of {path} have no flow; run `cpr-fast flow` first"
         )
 
 

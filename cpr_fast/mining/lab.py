@@ -34,6 +34,7 @@ from cpr_fast.mining.stages import stage_keep, stage_views
 from cpr_fast.mining.survivors import survivor_rates
 from cpr_fast.ops import cascade_select
 from cpr_fast.runtime.progress import track
+from cpr_fast.wording import counted
 
 ARRAYS = ("rgb", "flow", "label", "group")
 QUERY_CHUNK = 4096  # number of queries mined at once, which bounds the memory of the kernel
@@ -134,7 +135,7 @@ def sweep(
     groups = [orders] if orders else [[view_order(view, n) for n in stages] for view in query_views]
     settings = [s for group in groups for s in itertools.product(top_ks, ratios, group)]
     if progress:
-        log.info("mining: %d cascades on %d rows of features", len(settings), len(data.labels))
+        log.info("mining: %s on %s of features", counted(len(settings), "cascade"), counted(len(data.labels), "row"))
     rows = []
     for top_k, ratio, order in track(settings, "mining", total=len(settings), unit="cascades", progress=progress):
         keep = stage_keep(len(order), len(data.labels), ratio, top_k)

@@ -17,6 +17,7 @@ from torch import Tensor
 from cpr_fast.evaluate.features.recipe import Metric
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
 from cpr_fast.evaluate.retrieval.ranking import Comparison, prepare_streams
+from cpr_fast.wording import counted
 
 NEAREST = 5  # neighbours per video
 DUPLICATE = 0.9  # similarity from which two videos of different sources are reported as possible duplicates
@@ -199,4 +200,4 @@ def _level(share: float, chance: float, *, high: float, moderate: float) -> str:
 
 
 def _videos(count: int) -> str:
-    return "1 video" if count == 1 else f"{count:,} videos"
+    return counted(count, "video")

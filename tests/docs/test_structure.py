@@ -232,3 +232,20 @@ def test_the_readmes_plain_torch_is_equivalent():
     exec(plain, theirs)
     for name in ("indices", "scores", "loss"):
         torch.testing.assert_close(ours[name], theirs[name])
+
+
+# A number directly before a plural noun; what stands between braces is an expression.
+NOUNS = "videos|windows|clips|sources|rows|epochs|steps|seeds|pairs"
+PLURAL = re.compile(rf"\{{([^{{}}]+)\}} (?:(?:training|test|sampled) )?(?:{NOUNS})\b(?!/)")
+NO_NUMBER = re.compile(r"^[A-Z_]+$|listed|numbers\[|_span|VIEW|verb$")  # constants, lists of numbers, other words
+
+
+def test_messages_count_with_the_helper_that_knows_the_singular():
+    """`counted(1, "video")` is "1 video"; a number in front of a written plural would be "1 videos"."""
+    wrong = []
+    for path in sorted((ROOT / "cpr_fast").rglob("*.py")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for found in PLURAL.finditer(line) if 'f"' in line or "f'" in line else ():
+                if not NO_NUMBER.search(found[1].partition(":")[0]) and line[: found.start()].rstrip()[-1:] != "=":
+                    wrong.append(f"{path.relative_to(ROOT)}:{number}: {found[0]}")
+    assert not wrong

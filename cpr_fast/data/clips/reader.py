@@ -29,6 +29,7 @@ from cpr_fast.data.video.decode import joined
 from cpr_fast.data.video.packets import slice_packets
 from cpr_fast.data.video.pixels import Region
 from cpr_fast.errors import InputError
+from cpr_fast.wording import counted
 
 MOST_SUBSTITUTES = 1000  # videos tried for one place in a batch before an error is raised
 
@@ -217,11 +218,11 @@ class ClipReader:
             tried += 1
         path, reason = self.skipped[0]
         which = (
-            f"none of the {len(self.index)}"
+            f"none of the {counted(len(self.index), 'video')}"
             if tried >= len(self.index)
-            else f"none of {tried} of the {len(self.index)}"
+            else f"none of {tried} of the {counted(len(self.index), 'video')}"
         )
-        raise InputError(f"{which} videos of the index can be read; the first: {path}: {reason}")
+        raise InputError(f"{which} of the index can be read; the first: {path}: {reason}")
 
 
 def _file(video: Video, view: str, data: DataConfig) -> tuple[Path, int]:

@@ -38,6 +38,7 @@ from cpr_fast.data.storage.unreadable import Unreadable
 from cpr_fast.data.video.container import VideoError, not_as_listed
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.progress import Forecast, announce, track
+from cpr_fast.wording import counted
 
 MOST_WORKERS = 16  # number of decoding threads, and of encoding threads; more are not faster on any device
 REFILL_S = 20.0  # time between two updates of the index during a run
@@ -89,7 +90,8 @@ def write_flow(
         problems = _compute_all(index, todo, solver, store, progress, _Refill(fill, storage))
         if problems and len(problems) == len(share):
             raise InputError(
-                f"index {str(index_csv)!r}: none of its {len(share)} videos gave flow; the first: {problems[0].path}: "
+                f"index {str(index_csv)!r}: none of its {counted(len(share), 'video')} gave flow; the "
+                f"first: {problems[0].path}: "
                 f"{problems[0].reason}"
             )
     elapsed_s = time.perf_counter() - began

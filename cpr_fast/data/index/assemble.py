@@ -154,7 +154,7 @@ def _refused(item: Listed, info: VideoInfo | VideoError, options: IndexOptions) 
         reason = f"is stored rotated by {info.rotation} degrees; --transcode turns it upright"
         return Problem(item.path, "rotated", reason)
     if info.num_frames < options.min_frames:
-        reason = f"has {info.num_frames} frames, expected at least --min-frames {options.min_frames}"
+        reason = f"has {counted(info.num_frames, 'frame')}, expected at least --min-frames {options.min_frames}"
         return Problem(item.path, "too_short", reason)
     return None
 
@@ -163,7 +163,7 @@ def _remarks(item: Listed, info: VideoInfo) -> list[Problem]:
     """Returns what is unusual about a video that is in the index."""
     found = []
     if info.error:
-        reason = f"is damaged: kept with the {info.num_frames} frames that decode, then {info.error}"
+        reason = f"is damaged: kept with the {counted(info.num_frames, 'frame')} that decode, then {info.error}"
         found.append(("damaged", reason))
     if info.corrupt:
         reason = (f"is damaged: {info.corrupt} of {info.num_frames} frames decode with errors, the first is frame "
@@ -171,13 +171,14 @@ def _remarks(item: Listed, info: VideoInfo) -> list[Problem]:
         found.append(("damaged", reason))
     if info.size_change:
         reason = (
-            f"the frame size or format changes {info.size_change}; kept with the {info.num_frames} frames before it"
+            f"the frame size or format changes {info.size_change}; kept with the "
+            f"{counted(info.num_frames, 'frame')} before it"
         )
         found.append(("size_change", reason))
     if info.streams:
         found.append(("several_streams", info.streams))
     if info.num_frames <= SHORT:
-        frames = "1 frame" if info.num_frames == 1 else f"{info.num_frames} frames"
+        frames = counted(info.num_frames, "frame")
         found.append(("short", f"has {frames}; a clip of 32 frames is padded by half or more"))
     if not info.fps:
         found.append(("no_rate", f"does not say its frame rate; the index says {ASSUMED_FPS:g}"))
@@ -201,7 +202,7 @@ def _nothing(root: Path, listing: Listing, problems: list[Problem], options: Ind
     """Returns the error for an index without any video: none was found, or none of those found can be used."""
     number = len(listing.videos)
     if number:
-        which = "the only video" if number == 1 else f"none of the {number:,} videos"
+        which = "the only video" if number == 1 else f"none of the {counted(number, 'video')}"
         text = f"ROOT: {which} in {str(root)!r} can{'not' if number == 1 else ''} be used"
     else:
         text = f"ROOT: found no video in {str(root)!r}; expected {EXPECTED.get(options.layout, LISTED)}"

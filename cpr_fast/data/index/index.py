@@ -33,6 +33,7 @@ from cpr_fast.data.index.tables import TableError, read_table, require_utf8, tab
 from cpr_fast.data.storage.copies import originals
 from cpr_fast.data.storage.media import exists, why_missing
 from cpr_fast.runtime.files import one_writer, replacing
+from cpr_fast.wording import counted
 
 COLUMNS = ("path", "label", "source", "split", "num_frames", "fps", "width", "height", "flow_path")
 MIN_VIDEOS = 8  # least number of training videos; with fewer, nothing remains to compare a batch with
@@ -134,7 +135,7 @@ class Index(Sequence[Video]):
         """Returns the videos of one split, or all videos if the index has no splits at all, which is logged."""
         if self.has_splits or not split:
             return self.select(split)
-        log.info("the index has no splits (its column 'split' is empty): all %d videos are used", len(self))
+        log.info("the index has no splits (its column 'split' is empty): all %s are used", counted(len(self), "video"))
         return self
 
     def long_enough(self, data: DataConfig) -> Index:
@@ -149,12 +150,13 @@ class Index(Sequence[Video]):
             return self
         if len(short) == len(self):
             raise IndexFileError(
-                f'data.short_videos: expected a video of more than {most} frames, as "drop" keeps none of '
-                f"{most} or fewer, got {len(self)} videos of at most {max(video.shared_frames(data) for video in self)}"
+                f'data.short_videos: expected a video of more than {counted(most, "frame")}, as "drop" keeps none of '
+                f"{most} or fewer, got {counted(len(self), 'video')} of at most "
+                f"{max(video.shared_frames(data) for video in self)}"
             )
         names = ", ".join(str(video.path) for video in short[:3]) + ", ..." * (len(short) > 3)
-        log.info("%d of %d videos are left out, because they have %d frames or fewer (data.short_videos): %s",
-                 len(short), len(self), most, names)  # fmt: skip
+        log.info("%d of %s are left out, because they have %s or fewer (data.short_videos): %s",
+                 len(short), counted(len(self), "video"), counted(most, "frame"), names)  # fmt: skip
         left_out = set(short)
         return Index((video for video in self if video not in left_out), self.classes)
 
@@ -287,7 +289,7 @@ def _checked_header(path: Path, header: list[str]) -> list[str]:
 
 def _parse_row(line: str, header: list[str], row: list[str], folder: Path, require_flow: bool) -> Video:
     if len(row) != len(header):
-        raise IndexFileError(f"{line}: expected {len(header)} fields, got {len(row)}")
+        raise IndexFileError(f"{line}: expected {counted(len(header), 'field')}, got {len(row)}")
     fields = dict(zip(header, row, strict=True))
     for column in ("label", "source", "split"):  # people write blanks after a comma
         fields[column] = fields[column].strip()

@@ -23,6 +23,7 @@ from cpr_fast.data.index.listing import (
 from cpr_fast.data.index.tables import read_lines, read_table, require_utf8
 from cpr_fast.data.storage.records import split_record
 from cpr_fast.errors import InputError
+from cpr_fast.wording import counted
 
 # The order of the labels in CoCLR's and CPR's HMDB51 checkpoints; IIC's are alphabetical.
 HMDB51_CLASSES = [
@@ -236,7 +237,7 @@ def _kinetics_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
     for where, row in rows:
         fields = list(map(str.strip, row))
         if len(fields) < len(header) or any(fields[len(header) :]):
-            raise InputError(f"{where}: expected {len(header)} fields, got {len(fields)}")
+            raise InputError(f"{where}: expected {counted(len(header), 'field')}, got {len(fields)}")
         require_utf8(where, ",".join(fields))
         found = dict(zip(header, fields, strict=False))
         if not found["youtube_id"]:

@@ -16,6 +16,7 @@ from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo, probe_video
 from cpr_fast.runtime.files import append_line, naming
 from cpr_fast.runtime.progress import Forecast, about, track
+from cpr_fast.wording import counted
 
 Probe = Callable[[Path], VideoInfo]
 # The remaining time is estimated after ESTIMATE_S seconds, and logged if it is longer than WORTH_SAYING_S.
@@ -145,6 +146,6 @@ def _with_estimate(results: Iterable, total: int, description: str, workers: int
 def _estimate(description: str, total: int, left_s: float, rate: float) -> str:
     faster = " --no-verify counts packets instead of decoding every video." if description == "decoding" else ""
     return (
-        f"{description} {total:,} videos: {about(left_s)} left, at {rate:.1f} videos/s. "
+        f"{description} {counted(total, 'video')}: {about(left_s)} left, at {rate:.1f} videos/s. "
         f"--shard 0/4 to 3/4 on four machines takes a quarter of that.{faster}"
     )

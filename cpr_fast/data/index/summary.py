@@ -99,7 +99,8 @@ def summary(report: dict[str, Any]) -> list[str]:
     """Returns the report of `write_index` as lines of text."""
     if report["index"] is None:
         return [
-            f"{report['probed']:,} videos probed. {report['left']:,} have no result yet: run the other shards, "
+            f"{counted(report['probed'], 'video')} probed. {report['left']:,} have no result yet: run "
+            f"the other shards, "
             "or run this command again for those that could not be read."
         ]
     counts = (counted(report["videos"], "video"), _classes(report["classes"]),

@@ -14,6 +14,7 @@ from pathlib import Path
 from cpr_fast.data.storage.media import container
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.problems import problem_line
+from cpr_fast.wording import counted
 
 SAMPLED = 64  # number of files checked for existence before the storage is considered lost
 
@@ -61,7 +62,8 @@ class Unreadable:
         lost = sum(not _is_there(file) for file in self._sample)
         if 2 * lost > len(self._sample):
             raise InputError(
-                f"{lost} of {len(self._sample)} files looked for can no longer be opened, for example {str(path)!r} "
+                f"{lost} of {counted(len(self._sample), 'file')} looked for can no longer be opened, "
+                f"for example {str(path)!r} "
                 f"({reason}): is the disk or network mount that holds them still there? When it is back, run the same "
                 "command again; `pretrain` continues with --resume"
             )

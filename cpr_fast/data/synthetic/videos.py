@@ -51,6 +51,7 @@ from cpr_fast.data.synthetic.versions import DEFAULT, version_of
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import naming, one_writer, replacing
 from cpr_fast.runtime.progress import track
+from cpr_fast.wording import counted
 
 SETTINGS = "synthetic.json"  # written last, so a folder that has it holds a complete set
 LOCK = ".synth.lock"
@@ -127,7 +128,8 @@ def _write_set(
         clips = sum(done)
     index, broken = build_index(out, "folders", out=index_path, progress=progress)
     if broken or len(index) != clips or any(video.num_frames != frames for video in index):
-        raise RuntimeError(f"{out}: wrote {clips} videos of {frames} frames, found {len(index)}; broken: {broken}")
+        wrote = f"{counted(clips, 'video')} of {counted(frames, 'frame')}"
+        raise RuntimeError(f"{out}: wrote {wrote}, found {len(index)}; broken: {broken}")
     with replacing(out / SETTINGS) as temporary:
         temporary.write_text(json.dumps(settings))
     (out / UNFINISHED).unlink(missing_ok=True)

@@ -156,11 +156,11 @@ def load_split(path: str | Path, data: DataConfig) -> Split:
     shared = len({v.source for v in parts[0]} & {v.source for v in parts[1]})
     copied = sum(have_copies(parts[1], parts[0], other_sources=False)) if distributed.is_main() else 0
     if copied:
-        log.warning("%s: %d of %d test videos have an exact copy among the training videos, which tells their class",
-                    path, copied, len(parts[1]))  # fmt: skip
+        log.warning("%s: %d of %s have an exact copy among the training videos, which tells their class",
+                    path, copied, counted(len(parts[1]), "test video"))  # fmt: skip
     if shared and distributed.is_main():
-        log.warning("%s: %d sources are in both splits, so test videos have siblings among the training videos", path,
-                    shared)  # fmt: skip
+        log.warning("%s: both splits have videos of %s, so test videos have siblings among the training videos", path,
+                    counted(shared, "source"))  # fmt: skip
     return Split(*parts)
 
 
@@ -319,8 +319,10 @@ def _plan(job: Job, view: str, videos: int, steps: int) -> str:
     windows = count_windows(test, job.configs[view].data, job.recipe)
     later = job.trainings_after(view)
     return (
-        f"{job.task} of {view}: {epochs} epochs of {steps} steps on {videos:,} videos, then a test on "
-        f"{len(test):,} videos in {windows:,} windows" + (f"; {counted(later, 'training')} after it" if later else "")
+        f"{job.task} of {view}: {counted(epochs, 'epoch')} of {counted(steps, 'step')} on "
+        f"{counted(videos, 'video')}, then a test on "
+        f"{counted(len(test), 'video')} in {counted(windows, 'window')}"
+        + (f"; {counted(later, 'training')} after it" if later else "")
     )
 
 
@@ -353,7 +355,7 @@ def _score(found: dict[str, Predictions], split: Split, crops: int) -> list[dict
     """Returns a row per view and one for both views (mean probabilities), over the videos that both could read."""
     readable = torch.stack([p.windows for p in found.values()]).amin(0) > 0
     if not readable.any():
-        raise InputError(f"test: no window of any of the {len(split.test)} videos could be read")
+        raise InputError(f"test: no window of any of the {counted(len(split.test), 'video')} could be read")
     labels = torch.from_numpy(split.test.labels)[readable]
     sources = torch.from_numpy(split.test.source_ids)[readable]
     streams = {view: p.probabilities for view, p in found.items()}

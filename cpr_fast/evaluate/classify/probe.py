@@ -17,6 +17,7 @@ from torch import Tensor
 from cpr_fast.config import ClassifierConfig
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.classify.classifier import ClassifierHead, make_optimizer, set_epoch
+from cpr_fast.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def train_on_features(
                 if best is None or rate > best[0]:
                     best, chosen = (rate, {n: v.clone() for n, v in head.state_dict().items()}), epoch
     if not torch.isfinite(head.linear.weight).all():
-        raise ArithmeticError(f"the probe's weights are NaN or infinite after {settings.epochs} epochs; lower its rate")
+        after = counted(settings.epochs, "epoch")
+        raise ArithmeticError(f"the probe's weights are NaN or infinite after {after}; lower its rate")
     if best is not None:
         head.load_state_dict(best[1])
     return head.eval(), chosen
@@ -71,9 +73,9 @@ def train_on_features(
 def _warn_of_few(videos: int, settings: ClassifierConfig) -> None:
     if 2 * videos < settings.batch_size:
         log.warning(
-            "probe: %d videos give one step per epoch with a batch size of %d. The learning rate %g was published for "
+            "probe: %s give one step per epoch with a batch size of %d. The learning rate %g was published for "
             "9,537 videos; here results will vary much between seeds. --batch-size 32 --lr .1 is more stable",
-            videos, settings.batch_size, settings.lr,
+            counted(videos, "video"), settings.batch_size, settings.lr,
         )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from cpr_fast.runtime import distributed
 from cpr_fast.runtime.files import one_writer, replacing
 from cpr_fast.runtime.progress import WHOLE, Part
 from cpr_fast.weights.tensors import save_tensors
+from cpr_fast.wording import counted
 
 if TYPE_CHECKING:
     from cpr_fast.data.clips.loader import WindowLoader
@@ -160,7 +161,7 @@ def embed_index(
     missing = distributed.from_main(lambda: _missing(len(part), embeddings, known, keys))
     todo = sorted({i for positions in missing.values() for i in positions})
     if progress and main and not todo:
-        log.info("%s: the features of all %d videos are stored already", description, len(part))
+        log.info("%s: the features of all %s are stored already", description, counted(len(part), "video"))
     computed = {name: embedding for name, embedding in embeddings.items() if missing[name]}
     if keys:
         work.expect(-_stored_windows(set(range(len(part))).difference(todo), embeddings, known, keys))
@@ -245,7 +246,8 @@ def _collect(
         found = [rows.get(key) for key in names]
         some = next((row for row in found if row is not None), None)
         if some is None:
-            raise NothingReadError(f"{description}: no window of any of the {videos} videos of the index could be read")
+            of = counted(videos, "video")
+            raise NothingReadError(f"{description}: no window of any of the {of} of the index could be read")
         empty = (torch.zeros_like(some[0]), 0)
         features[name] = torch.stack([(row or empty)[0] for row in found])
         counts = torch.tensor([(row or empty)[1] for row in found])

@@ -48,6 +48,7 @@ from cpr_fast.evaluate.retrieval.same_video import same_video_rates, videos_with
 from cpr_fast.evaluate.retrieval.summary import no_rates, results, write_metrics
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.progress import Forecast, Part, track
+from cpr_fast.wording import counted
 
 Protocol = Literal["auto", "train_test", "leave_source_out"]
 MANY_WINDOWS = 10  # windows per video from which fewer are suggested
@@ -141,7 +142,8 @@ def _announce(
     for parts in splits:
         windows = {name: count_windows(part, data, how) for name, part in parts.items()}
         said = " and ".join(
-            f"{len(part):,} videos in {windows[name]:,} windows ({name})" for name, part in parts.items()
+            f"{counted(len(part), 'video')} in {counted(windows[name], 'window')} ({name})"
+            for name, part in parts.items()
         )
         log.info("retrieval, protocol %s: %s", protocol, said)
         if sum(windows.values()) > MANY_WINDOWS * sum(map(len, parts.values())):
@@ -150,7 +152,7 @@ def _announce(
         log.info("  compared with the untrained network, whose BatchNorm is computed first, and with pixel baselines")
     if not enough:
         other = (f"how often the nearest clip is of the same video is compared with the untrained network, on "
-                 f"{pairs:,} videos") if pairs > 1 else (
+                 f"{counted(pairs, 'video')}") if pairs > 1 else (
             "the network is not judged without labels, because fewer than two videos hold two clips")  # fmt: skip
         few = "too few queries have a label, or all have one class" if labelled else "no query has a label"
         log.info("  %s: R@k %s; %s", few, "says little" if labelled else "cannot be measured", other)
@@ -229,7 +231,8 @@ def _references(
             part.expect(loader.windows)
             seen = track(loader, name, total=len(loader), unit="batches", progress=progress, left=part.left)
             calibrate_batch_norm(untrained, (part.done(batch, len(batch.video)) for batch in seen))
-        if stored is not None:
+            whole = not loader.skipped
+        if stored is not None and whole:  # statistics of fewer videos would be used again when all can be read
             stored.store()
     keys = {view: weights_digest(encoder) if cache else "" for view, encoder in untrained.items()}
     embeddings = encoder_embeddings("untrained", untrained, how, keys)
@@ -367,7 +370,8 @@ def _resolved(protocol: Protocol, splits: Sequence[Index]) -> Protocol:
 def _warn_of_shared_sources(queries: FeatureSet, gallery: FeatureSet) -> None:
     shared = len(set(queries.sources.tolist()) & set(gallery.sources.tolist()))
     if shared and distributed.is_main():
-        log.warning("%d sources are in both splits: a query may find clips of its own source", shared)
+        said = counted(shared, "source is", "sources are")
+        log.warning("%s in both splits: a query may find clips of its own source", said)
 
 
 def _examples(

@@ -32,7 +32,7 @@ from cpr_fast.evaluate.features.results import Checkpoints
 from cpr_fast.evaluate.features.windows import open_windows
 from cpr_fast.evaluate.retrieval.ranking import Comparison, leading_views, prepare_streams
 from cpr_fast.models import Encoder
-from cpr_fast.wording import expected
+from cpr_fast.wording import counted, expected
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,8 @@ def _usable_encoders(
     without = sum(video.flow_path is None for video in index) if stored else 0
     if "flow" in usable and len(usable) > 1 and without:
         del usable["flow"]
-        note = f"flow is left out: {without} of {len(index)} videos of the index have none; run `cpr-fast flow` first"
+        note = f"flow is left out: {without} of {counted(len(index), 'video')} of the index have none; "
+        note += "run `cpr-fast flow` first"
     compared = leading_views(list(usable))
     if others := [view for view in usable if view not in compared]:
         left_out = f"{' and '.join(others)} is left out: retrieval compares two views, {' and '.join(compared)}"
@@ -159,7 +160,8 @@ def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfi
         try:
             info, file = probe_video(path), path
             if info.error:
-                log.warning("query %s is damaged; its first %d frames are used (%s)", path, info.num_frames, info.error)
+                log.warning("query %s is damaged; its first %s are used (%s)", path,
+                            counted(info.num_frames, "frame"), info.error)  # fmt: skip
             if info.rotation or min(info.width, info.height) > largest:
                 file = folder / f"{number}.mp4"
                 info = transcode_video(path, file, largest)
@@ -167,7 +169,8 @@ def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfi
             raise InputError(f"QUERIES: {str(path)!r}: expected a video, got {error.reason}") from None
         if info.num_frames <= half + 1:  # the published code drops such videos
             raise InputError(
-                f"QUERIES: {str(path)!r}: expected more than {half + 1} frames, half a clip, got {info.num_frames}"
+                f"QUERIES: {str(path)!r}: expected more than {counted(half + 1, 'frame')}, half a "
+                f"clip, got {info.num_frames}"
             )
         fps = info.fps or ASSUMED_FPS
         videos.append(Video(file.absolute(), "", str(path), "query", info.num_frames, fps, info.width, info.height))
@@ -176,7 +179,7 @@ def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfi
 
 def _with_flow(queries: Index, folder: Path, device: str) -> Index:
     """Returns the queries with flow files in `folder`. The flow of a file that is given twice is computed once."""
-    log.info("computing the flow of %d queries", len(queries))
+    log.info("computing the flow of %s", counted(len(queries), "query", "queries"))
     distinct = Index({video.path: video for video in queries}.values())
     links = []
     for number, video in enumerate(distinct):  # numbered names, because two files may differ in their suffix only

@@ -64,9 +64,9 @@ def memory(config: Config, plan: CyclePlan, size: int) -> Section:
     kind = config.memory.kind
     full = f"full after {counted(plan.fill_steps, 'step')} of {counted(plan.clips, 'video')}"
     entries = {
-        "queue": f"queue of the newest {size:,} keys, {full}",
+        "queue": f"queue of the newest {counted(size, 'key')}, {full}",
         "bank": f"bank of {size:,} entries, one per video, {full}; momentum {fraction(config.memory.bank_momentum)}",
-        "batch": f"the {size} clips of a batch",
+        "batch": f"the {counted(size, 'clip')} of a batch",
     }
     rows = [("entries", entries[kind])]
     if kind == "queue" and any(not cycle.waits_for_queue(config.memory) for cycle in config.schedule.cycles):

@@ -91,9 +91,9 @@ def plan_cycles(config: Config, videos: int, processes: int) -> list[CyclePlan]:
     """
     clips = config.data.batch_size * processes  # per step
     if videos < clips:
-        by = f" x {processes} processes" if processes > 1 else ""
+        by = f" x {counted(processes, 'process', 'processes')}" if processes > 1 else ""
         raise InputError(
-            f"data.batch_size: the index holds {videos} training videos, fewer than one batch of "
+            f"data.batch_size: the index holds {counted(videos, 'training video')}, fewer than one batch of "
             f"{config.data.batch_size}{by}. Set data.batch_size to at most {videos // processes}"
             if videos >= processes
             else f"data.index: expected at least one training video per process ({processes}), got {videos}"
@@ -148,7 +148,8 @@ def _check_cycle(config: Config, index: Index, plan: CyclePlan, stored_flow: boo
         bare = [video.path for video in index if video.flow_path is None]
         if bare:
             raise InputError(
-                f"data.flow: {plan.name} needs optical flow, but {len(bare)} of {len(index)} videos have no flow_path "
+                f"data.flow: {plan.name} needs optical flow, but {len(bare)} of "
+                f"{counted(len(index), 'video')} have no flow_path "
                 f"in the index (first: {str(bare[0])!r}). Run `cpr-fast flow` first, or set data.flow = 'on_the_fly'"
             )
 
@@ -176,7 +177,8 @@ def _about_videos(config: Config, index: Index) -> Iterator[str]:
     short = sum(video.num_frames < span for video in index)
     if 2 * short >= len(index):
         yield (
-            f"{short} of {len(index)} videos are shorter than a clip of {config.data.frames} frames at stride "
+            f"{short} of {counted(len(index), 'video')} are shorter than a clip of "
+            f"{counted(config.data.frames, 'frame')} at stride "
             f"{config.data.stride} and are padded: {_shorter_clips(config)}"
         )
     fits = sum(video.num_frames > span for video in index)
@@ -221,7 +223,7 @@ def _about_memory(config: Config, plans: Sequence[CyclePlan]) -> Iterator[str]:
             epochs = math.ceil((late[0].fill_steps + 1) / late[0].epoch_steps)
             yield (
                 f"{_named(late)} never {_verb(late, 'mines: its', 'mine: their')} bank is full after "
-                f"{late[0].fill_steps} steps, and {_verb(late, 'it ends', 'they end')} after "
+                f"{counted(late[0].fill_steps, 'step')}, and {_verb(late, 'it ends', 'they end')} after "
                 f"{_span(p.steps for p in late)}. Set {_longer(config, late, epochs)}"
             )
         return
@@ -231,7 +233,8 @@ def _about_memory(config: Config, plans: Sequence[CyclePlan]) -> Iterator[str]:
     if never := [plan for plan in waiting if plan.waiting_steps == plan.steps]:
         yield (
             f"{_named(never)} NEVER {_verb(never, 'LEARNS', 'LEARN')}: training starts once the queue of memory.size = "
-            f"{size} entries is full, after {filled} steps, but {_verb(never, 'the cycle ends', 'they end')} after "
+            f"{size} entries is full, after {counted(filled, 'step')}, but "
+            f"{_verb(never, 'the cycle ends', 'they end')} after "
             f"{_length(never)}. {_ways(config, never)}"
         )
     if slow := [plan for plan in waiting if plan not in never and plan.fill_share > LONG_FILL]:
@@ -249,7 +252,8 @@ def _about_random_entries(config: Config, plans: Sequence[CyclePlan]) -> Iterato
         epochs = math.ceil(short[0].fill_steps / short[0].epoch_steps)
         yield (
             f"{_named(short)} never {_verb(short, 'fills its', 'fill their')} queue of memory.size = "
-            f"{config.memory.size} entries: {_verb(short, 'it ends', 'they end')} after {_length(short)} with "
+            f"{config.memory.size} entries: "
+            f"{_verb(short, 'it ends', 'they end')} after {_length(short)} with "
             f"{_span(plan.steps * plan.clips for plan in short)} keys in it, and the other entries are still the "
             f"random vectors that a queue starts with, which are easy negatives. Set memory.size to "
             f"{min(plan.steps for plan in short) * short[0].clips} or less, or {_longer(config, short, epochs)}"
@@ -286,7 +290,8 @@ def _about_mining(config: Config, index: Index, plans: Sequence[CyclePlan]) -> I
     sources = np.bincount(index.source_ids)
     if plans and len(sources) == 1:
         yield (
-            f"{_named(plans)} can mine nothing: all {len(index)} videos have the source {index[0].source!r}, and "
+            f"{_named(plans)} can mine nothing: all {counted(len(index), 'video')} have the source "
+            f"{index[0].source!r}, and "
             "videos of one source are never mined for each other. Give them different sources in the index, or set "
             "mining = 'none'"
         )
@@ -299,8 +304,10 @@ def _about_mining(config: Config, index: Index, plans: Sequence[CyclePlan]) -> I
         name = index[int(np.flatnonzero(index.source_ids == largest)[0])].source
         yield (
             f"{_named(poor)} {_verb(poor, 'mines', 'mine')} fewer than top_k = {_span(wanted[plan] for plan in poor)} "
-            f"entries for many queries: {sources[largest]} of {len(index)} videos have the source {name!r}, so about "
-            f"{others:.1f} of the {size} entries of the memory are of other sources. Set mining.top_k lower, or "
+            f"entries for many queries: {sources[largest]} of {counted(len(index), 'video')} have the "
+            f"source {name!r}, so about "
+            f"{others:.1f} of the {counted(size, 'entry', 'entries')} of the memory are of other "
+            f"sources. Set mining.top_k lower, or "
             "correct the column `source` of the index"
         )
 
@@ -321,7 +328,8 @@ def _about_stages(config: Config, index: Index, plans: Sequence[CyclePlan]) -> I
         which = f"stage {idle[0]} selects" if len(idle) == 1 else f"stages {listed([*map(str, idle)])} select"
         yield (
             f"{_named(same)} {_verb(same, 'mines', 'mine')} with fewer stages than mining.stages = {stages}: {which} "
-            f"nothing, because the stages keep {listed([*map(str, keep)])} of {size} entries. Set {' or '.join(ways)}"
+            f"nothing, because the stages keep {listed([*map(str, keep)])} of "
+            f"{counted(size, 'entry', 'entries')}. Set {' or '.join(ways)}"
         )
 
 
@@ -354,7 +362,8 @@ def _about_random_encoders(config: Config, plans: Sequence[CyclePlan]) -> Iterat
 def _about_labels(index: Index, plans: Sequence[CyclePlan]) -> Iterator[str]:
     if plans and len(set(index.labels.tolist())) == 1:
         yield (
-            f"{_named(plans)} {_verb(plans, 'learns', 'learn')} nothing: all {len(index)} videos have the label "
+            f"{_named(plans)} {_verb(plans, 'learns', 'learn')} nothing: all "
+            f"{counted(len(index), 'video')} have the label "
             f"{index[0].label!r}, so that every entry of the memory is a positive. Set mining = 'none' or 'cascade'"
         )
 

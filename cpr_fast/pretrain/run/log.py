@@ -21,6 +21,7 @@ from cpr_fast.pretrain.step.contrast import chance_loss
 from cpr_fast.pretrain.step.result import StepResult
 from cpr_fast.runtime.metrics import MetricsWriter
 from cpr_fast.weights.reading import CheckpointError
+from cpr_fast.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class StepLog:
         paths = [str(self.index[i].path) for i in result.video.tolist()]
         bad = {name: int((~f.isfinite()).any(2).any(0).sum()) for name, f in
                (("queries", result.queries), ("keys", result.keys))}  # fmt: skip
-        counts = ", ".join(f"{name} of {count} of {len(paths)} clips" for name, count in bad.items())
+        counts = ", ".join(f"{name} of {count} of {counted(len(paths), 'clip')}" for name, count in bad.items())
         return (
             f"step {step + 1}: features or loss are NaN or infinite ({counts}; loss {result.loss.item():.4g}). "
             f"{self._dump(step, result, paths)}Try a lower optim.lr, or optim.precision = 'fp32'. "

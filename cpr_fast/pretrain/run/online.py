@@ -25,6 +25,7 @@ from cpr_fast.evaluate.retrieval.ranking import NO_HIT, Comparison, prepare, rat
 from cpr_fast.models import Encoder
 from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.watchdog import Watchdog
+from cpr_fast.wording import counted
 
 RECIPE = make_recipe("paper", clips_per_video=2)
 
@@ -58,7 +59,8 @@ class OnlineRetrieval:
         same_class = (self.labels[:, None] == self.labels) & (self.labels >= 0)
         if not (same_class & (self.sources[:, None] != self.sources)).any():
             raise InputError(
-                f"health.online_split: expected a class with videos of two sources among the {count} videos of "
+                f"health.online_split: expected a class with videos of two sources among the "
+                f"{counted(count, 'video')} of "
                 f"{config.health.online_split!r}, got none; health.online_videos is {config.health.online_videos}"
             )
         bare = [video.path for video in self.index if video.flow_path is None]
@@ -73,7 +75,7 @@ class OnlineRetrieval:
     def work_ahead(self) -> str:
         """Returns a sentence about the work of one measurement."""
         windows = count_windows(self.index, self._data, RECIPE)
-        said = f"retrieval among {len(self.index)} held-out videos in {windows} windows"
+        said = f"retrieval among {counted(len(self.index), 'held-out video')} in {counted(windows, 'window')}"
         copied = with_copies(sum(have_copies(self.index, self.index, other_sources=True)))
         return f"{said}. {copied}" if copied else said
 

@@ -13,6 +13,7 @@ from cpr_fast.config import Config
 from cpr_fast.evaluate.features.intervals import binomial_interval
 from cpr_fast.evaluate.retrieval.names import interval, percent
 from cpr_fast.pretrain.run.checks import cycle_names
+from cpr_fast.wording import counted
 
 NO_LOSS = 1e-6  # below this the gradient is negligible: every entry compared is a positive
 ENOUGH_EPOCHS = 3  # comparable epochs; fewer do not show whether the loss falls. Chance is compared with any number
@@ -55,7 +56,7 @@ def outcome(
     warnings = _by_kind(doubts, config)
     skipped = max((row.get("skipped") or 0 for row in rows if row["kind"] == "epoch"), default=0)
     if skipped > MANY_SKIPPED * videos:
-        warnings.append(f"{skipped} of {videos} videos could not be read and were replaced by others")
+        warnings.append(f"{skipped} of {counted(videos, 'video')} could not be read and were replaced by others")
     found = {cycle["learnt"] for cycle in cycles}
     return {
         "kind": "outcome",

@@ -25,12 +25,13 @@ def start_lines(config: Config, index: Index, plans: Sequence[CyclePlan], folder
     classes = len({video.label for video in index if video.label})
     labels = f"{counted(classes, 'class', 'classes')}" if labelled else "no labels (PMR and CMR will be missing)"
     if 0 < labelled < len(index):
-        labels += f" ({len(index) - labelled} videos without a label)"
+        labels += f" ({counted(len(index) - labelled, 'video')} without a label)"
     sources = len({video.source for video in index})
     batch = f"{config.data.batch_size}" + (f" x {world.size} processes" if world.size > 1 else "")
     lines = [
         f"Pretraining on {counted(len(index), 'video')} of {counted(sources, 'source')}, {labels}",
-        f"  {plans[0].epoch_steps} steps per epoch (batch size {batch}), {sum(p.steps for p in plans)} steps in total, "
+        f"  {counted(plans[0].epoch_steps, 'step')} per epoch (batch size {batch}), "
+        f"{counted(sum(p.steps for p in plans), 'step')} in total, "
         f"on {world.device.type}",
     ]
     lines += [f"  {plan.name}: {counted(plan.cycle.epochs, 'epoch')}, {_memory(config, plan)}" for plan in plans]
@@ -39,13 +40,13 @@ def start_lines(config: Config, index: Index, plans: Sequence[CyclePlan], folder
 
 def end_line(row: dict[str, Any]) -> str:
     """Returns the summary of a finished run: `row` is its `outcome`."""
-    return f"Finished after {row['step']} steps. {row['text']}"
+    return f"Finished after {counted(row['step'], 'step')}. {row['text']}"
 
 
 def _memory(config: Config, plan: CyclePlan) -> str:
     kind, share = config.memory.kind, plan.fill_share
     if kind == "batch":
-        return f"compared with the {2 * plan.clips} clips of the batch"
+        return f"compared with the {counted(2 * plan.clips, 'clip')} of the batch"
     entries = "bank of one entry per video" if kind == "bank" else f"queue of {config.memory.size} entries"
     if kind == "queue" and plan.learns_while_filling:
         entries += " that starts with random vectors"

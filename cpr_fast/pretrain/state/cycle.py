@@ -20,6 +20,7 @@ from cpr_fast.pretrain.state.health import Health
 from cpr_fast.pretrain.state.memory import Bank, Memory
 from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.precision import autocast
+from cpr_fast.wording import counted
 
 _VIEWS: tuple[View, ...] = ("rgb", "flow", "residual")
 
@@ -48,7 +49,8 @@ class CycleState:
         clips = config.data.batch_size * world.size  # keys per step
         if config.memory.kind == "queue" and config.memory.size < clips:
             raise InputError(
-                f"memory.size: expected at least the {clips} keys of a step, data.batch_size x {world.size} processes, "
+                f"memory.size: expected at least the {counted(clips, 'key')} of a step, "
+                f"data.batch_size x {counted(world.size, 'process', 'processes')}, "
                 f"got {config.memory.size}"
             )
         self.encoders = _build_encoders(config, self.views, weights, clips, world)
@@ -86,7 +88,8 @@ class CycleState:
         """Returns the stages for queries of view `own`."""
         if self.top_k > self.memory.size:
             raise InputError(
-                f"top_k: expected at most the {self.memory.size} entries of a {self.config.memory.kind}, "
+                f"top_k: expected at most the {counted(self.memory.size, 'entry', 'entries')} of a "
+                f"{self.config.memory.kind}, "
                 f"got {self.top_k}"
             )
         return Cascade.of(self.config, self.memory.size, self.top_k, own)

@@ -25,6 +25,7 @@ from cpr_fast.models import Encoder, running_statistics
 from cpr_fast.pretrain.state.schedule import generator, on_device
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
+from cpr_fast.wording import counted
 
 SHUFFLE_STREAM = 1  # argument `stream` of `schedule.generator`
 
@@ -44,10 +45,12 @@ def batch_norm_groups(groups: int | None, clips: int, processes: int, parts: int
     if groups % (processes * parts):
         of_each = f" x {parts} parts of a step (optim.accumulate)" if parts > 1 else ""
         raise InputError(
-            f"memory.shuffle_bn_groups: expected a multiple of the {processes} processes{of_each}, got {groups}"
+            f"memory.shuffle_bn_groups: expected a multiple of the "
+            f"{counted(processes, 'process', 'processes')}{of_each}, got {groups}"
         )
     if clips % groups:
-        raise InputError(f"memory.shuffle_bn_groups: expected a divisor of the {clips} clips of a step, got {groups}")
+        of = counted(clips, "clip")
+        raise InputError(f"memory.shuffle_bn_groups: expected a divisor of the {of} of a step, got {groups}")
     return groups
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from cpr_fast.config import HealthConfig
 from cpr_fast.pretrain.state.memory import EMPTY, Memory
+from cpr_fast.wording import counted
 
 WINDOW = 1024  # W: enough to measure an effective rank of hundreds; at most a few dozen steps
 
@@ -112,7 +113,7 @@ class Health:
                 few = limit < bounds.min_effective_rank
                 outside[f"effective_rank {view}"] = (
                     f"the {view} queries use few dimensions: effective_rank {rank:.3g} is below "
-                    + (f"{limit:.3g}, an eighth of the {row['queries']} videos" if few else
+                    + (f"{limit:.3g}, an eighth of the {counted(row['queries'], 'video')}" if few else
                        f"health.min_effective_rank {bounds.min_effective_rank}")
                 )  # fmt: skip
         drift = row["memory_drift"]

@@ -13,7 +13,7 @@ from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES,
 from cpr_fast.evaluate.retrieval.paired import paired_difference
 from cpr_fast.evaluate.retrieval.queries import QueryScores, hits_at_1
 from cpr_fast.report.run_folder.run import Cycle, Run
-from cpr_fast.wording import listed
+from cpr_fast.wording import counted, listed
 
 FEW_SOURCES = 20  # below this number a bootstrap over sources gives too narrow an interval
 NO_LOSS = 1e-6  # a loss this small has no gradient: all entries that a query is compared with are positives
@@ -98,7 +98,7 @@ class Judgement:
         name, how = MEASURES[self.measure], f"{signed(self.difference)} points"
         if self.ci95 is not None:
             few = self.sources is not None and self.sources < FEW_SOURCES
-            narrow = f", too narrow because the queries have only {self.sources} sources" if few else ""
+            narrow = f", too narrow because the queries have only {counted(self.sources, 'source')}" if few else ""
             how += f" (95 % interval {signed_interval(self.ci95)}{narrow})"
         before = "Worse" if self.ci95 is not None and self.ci95[1] < 0 else "Not better"
         at_chance = f"chance, {percent(self.chance)}"

@@ -71,10 +71,10 @@ def facts(run: Run) -> list[tuple[str, str]]:
     rows = [("Date", date(run)), ("Command", run.start.get("command") or "not recorded by the version that trained")]
     rows.append(("Training index", data.get("index") or "not recorded"))
     if index is not None:
-        classes = f"{len(index.classes)} classes" if index.classes else "no labels"
+        classes = counted(len(index.classes), "class", "classes") if index.classes else "no labels"
         split = f"split {data['split']!r}" if data.get("split") else "all splits"
         sources = len(set(index.source_ids.tolist()))
-        rows.append(("Training videos", f"{len(index):,} of {sources:,} sources, {classes}, {split}"))
+        rows.append(("Training videos", f"{len(index):,} of {counted(sources, 'source')}, {classes}, {split}"))
     else:
         rows.append(("Training videos", "not known: the index is no longer there, or its videos are not"))
     planned = run.planned_epochs or 0

@@ -70,7 +70,7 @@ def test_a_video_that_cannot_be_read_is_tried_again(tmp_path, opened, caplog):
         features, windows = embed_index(index, NET, lambda part: CountingLoader(part, "b"), cache)
         assert windows.tolist() == [2, 0, 2] and not features["net/rgb"][1].any()
         assert "b.mp4 is left out" in caplog.text
-    with pytest.raises(InputError, match="no window of any of the 1 videos"):
+    with pytest.raises(InputError, match="no window of any of the 1 video of"):
         embed_index(Index([index[1]]), NET, lambda part: CountingLoader(part, "b"), cache)
 
 

@@ -189,7 +189,7 @@ def test_a_video_without_windows_is_named_and_left_out(caplog):
 
 def test_sources_in_both_splits_are_reported(caplog):
     evaluate(data_set(20, 6, 2), EMBEDDINGS, Windows)  # s6 holds videos 18, 19 (train) and 20 (test)
-    assert "1 sources are in both splits" in caplog.text
+    assert "1 source is in both splits" in caplog.text
 
 
 @pytest.mark.parametrize(
