@@ -22,6 +22,7 @@ from cpr_fast.data.index.build import IndexOptions, write_index
 from cpr_fast.data.index.index import Index
 from cpr_fast.doctor import bottleneck
 from cpr_fast.doctor.checks import doctor
+from cpr_fast.doctor.data import decoded_from_start
 from cpr_fast.doctor.parity import CODECS
 
 CPU = torch.device("cpu")
@@ -185,3 +186,11 @@ def test_real_xvid_clips_ask_to_be_transcoded(tmp_path):
     result = doctor(tmp_path / "index.csv", SMALL, device=CPU, seconds=0)
     assert "3 of 3 sampled videos are decoded from the start" in texts(result, "warning")
     assert "split" not in texts(result, "error")  # an index without splits is trained on whole
+
+
+@pytest.mark.parametrize(("slowest", "level"), [(None, "warning"), ("decode", "warning"), ("step", "ok")])
+def test_transcoding_is_not_advised_where_the_data_keep_up(good, slowest, level):
+    row = None if slowest is None else {"bottleneck": slowest}
+    (finding,) = decoded_from_start(good, Index.load(good), {"from_start": 3, "sampled": 5}, row)
+    assert finding.level == level and ("--transcode" in finding.advice) == (level == "warning")
+    assert decoded_from_start(good, Index.load(good), {"from_start": 0, "sampled": 5}, row) == []
