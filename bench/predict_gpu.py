@@ -85,6 +85,7 @@ INDEPENDENT = 1.2  # cycles between multiply-adds and products, which add to the
 LOADS_AT_ONCE = 4.0  # loads from global memory that a warp waits for together; assumed
 BARRIER = 30.0  # cycles; assumed
 TEAM_BARRIER_S = 1.2e-6  # between blocks through global memory; assumed
+GATHERED = 0.138  # of the entries, by the stages of the benchmarks and a sample of 8,192; see sample_ranks in plan.cuh
 REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
 
 
@@ -161,20 +162,16 @@ def predict_launch(gpu: Gpu, launch: dict, registers: int, from_hbm: float) -> d
 
 def hbm_s(gpu: Gpu, call: dict) -> float:
     """Returns the time to read what does not stay in the L2 cache, once for each chunk of queries, and to write long
-    rows of scores and read them again."""
+    lists of gathered entries and read them again."""
     if call["op"] == "tvl1_flow":
         return 0.0
     _, moved, _ = work(call["op"], call["precision"], call["B"], call["K"])
     passes = max(launch["launches"] for launch in call["launches"])
     total = moved * passes if moved > gpu.l2_bytes else 0.0
-    sectors = math.fsum(
-        32 * launch["launches"] * launch["blocks"] * launch["per_block"].get("sectors", 0)
-        for launch in call["launches"]
-        if "select" in launch["kernel"] or "sift" in launch["kernel"]
-    )
-    rows = max((launch["blocks"] for launch in call["launches"] if "select" in launch["kernel"]), default=0)
-    if rows * 2 * 4 * call["K"] > gpu.l2_bytes:  # the rows of a chunk do not stay there
-        total += sectors
+    for launch in call["launches"]:
+        lists = GATHERED * call["K"] * 12 * launch["blocks"]  # a slot and two scores for each entry
+        if "streamed_stages" in launch["kernel"] and lists > gpu.l2_bytes:
+            total += 2 * lists * launch["launches"]
     return total / gpu.hbm_bytes_per_s
 
 

@@ -5,8 +5,9 @@ interpreted calls as a line over one feature of the call, and multiplied by the 
 the large call, which it plans on the limits of the device (`DEVICES`) without executing anything:
 
     score, tensor_score      no feature: a tile of scores is always the same work
-    select                   K
-    sift                     no feature: a part of a row is always the same work
+    sample, sieve, misled    no feature
+    stream                   tiles of a block
+    select, streamed_stages  K
     scan, row_scan           tiles of 64 keys in a split of the memory
     finish                   splits of the memory
     tvl1                     no feature: the pairs share the work of one pair, whose blocks are as many as its tiles;
@@ -41,10 +42,9 @@ from support.ptx.interpreter import Count, Launch
 DEVICES = {"A100": (163 << 10, 40 << 20, 108), "H100": (227 << 10, 50 << 20, 132)}
 ROUTES = {
     "on chip": {},
-    "in cache": {"shared_limit": 0, "cache_size": 1 << 30},
-    "refined": {"shared_limit": 0, "cache_size": 0},
+    "streamed": {"shared_limit": 0, "cache_size": 40 << 20},
 }
-_SELECT = re.compile(r"\dselect_\w*kernel")
+_STAGES = re.compile(r"\d(select_(on_chip_)?|streamed_stages_)kernel")
 GLOBAL = ("load global", "store global", "copy async", "atomic")
 SHARED = ("load shared", "store shared", "load matrix")
 
@@ -125,8 +125,10 @@ def features(call: Call, launches: list[Launch]) -> list[float]:
             splits = launch.grid[1]
             tiles = -(-call.K // 64)
             found.append(-(-tiles // splits))
+        elif "stream_kernel" in launch.kernel:
+            found.append(call.K / 128 / launch.grid[0])
         else:
-            found.append(splits if "finish_kernel" in launch.kernel else call.K if _SELECT.search(launch.kernel) else 0)
+            found.append(splits if "finish_kernel" in launch.kernel else call.K if _STAGES.search(launch.kernel) else 0)
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 ROUTES = {  # the limits of an emulated device that select a route of cascade_select
     "on chip": {},
     "in cache": {"shared_limit": 0, "cache_size": 40 << 20},
-    "refined": {"shared_limit": 0, "cache_size": 0},
+    "streamed": {"shared_limit": 0, "cache_size": 0},
 }
 
 

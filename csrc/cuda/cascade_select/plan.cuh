@@ -15,47 +15,48 @@ namespace {
 constexpr int kMaxStages = 256;
 constexpr int64_t kRowUnit = 64;  // rows of the workspace start on 256-byte boundaries
 
-// Of the routes with rows in global memory: calls with this many views and stages at most sift rows of this length.
+// Calls with this many views in use and stages at most can be streamed; of those, rows of kMinSifted have a sieve.
 constexpr int kMaxSiftedViews = 2, kMaxSiftedStages = 8;
 constexpr int64_t kSample = 8192, kMinSifted = 2 * kSample;
-constexpr int kSiftPart = 16384, kSiftThreads = 256;  // entries and threads of a block of sift_kernel
+constexpr int kMaxStreamedTiles = 4;  // that a block streams
 
-// The ranks in the sample that a stage takes its threshold and its limits from, see sift.cuh. middle 0: the stage keeps
-// everything; high 0, low above the sample: there is no limit.
+// The ranks in the sample that a stage takes its threshold and its limits from, see sieve.cuh. middle 0: the stage
+// keeps everything; high 0, low above the sample: there is no limit.
 struct SampleRanks {
   uint16_t high, middle, low;
 };
 
-// What decides a query's entries in one pass, see sift.cuh.
+// What decides a query's entries in one pass, see sieve.cuh.
 struct Sieve {
-  float low[kMaxSiftedStages], high[kMaxSiftedStages];               // limits of the threshold of each stage
-  float drop_below[kMaxSiftedStages], pass_above[kMaxSiftedStages];  // the same with room for the errors of scores
-  unsigned dropped[kMaxSiftedStages];                                // settled entries that drop out at each stage
-  unsigned gathered;                                                 // entries in the list
+  float low[kMaxSiftedStages], high[kMaxSiftedStages];  // limits of the threshold of each stage
+  unsigned dropped[kMaxSiftedStages];                   // settled entries that drop out at each stage
+  unsigned gathered;                                    // entries that are not settled
+  unsigned misled;                                      // whether all entries have to go through the stages
 };
 
-enum Route : int { kOnChip, kInCache, kRefined };
+enum Route : int { kOnChip, kInCache, kStreamed };
 
-// All of a call except its pointers. The workspace holds, in this order: scores float [U, chunk, row]; survivors and
-// window, uint32 [chunk, row] each, on routes that use them; ranking uint64 [chunk, ranking_row]; sieves [chunk] if
-// rows are sifted; key_squares float [U].
+// All of a call except its pointers.
 struct Plan {
   int64_t B, K, D, row, chunk, ranking_row, top_k;
+  int64_t capacity;  // of the lists of gathered entries; streamed route only
+  int64_t spare;     // queries whose entries can all go through the stages at a time; streamed route only
   int stages, views_used;
+  int tiles;  // of keys, that a block streams
   Route route;
+  bool exact;
   int16_t view[kMaxStages];       // [stages] index of the view of each stage in view_used
   int32_t keep[kMaxStages];       // [stages] at most K
   int32_t view_used[kMaxStages];  // [views_used] index of the view in the inputs
   bool sifted;
   SampleRanks sampled[kMaxSiftedStages];
-  int8_t last_of_view[kMaxSiftedViews], previous_of_view[kMaxSiftedStages];  // stages, or -1
 };
 static_assert(sizeof(Plan) < 3900, "kernel parameters are limited to 4 KiB before CUDA 12.1");
 
 struct alignas(16) CascadeShared {
   SelectShared select;
   float low[kMaxStages], high[kMaxStages];  // known range of the scores in each view in use, or NaN
-  float bound[kMaxStages];                  // on the error of a score in each view in use; refined route only
+  float bound[kMaxSiftedViews];             // on the error of a score in each view in use; streamed route only
 };
 
 const char* check(const cpr_cascade_args& args) {
@@ -65,11 +66,18 @@ const char* check(const cpr_cascade_args& args) {
   return nullptr;
 }
 
-int64_t bytes_per_query(const Plan& plan) {
-  const int lists = plan.route == kOnChip ? 0 : plan.route == kInCache ? 1 : 2;
+// Bytes for each query of a chunk on the routes with rows of scores.
+int64_t bytes_per_row(const Plan& plan, Route route) {
+  const int lists = route == kOnChip ? 0 : 1;
   return plan.row * static_cast<int64_t>(sizeof(float)) * (plan.views_used + lists) +
-         plan.ranking_row * static_cast<int64_t>(sizeof(uint64_t)) +
-         (plan.sifted ? static_cast<int64_t>(sizeof(Sieve)) : 0);
+         plan.ranking_row * static_cast<int64_t>(sizeof(uint64_t));
+}
+
+// Bytes for each query of a chunk on the streamed route.
+int64_t bytes_per_list(const Plan& plan) {
+  return plan.capacity * static_cast<int64_t>(sizeof(float)) * (plan.views_used + (plan.exact ? 2 : 1)) +
+         (plan.sifted ? kSample * static_cast<int64_t>(sizeof(float)) * plan.views_used : 0) +
+         plan.ranking_row * static_cast<int64_t>(sizeof(uint64_t)) + static_cast<int64_t>(sizeof(Sieve));
 }
 
 // Returns how many bytes of rows stay in the L2 cache while the memory streams through it.
@@ -80,31 +88,61 @@ int64_t cache_budget() {
   return static_cast<int64_t>(bytes) / 8 * 5;
 }
 
-// A chunk of the refined route with fewer than the 32 queries of a tile would waste products. Rows of which 32 fit the
-// cache therefore take the route through the cache.
-Route route_of(const Plan& plan, const cpr_cascade_args& args) {
-  const int64_t rows = plan.views_used * plan.row * static_cast<int64_t>(sizeof(float));
-  if (plan.K <= kMaxMarked && static_cast<int64_t>(sizeof(CascadeShared)) + rows <= shared_memory_limit()) {
-    return kOnChip;
-  }
-  const bool fits = kScoreQueries * bytes_per_query(plan) <= cache_budget();
-  return fits || plan.D > kMaxBoundedWidth || args.precision == CPR_APPROX_BF16 ? kInCache : kRefined;
+int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 1;
 }
 
-// Returns the number of queries in a chunk: as many as have their rows in the L2 cache together; if the rows are too
-// long for that, enough to occupy all multiprocessors, within 1 GiB; at least the queries of one tile of scores, within
-// 4 GiB; at least one. Several chunks of long rows are about equal, in whole tiles: the rest of a tile costs as much.
-int64_t chunk_of(const Plan& plan) {
-  const int64_t bytes = bytes_per_query(plan), in_cache = cache_budget() / bytes;
-  const int64_t tile = (int64_t{4} << 30) / bytes, in_memory = (int64_t{1} << 30) / bytes;
-  int64_t chunk = in_memory < 128 ? in_memory : 128;
-  if (chunk < kScoreQueries) chunk = tile < kScoreQueries ? tile : kScoreQueries;
-  if (chunk < in_cache) chunk = in_cache;
+// Returns how many bytes of shared memory a block has that takes a whole multiprocessor.
+int64_t processor_shared_memory() {
+  constexpr int64_t kReserved = 1024;  // of each block, by the driver
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return kDefaultShared;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) != cudaSuccess) {
+    return kDefaultShared;
+  }
+  return bytes - kReserved;
+}
+
+// Short rows are streamed only if those of 32 queries do not fit the cache.
+Route route_of(const Plan& plan) {
+  const int64_t rows = plan.views_used * plan.row * static_cast<int64_t>(sizeof(float));
+  if (plan.K <= kMaxMarked && static_cast<int64_t>(sizeof(CascadeShared)) + rows <= processor_shared_memory()) {
+    return kOnChip;
+  }
+  const bool fits = 32 * bytes_per_row(plan, kInCache) <= cache_budget();
+  const bool streamable =
+      plan.views_used <= kMaxSiftedViews && plan.stages <= kMaxSiftedStages && plan.D <= kMaxBoundedWidth;
+  return streamable && (plan.K >= kMinSifted || !fits) ? kStreamed : kInCache;
+}
+
+// Returns `chunk`, or a smaller number of queries with which the chunks of a call are about equal, in whole tiles: the
+// rest of a tile costs as much.
+int64_t even_chunk(const Plan& plan, int64_t chunk) {
   if (chunk < 1) return 1;
   if (chunk >= plan.B) return plan.B;
   if (plan.route == kOnChip || chunk < kScoreQueries) return chunk;
   const int64_t equal = round_up(ceil_div(plan.B, ceil_div(plan.B, chunk)), kScoreQueries);
   return equal <= chunk ? equal : chunk / kScoreQueries * kScoreQueries;
+}
+
+// Returns the number of queries in a chunk with rows of scores: as many as have their rows in the L2 cache together; if
+// the rows are too long for that, enough to occupy all multiprocessors, within 1 GiB; at least the queries of one tile
+// of scores, within 4 GiB; at least one.
+int64_t chunk_of_rows(const Plan& plan) {
+  const int64_t bytes = bytes_per_row(plan, plan.route), in_cache = cache_budget() / bytes;
+  const int64_t tile = (int64_t{4} << 30) / bytes, in_memory = (int64_t{1} << 30) / bytes;
+  int64_t chunk = in_memory < 128 ? in_memory : 128;
+  if (chunk < kScoreQueries) chunk = tile < kScoreQueries ? tile : kScoreQueries;
+  return even_chunk(plan, chunk < in_cache ? in_cache : chunk);
+}
+
+// The same with lists: every chunk reads the whole memory, so the lists may take much more than the L2 cache, about 1
+// GiB on an A100.
+int64_t chunk_of_lists(const Plan& plan) {
+  const int64_t bytes = bytes_per_list(plan), chunk = 40 * cache_budget() / bytes;
+  return even_chunk(plan, chunk < kScoreQueries ? kScoreQueries : chunk);
 }
 
 // Returns the ranks of a stage that keeps `keep` of `before` entries. Of the kept ones, about `expected` are sampled.
@@ -119,19 +157,33 @@ SampleRanks sample_ranks(int64_t keep, int64_t before, int64_t K) {
           static_cast<uint16_t>(expected < 1 ? 1 : expected + 0.5), static_cast<uint16_t>(expected + reach + 1)};
 }
 
-void plan_sift(Plan& plan) {
-  plan.sifted = plan.route != kOnChip && plan.K >= kMinSifted && plan.views_used <= kMaxSiftedViews &&
-                plan.stages <= kMaxSiftedStages;
-  if (!plan.sifted) return;
-  for (int u = 0; u < kMaxSiftedViews; ++u) plan.last_of_view[u] = -1;
+// Plans the streamed route. About as many entries are gathered as lie between the limits of the stages; half as many
+// again, and a few, have room. Errors of scores widen the limits, by this share of the entries if the features are unit
+// vectors of independent elements.
+void plan_stream(Plan& plan, bool split) {
+  plan.sifted = plan.K >= kMinSifted;
+  plan.capacity = plan.K;
+  const double error = plan.exact ? 0.8 * relative_error(plan.D, split) * sqrt(static_cast<double>(plan.D)) : 0.0;
   int64_t before = plan.K;
-  for (int s = 0; s < plan.stages; ++s) {
-    plan.sampled[s] = sample_ranks(plan.keep[s], before, plan.K);
-    if (plan.keep[s] < before) before = plan.keep[s];
-    int8_t& last = plan.last_of_view[plan.view[s]];
-    plan.previous_of_view[s] = last;
-    last = static_cast<int8_t>(s);
+  double expected = static_cast<double>(plan.keep[plan.stages - 1]);
+  for (int s = 0; plan.sifted && s < plan.stages; ++s) {
+    const SampleRanks ranks = plan.sampled[s] = sample_ranks(plan.keep[s], before, plan.K);
+    if (ranks.middle == 0) continue;
+    before = plan.keep[s];
+    const double between = static_cast<double>(ranks.low < kSample ? ranks.low : kSample) - ranks.high;
+    expected += (between / static_cast<double>(kSample) + error) * static_cast<double>(plan.K);
   }
+  const double capacity = 1.5 * expected + 1024;
+  if (plan.sifted && capacity < static_cast<double>(plan.K)) {
+    plan.capacity = round_up(static_cast<int64_t>(capacity), kRowUnit);
+  }
+  plan.chunk = chunk_of_lists(plan);
+  const int64_t processors = multiprocessors();
+  const int64_t most = (int64_t{1} << 29) / (plan.row * static_cast<int64_t>(sizeof(float)) * (plan.views_used + 1));
+  plan.spare = most < 1 ? 1 : most < processors ? most : processors;
+  if (plan.spare > plan.chunk) plan.spare = plan.chunk;
+  const int64_t share = ceil_div(plan.K, kScoreKeys) * ceil_div(plan.chunk, kScoreQueries) / (4 * processors);
+  plan.tiles = static_cast<int>(share < 1 ? 1 : share < kMaxStreamedTiles ? share : kMaxStreamedTiles);
 }
 
 Plan plan_of(const cpr_cascade_args& args) {
@@ -146,35 +198,84 @@ Plan plan_of(const cpr_cascade_args& args) {
     plan.keep[s] = static_cast<int32_t>(args.keep[s] < args.K ? args.keep[s] : args.K);
   }
   plan.top_k = args.keep[args.n - 1];
+  plan.exact = args.precision != CPR_APPROX_BF16;
   plan.row = round_up(plan.K, kRowUnit);
   const int64_t ranked = plan.keep[plan.stages - 1];
   plan.ranking_row = ranked > kCandidates ? round_up(ranked, kRowUnit) : 0;  // smaller rankings use shared memory
-  plan.route = kInCache;
-  plan.route = route_of(plan, args);
-  plan_sift(plan);
-  plan.chunk = chunk_of(plan);
+  plan.route = route_of(plan);
+  if (plan.route == kStreamed) {
+    plan_stream(plan, args.dtype == CPR_F32);
+  } else {
+    plan.chunk = chunk_of_rows(plan);
+  }
   return plan;
 }
 
-// The workspace of a chunk and the outputs. `at` moves the pointers to one query.
+// The workspace of a chunk and the outputs.
 struct Chunk {
-  float* scores;
-  uint32_t *survivors, *window;
-  uint64_t* ranking;
-  Sieve* sieves;
-  unsigned* key_squares;
-  int64_t* indices;
-  float* top_scores;
+  float* scores;        // [U, chunk, row]; on the streamed route [U, chunk, kSample], of the sample
+  uint32_t* survivors;  // [chunk, row]; in cache only
+  uint64_t* ranking;    // [chunk, ranking_row]
+  int64_t* indices;     // [B, top_k]
+  float* top_scores;    // [B, top_k]
 
+  // Of the streamed route only:
+  void* sample;            // [U, kSample, D], of the type of the memory: the sampled entries
+  int64_t* sample_ids;     // [kSample]
+  Sieve* sieves;           // [chunk]
+  unsigned* key_squares;   // [U] the greatest squared norm of a key, as the bits of a float
+  uint32_t *slots, *near;  // [chunk, capacity] gathered entries; scratch for those near a threshold, for exact scores
+  float* values;           // [U, chunk, capacity] the scores of the gathered entries
+  float* spare_scores;     // [spare, U, row]
+  uint32_t* spare_slots;   // [spare, row]
+
+  // Moves the pointers of the routes with rows to one query.
   __device__ __forceinline__ void at(const Plan& plan, int64_t row, int64_t first_query) {
     scores += row * plan.row;
     survivors += row * plan.row;
-    window += row * plan.row;
+    at_outputs(plan, row, first_query);
+  }
+
+  __device__ __forceinline__ void at_outputs(const Plan& plan, int64_t row, int64_t first_query) {
     ranking += row * plan.ranking_row;
     indices += (first_query + row) * plan.top_k;
     top_scores += (first_query + row) * plan.top_k;
   }
 };
+
+// Divides memory from `at` on into arrays that start on boundaries of 256 bytes after it.
+struct Workspace {
+  uintptr_t at;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* found = reinterpret_cast<T*>(at);
+    at += static_cast<uintptr_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 256));
+    return found;
+  }
+};
+
+Chunk chunk_in(const Plan& plan, Workspace& workspace, int64_t feature_bytes) {
+  Chunk chunk = {};
+  chunk.ranking = workspace.take<uint64_t>(plan.chunk * plan.ranking_row);
+  if (plan.route != kStreamed) {
+    chunk.scores = workspace.take<float>(plan.views_used * plan.chunk * plan.row);
+    if (plan.route == kInCache) chunk.survivors = workspace.take<uint32_t>(plan.chunk * plan.row);
+    return chunk;
+  }
+  chunk.sieves = workspace.take<Sieve>(plan.chunk);
+  chunk.key_squares = workspace.take<unsigned>(plan.views_used);
+  chunk.slots = workspace.take<uint32_t>(plan.chunk * plan.capacity);
+  chunk.values = workspace.take<float>(plan.views_used * plan.chunk * plan.capacity);
+  if (plan.exact) chunk.near = workspace.take<uint32_t>(plan.chunk * plan.capacity);
+  if (!plan.sifted) return chunk;
+  chunk.sample = workspace.take<char>(plan.views_used * kSample * plan.D * feature_bytes);
+  chunk.sample_ids = workspace.take<int64_t>(kSample);
+  chunk.scores = workspace.take<float>(plan.views_used * plan.chunk * kSample);
+  chunk.spare_scores = workspace.take<float>(plan.spare * plan.views_used * plan.row);
+  chunk.spare_slots = workspace.take<uint32_t>(plan.spare * plan.row);
+  return chunk;
+}
 
 template <typename T>
 struct Inputs {

@@ -53,43 +53,42 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// Computes the scores of a tile on tensor cores. kBounded (refined route): the scores are canonical where the bound
-// does not hold, and the greatest squared norm of a key in each view goes to key_squares, which must start as zeros.
-// Otherwise features are rounded to one 16-bit term and the scores are final.
-template <typename T, bool kBounded>
-__global__ void __launch_bounds__(kTileThreads, kBounded ? 2 : 3)
-    tensor_score_kernel(const __grid_constant__ Plan plan, const T* queries, const T* memory, const int64_t* query_ids,
-                        const int64_t* memory_ids, int64_t first_query, int64_t chunk_queries, float* scores,
-                        unsigned* key_squares) {
+// Computes the scores of a tile on tensor cores, of features rounded to one 16-bit term; NaN for excluded entries. With
+// kSampled, keys are the sample of the memory.
+template <typename T, bool kSampled>
+__global__ void __launch_bounds__(kScoreThreads, 2)
+    tensor_score_kernel(const __grid_constant__ Plan plan, Chunk chunk, Inputs<T> in, int64_t first_query,
+                        int64_t queries) {
   using E = typename Multiplied<T>::Type;
-  constexpr int kTerms = kBounded && sizeof(T) > sizeof(E) ? 2 : 1;
-  auto& shared = shared_memory<TensorScoreShared<E, kTerms>>();
+  auto& shared = shared_memory<TensorScoreShared<E, 1>>();
   const int u = blockIdx.z;
-  const int64_t view = plan.view_used[u];
+  const int64_t view = plan.view_used[u], entries = kSampled ? kSample : plan.K, row = kSampled ? kSample : plan.row;
   const int64_t b0 = static_cast<int64_t>(blockIdx.y) * kScoreQueries,
                 k0 = static_cast<int64_t>(blockIdx.x) * kScoreKeys;
-  const Matrix<T> query(queries + (view * plan.B + first_query) * plan.D, chunk_queries, plan.D);
-  const Matrix<T> keys(memory + view * plan.K * plan.D, plan.K, plan.D, memory_ids);
-  float* out = scores + u * plan.chunk * plan.row;
+  const T* memory =
+      kSampled ? static_cast<const T*>(chunk.sample) + u * kSample * plan.D : in.memory + view * plan.K * plan.D;
+  const int64_t* memory_ids = !kSampled ? in.memory_ids : in.memory_ids != nullptr ? chunk.sample_ids : nullptr;
+  const Matrix<T> query(in.queries + (view * plan.B + first_query) * plan.D, queries, plan.D);
+  const Matrix<T> keys(memory, entries, plan.D, memory_ids);
   TensorScores score;
-  score_tile<kBounded>(query, b0, keys, k0, shared, score);
+  score_tile<false>(query, b0, keys, k0, shared, score);
 
-  const int lane = threadIdx.x % kWarp, column0 = threadIdx.x / kWarp * kTensorKeyPieces * 8 + lane % 4 * 2;
+  const int lane = threadIdx.x % kWarp, column0 = first_key_of_warp() + lane % 4 * 2;
   int64_t id[kTensorKeyPieces][2] = {};
 #pragma unroll
   for (int n = 0; n < kTensorKeyPieces; ++n) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int64_t slot = k0 + column0 + n * 8 + j;
-      if (memory_ids != nullptr && slot < plan.K) id[n][j] = memory_ids[slot];
+      if (memory_ids != nullptr && slot < entries) id[n][j] = memory_ids[slot];
     }
   }
 #pragma unroll
   for (int i = 0; i < kTensorQueryPieces * 2; ++i) {
-    const int64_t b = b0 + i * 8 + lane / 4;
-    if (b >= chunk_queries) continue;
-    const int64_t own_id = query_ids != nullptr ? query_ids[first_query + b] : -1;
-    float* to = out + b * plan.row + k0 + column0;
+    const int64_t b = b0 + first_query_of_warp() + i * 8 + lane / 4;
+    if (b >= queries) continue;
+    const int64_t own_id = in.query_ids != nullptr ? in.query_ids[first_query + b] : -1;
+    float* to = chunk.scores + (u * plan.chunk + b) * row + k0 + column0;
 #pragma unroll
     for (int n = 0; n < kTensorKeyPieces; ++n) {
       float value[2];
@@ -98,31 +97,14 @@ __global__ void __launch_bounds__(kTileThreads, kBounded ? 2 : 3)
         value[j] = excluded(memory_ids, id[n][j], own_id) ? NAN : score[i / 2][n][i % 2 * 2 + j] + 0.0f;
       }
       const int64_t slot = k0 + column0 + n * 8;  // even
-      if (slot + 1 < plan.K) {
+      if (slot + 1 < entries) {
         *reinterpret_cast<float2*>(to + n * 8) = {value[0], value[1]};
-      } else if (slot < plan.K) {
+      } else if (slot < entries) {
         to[n * 8] = value[0];
       }
     }
   }
-  if (!kBounded) return;
-  bool out_of_range = unbounded(shared.key_square[threadIdx.x]);
-  if (threadIdx.x < kScoreQueries) out_of_range |= unbounded(shared.query_square[threadIdx.x]);
-  if (blockIdx.y == 0 && !unbounded(shared.key_square[threadIdx.x])) {
-    atomicMax(&key_squares[u], __float_as_uint(shared.key_square[threadIdx.x]));  // floats >= 0 order as their bits
-  }
-  if (!__syncthreads_or(out_of_range)) return;
-  for (int row = 0; row < kScoreQueries; ++row) {
-    const int64_t b = b0 + row, slot = k0 + threadIdx.x;
-    if (b >= chunk_queries || slot >= plan.K) continue;
-    if (!unbounded(shared.query_square[row]) && !unbounded(shared.key_square[threadIdx.x])) continue;
-    const int64_t memory_id = memory_ids != nullptr ? memory_ids[slot] : 0;
-    const int64_t own_id = query_ids != nullptr ? query_ids[first_query + b] : -1;
-    const bool out_of_play = excluded(memory_ids, memory_id, own_id);
-    out[b * plan.row + slot] = out_of_play ? NAN : canonical_score(query, b, keys, slot);
-  }
 }
-static_assert(kScoreKeys == kTileThreads, "a thread looks after one key of the tile");
 
 template <int kThreadRows, int kThreadColumns, typename T>
 const char* launch_scores(const Plan& plan, const Inputs<T>& in, int64_t first, int64_t queries, const Chunk& chunk,
@@ -135,14 +117,13 @@ const char* launch_scores(const Plan& plan, const Inputs<T>& in, int64_t first, 
                                                         in.memory_ids, first, queries, chunk.scores);
 }
 
-template <bool kBounded, typename T>
+template <bool kSampled, typename T>
 const char* launch_tensor_scores(const Plan& plan, const Inputs<T>& in, int64_t first, int64_t queries,
                                  const Chunk& chunk, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(plan.K, kScoreKeys)),
+  const dim3 grid(static_cast<unsigned>(ceil_div(kSampled ? kSample : plan.K, kScoreKeys)),
                   static_cast<unsigned>(ceil_div(queries, kScoreQueries)), static_cast<unsigned>(plan.views_used));
-  using Shared = TensorScoreShared<typename Multiplied<T>::Type, 2>;  // with one term, part of it is unused
-  return launch<Shared>(tensor_score_kernel<T, kBounded>, grid, kTileThreads, stream, plan, in.queries, in.memory,
-                        in.query_ids, in.memory_ids, first, queries, chunk.scores, chunk.key_squares);
+  using Shared = TensorScoreShared<typename Multiplied<T>::Type, 1>;
+  return launch<Shared>(tensor_score_kernel<T, kSampled>, grid, kScoreThreads, stream, plan, chunk, in, first, queries);
 }
 
 }  // namespace

@@ -14,7 +14,8 @@
 
 namespace cpr {
 
-constexpr int kScoreQueries = 32, kScoreKeys = 128, kScoreDepth = 32;  // of a block; depth of a step
+constexpr int kScoreQueries = 64, kScoreDepth = 32;  // of a tile; depth of a step. A tile has one key for two threads.
+constexpr int kScoreThreads = 256, kScoreKeys = kScoreThreads / 2;
 constexpr int kScoreStride = kScoreDepth + 8;  // padded: the 16-byte rows of a matrix lie in different banks
 constexpr int kMaxBoundedWidth = 4096;
 constexpr float kGreatestSquare = 0x1p60f;  // the greatest squared norm for which nothing overflows
@@ -32,22 +33,23 @@ struct Multiplied<float> {
 // Whether a row with this squared norm is outside the range of the bound; true for infinity and NaN.
 __device__ __forceinline__ bool unbounded(float square) { return !(square <= kGreatestSquare); }
 
-// Returns the greatest difference of a score from the canonical one, for a query and keys of at most these squared
-// norms. The small constants cover underflow.
-__device__ __forceinline__ float error_bound(float query_square, float key_square, int64_t D, bool split) {
-  const float relative = (split ? 0x1p-14f : 0.0f) + 5 * 0x1p-23f * static_cast<float>(D);
-  const float query = 1.01f * sqrtf(query_square) + 0x1p-34f, key = 1.01f * sqrtf(key_square) + 0x1p-34f;
-  return relative * query * key;
+// The greatest difference of a score from the canonical one is relative_error * norm_bound of the query * norm_bound of
+// the key. The small constant covers underflow.
+__host__ __device__ __forceinline__ float relative_error(int64_t D, bool split) {
+  return (split ? 0x1p-14f : 0.0f) + 5 * 0x1p-23f * static_cast<float>(D);
 }
 
-// Returns the bound on the errors of the scores of a query, in all threads of the block. A query outside the range of
-// the bound has canonical scores, hence bound 0. scratch as in block_reduce.
+__device__ __forceinline__ float norm_bound(float square) { return 1.01f * sqrtf(square) + 0x1p-34f; }
+
+// Returns the bound on the errors of the scores of a query with keys of at most this squared norm, in all threads of
+// the block. A query outside the range of the bound has canonical scores, hence bound 0. scratch as in block_reduce.
 template <int kThreads, typename T>
 __device__ __forceinline__ float query_bound(const T* query, int64_t D, unsigned key_square, float* scratch) {
   float square = 0;
   for (int64_t d = threadIdx.x; d < D; d += kThreads) square += widen(query[d]) * widen(query[d]);
   square = block_reduce<kThreads>(square, Sum(), scratch);
-  return unbounded(square) ? 0.0f : error_bound(square, __uint_as_float(key_square), D, sizeof(T) > 2);
+  const float relative = relative_error(D, sizeof(T) > 2);
+  return unbounded(square) ? 0.0f : relative * norm_bound(square) * norm_bound(__uint_as_float(key_square));
 }
 
 // Computes a canonical score in one thread.
@@ -65,19 +67,20 @@ __device__ __forceinline__ float canonical_score(const Matrix<T>& queries, int64
   return score + 0.0f;  // -0 + 0 is +0: equal scores get equal bits
 }
 
-template <typename E, int kTerms>
+template <typename E, int kTerms, int kThreads = kScoreThreads>
 struct alignas(16) TensorScoreShared {
+  static constexpr int kKeys = kThreads / 2;
   E queries[kTerms][kScoreQueries][kScoreStride];
-  E keys[kTerms][kScoreKeys][kScoreStride];
-  float query_square[kScoreQueries], key_square[kScoreKeys];  // squared norms
+  E keys[kTerms][kKeys][kScoreStride];
+  float query_square[kScoreQueries], key_square[kKeys];  // squared norms
 };
 
 // Copies panels of rows to shared memory in 16-bit terms, and with kSquares sums the squares of each row. Rows of
 // aligned vectors in whole panels are read through one pointer, which is moved from panel to panel.
-template <typename T, typename E, int kTerms, int kRows, bool kSquares>
+template <typename T, typename E, int kTerms, int kRows, int kThreads, bool kSquares>
 struct TermPanel {
-  using Values = Panel<kRows, kScoreDepth>;
-  static constexpr int kRowStep = kTileThreads / Values::kVectorsPerRow;  // between the rows of a thread
+  using Values = Panel<kRows, kScoreDepth, kThreads>;
+  static constexpr int kRowStep = kThreads / Values::kVectorsPerRow;  // between the rows of a thread
   const Matrix<T>& matrix;
   int64_t row0;
   const Packed4<T>* next;  // of the first row of this thread
@@ -119,7 +122,7 @@ struct TermPanel {
   __device__ __forceinline__ void store(E (&out)[kTerms][kRows][kScoreStride]) {
 #pragma unroll
     for (int v = 0; v < Values::kVectors; ++v) {
-      const int at = threadIdx.x + v * kTileThreads;
+      const int at = threadIdx.x + v * kThreads;
       const int row = at / Values::kVectorsPerRow, column = at % Values::kVectorsPerRow * 4;
       const float4 x = panel.values[v];
       if (kSquares) square[v] += (x.x * x.x + x.y * x.y) + (x.z * x.z + x.w * x.w);
@@ -139,56 +142,61 @@ struct TermPanel {
 #pragma unroll
     for (int v = 0; v < Values::kVectors; ++v) {
       const float total = warp_reduce<Values::kVectorsPerRow>(square[v], Sum());
-      const int at = threadIdx.x + v * kTileThreads;
+      const int at = threadIdx.x + v * kThreads;
       if (at % Values::kVectorsPerRow == 0) out[at / Values::kVectorsPerRow] = total;
     }
   }
 };
 
-constexpr int kTensorQueryPieces = kScoreQueries / 16, kTensorKeyPieces = kScoreKeys / (kTileThreads / kWarp) / 8;
+// A warp has 32 queries, the lower or the upper half of the tile, and 32 keys.
+constexpr int kTensorQueryPieces = 2, kTensorKeyPieces = 4;
 using TensorScores = float[kTensorQueryPieces][kTensorKeyPieces][4];
 
-// Adds the products of one panel to the scores of the 32 keys of the warp; with two terms all products but low * low.
-template <typename E, int kTerms>
-__device__ __forceinline__ void add_products(const TensorScoreShared<E, kTerms>& shared, TensorScores& score) {
-  const int lane = threadIdx.x % kWarp, key0 = threadIdx.x / kWarp * kTensorKeyPieces * 8;
-  uint32_t query[kTerms][kTensorQueryPieces][2][4];
+__device__ __forceinline__ int first_query_of_warp() { return threadIdx.x / kWarp % 2 * 32; }
+__device__ __forceinline__ int first_key_of_warp() { return threadIdx.x / kWarp / 2 * 32; }
+
+// Adds the products of one panel to the scores of the warp; with two terms all products but low * low.
+template <typename E, int kTerms, int kThreads>
+__device__ __forceinline__ void add_products(const TensorScoreShared<E, kTerms, kThreads>& shared,
+                                             TensorScores& score) {
+  const int lane = threadIdx.x % kWarp, query0 = first_query_of_warp(), key0 = first_key_of_warp();
 #pragma unroll
-  for (int term = 0; term < kTerms; ++term) {
+  for (int column = 0; column < kScoreDepth; column += 16) {
+    uint32_t query[kTerms][kTensorQueryPieces][4];
 #pragma unroll
-    for (int m = 0; m < kTensorQueryPieces; ++m) {
+    for (int term = 0; term < kTerms; ++term) {
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        load_matrices(query[term][m][step], &shared.queries[term][m * 16 + lane % 16][step * 16 + lane / 16 * 8]);
+      for (int m = 0; m < kTensorQueryPieces; ++m) {
+        load_matrices(query[term][m], &shared.queries[term][query0 + m * 16 + lane % 16][column + lane / 16 * 8]);
       }
     }
-  }
 #pragma unroll
-  for (int n = 0; n < kTensorKeyPieces; ++n) {
+    for (int n = 0; n < kTensorKeyPieces; n += 2) {  // two pieces in one load
 #pragma unroll
-    for (int key_term = 0; key_term < kTerms; ++key_term) {
-      uint32_t key[4];
-      load_matrices(key, &shared.keys[key_term][key0 + n * 8 + lane % 8][lane / 8 * 8]);
+      for (int key_term = 0; key_term < kTerms; ++key_term) {
+        uint32_t key[4];
+        load_matrices(key, &shared.keys[key_term][key0 + n * 8 + lane / 16 * 8 + lane % 8][column + lane / 8 % 2 * 8]);
 #pragma unroll
-      for (int query_term = 0; query_term < kTerms - key_term; ++query_term) {
+        for (int query_term = 0; query_term < kTerms - key_term; ++query_term) {
 #pragma unroll
-        for (int m = 0; m < kTensorQueryPieces; ++m) {
-          multiply_add<E>(score[m][n], query[query_term][m][0], key[0], key[1]);
-          multiply_add<E>(score[m][n], query[query_term][m][1], key[2], key[3]);
+          for (int m = 0; m < kTensorQueryPieces; ++m) {
+            multiply_add<E>(score[m][n], query[query_term][m], key[0], key[1]);
+            multiply_add<E>(score[m][n + 1], query[query_term][m], key[2], key[3]);
+          }
         }
       }
     }
   }
 }
 
-// Computes the scores of the tile of the block, of queries from b0 on and keys from k0 on. Lane l of warp w holds
-// queries l/4 + 8i and keys 32w + 8n + 2(l%4) + j at score[i/2][n][2(i%2) + j]. With kSquares, the squared norms of the
-// rows are left in `shared`.
-template <bool kSquares, typename E, int kTerms, typename T>
+// Computes the scores of a tile in a block of kThreads, of queries from b0 on and keys from k0 on. Lane l holds the
+// queries l/4 + 8i and the keys 8n + 2(l%4) + j of its warp at score[i/2][n][2(i%2) + j]. With kSquares, the squared
+// norms of the rows are left in `shared`.
+template <bool kSquares, typename E, int kTerms, int kThreads, typename T>
 __device__ __forceinline__ void score_tile(const Matrix<T>& queries, int64_t b0, const Matrix<T>& keys, int64_t k0,
-                                           TensorScoreShared<E, kTerms>& shared, TensorScores& score) {
-  TermPanel<T, E, kTerms, kScoreQueries, kSquares> query_panel(queries, b0);
-  TermPanel<T, E, kTerms, kScoreKeys, kSquares> key_panel(keys, k0);
+                                           TensorScoreShared<E, kTerms, kThreads>& shared, TensorScores& score) {
+  TermPanel<T, E, kTerms, kScoreQueries, kThreads, kSquares> query_panel(queries, b0);
+  TermPanel<T, E, kTerms, kThreads / 2, kThreads, kSquares> key_panel(keys, k0);
 #pragma unroll
   for (int m = 0; m < kTensorQueryPieces; ++m) {
 #pragma unroll

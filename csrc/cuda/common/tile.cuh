@@ -66,19 +66,19 @@ struct Matrix {
   }
 };
 
-// Copies kRows x kColumns of a matrix from global to shared memory through registers.
-template <int kRows, int kColumns>
+// Copies kRows x kColumns of a matrix from global to shared memory through registers, by kThreads threads.
+template <int kRows, int kColumns, int kThreads = kTileThreads>
 struct Panel {
   static constexpr int kVectorsPerRow = kColumns / 4;
-  static constexpr int kVectors = kRows * kVectorsPerRow / kTileThreads;
-  static_assert(kRows * kVectorsPerRow % kTileThreads == 0);
+  static constexpr int kVectors = kRows * kVectorsPerRow / kThreads;
+  static_assert(kRows * kVectorsPerRow % kThreads == 0);
   float4 values[kVectors];
 
   template <typename T>
   __device__ __forceinline__ void load(const Matrix<T>& matrix, int64_t row0, int64_t column0) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int at = threadIdx.x + v * kTileThreads;
+      const int at = threadIdx.x + v * kThreads;
       values[v] = matrix.load4(row0 + at / kVectorsPerRow, column0 + at % kVectorsPerRow * 4);
     }
   }
@@ -87,7 +87,7 @@ struct Panel {
   __device__ __forceinline__ void store(float (*shared)[kStride]) const {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int at = threadIdx.x + v * kTileThreads;
+      const int at = threadIdx.x + v * kThreads;
       *reinterpret_cast<float4*>(&shared[at / kVectorsPerRow][at % kVectorsPerRow * 4]) = values[v];
     }
   }

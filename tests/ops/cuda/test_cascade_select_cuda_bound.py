@@ -12,7 +12,7 @@ from support.operator_references import select_by_sorting
 
 @pytest.fixture(params=["worst", "A100", "H100"])
 def refined(request, emulated):
-    """The device with limits that select the refined route, with every model of tensor cores."""
+    """The device with limits that select the streamed route, with every model of tensor cores."""
     emulated.resize(shared_limit=0, cache_size=0)
     emulated.set_tensor_core(request.param)
     yield emulated

@@ -15,11 +15,11 @@ from support.operator_references import ROUTES, integers, lattice, normal, selec
 
 @pytest.fixture(params=ROUTES)
 def every_route(request, emulated):
-    """Makes the same call through every route; the refined route must have used tensor cores."""
+    """Makes the same call through every route; the streamed route must have used tensor cores."""
     emulated.resize(**ROUTES[request.param])
     before = emulated.products()
     yield request.param
-    assert (emulated.products() > before) == (request.param == "refined")
+    assert (emulated.products() > before) == (request.param == "streamed")
     emulated.resize()
 
 
@@ -64,6 +64,15 @@ def test_ugly_sizes(emulated, B, K, D, keep):
     assert_selects(emulated, queries, memory, [0, 1][: len(keep)], keep)
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_three_views_are_never_streamed(emulated, route):
+    emulated.resize(**ROUTES[route])
+    before = emulated.products()
+    assert_selects(emulated, normal(3, 3, 5, seed=27), normal(3, 300, 5, seed=28), [2, 0, 1], [150, 70, 9])
+    assert emulated.products() == before
+    emulated.resize()
+
+
 def test_on_chip_all_stages_take_two_launches(emulated):
     # More entries than threads can mark with one word each, but few enough for shared memory.
     queries, memory = lattice(1, 2, 3, seed=25), normal(1, 17_000, 3, seed=26)
@@ -72,9 +81,9 @@ def test_on_chip_all_stages_take_two_launches(emulated):
     assert emulated.launches() == before + 2
 
 
-@pytest.mark.parametrize("route", ["in cache", "refined"])
+@pytest.mark.parametrize("route", ["in cache", "streamed"])
 def test_many_queries_take_several_chunks(emulated, route):
-    # The cache holds the rows of 33 queries, or none: then chunks have 128 queries, which is enough to fill a device.
+    # The cache holds the rows of 33 queries; or none, then chunks have the 64 queries of a tile.
     emulated.resize(shared_limit=0, cache_size=900_000 if route == "in cache" else 0)
     queries, memory = lattice(2, 130, 4, seed=5), lattice(2, 2_000, 4, seed=6)
     assert_selects(emulated, queries, memory, [1, 0], [600, 3])
@@ -155,7 +164,7 @@ def test_the_cpu_kernel_gives_the_same_bits(emulated, seed):
     draw = np.random.default_rng(seed)
     B, K, D, n = (int(draw.integers(1, high)) for high in (40, 900, 70, 6))
     keep = sorted((int(k) for k in draw.integers(1, K + 3, n)), reverse=True)
-    views = draw.integers(0, 3, n).tolist()
+    views = draw.choice(3, 2, replace=False)[draw.integers(0, 2, n)].tolist()
     dtype = [torch.float32, torch.bfloat16, torch.float16][seed % 3]
     inputs = normal(3, B, D, seed=seed, dtype=dtype), normal(3, K, D, seed=seed + 100, dtype=dtype), views, keep
     ids = {"query_ids": integers(-1, 9, B, seed=seed), "memory_ids": integers(-1, 9, K, seed=seed + 1)}
@@ -172,8 +181,8 @@ def test_a_row_does_not_depend_on_its_batch(emulated):
 
 
 def test_most_of_the_memory_is_decided_without_rescoring(emulated):
-    """The refined route uses scores of the tensor cores, and computes exact ones only near a threshold."""
-    emulated.resize(**ROUTES["refined"])
+    """The streamed route uses scores of the tensor cores, and computes exact ones only near a threshold."""
+    emulated.resize(**ROUTES["streamed"])
     queries, memory = unit(2, 2, 128, seed=17), unit(2, 600, 128, seed=18)
     assert_selects(emulated, queries, memory, [0, 1, 0], [300, 150, 5])
     memory[1, 40] *= 1e25  # far outside the range of the error bound
@@ -190,7 +199,7 @@ def test_ties_and_near_ties_across_a_threshold_are_refined_exactly(emulated, sca
     memory = query / 2 + noise - (noise @ query.T) * query
     memory = memory.repeat(2, 1).float()[None]  # [1, 200, 96]: every entry appears twice
     queries = torch.stack([query.float(), unit(1, 96, seed=21)], dim=1)
-    emulated.resize(**ROUTES["refined"])
+    emulated.resize(**ROUTES["streamed"])
     assert_selects(emulated, queries * scale, memory * scale, [0, 0, 0], [101, 50, 7])
     emulated.resize()
 

@@ -8,23 +8,16 @@ import pytest
 import torch
 from support.operator_references import ROUTES, assert_cpu_selection, lattice, normal, random_ids
 
-pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
+ops = pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
 
-K = 16_385  # one more than a block sifts, and than the shortest sifted row
+K = 16_385  # one more than the shortest row that is sifted
 STAGES = [0, 1, 0, 1, 0, 1, 0]
 HALVES = [K >> s for s in range(1, 7)] + [5]
 
 
-@pytest.fixture(params=["in cache", "refined"])
-def route(request, emulated):
-    emulated.resize(**ROUTES[request.param])
-    yield request.param
-    emulated.resize()
-
-
 @pytest.fixture
-def in_cache(emulated):
-    emulated.resize(**ROUTES["in cache"])
+def streamed(emulated):
+    emulated.resize(**ROUTES["streamed"])
     yield emulated
     emulated.resize()
 
@@ -35,12 +28,12 @@ def assert_selects(device, queries, memory, views, keep, **options):
     return device.launches() - before
 
 
-@pytest.mark.usefixtures("route")
-def test_the_published_stages_with_ids_and_rows_that_cannot_be_compared(emulated):
+def test_the_published_stages_with_ids_and_rows_that_cannot_be_compared(streamed):
     queries, memory = normal(2, 2, 5, seed=1), normal(2, K, 5, seed=2)
     memory[0, 77], memory[1, 16_384] = torch.nan, torch.nan
     ids = random_ids(2, K, seed=3)
-    assert assert_selects(emulated, queries, memory, STAGES, HALVES, **ids) == 4  # scores, sample, sieve, stages
+    # sample, its scores, sieve, pass over the memory, stages, and those of misled queries
+    assert assert_selects(streamed, queries, memory, STAGES, HALVES, **ids) == 6
 
 
 @pytest.mark.parametrize(
@@ -55,10 +48,10 @@ def test_the_published_stages_with_ids_and_rows_that_cannot_be_compared(emulated
         ([0, 1] * 4 + [0], [K >> s for s in range(1, 10)]),  # more stages than a sieve has: not sifted
     ],
 )
-def test_stages_of_every_kind(in_cache, views, keep):
+def test_stages_of_every_kind(streamed, views, keep):
     queries, memory = normal(2, 2, 3, seed=5), normal(2, K, 3, seed=6)
     ids = random_ids(2, K, seed=7)
-    assert_selects(in_cache, queries, memory, views, keep, **ids)
+    assert_selects(streamed, queries, memory, views, keep, **ids)
 
 
 def unusual(case: str) -> torch.Tensor:
@@ -81,54 +74,42 @@ def unusual(case: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", ["sorted", "equal", "few values", "infinities", "denormal", "outliers", "empty"])
-def test_unusual_rows(in_cache, case):
+def test_unusual_rows(streamed, case):
     queries = torch.cat([torch.ones(2, 1, 4), normal(2, 1, 4, seed=11)], dim=1)
-    assert_selects(in_cache, queries, unusual(case), [0, 1, 0, 1], [9000, 4000, 1000, 30])
+    assert_selects(streamed, queries, unusual(case), [0, 1, 0, 1], [9000, 4000, 1000, 30])
 
 
-@pytest.mark.parametrize("case", ["few values", "outliers"])
-def test_unusual_rows_whose_scores_are_refined(emulated, case):
-    emulated.resize(**ROUTES["refined"])
-    assert_selects(emulated, normal(2, 2, 4, seed=11), unusual(case), [0, 1, 0, 1], [9000, 4000, 1000, 30])
-    emulated.resize()
-
-
-@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("views", [[0, 1, 0], [1, 0, 1]])
 @pytest.mark.parametrize("blind", [0, 1])
-def test_entries_that_cannot_be_compared_in_one_view(emulated, views, blind):
-    """They are at every place of a vector of four entries, score best in the other view, and are so few that the limits
+def test_entries_that_cannot_be_compared_in_one_view(streamed, views, blind):
+    """They are at different places of a tile, score best in the other view, and are so few that the limits
     from the sample stay right."""
     queries, memory, slots = torch.ones(2, 2, 3), normal(2, K, 3, seed=18), [1000, 2001, 3002, 4003]
     memory[1 - blind, slots] += 10
     memory[blind, slots] = torch.nan
-    assert_selects(emulated, queries, memory, views, [9000, 3000, 30])
+    assert_selects(streamed, queries, memory, views, [9000, 3000, 30])
 
 
-def test_a_refined_threshold_that_is_infinite(emulated):
-    emulated.resize(**ROUTES["refined"])
+def test_a_refined_threshold_that_is_infinite(streamed):
     queries = torch.cat([torch.ones(2, 1, 4), -torch.ones(2, 1, 4)], dim=1)
     for keep in ([4000, 2000, 1000, 30], [12_000, 9000, 8000, 7000]):
-        assert_selects(emulated, queries, unusual("infinities"), [0, 1, 0, 1], keep)
+        assert_selects(streamed, queries, unusual("infinities"), [0, 1, 0, 1], keep)
     for size in (40, 700):  # rows that are not sifted
         memory = normal(2, size, 4, seed=19)
         memory[0, ::2], memory[1, 1::2] = torch.inf, -torch.inf
-        assert_selects(emulated, queries, memory, [0, 1, 0], [size // 4, size // 8, 3])
-    emulated.resize()
+        assert_selects(streamed, queries, memory, [0, 1, 0], [size // 4, size // 8, 3])
 
 
-def test_scores_that_differ_by_less_than_their_error(emulated):
+def test_scores_that_differ_by_less_than_their_error(streamed):
     """Two large products cancel, so that the rounding of the sums orders many entries: the sieve allows for that."""
-    emulated.resize(**ROUTES["refined"])
     queries, memory = normal(2, 2, 40, seed=20), 3e-4 * normal(2, K, 40, seed=22)
     queries[..., 0] = queries[..., -1] = 1
     memory[..., 0], memory[..., -1] = 1000, -1000
-    assert_selects(emulated, queries, memory, [0, 1, 0, 1], [9000, 4000, 1000, 30])
-    emulated.resize()
+    assert_selects(streamed, queries, memory, [0, 1, 0, 1], [9000, 4000, 1000, 30])
 
 
 def sampled_slots() -> torch.Tensor:
-    """Returns the slots that the sample draws: one from each of 8,192 equal parts of the row (Sample in sift.cuh)."""
+    """Returns the slots that the sample draws, one from each of 8,192 equal parts (sampled_slot in sieve.cuh)."""
     part = torch.arange(8192, dtype=torch.int64)
     scattered = (part + 1) * 2654435761 % 2**32
     return (part * K + (scattered * K >> 32)) // 8192
@@ -136,29 +117,43 @@ def sampled_slots() -> torch.Tensor:
 
 @pytest.mark.parametrize("better", [True, False])
 @pytest.mark.parametrize("slots", ["sampled", "others"])
-def test_a_sample_that_misleads(in_cache, slots, better):
+def test_a_sample_that_misleads(streamed, slots, better):
     """The entries that are sampled score higher, or lower, than all others: every limit is wrong."""
     slots = sampled_slots() if slots == "sampled" else torch.ones(K).index_fill(0, sampled_slots(), 0).nonzero()[:, 0]
     queries, memory = torch.ones(2, 2, 1), normal(2, K, 1, seed=12)
     memory[:, slots] += 10 if better else -10
-    assert_selects(in_cache, queries, memory, [0, 1, 0], [4096, 1024, 30])
-    assert_selects(in_cache, queries, memory, [0, 1, 0], [12_000, 11_000, 10_000])
+    assert_selects(streamed, queries, memory, [0, 1, 0], [4096, 1024, 30])
+    assert_selects(streamed, queries, memory, [0, 1, 0], [12_000, 11_000, 10_000])
 
 
 @pytest.mark.parametrize("above", [0, 1, 2])
-def test_a_sample_that_misleads_about_a_single_entry(in_cache, above):
+def test_a_sample_that_misleads_about_a_single_entry(streamed, above):
     """The best entries are not in the sample. The last stage keeps them, and the stage before keeps one of them less,
     as many, or one more."""
     hidden = torch.ones(K).index_fill(0, sampled_slots(), 0).nonzero()[:40, 0]
     queries, memory = torch.ones(2, 1, 1), normal(2, K, 1, seed=13)
     memory[:, hidden] += 20
-    assert_selects(in_cache, queries, memory, [1, 0, 1], [4000, 39 + above, 39])
+    assert_selects(streamed, queries, memory, [1, 0, 1], [4000, 39 + above, 39])
+
+
+@pytest.mark.parametrize("case", ["distinct", "ties"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_approximate_scores(streamed, case, dtype):
+    """Features and scores that 16 bits hold exactly. Ties mislead the sample."""
+    queries, memory = torch.ones(2, 2, 2, dtype=dtype), torch.zeros(2, K, 2)
+    place = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)])
+    memory[..., 0] = place // 128
+    if case == "distinct":
+        memory[..., 1] = place % 128 / 128
+    memory[1, 5, 1] = torch.nan
+    inputs = queries, memory.to(dtype), [0, 1, 0], [9000, 3000, 30]
+    ids = random_ids(2, K, seed=24)
+    found = streamed.cascade_select(*inputs, precision=1, **ids)
+    expected = ops.cascade_select(*inputs, **ids)
+    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
 
 
 @pytest.mark.slow
-def test_several_chunks(emulated):
-    # The cache holds the rows of 32 queries; chunks have up to 128, which is enough to fill a device.
-    emulated.resize(shared_limit=0, cache_size=7 << 20)
+def test_several_chunks(streamed):
     queries, memory = normal(1, 129, 2, seed=14), normal(1, K, 2, seed=15)
-    assert assert_selects(emulated, queries, memory, [0, 0], [900, 9]) == 8
-    emulated.resize()
+    assert assert_selects(streamed, queries, memory, [0, 0], [900, 9]) == 1 + 3 * 5  # chunks of 64 queries

@@ -15,7 +15,7 @@ from cpr_fast.ops import _library
 
 CALLS = {
     "cascade_select": lambda device: device.cascade_select(normal(2, 2, 8), normal(2, 601, 8), [0, 1], [600, 590]),
-    "refined": lambda device: device.cascade_select(normal(2, 2, 8), normal(2, 601, 8), [0, 1], [600, 590]),
+    "streamed": lambda device: device.cascade_select(normal(2, 2, 8), normal(2, 601, 8), [0, 1], [600, 590]),
     "mil_nce": lambda device: device.mil_nce(**loss_inputs(3, 70, 12, 3)),
     "grad_memory": lambda device: device.mil_nce(**loss_inputs(3, 70, 12, 3), forward=False),
     "tvl1_flow": lambda device: device.tvl1_flow(moving_texture(2, 17, 20, seed=1)[None], DEFAULTS | SHORT),
@@ -32,7 +32,7 @@ def refusing(emulated, request):
 
 
 def message(device, call: str) -> str:
-    if call == "refined":
+    if call == "streamed":
         device.resize(shared_limit=0, cache_size=0)
     with pytest.raises(RuntimeError) as raised:
         CALLS[call](device)

@@ -65,8 +65,8 @@ class Device:
         self._library.emulation_set_order(ORDERS[order])
 
     def resize(self, shared_limit: int = 227 << 10, cache_size: int = 50 << 20, processors: int = 132) -> None:
-        """Sets the bytes of shared memory that a block can opt in to and of the L2 cache, and how many blocks of a
-        cooperative launch are resident: they decide the route."""
+        """Sets the bytes of shared memory that a multiprocessor has for one block, those of the L2 cache, and how many
+        multiprocessors there are, and so blocks of a cooperative launch: they decide the route."""
         self._library.emulation_set_device(shared_limit, cache_size, processors)
 
     def products(self) -> int:

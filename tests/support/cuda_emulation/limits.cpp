@@ -12,6 +12,7 @@ int processors = 132;
 
 namespace {
 constexpr size_t kDefaultSharedBytes = 48 * 1024;
+constexpr int kLeastOptIn = 99 * 1024, kReserved = 1024;
 int shared_limit = 227 * 1024, cache_size = 50 << 20;  // those of an H200, unless a test changes them
 int device = 0;
 int capability = 90;                // compute capability, ten times the major version plus the minor one
@@ -22,11 +23,25 @@ std::map<std::pair<int, const void*>, size_t> opted;  // by device and kernel: w
 
 int current_device() { return device; }
 
+// A test may leave a multiprocessor less than any device has, so that nothing is kept on chip which need not be. Blocks
+// still get what kernels need.
+int opt_in_limit() { return shared_limit < kLeastOptIn ? kLeastOptIn : shared_limit; }
+
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int of) {
   if (of != device) observe_fault("device", "an attribute of another device than the current one", nullptr);
-  *value = attribute == cudaDevAttrL2CacheSize           ? cache_size
-           : attribute == cudaDevAttrMultiProcessorCount ? processors
-                                                         : shared_limit;
+  switch (attribute) {
+    case cudaDevAttrL2CacheSize:
+      *value = cache_size;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = processors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = shared_limit + kReserved;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = opt_in_limit();
+  }
   return cudaSuccess;
 }
 
@@ -40,7 +55,7 @@ cudaError_t refused() { return refusal; }
 
 cudaError_t allow_shared(const void* function, int bytes) {
   if (refusal != cudaSuccess) return refusal;
-  if (bytes > shared_limit) return cudaErrorInvalidValue;
+  if (bytes > opt_in_limit()) return cudaErrorInvalidValue;
   size_t& allowed = opted[{device, function}];
   if (static_cast<size_t>(bytes) < allowed) {
     observe_fault("attribute",
@@ -64,8 +79,8 @@ cudaError_t fill(void* to, int value, size_t bytes, cudaStream_t stream) {
 
 }  // namespace emulation
 
-// Sets what the device reports (bytes, multiprocessors), to test the routes of other devices. No kernel has opted in to
-// more shared memory yet.
+// Sets what the device reports (bytes of a multiprocessor and of the L2 cache, multiprocessors), to test the routes of
+// other devices. No kernel has opted in to more shared memory yet.
 extern "C" __attribute__((visibility("default"))) void emulation_set_device(int shared_limit, int cache_size,
                                                                             int processors) {
   emulation::shared_limit = shared_limit;

@@ -24,7 +24,7 @@ def test_every_route_and_type_with_small_and_large_tiles(device, route, dtype):
     for B, K, D in ((3, 700, 24), (37, 192, 33)):
         queries, memory = normal(3, B, D, seed=1, dtype=dtype), normal(3, K, D, seed=2, dtype=dtype)
         assert_selects(device, queries, memory, [2, 0, 2], [K // 2, K // 4, 5], **ids(B, K))
-    assert (device.products() > before) == (route == "refined")
+    assert (device.products() > before) == (route == "streamed")
 
 
 @pytest.mark.parametrize("order", ["backward", "shuffled"])
@@ -36,7 +36,7 @@ def test_no_order_of_warps_and_blocks_changes_a_bit(device, route, order):
     assert_selects(device, queries, memory, [1, 0, 1], [350, 175, 5])
 
 
-@pytest.mark.parametrize("route", ["in cache", "refined"])
+@pytest.mark.parametrize("route", ["in cache", "streamed"])
 def test_several_chunks_and_rankings_beyond_shared_memory(device, route):
     device.resize(shared_limit=0, cache_size=200_000 if route == "in cache" else 0)
     queries, memory = lattice(2, 133, 4, seed=5), lattice(2, 300, 4, seed=6)
@@ -58,7 +58,7 @@ def test_crowded_buckets_nan_and_infinities(device, route):
 @pytest.mark.parametrize(("group", "extra_bits"), [(4, 0), (8, 1), (16, 2), (16, 0)])
 def test_refined_scores_are_exact_however_tensor_cores_add(device, group, extra_bits):
     """The published models of V100, A100 and H100 and a coarser one: the bound covers each."""
-    device.resize(**ROUTES["refined"])
+    device.resize(**ROUTES["streamed"])
     device.set_product_model(group, extra_bits)
     queries, memory = normal(2, 3, 128, seed=11), normal(2, 400, 128, seed=12)
     memory[:, 200:] = memory[:, :200] * (1 + 1e-6)  # near ties across every threshold
@@ -74,9 +74,8 @@ def unsifted(device) -> int:
     return sum(c.executed for c in counts if (Path(c.file).name, c.line) == ("stages.cuh", line))
 
 
-@pytest.mark.parametrize("route", ["in cache", "refined"])
-def test_a_sieve_decides_long_rows_of_distinct_scores(device, route):
-    device.resize(**ROUTES[route])
+def test_a_sieve_decides_long_rows_of_distinct_scores(device):
+    device.resize(**ROUTES["streamed"])
     K = 16_387
     queries, memory = normal(2, 3, 4, seed=16), normal(2, K, 4, seed=17)
     views, keep = [0, 1, 0, 1, 0, 1, 0], [K >> s for s in range(1, 7)] + [5]
@@ -88,13 +87,13 @@ def test_a_sieve_decides_long_rows_of_distinct_scores(device, route):
 
 @pytest.mark.parametrize("order", ["backward", "shuffled"])
 def test_no_order_of_warps_and_blocks_changes_a_sifted_row(device, order):
-    device.resize(**ROUTES["in cache"])
+    device.resize(**ROUTES["streamed"])
     device.set_order(order)
     queries, memory = normal(2, 2, 3, seed=20), normal(2, 16_386, 3, seed=21)
     assert_selects(device, queries, memory, [1, 0, 1], [9000, 4000, 700])
 
 
-@pytest.mark.parametrize("route", ["on chip", "in cache"])
+@pytest.mark.parametrize("route", ROUTES)
 def test_approximate_scores(device, route):
     device.resize(**ROUTES[route])
     queries, memory = lattice(2, 34, 20, seed=14), lattice(2, 150, 20, seed=15)  # exact in bfloat16
