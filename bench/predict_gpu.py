@@ -250,10 +250,9 @@ def page(report: dict) -> str:
         floor = f"{row['floor_us']:.1f} | {row['over_floor']:.1f}" if row["floor_us"] else "- | -"
         lines.append(f"| {row['device']} | {row['op']} {row['precision']} | {row['B']} x {row['K']} | "
                      f"{row['time_us']:.1f} | {floor} | {row['limit']} |")  # fmt: skip
-    lines += ["", "For tvl1_flow, B is the number of pairs of 340 x 256 frames. The floor of cascade_select fp32 is that of"]
-    lines += ["float32 multiply-adds. Long memories take less: tensor cores compute their scores, and only those near a"]
-    lines += ["threshold are computed again in float32."]
-    lines += ["", "Figures of the devices:", ""]
+    lines += ["", "For tvl1_flow, B is the number of pairs of 340 x 256 frames. The floor of cascade_select fp32 is"]
+    lines += ["that of float32 multiply-adds. Long memories take less: tensor cores compute their scores, and only"]
+    lines += ["those near a threshold are computed again in float32.", "", "Figures of the devices:", ""]
     lines += [f"- {what}: {source}." for what, source in report["sources"].items()]
     return "\n".join(lines) + "\n"
 

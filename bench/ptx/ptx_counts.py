@@ -40,7 +40,7 @@ SAMPLES = [
 ]
 CHECKS = [
     Call("cascade_select", "fp32", 32, 8192, "on chip"),
-    Call("cascade_select", "fp32", 65, 40000, "streamed"),
+    Call("cascade_select", "fp32", 64, 40000, "streamed"),
     Call("mil_nce", "float32", 64, 32768),
     Call("mil_nce", "bfloat16", 64, 131072),
 ]
