@@ -268,7 +268,12 @@ def test_the_recipes_of_the_options_are_those_of_the_evaluation():
 @pytest.mark.parametrize("option", ["--clips", "--epochs", "--batch-size"])
 def test_a_classifier_names_the_option_that_is_out_of_range(tmp_path, capsys, command, option):
     (tmp_path / "c.toml").write_text("# the defaults\n")
-    arguments = [command, __file__, "--index", __file__, "--config", str(tmp_path / "c.toml"), option, "0"]
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        (tmp_path / name).write_bytes(b"not read")
+    rows = ["a.mp4,one,,train,9,25,8,8,\n", "b.mp4,two,,train,9,25,8,8,\n", "c.mp4,one,,test,9,25,8,8,\n"]
+    (tmp_path / "i.csv").write_text("path,label,source,split,num_frames,fps,width,height,flow_path\n" + "".join(rows))
+    files = ["--index", str(tmp_path / "i.csv"), "--config", str(tmp_path / "c.toml")]
+    arguments = [command, __file__, *files, option, "0"]
     assert main(arguments) == 2
     assert f"{option}: expected 1 or more, got 0" in capsys.readouterr().err
 

@@ -194,9 +194,7 @@ def test_any_failure_while_decoding_is_a_finding(tmp_path, video, monkeypatch):
 
     monkeypatch.setattr(data, "slice_packets", fail)
     result = run(write_rows(tmp_path, video, ["a.mp4"]))
-    assert "1 of 1 sampled videos is damaged" in texts(result, "error") and "ZeroDivisionError" in texts(
-        result, "error"
-    )
+    assert "1 of 1 sampled video is damaged" in texts(result, "error") and "ZeroDivisionError" in texts(result, "error")
 
 
 def test_sources_in_both_splits_and_one_source(tmp_path, video):

@@ -118,7 +118,7 @@ def _usable_encoders(
     without = sum(video.flow_path is None for video in index) if stored else 0
     if "flow" in usable and len(usable) > 1 and without:
         del usable["flow"]
-        note = f"flow is left out: {without} of {counted(len(index), 'video')} of the index have none; "
+        note = f"flow is left out: it is missing for {without} of {counted(len(index), 'video')} of the index; "
         note += "run `cpr-fast flow` first"
     compared = leading_views(list(usable))
     if others := [view for view in usable if view not in compared]:

@@ -49,7 +49,7 @@ def test_a_disk_that_is_gone_is_noticed_at_the_first_file(tmp_path, count):
     unreadable = Unreadable(paths)
     (tmp_path / "mount").rename(tmp_path / "elsewhere")
     with pytest.raises(
-        InputError, match="files looked for can no longer be opened.*v0.mp4.*No such file.* mount .*--resume"
+        InputError, match="files? looked for can no longer be opened.*v0.mp4.*No such file.* mount .*--resume"
     ):
         unreadable.add(paths[0], "No such file or directory")
 

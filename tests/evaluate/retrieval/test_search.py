@@ -116,7 +116,7 @@ def test_without_flow_in_the_index_rgb_alone_is_compared_and_said(data, tmp_path
         return Path(name)
 
     result = search(same_name, plain, checkpoint, top=100, draw=draw, device="cpu", cache=False)
-    assert result["views"] == ["rgb"] and result["note"].startswith("flow is left out: 12 of 12 videos")
+    assert result["views"] == ["rgb"] and result["note"].startswith("flow is left out: it is missing for 12 of 12")
     assert [query["results"][0]["path"] for query in result["queries"]] == [str(index[i].path) for i in (0, 5)]
     assert {len(query["results"]) for query in result["queries"]} == {12} and names == ["v-1", "v-2"]
 
@@ -136,7 +136,7 @@ def test_without_flow_in_the_index_rgb_alone_is_compared_and_said(data, tmp_path
             ("rgb", "flow", "residual"),
             False,
             ["rgb", "residual"],
-            "flow is left out: 1 of 1 videos of the index have none",
+            "flow is left out: it is missing for 1 of 1 video of the index",
         ),
     ],
 )

@@ -52,9 +52,9 @@ def made(tmp_path_factory):
 def test_what_retrieval_expects_to_read_is_what_it_reads(made, monkeypatch, labelled):
     monkeypatch.setattr(retrieve, "Forecast", Recorded)
     protocol = "train_test" if labelled else "leave_source_out"
-    for _ in range(2):  # the second time most features are stored, so that less is read
+    for again in (False, True):  # the second time all is stored, so that nothing is read
         retrieve.retrieve([str(made[2])], made[0 if labelled else 1], protocol=protocol)
-        assert Recorded.last._total == Recorded.last._done > 0
+        assert Recorded.last._total == Recorded.last._done and (Recorded.last._done == 0) == again
 
 
 def test_what_a_probe_expects_to_read_is_what_it_reads(made, monkeypatch):
