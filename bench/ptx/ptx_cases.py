@@ -119,14 +119,16 @@ def plan(device: PtxDevice, call: Call, limits: tuple[int, int, int]) -> list[La
 
 def features(call: Call, launches: list[Launch]) -> list[float]:
     """Returns the feature of each launch that its counts depend on."""
-    splits, found = 1, []
+    splits, queries, found = 1, 1, []
     for launch in launches:
+        if "sieve_kernel" in launch.kernel:
+            queries = launch.grid[0]  # of the chunk
         if "scan_kernel" in launch.kernel:
             splits = launch.grid[1]
             tiles = -(-call.K // 64)
             found.append(-(-tiles // splits))
         elif "stream_kernel" in launch.kernel:
-            found.append(call.K / 128 / launch.grid[0])
+            found.append(call.K / 128 * -(-queries // 64) / launch.grid[0])
         else:
             found.append(splits if "finish_kernel" in launch.kernel else call.K if _STAGES.search(launch.kernel) else 0)
     return found

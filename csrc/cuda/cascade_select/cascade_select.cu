@@ -3,7 +3,8 @@
 //               compares. Then one block for each query runs all stages on its rows of scores, which fit its shared
 //               memory. The survivors are bits in registers.
 //   in cache    The same, with rows that stay in the L2 cache, or in global memory. The survivors are a list.
-//   streamed    For longer rows, of up to two views and eight stages: scores of a sample of the memory give limits for
+//   streamed    For longer rows, of up to two views, eight stages and 4,096 features: scores of a sample of the memory
+//   give limits for
 //               the threshold of each stage (sieve.cuh). One pass over the memory computes scores on tensor cores,
 //               counts the entries that the limits settle, and writes only the others (stream.cuh). The stages run on
 //               those, and compute the canonical scores of the entries within the error of a threshold.
@@ -31,7 +32,7 @@ const char* run_on_rows(const Plan& plan, const Inputs<T>& in, int64_t first, in
                         cudaStream_t stream) {
   const char* error;
   if (!plan.exact) {
-    error = launch_tensor_scores<false>(plan, in, first, queries, chunk, stream);
+    error = launch_tensor_scores<false, false>(plan, in, first, queries, chunk, stream);
   } else if (queries <= 32) {  // small tiles, so that every multiprocessor gets at least one
     error = launch_scores<4, 4>(plan, in, first, queries, chunk, stream);
   } else {
@@ -51,7 +52,7 @@ template <bool kExact, typename T>
 const char* run_streamed(const Plan& plan, const Inputs<T>& in, int64_t first, int64_t queries, const Chunk& chunk,
                          cudaStream_t stream) {
   const char* error = nullptr;
-  if (plan.sifted) error = launch_tensor_scores<true>(plan, in, first, queries, chunk, stream);
+  if (plan.sifted) error = launch_tensor_scores<true, kExact>(plan, in, first, queries, chunk, stream);
   if (error == nullptr) error = launch_sieve(plan, queries, chunk, stream);
   if (error == nullptr) error = launch_stream<kExact>(plan, in, first, queries, chunk, stream);
   return error != nullptr ? error : launch_streamed_stages<kExact>(plan, in, first, queries, chunk, stream);
@@ -65,11 +66,12 @@ const char* run(const cpr_cascade_args& args, void* workspace, cudaStream_t stre
   chunk.indices = args.indices, chunk.top_scores = args.scores;
   const Inputs<T> in = {static_cast<const T*>(args.queries), static_cast<const T*>(args.memory), args.query_ids,
                         args.memory_ids};
-  if (plan.route == kStreamed) {
+  if (plan.route == kStreamed && plan.exact) {
     const cudaError_t status = cudaMemsetAsync(chunk.key_squares, 0, plan.views_used * sizeof(unsigned), stream);
     if (status != cudaSuccess) return error_text(status);
-    const char* error = plan.sifted ? launch_sample(plan, in, chunk, stream) : nullptr;
-    if (error != nullptr) return error;
+  }
+  if (plan.sifted) {
+    if (const char* error = launch_sample(plan, in, chunk, stream)) return error;
   }
   for (int64_t first = 0; first < plan.B; first += plan.chunk) {
     const int64_t queries = plan.B - first < plan.chunk ? plan.B - first : plan.chunk;

@@ -15,10 +15,11 @@ namespace {
 constexpr int kMaxStages = 256;
 constexpr int64_t kRowUnit = 64;  // rows of the workspace start on 256-byte boundaries
 
-// Calls with this many views in use and stages at most can be streamed; of those, rows of kMinSifted have a sieve.
+// Calls with this many views in use and stages at most can be streamed, if D is at most kMaxBoundedWidth; of those,
+// rows of at least kMinSifted have a sieve.
 constexpr int kMaxSiftedViews = 2, kMaxSiftedStages = 8;
 constexpr int64_t kSample = 8192, kMinSifted = 2 * kSample;
-constexpr int kMaxStreamedTiles = 4;  // that a block streams
+constexpr int kMaxStreamedTiles = 4;  // tiles of keys that a block streams at most
 
 // The ranks in the sample that a stage takes its threshold and its limits from, see sieve.cuh. middle 0: the stage
 // keeps everything; high 0, low above the sample: there is no limit.
@@ -102,7 +103,8 @@ int64_t processor_shared_memory() {
   if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) != cudaSuccess) {
     return kDefaultShared;
   }
-  return bytes - kReserved;
+  const int64_t limit = shared_memory_limit();
+  return bytes - kReserved < limit ? bytes - kReserved : limit;
 }
 
 // Short rows are streamed only if those of 32 queries do not fit the cache.
@@ -139,10 +141,12 @@ int64_t chunk_of_rows(const Plan& plan) {
 }
 
 // The same with lists: every chunk reads the whole memory, so the lists may take much more than the L2 cache, about 1
-// GiB on an A100.
+// GiB on an A100; at least the queries of one tile, within 4 GiB; at least one.
 int64_t chunk_of_lists(const Plan& plan) {
-  const int64_t bytes = bytes_per_list(plan), chunk = 40 * cache_budget() / bytes;
-  return even_chunk(plan, chunk < kScoreQueries ? kScoreQueries : chunk);
+  const int64_t bytes = bytes_per_list(plan), tile = (int64_t{4} << 30) / bytes;
+  int64_t chunk = 40 * cache_budget() / bytes;
+  if (chunk < kScoreQueries) chunk = tile < kScoreQueries ? tile : kScoreQueries;
+  return even_chunk(plan, chunk);
 }
 
 // Returns the ranks of a stage that keeps `keep` of `before` entries. Of the kept ones, about `expected` are sampled.
@@ -223,7 +227,7 @@ struct Chunk {
   void* sample;            // [U, kSample, D], of the type of the memory: the sampled entries
   int64_t* sample_ids;     // [kSample]
   Sieve* sieves;           // [chunk]
-  unsigned* key_squares;   // [U] the greatest squared norm of a key, as the bits of a float
+  unsigned* key_squares;   // [U] the greatest squared norm of a key within the range of the bound; bits of a float
   uint32_t *slots, *near;  // [chunk, capacity] gathered entries; scratch for those near a threshold, for exact scores
   float* values;           // [U, chunk, capacity] the scores of the gathered entries
   float* spare_scores;     // [spare, U, row]

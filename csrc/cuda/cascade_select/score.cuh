@@ -53,14 +53,14 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// Computes the scores of a tile on tensor cores, of features rounded to one 16-bit term; NaN for excluded entries. With
-// kSampled, keys are the sample of the memory.
-template <typename T, bool kSampled>
+// Computes the scores of a tile on tensor cores, of features rounded to kTerms 16-bit terms; NaN for excluded entries.
+// With kSampled, keys are the sample of the memory.
+template <typename T, bool kSampled, int kTerms>
 __global__ void __launch_bounds__(kScoreThreads, 2)
     tensor_score_kernel(const __grid_constant__ Plan plan, Chunk chunk, Inputs<T> in, int64_t first_query,
                         int64_t queries) {
   using E = typename Multiplied<T>::Type;
-  auto& shared = shared_memory<TensorScoreShared<E, 1>>();
+  auto& shared = shared_memory<TensorScoreShared<E, kTerms>>();
   const int u = blockIdx.z;
   const int64_t view = plan.view_used[u], entries = kSampled ? kSample : plan.K, row = kSampled ? kSample : plan.row;
   const int64_t b0 = static_cast<int64_t>(blockIdx.y) * kScoreQueries,
@@ -117,13 +117,17 @@ const char* launch_scores(const Plan& plan, const Inputs<T>& in, int64_t first, 
                                                         in.memory_ids, first, queries, chunk.scores);
 }
 
-template <bool kSampled, typename T>
+// With kPrecise, float features have two terms: limits from a sample must not be off by the rounding of a query, which
+// is the same in all of its scores.
+template <bool kSampled, bool kPrecise, typename T>
 const char* launch_tensor_scores(const Plan& plan, const Inputs<T>& in, int64_t first, int64_t queries,
                                  const Chunk& chunk, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(kSampled ? kSample : plan.K, kScoreKeys)),
                   static_cast<unsigned>(ceil_div(queries, kScoreQueries)), static_cast<unsigned>(plan.views_used));
-  using Shared = TensorScoreShared<typename Multiplied<T>::Type, 1>;
-  return launch<Shared>(tensor_score_kernel<T, kSampled>, grid, kScoreThreads, stream, plan, chunk, in, first, queries);
+  using E = typename Multiplied<T>::Type;
+  constexpr int kTerms = kPrecise && sizeof(T) > sizeof(E) ? 2 : 1;
+  return launch<TensorScoreShared<E, kTerms>>(tensor_score_kernel<T, kSampled, kTerms>, grid, kScoreThreads, stream,
+                                              plan, chunk, in, first, queries);
 }
 
 }  // namespace

@@ -14,7 +14,6 @@
 #include "cuda/cascade_select/plan.cuh"
 #include "cuda/cascade_select/select.cuh"
 #include "cuda/common/launch.cuh"
-#include "cuda/common/tile.cuh"
 
 namespace cpr {
 namespace {
@@ -97,7 +96,8 @@ struct Limits {
 };
 
 // Takes limits from the filled histogram. Ranks outside the sample give no limit. Nor do those in the outer buckets,
-// which hold all scores beyond the range.
+// which hold all scores beyond the range. A stage whose upper rank is outside keeps everything that the sample has
+// left, as where the memory is partly filled: no upper limit holds an entry back.
 __device__ __forceinline__ Limits limits_of(const SampleRanks& ranks, const LinearBuckets& buckets,
                                             SampleShared& shared) {
   __syncthreads();
@@ -117,7 +117,7 @@ __device__ __forceinline__ Limits limits_of(const SampleRanks& ranks, const Line
     shared.bucket[rank] = static_cast<unsigned>(first + i);
   }
   __syncthreads();
-  Limits found = {-INFINITY, -INFINITY, INFINITY};
+  Limits found = {-INFINITY, -INFINITY, ranks.high > count ? -INFINITY : INFINITY};
   if (ranks.low <= count && shared.bucket[0] < kBuckets - 1) found.low = buckets.least(shared.bucket[0]);
   if (ranks.middle <= count && shared.bucket[1] < kBuckets - 1) found.threshold = buckets.least(shared.bucket[1]);
   if (ranks.high > 0 && ranks.high <= count && shared.bucket[2] > 0 && shared.bucket[2] < kBuckets - 1) {

@@ -74,7 +74,7 @@ __device__ __forceinline__ void score_view(const Plan& plan, const Inputs<T>& in
     const float square = shared.tile.key_square[threadIdx.x];
     const float reach = unbounded(square) ? INFINITY : norm_bound(square);
     atomicMax(&shared.key_reach[u], __float_as_uint(reach));  // floats >= 0 order as their bits
-    if (blockIdx.y == 0 && !unbounded(square)) atomicMax(&chunk.key_squares[u], __float_as_uint(square));
+    if (b0 == 0 && !unbounded(square)) atomicMax(&chunk.key_squares[u], __float_as_uint(square));
   }
   if (threadIdx.x < kScoreQueries) {
     const float square = shared.tile.query_square[threadIdx.x];
@@ -185,14 +185,16 @@ __device__ __forceinline__ void sift(const Plan& plan, const Chunk& chunk, Strea
   }
 }
 
-// A block decides about plan.tiles tiles of keys (x) for the queries of a tile (y).
+// A block decides about plan.tiles tiles of keys for the queries of one tile. Blocks of the same keys are neighbours,
+// so that keys are read from global memory once.
 template <typename T, bool kExact>
 __global__ void __launch_bounds__(kScoreThreads, 2)
     stream_kernel(const __grid_constant__ Plan plan, Chunk chunk, Inputs<T> in, int64_t first_query, int64_t queries) {
   using E = typename Multiplied<T>::Type;
   constexpr int kTerms = kExact && sizeof(T) > sizeof(E) ? 2 : 1;
   auto& shared = shared_memory<StreamShared<E, kTerms>>();
-  const int64_t b0 = static_cast<int64_t>(blockIdx.y) * kScoreQueries;
+  const unsigned query_tiles = static_cast<unsigned>(ceil_div(queries, kScoreQueries));
+  const int64_t b0 = static_cast<int64_t>(blockIdx.x % query_tiles) * kScoreQueries;
   for (int i = threadIdx.x; i < kMaxSiftedStages * kScoreQueries; i += kScoreThreads) {
     const int stage = i / kScoreQueries, row = i % kScoreQueries;
     shared.settled[stage][row] = 0;
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
     const Sieve& sieve = chunk.sieves[b0 + row];
     shared.limits[stage][row] = {sieve.low[stage], sieve.high[stage]};
   }
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * plan.tiles * kScoreKeys;
+  const int64_t first = static_cast<int64_t>(blockIdx.x / query_tiles) * plan.tiles * kScoreKeys;
   for (int64_t k0 = first; k0 < plan.K && k0 < first + plan.tiles * kScoreKeys; k0 += kScoreKeys) {
     const uint32_t in_play = entries_in_play(plan, in, first_query, queries, b0, k0);
     TensorScores score;
@@ -225,8 +227,7 @@ const char* launch_stream(const Plan& plan, const Inputs<T>& in, int64_t first, 
                           cudaStream_t stream) {
   using E = typename Multiplied<T>::Type;
   constexpr int kTerms = kExact && sizeof(T) > sizeof(E) ? 2 : 1;
-  const dim3 grid(static_cast<unsigned>(ceil_div(plan.K, plan.tiles * kScoreKeys)),
-                  static_cast<unsigned>(ceil_div(queries, kScoreQueries)));
+  const dim3 grid(static_cast<unsigned>(ceil_div(plan.K, plan.tiles * kScoreKeys) * ceil_div(queries, kScoreQueries)));
   return launch<StreamShared<E, kTerms>>(stream_kernel<T, kExact>, grid, kScoreThreads, stream, plan, chunk, in, first,
                                          queries);
 }

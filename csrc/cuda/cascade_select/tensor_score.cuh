@@ -6,7 +6,8 @@
 //   3.1 * 2^-16 P      from the split (ll' and the two products with r are left out), plus
 //   3.5 D * 2^-23 P    from the float sums of the products: 3 D / 16 sums of 17 terms, each term truncated to 24 bits,
 // and the canonical chain itself rounds by at most 1.05 D * 2^-24 P. Products of 16-bit features are exact and take one
-// term. `error_bound` rounds all of this up. Where norms are outside the range of the bound, scores are canonical.
+// term. `relative_error` and `norm_bound` round all of this up. Where norms are outside the range of the bound, scores
+// are canonical.
 #pragma once
 
 #include "cuda/common/tensor_core.cuh"
@@ -49,7 +50,9 @@ __device__ __forceinline__ float query_bound(const T* query, int64_t D, unsigned
   for (int64_t d = threadIdx.x; d < D; d += kThreads) square += widen(query[d]) * widen(query[d]);
   square = block_reduce<kThreads>(square, Sum(), scratch);
   const float relative = relative_error(D, sizeof(T) > 2);
-  return unbounded(square) ? 0.0f : relative * norm_bound(square) * norm_bound(__uint_as_float(key_square));
+  // Tiles sum the same squares in another order: a norm at the limit may be within the range there.
+  const bool everywhere_canonical = !(square <= 2 * kGreatestSquare);
+  return everywhere_canonical ? 0.0f : relative * norm_bound(square) * norm_bound(__uint_as_float(key_square));
 }
 
 // Computes a canonical score in one thread.

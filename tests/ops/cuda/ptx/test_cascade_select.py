@@ -81,6 +81,12 @@ def test_a_sieve_decides_long_rows_of_distinct_scores(device):
     views, keep = [0, 1, 0, 1, 0, 1, 0], [K >> s for s in range(1, 7)] + [5]
     assert_selects(device, queries, memory, views, keep, **ids(3, K))
     assert unsifted(device) == 0
+    filled = {"memory_ids": torch.arange(K).masked_fill(torch.arange(K) > 0.3 * K, -1)}
+    assert_selects(device, queries, memory, views, keep, **filled)
+    assert unsifted(device) == 0  # the first stage keeps everything that is there
+    close = 0.99 * queries.mean(1, keepdim=True) + 0.01 * memory  # scores that differ less than bfloat16 rounds a query
+    assert_selects(device, queries, close, views, keep)
+    assert unsifted(device) == 0
     assert_selects(device, lattice(2, 1, 3, seed=18), lattice(2, K, 3, seed=19), views, keep)
     assert unsifted(device) >= K / 32  # many ties
 
