@@ -24,6 +24,7 @@ from cpr_fast.commands.inputs import check_inputs, with_home
 from cpr_fast.errors import FailedError, InputError, how_to_install, out_of_memory
 from cpr_fast.runtime.files import DISK_ERRORS, discard
 from cpr_fast.runtime.interrupt import signals_raise
+from cpr_fast.runtime.progress import first_process
 from cpr_fast.wording import printable
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stopped:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further Ctrl-C ends the process while threads still finish
-        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started
+        if first_process():
             kept = (
                 "complete files are kept; to continue" if _continues(arguments) else "nothing was kept; to start again"
             )

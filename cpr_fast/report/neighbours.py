@@ -138,8 +138,8 @@ def confidence(
         chance = (own[siblings].double() / (count - 1)).mean().item()
         level = _level(share, chance, high=0.8, moderate=0.4)
         reasons.append(
-            f"{_videos(int(siblings.sum()))} that share a source with another one: for {_share(share)} of them the "
-            f"nearest video is of the same source (chance: {_share(chance)})."
+            f"{counted(int(siblings.sum()), 'video')} that share a source with another one: for {_share(share)} of "
+            f"them the nearest video is of the same source (chance: {_share(chance)})."
         )
     if len(streams) > 1 and crowded <= CROWDED:  # equal similarities rank by position, so that both views would agree
         alone = [find_neighbours([features], metric, sources) for features in streams.values()]
@@ -166,7 +166,9 @@ def confidence(
             f"For {_share(share)} of the videos a thumbnail of the middle frame finds the same nearest one. {meaning}"
         )
     if count < 100:
-        reasons.append(f"With {_videos(count)} every video has a nearest one, even if nothing is really similar to it.")
+        reasons.append(
+            f"With {counted(count, 'video')} every video has a nearest one, even if nothing is really similar to it."
+        )
     return level, reasons
 
 
@@ -197,7 +199,3 @@ def _level(share: float, chance: float, *, high: float, moderate: float) -> str:
     if share >= high and share >= 2 * chance:
         return "high"
     return "moderate" if share >= moderate and share >= 2 * chance else "low"
-
-
-def _videos(count: int) -> str:
-    return counted(count, "video")

@@ -32,24 +32,27 @@ class OtherPrograms:
         Alone, the same work would take at least 1 - share of the time. The share is 0 if the cores were partly idle, so
         that no program had to wait, if it is too small to matter, and on systems that do not report it.
         """
-        before, now = self._before, _clocks(self._stat)
-        if before is None or now is None:
-            return 0.0
-        wall, own, used = (end - start for end, start in zip(now[:3], before[:3], strict=True))
-        if wall <= 0 or used <= 0 or used < FULL * wall * now[3]:
+        wall, own, used, cores = self._since()
+        if wall <= 0 or used <= 0 or used < FULL * wall * cores:
             return 0.0
         share = min(1.0, 1 - own / used)
         return share if share >= NOTICED else 0.0
 
+    def _since(self) -> tuple[float, float, float, int]:
+        """Returns the seconds since the creation, the CPU time of this program and of all programs in them, and the
+        number of cores; zeros on systems that do not report it."""
+        before, now = self._before, _clocks(self._stat)
+        if before is None or now is None:
+            return 0.0, 0.0, 0.0, 0
+        wall, own, used = (end - start for end, start in zip(now[:3], before[:3], strict=True))
+        return wall, own, used, now[3]
+
     def sentence(self) -> str:
         """Returns a sentence for the start of a long command, or "" if other programs used hardly any of the cores of
         this process since the creation."""
-        before, now = self._before, _clocks(self._stat)
-        if before is None or now is None or now[0] <= before[0]:
-            return ""
-        wall, own, used = (end - start for end, start in zip(now[:3], before[:3], strict=True))
-        taken, cores = max(0.0, used - own) / wall, now[3]
-        if taken < NOTICED * cores:
+        wall, own, used, cores = self._since()
+        taken = max(0.0, used - own) / wall if wall > 0 else 0.0
+        if taken < NOTICED * cores or not cores:
             return ""
         return (
             f"Other programs use {min(taken, cores):.1f} of {counted(cores, 'processor core')}, so that this takes "

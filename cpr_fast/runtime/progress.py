@@ -72,12 +72,17 @@ class CurrentStderr(logging.StreamHandler):
         return sys.stderr
 
 
+def first_process() -> bool:
+    """Returns whether this is the first of the processes that torchrun started, without importing torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def announce(text: str, *, end: str = " ...") -> None:
     """Prints at once, on stderr, what a command does now, before a silence of more than about two seconds.
 
     Of the processes that torchrun started only the first one prints.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if first_process():
         _print(f"{text}{end}")
 
 

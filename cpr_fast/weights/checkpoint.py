@@ -19,14 +19,13 @@ import torch
 from cpr_fast.config import Config, ConfigError, ModelConfig, View
 from cpr_fast.errors import InputError
 from cpr_fast.models import Encoder, build_encoder
-from cpr_fast.runtime.files import replacing
+from cpr_fast.runtime.files import CHECKPOINTS, replacing
 from cpr_fast.weights.reading import CheckpointError, DamagedCheckpointError, is_zip, read_torch, zip_intact
 from cpr_fast.wording import counted
 
 FORMAT = "cpr_fast checkpoint"
 VERSION = 1
-LAST = "last.pt"
-BEST = "best.pt"  # best result of online retrieval, see `cpr_fast.pretrain.run.online`
+LAST, BEST = CHECKPOINTS  # the best result of online retrieval, see `cpr_fast.pretrain.run.online`
 
 
 def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> Path:

@@ -1,12 +1,35 @@
-"""Writes safetensors files with the errors and permissions that every other file of the package has."""
+"""Writes safetensors files with the errors and permissions that every other file of the package has, and reads those
+that hold results which can be computed again."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def stored_tensors(path: Path, consequence: str) -> dict[str, Tensor] | None:
+    """Returns the tensors of a safetensors file, on the CPU; None if there is no such file, or if it is damaged.
+
+    The latter is logged with its `consequence`, such as "its features are computed again".
+
+    Raises ImportError if safetensors is not installed.
+    """
+    if not path.exists():
+        return None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        log.warning("%s cannot be read (%s): %s", path, error, consequence)
+        return None
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -278,15 +278,21 @@ def test_a_classifier_names_the_option_that_is_out_of_range(tmp_path, capsys, co
     assert f"{option}: expected 1 or more, got 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_misspelt_option_of_any_command_suggests_the_nearest(command, capsys, monkeypatch):
-    """Every option that the help lists, without one of its letters or with two exchanged; checked before all else."""
+def wide_help(command: str, capsys, monkeypatch) -> str:
+    """Returns the help of a command, whose lines are not broken."""
     monkeypatch.setenv("COLUMNS", "200")
     try:
         main([command, "--help"])
     except SystemExit as stopped:
         assert stopped.code == 0
-    listed = set(re.findall(r"^[│ ]+(?:-h, )?(--[a-z][a-z0-9.-]+)", capsys.readouterr().out, re.M)) - {"--no-cache"}
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_misspelt_option_of_any_command_suggests_the_nearest(command, capsys, monkeypatch):
+    """Every option that the help lists, without one of its letters or with two exchanged; checked before all else."""
+    shown = wide_help(command, capsys, monkeypatch)
+    listed = set(re.findall(r"^[│ ]+(?:-h, )?(--[a-z][a-z0-9.-]+)", shown, re.M)) - {"--no-cache"}
     assert "--help" in listed or command in ("pretrain", "explain")
     for option in listed:
         middle = len(option) // 2 + 1
@@ -300,12 +306,7 @@ def test_a_misspelt_option_of_any_command_suggests_the_nearest(command, capsys, 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_usage_of_a_command_and_the_error_about_a_missing_path_use_the_same_name(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    try:
-        main([command, "--help"])
-    except SystemExit as stopped:
-        assert stopped.code == 0
-    usage = re.sub(r"\[-[^]]*\]", "", capsys.readouterr().out.splitlines()[0])  # without the options
+    usage = re.sub(r"\[-[^]]*\]", "", wide_help(command, capsys, monkeypatch).splitlines()[0])  # without the options
     words = [word.strip("[]") for word in usage.split()[2:]]
     name = next((word for word in words if word.isupper() and word != "OPTIONS"), "")
     assert "PATH" not in words[:2] and (name or command in ("quickstart", "recipes"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -94,11 +95,12 @@ def _facts(index: Path, epochs: int | None) -> tuple[Index, Facts, bool]:
     from cpr_fast.experiments.sizing import Facts, sized_recipe, usable_cores
 
     videos = Index.load(index, require_flow=False)
-    sized_recipe(Facts.of(videos, cores=usable_cores(), gpu=False), str(index), "runs/mine", epochs)
+    facts = Facts.of(videos, cores=usable_cores(), gpu=False)
+    sized_recipe(facts, str(index), "runs/mine", epochs)
     import torch
 
     gpu = torch.cuda.is_available()
-    return videos, Facts.of(videos, cores=usable_cores(), gpu=gpu), gpu
+    return videos, replace(facts, gpu=gpu), gpu
 
 
 def _check_options(

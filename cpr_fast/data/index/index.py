@@ -310,11 +310,10 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
         if not fields[column].strip():
             raise IndexFileError(f"{line}, column {column}: expected a file, got {fields[column]!r}")
         path = folder / fields[column]
-        if why_missing(path):  # blanks after a comma, or a path that was written on Windows
+        if reason := why_missing(path):  # or blanks after a comma, or a path that was written on Windows
             others = {fields[column].strip(), fields[column].strip().replace("\\", "/")} - {fields[column]}
             if found := [folder / name for name in sorted(others) if not why_missing(folder / name)]:
                 return found[0]
-        if reason := why_missing(path):
             advice = "; relative paths begin at the folder of the index: move it back if it was moved, or list the "
             advice += "videos again with `cpr-fast index`"
             raise IndexFileError(

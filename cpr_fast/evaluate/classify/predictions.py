@@ -5,21 +5,16 @@ Letters: M videos, L classes.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cpr_fast.evaluate.classify.classifier import CROP_SETS
 from cpr_fast.runtime.files import replacing
-from cpr_fast.weights.tensors import save_tensors
-
-log = logging.getLogger(__name__)
+from cpr_fast.weights.tensors import save_tensors, stored_tensors
 
 Found = tuple[dict[int, Tensor], Tensor]  # probabilities and windows, see `Predictions`
 OnStop = Callable[[Mapping[int, Tensor], Tensor], None]  # takes what was found before a stop
@@ -42,12 +37,8 @@ class Predictions:
     @classmethod
     def load(cls, path: Path) -> Predictions | None:
         """Returns the stored predictions; None if there are none, or if the file is damaged, which is logged."""
-        if not path.exists():
-            return None
-        try:
-            stored = load_file(path)
-        except (SafetensorError, OSError) as error:
-            log.warning("%s cannot be read (%s): its predictions are computed again", path, error)
+        stored = stored_tensors(path, "its predictions are computed again")
+        if stored is None:
             return None
         probabilities = {n: stored[f"crops{n}"] for n in CROP_SETS if f"crops{n}" in stored}
         return cls(probabilities, stored["windows"], int(stored["best_epoch"]))

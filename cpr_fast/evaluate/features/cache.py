@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cpr_fast.data.index.index import Index, Video
@@ -30,7 +28,7 @@ from cpr_fast.evaluate.features.windows import work_ahead
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.files import one_writer, replacing
 from cpr_fast.runtime.progress import WHOLE, Part
-from cpr_fast.weights.tensors import save_tensors
+from cpr_fast.weights.tensors import save_tensors, stored_tensors
 from cpr_fast.wording import counted
 
 if TYPE_CHECKING:
@@ -88,13 +86,8 @@ class FeatureCache:
 
     def load(self, embedding: Embedding) -> dict[str, tuple[Tensor, int]]:
         """Returns the stored rows, {video digest: (feature [F], windows)}; a damaged file is treated as missing."""
-        path = self.path(embedding)
-        if not path.exists():
-            return {}
-        try:
-            stored = load_file(path)
-        except (SafetensorError, OSError) as error:
-            log.warning("%s cannot be read (%s): its features are computed again", path, error)
+        stored = stored_tensors(self.path(embedding), "its features are computed again")
+        if stored is None:
             return {}
         names = [bytes(row).hex() for row in stored["videos"].numpy()]
         return dict(zip(names, zip(stored["features"], stored["windows"].tolist(), strict=True), strict=True))

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cpr_fast.config import Config
@@ -28,7 +26,7 @@ from cpr_fast.evaluate.features.embedding import Embedding
 from cpr_fast.models import Encoder, build_encoder
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.files import replacing
-from cpr_fast.weights.tensors import save_tensors
+from cpr_fast.weights.tensors import save_tensors, stored_tensors
 
 ZERO_FLOW = 128 / 255  # the grey level of zero motion
 THUMBNAIL = 16  # height and width of the single frame, pixels
@@ -74,15 +72,11 @@ class StoredStatistics:
         return True
 
     def _read(self) -> dict[str, Tensor] | None:
-        if not self.path.exists():
-            return None
-        try:
-            stored = load_file(self.path)
-        except (SafetensorError, OSError) as error:
-            log.warning("%s cannot be read (%s): the statistics are computed again", self.path, error)
-            return None
-        same = stored.keys() == self._buffers.keys() and all(
-            stored[n].shape == b.shape for n, b in self._buffers.items()
+        stored = stored_tensors(self.path, "the statistics are computed again")
+        same = (
+            stored is not None
+            and stored.keys() == self._buffers.keys()
+            and all(stored[n].shape == b.shape for n, b in self._buffers.items())
         )
         return stored if same else None
 

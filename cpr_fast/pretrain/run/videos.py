@@ -13,6 +13,7 @@ from typing import Any
 from cpr_fast.config import DataConfig
 from cpr_fast.data.index.index import Index, too_few
 from cpr_fast.errors import InputError
+from cpr_fast.runtime.progress import first_process
 from cpr_fast.wording import counted
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def training_videos(data: DataConfig) -> Index:
         raise InputError(f"data.split: {error}. Choose one with --data.split") from None
     kept = part.long_enough(data)
     reason = too_few(len(kept), len({video.source for video in kept}), data.split if index.has_splits else "")
-    if reason and _first_process():
+    if reason and first_process():
         log.warning("Warning: data.index: %s; a run on fewer shows only that everything works", reason)
     return kept
 
@@ -75,7 +76,7 @@ def check_same_videos(before: dict[str, Any] | None, now: dict[str, Any], folder
         InputError: the videos differ. The memory and the labels of a checkpoint refer to positions in the index.
     """
     if before is None:
-        if _first_process():
+        if first_process():
             log.warning(
                 "The checkpoint is of an older version, which did not record the training videos: make sure that "
                 "data.index has the same rows in the same order as when the run began"
@@ -95,11 +96,6 @@ def check_same_videos(before: dict[str, Any] | None, now: dict[str, Any], folder
         f"data.index: the run in {str(folder)!r} was trained on {counted(before['count'], 'video')}, got {came} "
         f"({index!r}). Resume with the index it began with, or start a new run with another --run.out"
     )
-
-
-def _first_process() -> bool:
-    """Returns whether this is the first of the processes that torchrun started, without importing torch."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _hash(rows: Iterable[tuple[str, ...]]) -> str:
