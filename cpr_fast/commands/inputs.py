@@ -50,6 +50,14 @@ def require_suffix(option: str, out: str | Path, suffix: str) -> None:
         raise InputError(f"{option}: expected a name that ends in {suffix}, got {str(out)!r}")
 
 
+def require_output(option: str, out: str | Path) -> None:
+    """Raises InputError that names the option, if the file or folder `out` cannot be created, or no file in the folder
+    that it is. Commands would otherwise fail when they write their results, after all their work."""
+    from cpr_fast.runtime.files import require_writable
+
+    require_writable(option, Path(out).parent if os.path.isfile(out) else Path(out), "Choose another place")
+
+
 def require_folder(option: str, path: str | Path | None) -> None:
     """Raises InputError that names the option, if its folder is given but does not exist."""
     if path is not None and not os.path.isdir(path):
@@ -144,14 +152,18 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def other_shards(shard: tuple[int, int]) -> str:
-    """Returns the option of the first shard other than (i, n), and the further ones in brackets, such as
-    "--shard 0/8   (and 1/8, 3/8 to 7/8)"."""
+def next_shard(shard: tuple[int, int]) -> list[str]:
+    """Returns the option of the first shard other than (i, n), such as ["--shard", "0/8"]; nothing if n is 1."""
     number, count = shard
-    first, *further = [i for i in range(count) if i != number]
-    parts = [group for group in ([i for i in further if i < number], [i for i in further if i > number]) if group]
-    named = ", ".join(f"{group[0]}/{count}" + (f" to {group[-1]}/{count}" if len(group) > 1 else "") for group in parts)
-    return f"--shard {first}/{count}" + (f"   (and {named})" if named else "")
+    return [] if count == 1 else ["--shard", f"{0 if number else 1}/{count}"]
+
+
+def other_shards(shard: tuple[int, int]) -> str:
+    """Returns the shards other than (i, n), such as "0/8 to 1/8, 3/8 to 7/8"; nothing if n is 1."""
+    number, count = shard
+    groups = [group for group in (range(number), range(number + 1, count)) if group]
+    named = [f"{group[0]}/{count}" + (f" to {group[-1]}/{count}" if len(group) > 1 else "") for group in groups]
+    return ", ".join(named)
 
 
 def unknown_option(option: str, known: Iterable[str], *, otherwise: str) -> InputError:
@@ -188,27 +200,31 @@ def _one(check: Callable[[str, str], None]) -> Check:
     return lambda option, values: check(option, values[0])
 
 
-FILE, FOLDER = _one(require_file), _one(require_folder)
+FILE, FOLDER, OUTPUT = _one(require_file), _one(require_folder), _one(require_output)
 SHARD = _one(lambda _option, text: parse_shard(text))
 
-# The input files of every command but `pretrain`, which reads its own command line. Names in capitals are positional.
+# The input files, and where the output goes, of every command but `pretrain`, which reads its own command line. Names
+# in capitals are positional.
 INPUTS: dict[str, dict[str, Check]] = {
+    "quickstart": {"--out": OUTPUT},
     "doctor": {"INDEX": FILE, "--config": FILE},
-    "index": {"ROOT": _one(require_data_set), "--splits": FOLDER, "--flow-lmdb": FILE, "--shard": SHARD},
-    "flow": {"INDEX": FILE, "--shard": SHARD},
-    "show-sample": {"INDEX": FILE, "--config": FILE},
-    "init": {"INDEX": FILE},
-    "reproduce": {"--index": FILE, "--settings": FILE, "--hmdb51": FILE, "--k400": FILE},
-    "import-checkpoint": {"FILE": FILE},
-    "export": {"CHECKPOINT": FILE},
+    "synth": {"OUT": OUTPUT},
+    "index": {"ROOT": _one(require_data_set), "--splits": FOLDER, "--flow-lmdb": FILE, "--shard": SHARD,
+              "--transcode": OUTPUT, "--out": OUTPUT},
+    "flow": {"INDEX": FILE, "--shard": SHARD, "--out": OUTPUT},
+    "show-sample": {"INDEX": FILE, "--config": FILE, "--out": OUTPUT},
+    "init": {"INDEX": FILE, "--out": OUTPUT},
+    "reproduce": {"--index": FILE, "--settings": FILE, "--hmdb51": FILE, "--k400": FILE, "--out": OUTPUT},
+    "import-checkpoint": {"FILE": FILE, "--out": OUTPUT},
+    "export": {"CHECKPOINT": FILE, "--out": OUTPUT},
     "retrieve": {"CHECKPOINT": require_checkpoints, "--index": require_indexes},
     "probe": {"CHECKPOINT": require_checkpoints, "--index": require_indexes, "--config": FILE},
     "finetune": {"CHECKPOINT": require_checkpoints, "--index": require_indexes, "--config": FILE},
-    "search": {"QUERIES": require_files, "--index": FILE, "--checkpoint": require_checkpoints},
+    "search": {"QUERIES": require_files, "--index": FILE, "--checkpoint": require_checkpoints, "--out": OUTPUT},
     "mine": {"FEATURES": FILE},
     "compare": {"RUNS": require_runs, "--against": require_runs},
-    "report": {"RUNS": require_runs, "--index": FILE},
-}
+    "report": {"RUNS": require_runs, "--index": FILE, "--out": OUTPUT},
+}  # fmt: skip
 
 
 def check_inputs(command: str, arguments: Sequence[str]) -> None:

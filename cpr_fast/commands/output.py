@@ -20,7 +20,8 @@ def show(result: dict[str, Any], json: bool, *, next_step: str, lines: Sequence[
     Args:
         result: The result; with `json` only this is printed, as one JSON object.
         json: Whether the user gave `--json`.
-        next_step: What a user may want to do next: a command, or a file to open. Every command has one.
+        next_step: What a user may want to do next: commands, one in each line, which can be pasted into a shell, or a
+            file to open. Every command has one.
         lines: The readable text. Without it, each entry of the result is printed as "name: value".
 
     Raises:
@@ -32,7 +33,8 @@ def show(result: dict[str, Any], json: bool, *, next_step: str, lines: Sequence[
         return
     if lines is None:
         lines = [f"{name.replace('_', ' ')}: {_text(value)}" for name, value in result.items()]
-    for line in "\n".join([*lines, "", f"next: {next_step}"]).split("\n"):
+    first, *further = next_step.split("\n")
+    for line in "\n".join([*lines, "", f"next: {first}", *(f"      {line}" for line in further)]).split("\n"):
         print(_encodable(printable(line)))
 
 

@@ -37,6 +37,17 @@ def init_command(index: str | Path) -> str:
     return f"cpr-fast init {shlex.quote(str(index))}" + (f" --out {shlex.quote(name)}" if name != names[0] else "")
 
 
+def pretrain_command(arguments: Iterable[str], run: str | Path, new: str | Path) -> str:
+    """Returns the command that trains a recipe, which `arguments` name, perhaps with settings.
+
+    Args:
+        run: The run folder of these settings.
+        new: The folder that a new run can have: `run`, or another one if `run` holds a run already.
+    """
+    other = [] if Path(run) == Path(new) else ["--run.out", str(new)]
+    return shlex.join(["cpr-fast", "pretrain", *arguments, *other])
+
+
 def retrieve_command(run: str | Path, index: str | Path, *, published: bool = False) -> str:
     """Returns the command that evaluates a run on an index: on 5 windows of each video, or on all, as published."""
     checkpoint = shlex.quote(f"{run}/checkpoints/last.pt")

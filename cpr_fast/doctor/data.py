@@ -101,7 +101,7 @@ def decoded_from_start(
             "for every clip (an AVI file, or a single key frame)")  # fmt: skip
     if breakdown is not None and breakdown["bottleneck"] == "step":
         return [Finding("ok", f"{text}; that costs no time here, because the network takes longer", effect="time")]
-    return [Finding("warning", text, f"{_transcoding(index, videos)}   (writes copies with many key frames)", "time")]
+    return [Finding("warning", text, f"to write copies with many key frames: {_transcoding(index, videos)}", "time")]
 
 
 def _check_sample(index: Path, videos: Index, facts: dict[str, Any], findings: list[Finding]) -> None:
@@ -114,8 +114,8 @@ def _check_sample(index: Path, videos: Index, facts: dict[str, Any], findings: l
         does = ": training replaces these videos by others, and evaluation leaves them out" if some else ""
         findings.append(Finding("warning" if some else "error",
                                 f"{len(damaged)} of {counted(sampled, 'sampled video')} {verb} damaged{does}: {text}",
-                                f"{index_command(index, videos, verify='')}   (lists every damaged video with its "
-                                "frames that decode, and leaves out those without any)",
+                                "to list every damaged video with its frames that decode, and to leave out those "
+                                f"without any: {index_command(index, videos, verify='')}",
                                 "results" if some else "fails"))  # fmt: skip
     elif not facts["stale"]:
         verb = "decodes" if sampled == 1 else "decode"

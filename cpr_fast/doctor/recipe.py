@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cpr_fast.config import Config, ConfigError, load
-from cpr_fast.config.recipes import init_command
+from cpr_fast.config.recipes import init_command, pretrain_command
 from cpr_fast.data.index.index import Index
 from cpr_fast.doctor.findings import Finding
 from cpr_fast.errors import InputError
 from cpr_fast.experiments.sizing import Facts, sized_recipe, usable_cores
+from cpr_fast.runtime.files import new_run_folder
 
 LARGEST = 2**20  # bytes; a larger file is not a recipe
 MARK = "written by `cpr-fast init`"
@@ -46,14 +47,16 @@ def choose_recipe(index: Path | None, named: Path | None, findings: list[Finding
         gpu: Whether training would run on a GPU.
     """
     if named is not None:
-        return Recipe(load(named), named, f"judged with the settings of {named} (--config)", _pretrain(named))
+        config = load(named)
+        said = f"judged with the settings of {named} (--config)"
+        return Recipe(config, named, said, _pretrain(named, config))
     if index is None:
         return Recipe(None, None, "", "cpr-fast index VIDEOS --out index.csv")
     found = dict(_recipes_of(index, findings))
     if len(found) == 1:
         ((path, config),) = found.items()
         return Recipe(config, path, f"judged with the settings of {path}, which names this index; to judge another "
-                      "recipe: --config RECIPE.toml", _pretrain(path))  # fmt: skip
+                      "recipe: --config RECIPE.toml", _pretrain(path, config))  # fmt: skip
     sized = _sized(index, gpu)
     if found:
         next_step = f"cpr-fast doctor {shlex.quote(str(index))} --config {shlex.quote(str(next(iter(found))))}"
@@ -65,8 +68,9 @@ def choose_recipe(index: Path | None, named: Path | None, findings: list[Finding
     return Recipe(sized, None, said, next_step)
 
 
-def _pretrain(recipe: Path) -> str:
-    return f"cpr-fast pretrain {shlex.quote(str(recipe))}"
+def _pretrain(recipe: Path, config: Config) -> str:
+    run = Path(config.run.out)
+    return pretrain_command([str(recipe)], run, new_run_folder(run))
 
 
 def _sized(index: Path, gpu: bool) -> Config | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import itertools
 import logging
 import os
 import secrets
@@ -72,6 +73,12 @@ def require_new_run(folder: Path) -> None:
             f"run.out: {str(folder)!r} already holds a run ({found[0].relative_to(folder)}). Continue it with "
             "--resume, or choose another folder with --run.out"
         )
+
+
+def new_run_folder(folder: Path) -> Path:
+    """Returns `folder`, or if it holds a run the first of FOLDER-2, FOLDER-3, ... that holds none."""
+    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return folder if not run_checkpoints(folder) else next(name for name in names if not run_checkpoints(name))
 
 
 def _is_refused(error: OSError, path: Path) -> bool:

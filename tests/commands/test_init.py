@@ -116,6 +116,25 @@ def test_the_command_writes_a_recipe_that_names_the_index_and_replaces_nothing(t
     assert "optical flow: 0 of 16 videos have it\n" in out and "next: cpr-fast pretrain deep/recipe.toml" in out
 
 
+def test_the_run_folder_is_named_after_the_recipe_and_is_a_new_one(listed, capsys):
+    def following(*options):
+        assert main(["init", "index.csv", "--seconds", "0", *options]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert following() == "next: cpr-fast pretrain recipe.toml" and load("recipe.toml").run.out == "runs/recipe"
+    checkpoint = Path("runs/recipe/checkpoints/last.pt")
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    assert following("--force") == "next: cpr-fast pretrain recipe.toml"
+    assert load("recipe.toml").run.out == "runs/recipe-2"
+    # A folder that is asked for stays in the recipe, and the command does not fail.
+    asked = following("--force", "--run", "runs/recipe")
+    assert asked == "next: cpr-fast pretrain recipe.toml --run.out runs/recipe-2"
+    assert load("recipe.toml").run.out == "runs/recipe"
+    assert main(["explain", "recipe.toml"]) == 0
+    assert capsys.readouterr().out.endswith("\nnext: cpr-fast pretrain recipe.toml --run.out runs/recipe-2\n")
+
+
 @pytest.mark.parametrize(
     ("have", "said"),
     [

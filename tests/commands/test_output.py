@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cpr_fast.cli import COMMANDS, main
-from cpr_fast.commands.inputs import other_shards
+from cpr_fast.commands.inputs import next_shard, other_shards
 from cpr_fast.commands.output import after_evaluation, show, table
 from cpr_fast.evaluate.retrieval.names import interval, percent, signed, signed_interval
 from cpr_fast.wording import counted, ordinal, printable
@@ -93,19 +93,24 @@ def test_a_missing_file_with_such_a_name_is_one_line(capsys):
 
 
 @pytest.mark.parametrize(
-    ("shard", "text"),
+    ("shard", "following", "others"),
     [
-        ((0, 2), "--shard 1/2"),
-        ((1, 2), "--shard 0/2"),
-        ((0, 3), "--shard 1/3   (and 2/3)"),
-        ((1, 3), "--shard 0/3   (and 2/3)"),
-        ((0, 8), "--shard 1/8   (and 2/8 to 7/8)"),
-        ((2, 8), "--shard 0/8   (and 1/8, 3/8 to 7/8)"),
-        ((7, 8), "--shard 0/8   (and 1/8 to 6/8)"),
+        ((0, 1), "", ""),
+        ((0, 2), "--shard 1/2", "1/2"),
+        ((1, 2), "--shard 0/2", "0/2"),
+        ((1, 3), "--shard 0/3", "0/3, 2/3"),
+        ((0, 8), "--shard 1/8", "1/8 to 7/8"),
+        ((2, 8), "--shard 0/8", "0/8 to 1/8, 3/8 to 7/8"),
+        ((7, 8), "--shard 0/8", "0/8 to 6/8"),
     ],
 )
-def test_the_other_shards_are_named(shard, text):
-    assert other_shards(shard) == text
+def test_the_other_shards_are_named(shard, following, others):
+    assert " ".join(next_shard(shard)) == following and other_shards(shard) == others
+
+
+def test_every_line_of_the_next_step_is_a_command(capsys):
+    show({}, False, lines=["done"], next_step="cpr-fast a\ncpr-fast b")
+    assert capsys.readouterr().out == "done\n\nnext: cpr-fast a\n      cpr-fast b\n"
 
 
 def test_after_an_evaluation_the_report_or_a_search_comes_next():

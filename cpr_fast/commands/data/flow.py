@@ -6,9 +6,10 @@ import shlex
 from pathlib import Path
 from typing import Any, Literal
 
-from cpr_fast.commands.inputs import other_shards, parse_shard, require_file, require_videos
+from cpr_fast.commands.inputs import next_shard, other_shards, parse_shard, require_file, require_videos
 from cpr_fast.commands.options import IndexPath, Json
 from cpr_fast.commands.output import show
+from cpr_fast.config.recipes import init_command
 from cpr_fast.wording import counted
 
 
@@ -46,24 +47,19 @@ def flow(
 
     report = write_flow(index, out, storage=storage, device=device, shard=part, progress=True)
     waiting = report["without_flow"] - len(report["problems"])  # videos of other shards
-    show(report, json, lines=_summary(report, index, part, waiting),
-         next_step=_next_step(index, out, storage, part, waiting))  # fmt: skip
+    show(report, json, lines=_summary(report, index, storage, part, waiting),
+         next_step="\n".join(_next_steps(index, out, storage, part, waiting)))  # fmt: skip
 
 
-def _next_step(index: Path, out: Path, storage: str, shard: tuple[int, int], waiting: int) -> str:
-    """Returns the command to run next; `waiting` counts the videos without flow that belong to other shards."""
-    again = f"cpr-fast flow {shlex.quote(str(index))} --out {shlex.quote(str(out))}"
-    again += " --storage lmdb" if storage == "lmdb" else ""
-    recipe = f"cpr-fast init {shlex.quote(str(index))}"
-    if shard[1] > 1 and storage == "lmdb":
-        joined = f"{again}   (joins the files of all shards)"
-        return f"{again} {other_shards(shard)}, then {joined}" if waiting > 0 else joined
-    if waiting > 0:
-        return f"{again}{' ' + other_shards(shard) if shard[1] > 1 else ''}, then {recipe}"
-    return f"{recipe}   (writes a recipe; `cpr-fast doctor {shlex.quote(str(index))}` checks the data)"
+def _next_steps(index: Path, out: Path, storage: str, shard: tuple[int, int], waiting: int) -> list[str]:
+    """Returns the commands to run next; `waiting` counts the videos without flow that belong to other shards."""
+    again = ["cpr-fast", "flow", str(index), "--out", str(out), *(["--storage", "lmdb"] if storage == "lmdb" else [])]
+    others = [[*again, *next_shard(shard)]] if waiting > 0 else []
+    joins = [again] if shard[1] > 1 and storage == "lmdb" else []
+    return [*map(shlex.join, [*others, *joins]), init_command(index)]
 
 
-def _summary(report: dict[str, Any], index: Path, shard: tuple[int, int], waiting: int) -> list[str]:
+def _summary(report: dict[str, Any], index: Path, storage: str, shard: tuple[int, int], waiting: int) -> list[str]:
     """Returns a summary of the work done and of the videos without flow, with the reasons."""
     from cpr_fast.data.storage.unreadable import by_kind
     from cpr_fast.runtime.progress import duration
@@ -78,8 +74,10 @@ def _summary(report: dict[str, Any], index: Path, shard: tuple[int, int], waitin
         *(f"  no flow for {line}" for line in by_kind(problems)),
     ]
     if waiting > 0:
+        others = f", because of other shards ({other_shards(shard)})" if shard[1] > 1 else ""
         lines.append(
-            f"  {counted(waiting, 'other video')} of the index {'has' if waiting == 1 else 'have'} no flow yet, "
-            "because of other shards"
+            f"  {counted(waiting, 'other video')} of the index {'has' if waiting == 1 else 'have'} no flow yet{others}"
         )
+    if shard[1] > 1 and storage == "lmdb":
+        lines.append("  the last command without --shard joins the files of all shards")
     return lines

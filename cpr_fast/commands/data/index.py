@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from cpr_fast.commands.inputs import (
+    next_shard,
     other_shards,
     parse_shard,
     require_at_least,
@@ -66,23 +67,23 @@ def index(
     require_file("--flow-lmdb", flow_lmdb)
     part = parse_shard(shard)
     require_suffix("--out", out, ".csv")
-    require_at_least("--split", 1, split)
-    require_at_least("--short-side", 16, short_side)
-    require_at_least("--min-frames", 0, min_frames)
+    _require_numbers(split, short_side, min_frames)
     if verify and no_verify:
         raise InputError("--verify, --no-verify: expected at most one of them, got both")
     from cpr_fast.runtime.progress import announce
 
     announce(f"Looking for videos in {root}")
     from cpr_fast.data.index.build import IndexOptions, write_index
-    from cpr_fast.data.index.summary import next_step, summary
+    from cpr_fast.data.index.summary import command_of, next_step, summary
 
     options = IndexOptions(layout, splits, split, class_order, flow_lmdb, verify or (False if no_verify else None),
                            transcode, short_side, min_frames, not no_classes, part)  # fmt: skip
     report = write_index(root, out, options, progress=True)
-    show(report, json, lines=[] if json else summary(report), next_step=next_step(report) or _missing(part))
+    again = command_of(root, out, options.given(), *next_shard(part))  # the command while videos have no result
+    show(report, json, lines=[] if json else summary(report, other_shards(part)), next_step=next_step(report) or again)
 
 
-def _missing(shard: tuple[int, int]) -> str:
-    """Returns the next step while videos have no result, so that no index was written."""
-    return f"the same command {'with ' + other_shards(shard) if shard[1] > 1 else 'again'}"
+def _require_numbers(split: int, short_side: int, min_frames: int) -> None:
+    require_at_least("--split", 1, split)
+    require_at_least("--short-side", 16, short_side)
+    require_at_least("--min-frames", 0, min_frames)

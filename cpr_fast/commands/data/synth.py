@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -43,4 +44,5 @@ def synth(
     index = write_synthetic(out, classes=classes, videos=videos, seed=seed, version=version, progress=True)
     count = len(Index.load(index, require_flow=False))
     lines = [f"{counted(count, 'video')} of {counted(classes, 'class', 'classes')} in {out}, listed in {index}"]
-    show({"index": str(index)}, json, lines=lines, next_step=f"cpr-fast flow {index} --out {out / 'flow'}")
+    flow = f"cpr-fast flow {shlex.quote(str(index))}"
+    show({"index": str(index)}, json, lines=lines, next_step=f"{flow} --out {shlex.quote(str(out / 'flow'))}")

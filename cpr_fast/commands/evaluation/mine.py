@@ -70,8 +70,7 @@ def mine(
 def _next_step(rows: list[dict[str, Any]]) -> str:
     """Returns the command that trains with the cascade of the highest PMR, the first one if no label is known."""
     best = max(rows, key=lambda row: row["pmr"] or 0)
-    why = "" if best["pmr"] is None else "   (the highest PMR)"
     return (
         f"cpr-fast pretrain RECIPE --mining.stages {best['stages']} --mining.ratio {best['ratio']:g} "
-        f"--mining.top-k {best['top_k']}{why}"
+        f"--mining.top-k {best['top_k']}"
     )

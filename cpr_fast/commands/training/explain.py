@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from cpr_fast.commands.output import show
 from cpr_fast.commands.training.pretrain import parse, settings
 from cpr_fast.config import load
-from cpr_fast.config.recipes import FOLDER, find_config, recipes
+from cpr_fast.config.recipes import FOLDER, find_config, pretrain_command, recipes
 from cpr_fast.errors import InputError
+from cpr_fast.runtime.files import new_run_folder
 
 FLAGS = ("--all", "--json", "--help", "-h")
 
@@ -43,5 +43,6 @@ def parse_and_run(arguments: list[str]) -> None:
     from cpr_fast.experiments.explain.page import explain
 
     lines, result = explain(config, name, recipes()[name] if is_recipe else "", whole="--all" in given.flags)
-    trained = shlex.join(word for word in arguments if word not in FLAGS)
-    show(result, "--json" in given.flags, lines=lines, next_step=f"cpr-fast pretrain {trained}")
+    named, run = [word for word in arguments if word not in FLAGS], Path(config.run.out)
+    trained = pretrain_command(named, run, new_run_folder(run))
+    show(result, "--json" in given.flags, lines=lines, next_step=trained)

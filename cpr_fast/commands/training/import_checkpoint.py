@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,7 +41,7 @@ def import_checkpoint(
     from cpr_fast.weights.importing import import_checkpoint as run
 
     result = run(file, out, view=view)
-    show(result, json, lines=lines_of(result), next_step=f"cpr-fast retrieve {out} --index INDEX.csv")
+    show(result, json, lines=lines_of(result), next_step=f"cpr-fast retrieve {shlex.quote(str(out))} --index INDEX.csv")
 
 
 def lines_of(result: dict[str, Any]) -> list[str]:

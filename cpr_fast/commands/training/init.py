@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cpr_fast.commands.inputs import require_at_least, require_file, require_other_file, require_suffix
 from cpr_fast.commands.options import IndexPath, Json
 from cpr_fast.commands.output import show
+from cpr_fast.config.recipes import pretrain_command
 from cpr_fast.errors import InputError
 from cpr_fast.wording import counted
 
@@ -35,7 +36,7 @@ def init(
     index: IndexPath,
     *,
     out: Path = Path("recipe.toml"),
-    run: Path = Path("runs/mine"),
+    run: Path | None = None,
     epochs: int | None = None,
     minutes: float | None = None,
     seconds: float = 20.0,
@@ -50,7 +51,8 @@ def init(
     Args:
         index: The index (CSV), as `cpr-fast index` wrote it.
         out: The recipe to write (TOML).
-        run: The run folder that the recipe names.
+        run: The run folder that the recipe names; by default runs/NAME after the recipe, with a number if that holds a
+            run already.
         epochs: Number of epochs of all cycles together; by default it follows from the number of videos.
         minutes: Reduce the number of epochs to as many as fit into this time, by the measured time of a step.
         seconds: How long to measure; 0 does not measure, and prints no expected time.
@@ -62,10 +64,11 @@ def init(
     announce("Loading the index and PyTorch")
     from cpr_fast.data.flow.names import flow_command
     from cpr_fast.experiments.sizing import sized_recipe
-    from cpr_fast.runtime.files import replacing
+    from cpr_fast.runtime.files import new_run_folder, replacing
 
     videos, facts, gpu = _facts(index, epochs)
-    named = os.path.relpath(index, out.parent), str(run)
+    folder = run or new_run_folder(Path("runs") / out.stem)
+    named = os.path.relpath(index, out.parent), str(folder)
     whole = sized = sized_recipe(facts, *named, epochs)
     pace, device = None, "cuda" if gpu else "cpu"
     if minutes is not None:
@@ -85,7 +88,8 @@ def init(
         *_about_flow(videos, facts, sized.config, flow_command(index, videos)),
         *_doubts(videos, facts, sized.config),
     ]
-    show(_result(out, facts, sized, pace), json, lines=lines, next_step=f"cpr-fast pretrain {shlex.quote(str(out))}")
+    trained = pretrain_command([str(out)], folder, new_run_folder(folder))
+    show(_result(out, facts, sized, pace), json, lines=lines, next_step=trained)
 
 
 def _facts(index: Path, epochs: int | None) -> tuple[Index, Facts, bool]:

@@ -106,7 +106,7 @@ def parse_and_run(arguments: list[str]) -> None:
         {"run": str(folder)},
         "--json" in given.flags,
         lines=[f"run folder: {folder}"],
-        next_step=f"{evaluate}, then cpr-fast report {shlex.quote(str(folder))}",
+        next_step=f"{evaluate}\ncpr-fast report {shlex.quote(str(folder))}",
     )
 
 

@@ -254,10 +254,11 @@ def _same_contents(videos: Index) -> list[Problem]:
 
 
 def _after_previous(index: Index, out: Path, problems: list[Problem]) -> tuple[Index, list[Problem]]:
-    """Keeps the flow of the index that is replaced, and reports the columns whose values differ from it.
+    """Keeps the flow of the index that is replaced, and reports the columns whose values differ from it and the videos
+    that exist but are no longer listed, unless another problem explains why.
 
-    If a class, source or split differs, the previous file is kept as *.old.csv, because it may have been edited by
-    hand.
+    If a class, source or split differs, or a video is no longer listed, the previous file is kept as *.old.csv, because
+    it may have been edited by hand or may be the index of another data set.
     """
     try:
         previous = Index.load(out, require_flow=False, skipped=[])
@@ -276,6 +277,10 @@ def _after_previous(index: Index, out: Path, problems: list[Problem]) -> tuple[I
         if old is not None and (differs := _differences(old, video)):
             changed.append(Problem(video.path, "replaced", f"{differs}; the previous index is {_old(out).name}"))
         videos.append(video)
+    explained = {os.path.realpath(item.path) for item in (*index, *problems)}
+    for path in before:
+        if path not in explained:
+            changed.append(Problem(Path(path), "not_listed", f"the previous index is {_old(out).name}"))
     if changed:
         with replacing(_old(out)) as temporary:
             shutil.copyfile(out, temporary)

@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "rotated": (False, "stored rotated"),
     "too_short": (False, "fewer frames than --min-frames"),
     "failed": (False, "flow not computed"),
+    "not_listed": (False, "only in the previous index"),
     "damaged": (True, "frames missing or decoded with errors"),
     "size_change": (True, "frame size changes; kept up to the change"),
     "several_streams": (True, "one of several video streams is read"),
@@ -82,11 +83,17 @@ def index_command(index: Path, videos: Iterable[Video] = (), **changes: str) -> 
         root, options = os.path.commonpath(folders), {}
     if "verify" in changes:
         options.pop("no_verify", None)
-    words = ["cpr-fast", "index", _from_here(root), "--out", str(index)]
-    for name, value in (options | changes).items():
+    return command_of(root, index, options | changes)
+
+
+def command_of(root: str | Path, out: str | Path, options: dict[str, str], *further: str) -> str:
+    """Returns the command that lists the videos of `root` in the index `out`; `options` are those of
+    `IndexOptions.given`, and `further` are words that follow."""
+    words = ["cpr-fast", "index", _from_here(str(root)), "--out", str(out)]
+    for name, value in options.items():
         shown = _from_here(value) if os.path.isabs(value) else value
         words += [f"--{name.replace('_', '-')}", *([shown] if shown else [])]
-    return shlex.join(words)
+    return shlex.join([*words, *further])
 
 
 def _from_here(path: str) -> str:
@@ -95,13 +102,13 @@ def _from_here(path: str) -> str:
     return path if here.split(os.sep)[0] == ".." else here
 
 
-def summary(report: dict[str, Any]) -> list[str]:
-    """Returns the report of `write_index` as lines of text."""
+def summary(report: dict[str, Any], others: str = "") -> list[str]:
+    """Returns the report of `write_index` as lines of text; `others` names the other shards, if there are any."""
     if report["index"] is None:
+        shards = f"run the other shards ({others}), or " if others else ""
         return [
-            f"{counted(report['probed'], 'video')} probed. {report['left']:,} have no result yet: run "
-            f"the other shards, "
-            "or run this command again for those that could not be read."
+            f"{counted(report['probed'], 'video')} probed. {report['left']:,} have no result yet: {shards}run this "
+            "command again for those that could not be read."
         ]
     counts = (counted(report["videos"], "video"), _classes(report["classes"]),
               counted(report["sources"], "source"), _splits(report["splits"]))  # fmt: skip
@@ -125,6 +132,10 @@ def summary(report: dict[str, Any]) -> list[str]:
     elif set(report["splits"]) <= {""}:
         lines.append("Without splits pretraining reads all videos, and in `cpr-fast retrieve` every video queries "
                      "those of all other sources.")  # fmt: skip
+    if report["without_flow"] and not missing:
+        flow = f"cpr-fast flow {shlex.quote(report['index'])} --out flow"
+        lines.append(f"Optional before the next step: `{flow}` computes optical flow, the published second view, "
+                     "which takes long.")  # fmt: skip
     return lines
 
 
@@ -178,8 +189,4 @@ def next_step(report: dict[str, Any]) -> str:
         return ""
     if _too_few(report):
         return "add videos to pretrain on, and run this command again"
-    init = init_command(report["index"])
-    if not report["without_flow"]:
-        return init
-    flow = f"cpr-fast flow {shlex.quote(report['index'])} --out flow"
-    return f"{flow}   (optical flow, the second view; without it: {init})"
+    return init_command(report["index"])

@@ -29,16 +29,24 @@ def made(tmp_path_factory):
 
 RUN = "{0}/run/checkpoints/last.pt"
 WRITING = [
-    ("index {0}/set --out {0}/locked/i.csv", "could not write '{0}/locked': Permission denied"),
-    ("init {0}/index.csv --out {0}/locked/i.toml --seconds 0", "could not write '{0}/locked/i.toml': Permission"),
-    ("show-sample {0}/index.csv --out {0}/locked/x.png", "could not write '{0}/locked/x.png': Permission denied"),
-    (f"export {RUN} --out {{0}}/locked/x.st", "could not write '{0}/locked/x.st': Permission denied"),
-    ("report {0}/run --out {0}/locked/r.html", "could not write '{0}/locked/r.html': Permission denied"),
+    ("index {0}/set --out {0}/locked/i.csv", "--out: cannot write to '{0}/locked/i.csv': Permission denied"),
+    ("init {0}/index.csv --out {0}/locked/i.toml --seconds 0", "--out: cannot write to '{0}/locked/i.toml': Perm"),
+    ("show-sample {0}/index.csv --out {0}/locked/x.png", "--out: cannot write to '{0}/locked/x.png': Permission"),
+    (f"export {RUN} --out {{0}}/locked/x.st", "--out: cannot write to '{0}/locked/x.st': Permission denied"),
+    ("report {0}/run --out {0}/locked/r.html", "--out: cannot write to '{0}/locked/r.html': Permission denied"),
     (f"retrieve {RUN} --index {{0}}/index.csv", "CHECKPOINT: cannot write to '{0}/run/evaluations': Permission denied"),
     (f"probe {RUN} --index {{0}}/index.csv", "CHECKPOINT: cannot write to '{0}/run/evaluations': Permission denied"),
     (f"finetune {RUN} --index {{0}}/index.csv", "CHECKPOINT: cannot write to '{0}/run/evaluations': Permission denied"),
     (f"search {{0}}/set/test/A/a.mkv --index {{0}}/index.csv --checkpoint {RUN}",
      "--out: cannot write to '{0}/run/search': Permission denied"),
+    ("flow {0}/index.csv --out {0}/locked/flow", "--out: cannot write to '{0}/locked/flow': Permission denied"),
+    ("index {0}/set --out {0}/i.csv --transcode {0}/locked/t",
+     "--transcode: cannot write to '{0}/locked/t': Permission denied"),
+    ("synth {0}/locked/s", "OUT: cannot write to '{0}/locked/s': Permission denied"),
+    ("quickstart --out {0}/locked/q", "--out: cannot write to '{0}/locked/q': Permission denied"),
+    ("reproduce table1 --index {0}/index.csv --out {0}/locked/r", "--out: cannot write to '{0}/locked/r': Permission"),
+    ("import-checkpoint {0}/run/checkpoints/last.pt --out {0}/locked/i.pt",
+     "--out: cannot write to '{0}/locked/i.pt': Permission denied"),
 ]  # fmt: skip
 
 

@@ -223,7 +223,7 @@ def test_pictures_alone_are_named(tmp_path):
 )
 def test_the_summary_of_unlabelled_videos_says_that_no_labels_are_needed(classes, said):
     report = {"index": "i.csv", "videos": 8, "classes": classes, "sources": 8, "splits": {"": 8}, "levels": "",
-              "unlabelled": 0, "problems": [], "other_files": {},
+              "unlabelled": 0, "problems": [], "other_files": {}, "without_flow": 8,
               "training": {"split": "", "videos": 8, "sources": 8}}  # fmt: skip
     assert summary(report)[0] == f"i.csv: 8 videos, {said}, 8 sources, no splits"
 
@@ -248,6 +248,25 @@ def test_an_index_of_too_few_videos_says_so_at_once(tmp_path, capsys, videos, sa
     assert refused == (0 if said is None else 2)
     reason = f"expected at least 8 training videos of at least 2 sources, {said}".rstrip(".")
     assert (reason in capsys.readouterr().err) == (said is not None)
+
+
+def test_an_index_that_is_replaced_is_kept_if_it_lists_other_videos(tmp_path, capsys):
+    video, out = write_plain(tmp_path / "v.mp4", 18), tmp_path / "i.csv"
+    place(video, *(tmp_path / "a" / f"{n}.mp4" for n in range(8)), *(tmp_path / "b" / f"{n}.mp4" for n in range(9)))
+    assert main(["index", str(tmp_path / "a"), "--out", str(out)]) == 0
+    assert main(["index", str(tmp_path / "a"), "--out", str(out)]) == 0  # the same videos
+    assert not (tmp_path / "i.old.csv").exists() and "not_listed" not in capsys.readouterr().out
+    (tmp_path / "a/3.mp4").unlink()  # deleted by the user, who knows it
+    assert main(["index", str(tmp_path / "a"), "--out", str(out)]) == 0
+    assert not (tmp_path / "i.old.csv").exists() and "not_listed" not in capsys.readouterr().out
+    before = out.read_text()
+    assert main(["index", str(tmp_path / "b"), "--out", str(out)]) == 0
+    said = f"7 not_listed (only in the previous index): {tmp_path}/a/0.mp4: the previous index is i.old.csv; "
+    printed = capsys.readouterr().out
+    assert said in printed and "; and 4 more\n" in printed and (tmp_path / "i.old.csv").read_text() == before
+    (tmp_path / "b/1.mp4").write_bytes(b"broken")  # its own problem says why it is not listed
+    assert main(["index", str(tmp_path / "b"), "--out", str(out)]) == 0
+    assert "not_listed" not in capsys.readouterr().out
 
 
 def test_copies_are_named_with_what_contradicts(tmp_path, capsys):
