@@ -1,11 +1,12 @@
 """Compares the kernels with other implementations in one run: `make bench`, or
 
-    python bench/kernels/compare.py [--device cpu|cuda] [--shapes 32x2048 ...] [--seconds 6] [--out bench/results]
+    python bench/kernels/compare.py [--device cpu|cuda] [--avx2] [--shapes 32x2048 ...] [--out bench/results]
 
-It prints the comparison and writes kernels_DEVICE.json, .md (tables) and .png (time over K with the floor). On the CPU
-it measures the CPU time of one thread, with the forms in turn, the growth of time and memory with K, and the gain of a
-second thread compared with that of torch's matrix product (wall clock, valid on an idle machine only). It takes about
-six minutes on two idle cores.
+It prints the comparison and writes kernels_DEVICE.json, .md (tables) and .png (time over K with the floor). With --avx2
+all forms use the instructions of a processor without AVX-512, such as those beside A100s, and the name ends in _avx2.
+On the CPU it measures the CPU time of one thread, with the forms in turn, the growth of time and memory with K, and the
+gain of a second thread compared with that of torch's matrix product (wall clock, valid on an idle machine only). It
+takes about six minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ import loss_forms
 from forms import ALL_SHAPES, CPU_SHAPES, Unavailable
 from measure import RESULTS, Rates, measure_rates, peak_mib, samples_s, summary, world, write_result
 from page import write_page
+
+# What makes the kernels, torch and oneDNN use AVX2. On AMD processors MKL does not use AVX-512 in any case.
+AVX2 = {"CPR_FAST_CPU_VARIANT": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 OPS = (cascade_forms, loss_forms)
 SWEEP_B = 32
@@ -145,6 +149,7 @@ def shape_of(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--avx2", action="store_true", help="the instructions of a processor without AVX-512")
     parser.add_argument(
         "--shapes", type=shape_of, nargs="+", help="BxK; default: those of the recorded results on the CPU, all on CUDA"
     )
@@ -156,10 +161,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6, help="total time of all forms of a shape")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.avx2 and any(os.environ.get(name) != value for name, value in AVX2.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2)  # they are read when torch is loaded
     shapes = options.shapes or (CPU_SHAPES if options.device == "cpu" else ALL_SHAPES)
     largest = options.largest or (2**17 if options.device == "cpu" else 2**20)
     report = run(options, shapes, largest)
-    name = f"kernels_{options.device}"
+    name = f"kernels_{options.device}{'_avx2' if options.avx2 else ''}"
     write_result(f"{name}.json", json.dumps(report, indent=1) + "\n", options.out)
     write_page(report, options.out / f"{name}.md")
 
