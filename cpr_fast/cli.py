@@ -102,11 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further Ctrl-C ends the process while threads still finish
         if first_process():
-            kept = (
-                "complete files are kept; to continue" if _continues(arguments) else "nothing was kept; to start again"
-            )
+            kept, then = ("what was finished is kept", "continue") if _continues(arguments) else (
+                "nothing was kept", "start again")  # fmt: skip
+            kept = "; ".join(getattr(stopped, "__notes__", [kept]))  # a command may know how much it is
             command = _continuing(arguments, "--auto-resume")
-            print(f"cpr-fast: {str(stopped) or 'interrupted'}, {kept}: {command}", file=sys.stderr)
+            print(f"cpr-fast: {str(stopped) or 'interrupted'}; {kept}; to {then}: {command}", file=sys.stderr)
         return 128 + getattr(stopped, "signum", signal.SIGINT)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         discard(sys.stdout.fileno())

@@ -35,6 +35,11 @@ def _error(function: str) -> str | None:
     return None if message is None else message.decode()
 
 
+def call(function: str, *numbers: int) -> None:
+    """Calls a function of the library that takes whole numbers (int) and returns nothing."""
+    getattr(_library, function)(*numbers)
+
+
 def driver_error() -> str | None:
     """Returns why the NVIDIA driver of this machine cannot run the CUDA kernels, or None. CUDA is not initialised."""
     return _error("cpr_cuda_driver_error")

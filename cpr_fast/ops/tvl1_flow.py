@@ -78,6 +78,12 @@ def tvl1_flow(
     return flow.reshape(*leading, T - 1, 2, H, W)
 
 
+def stop_tvl1_flow(stop: bool) -> None:
+    """Ends the calls of `tvl1_flow` that other threads compute on the CPU: they raise RuntimeError, and so do later
+    ones until this is called with False. Otherwise a call takes minutes for a batch of large frames."""
+    _library.call("cpr_tvl1_flow_stop", int(stop))
+
+
 def _in_range(frames: Tensor) -> Tensor:
     """Returns `frames`. Raises for float values outside 0..1, or replaces them by NaN where they cannot be read."""
     if frames.dtype == torch.uint8 or frames.numel() == 0:

@@ -16,6 +16,7 @@ import stat
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -29,6 +30,8 @@ ANSWER_S = 0.7  # a command that still runs this long after a request to stop sa
 RETRY_S = 0.05  # how often a request is repeated that came at an unsafe moment
 _LOCKING = (threading.__file__, concurrent.futures.thread.__file__)  # files whose functions hold locks
 _WEAK = ("weakref.py", "_weakrefset.py")  # files whose functions are called where exceptions are ignored
+
+AT_ONCE = "a second Ctrl-C ends the command at once"
 
 _after = ["Stopping as soon as the current operation ends"]  # what a command says then; the last one is valid
 
@@ -85,6 +88,16 @@ def _leave_terminal() -> None:
 
 
 @contextmanager
+def stopping(text: str) -> Iterator[None]:
+    """Replaces what a command says if it has not ended soon after a request to stop that comes within the block."""
+    _after.append(text)
+    try:
+        yield
+    finally:
+        _after.pop()
+
+
+@contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Notes the signals within the block instead of letting them end the process.
 
@@ -94,21 +107,17 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    _after.append("Stopping after the current step, and saving its state; a second Ctrl-C ends the command at once")
-    try:
-        with _handled(SIGNALS, request.note):
-            yield request
-    finally:
-        _after.pop()
+    with stopping("Stopping after the current step, and saving its state"), _handled(SIGNALS, request.note):
+        yield request
 
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Within the block, SIGTERM, SIGUSR1 and SIGHUP raise Stopped in the main thread. If the block has not ended soon
-    after one of them or Ctrl-C, a line says that the command is stopping.
+    """Within the block, SIGTERM, SIGUSR1 and SIGHUP raise Stopped in the main thread, and Ctrl-C KeyboardInterrupt. If
+    the block has not ended soon after one of them, a line says that the command is stopping.
 
     One that is repeated at once has no effect, since SLURM and torchrun both send it; a later one ends the process.
-    While a module is imported or a lock is held, they and Ctrl-C wait for the end of it, see `_WhenSafe`.
+    While a module is imported or a lock is held, they wait for the end of it, see `_WhenSafe`.
     """
     came: list[float] = []
 
@@ -120,26 +129,25 @@ def signals_raise() -> Iterator[None]:
             os.kill(os.getpid(), signum)
         if not came:
             came.append(time.monotonic())
-            raise Stopped(signum)
+            raise KeyboardInterrupt if signum == signal.SIGINT else Stopped(signum)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    others = [number for number in SIGNALS if number != signal.SIGINT]
     # A shell lets commands in the background ignore Ctrl-C.
-    ctrl_c = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
-    handlers = _WhenSafe(stop), _WhenSafe(signal.default_int_handler)
-    with _says_that_it_stops(), _handled(others, handlers[0]), _handled(ctrl_c, handlers[1]):
+    ignored = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    handler = _WhenSafe(stop)
+    with _says_that_it_stops(handler), _handled([n for n in SIGNALS if n != signal.SIGINT or not ignored], handler):
         try:
             yield
         finally:
-            for handler in handlers:
-                handler.close()
+            handler.close()
 
 
 @contextmanager
-def _says_that_it_stops() -> Iterator[None]:
-    """Prints a line if the block has not ended `ANSWER_S` after a request to stop.
+def _says_that_it_stops(handler: _WhenSafe) -> Iterator[None]:
+    """Prints a line if the block has not ended `ANSWER_S` after a request to stop, and ends the process if it has not
+    ended `ANSWER_S` after a second Ctrl-C.
 
     Python writes the number of a signal to a socket at once, also while the main thread computes in C++, where it
     cannot run a handler. A thread waits at the other end of the socket.
@@ -149,19 +157,26 @@ def _says_that_it_stops() -> Iterator[None]:
     ended = threading.Event()
 
     def wait() -> None:
+        first, received, pressed = math.inf, 0, 0
         while came := read.recv(64):
-            if set(came) & set(SIGNALS):
+            if not set(came) & set(SIGNALS):
+                continue
+            received += came.count(signal.SIGINT)
+            before, pressed = pressed, max(pressed, received - handler.sent[signal.SIGINT])
+            if first == math.inf:
+                first = time.monotonic()
                 if not ended.wait(ANSWER_S):
-                    announce(_after[-1])
-                return
+                    announce(f"{_after[-1]}; {AT_ONCE}")
+            elif pressed > before and time.monotonic() - first > REPEAT_S and not ended.wait(ANSWER_S):
+                os._exit(128 + signal.SIGINT)
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
-    before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    descriptor = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before)
+        signal.set_wakeup_fd(descriptor)
         ended.set()
         write.close()
         thread.join()
@@ -181,6 +196,7 @@ class _WhenSafe:
         self._handler = handler
         self._came: dict[int, float] = {}  # the signals that wait
         self._again: list[int] = []  # those that were sent again by `_send`
+        self.sent: Counter[int] = Counter()  # how often `_send` has sent each
         self._closed = False
 
     def close(self) -> None:
@@ -206,6 +222,7 @@ class _WhenSafe:
         time.sleep(RETRY_S)
         if not self._closed:
             self._again.append(signum)
+            self.sent[signum] += 1
             os.kill(os.getpid(), signum)
 
 

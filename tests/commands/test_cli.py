@@ -334,13 +334,13 @@ def test_negative_numbers_and_switches_are_not_taken_for_misspelt_options(capsys
         (["pretrain", "a.toml", "--resume"], Interrupted(15, "after step 3"),
          "stopped by SIGTERM after step 3; to continue: cpr-fast pretrain a.toml --resume"),
         (["pretrain", "a.toml"], KeyboardInterrupt(),  # before or after the first checkpoint: both must work
-         "interrupted, complete files are kept; to continue: cpr-fast pretrain a.toml --auto-resume"),
+         "interrupted; what was finished is kept; to continue: cpr-fast pretrain a.toml --auto-resume"),
         (["pretrain", "a.toml", "--auto-resume"], KeyboardInterrupt(),
-         "interrupted, complete files are kept; to continue: cpr-fast pretrain a.toml --auto-resume"),
+         "interrupted; what was finished is kept; to continue: cpr-fast pretrain a.toml --auto-resume"),
         (["index", "a", "--out", "b.csv"], Stopped(signal.SIGTERM),
-         "stopped by SIGTERM, complete files are kept; to continue: cpr-fast index a --out b.csv"),
+         "stopped by SIGTERM; what was finished is kept; to continue: cpr-fast index a --out b.csv"),
         (["synth", "my data", "--classes", "4"], KeyboardInterrupt(),
-         "interrupted, nothing was kept; to start again: cpr-fast synth 'my data' --classes 4"),
+         "interrupted; nothing was kept; to start again: cpr-fast synth 'my data' --classes 4"),
     ],
 )  # fmt: skip
 def test_a_stopped_command_prints_the_command_that_continues(monkeypatch, capsys, given, stop, said):

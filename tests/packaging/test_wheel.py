@@ -66,7 +66,7 @@ def test_metadata(wheel, names):
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert required == ["torch>=2.10"]
     assert {"train", "test", "bench", "onnx", "all"} <= set(metadata.get_all("Provides-Extra"))
-    assert "cpr-fast = cpr_fast.cli:main" in entry_points
+    assert "cpr-fast = cpr_fast.__main__:run" in entry_points
 
 
 def test_manylinux_tag_and_libraries(wheel):

@@ -208,6 +208,36 @@ def test_a_command_that_does_not_end_at_once_says_that_it_is_stopping(monkeypatc
     line = "Stopping after the current step, and saving its state" if noted else "Stopping as soon as"
     capsys_err()
     assert "".join(said).startswith(line) and "".join(said).count("\n") == 1
+    assert "a second Ctrl-C ends the command at once" in "".join(said)
+
+
+@pytest.mark.parametrize("where", ["the main thread computes in C", "a thread computes", "a run is stopped"])
+def test_a_second_ctrl_c_ends_the_command_at_once(tmp_path, where):
+    """Without cleaning up, and without the threads of pools, which Python waits for when it exits."""
+    (tmp_path / "program.py").write_text(
+        "import hashlib, signal, sys, time\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from contextlib import nullcontext\n"
+        "from cpr_fast.runtime.interrupt import signals_raise, stop_requests\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def compute():\n"
+        "    print('computing', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'x', b'y', 300_000_000)\n"
+        "with signals_raise(), stop_requests() if 'run' in sys.argv[1] else nullcontext():\n"
+        "    if 'thread computes' in sys.argv[1] and 'main' not in sys.argv[1]:\n"
+        "        with ThreadPoolExecutor(1) as pool:\n"
+        "            pool.submit(compute).result()\n"
+        "    compute()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(cpr_fast.__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "program.py", where], cwd=tmp_path, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
+        assert process.stdout.readline() == "computing\n"
+        process.send_signal(signal.SIGINT)
+        assert "a second Ctrl-C ends the command at once" in process.stderr.readline()
+        time.sleep(REPEAT_S)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) in (-signal.SIGINT, 128 + signal.SIGINT)  # the computation takes minutes
 
 
 def test_a_command_that_ends_at_once_does_not_say_that_it_is_stopping(capsys):

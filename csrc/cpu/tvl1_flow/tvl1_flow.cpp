@@ -18,9 +18,15 @@
 #include "cpu/tvl1_flow/levels.h"
 #include "cpu/tvl1_flow/pair_queue.h"
 #include "cpu/tvl1_flow/rows.h"
+#include "cpu/tvl1_flow/stop.h"
 
 namespace cpr::tvl1 {
 namespace {
+
+// Whether all calls are to end. A pair of 1920x1080 pixels takes seconds, so it is read before every outer iteration.
+std::atomic<bool> stopping{false};
+
+bool stops() { return stopping.load(std::memory_order_relaxed); }
 
 Level make_level(int height, int width) {
   const int vectors = (width + kLanes - 1) / kLanes;
@@ -238,7 +244,7 @@ class Solver {
     const double threshold = stop_threshold(a_.epsilon, {level.height, level.width});
     double previous = 0, error = kNoError;
     int64_t iterations = 0;
-    for (int outer = 0; outer < a_.outer_iterations && error > threshold; ++outer) {
+    for (int outer = 0; outer < a_.outer_iterations && error > threshold && !stops(); ++outer) {
       if (a_.median > 1) rows_.median(level, a_.median, pixels(state_, level), ring_.data());
       for (int inner = 0; inner < a_.inner_iterations && error > threshold;) {
         const int done = iterate_block(level, threshold, a_.inner_iterations - inner, previous, error);
@@ -290,7 +296,7 @@ void solve_pairs(Job& job) {
     Solver solver(a, job.levels, job.rows);
     Pyramid first(job.levels), second(job.levels);
     for (int64_t begin, end, last = -1; job.queue.take(begin, end); last = end) {
-      for (int64_t pair = begin; pair < end; ++pair) {
+      for (int64_t pair = begin; pair < end && !stops(); ++pair) {
         const int64_t clip = pair / (a.T - 1), t = pair % (a.T - 1), frame = clip * a.T + t;
         if ((pair == begin && pair != last) || t == 0) {
           first.build(a, frame);
@@ -335,8 +341,11 @@ const char* cpr_tvl1_flow_cpu(const cpr_tvl1_args* args, int threads) {
     const std::vector<Level> levels = make_levels(*args);
     Job job{*args, levels, current_rows(), PairQueue(pairs, threads)};
     run_in_threads(threads, [&job] { solve_pairs(job); });
+    if (stops()) return "tvl1_flow: stopped";
     return job.out_of_memory ? "tvl1_flow: out of memory" : nullptr;
   } catch (const std::bad_alloc&) {
     return "tvl1_flow: out of memory";
   }
 }
+
+void cpr_tvl1_flow_stop(int stop) { cpr::tvl1::stopping = stop != 0; }
