@@ -56,7 +56,7 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
         "batch_size" (B), "views", "workers", "videos_measured", "mean_frames", "stage_s_per_step" (seconds by stage),
         "loader_s_per_step", "step_measured_on_clips", "bottleneck" (the slowest stage; the step only if the loader as a
         whole keeps up with it), "data_wait_fraction" (share of a step that would wait for data, 0..1),
-        "other_programs" (share of the processor that they took, see `OtherPrograms`), and "advice".
+        "other_programs" (the sentence of `OtherPrograms`, "" if there were hardly any), and "advice".
     """
     others = OtherPrograms()
     data = config.data
@@ -101,7 +101,7 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
         "step_measured_on_clips": clips,
         "bottleneck": slowest,
         "data_wait_fraction": round(max(0.0, 1 - step_s / max(loader_s, 1e-9)), 3),
-        "other_programs": round(others.share(), 3),
+        "other_programs": others.sentence(),
         "advice": advice,
     }
 
@@ -232,8 +232,8 @@ def _step(config: Config, views: int, batch: int, device: torch.device, budget_s
 
     Every operation has a cost that does not depend on the batch, mostly of threads that wait for each other. Scaled up
     from two clips, it would count batch / 2 times: of a small network on a busy machine that is most of the time. The
-    measurement is therefore repeated on more clips as long as their processor time, which does not grow with what other
-    programs do, fits into `budget_s`.
+    measurement is therefore repeated on more clips as long as the processor time of a call, which does not grow with
+    what other programs do, is expected to fit into `budget_s`.
     """
     data = config.data
     encoder = build_encoder(config.model).to(device)
@@ -246,16 +246,20 @@ def _step(config: Config, views: int, batch: int, device: torch.device, budget_s
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    def measured(count: int) -> tuple[float, float]:
-        clips = torch.rand(count, 3, data.frames, data.size, data.size, device=device)
-        began = time.process_time()
-        return _repeat(lambda: step(clips), budget_s / 4), time.process_time() - began
+    def measured(count: int, *, first: bool) -> tuple[float, float]:
+        clips, used = torch.rand(count, 3, data.frames, data.size, data.size, device=device), []
+
+        def call() -> None:
+            began = time.process_time()
+            step(clips)
+            used.append(time.process_time() - began)
+
+        return _repeat(call, budget_s / 4, warm_up=first), min(used) / count
 
     count = batch if device.type == "cuda" else min(2, batch)
-    seconds, used_s = measured(count)
-    while count < batch and used_s < budget_s:
-        count = min(batch, 4 * count)
-        seconds, used_s = measured(count)
+    seconds, clip_s = measured(count, first=True)
+    while count < batch and clip_s * (more := min(batch, 4 * count)) < budget_s:
+        seconds, clip_s = measured(count := more, first=False)
     return seconds, count
 
 
@@ -279,9 +283,10 @@ def _loader(
     return (time.perf_counter() - began) / max(1, steps - 1)
 
 
-def _repeat(call: Callable[[], object], budget_s: float) -> float:
+def _repeat(call: Callable[[], object], budget_s: float, *, warm_up: bool = True) -> float:
     """Returns the median seconds of 1 to 20 calls, after one call to warm up."""
-    call()
+    if warm_up:
+        call()
     times, end = [], time.perf_counter() + budget_s
     while len(times) < 20 and (not times or time.perf_counter() < end):
         began = time.perf_counter()

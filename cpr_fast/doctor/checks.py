@@ -115,7 +115,6 @@ def _verdict(row: dict[str, Any]) -> Finding:
     stages = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in row["stage_s_per_step"].items())
     text = (f"a training step of {counted(row['batch_size'], 'video')}: {stages}; the loader alone delivers a batch "
             f"every {row['loader_s_per_step']:.3g} s. The slowest stage is {row['bottleneck']!r}")  # fmt: skip
-    if others := row["other_programs"]:
-        text += (f". Other programs took {others:.0%} of the processor meanwhile: without them, these times may be as "
-                 f"short as {1 - others:.0%} of it")  # fmt: skip
+    if busy := row["other_programs"]:
+        text += f". {busy}"
     return Finding("ok" if row["bottleneck"] == "step" else "warning", text, row["advice"], "time")

@@ -11,7 +11,7 @@ from cpr_fast.data.flow.estimate import estimate_flow
 from cpr_fast.data.flow.names import flow_command
 from cpr_fast.data.index.index import Index
 from cpr_fast.doctor.findings import Finding
-from cpr_fast.runtime.busy import alone
+from cpr_fast.runtime.busy import OtherPrograms
 from cpr_fast.runtime.progress import about
 from cpr_fast.wording import counted
 
@@ -45,6 +45,7 @@ def estimates(
 
 
 def _flow(index: Path, videos: Index, findings: list[Finding]) -> dict[str, Any]:
+    others = OtherPrograms()
     expected = estimate_flow(videos)
     disk = expected.disk_bytes / 2**30
     work = f"the flow of {counted(expected.videos, 'video')} ({counted(expected.pairs, 'frame pair')})"
@@ -62,7 +63,9 @@ def _flow(index: Path, videos: Index, findings: list[Finding]) -> dict[str, Any]
         return result
     core_hours, hours = expected.core_s / 3600, expected.wall_s / 3600
     text = (f"storing {work} takes about {_gib(disk)} of disk, {about(expected.core_s)} of one core, and "
-            f"{about(expected.wall_s)} on this machine")  # fmt: skip
+            f"{about(expected.wall_s)} on this machine if no other program uses it")  # fmt: skip
+    if busy := others.sentence():
+        text += f". {busy}"
     shards = max(2, min(expected.videos, round(hours / LONG_H)))
     advice = f"{command}; it can be stopped and continued"
     if hours > LONG_H:
@@ -79,8 +82,8 @@ def _pretrain(train: Index, config: Config, breakdown: dict[str, Any], findings:
     epoch_s, hours = steps * step_s, steps * step_s * epochs / 3600
     text = (f"pretraining takes {about(epoch_s)} per epoch of {counted(steps, 'step')} on this device, "
             f"{about(3600 * hours)} for the {counted(epochs, 'epoch')} of these settings")  # fmt: skip
-    if others := breakdown["other_programs"]:
-        text += f"; measured while other programs use this machine, {alone(3600 * hours * (1 - others))}"
+    if busy := breakdown["other_programs"]:
+        text += f". {busy}"
     advice = ""
     if hours > LONG_H:
         advice = "use a GPU, or several (torchrun --nproc-per-node N -m cpr_fast pretrain CONFIG), or fewer epochs"

@@ -9,34 +9,23 @@ import os
 import time
 from pathlib import Path
 
-from cpr_fast.runtime.progress import about
+from cpr_fast.runtime.progress import announce
 from cpr_fast.wording import counted
 
 STAT = Path("/proc/stat")  # proc(5): CPU time of every core since the start, in clock ticks
 NOTICED = 0.1  # smaller shares change a time by less than its usual variation
-FULL = 0.9  # if the cores work for a larger share of the time, programs wait for each other
+
+_told = [False]  # whether this process has printed the sentence about other programs
 
 
 class OtherPrograms:
-    """Measures, from its creation on, which share of the processor other programs take from this one.
+    """Measures, from its creation on, how much of the processor other programs use.
 
     Only the cores that this process may use are counted.
     """
 
     def __init__(self, stat: Path = STAT) -> None:
         self._stat, self._before = stat, _clocks(stat)
-
-    def share(self) -> float:
-        """Returns the CPU time of other programs as a share of all CPU time used since the creation, 0..1.
-
-        Alone, the same work would take at least 1 - share of the time. The share is 0 if the cores were partly idle, so
-        that no program had to wait, if it is too small to matter, and on systems that do not report it.
-        """
-        wall, own, used, cores = self._since()
-        if wall <= 0 or used <= 0 or used < FULL * wall * cores:
-            return 0.0
-        share = min(1.0, 1 - own / used)
-        return share if share >= NOTICED else 0.0
 
     def _since(self) -> tuple[float, float, float, int]:
         """Returns the seconds since the creation, the CPU time of this program and of all programs in them, and the
@@ -48,21 +37,22 @@ class OtherPrograms:
         return wall, own, used, now[3]
 
     def sentence(self) -> str:
-        """Returns a sentence for the start of a long command, or "" if other programs used hardly any of the cores of
-        this process since the creation."""
+        """Returns a sentence to stand beside an expected time, or "" if other programs used hardly any of the cores of
+        this process since the creation, and under torchrun, whose processes are no other programs."""
         wall, own, used, cores = self._since()
         taken = max(0.0, used - own) / wall if wall > 0 else 0.0
-        if taken < NOTICED * cores or not cores:
+        if not cores or taken < NOTICED * cores or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             return ""
         return (
             f"Other programs use {min(taken, cores):.1f} of {counted(cores, 'processor core')}, so that this takes "
             "longer than on an idle machine"
         )
 
-
-def alone(seconds: float) -> str:
-    """Returns "without them it may take as little as 5 min" for `seconds`, the time without other programs."""
-    return f"without them it may take as little as {about(seconds).removeprefix('about ')}"
+    def announce(self) -> None:
+        """Prints the sentence beside an expected time, at most once in a process."""
+        if not _told[0] and (said := self.sentence()):
+            _told[0] = True
+            announce(said, end="")
 
 
 def _clocks(stat: Path) -> tuple[float, float, float, int] | None:

@@ -14,13 +14,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from cpr_fast.runtime.files import discard
 
-Item = TypeVar("Item")
+if TYPE_CHECKING:
+    from cpr_fast.runtime.busy import OtherPrograms
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 LINE_INTERVAL_S = 30.0  # time between two plain lines
 FIRST_LINE_S = 5.0  # time before the first plain line, which shows that the command runs and how long it will take
@@ -40,6 +44,7 @@ def track(
     progress: bool = True,
     status: Callable[[], str] | None = None,
     left: Callable[[], str] | None = None,
+    done: Callable[[], int] | None = None,
 ) -> Iterator[Item]:
     """Yields `items` unchanged and reports count, rate and time left on stderr.
 
@@ -52,12 +57,30 @@ def track(
         status: Called when the report is drawn; returns text for its end, such as the current loss.
         left: Called when the report is drawn; returns the text about the time left, or "". By default the time is
             estimated from the items so far, which suits items of about the same cost.
+        done: Called when the report is drawn; returns how many items are finished, for threads that finish items before
+            they are yielded. By default an item is finished when the next one is asked for.
     """
     if not progress:
         yield from items
         return
-    report = _Report(description, total, unit, status, left, Forecast(total))
+    from cpr_fast.runtime.busy import OtherPrograms  # which imports this module
+
+    report = _Report(description, total, unit, status, left, done, Forecast(total), OtherPrograms())
     yield from (_bar if sys.stderr.isatty() else _lines)(items, report)
+
+
+def as_finished(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """Yields function(item) of every item, computed by `workers` threads, as soon as it is finished: a slow item does
+    not delay the results of those after it. If the iteration is stopped, items that have not begun are left out."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures: list[Future[Result]] = []
+        try:
+            futures.extend(pool.submit(function, item) for item in items)
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 class CurrentStderr(logging.StreamHandler):
@@ -115,6 +138,11 @@ class Forecast:
         if not self._done:
             self._first, self._first_at = amount, self._last_at
         self._done += amount
+
+    @property
+    def done(self) -> float:
+        """The amount of work that is finished."""
+        return self._done
 
     def expect(self, amount: float) -> None:
         """Changes the amount of work by `amount`, which is negative if some of it need not be done."""
@@ -208,15 +236,25 @@ class _Report:
     unit: str
     status: Callable[[], str] | None
     own_left: Callable[[], str] | None
-    forecast: Forecast
+    own_done: Callable[[], int] | None
+    forecast: Forecast  # of the items that were yielded
+    others: OtherPrograms
 
     @property
     def least(self) -> int:
         """Number of items after which the first line is due."""
         return FIRST_ITEMS if self.own_left is None else 1
 
+    def done(self) -> int:
+        return self.own_done() if self.own_done else int(self.forecast.done)
+
     def left(self) -> str:
         return (self.own_left or self.forecast.text)()
+
+    def tell_of_others(self) -> None:
+        """Says that other programs make the time left longer, if there are any and a time is shown."""
+        if self.left():
+            self.others.announce()
 
     def pace(self, rate: float) -> str:
         """Returns "3.2 videos/s", "4.8 videos/min" or "2.5 videos/h"; "" where nothing is known."""
@@ -225,7 +263,8 @@ class _Report:
         seconds, name = next((t for t in ((1, "s"), (60, "min")) if rate * t[0] >= 1), (3600, "h"))
         return f"{rate * seconds:.1f} {self.unit}/{name}"
 
-    def print_line(self, done: int, elapsed_s: float, *, end: bool = False) -> None:
+    def print_line(self, elapsed_s: float, *, end: bool = False) -> None:
+        done = self.done()
         told = self.told(done, elapsed_s, end=end, status=self.status() if self.status else "")
         _print(f"{self.description}: {done}/{self.total} {self.unit}" + (f", {told}" if told else ""))
 
@@ -247,6 +286,8 @@ def _bar(items: Iterable[Item], report: _Report) -> Iterator[Item]:
         second: pace and time left are those of that moment, also while a single item takes long."""
 
         def get_renderables(self) -> Iterator[Any]:
+            for task in self.tasks:
+                task.completed = report.done()
             yield self.make_tasks_table(self.tasks)
             for task in self.tasks:
                 elapsed_s = time.monotonic() - began
@@ -260,7 +301,9 @@ def _bar(items: Iterable[Item], report: _Report) -> Iterator[Item]:
         for item in items:
             yield item
             report.forecast.add()
-            bar.update(task, advance=1, status=report.status() if report.status else "")
+            if time.monotonic() - began > FIRST_LINE_S:
+                report.tell_of_others()
+            bar.update(task, status=report.status() if report.status else "")
 
 
 def _lines(items: Iterable[Item], report: _Report) -> Iterator[Item]:
@@ -271,7 +314,6 @@ def _lines(items: Iterable[Item], report: _Report) -> Iterator[Item]:
     try:
         for item in items:
             yield item
-            report.forecast.add()
             lines.add()
     finally:
         ended.set()
@@ -283,18 +325,18 @@ class _Lines:
     """Prints plain lines: after items where one is due, and from a thread while a single item takes long."""
 
     def __init__(self, report: _Report) -> None:
-        self._report, self._done, self._lock = report, 0, threading.Lock()
+        self._report, self._lock = report, threading.Lock()
         self._began = time.monotonic()
         self._due = self._began + FIRST_LINE_S
         self._silent_until = self._due
 
     def add(self) -> None:
-        """Counts an item."""
+        """Counts an item that was yielded, and prints a line if one is due."""
         with self._lock:
-            self._done += 1
-            now = time.monotonic()
-            waited = self._done >= self._report.least or now >= self._due + LINE_INTERVAL_S
-            if now >= self._due and waited and self._done < self._report.total:
+            self._report.forecast.add()
+            now, done = time.monotonic(), self._report.done()
+            waited = done >= self._report.least or now >= self._due + LINE_INTERVAL_S
+            if now >= self._due and waited and done < self._report.total:
                 self._due = now + LINE_INTERVAL_S
                 self._print(now)
 
@@ -303,8 +345,10 @@ class _Lines:
         item."""
         while not ended.wait(BEAT_S):
             with self._lock:
-                now = time.monotonic()
-                if now >= self._silent_until and (not self._done or self._silent_until > self._began + FIRST_LINE_S):
+                now, done = time.monotonic(), self._report.done()
+                first = self._silent_until == self._began + FIRST_LINE_S
+                if now >= self._silent_until and (not first or not done or self._report.own_done):
+                    self._due = now + LINE_INTERVAL_S if done else self._due
                     self._print(now)
 
     def print(self, *, end: bool) -> None:
@@ -313,4 +357,6 @@ class _Lines:
 
     def _print(self, now: float, *, end: bool = False) -> None:
         self._silent_until = now + LINE_INTERVAL_S + FIRST_LINE_S  # the lines between items have precedence
-        self._report.print_line(self._done, now - self._began, end=end)
+        self._report.print_line(now - self._began, end=end)
+        if not end:
+            self._report.tell_of_others()

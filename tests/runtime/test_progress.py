@@ -7,12 +7,13 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 from time import sleep
 
 import pytest
 
-from cpr_fast.runtime import progress
-from cpr_fast.runtime.progress import WHOLE, Forecast, Part, about, duration, rounded, track
+from cpr_fast.runtime import busy, progress
+from cpr_fast.runtime.progress import WHOLE, Forecast, Part, about, as_finished, duration, rounded, track
 
 
 @pytest.fixture
@@ -139,11 +140,80 @@ def test_the_time_left_may_be_that_of_a_larger_whole(clock, capsys):
     ]
 
 
-def test_a_terminal_shows_the_same_time_left(clock, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_items_that_threads_have_finished_are_counted_before_they_are_yielded(clock, capsys, monkeypatch):
+    """A flow run of 36 videos showed 0/36 for most of its time: files that were stored waited for those before them."""
+    monkeypatch.setattr(progress, "BEAT_S", 0.01)
+    finished, said = [], ""
+    for item in track(range(2), "flow", total=9, unit="videos", left=lambda: "some time left", done=finished.__len__):
+        finished += range(4)
+        clock[0] += 6.0 if item == 0 else 40.0
+        for _ in range(500 if item == 0 else 0):
+            if said := said + capsys.readouterr().err:
+                break
+            sleep(0.01)
+    assert said == "flow: 4/9 videos, 40.0 videos/min, some time left\n"
+    assert "flow: 8/9 videos, " in capsys.readouterr().err
+
+
+def test_a_terminal_counts_items_that_threads_have_finished(monkeypatch):
+    monkeypatch.setattr(progress.sys, "stderr", Terminal())
+    shown, finished = progress.sys.stderr, []
+    for _ in track(range(1), "flow", total=9, unit="videos", left=lambda: "", done=finished.__len__):
+        finished += range(7)
+        for _ in range(100):
+            if "7/9" in shown.getvalue():
+                break
+            sleep(0.05)
+        assert "7/9" in shown.getvalue()
+
+
+def test_a_slow_item_does_not_delay_the_results_of_others():
+    others = threading.Event()
+
+    def work(item):
+        return item if item or others.wait(30) else None
+
+    seen = []
+    for item in as_finished(work, range(5), 2):
+        seen.append(item)
+        if len(seen) == 4:
+            others.set()
+    assert sorted(seen[:4]) == [1, 2, 3, 4] and seen[4] == 0
+
+
+def test_items_that_have_not_begun_are_left_out_after_a_stop():
+    begun = []
+
+    def work(item):
+        begun.append(item)
+        sleep(0.01)
+
+    with contextlib.closing(as_finished(work, range(10_000), 1)) as results:
+        next(results)
+    assert len(begun) < 10_000  # they would take minutes
+
+
+def test_other_programs_are_told_once_beside_the_time_left(clock, capsys, monkeypatch):
+    monkeypatch.setattr(busy.OtherPrograms, "sentence", lambda self: "Other programs use 1.0 of 2 processor cores")
+    monkeypatch.setattr(busy, "_told", [False])
+    assert run(clock, capsys, 3, 0.5) == ["decoding: 3/3 videos, 2.0 videos/s, done in 2 s"]
+    lines = run(clock, capsys, 100, 1.0) + run(clock, capsys, 100, 1.0)
+    assert lines[0].endswith("about 1 min 40 s left") and lines[1] == "Other programs use 1.0 of 2 processor cores"
+    assert lines.count(lines[1]) == 1
+    monkeypatch.setattr(busy, "_told", [False])
+    monkeypatch.setattr(progress.sys, "stderr", Terminal())
+    shown = progress.sys.stderr
+    for _ in track(range(10), "decoding", total=10, unit="videos"):
+        clock[0] += 1.0
+    assert shown.getvalue().count("Other programs use 1.0 of 2 processor cores") == 1
+
+
+def test_a_terminal_shows_the_same_time_left(clock, monkeypatch):
     monkeypatch.setattr(progress.sys, "stderr", Terminal())
     monkeypatch.setenv("COLUMNS", "200")
     shown = progress.sys.stderr

@@ -26,10 +26,10 @@ MARGIN = 0.9  # share of --minutes for training steps; the rest is for the start
 
 
 class Pace(NamedTuple):
-    """The measured time of a step in seconds, and the least time that it would take without other programs."""
+    """The measured time of a step in seconds, and the sentence about other programs, see `OtherPrograms`."""
 
     step_s: float
-    alone_s: float
+    busy: str = ""
 
 
 def init(
@@ -73,7 +73,7 @@ def init(
     pace, device = None, "cuda" if gpu else "cpu"
     if minutes is not None:
         announce("Measuring the network of a training step, which takes some seconds")
-        _require_enough(sized, Pace(*(_least_step_s(sized.config, device),) * 2), minutes, network_alone=True)
+        _require_enough(sized, Pace(_least_step_s(sized.config, device)), minutes, network_alone=True)
     if seconds:
         announce(f"Measuring training steps on these videos for about {seconds:.0f} s, longer on a busy machine")
         pace = _pace(videos, facts.split, sized.config, device, seconds)
@@ -137,7 +137,6 @@ def _result(out: Path, facts: Facts, sized: Sized, pace: Pace | None) -> dict[st
         "epochs": total_epochs(sized),
         "steps": sized.steps,
         "step_s": pace and pace.step_s,
-        "step_alone_s": pace and pace.alone_s,
         "config": sized.config.to_dict(),
     }
 
@@ -163,11 +162,10 @@ def _require_enough(sized: Sized, pace: Pace, minutes: float, *, network_alone: 
     Args:
         network_alone: Whether `pace` is the time of the network alone, which a step takes at least.
     """
-    from cpr_fast.runtime.busy import alone
     from cpr_fast.runtime.progress import about
 
     cycles, epoch_s = len(sized.config.schedule.cycles), _epoch_s(sized, pace.step_s)
-    if int(MARGIN * 60 * minutes / epoch_s) >= cycles:
+    if cycles * epoch_s <= MARGIN * 60 * minutes:
         return
     least = cycles * epoch_s / 60 / MARGIN
     least = math.ceil(least) if least >= 10 else math.ceil(100 * least) / 100  # upwards, so that it is enough
@@ -176,16 +174,16 @@ def _require_enough(sized: Sized, pace: Pace, minutes: float, *, network_alone: 
         if network_alone
         else (f"at least {least:,}", "an epoch takes")
     )
-    busy = pace.alone_s < pace.step_s
     raise InputError(
         f"--minutes: expected {expected}, the time of one epoch for each of the {counted(cycles, 'cycle')} "
         f"({takes} {about(epoch_s)}), got {minutes:g}; --epochs {cycles} writes that recipe and prints its time"
-        + (f". Measured while other programs use this machine; {alone(_epoch_s(sized, pace.alone_s))}" if busy else "")
+        + (f". {pace.busy}" if pace.busy else "")
     )
 
 
 def _least_step_s(config: Config, device: str) -> float:
-    """Returns seconds that a step takes at least on an idle machine, without reading a video."""
+    """Returns seconds that a step takes at least, without reading a video; 0 while other programs run, without which
+    it may take a small part of the time."""
     import torch
 
     from cpr_fast.doctor.bottleneck import least_step_s
@@ -193,12 +191,11 @@ def _least_step_s(config: Config, device: str) -> float:
 
     views, others = len({cycle.view for cycle in config.schedule.cycles}), OtherPrograms()
     step_s = least_step_s(config, views, config.data.batch_size, device=torch.device(device))
-    return step_s * (1 - others.share())
+    return 0.0 if others.sentence() else step_s
 
 
 def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None, minutes: float | None) -> list[str]:
     """Returns the sizes of the recipe and, where a step was measured, the expected time."""
-    from cpr_fast.runtime.busy import alone
     from cpr_fast.runtime.progress import about
 
     config, time = sized.config, "; the time was not measured (--seconds 0)"
@@ -210,8 +207,8 @@ def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None, minutes: 
         f"top {config.mining.top_k}, views {config.schedule.cycles[0].view} and {config.schedule.cycles[1].view}",
         f"{counted(total_epochs(sized), 'epoch')} of {counted(sized.steps // total_epochs(sized), 'step')}{time}",
     ]
-    if pace and pace.alone_s < pace.step_s:
-        lines.append(f"  measured while other programs use this machine; {alone(sized.steps * pace.alone_s)}")
+    if pace and pace.busy:
+        lines.append(f"  {pace.busy}")
         if minutes is not None:
             lines.append("  on an idle machine the same --minutes gives a recipe of more epochs")
     return lines
@@ -285,4 +282,4 @@ def _pace(videos: Index, split: str, config: Config, device: str, seconds: float
     views = tuple(dict.fromkeys(cycle.view for cycle in config.schedule.cycles))
     measured = breakdown(part, config, views, device=torch.device(device), seconds=seconds)
     step_s = max(measured["loader_s_per_step"], measured["stage_s_per_step"]["step"])
-    return Pace(step_s, step_s * (1 - measured["other_programs"]))
+    return Pace(step_s, measured["other_programs"])

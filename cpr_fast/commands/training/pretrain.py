@@ -98,8 +98,7 @@ def parse_and_run(arguments: list[str]) -> None:
     from cpr_fast.commands.output import show_once
     from cpr_fast.pretrain.run.loop import pretrain
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and (busy := others.sentence()):  # torchrun's are not other programs
-        announce(busy, end="")
+    others.announce()
     folder = pretrain(config, resume=resume, index=index)
     evaluate = retrieve_command(folder, config.data.index, published=path.parent == FOLDER)
     show_once(

@@ -37,11 +37,15 @@ from cpr_fast.data.storage.media import read_frames
 from cpr_fast.data.storage.unreadable import Unreadable
 from cpr_fast.data.video.container import VideoError, not_as_listed
 from cpr_fast.errors import InputError
+from cpr_fast.ops.tvl1_flow import stop_tvl1_flow
+from cpr_fast.runtime.busy import OtherPrograms
+from cpr_fast.runtime.interrupt import stopping
 from cpr_fast.runtime.progress import Forecast, announce, track
 from cpr_fast.wording import counted
 
 MOST_WORKERS = 16  # number of decoding threads, and of encoding threads; more are not faster on any device
 REFILL_S = 20.0  # time between two updates of the index during a run
+STOPPING = "Stopping; complete flow is kept"  # a run that is stopped says this while its threads end
 
 log = logging.getLogger(__name__)
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -80,14 +84,15 @@ def write_flow(
     solver = FlowSolver(flow_device(device), compute)
     index = Index.load(index_csv, require_flow=False)
     _require_writable(index_csv)
-    share = range(number, len(index), count)
+    share, stored = range(number, len(index), count), []
     fill = partial(_fill_index, index_csv, partial(STORAGES[storage].found, out=out))
-    with _filled_if_stopped(fill), STORAGES[storage](index, index_csv.parent, out, shard) as store:
+    with stopping(STOPPING), _filled_if_stopped(fill), STORAGES[storage](index, index_csv.parent, out, shard) as store:
         todo = [position for position in share if not store.holds(position)]
-        if progress:
-            _announce(index_csv, index, share, todo, out, storage, solver, count)
-        began = time.perf_counter()
-        problems = _compute_all(index, todo, solver, store, progress, _Refill(fill, storage))
+        with _says_what_is_kept(len(share) - len(todo), stored, len(share)):
+            if progress:
+                _announce(index_csv, index, share, todo, out, storage, solver, count)
+            began = time.perf_counter()
+            problems = _compute_all(index, todo, solver, store, stored, progress, _Refill(fill, storage))
         if problems and len(problems) == len(share):
             raise InputError(
                 f"index {str(index_csv)!r}: none of its {counted(len(share), 'video')} gave flow; the "
@@ -131,25 +136,41 @@ def _announce(
     if not todo:
         return
     announce("  measuring how long it takes, on a few frames")
+    others = OtherPrograms()
     for line in describe(estimate_flow(index, todo, storage=storage, solver=solver, out=out), out):
         log.info(line)
+    others.announce()
     if shards == 1:
         log.info("  to share the work: run --shard 0/n, 1/n, ... on n machines; to stop: Ctrl-C, and later run the "
                  "same command to continue")  # fmt: skip
 
 
+@contextmanager
+def _says_what_is_kept(before: int, stored: list[int], total: int) -> Iterator[None]:
+    """Adds to a request to stop how many of `total` videos have flow: those `before` the block, and those `stored`."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        count = before + len(stored)
+        has = "has" if count == 1 else "have"
+        stopped.add_note(f"{count:,} of {counted(total, 'video')} {has} complete flow, which is kept" if count else
+                         f"none of {counted(total, 'video')} has complete flow yet")  # fmt: skip
+        raise
+
+
 def _compute_all(
-    index: Index, todo: list[int], solver: FlowSolver, store: Store, progress: bool, refill: _Refill
+    index: Index, todo: list[int], solver: FlowSolver, store: Store, stored: list[int], progress: bool, refill: _Refill
 ) -> list[Problem]:
-    """Computes and stores the flow of the videos at `todo`; returns the problems."""
+    """Computes and stores the flow of the videos at `todo`, and adds each to `stored`; returns the problems."""
     problems = []
     unreadable = Unreadable([index[position].path for position in todo])
     # Videos are finished in bursts, a batch at a time, and small ones first, so the time left is that of the pixels.
     forecast = Forecast(sum((index[p].num_frames - 1) * index[p].height * index[p].width for p in todo))
-    with closing(_store_all(index, todo, solver, store, forecast)) as results, _stop_told():
-        for problem in track(
-            results, "computing flow", total=len(todo), unit="videos", progress=progress, left=forecast.text
-        ):
+    done = partial(len, stored)  # videos whose flow is stored wait here for those before them
+    all_results = _store_all(index, todo, solver, store, stored, forecast)
+    with _solving_ended(), closing(all_results) as results, _stop_solving():
+        for problem in track(results, "computing flow", total=len(todo), unit="videos", progress=progress,
+                             left=forecast.text, done=done):  # fmt: skip
             if problem is not None:
                 problems.append(problem)
                 unreadable.add(problem.path, problem.reason, "no flow of")
@@ -159,15 +180,23 @@ def _compute_all(
 
 
 @contextmanager
-def _stop_told() -> Iterator[None]:
-    """Says at once that a request to stop was received, because the frame pairs that are being computed end first. Of
-    several blocks around each other only the innermost says it, before the outer ones wait for their threads."""
+def _stop_solving() -> Iterator[None]:
+    """If the block is left by an exception, a request to stop among them, ends the solving of frame pairs that threads
+    do: the blocks around this one wait for these threads."""
     try:
         yield
-    except KeyboardInterrupt as stopped:
-        if not getattr(stopped, "told", False):
-            stopped.told = True
-            announce("Stopping when the frame pairs that are being computed are finished")
+    except BaseException:
+        stop_tvl1_flow(True)
+        raise
+
+
+@contextmanager
+def _solving_ended() -> Iterator[None]:
+    """Allows solving again after the threads have ended, if `_stop_solving` has forbidden it."""
+    try:
+        yield
+    except BaseException:
+        stop_tvl1_flow(False)
         raise
 
 
@@ -200,9 +229,10 @@ def _filled_if_stopped(fill: Callable[[], int]) -> Iterator[None]:
 
 
 def _store_all(
-    index: Index, todo: list[int], solver: FlowSolver, store: Store, forecast: Forecast
+    index: Index, todo: list[int], solver: FlowSolver, store: Store, stored: list[int], forecast: Forecast
 ) -> Iterator[Problem | None]:
-    """Yields, as each video is finished, its problem or None; adds the pixels of solved frame pairs to `forecast`."""
+    """Yields the problem of each video or None, in order, after those of other videos may have been added to `stored`;
+    adds the pixels of solved frame pairs to `forecast`."""
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     by_size = sorted(todo, key=lambda position: (index[position].height, index[position].width))
     read = _map_ahead(lambda position: (position, _read_gray(index[position])), by_size, workers, ahead=workers)
@@ -214,7 +244,7 @@ def _store_all(
         return parts
 
     solved = _map_ahead(solved_batch, batches, workers=1, ahead=1)
-    return _map_ahead(lambda video: _store(index, store, *video), join(solved), workers, ahead=workers)
+    return _map_ahead(lambda video: _store(index, store, stored, *video), join(solved), workers, ahead=workers)
 
 
 def _pixels(index: Index, segment: Segment) -> int:
@@ -229,7 +259,7 @@ def _map_ahead(function: Callable[[Item], Result], items: Iterable[Item], worker
     pending: deque[Future] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            with _stop_told():
+            with _stop_solving():
                 for item in items:
                     pending.append(pool.submit(function, item))
                     if len(pending) > ahead:
@@ -255,11 +285,15 @@ def _read_gray(video: Video) -> np.ndarray | VideoError:
         return error
 
 
-def _store(index: Index, store: Store, position: int, levels: np.ndarray | Exception) -> Problem | None:
+def _store(
+    index: Index, store: Store, stored: list[int], position: int, levels: np.ndarray | Exception
+) -> Problem | None:
+    """Stores the flow of a video and adds it to `stored`, or returns the problem."""
     path = index[position].path
     if not isinstance(levels, Exception):
         try:
             store.write(position, levels)
+            stored.append(position)
             return None
         except av.FFmpegError as error:
             if isinstance(error, OSError):  # a full disk stops the run

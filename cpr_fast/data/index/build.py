@@ -16,7 +16,7 @@ from cpr_fast.data.index.assemble import IndexOptions, assemble, transcoded
 from cpr_fast.data.index.catalogue import Problem
 from cpr_fast.data.index.index import Index, changing, kind_of
 from cpr_fast.data.index.layouts import LAYOUTS, list_videos
-from cpr_fast.data.index.probing import Journal, probe, probe_all
+from cpr_fast.data.index.probing import Journal, Probe, probe, probe_all
 from cpr_fast.data.index.summary import report_path
 from cpr_fast.data.video.probe import VideoInfo
 from cpr_fast.data.video.transcode import transcode_video
@@ -126,17 +126,18 @@ def _build(
     share = [item.path for item in listing.videos[number::count]]
     began = time.perf_counter()
     if options.transcode is None:
+        run: Probe = partial(probe, verify=verify)
         what = "decoding" if verify else "probing"
-        probed = probe_all(share, partial(probe, verify=verify), journal, description=what, progress=progress)
+        todo = [path for path in share if journal.wants(path)]
     else:
         targets = {path: transcoded(path, root, options.transcode) for path in share}
-        run = lambda path: transcode_video(path, targets[path], options.short_side)  # noqa: E731
+        run, what = partial(_transcode, targets, options.short_side), "transcoding"
         todo = [path for path, target in targets.items() if journal.wants(path) or not target.exists()]
-        probed = probe_all(todo, run, journal, description="transcoding", progress=progress)
+    probe_all(todo, run, journal, total=len(share), description=what, progress=progress)
     journal.read(files())  # results of shards that ran meanwhile; the last shard to finish has all results
-    rate = probed / (time.perf_counter() - began)
+    rate = len(todo) / (time.perf_counter() - began)
     facts = {"levels": listing.levels, "other_files": listing.others, "verified": verify or bool(options.transcode),
-             "probed": probed, "files_per_s": round(rate, 1)}  # fmt: skip
+             "probed": len(todo), "files_per_s": round(rate, 1)}  # fmt: skip
     results = {item.path: journal.get(item.path) for item in listing.videos}
     if left := sum(result is None for result in results.values()):
         return None, [], facts | {"left": left}
@@ -151,6 +152,10 @@ def _build(
     if count == 1:  # with several shards, another one may still need the journals
         _remove(files())
     return index, problems, facts
+
+
+def _transcode(targets: dict[Path, Path], short_side: int, path: Path) -> VideoInfo:
+    return transcode_video(path, targets[path], short_side)
 
 
 def _remove(files: list[Path]) -> None:

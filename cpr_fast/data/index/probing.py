@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from cpr_fast.data.storage.records import frame_size, read_record_frames, split_
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo, probe_video
 from cpr_fast.runtime.files import append_line, naming
-from cpr_fast.runtime.progress import Forecast, about, track
+from cpr_fast.runtime.progress import Forecast, about, as_finished, track
 from cpr_fast.wording import counted
 
 Probe = Callable[[Path], VideoInfo]
@@ -67,6 +67,11 @@ class Journal:
                 except (json.JSONDecodeError, KeyError, TypeError):  # the last line of a run that was killed
                     continue
 
+    @property
+    def stored(self) -> bool:
+        """Whether the results outlive the process."""
+        return self._file is not None
+
     def get(self, path: Path) -> VideoInfo | VideoError | None:
         """Returns the result of a video, None if there is no valid one."""
         row = self._results.get((str(path), *self._state(path)))
@@ -105,14 +110,13 @@ class Journal:
         return [stat.st_size, stat.st_mtime_ns, self._task]
 
 
-def probe_all(paths: Sequence[Path], run: Probe, journal: Journal, *, description: str, progress: bool) -> int:
-    """Fills the journal with the result of `run` for every path that it lacks; returns the number of these paths.
+def probe_all(
+    todo: Sequence[Path], run: Probe, journal: Journal, *, total: int, description: str, progress: bool
+) -> None:
+    """Adds the result of `run` for every path to the journal; `total` counts these and those with a result already.
 
     FFmpeg and libjpeg-turbo work without the interpreter's lock, so threads use every core.
     """
-    todo = [path for path in paths if journal.wants(path)]
-    if not todo:
-        return 0
 
     def work(path: Path) -> tuple[Path, VideoInfo | VideoError]:
         try:
@@ -120,14 +124,19 @@ def probe_all(paths: Sequence[Path], run: Probe, journal: Journal, *, descriptio
         except VideoError as error:
             return path, error
 
-    workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:
-        results: Iterator = pool.map(work, todo)
-        if progress:
-            results = _with_estimate(results, len(todo), description, workers)
-        for path, result in track(results, description, total=len(todo), unit="files", progress=progress):
-            journal.add(path, result)
-    return len(todo)
+    workers, kept = os.cpu_count() or 1, total - len(todo)
+    with closing(as_finished(work, todo, workers)) as finished:
+        results = _with_estimate(finished, len(todo), description, workers) if progress else finished
+        try:
+            for path, result in track(
+                results, description, total=len(todo), unit="files", progress=progress and bool(todo)
+            ):
+                journal.add(path, result)
+                kept += 1
+        except KeyboardInterrupt as stopped:
+            if journal.stored:
+                stopped.add_note(f"the results of {kept:,} of {counted(total, 'file')} are kept")
+            raise
 
 
 def _with_estimate(results: Iterable, total: int, description: str, workers: int) -> Iterator:

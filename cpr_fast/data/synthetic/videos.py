@@ -33,7 +33,7 @@ import json
 import math
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +50,7 @@ from cpr_fast.data.synthetic.sources import make_source
 from cpr_fast.data.synthetic.versions import DEFAULT, version_of
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import naming, one_writer, replacing
-from cpr_fast.runtime.progress import track
+from cpr_fast.runtime.progress import as_finished, track
 from cpr_fast.wording import counted
 
 SETTINGS = "synthetic.json"  # written last, so a folder that has it holds a complete set
@@ -123,8 +123,9 @@ def _write_set(
     def write(item: tuple[tuple[str, str], int]) -> int:
         return _write_source(out, *item, settings)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy and x264 work without the interpreter's lock
-        done = track(pool.map(write, sources), "writing videos", total=len(sources), unit="sources", progress=progress)
+    # NumPy and x264 work without the interpreter's lock.
+    with closing(as_finished(write, sources, os.cpu_count() or 1)) as written:
+        done = track(written, "writing videos", total=len(sources), unit="sources", progress=progress)
         clips = sum(done)
     index, broken = build_index(out, "folders", out=index_path, progress=progress)
     if broken or len(index) != clips or any(video.num_frames != frames for video in index):

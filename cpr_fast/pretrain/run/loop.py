@@ -297,7 +297,7 @@ def _pace(run: Run, state: CycleState, number: int, left: int) -> Pace:
         filling = min(left, max(0, -(-(state.memory.size - state.memory.count) // plan.clips)))
     waiting = sum(plan.waiting_steps for plan in later)
     learning = left - filling + sum(plan.steps for plan in later) - waiting
-    return Pace(filling + waiting, learning, plan.epoch_steps)
+    return Pace(filling, learning, waiting, plan.epoch_steps)
 
 
 def _measure_retrieval(run: Run, state: CycleState, rows: StepLog, epoch: int, step: int) -> bool:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from cpr_fast.config import Config
 from cpr_fast.data.index.index import Index
 from cpr_fast.pretrain.run.checks import CyclePlan
 from cpr_fast.runtime.distributed import World
-from cpr_fast.runtime.progress import FEW_S, about, rounded
+from cpr_fast.runtime.progress import FEW_S, about
 from cpr_fast.wording import counted
 
-MEASURED = 5  # learning steps after which the expected time is printed
-PATIENCE_S = 60.0  # if filling takes longer, a first estimate is printed after this time
-LONGEST_MEAN = 20  # steps, or two epochs if they are longer: the running mean of step times covers about as many
+MEASURED = 5  # number of steps after which their time is known well enough to be printed
+PATIENCE_S = 60.0  # if filling takes longer, the time until its end is printed after this time
+UNSTEADY = (
+    3.0  # the longest of some times over the shortest: times that differ more are measured for LONGEST_MEAN steps
+)
+LONGEST_MEAN = 20  # steps, or two epochs if they are longer: the mean of step times covers as many at most
 
 
 def start_lines(config: Config, index: Index, plans: Sequence[CyclePlan], folder: Path, world: World) -> list[str]:
@@ -60,19 +66,24 @@ class Pace:
     """Measures the time of steps and estimates the time left of the whole run.
 
     Steps that only fill the queue of a cascade are timed separately from those that learn, which also run a backward
-    pass.
+    pass: they say nothing about the time of the whole run, because they may take more or less time than the others.
+    The first steps of a kind set up kernels and read videos that no cache holds yet, so that one of them may take as
+    long as fifty others. Therefore the mean is that of the later half of the steps so far, and nothing is said before
+    the fifth, or before the twentieth while these times differ much.
 
     Args:
-        filling, learning: number of steps of each kind that are left, over all cycles.
+        filling: number of steps until the queue of this cycle is full.
+        learning: number of steps that learn, over all cycles that are left.
+        later: number of steps that fill the queues of later cycles.
         epoch_steps: number of steps of an epoch. The last step of each also saves a checkpoint and may measure
             retrieval, so the mean covers whole epochs; otherwise the expected time would jump after each.
     """
 
-    def __init__(self, filling: int, learning: int, epoch_steps: int = 1) -> None:
-        self.window = max(LONGEST_MEAN, 2 * epoch_steps)
-        self.left = {False: filling, True: learning}
-        self.mean_s: dict[bool, float] = {}
+    def __init__(self, filling: int, learning: int, later: int = 0, epoch_steps: int = 1) -> None:
+        self.left, self.later = {False: filling + later, True: learning}, later
         self.counted = {False: 0, True: 0}
+        window = max(LONGEST_MEAN, 2 * epoch_steps)
+        self.times: dict[bool, deque[float]] = {False: deque(maxlen=window), True: deque(maxlen=window)}
         self.began = time.monotonic()
         self.told = {False: False, True: False}
 
@@ -80,40 +91,47 @@ class Pace:
         """Records the wall time of one step, including the time spent waiting for data."""
         self.left[learns] = max(0, self.left[learns] - 1)
         self.counted[learns] += 1
-        if self.counted[learns] <= 1 < self.left[learns]:
-            return  # the first step of a kind also sets up caches and kernels
-        before = self.mean_s.get(learns, seconds)
-        self.mean_s[learns] = before + (seconds - before) / min(self.counted[learns], self.window)
+        self.times[learns].append(seconds)
+
+    def mean_s(self, *, learns: bool) -> float | None:
+        """Returns the seconds of a step of this kind, or None before enough of them were timed."""
+        times, counted = self.times[learns], self.counted[learns]
+        if counted < MEASURED:
+            return None
+        later = list(islice(reversed(times), min(-(-counted // 2), len(times))))
+        unsteady = max(later) > UNSTEADY * min(later)
+        return None if unsteady and counted < LONGEST_MEAN else fmean(later)
 
     def left_s(self) -> float | None:
-        """Returns the seconds that the rest of the run takes at this pace, or None before any step was timed."""
-        if not self.mean_s:
+        """Returns the seconds that the rest of the run takes at this pace, or None where it is not known."""
+        known = {kind: self.mean_s(learns=kind) for kind in (False, True)}
+        if known[True] is None and (self.left[True] or known[False] is None):
             return None
-        known = max(self.mean_s.values())
-        return sum(self.left[kind] * self.mean_s.get(kind, known) for kind in (False, True))
+        either = known[False] if known[True] is None else known[True]
+        return sum(self.left[kind] * (either if known[kind] is None else known[kind]) for kind in (False, True))
+
+    def full_s(self) -> float | None:
+        """Returns the seconds until the queue is full and learning starts, or None where it is not known."""
+        step_s, steps = self.mean_s(learns=False), self.left[False] - self.later
+        return steps * step_s if step_s is not None and steps > 0 else None
 
     def news(self) -> str | None:
         """Returns a sentence about the expected time as soon as it can be estimated, at most once for each kind of
         step."""
-        left = self.left_s()
-        if left is None:
-            return None
-        if not self.told[True] and self.counted[True] >= MEASURED and True in self.mean_s:
+        step_s, left, full = self.mean_s(learns=True), self.left_s(), self.full_s()
+        if step_s is not None and left is not None and not self.told[True]:
             self.told[True] = self.told[False] = True
-            return f"Expected time: {about(left)} left ({self.mean_s[True]:.2g} s per step, measured)"
-        if not self.told[False] and not self.counted[True] and time.monotonic() - self.began > PATIENCE_S:
+            return f"Expected time: {about(left)} left ({step_s:.2g} s per step, measured)"
+        if full is not None and not self.told[False] and time.monotonic() - self.began > PATIENCE_S:
             self.told[False] = True
-            if self.left[True] and left >= FEW_S:
-                return f"Expected time: at least {rounded(left)} left (steps take longer once the queue is full)"
+            if self.left[True] and full >= FEW_S:
+                return f"Expected time: {about(full)} until the queue is full; then the time of the run is measured"
         return None
 
     def text(self) -> str:
-        """Returns the time left of the whole run for the progress line, or "" where it is not known or nothing is left.
-
-        While no step has learnt, the time is a lower bound, and is shown as one."""
-        left = self.left_s()
-        if not left:
-            return ""
-        if self.left[True] and True not in self.mean_s:
-            return f"at least {rounded(left)} left in total" if left >= FEW_S else ""
-        return f"{about(left)} left in total"
+        """Returns the time left of the whole run for the progress line, or until the queue is full while that of the
+        run is not known, or "" where neither is known or nothing is left."""
+        left, full = self.left_s(), self.full_s()
+        if left is not None:
+            return f"{about(left)} left in total" if left else ""
+        return f"{about(full)} until the queue is full" if full is not None and self.left[True] else ""

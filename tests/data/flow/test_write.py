@@ -1,6 +1,7 @@
 """Runs of `write_flow` that are resumed, killed or sharded, or have videos that fail."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,8 @@ from cpr_fast.data.flow.write import write_flow
 from cpr_fast.data.index.build import build_index
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
+from cpr_fast.ops import tvl1_flow
+from cpr_fast.runtime.interrupt import signals_raise
 
 
 def test_a_second_run_computes_nothing(data_set, tmp_path):
@@ -107,24 +110,57 @@ def test_a_stopped_run_leaves_an_index_that_lists_the_flow_it_stored(data_set, t
     assert report["kept"] == len(stored) and report["without_flow"] == 0
 
 
-def test_a_request_to_stop_is_answered_before_the_threads_end(monkeypatch):
-    """It took 23 s on a busy machine, so that people pressed Ctrl-C again. The blocks are nested as in a flow run."""
-    told, said = threading.Event(), []
-    monkeypatch.setattr(write, "announce", lambda text: (said.append(text), told.set()))
+@pytest.mark.usefixtures("signals_as_in_a_terminal")
+def test_a_request_to_stop_ends_the_solving_and_says_what_is_kept(data_set, tmp_path):
+    """The batch that was being computed took 32 s on a busy machine. Here one would take hours."""
+    began, errors = threading.Event(), []
 
-    def slow(item: int) -> bool:
-        return told.wait(30)  # the threads end after the answer, or it never comes
+    def endless(pairs):
+        if pairs.shape[-1] == 49:  # the last batch
+            began.set()
+            try:
+                return tvl1_flow(pairs.repeat(1, 1, 20, 20), warps=1000, epsilon=0.0).squeeze(1)
+            except RuntimeError as error:
+                errors.append(str(error))
+                raise
+        return smooth_flow(pairs)
 
-    def items():
-        yield from range(2)
-        raise KeyboardInterrupt
+    def stop():
+        began.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    began = time.monotonic()
-    nested = write._map_ahead(lambda item: item, write._map_ahead(slow, items(), 2, ahead=4), 1, ahead=1)
-    with pytest.raises(KeyboardInterrupt), write._stop_told():
-        list(nested)
-    assert said == ["Stopping when the frame pairs that are being computed are finished"]
-    assert time.monotonic() - began < 20
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt) as stopped, signals_raise():
+        write_flow(data_set, tmp_path / "flow", compute=endless)
+    thread.join()
+    stored = len(list((tmp_path / "flow").rglob("*.flow.mp4")))
+    assert errors and set(errors) == {"tvl1_flow: stopped"}
+    has = f"{stored} of 5 videos {'has' if stored == 1 else 'have'} complete flow, which is kept"
+    assert stopped.value.__notes__ == [has if stored else "none of 5 videos has complete flow yet"]
+    assert write_flow(data_set, tmp_path / "flow")["kept"] == stored  # flow can be computed again
+
+
+def test_the_count_of_the_progress_line_is_that_of_the_stored_videos(data_set, tmp_path, monkeypatch):
+    """It was 0/36 for most of a run, because finished videos waited for those before them and for the next batch."""
+    shown, seen = [], []
+
+    def tracked(items, *_arguments, done, **_options):
+        shown.append(done)
+        yield from items
+
+    def waiting(pairs):
+        if pairs.shape[-1] == 49:  # the last batch: all other videos can be stored before it
+            for _ in range(6000):
+                if shown[0]() == 4:
+                    break
+                time.sleep(0.01)
+            seen.append((shown[0](), len(list((tmp_path / "flow").rglob("*.flow.mp4")))))
+        return smooth_flow(pairs)
+
+    monkeypatch.setattr(write, "track", tracked)
+    write_flow(data_set, tmp_path / "flow", compute=waiting)
+    assert seen == [(4, 4)] and shown[0]() == 5
 
 
 def test_the_index_is_filled_during_the_run(data_set, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -288,6 +289,27 @@ class TestJournal:
 
         monkeypatch.setattr(build, "probe_all", probing)
         assert write_index(root, tmp_path / "s.csv", options[0])["videos"] == len(Index.load(tmp_path / "s.csv")) == 7
+
+    def test_results_are_kept_although_a_video_before_them_is_still_read(self, tmp_path, root, monkeypatch):
+        """A run that is killed while it reads a long first video continues with that one."""
+        real, begun, journal = build.probe, [], tmp_path / "index.probe.jsonl"
+
+        def slow(path, **options):
+            begun.append(path)
+            if path != begun[0]:
+                return real(path, **options)
+            for _ in range(6000):
+                if journal.exists() and len(journal.read_text().splitlines()) == 6:
+                    break
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(build, "probe", slow)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            make(tmp_path, root)
+        assert stopped.value.__notes__ == ["the results of 6 of 7 files are kept"]
+        monkeypatch.setattr(build, "probe", real)
+        assert write_index(root, tmp_path / "index.csv", IndexOptions())["probed"] == 1
 
 
 class TestTranscode:
