@@ -13,6 +13,7 @@ from support import real_clips
 from support.flow_references import DEFAULTS, SHORT, assert_close_to_opencv, moving_texture, opencv_flow
 
 from cpr_fast.ops import _library, tvl1_flow, tvl1_flow_ref
+from cpr_fast.ops.tvl1_flow import stop_tvl1_flow
 
 cv2 = pytest.importorskip("cv2")
 if not hasattr(cv2, "optflow"):
@@ -217,3 +218,15 @@ def test_a_pixel_that_is_not_finite_gives_nan_flow_to_its_two_pairs_alone(value,
     flow, counted = torch.ops.cpr_fast.tvl1_flow(clip[None], *DEFAULTS.values())
     assert flow[0, 1:3].isnan().all() and counted[0, 1:3].tolist() == [0, 0]
     assert torch.equal(flow[0, [0, 3]], expected[[0, 3]])
+
+
+def test_a_stopped_call_raises_until_calls_are_allowed_again():
+    clip = moving_texture(3, 30, 40, seed=11)
+    expected = tvl1_flow(clip)
+    stop_tvl1_flow(True)
+    try:
+        with pytest.raises(RuntimeError, match="^tvl1_flow: stopped$"):
+            tvl1_flow(clip)
+    finally:
+        stop_tvl1_flow(False)
+    assert torch.equal(tvl1_flow(clip), expected)

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -181,11 +181,11 @@ def _compute_all(
 
 @contextmanager
 def _stop_solving() -> Iterator[None]:
-    """If the block is left by an exception, a request to stop among them, ends the solving of frame pairs that threads
-    do: the blocks around this one wait for these threads."""
+    """If the block is left by an error or a request to stop, ends the solving of frame pairs in threads: the blocks
+    around this one wait for these threads."""
     try:
         yield
-    except BaseException:
+    except (Exception, KeyboardInterrupt):  # not that a generator is closed, which may be later
         stop_tvl1_flow(True)
         raise
 
@@ -269,6 +269,8 @@ def _map_ahead(function: Callable[[Item], Result], items: Iterable[Item], worker
         finally:
             for future in pending:
                 future.cancel()
+            if isinstance(items, Generator):  # whose threads an exception that is still handled would keep running
+                items.close()
 
 
 def _read_gray(video: Video) -> np.ndarray | VideoError:
