@@ -9,13 +9,12 @@ import os
 import time
 from pathlib import Path
 
-from cpr_fast.runtime.progress import announce
 from cpr_fast.wording import counted
 
 STAT = Path("/proc/stat")  # proc(5): CPU time of every core since the start, in clock ticks
 NOTICED = 0.1  # smaller shares change a time by less than its usual variation
 
-_told = [False]  # whether this process has printed the sentence about other programs
+_told = [False]  # whether `news` has returned the sentence about other programs
 
 
 class OtherPrograms:
@@ -48,11 +47,12 @@ class OtherPrograms:
             "longer than on an idle machine"
         )
 
-    def announce(self) -> None:
-        """Prints the sentence beside an expected time, at most once in a process."""
-        if not _told[0] and (said := self.sentence()):
-            _told[0] = True
-            announce(said, end="")
+    def news(self) -> str:
+        """Returns the sentence if there is one and this was not called with that result before in this process."""
+        if _told[0] or not (said := self.sentence()):
+            return ""
+        _told[0] = True
+        return said
 
 
 def _clocks(stat: Path) -> tuple[float, float, float, int] | None:

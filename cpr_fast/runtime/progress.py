@@ -17,12 +17,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
+from cpr_fast.runtime.busy import OtherPrograms
 from cpr_fast.runtime.files import discard
-
-if TYPE_CHECKING:
-    from cpr_fast.runtime.busy import OtherPrograms
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -63,8 +61,6 @@ def track(
     if not progress:
         yield from items
         return
-    from cpr_fast.runtime.busy import OtherPrograms  # which imports this module
-
     report = _Report(description, total, unit, status, left, done, Forecast(total), OtherPrograms())
     yield from (_bar if sys.stderr.isatty() else _lines)(items, report)
 
@@ -107,6 +103,13 @@ def announce(text: str, *, end: str = " ...") -> None:
     """
     if first_process():
         _print(f"{text}{end}")
+
+
+def announce_others(others: OtherPrograms) -> None:
+    """Prints beside an expected time, at most once in a process, that other programs make it longer, if there are
+    any."""
+    if said := others.news():
+        announce(said, end="")
 
 
 def _print(text: str) -> None:
@@ -254,7 +257,7 @@ class _Report:
     def tell_of_others(self) -> None:
         """Says that other programs make the time left longer, if there are any and a time is shown."""
         if self.left():
-            self.others.announce()
+            announce_others(self.others)
 
     def pace(self, rate: float) -> str:
         """Returns "3.2 videos/s", "4.8 videos/min" or "2.5 videos/h"; "" where nothing is known."""

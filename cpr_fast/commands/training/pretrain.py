@@ -90,7 +90,7 @@ def parse_and_run(arguments: list[str]) -> None:
     config = settings(config, given, command="pretrain")
     resume = "auto" if "--auto-resume" in given.flags else "--resume" in given.flags
     from cpr_fast.runtime.busy import OtherPrograms
-    from cpr_fast.runtime.progress import announce
+    from cpr_fast.runtime.progress import announce, announce_others
 
     others = OtherPrograms()
     index = _checked_videos(config, resume)
@@ -98,7 +98,7 @@ def parse_and_run(arguments: list[str]) -> None:
     from cpr_fast.commands.output import show_once
     from cpr_fast.pretrain.run.loop import pretrain
 
-    others.announce()
+    announce_others(others)
     folder = pretrain(config, resume=resume, index=index)
     evaluate = retrieve_command(folder, config.data.index, published=path.parent == FOLDER)
     show_once(

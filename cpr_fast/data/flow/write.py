@@ -40,7 +40,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.ops.tvl1_flow import stop_tvl1_flow
 from cpr_fast.runtime.busy import OtherPrograms
 from cpr_fast.runtime.interrupt import stopping
-from cpr_fast.runtime.progress import Forecast, announce, track
+from cpr_fast.runtime.progress import Forecast, announce, announce_others, track
 from cpr_fast.wording import counted
 
 MOST_WORKERS = 16  # number of decoding threads, and of encoding threads; more are not faster on any device
@@ -95,9 +95,8 @@ def write_flow(
             problems = _compute_all(index, todo, solver, store, stored, progress, _Refill(fill, storage))
         if problems and len(problems) == len(share):
             raise InputError(
-                f"index {str(index_csv)!r}: none of its {counted(len(share), 'video')} gave flow; the "
-                f"first: {problems[0].path}: "
-                f"{problems[0].reason}"
+                f"index {str(index_csv)!r}: none of its {counted(len(share), 'video')} gave flow; the first: "
+                f"{problems[0].path}: {problems[0].reason}"
             )
     elapsed_s = time.perf_counter() - began
     failed = {problem.path for problem in problems}
@@ -139,7 +138,7 @@ def _announce(
     others = OtherPrograms()
     for line in describe(estimate_flow(index, todo, storage=storage, solver=solver, out=out), out):
         log.info(line)
-    others.announce()
+    announce_others(others)
     if shards == 1:
         log.info("  to share the work: run --shard 0/n, 1/n, ... on n machines; to stop: Ctrl-C, and later run the "
                  "same command to continue")  # fmt: skip
