@@ -125,8 +125,8 @@ def _check_sample(index: Path, videos: Index, facts: dict[str, Any], findings: l
         verb = "differs" if len(stale) == 1 else "differ"
         findings.append(Finding("warning", f"{len(stale)} of {counted(sampled, 'sampled video')} {verb} from the "
                                 f"index: {text}. "
-                                "Commands rely on the index: they never read frames that it does not count, report a "
-                                "clip with a frame that does not exist, and leave it out",
+                                "Commands rely on the index: they never read frames that it does not count, and "
+                                "report and leave out a video with fewer frames than it counts, or of another size",
                                 f"index them again: {index_command(index, videos)}", "results"))  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from cpr_fast.data.clips.sampling import Clips, clip_frames
 from cpr_fast.data.flow.on_the_fly import ReadParts, frame_reader
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.media import is_record, read_parts
-from cpr_fast.data.storage.records import read_jpegs
+from cpr_fast.data.storage.records import read_jpegs, require_frames
 from cpr_fast.data.storage.unreadable import Unreadable
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.decode import joined
@@ -93,14 +93,15 @@ def fetch_packets(
     for starts in clips.start.reshape(-1, group):
         frames = np.stack([clip_frames(s, data) for s in starts])  # [G, T]
         needed, order = np.unique(frames, return_inverse=True)
-        encoded, chosen = slice_packets(path, needed, num_frames)
+        encoded, chosen = slice_packets(path, needed, num_frames, view)
         out.append((encoded, chosen, order.reshape(frames.shape).astype(np.int32)))
     return out
 
 
 def fetch_jpegs(video: Video, clips: Clips, view: str, data: DataConfig) -> list[list[np.ndarray]]:
     """Returns encoded clips of a record: T JPEGs each, uint8 [L], as views of the memory-mapped file."""
-    path, _ = _file(video, view, data)
+    path, num_frames = _file(video, view, data)
+    require_frames(path, view, num_frames)
     records = (read_jpegs(path, clip_frames(start, data)) for start in clips.start)
     return [[np.frombuffer(jpeg, np.uint8) for jpeg in jpegs] for jpegs in records]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cpr_fast.data.storage.records import read_record_frames, split_record
+from cpr_fast.data.storage.records import read_record_frames, require_frames, split_record
 from cpr_fast.data.video import decode
 from cpr_fast.data.video.decode import PART, frames_at_once, joined
 from cpr_fast.data.video.pixels import Region
@@ -53,11 +53,13 @@ def read_parts(
 ) -> Iterator[np.ndarray]:
     """Yields what `read_frames` returns, a few frames at a time, and of each frame only `region`.
 
-    Raises VideoError also for frames of another size than that of `region`.
+    Raises VideoError also for frames of another size than that of `region`, and, whichever frames are wanted, for a
+    file of fewer than `num_frames`.
     """
     if not is_record(path):
         yield from decode.read_parts(path, frames, view, num_frames, region)
         return
+    require_frames(path, view, num_frames)
     most = PART if region is None else frames_at_once(region.height * region.width)
     for begin in range(0, len(frames), most):
         yield read_record_frames(path, frames[begin : begin + most], view, region)

@@ -31,7 +31,7 @@ import simplejpeg
 
 from cpr_fast._host import msgpack_spans
 from cpr_fast.data.storage.pages import require_intact
-from cpr_fast.data.video.container import VideoError, not_as_listed
+from cpr_fast.data.video.container import VideoError, fewer_than_listed, not_as_listed
 from cpr_fast.data.video.pixels import Region
 from cpr_fast.errors import InputError
 from cpr_fast.wording import counted, not_a_file
@@ -59,12 +59,7 @@ def read_jpegs(path: Path, frames: Sequence[int] | np.ndarray) -> list[memoryvie
     """Returns the JPEG of every frame in `frames`, as slices of the memory-mapped file, without copying. Raises
     VideoError."""
     file, name = split_record(path)
-    try:
-        record, spans = open_records(file).record(name)
-    except (KeyError, ValueError, InputError, lmdb.Error) as error:
-        raise VideoError(path, str(error.args[0])) from error
-    if not len(spans):
-        raise VideoError(path, "the record holds no frame")
+    record, spans = _opened_record(path)
     if int(max(frames)) >= len(spans):
         raise not_as_listed(path, f"the record holds {counted(len(spans), 'frame')}", f"{int(max(frames)) + 1} or more")
     jpegs = [record[offset : offset + size] for offset, size in spans[np.asarray(frames)].tolist()]
@@ -74,6 +69,25 @@ def read_jpegs(path: Path, frames: Sequence[int] | np.ndarray) -> list[memoryvie
             if len(checksums) < len(spans) or zlib.crc32(jpeg) != checksums[frame]:
                 raise VideoError(path, f"frame {int(frame)} is damaged on the disk: its bytes are not those written")
     return jpegs
+
+
+def require_frames(path: Path, view: str, num_frames: int) -> None:
+    """Raises VideoError if a record holds fewer than `num_frames` frames of `view`, or cannot be read."""
+    _, spans = _opened_record(path)
+    if len(spans) < num_frames:
+        raise fewer_than_listed(path, len(spans), num_frames, view)
+
+
+def _opened_record(path: Path) -> tuple[memoryview, np.ndarray]:
+    """Returns a record, which holds a frame or more, and offset and size of each of its JPEGs. Raises VideoError."""
+    file, name = split_record(path)
+    try:
+        record, spans = open_records(file).record(name)
+    except (KeyError, ValueError, InputError, lmdb.Error) as error:
+        raise VideoError(path, str(error.args[0])) from error
+    if not len(spans):
+        raise VideoError(path, "the record holds no frame")
+    return record, spans
 
 
 def read_record_frames(

@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from cpr_fast.data.storage.media import container
@@ -16,6 +16,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.runtime.problems import problem_line
 from cpr_fast.wording import counted
 
+REPLACED = "replaced by other videos"  # what happens in training to a file that cannot be read
 SAMPLED = 64  # number of files checked for existence before the storage is considered lost
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,13 @@ def by_kind(files: Iterable[tuple[Path | str, str]]) -> list[str]:
         kinds[kind_of(reason)].append((path, reason))
     found = sorted(kinds.values(), key=len, reverse=True)
     return [problem_line(members[0][1], [str(path) for path, _ in members]) for members in found]
+
+
+def not_read(files: Collection[tuple[Path | str, str]], happened: str) -> str:
+    """Returns a sentence without a full stop about files (path, reason) that could not be read: their number, what
+    happened to them, such as "left out", and the kinds of problems with the first names."""
+    were = "were" if len(files) > 1 else "was"
+    return f"{counted(len(files), 'file')} could not be read and {were} {happened}: {'; '.join(by_kind(files))}"
 
 
 def _is_there(path: Path) -> bool:

@@ -13,6 +13,7 @@ import av.stream
 from av.stream import Disposition
 
 from cpr_fast.data.video.contents import what_it_is
+from cpr_fast.wording import counted
 
 UNPROBED = {"codec_whitelist": "none", "probesize": "32"}  # options with which opening a container decodes no frame
 # A title that is not UTF-8 must not prevent a file from being opened. PyAV 19 and newer accept it without this option.
@@ -47,6 +48,14 @@ def not_as_listed(path: str | Path, found: str, listed: str) -> VideoError:
         f"{found}, the index says {listed}: correct its row, or list the videos again with `cpr-fast index`; "
         "`cpr-fast doctor` compares the other rows with their files",
     )
+
+
+def fewer_than_listed(path: str | Path, held: int, num_frames: int, view: str) -> VideoError:
+    """Returns the error about a file that holds fewer than the `num_frames` frames of `view` that follow from its row
+    in the index; a file of flow holds one field less than its video has frames."""
+    if view == "flow":
+        return not_as_listed(path, f"holds {counted(held, 'field')} of flow", f"{num_frames + 1:,} frames")
+    return not_as_listed(path, f"holds {counted(held, 'frame')}", f"{num_frames:,}")
 
 
 def location(path: str | Path) -> str:

@@ -22,10 +22,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-from cpr_fast.data.video.container import VideoError, format_name, holds_frame, not_as_listed, open_video
-from cpr_fast.data.video.numbering import LAYOUTS, REMEMBERED_FILES, Layout, file_identity
+from cpr_fast.data.video.container import VideoError, fewer_than_listed, format_name, holds_frame, open_video
+from cpr_fast.data.video.numbering import LAYOUTS, REMEMBERED_FILES, Layout, fewer_frames, file_identity
 from cpr_fast.data.video.pixels import Pixels, Region, pixels_of
-from cpr_fast.wording import counted
 
 PASSES_OVER = ("h264", "mpeg4")  # decoders whose skip_frame leaves out exactly the frames that no other frame refers to
 # What determines the conversion of a frame to RGB; neither size nor format may change within a file.
@@ -71,10 +70,16 @@ def joined(parts: Iterable[np.ndarray], count: int) -> np.ndarray:
 def read_parts(
     path: str | Path, frames: Sequence[int] | np.ndarray, view: str, num_frames: int, region: Region | None = None
 ) -> Iterator[np.ndarray]:
-    """Yields what `read_frames` returns, a few frames at a time, and of each frame only `region`."""
+    """Yields what `read_frames` returns, a few frames at a time, and of each frame only `region`.
+
+    The first read of a file also compares its number of frames with `num_frames`: every read of a file that holds
+    fewer raises VideoError, whichever frames are wanted.
+    """
     frames, done = [int(number) for number in frames], 0
     identity = file_identity(path, num_frames)
     known, packets = LAYOUTS.get(identity), None
+    if isinstance(known, int):
+        raise fewer_than_listed(path, known, num_frames, view)
     if known is not None:
         # a file in which seeking fails, for example, is read as if no result were cached
         opened = open_video(path, probe=known.probe, known_format=known.format)
@@ -87,35 +92,16 @@ def read_parts(
         if known is not None or identity not in LAYOUTS:
             packets, failed = list(container.demux(stream)), known is not None
             known = Layout.of(container, stream, packets, num_frames)
-            if known is not None:
+            if known is None:
+                known = fewer_frames(path, packets, num_frames)
+            else:
                 known.probe, known.format = failed, format_name(container)
             if len(LAYOUTS) < REMEMBERED_FILES:
                 LAYOUTS[identity] = known
+            if isinstance(known, int):
+                raise fewer_than_listed(path, known, num_frames, view)
         frames = frames[done:]
-        try:
-            yield from _parts(
-                path, frames, view, num_frames, region, _decode(container, stream, known, frames, packets)
-            )
-        except _MissingFrame as missing:
-            raise missing.explained(num_frames, view) from None
-
-
-class _MissingFrame(VideoError):
-    """A frame was not decoded: the file is damaged, or never had as many frames as the index says."""
-
-    def __init__(self, path: str | Path, wanted: int, num_frames: int) -> None:
-        super().__init__(path, f"frame {wanted} of {num_frames} does not decode")
-        self.wanted = wanted
-
-    def explained(self, num_frames: int, view: str) -> VideoError:
-        """Returns the error that tells which of the two it is, by the number of frames in the file."""
-        with suppress(VideoError), open_video(self.path) as (container, stream):
-            held = sum(map(holds_frame, container.demux(stream)))
-            if self.wanted >= held and view == "flow":
-                return not_as_listed(self.path, f"holds {counted(held, 'field')} of flow", f"{num_frames + 1:,} frames")
-            if self.wanted >= held:
-                return not_as_listed(self.path, f"holds {counted(held, 'frame')}", f"{num_frames:,}")
-        return self
+        yield from _parts(path, frames, view, num_frames, region, _decode(container, stream, known, frames, packets))
 
 
 def _parts(
@@ -133,7 +119,7 @@ def _parts(
     for wanted in frames:
         number, frame = next(decoded, (None, None))
         if number != wanted:
-            raise _MissingFrame(path, wanted, num_frames)
+            raise VideoError(path, f"frame {wanted} of {num_frames} does not decode")
         now = KIND(frame)
         if now != kind:
             if kind is None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import av
 import numpy as np
 
 from cpr_fast.data.video.bitstream import BIDIRECTIONAL, ENCODER, INTRA, PICTURE, is_intra
-from cpr_fast.data.video.container import VideoError, shows_times
+from cpr_fast.data.video.container import VideoError, holds_frame, open_video, shows_times
 
 EMPTY_PICTURE = 19  # bytes: FFmpeg treats a picture of at most this size as a repetition of the previous one
 
@@ -92,7 +93,23 @@ class Layout:
 
 
 REMEMBERED_FILES = 2**17  # number of files whose layout is kept in memory, about 1 kB each
-LAYOUTS: dict[tuple, Layout | None] = {}  # layout by file; None if the packets do not prove the numbering
+# By file: the layout; None if the packets do not prove the numbering; of a file with fewer frames than its row in the
+# index says, their number.
+LAYOUTS: dict[tuple, Layout | int | None] = {}
+
+
+def fewer_frames(path: str | Path, packets: Sequence[av.Packet], num_frames: int) -> int | None:
+    """Returns the number of frames of a file, given all its packets, if it is less than `num_frames`, else None.
+
+    Only a file with fewer packets than frames is decoded to count them, because a packet may hold two frames. A file
+    whose decoding fails is damaged, and its frames up to the damage may be used: the result is None.
+    """
+    if sum(map(holds_frame, packets)) >= num_frames:
+        return None
+    with suppress(VideoError), open_video(path) as (container, stream):
+        held = sum(1 for _ in container.decode(stream))
+        return held if held < num_frames else None
+    return None
 
 
 def file_identity(path: str | Path, num_frames: int) -> tuple:

@@ -13,13 +13,12 @@ from pathlib import Path
 import av
 import numpy as np
 
-from cpr_fast.data.video.container import VideoError, holds_frame, not_as_listed, open_video, shows_times
-from cpr_fast.data.video.numbering import Layout
-from cpr_fast.wording import counted
+from cpr_fast.data.video.container import VideoError, fewer_than_listed, open_video, shows_times
+from cpr_fast.data.video.numbering import Layout, fewer_frames
 
 
 def slice_packets(
-    path: str | Path, frames: Sequence[int] | np.ndarray, num_frames: int
+    path: str | Path, frames: Sequence[int] | np.ndarray, num_frames: int, view: str = "rgb"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the shortest part of a video from which a decoder gets `frames` (strictly increasing) without seeking.
 
@@ -31,7 +30,7 @@ def slice_packets(
     Returns:
         The encoded bytes, uint8 [L], and the number that each of `frames` has in them, int32 [F].
     Raises:
-        VideoError: a frame is outside of the video, or the file cannot be read.
+        VideoError: a frame is outside of the video, the file holds fewer than `num_frames`, or it cannot be read.
     """
     frames = np.asarray(frames)
     if not 0 <= frames[0] <= frames[-1] < num_frames:
@@ -42,8 +41,8 @@ def slice_packets(
             packets = list(container.demux(stream))
         if shows_times(container):
             layout = Layout.of(container, stream, packets, num_frames)
-            if layout is None and frames[-1] >= (held := sum(map(holds_frame, packets))):
-                raise not_as_listed(path, f"holds {counted(held, 'frame')}", f"{num_frames:,}")
+            if layout is None and (held := fewer_frames(path, packets, num_frames)) is not None:
+                raise fewer_than_listed(path, held, num_frames, view)
         if layout is None:
             whole = np.fromfile(path, np.uint8) if alone else _copied(stream, packets)
             return whole, frames.astype(np.int32)

@@ -35,6 +35,7 @@ from cpr_fast.config.pixels import normalisation
 from cpr_fast.data.clips.loader import TrainLoader, WindowLoader
 from cpr_fast.data.clips.sampling import plan_labelled, plan_selection
 from cpr_fast.data.index.index import Index
+from cpr_fast.data.storage.unreadable import REPLACED, not_read
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.classify.classifier import Classifier, video_probabilities
 from cpr_fast.evaluate.classify.finetune import Training, selection_accuracy, train_on_clips, validation_loss
@@ -274,6 +275,9 @@ def _train_on_clips(job: Job, view: str, encoder: Encoder, folder: Path) -> Pred
         if job.progress:
             log.info(_plan(job, view, len(train), len(loader)))
         done = train_on_clips(model, loader, training)
+        skipped = sorted(distributed.union((str(path), reason) for path, reason in loader.skipped))
+        if skipped and job.world.is_main:
+            log.warning("%s: %s", view, not_read(skipped, REPLACED))
 
     tested = folder / f"{TESTED}-{weights_digest(model)[:12]}.safetensors"
     if job.world.size > 1:  # of a stopped test, the share of one process says nothing about the others
@@ -295,8 +299,8 @@ def _test(
             model, windows, len(part), view, crops=job.recipe.crops, description=f"{view}, test",
             progress=job.progress, on_stop=on_stop,
         )  # fmt: skip
-        for path, reason in windows.skipped:
-            log.warning("test: %s is left out: %s", path, reason)
+        if windows.skipped:
+            log.warning("%s, test: %s", view, not_read(windows.skipped, "left out"))
     return found
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cpr_fast.data.index.index import Index, Video
+from cpr_fast.data.storage.unreadable import not_read
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.embedding import Embedding, sum_features
 from cpr_fast.evaluate.features.shares import shared_out
@@ -221,8 +222,8 @@ def _embed(
         sums, counts = sum_features(
             embeddings, loader, len(chosen), description=description, progress=progress, on_stop=on_stop, work=work
         )
-        for path, reason in loader.skipped:
-            log.warning("%s: %s is left out: %s", description, path, reason)
+        if loader.skipped:
+            log.warning("%s: %s", description, not_read(loader.skipped, "left out"))
     return {name: total.cpu() for name, total in sums.items()}, counts
 
 

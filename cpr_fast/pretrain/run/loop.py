@@ -19,7 +19,7 @@ from cpr_fast.config import Config, View
 from cpr_fast.config.load import absolute_inputs
 from cpr_fast.data.clips.sampling import plan_first
 from cpr_fast.data.index.index import Index
-from cpr_fast.data.storage.unreadable import by_kind
+from cpr_fast.data.storage.unreadable import REPLACED, not_read
 from cpr_fast.errors import InputError
 from cpr_fast.pretrain.run.checks import CyclePlan, check_run, plan_cycles
 from cpr_fast.pretrain.run.dump import dump_memory
@@ -249,7 +249,6 @@ def _run_cycle(
             began = time.perf_counter()
             if run.progress and (news := pace.news()):
                 log.info("%s", news)
-        _name_skipped(run, number, loader)
     finally:
         loader.close()
 
@@ -274,6 +273,7 @@ def _after_step(
     last, best = i + 1 == len(loader), False
     if last:
         rows.epoch(epoch, step, len(distributed.union(path for path, _ in loader.skipped)), result)
+        _name_skipped(run, number, loader)
         if run.config.run.dump_memory and run.world.is_main:
             dump_memory(run.folder, state, number)
         state.start_epoch()
@@ -312,17 +312,15 @@ def _measure_retrieval(run: Run, state: CycleState, rows: StepLog, epoch: int, s
 
 
 def _name_skipped(run: Run, number: int, loader: Loader) -> None:
-    """Reports the files that could not be read, by kind of problem, at the end of a cycle: as a note, and on stderr if
-    an earlier cycle has not reported all of them."""
+    """Reports the files that could not be read, by kind of problem, at the end of an epoch, if an earlier one has not
+    reported all of them: as a note and on stderr."""
     skipped = sorted(distributed.union((str(path), reason) for path, reason in loader.skipped))
-    if skipped and run.writer is not None:
-        count = "1 file could not be read and was" if len(skipped) == 1 else f"{len(skipped)} files could not be read"
-        text = f"cycle {number + 1}: {count}{'' if len(skipped) == 1 else ' and were'} replaced by other videos: "
-        text += "; ".join(by_kind(skipped))
-        run.writer.write({"kind": "note", "text": text})
-        if not run.unreadable.issuperset(skipped):
-            log.warning(text)
+    if not run.unreadable.issuperset(skipped):
         run.unreadable.update(skipped)
+        text = f"cycle {number + 1}: {not_read(skipped, REPLACED)}"
+        if run.writer is not None:
+            run.writer.write({"kind": "note", "text": text})
+            log.warning(text)
 
 
 def _timed_batches(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.machine.full_disk import files_end_at
 
+from cpr_fast.data.storage.media import read_parts
 from cpr_fast.data.storage.record_writer import RecordWriter
 from cpr_fast.data.storage.records import (
     frame_size,
@@ -21,9 +22,11 @@ from cpr_fast.data.storage.records import (
     read_jpegs,
     read_record_frames,
     record_path,
+    require_frames,
     split_record,
 )
 from cpr_fast.data.video.container import VideoError
+from cpr_fast.data.video.decode import joined
 from cpr_fast.data.video.pixels import Region
 from cpr_fast.errors import InputError
 
@@ -309,6 +312,20 @@ class TestBadFiles:
             np.testing.assert_array_equal(part, whole[:, top:bottom, left:right])
         with pytest.raises(VideoError, match="decodes to 33x24, the index says 33x25"):
             read_record_frames(path, [0], view, Region.whole(25, 33))
+
+    @pytest.mark.parametrize(
+        ("view", "said"),
+        [("rgb", "holds 3 frames, the index says 5: "), ("flow", "holds 3 fields of flow, the index says 6 frames: ")],
+    )
+    def test_fewer_frames_than_the_index_says(self, tmp_path, view, said):
+        """Every read says so, whichever frames it wants."""
+        path = record_path(
+            write_as_coclr(tmp_path / "x.lmdb", {"a/b": pictures(0, 3)}, legacy=False, lengths=True), "a/b"
+        )
+        with pytest.raises(VideoError, match=said):
+            list(read_parts(path, [0, 1], view, 5))
+        assert len(joined(read_parts(path, [0, 1], view, 3), 2)) == 2
+        require_frames(path, view, 2)  # fewer than the record has are never read
 
     def test_videos_that_are_not_there_or_damaged(self, tmp_path):
         good = pictures(0, 3)

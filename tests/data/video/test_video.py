@@ -316,13 +316,18 @@ class TestBadFiles:
             read_frames(path, frames, "rgb", num_frames)
 
     def test_fewer_frames_than_the_index_says(self, numbered):
+        """Every read says so, the first one and later ones, also of frames that the file has."""
         for path in numbered.values():
             said = f"holds {FRAMES} frames, the index says {FRAMES + 5}: .* `cpr-fast index`; `cpr-fast doctor`"
-            with pytest.raises(VideoError, match=said):
-                read_frames(path, [FRAMES - 1, FRAMES, FRAMES + 1], "rgb", FRAMES + 5)
-            if path.suffix not in (".avi", ".flow"):  # whose packets do not tell
+            for frames in ([0, 1], [2, 3], [FRAMES - 1, FRAMES, FRAMES + 1]):
                 with pytest.raises(VideoError, match=said):
-                    slice_packets(path, [FRAMES - 1, FRAMES], FRAMES + 5)
+                    read_frames(path, frames, "rgb", FRAMES + 5)
+                if path.suffix not in (".avi", ".flow"):  # whose packets do not tell
+                    with pytest.raises(VideoError, match=said):
+                        slice_packets(path, frames, FRAMES + 5)
+            assert numbers_shown(read_frames(path, [2, 3], "rgb", FRAMES)) == [2, 3]
+        with pytest.raises(VideoError, match=f"holds {FRAMES} fields of flow, the index says {FRAMES + 6} frames"):
+            read_frames(numbered["vp9"], [0], "flow", FRAMES + 5)
 
     def test_slices_outside_the_video(self, numbered):
         with pytest.raises(VideoError, match=r"expected frames within 0\.\.46, got 40\.\.50"):
