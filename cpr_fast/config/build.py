@@ -8,7 +8,7 @@ import types
 import typing
 from typing import Any, Literal
 
-from cpr_fast.config.sections import ConfigError
+from cpr_fast.config.sections import ConfigError, with_cycle
 
 
 def build(kind: Any, value: Any, where: str) -> Any:
@@ -23,13 +23,14 @@ def build(kind: Any, value: Any, where: str) -> Any:
     """
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ConfigError(f"{where or 'config'}: expected a table, got {value!r}")
+            raise ConfigError(f"{with_cycle(where) or 'config'}: expected a table, got {value!r}")
         hints = typing.get_type_hints(kind)
         for key in value:
             if key not in hints:
                 close = difflib.get_close_matches(key, hints, n=1)
                 hint = f"did you mean {close[0]!r}? " if close else ""
-                raise ConfigError(f"unknown key {_join(where, key)!r}; {hint}valid keys: {', '.join(hints)}")
+                named = with_cycle(_join(where, key), repr(_join(where, key)))
+                raise ConfigError(f"unknown key {named}; {hint}valid keys: {', '.join(hints)}")
         arguments = {key: build(hints[key], item, _join(where, key)) for key, item in value.items()}
         missing = [
             f.name
@@ -37,23 +38,23 @@ def build(kind: Any, value: Any, where: str) -> Any:
             if f.name not in arguments and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         ]
         if missing:
-            raise ConfigError(f"{where}: missing {', '.join(map(repr, missing))}")
+            raise ConfigError(f"{with_cycle(where)}: missing {', '.join(map(repr, missing))}")
         return kind(**arguments)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{where}: expected one of {', '.join(map(repr, args))}, got {value!r}")
+            raise ConfigError(f"{with_cycle(where)}: expected one of {', '.join(map(repr, args))}, got {value!r}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
+            raise ConfigError(f"{with_cycle(where)}: expected a list, got {value!r}")
         return tuple(build(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin in (types.UnionType, typing.Union):  # the latter with a Literal
         return None if value is None else build(args[0], value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
+        raise ConfigError(f"{with_cycle(where)}: expected {kind.__name__}, got {value!r}")
     return value
 
 

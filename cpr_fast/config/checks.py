@@ -21,6 +21,7 @@ from cpr_fast.config.sections import (
     OptimConfig,
     RunConfig,
     ScheduleConfig,
+    with_cycle,
 )
 from cpr_fast.wording import counted
 
@@ -100,11 +101,11 @@ def _check_numbers(where: str, value: Any) -> None:
         for i, item in enumerate(value):
             _check_numbers(f"{where}[{i}]", item)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where}: expected a finite number, got {value}")
+        raise ConfigError(f"{with_cycle(where)}: expected a finite number, got {value}")
     elif isinstance(value, int):
         most = 2**63 - 1 if where == "run.seed" else MANY if where in ("data.workers", "data.prefetch") else LARGEST
         if abs(value) > most:
-            raise ConfigError(f"{where}: expected at most {most:,}, got {value:,}")
+            raise ConfigError(f"{with_cycle(where)}: expected at most {most:,}, got {value:,}")
 
 
 def _check_positive(values: Mapping[str, float]) -> None:
@@ -161,16 +162,16 @@ def _check_clips(data: DataConfig, model: ModelConfig) -> None:
 
 def _check_cycle(where: str, cycle: Cycle, memory: MemoryConfig, mining: MiningConfig) -> None:
     if cycle.epochs < 1:
-        raise ConfigError(f"{where}.epochs: expected at least 1, got {cycle.epochs}")
+        raise ConfigError(f"{with_cycle(f'{where}.epochs')}: expected at least 1, got {cycle.epochs}")
     if cycle.lr is not None and not cycle.lr > 0:
-        raise ConfigError(f"{where}.lr: expected a positive number, got {cycle.lr}")
+        raise ConfigError(f"{with_cycle(f'{where}.lr')}: expected a positive number, got {cycle.lr}")
     if early := [epoch for epoch in cycle.milestones if epoch < 1]:
-        raise ConfigError(f"{where}.milestones: expected epochs of 1 or more, got {early[0]}")
+        raise ConfigError(f"{with_cycle(f'{where}.milestones')}: expected epochs of 1 or more, got {early[0]}")
     top_k = mining.top_k if cycle.top_k is None else cycle.top_k
     if cycle.mining == "cascade" and not (top_k >= 1 and (memory.kind != "queue" or top_k <= memory.size)):
-        raise ConfigError(f"{where}.top_k: expected 1..memory.size = {memory.size}, got {top_k}")
+        raise ConfigError(f"{with_cycle(f'{where}.top_k')}: expected 1..memory.size = {memory.size}, got {top_k}")
     if cycle.other == cycle.view:
-        raise ConfigError(f"{where}.other: expected another view than {cycle.view!r}")
+        raise ConfigError(f"{with_cycle(f'{where}.other')}: expected another view than {cycle.view!r}")
 
 
 def _check_method(

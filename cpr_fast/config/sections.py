@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +13,14 @@ QUARTERS = 4  # number of quarters of a clip; an intra-negative swaps two of the
 View = Literal["rgb", "flow", "residual"]
 Mining = Literal["none", "label", "cascade"]
 Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def with_cycle(key: str, shown: str = "") -> str:
+    """Returns the key of a setting as messages name it. That of a cycle counts from 0, as in the option
+    --schedule.cycles.0.epochs, and is followed by the number that a run prints: "schedule.cycles[0].epochs (cycle 1)".
+    `shown` is the key in another form, such as in quotes."""
+    found = re.match(r"schedule\.cycles\[(\d+)\]", key)
+    return (shown or key) + (f" (cycle {int(found[1]) + 1})" if found else "")
 
 
 class ConfigError(InputError):

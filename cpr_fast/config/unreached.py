@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from cpr_fast.config.config import Config
-from cpr_fast.config.sections import ClassifierConfig
+from cpr_fast.config.sections import ClassifierConfig, with_cycle
 from cpr_fast.wording import counted, listed
 
 
@@ -52,7 +52,7 @@ def _milestones(where: str, what: str, milestones: Sequence[int], epochs: int) -
     if late := [milestone for milestone in milestones if milestone >= epochs]:
         when = counted(late[0], "epoch") if len(late) == 1 else f"{listed([*map(str, late)])} epochs"
         yield (
-            f"{where}.milestones lets the learning rate fall after {when}, but {what} ends after "
+            f"{with_cycle(f'{where}.milestones')} lets the learning rate fall after {when}, but {what} ends after "
             f"{counted(epochs, 'epoch')}. Set {where}.milestones below {epochs} or change the length with --epochs, "
             "which moves them along"
         )

@@ -58,19 +58,26 @@ def test_round_trip_through_json_data():
         ("[memory]\nsize = 8", "memory.size: expected at least data.batch_size = 16 entries, got 8"),
         ("[memory]\nsize = 0", "memory.size: expected a positive number, got 0"),
         ("[mining]\nratio = 1.5", r"mining.ratio: expected a fraction in \(0, 1\], got 1.5"),
-        ("[mining]\ntop_k = 4096", r"top_k: expected 1..memory.size = 2048, got 4096"),
+        ("[mining]\ntop_k = 4096", r"top_k \(cycle 3\): expected 1..memory.size = 2048, got 4096"),
         ("[probe]\nlr = 0", "probe.lr: expected a positive number, got 0"),
         ("[finetune]\nbackbone_lr = -1", "finetune.backbone_lr: expected 0 or more, got -1"),
         ("[finetune]\ndropout = 1", r"finetune.dropout: expected a fraction in \[0, 1\), got 1"),
         ("[schedule]\ncycles = []", "schedule.cycles: expected at least one cycle"),
-        ("[schedule]\ncycles = [{ view = 'rgb' }]", r"schedule.cycles\[0\]: missing 'epochs'"),
-        ("[schedule]\ncycles = [{ view = 'rgb', epochs = 0 }]", r"cycles\[0\].epochs: expected at least 1, got 0"),
+        ("[schedule]\ncycles = [{ view = 'rgb' }]", r"schedule.cycles\[0\] \(cycle 1\): missing 'epochs'"),
+        ("[schedule]\ncycles = [{ view = 'rgb', epochs = 0 }]",
+         r"cycles\[0\].epochs \(cycle 1\): expected at least 1, got 0"),
+        ("[schedule]\ncycles = [{ view = 'rgb', epochs = 1 }, { view = 'rgb', epochs = 1.5 }]",
+         r"schedule.cycles\[1\].epochs \(cycle 2\): expected int, got 1.5"),
+        ("[schedule]\ncycles = [{ view = 'rgb', epoch = 1 }]",
+         r"unknown key 'schedule.cycles\[0\].epoch' \(cycle 1\); did you mean 'epochs'"),
+        ("[schedule]\ncycles = [{ view = 'rgb', epochs = 1, lr = inf }]",
+         r"schedule.cycles\[0\].lr \(cycle 1\): expected a finite number"),
         ("[data]\nsize = 16", "data.size: model.arch 's3d' expects at least 5 frames of 17 pixels, got 32 of 16"),
         ("[data]\ncrop_area = 0", r"data.crop_area: expected a fraction in \(0, 1\], got 0.0"),
         ("[optim]\nlr = nan", "optim.lr: expected a finite number, got nan"),
         ("[data]\nbatch_size = 8\nbatch_size = 9", "not valid TOML"),
     ],
-)
+)  # fmt: skip
 def test_bad_settings_are_named(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         load(write(tmp_path, text))
@@ -92,10 +99,10 @@ def test_bad_settings_are_named(tmp_path, text, message):
         ("[run]\nseed = 99999999999999999999", "run.seed: expected at most"),
         ("[run]\nout = ''", "run.out: expected the name of a folder, got ''"),
         ("[schedule]\ngamma = 0", "schedule.gamma: expected a positive number, got 0"),
-        ("[schedule]\ncycles = [{view = 'rgb', epochs = 1, lr = -1}]", r"cycles\[0\].lr: expected a positive number"),
-        ("[schedule]\ncycles = [{view = 'rgb', epochs = 1, lr = nan}]", r"cycles\[0\].lr: expected a finite number"),
+        ("[schedule]\ncycles = [{view = 'rgb', epochs = 1, lr = -1}]", r"cycles\[0\].lr \(cycle 1\): expected a pos"),
+        ("[schedule]\ncycles = [{view = 'rgb', epochs = 1, lr = nan}]", r"cycles\[0\].lr \(cycle 1\): expected a fin"),
         ("[schedule]\ncycles = [{view = 'rgb', epochs = 9, milestones = [2, -1]}]",
-         r"schedule.cycles\[0\].milestones: expected epochs of 1 or more, got -1"),
+         r"schedule.cycles\[0\].milestones \(cycle 1\): expected epochs of 1 or more, got -1"),
     ],
 )  # fmt: skip
 def test_numbers_that_no_training_survives_are_named(tmp_path, text, message):

@@ -16,8 +16,9 @@ def config(cycle, **sections):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"epochs": 5, "milestones": [5]}, "schedule.cycles[0].milestones lets the learning rate fall after 5 epochs, "
-         "but the cycle ends after 5 epochs. Set schedule.cycles[0].milestones below 5 or change the "
+        ({"epochs": 5, "milestones": [5]},
+         "schedule.cycles[0].milestones (cycle 1) lets the learning rate fall after 5 epochs, but "
+         "the cycle ends after 5 epochs. Set schedule.cycles[0].milestones below 5 or change the "
          "length with --epochs, which moves them along"),
         ({"epochs": 1, "milestones": [3, 250, 280]}, "fall after 3, 250 and 280 epochs, but the cycle ends after 1 "),
         ({"epochs": 9, "milestones": [4, 250]}, "fall after 250 epochs, but"),

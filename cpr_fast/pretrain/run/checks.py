@@ -13,6 +13,7 @@ import numpy as np
 
 from cpr_fast.config import Config, Cycle
 from cpr_fast.config.checks import least_clip
+from cpr_fast.config.sections import with_cycle
 from cpr_fast.config.unreached import unreached_epochs, unreached_steps
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
@@ -62,10 +63,9 @@ class CyclePlan:
         """The cycle in messages: "cycle 2 (rgb, mining none)"."""
         return cycle_names([(self.number, self.cycle)])
 
-    @property
-    def key(self) -> str:
-        """Name of the setting that defines the cycle."""
-        return f"schedule.cycles[{self.number}]"
+    def key(self, setting: str) -> str:
+        """Returns the name of a setting of the cycle in messages."""
+        return with_cycle(f"schedule.cycles[{self.number}].{setting}")
 
 
 def cycle_names(cycles: Sequence[tuple[int, Cycle]]) -> str:
@@ -135,7 +135,7 @@ def _check_cycle(config: Config, index: Index, plan: CyclePlan, stored_flow: boo
     """Raises InputError for problems that would otherwise stop the run when this cycle starts, perhaps days later."""
     cycle = plan.cycle
     if cycle.lr is not None and not cycle.lr > 0:
-        raise InputError(f"{plan.key}.lr: expected a positive number, got {cycle.lr}; nothing would be learnt")
+        raise InputError(f"{plan.key('lr')}: expected a positive number, got {cycle.lr}; nothing would be learnt")
     if cycle.mining == "label" and (missing := int((index.labels < 0).sum())):
         raise InputError(
             "schedule.cycles: mining = 'label' expects every video of the index to have a label, "
@@ -143,7 +143,8 @@ def _check_cycle(config: Config, index: Index, plan: CyclePlan, stored_flow: boo
         )
     top_k, size = _top_k(config, cycle), _entries(config, index)
     if cycle.mining == "cascade" and config.memory.kind != "batch" and top_k > size:
-        raise InputError(f"top_k: expected at most the {size} entries of a {config.memory.kind}, got {top_k}")
+        name = "mining.top_k" if cycle.top_k is None else plan.key("top_k")
+        raise InputError(f"{name}: expected at most the {size} entries of a {config.memory.kind}, got {top_k}")
     if stored_flow and "flow" in cycle.views(shared=config.model.shared):
         bare = [video.path for video in index if video.flow_path is None]
         if bare:
@@ -375,7 +376,7 @@ def _named(plans: Sequence[CyclePlan]) -> str:
 def _longer(config: Config, plans: Sequence[CyclePlan], epochs: int) -> str:
     """Returns the two settings that give each of the cycles at least `epochs` epochs: its own, and that of the whole
     run, which --epochs shares among the cycles and which takes precedence over the first."""
-    name = f"{plans[0].key}.epochs" if len(plans) == 1 else "the epochs of each of them (schedule.cycles)"
+    name = plans[0].key("epochs") if len(plans) == 1 else "the epochs of each of them (schedule.cycles)"
     parts = [cycle.epochs for cycle in config.schedule.cycles]
     least = max(math.ceil(sum(parts) * epochs / plan.cycle.epochs) for plan in plans)
     return f"{name} to {epochs} or more (with --epochs: {least} or more for the whole run)"

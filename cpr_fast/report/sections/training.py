@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from cpr_fast.config.sections import with_cycle
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
 from cpr_fast.report.figures.chart import Chart
 from cpr_fast.report.figures.curves import Band, Line, line_figure
@@ -109,8 +110,8 @@ def cycle_table(run: Run, unlabelled: bool = False) -> Table | None:
     columns = [
         Column("Cycle"),
         Column("Epochs", "count"),
-        Column("Loss, first", "number", f"{loss} A single epoch has one loss, the last."),
-        Column("Loss, last", "number", loss),
+        Column("Loss, first", "number", f"{loss} A single epoch has one loss, the last.", "mean of the epoch"),
+        Column("Loss, last", "number", loss, "mean of the epoch"),
         Column("Loss, chance", "number", "The loss if all candidates were equally similar to the query."),
         Column("PMR, first, %", "rate", f"{mining} A single epoch has one PMR, the last."),
         Column("PMR, last, %", "rate", mining),
@@ -145,6 +146,7 @@ def flat_config(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]
         for key, value in values.items():
             rows += [(f"{key}.{k}", str(v)) for k, v in value.items()] if isinstance(value, dict) else []
         for number, cycle in enumerate(values.get("cycles", ())):
-            rows.append((f"cycles[{number}]", ", ".join(f"{k} = {v}" for k, v in cycle.items() if v not in (None, []))))
+            name = with_cycle(f"schedule.cycles[{number}]").removeprefix("schedule.")
+            rows.append((name, ", ".join(f"{k} = {v}" for k, v in cycle.items() if v not in (None, []))))
         sections.append((section, rows))
     return sections

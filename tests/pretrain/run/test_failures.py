@@ -110,6 +110,6 @@ def test_bad_settings_of_a_later_cycle_are_named_before_the_first(tmp_path):
         pretrain(settings(tmp_path / "run", schedule={"cycles": cycles}), index=unlabelled, make_loader=RandomLoader,
                  progress=False)  # fmt: skip
     cycles[1] |= {"mining": "none", "lr": 0.0}
-    with pytest.raises(InputError, match=r"schedule.cycles\[1\].lr: expected a positive number, got 0"):
+    with pytest.raises(InputError, match=r"schedule.cycles\[1\].lr \(cycle 2\): expected a positive number, got 0"):
         run(settings(tmp_path / "run", schedule={"cycles": cycles}))
     assert not (tmp_path / "run").exists()
