@@ -175,13 +175,14 @@ def _continues(arguments: Sequence[str]) -> bool:
 
 
 def _continuing(arguments: Sequence[str], resume: str) -> str:
-    """Returns the command that continues a stopped one: the same command and, for `pretrain`, the option `resume`."""
+    """Returns the command that continues a stopped one from any folder: the same command in the working directory, to
+    which its paths may be relative, and, for `pretrain`, with the option `resume`."""
     words = list(arguments)
     if words[0] == "pretrain" and not {"--resume", "--auto-resume"} & set(words):
         words.append(resume)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return f"the same torchrun command with `{shlex.join(words)}`"
-    return shlex.join(["cpr-fast", *words])
+        return f"in the folder {os.getcwd()!r}, the same torchrun command with `{shlex.join(words)}`"
+    return f"cd {shlex.quote(os.getcwd())} && {shlex.join(['cpr-fast', *words])}"
 
 
 def _run(run: Callable[[list[str]], None], arguments: list[str]) -> int:

@@ -54,6 +54,15 @@ def retrieve_command(run: str | Path, index: str | Path, *, published: bool = Fa
     return f"cpr-fast retrieve {checkpoint} --index {shlex.quote(str(index))}" + ("" if published else " --clips 5")
 
 
+def resume_command(run: str | Path, *, option: str = "--resume", processes: int = 1) -> str:
+    """Returns the command that continues a run with the settings in its config.json. It names the run folder by its
+    absolute path, so it works from any folder, and after the run folder was moved."""
+    program = "cpr-fast" if processes == 1 else f"torchrun --nproc-per-node {processes} -m cpr_fast"
+    folder = os.path.abspath(run)
+    settings = os.path.join(folder, "config.json")
+    return f"{program} pretrain {shlex.quote(settings)} --run.out {shlex.quote(folder)} {option}"
+
+
 def find_config(name: str | Path) -> Path:
     """Returns the path of a config: an existing file, or a recipe by its name, such as "cpr_ucf101".
 

@@ -330,20 +330,27 @@ def test_negative_numbers_and_switches_are_not_taken_for_misspelt_options(capsys
     ("given", "stop", "said"),
     [
         (["pretrain", "a b.toml", "--epochs", "8"], Interrupted(2, "after step 3; saved x"),
-         "stopped by SIGINT after step 3; saved x; to continue: cpr-fast pretrain 'a b.toml' --epochs 8 --resume"),
+         "stopped by SIGINT after step 3; saved x; to continue: cd HERE && cpr-fast pretrain 'a b.toml' --epochs 8 "
+         "--resume"),
         (["pretrain", "a.toml", "--resume"], Interrupted(15, "after step 3"),
-         "stopped by SIGTERM after step 3; to continue: cpr-fast pretrain a.toml --resume"),
+         "stopped by SIGTERM after step 3; to continue: cd HERE && cpr-fast pretrain a.toml --resume"),
         (["pretrain", "a.toml"], KeyboardInterrupt(),  # before or after the first checkpoint: both must work
-         "interrupted; what was finished is kept; to continue: cpr-fast pretrain a.toml --auto-resume"),
+         "interrupted; what was finished is kept; to continue: cd HERE && cpr-fast pretrain a.toml --auto-resume"),
         (["pretrain", "a.toml", "--auto-resume"], KeyboardInterrupt(),
-         "interrupted; what was finished is kept; to continue: cpr-fast pretrain a.toml --auto-resume"),
+         "interrupted; what was finished is kept; to continue: cd HERE && cpr-fast pretrain a.toml --auto-resume"),
         (["index", "a", "--out", "b.csv"], Stopped(signal.SIGTERM),
-         "stopped by SIGTERM; what was finished is kept; to continue: cpr-fast index a --out b.csv"),
+         "stopped by SIGTERM; what was finished is kept; to continue: cd HERE && cpr-fast index a --out b.csv"),
         (["synth", "my data", "--classes", "4"], KeyboardInterrupt(),
-         "interrupted; nothing was kept; to start again: cpr-fast synth 'my data' --classes 4"),
+         "interrupted; nothing was kept; to start again: cd HERE && cpr-fast synth 'my data' --classes 4"),
     ],
 )  # fmt: skip
-def test_a_stopped_command_prints_the_command_that_continues(monkeypatch, capsys, given, stop, said):
+def test_a_stopped_command_prints_the_command_that_continues_it_from_any_folder(
+    tmp_path, monkeypatch, capsys, given, stop, said
+):
+    folder = tmp_path / "my work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
     def stopped(arguments):
         raise stop
 
@@ -353,7 +360,7 @@ def test_a_stopped_command_prints_the_command_that_continues(monkeypatch, capsys
         assert main(given) == 128 + getattr(stop, "signum", signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert capsys.readouterr().err == f"cpr-fast: {said}\n"
+    assert capsys.readouterr().err == f"cpr-fast: {said.replace('HERE', shlex.quote(str(folder)))}\n"
     if given[0] == "pretrain":  # the printed words are a command line that `pretrain` accepts
         parsed = parse(shlex.split(said.split("cpr-fast pretrain ")[1]))
         assert parsed.flags & {"--resume", "--auto-resume"} and parsed.config == given[1]

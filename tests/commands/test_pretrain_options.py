@@ -1,7 +1,11 @@
 """The arguments of `pretrain` (CONFIG, flags and settings) are told apart in any order."""
 
+import re
+import shlex
+
 import pytest
 
+from cpr_fast.cli import main
 from cpr_fast.commands.training.pretrain import parse
 from cpr_fast.errors import InputError
 
@@ -47,3 +51,32 @@ def test_values_stay_with_their_options():
 def test_mistakes_are_named(words, message):
     with pytest.raises(InputError, match=message):
         parse(words.split())
+
+
+@pytest.mark.parametrize("given", ["mine.toml", "runs/mine/config.json"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_run_that_is_continued_from_another_folder_is_found_beside_its_recipe(
+    tmp_path, monkeypatch, capsys, given, empty
+):
+    """The option that the error names leads to the run, so that the next error is about its videos."""
+    work, other = tmp_path / "my work", tmp_path / "other"
+    (work / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    (work / "runs" / "mine" / "checkpoints" / "last.pt").touch()
+    other.mkdir()
+    if empty:
+        (other / "runs" / "mine").mkdir(parents=True)
+    (work / "index.csv").write_text("no index")
+    (work / "mine.toml").write_text("data.index = 'index.csv'\nrun.out = 'runs/mine'\n")
+    (work / "runs" / "mine" / "config.json").write_text(
+        f'{{"data": {{"index": "{work}/index.csv"}}, "run": {{"out": "runs/mine"}}}}'
+    )
+    monkeypatch.chdir(other)
+    assert main(["pretrain", str(work / given), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert f"run.out: expected the folder of a run to continue, but '{other}/runs/mine' " in said
+    assert ("holds no checkpoint" if empty else "does not exist") in said
+    assert "run.out is relative to the working directory" in said
+    option = shlex.split(re.search("add (--run.out .*)", said)[1])
+    assert option == ["--run.out", str(work / "runs" / "mine")]
+    assert main(["pretrain", str(work / given), "--resume", *option]) == 2
+    assert "index.csv" in capsys.readouterr().err

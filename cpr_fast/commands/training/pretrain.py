@@ -20,6 +20,7 @@ from cpr_fast.config import Config, ConfigError, load
 from cpr_fast.config.epochs import scale_epochs
 from cpr_fast.config.recipes import FOLDER, find_config, retrieve_command
 from cpr_fast.errors import InputError
+from cpr_fast.wording import expected
 
 if TYPE_CHECKING:
     from cpr_fast.data.index.index import Index
@@ -89,6 +90,8 @@ def parse_and_run(arguments: list[str]) -> None:
         _require_inputs(config, given.overrides)
     config = settings(config, given, command="pretrain")
     resume = "auto" if "--auto-resume" in given.flags else "--resume" in given.flags
+    if resume is True:
+        _require_run(Path(config.run.out), path)
     from cpr_fast.runtime.busy import OtherPrograms
     from cpr_fast.runtime.progress import announce, announce_others
 
@@ -102,9 +105,9 @@ def parse_and_run(arguments: list[str]) -> None:
     folder = pretrain(config, resume=resume, index=index)
     evaluate = retrieve_command(folder, config.data.index, published=path.parent == FOLDER)
     show_once(
-        {"run": str(folder)},
+        {"run": str(folder.absolute())},
         "--json" in given.flags,
-        lines=[f"run folder: {folder}"],
+        lines=[f"run folder: {folder.absolute()}"],
         next_step=f"{evaluate}\ncpr-fast report {shlex.quote(str(folder))}",
     )
 
@@ -200,6 +203,22 @@ def _require_inputs(config: Config, overrides: list[str]) -> None:
         if not file and option.endswith("index"):
             raise ConfigError("data.index: expected the index of a data set (--data.index INDEX.csv), got none")
         require_file(option, file or None)
+
+
+def _require_run(folder: Path, recipe: Path) -> None:
+    """Raises InputError if `--resume` finds no run in `folder`, but one relative to the folder of the recipe, or that
+    holds the recipe; the message names it."""
+    from cpr_fast.runtime.files import run_checkpoints
+
+    if run_checkpoints(folder):
+        return
+    if found := next((place for place in (recipe.parent / folder, recipe.parent) if run_checkpoints(place)), None):
+        state = "holds no checkpoint" if folder.is_dir() else ""
+        raise InputError(
+            f"run.out: {expected('the folder of a run to continue', folder.absolute(), state)}. run.out is relative to "
+            f"the working directory, and {str(recipe)!r} lies elsewhere; to continue the run there, add "
+            f"--run.out {shlex.quote(str(found.absolute()))}"
+        )
 
 
 def _checked_videos(config: Config, resume: bool | Literal["auto"]) -> Index:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cpr_fast.config import Config
+from cpr_fast.config.recipes import resume_command
+from cpr_fast.config.sections import with_cycle
 from cpr_fast.errors import InputError
 from cpr_fast.pretrain.run.videos import check_same_videos
 from cpr_fast.runtime import distributed
@@ -65,7 +67,8 @@ def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
     if exists and not folder.is_dir():
         state = "is a file" if folder.is_file() else ""
         raise CheckpointError(
-            f"run.out: {expected('the folder of a run to continue', folder, state)}; a new run starts without --resume"
+            f"run.out: {expected('the folder of a run to continue', folder.absolute(), state)}. run.out is relative to "
+            "the working directory; a new run starts without --resume"
         )
     require_writable("run.out", folder, OTHER_FOLDER)
     new = [folder / name for name in OF_THE_START if not os.path.lexists(folder / name)]
@@ -181,8 +184,8 @@ def _of_a_run(payload: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _no_checkpoint(checkpoints: Path) -> CheckpointError:
     return CheckpointError(
-        f"checkpoint {str(checkpoints / LAST)!r} does not exist, and there is no other one to continue from. "
-        "Start the run without --resume"
+        f"checkpoint {str(checkpoints.absolute() / LAST)!r} does not exist, and there is no other one to continue "
+        "from. Start the run without --resume"
     )
 
 
@@ -210,19 +213,12 @@ def _check_same_settings(config: Config, saved: dict[str, Any], folder: Path, wo
     named = "; ".join(differing[:NAMED])
     if len(differing) > NAMED:
         named += f"; and {len(differing) - NAMED} more"
-    command = _resuming(before, saved["processes"], folder)
+    command = resume_command(folder, processes=saved["processes"])
     raise CheckpointError(
         f"--resume: other settings than those of the run in {str(folder)!r}: {named}. To continue the run, type: "
         f"{command}   (its recorded settings), or repeat the options that it was started with; a new run needs another "
         "--run.out"
     )
-
-
-def _resuming(config: dict[str, Any], processes: int, folder: Path) -> str:
-    """Returns the command that continues a run with the settings in its config.json."""
-    program = "cpr-fast" if processes == 1 else f"torchrun --nproc-per-node {processes} -m cpr_fast"
-    moved = "" if Path(config["run"]["out"]) == folder else f" --run.out {shlex.quote(str(folder))}"
-    return f"{program} pretrain {shlex.quote(str(folder / 'config.json'))} --resume{moved}"
 
 
 def _change(key: str, was: Any, now: Any) -> str:
@@ -241,7 +237,7 @@ def _cycle_changes(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> list
     else:
         epochs, skipped = [], ()
     return epochs + [
-        _change(f"schedule.cycles[{number}].{key}", a[key], b[key])
+        _change(with_cycle(f"schedule.cycles[{number}].{key}"), a[key], b[key])
         for number, (a, b) in enumerate(pairs)
         for key in a
         if key not in skipped and a[key] != b[key]

@@ -41,7 +41,7 @@ def start_lines(config: Config, index: Index, plans: Sequence[CyclePlan], folder
         f"on {world.device.type}",
     ]
     lines += [f"  {plan.name}: {counted(plan.cycle.epochs, 'epoch')}, {_memory(config, plan)}" for plan in plans]
-    return [*lines, f"  Run folder: {folder}"]
+    return [*lines, f"  Run folder: {folder.absolute()}"]
 
 
 def end_line(row: dict[str, Any]) -> str:

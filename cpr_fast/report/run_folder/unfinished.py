@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-
+from cpr_fast.config.recipes import resume_command
 from cpr_fast.report.run_folder.run import Run
 from cpr_fast.runtime.files import RUN_LOCK, is_locked
 from cpr_fast.wording import counted
@@ -21,10 +20,9 @@ def unfinished(run: Run) -> str | None:
             f"This run is still training: {reached}, and all results here are preliminary. Once it has ended, evaluate "
             "it again and write this report again."
         )
-    folder = shlex.quote(str(run.folder))
     saved = (run.folder / "checkpoints" / "last.pt").exists()
-    command = f"cpr-fast pretrain {shlex.quote(str(run.folder / 'config.json'))} --run.out {folder}"
+    command = resume_command(run.folder, option="--resume" if saved else "--auto-resume")
     return (
         f"This run is unfinished: {reached}, and all results here are those of a training that was stopped. To "
-        f"continue it: {command} {'--resume' if saved else '--auto-resume'}"
+        f"continue it: {command}"
     )

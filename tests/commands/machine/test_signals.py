@@ -64,7 +64,7 @@ def stopped(made, capsys, monkeypatch, command, owner, name, number, count=3, ke
     error = capsys.readouterr().err
     last = error.splitlines()[-1]
     assert code == 128 + number and "Traceback" not in error
-    said = re.escape(f"cpr-fast: {NAMES[number]}; ") + kept + f"; to continue: cpr-fast {command[0]} "
+    said = re.escape(f"cpr-fast: {NAMES[number]}; ") + kept + f"; to continue: cd .* && cpr-fast {command[0]} "
     assert re.match(said, last)
     assert [signal.getsignal(each) for each in NAMES] == handlers
     return files(made) - before

@@ -18,8 +18,9 @@ from support.stand_in_loader import RandomLoader
 
 from cpr_fast.commands.training.pretrain import parse
 from cpr_fast.config import RunConfig, load
+from cpr_fast.config.recipes import resume_command
 from cpr_fast.errors import InputError
-from cpr_fast.pretrain.run.folder import _resuming, only_writer
+from cpr_fast.pretrain.run.folder import only_writer
 from cpr_fast.runtime.files import RUN_LOCK
 from cpr_fast.weights.checkpoint import load_checkpoint, save_checkpoint
 from cpr_fast.weights.reading import CheckpointError
@@ -83,8 +84,8 @@ RGB, FLOW = {"view": "rgb", "epochs": 2, "mining": "none"}, {"view": "flow", "ep
         ({"schedule": {"cycles": [RGB | {"epochs": 1}]}},
          "schedule: the run has 2 cycles of 2 epochs, this command asks for 1 cycle of 1 epoch."),
         ({"schedule": {"cycles": [RGB | {"lr": 0.1}, FLOW | {"milestones": []}]}},
-         "schedule.cycles[0].lr: the run has no value, this command asks for 0.1; "
-         "schedule.cycles[1].milestones: the run has [1], this command asks for []."),
+         "schedule.cycles[0].lr (cycle 1): the run has no value, this command asks for 0.1; "
+         "schedule.cycles[1].milestones (cycle 2): the run has [1], this command asks for []."),
     ],
 )  # fmt: skip
 def test_resuming_with_other_settings_says_which_and_what_to_type(finished, sections, differs):
@@ -92,8 +93,8 @@ def test_resuming_with_other_settings_says_which_and_what_to_type(finished, sect
         run(settings(finished, **sections), resume=True)
     said = str(refused.value)
     assert f"the run in {str(finished)!r}: {differs} To continue" in said
-    assert f"type: cpr-fast pretrain {finished}/config.json --resume " in said and "--run.out" in said
-    assert "{" not in said and len(said.replace(str(finished), "RUN")) < 400
+    assert f"type: cpr-fast pretrain {finished}/config.json --run.out {finished} --resume " in said
+    assert "{" not in said and len(said.replace(str(finished), "RUN")) < 450
 
 
 def test_of_many_other_settings_the_first_are_named(finished):
@@ -104,11 +105,13 @@ def test_of_many_other_settings_the_first_are_named(finished):
 
 
 def test_the_command_that_is_named_continues_the_run(tmp_path, monkeypatch):
-    """The folder was moved since, and its name needs quotes."""
+    """The folder was moved since, its name needs quotes, and the command is typed in another folder."""
     stopped(tmp_path / "run")
     moved = (tmp_path / "run").rename(tmp_path / "my run")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError) as refused:
-        run(settings(moved, optim={"lr": 0.5}), resume=True)
+        run(settings(Path("my run"), optim={"lr": 0.5}), resume=True)
+    monkeypatch.chdir("/")
     said = re.search(r"type: cpr-fast pretrain (.*?)   \(", str(refused.value))[1]
     given = parse(shlex.split(said))
     assert (given.config, given.flags) == (str(moved / "config.json"), {"--resume"})
@@ -117,15 +120,15 @@ def test_the_command_that_is_named_continues_the_run(tmp_path, monkeypatch):
 
 
 def test_the_command_that_is_named_starts_as_many_processes(finished):
-    payload = load_checkpoint(finished / "checkpoints" / "last.pt") | {"processes": 2}
-    assert "torchrun --nproc-per-node 2 -m cpr_fast pretrain" in _resuming(
-        payload["config"], payload["processes"], finished
-    )
+    said = resume_command(finished, processes=2)
+    assert said.startswith(f"torchrun --nproc-per-node 2 -m cpr_fast pretrain {finished}/config.json --run.out ")
 
 
-def test_resuming_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"run.out: expected the folder of a run to continue, but '.*none' does"):
-        run(settings(tmp_path / "none"), resume=True)
+def test_resuming_without_a_checkpoint_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = rf"run.out: expected the folder of a run to continue, but '{tmp_path}/none' does not exist. run.out is rel"
+    with pytest.raises(CheckpointError, match=said):
+        run(settings(Path("none")), resume=True)
     assert not (tmp_path / "none").exists()
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"last.pt' does not exist"):
