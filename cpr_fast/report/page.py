@@ -18,7 +18,7 @@ from cpr_fast.report.run_folder.unfinished import unfinished
 from cpr_fast.report.sections.beside import published_beside
 from cpr_fast.report.sections.classification import classification_table, confusions
 from cpr_fast.report.sections.comparison import comparison
-from cpr_fast.report.sections.header import TERMS, facts, headline, tiles
+from cpr_fast.report.sections.header import RATE, TERMS, facts, headline, tiles
 from cpr_fast.report.sections.mining import class_rates, extremes, inside_figures, mining_figures, no_rates
 from cpr_fast.report.sections.retrieval import retrieval_blocks, same_video_table
 from cpr_fast.report.sections.sheets import mined_sheets, retrieved_sheet
@@ -102,6 +102,7 @@ def _section(run: Run, compared: Compared | None) -> dict[str, Any]:
         "extremes": extremes(classes["classes"]) if classes else None,
         "training_figures": training_figures(run),
         "speed": run.speed(),
+        "rate": RATE,
         "cycles": cycle_table(run, no_labels),
         "config": flat_config(run.config),
         "skipped": max((row.get("skipped") or 0 for row in run.epochs), default=0),

@@ -19,6 +19,7 @@ from cpr_fast.report.neighbours import Neighbours, confidence, find_neighbours
 from cpr_fast.report.run_folder.features import StoredFeatures, names_of, stored_features
 from cpr_fast.report.run_folder.outcome import MORE_EPOCHS, judge, verdict
 from cpr_fast.report.run_folder.run import VIEWS, Run
+from cpr_fast.report.run_folder.unfinished import unfinished
 from cpr_fast.wording import counted, listed
 
 MANY_QUERIES = 1024  # of a measurement of the effective rank by a version that did not count them
@@ -137,8 +138,9 @@ def signs(run: Run, compared: Compared | None = None) -> list[str]:
         why = "Too few videos have a label, or all have one class, so that retrieval by classes says little"
     else:
         why = "The videos have no labels, so retrieval cannot be measured"
-    verdict = f"{why}; {found}."
-    if not learnt or doubtful:
+    stopped = unfinished(run)
+    verdict = f"{why}; {'so far ' if stopped else ''}{found}."
+    if not stopped and (not learnt or doubtful):
         verdict += f" {MORE_EPOCHS}"
     return [verdict, *(text for text in (same, loss, neighbours, _rank(run)) if text)]
 
@@ -191,7 +193,7 @@ def _loss(run: Run) -> tuple[dict[str, bool | None], str | None]:
         None: "cannot be compared with chance, because it is not known or the queue held random vectors",
     }
     parts = [f"{', '.join(said[kind])} – {meaning}" for kind, meaning in meanings.items() if kind in said]
-    return views, f"Loss of the last epoch: {'; '.join(parts)}." if parts else None
+    return views, f"Mean loss of the last epoch: {'; '.join(parts)}." if parts else None
 
 
 def _neighbours(run: Run, compared: Compared | None) -> tuple[str | None, str]:

@@ -122,7 +122,7 @@ def test_a_page_without_labels_speaks_of_no_class(tmp_path, index):
     text = text_of(write_report([run], tmp_path / "r.html"))
     head = text[: text.index("Date")]
     assert "retrieval cannot be measured; the signs below do not decide whether this run learnt." in head
-    assert "Loss of the last epoch: RGB 2.000 (chance 4.500) – better than chance" in head
+    assert "Mean loss of the last epoch: RGB 2.000 (chance 4.500) – better than chance" in head
     assert "Nearest neighbours: not known yet. Run `cpr-fast retrieve" in head
     rank = "the number of dimensions that the last training clips use: RGB 5.0 of 128, and no view is below the limit"
     assert f"Effective rank, {rank} of 4." in head

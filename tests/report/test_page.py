@@ -28,7 +28,7 @@ def test_a_complete_run_shows_its_numbers(run):
     page = write_report([run], run / "report.html")
     text = text_of(page)
     for piece in (
-        "R@1, RGB + flow 62.5 % best of the others 30.0 % (mean flow) Recall at 1",
+        "R@1, RGB + flow 62.5 % best of the others: 30.0 %, mean flow Recall at 1",
         "Date started 2026-03-01 12:00 UTC",
         "Command cpr-fast pretrain c.toml",
         "6 of 5 sources, 3 classes, split 'train'",
@@ -189,7 +189,7 @@ def test_the_first_line_has_map_and_r1_with_intervals_beside_what_they_must_beat
     rows = retrieval_rows(index)
     for row, precision in zip(rows, (0.4, 0.5, 0.456, 0.2, 0.3, 0.25), strict=False):
         row |= {"map": precision, "map_ci95": [precision - 0.1, precision + 0.1], "chance_map": 0.08, "map_left_out": 2}
-    page = write_report([write_run(tmp_path / "run", [start_row(index), *rows])], tmp_path / "r.html")
+    page = write_report([write_run(tmp_path / "run", [start_row(index), *training_rows(), *rows])], tmp_path / "r.html")
     text = text_of(page)
     assert (
         " Retrieval, RGB + flow: mAP 45.6 % (35.6 – 55.6), R@1 62.5 % (52.5 – 72.5). "
@@ -199,7 +199,7 @@ def test_the_first_line_has_map_and_r1_with_intervals_beside_what_they_must_beat
         "Learnt: mAP +20.0 points (95 % interval +10.0 to +30.0). "
         "Best pixel baseline (single frame, 16 × 16): mAP 30.0 % (20.0 – 40.0), R@1 25.0 % (15.0 – 35.0). Date"
     ) in text
-    assert "mAP, RGB + flow 45.6 % best of the others 30.0 % (single frame, 16 × 16)" in text
+    assert "mAP, RGB + flow 45.6 % best of the others: 30.0 %, single frame, 16 × 16" in text
     assert "Trained RGB + flow 45.6 62.5 72.5 82.5 100.0 –" in text and "mAP leaves out 2 queries" in text
     assert "Chance mAP is 8.0 %." in text
     drawn = page.read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import tyro
 
 from cpr_fast.commands.inputs import require_file, require_runs, require_suffix
 from cpr_fast.commands.options import Flag, Json, required
-from cpr_fast.commands.output import show
+from cpr_fast.commands.output import about_unfinished, show
 from cpr_fast.config.recipes import retrieve_command
 from cpr_fast.errors import InputError
 
@@ -67,4 +67,5 @@ def report(
     announce("Drawing the report")
     page = write_report(runs, out, similar=similar, compared=compared if index is None else None)
     result = {"report": str(page)} | ({} if similar is None else {"similar": str(similar)})
-    show(result, json, next_step=f"open {page} in a browser")
+    lines = [*(f"{name}: {file}" for name, file in result.items()), *([] if json else about_unfinished(runs))]
+    show(result, json, lines=lines, next_step=f"open {page} in a browser")

@@ -13,6 +13,7 @@ from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES,
 from cpr_fast.evaluate.retrieval.paired import paired_difference
 from cpr_fast.evaluate.retrieval.queries import QueryScores, hits_at_1
 from cpr_fast.report.run_folder.run import Cycle, Run
+from cpr_fast.report.run_folder.unfinished import unfinished
 from cpr_fast.wording import counted, listed
 
 FEW_SOURCES = 20  # below this number a bootstrap over sources gives too narrow an interval
@@ -25,7 +26,9 @@ RESULTS: dict[Result, str] = {"learnt": "learnt", "unsure": "may have learnt", "
 
 def verdict(run: Run) -> list[str]:
     """Returns sentences for the head of the page if the run, or a view of it, learnt nothing, or nothing useful; else
-    an empty list."""
+    an empty list. An unfinished run is not judged: the advice is to finish it, see `unfinished`."""
+    if unfinished(run):
+        return []
     said = run.outcome
     sentences = []
     if said is not None and said.get("learnt") is False:

@@ -10,6 +10,7 @@ from cpr_fast.evaluate.features.intervals import binomial_interval
 from cpr_fast.evaluate.retrieval.names import MEASURES, MODEL_NAMES, VIEW_NAMES, interval, percent, with_copies
 from cpr_fast.report.run_folder.outcome import judged_views
 from cpr_fast.report.run_folder.run import Run
+from cpr_fast.report.run_folder.unfinished import unfinished
 from cpr_fast.runtime.progress import duration
 from cpr_fast.wording import counted, listed
 
@@ -60,6 +61,11 @@ TERMS = (
 )  # fmt: skip
 
 
+# What the number of clips per second counts, on this page.
+RATE = (
+    "two clips of each video, each counted once for all its views; median over all logged steps, also those that only "
+    "fill the memory"
+)
 NOT_EVALUATED = (
     "Retrieval has not been measured yet, so this page cannot say whether the run learnt; see Retrieval below."
 )
@@ -117,7 +123,9 @@ def tiles(run: Run) -> list[dict[str, Any]]:
         if other := run.best_other(measure):
             chance = best.get("chance_map" if measure == "map" else "chance_r@1")
             good = best[measure] > max(other[measure], chance or 0)
-            note = f"best of the others {percent(other[measure])} ({MODEL_NAMES[other['name']].lower()})"
+            named = MODEL_NAMES[other["name"]].lower()
+            named += f", {VIEW_NAMES[other['view']]}" if other["name"] == "untrained" else ""
+            note = f"best of the others: {percent(other[measure])}, {named}"
         found.append(
             _tile(f"{name}, {VIEW_NAMES[best['view']]}", percent(best[measure]), MEANINGS[measure], note, good)
         )
@@ -129,7 +137,7 @@ def tiles(run: Run) -> list[dict[str, Any]]:
     if speed := run.speed():
         wait = speed["data_wait_s"] / max(1e-9, speed["data_wait_s"] + speed["step_time_s"])
         note = f"{percent(wait)} of a step waits for data"
-        found.append(_tile("Clips per second", f"{speed['clips_per_s']:.3g}", "median over the steps", note))
+        found.append(_tile("Clips per second", f"{speed['clips_per_s']:.3g}", RATE, note))
     return found
 
 
@@ -137,8 +145,8 @@ def headline(run: Run) -> list[str]:
     """Returns the result of the run, a line for every view that it trained, two views together first.
 
     A line gives mAP and R@1 of the trained network, with their intervals, those of the same network untrained, and
-    whether the view learnt. Then follow the best pixel baseline and, if there are any, the number of queries with an
-    exact copy in the gallery. Without an evaluation the only line says so.
+    whether the view learnt (of an unfinished run: so far). Then follow the best pixel baseline and, if there are any,
+    the number of queries with an exact copy in the gallery. Without an evaluation the only line says so.
     """
     lines, judged = [], {judgement.view: judgement for judgement in judged_views(run)}
     for row in run.trained():
@@ -148,7 +156,8 @@ def headline(run: Run) -> list[str]:
         if untrained := run.untrained(row["view"]):
             parts.append(f"Untrained network: {_measures(untrained)}.")
         if row["view"] in judged:
-            parts.append(judged[row["view"]].sentence)
+            sentence = judged[row["view"]].sentence
+            parts.append(f"So far {sentence[:1].lower()}{sentence[1:]}" if unfinished(run) else sentence)
         lines.append(" ".join(parts))
     if not lines:
         return [NOT_EVALUATED] if run.epochs and not run.retrieval else []

@@ -205,7 +205,7 @@ def test_a_network_that_is_not_above_chance_has_not_learnt(
          f"{measure}_ci95": [value - 0.1, value + 0.1]}
         for name, value in (("trained", trained), ("untrained", untrained))
     ]  # fmt: skip
-    run = Run(write_run(tmp_path / "run", [start_row(index), *rows]))
+    run = Run(write_run(tmp_path / "run", [start_row(index), *training_rows(), *rows]))
     (found,) = judged_views(run)
     assert found.result == result and said in found.sentence
     assert verdict(run) == [] or result != "learnt"
