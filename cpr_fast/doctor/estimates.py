@@ -63,7 +63,7 @@ def _flow(index: Path, videos: Index, findings: list[Finding]) -> dict[str, Any]
         return result
     core_hours, hours = expected.core_s / 3600, expected.wall_s / 3600
     text = (f"storing {work} takes about {_gib(disk)} of disk, {about(expected.core_s)} of one core, and "
-            f"{about(expected.wall_s)} on this machine if no other program uses it")  # fmt: skip
+            f"{about(expected.wall_s)}{expected.idle_cores} on this machine if no other program uses it")  # fmt: skip
     if busy := others.sentence():
         text += f". {busy}"
     shards = max(2, min(expected.videos, round(hours / LONG_H)))

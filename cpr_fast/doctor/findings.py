@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cpr_fast.data.index.summary import splits_of
 from cpr_fast.wording import counted, printable
 
 Level = Literal["ok", "warning", "error"]
@@ -56,9 +57,9 @@ def _context(result: dict[str, Any]) -> list[str]:
     """Returns two lines: counts of the videos, classes and sources; and the settings that the data are judged with."""
     lines = []
     if data := result["data"]:
-        splits = ", ".join(f"{name or 'no split'} {number:,}" for name, number in data["splits"].items())
+        splits = ("splits: " if any(data["splits"]) else "") + splits_of(data["splits"])
         counts = [counted(data["videos"], "video"), counted(data["classes"], "class", "classes")]
-        lines.append(f"Data: {', '.join(counts)}, {counted(data['sources'], 'source')}; splits: {splits}")
+        lines.append(f"Data: {', '.join(counts)}, {counted(data['sources'], 'source')}; {splits}")
     if result.get("judged"):
         lines.append(f"The data are {result['judged']}")
     return lines

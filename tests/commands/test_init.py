@@ -85,10 +85,14 @@ def test_the_facts_are_those_of_the_training_videos():
     [
         (
             make_index(6),
-            "INDEX: expected at least 8 training videos of at least 2 sources, got 6 of 3 in split 'train'",
+            "INDEX: expected at least 8 training videos of at least 2 sources, got 6 videos of 3 sources in split "
+            "'train'",
         ),
-        (Index(dataclasses.replace(v, source="s", split="") for v in make_index(8)), "got 8 of 1"),
-        (Index(dataclasses.replace(v, split="test") for v in make_index(8)), "got 0 of 0 in split 'train'"),
+        (Index(dataclasses.replace(v, source="s", split="") for v in make_index(8)), "got 8 videos of 1 source"),
+        (
+            Index(dataclasses.replace(v, split="test") for v in make_index(8)),
+            "got 0 videos of 0 sources in split 'train'",
+        ),
     ],
 )
 def test_too_few_videos_are_refused(index, message):

@@ -2,6 +2,7 @@
 estimates.
 """
 
+import dataclasses
 import json
 import os
 
@@ -238,8 +239,16 @@ def test_the_flow_estimate_is_reported(tmp_path, video, monkeypatch):
 def test_long_flow_is_to_be_sharded(tmp_path, video, monkeypatch):
     expected = FlowEstimate(videos=4, pairs=316, disk_bytes=2**31, core_s=720_000.0, wall_s=360_000.0)
     monkeypatch.setattr(estimates, "estimate_flow", lambda videos: expected)
-    result = run(write_rows(tmp_path, video, [f"v{i}.mp4" for i in range(8)]))
+    index = write_rows(tmp_path, video, [f"v{i}.mp4" for i in range(8)])
+    result = run(index)
     assert "about 2.0 GiB of disk, about 8 d of one core, and about 4 d on this machine" in texts(result, "warning")
+    alone = dataclasses.replace(expected, threads=1, wall_s=720_000.0)
+    monkeypatch.setattr(estimates, "estimate_flow", lambda videos: alone)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    assert (
+        "about 8 d of one core, and about 8 d with 1 thread on 2 cores (OMP_NUM_THREADS=2 uses all) on this machine"
+        in texts(run(index), "warning")
+    )
     assert "--shard 0/4" in texts(result, "warning") and "--shard 3/4" in texts(result, "warning")
     found = result["estimates"]
     assert (found["flow_core_hours"], found["flow_hours_here"], found["flow_disk_gib"]) == (200, 100, 2)

@@ -16,6 +16,7 @@ from cpr_fast.data.index.index import Index, IndexFileError, NotAnIndexError
 from cpr_fast.doctor import checks
 from cpr_fast.doctor.recipe import choose_recipe
 from cpr_fast.pretrain.run.videos import training_videos
+from cpr_fast.wording import counted
 
 HEADER = "path,label,source,split,num_frames,fps,width,height,flow_path"
 RECIPE = """# written by `cpr-fast init`
@@ -103,7 +104,8 @@ def test_without_a_recipe_the_settings_of_init_are_judged_and_their_advice_is_no
 def test_too_few_videos_are_the_one_thing_to_change_in_the_words_of_init(folder, capsys, caplog, videos):
     write_index(folder / "set" / "index.csv", [""] * videos)
     out, code = doctor(capsys, "set/index.csv")
-    reason = f"expected at least 8 training videos of at least 2 sources, got {videos} of {videos}"
+    got = f"{counted(videos, 'video')} of {counted(videos, 'source')}"
+    reason = f"expected at least 8 training videos of at least 2 sources, got {got}"
     assert code == 1 and f"error (a command fails): too few videos for pretraining: {reason}\n" in out
     assert "-> add videos, then list them again with `cpr-fast index`\n" in out and "settings" not in out
     assert "cpr-fast init" not in out.replace("`init` refuses", "") and "batch_size" not in out

@@ -29,6 +29,7 @@ from cpr_fast.data.storage.media import read_frames
 from cpr_fast.data.storage.record_writer import RecordWriter
 from cpr_fast.runtime.files import temporary_folder
 from cpr_fast.runtime.progress import about
+from cpr_fast.wording import counted
 
 BYTES_PER_PIXEL = {"video": files.BYTES_PER_PIXEL, "lmdb": records.BYTES_PER_PIXEL}
 SAMPLED_VIDEOS, MOST_MEASURED_S = 4, 6.0
@@ -47,6 +48,15 @@ class FlowEstimate:
     core_s: float | None  # CPU time, all threads together
     wall_s: float | None  # with the threads and the device of this process, on an otherwise idle machine
     load: float = 1.0  # how many times as long the measured work took because of other work on this machine
+    threads: int | None = None  # number of threads that solve; None on a GPU, and where nothing was measured
+
+    @property
+    def idle_cores(self) -> str:
+        """Why the time is that of fewer cores than this process may use, to follow the time; "" if it is not."""
+        cores = len(os.sched_getaffinity(0))
+        if self.threads is None or self.threads >= cores:
+            return ""
+        return f" with {counted(self.threads, 'thread')} on {cores} cores (OMP_NUM_THREADS={cores} uses all)"
 
 
 def estimate_flow(
@@ -67,11 +77,13 @@ def estimate_flow(
     videos = [index[position] for position in positions if index[position].num_frames > 1]
     pairs = sum(video.num_frames - 1 for video in videos)
     pixels = sum((video.num_frames - 1) * video.width * video.height for video in videos)
-    core_s = wall_s = None
+    core_s = wall_s = threads = None
     load = 1.0
-    if videos and (cost := _measure(videos, solver or FlowSolver(torch.device("cpu")), storage, out)) is not None:
+    solver = solver or FlowSolver(torch.device("cpu"))
+    if videos and (cost := _measure(videos, solver, storage, out)) is not None:
         core_s, wall_s, load = pixels * cost.core_s, pixels * cost.wall_s, cost.load
-    return FlowEstimate(len(positions), pairs, int(pixels * BYTES_PER_PIXEL[storage]), core_s, wall_s, load)
+        threads = torch.get_num_threads() if solver.device.type == "cpu" else None
+    return FlowEstimate(len(positions), pairs, int(pixels * BYTES_PER_PIXEL[storage]), core_s, wall_s, load, threads)
 
 
 def describe(estimate: FlowEstimate, out: Path) -> list[str]:
@@ -80,7 +92,7 @@ def describe(estimate: FlowEstimate, out: Path) -> list[str]:
     if estimate.wall_s is not None:
         hours = estimate.core_s / 3600
         hours = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
-        idle = f"{about(estimate.wall_s)} on an otherwise idle machine ({hours} core-hours)"
+        idle = f"{about(estimate.wall_s)}{estimate.idle_cores} on an otherwise idle machine ({hours} core-hours)"
         now = f"{about(estimate.wall_s * estimate.load)} at the present load of this machine, "
         lines.append(f"  expected time: {now if estimate.load >= BUSY else ''}{idle}")
     free = free_bytes(out)

@@ -51,7 +51,8 @@ def too_few(videos: int, sources: int, split: str, splits: Iterable[str] = ()) -
         return ""
     others = ", ".join(map(repr, filter(None, splits)))
     return (
-        f"expected at least {MIN_VIDEOS} training videos of at least {MIN_SOURCES} sources, got {videos} of {sources}"
+        f"expected at least {MIN_VIDEOS} training videos of at least {MIN_SOURCES} sources, got "
+        f"{counted(videos, 'video')} of {counted(sources, 'source')}"
         + (f" in split {split!r}" if split else "")
         + (f"; the splits are {others}" if others and not videos else "")
     )

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def summary(report: dict[str, Any], others: str = "") -> list[str]:
             "command again for those that could not be read."
         ]
     counts = (counted(report["videos"], "video"), _classes(report["classes"]),
-              counted(report["sources"], "source"), _splits(report["splits"]))  # fmt: skip
+              counted(report["sources"], "source"), splits_of(report["splits"]))  # fmt: skip
     lines = [f"{report['index']}: {', '.join(counts)}"]
     if report["levels"]:
         lines.append(f"  {report['levels']}")
@@ -171,10 +171,12 @@ def _classes(number: int) -> str:
     return counted(number, "class", "classes") if number else "no classes (pretraining needs none)"
 
 
-def _splits(splits: dict[str, int]) -> str:
+def splits_of(splits: Mapping[str, int]) -> str:
+    """Returns the numbers of videos by split: "train 20, test 5, 19 videos without a split"."""
     if set(splits) <= {""}:
         return "no splits"
-    return ", ".join(f"{name or 'no split'} {count:,}" for name, count in splits.items())
+    without = [f"{counted(splits[''], 'video')} without a split"] if splits.get("") else []
+    return ", ".join([f"{name} {count:,}" for name, count in splits.items() if name] + without)
 
 
 def _largest(counts: dict[str, int], most: int = 6) -> list[tuple[str, int]]:

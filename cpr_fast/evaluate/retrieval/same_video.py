@@ -74,10 +74,10 @@ def same_video_rates(
             recipe with two windows per video.
         work: What these videos are a part of.
     Returns:
-        A row for each network and view, and two views together: `name`, `view`, `r@1` (a fraction of the videos),
-        `r@1_ci95` (bootstrap over sources), `chance_r@1`, `videos`, `copies` (exact copies that were left out); for the
-        trained network also `difference` from the untrained one, and its `difference_ci95` (paired bootstrap over
-        sources). No row if fewer than two sources could be read.
+        A row for each network and view, and after the views of a network two of them together: `name`, `view`, `r@1`
+        (a fraction of the videos), `r@1_ci95` (bootstrap over sources), `chance_r@1`, `videos`, `copies` (exact copies
+        that were left out); for the trained network also `difference` from the untrained one, and its
+        `difference_ci95` (paired bootstrap over sources). No row if fewer than two sources could be read.
     """
     videos, copies = compared_videos
     features, kept = _pairs(videos, embeddings, open_pairs, cache, progress, work)
@@ -101,7 +101,8 @@ def same_video_rates(
         if model == "trained" and (before := hits.get(f"untrained/{view}")) is not None:
             paired = paired_difference(found, before, sources)
             rows[-1] |= {"difference": paired["difference"], "difference_ci95": paired["ci95"]}
-    return rows
+    networks = list(dict.fromkeys(row["name"] for row in rows))
+    return sorted(rows, key=lambda row: networks.index(row["name"]))
 
 
 def _pairs(

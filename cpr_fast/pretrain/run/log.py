@@ -67,8 +67,8 @@ class StepLog:
         self.newest_random = self._random_negatives(1) > 0
 
     def status(self) -> str:
-        """Returns the epoch, loss, PMR and the filled share of the memory, for the progress line. Does not read from
-        the device.
+        """Returns the epoch, loss and PMR of the last logged step, and the filled share of the memory, for the progress
+        line. Does not read from the device.
 
         While a queue still holds the random vectors that it began with, the loss is near 0 even if nothing is learnt,
         because they are easy negatives; it is then not compared with chance.
@@ -77,7 +77,7 @@ class StepLog:
         chance = "" if self.loss_chance is None else f" (chance {self.loss_chance:.3f})"
         if self.newest_random:
             chance = " (low while the queue holds random vectors)"
-        shown = [f"PMR {percent(value)}" if name == "pmr" else f"loss {value:.3f}{chance}"
+        shown = [f"step PMR {percent(value)}" if name == "pmr" else f"step loss {value:.3f}{chance}"
                  for name, value in self.newest.items() if math.isfinite(value)]  # fmt: skip
         return ", ".join(
             [*filter(None, [self.current]), *shown, f"memory {min(1, memory.count / memory.size):.0%} full"]

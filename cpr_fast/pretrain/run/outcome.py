@@ -227,9 +227,9 @@ def _name(cycle: dict[str, Any]) -> str:
 def _losses(cycle: dict[str, Any]) -> str:
     """Returns loss and PMR of a cycle: of the first and last of its `comparable` epochs, or one number where a single
     epoch has one."""
-    loss, chance = f"{_name(cycle)} loss {cycle['loss_last']:.3f}", cycle["loss_chance"]
+    loss, chance = f"{_name(cycle)} epoch loss {cycle['loss_last']:.3f}", cycle["loss_chance"]
     if cycle["compared"] > 1:
-        loss = f"{_name(cycle)} loss {cycle['loss_first']:.3f} to {cycle['loss_last']:.3f}"
+        loss = f"{_name(cycle)} epoch loss {cycle['loss_first']:.3f} to {cycle['loss_last']:.3f}"
     about = [] if chance is None else [f"chance {chance:.3f}"]
     about += ["only one epoch can be judged"] if cycle["compared"] == 1 else []
     about += ["it did not fall"] if cycle["compared"] > 1 and cycle["loss_last"] >= cycle["loss_first"] else []

@@ -107,4 +107,4 @@ def test_paths_that_were_written_on_windows_are_found(tmp_path, video):
 def test_the_splits_are_named_where_none_is_for_training(tmp_path, video, capsys):
     (tmp_path / "i.csv").write_text(",".join(COLUMNS) + "\n" + f"{video},c,s,trian,5,25,64,48,\n")
     assert main(["init", str(tmp_path / "i.csv"), "--out", str(tmp_path / "r.toml"), "--seconds", "0"]) == 2
-    assert "got 0 of 0 in split 'train'; the splits are 'trian'" in capsys.readouterr().err
+    assert "got 0 videos of 0 sources in split 'train'; the splits are 'trian'" in capsys.readouterr().err

@@ -226,14 +226,16 @@ def test_the_summary_of_unlabelled_videos_says_that_no_labels_are_needed(classes
               "unlabelled": 0, "problems": [], "other_files": {}, "without_flow": 8,
               "training": {"split": "", "videos": 8, "sources": 8}}  # fmt: skip
     assert summary(report)[0] == f"i.csv: 8 videos, {said}, 8 sources, no splits"
+    report["splits"] = {"": 2, "train": 6}
+    assert summary(report)[0].endswith("8 sources, train 6, 2 videos without a split")
 
 
 @pytest.mark.parametrize(
     ("videos", "said"),
     [
-        (["a.mp4", "b.mp4"], "got 2 of 2."),
-        ([f"x_c{n:02d}.mp4" for n in range(9)], "got 9 of 1."),
-        (["train/a/a.mp4", *(f"test/a/{n}.mp4" for n in range(9))], "got 1 of 1 in split 'train'."),
+        (["a.mp4", "b.mp4"], "got 2 videos of 2 sources."),
+        ([f"x_c{n:02d}.mp4" for n in range(9)], "got 9 videos of 1 source."),
+        (["train/a/a.mp4", *(f"test/a/{n}.mp4" for n in range(9))], "got 1 video of 1 source in split 'train'."),
         ([f"{n}.mp4" for n in range(8)], None),
     ],
 )

@@ -14,6 +14,7 @@ from cpr_fast.config import DataConfig
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.evaluate.features.embedding import Embedding
 from cpr_fast.evaluate.retrieval import same_video
+from cpr_fast.evaluate.retrieval.ranking import TOGETHER
 from cpr_fast.evaluate.retrieval.same_video import TwoClips, same_video_rates, videos_with_two_clips
 
 NOISE = {"trained": 0.6, "untrained": 2.0}  # added to the point of a video: the trained network is nearer to it
@@ -85,6 +86,8 @@ def brute_force(index: list[Video], model: str, views: list[str]) -> np.ndarray:
 def test_rates_equal_brute_force(count, broken):
     index = Index([video(i, source=f"s{i // 2}" if i < 12 and count > 12 else "") for i in range(count)])
     rows = same_video_rates(TwoClips(index, 0), EMBEDDINGS, lambda part: Pairs(part, broken))
+    order = [(row["name"], row["view"] in TOGETHER) for row in rows]
+    assert order == sorted(order)  # of each network single views come first, then two of them together
     read = [entry for entry in index if int(entry.path.stem) not in broken]
     views = ("rgb", "residual", "merged")
     assert {(row["name"], row["view"]) for row in rows} == {(model, view) for model in NOISE for view in views}

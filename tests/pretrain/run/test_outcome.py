@@ -40,10 +40,10 @@ def test_the_outcome_agrees_with_the_epochs(tmp_path):
     assert row["cycles"][1]["pmr_last"] == epochs[3]["pmr"]
     losses = [epoch["loss"] for epoch in epochs]
     assert (
-        f"better than chance: rgb (cycle 1) loss {losses[1]:.3f} (chance 2.398; only one epoch can be judged)"
+        f"better than chance: rgb (cycle 1) epoch loss {losses[1]:.3f} (chance 2.398; only one epoch can be judged)"
         in row["text"]
     )
-    assert f"flow (cycle 2) loss {losses[2]:.3f} to {losses[3]:.3f} (chance " in row["text"]
+    assert f"flow (cycle 2) epoch loss {losses[2]:.3f} to {losses[3]:.3f} (chance " in row["text"]
     assert all(epoch["weights_change"] > 0 for epoch in epochs)
 
 
@@ -126,7 +126,7 @@ def test_rows_of_an_older_version():
     rising = [{**epoch, "epoch": e, "loss": 2.0 + e} for e, epoch in enumerate([*old, *old])]
     row = outcome(rising, settings("run", schedule={"cycles": [RGB]}), 6, 18, [])
     assert row["warnings"] == ["cycle 1 (rgb, mining none): the loss did not fall"]
-    assert "loss 2.000 to 5.000 (it did not fall)" in row["text"]
+    assert "epoch loss 2.000 to 5.000 (it did not fall)" in row["text"]
 
 
 def test_a_doubt_is_told_once_with_the_cycles_and_figures_it_concerns():
@@ -167,10 +167,12 @@ def test_a_last_loss_that_is_not_below_chance_is_doubted_whatever_the_number_of_
     row = outcome(epochs, config, 9, 18, [])
     said = "the loss of the last epoch is not better than chance, its value if all candidates are equally similar"
     assert (said in str(row["warnings"])) == doubted
-    head = "This run has learnt nothing. The loss is not better than chance: rgb (cycle 1) loss "
+    head = "This run has learnt nothing. The loss is not better than chance: rgb (cycle 1) epoch loss "
     assert row["text"].startswith(head) == doubted == (row["learnt"] is False)
     if count == 1:
-        assert row["text"].endswith(f"rgb (cycle 1) loss {last:.3f} (chance 4.500; only one epoch can be judged).")
+        assert row["text"].endswith(
+            f"rgb (cycle 1) epoch loss {last:.3f} (chance 4.500; only one epoch can be judged)."
+        )
     else:
         assert row["text"].endswith(f" to {last:.3f} (chance 4.500).")
         assert doubted or (row["learnt"] and row["text"].startswith("The loss fell and is better than chance: rgb"))
@@ -185,9 +187,10 @@ def test_a_cycle_that_is_worse_than_before_or_than_chance_is_no_success():
     row = outcome(rows, settings("run", schedule={"cycles": cycles}), 6, 18, [])
     assert row["learnt"] is None and [cycle["learnt"] for cycle in row["cycles"]] == [True, False, None, True]
     assert row["text"] == (
-        "The loss fell and is better than chance: rgb (cycle 1) loss 4.000 to 3.000 (chance 4.500); flow (cycle 4) "
-        "loss 3.000 to 2.000 (chance 4.500). It is not certain whether this learnt: rgb (cycle 3) loss 3.000 to 3.500 "
-        "(chance 4.500; it did not fall). The loss is not better than chance: flow (cycle 2) loss 5.000 to 4.800 "
+        "The loss fell and is better than chance: rgb (cycle 1) epoch loss 4.000 to 3.000 (chance 4.500); flow (cycle "
+        "4) epoch loss 3.000 to 2.000 (chance 4.500). It is not certain whether this learnt: rgb (cycle 3) epoch loss "
+        "3.000 to 3.500 (chance 4.500; it did not fall). The loss is not better than chance: flow (cycle 2) epoch "
+        "loss 5.000 to 4.800 "
         "(chance 4.500)."
     )
 
@@ -214,7 +217,7 @@ def test_a_loss_against_random_vectors_is_told_to_be_low(tmp_path):
     row = of(tmp_path, cycles=[RGB | {"epochs": 1}, RGB | {"view": "flow", "mining": "cascade", "epochs": 1}])
     loss, pmr = (row["cycles"][i][key] for i, key in ((0, "loss_last"), (1, "pmr_last")))
     assert row["text"].startswith(
-        f"It is not certain whether this learnt: rgb (cycle 1) loss {loss:.3f} (chance 2.398; only one epoch can be "
-        "judged; low, because the queue"
+        f"It is not certain whether this learnt: rgb (cycle 1) epoch loss {loss:.3f} (chance 2.398; only one epoch can "
+        "be judged; low, because the queue"
     )
     assert row["text"].endswith(f"; only one epoch can be judged), PMR {100 * pmr:.1f} %.")

@@ -35,7 +35,9 @@ def test_start_and_end_are_printed(tmp_path, caplog):
         "learning starts then"
     )
     assert lines[4] == f"  Run folder: {out}"
-    assert lines[-1].startswith("Finished after 12 steps. ") and "rgb (cycle 1) loss " in lines[-1]
+    assert Path(start_lines(config, INDEX, plan_cycles(config, len(INDEX), 1), Path("runs/x"), ALONE)[-1].split(": ")[1]
+                ) == Path.cwd() / "runs" / "x"  # fmt: skip
+    assert lines[-1].startswith("Finished after 12 steps. ") and "rgb (cycle 1) epoch loss " in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def test_the_time_left_does_not_jump_at_the_end_of_an_epoch():
 
 
 def test_the_progress_line_says_that_a_loss_against_random_vectors_is_low(tmp_path, monkeypatch):
-    """Otherwise "loss 0.000 (chance 2.398)" after the first step would look as if the network had learnt already."""
+    """Otherwise "step loss 0.000 (chance 2.398)" after the first step would look as if the network had learnt."""
     seen = []
     told = StepLog.status
 
@@ -169,6 +171,7 @@ def test_the_progress_line_says_that_a_loss_against_random_vectors_is_low(tmp_pa
     low = [step for step, text in seen if "(low while the queue holds random vectors)" in text]
     assert low == [0, 1]
     assert [step for step, text in seen if "(chance " in text] == [2, 3, 4, 5, 8, 9, 10, 11]
+    assert all("step loss " in text for step, text in seen if step not in (6, 7))
     assert [step for step, text in seen if "loss" not in text] == [6, 7]  # a cascade waits for its queue
 
 

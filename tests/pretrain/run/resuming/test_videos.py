@@ -34,8 +34,8 @@ def test_videos_are_chosen_by_split(tmp_path, caplog):
     assert [video.path.name for video in training_videos(DataConfig(index=index))] == [f"v{i}.mp4" for i in range(1, 9)]
     assert "expected" not in caplog.text
     assert len(training_videos(DataConfig(index=index, split="val"))) == 1
-    few = "data.index: expected at least 8 training videos of at least 2 sources, got 1 of 1 in split 'val'; a run on"
-    assert few in caplog.text
+    few = "expected at least 8 training videos of at least 2 sources, got 1 video of 1 source in split 'val'; a run on"
+    assert f"data.index: {few}" in caplog.text
 
 
 @pytest.mark.parametrize("split", ["train", "", "anything"])
