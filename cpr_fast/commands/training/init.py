@@ -204,7 +204,8 @@ def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None, minutes: 
     lines = [
         f"{out}: {counted(facts.videos, 'training video')} of {counted(facts.sources, 'source')}",
         f"batch of {config.data.batch_size}, memory of {config.memory.size}, {counted(config.mining.stages, 'stage')}, "
-        f"top {config.mining.top_k}, views {config.schedule.cycles[0].view} and {config.schedule.cycles[1].view}",
+        f"{counted(config.mining.top_k, 'mined positive')}, views {config.schedule.cycles[0].view} and "
+        f"{config.schedule.cycles[1].view}",
         f"{counted(total_epochs(sized), 'epoch')} of {counted(sized.steps // total_epochs(sized), 'step')}{time}",
     ]
     if pace and pace.busy:
