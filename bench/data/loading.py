@@ -254,9 +254,9 @@ def page(report: dict) -> str:
         f"`{about['command']}` at {about['commit']}, torch {about['torch']}, DALI {about['dali']}, PyAV "
         f"{about['pyav']}, OpenCV {about['opencv']}, on {about['device']}.\n",
         f"Clips of {report['frames']} frames to {report['size']}x{report['size']}, one of each of {report['videos']} "
-        "videos; medians (quartiles) of passes over all of them, the forms of a table in turn in one process for each source, which "
-        "has one core; a rate counts the CPU time of all its threads; `cpr_fast is`: our rate over the form's, the "
-        "median of the rounds, with rounds of their own for forms about as fast as ours. "
+        "videos; medians (quartiles) of passes over all of them, the forms of a table in turn, each source in a "
+        "process of its own, which has one core; a rate counts the CPU time of all its threads; `cpr_fast is`: our "
+        "rate over the form's, the median of the rounds, with rounds of their own for forms about as fast as ours. "
         "*torchvision*: the same augmentation by transforms.v2. *the same*: another decoder in front of the loader's "
         "own augmentation (its own resize, OpenCV's colours and blur, DALI's normalisation). *torch and OpenCV*: the "
         "same operations in a loop of one's own, without threads, substitutes for bad files or DALI. *PIL* is the "
