@@ -58,7 +58,6 @@ def start(options: argparse.Namespace, mining: str = "cascade", optimizer: str =
     }
     config = Config.from_dict(values)
     state = CycleState(config, config.schedule.cycles[0], {}, index, World(0, 1, torch.device(options.device)))
-    state.set_learning_rate(1e-3)
     ids = torch.arange(options.memory, device=options.device)
     features = normalize(torch.randn(2, options.memory, config.model.feature_dim), dim=2)[: len(state.views)]
     state.memory.enqueue(

@@ -27,6 +27,9 @@ from cpr_fast.wording import counted
 
 LARGEST = 2**31 - 1  # of the whole numbers in a config, except for seeds, which may have 64 bits
 MANY = 1024  # limit of threads and prepared batches: more are a mistake that can exhaust the machine's memory
+# Settings of `optim` and `memory` that a cycle can replace, besides the learning rate.
+_NOT_NEGATIVE = ("final_lr", "warmup_epochs", "weight_decay", "final_weight_decay")
+_FRACTIONS = ("momentum", "ema_momentum", "final_ema_momentum")
 
 
 def check_sections(
@@ -68,7 +71,7 @@ def check_sections(
             "mining.stages": mining.stages,
             "mining.top_k": mining.top_k,
             "loss.temperature": loss.temperature,
-            "optim.lr": optim.lr,
+            "optim.eps": optim.eps,
             "optim.accumulate": optim.accumulate,
             "schedule.gamma": schedule.gamma,
             "run.log_every": run.log_every,
@@ -76,7 +79,8 @@ def check_sections(
             "health.online_videos": health.online_videos,
         }
     )
-    _check_ranges(data, memory, mining, loss, optim, health, run)
+    _check_ranges(data, memory, mining, loss, health, run)
+    _check_optimiser(optim, memory, schedule)
     if not run.out:
         raise ConfigError("run.out: expected the name of a folder, got ''")
     _check_clips(data, model)
@@ -119,21 +123,17 @@ def _check_ranges(
     memory: MemoryConfig,
     mining: MiningConfig,
     loss: LossConfig,
-    optim: OptimConfig,
     health: HealthConfig,
     run: RunConfig,
 ) -> None:
     for where, value in {
-        "memory.ema_momentum": memory.ema_momentum,
         "memory.bank_momentum": memory.bank_momentum,
         "loss.self_positive_drop": loss.self_positive_drop,
-        "optim.momentum": optim.momentum,
     }.items():
         if not 0 <= value <= 1:
             raise ConfigError(f"{where}: expected a fraction in 0..1, got {value}")
     for where, value in {
         "data.cache_gib": data.cache_gib,
-        "optim.weight_decay": optim.weight_decay,
         "run.checkpoint_every": run.checkpoint_every,
         "run.stall_timeout_s": run.stall_timeout_s,
         "health.online_every": health.online_every,
@@ -143,6 +143,41 @@ def _check_ranges(
     for where, value in {"data.crop_area": data.crop_area, "mining.ratio": mining.ratio}.items():
         if not 0 < value <= 1:
             raise ConfigError(f"{where}: expected a fraction in (0, 1], got {value}")
+
+
+def _check_optimiser(optim: OptimConfig, memory: MemoryConfig, schedule: ScheduleConfig) -> None:
+    """Checks the settings of the optimiser and of the key encoder, and those that each cycle replaces."""
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(f"optim.betas: expected two fractions in [0, 1), got {list(optim.betas)}")
+    if optim.clip_norm < 0:
+        raise ConfigError(f"optim.clip_norm: expected 0 or more, got {optim.clip_norm}")
+    _check_replaceable("optim", optim)
+    _check_replaceable("memory", memory)
+    for i, cycle in enumerate(schedule.cycles):
+        where, used = f"schedule.cycles[{i}]", cycle.applied_to(optim)
+        _check_replaceable(where, cycle)
+        if cycle.epochs >= 1 and used.warmup_epochs > cycle.epochs:
+            key = with_cycle(f"{'optim' if cycle.warmup_epochs is None else where}.warmup_epochs")
+            most = f"the {counted(cycle.epochs, 'epoch')} of cycle {i + 1}"
+            raise ConfigError(f"{key}: expected at most {most}, got {used.warmup_epochs:g}")
+        if used.final_lr > used.lr:
+            key = with_cycle(f"{'optim' if cycle.final_lr is None else where}.final_lr")
+            most = f"the learning rate of cycle {i + 1}, {used.lr:g}"
+            raise ConfigError(f"{key}: expected at most {most}, got {used.final_lr:g}")
+
+
+def _check_replaceable(where: str, settings: OptimConfig | MemoryConfig | Cycle) -> None:
+    """Checks the settings that a cycle can replace, as far as `settings` gives them."""
+    for name in ("lr", *_NOT_NEGATIVE, *_FRACTIONS):
+        value, key = getattr(settings, name, None), with_cycle(f"{where}.{name}")
+        if value is None:
+            continue
+        if name == "lr" and not value > 0:
+            raise ConfigError(f"{key}: expected a positive number, got {value}")
+        if name in _NOT_NEGATIVE and value < 0:
+            raise ConfigError(f"{key}: expected 0 or more, got {value}")
+        if name in _FRACTIONS and not 0 <= value <= 1:
+            raise ConfigError(f"{key}: expected a fraction in 0..1, got {value}")
 
 
 def least_clip(arch: str) -> tuple[int, int]:
@@ -163,8 +198,6 @@ def _check_clips(data: DataConfig, model: ModelConfig) -> None:
 def _check_cycle(where: str, cycle: Cycle, memory: MemoryConfig, mining: MiningConfig) -> None:
     if cycle.epochs < 1:
         raise ConfigError(f"{with_cycle(f'{where}.epochs')}: expected at least 1, got {cycle.epochs}")
-    if cycle.lr is not None and not cycle.lr > 0:
-        raise ConfigError(f"{with_cycle(f'{where}.lr')}: expected a positive number, got {cycle.lr}")
     if early := [epoch for epoch in cycle.milestones if epoch < 1]:
         raise ConfigError(f"{with_cycle(f'{where}.milestones')}: expected epochs of 1 or more, got {early[0]}")
     top_k = mining.top_k if cycle.top_k is None else cycle.top_k

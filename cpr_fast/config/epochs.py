@@ -6,25 +6,43 @@ import dataclasses
 from collections.abc import Sequence
 
 from cpr_fast.config.config import Config
-from cpr_fast.config.sections import ConfigError
+from cpr_fast.config.sections import ConfigError, Cycle
 
 
 def scale_epochs(config: Config, epochs: int) -> Config:
     """Returns the config with exactly `epochs` epochs in total, divided among its cycles in the same proportions as
     before.
 
-    The milestones of each cycle are scaled along, see `scale_milestones`.
+    The milestones of each cycle are scaled along, see `scale_milestones`, and so are the warm-ups.
 
     Raises ConfigError if there are fewer epochs than cycles.
     """
     cycles = config.schedule.cycles
     if epochs < len(cycles):
         raise ConfigError(f"--epochs: expected at least one epoch for each of the {len(cycles)} cycles, got {epochs}")
+    share = epochs / sum(cycle.epochs for cycle in cycles)
+    warmup = config.optim.warmup_epochs * share
     scaled = tuple(
-        dataclasses.replace(cycle, epochs=n, milestones=scale_milestones(cycle.milestones, cycle.epochs, n))
+        dataclasses.replace(
+            cycle,
+            epochs=n,
+            milestones=scale_milestones(cycle.milestones, cycle.epochs, n),
+            warmup_epochs=_scaled_warmup(cycle, n, warmup),
+        )
         for cycle, n in zip(cycles, share_epochs([cycle.epochs for cycle in cycles], epochs), strict=True)
     )
-    return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, cycles=scaled))
+    return dataclasses.replace(
+        config,
+        optim=dataclasses.replace(config.optim, warmup_epochs=warmup),
+        schedule=dataclasses.replace(config.schedule, cycles=scaled),
+    )
+
+
+def _scaled_warmup(cycle: Cycle, epochs: int, common: float) -> float | None:
+    """Returns the `warmup_epochs` of a cycle for a new number of epochs; None if it can use `common`, that of all."""
+    if cycle.warmup_epochs is not None:
+        return min(cycle.warmup_epochs * (epochs / cycle.epochs), float(epochs))
+    return None if common <= epochs else float(epochs)
 
 
 def scale_milestones(milestones: Sequence[int], old: int, new: int) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from cpr_fast.errors import InputError
 
@@ -100,6 +101,9 @@ class MemoryConfig:
     kind: Literal["queue", "bank", "batch"] = "queue"
     size: int = 2048  # K, number of entries of a queue; the sizes of a bank and of a batch follow from the data
     ema_momentum: float = 0.999  # momentum of the key encoder (queue and bank, unless model.shared)
+    # The momentum goes from ema_momentum towards this on half a cosine over each cycle, to 1 as in BYOL and DINO; None:
+    # it stays the same.
+    final_ema_momentum: float | None = None
     bank_momentum: float = 0.5  # fraction of the old entry that an update of the bank keeps [IIC]
     # Number of groups of clips that have separate BatchNorm statistics; keys are shuffled among them. If it is set, the
     # results do not depend on the number of processes. None: one group per process, as published.
@@ -139,30 +143,70 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimiser of the query encoder."""
+    """The optimiser of the query encoder.
+
+    A warm-up and the cosines begin anew in every cycle, with its first step that learns.
+    """
 
     # The optimiser; "apex_lamb" and "apex_novograd" are those of NVIDIA apex, which must be installed.
-    name: Literal["adam", "sgd", "apex_lamb", "apex_novograd"] = "adam"
+    name: Literal["adam", "adamw", "sgd", "apex_lamb", "apex_novograd"] = "adam"
     lr: float = 1e-3  # learning rate
-    weight_decay: float = 1e-5  # factor of the L2 penalty on the weights
+    # How the learning rate falls within a cycle: "steps" at the milestones of the cycle, by schedule.gamma; "cosine" on
+    # half a cosine, step by step from the end of the warm-up, towards final_lr at the end of the cycle.
+    schedule: Literal["steps", "cosine"] = "steps"
+    final_lr: float = 0.0  # what the learning rate falls to; used only with schedule = "cosine"
+    # Number of epochs, or a fraction of one, in which the learning rate of each cycle rises in equal steps to lr.
+    warmup_epochs: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)  # of "adam" and "adamw": how slowly their two moving averages change
+    eps: float = 1e-8  # of "adam" and "adamw": added to the denominator of a step
+    # Factor of the L2 penalty on the weights; with "adamw" the weights themselves shrink, by lr times this per step.
+    weight_decay: float = 1e-5
+    # weight_decay goes to this on half a cosine over each cycle; None: it stays the same.
+    final_weight_decay: float | None = None
+    # Apply weight_decay also to the parameters of normalisations, to biases and to others of one dimension.
+    decay_norms_and_biases: bool = True
+    # Largest L2 norm of the gradient of all weights together, to which longer gradients are scaled; the step rows hold
+    # the norm before that as `grad_norm`. 0: no limit.
+    clip_norm: float = 0.0
     momentum: float = 0.9  # momentum of SGD; the other optimisers do not use it
     precision: Precision = "fp32"  # "bf16" and "fp16" use autocast; "fp16" also scales the gradients
     # Number of parts of a batch whose gradients are summed before an optimiser step: less memory, the same batch.
     accumulate: int = 1
 
 
+Replaceable = TypeVar("Replaceable", OptimConfig, MemoryConfig)
+
+
 @dataclass(frozen=True)
 class Cycle:
-    """One training cycle: which view's encoder learns, how its positives are chosen, and the number of epochs."""
+    """One training cycle: which view's encoder learns, how its positives are chosen, and the number of epochs.
+
+    The settings from lr on that are not None replace those of the same names in `optim` and `memory` in this cycle.
+    """
 
     view: View  # the view whose encoder is trained
     epochs: int  # number of epochs of this cycle
     mining: Mining = "cascade"  # "none": InfoNCE; "label": UberNCE; "cascade": CoCLR and CPR
-    # After how many epochs of the cycle the learning rate is multiplied by schedule.gamma.
+    # After how many epochs of the cycle the learning rate is multiplied by schedule.gamma; used only with
+    # optim.schedule = "steps".
     milestones: tuple[int, ...] = ()
     top_k: int | None = None  # replaces mining.top_k in this cycle (progressive training)
     lr: float | None = None  # replaces optim.lr in this cycle
     other: View | None = None  # the second view; None: flow for rgb, and rgb for flow and residual
+    schedule: Literal["steps", "cosine"] | None = None  # replaces optim.schedule in this cycle
+    final_lr: float | None = None  # replaces optim.final_lr in this cycle
+    warmup_epochs: float | None = None  # replaces optim.warmup_epochs in this cycle
+    weight_decay: float | None = None  # replaces optim.weight_decay in this cycle
+    final_weight_decay: float | None = None  # replaces optim.final_weight_decay in this cycle
+    momentum: float | None = None  # replaces optim.momentum, that of SGD, in this cycle
+    ema_momentum: float | None = None  # replaces memory.ema_momentum in this cycle
+    final_ema_momentum: float | None = None  # replaces memory.final_ema_momentum in this cycle
+
+    def applied_to(self, section: Replaceable) -> Replaceable:
+        """Returns `optim` or `memory` as this cycle uses it, with the settings that the cycle replaces."""
+        names = {field.name for field in dataclasses.fields(section)}
+        own = {name: value for name, value in vars(self).items() if name in names and value is not None}
+        return dataclasses.replace(section, **own)
 
     def views(self, *, shared: bool) -> tuple[View, ...]:
         """Returns the views that the cycle reads, the view that it trains first. Only a cascade or a shared encoder

@@ -10,15 +10,41 @@ from cpr_fast.wording import counted, listed
 
 
 def unreached_epochs(config: Config) -> Iterator[str]:
-    """Yields a sentence for every setting of pretraining that counts epochs and lies after the last one."""
+    """Yields a sentence for every setting of pretraining that counts epochs and lies after the last one, and one for
+    final learning rates with a schedule that has none."""
+    used = [cycle.applied_to(config.optim) for cycle in config.schedule.cycles]
     for number, cycle in enumerate(config.schedule.cycles):
-        yield from _milestones(f"schedule.cycles[{number}]", "the cycle", cycle.milestones, cycle.epochs)
+        if used[number].schedule == "steps":
+            yield from _milestones(f"schedule.cycles[{number}]", "the cycle", cycle.milestones, cycle.epochs)
+    if unused := [rates.final_lr for rates in used if rates.final_lr and rates.schedule == "steps"]:
+        yield (
+            f"final_lr is {unused[0]:g} in {counted(len(unused), 'cycle')} with schedule = 'steps', which does not use "
+            "it. Set optim.schedule = 'cosine'"
+        )
     every, epochs = config.health.online_every, sum(cycle.epochs for cycle in config.schedule.cycles)
     if every > epochs:
         yield (
             f"health.online_every is {every}, but the run ends after {counted(epochs, 'epoch')}: retrieval is never "
             f"measured. Set it to {epochs} or less"
         )
+
+
+def unreached_warmups(config: Config, learning: Sequence[int], epoch_steps: int) -> Iterator[str]:
+    """Yields a sentence for every cycle that ends before its learning rate has risen, because it first waits for its
+    queue.
+
+    Args:
+        learning: number of steps of each cycle that learn.
+        epoch_steps: number of steps per epoch.
+    """
+    for number, (cycle, steps) in enumerate(zip(config.schedule.cycles, learning, strict=True)):
+        warmup = cycle.applied_to(config.optim).warmup_epochs * epoch_steps
+        if 0 < steps < warmup:
+            yield (
+                f"{with_cycle(f'schedule.cycles[{number}]')} learns in {counted(steps, 'step')}, fewer than the "
+                f"{warmup:g} of its warm-up, so that its learning rate never rises to the one that is set. Set "
+                "warmup_epochs lower, or memory.size"
+            )
 
 
 def unreached_steps(config: Config, steps: int) -> Iterator[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpr_fast.config import Config, load
+from cpr_fast.config import Config, Cycle, load
 from cpr_fast.config.recipes import find_config, recipes
 
 FILE = Path(__file__).with_suffix(".toml")
@@ -130,9 +130,16 @@ def _recipe_row(name: str, config: Config) -> list[str]:
         *(cascade if mines else ["", "", ""]),
         config.loss.protocol,
         _joined([f"{view} {cycle.epochs} {cycle.mining}" for view, cycle in zip(views, cycles, strict=True)]),
-        _joined([" ".join(map(str, cycle.milestones)) for cycle in cycles]),
+        _joined([_falls(cycle, config) for cycle in cycles]),
         ranges(row.id for row in concerning(config, name)),
     ]  # fmt: skip
+
+
+def _falls(cycle: Cycle, config: Config) -> str:
+    """Returns the epochs at which the learning rate of a cycle drops, or "cosine"."""
+    if cycle.applied_to(config.optim).schedule == "cosine":
+        return "cosine"
+    return " ".join(map(str, cycle.milestones))
 
 
 def _joined(values: Sequence[str]) -> str:

@@ -199,6 +199,7 @@ stages = {stages}
 ratio = {ratio}
 top_k = {top_k}
 
+# Adam, and drops of the learning rate, as in the paper; `cpr-fast explain modern_ucf101` shows AdamW with schedules.
 [schedule]
 cycles = [
 {cycles}

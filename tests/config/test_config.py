@@ -120,3 +120,46 @@ def test_a_file_that_is_nested_too_deeply_is_named(tmp_path, name, text):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         load(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("optim", "cycle", "message"),
+    [
+        ("warmup_epochs = -1", "", "optim.warmup_epochs: expected 0 or more, got -1.0"),
+        ("", "warmup_epochs = -0.5", "cycles[0].warmup_epochs (cycle 1): expected 0 or more, got -0.5"),
+        ("warmup_epochs = 3", "", "optim.warmup_epochs: expected at most the 2 epochs of cycle 1, got 3"),
+        ("", "warmup_epochs = 2.5", "cycles[0].warmup_epochs (cycle 1): expected at most the 2 epochs of cycle 1, "
+         "got 2.5"),
+        ("final_lr = 0.1", "", "optim.final_lr: expected at most the learning rate of cycle 1, 0.001, got 0.1"),
+        ("", "lr = 0.1, final_lr = 0.2", "cycles[0].final_lr (cycle 1): expected at most the learning rate of "
+         "cycle 1, 0.1, got 0.2"),
+        ("final_lr = -1e-5", "", "optim.final_lr: expected 0 or more, got -1e-05"),
+        ("schedule = 'linear'", "", "optim.schedule: expected one of 'steps', 'cosine', got 'linear'"),
+        ("", "schedule = 'linear'", "cycles[0].schedule (cycle 1): expected one of 'steps', 'cosine', got 'linear'"),
+        ("name = 'adamax'", "", "optim.name: expected one of 'adam', 'adamw', 'sgd', "),
+        ("", "momentum = 1.5", "cycles[0].momentum (cycle 1): expected a fraction in 0..1, got 1.5"),
+        ("", "ema_momentum = -0.1", "cycles[0].ema_momentum (cycle 1): expected a fraction in 0..1, got -0.1"),
+        ("", "final_ema_momentum = 2", "cycles[0].final_ema_momentum (cycle 1): expected a fraction in 0..1, got 2.0"),
+        ("", "final_weight_decay = -1", "cycles[0].final_weight_decay (cycle 1): expected 0 or more, got -1.0"),
+        ("final_weight_decay = -1", "", "optim.final_weight_decay: expected 0 or more, got -1.0"),
+        ("betas = [0.9]", "", "optim.betas: expected two fractions in [0, 1), got [0.9]"),
+        ("betas = [0.9, 1.0]", "", "optim.betas: expected two fractions in [0, 1), got [0.9, 1.0]"),
+        ("eps = 0", "", "optim.eps: expected a positive number, got 0.0"),
+        ("clip_norm = -1", "", "optim.clip_norm: expected 0 or more, got -1.0"),
+        ("clip_norm = inf", "", "optim.clip_norm: expected a finite number, got inf"),
+        ("lr = 0", "", "optim.lr: expected a positive number, got 0.0"),
+        ("\n[memory]\nfinal_ema_momentum = 1.1", "", "memory.final_ema_momentum: expected a fraction in 0..1, got 1.1"),
+    ],
+)  # fmt: skip
+def test_schedules_that_no_cycle_can_follow_are_named(tmp_path, optim, cycle, message):
+    own = f", {cycle}" if cycle else ""
+    text = f"[schedule]\ncycles = [{{view = 'rgb', epochs = 2{own}}}]\n[optim]\n{optim}"
+    with pytest.raises(ConfigError) as refused:
+        load(write(tmp_path, text))
+    assert message in str(refused.value)
+
+
+def test_a_cycle_may_need_what_the_common_setting_does_not_fit(tmp_path):
+    text = "[optim]\nwarmup_epochs = 5\n[schedule]\ncycles = [{view='rgb', epochs=2, warmup_epochs=2, final_lr=1e-3}]"
+    (cycle,) = (config := load(write(tmp_path, text))).schedule.cycles
+    assert (cycle.applied_to(config.optim).warmup_epochs, config.optim.warmup_epochs) == (2.0, 5.0)

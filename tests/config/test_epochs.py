@@ -4,7 +4,17 @@ import dataclasses
 
 import pytest
 
-from cpr_fast.config import ClassifierConfig, Config, ConfigError, Cycle, ProbeConfig, load, override_classifier
+from cpr_fast.config import (
+    ClassifierConfig,
+    Config,
+    ConfigError,
+    Cycle,
+    OptimConfig,
+    ProbeConfig,
+    ScheduleConfig,
+    load,
+    override_classifier,
+)
 from cpr_fast.config.epochs import scale_epochs, scale_milestones
 from cpr_fast.config.recipes import find_config, recipes
 
@@ -30,8 +40,21 @@ def test_every_recipe_keeps_total_and_drops(name):
             assert list(new.milestones) == sorted(set(new.milestones))
             assert len(new.milestones) == drops(new.milestones, new.epochs)
             assert len(new.milestones) == min(drops(old.milestones, old.epochs), new.epochs - 1)
-            assert dataclasses.replace(new, epochs=old.epochs, milestones=old.milestones) == old
+            kept = {name: getattr(old, name) for name in ("epochs", "milestones", "warmup_epochs")}
+            assert dataclasses.replace(new, **kept) == old
     assert scale_epochs(config, total) == config
+
+
+def test_warm_ups_are_scaled_along_and_fit_into_their_cycles():
+    cycles = (Cycle("rgb", 30, "none"), Cycle("flow", 8, warmup_epochs=2.0), Cycle("rgb", 2, lr=1e-4))
+    config = Config(schedule=ScheduleConfig(cycles), optim=OptimConfig(warmup_epochs=2.0))
+    half, tiny = scale_epochs(config, 20), scale_epochs(config, 3)
+    assert (half.optim.warmup_epochs, tiny.optim.warmup_epochs) == (1.0, pytest.approx(0.15))
+    assert [cycle.warmup_epochs for cycle in half.schedule.cycles] == [None, 1.0, None]
+    assert [cycle.warmup_epochs for cycle in tiny.schedule.cycles] == [None, 0.25, None]
+    shorter = scale_epochs(Config(schedule=ScheduleConfig((Cycle("rgb", 4), Cycle("flow", 1))),
+                                  optim=OptimConfig(warmup_epochs=1.0)), 7)  # fmt: skip
+    assert [cycle.warmup_epochs for cycle in shorter.schedule.cycles] == [None, 1.0]  # 1.4 of 1 epoch
 
 
 def test_the_share_of_each_cycle_is_the_largest_remainder():

@@ -6,7 +6,7 @@ import pytest
 
 from cpr_fast.config import ClassifierConfig, Config, ProbeConfig, load
 from cpr_fast.config.recipes import find_config, recipes
-from cpr_fast.config.unreached import unreached_epochs, unreached_in_classifier, unreached_steps
+from cpr_fast.config.unreached import unreached_epochs, unreached_in_classifier, unreached_steps, unreached_warmups
 
 
 def config(cycle, **sections):
@@ -38,6 +38,23 @@ def test_an_interval_longer_than_the_run_is_named():
     assert "run.log_every is 100, but the run ends after 40 steps: no step is logged" in logged
     assert "run.checkpoint_every is 41, but the run ends after 40 steps" in saved
     assert not list(unreached_steps(late, 100))
+
+
+def test_a_cosine_has_no_milestones_and_only_a_cosine_a_final_rate():
+    assert not list(unreached_epochs(config({"epochs": 5, "milestones": [5]}, optim={"schedule": "cosine"})))
+    assert not list(unreached_epochs(config({"epochs": 5, "schedule": "cosine", "final_lr": 1e-4})))
+    (text,) = unreached_epochs(config({"epochs": 5}, optim={"final_lr": 1e-4}))
+    assert text == (
+        "final_lr is 0.0001 in 1 cycle with schedule = 'steps', which does not use it. Set optim.schedule = 'cosine'"
+    )
+
+
+def test_a_warm_up_that_the_filling_of_the_queue_leaves_no_time_for_is_named():
+    waiting = config({"epochs": 2, "mining": "cascade"}, optim={"warmup_epochs": 1.5})
+    (text,) = unreached_warmups(waiting, [14], 10)
+    assert "schedule.cycles[0] (cycle 1) learns in 14 steps, fewer than the 15 of its warm-up" in text
+    assert not list(unreached_warmups(waiting, [15], 10))
+    assert not list(unreached_warmups(waiting, [0], 10))  # it never learns, which is named elsewhere
 
 
 @pytest.mark.parametrize("settings", [ClassifierConfig(epochs=7, milestones=(3, 7)), ProbeConfig(epochs=61)])

@@ -47,10 +47,13 @@ def test_steps_of_every_recipe(explained, name):
         waits = cycle.get("mining", "cascade") == "cascade" and not bank
         assert found["steps"] == cycle["epochs"] * (videos // batch)
         assert found["learns_from_step"] == (full + 1 if waits else 1)
-        assert found["milestones"] == cycle["milestones"]
-        drops = ", ".join(map(str, cycle["milestones"]))
-        gamma = file["schedule"].get("gamma", 0.1)
-        assert f"{cycle['epochs']} epochs, x{gamma:g} at {drops}; {found['steps']:,} steps" in text
+        assert found["milestones"] == cycle.get("milestones", [])
+        rate = f", x{file['schedule'].get('gamma', 0.1):g} at {', '.join(map(str, found['milestones']))}"
+        if file["optim"].get("schedule") == "cosine":
+            own = {key: cycle.get(key, file["optim"].get(key)) for key in ("lr", "final_lr", "warmup_epochs")}
+            rate = (f", learning rate {own['lr']:g} on a cosine to {own['final_lr']:.0e} after a warm-up of "
+                    f"{own['warmup_epochs']:g} epochs").replace("e-0", "e-") if "lr" in cycle else ""  # fmt: skip
+        assert f"{cycle['epochs']} epochs{rate}; {found['steps']:,} steps" in text
     total = sum(cycle["epochs"] for cycle in file["schedule"]["cycles"]) * (videos // batch)
     assert f"{total:,} steps on one process" in text
 

@@ -43,6 +43,23 @@ def settings(out, **sections) -> Config:
     return Config.from_dict(values)
 
 
+# All schedules of the optimiser together. The cascade waits for its queue in the first 2 steps of its cycle; then its
+# warm-up lasts to the first step of its second epoch.
+MODERN = {
+    "optim": {
+        "name": "adamw", "schedule": "cosine", "final_lr": 1e-5, "warmup_epochs": 1.5, "weight_decay": 0.05,
+        "final_weight_decay": 0.3, "decay_norms_and_biases": False, "clip_norm": 0.5, "betas": [0.9, 0.95],
+    },
+    "memory": {"size": 10, "final_ema_momentum": 1.0},
+    "schedule": {
+        "cycles": [
+            {"view": "rgb", "epochs": 2, "mining": "none"},
+            {"view": "flow", "epochs": 2, "lr": 5e-4, "warmup_epochs": 0.7, "ema_momentum": 0.9},
+        ]
+    },
+}  # fmt: skip
+
+
 def run(config: Config, loader=RandomLoader, **kwargs) -> Path:
     return pretrain(config, index=INDEX, make_loader=loader, progress=False, **kwargs)
 

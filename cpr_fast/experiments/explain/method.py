@@ -74,8 +74,9 @@ def memory(config: Config, plan: CyclePlan, size: int) -> Section:
     if kind != "batch" and not config.model.shared:
         groups = config.memory.shuffle_bn_groups
         apart = "one group per process" if groups is None else f"{groups} groups (shuffle-BN)"
-        rows.append(("keys", f"moving average of the query encoder, momentum {config.memory.ema_momentum:g}; "
-                     f"BatchNorm in {apart}"))  # fmt: skip
+        final = config.memory.final_ema_momentum
+        momentum = f"{config.memory.ema_momentum:g}" + ("" if final is None else f" on a cosine to {final:g}")
+        rows.append(("keys", f"moving average of the query encoder, momentum {momentum}; BatchNorm in {apart}"))
     return Section("Memory", rows, {"kind": kind, "size": size, "full_after_steps": plan.fill_steps})
 
 

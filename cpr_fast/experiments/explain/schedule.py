@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cpr_fast.config import ClassifierConfig, Config
+from cpr_fast.config import ClassifierConfig, Config, OptimConfig
 from cpr_fast.experiments.explain.section import Section, fraction, number
 from cpr_fast.pretrain.run.checks import CyclePlan
 from cpr_fast.wording import counted
@@ -15,12 +15,30 @@ def optimiser(config: Config) -> Section:
     """Explains the optimiser of the query encoder."""
     optim = config.optim
     momentum = f", momentum {fraction(optim.momentum)}" if optim.name == "sgd" else ""
-    text = f"{optim.name}, learning rate {number(optim.lr)}, weight decay {number(optim.weight_decay)}{momentum}"
+    text = f"{optim.name}, {_rate(optim)}, weight decay {number(optim.weight_decay)}"
+    if optim.final_weight_decay is not None:
+        text += f" on a cosine to {number(optim.final_weight_decay)}"
+    text += ("" if optim.decay_norms_and_biases else ", not of normalisations and biases") + momentum
+    if (optim.betas, optim.eps) != ((0.9, 0.999), 1e-8) and optim.name in ("adam", "adamw"):
+        text += f", betas {' and '.join(map(fraction, optim.betas))}, eps {number(optim.eps)}"
     text += f", {optim.precision}"
+    if optim.clip_norm:
+        text += f"; gradients are clipped at a norm of {number(optim.clip_norm)}"
     if optim.accumulate > 1:
         text += f"; gradients of {optim.accumulate} parts of a batch are summed"
-    values = {name: getattr(optim, name) for name in ("name", "lr", "weight_decay", "precision", "accumulate")}
-    return Section("Optimiser", [("", text)], values | ({"momentum": optim.momentum} if momentum else {}))
+    values = vars(optim) | {"betas": list(optim.betas)}
+    return Section("Optimiser", [("", text)], {name: values[name] for name in values if name != "momentum" or momentum})
+
+
+def _rate(optim: OptimConfig) -> str:
+    """Returns the learning rate and its schedule, in which "steps" without a warm-up is not named."""
+    text = f"learning rate {number(optim.lr)}"
+    if optim.schedule == "cosine":
+        text += f" on a cosine to {number(optim.final_lr)}"
+    if optim.warmup_epochs:
+        one = optim.warmup_epochs == 1
+        text += f" after a warm-up of {number(optim.warmup_epochs)} epoch{'' if one else 's'}"
+    return text
 
 
 def schedule(config: Config, plans: Sequence[CyclePlan], published: Sequence[CyclePlan]) -> Section:
@@ -66,8 +84,17 @@ def _cycle(config: Config, plan: CyclePlan) -> str:
     method = {"none": "InfoNCE", "label": "UberNCE", "cascade": f"cascade{helped}"}[cycle.mining]
     if cycle.mining == "cascade":
         method += f", top-{config.mining.top_k if cycle.top_k is None else cycle.top_k}"
-    drops = f", x{number(config.schedule.gamma)} at {', '.join(map(str, cycle.milestones))}" if cycle.milestones else ""
-    rate = "" if cycle.lr is None else f", learning rate {number(cycle.lr)}"
+    optim, memory = cycle.applied_to(config.optim), cycle.applied_to(config.memory)
+    falls = cycle.milestones and optim.schedule == "steps"
+    drops = f", x{number(config.schedule.gamma)} at {', '.join(map(str, cycle.milestones))}" if falls else ""
+    rate = f", {_rate(optim)}" if _rate(optim) != _rate(config.optim) else ""
+    rate += "".join(
+        f", {name.replace('_', ' ')} {number(value)}"
+        for section, common in ((optim, config.optim), (memory, config.memory))
+        for name, value in vars(section).items()
+        if "weight_decay" in name or "momentum" in name
+        if value != getattr(common, name)
+    )
     if plan.waiting_steps < plan.steps:
         learns = f"; learns from step {plan.waiting_steps + 1:,}" if plan.waiting_steps else ""
     else:

@@ -14,7 +14,7 @@ import numpy as np
 from cpr_fast.config import Config, Cycle
 from cpr_fast.config.checks import least_clip
 from cpr_fast.config.sections import with_cycle
-from cpr_fast.config.unreached import unreached_epochs, unreached_steps
+from cpr_fast.config.unreached import unreached_epochs, unreached_steps, unreached_warmups
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.mining.stages import idle_stages, most_stages, stage_keep
@@ -122,6 +122,7 @@ def check_run(config: Config, index: Index, plans: list[CyclePlan], *, stored_fl
         *_about_settings(config),
         *unreached_epochs(config),
         *unreached_steps(config, sum(plan.steps for plan in plans)),
+        *unreached_warmups(config, [plan.steps - plan.waiting_steps for plan in plans], plans[0].epoch_steps),
         *_about_videos(config, index),
         *_about_memory(config, plans),
         *_about_mining(config, index, [plan for plan in plans if plan.cycle.mining == "cascade"]),
@@ -134,8 +135,6 @@ def check_run(config: Config, index: Index, plans: list[CyclePlan], *, stored_fl
 def _check_cycle(config: Config, index: Index, plan: CyclePlan, stored_flow: bool) -> None:
     """Raises InputError for problems that would otherwise stop the run when this cycle starts, perhaps days later."""
     cycle = plan.cycle
-    if cycle.lr is not None and not cycle.lr > 0:
-        raise InputError(f"{plan.key('lr')}: expected a positive number, got {cycle.lr}; nothing would be learnt")
     if cycle.mining == "label" and (missing := int((index.labels < 0).sum())):
         raise InputError(
             "schedule.cycles: mining = 'label' expects every video of the index to have a label, "
@@ -162,9 +161,11 @@ def _about_settings(config: Config) -> Iterator[str]:
             f"loss.temperature is {config.loss.temperature:g}: outside {low:g} to {high:g} the loss hardly depends on "
             "the features, so that little is learnt; the published value is 0.07"
         )
-    if config.memory.ema_momentum == 1 and config.memory.kind != "batch" and not config.model.shared:
+    moving = [cycle.applied_to(config.memory) for cycle in config.schedule.cycles]
+    fixed = any(memory.ema_momentum == 1 and memory.final_ema_momentum in (None, 1) for memory in moving)
+    if fixed and config.memory.kind != "batch" and not config.model.shared:
         yield "memory.ema_momentum is 1: the key encoder keeps its initial weights, and the keys never improve"
-    rates = [(n, c, config.optim.lr if c.lr is None else c.lr) for n, c in enumerate(config.schedule.cycles)]
+    rates = [(n, c, c.applied_to(config.optim).lr) for n, c in enumerate(config.schedule.cycles)]
     if slow := [(number, cycle) for number, cycle, lr in rates if lr < 1e-7]:
         found = ", ".join(f"{lr:g}" for lr in dict.fromkeys(lr for _, _, lr in rates if lr < 1e-7))
         yield (

@@ -226,14 +226,14 @@ def _change(key: str, was: Any, now: Any) -> str:
 
 
 def _cycle_changes(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
-    """Returns what differs between the cycles of two schedules. Milestones are named only if the epochs are equal,
-    because `--epochs` scales both."""
+    """Returns what differs between the cycles of two schedules. Milestones and warm-ups are named only if the epochs
+    are equal, because `--epochs` scales them along."""
     if len(was) != len(now):
         return [f"schedule: the run has {_cycles_of(was)}, this command asks for {_cycles_of(now)}"]
     pairs = list(zip(was, now, strict=True))
     if any(a["epochs"] != b["epochs"] for a, b in pairs):
         epochs = [f"schedule: the run has {_cycles_of(was)}, this command asks for {_epochs_of(now)}"]
-        skipped = ("epochs", "milestones")
+        skipped = ("epochs", "milestones", "warmup_epochs")
     else:
         epochs, skipped = [], ()
     return epochs + [

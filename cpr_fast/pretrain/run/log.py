@@ -17,6 +17,7 @@ from cpr_fast.errors import FailedError
 from cpr_fast.evaluate.retrieval.names import percent
 from cpr_fast.pretrain.run.dump import dump_step
 from cpr_fast.pretrain.state.cycle import CycleState
+from cpr_fast.pretrain.state.schedule import Rates
 from cpr_fast.pretrain.step.contrast import chance_loss
 from cpr_fast.pretrain.step.result import StepResult
 from cpr_fast.runtime.metrics import MetricsWriter
@@ -40,6 +41,8 @@ class StepLog:
         self.writer, self.state, self.index = writer, state, index
         self.loss_chance = chance_loss(state.config, state.cycle, state.memory.size)
         self.common = {"cycle": number, "view": state.cycle.view, "mining": state.cycle.mining}
+        self.changing = _changing(state)
+        self.unmeasured = NOTHING_MINED | ({"grad_norm": None} if state.config.optim.clip_norm else {})
         self.pending: list[tuple[int, StepResult]] = []
         self.epochs = sum(cycle.epochs for cycle in state.config.schedule.cycles)
         self.current = ""  # the epoch of the newest step, for people: counted from 1
@@ -49,7 +52,7 @@ class StepLog:
         self.epoch_began = time.perf_counter()
         self._restart_clock()
 
-    def step(self, step: int, epoch: int, lr: float, data_wait_s: float, result: StepResult) -> None:
+    def step(self, step: int, epoch: int, rates: Rates, data_wait_s: float, result: StepResult) -> None:
         """Records a step, and every `run.log_every` steps writes a row, with times averaged over these steps."""
         self.pending.append((step, result))
         self.current = f"epoch {epoch + 1} of {self.epochs}"
@@ -57,13 +60,15 @@ class StepLog:
         self.steps += 1
         if (step + 1) % self.state.config.run.log_every:
             return
-        loss, rates = self.check()
+        loss, measured = self.check()
         wall_s, wait_s = (time.perf_counter() - self.clock_began) / self.steps, self.data_wait_s / self.steps
         self._restart_clock()
-        row = {"step": step, "epoch": epoch, **self.common, "loss": loss, "lr": lr, **NOTHING_MINED, **rates}
+        row = {"step": step, "epoch": epoch, **self.common, "loss": loss}
+        row |= {name: getattr(rates, name) for name in self.changing} | self.unmeasured | measured
         times = {"step_time_s": wall_s - wait_s, "data_wait_s": wait_s, "clips_per_s": self.clips_per_step / wall_s}
         self._write({"kind": "step", **row, **times})
-        self.newest = {name: value for name, value in (("loss", loss), ("pmr", rates.get("pmr"))) if value is not None}
+        shown = (("loss", loss), ("pmr", measured.get("pmr")))
+        self.newest = {name: value for name, value in shown if value is not None}
         self.newest_random = self._random_negatives(1) > 0
 
     def status(self) -> str:
@@ -84,7 +89,7 @@ class StepLog:
         )
 
     def check(self) -> tuple[float, dict[str, float]]:
-        """Returns loss and mining rates of the newest step.
+        """Returns the loss of the newest step, its mining rates, and the norm of its gradient if that is limited.
 
         This is a sync point, the only one of a training step: all values are copied from the device at once.
 
@@ -94,14 +99,15 @@ class StepLog:
         if not self.pending:
             return float("nan"), {}
         newest = self.pending[-1][1]
+        measured = newest.rates if newest.grad_norm is None else {"grad_norm": newest.grad_norm, **newest.rates}
         flags = [result.finite.float() for _, result in self.pending]
-        values = torch.stack([newest.loss, *newest.rates.values(), *flags]).tolist()
-        loss, rates, flags = values[0], values[1 : -len(flags)], values[-len(flags) :]
+        values = torch.stack([newest.loss, *measured.values(), *flags]).tolist()
+        loss, found, flags = values[0], values[1 : -len(flags)], values[-len(flags) :]
         for (step, result), finite in zip(self.pending, flags, strict=True):
             if not finite:
                 raise NonFiniteError(self._of_not_finite(step, result))
         self.pending.clear()
-        return loss, dict(zip(newest.rates, rates, strict=True))
+        return loss, dict(zip(measured, found, strict=True))
 
     def _of_not_finite(self, step: int, result: StepResult) -> str:
         """Returns the message of a NonFiniteError. The first process also writes the step to a file."""
@@ -196,3 +202,15 @@ class StepLog:
     def _write(self, row: dict[str, Any]) -> None:
         if self.writer is not None:
             self.writer.write(row)
+
+
+def _changing(state: CycleState) -> list[str]:
+    """Returns the names of the values in the row of a step that the schedules of a cycle set: the learning rate, and
+    the others if they change within the cycle."""
+    names = ["lr"]
+    if state.cycle.applied_to(state.config.optim).final_weight_decay is not None:
+        names.append("weight_decay")
+    moving = state.encoders.momentum is not None  # the keys are those of a moving average
+    if moving and state.cycle.applied_to(state.config.memory).final_ema_momentum is not None:
+        names.append("ema_momentum")
+    return names

@@ -30,7 +30,7 @@ from cpr_fast.pretrain.run.outcome import outcome
 from cpr_fast.pretrain.run.summary import Pace, end_line, start_lines
 from cpr_fast.pretrain.run.videos import digest, training_videos
 from cpr_fast.pretrain.state.cycle import CycleState
-from cpr_fast.pretrain.state.schedule import cycle_epochs, learning_rate
+from cpr_fast.pretrain.state.schedule import CycleRates, cycle_epochs
 from cpr_fast.pretrain.step.result import StepResult
 from cpr_fast.pretrain.step.step import train_step
 from cpr_fast.runtime import distributed
@@ -232,6 +232,8 @@ def _run_cycle(
     batches = _timed_batches(loader, epochs, start_step, run.watch)
     left = len(epochs) * steps - start_step
     pace = _pace(run, state, number, left)
+    first, waiting = cycle_epochs(config.schedule)[number].start, run.plans[number].waiting_steps
+    rates = CycleRates(state.cycle, config.optim, config.memory, config.schedule.gamma, steps, waiting)
     try:
         began = time.perf_counter()
         for epoch, i, batch, data_wait_s in track(
@@ -239,11 +241,10 @@ def _run_cycle(
         ):
             step, learns = epoch * steps + i, state.learning
             run.watch.doing(f"computing step {step + 1}")
-            lr = learning_rate(epoch - cycle_epochs(config.schedule)[number].start, state.cycle, config.optim,
-                               config.schedule.gamma)  # fmt: skip
-            state.set_learning_rate(lr)
+            now = rates.at(epoch - first, i)
+            state.set_rates(now)
             result = train_step(state, batch, step)
-            rows.step(step, epoch, lr, data_wait_s, result)
+            rows.step(step, epoch, now, data_wait_s, result)
             _after_step(run, state, rows, loader, result, weights, (number, epoch, i, step))
             pace.step(time.perf_counter() - began, learns=learns)
             began = time.perf_counter()

@@ -3,13 +3,12 @@ resumed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cpr_fast.config import Config, Cycle, OptimConfig, View
+from cpr_fast.config import Config, Cycle, View
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.mining.quality import MiningQuality
@@ -18,6 +17,8 @@ from cpr_fast.pretrain.state.cascade import Cascade, rate_names
 from cpr_fast.pretrain.state.encoders import Encoders, batch_norm_groups
 from cpr_fast.pretrain.state.health import Health
 from cpr_fast.pretrain.state.memory import Bank, Memory
+from cpr_fast.pretrain.state.optimizer import build_optimizer, set_rates, take_step
+from cpr_fast.pretrain.state.schedule import Rates
 from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.precision import autocast
 from cpr_fast.wording import counted
@@ -53,10 +54,10 @@ class CycleState:
                 f"data.batch_size x {counted(world.size, 'process', 'processes')}, "
                 f"got {config.memory.size}"
             )
-        self.encoders = _build_encoders(config, self.views, weights, clips, world)
+        self.encoders = _build_encoders(config, cycle, self.views, weights, clips, world)
         self.memory = _build_memory(config, cycle, self.views, len(index), clips, world.device)
         self.cascades = [self._cascade(own) for own in (0, 1)] if cycle.mining == "cascade" else []
-        self.optimizer = build_optimizer(self.encoders.query.parameters(), config.optim)
+        self.optimizer = build_optimizer(self.encoders.query, cycle.applied_to(config.optim))
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.quality = MiningQuality(
             index.labels,
@@ -71,6 +72,7 @@ class CycleState:
             len(index),
             drifts=config.memory.kind == "queue",
         )
+        self.grad_norm: Tensor | None = None  # of the newest optimiser step, 0-d; only with optim.clip_norm
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=world.device)  # epoch sums: loss, optimiser steps
         self.best: dict[str, Any] | None = None  # best online retrieval: its epoch and "r@1"
         self.weight_norms = self._weight_norms()  # at the start of the epoch
@@ -100,9 +102,7 @@ class CycleState:
 
     def optimise(self) -> None:
         """Takes one optimiser step on the query encoder with the gradients accumulated so far, and clears them."""
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.grad_norm = take_step(self.optimizer, self.scaler, self.config.optim.clip_norm)
 
     def trained(self) -> dict[str, dict[str, Tensor]]:
         """Returns {view: state_dict} of the encoder that the cycle trains; a shared one is listed once per view."""
@@ -121,10 +121,11 @@ class CycleState:
         """
         return ((self._weight_norms() - self.weight_norms).norm() / self.weight_norms.norm()).item()
 
-    def set_learning_rate(self, lr: float) -> None:
-        """Sets the learning rate of the next step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def set_rates(self, rates: Rates) -> None:
+        """Sets the learning rate, the weight decay and the momentum of the key encoder for the next step."""
+        set_rates(self.optimizer, rates.lr, rates.weight_decay)
+        if self.encoders.momentum is not None:
+            self.encoders.momentum = rates.ema_momentum
 
     def start_epoch(self) -> None:
         """Resets the running sums."""
@@ -163,7 +164,12 @@ class CycleState:
 
 
 def _build_encoders(
-    config: Config, views: tuple[View, ...], weights: dict[str, dict[str, Tensor]], clips: int, world: World
+    config: Config,
+    cycle: Cycle,
+    views: tuple[View, ...],
+    weights: dict[str, dict[str, Tensor]],
+    clips: int,
+    world: World,
 ) -> Encoders:
     """Builds the encoders of a cycle; `clips` is the number of videos per step, over all processes."""
     model, memory, parts = config.model, config.memory, config.optim.accumulate
@@ -171,7 +177,7 @@ def _build_encoders(
     return Encoders(
         initial_encoder(config, views[0], weights),
         initial_encoder(config, views[1], weights) if len(views) > 1 and not model.shared else None,
-        momentum=None if own_keys else memory.ema_momentum,
+        momentum=None if own_keys else cycle.applied_to(memory).ema_momentum,
         groups=batch_norm_groups(memory.shuffle_bn_groups, clips, world.size, parts),
         seed=config.run.seed,
         world=world,
@@ -204,25 +210,3 @@ def initial_encoder(config: Config, view: View, weights: dict[str, dict[str, Ten
     if view in weights:
         encoder.load_state_dict(weights[view])
     return encoder
-
-
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """Builds the optimiser of a cycle. Its fused implementation updates all weights in one kernel, also on the CPU.
-
-    Raises:
-        InputError: `optim.name` is one of apex, which is not installed.
-    """
-    if config.name.startswith("apex_"):
-        try:
-            from apex.optimizers import FusedLAMB, FusedNovoGrad
-        except ImportError as error:
-            raise InputError(
-                f"optim.name: {config.name!r} expects NVIDIA apex built with its CUDA extensions, got {error}"
-            ) from None
-        kind = FusedLAMB if config.name == "apex_lamb" else FusedNovoGrad
-        return kind(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
-        )
-    return torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=True)

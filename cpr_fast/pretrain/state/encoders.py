@@ -95,7 +95,8 @@ class Encoders:
     Args:
         query: the encoder of the view that learns; trained in place.
         other: the encoder of the other view, frozen and in eval mode; None if the cycle does not use that view.
-        momentum: weight of the old key weights in an update; with None, the query encoder also computes the keys.
+        momentum: weight of the old key weights in an update, which a schedule may change before every step; with None,
+            the query encoder also computes the keys.
         groups: G, see the docstring of the module; from `batch_norm_groups`.
         parts: number of equal parts in which a rank encodes its clips and accumulates gradients.
         views: number of views of one shared encoder; clips of different views share no batch statistics.

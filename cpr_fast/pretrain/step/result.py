@@ -18,6 +18,7 @@ class StepResult:
         video, start: [R*B] int64, video and first source frame of the key clips.
         queries, keys: [L, R*B, D] and [V, R*B, D] float32 features.
         mined_video, mined_start: [R*B, P] int64, -1 = padding; None if nothing was mined.
+        grad_norm: 0-d float32, norm of the gradient before it was limited; None without optim.clip_norm.
     """
 
     loss: Tensor
@@ -29,3 +30,4 @@ class StepResult:
     keys: Tensor
     mined_video: Tensor | None = None
     mined_start: Tensor | None = None
+    grad_norm: Tensor | None = None

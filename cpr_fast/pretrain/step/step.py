@@ -229,7 +229,7 @@ def _measure(state: CycleState, queries: Tensor, keys: Tensor, learnt: Learnt | 
     if learnt is None:
         return seen
     state.loss_sum += torch.stack([loss, torch.ones_like(loss)])
-    seen = replace(seen, finite=finite & loss.isfinite())
+    seen = replace(seen, finite=finite & loss.isfinite(), grad_norm=state.grad_norm)
     if learnt.mined is None:
         return seen
     mined = distributed.all_gather(learnt.mined)  # [R*B, P]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.small_runs import INDEX, assert_same, rows, run, settings, trained
+from support.small_runs import INDEX, MODERN, assert_same, rows, run, settings, trained
 from support.stand_in_loader import RandomLoader
 
 from cpr_fast.config import load
@@ -199,3 +200,29 @@ def test_bf16_trains(tmp_path):
     for state in trained(half)["encoders"].values():  # weights and memory remain fp32
         assert {tensor.dtype for tensor in state.values()} == {torch.float32, torch.int64}
     assert trained(half)["cycle_state"]["memory"]["features"].dtype == torch.float32
+
+
+def test_rows_of_steps_hold_what_the_schedules_set(tmp_path):
+    run(settings(tmp_path, **MODERN))
+    first, second = ([row for row in rows(tmp_path, "step") if row["cycle"] == number] for number in (0, 1))
+    rises = [1e-3 * (step + 1) / 4.5 for step in range(4)]
+    falls = [1e-5 + 9.9e-4 * (1 + math.cos(math.pi * (step - 4.5) / 1.5)) / 2 for step in (4.5, 5)]
+    assert [row["lr"] for row in first] == pytest.approx(rises + falls)
+    assert [row["weight_decay"] for row in first] == pytest.approx(
+        [0.3 - 0.25 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
+    )
+    assert (
+        [row["loss"] is None for row in second]
+        == [row["grad_norm"] is None for row in second]
+        == [True] * 2 + [False] * 4
+    )
+    assert [row["lr"] for row in second[:5]] == pytest.approx([5e-4 / 2.1] * 3 + [1e-3 / 2.1, 5e-4])
+    assert [row["ema_momentum"] for row in second] == pytest.approx(
+        [0.9] * 2 + [1 - 0.1 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    )
+    assert all(row["grad_norm"] > 0 for row in first)
+
+
+def test_rows_of_steps_hold_nothing_that_does_not_change(finished):
+    for row in rows(finished, "step"):
+        assert not {"weight_decay", "ema_momentum", "grad_norm"} & row.keys() and "lr" in row

@@ -24,6 +24,7 @@ METHODS = {
     "ubernce": ("label", GROUPS),
     "coclr": ("cascade", {"mining": {"stages": 1}}),
     "cpr": ("cascade", GROUPS | {"optim": {"accumulate": 3}}),
+    "cpr with limited gradients": ("cascade", {"optim": {"clip_norm": 1.0}}),
     "cpr recomputed": ("cascade", {"model": {"recompute": True}}),
     "bank": ("cascade", BANK),
     "batch": ("cascade", {"memory": {"kind": "batch"}}),

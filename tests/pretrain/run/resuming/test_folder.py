@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.small_runs import Killed, assert_same, killed_at, rows, run, settings, stopped, trained
+from support.small_runs import MODERN, Killed, assert_same, killed_at, rows, run, settings, stopped, trained
 from support.stand_in_loader import RandomLoader
 
 from cpr_fast.commands.training.pretrain import parse
@@ -68,6 +68,24 @@ def test_optimiser_of_the_published_baseline_resumes(tmp_path):
     assert_same(trained(straight), trained(out))
 
 
+@pytest.fixture(scope="module")
+def modern(tmp_path_factory):
+    return run(settings(tmp_path_factory.mktemp("modern"), **MODERN))
+
+
+# In the middle of a warm-up and of a cosine, at the end of an epoch, while the queue fills, and in the second warm-up.
+@pytest.mark.parametrize("death", [(0, 1), (1, 1), (2, 0), (2, 1), (3, 0), (3, 2)])
+def test_resume_within_warm_ups_and_cosines_equals_straight_through(modern, tmp_path, death):
+    out = tmp_path / "run"
+    config = settings(out, **MODERN | {"run": {"out": str(out), "checkpoint_every": 1}})
+    with pytest.raises(Killed):
+        run(config, killed_at(*death))
+    run(config, resume=True)
+    assert_same(trained(modern), trained(out))
+    for kind in ("step", "epoch", "mined"):
+        assert rows(modern, kind) == rows(out, kind)
+
+
 RGB, FLOW = {"view": "rgb", "epochs": 2, "mining": "none"}, {"view": "flow", "epochs": 2, "milestones": [1]}
 
 
@@ -79,6 +97,10 @@ RGB, FLOW = {"view": "rgb", "epochs": 2, "mining": "none"}, {"view": "flow", "ep
         ({"data": {"batch_size": 3}}, "data.batch_size x processes: the run has 6, this command asks for 3."),
         ({"schedule": {"cycles": [RGB | {"epochs": 300}, FLOW | {"epochs": 300, "milestones": [150]}]}},
          "schedule: the run has 2 cycles of 2 epochs, this command asks for 300 epochs."),
+        ({"optim": {"name": "adamw", "warmup_epochs": 0.5}}, 'optim.name: the run has "adam", this command asks for '
+         '"adamw"; optim.warmup_epochs: the run has 0.0, this command asks for 0.5.'),
+        ({"schedule": {"cycles": [RGB | {"epochs": 1, "warmup_epochs": 1}, FLOW]}},
+         "schedule: the run has 2 cycles of 2 epochs, this command asks for 1 and 2 epochs."),
         ({"schedule": {"cycles": [RGB | {"epochs": 1}, FLOW]}},
          "schedule: the run has 2 cycles of 2 epochs, this command asks for 1 and 2 epochs."),
         ({"schedule": {"cycles": [RGB | {"epochs": 1}]}},
