@@ -7,6 +7,8 @@ import torch
 from support.small_runs import rows, settings
 from support.stand_in_loader import VIEWS, RandomLoader, make_index
 
+from cpr_fast.config import load
+from cpr_fast.config.recipes import find_config
 from cpr_fast.pretrain.run.loop import pretrain
 from cpr_fast.pretrain.run.outcome import comparable
 
@@ -44,13 +46,23 @@ class VideoColourLoader(ColouredLoader):
     of_videos = True
 
 
+ADAM = {"lr": 3e-3}
+# The optimiser of configs/modern_ucf101.toml, with the learning rate and the warm-up of so short a training.
+MODERN = vars(load(find_config("modern_ucf101")).optim) | {"lr": 3e-3, "warmup_epochs": 2.0}
+
+
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("mining", "epochs"), [("none", 16), ("label", 10), ("cascade", 10)])
-def test_every_method_learns_what_is_planted(tmp_path, mining, epochs, seed):
+@pytest.mark.parametrize(
+    ("mining", "epochs", "optim"),
+    [("none", 16, ADAM), ("label", 10, ADAM), ("cascade", 10, ADAM), ("none", 16, MODERN), ("cascade", 10, MODERN)],
+    ids=["none", "label", "cascade", "none, AdamW", "cascade, AdamW"],
+)
+def test_every_method_learns_what_is_planted(tmp_path, mining, epochs, optim, seed):
     """Colours distinguish videos or classes: the loss falls to less than half, and the cascade mines equal colours.
 
     Measured on seeds 0 to 5: the loss falls to at most .21 of that of the first epoch, and to at least .71 without the
     update; it rises with the wrong sign of the gradient. At least .88 of mined positives are right, of random ones .2.
+    With AdamW the loss falls to at most .19 on seeds 0 to 2.
     """
     config = settings(
         tmp_path,
@@ -59,7 +71,7 @@ def test_every_method_learns_what_is_planted(tmp_path, mining, epochs, seed):
         memory={"size": 16, "ema_momentum": 0.9},
         mining={"stages": 3, "top_k": 4},
         loss={"temperature": 0.1},
-        optim={"lr": 3e-3},
+        optim=optim,
         schedule={"cycles": [{"view": "rgb", "epochs": epochs, "mining": mining}]},
         run={"out": str(tmp_path), "seed": seed},
     )
