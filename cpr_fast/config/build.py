@@ -49,6 +49,10 @@ def build(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{with_cycle(where)}: expected a list, got {value!r}")
         return tuple(build(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a table, got {value!r}")
+        return dict(value)
     if origin in (types.UnionType, typing.Union):  # the latter with a Literal
         return None if value is None else build(args[0], value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from cpr_fast.config.sections import (
+    CONVOLUTIONAL,
+    FACTORIES,
     QUARTERS,
     ClassifierConfig,
     ConfigError,
@@ -83,6 +86,7 @@ def check_sections(
     _check_optimiser(optim, memory, schedule)
     if not run.out:
         raise ConfigError("run.out: expected the name of a folder, got ''")
+    _check_network(model)
     _check_clips(data, model)
     _check_method(data, model, memory, loss, optim)
     check_classifier("probe", probe)
@@ -181,8 +185,63 @@ def _check_replaceable(where: str, settings: OptimConfig | MemoryConfig | Cycle)
 
 
 def least_clip(arch: str) -> tuple[int, int]:
-    """Returns the smallest number of frames, and of pixels of a side, of a clip that a backbone can read."""
+    """Returns the smallest number of frames, and of pixels of a side, of a clip that a backbone can read; (1, 1) for a
+    network of the user, which is asked when it is built."""
+    if arch not in CONVOLUTIONAL:
+        return 1, 1
     return (5, 17) if arch.startswith("s3d") else (8, 16)
+
+
+def _check_network(model: ModelConfig) -> None:
+    """Checks the name of the network, and that its settings are those that it has."""
+    if model.arch in CONVOLUTIONAL:
+        for key in ("args", "mean", "std"):
+            if getattr(model, key):
+                raise ConfigError(
+                    f"model.{key}: expected none with model.arch {model.arch!r}, whose settings are model.width and "
+                    f"model.conv_std, got {getattr(model, key)!r}"
+                )
+        if model.pool == "class_token":
+            raise ConfigError(
+                f"model.pool: 'class_token' expects tokens, which model.arch {model.arch!r} does not have"
+            )
+        return
+    module, name = model.factory or ("", "")
+    if not (module and name.isidentifier()):
+        known = [*CONVOLUTIONAL, *FACTORIES]
+        close = difflib.get_close_matches(model.arch, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(
+            f"model.arch: expected one of {', '.join(map(repr, known))}, 'package.module:factory' or "
+            f"'path/to/file.py:factory', got {model.arch!r}{hint}"
+        )
+    for key, default in (("width", ModelConfig.width), ("conv_std", ModelConfig.conv_std)):
+        if getattr(model, key) != default:
+            raise ConfigError(
+                f"model.{key}: expected {default}, because only {', '.join(CONVOLUTIONAL)} have it and model.arch is "
+                f"{model.arch!r}, whose arguments are in model.args; got {getattr(model, key)}"
+            )
+    _check_json("model.args", model.args)
+    if bool(model.mean) != bool(model.std):
+        raise ConfigError(f"model.mean, model.std: expected both or neither, got {model.mean} and {model.std}")
+    for key, values in (("mean", model.mean), ("std", model.std)):
+        if values and (len(values) != 3 or (key == "std" and min(values) <= 0)):
+            positive = " positive" if key == "std" else ""
+            raise ConfigError(f"model.{key}: expected three{positive} numbers (red, green, blue), got {list(values)}")
+
+
+def _check_json(where: str, value: Any) -> None:
+    """Checks that a value can be written to config.json and read again without a change."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{where}: expected names as keys, got {key!r}")
+            _check_json(f"{where}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _check_json(f"{where}[{i}]", item)
+    elif not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigError(f"{where}: expected text, a finite number, true, false, a list or a table, got {value!r}")
 
 
 def _check_clips(data: DataConfig, model: ModelConfig) -> None:

@@ -24,8 +24,9 @@ _VARIABLE = re.compile(r"(^|/)\$(\w+|\{\w+\})(/|$)")
 def load(path: str | Path) -> Config:
     """Reads the config of a TOML file, or of a run's config.json.
 
-    Input files that a TOML file names (`data.index`, `model.init`) are relative to its folder; a file that is not found
-    there is looked up relative to the working directory. In these and in `run.out` a leading `~` is the home folder.
+    Input files that a TOML file names (`data.index`, `model.init`, the file of `model.arch`, `model.args.path`) are
+    relative to its folder; a file that is not found there is looked up relative to the working directory. In these and
+    in `run.out` a leading `~` is the home folder.
 
     Raises:
         ConfigError: states the file, the key, what was found and what was expected.
@@ -95,7 +96,12 @@ def expanded(name: str, path: str) -> str:
 
 def absolute_inputs(config: Config) -> Config:
     """Returns the config with absolute paths of its input files: its record is then valid in any working directory."""
-    return _with_inputs(config, lambda _, name: str(Path(name).absolute()) if name else name)
+
+    def absolute(setting: str, name: str) -> str:
+        # An argument called `path` need not name a file.
+        return str(Path(name).absolute()) if name and (setting != "model.args.path" or os.path.exists(name)) else name
+
+    return _with_inputs(config, absolute)
 
 
 def _expanded(config: Config) -> Config:
@@ -114,12 +120,17 @@ def _relative_to(config: Config, folder: Path) -> Config:
 
 def _with_inputs(config: Config, path: Callable[[str, str], str]) -> Config:
     """Returns the config with `path`, a function of (setting, name), applied to the name of every input file."""
-    start = config.model.init
+    model, start = config.model, config.model.init
     init = dataclasses.replace(start, **{view: path(f"model.init.{view}", name) for view, name in vars(start).items()})
+    arch, args = model.arch, dict(model.args)
+    if model.factory and model.factory[0].endswith(".py"):
+        arch = ":".join([path("model.arch", model.factory[0]), model.factory[1]])
+    if isinstance(args.get("path"), str):
+        args["path"] = path("model.args.path", args["path"])
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, index=path("data.index", config.data.index)),
-        model=dataclasses.replace(config.model, init=init),
+        model=dataclasses.replace(model, arch=arch, args=args, init=init),
     )
 
 

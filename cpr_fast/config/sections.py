@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from cpr_fast.errors import InputError
 
@@ -14,6 +14,9 @@ QUARTERS = 4  # number of quarters of a clip; an intra-negative swaps two of the
 View = Literal["rgb", "flow", "residual"]
 Mining = Literal["none", "label", "cascade"]
 Precision = Literal["fp32", "bf16", "fp16"]
+
+CONVOLUTIONAL = ("s3d", "s3dg", "s3d_milnce", "r3d", "r21d", "c3d")  # the backbones that model.width scales
+FACTORIES = {"vit": "cpr_fast.models.vit:VideoTransformer"}  # short names of factories, see `ModelConfig.factory`
 
 
 def with_cycle(key: str, shown: str = "") -> str:
@@ -76,9 +79,20 @@ class ModelConfig:
     """The encoder: a backbone followed by a head."""
 
     # The backbone. "s3d", "s3dg": S3D without and with gating [CoCLR]; "s3d_milnce": the S3D-G of MIL-NCE; "r3d",
-    # "r21d", "c3d": R3D, R(2+1)D and C3D [IIC].
-    arch: Literal["s3d", "s3dg", "s3d_milnce", "r3d", "r21d", "c3d"] = "s3d"
-    width: float = 1.0  # factor on the number of channels of every layer of the backbone
+    # "r21d", "c3d": R3D, R(2+1)D and C3D [IIC]; "vit": a video transformer; "package.module:factory" or
+    # "file.py:factory" (relative to the config file): a network of your own, see docs/methods.md.
+    arch: str = "s3d"
+    # Keyword arguments of "vit" or of your own network's factory; a `path` among them is relative to the config file.
+    args: dict[str, Any] = field(default_factory=dict)
+    # How the output of such a network becomes one feature per clip. "auto": features [N, D] as they are, tokens
+    # [N, L, D] by their mean, maps [N, C, T, H, W] by their mean; "mean": only tokens or maps; "class_token": the first
+    # of the tokens.
+    pool: Literal["auto", "mean", "class_token"] = "auto"
+    # Mean and standard deviation of red, green and blue, for pixels in 0..1, that such a network expects; empty: those
+    # that it declares, or else those of data.augment.
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    width: float = 1.0  # factor on the number of channels of every layer of s3d ... c3d
     # Standard deviation of S3D's initial convolution weights [CoCLR]. Adam changes weights by about lr per step, so
     # lr / conv_std is the relative size of a step.
     conv_std: float = 0.01
@@ -90,6 +104,21 @@ class ModelConfig:
     shared: bool = False
     recompute: bool = False  # activation checkpointing: less memory, more computation
     init: InitConfig = field(default_factory=InitConfig)
+
+    @property
+    def factory(self) -> tuple[str, str] | None:
+        """The module, or the Python file, of the network's factory, and its name there; None for `CONVOLUTIONAL`."""
+        module, _, name = FACTORIES.get(self.arch, self.arch).rpartition(":")
+        return (module, name) if module else None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the tensors of an encoder. A file is named without its folder, so that a run may be
+        moved to another place."""
+        values = {key: getattr(self, key) for key in ("arch", "args", "pool", "width", "head", "feature_dim")}
+        if self.factory and self.factory[0].endswith(".py"):
+            values["arch"] = self.arch.rpartition("/")[2]
+        return values
 
 
 @dataclass(frozen=True)

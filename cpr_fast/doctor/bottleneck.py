@@ -236,7 +236,7 @@ def _step(config: Config, views: int, batch: int, device: torch.device, budget_s
     what other programs do, is expected to fit into `budget_s`.
     """
     data = config.data
-    encoder = build_encoder(config.model).to(device)
+    encoder = build_encoder(config.model, config.data).to(device)
 
     def step(clips: torch.Tensor) -> None:
         encoder(clips).square().sum().backward()

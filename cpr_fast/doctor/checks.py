@@ -12,6 +12,7 @@ import torch
 from cpr_fast.config import Config
 from cpr_fast.doctor.findings import Finding, ordered
 from cpr_fast.doctor.machine import codecs, kernels, machine, optional_parts, packages
+from cpr_fast.errors import InputError
 from cpr_fast.runtime.metrics import environment
 from cpr_fast.runtime.progress import announce, duration
 from cpr_fast.wording import counted
@@ -82,6 +83,8 @@ def _check_data(
     announce(f"Checking {counted(len(videos), 'video')}")
     data = check_index(index, videos, config, findings)
     train = training_part(videos, config, findings)
+    if config is not None and not _can_be_built(config, findings):
+        return {"data": data}
     row = None
     if train is not None and config is not None and seconds > 0 and data["decodable"]:
         row = _breakdown(train, config, device, seconds, findings)
@@ -90,6 +93,23 @@ def _check_data(
         return {"data": data}
     expected = estimates(index, videos, train, config, row, findings) if data["decodable"] else None
     return {"data": data, "estimates": expected, "breakdown": row}
+
+
+def _can_be_built(config: Config, findings: list[Finding]) -> bool:
+    """Returns whether the network of a config can be built; a network of the user that cannot is an error."""
+    if config.model.factory is None:
+        return True
+    from cpr_fast.models import build_encoder
+
+    announce("Building the network that model.arch names")
+    try:
+        build_encoder(config.model, config.data)
+    except InputError as error:
+        findings.append(
+            Finding("error", str(error), "correct the network, or the settings of [model] and [data]", "fails")
+        )
+        return False
+    return True
 
 
 def _breakdown(

@@ -82,14 +82,15 @@ def concerning(config: Config, recipe: str = "") -> list[Deviation]:
 def facts(config: Config, recipe: str = "") -> dict[str, set[Any]]:
     """Returns the facts of a config that decide which deviations concern it, each with its values.
 
-    These are all settings, such as "memory.kind", and `recipe`, the `view`s that are read, the `mining` of the cycles,
-    and `stages`: "even" or "odd".
+    These are all settings but the tables, such as "memory.kind", and `recipe`, the `view`s that are read, the `mining`
+    of the cycles, and `stages`: "even" or "odd".
     """
     cycles = config.schedule.cycles
     settings = {
         f"{section.name}.{key}": {value}
         for section in dataclasses.fields(config)
         for key, value in vars(getattr(config, section.name)).items()
+        if not isinstance(value, dict)
     }
     return settings | {
         "recipe": {recipe},

@@ -175,7 +175,7 @@ def mean_(tensors: list[Tensor]) -> None:
 
     All tensors have the same floating-point dtype and device.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)

@@ -158,7 +158,10 @@ def load_trained(path: str | Path) -> tuple[Config, dict[str, Any]]:
     except ConfigError as error:
         raise CheckpointError(f"checkpoint {str(path)!r}: its config is not valid: {error}") from None
     with torch.random.fork_rng([]):  # torch's meta device would draw nothing, but takes 2.5 s to import
-        expected = build_encoder(config.model).state_dict()
+        try:
+            expected = build_encoder(config.model, config.data).state_dict()
+        except InputError as error:
+            raise CheckpointError(f"checkpoint {str(path)!r}: {error}") from error
     for view, state in payload["encoders"].items():
         if view not in typing.get_args(View):
             raise CheckpointError(
@@ -197,7 +200,7 @@ def load_encoders(path: str | Path, *, device: torch.device | str = "cpu") -> tu
     config, payload = load_trained(path)
     encoders = {}
     for view, state in payload["encoders"].items():
-        encoder = build_encoder(config.model)
+        encoder = build_encoder(config.model, config.data)
         encoder.load_state_dict(state)
         encoders[view] = encoder.to(device).eval()
     return config, encoders
@@ -222,12 +225,10 @@ def load_initial(model: ModelConfig) -> dict[str, dict[str, torch.Tensor]]:
             raise CheckpointError(
                 f"model.init.{view}: expected a checkpoint with the view {view!r}, but {path!r} holds the views {held}"
             )
-        was = config.model
-        for key in ("arch", "width", "head", "feature_dim"):
-            if getattr(was, key) != getattr(model, key):
-                raise CheckpointError(
-                    f"model.init.{view}: {path!r} has model.{key} {getattr(was, key)!r}, got {getattr(model, key)!r}"
-                )
+        was = config.model.identity
+        for key, wanted in model.identity.items():
+            if was[key] != wanted:
+                raise CheckpointError(f"model.init.{view}: {path!r} has model.{key} {was[key]!r}, got {wanted!r}")
         weights[view] = payload["encoders"][view]
     return weights
 

@@ -64,11 +64,15 @@ def export(checkpoint: str | Path, out: str | Path, *, to: Form, view: str | Non
 def _safetensors(payload: Mapping[str, Any], out: Path) -> dict[str, Any]:
     if not is_installed("safetensors"):
         raise InputError("--to safetensors needs the package safetensors: pip install cpr-fast[onnx]")
-    tensors = {
-        f"{view}.{name}": tensor.contiguous()
-        for view, state in payload["encoders"].items()
-        for name, tensor in state.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for view, state in payload["encoders"].items():
+        for name, tensor in state.items():
+            copied = tensor.contiguous()
+            if copied.untyped_storage().data_ptr() in places:  # shared weights, which the format does not have
+                copied = copied.clone()
+            places.add(copied.untyped_storage().data_ptr())
+            tensors[f"{view}.{name}"] = copied
     metadata = {"format": "pt", "cpr_fast_config": json.dumps(payload["config"])}
     with replacing(out, durable=True) as temporary:
         save_tensors(tensors, temporary, metadata)
@@ -97,10 +101,23 @@ def _onnx(config: Config, encoder: Encoder, out: Path) -> dict[str, Any]:
     clips = torch.zeros(2, 3, data.frames, data.size, data.size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation warnings inside the exporter
-        program = torch.onnx.export(
-            _Both(encoder).eval(), (clips,), dynamo=True, dynamic_shapes={"clips": {0: torch.export.Dim("batch")}},
-            input_names=["clips"], output_names=["features", "embedding"], verbose=False,
-        )  # fmt: skip
+        try:
+            program = torch.onnx.export(
+                _Both(encoder).eval(), (clips,), dynamo=True, dynamic_shapes={"clips": {0: torch.export.Dim("batch")}},
+                input_names=["clips"], output_names=["features", "embedding"], verbose=False,
+            )  # fmt: skip
+        except Exception as error:
+            if config.model.factory is None:
+                raise
+            raise InputError(
+                f"--to onnx: torch cannot export model.arch {config.model.arch!r}: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}; --to safetensors writes its weights"
+            ) from error
+    if isinstance(program.model.graph.inputs[0].shape[0], int) and config.model.factory:
+        raise InputError(
+            f"--to onnx: model.arch {config.model.arch!r} fixes the number of clips when it is exported; its code "
+            "should use x.shape[0] in the place of len(x)"
+        )
     with replacing(out, durable=True) as temporary:
         program.save(str(temporary), external_data=False)
     return {"clips": ["batch", *clips.shape[1:]]}

@@ -123,7 +123,7 @@ def _match(role: str, names: Names, tensors: Mapping[str, Tensor], layout: Layou
     """Builds a new encoder and fills it with the tensors of the file."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        state = build_encoder(layout.model).state_dict()
+        state = build_encoder(layout.model, layout.data).state_dict()
     used, missing = set(), []
     for ours, own in state.items():
         theirs = [name for name in names(ours) if name in tensors]

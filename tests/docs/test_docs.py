@@ -101,6 +101,8 @@ def test_every_command_of_the_docs_runs(folder, one_thread):
             continue  # a diagram
         elif block.language == "toml":
             (folder / block.text.split("\n", 1)[0].removeprefix("# ")).write_text(block.text)
+        elif block.language == "python" and (named := re.match(r"# (\w+\.py)\n", block.text)):
+            (folder / named[1]).write_text(block.text)
         elif block.language == "python":
             exec(compile(block.text, f"{block.page.name}:{block.line}", "exec"), python)
         else:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FLAGS = ("--resume", "--auto-resume", "--json", "--help", "-h", "--help-all", "--dump-memory", "--run.dump-memory")
 
+ARGUMENTS = "--model.args."  # followed by the name of an argument that CONFIG has, whose kind is that of its value
+
 # The settings that most runs change, for the short help.
 COMMON = (
     "data.index",
@@ -117,6 +119,7 @@ def settings(config: Config, given: Arguments, *, command: str) -> Config:
     if given.epochs is not None:
         config = scale_epochs(config, given.epochs)
     if given.overrides:
+        _require_arguments(config, given.overrides)
         import tyro
 
         with _explained_defaults() if "--help" in given.overrides else contextlib.nullcontext():
@@ -145,6 +148,8 @@ def parse(arguments: list[str], *, command: str = "pretrain", flags: Sequence[st
             _require_known(word, kinds, command, flags)
             given.overrides.append(word)
             values = 0 if "=" in word else _number_of_values(word, kinds)
+            if word.startswith(ARGUMENTS) and given.config is not None:
+                values = 1000  # of a list; without CONFIG so far, the second word may be CONFIG
             while values and i < len(arguments) and not arguments[i].startswith("--"):
                 given.overrides.append(arguments[i])
                 i, values = i + 1, values - 1
@@ -182,11 +187,25 @@ def _require_known(word: str, kinds: dict[str, Any], command: str, flags: Sequen
     """
     option = word.partition("=")[0]
     name = option.replace("_", "-")
-    if name.replace(".no-", ".") in kinds or name.startswith("--schedule.cycles."):
+    if name.replace(".no-", ".") in kinds or name.startswith(("--schedule.cycles.", ARGUMENTS)):
         return
     raise unknown_option(
         option, [*kinds, *flags, "--epochs"], otherwise="`cpr-fast pretrain --help-all` lists all settings"
     )
+
+
+def _require_arguments(config: Config, overrides: list[str]) -> None:
+    """Checks that CONFIG has the arguments of its network that the command line changes."""
+    for word in overrides:
+        option = word.partition("=")[0]
+        name = option.removeprefix(ARGUMENTS).partition(".")[0].replace("-", "_")
+        known = {name, name.removeprefix("no_")} & config.model.args.keys()
+        if f"{option}." == ARGUMENTS or (option.startswith(ARGUMENTS) and not known):
+            held = ", ".join(config.model.args) or "none"
+            raise ConfigError(
+                f"{option}: expected --model.args.NAME VALUE with one of the names that CONFIG has in [model.args] "
+                f"({held}); add others there"
+            )
 
 
 def _require_inputs(config: Config, overrides: list[str]) -> None:

@@ -5,7 +5,6 @@ Letters: N clips, M videos, C channels of the pooled features, L classes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from cpr_fast.config import ClassifierConfig
 from cpr_fast.config.pixels import Normalisation
-from cpr_fast.models import Encoder
+from cpr_fast.models import Encoder, backbone_layers
 from cpr_fast.ops import BatchNorm1d
 from cpr_fast.runtime.progress import track
 
@@ -60,10 +59,12 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.rescaled = rescaled
-        self.head = ClassifierHead(encoder.backbone.out_channels, classes, settings)
+        self.head = ClassifierHead(encoder.width, classes, settings)
         self.frozen = settings.backbone_lr == 0
+        trained = [] if self.frozen else [p for p in encoder.backbone.parameters() if p.requires_grad]
         encoder.requires_grad_(False)
-        encoder.backbone.requires_grad_(not self.frozen)
+        for parameter in trained:  # a network may hold others, such as fixed positions
+            parameter.requires_grad_(True)
 
     def features(self, clips: Tensor) -> Tensor:
         """Returns the pooled backbone features [N, C]."""
@@ -89,18 +90,6 @@ class Classifier(nn.Module):
             for depth, parameters in enumerate(reversed(backbone_layers(self.encoder.backbone))):
                 rates.append((settings.backbone_lr * settings.layer_decay**depth, parameters))
         return [{"params": parameters, "lr": lr, "base_lr": lr} for lr, parameters in rates]
-
-
-def backbone_layers(backbone: nn.Module) -> list[list[nn.Parameter]]:
-    """Returns the parameters of a backbone by layer, in order from the input to the output.
-
-    Children with the same number in their names, such as `conv3a` and `bn3a`, form one layer.
-    """
-    layers: dict[str, list[nn.Parameter]] = {}
-    for name, child in backbone.named_children():
-        number = re.search(r"\d\w*$", name)
-        layers.setdefault(number[0] if number else name, []).extend(child.parameters())
-    return [parameters for parameters in layers.values() if parameters]
 
 
 def make_optimizer(groups: Iterable[dict], settings: ClassifierConfig) -> torch.optim.Optimizer:

@@ -53,9 +53,10 @@ def digest(*parts: str | bytes) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Returns a digest of every parameter and buffer of a module, including their names. Takes about 0.05 s for an
-    S3D."""
-    parts: list[str | bytes] = []
+    """Returns a digest of every parameter and buffer of a module, including their names, and of what else the features
+    of an encoder depend on. Takes about 0.05 s for an S3D."""
+    encoder = getattr(module, "encoder", module)  # of a classifier
+    parts: list[str | bytes] = [encoder.identity] if getattr(encoder, "identity", "") else []
     for name, value in module.state_dict().items():
         value = value.detach().cpu().contiguous()
         parts += [name, str(value.dtype), value.flatten().view(torch.uint8).numpy().tobytes()]

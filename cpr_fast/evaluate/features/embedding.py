@@ -11,10 +11,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpr_fast.evaluate.features.recipe import Metric, Recipe
-from cpr_fast.models import Encoder
+from cpr_fast.models import Encoder, statistics_layers
 from cpr_fast.runtime.progress import WHOLE, Part, track
 
 
@@ -103,10 +103,14 @@ def encoder_embeddings(
 def spatial_max(encoder: Encoder, clips: Tensor) -> Tensor:
     """Returns the last feature map, max-pooled 2 x 2 in space, as one vector [IIC]: [N, 3, T, H, W] -> [N, F].
 
+    A network without feature maps gives its pooled features.
+
     An R3D on 16 x 112 x 112 gives [512, 2, 7, 7] -> [512, 2, 3, 3]: 9,216 numbers. A map with one row or
     column is not pooled.
     """
-    maps = encoder.backbone(clips.contiguous(memory_format=torch.channels_last_3d))
+    maps = encoder.outputs(clips)
+    if not isinstance(maps, Tensor) or maps.dim() != 5:
+        return encoder.pooled(maps)
     kernel = (1, min(2, maps.shape[3]), min(2, maps.shape[4]))
     return F.max_pool3d(maps.float(), kernel).flatten(1)
 
@@ -118,7 +122,7 @@ def calibrate_batch_norm(encoders: Mapping[str, Encoder], loader: Iterable) -> N
     down to 6e-13 (1e-18 at width 1/8), so that the ranking would depend on rounding errors. With statistics from data,
     the encoder differs from a trained one only in its weights.
     """
-    norms = [m for e in encoders.values() for m in e.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [layer for encoder in encoders.values() for layer in statistics_layers(encoder)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -45,7 +45,7 @@ def untrained_encoders(configs: Mapping[str, Config], seed: int, device: str) ->
     """Returns randomly initialised encoders in eval mode; `calibrate_batch_norm` computes their statistics."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return {view: build_encoder(config.model).to(device).eval() for view, config in configs.items()}
+        return {view: build_encoder(config.model, config.data).to(device).eval() for view, config in configs.items()}
 
 
 class StoredStatistics:

@@ -15,7 +15,8 @@ from cpr_fast.mining.stages import idle_stages, stage_keep, stage_views
 from cpr_fast.pretrain.run.checks import CyclePlan
 from cpr_fast.wording import counted
 
-# Channels and parameters of the backbones at model.width = 1; a test compares them with the networks.
+# Channels and parameters of the backbones at model.width = 1; a test compares them with the networks. Networks of other
+# factories are not counted, because that would import their code.
 BACKBONES = {
     "s3d": (1024, 7_910_048),
     "s3dg": (1024, 9_098_000),
@@ -27,8 +28,8 @@ BACKBONES = {
 
 
 def parameters(model: ModelConfig) -> int | None:
-    """Returns the number of parameters of an encoder, or None for a width other than 1."""
-    if model.width != 1:
+    """Returns the number of parameters of an encoder, or None for a width other than 1 or a network of a factory."""
+    if model.width != 1 or model.factory:
         return None
     channels, backbone = BACKBONES[model.arch]
     head = channels * (channels + 1) + model.feature_dim * (channels + 1) if model.head == "mlp" else 0
@@ -44,13 +45,16 @@ def encoder(config: Config) -> Section:
         "unit": f"none: the {model.feature_dim} pooled features, L2-normalised",
         "pooled": f"none: the {model.feature_dim} pooled features as they are",
     }
+    arguments = ", ".join(f"{name} = {value!r}" for name, value in model.args.items())
+    arguments = f" with {arguments}" if arguments else ""
     size = "" if number is None else f", {number / 1e6:.2f} M parameters with the head"
     shared = "one encoder for both views" if model.shared else "one encoder per view"
     given = {view: path for view, path in vars(model.init).items() if path}
     starts = "; ".join(f"{view} from {path}" for view, path in given.items()) or "random weights"
-    rows = [("network", f"{model.arch}{width}{size}; {shared}"), ("head", heads[model.head]), ("starts from", starts)]
-    values = {"arch": model.arch, "width": model.width, "parameters": number, "head": model.head,
-              "feature_dim": model.feature_dim, "shared": model.shared, "init": given}  # fmt: skip
+    network = f"{model.arch}{arguments}{width}{size}; {shared}"
+    rows = [("network", network), ("head", heads[model.head]), ("starts from", starts)]
+    values = {"arch": model.arch, "args": model.args, "pool": model.pool, "width": model.width, "parameters": number,
+              "head": model.head, "feature_dim": model.feature_dim, "shared": model.shared, "init": given}  # fmt: skip
     return Section("Encoder", rows, values)
 
 

@@ -267,6 +267,7 @@ def _what_counts(config: dict[str, Any], processes: int) -> dict[str, dict[str, 
     kept = {section: dict(values) for section, values in config.items()}
     kept["run"] = {"seed": kept["run"]["seed"]}
     kept["model"].pop("init")  # the checkpoint holds those weights
+    kept["model"]["arch"] = kept["model"]["arch"].rpartition("/")[2]  # a file may be moved
     for section in ("probe", "finetune", "health"):  # they apply after pretraining or only monitor it
         kept.pop(section, None)
     for key in ("index", "workers", "prefetch", "cache_gib"):

@@ -206,7 +206,7 @@ def initial_encoder(config: Config, view: View, weights: dict[str, dict[str, Ten
     """Builds the encoder of `view` with its latest weights, or with random ones that depend on seed and view."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed * len(_VIEWS) + _VIEWS.index(view))
-        encoder = build_encoder(config.model)
+        encoder = build_encoder(config.model, config.data)
     if view in weights:
         encoder.load_state_dict(weights[view])
     return encoder

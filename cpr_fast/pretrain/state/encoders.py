@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from cpr_fast.errors import InputError
-from cpr_fast.models import Encoder, running_statistics
+from cpr_fast.models import Encoder, FactoryEncoder, named_blocks, running_statistics, statistics_layers
 from cpr_fast.pretrain.state.schedule import generator, on_device
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
@@ -79,6 +79,9 @@ def _statistics_apart(encoder: nn.Module, parts: Sequence[Tensor]) -> Iterator[T
     Every pass starts from the same running statistics; at the end they are set to the mean over the passes.
     """
     running = running_statistics(encoder)
+    if not running:
+        yield from parts
+        return
     before = [tensor.clone() for tensor in running]
     total = [torch.zeros_like(tensor) for tensor in running]
     for part in parts:
@@ -202,11 +205,11 @@ def _compiled(encoder: Encoder, mode: Literal["none", "default", "cuda_graphs"])
 
 def _recompute_activations(encoder: Encoder) -> None:
     """Keeps only the inputs of the backbone's blocks; the backward pass recomputes the other activations."""
-    for block in encoder.backbone.children():
-        norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    draws = isinstance(encoder, FactoryEncoder)  # such as dropout, which must be the same in both forward passes
+    for _, block in named_blocks(encoder.backbone):
         block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
-            context_fn=partial(_statistics_once, norms),
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=draws,
+            context_fn=partial(_statistics_once, statistics_layers(block)),
         )  # fmt: skip
 
 
