@@ -82,6 +82,10 @@ class ModelConfig:
     # "r21d", "c3d": R3D, R(2+1)D and C3D [IIC]; "vit": a video transformer; "package.module:factory" or
     # "file.py:factory" (relative to the config file): a network of your own, see docs/methods.md.
     arch: str = "s3d"
+    width: float = 1.0  # factor on the number of channels of every layer of s3d ... c3d
+    # Standard deviation of S3D's initial convolution weights [CoCLR]. Adam changes weights by about lr per step, so
+    # lr / conv_std is the relative size of a step.
+    conv_std: float = 0.01
     # Keyword arguments of "vit" or of your own network's factory; a `path` among them is relative to the config file.
     args: dict[str, Any] = field(default_factory=dict)
     # How the output of such a network becomes one feature per clip. "auto": features [N, D] as they are, tokens
@@ -92,10 +96,6 @@ class ModelConfig:
     # that it declares, or else those of data.augment.
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    width: float = 1.0  # factor on the number of channels of every layer of s3d ... c3d
-    # Standard deviation of S3D's initial convolution weights [CoCLR]. Adam changes weights by about lr per step, so
-    # lr / conv_std is the relative size of a step.
-    conv_std: float = 0.01
     # "mlp": two linear layers, L2-normalised [CoCLR]; "unit": the pooled features, L2-normalised; "pooled": the pooled
     # features without normalisation [IIC]
     head: Literal["mlp", "unit", "pooled"] = "mlp"

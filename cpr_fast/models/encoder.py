@@ -17,6 +17,7 @@ from cpr_fast.models.heads import PooledHead, ProjectionHead
 from cpr_fast.models.r3d import C3D, R3D, R2Plus1D
 from cpr_fast.models.s3d import S3D
 from cpr_fast.models.s3d_milnce import S3DMilNce
+from cpr_fast.wording import counted
 
 _BACKBONES: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "s3d": lambda config: S3D(config.width, config.conv_std),
@@ -126,7 +127,7 @@ class FactoryEncoder(Encoder):
         if features.shape[0] != clips.shape[0]:  # not `len`, which an export to ONNX takes for a constant
             raise InputError(
                 f"model.arch {self.arch!r}: expected {OUTPUTS}, where N is the number of clips, "
-                f"got {features.shape[0]} rows for clips {list(clips.shape)}"
+                f"got {counted(features.shape[0], 'row')} for clips {list(clips.shape)}"
             )
         return features
 
