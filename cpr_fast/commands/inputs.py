@@ -168,13 +168,16 @@ def other_shards(shard: tuple[int, int]) -> str:
 
 def unknown_option(option: str, known: Iterable[str], *, otherwise: str) -> InputError:
     """Returns the error about a misspelt option: the most similar one, or if none is similar the text `otherwise`."""
+    if os.path.lexists(option):
+        return InputError(f"unknown option {option}; a path that begins with a dash is written './{option}'")
     close = difflib.get_close_matches(option.replace("_", "-"), sorted(known), n=1)
     return InputError(f"unknown option {option}; {f'did you mean {close[0]}?' if close else otherwise}")
 
 
 def with_home(arguments: Sequence[str]) -> list[str]:
     """Returns a command line in which a leading `~` of every path is the home folder, also after an equals sign
-    (`--out=~/runs`, `rgb=~/a.pt`) and in quotes, where shells leave it. Raises InputError for `$HOME` and the like."""
+    (`--out=~/runs`, `rgb=~/a.pt`) and in quotes, where shells leave it, and in which a path that begins with a dash
+    (`--out=-x.csv`) begins with `./`. Raises InputError for `$HOME` and the like."""
     words, option = [], "argument"
     for word in arguments:
         name, equals, value = word.partition("=")
@@ -186,8 +189,18 @@ def with_home(arguments: Sequence[str]) -> list[str]:
             from cpr_fast.config.load import expanded
 
             value = expanded(option, value)
+        if equals and option == name and value.startswith("-") and not _is_number(value):
+            value = f"./{value}"  # commands print the path in commands to run next, where it would be an option
         words.append(f"{name}{equals}{value}")
     return words
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 QUICKLY_READ = 2**22  # bytes of an index, about 40,000 rows

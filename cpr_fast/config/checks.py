@@ -184,6 +184,30 @@ def _check_replaceable(where: str, settings: OptimConfig | MemoryConfig | Cycle)
             raise ConfigError(f"{key}: expected a fraction in 0..1, got {value}")
 
 
+def batch_norm_groups(groups: int | None, clips: int, processes: int, parts: int = 1) -> int:
+    """Returns the number of BatchNorm groups G of a step.
+
+    Args:
+        groups: `memory.shuffle_bn_groups`; None means one group for each part of each process.
+        clips: number of clips per step, over all processes.
+        parts: number of parts in which each process encodes its clips (`optim.accumulate`).
+    Raises:
+        ConfigError: the groups would not divide every part equally.
+    """
+    if groups is None:
+        groups = processes * parts
+    if groups % (processes * parts):
+        of_each = f" x {parts} parts of a step (optim.accumulate)" if parts > 1 else ""
+        raise ConfigError(
+            f"memory.shuffle_bn_groups: expected a multiple of the "
+            f"{counted(processes, 'process', 'processes')}{of_each}, got {groups}"
+        )
+    if clips % groups:
+        of = counted(clips, "clip")
+        raise ConfigError(f"memory.shuffle_bn_groups: expected a divisor of the {of} of a step, got {groups}")
+    return groups
+
+
 def least_clip(arch: str) -> tuple[int, int]:
     """Returns the smallest number of frames, and of pixels of a side, of a clip that a backbone can read; (1, 1) for a
     network of the user, which is asked when it is built."""

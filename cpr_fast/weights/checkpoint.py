@@ -84,7 +84,7 @@ def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> 
         DamagedCheckpointError: the file is empty, truncated or otherwise damaged.
     """
     expected = (
-        f"expected a file written by cpr_fast.weights.checkpoint.save_checkpoint, version {VERSION} "
+        f"expected a file written by `cpr-fast pretrain`, `finetune` or `import-checkpoint`, version {VERSION} "
         "(`cpr-fast import-checkpoint` converts those of other programs)"
     )
     payload = read_torch(path, device=device, expected=expected)

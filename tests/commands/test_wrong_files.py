@@ -211,3 +211,13 @@ def test_an_index_that_is_given_twice_is_refused(tmp_path, monkeypatch, capsys, 
         (tmp_path / name).touch()
     assert main([command, "a.pt", "--index", "i.csv", "j.csv", "./i.csv"]) == 2
     assert "--index: expected every index once, got './i.csv' again" in capsys.readouterr().err
+
+
+def test_a_path_that_begins_with_a_dash_can_be_pasted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-set").mkdir()
+    assert main(["index", "-set", "--out", "i.csv"]) == 2
+    assert "unknown option -set; a path that begins with a dash is written './-set'" in capsys.readouterr().err
+    assert with_home(["index", "--out=-x.csv", "--minutes=-3", "--x=-1e-3"]) == [
+        "index", "--out=./-x.csv", "--minutes=-3", "--x=-1e-3"
+    ]  # fmt: skip

@@ -22,7 +22,7 @@ from cpr_fast.weights.exporting import export
 from cpr_fast.weights.reading import CheckpointError, DamagedCheckpointError
 
 ROOT = Path(__file__).parents[2]
-EXPECTED = r"expected a file written by cpr_fast.weights.checkpoint.save_checkpoint, version 1"
+EXPECTED = r"expected a file written by `cpr-fast pretrain`, `finetune` or `import-checkpoint`, version 1"
 
 
 def files(folder: Path) -> list[str]:

@@ -224,3 +224,28 @@ def test_residual_is_exported(tmp_path):
     assert main(["export", str(path), "--to", "coclr", "--view", "residual", "--out", str(tmp_path / "a.tar")]) == 0
     got = torch.load(tmp_path / "a.tar", weights_only=True)["state_dict"]["encoder_q.2.bias"]
     assert torch.equal(got, load_checkpoint(path)["encoders"]["residual"]["head.0.bias"])
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "said"),
+    [
+        ("e.pth", None, "--to: expected coclr or cpr for the name "),
+        ("e.onnx", "safetensors", "--out: expected a name that ends in .safetensors for the format safetensors, got "),
+        ("e.safetensors", "onnx", "--out: expected a name that ends in .onnx for the format onnx, got "),
+        ("e.safetensors", "cpr", "--out: expected a name that ends in .pth or .pt or .tar for the format cpr, got "),
+        ("e.csv", None, "--out: expected a name that ends in .safetensors for the format safetensors, got "),
+    ],
+)
+def test_a_name_of_another_format_is_refused(tmp_path, capsys, name, to, said):
+    (tmp_path / "a.pt").touch()
+    options = ["--to", to] if to else []
+    assert main(["export", str(tmp_path / "a.pt"), "--out", str(tmp_path / name), *options]) == 2
+    assert f"cpr-fast: {said}" in capsys.readouterr().err and not (tmp_path / name).exists()
+
+
+def test_the_name_chooses_the_format(tmp_path):
+    from cpr_fast.commands.training.export import _format
+
+    names = {"a.onnx": "onnx", "a.safetensors": "safetensors", "a": "safetensors", "a.v2": "safetensors"}
+    assert {name: _format(tmp_path / name, None) for name in names} == names
+    assert _format(tmp_path / "a.pth", "coclr") == "coclr" and _format(tmp_path / "a.v2", "cpr") == "cpr"

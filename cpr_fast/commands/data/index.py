@@ -66,8 +66,7 @@ def index(
     require_folder("--splits", splits)
     require_file("--flow-lmdb", flow_lmdb)
     part = parse_shard(shard)
-    require_suffix("--out", out, ".csv")
-    _require_numbers(split, short_side, min_frames)
+    _require_values(out, split, short_side, min_frames)
     if verify and no_verify:
         raise InputError("--verify, --no-verify: expected at most one of them, got both")
     from cpr_fast.runtime.progress import announce
@@ -83,7 +82,10 @@ def index(
     show(report, json, lines=[] if json else summary(report, other_shards(part)), next_step=next_step(report) or again)
 
 
-def _require_numbers(split: int, short_side: int, min_frames: int) -> None:
+def _require_values(out: Path, split: int, short_side: int, min_frames: int) -> None:
+    require_suffix("--out", out, ".csv")
+    if out.is_dir():
+        raise InputError(f"--out: expected the name of a CSV file, got the folder {str(out)!r}")
     require_at_least("--split", 1, split)
     require_at_least("--short-side", 16, short_side)
     require_at_least("--min-frames", 0, min_frames)

@@ -26,7 +26,7 @@ def show_sample(
 
     Args:
         index: The index (CSV) that `cpr-fast index` wrote.
-        out: The file to write, with the suffix .png or .mp4.
+        out: The file to write, with the suffix of a picture, such as .png, or of a video, such as .mp4.
         position: Number of the video, from 0: its row below the header of the index, or with --config in the split that
             the config uses.
         epoch: Number of the epoch, from 1.
@@ -53,4 +53,5 @@ def show_sample(
         videos, settings.data, seed=settings.run.seed, epoch=epoch - 1, position=position, out=out, views=views
     )
     result["settings"] = "the defaults; to use others: --config RECIPE.toml" if config is None else str(config)
-    show(result, json, next_step=f"open {out}, which shows what the network sees")
+    seen = "what the network sees" if config else "what a network sees with the default settings"
+    show(result, json, next_step=f"open {out}, which shows {seen}")

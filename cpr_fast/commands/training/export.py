@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cpr_fast.commands.inputs import require_file, require_other_file
+from cpr_fast.commands.inputs import KNOWN_SUFFIXES, require_file, require_other_file
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
+from cpr_fast.errors import InputError
 
 USES = {  # how the file of each format is used
     "safetensors": "load it in Python: safetensors.torch.load_file({out!r})",
@@ -17,13 +18,20 @@ USES = {  # how the file of each format is used
     "coclr": "pass it to the code of CoCLR: --pretrain {out}",
     "cpr": "pass it to the code of CPR: --pretrain {out}",
 }
+SUFFIXES = {  # the formats of files with these suffixes; other suffixes are left to the user
+    ".safetensors": ("safetensors",),
+    ".onnx": ("onnx",),
+    ".pth": ("coclr", "cpr"),
+    ".pt": ("coclr", "cpr"),
+    ".tar": ("coclr", "cpr"),
+}
 
 
 def export(
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
     *,
     out: Path,
-    to: Literal["safetensors", "onnx", "coclr", "cpr"] = "safetensors",
+    to: Literal["safetensors", "onnx", "coclr", "cpr"] | None = None,
     view: Literal["rgb", "flow", "residual"] | None = None,
     json: Json = False,
 ) -> None:
@@ -33,14 +41,28 @@ def export(
         checkpoint: A checkpoint of `pretrain` or `import-checkpoint`.
         out: The file to write.
         to: safetensors (every view), onnx (one view, any batch size), or a checkpoint that the code of CoCLR or of CPR
-            loads strictly.
+            loads strictly (coclr, cpr); by default onnx if OUT ends in .onnx, otherwise safetensors.
         view: The view whose encoder is written with onnx, coclr and cpr; by default the one that was trained last.
     """
     require_file("CHECKPOINT", checkpoint)
     require_other_file("--out", out, [checkpoint])
+    to = _format(out, to)
     from cpr_fast.runtime.progress import announce
 
     announce("Loading PyTorch")
     from cpr_fast.weights.exporting import export as run
 
     show(run(checkpoint, out, to=to, view=view), json, next_step=USES[to].format(out=str(out)))
+
+
+def _format(out: Path, to: Literal["safetensors", "onnx", "coclr", "cpr"] | None) -> str:
+    """Returns the format to write. Raises InputError if the suffix of the file is that of another format."""
+    suffix = out.suffix.lower()
+    formats = SUFFIXES.get(suffix, ())
+    if to is None and suffix in SUFFIXES and len(formats) > 1:
+        raise InputError(f"--to: expected {' or '.join(formats)} for the name {str(out)!r}, got none")
+    to = to or (formats[0] if formats else "safetensors")
+    if formats and to not in formats or not formats and suffix in KNOWN_SUFFIXES:
+        wanted = " or ".join(name for name, of in SUFFIXES.items() if to in of)
+        raise InputError(f"--out: expected a name that ends in {wanted} for the format {to}, got {str(out)!r}")
+    return to

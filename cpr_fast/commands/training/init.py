@@ -82,13 +82,13 @@ def init(
     _require_new(out, force)  # again, because the measurement takes long and another command may have written it
     with replacing(out) as temporary:
         temporary.write_text(sized.text, encoding="utf-8")
+    trained = pretrain_command([str(out)], folder, new := new_run_folder(folder))
     lines = [
-        *_summary(out, facts, sized, pace, minutes),
-        *_about_length(index, out, whole, sized, pace, minutes),
+        *_summary(out, facts, sized, pace),
+        *_about_length(index, out, run, trained, whole, sized, pace, minutes),
         *_about_flow(videos, facts, sized.config, flow_command(index, videos)),
-        *_doubts(videos, facts, sized.config),
+        *_doubts(videos, facts, sized.config, taken=new != folder),
     ]
-    trained = pretrain_command([str(out)], folder, new_run_folder(folder))
     show(_result(out, facts, sized, pace), json, lines=lines, next_step=trained)
 
 
@@ -194,7 +194,7 @@ def _least_step_s(config: Config, device: str) -> float:
     return 0.0 if others.sentence() else step_s
 
 
-def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None, minutes: float | None) -> list[str]:
+def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None) -> list[str]:
     """Returns the sizes of the recipe and, where a step was measured, the expected time."""
     from cpr_fast.runtime.progress import about
 
@@ -210,18 +210,19 @@ def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None, minutes: 
     ]
     if pace and pace.busy:
         lines.append(f"  {pace.busy}")
-        if minutes is not None:
-            lines.append("  on an idle machine the same --minutes gives a recipe of more epochs")
     return lines
 
 
-def _doubts(videos: Index, facts: Facts, config: Config) -> list[str]:
-    """Returns the warnings that `cpr-fast pretrain` will give for the recipe, which few epochs or few videos cause."""
+def _doubts(videos: Index, facts: Facts, config: Config, *, taken: bool) -> list[str]:
+    """Returns the warnings that `cpr-fast pretrain` will give for the recipe, which few epochs or few videos cause, and
+    one if the run folder is taken."""
     from cpr_fast.pretrain.run.checks import check_run, plan_cycles
 
     train = videos.select(facts.split)
     stored = config.data.flow == "stored"
     found = check_run(config, train, plan_cycles(config, len(train), 1), stored_flow=stored)
+    if taken:
+        found.append(f"{config.run.out!r} holds a run already; the command below names another folder")
     return [f"  warning: {text}" for text in found]
 
 
@@ -231,23 +232,29 @@ def _step_time(seconds: float) -> str:
 
 
 def _about_length(
-    index: Path, out: Path, whole: Sized, sized: Sized, pace: Pace | None, minutes: float | None
-) -> list[str]:
-    """Returns what --minutes cut, and how to shorten a long run; nothing about a short one."""
+    index: Path, out: Path, run: Path | None, trained: str, whole: Sized, sized: Sized, pace: Pace | None,
+    minutes: float | None,
+) -> list[str]:  # fmt: skip
+    """Returns what --minutes cut, and how to shorten a long run; nothing about a short one. `trained` is the command
+    that trains the recipe."""
     from cpr_fast.runtime.progress import about
 
     if minutes is not None and pace:
         plan = f"{counted(total_epochs(whole), 'epoch')} ({about(whole.steps * pace.step_s)})"
         if sized is whole:
             return [f"  --minutes {minutes:g} cuts nothing: the whole plan of {plan} fits"]
-        return [f"  cut from {plan} to fit --minutes {minutes:g}; fewer epochs learn less"]
+        cut = [f"  cut from {plan} to fit --minutes {minutes:g}; fewer epochs learn less"]
+        if pace.busy:
+            cut.append("  on an idle machine the same --minutes gives a recipe of more epochs")
+        return cut
     if pace and sized.steps * pace.step_s <= LONG_S:
         return []
     file = shlex.quote(str(out))
     again = f"cpr-fast init {shlex.quote(str(index))}" + ("" if str(out) == "recipe.toml" else f" --out {file}")
+    again += "" if run is None else f" --run {shlex.quote(str(run))}"
     return [
         f"  to shorten it: `{again} --force --minutes 10` writes a recipe for 10 minutes, and",
-        f"  `cpr-fast pretrain {file} --epochs N` trains this one for N epochs in all; fewer epochs learn less",
+        f"  `{trained} --epochs N` trains this one for N epochs in all; fewer epochs learn less",
     ]
 
 

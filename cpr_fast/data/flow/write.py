@@ -130,7 +130,7 @@ def _announce(
     """Logs the planned work and its estimated cost."""
     pairs = sum(index[position].num_frames - 1 for position in todo)
     part = "" if shards == 1 else f" in this shard, one of {shards}"
-    log.info("flow of %s: %s of %s videos%s are to be computed, %s frame pairs; %s are done", index_csv,
+    log.info("flow of %s: %s of %s videos%s are to be computed, %s frame pairs; done already: %s", index_csv,
              f"{len(todo):,}", f"{len(share):,}", part, f"{pairs:,}", f"{len(share) - len(todo):,}")  # fmt: skip
     if not todo:
         return

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpr_fast.config import Config, Cycle
-from cpr_fast.config.checks import least_clip
+from cpr_fast.config.checks import batch_norm_groups, least_clip
 from cpr_fast.config.sections import with_cycle
 from cpr_fast.config.unreached import unreached_epochs, unreached_steps, unreached_warmups
 from cpr_fast.data.index.index import Index
@@ -87,7 +87,8 @@ def plan_cycles(config: Config, videos: int, processes: int) -> list[CyclePlan]:
     """Returns the plan of every cycle.
 
     Raises:
-        InputError: fewer videos than one batch, so that an epoch would have no step.
+        InputError: fewer videos than one batch, so that an epoch would have no step, or clips that cannot be divided
+            among the BatchNorm groups.
     """
     clips = config.data.batch_size * processes  # per step
     if videos < clips:
@@ -98,6 +99,7 @@ def plan_cycles(config: Config, videos: int, processes: int) -> list[CyclePlan]:
             if videos >= processes
             else f"data.index: expected at least one training video per process ({processes}), got {videos}"
         )
+    batch_norm_groups(config.memory.shuffle_bn_groups, clips, processes, config.optim.accumulate)
     fill = {"queue": math.ceil(config.memory.size / clips), "bank": math.ceil(videos / clips), "batch": 0}
     kind = config.memory.kind
     return [

@@ -67,8 +67,8 @@ def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
     if exists and not folder.is_dir():
         state = "is a file" if folder.is_file() else ""
         raise CheckpointError(
-            f"run.out: {expected('the folder of a run to continue', folder.absolute(), state)}. run.out is relative to "
-            "the working directory; a new run starts without --resume"
+            f"run.out: {expected('the folder of a run to continue', folder, state)} (run.out is relative to the "
+            f"working directory, {os.getcwd()!r}; a new run starts without --resume)"
         )
     require_writable("run.out", folder, OTHER_FOLDER)
     new = [folder / name for name in OF_THE_START if not os.path.lexists(folder / name)]
@@ -215,9 +215,9 @@ def _check_same_settings(config: Config, saved: dict[str, Any], folder: Path, wo
         named += f"; and {len(differing) - NAMED} more"
     command = resume_command(folder, processes=saved["processes"])
     raise CheckpointError(
-        f"--resume: other settings than those of the run in {str(folder)!r}: {named}. To continue the run, type: "
-        f"{command}   (its recorded settings), or repeat the options that it was started with; a new run needs another "
-        "--run.out"
+        f"--resume: other settings than those of the run in {str(folder)!r}: {named}. Repeat the options that "
+        "it was started with, start a new run with another --run.out, or continue the run with its recorded settings: "
+        f"{command}"
     )
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from cpr_fast.config import Config, Cycle, View
+from cpr_fast.config.checks import batch_norm_groups
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.mining.quality import MiningQuality
 from cpr_fast.models import Encoder, build_encoder
 from cpr_fast.pretrain.state.cascade import Cascade, rate_names
-from cpr_fast.pretrain.state.encoders import Encoders, batch_norm_groups
+from cpr_fast.pretrain.state.encoders import Encoders
 from cpr_fast.pretrain.state.health import Health
 from cpr_fast.pretrain.state.memory import Bank, Memory
 from cpr_fast.pretrain.state.optimizer import build_optimizer, set_rates, take_step

@@ -20,38 +20,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from cpr_fast.errors import InputError
 from cpr_fast.models import Encoder, FactoryEncoder, named_blocks, running_statistics, statistics_layers
 from cpr_fast.pretrain.state.schedule import generator, on_device
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
-from cpr_fast.wording import counted
 
 SHUFFLE_STREAM = 1  # argument `stream` of `schedule.generator`
-
-
-def batch_norm_groups(groups: int | None, clips: int, processes: int, parts: int = 1) -> int:
-    """Returns the number of BatchNorm groups G of a step.
-
-    Args:
-        groups: `memory.shuffle_bn_groups`; None means one group for each part of each process.
-        clips: number of clips per step, over all processes.
-        parts: number of parts in which each process encodes its clips (`optim.accumulate`).
-    Raises:
-        InputError: the groups would not divide every part equally.
-    """
-    if groups is None:
-        groups = processes * parts
-    if groups % (processes * parts):
-        of_each = f" x {parts} parts of a step (optim.accumulate)" if parts > 1 else ""
-        raise InputError(
-            f"memory.shuffle_bn_groups: expected a multiple of the "
-            f"{counted(processes, 'process', 'processes')}{of_each}, got {groups}"
-        )
-    if clips % groups:
-        of = counted(clips, "clip")
-        raise InputError(f"memory.shuffle_bn_groups: expected a divisor of the {of} of a step, got {groups}")
-    return groups
 
 
 class GroupedEncoder(nn.Module):

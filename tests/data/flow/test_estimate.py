@@ -113,10 +113,10 @@ def test_the_estimate_comes_before_the_work(data_set, tmp_path, caplog, shard):
         write_flow(data_set, tmp_path / "flow", compute=compute, shard=shard, progress=True)
     text = [record.getMessage() for record in caplog.records]
     number = 5 if shard[1] == 1 else 2
-    assert f"{number} of {number} videos" in text[0] and "0 are done" in text[0]
+    assert f"{number} of {number} videos" in text[0] and "done already: 0" in text[0]
     assert "core-hours" in text[1] and "expected disk" in text[2]
     assert ("--shard" in " ".join(text[3:5])) == (shard[1] == 1)
-    assert f"0 of {number} videos" in text[-1] and f"{number} are done" in text[-1]
+    assert f"0 of {number} videos" in text[-1] and f"done already: {number}" in text[-1]
     assert max(seen) >= 3  # lines before the first batch of the run itself
 
 

@@ -9,10 +9,11 @@ import torch
 from support.small_runs import ALONE, INDEX, run, settings
 
 from cpr_fast.config import Cycle, MemoryConfig, ModelConfig
+from cpr_fast.config.checks import batch_norm_groups
 from cpr_fast.errors import InputError
 from cpr_fast.models import build_encoder, running_statistics
 from cpr_fast.pretrain.state.cycle import CycleState
-from cpr_fast.pretrain.state.encoders import Encoders, GroupedEncoder, batch_norm_groups
+from cpr_fast.pretrain.state.encoders import Encoders, GroupedEncoder
 from cpr_fast.runtime.distributed import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")

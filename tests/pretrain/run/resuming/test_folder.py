@@ -114,15 +114,15 @@ def test_resuming_with_other_settings_says_which_and_what_to_type(finished, sect
     with pytest.raises(CheckpointError) as refused:
         run(settings(finished, **sections), resume=True)
     said = str(refused.value)
-    assert f"the run in {str(finished)!r}: {differs} To continue" in said
-    assert f"type: cpr-fast pretrain {finished}/config.json --run.out {finished} --resume " in said
+    assert f"the run in {str(finished)!r}: {differs} Repeat the" in said
+    assert said.endswith(f"settings: cpr-fast pretrain {finished}/config.json --run.out {finished} --resume")
     assert "{" not in said and len(said.replace(str(finished), "RUN")) < 450
 
 
 def test_of_many_other_settings_the_first_are_named(finished):
     optim = {"lr": 0.5, "weight_decay": 0.5, "name": "sgd"}
     sections = {"optim": optim, "mining": {"ratio": 0.3}, "memory": {"size": 9}, "loss": {"temperature": 0.5}}
-    with pytest.raises(CheckpointError, match=r"memory.size: .*mining.ratio: .*; and 2 more\. To continue"):
+    with pytest.raises(CheckpointError, match=r"memory.size: .*mining.ratio: .*; and 2 more\. Repeat the"):
         run(settings(finished, **sections), resume=True)
 
 
@@ -134,7 +134,7 @@ def test_the_command_that_is_named_continues_the_run(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError) as refused:
         run(settings(Path("my run"), optim={"lr": 0.5}), resume=True)
     monkeypatch.chdir("/")
-    said = re.search(r"type: cpr-fast pretrain (.*?)   \(", str(refused.value))[1]
+    said = re.search(r"settings: cpr-fast pretrain (.*)", str(refused.value))[1]
     given = parse(shlex.split(said))
     assert (given.config, given.flags) == (str(moved / "config.json"), {"--resume"})
     assert given.overrides == ["--run.out", str(moved)]
@@ -148,7 +148,7 @@ def test_the_command_that_is_named_starts_as_many_processes(finished):
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = rf"run.out: expected the folder of a run to continue, but '{tmp_path}/none' does not exist. run.out is rel"
+    said = rf"run.out: expected the folder of a run to continue, but 'none' does not exist \(.*, '{tmp_path}'; a new"
     with pytest.raises(CheckpointError, match=said):
         run(settings(Path("none")), resume=True)
     assert not (tmp_path / "none").exists()
