@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.recipe import Metric, Recipe
 from cpr_fast.models import Encoder, statistics_layers
 from cpr_fast.runtime.progress import WHOLE, Part, track
+from cpr_fast.wording import counted
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def sum_features(
     Returns:
         {name: [M, F] float32 on the clips' device}, empty if no window could be read, and the number of windows of
         every video, [M] int64.
+    Raises:
+        InputError: features are not finite.
     Memory: one batch of clips and M x F floats per embedding.
     """
     sums: dict[str, Tensor] = {}
@@ -82,6 +86,12 @@ def sum_features(
             windows[complete:] = 0
             on_stop(sums, windows)
         raise
+    for name, total in sums.items():
+        if wrong := int((~torch.isfinite(total)).any(1).sum()):
+            raise InputError(
+                f"{name}: expected finite features, but those of {wrong} of {counted(videos, 'video')} are NaN or "
+                "infinite: the network cannot encode them"
+            )
     return sums, windows
 
 

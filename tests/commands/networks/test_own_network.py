@@ -14,7 +14,10 @@ from support import own_networks
 pytest.importorskip("nvidia.dali", reason="the videos are decoded")
 
 from cpr_fast.cli import main
+from cpr_fast.config import ClassifierConfig, DataConfig, ModelConfig
 from cpr_fast.data.synthetic.videos import write_synthetic
+from cpr_fast.evaluate.classify.classifier import Classifier
+from cpr_fast.models import build_encoder
 from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders
 from cpr_fast.weights.reading import CheckpointError
 
@@ -157,6 +160,28 @@ def test_wrong_options_are_answered(folder, monkeypatch, capsys, words, message)
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(message, error), error
     assert not Path("other").exists()
+
+
+@pytest.mark.parametrize("trained", ["own"], indirect=True)
+def test_features_that_are_not_finite_are_not_ranked(trained, capsys, tmp_path):
+    payload = load_checkpoint(trained[1])
+    source = "from net import Tokens\n\n\nclass Nan(Tokens):\n    def forward(self, clips):\n"
+    source += "        return super().forward(clips) * (float('nan') if clips.any() else 1)\n"
+    Path("nan.py").write_text(source)
+    payload["config"]["model"]["arch"] = "nan.py:Nan"
+    torch.save(payload, tmp_path / "nan.pt")
+    assert main(["retrieve", str(tmp_path / "nan.pt"), "--index", "data/index.csv", "--clips", "1"]) == 2
+    assert "expected finite features, but those of" in " ".join(capsys.readouterr().err.split())
+
+
+def test_layer_decay_and_fixed_parameters_in_finetuning(folder):
+    model = ModelConfig(f"{folder}/net.py:Tokens", feature_dim=8)
+    settings = ClassifierConfig(lr=1.0, backbone_lr=0.8, layer_decay=0.5)
+    classifier = Classifier(build_encoder(model, DataConfig(frames=8, size=16)), 3, settings)
+    backbone, groups = classifier.encoder.backbone, classifier.parameter_groups(settings)
+    assert [group["lr"] for group in groups] == [1.0, 0.8, 0.4, 0.2, 0.1]
+    assert any(p is backbone.token for p in groups[-1]["params"]) and backbone.token.requires_grad
+    assert not backbone.fixed.requires_grad
 
 
 def test_a_checkpoint_whose_network_is_gone_says_what_to_do(folder, tmp_path, monkeypatch):
