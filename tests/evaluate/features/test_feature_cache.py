@@ -156,9 +156,9 @@ def test_a_recipes_identity_holds_what_features_depend_on():
 
 def test_iic_features_are_the_spatially_pooled_map():
     maps = torch.randn(2, 5, 2, 7, 7, generator=torch.Generator().manual_seed(0))
-    encoder = SimpleNamespace(backbone=lambda clips: maps)
+    encoder = SimpleNamespace(outputs=lambda clips: maps)
     got = spatial_max(encoder, torch.zeros(2, 3, 4, 8, 8))
     expected = maps[..., :6, :6].unfold(3, 2, 2).unfold(4, 2, 2).amax((-2, -1)).flatten(1)
     assert got.shape == (2, 5 * 2 * 3 * 3) and torch.equal(got, expected)
-    tiny = SimpleNamespace(backbone=lambda clips: F.pad(maps[..., :1, :1], (0, 1)))
+    tiny = SimpleNamespace(outputs=lambda clips: F.pad(maps[..., :1, :1], (0, 1)))
     assert spatial_max(tiny, torch.zeros(2, 3, 4, 8, 8)).shape == (2, 10)
