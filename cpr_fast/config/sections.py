@@ -92,9 +92,10 @@ class ModelConfig:
     # [N, L, D] by their mean, maps [N, C, T, H, W] by their mean; "mean": only tokens or maps; "class_token": the first
     # of the tokens.
     pool: Literal["auto", "mean", "class_token"] = "auto"
-    # Mean and standard deviation of red, green and blue, for pixels in 0..1, that such a network expects; empty: those
-    # that it declares, or else those of data.augment.
+    # Mean of red, green and blue, of pixels in 0..1, that such a network expects; empty: what it declares, or else that
+    # of data.augment.
     mean: tuple[float, ...] = ()
+    # Standard deviation of red, green and blue that such a network expects; empty: as with the mean.
     std: tuple[float, ...] = ()
     # "mlp": two linear layers, L2-normalised [CoCLR]; "unit": the pooled features, L2-normalised; "pooled": the pooled
     # features without normalisation [IIC]
