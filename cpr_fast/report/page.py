@@ -108,6 +108,7 @@ def _section(run: Run, compared: Compared | None) -> dict[str, Any]:
         "skipped": max((row.get("skipped") or 0 for row in run.epochs), default=0),
         "chance_pmr": run.chance_pmr,
         "unlabelled": run.unlabelled,
+        "evaluate": run.evaluation_command,
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cpr_fast.config.recipes import retrieve_command
 from cpr_fast.data.index.index import Video
 from cpr_fast.data.index.summary import COPIES
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES, without_copies
@@ -95,7 +96,7 @@ def _facts(run: Run, compared: Compared) -> list[tuple[str, str]]:
     if step > 1:
         why.append(f"every {ordinal(step)} video")
     elif len(features.videos) < compared.distinct:
-        why.append("those whose features are stored")
+        why.append("those whose features are stored" + _others(run, compared))
     trained = run.config.get("data", {}).get("index") or "not recorded"
     return [
         ("Index of these videos", str(compared.index)),
@@ -107,6 +108,14 @@ def _facts(run: Run, compared: Compared) -> list[tuple[str, str]]:
             f"cosine of the trained network's features ({views}, test-time recipe {features.recipe}), from -1 to 1",
         ),
     ]
+
+
+def _others(run: Run, compared: Compared) -> str:
+    """Returns how to get the features of the other videos; "" after an evaluation, which found that it cannot use
+    them."""
+    if str(compared.index) in run.evaluated_indexes:
+        return ""
+    return f"; to add the others: `{retrieve_command(run.folder, compared.index)}`, then `cpr-fast report` again"
 
 
 @functools.lru_cache(maxsize=256)

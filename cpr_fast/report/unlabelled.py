@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from cpr_fast.config import HealthConfig
-from cpr_fast.config.recipes import retrieve_command
 from cpr_fast.data.index.index import Index, IndexFileError, Video
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES, percent, signed, signed_interval, without_copies
@@ -140,7 +139,9 @@ def signs(run: Run, compared: Compared | None = None) -> list[str]:
         why = "The videos have no labels, so retrieval cannot be measured"
     stopped = unfinished(run)
     verdict = f"{why}; {'so far ' if stopped else ''}{found}."
-    if not stopped and (not learnt or doubtful):
+    if not run.retrieval:
+        verdict += " What would show it, the comparison with the untrained network, is missing; see the next line."
+    elif not stopped and (not learnt or doubtful):
         verdict += f" {MORE_EPOCHS}"
     return [verdict, *(text for text in (same, loss, neighbours, _rank(run)) if text)]
 
@@ -166,7 +167,10 @@ def same_video(run: Run) -> tuple[dict[str, str], str | None]:
         said = f"Nearest clip of the same video, {counted(count, 'video')}, chance {chance}: {'; '.join(parts)}."
         return results, " ".join(filter(None, [said, without_copies(run.same_video[0].get("copies", 0))]))
     if not run.retrieval:
-        return {}, None
+        return {}, (
+            "Nearest clip of the same video: not compared with the untrained network, because no evaluation of this run "
+            f"has finished. Run `{run.evaluation_command}`, then `cpr-fast report` again."
+        )
     return {}, (
         "Nearest clip of the same video: not compared with the untrained network. `cpr-fast retrieve` does so where "
         "less than half of the queries have a label and two videos or more hold two clips."
@@ -205,8 +209,7 @@ def _neighbours(run: Run, compared: Compared | None) -> tuple[str | None, str]:
         return None, f"Nearest neighbours: not known, because the index cannot be read ({error})."
     if compared is None:
         return None, (
-            f"Nearest neighbours: not known yet. Run `{retrieve_command(run.folder, index_of(run))}`, then `cpr-fast "
-            "report` again."
+            f"Nearest neighbours: not known yet. Run `{run.evaluation_command}`, then `cpr-fast report` again."
         )
     return compared.level, f"Nearest neighbours, confidence {compared.level}: {' '.join(compared.reasons)}"
 

@@ -16,6 +16,7 @@ from support.report.run_folders import (
     write_run,
 )
 
+from cpr_fast.config.recipes import retrieve_command
 from cpr_fast.errors import InputError
 from cpr_fast.report import unlabelled
 from cpr_fast.report.page import write_report
@@ -90,7 +91,7 @@ def test_a_run_that_was_not_evaluated_says_so_first(tmp_path, index):
     run = write_run(tmp_path / "run", [start_row(index), *training_rows()])
     text = text_of(write_report([run], tmp_path / "r.html"))
     assert "run Retrieval has not been measured yet, so this page cannot say whether the run learnt" in text
-    assert "this run was not evaluated. Run cpr-fast retrieve" in text
+    assert f"no evaluation of this run has finished. Run {retrieve_command(run, index)}" in text
 
 
 def test_why_there_is_no_pmr(tmp_path, index):
@@ -124,6 +125,7 @@ def test_a_page_without_labels_speaks_of_no_class(tmp_path, index):
     assert "retrieval cannot be measured; the signs below do not decide whether this run learnt." in head
     assert "Mean loss of the last epoch: RGB 2.000 (chance 4.500) – better than chance" in head
     assert "Nearest neighbours: not known yet. Run `cpr-fast retrieve" in head
+    assert "not compared with the untrained network, because no evaluation of this run has finished. Run `" in head
     rank = "the number of dimensions that the last training clips use: RGB 5.0 of 128, and no view is below the limit"
     assert f"Effective rank, {rank} of 4." in head
     assert "another class" not in text and "Mining R@1, last" not in text and "without labels it is not known" in text

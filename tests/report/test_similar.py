@@ -18,6 +18,7 @@ from torch import nn
 
 from cpr_fast.cli import main
 from cpr_fast.config import Config
+from cpr_fast.config.recipes import retrieve_command
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.index.summary import COPIES
 from cpr_fast.errors import InputError
@@ -156,6 +157,29 @@ def test_without_stored_features_the_command_to_run_is_named(tmp_path, monkeypat
     assert "cpr-fast retrieve" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"gone.csv"):
         compare_videos(Run(run), tmp_path / "gone.csv")
+
+
+@pytest.mark.parametrize("views", [("rgb",), ("rgb", "flow")])
+def test_after_a_stopped_evaluation_what_is_missing_is_named(tmp_path, monkeypatch, capsys, views):
+    """A stopped `retrieve` has stored the features of some videos; more epochs would not show what it measures."""
+    run, index_csv = make_run(tmp_path, monkeypatch, views=views)
+    (tmp_path / "data" / "v5.mp4").write_bytes((tmp_path / "data" / "v6.mp4").read_bytes() + b" ")  # without features
+    monkeypatch.setattr(Run, "planned_epochs", None)  # a run whose training is not known to be unfinished
+    command = retrieve_command(run, index_csv)
+    assert command.endswith(" --clips 5")
+    assert main(["report", str(run)]) == 0
+    assert f"no evaluation of this run has finished. To make it: {command}" in capsys.readouterr().out
+    first, second = (text_of(run / name) for name in ("report.html", "report-similar.html"))
+    head = first[: first.index("Date")]
+    assert "What would show it, the comparison with the untrained network, is missing" in head
+    assert f"because no evaluation of this run has finished. Run `{command}`" in head
+    assert "more epochs" not in first and "No retrieval yet: the videos have no labels" not in first
+    assert f"those whose features are stored; to add the others: `{command}`" in second
+    evaluated(run, index_csv)
+    assert main(["report", str(run)]) == 0
+    assert "no evaluation" not in capsys.readouterr().out
+    for name in ("report.html", "report-similar.html"):
+        assert "cpr-fast retrieve" not in text_of(run / name)  # what has no features now could not be read
 
 
 @pytest.mark.parametrize("count", [2, 3, 30, 700])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -67,5 +68,16 @@ def report(
     announce("Drawing the report")
     page = write_report(runs, out, similar=similar, compared=compared if index is None else None)
     result = {"report": str(page)} | ({} if similar is None else {"similar": str(similar)})
-    lines = [*(f"{name}: {file}" for name, file in result.items()), *([] if json else about_unfinished(runs))]
+    notes = [] if json else [*about_unfinished(runs), *_not_evaluated(runs)]
+    lines = [*(f"{name}: {file}" for name, file in result.items()), *notes]
     show(result, json, lines=lines, next_step=f"open {page} in a browser")
+
+
+def _not_evaluated(runs: Sequence[Path]) -> list[str]:
+    """Returns a note for each finished run that has no evaluation by `cpr-fast retrieve`."""
+    from cpr_fast.report.run_folder.run import Run
+    from cpr_fast.report.run_folder.unfinished import unfinished
+
+    loaded = [run for run in map(Run, runs) if not run.retrieval and not unfinished(run)]
+    said = "no evaluation of this run has finished. To make it"
+    return [line for run in loaded for line in ("", f"note: {run.folder}: {said}: {run.evaluation_command}")]

@@ -13,6 +13,7 @@ import numpy as np
 
 from cpr_fast.config import DataConfig
 from cpr_fast.config.build import build
+from cpr_fast.config.recipes import retrieve_command
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
@@ -117,6 +118,13 @@ class Run:
         """The paths of the indexes of the retrieval that the report shows first; empty if there is none, or if an older
         version evaluated the run."""
         return self.retrieval[0].get("indexes", []) if self.retrieval else []
+
+    @property
+    def evaluation_command(self) -> str:
+        """The command that evaluates the run on the index of the retrieval that the report shows first or, before any,
+        on the training index."""
+        index = next(iter(self.evaluated_indexes), None) or self.config.get("data", {}).get("index")
+        return retrieve_command(self.folder, index or "INDEX.csv")
 
     @cached_property
     def chance_pmr(self) -> float | None:
