@@ -52,7 +52,7 @@ def choose_recipe(index: Path | None, named: Path | None, findings: list[Finding
         return Recipe(config, named, said, _pretrain(named, config))
     if index is None:
         return Recipe(None, None, "", "cpr-fast index VIDEOS --out index.csv")
-    found = dict(_recipes_of(index, findings))
+    found = dict(recipes_of(index, findings))
     if len(found) == 1:
         ((path, config),) = found.items()
         return Recipe(config, path, f"judged with the settings of {path}, which names this index; to judge another "
@@ -83,7 +83,7 @@ def _sized(index: Path, gpu: bool) -> Config | None:
         return None
 
 
-def _recipes_of(index: Path, findings: list[Finding]) -> Iterator[tuple[Path, Config]]:
+def recipes_of(index: Path, findings: list[Finding]) -> Iterator[tuple[Path, Config]]:
     """Yields the TOML files beside the index and in the working directory whose `data.index` is this index."""
     folders = {os.path.realpath(folder): folder for folder in (index.parent, Path())}
     for folder in folders.values():

@@ -168,8 +168,8 @@ def same_video(run: Run) -> tuple[dict[str, str], str | None]:
         return results, " ".join(filter(None, [said, without_copies(run.same_video[0].get("copies", 0))]))
     if not run.retrieval:
         return {}, (
-            "Nearest clip of the same video: not compared with the untrained network, because no evaluation of this run "
-            f"has finished. Run `{run.evaluation_command}`, then `cpr-fast report` again."
+            "Nearest clip of the same video: not compared with the untrained network, because no evaluation of this "
+            f"run has finished. Run `{run.evaluation_command}`, then `cpr-fast report` again."
         )
     return {}, (
         "Nearest clip of the same video: not compared with the untrained network. `cpr-fast retrieve` does so where "

@@ -61,6 +61,32 @@ def test_the_video_has_every_frame_of_both_clips(index_csv, tmp_path, suffix):
     assert decode_linearly(out).shape == (18, 64, 64, 3)
 
 
+def test_the_recipe_of_the_index_is_used(index_csv, tmp_path, capsys, monkeypatch):
+    """As `doctor` does: the picture of other settings would not be what the network sees."""
+    monkeypatch.chdir(tmp_path)
+    rows = index_csv.read_text().splitlines()
+    split = rows[0].split(",").index("split")
+    cells = [row.split(",") for row in rows[1:]]
+    for number, row in enumerate(cells):
+        row[0], row[split] = str(index_csv.parent / row[0]), "train" if number > 1 else "test"
+    (tmp_path / "i.csv").write_text("\n".join([rows[0], *map(",".join, cells)]))
+    arguments = ["show-sample", "i.csv", "--out", "s.png"]
+    recipe = "[data]\nindex = 'i.csv'\nframes = 6\nsize = 32\nsplit = 'train'\n"
+    (tmp_path / "r.toml").write_text(recipe)
+    assert main(arguments) == 0
+    assert Image.open(tmp_path / "s.png").size == (6 * 32, 2 * (LABEL_HEIGHT + 32))
+    out = capsys.readouterr().out
+    assert f"path: {cells[2][0]}\n" in out  # number 0 of the split that the recipe trains on
+    assert "settings: r.toml, which names this index; to use others: --config RECIPE.toml\n" in out
+    assert "next: open s.png, which shows what the network sees\n" in out
+    (tmp_path / "r2.toml").write_text(recipe)
+    assert main([*arguments, "--index", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"path: {cells[1][0]}\n" in out  # number 1 of the index
+    assert "the defaults; several recipes name this index (r.toml, r2.toml); to use others: --config" in out
+    assert "what the network sees" not in out
+
+
 def test_the_command_and_bad_input(index_csv, tmp_path, capsys):
     config = tmp_path / "c.toml"
     config.write_text("[data]\nframes = 6\nsize = 32\naugment = 'iic'\nsplit = ''\n")
@@ -75,7 +101,11 @@ def test_the_command_and_bad_input(index_csv, tmp_path, capsys):
         (["--out", str(tmp_path / "s.txt")], "expected the name of a picture"),
         (["--out", str(tmp_path / "s.png"), "--index", "4"], "expected a video in 0..3, got 4"),
         (["--out", str(tmp_path / "s.png"), "--index", "0"], "gone.mkv"),
-        (["--out", str(tmp_path / "s.png"), "--views", "flow"], "has no flow_path"),
+        (
+            ["--out", str(tmp_path / "s.png"), "--views", "flow"],
+            "--views: expected views that every video has, got 'flow', but 4 of 4 videos have no flow_path in the "
+            f"index (first: '{index_csv.parent}/a/gone.mkv'); to compute their flow: cpr-fast flow {index_csv} --out ",
+        ),
     ]:
         assert main([*arguments, *bad]) == 2
         assert message in capsys.readouterr().err
