@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def require_files(option: str, paths: Iterable[str | Path]) -> None:
     """Calls `require_file` for every path."""
     for path in paths:
         require_file(option, path)
+
+
+def require_features(option: str, path: str | Path) -> None:
+    """Raises InputError that names the option and says what writes such a file, if the file of features does not
+    exist."""
+    if not os.path.isfile(path):
+        written = "`cpr-fast pretrain RECIPE --dump-memory` writes RUN/memory/cycle-N.npz"
+        raise InputError(f"{option}: {expected('a file', path)}; {written}")
 
 
 def require_other_file(option: str, out: str | Path, inputs: Iterable[str | Path]) -> None:
@@ -144,6 +153,23 @@ def require_at_least(option: str, least: float, value: float | None) -> None:
         raise InputError(f"{option}: expected {least} or more, got {value}")
 
 
+def require_device(option: str, name: str, *others: str) -> None:
+    """Raises InputError that names the option, if its value is neither a device nor one of `others`, or if it is a CUDA
+    device of a machine without a driver. Whether torch sees the device is checked when torch is imported."""
+    if name in others:
+        return
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name):
+        known = [*map(repr, others), "'cpu'", "'cuda'"]
+        raise InputError(f"{option}: expected {', '.join(known)} or 'cuda:N', got {name!r}")
+    if name != "cpu":
+        import ctypes
+
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            raise InputError(f"{option}: got {name!r}, but this machine has no NVIDIA driver (libcuda.so.1)") from None
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """Returns (i, n) of "i/n". Raises InputError naming --shard."""
     index, _, count = text.partition("/")
@@ -234,7 +260,7 @@ INPUTS: dict[str, dict[str, Check]] = {
     "probe": {"CHECKPOINT": require_checkpoints, "--index": require_indexes, "--config": FILE},
     "finetune": {"CHECKPOINT": require_checkpoints, "--index": require_indexes, "--config": FILE},
     "search": {"QUERIES": require_files, "--index": FILE, "--checkpoint": require_checkpoints, "--out": OUTPUT},
-    "mine": {"FEATURES": FILE},
+    "mine": {"FEATURES": _one(require_features)},
     "compare": {"RUNS": require_runs, "--against": require_runs},
     "report": {"RUNS": require_runs, "--index": FILE, "--out": OUTPUT},
 }  # fmt: skip

@@ -23,6 +23,7 @@ from cpr_fast.errors import InputError
 # A full disk, a used-up quota, a file above the limit of the process or the file system, a failing or read-only disk.
 # Missing permission is not among them, because it concerns files that are read as well.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+OTHER_FOLDER = "Choose another folder with --run.out"
 RUN_LOCK = ".run.lock"  # in a run folder; held as long as the run trains
 CHECKPOINTS = ("last.pt", "best.pt")  # of a run folder, beside those of single steps
 UNTOUCHED, NOTHING_LEFT = "the previous file is untouched", "nothing was left behind"
@@ -104,6 +105,11 @@ def require_writable(what: str, folder: Path, advice: str) -> None:
     except OSError as error:
         reason = error.strerror or os.strerror(error.errno)
         raise InputError(f"{what}: cannot write to {str(folder)!r}: {reason}. {advice}") from error
+
+
+def require_run_folder(folder: Path) -> None:
+    """Raises InputError if a run cannot write to its folder."""
+    require_writable("run.out", folder, OTHER_FOLDER)
 
 
 @contextmanager

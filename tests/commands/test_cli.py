@@ -96,6 +96,7 @@ def test_config_settings_are_in_the_help_with_the_files_values(tmp_path, capsys)
         ),
         (["mine", "nowhere.npz"], "FEATURES: expected a file, but 'nowhere.npz'"),
         (["mine", "--details", "nowhere.npz"], "FEATURES: expected a file, but 'nowhere.npz'"),
+        (["mine", "runs/x/memory/cycle-3.npz"], "`cpr-fast pretrain RECIPE --dump-memory` writes RUN/memory/cycle-N"),
         (["export", "nowhere.pt", "--out", "x"], "CHECKPOINT: expected a file, but 'nowhere.pt'"),
         (["import-checkpoint", "nowhere.pt", "--out", "x"], "FILE: expected a file, but 'nowhere.pt'"),
         (["index", "nowhere", "--out", "index.csv"], "ROOT: expected a folder or an LMDB file, but 'nowhere'"),

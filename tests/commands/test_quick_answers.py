@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from cpr_fast.cli import COMMANDS
+from cpr_fast.commands.inputs import require_device
+from cpr_fast.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ["torch", "nvidia.dali", "av", "numpy"]
@@ -33,11 +37,13 @@ print(json.dumps(answers))
 MISSING = [
     "doctor no.csv",
     "doctor F --config no.toml",
+    "doctor F --device tpu",
     "index no --out x.csv",
     "index . --out x.csv --splits no",
     "index . --out x.csv --shard 2/2",
     "flow no.csv --out x",
     "flow F --out x --shard=3",
+    "flow F --out x --device tpu",
     "show-sample no.csv --out x.png",
     "init no.csv",
     "init F --seconds -1",
@@ -103,6 +109,12 @@ UNUSABLE = [
     "init gone.csv",
     "init few.csv",
     "flow gone.csv --out new",
+    "flow few.csv --out F",
+    "flow few.csv --out new --storage lmdb",
+    "index . --out new.csv --layout ucf101",
+    "index . --out new.csv --splits full",
+    "pretrain r.toml --run.out F",
+    "pretrain r.toml --run.out new --run.device tpu",
     "show-sample gone.csv --out new.png",
     "show-sample few.csv --out new.png --config broken.toml",
     "retrieve F --index gone.csv",
@@ -142,3 +154,15 @@ def test_a_command_says_what_it_does_before_its_long_imports(tmp_path, command):
                           env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     said = {"index": "Looking for videos in videos ...", "synth": "Writing synthetic videos to made ..."}[command]
     assert done.stderr.splitlines()[0] == said
+
+
+def test_a_cuda_device_needs_a_driver(monkeypatch):
+    for driver, allowed in ((lambda name: None, True), (Mock(side_effect=OSError), False)):
+        monkeypatch.setattr("ctypes.CDLL", driver)
+        for name in ("cuda", "cuda:1"):
+            with nullcontext() if allowed else pytest.raises(InputError, match=f"--device: got '{name}', but this mac"):
+                require_device("--device", name)
+    require_device("--device", "cpu")
+    require_device("--device", "auto", "auto")
+    with pytest.raises(InputError, match="--device: expected 'cpu', 'cuda' or 'cuda:N', got 'auto'"):
+        require_device("--device", "auto")

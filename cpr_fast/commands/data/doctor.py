@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from cpr_fast.commands.inputs import require_at_least, require_file
+from cpr_fast.commands.inputs import require_at_least, require_device, require_file
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
@@ -42,6 +42,7 @@ def doctor(
     require_file("INDEX", index)
     require_file("--config", config)
     require_at_least("--seconds", 0, seconds)
+    require_device("--device", device, "auto")
     from cpr_fast.config import load
     from cpr_fast.runtime.progress import announce
 
@@ -57,12 +58,7 @@ def doctor(
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        where = torch.device(device)
-    except RuntimeError:
-        where = None
-    if where is None or where.type not in ("cpu", "cuda"):
-        raise InputError(f"--device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    where = torch.device(device)
     if reason := no_device(where):
         raise InputError(f"--device: {reason}")
     found: list[Finding] = []

@@ -6,7 +6,14 @@ import shlex
 from pathlib import Path
 from typing import Any, Literal
 
-from cpr_fast.commands.inputs import next_shard, other_shards, parse_shard, require_file, require_videos
+from cpr_fast.commands.inputs import (
+    next_shard,
+    other_shards,
+    parse_shard,
+    require_device,
+    require_file,
+    require_videos,
+)
 from cpr_fast.commands.options import IndexPath, Json
 from cpr_fast.commands.output import show
 from cpr_fast.config.recipes import init_command
@@ -39,9 +46,12 @@ def flow(
     """
     require_file("INDEX", index)
     part = parse_shard(shard)
+    require_device("--device", device)
     require_videos("INDEX", [index])
+    from cpr_fast.data.flow.names import require_place
     from cpr_fast.runtime.progress import announce
 
+    require_place(out, storage)
     announce(f"Loading PyTorch, and looking for the flow that is stored in {out}")
     from cpr_fast.data.flow.write import write_flow
 

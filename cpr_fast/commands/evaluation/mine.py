@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from cpr_fast.commands.inputs import require_file
+from cpr_fast.commands.inputs import require_features
 from cpr_fast.commands.options import Flag, Json
 from cpr_fast.commands.output import show
 
@@ -42,7 +42,7 @@ def mine(
         raw: Use the features without centring and L2 normalisation.
         heatmap: A PNG file to write: PMR over stages and ratio.
     """
-    require_file("FEATURES", features)
+    require_features("FEATURES", features)
     from cpr_fast.runtime.progress import announce
 
     announce("Loading PyTorch")

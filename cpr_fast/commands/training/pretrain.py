@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cpr_fast.commands.inputs import require_file, unknown_option
+from cpr_fast.commands.inputs import require_device, require_file, unknown_option
 from cpr_fast.config import Config, ConfigError, load
 from cpr_fast.config.epochs import scale_epochs
 from cpr_fast.config.recipes import FOLDER, find_config, retrieve_command
@@ -244,8 +244,10 @@ def _checked_videos(config: Config, resume: bool | Literal["auto"]) -> Index:
     """Returns the training videos, after every check of the run that needs neither torch nor NVIDIA DALI."""
     from cpr_fast.pretrain.run.checks import check_run, plan_cycles
     from cpr_fast.pretrain.run.videos import training_videos
-    from cpr_fast.runtime.files import require_new_run
+    from cpr_fast.runtime.files import require_new_run, require_run_folder
 
+    require_run_folder(Path(config.run.out))
+    require_device("run.device", config.run.device, "auto")
     if not resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         require_new_run(Path(config.run.out))
     index = training_videos(config.data)

@@ -28,11 +28,10 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange
 
-from cpr_fast.data.flow.names import SUFFIX, distinct_name, file_names
+from cpr_fast.data.flow.names import SUFFIX, distinct_name, file_names, require_place
 from cpr_fast.data.flow.origin import Origin, place_of
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.video.container import ANY_METADATA, location
-from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import one_writer, replacing
 
 BYTES_PER_PIXEL = 0.124  # size of a flow field per pixel: 9.5 kB at 320x240 (bench/results/flow_storage.md)
@@ -45,8 +44,7 @@ class FlowFiles:
 
     def __init__(self, index: Index, folder: Path, out: Path, shard: tuple[int, int]) -> None:
         """`folder` is the folder of the index. Raises InputError if `out` exists and is not a folder."""
-        if out.exists() and not out.is_dir():
-            raise InputError(f"--out: expected a folder for the flow files, got the file {str(out)!r}")
+        require_place(out, "video")
         self._index, self._out = index, out
         self._targets, self._current = zip(*_look(index, folder, out), strict=True)
         name = f"{shard[0]}-of-{shard[1]}"

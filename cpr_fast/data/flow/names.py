@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.records import split_record
+from cpr_fast.errors import InputError
 
 SUFFIX = ".flow.mp4"
 LONGEST_NAME = 255  # bytes of a file name on common file systems
@@ -63,6 +64,14 @@ def flow_command(index_csv: Path, index: Index) -> str:
             out = Path(*video.flow_path.parts[: -len(name.parts)])
             return f"{command} --out {shlex.quote(os.path.normpath(out))}"
     return f"{command} --out flow"
+
+
+def require_place(out: Path, storage: str) -> None:
+    """Raises InputError if flow cannot be stored in `out`: "video" needs a folder, "lmdb" the name of an LMDB file."""
+    if storage == "video" and out.exists() and not out.is_dir():
+        raise InputError(f"--out: expected a folder for the flow files, got the file {str(out)!r}")
+    if storage == "lmdb" and (out.suffix != ".lmdb" or out.is_dir()):
+        raise InputError(f"--out: expected the name of a file that ends in .lmdb, got {str(out)!r}")
 
 
 def utf8_name(text: str) -> str:

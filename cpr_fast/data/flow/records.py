@@ -19,13 +19,12 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 
-from cpr_fast.data.flow.names import distinct_name, record_names, utf8_name
+from cpr_fast.data.flow.names import distinct_name, record_names, require_place, utf8_name
 from cpr_fast.data.flow.origin import Origin, place_of
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.record_writer import RecordWriter
 from cpr_fast.data.storage.records import open_records, read_jpegs, record_path
 from cpr_fast.data.video.container import VideoError
-from cpr_fast.errors import InputError
 
 BYTES_PER_PIXEL = 0.309  # size of a flow field per pixel: 23.7 kB at 320x240 (bench/results/flow_storage.md)
 
@@ -36,8 +35,7 @@ class FlowRecords:
 
     def __init__(self, index: Index, folder: Path, out: Path, shard: tuple[int, int]) -> None:
         """Raises InputError if `out` does not end in .lmdb, or if another process is writing this shard."""
-        if out.suffix != ".lmdb" or out.is_dir():
-            raise InputError(f"--out: expected the name of a file that ends in .lmdb, got {str(out)!r}")
+        require_place(out, "lmdb")
         number, count = shard
         file = out if count == 1 else out.with_name(f"{out.stem}.{number}-of-{count}{out.suffix}")
         self._index, self._lock, self._takes_over = index, threading.Lock(), count == 1

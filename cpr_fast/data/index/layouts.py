@@ -38,6 +38,26 @@ HMDB51_CLASSES = [
 _VIDEO = r'"?([^\s"]+?|[^"]+?\.\w{2,5})"?'
 
 
+# The lists that a layout needs.
+LISTS = {
+    "ucf101": "classInd.txt and the train and test lists",
+    "hmdb51": "the 51 files <class>_test_splitN.txt",
+    "kinetics": "the csv files of Kinetics (label,youtube_id,time_start,time_end,split)",
+    "coclr": "CoCLR's train_splitNN.csv and test_splitNN.csv",
+}
+
+
+def require_splits(layout: str, splits: Path | None) -> None:
+    """Raises InputError if the folder of the split lists is missing, or is given for a layout that has none. Takes no
+    time: looking for videos on a large disk takes minutes."""
+    if splits is None and layout in LISTS:
+        raise InputError(f"--splits: layout {layout!r} needs the folder of {LISTS[layout]}")
+    if splits is not None and layout == "folders":
+        raise InputError(f"--splits: layout 'folders' reads the split from the folders, got {str(splits)!r}")
+    if splits is not None and not splits.is_dir():
+        raise InputError(f"--splits: expected the folder of the split lists, got {str(splits)!r}")
+
+
 def list_videos(
     layout: str,
     root: Path,
@@ -58,8 +78,7 @@ def list_videos(
         raise InputError(f"ROOT: expected a folder or an LMDB file, got {str(root)!r}")
     if layout == "lmdb" and root.suffix != ".lmdb":
         raise InputError(f"ROOT: --layout lmdb expects a file that ends in .lmdb, got {str(root)!r}")
-    if splits is not None and layout != "folders" and not splits.is_dir():
-        raise InputError(f"--splits: expected the folder of the split lists, got {str(splits)!r}")
+    require_splits(layout, splits)
     catalogue = Catalogue(root, exclude)
     listing = without_contradictions(LAYOUTS[layout](catalogue, splits, split))
     folders = {item.path: item.label for item in listing.videos}  # records of flow are named by them, classes or not
@@ -102,8 +121,6 @@ def _list_folders(catalogue: Catalogue, splits: Path | None, split: int) -> List
 
         The listing's `levels` states how the levels of folders were interpreted.
     """
-    if splits is not None:
-        raise InputError(f"--splits: layout 'folders' reads the split from the folders, got {str(splits)!r}")
     parents = {path: catalogue.folders(path) for path in catalogue.paths}
     tops = {folders[0] for folders in parents.values() if folders}
     has_split = _are_splits(tops)
@@ -154,7 +171,7 @@ def _levels(has_split: bool, has_class: bool, deepest: int, has_folders: bool) -
 
 
 def _list_ucf101(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
-    splits = _required(splits, "ucf101", "classInd.txt and the train and test lists")
+    splits = _given(splits)
     classes, rows = _numbered_classes(splits / "classInd.txt"), []
     files = {"train": splits / f"trainlist{split:02d}.txt", "test": splits / f"testlist{split:02d}.txt"}
     for name, file in files.items():
@@ -183,7 +200,7 @@ def _numbered_classes(file: Path) -> dict[str, int]:
 
 
 def _list_hmdb51(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
-    splits = _required(splits, "hmdb51", "the 51 files <class>_test_splitN.txt")
+    splits = _given(splits)
     suffix, rows = f"_test_split{split}.txt", []
     if not (files := sorted(splits.glob(f"*{suffix}"))):
         raise InputError(f"--splits: expected files <class>{suffix} in {str(splits)!r}, got none")
@@ -198,7 +215,7 @@ def _list_hmdb51(catalogue: Catalogue, splits: Path | None, split: int) -> Listi
 
 def _list_kinetics(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
     """Reads every csv file in `splits`; the classes follow the smallest label map (*label_map*.txt) that has them."""
-    splits = _required(splits, "kinetics", "the csv files of Kinetics (label,youtube_id,time_start,time_end,split)")
+    splits = _given(splits)
     rows, ids, spelled = [], [], {}
     files = sorted(splits.glob("*.csv"))
     if not files:
@@ -269,7 +286,7 @@ def _kinetics_classes(splits: Path, labels: set[str]) -> list[str]:
 
 def _list_coclr(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
     """Reads <split>_splitNN.csv or <split>_split.csv, and the order of classes from ClassInd.txt if it is there."""
-    splits = _required(splits, "coclr", "CoCLR's train_splitNN.csv and test_splitNN.csv")
+    splits = _given(splits)
     rows, files = [], []
     for name in ("train", "val", "test"):
         for file in (splits / f"{name}_split{split:02d}.csv", splits / f"{name}_split.csv"):
@@ -350,9 +367,8 @@ def _ambiguous(found: Collection[Path]) -> list[Problem]:
     return [Problem(first, "ambiguous", reason)] if others else []
 
 
-def _required(splits: Path | None, layout: str, what: str) -> Path:
-    if splits is None:
-        raise InputError(f"--splits: layout {layout!r} needs the folder of {what}")
+def _given(splits: Path | None) -> Path:
+    assert splits is not None  # see require_splits
     return splits
 
 

@@ -19,8 +19,15 @@ from cpr_fast.errors import InputError
 from cpr_fast.pretrain.run.videos import check_same_videos
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
+from cpr_fast.runtime.files import (
+    OTHER_FOLDER,
+    one_writer,
+    replacing,
+    require_new_run,
+    require_run_folder,
+    run_checkpoints,
+)
 from cpr_fast.runtime.files import RUN_LOCK as LOCK
-from cpr_fast.runtime.files import one_writer, replacing, require_new_run, require_writable, run_checkpoints
 from cpr_fast.runtime.metrics import FILE as METRICS_FILE
 from cpr_fast.runtime.metrics import read_metrics, rewind
 from cpr_fast.weights.checkpoint import LAST, load_checkpoint, point_to
@@ -29,7 +36,6 @@ from cpr_fast.wording import counted, expected, listed
 
 T = TypeVar("T")
 
-OTHER_FOLDER = "Choose another folder with --run.out"
 # What a run writes before its first step.
 OF_THE_START = (LOCK, METRICS_FILE, "config.json", "checkpoints", "tensorboard")
 NAMED = 4  # settings that an error names
@@ -70,7 +76,7 @@ def only_writer(folder: Path, *, exists: bool = False) -> Iterator[None]:
             f"run.out: {expected('the folder of a run to continue', folder, state)} (run.out is relative to the "
             f"working directory, {os.getcwd()!r}; a new run starts without --resume)"
         )
-    require_writable("run.out", folder, OTHER_FOLDER)
+    require_run_folder(folder)
     new = [folder / name for name in OF_THE_START if not os.path.lexists(folder / name)]
     busy = f"run.out: another run is writing to {str(folder)!r}"
     with one_writer(folder / LOCK, busy, "wait until it has ended, or choose another folder with --run.out"):

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from cpr_fast.config.recipes import retrieve_command
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.retrieval.paired import paired_difference, seed_difference
 from cpr_fast.evaluate.retrieval.queries import QueryScores, hits_at_1, matched
 from cpr_fast.report.run_folder.run import Run
+from cpr_fast.wording import listed
 
 MEASURES = ("map", "r@1")
 Kind = tuple[str, str]  # protocol and recipe
@@ -39,9 +41,12 @@ def compare_runs(first: Sequence[Run], second: Sequence[Run]) -> list[dict[str, 
     kinds = [kind for kind in _kinds(runs[0]) if all(kind in _kinds(run) for run in runs)]
     if not kinds:
         had = "; ".join(f"{run.folder}: {', '.join(' '.join(kind) for kind in _kinds(run)) or 'none'}" for run in runs)
+        index = next((index for run in runs for index in run.evaluated_indexes), None)
+        commands = [retrieve_command(run.folder, index) if index else run.evaluation_command for run in runs]
         raise InputError(
-            f"expected evaluations with the same protocol and test-time recipe, got {had}; run `cpr-fast retrieve`, "
-            "which measures R@k and mAP only of videos with labels"
+            f"expected evaluations with the same protocol and test-time recipe, got {had}; run "
+            f"{listed([f'`{command}`' for command in commands])}, with the same options for every run; R@k and mAP are "
+            "measured only of videos with labels"
         )
     return [_compare(pairs, kind) for kind in kinds]
 
@@ -108,7 +113,7 @@ def _scores(run: Run, kind: Kind) -> QueryScores:
     if place is None:
         raise InputError(
             f"{run.folder}: expected the measures of every query, but none are stored since an older version evaluated "
-            "it; run `cpr-fast retrieve` again"
+            f"it; run `{run.evaluation_command}`"
         )
     return QueryScores.load(Path(run.folder) / place)
 

@@ -1,5 +1,8 @@
 """Split lists as people write, join, convert and truncate them: each is read as meant, or the error names its line."""
 
+import re
+from unittest.mock import Mock
+
 import pytest
 from support.videos.odd_videos import write_plain
 
@@ -165,3 +168,21 @@ def test_names_of_records_that_are_not_utf8_are_named(tmp_path, capsys):
         transaction.put(b"__order__", msgpack.packb([b"A/caf\xe9"]))
     assert main(["index", str(tmp_path / "x.lmdb"), "--layout", "lmdb", "--out", str(tmp_path / "i.csv")]) == 2
     assert "expected UTF-8 names in the key '__order__'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("layout", "splits", "said"),
+    [
+        ("ucf101", None, "--splits: layout 'ucf101' needs the folder of classInd.txt"),
+        ("coclr", None, "--splits: layout 'coclr' needs the folder of CoCLR's"),
+        ("kinetics", "nowhere", "--splits: expected the folder of the split lists, got '"),
+        ("folders", ".", "--splits: layout 'folders' reads the split from the folders, got '"),
+    ],
+)
+def test_lists_that_do_not_fit_the_layout_are_refused_before_videos_are_looked_for(
+    root, tmp_path, monkeypatch, layout, splits, said
+):
+    """On a large disk looking for them takes minutes."""
+    monkeypatch.setattr("cpr_fast.data.index.layouts.Catalogue", Mock(side_effect=AssertionError))
+    with pytest.raises(InputError, match=re.escape(said)):
+        write_index(root, tmp_path / "i.csv", IndexOptions(layout, splits and tmp_path / splits))

@@ -12,6 +12,7 @@ from scipy import stats
 from support.report.run_folders import retrieval_rows, start_row, text_of, write_run
 
 from cpr_fast.cli import main
+from cpr_fast.config.recipes import retrieve_command
 from cpr_fast.evaluate.retrieval.queries import QueryScores
 from cpr_fast.evaluate.retrieval.ranking import NO_HIT
 from cpr_fast.report.page import write_report
@@ -127,9 +128,10 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, index, capsys):
     messages = {
         "queries": "1 only in the first (/data/59.mp4), 1 only in the second (/data/new.mp4)",
         "recipe": "expected evaluations with the same protocol and test-time recipe, got",
-        "old": "none are stored since an older version evaluated it; run `cpr-fast retrieve` again",
+        "old": f"an older version evaluated it; run `{retrieve_command(others['old'], index)}`",
         "torn": "is damaged",
-        "never": f"{others['never']}: none; run `cpr-fast retrieve`",
+        "never": f"{others['never']}: none; run `{retrieve_command(a, index)}` and "
+        f"`{retrieve_command(others['never'], index)}`, with the same options for every run; R@k and mAP are measured",
     }
     for name, message in messages.items():
         assert main(["compare", str(a), str(others[name])]) == 2
