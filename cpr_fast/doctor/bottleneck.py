@@ -27,6 +27,7 @@ from cpr_fast.data.video.container import VideoError
 from cpr_fast.models import build_encoder
 from cpr_fast.runtime.busy import OtherPrograms
 from cpr_fast.runtime.progress import announce
+from cpr_fast.wording import counted
 
 LEAST_BUDGET_S = 2.0  # processor time of `least_step_s`
 
@@ -104,6 +105,15 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
         "other_programs": others.sentence(),
         "advice": advice,
     }
+
+
+def step_time(measured: dict) -> tuple[float, str]:
+    """Returns the seconds of a step that `breakdown` measured, of the network or of the loader, whichever is slower;
+    and " on 2 of its 24 clips" where the network was measured on a part of the batch, else ""."""
+    network_s, loader_s = measured["stage_s_per_step"]["step"], measured["loader_s_per_step"]
+    if loader_s >= network_s or measured["step_measured_on_clips"] >= measured["batch_size"]:
+        return max(network_s, loader_s), ""
+    return network_s, f" on {measured['step_measured_on_clips']} of its {counted(measured['batch_size'], 'clip')}"
 
 
 def _plans(index: Index, config: Config, data: DataConfig) -> Iterator[Clips]:
@@ -234,6 +244,9 @@ def _step(config: Config, views: int, batch: int, device: torch.device, budget_s
     from two clips, it would count batch / 2 times: of a small network on a busy machine that is most of the time. The
     measurement is therefore repeated on more clips as long as the processor time of a call, which does not grow with
     what other programs do, is expected to fit into `budget_s`.
+
+    What other programs take from a call is nothing of the step: the time is the least of all calls, that to warm up
+    among them, and at most that of fewer clips scaled up.
     """
     data = config.data
     encoder = build_encoder(config.model, config.data).to(device)
@@ -250,16 +263,20 @@ def _step(config: Config, views: int, batch: int, device: torch.device, budget_s
         clips, used = torch.rand(count, 3, data.frames, data.size, data.size, device=device), []
 
         def call() -> None:
-            began = time.process_time()
+            began = time.perf_counter(), time.process_time()
             step(clips)
-            used.append(time.process_time() - began)
+            used.append((time.perf_counter() - began[0], time.process_time() - began[1]))
 
-        return _repeat(call, budget_s / 4, warm_up=first), min(used) / count
+        _repeat(call, budget_s / 4, warm_up=first)
+        seconds, processor_s = map(min, zip(*used, strict=True))
+        return seconds, processor_s / count
 
     count = batch if device.type == "cuda" else min(2, batch)
     seconds, clip_s = measured(count, first=True)
     while count < batch and clip_s * (more := min(batch, 4 * count)) < budget_s:
+        most = seconds * more / count
         seconds, clip_s = measured(count := more, first=False)
+        seconds = min(seconds, most)
     return seconds, count
 
 

@@ -10,6 +10,7 @@ from cpr_fast.config import Config
 from cpr_fast.data.flow.estimate import estimate_flow
 from cpr_fast.data.flow.names import flow_command
 from cpr_fast.data.index.index import Index
+from cpr_fast.doctor.bottleneck import step_time
 from cpr_fast.doctor.findings import Finding
 from cpr_fast.runtime.busy import OtherPrograms
 from cpr_fast.runtime.progress import about
@@ -76,12 +77,14 @@ def _flow(index: Path, videos: Index, findings: list[Finding]) -> dict[str, Any]
 
 
 def _pretrain(train: Index, config: Config, breakdown: dict[str, Any], findings: list[Finding]) -> dict[str, Any]:
-    step_s = max(breakdown["stage_s_per_step"]["step"], breakdown["loader_s_per_step"])
+    step_s, part = step_time(breakdown)
     steps = max(1, len(train) // breakdown["batch_size"])
     epochs = sum(cycle.epochs for cycle in config.schedule.cycles)
     epoch_s, hours = steps * step_s, steps * step_s * epochs / 3600
     text = (f"pretraining takes {about(epoch_s)} per epoch of {counted(steps, 'step')} on this device, "
             f"{about(3600 * hours)} for the {counted(epochs, 'epoch')} of these settings")  # fmt: skip
+    if part:
+        text += f"; a step was measured{part}"
     if busy := breakdown["other_programs"]:
         text += f". {busy}"
     advice = ""

@@ -274,6 +274,14 @@ def test_the_network_alone_is_measured_without_the_videos():
     assert 0 < bottleneck.least_step_s(small, 2, 2, device=torch.device("cpu")) < 60
 
 
+def test_a_time_that_was_measured_on_some_clips_of_a_step_says_so(listed, monkeypatch, capsys):
+    measured = {"loader_s_per_step": 1.0, "stage_s_per_step": {"step": 2.0}, "other_programs": ""}
+    measured |= {"batch_size": 24, "step_measured_on_clips": 2}
+    monkeypatch.setattr("cpr_fast.doctor.bottleneck.breakdown", lambda *a, **k: measured)
+    assert main(["init", "index.csv"]) == 0
+    assert "about 40 min at 2 s per step, as measured now on 2 of its 24 clips\n" in capsys.readouterr().out
+
+
 def test_a_recipe_that_another_command_wrote_during_the_measurement_is_not_replaced(listed, monkeypatch, capsys):
     def meanwhile(*_arguments, **_options):
         Path("recipe.toml").write_text("by another command")

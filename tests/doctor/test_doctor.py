@@ -83,6 +83,30 @@ def test_a_step_is_measured_on_the_whole_batch_where_the_time_allows_it():
     assert bottleneck._step(config, 2, 24, CPU, 0.0)[1] == 2
 
 
+def test_a_call_that_other_programs_delay_does_not_count(monkeypatch):
+    """Of a few calls on a busy machine one takes many times as long as a step of the training."""
+    delays, work = iter([0.0, 100.0] * 100), bottleneck.build_encoder
+    late = [0.0]
+    clock = bottleneck.time.perf_counter
+
+    def slow_encoder(*arguments):
+        encoder = work(*arguments)
+        encoder.register_forward_hook(lambda *_: late.__setitem__(0, late[0] + next(delays)))
+        return encoder
+
+    monkeypatch.setattr(bottleneck, "build_encoder", slow_encoder)
+    monkeypatch.setattr(bottleneck.time, "perf_counter", lambda: clock() + late[0])
+    assert bottleneck._step(SMALL, 0, 2, CPU, 0.0)[0] < 100
+
+
+def test_a_step_that_was_measured_on_some_of_its_clips_says_so():
+    measured = {"batch_size": 24, "step_measured_on_clips": 2, "loader_s_per_step": 1.0}
+    assert bottleneck.step_time(measured | {"stage_s_per_step": {"step": 3.0}}) == (3.0, " on 2 of its 24 clips")
+    assert bottleneck.step_time(measured | {"stage_s_per_step": {"step": 0.5}}) == (1.0, "")  # the loader's batches
+    whole = measured | {"step_measured_on_clips": 24, "stage_s_per_step": {"step": 3.0}}
+    assert bottleneck.step_time(whole) == (3.0, "")
+
+
 def test_a_broken_data_set(good, capsys):
     root = good.parent / "set"
     (root / "train" / "a" / "v4.mp4").write_text("no video any more " * 50)

@@ -26,10 +26,12 @@ MARGIN = 0.9  # share of --minutes for training steps; the rest is for the start
 
 
 class Pace(NamedTuple):
-    """The measured time of a step in seconds, and the sentence about other programs, see `OtherPrograms`."""
+    """The measured time of a step in seconds, the sentence about other programs, see `OtherPrograms`, and on which part
+    of its clips it was measured, see `step_time`."""
 
     step_s: float
     busy: str = ""
+    part: str = ""
 
 
 def init(
@@ -200,7 +202,7 @@ def _summary(out: Path, facts: Facts, sized: Sized, pace: Pace | None) -> list[s
 
     config, time = sized.config, "; the time was not measured (--seconds 0)"
     if pace:
-        time = f": {about(sized.steps * pace.step_s)} at {_step_time(pace.step_s)} per step, as measured now"
+        time = f": {about(sized.steps * pace.step_s)} at {_step_time(pace.step_s)} per step, as measured now{pace.part}"
     lines = [
         f"{out}: {counted(facts.videos, 'training video')} of {counted(facts.sources, 'source')}",
         f"batch of {config.data.batch_size}, memory of {config.memory.size}, {counted(config.mining.stages, 'stage')}, "
@@ -284,10 +286,10 @@ def _pace(videos: Index, split: str, config: Config, device: str, seconds: float
     """Returns the measured time of a step: of the network or of the loader, whichever is slower."""
     import torch
 
-    from cpr_fast.doctor.bottleneck import breakdown
+    from cpr_fast.doctor.bottleneck import breakdown, step_time
 
     part = videos.select(split)
     views = tuple(dict.fromkeys(cycle.view for cycle in config.schedule.cycles))
     measured = breakdown(part, config, views, device=torch.device(device), seconds=seconds)
-    step_s = max(measured["loader_s_per_step"], measured["stage_s_per_step"]["step"])
-    return Pace(step_s, measured["other_programs"])
+    step_s, clips = step_time(measured)
+    return Pace(step_s, measured["other_programs"], clips)
