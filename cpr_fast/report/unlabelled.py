@@ -138,12 +138,12 @@ def signs(run: Run, compared: Compared | None = None) -> list[str]:
     else:
         why = "The videos have no labels, so retrieval cannot be measured"
     stopped = unfinished(run)
-    verdict = f"{why}; {'so far ' if stopped else ''}{found}."
+    said = f"{why}; {'so far ' if stopped else ''}{found}."
     if not run.retrieval:
-        verdict += " What would show it, the comparison with the untrained network, is missing; see the next line."
-    elif not stopped and (not learnt or doubtful):
-        verdict += f" {MORE_EPOCHS}"
-    return [verdict, *(text for text in (same, loss, neighbours, _rank(run)) if text)]
+        said += " What would show it, the comparison with the untrained network, is missing; see the next line."
+    if not stopped and (verdict(run) if not run.retrieval else not learnt or doubtful):
+        said += f" {MORE_EPOCHS}"
+    return [said, *(text for text in (same, loss, neighbours, _rank(run)) if text)]
 
 
 def same_video(run: Run) -> tuple[dict[str, str], str | None]:
