@@ -1,6 +1,7 @@
 """Which stream of a file is its video, and what probing reports about streams that are damaged or change."""
 
 import io
+import shutil
 
 import av
 import numpy as np
@@ -33,8 +34,9 @@ def decode_bytes(encoded: np.ndarray) -> np.ndarray:
 
 
 def test_every_reader_ignores_a_cover_picture(tmp_path):
-    truth = read_frames(write_plain(tmp_path / "plain.mp4"), range(20), "rgb", 20)
-    covered = with_cover(write_plain(tmp_path / "covered.mp4"))
+    plain = write_plain(tmp_path / "plain.mp4")
+    truth = read_frames(plain, range(20), "rgb", 20)
+    covered = with_cover(shutil.copyfile(plain, tmp_path / "covered.mp4"))  # x264 may encode differently a second time
     with av.open(str(covered)) as container:
         assert container.streams.video[0].width == 200  # FFmpeg's first video stream is the cover picture
     for decode in (True, False):
