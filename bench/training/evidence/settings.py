@@ -229,6 +229,32 @@ def keeps(config: Config, training_videos: int) -> list[tuple[int, ...]]:
     return found
 
 
+# Settings that came after the registration; their defaults compute what was computed before.
+LATER_SETTINGS = {
+    "model": {"args": {}, "pool": "auto", "mean": (), "std": ()},
+    "memory": {"final_ema_momentum": None},
+    "optim": {"schedule": "steps", "final_lr": 0.0, "warmup_epochs": 0.0, "betas": (0.9, 0.999), "eps": 1e-8,
+              "final_weight_decay": None, "decay_norms_and_biases": True, "clip_norm": 0.0},
+}  # fmt: skip
+LATER_OF_CYCLES = ("schedule", "final_lr", "warmup_epochs", "weight_decay", "final_weight_decay", "momentum",
+                   "ema_momentum", "final_ema_momentum")  # fmt: skip
+
+
+def _registered(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config as a dict without the later settings that have their defaults."""
+    kept = {name: dict(section) if isinstance(section, dict) else section for name, section in config.items()}
+    for section, settings in LATER_SETTINGS.items():
+        for key, default in settings.items():
+            value = kept[section][key]
+            if (tuple(value) if isinstance(value, list) else value) == default:
+                del kept[section][key]
+    kept["schedule"]["cycles"] = [
+        {key: value for key, value in cycle.items() if key not in LATER_OF_CYCLES or value is not None}
+        for cycle in kept["schedule"]["cycles"]
+    ]
+    return kept
+
+
 def settings_digest(base: Base, setting: str, data: str) -> str:
     """Returns what identifies the settings of a row: a digest of all that its result depends on but the seed.
 
@@ -237,5 +263,5 @@ def settings_digest(base: Base, setting: str, data: str) -> str:
     """
     paths = Path("index.csv"), Path()
     names = [start_of(setting)] + ([setting] if ALL[setting].mining is not None else [])
-    parts = [config_of(base, name, 0, *paths).to_dict() for name in names]
+    parts = [_registered(config_of(base, name, 0, *paths).to_dict()) for name in names]
     return hashlib.sha256(json.dumps([setting, data, parts], sort_keys=True).encode()).hexdigest()[:12]
