@@ -30,18 +30,27 @@ ROOT = Path(__file__).parents[4]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def killed_and_resumed(config, *death):
+    """Trains until the run is killed at the epoch and step of `death`, continues it, and returns its folder."""
+    with pytest.raises(Killed):
+        run(config, killed_at(*death))
+    run(config, resume=True)
+    return Path(config.run.out)
+
+
+def assert_same_run(straight, out):
+    assert_same(trained(straight), trained(out))
+    for kind in ("step", "epoch", "mined"):
+        assert rows(straight, kind) == rows(out, kind)
+
+
 # In the start-up fill, at the end of an epoch and of a cycle, while mining; with checkpoints at every step, every
 # second one (so that some steps are done twice) and only at the ends of epochs.
 @pytest.mark.parametrize(("every", "death"), [(1, (0, 1)), (0, (1, 0)), (2, (2, 0)), (2, (2, 2)), (1, (3, 2))])
 def test_resume_equals_straight_through(finished, tmp_path, every, death):
     out = tmp_path / "run"
-    config = settings(out, run={"out": str(out), "checkpoint_every": every})
-    with pytest.raises(Killed):
-        run(config, killed_at(*death))
-    run(config, resume=True)
-    assert_same(trained(finished), trained(out))
-    for kind in ("step", "epoch", "mined"):
-        assert rows(finished, kind) == rows(out, kind)
+    killed_and_resumed(settings(out, run={"out": str(out), "checkpoint_every": every}), *death)
+    assert_same_run(finished, out)
     (note,) = rows(out, "note")
     assert note["text"].startswith("resumed at step ")
 
@@ -55,16 +64,14 @@ def test_resume_after_the_end_does_nothing(finished, tmp_path):
 
 
 def test_optimiser_of_the_published_baseline_resumes(tmp_path):
-    straight, out = tmp_path / "straight", tmp_path / "run"
+    straight = tmp_path / "straight"
     sections = {
         "optim": {"name": "sgd", "lr": 0.01},
         "loss": {"protocol": "coclr"},
         "memory": {"size": 10, "shuffle_bn_groups": 2},
     }
     run(settings(straight, **sections))
-    with pytest.raises(Killed):
-        run(settings(out, **sections), killed_at(3, 1))
-    run(settings(out, **sections), resume=True)
+    out = killed_and_resumed(settings(tmp_path / "run", **sections), 3, 1)
     assert_same(trained(straight), trained(out))
 
 
@@ -77,13 +84,8 @@ def modern(tmp_path_factory):
 @pytest.mark.parametrize("death", [(0, 1), (1, 1), (2, 0), (2, 1), (3, 0), (3, 2)])
 def test_resume_within_warm_ups_and_cosines_equals_straight_through(modern, tmp_path, death):
     out = tmp_path / "run"
-    config = settings(out, **MODERN | {"run": {"out": str(out), "checkpoint_every": 1}})
-    with pytest.raises(Killed):
-        run(config, killed_at(*death))
-    run(config, resume=True)
-    assert_same(trained(modern), trained(out))
-    for kind in ("step", "epoch", "mined"):
-        assert rows(modern, kind) == rows(out, kind)
+    killed_and_resumed(settings(out, **MODERN | {"run": {"out": str(out), "checkpoint_every": 1}}), *death)
+    assert_same_run(modern, out)
 
 
 RGB, FLOW = {"view": "rgb", "epochs": 2, "mining": "none"}, {"view": "flow", "epochs": 2, "milestones": [1]}
