@@ -298,14 +298,16 @@ def _bar(items: Iterable[Item], report: _Report) -> Iterator[Item]:
                 yield from [Text(f"  {told}")] if told else []
 
     began = time.monotonic()
+    due = began + FIRST_LINE_S  # not after every item, because other programs are counted from a file
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
     with TwoLines(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(report.description, total=report.total, status="")
         for item in items:
             yield item
             report.forecast.add()
-            if time.monotonic() - began > FIRST_LINE_S:
+            if (now := time.monotonic()) > due:
                 report.tell_of_others()
+                due = now + LINE_INTERVAL_S
             bar.update(task, status=report.status() if report.status else "")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -13,6 +13,9 @@ from cpr_fast.commands.options import Flag, Json, required
 from cpr_fast.commands.output import about_unfinished, show
 from cpr_fast.config.recipes import retrieve_command
 from cpr_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from cpr_fast.report.run_folder.run import Run
 
 
 def report(
@@ -55,7 +58,8 @@ def report(
     out = out or runs[0] / "report.html"
     wanted = unlabelled or index is not None
     compared = similar = None
-    first = Run(runs[0])
+    loaded = [Run(folder) for folder in runs]
+    first = loaded[0]
     if wanted or first.unlabelled:
         announce("Comparing the videos by their stored features")
         compared = compare_videos(first, index)
@@ -68,16 +72,15 @@ def report(
     announce("Drawing the report")
     page = write_report(runs, out, similar=similar, compared=compared if index is None else None)
     result = {"report": str(page)} | ({} if similar is None else {"similar": str(similar)})
-    notes = [] if json else [*about_unfinished(runs), *_not_evaluated(runs)]
+    notes = [] if json else [*about_unfinished(runs), *_not_evaluated(loaded)]
     lines = [*(f"{name}: {file}" for name, file in result.items()), *notes]
     show(result, json, lines=lines, next_step=f"open {page} in a browser")
 
 
-def _not_evaluated(runs: Sequence[Path]) -> list[str]:
+def _not_evaluated(runs: Sequence[Run]) -> list[str]:
     """Returns a note for each finished run that has no evaluation by `cpr-fast retrieve`."""
-    from cpr_fast.report.run_folder.run import Run
     from cpr_fast.report.run_folder.unfinished import unfinished
 
-    loaded = [run for run in map(Run, runs) if not run.retrieval and not unfinished(run)]
+    found = [run for run in runs if not run.retrieval and not unfinished(run)]
     said = "no evaluation of this run has finished. To make it"
-    return [line for run in loaded for line in ("", f"note: {run.folder}: {said}: {run.evaluation_command}")]
+    return [line for run in found for line in ("", f"note: {run.folder}: {said}: {run.evaluation_command}")]
