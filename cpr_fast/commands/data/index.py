@@ -84,8 +84,6 @@ def index(
 
 def _require_values(out: Path, split: int, short_side: int, min_frames: int) -> None:
     require_suffix("--out", out, ".csv")
-    if out.is_dir():
-        raise InputError(f"--out: expected the name of a CSV file, got the folder {str(out)!r}")
     require_at_least("--split", 1, split)
     require_at_least("--short-side", 16, short_side)
     require_at_least("--min-frames", 0, min_frames)

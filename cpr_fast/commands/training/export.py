@@ -59,7 +59,7 @@ def _format(out: Path, to: Literal["safetensors", "onnx", "coclr", "cpr"] | None
     """Returns the format to write. Raises InputError if the suffix of the file is that of another format."""
     suffix = out.suffix.lower()
     formats = SUFFIXES.get(suffix, ())
-    if to is None and suffix in SUFFIXES and len(formats) > 1:
+    if to is None and len(formats) > 1:
         raise InputError(f"--to: expected {' or '.join(formats)} for the name {str(out)!r}, got none")
     to = to or (formats[0] if formats else "safetensors")
     if formats and to not in formats or not formats and suffix in KNOWN_SUFFIXES:
