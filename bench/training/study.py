@@ -11,7 +11,8 @@ there are neither run again nor replaced. SIGTERM and Ctrl-C stop it after a ste
 
 Before the first row of a set, trials with InfoNCE and UberNCE choose its base among the registered candidates; their
 rows go to study_trials.jsonl. Seeds from 100 on are trials, too: `--base` changes their base, and they may not mine.
-`--table` writes the tables of all rows into study.md, and the figures study.png and study_<set>.png beside it.
+`--table` writes the tables of all rows into study.md, the figures study.png and study_<set>.png beside it, and the
+claims into docs/evidence.md and README.md.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from evidence.settings import (
     chosen_base,
     settings_digest,
 )
+from evidence.summary import claim_summary
 from evidence.tables import (
     claim_table,
     draw,
@@ -55,6 +57,7 @@ from evidence.videos import SETS, description, prepare
 from measure import RESULTS, world, write_result
 
 OVERVIEW = "study.png"
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -128,24 +131,38 @@ def table(folder: Path) -> str:
     """Returns the tables of all rows, as Markdown; draws the figures into the folder."""
     rows, trials = read_rows(folder / ROWS), read_rows(folder / TRIALS)
     parts = [f"Registered rows that are there: {progress(rows, SETS, list(SETTINGS))}."]
-    by_set = {}
-    for name in SETS:
-        mine = [row for row in rows if row["set"] == name]
-        current = registered(name, mine, trials)
-        if not current:
-            continue
-        by_set[name] = current
+    by_set = registered_rows(rows, trials)
+    for name, current in by_set.items():
         draw(current, folder / f"study_{name}.png")
         parts += [f"### {name}", setting_table(current), claim_table(current, folder, name),
                   f"![PMR over epochs, and mAP of every seed](study_{name}.png)"]  # fmt: skip
-        if len(mine) > len(current):
-            parts.append(f"{len(mine) - len(current)} rows of other settings than the registered ones are left out.")
+        if others := sum(row["set"] == name for row in rows) - len(current):
+            parts.append(f"{others} rows of other settings than the registered ones are left out.")
     if by_set:
         draw_overview(by_set, folder / OVERVIEW)
         parts.insert(1, f"![mAP and PMR of every setting and set]({OVERVIEW})")
     if trials:
         parts += ["### Trials that chose the bases, InfoNCE and UberNCE alone", trial_table(trials)]
     return "\n\n".join(parts)
+
+
+def registered_rows(rows: list[dict[str, Any]], trials: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the rows of every set that has some, with the settings which its base gives now."""
+    found = {name: registered(name, [row for row in rows if row["set"] == name], trials) for name in SETS}
+    return {name: mine for name, mine in found.items() if mine}
+
+
+def write_tables(folder: Path) -> None:
+    """Writes the tables into study.md of the folder, if it is there, and those of the committed rows into the pages."""
+    text, page = table(folder), folder / "study.md"
+    print(text)
+    if page.exists():
+        write_result("study.md", replace_results(page.read_text(), text, "study.py"), folder)
+    if folder == RESULTS:
+        by_set = registered_rows(read_rows(folder / ROWS), read_rows(folder / TRIALS))
+        for place, name, headlines in ((REPOSITORY / "docs", "evidence.md", False), (REPOSITORY, "README.md", True)):
+            summary = claim_summary(by_set, folder, headlines=headlines)
+            write_result(name, replace_results((place / name).read_text(), summary, "study.py"), place)
 
 
 def registered(name: str, rows: list[dict[str, Any]], trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -183,10 +200,7 @@ def main() -> None:
     check(parser, args)
     torch.set_num_threads(args.threads)
     if args.table:
-        text, page = table(args.results), args.results / "study.md"
-        print(text)
-        if page.exists():
-            write_result("study.md", replace_results(page.read_text(), text, "study.py"), args.results)
+        write_tables(args.results)
         return
     args.results.mkdir(parents=True, exist_ok=True)
     with continued_by_the_same_command():

@@ -282,6 +282,16 @@ def test_the_stored_rows_have_the_settings_of_today(parts):
         assert row["settings"] == digest, (row["set"], row["setting"], row["seed"])
 
 
+@pytest.mark.parametrize(("page", "headlines"), [("README.md", True), ("docs/evidence.md", False)])
+def test_the_pages_have_the_claims_of_the_stored_rows(study, page, headlines):
+    by_set = study.registered_rows(*(study.read_rows(study.RESULTS / name) for name in (study.ROWS, study.TRIALS)))
+    text = (ROOT / page).read_text()
+    assert text == study.replace_results(
+        text, study.claim_summary(by_set, study.RESULTS, headlines=headlines), "study.py"
+    )
+    assert "| 3. mAP, CoCLR > InfoNCE | " in text and "-0.7 (-0.9 to -0.4), **refuted** |" in text
+
+
 @pytest.fixture(scope="module")
 def tiny_index(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")

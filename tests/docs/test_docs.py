@@ -21,7 +21,8 @@ from cpr_fast.data.synthetic import videos as synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
-    ROOT / "docs" / f"{name}.md" for name in ("data", "methods", "fidelity", "evaluation", "kernels", "architecture")
+    ROOT / "docs" / f"{name}.md"
+    for name in ("data", "methods", "fidelity", "evaluation", "evidence", "kernels", "architecture")
 ]
 
 

@@ -68,6 +68,18 @@ CLAIMS = (
     *(_pair(f"better mining: mAP, {setting.replace('_', ' ')} > CPR n = 7", setting, "cpr_n7") for setting in BETTER),
 )
 
+# What the README shows of them.
+HEADLINES = (
+    PRIMARY.text,
+    "1. mAP rises with n",
+    "1. PMR rises with n, RGB queries",
+    "1. PMR rises with n, flow queries",
+    "3. mAP, UberNCE > CPR n = 7",
+    "3. mAP, CoCLR > InfoNCE",
+    "3. mAP, CPR n = 7 > InfoNCE",
+    "3. R@1, CPR n = 7 > InfoNCE",
+)
+
 
 def judge(claim: Claim, rows: dict[tuple[str, int], dict[str, Any]], folder: Path, name: str) -> dict[str, Any] | None:
     """Returns the test of a claim on a set.

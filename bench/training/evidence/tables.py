@@ -11,17 +11,24 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 from cpr_fast.evaluate.features.intervals import seed_interval
 
 from .claims import CLAIMS, judge
 from .rows import WORLD, marked
 from .settings import ALL, SEEDS, SETTINGS
+from .videos import TITLES
 
 BEGIN, END = "<!-- written by {} --table -->", "<!-- end -->"
 NAMES = {
     "start": "start (InfoNCE)", "untrained": "untrained", "infonce": "InfoNCE, continued", "coclr": "CoCLR (n = 1)",
     "cpr_n3": "CPR n = 3", "cpr_n5": "CPR n = 5", "cpr_n7": "CPR n = 7", "ubernce": "UberNCE (labels)",
+    "cpr_n3_r.3": "CPR n = 3, r = .3", "cpr_n3_r.8": "CPR n = 3, r = .8", "cpr_n7_r.8": "CPR n = 7, r = .8",
+    "cpr_n7_query_anchor": "CPR n = 7, anchor f_q", "cpr_n7_coclr_protocol": "CPR n = 7, protocol of the code",
+    "infonce_memory_x2": "InfoNCE, K = 1,024", "coclr_memory_x2": "CoCLR, K = 1,024",
+    "cpr_n7_memory_x2": "CPR n = 7, K = 1,024", "iic_start": "start (IIC)", "iic": "IIC, continued",
+    "iic_cpr_fixed": "IIC + CPR n = 5, top-5", "iic_cpr_progressive": "IIC + CPR n = 5, top-1 to top-5",
 }  # fmt: skip
 COLUMNS = ("map", "r@1", "r@5", "r@10", "probe")
 
@@ -152,22 +159,29 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def draw_overview(by_set: dict[str, Sequence[Row]], path: Path) -> None:
     """Draws two-stream mAP and the PMR of the last epoch of the main table's settings, a column for each set: every
     seed, the mean, and the 95 % interval over seeds (Student's t)."""
-    figure, axes = plt.subplots(2, len(by_set), figsize=(4.2 * len(by_set), 6), squeeze=False, constrained_layout=True)
+    figure, axes = plt.subplots(2, len(by_set), figsize=(4.2 * len(by_set), 6), squeeze=False, sharex=True,
+                                constrained_layout=True)  # fmt: skip
+    labels = [NAMES[setting].split(" (")[0].split(",")[0] for setting in SETTINGS]
     for column, (name, rows) in enumerate(by_set.items()):
         for position, setting in enumerate(SETTINGS):
             mine = [row for row in rows if row["setting"] == setting]
-            quality = [[row["mining"][view]["pmr"][-1] for row in mine if "mining" in row] for view in ("rgb", "flow")]
-            _with_interval(axes[0, column], position, [row["views"][together(row)]["map"] for row in mine], "C0")
+            quality = [[100 * row["mining"][view]["pmr"][-1] for row in mine if "mining" in row]
+                       for view in ("rgb", "flow")]  # fmt: skip
+            _with_interval(axes[0, column], position, [100 * row["views"][together(row)]["map"] for row in mine], "C0")
             for values, shift, colour in zip(quality, (-0.15, 0.15), ("C1", "C2"), strict=True):
                 _with_interval(axes[1, column], position + shift, values, colour)
         seeds = len({row["seed"] for row in rows})
-        axes[0, column].set(title=f"{name} ({seeds} of {len(SEEDS)} seeds)", ylim=(0, None))
+        axes[0, column].set(title=f"{TITLES[name]}, {seeds} seeds", ylim=(0, None))
         axes[1, column].set(ylim=(0, None))
         for axis in axes[:, column]:
-            axis.set_xticks(range(len(SETTINGS)), list(SETTINGS), rotation=60, fontsize=8)
+            axis.set_xticks(range(len(SETTINGS)), labels, rotation=60, fontsize=9)
+            axis.grid(axis="y", alpha=0.3)
             axis.set_xlim(-0.6, len(SETTINGS) - 0.4)
-    axes[0, 0].set_ylabel("mAP of both views")
-    axes[1, 0].set_ylabel("PMR, RGB (left) and flow queries")
+    axes[0, 0].set_ylabel("two-stream mAP, %")
+    axes[1, 0].set_ylabel("PMR of the last epoch, %")
+    axes[1, 0].legend(handles=[Line2D([], [], color=colour, label=label)
+                               for colour, label in (("C1", "RGB queries"), ("C2", "flow queries"))],
+                      loc="upper left", fontsize=9)  # fmt: skip
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

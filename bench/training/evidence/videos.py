@@ -25,6 +25,7 @@ from cpr_fast.experiments.quickstart import VIDEOS
 # size: it costs time by the pixel, and clips are smaller still.
 REAL = {"jhmdb": ("jhmdb", 72), "shrec17": ("shrec17_depth", 48), "ucf101": ("ucf101_100", 72)}
 SETS = ("synthetic", "jhmdb", "shrec17")  # of the study; the 100 clips of UCF101 are only a target of transfer.py
+TITLES = {"synthetic": "synthetic", "jhmdb": "JHMDB", "shrec17": "SHREC'17"}
 
 
 def prepare(name: str, folder: Path, *, progress: bool = False) -> Path:
