@@ -26,7 +26,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from evidence.settings import registered
 from measure import RESULTS, cpu_variants, force_variant, world, write_result
 
 from cpr_fast.config import Config
@@ -40,8 +42,11 @@ PIXELS = ("single_frame", "mean_colour", "mean_flow")
 
 
 def settings() -> dict[str, Any]:
-    """Returns what identifies the settings of a row: the videos, and the digest of quickstart.toml without comments."""
-    config = module.quickstart_config(Path("index.csv"), Path("run"), 0).to_dict()
+    """Returns what identifies the settings of a row: the videos, and the digest of quickstart.toml without comments.
+
+    Settings that the config has got since do not change the digest, as long as they have their defaults.
+    """
+    config = registered(module.quickstart_config(Path("index.csv"), Path("run"), 0).to_dict())
     return {**module.VIDEOS, "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]}
 
 

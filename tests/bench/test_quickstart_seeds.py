@@ -69,3 +69,10 @@ def test_finished_rows_are_neither_run_again_nor_replaced(script, monkeypatch, t
     said = capsys.readouterr().out
     assert "| 1 | 0.900 | 0.700 | 0.800 | 0.600 | 0.500 | 0.200 | 0.400 | 300 |" in said
     assert "2 x untrained: 1 of 2 seeds" in said and "mAP above the start: 2 of 2 seeds" in said
+
+
+def test_the_stored_rows_have_the_settings_of_today(script):
+    """Otherwise the seeds would be run again: settings that come later must not change the digest."""
+    today = script.settings()
+    current = [each for each in script.stored(script.RESULTS) if (each.get("settings") or {}).get("version") == 5]
+    assert len(current) >= 8 and all(each["settings"] == today for each in current)
