@@ -12,9 +12,11 @@ takes about six minutes on two idle cores.
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import os
 import sys
+import tempfile
 import time
 from itertools import product
 from pathlib import Path
@@ -30,8 +32,14 @@ from forms import ALL_SHAPES, CPU_SHAPES, Unavailable
 from measure import RESULTS, Rates, measure_rates, peak_mib, samples_s, summary, world, write_result
 from page import write_page
 
-# What makes the kernels, torch and oneDNN use AVX2. On AMD processors MKL does not use AVX-512 in any case.
-AVX2 = {"CPR_FAST_CPU_VARIANT": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+# What makes the kernels, torch and oneDNN use AVX2; on AMD processors MKL does not use AVX-512 in any case. A cache of
+# torch.compile of its own, because code that was cached for other instructions writes past the end of its buffers.
+AVX2 = {
+    "CPR_FAST_CPU_VARIANT": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_avx2"),
+}
 
 OPS = (cascade_forms, loss_forms)
 SWEEP_B = 32
