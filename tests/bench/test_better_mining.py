@@ -116,8 +116,9 @@ def test_without_a_change_a_run_is_the_papers(tmp_path):
     small_runs.assert_same(small_runs.everything(paper), small_runs.everything(same))
 
 
-def test_backbone_features_are_the_keys_of_a_head_that_only_normalises(tmp_path):
-    sections = {"model": {"head": "unit", "feature_dim": 32}}
+@pytest.mark.parametrize("groups", [1, 2])
+def test_backbone_features_are_the_keys_of_a_head_that_only_normalises(tmp_path, groups):
+    sections = {"model": {"head": "unit", "feature_dim": 32}, "memory": {"size": 10, "shuffle_bn_groups": groups}}
     paper, same = run(tmp_path / "paper", **sections), run(tmp_path / "same", ways.BackboneFeatures(), **sections)
     small_runs.assert_same(small_runs.everything(paper), small_runs.everything(same))
 

@@ -24,7 +24,9 @@ from cpr_fast.data.index.index import Index
 from cpr_fast.ops import cascade_select
 from cpr_fast.pretrain.state.cascade import Cascade
 from cpr_fast.pretrain.state.cycle import CycleState
+from cpr_fast.pretrain.state.encoders import SHUFFLE_STREAM
 from cpr_fast.pretrain.state.memory import Memory
+from cpr_fast.pretrain.state.schedule import generator
 from cpr_fast.pretrain.step import step as training_step
 from cpr_fast.pretrain.step.contrast import contrast
 
@@ -96,12 +98,31 @@ class BackboneFeatures(_Beside):
         super().start()
         encoders = self.state.encoders
         self.pooled: list[Tensor] = [torch.empty(0)] * 2
-        for view, encoder in enumerate((encoders.key, encoders.other)):
-            encoder.head.register_forward_pre_hook(partial(self._keep, view))
+        self.parts: list[Tensor] = []  # of one call, one for each BatchNorm group
+        for encoder in (encoders.key, encoders.other):
+            encoder.head.register_forward_pre_hook(self._keep)
+        encoders.encode_keys = partial(self._encode_keys, encoders.encode_keys)
+        encoders.encode_other = partial(self._encode_other, encoders.encode_other)
         self.entries = torch.zeros(2, self.state.memory.size, encoders.key.backbone.out_channels)
 
-    def _keep(self, view: int, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.pooled[view] = F.normalize(inputs[0].detach().float(), dim=1)
+    def _keep(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.parts.append(F.normalize(inputs[0].detach().float(), dim=1))
+
+    def _encode_keys(self, original: Any, clips: Tensor, step: int) -> Tensor:
+        self.parts = []
+        keys, encoders = original(clips, step), self.state.encoders
+        shuffled = torch.cat(self.parts)
+        if encoders.groups > 1:  # `Encoders.encode_keys` assigns the clips to the groups in this order
+            order = torch.from_numpy(generator(encoders.seed, SHUFFLE_STREAM, step).permutation(len(shuffled)))
+            shuffled = torch.empty_like(shuffled).index_copy_(0, order, shuffled)
+        self.pooled[0] = shuffled
+        return keys
+
+    def _encode_other(self, original: Any, clips: Tensor) -> Tensor:
+        self.parts = []
+        keys = original(clips)
+        self.pooled[1] = torch.cat(self.parts)
+        return keys
 
     def write(self, slots: Tensor, keys: Tensor, video: Tensor) -> None:
         self.entries[:, slots] = torch.stack(self.pooled)
