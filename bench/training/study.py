@@ -1,7 +1,7 @@
 """Runs the registered study of what the paper claims. bench/results/study.md is its protocol and holds its results.
 
     python bench/training/study.py WORK [--sets synthetic …] [--seeds 0 …] [--settings start untrained …]
-    python bench/training/study.py WORK --later | --better [--sets synthetic …] [--seeds 0 …]
+    python bench/training/study.py WORK --later | --better | --reasons [--sets synthetic …] [--seeds 0 …]
     python bench/training/study.py WORK --sets jhmdb --seeds 100 --settings start infonce ubernce --base size=32
     python bench/training/study.py --table
 
@@ -35,6 +35,7 @@ from evidence.settings import (
     BETTER,
     CANDIDATES,
     LATER,
+    REASONS,
     SEEDS,
     SETTINGS,
     TRIAL,
@@ -191,6 +192,7 @@ def main() -> None:
     which.add_argument("--settings", nargs="+", choices=list(ALL), help="default: those of the main table")
     which.add_argument("--later", action="store_const", dest="settings", const=list(LATER), help="the other claims")
     which.add_argument("--better", action="store_const", dest="settings", const=list(BETTER), help="other ways to mine")
+    which.add_argument("--reasons", action="store_const", dest="settings", const=list(REASONS), help="why CoCLR fails")
     parser.add_argument("--base", nargs="+", default=[], metavar="FIELD=VALUE", help="of a trial")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of study.jsonl")

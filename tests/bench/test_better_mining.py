@@ -129,6 +129,25 @@ def test_backbone_features_of_another_head_mine_otherwise(tmp_path):
         small_runs.assert_same(small_runs.trained(paper), small_runs.trained(other))
 
 
+def test_only_entries_of_the_querys_class_are_left_of_what_is_mined(tmp_path):
+    counts = []
+
+    class Checked(ways.OnlyRight):
+        def mine(self, anchors, memory, source, cascade):
+            found, all_mined = (
+                super().mine(anchors, memory, source, cascade),
+                ways.Way.mine(self, anchors, memory, source, cascade),
+            )
+            for label, left, row in zip(self.label.tolist(), found.tolist(), all_mined.tolist(), strict=True):
+                right = [slot for slot in row if slot >= 0 and memory.label[slot] == label]
+                assert left == right + [-1] * (len(row) - len(right))
+                counts.append((len(right), len(row)))
+            return found
+
+    run(tmp_path / "run", Checked())
+    assert 0 < sum(right for right, _ in counts) < sum(all_mined for _, all_mined in counts)
+
+
 def test_past_views_are_averages_of_all_keys_of_a_video(tmp_path):
     averages, compared = {}, []
 

@@ -1,4 +1,5 @@
-"""Ways to mine that the paper does not have, to be compared with its cascade. bench/results/study.md registers them.
+"""Ways to mine that the paper does not have, to be compared with its cascade, and one that looks at the labels, to find
+out why a way fails. bench/results/study.md registers them.
 
 Each is in force within a `with` block, in which it replaces one function of the training step; the trainer itself knows
 none of them. They need one process, a queue, and optim.accumulate = 1. Letters: B queries, K slots of the memory,
@@ -39,6 +40,7 @@ class Way:
     state: CycleState
     original: Any  # the trainer's own step with a queue
     video: Tensor  # [B], of the current queries
+    label: Tensor  # [B], of the current queries
     step: int
 
     def start(self) -> None:
@@ -55,7 +57,7 @@ class Way:
         return cascade_select(anchors, entries, views, keep, query_ids=source, memory_ids=memory.source)[0]
 
     def queue_step(self, original: Any, state: CycleState, batch: Any, step: int) -> Any:
-        self.original, self.video, self.step = original, batch.video, step
+        self.original, self.video, self.label, self.step = original, batch.video, batch.label, step
         if state.cascades and state is not getattr(self, "state", None):
             self.state = state
             self.start()
@@ -191,6 +193,17 @@ def kept(mined: Tensor, chosen: Tensor) -> Tensor:
     return slots.gather(1, (~chosen).int().argsort(dim=1, stable=True))
 
 
+class OnlyRight(Way):
+    """Keeps the mined entries that have the query's class: what mining would be worth if its mistakes were left out.
+
+    It needs labels and is no method. The other mined entries are negatives, as for a query that did not mine them.
+    """
+
+    def mine(self, anchors: Tensor, memory: Memory, source: Tensor, cascade: Cascade) -> Tensor:
+        mined = super().mine(anchors, memory, source, cascade)
+        return kept(mined, (mined >= 0) & (memory.label[mined.clamp(min=0)] == self.label[:, None]))
+
+
 class SiblingsAgree(Way):
     """Mines 4 P entries for the query and for each sibling in the memory, and keeps the first P entries of the query's
     that at least half of the siblings mine too; all of them count for a query without siblings."""
@@ -272,5 +285,5 @@ def _videos(state: CycleState) -> Index:
 
 WAYS = {
     "backbone": BackboneFeatures, "past_views": PastViews, "mutual": Mutual, "siblings": SiblingsAgree,
-    "confidence": Confidence, "warm_start": WarmStart,
+    "confidence": Confidence, "warm_start": WarmStart, "only_right": OnlyRight,
 }  # fmt: skip

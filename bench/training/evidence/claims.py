@@ -65,6 +65,10 @@ CLAIMS = (
         "mAP, CPR's lead over CoCLR grows with the memory",
         {"cpr_n7_memory_x2": 1.0, "coclr_memory_x2": -1.0, "cpr_n7": -1.0, "coclr": 1.0},
     ),
+    _pair("reason: mAP, CoCLR without its wrong positives > InfoNCE", "coclr_only_right", "infonce"),
+    _pair("reason: mAP, CoCLR without its wrong positives > CoCLR", "coclr_only_right", "coclr"),
+    _pair("reason: mAP, CoCLR with a warm start > CoCLR", "coclr_warm_start", "coclr"),
+    _pair("reason: mAP, CoCLR with a warm start > InfoNCE", "coclr_warm_start", "infonce", two_sided=True),
     *(_pair(f"better mining: mAP, {setting.replace('_', ' ')} > CPR n = 7", setting, "cpr_n7") for setting in BETTER),
 )
 

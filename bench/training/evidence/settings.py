@@ -125,7 +125,12 @@ BETTER: dict[str, Setting] = {
     "warm_start": _cpr(7, way="warm_start"),
     "short_cycles": _cpr(7, rounds=2),
 }
-ALL = SETTINGS | LATER | BETTER
+# Why CoCLR is worse than InfoNCE where it was found to be: its wrong positives, or the steps in which its memory fills.
+REASONS: dict[str, Setting] = {
+    "coclr_only_right": _cpr(1, way="only_right"),
+    "coclr_warm_start": _cpr(1, way="warm_start"),
+}
+ALL = SETTINGS | LATER | BETTER | REASONS
 
 
 def passes(trial: dict[str, float]) -> bool:

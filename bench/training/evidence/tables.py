@@ -28,6 +28,7 @@ NAMES = {
     "cpr_n7_query_anchor": "CPR n = 7, anchor f_q", "cpr_n7_coclr_protocol": "CPR n = 7, protocol of the code",
     "infonce_memory_x2": "InfoNCE, K = 1,024", "coclr_memory_x2": "CoCLR, K = 1,024",
     "cpr_n7_memory_x2": "CPR n = 7, K = 1,024", "iic_start": "start (IIC)", "iic": "IIC, continued",
+    "coclr_only_right": "CoCLR, wrong positives left out", "coclr_warm_start": "CoCLR, warm start",
     "iic_cpr_fixed": "IIC + CPR n = 5, top-5", "iic_cpr_progressive": "IIC + CPR n = 5, top-1 to top-5",
 }  # fmt: skip
 COLUMNS = ("map", "r@1", "r@5", "r@10", "probe")
