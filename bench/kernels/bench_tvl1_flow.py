@@ -2,7 +2,8 @@
 
     python bench/kernels/bench_tvl1_flow.py [--clips 8] [--repeats 3]
 
-Reads UCF101 videos from $CPR_FAST_SHARED/data/ucf101_100 (default ../shared); writes bench/results/tvl1_flow_cpu.json.
+Reads videos of UCF101, JHMDB and SHREC'17 from $CPR_FAST_SHARED/data (default ../shared), at the size in which the
+latter two are stored there; writes bench/results/tvl1_flow_cpu.json.
 It measures CPU time instead of wall time, because the machine may be shared. OpenCV does not report its number of
 iterations, so both times are divided by ours; tests/ops/test_tvl1_flow.py checks that the flow is OpenCV's.
 """
@@ -26,7 +27,12 @@ from support import real_clips
 
 from cpr_fast.ops import tvl1_flow
 
-SIZES = ((340, 256), (160, 120))
+CLIPS = (  # set, width and height, first frame
+    ("ucf101_100", (340, 256), 20),
+    ("ucf101_100", (160, 120), 20),
+    ("jhmdb", (192, 144), 5),
+    ("shrec17_depth", (112, 112), 10),
+)
 MOVING_PX = 0.5  # a pixel counts as moving from this length of OpenCV's flow on
 DEFAULTS = (0.25, 0.15, 0.3, 5, 0.8, 5, 0.01, 30, 10, 5)
 
@@ -74,8 +80,8 @@ def main() -> None:
     cv2.setNumThreads(1)
     about = world("cpu")
     rows = []
-    for width, height in SIZES:
-        clips = real_clips.read_gray(options.clips, 3, (width, height))
+    for name, size, first in CLIPS:
+        clips = real_clips.read_gray(options.clips, 3, size, name, first)
         _, pixel_iterations = torch.ops.cpr_fast.tvl1_flow(clips, *DEFAULTS)
         for variant in cpu_variants():
             force_variant(variant)
@@ -84,6 +90,7 @@ def main() -> None:
             rows.append(
                 {
                     "op": "tvl1_flow",
+                    "set": name,
                     "shape": [*clips.shape],
                     "variant": variant,
                     "ns_per_pixel_iteration": round(own_s / total * 1e9, 3),
