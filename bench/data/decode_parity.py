@@ -38,7 +38,7 @@ def videos(folder: Path, clips: int):
             print(f"{codec}: FFmpeg has no encoder", file=sys.stderr)
         else:
             yield f"synthetic {codec}", path
-    avi = sorted(real_clips.UCF101.glob("*/*.avi"))
+    avi = sorted((real_clips.ROOT / "ucf101_100").glob("*/*.avi"))
     for path in avi[:: max(1, len(avi) // clips)][:clips]:
         yield f"UCF101 {path.stem}", path
     for name in ("eat.mkv", "h264_10bits.mp4", "mmaction2_test.avi"):

@@ -38,7 +38,7 @@ def anonymous_mib() -> float:
 
 def link_videos(folder: Path, count: int) -> None:
     """Makes links FOLDER/<class>/<video> to some clips."""
-    for clip in sorted(real_clips.UCF101.glob("*/*.avi"))[:count]:
+    for clip in sorted((real_clips.ROOT / "ucf101_100").glob("*/*.avi"))[:count]:
         (folder / clip.parent.name).mkdir(parents=True, exist_ok=True)
         (folder / clip.parent.name / clip.name).symlink_to(clip)
 
