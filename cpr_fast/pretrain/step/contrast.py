@@ -15,6 +15,7 @@ from torch import Tensor
 from cpr_fast.config import Config, Cycle
 from cpr_fast.ops import mil_nce
 from cpr_fast.pretrain.state.memory import EMPTY, Memory
+from cpr_fast.pretrain.state.schedule import to_device
 from cpr_fast.pretrain.step.ids import IdMeaning
 from cpr_fast.runtime import distributed
 
@@ -33,10 +34,13 @@ class Ids:
 
     @classmethod
     def of(cls, batch: Batch, *clips: int) -> Ids:
-        """Returns the ids of the clips with these numbers of every video of this rank, video by video."""
-        columns = (batch.source, batch.video, batch.label)
-        repeated = [column.repeat_interleave(len(clips)) if len(clips) > 1 else column for column in columns]
-        return cls(*repeated, batch.start[:, list(clips)].flatten())
+        """Returns the ids of the clips with these numbers of every video of this rank, video by video.
+
+        They are on the device of the clips; the loader leaves ids on the host.
+        """
+        columns = torch.stack([batch.source, batch.video, batch.label], dim=1)
+        columns = torch.stack([*columns.repeat_interleave(len(clips), 0).T, batch.start[:, list(clips)].flatten()])
+        return cls(*to_device(columns, next(iter(batch.clips.values())).device))
 
     def __getitem__(self, rows: slice) -> Ids:
         return Ids(self.source[rows], self.video[rows], self.label[rows], self.start[rows])
