@@ -66,7 +66,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
         place = f"after step {tensors['steps']}, {tensors['differing']:,} of {tensors['values']:,} tensors and numbers"
         lines.append(f"checkpoints: {place} differ; the first is {tensors['name']}: {tensors['text']}")
     elif result["checkpoints"]:
-        lines.append(f"checkpoints: equal in {counted(result['checkpoints'], 'step')} of which both runs hold one")
+        lines.append(f"checkpoints: equal, {counted(result['checkpoints'], 'pair')} of the same step")
     else:
         lines.append("checkpoints: none of the same step in both runs")
     return lines
