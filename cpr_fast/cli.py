@@ -43,6 +43,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "recipes": ("training", "List the recipes that come with the package."),
         "explain": ("training", "Print what a recipe does, and where it deviates from the paper."),
         "pretrain": ("training", "Pretrain encoders: InfoNCE, CoCLR, CPR, IIC without labels; UberNCE with them."),
+        "verify": ("reproduction", "Replay steps of a run, and compare them with its ledger bit for bit."),
+        "diff": ("reproduction", "Say where two runs part: the first step and the first tensor that differ."),
         "reproduce": ("training", "Train and evaluate the rows of a table of the CPR paper."),
         "import-checkpoint": ("training", "Convert a published checkpoint (CoCLR, CPR, IIC, MIL-NCE)."),
         "export": ("training", "Write a checkpoint's encoders as safetensors, ONNX or a CoCLR checkpoint."),

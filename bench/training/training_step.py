@@ -74,7 +74,7 @@ def make_batch(options: argparse.Namespace) -> SimpleNamespace:
     video = torch.randperm(VIDEOS, generator=draw)[:B].to(device)
     clips = {view: torch.randn(shape, generator=draw).to(device) for view in ("rgb", "flow")}
     first = torch.zeros(B, 2, dtype=torch.int64, device=device)
-    return SimpleNamespace(clips=clips, video=video, source=video // 2, label=video % 8, start=first)
+    return SimpleNamespace(clips=clips, video=video, source=video // 2, label=video % 8, start=first, plan=video)
 
 
 @contextmanager

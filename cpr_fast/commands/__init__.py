@@ -1,4 +1,5 @@
-"""The commands of the command line, one file for each: `data`, `training` and `evaluation`.
+"""The commands of the command line, one file for each: `data`, `training`, `reproduction` and
+`evaluation`.
 
 The modules of this folder itself are shared by all commands: checks of input files, types of options, printed output.
 

@@ -254,6 +254,8 @@ INPUTS: dict[str, dict[str, Check]] = {
     "show-sample": {"INDEX": FILE, "--config": FILE, "--out": OUTPUT},
     "init": {"INDEX": FILE, "--out": OUTPUT},
     "reproduce": {"--index": FILE, "--settings": FILE, "--hmdb51": FILE, "--k400": FILE, "--out": OUTPUT},
+    "verify": {"RUN": require_runs, "--index": FILE},
+    "diff": {"RUNS": require_runs},
     "import-checkpoint": {"FILE": FILE, "--out": OUTPUT},
     "export": {"CHECKPOINT": FILE, "--out": OUTPUT},
     "retrieve": {"CHECKPOINT": require_checkpoints, "--index": require_indexes},

@@ -54,13 +54,17 @@ def retrieve_command(run: str | Path, index: str | Path, *, published: bool = Fa
     return f"cpr-fast retrieve {checkpoint} --index {shlex.quote(str(index))}" + ("" if published else " --clips 5")
 
 
+def program(processes: int) -> str:
+    """Returns how a command begins that this number of processes of one machine run together."""
+    return "cpr-fast" if processes == 1 else f"torchrun --nproc-per-node {processes} -m cpr_fast"
+
+
 def resume_command(run: str | Path, *, option: str = "--resume", processes: int = 1) -> str:
     """Returns the command that continues a run with the settings in its config.json. It names the run folder by its
     absolute path, so it works from any folder, and after the run folder was moved."""
-    program = "cpr-fast" if processes == 1 else f"torchrun --nproc-per-node {processes} -m cpr_fast"
     folder = os.path.abspath(run)
     settings = os.path.join(folder, "config.json")
-    return f"{program} pretrain {shlex.quote(settings)} --run.out {shlex.quote(folder)} {option}"
+    return f"{program(processes)} pretrain {shlex.quote(settings)} --run.out {shlex.quote(folder)} {option}"
 
 
 def find_config(name: str | Path) -> Path:

@@ -98,6 +98,19 @@ def test_a_step_with_the_operators_is_one_with_their_references(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_ledger_of_a_run_is_small(tmp_path):
+    """The exit status also depends on the times, which say nothing on a busy machine."""
+    command = [sys.executable, "bench/training/ledger.py", "--device", "cpu", "--seconds", "0", "--steps", "100"]
+    environment = os.environ | {"OUT": str(tmp_path)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=300)
+    report = json.loads((tmp_path / "ledger.json").read_text())
+    assert 100 * 150 < report["bytes"] < 100 * 1000
+    for row in report["shapes"].values():
+        assert row["share"] > 0 and all(of["time_ms"] > 0 for of in row["parts"].values())
+    assert f"**{report['bytes'] / 1000:.0f} kB per 100 steps**" in (tmp_path / "ledger.md").read_text()
+
+
+@pytest.mark.slow
 def test_the_loader_beside_other_decoders(tmp_path):
     """Every form returns the requested clips; a peer that is not installed is reported as such."""
     pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")

@@ -38,6 +38,7 @@ ORDER = (
     "evaluate.classify",
     "pretrain.state",
     "pretrain.step",
+    "pretrain.ledger",
     "pretrain.run",
     "report.figures",
     "report.run_folder",

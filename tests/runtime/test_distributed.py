@@ -17,6 +17,7 @@ from support.small_runs import MODERN, assert_same, everything, rows, settings, 
 from support.stand_in_loader import RandomLoader, make_index
 
 from cpr_fast.config import Config
+from cpr_fast.pretrain.ledger.chain import read_ledger
 from cpr_fast.pretrain.run.loop import pretrain
 from cpr_fast.runtime.metrics import read_metrics
 from cpr_fast.weights.checkpoint import load_checkpoint
@@ -27,7 +28,7 @@ VIDEOS = 96  # three steps of 32
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # The argument is a config. PLAN: {"die": step} kills the second worker once, at that step; {"sleep": step} lets it
-# sleep for 3 s.
+# sleep for 3 s; {"pixel": step} changes a pixel there. {"verify": step} replays a finished run from that step on.
 WORKER = f"""
 import json, os, signal, sys, time
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
@@ -49,7 +50,18 @@ class Loader(RandomLoader):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.rank == 1 and step == plan.get("sleep"):
                 time.sleep(3)
+            if self.rank == 1 and step == plan.get("pixel"):
+                batch.clips[self.views[0]][3, 0, 0, 0, 0, 0] += 1
             yield batch
+if "verify" in plan:
+    from pathlib import Path
+    from cpr_fast.experiments.replay import replay
+    config = Config.from_dict(json.loads(sys.argv[1]))
+    result = replay(Path(config.run.out), first=plan["verify"], videos=make_index({VIDEOS}), make_loader=Loader)
+    if distributed.is_main():
+        Path(sys.argv[0]).with_name("result.json").write_text(json.dumps(result))
+    distributed.finish()
+    sys.exit()
 try:
     pretrain(Config.from_dict(json.loads(sys.argv[1])), index=make_index({VIDEOS}), make_loader=Loader, progress=False,
              resume="auto")
@@ -133,9 +145,24 @@ def test_two_processes_of_16_have_the_curve_of_one_of_32(two, tmp_path):
     """Both runs have two BatchNorm groups."""
     one = run_on_one(tmp_path)
     assert_equal_curves(one, two)
-    assert [row["loss"] is None for row in rows(one, "step")] == [False] * 6 + [True] * 2 + [
-        False
-    ] * 4  # the cascade waits
+    waits = [False] * 6 + [True] * 2 + [False] * 4  # the cascade
+    assert [row["loss"] is None for row in rows(one, "step")] == waits
+    ledgers = [[row for row in read_ledger(folder) if "plan" in row] for folder in (one, two)]
+    for name in ("step", "plan", "mined"):  # of the videos of all ranks, in the same order
+        assert [row[name] for row in ledgers[0]] == [row[name] for row in ledgers[1]]
+
+
+@pytest.mark.slow
+def test_two_processes_replay_what_two_have_computed(two, tmp_path):
+    """From the checkpoint after the third epoch; and with another pixel in the second process, at step 11."""
+    for plan, step in (({}, 0), ({"pixel": 10}, 11)):
+        process = torchrun(tmp_path, config_of(two, 16), {**plan, "verify": 10})
+        errors = process.communicate(timeout=600)[1]
+        assert process.returncode == 0, errors
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert result["equal"] == (step == 0) and result["first_step"] == 10, result
+        if step:
+            assert result["difference"]["step"] == step and result["difference"]["fields"][0] == "features"
 
 
 # Residual blocks: rounding does not grow from step to step as in a small S3D, where all videos take part in every loss.

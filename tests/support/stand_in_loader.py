@@ -62,7 +62,8 @@ class RandomLoader:
             source = torch.from_numpy(self.index.source_ids)[video]
             label = torch.from_numpy(self.index.labels)[video]
             start = torch.stack([video, video + 1], dim=1)[:, self.clips]
-            yield SimpleNamespace(clips=clips, video=video, source=source, label=label, start=start)
+            plan = video * 1_000_003 + epoch
+            yield SimpleNamespace(clips=clips, video=video, source=source, label=label, start=start, plan=plan)
 
     def close(self):
         self.closed = True

@@ -12,10 +12,11 @@ output, N windows.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class Batch:
     source: Tensor  # int64 [B], equal for siblings
     label: Tensor  # int64 [B], -1 where unlabelled
     start: Tensor  # int64 [B, C], first source frame of each clip
+    plan: Tensor  # int64 [B], digest of everything that was drawn for the clips of each video
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,21 @@ class TrainLoader:
             self._source_ids[video],
             self._labels[video],
             start.t().contiguous(),
+            torch.from_numpy(plan_digests(clips, count)),
         )
+
+
+def plan_digests(clips: Clips, videos: int) -> np.ndarray:
+    """Returns the BLAKE2b digest of the plan of each video's clips, int64 [B].
+
+    Args:
+        clips: M = C B, first clips of all videos, then second ones, and so on.
+        videos: B.
+    """
+    columns = [np.ascontiguousarray(getattr(clips, field.name)) for field in fields(clips)]
+    rows = np.concatenate([column.reshape(len(clips), -1).view(np.uint8) for column in columns], axis=1)
+    digests = [hashlib.blake2b(rows[video::videos].tobytes(), digest_size=8).digest() for video in range(videos)]
+    return np.frombuffer(b"".join(digests), "<i8").astype(np.int64)
 
 
 def _identity(video: Video) -> int:

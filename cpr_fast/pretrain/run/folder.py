@@ -16,6 +16,7 @@ from cpr_fast.config import Config
 from cpr_fast.config.recipes import resume_command
 from cpr_fast.config.sections import with_cycle
 from cpr_fast.errors import InputError
+from cpr_fast.pretrain.ledger import chain
 from cpr_fast.pretrain.run.videos import check_same_videos
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
@@ -37,7 +38,7 @@ from cpr_fast.wording import counted, expected, listed
 T = TypeVar("T")
 
 # What a run writes before its first step.
-OF_THE_START = (LOCK, METRICS_FILE, "config.json", "checkpoints", "tensorboard")
+OF_THE_START = (LOCK, METRICS_FILE, chain.FILE, "config.json", "checkpoints", "tensorboard")
 NAMED = 4  # settings that an error names
 ENTRIES = ("config", "encoders", "cycle_state", "processes", "step", "epoch", "step_in_epoch", "cycle")
 
@@ -137,6 +138,7 @@ def _rewind(folder: Path, saved: dict[str, Any]) -> None:
     """Removes the rows of steps after the checkpoint, which will be computed again."""
     try:
         rewind(folder, step=saved["step"], epoch=saved["epoch"])
+        chain.rewind(folder, step=saved["step"], chain=saved.get("ledger"))
     except OSError as error:
         raise _not_writable(folder, error) from error
 
@@ -144,7 +146,8 @@ def _rewind(folder: Path, saved: dict[str, Any]) -> None:
 def _start_new(config: Config, folder: Path, videos: dict[str, Any]) -> None:
     require_new_run(folder)
     try:
-        (folder / METRICS_FILE).unlink(missing_ok=True)
+        for name in (METRICS_FILE, chain.FILE):
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise _not_writable(folder, error) from error
     with replacing(folder / "config.json", durable=True) as temporary:

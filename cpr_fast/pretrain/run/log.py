@@ -1,4 +1,4 @@
-"""Rows of `metrics.jsonl` that a run writes while it trains.
+"""Rows of `metrics.jsonl` and of the ledger that a run writes while it trains.
 
 Reading the loss for a row is the only point at which a training step waits for the device.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import FailedError
 from cpr_fast.evaluate.retrieval.names import percent
+from cpr_fast.pretrain.ledger.rows import observe, step_row, weights_row
 from cpr_fast.pretrain.run.dump import dump_step
 from cpr_fast.pretrain.state.cycle import CycleState
 from cpr_fast.pretrain.state.schedule import Rates
@@ -34,16 +36,37 @@ class NonFiniteError(FailedError, ArithmeticError):
     """Features or loss became NaN or infinite. The message names the step and the videos of its batch."""
 
 
-class StepLog:
-    """Writes the rows of one cycle. In processes other than the first, `writer` is None and it only checks for NaN."""
+class LedgerRows(Protocol):
+    """Where the rows of a ledger go: a `Ledger`, or what compares them with those of one.
 
-    def __init__(self, writer: MetricsWriter | None, state: CycleState, number: int, index: Index) -> None:
-        self.writer, self.state, self.index = writer, state, index
+    Attributes:
+        chain: the `chain` of the newest row, which checkpoints hold.
+    """
+
+    chain: str
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+
+class StepLog:
+    """Writes the rows of one cycle. In processes other than the first, `writer` is None and it only checks for NaN.
+    Without a `ledger` it writes no rows of one."""
+
+    def __init__(
+        self,
+        writer: MetricsWriter | None,
+        state: CycleState,
+        number: int,
+        index: Index,
+        ledger: LedgerRows | None = None,
+    ) -> None:
+        self.writer, self.state, self.index, self.ledger = writer, state, index, ledger
         self.loss_chance = chance_loss(state.config, state.cycle, state.memory.size)
         self.common = {"cycle": number, "view": state.cycle.view, "mining": state.cycle.mining}
         self.changing = _changing(state)
         self.unmeasured = NOTHING_MINED | ({"grad_norm": None} if state.config.optim.clip_norm else {})
         self.pending: list[tuple[int, StepResult]] = []
+        self.observed: list[tuple[dict[str, int], Tensor]] = []  # of the same steps, for the ledger
         self.epochs = sum(cycle.epochs for cycle in state.config.schedule.cycles)
         self.current = ""  # the epoch of the newest step, for people: counted from 1
         self.newest: dict[str, float] = {}  # loss and PMR of the last row, for the progress line
@@ -55,6 +78,8 @@ class StepLog:
     def step(self, step: int, epoch: int, rates: Rates, data_wait_s: float, result: StepResult) -> None:
         """Records a step, and every `run.log_every` steps writes a row, with times averaged over these steps."""
         self.pending.append((step, result))
+        if self.ledger is not None:
+            self.observed.append(({"step": step, "epoch": epoch, "cycle": self.common["cycle"]}, observe(result)))
         self.current = f"epoch {epoch + 1} of {self.epochs}"
         self.data_wait_s += data_wait_s
         self.steps += 1
@@ -91,7 +116,8 @@ class StepLog:
     def check(self) -> tuple[float, dict[str, float]]:
         """Returns the loss of the newest step, its mining rates, and the norm of its gradient if that is limited.
 
-        This is a sync point, the only one of a training step: all values are copied from the device at once.
+        This is a sync point, the only one of a training step: all values are copied from the device at once. The rows
+        of the ledger are written here, too, also of a step that is not finite.
 
         Raises:
             NonFiniteError: features or loss of any step since the last call are NaN or infinite.
@@ -103,11 +129,22 @@ class StepLog:
         flags = [result.finite.float() for _, result in self.pending]
         values = torch.stack([newest.loss, *measured.values(), *flags]).tolist()
         loss, found, flags = values[0], values[1 : -len(flags)], values[-len(flags) :]
+        self._write_ledger(len(newest.video))
         for (step, result), finite in zip(self.pending, flags, strict=True):
             if not finite:
                 raise NonFiniteError(self._of_not_finite(step, result))
         self.pending.clear()
         return loss, dict(zip(measured, found, strict=True))
+
+    def _write_ledger(self, clips: int) -> None:
+        """Writes the rows of the steps since the last call to the ledger; `clips` are R*B."""
+        if self.ledger is None:
+            return
+        values = torch.cat([tensor for _, tensor in self.observed]).cpu().numpy()
+        for at, tensor in self.observed:
+            self.ledger.write(step_row(values[: len(tensor)], clips, **at))
+            values = values[len(tensor) :]
+        self.observed.clear()
 
     def _of_not_finite(self, step: int, result: StepResult) -> str:
         """Returns the message of a NonFiniteError. The first process also writes the step to a file."""
@@ -134,6 +171,8 @@ class StepLog:
         """Writes the rows of an epoch that ends with `step`: loss and mining quality, health and alarms, and, if the
         cycle mines, a few queries of the last step with the entries mined for them."""
         self.check()
+        if self.ledger is not None:
+            self.ledger.write(weights_row(self.state, step=step, epoch=epoch, cycle=self.common["cycle"]))
         loss_sum, steps = self.state.loss_sum.tolist()
         quality = NOTHING_MINED | {"cmr_median": None, "cmr_per_class": None}
         if self.state.cycle.mining == "cascade" and steps:

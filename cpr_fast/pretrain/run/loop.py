@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -21,10 +21,11 @@ from cpr_fast.data.clips.sampling import plan_first
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.storage.unreadable import REPLACED, not_read
 from cpr_fast.errors import InputError
+from cpr_fast.pretrain.ledger.chain import Ledger
 from cpr_fast.pretrain.run.checks import CyclePlan, check_run, plan_cycles
 from cpr_fast.pretrain.run.dump import dump_memory
 from cpr_fast.pretrain.run.folder import on_main, only_writer, open_run
-from cpr_fast.pretrain.run.log import StepLog
+from cpr_fast.pretrain.run.log import LedgerRows, StepLog
 from cpr_fast.pretrain.run.online import OnlineRetrieval
 from cpr_fast.pretrain.run.outcome import outcome
 from cpr_fast.pretrain.run.summary import Pace, end_line, start_lines
@@ -70,6 +71,7 @@ class Run:
     folder: Path
     make_loader: Callable[..., Loader]
     writer: MetricsWriter | None  # None in all processes but the first
+    ledger: LedgerRows | None  # the same, unless the caller of `pretrain` gave one
     online: OnlineRetrieval | None
     progress: bool
     stop: StopRequest
@@ -85,6 +87,7 @@ def pretrain(
     make_loader: Callable[..., Loader] | None = None,
     held_out: Index | None = None,
     make_windows: Callable[[Index, View], Any] | None = None,
+    ledger: LedgerRows | None = None,
     progress: bool = True,
 ) -> Path:
     """Trains the cycles of `config.schedule` and returns the run folder, `config.run.out`.
@@ -101,6 +104,7 @@ def pretrain(
         held_out: the videos of online retrieval; by default the rows of `data.index` whose split is
             `health.online_split`.
         make_windows: see `OnlineRetrieval`.
+        ledger: receives the rows of the ledger, in every process, instead of `ledger.jsonl` in the run folder.
         progress: prints a start summary, a progress line and an end summary on stderr.
     Raises:
         InputError: the run folder, the index or the config do not fit each other, or the folder cannot be written.
@@ -114,27 +118,34 @@ def pretrain(
     config = absolute_inputs(config)  # the record of the run is read from other working directories too
     plans = plan_cycles(config, len(index), world.size)
     warnings = check_run(config, index, plans, stored_flow=make_loader is None and config.data.flow == "stored")
-    if make_loader is None:
-        # Imported here, because other loaders do not need DALI.
-        from cpr_fast.data.clips.loader import TrainLoader as make_loader
+    make_loader = make_loader or _train_loader()
     folder, videos = Path(config.run.out), digest(index)
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(only_writer(folder, exists=resume is True)))
         stop = stack.enter_context(stop_requests())
         saved = open_run(config, folder, resume, world, videos)
-        writer = MetricsWriter(folder, tensorboard=config.run.tensorboard) if world.is_main else None
-        stack.callback(writer.close if writer else lambda: None)
+        writer = None
+        if world.is_main:
+            writer = stack.enter_context(MetricsWriter(folder, tensorboard=config.run.tensorboard))
+            ledger = ledger or stack.enter_context(closing(Ledger(folder)))
         watch = stack.enter_context(Watchdog(world, config.run.stall_timeout_s, _notes(writer)))
         stack.enter_context(torch.random.fork_rng([world.device] if world.device.type == "cuda" else []))
         torch.manual_seed(config.run.seed)
         online = _online(config, held_out, world, watch, make_windows)
-        run = Run(config, world, index, videos, plans, warnings, folder, make_loader, writer, online,
+        run = Run(config, world, index, videos, plans, warnings, folder, make_loader, writer, ledger, online,
                   progress and world.is_main, stop, watch)  # fmt: skip
         weights = saved["encoders"] if saved else load_initial(config.model)
         _begin(run, saved)
         _run_cycles(run, saved, weights)
         _finish(run)
     return folder
+
+
+def _train_loader() -> Callable[..., Loader]:
+    # Imported here, because other loaders do not need DALI.
+    from cpr_fast.data.clips.loader import TrainLoader
+
+    return TrainLoader
 
 
 def _notes(writer: MetricsWriter | None) -> Callable[[str], None]:
@@ -166,7 +177,8 @@ def _begin(run: Run, saved: dict[str, Any] | None) -> None:
     if run.writer is None:
         return
     about = {"kind": "note", "text": f"resumed at step {saved['step']}"} if saved else {"kind": "run"}
-    run.writer.write({**about, **environment(run.world.device), "config": run.config.to_dict()})
+    about |= {"processes": run.world.size, **environment(run.world.device)}
+    run.writer.write({**about, "config": run.config.to_dict()})
     if run.progress:
         for line in start_lines(run.config, run.index, run.plans, run.folder, run.world):
             log.info("%s", line)
@@ -225,7 +237,7 @@ def _run_cycle(
         run.index, config.data, state.views, seed=config.run.seed, device=world.device, rank=world.rank,
         world_size=world.size, **one_clip,
     )  # fmt: skip
-    rows = StepLog(run.writer, state, number, run.index)
+    rows = StepLog(run.writer, state, number, run.index, run.ledger)
     steps = len(loader)  # per epoch
     cycles = len(config.schedule.cycles)
     description = f"cycle {number + 1} of {cycles}: {state.cycle.view}, mining {state.cycle.mining}"
@@ -353,6 +365,7 @@ def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str,
         "videos": run.videos,
         "processes": run.world.size,
         "rng": rng,
+        "ledger": None if run.ledger is None else run.ledger.chain,
         **where,
     }
     return save_step(folder, where["step"], payload, keep=run.config.run.keep_checkpoints, best=best)

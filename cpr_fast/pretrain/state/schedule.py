@@ -93,8 +93,12 @@ def generator(seed: int, stream: int, step: int) -> np.random.Generator:
 
 
 def on_device(draws: np.ndarray, device: torch.device) -> Tensor:
-    """Copies draws from the host to the device, through pinned memory so that the host need not wait for the device."""
-    tensor = torch.from_numpy(draws)
-    if device.type == "cuda":
+    """Copies draws from the host to the device; see `to_device`."""
+    return to_device(torch.from_numpy(draws), device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor to the device; from the host through pinned memory, so that the host need not wait."""
+    if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

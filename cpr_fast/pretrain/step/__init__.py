@@ -1,5 +1,5 @@
 """One training step: Algorithm 1 of the paper, and the losses it calls.
 
-Imports `config`, `runtime`, `ops`, `mining`, `data.clips` and `pretrain.state`; `pretrain.run` and `bench` may
-import it.
+Imports `config`, `runtime`, `ops`, `mining`, `data.clips` and `pretrain.state`; `pretrain.ledger`, `pretrain.run`
+and `bench` may import it.
 """

@@ -15,6 +15,7 @@ from torch import Tensor
 from cpr_fast.config import Config, Cycle
 from cpr_fast.ops import mil_nce
 from cpr_fast.pretrain.state.memory import EMPTY, Memory
+from cpr_fast.pretrain.state.schedule import to_device
 from cpr_fast.pretrain.step.ids import IdMeaning
 from cpr_fast.runtime import distributed
 
@@ -24,27 +25,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ids:
-    """The origin of clips: source id, position of the video in the index, class, first source frame; [B] int64 each."""
+    """The origin of clips: source id, position of the video in the index, class, digest of the plan of the video's
+    clips (see `Batch`), first source frame; [B] int64 each."""
 
     source: Tensor
     video: Tensor
     label: Tensor
+    plan: Tensor
     start: Tensor
 
     @classmethod
     def of(cls, batch: Batch, *clips: int) -> Ids:
-        """Returns the ids of the clips with these numbers of every video of this rank, video by video."""
-        columns = (batch.source, batch.video, batch.label)
-        repeated = [column.repeat_interleave(len(clips)) if len(clips) > 1 else column for column in columns]
-        return cls(*repeated, batch.start[:, list(clips)].flatten())
+        """Returns the ids of the clips with these numbers of every video of this rank, video by video.
+
+        They are on the device of the clips; the loader leaves ids on the host.
+        """
+        columns = torch.stack([batch.source, batch.video, batch.label, batch.plan], dim=1)
+        columns = torch.stack([*columns.repeat_interleave(len(clips), 0).T, batch.start[:, list(clips)].flatten()])
+        return cls(*to_device(columns, next(iter(batch.clips.values())).device))
 
     def __getitem__(self, rows: slice) -> Ids:
-        return Ids(self.source[rows], self.video[rows], self.label[rows], self.start[rows])
+        return Ids(*(column[rows] for column in self._columns()))
 
     def of_all_ranks(self) -> Ids:
         """Gathers the ids of the clips of all ranks, [R*B] each, in one collective."""
-        columns = torch.stack([self.source, self.video, self.label, self.start], dim=1)
-        return Ids(*distributed.all_gather(columns).unbind(1))
+        return Ids(*distributed.all_gather(torch.stack(self._columns(), dim=1)).unbind(1))
+
+    def _columns(self) -> list[Tensor]:
+        return [self.source, self.video, self.label, self.plan, self.start]
 
 
 def contrast(

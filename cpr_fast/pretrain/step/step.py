@@ -225,7 +225,7 @@ def _measure(state: CycleState, queries: Tensor, keys: Tensor, learnt: Learnt | 
     finite = queries.isfinite().all() & keys.isfinite().all()
     loss = torch.full((), float("nan"), device=keys.device) if learnt is None else learnt.loss.detach().clone()
     distributed.mean_([loss])
-    seen = StepResult(loss, {}, finite, ids.video, ids.start, queries, keys)
+    seen = StepResult(loss, {}, finite, ids.video, ids.start, ids.plan, queries, keys)
     if learnt is None:
         return seen
     state.loss_sum += torch.stack([loss, torch.ones_like(loss)])
@@ -238,4 +238,4 @@ def _measure(state: CycleState, queries: Tensor, keys: Tensor, learnt: Learnt | 
     means = state.quality.update(mined_video, ids.video, dict(zip(learnt.rates, everyone.unbind(1), strict=True)))
     means["hubness"] = hubness(mined_counts(mined, state.memory.size))
     mined_start = gather_slots(state.memory.start, mined)
-    return replace(seen, rates=means, mined_video=mined_video, mined_start=mined_start)
+    return replace(seen, rates=means, mined=mined, mined_video=mined_video, mined_start=mined_start)

@@ -15,7 +15,7 @@ from support.numbered_videos import decode_linearly, write_video
 
 pytest.importorskip("nvidia.dali", reason="the loaders need NVIDIA DALI")
 
-from cpr_fast.data.clips.loader import TrainLoader
+from cpr_fast.data.clips.loader import TrainLoader, plan_digests
 from cpr_fast.data.clips.sampling import Sources, clip_frames, epoch_order, plan_labelled, plan_pairs
 from cpr_fast.data.clips.stream import run_ahead
 from cpr_fast.data.index.index import Index
@@ -109,6 +109,26 @@ class TestBatches:
         assert batch.clips["flow"].shape == (4, 2, 3, data.frames, data.size, data.size)
         assert torch.isfinite(batch.clips["rgb"]).all()
 
+    def test_the_digest_of_a_plan_sees_every_draw_of_its_video_and_no_other(self, index):
+        plan = plan_pairs(Sources.of(index), np.arange(5), DATA, 0, 3)  # M = 10
+        before = plan_digests(plan, 5)
+        assert before.dtype == np.int64 and len(set(before.tolist())) == 5
+        assert np.array_equal(before[[4, 1]], plan_digests(plan[[4, 1, 9, 6]], 2))
+        for field in dataclasses.fields(plan):
+            changed = getattr(plan, field.name).copy()
+            changed[7, ...] = changed[7] == 0  # of the second clip of video 2
+            after = plan_digests(dataclasses.replace(plan, **{field.name: changed}), 5)
+            assert (before != after).tolist() == [False, False, True, False, False], field.name
+
+    def test_a_batch_has_the_digests_of_the_plans_of_its_videos(self, index):
+        batches = [collect(TrainLoader(index, DATA, ["rgb"], seed=0), epoch=epoch) for epoch in (0, 1)]
+        for epoch, made in enumerate(batches):
+            for batch in made:
+                plan = plan_pairs(Sources.of(index), batch.video.numpy(), DATA, 0, epoch)
+                assert batch.plan.tolist() == plan_digests(plan, 4).tolist()
+        first, second = (torch.cat([batch.plan for batch in made]).tolist() for made in batches)
+        assert not set(first) & set(second)
+
 
 class TestSameBits:
     def test_threads_and_prefetch_change_nothing(self, index):
@@ -143,6 +163,7 @@ class TestSameBits:
                 assert torch.equal(torch.cat([r[step].clips["rgb"] for r in ranks]), batch.clips["rgb"])
                 assert torch.equal(torch.cat([r[step].start for r in ranks]), batch.start)
                 assert torch.equal(torch.cat([r[step].video for r in ranks]), batch.video)
+                assert torch.equal(torch.cat([r[step].plan for r in ranks]), batch.plan)
 
     def test_resumed_in_the_middle(self, index):
         data = dataclasses.replace(DATA, batch_size=2)

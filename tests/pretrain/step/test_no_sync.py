@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.small_steps import ALONE, INDEX, settings
@@ -70,14 +72,20 @@ def move(holder: object, device: str) -> None:
     vars(holder).update(tree_map_only(Tensor, lambda tensor: tensor.to(device), vars(holder)))
 
 
+def move_clips(batch: SimpleNamespace, device: str) -> None:
+    """Moves the clips of a batch to a device. The ids stay on the host, as those of TrainLoader do."""
+    batch.clips = {view: clips.to(device) for view, clips in batch.clips.items()}
+
+
 @pytest.mark.parametrize("protocol", ["paper", "coclr"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_asks_nothing_of_the_device(method, protocol, monkeypatch):
     """On the meta device tensors have no values: every operation that reads one raises."""
     state, loader = a_step(method, protocol, ALONE)
     batch = next(iter(loader.epoch(0)))
-    for holder in (state, state.memory, state.quality, state.health, batch):
+    for holder in (state, state.memory, state.quality, state.health):
         move(holder, "meta")
+    move_clips(batch, "meta")
     for encoder in (state.encoders.query, state.encoders.key, state.encoders.other):
         if encoder is not None:
             encoder.to("meta")
@@ -119,7 +127,7 @@ def test_a_step_on_cuda_does_not_synchronise(device, method, protocol, precision
     state, loader = a_step(method, protocol, World(0, 1, device), precision)
     batches = [*loader.epoch(0), *loader.epoch(1)][:4]
     for batch in batches:
-        move(batch, "cuda")
+        move_clips(batch, "cuda")
     for step, batch in enumerate(batches[:3]):  # fill the memory, and let libraries initialise themselves
         train_step(state, batch, step)
     torch.cuda.set_sync_debug_mode("error")

@@ -1,0 +1,85 @@
+"""What a row of the ledger holds: digests of what a step drew, computed and mined. The same on every rank.
+
+Letters: B clips per rank, R ranks, L views that learn, V views, P positives, D feature width, W tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpr_fast.pretrain.state.cycle import CycleState
+from cpr_fast.pretrain.step.result import StepResult
+
+# In the order in which a step computes them: the first one that differs tells where two runs part.
+FIELDS = ("step", "epoch", "cycle", "plan", "features", "mined", "loss", "weights")
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_HEAD = 2  # values of `observe` before the plan
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Returns the sum, modulo 2^64, of the squares of a tensor's bit patterns, 0-d int64 on its device.
+
+    Integer sums have no rounding, so the result depends neither on the device nor on the order of the additions. The
+    squares keep changes of +1 and -1 in the last place from cancelling. The order of the elements does not count.
+    """
+    bits = tensor.detach().view(BITS[tensor.element_size()]).to(torch.int64)
+    return (bits * bits).sum()
+
+
+@torch.no_grad()
+def observe(result: StepResult) -> Tensor:
+    """Returns what the row of a step is made of, [2 + R*B + R*B*P] int64 on the device, without waiting for it.
+
+    These are the bits of the loss, the checksum of queries and keys together, the digest of each video's plan, and the
+    mined slots (P = 0 if nothing was mined).
+    """
+    loss = result.loss.float().view(torch.int32).to(torch.int64)
+    features = checksum(torch.cat([result.queries.flatten(), result.keys.flatten()]))
+    mined = [] if result.mined is None else [result.mined.flatten()]
+    return torch.cat([loss[None], features[None], result.plan, *mined])
+
+
+def step_row(observed: np.ndarray, clips: int, *, step: int, epoch: int, cycle: int) -> dict[str, Any]:
+    """Returns the row of a step.
+
+    Args:
+        observed: the values of `observe`, on the host.
+        clips: R*B.
+        step, epoch, cycle: numbers from 0, over all cycles.
+    """
+    end = _HEAD + clips
+    loss = float(observed[:1].astype(np.int32).view(np.float32)[0])
+    return {
+        "step": step,
+        "epoch": epoch,
+        "cycle": cycle,
+        "plan": _digest(observed[_HEAD:end]),
+        "features": _digest(observed[1:_HEAD]),
+        "mined": _digest(observed[end:]) if len(observed) > end else None,
+        "loss": loss if np.isfinite(loss) else None,
+    }
+
+
+def weights_row(state: CycleState, *, step: int, epoch: int, cycle: int) -> dict[str, Any]:
+    """Returns the row of the weights at the end of an epoch, after `step`. Waits for the device.
+
+    It is the digest of the checksum of each weight and each buffer of the query encoder and the key encoder.
+    """
+    encoders = [state.encoders.query] + [state.encoders.key] * (state.encoders.key is not state.encoders.query)
+    sums = torch.stack([checksum(tensor) for encoder in encoders for tensor in encoder.state_dict().values()])
+    return {"step": step, "epoch": epoch, "cycle": cycle, "weights": _digest(sums.cpu().numpy())}
+
+
+def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Returns the names of the fields in which two rows differ, apart from their `chain`."""
+    return [name for name in FIELDS if (name in first, first.get(name)) != (name in second, second.get(name))]
+
+
+def _digest(values: np.ndarray) -> str:
+    """Returns the BLAKE2b digest of int64 values, 16 hexadecimal digits."""
+    return hashlib.blake2b(values.astype("<i8").tobytes(), digest_size=8).hexdigest()
