@@ -36,6 +36,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "index": ("data", "List and check the videos of a data set."),
         "flow": ("data", "Compute the TV-L1 optical flow of every video of an index."),
         "synth": ("data", "Write a data set of synthetic action videos."),
+        "embed": ("data", "Write a store of features, to train and mine without videos."),
         "show-sample": ("data", "Write the clips that training reads from a video as a picture or a video."),
     },
     "Training": {
@@ -62,7 +63,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 
 # Commands that store parts of a long computation as they finish, see `_continues`.
-CONTINUE = ("quickstart", "index", "flow", "pretrain", "reproduce", "retrieve", "probe", "finetune", "search")
+CONTINUE = ("quickstart", "index", "flow", "embed", "pretrain", "reproduce", "retrieve", "probe", "finetune", "search")
 
 # Errors of the file system whose message names the path, which is all that a user needs.
 PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)

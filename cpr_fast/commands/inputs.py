@@ -34,10 +34,15 @@ def require_files(option: str, paths: Iterable[str | Path]) -> None:
 
 def require_features(option: str, path: str | Path) -> None:
     """Raises InputError that names the option and says what writes such a file, if the file of features does not
-    exist."""
-    if not os.path.isfile(path):
-        written = "`cpr-fast pretrain RECIPE --dump-memory` writes RUN/memory/cycle-N.npz"
-        raise InputError(f"{option}: {expected('a file', path)}; {written}")
+    exist and is no store of features."""
+    if not os.path.isfile(path) and not is_store(path):
+        written = "`cpr-fast pretrain RECIPE --dump-memory` writes RUN/memory/cycle-N.npz, and `cpr-fast embed` a store"
+        raise InputError(f"{option}: {expected('a file or a store of features', path)}; {written}")
+
+
+def is_store(path: str | Path) -> bool:
+    """Returns whether a path is the folder of a store of features; imports nothing heavy."""
+    return os.path.isfile(os.path.join(path, "store.json"))
 
 
 def require_other_file(option: str, out: str | Path, inputs: Iterable[str | Path]) -> None:
@@ -80,18 +85,20 @@ def require_data_set(option: str, path: str | Path) -> None:
 
 
 def require_indexes(option: str, paths: Sequence[str | Path]) -> None:
-    """Raises InputError that names the option, if an index does not exist or is given twice: the deviation between
-    indexes would be computed from equal results."""
-    require_files(option, paths)
+    """Raises InputError that names the option, if an index, or a store of features, does not exist or is given twice:
+    the deviation between indexes would be computed from equal results."""
+    require_files(option, (path for path in paths if not is_store(path)))
     if again := [path for i, path in enumerate(paths) if any(os.path.samefile(path, other) for other in paths[:i])]:
         raise InputError(f"{option}: expected every index once, got {str(again[0])!r} again")
 
 
 def require_checkpoints(option: str, checkpoints: Iterable[str]) -> None:
-    """Checks that the files of FILE or VIEW=FILE arguments exist."""
+    """Checks that the files of FILE or VIEW=FILE arguments exist, or that the only argument is a store of features."""
     given = list(checkpoints)
     if not given:
         raise InputError(f"{option}: expected a checkpoint file, got none")
+    if len(given) == 1 and is_store(given[0]):
+        return
     for text in given:
         view, equals, file = text.partition("=")
         is_pair = bool(equals) and view in ("rgb", "flow", "residual")
@@ -122,7 +129,7 @@ def require_videos(option: str, paths: Iterable[str | Path]) -> None:
     from cpr_fast.data.index.index import Index
 
     for path in paths:
-        if os.path.getsize(path) <= QUICKLY_READ:
+        if not is_store(path) and os.path.getsize(path) <= QUICKLY_READ:
             Index.load(path, require_flow=False)
 
 
@@ -133,7 +140,7 @@ def require_splits(option: str, paths: Iterable[str | Path]) -> None:
 
     for path in map(Path, paths):
         try:
-            header, rows = read_table(path, ("path", "split"))
+            header, rows = read_table(path / "clips.csv" if is_store(path) else path, ("path", "split"))
         except TableError:
             continue
         if "split" not in header or any(len(row) != len(header) for _, row in rows):
@@ -251,6 +258,7 @@ INPUTS: dict[str, dict[str, Check]] = {
     "index": {"ROOT": _one(require_data_set), "--splits": FOLDER, "--flow-lmdb": FILE, "--shard": SHARD,
               "--transcode": OUTPUT, "--out": OUTPUT},
     "flow": {"INDEX": FILE, "--shard": SHARD, "--out": OUTPUT},
+    "embed": {"INDEX": FILE, "--out": OUTPUT},
     "show-sample": {"INDEX": FILE, "--config": FILE, "--out": OUTPUT},
     "init": {"INDEX": FILE, "--out": OUTPUT},
     "reproduce": {"--index": FILE, "--settings": FILE, "--hmdb51": FILE, "--k400": FILE, "--out": OUTPUT},

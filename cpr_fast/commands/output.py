@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cpr_fast.commands.inputs import is_store
 from cpr_fast.wording import counted, printable
 
 PLAIN = str.maketrans("–−·×", "--/x")  # replacements of one character each, so that columns stay aligned
@@ -67,9 +68,12 @@ def about_unfinished(runs: Iterable[Path | None]) -> list[str]:
 
 
 def after_evaluation(run: Path | None, checkpoint: Sequence[str], index: Path) -> str:
-    """Returns the next step after an evaluation: the report of the checkpoint's run, or a search if it has no run."""
+    """Returns the next step after an evaluation: the report of the checkpoint's run; if it has no run, a search or, on
+    a store of features, mining."""
     if run is not None:
         return f"cpr-fast report {shlex.quote(str(run))}"
+    if is_store(index):
+        return f"cpr-fast mine {shlex.quote(str(index))}"
     given = " ".join(map(shlex.quote, checkpoint))
     return f"cpr-fast search VIDEO.mp4 --index {shlex.quote(str(index))} --checkpoint {given}"
 

@@ -12,6 +12,7 @@ from cpr_fast.config.sections import (
     CONVOLUTIONAL,
     FACTORIES,
     QUARTERS,
+    STORED,
     ClassifierConfig,
     ConfigError,
     Cycle,
@@ -83,9 +84,8 @@ def check_sections(
         }
     )
     _check_ranges(data, memory, mining, loss, health, run)
+    _check_features(data, model, loss, health)
     _check_optimiser(optim, memory, schedule)
-    if not run.out:
-        raise ConfigError("run.out: expected the name of a folder, got ''")
     _check_network(model)
     _check_clips(data, model)
     _check_method(data, model, memory, loss, optim)
@@ -147,6 +147,8 @@ def _check_ranges(
     for where, value in {"data.crop_area": data.crop_area, "mining.ratio": mining.ratio}.items():
         if not 0 < value <= 1:
             raise ConfigError(f"{where}: expected a fraction in (0, 1], got {value}")
+    if not run.out:
+        raise ConfigError("run.out: expected the name of a folder, got ''")
 
 
 def _check_optimiser(optim: OptimConfig, memory: MemoryConfig, schedule: ScheduleConfig) -> None:
@@ -230,6 +232,8 @@ def _check_network(model: ModelConfig) -> None:
                 f"model.pool: 'class_token' expects tokens, which model.arch {model.arch!r} does not have"
             )
         return
+    if model.arch == STORED:
+        return
     module, name = model.factory or ("", "")
     if not (module and name.isidentifier()):
         known = [*CONVOLUTIONAL, *FACTORIES]
@@ -252,6 +256,28 @@ def _check_network(model: ModelConfig) -> None:
         if values and (len(values) != 3 or (key == "std" and min(values) <= 0)):
             positive = " positive" if key == "std" else ""
             raise ConfigError(f"model.{key}: expected three{positive} numbers (red, green, blue), got {list(values)}")
+
+
+def _check_features(data: DataConfig, model: ModelConfig, loss: LossConfig, health: HealthConfig) -> None:
+    """Checks that the settings fit a store of features, if there is one."""
+    measured = 1 if health.mining_queries is None else health.mining_queries
+    _check_positive({"data.window": data.window, "health.mining_queries": measured})
+    width = model.args.get("width")
+    if model.arch == STORED and (list(model.args) != ["width"] or not isinstance(width, int) or width < 1):
+        raise ConfigError(f"model.args: expected {{'width': D}} with model.arch {STORED!r}, got {model.args}")
+    if not data.features:
+        if model.arch == STORED:
+            raise ConfigError(f"data.features: expected a store of features, because model.arch is {STORED!r}, got ''")
+        return
+    if model.head != "mlp":
+        raise ConfigError(
+            f"model.head: expected 'mlp' with data.features, which is what is trained, got {model.head!r}"
+        )
+    if loss.intra_negatives != "none":
+        raise ConfigError(
+            f"loss.intra_negatives: expected 'none' with data.features, whose clips have no frames, got "
+            f"{loss.intra_negatives!r}"
+        )
 
 
 def _check_json(where: str, value: Any) -> None:

@@ -24,9 +24,9 @@ _VARIABLE = re.compile(r"(^|/)\$(\w+|\{\w+\})(/|$)")
 def load(path: str | Path) -> Config:
     """Reads the config of a TOML file, or of a run's config.json.
 
-    Input files that a TOML file names (`data.index`, `model.init`, the file of `model.arch`, `model.args.path`) are
-    relative to its folder; a file that is not found there is looked up relative to the working directory. In these and
-    in `run.out` a leading `~` is the home folder.
+    Input files that a TOML file names (`data.index`, `data.features`, `model.init`, the file of `model.arch`,
+    `model.args.path`) are relative to its folder; a file that is not found there is looked up relative to the working
+    directory. In these and in `run.out` a leading `~` is the home folder.
 
     Raises:
         ConfigError: states the file, the key, what was found and what was expected.
@@ -129,7 +129,11 @@ def _with_inputs(config: Config, path: Callable[[str, str], str]) -> Config:
         args["path"] = path("model.args.path", args["path"])
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, index=path("data.index", config.data.index)),
+        data=dataclasses.replace(
+            config.data,
+            index=path("data.index", config.data.index),
+            features=path("data.features", config.data.features),
+        ),
         model=dataclasses.replace(model, arch=arch, args=args, init=init),
     )
 

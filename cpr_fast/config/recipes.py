@@ -49,9 +49,12 @@ def pretrain_command(arguments: Iterable[str], run: str | Path, new: str | Path)
 
 
 def retrieve_command(run: str | Path, index: str | Path, *, published: bool = False) -> str:
-    """Returns the command that evaluates a run on an index: on 5 windows of each video, or on all, as published."""
+    """Returns the command that evaluates a run on an index: on 5 windows of each video, or on all, as published. The
+    index may be a store of features, which is a folder."""
     checkpoint = shlex.quote(f"{run}/checkpoints/last.pt")
-    return f"cpr-fast retrieve {checkpoint} --index {shlex.quote(str(index))}" + ("" if published else " --clips 5")
+    return f"cpr-fast retrieve {checkpoint} --index {shlex.quote(str(index))}" + (
+        "" if published or os.path.isdir(index) else " --clips 5"
+    )
 
 
 def program(processes: int) -> str:

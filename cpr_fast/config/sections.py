@@ -16,6 +16,7 @@ Mining = Literal["none", "label", "cascade"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 CONVOLUTIONAL = ("s3d", "s3dg", "s3d_milnce", "r3d", "r21d", "c3d")  # the backbones that model.width scales
+STORED = "features"  # the network on a store of features
 FACTORIES = {"vit": "cpr_fast.models.vit:VideoTransformer"}  # short names of factories, see `ModelConfig.factory`
 
 
@@ -60,6 +61,10 @@ class DataConfig:
     flow: Literal["stored", "on_the_fly"] = "stored"
     exact: bool = False  # use PyAV and PIL instead of DALI: slower, but the same bits on every device
     cache_gib: float = 2.0  # memory per process for decoded videos, GiB (CPU only); 0 decodes every clip again
+    # A store of features that `cpr-fast embed` wrote, in place of the index, which is then not read: the encoder is a
+    # projection head on them, and the settings of clips are not used. Relative to the config file.
+    features: str = ""
+    window: int = 8192  # number of clips of a store that are shuffled among each other; more need more memory
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ class ModelConfig:
 
     # The backbone. "s3d", "s3dg": S3D without and with gating [CoCLR]; "s3d_milnce": the S3D-G of MIL-NCE; "r3d",
     # "r21d", "c3d": R3D, R(2+1)D and C3D [IIC]; "vit": a video transformer; "package.module:factory" or
-    # "file.py:factory" (relative to the config file): a network of your own, see docs/methods.md.
+    # "file.py:factory" (relative to the config file): a network of your own, see docs/methods.md. With data.features it
+    # is "features": the two linear layers of the head.
     arch: str = "s3d"
     width: float = 1.0  # factor on the number of channels of every layer of s3d ... c3d
     # Standard deviation of S3D's initial convolution weights [CoCLR]. Adam changes weights by about lr per step, so
@@ -108,7 +114,8 @@ class ModelConfig:
 
     @property
     def factory(self) -> tuple[str, str] | None:
-        """The module, or the Python file, of the network's factory, and its name there; None for `CONVOLUTIONAL`."""
+        """The module, or the Python file, of the network's factory, and its name there; None for `CONVOLUTIONAL`
+        and `STORED`."""
         module, _, name = FACTORIES.get(self.arch, self.arch).rpartition(":")
         return (module, name) if module else None
 
@@ -335,6 +342,10 @@ class HealthConfig:
     min_effective_rank: float = 4.0
     # Warn if the mean cosine distance between a video's new key and its entry in the queue exceeds this.
     max_memory_drift: float = 0.8
+    # Number of queries of each step and process whose mined positives are measured by stage, agreement and mutual
+    # neighbours; PMR and mining R@1 are measured on all. None: all, and with data.features 64, because this
+    # measurement would take most of a step.
+    mining_queries: int | None = None
     online_every: int = 0  # epochs between measurements of retrieval R@1 on held-out videos; 0: never
     online_videos: int = 512  # number of held-out videos
     online_split: str = "val"  # split of the held-out videos; do not use a split whose results you report

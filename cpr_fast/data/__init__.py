@@ -1,5 +1,5 @@
-"""From videos on disk to clips: storage, decoding, indexes, optical flow, clip loading, synthetic videos.
+"""From videos on disk to clips: storage, decoding, indexes, optical flow, clips, stored features, synthetic videos.
 
 Its packages import `config`, `runtime`, `ops` and, from the bottom up, each other (`video`, `storage`, `index`,
-`flow`, `clips`; `synthetic`), never networks or training.
+`flow`, `clips`, `features`; `synthetic`), never networks or training.
 """

@@ -93,8 +93,14 @@ def load_two_view_features(path: str | Path, *, raw: bool = False) -> TwoViewFea
         ids[name] = np.unique(arrays[name], return_inverse=True)[1].astype(np.int64)
     if arrays["label"].dtype.kind == "i":
         ids["label"][arrays["label"] == -1] = -1
-    rgb, flow = (value if raw else _centre_and_normalise(value) for value in features.values())
-    return TwoViewFeatures(rgb, flow, torch.from_numpy(ids["label"]), torch.from_numpy(ids["group"]))
+    labels, groups = (torch.from_numpy(ids[name]) for name in ("label", "group"))
+    return two_views(features["rgb"], features["flow"], labels, groups, raw=raw)
+
+
+def two_views(rgb: Tensor, flow: Tensor, labels: Tensor, groups: Tensor, *, raw: bool = False) -> TwoViewFeatures:
+    """Returns features [N, D] as they are mined: `raw`, or each view centred by its mean and L2-normalised."""
+    rgb, flow = (view if raw else _centre_and_normalise(view) for view in (rgb, flow))
+    return TwoViewFeatures(rgb, flow, labels, groups)
 
 
 def sweep(

@@ -5,7 +5,7 @@ Imports only `config` and the BatchNorm of `ops`, so that the networks can be us
 """
 
 from cpr_fast.models.blocks import backbone_layers, named_blocks, running_statistics, statistics_layers
-from cpr_fast.models.encoder import Encoder, FactoryEncoder, build_encoder
+from cpr_fast.models.encoder import Encoder, FactoryEncoder, FeatureEncoder, build_encoder
 from cpr_fast.models.heads import PooledHead, ProjectionHead
 from cpr_fast.models.r3d import C3D, R3D, R2Plus1D
 from cpr_fast.models.s3d import S3D
@@ -17,6 +17,7 @@ __all__ = [
     "S3D",
     "Encoder",
     "FactoryEncoder",
+    "FeatureEncoder",
     "PooledHead",
     "ProjectionHead",
     "R2Plus1D",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cpr_fast.config import DataConfig, ModelConfig
 from cpr_fast.config.pixels import Normalisation, normalisation
+from cpr_fast.config.sections import STORED
 from cpr_fast.errors import InputError, out_of_memory
 from cpr_fast.models.factory import CLIP, described, make_network, source_digest
 from cpr_fast.models.heads import PooledHead, ProjectionHead
@@ -68,6 +69,29 @@ class Encoder(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         return self.head(self.features(clips))
+
+
+class FeatureEncoder(Encoder):
+    """Projects the stored features of clips [N, C] to features [N, D] float32; unit vectors with the head.
+
+    The two linear layers of the projection head take the place of the backbone, because they are all that is trained:
+    what retrieval and probes compare is their output.
+    """
+
+    def __init__(self, width: int, feature_dim: int) -> None:
+        layers = nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, feature_dim)
+        super().__init__(nn.Sequential(*layers), PooledHead(unit=True))
+        self._width = feature_dim
+
+    @property
+    def width(self) -> int:
+        return self._width
+
+    def outputs(self, clips: Tensor) -> Tensor:
+        return self.backbone(clips)
+
+    def pooled(self, outputs: Tensor) -> Tensor:
+        return outputs.float()
 
 
 class FactoryEncoder(Encoder):
@@ -165,6 +189,8 @@ def build_encoder(config: ModelConfig, data: DataConfig | None = None) -> Encode
         InputError: the head has no weights, and `model.feature_dim` is not the width of the pooled features; or the
             network that `model.arch` names cannot be built, or does not fit the clips.
     """
+    if config.arch == STORED:
+        return FeatureEncoder(config.args["width"], config.feature_dim)
     if config.factory is None:
         backbone = _BACKBONES[config.arch](config)
         return Encoder(backbone, _head(config, backbone.out_channels)).to(memory_format=torch.channels_last_3d)

@@ -45,7 +45,9 @@ def export(checkpoint: str | Path, out: str | Path, *, to: Form, view: str | Non
         CheckpointError: see `load_trained`.
         InputError: the checkpoint lacks the view, or a package that the form needs is not installed.
     """
-    (_, payload), out = load_trained(checkpoint), Path(out)
+    (config, payload), out = load_trained(checkpoint), Path(out)
+    if config.data.features and to != "safetensors":
+        raise InputError(f"--to: expected safetensors for heads that were trained on stored features, got {to!r}")
     trained = payload.get("view") or _last_view(payload)
     view = trained if view is None else view
     if view not in payload["encoders"]:

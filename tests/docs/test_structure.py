@@ -32,6 +32,7 @@ ORDER = (
     "data.index",
     "data.flow",
     "data.clips",
+    "data.features",
     "data.synthetic",
     "evaluate.features",
     "evaluate.retrieval",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cpr_fast.commands.inputs import (
+    is_store,
     require_at_least,
     require_checkpoints,
     require_file,
@@ -36,9 +37,12 @@ def classifier_settings(task: str, checkpoint: tuple[str, ...], index: tuple[Pat
     announce("Loading PyTorch and NVIDIA DALI")
     if settings is not None:
         return settings
+    from cpr_fast.config import Config
     from cpr_fast.evaluate.features.results import checkpoint_files
     from cpr_fast.weights.checkpoint import load_trained
 
+    if is_store(checkpoint[0]):
+        return getattr(Config(), task)
     return getattr(load_trained(checkpoint_files(checkpoint)[0][1])[0], task)
 
 

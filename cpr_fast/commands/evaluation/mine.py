@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from cpr_fast.commands.inputs import require_features
+from cpr_fast.commands.inputs import is_store, require_checkpoints, require_features
 from cpr_fast.commands.options import Flag, Json
 from cpr_fast.commands.output import show
+from cpr_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from cpr_fast.mining.lab import TwoViewFeatures
 
 
 def mine(
@@ -22,6 +27,7 @@ def mine(
     order: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: alternating views)")] = (),
     details: Flag = False,
     raw: Flag = False,
+    checkpoint: tuple[str, ...] = (),
     heatmap: Path | None = None,
     json: Json = False,
 ) -> None:
@@ -30,8 +36,9 @@ def mine(
     Every combination of the given stages, ratios, top-k, query views and orders is measured, without training.
 
     Args:
-        features: An .npz file with the arrays rgb and flow [N, D], and label and group [N]. Rows of the same label and
-            group are siblings, which are never mined.
+        features: An .npz file with the arrays rgb and flow [N, D], and label and group [N], or a store of features (see
+            `cpr-fast embed`) with these views. Rows of the same label and group, or clips of one source in a store, are
+            siblings, which are never mined.
         stages: Numbers of stages.
         ratio: Fractions of the entries that each stage but the last keeps.
         top_k: Numbers of entries that the last stage keeps.
@@ -40,15 +47,19 @@ def mine(
         details: Also print what each stage keeps and loses, and view agreement and mutual neighbours, which need no
             labels.
         raw: Use the features without centring and L2 normalisation.
+        checkpoint: With a store, the checkpoint of a run that was trained on features: its projections are mined.
         heatmap: A PNG file to write: PMR over stages and ratio.
     """
     require_features("FEATURES", features)
+    if checkpoint and not is_store(features):
+        raise InputError(f"--checkpoint: expected a store of features with it, got FEATURES {str(features)!r}")
     from cpr_fast.runtime.progress import announce
 
     announce("Loading PyTorch")
     from cpr_fast.mining.lab import load_two_view_features, results_table, survivors_table, sweep
 
-    data = load_two_view_features(features, raw=raw)
+    load = partial(_of_store, checkpoint=checkpoint) if is_store(features) else load_two_view_features
+    data = load(features, raw=raw)
     rows = sweep(
         data, stages=stages, ratios=ratio, top_ks=top_k, query_views=query_view, orders=order, details=details,
         progress=True,
@@ -65,6 +76,34 @@ def mine(
             Console().print(survivors_table(rows))
     result = {"features": str(features), "rows": len(data.labels), "results": rows}
     show(result, json, lines=[], next_step=_next_step(rows))
+
+
+def _of_store(folder: Path, *, checkpoint: tuple[str, ...], raw: bool) -> TwoViewFeatures:
+    """Returns the features of a store in the views RGB and flow, or their projections by the heads of a checkpoint."""
+    if checkpoint:
+        require_checkpoints("--checkpoint", checkpoint)
+    import torch
+
+    from cpr_fast.evaluate.features.cache import embed_index
+    from cpr_fast.evaluate.features.embedding import encoder_embeddings
+    from cpr_fast.evaluate.features.pretrained import load_pretrained
+    from cpr_fast.evaluate.features.recipe import Recipe
+    from cpr_fast.evaluate.features.windows import open_windows
+    from cpr_fast.mining.lab import two_views
+
+    how, views = Recipe("paper", metric="plain_cosine"), ["rgb", "flow"]
+    networks = load_pretrained(checkpoint or str(folder))
+    clips = networks.open("FEATURES", folder)
+    clips.store.require_views("FEATURES", views)
+    if missing := [view for view in views if view not in networks.encoders]:
+        raise InputError(f"--checkpoint: expected heads of the views rgb and flow, got none of {missing[0]}")
+    found, _ = embed_index(
+        clips,
+        encoder_embeddings("net", networks.encoders, how, dict.fromkeys(networks.encoders, "")),
+        lambda part: open_windows(part, networks.data, views, how, "cpu"),
+    )
+    labels, sources = torch.from_numpy(clips.labels), torch.from_numpy(clips.source_ids)
+    return two_views(found["net/rgb"], found["net/flow"], labels, sources, raw=raw)
 
 
 def _next_step(rows: list[dict[str, Any]]) -> str:

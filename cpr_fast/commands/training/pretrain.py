@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cpr_fast.commands.inputs import require_device, require_file, unknown_option
+from cpr_fast.commands.inputs import require_device, require_file, require_folder, unknown_option
 from cpr_fast.config import Config, ConfigError, load
 from cpr_fast.config.epochs import scale_epochs
 from cpr_fast.config.recipes import FOLDER, find_config, retrieve_command
@@ -32,6 +32,7 @@ ARGUMENTS = "--model.args."  # followed by the name of an argument that CONFIG h
 # The settings that most runs change, for the short help.
 COMMON = (
     "data.index",
+    "data.features",
     "data.split",
     "data.batch_size",
     "data.workers",
@@ -105,7 +106,8 @@ def parse_and_run(arguments: list[str]) -> None:
 
     announce_others(others)
     folder = pretrain(config, resume=resume, index=index)
-    evaluate = retrieve_command(folder, config.data.index, published=path.parent == FOLDER)
+    data = config.data.features or config.data.index
+    evaluate = retrieve_command(folder, data, published=path.parent == FOLDER)
     show_once(
         {"run": str(folder.absolute())},
         "--json" in given.flags,
@@ -210,7 +212,7 @@ def _require_arguments(config: Config, overrides: list[str]) -> None:
 
 def _require_inputs(config: Config, overrides: list[str]) -> None:
     """Checks the input files of a run before the parser of all settings and torch are imported."""
-    files = {"data.index": config.data.index}
+    files = {"data.index": config.data.index, "data.features": config.data.features}
     files |= {f"model.init.{view}": file for view, file in vars(config.model.init).items()}
     for i, word in enumerate(overrides):
         option, equals, value = word.partition("=")
@@ -218,10 +220,14 @@ def _require_inputs(config: Config, overrides: list[str]) -> None:
         if option.startswith("--") and name in files:
             del files[name]
             files[option] = value if equals else "".join(overrides[i + 1 : i + 2])
+    stored = next(file for option, file in files.items() if option.endswith("features"))
     for option, file in files.items():
-        if not file and option.endswith("index"):
+        if not (file or stored) and option.endswith("index"):
             raise ConfigError("data.index: expected the index of a data set (--data.index INDEX.csv), got none")
-        require_file(option, file or None)
+        if option.endswith("features"):
+            require_folder(option, file or None)
+        elif not (stored and option.endswith("index")):
+            require_file(option, file or None)
 
 
 def _require_run(folder: Path, recipe: Path) -> None:
@@ -243,7 +249,7 @@ def _require_run(folder: Path, recipe: Path) -> None:
 def _checked_videos(config: Config, resume: bool | Literal["auto"]) -> Index:
     """Returns the training videos, after every check of the run that needs neither torch nor NVIDIA DALI."""
     from cpr_fast.pretrain.run.checks import check_run, plan_cycles
-    from cpr_fast.pretrain.run.videos import training_videos
+    from cpr_fast.pretrain.run.videos import on_features, training_videos
     from cpr_fast.runtime.files import require_new_run, require_run_folder
 
     require_run_folder(Path(config.run.out))
@@ -251,6 +257,7 @@ def _checked_videos(config: Config, resume: bool | Literal["auto"]) -> Index:
     if not resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         require_new_run(Path(config.run.out))
     index = training_videos(config.data)
+    config = on_features(config, index)
     plans = plan_cycles(config, len(index), int(os.environ.get("WORLD_SIZE", "1")))
     check_run(config, index, plans, stored_flow=config.data.flow == "stored")
     return index

@@ -16,7 +16,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from cpr_fast.data.clips.sampling import (
     step_videos,
     with_test_jitter,
 )
-from cpr_fast.data.clips.stream import ClipStream, Job, returning_freed_memory
+from cpr_fast.data.clips.stream import Batch, ClipStream, Job, WindowBatch, returning_freed_memory
 from cpr_fast.data.flow.on_the_fly import frame_reader
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.media import is_record
@@ -59,30 +59,6 @@ VIEWS = ("rgb", "flow", "residual")
 def decoded_views(views: Iterable[str]) -> tuple[str, ...]:
     """Returns the views that are decoded for `views`, in their order and without repeats: "residual" needs RGB."""
     return tuple(dict.fromkeys("flow" if view == "flow" else "rgb" for view in views))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The input of one training step: C clips of every video, two in pretraining.
-
-    `clips[view][:, c]` is contiguous in channels_last_3d, so a network need not copy it.
-    """
-
-    clips: dict[str, Tensor]  # view -> float32 [B, C, 3, T, S, S], normalised
-    video: Tensor  # int64 [B], position in the index
-    source: Tensor  # int64 [B], equal for siblings
-    label: Tensor  # int64 [B], -1 where unlabelled
-    start: Tensor  # int64 [B, C], first source frame of each clip
-    plan: Tensor  # int64 [B], digest of everything that was drawn for the clips of each video
-
-
-@dataclass(frozen=True)
-class WindowBatch:
-    """N evaluation windows, of one or several videos, in the order of the index."""
-
-    clips: dict[str, Tensor]  # view -> float32 [N, 3, T, S, S], normalised
-    video: Tensor  # int64 [N], position in the index
-    crop: Tensor  # int64 [N], number of the crop, 0 the centre one
 
 
 class _ClipSource:
@@ -299,12 +275,15 @@ class WindowLoader:
         jitter_seed: int | None = None,
         batch_size: int | None = None,
         device: torch.device | str = "cpu",
+        plan: Callable[[int], Clips] | None = None,
     ) -> None:
-        """With a `jitter_seed` the clips get the colour jitter of `with_test_jitter`."""
+        """With a `jitter_seed` the clips get the colour jitter of `with_test_jitter`. `plan` returns the clips of a
+        video, in place of its windows."""
         # All crops of a window are in one batch.
         self._batch_size = max((batch_size or data.batch_size) // crops, 1) * crops
         sources = Sources.of(index, data)
-        windows = [plan_windows(sources, video, data, clips_per_video, crops) for video in range(len(index))]
+        plan = plan or (lambda video: plan_windows(sources, video, data, clips_per_video, crops))
+        windows = [plan(video) for video in range(len(index))]
         self._windows = Clips.concatenate(windows)
         if jitter_seed is not None:
             identity = np.array([_identity(video) for video in index], np.int64)

@@ -1,6 +1,7 @@
 """Reads planned clips ahead in threads and feeds them to a graph; the training and window loaders share this.
 
-Letters: M clips of one run of the graph.
+Letters: M clips of one run of the graph; B videos of a batch, C clips of a video, T frames, S side of the square
+output, N windows.
 """
 
 from __future__ import annotations
@@ -38,6 +39,30 @@ class Graph(Protocol):
     def run(self, clips: Clips, samples: dict[str, list]) -> dict[str, Tensor]:
         """Returns view -> clips [M, 3, T, S, S], made from the samples of each view as `clips` plans, in the order of
         `rows`."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The input of one training step: C clips of every video, two in pretraining.
+
+    `clips[view][:, c]` is contiguous in channels_last_3d, so a network need not copy it.
+    """
+
+    clips: dict[str, Tensor]  # view -> float32 [B, C, 3, T, S, S], normalised; of a store of features [B, C, D]
+    video: Tensor  # int64 [B], position in the index
+    source: Tensor  # int64 [B], equal for siblings
+    label: Tensor  # int64 [B], -1 where unlabelled
+    start: Tensor  # int64 [B, C], first source frame of each clip
+    plan: Tensor  # int64 [B], digest of everything that was drawn for the clips of each video
+
+
+@dataclass(frozen=True)
+class WindowBatch:
+    """N evaluation windows, of one or several videos, in the order of the index."""
+
+    clips: dict[str, Tensor]  # view -> float32 [N, 3, T, S, S], normalised; of a store of features [N, D]
+    video: Tensor  # int64 [N], position in the index
+    crop: Tensor  # int64 [N], number of the crop, 0 the centre one
 
 
 @dataclass(frozen=True)

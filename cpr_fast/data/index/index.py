@@ -121,6 +121,10 @@ class Index(Sequence[Video]):
             raise IndexFileError(f"split {split!r}: the index has no such video; its splits are {splits}")
         return Index(chosen, self.classes)
 
+    def chosen(self, positions: Iterable[int]) -> Index:
+        """Returns the videos at these positions, numbered from 0."""
+        return Index((self[position] for position in positions), self.classes)
+
     @property
     def mostly_labelled(self) -> bool:
         """Whether at least half of the videos have a label, of two classes or more: fewer labels judge no network."""

@@ -42,10 +42,10 @@ from cpr_fast.evaluate.classify.finetune import Training, selection_accuracy, tr
 from cpr_fast.evaluate.classify.predictions import OnStop, Predictions, tested_videos
 from cpr_fast.evaluate.classify.probe import feature_probabilities, train_on_features
 from cpr_fast.evaluate.classify.scores import classification_scores
-from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, video_digest, weights_digest
+from cpr_fast.evaluate.features.cache import FeatureCache, digest, embed_index, video_digests, weights_digest
 from cpr_fast.evaluate.features.embedding import encoder_embeddings
 from cpr_fast.evaluate.features.intervals import seed_interval
-from cpr_fast.evaluate.features.pretrained import load_pretrained
+from cpr_fast.evaluate.features.pretrained import Pretrained, load_pretrained
 from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints, results_folder, write_result
 from cpr_fast.evaluate.features.shares import shared_out
@@ -108,7 +108,7 @@ def classify(
     folder = results_folder(Path(out) if out else pretrained.evaluations)
     how = recipe_for(pretrained.data, recipe, clips_per_video, crops)
     store = FeatureCache(pretrained.features, how.identity(pretrained.data, str(world.device)))
-    rows, splits, work = [], [load_split(path, pretrained.data) for path in indexes], Forecast(0)
+    rows, splits, work = [], _splits(task, settings, pretrained, indexes), Forecast(0)
     for number, (path, split) in enumerate(zip(indexes, splits, strict=True)):
         for place, seed in enumerate(seeds):
             later = (len(splits) - number) * len(seeds) - place - 1
@@ -144,13 +144,20 @@ class Split:
     test: Index
 
 
-def load_split(path: str | Path, data: DataConfig) -> Split:
-    """Loads the labelled videos of an index, by split. Raises InputError if a split has too few of them."""
-    index = Index.load(path, require_flow=data.flow == "stored").long_enough(data)
+def _splits(task: Task, settings: ClassifierConfig, networks: Pretrained, indexes: Sequence[str | Path]) -> list[Split]:
+    """Returns the labelled videos of every index, or the clips of every store of features."""
+    if task == "finetune" or settings.inputs == "clips":
+        networks.of_videos(task if task == "finetune" else "probe --inputs clips")
+    return [load_split(path, networks.data, networks.open("--index", path)) for path in indexes]
+
+
+def load_split(path: str | Path, data: DataConfig, index: Index | None = None) -> Split:
+    """Loads the labelled videos of `path`, or takes those of `index`, by split. Raises InputError for too few."""
+    index = index or Index.load(path, require_flow=data.flow == "stored").long_enough(data)
     parts = []
     for name in ("train", "test"):
         part = index.select(name)
-        labelled = Index((video for video in part if video.label), index.classes)
+        labelled = part.chosen((part.labels >= 0).nonzero()[0])
         if len(labelled) < (2 if name == "train" else 1):
             raise InputError(f"{path}: expected labelled videos in split {name!r}, got {len(labelled)} of {len(part)}")
         parts.append(labelled)
@@ -227,7 +234,8 @@ def predictions(job: Job, view: str, pretrained: Encoder, key: str, store: Featu
 
 def _probe_features(job: Job, view: str, encoder: Encoder, key: str, store: FeatureCache) -> Predictions:
     """Trains on one stored feature per video, the mean over its windows and crops; unread videos are left out."""
-    embedding = encoder_embeddings("net", {view: encoder}, job.recipe, {view: key})
+    kept = {view: "" if job.configs[view].data.features else key}  # what a store holds is not stored again
+    embedding = encoder_embeddings("net", {view: encoder}, job.recipe, kept)
     device = job.world.device
 
     def open_loader(part: Index) -> WindowLoader:
@@ -313,8 +321,7 @@ def hold_out(train: Index, fraction: float, seed: int) -> tuple[Index, Index]:
     count = min(max(round(fraction * len(train)), 1), len(train) - 1) if fraction else 0
     drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:count]
     held = set(drawn.tolist())
-    parts = [[video for i, video in enumerate(train) if (i in held) == out] for out in (False, True)]
-    return Index(parts[0], train.classes), Index(parts[1], train.classes)
+    return tuple(train.chosen(i for i in range(len(train)) if (i in held) == out) for out in (False, True))
 
 
 def _plan(job: Job, view: str, videos: int, steps: int) -> str:
@@ -324,8 +331,7 @@ def _plan(job: Job, view: str, videos: int, steps: int) -> str:
     later = job.trainings_after(view)
     return (
         f"{job.task} of {view}: {counted(epochs, 'epoch')} of {counted(steps, 'step')} on "
-        f"{counted(videos, 'video')}, then a test on "
-        f"{counted(len(test), 'video')} in {counted(windows, 'window')}"
+        f"{counted(videos, 'video')}, then a test on {counted(len(test), 'video')} in {counted(windows, 'window')}"
         + (f"; {counted(later, 'training')} after it" if later else "")
     )
 
@@ -342,7 +348,8 @@ def _clip_loader(job: Job, part: Index, view: str, plan: Any) -> TrainLoader:
 def _identity(job: Job, view: str, weights: str) -> str:
     """Returns a digest of everything that the predictions depend on."""
     videos = [
-        [[video_digest(video, view), video.label] for video in part] for part in (job.split.train, job.split.test)
+        [[key, video.label] for key, video in zip(video_digests(part, view), part, strict=True)]
+        for part in (job.split.train, job.split.test)
     ]
     data = job.configs[view].data
     settings = [job.task, dataclasses.asdict(job.settings), job.seed, job.recipe.identity(data, str(job.world.device)),

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cpr_fast.config import ClassifierConfig, Config
-from cpr_fast.data.clips.loader import Batch
+from cpr_fast.data.clips.stream import Batch
 from cpr_fast.errors import enough_values
 from cpr_fast.evaluate.classify.classifier import Classifier, make_optimizer, set_epoch
 from cpr_fast.models import running_statistics

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.unreadable import not_read
 from cpr_fast.errors import InputError
@@ -68,6 +69,13 @@ def video_digest(video: Video, view: str) -> str:
     files = [video.path] + ([video.flow_path] if view == "flow" and video.flow_path else [])
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return digest(json.dumps([stats, video.num_frames, video.flow_path is not None]))
+
+
+def video_digests(part: Index, view: str) -> list[str]:
+    """Returns the `video_digest` of every video of an index; for clips of a store, digests of their features."""
+    if isinstance(part, StoredClips):
+        return [digest(part.store.about.digest, str(row)) for row in part.rows.tolist()]
+    return [video_digest(video, view) for video in part]
 
 
 class FeatureCache:
@@ -152,7 +160,7 @@ def embed_index(
         for name, embedding in embeddings.items():
             if embedding.key:
                 known[name] = cache.load(embedding)
-        keys = {e.view: [video_digest(video, e.view) for video in part] for e in embeddings.values()}
+        keys = {e.view: video_digests(part, e.view) for e in embeddings.values()}
     missing = distributed.from_main(lambda: _missing(len(part), embeddings, known, keys))
     todo = sorted({i for positions in missing.values() for i in positions})
     if progress and main and not todo:
@@ -216,7 +224,7 @@ def _embed(
     work: Part,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Returns sums over the windows of the videos at these positions, {name: [len(positions), F]}, and their counts."""
-    chosen = Index((part[i] for i in positions), part.classes)
+    chosen = part.chosen(positions)
     with closing(open_loader(chosen)) as loader:
         if progress:
             log.info(work_ahead(description, len(chosen), loader, stored=stored))

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpr_fast.config import Config, DataConfig
+from torch import nn
+
+from cpr_fast.config import Config, DataConfig, ModelConfig
+from cpr_fast.config.sections import STORED
+from cpr_fast.data.features.index import StoredClips
+from cpr_fast.data.features.store import FeatureStore, is_store
+from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.recipe import clip_settings
 from cpr_fast.evaluate.features.results import Checkpoints, checkpoint_files, home
-from cpr_fast.models import Encoder
+from cpr_fast.models import Encoder, FeatureEncoder
 from cpr_fast.weights.checkpoint import load_encoders
 
 
@@ -20,12 +26,14 @@ class Pretrained:
     Attributes:
         name: The checkpoints, as the user gave them.
         home: The folder of the first checkpoint's evaluations.
+        raw: Whether the "encoders" return the features of a store as they are.
     """
 
     name: str
     home: Path
     encoders: dict[str, Encoder]
     configs: dict[str, Config]
+    raw: bool = False
 
     @property
     def features(self) -> Path:
@@ -42,18 +50,59 @@ class Pretrained:
         """The data settings of the first checkpoint; those that decide the clips are equal in all checkpoints."""
         return next(iter(self.configs.values())).data
 
+    def open(self, option: str, path: str | Path) -> Index:
+        """Returns the videos of an index or, for networks on stored features, the clips of a store.
+
+        Raises InputError that names `option`, if the networks cannot encode what is there.
+        """
+        data, model = self.data, next(iter(self.configs.values())).model
+        if not data.features:
+            if is_store(path):
+                raise InputError(
+                    f"{option}: expected the index of videos, which {self.name!r} encodes, got the store of features "
+                    f"{str(path)!r}"
+                )
+            return Index.load(path, require_flow=data.flow == "stored").long_enough(data)
+        clips = StoredClips.open(path, option)
+        if clips.store.width != model.args["width"]:
+            raise InputError(
+                f"{option}: expected features of {model.args['width']} dimensions, as {self.name!r} was trained on, "
+                f"got {clips.store.width} in {str(path)!r}"
+            )
+        return clips
+
+    def of_videos(self, task: str) -> Pretrained:
+        """Returns the same networks. Raises InputError if they encode features, and `task` needs those of videos."""
+        if self.data.features:
+            raise InputError(f"CHECKPOINT: {task} expects a network that encodes videos, got {self.name!r} of features")
+        return self
+
+
+def _of_store(folder: Path) -> Pretrained:
+    """Returns the features of a store, in place of networks."""
+    store, views = FeatureStore(folder, "CHECKPOINT"), {}
+    for view in store.about.views:
+        views[view] = FeatureEncoder(store.width, store.width).eval()
+        views[view].backbone = nn.Identity()
+    model = ModelConfig(arch=STORED, args={"width": store.width}, feature_dim=store.width)
+    config = Config(data=DataConfig(features=str(folder)), model=model)
+    return Pretrained(str(folder), folder, views, dict.fromkeys(views, config), raw=True)
+
 
 def load_pretrained(checkpoints: Checkpoints, *, device: str = "cpu") -> Pretrained:
     """Loads the encoders of checkpoints that `pretrain` or `import-checkpoint` wrote.
 
     Args:
-        checkpoints: One or several arguments: FILE loads every view that the file holds, VIEW=FILE only that view.
+        checkpoints: One or several arguments: FILE loads every view that the file holds, VIEW=FILE only that view. Or
+            one store of features, whose features are then taken as they are.
     Raises:
         InputError: No file, a view that a file lacks or that is given twice, or files with different clip settings.
     """
     encoders: dict[str, Encoder] = {}
     configs: dict[str, Config] = {}
     files = checkpoint_files(checkpoints)
+    if len(files) == 1 and files[0][0] is None and is_store(files[0][1]):
+        return _of_store(files[0][1])
     for wanted, file in files:
         config, held = load_encoders(file, device=device)
         if wanted is not None and wanted not in held:

@@ -16,6 +16,8 @@ Metric = Literal["cosine", "plain_cosine", "euclidean"]
 # Settings of the data that do not change an evaluation's clips: speed, location, augmentation of training clips.
 _IRRELEVANT = (
     "index",
+    "features",
+    "window",
     "split",
     "batch_size",
     "workers",

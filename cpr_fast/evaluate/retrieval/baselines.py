@@ -22,7 +22,9 @@ from cpr_fast.config.pixels import IMAGENET_MEAN, IMAGENET_STD
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import digest, weights_digest
-from cpr_fast.evaluate.features.embedding import Embedding
+from cpr_fast.evaluate.features.embedding import Embedding, encoder_embeddings
+from cpr_fast.evaluate.features.pretrained import Pretrained
+from cpr_fast.evaluate.features.recipe import Recipe
 from cpr_fast.models import Encoder, build_encoder
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.files import replacing
@@ -46,6 +48,22 @@ def untrained_encoders(configs: Mapping[str, Config], seed: int, device: str) ->
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return {view: build_encoder(config.model, config.data).to(device).eval() for view, config in configs.items()}
+
+
+def on_stored_features(pretrained: Pretrained, how: Recipe, seed: int, device: str) -> dict[str, Embedding]:
+    """Returns the embeddings to compare on a store of features: the projections of the trained heads and of untrained
+    ones, and the features as they are, which `pretrained` may also be itself."""
+    encoders = {view: encoder.to(device) for view, encoder in pretrained.encoders.items()}
+    keys = dict.fromkeys(encoders, "")
+    if pretrained.raw:
+        return encoder_embeddings("stored", encoders, how, keys)
+    untrained = untrained_encoders(pretrained.configs, seed, device)
+    stored = {f"stored/{view}": Embedding(view, lambda features: features, how.metric) for view in encoders}
+    return (
+        encoder_embeddings("trained", encoders, how, keys)
+        | encoder_embeddings("untrained", untrained, how, keys)
+        | stored
+    )
 
 
 class StoredStatistics:

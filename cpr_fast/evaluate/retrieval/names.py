@@ -19,6 +19,7 @@ VIEW_NAMES = {
 MODEL_NAMES = {
     "trained": "Trained",
     "untrained": "Untrained network",
+    "stored": "Stored features",
     "single_frame": "Single frame, 16 × 16",
     "mean_colour": "Mean colour",
     "mean_flow": "Mean flow",

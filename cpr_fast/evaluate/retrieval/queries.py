@@ -113,7 +113,10 @@ def query_scores(
 
 def have_copies(queries: Sequence[Video], gallery: Sequence[Video], other_sources: bool) -> list[bool]:
     """Returns for each query whether the gallery holds an exact copy of it; with `other_sources`, one of another
-    source, since the gallery of a query then has no video of its own."""
+    source, since the gallery of a query then has no video of its own. Clips of a store, whose videos are not looked
+    at, have none."""
+    if not any(video.num_frames for video in queries):
+        return [False] * len(queries)
     unique = {str(video.path.absolute()): video for video in (*queries, *gallery)}  # no file is compared with itself
     original = dict(zip(unique, Index(unique.values()).originals(), strict=True))
     copies: dict[int, list[tuple[str, str]]] = {}

@@ -40,6 +40,7 @@ from cpr_fast.evaluate.retrieval.baselines import (
     CALIBRATION_WINDOWS,
     StoredStatistics,
     calibration_videos,
+    on_stored_features,
     untrained_encoders,
 )
 from cpr_fast.evaluate.retrieval.queries import QueryScores, have_copies, joined, query_scores
@@ -97,7 +98,7 @@ def retrieve(
     pretrained = load_pretrained(checkpoint, device=device)
     data, folder = pretrained.data, results_folder(pretrained.evaluations)
     how = recipe_for(data, recipe, clips_per_video, crops)
-    splits = [Index.load(path, require_flow=data.flow == "stored").long_enough(data) for path in paths]
+    splits = [pretrained.open("--index", path) for path in paths]
     protocol = _resolved(protocol, splits)
     open_loader = partial(open_windows, data=data, views=list(pretrained.encoders), recipe=how, device=device)
     work = Forecast(0)  # windows; one counts once for each network that reads it
@@ -105,7 +106,7 @@ def retrieve(
         pretrained, how, splits, protocol, open_loader, untrained_seed, device, work, cache=cache,
         progress=progress and world.is_main,
     )  # fmt: skip
-    store = FeatureCache(pretrained.features, how.identity(pretrained.data, device)) if cache else None
+    store = FeatureCache(pretrained.features, how.identity(data, device)) if cache and not data.features else None
     found = [
         evaluate(index, embeddings, open_loader, protocol=protocol, cache=store, progress=progress, work=work)
         for index in splits
@@ -184,6 +185,8 @@ def _embeddings(
     """Returns the embeddings to compare: the trained encoders and, if any query has a label, the references. Where the
     queries are not mostly labelled, also returns the rows of `same_video_rates`, which compares these with the
     references."""
+    if pretrained.data.features:
+        return on_stored_features(pretrained, how, seed, device), []
     keys = {view: weights_digest(encoder) if cache else "" for view, encoder in pretrained.encoders.items()}
     trained = encoder_embeddings("trained", pretrained.encoders, how, keys)
     queries = [_split(index, protocol)[1] for index in splits]

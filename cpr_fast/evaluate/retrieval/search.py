@@ -78,7 +78,7 @@ def search(
         raise InputError(f"--top: expected at least 1, got {top}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    pretrained = load_pretrained(checkpoint, device=device)
+    pretrained = load_pretrained(checkpoint, device=device).of_videos("search")
     how = recipe_for(pretrained.data, recipe, clips_per_video)
     stored = pretrained.data.flow == "stored"
     index = Index.load(index_csv, require_flow=stored).long_enough(pretrained.data)

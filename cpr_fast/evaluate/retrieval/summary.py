@@ -29,8 +29,8 @@ def results(found: Sequence[Sequence[dict[str, Any]]], paths: Sequence[str | Pat
         paths: The indexes.
         how: Protocol and recipe, which are added to each row.
     Returns:
-        `results`, `summary`, `index`, and view and rates of the trained network's last row, which is two-stream if it
-        has both views.
+        `results`, `summary`, `index`, and view and rates of the last row of the trained network, or of the stored
+        features without one, which is two-stream if it has both views.
     """
     named = [str(path) for path in paths]
     rows = [
@@ -39,7 +39,7 @@ def results(found: Sequence[Sequence[dict[str, Any]]], paths: Sequence[str | Pat
         for row in each
     ]
     summary = [row | {"indexes": [os.path.abspath(path) for path in named]} for row in _summary(rows)]
-    last = [row for row in summary if row["name"] == "trained"][-1]
+    last = [row for row in summary if row["name"] == summary[0]["name"]][-1]
     headline = {key: last[key] for key in ("view", *(f"r@{k}" for k in RANKS), "map")}
     return headline | how | {"index": " ".join(named), "summary": summary, "results": rows}
 

@@ -28,8 +28,9 @@ BACKBONES = {
 
 
 def parameters(model: ModelConfig) -> int | None:
-    """Returns the number of parameters of an encoder, or None for a width other than 1 or a network of a factory."""
-    if model.width != 1 or model.factory:
+    """Returns the number of parameters of an encoder, or None for a width other than 1 or a network that is not
+    among `BACKBONES`."""
+    if model.width != 1 or model.arch not in BACKBONES:
         return None
     channels, backbone = BACKBONES[model.arch]
     head = channels * (channels + 1) + model.feature_dim * (channels + 1) if model.head == "mlp" else 0

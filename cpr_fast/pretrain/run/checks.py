@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpr_fast.config import Config, Cycle
-from cpr_fast.config.checks import batch_norm_groups, least_clip
+from cpr_fast.config.checks import batch_norm_groups
 from cpr_fast.config.sections import with_cycle
 from cpr_fast.config.unreached import unreached_epochs, unreached_steps, unreached_warmups
+from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.mining.stages import idle_stages, most_stages, stage_keep
+from cpr_fast.pretrain.run.videos import about_lengths
 from cpr_fast.wording import counted, listed
 
 LONG_FILL = 0.25  # if waiting for the queue takes a larger share of a cycle's steps, a warning is given
@@ -146,7 +148,9 @@ def _check_cycle(config: Config, index: Index, plan: CyclePlan, stored_flow: boo
     if cycle.mining == "cascade" and config.memory.kind != "batch" and top_k > size:
         name = "mining.top_k" if cycle.top_k is None else plan.key("top_k")
         raise InputError(f"{name}: expected at most the {size} entries of a {config.memory.kind}, got {top_k}")
-    if stored_flow and "flow" in cycle.views(shared=config.model.shared):
+    if isinstance(index, StoredClips):
+        index.store.require_views(f"data.features: {plan.name}", cycle.views(shared=config.model.shared))
+    elif stored_flow and "flow" in cycle.views(shared=config.model.shared):
         bare = [video.path for video in index if video.flow_path is None]
         if bare:
             raise InputError(
@@ -177,20 +181,10 @@ def _about_settings(config: Config) -> Iterator[str]:
 
 
 def _about_videos(config: Config, index: Index) -> Iterator[str]:
-    span = config.data.frames * config.data.stride
-    short = sum(video.num_frames < span for video in index)
-    if 2 * short >= len(index):
-        yield (
-            f"{short} of {counted(len(index), 'video')} are shorter than a clip of "
-            f"{counted(config.data.frames, 'frame')} at stride "
-            f"{config.data.stride} and are padded: {_shorter_clips(config)}"
-        )
-    fits = sum(video.num_frames > span for video in index)
-    if config.data.augment == "none" and not fits:
-        yield (
-            "data.augment is 'none' and no video is longer than a clip: both clips of a video are the same, so that "
-            "there is nothing to learn from a pair; choose another data.augment or a lower data.frames"
-        )
+    if isinstance(index, StoredClips):
+        yield from _about_samples(index, config)
+    else:
+        yield from about_lengths(config, index)
     if config.memory.kind == "batch" and len(index) and config.data.batch_size == 1:
         yield (
             "data.batch_size is 1 with memory.kind = 'batch': on one process a clip is compared with no other video, "
@@ -206,13 +200,15 @@ def _about_videos(config: Config, index: Index) -> Iterator[str]:
         )
 
 
-def _shorter_clips(config: Config) -> str:
-    """Returns the settings that make clips shorter, as far as the network allows it."""
-    least, _ = least_clip(config.model.arch)
-    ways = ["data.frames"] * (config.data.frames > least) + ["data.stride"] * (config.data.stride > 1)
-    if not ways:
-        return f"model.arch {config.model.arch!r} reads no clips of fewer than {least} frames, so use longer videos"
-    return f"set {' or '.join(ways)} lower"
+def _about_samples(index: StoredClips, config: Config) -> Iterator[str]:
+    if index.store.about.samples == 1:
+        alone = [(n, cycle) for n, cycle in enumerate(config.schedule.cycles) if cycle.mining == "none"]
+        if alone:
+            yield (
+                f"the store holds one sample of each clip, so that query and key are the same features: "
+                f"{cycle_names(alone)} {'has' if len(alone) == 1 else 'have'} nothing to learn from a pair. Embed with "
+                "--samples 2 or more, or mine positives"
+            )
 
 
 def _all_positive(config: Config, index: Index) -> bool:

@@ -18,6 +18,8 @@ import torch
 from cpr_fast.config import Config, View
 from cpr_fast.config.load import absolute_inputs
 from cpr_fast.data.clips.sampling import plan_first
+from cpr_fast.data.features.index import StoredClips
+from cpr_fast.data.features.stream import FeatureLoader
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.storage.unreadable import REPLACED, not_read
 from cpr_fast.errors import InputError
@@ -29,7 +31,7 @@ from cpr_fast.pretrain.run.log import LedgerRows, StepLog
 from cpr_fast.pretrain.run.online import OnlineRetrieval
 from cpr_fast.pretrain.run.outcome import outcome
 from cpr_fast.pretrain.run.summary import Pace, end_line, start_lines
-from cpr_fast.pretrain.run.videos import digest, training_videos
+from cpr_fast.pretrain.run.videos import digest, every_video, on_features, training_videos
 from cpr_fast.pretrain.state.cycle import CycleState
 from cpr_fast.pretrain.state.schedule import CycleRates, cycle_epochs
 from cpr_fast.pretrain.step.result import StepResult
@@ -43,7 +45,7 @@ from cpr_fast.runtime.watchdog import Watchdog
 from cpr_fast.weights.checkpoint import LAST, load_initial, save_step
 
 if TYPE_CHECKING:
-    from cpr_fast.data.clips.loader import Batch
+    from cpr_fast.data.clips.stream import Batch
 
 log = logging.getLogger(__name__)
 
@@ -115,10 +117,12 @@ def pretrain(
     _set_precision(config, world)
     if index is None:
         index = training_videos(config.data)
-    config = absolute_inputs(config)  # the record of the run is read from other working directories too
+    config = absolute_inputs(
+        on_features(config, index)
+    )  # the record of the run is read from other working directories too
     plans = plan_cycles(config, len(index), world.size)
     warnings = check_run(config, index, plans, stored_flow=make_loader is None and config.data.flow == "stored")
-    make_loader = make_loader or _train_loader()
+    make_loader = make_loader or _loader_of(index)
     folder, videos = Path(config.run.out), digest(index)
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(only_writer(folder, exists=resume is True)))
@@ -141,9 +145,11 @@ def pretrain(
     return folder
 
 
-def _train_loader() -> Callable[..., Loader]:
-    # Imported here, because other loaders do not need DALI.
-    from cpr_fast.data.clips.loader import TrainLoader
+def _loader_of(index: Index) -> Callable[..., Loader]:
+    """Returns the loader of videos, or of the clips of a store."""
+    if isinstance(index, StoredClips):
+        return FeatureLoader
+    from cpr_fast.data.clips.loader import TrainLoader  # imported here, because other loaders do not need DALI
 
     return TrainLoader
 
@@ -164,9 +170,8 @@ def _online(
     if not config.health.online_every:
         return None
     if held_out is None:
-        everything = Index.load(config.data.index, require_flow=config.data.flow == "stored")
         try:
-            held_out = everything.select(split=config.health.online_split).long_enough(config.data)
+            held_out = every_video(config.data).select(split=config.health.online_split).long_enough(config.data)
         except InputError as error:
             raise InputError(f"health.online_split: {error}") from None
     return OnlineRetrieval(config, held_out, [c.view for c in config.schedule.cycles], world, watch, make_windows)

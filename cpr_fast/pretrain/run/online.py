@@ -54,7 +54,7 @@ class OnlineRetrieval:
         make_windows: Callable[[Index, View], Any] | None = None,
     ) -> None:
         count = min(config.health.online_videos, len(videos))
-        self.index = Index((videos[len(videos) * i // count] for i in range(count)), videos.classes)
+        self.index = videos.chosen(len(videos) * i // count for i in range(count))
         self.labels, self.sources = torch.from_numpy(self.index.labels), torch.from_numpy(self.index.source_ids)
         same_class = (self.labels[:, None] == self.labels) & (self.labels >= 0)
         if not (same_class & (self.sources[:, None] != self.sources)).any():

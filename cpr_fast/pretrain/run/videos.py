@@ -1,44 +1,101 @@
-"""The training videos of a run: which rows of the index they are, and the digest by which a resumed run recognises
-them."""
+"""The training videos of a run: which rows of the index they are, whether they are long enough, and the digest by which
+a resumed run recognises them."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cpr_fast.config import DataConfig
+from cpr_fast.config import Config, DataConfig, ModelConfig
+from cpr_fast.config.checks import least_clip
+from cpr_fast.config.sections import STORED
+from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.index.index import Index, too_few
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.progress import first_process
 from cpr_fast.wording import counted
 
+MEASURED_QUERIES = 64  # of each step on features
+
 log = logging.getLogger(__name__)
 
 
+def every_video(data: DataConfig) -> Index:
+    """Loads the videos of `data.index`, or the clips of the store `data.features`. Raises InputError that names the
+    setting, if neither was given or it cannot be read."""
+    if data.features:
+        return StoredClips.open(data.features, "data.features")
+    if not data.index:
+        raise InputError("data.index: expected the path of an index (written by `cpr-fast index`), got ''")
+    return Index.load(data.index, require_flow=data.flow == "stored")
+
+
+def on_features(config: Config, index: Index) -> Config:
+    """Returns the config with the network for the features of `index`, and without `data.index`, if it is of a
+    store."""
+    if not isinstance(index, StoredClips):
+        return config
+    ours = ModelConfig(arch=STORED, args={"width": index.store.width})
+    kept = {name: getattr(ours, name) for name in ("arch", "args", "width", "conv_std", "pool", "mean", "std")}
+    measured = config.health.mining_queries or MEASURED_QUERIES
+    return replace(
+        config,
+        data=replace(config.data, index=""),
+        model=replace(config.model, **kept),
+        health=replace(config.health, mining_queries=measured),
+    )
+
+
 def training_videos(data: DataConfig) -> Index:
-    """Loads the videos of `data.index` whose split is `data.split`, or all of them where no row has a split, without
-    those that `data.short_videos` drops.
+    """Loads the videos of `data.index`, or the clips of the store `data.features`, whose split is `data.split`, or all
+    of them where no row has a split, without those that `data.short_videos` drops.
 
     Raises:
         InputError: no index was given, it cannot be read, no video has that split, or all are dropped; the message
             names the setting.
     """
-    if not data.index:
-        raise InputError("data.index: expected the path of an index (written by `cpr-fast index`), got ''")
-    index = Index.load(data.index, require_flow=data.flow == "stored")
+    index = every_video(data)
     try:
         part = index.select_for_training(data.split)
     except InputError as error:
         raise InputError(f"data.split: {error}. Choose one with --data.split") from None
     kept = part.long_enough(data)
-    reason = too_few(len(kept), len({video.source for video in kept}), data.split if index.has_splits else "")
+    reason = too_few(len(kept), int(kept.source_ids.max()) + 1, data.split if index.has_splits else "")
     if reason and first_process():
         log.warning("Warning: data.index: %s; a run on fewer shows only that everything works", reason)
     return kept
+
+
+def about_lengths(config: Config, index: Index) -> Iterator[str]:
+    """Yields why many videos are too short for the clips of the config."""
+    span = config.data.frames * config.data.stride
+    short = sum(video.num_frames < span for video in index)
+    if 2 * short >= len(index):
+        yield (
+            f"{short} of {counted(len(index), 'video')} are shorter than a clip of "
+            f"{counted(config.data.frames, 'frame')} at stride "
+            f"{config.data.stride} and are padded: {_shorter_clips(config)}"
+        )
+    fits = sum(video.num_frames > span for video in index)
+    if config.data.augment == "none" and not fits:
+        yield (
+            "data.augment is 'none' and no video is longer than a clip: both clips of a video are the same, so that "
+            "there is nothing to learn from a pair; choose another data.augment or a lower data.frames"
+        )
+
+
+def _shorter_clips(config: Config) -> str:
+    """Returns the settings that make clips shorter, as far as the network allows it."""
+    least, _ = least_clip(config.model.arch)
+    ways = ["data.frames"] * (config.data.frames > least) + ["data.stride"] * (config.data.stride > 1)
+    if not ways:
+        return f"model.arch {config.model.arch!r} reads no clips of fewer than {least} frames, so use longer videos"
+    return f"set {' or '.join(ways)} lower"
 
 
 def digest(index: Index) -> dict[str, Any]:
@@ -51,6 +108,9 @@ def digest(index: Index) -> dict[str, Any]:
         `count`; `rows`, a hash of the ordered rows and of the class names; `any_order`, the same for the sorted
         rows; `paths`, a hash of the ordered paths only. The last two are used to tell how two lists differ.
     """
+    if isinstance(index, StoredClips):
+        rows = hashlib.sha256(index.store.about.digest.encode() + index.rows.tobytes()).hexdigest()[:32]
+        return {"count": len(index), "rows": rows, "any_order": rows, "paths": rows}
     paths = [os.path.abspath(video.path) for video in index]
     root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
     names = [path[len(root) :].lstrip("/") for path in paths]

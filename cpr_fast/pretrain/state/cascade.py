@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from cpr_fast.config import Config
 from cpr_fast.mining.proxies import mined_age, mutual_neighbours, view_agreement
@@ -57,7 +58,14 @@ def mine(anchors: Tensor, memory: Memory, source: Tensor, cascade: Cascade) -> T
 
 
 def mining_rates(
-    anchors: Tensor, memory: Memory, source: Tensor, cascade: Cascade, mined: Tensor, label: Tensor, step: int
+    anchors: Tensor,
+    memory: Memory,
+    source: Tensor,
+    cascade: Cascade,
+    mined: Tensor,
+    label: Tensor,
+    step: int,
+    most: int | None = None,
 ) -> dict[str, Tensor]:
     """Measures rates of mined positives other than PMR. Does not wait for the device.
 
@@ -65,9 +73,14 @@ def mining_rates(
         anchors, memory, source, cascade: the arguments of `mine`, which returned `mined` [B, P].
         label: [B] int64, classes of the queries, -1 where unknown.
         step: the current step.
+        most: number of queries to measure, the first ones of a batch in random order; None measures all.
     Returns:
-        {name: [B] float32} for each of `rate_names`.
+        {name: [B] float32} for each of `rate_names`; NaN where a query was not measured.
     """
+    if most is not None and (others := len(source) - most) > 0:
+        anchors, source, mined, label = anchors[:, :most].contiguous(), source[:most], mined[:most], label[:most]
+        rates = mining_rates(anchors, memory, source, cascade, mined, label, step)
+        return {name: F.pad(rate, (0, others), value=float("nan")) for name, rate in rates.items()}
     ids = {"query_ids": source, "memory_ids": memory.source}
     own_view = (anchors[cascade.own], memory.features[cascade.own], mined)  # the cascade ends in the other view
     rates = survivor_rates(

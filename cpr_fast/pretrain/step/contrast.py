@@ -20,7 +20,7 @@ from cpr_fast.pretrain.step.ids import IdMeaning
 from cpr_fast.runtime import distributed
 
 if TYPE_CHECKING:
-    from cpr_fast.data.clips.loader import Batch
+    from cpr_fast.data.clips.stream import Batch
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from cpr_fast.pretrain.step.result import StepResult
 from cpr_fast.runtime import distributed
 
 if TYPE_CHECKING:
-    from cpr_fast.data.clips.loader import Batch
+    from cpr_fast.data.clips.stream import Batch
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ def _contrast(
             anchors = torch.stack([query.detach() if view == own else keys[view] for view in (0, 1)])
         mined = mine(anchors, memory, ids.source, cascade)  # [B, P]
         if own == 0:  # mining rates are reported for the first view only
-            rates = mining_rates(anchors, memory, ids.source, cascade, mined, ids.label, step)
+            measured = config.health.mining_queries
+            rates = mining_rates(anchors, memory, ids.source, cascade, mined, ids.label, step, measured)
     meaning = id_meaning(mining, config.loss, seed=config.run.seed, step=step)
     loss = contrast(
         query, own_key, entries, mined, ids, memory, meaning, temperature=config.loss.temperature,

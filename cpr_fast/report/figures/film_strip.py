@@ -29,8 +29,11 @@ def film_strip(path: Path, num_frames: int, start: int, length: int) -> str | No
 def strip_image(path: Path, num_frames: int, start: int, length: int) -> Image.Image | None:
     """Returns STRIP_FRAMES frames side by side, evenly spread over `length` source frames from `start`.
 
-    Returns None if the video does not exist or does not decode, so that the page is written without this picture.
+    Returns None if the video does not exist or does not decode, or has no frames, as a clip of a store of features, so
+    that the page is written without this picture.
     """
+    if num_frames < 1:
+        return None
     wanted = np.linspace(start, start + length - 1, STRIP_FRAMES).round().astype(int).clip(0, num_frames - 1)
     distinct, place = np.unique(wanted, return_inverse=True)
     try:

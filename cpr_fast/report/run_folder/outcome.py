@@ -180,7 +180,8 @@ def _of_views(run: Run) -> str | None:
 
 
 def _below_pixels(run: Run) -> str | None:
-    """Compares the view that the report shows first with the baselines that look at pixels or flow only."""
+    """Compares the view that the report shows first with the baselines that look at pixels or flow only, or with the
+    stored features that it was trained on."""
     best = run.headline()
     if best is None or best.get("r@1") is None or run.unlabelled:
         return None
@@ -189,6 +190,11 @@ def _below_pixels(run: Run) -> str | None:
     reference = max((row for row in rows if row.get(measure) is not None), key=lambda row: row[measure], default=None)
     if reference is None or best[measure] > reference[measure]:
         return None
+    if reference["name"] == "stored":
+        return (
+            f"{MEASURES[measure]} of the trained heads ({VIEW_NAMES[best['view']]}) is not above that of the stored "
+            f"features as they are ({VIEW_NAMES[reference['view']]}): for retrieval, training on them gained nothing."
+        )
     return (
         f"{MEASURES[measure]} of the trained network ({VIEW_NAMES[best['view']]}) is not above that of a baseline that "
         f"learns nothing ({MODEL_NAMES[reference['name']].lower()}): for retrieval, its features are no better than "

@@ -14,6 +14,7 @@ import numpy as np
 from cpr_fast.config import DataConfig
 from cpr_fast.config.build import build
 from cpr_fast.config.recipes import retrieve_command
+from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
@@ -109,6 +110,8 @@ class Run:
         """The videos that the run was trained on, or None if the index or its videos no longer exist."""
         try:
             data = build(DataConfig, self.config.get("data", {}), "data")
+            if data.features:
+                return StoredClips.open(data.features).select_for_training(data.split)
             return Index.load(data.index, require_flow=False).select_for_training(data.split).long_enough(data)
         except (InputError, OSError):
             return None
@@ -123,7 +126,8 @@ class Run:
     def evaluation_command(self) -> str:
         """The command that evaluates the run on the index of the retrieval that the report shows first or, before any,
         on the training index."""
-        index = next(iter(self.evaluated_indexes), None) or self.config.get("data", {}).get("index")
+        data = self.config.get("data", {})
+        index = next(iter(self.evaluated_indexes), None) or data.get("features") or data.get("index")
         return retrieve_command(self.folder, index or "INDEX.csv")
 
     @cached_property
@@ -182,8 +186,9 @@ class Run:
         others = [row for row in self.retrieval if row["name"] != "trained" and row.get(measure) is not None]
         return max(others, key=lambda row: row[measure], default=None)
 
-    def best_pixels(self) -> dict[str, Any] | None:
-        """Returns the best row of the pixel and motion baselines, by mAP or, where none has it, by R@1."""
+    def best_baseline(self) -> dict[str, Any] | None:
+        """Returns the best row of the pixel and motion baselines, or of the stored features as they are, by mAP or,
+        where none has it, by R@1."""
         rows = [row for row in self.retrieval if row["name"] not in ("trained", "untrained")]
         measured = [row for row in rows if row.get("r@1") is not None]
         return max(measured, key=lambda row: (row.get("map") or 0, row["r@1"]), default=None)

@@ -75,7 +75,10 @@ def facts(run: Run) -> list[tuple[str, str]]:
     """Returns (name, value) of the date, the command, the data, the time, the machine and the evaluations of a run."""
     data, index = run.config.get("data", {}), run.index
     rows = [("Date", date(run)), ("Command", run.start.get("command") or "not recorded by the version that trained")]
-    rows.append(("Training index", data.get("index") or "not recorded"))
+    if data.get("features"):
+        rows.append(("Training features", data["features"]))
+    else:
+        rows.append(("Training index", data.get("index") or "not recorded"))
     if index is not None:
         classes = counted(len(index.classes), "class", "classes") if index.classes else "no labels"
         split = f"split {data['split']!r}" if data.get("split") else "all splits"
@@ -145,7 +148,7 @@ def headline(run: Run) -> list[str]:
     """Returns the result of the run, a line for every view that it trained, two views together first.
 
     A line gives mAP and R@1 of the trained network, with their intervals, those of the same network untrained, and
-    whether the view learnt (of an unfinished run: so far). Then follow the best pixel baseline and, if there are any,
+    whether the view learnt (of an unfinished run: so far). Then follow the best baseline and, if there are any,
     the number of queries with an exact copy in the gallery. Without an evaluation the only line says so.
     """
     lines, judged = [], {judgement.view: judgement for judgement in judged_views(run)}
@@ -162,8 +165,10 @@ def headline(run: Run) -> list[str]:
     if not lines:
         return [NOT_EVALUATED] if run.epochs and not run.retrieval else []
     lines[0] = f"Retrieval, {lines[0]}"
-    if pixels := run.best_pixels():
-        lines.append(f"Best pixel baseline ({MODEL_NAMES[pixels['name']].lower()}): {_measures(pixels)}.")
+    if baseline := run.best_baseline():
+        kind = "stored features" if baseline["name"] == "stored" else "pixel baseline"
+        what = VIEW_NAMES[baseline["view"]] if baseline["name"] == "stored" else MODEL_NAMES[baseline["name"]].lower()
+        lines.append(f"Best {kind} ({what}): {_measures(baseline)}.")
     return [*lines, *filter(None, [with_copies(run.retrieval[0].get("queries_with_copy"))])]
 
 

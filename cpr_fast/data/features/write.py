@@ -1,0 +1,166 @@
+"""Writes a store of features, shard by shard. A shard that is there is never computed again, so a run that was stopped
+continues, and `store.json` says when the store is complete.
+
+Letters: C clips of a shard, M samples, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpr_fast.data.features.clips import COLUMNS, Clip
+from cpr_fast.data.features.store import DTYPES, FILE, TABLE, Description, header, is_store, shard_name
+from cpr_fast.data.index.tables import table_text
+from cpr_fast.errors import InputError
+from cpr_fast.runtime.files import one_writer, replacing
+from cpr_fast.runtime.progress import track
+from cpr_fast.wording import counted
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The features of some clips.
+
+    Attributes:
+        kept: int64 [C], positions of the clips among those of the store; those that could not be read are missing.
+        samples: [C, M, D] floating point of every view.
+        evaluation: [C, D] of every view; empty if the store has none.
+    """
+
+    kept: np.ndarray
+    samples: dict[str, np.ndarray]
+    evaluation: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def planned_shards(clips: int, shard_clips: int) -> list[int]:
+    """Returns how many clips each shard is to hold."""
+    return [min(shard_clips, clips - begin) for begin in range(0, clips, shard_clips)]
+
+
+def write_store(
+    folder: Path,
+    clips: Sequence[Clip],
+    about: Description,
+    compute: Callable[[range], Computed],
+    *,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Writes the store `folder` of `clips`, or the rest of it.
+
+    Args:
+        about: What the store is to hold, not complete.
+        compute: Called with the positions of the clips of a shard.
+    Returns:
+        `clips`, the number of clips of the store; `left_out`, that of the clips that could not be read; `shards`, and
+        `computed`, how many of them this call computed; `bytes` of all shards.
+    Raises:
+        InputError: the folder holds something else, another process writes there, the disk is full, no clip could be
+            read, or a feature is not finite or too large for the dtype.
+    """
+    with one_writer(folder / ".store.lock", f"--out: another process is writing the store {str(folder)!r}"):
+        about = _begun(folder, about)
+        ends = np.cumsum(about.planned).tolist()
+        shards = [range(end - count, end) for end, count in zip(ends, about.planned, strict=True)]
+        left = [n for n in range(len(shards)) if not all(path.exists() for path in _paths(folder, about, n))]
+        for number in track(left, "features", total=len(left), unit="shards", progress=progress):
+            found = compute(shards[number])
+            for path, view in zip(_paths(folder, about, number), about.views, strict=True):
+                _write_shard(path, view, found, about, clips)
+        kept = _finish(folder, about, clips)
+    size = sum(path.stat().st_size for number in range(len(shards)) for path in _paths(folder, about, number))
+    return {"clips": kept, "left_out": len(clips) - kept, "shards": len(shards), "computed": len(left), "bytes": size}
+
+
+def _begun(folder: Path, about: Description) -> Description:
+    """Returns the description of the store that this call continues or begins."""
+    if is_store(folder):
+        there = Description.load(folder)
+        if there.source != about.source:
+            raise InputError(
+                f"--out: {str(folder)!r} holds a store of other features (another encoder, other clips or other "
+                "settings); choose another folder"
+            )
+        return dataclasses.replace(there, shards=None, digest="")
+    if any(entry.name != ".store.lock" for entry in folder.iterdir()):
+        raise InputError(f"--out: expected a new folder or a store of features, got {str(folder)!r}, which holds "
+                         "other files")  # fmt: skip
+    with replacing(folder / FILE) as temporary:
+        temporary.write_text(about.to_json(), encoding="utf-8")
+    return about
+
+
+def _paths(folder: Path, about: Description, number: int) -> list[Path]:
+    return [folder / shard_name(view, number) for view in about.views]
+
+
+def _write_shard(path: Path, view: str, found: Computed, about: Description, clips: Sequence[Clip]) -> None:
+    from safetensors.numpy import save
+
+    shape = (len(found.kept), about.samples, about.views[view])
+    if found.samples[view].shape != shape:
+        raise InputError(f"{view}: expected features {list(shape)}, got {list(found.samples[view].shape)}")
+    names = [clips[position].path for position in found.kept.tolist()]
+    tensors = {"positions": found.kept, "samples": as_stored(view, found.samples[view], about.dtype, names)}
+    if about.evaluation:
+        tensors["evaluation"] = as_stored(view, found.evaluation[view], about.dtype, names)
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(tensors))
+
+
+def as_stored(view: str, features: np.ndarray, dtype: str, names: Sequence[str]) -> np.ndarray:
+    """Returns features [C, ...] in the dtype of a store. Raises InputError that names the first clip whose features are
+    not finite, or are too large for the dtype."""
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(features, dtype)
+    bad = np.flatnonzero(~np.isfinite(stored).all(tuple(range(1, stored.ndim))))
+    if len(bad):
+        first, where = features[bad[0]], f"{view}: the features of {names[bad[0]]!r}"
+        if np.isfinite(first).all():
+            raise InputError(f"{where}: {np.abs(first).max():.3g} is too large for {dtype}; use --dtype float32")
+        more = f" (and of {counted(len(bad) - 1, 'other clip')})" if len(bad) > 1 else ""
+        raise InputError(f"{where}{more}: expected finite numbers, got NaN or infinity")
+    return stored
+
+
+def _finish(folder: Path, about: Description, clips: Sequence[Clip]) -> int:
+    """Writes the table, and the description of the complete store; returns its number of clips."""
+    from safetensors import safe_open
+
+    view, kept, counts = next(iter(about.views)), [], []
+    for number in range(len(about.planned)):
+        for path in _paths(folder, about, number):
+            found = header(path).get("samples")
+            if found is None or found[0] != DTYPES[about.dtype]:
+                raise InputError(f"{path}: expected samples of {about.dtype}, got {found}")
+        with safe_open(folder / shard_name(view, number), "numpy") as file:
+            kept.append(file.get_tensor("positions"))
+        counts.append(len(kept[-1]))
+    rows = np.concatenate(kept).tolist()
+    if not rows:
+        raise InputError(f"expected features of at least one of {counted(len(clips), 'clip')}, but none could be read")
+    table = table_text(COLUMNS, (clips[row] for row in rows)).encode("utf-8", "surrogateescape")
+    with replacing(folder / TABLE) as temporary:
+        temporary.write_bytes(table)
+    with replacing(folder / FILE) as temporary:
+        files = [path for number in range(len(counts)) for path in _paths(folder, about, number)]
+        text = dataclasses.replace(about, shards=counts).with_digest([folder / TABLE, *files]).to_json()
+        temporary.write_text(text, encoding="utf-8")
+    return len(rows)
+
+
+def same_clips(clips: Sequence[Clip]) -> None:
+    """Raises InputError if two clips have the same path."""
+    seen: set[str] = set()
+    for clip in clips:
+        if clip.path in seen:
+            raise InputError(f"expected every clip once, got {clip.path!r} again")
+        seen.add(clip.path)

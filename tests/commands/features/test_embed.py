@@ -1,0 +1,222 @@
+"""A store of features from its making to the report, as on the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from support import own_networks
+
+pytest.importorskip("nvidia.dali", reason="the videos are decoded")
+
+from cpr_fast.cli import main
+from cpr_fast.config import DataConfig, ModelConfig
+from cpr_fast.data.clips.loader import TrainLoader, WindowLoader
+from cpr_fast.data.features.index import StoredClips
+from cpr_fast.data.index.index import Index
+from cpr_fast.data.synthetic.videos import write_synthetic
+from cpr_fast.models import build_encoder
+from cpr_fast.weights.checkpoint import load_encoders
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DATA = {"frames": 8, "size": 16, "workers": 1}
+RECIPE = """
+[data]
+frames = 8
+size = 16
+workers = 1
+batch_size = 8
+[model]
+arch = "net.py:Tokens"
+args = { depth = 1 }
+"""
+TRAINING = """
+[data]
+features = "store"
+batch_size = 8
+[model]
+feature_dim = 8
+[memory]
+size = 8
+[mining]
+stages = 1
+top_k = 2
+[schedule]
+cycles = [{ view = "rgb", epochs = 2, mining = "none" }]
+[run]
+out = "run"
+device = "cpu"
+"""
+EMBED = ["embed", "data/index.csv", "--encoder", "clips.toml", "--samples", "3"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with videos, a network, a recipe, and the store of the network's features."""
+    folder = tmp_path_factory.mktemp("stores")
+    write_synthetic(folder / "data", classes=4, videos=4, frames=12, width=32, height=32)
+    own_networks.write(folder)
+    (folder / "clips.toml").write_text(RECIPE)
+    (folder / "train.toml").write_text(TRAINING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([*EMBED, "--out", "store", "--dtype", "float32", "--device", "cpu"]) == 0
+        assert main(["pretrain", "train.toml"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def network(folder):
+    model = ModelConfig(arch=f"{folder / 'net.py'}:Tokens", args={"depth": 1}, feature_dim=8)
+    torch.manual_seed(0)
+    return build_encoder(model, DataConfig(**DATA)).eval()
+
+
+def test_the_store_holds_the_features_of_augmented_clips_and_of_windows(here):
+    index, clips, encoder = Index.load("data/index.csv"), StoredClips.open("store"), network(here)
+    assert [v.path.resolve() for v in clips] == [v.path.resolve() for v in index]
+    assert [(v.label, v.source, v.split) for v in clips] == [(v.label, v.source, v.split) for v in index]
+    stored, data = clips.store, DataConfig(**DATA)
+    (evaluation,) = stored.evaluation("rgb", np.arange(len(index)))
+    train = TrainLoader(index, data, ["rgb"], seed=0)
+    windows = WindowLoader(index, data, ["rgb"], clips_per_video=2)
+    with torch.no_grad():
+        for video, sample in ((0, 0), (5, 2), (len(index) - 1, 1)):  # sample m is the first clip of epoch m
+            wanted = encoder.features(train.sample(sample, video).clips["rgb"][:, 0])
+            found = torch.from_numpy(stored.samples("rgb", video, video + 1)[:, sample])
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        features = {video: [] for video in range(len(index))}
+        for batch in windows:
+            for video, feature in zip(batch.video.tolist(), encoder.features(batch.clips["rgb"]), strict=True):
+                features[video].append(feature)
+    train.close()
+    windows.close()
+    wanted = torch.stack([torch.stack(some).mean(0) for some in features.values()])
+    torch.testing.assert_close(torch.from_numpy(evaluation), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stopped_store_is_continued_with_the_same_bits(here, monkeypatch, capsys):
+    monkeypatch.setattr("cpr_fast.evaluate.features.embed.SHARD_VIDEOS", 10)
+    command = [*EMBED, "--out", "parts", "--dtype", "float32", "--device", "cpu", "--json"]
+    assert main(command) == 0
+    before = {path.name: path.read_bytes() for path in (here / "parts").iterdir()}
+    whole = StoredClips.open("store").store.samples("rgb", 0, 24)
+    np.testing.assert_allclose(StoredClips.open("parts").store.samples("rgb", 0, 24), whole, rtol=1e-4, atol=1e-5)
+    (here / "parts" / "rgb-00001.safetensors").unlink()
+    capsys.readouterr()
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["computed"] == 1
+    assert {path.name: path.read_bytes() for path in (here / "parts").iterdir()} == before
+
+
+def test_an_unreadable_video_is_left_out_and_named(here, capsys, caplog):
+    shutil.copytree(here / "data", here / "broken")
+    index = Index.load("broken/index.csv")
+    index[3].path.write_bytes(index[3].path.read_bytes()[:900])
+    assert main([*EMBED[:1], "broken/index.csv", *EMBED[2:], "--out", "holed", "--device", "cpu", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["left_out"] == 1 and report["clips"] == len(index) - 1
+    assert [path for path, _ in report["skipped"]] == [str(index[3].path)] and index[3].path.name in caplog.text
+    names = [v.path.name for v in StoredClips.open("holed")]
+    assert names == [v.path.name for i, v in enumerate(index) if i != 3]
+
+
+def test_retrieve_compares_the_heads_with_the_features_that_they_were_trained_on(here, capsys):
+    assert main(["retrieve", "run/checkpoints/last.pt", "--index", "store", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in result["summary"]}
+    assert list(rows) == ["trained", "untrained", "stored"]
+    clips = StoredClips.open("store")
+    test, train = clips.select("test"), clips.select("train")
+    (query,), (gallery,) = (list(part.store.evaluation("rgb", part.rows)) for part in (test, train))
+    _, encoders = load_encoders("run/checkpoints/last.pt")
+    with torch.no_grad():
+        heads = [encoders["rgb"].features(torch.from_numpy(some)) for some in (query, gallery)]
+    for name, pair in (("trained", heads), ("stored", [torch.from_numpy(some) for some in (query, gallery)])):
+        units = [torch.nn.functional.normalize(some, dim=1) for some in pair]
+        units = [torch.nn.functional.normalize(some - some.mean(0), dim=1) for some in units]
+        nearest = (units[0] @ units[1].T).argmax(1)
+        assert rows[name]["r@1"] == pytest.approx((train.labels[nearest] == test.labels).mean())
+    assert main(["retrieve", "store", "--index", "store", "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in alone["summary"]] == ["stored"] and alone["r@1"] == rows["stored"]["r@1"]
+    assert main(["retrieve", "run/checkpoints/last.pt", "--index", "store", "--protocol", "leave_source_out"]) == 0
+    assert "Stored features · RGB" in capsys.readouterr().out
+
+
+def test_probe_and_report_work_on_the_run(here, capsys):
+    for given in ("run/checkpoints/last.pt", "store"):
+        assert main(["probe", given, "--index", "store", "--epochs", "2", "--json"]) == 0
+        assert 0 <= json.loads(capsys.readouterr().out)["accuracy"] <= 1
+    assert main(["report", "run", "--json"]) == 0
+    page = (here / "run" / "report.html").read_text()
+    assert "Training features" in page and "Best stored features (RGB)" in page and "Best pixel baseline" not in page
+
+
+def test_mine_reads_stores_of_two_views_and_their_projections(here, capsys, tmp_path):
+    random = np.random.default_rng(0)
+    centres = random.standard_normal((3, 6))
+    for view in ("rgb", "flow"):
+        rows = (centres[np.arange(60) % 3] + random.standard_normal((60, 6))).astype("f4")
+        np.savez(tmp_path / f"{view}.npz", features=rows, names=np.array([f"c{i % 3}/{i}" for i in range(60)]))
+    both = [f"{view}={tmp_path / view}.npz" for view in ("rgb", "flow")]
+    store = str(tmp_path / "two")
+    assert main(["embed", "--features", *both, "--out", store, "--dtype", "float32", "--json"]) == 0
+    capsys.readouterr()
+    mine = ["mine", store, "--stages", "3", "--json"]
+    assert main(mine) == 0
+    found = json.loads(capsys.readouterr().out)["results"]
+    arrays = {view: np.load(tmp_path / f"{view}.npz")["features"] for view in ("rgb", "flow")}
+    labels = np.arange(60) % 3
+    np.savez(tmp_path / "plain.npz", **arrays, label=labels, group=np.arange(60))
+    assert main(["mine", str(tmp_path / "plain.npz"), "--stages", "3", "--json"]) == 0
+    assert found == json.loads(capsys.readouterr().out)["results"]
+    recipe, run = tmp_path / "two.toml", tmp_path / "run"
+    text = TRAINING.replace('"store"', f'"{store}"').replace('"run"', f'"{run}"')
+    recipe.write_text(text.replace("cycles = [{", "cycles = [{ view = 'flow', epochs = 1, mining = 'none' }, {"))
+    assert main(["pretrain", str(recipe)]) == 0
+    capsys.readouterr()
+    assert main([*mine, "--checkpoint", str(run / "checkpoints" / "last.pt")]) == 0
+    assert json.loads(capsys.readouterr().out)["results"] != found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["embed", "--out", "x"], "--encoder, --features: expected one of the two, got none"),
+        (["embed", "--encoder", "net.py:Tokens", "--out", "x"], "INDEX: expected the index of the videos that"),
+        (["embed", "data/index.csv", "--encoder", "net.py:Tokens", "clips.toml", "--out", "x"],
+         "--encoder: expected one network, or checkpoints, got net.py:Tokens clips.toml"),
+        (["embed", "data/index.csv", "--encoder", "net.py:No", "--out", "x"], "model.arch 'net.py:No': expected a"),
+        (["embed", "data/index.csv", "--encoder", "train.toml", "--out", "x"], "CHECKPOINT: embed expects a network"),
+        (["embed", "--features", "rgb=a", "b", "--out", "x"], "--features: expected each view once"),
+        ([*EMBED[:-1], "0", "--out", "x"], "--samples: expected 1 or more, got 0"),
+        ([*EMBED, "--out", "data"], "--out: expected a new folder or a store of features, got 'data'"),
+        ([*EMBED, "--out", "store", "--seed", "1"], "--out: 'store' holds a store of other features"),
+        (["mine", "store"], "FEATURES: expected features of the view 'flow', but the store 'store' has rgb"),
+        (["mine", "net.py", "--checkpoint", "x.pt"], "--checkpoint: expected a store of features with it"),
+        (["retrieve", "run/checkpoints/last.pt", "--index", "data/index.csv"],
+         "--index: expected a store of features (see `cpr-fast embed`), but 'data/index.csv' is a file"),
+        (["probe", "run/checkpoints/last.pt", "--index", "store", "--inputs", "clips"],
+         "CHECKPOINT: probe --inputs clips expects a network that encodes videos"),
+        (["finetune", "run/checkpoints/last.pt", "--index", "store"], "CHECKPOINT: finetune expects a network that"),
+        (["export", "run/checkpoints/last.pt", "--to", "onnx", "--out", "x.onnx"], "--to: expected safetensors"),
+        (["pretrain", "train.toml", "--data.features", "data", "--run.out", "x"],
+         "data.features: expected a store of features (see `cpr-fast embed`), but 'data' holds no store.json"),
+        (["pretrain", "train.toml", "--data.features", "no"], "--data.features: expected a folder, but 'no' does not"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_that_names_it(here, capsys, arguments, said):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"cpr-fast: {said}"), error
+    assert not (here / "x").exists()

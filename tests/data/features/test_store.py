@@ -1,0 +1,182 @@
+"""The format of a store: what is read back, what is refused, and how a store that was stopped is continued."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support.data_sets.small_stores import features_of, make_clips, make_store
+
+from cpr_fast.data.features.clips import Clip, ClipTable
+from cpr_fast.data.features.index import StoredClips
+from cpr_fast.data.features.store import Description, FeatureStore
+from cpr_fast.data.features.write import Computed, planned_shards, write_store
+from cpr_fast.data.index.index import Index
+from cpr_fast.errors import InputError
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_are_read_across_shards_in_the_order_of_the_clips(tmp_path, dtype):
+    store = make_store(tmp_path / "s", dtype=dtype)
+    wanted = features_of(61, 3, 16, "flow").astype(dtype)
+    assert [len(part) for part in (store.samples("flow", 0, 61), store.samples("flow", 22, 24))] == [61, 2]
+    for begin, end in ((0, 61), (22, 24), (23, 46), (60, 61), (5, 50)):
+        assert np.array_equal(store.samples("flow", begin, end), wanted[begin:end])
+
+
+def test_the_evaluation_feature_is_the_mean_of_the_samples_where_none_is_stored(tmp_path):
+    store = make_store(tmp_path / "s")
+    rows = np.array([0, 3, 22, 23, 60])
+    (found,) = store.evaluation("rgb", rows)
+    wanted = features_of(61, 3, 16, "rgb").astype("float16").astype(np.float64).mean(1)[rows]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_view_with_fewer_dimensions_is_followed_by_zeros(tmp_path):
+    store = make_store(tmp_path / "s", widths={"rgb": 16, "flow": 5})
+    flow = store.samples("flow", 20, 30)
+    assert flow.shape == (10, 3, 16)
+    assert not flow[..., 5:].any() and flow[..., :5].all()
+
+
+def test_the_clips_of_a_store_are_an_index(tmp_path):
+    clips = [*make_clips(9), Clip('a "quoted", name;\n.avi', "", "", " Validation ")]
+    found = StoredClips(make_store(tmp_path / "s", clips))
+    plain = Index(list(found))
+    assert [str(v.path.relative_to(tmp_path / "s")) for v in found] == [clip.path for clip in clips]
+    assert found.labels.tolist() == plain.labels.tolist() and found.labels[-1] == -1
+    assert found.source_ids.tolist() == plain.source_ids.tolist()
+    assert found.classes == plain.classes and found.mostly_labelled
+    train = found.select("train")
+    assert train.source_ids.tolist() == plain.select("train").source_ids.tolist()
+    assert [v.path for v in train] == [v.path for v in plain.select("train")]
+    assert [v.path for v in found.select("validation")] == [tmp_path / "s" / clips[-1].path]
+    with pytest.raises(InputError, match="split 'nope': the store .* has no such clip; its splits are"):
+        found.select("nope")
+
+
+def test_many_sources_are_numbered_in_order_of_first_appearance():
+    table = ClipTable([(f"v{i}", "", f"s{i % 7}", "") for i in range(9000)])
+    assert table.sources.tolist() == [i % 7 for i in range(9000)]
+    assert table.paths[8999] == "v8999" and len(table) == 9000
+
+
+def write(folder, count=50, *, stop=None, kept=None, source="a", spoil=None, dtype="float16"):
+    """Writes a store of one view in shards of 20; returns the report and the shards that were computed."""
+    clips, values, computed = make_clips(count), features_of(count, 2, 8, "rgb"), []
+    if spoil is not None:
+        values[spoil[0], 0, 3] = spoil[1]
+
+    def compute(positions: range) -> Computed:
+        if positions.start == stop:
+            raise KeyboardInterrupt
+        computed.append(positions.start)
+        rows = np.array([i for i in positions if kept is None or i in kept])
+        return Computed(rows.astype(np.int64), {"rgb": values[rows.astype(np.int64)]})
+
+    about = Description({"rgb": 8}, 2, False, dtype, {}, source, planned_shards(count, 20))
+    return write_store(folder, clips, about, compute), computed
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_store_that_was_stopped_is_continued_and_equals_one_that_was_not(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a", stop=40)
+    with pytest.raises(InputError, match="is not complete, 1 of its 3 shards are missing"):
+        FeatureStore(tmp_path / "a", "data.features")
+    report, computed = write(tmp_path / "a")
+    assert computed == [40] and report["computed"] == 1 and report["clips"] == 50
+    write(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert write(tmp_path / "a")[1] == []
+
+
+def test_clips_that_cannot_be_read_are_left_out_of_shards_and_table(tmp_path):
+    kept = [*range(3, 20), *range(40, 47)]  # the second of three shards is empty
+    report, _ = write(tmp_path / "s", kept=kept)
+    store = FeatureStore(tmp_path / "s")
+    assert report["clips"] == 24 and report["left_out"] == 26 and store.about.shards == [17, 0, 7]
+    assert [v.path.name for v in StoredClips(store)] == [f"v{i}.avi" for i in kept]
+    assert np.array_equal(store.samples("rgb", 10, 24), features_of(50, 2, 8, "rgb").astype("float16")[kept][10:])
+    with pytest.raises(InputError, match="none could be read"):
+        write(tmp_path / "t", kept=[])
+
+
+def test_a_folder_of_something_else_is_never_written_to(tmp_path):
+    write(tmp_path / "s")
+    with pytest.raises(InputError, match="--out: .* holds a store of other features"):
+        write(tmp_path / "s", source="b")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="--out: expected a new folder or a store"):
+        write(tmp_path / "t")
+    assert [path.name for path in (tmp_path / "t").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("value, said", [(np.nan, "expected finite numbers, got NaN"), (np.inf, "expected finite"),
+                                         (70000, "7e\\+04 is too large for float16; use --dtype float32")])  # fmt: skip
+def test_features_that_cannot_be_stored_are_named(tmp_path, value, said):
+    with pytest.raises(InputError, match=f"rgb: the features of 'c2/v13.avi': {said}"):
+        write(tmp_path / "s", spoil=(13, value))
+    if value == 70000:
+        write(tmp_path / "t", spoil=(13, value), dtype="float32")
+
+
+def damage(store, name, change):
+    """Rewrites a shard with other tensors."""
+    path = store.folder / name
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_a_store_that_is_not_as_it_says_is_refused_with_the_file_and_what_was_expected(tmp_path):
+    store = make_store(tmp_path / "s")
+    name = "flow-00001.safetensors"
+
+    def refused(said):
+        with pytest.raises(InputError, match=said):
+            FeatureStore(store.folder, "data.features")
+
+    original = (store.folder / name).read_bytes()
+    damage(store, name, lambda tensors: tensors.update(samples=tensors["samples"][..., :12].copy()))
+    refused(
+        r"flow-00001.safetensors: expected samples float16 \[23, 3, 16\], as store.json states, got float16 \[23, 3"
+    )
+    damage(store, name, lambda tensors: tensors.update(samples=tensors["samples"][:22].astype("f4")))
+    refused(r"got float32 \[22, 3, 12\]")
+    damage(store, name, lambda tensors: tensors.pop("samples"))
+    refused("flow-00001.safetensors: expected samples .* got none")
+    (store.folder / name).write_bytes(original[:-5])
+    refused("flow-00001.safetensors: expected a safetensors file, got a damaged one")
+    (store.folder / name).unlink()
+    refused("flow-00001.safetensors: the shard is missing")
+    (store.folder / name).write_bytes(original)
+    FeatureStore(store.folder)
+    table = (store.folder / "clips.csv").read_text()
+    (store.folder / "clips.csv").write_text(table[: table.rindex("c")])
+    refused("clips.csv: expected the 61 clips that store.json states, got 60|expected four fields")
+    (store.folder / "store.json").write_text('{"format": "other"}')
+    refused("store.json: expected the description of a store")
+    with pytest.raises(InputError, match="data.features: expected a store of features.*holds no store.json"):
+        FeatureStore(tmp_path, "data.features")
+
+
+def test_nan_in_a_shard_is_named_with_its_clip_when_it_is_read(tmp_path):
+    store = make_store(tmp_path / "s")
+    damage(store, "rgb-00002.safetensors", lambda tensors: tensors["samples"].__setitem__((4, 1, 2), np.nan))
+    store = FeatureStore(store.folder)  # opening reads no feature
+    with pytest.raises(InputError, match=r"rgb-00002.safetensors: expected finite features, .* row 50, 'c1/v50.avi'"):
+        list(store.evaluation("rgb", np.arange(61)))
+    assert len(list(store.evaluation("rgb", np.arange(50)))) == 1
+
+
+def test_the_digest_tells_stores_of_other_clips_or_settings_apart(tmp_path):
+    clips = make_clips(20)
+    digests = [make_store(tmp_path / "0", clips).about.digest, make_store(tmp_path / "1", clips).about.digest]
+    assert digests[0] == digests[1]
+    digests += [make_store(tmp_path / "2", clips[:-1]).about.digest, make_store(tmp_path / "3", clips, samples=2)
+                .about.digest]  # fmt: skip
+    assert len(set(digests)) == 3
