@@ -52,7 +52,7 @@ for tool in memcheck racecheck initcheck synccheck; do
 done
 tests=$(ls -d tests/{ops,models,pretrain/state,pretrain/step} 2>/dev/null | tr '\n' ' ')
 step tests 180 "python3 -m pytest -q -p no:cacheprovider $tests"
-step training 90 "python3 bench/training/training_step.py --device cuda"
+step training 90 "python3 bench/step/training_step.py --device cuda"
 step bench 150 "python3 bench/kernels/compare.py --device cuda --seconds .5 --without torch.compile 'masked top-k' \
   --shapes 32x2048 256x16384 256x65536 1024x65536 1024x1000000 --largest 1048576 --out '$OUT'"
 step suites 60 "python3 -m pytest bench --benchmark-only -k 'cuda and B32-K2048 and not compile' \

@@ -86,7 +86,7 @@ def test_the_pytest_benchmark_suites_run(tmp_path):
 @pytest.mark.slow
 def test_a_step_with_the_operators_is_one_with_their_references(tmp_path):
     sizes = ["--batch", "4", "--frames", "5", "--size", "20", "--width", ".125", "--memory", "256", "--seconds", ".2"]
-    command = [sys.executable, "bench/training/training_step.py", "--device", "cpu", *sizes]
+    command = [sys.executable, "bench/step/training_step.py", "--device", "cpu", *sizes]
     environment = os.environ | {"OUT": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -100,7 +100,7 @@ def test_a_step_with_the_operators_is_one_with_their_references(tmp_path):
 @pytest.mark.slow
 def test_the_ledger_of_a_run_is_small(tmp_path):
     """The exit status also depends on the times, which say nothing on a busy machine."""
-    command = [sys.executable, "bench/training/ledger.py", "--device", "cpu", "--seconds", "0", "--steps", "100"]
+    command = [sys.executable, "bench/step/ledger.py", "--device", "cpu", "--seconds", "0", "--steps", "100"]
     environment = os.environ | {"OUT": str(tmp_path)}
     subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=300)
     report = json.loads((tmp_path / "ledger.json").read_text())
@@ -153,7 +153,7 @@ def test_the_loader_beside_other_decoders(tmp_path):
 
 @pytest.mark.slow
 def test_batch_norm_is_compared_with_float64(tmp_path):
-    command = [sys.executable, "bench/training/batch_norm.py", "--seconds", "0", "--clips", "2", "--draws", "1"]
+    command = [sys.executable, "bench/step/batch_norm.py", "--seconds", "0", "--clips", "2", "--draws", "1"]
     environment = os.environ | {"OUT": str(tmp_path)}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=300)
     report = json.loads((tmp_path / "batch_norm.json").read_text())

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 def test_every_method_is_measured(tmp_path):
     options = ["--clips", "3000", "--large", "5000", "--epochs", "1", "--out", str(tmp_path), "--folder", str(tmp_path)]
-    command = [sys.executable, "bench/training/feature_training.py", *options]
+    command = [sys.executable, "bench/step/feature_training.py", *options]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=500)
     rows = json.loads((tmp_path / "feature_training.json").read_text())["rows"]
     assert [(row["method"], row["batch_size"], row["width"]) for row in rows] == [

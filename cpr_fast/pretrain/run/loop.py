@@ -117,9 +117,7 @@ def pretrain(
     _set_precision(config, world)
     if index is None:
         index = training_videos(config.data)
-    config = absolute_inputs(
-        on_features(config, index)
-    )  # the record of the run is read from other working directories too
+    config = absolute_inputs(on_features(config, index))  # its record is read from other working directories too
     plans = plan_cycles(config, len(index), world.size)
     warnings = check_run(config, index, plans, stored_flow=make_loader is None and config.data.flow == "stored")
     make_loader = make_loader or _loader_of(index)

@@ -1,6 +1,6 @@
 """Checks a whole training step, and compares its time with the published step and with the encoders alone.
 
-    python bench/training/training_step.py [--device cuda] [--batch 32] [--frames 32] [--size 128] [--width 1]
+    python bench/step/training_step.py [--device cuda] [--batch 32] [--frames 32] [--size 128] [--width 1]
                                   [--arch s3d] [--memory 2048] [--seconds 20]
 
 Check: starting from the same weights, memory and clips, a step with the fused operators and a step with their

@@ -1,6 +1,6 @@
 """Measures the size of a run's ledger and its share of the time of a training step.
 
-    python bench/training/ledger.py [--device cpu] [--seconds 20] [--steps 1000]
+    python bench/step/ledger.py [--device cpu] [--seconds 20] [--steps 1000]
 
 Every shape is that of a CPR step with a full memory. The time of the ledger is measured apart from that of the step,
 because it is smaller than the spread of a step: the digests of the plan, which the thread of the loader computes; what

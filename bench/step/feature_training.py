@@ -1,6 +1,6 @@
 """Measures pretraining on stores of features: samples per second on two cores, and the time and memory of an epoch.
 
-    python bench/training/feature_training.py [--clips 100000] [--large 1000000] [--epochs 2] [--folder DIR]
+    python bench/step/feature_training.py [--clips 100000] [--large 1000000] [--epochs 2] [--folder DIR]
 
 A sample is the step of one clip in one view: the forward passes of its query and its key, its loss, and the backward
 pass; in a cascade also the forward pass of the key in the other view and the mining. The rates are those of whole

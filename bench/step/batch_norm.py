@@ -1,6 +1,6 @@
 """Compares the accuracy and the time of training with torch's BatchNorm and with that of cpr_fast, on the CPU.
 
-    OMP_WAIT_POLICY=passive python bench/training/batch_norm.py [--seconds 60] [--clips 16] [--draws 9]
+    OMP_WAIT_POLICY=passive python bench/step/batch_norm.py [--seconds 60] [--clips 16] [--draws 9]
 
 Accuracy: relative differences from float64 of a layer, of the pooled features of a network, and of the gradient of its
 weights for a random gradient of the features. Time: InfoNCE steps run in turn, see measure.py. On two threads it is the
