@@ -1,7 +1,7 @@
 """Runs the registered study of what the paper claims. bench/results/study.md is its protocol and holds its results.
 
     python bench/training/study.py WORK [--sets synthetic …] [--seeds 0 …] [--settings start untrained …]
-    python bench/training/study.py WORK --later | --better | --reasons [--sets synthetic …] [--seeds 0 …]
+    python bench/training/study.py WORK --later | --better | --reasons | --again [--sets synthetic …] [--seeds 0 …]
     python bench/training/study.py WORK --sets jhmdb --seeds 100 --settings start infonce ubernce --base size=32
     python bench/training/study.py --table
 
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from evidence.rows import ROWS, TRIALS, add_row, is_done, keep_queries, read_rows
 from evidence.runs import continued_by_the_same_command, run_setting
 from evidence.settings import (
+    AGAIN,
     ALL,
     BETTER,
     CANDIDATES,
@@ -192,6 +193,7 @@ def main() -> None:
     which.add_argument("--settings", nargs="+", choices=list(ALL), help="default: those of the main table")
     which.add_argument("--later", action="store_const", dest="settings", const=list(LATER), help="the other claims")
     which.add_argument("--better", action="store_const", dest="settings", const=list(BETTER), help="other ways to mine")
+    which.add_argument("--again", action="store_const", dest="settings", const=list(AGAIN), help="of another start")
     which.add_argument("--reasons", action="store_const", dest="settings", const=list(REASONS), help="why CoCLR fails")
     parser.add_argument("--base", nargs="+", default=[], metavar="FIELD=VALUE", help="of a trial")
     parser.add_argument("--threads", type=int, default=1)

@@ -233,6 +233,25 @@ def test_a_claim_is_judged_by_seeds_and_sources(parts, tmp_path, shift, noise, e
     assert found["verdict"] == expected and found["sources"]["sources"] == 20
 
 
+@pytest.mark.parametrize(
+    ("start", "again", "expected"),
+    [("main", None, 0.02), ("new", "new", 0.05), ("new", None, None), ("new", "old", None)],
+)
+def test_rows_are_compared_with_those_of_the_same_start(parts, tmp_path, start, again, expected):
+    _, claims, _ = parts
+    table = {
+        ("start", 0): measures(parts, "start", [0.5] * 40) | {"weights": "main"},
+        ("cpr_n7", 0): measures(parts, "cpr_n7", [0.50] * 40),
+        ("past_views", 0): measures(parts, "past_views", [0.52] * 40) | {"start_weights": start},
+    }
+    if again:
+        table["cpr_n7_again", 0] = measures(parts, "cpr_n7_again", [0.47] * 40) | {"start_weights": again}
+    (tmp_path / "study_queries.json").write_text(json.dumps({"jhmdb": {"sources": SOURCES.tolist()}}))
+    claim = next(each for each in claims.CLAIMS if "past views" in each.text)
+    found = claims.judge(claim, table, tmp_path, "jhmdb")
+    assert found is None if expected is None else found["seeds"]["difference"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_trend_is_the_rise_of_a_fitted_line(parts, tmp_path):
     _, claims, _ = parts
     values = {"coclr": 0.21, "cpr_n3": 0.30, "cpr_n5": 0.27, "cpr_n7": 0.45}

@@ -12,7 +12,7 @@ from torch import Tensor
 from cpr_fast.evaluate.retrieval.paired import paired_difference, seed_difference
 
 from .rows import query_sources, query_values
-from .settings import BETTER, SEEDS
+from .settings import BETTER, SEEDS, SETTINGS
 
 # The rise of a straight line through n = 1, 3, 5, 7 (least squares), from n = 1 to n = 7.
 TREND = {"coclr": -0.9, "cpr_n3": -0.3, "cpr_n5": 0.3, "cpr_n7": 0.9}
@@ -95,12 +95,13 @@ def judge(claim: Claim, rows: dict[tuple[str, int], dict[str, Any]], folder: Pat
         `seeds` (`seed_difference`), `sources` (`paired_difference` of the means over seeds; None for measures of the
         mining, which have no queries) and the `verdict`; None as long as no seed has all settings of the claim.
     """
-    seeds = [seed for seed in SEEDS if all((setting, seed) in rows for setting in claim.weights)]
-    if not seeds:
+    by_seed = {seed: found for seed in SEEDS if (found := of_one_start(claim, rows, seed)) is not None}
+    if not by_seed:
         return None
+    seeds = list(by_seed)
     of_query = claim.measure in ("map", "r@1")
-    values = _query_sums(claim, rows, seeds) if of_query else None  # [S, Q]
-    differences = values.mean(1) if of_query else _mining_sums(claim, rows, seeds)
+    values = _query_sums(claim, by_seed) if of_query else None  # [S, Q]
+    differences = values.mean(1) if of_query else _mining_sums(claim, by_seed)
     found = seed_difference(differences.tolist())
     sources = None
     if of_query:
@@ -108,6 +109,28 @@ def judge(claim: Claim, rows: dict[tuple[str, int], dict[str, Any]], folder: Pat
         sources = paired_difference(mean, torch.zeros_like(mean), query_sources(folder, name))
     complete = len(seeds) == len(SEEDS)
     return {"seeds": found, "sources": sources, "verdict": verdict(found, sources, complete=complete)}
+
+
+def of_one_start(
+    claim: Claim, rows: dict[tuple[str, int], dict[str, Any]], seed: int
+) -> dict[str, dict[str, Any]] | None:
+    """Returns the row of each setting of a claim for a seed, all of which continue the same start, or None.
+
+    Rows that were added after the main table name their start. Where it is not the main table's, the row of a setting
+    of the main table is that of its "_again".
+    """
+    named = {rows[key]["start_weights"] for s in claim.weights if "start_weights" in rows.get(key := (s, seed), {})}
+    if len(named) > 1:
+        return None
+    main = rows.get(("start", seed), {}).get("weights")
+    found = {}
+    for setting in claim.weights:
+        other = named and setting in SETTINGS and named != {main}
+        row = rows.get((f"{setting}_again" if other else setting, seed))
+        if row is None or (other and row["start_weights"] not in named):
+            return None
+        found[setting] = row
+    return found
 
 
 def verdict(seeds: dict[str, Any], sources: dict[str, Any] | None, *, complete: bool) -> str:
@@ -125,23 +148,20 @@ def verdict(seeds: dict[str, Any], sources: dict[str, Any] | None, *, complete: 
     return "undecided"
 
 
-def _query_sums(claim: Claim, rows: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> Tensor:
+def _query_sums(claim: Claim, by_seed: dict[int, dict[str, dict[str, Any]]]) -> Tensor:
     """Returns the weighted sum of the settings' values for every seed and query, [S, Q] float64."""
     return torch.stack([
-        sum(weight * query_values(rows[setting, seed], claim.measure, claim.view)
+        sum(weight * query_values(rows[setting], claim.measure, claim.view)
             for setting, weight in claim.weights.items())
-        for seed in seeds
+        for rows in by_seed.values()
     ])  # fmt: skip
 
 
-def _mining_sums(claim: Claim, rows: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> Tensor:
+def _mining_sums(claim: Claim, by_seed: dict[int, dict[str, dict[str, Any]]]) -> Tensor:
     """Returns the weighted sum of the settings' last epochs for every seed, [S] float64."""
-    return torch.tensor(
-        [
-            sum(
-                w * rows[setting, seed]["mining"][claim.view][claim.measure][-1] for setting, w in claim.weights.items()
-            )
-            for seed in seeds
-        ],
-        dtype=torch.float64,
-    )
+    sums = [
+        sum(weight * rows[setting]["mining"][claim.view][claim.measure][-1]
+            for setting, weight in claim.weights.items())
+        for rows in by_seed.values()
+    ]  # fmt: skip
+    return torch.tensor(sums, dtype=torch.float64)

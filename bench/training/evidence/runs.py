@@ -74,7 +74,8 @@ def run_setting(base: Base, setting: str, seed: int, index: Path, data: str, run
     else:
         encoders = load_pretrained(last).encoders
     found, scores = measure(setting, config, encoders, index, seed, last.parents[2] / "features")
-    row = {"training": _cpu(Path(config.run.out)), "evaluation_cpu_s": round(time.process_time() - began, 1)}
+    row = {"training": _cpu(Path(config.run.out)), "evaluation_cpu_s": round(time.process_time() - began, 1),
+           "start_weights": _start_weights(last.parents[2] / start_of(setting))}  # fmt: skip
     quality = mining_quality(Path(config.run.out)) if ALL[setting].mining == "cascade" else {}
     return {**found, **quality, **packed(scores, setting), **row}, scores
 
@@ -108,6 +109,12 @@ def _train(config: Config, way: str = "") -> tuple[Config, Path]:
 def is_finished(config: Config, last: Path) -> bool:
     """Returns whether a checkpoint is the one at the end of the schedule."""
     return last.exists() and load_checkpoint(last)["epoch"] == sum(cycle.epochs for cycle in config.schedule.cycles)
+
+
+def _start_weights(run: Path) -> str:
+    """Returns the digest of the weights of a start: rows are compared by seed only if they continue the same start."""
+    encoders = load_pretrained(run / "checkpoints" / "last.pt").encoders
+    return digest(*(weights_digest(encoder) for encoder in encoders.values()))[:12]
 
 
 CPU = "cpu_s.json"

@@ -130,7 +130,10 @@ REASONS: dict[str, Setting] = {
     "coclr_only_right": _cpr(1, way="only_right"),
     "coclr_warm_start": _cpr(1, way="warm_start"),
 }
-ALL = SETTINGS | LATER | BETTER | REASONS
+# The main table's settings once more, for seeds whose further settings continue another start than the main table's.
+AGAIN_OF = ("infonce", "coclr", "cpr_n3", "cpr_n7")
+AGAIN: dict[str, Setting] = {f"{name}_again": SETTINGS[name] for name in AGAIN_OF}
+ALL = SETTINGS | LATER | BETTER | REASONS | AGAIN
 
 
 def passes(trial: dict[str, float]) -> bool:

@@ -28,6 +28,8 @@ NAMES = {
     "cpr_n7_query_anchor": "CPR n = 7, anchor f_q", "cpr_n7_coclr_protocol": "CPR n = 7, protocol of the code",
     "infonce_memory_x2": "InfoNCE, K = 1,024", "coclr_memory_x2": "CoCLR, K = 1,024",
     "cpr_n7_memory_x2": "CPR n = 7, K = 1,024", "iic_start": "start (IIC)", "iic": "IIC, continued",
+    **{f"{name}_again": f"{title}, again" for name, title in (("infonce", "InfoNCE"), ("coclr", "CoCLR (n = 1)"),
+                                                              ("cpr_n3", "CPR n = 3"), ("cpr_n7", "CPR n = 7"))},
     "coclr_only_right": "CoCLR, wrong positives left out", "coclr_warm_start": "CoCLR, warm start",
     "iic_cpr_fixed": "IIC + CPR n = 5, top-5", "iic_cpr_progressive": "IIC + CPR n = 5, top-1 to top-5",
 }  # fmt: skip
