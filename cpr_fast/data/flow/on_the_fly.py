@@ -1,7 +1,7 @@
 """Computes the flow of a clip from its own frames, for `data.flow = "on_the_fly"`; no flow is stored.
 
 The levels equal those that `cpr-fast flow` computes before it encodes them: the same gray frames of the same size go
-through the same operator. On the CPU a pair of 340x256 takes 0.04 s of an AVX-512 core
+through the same operator. On the CPU a pair of 340x256 takes 0.03 s of an AVX-512 core
 (`bench/results/tvl1_flow_cpu.json`), so two clips of 32 frames take seconds. Use a GPU or stored flow for more than a
 small data set.
 
