@@ -3,8 +3,9 @@
     python bench/training/auto_cascade.py [--checkpoint RUN/checkpoints/last.pt …] [--sets NAME …]
     python bench/training/auto_cascade.py --table
 
-Reads the scores of two views of $CPR_FAST_SHARED/data/ucf101_two_view_scores.npz (default ../shared). The protocol and
-the results are in bench/results/auto_cascade.md; --table writes its section "Results" from auto_cascade.json again.
+Reads the scores of two views of $CPR_FAST_SHARED/data/ucf101_two_view_scores.npz (default ../shared). Finished sets are
+not measured again. The protocol and the results are in bench/results/auto_cascade.md; --table writes its section
+"Results" from auto_cascade.json again.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from evidence.tables import replace_results
 from measure import RESULTS, ROOT, world, write_result
 from page import markdown_table
 
-from cpr_fast.mining.auto import COUNTS, Choice, Stages, choose, possible
+from cpr_fast.mining.auto import COUNTS, QUERIES, Choice, Stages, choose, possible
 from cpr_fast.mining.lab import load_two_view_features
 from cpr_fast.mining.proxies import mutual_neighbours, view_agreement
 from cpr_fast.mining.quality import class_units
@@ -177,14 +178,17 @@ def sets() -> dict[str, Callable[[], Memory]]:
 
 def positives_rate(memory: Memory, stages: Stages | Choice) -> float:
     """Returns PMR, the mean over all entries as queries."""
-    mined = mine(memory, stages)
+    mined = mine(memory, stages, torch.arange(len(memory.ids)))
     right = (memory.labels[mined.clamp(min=0)] == memory.labels[:, None]) & (mined >= 0)
     return (right.sum(1) / (mined >= 0).sum(1)).double().mean().item()
 
 
-def mine(memory: Memory, stages: Stages | Choice) -> Tensor:
-    ids = memory.ids
-    return cascade_select(memory.features, memory.features, stages.views, stages.keep, query_ids=ids, memory_ids=ids)[0]
+def mine(memory: Memory, stages: Stages | Choice, rows: Tensor) -> Tensor:
+    """Returns the slots that a cascade mines for the entries at `rows`, [len(rows), P] int64."""
+    ids, features = memory.ids, memory.features
+    return cascade_select(features[:, rows], features, stages.views, stages.keep, query_ids=ids[rows], memory_ids=ids)[
+        0
+    ]
 
 
 def measure(memory: Memory) -> dict[str, Any]:
@@ -224,13 +228,14 @@ def measure(memory: Memory) -> dict[str, Any]:
 def by_sign(memory: Memory, choice: Choice, rates: dict[str, float]) -> dict[str, float | None]:
     """Returns the PMR of the cascade that each sign alone would choose, as a share of that of the best one, at the
     chosen top-k; None for a sign that was not measured."""
+    rows = torch.arange(len(memory.ids))[:: -(-len(memory.ids) // QUERIES)]
     judged = {key(Stages(tuple(row["views"]), row["ratio"], ())): row for row in choice.judged}
     for stages in possible(len(memory.ids), TOP_K):
-        mined = mine(memory, stages)
+        mined = mine(memory, stages, rows)
         view = memory.features[1 - stages.views[-1]]  # the one that did not rank
-        ids = {"query_ids": memory.ids, "memory_ids": memory.ids}
+        ids = {"query_ids": memory.ids[rows], "memory_ids": memory.ids}
         for name, proxy in (("view_agreement", view_agreement), ("mutual_neighbours", mutual_neighbours)):
-            judged[key(stages)][name] = proxy(view, view, mined, **ids).nanmean().item()
+            judged[key(stages)][name] = proxy(view[rows], view, mined, **ids).nanmean().item()
     found = {}
     for sign in SIGNS:
         values = {name: row[sign] for name, row in judged.items() if row[sign] is not None}
@@ -281,7 +286,7 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
-    parser.add_argument("--sets", nargs="*", help="only these sets, which replace their earlier rows")
+    parser.add_argument("--sets", nargs="*", help="measure only these sets, even if they have been measured before")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -292,14 +297,15 @@ def main() -> None:
         made = sets() | {f"memory of {path}": partial(of_checkpoint, path) for path in args.checkpoint}
         if unknown := set(args.sets or ()) - set(made):
             parser.error(f"--sets: expected names of sets, got {', '.join(sorted(unknown))}")
-        wanted = [name for name in made if args.sets is None or name in args.sets or name.startswith("memory of")]
         rows = {row["set"]: row for row in earlier}
+        wanted = [name for name in made if (name not in rows if args.sets is None else name in args.sets)]
+        wanted += [name for name in made if name.startswith("memory of") and name not in wanted]
         machine = world("cpu")
         for name in wanted:
             rows[name] = {"set": name, **measure(made[name]()), "commit": machine["commit"]}
             print(f"{name}: {rows[name]['ratio_same']:.3f}, {rows[name]['ratio_overall']:.3f}", flush=True)
-        report = machine | {"rows": [rows[name] for name in {**made, **rows} if name in rows]}
-        write_result(stored.name, json.dumps(report, indent=1) + "\n", args.results)
+            report = machine | {"rows": [rows[name] for name in {**made, **rows} if name in rows]}
+            write_result(stored.name, json.dumps(report, indent=1) + "\n", args.results)
     page = args.results / f"{NAME}.md"
     text = "\n\n".join(part.strip() for part in tables(report["rows"]))
     write_result(page.name, replace_results(page.read_text(), text, f"{NAME}.py"), args.results)
