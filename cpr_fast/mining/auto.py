@@ -30,12 +30,10 @@ import torch
 from torch import Tensor
 
 from cpr_fast.mining.quality import candidates
-from cpr_fast.mining.stages import idle_stages, stage_keep
+from cpr_fast.mining.stages import RATIOS, STAGES, idle_stages, stage_keep
 from cpr_fast.ops import cascade_select
 from cpr_fast.wording import counted
 
-STAGES = (1, 3, 5, 7)  # n
-RATIOS = (0.3, 0.5, 0.8)  # r
 COUNTS = (1, 2, 3, 5, 10, 20, 50)  # top-k, up to the largest one that is allowed
 JUDGED = 5  # number of mined entries by which a cascade is judged, whatever its top-k will be
 TRUST = 0.95  # share of the mutual nearness of the first mined entry that the trusted entries have on average
