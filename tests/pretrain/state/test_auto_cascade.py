@@ -73,10 +73,11 @@ def test_rates_and_the_loss_of_chance_are_those_of_the_chosen_cascade(straight):
         assert sum(row["right_counts"][choice["top_k"] + 1 :]) == 0
 
 
-@pytest.mark.parametrize("at", [(1, 2), (2, 0), (2, 2), (3, 1)])
-def test_resuming_equals_straight_through(straight, tmp_path, at):
-    """Killed before the first choice, at the start of an epoch and within one."""
-    config = auto(tmp_path / "run", run={"out": str(tmp_path / "run"), "checkpoint_every": 1})
+@pytest.mark.parametrize(("at", "every"), [((1, 2), 1), ((2, 0), 1), ((2, 2), 1), ((3, 1), 0)])
+def test_resuming_equals_straight_through(straight, tmp_path, at, every):
+    """Killed before the first choice, at the start of an epoch and within one; the last time the checkpoint is older
+    than the newest choice."""
+    config = auto(tmp_path / "run", run={"out": str(tmp_path / "run"), "checkpoint_every": every})
     with contextlib.suppress(Killed):
         run(config, killed_at(*at, loader=NoisyLoader))
     run(config, NoisyLoader, resume=True)
