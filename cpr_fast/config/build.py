@@ -54,12 +54,24 @@ def build(kind: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: expected a table, got {value!r}")
         return dict(value)
     if origin in (types.UnionType, typing.Union):  # the latter with a Literal
-        return None if value is None else build(args[0], value, where)
+        return _build_one_of(args, value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{with_cycle(where)}: expected {kind.__name__}, got {value!r}")
     return value
+
+
+def _build_one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    """Converts a value of one of several types: None, a word of a Literal, or the first type."""
+    if value is None and types.NoneType in kinds:
+        return None
+    words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
+    if isinstance(value, str) and value in words:
+        return value
+    if words and kinds[0] is int and (not isinstance(value, int) or isinstance(value, bool)):
+        raise ConfigError(f"{with_cycle(where)}: expected int or {', '.join(map(repr, words))}, got {value!r}")
+    return build(kinds[0], value, where)
 
 
 def _join(where: str, key: str) -> str:

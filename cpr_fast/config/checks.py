@@ -72,7 +72,7 @@ def check_sections(
             "model.conv_std": model.conv_std,
             "memory.size": memory.size,
             "memory.shuffle_bn_groups": 1 if memory.shuffle_bn_groups is None else memory.shuffle_bn_groups,
-            "mining.stages": mining.stages,
+            "mining.stages": 1 if mining.stages == "auto" else mining.stages,
             "mining.top_k": mining.top_k,
             "loss.temperature": loss.temperature,
             "optim.eps": optim.eps,
@@ -312,6 +312,11 @@ def _check_cycle(where: str, cycle: Cycle, memory: MemoryConfig, mining: MiningC
     top_k = mining.top_k if cycle.top_k is None else cycle.top_k
     if cycle.mining == "cascade" and not (top_k >= 1 and (memory.kind != "queue" or top_k <= memory.size)):
         raise ConfigError(f"{with_cycle(f'{where}.top_k')}: expected 1..memory.size = {memory.size}, got {top_k}")
+    if cycle.mining == "cascade" and mining.stages == "auto" and memory.kind == "batch":
+        raise ConfigError(
+            "mining.stages: 'auto' expects memory.kind = 'queue' or 'bank', because a batch is new in every step and "
+            "too small to judge a cascade by, got 'batch'"
+        )
     if cycle.other == cycle.view:
         raise ConfigError(f"{with_cycle(f'{where}.other')}: expected another view than {cycle.view!r}")
 

@@ -151,9 +151,12 @@ class MemoryConfig:
 class MiningConfig:
     """The cascade [paper, Algorithm 1], used by cycles with mining = "cascade"."""
 
-    stages: int = 7  # n, number of stages; n = 1 is CoCLR
-    ratio: float = 0.5  # r, fraction of the entries that each stage but the last keeps
-    top_k: int = 5  # P, number of positives that the last stage keeps
+    # n, number of stages; n = 1 is CoCLR. "auto": order of views, n, r and top-k are chosen anew in every epoch, from
+    # the features in the memory and without labels; not with memory.kind = "batch".
+    stages: int | Literal["auto"] = 7
+    ratio: float = 0.5  # r, fraction of the entries that each stage but the last keeps; not used with stages = "auto"
+    # P, number of positives that the last stage keeps; with stages = "auto" the largest number that may be chosen
+    top_k: int = 5
     # The feature that memory entries are compared with: "key" is f_q+ [paper], "query" is f_q [published code]; None:
     # the one that loss.protocol implies.
     anchor: Literal["key", "query"] | None = None

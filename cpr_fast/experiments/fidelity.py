@@ -96,7 +96,7 @@ def facts(config: Config, recipe: str = "") -> dict[str, set[Any]]:
         "recipe": {recipe},
         "view": {view for cycle in cycles for view in cycle.views(shared=config.model.shared)},
         "mining": {cycle.mining for cycle in cycles},
-        "stages": {"odd" if config.mining.stages % 2 else "even"},
+        "stages": {"odd" if config.mining.stages == "auto" or config.mining.stages % 2 else "even"},
     }
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from cpr_fast.config import View
 from cpr_fast.errors import InputError
+from cpr_fast.mining.auto import choose
 from cpr_fast.mining.proxies import mutual_neighbours, view_agreement
 from cpr_fast.mining.quality import MiningQuality, class_units
 from cpr_fast.mining.stages import stage_keep, stage_views
@@ -151,6 +152,24 @@ def sweep(
         setting = {"stages": len(order), "ratio": ratio, "top_k": top_k, "query_view": query_view(order)}
         rows.append(setting | {"order": order} | rates)
     return rows
+
+
+def choose_cascade(data: TwoViewFeatures, top_k: int, *, device: str = "auto") -> dict[str, Any]:
+    """Chooses a cascade without labels, as mining.stages = "auto" does in training, and measures it.
+
+    Args:
+        top_k: the largest number of positives that may be chosen, at most N.
+    Returns:
+        The row of `sweep` for the chosen cascade, with `text`, the reason, and `signs`, see `Choice`.
+    """
+    _check_settings((1,), (1.0,), (top_k,), ("rgb",), (), len(data.labels))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids = class_units(data.labels, data.groups, "source")[0].to(device)
+    choice = choose(torch.stack([data.rgb, data.flow]).to(device), ids, top_k)
+    order = "".join("rf"[view] for view in choice.views)
+    (row,) = sweep(data, ratios=[choice.ratio], top_ks=[choice.top_k], orders=[order], device=device)
+    return row | {"text": choice.reason(("rgb", "flow")), "signs": choice.signs}
 
 
 def view_order(query_view: View, stages: int) -> str:

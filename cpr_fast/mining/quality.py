@@ -177,7 +177,8 @@ class MiningQuality:
         Args:
             mined_videos: [B, P] int64 videos of the mined slots, -1 for padding, best first.
             query_videos: [B] int64.
-            extra: {name: [B] float32} for the names given to the constructor, NaN where a query has no value.
+            extra: {name: [B] float32} for names given to the constructor, NaN where a query has no value; a rate that
+                is not given has no value for the whole batch.
         """
         if mined_videos.shape[1] > self.top_k:
             raise ValueError(f"mined_videos: expected [B, P] with P <= {self.top_k}, got {list(mined_videos.shape)}")
@@ -185,7 +186,8 @@ class MiningQuality:
         true_positive, known = judge(gather_slots(self.labels, mined_videos), query_labels)
         rates = {"pmr": positive_mining_rate(true_positive, known), "mining_r1": mining_r1(true_positive, known)}
         rates |= extra or {}
-        values = torch.stack([rates[name] for name in self.names])  # [M, B]
+        unknown = torch.full_like(rates["pmr"], torch.nan)
+        values = torch.stack([rates.get(name, unknown) for name in self.names])  # [M, B]
         self.totals += torch.stack([values.nan_to_num(0).sum(1), (~values.isnan()).sum(1)])
         self.counts += mined_counts(mined_videos, len(self.counts))
         right = true_positive.sum(1)  # [B]

@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+# n and r of the cascades that `mining.stages = "auto"` chooses from.
+STAGES = (1, 3, 5, 7)
+RATIOS = (0.3, 0.5, 0.8)
+
 
 def stage_views(stages: int, protocol: Literal["paper", "coclr"] = "paper") -> tuple[int, ...]:
     """Returns SV(s) for s = 1..n: the other view (1) if n - s is even, else the query view (0) [paper, Fig. 1].

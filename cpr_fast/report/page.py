@@ -19,7 +19,14 @@ from cpr_fast.report.sections.beside import published_beside
 from cpr_fast.report.sections.classification import classification_table, confusions
 from cpr_fast.report.sections.comparison import comparison
 from cpr_fast.report.sections.header import RATE, TERMS, facts, headline, tiles
-from cpr_fast.report.sections.mining import class_rates, extremes, inside_figures, mining_figures, no_rates
+from cpr_fast.report.sections.mining import (
+    chosen_cascades,
+    class_rates,
+    extremes,
+    inside_figures,
+    mining_figures,
+    no_rates,
+)
 from cpr_fast.report.sections.retrieval import retrieval_blocks, same_video_table
 from cpr_fast.report.sections.sheets import mined_sheets, retrieved_sheet
 from cpr_fast.report.sections.training import cycle_table, flat_config, training_figures
@@ -93,6 +100,7 @@ def _section(run: Run, compared: Compared | None) -> dict[str, Any]:
         "confusions": confusions(run),
         "mining_figures": mining_figures(run),
         "inside_figures": inside_figures(run),
+        "chosen": chosen_cascades(run),
         "mined": mined,
         "judged": any(
             clip["correct"] is not None for sheet in mined for line in sheet["queries"] for clip in line["found"]

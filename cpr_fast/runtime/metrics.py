@@ -98,7 +98,7 @@ def rewind(run_dir: str | Path, *, step: int, epoch: int) -> None:
     """Removes the rows written after `step` steps and `epoch` epochs, which a resumed run will write again."""
 
     def kept(row: dict[str, Any]) -> bool:
-        if row["kind"] == "step":
+        if row["kind"] in ("step", "cascade"):
             return row["step"] < step
         if row["kind"] == "outcome":
             return row["step"] <= step

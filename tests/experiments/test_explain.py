@@ -85,6 +85,16 @@ def test_cascade_of_every_recipe(explained, name):
     assert values["mining"]["cascades"] == expected
 
 
+def test_a_cascade_that_is_chosen_in_training():
+    config = load(FOLDER / "table3_progressive.toml")
+    config = dataclasses.replace(config, mining=dataclasses.replace(config.mining, stages="auto"))
+    lines, values = explain(config, "table3_progressive")
+    text = " ".join(" ".join(lines).split())
+    assert "last view, n = 1, 3, 5, 7, r = .3, .5, .8, top-k of 5 or less" in text
+    assert "cascade, up to top-1: " in text or "up to top-1: " in text
+    assert values["mining"]["stages"] == "auto" and values["mining"]["candidates"]["largest_top_k"] == 5
+
+
 @pytest.mark.parametrize("name", recipes())
 def test_page_of_every_recipe(explained, name):
     lines, values = explained[name]

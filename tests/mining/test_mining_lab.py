@@ -165,6 +165,25 @@ def test_without_labels_there_are_no_rates(tmp_path, capsys):
     assert "–" in table and f"{100 * rows[0]['view_agreement']:.2f}" in table
 
 
+def test_a_cascade_chosen_without_labels_is_measured_with_them(tmp_path, capsys):
+    arrays = small_arrays(rows=83, width=6)
+    path = save(tmp_path, arrays)
+    command = ["mine", str(path), "--auto", "--stages", "1", "--top-k", "2", "4"]
+    assert main([*command, "--json"]) == 0
+    chosen = json.loads(capsys.readouterr().out)["auto"]
+    assert 1 <= chosen["top_k"] <= 4 and chosen["text"].startswith(
+        "-".join({"r": "rgb", "f": "flow"}[letter] for letter in chosen["order"])
+    )
+    settings = {"orders": [chosen["order"]], "ratios": [chosen["ratio"]], "top_ks": [chosen["top_k"]]}
+    (row,) = sweep(load_two_view_features(path), **settings)
+    assert {name: chosen[name] for name in row} == row
+    unlabelled = save(tmp_path, arrays | {"label": np.full(83, -1)})
+    assert main(command) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Chosen without labels: " in printed and "cpr-fast pretrain RECIPE --mining.stages auto" in printed
+    assert unlabelled == path and "PMR 0" not in printed
+
+
 def test_table_and_heat_map(tmp_path, capsys):
     path, picture = save(tmp_path, small_arrays()), tmp_path / "new" / "map.png"
     arguments = ["mine", str(path), "--stages", "1", "3", "--ratio", ".5", ".8", "--top-k", "2", "4"]

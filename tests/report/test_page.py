@@ -60,6 +60,20 @@ def test_the_page_is_whole_and_alone(run):
     assert not list(run.glob(".*"))
 
 
+def test_cascades_that_were_chosen_in_training_are_listed(tmp_path, index):
+    common = {"kind": "cascade", "cycle": 1, "view": "rgb", "order": ["flow", "rgb", "flow"], "ratio": 0.3, "top_k": 3}
+    choices = [
+        common | {"epoch": 1, "step": 3, "signs": {"siblings": 2.0, "mined_agree": 1.0}},
+        common | {"epoch": 2, "step": 6, "signs": {"siblings": 3.0, "mined_agree": 2.0}},
+        common | {"epoch": 3, "step": 9, "order": ["rgb"], "signs": {"siblings": None, "mined_agree": 1.25}},
+    ]
+    folder = write_run(tmp_path / "auto", [start_row(index, stages="auto"), *training_rows(), *choices])
+    text = text_of(write_report([folder], tmp_path / "report.html"))
+    assert "Chosen cascades" in text
+    assert "2 to 3 RGB Flow, RGB, Flow 0.3 3 2.5 1.5 55.0" in text  # PMR of the two epochs: 50 and 60 %
+    assert "4 RGB RGB – 3 – 1.25 –" in text
+
+
 def test_names_are_escaped(run):
     page = write_report([run], run / "report.html").read_text(encoding="utf-8")
     assert "push&lt;up&gt;" in page and "push<up>" not in page

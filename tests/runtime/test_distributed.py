@@ -194,8 +194,13 @@ SCHEDULED = R3D | {
 }
 
 
+# Chooses when the queue is full, in the third of its steps, and before the next epoch.
+CHOSEN = R3D | {"mining": {"stages": "auto"}}
+METHODS = {"batch": BATCH, "iic": IIC, "random queue": RANDOM, "schedules": SCHEDULED, "chosen cascade": CHOSEN}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [BATCH, IIC, RANDOM, SCHEDULED], ids=["batch", "iic", "random queue", "schedules"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_other_memories_have_the_curve_of_one_too(tmp_path, method):
     """The batch of all ranks, with gradients between ranks; the bank of IIC, which every rank holds completely; a queue
     that starts with the same random vectors on every rank; and schedules of every value with limited gradients.
@@ -203,6 +208,11 @@ def test_other_memories_have_the_curve_of_one_too(tmp_path, method):
     one, two = run_on_one(tmp_path, method), run_on_two(tmp_path, method)
     assert_equal_curves(one, two, weights=5e-6 if method is IIC else 5e-5)  # they move by about 1e-4 and 1e-3
     assert (rows(one, "step")[-1]["pmr"] is None) == (method in (RANDOM, SCHEDULED))
+    if method is CHOSEN:
+        choices = [
+            [(row["step"], row["order"], row["keep"]) for row in rows(folder, "cascade")] for folder in (one, two)
+        ]
+        assert choices[0] == choices[1] and len(choices[0]) == 2
     if method is SCHEDULED:
         norms = [[row["grad_norm"] for row in rows(folder, "step")] for folder in (one, two)]
         assert norms[0] == pytest.approx(norms[1], rel=1e-3) and max(norms[0]) > MODERN["optim"]["clip_norm"]

@@ -25,6 +25,7 @@ def mine(
     top_k: tuple[int, ...] = (5,),
     query_view: tuple[Literal["rgb", "flow"], ...] = ("rgb",),
     order: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: alternating views)")] = (),
+    auto: Flag = False,
     details: Flag = False,
     raw: Flag = False,
     checkpoint: tuple[str, ...] = (),
@@ -44,6 +45,8 @@ def mine(
         top_k: Numbers of entries that the last stage keeps.
         query_view: Views of the query; the cascade ends in the other view.
         order: Views of the stages as letters, such as "frf" for flow, RGB, flow; instead of --stages and --query-view.
+        auto: Also choose a cascade without labels, as `--mining.stages auto` does in training, with at most the largest
+            of --top-k positives, and measure it.
         details: Also print what each stage keeps and loses, and view agreement and mutual neighbours, which need no
             labels.
         raw: Use the features without centring and L2 normalisation.
@@ -56,7 +59,7 @@ def mine(
     from cpr_fast.runtime.progress import announce
 
     announce("Loading PyTorch")
-    from cpr_fast.mining.lab import load_two_view_features, results_table, survivors_table, sweep
+    from cpr_fast.mining.lab import choose_cascade, load_two_view_features, results_table, survivors_table, sweep
 
     load = partial(_of_store, checkpoint=checkpoint) if is_store(features) else load_two_view_features
     data = load(features, raw=raw)
@@ -64,6 +67,7 @@ def mine(
         data, stages=stages, ratios=ratio, top_ks=top_k, query_views=query_view, orders=order, details=details,
         progress=True,
     )  # fmt: skip
+    chosen = choose_cascade(data, max(top_k)) if auto else None
     if heatmap is not None:
         from cpr_fast.report.figures.heatmap import write_heatmap
 
@@ -74,8 +78,10 @@ def mine(
         Console().print(results_table(rows))
         if details and rows[0]["pmr"] is not None:
             Console().print(survivors_table(rows))
+        if chosen is not None:
+            print(_said(chosen))
     result = {"features": str(features), "rows": len(data.labels), "results": rows}
-    show(result, json, lines=[], next_step=_next_step(rows))
+    show(result | ({"auto": chosen} if chosen else {}), json, lines=[], next_step=_next_step(rows, auto))
 
 
 def _of_store(folder: Path, *, checkpoint: tuple[str, ...], raw: bool) -> TwoViewFeatures:
@@ -106,8 +112,17 @@ def _of_store(folder: Path, *, checkpoint: tuple[str, ...], raw: bool) -> TwoVie
     return two_views(found["net/rgb"], found["net/flow"], labels, sources, raw=raw)
 
 
-def _next_step(rows: list[dict[str, Any]]) -> str:
-    """Returns the command that trains with the cascade of the highest PMR, the first one if no label is known."""
+def _said(chosen: dict[str, Any]) -> str:
+    """Returns the chosen cascade, the reason, and its PMR where labels are known."""
+    rate = "" if chosen["pmr"] is None else f". PMR {100 * chosen['pmr']:.2f} %"
+    return f"Chosen without labels: {chosen['text']}{rate}"
+
+
+def _next_step(rows: list[dict[str, Any]], auto: bool) -> str:
+    """Returns the command that trains with the cascade of the highest PMR, the first one if no label is known; or with
+    one that is chosen in training."""
+    if auto:
+        return "cpr-fast pretrain RECIPE --mining.stages auto"
     best = max(rows, key=lambda row: row["pmr"] or 0)
     return (
         f"cpr-fast pretrain RECIPE --mining.stages {best['stages']} --mining.ratio {best['ratio']:g} "

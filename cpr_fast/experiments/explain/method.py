@@ -11,7 +11,7 @@ from typing import Any
 
 from cpr_fast.config import Config, Cycle, ModelConfig
 from cpr_fast.experiments.explain.section import Section, fraction
-from cpr_fast.mining.stages import idle_stages, stage_keep, stage_views
+from cpr_fast.mining.stages import RATIOS, STAGES, idle_stages, stage_keep, stage_views
 from cpr_fast.pretrain.run.checks import CyclePlan
 from cpr_fast.wording import counted
 
@@ -90,6 +90,11 @@ def mining(config: Config, size: int) -> Section | None:
     cycles = [cycle for cycle in config.schedule.cycles if cycle.mining == "cascade"]
     if not cycles:
         return None
+    anchor = anchor_of(config)
+    feature = "the query's own key (f_q+)" if anchor == "key" else "the query (f_q)"
+    compared = ("compared with", f"{feature}; videos of the query's source are never mined")
+    if config.mining.stages == "auto":
+        return _chosen_mining(config, cycles, size, compared)
     values, alike = [], {}
     for cycle, own in itertools.product(cycles, (0, 1) if config.model.shared else (0,)):
         views, keep = _stages(config, cycle, size, own)
@@ -100,15 +105,26 @@ def mining(config: Config, size: int) -> Section | None:
             values.append(value)
             alike.setdefault((tuple(views), keep[:-1], tuple(idle)), []).append(value)
     rows = [(f"for {group[0]['view']}", _cascade(group)) for group in alike.values()]
-    anchor = anchor_of(config)
-    feature = "the query's own key (f_q+)" if anchor == "key" else "the query (f_q)"
     stages = config.mining.stages
     ratio = f", r = {fraction(config.mining.ratio)}" if stages > 1 else ", as in CoCLR"
     rows.insert(0, ("stages", f"n = {stages}{ratio}, {size:,} entries; view and survivors of each stage:"))
-    rows.append(("compared with", f"{feature}; videos of the query's source are never mined"))
+    rows.append(compared)
     return Section(
         "Mining", rows, {"stages": stages, "ratio": config.mining.ratio, "anchor": anchor, "cascades": values}
     )
+
+
+def _chosen_mining(config: Config, cycles: Sequence[Cycle], size: int, compared: tuple[str, str]) -> Section:
+    """Explains a cascade that is chosen during training."""
+    most = max(config.mining.top_k if cycle.top_k is None else cycle.top_k for cycle in cycles)
+    numbers, ratios = ", ".join(map(str, STAGES)), ", ".join(map(fraction, RATIOS))
+    rows = [
+        ("stages", f"chosen in every epoch from {size:,} entries, by signs that need no labels:"),
+        ("", f"last view, n = {numbers}, r = {ratios}, top-k of {most} or less"),
+        compared,
+    ]
+    values = {"stages": "auto", "candidates": {"stages": STAGES, "ratio": RATIOS, "largest_top_k": most}}
+    return Section("Mining", rows, values | {"anchor": anchor_of(config)})
 
 
 def anchor_of(config: Config) -> str:

@@ -83,7 +83,8 @@ def _cycle(config: Config, plan: CyclePlan) -> str:
     helped = f" with {other[0]}" if other and not config.model.shared else ""
     method = {"none": "InfoNCE", "label": "UberNCE", "cascade": f"cascade{helped}"}[cycle.mining]
     if cycle.mining == "cascade":
-        method += f", top-{config.mining.top_k if cycle.top_k is None else cycle.top_k}"
+        top_k = config.mining.top_k if cycle.top_k is None else cycle.top_k
+        method += f", up to top-{top_k}" if config.mining.stages == "auto" else f", top-{top_k}"
     optim, memory = cycle.applied_to(config.optim), cycle.applied_to(config.memory)
     falls = cycle.milestones and optim.schedule == "steps"
     drops = f", x{number(config.schedule.gamma)} at {', '.join(map(str, cycle.milestones))}" if falls else ""

@@ -315,6 +315,8 @@ def _about_mining(config: Config, index: Index, plans: Sequence[CyclePlan]) -> I
 def _about_stages(config: Config, index: Index, plans: Sequence[CyclePlan]) -> Iterator[str]:
     """Yields the cascades of which a stage selects nothing, so that they are cascades of fewer stages."""
     stages, ratio, size = config.mining.stages, config.mining.ratio, _entries(config, index)
+    if stages == "auto":
+        return
     cascades: dict[int, list[CyclePlan]] = {}  # by top-k
     for plan in plans:
         cascades.setdefault(_top_k(config, plan.cycle), []).append(plan)

@@ -17,6 +17,7 @@ from cpr_fast.data.index.index import Index
 from cpr_fast.errors import FailedError
 from cpr_fast.evaluate.retrieval.names import percent
 from cpr_fast.pretrain.ledger.rows import observe, step_row, weights_row
+from cpr_fast.mining.auto import Choice
 from cpr_fast.pretrain.run.dump import dump_step
 from cpr_fast.pretrain.state.cycle import CycleState
 from cpr_fast.pretrain.state.schedule import Rates
@@ -61,7 +62,6 @@ class StepLog:
         ledger: LedgerRows | None = None,
     ) -> None:
         self.writer, self.state, self.index, self.ledger = writer, state, index, ledger
-        self.loss_chance = chance_loss(state.config, state.cycle, state.memory.size)
         self.common = {"cycle": number, "view": state.cycle.view, "mining": state.cycle.mining}
         self.changing = _changing(state)
         self.unmeasured = NOTHING_MINED | ({"grad_norm": None} if state.config.optim.clip_norm else {})
@@ -70,10 +70,16 @@ class StepLog:
         self.epochs = sum(cycle.epochs for cycle in state.config.schedule.cycles)
         self.current = ""  # the epoch of the newest step, for people: counted from 1
         self.newest: dict[str, float] = {}  # loss and PMR of the last row, for the progress line
+        self.chosen: dict[str, Any] | None = None  # the newest choice of a cascade
         self.newest_random = False  # whether that loss was computed with random vectors in the queue
         self.clips_per_step = 2 * state.config.data.batch_size * state.world.size
         self.epoch_began = time.perf_counter()
         self._restart_clock()
+
+    @property
+    def loss_chance(self) -> float | None:
+        """See `chance_loss`; it depends on the number of mined entries, which may be chosen anew in every epoch."""
+        return chance_loss(self.state.config, self.state.cycle, self.state.memory.size, self.state.mined_count)
 
     def step(self, step: int, epoch: int, rates: Rates, data_wait_s: float, result: StepResult) -> None:
         """Records a step, and every `run.log_every` steps writes a row, with times averaged over these steps."""
@@ -216,6 +222,19 @@ class StepLog:
             self._write({"kind": "alarm", **common, "text": text})
             if self.writer is not None:
                 log.warning("epoch %d of %d: %s", epoch + 1, self.epochs, text)
+
+    def cascade(self, epoch: int, step: int, choice: Choice) -> str | None:
+        """Writes the cascade that was chosen before a step, with the signs that it was chosen by. Returns the reason
+        in one sentence, None if the cascade is the one before. Its time does not count for the step."""
+        names = self.state.views[:2]
+        chosen = {"order": [names[view] for view in choice.views], "ratio": choice.ratio, "top_k": choice.top_k}
+        judged = [{**row, "views": [names[view] for view in row["views"]]} for row in choice.judged]
+        text = choice.reason(names)
+        row = {"epoch": epoch, "step": step, **self.common, **chosen, "keep": choice.keep, "text": text}
+        self._write({"kind": "cascade", **row, "signs": choice.signs, "judged": judged})
+        self._restart_clock()
+        before, self.chosen = self.chosen, chosen
+        return None if chosen == before else text
 
     def online(self, epoch: int, step: int, measured: dict[str, Any], best: bool) -> None:
         """Writes the result of online retrieval after an epoch. Its time does not count for the next epoch."""

@@ -258,6 +258,8 @@ def _run_cycle(
             run.watch.doing(f"computing step {step + 1}")
             now = rates.at(epoch - first, i)
             state.set_rates(now)
+            if state.must_choose(i):
+                _choose_cascade(run, state, rows, epoch, step)
             result = train_step(state, batch, step)
             rows.step(step, epoch, now, data_wait_s, result)
             _after_step(run, state, rows, loader, result, weights, (number, epoch, i, step))
@@ -267,6 +269,15 @@ def _run_cycle(
                 log.info("%s", news)
     finally:
         loader.close()
+
+
+def _choose_cascade(run: Run, state: CycleState, rows: StepLog, epoch: int, step: int) -> None:
+    """Chooses the cascade with mining.stages = "auto", and prints a new choice."""
+    run.watch.doing(f"choosing the cascade of step {step + 1}")
+    text = rows.cascade(epoch, step, state.choose_cascade())
+    if run.progress and text is not None:
+        log.info("epoch %d: mining with %s", epoch + 1, text)
+    run.watch.doing(f"computing step {step + 1}")
 
 
 def _after_step(

@@ -1,7 +1,6 @@
 """The cascade of a training cycle: selects positives from the memory, and measures how good they are.
 
 Letters: V views, B queries, K memory entries, P positives, D feature width, n stages.
-`own` is the position of the query's view among the first two views of the memory.
 """
 
 from __future__ import annotations
@@ -26,12 +25,10 @@ class Cascade:
     Attributes:
         views, keep: n ints each, the view compared and the number of survivors of each stage, as `cascade_select`
             takes them; keep[-1] is top-k.
-        own: The view of the queries, 0 or 1.
     """
 
     views: tuple[int, ...]
     keep: tuple[int, ...]
-    own: int = 0
 
     @classmethod
     def of(cls, config: Config, memory_size: int, top_k: int, own: int = 0) -> Cascade:
@@ -39,7 +36,7 @@ class Cascade:
         mining = config.mining
         views = stage_views(mining.stages, config.loss.protocol)
         keep = stage_keep(mining.stages, memory_size, mining.ratio, top_k)
-        return cls(tuple(view ^ own for view in views), keep, own)
+        return cls(tuple(view ^ own for view in views), keep)
 
 
 def mine(anchors: Tensor, memory: Memory, source: Tensor, cascade: Cascade) -> Tensor:
@@ -75,21 +72,23 @@ def mining_rates(
         step: the current step.
         most: number of queries to measure, the first ones of a batch in random order; None measures all.
     Returns:
-        {name: [B] float32} for each of `rate_names`; NaN where a query was not measured.
+        {name: [B] float32} for each of `rate_names` of the cascade's number of stages; NaN where a query was not
+        measured.
     """
     if most is not None and (others := len(source) - most) > 0:
         anchors, source, mined, label = anchors[:, :most].contiguous(), source[:most], mined[:most], label[:most]
         rates = mining_rates(anchors, memory, source, cascade, mined, label, step)
         return {name: F.pad(rate, (0, others), value=float("nan")) for name, rate in rates.items()}
     ids = {"query_ids": source, "memory_ids": memory.source}
-    own_view = (anchors[cascade.own], memory.features[cascade.own], mined)  # the cascade ends in the other view
+    view = 1 - cascade.views[-1]  # the one that did not rank the mined entries
+    unranked = (anchors[view], memory.features[view], mined)
     rates = survivor_rates(
         anchors, memory.features[:2], cascade.views, cascade.keep, mined, **ids,
         query_labels=label, memory_labels=memory.label,
     )  # fmt: skip
     return rates | {
-        "view_agreement": view_agreement(*own_view, **ids),
-        "mutual_neighbours": mutual_neighbours(*own_view, **ids),
+        "view_agreement": view_agreement(*unranked, **ids),
+        "mutual_neighbours": mutual_neighbours(*unranked, **ids),
         "mined_age_steps": mined_age(mined, memory.enqueued_at, step),
     }
 

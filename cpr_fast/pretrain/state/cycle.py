@@ -12,7 +12,9 @@ from cpr_fast.config import Config, Cycle, View
 from cpr_fast.config.checks import batch_norm_groups
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
+from cpr_fast.mining.auto import Choice, choose
 from cpr_fast.mining.quality import MiningQuality
+from cpr_fast.mining.stages import STAGES
 from cpr_fast.models import Encoder, build_encoder
 from cpr_fast.pretrain.state.cascade import Cascade, rate_names
 from cpr_fast.pretrain.state.encoders import Encoders
@@ -20,6 +22,7 @@ from cpr_fast.pretrain.state.health import Health
 from cpr_fast.pretrain.state.memory import Bank, Memory
 from cpr_fast.pretrain.state.optimizer import build_optimizer, set_rates, take_step
 from cpr_fast.pretrain.state.schedule import Rates
+from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.precision import autocast
 from cpr_fast.wording import counted
@@ -57,14 +60,16 @@ class CycleState:
             )
         self.encoders = _build_encoders(config, cycle, self.views, weights, clips, world)
         self.memory = _build_memory(config, cycle, self.views, len(index), clips, world.device)
-        self.cascades = [self._cascade(own) for own in (0, 1)] if cycle.mining == "cascade" else []
+        self.chooses = cycle.mining == "cascade" and config.mining.stages == "auto"
+        # For queries of view 0 and 1; none before `choose_cascade`.
+        self.cascades = [] if self.chooses or cycle.mining != "cascade" else [self._cascade(own) for own in (0, 1)]
         self.optimizer = build_optimizer(self.encoders.query, cycle.applied_to(config.optim))
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.quality = MiningQuality(
             index.labels,
             index.source_ids,
             top_k=self.top_k,
-            extra=rate_names(config.mining.stages),
+            extra=rate_names(max(STAGES) if config.mining.stages == "auto" else config.mining.stages),
             device=world.device,
         )
         self.health = Health(
@@ -82,6 +87,22 @@ class CycleState:
     def learning(self) -> bool:
         """Whether a step trains the encoder: always, unless the cycle waits for its queue."""
         return self.memory.full or not self.cycle.waits_for_queue(self.config.memory)
+
+    @property
+    def mined_count(self) -> int:
+        """The number of entries that the cascade mines for a query; before it is chosen, the largest number."""
+        return self.cascades[0].keep[-1] if self.cascades else self.top_k
+
+    def must_choose(self, step_in_epoch: int) -> bool:
+        """Returns whether `choose_cascade` is due before a step: with mining.stages = "auto" before the first step that
+        mines and before the first step of every later epoch."""
+        return self.chooses and self.memory.full and (not self.cascades or step_in_epoch == 0)
+
+    def choose_cascade(self) -> Choice:
+        """Chooses the cascade for the present memory, which is the same on every rank. Waits for the device."""
+        choice = distributed.from_main(lambda: choose(self.memory.features[:2], self.memory.source, self.top_k))
+        self.cascades = [Cascade(choice.views, choice.keep)] * 2
+        return choice
 
     def autocast(self) -> torch.autocast:
         """Returns the autocast context of the forward passes."""
@@ -147,6 +168,7 @@ class CycleState:
             "health": self.health.state_dict(),
             "best": self.best,
             "weight_norms": self.weight_norms,
+            **({"cascade": self.cascades and vars(self.cascades[0])} if self.chooses else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -162,6 +184,8 @@ class CycleState:
         self.best = state.get("best")
         if "weight_norms" in state:
             self.weight_norms.copy_(state["weight_norms"])
+        if self.chooses and state["cascade"]:
+            self.cascades = [Cascade(tuple(state["cascade"]["views"]), tuple(state["cascade"]["keep"]))] * 2
 
 
 def _build_encoders(

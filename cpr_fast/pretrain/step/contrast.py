@@ -103,7 +103,7 @@ def contrast(
     )  # fmt: skip
 
 
-def chance_loss(config: Config, cycle: Cycle, slots: int) -> float | None:
+def chance_loss(config: Config, cycle: Cycle, slots: int, mined: int) -> float | None:
     """Returns the loss of a full memory in which every entry is equally similar to the query: the value that a loss has
     to fall below. In nats.
 
@@ -113,13 +113,14 @@ def chance_loss(config: Config, cycle: Cycle, slots: int) -> float | None:
 
     Args:
         slots: K.
+        mined: number of entries that a cascade mines for a query.
     """
     compared = slots - {"queue": 0, "bank": 1, "batch": 2}[config.memory.kind]  # without those of the query's own video
     positives = 1
     if cycle.mining == "label" and config.loss.protocol != "coclr":
         return None
     if cycle.mining == "cascade":
-        positives += config.mining.top_k if cycle.top_k is None else cycle.top_k
+        positives += mined
     if config.model.shared:  # two losses, of two banks: the clips' and, in each view, that of the intra-negatives
         intra = slots if config.loss.intra_negatives != "none" else 0
         return 2 * math.log((compared + intra + 1) / positives)

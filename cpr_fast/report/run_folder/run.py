@@ -61,6 +61,7 @@ class Run:
         self.steps = sorted((row for row in rows if row["kind"] == "step"), key=lambda row: row["step"])
         self.health = [row for row in rows if row["kind"] == "health"]
         self.alarms = [row for row in rows if row["kind"] == "alarm"]
+        self.choices = [row for row in rows if row["kind"] == "cascade"]  # of mining.stages = "auto"
         self.online = [row for row in rows if row["kind"] == "online"]
         self.outcome = next((row for row in reversed(rows) if row["kind"] == "outcome"), None)
         latest = sorted(_latest_evaluations(rows), key=lambda kinds: kinds["retrieval"][0]["recipe"] != "paper")

@@ -70,6 +70,43 @@ def inside_figures(run: Run) -> list[Chart]:
     return figures
 
 
+def chosen_cascades(run: Run) -> Table | None:
+    """Returns the cascades that a run with mining.stages = "auto" chose, with the means of their signs and of the PMR
+    of their epochs; successive equal choices are one row. None if the run chose none."""
+    groups: list[list[dict[str, Any]]] = []
+    for row in run.choices:
+        if groups and all(row[key] == groups[-1][-1][key] for key in ("cycle", "order", "ratio", "top_k")):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    rates = {row["epoch"]: row.get("pmr") for row in run.epochs}
+    rows = []
+    for group in groups:
+        first, epochs = group[0], [row["epoch"] for row in group]
+        number = f"{epochs[0] + 1}" if len(epochs) == 1 else f"{epochs[0] + 1} to {epochs[-1] + 1}"
+        signs = [_mean([row["signs"][name] for row in group]) for name in ("siblings", "mined_agree")]
+        views = ", ".join(VIEW_NAMES[view] for view in first["order"])
+        ratio = first["ratio"] if len(first["order"]) > 1 else None
+        rate = _mean([rates.get(epoch) for epoch in epochs])
+        rows.append((number, VIEW_NAMES[first["view"]], views, ratio, first["top_k"], *signs, rate))
+    columns = [
+        Column("Epochs"),
+        Column("Queries"),
+        Column("Views of the stages"),
+        Column("Ratio", "number", "A cascade of one stage has no ratio."),
+        Column("Top-k", "count"),
+        Column("Near siblings", "number", "Too few entries of the memory had a sibling."),
+        Column("Near each other", "number", "The mined entries could not be compared."),
+        Column("PMR, %", "rate", "PMR needs labels and a finished epoch."),
+    ]
+    return Table("Chosen cascades", columns, rows) if rows else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def class_rates(run: Run) -> dict[str, Any] | None:
     """Returns CMR and true positives of every class in the last mining epoch, the best class first.
 
@@ -135,7 +172,9 @@ def _survivors(run: Run) -> Chart | None:
         rows = [r for r in run.epochs if r["view"] == view and r.get("survivor_precision_1") is not None]
         if not rows:
             continue
-        row, stages = rows[-1], range(1, 1 + sum(key.startswith("survivor_precision_") for key in rows[-1]))
+        row = rows[-1]
+        measured = sum(key.startswith("survivor_precision_") and value is not None for key, value in row.items())
+        stages = range(1, 1 + measured)  # a row has keys for the largest number of stages that could be chosen
         for name, before, dashed in (("precision", row.get("pmr_chance"), False), ("recall", 1.0, True)):
             values = [before, *(row[f"survivor_{name}_{stage}"] for stage in stages)]
             lines.append(Line(f"{VIEW_NAMES[view]}: {name}", [0, *stages], values, SERIES[view], dashed=dashed))

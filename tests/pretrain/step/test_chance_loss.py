@@ -26,18 +26,18 @@ def test_it_is_the_loss_of_equal_similarities(tmp_path, mining, top_k):
     same = torch.nn.functional.normalize(torch.ones(3, D), dim=1)
     mined = torch.arange(top_k).expand(3, top_k) if top_k else None
     equal = mil_nce(same, same, same[:1].expand(K, D).contiguous(), mined, temperature=0.07).item()
-    assert chance_loss(config(tmp_path), Cycle(view="rgb", epochs=1, mining=mining), K) == pytest.approx(
+    assert chance_loss(config(tmp_path), Cycle(view="rgb", epochs=1, mining=mining), K, top_k) == pytest.approx(
         equal, abs=1e-5
     )
 
 
 def test_entries_of_the_querys_own_video_are_no_candidates(tmp_path):
     cycle = Cycle(view="rgb", epochs=1, mining="none")
-    found = [chance_loss(config(tmp_path, kind), cycle, K) for kind in ("queue", "bank", "batch")]
+    found = [chance_loss(config(tmp_path, kind), cycle, K, 0) for kind in ("queue", "bank", "batch")]
     assert found == pytest.approx([math.log(13), math.log(12), math.log(11)])
 
 
 def test_it_is_unknown_where_the_number_of_positives_differs(tmp_path):
     cycle = Cycle(view="rgb", epochs=1, mining="label")
-    assert chance_loss(config(tmp_path, protocol="paper"), cycle, K) is None
-    assert chance_loss(config(tmp_path, protocol="coclr"), cycle, K) == pytest.approx(math.log(13))
+    assert chance_loss(config(tmp_path, protocol="paper"), cycle, K, 0) is None
+    assert chance_loss(config(tmp_path, protocol="coclr"), cycle, K, 0) == pytest.approx(math.log(13))
