@@ -63,7 +63,8 @@ class Compared:
 def index_of(run: Run) -> Path:
     """Returns the index that the run was evaluated on or, where that is not known, trained on. Raises InputError if
     neither is known."""
-    path = next(iter(run.evaluated_indexes), None) or run.config.get("data", {}).get("index")
+    data = run.config.get("data", {})
+    path = next(iter(run.evaluated_indexes), None) or data.get("features") or data.get("index")
     if not path:
         raise InputError(f"run folder {str(run.folder)!r} does not say its index; expected --index INDEX.csv")
     return Path(path)
@@ -88,6 +89,8 @@ def compare_videos(run: Run, index: Path | None = None) -> Compared | None:
         InputError: the index cannot be read.
     """
     path = index or index_of(run)
+    if path.is_dir():  # a store of features, whose videos are not looked at
+        return None
     videos = _videos(path)
     originals = videos.originals()
     distinct = [video for place, video in enumerate(videos) if originals[place] == place]

@@ -87,7 +87,10 @@ def lines_of(result: dict[str, Any]) -> list[str]:
     title, *about = _compared(first, result["protocol"], result["recipe"])
     over = "95 % interval" if first["splits"] == 1 else "deviation"
     header = ["Network · view, in %", "mAP", over, "R@1", over, *(f"R@{k}" for k in RANKS[1:])]
-    if all(row["r@1"] is None and row["chance_r@1"] is None for row in rows):
+    unlabelled = all(row["r@1"] is None and row["chance_r@1"] is None for row in rows)
+    if unlabelled and any(row["name"] == "stored" for row in rows):
+        lines = [title, "", "The store has no labels, so R@k and mAP cannot be measured."]
+    elif unlabelled:
         said = "The index has no labels, so R@k and mAP cannot be measured; the report shows which videos are similar."
         lines = [title, "", said, *_same_video(result.get("same_video") or [])]
     else:

@@ -1,5 +1,5 @@
-"""The table of a store: what each of its clips is of. A million clips take about 0.1 GiB, because their texts are kept
-as bytes.
+"""The table of a store: what each of its clips is of. Its texts are kept as one block of bytes, which takes less memory
+than Python's strings.
 
     path,label,source,split
 
@@ -53,8 +53,9 @@ class ClipTable:
 
     Attributes:
         paths: N texts.
-        labels, sources, splits: [N] int64 numbers of `classes`, `source_names` and `split_names`; a label is -1 where
-            the class is unknown. Numbers follow the order of first appearance.
+        labels, splits: [N] int64 numbers of `classes` and `split_names`, in order of first appearance; a label is -1
+            where the class is unknown.
+        sources: [N] int64, equal for clips of equal source.
     """
 
     def __init__(self, rows: Iterable[Sequence[str]]) -> None:
@@ -69,7 +70,7 @@ class ClipTable:
             for path, label, source, split in rows:
                 block.append((
                     classes.setdefault(label, len(classes)) if label else -1,
-                    sources.setdefault(source or path, len(sources)),
+                    sources.setdefault(source, len(sources)) if source else -1,
                     splits.setdefault(known_split(split), len(splits)),
                 ))  # fmt: skip
                 if len(block) == 4096:
@@ -81,7 +82,9 @@ class ClipTable:
         self.paths = Texts(paths())
         self.labels, self.sources, self.splits = np.ascontiguousarray(np.concatenate(numbers).T)
         self.classes, self.split_names = list(classes), list(splits)
-        self.source_names = Texts(sources)
+        self._source_names = Texts(sources)
+        own = self.sources < 0  # a dict of these sources, which no other clip has, would need most of the memory
+        self.sources[own] = len(sources) + np.flatnonzero(own)
 
     @classmethod
     def load(cls, path: Path) -> ClipTable:
@@ -97,3 +100,8 @@ class ClipTable:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def source(self, row: int) -> str:
+        """Returns the name of a clip's source."""
+        number = self.sources[row]
+        return self._source_names[number] if number < len(self._source_names) else self.paths[row]

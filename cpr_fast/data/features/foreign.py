@@ -10,6 +10,7 @@ Letters: N clips, S features of a clip, such as of its segments, D dimensions.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import pickle
 import zipfile
@@ -26,6 +27,9 @@ from cpr_fast.wording import counted, expected, listed
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".h5", ".hdf5")
 FEATURES, NAMES = "features", "names"
 _FORMS = "a folder of .npy, .npz or .pt files, or one file .npy, .npz, .pt or .h5"
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,9 @@ def open_foreign(option: str, path: Path) -> Foreign:
     loaded = load_file(path)
     if not isinstance(loaded, Mapping):
         return _of_array(path, loaded, None)
-    if FEATURES in loaded and len(_shape(loaded[FEATURES])) in (2, 3) and set(loaded) <= {FEATURES, NAMES}:
+    if FEATURES in loaded and len(_shape(loaded[FEATURES])) in (2, 3):
+        if others := [str(name) for name in loaded if name not in (FEATURES, NAMES)]:
+            log.info("%s: %s not read; labels, sources and splits are those of the table INDEX", path, _are(others))
         names = None if NAMES not in loaded else _texts(path, loaded[NAMES])
         return _of_array(path, loaded[FEATURES], names)
     names = list(loaded)
@@ -120,6 +126,10 @@ def _hdf5(path: Path) -> Mapping[str, Any]:
         raise InputError(f"{path}: expected an HDF5 file, got: {error}") from None
     file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
     return found
+
+
+def _are(names: Sequence[str]) -> str:
+    return f"{listed(list(names))} {'is' if len(names) == 1 else 'are'}"
 
 
 def _of_folder(option: str, folder: Path) -> Foreign:

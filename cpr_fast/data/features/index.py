@@ -39,7 +39,7 @@ class StoredClips(Index):
         return Video(
             path=self.store.folder / table.paths[row],
             label=table.classes[label] if label >= 0 else "",
-            source=table.source_names[table.sources[row]],
+            source=table.source(row),
             split=table.split_names[table.splits[row]],
             num_frames=0, fps=0.0, width=0, height=0,
         )  # fmt: skip

@@ -53,6 +53,8 @@ def encoder(config: Config) -> Section:
     given = {view: path for view, path in vars(model.init).items() if path}
     starts = "; ".join(f"{view} from {path}" for view, path in given.items()) or "random weights"
     network = f"{model.arch}{arguments}{width}{size}; {shared}"
+    if config.data.features:
+        network = f"none; the head reads the stored features; {shared}"
     rows = [("network", network), ("head", heads[model.head]), ("starts from", starts)]
     values = {"arch": model.arch, "args": model.args, "pool": model.pool, "width": model.width, "parameters": number,
               "head": model.head, "feature_dim": model.feature_dim, "shared": model.shared, "init": given}  # fmt: skip

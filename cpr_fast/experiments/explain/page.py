@@ -47,9 +47,9 @@ def explain(
     size = memory_size(config, videos.number, plans[0].clips)
     sections = {
         "data": videos.section(config),
-        "clips": clips(config, videos.fps),
-        "augmentation": augmentation(config),
-        "test_clips": test_clips(config),
+        "clips": None if config.data.features else clips(config, videos.fps),
+        "augmentation": None if config.data.features else augmentation(config),
+        "test_clips": None if config.data.features else test_clips(config),
         "encoder": encoder(config),
         "memory": memory(config, plans[0], size),
         "mining": mining(config, size),

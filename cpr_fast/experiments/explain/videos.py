@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpr_fast.config import Config, DataConfig
+from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.experiments.explain.section import Section
@@ -35,10 +36,13 @@ class TrainingVideos:
 
     @classmethod
     def of(cls, config: Config) -> TrainingVideos:
-        """Reads the index of a config, if it exists.
+        """Reads the index of a config, if it exists, or its store of features.
 
         Raises InputError if it cannot be read, or has no video of the split.
         """
+        if config.data.features:
+            clips = StoredClips.open(config.data.features, "data.features")
+            return cls(len(part := clips.select_for_training(config.data.split)), None, part, 0.0)
         if not config.data.index or not Path(config.data.index).is_file():
             name, number, fps = next(value for part, value in KNOWN.items() if part in config.data.index.lower())
             return cls(number, name, None, fps)
@@ -56,19 +60,24 @@ class TrainingVideos:
             named = f"{data.index!r} does not exist here" if data.index else "none is named (--data.index INDEX.csv)"
             found = f"{named}; the steps below assume {self.assumed}'s {counted(self.number, 'training video')}"
         else:
-            sources = len({video.source for video in self.index})
-            classes = len({video.label for video in self.index if video.label})
-            found = f"{data.index}: {counted(self.number, 'training video')} of {counted(sources, 'source')}, " + (
-                counted(classes, "class", "classes") if classes else "no labels"
+            sources = len(set(self.index.source_ids.tolist()))
+            classes = len(set(self.index.labels[self.index.labels >= 0].tolist()))
+            found = (
+                f"{data.features or data.index}: {counted(self.number, 'training video')} of "
+                f"{counted(sources, 'source')}, " + (counted(classes, "class", "classes") if classes else "no labels")
             )
         views = list(dict.fromkeys(v for c in config.schedule.cycles for v in c.views(shared=config.model.shared)))
-        rows = [("index", found), ("split", data.split or "all videos"), ("views", _views(config, views, self.index))]
-        rows.append(("short videos", _short(data)))
+        if isinstance(self.index, StoredClips):
+            rows = [("features", found), ("split", data.split or "all clips"), ("views", " and ".join(views))]
+            rows.append(("samples", f"{self.index.store.about.samples} of each clip, of which two are query and key"))
+        else:
+            rows = [("index", found), ("split", data.split or "all videos"),
+                    ("views", _views(config, views, self.index)), ("short videos", _short(data))]  # fmt: skip
         return Section(
             "Data",
             rows,
             {
-                "index": data.index,
+                "index": data.features or data.index,
                 "videos": self.number,
                 "assumed": self.assumed,
                 "split": data.split,

@@ -162,6 +162,24 @@ def test_probe_and_report_work_on_the_run(here, capsys):
     assert "Training features" in page and "Best stored features (RGB)" in page and "Best pixel baseline" not in page
 
 
+def test_a_store_without_labels_and_splits_is_enough(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    features = np.random.default_rng(0).standard_normal((40, 2, 6))
+    np.savez("theirs.npz", features=features, names=np.array([f"v{i}" for i in range(40)]))
+    (tmp_path / "train.toml").write_text(TRAINING)
+    assert main(["embed", "--features", "theirs.npz", "--out", "store"]) == 0
+    assert main(["explain", "train.toml"]) == 0
+    said = capsys.readouterr().out
+    assert "features: store: 40 training videos of 40 sources, no labels" in said and "s3d" not in said
+    assert main(["pretrain", "train.toml"]) == 0
+    assert main(["retrieve", "run/checkpoints/last.pt", "--index", "store"]) == 0
+    assert "The store has no labels, so R@k and mAP cannot be measured." in capsys.readouterr().out
+    assert main(["report", "run"]) == 0
+    assert [path.name for path in (tmp_path / "run").glob("*.html")] == ["report.html"]
+    assert main(["probe", "run/checkpoints/last.pt", "--index", "store"]) == 2
+    assert "--index: expected videos of the splits train and test" in capsys.readouterr().err
+
+
 def test_mine_reads_stores_of_two_views_and_their_projections(here, capsys, tmp_path):
     random = np.random.default_rng(0)
     centres = random.standard_normal((3, 6))

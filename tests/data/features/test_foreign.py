@@ -42,7 +42,7 @@ def pt(tmp_path):
 
 
 def one_npz(tmp_path):
-    np.savez(tmp_path / "all.npz", features=VALUES, names=np.array(NAMES))
+    np.savez(tmp_path / "all.npz", features=VALUES, names=np.array(NAMES), labels=np.arange(COUNT))
     return tmp_path / "all.npz"
 
 
@@ -148,6 +148,16 @@ def test_missing_clips_are_named(tmp_path):
     refused(tmp_path, "INDEX: expected 23 rows, one for each of .*all.npy', which has no names, got 22",
             one_npy(tmp_path), table_of(tmp_path, CLIPS[:-1]))  # fmt: skip
     refused(tmp_path, "INDEX: expected a table .* a row for each of the 23 rows", one_npy(tmp_path))
+
+
+def test_a_name_without_its_folder_must_be_that_of_one_clip(tmp_path):
+    features = folder_of(tmp_path, ".npy", np.save, VALUES[:3], ["a/v1", "b/v1", "b/v2"])
+    table = table_of(tmp_path, [("v2.avi",)], "path", 1)
+    adopt({"rgb": features}, table, tmp_path / "s", dtype="float32")
+    assert np.array_equal(StoredClips.open(tmp_path / "s").store.samples("rgb", 0, 1), VALUES[2:3])
+    table = table_of(tmp_path, [("v2.avi",), ("v1.avi",)], "path", 1)
+    with pytest.raises(InputError, match=r"those of 1 are missing \(first: 'v1.avi'\)"):
+        adopt({"rgb": features}, table, tmp_path / "t")
 
 
 def test_other_shapes_and_numbers_are_named(tmp_path):

@@ -78,6 +78,8 @@ def test_every_pair_of_different_samples_is_drawn_equally_often(samples):
     expected = 20_000 / (samples * (samples - 1))
     assert abs(counts[~np.eye(samples, dtype=bool)] / expected - 1).max() < 0.1
     assert not np.array_equal(pairs, sample_pairs(np.arange(20_000), samples, seed=0, epoch=2))
+    some = np.array([7, 3, 19_999])  # a clip has its samples whatever clips are drawn with it
+    assert np.array_equal(sample_pairs(some, samples, seed=0, epoch=1), pairs[some])
 
 
 @pytest.mark.parametrize("start", [1, 7, 15])
