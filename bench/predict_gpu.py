@@ -234,6 +234,43 @@ def compare(predicted: list[dict], measured: list[dict]) -> tuple[list[str], flo
     return lines, statistics.median(errors) if errors else None
 
 
+def resource_us(rows: list[dict], device: str, op: str, precision: str, shape: tuple[int, int], kernel: str) -> dict:
+    """Returns the microseconds of every resource in the first launch of a kernel in a call."""
+    wanted = (device, op, precision, *shape)
+    row = next(row for row in rows if tuple(row[key] for key in ("device", "op", "precision", "B", "K")) == wanted)
+    return next(launch["resources_us"] for launch in row["kernels"] if launch["kernel"].startswith(kernel))
+
+
+def limits_text(rows: list[dict]) -> list[str]:
+    """Returns what the times of the calls that are furthest from their floors are spent on, with the counts."""
+    a100, h200, shape = GPUS[0].name, GPUS[2], (256, 65536)
+    bf16 = resource_us(rows, h200.name, "mil_nce", "bfloat16", shape, "row_scan_kernel")
+    fp32 = resource_us(rows, h200.name, "mil_nce", "float32", shape, "scan_kernel")
+    reached = 2 * 2048 * h200.tensor * h200.processors * h200.clock_hz
+    least = 1.5 * h200.floor["bf16"] / reached
+    products = [
+        resource_us(rows, a100, "cascade_select", precision, shape, "stream_kernel")["tensor"]
+        for precision in ("fp32", "bf16")
+    ]
+    return [
+        "What the calls furthest from their floors spend their time on, at 256 x 65536:",
+        "",
+        f"- mil_nce bfloat16 on H100 and H200: tensor cores, {bf16['tensor']:.1f} µs; the exponentials take "
+        f"{bf16['special']:.1f} µs of their own unit, beside them. The scan multiplies three times, once for a score "
+        "and once for each of the two terms of a weight (the rounding of a single term would dominate the gradient), "
+        f"where the floor counts two products. mma.sync reaches {reached / 1e12:.0f} TFLOP/s here, the floor assumes "
+        f"{h200.floor['bf16'] / 1e12:.0f}: no call with these products takes less than {least:.2f} times the floor. "
+        "Less needs wgmma, which sm_80 does not have.",
+        f"- mil_nce float32 on H100 and H200: shared memory, {fp32['shared memory']:.0f} µs; the multiply-adds take "
+        f"{fp32['fp32']:.0f} µs. A thread reads 8 vectors for 64 multiply-adds (4 x 4 scores): 32 cycles of shared "
+        "memory, and as many of arithmetic on A100, but 16 on H100, which has twice the units. Tiles of 8 x 8 scores "
+        "would take 64 cycles of each there.",
+        "- cascade_select bf16 is not twice as fast as fp32, because tensor cores compute the scores of fp32 as well: "
+        f"on A100 their products take {products[0]:.0f} µs for fp32 and {products[1]:.0f} µs for bf16. The rest, to "
+        "follow every score through the stages and to rank the gathered entries, is the same work in both.",
+    ]
+
+
 def page(report: dict) -> str:
     """Returns the predictions as a page."""
     lines = [
@@ -252,7 +289,8 @@ def page(report: dict) -> str:
                      f"{row['time_us']:.1f} | {floor} | {row['limit']} |")  # fmt: skip
     lines += ["", "For tvl1_flow, B is the number of pairs of 340 x 256 frames. The floor of cascade_select fp32 is"]
     lines += ["that of float32 multiply-adds. Long memories take less: tensor cores compute their scores, and only"]
-    lines += ["those near a threshold are computed again in float32.", "", "Figures of the devices:", ""]
+    lines += ["those near a threshold are computed again in float32.", "", *limits_text(report["rows"])]
+    lines += ["", "Figures of the devices:", ""]
     lines += [f"- {what}: {source}." for what, source in report["sources"].items()]
     return "\n".join(lines) + "\n"
 

@@ -1,11 +1,10 @@
 // cascade_select on CUDA. A score is the same in every stage. There are three routes, chosen by size:
 //   on chip     One kernel computes the scores of a chunk of queries against the memory, in every view that a stage
 //               compares. Then one block for each query runs all stages on its rows of scores, which fit its shared
-//               memory. The survivors are bits in registers.
+//               memory. The survivors are bits in registers, and once they are few, one for each thread.
 //   in cache    The same, with rows that stay in the L2 cache, or in global memory. The survivors are a list.
 //   streamed    For longer rows, of up to two views, eight stages and 4,096 features: scores of a sample of the memory
-//   give limits for
-//               the threshold of each stage (sieve.cuh). One pass over the memory computes scores on tensor cores,
+//               give limits for the threshold of each stage (sieve.cuh). One pass over the memory computes scores on tensor cores,
 //               counts the entries that the limits settle, and writes only the others (stream.cuh). The stages run on
 //               those, and compute the canonical scores of the entries within the error of a threshold.
 //

@@ -82,29 +82,14 @@ int64_t bytes_per_list(const Plan& plan) {
 }
 
 // Returns how many bytes of rows stay in the L2 cache while the memory streams through it.
-int64_t cache_budget() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device) != cudaSuccess) return 0;
-  return static_cast<int64_t>(bytes) / 8 * 5;
-}
-
-int multiprocessors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 1;
-}
+int64_t cache_budget() { return device_attribute(cudaDevAttrL2CacheSize, 0) / 8 * 5; }
 
 // Returns how many bytes of shared memory a block has that takes a whole multiprocessor.
 int64_t processor_shared_memory() {
   constexpr int64_t kReserved = 1024;  // of each block, by the driver
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return kDefaultShared;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) != cudaSuccess) {
-    return kDefaultShared;
-  }
   const int64_t limit = shared_memory_limit();
-  return bytes - kReserved < limit ? bytes - kReserved : limit;
+  const int64_t bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, kDefaultShared) - kReserved;
+  return bytes < limit ? bytes : limit;
 }
 
 // Short rows are streamed only if those of 32 queries do not fit the cache.
@@ -182,7 +167,7 @@ void plan_stream(Plan& plan, bool split) {
     plan.capacity = round_up(static_cast<int64_t>(capacity), kRowUnit);
   }
   plan.chunk = chunk_of_lists(plan);
-  const int64_t processors = multiprocessors();
+  const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, 1);
   const int64_t most = (int64_t{1} << 29) / (plan.row * static_cast<int64_t>(sizeof(float)) * (plan.views_used + 1));
   plan.spare = most < 1 ? 1 : most < processors ? most : processors;
   if (plan.spare > plan.chunk) plan.spare = plan.chunk;

@@ -4,6 +4,7 @@
 
 #include "cuda/cascade_select/plan.cuh"
 #include "cuda/cascade_select/tensor_score.cuh"
+#include "cuda/common/copied_tile.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/tile.cuh"
 
@@ -16,12 +17,26 @@ __device__ __forceinline__ bool excluded(const int64_t* memory_ids, int64_t id, 
   return memory_ids != nullptr && (id == -1 || id == own_id);
 }
 
+// Small tiles of float features are copied asynchronously.
+template <typename T, int kThreadRows>
+constexpr bool kCopied = sizeof(T) == sizeof(float) && kThreadRows <= 4;
+
+template <int kThreadRows, int kThreadColumns, bool kWithCopies>
+union ScoreShared {
+  DotShared<kThreadRows, kThreadColumns> dot;
+  CopiedDotShared<kThreadRows, kThreadColumns> copied;
+};
+template <int kThreadRows, int kThreadColumns>
+union ScoreShared<kThreadRows, kThreadColumns, false> {
+  DotShared<kThreadRows, kThreadColumns> dot;
+};
+
 // Computes the canonical scores[u, b, k] of a tile of queries and slots; NaN for excluded entries.
 template <typename T, int kThreadRows, int kThreadColumns>
 __global__ void __launch_bounds__(kTileThreads)
     score_kernel(const __grid_constant__ Plan plan, const T* queries, const T* memory, const int64_t* query_ids,
                  const int64_t* memory_ids, int64_t first_query, int64_t chunk_queries, float* scores) {
-  auto& shared = shared_memory<DotShared<kThreadRows, kThreadColumns>>();
+  auto& shared = shared_memory<ScoreShared<kThreadRows, kThreadColumns, kCopied<T, kThreadRows>>>();
   const int u = blockIdx.z;
   const int64_t view = plan.view_used[u];
   const int64_t query0 = static_cast<int64_t>(blockIdx.y) * kTileRows * kThreadRows;
@@ -29,7 +44,12 @@ __global__ void __launch_bounds__(kTileThreads)
   const Matrix<T> query(queries + (view * plan.B + first_query) * plan.D, chunk_queries, plan.D);
   const Matrix<T> keys(memory + view * plan.K * plan.D, plan.K, plan.D);
   float score[kThreadRows][kThreadColumns];
-  dot_tile(query, query0, keys, slot0, shared, score);
+  bool copied = false;
+  if constexpr (kCopied<T, kThreadRows>) {
+    copied = copyable(query) && copyable(keys);
+    if (copied) copied_dot_tile(query, query0, keys, slot0, shared.copied, score);
+  }
+  if (!copied) dot_tile(query, query0, keys, slot0, shared.dot, score);
 
   int64_t id[kThreadColumns];
 #pragma unroll
@@ -112,9 +132,9 @@ const char* launch_scores(const Plan& plan, const Inputs<T>& in, int64_t first, 
   const dim3 grid(static_cast<unsigned>(ceil_div(plan.K, kTileLanes * kThreadColumns)),
                   static_cast<unsigned>(ceil_div(queries, kTileRows * kThreadRows)),
                   static_cast<unsigned>(plan.views_used));
-  return launch<DotShared<kThreadRows, kThreadColumns>>(score_kernel<T, kThreadRows, kThreadColumns>, grid,
-                                                        kTileThreads, stream, plan, in.queries, in.memory, in.query_ids,
-                                                        in.memory_ids, first, queries, chunk.scores);
+  return launch<ScoreShared<kThreadRows, kThreadColumns, kCopied<T, kThreadRows>>>(
+      score_kernel<T, kThreadRows, kThreadColumns>, grid, kTileThreads, stream, plan, in.queries, in.memory,
+      in.query_ids, in.memory_ids, first, queries, chunk.scores);
 }
 
 // With kPrecise, float features have two terms: limits from a sample must not be off by the rounding of a query, which

@@ -1,118 +1,87 @@
 // Exact selection by one block: the k-th best survivor of a query in the order (score descending, slot ascending).
-//
-// Each entry is compared by a 64-bit rank, larger is better. The upper half is an integer that orders like the score,
-// the lower half the complement of the slot. Ranks are distinct, so the k best are one set, whatever the order of
-// threads.
 #pragma once
 
 #include <math.h>
 #include <stdint.h>
 
+#include "cuda/cascade_select/survivors.cuh"
 #include "cuda/common/reduce.cuh"
 
 namespace cpr {
 
-constexpr int kSelectThreads = 512;
-constexpr int kBuckets = 2048;
-constexpr int kBucketsPerThread = kBuckets / kSelectThreads;
-constexpr int kBucketBits = 11;
-constexpr int kCandidates = kSelectThreads;  // up to this many are ranked by comparing all pairs
-static_assert(1 << kBucketBits == kBuckets);
-
-// The position of the k-th best: its bucket, and its place (1 = best) among the `population` of that bucket.
-struct Boundary {
-  unsigned bucket, place, population;
-};
-
-struct SelectShared {
-  unsigned histogram[kBuckets];
-  uint64_t candidates[kCandidates];
-  float scratch[kSelectThreads / kWarp];
-  unsigned counts[kSelectThreads / kWarp];
-  Boundary boundary;
-  unsigned gathered;
-  uint64_t result;
-};
-
-__device__ __forceinline__ uint64_t rank_of(float score, uint32_t slot) {
-  const uint32_t bits = __float_as_uint(score);
-  const uint32_t ordered = bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
-  return (static_cast<uint64_t>(ordered) << 32) | static_cast<uint32_t>(~slot);
+// Writes the ranks of all survivors to `ranks` [count].
+template <typename Survivors>
+__device__ __forceinline__ void write_ranks(const Survivors& survivors, uint64_t* ranks, SelectShared& shared) {
+  unsigned own = 0, total;
+  survivors.for_each([&](uint32_t, float) { ++own; });
+  unsigned place = block_exclusive_sum<kSelectThreads>(own, &total, shared.counts);
+  survivors.for_each([&](uint32_t slot, float score) { ranks[place++] = rank_of(score, slot); });
+  __syncthreads();
 }
 
-__device__ __forceinline__ float score_of(uint64_t rank) {
-  const uint32_t ordered = static_cast<uint32_t>(rank >> 32);
-  return __uint_as_float(ordered ^ ((ordered >> 31) != 0 ? 0x80000000u : 0xffffffffu));
+// Gives each thread one survivor, of at most kSelectThreads.
+template <typename Survivors>
+__device__ __forceinline__ SingleSurvivors spread(const Survivors& survivors, SelectShared& shared) {
+  write_ranks(survivors, shared.candidates, shared);
+  const bool left = threadIdx.x < survivors.count;
+  const uint32_t slot = left ? slot_of(shared.candidates[threadIdx.x]) : 0;
+  return {survivors.scores, slot, left, survivors.count};
 }
 
-__device__ __forceinline__ uint32_t slot_of(uint64_t rank) { return ~static_cast<uint32_t>(rank); }
+// Calls visit(slot, score, map(score)) for each survivor in the share of this thread.
+template <typename Survivors, typename Map, typename Visit>
+__device__ __forceinline__ void for_each_mapped(const Survivors& survivors, Map map, Visit visit) {
+  survivors.for_each([&](uint32_t slot, float score) { visit(slot, score, map(score)); });
+}
 
-// The survivors of one query as an ascending list of slots in global memory.
-struct ListedSurvivors {
-  const float* scores;  // [K] in the compared view; neither NaN nor -0 for a survivor
-  uint32_t* slots;      // [count]
-  unsigned count;
+template <typename Map, typename Visit>
+__device__ __forceinline__ void for_each_mapped(const MarkedSurvivors& survivors, Map map, Visit visit) {
+  survivors.for_each(map, visit);
+}
 
-  // Calls visit(slot, score) for each survivor in the share of this thread.
-  template <typename Visit>
-  __device__ __forceinline__ void for_each(Visit visit) const {
-    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) visit(slots[i], scores[slots[i]]);
-  }
+// Calls visit(slot, score) for each survivor of this thread that is in the bucket.
+template <typename Survivors, typename Map, typename Visit>
+__device__ __forceinline__ void for_each_in_bucket(Survivors& survivors, Map bucket_of, unsigned bucket, Visit visit) {
+  survivors.for_each([&](uint32_t slot, float score) {
+    if (bucket_of(score) == bucket) visit(slot, score);
+  });
+}
 
-  __device__ __forceinline__ void keep_from(uint64_t last, unsigned keep, SelectShared& shared);
-};
-
-constexpr int kMarkWords = 2;
-constexpr int64_t kMaxMarked = kMarkWords * 32 * kSelectThreads;
-
-// The survivors of one query as bits in registers: bit i of thread t marks slot 512 i + t.
-struct MarkedSurvivors {
-  const float* scores;  // as above
-  uint32_t marks[kMarkWords];
-  unsigned count;
-
-  template <typename Visit>
-  __device__ __forceinline__ void for_each(Visit visit) const {
-#pragma unroll
-    for (int word = 0; word < kMarkWords; ++word) {
-      for (uint32_t left = marks[word]; left != 0; left &= left - 1) {
-        const uint32_t slot = (word * 32 + __ffs(left) - 1) * kSelectThreads + threadIdx.x;
-        visit(slot, scores[slot]);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void keep_from(uint64_t last, unsigned keep, SelectShared&) {
-#pragma unroll
-    for (int word = 0; word < kMarkWords; ++word) {
-      for (uint32_t left = marks[word]; left != 0; left &= left - 1) {
-        const uint32_t slot = (word * 32 + __ffs(left) - 1) * kSelectThreads + threadIdx.x;
-        if (rank_of(scores[slot], slot) < last) marks[word] ^= left & -left;
-      }
-    }
-    count = keep;
-  }
-};
+template <typename Map, typename Visit>
+__device__ __forceinline__ void for_each_in_bucket(MarkedSurvivors& survivors, Map bucket_of, unsigned bucket,
+                                                   Visit visit) {
+  survivors.narrow(bucket_of, bucket, visit);
+}
 
 // Maps scores to buckets, linearly over [low, high]; bucket 0 holds the best. The map is monotone for all scores,
 // because rounding is monotone and scores outside are clamped. If there is no scale (no finite score, zero width or
-// overflow), all scores fall into the last bucket.
+// overflow), all scores fall into one bucket, the last.
 struct LinearBuckets {
-  float low, scale;
+  float high, scale;
 
-  __device__ LinearBuckets(float low, float high) : low(low), scale((kBuckets - 1) / (high - low)) {
-    if (!(high > low) || !(scale < INFINITY)) scale = 0;
+  __device__ LinearBuckets(float low, float high) : high(high), scale(__fdividef(kBuckets - 1, high - low)) {
+    if (!(high > low) || !(scale > 0 && scale < INFINITY)) this->high = -INFINITY, scale = 0;  // positions are NaN
   }
 
   __device__ unsigned operator()(float score) const {
-    const float position = (score - low) * scale;  // NaN (infinite score times scale 0): the last bucket, like others
-    const int from_low = position > 0 ? (position < kBuckets - 1 ? static_cast<int>(position) : kBuckets - 1) : 0;
-    return kBuckets - 1 - from_low;
+    const float position = (high - score) * scale;
+    return static_cast<unsigned>(fmaxf(fminf(position, kBuckets - 1), 0));  // fminf(NaN, x) is x
   }
 
   // About the least score of a bucket other than the last. Needs a scale.
-  __device__ float least(unsigned bucket) const { return low + static_cast<float>(kBuckets - 1 - bucket) / scale; }
+  __device__ float least(unsigned bucket) const { return high - static_cast<float>(bucket + 1) / scale; }
 };
+
+// Returns the least `least` and the greatest `greatest` of the block.
+__device__ __forceinline__ float2 block_range(float least, float greatest, SelectShared& shared) {
+  constexpr int kWarps = kSelectThreads / kWarp;
+  least = warp_reduce(least, Min()), greatest = warp_reduce(greatest, Max());
+  if (threadIdx.x % kWarp == 0) shared.ranges[threadIdx.x / kWarp] = {least, greatest};
+  __syncthreads();
+  const float2 of_warp = shared.ranges[threadIdx.x % kWarps];
+  __syncthreads();
+  return {warp_reduce<kWarps>(of_warp.x, Min()), warp_reduce<kWarps>(of_warp.y, Max())};
+}
 
 // Finds the least and the greatest finite score; low > high if there is none.
 template <typename Survivors>
@@ -124,32 +93,41 @@ __device__ __forceinline__ void score_range(const Survivors& survivors, SelectSh
       greatest = fmaxf(greatest, score);
     }
   });
-  *low = block_reduce<kSelectThreads>(least, Min(), shared.scratch);
-  *high = block_reduce<kSelectThreads>(greatest, Max(), shared.scratch);
+  const float2 range = block_range(least, greatest, shared);
+  *low = range.x, *high = range.y;
 }
 
-__device__ inline void clear_histogram(SelectShared& shared) {
-  for (int bucket = threadIdx.x; bucket < kBuckets; bucket += kSelectThreads) shared.histogram[bucket] = 0;
+// The buckets from kBucketsPerThread * t on, of thread t.
+__device__ __forceinline__ uint4& buckets_of_thread(SelectShared& shared) {
+  return reinterpret_cast<uint4*>(shared.histogram)[threadIdx.x];
+}
+
+// Before the first use of the histogram; a barrier must follow.
+__device__ __forceinline__ void start_selection(SelectShared& shared) { buckets_of_thread(shared) = {}; }
+
+// Reads and clears the buckets of this thread in the filled histogram.
+__device__ __forceinline__ uint4 take_buckets(SelectShared& shared) {
   __syncthreads();
+  const uint4 four = buckets_of_thread(shared);
+  buckets_of_thread(shared) = {};
+  return four;
 }
 
-// Finds the bucket of the filled histogram that holds the k-th best; k from 1 to the number of entries counted.
+// Finds the bucket of the filled histogram that holds the k-th best; k from 1 to the number of entries counted. Clears
+// the histogram.
 __device__ inline Boundary find_boundary(unsigned k, SelectShared& shared) {
-  __syncthreads();
-  const int first = threadIdx.x * kBucketsPerThread;
-  unsigned own = 0;
-#pragma unroll
-  for (int i = 0; i < kBucketsPerThread; ++i) own += shared.histogram[first + i];
-  unsigned total;
-  unsigned before = block_exclusive_sum<kSelectThreads>(own, &total, shared.counts);
+  const uint4 four = take_buckets(shared);
+  const unsigned populations[kBucketsPerThread] = {four.x, four.y, four.z, four.w};
+  const unsigned own = four.x + four.y + four.z + four.w;
+  const unsigned upto = warp_inclusive_sum(own);
+  unsigned total, before = sum_of_warps_before<kSelectThreads>(upto, &total, shared.counts) + upto - own;
   if (before < k && k <= before + own) {
+#pragma unroll
     for (int i = 0; i < kBucketsPerThread; ++i) {
-      const unsigned population = shared.histogram[first + i];
-      if (k <= before + population) {
-        shared.boundary = {static_cast<unsigned>(first + i), k - before, population};
-        break;
+      if (before < k && k <= before + populations[i]) {
+        shared.boundary = {threadIdx.x * kBucketsPerThread + i, k - before, populations[i]};
       }
-      before += population;
+      before += populations[i];
     }
   }
   __syncthreads();
@@ -169,7 +147,6 @@ template <typename Survivors>
 __device__ __forceinline__ uint64_t kth_best_by_radix(const Survivors& survivors, unsigned k, SelectShared& shared) {
   uint64_t prefix = 0, known = 0;
   for (int shift = 64 - kBucketBits;; shift = shift > kBucketBits ? shift - kBucketBits : 0) {
-    clear_histogram(shared);
     survivors.for_each([&](uint32_t slot, float score) {
       const uint64_t rank = rank_of(score, slot);
       if ((rank & known) == prefix) {
@@ -184,24 +161,23 @@ __device__ __forceinline__ uint64_t kth_best_by_radix(const Survivors& survivors
   }
 }
 
-// Returns the rank of the k-th best survivor, 1 <= k <= count. [low, high] determines the widths of the buckets; the
-// result is correct for any values.
+// Returns the rank of the k-th best survivor, 1 <= k <= count; marked survivors already lose some that are worse. [low,
+// high] determines the widths of the buckets; the result is correct for any values.
 template <typename Survivors>
-__device__ __forceinline__ uint64_t kth_best(const Survivors& survivors, unsigned k, float low, float high,
+__device__ __forceinline__ uint64_t kth_best(Survivors& survivors, unsigned k, float low, float high,
                                              SelectShared& shared) {
   const LinearBuckets bucket_of(low, high);
-  if (threadIdx.x == 0) shared.gathered = 0;
-  clear_histogram(shared);
-  survivors.for_each([&](uint32_t, float score) { atomicAdd(&shared.histogram[bucket_of(score)], 1u); });
+  for_each_mapped(survivors, bucket_of,
+                  [&](uint32_t, float, unsigned bucket) { atomicAdd(&shared.histogram[bucket], 1u); });
   const Boundary boundary = find_boundary(k, shared);
-  if (boundary.population > kCandidates) return kth_best_by_radix(survivors, k, shared);
+  if (in_all_lanes(boundary.population > kCandidates)) return kth_best_by_radix(survivors, k, shared);
 
-  survivors.for_each([&](uint32_t slot, float score) {
-    if (bucket_of(score) == boundary.bucket) {
-      shared.candidates[atomicAdd(&shared.gathered, 1u)] = rank_of(score, slot);
-    }
+  unsigned& gathered = shared.histogram[boundary.bucket];
+  for_each_in_bucket(survivors, bucket_of, boundary.bucket, [&](uint32_t slot, float score) {
+    shared.candidates[atomicAdd(&gathered, 1u)] = rank_of(score, slot);
   });
   __syncthreads();
+  if (threadIdx.x == 0) gathered = 0;
   if (threadIdx.x < boundary.population) {
     const uint64_t rank = shared.candidates[threadIdx.x];
     if (place_among(shared.candidates, boundary.population, rank) + 1 == boundary.place) shared.result = rank;
@@ -230,31 +206,11 @@ __device__ __forceinline__ unsigned compact(unsigned count, SlotAt slot_at, Keep
   return kept;
 }
 
-__device__ __forceinline__ void ListedSurvivors::keep_from(uint64_t last, unsigned, SelectShared& shared) {
+__device__ __forceinline__ void ListedSurvivors::keep_from(uint64_t rank, unsigned, SelectShared& shared) {
+  const LastKept last(rank);
   auto listed = [&](unsigned i) { return slots[i]; };
-  auto kept = [&](uint32_t slot) { return rank_of(scores[slot], slot) >= last; };
+  auto kept = [&](uint32_t slot) { return last.keeps(scores[slot], [&] { return slot; }); };
   count = compact(count, listed, kept, slots, shared);
-}
-
-// Sorts ranks [count] in place, best first, by a bitonic network. Every comparator puts the better rank at the lower
-// index, because each merge starts by comparing mirror images. A length that is not a power of two therefore works by
-// skipping the comparators that reach beyond the end.
-__device__ inline void sort_ranks(uint64_t* ranks, unsigned count) {
-  for (uint64_t size = 2; size / 2 < count; size *= 2) {
-    for (uint64_t stride = size / 2; stride > 0; stride /= 2) {
-      for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) {
-        const uint64_t partner = stride == size / 2 ? (i ^ (size - 1)) : (i ^ stride);
-        if (partner > i && partner < count) {
-          const uint64_t a = ranks[i], b = ranks[partner];
-          if (a < b) {
-            ranks[i] = b;
-            ranks[partner] = a;
-          }
-        }
-      }
-      __syncthreads();
-    }
-  }
 }
 
 }  // namespace cpr

@@ -84,9 +84,8 @@ __device__ __forceinline__ void sample_range(const Sample& sample, int u, Sample
   sample.for_each(u, [&](int, float score) {
     if (fabsf(score) < INFINITY) least = fminf(least, score), greatest = fmaxf(greatest, score);
   });
-  const float low = block_reduce<kSelectThreads>(least, Min(), shared.select.scratch);
-  const float high = block_reduce<kSelectThreads>(greatest, Max(), shared.select.scratch);
-  if (threadIdx.x == 0) shared.low[u] = low, shared.high[u] = high;
+  const float2 range = block_range(least, greatest, shared.select);
+  if (threadIdx.x == 0) shared.low[u] = range.x, shared.high[u] = range.y;
   __syncthreads();
 }
 
@@ -100,21 +99,17 @@ struct Limits {
 // left, as where the memory is partly filled: no upper limit holds an entry back.
 __device__ __forceinline__ Limits limits_of(const SampleRanks& ranks, const LinearBuckets& buckets,
                                             SampleShared& shared) {
-  __syncthreads();
   const unsigned wanted[3] = {ranks.low, ranks.middle, ranks.high};
-  const int first = threadIdx.x * kBucketsPerThread;
-  unsigned own = 0;
-#pragma unroll
-  for (int i = 0; i < kBucketsPerThread; ++i) own += shared.select.histogram[first + i];
+  const uint4 four = take_buckets(shared.select);
+  const unsigned own = four.x + four.y + four.z + four.w;
   unsigned count;
   const unsigned before = block_exclusive_sum<kSelectThreads>(own, &count, shared.select.counts);
 #pragma unroll
   for (int rank = 0; rank < 3; ++rank) {
     if (before >= wanted[rank] || wanted[rank] > before + own) continue;
-    unsigned upto = before;
-    int i = -1;
-    while (upto < wanted[rank]) upto += shared.select.histogram[first + ++i];
-    shared.bucket[rank] = static_cast<unsigned>(first + i);
+    const unsigned place = wanted[rank] - before;
+    const unsigned of_four = (place > four.x) + (place > four.x + four.y) + (place > four.x + four.y + four.z);
+    shared.bucket[rank] = threadIdx.x * kBucketsPerThread + of_four;
   }
   __syncthreads();
   Limits found = {-INFINITY, -INFINITY, ranks.high > count ? -INFINITY : INFINITY};
@@ -140,15 +135,15 @@ __global__ void __launch_bounds__(kSelectThreads) sieve_kernel(const __grid_cons
   }
   Sample sample(plan, chunk.scores + blockIdx.x * kSample, plan.chunk * kSample);
   if (threadIdx.x < kMaxSiftedViews) shared.low[threadIdx.x] = NAN;
+  start_selection(shared.select);
   __syncthreads();
   for (int s = 0; s < plan.stages; ++s) {
     const SampleRanks ranks = plan.sampled[s];
     const int u = plan.view[s];
     Limits limits = {-INFINITY, -INFINITY, -INFINITY};  // of a stage that keeps everything
     if (ranks.middle > 0) {
-      if (isnan(shared.low[u])) sample_range(sample, u, shared);
+      if (in_all_lanes(isnan(shared.low[u]))) sample_range(sample, u, shared);
       const LinearBuckets bucket_of(shared.low[u], shared.high[u]);
-      clear_histogram(shared.select);
       sample.for_each(u, [&](int, float score) { atomicAdd(&shared.select.histogram[bucket_of(score)], 1u); });
       limits = limits_of(ranks, bucket_of, shared);
       uint32_t kept = 0;

@@ -16,18 +16,24 @@ __device__ __forceinline__ bool comparable(const Plan& plan, const float* rows, 
   return number;
 }
 
-// Runs the stages of one query on rows of scores. At the start, all comparable entries must be survivors.
-template <typename Survivors>
-__device__ __forceinline__ void run_stages(const Plan& plan, const float* rows, int64_t view_stride,
-                                           Survivors& survivors, CascadeShared& shared) {
+// Before the first stage: no range of scores is known. A barrier must follow.
+__device__ __forceinline__ void start_stages(const Plan& plan, CascadeShared& shared) {
   for (int u = threadIdx.x; u < plan.views_used; u += kSelectThreads) shared.low[u] = NAN;
-  __syncthreads();
-  for (int s = 0; s < plan.stages; ++s) {
+  start_selection(shared.select);
+}
+
+// Runs the stages of one query from `first` on, on rows of scores, and returns the next stage: the one at which at most
+// `few` survivors are left, or the end. At the first stage, all comparable entries must be survivors.
+template <typename Survivors>
+__device__ __forceinline__ int run_stages(const Plan& plan, const float* rows, int64_t view_stride, int first,
+                                          unsigned few, Survivors& survivors, CascadeShared& shared) {
+  int s = first;
+  for (; s < plan.stages && in_all_lanes(survivors.count > few); ++s) {
     const unsigned keep = static_cast<unsigned>(plan.keep[s]);
-    if (keep >= survivors.count) continue;
+    if (in_all_lanes(keep >= survivors.count)) continue;
     const int u = plan.view[s];
     survivors.scores = rows + u * view_stride;
-    if (isnan(shared.low[u])) {
+    if (in_all_lanes(isnan(shared.low[u]))) {
       float low, high;
       score_range(survivors, shared.select, &low, &high);
       if (threadIdx.x == 0) shared.low[u] = low, shared.high[u] = high;
@@ -39,6 +45,28 @@ __device__ __forceinline__ void run_stages(const Plan& plan, const float* rows, 
     __syncthreads();
   }
   survivors.scores = rows + plan.view[plan.stages - 1] * view_stride;
+  return s;
+}
+
+// Sorts ranks [count] in place, best first, by a bitonic network. Every comparator puts the better rank at the lower
+// index, because each merge starts by comparing mirror images. A length that is not a power of two therefore works by
+// skipping the comparators that reach beyond the end.
+__device__ inline void sort_ranks(uint64_t* ranks, unsigned count) {
+  for (uint64_t size = 2; size / 2 < count; size *= 2) {
+    for (uint64_t stride = size / 2; stride > 0; stride /= 2) {
+      for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) {
+        const uint64_t partner = stride == size / 2 ? (i ^ (size - 1)) : (i ^ stride);
+        if (partner > i && partner < count) {
+          const uint64_t a = ranks[i], b = ranks[partner];
+          if (a < b) {
+            ranks[i] = b;
+            ranks[partner] = a;
+          }
+        }
+      }
+      __syncthreads();
+    }
+  }
 }
 
 // Writes the survivors in the order of the last stage. ranking [ranking_row] global, for more than kCandidates.
@@ -48,12 +76,7 @@ __device__ __forceinline__ void write_best(const Plan& plan, const Survivors& su
   const unsigned count = survivors.count;
   const bool in_shared = count <= kCandidates;
   uint64_t* ranks = in_shared ? shared.select.candidates : ranking;
-  if (threadIdx.x == 0) shared.select.gathered = 0;
-  __syncthreads();
-  survivors.for_each([&](uint32_t slot, float score) {
-    ranks[atomicAdd(&shared.select.gathered, 1u)] = rank_of(score, slot);  // in any order: sorted below
-  });
-  __syncthreads();
+  write_ranks(survivors, ranks, shared.select);
   if (!in_shared) sort_ranks(ranks, count);
   for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) {
     const unsigned place = in_shared ? place_among(ranks, count, ranks[i]) : i;
@@ -72,30 +95,49 @@ __global__ void __launch_bounds__(kSelectThreads)
   auto& shared = shared_memory<CascadeShared>();
   float* rows = reinterpret_cast<float*>(&shared + 1);
   chunk.at(plan, blockIdx.x, first_query);
+  start_stages(plan, shared);
   for (int u = 0; u < plan.views_used; ++u) {
     const float* from = chunk.scores + u * plan.chunk * plan.row;
     float* to = rows + u * plan.row;
     const int64_t whole = plan.K / 4 * 4;
     for (int64_t i = threadIdx.x * 4; i < whole; i += kSelectThreads * 4) copy_async<16>(to + i, from + i, true);
-    for (int64_t i = whole + threadIdx.x; i < plan.K; i += kSelectThreads) to[i] = from[i];
+    for (int64_t i = whole + threadIdx.x; i < round_up(plan.K, 4); i += kSelectThreads) {
+      to[i] = i < plan.K ? from[i] : NAN;  // whole vectors are read
+    }
   }
   commit_copies();
   wait_for_copies<0>();
   __syncthreads();
 
-  MarkedSurvivors survivors = {nullptr, {}, 0};
+  MarkedSurvivors survivors = {};
   unsigned own = 0;
 #pragma unroll
   for (int word = 0; word < kMarkWords; ++word) {
-    for (int bit = 0; bit < 32; ++bit) {
-      const int64_t slot = (word * 32 + bit) * kSelectThreads + threadIdx.x;
-      if (slot >= plan.K) break;
-      if (comparable(plan, rows, plan.row, static_cast<uint32_t>(slot))) survivors.marks[word] |= 1u << bit, ++own;
+    int vector = word * kWordVectors * kSelectThreads + static_cast<int>(threadIdx.x);
+    for (int i = 0; i < kWordVectors && vector * kMarkedAtOnce < plan.K; ++i, vector += kSelectThreads) {
+      unsigned numbers = (1u << kMarkedAtOnce) - 1;  // a bit for each entry that has a score in every view
+      for (int u = 0; u < plan.views_used; ++u) {
+        const float4 four = reinterpret_cast<const float4*>(rows + u * plan.row)[vector];
+        if (isnan(four.x)) numbers &= ~1u;
+        if (isnan(four.y)) numbers &= ~2u;
+        if (isnan(four.z)) numbers &= ~4u;
+        if (isnan(four.w)) numbers &= ~8u;
+      }
+      survivors.marks[word] |= numbers << i * kMarkedAtOnce;
     }
+    survivors.open[word] = survivors.marks[word];
+    own += __popc(survivors.marks[word]);
   }
   survivors.count = block_reduce<kSelectThreads>(own, Sum(), shared.select.counts);
-  run_stages(plan, rows, plan.row, survivors, shared);
-  write_best(plan, survivors, chunk.ranking, shared, chunk.indices, chunk.top_scores);
+  survivors.few = static_cast<unsigned>(plan.K) / 4;
+  const int next = run_stages(plan, rows, plan.row, 0, kSelectThreads, survivors, shared);
+  if (in_all_lanes(survivors.count > kSelectThreads)) {
+    write_best(plan, survivors, chunk.ranking, shared, chunk.indices, chunk.top_scores);
+    return;
+  }
+  SingleSurvivors single = spread(survivors, shared.select);
+  run_stages(plan, rows, plan.row, next, 0, single, shared);
+  write_best(plan, single, chunk.ranking, shared, chunk.indices, chunk.top_scores);
 }
 
 // Runs the stages on all entries that can be compared, and writes the best. rows: those of the query, view_stride
@@ -106,7 +148,9 @@ __device__ __forceinline__ void select_from_rows(const Plan& plan, const Chunk& 
   auto number = [&](uint32_t slot) { return comparable(plan, rows, view_stride, slot); };
   const unsigned entries = static_cast<unsigned>(plan.K);
   ListedSurvivors survivors = {nullptr, list, compact(entries, every_slot, number, list, shared.select)};
-  run_stages(plan, rows, view_stride, survivors, shared);
+  start_stages(plan, shared);
+  __syncthreads();
+  run_stages(plan, rows, view_stride, 0, 0, survivors, shared);
   write_best(plan, survivors, chunk.ranking, shared, chunk.indices, chunk.top_scores);
 }
 

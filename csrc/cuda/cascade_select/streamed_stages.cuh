@@ -67,8 +67,9 @@ struct GatheredSurvivors {
     count = kept;
   }
 
-  __device__ __forceinline__ void keep_from(uint64_t last, SelectShared& shared) {
-    filter([&](unsigned i) { return rank_of(scores[i], slots[i]) >= last; }, shared);
+  __device__ __forceinline__ void keep_from(uint64_t rank, SelectShared& shared) {
+    const LastKept last(rank);
+    filter([&](unsigned i) { return last.keeps(scores[i], [&] { return slots[i]; }); }, shared);
   }
 };
 
@@ -207,6 +208,8 @@ __global__ void __launch_bounds__(kSelectThreads)
   GatheredSurvivors survivors = {
       chunk.slots + list, chunk.values + list, plan.chunk * plan.capacity, plan.views_used, nullptr, sieve.gathered};
   bool right = survivors.count <= plan.capacity;
+  start_selection(shared.select);
+  __syncthreads();
   if (right) {
     if constexpr (kExact) {
       for (int u = 0; u < plan.views_used; ++u) {

@@ -25,14 +25,16 @@ inline const char* check_workspace(const void* workspace) {
 
 constexpr int64_t kDefaultShared = 48 * 1024;  // bytes that a block gets if its kernel does not opt in to more
 
+// Returns an attribute of the current device, or `otherwise` if it cannot be read.
+inline int64_t device_attribute(cudaDeviceAttr which, int64_t otherwise) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return otherwise;
+  return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : otherwise;
+}
+
 // Returns how many bytes of shared memory a block can opt in to on the current device.
 inline int64_t shared_memory_limit() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return kDefaultShared;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
-    return kDefaultShared;
-  }
-  return bytes;
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kDefaultShared);
 }
 
 // Lets the kernel ask for all the shared memory of the current device. It is the same amount in every call: if it

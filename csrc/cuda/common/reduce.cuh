@@ -24,6 +24,10 @@ struct Min {
   __device__ float operator()(float a, float b) const { return fminf(a, b); }
 };
 
+// Returns a condition that holds in all lanes of the warp or in none. The vote shows the compiler that the lanes do not
+// part there: otherwise it follows every exchange in a branch with code for warps that have parted.
+__device__ __forceinline__ bool in_all_lanes(bool condition) { return __any_sync(kFullWarp, condition); }
+
 // Combines `value` over groups of kLanes neighbouring lanes; every lane gets the result.
 template <int kLanes = kWarp, typename T, typename Combine>
 __device__ __forceinline__ T warp_reduce(T value, Combine combine) {
@@ -37,55 +41,56 @@ __device__ __forceinline__ T warp_reduce(T value, Combine combine) {
 // Combines `value` over the block; every thread gets the result. scratch: [kThreads / 32] shared, reusable on return.
 template <int kThreads, typename T, typename Combine>
 __device__ __forceinline__ T block_reduce(T value, Combine combine, T* scratch) {
+  constexpr int kWarps = kThreads / kWarp;
+  static_assert(kWarps <= kWarp && (kWarps & (kWarps - 1)) == 0, "a warp reduces the values of all warps");
   value = warp_reduce(value, combine);
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
   __syncthreads();
-  value = scratch[0];
-#pragma unroll
-  for (int warp = 1; warp < kThreads / kWarp; ++warp) value = combine(value, scratch[warp]);
+  value = warp_reduce<kWarps>(scratch[threadIdx.x % kWarps], combine);
   __syncthreads();
   return value;
+}
+
+// Returns the sum of `value` over the lanes up to this one, of the first kLanes of a warp.
+template <int kLanes = kWarp>
+__device__ __forceinline__ unsigned warp_inclusive_sum(unsigned value) {
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    const unsigned below = __shfl_up_sync(kFullWarp, value, distance);
+    if (static_cast<int>(threadIdx.x % kWarp) >= distance) value += below;
+  }
+  return value;
+}
+
+// Returns the sum of `own`, which the last lane of each warp gives, over the warps before this one, and over the block.
+// scratch as in block_reduce, but reusable only after the next barrier.
+template <int kThreads>
+__device__ __forceinline__ unsigned sum_of_warps_before(unsigned own, unsigned* total, unsigned* scratch) {
+  constexpr int kWarps = kThreads / kWarp;
+  static_assert(kWarps <= kWarp, "a warp adds up the values of all warps");
+  if (threadIdx.x % kWarp == kWarp - 1) scratch[threadIdx.x / kWarp] = own;
+  __syncthreads();
+  const unsigned of_warp = scratch[threadIdx.x % kWarps], upto = warp_inclusive_sum<kWarps>(of_warp);
+  *total = __shfl_sync(kFullWarp, upto, kWarps - 1);
+  return __shfl_sync(kFullWarp, upto - of_warp, threadIdx.x / kWarp);
 }
 
 // Returns the sum of `value` over the threads before this one, and over the block. scratch as in block_reduce.
 template <int kThreads>
 __device__ __forceinline__ unsigned block_exclusive_sum(unsigned value, unsigned* total, unsigned* scratch) {
-  const int lane = threadIdx.x % kWarp, own_warp = threadIdx.x / kWarp;
-  unsigned inclusive = value;
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const unsigned below = __shfl_up_sync(kFullWarp, inclusive, distance);
-    if (lane >= distance) inclusive += below;
-  }
-  if (lane == kWarp - 1) scratch[own_warp] = inclusive;
+  const unsigned inclusive = warp_inclusive_sum(value);
+  const unsigned before = sum_of_warps_before<kThreads>(inclusive, total, scratch);
   __syncthreads();
-  unsigned before = 0, sum = 0;
-#pragma unroll
-  for (int warp = 0; warp < kThreads / kWarp; ++warp) {
-    if (warp == own_warp) before = sum;
-    sum += scratch[warp];
-  }
-  __syncthreads();
-  *total = sum;
   return before + inclusive - value;
 }
 
 // Returns how many threads before this one have `flag` set, and how many in the block. scratch as in block_reduce.
 template <int kThreads>
 __device__ __forceinline__ unsigned block_rank(bool flag, unsigned* total, unsigned* scratch) {
-  const int lane = threadIdx.x % kWarp, own_warp = threadIdx.x / kWarp;
   const unsigned votes = __ballot_sync(kFullWarp, flag);
-  if (lane == 0) scratch[own_warp] = __popc(votes);
+  const unsigned before = sum_of_warps_before<kThreads>(__popc(votes), total, scratch);
   __syncthreads();
-  unsigned before = 0, sum = 0;
-#pragma unroll
-  for (int warp = 0; warp < kThreads / kWarp; ++warp) {
-    if (warp == own_warp) before = sum;
-    sum += scratch[warp];
-  }
-  __syncthreads();
-  *total = sum;
-  return before + __popc(votes & ((1u << lane) - 1));
+  return before + __popc(votes & ((1u << threadIdx.x % kWarp) - 1));
 }
 
 }  // namespace cpr

@@ -99,13 +99,37 @@ struct alignas(16) DotShared {
   float b[kTileLanes * kThreadColumns][kDepthStride];
 };
 
+// Adds the products of a panel of kColumns features to out[i][j], of rows t/16 + 8i of a and t%16 + 16j of b.
+template <int kColumns, int kThreadRows, int kThreadColumns, int kStride>
+__device__ __forceinline__ void add_dots(const float (*a)[kStride], const float (*b)[kStride],
+                                         float (&out)[kThreadRows][kThreadColumns]) {
+  const int lane = threadIdx.x % kTileLanes, row = threadIdx.x / kTileLanes;
+#pragma unroll
+  for (int d = 0; d < kColumns; d += 4) {
+    float4 x[kThreadRows], y[kThreadColumns];
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) x[i] = *reinterpret_cast<const float4*>(&a[row + i * kTileRows][d]);
+#pragma unroll
+    for (int j = 0; j < kThreadColumns; ++j) y[j] = *reinterpret_cast<const float4*>(&b[lane + j * kTileLanes][d]);
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kThreadColumns; ++j) {
+        out[i][j] = __fmaf_rn(x[i].x, y[j].x, out[i][j]);
+        out[i][j] = __fmaf_rn(x[i].y, y[j].y, out[i][j]);
+        out[i][j] = __fmaf_rn(x[i].z, y[j].z, out[i][j]);
+        out[i][j] = __fmaf_rn(x[i].w, y[j].w, out[i][j]);
+      }
+    }
+  }
+}
+
 // Computes out[i][j] = dot(row a0 + t/16 + 8i of a, row b0 + t%16 + 16j of b) as one chain of fused multiply-adds over
 // d = 0..D-1, starting from +0. Features beyond D are zeros: fma(0, 0, acc) changes only acc = -0, which equals +0.
 template <int kThreadRows, int kThreadColumns, typename T>
 __device__ __forceinline__ void dot_tile(const Matrix<T>& a, int64_t a0, const Matrix<T>& b, int64_t b0,
                                          DotShared<kThreadRows, kThreadColumns>& shared,
                                          float (&out)[kThreadRows][kThreadColumns]) {
-  const int lane = threadIdx.x % kTileLanes, row = threadIdx.x / kTileLanes;
   Panel<kTileRows * kThreadRows, kDepth> a_panel;
   Panel<kTileLanes * kThreadColumns, kDepth> b_panel;
 #pragma unroll
@@ -124,28 +148,7 @@ __device__ __forceinline__ void dot_tile(const Matrix<T>& a, int64_t a0, const M
       a_panel.load(a, a0, d0 + kDepth);
       b_panel.load(b, b0, d0 + kDepth);
     }
-#pragma unroll
-    for (int d = 0; d < kDepth; d += 4) {
-      float4 x[kThreadRows], y[kThreadColumns];
-#pragma unroll
-      for (int i = 0; i < kThreadRows; ++i) {
-        x[i] = *reinterpret_cast<const float4*>(&shared.a[row + i * kTileRows][d]);
-      }
-#pragma unroll
-      for (int j = 0; j < kThreadColumns; ++j) {
-        y[j] = *reinterpret_cast<const float4*>(&shared.b[lane + j * kTileLanes][d]);
-      }
-#pragma unroll
-      for (int i = 0; i < kThreadRows; ++i) {
-#pragma unroll
-        for (int j = 0; j < kThreadColumns; ++j) {
-          out[i][j] = __fmaf_rn(x[i].x, y[j].x, out[i][j]);
-          out[i][j] = __fmaf_rn(x[i].y, y[j].y, out[i][j]);
-          out[i][j] = __fmaf_rn(x[i].z, y[j].z, out[i][j]);
-          out[i][j] = __fmaf_rn(x[i].w, y[j].w, out[i][j]);
-        }
-      }
-    }
+    add_dots<kDepth>(shared.a, shared.b, out);
   }
 }
 

@@ -35,6 +35,10 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 struct alignas(8) float2 {
   float x, y;
 };
@@ -195,6 +199,11 @@ EMULATED_INLINE T __shfl_up_sync(unsigned mask, T value, int distance, EMULATED_
   return source < 0 ? value : values[source];
 }
 
+template <typename T>
+EMULATED_INLINE T __shfl_sync(unsigned mask, T value, int source, EMULATED_SITE) {
+  return emulation::exchange(mask, value, {file, line})[source % emulation::kWarp];
+}
+
 EMULATED_INLINE unsigned __ballot_sync(unsigned mask, bool vote, EMULATED_SITE) {
   const bool* votes = emulation::exchange(mask, vote, {file, line});
   unsigned bits = 0;
@@ -208,6 +217,7 @@ EMULATED_INLINE bool __any_sync(unsigned mask, bool vote, EMULATED_SITE) {
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float __expf(float x) { return expf(x); }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 

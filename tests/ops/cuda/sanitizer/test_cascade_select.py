@@ -31,7 +31,8 @@ def test_every_route_and_order(device, route, B, K, D):
 def test_every_type_on_and_off_a_vector(shuffled, route, dtype, offset):
     choose(shuffled, route)
     shuffled.offset = offset
-    for B, D in ((33, 33), (2, 20), (34, 64)):  # 64: whole panels of the tensor cores
+    # 64: whole panels of the tensor cores; 160: more whole panels of a small tile than are in shared memory at once
+    for B, D in ((33, 33), (2, 20), (34, 64), (3, 160)):
         queries, memory = normal(2, B, D, seed=3, dtype=dtype), normal(2, 130, D, seed=4, dtype=dtype)
         assert_selects(shuffled, queries, memory, [1, 0], [60, 7], **ids(B, 130))
 
