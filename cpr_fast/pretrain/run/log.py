@@ -16,8 +16,8 @@ from torch import Tensor
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import FailedError
 from cpr_fast.evaluate.retrieval.names import percent
-from cpr_fast.pretrain.ledger.rows import observe, step_row, weights_row
 from cpr_fast.mining.auto import Choice
+from cpr_fast.pretrain.ledger.rows import observe, step_row, weights_row
 from cpr_fast.pretrain.run.dump import dump_step
 from cpr_fast.pretrain.state.cycle import CycleState
 from cpr_fast.pretrain.state.schedule import Rates

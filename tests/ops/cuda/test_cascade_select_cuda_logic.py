@@ -107,7 +107,9 @@ def test_rows_that_start_off_a_vector_boundary(emulated):
 
 
 @pytest.mark.usefixtures("every_route")
-@pytest.mark.parametrize("case", ["all equal", "two outliers", "infinities", "overflowing range", "infinities beyond it", "subnormal"])
+@pytest.mark.parametrize(
+    "case", ["all equal", "two outliers", "infinities", "overflowing range", "infinities beyond it", "subnormal"]
+)
 def test_crowded_buckets_fall_back_exactly(emulated, case):
     queries, memory = torch.ones(1, 2, 1), normal(1, 1500, 1, seed=11)
     if case == "all equal":
