@@ -56,7 +56,8 @@ def places(tmp_path, monkeypatch):
 def test_what_is_no_file_is_described(places, capsys, words, option, path, what):
     arguments = [*words, path] if words[0] == "pretrain" else [words[0], path, *words[1:]]
     assert main(arguments) == 2
-    assert f"{option}: expected a file, but {path!r} {what}" in capsys.readouterr().err
+    expected = "a file or a store of features" if option == "FEATURES" else "a file"
+    assert f"{option}: expected {expected}, but {path!r} {what}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

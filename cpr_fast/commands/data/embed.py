@@ -21,7 +21,7 @@ def embed(
     index: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")] = None,
     *,
     out: Path,
-    encoder: tuple[str, ...] = (),
+    encoder: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = (),
     features: tuple[str, ...] = (),
     samples: int | None = None,
     dtype: Literal["float16", "float32"] = "float16",

@@ -28,7 +28,7 @@ def mine(
     auto: Flag = False,
     details: Flag = False,
     raw: Flag = False,
-    checkpoint: tuple[str, ...] = (),
+    checkpoint: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = (),
     heatmap: Path | None = None,
     json: Json = False,
 ) -> None:
@@ -59,7 +59,7 @@ def mine(
     from cpr_fast.runtime.progress import announce
 
     announce("Loading PyTorch")
-    from cpr_fast.mining.lab import choose_cascade, load_two_view_features, results_table, survivors_table, sweep
+    from cpr_fast.mining.lab import choose_cascade, load_two_view_features, sweep
 
     load = partial(_of_store, checkpoint=checkpoint) if is_store(features) else load_two_view_features
     data = load(features, raw=raw)
@@ -73,13 +73,7 @@ def mine(
 
         write_heatmap(rows, heatmap)
     if not json:
-        from rich.console import Console
-
-        Console().print(results_table(rows))
-        if details and rows[0]["pmr"] is not None:
-            Console().print(survivors_table(rows))
-        if chosen is not None:
-            print(_said(chosen))
+        _print(rows, chosen, details)
     result = {"features": str(features), "rows": len(data.labels), "results": rows}
     show(result | ({"auto": chosen} if chosen else {}), json, lines=[], next_step=_next_step(rows, auto))
 
@@ -110,6 +104,18 @@ def _of_store(folder: Path, *, checkpoint: tuple[str, ...], raw: bool) -> TwoVie
     )
     labels, sources = torch.from_numpy(clips.labels), torch.from_numpy(clips.source_ids)
     return two_views(found["net/rgb"], found["net/flow"], labels, sources, raw=raw)
+
+
+def _print(rows: list[dict[str, Any]], chosen: dict[str, Any] | None, details: bool) -> None:
+    from rich.console import Console
+
+    from cpr_fast.mining.lab import results_table, survivors_table
+
+    Console().print(results_table(rows))
+    if details and rows[0]["pmr"] is not None:
+        Console().print(survivors_table(rows))
+    if chosen is not None:
+        print(_said(chosen))
 
 
 def _said(chosen: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ def test_a_folder_that_may_not_be_written_is_named_first(made, capsys, command, 
     assert code == 2 and lines[-1].startswith(f"cpr-fast: {message.format(made)}")
     assert not any("features" in line for line in lines)  # nothing was computed for nothing
     assert os.listdir(made / "locked") == [] and sorted(os.listdir(made / "run")) == [
-        "checkpoints", "config.json", "metrics.jsonl"
+        "checkpoints", "config.json", "ledger.jsonl", "metrics.jsonl"
     ]  # fmt: skip
 
 

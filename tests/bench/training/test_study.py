@@ -18,7 +18,7 @@ from cpr_fast.evaluate.retrieval.queries import QueryScores
 from cpr_fast.evaluate.retrieval.retrieve import retrieve
 from cpr_fast.runtime.interrupt import Interrupted
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SOURCES = torch.arange(40) // 2
 TRAINING_VIDEOS = {"synthetic": 324, "jhmdb": 654, "shrec17": 1670}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PIXEL, UNTRAINED, OWN, START = PROMISES = [
     "1.5 x best pixel baseline", "2 x untrained", "2 x untrained of the same seed", "mAP above the start",
 ]  # fmt: skip

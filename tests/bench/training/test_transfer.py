@@ -11,7 +11,7 @@ from support import small_runs
 from cpr_fast.data.index.index import Video
 from cpr_fast.weights.checkpoint import load_encoders
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

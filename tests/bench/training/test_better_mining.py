@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from cpr_fast.ops import mil_nce
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench" / "training"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "bench" / "training"))
 from evidence import better_mining as ways
 from evidence import runs
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-TRAINING = Path(__file__).resolve().parents[2] / "bench" / "training"
+TRAINING = Path(__file__).resolve().parents[3] / "bench" / "training"
 
 
 @pytest.fixture(scope="module")
