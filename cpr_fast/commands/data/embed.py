@@ -22,7 +22,7 @@ def embed(
     *,
     out: Path,
     encoder: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = (),
-    features: tuple[str, ...] = (),
+    features: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = (),
     samples: int | None = None,
     dtype: Literal["float16", "float32"] = "float16",
     device: str = "auto",
