@@ -18,9 +18,11 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -103,12 +105,22 @@ def train(store: Path, clips: int, method: str, batch: int, epochs: int) -> dict
         "samples_per_epoch": samples,
         "epoch_time_s": last["epoch_time_s"],
         "samples_per_s": samples / last["epoch_time_s"],
-        "step_time_s": float(np.median([row["step_time_s"] for row in steps])),
-        "data_wait_s": float(np.median([row["data_wait_s"] for row in steps])),
+        "step_time_s": _median(row["step_time_s"] for row in steps),
+        "data_wait_s": _median(row["data_wait_s"] for row in steps),
         "peak_memory_mib": usage.ru_maxrss / 1024,
         "loss": last.get("loss"),
         "pmr": last.get("pmr"),
     }
+
+
+def _median(seconds: Iterable[float]) -> float | None:
+    """Returns the median, or None for an epoch of fewer steps than are logged at once."""
+    found = list(seconds)
+    return statistics.median(found) if found else None
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1e3 * seconds:.2f}"
 
 
 def _two_cores() -> None:
@@ -152,7 +164,7 @@ def page(report: dict) -> str:
         lines.append(
             f"| {row['clips']:,} | {row['width']:,} | {row['store_mib']:,.0f} | {row['method']} | "
             f"{row['batch_size']:,} | {row['samples_per_s']:,.0f} | {row['epoch_time_s']:.1f} | "
-            f"{1e3 * row['step_time_s']:.1f} | {1e3 * row['data_wait_s']:.2f} | {row['peak_memory_mib']:,.0f} |"
+            f"{_ms(row['step_time_s'])} | {_ms(row['data_wait_s'])} | {row['peak_memory_mib']:,.0f} |"
         )
     return "\n".join(lines) + "\n"
 
