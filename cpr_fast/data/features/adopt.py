@@ -126,11 +126,13 @@ def _places(clips: Sequence[Clip], foreign: Foreign, table: Path | None) -> list
             f"{f' of {table}' if table else ''}, but those of {len(missing):,} are missing (first: {missing[0]!r}); "
             f"its {counted(foreign.count, 'name')} are like {foreign.names[0]!r}"
         )
-    if len(set(found)) < len(found):
-        first: dict[int, str] = {}
-        again = next(c.path for c, place in zip(clips, found, strict=True) if first.setdefault(place, c.path) != c.path)
-        raise InputError(f"{foreign.path}: expected features of every clip, but those of {again!r} are also those of "
-                         f"{first[found[[c.path for c in clips].index(again)]]!r}")  # fmt: skip
+    first: dict[int, str] = {}  # the first clip that has the features at a position
+    for clip, place in zip(clips, found, strict=True):
+        if first.setdefault(place, clip.path) != clip.path:
+            raise InputError(
+                f"{foreign.path}: expected features of every clip, but those of {clip.path!r} are also those of "
+                f"{first[place]!r}"
+            )
     if foreign.count > len(clips):
         log.info("%s: %s are of no clip of %s, and are left out", foreign.path,
                  counted(foreign.count - len(clips), "feature"), table)  # fmt: skip

@@ -187,7 +187,7 @@ def _shape(array: Any) -> tuple[int, ...]:
 
 
 def _numbers(where: str, array: Any) -> np.ndarray:
-    """Returns an array as float32, or float64 where a value would overflow."""
+    """Returns an array of NumPy, torch or h5py as float32. Raises InputError, which `where` begins, for other types."""
     if hasattr(array, "detach"):  # of torch, which may be bfloat16
         array = array.detach().float().numpy()
     array = np.asarray(array)

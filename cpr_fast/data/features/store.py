@@ -76,7 +76,8 @@ class Description:
                 raise ValueError
             found = cls(**values)
             valid = found.dtype in DTYPES and set(found.views) <= set(get_args(View)) and found.samples > 0
-            if not (valid and found.views and all(isinstance(w, int) and w > 0 for w in found.views.values())):
+            sizes = [*found.views.values(), *found.planned, *(1 + count for count in found.shards or ())]
+            if not (valid and found.views and all(isinstance(size, int) and size > 0 for size in sizes)):
                 raise ValueError
             return found
         except (OSError, ValueError, TypeError, KeyError, AttributeError):

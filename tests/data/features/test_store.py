@@ -163,8 +163,18 @@ def test_a_store_that_is_not_as_it_says_is_refused_with_the_file_and_what_was_ex
     table = (store.folder / "clips.csv").read_text()
     (store.folder / "clips.csv").write_text(table[: table.rindex("c")])
     refused("clips.csv: expected the 61 clips that store.json states, got 60|expected four fields")
-    (store.folder / "store.json").write_text('{"format": "other"}')
-    refused("store.json: expected the description of a store")
+    about = (store.folder / "store.json").read_text()
+    for text in (
+        "{}",
+        "",
+        "[]",
+        about.replace("23", '"23"'),
+        about.replace('"rgb"', '"depth"'),
+        about.replace('"version": 1', '"version": 2'),
+        about.replace('"samples": 3', '"samples": 0'),
+    ):
+        (store.folder / "store.json").write_text(text)
+        refused("store.json: expected the description of a store")
     with pytest.raises(InputError, match="data.features: expected a store of features.*holds no store.json"):
         FeatureStore(tmp_path, "data.features")
 
