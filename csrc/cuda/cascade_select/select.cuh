@@ -59,7 +59,8 @@ __device__ __forceinline__ void for_each_in_bucket(MarkedSurvivors& survivors, M
 struct LinearBuckets {
   float high, scale;
 
-  __device__ LinearBuckets(float low, float high) : high(high), scale(__fdividef(kBuckets - 1, high - low)) {
+  __device__ LinearBuckets(float low, float high) : high(high) {
+    scale = __fdividef(kBuckets - 1, high - low);  // here: nvcc leaves initialisers to the host compiler, too
     if (!(high > low) || !(scale > 0 && scale < INFINITY)) this->high = -INFINITY, scale = 0;  // positions are NaN
   }
 
