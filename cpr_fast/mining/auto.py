@@ -86,19 +86,15 @@ class Choice:
         found = " and ".join(
             f"{said} {self.signs[name]:.2f}" for name, said in measured.items() if self.signs[name] is not None
         )
-        worst = self.judged[-1]["score"]
+        worst = min(row["score"] for row in self.judged if row["score"] is not None)
+        trusted = "only the first entry is trusted"
+        if self.top_k > 1:
+            share = self.signs["mutual"][self.top_k]
+            trusted = f"these entries keep {share:.0%} of the mutual nearness of the first one"
         return (
             f"{chosen}: the best of {counted(len(self.judged), 'cascade')} by {found} nats above chance (mean "
-            f"{self.signs['score']:.2f}, lowest {worst:.2f}); these entries keep {self._kept():.0%} of the mutual "
-            "nearness of the first one"
+            f"{self.signs['score']:.2f}, lowest {worst:.2f}); {trusted}"
         )
-
-    def _kept(self) -> float:
-        return self.signs["mutual"][self.top_k]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the choice as plain data, for a checkpoint."""
-        return {"views": list(self.views), "keep": list(self.keep), "ratio": self.ratio}
 
 
 def choose(features: Tensor, ids: Tensor, top_k: int) -> Choice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -161,6 +162,15 @@ def test_the_reason_names_cascade_and_signs():
     assert reason.startswith(f"{order}, ratio {choice.ratio:g}, top-{choice.top_k}: the best of ")
     assert f"nearness to siblings {choice.signs['siblings']:.2f}" in reason
     assert choice.judged[0]["views"] == list(choice.views)
+    unjudged = {"views": [1], "ratio": 1.0, "siblings": None, "mined_agree": None, "score": None}
+    assert dataclasses.replace(choice, judged=[*choice.judged, unjudged]).reason(("rgb", "flow")) == reason.replace(
+        f"{len(choice.judged)} cascades", f"{len(choice.judged) + 1} cascades"
+    )
+    clear = choose(*planted(signal=(3.0, 3.0), sources=24)[:2], 5)
+    share = clear.signs["mutual"][clear.top_k]
+    assert clear.top_k > 1
+    assert clear.reason(("rgb", "flow")).endswith(f"keep {share:.0%} of the mutual nearness of the first one")
+    assert choose(features, ids, 1).reason(("rgb", "flow")).endswith("; only the first entry is trusted")
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,11 @@ def comparable(epochs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     These have a loss and began with a queue without random vectors. Such vectors are easy negatives: while keys replace
     them the loss rises, and it is not 0 even if every key is a positive. If all epochs with a loss began with some, all
-    of these are returned.
+    of these are returned. Epochs that mined another number of positives than the last one, which mining.stages = "auto"
+    may choose, have another loss of chance and are left out.
     """
     trained = [row for row in epochs if row["loss"] is not None]
+    trained = [row for row in trained if row.get("loss_chance") == trained[-1].get("loss_chance")]
     return [row for row in trained if not row.get("random_negatives")] or trained
 
 

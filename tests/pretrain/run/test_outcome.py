@@ -10,7 +10,7 @@ from support.stand_in_loader import RandomLoader
 
 from cpr_fast.data.index.index import Index
 from cpr_fast.pretrain.run.loop import pretrain
-from cpr_fast.pretrain.run.outcome import outcome
+from cpr_fast.pretrain.run.outcome import comparable, outcome
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,6 +45,15 @@ def test_the_outcome_agrees_with_the_epochs(tmp_path):
     )
     assert f"flow (cycle 2) epoch loss {losses[2]:.3f} to {losses[3]:.3f} (chance " in row["text"]
     assert all(epoch["weights_change"] > 0 for epoch in epochs)
+
+
+def test_losses_of_other_numbers_of_positives_are_not_compared():
+    """A cascade that is chosen in training mined five positives in the first two epochs, then one."""
+    rows = [{"loss": loss, "loss_chance": chance} for loss, chance in ((1.0, 2.0), (0.9, 2.0), (2.5, 3.5), (2.4, 3.5))]
+    assert comparable(rows) == rows[2:]
+    assert comparable([{"loss": None, "loss_chance": 2.0}, *rows[:2]]) == rows[:2]
+    assert comparable([{"loss": 1.0}, {"loss": 0.5}]) == [{"loss": 1.0}, {"loss": 0.5}]  # of older versions
+    assert comparable([{"loss": None}]) == []
 
 
 def test_a_resumed_run_has_the_same_outcome(tmp_path):
