@@ -86,6 +86,7 @@ def check_sections(
     _check_ranges(data, memory, mining, loss, health, run)
     _check_features(data, model, loss, health)
     _check_optimiser(optim, memory, schedule)
+    _check_sharding(optim, health, run)
     _check_network(model)
     _check_clips(data, model)
     _check_method(data, model, memory, loss, optim)
@@ -149,6 +150,20 @@ def _check_ranges(
             raise ConfigError(f"{where}: expected a fraction in (0, 1], got {value}")
     if not run.out:
         raise ConfigError("run.out: expected the name of a folder, got ''")
+
+
+def _check_sharding(optim: OptimConfig, health: HealthConfig, run: RunConfig) -> None:
+    """Checks the settings that cannot be combined with run.shard."""
+    for where, value, expected in (
+        ("optim.precision", optim.precision, ("fp32", "bf16")),
+        ("optim.name", optim.name, ("adam", "adamw", "sgd")),
+        ("run.compile", run.compile, ("none",)),
+        ("health.online_every", health.online_every, (0,)),  # processes encode unequal numbers of windows
+    ):
+        if run.shard and value not in expected:
+            raise ConfigError(
+                f"{where}: expected {' or '.join(map(repr, expected))} with run.shard = true, got {value!r}"
+            )
 
 
 def _check_optimiser(optim: OptimConfig, memory: MemoryConfig, schedule: ScheduleConfig) -> None:

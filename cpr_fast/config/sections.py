@@ -375,5 +375,8 @@ class RunConfig:
     tensorboard: bool = False  # also write TensorBoard event files
     # Whether torch.compile compiles the encoders: "default" with its default mode, "cuda_graphs" with CUDA graphs.
     compile: Literal["none", "default", "cuda_graphs"] = "none"
+    # Divide weights, gradients and optimiser states among the processes (FSDP2), for networks without BatchNorm that do
+    # not fit on one device. It has no effect on a run of one process.
+    shard: bool = False
     # Write the memory of a cycle of two views to RUN/memory/cycle-N.npz after every epoch, for `cpr-fast mine`.
     dump_memory: bool = False

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cpr_fast.pretrain.state.cycle import CycleState
+from cpr_fast.pretrain.state.sharding import local, sum_of_shards
 from cpr_fast.pretrain.step.result import StepResult
 
 # In the order in which a step computes them: the first one that differs tells where two runs part.
@@ -66,12 +67,14 @@ def step_row(observed: np.ndarray, clips: int, *, step: int, epoch: int, cycle: 
 
 
 def weights_row(state: CycleState, *, step: int, epoch: int, cycle: int) -> dict[str, Any]:
-    """Returns the row of the weights at the end of an epoch, after `step`. Waits for the device.
+    """Returns the row of the weights at the end of an epoch, after `step`. Waits for the device. All processes call it
+    together.
 
     It is the digest of the checksum of each weight and each buffer of the query encoder and the key encoder.
     """
     encoders = [state.encoders.query] + [state.encoders.key] * (state.encoders.key is not state.encoders.query)
-    sums = torch.stack([checksum(tensor) for encoder in encoders for tensor in encoder.state_dict().values()])
+    tensors = [tensor for encoder in encoders for tensor in encoder.state_dict().values()]
+    sums = sum_of_shards(torch.stack(list(map(checksum, local(tensors)))), tensors)
     return {"step": step, "epoch": epoch, "cycle": cycle, "weights": _digest(sums.cpu().numpy())}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -48,20 +48,23 @@ def dump_memory(folder: Path, state: CycleState, number: int) -> Path | None:
     return path
 
 
-def dump_step(folder: Path, state: CycleState, step: int, result: StepResult, paths: list[str]) -> Path:
+def dump_step(
+    folder: Path, state: CycleState, held: dict[str, Any], step: int, result: StepResult, paths: list[str]
+) -> Path:
     """Writes a step whose features or loss are NaN or infinite to `folder`/nonfinite-step-XXXXXXXX.pt.
 
     `load_checkpoint` reads the file. Of the step itself it holds `step`, `loss` 0-d, `queries` [L, R*B, D], `keys`
     [V, R*B, D], `video` and `start` [R*B], `paths`. It also holds the state of the run when the step was noticed, up
     to `run.log_every` steps later: `config`, `encoders`, `view` (the one that learns), `cycle_state`.
 
+    Args:
+        held: `encoders` and `cycle_state`, which the processes gather together.
     Returns:
         The path.
     """
     payload = {
         "config": state.config.to_dict(),
-        "encoders": state.trained(),
-        "cycle_state": state.state_dict(),
+        **held,
         "view": state.cycle.view,
         "step": step,
         "paths": paths,

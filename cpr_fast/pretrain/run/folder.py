@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from cpr_fast.config import Config
 from cpr_fast.config.recipes import resume_command
 from cpr_fast.config.sections import with_cycle
@@ -127,7 +129,8 @@ def open_run(
     if not resume:
         on_main(lambda: _start_new(config, folder, videos))
         return None
-    saved = _load_newest(checkpoints, world)
+    # On the CPU if each process takes its part of every tensor: the whole need not fit on its device.
+    saved = _load_newest(checkpoints, torch.device("cpu") if config.run.shard else world.device)
     check_same_videos(saved.get("videos"), videos, folder, config.data.index)
     _check_same_settings(config, saved, folder, world)
     on_main(lambda: _rewind(folder, saved))
@@ -154,7 +157,7 @@ def _start_new(config: Config, folder: Path, videos: dict[str, Any]) -> None:
         temporary.write_text(json.dumps({**config.to_dict(), "videos": videos}, indent=2) + "\n", encoding="utf-8")
 
 
-def _load_newest(checkpoints: Path, world: World) -> dict[str, Any]:
+def _load_newest(checkpoints: Path, device: torch.device) -> dict[str, Any]:
     """Loads the newest undamaged checkpoint. Damaged ones are renamed to `*.damaged`, and a notice is printed."""
     loaded: dict[Path, dict[str, Any]] = {}
 
@@ -162,7 +165,7 @@ def _load_newest(checkpoints: Path, world: World) -> dict[str, Any]:
         damaged: list[tuple[Path, str]] = []
         for path in run_checkpoints(checkpoints.parent):
             try:
-                loaded[path] = _of_a_run(load_checkpoint(path, device=world.device), path)
+                loaded[path] = _of_a_run(load_checkpoint(path, device=device), path)
             except DamagedCheckpointError as error:
                 damaged.append((path, error.damage))
                 continue
@@ -176,7 +179,7 @@ def _load_newest(checkpoints: Path, world: World) -> dict[str, Any]:
         raise _no_checkpoint(checkpoints)
 
     path = on_main(find)
-    return loaded[path] if path in loaded else load_checkpoint(path, device=world.device)
+    return loaded[path] if path in loaded else load_checkpoint(path, device=device)
 
 
 def _of_a_run(payload: dict[str, Any], path: Path) -> dict[str, Any]:

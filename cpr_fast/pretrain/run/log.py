@@ -166,10 +166,11 @@ class StepLog:
 
     def _dump(self, step: int, result: StepResult, paths: list[str]) -> str:
         """Writes the step to a file, and returns a sentence with the name of the file."""
+        held = {"encoders": self.state.trained(), "cycle_state": self.state.state_dict()}
         if self.writer is None:
             return ""
         try:
-            return f"The step is saved in {dump_step(self.writer.path.parent, self.state, step, result, paths)}. "
+            return f"The step is saved in {dump_step(self.writer.path.parent, self.state, held, step, result, paths)}. "
         except CheckpointError as error:  # a full disk must not hide the reason why the run stopped
             return f"The step could not be saved ({error}). "
 
@@ -177,8 +178,9 @@ class StepLog:
         """Writes the rows of an epoch that ends with `step`: loss and mining quality, health and alarms, and, if the
         cycle mines, a few queries of the last step with the entries mined for them."""
         self.check()
+        weights = weights_row(self.state, step=step, epoch=epoch, cycle=self.common["cycle"])
         if self.ledger is not None:
-            self.ledger.write(weights_row(self.state, step=step, epoch=epoch, cycle=self.common["cycle"]))
+            self.ledger.write(weights)
         loss_sum, steps = self.state.loss_sum.tolist()
         quality = NOTHING_MINED | {"cmr_median": None, "cmr_per_class": None}
         if self.state.cycle.mining == "cascade" and steps:

@@ -368,14 +368,15 @@ def _timed_batches(
 def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str, Any], best: bool) -> Path:
     """Writes a checkpoint from which `pretrain(resume=True)` continues exactly here; returns its path."""
     rng = distributed.rng_states(run.world.device)
+    encoders, cycle_state = weights | state.trained(), state.state_dict()
     folder = run.folder / "checkpoints"
     if not run.world.is_main:
         return folder / LAST
     payload = {
         "config": run.config.to_dict(),
         "environment": environment(run.world.device),
-        "encoders": weights | state.trained(),
-        "cycle_state": state.state_dict(),
+        "encoders": encoders,
+        "cycle_state": cycle_state,
         "videos": run.videos,
         "processes": run.world.size,
         "rng": rng,

@@ -16,6 +16,7 @@ from cpr_fast.mining.auto import Choice, choose
 from cpr_fast.mining.quality import MiningQuality
 from cpr_fast.mining.stages import STAGES
 from cpr_fast.models import Encoder, build_encoder
+from cpr_fast.pretrain.state import sharding
 from cpr_fast.pretrain.state.cascade import Cascade, rate_names
 from cpr_fast.pretrain.state.encoders import Encoders
 from cpr_fast.pretrain.state.health import Health
@@ -127,14 +128,16 @@ class CycleState:
         self.grad_norm = take_step(self.optimizer, self.scaler, self.config.optim.clip_norm)
 
     def trained(self) -> dict[str, dict[str, Tensor]]:
-        """Returns {view: state_dict} of the encoder that the cycle trains; a shared one is listed once per view."""
+        """Returns {view: state_dict} of the encoder that the cycle trains; a shared one is listed once per view. All
+        processes call it together."""
         views = self.views if self.config.model.shared else self.views[:1]
-        return dict.fromkeys(views, self.encoders.query.state_dict())
+        return dict.fromkeys(views, sharding.whole(self.encoders.query.state_dict()))
 
     def _weight_norms(self) -> Tensor:
         """Returns the norm of each weight tensor of the query encoder, [W] float64."""
         weights = [weight.detach() for weight in self.encoders.query.parameters()]
-        return torch.stack(torch._foreach_norm(weights)).double()
+        norms = torch.stack(torch._foreach_norm(sharding.local(weights))).double()
+        return sharding.sum_of_shards(norms.square(), weights).sqrt() if self.encoders.sharded else norms
 
     def weights_change(self) -> float:
         """Returns the relative change of the norms of the weights in the epoch; 0 if no weight changed.
@@ -157,11 +160,12 @@ class CycleState:
         self.weight_norms = self._weight_norms()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state without the query encoder, which a checkpoint holds among the weights of the views."""
+        """Returns the state without the query encoder, which a checkpoint holds among the weights of the views. All
+        processes call it together."""
         return {
-            "key": self.encoders.key.state_dict(),
+            "key": sharding.whole(self.encoders.key.state_dict()),
             "memory": self.memory.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": sharding.whole(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "loss_sum": self.loss_sum,
             "quality": self.quality.state_dict(),
@@ -173,9 +177,9 @@ class CycleState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a `state_dict`."""
-        self.encoders.key.load_state_dict(state["key"])
+        sharding.load_network(self.encoders.key, state["key"])
         self.memory.load_state_dict(state["memory"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        sharding.load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.loss_sum.copy_(state["loss_sum"])
         self.quality.load_state_dict(state["quality"])
@@ -210,6 +214,7 @@ def _build_encoders(
         views=len(views) if model.shared else 1,
         recompute=model.recompute,
         compile=config.run.compile,
+        shard=config.run.shard,
     )
 
 

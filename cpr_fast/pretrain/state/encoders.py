@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from cpr_fast.models import Encoder, FactoryEncoder, named_blocks, running_statistics, statistics_layers
+from cpr_fast.pretrain.state import sharding
 from cpr_fast.pretrain.state.schedule import generator, on_device
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
@@ -79,6 +80,7 @@ class Encoders:
         views: number of views of one shared encoder; clips of different views share no batch statistics.
         recompute: recompute the activations of the query encoder in the backward pass instead of keeping them.
         compile: "none", or the mode in which torch.compile compiles the query and the key encoder.
+        shard: divide the weights among the processes, if there are several; see `sharding`.
     """
 
     def __init__(
@@ -94,17 +96,28 @@ class Encoders:
         views: int = 1,
         recompute: bool = False,
         compile: Literal["none", "default", "cuda_graphs"] = "none",
+        shard: bool = False,
     ) -> None:
         self.momentum, self.groups, self.seed, self.world, self.num_parts = momentum, groups, seed, world, parts
-        self.query = query.to(world.device).train()
+        self.sharded = shard and world.size > 1
+        if not self.sharded:  # `sharding.shard` moves each block after it was divided: the whole need not fit
+            query, other = query.to(world.device), None if other is None else other.to(world.device)
+        self.query = query.train()
         self.key = self.query if momentum is None else _frozen(copy.deepcopy(self.query))
-        self.other = None if other is None else _frozen(other.to(world.device)).eval()
+        self.other = None if other is None else _frozen(other).eval()
         if recompute:  # after the copy: the copy would call the patched methods of the query encoder
             _recompute_activations(self.query)
         local_groups = groups // world.size
+        query_groups = local_groups * views // parts
+        if self.sharded:
+            query_groups = (
+                1  # one forward pass per backward pass; groups are those of BatchNorm, of which there is none
+            )
+            for encoder in dict.fromkeys(filter(None, (self.query, self.key, self.other))):
+                sharding.shard(encoder, world)
         self._key_groups = GroupedEncoder(_compiled(self.key, compile), local_groups)
-        self._query_groups: nn.Module = GroupedEncoder(_compiled(self.query, compile), local_groups * views // parts)
-        if world.size > 1:
+        self._query_groups: nn.Module = GroupedEncoder(_compiled(self.query, compile), query_groups)
+        if world.size > 1 and not self.sharded:
             # Each rank keeps its own running statistics until `sync_running_statistics`.
             self._query_groups = DistributedDataParallel(
                 self._query_groups, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -134,7 +147,8 @@ class Encoders:
         statistics."""
         if self.key is self.query:
             return
-        torch._foreach_lerp_(list(self.key.parameters()), list(self.query.parameters()), 1 - self.momentum)
+        keys, queries = (sharding.local(list(encoder.parameters())) for encoder in (self.key, self.query))
+        torch._foreach_lerp_(keys, queries, 1 - self.momentum)
 
     @torch.no_grad()
     def encode_keys(self, clips: Tensor, step: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cpr_fast.config import OptimConfig
 from cpr_fast.errors import InputError
+from cpr_fast.pretrain.state.sharding import is_sharded
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -32,8 +33,9 @@ def build_optimizer(encoder: nn.Module, config: OptimConfig) -> torch.optim.Opti
         kind = FusedLAMB if config.name == "apex_lamb" else FusedNovoGrad
         return kind(groups, lr=config.lr, weight_decay=config.weight_decay)
     if config.name == "sgd":
+        fused = not any(map(is_sharded, encoder.parameters()))  # which torch 2.13 has for Adam only
         return torch.optim.SGD(
-            groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+            groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
         )
     adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return adam(groups, config.lr, config.betas, config.eps, weight_decay=config.weight_decay, fused=True)
@@ -74,6 +76,7 @@ def take_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, cl
         scaler.unscale_(optimizer)
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         norm = nn.utils.clip_grad_norm_(weights, clip_norm)
+        norm = norm.full_tensor() if is_sharded(norm) else norm
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
