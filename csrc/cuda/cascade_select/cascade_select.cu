@@ -4,9 +4,9 @@
 //               memory. The survivors are bits in registers, and once they are few, one for each thread.
 //   in cache    The same, with rows that stay in the L2 cache, or in global memory. The survivors are a list.
 //   streamed    For longer rows, of up to two views, eight stages and 4,096 features: scores of a sample of the memory
-//               give limits for the threshold of each stage (sieve.cuh). One pass over the memory computes scores on tensor cores,
-//               counts the entries that the limits settle, and writes only the others (stream.cuh). The stages run on
-//               those, and compute the canonical scores of the entries within the error of a threshold.
+//               give limits for the threshold of each stage (sieve.cuh). One pass over the memory computes scores on
+//               tensor cores, counts the entries that the limits settle, and writes only the others (stream.cuh). The
+//               stages run on those, and compute the canonical scores of the entries within the error of a threshold.
 //
 // All routes are exact. The canonical score (float32 fused multiply-adds in the order of d) and the total order (score
 // descending, slot ascending) define indices and scores, and the results have the same bits as those of the CPU. With

@@ -31,8 +31,8 @@ struct SampleRanks {
 struct Sieve {
   float low[kMaxSiftedStages], high[kMaxSiftedStages];  // limits of the threshold of each stage
   unsigned dropped[kMaxSiftedStages];                   // settled entries that drop out at each stage
-  unsigned gathered;                                    // entries that are not settled
-  unsigned misled;                                      // whether all entries have to go through the stages
+  unsigned gathered[kMaxSiftedStages];  // entries that are not settled, by the first stage they may fail to pass
+  unsigned misled;                      // whether all entries have to go through the stages
 };
 
 enum Route : int { kOnChip, kInCache, kStreamed };
@@ -40,8 +40,9 @@ enum Route : int { kOnChip, kInCache, kStreamed };
 // All of a call except its pointers.
 struct Plan {
   int64_t B, K, D, row, chunk, ranking_row, top_k;
-  int64_t capacity;  // of the lists of gathered entries; streamed route only
-  int64_t spare;     // queries whose entries can all go through the stages at a time; streamed route only
+  int64_t capacity;                     // of the lists of gathered entries of a query, together; streamed route only
+  int64_t lists[kMaxSiftedStages + 1];  // where the list of each stage starts among them; at last, the end
+  int64_t spare;  // queries whose entries can all go through the stages at a time; streamed route only
   int stages, views_used;
   int tiles;  // of keys, that a block streams
   Route route;
@@ -146,26 +147,35 @@ SampleRanks sample_ranks(int64_t keep, int64_t before, int64_t K) {
           static_cast<uint16_t>(expected < 1 ? 1 : expected + 0.5), static_cast<uint16_t>(expected + reach + 1)};
 }
 
-// Plans the streamed route. About as many entries are gathered as lie between the limits of the stages; half as many
-// again, and a few, have room. Errors of scores widen the limits, by this share of the entries if the features are unit
-// vectors of independent elements.
+// Plans the lists of gathered entries. About as many entries are gathered as lie between the limits of the stages; half
+// as many again, and a few, have room. Errors of scores widen the limits, by this share of the entries if the features
+// are unit vectors of independent elements. Without a sieve, all entries are gathered at the first stage.
+void plan_lists(Plan& plan, bool split) {
+  const double error = plan.exact ? 0.8 * relative_error(plan.D, split) * sqrt(static_cast<double>(plan.D)) : 0.0;
+  const double entries = static_cast<double>(plan.K);
+  int64_t before = plan.K;
+  for (int s = 0; s < kMaxSiftedStages; ++s) {
+    int64_t room = s == 0 && !plan.sifted ? plan.K : 0;
+    if (plan.sifted && s < plan.stages) {
+      const SampleRanks ranks = plan.sampled[s] = sample_ranks(plan.keep[s], before, plan.K);
+      double expected = s == plan.stages - 1 ? static_cast<double>(plan.keep[s]) : 0.0;
+      if (ranks.middle != 0) {
+        before = plan.keep[s];
+        const double between = static_cast<double>(ranks.low < kSample ? ranks.low : kSample) - ranks.high;
+        expected += (between / static_cast<double>(kSample) + error) * entries;
+      }
+      const double wanted = 1.5 * expected + (s == 0 ? 1024 : 512);  // entries without a bound are in the first list
+      room = wanted < entries ? static_cast<int64_t>(wanted) : plan.K;
+    }
+    plan.lists[s + 1] = plan.lists[s] + round_up(room, kRowUnit);
+  }
+  plan.capacity = plan.lists[kMaxSiftedStages];
+}
+
+// Plans the streamed route.
 void plan_stream(Plan& plan, bool split) {
   plan.sifted = plan.K >= kMinSifted;
-  plan.capacity = plan.K;
-  const double error = plan.exact ? 0.8 * relative_error(plan.D, split) * sqrt(static_cast<double>(plan.D)) : 0.0;
-  int64_t before = plan.K;
-  double expected = static_cast<double>(plan.keep[plan.stages - 1]);
-  for (int s = 0; plan.sifted && s < plan.stages; ++s) {
-    const SampleRanks ranks = plan.sampled[s] = sample_ranks(plan.keep[s], before, plan.K);
-    if (ranks.middle == 0) continue;
-    before = plan.keep[s];
-    const double between = static_cast<double>(ranks.low < kSample ? ranks.low : kSample) - ranks.high;
-    expected += (between / static_cast<double>(kSample) + error) * static_cast<double>(plan.K);
-  }
-  const double capacity = 1.5 * expected + 1024;
-  if (plan.sifted && capacity < static_cast<double>(plan.K)) {
-    plan.capacity = round_up(static_cast<int64_t>(capacity), kRowUnit);
-  }
+  plan_lists(plan, split);
   plan.chunk = chunk_of_lists(plan);
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, 1);
   const int64_t most = (int64_t{1} << 29) / (plan.row * static_cast<int64_t>(sizeof(float)) * (plan.views_used + 1));

@@ -125,7 +125,8 @@ __device__ __forceinline__ Limits limits_of(const SampleRanks& ranks, const Line
 __global__ void __launch_bounds__(kSelectThreads) sieve_kernel(const __grid_constant__ Plan plan, Chunk chunk) {
   auto& shared = shared_memory<SampleShared>();
   Sieve& sieve = chunk.sieves[blockIdx.x];
-  if (threadIdx.x == 0) sieve.gathered = sieve.misled = 0;
+  if (threadIdx.x == 0) sieve.misled = 0;
+  if (threadIdx.x < kMaxSiftedStages) sieve.gathered[threadIdx.x] = 0;
   if (!plan.sifted) {
     if (threadIdx.x < kMaxSiftedStages) {
       sieve.low[threadIdx.x] = -INFINITY, sieve.high[threadIdx.x] = INFINITY;

@@ -23,6 +23,7 @@ struct StreamShared {
   float first[kQueriesPerThread * kKeysPerThread][kScoreThreads];  // scores of the first view, of each thread
   float2 limits[kMaxSiftedStages][kScoreQueries];                  // lower and upper limit of the thresholds
   unsigned settled[kMaxSiftedStages][kScoreQueries];               // entries that drop out at each stage
+  int64_t lists[kMaxSiftedStages + 1];                             // of the plan
   float query_reach[kMaxSiftedViews][kScoreQueries];  // error of a score for a key of norm 1; infinite without a bound
   unsigned key_reach[kMaxSiftedViews];                // bits of the greatest norm of a key in the tile
 };
@@ -115,8 +116,36 @@ __device__ __forceinline__ void follow(const Plan& plan, const StreamShared<E, k
   }
 }
 
-// Sifts the entries of query kQuery of this thread: counts the settled ones in `settled`, eight bits for each stage,
-// and appends the others to the list of the query. in_play: a bit for each key. second: the scores of the second view.
+// The numbers of entries at each of eight stages, eight bits each: those of stages 0..3 in the first word.
+using StageCounts = unsigned[2];
+
+// Adds an entry at the stage whose bit is set in `stage`, or none. Moves bit s of four to the lowest bit of byte s.
+__device__ __forceinline__ void count_stage(uint32_t stage, StageCounts& counts) {
+  counts[0] += (stage & 0xf) * 0x00204081u & kEachCount;
+  counts[1] += (stage >> 4) * 0x00204081u & kEachCount;
+}
+
+// Takes places in the lists of a query for the `own` entries of each of the four neighbouring lanes that share it.
+// start[i]: of stage 4 i + l % 4, where the entries of the four lanes start; next[i]: of the stages of word i, the
+// place of the first entry of this lane after that.
+__device__ __forceinline__ void take_places(const StageCounts& own, unsigned* gathered, unsigned (&start)[2],
+                                            StageCounts& next) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    unsigned upto = own[half], below = __shfl_up_sync(kFullWarp, upto, 1);
+    if (lane % 4 >= 1) upto += below;
+    below = __shfl_up_sync(kFullWarp, upto, 2);
+    if (lane % 4 >= 2) upto += below;
+    const unsigned count = __shfl_sync(kFullWarp, upto, lane | 3) >> lane % 4 * kCountBits & 0xff;
+    start[half] = count > 0 ? atomicAdd(&gathered[half * 4 + lane % 4], count) : 0;
+    next[half] = upto - own[half];
+  }
+}
+
+// Sifts the entries of query kQuery of this thread: counts the settled ones in `settled`, and appends the others to the
+// list of the first stage that they may fail to pass. in_play: a bit for each key. second: the scores of the second
+// view.
 template <int kQuery, bool kExact, typename E, int kTerms>
 __device__ __forceinline__ void sift(const Plan& plan, const Chunk& chunk, StreamShared<E, kTerms>& shared, int64_t b0,
                                      int64_t k0, const TensorScores& second, uint32_t in_play) {
@@ -136,7 +165,7 @@ __device__ __forceinline__ void sift(const Plan& plan, const Chunk& chunk, Strea
     follow(plan, shared, u, row, score[u], reach[u], fate);
   }
   const bool bounded = reach[0] < INFINITY && reach[1] < INFINITY;
-  uint32_t wanted = 0, settled[2] = {};  // bits of keys; eight bits for each of four stages
+  StageCounts settled = {}, wanted = {};
 #pragma unroll
   for (int key = 0; key < kKeysPerThread; ++key) {
     bool compared = (in_play >> key & 1) != 0;
@@ -147,11 +176,9 @@ __device__ __forceinline__ void sift(const Plan& plan, const Chunk& chunk, Strea
     const uint32_t first = fate[key] & (0u - fate[key]);  // the first stage that is not passed for certain
     uint32_t stage = first & (fate[key] >> 8) & 0xff;     // the same if the entry drops out there
     if (!bounded) stage = 0;
-    if (compared && stage == 0) wanted |= 1u << key;
-    if (!compared) stage = 0;
-    // Moves bit s of four to the lowest bit of byte s.
-    settled[0] += (stage & 0xf) * 0x00204081u & kEachCount;
-    settled[1] += (stage >> 4) * 0x00204081u & kEachCount;
+    fate[key] = !compared || stage != 0 ? 0 : bounded ? first : 1;  // from here on, the stage of its list
+    count_stage(compared ? stage : 0, settled);
+    count_stage(fate[key], wanted);
   }
   // Four neighbouring lanes share the query. Each adds what they have counted at one stage of four.
 #pragma unroll
@@ -159,29 +186,27 @@ __device__ __forceinline__ void sift(const Plan& plan, const Chunk& chunk, Strea
     const unsigned count = warp_reduce<4>(settled[half], Sum()) >> lane % 4 * kCountBits & 0xff;
     if (count > 0) atomicAdd(&shared.settled[half * 4 + lane % 4][row], count);
   }
-  // They take consecutive places in its list.
-  const unsigned own = __popc(wanted);
-  unsigned upto = own, below = __shfl_up_sync(kFullWarp, upto, 1);
-  if (lane % 4 >= 1) upto += below;
-  below = __shfl_up_sync(kFullWarp, upto, 2);
-  if (lane % 4 >= 2) upto += below;
-  unsigned start = 0;
-  if (lane % 4 == 3 && upto > 0) start = atomicAdd(&chunk.sieves[b0 + row].gathered, upto);
-  unsigned place = warp_reduce<4>(start, Sum()) + upto - own;
-  if (wanted == 0) return;
+  if (!in_all_lanes((wanted[0] | wanted[1]) != 0)) return;
+  unsigned start[2];
+  StageCounts next;
+  take_places(wanted, chunk.sieves[b0 + row].gathered, start, next);
   const int64_t list = (b0 + row) * plan.capacity, view_stride = plan.chunk * plan.capacity;
   const uint32_t slot0 = static_cast<uint32_t>(k0) + first_key_of_warp() + lane % 4 * 2;
 #pragma unroll
   for (int key = 0; key < kKeysPerThread; ++key) {
-    if ((wanted >> key & 1) == 0) continue;
-    if (place < plan.capacity) {
-      chunk.slots[list + place] = slot0 + key / 2 * 8 + key % 2;
+    const int stage = fate[key] != 0 ? __ffs(static_cast<int>(fate[key])) - 1 : 0, shift = stage % 4 * kCountBits;
+    const int source = (lane & ~3) + stage % 4;
+    const unsigned low = __shfl_sync(kFullWarp, start[0], source), high = __shfl_sync(kFullWarp, start[1], source);
+    if (fate[key] == 0) continue;
+    const unsigned place = (stage < 4 ? low : high) + ((stage < 4 ? next[0] : next[1]) >> shift & 0xff);
+    (stage < 4 ? next[0] : next[1]) += 1u << shift;
+    if (shared.lists[stage] + place >= shared.lists[stage + 1]) continue;
+    const int64_t at = list + shared.lists[stage] + place;
+    chunk.slots[at] = slot0 + key / 2 * 8 + key % 2;
 #pragma unroll
-      for (int u = 0; u < kMaxSiftedViews; ++u) {
-        if (u < plan.views_used) chunk.values[u * view_stride + list + place] = bounded ? score[u][key] + 0.0f : NAN;
-      }
+    for (int u = 0; u < kMaxSiftedViews; ++u) {
+      if (u < plan.views_used) chunk.values[u * view_stride + at] = bounded ? score[u][key] + 0.0f : NAN;
     }
-    ++place;
   }
 }
 
@@ -195,6 +220,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
   auto& shared = shared_memory<StreamShared<E, kTerms>>();
   const unsigned query_tiles = static_cast<unsigned>(ceil_div(queries, kScoreQueries));
   const int64_t b0 = static_cast<int64_t>(blockIdx.x % query_tiles) * kScoreQueries;
+  if (threadIdx.x <= kMaxSiftedStages) shared.lists[threadIdx.x] = plan.lists[threadIdx.x];
   for (int i = threadIdx.x; i < kMaxSiftedStages * kScoreQueries; i += kScoreThreads) {
     const int stage = i / kScoreQueries, row = i % kScoreQueries;
     shared.settled[stage][row] = 0;

@@ -12,20 +12,33 @@
 namespace cpr {
 namespace {
 
-// The gathered entries of one query that are left, in any order, in global memory.
+// The gathered entries of one query that are left, in any order, in global memory: those of earlier stages in front,
+// and the list of this stage behind a gap. The lists of later stages come behind them.
 struct GatheredSurvivors {
-  uint32_t* slots;  // [count]
-  float* values;    // [U, view_stride], from the query on: the scores in each view in use
+  uint32_t* slots;
+  float* values;  // [U, view_stride], from the query on: the scores in each view in use
   int64_t view_stride;
   int views_used;
-  const float* scores;  // [count] those in the compared view
-  unsigned count;
+  const float* scores;  // those in the compared view
+  unsigned count, front;
+  int64_t gap;
+
+  // Returns where survivor i is.
+  __device__ __forceinline__ int64_t at(unsigned i) const { return i < front ? i : i + gap; }
 
   __device__ __forceinline__ void compare(int u) { scores = values + u * view_stride; }
 
+  // Adds the list of a stage, `added` entries from `start` on.
+  __device__ __forceinline__ void add_list(int64_t start, unsigned added, SelectShared& shared) {
+    if (in_all_lanes(count > front)) {
+      filter([](unsigned) { return true; }, shared);
+    }
+    front = count, gap = start - count, count += added;
+  }
+
   template <typename Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
-    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) visit(slots[i], scores[i]);
+    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) visit(slots[at(i)], scores[at(i)]);
   }
 
   // Keeps the entries for which keeps(i) holds. Each tile is read before a barrier and written after it, never ahead of
@@ -43,10 +56,10 @@ struct GatheredSurvivors {
         const unsigned i = tile + j * kSelectThreads + threadIdx.x;
         if (i >= count || !keeps(i)) continue;
         flags |= 1u << j;
-        slot[j] = slots[i];
+        slot[j] = slots[at(i)];
 #pragma unroll
         for (int u = 0; u < kMaxSiftedViews; ++u) {
-          if (u < views_used) value[j][u] = values[u * view_stride + i];
+          if (u < views_used) value[j][u] = values[u * view_stride + at(i)];
         }
       }
       unsigned total;
@@ -64,12 +77,12 @@ struct GatheredSurvivors {
       kept += total;
     }
     __syncthreads();
-    count = kept;
+    count = front = kept;
   }
 
   __device__ __forceinline__ void keep_from(uint64_t rank, SelectShared& shared) {
     const LastKept last(rank);
-    filter([&](unsigned i) { return last.keeps(scores[i], [&] { return slots[i]; }); }, shared);
+    filter([&](unsigned i) { return last.keeps(scores[at(i)], [&] { return slots[at(i)]; }); }, shared);
   }
 };
 
@@ -81,7 +94,8 @@ struct NearSurvivors {
 
   template <typename Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
-    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) visit(all.slots[places[i]], all.scores[places[i]]);
+    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads)
+      visit(all.slots[all.at(places[i])], all.scores[all.at(places[i])]);
   }
 };
 
@@ -115,16 +129,18 @@ struct Refined {
   __device__ __forceinline__ void complete(GatheredSurvivors& survivors, SelectShared& shared) const {
     bool replaced = false;
     for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) {
-      if (!isnan(survivors.values[i])) continue;
+      const int64_t at = survivors.at(i);
+      if (!isnan(survivors.values[at])) continue;
       replaced = true;
       for (int u = 0; u < plan.views_used; ++u) {
-        survivors.values[u * survivors.view_stride + i] = score(u, survivors.slots[i]);
+        survivors.values[u * survivors.view_stride + at] = score(u, survivors.slots[at]);
       }
     }
     if (!__syncthreads_or(replaced)) return;
     auto comparable = [&](unsigned i) {
       bool number = true;
-      for (int u = 0; u < plan.views_used; ++u) number &= !isnan(survivors.values[u * survivors.view_stride + i]);
+      const float* values = survivors.values + survivors.at(i);
+      for (int u = 0; u < plan.views_used; ++u) number &= !isnan(values[u * survivors.view_stride]);
       return number;
     };
     survivors.filter(comparable, shared);
@@ -141,7 +157,7 @@ struct Refined {
     if (threadIdx.x == 0) shared.gathered = 0;
     __syncthreads();
     for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) {
-      const float score = survivors.scores[i];
+      const float score = survivors.scores[survivors.at(i)];
       if (!(fabsf(score - threshold) > reach)) {
         near[atomicAdd(&shared.gathered, 1u)] = i;
       } else if (score > threshold) {
@@ -151,7 +167,10 @@ struct Refined {
     above = block_reduce<kSelectThreads>(above, Sum(), shared.counts);
     const unsigned count = shared.gathered;
     float* values = survivors.values + u * survivors.view_stride;
-    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) values[near[i]] = score(u, survivors.slots[near[i]]);
+    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) {
+      const int64_t at = survivors.at(near[i]);
+      values[at] = score(u, survivors.slots[at]);
+    }
     __syncthreads();
     const NearSurvivors close = {survivors, near, count};
     return kth_best(close, keep - above, threshold - 2 * reach, threshold + 2 * reach, shared);
@@ -159,22 +178,30 @@ struct Refined {
 
   __device__ __forceinline__ void settle(const GatheredSurvivors& survivors, int u) const {
     float* values = survivors.values + u * survivors.view_stride;
-    for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) values[i] = score(u, survivors.slots[i]);
+    for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) {
+      const int64_t at = survivors.at(i);
+      values[at] = score(u, survivors.slots[at]);
+    }
     __syncthreads();
   }
 };
 
-// Runs the stages of one query on the entries that its sieve has gathered. Returns whether the sieve was right; if not,
-// the survivors are wrong.
+// Runs the stages of one query on the entries that its sieve has gathered; at the start, those of the first list. An
+// entry of a later list passes the stages before for certain, so it is only counted there. Returns whether the sieve
+// was right; if not, the survivors are wrong.
 template <typename Scores>
 __device__ __forceinline__ bool run_sifted_stages(const Plan& plan, const Scores& scores, const Sieve& sieve,
                                                   GatheredSurvivors& survivors, SelectShared& shared) {
-  unsigned settled = 0;  // entries that are left besides the survivors
-  for (int s = 0; s < plan.stages; ++s) settled += sieve.dropped[s];
+  unsigned settled = 0, waiting = 0;  // entries that are left besides the survivors: settled, and in later lists
+  for (int s = 0; s < plan.stages; ++s) settled += sieve.dropped[s], waiting += s > 0 ? sieve.gathered[s] : 0;
   for (int s = 0; s < plan.stages; ++s) {
-    const unsigned keep = static_cast<unsigned>(plan.keep[s]), passing = settled - sieve.dropped[s];
-    if (keep >= settled + survivors.count) {
-      if (passing < settled) return false;
+    if (s > 0) {
+      survivors.add_list(plan.lists[s], sieve.gathered[s], shared);
+      waiting -= sieve.gathered[s];
+    }
+    const unsigned keep = static_cast<unsigned>(plan.keep[s]), passing = settled + waiting - sieve.dropped[s];
+    if (in_all_lanes(keep >= settled + waiting + survivors.count)) {
+      if (sieve.dropped[s] > 0) return false;
       continue;
     }
     if (keep <= passing || keep - passing > survivors.count) return false;
@@ -190,7 +217,7 @@ __device__ __forceinline__ bool run_sifted_stages(const Plan& plan, const Scores
     const uint64_t last = scores.last_kept(survivors, keep - passing, u, low, high, shared);
     if (!(sieve.low[s] <= score_of(last) && score_of(last) <= sieve.high[s])) return false;
     survivors.keep_from(last, shared);
-    settled = passing;
+    settled -= sieve.dropped[s];
   }
   const int u = plan.view[plan.stages - 1];
   survivors.compare(u);
@@ -205,9 +232,16 @@ __global__ void __launch_bounds__(kSelectThreads)
   auto& shared = shared_memory<CascadeShared>();
   Sieve& sieve = chunk.sieves[blockIdx.x];
   const int64_t list = blockIdx.x * plan.capacity, b = first_query + blockIdx.x;
-  GatheredSurvivors survivors = {
-      chunk.slots + list, chunk.values + list, plan.chunk * plan.capacity, plan.views_used, nullptr, sieve.gathered};
-  bool right = survivors.count <= plan.capacity;
+  GatheredSurvivors survivors = {chunk.slots + list,
+                                 chunk.values + list,
+                                 plan.chunk * plan.capacity,
+                                 plan.views_used,
+                                 nullptr,
+                                 sieve.gathered[0],
+                                 sieve.gathered[0],
+                                 0};
+  bool right = true;
+  for (int s = 0; s < plan.stages; ++s) right &= sieve.gathered[s] <= plan.lists[s + 1] - plan.lists[s];
   start_selection(shared.select);
   __syncthreads();
   if (right) {

@@ -107,9 +107,7 @@ def test_rows_that_start_off_a_vector_boundary(emulated):
 
 
 @pytest.mark.usefixtures("every_route")
-@pytest.mark.parametrize(
-    "case", ["all equal", "two outliers", "infinities", "overflowing range", "infinities beyond it", "subnormal"]
-)
+@pytest.mark.parametrize("case", ["all equal", "two outliers", "infinities", "overflowing range", "subnormal"])
 def test_crowded_buckets_fall_back_exactly(emulated, case):
     queries, memory = torch.ones(1, 2, 1), normal(1, 1500, 1, seed=11)
     if case == "all equal":
@@ -118,14 +116,19 @@ def test_crowded_buckets_fall_back_exactly(emulated, case):
         memory[0, 7], memory[0, 900] = 3e30, -3e30
     elif case == "infinities":
         memory[0, ::3], memory[0, 1::5] = torch.inf, -torch.inf
-    elif case.endswith(("range", "it")):
+    elif case == "overflowing range":
         memory[0, ::2] = 3e38
         memory[0, 1::4] = -3e38
-        if case == "infinities beyond it":
-            memory[0, ::3], memory[0, 1::5] = torch.inf, -torch.inf
     else:
         memory *= 1e-41
     assert_selects(emulated, queries, memory, [0, 0, 0], [900, 700, 600])
+
+
+@pytest.mark.usefixtures("every_route")
+def test_infinite_scores_beyond_a_range_whose_width_overflows(emulated):
+    memory = torch.tensor([1, 3e38, -torch.inf, 2, torch.inf, -3e38, torch.inf, 3])[None, :, None]
+    for keep in range(1, 9):
+        assert_selects(emulated, torch.ones(1, 1, 1), memory, [0, 0], [7, keep])
 
 
 @pytest.mark.usefixtures("every_route")
