@@ -52,6 +52,8 @@ batch_size = {batch}
 size = 2048
 [mining]
 stages = {stages}
+[optim]
+precision = "{precision}"
 [run]
 out = "{out}"
 device = "cpu"
@@ -81,13 +83,14 @@ def make_store(folder: Path, clips: int, width: int) -> None:
     write_store(folder, rows, about, compute)
 
 
-def train(store: Path, clips: int, method: str, batch: int, epochs: int) -> dict:
+def train(store: Path, clips: int, method: str, batch: int, epochs: int, precision: str) -> dict:
     """Runs `cpr-fast pretrain` on the store; returns the measures of its last epoch and the peak memory."""
     mining, stages = METHODS[method]
     out = store.parent / "run"
     shutil.rmtree(out, ignore_errors=True)
     recipe = store.parent / "recipe.toml"
-    recipe.write_text(CONFIG.format(store=store, batch=batch, stages=stages, out=out, epochs=epochs, mining=mining))
+    recipe.write_text(CONFIG.format(store=store, batch=batch, stages=stages, out=out, epochs=epochs, mining=mining,
+                                    precision=precision))  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(CORES)}
     process = subprocess.Popen([sys.executable, "-m", "cpr_fast", "pretrain", str(recipe), "--json"],
                                env=environment, stdout=subprocess.DEVNULL, preexec_fn=_two_cores)  # fmt: skip
@@ -101,6 +104,7 @@ def train(store: Path, clips: int, method: str, batch: int, epochs: int) -> dict
     samples = clips // batch * batch
     return {
         "method": method,
+        "precision": precision,
         "batch_size": batch,
         "samples_per_epoch": samples,
         "epoch_time_s": last["epoch_time_s"],
@@ -130,14 +134,16 @@ def _two_cores() -> None:
 def measure(clips: int, large: int, epochs: int, folder: Path) -> list[dict]:
     """Returns the rows of all runs."""
     rows = []
-    plan = [(clips, 768, [(method, batch) for method in METHODS for batch in (512, 1024)])]
-    plan += [(count, 1024, [("InfoNCE", 1024), ("CPR", 1024)]) for count in (large // 4, large)]
+    small = [(method, batch, "fp32") for method in METHODS for batch in (512, 1024)]
+    small += [(method, 1024, "bf16") for method in METHODS]
+    plan = [(clips, 768, small)]
+    plan += [(count, 1024, [(method, 1024, "fp32") for method in ("InfoNCE", "CPR")]) for count in (large // 4, large)]
     for count, width, runs in plan:
         store = folder / f"store-{count}-{width}"
         make_store(store, count, width)
         size = sum(path.stat().st_size for path in store.iterdir()) / 2**20
-        for method, batch in runs:
-            row = train(store, count, method, batch, epochs if width == 768 else 1)
+        for method, batch, precision in runs:
+            row = train(store, count, method, batch, epochs if width == 768 else 1, precision)
             rows.append({"clips": count, "width": width, "store_mib": size, **row})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         shutil.rmtree(store)
@@ -155,14 +161,14 @@ def page(report: dict) -> str:
         "A sample is the step of one clip in one view: the forward passes of query and key, the loss and the backward",
         "pass, in a cascade also the key's forward pass in the other view and the mining. The rate is that of a whole",
         f"epoch. Stores hold {SAMPLES} samples of two views in float16; a queue of 2,048, two linear layers to 128",
-        "dimensions, float32. CPR has 7 stages. The peak memory is that of the process.",
+        "dimensions. CPR has 7 stages. The peak memory is that of the process.",
         "",
-        "| clips | D | store MiB | method | batch | samples/s | epoch s | step ms | wait ms | peak MiB |",
-        "|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| clips | D | store MiB | method | precision | batch | samples/s | epoch s | step ms | wait ms | peak MiB |",
+        "|---:|---:|---:|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:
         lines.append(
-            f"| {row['clips']:,} | {row['width']:,} | {row['store_mib']:,.0f} | {row['method']} | "
+            f"| {row['clips']:,} | {row['width']:,} | {row['store_mib']:,.0f} | {row['method']} | {row['precision']} | "
             f"{row['batch_size']:,} | {row['samples_per_s']:,.0f} | {row['epoch_time_s']:.1f} | "
             f"{_ms(row['step_time_s'])} | {_ms(row['data_wait_s'])} | {row['peak_memory_mib']:,.0f} |"
         )
@@ -177,6 +183,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where the stores are written; they are removed")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         rows = measure(options.clips, options.large, options.epochs, Path(folder))
     report = {"world": world("cpu"), "cores": CORES, "rows": rows}

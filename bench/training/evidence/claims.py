@@ -123,6 +123,8 @@ def of_one_start(
     if len(named) > 1:
         return None
     main = rows.get(("start", seed), {}).get("weights")
+    if named and any(s not in SETTINGS and "start_weights" not in rows.get((s, seed), {}) for s in claim.weights):
+        return None
     found = {}
     for setting in claim.weights:
         other = named and setting in SETTINGS and named != {main}
