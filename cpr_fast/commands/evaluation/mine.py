@@ -49,10 +49,9 @@ def mine(
             of --top-k positives, and measure it.
         details: Also print what each stage keeps and loses, and view agreement and mutual neighbours, which need no
             labels.
-        raw: Use the features without centring and L2 normalisation. With --checkpoint or a dumped memory these are
+        raw: Use the features without centring and L2 normalisation: with --checkpoint or a dumped memory, these are
             what training compares.
-        checkpoint: With a store, the checkpoint of a run that was trained on features: its L2-normalised projections
-            are mined.
+        checkpoint: With a store, a checkpoint trained on features, whose L2-normalised projections are mined.
         heatmap: A PNG file to write: PMR over stages and ratio.
     """
     require_features("FEATURES", features)
