@@ -169,7 +169,7 @@ def choose_cascade(data: TwoViewFeatures, top_k: int, *, device: str = "auto") -
     Args:
         top_k: the largest number of positives that may be chosen, at most N.
     Returns:
-        The row of `sweep` for the chosen cascade, with `text`, the reason, and `signs`, see `Choice`.
+        The row of `sweep` for the chosen cascade, with `text`, the reason, and `criteria`, see `Choice`.
     """
     _check_settings((1,), (1.0,), (top_k,), ("rgb",), (), len(data.labels))
     if device == "auto":
@@ -177,7 +177,7 @@ def choose_cascade(data: TwoViewFeatures, top_k: int, *, device: str = "auto") -
     choice = choose(torch.stack([data.rgb, data.flow]).to(device), data.sibling_ids.to(device), top_k)
     order = "".join("rf"[view] for view in choice.views)
     (row,) = sweep(data, ratios=[choice.ratio], top_ks=[choice.top_k], orders=[order], device=device)
-    return row | {"text": choice.reason(("rgb", "flow")), "signs": choice.signs}
+    return row | {"text": choice.reason(("rgb", "flow")), "criteria": choice.criteria}
 
 
 def view_order(query_view: View, stages: int) -> str:

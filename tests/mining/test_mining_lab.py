@@ -203,8 +203,8 @@ def test_rows_of_one_source_are_siblings_whatever_their_labels(tmp_path):
     assert sweep(without, stages=[3], top_ks=[4])[0]["pmr"] != row["pmr"]
     chosen, wanted = choose_cascade(with_sources, 4), choose(features, sources, 4)
     assert chosen["order"] == "".join("rf"[view] for view in wanted.views)
-    assert chosen["signs"] == wanted.signs
-    assert choose_cascade(without, 4)["signs"] != wanted.signs
+    assert chosen["criteria"] == wanted.criteria
+    assert choose_cascade(without, 4)["criteria"] != wanted.criteria
 
 
 def test_table_and_heat_map(tmp_path, capsys):

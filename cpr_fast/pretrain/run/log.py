@@ -228,14 +228,14 @@ class StepLog:
                 log.warning("epoch %d of %d: %s", epoch + 1, self.epochs, text)
 
     def cascade(self, epoch: int, step: int, choice: Choice) -> str | None:
-        """Writes the cascade that was chosen before a step, with the signs that it was chosen by. Returns the reason
+        """Writes the cascade that was chosen before a step, with the criteria that it was chosen by. Returns the reason
         in one sentence, None if the cascade is the one before."""
         names = self.state.views[:2]
         chosen = {"order": [names[view] for view in choice.views], "ratio": choice.ratio, "top_k": choice.top_k}
         judged = [{**row, "views": [names[view] for view in row["views"]]} for row in choice.judged]
         text = choice.reason(names)
         row = {"epoch": epoch, "step": step, **self.common, **chosen, "keep": choice.keep, "text": text}
-        self._write({"kind": "cascade", **row, "signs": choice.signs, "judged": judged})
+        self._write({"kind": "cascade", **row, "criteria": choice.criteria, "judged": judged})
         before, self.chosen = self.chosen, chosen
         return None if chosen == before else text
 

@@ -63,7 +63,7 @@ def test_a_choice_is_that_of_the_memory_of_the_checkpoint_before(straight):
         choice = choose(memory["features"][:2], memory["source"], 3)
         assert [("flow", "rgb")[view] for view in choice.views] == row["order"]  # view 0 is the query's
         assert list(choice.keep) == row["keep"]
-        assert choice.signs["score"] == row["signs"]["score"]
+        assert choice.criteria["score"] == row["criteria"]["score"]
 
 
 def test_rates_and_the_loss_of_chance_are_those_of_the_chosen_cascade(straight):
