@@ -39,12 +39,12 @@ from cpr_fast.ops import cascade_select
 from cpr_fast.weights.checkpoint import load_checkpoint
 
 NAME = "auto_cascade"
-TOP_K = 5  # the default of mining.top_k: the largest number of entries that may be trusted
+TOP_K = 5  # the default of mining.top_k: the largest number of entries that may be kept as positives
 PAPER = Stages((1, 0, 1, 0, 1, 0, 1), 0.5, ())
 GOAL = 0.95
 HEADER = ["set", "K", "chosen cascade", "PMR", "best as many", "ratio", "best of all", "ratio", "n = 7, top-5"]
-SIGNS = ("siblings", "mined_agree", "score", "view_agreement", "mutual_neighbours")
-SIGN_HEADER = ["set", "siblings", "the mined agree", "both: the rule", "view agreement", "mutual neighbours"]
+CRITERIA = ("siblings", "mined_agree", "score", "view_agreement", "mutual_neighbours")
+CRITERION_HEADER = ["set", "siblings", "the mined agree", "both: the rule", "view agreement", "mutual neighbours"]
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def mine(memory: Memory, stages: Stages | Choice, rows: Tensor) -> Tensor:
 
 
 def measure(memory: Memory) -> dict[str, Any]:
-    """Returns the choice, its PMR, that of every fixed cascade, and what each sign alone would have chosen."""
+    """Returns the choice, its PMR, that of every fixed cascade, and what each criterion alone would have chosen."""
     began = time.perf_counter()
     choice = choose(memory.features, memory.ids, TOP_K)
     choose_s = time.perf_counter() - began
@@ -218,16 +218,16 @@ def measure(memory: Memory) -> dict[str, Any]:
         "pmr_best_overall": overall[0],
         "ratio_overall": pmr / overall[0],
         "pmr_paper": fixed[TOP_K].get(key(PAPER)),
-        "signs": choice.signs,
-        "by_sign": by_sign(memory, choice, same),
+        "criteria": choice.criteria,
+        "by_criterion": by_criterion(memory, choice, same),
         "choose_s": choose_s,
         "fixed": fixed,
     }
 
 
-def by_sign(memory: Memory, choice: Choice, rates: dict[str, float]) -> dict[str, float | None]:
-    """Returns the PMR of the cascade that each sign alone would choose, as a share of that of the best one, at the
-    chosen top-k; None for a sign that was not measured."""
+def by_criterion(memory: Memory, choice: Choice, rates: dict[str, float]) -> dict[str, float | None]:
+    """Returns the PMR of the cascade that each criterion alone would choose, as a share of that of the best one, at the
+    chosen top-k; None for a criterion that was not measured."""
     rows = torch.arange(len(memory.ids))[:: -(-len(memory.ids) // QUERIES)]
     judged = {key(Stages(tuple(row["views"]), row["ratio"], ())): row for row in choice.judged}
     for stages in possible(len(memory.ids), TOP_K):
@@ -237,9 +237,9 @@ def by_sign(memory: Memory, choice: Choice, rates: dict[str, float]) -> dict[str
         for name, proxy in (("view_agreement", view_agreement), ("mutual_neighbours", mutual_neighbours)):
             judged[key(stages)][name] = proxy(view[rows], view, mined, **ids).nanmean().item()
     found = {}
-    for sign in SIGNS:
-        values = {name: row[sign] for name, row in judged.items() if row[sign] is not None}
-        found[sign] = rates[max(values, key=values.get)] / max(rates.values()) if values else None
+    for criterion in CRITERIA:
+        values = {name: row[criterion] for name, row in judged.items() if row[criterion] is not None}
+        found[criterion] = rates[max(values, key=values.get)] / max(rates.values()) if values else None
     return found
 
 
@@ -274,13 +274,20 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
             f"(lowest {least[0]:.3f}); of the best of all: {reached[1]} (lowest {least[1]:.3f}). † below {GOAL}."
         )
         yield markdown_table(HEADER, [cells(row) for row in group])
-    yield "### What each sign alone would choose\n\nPMR as a share of that of the best cascade with as many positives."
+    yield (
+        "### What each criterion alone would choose\n\n"
+        "PMR as a share of that of the best cascade with as many positives."
+    )
     shown = [
-        [row["set"], *("–" if (v := row["by_sign"][sign]) is None else f"{v:.3f}" for sign in SIGNS)] for row in rows
+        [row["set"], *("–" if (v := row["by_criterion"][criterion]) is None else f"{v:.3f}" for criterion in CRITERIA)]
+        for row in rows
     ]
-    known = {sign: [row["by_sign"][sign] for row in rows if row["by_sign"][sign] is not None] for sign in SIGNS}
-    lowest = ["**lowest**", *(f"**{min(known[sign]):.3f}**" for sign in SIGNS)]
-    yield markdown_table(SIGN_HEADER, [*shown, lowest])
+    known = {
+        criterion: [row["by_criterion"][criterion] for row in rows if row["by_criterion"][criterion] is not None]
+        for criterion in CRITERIA
+    }
+    lowest = ["**lowest**", *(f"**{min(known[criterion]):.3f}**" for criterion in CRITERIA)]
+    yield markdown_table(CRITERION_HEADER, [*shown, lowest])
 
 
 def main() -> None:

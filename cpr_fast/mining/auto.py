@@ -1,4 +1,4 @@
-"""The cascade that sets itself: `mining.stages = "auto"` chooses its order of views, n, r and top-k without labels.
+"""Choosing the cascade automatically: `mining.stages = "auto"` finds order of views, n, r and top-k without labels.
 
 Every entry of a memory is used as a query for all other entries. A cascade is judged by how near the entries that it
 mines are to something that did not select them:
@@ -8,7 +8,7 @@ mines are to something that did not select them:
 
 The cascade of the highest mean of both is chosen. View agreement and mutual neighbours (`proxies`) do not serve for
 this: a cascade that compares a view of pure noise more often finds entries that agree in this view by chance. Within
-one cascade they do order the entries; so the number of entries that are trusted follows from
+one cascade they do order the entries; so the number of entries that are kept as positives follows from
 
 - `mutual`: how near the query is to the entry, among all that the entry could mine.
 
@@ -36,7 +36,7 @@ from cpr_fast.wording import counted
 
 COUNTS = (1, 2, 3, 5, 10, 20, 50)  # top-k, up to the largest one that is allowed
 JUDGED = 5  # number of mined entries by which a cascade is judged, whatever its top-k will be
-TRUST = 0.95  # share of the mutual nearness of the first mined entry that the trusted entries have on average
+LEAST_MUTUAL = 0.95  # of the mutual nearness of the first mined entry, the share that the positives have on average
 QUERIES = 1024  # largest Q; the queries are spread evenly over the memory
 PAIRS = 64  # least number of queries with a sibling; with fewer, `siblings` is not used
 SCORES = 2**24  # largest number of scores that are in memory at once
@@ -58,21 +58,21 @@ class Choice:
     Attributes:
         views, keep: n ints each, as `cascade_select` takes them; keep[-1] is the chosen top-k.
         ratio: r.
-        signs: of the chosen cascade: `siblings` and `mined_agree` (nats above chance, None where not measured),
+        criteria: of the chosen cascade: `siblings` and `mined_agree` (nats above chance, None where not measured),
             `score`, their mean; `queries`; `pairs`, the number of queries with a sibling; `mutual`, one value for each
-            count of entries that could be trusted, as a share of that of the first entry.
-        judged: every cascade that was compared, with its signs, the best first.
+            count of entries that could be kept as positives, as a share of that of the first entry.
+        judged: every cascade that was compared, with its criteria, the best first.
     """
 
     views: tuple[int, ...]
     keep: tuple[int, ...]
     ratio: float
-    signs: dict[str, Any]
+    criteria: dict[str, Any]
     judged: list[dict[str, Any]]
 
     @property
     def top_k(self) -> int:
-        """The number of mined entries that are trusted."""
+        """The number of mined entries that are kept as positives."""
         return self.keep[-1]
 
     def reason(self, names: tuple[str, str]) -> str:
@@ -80,33 +80,33 @@ class Choice:
         order = "-".join(names[view] for view in self.views)
         ratio = f", ratio {self.ratio:g}" if len(self.views) > 1 else ""
         chosen = f"{order}{ratio}, top-{self.top_k}"
-        if self.signs["score"] is None:
+        if self.criteria["score"] is None:
             return f"{chosen}: the entries of the memory allow no judgement"
         measured = {"siblings": "nearness to siblings", "mined_agree": "agreement of the mined"}
         found = " and ".join(
-            f"{said} {self.signs[name]:.2f}" for name, said in measured.items() if self.signs[name] is not None
+            f"{said} {self.criteria[name]:.2f}" for name, said in measured.items() if self.criteria[name] is not None
         )
         worst = min(row["score"] for row in self.judged if row["score"] is not None)
-        trusted = "only the first entry is trusted"
+        kept = "only the first entry is kept as a positive"
         if self.top_k > 1:
-            share = self.signs["mutual"][self.top_k]
-            trusted = f"these entries keep {share:.0%} of the mutual nearness of the first one"
+            share = self.criteria["mutual"][self.top_k]
+            kept = f"these entries keep {share:.0%} of the mutual nearness of the first one"
         return (
             f"{chosen}: the best of {counted(len(self.judged), 'cascade')} by {found} nats above chance (mean "
-            f"{self.signs['score']:.2f}, lowest {worst:.2f}); {trusted}"
+            f"{self.criteria['score']:.2f}, lowest {worst:.2f}); {kept}"
         )
 
 
 def choose(features: Tensor, ids: Tensor, top_k: int) -> Choice:
-    """Chooses a cascade for the entries of a memory by signs that need no labels.
+    """Chooses a cascade for the entries of a memory by criteria that need no labels.
 
-    A pure function of its arguments; it waits for the device. On equal signs the cascade that is listed first is
+    A pure function of its arguments; it waits for the device. On equal scores the cascade that is listed first is
     chosen: view 1 last, fewer stages, a lower ratio.
 
     Args:
         features: [2, K, D] float32 features of the memory in two views.
         ids: [K] int64 source ids; -1 marks an empty slot.
-        top_k: the largest number of entries that may be trusted, 1..K.
+        top_k: the largest number of entries that may be kept as positives, 1..K.
     Raises:
         ValueError: a shape is wrong, top_k is out of range, or every slot is empty.
     """
@@ -124,14 +124,14 @@ def choose(features: Tensor, ids: Tensor, top_k: int) -> Choice:
         mined = queries.mine(stages)
         rows.append((stages, mined, queries.judge(mined[:, :JUDGED])))
     # `max` keeps the first of equal scores.
-    stages, mined, signs = max(rows, key=lambda row: -math.inf if row[2]["score"] is None else row[2]["score"])
+    stages, mined, criteria = max(rows, key=lambda row: -math.inf if row[2]["score"] is None else row[2]["score"])
     mutual = queries.mutual(mined, [*dict.fromkeys([*(count for count in COUNTS if count < top_k), top_k])])
-    trusted = max((count for count, kept in mutual.items() if kept >= TRUST), default=1)
+    positives = max((count for count, share in mutual.items() if share >= LEAST_MUTUAL), default=1)
     judged = [{"views": list(s.views), "ratio": s.ratio, **_rounded(found)} for s, _, found in rows]
     judged.sort(key=lambda row: -math.inf if row["score"] is None else row["score"], reverse=True)
-    keep = stage_keep(len(stages.views), size, stages.ratio, trusted)
+    keep = stage_keep(len(stages.views), size, stages.ratio, positives)
     counts = {"queries": len(queries.rows), "pairs": len(queries.paired)}
-    return Choice(stages.views, keep, stages.ratio, signs | counts | {"mutual": mutual}, judged)
+    return Choice(stages.views, keep, stages.ratio, criteria | counts | {"mutual": mutual}, judged)
 
 
 def possible(size: int, mined: int) -> Iterator[Stages]:
@@ -247,5 +247,5 @@ def _mean(values: Tensor) -> float | None:
     return None if math.isnan(mean) else mean
 
 
-def _rounded(signs: dict[str, float | None]) -> dict[str, float | None]:
-    return {name: None if value is None else round(value, 4) for name, value in signs.items()}
+def _rounded(criteria: dict[str, float | None]) -> dict[str, float | None]:
+    return {name: None if value is None else round(value, 4) for name, value in criteria.items()}

@@ -56,12 +56,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TwoViewFeatures:
-    """N rows seen in two views. Rows of the same label and the same group are siblings."""
+    """N rows seen in two views. Rows of the same source are siblings; where sources are not given, those of the same
+    label and the same group."""
 
     rgb: Tensor  # [N, D] float32
     flow: Tensor  # [N, D] float32
     labels: Tensor  # [N] int64, -1 where unknown
     groups: Tensor  # [N] int64
+    sources: Tensor | None = None  # [N] int64, not negative
+
+    @property
+    def sibling_ids(self) -> Tensor:
+        """[N] int64: equal for siblings."""
+        return class_units(self.labels, self.groups, "source")[0] if self.sources is None else self.sources
 
 
 def load_two_view_features(path: str | Path, *, raw: bool = False) -> TwoViewFeatures:
@@ -98,10 +105,12 @@ def load_two_view_features(path: str | Path, *, raw: bool = False) -> TwoViewFea
     return two_views(features["rgb"], features["flow"], labels, groups, raw=raw)
 
 
-def two_views(rgb: Tensor, flow: Tensor, labels: Tensor, groups: Tensor, *, raw: bool = False) -> TwoViewFeatures:
+def two_views(
+    rgb: Tensor, flow: Tensor, labels: Tensor, groups: Tensor, sources: Tensor | None = None, *, raw: bool = False
+) -> TwoViewFeatures:
     """Returns features [N, D] as they are mined: `raw`, or each view centred by its mean and L2-normalised."""
     rgb, flow = (view if raw else _centre_and_normalise(view) for view in (rgb, flow))
-    return TwoViewFeatures(rgb, flow, labels, groups)
+    return TwoViewFeatures(rgb, flow, labels, groups, sources)
 
 
 def sweep(
@@ -138,7 +147,7 @@ def sweep(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     features = torch.stack([data.rgb, data.flow]).to(device)  # [2, N, D]
-    sibling_ids = class_units(data.labels, data.groups, "source")[0].to(device)  # [N]
+    sibling_ids = data.sibling_ids.to(device)  # [N]
     groups = [orders] if orders else [[view_order(view, n) for n in stages] for view in query_views]
     settings = [s for group in groups for s in itertools.product(top_ks, ratios, group)]
     if progress:
@@ -160,16 +169,15 @@ def choose_cascade(data: TwoViewFeatures, top_k: int, *, device: str = "auto") -
     Args:
         top_k: the largest number of positives that may be chosen, at most N.
     Returns:
-        The row of `sweep` for the chosen cascade, with `text`, the reason, and `signs`, see `Choice`.
+        The row of `sweep` for the chosen cascade, with `text`, the reason, and `criteria`, see `Choice`.
     """
     _check_settings((1,), (1.0,), (top_k,), ("rgb",), (), len(data.labels))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    ids = class_units(data.labels, data.groups, "source")[0].to(device)
-    choice = choose(torch.stack([data.rgb, data.flow]).to(device), ids, top_k)
+    choice = choose(torch.stack([data.rgb, data.flow]).to(device), data.sibling_ids.to(device), top_k)
     order = "".join("rf"[view] for view in choice.views)
     (row,) = sweep(data, ratios=[choice.ratio], top_ks=[choice.top_k], orders=[order], device=device)
-    return row | {"text": choice.reason(("rgb", "flow")), "signs": choice.signs}
+    return row | {"text": choice.reason(("rgb", "flow")), "criteria": choice.criteria}
 
 
 def view_order(query_view: View, stages: int) -> str:

@@ -1,4 +1,4 @@
-"""The rule of `mining.stages = "auto"`: its signs against a brute force in float64, and cases with a known answer."""
+"""The rule of `mining.stages = "auto"`: its criteria against a brute force in float64, and known answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cpr_fast.mining.auto import COUNTS, JUDGED, TRUST, choose, possible
+from cpr_fast.mining.auto import COUNTS, JUDGED, LEAST_MUTUAL, choose, possible
 from cpr_fast.mining.stages import stage_keep
 from cpr_fast.ops import cascade_select
 
@@ -77,7 +77,7 @@ def reference(features, ids, top_k):
 
 
 @pytest.mark.parametrize(("videos", "top_k"), [(2, 3), (1, 7), (3, 1)])
-def test_signs_are_those_of_a_brute_force(videos, top_k):
+def test_criteria_are_those_of_a_brute_force(videos, top_k):
     generator = torch.Generator().manual_seed(videos)
     ids = torch.arange(67) // videos
     ids = ids[torch.randperm(67, generator=generator)]
@@ -88,10 +88,10 @@ def test_signs_are_those_of_a_brute_force(videos, top_k):
     choice = choose(features, ids, top_k)
     judged = {(tuple(row["views"]), row["ratio"]): row["score"] for row in choice.judged}
     assert judged == pytest.approx(scores, abs=1e-4)
-    assert choice.signs["mutual"] == pytest.approx(mutual, abs=1e-6)
+    assert choice.criteria["mutual"] == pytest.approx(mutual, abs=1e-6)
     assert scores[choice.views, choice.ratio] == pytest.approx(max(scores.values()), abs=1e-9)
-    assert choice.top_k == max((count for count, share in mutual.items() if share >= TRUST), default=1)
-    assert (choice.signs["siblings"] is None) == (videos == 1)
+    assert choice.top_k == max((count for count, share in mutual.items() if share >= LEAST_MUTUAL), default=1)
+    assert (choice.criteria["siblings"] is None) == (videos == 1)
 
 
 @pytest.mark.parametrize("noisy", [0, 1])
@@ -133,7 +133,7 @@ def test_copies_of_a_video_do_not_mislead():
         assert found >= 0.9 * best_fixed(*everything, choice.top_k)
 
 
-def test_easily_told_classes_let_more_entries_be_trusted():
+def test_easily_told_classes_let_more_entries_be_positives():
     few = choose(*planted(signal=(0.5, 0.5), sources=24)[:2], 20)
     many = choose(*planted(signal=(3.0, 3.0), sources=24)[:2], 20)
     assert few.top_k < many.top_k <= 20
@@ -154,23 +154,23 @@ def test_without_entries_to_judge_the_choice_is_one_stage_in_the_other_view():
     assert choice.reason(("rgb", "flow")) == "flow, top-1: the entries of the memory allow no judgement"
 
 
-def test_the_reason_names_cascade_and_signs():
+def test_the_reason_names_cascade_and_criteria():
     features, ids, _ = planted()
     choice = choose(features, ids, 5)
     reason = choice.reason(("rgb", "flow"))
     order = "-".join(("rgb", "flow")[view] for view in choice.views)
     assert reason.startswith(f"{order}, ratio {choice.ratio:g}, top-{choice.top_k}: the best of ")
-    assert f"nearness to siblings {choice.signs['siblings']:.2f}" in reason
+    assert f"nearness to siblings {choice.criteria['siblings']:.2f}" in reason
     assert choice.judged[0]["views"] == list(choice.views)
     unjudged = {"views": [1], "ratio": 1.0, "siblings": None, "mined_agree": None, "score": None}
     assert dataclasses.replace(choice, judged=[*choice.judged, unjudged]).reason(("rgb", "flow")) == reason.replace(
         f"{len(choice.judged)} cascades", f"{len(choice.judged) + 1} cascades"
     )
     clear = choose(*planted(signal=(3.0, 3.0), sources=24)[:2], 5)
-    share = clear.signs["mutual"][clear.top_k]
+    share = clear.criteria["mutual"][clear.top_k]
     assert clear.top_k > 1
     assert clear.reason(("rgb", "flow")).endswith(f"keep {share:.0%} of the mutual nearness of the first one")
-    assert choose(features, ids, 1).reason(("rgb", "flow")).endswith("; only the first entry is trusted")
+    assert choose(features, ids, 1).reason(("rgb", "flow")).endswith("; only the first entry is kept as a positive")
 
 
 @pytest.mark.parametrize(

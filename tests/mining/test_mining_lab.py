@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
 import numpy as np
 import pytest
+import torch
 
 from cpr_fast.cli import main
 from cpr_fast.errors import InputError
-from cpr_fast.mining.lab import load_two_view_features, sweep
+from cpr_fast.mining.auto import choose
+from cpr_fast.mining.lab import choose_cascade, load_two_view_features, sweep
+from cpr_fast.ops import cascade_select
 
 RATES = ("pmr", "r1", "cmr_median", "cmr_mean", "cmr_median_video")
 
@@ -182,6 +186,25 @@ def test_a_cascade_chosen_without_labels_is_measured_with_them(tmp_path, capsys)
     printed = " ".join(capsys.readouterr().out.split())
     assert "Chosen without labels: " in printed and "cpr-fast pretrain RECIPE --mining.stages auto" in printed
     assert unlabelled == path and "PMR 0" not in printed
+
+
+def test_rows_of_one_source_are_siblings_whatever_their_labels(tmp_path):
+    """As in training. Rates over classes still count the pairs of label and group."""
+    arrays = small_arrays(rows=83, width=6)
+    data = load_two_view_features(save(tmp_path, arrays), raw=True)
+    sources = torch.arange(83) // 3
+    with_sources = dataclasses.replace(data, groups=sources, sources=sources)
+    features = torch.stack([data.rgb, data.flow])
+    mined = cascade_select(features, features, [1, 0, 1], [41, 20, 4], query_ids=sources, memory_ids=sources)[0]
+    assert not (sources[mined] == sources[:, None]).any()
+    (row,) = sweep(with_sources, stages=[3], top_ks=[4])
+    assert row["pmr"] == pytest.approx((data.labels[mined] == data.labels[:, None]).double().mean().item(), abs=1e-6)
+    without = dataclasses.replace(with_sources, sources=None)
+    assert sweep(without, stages=[3], top_ks=[4])[0]["pmr"] != row["pmr"]
+    chosen, wanted = choose_cascade(with_sources, 4), choose(features, sources, 4)
+    assert chosen["order"] == "".join("rf"[view] for view in wanted.views)
+    assert chosen["criteria"] == wanted.criteria
+    assert choose_cascade(without, 4)["criteria"] != wanted.criteria
 
 
 def test_table_and_heat_map(tmp_path, capsys):

@@ -63,9 +63,9 @@ def test_the_page_is_whole_and_alone(run):
 def test_cascades_that_were_chosen_in_training_are_listed(tmp_path, index):
     common = {"kind": "cascade", "cycle": 1, "view": "rgb", "order": ["flow", "rgb", "flow"], "ratio": 0.3, "top_k": 3}
     choices = [
-        common | {"epoch": 1, "step": 3, "signs": {"siblings": 2.0, "mined_agree": 1.0}},
-        common | {"epoch": 2, "step": 6, "signs": {"siblings": 3.0, "mined_agree": 2.0}},
-        common | {"epoch": 3, "step": 9, "order": ["rgb"], "signs": {"siblings": None, "mined_agree": 1.25}},
+        common | {"epoch": 1, "step": 3, "criteria": {"siblings": 2.0, "mined_agree": 1.0}},
+        common | {"epoch": 2, "step": 6, "criteria": {"siblings": 3.0, "mined_agree": 2.0}},
+        common | {"epoch": 3, "step": 9, "order": ["rgb"], "criteria": {"siblings": None, "mined_agree": 1.25}},
     ]
     folder = write_run(tmp_path / "auto", [start_row(index, stages="auto"), *training_rows(), *choices])
     text = text_of(write_report([folder], tmp_path / "report.html"))

@@ -153,6 +153,8 @@ def test_other_memories_have_the_curve_of_one_too(tmp_path, method):
             [(row["step"], row["order"], row["keep"]) for row in rows(folder, "cascade")] for folder in (one, two)
         ]
         assert choices[0] == choices[1] and len(choices[0]) == 2
+        mined = [[row["mined"] for row in read_ledger(folder) if "plan" in row] for folder in (one, two)]
+        assert mined[0] == mined[1] and sum(row is not None for row in mined[0]) == 4
     if method is SCHEDULED:
         norms = [[row["grad_norm"] for row in rows(folder, "step")] for folder in (one, two)]
         assert norms[0] == pytest.approx(norms[1], rel=1e-3) and max(norms[0]) > MODERN["optim"]["clip_norm"]

@@ -49,8 +49,9 @@ def mine(
             of --top-k positives, and measure it.
         details: Also print what each stage keeps and loses, and view agreement and mutual neighbours, which need no
             labels.
-        raw: Use the features without centring and L2 normalisation.
-        checkpoint: With a store, the checkpoint of a run that was trained on features: its projections are mined.
+        raw: Use the features without centring and L2 normalisation: with --checkpoint or a dumped memory, these are
+            what training compares.
+        checkpoint: With a store, a checkpoint trained on features, whose L2-normalised projections are mined.
         heatmap: A PNG file to write: PMR over stages and ratio.
     """
     require_features("FEATURES", features)
@@ -79,13 +80,14 @@ def mine(
 
 
 def _of_store(folder: Path, *, checkpoint: tuple[str, ...], raw: bool) -> TwoViewFeatures:
-    """Returns the features of a store in the views RGB and flow, or their projections by the heads of a checkpoint."""
+    """Returns the features of a store in the views RGB and flow, or, as in training, their L2-normalised projections by
+    the heads of a checkpoint. As in training, clips of one source are siblings, whatever their labels."""
     if checkpoint:
         require_checkpoints("--checkpoint", checkpoint)
     import torch
 
     from cpr_fast.evaluate.features.cache import embed_index
-    from cpr_fast.evaluate.features.embedding import encoder_embeddings
+    from cpr_fast.evaluate.features.embedding import Embedding
     from cpr_fast.evaluate.features.pretrained import load_pretrained
     from cpr_fast.evaluate.features.recipe import Recipe
     from cpr_fast.evaluate.features.windows import open_windows
@@ -97,13 +99,13 @@ def _of_store(folder: Path, *, checkpoint: tuple[str, ...], raw: bool) -> TwoVie
     clips.store.require_views("FEATURES", views)
     if missing := [view for view in views if view not in networks.encoders]:
         raise InputError(f"--checkpoint: expected heads of the views rgb and flow, got none of {missing[0]}")
-    found, _ = embed_index(
-        clips,
-        encoder_embeddings("net", networks.encoders, how, dict.fromkeys(networks.encoders, "")),
-        lambda part: open_windows(part, networks.data, views, how, "cpu"),
-    )
+    embeddings = {
+        view: Embedding(view, networks.encoders[view].features if networks.raw else networks.encoders[view], how.metric)
+        for view in views
+    }
+    found, _ = embed_index(clips, embeddings, lambda part: open_windows(part, networks.data, views, how, "cpu"))
     labels, sources = torch.from_numpy(clips.labels), torch.from_numpy(clips.source_ids)
-    return two_views(found["net/rgb"], found["net/flow"], labels, sources, raw=raw)
+    return two_views(found["rgb"], found["flow"], labels, sources, sources, raw=raw)
 
 
 def _print(rows: list[dict[str, Any]], chosen: dict[str, Any] | None, details: bool) -> None:

@@ -121,7 +121,7 @@ def _chosen_mining(config: Config, cycles: Sequence[Cycle], size: int, compared:
     most = max(config.mining.top_k if cycle.top_k is None else cycle.top_k for cycle in cycles)
     numbers, ratios = ", ".join(map(str, STAGES)), ", ".join(map(fraction, RATIOS))
     rows = [
-        ("stages", f"chosen in every epoch from {size:,} entries, by signs that need no labels:"),
+        ("stages", f"chosen in every epoch from {size:,} entries, by measures that need no labels:"),
         ("", f"last view, n = {numbers}, r = {ratios}, top-k of {most} or less"),
         compared,
     ]

@@ -5,9 +5,11 @@ Reading the loss for a row is the only point at which a training step waits for 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -226,15 +228,14 @@ class StepLog:
                 log.warning("epoch %d of %d: %s", epoch + 1, self.epochs, text)
 
     def cascade(self, epoch: int, step: int, choice: Choice) -> str | None:
-        """Writes the cascade that was chosen before a step, with the signs that it was chosen by. Returns the reason
-        in one sentence, None if the cascade is the one before. Its time does not count for the step."""
+        """Writes the cascade that was chosen before a step, with the criteria that it was chosen by. Returns the reason
+        in one sentence, None if the cascade is the one before."""
         names = self.state.views[:2]
         chosen = {"order": [names[view] for view in choice.views], "ratio": choice.ratio, "top_k": choice.top_k}
         judged = [{**row, "views": [names[view] for view in row["views"]]} for row in choice.judged]
         text = choice.reason(names)
         row = {"epoch": epoch, "step": step, **self.common, **chosen, "keep": choice.keep, "text": text}
-        self._write({"kind": "cascade", **row, "signs": choice.signs, "judged": judged})
-        self._restart_clock()
+        self._write({"kind": "cascade", **row, "criteria": choice.criteria, "judged": judged})
         before, self.chosen = self.chosen, chosen
         return None if chosen == before else text
 
@@ -243,6 +244,15 @@ class StepLog:
         self._write({"kind": "online", "epoch": epoch, "step": step, **self.common, **measured, "best": best})
         self.epoch_began = time.perf_counter()
         self._restart_clock()
+
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Leaves the seconds that a block takes out of the times of the present steps and of the epoch."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self.clock_began += seconds
+        self.epoch_began += seconds
 
     def _restart_clock(self) -> None:
         self.clock_began, self.data_wait_s, self.steps = time.perf_counter(), 0.0, 0

@@ -274,7 +274,8 @@ def _run_cycle(
 def _choose_cascade(run: Run, state: CycleState, rows: StepLog, epoch: int, step: int) -> None:
     """Chooses the cascade with mining.stages = "auto", and prints a new choice."""
     run.watch.doing(f"choosing the cascade of step {step + 1}")
-    text = rows.cascade(epoch, step, state.choose_cascade())
+    with rows.untimed():
+        text = rows.cascade(epoch, step, state.choose_cascade())
     if run.progress and text is not None:
         log.info("epoch %d: mining with %s", epoch + 1, text)
     run.watch.doing(f"computing step {step + 1}")

@@ -71,8 +71,8 @@ def inside_figures(run: Run) -> list[Chart]:
 
 
 def chosen_cascades(run: Run) -> Table | None:
-    """Returns the cascades that a run with mining.stages = "auto" chose, with the means of their signs and of the PMR
-    of their epochs; successive equal choices are one row. None if the run chose none."""
+    """Returns the cascades that a run with mining.stages = "auto" chose, with the means of their criteria and of the
+    PMR of their epochs; successive equal choices are one row. None if the run chose none."""
     groups: list[list[dict[str, Any]]] = []
     for row in run.choices:
         if groups and all(row[key] == groups[-1][-1][key] for key in ("cycle", "order", "ratio", "top_k")):
@@ -84,11 +84,11 @@ def chosen_cascades(run: Run) -> Table | None:
     for group in groups:
         first, epochs = group[0], [row["epoch"] for row in group]
         number = f"{epochs[0] + 1}" if len(epochs) == 1 else f"{epochs[0] + 1} to {epochs[-1] + 1}"
-        signs = [_mean([row["signs"][name] for row in group]) for name in ("siblings", "mined_agree")]
+        criteria = [_mean([row["criteria"][name] for row in group]) for name in ("siblings", "mined_agree")]
         views = ", ".join(VIEW_NAMES[view] for view in first["order"])
         ratio = first["ratio"] if len(first["order"]) > 1 else None
         rate = _mean([rates.get(epoch) for epoch in epochs])
-        rows.append((number, VIEW_NAMES[first["view"]], views, ratio, first["top_k"], *signs, rate))
+        rows.append((number, VIEW_NAMES[first["view"]], views, ratio, first["top_k"], *criteria, rate))
     columns = [
         Column("Epochs"),
         Column("Queries"),

@@ -36,7 +36,7 @@ def test_a_row_compares_the_choice_with_the_best_of_all_fixed_cascades(script):
     assert row["pmr"] == same[row["chosen"]] and row["pmr_best_same"] == max(same.values())
     assert row["pmr_best_overall"] == max(rate for found in rates.values() for rate in found.values())
     assert row["ratio_same"] == row["pmr"] / row["pmr_best_same"] <= 1
-    assert row["by_sign"]["score"] == pytest.approx(row["ratio_same"])
+    assert row["by_criterion"]["score"] == pytest.approx(row["ratio_same"])
     # One stage in view 1, from the definition: the nearest entry of another source.
     scores = (memory.features[1] @ memory.features[1].T).masked_fill(memory.ids[:, None] == memory.ids, -torch.inf)
     right = memory.labels[scores.argmax(1)] == memory.labels

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support import own_networks
 
 pytest.importorskip("nvidia.dali", reason="the videos are decoded")
@@ -18,7 +19,9 @@ from cpr_fast.data.clips.loader import TrainLoader, WindowLoader
 from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.synthetic.videos import write_synthetic
+from cpr_fast.mining.auto import choose
 from cpr_fast.models import build_encoder
+from cpr_fast.ops import cascade_select
 from cpr_fast.weights.checkpoint import load_encoders
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -203,8 +206,39 @@ def test_mine_reads_stores_of_two_views_and_their_projections(here, capsys, tmp_
     recipe.write_text(text.replace("cycles = [{", "cycles = [{ view = 'flow', epochs = 1, mining = 'none' }, {"))
     assert main(["pretrain", str(recipe)]) == 0
     capsys.readouterr()
-    assert main([*mine, "--checkpoint", str(run / "checkpoints" / "last.pt")]) == 0
-    assert json.loads(capsys.readouterr().out)["results"] != found
+    checkpoint = run / "checkpoints" / "last.pt"
+    assert main([*mine, "--checkpoint", str(checkpoint), "--raw"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["results"]
+    heads = load_encoders(checkpoint)[1]
+    with torch.no_grad():
+        projected = [heads[view].backbone(torch.from_numpy(arrays[view])) for view in ("rgb", "flow")]
+    features, ids = F.normalize(torch.stack(projected), dim=2), torch.arange(60)
+    mined = cascade_select(features, features, [1, 0, 1], [30, 15, 5], query_ids=ids, memory_ids=ids)[0]
+    assert row["pmr"] == pytest.approx((labels[mined] == labels[:, None]).mean(), abs=1e-6)
+    assert main([*mine, "--checkpoint", str(checkpoint)]) == 0
+    assert json.loads(capsys.readouterr().out)["results"] not in ([row], found)
+
+
+def test_clips_of_one_source_in_a_store_are_siblings_whatever_their_labels(tmp_path, capsys):
+    random, labels, sources = np.random.default_rng(0), np.arange(60) % 3, np.arange(60) // 4
+    names = [f"v{i}" for i in range(60)]
+    table = "".join(f"{name},c{c},s{source}\n" for name, c, source in zip(names, labels, sources, strict=True))
+    (tmp_path / "table.csv").write_text(f"path,label,source\n{table}")
+    scenes, views = random.standard_normal((15, 6)), []
+    for view in ("rgb", "flow"):
+        views.append((2 * scenes[sources] + random.standard_normal((60, 6))).astype("f4"))
+        np.savez(tmp_path / f"{view}.npz", features=views[-1], names=np.array(names))
+    both = [f"{view}={tmp_path / view}.npz" for view in ("rgb", "flow")]
+    store = str(tmp_path / "two")
+    embed = ["embed", str(tmp_path / "table.csv"), "--features", *both, "--out", store, "--dtype", "float32", "--json"]
+    assert main(embed) == 0
+    capsys.readouterr()
+    assert main(["mine", store, "--stages", "1", "--top-k", "3", "--raw", "--auto", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    features, ids = torch.from_numpy(np.stack(views)), torch.from_numpy(sources)
+    mined = cascade_select(features, features, [1], [3], query_ids=ids, memory_ids=ids)[0].numpy()
+    assert found["results"][0]["pmr"] == pytest.approx((labels[mined] == labels[:, None]).mean(), abs=1e-6)
+    assert found["auto"]["text"] == choose(features, ids, 3).reason(("rgb", "flow"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 from support.small_runs import INDEX, Killed, assert_same, everything, killed_at, rows, run, settings
@@ -11,7 +12,10 @@ from support.stand_in_loader import NoisyLoader, RandomLoader
 
 from cpr_fast.config import Config, ConfigError
 from cpr_fast.mining.auto import choose
+from cpr_fast.pretrain.run import log, loop
 from cpr_fast.pretrain.run.loop import pretrain
+from cpr_fast.pretrain.state import cycle
+from cpr_fast.runtime.metrics import read_metrics
 from cpr_fast.weights.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,7 +63,7 @@ def test_a_choice_is_that_of_the_memory_of_the_checkpoint_before(straight):
         choice = choose(memory["features"][:2], memory["source"], 3)
         assert [("flow", "rgb")[view] for view in choice.views] == row["order"]  # view 0 is the query's
         assert list(choice.keep) == row["keep"]
-        assert choice.signs["score"] == row["signs"]["score"]
+        assert choice.criteria["score"] == row["criteria"]["score"]
 
 
 def test_rates_and_the_loss_of_chance_are_those_of_the_chosen_cascade(straight):
@@ -128,6 +132,40 @@ def test_a_new_choice_is_printed_once(tmp_path, caplog):
         if before is None or any(before[key] != row[key] for key in ("order", "ratio", "top_k"))
     ]
     assert printed == [f"epoch {row['epoch'] + 1}: mining with {row['text']}" for row in new]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_times_of_steps_leave_out_the_choice_and_keep_the_wait(tmp_path, monkeypatch, every):
+    """By a clock of which a batch takes .8 s, a choice 5 s, and a step .25 s."""
+    now = [0.0]
+
+    def slow(seconds, function):
+        def later(*args):
+            now[0] += seconds
+            return function(*args)
+
+        return later
+
+    class Slow(RandomLoader):
+        def epoch(self, number, start_step=0):
+            for batch in super().epoch(number, start_step):
+                now[0] += 0.8
+                yield batch
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    for module in (log, loop):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(loop, "train_step", slow(0.25, loop.train_step))
+    monkeypatch.setattr(cycle, "choose", slow(5.0, choose))
+    out = run(auto(tmp_path / "run", run={"out": str(tmp_path / "run"), "log_every": every}), Slow)
+    steps = [row for row in read_metrics(out) if row["kind"] == "step"]
+    assert len(steps) == 12 // every and len(rows(out, "cascade")) == 3
+    for row in steps:
+        assert row["data_wait_s"] == pytest.approx(0.8)
+        assert row["step_time_s"] == pytest.approx(0.25)
+        assert row["clips_per_s"] == pytest.approx(12 / 1.05)
+    epochs = [row for row in read_metrics(out) if row["kind"] == "epoch"]
+    assert [row["epoch_time_s"] for row in epochs] == pytest.approx([3 * 1.05] * 4)
 
 
 @pytest.mark.parametrize(
