@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from cpr_fast.config import Config, ModelConfig, View, load
+from cpr_fast.config.sections import InitConfig
 from cpr_fast.data.clips.loader import WindowLoader
 from cpr_fast.data.clips.sampling import Clips, Sources, plan_first, plan_windows
 from cpr_fast.data.features.clips import Clip
@@ -29,6 +30,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import digest, weights_digest
 from cpr_fast.evaluate.features.pretrained import Pretrained, load_pretrained
 from cpr_fast.models import Encoder, build_encoder
+from cpr_fast.weights.checkpoint import load_initial
 
 SHARD_VIDEOS = 256  # what is computed again after a stop
 WINDOWS = 2  # without augmentation, of a video that is longer than a clip
@@ -39,19 +41,36 @@ log = logging.getLogger(__name__)
 
 def load_networks(given: Sequence[str]) -> Pretrained:
     """Returns the encoders of `--encoder`: checkpoints (FILE or VIEW=FILE); or one network for one view, a recipe
-    (FILE.toml) or a factory (MODULE:FACTORY or FILE.py:FACTORY), perhaps with VIEW= before it."""
+    (FILE.toml) or a factory (MODULE:FACTORY or FILE.py:FACTORY), perhaps with VIEW= before it.
+
+    The weights of a recipe are those that its `model.init` names for the view; or those that the factory loads; or
+    random ones of the built-in networks, which the name of what is returned and the log then say.
+
+    Raises:
+        InputError: not one network, or one that encodes stored features; or see `load_initial`.
+    """
     view, equals, name = given[0].partition("=")
     view, name = (view, name) if equals and view in get_args(View) else ("rgb", given[0])
     is_factory = ":" in name and not Path(name).exists()
     if not is_factory and not name.endswith(".toml"):
-        return load_pretrained(given)
+        return load_pretrained(given).of_videos("embed", "--encoder")
     if len(given) > 1:
         raise InputError(f"--encoder: expected one network, or checkpoints, got {' '.join(given)}")
     config = Config(model=ModelConfig(arch=name)) if is_factory else load(name)
+    networks = Pretrained(name, Path(), {}, {view: config}).of_videos("embed", "--encoder")
+    file = getattr(config.model.init, view)
+    weights = load_initial(dataclasses.replace(config.model, init=InitConfig(**{view: file})))
     with torch.random.fork_rng([]):
         torch.manual_seed(config.run.seed)
         encoder = build_encoder(config.model, config.data).eval()
-    return Pretrained(name, Path(), {view: encoder}, {view: config})
+    if file:
+        encoder.load_state_dict(weights[view])
+        name = f"{name} with the weights of {file}"
+    elif ":" not in config.model.arch:  # a built-in network; others may have loaded their weights
+        log.warning("embed: the weights of %s are random, because %s has no model.init.%s: use the features only as a "
+                    "baseline", config.model.arch, name, view)  # fmt: skip
+        name = f"{name} with random weights (run.seed {config.run.seed})"
+    return dataclasses.replace(networks, name=name, encoders={view: encoder})
 
 
 def embed_videos(
@@ -79,7 +98,6 @@ def embed_videos(
     """
     if samples < 1:
         raise InputError(f"--samples: expected at least 1, got {samples}")
-    networks.of_videos("embed")
     data, encoders = networks.data, {v: encoder.to(device) for v, encoder in networks.encoders.items()}
     relative, sources = Relative(out), Sources.of(index, data)
     clips = [Clip(relative(v.path), v.label, v.source, v.split) for v in index]

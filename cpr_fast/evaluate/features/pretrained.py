@@ -71,10 +71,11 @@ class Pretrained:
             )
         return clips
 
-    def of_videos(self, task: str) -> Pretrained:
-        """Returns the same networks. Raises InputError if they encode features, and `task` needs those of videos."""
+    def of_videos(self, task: str, option: str = "CHECKPOINT") -> Pretrained:
+        """Returns the same networks. Raises InputError that names `option`, if they encode features, and `task` needs
+        networks that encode videos."""
         if self.data.features:
-            raise InputError(f"CHECKPOINT: {task} expects a network that encodes videos, got {self.name!r} of features")
+            raise InputError(f"{option}: {task} expects a network that encodes videos, got {self.name!r} of features")
         return self
 
 

@@ -13,13 +13,15 @@ from support import own_networks
 pytest.importorskip("nvidia.dali", reason="the videos are decoded")
 
 from cpr_fast.cli import main
-from cpr_fast.config import DataConfig, ModelConfig
+from cpr_fast.config import Config, DataConfig, ModelConfig
 from cpr_fast.data.clips.loader import TrainLoader, WindowLoader
 from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.synthetic.videos import write_synthetic
+from cpr_fast.errors import InputError
+from cpr_fast.evaluate.features.embed import load_networks
 from cpr_fast.models import build_encoder
-from cpr_fast.weights.checkpoint import load_encoders
+from cpr_fast.weights.checkpoint import load_encoders, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,6 +118,33 @@ def test_a_stopped_store_is_continued_with_the_same_bits(here, monkeypatch, caps
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["computed"] == 1
     assert {path.name: path.read_bytes() for path in (here / "parts").iterdir()} == before
+
+
+def test_the_weights_of_a_recipe_are_those_of_its_checkpoint_or_are_called_random(here, caplog):
+    config = Config.from_dict({"data": DATA, "model": {"arch": "r3d", "width": 0.0625, "feature_dim": 8}})
+    torch.manual_seed(3)
+    encoder = build_encoder(config.model, config.data)
+    payload = {"config": config.to_dict(), "encoders": {"rgb": encoder.state_dict()}}
+    save_checkpoint(here / "theirs" / "r3d.pt", payload)
+    recipe = RECIPE.split("[model]")[0] + '[model]\narch = "r3d"\nwidth = 0.0625\nfeature_dim = 8\n'
+    (here / "theirs" / "random.toml").write_text(recipe)
+    (here / "theirs" / "init.toml").write_text(f'{recipe}[model.init]\nrgb = "r3d.pt"\n')
+    loaded = load_networks(["theirs/init.toml"])
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(loaded.encoders["rgb"].state_dict()[name], tensor), name
+    assert "r3d.pt" in loaded.name and "random" not in loaded.name + caplog.text
+    assert not loaded.encoders["rgb"].training
+    fresh = load_networks(["theirs/random.toml"])
+    assert fresh.name == "theirs/random.toml with random weights (run.seed 0)"
+    assert "the weights of r3d are random, because theirs/random.toml has no model.init.rgb" in caplog.text
+    caplog.clear()
+    load_networks(["flow=theirs/init.toml"])  # whose init is of the other view
+    assert "has no model.init.flow" in caplog.text
+    caplog.clear()
+    assert "random" not in load_networks(["clips.toml"]).name + caplog.text
+    (here / "theirs" / "init.toml").write_text(f'{recipe.replace("= 8", "= 9")}[model.init]\nrgb = "r3d.pt"\n')
+    with pytest.raises(InputError, match=r"model.init.rgb: '.*r3d.pt' has model.feature_dim 8, got 9"):
+        load_networks(["theirs/init.toml"])
 
 
 def test_an_unreadable_video_is_left_out_and_named(here, capsys, caplog):
@@ -215,7 +244,7 @@ def test_mine_reads_stores_of_two_views_and_their_projections(here, capsys, tmp_
         (["embed", "data/index.csv", "--encoder", "net.py:Tokens", "clips.toml", "--out", "x"],
          "--encoder: expected one network, or checkpoints, got net.py:Tokens clips.toml"),
         (["embed", "data/index.csv", "--encoder", "net.py:No", "--out", "x"], "model.arch 'net.py:No': expected a"),
-        (["embed", "data/index.csv", "--encoder", "train.toml", "--out", "x"], "CHECKPOINT: embed expects a network"),
+        (["embed", "data/index.csv", "--encoder", "train.toml", "--out", "x"], "--encoder: embed expects a network"),
         (["embed", "--features", "rgb=a", "b", "--out", "x"], "--features: expected each view once"),
         ([*EMBED[:-1], "0", "--out", "x"], "--samples: expected 1 or more, got 0"),
         ([*EMBED, "--out", "data"], "--out: expected a new folder or a store of features, got 'data'"),
