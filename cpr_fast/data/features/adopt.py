@@ -15,7 +15,7 @@ import numpy as np
 from cpr_fast.data.features.clips import COLUMNS, Clip
 from cpr_fast.data.features.foreign import Foreign, open_foreign
 from cpr_fast.data.features.store import Description
-from cpr_fast.data.features.write import Computed, planned_shards, same_clips, write_store
+from cpr_fast.data.features.write import Computed, file_states, planned_shards, same_clips, write_store
 from cpr_fast.data.index.listing import SPLITS, clip_source
 from cpr_fast.data.index.tables import read_table
 from cpr_fast.errors import InputError
@@ -165,10 +165,11 @@ def _unique(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
 def _digest(found: Mapping[str, Foreign], clips: Sequence[Clip], samples: int, dtype: str) -> str:
     """Returns what an unfinished store is recognised by: the files, the clips and the settings."""
     sha = hashlib.sha256()
-    files = []
-    for view, foreign in found.items():
-        stat = foreign.path.stat()
-        files.append((view, str(foreign.path.resolve()), foreign.count, stat.st_size, stat.st_mtime_ns))
+    files = [
+        (view, str(foreign.path.resolve()), foreign.count,
+         file_states(foreign.files or [foreign.path], lambda file, folder=foreign.path: os.path.relpath(file, folder)))
+        for view, foreign in found.items()
+    ]  # fmt: skip
     sha.update(json.dumps([files, samples, dtype]).encode())
     for clip in clips:
         sha.update(json.dumps(clip).encode())

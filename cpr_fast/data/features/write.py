@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,13 @@ class Computed:
 def planned_shards(clips: int, shard_clips: int) -> list[int]:
     """Returns how many clips each shard is to hold."""
     return [min(shard_clips, clips - begin) for begin in range(0, clips, shard_clips)]
+
+
+def file_states(files: Iterable[Path], named: Callable[[Path], str]) -> list[tuple[str, int, int]]:
+    """Returns the name that `named` gives, the size in bytes and the modification time in nanoseconds of every file,
+    once each: by these, the source of a store tells that an input was changed."""
+    found = ((file, file.stat()) for file in dict.fromkeys(files))
+    return [(named(file), state.st_size, state.st_mtime_ns) for file, state in found]
 
 
 def write_store(
@@ -86,8 +93,8 @@ def _begun(folder: Path, about: Description) -> Description:
         there = Description.load(folder)
         if there.source != about.source:
             raise InputError(
-                f"--out: {str(folder)!r} holds a store of other features (another encoder, other clips or other "
-                "settings); choose another folder"
+                f"--out: {str(folder)!r} holds a store of other features (another encoder, other clips, other "
+                "settings, or inputs that were changed since); choose another folder"
             )
         return dataclasses.replace(there, shards=None, digest="")
     if any(entry.name != ".store.lock" for entry in folder.iterdir()):

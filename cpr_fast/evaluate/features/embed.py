@@ -23,8 +23,9 @@ from cpr_fast.data.clips.loader import WindowLoader
 from cpr_fast.data.clips.sampling import Clips, Sources, plan_first, plan_windows
 from cpr_fast.data.features.clips import Clip
 from cpr_fast.data.features.store import Description
-from cpr_fast.data.features.write import Computed, planned_shards, write_store
+from cpr_fast.data.features.write import Computed, file_states, planned_shards, write_store
 from cpr_fast.data.index.index import Index, Relative
+from cpr_fast.data.storage.media import container
 from cpr_fast.data.storage.unreadable import not_read
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import digest, weights_digest
@@ -94,7 +95,8 @@ def embed_videos(
     Returns:
         What `write_store` returns, and `skipped`, (path, reason) of the files that could not be read.
     Raises:
-        InputError: see `write_store`; or a view has no flow, or the network refuses the clips.
+        InputError: see `write_store`, also for a store of the same videos before one of their files, or of those of
+            their flow, was changed; or a view has no flow, or the network refuses the clips.
     """
     if samples < 1:
         raise InputError(f"--samples: expected at least 1, got {samples}")
@@ -102,7 +104,9 @@ def embed_videos(
     relative, sources = Relative(out), Sources.of(index, data)
     clips = [Clip(relative(v.path), v.label, v.source, v.split) for v in index]
     settings = {key: value for key, value in dataclasses.asdict(data).items() if key not in _OF_THE_MACHINE}
-    source = digest(json.dumps([settings, samples, dtype, seed, torch.device(device).type, clips]),
+    inputs = (path for video in index for path in (video.path, video.flow_path) if path is not None)
+    files = file_states(map(_file_of, inputs), relative)
+    source = digest(json.dumps([settings, samples, dtype, seed, torch.device(device).type, clips, files]),
                     *(f"{view} {weights_digest(encoder)}" for view, encoder in encoders.items()))  # fmt: skip
     about = Description({view: encoder.width for view, encoder in encoders.items()}, samples, True, dtype,
                         dict.fromkeys(encoders, networks.name), source,
@@ -127,6 +131,12 @@ def embed_videos(
     if skipped:
         log.warning("embed: %s", not_read(skipped, "left out"))
     return report | {"skipped": [(str(path), reason) for path, reason in skipped]}
+
+
+def _file_of(path: Path) -> Path:
+    """Returns the file that holds a video: itself, or that of the records."""
+    file = container(path)
+    return file / "data.mdb" if file.is_dir() else file
 
 
 @torch.inference_mode()

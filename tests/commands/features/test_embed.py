@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.synthetic.videos import write_synthetic
 from cpr_fast.errors import InputError
-from cpr_fast.evaluate.features.embed import load_networks
+from cpr_fast.evaluate.features.embed import embed_videos, load_networks
 from cpr_fast.models import build_encoder
 from cpr_fast.weights.checkpoint import load_encoders, save_checkpoint
 
@@ -118,6 +121,30 @@ def test_a_stopped_store_is_continued_with_the_same_bits(here, monkeypatch, caps
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["computed"] == 1
     assert {path.name: path.read_bytes() for path in (here / "parts").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["path", "flow_path", "record"])
+def test_a_store_is_not_continued_after_a_video_or_its_flow_was_changed(here, tmp_path, name):
+    videos = list(Index.load("data/index.csv"))[:3]
+    for video in videos:
+        (tmp_path / f"{video.path.stem}.flow.mp4").write_bytes(b"not read by the view rgb")
+    records = tmp_path / "flow.lmdb"
+    records.mkdir()
+    (records / "data.mdb").touch()
+    flow = [
+        tmp_path / f"{v.path.stem}.flow.mp4" if name != "record" else Path(f"{records}#{v.path.stem}") for v in videos
+    ]
+    index = Index([dataclasses.replace(v, flow_path=file) for v, file in zip(videos, flow, strict=True)])
+    networks = load_networks(["clips.toml"])
+    assert embed_videos(index, networks, tmp_path / "s", samples=1)["computed"] == 1
+    assert embed_videos(index, networks, tmp_path / "s", samples=1)["computed"] == 0
+    changed = getattr(index[2], name) if name != "record" else records / "data.mdb"
+    state = changed.stat()
+    os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    with pytest.raises(InputError, match="--out: .* holds a store of other features"):
+        embed_videos(index, networks, tmp_path / "s", samples=1)
+    os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert embed_videos(index, networks, tmp_path / "s", samples=1)["computed"] == 0
 
 
 def test_the_weights_of_a_recipe_are_those_of_its_checkpoint_or_are_called_random(here, caplog):

@@ -1,5 +1,7 @@
 """Features that other programs wrote become a store: every form gives the same one, and bad input is named."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -204,6 +206,25 @@ def test_files_that_are_no_features_are_named(tmp_path):
     )
     names = [clip._replace(path=clip.path.replace(".avi", suffix)) for clip in CLIPS[:1] for suffix in (".avi", ".mp4")]
     refused(tmp_path, "those of 'c0/v0.mp4' are also those of 'c0/v0.avi'", features, table_of(tmp_path, names))
+
+
+@pytest.mark.parametrize("form", [npy, one_npz])
+def test_a_store_is_not_continued_after_a_file_was_changed(tmp_path, form):
+    features = form(tmp_path)
+    assert adopt({"rgb": features}, None, tmp_path / "s")["computed"] == 1
+    assert adopt({"rgb": features}, None, tmp_path / "s")["computed"] == 0
+    changed = features / "c2" / "v4.npy" if features.is_dir() else features
+    state = changed.stat()
+    os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns + 1))  # of the same size, below the top folder
+    with pytest.raises(InputError, match="--out: .* holds a store of other features .*inputs that were changed"):
+        adopt({"rgb": features}, None, tmp_path / "s")
+    os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert adopt({"rgb": features}, None, tmp_path / "s")["computed"] == 0
+    if features.is_dir():
+        changed.write_bytes(changed.read_bytes() + b"0")
+        os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns))
+        with pytest.raises(InputError, match="--out: .* holds a store of other features"):
+            adopt({"rgb": features}, None, tmp_path / "s")
 
 
 def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path):
