@@ -34,7 +34,8 @@ from cpr_fast.wording import counted, expected
 FILE, TABLE = "store.json", "clips.csv"
 FORMAT, VERSION = "cpr_fast features", 1
 DTYPES = {"float16": "F16", "float32": "F32"}  # names in NumPy and in safetensors
-CHUNK = 4096  # clips that are read at once
+CHUNK = 4096  # clips whose evaluation features are yielded at once
+GAP = 64  # distance of two clips from which those between them are not read
 
 
 @dataclass(frozen=True)
@@ -191,12 +192,13 @@ class FeatureStore:
         name = "evaluation" if self.about.evaluation else "samples"
         for begin in range(0, len(rows), CHUNK):
             some = rows[begin : begin + CHUNK]
-            parts = [
-                self._read(view, name, int(run[0]), int(run[-1]) + 1)[run - run[0]]
-                for run in np.split(some, np.flatnonzero(np.diff(some) > CHUNK) + 1)
-            ]
-            features = np.concatenate(parts).astype(np.float32)
-            features = features if self.about.evaluation else features.mean(1)
+            features = np.empty((len(some), self.width), np.float32)
+            place = 0
+            cuts = (np.diff(some) > GAP) | (np.diff(some // CHUNK) > 0)  # few rows in between, and few at once
+            for run in np.split(some, np.flatnonzero(cuts) + 1):
+                part = self._read(view, name, int(run[0]), int(run[-1]) + 1)[run - run[0]].astype(np.float32)
+                features[place : place + len(run)] = part if self.about.evaluation else part.mean(1)
+                place += len(run)
             self.require_finite(view, features, some)
             yield features
 

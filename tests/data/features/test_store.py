@@ -31,6 +31,32 @@ def test_the_evaluation_feature_is_the_mean_of_the_samples_where_none_is_stored(
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("distance", [1, 7, 64, 65, 97])
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_of_sparse_clips_little_more_than_their_features_is_read(tmp_path, monkeypatch, distance, evaluation):
+    count, clips = 9001, make_clips(9001)
+    values = np.random.default_rng(0).standard_normal((count, 2, 3), np.float32)
+
+    def compute(positions: range) -> Computed:
+        part = values[positions.start : positions.stop]
+        return Computed(np.array(positions), {"rgb": part}, {"rgb": part[:, 1]} if evaluation else {})
+
+    about = Description({"rgb": 3}, 2, evaluation, "float32", {}, "a", planned_shards(count, 2000))
+    write_store(tmp_path / "s", clips, about, compute)
+    store, asked = FeatureStore(tmp_path / "s"), []
+    read = store._read
+    monkeypatch.setattr(store, "_read", lambda view, name, begin, end: (asked.append(end - begin),
+                                                                        read(view, name, begin, end))[1])  # fmt: skip
+    rows = np.arange(distance - 1, count, distance)
+    found = list(store.evaluation("rgb", rows))
+    assert [len(part) for part in found] == [min(4096, len(rows) - begin) for begin in range(0, len(rows), 4096)]
+    assert np.array_equal(np.concatenate(found), values[rows, 1] if evaluation else values[rows].mean(1))
+    if distance > 64:
+        assert asked == [1] * len(rows)
+    else:
+        assert sum(asked) <= count and max(asked) <= 4096 and len(asked) <= 2 * len(found) + 2
+
+
 def test_a_view_with_fewer_dimensions_is_followed_by_zeros(tmp_path):
     store = make_store(tmp_path / "s", widths={"rgb": 16, "flow": 5})
     flow = store.samples("flow", 20, 30)
