@@ -48,6 +48,12 @@ def adopt(
     """
     found = {view: open_foreign(f"--features {view}", path) for view, path in features.items()}
     first = next(iter(found.values()))
+    for foreign in found.values():
+        if table is None and foreign.names is None:
+            raise InputError(
+                f"INDEX: expected a table (CSV) with the column 'path', a row for each of the "
+                f"{counted(foreign.count, 'row')} of {str(foreign.path)!r}, which has no names; got none"
+            )
     clips = _table_clips(table) if table is not None else _named_clips(first)
     same_clips(clips)
     places = {view: _places(clips, foreign, table) for view, foreign in found.items()}
@@ -84,12 +90,7 @@ def _table_clips(path: Path) -> list[Clip]:
 
 
 def _named_clips(foreign: Foreign) -> list[Clip]:
-    """Returns the clips of features, as their names tell."""
-    if foreign.names is None:
-        raise InputError(
-            f"INDEX: expected a table (CSV) with the column 'path', a row for each of the "
-            f"{counted(foreign.count, 'row')} of {str(foreign.path)!r}, which has no names; got none"
-        )
+    """Returns the clips of features that have names, as these tell."""
     clips = []
     for name in foreign.names:
         *folders, stem = name.split("/")
@@ -135,7 +136,7 @@ def _places(clips: Sequence[Clip], foreign: Foreign, table: Path | None) -> list
             )
     if foreign.count > len(clips):
         log.info("%s: %s are of no clip of %s, and are left out", foreign.path,
-                 counted(foreign.count - len(clips), "feature"), table)  # fmt: skip
+                 counted(foreign.count - len(clips), "feature"), table or "the first view")  # fmt: skip
     return found
 
 

@@ -152,6 +152,18 @@ def test_missing_clips_are_named(tmp_path):
     refused(tmp_path, "INDEX: expected a table .* a row for each of the 23 rows", one_npy(tmp_path))
 
 
+def test_a_view_without_names_needs_a_table_also_beside_one_with_names(tmp_path):
+    views = {"rgb": npy(tmp_path), "flow": one_npy(tmp_path)}
+    for features in (views, dict(reversed(views.items()))):
+        with pytest.raises(InputError, match="INDEX: expected a table .* the 23 rows of '.*all.npy', .*; got none"):
+            adopt(features, None, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    adopt(views, table_of(tmp_path), tmp_path / "s", dtype="float32")
+    store = StoredClips.open(tmp_path / "s").store
+    assert np.array_equal(store.samples("flow", 0, COUNT), VALUES)
+    assert np.array_equal(store.samples("rgb", 0, COUNT), VALUES)
+
+
 def test_a_name_without_its_folder_must_be_that_of_one_clip(tmp_path):
     features = folder_of(tmp_path, ".npy", np.save, VALUES[:3], ["a/v1", "b/v1", "b/v2"])
     table = table_of(tmp_path, [("v2.avi",)], "path", 1)
