@@ -121,6 +121,19 @@ def header(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: expected a safetensors file, got a damaged one ({error}); embed it again") from None
 
 
+def check_shard(path: Path, view: str, clips: int, about: Description) -> None:
+    """Raises InputError if the shard of a view is missing, is damaged, or its tensors are not those of `clips` clips
+    that the description states. Reads its header only."""
+    wanted = {"samples": (DTYPES[about.dtype], (clips, about.samples, about.views[view]))}
+    if about.evaluation:
+        wanted["evaluation"] = (DTYPES[about.dtype], (clips, about.views[view]))
+    found = header(path)
+    for name, tensor in wanted.items():
+        if found.get(name) != tensor:
+            raise InputError(f"{path}: expected {name} {_shown(tensor)}, as {FILE} states, got "
+                             f"{_shown(found[name]) if name in found else 'none'}")  # fmt: skip
+
+
 class FeatureStore:
     """A store of features that is complete.
 
@@ -161,19 +174,7 @@ class FeatureStore:
             )
         for number, clips in enumerate(self.about.shards):
             for view in self.about.views:
-                self._check(view, number, clips)
-
-    def _check(self, view: str, number: int, clips: int) -> None:
-        """Raises InputError if a shard is missing or its tensors are not those that the description states."""
-        about, path = self.about, self.folder / shard_name(view, number)
-        wanted = {"samples": (DTYPES[about.dtype], (clips, about.samples, about.views[view]))}
-        if about.evaluation:
-            wanted["evaluation"] = (DTYPES[about.dtype], (clips, about.views[view]))
-        found = header(path)
-        for name, tensor in wanted.items():
-            if found.get(name) != tensor:
-                raise InputError(f"{path}: expected {name} {_shown(tensor)}, as {FILE} states, got "
-                                 f"{_shown(found[name]) if name in found else 'none'}")  # fmt: skip
+                check_shard(self.folder / shard_name(view, number), view, clips, self.about)
 
     def require_views(self, option: str, views: Sequence[str]) -> None:
         """Raises InputError that names `option` if the store lacks one of the views."""

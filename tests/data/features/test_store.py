@@ -205,6 +205,42 @@ def test_a_store_that_is_not_as_it_says_is_refused_with_the_file_and_what_was_ex
         FeatureStore(tmp_path, "data.features")
 
 
+@pytest.mark.parametrize("change", [
+    lambda path, _: path.write_bytes(path.read_bytes()[:-1]),
+    lambda path, _: path.write_bytes(b""),
+    lambda path, tensors: save_file(tensors | {"samples": tensors["samples"].astype("f4")}, path),
+    lambda path, tensors: save_file(tensors | {"samples": tensors["samples"][:, :1].copy()}, path),
+    lambda path, tensors: save_file(tensors | {"samples": tensors["samples"][..., :7].copy()}, path),
+    lambda path, tensors: save_file(tensors | {"samples": tensors["samples"][:19].copy()}, path),
+    lambda path, tensors: save_file({"samples": tensors["samples"]}, path),
+    lambda path, tensors: save_file({name: np.concatenate([some, some]) for name, some in tensors.items()}, path),
+])  # fmt: skip
+def test_a_damaged_shard_is_computed_again_with_the_same_bits(tmp_path, caplog, change):
+    write(tmp_path / "s")
+    before, path = contents(tmp_path / "s"), tmp_path / "s" / "rgb-00001.safetensors"
+    change(path, load_file(path))
+    report, computed = write(tmp_path / "s")
+    assert computed == [20] and report["computed"] == 1 and contents(tmp_path / "s") == before
+    assert "rgb-00001.safetensors: expected" in caplog.text and "the shard is computed again" in caplog.text
+
+
+def test_a_shard_of_which_one_view_is_damaged_is_computed_again(tmp_path):
+    store = make_store(tmp_path / "s")
+    before = contents(store.folder)
+    path = store.folder / "flow-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    make_store(tmp_path / "s")
+    assert contents(store.folder) == before
+
+
+def test_shards_and_description_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("cpr_fast.runtime.files._sync", lambda path: synced.append(path.suffix))
+    write(tmp_path / "s")
+    files = [suffix for suffix in synced if suffix]
+    assert files == [".json", *[".safetensors"] * 3, ".csv", ".json"]
+
+
 def test_nan_in_a_shard_is_named_with_its_clip_when_it_is_read(tmp_path):
     store = make_store(tmp_path / "s")
     damage(store, "rgb-00002.safetensors", lambda tensors: tensors["samples"].__setitem__((4, 1, 2), np.nan))
