@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support import own_networks
+from support.data_sets.small_stores import make_store
 
 pytest.importorskip("nvidia.dali", reason="the videos are decoded")
 
@@ -207,6 +208,40 @@ def test_retrieve_compares_the_heads_with_the_features_that_they_were_trained_on
     assert [row["name"] for row in alone["summary"]] == ["stored"] and alone["r@1"] == rows["stored"]["r@1"]
     assert main(["retrieve", "run/checkpoints/last.pt", "--index", "store", "--protocol", "leave_source_out"]) == 0
     assert "Stored features · RGB" in capsys.readouterr().out
+
+
+def store_of(folder, widths):
+    """Writes a store of 40 labelled clips with random features."""
+    return str(make_store(folder, widths=widths, count=40, dtype="float32").folder)
+
+
+def test_features_of_another_store_are_not_evaluated_as_those_of_the_first(here, tmp_path, capsys):
+    stores = [store_of(tmp_path / name, {"rgb": 16}) for name in ("a", "b")]
+    link = tmp_path / "link"
+    link.symlink_to(stores[0])
+    for task in ("retrieve", "probe"):
+        assert main([task, stores[0], "--index", stores[1]]) == 2
+        said = capsys.readouterr().err
+        assert f"--index: expected the store '{stores[0]}' itself" in said and f"got '{stores[1]}'" in said
+    assert main(["retrieve", stores[0], "--index", str(link), "--json"]) == 0
+
+
+def test_heads_are_evaluated_on_views_of_the_width_that_they_were_trained_on(tmp_path, capsys):
+    (tmp_path / "two.toml").write_text(TRAINING)
+    first, swapped = (store_of(tmp_path / name, {"rgb": rgb, "flow": 21 - rgb}) for name, rgb in (("a", 16), ("b", 5)))
+    given = ["--data.features", first, "--run.out", str(tmp_path / "run")]
+    assert main(["pretrain", str(tmp_path / "two.toml"), *given]) == 0
+    heads = str(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert main(["retrieve", heads, "--index", first]) == 0
+    capsys.readouterr()
+    for other, said in (
+        (swapped, "expected features of 16 dimensions of the view 'rgb'"),
+        (store_of(tmp_path / "c", {"rgb": 17}), "expected features of 16 dimensions of the view 'rgb'"),
+        (store_of(tmp_path / "d", {"flow": 16}), "expected features of the view 'rgb', but the store"),
+    ):
+        assert main(["retrieve", heads, "--index", other]) == 2
+        error = capsys.readouterr().err
+        assert f"--index: {said}" in error and other in error
 
 
 def test_probe_and_report_work_on_the_run(here, capsys):
