@@ -99,7 +99,8 @@ def open_foreign(option: str, path: Path) -> Foreign:
 
 
 def load_file(path: Path) -> Any:
-    """Returns the array of a file, or {name: array}; large arrays are read when rows are asked for, except for .pt.
+    """Returns the array of a file, or {name: array}; of .npy and .h5, rows are read when they are asked for; .npz
+    and .pt are read as a whole.
 
     Raises InputError that names the file if it cannot be read.
     """
