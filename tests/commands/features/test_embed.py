@@ -247,7 +247,8 @@ def test_heads_are_evaluated_on_views_of_the_width_that_they_were_trained_on(tmp
 def test_probe_and_report_work_on_the_run(here, capsys):
     for given in ("run/checkpoints/last.pt", "store"):
         assert main(["probe", given, "--index", "store", "--epochs", "2", "--json"]) == 0
-        assert 0 <= json.loads(capsys.readouterr().out)["accuracy"] <= 1
+        result = json.loads(capsys.readouterr().out)
+        assert 0 <= result["accuracy"] <= 1 and result["crops"] == 1
     assert main(["report", "run", "--json"]) == 0
     page = (here / "run" / "report.html").read_text()
     assert "Training features" in page and "Best stored features (RGB)" in page and "Best pixel baseline" not in page
@@ -317,6 +318,12 @@ def test_mine_reads_stores_of_two_views_and_their_projections(here, capsys, tmp_
          "--index: expected a store of features (see `cpr-fast embed`), but 'data/index.csv' is a file"),
         (["probe", "run/checkpoints/last.pt", "--index", "store", "--inputs", "clips"],
          "CHECKPOINT: probe --inputs clips expects a network that encodes videos"),
+        (["probe", "store", "--index", "store", "--recipe", "coclr"],
+         "--recipe: expected no such option with the store of features 'store', got coclr"),
+        (["retrieve", "run/checkpoints/last.pt", "--index", "store", "--clips", "3"],
+         "--clips: expected no such option"),
+        (["retrieve", "store", "--index", "store", "--crops", "1"], "--crops: expected no such option with the store"),
+        (["probe", "run/checkpoints/last.pt", "--index", "store", "--crops", "5"], "--crops: expected no such option"),
         (["finetune", "run/checkpoints/last.pt", "--index", "store"], "CHECKPOINT: finetune expects a network that"),
         (["export", "run/checkpoints/last.pt", "--to", "onnx", "--out", "x.onnx"], "--to: expected safetensors"),
         (["pretrain", "train.toml", "--data.features", "data", "--run.out", "x"],
