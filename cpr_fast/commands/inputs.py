@@ -108,6 +108,18 @@ def require_checkpoints(option: str, checkpoints: Iterable[str]) -> None:
         require_file(option, path)
 
 
+def require_no_windows(paths: Iterable[str | Path], **options: object) -> None:
+    """Raises InputError that names the first option that is given, if one of the paths is a store of features: these
+    options say how the windows of videos are cut and become one feature, which a store holds already."""
+    store = next((path for path in paths if is_store(path)), None)
+    for name, value in options.items():
+        if store is not None and value is not None:
+            raise InputError(
+                f"--{name}: expected no such option with the store of features {str(store)!r}, got {value}: a store "
+                "holds one feature of each clip, for which no windows are cut"
+            )
+
+
 def require_runs(option: str, paths: Iterable[str | Path]) -> None:
     """Raises InputError that names the option, if a path is no run folder."""
     for path in map(Path, paths):

@@ -126,7 +126,7 @@ def replay(
     world = distributed.init(config.run.device)
     _require_processes(folder, start.processes, world.size)
     videos = training_videos(config.data) if videos is None else videos
-    check_same_videos(start.videos, digest(videos), folder, config.data.index)
+    check_same_videos(start.videos, digest(videos), folder, config.data)
     announce(f"Replaying steps {start.step + 1} to {rows[-1]['step'] + 1} of {folder}")
     compared = Comparison(rows, start.chain or START)
     with tempfile.TemporaryDirectory(prefix="cpr-fast-verify-") as own:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from cpr_fast.commands.evaluation.classify import classifier_settings, run_classify
+from cpr_fast.commands.inputs import require_no_windows
 from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
 
 
@@ -17,7 +18,7 @@ def probe(
     recipe: RecipeName | None = None,
     inputs: Literal["features", "clips"] | None = None,
     clips: int | None = None,
-    crops: Literal[1, 5, 10] = 1,
+    crops: Literal[1, 5, 10] | None = None,
     seeds: tuple[int, ...] = (0,),
     epochs: int | None = None,
     lr: float | None = None,
@@ -37,17 +38,18 @@ def probe(
             networks that were trained on IIC's clips, else paper.
         inputs: features: one stored feature per video (the default). clips: augmented clips, decoded in every epoch.
         clips: Number of windows per video, evenly spaced; by default the recipe's.
-        crops: Take the centre crop, five or ten crops of every window.
+        crops: Take the centre crop (1, the default), five or ten crops of every window.
         seeds: Several seeds give an interval over seeds; one seed gives a bootstrap interval over sources.
         epochs: Replaces the config's number of epochs; its milestones are scaled.
         lr: Replaces the config's learning rate.
         batch_size: Replaces the config's batch size.
         config: A TOML file whose section [probe] is used instead of the checkpoint's.
     """
+    require_no_windows([*checkpoint, *index], recipe=recipe, clips=clips, crops=crops)
     settings = classifier_settings("probe", checkpoint, index, config)
     if inputs == "clips" and settings.inputs == "features":
         settings = dataclasses.replace(settings, inputs=inputs, lr=0.1, batch_size=16, normalize=True)
     elif inputs:
         settings = dataclasses.replace(settings, inputs=inputs)
-    run_classify("probe", checkpoint, index, recipe, clips, crops, seeds, settings, json,
+    run_classify("probe", checkpoint, index, recipe, clips, crops or 1, seeds, settings, json,
                  epochs=epochs, lr=lr, batch_size=batch_size)  # fmt: skip

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_indexes, require_videos
+from cpr_fast.commands.inputs import (
+    require_at_least,
+    require_checkpoints,
+    require_indexes,
+    require_no_windows,
+    require_videos,
+)
 from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
 from cpr_fast.commands.output import about_unfinished, after_evaluation, left_out_of_map, show_once, table
 from cpr_fast.evaluate.retrieval.names import (
@@ -30,7 +36,7 @@ def retrieve(
     protocol: Literal["auto", "train_test", "leave_source_out"] = "auto",
     recipe: RecipeName | None = None,
     clips: int | None = None,
-    crops: Literal[1, 5, 10] = 1,
+    crops: Literal[1, 5, 10] | None = None,
     cache: bool = True,
     json: Json = False,
 ) -> None:
@@ -48,12 +54,13 @@ def retrieve(
             clips, else paper.
         clips: Number of windows per video, evenly spaced; by default the recipe's (paper, coclr: all windows, which
             overlap by half).
-        crops: Take the centre crop, five or ten crops of every window.
+        crops: Take the centre crop (1, the default), five or ten crops of every window.
         cache: Store features beside the checkpoint and reuse them.
     """
     require_checkpoints("CHECKPOINT", checkpoint)
     require_indexes("--index", index)
     require_at_least("--clips", 1, clips)
+    require_no_windows([*checkpoint, *index], recipe=recipe, clips=clips, crops=crops)
     require_videos("--index", index)
     from cpr_fast.runtime.progress import announce
 
@@ -64,7 +71,7 @@ def retrieve(
     announce("Reading the checkpoint and the index")
     result = run(
         checkpoint, index, protocol=protocol, recipe=recipe, run_dir=run_of(checkpoint), clips_per_video=clips,
-        crops=crops, cache=cache, progress=True,
+        crops=crops or 1, cache=cache, progress=True,
     )  # fmt: skip
     folder = run_of(checkpoint)
     lines = [] if json else [*lines_of(result), *about_unfinished([folder])]

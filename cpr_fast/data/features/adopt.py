@@ -15,7 +15,7 @@ import numpy as np
 from cpr_fast.data.features.clips import COLUMNS, Clip
 from cpr_fast.data.features.foreign import Foreign, open_foreign
 from cpr_fast.data.features.store import Description
-from cpr_fast.data.features.write import Computed, planned_shards, same_clips, write_store
+from cpr_fast.data.features.write import Computed, file_states, planned_shards, same_clips, write_store
 from cpr_fast.data.index.listing import SPLITS, clip_source
 from cpr_fast.data.index.tables import read_table
 from cpr_fast.errors import InputError
@@ -48,6 +48,12 @@ def adopt(
     """
     found = {view: open_foreign(f"--features {view}", path) for view, path in features.items()}
     first = next(iter(found.values()))
+    for foreign in found.values():
+        if table is None and foreign.names is None:
+            raise InputError(
+                f"INDEX: expected a table (CSV) with the column 'path', a row for each of the "
+                f"{counted(foreign.count, 'row')} of {str(foreign.path)!r}, which has no names; got none"
+            )
     clips = _table_clips(table) if table is not None else _named_clips(first)
     same_clips(clips)
     places = {view: _places(clips, foreign, table) for view, foreign in found.items()}
@@ -84,12 +90,7 @@ def _table_clips(path: Path) -> list[Clip]:
 
 
 def _named_clips(foreign: Foreign) -> list[Clip]:
-    """Returns the clips of features, as their names tell."""
-    if foreign.names is None:
-        raise InputError(
-            f"INDEX: expected a table (CSV) with the column 'path', a row for each of the "
-            f"{counted(foreign.count, 'row')} of {str(foreign.path)!r}, which has no names; got none"
-        )
+    """Returns the clips of features that have names, as these tell."""
     clips = []
     for name in foreign.names:
         *folders, stem = name.split("/")
@@ -135,7 +136,7 @@ def _places(clips: Sequence[Clip], foreign: Foreign, table: Path | None) -> list
             )
     if foreign.count > len(clips):
         log.info("%s: %s are of no clip of %s, and are left out", foreign.path,
-                 counted(foreign.count - len(clips), "feature"), table)  # fmt: skip
+                 counted(foreign.count - len(clips), "feature"), table or "the first view")  # fmt: skip
     return found
 
 
@@ -165,10 +166,11 @@ def _unique(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
 def _digest(found: Mapping[str, Foreign], clips: Sequence[Clip], samples: int, dtype: str) -> str:
     """Returns what an unfinished store is recognised by: the files, the clips and the settings."""
     sha = hashlib.sha256()
-    files = []
-    for view, foreign in found.items():
-        stat = foreign.path.stat()
-        files.append((view, str(foreign.path.resolve()), foreign.count, stat.st_size, stat.st_mtime_ns))
+    files = [
+        (view, str(foreign.path.resolve()), foreign.count,
+         file_states(foreign.files or [foreign.path], lambda file, folder=foreign.path: os.path.relpath(file, folder)))
+        for view, foreign in found.items()
+    ]  # fmt: skip
     sha.update(json.dumps([files, samples, dtype]).encode())
     for clip in clips:
         sha.update(json.dumps(clip).encode())

@@ -9,6 +9,7 @@ Letters: N clips, S features of a clip, such as of its segments, D dimensions.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -41,6 +42,7 @@ class Foreign:
         names: N names; None where the file has none.
         shape: S and D; S of the first clip.
         read: Returns the features of the clip at a position, [S, D] float32.
+        files: The files of a folder; empty if `path` is the only one.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Foreign:
     count: int
     shape: tuple[int, int]
     read: Callable[[int], np.ndarray]
+    files: Sequence[Path] = ()
 
     def rows(self, positions: Sequence[int], samples: int | None) -> np.ndarray:
         """Returns the features of the clips at these positions, float32 [n, S, D], or [n, samples, D] of evenly spaced
@@ -96,7 +99,8 @@ def open_foreign(option: str, path: Path) -> Foreign:
 
 
 def load_file(path: Path) -> Any:
-    """Returns the array of a file, or {name: array}; large arrays are read when rows are asked for, except for .pt.
+    """Returns the array of a file, or {name: array}; of .npy and .h5, rows are read when they are asked for; .npz
+    and .pt are read as a whole.
 
     Raises InputError that names the file if it cannot be read.
     """
@@ -153,7 +157,7 @@ def _of_folder(option: str, folder: Path) -> Foreign:
         names = ", ".join(map(str, list(found)[:5]))
         raise InputError(f"{paths[name]}: expected one array, or one named {FEATURES!r}, got {names}")
 
-    return _of_clips(folder, list(paths), read)
+    return dataclasses.replace(_of_clips(folder, list(paths), read), files=list(paths.values()))
 
 
 def _of_clips(path: Path, names: list[str], load: Callable[[str], Any]) -> Foreign:

@@ -34,7 +34,8 @@ from cpr_fast.wording import counted, expected
 FILE, TABLE = "store.json", "clips.csv"
 FORMAT, VERSION = "cpr_fast features", 1
 DTYPES = {"float16": "F16", "float32": "F32"}  # names in NumPy and in safetensors
-CHUNK = 4096  # clips that are read at once
+CHUNK = 4096  # clips whose evaluation features are yielded at once
+GAP = 64  # distance of two clips from which those between them are not read
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,19 @@ def header(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: expected a safetensors file, got a damaged one ({error}); embed it again") from None
 
 
+def check_shard(path: Path, view: str, clips: int, about: Description) -> None:
+    """Raises InputError if the shard of a view is missing, is damaged, or its tensors are not those of `clips` clips
+    that the description states. Reads its header only."""
+    wanted = {"samples": (DTYPES[about.dtype], (clips, about.samples, about.views[view]))}
+    if about.evaluation:
+        wanted["evaluation"] = (DTYPES[about.dtype], (clips, about.views[view]))
+    found = header(path)
+    for name, tensor in wanted.items():
+        if found.get(name) != tensor:
+            raise InputError(f"{path}: expected {name} {_shown(tensor)}, as {FILE} states, got "
+                             f"{_shown(found[name]) if name in found else 'none'}")  # fmt: skip
+
+
 class FeatureStore:
     """A store of features that is complete.
 
@@ -160,19 +174,7 @@ class FeatureStore:
             )
         for number, clips in enumerate(self.about.shards):
             for view in self.about.views:
-                self._check(view, number, clips)
-
-    def _check(self, view: str, number: int, clips: int) -> None:
-        """Raises InputError if a shard is missing or its tensors are not those that the description states."""
-        about, path = self.about, self.folder / shard_name(view, number)
-        wanted = {"samples": (DTYPES[about.dtype], (clips, about.samples, about.views[view]))}
-        if about.evaluation:
-            wanted["evaluation"] = (DTYPES[about.dtype], (clips, about.views[view]))
-        found = header(path)
-        for name, tensor in wanted.items():
-            if found.get(name) != tensor:
-                raise InputError(f"{path}: expected {name} {_shown(tensor)}, as {FILE} states, got "
-                                 f"{_shown(found[name]) if name in found else 'none'}")  # fmt: skip
+                check_shard(self.folder / shard_name(view, number), view, clips, self.about)
 
     def require_views(self, option: str, views: Sequence[str]) -> None:
         """Raises InputError that names `option` if the store lacks one of the views."""
@@ -191,12 +193,13 @@ class FeatureStore:
         name = "evaluation" if self.about.evaluation else "samples"
         for begin in range(0, len(rows), CHUNK):
             some = rows[begin : begin + CHUNK]
-            parts = [
-                self._read(view, name, int(run[0]), int(run[-1]) + 1)[run - run[0]]
-                for run in np.split(some, np.flatnonzero(np.diff(some) > CHUNK) + 1)
-            ]
-            features = np.concatenate(parts).astype(np.float32)
-            features = features if self.about.evaluation else features.mean(1)
+            features = np.empty((len(some), self.width), np.float32)
+            place = 0
+            cuts = (np.diff(some) > GAP) | (np.diff(some // CHUNK) > 0)  # few rows in between, and few at once
+            for run in np.split(some, np.flatnonzero(cuts) + 1):
+                part = self._read(view, name, int(run[0]), int(run[-1]) + 1)[run - run[0]].astype(np.float32)
+                features[place : place + len(run)] = part if self.about.evaluation else part.mean(1)
+                place += len(run)
             self.require_finite(view, features, some)
             yield features
 

@@ -60,7 +60,8 @@ class FeatureLoader:
 
     Batches hold `clips` {view: float32 [B, 2, D]}; `start` [B, 2] is the number of the sample. The clips that do not
     fill the last batch of all processes are left out; they differ by epoch. Reading and conversion run ahead in
-    threads. Memory: three windows of 2 x W x D numbers of every view, in the dtype of the store.
+    threads. Memory: four windows of 2 x W x D numbers of every view, in the dtype of the store: two that a batch takes
+    clips from, one that is read already, and one that is being read.
     """
 
     skipped: Sequence[tuple[Path, str]] = ()

@@ -1,5 +1,5 @@
-"""Writes a store of features, shard by shard. A shard that is there is never computed again, so a run that was stopped
-continues, and `store.json` says when the store is complete.
+"""Writes a store of features, shard by shard. A shard that is there and whose header is whole is never computed again,
+so a run that was stopped continues, and `store.json` says when the store is complete.
 
 Letters: C clips of a shard, M samples, D width.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cpr_fast.data.features.clips import COLUMNS, Clip
-from cpr_fast.data.features.store import DTYPES, FILE, TABLE, Description, header, is_store, shard_name
+from cpr_fast.data.features.store import FILE, TABLE, Description, check_shard, header, is_store, shard_name
 from cpr_fast.data.index.tables import table_text
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import one_writer, replacing
@@ -46,6 +46,13 @@ def planned_shards(clips: int, shard_clips: int) -> list[int]:
     return [min(shard_clips, clips - begin) for begin in range(0, clips, shard_clips)]
 
 
+def file_states(files: Iterable[Path], named: Callable[[Path], str]) -> list[tuple[str, int, int]]:
+    """Returns the name that `named` gives, the size in bytes and the modification time in nanoseconds of every file,
+    once each: by these, the source of a store tells that an input was changed."""
+    found = ((file, file.stat()) for file in dict.fromkeys(files))
+    return [(named(file), state.st_size, state.st_mtime_ns) for file, state in found]
+
+
 def write_store(
     folder: Path,
     clips: Sequence[Clip],
@@ -70,7 +77,7 @@ def write_store(
         about = _begun(folder, about)
         ends = np.cumsum(about.planned).tolist()
         shards = [range(end - count, end) for end, count in zip(ends, about.planned, strict=True)]
-        left = [n for n in range(len(shards)) if not all(path.exists() for path in _paths(folder, about, n))]
+        left = [number for number in range(len(shards)) if not _is_there(folder, about, number)]
         for number in track(left, "features", total=len(left), unit="shards", progress=progress):
             found = compute(shards[number])
             for path, view in zip(_paths(folder, about, number), about.views, strict=True):
@@ -86,20 +93,39 @@ def _begun(folder: Path, about: Description) -> Description:
         there = Description.load(folder)
         if there.source != about.source:
             raise InputError(
-                f"--out: {str(folder)!r} holds a store of other features (another encoder, other clips or other "
-                "settings); choose another folder"
+                f"--out: {str(folder)!r} holds a store of other features (another encoder, other clips, other "
+                "settings, or inputs that were changed since); choose another folder"
             )
         return dataclasses.replace(there, shards=None, digest="")
     if any(entry.name != ".store.lock" for entry in folder.iterdir()):
         raise InputError(f"--out: expected a new folder or a store of features, got {str(folder)!r}, which holds "
                          "other files")  # fmt: skip
-    with replacing(folder / FILE) as temporary:
+    with replacing(folder / FILE, durable=True) as temporary:
         temporary.write_text(about.to_json(), encoding="utf-8")
     return about
 
 
 def _paths(folder: Path, about: Description, number: int) -> list[Path]:
     return [folder / shard_name(view, number) for view in about.views]
+
+
+def _is_there(folder: Path, about: Description, number: int) -> bool:
+    """Returns whether the files of a shard hold what the description states, equally many clips of every view; logs
+    what is wrong with a file that does not."""
+    paths = _paths(folder, about, number)
+    if not all(path.exists() for path in paths):
+        return False
+    try:
+        dtype, shape = header(paths[0]).get("positions", ("none", ()))
+        if dtype != "I64" or len(shape) != 1 or shape[0] > about.planned[number]:
+            raise InputError(f"{paths[0]}: expected positions int64 of {about.planned[number]} clips or fewer, got "
+                             f"{dtype} {list(shape)}")  # fmt: skip
+        for path, view in zip(paths, about.views, strict=True):
+            check_shard(path, view, shape[0], about)
+    except InputError as error:
+        log.warning("embed: %s; the shard is computed again", error)
+        return False
+    return True
 
 
 def _write_shard(path: Path, view: str, found: Computed, about: Description, clips: Sequence[Clip]) -> None:
@@ -112,7 +138,7 @@ def _write_shard(path: Path, view: str, found: Computed, about: Description, cli
     tensors = {"positions": found.kept, "samples": as_stored(view, found.samples[view], about.dtype, names)}
     if about.evaluation:
         tensors["evaluation"] = as_stored(view, found.evaluation[view], about.dtype, names)
-    with replacing(path) as temporary:
+    with replacing(path, durable=True) as temporary:
         temporary.write_bytes(save(tensors))
 
 
@@ -137,10 +163,6 @@ def _finish(folder: Path, about: Description, clips: Sequence[Clip]) -> int:
 
     view, kept, counts = next(iter(about.views)), [], []
     for number in range(len(about.planned)):
-        for path in _paths(folder, about, number):
-            found = header(path).get("samples")
-            if found is None or found[0] != DTYPES[about.dtype]:
-                raise InputError(f"{path}: expected samples of {about.dtype}, got {found}")
         with safe_open(folder / shard_name(view, number), "numpy") as file:
             kept.append(file.get_tensor("positions"))
         counts.append(len(kept[-1]))
@@ -148,9 +170,9 @@ def _finish(folder: Path, about: Description, clips: Sequence[Clip]) -> int:
     if not rows:
         raise InputError(f"expected features of at least one of {counted(len(clips), 'clip')}, but none could be read")
     table = table_text(COLUMNS, (clips[row] for row in rows)).encode("utf-8", "surrogateescape")
-    with replacing(folder / TABLE) as temporary:
+    with replacing(folder / TABLE, durable=True) as temporary:
         temporary.write_bytes(table)
-    with replacing(folder / FILE) as temporary:
+    with replacing(folder / FILE, durable=True) as temporary:
         files = [path for number in range(len(counts)) for path in _paths(folder, about, number)]
         text = dataclasses.replace(about, shards=counts).with_digest([folder / TABLE, *files]).to_json()
         temporary.write_text(text, encoding="utf-8")

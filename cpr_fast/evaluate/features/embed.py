@@ -18,17 +18,20 @@ import numpy as np
 import torch
 
 from cpr_fast.config import Config, ModelConfig, View, load
+from cpr_fast.config.sections import InitConfig
 from cpr_fast.data.clips.loader import WindowLoader
 from cpr_fast.data.clips.sampling import Clips, Sources, plan_first, plan_windows
 from cpr_fast.data.features.clips import Clip
 from cpr_fast.data.features.store import Description
-from cpr_fast.data.features.write import Computed, planned_shards, write_store
+from cpr_fast.data.features.write import Computed, file_states, planned_shards, write_store
 from cpr_fast.data.index.index import Index, Relative
+from cpr_fast.data.storage.media import container
 from cpr_fast.data.storage.unreadable import not_read
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import digest, weights_digest
 from cpr_fast.evaluate.features.pretrained import Pretrained, load_pretrained
 from cpr_fast.models import Encoder, build_encoder
+from cpr_fast.weights.checkpoint import load_initial
 
 SHARD_VIDEOS = 256  # what is computed again after a stop
 WINDOWS = 2  # without augmentation, of a video that is longer than a clip
@@ -39,19 +42,36 @@ log = logging.getLogger(__name__)
 
 def load_networks(given: Sequence[str]) -> Pretrained:
     """Returns the encoders of `--encoder`: checkpoints (FILE or VIEW=FILE); or one network for one view, a recipe
-    (FILE.toml) or a factory (MODULE:FACTORY or FILE.py:FACTORY), perhaps with VIEW= before it."""
+    (FILE.toml) or a factory (MODULE:FACTORY or FILE.py:FACTORY), perhaps with VIEW= before it.
+
+    The weights of a recipe are those that its `model.init` names for the view; or those that the factory loads; or
+    random ones of the built-in networks, which the name of what is returned and the log then say.
+
+    Raises:
+        InputError: not one network, or one that encodes stored features; or see `load_initial`.
+    """
     view, equals, name = given[0].partition("=")
     view, name = (view, name) if equals and view in get_args(View) else ("rgb", given[0])
     is_factory = ":" in name and not Path(name).exists()
     if not is_factory and not name.endswith(".toml"):
-        return load_pretrained(given)
+        return load_pretrained(given).of_videos("embed", "--encoder")
     if len(given) > 1:
         raise InputError(f"--encoder: expected one network, or checkpoints, got {' '.join(given)}")
     config = Config(model=ModelConfig(arch=name)) if is_factory else load(name)
+    networks = Pretrained(name, Path(), {}, {view: config}).of_videos("embed", "--encoder")
+    file = getattr(config.model.init, view)
+    weights = load_initial(dataclasses.replace(config.model, init=InitConfig(**{view: file})))
     with torch.random.fork_rng([]):
         torch.manual_seed(config.run.seed)
         encoder = build_encoder(config.model, config.data).eval()
-    return Pretrained(name, Path(), {view: encoder}, {view: config})
+    if file:
+        encoder.load_state_dict(weights[view])
+        name = f"{name} with the weights of {file}"
+    elif ":" not in config.model.arch:  # a built-in network; others may have loaded their weights
+        log.warning("embed: the weights of %s are random, because %s has no model.init.%s: use the features only as a "
+                    "baseline", config.model.arch, name, view)  # fmt: skip
+        name = f"{name} with random weights (run.seed {config.run.seed})"
+    return dataclasses.replace(networks, name=name, encoders={view: encoder})
 
 
 def embed_videos(
@@ -75,16 +95,18 @@ def embed_videos(
     Returns:
         What `write_store` returns, and `skipped`, (path, reason) of the files that could not be read.
     Raises:
-        InputError: see `write_store`; or a view has no flow, or the network refuses the clips.
+        InputError: see `write_store`, also for a store of the same videos before one of their files, or of those of
+            their flow, was changed; or a view has no flow, or the network refuses the clips.
     """
     if samples < 1:
         raise InputError(f"--samples: expected at least 1, got {samples}")
-    networks.of_videos("embed")
     data, encoders = networks.data, {v: encoder.to(device) for v, encoder in networks.encoders.items()}
     relative, sources = Relative(out), Sources.of(index, data)
     clips = [Clip(relative(v.path), v.label, v.source, v.split) for v in index]
     settings = {key: value for key, value in dataclasses.asdict(data).items() if key not in _OF_THE_MACHINE}
-    source = digest(json.dumps([settings, samples, dtype, seed, torch.device(device).type, clips]),
+    inputs = (path for video in index for path in (video.path, video.flow_path) if path is not None)
+    files = file_states(map(_file_of, inputs), relative)
+    source = digest(json.dumps([settings, samples, dtype, seed, torch.device(device).type, clips, files]),
                     *(f"{view} {weights_digest(encoder)}" for view, encoder in encoders.items()))  # fmt: skip
     about = Description({view: encoder.width for view, encoder in encoders.items()}, samples, True, dtype,
                         dict.fromkeys(encoders, networks.name), source,
@@ -109,6 +131,12 @@ def embed_videos(
     if skipped:
         log.warning("embed: %s", not_read(skipped, "left out"))
     return report | {"skipped": [(str(path), reason) for path, reason in skipped]}
+
+
+def _file_of(path: Path) -> Path:
+    """Returns the file that holds a video: itself, or that of the records."""
+    file = container(path)
+    return file / "data.mdb" if file.is_dir() else file
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import nn
 from cpr_fast.config import Config, DataConfig, ModelConfig
 from cpr_fast.config.sections import STORED
 from cpr_fast.data.features.index import StoredClips
-from cpr_fast.data.features.store import FeatureStore, is_store
+from cpr_fast.data.features.store import Description, FeatureStore, is_store
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.recipe import clip_settings
@@ -55,7 +56,7 @@ class Pretrained:
 
         Raises InputError that names `option`, if the networks cannot encode what is there.
         """
-        data, model = self.data, next(iter(self.configs.values())).model
+        data = self.data
         if not data.features:
             if is_store(path):
                 raise InputError(
@@ -64,17 +65,36 @@ class Pretrained:
                 )
             return Index.load(path, require_flow=data.flow == "stored").long_enough(data)
         clips = StoredClips.open(path, option)
-        if clips.store.width != model.args["width"]:
-            raise InputError(
-                f"{option}: expected features of {model.args['width']} dimensions, as {self.name!r} was trained on, "
-                f"got {clips.store.width} in {str(path)!r}"
-            )
+        if self.raw:
+            if not os.path.samefile(path, self.home):
+                raise InputError(
+                    f"{option}: expected the store {self.name!r} itself, whose features are evaluated as they are, got "
+                    f"{str(path)!r}; give CHECKPOINT and {option} the same store"
+                )
+            return clips
+        clips.store.require_views(option, list(self.encoders))
+        for view, config in self.configs.items():
+            self._require_width(option, view, config, clips.store)
         return clips
 
-    def of_videos(self, task: str) -> Pretrained:
-        """Returns the same networks. Raises InputError if they encode features, and `task` needs those of videos."""
+    def _require_width(self, option: str, view: str, config: Config, store: FeatureStore) -> None:
+        """Raises InputError if the features of a view are not as wide as those that its head was trained on. Of the
+        latter the config holds the width with the zeros that are appended, and only the store itself the own width."""
+        wanted, found = config.model.args["width"], store.width
+        if wanted == found and is_store(config.data.features):
+            views = Description.load(Path(config.data.features)).views
+            wanted, found = views.get(view, found), store.about.views[view]
+        if wanted != found:
+            raise InputError(
+                f"{option}: expected features of {wanted} dimensions of the view {view!r}, as {self.name!r} was "
+                f"trained on, got {found} in {str(store.folder)!r}"
+            )
+
+    def of_videos(self, task: str, option: str = "CHECKPOINT") -> Pretrained:
+        """Returns the same networks. Raises InputError that names `option`, if they encode features, and `task` needs
+        networks that encode videos."""
         if self.data.features:
-            raise InputError(f"CHECKPOINT: {task} expects a network that encodes videos, got {self.name!r} of features")
+            raise InputError(f"{option}: {task} expects a network that encodes videos, got {self.name!r} of features")
         return self
 
 

@@ -131,7 +131,7 @@ def open_run(
         return None
     # On the CPU if each process takes its part of every tensor: the whole need not fit on its device.
     saved = _load_newest(checkpoints, torch.device("cpu") if config.run.shard else world.device)
-    check_same_videos(saved.get("videos"), videos, folder, config.data.index)
+    check_same_videos(saved.get("videos"), videos, folder, config.data)
     _check_same_settings(config, saved, folder, world)
     on_main(lambda: _rewind(folder, saved))
     return saved

@@ -123,7 +123,7 @@ def digest(index: Index) -> dict[str, Any]:
     }
 
 
-def check_same_videos(before: dict[str, Any] | None, now: dict[str, Any], folder: Path, index: str) -> None:
+def check_same_videos(before: dict[str, Any] | None, now: dict[str, Any], folder: Path, data: DataConfig) -> None:
     """Checks that a resumed run has the same videos as before.
 
     Args:
@@ -131,7 +131,7 @@ def check_same_videos(before: dict[str, Any] | None, now: dict[str, Any], folder
             logged.
         now: the `digest` of the present videos.
         folder: the run folder, for the message.
-        index: the setting `data.index`, for the message.
+        data: the settings of the data, of which the message names `data.index` or `data.features`.
     Raises:
         InputError: the videos differ. The memory and the labels of a checkpoint refer to positions in the index.
     """
@@ -151,10 +151,13 @@ def check_same_videos(before: dict[str, Any] | None, now: dict[str, Any], folder
     elif before["count"] != now["count"]:
         came = f"{counted(now['count'], 'video')}"
     else:
-        came = "other videos"
+        came = "other features, or those of other clips" if data.features else "other videos"
+    option, given, what = (
+        ("data.features", data.features, "store") if data.features else ("data.index", data.index, "index")
+    )
     raise InputError(
-        f"data.index: the run in {str(folder)!r} was trained on {counted(before['count'], 'video')}, got {came} "
-        f"({index!r}). Resume with the index it began with, or start a new run with another --run.out"
+        f"{option}: the run in {str(folder)!r} was trained on {counted(before['count'], 'video')}, got {came} "
+        f"({given!r}). Resume with the {what} it began with, or start a new run with another --run.out"
     )
 
 

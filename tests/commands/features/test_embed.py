@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from support import own_networks
+from support.data_sets.small_stores import make_store
 
 pytest.importorskip("nvidia.dali", reason="the videos are decoded")
 
 from cpr_fast.cli import main
-from cpr_fast.config import DataConfig, ModelConfig
+from cpr_fast.config import Config, DataConfig, ModelConfig
 from cpr_fast.data.clips.loader import TrainLoader, WindowLoader
 from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.synthetic.videos import write_synthetic
+from cpr_fast.errors import InputError
+from cpr_fast.evaluate.features.embed import embed_videos, load_networks
 from cpr_fast.mining.auto import choose
 from cpr_fast.models import build_encoder
 from cpr_fast.ops import cascade_select
-from cpr_fast.weights.checkpoint import load_encoders
+from cpr_fast.weights.checkpoint import load_encoders, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,6 +127,57 @@ def test_a_stopped_store_is_continued_with_the_same_bits(here, monkeypatch, caps
     assert {path.name: path.read_bytes() for path in (here / "parts").iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["path", "flow_path", "record"])
+def test_a_store_is_not_continued_after_a_video_or_its_flow_was_changed(here, tmp_path, name):
+    videos = list(Index.load("data/index.csv"))[:3]
+    for video in videos:
+        (tmp_path / f"{video.path.stem}.flow.mp4").write_bytes(b"not read by the view rgb")
+    records = tmp_path / "flow.lmdb"
+    records.mkdir()
+    (records / "data.mdb").touch()
+    flow = [
+        tmp_path / f"{v.path.stem}.flow.mp4" if name != "record" else Path(f"{records}#{v.path.stem}") for v in videos
+    ]
+    index = Index([dataclasses.replace(v, flow_path=file) for v, file in zip(videos, flow, strict=True)])
+    networks = load_networks(["clips.toml"])
+    assert embed_videos(index, networks, tmp_path / "s", samples=1)["computed"] == 1
+    assert embed_videos(index, networks, tmp_path / "s", samples=1)["computed"] == 0
+    changed = getattr(index[2], name) if name != "record" else records / "data.mdb"
+    state = changed.stat()
+    os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    with pytest.raises(InputError, match="--out: .* holds a store of other features"):
+        embed_videos(index, networks, tmp_path / "s", samples=1)
+    os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert embed_videos(index, networks, tmp_path / "s", samples=1)["computed"] == 0
+
+
+def test_the_weights_of_a_recipe_are_those_of_its_checkpoint_or_are_called_random(here, caplog):
+    config = Config.from_dict({"data": DATA, "model": {"arch": "r3d", "width": 0.0625, "feature_dim": 8}})
+    torch.manual_seed(3)
+    encoder = build_encoder(config.model, config.data)
+    payload = {"config": config.to_dict(), "encoders": {"rgb": encoder.state_dict()}}
+    save_checkpoint(here / "theirs" / "r3d.pt", payload)
+    recipe = RECIPE.split("[model]")[0] + '[model]\narch = "r3d"\nwidth = 0.0625\nfeature_dim = 8\n'
+    (here / "theirs" / "random.toml").write_text(recipe)
+    (here / "theirs" / "init.toml").write_text(f'{recipe}[model.init]\nrgb = "r3d.pt"\n')
+    loaded = load_networks(["theirs/init.toml"])
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(loaded.encoders["rgb"].state_dict()[name], tensor), name
+    assert "r3d.pt" in loaded.name and "random" not in loaded.name + caplog.text
+    assert not loaded.encoders["rgb"].training
+    fresh = load_networks(["theirs/random.toml"])
+    assert fresh.name == "theirs/random.toml with random weights (run.seed 0)"
+    assert "the weights of r3d are random, because theirs/random.toml has no model.init.rgb" in caplog.text
+    caplog.clear()
+    load_networks(["flow=theirs/init.toml"])  # whose init is of the other view
+    assert "has no model.init.flow" in caplog.text
+    caplog.clear()
+    assert "random" not in load_networks(["clips.toml"]).name + caplog.text
+    (here / "theirs" / "init.toml").write_text(f'{recipe.replace("= 8", "= 9")}[model.init]\nrgb = "r3d.pt"\n')
+    with pytest.raises(InputError, match=r"model.init.rgb: '.*r3d.pt' has model.feature_dim 8, got 9"):
+        load_networks(["theirs/init.toml"])
+
+
 def test_an_unreadable_video_is_left_out_and_named(here, capsys, caplog):
     shutil.copytree(here / "data", here / "broken")
     index = Index.load("broken/index.csv")
@@ -156,10 +213,45 @@ def test_retrieve_compares_the_heads_with_the_features_that_they_were_trained_on
     assert "Stored features · RGB" in capsys.readouterr().out
 
 
+def store_of(folder, widths):
+    """Writes a store of 40 labelled clips with random features."""
+    return str(make_store(folder, widths=widths, count=40, dtype="float32").folder)
+
+
+def test_features_of_another_store_are_not_evaluated_as_those_of_the_first(here, tmp_path, capsys):
+    stores = [store_of(tmp_path / name, {"rgb": 16}) for name in ("a", "b")]
+    link = tmp_path / "link"
+    link.symlink_to(stores[0])
+    for task in ("retrieve", "probe"):
+        assert main([task, stores[0], "--index", stores[1]]) == 2
+        said = capsys.readouterr().err
+        assert f"--index: expected the store '{stores[0]}' itself" in said and f"got '{stores[1]}'" in said
+    assert main(["retrieve", stores[0], "--index", str(link), "--json"]) == 0
+
+
+def test_heads_are_evaluated_on_views_of_the_width_that_they_were_trained_on(tmp_path, capsys):
+    (tmp_path / "two.toml").write_text(TRAINING)
+    first, swapped = (store_of(tmp_path / name, {"rgb": rgb, "flow": 21 - rgb}) for name, rgb in (("a", 16), ("b", 5)))
+    given = ["--data.features", first, "--run.out", str(tmp_path / "run")]
+    assert main(["pretrain", str(tmp_path / "two.toml"), *given]) == 0
+    heads = str(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert main(["retrieve", heads, "--index", first]) == 0
+    capsys.readouterr()
+    for other, said in (
+        (swapped, "expected features of 16 dimensions of the view 'rgb'"),
+        (store_of(tmp_path / "c", {"rgb": 17}), "expected features of 16 dimensions of the view 'rgb'"),
+        (store_of(tmp_path / "d", {"flow": 16}), "expected features of the view 'rgb', but the store"),
+    ):
+        assert main(["retrieve", heads, "--index", other]) == 2
+        error = capsys.readouterr().err
+        assert f"--index: {said}" in error and other in error
+
+
 def test_probe_and_report_work_on_the_run(here, capsys):
     for given in ("run/checkpoints/last.pt", "store"):
         assert main(["probe", given, "--index", "store", "--epochs", "2", "--json"]) == 0
-        assert 0 <= json.loads(capsys.readouterr().out)["accuracy"] <= 1
+        result = json.loads(capsys.readouterr().out)
+        assert 0 <= result["accuracy"] <= 1 and result["crops"] == 1
     assert main(["report", "run", "--json"]) == 0
     page = (here / "run" / "report.html").read_text()
     assert "Training features" in page and "Best stored features (RGB)" in page and "Best pixel baseline" not in page
@@ -249,7 +341,7 @@ def test_clips_of_one_source_in_a_store_are_siblings_whatever_their_labels(tmp_p
         (["embed", "data/index.csv", "--encoder", "net.py:Tokens", "clips.toml", "--out", "x"],
          "--encoder: expected one network, or checkpoints, got net.py:Tokens clips.toml"),
         (["embed", "data/index.csv", "--encoder", "net.py:No", "--out", "x"], "model.arch 'net.py:No': expected a"),
-        (["embed", "data/index.csv", "--encoder", "train.toml", "--out", "x"], "CHECKPOINT: embed expects a network"),
+        (["embed", "data/index.csv", "--encoder", "train.toml", "--out", "x"], "--encoder: embed expects a network"),
         (["embed", "--features", "rgb=a", "b", "--out", "x"], "--features: expected each view once"),
         ([*EMBED[:-1], "0", "--out", "x"], "--samples: expected 1 or more, got 0"),
         ([*EMBED, "--out", "data"], "--out: expected a new folder or a store of features, got 'data'"),
@@ -260,6 +352,12 @@ def test_clips_of_one_source_in_a_store_are_siblings_whatever_their_labels(tmp_p
          "--index: expected a store of features (see `cpr-fast embed`), but 'data/index.csv' is a file"),
         (["probe", "run/checkpoints/last.pt", "--index", "store", "--inputs", "clips"],
          "CHECKPOINT: probe --inputs clips expects a network that encodes videos"),
+        (["probe", "store", "--index", "store", "--recipe", "coclr"],
+         "--recipe: expected no such option with the store of features 'store', got coclr"),
+        (["retrieve", "run/checkpoints/last.pt", "--index", "store", "--clips", "3"],
+         "--clips: expected no such option"),
+        (["retrieve", "store", "--index", "store", "--crops", "1"], "--crops: expected no such option with the store"),
+        (["probe", "run/checkpoints/last.pt", "--index", "store", "--crops", "5"], "--crops: expected no such option"),
         (["finetune", "run/checkpoints/last.pt", "--index", "store"], "CHECKPOINT: finetune expects a network that"),
         (["export", "run/checkpoints/last.pt", "--to", "onnx", "--out", "x.onnx"], "--to: expected safetensors"),
         (["pretrain", "train.toml", "--data.features", "data", "--run.out", "x"],

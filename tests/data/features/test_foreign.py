@@ -1,5 +1,7 @@
 """Features that other programs wrote become a store: every form gives the same one, and bad input is named."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -150,6 +152,18 @@ def test_missing_clips_are_named(tmp_path):
     refused(tmp_path, "INDEX: expected a table .* a row for each of the 23 rows", one_npy(tmp_path))
 
 
+def test_a_view_without_names_needs_a_table_also_beside_one_with_names(tmp_path):
+    views = {"rgb": npy(tmp_path), "flow": one_npy(tmp_path)}
+    for features in (views, dict(reversed(views.items()))):
+        with pytest.raises(InputError, match="INDEX: expected a table .* the 23 rows of '.*all.npy', .*; got none"):
+            adopt(features, None, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    adopt(views, table_of(tmp_path), tmp_path / "s", dtype="float32")
+    store = StoredClips.open(tmp_path / "s").store
+    assert np.array_equal(store.samples("flow", 0, COUNT), VALUES)
+    assert np.array_equal(store.samples("rgb", 0, COUNT), VALUES)
+
+
 def test_a_name_without_its_folder_must_be_that_of_one_clip(tmp_path):
     features = folder_of(tmp_path, ".npy", np.save, VALUES[:3], ["a/v1", "b/v1", "b/v2"])
     table = table_of(tmp_path, [("v2.avi",)], "path", 1)
@@ -204,6 +218,25 @@ def test_files_that_are_no_features_are_named(tmp_path):
     )
     names = [clip._replace(path=clip.path.replace(".avi", suffix)) for clip in CLIPS[:1] for suffix in (".avi", ".mp4")]
     refused(tmp_path, "those of 'c0/v0.mp4' are also those of 'c0/v0.avi'", features, table_of(tmp_path, names))
+
+
+@pytest.mark.parametrize("form", [npy, one_npz])
+def test_a_store_is_not_continued_after_a_file_was_changed(tmp_path, form):
+    features = form(tmp_path)
+    assert adopt({"rgb": features}, None, tmp_path / "s")["computed"] == 1
+    assert adopt({"rgb": features}, None, tmp_path / "s")["computed"] == 0
+    changed = features / "c2" / "v4.npy" if features.is_dir() else features
+    state = changed.stat()
+    os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns + 1))  # of the same size, below the top folder
+    with pytest.raises(InputError, match="--out: .* holds a store of other features .*inputs that were changed"):
+        adopt({"rgb": features}, None, tmp_path / "s")
+    os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert adopt({"rgb": features}, None, tmp_path / "s")["computed"] == 0
+    if features.is_dir():
+        changed.write_bytes(changed.read_bytes() + b"0")
+        os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns))
+        with pytest.raises(InputError, match="--out: .* holds a store of other features"):
+            adopt({"rgb": features}, None, tmp_path / "s")
 
 
 def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path):

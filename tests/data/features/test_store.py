@@ -31,6 +31,32 @@ def test_the_evaluation_feature_is_the_mean_of_the_samples_where_none_is_stored(
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("distance", [1, 7, 64, 65, 97])
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_of_sparse_clips_little_more_than_their_features_is_read(tmp_path, monkeypatch, distance, evaluation):
+    count, clips = 9001, make_clips(9001)
+    values = np.random.default_rng(0).standard_normal((count, 2, 3), np.float32)
+
+    def compute(positions: range) -> Computed:
+        part = values[positions.start : positions.stop]
+        return Computed(np.array(positions), {"rgb": part}, {"rgb": part[:, 1]} if evaluation else {})
+
+    about = Description({"rgb": 3}, 2, evaluation, "float32", {}, "a", planned_shards(count, 2000))
+    write_store(tmp_path / "s", clips, about, compute)
+    store, asked = FeatureStore(tmp_path / "s"), []
+    read = store._read
+    monkeypatch.setattr(store, "_read", lambda view, name, begin, end: (asked.append(end - begin),
+                                                                        read(view, name, begin, end))[1])  # fmt: skip
+    rows = np.arange(distance - 1, count, distance)
+    found = list(store.evaluation("rgb", rows))
+    assert [len(part) for part in found] == [min(4096, len(rows) - begin) for begin in range(0, len(rows), 4096)]
+    assert np.array_equal(np.concatenate(found), values[rows, 1] if evaluation else values[rows].mean(1))
+    if distance > 64:
+        assert asked == [1] * len(rows)
+    else:
+        assert sum(asked) <= count and max(asked) <= 4096 and len(asked) <= 2 * len(found) + 2
+
+
 def test_a_view_with_fewer_dimensions_is_followed_by_zeros(tmp_path):
     store = make_store(tmp_path / "s", widths={"rgb": 16, "flow": 5})
     flow = store.samples("flow", 20, 30)
@@ -177,6 +203,42 @@ def test_a_store_that_is_not_as_it_says_is_refused_with_the_file_and_what_was_ex
         refused("store.json: expected the description of a store")
     with pytest.raises(InputError, match="data.features: expected a store of features.*holds no store.json"):
         FeatureStore(tmp_path, "data.features")
+
+
+@pytest.mark.parametrize("change", [
+    lambda path, _: path.write_bytes(path.read_bytes()[:-1]),
+    lambda path, _: path.write_bytes(b""),
+    lambda path, tensors: save_file(tensors | {"samples": tensors["samples"].astype("f4")}, path),
+    lambda path, tensors: save_file(tensors | {"samples": tensors["samples"][:, :1].copy()}, path),
+    lambda path, tensors: save_file(tensors | {"samples": tensors["samples"][..., :7].copy()}, path),
+    lambda path, tensors: save_file(tensors | {"samples": tensors["samples"][:19].copy()}, path),
+    lambda path, tensors: save_file({"samples": tensors["samples"]}, path),
+    lambda path, tensors: save_file({name: np.concatenate([some, some]) for name, some in tensors.items()}, path),
+])  # fmt: skip
+def test_a_damaged_shard_is_computed_again_with_the_same_bits(tmp_path, caplog, change):
+    write(tmp_path / "s")
+    before, path = contents(tmp_path / "s"), tmp_path / "s" / "rgb-00001.safetensors"
+    change(path, load_file(path))
+    report, computed = write(tmp_path / "s")
+    assert computed == [20] and report["computed"] == 1 and contents(tmp_path / "s") == before
+    assert "rgb-00001.safetensors: expected" in caplog.text and "the shard is computed again" in caplog.text
+
+
+def test_a_shard_of_which_one_view_is_damaged_is_computed_again(tmp_path):
+    store = make_store(tmp_path / "s")
+    before = contents(store.folder)
+    path = store.folder / "flow-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    make_store(tmp_path / "s")
+    assert contents(store.folder) == before
+
+
+def test_shards_and_description_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("cpr_fast.runtime.files._sync", lambda path: synced.append(path.suffix))
+    write(tmp_path / "s")
+    files = [suffix for suffix in synced if suffix]
+    assert files == [".json", *[".safetensors"] * 3, ".csv", ".json"]
 
 
 def test_nan_in_a_shard_is_named_with_its_clip_when_it_is_read(tmp_path):

@@ -112,8 +112,11 @@ def test_a_run_is_not_resumed_on_other_features(store, tmp_path):
     cycles = [{"view": "rgb", "epochs": 1, "mining": "none"}]
     out = run(settings(store, tmp_path / "run", cycles))
     other = make_store(tmp_path / "other", count=400, samples=2)
-    with pytest.raises(InputError, match="trained on 320 videos, got"):
-        run(settings(other, out, cycles), resume=True)
+    fewer = make_store(tmp_path / "fewer", count=390)
+    for features, came in ((other, "other features, or those of other clips"), (fewer, "312 videos")):
+        said = rf"data.features: the run in '{out}' was trained on 320 videos, got {came} \('{features.folder}'\)\. "
+        with pytest.raises(InputError, match=f"^{said}Resume with the store it began with"):
+            run(settings(features, out, cycles), resume=True)
     moved = tmp_path / "moved"
     store.folder.rename(moved)
     try:
