@@ -118,7 +118,8 @@ def _is_there(folder: Path, about: Description, number: int) -> bool:
     try:
         dtype, shape = header(paths[0]).get("positions", ("none", ()))
         if dtype != "I64" or len(shape) != 1 or shape[0] > about.planned[number]:
-            raise InputError(f"{paths[0]}: expected positions int64 of {about.planned[number]} clips or fewer, got "
+            raise InputError(f"{paths[0]}: expected positions int64 of "
+                             f"{counted(about.planned[number], 'clip')} or fewer, got "
                              f"{dtype} {list(shape)}")  # fmt: skip
         for path, view in zip(paths, about.views, strict=True):
             check_shard(path, view, shape[0], about)
