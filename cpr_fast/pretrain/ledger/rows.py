@@ -23,13 +23,16 @@ _HEAD = 2  # values of `observe` before the plan
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Returns the sum, modulo 2^64, of the squares of a tensor's bit patterns, 0-d int64 on its device.
+    """Returns the sum of b (2 b + 1), modulo 2^64, over the bit patterns b of a tensor's elements, 0-d int64 on its
+    device.
 
-    Integer sums have no rounding, so the result depends neither on the device nor on the order of the additions. The
-    squares keep changes of +1 and -1 in the last place from cancelling. The order of the elements does not count.
+    Integer sums have no rounding, so the result depends neither on the device nor on the order of the additions.
+    b (2 b + 1) is a bijection modulo 2^64 [Rivest et al., The RC6 Block Cipher, 1998], so every change of a single
+    element changes the sum, and changes of +1 and -1 in the last place do not cancel. The order of the elements does
+    not count.
     """
     bits = tensor.detach().view(BITS[tensor.element_size()]).to(torch.int64)
-    return (bits * bits).sum()
+    return (bits * (2 * bits + 1)).sum()
 
 
 @torch.no_grad()

@@ -41,9 +41,9 @@ def blake2b(*values: int) -> str:
     return hashlib.blake2b(struct.pack(f"<{len(values)}q", *values), digest_size=8).hexdigest()
 
 
-def sum_of_squares(tensor: torch.Tensor) -> int:
+def sum_of_bits(tensor: torch.Tensor) -> int:
     """Returns the checksum by integers of Python, as a signed number of 64 bits."""
-    total = sum(bits * bits for bits in struct.unpack(f"<{tensor.numel()}i", tensor.numpy().tobytes()))
+    total = sum(bits * (2 * bits + 1) for bits in struct.unpack(f"<{tensor.numel()}i", tensor.numpy().tobytes()))
     return (total + 2**63) % 2**64 - 2**63
 
 
@@ -51,7 +51,7 @@ def test_a_row_holds_the_digests_that_the_standard_library_computes():
     seen = result()
     assert row_of(seen) == AT | {
         "plan": blake2b(*seen.plan.tolist()),
-        "features": blake2b(sum_of_squares(torch.cat([seen.queries.flatten(), seen.keys.flatten()]))),
+        "features": blake2b(sum_of_bits(torch.cat([seen.queries.flatten(), seen.keys.flatten()]))),
         "mined": blake2b(*range(15)),
         "loss": 1.375,
     }
@@ -89,6 +89,15 @@ def test_a_checksum_sees_one_bit_of_any_type_in_any_layout(dtype):
     last[1, 3, 1, 2, 6] = 0 if last[1, 3, 1, 2, 6] else 1
     assert checksum(tensor) != checksum(last)
     assert checksum(torch.zeros((), dtype=dtype)) == 0 and checksum(torch.zeros(0, dtype=dtype)) == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "first", "second"),
+    [(torch.float32, 2.0, -2.0), (torch.float64, 1.0, 0.25), (torch.int64, 2**62, 0), (torch.bfloat16, 2.0, -2.0)],
+)
+def test_a_checksum_sees_every_change_of_one_element(dtype, first, second):
+    """The squares of these bit patterns are equal modulo 2^64 or as signed numbers."""
+    assert checksum(torch.tensor([3, first], dtype=dtype)) != checksum(torch.tensor([3, second], dtype=dtype))
 
 
 def test_changes_in_the_last_place_do_not_cancel():
