@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from cpr_fast.pretrain.ledger.chain import read_ledger
 from cpr_fast.pretrain.ledger.rows import checksum, differing, observe, step_row
+from cpr_fast.pretrain.run.log import StepLog
 from cpr_fast.pretrain.step.result import StepResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,6 +117,30 @@ def test_a_step_is_observed_without_waiting_for_the_device():
         result(), **{name: getattr(result(), name).to("meta") for name in ("loss", "queries", "keys", "plan", "mined")}
     )
     assert observe(seen).is_meta and observe(seen).shape == (2 + 5 + 15,)
+
+
+def test_reading_loss_and_ledger_is_one_copy_from_the_device(tmp_path, monkeypatch):
+    """Per step; the rows of the epoch are read separately."""
+    count, counts = [0], []
+    for name in ("tolist", "cpu", "item", "numpy"):
+        function = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, function=function, name=name):
+            count[0] += name != "numpy"
+            return function(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    check = StepLog.check
+
+    def checked(log):
+        before, pending = count[0], len(log.pending)
+        found = check(log)
+        counts.append((pending, count[0] - before))
+        return found
+
+    monkeypatch.setattr(StepLog, "check", checked)
+    run(settings(tmp_path / "run", schedule={"cycles": [{"view": "rgb", "epochs": 1, "mining": "none"}]}))
+    assert [copies for pending, copies in counts if pending] == [1] * 3
 
 
 def test_the_plan_is_that_of_the_videos_of_the_batch():
