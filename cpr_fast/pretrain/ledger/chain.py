@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,14 @@ class Ledger:
                     self._file.truncate(self._end)
                 raise
         self.chain, self._end = chain, self._end + len(line)
+
+    def sync(self) -> None:
+        """Waits until all rows are on the disk, so that no checkpoint is newer than the ledger after a power failure.
+
+        Raises InputError if the disk fails.
+        """
+        with naming(self.path, "no checkpoint was written, and the run can be resumed from the one before"):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file. Further calls have no effect."""
@@ -135,7 +145,8 @@ def step_files(run_dir: str | Path) -> list[tuple[int, Path]]:
 def rewind(run_dir: str | Path, *, step: int, chain: str | None) -> None:
     """Removes the rows after `step` steps, which a resumed run will write again, and rows that cannot be read.
 
-    A ledger that lacks steps does not stop the run: a warning says so, and `cpr-fast verify` will name them.
+    A ledger that is damaged before that step, or lacks steps, does not stop the run: it is kept as
+    `ledger.jsonl.damaged`, a warning says so, and `cpr-fast verify` will name the steps.
 
     Args:
         chain: what the checkpoint that the run continues from holds of the ledger; None if it holds nothing.
@@ -146,13 +157,23 @@ def rewind(run_dir: str | Path, *, step: int, chain: str | None) -> None:
         return
     rows, fault = _read(path)
     kept = [row for row in rows if row["step"] < step]
-    fault = fault if len(kept) == len(rows) else ""  # a fault in rows that are removed does not matter
-    if not fault and chain is not None and chain != (kept[-1]["chain"] if kept else START):
-        fault = f"{path} does not fit the checkpoint after step {step}"
+    if chain is None:
+        fault = fault if len(kept) == len(rows) else ""  # a fault in rows that are removed does not matter
+    elif chain == (kept[-1]["chain"] if kept else START):
+        fault = ""
+    else:
+        fault = fault or f"{path} does not fit the checkpoint after step {step}"
+    lines = path.read_bytes().split(b"\n")[: len(kept)]
     if fault:
-        log.warning("Warning: %s. The run continues; `cpr-fast verify` will not accept the steps before", fault)
-    with replacing(path) as temporary:
-        lines = path.read_bytes().split(b"\n")[: len(kept)]
+        damaged = path.with_name(FILE + ".damaged")
+        with replacing(damaged, durable=True) as temporary:
+            shutil.copyfile(path, temporary)
+        log.warning(
+            "Warning: %s. It is kept as %s; the run continues with its first %s, and `cpr-fast verify` will not accept "
+            "the steps before",
+            fault, damaged.name, counted(len(kept), "row"),
+        )  # fmt: skip
+    with replacing(path, durable=True) as temporary:
         temporary.write_bytes(b"".join(line + b"\n" for line in lines))
 
 
