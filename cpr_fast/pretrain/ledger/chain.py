@@ -102,20 +102,20 @@ def read_ledger(run_dir: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def require_steps(rows: list[dict[str, Any]], first: int, run_dir: str | Path, chain: str | None = None) -> None:
+def require_steps(rows: list[dict[str, Any]], first: int, run_dir: str | Path, *, written: int = 0) -> None:
     """Checks that a ledger holds every step from `first` (from 0) to its last one, and one at least.
 
     Args:
         rows: the rows of `read_ledger`.
-        run_dir: the run folder, for the message, and whose checkpoints tell how many steps there must be.
-        chain: what the checkpoint after `first` steps holds of the ledger; None if it holds nothing.
+        run_dir: the run folder, for the message.
+        written: the number of steps after which the newest checkpoint was written. A run that still trains writes rows
+            first, so the checkpoints must be listed before the rows are read.
     Raises:
-        LedgerError: steps are missing, or the checkpoint was written after other rows than these.
+        LedgerError: steps are missing.
     """
     path = Path(run_dir) / FILE
     steps = [row["step"] for row in rows if "plan" in row]
     end = steps[-1] + 1 if steps else 0
-    written = max((step for step, _ in step_files(run_dir)), default=0)
     if end < written:
         raise LedgerError(
             f"{path} is cut off: it ends after {counted(end, 'step')}, but a checkpoint was written after "
@@ -128,11 +128,23 @@ def require_steps(rows: list[dict[str, Any]], first: int, run_dir: str | Path, c
             f"{path} lacks {counted(len(missing), 'step')} from step {missing[0] + 1} on: the run was continued by a "
             "version that wrote none, or after its ledger was lost"
         )
-    before = next((row["chain"] for row in reversed(rows) if row["step"] < first), START)
-    if first and chain is not None and chain != before:
+
+
+def require_chain(rows: list[dict[str, Any]], step: int, chain: str | None, run_dir: str | Path) -> None:
+    """Checks that a checkpoint was written after the rows of a ledger up to its step.
+
+    Args:
+        rows: the rows of `read_ledger`.
+        step: the number of steps after which the checkpoint was written.
+        chain: what the checkpoint holds of the ledger; None if it holds nothing.
+    Raises:
+        LedgerError: it was written after other rows.
+    """
+    before = next((row["chain"] for row in reversed(rows) if row["step"] < step), START)
+    if step and chain is not None and chain != before:
         raise LedgerError(
-            f"{path} does not fit the checkpoint after step {first}, which was written with the chain {chain} instead "
-            f"of {before}: the ledger was written again or belongs to another run"
+            f"{Path(run_dir) / FILE} does not fit the checkpoint after step {step}, which was written with the chain "
+            f"{chain} instead of {before}: the ledger was written again, lacks rows, or belongs to another run"
         )
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpr_fast.pretrain.state.cycle import CycleState
+from cpr_fast.config import Config
+from cpr_fast.pretrain.state.cycle import CycleState, has_key_encoder
 from cpr_fast.pretrain.state.sharding import local, sum_of_shards
 from cpr_fast.pretrain.step.result import StepResult
 
@@ -79,6 +80,16 @@ def weights_row(state: CycleState, *, step: int, epoch: int, cycle: int) -> dict
     tensors = [tensor for encoder in encoders for tensor in encoder.state_dict().values()]
     sums = sum_of_shards(torch.stack(list(map(checksum, local(tensors)))), tensors)
     return {"step": step, "epoch": epoch, "cycle": cycle, "weights": _digest(sums.cpu().numpy())}
+
+
+def saved_weights(saved: dict[str, Any]) -> str:
+    """Returns the field `weights` of the row before a checkpoint that was written at the end of an epoch, computed from
+    the weights in the checkpoint."""
+    config = Config.from_dict(saved["config"])
+    view = config.schedule.cycles[saved["cycle"]].views(shared=config.model.shared)[0]
+    encoders = [saved["encoders"][view]] + [saved["cycle_state"]["key"]] * has_key_encoder(config)
+    sums = torch.stack([checksum(tensor).cpu() for encoder in encoders for tensor in encoder.values()])
+    return _digest(sums.numpy())
 
 
 def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:

@@ -107,8 +107,7 @@ def pretrain(
         held_out: the videos of online retrieval; by default the rows of `data.index` whose split is
             `health.online_split`.
         make_windows: see `OnlineRetrieval`.
-        ledger: receives the rows of the ledger, in every process, instead of `ledger.jsonl` in the run folder. The run
-            then writes no checkpoints.
+        ledger: receives the rows of the ledger, in every process, instead of `ledger.jsonl`; no checkpoint is written.
         progress: prints a start summary, a progress line and an end summary on stderr.
     Raises:
         InputError: the run folder, the index or the config do not fit each other, or the folder cannot be written.

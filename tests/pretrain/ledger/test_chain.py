@@ -12,7 +12,16 @@ import pytest
 from support.small_runs import run, settings
 
 from cpr_fast.errors import InputError
-from cpr_fast.pretrain.ledger.chain import FILE, START, Ledger, LedgerError, read_ledger, require_steps, rewind
+from cpr_fast.pretrain.ledger.chain import (
+    FILE,
+    START,
+    Ledger,
+    LedgerError,
+    read_ledger,
+    require_chain,
+    require_steps,
+    rewind,
+)
 from cpr_fast.pretrain.run import loop
 from cpr_fast.weights.checkpoint import save_step
 
@@ -128,12 +137,10 @@ def test_a_missing_ledger_is_named(tmp_path):
 
 
 def test_steps_that_are_missing_at_the_end_are_found_by_the_checkpoints(folder):
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "step-00000006.pt").touch()
-    require_steps(read_ledger(folder), 3, folder)
+    require_steps(read_ledger(folder), 3, folder, written=6)
     (folder / FILE).write_text("".join(lines_of(folder)[:5]))
     with pytest.raises(LedgerError, match="cut off: it ends after 4 steps, but a checkpoint was written after 6 steps"):
-        require_steps(read_ledger(folder), 3, folder)
+        require_steps(read_ledger(folder), 3, folder, written=6)
 
 
 def test_steps_that_are_missing_in_between_are_named(tmp_path):
@@ -152,9 +159,10 @@ def test_steps_that_are_missing_in_between_are_named(tmp_path):
 
 def test_a_ledger_that_was_written_again_does_not_fit_the_checkpoint(folder):
     rows = read_ledger(folder)
-    require_steps(rows, 3, folder, rows[3]["chain"])
+    require_chain(rows, 3, rows[3]["chain"], folder)
+    require_chain(rows, 3, None, folder)
     with pytest.raises(LedgerError, match="does not fit the checkpoint after step 3"):
-        require_steps(rows, 3, folder, rows[2]["chain"])
+        require_chain(rows, 3, rows[2]["chain"], folder)
 
 
 @pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 1), (3, 4), (5, 6), (6, 8), (9, 8)])
