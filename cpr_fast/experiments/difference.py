@@ -10,13 +10,28 @@ from typing import Any
 from torch import Tensor
 
 from cpr_fast.errors import InputError
-from cpr_fast.pretrain.ledger.chain import read_ledger, require_steps, step_files
+from cpr_fast.pretrain.ledger.chain import read_ledger, require_chain, require_steps, step_files
 from cpr_fast.pretrain.ledger.rows import BITS, differing
 from cpr_fast.weights.checkpoint import load_checkpoint
 
 COMPARED = ("encoders", "cycle_state", "rng", "step", "epoch", "step_in_epoch", "cycle")  # entries of a checkpoint
 # Settings that change no result: where data and results are, how fast clips are read, and what follows the pretraining.
-UNUSED = ("run.", "probe.", "finetune.", "health.", "data.index", "data.workers", "data.prefetch", "data.cache_gib")
+UNUSED = (
+    "run.out",
+    "run.log_every",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.stall_timeout_s",
+    "run.tensorboard",
+    "run.dump_memory",
+    "probe.",
+    "finetune.",
+    "health.",
+    "data.index",
+    "data.workers",
+    "data.prefetch",
+    "data.cache_gib",
+)
 
 
 def compare_runs(first: Path, second: Path) -> dict[str, Any]:
@@ -24,13 +39,16 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
 
     Returns:
         `equal`, whether everything that both hold is equal; `settings`: {name: [first, second]} of those that differ;
+        `environment`: the same of the versions, device, commit and number of processes in the newest checkpoints;
         `steps`: the number of steps of each ledger; `difference`, None or `step`, `epoch` and `cycle` from 1, the
         `fields` that differ, and both `rows`; `checkpoints`: the number compared; `tensors`: None, or the first
         checkpoint that differs, see `compare_checkpoints`, and its number of `steps`.
     Raises:
         InputError: a ledger is missing or damaged, or a checkpoint cannot be read.
     """
-    ledgers = [_rows(folder) for folder in (first, second)]
+    files = [dict(step_files(folder)) for folder in (first, second)]  # before the rows: a run may still train
+    newest = [load_checkpoint(held[max(held)]) if held else None for held in files]
+    ledgers = [_rows(folder, saved) for folder, saved in zip((first, second), newest, strict=True)]
     difference = None
     for key in sorted(ledgers[0].keys() & ledgers[1].keys()):
         rows = [ledger[key] for ledger in ledgers]
@@ -38,12 +56,12 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
             numbers = {name: rows[0][name] + 1 for name in ("step", "epoch", "cycle")}
             difference = {**numbers, "fields": fields, "rows": rows}
             break
-    files = [dict(step_files(folder)) for folder in (first, second)]
     common = sorted(files[0].keys() & files[1].keys())
     tensors, compared = None, 0
     for step in common:
         compared += 1
-        payloads = [load_checkpoint(held[step]) for held in files]
+        payloads = [saved if saved["step"] == step else load_checkpoint(held[step])
+                    for held, saved in zip(files, newest, strict=True)]  # fmt: skip
         if found := compare_checkpoints(*payloads):
             tensors = {"steps": step, **found}
             break
@@ -51,6 +69,7 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
         "runs": [str(first), str(second)],
         "equal": difference is None and tensors is None,
         "settings": _settings(first, second),
+        "environment": _environment(*newest) if all(newest) else {},
         "steps": [max(step for step, _ in ledger) + 1 for ledger in ledgers],
         "difference": difference,
         "checkpoints": compared,
@@ -74,10 +93,20 @@ def compare_checkpoints(first: dict[str, Any], second: dict[str, Any]) -> dict[s
     return {"differing": len(found), "values": len(names), "name": name, "text": text, "largest": largest}
 
 
-def _rows(folder: Path) -> dict[tuple[int, bool], dict[str, Any]]:
-    """Returns the rows of a ledger by step, and whether they hold the weights after it."""
+def _environment(first: dict[str, Any], second: dict[str, Any]) -> dict[str, list[Any]]:
+    """Returns {name: [first, second]} of what differs in the origin of two checkpoints."""
+    origins = [{**saved["environment"], "processes": saved["processes"]} for saved in (first, second)]
+    pairs = {name: [held.get(name) for held in origins] for name in ("versions", "device", "commit", "processes")}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _rows(folder: Path, newest: dict[str, Any] | None) -> dict[tuple[int, bool], dict[str, Any]]:
+    """Returns the rows of a ledger by step, and whether they hold the weights after it. `newest` is the newest
+    checkpoint of a step, which they must fit."""
     rows = read_ledger(folder)
-    require_steps(rows, rows[0]["step"] if rows else 0, folder)
+    require_steps(rows, rows[0]["step"] if rows else 0, folder, written=newest["step"] if newest else 0)
+    if newest:
+        require_chain(rows, newest["step"], newest.get("ledger"), folder)
     return {(row["step"], "weights" in row): row for row in rows}
 
 
@@ -130,6 +159,6 @@ def _settings(first: Path, second: Path) -> dict[str, list[Any]]:
                 f"run folder {str(folder)!r}: expected the file config.json with the settings of the run, as "
                 "`cpr-fast pretrain` writes it"
             ) from None
-    names = [name for held in values for name in held if name == "run.seed" or not name.startswith(UNUSED)]
+    names = [name for held in values for name in held if not name.startswith(UNUSED)]
     pairs = {name: [held.get(name) for held in values] for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -67,6 +68,26 @@ def test_the_first_step_and_the_first_tensor_are_named(finished, tmp_path, capsy
     said = capsys.readouterr().out
     assert f"first difference: step {step}, in epoch 1 and cycle 1: the {fields[0]}" in said
     assert f"the first is encoders.rgb.{first}: " in said and " values differ, by at most " in said
+
+
+def test_settings_and_origins_that_may_change_results_are_listed(copied, finished, capsys):
+    """Those of run. that only say what is written are not."""
+    config = json.loads((copied / "config.json").read_text())
+    config["run"] |= {"device": "cuda", "shard": True, "compile": "default", "seed": 4, "log_every": 7,
+                      "checkpoint_every": 2, "keep_checkpoints": 5, "stall_timeout_s": 3.0, "tensorboard": True,
+                      "dump_memory": True, "out": "elsewhere"}  # fmt: skip
+    (copied / "config.json").write_text(json.dumps(config))
+    path = copied / "checkpoints" / "step-00000006.pt"
+    saved = load_checkpoint(path)
+    saved["environment"]["device"] = "cuda (another)"
+    save_checkpoint(path, saved | {"processes": 3})
+    result = compare_runs(finished, copied)
+    assert result["equal"]
+    assert set(result["settings"]) == {"run.device", "run.shard", "run.compile", "run.seed"}
+    assert result["environment"]["processes"] == [1, 3] and set(result["environment"]) == {"device", "processes"}
+    assert main(["diff", str(finished), str(copied)]) == 0
+    said = capsys.readouterr().out
+    assert "processes: first run with 1, second run with 3\n" in said and "second run with cuda (another)\n" in said
 
 
 def test_one_changed_value_of_a_later_checkpoint(copied, finished):

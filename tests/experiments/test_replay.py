@@ -18,6 +18,7 @@ from support.stand_in_loader import RandomLoader, make_index
 from cpr_fast.cli import main
 from cpr_fast.errors import InputError
 from cpr_fast.experiments import replay as module
+from cpr_fast.experiments.difference import compare_runs
 from cpr_fast.experiments.replay import replay
 from cpr_fast.pretrain.ledger.chain import FILE, Ledger, LedgerError, read_ledger
 from cpr_fast.runtime.interrupt import Stopped
@@ -108,10 +109,14 @@ def test_the_first_difference_is_named_and_ends_the_replay(trained, loader, step
 
 @pytest.mark.parametrize(("field", "value"), [("mined", "0" * 16), ("loss", 1.25), ("weights", "f" * 16)])
 def test_a_changed_row_whose_chain_was_computed_again_does_not_fit_the_checkpoint(copied, field, value):
-    """Without the checkpoint's own copy of the chain, the replay finds the change."""
+    """Without the checkpoints' own copies of the chain, the replay finds the change."""
     rewrite(copied, lambda row: {field: value} if row["step"] == 8 and field in row else {})
     with pytest.raises(LedgerError, match="does not fit the checkpoint after step 9"):
         replayed(copied)
+    with pytest.raises(LedgerError, match="does not fit the checkpoint after step 12"):
+        replayed(copied, first=1)
+    for path in (copied / "checkpoints").glob("step-*.pt"):
+        save_checkpoint(path, load_checkpoint(path) | {"ledger": None})
     found = replayed(copied, first=7, steps=3)
     assert found["difference"]["fields"] == [field] and found["difference"]["step"] == 9
 
@@ -124,6 +129,99 @@ def test_weights_that_differ_are_named(copied):
     save_checkpoint(path, saved)
     found = replayed(copied)
     assert found["difference"]["step"] == 10 and found["difference"]["fields"][0] == "features"
+
+
+def test_a_missing_last_row_is_noticed(copied, trained):
+    """The row of the weights after the last step. No step is missing."""
+    lines = (copied / FILE).read_text().splitlines(keepends=True)
+    (copied / FILE).write_text("".join(lines[:-1]))
+    for check in (lambda: replayed(copied), lambda: replayed(copied, first=1, steps=2),
+                  lambda: compare_runs(trained, copied), lambda: compare_runs(copied, trained)):  # fmt: skip
+        with pytest.raises(LedgerError, match="does not fit the checkpoint after step 12"):
+            check()
+
+
+@pytest.mark.parametrize("part", ["query", "key"])
+def test_other_weights_in_a_checkpoint_after_compared_steps_are_noticed(copied, capsys, monkeypatch, part):
+    path = copied / "checkpoints" / "step-00000012.pt"
+    saved = load_checkpoint(path)
+    network = saved["encoders"]["flow"] if part == "query" else saved["cycle_state"]["key"]
+    weight = next(value for name, value in network.items() if name.endswith("weight"))
+    weight[-1].neg_()
+    save_checkpoint(path, saved)
+    result = replayed(copied)
+    assert not result["equal"] and result["difference"] is None
+    found = result["other_weights"]
+    assert found["checkpoint"] == str(path) and found["step"] == 12
+    assert found["recorded"] == read_ledger(copied)[-1]["weights"] != found["saved"]
+    assert replayed(copied, steps=2)["equal"]  # its row is not compared
+    monkeypatch.setattr(module, "replay", lambda folder, **options: result)
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(copied)])
+    assert ended.value.code == 1
+    assert f"{path} holds other weights than the run had after step 12" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_while_it_is_verified(copied, monkeypatch):
+    """Steps 10 to 12 and their checkpoint are written after the ledger was read, and the checkpoint that the replay
+    starts from is removed."""
+    lines, checkpoints = (copied / FILE).read_text().splitlines(keepends=True), copied / "checkpoints"
+    later = checkpoints / "step-00000012.pt"
+    hidden = later.rename(copied / "hidden")
+    (copied / FILE).write_text("".join(lines[:12]))
+    monkeypatch.setattr(module, "read_ledger", lambda folder: [read_ledger(folder), hidden.rename(later)][0])
+    prepare = module._prepare
+
+    def removed(out, folder, checkpoint):
+        prepare(out, folder, checkpoint)
+        checkpoint.unlink()
+
+    monkeypatch.setattr(module, "_prepare", removed)
+    result = replayed(copied)
+    assert result["equal"] and (result["first_step"], result["last_step"]) == (7, 9)
+    assert result["checkpoint"].endswith("step-00000006.pt")
+
+
+def continued_by_two(folder, step):
+    """Notes that two processes computed the steps after `step`."""
+    path = folder / "metrics.jsonl"
+    rows = path.read_text().splitlines(keepends=True)
+    config = load_checkpoint(folder / "checkpoints" / "step-00000009.pt")["config"]
+    config["data"]["batch_size"] //= 2
+    note = {"kind": "note", "text": f"resumed at step {step}", "processes": 2, "config": config}
+    path.write_text("".join([*rows, json.dumps(note) + "\n"]))
+
+
+def test_a_replay_ends_where_another_number_of_processes_went_on(copied, capsys, monkeypatch):
+    continued_by_two(copied, 6)
+    result = replayed(copied, first=1)
+    assert result["equal"] and (result["first_step"], result["last_step"]) == (1, 6)
+    assert result["rest"] == {"step": 7, "processes": 2}
+    assert replayed(copied, first=1, steps=6)["rest"] is None
+    with pytest.raises(InputError, match=r"step 7 was computed by 2 processes, .* got 1. Run: torchrun .* --from 7"):
+        replayed(copied, first=7)
+    monkeypatch.setattr(module, "replay", lambda folder, **options: result)
+    assert main(["verify", str(copied), "--from", "1"]) == 0
+    said = "not replayed: the steps from 7 on, which 2 processes computed: torchrun --nproc-per-node 2 -m cpr_fast ver"
+    assert said in capsys.readouterr().out
+
+
+def test_steps_of_other_processes_whose_checkpoint_is_gone_are_refused(copied):
+    continued_by_two(copied, 7)
+    with pytest.raises(InputError, match=r"--from: step 8 was computed by 2 .* expected a step from 7 to 7, or one "):
+        replayed(copied, first=8)
+    assert replayed(copied, first=7)["last_step"] == 7
+
+
+def test_a_damaged_config_is_named(copied):
+    (copied / "config.json").write_text('{"run": ')
+    with pytest.raises(InputError, match=r"config\.json"):
+        replayed(copied, first=1)
+
+
+def test_a_replay_writes_no_checkpoint(trained, monkeypatch):
+    monkeypatch.setattr("cpr_fast.pretrain.run.loop.save_step", None)
+    assert replayed(trained, first=4, steps=4)["equal"]
 
 
 def test_the_best_checkpoint_is_used_where_no_other_is_left(copied):
@@ -151,7 +249,9 @@ def test_what_cannot_be_replayed_is_refused(copied):
         replay(copied, videos=make_index(16), make_loader=RandomLoader, first=1)
     path = copied / "checkpoints" / "step-00000009.pt"
     save_checkpoint(path, load_checkpoint(path) | {"processes": 2})
-    with pytest.raises(InputError, match=r"by 2 processes, .* got 1. Run: torchrun --nproc-per-node 2 -m cpr_fast ver"):
+    with pytest.raises(
+        InputError, match=r"by 2 processes, .* got 1. Run: torchrun --nproc-per-node 2 -m cpr_fast ver.* --from 10"
+    ):
         replayed(copied)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(InputError, match=r"step-00000009.pt' (is|has|ends|was)"):
@@ -241,7 +341,7 @@ def test_settings_that_write_or_measure_are_off(trained, monkeypatch):
 
     def stand_in(config, **options):
         seen.append(config)
-        raise module._ComparedError
+        options["ledger"].done = len(options["ledger"].rows)
 
     monkeypatch.setattr(module, "pretrain", stand_in)
     recorded = load_checkpoint(trained / "checkpoints" / "step-00000009.pt")

@@ -12,7 +12,7 @@ import tyro
 from cpr_fast.commands.inputs import require_runs
 from cpr_fast.commands.options import Json, required
 from cpr_fast.commands.output import show
-from cpr_fast.commands.reproduction.verify import about_difference
+from cpr_fast.commands.reproduction.verify import about_difference, about_environment
 from cpr_fast.errors import InputError
 from cpr_fast.pretrain.ledger.chain import read_ledger
 from cpr_fast.wording import counted
@@ -56,6 +56,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
     first, second = result["runs"]
     steps, found, tensors = result["steps"], result["difference"], result["tensors"]
     lines = [f"{'equal' if result['equal'] else 'different'}: {first} and {second}", *_settings(result["settings"])]
+    lines += about_environment(result["environment"], "first run", "second run")
     if found is None:
         lines.append(f"ledgers: equal in all {counted(min(steps), 'step')} that both runs have")
     else:

@@ -11,8 +11,9 @@ import tyro
 from cpr_fast.commands.inputs import require_at_least, require_file, require_runs
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show_once, table
+from cpr_fast.config.recipes import program
 from cpr_fast.pretrain.ledger.chain import read_ledger
-from cpr_fast.wording import listed
+from cpr_fast.wording import counted, listed
 
 # What the first field that differs means.
 NAMES = {
@@ -46,7 +47,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Replay steps of a run, and compare each with the run's ledger: the sample plan, the features, the mined entries,
-    the loss, and at the end of every epoch the weights.
+    the loss, and at the end of every epoch the weights, also those of the checkpoint.
 
     The run folder is only read. The exit code is 0 if every step is equal bit for bit, 1 if one differs, and 2 if the
     ledger or another input cannot be used.
@@ -81,19 +82,27 @@ def verify(
 def _lines(result: dict[str, Any]) -> list[str]:
     origin = "the start" if result["checkpoint"] is None else result["checkpoint"]
     steps = f"steps {result['first_step']} to {result['last_step']} of {result['run']}, replayed from {origin}"
+    found, other = result["difference"], result["other_weights"]
+    lines = [f"{'equal' if result['equal'] else 'different'}: {steps}"]
     if result["equal"]:
-        return [
-            f"equal: {steps}",
+        lines.append(
             "compared bit for bit: sample plan, features, mined entries and loss of every step, and the weights at the "
-            "end of every epoch",
-            *_environment(result["environment"]),
-        ]
-    found = result["difference"]
-    return [
-        f"different: {steps}",
-        *about_difference(found, found["recorded"], found["replayed"], "recorded", "replayed"),
-        *_environment(result["environment"]),
-    ]
+            "end of every epoch"
+        )
+    if found is not None:
+        lines += about_difference(found, found["recorded"], found["replayed"], "recorded", "replayed")
+    if other is not None:
+        lines.append(
+            f"{other['checkpoint']} holds other weights than the run had after step {other['step']}: their digest is "
+            f"{other['saved']}, recorded is {other['recorded']}"
+        )
+    if result["rest"] is not None:
+        first, processes = result["rest"]["step"], result["rest"]["processes"]
+        lines.append(
+            f"not replayed: the steps from {first} on, which {counted(processes, 'process', 'processes')} computed: "
+            f"{program(processes)} verify {shlex.quote(result['run'])} --from {first}"
+        )
+    return [*lines, *about_environment(result["environment"], "recorded", "replayed")]
 
 
 def about_difference(
@@ -127,11 +136,9 @@ def _shown(name: str, value: Any) -> str:
     return str(value + 1) if name == "step" else str(value)
 
 
-def _environment(differing: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{name}: recorded with {_told(was)}, replayed with {_told(now)}" for name, (was, now) in differing.items()
-    ]
-    return lines
+def about_environment(differing: dict[str, Any], one: str, other: str) -> list[str]:
+    """Returns a line for each part of the environment that differs between `one` and `other`."""
+    return [f"{name}: {one} with {_told(was)}, {other} with {_told(now)}" for name, (was, now) in differing.items()]
 
 
 def _told(value: Any) -> str:

@@ -155,7 +155,8 @@ class FeatureLoader:
             clips[view] = features.to(self._device)
         video = torch.from_numpy(positions)
         samples = torch.from_numpy(pairs)
-        plan = samples[:, 0] * 2**32 + samples[:, 1]  # which samples were chosen is all that is drawn
+        count = self._index.store.about.samples
+        plan = (video * count + samples[:, 0]) * count + samples[:, 1]  # one number for everything that is drawn
         return Batch(clips, video, self._sources[video], self._labels[video], samples, plan)
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,14 @@ class Ledger:
                 raise
         self.chain, self._end = chain, self._end + len(line)
 
+    def sync(self) -> None:
+        """Waits until all rows are on the disk, so that no checkpoint is newer than the ledger after a power failure.
+
+        Raises InputError if the disk fails.
+        """
+        with naming(self.path, "no checkpoint was written, and the run can be resumed from the one before"):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the file. Further calls have no effect."""
         self._file.close()
@@ -92,20 +102,20 @@ def read_ledger(run_dir: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def require_steps(rows: list[dict[str, Any]], first: int, run_dir: str | Path, chain: str | None = None) -> None:
+def require_steps(rows: list[dict[str, Any]], first: int, run_dir: str | Path, *, written: int = 0) -> None:
     """Checks that a ledger holds every step from `first` (from 0) to its last one, and one at least.
 
     Args:
         rows: the rows of `read_ledger`.
-        run_dir: the run folder, for the message, and whose checkpoints tell how many steps there must be.
-        chain: what the checkpoint after `first` steps holds of the ledger; None if it holds nothing.
+        run_dir: the run folder, for the message.
+        written: the number of steps after which the newest checkpoint was written. A run that still trains writes rows
+            first, so the checkpoints must be listed before the rows are read.
     Raises:
-        LedgerError: steps are missing, or the checkpoint was written after other rows than these.
+        LedgerError: steps are missing.
     """
     path = Path(run_dir) / FILE
     steps = [row["step"] for row in rows if "plan" in row]
     end = steps[-1] + 1 if steps else 0
-    written = max((step for step, _ in step_files(run_dir)), default=0)
     if end < written:
         raise LedgerError(
             f"{path} is cut off: it ends after {counted(end, 'step')}, but a checkpoint was written after "
@@ -118,11 +128,23 @@ def require_steps(rows: list[dict[str, Any]], first: int, run_dir: str | Path, c
             f"{path} lacks {counted(len(missing), 'step')} from step {missing[0] + 1} on: the run was continued by a "
             "version that wrote none, or after its ledger was lost"
         )
-    before = next((row["chain"] for row in reversed(rows) if row["step"] < first), START)
-    if first and chain is not None and chain != before:
+
+
+def require_chain(rows: list[dict[str, Any]], step: int, chain: str | None, run_dir: str | Path) -> None:
+    """Checks that a checkpoint was written after the rows of a ledger up to its step.
+
+    Args:
+        rows: the rows of `read_ledger`.
+        step: the number of steps after which the checkpoint was written.
+        chain: what the checkpoint holds of the ledger; None if it holds nothing.
+    Raises:
+        LedgerError: it was written after other rows.
+    """
+    before = next((row["chain"] for row in reversed(rows) if row["step"] < step), START)
+    if step and chain is not None and chain != before:
         raise LedgerError(
-            f"{path} does not fit the checkpoint after step {first}, which was written with the chain {chain} instead "
-            f"of {before}: the ledger was written again or belongs to another run"
+            f"{Path(run_dir) / FILE} does not fit the checkpoint after step {step}, which was written with the chain "
+            f"{chain} instead of {before}: the ledger was written again, lacks rows, or belongs to another run"
         )
 
 
@@ -135,7 +157,8 @@ def step_files(run_dir: str | Path) -> list[tuple[int, Path]]:
 def rewind(run_dir: str | Path, *, step: int, chain: str | None) -> None:
     """Removes the rows after `step` steps, which a resumed run will write again, and rows that cannot be read.
 
-    A ledger that lacks steps does not stop the run: a warning says so, and `cpr-fast verify` will name them.
+    A ledger that is damaged before that step, or lacks steps, does not stop the run: it is kept as
+    `ledger.jsonl.damaged`, a warning says so, and `cpr-fast verify` will name the steps.
 
     Args:
         chain: what the checkpoint that the run continues from holds of the ledger; None if it holds nothing.
@@ -146,13 +169,23 @@ def rewind(run_dir: str | Path, *, step: int, chain: str | None) -> None:
         return
     rows, fault = _read(path)
     kept = [row for row in rows if row["step"] < step]
-    fault = fault if len(kept) == len(rows) else ""  # a fault in rows that are removed does not matter
-    if not fault and chain is not None and chain != (kept[-1]["chain"] if kept else START):
-        fault = f"{path} does not fit the checkpoint after step {step}"
+    if chain is None:
+        fault = fault if len(kept) == len(rows) else ""  # a fault in rows that are removed does not matter
+    elif chain == (kept[-1]["chain"] if kept else START):
+        fault = ""
+    else:
+        fault = fault or f"{path} does not fit the checkpoint after step {step}"
+    lines = path.read_bytes().split(b"\n")[: len(kept)]
     if fault:
-        log.warning("Warning: %s. The run continues; `cpr-fast verify` will not accept the steps before", fault)
-    with replacing(path) as temporary:
-        lines = path.read_bytes().split(b"\n")[: len(kept)]
+        damaged = path.with_name(FILE + ".damaged")
+        with replacing(damaged, durable=True) as temporary:
+            shutil.copyfile(path, temporary)
+        log.warning(
+            "Warning: %s. It is kept as %s; the run continues with its first %s, and `cpr-fast verify` will not accept "
+            "the steps before",
+            fault, damaged.name, counted(len(kept), "row"),
+        )  # fmt: skip
+    with replacing(path, durable=True) as temporary:
         temporary.write_bytes(b"".join(line + b"\n" for line in lines))
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpr_fast.pretrain.state.cycle import CycleState
+from cpr_fast.config import Config
+from cpr_fast.pretrain.state.cycle import CycleState, has_key_encoder
 from cpr_fast.pretrain.state.sharding import local, sum_of_shards
 from cpr_fast.pretrain.step.result import StepResult
 
@@ -23,13 +24,16 @@ _HEAD = 2  # values of `observe` before the plan
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Returns the sum, modulo 2^64, of the squares of a tensor's bit patterns, 0-d int64 on its device.
+    """Returns the sum of b (2 b + 1), modulo 2^64, over the bit patterns b of a tensor's elements, 0-d int64 on its
+    device.
 
-    Integer sums have no rounding, so the result depends neither on the device nor on the order of the additions. The
-    squares keep changes of +1 and -1 in the last place from cancelling. The order of the elements does not count.
+    Integer sums have no rounding, so the result depends neither on the device nor on the order of the additions.
+    b (2 b + 1) is a bijection modulo 2^64 [Rivest et al., The RC6 Block Cipher, 1998], so every change of a single
+    element changes the sum, and changes of +1 and -1 in the last place do not cancel. The order of the elements does
+    not count.
     """
     bits = tensor.detach().view(BITS[tensor.element_size()]).to(torch.int64)
-    return (bits * bits).sum()
+    return (bits * (2 * bits + 1)).sum()
 
 
 @torch.no_grad()
@@ -76,6 +80,16 @@ def weights_row(state: CycleState, *, step: int, epoch: int, cycle: int) -> dict
     tensors = [tensor for encoder in encoders for tensor in encoder.state_dict().values()]
     sums = sum_of_shards(torch.stack(list(map(checksum, local(tensors)))), tensors)
     return {"step": step, "epoch": epoch, "cycle": cycle, "weights": _digest(sums.cpu().numpy())}
+
+
+def saved_weights(saved: dict[str, Any]) -> str:
+    """Returns the field `weights` of the row before a checkpoint that was written at the end of an epoch, computed from
+    the weights in the checkpoint."""
+    config = Config.from_dict(saved["config"])
+    view = config.schedule.cycles[saved["cycle"]].views(shared=config.model.shared)[0]
+    encoders = [saved["encoders"][view]] + [saved["cycle_state"]["key"]] * has_key_encoder(config)
+    sums = torch.stack([checksum(tensor).cpu() for encoder in encoders for tensor in encoder.values()])
+    return _digest(sums.numpy())
 
 
 def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,13 +41,7 @@ class NonFiniteError(FailedError, ArithmeticError):
 
 
 class LedgerRows(Protocol):
-    """Where the rows of a ledger go: a `Ledger`, or what compares them with those of one.
-
-    Attributes:
-        chain: the `chain` of the newest row, which checkpoints hold.
-    """
-
-    chain: str
+    """Where the rows of a ledger go: a `Ledger`, or what compares them with those of one."""
 
     def write(self, row: dict[str, Any]) -> None: ...
 
@@ -135,20 +130,23 @@ class StepLog:
         newest = self.pending[-1][1]
         measured = newest.rates if newest.grad_norm is None else {"grad_norm": newest.grad_norm, **newest.rates}
         flags = [result.finite.float() for _, result in self.pending]
-        values = torch.stack([newest.loss, *measured.values(), *flags]).tolist()
+        numbers = torch.stack([newest.loss, *measured.values(), *flags]).double().view(torch.int64)  # exact
+        observed = [tensor for _, tensor in self.observed]
+        copied = torch.cat([numbers, *observed]).cpu().numpy()
+        values = copied[: len(numbers)].view("float64").tolist()
         loss, found, flags = values[0], values[1 : -len(flags)], values[-len(flags) :]
-        self._write_ledger(len(newest.video))
+        self._write_ledger(copied[len(numbers) :], len(newest.video))
         for (step, result), finite in zip(self.pending, flags, strict=True):
             if not finite:
                 raise NonFiniteError(self._of_not_finite(step, result))
         self.pending.clear()
         return loss, dict(zip(measured, found, strict=True))
 
-    def _write_ledger(self, clips: int) -> None:
-        """Writes the rows of the steps since the last call to the ledger; `clips` are R*B."""
+    def _write_ledger(self, values: np.ndarray, clips: int) -> None:
+        """Writes the rows of the steps since the last call to the ledger: `values` are those of `observe`, one step
+        after the other, `clips` are R*B."""
         if self.ledger is None:
             return
-        values = torch.cat([tensor for _, tensor in self.observed]).cpu().numpy()
         for at, tensor in self.observed:
             self.ledger.write(step_row(values[: len(tensor)], clips, **at))
             values = values[len(tensor) :]

@@ -74,6 +74,7 @@ class Run:
     make_loader: Callable[..., Loader]
     writer: MetricsWriter | None  # None in all processes but the first
     ledger: LedgerRows | None  # the same, unless the caller of `pretrain` gave one
+    saves: bool  # whether it writes checkpoints: unless the caller gave a ledger
     online: OnlineRetrieval | None
     progress: bool
     stop: StopRequest
@@ -106,7 +107,7 @@ def pretrain(
         held_out: the videos of online retrieval; by default the rows of `data.index` whose split is
             `health.online_split`.
         make_windows: see `OnlineRetrieval`.
-        ledger: receives the rows of the ledger, in every process, instead of `ledger.jsonl` in the run folder.
+        ledger: receives the rows of the ledger, in every process, instead of `ledger.jsonl`; no checkpoint is written.
         progress: prints a start summary, a progress line and an end summary on stderr.
     Raises:
         InputError: the run folder, the index or the config do not fit each other, or the folder cannot be written.
@@ -126,7 +127,7 @@ def pretrain(
         on_main(lambda: stack.enter_context(only_writer(folder, exists=resume is True)))
         stop = stack.enter_context(stop_requests())
         saved = open_run(config, folder, resume, world, videos)
-        writer = None
+        writer, saves = None, ledger is None
         if world.is_main:
             writer = stack.enter_context(MetricsWriter(folder, tensorboard=config.run.tensorboard))
             ledger = ledger or stack.enter_context(closing(Ledger(folder)))
@@ -134,7 +135,7 @@ def pretrain(
         stack.enter_context(torch.random.fork_rng([world.device] if world.device.type == "cuda" else []))
         torch.manual_seed(config.run.seed)
         online = _online(config, held_out, world, watch, make_windows)
-        run = Run(config, world, index, videos, plans, warnings, folder, make_loader, writer, ledger, online,
+        run = Run(config, world, index, videos, plans, warnings, folder, make_loader, writer, ledger, saves, online,
                   progress and world.is_main, stop, watch)  # fmt: skip
         weights = saved["encoders"] if saved else load_initial(config.model)
         _begin(run, saved)
@@ -295,7 +296,7 @@ def _after_step(
     Args:
         at: number of the cycle, of the epoch, of the step within the epoch and of the step within the run.
     Raises:
-        Interrupted: after the checkpoint was written.
+        Interrupted: after the checkpoint was written, if the run writes any.
     """
     number, epoch, i, step = at
     last, best = i + 1 == len(loader), False
@@ -311,10 +312,10 @@ def _after_step(
     if last or signum or (every and (step + 1) % every == 0):
         run.watch.doing(f"writing the checkpoint of step {step + 1}")
         rows.check()
-        where = {"step": step + 1, "epoch": epoch + last, "step_in_epoch": 0 if last else i + 1}
-        path = _save(run, state, {**where, "cycle": number}, weights, best)
+        where = {"step": step + 1, "epoch": epoch + last, "step_in_epoch": 0 if last else i + 1, "cycle": number}
+        saved = f"; saved {_save(run, state, where, weights, best)}" if run.saves else ""
     if signum:
-        raise Interrupted(signum, f"after step {step + 1}; saved {path}")
+        raise Interrupted(signum, f"after step {step + 1}{saved}")
 
 
 def _pace(run: Run, state: CycleState, number: int, left: int) -> Pace:
@@ -373,6 +374,7 @@ def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str,
     folder = run.folder / "checkpoints"
     if not run.world.is_main:
         return folder / LAST
+    run.ledger.sync()
     payload = {
         "config": run.config.to_dict(),
         "environment": environment(run.world.device),
@@ -381,7 +383,7 @@ def _save(run: Run, state: CycleState, where: dict[str, int], weights: dict[str,
         "videos": run.videos,
         "processes": run.world.size,
         "rng": rng,
-        "ledger": None if run.ledger is None else run.ledger.chain,
+        "ledger": run.ledger.chain,
         **where,
     }
     return save_step(folder, where["step"], payload, keep=run.config.run.keep_checkpoints, best=best)

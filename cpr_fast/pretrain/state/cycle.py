@@ -192,6 +192,11 @@ class CycleState:
             self.cascades = [Cascade(tuple(state["cascade"]["views"]), tuple(state["cascade"]["keep"]))] * 2
 
 
+def has_key_encoder(config: Config) -> bool:
+    """Returns whether a moving average of the query encoder computes the keys, instead of the query encoder itself."""
+    return not config.model.shared and config.memory.kind != "batch"
+
+
 def _build_encoders(
     config: Config,
     cycle: Cycle,
@@ -202,11 +207,10 @@ def _build_encoders(
 ) -> Encoders:
     """Builds the encoders of a cycle; `clips` is the number of videos per step, over all processes."""
     model, memory, parts = config.model, config.memory, config.optim.accumulate
-    own_keys = model.shared or memory.kind == "batch"  # the learning encoder computes the keys: no moving average
     return Encoders(
         initial_encoder(config, views[0], weights),
         initial_encoder(config, views[1], weights) if len(views) > 1 and not model.shared else None,
-        momentum=None if own_keys else cycle.applied_to(memory).ema_momentum,
+        momentum=cycle.applied_to(memory).ema_momentum if has_key_encoder(config) else None,
         groups=batch_norm_groups(memory.shuffle_bn_groups, clips, world.size, parts),
         seed=config.run.seed,
         world=world,

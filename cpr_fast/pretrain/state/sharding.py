@@ -50,7 +50,24 @@ def shard(encoder: Encoder, world: World) -> Encoder:
     # next pass would use these weights instead of the updated ones.
     for module in [*blocks, encoder]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    if not any(weight.requires_grad for weight in encoder.parameters()):
+        encoder.register_forward_hook(_forget_passes)
     return encoder.to(world.device)
+
+
+def _forget_passes(encoder: nn.Module, args: Any, features: Any) -> None:
+    """Clears the order of forward passes that torch records for prefetching in the backward pass, and clears only after
+    one: in a frozen encoder it would grow with every step."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in encoder.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            for group in getattr(state, "_fsdp_param_groups", None) or [
+                state._fsdp_param_group
+            ]:  # as torch 2.10 has it
+                group._post_forward_indices.clear()
+                group.comm_ctx.post_forward_order.clear()
 
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -52,6 +52,18 @@ def test_an_epoch_visits_every_clip_once_and_epochs_and_seeds_differ(store):
         assert other.sort().values.tolist() == list(range(COUNT)) and (other == first).float().mean() < 0.05
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_plans_tell_clips_and_samples_apart(tmp_path, samples):
+    """The plans of an epoch are equal exactly where clip and samples are equal, whatever the batch."""
+    index = StoredClips(make_store(tmp_path / "s", count=75, samples=samples, shard=50))
+    plans: dict[tuple[int, ...], int] = {}
+    for epoch in (0, 1):
+        for batch in loader(index, batch_size=25).epoch(epoch):
+            for video, start, plan in zip(batch.video, batch.start, batch.plan.tolist(), strict=True):
+                assert plans.setdefault((int(video), *start.tolist()), plan) == plan
+    assert len(set(plans.values())) == len(plans) >= 75
+
+
 def test_the_order_is_that_of_shuffled_blocks_shuffled_within_windows():
     rows = np.sort(np.random.default_rng(0).choice(40_000, 9_001, replace=False))
     windows = epoch_windows(rows, 1024, seed=3, epoch=5)

@@ -6,11 +6,24 @@ import errno
 import hashlib
 import json
 import logging
+import os
 
 import pytest
+from support.small_runs import run, settings
 
 from cpr_fast.errors import InputError
-from cpr_fast.pretrain.ledger.chain import FILE, START, Ledger, LedgerError, read_ledger, require_steps, rewind
+from cpr_fast.pretrain.ledger.chain import (
+    FILE,
+    START,
+    Ledger,
+    LedgerError,
+    read_ledger,
+    require_chain,
+    require_steps,
+    rewind,
+)
+from cpr_fast.pretrain.run import loop
+from cpr_fast.weights.checkpoint import save_step
 
 
 def row(step, **values):
@@ -124,12 +137,10 @@ def test_a_missing_ledger_is_named(tmp_path):
 
 
 def test_steps_that_are_missing_at_the_end_are_found_by_the_checkpoints(folder):
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "step-00000006.pt").touch()
-    require_steps(read_ledger(folder), 3, folder)
+    require_steps(read_ledger(folder), 3, folder, written=6)
     (folder / FILE).write_text("".join(lines_of(folder)[:5]))
     with pytest.raises(LedgerError, match="cut off: it ends after 4 steps, but a checkpoint was written after 6 steps"):
-        require_steps(read_ledger(folder), 3, folder)
+        require_steps(read_ledger(folder), 3, folder, written=6)
 
 
 def test_steps_that_are_missing_in_between_are_named(tmp_path):
@@ -148,9 +159,10 @@ def test_steps_that_are_missing_in_between_are_named(tmp_path):
 
 def test_a_ledger_that_was_written_again_does_not_fit_the_checkpoint(folder):
     rows = read_ledger(folder)
-    require_steps(rows, 3, folder, rows[3]["chain"])
+    require_chain(rows, 3, rows[3]["chain"], folder)
+    require_chain(rows, 3, None, folder)
     with pytest.raises(LedgerError, match="does not fit the checkpoint after step 3"):
-        require_steps(rows, 3, folder, rows[2]["chain"])
+        require_chain(rows, 3, rows[2]["chain"], folder)
 
 
 @pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 1), (3, 4), (5, 6), (6, 8), (9, 8)])
@@ -168,8 +180,10 @@ def test_rewinding_keeps_the_rows_before_a_step(folder, caplog, step, kept):
         (lambda lines: [*lines[:2], *lines[3:]], "was changed", 2),
         (lambda lines: lines[:2], "does not fit the checkpoint after step 3", 2),
         (lambda lines: [*lines[:6], "x\n"], "", 4),
+        (lambda lines: [*lines[:4], "x\n", *lines[4:]], "", 4),
+        (lambda lines: [*lines[:3], "x\n", *lines[4:]], "expected a row of a ledger, got 'x'", 3),
     ],
-    ids=["row removed", "cut off", "a fault that is removed"],
+    ids=["row removed", "cut off", "a fault that is removed", "a fault after the last row", "the last row"],
 )
 def test_a_damaged_ledger_does_not_stop_a_resumed_run(folder, caplog, damaged, said, kept):
     rows, lines = read_ledger(folder), lines_of(folder)
@@ -178,6 +192,34 @@ def test_a_damaged_ledger_does_not_stop_a_resumed_run(folder, caplog, damaged, s
         rewind(folder, step=3, chain=rows[3]["chain"])
     assert lines_of(folder) == lines[:kept]
     assert said in caplog.text and bool(said) == bool(caplog.records)
+    copy = folder / f"{FILE}.damaged"
+    assert (
+        copy.exists()
+        == bool(said)
+        == (f"kept as {copy.name}; the run continues with its first {kept} rows" in caplog.text)
+    )
+    assert not said or copy.read_text() == "".join(damaged(lines))
+
+
+def test_a_ledger_is_on_the_disk_before_the_checkpoint_that_holds_its_chain(tmp_path, monkeypatch):
+    """At every checkpoint the ledger was synchronised after its last row, the one that the checkpoint names."""
+    synced, saved = [], []
+    fsync = os.fsync
+
+    def noted(descriptor):
+        fsync(descriptor)
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(FILE):
+            synced.append((tmp_path / "run" / FILE).stat().st_size)
+
+    def save(folder, step, payload, **options):
+        rows = read_ledger(folder.parent)
+        saved.append(payload["ledger"] == rows[-1]["chain"] and synced[-1:] == [(folder.parent / FILE).stat().st_size])
+        return save_step(folder, step, payload, **options)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(loop, "save_step", save)
+    run(settings(tmp_path / "run", schedule={"cycles": [{"view": "rgb", "epochs": 2, "mining": "none"}]}))
+    assert saved == [True, True]
 
 
 def test_resuming_without_a_ledger_says_where_it_begins(tmp_path, caplog):

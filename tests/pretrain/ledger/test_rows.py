@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from cpr_fast.pretrain.ledger.chain import read_ledger
 from cpr_fast.pretrain.ledger.rows import checksum, differing, observe, step_row
+from cpr_fast.pretrain.run.log import StepLog
 from cpr_fast.pretrain.step.result import StepResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,9 +42,9 @@ def blake2b(*values: int) -> str:
     return hashlib.blake2b(struct.pack(f"<{len(values)}q", *values), digest_size=8).hexdigest()
 
 
-def sum_of_squares(tensor: torch.Tensor) -> int:
+def sum_of_bits(tensor: torch.Tensor) -> int:
     """Returns the checksum by integers of Python, as a signed number of 64 bits."""
-    total = sum(bits * bits for bits in struct.unpack(f"<{tensor.numel()}i", tensor.numpy().tobytes()))
+    total = sum(bits * (2 * bits + 1) for bits in struct.unpack(f"<{tensor.numel()}i", tensor.numpy().tobytes()))
     return (total + 2**63) % 2**64 - 2**63
 
 
@@ -51,7 +52,7 @@ def test_a_row_holds_the_digests_that_the_standard_library_computes():
     seen = result()
     assert row_of(seen) == AT | {
         "plan": blake2b(*seen.plan.tolist()),
-        "features": blake2b(sum_of_squares(torch.cat([seen.queries.flatten(), seen.keys.flatten()]))),
+        "features": blake2b(sum_of_bits(torch.cat([seen.queries.flatten(), seen.keys.flatten()]))),
         "mined": blake2b(*range(15)),
         "loss": 1.375,
     }
@@ -91,6 +92,15 @@ def test_a_checksum_sees_one_bit_of_any_type_in_any_layout(dtype):
     assert checksum(torch.zeros((), dtype=dtype)) == 0 and checksum(torch.zeros(0, dtype=dtype)) == 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "first", "second"),
+    [(torch.float32, 2.0, -2.0), (torch.float64, 1.0, 0.25), (torch.int64, 2**62, 0), (torch.bfloat16, 2.0, -2.0)],
+)
+def test_a_checksum_sees_every_change_of_one_element(dtype, first, second):
+    """The squares of these bit patterns are equal modulo 2^64 or as signed numbers."""
+    assert checksum(torch.tensor([3, first], dtype=dtype)) != checksum(torch.tensor([3, second], dtype=dtype))
+
+
 def test_changes_in_the_last_place_do_not_cancel():
     values = torch.rand(1000)
     moved = values.clone()
@@ -107,6 +117,30 @@ def test_a_step_is_observed_without_waiting_for_the_device():
         result(), **{name: getattr(result(), name).to("meta") for name in ("loss", "queries", "keys", "plan", "mined")}
     )
     assert observe(seen).is_meta and observe(seen).shape == (2 + 5 + 15,)
+
+
+def test_reading_loss_and_ledger_is_one_copy_from_the_device(tmp_path, monkeypatch):
+    """Per step; the rows of the epoch are read separately."""
+    count, counts = [0], []
+    for name in ("tolist", "cpu", "item", "numpy"):
+        function = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, function=function, name=name):
+            count[0] += name != "numpy"
+            return function(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    check = StepLog.check
+
+    def checked(log):
+        before, pending = count[0], len(log.pending)
+        found = check(log)
+        counts.append((pending, count[0] - before))
+        return found
+
+    monkeypatch.setattr(StepLog, "check", checked)
+    run(settings(tmp_path / "run", schedule={"cycles": [{"view": "rgb", "epochs": 1, "mining": "none"}]}))
+    assert [copies for pending, copies in counts if pending] == [1] * 3
 
 
 def test_the_plan_is_that_of_the_videos_of_the_batch():

@@ -16,6 +16,7 @@ from support.processes.two_processes import VIDEOS, torchrun
 from support.small_runs import assert_same, everything, rows, settings
 from support.stand_in_loader import RandomLoader, make_index
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from cpr_fast.config import Config, ConfigError, DataConfig, ModelConfig
 from cpr_fast.errors import InputError
@@ -101,6 +102,25 @@ def test_checksums_of_parts_are_those_of_the_whole(group):
     weights = list(sharding.shard(encoder(), ALONE).parameters())
     sums = torch.stack([checksum(weight) for weight in sharding.local(weights)])
     assert sharding.sum_of_shards(sums, weights).tolist() == [checksum(w).item() for w in encoder().parameters()]
+
+
+def test_forward_passes_of_a_frozen_encoder_leave_nothing_behind(group):
+    """torch records every forward pass until a backward pass. In a network that learns, that is as it was."""
+    networks = {frozen: sharding.shard(encoder().requires_grad_(not frozen), ALONE) for frozen in (True, False)}
+    clips = torch.randn(2, 3, 8, 16, 16)
+
+    def recorded(network):
+        groups = [group for module in network.modules() if isinstance(module, FSDPModule)
+                  for group in module._get_fsdp_state()._fsdp_param_groups]  # fmt: skip
+        return len(groups[0].comm_ctx.post_forward_order) + sum(len(group._post_forward_indices) for group in groups)
+
+    for _ in range(3):
+        with torch.no_grad():
+            features = networks[True](clips)
+    assert recorded(networks[True]) == 0
+    assert torch.equal(networks[False](clips), features) and recorded(networks[False]) > 2
+    networks[False](clips).sum().backward()
+    assert recorded(networks[False]) == 0
 
 
 def test_what_is_not_sharded_stays_the_same_object():
