@@ -26,6 +26,12 @@ def container(path: Path) -> Path:
     return path if record is None else record[0]
 
 
+def file_of(path: Path) -> Path:
+    """Returns the file whose bytes are read for a video; for a record, the LMDB file, or that in the LMDB folder."""
+    file = container(path)
+    return file / "data.mdb" if file.is_dir() else file
+
+
 def exists(path: Path) -> bool:
     """Returns whether the file exists; for a record, whether the LMDB file exists."""
     return not why_missing(path)

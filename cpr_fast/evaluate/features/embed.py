@@ -25,7 +25,7 @@ from cpr_fast.data.features.clips import Clip
 from cpr_fast.data.features.store import Description
 from cpr_fast.data.features.write import Computed, file_states, planned_shards, write_store
 from cpr_fast.data.index.index import Index, Relative
-from cpr_fast.data.storage.media import container
+from cpr_fast.data.storage.media import file_of
 from cpr_fast.data.storage.unreadable import not_read
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import digest, weights_digest
@@ -105,7 +105,7 @@ def embed_videos(
     clips = [Clip(relative(v.path), v.label, v.source, v.split) for v in index]
     settings = {key: value for key, value in dataclasses.asdict(data).items() if key not in _OF_THE_MACHINE}
     inputs = (path for video in index for path in (video.path, video.flow_path) if path is not None)
-    files = file_states(map(_file_of, inputs), relative)
+    files = file_states(map(file_of, inputs), relative)
     source = digest(json.dumps([settings, samples, dtype, seed, torch.device(device).type, clips, files]),
                     *(f"{view} {weights_digest(encoder)}" for view, encoder in encoders.items()))  # fmt: skip
     about = Description({view: encoder.width for view, encoder in encoders.items()}, samples, True, dtype,
@@ -131,12 +131,6 @@ def embed_videos(
     if skipped:
         log.warning("embed: %s", not_read(skipped, "left out"))
     return report | {"skipped": [(str(path), reason) for path, reason in skipped]}
-
-
-def _file_of(path: Path) -> Path:
-    """Returns the file that holds a video: itself, or that of the records."""
-    file = container(path)
-    return file / "data.mdb" if file.is_dir() else file
 
 
 @torch.inference_mode()

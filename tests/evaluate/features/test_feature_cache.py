@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,19 @@ def test_a_changed_video_weights_or_recipe_is_another_row(tmp_path, opened):
         assert opened() == ["a", "b"]
     longer = dataclasses.replace(index[0], num_frames=10)
     assert video_digest(longer, "rgb") != video_digest(index[0], "rgb")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_digest_of_a_record_is_that_of_its_lmdb_file(tmp_path, folder):
+    lmdb = tmp_path / "frames.lmdb"
+    file = lmdb / "data.mdb" if folder else lmdb
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"frames")
+    video = dataclasses.replace(write_videos(tmp_path, "a")[0], path=Path(f"{lmdb}#a"))
+    before = video_digest(video, "rgb")
+    assert video_digest(video, "rgb") == before
+    file.write_bytes(b"other frames")
+    assert video_digest(video, "rgb") != before
 
 
 def test_a_video_that_cannot_be_read_is_tried_again(tmp_path, opened, caplog):
