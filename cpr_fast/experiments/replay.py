@@ -269,6 +269,8 @@ def _prepare(out: Path, folder: Path, checkpoint: Path | None) -> None:
     """Lays out a run folder from which `pretrain` continues; without a checkpoint it stays empty. A hard link, or a
     copy, keeps the checkpoint, which a run that still trains may remove."""
     if checkpoint is not None:
+        if not checkpoint.exists():
+            raise InputError(f"{str(checkpoint)!r} was removed meanwhile by the run, which still trains: try again")
         (out / "checkpoints").mkdir(parents=True)
         point_to(checkpoint, out / "checkpoints" / LAST)
         shutil.copy(folder / FILE, out)

@@ -182,6 +182,13 @@ def test_a_run_that_goes_on_while_it_is_verified(copied, monkeypatch):
     assert result["checkpoint"].endswith("step-00000006.pt")
 
 
+def test_a_checkpoint_that_the_run_removes_before_it_is_linked(copied, monkeypatch):
+    path = copied / "checkpoints" / "step-00000009.pt"
+    monkeypatch.setattr(module, "_require_processes", lambda *checked: path.unlink())
+    with pytest.raises(InputError, match=r"step-00000009.pt' was removed meanwhile by the run"):
+        replayed(copied)
+
+
 def continued_by_two(folder, step):
     """Notes that two processes computed the steps after `step`."""
     path = folder / "metrics.jsonl"

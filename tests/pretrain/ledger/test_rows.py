@@ -12,10 +12,11 @@ import torch
 from support.small_runs import run, settings
 from torch.nn import functional as F
 
-from cpr_fast.pretrain.ledger.chain import read_ledger
-from cpr_fast.pretrain.ledger.rows import checksum, differing, observe, step_row
+from cpr_fast.pretrain.ledger.chain import read_ledger, step_files
+from cpr_fast.pretrain.ledger.rows import checksum, differing, observe, saved_weights, step_row
 from cpr_fast.pretrain.run.log import StepLog
 from cpr_fast.pretrain.step.result import StepResult
+from cpr_fast.weights.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -162,3 +163,22 @@ def test_a_run_writes_a_row_of_every_step_however_often_it_reads_the_loss(tmp_pa
     assert [row["step"] for row in weights] == [2, 5, 8, 11] and len({row["weights"] for row in weights}) == 4
     assert [row["loss"] is None for row in first if "plan" in row] == [False] * 6 + [True] * 2 + [False] * 4
     assert [row["mined"] is None for row in first if "plan" in row] == [True] * 8 + [False] * 4
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"memory": {"kind": "queue"}},
+        {"memory": {"kind": "batch"}, "schedule": {"cycles": [{"view": "rgb", "epochs": 2, "mining": "none"}]}},
+        {"memory": {"kind": "bank", "shuffle_bn_groups": 1}},
+        {"model": {"shared": True}, "memory": {"kind": "bank", "shuffle_bn_groups": 1}},
+    ],
+    ids=["queue", "batch", "bank", "shared"],
+)
+def test_the_weights_of_a_checkpoint_have_the_digest_of_their_row(tmp_path, sections):
+    """After two epochs, whichever encoders the run has. The row was computed from the encoders that trained."""
+    schedule = {"cycles": [{"view": "flow", "epochs": 2, "milestones": [1]}]}
+    folder = run(settings(tmp_path / "run", **{"schedule": schedule, **sections}))
+    recorded = [row["weights"] for row in read_ledger(folder) if "weights" in row]
+    saved = [load_checkpoint(path) for _, path in step_files(folder)]
+    assert [saved_weights(payload) for payload in saved] == recorded and len(set(recorded)) == 2
