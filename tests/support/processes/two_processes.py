@@ -58,12 +58,12 @@ distributed.finish()
 
 
 def torchrun(folder: Path, config: Config, plan: dict) -> subprocess.Popen:
-    """Starts the run of a config on two processes; a worker that dies is restarted once."""
+    """Starts the run of a config on two processes; after a worker has died, both are restarted, up to three times."""
     script = folder / "worker.py"
     script.write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts"]
     return subprocess.Popen(
-        [*command, "1", str(script), json.dumps(config.to_dict())],
+        [*command, "3", str(script), json.dumps(config.to_dict())],
         env=os.environ | {"PLAN": json.dumps(plan), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,

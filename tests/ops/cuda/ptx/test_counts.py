@@ -76,7 +76,11 @@ def test_counts_of_a_larger_call_follow_from_smaller_ones(device, op, precision,
         row = expected[kernel.name]
         assert row["blocks"] * row["launches"] == kernel.blocks
         for key in ("ptx fp32", "ptx load shared", "sectors", "wavefronts"):
-            tolerance = 0.15 if "select" in kernel.name else 0.02  # how many entries are near a threshold varies
+            # How many entries are near a threshold varies, and up to 512 survivors of a stage get one thread each, so
+            # that fewer of the stages of a small K read vectors from shared memory.
+            tolerance = (
+                (0.25 if key in ("ptx load shared", "wavefronts") else 0.15) if "select" in kernel.name else 0.02
+            )
             assert kernel.blocks * row["per_block"][key] == pytest.approx(kernel.counts[key], rel=tolerance), key
 
 
