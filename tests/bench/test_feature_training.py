@@ -16,13 +16,15 @@ def test_every_method_is_measured(tmp_path):
     command = [sys.executable, "bench/step/feature_training.py", *options]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=500)
     rows = json.loads((tmp_path / "feature_training.json").read_text())["rows"]
-    assert [(row["method"], row["batch_size"], row["width"]) for row in rows] == [
-        *((method, batch, 768) for method in ("InfoNCE", "UberNCE", "CoCLR", "CPR") for batch in (512, 1024)),
-        *((method, 1024, 1024) for _ in range(2) for method in ("InfoNCE", "CPR")),
+    methods = ("InfoNCE", "UberNCE", "CoCLR", "CPR")
+    assert [(row["method"], row["precision"], row["batch_size"], row["width"]) for row in rows] == [
+        *((method, "fp32", batch, 768) for method in methods for batch in (512, 1024)),
+        *((method, "bf16", 1024, 768) for method in methods),
+        *((method, "fp32", 1024, 1024) for _ in range(2) for method in ("InfoNCE", "CPR")),
     ]
     for row in rows:
         assert row["samples_per_epoch"] == row["clips"] // row["batch_size"] * row["batch_size"]
         assert row["samples_per_s"] == pytest.approx(row["samples_per_epoch"] / row["epoch_time_s"])
         assert row["peak_memory_mib"] > 100
     page = (tmp_path / "feature_training.md").read_text()
-    assert page.count("\n| 3,000 | 768 |") == 8 and page.count("| CPR |") == 4
+    assert page.count("\n| 3,000 | 768 |") == 12 and page.count("| CPR |") == 5
