@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from cpr_fast.data.features.names import TABLE, is_store
 from cpr_fast.errors import InputError
 from cpr_fast.wording import expected
 
@@ -38,11 +39,6 @@ def require_features(option: str, path: str | Path) -> None:
     if not os.path.isfile(path) and not is_store(path):
         written = "`cpr-fast pretrain RECIPE --dump-memory` writes RUN/memory/cycle-N.npz, and `cpr-fast embed` a store"
         raise InputError(f"{option}: {expected('a file or a store of features', path)}; {written}")
-
-
-def is_store(path: str | Path) -> bool:
-    """Returns whether a path is the folder of a store of features; imports nothing heavy."""
-    return os.path.isfile(os.path.join(path, "store.json"))
 
 
 def require_other_file(option: str, out: str | Path, inputs: Iterable[str | Path]) -> None:
@@ -152,7 +148,7 @@ def require_splits(option: str, paths: Iterable[str | Path]) -> None:
 
     for path in map(Path, paths):
         try:
-            header, rows = read_table(path / "clips.csv" if is_store(path) else path, ("path", "split"))
+            header, rows = read_table(path / TABLE if is_store(path) else path, ("path", "split"))
         except TableError:
             continue
         if "split" not in header or any(len(row) != len(header) for _, row in rows):

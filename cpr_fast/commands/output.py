@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpr_fast.commands.inputs import is_store
+from cpr_fast.data.features.names import is_store
 from cpr_fast.wording import counted, printable
 
 PLAIN = str.maketrans("–−·×", "--/x")  # replacements of one character each, so that columns stay aligned

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cpr_fast.commands.inputs import (
-    is_store,
     require_at_least,
     require_checkpoints,
     require_file,
@@ -16,6 +15,7 @@ from cpr_fast.commands.inputs import (
 )
 from cpr_fast.commands.options import RecipeName
 from cpr_fast.commands.output import about_unfinished, after_evaluation, show_once, table
+from cpr_fast.data.features.names import is_store
 from cpr_fast.evaluate.retrieval.names import MISSING, VIEW_NAMES, interval, percent
 from cpr_fast.wording import counted, listed
 

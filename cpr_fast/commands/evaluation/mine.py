@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from cpr_fast.commands.inputs import is_store, require_checkpoints, require_features
+from cpr_fast.commands.inputs import require_checkpoints, require_features
 from cpr_fast.commands.options import Flag, Json
 from cpr_fast.commands.output import show
+from cpr_fast.data.features.names import is_store
 from cpr_fast.errors import InputError
 
 if TYPE_CHECKING:

@@ -28,10 +28,10 @@ import numpy as np
 
 from cpr_fast.config import View
 from cpr_fast.data.features.clips import ClipTable
+from cpr_fast.data.features.names import FILE, TABLE, is_store, shard_name
 from cpr_fast.errors import InputError
 from cpr_fast.wording import counted, expected
 
-FILE, TABLE = "store.json", "clips.csv"
 FORMAT, VERSION = "cpr_fast features", 1
 DTYPES = {"float16": "F16", "float32": "F32"}  # names in NumPy and in safetensors
 CHUNK = 4096  # clips whose evaluation features are yielded at once
@@ -94,16 +94,6 @@ class Description:
             with open(path, "rb") as file:
                 sha.update(hashlib.file_digest(file, "sha256").digest())
         return dataclasses.replace(self, digest=sha.hexdigest()[:32])
-
-
-def is_store(path: str | Path) -> bool:
-    """Returns whether a path is the folder of a store, finished or not."""
-    return (Path(path) / FILE).is_file()
-
-
-def shard_name(view: str, number: int) -> str:
-    """Returns the name of the file of a shard."""
-    return f"{view}-{number:05d}.safetensors"
 
 
 def header(path: Path) -> dict[str, Any]:

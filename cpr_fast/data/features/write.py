@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from cpr_fast.data.features.clips import COLUMNS, Clip
-from cpr_fast.data.features.store import FILE, TABLE, Description, check_shard, header, is_store, shard_name
+from cpr_fast.data.features.names import FILE, TABLE, is_store, shard_name
+from cpr_fast.data.features.store import Description, check_shard, header
 from cpr_fast.data.index.tables import table_text
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import one_writer, replacing

@@ -11,7 +11,8 @@ from torch import nn
 from cpr_fast.config import Config, DataConfig, ModelConfig
 from cpr_fast.config.sections import STORED
 from cpr_fast.data.features.index import StoredClips
-from cpr_fast.data.features.store import Description, FeatureStore, is_store
+from cpr_fast.data.features.names import is_store
+from cpr_fast.data.features.store import Description, FeatureStore
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.recipe import clip_settings
