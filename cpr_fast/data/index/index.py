@@ -128,7 +128,7 @@ class Index(Sequence[Video]):
     @property
     def mostly_labelled(self) -> bool:
         """Whether at least half of the videos have a label, of two classes or more: fewer labels judge no network."""
-        return 2 * int((self.labels >= 0).sum()) >= len(self) and len(set(self.labels[self.labels >= 0].tolist())) > 1
+        return 2 * int((self.labels >= 0).sum()) >= len(self) and self.class_count > 1
 
     def training(self) -> tuple[str, list[Video]]:
         """Returns the split that pretraining reads by default and its videos: "train", or "" where there are no splits,
@@ -181,6 +181,16 @@ class Index(Sequence[Video]):
         """int64 [N]: equal for siblings; numbered from 0 in order of first appearance."""
         number = {name: i for i, name in enumerate(_distinct(video.source for video in self))}
         return np.array([number[video.source] for video in self], dtype=np.int64)
+
+    @property
+    def source_count(self) -> int:
+        """The number of different sources."""
+        return len(np.unique(self.source_ids))
+
+    @property
+    def class_count(self) -> int:
+        """The number of different classes that videos have; `classes` may name others."""
+        return len(np.unique(self.labels[self.labels >= 0]))
 
     def originals(self) -> list[int]:
         """Returns for each video the position of the first one whose file holds the same bytes, which is its own unless

@@ -60,8 +60,7 @@ class TrainingVideos:
             named = f"{data.index!r} does not exist here" if data.index else "none is named (--data.index INDEX.csv)"
             found = f"{named}; the steps below assume {self.assumed}'s {counted(self.number, 'training video')}"
         else:
-            sources = len(set(self.index.source_ids.tolist()))
-            classes = len(set(self.index.labels[self.index.labels >= 0].tolist()))
+            sources, classes = self.index.source_count, self.index.class_count
             found = (
                 f"{data.features or data.index}: {counted(self.number, 'training video')} of "
                 f"{counted(sources, 'source')}, " + (counted(classes, "class", "classes") if classes else "no labels")

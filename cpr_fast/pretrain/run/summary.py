@@ -28,14 +28,14 @@ LONGEST_MEAN = 20  # steps, or two epochs if they are longer: the mean of step t
 def start_lines(config: Config, index: Index, plans: Sequence[CyclePlan], folder: Path, world: World) -> list[str]:
     """Returns the summary that is printed before the first step."""
     labelled = int((index.labels >= 0).sum())
-    classes = len(set(index.labels[index.labels >= 0].tolist()))
-    labels = f"{counted(classes, 'class', 'classes')}" if labelled else "no labels (PMR and CMR will be missing)"
+    labels = (
+        f"{counted(index.class_count, 'class', 'classes')}" if labelled else "no labels (PMR and CMR will be missing)"
+    )
     if 0 < labelled < len(index):
         labels += f" ({counted(len(index) - labelled, 'video')} without a label)"
-    sources = int(index.source_ids.max()) + 1
     batch = f"{config.data.batch_size}" + (f" x {world.size} processes" if world.size > 1 else "")
     lines = [
-        f"Pretraining on {counted(len(index), 'video')} of {counted(sources, 'source')}, {labels}",
+        f"Pretraining on {counted(len(index), 'video')} of {counted(index.source_count, 'source')}, {labels}",
         f"  {counted(plans[0].epoch_steps, 'step')} per epoch (batch size {batch}), "
         f"{counted(sum(p.steps for p in plans), 'step')} in total, "
         f"on {world.device.type}",

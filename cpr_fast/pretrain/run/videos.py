@@ -65,7 +65,7 @@ def training_videos(data: DataConfig) -> Index:
     except InputError as error:
         raise InputError(f"data.split: {error}. Choose one with --data.split") from None
     kept = part.long_enough(data)
-    reason = too_few(len(kept), int(kept.source_ids.max()) + 1, data.split if index.has_splits else "")
+    reason = too_few(len(kept), kept.source_count, data.split if index.has_splits else "")
     if reason and first_process():
         log.warning("Warning: data.index: %s; a run on fewer shows only that everything works", reason)
     return kept
