@@ -185,10 +185,8 @@ def positives_rate(memory: Memory, stages: Stages | Choice) -> float:
 
 def mine(memory: Memory, stages: Stages | Choice, rows: Tensor) -> Tensor:
     """Returns the slots that a cascade mines for the entries at `rows`, [len(rows), P] int64."""
-    ids, features = memory.ids, memory.features
-    return cascade_select(features[:, rows], features, stages.views, stages.keep, query_ids=ids[rows], memory_ids=ids)[
-        0
-    ]
+    queries, ids = memory.features[:, rows], {"query_ids": memory.ids[rows], "memory_ids": memory.ids}
+    return cascade_select(queries, memory.features, stages.views, stages.keep, **ids)[0]
 
 
 def measure(memory: Memory) -> dict[str, Any]:

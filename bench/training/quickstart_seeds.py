@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from evidence.settings import registered
+from evidence.settings import without_later_settings
 from measure import RESULTS, cpu_variants, force_variant, world, write_result
 
 from cpr_fast.config import Config
@@ -46,7 +46,7 @@ def settings() -> dict[str, Any]:
 
     Settings that the config has got since do not change the digest, as long as they have their defaults.
     """
-    config = registered(module.quickstart_config(Path("index.csv"), Path("run"), 0).to_dict())
+    config = without_later_settings(module.quickstart_config(Path("index.csv"), Path("run"), 0).to_dict())
     return {**module.VIDEOS, "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]}
 
 

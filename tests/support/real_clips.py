@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 ROOT = Path(os.environ.get("CPR_FAST_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
-SETS = ("ucf101_100", "jhmdb", "shrec17_depth")
 
 
 class Absent(RuntimeError):

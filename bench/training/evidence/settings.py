@@ -251,7 +251,7 @@ LATER_OF_CYCLES = ("schedule", "final_lr", "warmup_epochs", "weight_decay", "fin
                    "ema_momentum", "final_ema_momentum")  # fmt: skip
 
 
-def registered(config: dict[str, Any]) -> dict[str, Any]:
+def without_later_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Returns a config as a dict without the later settings that have their defaults."""
     kept = {name: dict(section) if isinstance(section, dict) else section for name, section in config.items()}
     for section, settings in LATER_SETTINGS.items():
@@ -274,5 +274,5 @@ def settings_digest(base: Base, setting: str, data: str) -> str:
     """
     paths = Path("index.csv"), Path()
     names = [start_of(setting)] + ([setting] if ALL[setting].mining is not None else [])
-    parts = [registered(config_of(base, name, 0, *paths).to_dict()) for name in names]
+    parts = [without_later_settings(config_of(base, name, 0, *paths).to_dict()) for name in names]
     return hashlib.sha256(json.dumps([setting, data, parts], sort_keys=True).encode()).hexdigest()[:12]

@@ -92,9 +92,7 @@ def _computed(
     data = networks.data
     videos = Index.load(index, require_flow=data.flow == "stored").long_enough(data)
     place = str(distributed.init(device).device)
-    return embed_videos(
-        videos, networks, out, samples=samples, dtype=dtype, device=place, seed=seed, progress=True
-    )  # fmt: skip
+    return embed_videos(videos, networks, out, samples=samples, dtype=dtype, device=place, seed=seed, progress=True)
 
 
 def _summary(report: dict[str, Any], out: Path) -> list[str]:

@@ -63,9 +63,8 @@ def _forget_passes(encoder: nn.Module, args: Any, features: Any) -> None:
     for module in encoder.modules():
         if isinstance(module, FSDPModule):
             state = module._get_fsdp_state()
-            for group in getattr(state, "_fsdp_param_groups", None) or [
-                state._fsdp_param_group
-            ]:  # as torch 2.10 has it
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # the latter in torch 2.10
+            for group in groups:
                 group._post_forward_indices.clear()
                 group.comm_ctx.post_forward_order.clear()
 
@@ -108,13 +107,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     weights = dict(
         zip(numbers, (weight for group in optimizer.param_groups for weight in group["params"]), strict=False)
     )
+
+    def part(value: Any, weight: Tensor) -> Any:
+        return part_of(value, weight) if isinstance(value, Tensor) and value.shape == weight.shape else value
+
     parts = {
-        number: {
-            name: part_of(value, weights[number])
-            if isinstance(value, Tensor) and value.shape == weights[number].shape
-            else value
-            for name, value in values.items()
-        }
+        number: {name: part(value, weights[number]) for name, value in values.items()}
         for number, values in state["state"].items()
     }
     groups = [

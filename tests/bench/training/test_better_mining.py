@@ -134,10 +134,8 @@ def test_only_entries_of_the_querys_class_are_left_of_what_is_mined(tmp_path):
 
     class Checked(ways.OnlyRight):
         def mine(self, anchors, memory, source, cascade):
-            found, all_mined = (
-                super().mine(anchors, memory, source, cascade),
-                ways.Way.mine(self, anchors, memory, source, cascade),
-            )
+            found = super().mine(anchors, memory, source, cascade)
+            all_mined = ways.Way.mine(self, anchors, memory, source, cascade)
             for label, left, row in zip(self.label.tolist(), found.tolist(), all_mined.tolist(), strict=True):
                 right = [slot for slot in row if slot >= 0 and memory.label[slot] == label]
                 assert left == right + [-1] * (len(row) - len(right))
