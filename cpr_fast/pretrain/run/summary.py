@@ -28,9 +28,8 @@ LONGEST_MEAN = 20  # steps, or two epochs if they are longer: the mean of step t
 def start_lines(config: Config, index: Index, plans: Sequence[CyclePlan], folder: Path, world: World) -> list[str]:
     """Returns the summary that is printed before the first step."""
     labelled = int((index.labels >= 0).sum())
-    labels = (
-        f"{counted(index.class_count, 'class', 'classes')}" if labelled else "no labels (PMR and CMR will be missing)"
-    )
+    classes = counted(index.class_count, "class", "classes")
+    labels = classes if labelled else "no labels (PMR and CMR will be missing)"
     if 0 < labelled < len(index):
         labels += f" ({counted(len(index) - labelled, 'video')} without a label)"
     batch = f"{config.data.batch_size}" + (f" x {world.size} processes" if world.size > 1 else "")

@@ -110,9 +110,7 @@ class Encoders:
         local_groups = groups // world.size
         query_groups = local_groups * views // parts
         if self.sharded:
-            query_groups = (
-                1  # one forward pass per backward pass; groups are those of BatchNorm, of which there is none
-            )
+            query_groups = 1  # one forward pass per backward pass: the groups are those of BatchNorm, which is refused
             for encoder in dict.fromkeys(filter(None, (self.query, self.key, self.other))):
                 sharding.shard(encoder, world)
         self._key_groups = GroupedEncoder(_compiled(self.key, compile), local_groups)
