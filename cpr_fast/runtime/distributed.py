@@ -84,7 +84,8 @@ def _check_device(name: str) -> None:
 def finish() -> None:
     """Destroys the process group if there is one, and what a run left behind in reference cycles.
 
-    Sharded tensors in such cycles keep the group alive, and the process may then abort while the interpreter shuts down.
+    Sharded tensors in such cycles keep the group alive, and the process may then abort while the interpreter shuts
+    down.
     """
     global _store
     if dist.is_initialized():
