@@ -14,7 +14,7 @@ from cpr_fast.config.pixels import Normalisation, normalisation
 from cpr_fast.config.sections import STORED
 from cpr_fast.errors import InputError, out_of_memory
 from cpr_fast.models.factory import CLIP, described, make_network, source_digest
-from cpr_fast.models.heads import PooledHead, ProjectionHead
+from cpr_fast.models.heads import HostLinear, PooledHead, ProjectionHead
 from cpr_fast.models.r3d import C3D, R3D, R2Plus1D
 from cpr_fast.models.s3d import S3D
 from cpr_fast.models.s3d_milnce import S3DMilNce
@@ -79,7 +79,7 @@ class FeatureEncoder(Encoder):
     """
 
     def __init__(self, width: int, feature_dim: int) -> None:
-        layers = nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, feature_dim)
+        layers = HostLinear(width, width), nn.ReLU(inplace=True), HostLinear(width, feature_dim)
         super().__init__(nn.Sequential(*layers), PooledHead(unit=True))
         self._width = feature_dim
 

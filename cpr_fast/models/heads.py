@@ -2,8 +2,55 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+
+class HostLinear(nn.Linear):
+    """`nn.Linear` for features [N, C], whose float32 products on a CPU are computed by oneDNN instead of MKL.
+
+    MKL uses AVX2 on processors that are not Intel's, and oneDNN what the processor has: 2.0x for 1,024 x 768 x 768 on
+    a Zen 5 core with AVX-512, and 1.0 to 1.1x with AVX2. The operator is the one that torch.compile generates. Elsewhere,
+    and in what is exported or compiled, it is `nn.Linear`.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        on_host = features.device.type == "cpu" and features.dtype == self.weight.dtype == torch.float32
+        if not on_host or features.dim() != 2 or not len(features) or _is_left_to_torch():
+            return super().forward(features)
+        return _OneDnnLinear.apply(features, self.weight, self.bias)
+
+
+def _is_left_to_torch() -> bool:
+    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return not onednn or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(features, weight)
+        return _product(features, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        features, weight = ctx.saved_tensors
+        wanted, grad = ctx.needs_input_grad, grad.contiguous()
+        return (
+            _product(grad, weight.T) if wanted[0] else None,
+            _product(grad.T, features.T) if wanted[1] else None,
+            grad.sum(0) if wanted[2] else None,
+        )
+
+
+def _product(rows: Tensor, columns: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns rows [N, C] @ columns [D, C]^T + bias [D]."""
+    return torch.ops.mkldnn._linear_pointwise(rows, columns, bias, "none", [], "")
 
 
 class ProjectionHead(nn.Sequential):
