@@ -14,7 +14,7 @@ class HostLinear(nn.Linear):
     """`nn.Linear` for features [N, C], whose float32 products on a CPU are computed by oneDNN instead of MKL.
 
     MKL uses AVX2 on processors that are not Intel's, and oneDNN what the processor has: 2.0x for 1,024 x 768 x 768 on
-    a Zen 5 core with AVX-512, and 1.0 to 1.1x with AVX2. The operator is the one that torch.compile generates. Elsewhere,
+    a Zen 5 core with AVX-512, and 1.0 to 1.1x with AVX2. torch.compile generates the same operator. Elsewhere
     and in what is exported or compiled, it is `nn.Linear`.
     """
 
