@@ -4,10 +4,11 @@
     python bench/kernels/mutations.py --only no-release tie-break
     python bench/kernels/mutations.py --table        # writes the table again
 
-Each fault of bench/kernels/seeded_faults is applied to a copy of csrc, which is compiled for the host and tested: first
-under the sanitizer (tests/ops/cuda/sanitizer), then by the other host tests, then by the large ones; at last its PTX
-is executed (tests/ops/cuda/ptx). A fault is caught if a test fails, a process dies or ends beyond its time, or the
-compiler warns. Rows go to bench/results/mutations.json as they are measured, and the table by class to mutations.md.
+Each fault of bench/kernels/seeded_faults is applied to a copy of csrc, which is compiled for the host and tested: by
+the test that was written for it, if the fault names one; then under the sanitizer (tests/ops/cuda/sanitizer), by the
+other host tests, and by the large ones; at last its PTX is executed (tests/ops/cuda/ptx). A fault is caught if a test
+fails, a process dies or ends beyond its time, or the compiler warns. Rows go to bench/results/mutations.json as they
+are measured, and the table by class to mutations.md.
 """
 
 from __future__ import annotations
