@@ -52,7 +52,7 @@ def test_info_nce_without_positives_or_ids(device):
     assert_loss(device, given["query"], given["own_key"], given["memory"])
 
 
-def test_rows_and_weights_are_read_without_bank_conflicts(device):
+def test_rows_are_read_without_bank_conflicts(device):
     given = inputs(33, 65, 16, 2, torch.float32, seed=6)
     assert_loss(device, **given)
     counts = [c for c in device.counts("mil_nce") if "scan_kernel" in c.function and c.kind == "load shared"]
