@@ -266,7 +266,7 @@ INPUTS: dict[str, dict[str, Check]] = {
     "index": {"ROOT": _one(require_data_set), "--splits": FOLDER, "--flow-lmdb": FILE, "--shard": SHARD,
               "--transcode": OUTPUT, "--out": OUTPUT},
     "flow": {"INDEX": FILE, "--shard": SHARD, "--out": OUTPUT},
-    "embed": {"INDEX": FILE, "--out": OUTPUT},
+    "embed": {"INDEX": FILE, "--shard": SHARD, "--out": OUTPUT},
     "show-sample": {"INDEX": FILE, "--config": FILE, "--out": OUTPUT},
     "init": {"INDEX": FILE, "--out": OUTPUT},
     "reproduce": {"--index": FILE, "--settings": FILE, "--hmdb51": FILE, "--k400": FILE, "--out": OUTPUT},
