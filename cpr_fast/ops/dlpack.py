@@ -125,6 +125,9 @@ def mil_nce_value_and_grad(
         raise ValueError(f"of: expected each name once, got {tuple(of)}")
     features = {name: _features(name, array) for name, array in zip(_FEATURES, (query, own_key, memory))}
     rest = _settings(positives, query_ids, memory_ids, same_id, self_positive, temperature)
+    for name in of:
+        if not features[name].is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point dtype, got {features[name].dtype}")
     with torch.enable_grad():
         wanted = [features[name].requires_grad_() for name in of]
         loss = _mil_nce(*features.values(), **rest)

@@ -81,11 +81,8 @@ def test_results_are_those_of_torch_in_the_library_of_the_arguments(library):
     assert type(flow) is type(own["queries"]) and equal(flow, ops.tvl1_flow(torch.from_numpy(frames), warps=2))
 
 
-@LIBRARIES
-def test_the_gradient_is_that_of_finite_differences(library):
-    """In float64, against central differences of the loss itself."""
-    if library == "jax":
-        pytest.skip("JAX has no float64 unless it is enabled for the whole process")
+def test_the_gradient_is_that_of_finite_differences():
+    """In float64, against central differences of the loss itself; slots are int32."""
     rng = np.random.default_rng(1)
     query, key, memory = (rng.standard_normal((n, 4)) for n in (2, 2, 9))
     slots = np.array([[0, 3], [8, -1]], dtype=np.int32)
@@ -173,6 +170,13 @@ ROW = np.ones((B, D), np.float32)
         ({"query": OnATpu()}, TypeError, r"query: torch cannot read .*OnATpu of dtype float32 by DLPack"),
         ({"memory": ROW.astype(np.float64)}, TypeError, r"memory: expected the dtype of query, torch.float32, got"),
         ({"memory": ROW.astype(np.int64)}, TypeError, r"memory: expected dtype float32"),
+        ({"query": ROW.astype(np.int64)}, TypeError, r"query: expected .*float.*, got torch.int64"),
+        ({"query": ROW.astype(np.complex64)}, TypeError, r"query: expected .*float.*, got torch.complex64"),
+        (
+            {"query": ROW[:0], "own_key": ROW[:0]},
+            ValueError,
+            r"query: expected a non-empty shape \[B, D\], got \[0, 33\]",
+        ),
         ({"positives": ROW}, TypeError, r"positives: expected integers, got torch.float32"),
         ({"positives": np.full((B, 1), B)}, IndexError, r"positives: expected memory slots"),
         ({"query_ids": np.arange(B)}, ValueError, r"query_ids: requires memory_ids"),
