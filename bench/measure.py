@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cpr_fast import _host
-from cpr_fast.ops import _library
+from cpr_fast.ops.binding import library as _library
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -109,7 +109,7 @@ def peak_mib(call: Callable, device: str) -> float:
         del outputs
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     call()
-    ctypes.CDLL(str(_library._PATH)).cpr_release_scratch()  # which the kernels keep for the next call
+    ctypes.CDLL(str(_library.PATH)).cpr_release_scratch()  # which the kernels keep for the next call
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident size to the current one
     before = _status_kib("VmRSS")
@@ -124,7 +124,7 @@ def _status_kib(field: str) -> int:
 
 def force_variant(name: str | None) -> None:
     """Selects the instruction set of the CPU kernels; None for the one that is chosen without this call."""
-    if ctypes.CDLL(str(_library._PATH)).cpr_force_cpu_variant(name.encode() if name else None):
+    if ctypes.CDLL(str(_library.PATH)).cpr_force_cpu_variant(name.encode() if name else None):
         raise ValueError(f"CPU variant: expected one of {cpu_variants()}, got {name!r}")
 
 

@@ -37,9 +37,9 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def kernel_library() -> ctypes.CDLL:
     """The operator library through its C interface, csrc/cpr_fast.h."""
-    from cpr_fast.ops import _library
+    from cpr_fast.ops.binding import library as _library
 
-    library = ctypes.CDLL(str(_library._PATH))
+    library = ctypes.CDLL(str(_library.PATH))
     for name in ("cpr_cpu_variants", "cpr_cuda_architectures"):
         getattr(library, name).restype = ctypes.c_char_p
     return library

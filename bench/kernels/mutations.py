@@ -4,10 +4,11 @@
     python bench/kernels/mutations.py --only no-release tie-break
     python bench/kernels/mutations.py --table        # writes the table again
 
-Each fault of bench/kernels/seeded_faults is applied to a copy of csrc, which is compiled for the host and tested: first
-under the sanitizer (tests/ops/cuda/sanitizer), then by the other host tests, then by the large ones; at last its PTX
-is executed (tests/ops/cuda/ptx). A fault is caught if a test fails, a process dies or ends beyond its time, or the
-compiler warns. Rows go to bench/results/mutations.json as they are measured, and the table by class to mutations.md.
+Each fault of bench/kernels/seeded_faults is applied to a copy of csrc, which is compiled for the host and tested: by
+the test that was written for it, if the fault names one; then under the sanitizer (tests/ops/cuda/sanitizer), by the
+other host tests, and by the large ones; at last its PTX is executed (tests/ops/cuda/ptx). A fault is caught if a test
+fails, a process dies or ends beyond its time, or the compiler warns. Rows go to bench/results/mutations.json as they
+are measured, and the table by class to mutations.md.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ TEST_FAILED, INTERRUPTED = 1, 2  # exit statuses of pytest; above these, pytest 
 
 
 def read_faults() -> list[dict]:
-    """Returns every fault: class, name, operator, file below csrc/cuda, why, edits [[text, replacement]]."""
+    """Returns every fault: class, name, operator, file below csrc/cuda, why, edits [[text, replacement]], and for some
+    the test below tests/ops/cuda that was written for it, which then runs before the stages."""
     faults = []
     for path in sorted(FAULTS.glob("*.toml")):
         content = tomllib.loads(path.read_text())
@@ -65,6 +67,15 @@ def stages(operator: str) -> dict[str, list[str]]:
         "large": [sanitizer, "-m", "large"],
         "compiled code": [str(TESTS / "ptx" / f"test_{operator}.py")],
     }
+
+
+def steps(fault: dict) -> list[tuple[str, list[str]]]:
+    """Returns the stages of a fault, after the test that was written for it as a part of its own stage."""
+    all_stages = list(stages(fault["operator"]).items())
+    if "test" not in fault:
+        return all_stages
+    stage = {"sanitizer": "sanitizer", "ptx": "compiled code"}.get(fault["test"].split("/")[0], "host execution")
+    return [(stage, [str(TESTS / fault["test"])]), *all_stages]
 
 
 def run_stage(arguments: list[str], environment: dict[str, str]) -> tuple[bool, str]:
@@ -109,7 +120,7 @@ def measure(fault: dict) -> dict:
         "OMP_NUM_THREADS": "1",
     }
     begin, by, message = time.monotonic(), None, ""
-    for stage, arguments in stages(fault["operator"]).items():
+    for stage, arguments in steps(fault):
         caught, message = run_stage(arguments, environment)
         if caught:
             by = "compiler" if message.startswith(NOT_COMPILED) else stage

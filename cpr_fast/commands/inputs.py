@@ -88,6 +88,18 @@ def require_indexes(option: str, paths: Sequence[str | Path]) -> None:
         raise InputError(f"{option}: expected every index once, got {str(again[0])!r} again")
 
 
+def require_index_or_store(option: str, path: str | Path) -> None:
+    """Raises InputError that names the option, if neither an index nor a store of features is there."""
+    if not is_store(path):
+        require_file(option, path)
+
+
+def require_store(option: str, path: str | Path) -> None:
+    """Raises InputError that names the option, if it is no store of features, finished or not."""
+    if not is_store(path):
+        raise InputError(f"{option}: {expected('a store of features (see `cpr-fast embed`)', path)}")
+
+
 def require_checkpoints(option: str, checkpoints: Iterable[str]) -> None:
     """Checks that the files of FILE or VIEW=FILE arguments exist, or that the only argument is a store of features."""
     given = list(checkpoints)
@@ -261,12 +273,12 @@ SHARD = _one(lambda _option, text: parse_shard(text))
 # in capitals are positional.
 INPUTS: dict[str, dict[str, Check]] = {
     "quickstart": {"--out": OUTPUT},
-    "doctor": {"INDEX": FILE, "--config": FILE},
+    "doctor": {"INDEX": _one(require_index_or_store), "--features": _one(require_store), "--config": FILE},
     "synth": {"OUT": OUTPUT},
     "index": {"ROOT": _one(require_data_set), "--splits": FOLDER, "--flow-lmdb": FILE, "--shard": SHARD,
               "--transcode": OUTPUT, "--out": OUTPUT},
     "flow": {"INDEX": FILE, "--shard": SHARD, "--out": OUTPUT},
-    "embed": {"INDEX": FILE, "--out": OUTPUT},
+    "embed": {"INDEX": FILE, "--shard": SHARD, "--out": OUTPUT},
     "show-sample": {"INDEX": FILE, "--config": FILE, "--out": OUTPUT},
     "init": {"INDEX": FILE, "--out": OUTPUT},
     "reproduce": {"--index": FILE, "--settings": FILE, "--hmdb51": FILE, "--k400": FILE, "--out": OUTPUT},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ def doctor(
     *,
     device: torch.device,
     seconds: float,
+    store: Path | None = None,
     judged: str = "",
     findings: Iterable[Finding] = (),
 ) -> dict[str, Any]:
@@ -40,13 +42,14 @@ def doctor(
             none for this index, so that neither is done.
         device: where the operators and the step run.
         seconds: time for measuring a step; 0 skips the measurement.
+        store: a store of features to check, on its own or against the videos of the index; or None.
         judged: a sentence that says where `config` is from, for the user.
         findings: what was found earlier; it is listed with the other findings.
     Returns:
-        "judged", "environment", "optional", "kernels", "codecs", "machine", "data", "estimates", "breakdown" and
-        "findings". "findings" is a list of {"level": "error" | "warning" | "ok", "text", "advice", "effect"}, the ones
-        to act on first at its start. "data", "estimates" and "breakdown" are None without an index, or if the index has
-        no usable video.
+        "judged", "environment", "optional", "kernels", "codecs", "machine", "data", "estimates", "breakdown", "store"
+        and "findings". "findings" is a list of {"level": "error" | "warning" | "ok", "text", "advice", "effect"}, the
+        ones to act on first at its start. "data", "estimates" and "breakdown" are None without an index, or if the
+        index has no usable video.
     """
     findings = list(findings)
     announce("Checking the kernels, and decoding a test video of every codec")
@@ -61,13 +64,28 @@ def doctor(
         "data": None,
         "estimates": None,
         "breakdown": None,
+        "store": None,
     }
     if index is not None:
         try:
             result |= _check_data(index, config, device, seconds if result["codecs"] else 0, findings)
         except ImportError as error:
             findings.append(Finding("error", f"the index cannot be checked: {error}", "install it", "fails"))
+    if store is not None:
+        result["store"] = _check_store(store, index, findings)
     return result | {"findings": [asdict(finding) for finding in ordered(findings)]}
+
+
+def _check_store(store: Path, index: Path | None, findings: list[Finding]) -> dict[str, Any] | None:
+    from cpr_fast.data.index.index import Index
+    from cpr_fast.doctor.stores.check import check_store
+
+    announce(f"Reading the features of {store}")
+    videos = None
+    if index is not None:
+        with suppress(InputError, OSError, ValueError):  # which the checks of the index report
+            videos = Index.load(index, require_flow=False, skipped=[])
+    return check_store(store, videos, findings)
 
 
 def _check_data(

@@ -102,7 +102,7 @@ def kernels(device: torch.device, findings: list[Finding]) -> dict[str, Any]:
 
 def driver(findings: list[Finding]) -> None:
     """Checks that the NVIDIA driver, if there is one, is new enough for the CUDA kernels."""
-    from cpr_fast.ops._library import driver_error
+    from cpr_fast.ops.binding.library import driver_error
 
     if problem := driver_error():
         text, _, advice = problem.partition(": ")

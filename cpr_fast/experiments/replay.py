@@ -164,9 +164,11 @@ def _starts(folder: Path) -> list[tuple[int, dict[str, Any]]]:
     metrics, with `processes`, `config`, versions and device; nothing if there are no metrics."""
     found: list[tuple[int, dict[str, Any]]] = []
     for row in read_metrics(folder) if (folder / METRICS_FILE).exists() else []:
-        resumed = re.fullmatch(r"resumed at step (\d+)", row["text"]) if row["kind"] == "note" else None
-        if row["kind"] == "run" or resumed:
-            step = int(resumed[1]) if resumed else 0
+        step = 0 if row["kind"] == "run" else row.get("resumed_step")
+        if step is None and row["kind"] == "note":  # before the row had this field
+            text = re.fullmatch(r"resumed at step (\d+)", row["text"])
+            step = int(text[1]) if text else None
+        if step is not None:
             found = [*((before, about) for before, about in found if before < step), (step, row)]
     return found
 

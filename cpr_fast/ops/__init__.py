@@ -7,12 +7,12 @@ those of the modules `BatchNorm*` are torch's. Any module may import this packag
 
 from pathlib import Path
 
-from cpr_fast.ops.batch_norm import BatchNorm1d, BatchNorm3d
-from cpr_fast.ops.cascade_mil_nce import cascade_mil_nce, cascade_mil_nce_ref
-from cpr_fast.ops.cascade_select import cascade_select, cascade_select_ref
-from cpr_fast.ops.mil_nce import mil_nce, mil_nce_ref
-from cpr_fast.ops.queue_loss import QueueLoss
-from cpr_fast.ops.tvl1_flow import tvl1_flow, tvl1_flow_ref
+from .batch_norm import BatchNorm1d, BatchNorm3d
+from .cascade_mil_nce import cascade_mil_nce, cascade_mil_nce_ref
+from .cascade_select import cascade_select, cascade_select_ref
+from .mil_nce import mil_nce, mil_nce_ref
+from .queue_loss import QueueLoss
+from .tvl1_flow import tvl1_flow, tvl1_flow_ref
 
 __all__ = [
     "BatchNorm1d",

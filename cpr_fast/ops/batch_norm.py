@@ -7,16 +7,16 @@ kernel for contiguous memory. Ours is at least as near as the latter.
 Letters in shapes: N clips, C channels, T frames, H x W pixels.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from cpr_fast.ops import (
-    _library,  # noqa: F401 - registers torch.ops.cpr_fast
-)
+from ._ops import ops
 
-_forward, _backward = torch.ops.cpr_fast.batch_norm.default, torch.ops.cpr_fast.batch_norm_backward.default
+_forward, _backward = ops.batch_norm.default, ops.batch_norm_backward.default
 _REST = (None,) * 5  # _BatchNorm.forward has five further arguments, which get no gradient
 
 
@@ -107,7 +107,7 @@ class _BatchNorm(torch.autograd.Function):
         if not _channels_last(grad):
             grad = torch.empty_like(x).copy_(grad)
         grads = _backward(grad, x, weight, bias, mean, variance, ctx.eps, ctx.relu)
-        needed = zip(grads, ctx.needs_input_grad[:3], strict=True)
+        needed = zip(grads, ctx.needs_input_grad[:3])
         return *(grad if need else None for grad, need in needed), *_REST
 
 
@@ -115,6 +115,6 @@ def _differentiable(grad: Tensor, inputs: tuple, needed: tuple, eps: float, relu
     """Returns the gradients to x, weight and bias as results of torch operations with derivatives."""
     x, weight, bias = inputs
     y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
-    wanted = [tensor for tensor, need in zip(inputs, needed, strict=False) if need]
+    wanted = [tensor for tensor, need in zip(inputs, needed) if need]
     grads = iter(torch.autograd.grad(F.relu(y) if relu else y, wanted, grad, create_graph=True))
     return [next(grads) if need else None for need in needed[:3]]

@@ -8,16 +8,19 @@ query itself), under autocast and torch.vmap, and in compiled programs.
 Letters in shapes: V views, B queries, K memory entries, D feature width, n stages, P = keep[-1] positives.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from cpr_fast.ops import _checks
-from cpr_fast.ops.cascade_select import cascade_select, cascade_select_ref
-from cpr_fast.ops.cascade_select import check as check_cascade
-from cpr_fast.ops.mil_nce import REDUCTIONS, MilNce, autocast_enabled, mil_nce, mil_nce_ref
-from cpr_fast.ops.mil_nce import check as check_loss
+from ._ops import add_op_namespace_prefix, ops
+from .binding import checks
+from .cascade_select import cascade_select, cascade_select_ref
+from .cascade_select import check as check_cascade
+from .mil_nce import REDUCTIONS, MilNce, autocast_enabled, mil_nce, mil_nce_ref
+from .mil_nce import check as check_loss
 
 
 def cascade_mil_nce(
@@ -66,9 +69,9 @@ def cascade_mil_nce(
         >>> loss, indices = cascade_mil_nce(queries.requires_grad_(), own_key, memory, [1, 0, 1], [2048, 1024, 5])
         >>> loss.backward()
     """
-    views, keep, view = _checks.integers("views", views), _checks.integers("keep", keep), _checks.integer("view", view)
+    views, keep, view = checks.integers("views", views), checks.integers("keep", keep), checks.integer("view", view)
     if not isinstance(temperature, Tensor):
-        temperature = _checks.positive("temperature", temperature)
+        temperature = checks.positive("temperature", temperature)
     ids, settings = (query_ids, memory_ids), (same_id, self_positive, temperature, reduction)
     if query is None and precision == "fp32" and _shares_scores(queries, temperature):
         return _shared(queries, own_key, memory, views, keep, view, *ids, *settings)
@@ -119,7 +122,7 @@ def _shares_scores(queries: Tensor, temperature: float | Tensor) -> bool:
 def _shared(
     queries, own_key, memory, views, keep, view, query_ids, memory_ids, same_id, self_positive, temperature, reduction
 ) -> tuple[Tensor, Tensor]:
-    _checks.check_choice("reduction", reduction, REDUCTIONS)
+    checks.check_choice("reduction", reduction, REDUCTIONS)
     modes = self_positive if isinstance(self_positive, Tensor) else None
     settings = (modes, same_id, "keep" if modes is not None else self_positive, temperature)
     try:
@@ -130,7 +133,7 @@ def _shared(
         return MilNce.apply(*inputs, *settings, reduction, computed), indices
     except Exception as error:
         _check(queries, own_key, memory, views, keep, view, query_ids, memory_ids, *settings)
-        _checks.raise_if_out_of_memory("cascade_mil_nce", error, queries=queries, memory=memory, keep=keep)
+        checks.raise_if_out_of_memory("cascade_mil_nce", error, queries=queries, memory=memory, keep=keep)
         raise
 
 
@@ -148,16 +151,16 @@ def _two_calls(
     return loss, indices
 
 
-_operator = torch.ops.cpr_fast.cascade_mil_nce.default
+_operator = ops.cascade_mil_nce.default
 
 
-@torch.library.register_fake("cpr_fast::cascade_mil_nce")
+@torch.library.register_fake(add_op_namespace_prefix("cascade_mil_nce"))
 def _fake(queries, own_key, memory, views, keep, view, query_ids, memory_ids, *settings):
     _check(queries, own_key, memory, views, keep, view, query_ids, memory_ids, *settings)
     B, D = own_key.shape
     shapes = ((B,), (B, D), (B,), (B,), (B,), (B, keep[-1]), (B, keep[-1]))
     dtypes = (torch.float32,) * 5 + (torch.int64, torch.float32)
-    return tuple(queries.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    return tuple(queries.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
 
 
 def _check_view(view: int, queries: Tensor) -> None:

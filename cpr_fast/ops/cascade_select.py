@@ -3,12 +3,15 @@
 Letters in shapes: B queries, V views, K memory entries, D feature width, n stages.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from cpr_fast.ops import _checks, _library
+from ._ops import add_op_namespace_prefix, ops
+from .binding import checks, library
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PRECISIONS = ("fp32", "bf16")
@@ -59,9 +62,9 @@ def cascade_select(
         >>> indices.shape, scores.shape
         (torch.Size([8, 5]), torch.Size([8, 5]))
     """
-    views, keep = _checks.integers("views", views), _checks.integers("keep", keep)
+    views, keep = checks.integers("views", views), checks.integers("keep", keep)
     if precision not in _PRECISIONS:
-        _checks.check_choice("precision", precision, _PRECISIONS)
+        checks.check_choice("precision", precision, _PRECISIONS)
     arguments = (queries, memory, views, keep, query_ids, memory_ids, precision)
     try:
         if queries.requires_grad or memory.requires_grad:
@@ -69,7 +72,7 @@ def cascade_select(
         return _operator(*arguments)
     except Exception as error:  # the operator checks too; checking before each call would take 10 % longer
         check(*arguments)
-        _checks.raise_if_out_of_memory("cascade_select", error, queries=queries, memory=memory, keep=keep)
+        checks.raise_if_out_of_memory("cascade_select", error, queries=queries, memory=memory, keep=keep)
         raise
 
 
@@ -92,7 +95,7 @@ def cascade_select_ref(
         alive &= memory_ids != -1
     if query_ids is not None:
         alive &= (query_ids[:, None] != memory_ids) | (query_ids[:, None] == -1)
-    for view, count in zip(views, keep, strict=True):
+    for view, count in zip(views, keep):
         order = scores[view].argsort(dim=1, descending=True, stable=True)  # [B, K]
         excluded_last = (~alive).gather(1, order).byte().argsort(dim=1, stable=True)
         order = order.gather(1, excluded_last)[:, :count]  # [B, min(K, count)]
@@ -104,10 +107,10 @@ def cascade_select_ref(
     return indices, torch.nn.functional.pad(last, padding, value=-torch.inf)
 
 
-_operator = torch.ops.cpr_fast.cascade_select.default
+_operator = ops.cascade_select.default
 
 
-@torch.library.register_fake("cpr_fast::cascade_select")
+@torch.library.register_fake(add_op_namespace_prefix("cascade_select"))
 def _fake(queries, memory, views, keep, query_ids, memory_ids, precision):
     check(queries, memory, views, keep, query_ids, memory_ids, precision)
     shape = (queries.shape[1], keep[-1])
@@ -119,39 +122,39 @@ def _map(info, in_dims, queries, memory, views, keep, query_ids, memory_ids, pre
     arguments, size = (queries, memory, views, keep, query_ids, memory_ids, precision), info.batch_size
     of_queries, of_memory, _, _, of_query_ids, of_memory_ids, _ = in_dims
     if of_memory is not None or of_memory_ids is not None:
-        return _library.one_by_one(_operator, in_dims, arguments, size)
-    queries = _library.fold(queries, of_queries, size, 1)  # [V, N B, D]
-    query_ids = _library.fold(query_ids, of_query_ids, size, 0)
+        return library.one_by_one(_operator, in_dims, arguments, size)
+    queries = library.fold(queries, of_queries, size, 1)  # [V, N B, D]
+    query_ids = library.fold(query_ids, of_query_ids, size, 0)
     indices, scores = _operator(queries, memory, views, keep, query_ids, memory_ids, precision)
     return (indices.unflatten(0, (size, -1)), scores.unflatten(0, (size, -1))), (0, 0)
 
 
-_library.register_vmap("cascade_select", _map)
+library.register_vmap("cascade_select", _map)
 
 
 def check(queries, memory, views, keep, query_ids, memory_ids, precision) -> None:
     """Raises an error for the first invalid argument. Reads shapes and types only, never values on a device."""
-    _checks.check_tensor("queries", queries, _DTYPES, "[V, B, D]", 3)
-    _checks.check_tensor("memory", memory, _DTYPES, "[V, K, D]", 3)
-    _checks.check_device("queries", queries, "cascade_select")
+    checks.check_tensor("queries", queries, _DTYPES, "[V, B, D]", 3)
+    checks.check_tensor("memory", memory, _DTYPES, "[V, K, D]", 3)
+    checks.check_device("queries", queries, "cascade_select")
     (V, B, D), (memory_V, K, memory_D) = queries.shape, memory.shape
     if (memory_V, memory_D) != (V, D):
         raise ValueError(f"memory: expected shape [V={V}, K, D={D}], got {list(memory.shape)}")
     if memory.dtype != queries.dtype:
         raise TypeError(f"memory: expected the dtype of queries, {queries.dtype}, got {memory.dtype}")
-    _checks.check_same_device("memory", memory, queries, "queries")
-    _checks.check_int64("query_ids", query_ids, (B,), queries, "queries")
-    _checks.check_int64("memory_ids", memory_ids, (K,), queries, "queries")
+    checks.check_same_device("memory", memory, queries, "queries")
+    checks.check_int64("query_ids", query_ids, (B,), queries, "queries")
+    checks.check_int64("memory_ids", memory_ids, (K,), queries, "queries")
     if query_ids is not None and memory_ids is None:
         raise ValueError("query_ids: requires memory_ids, got None")
     if not views or len(views) != len(keep):
         raise ValueError(f"views, keep: expected the same number of entries, at least 1, got {len(views)}, {len(keep)}")
     if any(not 0 <= view < V for view in views):
         raise ValueError(f"views: expected values in 0..{V - 1}, got {views}")
-    if keep[-1] < 1 or any(b > a for a, b in zip(keep, keep[1:], strict=False)):
+    if keep[-1] < 1 or any(b > a for a, b in zip(keep, keep[1:])):
         raise ValueError(f"keep: expected non-increasing values >= 1, got {keep}")
     if keep[-1] >= _MOST_KEPT:
         raise ValueError(
             f"keep: expected a last value below {_MOST_KEPT}, because each query has so many results, got {keep}"
         )
-    _checks.check_choice("precision", precision, _PRECISIONS)
+    checks.check_choice("precision", precision, _PRECISIONS)

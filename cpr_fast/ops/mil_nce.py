@@ -3,12 +3,15 @@
 Letters in shapes: B queries, K memory entries, D feature width, P positives.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch
 from torch import Tensor
 
-from cpr_fast.ops import _checks, _library
+from ._ops import add_op_namespace_prefix, ops
+from .binding import checks, library
 
 _SAME_ID = ("positive", "ignore", "negative")
 SELF_POSITIVE = ("keep", "denominator", "drop_both")
@@ -67,12 +70,12 @@ def mil_nce(
         >>> own_key, memory, positives = torch.randn(8, 128), torch.randn(4096, 128), torch.randint(4096, (8, 5))
         >>> mil_nce(query, own_key, memory, positives, temperature=0.1).backward()
     """
-    _checks.check_choice("reduction", reduction, REDUCTIONS)
+    checks.check_choice("reduction", reduction, REDUCTIONS)
     features = (query, own_key, memory)
     if isinstance(temperature, Tensor):
         features, temperature = _divided(*features, temperature)
     elif type(temperature) is not float or not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
-        temperature = _checks.positive("temperature", temperature)
+        temperature = checks.positive("temperature", temperature)
     modes = self_positive if isinstance(self_positive, Tensor) else None
     inputs = (*features, positives, query_ids, memory_ids, modes)
     settings = (same_id, "keep" if modes is not None else self_positive, temperature)
@@ -82,14 +85,14 @@ def mil_nce(
 def _loss(inputs: tuple, settings: tuple, reduction: str) -> Tensor:
     try:
         if torch.compiler.is_compiling() or autocast_enabled(inputs[0]) or torch._C._are_functorch_transforms_active():
-            loss, *_ = torch.ops.cpr_fast.mil_nce(*inputs, *settings)
+            loss, *_ = ops.mil_nce(*inputs, *settings)
             return loss.mean() if reduction == "mean" else loss
         # Same as calling the operator, but the dispatcher does not call back into Python, and the mean is in the same
         # autograd node. This saves 40 us, 10 % of the time of a small loss.
         return MilNce.apply(*inputs, *settings, reduction)
     except Exception as error:  # the operator checks too; checking before each call would take 10 % longer
         check(*inputs, *settings)
-        _checks.raise_if_out_of_memory("mil_nce", error, query=inputs[0], memory=inputs[2])
+        checks.raise_if_out_of_memory("mil_nce", error, query=inputs[0], memory=inputs[2])
         raise
 
 
@@ -116,16 +119,16 @@ def _divided(query: Tensor, own_key: Tensor, memory: Tensor, temperature: Tensor
     """
     for name, tensor in (("query", query), ("own_key", own_key), ("memory", memory)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {_checks.describe(tensor)}")
+            raise TypeError(f"{name}: expected a torch.Tensor, got {checks.describe(tensor)}")
     if not temperature.is_floating_point():
         raise TypeError(f"temperature: expected a number or a tensor of floating-point dtype, got {temperature.dtype}")
-    _checks.check_dense("temperature", temperature, "a number or a dense (strided) tensor")
+    checks.check_dense("temperature", temperature, "a number or a dense (strided) tensor")
     if temperature.numel() != 1:
         raise ValueError(f"temperature: expected a tensor with one element, got shape {list(temperature.shape)}")
     if temperature.device != query.device and temperature.device.type != "cpu":
         raise ValueError(f"temperature: expected the device of query, {query.device}, got {temperature.device}")
-    if _checks.readable(temperature):
-        _checks.positive("temperature", temperature.item())
+    if checks.readable(temperature):
+        checks.positive("temperature", temperature.item())
     if not autocast_enabled(query):
         for name, tensor in (("own_key", own_key), ("memory", memory)):
             if tensor.dtype != query.dtype:
@@ -182,7 +185,7 @@ def mil_nce_ref(
     return loss.mean() if reduction == "mean" else loss
 
 
-@torch.library.register_fake("cpr_fast::mil_nce")
+@torch.library.register_fake(add_op_namespace_prefix("mil_nce"))
 def _fake(query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id, self_positive, temperature):
     check(query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id, self_positive, temperature)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -190,7 +193,7 @@ def _fake(query, own_key, memory, positives, query_ids, memory_ids, self_mode, s
     return row[0], query.new_empty(query.shape, dtype=dtype), row[1], row[2], row[3]
 
 
-@torch.library.register_fake("cpr_fast::mil_nce_grad_memory")
+@torch.library.register_fake(add_op_namespace_prefix("mil_nce_grad_memory"))
 def _fake_grad_memory(query, own_key, memory, *settings_and_outputs):
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return memory.new_empty(memory.shape, dtype=dtype)
@@ -242,7 +245,7 @@ class MilNce(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             *inputs, lse_all, lse_positive = rest
             outputs = (lse_all, lse_positive, scale.expand(len(query), 1).flatten())
-            grads[2] = torch.ops.cpr_fast.mil_nce_grad_memory(query, *inputs, *ctx.settings, *outputs).to(ctx.dtype)
+            grads[2] = ops.mil_nce_grad_memory(query, *inputs, *ctx.settings, *outputs).to(ctx.dtype)
         return tuple(grads)
 
     @staticmethod
@@ -263,22 +266,20 @@ def _map(info, in_dims, *arguments):
     """Implements torch.vmap: a single call for all slices of the queries if they share a memory."""
     size = info.batch_size
     if in_dims[2] is not None or in_dims[5] is not None:
-        return _library.one_by_one(torch.ops.cpr_fast.mil_nce, in_dims, arguments, size)
+        return library.one_by_one(ops.mil_nce, in_dims, arguments, size)
     memory, memory_ids = arguments[2], arguments[5]
-    rows = (_library.fold(arguments[i], in_dims[i], size, 0) for i in (0, 1, 3, 4, 6))
+    rows = (library.fold(arguments[i], in_dims[i], size, 0) for i in (0, 1, 3, 4, 6))
     query, own_key, positives, query_ids, self_mode = rows  # N B rows each
-    outputs = torch.ops.cpr_fast.mil_nce(
-        query, own_key, memory, positives, query_ids, memory_ids, self_mode, *arguments[7:]
-    )
+    outputs = ops.mil_nce(query, own_key, memory, positives, query_ids, memory_ids, self_mode, *arguments[7:])
     return tuple(output.unflatten(0, (size, -1)) for output in outputs), (0,) * len(outputs)
 
 
-_operator = torch.ops.cpr_fast.mil_nce.default
-_AUTOGRAD = torch.library.Library("cpr_fast", "IMPL")  # a registration lasts as long as its library object
+_operator = ops.mil_nce.default
+_AUTOGRAD = torch.library.Library(library.NAMESPACE, "IMPL")  # a registration lasts as long as its library object
 _AUTOGRAD.impl("mil_nce", _autograd, "Autograd")
-_library.register_vmap("mil_nce", _map)
+library.register_vmap("mil_nce", _map)
 for _device in ("cpu", "cuda"):
-    torch.library.register_autocast("cpr_fast::mil_nce", _device, torch.float32)
+    torch.library.register_autocast(add_op_namespace_prefix("mil_nce"), _device, torch.float32)
 
 
 def check(
@@ -287,10 +288,10 @@ def check(
     """Raises an error for the first invalid argument. Reads shapes and types only, never values on a device."""
     on_cuda = isinstance(query, Tensor) and query.device.type == "cuda"
     dtypes = _DTYPES if on_cuda else (*_DTYPES, torch.float64)
-    _checks.check_tensor("query", query, dtypes, "[B, D]", 2)
-    _checks.check_tensor("own_key", own_key, dtypes, "[B, D]", 2)
-    _checks.check_tensor("memory", memory, dtypes, "[K, D]", 2)
-    _checks.check_device("query", query, "mil_nce")
+    checks.check_tensor("query", query, dtypes, "[B, D]", 2)
+    checks.check_tensor("own_key", own_key, dtypes, "[B, D]", 2)
+    checks.check_tensor("memory", memory, dtypes, "[K, D]", 2)
+    checks.check_device("query", query, "mil_nce")
     B, D = query.shape
     K = memory.shape[0]
     if memory.shape[1] != D:
@@ -301,18 +302,18 @@ def check(
     for name, tensor in (("own_key", own_key), ("memory", memory)):
         if tensor.dtype != query.dtype and not (autocast and tensor.dtype in _DTYPES):
             raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {tensor.dtype}")
-        _checks.check_same_device(name, tensor, query, "query")
+        checks.check_same_device(name, tensor, query, "query")
     if isinstance(positives, Tensor):
-        _checks.check_dense("positives", positives)
+        checks.check_dense("positives", positives)
     if isinstance(positives, Tensor) and positives.dim() != 2:
         raise ValueError(f"positives: expected shape [B={B}, P], got {list(positives.shape)}")
     P = positives.shape[1] if isinstance(positives, Tensor) else "P"
-    _checks.check_int64("positives", positives, (B, P), query, "query")
-    _checks.check_int64("query_ids", query_ids, (B,), query, "query")
-    _checks.check_int64("memory_ids", memory_ids, (K,), query, "query")
-    _checks.check_int64("self_positive", self_mode, (B,), query, "query")
+    checks.check_int64("positives", positives, (B, P), query, "query")
+    checks.check_int64("query_ids", query_ids, (B,), query, "query")
+    checks.check_int64("memory_ids", memory_ids, (K,), query, "query")
+    checks.check_int64("self_positive", self_mode, (B,), query, "query")
     if query_ids is not None and memory_ids is None:
         raise ValueError("query_ids: requires memory_ids, got None")
-    _checks.check_choice("same_id", same_id, _SAME_ID)
-    _checks.check_choice("self_positive", self_positive, SELF_POSITIVE)
-    _checks.positive("temperature", temperature)
+    checks.check_choice("same_id", same_id, _SAME_ID)
+    checks.check_choice("self_positive", self_positive, SELF_POSITIVE)
+    checks.positive("temperature", temperature)

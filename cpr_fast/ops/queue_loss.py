@@ -3,15 +3,17 @@
 Letters in shapes: V views, B clips, K queue entries, D feature width, P positives.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from cpr_fast.ops import _checks
-from cpr_fast.ops.cascade_select import cascade_select
-from cpr_fast.ops.mil_nce import SELF_POSITIVE, mil_nce
+from .binding import checks
+from .cascade_select import cascade_select
+from .mil_nce import SELF_POSITIVE, mil_nce
 
 _UNKNOWN = -2  # the id of a key without a source: equal to no query's, and not that of an empty slot
 
@@ -63,15 +65,15 @@ class QueueLoss(nn.Module):
     ) -> None:
         super().__init__()
         counts = {"size": size, "feature_dim": feature_dim, "num_views": num_views}
-        size, feature_dim, num_views = (_checks.count(name, value) for name, value in counts.items())
+        size, feature_dim, num_views = (checks.count(name, value) for name, value in counts.items())
         if (views is None) != (keep is None):
             raise ValueError("views, keep: expected both, or neither for InfoNCE without mining")
-        self.views = None if views is None else _checks.integers("views", views)
-        self.keep = None if keep is None else _checks.integers("keep", keep)
-        temperature = _checks.positive("temperature", temperature)
+        self.views = None if views is None else checks.integers("views", views)
+        self.keep = None if keep is None else checks.integers("keep", keep)
+        temperature = checks.positive("temperature", temperature)
         if not isinstance(learn_temperature, bool):
-            raise TypeError(f"learn_temperature: expected a bool, got {_checks.describe(learn_temperature)}")
-        _checks.check_choice("self_positive", self_positive, SELF_POSITIVE)
+            raise TypeError(f"learn_temperature: expected a bool, got {checks.describe(learn_temperature)}")
+        checks.check_choice("self_positive", self_positive, SELF_POSITIVE)
         self.same_id, self.self_positive = same_id, self_positive
         self.fixed_temperature = None if learn_temperature else temperature
         if learn_temperature:
@@ -110,7 +112,7 @@ class QueueLoss(nn.Module):
                 source.
         """
         query, key = self._with_views("query", query), self._with_views("key", key).detach()
-        _checks.check_int64("ids", ids, (query.shape[1],), query, "query")
+        checks.check_int64("ids", ids, (query.shape[1],), query, "query")
         if query.shape != key.shape:
             raise ValueError(f"key: expected the shape of query, {list(query.shape)}, got {list(key.shape)}")
         positives = self.mine(key, ids)
@@ -134,7 +136,7 @@ class QueueLoss(nn.Module):
         if self.memory.dtype == torch.float64:
             raise TypeError("memory: expected float32, bfloat16 or float16 for mining, got torch.float64; convert the "
                             "module by .float()")  # fmt: skip
-        _checks.check_int64("ids", ids, (key.shape[1],), key, "key")
+        checks.check_int64("ids", ids, (key.shape[1],), key, "key")
         slots, _ = cascade_select(key, self.memory, self.views, self.keep, query_ids=ids, memory_ids=self.memory_ids)
         return slots
 
@@ -145,7 +147,7 @@ class QueueLoss(nn.Module):
         batch, size = key.shape[1], self.memory.shape[1]
         if batch > size:
             raise ValueError(f"key: expected at most size = {size} keys at once, got {batch}")
-        _checks.check_int64("ids", ids, (batch,), key, "key")
+        checks.check_int64("ids", ids, (batch,), key, "key")
         known = torch.full((batch,), _UNKNOWN, device=key.device) if ids is None else ids.where(ids >= 0, _UNKNOWN)
         slots = (self.position + torch.arange(batch, device=key.device)) % size
         self.memory.index_copy_(1, slots, key)
@@ -160,13 +162,13 @@ class QueueLoss(nn.Module):
         """Returns features as [V, B, D] in the dtype of the queue."""
         V, _, D = self.memory.shape
         if not isinstance(features, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor [V={V}, B, D={D}], got {_checks.describe(features)}")
-        _checks.check_dense(name, features)
+            raise TypeError(f"{name}: expected a torch.Tensor [V={V}, B, D={D}], got {checks.describe(features)}")
+        checks.check_dense(name, features)
         if features.dim() == 2 and V == 1:
             features = features[None]
         if features.dim() != 3 or features.shape[0] != V or features.shape[2] != D or features.shape[1] == 0:
             raise ValueError(f"{name}: expected shape [V={V}, B >= 1, D={D}], got {list(features.shape)}")
         if not features.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point dtype, got {features.dtype}")
-        _checks.check_same_device(name, features, self.memory, "the queue")
+        checks.check_same_device(name, features, self.memory, "the queue")
         return features.to(self.memory.dtype)

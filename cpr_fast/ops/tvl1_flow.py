@@ -3,13 +3,16 @@
 Letters in shapes: P frame pairs, T frames, H x W pixels. Components and directions are ordered (x, y).
 """
 
+from __future__ import annotations
+
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpr_fast.ops import _checks, _library
+from ._ops import add_op_namespace_prefix, ops
+from .binding import checks, library
 
 _MIN_SIDE = 16  # pixels; the shortest side that a level of the pyramid may have
 _MOST_LEVELS = 1000  # limit of the levels of the pyramid, all of which are stored
@@ -71,9 +74,9 @@ def tvl1_flow(
     *leading, T, H, W = frames.shape
     frames = _in_range(frames.detach()).reshape(math.prod(leading), T, H, W)
     try:
-        flow, _ = torch.ops.cpr_fast.tvl1_flow(frames, *settings)
+        flow, _ = ops.tvl1_flow(frames, *settings)
     except Exception as error:
-        _checks.raise_if_out_of_memory("tvl1_flow", error, frames=frames)
+        checks.raise_if_out_of_memory("tvl1_flow", error, frames=frames)
         raise
     return flow.reshape(*leading, T - 1, 2, H, W)
 
@@ -81,14 +84,14 @@ def tvl1_flow(
 def stop_tvl1_flow(stop: bool) -> None:
     """Ends the calls of `tvl1_flow` that other threads compute on the CPU: they raise RuntimeError, and so do later
     ones until this is called with False. Otherwise a call takes minutes for a batch of large frames."""
-    _library.call("cpr_tvl1_flow_stop", int(stop))
+    library.call("cpr_tvl1_flow_stop", int(stop))
 
 
 def _in_range(frames: Tensor) -> Tensor:
     """Returns `frames`. Raises for float values outside 0..1, or replaces them by NaN where they cannot be read."""
     if frames.dtype == torch.uint8 or frames.numel() == 0:
         return frames
-    if not _checks.readable(frames):
+    if not checks.readable(frames):
         valid = (frames >= -_ROUNDING) & (frames <= 1 + _ROUNDING)
         return torch.where(valid, frames, math.nan)
     low, high = (value.item() for value in torch.aminmax(frames))
@@ -209,7 +212,7 @@ def _median_filter(u: Tensor, size: int) -> Tensor:
     return windows.flatten(-2).median(-1).values
 
 
-@torch.library.register_fake("cpr_fast::tvl1_flow")
+@torch.library.register_fake(add_op_namespace_prefix("tvl1_flow"))
 def _fake(frames, *settings):
     N, T, H, W = frames.shape
     flow = frames.new_empty((N, T - 1, 2, H, W), dtype=torch.float32)
@@ -218,11 +221,11 @@ def _fake(frames, *settings):
 
 def _map(info, in_dims, frames, *settings):
     """Implements torch.vmap: a single call for the clips of all slices."""
-    outputs = torch.ops.cpr_fast.tvl1_flow(_library.fold(frames, in_dims[0], info.batch_size, 0), *settings)
+    outputs = ops.tvl1_flow(library.fold(frames, in_dims[0], info.batch_size, 0), *settings)
     return tuple(output.unflatten(0, (info.batch_size, -1)) for output in outputs), (0, 0)
 
 
-_library.register_vmap("tvl1_flow", _map)
+library.register_vmap("tvl1_flow", _map)
 
 
 def _check(
@@ -231,8 +234,8 @@ def _check(
     """Returns the settings as plain numbers. Raises an error for the first invalid argument; does not read pixels."""
     _check_frames(frames)
     reals = {"tau": tau, "lambda_": lambda_, "theta": theta, "scale_step": scale_step, "epsilon": epsilon}
-    checks = {name: _checks.positive if name in ("tau", "lambda_", "theta") else _checks.number for name in reals}
-    reals = {name: checks[name](name, value) for name, value in reals.items()}
+    nonzero = ("tau", "lambda_", "theta")
+    reals = {n: (checks.positive if n in nonzero else checks.number)(n, value) for n, value in reals.items()}
     if not 0 < reals["scale_step"] < 1:
         raise ValueError(f"scale_step: expected a number between 0 and 1, got {reals['scale_step']}")
     if not 0 <= reals["epsilon"] < math.inf:
@@ -243,13 +246,13 @@ def _check(
         "inner_iterations": inner_iterations,
         "outer_iterations": outer_iterations,
     }
-    counts = {name: _checks.count(name, value) for name, value in counts.items()}
+    counts = {name: checks.count(name, value) for name, value in counts.items()}
     if (levels := _levels(frames.shape[-2:], counts["scales"], reals["scale_step"])) > _MOST_LEVELS:
         raise ValueError(
             f"scale_step: expected a step with which {list(frames.shape[-2:])} pixels have at most {_MOST_LEVELS} "
             f"levels (or smaller scales), got {reals['scale_step']}, which makes {levels}"
         )
-    median = _checks.integer("median", median)
+    median = checks.integer("median", median)
     if median not in (0, 1, 3, 5):
         raise ValueError(f"median: expected 0 or 1 (none), 3 or 5, got {median}")
     tau, lambda_, theta, scale_step, epsilon = reals.values()
@@ -267,8 +270,8 @@ def _levels(size, scales: int, step: float) -> int:
 def _check_frames(frames) -> None:
     if not isinstance(frames, Tensor):
         hint = " (torch.from_numpy converts an array)" if type(frames).__module__ == "numpy" else ""
-        raise TypeError(f"frames: expected a torch.Tensor [..., T, H, W], got {_checks.describe(frames)}{hint}")
-    _checks.check_dense("frames", frames)
+        raise TypeError(f"frames: expected a torch.Tensor [..., T, H, W], got {checks.describe(frames)}{hint}")
+    checks.check_dense("frames", frames)
     if frames.dtype not in (torch.uint8, torch.float32):
         raise TypeError(f"frames: expected uint8 or float32, got {frames.dtype}")
     shape = list(frames.shape)
@@ -288,6 +291,6 @@ def _check_frames(frames) -> None:
         raise ValueError(f"frames: expected shape [..., T, H, W] with T >= 2, H, W >= 1, got {shape}")
     if frames.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(f"frames: tvl1_flow runs on the CPU and on CUDA, got a tensor on {frames.device}")
-    _checks.check_device("frames", frames, "tvl1_flow")
+    checks.check_device("frames", frames, "tvl1_flow")
     if frames.requires_grad and torch.is_grad_enabled():
         raise ValueError("frames: tvl1_flow has no gradient, got a tensor that requires one; pass frames.detach()")

@@ -6,6 +6,10 @@
 // R rows, C channels.
 #pragma once
 
+#if defined(CUDA_KERNEL) && !defined(CPR_FAST_WITH_CUDA)  // Hugging Face's kernel builder builds for CUDA
+#define CPR_FAST_WITH_CUDA
+#endif
+
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>

@@ -1,11 +1,19 @@
-// Schemas and registration of torch.ops.cpr_fast.*, on the LibTorch stable ABI (torch >= 2.10).
+// Schemas and registration of torch.ops.cpr_fast.*, on the LibTorch stable ABI (torch >= 2.10). In a kernel package of
+// Hugging Face (hub/write.py), TORCH_EXTENSION_NAME is the namespace, which is unique for each build.
 #include <torch/csrc/stable/library.h>
 
 #include "ops/ops.h"
 
+#ifndef TORCH_EXTENSION_NAME
+#define TORCH_EXTENSION_NAME cpr_fast
+#endif
+// torch's macros do not expand the name of the namespace; these do, because they pass it on.
+#define CPR_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define CPR_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+
 namespace ops = cpr::ops;
 
-STABLE_TORCH_LIBRARY(cpr_fast, m) {
+CPR_LIBRARY(TORCH_EXTENSION_NAME, m) {
   m.def(
       "cascade_select(Tensor queries, Tensor memory, int[] views, int[] keep, Tensor? query_ids, Tensor? memory_ids, "
       "str precision) -> (Tensor indices, Tensor scores)");
@@ -34,7 +42,7 @@ STABLE_TORCH_LIBRARY(cpr_fast, m) {
       "float eps, bool relu) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cpr_fast, CPU, m) {
+CPR_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("cascade_select", TORCH_BOX(&ops::cascade_select<false>));
   m.impl("mil_nce", TORCH_BOX(&ops::mil_nce<false>));
   m.impl("mil_nce_grad_memory", TORCH_BOX(&ops::mil_nce_grad_memory<false>));
@@ -45,7 +53,7 @@ STABLE_TORCH_LIBRARY_IMPL(cpr_fast, CPU, m) {
 }
 
 #ifdef CPR_FAST_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(cpr_fast, CUDA, m) {
+CPR_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, m) {
   m.impl("cascade_select", TORCH_BOX(&ops::cascade_select<true>));
   m.impl("mil_nce", TORCH_BOX(&ops::mil_nce<true>));
   m.impl("mil_nce_grad_memory", TORCH_BOX(&ops::mil_nce_grad_memory<true>));

@@ -57,10 +57,11 @@ def run(command: str, folder: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A folder that contains only the examples of the checkout; `synth` writes 64x48 instead of 160x120."""
+    """A folder that contains only the examples and hub/ of the checkout; `synth` writes 64x48 instead of 160x120."""
     small = functools.partial(synthetic.write_synthetic, frames=14, width=64, height=48)
     monkeypatch.setattr(synthetic, "write_synthetic", small)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "hub"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

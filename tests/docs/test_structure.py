@@ -135,7 +135,7 @@ def test_modules_have_no_circles():
         visit(name, ())
 
 
-@pytest.mark.parametrize("folder", ["cpr_fast", "tests", "bench", "examples"])
+@pytest.mark.parametrize("folder", ["cpr_fast", "tests", "bench", "examples", "hub"])
 def test_python_files_and_functions_are_short(folder):
     long = []
     for path in python_files(folder):

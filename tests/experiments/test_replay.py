@@ -199,6 +199,19 @@ def continued_by_two(folder, step):
     path.write_text("".join([*rows, json.dumps(note) + "\n"]))
 
 
+def test_the_starts_of_a_run_are_read_from_their_field_and_in_older_runs_from_the_text(tmp_path):
+    """A start removes those of later steps, which it repeats; notes of other things are no starts."""
+    rows = [
+        {"kind": "run", "processes": 1},
+        {"kind": "note", "text": "resumed at step 4", "processes": 2},
+        {"kind": "note", "text": "the learning rate was changed at step 5"},
+        {"kind": "note", "text": "resumed at step 9", "processes": 3},
+        {"kind": "note", "text": "continued", "resumed_step": 7, "processes": 4},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(step, row["processes"]) for step, row in module._starts(tmp_path)] == [(0, 1), (4, 2), (7, 4)]
+
+
 def test_a_replay_ends_where_another_number_of_processes_went_on(copied, capsys, monkeypatch):
     continued_by_two(copied, 6)
     result = replayed(copied, first=1)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpr_fast import _host
-from cpr_fast.ops import BatchNorm1d, BatchNorm3d, _library, batch_norm
+from cpr_fast.ops import BatchNorm1d, BatchNorm3d, batch_norm
+from cpr_fast.ops.binding import library
 
 LAST = torch.channels_last_3d
 # Clips, channels, frames, height, width: single channels and values, odd sizes, blocks that are not full, many parts.
@@ -149,7 +150,7 @@ def test_nan_and_infinity_spread_as_in_torch(bad, relu):
 
 def test_threads_and_instruction_sets_return_the_same_bits():
     values = draw((4, 24, 5, 41, 37))
-    force = ctypes.CDLL(str(_library._PATH)).cpr_force_cpu_variant
+    force = ctypes.CDLL(str(library.PATH)).cpr_force_cpu_variant
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):

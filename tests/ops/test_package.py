@@ -26,7 +26,7 @@ KERNELS = """
 import torch
 try:
     import cpr_fast.ops
-except ValueError as error:
+except ImportError as error:
     print(error)
 x, slots = torch.ones(1, 2, 4), torch.zeros(2, 1, dtype=torch.int64)
 for call in (

@@ -12,7 +12,8 @@ import torch
 from support import real_clips
 from support.flow_references import DEFAULTS, SHORT, assert_close_to_opencv, moving_texture, opencv_flow
 
-from cpr_fast.ops import _library, tvl1_flow, tvl1_flow_ref
+from cpr_fast.ops import tvl1_flow, tvl1_flow_ref
+from cpr_fast.ops.binding import library as _library
 from cpr_fast.ops.tvl1_flow import stop_tvl1_flow
 
 cv2 = pytest.importorskip("cv2")
@@ -165,7 +166,7 @@ def test_uint8_equals_float():
 
 
 def test_cpu_variants_give_the_same_bits():
-    library = ctypes.CDLL(str(_library._PATH))
+    library = ctypes.CDLL(str(_library.PATH))
     library.cpr_cpu_variants.restype = ctypes.c_char_p
     clip, flows = moving_texture(2, 60, 83, seed=8), {}
     try:

@@ -119,6 +119,18 @@ def loss_inputs(B: int, K: int, D: int, P: int, seed: int = 0) -> dict[str, torc
     }
 
 
+def single_key_inputs(B: int, K: int, D: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Draws one key for each query that has its id, and two empty slots, at different places of tiles of 64 keys that
+    have no other such key; K at least 64 (B + 2)."""
+    slots = torch.arange(B + 2) * 64 + torch.arange(B + 2) * 13 % 64
+    memory, memory_ids = unit(K, D, seed=2), torch.zeros(K, dtype=torch.int64)
+    memory_ids[slots] = torch.cat([torch.arange(B) + 1, torch.tensor([-1, -1])]).roll(1)
+    memory[memory_ids == -1] *= 30
+    query, own_key = unit(B, D, seed=0).to(dtype), unit(B, D, seed=1).to(dtype)
+    ids = {"query_ids": torch.arange(B) + 1, "memory_ids": memory_ids}
+    return {"query": query, "own_key": own_key, "memory": memory.to(dtype), **ids}
+
+
 def assert_loss(emulated, query, own_key, memory, *, tolerance=2e-5, **options):
     """Compares the emulated loss and every gradient with float64, relative to the largest entry of each."""
     out = emulated.mil_nce(query, own_key, memory, **options)

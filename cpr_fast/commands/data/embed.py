@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from cpr_fast.commands.inputs import require_at_least, require_device, require_file
+from cpr_fast.commands.inputs import (
+    next_shard,
+    other_shards,
+    parse_shard,
+    require_at_least,
+    require_device,
+    require_file,
+)
 from cpr_fast.commands.options import Json
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
@@ -27,6 +34,7 @@ def embed(
     dtype: Literal["float16", "float32"] = "float16",
     device: str = "auto",
     seed: int = 0,
+    shard: str = "0/1",
     json: Json = False,
 ) -> None:
     """Write a store of features, on which pretrain, mine, retrieve and probe work without videos.
@@ -49,20 +57,50 @@ def embed(
         dtype: The type of the stored numbers.
         device: Where features are computed: "auto", "cpu", "cuda" or "cuda:N".
         seed: Seed of the augmentation.
+        shard: i/n computes the i-th of n shares of the store, 0 <= i < n, in parts of 256 videos. Run the n commands on
+            as many machines or GPUs as you like, also at the same time; the last one to end finishes the store, which
+            equals that of one command. Not with --features.
     """
     require_file("INDEX", index)
     require_at_least("--samples", 1, samples)
+    part = parse_shard(shard)
     require_device("--device", device, "auto")
     if bool(encoder) == bool(features):
         raise InputError(f"--encoder, --features: expected one of the two, got {'both' if encoder else 'none'}")
+    if features and part[1] > 1:
+        raise InputError(
+            f"--shard: expected --encoder, whose features take long to compute, got --features and {shard}"
+        )
     if features:
         report = _adopted(features, index, out, samples, dtype)
     elif index is None:
         raise InputError("INDEX: expected the index of the videos that --encoder is to embed, got none")
     else:
-        report = _computed(index, encoder, out, samples or 2, dtype, device, seed)
-    folder = shlex.quote(str(out))
-    show(report, json, lines=_summary(report, out), next_step=f"cpr-fast pretrain RECIPE --data.features {folder}")
+        report = _computed(index, encoder, out, samples or 2, dtype, device, seed, part)
+    options = {"--samples": (samples, None), "--dtype": (dtype, "float16"), "--device": (device, "auto"),
+               "--seed": (seed, 0)}  # fmt: skip
+    show(report, json, lines=_summary(report, out, part),
+         next_step=_next_step(report["waiting"], index, encoder, out, options, part))  # fmt: skip
+
+
+def _next_step(
+    waiting: int,
+    index: Path | None,
+    encoder: tuple[str, ...],
+    out: Path,
+    options: dict[str, tuple[Any, Any]],
+    shard: tuple[int, int],
+) -> str:
+    """Returns the command of another share while shards are `waiting`, then that of a training.
+
+    Args:
+        options: the value and the default of the options that the commands of all shares must have.
+    """
+    if not waiting:
+        return f"cpr-fast pretrain RECIPE --data.features {shlex.quote(str(out))}"
+    given = [str(word) for name, (value, usual) in options.items() if value != usual for word in (name, value)]
+    words = ["cpr-fast", "embed", str(index), "--encoder", *encoder, "--out", str(out), *given, *next_shard(shard)]
+    return shlex.join(words)
 
 
 def _adopted(features: tuple[str, ...], table: Path | None, out: Path, samples: int | None, dtype: str) -> dict:
@@ -79,8 +117,9 @@ def _adopted(features: tuple[str, ...], table: Path | None, out: Path, samples: 
 
 
 def _computed(
-    index: Path, encoder: tuple[str, ...], out: Path, samples: int, dtype: str, device: str, seed: int
-) -> dict[str, Any]:
+    index: Path, encoder: tuple[str, ...], out: Path, samples: int, dtype: str, device: str, seed: int,
+    shard: tuple[int, int],
+) -> dict[str, Any]:  # fmt: skip
     from cpr_fast.runtime.progress import announce
 
     announce("Loading PyTorch and NVIDIA DALI")
@@ -92,17 +131,21 @@ def _computed(
     data = networks.data
     videos = Index.load(index, require_flow=data.flow == "stored").long_enough(data)
     place = str(distributed.init(device).device)
-    return embed_videos(videos, networks, out, samples=samples, dtype=dtype, device=place, seed=seed, progress=True)
+    return embed_videos(videos, networks, out, samples=samples, dtype=dtype, device=place, seed=seed, share=shard,
+                        progress=True)  # fmt: skip
 
 
-def _summary(report: dict[str, Any], out: Path) -> list[str]:
-    kept = report["shards"] - report["computed"]
+def _summary(report: dict[str, Any], out: Path, shard: tuple[int, int]) -> list[str]:
+    there = report["shards"] - report["waiting"]
+    kept = there - report["computed"]
     lines = [
-        f"{counted(report['clips'], 'clip')} in {counted(report['shards'], 'shard')}, {report['bytes'] / 2**20:,.1f} "
-        f"MiB: {out}"
+        f"{counted(report['clips'], 'clip')} in {counted(there, 'shard')}, {report['bytes'] / 2**20:,.1f} MiB: {out}"
     ]
     if kept:
         lines.append(f"  {counted(kept, 'shard')} {'was' if kept == 1 else 'were'} there already")
+    if report["waiting"]:
+        lines.append(f"  {counted(report['waiting'], 'shard')} of {report['shards']:,} left for the other commands "
+                     f"({other_shards(shard)}); the store is not finished")  # fmt: skip
     if report["left_out"]:
         lines.append(f"  {counted(report['left_out'], 'clip')} could not be read and "
                      f"{'is' if report['left_out'] == 1 else 'are'} left out")  # fmt: skip

@@ -101,7 +101,9 @@ def _of_store(folder: Path, *, checkpoint: tuple[str, ...], raw: bool) -> TwoVie
     if missing := [view for view in views if view not in networks.encoders]:
         raise InputError(f"--checkpoint: expected heads of the views rgb and flow, got none of {missing[0]}")
     embeddings = {
-        view: Embedding(view, networks.encoders[view].features if networks.raw else networks.encoders[view], how.metric)
+        view: Embedding(
+            view, networks.encoders[view] if networks.stored is None else networks.encoders[view].features, how.metric
+        )
         for view in views
     }
     found, _ = embed_index(clips, embeddings, lambda part: open_windows(part, networks.data, views, how, "cpu"))

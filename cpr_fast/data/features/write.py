@@ -24,6 +24,8 @@ from cpr_fast.runtime.files import one_writer, replacing
 from cpr_fast.runtime.progress import track
 from cpr_fast.wording import counted
 
+LOCK = ".store"  # begins the names of the files that processes lock
+
 log = logging.getLogger(__name__)
 
 
@@ -60,6 +62,7 @@ def write_store(
     about: Description,
     compute: Callable[[range], Computed],
     *,
+    share: tuple[int, int] = (0, 1),
     progress: bool = False,
 ) -> dict[str, Any]:
     """Writes the store `folder` of `clips`, or the rest of it.
@@ -67,25 +70,38 @@ def write_store(
     Args:
         about: What the store is to hold, not complete.
         compute: Called with the positions of the clips of a shard.
+        share: (i, n) computes the shards i, i + n, ... of the store. Processes of different shares may write at the
+            same time; the last one finishes the store, whose bytes are those of a single process.
     Returns:
-        `clips`, the number of clips of the store; `left_out`, that of the clips that could not be read; `shards`, and
-        `computed`, how many of them this call computed; `bytes` of all shards.
+        `clips`, the number of clips of the shards that are there, which are those of the store if it is finished;
+        `left_out`, that of their clips that could not be read; `shards`; `computed`, how many of them this call
+        computed; `waiting`, how many other processes have yet to compute; `bytes` of all that are there.
     Raises:
-        InputError: the folder holds something else, another process writes there, the disk is full, no clip could be
-            read, or a feature is not finite or too large for the dtype.
+        InputError: the folder holds something else, another process writes there (the same share), the disk is full, no
+            clip could be read, or a feature is not finite or too large for the dtype.
     """
-    with one_writer(folder / ".store.lock", f"--out: another process is writing the store {str(folder)!r}"):
-        about = _begun(folder, about)
+    number, count = share
+    own, busy = ("", "") if count == 1 else (f".{number}-of-{count}", f" (share {number}/{count})")
+    lock, changing = folder / f"{LOCK}{own}.lock", folder / f"{LOCK}.description.lock"
+    with one_writer(lock, f"--out: another process is writing the store {str(folder)!r}{busy}"):
+        with one_writer(changing, None):
+            about = _begun(folder, about)
         ends = np.cumsum(about.planned).tolist()
-        shards = [range(end - count, end) for end, count in zip(ends, about.planned, strict=True)]
-        left = [number for number in range(len(shards)) if not _is_there(folder, about, number)]
-        for number in track(left, "features", total=len(left), unit="shards", progress=progress):
-            found = compute(shards[number])
-            for path, view in zip(_paths(folder, about, number), about.views, strict=True):
+        shards = [range(end - planned, end) for end, planned in zip(ends, about.planned, strict=True)]
+        left = [shard for shard in range(number, len(shards), count) if not _is_there(folder, about, shard)]
+        for shard in track(left, "features", total=len(left), unit="shards", progress=progress):
+            found = compute(shards[shard])
+            for path, view in zip(_paths(folder, about, shard), about.views, strict=True):
                 _write_shard(path, view, found, about, clips)
-        kept = _finish(folder, about, clips)
-    size = sum(path.stat().st_size for number in range(len(shards)) for path in _paths(folder, about, number))
-    return {"clips": kept, "left_out": len(clips) - kept, "shards": len(shards), "computed": len(left), "bytes": size}
+        with one_writer(changing, None):
+            there = [shard for shard in range(len(shards)) if count == 1 or _is_there(folder, about, shard)]
+            rows = _rows(folder, about, there)
+            if len(there) == len(shards):
+                _finish(folder, about, clips, rows)
+    kept, planned = sum(map(len, rows)), sum(about.planned[shard] for shard in there)
+    size = sum(path.stat().st_size for shard in there for path in _paths(folder, about, shard))
+    return {"clips": kept, "left_out": planned - kept, "shards": len(shards), "computed": len(left),
+            "waiting": len(shards) - len(there), "bytes": size}  # fmt: skip
 
 
 def _begun(folder: Path, about: Description) -> Description:
@@ -98,7 +114,7 @@ def _begun(folder: Path, about: Description) -> Description:
                 "settings, or inputs that were changed since); choose another folder"
             )
         return dataclasses.replace(there, shards=None, digest="")
-    if any(entry.name != ".store.lock" for entry in folder.iterdir()):
+    if any(not (entry.name.startswith(LOCK) and entry.suffix == ".lock") for entry in folder.iterdir()):
         raise InputError(f"--out: expected a new folder or a store of features, got {str(folder)!r}, which holds "
                          "other files")  # fmt: skip
     with replacing(folder / FILE, durable=True) as temporary:
@@ -159,15 +175,20 @@ def as_stored(view: str, features: np.ndarray, dtype: str, names: Sequence[str])
     return stored
 
 
-def _finish(folder: Path, about: Description, clips: Sequence[Clip]) -> int:
-    """Writes the table, and the description of the complete store; returns its number of clips."""
+def _rows(folder: Path, about: Description, shards: Sequence[int]) -> list[np.ndarray]:
+    """Returns the positions int64 [C] of the clips that each of some shards holds."""
     from safetensors import safe_open
 
-    view, kept, counts = next(iter(about.views)), [], []
-    for number in range(len(about.planned)):
-        with safe_open(folder / shard_name(view, number), "numpy") as file:
-            kept.append(file.get_tensor("positions"))
-        counts.append(len(kept[-1]))
+    view, found = next(iter(about.views)), []
+    for shard in shards:
+        with safe_open(folder / shard_name(view, shard), "numpy") as file:
+            found.append(file.get_tensor("positions"))
+    return found
+
+
+def _finish(folder: Path, about: Description, clips: Sequence[Clip], kept: Sequence[np.ndarray]) -> None:
+    """Writes the table, and the description of the complete store. `kept`: see `_rows`, of all shards."""
+    counts = [len(positions) for positions in kept]
     rows = np.concatenate(kept).tolist()
     if not rows:
         raise InputError(f"expected features of at least one of {counted(len(clips), 'clip')}, but none could be read")
@@ -178,7 +199,6 @@ def _finish(folder: Path, about: Description, clips: Sequence[Clip]) -> int:
         files = [path for number in range(len(counts)) for path in _paths(folder, about, number)]
         text = dataclasses.replace(about, shards=counts).with_digest([folder / TABLE, *files]).to_json()
         temporary.write_text(text, encoding="utf-8")
-    return len(rows)
 
 
 def same_clips(clips: Sequence[Clip]) -> None:

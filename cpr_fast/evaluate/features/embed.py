@@ -83,6 +83,7 @@ def embed_videos(
     dtype: str = "float16",
     device: str = "cpu",
     seed: int = 0,
+    share: tuple[int, int] = (0, 1),
     progress: bool = False,
 ) -> dict[str, Any]:
     """Writes a store of the features of every video of `index`: those of the backbone, before any head.
@@ -92,6 +93,7 @@ def embed_videos(
 
     Args:
         samples: M.
+        share: Which shards to compute, see `write_store`.
     Returns:
         What `write_store` returns, and `skipped`, (path, reason) of the files that could not be read.
     Raises:
@@ -127,7 +129,7 @@ def embed_videos(
             skipped.extend(loader.skipped)
         return found
 
-    report = write_store(out, clips, about, compute, progress=progress)
+    report = write_store(out, clips, about, compute, share=share, progress=progress)
     if skipped:
         log.warning("embed: %s", not_read(skipped, "left out"))
     return report | {"skipped": [(str(path), reason) for path, reason in skipped]}

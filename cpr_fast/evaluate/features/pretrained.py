@@ -28,14 +28,14 @@ class Pretrained:
     Attributes:
         name: The checkpoints, as the user gave them.
         home: The folder of the first checkpoint's evaluations.
-        raw: Whether the "encoders" return the features of a store as they are.
+        stored: The store whose features the "encoders" return as they are; None if they compute features.
     """
 
     name: str
     home: Path
     encoders: dict[str, Encoder]
     configs: dict[str, Config]
-    raw: bool = False
+    stored: FeatureStore | None = None
 
     @property
     def features(self) -> Path:
@@ -65,14 +65,15 @@ class Pretrained:
                     f"{str(path)!r}"
                 )
             return Index.load(path, require_flow=data.flow == "stored").long_enough(data)
-        clips = StoredClips.open(path, option)
-        if self.raw:
+        if self.stored is not None:
             if not os.path.samefile(path, self.home):
+                StoredClips.open(path, option)  # if it is not a store, that is the error
                 raise InputError(
                     f"{option}: expected the store {self.name!r} itself, whose features are evaluated as they are, got "
                     f"{str(path)!r}; give CHECKPOINT and {option} the same store"
                 )
-            return clips
+            return StoredClips(self.stored)
+        clips = StoredClips.open(path, option)
         clips.store.require_views(option, list(self.encoders))
         for view, config in self.configs.items():
             self._require_width(option, view, config, clips.store)
@@ -107,7 +108,7 @@ def _of_store(folder: Path) -> Pretrained:
         views[view].backbone = nn.Identity()
     model = ModelConfig(arch=STORED, args={"width": store.width}, feature_dim=store.width)
     config = Config(data=DataConfig(features=str(folder)), model=model)
-    return Pretrained(str(folder), folder, views, dict.fromkeys(views, config), raw=True)
+    return Pretrained(str(folder), folder, views, dict.fromkeys(views, config), stored=store)
 
 
 def load_pretrained(checkpoints: Checkpoints, *, device: str = "cpu") -> Pretrained:

@@ -55,7 +55,7 @@ def on_stored_features(pretrained: Pretrained, how: Recipe, seed: int, device: s
     ones, and the features as they are, which `pretrained` may also be itself."""
     encoders = {view: encoder.to(device) for view, encoder in pretrained.encoders.items()}
     keys = dict.fromkeys(encoders, "")
-    if pretrained.raw:
+    if pretrained.stored is not None:
         return encoder_embeddings("stored", encoders, how, keys)
     untrained = untrained_encoders(pretrained.configs, seed, device)
     stored = {f"stored/{view}": Embedding(view, lambda features: features, how.metric) for view in encoders}

@@ -245,7 +245,12 @@ class StepLog:
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
-        """Leaves the seconds that a block takes out of the times of the present steps and of the epoch."""
+        """Leaves the seconds that a block takes out of the times of the present steps and of the epoch.
+
+        Waits for the device first: the work of earlier steps that is still queued belongs to their times.
+        """
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began

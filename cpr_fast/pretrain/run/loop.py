@@ -180,8 +180,8 @@ def _begin(run: Run, saved: dict[str, Any] | None) -> None:
     """Writes the row that records this start of the run, and prints the summary and the warnings."""
     if run.writer is None:
         return
-    about = {"kind": "note", "text": f"resumed at step {saved['step']}"} if saved else {"kind": "run"}
-    about |= {"processes": run.world.size, **environment(run.world.device)}
+    resumed = saved and {"kind": "note", "text": f"resumed at step {saved['step']}", "resumed_step": saved["step"]}
+    about = (resumed or {"kind": "run"}) | {"processes": run.world.size, **environment(run.world.device)}
     run.writer.write({**about, "config": run.config.to_dict()})
     if run.progress:
         for line in start_lines(run.config, run.index, run.plans, run.folder, run.world):

@@ -90,6 +90,28 @@ def network(folder):
     return build_encoder(model, DataConfig(**DATA)).eval()
 
 
+def test_shards_of_the_command_write_the_store_of_one_command(here, capsys, monkeypatch):
+    from cpr_fast.evaluate.features import embed as module
+
+    monkeypatch.setattr(module, "SHARD_VIDEOS", 5)
+    options = ["--samples", "1", "--device", "cpu", "--dtype", "float32"]
+    command = ["embed", "data/index.csv", "--encoder", "clips.toml", *options, "--out"]
+    assert main([*command, "one shard"]) == 0
+    for number in (1, 0):
+        assert main([*command, "a store", "--shard", f"{number}/2"]) == 0
+        printed = capsys.readouterr().out
+        again = "cpr-fast embed data/index.csv --encoder clips.toml --out 'a store' --samples 1 --dtype float32 " \
+                "--device cpu --shard 0/2"  # fmt: skip
+        assert (again in printed) == (number == 1) and ("the store is not finished" in printed) == (number == 1)
+    assert {path.name: path.read_bytes() for path in Path("a store").iterdir()} == {
+        path.name: path.read_bytes() for path in Path("one shard").iterdir()
+    }
+    assert main(["embed", "--features", "f.npz", "--out", "x", "--shard", "0/2"]) == 2
+    assert "--shard: expected --encoder" in capsys.readouterr().err
+    assert main([*command, "x", "--shard", "2/2"]) == 2
+    assert "--shard: expected i/n" in capsys.readouterr().err and not Path("x").exists()
+
+
 def test_the_store_holds_the_features_of_augmented_clips_and_of_windows(here):
     index, clips, encoder = Index.load("data/index.csv"), StoredClips.open("store"), network(here)
     assert [v.path.resolve() for v in clips] == [v.path.resolve() for v in index]

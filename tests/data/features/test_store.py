@@ -91,7 +91,7 @@ def test_a_table_of_many_clips_keeps_their_sources():
         assert named.setdefault(table.source(row), number) == number
 
 
-def write(folder, count=50, *, stop=None, kept=None, source="a", spoil=None, dtype="float16"):
+def write(folder, count=50, *, stop=None, kept=None, source="a", spoil=None, dtype="float16", share=(0, 1)):
     """Writes a store of one view in shards of 20; returns the report and the shards that were computed."""
     clips, values, computed = make_clips(count), features_of(count, 2, 8, "rgb"), []
     if spoil is not None:
@@ -105,7 +105,7 @@ def write(folder, count=50, *, stop=None, kept=None, source="a", spoil=None, dty
         return Computed(rows.astype(np.int64), {"rgb": values[rows.astype(np.int64)]})
 
     about = Description({"rgb": 8}, 2, False, dtype, {}, source, planned_shards(count, 20))
-    return write_store(folder, clips, about, compute), computed
+    return write_store(folder, clips, about, compute, share=share), computed
 
 
 def contents(folder):
@@ -122,6 +122,43 @@ def test_a_store_that_was_stopped_is_continued_and_equals_one_that_was_not(tmp_p
     write(tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert write(tmp_path / "a")[1] == []
+
+
+def test_shares_in_any_order_write_the_bytes_of_one_process(tmp_path):
+    """A share computes only its own shards, also after a stop, and the last one finishes the store."""
+    kept = [*range(3, 20), *range(40, 47)]
+    write(tmp_path / "one", 110, kept=kept)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a", 110, kept=kept, share=(1, 3), stop=80)
+    report, computed = write(tmp_path / "a", 110, kept=kept, share=(1, 3))
+    assert computed == [80] and [report[name] for name in ("clips", "left_out", "waiting")] == [0, 40, 4]
+    with pytest.raises(InputError, match="is not complete, 4 of its 6 shards are missing"):
+        FeatureStore(tmp_path / "a", "data.features")
+    report, computed = write(tmp_path / "a", 110, kept=kept, share=(0, 3))
+    assert computed == [0, 60] and [report[name] for name in ("clips", "left_out", "waiting")] == [17, 63, 2]
+    assert write(tmp_path / "a", 110, kept=kept, share=(0, 3))[1] == []
+    report, computed = write(tmp_path / "a", 110, kept=kept, share=(2, 3))
+    assert computed == [40, 100] and [report[name] for name in ("clips", "left_out", "waiting")] == [24, 86, 0]
+    assert contents(tmp_path / "a") == contents(tmp_path / "one")
+    report, computed = write(tmp_path / "a", 110, kept=kept, share=(6, 9))  # more shares than shards
+    assert computed == [] and report["waiting"] == 0 and contents(tmp_path / "a") == contents(tmp_path / "one")
+
+
+def test_shares_run_at_the_same_time_but_not_the_same_share(tmp_path):
+    """Inside the computation of one share, another one runs, and the same one is refused."""
+    clips, about = make_clips(50), Description({"rgb": 8}, 2, False, "float16", {}, "a", planned_shards(50, 20))
+    values = features_of(50, 2, 8, "rgb")
+
+    def compute(positions: range) -> Computed:
+        if positions.start == 0:
+            with pytest.raises(InputError, match=r"another process is writing the store .* \(share 0/2\)"):
+                write(tmp_path / "s", share=(0, 2))
+            assert write(tmp_path / "s", share=(1, 2))[1] == [20]
+        return Computed(np.array(positions, np.int64), {"rgb": values[positions]})
+
+    report = write_store(tmp_path / "s", clips, about, compute, share=(0, 2))
+    write(tmp_path / "one")
+    assert report["waiting"] == 0 and contents(tmp_path / "s") == contents(tmp_path / "one")
 
 
 def test_clips_that_cannot_be_read_are_left_out_of_shards_and_table(tmp_path):

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.data_sets.small_stores import make_store
 
 pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")
 
 from cpr_fast.cli import main
 from cpr_fast.commands.evaluation.retrieve import lines_of
 from cpr_fast.config import Config
+from cpr_fast.data.features.clips import ClipTable
 from cpr_fast.data.flow.write import write_flow
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.synthetic.videos import write_synthetic
@@ -59,6 +61,21 @@ def index(tmp_path_factory) -> Path:
     index = write_synthetic(folder, classes=4, videos=2, frames=12, width=48, height=32)
     write_flow(index, folder / "flow")
     return index
+
+
+def test_a_store_that_is_evaluated_as_it_is_is_opened_once(tmp_path, monkeypatch):
+    store, other = (make_store(tmp_path / name).folder for name in ("store", "other"))
+    opened = []
+    load = ClipTable.load
+    monkeypatch.setattr(ClipTable, "load", lambda path: opened.append(path.parent) or load(path))
+    networks = load_pretrained(str(store))
+    clips = networks.open("--index", tmp_path / "." / "store")
+    assert opened == [store] and clips.store is networks.stored
+    with pytest.raises(InputError, match="--index: expected the store '.*store' itself"):
+        networks.open("--index", other)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="--index: expected a store of features"):
+        networks.open("--index", tmp_path / "empty")
 
 
 def test_retrieval_with_two_files_is_that_with_one(files, index):

@@ -108,18 +108,22 @@ def test_scores_that_differ_by_less_than_their_error(streamed):
     assert_selects(streamed, queries, memory, [0, 1, 0, 1], [9000, 4000, 1000, 30])
 
 
-def sampled_slots() -> torch.Tensor:
+def sampled_slots(entries: int = K) -> torch.Tensor:
     """Returns the slots that the sample draws, one from each of 8,192 equal parts (sampled_slot in sieve.cuh)."""
     part = torch.arange(8192, dtype=torch.int64)
     scattered = (part + 1) * 2654435761 % 2**32
-    return (part * K + (scattered * K >> 32)) // 8192
+    return (part * entries + (scattered * entries >> 32)) // 8192
+
+
+def other_slots() -> torch.Tensor:
+    return torch.ones(K).index_fill(0, sampled_slots(), 0).nonzero()[:, 0]
 
 
 @pytest.mark.parametrize("better", [True, False])
 @pytest.mark.parametrize("slots", ["sampled", "others"])
 def test_a_sample_that_misleads(streamed, slots, better):
     """The entries that are sampled score higher, or lower, than all others: every limit is wrong."""
-    slots = sampled_slots() if slots == "sampled" else torch.ones(K).index_fill(0, sampled_slots(), 0).nonzero()[:, 0]
+    slots = sampled_slots() if slots == "sampled" else other_slots()
     queries, memory = torch.ones(2, 2, 1), normal(2, K, 1, seed=12)
     memory[:, slots] += 10 if better else -10
     assert_selects(streamed, queries, memory, [0, 1, 0], [4096, 1024, 30])
@@ -130,23 +134,80 @@ def test_a_sample_that_misleads(streamed, slots, better):
 def test_a_sample_that_misleads_about_a_single_entry(streamed, above):
     """The best entries are not in the sample. The last stage keeps them, and the stage before keeps one of them less,
     as many, or one more."""
-    hidden = torch.ones(K).index_fill(0, sampled_slots(), 0).nonzero()[:40, 0]
     queries, memory = torch.ones(2, 1, 1), normal(2, K, 1, seed=13)
-    memory[:, hidden] += 20
+    memory[:, other_slots()[:40]] += 20
     assert_selects(streamed, queries, memory, [1, 0, 1], [4000, 39 + above, 39])
 
 
-@pytest.mark.parametrize("case", ["distinct", "ties"])
+def test_a_sample_that_misses_a_block_of_neighbours(streamed):
+    """The best entries are the longest run of slots that no sampled one interrupts."""
+    entries = 40_961
+    slots = sampled_slots(entries)
+    gap = slots.diff()
+    first, after = int(slots[gap.argmax()]) + 1, int(slots[gap.argmax() + 1])
+    assert after - first >= 8
+    queries, memory = torch.ones(1, 1, 1), normal(1, entries, 1, seed=26)
+    memory[:, first:after] += 20
+    assert_selects(streamed, queries, memory, [0, 0], [900, after - first])
+
+
+@pytest.mark.parametrize("sample", ["empty", "not comparable", "all there is"])
+def test_a_sample_that_has_nothing_or_everything(streamed, sample):
+    """The sampled entries are empty or cannot be compared, or all others are empty: then the first stage keeps every
+    entry, although the sample has more than it keeps."""
+    queries, memory, ids = torch.ones(2, 2, 2), normal(2, K, 2, seed=27), torch.arange(K)
+    if sample == "not comparable":
+        memory[0, sampled_slots()] = torch.nan
+    else:
+        ids[sampled_slots() if sample == "empty" else other_slots()] = -1
+    assert_selects(streamed, queries, memory, [0, 1, 0], [9000, 3000, 30], memory_ids=ids)
+
+
+@pytest.mark.parametrize("precision", [0, 1])
+def test_misled_queries_beside_others_and_more_than_blocks(streamed, precision):
+    """One block selects again for the two misled queries, whose features are in other columns than those of the rest.
+    Scores are integers of eight bits, which every precision holds."""
+    streamed.resize(**ROUTES["streamed"], processors=1)
+    queries, memory = torch.zeros(1, 4, 3), torch.zeros(1, K, 3)
+    queries[0, [0, 1, 2, 3], [0, 1, 0, 2]] = 1
+    memory[0, :, 0] = torch.randperm(K, generator=torch.Generator().manual_seed(28)) // 128
+    memory[0, other_slots(), 1], memory[0, other_slots()[::2], 2] = 2, 1
+    inputs = queries, memory, [0, 0], [900, 700]
+    found = streamed.cascade_select(*inputs, precision=precision)
+    torch.testing.assert_close(list(found), list(ops.cascade_select(*inputs)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("slots", [[0, 261, 5 * 128 + 31], [64, 128 + 100, 9 * 128 + 127]])
+@pytest.mark.parametrize("view", [0, 1])
+def test_a_single_key_whose_score_has_a_great_error(streamed, slots, view):
+    """Two terms of bfloat16 do not hold 131,329, so that tensor cores score these keys 0 instead of 1. Their norm must
+    keep all entries of their tile from being settled, wherever in the tile they are, and widen the refined range."""
+    queries, memory = torch.ones(2, 2, 2), 0.1 * normal(2, K, 2, seed=29)
+    memory[view, slots] = torch.tensor([131_329.0, -131_328.0])
+    assert_selects(streamed, queries, memory, [view, 1 - view, view], [4000, 2500, 30])
+    indices, _ = ops.cascade_select(queries, memory, [view], [len(slots)])
+    assert indices[0].tolist() == sorted(slots)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_view_whose_scores_are_parked(streamed, dtype):
+    """The scores of a single view are left in shared memory as those of the first of two are."""
+    queries, memory = normal(1, 3, 3, seed=30, dtype=dtype), normal(1, K, 3, seed=31, dtype=dtype)
+    memory[0, 4] = torch.nan
+    assert_selects(streamed, queries, memory, [0, 0, 0], [8000, 700, 5], **random_ids(3, K, seed=32))
+
+
+@pytest.mark.parametrize("case", ["distinct", "ties", "one view"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_approximate_scores(streamed, case, dtype):
     """Features and scores that 16 bits hold exactly. Ties mislead the sample."""
     queries, memory = torch.ones(2, 2, 2, dtype=dtype), torch.zeros(2, K, 2)
     place = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)])
     memory[..., 0] = place // 128
-    if case == "distinct":
+    if case != "ties":
         memory[..., 1] = place % 128 / 128
     memory[1, 5, 1] = torch.nan
-    inputs = queries, memory.to(dtype), [0, 1, 0], [9000, 3000, 30]
+    inputs = queries, memory.to(dtype), [1, 1, 1] if case == "one view" else [0, 1, 0], [9000, 3000, 30]
     ids = random_ids(2, K, seed=24)
     found = streamed.cascade_select(*inputs, precision=1, **ids)
     expected = ops.cascade_select(*inputs, **ids)
@@ -155,5 +216,8 @@ def test_approximate_scores(streamed, case, dtype):
 
 @pytest.mark.slow
 def test_several_chunks(streamed):
-    queries, memory = normal(1, 129, 2, seed=14), normal(1, K, 2, seed=15)
-    assert assert_selects(streamed, queries, memory, [0, 0], [900, 9]) == 1 + 3 * 5  # chunks of 64 queries
+    """The sample misleads the last query alone, which is in the last of three chunks of 64 queries."""
+    queries, memory = normal(1, 129, 3, seed=14), normal(1, K, 3, seed=15)
+    queries[:, :128, 2], queries[:, 128] = 0, torch.tensor([0.0, 0.0, 1.0])
+    memory[:, other_slots(), 2] += 10
+    assert assert_selects(streamed, queries, memory, [0, 0], [900, 9]) == 1 + 3 * 5

@@ -11,7 +11,7 @@ from support.flow_references import DEFAULTS, SHORT, moving_texture
 from support.operator_references import loss_inputs, normal
 
 from cpr_fast.doctor import machine
-from cpr_fast.ops import _library
+from cpr_fast.ops.binding import library as _library
 
 CALLS = {
     "cascade_select": lambda device: device.cascade_select(normal(2, 2, 8), normal(2, 601, 8), [0, 1], [600, 590]),
@@ -80,7 +80,7 @@ def driver_message(tmp_path):
             subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", source], check=True)
             environment = {"LD_LIBRARY_PATH": str(tmp_path)}
         program = (
-            f"import ctypes, torch; call = ctypes.CDLL({str(_library._PATH)!r}).cpr_cuda_driver_error\n"
+            f"import ctypes, torch; call = ctypes.CDLL({str(_library.PATH)!r}).cpr_cuda_driver_error\n"
             "call.restype = ctypes.c_char_p; message = call(); print(message.decode() if message else '')"
         )
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support.cuda_emulation.compile import REPOSITORY
-from support.operator_references import assert_loss, integers, loss_inputs, unit
+from support.operator_references import assert_loss, integers, loss_inputs, single_key_inputs, unit
 
 
 @pytest.mark.parametrize("same_id", ["positive", "ignore", "negative"])
@@ -43,6 +43,14 @@ def test_loss_merges_chunks_of_queries(emulated):
 
 def test_info_nce_without_positives_or_ids(emulated):
     assert_loss(emulated, unit(5, 16, seed=60), unit(5, 16, seed=61), unit(90, 16, seed=62))
+
+
+@pytest.mark.parametrize(("D", "dtype"), [(6, torch.float32), (128, torch.bfloat16), (512, torch.float16)])
+@pytest.mark.parametrize("same_id", ["positive", "ignore"])
+def test_a_single_key_that_differs_marks_its_tile(emulated, same_id, D, dtype):
+    """In a tile without another positive, ignored or empty key, one alone is enough for the way that handles them."""
+    inputs = single_key_inputs(18, 1284, D, dtype)
+    assert_loss(emulated, **inputs, same_id=same_id, self_positive="denominator")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

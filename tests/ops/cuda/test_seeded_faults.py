@@ -35,3 +35,12 @@ def test_there_are_enough_faults_of_every_class():
     assert len(classes) == 11 and sum(classes.values()) >= 60 and min(classes.values()) >= 5
     assert len({fault["name"] for fault in FAULTS}) == len(FAULTS)
     assert {fault["operator"] for fault in FAULTS} == {"cascade_select", "mil_nce", "tvl1_flow"}
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if "test" in fault], ids=lambda fault: fault["name"])
+def test_the_test_of_a_fault_runs_first(fault):
+    file, name = fault["test"].split("::")
+    assert f"def {name}(" in (mutations.TESTS / file).read_text()
+    (stage, arguments), *others = mutations.steps(fault)
+    assert arguments == [str(mutations.TESTS / fault["test"])] and dict(others) == mutations.stages(fault["operator"])
+    assert stage == ("compiled code" if "ptx" in file else "sanitizer" if "sanitizer" in file else "host execution")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.small_runs import ALONE, INDEX, settings
@@ -181,3 +182,19 @@ def test_no_loss_is_told_before_one_was_read(tmp_path, monkeypatch):
     config = settings(tmp_path, schedule={"cycles": [{"view": "rgb", "epochs": 1, "mining": "none"}]})
     pretrain(config, index=INDEX, make_loader=RandomLoader, progress=False)
     assert seen == ["memory 60% full", "memory 100% full", "memory 100% full"]
+
+
+def test_the_time_of_queued_steps_is_not_left_out_with_what_follows_them(monkeypatch):
+    """On a stand-in for CUDA whose queue takes 5 seconds; the block itself takes 3."""
+    now = [100.0]
+
+    def pass_seconds(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr("cpr_fast.pretrain.run.log.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: pass_seconds(5.0))
+    rows = SimpleNamespace(clock_began=90.0, epoch_began=40.0)
+    with StepLog.untimed(rows):
+        pass_seconds(3.0)
+    assert (rows.clock_began, rows.epoch_began) == (93.0, 43.0)

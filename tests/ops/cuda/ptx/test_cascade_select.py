@@ -10,6 +10,7 @@ from support.cuda_emulation.compile import SOURCES
 from support.operator_references import ROUTES, lattice, normal
 from support.operator_references import assert_cpu_selection as assert_selects
 from support.operator_references import random_ids as ids
+from support.ptx.interpreter import Count
 
 ops = pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
 
@@ -66,12 +67,30 @@ def test_refined_scores_are_exact_however_tensor_cores_add(device, group, extra_
     device.set_product_model(*((8, 1) if device.architecture == "80" else (16, 2)))
 
 
+def counts_of_lines(device, file: str, code: str) -> list[Count]:
+    """What the instructions of the lines with this text in a file of the kernels did."""
+    source = (SOURCES / "cuda" / "cascade_select" / file).read_text().splitlines()
+    lines = {i for i, text in enumerate(source, 1) if code in text}
+    return [c for c in device.counts("cascade_select") if Path(c.file).name == file and c.line in lines]
+
+
 def unsifted(device) -> int:
     """How often warps looked at entries because a sieve was wrong, or because there was none."""
-    source = (SOURCES / "cuda" / "cascade_select" / "stages.cuh").read_text().splitlines()
-    line = 1 + next(i for i, text in enumerate(source) if "number &= !isnan(rows" in text)
-    counts = device.counts("cascade_select")
-    return sum(c.executed for c in counts if (Path(c.file).name, c.line) == ("stages.cuh", line))
+    return sum(count.executed for count in counts_of_lines(device, "stages.cuh", "number &= !isnan(rows"))
+
+
+@pytest.mark.parametrize("views", [[1, 0, 1], [1, 1, 1]])
+@pytest.mark.parametrize("precision", [0, 1])
+def test_scores_are_parked_without_bank_conflicts(device, precision, views):
+    """Also those of one view alone, which are parked as well."""
+    device.resize(**ROUTES["streamed"])
+    queries, memory = lattice(2, 3, 24, seed=22), lattice(2, 300, 24, seed=23)  # exact in bfloat16
+    found = device.cascade_select(queries, memory, views, [150, 75, 5], precision=precision)
+    expected = ops.cascade_select(queries, memory, views, [150, 75, 5])
+    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+    for kind in ("store shared", "load shared"):
+        parked = [count for count in counts_of_lines(device, "stream.cuh", "shared.first[") if count.kind == kind]
+        assert sum(count.units for count in parked) == sum(count.least for count in parked) > 0
 
 
 def test_a_sieve_decides_long_rows_of_distinct_scores(device):

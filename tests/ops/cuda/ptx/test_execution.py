@@ -93,17 +93,17 @@ def test_sectors_of_global_memory(interpreter, width, type_, stride, sectors):
     assert (count.units, count.least) == (sectors, width)
 
 
+@pytest.mark.parametrize("access", ["ld.shared.{type_} {values}, [%r1];", "st.shared.{type_} [%r1], {values};"])
 @pytest.mark.parametrize(
     ("width", "type_", "stride", "wavefronts"), [(4, "u32", 4, 1), (4, "u32", 8, 2), (4, "u32", 128, 32),
                                                  (4, "u32", 132, 1), (4, "u32", 0, 1), (8, "u64", 8, 2),
                                                  (16, "v4.f32", 16, 4), (16, "v4.f32", 80, 4), (16, "v4.f32", 64, 16)]
 )  # fmt: skip
-def test_wavefronts_of_shared_memory(interpreter, width, type_, stride, wavefronts):
+def test_wavefronts_of_shared_memory(interpreter, access, width, type_, stride, wavefronts):
     values = {"u32": "%r9", "u64": "%rd9", "v4.f32": "{%f1, %f2, %f3, %f4}"}[type_]
-    load = f"mul.lo.s32 %r1, %r0, {stride}; ld.shared.{type_} {values}, [%r1];"
-    program = Program(interpreter, load, 0)
+    program = Program(interpreter, f"mul.lo.s32 %r1, %r0, {stride};" + access.format(type_=type_, values=values), 0)
     program.run(shared_bytes=8192)
-    count = program.count(f"ld.shared.{type_}")
+    count = program.count(access.format(type_=type_, values="").split()[0])
     assert (count.units, count.least) == (wavefronts, max(1, width // 4))
 
 

@@ -52,6 +52,13 @@ def test_info_nce_without_positives_or_ids(device):
     assert_loss(device, given["query"], given["own_key"], given["memory"])
 
 
+def test_rows_are_read_without_bank_conflicts(device):
+    given = inputs(33, 65, 16, 2, torch.float32, seed=6)
+    assert_loss(device, **given)
+    counts = [c for c in device.counts("mil_nce") if "scan_kernel" in c.function and c.kind == "load shared"]
+    assert sum(count.units for count in counts) == sum(count.least for count in counts) > 0
+
+
 def test_a_positive_outside_the_memory_fails_an_assertion(device):
     x = torch.ones(1, 2)
     with pytest.raises(RuntimeError, match=r"an assertion of the kernel failed .*call.*finish\.cuh:\d+"):

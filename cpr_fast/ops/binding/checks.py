@@ -4,6 +4,8 @@ Every message starts with the name of the argument and says what was expected an
 TypeError, a wrong value ValueError, a device without a kernel NotImplementedError.
 """
 
+from __future__ import annotations
+
 import math
 import numbers
 import operator
@@ -12,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .._ops import add_op_namespace_prefix
 
 _FLOAT32 = torch.finfo(torch.float32)
 _INT64 = 2**63
@@ -23,7 +27,7 @@ def describe(value: Any) -> str:
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to print the longest ones
         return f"an int of {value.bit_length()} bits"
-    if isinstance(value, bool | int | float | complex | str) and len(repr(value)) <= 40:
+    if isinstance(value, (bool, int, float, complex, str)) and len(repr(value)) <= 40:
         return f"{value!r} ({name})"
     return name
 
@@ -80,7 +84,8 @@ def check_device(name: str, value: Tensor, operation: str) -> None:
     kind = value.device.type
     if kind not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(f"{name}: {operation} runs on the CPU and on CUDA, got a tensor on {value.device}")
-    if kind == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key(f"cpr_fast::{operation}", "CUDA"):
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    if kind == "cuda" and not registered(add_op_namespace_prefix(operation), "CUDA"):
         raise NotImplementedError(
             f"{name}: got a tensor on {value.device}, but this build of cpr_fast has no CUDA kernels; "
             "build it with CPR_FAST_CUDA=ON"
@@ -127,16 +132,16 @@ def integers(name: str, values: Any) -> list[int]:
     if isinstance(values, Tensor) and values.is_meta:
         raise TypeError(f"{name}: expected a sequence of ints, one for each stage, got a tensor without values (meta)")
     listed = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(listed, Sequence) or isinstance(listed, str | bytes):
+    if not isinstance(listed, Sequence) or isinstance(listed, (str, bytes)):
         raise TypeError(f"{name}: expected a sequence of ints, one for each stage, got {describe(values)}")
     return [integer(name, value) for value in listed]
 
 
 def number(name: str, value: Any) -> float:
     """Returns `value`, a real number. Raises TypeError for bool, str, None, tensors and all other types."""
-    if isinstance(value, float | torch.SymFloat):
+    if isinstance(value, (float, torch.SymFloat)):
         return value
-    if isinstance(value, numbers.Real | torch.SymInt) and not isinstance(value, bool):
+    if isinstance(value, (numbers.Real, torch.SymInt)) and not isinstance(value, bool):
         try:
             return float(value)
         except OverflowError:

@@ -1,9 +1,10 @@
-"""Loads the operator library, which registers `torch.ops.cpr_fast.*` for the CPU and, where built, for CUDA. Registers
-rules for `torch.vmap` with the operators, and contains the helper functions of the rules.
+"""Functions of the operator library that are not operators, and rules for `torch.vmap`.
 
 Where possible, a rule merges the mapped dimension into an existing dimension of the operator and makes a single call.
 Otherwise it calls the operator once for each slice.
 """
+
+from __future__ import annotations
 
 import ctypes
 import warnings
@@ -14,17 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from .._ops import add_op_namespace_prefix, ops
 
-_PATH = Path(__file__).resolve().parent.parent / "_C.so"
+NAMESPACE = add_op_namespace_prefix("").rstrip(":")  # "cpr_fast", or the unique one of a build of a kernel package
 
-if not _PATH.exists():
-    raise ImportError(
-        f"the operator library {_PATH} is not built: run `python setup.py build_ext` or `pip install .`",
-        name="cpr_fast._C",
-    )
-torch.ops.load_library(str(_PATH))
-_library = ctypes.CDLL(str(_PATH))
+
+def _path() -> Path:
+    """Returns the file of the library: the extension module of a kernel package, which has the name of the namespace,
+    or `_C.so`."""
+    package = Path(__file__).resolve().parents[1]
+    return next(package.glob(f"{NAMESPACE}*.so"), package.parent / "_C.so")
+
+
+PATH = _path()
+_library = ctypes.CDLL(str(PATH))
 
 
 def _error(function: str) -> str | None:
@@ -46,16 +50,16 @@ def driver_error() -> str | None:
 
 
 if message := _error("cpr_cpu_variant_error"):
-    raise InputError(message)
+    raise ImportError(message, name="cpr_fast._C")
 # The operators still run on the CPU. A CPU build of torch cannot use the GPU, so its driver does not matter.
 if torch.version.cuda is not None and (message := driver_error()):
     warnings.warn(f"cpr_fast: no CUDA kernels: {message}", stacklevel=2)
 
-_LIBRARY = torch.library.Library("cpr_fast", "IMPL")  # a registration lasts as long as its library object
+_LIBRARY = torch.library.Library(NAMESPACE, "IMPL")  # a registration lasts as long as its library object
 
 
 def register_vmap(name: str, rule: Callable) -> None:
-    """Registers `rule(info, in_dims, *arguments) -> (outputs, out_dims)` for operator `cpr_fast::name`.
+    """Registers `rule(info, in_dims, *arguments) -> (outputs, out_dims)` for the operator `name`.
 
     Does the same as `torch.library.register_vmap`, but imports functorch only on the first use: it takes longer to
     import than the rest of `cpr_fast.ops`.
@@ -71,7 +75,7 @@ def register_vmap(name: str, rule: Callable) -> None:
         from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
         return custom_function_call_vmap_helper(
-            retrieve_current_functorch_interpreter(), checked, getattr(torch.ops.cpr_fast, name).default, *arguments
+            retrieve_current_functorch_interpreter(), checked, getattr(ops, name).default, *arguments
         )
 
     _LIBRARY.impl(name, batched, "FuncTorchBatched", with_keyset=True)
@@ -95,8 +99,8 @@ def fold(tensor: Tensor | None, mapped: int | None, size: int, axis: int) -> Ten
 def one_by_one(operation: Callable, in_dims: tuple, arguments: tuple[Any, ...], size: int) -> tuple:
     """Calls the operator for each slice and stacks each of its outputs: (outputs, out_dims)."""
     calls = [
-        operation(*(a.select(d, n) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=True)))
+        operation(*(a.select(d, n) if isinstance(d, int) else a for a, d in zip(arguments, in_dims)))
         for n in range(size)
     ]
-    outputs = tuple(torch.stack(output) for output in zip(*calls, strict=True))
+    outputs = tuple(torch.stack(output) for output in zip(*calls))
     return outputs, (0,) * len(outputs)
