@@ -1,4 +1,4 @@
-"""Uses the cross-batch memory of `pytorch-metric-learning`: labels decide which of its entries are positives.
+"""Mines with a cascade in the memory of `pytorch-metric-learning`, for one of its losses; no class label is used.
 
 `pip install pytorch-metric-learning && python examples/metric_learning_memory.py`
 """
@@ -7,26 +7,27 @@ import torch
 from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
 from torch.nn.functional import normalize
 
-from cpr_fast.ops import cascade_select, mil_nce
+from cpr_fast.integrations.metric_learning import CascadeMiner
 
-CLASSES, WIDTH, D, B, K = 10, 64, 32, 32, 512
+CLASSES, SOURCES, WIDTH, D, B, K = 10, 100, 64, 32, 32, 1024
 torch.manual_seed(0)
-classes = torch.randn(CLASSES, WIDTH)
-project = torch.nn.Linear(WIDTH, D)
-optimizer = torch.optim.AdamW(project.parameters(), lr=3e-3)
-memory = CrossBatchMemory(SupConLoss(), embedding_size=D, memory_size=K)  # its loss is not called: mil_nce replaces it
+classes = torch.arange(SOURCES) % CLASSES  # only for the printed rate
+sources = torch.randn(2, CLASSES, WIDTH)[:, classes] + 1.3 * torch.randn(2, SOURCES, WIDTH)  # in each of two views
+projections = torch.nn.ModuleList(torch.nn.Linear(WIDTH, D) for _ in range(2))
+optimizer = torch.optim.AdamW(projections.parameters(), lr=3e-3)
+# Of the 60 entries nearest in view 1 the five nearest in view 0 are positives, beside those of the same source.
+miner = CascadeMiner(views=[1, 0], keep=[60, 5], num_views=2)
+criterion = CrossBatchMemory(SupConLoss(), embedding_size=2 * D, memory_size=K, miner=miner)
 
-for step in range(60):
-    labels = torch.randint(CLASSES, (B,))
-    query, key = (normalize(project(classes[labels] + torch.randn(B, WIDTH)), dim=1) for _ in range(2))
-    filled = K if memory.has_been_filled else memory.queue_idx
-    ids = memory.label_memory.masked_fill(torch.arange(K) >= filled, -1)  # -1: empty
-    loss = mil_nce(query, key, memory.embedding_memory, query_ids=labels, memory_ids=ids, same_id="positive")
+for step in range(150):
+    ids = torch.randint(SOURCES, (B,)).repeat(2)  # two augmentations of each
+    clips = sources[:, ids] + 0.7 * torch.randn(2, 2 * B, WIDTH)
+    embeddings = torch.cat([normalize(projections[v](clips[v]), dim=1) for v in range(2)], 1)  # the views side by side
+    loss = criterion(embeddings, ids)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    memory.add_to_memory(key.detach(), labels, B)
-    if step % 20 == 19:
-        nearest, _ = cascade_select(query[None], memory.embedding_memory[None], [0], [1], memory_ids=ids)
-        right = (ids[nearest[:, 0]] == labels).float().mean()
-        print(f"step {step + 1}: loss {loss:.3f}, the nearest entry has the query's label in {right:.0%}")
+    if step % 30 == 29:
+        slots = miner.select(embeddings, ids, criterion.embedding_memory, criterion.label_memory)
+        right = (classes[criterion.label_memory[slots]] == classes[ids][:, None]).float().mean()
+        print(f"step {step + 1}: loss {loss:.3f}, {right:.0%} of the mined are of the query's class")

@@ -373,6 +373,8 @@ class RunConfig:
     # Seconds without progress after which the process that the others wait for is reported; 0: never.
     stall_timeout_s: float = 120.0
     tensorboard: bool = False  # also write TensorBoard event files
+    wandb: bool = False  # also log to Weights & Biases; a resumed run continues the same run there
+    trackio: bool = False  # also log to trackio; a resumed run continues the same run there
     # Whether torch.compile compiles the encoders: "default" with its default mode, "cuda_graphs" with CUDA graphs.
     compile: Literal["none", "default", "cuda_graphs"] = "none"
     # Divide weights, gradients and optimiser states among the processes (FSDP2), for networks without BatchNorm that do

@@ -32,6 +32,8 @@ OPTIONAL: dict[str, tuple[tuple[str, ...], str, str]] = {
     "report": (("matplotlib", "jinja2"), "`report`", "pip install matplotlib jinja2"),
     "ONNX": (("onnx", "onnxscript"), "`export` to ONNX", "pip install onnx onnxscript"),
     "TensorBoard": (("tensorboard",), "run.tensorboard = true", "pip install tensorboard"),
+    "Weights & Biases": (("wandb",), "run.wandb = true", "pip install wandb"),
+    "trackio": (("trackio",), "run.trackio = true", "pip install trackio"),
     "NVIDIA Apex": (("apex",), "optim.name = \"apex_lamb\" or \"apex_novograd\"",
                     "build it from https://github.com/NVIDIA/apex; the package of this name on PyPI is another one"),
 }  # fmt: skip

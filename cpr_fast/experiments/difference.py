@@ -23,6 +23,8 @@ UNUSED = (
     "run.keep_checkpoints",
     "run.stall_timeout_s",
     "run.tensorboard",
+    "run.wandb",
+    "run.trackio",
     "run.dump_memory",
     "probe.",
     "finetune.",

@@ -248,7 +248,8 @@ def _start(
 
 def _settings(config: Config, index: Path | None) -> Config:
     """Returns the settings of a replay: it writes and measures nothing that the comparison does not need."""
-    run = dataclasses.replace(config.run, tensorboard=False, dump_memory=False, checkpoint_every=0, keep_checkpoints=1)
+    writes = dict.fromkeys(("tensorboard", "wandb", "trackio", "dump_memory"), False)
+    run = dataclasses.replace(config.run, checkpoint_every=0, keep_checkpoints=1, **writes)
     data = config.data if index is None else dataclasses.replace(config.data, index=str(index))
     return dataclasses.replace(config, run=run, data=data, health=dataclasses.replace(config.health, online_every=0))
 

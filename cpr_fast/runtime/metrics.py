@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ import torch
 
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import LineFile, naming, replacing
+from cpr_fast.runtime.writers import Writer, send
 from cpr_fast.wording import counted
 
 FILE = "metrics.jsonl"
@@ -31,15 +33,14 @@ class MetricsWriter:
 
     Args:
         run_dir: The run folder; it is created if it does not exist.
-        tensorboard: Whether to write the numbers of "step" and "epoch" rows to `RUN/tensorboard`, too, as TensorBoard
-            scalars.
+        writers: Also get the rows, see `cpr_fast.runtime.writers`; they are closed with the file.
     """
 
-    def __init__(self, run_dir: str | Path, *, tensorboard: bool = False) -> None:
+    def __init__(self, run_dir: str | Path, *, writers: Sequence[Writer] = ()) -> None:
         self.path = Path(run_dir) / FILE
         self._file = LineFile(self.path)
         self._lock = threading.Lock()  # the watchdog writes from its own thread
-        self._tensorboard = _summary_writer(self.path.parent / "tensorboard") if tensorboard else None
+        self._writers = writers
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row. `row["kind"]` is the kind of row, such as "step" or "epoch".
@@ -49,16 +50,16 @@ class MetricsWriter:
         row = _without_nan(row)
         with self._lock, naming(self.path, "the rows written so far are kept and the run can be resumed"):
             self._file.append(json.dumps(row, allow_nan=False))
-        if self._tensorboard and row["kind"] in ("step", "epoch"):
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != row["kind"]:
-                    self._tensorboard.add_scalar(f"{row['kind']}/{name}", value, row[row["kind"]])
+        for writer in self._writers:
+            send(writer, row)
 
-    def close(self) -> None:
-        """Closes the files. Rows are on disk before that, so a run that is killed loses none."""
+    def close(self, *, failed: bool = False) -> None:
+        """Closes the file, and the writers, which are told whether the run `failed`. Rows are on disk before that, so a
+        run that is killed loses none."""
         self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        writers, self._writers = self._writers, ()
+        for writer in writers:
+            writer.close(failed)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -66,7 +67,7 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=error is not None)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -136,11 +137,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _summary_writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("run.tensorboard: expected the package tensorboard to be installed; it is not") from None
-    return SummaryWriter(str(folder))

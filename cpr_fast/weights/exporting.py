@@ -48,13 +48,9 @@ def export(checkpoint: str | Path, out: str | Path, *, to: Form, view: str | Non
     (config, payload), out = load_trained(checkpoint), Path(out)
     if config.data.features and to != "safetensors":
         raise InputError(f"--to: expected safetensors for heads that were trained on stored features, got {to!r}")
-    trained = payload.get("view") or _last_view(payload)
-    view = trained if view is None else view
-    if view not in payload["encoders"]:
-        held = ", ".join(payload["encoders"])
-        raise InputError(f"--view: expected one of the views of the checkpoint ({held}), got {view!r}")
+    trained, view = chosen_view(payload), chosen_view(payload, view)
     if to == "safetensors":
-        written = _safetensors(payload, out)
+        written = write_safetensors(payload["encoders"], out, {"cpr_fast_config": json.dumps(payload["config"])})
     elif to == "onnx":
         config, encoders = load_encoders(checkpoint)
         written = _onnx(config, encoders[view], out)
@@ -63,22 +59,33 @@ def export(checkpoint: str | Path, out: str | Path, *, to: Form, view: str | Non
     return {"file": str(out), "form": to, **({} if to == "safetensors" else {"view": view}), **written}
 
 
-def _safetensors(payload: Mapping[str, Any], out: Path) -> dict[str, Any]:
+def chosen_view(payload: Mapping[str, Any], view: str | None = None) -> str:
+    """Returns the view to export; None: the one that was trained last. Raises InputError if the checkpoint lacks it."""
+    view = payload.get("view") or _last_view(payload) if view is None else view
+    if view not in payload["encoders"]:
+        held = ", ".join(payload["encoders"])
+        raise InputError(f"--view: expected one of the views of the checkpoint ({held}), got {view!r}")
+    return view
+
+
+def write_safetensors(
+    encoders: Mapping[str, Mapping[str, Tensor]], out: Path, metadata: Mapping[str, str]
+) -> dict[str, Any]:
+    """Writes the encoders of all views, with tensors "<view>.<name>". Returns `views` and the number of `tensors`."""
     if not is_installed("safetensors"):
-        raise InputError("--to safetensors needs the package safetensors: pip install cpr-fast[onnx]")
+        raise InputError("--to: the package safetensors is needed: pip install cpr-fast[onnx]")
     tensors: dict[str, Tensor] = {}
     places: set[int] = set()
-    for view, state in payload["encoders"].items():
+    for view, state in encoders.items():
         for name, tensor in state.items():
             copied = tensor.contiguous()
             if copied.untyped_storage().data_ptr() in places:  # shared weights, which the format does not have
                 copied = copied.clone()
             places.add(copied.untyped_storage().data_ptr())
             tensors[f"{view}.{name}"] = copied
-    metadata = {"format": "pt", "cpr_fast_config": json.dumps(payload["config"])}
     with replacing(out, durable=True) as temporary:
-        save_tensors(tensors, temporary, metadata)
-    return {"views": list(payload["encoders"]), "tensors": len(tensors)}
+        save_tensors(tensors, temporary, {"format": "pt", **metadata})
+    return {"views": list(encoders), "tensors": len(tensors)}
 
 
 class _Both(nn.Module):

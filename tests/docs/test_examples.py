@@ -41,10 +41,17 @@ def test_pytorch_metric_learning():
     assert_learns(example("metric_learning_memory.py"))
 
 
+def test_lightning():
+    pytest.importorskip("lightning")
+    assert_learns(example("lightning_mining.py"))
+
+
 def test_lightly():
-    pytest.importorskip("lightly")
-    theirs, ours = re.search(r"lightly's loss ([\d.]+), fused ([\d.]+)", example("lightly_memory_bank.py")).groups()
+    pytest.importorskip("lightly.loss", exc_type=ImportError)  # it needs torchvision
+    first, rest = example("lightly_memory_bank.py").split("\n", 1)
+    theirs, ours = re.fullmatch(r"lightly's loss ([\d.]+), fused ([\d.]+)", first).groups()
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+    assert_learns(rest)
 
 
 def test_find_package(tmp_path):

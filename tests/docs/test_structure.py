@@ -26,6 +26,7 @@ ORDER = (
     "ops",
     "models",
     "mining",
+    "integrations",
     "weights",
     "data.video",
     "data.storage",

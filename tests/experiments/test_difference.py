@@ -75,7 +75,7 @@ def test_settings_and_origins_that_may_change_results_are_listed(copied, finishe
     config = json.loads((copied / "config.json").read_text())
     config["run"] |= {"device": "cuda", "shard": True, "compile": "default", "seed": 4, "log_every": 7,
                       "checkpoint_every": 2, "keep_checkpoints": 5, "stall_timeout_s": 3.0, "tensorboard": True,
-                      "dump_memory": True, "out": "elsewhere"}  # fmt: skip
+                      "wandb": True, "trackio": True, "dump_memory": True, "out": "elsewhere"}  # fmt: skip
     (copied / "config.json").write_text(json.dumps(config))
     path = copied / "checkpoints" / "step-00000006.pt"
     saved = load_checkpoint(path)

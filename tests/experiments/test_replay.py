@@ -365,12 +365,11 @@ def test_settings_that_write_or_measure_are_off(trained, monkeypatch):
 
     monkeypatch.setattr(module, "pretrain", stand_in)
     recorded = load_checkpoint(trained / "checkpoints" / "step-00000009.pt")
-    changed = settings(
-        trained, run={"out": str(trained), "tensorboard": True, "dump_memory": True, "checkpoint_every": 1}
-    )
+    writes = dict.fromkeys(("tensorboard", "wandb", "trackio", "dump_memory"), True)
+    changed = settings(trained, run={"out": str(trained), "checkpoint_every": 1, **writes})
     changed = dataclasses.replace(changed, health=dataclasses.replace(changed.health, online_every=1))
     monkeypatch.setattr(module, "load_checkpoint", lambda path: recorded | {"config": changed.to_dict()})
     replayed(trained)
     (config,) = seen
-    assert not config.run.tensorboard and not config.run.dump_memory and not config.run.checkpoint_every
+    assert not any(getattr(config.run, name) for name in (*writes, "checkpoint_every"))
     assert config.health.online_every == 0 and Path(config.run.out) != trained

@@ -86,13 +86,3 @@ def test_rewind_drops_only_what_came_later(tmp_path):
     write(tmp_path, *kept[:5], *late, kept[5])
     rewind(tmp_path, step=6, epoch=1)
     assert read_metrics(tmp_path) == kept
-
-
-def test_tensorboard_gets_the_numbers_of_steps(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
-        for step in range(3):
-            writer.write({"kind": "step", "step": step, "loss": 2.0 - step, "view": "rgb", "pmr": None})
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("step/loss")] == [(0, 2.0), (1, 1.0), (2, 0.0)]
-    assert events.Tags()["scalars"] == ["step/loss"]

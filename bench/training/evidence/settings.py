@@ -245,7 +245,7 @@ LATER_SETTINGS = {
     "health": {"mining_queries": None},
     "optim": {"schedule": "steps", "final_lr": 0.0, "warmup_epochs": 0.0, "betas": (0.9, 0.999), "eps": 1e-8,
               "final_weight_decay": None, "decay_norms_and_biases": True, "clip_norm": 0.0},
-    "run": {"shard": False},
+    "run": {"shard": False, "wandb": False, "trackio": False},
 }  # fmt: skip
 LATER_OF_CYCLES = ("schedule", "final_lr", "warmup_epochs", "weight_decay", "final_weight_decay", "momentum",
                    "ema_momentum", "final_ema_momentum")  # fmt: skip

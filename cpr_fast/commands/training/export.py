@@ -17,6 +17,8 @@ USES = {  # how the file of each format is used
     "onnx": "load it in Python: onnxruntime.InferenceSession({out!r})",
     "coclr": "pass it to the code of CoCLR: --pretrain {out}",
     "cpr": "pass it to the code of CPR: --pretrain {out}",
+    "hub": "load it in Python: cpr_fast.from_pretrained({out!r}); to publish it, complete README.md, then: "
+    "hf upload USER/NAME {out}",
 }
 SUFFIXES = {  # the formats of files with these suffixes; other suffixes are left to the user
     ".safetensors": ("safetensors",),
@@ -31,7 +33,7 @@ def export(
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
     *,
     out: Path,
-    to: Literal["safetensors", "onnx", "coclr", "cpr"] | None = None,
+    to: Literal["safetensors", "onnx", "coclr", "cpr", "hub"] | None = None,
     view: Literal["rgb", "flow", "residual"] | None = None,
     json: Json = False,
 ) -> None:
@@ -39,12 +41,17 @@ def export(
 
     Args:
         checkpoint: A checkpoint of `pretrain` or `import-checkpoint`.
-        out: The file to write.
-        to: safetensors (every view), onnx (one view, any batch size), or a checkpoint that the code of CoCLR or of CPR
-            loads strictly (coclr, cpr); by default onnx if OUT ends in .onnx, otherwise safetensors.
-        view: The view whose encoder is written with onnx, coclr and cpr; by default the one that was trained last.
+        out: The file to write; with hub the folder.
+        to: safetensors (every view), onnx (one view, any batch size), a checkpoint that the code of CoCLR or of CPR
+            loads strictly (coclr, cpr), or a folder for a hub, with a model card and code that loads it with torch
+            alone (hub, every view); by default onnx if OUT ends in .onnx, otherwise safetensors.
+        view: The view whose encoder is written with onnx, coclr and cpr, and that is loaded by default with hub; by
+            default the one that was trained last.
     """
     require_file("CHECKPOINT", checkpoint)
+    if to == "hub":
+        _export_folder(checkpoint, out, view, json)
+        return
     require_other_file("--out", out, [checkpoint])
     to = _format(out, to)
     from cpr_fast.runtime.progress import announce
@@ -53,6 +60,21 @@ def export(
     from cpr_fast.weights.exporting import export as run
 
     show(run(checkpoint, out, to=to, view=view), json, next_step=USES[to].format(out=str(out)))
+
+
+def _export_folder(checkpoint: Path, out: Path, view: str | None, json: bool) -> None:
+    if out.suffix.lower() in (*SUFFIXES, *KNOWN_SUFFIXES):
+        raise InputError(f"--out: expected the name of a folder for the format hub, got {str(out)!r}")
+    from cpr_fast.runtime.progress import announce
+
+    announce("Loading PyTorch")
+    from functools import partial
+
+    from cpr_fast.report.card import model_card
+    from cpr_fast.weights.hub import export_folder
+
+    written = export_folder(checkpoint, out, view=view, card=partial(model_card, checkpoint=checkpoint, name=out.name))
+    show(written, json, next_step=USES["hub"].format(out=str(out)))
 
 
 def _format(out: Path, to: Literal["safetensors", "onnx", "coclr", "cpr"] | None) -> str:

@@ -47,7 +47,7 @@ from cpr_fast.evaluate.features.embedding import encoder_embeddings
 from cpr_fast.evaluate.features.intervals import seed_interval
 from cpr_fast.evaluate.features.pretrained import Pretrained, load_pretrained
 from cpr_fast.evaluate.features.recipe import Recipe, RecipeName, recipe_for
-from cpr_fast.evaluate.features.results import Checkpoints, results_folder, write_result
+from cpr_fast.evaluate.features.results import Checkpoints, results_folder, run_metrics, write_result
 from cpr_fast.evaluate.features.shares import shared_out
 from cpr_fast.evaluate.features.windows import count_windows, open_windows, work_ahead
 from cpr_fast.evaluate.retrieval.queries import have_copies
@@ -56,7 +56,6 @@ from cpr_fast.models import Encoder
 from cpr_fast.runtime import distributed
 from cpr_fast.runtime.distributed import World
 from cpr_fast.runtime.files import one_writer
-from cpr_fast.runtime.metrics import MetricsWriter
 from cpr_fast.runtime.progress import Forecast, Part
 from cpr_fast.wording import counted
 
@@ -131,7 +130,7 @@ def classify(
 def _write_metrics(run_dir: str | Path | None, rows: list[dict[str, Any]]) -> None:
     if run_dir is None:
         return
-    with MetricsWriter(run_dir) as writer:
+    with run_metrics(run_dir) as writer:
         for row in rows:
             writer.write({"kind": "classification", **row, "index": os.path.abspath(row["index"])})
 

@@ -12,6 +12,8 @@ from cpr_fast.errors import InputError
 from cpr_fast.runtime.distributed import is_main
 from cpr_fast.runtime.files import replacing, require_writable
 from cpr_fast.runtime.metrics import FILE as METRICS_FILE
+from cpr_fast.runtime.metrics import MetricsWriter
+from cpr_fast.runtime.writers import writers_of_run
 
 Checkpoints = str | Path | Sequence[str | Path]  # one or several of FILE and VIEW=FILE
 
@@ -46,6 +48,11 @@ def run_of(checkpoints: Checkpoints) -> Path | None:
     homes = {home(file) for _, file in checkpoint_files(checkpoints)}
     folder = homes.pop()
     return folder if not homes and (folder / METRICS_FILE).exists() else None
+
+
+def run_metrics(run_dir: str | Path) -> MetricsWriter:
+    """Opens the metrics of a run for the results of an evaluation, which the writers of the run get too."""
+    return MetricsWriter(run_dir, writers=writers_of_run(run_dir))
 
 
 def write_result(folder: Path, name: str, result: dict[str, Any]) -> Path:

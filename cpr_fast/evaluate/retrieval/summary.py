@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from cpr_fast.evaluate.features.results import run_metrics
 from cpr_fast.evaluate.retrieval.ranking import RANKS
-from cpr_fast.runtime.metrics import MetricsWriter
 
 COUNTS = ("map_left_out", "queries_with_copy")  # of several splits the sum
 
@@ -57,7 +57,7 @@ def write_metrics(
         return
     # relative, so that the run folder can be moved
     place = None if queries_file is None else os.path.relpath(queries_file, run_dir)
-    with MetricsWriter(run_dir) as writer:
+    with run_metrics(run_dir) as writer:
         for row in summary:
             writer.write({"kind": "retrieval", **row, "queries_file": place})
         for row in examples:

@@ -20,6 +20,7 @@ from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.mining.stages import idle_stages, most_stages, stage_keep
 from cpr_fast.pretrain.run.videos import about_lengths
+from cpr_fast.runtime.writers import require_packages
 from cpr_fast.wording import counted, listed
 
 LONG_FILL = 0.25  # if waiting for the queue takes a larger share of a cycle's steps, a warning is given
@@ -118,8 +119,9 @@ def check_run(config: Config, index: Index, plans: list[CyclePlan], *, stored_fl
     Returns:
         One text for each kind of reason why the run will learn little or nothing; it names the cycles it concerns.
     Raises:
-        InputError: a cycle could not start, or could not learn from any data.
+        InputError: a cycle could not start, or could not learn from any data, or a package is missing.
     """
+    require_packages(config.run)
     for plan in plans:
         _check_cycle(config, index, plan, stored_flow)
     return [

@@ -32,7 +32,8 @@ from cpr_fast.runtime.files import (
 )
 from cpr_fast.runtime.files import RUN_LOCK as LOCK
 from cpr_fast.runtime.metrics import FILE as METRICS_FILE
-from cpr_fast.runtime.metrics import read_metrics, rewind
+from cpr_fast.runtime.metrics import MetricsWriter, environment, read_metrics, rewind
+from cpr_fast.runtime.writers import WRITERS, open_writers
 from cpr_fast.weights.checkpoint import LAST, load_checkpoint, point_to
 from cpr_fast.weights.reading import CheckpointError, DamagedCheckpointError
 from cpr_fast.wording import counted, expected, listed
@@ -40,7 +41,7 @@ from cpr_fast.wording import counted, expected, listed
 T = TypeVar("T")
 
 # What a run writes before its first step.
-OF_THE_START = (LOCK, METRICS_FILE, chain.FILE, "config.json", "checkpoints", "tensorboard")
+OF_THE_START = (LOCK, METRICS_FILE, chain.FILE, "config.json", "checkpoints", *WRITERS)
 NAMED = 4  # settings that an error names
 ENTRIES = ("config", "encoders", "cycle_state", "processes", "step", "epoch", "step_in_epoch", "cycle")
 
@@ -135,6 +136,12 @@ def open_run(
     _check_same_settings(config, saved, folder, world)
     on_main(lambda: _rewind(folder, saved))
     return saved
+
+
+def open_metrics(config: Config, folder: Path, world: World, *, resumed: bool) -> MetricsWriter:
+    """Opens `metrics.jsonl` and the writers of the run, which get its config and environment."""
+    about = config.to_dict() | environment(world.device)
+    return MetricsWriter(folder, writers=open_writers(config.run, folder, about, resumed=resumed))
 
 
 def _rewind(folder: Path, saved: dict[str, Any]) -> None:

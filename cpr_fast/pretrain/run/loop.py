@@ -26,7 +26,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.pretrain.ledger.chain import Ledger
 from cpr_fast.pretrain.run.checks import CyclePlan, check_run, plan_cycles
 from cpr_fast.pretrain.run.dump import dump_memory
-from cpr_fast.pretrain.run.folder import on_main, only_writer, open_run
+from cpr_fast.pretrain.run.folder import on_main, only_writer, open_metrics, open_run
 from cpr_fast.pretrain.run.log import LedgerRows, StepLog
 from cpr_fast.pretrain.run.online import OnlineRetrieval
 from cpr_fast.pretrain.run.outcome import outcome
@@ -129,7 +129,7 @@ def pretrain(
         saved = open_run(config, folder, resume, world, videos)
         writer, saves = None, ledger is None
         if world.is_main:
-            writer = stack.enter_context(MetricsWriter(folder, tensorboard=config.run.tensorboard))
+            writer = stack.enter_context(open_metrics(config, folder, world, resumed=saved is not None))
             ledger = ledger or stack.enter_context(closing(Ledger(folder)))
         watch = stack.enter_context(Watchdog(world, config.run.stall_timeout_s, _notes(writer)))
         stack.enter_context(torch.random.fork_rng([world.device] if world.device.type == "cuda" else []))
