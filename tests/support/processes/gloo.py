@@ -37,6 +37,6 @@ def on_processes(target: Callable, processes: int, folder: Path, *arguments: Any
     for process in started:
         process.start()
     for process in started:
-        process.join(120)
+        process.join(300)
     assert [process.exitcode for process in started] == [0] * processes
     return [torch.load(folder / f"{processes}-{rank}.pt") for rank in range(processes)]
