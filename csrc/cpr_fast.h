@@ -96,6 +96,33 @@ CPR_API const char* cpr_mil_nce_grad_memory_cuda(const cpr_mil_nce_args* args, c
 CPR_API const char* cpr_cascade_mil_nce_cpu(const cpr_cascade_args* cascade, const cpr_mil_nce_args* loss, int64_t view,
                                             const cpr_mil_nce_outputs* outputs, cpr_parallel_for parallel);
 
+// ---- both in parts: for a memory that is divided among processes ------------------------------------
+// The memory in `args` is the part of one process. cpr_mil_nce_partial_cpu divides it into S = ceil(K / entries) parts,
+// `entries` a multiple of CPR_PART_MULTIPLE, and writes for each query and part the greatest score, the sum of
+// exp(score - greatest) and the sum of exp(score - greatest) * key, over all keys and over the positives: out partials
+// [S, B, 2, 2 + D] acc. own_key and self_mode are not read. cpr_mil_nce_merge_cpu merges parts in their order and adds
+// own_key; memory, ids and positives are not read. If `entries` is cpr_mil_nce_part_entries(K) of the whole memory, the
+// outputs have the bits of cpr_mil_nce_forward_cpu.
+#define CPR_PART_MULTIPLE 64
+CPR_API int64_t cpr_mil_nce_part_entries(int64_t K);
+CPR_API const char* cpr_mil_nce_partial_cpu(const cpr_mil_nce_args* args, int64_t entries, void* partials,
+                                            cpr_parallel_for parallel);
+CPR_API const char* cpr_mil_nce_merge_cpu(const cpr_mil_nce_args* args, const void* partials, int64_t S,
+                                          const cpr_mil_nce_outputs* outputs, cpr_parallel_for parallel);
+
+// Writes the keys of all entries in n different views, out keys [n, B, K]; `keep` and the outputs of `args` are not
+// used. A key orders like the score: the bits of a positive score, those of a negative one with all but the sign
+// inverted. INT32_MIN marks an entry that no stage may select.
+CPR_API const char* cpr_cascade_keys_cpu(const cpr_cascade_args* args, int32_t* keys, cpr_parallel_for parallel);
+// Counts, for each query, the entries by digit `digit` (0..3, the highest first) of keys + 2^31 in base 256, among
+// those whose higher digits are `prefix`: keys [B, K], prefix [B], out counts [B, 256]. INT32_MIN is not counted.
+CPR_API const char* cpr_cascade_counts_cpu(const int32_t* keys, const int32_t* prefix, int64_t B, int64_t K, int digit,
+                                           int32_t* counts, cpr_parallel_for parallel);
+// Keeps the entries whose key in view `row` is greater than threshold [B], and the first ties [B] of those equal to it:
+// the others become INT32_MIN in all views of keys [U, B, K].
+CPR_API const char* cpr_cascade_keep_cpu(int32_t* keys, const int32_t* threshold, const int32_t* ties, int64_t U,
+                                         int64_t B, int64_t K, int64_t row, cpr_parallel_for parallel);
+
 // ---- tvl1_flow: TV-L1 optical flow ----------------------------------------------------------------
 typedef struct {
   const void* frames;         // [N, T, H, W] uint8 0..255, or float 0..1

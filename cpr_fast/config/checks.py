@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from cpr_fast.config.pixels import least_clip
 from cpr_fast.config.sections import (
     CONVOLUTIONAL,
     FACTORIES,
@@ -86,7 +87,7 @@ def check_sections(
     _check_ranges(data, memory, mining, loss, health, run)
     _check_features(data, model, loss, health)
     _check_optimiser(optim, memory, schedule)
-    _check_sharding(optim, health, run)
+    _check_sharding(memory, mining, loss, optim, schedule, health, run)
     _check_network(model)
     _check_clips(data, model)
     _check_method(data, model, memory, loss, optim)
@@ -152,18 +153,30 @@ def _check_ranges(
         raise ConfigError("run.out: expected the name of a folder, got ''")
 
 
-def _check_sharding(optim: OptimConfig, health: HealthConfig, run: RunConfig) -> None:
-    """Checks the settings that cannot be combined with run.shard."""
-    for where, value, expected in (
-        ("optim.precision", optim.precision, ("fp32", "bf16")),
-        ("optim.name", optim.name, ("adam", "adamw", "sgd")),
-        ("run.compile", run.compile, ("none",)),
-        ("health.online_every", health.online_every, (0,)),  # processes encode unequal numbers of windows
+def _check_sharding(
+    memory: MemoryConfig,
+    mining: MiningConfig,
+    loss: LossConfig,
+    optim: OptimConfig,
+    schedule: ScheduleConfig,
+    health: HealthConfig,
+    run: RunConfig,
+) -> None:
+    """Checks the settings that cannot be combined with run.shard, and with memory.shard."""
+    averaged = loss.protocol if any(cycle.mining == "label" for cycle in schedule.cycles) else "paper"
+    for switch, where, value, expected in (
+        ("run", "optim.precision", optim.precision, ("fp32", "bf16")),
+        ("run", "optim.name", optim.name, ("adam", "adamw", "sgd")),
+        ("run", "run.compile", run.compile, ("none",)),
+        ("run", "health.online_every", health.online_every, (0,)),  # processes encode unequal numbers of windows
+        ("memory", "memory.kind", memory.kind, ("queue",)),
+        ("memory", "mining.stages", mining.stages, (mining.stages if mining.stages != "auto" else "a number",)),
+        ("memory", "loss.protocol", averaged, ("paper",)),  # with mining = "label", it is computed in plain torch
+        ("memory", "run.dump_memory", run.dump_memory, (False,)),
     ):
-        if run.shard and value not in expected:
-            raise ConfigError(
-                f"{where}: expected {' or '.join(map(repr, expected))} with run.shard = true, got {value!r}"
-            )
+        if (run.shard if switch == "run" else memory.shard) and value not in expected:
+            wanted = " or ".join(map(repr, expected))
+            raise ConfigError(f"{where}: expected {wanted} with {switch}.shard = true, got {value!r}")
 
 
 def _check_optimiser(optim: OptimConfig, memory: MemoryConfig, schedule: ScheduleConfig) -> None:
@@ -223,14 +236,6 @@ def batch_norm_groups(groups: int | None, clips: int, processes: int, parts: int
         of = counted(clips, "clip")
         raise ConfigError(f"memory.shuffle_bn_groups: expected a divisor of the {of} of a step, got {groups}")
     return groups
-
-
-def least_clip(arch: str) -> tuple[int, int]:
-    """Returns the smallest number of frames, and of pixels of a side, of a clip that a backbone can read; (1, 1) for a
-    network of the user, which is asked when it is built."""
-    if arch not in CONVOLUTIONAL:
-        return 1, 1
-    return (5, 17) if arch.startswith("s3d") else (8, 16)
 
 
 def _check_network(model: ModelConfig) -> None:

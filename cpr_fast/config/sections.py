@@ -145,6 +145,9 @@ class MemoryConfig:
     # Number of groups of clips that have separate BatchNorm statistics; keys are shuffled among them. If it is set, the
     # results do not depend on the number of processes. None: one group per process, as published.
     shuffle_bn_groups: int | None = None
+    # Divide the features of a queue among the processes, so that each holds 1/R of them; results are the same. At least
+    # 1,024 entries for each process, and not with mining.stages = "auto". No effect on a run of one process.
+    shard: bool = False
 
 
 @dataclass(frozen=True)

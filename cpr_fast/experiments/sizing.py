@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpr_fast.config import Config
-from cpr_fast.config.checks import least_clip
 from cpr_fast.config.epochs import share_epochs
+from cpr_fast.config.pixels import least_clip
 from cpr_fast.data.index.index import Index, too_few
 from cpr_fast.errors import InputError
 from cpr_fast.mining.stages import most_stages

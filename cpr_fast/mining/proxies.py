@@ -38,8 +38,18 @@ def view_agreement(queries: Tensor, memory: Tensor, mined: Tensor, *, query_ids:
     allowed = candidates(query_ids, memory_ids)
     scores = (queries @ memory.T).masked_fill(~allowed, -torch.inf)  # [B, K]
     of_mined = scores.gather(1, mined.clamp(min=0))  # [B, P]
-    nearer = torch.stack([(scores > score[:, None]).sum(1) for score in of_mined.unbind(1)], dim=1)  # [B, P]
-    return _mean_over_mined(1 - nearer / allowed.sum(1, keepdim=True), mined)
+    return agreement(nearer(scores, of_mined), mined, query_ids=query_ids, memory_ids=memory_ids)
+
+
+def nearer(scores: Tensor, of_mined: Tensor) -> Tensor:
+    """Returns how many of the scores [B, K] of a query are above those of its mined entries [B, P]: [B, P] int64."""
+    return torch.stack([(scores > score[:, None]).sum(1) for score in of_mined.unbind(1)], dim=1)
+
+
+def agreement(nearer: Tensor, mined: Tensor, *, query_ids: Tensor, memory_ids: Tensor) -> Tensor:
+    """Returns the view agreement [B] of the mined slots [B, P], from the number of nearer candidates [B, P]."""
+    candidate_count = candidates(query_ids, memory_ids).sum(1, keepdim=True)
+    return _mean_over_mined(1 - nearer / candidate_count, mined)
 
 
 def mutual_neighbours(
@@ -59,9 +69,15 @@ def mutual_neighbours(
     _, nearest = cascade_select(
         entries[None], memory[None], [0], [mined.shape[1]], query_ids=own_ids, memory_ids=memory_ids
     )  # scores [B*P, P], best first
+    return mutual(queries, entries, nearest[:, -1], mined)
+
+
+def mutual(queries: Tensor, entries: Tensor, furthest: Tensor, mined: Tensor) -> Tensor:
+    """Returns the share of the mined slots [B, P] whose entries [B*P, D] are as near to the query [B, D] as to their
+    P-th nearest entry, whose score is `furthest` [B*P]: [B] float32."""
     products = queries[:, None] * entries.unflatten(0, mined.shape)  # [B, P, D]; matmul may use TF32
     rounding = 2 * products.shape[2] * 2**-24 * queries.norm(dim=1)[:, None] * entries.norm(dim=1).view(mined.shape)
-    return _mean_over_mined((products.sum(2) >= nearest[:, -1].view(mined.shape) - rounding).float(), mined)
+    return _mean_over_mined((products.sum(2) >= furthest.view(mined.shape) - rounding).float(), mined)
 
 
 def mined_age(mined: Tensor, written_at: Tensor, step: int) -> Tensor:

@@ -8,7 +8,7 @@ Letters: V views, B queries, K memory slots, D feature width, n stages, P positi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,15 +50,31 @@ def survivor_rates(
     Cost: one additional cascade of s stages for every s < n, because the survivors of stage s are computed as the
     result of the cascade that consists of the first s stages.
     """
-    allowed = candidates(query_ids, memory_ids) & (memory_labels >= 0) & (query_labels >= 0)[:, None]  # [B, K]
-    right = (allowed & (memory_labels == query_labels[:, None])).sum(1)  # |T|, [B]
-    rates = {"pmr_chance": right / allowed.sum(1)}
     cut = (
         cascade_select(queries, memory, views[:s], keep[:s], query_ids=query_ids, memory_ids=memory_ids)[0]
         for s in range(1, len(views))
     )  # [B, keep[s - 1]] each
-    for s, survivors in enumerate(itertools.chain(cut, [mined]), 1):
-        true_positive, known = judge(gather_slots(memory_labels, survivors), query_labels)
-        found = true_positive.sum(1)
-        rates |= {f"survivor_precision_{s}": found / known.sum(1), f"survivor_recall_{s}": found / right}
+    stages = (
+        judge(gather_slots(memory_labels, survivors), query_labels) for survivors in itertools.chain(cut, [mined])
+    )
+    counts = ((true_positive.sum(1), known.sum(1)) for true_positive, known in stages)
+    labels = {"query_labels": query_labels, "memory_labels": memory_labels}
+    return rates_of_counts(counts, query_ids=query_ids, memory_ids=memory_ids, **labels)
+
+
+def rates_of_counts(
+    counts: Iterable[tuple[Tensor, Tensor]],
+    *,
+    query_ids: Tensor,
+    memory_ids: Tensor,
+    query_labels: Tensor,
+    memory_labels: Tensor,
+) -> dict[str, Tensor]:
+    """Returns what `survivor_rates` returns, from the number of true positives [B] and of entries of known label [B]
+    among the survivors of each stage."""
+    allowed = candidates(query_ids, memory_ids) & (memory_labels >= 0) & (query_labels >= 0)[:, None]  # [B, K]
+    right = (allowed & (memory_labels == query_labels[:, None])).sum(1)  # |T|, [B]
+    rates = {"pmr_chance": right / allowed.sum(1)}
+    for s, (found, known) in enumerate(counts, 1):
+        rates |= {f"survivor_precision_{s}": found / known, f"survivor_recall_{s}": found / right}
     return {name: rate.to(torch.float32) for name, rate in rates.items()}

@@ -73,7 +73,7 @@ def mil_nce(
     checks.check_choice("reduction", reduction, REDUCTIONS)
     features = (query, own_key, memory)
     if isinstance(temperature, Tensor):
-        features, temperature = _divided(*features, temperature)
+        features, temperature = divided(*features, temperature)
     elif type(temperature) is not float or not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
         temperature = checks.positive("temperature", temperature)
     modes = self_positive if isinstance(self_positive, Tensor) else None
@@ -101,7 +101,7 @@ def autocast_enabled(query: Tensor) -> bool:
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
-def _divided(query: Tensor, own_key: Tensor, memory: Tensor, temperature: Tensor) -> tuple[tuple, float]:
+def divided(query: Tensor, own_key: Tensor, memory: Tensor, temperature: Tensor) -> tuple[tuple, float]:
     """Returns the features with the query divided by `temperature`, and the temperature that remains, 1.
 
     Every score is q . k / t, that of own_key included, and nothing is normalised in between. The loss therefore depends

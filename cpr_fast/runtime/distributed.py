@@ -100,6 +100,11 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Returns the number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_main() -> bool:
     """Returns whether this is the first process of the run."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -189,6 +194,43 @@ def mean_(tensors: list[Tensor]) -> None:
     flat /= dist.get_world_size()
     parts = flat.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Replaces a tensor by its sum over all ranks, in place, and returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest_(tensor: Tensor) -> Tensor:
+    """Replaces a tensor by the elementwise maximum over all ranks, in place, and returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+def joined_on_main(local: Tensor, dim: int) -> Tensor | None:
+    """Returns the tensors of all ranks, joined along `dim` in rank order, on the CPU of the first process; None on the
+    others. Their sizes along `dim` may differ. At most two of them are in the memory of the first process, besides the
+    result."""
+    if not dist.is_initialized():
+        return local.cpu()
+    lengths = gather_objects(local.shape[dim])
+    if not is_main():
+        dist.send(local.cpu().contiguous(), 0)
+        return None
+    shape = list(local.shape)
+    shape[dim] = sum(lengths)
+    joined = torch.empty(shape, dtype=local.dtype)
+    for rank, part in enumerate(joined.split(lengths, dim)):
+        if rank == 0:
+            part.copy_(local)
+            continue
+        received = torch.empty_like(part, memory_format=torch.contiguous_format)
+        dist.recv(received, rank)
+        part.copy_(received)
+    return joined
 
 
 def rng_states(device: torch.device) -> dict[str, Tensor]:

@@ -67,6 +67,51 @@ std::tuple<Tensor, Tensor> cascade_select(const Tensor& queries, const Tensor& m
   return {call.indices, call.scores};
 }
 
+Tensor cascade_keys(const Tensor& queries, const Tensor& memory, std::vector<int64_t> views,
+                    const OptionalTensor& query_ids, const OptionalTensor& memory_ids) {
+  std::vector<int64_t> keep(views.size(), 1);
+  Cascade call(queries, memory, std::move(views), std::move(keep), query_ids, memory_ids, "fp32");
+  for (size_t s = 0; s < call.views.size(); ++s) {
+    for (size_t earlier = 0; earlier < s; ++earlier) {
+      check(call.views[earlier] != call.views[s], "views: expected different views, got ", call.views);
+    }
+  }
+  Tensor keys = empty(call.queries, {call.args.n, call.args.B, call.args.K}, ScalarType::Int);
+  raise_failure(cpr_cascade_keys_cpu(&call.args, keys.mutable_data_ptr<int32_t>(), parallel_for));
+  return keys;
+}
+
+Tensor cascade_counts(const Tensor& keys_in, const Tensor& prefix_in, int64_t digit) {
+  check(keys_in.dim() == 2 && keys_in.scalar_type() == ScalarType::Int, "keys: expected int32 [B, K], got ", keys_in);
+  const int64_t B = keys_in.size(0), K = keys_in.size(1);
+  check(B > 0 && K > 0, "keys: expected B, K >= 1");
+  check_shape("prefix", prefix_in, {B});
+  check(prefix_in.scalar_type() == ScalarType::Int, "prefix: expected dtype int32");
+  check(prefix_in.device() == keys_in.device(), "prefix: expected the device of keys");
+  check(digit >= 0 && digit < 4, "digit: expected 0..3, got ", digit);
+  const Tensor keys = dense(keys_in), prefix = dense(prefix_in);
+  Tensor counts = empty(keys, {B, 256}, ScalarType::Int);
+  raise_failure(cpr_cascade_counts_cpu(keys.const_data_ptr<int32_t>(), prefix.const_data_ptr<int32_t>(), B, K,
+                                       static_cast<int>(digit), counts.mutable_data_ptr<int32_t>(), parallel_for));
+  return counts;
+}
+
+void cascade_keep(Tensor keys, int64_t row, const Tensor& threshold_in, const Tensor& ties_in) {
+  check(keys.dim() == 3 && keys.scalar_type() == ScalarType::Int, "keys: expected int32 [U, B, K], got ", keys);
+  check(keys.is_contiguous(), "keys: expected contiguous memory, because they are changed in place");
+  const int64_t U = keys.size(0), B = keys.size(1), K = keys.size(2);
+  check(row >= 0 && row < U, "row: expected 0..", U - 1, ", got ", row);
+  const auto column = [&](const char* name, const Tensor& tensor) {
+    check_shape(name, tensor, {B});
+    check(tensor.scalar_type() == ScalarType::Int, name, ": expected dtype int32");
+    check(tensor.device() == keys.device(), name, ": expected the device of keys");
+    return dense(tensor);
+  };
+  const Tensor threshold = column("threshold", threshold_in), ties = column("ties", ties_in);
+  raise_failure(cpr_cascade_keep_cpu(keys.mutable_data_ptr<int32_t>(), threshold.const_data_ptr<int32_t>(),
+                                     ties.const_data_ptr<int32_t>(), U, B, K, row, parallel_for));
+}
+
 template decltype(cascade_select<false>) cascade_select<false>;
 #ifdef CPR_FAST_WITH_CUDA
 template decltype(cascade_select<true>) cascade_select<true>;

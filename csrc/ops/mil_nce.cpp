@@ -142,6 +142,44 @@ Tensor mil_nce_grad_memory(const Tensor& query, const Tensor& own_key, const Ten
   return grad_memory;
 }
 
+Tensor mil_nce_partial(const Tensor& query, const Tensor& memory, const OptionalTensor& positives,
+                       const OptionalTensor& query_ids, const OptionalTensor& memory_ids, std::string same_id,
+                       double temperature, int64_t entries) {
+  const MilNce call = mil_nce_inputs(query, query, memory, positives, query_ids, memory_ids, std::nullopt, same_id,
+                                     "keep", temperature, false);
+  check(entries >= 1 && entries % CPR_PART_MULTIPLE == 0, "entries: expected a positive multiple of ",
+        int64_t{CPR_PART_MULTIPLE}, ", got ", entries);
+  const int64_t parts = (call.args.K + entries - 1) / entries;
+  Tensor partials = empty(call.query, {parts, call.args.B, 2, 2 + call.args.D}, call.accumulator);
+  raise_failure(cpr_mil_nce_partial_cpu(&call.args, entries, partials.mutable_data_ptr(), parallel_for));
+  return partials;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mil_nce_merge(const Tensor& partials_in, const Tensor& query,
+                                                                 const Tensor& own_key, const OptionalTensor& self_mode,
+                                                                 std::string self_positive, double temperature) {
+  // The memory is not read; the queries stand in for it.
+  const MilNce call = mil_nce_inputs(query, own_key, query, std::nullopt, std::nullopt, std::nullopt, self_mode,
+                                     "positive", self_positive, temperature, false);
+  const int64_t B = call.args.B, D = call.args.D;
+  check(partials_in.dim() == 4 && partials_in.size(0) > 0, "partials: expected shape [S, B, 2, 2 + D], got ",
+        partials_in);
+  check_shape("partials", partials_in, {partials_in.size(0), B, 2, 2 + D});
+  check(partials_in.scalar_type() == call.accumulator, "partials: expected float32, or float64 for float64 features");
+  check(partials_in.device() == query.device(), "partials: expected the device of query");
+  const Tensor partials = dense(partials_in);
+  const auto new_row = [&] { return empty(call.query, {B}, call.accumulator); };
+  Tensor loss = new_row(), own_coefficient = new_row(), lse_all = new_row(), lse_positive = new_row();
+  Tensor grad_query = empty(call.query, {B, D}, call.accumulator);
+  const cpr_mil_nce_outputs outputs{.loss = loss.mutable_data_ptr(),
+                                    .grad_query = grad_query.mutable_data_ptr(),
+                                    .own_coefficient = own_coefficient.mutable_data_ptr(),
+                                    .lse_all = lse_all.mutable_data_ptr(),
+                                    .lse_positive = lse_positive.mutable_data_ptr()};
+  raise_failure(cpr_mil_nce_merge_cpu(&call.args, partials.const_data_ptr(), partials.size(0), &outputs, parallel_for));
+  return {loss, grad_query, own_coefficient, lse_all, lse_positive};
+}
+
 template decltype(mil_nce<false>) mil_nce<false>;
 template decltype(mil_nce_grad_memory<false>) mil_nce_grad_memory<false>;
 #ifdef CPR_FAST_WITH_CUDA

@@ -48,6 +48,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cascade_mil_n
     std::vector<int64_t> keep, int64_t view, const OptionalTensor& query_ids, const OptionalTensor& memory_ids,
     const OptionalTensor& self_mode, std::string same_id, std::string self_positive, double temperature);
 
+// The parts of both operators, for a memory that is divided among processes. Only on the CPU; on CUDA, cpr_fast/ops
+// computes them with torch.
+Tensor mil_nce_partial(const Tensor& query, const Tensor& memory, const OptionalTensor& positives,
+                       const OptionalTensor& query_ids, const OptionalTensor& memory_ids, std::string same_id,
+                       double temperature, int64_t entries);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mil_nce_merge(const Tensor& partials, const Tensor& query,
+                                                                 const Tensor& own_key, const OptionalTensor& self_mode,
+                                                                 std::string self_positive, double temperature);
+
+Tensor cascade_keys(const Tensor& queries, const Tensor& memory, std::vector<int64_t> views,
+                    const OptionalTensor& query_ids, const OptionalTensor& memory_ids);
+
+Tensor cascade_counts(const Tensor& keys, const Tensor& prefix, int64_t digit);
+
+void cascade_keep(Tensor keys, int64_t row, const Tensor& threshold, const Tensor& ties);
+
 template <bool cuda>
 std::tuple<Tensor, Tensor> tvl1_flow(const Tensor& frames, double tau, double lambda, double theta, int64_t scales,
                                      double scale_step, int64_t warps, double epsilon, int64_t inner_iterations,

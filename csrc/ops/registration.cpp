@@ -31,6 +31,16 @@ CPR_LIBRARY(TORCH_EXTENSION_NAME, m) {
       "(Tensor loss, Tensor grad_query, Tensor own_coefficient, Tensor lse_all, Tensor lse_positive, Tensor indices, "
       "Tensor scores)");
   m.def(
+      "mil_nce_partial(Tensor query, Tensor memory, Tensor? positives, Tensor? query_ids, Tensor? memory_ids, "
+      "str same_id, float temperature, int entries) -> Tensor");
+  m.def(
+      "mil_nce_merge(Tensor partials, Tensor query, Tensor own_key, Tensor? self_mode, str self_positive, "
+      "float temperature) -> (Tensor loss, Tensor grad_query, Tensor own_coefficient, Tensor lse_all, "
+      "Tensor lse_positive)");
+  m.def("cascade_keys(Tensor queries, Tensor memory, int[] views, Tensor? query_ids, Tensor? memory_ids) -> Tensor");
+  m.def("cascade_counts(Tensor keys, Tensor prefix, int digit) -> Tensor");
+  m.def("cascade_keep(Tensor(a!) keys, int row, Tensor threshold, Tensor ties) -> ()");
+  m.def(
       "tvl1_flow(Tensor frames, float tau, float lambda_, float theta, int scales, float scale_step, int warps, "
       "float epsilon, int inner_iterations, int outer_iterations, int median) -> (Tensor flow, "
       "Tensor pixel_iterations)");
@@ -47,6 +57,11 @@ CPR_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("mil_nce", TORCH_BOX(&ops::mil_nce<false>));
   m.impl("mil_nce_grad_memory", TORCH_BOX(&ops::mil_nce_grad_memory<false>));
   m.impl("cascade_mil_nce", TORCH_BOX(&ops::cascade_mil_nce));
+  m.impl("mil_nce_partial", TORCH_BOX(&ops::mil_nce_partial));
+  m.impl("mil_nce_merge", TORCH_BOX(&ops::mil_nce_merge));
+  m.impl("cascade_keys", TORCH_BOX(&ops::cascade_keys));
+  m.impl("cascade_counts", TORCH_BOX(&ops::cascade_counts));
+  m.impl("cascade_keep", TORCH_BOX(&ops::cascade_keep));
   m.impl("tvl1_flow", TORCH_BOX(&ops::tvl1_flow<false>));
   m.impl("batch_norm", TORCH_BOX(&ops::batch_norm));
   m.impl("batch_norm_backward", TORCH_BOX(&ops::batch_norm_backward));

@@ -162,3 +162,19 @@ def test_batch_norm_is_compared_with_float64(tmp_path):
         assert all(error < theirs[name] and error < 1e-6 for name, error in ours.items())
     assert len(report["networks"]) == 3
     assert "| mean pool | torch, contiguous |" in (tmp_path / "batch_norm.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_memory_on_two_processes_has_the_results_of_one(tmp_path):
+    """The exit status says whether slots, loss and gradient are equal bit for bit."""
+    command = [sys.executable, "bench/kernels/sharded_memory.py", "--size", "5003", "--batch", "3", "--rounds", "1"]
+    environment = os.environ | {"OUT": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "sharded_memory.json").read_text())
+    assert report["measured"]["same_bits"] == {"slots": True, "loss": True, "gradient": True}
+    few, many = (next(p for p in report["plans"] if p["processes"] == n and p["stages"] == 7) for n in (8, 64))
+    # 7/8 of 2 x 4 rounds x 1 KiB for each of 256 queries in each of the six stages before the last, and the ties
+    assert few["sent_bytes"]["counts of stages"] == 6 * (256 * 4096 * 2 * 7 // 8 + 7 * 4 * 256)
+    assert many["features_gib"] == few["features_gib"] / 8 == few["whole_features_gib"] / 64
+    assert "same bits" in (tmp_path / "sharded_memory.md").read_text()

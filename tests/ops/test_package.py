@@ -59,7 +59,12 @@ def test_the_package_is_typed():
 
 
 @pytest.mark.parametrize(
-    "name", ["cascade_select", "mil_nce", "cascade_mil_nce", "tvl1_flow", "QueueLoss", "BatchNorm1d", "BatchNorm3d"]
+    "name",
+    [
+        *("cascade_select", "mil_nce", "cascade_mil_nce", "tvl1_flow", "QueueLoss", "BatchNorm1d", "BatchNorm3d"),
+        *("cascade_keys", "cascade_counts", "cascade_keep", "mil_nce_partial", "mil_nce_merge", "Shard"),
+        *("sharded_cascade_select", "sharded_mil_nce"),
+    ],
 )
 def test_help_has_shapes_and_an_example_that_runs(name):
     import doctest
@@ -74,7 +79,13 @@ def test_help_has_shapes_and_an_example_that_runs(name):
     assert runner.failures == 0 and runner.tries > 0
 
 
-@pytest.mark.parametrize("name", ["cascade_select_ref", "mil_nce_ref", "cascade_mil_nce_ref", "tvl1_flow_ref"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cascade_select_ref", "mil_nce_ref", "cascade_mil_nce_ref", "tvl1_flow_ref", "cascade_keys_ref"),
+        *("cascade_counts_ref", "cascade_keep_ref", "mil_nce_partial_ref", "mil_nce_merge_ref"),
+    ],
+)
 def test_references_are_documented(name):
     assert inspect.getdoc(getattr(ops, name)).startswith(f"Computes `{name.removesuffix('_ref')}` in plain PyTorch")
 

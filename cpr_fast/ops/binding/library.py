@@ -44,6 +44,13 @@ def call(function: str, *numbers: int) -> None:
     getattr(_library, function)(*numbers)
 
 
+def part_entries(size: int) -> int:
+    """Returns the number of entries in a part of a memory of `size` entries in `mil_nce` on the CPU."""
+    function = _library.cpr_mil_nce_part_entries
+    function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_int64
+    return function(size)
+
+
 def driver_error() -> str | None:
     """Returns why the NVIDIA driver of this machine cannot run the CUDA kernels, or None. CUDA is not initialised."""
     return _error("cpr_cuda_driver_error")

@@ -131,7 +131,8 @@ def open_run(
         on_main(lambda: _start_new(config, folder, videos))
         return None
     # On the CPU if each process takes its part of every tensor: the whole need not fit on its device.
-    saved = _load_newest(checkpoints, torch.device("cpu") if config.run.shard else world.device)
+    parts = config.run.shard or config.memory.shard
+    saved = _load_newest(checkpoints, torch.device("cpu") if parts else world.device)
     check_same_videos(saved.get("videos"), videos, folder, config.data)
     _check_same_settings(config, saved, folder, world)
     on_main(lambda: _rewind(folder, saved))
@@ -293,6 +294,7 @@ def _what_counts(config: dict[str, Any], processes: int) -> dict[str, dict[str, 
         kept["data"].pop(key)
     kept["data"]["batch_size x processes"] = kept["data"].pop("batch_size") * processes
     kept["model"].pop("recompute")
+    kept["memory"].pop("shard")
     parts = kept["optim"].pop("accumulate")
     kept["memory"]["shuffle_bn_groups"] = kept["memory"]["shuffle_bn_groups"] or processes * parts
     return kept

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cpr_fast.config import Config, DataConfig, ModelConfig
-from cpr_fast.config.checks import least_clip
+from cpr_fast.config.pixels import least_clip
 from cpr_fast.config.sections import STORED
 from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.index.index import Index, too_few

@@ -15,6 +15,7 @@ from cpr_fast.mining.proxies import mined_age, mutual_neighbours, view_agreement
 from cpr_fast.mining.stages import stage_keep, stage_views
 from cpr_fast.mining.survivors import survivor_rates
 from cpr_fast.ops import cascade_select
+from cpr_fast.pretrain.state import shards
 from cpr_fast.pretrain.state.memory import Memory
 
 
@@ -48,6 +49,8 @@ def mine(anchors: Tensor, memory: Memory, source: Tensor, cascade: Cascade) -> T
     Returns:
         slots [B, top_k] int64; -1 where fewer entries remain.
     """
+    if memory.shard is not None:
+        return shards.select(anchors, memory, source, cascade.views, cascade.keep)
     slots, _ = cascade_select(
         anchors, memory.features[:2], cascade.views, cascade.keep, query_ids=source, memory_ids=memory.source
     )
@@ -79,8 +82,14 @@ def mining_rates(
         anchors, source, mined, label = anchors[:, :most].contiguous(), source[:most], mined[:most], label[:most]
         rates = mining_rates(anchors, memory, source, cascade, mined, label, step)
         return {name: F.pad(rate, (0, others), value=float("nan")) for name, rate in rates.items()}
-    ids = {"query_ids": source, "memory_ids": memory.source}
     view = 1 - cascade.views[-1]  # the one that did not rank the mined entries
+    if memory.shard is not None:
+        return shards.survivor_rates(anchors, memory, source, cascade.views, cascade.keep, mined, label) | {
+            "view_agreement": shards.view_agreement(anchors[view], memory, view, mined, source),
+            "mutual_neighbours": shards.mutual_neighbours(anchors[view], memory, view, mined),
+            "mined_age_steps": mined_age(mined, memory.enqueued_at, step),
+        }
+    ids = {"query_ids": source, "memory_ids": memory.source}
     unranked = (anchors[view], memory.features[view], mined)
     rates = survivor_rates(
         anchors, memory.features[:2], cascade.views, cascade.keep, mined, **ids,

@@ -16,6 +16,7 @@ from cpr_fast.mining.auto import Choice, choose
 from cpr_fast.mining.quality import MiningQuality
 from cpr_fast.mining.stages import STAGES
 from cpr_fast.models import Encoder, build_encoder
+from cpr_fast.ops import Shard
 from cpr_fast.pretrain.state import sharding
 from cpr_fast.pretrain.state.cascade import Cascade, rate_names
 from cpr_fast.pretrain.state.encoders import Encoders
@@ -60,7 +61,7 @@ class CycleState:
                 f"got {config.memory.size}"
             )
         self.encoders = _build_encoders(config, cycle, self.views, weights, clips, world)
-        self.memory = _build_memory(config, cycle, self.views, len(index), clips, world.device)
+        self.memory = _build_memory(config, cycle, self.views, len(index), clips, world)
         self.chooses = cycle.mining == "cascade" and config.mining.stages == "auto"
         # For queries of view 0 and 1; none before `choose_cascade`.
         self.cascades = [] if self.chooses or cycle.mining != "cascade" else [self._cascade(own) for own in (0, 1)]
@@ -223,17 +224,28 @@ def _build_encoders(
 
 
 def _build_memory(
-    config: Config, cycle: Cycle, views: tuple[View, ...], videos: int, clips: int, device: torch.device
+    config: Config, cycle: Cycle, views: tuple[View, ...], videos: int, clips: int, world: World
 ) -> Memory:
     """Builds a memory without keys. A bank holds intra-negatives as a third "view"."""
-    width, memory = config.model.feature_dim, config.memory
+    width, memory, device = config.model.feature_dim, config.memory, world.device
     if memory.kind == "bank":
         further = config.loss.intra_negatives != "none"
         return Bank(len(views) + further, videos, width, momentum=memory.bank_momentum, device=device)
     if memory.kind == "batch":
         return Memory(len(views), 2 * clips, width, device=device)
     seed = None if cycle.waits_for_queue(memory) else config.run.seed
-    return Memory(len(views), memory.size, width, seed=seed, device=device)
+    return Memory(len(views), memory.size, width, seed=seed, shard=_shard_of(config, world), device=device)
+
+
+def _shard_of(config: Config, world: World) -> Shard | None:
+    """Returns the slots whose features this process holds, None for all. Raises InputError for a queue that is too
+    small to be divided."""
+    if not config.memory.shard or world.size == 1:
+        return None
+    try:
+        return Shard(config.memory.size, world.rank, world.size)
+    except ValueError as error:
+        raise InputError(f"memory.shard: {error}") from None
 
 
 def initial_encoder(config: Config, view: View, weights: dict[str, dict[str, Tensor]]) -> Encoder:

@@ -74,7 +74,7 @@ class Health:
     def _measure_drift(self, keys: Tensor, video: Tensor) -> None:
         memory, number = self.memory, self.newest_key[video]  # [B]
         held = (number >= 0) & (number >= memory.count - memory.size)
-        stored = memory.features[0, number.clamp(min=0) % memory.size]  # [B, D]
+        stored = memory.entries(0, number.clamp(min=0) % memory.size)  # [B, D]
         distance = 1 - F.cosine_similarity(stored, keys.to(stored.dtype), dim=1)
         self.drift += torch.stack([torch.where(held, distance, 0).sum(), held.sum()])
         numbers = memory.count + torch.arange(len(video), device=video.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cpr_fast.config import Config, Cycle
-from cpr_fast.ops import mil_nce
+from cpr_fast.ops import mil_nce, sharded_mil_nce
 from cpr_fast.pretrain.state.memory import EMPTY, Memory
 from cpr_fast.pretrain.state.schedule import to_device
 from cpr_fast.pretrain.step.ids import IdMeaning
@@ -71,7 +71,8 @@ def contrast(
 
     Args:
         query, own_key: [B, D], f_q and f_q+.
-        entries: [E, D], the features of the memory in one view, followed by E - K further negatives.
+        entries: [E, D], the features of the memory in one view, followed by E - K further negatives. If the memory is
+            divided among the processes, [K_r, D], those of this process.
         mined: [B, P] int64 slots, -1 for padding, or None.
         ids: the ids of the queries.
         meaning: what equal ids mean.
@@ -82,13 +83,15 @@ def contrast(
     """
     if meaning.averaged:
         return _averaged_nce(query, own_key, entries, ids, memory, meaning, temperature, holds_own)
-    further = len(entries) - memory.size
     if not holds_own:
-        return mil_nce(
-            query, own_key, entries, mined,
-            query_ids=getattr(ids, meaning.ids), memory_ids=memory.ids(meaning.ids),
-            same_id=meaning.same_id, self_positive=meaning.self_positive, temperature=temperature,
-        )  # fmt: skip
+        features = (query, own_key, entries, mined)
+        settings = {"query_ids": getattr(ids, meaning.ids), "memory_ids": memory.ids(meaning.ids)[memory.held],
+                    "same_id": meaning.same_id, "self_positive": meaning.self_positive,
+                    "temperature": temperature}  # fmt: skip
+        if memory.shard is not None:
+            return sharded_mil_nce(*features, memory.shard, **settings)
+        return mil_nce(*features, **settings)
+    further = len(entries) - memory.size
     positives, memory_ids = mined, memory.video
     if meaning.same_id == "positive":
         slots = torch.arange(memory.size, device=query.device)

@@ -93,7 +93,7 @@ const char* cascade_mil_nce(const cpr_cascade_args* cascade, const cpr_mil_nce_a
   cpr_mil_nce_args unlisted = *args;
   unlisted.positives = nullptr;
   unlisted.P = 0;
-  return with_job<float>(*args, outputs, [&](Job<float>& job) -> const char* {
+  return with_job<float>(*args, outputs, chunks_per_part(args->K), [&](Job<float>& job) -> const char* {
     SharedJob shared{job, unlisted, nullptr};
     const char* failure = select_blocks(*cascade, parallel, view, [&](CascadeJob& block) {
       shared.cascade = &block;

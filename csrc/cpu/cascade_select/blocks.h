@@ -116,10 +116,11 @@ void pack_block(CascadeJob& job, float* row) {
   }
 }
 
-// Selects block by block. compute_keys(job) computes the keys of a block in the view `elsewhere`, if it is compared.
-template <class ComputeKeys>
-const char* select_blocks(const cpr_cascade_args& a, cpr_parallel_for parallel, int64_t elsewhere,
-                          ComputeKeys compute_keys) {
+// Computes the keys block by block and calls use(job) for each. compute_keys(job) computes the keys of a block in the
+// view `elsewhere`, if it is compared.
+template <class ComputeKeys, class Use>
+const char* for_blocks(const cpr_cascade_args& a, cpr_parallel_for parallel, int64_t elsewhere,
+                       ComputeKeys compute_keys, Use use) {
   if (a.K >= INT32_MAX - kKeyChunk) return "cascade_select: expected K < 2^31 - 64";
   const Scratch<int64_t> view_of(a.n), stage_row(a.n);
   if (!view_of.data || !stage_row.data) return kNoCascadeMemory;
@@ -143,10 +144,19 @@ const char* select_blocks(const cpr_cascade_args& a, cpr_parallel_for parallel, 
     pack_block(job, row.data);
     parallel(job.chunks, 4, key_chunks, &job);
     if (job.failure == nullptr && job.elsewhere >= 0) job.failure = compute_keys(job);
-    if (job.failure == nullptr) parallel(job.block_size, 1, job.U == 2 ? select_queries<2> : select_queries<0>, &job);
+    if (job.failure == nullptr) use(job);
     if (job.failure != nullptr) return job.failure;
   }
   return nullptr;
+}
+
+// Selects block by block.
+template <class ComputeKeys>
+const char* select_blocks(const cpr_cascade_args& a, cpr_parallel_for parallel, int64_t elsewhere,
+                          ComputeKeys compute_keys) {
+  return for_blocks(a, parallel, elsewhere, compute_keys, [&](CascadeJob& job) {
+    parallel(job.block_size, 1, job.U == 2 ? select_queries<2> : select_queries<0>, &job);
+  });
 }
 
 }  // namespace

@@ -11,11 +11,12 @@
 namespace cpr {
 namespace {
 
-#define CPR_TABLE(variant)                                                                                           \
-  KernelTable {                                                                                                      \
-    #variant, variant::cascade_select, variant::mil_nce_forward, variant::mil_nce_grad_memory,                       \
-        variant::cascade_mil_nce, variant::batch_norm_forward, variant::batch_norm_backward, variant::resize_frames, \
-        variant::convert_yuv420                                                                                      \
+#define CPR_TABLE(variant)                                                                                         \
+  KernelTable {                                                                                                    \
+    #variant, variant::cascade_select, variant::mil_nce_forward, variant::mil_nce_grad_memory,                     \
+        variant::cascade_mil_nce, variant::mil_nce_part_entries, variant::mil_nce_partial, variant::mil_nce_merge, \
+        variant::cascade_keys, variant::cascade_counts, variant::cascade_keep, variant::batch_norm_forward,        \
+        variant::batch_norm_backward, variant::resize_frames, variant::convert_yuv420                              \
   }
 
 // The variants that this machine can run, fastest first.
@@ -123,6 +124,39 @@ const char* cpr_cascade_mil_nce_cpu(const cpr_cascade_args* cascade, const cpr_m
                                     const cpr_mil_nce_outputs* outputs, cpr_parallel_for parallel) {
   if (const char* error = cpr_cpu_variant_error()) return error;
   return cpr::kernels().cascade_mil_nce(cascade, loss, view, outputs, parallel);
+}
+
+int64_t cpr_mil_nce_part_entries(int64_t K) { return cpr::kernels().mil_nce_part_entries(K); }
+
+const char* cpr_mil_nce_partial_cpu(const cpr_mil_nce_args* args, int64_t entries, void* partials,
+                                    cpr_parallel_for parallel) {
+  if (const char* error = cpr_cpu_variant_error()) return error;
+  return cpr::kernels().mil_nce_partial(args, entries, partials, parallel);
+}
+
+const char* cpr_mil_nce_merge_cpu(const cpr_mil_nce_args* args, const void* partials, int64_t S,
+                                  const cpr_mil_nce_outputs* outputs, cpr_parallel_for parallel) {
+  if (const char* error = cpr_cpu_variant_error()) return error;
+  return cpr::kernels().mil_nce_merge(args, partials, S, outputs, parallel);
+}
+
+const char* cpr_cascade_keys_cpu(const cpr_cascade_args* args, int32_t* keys, cpr_parallel_for parallel) {
+  if (const char* error = cpr_cpu_variant_error()) return error;
+  return cpr::kernels().cascade_keys(args, keys, parallel);
+}
+
+const char* cpr_cascade_counts_cpu(const int32_t* keys, const int32_t* prefix, int64_t B, int64_t K, int digit,
+                                   int32_t* counts, cpr_parallel_for parallel) {
+  if (const char* error = cpr_cpu_variant_error()) return error;
+  cpr::kernels().cascade_counts(keys, prefix, B, K, digit, counts, parallel);
+  return nullptr;
+}
+
+const char* cpr_cascade_keep_cpu(int32_t* keys, const int32_t* threshold, const int32_t* ties, int64_t U, int64_t B,
+                                 int64_t K, int64_t row, cpr_parallel_for parallel) {
+  if (const char* error = cpr_cpu_variant_error()) return error;
+  cpr::kernels().cascade_keep(keys, threshold, ties, U, B, K, row, parallel);
+  return nullptr;
 }
 
 const char* cpr_batch_norm_forward_cpu(const cpr_batch_norm_args* args, const cpr_batch_norm_running* running, float* y,

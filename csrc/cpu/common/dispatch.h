@@ -18,6 +18,15 @@ struct KernelTable {
                                      const void* lse_positive, void* grad_memory, cpr_parallel_for);
   const char* (*cascade_mil_nce)(const cpr_cascade_args*, const cpr_mil_nce_args*, int64_t view,
                                  const cpr_mil_nce_outputs*, cpr_parallel_for);
+  int64_t (*mil_nce_part_entries)(int64_t K);
+  const char* (*mil_nce_partial)(const cpr_mil_nce_args*, int64_t entries, void* partials, cpr_parallel_for);
+  const char* (*mil_nce_merge)(const cpr_mil_nce_args*, const void* partials, int64_t S, const cpr_mil_nce_outputs*,
+                               cpr_parallel_for);
+  const char* (*cascade_keys)(const cpr_cascade_args*, int32_t* keys, cpr_parallel_for);
+  void (*cascade_counts)(const int32_t* keys, const int32_t* prefix, int64_t B, int64_t K, int digit, int32_t* counts,
+                         cpr_parallel_for);
+  void (*cascade_keep)(int32_t* keys, const int32_t* threshold, const int32_t* ties, int64_t U, int64_t B, int64_t K,
+                       int64_t row, cpr_parallel_for);
   const char* (*batch_norm_forward)(const cpr_batch_norm_args*, const cpr_batch_norm_running*, float* y, double* mean,
                                     double* variance, cpr_parallel_for);
   const char* (*batch_norm_backward)(const cpr_batch_norm_args*, const double* mean, const double* variance,
@@ -38,6 +47,13 @@ const KernelTable& kernels();
                                   cpr_parallel_for);                                                                  \
   const char* cascade_mil_nce(const cpr_cascade_args*, const cpr_mil_nce_args*, int64_t, const cpr_mil_nce_outputs*,  \
                               cpr_parallel_for);                                                                      \
+  int64_t mil_nce_part_entries(int64_t);                                                                              \
+  const char* mil_nce_partial(const cpr_mil_nce_args*, int64_t, void*, cpr_parallel_for);                             \
+  const char* mil_nce_merge(const cpr_mil_nce_args*, const void*, int64_t, const cpr_mil_nce_outputs*,                \
+                            cpr_parallel_for);                                                                        \
+  const char* cascade_keys(const cpr_cascade_args*, int32_t*, cpr_parallel_for);                                      \
+  void cascade_counts(const int32_t*, const int32_t*, int64_t, int64_t, int, int32_t*, cpr_parallel_for);             \
+  void cascade_keep(int32_t*, const int32_t*, const int32_t*, int64_t, int64_t, int64_t, int64_t, cpr_parallel_for);  \
   const char* batch_norm_forward(const cpr_batch_norm_args*, const cpr_batch_norm_running*, float*, double*, double*, \
                                  cpr_parallel_for);                                                                   \
   const char* batch_norm_backward(const cpr_batch_norm_args*, const double*, const double*, const float*, float*,     \

@@ -13,30 +13,9 @@
 namespace cpr::CPR_VARIANT {
 namespace {
 
-// Computes parts begin..end-1 of [blocks, splits].
-template <class T>
-void accumulate_parts(int64_t begin, int64_t end, void* context) {
-  Job<T>& job = *static_cast<Job<T>*>(context);
-  const int64_t D = job.args.D;
-  const T inverse_temperature = static_cast<T>(1 / job.args.temperature);
-  const ExactArithmetic exact;
-  ChunkBuffers<T> buffers(D);
-  if (!buffers.complete()) {
-    job.failure = kNoMemory;
-    return;
-  }
-  for (int64_t i = begin; i < end; ++i) {
-    Part<T> positive(job.positive_parts ? job.positive_parts + i * Part<T>::size(D) : nullptr);
-    if (job.positive_parts) positive.clear(D);
-    accumulate_keys(job, i, buffers, [&](int64_t, int64_t count, const T* entries, const T* products) {
-      add_positives(positive, buffers.members, count, entries, D, products, inverse_temperature);
-    });
-  }
-}
-
 template <class T>
 const char* forward(const cpr_mil_nce_args& a, const cpr_mil_nce_outputs* outputs, cpr_parallel_for parallel) {
-  return with_job<T>(a, outputs, [&](Job<T>& job) {
+  return with_job<T>(a, outputs, chunks_per_part(a.K), [&](Job<T>& job) {
     parallel(job.blocks * job.splits, 1, accumulate_parts<T>, &job);
     if (job.failure == nullptr) parallel(a.B, 8, finish_queries<T>, &job);
     return job.failure;

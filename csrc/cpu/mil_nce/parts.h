@@ -139,6 +139,27 @@ void accumulate_keys(const Job<T>& job, int64_t i, ChunkBuffers<T>& buffers, Use
   });
 }
 
+// Computes parts begin..end-1 of [blocks, splits].
+template <class T>
+void accumulate_parts(int64_t begin, int64_t end, void* context) {
+  Job<T>& job = *static_cast<Job<T>*>(context);
+  const int64_t D = job.args.D;
+  const T inverse_temperature = static_cast<T>(1 / job.args.temperature);
+  const ExactArithmetic exact;
+  ChunkBuffers<T> buffers(D);
+  if (!buffers.complete()) {
+    job.failure = kNoMemory;
+    return;
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    Part<T> positive(job.positive_parts ? job.positive_parts + i * Part<T>::size(D) : nullptr);
+    if (job.positive_parts) positive.clear(D);
+    accumulate_keys(job, i, buffers, [&](int64_t, int64_t count, const T* entries, const T* products) {
+      add_positives(positive, buffers.members, count, entries, D, products, inverse_temperature);
+    });
+  }
+}
+
 // The running softmax of one query over terms of (maximum, sum, weighted sum of keys).
 template <class T>
 struct Softmax {
@@ -156,22 +177,29 @@ struct Softmax {
   T logsumexp() const { return max + static_cast<T>(log(static_cast<double>(sum))); }
 };
 
-// Merges the parts of one query, adds own_key and writes the outputs.
+// One group of sums of one query over one part of the memory: element d of `weighted` is `stride` elements after d - 1.
 template <class T>
-void finish_query(const Job<T>& job, int64_t b, const T* query, const T* own_key, Softmax<T> all, Softmax<T> positive) {
-  const cpr_mil_nce_args& a = job.args;
-  const int64_t block = b / kBlock, lane = b % kBlock, D = a.D;
+struct Term {
+  T max, sum;
+  const T* weighted;
+  int64_t stride;
+};
+
+// Merges the parts of one query in order, adds own_key and writes the outputs. all_keys(part) and positives(part)
+// return the sums of a part as a Term; a part without positives has the sum 0.
+template <class T, class AllKeys, class Positives>
+void finish_query(const cpr_mil_nce_args& a, const cpr_mil_nce_outputs& outputs, int64_t b, int64_t parts,
+                  const T* query, const T* own_key, Softmax<T> all, Softmax<T> positive, AllKeys all_keys,
+                  Positives positives) {
+  const int64_t D = a.D;
   bool has_other = false;
   for (int64_t d = 0; d < D; ++d) all.weighted[d] = positive.weighted[d] = 0;
-  for (int64_t split = 0; split < job.splits; ++split) {
-    const int64_t offset = (block * job.splits + split) * Part<T>::size(D);
-    const Part<T> part(job.all_parts + offset);
-    all.add(part.max[lane], part.sum[lane], part.weighted + lane, kBlock);
-    if (!job.positive_parts) continue;
-    const Part<T> listed(job.positive_parts + offset);
-    if (listed.sum[lane] == 0) continue;  // it is 0 only if the part holds no positive
+  for (int64_t part = 0; part < parts; ++part) {
+    const Term<T> term = all_keys(part), listed = positives(part);
+    all.add(term.max, term.sum, term.weighted, term.stride);
+    if (listed.sum == 0) continue;  // it is 0 only if the part holds no positive
     has_other = true;
-    positive.add(listed.max[lane], listed.sum[lane], listed.weighted + lane * D, 1);
+    positive.add(listed.max, listed.sum, listed.weighted, listed.stride);
   }
   const int64_t chosen = a.self_mode ? a.self_mode[b] : a.self_positive;
   const int64_t mode = has_other ? chosen : int64_t{CPR_SELF_KEEP};
@@ -185,11 +213,11 @@ void finish_query(const Job<T>& job, int64_t b, const T* query, const T* own_key
   const T in_all = mode != CPR_SELF_DROP_BOTH ? exp_scalar(own_score - lse_all) : 0;
   const T in_positive = mode == CPR_SELF_KEEP ? exp_scalar(own_score - lse_positive) : 0;
   const T inverse_temperature = static_cast<T>(1 / a.temperature);
-  static_cast<T*>(job.outputs->loss)[b] = lse_all - lse_positive;
-  static_cast<T*>(job.outputs->lse_all)[b] = lse_all;
-  static_cast<T*>(job.outputs->lse_positive)[b] = lse_positive;
-  static_cast<T*>(job.outputs->own_coefficient)[b] = (in_all - in_positive) * inverse_temperature;
-  T* grad = static_cast<T*>(job.outputs->grad_query) + b * D;
+  static_cast<T*>(outputs.loss)[b] = lse_all - lse_positive;
+  static_cast<T*>(outputs.lse_all)[b] = lse_all;
+  static_cast<T*>(outputs.lse_positive)[b] = lse_positive;
+  static_cast<T*>(outputs.own_coefficient)[b] = (in_all - in_positive) * inverse_temperature;
+  T* grad = static_cast<T*>(outputs.grad_query) + b * D;
   const T all_scale = inverse_temperature / all.sum, positive_scale = inverse_temperature / positive.sum;
   for (int64_t d = 0; d < D; ++d) grad[d] = all.weighted[d] * all_scale - positive.weighted[d] * positive_scale;
 }
@@ -205,19 +233,33 @@ void finish_queries(int64_t begin, int64_t end, void* context) {
     return;
   }
   for (int64_t b = begin; b < end; ++b) {
+    const int64_t lane = b % kBlock, first_part = b / kBlock * job.splits;
+    const auto all_keys = [&](int64_t split) {
+      const Part<T> part(job.all_parts + (first_part + split) * Part<T>::size(a.D));
+      return Term<T>{part.max[lane], part.sum[lane], part.weighted + lane, kBlock};
+    };
+    const auto positives = [&](int64_t split) {
+      if (!job.positive_parts) return Term<T>{kLowest<T>, 0, nullptr, 1};
+      const Part<T> part(job.positive_parts + (first_part + split) * Part<T>::size(a.D));
+      return Term<T>{part.max[lane], part.sum[lane], part.weighted + lane * a.D, 1};
+    };
     widen(a.query, a.dtype, b * a.D, a.D, query.data);
     widen(a.own_key, a.dtype, b * a.D, a.D, own_key.data);
-    finish_query(job, b, query.data, own_key.data, Softmax<T>{.weighted = all.data, .D = a.D},
-                 Softmax<T>{.weighted = positive.data, .D = a.D});
+    finish_query(a, *job.outputs, b, job.splits, query.data, own_key.data, Softmax<T>{.weighted = all.data, .D = a.D},
+                 Softmax<T>{.weighted = positive.data, .D = a.D}, all_keys, positives);
   }
+}
+
+// Returns the number of chunks in a part of a memory of K entries.
+int64_t chunks_per_part(int64_t K) {
+  const int64_t wanted = ceil_div(K, kSplit) < kMaxSplits ? ceil_div(K, kSplit) : kMaxSplits;
+  return ceil_div(ceil_div(K, kChunk), wanted);
 }
 
 // Allocates the buffers of a call, packs its queries and returns run(job).
 template <class T, class Run>
-const char* with_job(const cpr_mil_nce_args& a, const cpr_mil_nce_outputs* outputs, Run run) {
-  const int64_t blocks = ceil_div(a.B, kBlock), chunks = ceil_div(a.K, kChunk);
-  const int64_t wanted = ceil_div(a.K, kSplit) < kMaxSplits ? ceil_div(a.K, kSplit) : kMaxSplits;
-  const int64_t chunks_per_split = ceil_div(chunks, wanted), splits = ceil_div(chunks, chunks_per_split);
+const char* with_job(const cpr_mil_nce_args& a, const cpr_mil_nce_outputs* outputs, int64_t chunks_per_split, Run run) {
+  const int64_t blocks = ceil_div(a.B, kBlock), splits = ceil_div(ceil_div(a.K, kChunk), chunks_per_split);
   const bool has_positives = (a.positives && a.P > 0) || (a.query_ids && a.same_id == CPR_SAME_POSITIVE);
   const int64_t part_elements = blocks * splits * Part<T>::size(a.D);
   const Scratch<T> row(a.D), panels(blocks * a.D * kBlock), all(part_elements),
