@@ -1,6 +1,6 @@
 """The kernel package of `hub/write.py`: the rules of Hugging Face's kernel builder, and two builds in one process.
 
-The rules are those of its "Kernel requirements" [github.com/huggingface/kernels, docs/source/kernel-requirements.md].
+The rules are those of its page "Kernel requirements".
 """
 
 from __future__ import annotations
