@@ -1,9 +1,9 @@
 """Writes the operators as a kernel package for Hugging Face's kernel builder: `python hub/write.py FOLDER`.
 
-The folder is what `kernel-builder` [github.com/huggingface/kernels, docs/source/builder] takes: `build.toml`, the C++
-and CUDA sources it names, and the Python modules in `torch-ext/cpr_fast/`. It is written from `csrc/`, `cpr_fast/ops/`
-and the lists of CMakeLists.txt, and is not meant to be edited. The kernel builder adds to it `registration.h` and
-`_ops.py`, which hold the namespace of one build; two builds can therefore be loaded in one process.
+The folder is what `kernel-builder` takes [Hugging Face, "Writing Hub kernels with kernel-builder"]: `build.toml`, the
+C++ and CUDA sources that it names, and the Python modules in `torch-ext/cpr_fast/`. It is written from `csrc/`,
+`cpr_fast/ops/` and the lists of CMakeLists.txt, and is not meant to be edited. The kernel builder adds `registration.h`
+and `_ops.py` to it, which hold the namespace of one build; two builds can therefore be loaded in one process.
 
 The kernel builder compiles each source once. The kernels of the CPU are compiled once for each CPU variant, so each
 variant gets copies, which state the variant and its instructions in the lines above the source.

@@ -1,6 +1,6 @@
 """The kernel package of `hub/write.py`: the rules of Hugging Face's kernel builder, and two builds in one process.
 
-The rules are those of its "Kernel requirements" [github.com/huggingface/kernels, docs/source/kernel-requirements.md].
+The rules are those of its page "Kernel requirements".
 """
 
 from __future__ import annotations
@@ -122,6 +122,7 @@ def test_build_toml_names_every_source(package):
     assert {"general": {*settings["general"]}, "torch": {*settings["torch"]}, "kernel": {*kernel}} == KEYS
     assert re.fullmatch("[a-z][-a-z0-9]*[a-z0-9]", settings["general"]["name"])
     named = [*settings["torch"]["src"], *kernel["src"]]
+    assert "torch-ext/torch_binding.cpp" in named and "csrc/ops/registration.cpp" not in named
     written = [path for path in package.rglob("*") if path.suffix in (".cpp", ".cu", ".h", ".cuh")]
     assert sorted(named) == sorted(str(path.relative_to(package)) for path in written)
     # Everything but the NumPy helpers travels, and each kernel of the CPU once for each variant.
