@@ -8,6 +8,8 @@ of 256 counts per query, however many entries a stage keeps. `cascade_keep` then
 Letters in shapes: B queries, V views, K memory entries, D feature width, U compared views.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

@@ -9,6 +9,8 @@ every process holds whole parts of this size, the merge of all parts is `mil_nce
 Letters in shapes: B queries, K memory entries, D feature width, P positives, S parts.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch

@@ -9,6 +9,8 @@ Letters in shapes: R processes, B queries per process, V views, K entries of the
 feature width, P positives, S parts.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +43,7 @@ class Shard:
 
     Attributes:
         entries: number of entries in a part; the last part of the memory may hold fewer.
-        begin, end: the slots of this process are begin..end-1.
+        begin, end: the slots of this process are begin..end-1; its features are [end - begin, D].
 
     Raises:
         TypeError, ValueError: the message names the argument.
@@ -149,13 +151,13 @@ def sharded_cascade_select(
         rows = slice(first, first + at_once)
         ids = None if query_ids is None else query_ids[rows]
         keys = cascade_keys(queries[:, rows], memory, compared, query_ids=ids, memory_ids=memory_ids)
-        for stage, (view, count) in enumerate(zip(views[:-1], keep[:-1], strict=True)):
+        for stage, (view, count) in enumerate(zip(views[:-1], keep[:-1])):
             row = compared.index(view)
             cascade_keep(keys, row, *_threshold(keys[row], count, shard, group))
             if on_survivors is not None:
                 on_survivors(stage, rows, keys[0] != NO_KEY)
         found.append(_best(keys, compared.index(views[-1]), keep[-1], shard, group))
-    indices, scores = zip(*found, strict=True)
+    indices, scores = zip(*found)
     return torch.cat(indices), torch.cat(scores)
 
 
