@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cpr_fast.ops import _checks
 from cpr_fast.ops.cascade_select import check as check_cascade
-from cpr_fast.ops.mil_nce import divided
+from cpr_fast.ops.mil_nce import REDUCTIONS, divided
+from cpr_fast.ops.mil_nce import check as check_loss
 from cpr_fast.ops.partial.cascade import DIGITS, NO_KEY, cascade_counts, cascade_keep, cascade_keys, scores_of
 from cpr_fast.ops.partial.mil_nce import PART_MULTIPLE, mil_nce_merge, mil_nce_part_entries, mil_nce_partial
 
@@ -198,9 +199,15 @@ def sharded_mil_nce(
     """
     if isinstance(temperature, Tensor):
         (query, own_key, memory), temperature = divided(query, own_key, memory, temperature)
+    # Everything is checked before the first exchange: a process that raised an error later would let the others wait.
+    _checks.check_choice("reduction", reduction, REDUCTIONS)
+    modes = self_positive if isinstance(self_positive, Tensor) else None
+    settings = (modes, same_id, "keep" if modes is not None else self_positive, temperature)
+    check_loss(query, own_key, memory, None, query_ids, memory_ids, *settings)
     _check_shard(shard, len(memory), group)
     if positives is not None:
-        _checks.check_int64("positives", positives, (len(query), *positives.shape[1:]), query, "query")
+        columns = positives.shape[1:] if isinstance(positives, Tensor) and positives.dim() == 2 else ("P",)
+        _checks.check_int64("positives", positives, (len(query), *columns), query, "query")
         if _checks.readable(positives) and ((positives < -1) | (positives >= shard.size)).any():
             raise IndexError(f"positives: expected memory slots 0..{shard.size - 1} or -1")
         positives = shard.within(_gathered(positives, shard, group))

@@ -123,5 +123,23 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="shard: expected one of the 1 processes of the group, got one of 2"):
         half = Shard(K, 0, 2)
         sharded_cascade_select(inputs["queries"], inputs["memory"][:, : half.end], VIEWS, KEEP, half)
+    features = (inputs["queries"][0], inputs["own_key"], inputs["memory"][0])
+    for positives, error, message in (
+        ([[1]], TypeError, "positives: expected an int64 torch.Tensor"),
+        (torch.zeros(N, dtype=torch.int64), ValueError, r"positives: expected shape \[12, 'P'\], got \[12\]"),
+        (torch.zeros(3, 2, dtype=torch.int64), ValueError, r"positives: expected shape \[12, 2\], got \[3, 2\]"),
+    ):
+        with pytest.raises(error, match=message):
+            sharded_mil_nce(*features, positives, shard)
+    for changed, message in (
+        ({"temperature": -1.0}, "temperature: expected a positive"),
+        ({"reduction": "sum"}, "reduction: expected one of"),
+        ({"same_id": "other"}, "same_id: expected one of"),
+        ({"query_ids": inputs["query_ids"]}, "query_ids: requires memory_ids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sharded_mil_nce(*features, None, shard, **changed)
+    with pytest.raises(TypeError, match="query: expected a torch.Tensor of shape"):
+        sharded_mil_nce(features[0].numpy(), *features[1:], None, shard)
     with pytest.raises(IndexError, match="positives: expected memory slots 0..5002 or -1"):
         sharded_mil_nce(inputs["queries"][0], inputs["own_key"], inputs["memory"][0], torch.full((N, 1), K), shard)
