@@ -110,6 +110,23 @@ def test_shards_are_whole_parts_that_cover_the_memory(size, processes):
     assert all(((row >= 0) <= (row + shard.begin == slots)).all() for row, shard in zip(inside, shards, strict=True))
 
 
+def test_one_process_computes_the_same_on_every_device(device):
+    inputs, shard = example(), Shard(K, 0, 1)
+    columns = ("query_ids", "memory_ids")
+    ids = {name: inputs[name] for name in columns}
+    indices, scores = cascade_select(inputs["queries"], inputs["memory"], VIEWS, KEEP, **ids)
+    held = {"memory": inputs["memory"][0], "memory_ids": inputs["memory_ids"]}
+    expected, _ = loss_of(mil_nce, inputs, slice(N), indices, 0.3, **held)
+    there = {name: tensor.to(device) for name, tensor in inputs.items()}
+    ids = {name: there[name] for name in columns}
+    found = sharded_cascade_select(there["queries"], there["memory"], VIEWS, KEEP, shard, **ids)
+    assert torch.equal(found[0].cpu(), indices) and torch.equal(found[1].cpu(), scores)
+    held = {"memory": there["memory"][0], "memory_ids": there["memory_ids"]}
+    loss, _ = loss_of(sharded_mil_nce, there, slice(N), found[0], 0.3, shard, **held)
+    for value, reference in zip(loss, expected, strict=True):
+        torch.testing.assert_close(value.cpu(), reference, rtol=1e-5, atol=1e-5)
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="processes: expected at most 2 for a memory of 2000 entries, .* got 3"):
         Shard(2000, 0, 3)
