@@ -42,7 +42,7 @@ class Shard:
 
     Attributes:
         entries: number of entries in a part; the last part of the memory may hold fewer.
-        begin, end: the slots of this process are begin..end-1.
+        begin, end: the slots of this process, [begin, end).
 
     Raises:
         TypeError, ValueError: the message names the argument.
@@ -50,7 +50,7 @@ class Shard:
     Example:
         >>> shard = Shard(10_000, rank=1, processes=4)
         >>> shard.begin, shard.end
-        (2560, 5120)
+        (2048, 5120)
     """
 
     size: int
@@ -191,7 +191,8 @@ def sharded_mil_nce(
         The loss of this process, [] for "mean", [B] for "none".
 
     Raises:
-        TypeError, ValueError, IndexError, NotImplementedError: as `mil_nce`.
+        TypeError, ValueError, IndexError, NotImplementedError: as `mil_nce`. On CUDA, where values are not read, a
+        positive outside the memory is ignored.
 
     Example:
         >>> query, own_key, memory = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16), torch.randn(3000, 16)
@@ -206,10 +207,7 @@ def sharded_mil_nce(
     check_loss(query, own_key, memory, None, query_ids, memory_ids, *settings)
     _check_shard(shard, len(memory), group)
     if positives is not None:
-        columns = positives.shape[1:] if isinstance(positives, Tensor) and positives.dim() == 2 else ("P",)
-        _checks.check_int64("positives", positives, (len(query), *columns), query, "query")
-        if _checks.readable(positives) and ((positives < -1) | (positives >= shard.size)).any():
-            raise IndexError(f"positives: expected memory slots 0..{shard.size - 1} or -1")
+        _check_positives(positives, query, shard)
         positives = shard.within(_gathered(positives, shard, group))
     partials = mil_nce_partial(
         _gathered(query.detach(), shard, group), memory, positives, entries=shard.entries,
@@ -228,6 +226,13 @@ def _check_shard(shard: Shard, entries: int, group: dist.ProcessGroup | None) ->
     processes = dist.get_world_size(group) if dist.is_initialized() else 1
     if processes != shard.processes:
         raise ValueError(f"shard: expected one of the {processes} processes of the group, got one of {shard.processes}")
+
+
+def _check_positives(positives: Tensor, query: Tensor, shard: Shard) -> None:
+    columns = positives.shape[1:] if isinstance(positives, Tensor) and positives.dim() == 2 else ("P",)
+    _checks.check_int64("positives", positives, (len(query), *columns), query, "query")
+    if _checks.readable(positives) and ((positives < -1) | (positives >= shard.size)).any():
+        raise IndexError(f"positives: expected memory slots 0..{shard.size - 1} or -1")
 
 
 def _gathered(tensor: Tensor, shard: Shard, group: dist.ProcessGroup | None) -> Tensor:
