@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..binding import checks
 from ..cascade_select import check as check_cascade
-from ..mil_nce import divided
+from ..mil_nce import REDUCTIONS, divided
+from ..mil_nce import check as check_loss
 from .cascade import DIGITS, NO_KEY, cascade_counts, cascade_keep, cascade_keys, scores_of
 from .mil_nce import PART_MULTIPLE, mil_nce_merge, mil_nce_part_entries, mil_nce_partial
 
@@ -43,7 +44,7 @@ class Shard:
 
     Attributes:
         entries: number of entries in a part; the last part of the memory may hold fewer.
-        begin, end: the slots of this process are begin..end-1; its features are [end - begin, D].
+        begin, end: the slots of this process, [begin, end).
 
     Raises:
         TypeError, ValueError: the message names the argument.
@@ -51,7 +52,7 @@ class Shard:
     Example:
         >>> shard = Shard(10_000, rank=1, processes=4)
         >>> shard.begin, shard.end
-        (2560, 5120)
+        (2048, 5120)
     """
 
     size: int
@@ -192,7 +193,8 @@ def sharded_mil_nce(
         The loss of this process, [] for "mean", [B] for "none".
 
     Raises:
-        TypeError, ValueError, IndexError, NotImplementedError: as `mil_nce`.
+        TypeError, ValueError, IndexError, NotImplementedError: as `mil_nce`. On CUDA, where values are not read, a
+        positive outside the memory is ignored.
 
     Example:
         >>> query, own_key, memory = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16), torch.randn(3000, 16)
@@ -200,11 +202,14 @@ def sharded_mil_nce(
     """
     if isinstance(temperature, Tensor):
         (query, own_key, memory), temperature = divided(query, own_key, memory, temperature)
+    # Everything is checked before the first exchange: a process that raised an error later would let the others wait.
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    modes = self_positive if isinstance(self_positive, Tensor) else None
+    settings = (modes, same_id, "keep" if modes is not None else self_positive, temperature)
+    check_loss(query, own_key, memory, None, query_ids, memory_ids, *settings)
     _check_shard(shard, len(memory), group)
     if positives is not None:
-        checks.check_int64("positives", positives, (len(query), *positives.shape[1:]), query, "query")
-        if checks.readable(positives) and ((positives < -1) | (positives >= shard.size)).any():
-            raise IndexError(f"positives: expected memory slots 0..{shard.size - 1} or -1")
+        _check_positives(positives, query, shard)
         positives = shard.within(_gathered(positives, shard, group))
     partials = mil_nce_partial(
         _gathered(query.detach(), shard, group), memory, positives, entries=shard.entries,
@@ -223,6 +228,13 @@ def _check_shard(shard: Shard, entries: int, group: dist.ProcessGroup | None) ->
     processes = dist.get_world_size(group) if dist.is_initialized() else 1
     if processes != shard.processes:
         raise ValueError(f"shard: expected one of the {processes} processes of the group, got one of {shard.processes}")
+
+
+def _check_positives(positives: Tensor, query: Tensor, shard: Shard) -> None:
+    columns = positives.shape[1:] if isinstance(positives, Tensor) and positives.dim() == 2 else ("P",)
+    checks.check_int64("positives", positives, (len(query), *columns), query, "query")
+    if checks.readable(positives) and ((positives < -1) | (positives >= shard.size)).any():
+        raise IndexError(f"positives: expected memory slots 0..{shard.size - 1} or -1")
 
 
 def _gathered(tensor: Tensor, shard: Shard, group: dist.ProcessGroup | None) -> Tensor:

@@ -110,6 +110,23 @@ def test_shards_are_whole_parts_that_cover_the_memory(size, processes):
     assert all(((row >= 0) <= (row + shard.begin == slots)).all() for row, shard in zip(inside, shards, strict=True))
 
 
+def test_one_process_computes_the_same_on_every_device(device):
+    inputs, shard = example(), Shard(K, 0, 1)
+    columns = ("query_ids", "memory_ids")
+    ids = {name: inputs[name] for name in columns}
+    indices, scores = cascade_select(inputs["queries"], inputs["memory"], VIEWS, KEEP, **ids)
+    held = {"memory": inputs["memory"][0], "memory_ids": inputs["memory_ids"]}
+    expected, _ = loss_of(mil_nce, inputs, slice(N), indices, 0.3, **held)
+    there = {name: tensor.to(device) for name, tensor in inputs.items()}
+    ids = {name: there[name] for name in columns}
+    found = sharded_cascade_select(there["queries"], there["memory"], VIEWS, KEEP, shard, **ids)
+    assert torch.equal(found[0].cpu(), indices) and torch.equal(found[1].cpu(), scores)
+    held = {"memory": there["memory"][0], "memory_ids": there["memory_ids"]}
+    loss, _ = loss_of(sharded_mil_nce, there, slice(N), found[0], 0.3, shard, **held)
+    for value, reference in zip(loss, expected, strict=True):
+        torch.testing.assert_close(value.cpu(), reference, rtol=1e-5, atol=1e-5)
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="processes: expected at most 2 for a memory of 2000 entries, .* got 3"):
         Shard(2000, 0, 3)
@@ -123,5 +140,23 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="shard: expected one of the 1 processes of the group, got one of 2"):
         half = Shard(K, 0, 2)
         sharded_cascade_select(inputs["queries"], inputs["memory"][:, : half.end], VIEWS, KEEP, half)
+    features = (inputs["queries"][0], inputs["own_key"], inputs["memory"][0])
+    for positives, error, message in (
+        ([[1]], TypeError, "positives: expected an int64 torch.Tensor"),
+        (torch.zeros(N, dtype=torch.int64), ValueError, r"positives: expected shape \[12, 'P'\], got \[12\]"),
+        (torch.zeros(3, 2, dtype=torch.int64), ValueError, r"positives: expected shape \[12, 2\], got \[3, 2\]"),
+    ):
+        with pytest.raises(error, match=message):
+            sharded_mil_nce(*features, positives, shard)
+    for changed, message in (
+        ({"temperature": -1.0}, "temperature: expected a positive"),
+        ({"reduction": "sum"}, "reduction: expected one of"),
+        ({"same_id": "other"}, "same_id: expected one of"),
+        ({"query_ids": inputs["query_ids"]}, "query_ids: requires memory_ids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sharded_mil_nce(*features, None, shard, **changed)
+    with pytest.raises(TypeError, match="query: expected a torch.Tensor of shape"):
+        sharded_mil_nce(features[0].numpy(), *features[1:], None, shard)
     with pytest.raises(IndexError, match="positives: expected memory slots 0..5002 or -1"):
         sharded_mil_nce(inputs["queries"][0], inputs["own_key"], inputs["memory"][0], torch.full((N, 1), K), shard)
