@@ -65,7 +65,7 @@ def cell(value: float | None) -> str:
 def parts(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
     """Yields the parts of the rows that are judged, with their names: the runs on which the score was chosen, then the
     others by set and view."""
-    chosen = [row for row in rows if row["set"] == "synthetic" and row["run"] in CHOSEN_ON]
+    chosen = [row for row in rows if row["run"] in CHOSEN_ON]
     held = [row for row in rows if row not in chosen]
     of_sets = (("", name, [row for row in held if row["set"] == name]) for name in SETS)
     named = [("chosen on: ", "synthetic", chosen), *of_sets]
@@ -76,6 +76,14 @@ def parts(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
         if part:
             yield f"{prefix}{TITLES[name]}, both views", part
     yield "held out, all sets", held
+
+
+def mean_of_views(rows: list[Row], target: str) -> float | None:
+    """Returns the mean correlation of the score over the held-out rows of each set and view."""
+    held = [row for row in rows if row["run"] not in CHOSEN_ON]
+    found = [correlation(group, "score", target) for group in groups(held, lambda row: (row["set"], row["view"]))]
+    known = [value for value in found if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def tables(rows: list[Row]) -> Iterator[str]:
@@ -97,6 +105,12 @@ def tables(rows: list[Row]) -> Iterator[str]:
         lines.append([name, str(len(part)), str(len({row["run"] for row in part})), *cells, ceiling,
                       *map(cell, extra)])  # fmt: skip
     yield markdown_table(header, lines)
+    means = [mean_of_views(rows, target) for target in TARGETS]
+    yield (
+        "Mean over the sets and views of the held-out rows: "
+        + ", ".join(f"{title} {plain(mean)}" for title, mean in zip(TARGETS.values(), means, strict=True))
+        + "."
+    )
     yield "### Each sign alone\n\nSpearman's correlation with mAP and, after the slash, with R@1 among all videos."
     signs = ["score", *SIGNS]
     alone = []

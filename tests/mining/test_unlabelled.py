@@ -100,6 +100,9 @@ def test_collapsed_features_do_not_win():
     }
     scores = {name: unlabelled_score(values, ids)["score"] for name, values in collapsed.items()}
     assert all(score < 0.8 * good for score in scores.values()), (good, scores)
+    for equal in (torch.zeros_like(features), point):  # equal features share their ranks: none is near
+        found = unlabelled_score(equal, ids)
+        assert max(found[sign] for sign in ("same_video", "siblings", "neighbours")) < 0
     for name in ("zeros", "one point", "one point, but for rounding", "noise"):
         assert scores[name] < 0.1 * good, (name, scores[name])
 
