@@ -315,7 +315,8 @@ def _measure_online(run: Run, state: CycleState, rows: StepLog, epoch: int, step
     """Measures the encoder that learns, by labels or without; returns whether it is the cycle's best so far."""
     run.watch.doing(f"measuring the encoder after step {step + 1}")
     measured, by = run.online.measure(state.encoders.query, state.cycle.view), run.online.by
-    best = state.best is None or measured[by] > state.best[by]
+    before = (state.best or {}).get(by)  # None also where another measure chose before the run was resumed
+    best = before is None or measured[by] > before
     if best:
         state.best = {"epoch": epoch, by: measured[by]}
     rows.online(epoch, step, measured, best)

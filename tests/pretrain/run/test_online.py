@@ -14,7 +14,7 @@ from torch import nn
 pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")
 
 from support.processes.two_processes import VIDEOS, torchrun
-from support.small_runs import ALONE, assert_same, rows, run, settings
+from support.small_runs import ALONE, Killed, assert_same, killed_at, rows, run, settings
 from support.stand_in_loader import NoisyLoader, RandomLoader, make_index
 
 from cpr_fast.config import Config, ConfigError
@@ -28,7 +28,7 @@ from cpr_fast.models import build_encoder
 from cpr_fast.pretrain.run.loop import pretrain
 from cpr_fast.pretrain.run.online import OnlineRetrieval, OnlineScore
 from cpr_fast.runtime import distributed
-from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders
+from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -202,6 +202,18 @@ def test_labels_can_be_left_unused(tmp_path):
     assert rows(bare, "step") == rows(kept, "step")
     with pytest.raises(ConfigError, match=r"health.online_measure: expected .*'score'.*got 'labels'"):
         settings(tmp_path, health={"online_measure": "labels"})
+
+
+def test_another_measure_after_resuming_begins_anew(tmp_path):
+    config = settings(tmp_path / "run", health={"online_every": 1, "online_measure": "score"})
+    with pytest.raises(Killed):
+        run(config, killed_at(1, 0))
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    saved = load_checkpoint(last)
+    saved["cycle_state"]["best"] = {"epoch": 0, "r@1": 0.9}
+    save_checkpoint(last, saved)
+    run(config, resume=True)
+    assert rows(tmp_path / "run", "online")[1]["best"]
 
 
 def test_a_shared_encoder_is_scored_in_the_view_of_its_cycle(tmp_path):
