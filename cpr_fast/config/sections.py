@@ -352,8 +352,11 @@ class HealthConfig:
     # neighbours; PMR and mining R@1 are measured on all. None: all, and with data.features 64, because this
     # measurement would take most of a step.
     mining_queries: int | None = None
-    online_every: int = 0  # epochs between measurements of retrieval R@1 on held-out videos; 0: never
-    online_videos: int = 512  # number of held-out videos
+    online_every: int = 0  # epochs between the measurements that choose best.pt; 0: never
+    # What is measured. "r@1": retrieval among held-out videos, which needs labels; "score": the score without labels,
+    # on training videos; "auto": R@1, and the score if no training video has a label.
+    online_measure: Literal["auto", "r@1", "score"] = "auto"
+    online_videos: int = 512  # number of videos that are measured
     online_split: str = "val"  # split of the held-out videos; do not use a split whose results you report
 
     def rank_limit(self, queries: int) -> float:

@@ -24,8 +24,8 @@ def unreached_epochs(config: Config) -> Iterator[str]:
     every, epochs = config.health.online_every, sum(cycle.epochs for cycle in config.schedule.cycles)
     if every > epochs:
         yield (
-            f"health.online_every is {every}, but the run ends after {counted(epochs, 'epoch')}: retrieval is never "
-            f"measured. Set it to {epochs} or less"
+            f"health.online_every is {every}, but the run ends after {counted(epochs, 'epoch')}: best.pt is "
+            f"never written. Set it to {epochs} or less"
         )
 
 

@@ -170,7 +170,7 @@ class _Queries:
     def of(cls, features: Tensor, ids: Tensor) -> _Queries:
         filled = (ids != -1).nonzero().flatten()
         rows = filled[:: max(1, -(-len(filled) // QUERIES))]
-        sibling = _siblings(ids)[rows]
+        sibling = siblings_of(ids)[rows]
         paired = ((sibling >= 0) & (ids[rows] != -1)).nonzero().flatten()
         if len(paired) < PAIRS:
             paired = paired[:0]
@@ -229,7 +229,7 @@ class _Queries:
         return torch.cat(parts)
 
 
-def _siblings(ids: Tensor) -> Tensor:
+def siblings_of(ids: Tensor) -> Tensor:
     """Returns for every slot the next one of the same source, after the last of them the first: [K] int64, -1 for a
     slot that is alone."""
     order = torch.argsort(ids, stable=True)

@@ -25,7 +25,7 @@ from cpr_fast.wording import counted
 
 FORMAT = "cpr_fast checkpoint"
 VERSION = 1
-LAST, BEST = CHECKPOINTS  # the best result of online retrieval, see `cpr_fast.pretrain.run.online`
+LAST, BEST = CHECKPOINTS  # the best one by what is measured between epochs, see `cpr_fast.pretrain.run.online`
 
 
 def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> Path:

@@ -31,9 +31,7 @@ def test_a_milestone_after_the_last_epoch_is_named(given, said):
 
 def test_an_interval_longer_than_the_run_is_named():
     late = config({"epochs": 5}, health={"online_every": 6}, run={"log_every": 100, "checkpoint_every": 41})
-    assert "health.online_every is 6, but the run ends after 5 epochs: retrieval is never" in next(
-        unreached_epochs(late)
-    )
+    assert "health.online_every is 6, but the run ends after 5 epochs: best.pt is never" in next(unreached_epochs(late))
     logged, saved = unreached_steps(late, 40)
     assert "run.log_every is 100, but the run ends after 40 steps: no step is logged" in logged
     assert "run.checkpoint_every is 41, but the run ends after 40 steps" in saved

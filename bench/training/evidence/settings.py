@@ -242,7 +242,7 @@ LATER_SETTINGS = {
     "data": {"features": "", "window": 8192},
     "model": {"args": {}, "pool": "auto", "mean": (), "std": ()},
     "memory": {"final_ema_momentum": None, "shard": False},
-    "health": {"mining_queries": None},
+    "health": {"mining_queries": None, "online_measure": "auto"},
     "optim": {"schedule": "steps", "final_lr": 0.0, "warmup_epochs": 0.0, "betas": (0.9, 0.999), "eps": 1e-8,
               "final_weight_decay": None, "decay_norms_and_biases": True, "clip_norm": 0.0},
     "run": {"shard": False, "wandb": False, "trackio": False},

@@ -238,7 +238,8 @@ class StepLog:
         return None if chosen == before else text
 
     def online(self, epoch: int, step: int, measured: dict[str, Any], best: bool) -> None:
-        """Writes the result of online retrieval after an epoch. Its time does not count for the next epoch."""
+        """Writes what was measured after an epoch to choose the best checkpoint. Its time does not count for the next
+        epoch."""
         self._write({"kind": "online", "epoch": epoch, "step": step, **self.common, **measured, "best": best})
         self.epoch_began = time.perf_counter()
         self._restart_clock()

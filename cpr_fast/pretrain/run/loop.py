@@ -28,10 +28,10 @@ from cpr_fast.pretrain.run.checks import CyclePlan, check_run, plan_cycles
 from cpr_fast.pretrain.run.dump import dump_memory
 from cpr_fast.pretrain.run.folder import on_main, only_writer, open_metrics, open_run
 from cpr_fast.pretrain.run.log import LedgerRows, StepLog
-from cpr_fast.pretrain.run.online import OnlineRetrieval
+from cpr_fast.pretrain.run.online import OnlineRetrieval, OnlineScore, open_online
 from cpr_fast.pretrain.run.outcome import outcome
 from cpr_fast.pretrain.run.summary import Pace, end_line, start_lines
-from cpr_fast.pretrain.run.videos import digest, every_video, on_features, training_videos
+from cpr_fast.pretrain.run.videos import digest, on_features, training_videos
 from cpr_fast.pretrain.state.cycle import CycleState
 from cpr_fast.pretrain.state.schedule import CycleRates, cycle_epochs
 from cpr_fast.pretrain.step.result import StepResult
@@ -75,7 +75,7 @@ class Run:
     writer: MetricsWriter | None  # None in all processes but the first
     ledger: LedgerRows | None  # the same, unless the caller of `pretrain` gave one
     saves: bool  # whether it writes checkpoints: unless the caller gave a ledger
-    online: OnlineRetrieval | None
+    online: OnlineRetrieval | OnlineScore | None
     progress: bool
     stop: StopRequest
     watch: Watchdog
@@ -134,7 +134,7 @@ def pretrain(
         watch = stack.enter_context(Watchdog(world, config.run.stall_timeout_s, _notes(writer)))
         stack.enter_context(torch.random.fork_rng([world.device] if world.device.type == "cuda" else []))
         torch.manual_seed(config.run.seed)
-        online = _online(config, held_out, world, watch, make_windows)
+        online = open_online(config, index, held_out, world, watch, make_loader, make_windows)
         run = Run(config, world, index, videos, plans, warnings, folder, make_loader, writer, ledger, saves, online,
                   progress and world.is_main, stop, watch)  # fmt: skip
         weights = saved["encoders"] if saved else load_initial(config.model)
@@ -156,24 +156,6 @@ def _loader_of(index: Index) -> Callable[..., Loader]:
 def _notes(writer: MetricsWriter | None) -> Callable[[str], None]:
     """Returns a function that writes a sentence as a row `note`; in processes that do not write it does nothing."""
     return lambda text: None if writer is None else writer.write({"kind": "note", "text": text})
-
-
-def _online(
-    config: Config,
-    held_out: Index | None,
-    world: World,
-    watch: Watchdog,
-    make_windows: Callable[[Index, View], Any] | None,
-) -> OnlineRetrieval | None:
-    """Returns the object that measures retrieval between epochs, or None if `health.online_every` is 0."""
-    if not config.health.online_every:
-        return None
-    if held_out is None:
-        try:
-            held_out = every_video(config.data).select(split=config.health.online_split).long_enough(config.data)
-        except InputError as error:
-            raise InputError(f"health.online_split: {error}") from None
-    return OnlineRetrieval(config, held_out, [c.view for c in config.schedule.cycles], world, watch, make_windows)
 
 
 def _begin(run: Run, saved: dict[str, Any] | None) -> None:
@@ -307,7 +289,7 @@ def _after_step(
             dump_memory(run.folder, state, number)
         state.start_epoch()
         if run.online is not None and (epoch + 1) % run.config.health.online_every == 0:
-            best = _measure_retrieval(run, state, rows, epoch, step)
+            best = _measure_online(run, state, rows, epoch, step)
     every, signum = run.config.run.checkpoint_every, distributed.largest(run.stop.signum)
     if last or signum or (every and (step + 1) % every == 0):
         run.watch.doing(f"writing the checkpoint of step {step + 1}")
@@ -329,13 +311,14 @@ def _pace(run: Run, state: CycleState, number: int, left: int) -> Pace:
     return Pace(filling, learning, waiting, plan.epoch_steps)
 
 
-def _measure_retrieval(run: Run, state: CycleState, rows: StepLog, epoch: int, step: int) -> bool:
-    """Measures online retrieval of the encoder that learns; returns whether its R@1 is the cycle's best so far."""
-    run.watch.doing(f"measuring retrieval after step {step + 1}")
-    measured = run.online.measure(state.encoders.query, state.cycle.view)
-    best = state.best is None or measured["r@1"] > state.best["r@1"]
+def _measure_online(run: Run, state: CycleState, rows: StepLog, epoch: int, step: int) -> bool:
+    """Measures the encoder that learns, by labels or without; returns whether it is the cycle's best so far."""
+    run.watch.doing(f"measuring the encoder after step {step + 1}")
+    measured, by = run.online.measure(state.encoders.query, state.cycle.view), run.online.by
+    before = (state.best or {}).get(by)  # None also where another measure chose before the run was resumed
+    best = before is None or measured[by] > before
     if best:
-        state.best = {"epoch": epoch, "r@1": measured["r@1"]}
+        state.best = {"epoch": epoch, by: measured[by]}
     rows.online(epoch, step, measured, best)
     return best
 

@@ -82,7 +82,7 @@ class CycleState:
         )
         self.grad_norm: Tensor | None = None  # of the newest optimiser step, 0-d; only with optim.clip_norm
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=world.device)  # epoch sums: loss, optimiser steps
-        self.best: dict[str, Any] | None = None  # best online retrieval: its epoch and "r@1"
+        self.best: dict[str, Any] | None = None  # best online measurement: its epoch and its "r@1" or "score"
         self.weight_norms = self._weight_norms()  # at the start of the epoch
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cpr_fast.config import HealthConfig
+from cpr_fast.mining.unlabelled import effective_rank
 from cpr_fast.pretrain.state.memory import EMPTY, Memory
 from cpr_fast.wording import counted
 
@@ -28,17 +29,6 @@ def feature_std(features: Tensor) -> Tensor:
     """
     units = F.normalize(features, dim=1)
     return units.std(0, correction=0).mean() * math.sqrt(features.shape[1])
-
-
-def effective_rank(features: Tensor) -> Tensor:
-    """Returns the effective rank of N directions [N, D], 0-d in 1..min(N, D): the number of dimensions that they use.
-
-    It is exp(entropy) of the singular values of the unit vectors, normalised to sum 1 [Roy and Vetterli 2007; RankMe,
-    Garrido et al. 2023].
-    """
-    shares = torch.linalg.svdvals(F.normalize(features, dim=1))
-    shares = shares / shares.sum()
-    return torch.special.entr(shares).sum().exp()
 
 
 class Health:

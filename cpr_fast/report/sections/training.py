@@ -77,7 +77,7 @@ def _step_losses(run: Run) -> list[Line]:
 
 
 def _health_figures(run: Run) -> list[Chart]:
-    """Draws the effective rank of the queries and R@1 while training, where the run measured them."""
+    """Draws the effective rank of the queries, and R@1 or the score without labels, where the run measured them."""
     figures = []
     ranks = []
     for view in VIEWS:
@@ -87,14 +87,15 @@ def _health_figures(run: Run) -> list[Chart]:
             ranks.append(Line(VIEW_NAMES[view], [row["epoch"] + 1 for row in rows], values, SERIES[view]))
     if ranks:
         figures.append(line_figure(ranks, x="epoch", y="Effective rank of the queries"))
-    online = []
-    for view in VIEWS:
-        rows = [row for row in run.online if row["view"] == view]
-        if rows:
-            values = [row["r@1"] for row in rows]
-            online.append(Line(VIEW_NAMES[view], [row["epoch"] + 1 for row in rows], values, SERIES[view]))
-    if online:
-        figures.append(line_figure(online, x="epoch", y="R@1 while training, held-out videos", percent=True))
+    for measure, title in (("r@1", "R@1 while training, held-out videos"), ("score", "Score without labels")):
+        online = []
+        for view in VIEWS:
+            rows = [row for row in run.online if row["view"] == view and measure in row]
+            if rows:
+                values = [row[measure] for row in rows]
+                online.append(Line(VIEW_NAMES[view], [row["epoch"] + 1 for row in rows], values, SERIES[view]))
+        if online:
+            figures.append(line_figure(online, x="epoch", y=title, percent=measure == "r@1"))
     return figures
 
 

@@ -138,6 +138,7 @@ def health_rows() -> list[dict]:
         for epoch in range(3)
     ]
     rows.append({"kind": "online", "epoch": 2, "step": 6, "view": "rgb", "r@1": 0.5})
+    rows.append({"kind": "online", "epoch": 2, "step": 6, "view": "rgb", "score": 4.5})
     return [*rows, {"kind": "alarm", "epoch": 2, "step": 6, "text": "the rgb features may have collapsed"}]
 
 

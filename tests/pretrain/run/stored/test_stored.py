@@ -152,6 +152,15 @@ def test_online_retrieval_reads_the_store(store, tmp_path):
     assert row["videos"] == 80 and row["r@1"] > 2 * row["chance_r@1"]
 
 
+def test_the_score_without_labels_reads_two_samples_of_the_store(store, tmp_path):
+    cycles = [{"view": "rgb", "epochs": 2, "mining": "none"}]
+    health = {"online_every": 1, "online_measure": "score", "online_videos": 40}
+    out = run(settings(store, tmp_path / "run", cycles, health=health))
+    found = rows(out, "online")
+    assert [row["videos"] for row in found] == [32, 32] and found[0]["same_video"] > 0.1  # two batches of 16
+    assert_same(trained(out)["encoders"], trained(run(settings(store, tmp_path / "bare", cycles)))["encoders"])
+
+
 def test_bad_input_is_named_before_any_work(store, tmp_path):
     def refused(said, config):
         with pytest.raises(InputError, match=said):
