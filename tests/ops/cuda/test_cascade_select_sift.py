@@ -177,11 +177,12 @@ def test_misled_queries_beside_others_and_more_than_blocks(streamed, precision):
     torch.testing.assert_close(list(found), list(ops.cascade_select(*inputs)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("slots", [[0, 261, 5 * 128 + 31], [64, 128 + 100, 9 * 128 + 127]])
+@pytest.mark.parametrize("slots", [[0, 261, 5 * 128 + 31], [128 + 64, 3 * 128 + 100, 9 * 128 + 127]])
 @pytest.mark.parametrize("view", [0, 1])
 def test_a_single_key_whose_score_has_a_great_error(streamed, slots, view):
     """Two terms of bfloat16 do not hold 131,329, so that tensor cores score these keys 0 instead of 1. Their norm must
-    keep all entries of their tile from being settled, wherever in the tile they are, and widen the refined range."""
+    keep all entries of their tile from being settled, wherever in it they are, and widen the refined range, also if
+    none is in the first tile."""
     queries, memory = torch.ones(2, 2, 2), 0.1 * normal(2, K, 2, seed=29)
     memory[view, slots] = torch.tensor([131_329.0, -131_328.0])
     assert_selects(streamed, queries, memory, [view, 1 - view, view], [4000, 2500, 30])
