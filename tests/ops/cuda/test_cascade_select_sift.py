@@ -94,7 +94,7 @@ def test_a_refined_threshold_that_is_infinite(streamed):
     queries = torch.cat([torch.ones(2, 1, 4), -torch.ones(2, 1, 4)], dim=1)
     for keep in ([4000, 2000, 1000, 30], [12_000, 9000, 8000, 7000]):
         assert_selects(streamed, queries, unusual("infinities"), [0, 1, 0, 1], keep)
-    for size in (40, 700):  # rows that are not sifted
+    for size in (40, 700, 1500):  # rows that are not sifted; at last with more equal scores than a bucket holds
         memory = normal(2, size, 4, seed=19)
         memory[0, ::2], memory[1, 1::2] = torch.inf, -torch.inf
         assert_selects(streamed, queries, memory, [0, 1, 0], [size // 4, size // 8, 3])
