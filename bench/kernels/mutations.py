@@ -93,7 +93,8 @@ def run_stage(arguments: list[str], environment: dict[str, str]) -> tuple[bool, 
     output = done.stdout + done.stderr
     if done.returncode == 0 or (done.returncode == 5 and "large" in arguments):  # 5: no test of this kind
         return False, ""
-    if done.returncode > INTERRUPTED:
+    stopped = done.returncode == -signal.SIGTERM or "No space left on device" in output
+    if stopped or done.returncode > INTERRUPTED:
         raise RuntimeError(f"pytest did not work:\n{output[-2000:]}")
     if "CalledProcessError" in output:
         error = next((line for line in output.splitlines() if " error: " in line), "")
