@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cpr_fast.config import Config
+from cpr_fast.data.files.access import storage_of
 from cpr_fast.data.flow.names import flow_command
 from cpr_fast.data.index.assemble import SHORT
 from cpr_fast.data.index.index import MIN_VIDEOS, Index, IndexFileError, NotAnIndexError, Video, too_few
@@ -249,7 +250,7 @@ def _is_sliced_whole(video: Video) -> bool:
         return False
     last = np.arange(video.num_frames - 8, video.num_frames)
     packets, _ = slice_packets(video.path, last, video.num_frames)
-    return len(packets) > 0.7 * video.path.stat().st_size
+    return len(packets) > 0.7 * storage_of(video.path).size(video.path)
 
 
 def _class_order(classes: list[str]) -> str:

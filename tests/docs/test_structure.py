@@ -27,6 +27,7 @@ ORDER = (
     "models",
     "mining",
     "weights",
+    "data.files",
     "data.video",
     "data.storage",
     "data.index",

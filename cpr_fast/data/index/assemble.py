@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from cpr_fast.data.files.access import storage_of
+from cpr_fast.data.files.names import is_remote, member_of
 from cpr_fast.data.index.catalogue import Problem
 from cpr_fast.data.index.index import Index, IndexFileError, Video
 from cpr_fast.data.index.listing import Listed, Listing
@@ -226,7 +228,10 @@ def _same_files(videos: list[Video]) -> list[Problem]:
     first: dict[tuple[int, int], Video] = {}
     others, problems = [], []
     for video in videos:
-        if is_record(video.path):
+        if is_record(video.path) or is_remote(video.path):
+            continue
+        if member_of(video.path) is not None:
+            others.append(video)
             continue
         try:
             facts = os.stat(video.path)
@@ -307,6 +312,6 @@ def _says(video: Video) -> str:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return storage_of(path).size(path)
     except OSError:
         return -1

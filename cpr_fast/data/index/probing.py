@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
+from cpr_fast.data.storage.media import state_of
 from cpr_fast.data.storage.records import frame_size, read_record_frames, split_record
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo, probe_video
@@ -102,12 +103,10 @@ class Journal:
                 append_line(self._file, json.dumps(row))
 
     def _state(self, path: Path) -> list[object]:
-        record = split_record(path)
         try:
-            stat = os.stat(path if record is None else record[0])
+            return [*state_of(path), self._task]
         except OSError:
             return [0, 0, self._task]
-        return [stat.st_size, stat.st_mtime_ns, self._task]
 
 
 def probe_all(

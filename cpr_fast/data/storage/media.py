@@ -1,13 +1,17 @@
-"""Reads a video from a file or from a record of an LMDB file, FILE.lmdb#CLASS/VIDEO."""
+"""Reads a video from a file, wherever it is (see `cpr_fast.data.files.names`), or from a record of an LMDB file,
+FILE.lmdb#CLASS/VIDEO."""
 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from cpr_fast.data.files.access import storage_of
+from cpr_fast.data.files.names import is_remote, member_of, text_of
 from cpr_fast.data.storage.records import read_record_frames, require_frames, split_record
 from cpr_fast.data.video import decode
 from cpr_fast.data.video.decode import PART, frames_at_once, joined
@@ -21,26 +25,45 @@ def is_record(path: Path) -> bool:
 
 
 def container(path: Path) -> Path:
-    """Returns the file that holds a video; for a record, the LMDB file or folder."""
-    record = split_record(path)
-    return path if record is None else record[0]
+    """Returns the file that holds a video: for a record the LMDB file or folder, for a member of a tar file the tar
+    file."""
+    held = split_record(path) or member_of(path)
+    return path if held is None else held[0]
 
 
 def file_of(path: Path) -> Path:
-    """Returns the file whose bytes are read for a video; for a record, the LMDB file, or that in the LMDB folder."""
+    """Returns the file whose bytes are read for a video: its `container`, or the file in the folder of an LMDB."""
     file = container(path)
-    return file / "data.mdb" if file.is_dir() else file
+    return file if is_remote(file) or not file.is_dir() else file / "data.mdb"
+
+
+def state_of(path: Path) -> tuple[int, int]:
+    """Returns the size, in bytes, and the modification time, in ns, of the file that holds a video; of an object on a
+    server its size and a number that changes when it does. Raises OSError."""
+    file = file_of(path)
+    if is_remote(file):
+        storage = storage_of(file)
+        return storage.size(file), zlib.crc32(repr(storage.version(file)).encode())
+    facts = os.stat(file)
+    return facts.st_size, facts.st_mtime_ns
+
+
+def resolved(path: Path) -> str:
+    """Returns the text of an absolute path with its symbolic links resolved, or a URL."""
+    return text_of(path) if is_remote(path) else str(path.resolve())
 
 
 def exists(path: Path) -> bool:
-    """Returns whether the file exists; for a record, whether the LMDB file exists."""
+    """Returns whether the file that holds a video exists; that of a server is not looked for."""
     return not why_missing(path)
 
 
 def why_missing(path: Path) -> str:
-    """Returns why a file, or the LMDB file of a record, cannot be opened, such as "does not exist", "is a folder" or
-    "cannot be reached: Permission denied"; "" if it can."""
+    """Returns why the file that holds a video cannot be opened, such as "does not exist", "is a folder" or "cannot be
+    reached: Permission denied"; "" if it can, or is on a server, which is not asked."""
     file = container(path)
+    if is_remote(file):
+        return ""
     there = os.path.exists(file) if is_record(path) else os.path.isfile(file)
     return "" if there else not_a_file(file)
 
