@@ -45,6 +45,13 @@ def text_of(path: Path) -> str:
     return url_of(path) if is_remote(path) else str(path)
 
 
+def plain_path(path: Path) -> Path:
+    """Returns a path after which another file can be named: FILE.tar/NAME for a member, HOST/NAME for a URL."""
+    if (member := member_of(path)) is not None:
+        path = member.file / member.name
+    return Path(_URL.sub("", str(path), count=1))
+
+
 def path_of(url: str) -> Path:
     """Returns the path of a URL.
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from cpr_fast.data.files.names import url_of
+from cpr_fast.data.files.names import path_of, url_of
 from cpr_fast.data.files.ranges import RangeFile
 from cpr_fast.errors import InputError
 
@@ -92,6 +92,15 @@ def file_system(path: Path) -> tuple[Any, str]:
         return url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise InputError(f"{url}: reading it needs `pip install 'cpr-fast[remote]'`: {error}") from error
+
+
+def remote_files(path: Path) -> list[Path]:
+    """Returns the objects below a prefix of an object store, sorted. Raises InputError if they cannot be listed."""
+    try:
+        found = _repeated(path, lambda system, name: [system.unstrip_protocol(name) for name in system.find(name)])
+    except OSError as error:
+        raise InputError(f"{url_of(path)}: {error.strerror}") from error
+    return sorted(path_of(url) for url in found)
 
 
 def _repeated(path: Path, call: Callable[[Any, str], T]) -> T:

@@ -34,6 +34,8 @@ LISTED = "the videos that the lists in --splits name (--layout)"
 EXPECTED = {
     "folders": "videos (.mp4, .avi, .mkv, ...) in ROOT, ROOT/CLASS or ROOT/SPLIT/CLASS",
     "lmdb": "records of videos (--layout lmdb)",
+    "list": "a list with a path or URL of a video on every line",
+    "tar": "tar files with members KEY.mp4 (.avi, .mkv, ...)",
 }
 
 
@@ -53,6 +55,8 @@ class IndexOptions:
       label maps (*label_map*.txt) for the order of classes. Files are <id>_<start>_<end>.<suffix> or <id>.<suffix>;
       the source is the id.
     - "coclr": CoCLR's train_splitNN.csv and test_splitNN.csv (<folders>/<class>/<video>/,<frames>) and ClassInd.txt.
+    - "list": the videos that text files name, see `formats.lists.list_lines`.
+    - "tar": videos in tar files, see `formats.shards.list_shards`.
     - "lmdb": ROOT is an LMDB file of CoCLR or CPR; `splits` holds the lists of any layout above, or is None.
     """
 

@@ -27,11 +27,14 @@ from pathlib import Path
 import numpy as np
 
 from cpr_fast.config import DataConfig
+from cpr_fast.data.files.names import is_remote, path_of
+from cpr_fast.data.files.relative import Relative, absolute
 from cpr_fast.data.index.catalogue import VIDEO_SUFFIXES
 from cpr_fast.data.index.listing import known_split
 from cpr_fast.data.index.tables import TableError, read_table, require_utf8, table_text
 from cpr_fast.data.storage.copies import originals
 from cpr_fast.data.storage.media import exists, why_missing
+from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import one_writer, replacing
 from cpr_fast.wording import counted
 
@@ -229,7 +232,7 @@ class Index(Sequence[Video]):
                 video = _parse_row(line, header, row, path.parent, require_flow)
                 if row is rows[-1][1] and video.flow_path is None and row[header.index("flow_path")].strip():
                     _require_last_line(path, line, row[header.index("flow_path")])
-                if (name := _absolute(video.path)) in first_line:
+                if (name := absolute(video.path)) in first_line:
                     raise IndexFileError(f"{line}, column path: {row[header.index('path')]!r} repeats line "
                                          f"{first_line[name].rpartition(':')[2]}")  # fmt: skip
             except IndexFileError as error:
@@ -324,6 +327,11 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
     def file(column: str) -> Path:
         if not fields[column].strip():
             raise IndexFileError(f"{line}, column {column}: expected a file, got {fields[column]!r}")
+        if is_remote(fields[column].strip()):
+            try:
+                return path_of(fields[column].strip())
+            except InputError as error:
+                raise IndexFileError(f"{line}, column {column}: {error}") from None
         path = folder / fields[column]
         if reason := why_missing(path):  # or blanks after a comma, or a path that was written on Windows
             others = {fields[column].strip(), fields[column].strip().replace("\\", "/")} - {fields[column]}
@@ -353,34 +361,6 @@ def _parse_row(line: str, header: list[str], row: list[str], folder: Path, requi
         height=number("height", int),
         flow_path=file("flow_path") if flow_there else None,
     )
-
-
-class Relative:
-    """Paths relative to a folder, which may be a symbolic link: `..` then leads to the parent of the link's target."""
-
-    def __init__(self, folder: Path) -> None:
-        self._lexical, self._real = os.path.abspath(folder), os.path.realpath(folder)
-        self._prefixes: dict[str, str] = {}  # by the folder of a video
-
-    def __call__(self, path: Path) -> str:
-        folder, name = os.path.split(_absolute(path))
-        if folder not in self._prefixes:
-            self._prefixes[folder] = self._relative(folder)
-        return os.path.normpath(os.path.join(self._prefixes[folder], name))
-
-    def _relative(self, folder: str) -> str:
-        real = os.path.realpath(folder)
-        named, resolved = os.path.relpath(folder, self._lexical), os.path.relpath(real, self._real)
-        if os.path.realpath(os.path.join(self._real, named)) != real:  # a `..` in it follows a link
-            named = os.path.relpath(folder, self._real)
-        # a path without `..` remains valid if the index and the videos are moved together
-        return resolved if named.startswith("..") and not resolved.startswith("..") else named
-
-
-def _absolute(path: Path) -> str:
-    """Returns the absolute path, with symbolic links resolved only as far as a `..` follows them."""
-    head, up, tail = os.path.join(os.getcwd(), path).rpartition("/../")
-    return os.path.join(os.path.realpath(head + up), tail) if up else os.path.abspath(path)
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

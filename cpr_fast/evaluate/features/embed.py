@@ -24,7 +24,8 @@ from cpr_fast.data.clips.sampling import Clips, Sources, plan_first, plan_window
 from cpr_fast.data.features.clips import Clip
 from cpr_fast.data.features.store import Description
 from cpr_fast.data.features.write import Computed, planned_shards, write_store
-from cpr_fast.data.index.index import Index, Relative
+from cpr_fast.data.files.relative import Relative
+from cpr_fast.data.index.index import Index
 from cpr_fast.data.storage.media import file_of, state_of
 from cpr_fast.data.storage.unreadable import not_read
 from cpr_fast.errors import InputError

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import re
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.data_sets.tar_files import write_tar
 from support.videos.odd_videos import write_plain
 
 from cpr_fast.data.files.access import ffmpeg_input, storage_of
@@ -20,16 +20,6 @@ from cpr_fast.data.video.decode import read_frames
 from cpr_fast.data.video.packets import slice_packets
 from cpr_fast.doctor.parity import decode_linearly
 from cpr_fast.errors import InputError
-
-
-def write_tar(file: Path, contents: dict[str, bytes], **options) -> Path:
-    """Writes a tar file with the given members, in order."""
-    with tarfile.open(file, "w", **options) as archive:
-        for name, data in contents.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    return file
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
