@@ -23,8 +23,7 @@ from cpr_fast.data.files.access import storage_of
 from cpr_fast.data.files.names import is_remote
 from cpr_fast.data.flow.on_the_fly import frame_reader
 from cpr_fast.data.index.index import Index, Video
-from cpr_fast.data.storage.media import container, is_record
-from cpr_fast.data.storage.records import read_jpegs
+from cpr_fast.data.storage.media import container, is_pictures, read_jpegs
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.models import build_encoder
 from cpr_fast.runtime.busy import OtherPrograms
@@ -196,7 +195,7 @@ def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:
     """Reads the data that the clips need from the disk: a whole file, or the JPEGs of a record."""
     path = video.flow_path if view == "flow" else video.path
     try:
-        if is_record(path):
+        if is_pictures(path):
             frames = np.unique([clip_frames(start, data) for start in plan.start])
             for jpeg in read_jpegs(path, frames):
                 bytes(jpeg)

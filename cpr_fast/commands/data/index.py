@@ -26,7 +26,7 @@ def index(
     root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ROOT")],
     *,
     out: Path,
-    layout: Literal["folders", "list", "tar", "ucf101", "hmdb51", "kinetics", "coclr", "lmdb"] = "folders",
+    layout: Literal["folders", "list", "rawframes", "tar", "ucf101", "hmdb51", "kinetics", "coclr", "lmdb"] = "folders",
     splits: Path | None = None,
     split: int = 1,
     class_order: Literal["official", "alphabetical"] = "official",
@@ -50,6 +50,7 @@ def index(
         out: The index (CSV file) to write.
         layout: How the data set is organised. "folders": ROOT/class/video, ROOT/split/class/video or ROOT/video.
             "list": text files with a path or URL a line. "tar": tar files as WebDataset names their members.
+            "rawframes": folders of pictures, a folder a video.
         splits: Folder of the split lists (every layout but folders; optional for lmdb).
         split: Which of the official splits to take (ucf101, hmdb51, coclr).
         class_order: The data set's own order of classes (HMDB51: that of CoCLR and CPR), or alphabetical (IIC).

@@ -1,7 +1,8 @@
-"""The paths of an index: which of them are files, members of a tar file, or objects on a server.
+"""The paths of an index: which of them are files, members of a tar file, extracted frames, or objects on a server.
 
     videos/a.mp4                                  a local file
     shard.tar#1536+88211/clips/a.mp4              88,211 bytes at byte 1,536 of a tar file: its member clips/a.mp4
+    clips/a/img_%05d.jpg                          the pictures img_00000.jpg or img_00001.jpg, and those that follow
     https://host/videos/a.mp4, s3://bucket/a.mp4  an object that fsspec reads
     s3://bucket/shard.tar#1536+88211/clips/a.mp4  a member of a tar file that is such an object
 
@@ -19,6 +20,9 @@ from cpr_fast.errors import InputError
 TAR_MARK = ".tar#"
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])")  # a name of one letter is not a protocol
 _MEMBER = re.compile(r"(.*?\.tar)#(\d+)\+(\d+)/(.+)", re.DOTALL)
+
+
+_FRAMES = re.compile(r"[^%]*%(?:0\d)?d\.(?:jpe?g|png)", re.IGNORECASE)
 
 
 class Member(NamedTuple):
@@ -40,13 +44,21 @@ def url_of(path: str | Path) -> str:
     return _URL.sub(r"\1://", str(path), count=1)
 
 
-def text_of(path: Path) -> str:
+def text_of(path: str | Path) -> str:
     """Returns a path as it is written in an index or a message: a URL with both slashes."""
     return url_of(path) if is_remote(path) else str(path)
 
 
+def is_frames(path: str | Path) -> bool:
+    """Returns whether a path is that of extracted frames, whose name is a template such as img_%05d.jpg."""
+    text = str(path)
+    return "%" in text and _FRAMES.fullmatch(text.rpartition("/")[2]) is not None
+
+
 def plain_path(path: Path) -> Path:
-    """Returns a path after which another file can be named: FILE.tar/NAME for a member, HOST/NAME for a URL."""
+    """Returns a path after which another file can be named: FILE.tar/NAME for a member, HOST/NAME for a URL, and the
+    folder of extracted frames."""
+    path = path.parent if is_frames(path) else path
     if (member := member_of(path)) is not None:
         path = member.file / member.name
     return Path(_URL.sub("", str(path), count=1))

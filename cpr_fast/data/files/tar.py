@@ -80,8 +80,10 @@ def members(file: Path) -> Iterator[Member]:
         place = 0
         while place is not None:
             data.seek(place)
+            what = "is no tar file" if not place else "is damaged"
             try:
                 with tarfile.open(fileobj=data, mode="r:") as archive:
+                    what = "is cut off or damaged"
                     for entry in archive:
                         if entry.isreg() and not entry.issparse():
                             yield Member(file, entry.offset_data, entry.size, _plain(entry.name))
@@ -89,7 +91,6 @@ def members(file: Path) -> Iterator[Member]:
             except tarfile.TarError as error:
                 if not size:
                     raise OSError(errno.EIO, "is empty") from error
-                what = "is no tar file" if not place else "is cut off or damaged"
                 raise OSError(errno.EIO, f"{what}: {error}") from error
             place = _next_archive(data, place, size)
 

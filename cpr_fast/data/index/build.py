@@ -95,7 +95,7 @@ def _write_index(root: Path, out: Path, options: IndexOptions, progress: bool) -
         "training": _training(index),
         **facts,
         "counts": dict(Counter(problem.kind for problem in problems)),
-        "problems": [{"path": str(p.path), "kind": p.kind, "reason": p.reason} for p in problems],
+        "problems": [{"path": text_of(p.path), "kind": p.kind, "reason": p.reason} for p in problems],
     }
     with replacing(report_path(out)) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -166,8 +166,8 @@ def _remove(files: list[Path]) -> None:
 
 def _check(root: Path, options: IndexOptions) -> None:
     number, count = options.shard
-    if options.layout not in (*LAYOUTS, *FORMATS):
-        raise InputError(f"--layout: expected one of {', '.join((*LAYOUTS, *FORMATS))}, got {options.layout!r}")
+    if options.layout not in (*FORMATS, *LAYOUTS):
+        raise InputError(f"--layout: expected one of {', '.join((*FORMATS, *LAYOUTS))}, got {options.layout!r}")
     if not 0 <= number < count:
         raise InputError(f"--shard: expected i/n with 0 <= i < n, got {number}/{count}")
     if options.short_side < 16:

@@ -13,6 +13,7 @@ from pathlib import Path
 from cpr_fast.data.files.names import is_remote, text_of
 from cpr_fast.data.index.catalogue import Catalogue, Problem, plain, without_suffix
 from cpr_fast.data.index.formats.folders import list_folders
+from cpr_fast.data.index.formats.frames import list_frames
 from cpr_fast.data.index.formats.lists import list_lines
 from cpr_fast.data.index.formats.shards import list_shards
 from cpr_fast.data.index.listing import (
@@ -349,7 +350,7 @@ def _matches(path: Path, pattern: str, expected: str) -> Iterator[tuple[str, tup
 
 
 # The layouts whose videos are listed in other places than files in folders: functions of the root.
-FORMATS: dict[str, Callable[[Path], Listing]] = {"list": list_lines, "tar": list_shards}
+FORMATS: dict[str, Callable[[Path], Listing]] = {"list": list_lines, "rawframes": list_frames, "tar": list_shards}
 LAYOUTS: dict[str, Callable[[Catalogue, Path | None, int], Listing]] = {
     "folders": list_folders,
     "ucf101": _list_ucf101,

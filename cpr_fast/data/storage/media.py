@@ -1,5 +1,5 @@
-"""Reads a video from a file, wherever it is (see `cpr_fast.data.files.names`), or from a record of an LMDB file,
-FILE.lmdb#CLASS/VIDEO."""
+"""Reads a video from a file, wherever it is (see `cpr_fast.data.files.names`), from a record of an LMDB file,
+FILE.lmdb#CLASS/VIDEO, or from a folder of extracted frames."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from cpr_fast.data.files.access import storage_of
-from cpr_fast.data.files.names import is_remote, member_of, text_of
-from cpr_fast.data.storage.records import read_record_frames, require_frames, split_record
+from cpr_fast.data.files.names import is_frames, is_remote, member_of, text_of
+from cpr_fast.data.storage import records
+from cpr_fast.data.storage.pictures import (
+    count_pictures,
+    picture_size,
+    read_picture_frames,
+    read_pictures,
+    require_pictures,
+)
+from cpr_fast.data.storage.records import split_record
 from cpr_fast.data.video import decode
 from cpr_fast.data.video.decode import PART, frames_at_once, joined
 from cpr_fast.data.video.pixels import Region
@@ -24,9 +32,41 @@ def is_record(path: Path) -> bool:
     return split_record(path) is not None
 
 
+def is_pictures(path: Path) -> bool:
+    """Returns whether every frame is a picture of its own, in a record or in a folder, so that any frame is read
+    without the others."""
+    return is_record(path) or is_frames(path)
+
+
+def read_jpegs(path: Path, frames: Sequence[int] | np.ndarray) -> list[memoryview] | list[bytes]:
+    """Returns the JPEG of every frame in `frames`, of a record or of extracted frames. Raises VideoError."""
+    return read_pictures(path, frames) if is_frames(path) else records.read_jpegs(path, frames)
+
+
+def require_frames(path: Path, view: str, num_frames: int) -> None:
+    """Raises VideoError if a record or extracted frames hold fewer than `num_frames` frames of `view`."""
+    (require_pictures if is_frames(path) else records.require_frames)(path, view, num_frames)
+
+
+def frame_size(path: Path) -> tuple[int, int, int]:
+    """Returns (frames, height, width) of a record or of extracted frames. Raises VideoError."""
+    if not is_frames(path):
+        return records.frame_size(path)
+    return count_pictures(path)[0], *picture_size(path)
+
+
+def read_picture_parts(
+    path: Path, frames: Sequence[int] | np.ndarray, view: str, region: Region | None = None
+) -> np.ndarray:
+    """Returns what `read_parts` yields, of a record or of extracted frames, as one part."""
+    return (read_picture_frames if is_frames(path) else records.read_record_frames)(path, frames, view, region)
+
+
 def container(path: Path) -> Path:
     """Returns the file that holds a video: for a record the LMDB file or folder, for a member of a tar file the tar
-    file."""
+    file, for extracted frames their folder; on a server a picture stands for them."""
+    if is_frames(path):
+        return path.with_name(path.name % 1) if is_remote(path) else path.parent
     held = split_record(path) or member_of(path)
     return path if held is None else held[0]
 
@@ -64,6 +104,8 @@ def why_missing(path: Path) -> str:
     file = container(path)
     if is_remote(file):
         return ""
+    if is_frames(path):
+        return "" if os.path.isdir(file) else not_a_file(file)
     there = os.path.exists(file) if is_record(path) else os.path.isfile(file)
     return "" if there else not_a_file(file)
 
@@ -85,10 +127,10 @@ def read_parts(
     Raises VideoError also for frames of another size than that of `region`, and, whichever frames are wanted, for a
     file of fewer than `num_frames`.
     """
-    if not is_record(path):
+    if not is_pictures(path):
         yield from decode.read_parts(path, frames, view, num_frames, region)
         return
     require_frames(path, view, num_frames)
     most = PART if region is None else frames_at_once(region.height * region.width)
     for begin in range(0, len(frames), most):
-        yield read_record_frames(path, frames[begin : begin + most], view, region)
+        yield read_picture_parts(path, frames[begin : begin + most], view, region)

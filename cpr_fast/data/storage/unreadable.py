@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from cpr_fast.data.files.access import storage_of
-from cpr_fast.data.files.names import is_remote
+from cpr_fast.data.files.names import is_remote, text_of
 from cpr_fast.data.storage.media import container
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.problems import problem_line
@@ -56,9 +56,9 @@ class Unreadable:
             self._count[kind] += 1
             count = self._count[kind]
         if count == 1:
-            log.warning("%s %s: %s", verb, path, reason)
+            log.warning("%s %s: %s", verb, text_of(path), reason)
         elif str(count).strip("0") == "1":  # 10, 100, ...
-            log.warning("%s %d files so far for this reason: %s (the last: %s)", verb, count, reason, path)
+            log.warning("%s %d files so far for this reason: %s (the last: %s)", verb, count, reason, text_of(path))
         if gone and missing & (missing - 1) == 0:  # 1, 2, 4, ...
             self._require_storage(path, reason)
 
@@ -69,7 +69,7 @@ class Unreadable:
         if 2 * lost > len(sample):
             raise InputError(
                 f"{lost} of {counted(len(sample), 'file')} looked for can no longer be opened, "
-                f"for example {str(path)!r} "
+                f"for example {text_of(path)!r} "
                 f"({reason}): is the disk, network mount or server that holds them still there? When it is back, run "
                 "the same command again; `pretrain` continues with --resume"
             )
@@ -87,7 +87,7 @@ def by_kind(files: Iterable[tuple[Path | str, str]]) -> list[str]:
     for path, reason in files:
         kinds[kind_of(reason)].append((path, reason))
     found = sorted(kinds.values(), key=len, reverse=True)
-    return [problem_line(members[0][1], [str(path) for path, _ in members]) for members in found]
+    return [problem_line(members[0][1], [text_of(path) for path, _ in members]) for members in found]
 
 
 def not_read(files: Collection[tuple[Path | str, str]], happened: str) -> str:

@@ -12,6 +12,7 @@ import av.stream
 from av.stream import Disposition
 
 from cpr_fast.data.files.access import ffmpeg_input, storage_of
+from cpr_fast.data.files.names import text_of
 from cpr_fast.data.video.contents import what_it_is
 from cpr_fast.wording import counted
 
@@ -36,7 +37,7 @@ class VideoError(RuntimeError):
     """
 
     def __init__(self, path: str | Path, reason: str, *, unreadable: bool = False) -> None:
-        super().__init__(f"video {str(path)!r}: {reason}")
+        super().__init__(f"video {text_of(Path(path))!r}: {reason}")
         self.path, self.reason, self.unreadable = Path(path), reason, unreadable
 
 

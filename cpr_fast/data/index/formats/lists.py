@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from cpr_fast.data.files.names import is_remote, path_of
 from cpr_fast.data.index.catalogue import Problem, without_suffix
+from cpr_fast.data.index.formats.frames import flow_beside, template_in
 from cpr_fast.data.index.formats.shards import of_shards
 from cpr_fast.data.index.listing import Listed, Listing, clip_source, split_in
 from cpr_fast.data.index.tables import read_lines, require_utf8
@@ -50,7 +52,7 @@ def list_lines(root: Path) -> Listing:
             place = f"{Path(line.where.rpartition(':')[0]).name}:{line.where.rpartition(':')[2]}"
             problems.append(Problem(line.path, "missing", f"listed in {place}, {reason}"))
             continue
-        videos.append(Listed(line.path, line.label, _source(line), line.split))
+        videos.append(Listed(line.path, line.label, _source(line), line.split, flow_beside(line.path)))
     labels = _ordered({item.label for item in videos} - {""})
     levels = "the class is that of the list" if labels else "the list names no class"
     return Listing(videos, labels, problems, levels, packed.others)
@@ -76,7 +78,11 @@ def _divided(where: str, text: str, folder: Path) -> tuple[str, Path, str]:
             return url.partition("?")[0], path_of(url), label.strip()
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+    if (found := re.fullmatch(r"(.+?)[ \t]+\d+[ \t]+(\S+)", text)) and (folder / found[1]).is_dir():
+        return found[1], _frames_in(folder / found[1]), found[2]  # of MMAction2 and TSN: folder, frames, class
     text = text.strip('"')
+    if (folder / text).is_dir():
+        return text, _frames_in(folder / text), ""
     if not why_missing(folder / text):
         return text, folder / text, ""
     for sign in ("\t", ",", " "):
@@ -85,6 +91,10 @@ def _divided(where: str, text: str, folder: Path) -> tuple[str, Path, str]:
         if found and not why_missing(folder / head):
             return head, folder / head, label.strip()
     return text, folder / text, ""
+
+
+def _frames_in(folder: Path) -> Path:
+    return template_in(folder) or folder
 
 
 def _source(line: Line) -> str:
