@@ -306,7 +306,7 @@ def _training_part(videos: Index, config: Config | None, findings: list[Finding]
     """Returns the split to train on, "" for all videos, and its videos."""
     if config is None:
         split, chosen = videos.training()
-        return split, Index(chosen, videos.classes)
+        return split, chosen
     split = config.data.split if videos.has_splits else ""
     try:
         train = videos.select_for_training(split)

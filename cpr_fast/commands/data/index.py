@@ -47,7 +47,7 @@ def index(
 
     Args:
         root: Folder, LMDB file, list (--layout list), tar file (--layout tar), or a URL of an object store.
-        out: The index (CSV file) to write.
+        out: The index to write, a CSV file, or Parquet (.parquet) for more than 100,000 videos.
         layout: How the data set is organised. "folders": ROOT/class/video, ROOT/split/class/video or ROOT/video.
             "list": text files with a path or URL a line. "tar": tar files as WebDataset names their members.
             "rawframes": folders of pictures, a folder a video.

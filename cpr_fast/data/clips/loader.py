@@ -50,12 +50,14 @@ from cpr_fast.data.clips.stream import Batch, ClipStream, Job, WindowBatch, retu
 from cpr_fast.data.files.names import is_frames
 from cpr_fast.data.flow.on_the_fly import frame_reader
 from cpr_fast.data.index.index import Index, Video
+from cpr_fast.data.index.rows.columns import spread
 from cpr_fast.data.storage.media import is_record
 from cpr_fast.data.storage.pictures import is_jpeg
 from cpr_fast.errors import InputError
 
 CPU = torch.device("cpu")
 VIEWS = ("rgb", "flow", "residual")
+LOOKED_AT = 10_000  # videos at most whose route to the GPU is compared
 
 
 def decoded_views(views: Iterable[str]) -> tuple[str, ...]:
@@ -122,13 +124,14 @@ class _ClipSource:
 
 def _route(index: Index, view: str, device: torch.device) -> Route:
     """Returns the route by which the frames of a view enter the graph. Raises InputError if flow is missing."""
-    paths = [video.flow_path if view == "flow" else video.path for video in index]
-    if None in paths:
-        video = index[paths.index(None)]
+    if view == "flow" and not (has_flow := index.has_flow).all():
+        video = index[int(np.argmin(has_flow))]
         raise InputError(f"video {str(video.path)!r} has no flow_path in the index; run `cpr-fast flow` first, "
                          "or set data.flow = 'on_the_fly'")  # fmt: skip
     if device.type != "cuda":
         return "frames"
+    videos = (index[place] for place in spread(len(index), LOOKED_AT))
+    paths = [video.flow_path if view == "flow" else video.path for video in videos]
     routes = [_route_of(path, view) for path in paths]
     if (other := next((place for place, route in enumerate(routes) if route != routes[0]), None)) is not None:
         raise InputError(

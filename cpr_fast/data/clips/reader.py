@@ -21,8 +21,9 @@ from cpr_fast.data.clips.cut import cut_clips, needed_region, taken
 from cpr_fast.data.clips.sampling import Clips, clip_frames
 from cpr_fast.data.flow.on_the_fly import ReadParts, frame_reader
 from cpr_fast.data.index.index import Index, Video
+from cpr_fast.data.index.rows.columns import spread
 from cpr_fast.data.storage.media import is_pictures, read_jpegs, read_parts, require_frames
-from cpr_fast.data.storage.unreadable import Unreadable
+from cpr_fast.data.storage.unreadable import SAMPLED, Unreadable
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.decode import joined
 from cpr_fast.data.video.packets import slice_packets
@@ -181,7 +182,7 @@ class ClipReader:
         files = [
             video.path if view == "rgb" else video.flow_path or video.path
             for view in self.fetch
-            for video in self.index
+            for video in map(self.index.__getitem__, spread(len(self.index), SAMPLED))
         ]
         self._unreadable = Unreadable(files)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import posixpath
 import tarfile
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -66,11 +67,13 @@ def _holder(file: Path) -> Storage:
     return REMOTE if is_remote(file) else LOCAL
 
 
-def members(file: Path) -> Iterator[Member]:
+def members(file: Path, others: Counter[str] | None = None) -> Iterator[Member]:
     """Yields the files in a tar file, in its order; reads their headers, not their content.
 
     Of tar files that were appended to one another, the members of all are listed.
 
+    Args:
+        others: If given, it counts the members that are links, devices or sparse files, which are not read.
     Raises:
         OSError: the file cannot be read, is no tar file, or is cut off. The members before that were yielded.
     """
@@ -87,6 +90,8 @@ def members(file: Path) -> Iterator[Member]:
                     for entry in archive:
                         if entry.isreg() and not entry.issparse():
                             yield Member(file, entry.offset_data, entry.size, _plain(entry.name))
+                        elif others is not None and not entry.isdir():
+                            others["links and special members"] += 1
                     place = archive.offset
             except tarfile.TarError as error:
                 if not size:

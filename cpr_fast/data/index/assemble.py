@@ -304,7 +304,7 @@ def _differences(old: Video, new: Video) -> str:
 
 
 def _old(out: Path) -> Path:
-    return out.with_suffix(".old.csv")
+    return out.with_suffix(f".old{out.suffix}")
 
 
 def _shape(video: Video) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 from cpr_fast.config.recipes import init_command
 from cpr_fast.data.files.names import is_remote
 from cpr_fast.data.index.index import Video, too_few
+from cpr_fast.data.index.rows.columns import PARQUET
 from cpr_fast.data.storage.media import container
 from cpr_fast.wording import counted, printable
 
@@ -65,6 +66,7 @@ COPIES = (
     "Exact copies whose sources differ count as different videos. Delete the row of one of them from the index, or "
     "give both the same source."
 )
+LARGE = 100_000  # videos, from which on an index in Parquet is worth its package
 FIRST = 3  # number of names printed per kind of problem
 
 
@@ -140,6 +142,10 @@ def summary(report: dict[str, Any], others: str = "") -> list[str]:
     elif set(report["splits"]) <= {""}:
         lines.append("Without splits pretraining reads all videos, and in `cpr-fast retrieve` every video queries "
                      "those of all other sources.")  # fmt: skip
+    if report["videos"] > LARGE and not report["index"].endswith(PARQUET):
+        lines.append(
+            f"Every command opens an index of more than {LARGE:,} videos faster from Parquet: --out index.parquet"
+        )
     if report["without_flow"] and not missing:
         flow = f"cpr-fast flow {shlex.quote(report['index'])} --out flow"
         lines.append(f"Optional before the next step: `{flow}` computes optical flow, the published second view, "

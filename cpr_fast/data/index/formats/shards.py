@@ -119,7 +119,7 @@ def _read_shard(file: Path) -> tuple[list[tuple[Sample, dict[str, str]]], list[P
     problems: list[Problem] = []
     others: Counter[str] = Counter()
     try:
-        for member in members(file):
+        for member in members(file, others):
             _add(samples, member, others)
     except OSError as error:
         kind = "damaged_shard" if samples else "unreadable_shard"

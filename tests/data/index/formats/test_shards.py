@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -73,6 +74,17 @@ def test_nothing_is_lost_where_a_key_comes_twice_a_video_is_missing_or_a_text_is
     assert len(problems["repeated_key"]) == 3 and "'n' of an earlier sample in" in problems["repeated_key"][-1]
     assert problems["no_video"] == ["holds 'm.json' (.json) without a video of this key"]
     assert len(problems["bad_text"]) == 3 and "got [1]" in problems["bad_text"][0]
+
+
+def test_links_in_a_tar_file_are_counted(tmp_path):
+    with tarfile.open(write_tar(tmp_path / "a.tar", {"d/a.mp4": b"1"}), "a") as archive:
+        for name, kind in (("b.mp4", tarfile.LNKTYPE), ("c.mp4", tarfile.SYMTYPE), ("e", tarfile.DIRTYPE)):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, "d/a.mp4"
+            archive.addfile(entry)
+    found = list_shards(tmp_path)
+    assert [video.path.name for video in found.videos] == ["a.mp4"]
+    assert found.others == {"links and special members": 2}
 
 
 def test_of_a_tar_file_that_was_cut_off_the_whole_samples_are_indexed(tmp_path, video):
