@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from cpr_fast.data.features.names import TABLE, is_store
+from cpr_fast.data.files.names import is_remote
 from cpr_fast.errors import InputError
 from cpr_fast.wording import expected
 
@@ -76,7 +77,7 @@ def require_folder(option: str, path: str | Path | None) -> None:
 
 def require_data_set(option: str, path: str | Path) -> None:
     """Raises InputError that names the option, if the path is neither a folder nor an LMDB file."""
-    if not os.path.exists(path):
+    if not is_remote(path) and not os.path.exists(path):
         raise InputError(f"{option}: {expected('a folder or an LMDB file', path)}")
 
 

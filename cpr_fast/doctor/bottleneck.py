@@ -19,10 +19,11 @@ from cpr_fast.data.clips.graph import ClipGraph
 from cpr_fast.data.clips.loader import TrainLoader, decoded_views
 from cpr_fast.data.clips.reader import needed_parts
 from cpr_fast.data.clips.sampling import Clips, Sources, clip_frames, epoch_order, plan_pairs
+from cpr_fast.data.files.access import storage_of
+from cpr_fast.data.files.names import is_remote
 from cpr_fast.data.flow.on_the_fly import frame_reader
 from cpr_fast.data.index.index import Index, Video
-from cpr_fast.data.storage.media import is_record
-from cpr_fast.data.storage.records import read_jpegs
+from cpr_fast.data.storage.media import container, is_pictures, read_jpegs
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.models import build_encoder
 from cpr_fast.runtime.busy import OtherPrograms
@@ -194,10 +195,13 @@ def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:
     """Reads the data that the clips need from the disk: a whole file, or the JPEGs of a record."""
     path = video.flow_path if view == "flow" else video.path
     try:
-        if is_record(path):
+        if is_pictures(path):
             frames = np.unique([clip_frames(start, data) for start in plan.start])
             for jpeg in read_jpegs(path, frames):
                 bytes(jpeg)
+            return
+        if container(path) != path or is_remote(path):
+            storage_of(path).read_range(path, 0, storage_of(path).size(path))
             return
         descriptor = os.open(path, os.O_RDONLY)
         try:

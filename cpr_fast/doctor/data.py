@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from cpr_fast.config import Config
+from cpr_fast.data.files.access import storage_of
 from cpr_fast.data.flow.names import flow_command
 from cpr_fast.data.index.assemble import SHORT
 from cpr_fast.data.index.index import MIN_VIDEOS, Index, IndexFileError, NotAnIndexError, Video, too_few
 from cpr_fast.data.index.layouts import HMDB51_CLASSES
 from cpr_fast.data.index.summary import index_command, report_path
-from cpr_fast.data.storage.media import container, is_record, read_frames
+from cpr_fast.data.storage.media import container, is_pictures, read_frames
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.packets import slice_packets
 from cpr_fast.data.video.probe import probe_video
@@ -218,9 +219,9 @@ def _sample(videos: Index) -> tuple[int, list[dict[str, str]], list[dict[str, st
 
 
 def _difference(video: Video) -> str:
-    """Returns how a video file differs from its row in the index, "" if it does not, or for a record of an LMDB
-    file."""
-    if is_record(video.path):
+    """Returns how a video file differs from its row in the index, "" if it does not, or if every frame is a
+    picture of its own."""
+    if is_pictures(video.path):
         return ""
     info = probe_video(video.path, decode=False)
     if info.num_frames != video.num_frames:  # of a damaged video the index counts those packets that decode
@@ -245,11 +246,11 @@ def _read_three_frames(video: Video) -> None:
 
 def _is_sliced_whole(video: Video) -> bool:
     """Returns whether decoding the last frames needs (nearly) the whole file."""
-    if is_record(video.path) or video.num_frames <= LONG:
+    if is_pictures(video.path) or video.num_frames <= LONG:
         return False
     last = np.arange(video.num_frames - 8, video.num_frames)
     packets, _ = slice_packets(video.path, last, video.num_frames)
-    return len(packets) > 0.7 * video.path.stat().st_size
+    return len(packets) > 0.7 * storage_of(video.path).size(video.path)
 
 
 def _class_order(classes: list[str]) -> str:
@@ -305,7 +306,7 @@ def _training_part(videos: Index, config: Config | None, findings: list[Finding]
     """Returns the split to train on, "" for all videos, and its videos."""
     if config is None:
         split, chosen = videos.training()
-        return split, Index(chosen, videos.classes)
+        return split, chosen
     split = config.data.split if videos.has_splits else ""
     try:
         train = videos.select_for_training(split)

@@ -22,6 +22,7 @@ from cpr_fast.data.clips.graph import ClipGraph
 from cpr_fast.data.clips.reader import fetch_cut, fetch_frames
 from cpr_fast.data.clips.reference import ReferenceGraph
 from cpr_fast.data.clips.sampling import NO_GRAY, Sources, plan_pairs
+from cpr_fast.data.files.access import ffmpeg_input, storage_of
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.decode import read_frames
@@ -62,7 +63,7 @@ def write_test_video(codec: str, folder: Path, *, frames: int = 48, height: int 
 
 def decode_linearly(source: Path | np.ndarray) -> np.ndarray:
     """Returns every frame in presentation order, uint8 [F, H, W, 3], by a plain decode with FFmpeg: the reference."""
-    with av.open(str(source) if isinstance(source, Path) else io.BytesIO(source.tobytes())) as container:
+    with av.open(ffmpeg_input(source) if isinstance(source, Path) else io.BytesIO(source.tobytes())) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
@@ -82,7 +83,7 @@ def seek_parity(path: Path, truth: np.ndarray, clip: int, starts: Sequence[int] 
         frames = np.arange(start, start + clip)
         identical += int((read_frames(path, frames, "rgb", len(truth)) == truth[frames]).all(axis=(1, 2, 3)).sum())
         packets, places = slice_packets(path, frames, len(truth))
-        decoded = whole if len(packets) == path.stat().st_size else decode_linearly(packets)
+        decoded = whole if len(packets) == storage_of(path).size(path) else decode_linearly(packets)
         sliced += int((decoded[places] == truth[frames]).all(axis=(1, 2, 3)).sum())
         size += len(packets)
     return {
@@ -90,7 +91,7 @@ def seek_parity(path: Path, truth: np.ndarray, clip: int, starts: Sequence[int] 
         "frames": len(starts) * clip,
         "identical": identical,
         "packets_identical": sliced,
-        "packets_share": round(size / len(starts) / path.stat().st_size, 3),
+        "packets_share": round(size / len(starts) / storage_of(path).size(path), 3),
     }
 
 

@@ -28,6 +28,7 @@ ORDER = (
     "mining",
     "integrations",
     "weights",
+    "data.files",
     "data.video",
     "data.storage",
     "data.index",

@@ -57,7 +57,7 @@ def imported_packages(path: Path) -> set[str]:
 def test_every_package_that_is_imported_is_a_dependency():
     """Every import of the package is torch, or in the extra [train], or handled as optional where it is imported."""
     optional = {"onnx", "onnxscript", "apex", "amp_C", "tensorboard", "wandb", "trackio", "faiss",
-                "transformers", "h5py", "lightning", "pytorch_metric_learning"}  # fmt: skip
+                "transformers", "h5py", "lightning", "pytorch_metric_learning", "fsspec", "pyarrow"}  # fmt: skip
     known = TRAIN | {"torch", "cpr_fast", "markupsafe"} | optional | sys.stdlib_module_names  # jinja2 needs markupsafe
     found = {path.name: imported_packages(path) - known for path in (ROOT / "cpr_fast").rglob("*.py")}
     assert not {name: packages for name, packages in found.items() if packages}

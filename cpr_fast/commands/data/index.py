@@ -26,7 +26,7 @@ def index(
     root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ROOT")],
     *,
     out: Path,
-    layout: Literal["folders", "ucf101", "hmdb51", "kinetics", "coclr", "lmdb"] = "folders",
+    layout: Literal["folders", "list", "rawframes", "tar", "ucf101", "hmdb51", "kinetics", "coclr", "lmdb"] = "folders",
     splits: Path | None = None,
     split: int = 1,
     class_order: Literal["official", "alphabetical"] = "official",
@@ -46,9 +46,11 @@ def index(
     videos, contradictory lists) is also written to <name>.report.json. The same command resumes a stopped run.
 
     Args:
-        root: Folder, or an LMDB file.
-        out: The index (CSV file) to write.
+        root: Folder, LMDB file, list (--layout list), tar file (--layout tar), or a URL of an object store.
+        out: The index to write, a CSV file, or Parquet (.parquet) for more than 100,000 videos.
         layout: How the data set is organised. "folders": ROOT/class/video, ROOT/split/class/video or ROOT/video.
+            "list": text files with a path or URL a line. "tar": tar files as WebDataset names their members.
+            "rawframes": folders of pictures, a folder a video.
         splits: Folder of the split lists (every layout but folders; optional for lmdb).
         split: Which of the official splits to take (ucf101, hmdb51, coclr).
         class_order: The data set's own order of classes (HMDB51: that of CoCLR and CPR), or alphabetical (IIC).

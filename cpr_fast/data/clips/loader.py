@@ -47,13 +47,17 @@ from cpr_fast.data.clips.sampling import (
     with_test_jitter,
 )
 from cpr_fast.data.clips.stream import Batch, ClipStream, Job, WindowBatch, returning_freed_memory
+from cpr_fast.data.files.names import is_frames
 from cpr_fast.data.flow.on_the_fly import frame_reader
 from cpr_fast.data.index.index import Index, Video
+from cpr_fast.data.index.rows.columns import spread
 from cpr_fast.data.storage.media import is_record
+from cpr_fast.data.storage.pictures import is_jpeg
 from cpr_fast.errors import InputError
 
 CPU = torch.device("cpu")
 VIEWS = ("rgb", "flow", "residual")
+LOOKED_AT = 10_000  # videos at most whose route to the GPU is compared
 
 
 def decoded_views(views: Iterable[str]) -> tuple[str, ...]:
@@ -120,20 +124,29 @@ class _ClipSource:
 
 def _route(index: Index, view: str, device: torch.device) -> Route:
     """Returns the route by which the frames of a view enter the graph. Raises InputError if flow is missing."""
-    paths = [video.flow_path if view == "flow" else video.path for video in index]
-    if None in paths:
-        video = index[paths.index(None)]
+    if view == "flow" and not (has_flow := index.has_flow).all():
+        video = index[int(np.argmin(has_flow))]
         raise InputError(f"video {str(video.path)!r} has no flow_path in the index; run `cpr-fast flow` first, "
                          "or set data.flow = 'on_the_fly'")  # fmt: skip
     if device.type != "cuda":
         return "frames"
-    records = [is_record(path) for path in paths]
-    if any(records) and not all(records):
+    videos = (index[place] for place in spread(len(index), LOOKED_AT))
+    paths = [video.flow_path if view == "flow" else video.path for video in videos]
+    routes = [_route_of(path, view) for path in paths]
+    if (other := next((place for place, route in enumerate(routes) if route != routes[0]), None)) is not None:
         raise InputError(
-            f"index: on a GPU expected the {view} of all videos in files or of all in LMDB records, got "
-            f"{str(paths[records.index(False)])!r} beside {str(paths[records.index(True)])!r}"
+            f"index: on a GPU expected the {view} of all videos in files, of all in LMDB records, or of all in folders "
+            f"of pictures of one kind, got {str(paths[0])!r} beside {str(paths[other])!r}"
         )
-    return "jpegs" if all(records) else "packets"
+    return routes[0]
+
+
+def _route_of(path: Path, view: str) -> Route:
+    """Returns the route of a path on a GPU. Pictures other than JPEGs, and the two pictures of a field of flow, are
+    decoded on the CPU."""
+    if is_frames(path):
+        return "jpegs" if view == "rgb" and is_jpeg(path) else "frames"
+    return "jpegs" if is_record(path) else "packets"
 
 
 class TrainLoader:

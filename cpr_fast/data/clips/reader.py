@@ -21,9 +21,9 @@ from cpr_fast.data.clips.cut import cut_clips, needed_region, taken
 from cpr_fast.data.clips.sampling import Clips, clip_frames
 from cpr_fast.data.flow.on_the_fly import ReadParts, frame_reader
 from cpr_fast.data.index.index import Index, Video
-from cpr_fast.data.storage.media import is_record, read_parts
-from cpr_fast.data.storage.records import read_jpegs, require_frames
-from cpr_fast.data.storage.unreadable import Unreadable
+from cpr_fast.data.index.rows.columns import spread
+from cpr_fast.data.storage.media import is_pictures, read_jpegs, read_parts, require_frames
+from cpr_fast.data.storage.unreadable import SAMPLED, Unreadable
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.decode import joined
 from cpr_fast.data.video.packets import slice_packets
@@ -99,7 +99,7 @@ def fetch_packets(
 
 
 def fetch_jpegs(video: Video, clips: Clips, view: str, data: DataConfig) -> list[list[np.ndarray]]:
-    """Returns encoded clips of a record: T JPEGs each, uint8 [L], as views of the memory-mapped file."""
+    """Returns encoded clips: T JPEGs each, uint8 [L]; those of a record are views of the memory-mapped file."""
     path, num_frames = _file(video, view, data)
     require_frames(path, view, num_frames)
     records = (read_jpegs(path, clip_frames(start, data)) for start in clips.start)
@@ -148,8 +148,8 @@ class FrameCache:
 
     def _whole(self, path: Path, view: str, num_frames: int) -> np.ndarray | None:
         """Reads all frames and keeps them if there is room. Returns None if only the needed frames should be read."""
-        # A record gives each frame without decoding others, so reading all of them would only cost more.
-        if self._free_bytes <= 0 or path in self._damaged or is_record(path):
+        # Pictures give each frame without decoding others, so reading all of them would only cost more.
+        if self._free_bytes <= 0 or path in self._damaged or is_pictures(path):
             return None
         try:
             pixels = joined(self._read(path, np.arange(num_frames), view, num_frames, None), num_frames)
@@ -182,7 +182,7 @@ class ClipReader:
         files = [
             video.path if view == "rgb" else video.flow_path or video.path
             for view in self.fetch
-            for video in self.index
+            for video in map(self.index.__getitem__, spread(len(self.index), SAMPLED))
         ]
         self._unreadable = Unreadable(files)
 

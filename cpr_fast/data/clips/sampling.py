@@ -67,11 +67,7 @@ class Sources:
     @classmethod
     def of(cls, index: Index, data: DataConfig | None = None) -> Sources:
         """Returns the facts of an index. With `data.flow = "on_the_fly"` every video has flow."""
-        return cls(
-            np.array([video.shared_frames(data) for video in index], np.int64),
-            np.array([video.height for video in index], np.int64),
-            np.array([video.width for video in index], np.int64),
-        )
+        return cls(index.shared_frames(data).astype(np.int64), index.numbers("height"), index.numbers("width"))
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,11 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange
 
+from cpr_fast.data.files.local import local_file
 from cpr_fast.data.flow.names import SUFFIX, distinct_name, file_names, require_place
 from cpr_fast.data.flow.origin import Origin, place_of
 from cpr_fast.data.index.index import Index, Video
-from cpr_fast.data.video.container import ANY_METADATA, location
+from cpr_fast.data.video.container import ANY_METADATA
 from cpr_fast.runtime.files import one_writer, replacing
 
 BYTES_PER_PIXEL = 0.124  # size of a flow field per pixel: 9.5 kB at 320x240 (bench/results/flow_storage.md)
@@ -83,7 +84,7 @@ def encode_video(target: Path, levels: np.ndarray, origin: Origin | None = None)
     options = {"preset": "veryfast", "qp": "8", "g": "12", "bf": "0", "threads": "1"}
     with (
         replacing(target, KEPT, durable=True) as temporary,
-        av.open(location(temporary), "w", format="mp4") as container,
+        av.open(local_file(temporary), "w", format="mp4") as container,
     ):
         if origin is not None:
             container.metadata["comment"] = origin.dump()
@@ -118,7 +119,7 @@ def _target(video: Video, target: Path, places: set[str]) -> tuple[Path, bool]:
 def _facts(target: Path) -> tuple[tuple[int, int, int] | None, Origin | None]:
     """Returns (frames, height, width) of a flow file and its origin; None for either of them that cannot be read."""
     try:
-        with av.open(location(target), **ANY_METADATA) as container:
+        with av.open(local_file(target), **ANY_METADATA) as container:
             stream = container.streams.video[0]
             if stream.codec_context is None:  # the bytes that name the codec are damaged
                 return None, None

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
+from cpr_fast.data.files.names import plain_path
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.records import split_record
 from cpr_fast.errors import InputError
@@ -44,7 +45,8 @@ def record_names(index: Index, folder: Path) -> list[str]:
     for video in index:
         record = split_record(video.path)
         relative, below = _below(video, folder)
-        plain = f"{video.path.parent.name}/{video.path.stem}" if record is None else record[1]
+        path = plain_path(video.path)
+        plain = f"{path.parent.name}/{path.stem}" if record is None else record[1]
         names = [plain, below.as_posix(), distinct_name(below.as_posix(), str(relative), "")]
         choices.append([utf8_name(name) for name in names])
     return _without_sharing(choices)
@@ -81,7 +83,7 @@ def utf8_name(text: str) -> str:
 
 def _below(video: Video, folder: Path) -> tuple[Path, Path]:
     """Returns the path of a video relative to the folder of the index, without leading `..`."""
-    relative = Path(os.path.relpath(video.path, folder))
+    relative = Path(os.path.relpath(plain_path(video.path), folder))
     return relative, Path(*(part for part in relative.parts if part != ".."))
 
 

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from cpr_fast.data.files.access import storage_of
+from cpr_fast.data.storage.media import state_of
 from cpr_fast.data.storage.records import open_records, split_record
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError
@@ -40,14 +42,10 @@ class Origin:
                 return cls(
                     place_of(path), len(data), 0, _digest(lambda start: data[start : start + SAMPLE_BYTES], len(data))
                 )
-            with path.open("rb") as file:
-                facts = os.fstat(file.fileno())
-
-                def sample(start: int) -> bytes:
-                    file.seek(start)
-                    return file.read(SAMPLE_BYTES)
-
-                return cls(place_of(path), facts.st_size, facts.st_mtime_ns, _digest(sample, facts.st_size))
+            storage = storage_of(path)
+            size = storage.size(path)
+            content = _digest(lambda start: storage.read_range(path, start, SAMPLE_BYTES), size)
+            return cls(place_of(path), size, _changed_ns(path), content)
         except OSError as error:
             raise VideoError(path, error.strerror or str(error)) from error
         except (KeyError, ValueError, InputError) as error:
@@ -58,11 +56,11 @@ class Origin:
         differs."""
         if split_record(path) is None:
             try:
-                facts = os.stat(path)
+                size, changed_ns = storage_of(path).size(path), _changed_ns(path)
             except OSError:
                 return True  # the video cannot be read now, so its flow is assumed to be current
-            if facts.st_size != self.size or facts.st_mtime_ns == self.mtime_ns:
-                return facts.st_size == self.size
+            if size != self.size or changed_ns == self.mtime_ns:
+                return size == self.size
         try:
             now = Origin.of(path)
         except VideoError:
@@ -90,6 +88,11 @@ class Origin:
 def place_of(path: Path) -> str:
     """Returns a digest of the absolute path."""
     return blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
+
+
+def _changed_ns(path: Path) -> int:
+    """Returns the modification time of a file, in ns, or the number that stands for it on a server."""
+    return state_of(path)[1]
 
 
 def _digest(sample, size: int) -> str:

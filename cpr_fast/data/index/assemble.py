@@ -11,12 +11,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from cpr_fast.data.files.access import storage_of
+from cpr_fast.data.files.names import is_remote, member_of
 from cpr_fast.data.index.catalogue import Problem
 from cpr_fast.data.index.index import Index, IndexFileError, Video
 from cpr_fast.data.index.listing import Listed, Listing
 from cpr_fast.data.index.summary import KINDS
-from cpr_fast.data.storage.media import is_record
-from cpr_fast.data.storage.records import frame_size, split_record
+from cpr_fast.data.storage.media import frame_size, is_pictures
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo
 from cpr_fast.errors import InputError
@@ -32,6 +33,9 @@ LISTED = "the videos that the lists in --splits name (--layout)"
 EXPECTED = {
     "folders": "videos (.mp4, .avi, .mkv, ...) in ROOT, ROOT/CLASS or ROOT/SPLIT/CLASS",
     "lmdb": "records of videos (--layout lmdb)",
+    "list": "a list with a path or URL of a video on every line",
+    "rawframes": "folders of pictures named img_00001.jpg and so on",
+    "tar": "tar files with members KEY.mp4 (.avi, .mkv, ...)",
 }
 
 
@@ -51,6 +55,9 @@ class IndexOptions:
       label maps (*label_map*.txt) for the order of classes. Files are <id>_<start>_<end>.<suffix> or <id>.<suffix>;
       the source is the id.
     - "coclr": CoCLR's train_splitNN.csv and test_splitNN.csv (<folders>/<class>/<video>/,<frames>) and ClassInd.txt.
+    - "list": the videos that text files name, see `formats.lists.list_lines`.
+    - "rawframes": folders of extracted frames, see `formats.frames.list_frames`.
+    - "tar": videos in tar files, see `formats.shards.list_shards`.
     - "lmdb": ROOT is an LMDB file of CoCLR or CPR; `splits` holds the lists of any layout above, or is None.
     """
 
@@ -130,7 +137,7 @@ def _with_flow(item: Listed, frames: int) -> tuple[Listed, int, list[Problem]]:
 
     Published flow does not always have N - 1 fields, but a number close to it.
     """
-    if item.flow_path is None or split_record(item.flow_path) is None:
+    if item.flow_path is None or not is_pictures(item.flow_path):
         return item, frames, []
     try:
         fields = frame_size(item.flow_path)[0]
@@ -148,7 +155,7 @@ def _refused(item: Listed, info: VideoInfo | VideoError, options: IndexOptions) 
     if isinstance(info, VideoError):
         if info.unreadable:
             return Problem(item.path, "unreadable", info.reason)
-        empty = split_record(item.path) is None and _size(item.path) == 0
+        empty = not is_pictures(item.path) and _size(item.path) == 0
         return Problem(item.path, "empty" if empty else "broken", "holds no bytes" if empty else info.reason)
     if info.rotation:
         reason = f"is stored rotated by {info.rotation} degrees; --transcode turns it upright"
@@ -215,7 +222,7 @@ def _nothing(root: Path, listing: Listing, problems: list[Problem], options: Ind
         suffixes = sorted(listing.others, key=lambda suffix: -listing.others[suffix])[:3]
         text += f"; it holds other files: {', '.join(f'{listing.others[suffix]:,} {suffix}' for suffix in suffixes)}"
         if {".jpg", ".jpeg", ".png"} & set(suffixes):
-            text += " (extracted frames are not read; encode them as videos)"
+            text += " (--layout rawframes reads extracted frames)"
         elif ".gif" in suffixes:
             text += " (animations are not read; encode them as videos)"
     return text
@@ -226,7 +233,10 @@ def _same_files(videos: list[Video]) -> list[Problem]:
     first: dict[tuple[int, int], Video] = {}
     others, problems = [], []
     for video in videos:
-        if is_record(video.path):
+        if is_pictures(video.path) or is_remote(video.path):
+            continue
+        if member_of(video.path) is not None:
+            others.append(video)
             continue
         try:
             facts = os.stat(video.path)
@@ -294,7 +304,7 @@ def _differences(old: Video, new: Video) -> str:
 
 
 def _old(out: Path) -> Path:
-    return out.with_suffix(".old.csv")
+    return out.with_suffix(f".old{out.suffix}")
 
 
 def _shape(video: Video) -> tuple[int, int, int]:
@@ -307,6 +317,6 @@ def _says(video: Video) -> str:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return storage_of(path).size(path)
     except OSError:
         return -1

@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cpr_fast.data.files.names import is_remote, text_of
 from cpr_fast.data.index.assemble import IndexOptions, assemble, transcoded
 from cpr_fast.data.index.catalogue import Problem
 from cpr_fast.data.index.index import Index, changing, kind_of
-from cpr_fast.data.index.layouts import LAYOUTS, list_videos
+from cpr_fast.data.index.layouts import FORMATS, LAYOUTS, list_videos
 from cpr_fast.data.index.probing import Journal, Probe, probe, probe_all
 from cpr_fast.data.index.summary import report_path
 from cpr_fast.data.video.probe import VideoInfo
@@ -83,7 +84,7 @@ def _write_index(root: Path, out: Path, options: IndexOptions, progress: bool) -
     report = {
         "index": str(out),
         "layout": options.layout,
-        "root": os.path.abspath(root),
+        "root": text_of(root) if is_remote(root) else os.path.abspath(root),
         "options": options.given(),
         "videos": len(index),
         "classes": len(index.classes),
@@ -94,7 +95,7 @@ def _write_index(root: Path, out: Path, options: IndexOptions, progress: bool) -
         "training": _training(index),
         **facts,
         "counts": dict(Counter(problem.kind for problem in problems)),
-        "problems": [{"path": str(p.path), "kind": p.kind, "reason": p.reason} for p in problems],
+        "problems": [{"path": text_of(p.path), "kind": p.kind, "reason": p.reason} for p in problems],
     }
     with replacing(report_path(out)) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -110,7 +111,7 @@ def _build(
     root: Path, out: Path | None, options: IndexOptions, progress: bool
 ) -> tuple[Index | None, list[Problem], dict[str, Any]]:
     """Returns (index, problems, facts about listing and probing); the index is None if other shards are not done."""
-    _check(options)
+    _check(root, options)
     if out is not None and out.is_dir():
         raise InputError(f"--out: expected the name of a CSV file, got the folder {str(out)!r}")
     if out is not None and (kind := kind_of(out)):
@@ -163,16 +164,21 @@ def _remove(files: list[Path]) -> None:
         file.unlink(missing_ok=True)
 
 
-def _check(options: IndexOptions) -> None:
+def _check(root: Path, options: IndexOptions) -> None:
     number, count = options.shard
-    if options.layout not in LAYOUTS:
-        raise InputError(f"--layout: expected one of {', '.join(LAYOUTS)}, got {options.layout!r}")
+    if options.layout not in (*FORMATS, *LAYOUTS):
+        raise InputError(f"--layout: expected one of {', '.join((*FORMATS, *LAYOUTS))}, got {options.layout!r}")
     if not 0 <= number < count:
         raise InputError(f"--shard: expected i/n with 0 <= i < n, got {number}/{count}")
     if options.short_side < 16:
         raise InputError(f"--short-side: expected at least 16 pixels, got {options.short_side}")
     if options.transcode is not None and options.layout == "lmdb":
         raise InputError("--transcode: layout 'lmdb' has nothing to transcode, an LMDB file is read as it is")
+    if options.transcode is not None and (options.layout in FORMATS or is_remote(root)):
+        raise InputError(
+            "--transcode: expected videos that are files below a folder of this machine, got "
+            + (text_of(root) if is_remote(root) else f"layout {options.layout!r}")
+        )
 
 
 def _journal(out: Path | None, options: IndexOptions, verify: bool) -> tuple[Journal, Any]:

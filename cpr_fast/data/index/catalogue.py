@@ -10,6 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from cpr_fast.data.files.names import is_remote
+from cpr_fast.data.files.remote import remote_files
 from cpr_fast.data.storage.records import MARK, open_records, record_path, split_record
 from cpr_fast.runtime.files import TEMPORARY
 
@@ -55,7 +57,7 @@ class Catalogue:
         if root.suffix == ".lmdb":
             self.paths = [record_path(root, name) for name in sorted(open_records(root).names)]
         else:
-            self.paths = sorted(self._visit(root, ()))
+            self.paths = self._remote() if is_remote(root) else sorted(self._visit(root, ()))
         self._by_name: dict[str, list[Path]] = defaultdict(list)
         self._folded: dict[str, list[Path]] = defaultdict(list)
         for path in self.paths:
@@ -82,6 +84,13 @@ class Catalogue:
         own = [path for path in found if plain(label) in map(plain, self.folders(path))]
         found = own or [path for path in found if not others & set(map(plain, self.folders(path)))]
         return sorted(found, key=lambda path: (split not in self.folders(path), path.name != file, path))
+
+    def _remote(self) -> list[Path]:
+        """Returns the videos below a prefix of a server; objects are videos by their suffixes."""
+        found = remote_files(self.root)
+        videos = [path for path in found if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".")]
+        self.others.update(path.suffix.lower() or path.name for path in set(found) - set(videos))
+        return videos
 
     def _visit(self, folder: Path, ancestors: tuple[tuple[int, int], ...]) -> list[Path]:
         """Returns the videos below a folder; `ancestors` are the identities of its parent folders."""

@@ -15,27 +15,31 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from cpr_fast.config import DataConfig
+from cpr_fast.data.files.relative import Relative, absolute
 from cpr_fast.data.index.catalogue import VIDEO_SUFFIXES
 from cpr_fast.data.index.listing import known_split
-from cpr_fast.data.index.tables import TableError, read_table, require_utf8, table_text
+from cpr_fast.data.index.rows.columns import PARQUET, Columns, load_columns, save_columns, spread
+from cpr_fast.data.index.rows.parsing import ADVICE, IndexFileError, NotAnIndexError, checked_header, parse_row
+from cpr_fast.data.index.rows.video import COLUMNS, Video
+from cpr_fast.data.index.tables import TableError, read_table, table_text
 from cpr_fast.data.storage.copies import originals
-from cpr_fast.data.storage.media import exists, why_missing
+from cpr_fast.data.storage.media import why_missing
+from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import one_writer, replacing
-from cpr_fast.wording import counted
+from cpr_fast.wording import counted, expected
 
-COLUMNS = ("path", "label", "source", "split", "num_frames", "fps", "width", "height", "flow_path")
+# Rows whose files are looked for when an index is loaded, evenly spread: others are found missing when they are read. A
+# look takes 2 us on a local disk, and a hundred times as long on a network disk.
+LOOKED_FOR, LOOKED_FOR_IN_PARQUET = 10_000, 100
 MIN_VIDEOS = 8  # least number of training videos; with fewer, nothing remains to compare a batch with
 MIN_SOURCES = 2  # videos of one source are never negatives or positives of each other
 
@@ -58,35 +62,6 @@ def too_few(videos: int, sources: int, split: str, splits: Iterable[str] = ()) -
     )
 
 
-class IndexFileError(TableError):
-    """An index is not as expected; the message states the place, what was found and what was expected."""
-
-
-class NotAnIndexError(IndexFileError):
-    """A file is something else than an index; the message states what it is."""
-
-
-@dataclass(frozen=True)
-class Video:
-    """A row of an index, see the docstring of the module; its paths can be opened from the working directory."""
-
-    path: Path
-    label: str  # class name; "" where unlabelled
-    source: str  # equal for siblings
-    split: str
-    num_frames: int
-    fps: float
-    width: int  # pixels
-    height: int
-    flow_path: Path | None = None
-
-    def shared_frames(self, data: DataConfig | None = None) -> int:
-        """Returns the number of frames that all views have: flow has one less than RGB. With `data.flow = "on_the_fly"`
-        every video has flow."""
-        computed = data is not None and data.flow == "on_the_fly"
-        return self.num_frames - (computed or self.flow_path is not None)
-
-
 class Index(Sequence[Video]):
     """An immutable list of videos; a video's position is its id.
 
@@ -95,8 +70,11 @@ class Index(Sequence[Video]):
     """
 
     def __init__(self, videos: Iterable[Video], classes: Sequence[str] | None = None) -> None:
-        self._videos = tuple(videos)
-        self.classes = list(classes) if classes is not None else _distinct(v.label for v in self._videos if v.label)
+        self._videos: Sequence[Video] = videos if isinstance(videos, Columns) else tuple(videos)
+        if classes is None:
+            labels = self._columns.names("label") if self._columns else (video.label for video in self._videos)
+            classes = _distinct(filter(None, labels))
+        self.classes = list(classes)
 
     def __len__(self) -> int:
         return len(self._videos)
@@ -110,19 +88,21 @@ class Index(Sequence[Video]):
     def select(self, split: str) -> Index:
         """Returns the videos of one split, numbered from 0. Raises IndexFileError if the split has none."""
         name = known_split(split)
-        chosen = [video for video in self if video.split == name]
-        if not chosen and not self.has_splits:
+        chosen = self.chosen(np.flatnonzero(self._codes("split", name)))
+        if not len(chosen) and not self.has_splits:
             raise IndexFileError(
                 f"split {split!r}: the index has no splits, its column 'split' is empty. Fill it in, or use what needs "
                 "none: `retrieve --protocol leave_source_out`, `pretrain --data.split ''`"
             )
-        if not chosen:
+        if not len(chosen):
             splits = ", ".join(map(repr, _distinct(video.split for video in self)))
             raise IndexFileError(f"split {split!r}: the index has no such video; its splits are {splits}")
-        return Index(chosen, self.classes)
+        return chosen
 
     def chosen(self, positions: Iterable[int]) -> Index:
         """Returns the videos at these positions, numbered from 0."""
+        if self._columns:
+            return Index(self._columns.taken(np.fromiter(positions, np.int64)), self.classes)
         return Index((self[position] for position in positions), self.classes)
 
     @property
@@ -130,11 +110,11 @@ class Index(Sequence[Video]):
         """Whether at least half of the videos have a label, of two classes or more: fewer labels judge no network."""
         return 2 * int((self.labels >= 0).sum()) >= len(self) and self.class_count > 1
 
-    def training(self) -> tuple[str, list[Video]]:
+    def training(self) -> tuple[str, Index]:
         """Returns the split that pretraining reads by default and its videos: "train", or "" where there are no splits,
         which stands for all videos."""
         split = "train" if self.has_splits else ""
-        return split, [video for video in self if not split or video.split == split]
+        return split, self.chosen(np.flatnonzero(self._codes("split", split))) if split else self
 
     def select_for_training(self, split: str) -> Index:
         """Returns the videos of one split, or all videos if the index has no splits at all, which is logged."""
@@ -150,37 +130,72 @@ class Index(Sequence[Video]):
         The frames that all views have count. Raises IndexFileError if no video is left.
         """
         most = data.frames // 2 * data.stride + 1
-        short = [video for video in self if video.shared_frames(data) <= most] if data.short_videos == "drop" else []
-        if not short:
+        frames = self.shared_frames(data)
+        if data.short_videos != "drop" or not (left_out := frames <= most).any():
             return self
-        if len(short) == len(self):
+        if left_out.all():
             raise IndexFileError(
                 f'data.short_videos: expected a video of more than {counted(most, "frame")}, as "drop" keeps none of '
                 f"{most} or fewer, got {counted(len(self), 'video')} of at most "
-                f"{max(video.shared_frames(data) for video in self)}"
+                f"{frames.max()}"
             )
-        names = ", ".join(str(video.path) for video in short[:3]) + ", ..." * (len(short) > 3)
+        short = np.flatnonzero(left_out)
+        names = ", ".join(str(self[place].path) for place in short[:3].tolist()) + ", ..." * (len(short) > 3)
         log.info("%d of %s are left out, because they have %s or fewer (data.short_videos): %s",
                  len(short), counted(len(self), "video"), counted(most, "frame"), names)  # fmt: skip
-        left_out = set(short)
-        return Index((video for video in self if video not in left_out), self.classes)
+        return self.chosen(np.flatnonzero(~left_out))
 
     @property
     def has_splits(self) -> bool:
         """Whether any video names a split."""
-        return any(video.split for video in self)
+        return any(self._columns.names("split") if self._columns else (video.split for video in self))
 
     @cached_property
     def labels(self) -> np.ndarray:
         """int64 [N]: position in `classes`, -1 where unlabelled."""
         number = {name: i for i, name in enumerate(self.classes)} | {"": -1}
+        if self._columns:
+            return np.array([number[name] for name in self._columns.names("label")], np.int64)[
+                self._columns.codes("label")
+            ]
         return np.array([number[video.label] for video in self], dtype=np.int64)
 
     @cached_property
     def source_ids(self) -> np.ndarray:
         """int64 [N]: equal for siblings; numbered from 0 in order of first appearance."""
+        if self._columns:
+            return self._columns.source_ids
         number = {name: i for i, name in enumerate(_distinct(video.source for video in self))}
         return np.array([number[video.source] for video in self], dtype=np.int64)
+
+    def numbers(self, column: str) -> np.ndarray:
+        """Returns the column "num_frames", "width" or "height", int64 [N]."""
+        if self._columns:
+            return self._columns.numbers(column)
+        return np.array([getattr(video, column) for video in self], np.int64)
+
+    @property
+    def has_flow(self) -> np.ndarray:
+        """Whether each video has stored flow, bool [N]."""
+        return self._columns.has_flow if self._columns else np.array([v.flow_path is not None for v in self], bool)
+
+    def shared_frames(self, data: DataConfig | None = None) -> np.ndarray:
+        """Returns `Video.shared_frames` of every video, int64 [N]."""
+        computed = data is not None and data.flow == "on_the_fly"
+        return self.numbers("num_frames") - (computed | self.has_flow)
+
+    @property
+    def _columns(self) -> Columns | None:
+        """The columns of an index in Parquet, whose videos are made when they are asked for."""
+        videos = getattr(self, "_videos", None)  # the clips of a store have none
+        return videos if isinstance(videos, Columns) else None
+
+    def _codes(self, column: str, name: str) -> np.ndarray:
+        """Returns which videos have this name in the column, bool [N]."""
+        if self._columns:
+            names = self._columns.names(column)
+            return self._columns.codes(column) == (names.index(name) if name in names else -1)
+        return np.array([getattr(video, column) == name for video in self], bool)
 
     @property
     def source_count(self) -> int:
@@ -202,14 +217,18 @@ class Index(Sequence[Video]):
         """Reads an index.
 
         Args:
-            path: The CSV file, with or without byte-order mark; the columns may be separated by `,`, `;` or tab.
-            require_flow: Every flow file that is named must exist. If False, a missing one counts as no flow.
+            path: The CSV file, with or without byte-order mark; the columns may be separated by `,`, `;` or tab. Or a
+                Parquet file (.parquet), of which no row is made into a `Video` before it is asked for.
+            require_flow: Every flow file that is named must exist. If False, a missing one counts as no flow. In
+                Parquet a missing one is found when it is read.
             skipped: If given, a bad row is left out and its error is appended to this list.
         Raises:
             IndexFileError: states the file, line, column, what was found and what was expected.
             NotAnIndexError: the file is something else; states what it is.
         """
         path = Path(path)
+        if path.suffix == PARQUET:
+            return cls(_loaded_columns(path))
         try:
             header, rows = read_table(path, COLUMNS, "index")
         except TableError as error:
@@ -219,17 +238,18 @@ class Index(Sequence[Video]):
         if not set(header) & set(COLUMNS):
             begins = f"a text file that begins with {','.join(header)[:40]!r}" if header else "an empty file"
             raise _not_an_index(path, kind_of(path) or begins)
-        header = _checked_header(path, header)
+        header = checked_header(path, header)
         if not rows:
             raise IndexFileError(f"{path}: expected at least one video below the header, got none")
         first_line: dict[str, str] = {}  # by absolute path: a video may be named in several ways
         videos = []
-        for line, row in rows:
+        looked_for = set(spread(len(rows), LOOKED_FOR))
+        for number, (line, row) in enumerate(rows):
             try:
-                video = _parse_row(line, header, row, path.parent, require_flow)
+                video = parse_row(line, header, row, path.parent, require_flow, look=number in looked_for)
                 if row is rows[-1][1] and video.flow_path is None and row[header.index("flow_path")].strip():
                     _require_last_line(path, line, row[header.index("flow_path")])
-                if (name := _absolute(video.path)) in first_line:
+                if (name := absolute(video.path)) in first_line:
                     raise IndexFileError(f"{line}, column path: {row[header.index('path')]!r} repeats line "
                                          f"{first_line[name].rpartition(':')[2]}")  # fmt: skip
             except IndexFileError as error:
@@ -244,12 +264,34 @@ class Index(Sequence[Video]):
     def save(self, path: str | Path) -> None:
         """Writes the index; the file appears, or is replaced, in one step."""
         path, rows = Path(path), []
+        if path.suffix == PARQUET:
+            with replacing(path) as temporary:
+                save_columns(temporary, self, Relative(path.parent))
+            return
         relative = Relative(path.parent)
         for v in self:
             flow = "" if v.flow_path is None else relative(v.flow_path)
             rows.append((relative(v.path), v.label, v.source, v.split, v.num_frames, f"{v.fps:.6g}", v.width, v.height,
                          flow))  # fmt: skip
         _write(path, table_text(COLUMNS, rows))
+
+
+def _loaded_columns(path: Path) -> Columns:
+    """Returns the rows of an index in Parquet. Raises IndexFileError, also if one of a few files looked for is
+    missing."""
+    if not path.is_file():
+        raise IndexFileError(expected("an index", path))
+    try:
+        columns = load_columns(path)
+    except (InputError, OSError, ValueError) as error:
+        raise IndexFileError(f"{path}: {error}") from error
+    if not len(columns):
+        raise IndexFileError(f"{path}: expected at least one video, got none")
+    for place in spread(len(columns), LOOKED_FOR_IN_PARQUET):
+        if reason := why_missing(columns[place].path):
+            raise IndexFileError(f"{path}, row {place + 1}, column path: file {str(columns[place].path)!r} {reason}"
+                                 f"{ADVICE * (reason == 'does not exist')}")  # fmt: skip
+    return columns
 
 
 @contextmanager
@@ -290,97 +332,6 @@ def kind_of(path: Path) -> str:
     kinds = {".toml": "a TOML file, such as a recipe", ".json": "a JSON file", ".lmdb": "an LMDB file",
              ".pt": "a checkpoint", ".npz": "NumPy arrays", **dict.fromkeys(VIDEO_SUFFIXES, "a video")}  # fmt: skip
     return kinds.get(path.suffix.lower(), "") if path.is_file() else ""
-
-
-def _checked_header(path: Path, header: list[str]) -> list[str]:
-    if missing := [name for name in COLUMNS if name not in header]:
-        raise IndexFileError(f"{path}:1: missing column {', '.join(map(repr, missing))}; "
-                             f"expected the header {','.join(COLUMNS)}, got {','.join(header)!r}")  # fmt: skip
-    if len(header) != len(COLUMNS):
-        unknown = [name for name in header if name not in COLUMNS] or "a repeated column"
-        raise IndexFileError(f"{path}:1: expected the header {','.join(COLUMNS)}, got {unknown} besides")
-    return header
-
-
-def _parse_row(line: str, header: list[str], row: list[str], folder: Path, require_flow: bool) -> Video:
-    if len(row) != len(header):
-        raise IndexFileError(f"{line}: expected {counted(len(header), 'field')}, got {len(row)}")
-    fields = dict(zip(header, row, strict=True))
-    for column in ("label", "source", "split"):  # people write blanks after a comma
-        fields[column] = fields[column].strip()
-
-    def number(column: str, kind: type) -> int | float:
-        try:
-            if kind is int and re.fullmatch(r"\s*\d{1,3}(,\d{3})+\s*", fields[column]):  # 1,000 is a thousand, not one
-                raise ValueError
-            value = float(fields[column].replace(",", "."))  # a spreadsheet may write 25,0
-            if not 0 < value < (2**31 if kind is int else math.inf) or kind(value) != value:
-                raise ValueError
-        except ValueError:
-            expected = "a positive whole number below 2,147,483,648" if kind is int else "a positive number"
-            raise IndexFileError(f"{line}, column {column}: expected {expected}, got {fields[column]!r}") from None
-        return kind(value)
-
-    def file(column: str) -> Path:
-        if not fields[column].strip():
-            raise IndexFileError(f"{line}, column {column}: expected a file, got {fields[column]!r}")
-        path = folder / fields[column]
-        if reason := why_missing(path):  # or blanks after a comma, or a path that was written on Windows
-            others = {fields[column].strip(), fields[column].strip().replace("\\", "/")} - {fields[column]}
-            if found := [folder / name for name in sorted(others) if not why_missing(folder / name)]:
-                return found[0]
-            advice = "; relative paths begin at the folder of the index: move it back if it was moved, or list the "
-            advice += "videos again with `cpr-fast index`"
-            raise IndexFileError(
-                f"{line}, column {column}: file {str(path)!r} {reason}{advice * (reason == 'does not exist')}"
-            )
-        return path
-
-    for column in ("label", "source", "split"):
-        try:
-            require_utf8(f"{line}, column {column}", fields[column])
-        except TableError as error:
-            raise IndexFileError(str(error)) from None
-    flow_there = fields["flow_path"].strip() and (require_flow or exists(folder / fields["flow_path"]))
-    return Video(
-        path=file("path"),
-        label=fields["label"],
-        source=fields["source"] or fields["path"],  # without a given source, the video is its own source
-        split=known_split(fields["split"]),
-        num_frames=number("num_frames", int),
-        fps=number("fps", float),
-        width=number("width", int),
-        height=number("height", int),
-        flow_path=file("flow_path") if flow_there else None,
-    )
-
-
-class Relative:
-    """Paths relative to a folder, which may be a symbolic link: `..` then leads to the parent of the link's target."""
-
-    def __init__(self, folder: Path) -> None:
-        self._lexical, self._real = os.path.abspath(folder), os.path.realpath(folder)
-        self._prefixes: dict[str, str] = {}  # by the folder of a video
-
-    def __call__(self, path: Path) -> str:
-        folder, name = os.path.split(_absolute(path))
-        if folder not in self._prefixes:
-            self._prefixes[folder] = self._relative(folder)
-        return os.path.normpath(os.path.join(self._prefixes[folder], name))
-
-    def _relative(self, folder: str) -> str:
-        real = os.path.realpath(folder)
-        named, resolved = os.path.relpath(folder, self._lexical), os.path.relpath(real, self._real)
-        if os.path.realpath(os.path.join(self._real, named)) != real:  # a `..` in it follows a link
-            named = os.path.relpath(folder, self._real)
-        # a path without `..` remains valid if the index and the videos are moved together
-        return resolved if named.startswith("..") and not resolved.startswith("..") else named
-
-
-def _absolute(path: Path) -> str:
-    """Returns the absolute path, with symbolic links resolved only as far as a `..` follows them."""
-    head, up, tail = os.path.join(os.getcwd(), path).rpartition("/../")
-    return os.path.join(os.path.realpath(head + up), tail) if up else os.path.abspath(path)
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

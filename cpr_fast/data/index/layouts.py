@@ -10,14 +10,19 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from cpr_fast.data.files.names import is_remote, text_of
 from cpr_fast.data.index.catalogue import Catalogue, Problem, plain, without_suffix
+from cpr_fast.data.index.formats.folders import list_folders
+from cpr_fast.data.index.formats.frames import list_frames
+from cpr_fast.data.index.formats.lists import list_lines
+from cpr_fast.data.index.formats.shards import list_shards
 from cpr_fast.data.index.listing import (
-    SPLITS,
     Listed,
     Listing,
     Row,
     clip_source,
     other_classes,
+    split_name,
     without_contradictions,
 )
 from cpr_fast.data.index.tables import read_lines, read_table, require_utf8
@@ -52,8 +57,9 @@ def require_splits(layout: str, splits: Path | None) -> None:
     time: looking for videos on a large disk takes minutes."""
     if splits is None and layout in LISTS:
         raise InputError(f"--splits: layout {layout!r} needs the folder of {LISTS[layout]}")
-    if splits is not None and layout == "folders":
-        raise InputError(f"--splits: layout 'folders' reads the split from the folders, got {str(splits)!r}")
+    if splits is not None and layout in ("folders", *FORMATS):
+        where = "the lists" if layout == "list" else "the tar files" if layout == "tar" else "the folders"
+        raise InputError(f"--splits: layout {layout!r} reads the split from {where}, got {str(splits)!r}")
     if splits is not None and not splits.is_dir():
         raise InputError(f"--splits: expected the folder of the split lists, got {str(splits)!r}")
 
@@ -74,13 +80,14 @@ def list_videos(
     `exclude` is a folder below the root that is skipped; without `classes` no video gets one. Raises InputError if the
     root or a list does not match the layout.
     """
-    if not root.exists() or (root.suffix != ".lmdb" and not root.is_dir()):
-        raise InputError(f"ROOT: expected a folder or an LMDB file, got {str(root)!r}")
-    if layout == "lmdb" and root.suffix != ".lmdb":
-        raise InputError(f"ROOT: --layout lmdb expects a file that ends in .lmdb, got {str(root)!r}")
+    _require_root(layout, root)
     require_splits(layout, splits)
-    catalogue = Catalogue(root, exclude)
-    listing = without_contradictions(LAYOUTS[layout](catalogue, splits, split))
+    if layout in FORMATS:
+        listing = without_contradictions(FORMATS[layout](root))
+    else:
+        catalogue = Catalogue(root, exclude)
+        listing = without_contradictions(LAYOUTS[layout](catalogue, splits, split))
+        listing = listing._replace(problems=catalogue.problems + listing.problems, others=dict(catalogue.others))
     folders = {item.path: item.label for item in listing.videos}  # records of flow are named by them, classes or not
     named = {*listing.classes, *folders.values()} - {""}
     if not classes:
@@ -93,47 +100,39 @@ def list_videos(
     order = sorted(listing.classes) if class_order == "alphabetical" else listing.classes
     place = {label: i for i, label in enumerate(order)} | {"": len(order)}
     videos = sorted(listing.videos, key=lambda item: place[item.label])
-    problems = catalogue.problems + listing.problems
+    problems = list(listing.problems)
     if flow_lmdb is not None:
         flow = Catalogue(flow_lmdb)
         found = (flow.find(folders[item.path], _name(item.path), item.split, named) for item in videos)
         videos = [item._replace(flow_path=next(iter(paths), None)) for item, paths in zip(videos, found, strict=True)]
         problems += [Problem(item.path, "missing_flow", f"not in {flow_lmdb.name}") for item in videos
                      if item.flow_path is None]  # fmt: skip
-    return listing._replace(videos=videos, classes=order, problems=problems, others=dict(catalogue.others))
+    return listing._replace(videos=videos, classes=order, problems=problems)
+
+
+def _require_root(layout: str, root: Path) -> None:
+    """Raises InputError if the root is not of the kind that the layout reads."""
+    if layout == "list" and (is_remote(root) or not (root.is_dir() or root.is_file())):
+        raise InputError(f"ROOT: --layout list expects a text file, or a folder of them, got {text_of(root)!r}")
+    if is_remote(root):
+        if layout not in ("folders", "tar"):
+            raise InputError(
+                f"ROOT: --layout {layout} reads files of this machine, got {text_of(root)!r}; a list of URLs "
+                "(--layout list) names objects on a server"
+            )
+        return
+    if layout == "tar" and root.is_file() and root.suffix != ".tar":
+        raise InputError(f"ROOT: --layout tar expects a file that ends in .tar, or a folder, got {str(root)!r}")
+    if not root.exists() or (layout not in ("list", "tar") and root.suffix != ".lmdb" and not root.is_dir()):
+        advice = {".tar": "; --layout tar reads tar files", ".txt": "; --layout list reads lists"}
+        hint = advice.get(root.suffix.lower(), "") if root.is_file() else ""
+        raise InputError(f"ROOT: expected a folder or an LMDB file, got {str(root)!r}{hint}")
+    if layout == "lmdb" and root.suffix != ".lmdb":
+        raise InputError(f"ROOT: --layout lmdb expects a file that ends in .lmdb, got {str(root)!r}")
 
 
 def _name(path: Path) -> str:
     return path.stem if split_record(path) is None else path.name
-
-
-def _list_folders(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
-    """Lists every video below a folder without lists; class and split are read from the names of the folders.
-
-        ROOT/<video>                              no class, no split
-        ROOT/<class>/<video>                      ROOT/<class>/<any folders>/<video>: the first level is the class
-        ROOT/<split>/<class>/<video>              likewise below each split
-        ROOT/<split>/<video>                      no class
-
-    The first level is the split if all its folders are named as in SPLITS, or if a training and a test or validation
-    folder are among them; names are read in any case. Where most videos lie in no class folder, no folder is a
-    class.
-
-        The listing's `levels` states how the levels of folders were interpreted.
-    """
-    parents = {path: catalogue.folders(path) for path in catalogue.paths}
-    tops = {folders[0] for folders in parents.values() if folders}
-    has_split = _are_splits(tops)
-    listed = [_listed(path, folders, has_split) for path, folders in parents.items()]
-    outside = sum(not item.label for item in listed)
-    found = {item.label for item in listed if item.label}
-    # Where most videos lie in no folder, the others are not sorted by class, either; `list_videos` drops their labels.
-    labels = sorted(found) if len(listed) >= 2 * outside else []
-    listed.sort(key=lambda item: (item.label if labels else "", item.split, item.path))
-    problems = [Problem(item.path, "no_class", "lies beside the class folders, so it has no class")
-                for item in listed if labels and not item.label]  # fmt: skip
-    deepest = max((len(folders) for folders in parents.values()), default=0)
-    return Listing(listed, labels, problems, _levels(has_split, bool(labels), deepest, outside < len(listed)))
 
 
 def _without_classes(listing: Listing) -> Listing:
@@ -141,33 +140,6 @@ def _without_classes(listing: Listing) -> Listing:
     split = listing.levels.split(";")[0]
     levels = f"{split}; no folder is taken as a class" if listing.levels else ""
     return listing._replace(classes=[], problems=problems, levels=levels)
-
-
-def _are_splits(tops: set[str]) -> bool:
-    kinds = {SPLITS.get(name.lower()) for name in tops}
-    return bool(tops) and (None not in kinds or ("train" in kinds and len(kinds - {"train", None}) > 0))
-
-
-def _listed(path: Path, folders: tuple[str, ...], has_split: bool) -> Listed:
-    split, top = "", ()
-    if has_split and folders:
-        split, top, folders = _split(folders[0]), folders[:1], folders[1:]
-    label = folders[0].strip() if folders else ""  # as a list and an index are read
-    clip = re.fullmatch(r"(.+)_c\d+", path.stem)
-    if clip:  # clips of one source, also across splits, so that a leak is noticed
-        return Listed(path, label, "/".join((*folders, clip[1])), split)
-    return Listed(path, label, "/".join((*top, *folders, path.name)), split)
-
-
-def _levels(has_split: bool, has_class: bool, deepest: int, has_folders: bool) -> str:
-    """Returns a sentence that states how the levels of folders were interpreted."""
-    split = "the first folder level is the split" if has_split else "no folder names a split"
-    if not has_class:
-        why = ", because most videos lie in none" if has_folders else ""
-        return f"{split}; no folder names a class{why}"
-    level = "second" if has_split else "first"
-    deeper = "; deeper folders are ignored" if deepest > 1 + has_split else ""
-    return f"{split}; the {level} folder level is the class{deeper} (--no-classes if it is not)"
 
 
 def _list_ucf101(catalogue: Catalogue, splits: Path | None, split: int) -> Listing:
@@ -224,7 +196,7 @@ def _list_kinetics(catalogue: Catalogue, splits: Path | None, split: int) -> Lis
         for where, row in _kinetics_rows(file):
             clip = f"{row['youtube_id']}_{_seconds(where, row, 'time_start')}_{_seconds(where, row, 'time_end')}"
             part = row.get("split") or file.stem.rpartition("_")[-1]
-            spelled[part] = _split(part)
+            spelled[part] = split_name(part)
             rows.append(Row(where, row.get("label") or "", clip, spelled[part]))
             ids.append(row["youtube_id"])
     labels = {row.label for row in rows} - {""}
@@ -351,11 +323,6 @@ def _without_rows(rows: list[Row], files: list[Path]) -> list[Problem]:
     return [Problem(file, "empty_list", "names no video") for file in files if file not in found]
 
 
-def _split(name: str) -> str:
-    """Returns what a split is called in an index."""
-    return SPLITS.get(name.strip().lower(), name.strip())
-
-
 def _missing(catalogue: Catalogue, row: Row) -> Problem:
     return Problem(catalogue.root / row.label / row.file, "missing", f"listed in {row.place}, not found")
 
@@ -382,8 +349,10 @@ def _matches(path: Path, pattern: str, expected: str) -> Iterator[tuple[str, tup
         yield where, found.groups()
 
 
+# The layouts whose videos are listed in other places than files in folders: functions of the root.
+FORMATS: dict[str, Callable[[Path], Listing]] = {"list": list_lines, "rawframes": list_frames, "tar": list_shards}
 LAYOUTS: dict[str, Callable[[Catalogue, Path | None, int], Listing]] = {
-    "folders": _list_folders,
+    "folders": list_folders,
     "ucf101": _list_ucf101,
     "hmdb51": _list_hmdb51,
     "kinetics": _list_kinetics,

@@ -60,6 +60,17 @@ def known_split(name: str) -> str:
     return name.strip().lower() if name.strip().lower() in SPLITS else name.strip()
 
 
+def split_name(name: str) -> str:
+    """Returns what a split is called in an index."""
+    return SPLITS.get(name.strip().lower(), name.strip())
+
+
+def split_in(name: str) -> str:
+    """Returns the split that a word in the name of a file or folder names, "" if none or several do."""
+    found = {SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS}
+    return found.pop() if len(found) == 1 else ""
+
+
 def clip_source(label: str, name: str) -> str:
     """Returns the source of a clip by its name in UCF101 (v_X_gNN_cMM), HMDB51 (MOVIE_class_properties_N) or Kinetics
     (YOUTUBEID_start_end); any other clip is its own source, identified by class and name, because equal names in two

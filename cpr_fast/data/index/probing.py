@@ -11,7 +11,9 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from cpr_fast.data.storage.records import frame_size, read_record_frames, split_record
+from cpr_fast.data.files.names import is_frames
+from cpr_fast.data.storage.media import frame_size, is_pictures, read_picture_parts, state_of
+from cpr_fast.data.storage.pictures import count_pictures
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo, probe_video
 from cpr_fast.runtime.files import append_line, naming
@@ -28,19 +30,19 @@ log = logging.getLogger(__name__)
 def probe(path: Path, *, verify: bool) -> VideoInfo:
     """Returns the properties of a video, from its packets or, with `verify`, by decoding it completely. Raises
     VideoError."""
-    if split_record(path) is None:
+    if not is_pictures(path):
         return probe_video(path, decode=verify)
     frames, height, width = frame_size(path)
-    error = ""
+    error = count_pictures(path)[1] if is_frames(path) else ""
     if verify:
         try:
             for frame in range(frames):
-                read_record_frames(path, [frame], "rgb")
+                read_picture_parts(path, [frame], "rgb")
         except VideoError as failure:
             if frame == 0:
                 raise
             frames, error = frame, failure.reason
-    return VideoInfo(frames, ASSUMED_FPS, width, height, "mjpeg", error)  # an LMDB file does not store the frame rate
+    return VideoInfo(frames, ASSUMED_FPS, width, height, "mjpeg", error)  # pictures do not tell the frame rate
 
 
 class Journal:
@@ -102,12 +104,10 @@ class Journal:
                 append_line(self._file, json.dumps(row))
 
     def _state(self, path: Path) -> list[object]:
-        record = split_record(path)
         try:
-            stat = os.stat(path if record is None else record[0])
+            return [*state_of(path), self._task]
         except OSError:
             return [0, 0, self._task]
-        return [stat.st_size, stat.st_mtime_ns, self._task]
 
 
 def probe_all(

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cpr_fast.config.recipes import init_command
+from cpr_fast.data.files.names import is_remote
 from cpr_fast.data.index.index import Video, too_few
+from cpr_fast.data.index.rows.columns import PARQUET
 from cpr_fast.data.storage.media import container
 from cpr_fast.wording import counted, printable
 
@@ -28,11 +30,16 @@ KINDS: dict[str, tuple[bool, str]] = {
     "hidden": (False, "hidden file or folder"),
     "empty_folder": (False, "folder without a video"),
     "link_loop": (False, "link back to its own folder"),
+    "unreadable_shard": (False, "tar file that could not be read"),
+    "no_video": (False, "key of a tar file without a video"),
     "two_classes": (False, "listed in two classes"),
     "rotated": (False, "stored rotated"),
     "too_short": (False, "fewer frames than --min-frames"),
     "failed": (False, "flow not computed"),
     "not_listed": (False, "only in the previous index"),
+    "damaged_shard": (True, "tar file that is cut off; its whole members are listed"),
+    "repeated_key": (True, "key of an earlier sample of the tar files"),
+    "bad_text": (True, "JSON or text beside the video that cannot be used"),
     "damaged": (True, "frames missing or decoded with errors"),
     "size_change": (True, "frame size changes; kept up to the change"),
     "several_streams": (True, "one of several video streams is read"),
@@ -59,6 +66,7 @@ COPIES = (
     "Exact copies whose sources differ count as different videos. Delete the row of one of them from the index, or "
     "give both the same source."
 )
+LARGE = 100_000  # videos, from which on an index in Parquet is worth its package
 FIRST = 3  # number of names printed per kind of problem
 
 
@@ -77,6 +85,8 @@ def index_command(index: Path, videos: Iterable[Video] = (), **changes: str) -> 
         report = json.loads(report_path(index).read_text(encoding="utf-8"))
         root, options = report["root"], dict(report["options"])
     except (OSError, ValueError, KeyError, TypeError):
+        if any(is_remote(video.path) for video in videos):
+            return ""
         folders = [os.path.dirname(os.path.abspath(container(video.path))) for video in videos]
         if not folders:
             return ""
@@ -132,6 +142,10 @@ def summary(report: dict[str, Any], others: str = "") -> list[str]:
     elif set(report["splits"]) <= {""}:
         lines.append("Without splits pretraining reads all videos, and in `cpr-fast retrieve` every video queries "
                      "those of all other sources.")  # fmt: skip
+    if report["videos"] > LARGE and not report["index"].endswith(PARQUET):
+        lines.append(
+            f"Every command opens an index of more than {LARGE:,} videos faster from Parquet: --out index.parquet"
+        )
     if report["without_flow"] and not missing:
         flow = f"cpr-fast flow {shlex.quote(report['index'])} --out flow"
         lines.append(f"Optional before the next step: `{flow}` computes optical flow, the published second view, "

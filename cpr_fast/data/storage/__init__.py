@@ -1,5 +1,5 @@
 """Reads frames from video files or from JPEG records in LMDB files through one interface, and writes such records.
 
-Imports `runtime` and `data.video`; the other packages of `data`, `evaluate`, `pretrain`, `report`, `doctor` and
-`commands` may import it.
+Imports `runtime`, `data.files` and `data.video`; the other packages of `data`, `evaluate`, `pretrain`, `report`,
+`doctor` and `commands` may import it.
 """

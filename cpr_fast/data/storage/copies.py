@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
+from cpr_fast.data.files.access import storage_of
+from cpr_fast.data.files.names import is_remote
 from cpr_fast.data.storage.media import is_record
 
 END = 2**16  # bytes: uncompressed videos of one length are all of one size, but their ends differ
@@ -16,14 +17,15 @@ END = 2**16  # bytes: uncompressed videos of one length are all of one size, but
 def originals(files: Sequence[Path], facts: Sequence[Hashable]) -> list[int]:
     """Returns for each file the position of the first file with the same bytes, which is its own if there is none.
 
-    Links to a file hold its bytes. Records of LMDB files, and files that cannot be read, count as different from all
-    others. Files are read only if their sizes and facts are equal, and whole only if their ends are equal too.
+    Links to a file hold its bytes. Records of LMDB files, objects on servers, and files that cannot be read, count as
+    different from all others. Files are read only if their sizes and facts are equal, and whole only if their ends are
+    equal too.
 
     Args:
         facts: what copies have in common and is known already, such as the number of frames.
     """
     found = list(range(len(files)))
-    sizes = _divided(found, lambda i: None if is_record(files[i]) else (_read(files[i], os.path.getsize), facts[i]))
+    sizes = _divided(found, lambda i: None if _is_left_out(files[i]) else (_read(files[i], _size), facts[i]))
     ends = [part for group in sizes for part in _divided(group, lambda i: _read(files[i], _end))]
     for same in [part for group in ends for part in _divided(group, lambda i: _read(files[i], _content))]:
         for position in same:
@@ -47,12 +49,18 @@ def _read(path: Path, read: Callable[[Path], Hashable]) -> Hashable | None:
         return None
 
 
+def _is_left_out(path: Path) -> bool:
+    return is_record(path) or is_remote(path)
+
+
+def _size(path: Path) -> int:
+    return storage_of(path).size(path)
+
+
 def _end(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - END))
-        return hashlib.blake2b(file.read()).digest()
+    return hashlib.blake2b(storage_of(path).read_range(path, max(0, _size(path) - END), END)).digest()
 
 
 def _content(path: Path) -> bytes:
-    with open(path, "rb") as file:
+    with storage_of(path).open(path) as file:
         return hashlib.file_digest(file, "blake2b").digest()

@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from cpr_fast.data.files.access import storage_of
+from cpr_fast.data.files.names import is_remote, text_of
 from cpr_fast.data.storage.media import container
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.problems import problem_line
@@ -18,6 +20,7 @@ from cpr_fast.wording import counted
 
 REPLACED = "replaced by other videos"  # what happens in training to a file that cannot be read
 SAMPLED = 64  # number of files checked for existence before the storage is considered lost
+SAMPLED_REMOTE = 8  # likewise where they are on a server, each of which takes seconds if the server is lost
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +56,22 @@ class Unreadable:
             self._count[kind] += 1
             count = self._count[kind]
         if count == 1:
-            log.warning("%s %s: %s", verb, path, reason)
+            log.warning("%s %s: %s", verb, text_of(path), reason)
         elif str(count).strip("0") == "1":  # 10, 100, ...
-            log.warning("%s %d files so far for this reason: %s (the last: %s)", verb, count, reason, path)
+            log.warning("%s %d files so far for this reason: %s (the last: %s)", verb, count, reason, text_of(path))
         if gone and missing & (missing - 1) == 0:  # 1, 2, 4, ...
             self._require_storage(path, reason)
 
     def _require_storage(self, path: Path, reason: str) -> None:
-        lost = sum(not _is_there(file) for file in self._sample)
-        if 2 * lost > len(self._sample):
+        remote = [file for file in self._sample if is_remote(file)]
+        sample = remote[:: max(1, len(remote) // SAMPLED_REMOTE)] or self._sample
+        lost = sum(not _is_there(file) for file in sample)
+        if 2 * lost > len(sample):
             raise InputError(
-                f"{lost} of {counted(len(self._sample), 'file')} looked for can no longer be opened, "
-                f"for example {str(path)!r} "
-                f"({reason}): is the disk or network mount that holds them still there? When it is back, run the same "
-                "command again; `pretrain` continues with --resume"
+                f"{lost} of {counted(len(sample), 'file')} looked for can no longer be opened, "
+                f"for example {text_of(path)!r} "
+                f"({reason}): is the disk, network mount or server that holds them still there? When it is back, run "
+                "the same command again; `pretrain` continues with --resume"
             )
 
 
@@ -82,7 +87,7 @@ def by_kind(files: Iterable[tuple[Path | str, str]]) -> list[str]:
     for path, reason in files:
         kinds[kind_of(reason)].append((path, reason))
     found = sorted(kinds.values(), key=len, reverse=True)
-    return [problem_line(members[0][1], [str(path) for path, _ in members]) for members in found]
+    return [problem_line(members[0][1], [text_of(path) for path, _ in members]) for members in found]
 
 
 def not_read(files: Collection[tuple[Path | str, str]], happened: str) -> str:
@@ -94,7 +99,10 @@ def not_read(files: Collection[tuple[Path | str, str]], happened: str) -> str:
 
 def _is_there(path: Path) -> bool:
     try:
-        os.stat(path)
+        if is_remote(path):
+            storage_of(path).read_range(path, 0, 1)
+        else:
+            os.stat(path)
     except OSError:
         return False
     return True

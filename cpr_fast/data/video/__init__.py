@@ -1,6 +1,6 @@
 """Probing, frame-exact decoding and transcoding of video files with PyAV.
 
-Imports `runtime`; the other packages of `data`, `evaluate`, `report` and `doctor` may import it.
+Imports `runtime` and `data.files`; the other packages of `data`, `evaluate`, `report` and `doctor` may import it.
 """
 
 from cpr_fast.data.video.container import VideoError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,8 @@ import av
 import av.stream
 from av.stream import Disposition
 
+from cpr_fast.data.files.access import ffmpeg_input, storage_of
+from cpr_fast.data.files.names import text_of
 from cpr_fast.data.video.contents import what_it_is
 from cpr_fast.wording import counted
 
@@ -36,7 +37,7 @@ class VideoError(RuntimeError):
     """
 
     def __init__(self, path: str | Path, reason: str, *, unreadable: bool = False) -> None:
-        super().__init__(f"video {str(path)!r}: {reason}")
+        super().__init__(f"video {text_of(Path(path))!r}: {reason}")
         self.path, self.reason, self.unreadable = Path(path), reason, unreadable
 
 
@@ -56,12 +57,6 @@ def fewer_than_listed(path: str | Path, held: int, num_frames: int, view: str) -
     if view == "flow":
         return not_as_listed(path, f"holds {counted(held, 'field')} of flow", f"{num_frames + 1:,} frames")
     return not_as_listed(path, f"holds {counted(held, 'frame')}", f"{num_frames:,}")
-
-
-def location(path: str | Path) -> str:
-    """Returns the path with a prefix that makes FFmpeg open it as a file; without it, FFmpeg interprets `name:x.mp4` as
-    a network protocol."""
-    return f"file:{path}"
 
 
 def shows_times(container: av.container.InputContainer) -> bool:
@@ -103,7 +98,7 @@ def open_video(
     opened = False
     try:
         options = {} if probe else UNPROBED
-        with av.open(location(path), format=known_format, container_options=options, **ANY_METADATA) as container:
+        with av.open(ffmpeg_input(path), format=known_format, container_options=options, **ANY_METADATA) as container:
             opened = True
             if container.format.name in PLAYLISTS:
                 raise VideoError(path, f"is a list of other files ({container.format.name}) and not a video")
@@ -132,11 +127,10 @@ def _unreadable(path: str | Path, error: Exception) -> bool:
     if not isinstance(error, OSError) or error.errno not in errno.errorcode:
         return False
     try:  # demultiplexers also report "Input/output error" for files that end too early
-        with open(path, "rb") as file:
-            file.read(1)
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 1))
-            file.read(1)
+        storage = storage_of(path)
+        size = storage.size(Path(path))
+        for start in (0, max(0, size - 1)):
+            storage.read_range(Path(path), start, 1)
     except OSError:
         return True
     return False

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
+from cpr_fast.data.files.access import storage_of
+
 _FIRST = 4096  # bytes at the start of a file that are looked at
 _KINDS = {b"PK\3\4": "a ZIP archive", b"\x1f\x8b": "a gzip archive", b"\xff\xd8\xff": "a JPEG picture",
           b"\x89PNG": "a PNG picture", b"%PDF": "a PDF document", b"\x89HDF": "an HDF5 file",
@@ -19,7 +21,7 @@ def what_it_is(path: str | Path) -> str:
     """Returns what a file is that cannot be opened as a video, as the end of a sentence that begins with "it", such as
     "is a text that begins with '<!DOCTYPE html>'"; "" if its bytes do not tell or cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with storage_of(path).open(Path(path)) as file:
             return _told(file)
     except OSError:
         return ""

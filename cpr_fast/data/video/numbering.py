@@ -5,7 +5,6 @@ Letters: F frames.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from cpr_fast.data.files.access import storage_of
 from cpr_fast.data.video.bitstream import BIDIRECTIONAL, ENCODER, INTRA, PICTURE, is_intra
 from cpr_fast.data.video.container import VideoError, holds_frame, open_video, shows_times
 
@@ -115,10 +115,10 @@ def fewer_frames(path: str | Path, packets: Sequence[av.Packet], num_frames: int
 def file_identity(path: str | Path, num_frames: int) -> tuple:
     """Returns a key of the file that changes when the file does. Raises VideoError if the file does not exist."""
     try:
-        facts = os.stat(path)
+        version = storage_of(path).version(Path(path))
     except OSError as error:
         raise VideoError(path, error.strerror or str(error), unreadable=True) from error
-    return str(path), facts.st_mtime_ns, facts.st_size, num_frames
+    return str(path), version, num_frames
 
 
 def _compact(values: np.ndarray) -> range | np.ndarray:

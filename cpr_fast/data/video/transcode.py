@@ -9,7 +9,8 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from cpr_fast.data.video.container import VideoError, location, open_video
+from cpr_fast.data.files.local import local_file
+from cpr_fast.data.video.container import VideoError, open_video
 from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo, frame_rate, which_stream
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import replacing
@@ -29,7 +30,7 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
     error: VideoError | None = None
     with (
         replacing(target, KEPT, durable=True) as temporary,
-        av.open(location(temporary), "w", format="mp4") as output,
+        av.open(local_file(temporary), "w", format="mp4") as output,
     ):
         writer = _Writer(output, target, short_side)
         try:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.index.index import Index, Video
-from cpr_fast.data.storage.media import file_of
+from cpr_fast.data.storage.media import resolved, state_of
 from cpr_fast.data.storage.unreadable import not_read
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.embedding import Embedding, sum_features
@@ -68,8 +68,7 @@ def weights_digest(module: nn.Module) -> str:
 def video_digest(video: Video, view: str) -> str:
     """Returns a digest of the video's length and of the files that the view is read from (path, size, time)."""
     files = [video.path] + ([video.flow_path] if view == "flow" and video.flow_path else [])
-    states = [(str(path.resolve()), file_of(path).stat()) for path in files]
-    stats = [(path, state.st_size, state.st_mtime_ns) for path, state in states]
+    stats = [(resolved(path), *state_of(path)) for path in files]
     return digest(json.dumps([stats, video.num_frames, video.flow_path is not None]))
 
 

@@ -213,7 +213,7 @@ def test_pictures_alone_are_named(tmp_path):
     (tmp_path / "c" / "1.jpg").write_bytes(b"\xff\xd8")
     with pytest.raises(
         InputError,
-        match=r"ROOT: found no video.*; left out: 1 empty_folder .*: 1 \.jpg \(extracted frames are not read; encode",
+        match=r"ROOT: found no video.*; left out: 1 empty_folder .*: 1 \.jpg \(--layout rawframes reads",
     ):
         write_index(tmp_path, tmp_path / "i.csv", IndexOptions())
 

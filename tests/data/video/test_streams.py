@@ -17,8 +17,9 @@ from support.videos.odd_videos import (
     write_streams,
 )
 
+from cpr_fast.data.files.local import local_file
 from cpr_fast.data.video import transcode
-from cpr_fast.data.video.container import DISCARD, VideoError, location, open_video
+from cpr_fast.data.video.container import DISCARD, VideoError, open_video
 from cpr_fast.data.video.decode import read_frames
 from cpr_fast.data.video.numbering import LAYOUTS, file_identity
 from cpr_fast.data.video.packets import slice_packets
@@ -143,7 +144,7 @@ def test_frames_after_a_change_of_size_do_not_count(tmp_path):
 def test_names_that_ffmpeg_takes_for_something_else(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     write_plain(tmp_path / "plain.mp4", 5).rename(name)
-    assert probe_video(name).num_frames == 5 and location(name) == f"file:{name}"
+    assert probe_video(name).num_frames == 5 and local_file(name) == f"file:{name}"
     assert transcode_video(tmp_path / name, tmp_path / f"new {name}", 48).num_frames == 5
 
 

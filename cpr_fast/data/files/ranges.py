@@ -1,0 +1,70 @@
+"""A file that is read by ranges: what FFmpeg and `tarfile` read where no operating system has the file."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Protocol
+
+FIRST_BYTES, MOST_BYTES = 2**16, 2**22  # of a range: the first behind a seek, and the largest of a sequence
+
+
+class Ranges(Protocol):
+    """What a `RangeFile` needs of a `Storage`."""
+
+    def size(self, path: Path) -> int:
+        """Returns the number of bytes of a file."""
+
+    def read_range(self, path: Path, start: int, length: int) -> bytes:
+        """Returns the `length` bytes from `start` on."""
+
+
+class RangeFile(io.RawIOBase):
+    """An open file of a storage; it holds no resource but one range of bytes in memory.
+
+    Each range that follows the one before it is twice as long, so that a whole file takes few requests, and a few bytes
+    behind a seek cost a short one. One thread at a time may read it.
+    """
+
+    def __init__(self, storage: Ranges, path: Path) -> None:
+        """Raises OSError if the file cannot be read."""
+        super().__init__()
+        self._storage, self._path, self._size = storage, path, storage.size(path)
+        self._place, self._begin, self._held, self._next = 0, 0, b"", FIRST_BYTES
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def tell(self) -> int:
+        """Returns the place of the next byte that is read."""
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Moves the place of the next byte that is read, and returns it."""
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        return self._place
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Reads bytes into a buffer and returns their number, which is 0 only at the end. Raises OSError."""
+        wanted = min(len(buffer), self._size - self._place)
+        if wanted <= 0:
+            return 0
+        if not self._begin <= self._place < self._begin + len(self._held):
+            self._fetch(wanted)
+        first = self._place - self._begin
+        part = self._held[first : first + wanted]
+        buffer[: len(part)] = part
+        self._place += len(part)
+        return len(part)
+
+    def _fetch(self, wanted: int) -> None:
+        follows = self._held and self._place == self._begin + len(self._held)
+        self._next = min(2 * self._next, MOST_BYTES) if follows else FIRST_BYTES
+        length = min(max(wanted, self._next), self._size - self._place)
+        self._held, self._begin = self._storage.read_range(self._path, self._place, length), self._place

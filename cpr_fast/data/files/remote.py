@@ -1,0 +1,147 @@
+"""Objects on HTTP servers and object stores, which fsspec reads by ranges.
+
+Credentials, endpoints and proxies are those of fsspec: environment variables such as FSSPEC_S3_ENDPOINT_URL, the files
+of ~/.config/fsspec, and the usual files and variables of each store. A request that fails for a reason that may pass is
+made again; every error names the object and says what the server answered.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from cpr_fast.data.files.names import path_of, url_of
+from cpr_fast.data.files.ranges import RangeFile
+from cpr_fast.errors import InputError
+
+PAUSES_S = (0.5, 1.0, 2.0)  # before each further attempt
+PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers of a server that may be another one a little later
+REFUSED = (401, 403)
+REMEMBERED = 2**17  # objects whose size and version are kept: about 300 bytes each
+NO_RANGES = "the server ignores requests for ranges of bytes, so each clip would read the whole file; copy it here"
+
+T = TypeVar("T")
+
+
+class RemoteStorage:
+    """The `Storage` of URLs. An object is taken to stay the same while a process reads it."""
+
+    def __init__(self) -> None:
+        self._facts: dict[str, tuple[int, Hashable]] = {}  # size and version, by URL
+
+    def size(self, path: Path) -> int:
+        """Returns the number of bytes of an object. Raises OSError."""
+        return self._known(path)[0]
+
+    def read_range(self, path: Path, start: int, length: int) -> bytes:
+        """Returns the `length` bytes from `start` on, fewer only at the end of the object. Raises OSError."""
+        size = self.size(path)
+        end = min(start + length, size)
+        if start >= end:
+            return b""
+
+        def read(system: Any, url: str) -> bytes:
+            if url.startswith("http"):  # `cat_file` would read the whole object from a server that ignores ranges
+                with system.open(url, size=size, cache_type="none") as file:
+                    file.seek(start)
+                    data = file.read(end - start)
+            else:
+                data = system.cat_file(url, start=start, end=end)
+            if len(data) < end - start:
+                raise ConnectionError(f"the server sent {len(data):,} of {end - start:,} bytes")
+            return data
+
+        return _repeated(path, read)
+
+    def open(self, path: Path) -> BinaryIO:
+        """Returns the object as an open file. Raises OSError."""
+        return RangeFile(self, path)
+
+    def version(self, path: Path) -> Hashable:
+        """Returns the size, and the tag or the time of the last change that the server states. Raises OSError."""
+        return self._known(path)[1]
+
+    def _known(self, path: Path) -> tuple[int, Hashable]:
+        url = str(path)
+        if (known := self._facts.get(url)) is None:
+            facts = _repeated(path, lambda system, url: system.info(url))
+            if facts.get("type") == "directory":
+                raise OSError(errno.EISDIR, "is a folder")
+            if facts.get("size") is None or facts.get("partial") is False:
+                raise OSError(errno.EIO, NO_RANGES if facts.get("size") else "the server does not state its size")
+            marks = (str(facts.get(key, "")) for key in ("ETag", "Last-Modified", "LastModified", "mtime"))
+            known = (facts["size"], (facts["size"], *marks))
+            if len(self._facts) < REMEMBERED:
+                self._facts[url] = known
+        return known
+
+
+REMOTE = RemoteStorage()
+
+
+def file_system(path: Path) -> tuple[Any, str]:
+    """Returns the file system of fsspec for a URL, and the name of the object in it. Raises InputError if fsspec, or
+    its part for this protocol, is not installed."""
+    url = url_of(path)
+    try:
+        from fsspec.core import url_to_fs
+
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{url}: reading it needs `pip install 'cpr-fast[remote]'`: {error}") from error
+
+
+def remote_files(path: Path) -> list[Path]:
+    """Returns the objects below a prefix of an object store, sorted. Raises InputError if they cannot be listed."""
+    try:
+        found = _repeated(path, lambda system, name: [system.unstrip_protocol(name) for name in system.find(name)])
+    except OSError as error:
+        raise InputError(f"{url_of(path)}: {error.strerror}") from error
+    return sorted(path_of(url) for url in found)
+
+
+def _repeated(path: Path, call: Callable[[Any, str], T]) -> T:
+    """Returns call(file system, name), made again after failures that may pass. Raises OSError with a sentence."""
+    system, name = file_system(path)
+    for pause in (*PAUSES_S, None):
+        try:
+            return call(system, name)
+        except Exception as error:  # each store has its own exceptions
+            failure = _explained(error)
+            if failure.errno != errno.EAGAIN or pause is None:
+                raise failure from error
+        time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _explained(error: Exception) -> OSError:
+    """Returns the error with a sentence; its number is EAGAIN if the request may succeed later."""
+    status = _status(error)
+    if status in REFUSED or isinstance(error, PermissionError):
+        answer = f" ({status})" if status else ""
+        return OSError(errno.EACCES, f"the server refuses it{answer}: has the URL expired, or are credentials missing?")
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ is not None else error
+    if status == 404 or (status is None and isinstance(cause, FileNotFoundError)):
+        return OSError(errno.ENOENT, "does not exist on the server")
+    if status is not None and status not in PASSING:
+        return OSError(errno.EIO, f"the server answered {status}")
+    if isinstance(cause, ValueError) and "range requests" in str(cause):
+        return OSError(errno.EIO, NO_RANGES)
+    said = f"the server answered {status}" if status else f"{type(cause).__name__}: {cause}"
+    return OSError(errno.EAGAIN, f"could not be read in {len(PAUSES_S) + 1} attempts; the last: {said}")
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Returns the status of HTTP that an exception, or one that it came from, carries; None if there is none."""
+    while error is not None:
+        status = getattr(error, "status", None)
+        if status is None:
+            response = getattr(error, "response", None)  # of botocore
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None

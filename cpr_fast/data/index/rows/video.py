@@ -1,0 +1,33 @@
+"""A row of an index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cpr_fast.config import DataConfig
+
+COLUMNS = ("path", "label", "source", "split", "num_frames", "fps", "width", "height", "flow_path")
+
+
+@dataclass(frozen=True)
+class Video:
+    """A row of an index, see `cpr_fast.data.index.index`; its paths can be opened from the working directory."""
+
+    path: Path
+    label: str  # class name; "" where unlabelled
+    source: str  # equal for siblings
+    split: str
+    num_frames: int
+    fps: float
+    width: int  # pixels
+    height: int
+    flow_path: Path | None = None
+
+    def shared_frames(self, data: DataConfig | None = None) -> int:
+        """Returns the number of frames that all views have: flow has one less than RGB. With `data.flow = "on_the_fly"`
+        every video has flow."""
+        computed = data is not None and data.flow == "on_the_fly"
+        return self.num_frames - (computed or self.flow_path is not None)

@@ -1,0 +1,236 @@
+"""Videos, tar files and pictures on an HTTP server and on S3: the same bytes, read by ranges, and named failures."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.data_sets.tar_files import write_tar
+from support.machine.http_server import serving
+from support.videos.odd_videos import write_plain
+
+from cpr_fast.config import DataConfig
+from cpr_fast.data.clips.loader import TrainLoader
+from cpr_fast.data.files import remote
+from cpr_fast.data.files.access import storage_of
+from cpr_fast.data.files.names import member_path
+from cpr_fast.data.files.remote import RemoteStorage, remote_files
+from cpr_fast.data.files.tar import TarStorage, members
+from cpr_fast.data.index.build import IndexOptions, write_index
+from cpr_fast.data.index.index import Index
+from cpr_fast.data.storage.unreadable import Unreadable
+from cpr_fast.data.video.container import VideoError
+from cpr_fast.data.video.decode import read_frames
+from cpr_fast.data.video.packets import slice_packets
+from cpr_fast.errors import InputError
+
+pytest.importorskip("fsspec", reason="fsspec is an extra: pip install fsspec aiohttp")
+pytest.importorskip("aiohttp", reason="aiohttp is an extra: pip install fsspec aiohttp")
+
+BIG = 3 * 2**20
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory) -> Path:
+    return write_plain(tmp_path_factory.mktemp("video") / "v.mp4", 30)
+
+
+@pytest.fixture
+def server():
+    noise = np.random.default_rng(0).integers(0, 256, BIG, np.uint8).tobytes()
+    with serving({"/noise": noise}) as served:
+        yield served
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+    monkeypatch.setattr(remote, "PAUSES_S", (0.01, 0.01, 0.01))
+
+
+def at(server, name: str) -> Path:
+    return Path(f"{server.url}{name}")
+
+
+def test_ranges_hold_the_bytes_of_the_object_and_no_others_are_sent(server):
+    storage, path, noise = RemoteStorage(), at(server, "/noise"), server.files["/noise"]
+    assert storage.size(path) == BIG and storage.version(path) == storage.version(path)
+    for start, length in ((0, 1), (100, 1000), (BIG - 5, 100), (BIG, 3), (BIG // 2, 2**20)):
+        assert storage.read_range(path, start, length) == noise[start : start + length]
+    assert server.sent["/noise"] == 1 + 1000 + 5 + 2**20
+    with storage.open(path) as file:
+        assert file.seek(-4, 2) and file.read() == noise[-4:]
+        file.seek(0)
+        assert file.read() == noise
+
+
+def test_many_threads_read_one_object(server):
+    storage, path, noise = RemoteStorage(), at(server, "/noise"), server.files["/noise"]
+    starts = np.random.default_rng(1).integers(0, BIG - 5000, 64).tolist()
+    found: dict[int, bytes] = {}
+
+    def read(start: int) -> None:
+        found[start] = storage.read_range(path, start, 5000)
+
+    threads = [threading.Thread(target=read, args=[start]) for start in starts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(found[start] == noise[start : start + 5000] for start in starts)
+
+
+def test_failures_that_pass_are_tried_again_and_others_are_not(server):
+    storage, path, noise = RemoteStorage(), at(server, "/noise"), server.files["/noise"]
+    storage.size(path)
+    server.faults["/noise"] = [503, "cut", 500, None]
+    assert storage.read_range(path, 7, 1000) == noise[7:1007] and server.requests["/noise"] == 4
+    for fault, number, reason, requests in (
+        (503, errno.EAGAIN, r"could not be read in 4 attempts; the last: the server answered 503", 4),
+        ("cut", errno.EAGAIN, r"could not be read in 4 attempts; the last: ", 4),
+        (403, errno.EACCES, r"the server refuses it \(403\): has the URL expired", 1),
+        (404, errno.ENOENT, "does not exist on the server", 1),
+        (418, errno.EIO, "the server answered 418", 1),
+    ):
+        server.faults["/noise"], server.requests["/noise"] = [fault], 0
+        with pytest.raises(OSError, match=reason) as failed:
+            storage.read_range(path, 7, 1000)
+        assert failed.value.errno == number and server.requests["/noise"] == requests
+
+
+def test_an_object_that_cannot_be_opened_is_named(server):
+    server.faults["/gone"] = [403]
+    for name, reason in (("/gone", r"refuses it \(403\)"), ("/never", "does not exist on the server")):
+        with pytest.raises(OSError, match=reason):
+            RemoteStorage().size(at(server, name))
+        with pytest.raises(VideoError, match=reason) as failed:
+            read_frames(at(server, name), [0], "rgb", 3)
+        assert failed.value.unreadable
+    with pytest.raises(OSError, match="could not be read in 4 attempts"):
+        RemoteStorage().size(Path("http://127.0.0.1:9/nobody-listens"))
+    with pytest.raises(InputError, match=r"nosuch://h/a: reading it needs `pip install 'cpr-fast\[remote\]'`"):
+        RemoteStorage().size(Path("nosuch://h/a"))
+
+
+def test_a_server_that_ignores_ranges_is_named_and_never_sends_a_whole_large_object(server):
+    server.ranges = False
+    storage, path = RemoteStorage(), at(server, "/noise")
+    with pytest.raises(OSError, match="ignores requests for ranges"):
+        storage.read_range(path, 2**20, 1000)
+    assert server.requests["/noise"] == 1  # not tried again
+
+
+def test_a_video_on_a_server_decodes_to_the_frames_of_the_file(server, video, tmp_path):
+    server.files["/a b/v.mp4"] = server.files["/bad.mp4"] = video.read_bytes()
+    server.files["/bad.mp4"] = server.files["/bad.mp4"][:-2000]
+    shard = write_tar(tmp_path / "s.tar", {"x": bytes(BIG), "v.mp4": video.read_bytes(), "y": bytes(BIG)})
+    server.files["/s.tar"] = shard.read_bytes()
+    found = list(members(at(server, "/s.tar")))
+    assert [member.name for member in found] == ["x", "v.mp4", "y"] and server.sent["/s.tar"] < BIG / 4
+    numbers = np.array([2, 3, 17, 29])
+    truth = read_frames(video, numbers, "rgb", 30)
+    for path in (at(server, "/a b/v.mp4"), member_path(found[1])):
+        for _ in range(2):
+            assert np.array_equal(read_frames(path, numbers, "rgb", 30), truth)
+        packets, places = slice_packets(path, numbers, 30)
+        assert len(packets) == len(slice_packets(video, numbers, 30)[0]) and len(places) == 4
+    assert server.sent["/s.tar"] < BIG / 2  # of 6 MiB
+    with pytest.raises(VideoError):
+        read_frames(at(server, "/bad.mp4"), numbers, "rgb", 30)
+
+
+def test_a_tar_file_on_a_server_that_changed_or_was_cut_off_is_named(server, tmp_path):
+    contents = {"a.mp4": b"a" * 700, "b.mp4": b"b" * 70000}
+    whole = write_tar(tmp_path / "s.tar", contents).read_bytes()
+    server.files["/s.tar"] = whole
+    path = member_path(list(members(at(server, "/s.tar")))[1])
+    for name, data, reason in (
+        ("/cut.tar", whole[:3000], "is cut off"),
+        ("/new.tar", whole[1536:], "has changed since"),
+    ):
+        server.files[name] = data
+        with pytest.raises(OSError, match=reason):
+            TarStorage().size(Path(str(path).replace("/s.tar", name)))
+    with pytest.raises(OSError, match="is cut off"):
+        list(members(at(server, "/cut.tar")))
+
+
+def test_training_reads_urls_of_a_list_as_files_and_counts_those_that_expired(server, video, tmp_path):
+    names = [f"{i:02}.mp4" for i in range(8)]
+    for i, name in enumerate(names):
+        data = video.read_bytes() + bytes(8 * i)  # what follows the last box of an MP4 is ignored
+        server.files[f"/{name}"] = data
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "urls.txt").write_text("".join(f"{server.url}/{name}?signature=a%2Fb\n" for name in names))
+    (tmp_path / "files.txt").write_text("".join(f"{name}\n" for name in names))
+    data = DataConfig(frames=8, size=32, batch_size=4, workers=2)
+    batches = []
+    for name in ("urls", "files"):
+        write_index(tmp_path / f"{name}.txt", tmp_path / f"{name}.csv", IndexOptions("list"))
+        loader = TrainLoader(Index.load(tmp_path / f"{name}.csv"), data, ["rgb"], seed=1)
+        batches.append(list(loader.epoch(0)))
+        loader.close()
+    for far, near in zip(*batches, strict=True):
+        assert np.array_equal(far.clips["rgb"], near.clips["rgb"])
+    server.faults["/03.mp4"] = [403]
+    loader = TrainLoader(Index.load(tmp_path / "urls.csv"), data, ["rgb"], seed=1)
+    assert len(list(loader.epoch(0))) == 2
+    ((path, reason),) = loader.skipped
+    assert path.name.startswith("03.mp4") and "the server refuses it (403)" in reason
+    loader.close()
+
+
+def test_a_server_that_is_lost_ends_the_run(tmp_path):
+    with serving({f"/{i}": b"x" for i in range(20)}) as server:
+        files = [at(server, f"/{i}") for i in range(20)]
+        Unreadable(files).add(files[0], "does not decode")
+    with pytest.raises(InputError, match=r"10 of 10 files looked for can no longer be opened.*network mount or server"):
+        Unreadable(files).add(files[0], "cannot be reached")
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """Yields the options of S3 for a bucket of a local server."""
+    pytest.importorskip("s3fs", reason="s3fs is an extra: pip install s3fs")
+    moto = pytest.importorskip("moto.server", reason="moto is for tests only: pip install 'moto[server]'")
+    server = moto.ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_REGION", "us-east-1"),
+                            ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")):  # fmt: skip
+            patch.setenv(name, value)
+        import s3fs
+
+        system = s3fs.S3FileSystem()
+        system.mkdir("clips")
+        yield system
+    server.stop()
+
+
+def test_a_prefix_of_s3_is_indexed_and_trained_on(bucket, video, tmp_path):
+    for i, name in enumerate(["run/a.mp4", "run/b c.mp4", "walk/d.mp4", "walk/e.txt"]):
+        bucket.pipe(f"clips/set/{name}", video.read_bytes() + bytes(8 * i))
+    root = Path("s3://clips/set")
+    assert remote_files(root)[1] == Path("s3://clips/set/run/b c.mp4")
+    report = write_index(root, tmp_path / "i.csv", IndexOptions())
+    text = (tmp_path / "i.csv").read_text()
+    assert "s3://clips/set/run/b c.mp4,run,run/b c.mp4" in text and report["root"] == "s3://clips/set"
+    index = Index.load(tmp_path / "i.csv")
+    assert [v.label for v in index] == ["run", "run", "walk"] and report["other_files"] == {".txt": 1}
+    assert np.array_equal(read_frames(index[1].path, [3, 20], "rgb", 30), read_frames(video, [3, 20], "rgb", 30))
+    with pytest.raises(OSError, match="does not exist on the server"):
+        storage_of("s3://clips/x").size(Path("s3://clips/set/none.mp4"))
+    with pytest.raises(InputError, match="ROOT: found no video in"):
+        write_index(Path("s3://clips/none"), tmp_path / "n.csv", IndexOptions())
+
+
+def test_tar_files_of_s3_are_indexed_and_read_by_ranges(bucket, video, tmp_path):
+    shard = write_tar(tmp_path / "s.tar", {"a.mp4": video.read_bytes(), "a.json": b'{"label": "run"}', "b.mp4": b"no"})
+    bucket.pipe("clips/shards/train-0.tar", shard.read_bytes())
+    report = write_index(Path("s3://clips/shards"), tmp_path / "i.csv", IndexOptions("tar"))
+    (row,) = Index.load(tmp_path / "i.csv")
+    assert (row.label, row.split, report["counts"]) == ("run", "train", {"broken": 1})
+    assert np.array_equal(read_frames(row.path, [3, 20], "rgb", 30), read_frames(video, [3, 20], "rgb", 30))
