@@ -39,6 +39,7 @@ from cpr_fast.runtime.metrics import read_metrics
 NAME = "quickstart.json"
 KEPT = ("name", "view", "r@1", "r@1_ci95", "r@5", "r@10", "map", "map_ci95", "queries", "gallery", "chance_r@1")
 PIXELS = ("single_frame", "mean_colour", "mean_flow")
+IDENTITY = ("seed", "settings", "variant", "threads")
 
 
 def settings() -> dict[str, Any]:
@@ -176,12 +177,14 @@ def main() -> None:
 
 
 def append(row: dict[str, Any], folder: Path) -> None:
-    """Adds a row to quickstart.json, which several processes may do at the same time."""
+    """Adds a row to quickstart.json, which several processes may do at the same time, if no other has added it."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        write_result(NAME, json.dumps([*stored(folder), row], indent=1) + "\n", folder)
+        rows = stored(folder)
+        if not any(is_of(each, {key: row[key] for key in IDENTITY}) for each in rows):
+            write_result(NAME, json.dumps([*rows, row], indent=1) + "\n", folder)
     finally:
         os.close(handle)
 

@@ -73,6 +73,12 @@ def test_finished_rows_are_neither_run_again_nor_replaced(script, monkeypatch, t
 
 def test_the_stored_rows_have_the_settings_of_today(script):
     """Otherwise the seeds would be run again: settings that come later must not change the digest."""
-    today = script.settings()
-    current = [each for each in script.stored(script.RESULTS) if (each.get("settings") or {}).get("version") == 5]
-    assert len(current) >= 8 and all(each["settings"] == today for each in current)
+    current = [each for each in script.stored(script.RESULTS) if each.get("settings") == script.settings()]
+    assert {(each["seed"], each["variant"]) for each in current} >= {(s, v) for s in range(8) for v in ("avx2", "avx512")}
+
+
+def test_two_processes_that_ran_the_same_seed_add_one_row(script, tmp_path):
+    finished = {**row(3), "settings": script.settings(), "variant": "avx2", "threads": 1}
+    for each in (finished, {**finished, "pretrain_cpu_s": 299.0}, {**finished, "threads": 2}):
+        script.append(each, tmp_path)
+    assert [(each["threads"], each["pretrain_cpu_s"]) for each in script.stored(tmp_path)] == [(1, 300.0), (2, 300.0)]
