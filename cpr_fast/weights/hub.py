@@ -24,7 +24,6 @@ from cpr_fast.weights.standalone import read_tensors
 from cpr_fast.wording import expected
 
 WEIGHTS, CONFIG, MODELING, CARD = "model.safetensors", "config.json", "modeling.py", "README.md"
-HUGGING_FACE = "cpr_fast.models.huggingface"
 # Our networks: the module and the class that define them.
 OWN = {"s3d": ("models.s3d", "S3D"), "s3dg": ("models.s3d", "S3D"), "s3d_milnce": ("models.s3d_milnce", "S3DMilNce"),
        "r3d": ("models.r3d", "R3D"), "r21d": ("models.r3d", "R2Plus1D"), "c3d": ("models.r3d", "C3D"),
@@ -45,15 +44,15 @@ def export_folder(
     Raises:
         CheckpointError: see `load_trained`.
         InputError: the checkpoint lacks the view, or holds heads that were trained on stored features or a network
-            whose settings are in another folder; or `out` is a file or holds other files.
+            that is built from another folder; or `out` is a file or holds other files.
     """
     (config, payload), out = load_trained(checkpoint), Path(out)
     if config.data.features:
         raise InputError("--to: expected safetensors for heads that were trained on stored features, got 'hub'")
-    if config.model.factory and config.model.factory[0] == HUGGING_FACE and "path" in config.model.args:
+    if "path" in config.model.args:
         raise InputError(
-            f"--to hub: the settings of the network are in the folder model.args.path {config.model.args['path']!r}, "
-            "which the written folder would need; expected them in model.args.config, or --to safetensors"
+            f"--to hub: the network is built from model.args.path {config.model.args['path']!r}, which the written "
+            "folder would need; expected a network without it (for transformers model.args.config), or --to safetensors"
         )
     _require_own_folder(out)
     about = _about(config, list(payload["encoders"]), chosen_view(payload, view))
@@ -66,6 +65,8 @@ def export_folder(
         for name, content in files.items():
             with replacing(out / name) as temporary:
                 temporary.write_text(content, encoding="utf-8")
+        if MODELING not in files:  # of another network, which was exported to this folder before
+            (out / MODELING).unlink(missing_ok=True)
     return {"file": str(out), "form": "hub", "view": about["view"], **written, "standalone": MODELING in files}
 
 

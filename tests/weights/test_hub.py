@@ -130,6 +130,7 @@ def own_network(tmp_path, monkeypatch):
 
 
 def test_a_network_of_the_user_is_loaded_by_its_name(tmp_path, own_network, capsys):
+    assert export(checkpoint(tmp_path / "before.pt", arch="r3d"), tmp_path / "net") == 0  # leaves its modeling.py
     assert export(own_network, tmp_path / "net") == 0
     assert "standalone: False" in capsys.readouterr().out
     assert not (tmp_path / "net" / "modeling.py").exists()
@@ -154,9 +155,22 @@ def test_a_network_in_a_folder_of_transformers_is_refused_by_name(tmp_path, monk
     model = {"arch": "cpr_fast.models.huggingface:encoder", "args": {"path": "/models/videomae"}}
     config = Config.from_dict({"model": model})
     monkeypatch.setattr(hub, "load_trained", lambda path: (config, {"encoders": {"rgb": {}}}))
-    with pytest.raises(InputError, match="model.args.path '/models/videomae'.*model.args.config, or --to safetensors"):
+    with pytest.raises(InputError, match="model.args.path '/models/videomae'.*or --to safetensors"):
         hub.export_folder("net.pt", tmp_path / "net", view=None, card=lambda about, payload: "")
     assert not (tmp_path / "net").exists()
+
+
+def test_a_model_of_transformers_that_the_recipe_describes(tmp_path):
+    pytest.importorskip("transformers", reason="needs transformers")
+    settings = {"model_type": "videomae", "image_size": 32, "patch_size": 16, "num_frames": 8, "intermediate_size": 48,
+                "hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "tubelet_size": 2}  # fmt: skip
+    args = {"config": settings}
+    file = checkpoint(tmp_path / "net.pt", arch="cpr_fast.models.huggingface:encoder", args=args, width=1.0)
+    assert export(file, tmp_path / "net") == 0
+    clips = torch.randn(2, 3, 8, 32, 32)
+    with torch.no_grad():
+        expected = load_pretrained(str(file)).encoders["rgb"].features(clips)
+        assert torch.equal(cpr_fast.from_pretrained(tmp_path / "net").features(clips), expected)
 
 
 def test_bad_arguments_are_named(tmp_path, capsys):
@@ -234,3 +248,6 @@ def test_the_card_says_what_the_run_recorded(tmp_path):
     assert "| Untrained network | RGB | 20.0 % | – | – | not recorded | not recorded |" in after
     assert "selects classifiers on the test split" in after and "selects classifiers" not in before
     assert "/secret" not in after and str(tmp_path) not in after
+    assert export(folder / "checkpoints" / "step-00000009.pt", tmp_path / "earlier") == 0
+    earlier, other_step = (tmp_path / "earlier" / "README.md").read_text(), "of an earlier or later step than"
+    assert "steps: 9, epochs: 3" in earlier and other_step in earlier and other_step not in after

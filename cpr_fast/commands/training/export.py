@@ -73,7 +73,9 @@ def _export_folder(checkpoint: Path, out: Path, view: str | None, json: bool) ->
     from cpr_fast.report.card import model_card
     from cpr_fast.weights.hub import export_folder
 
-    written = export_folder(checkpoint, out, view=view, card=partial(model_card, checkpoint=checkpoint, name=out.name))
+    written = export_folder(
+        checkpoint, out, view=view, card=partial(model_card, checkpoint=checkpoint, name=out.resolve().name)
+    )
     show(written, json, next_step=USES["hub"].format(out=str(out)))
 
 

@@ -17,7 +17,8 @@ class Wandb:
 
     Each kind of numbers has its own counter as its horizontal axis. A resumed run therefore writes the steps after its
     checkpoint again, with equal values, without being refused. Its environment variables (WANDB_PROJECT, WANDB_ENTITY,
-    WANDB_NAME, WANDB_MODE, WANDB_RUN_ID, ...) act as in every program.
+    WANDB_NAME, WANDB_MODE, WANDB_RUN_ID, ...) act as in every program. A run that was offline stays offline unless
+    WANDB_MODE is set, so that an evaluation does not ask for a login.
 
     Args: see `cpr_fast.runtime.writers.opening.open_writers`.
     """
@@ -26,11 +27,14 @@ class Wandb:
         import wandb
 
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT_S)
+        known = run_id(folder / "wandb", os.environ.get("WANDB_RUN_ID", ""), resumed=resumed)
+        was_offline = any((folder / "wandb").glob(f"offline-run-*-{known}"))
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=os.environ.get("WANDB_NAME", folder.absolute().name),
-            id=run_id(folder / "wandb", os.environ.get("WANDB_RUN_ID", ""), resumed=resumed),
+            id=known,
             dir=str(folder),
+            mode="offline" if was_offline and "WANDB_MODE" not in os.environ else None,
             resume="allow",
             settings=wandb.Settings(console="off"),  # the progress line is not a log
         )

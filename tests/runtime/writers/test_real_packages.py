@@ -8,6 +8,7 @@ import inspect
 import json
 import struct
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,16 @@ def records(file: Path) -> list:
     return found
 
 
+def finished_records(file: Path) -> list:
+    """Returns the records of a run that has ended: wandb's own process writes the last ones after `finish`."""
+    for _ in range(200):
+        found = records(file)
+        if any(record.HasField("exit") for record in found):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{file} has no end: {found}")
+
+
 def history(record) -> dict[str, float]:
     """Returns the values of a row, without wandb's own."""
     values = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
@@ -79,12 +90,14 @@ def test_wandb_offline(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "60")
     folder = tmp_path / "cpr"
     write(folder, STEPS[:2], False, wandb=True)
+    time.sleep(1.1)  # wandb names the folder of each part by the second of its start
     write(folder, [*STEPS[1:], RESULT], True, wandb=True)
+    wandb.teardown()  # as at the end of a process; otherwise the last records are written about 10 s later
     assert not caplog.records
     name = (folder / "wandb" / "run_id").read_text().strip()
     files = sorted((folder / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
     assert len(files) == 2 and sum(1 for _ in (folder / "wandb").glob("offline-run-*")) == 2
-    first, second = map(records, files)
+    first, second = map(finished_records, files)
     assert [history(record) for record in first if record.WhichOneof("record_type") == "history"] == [
         {"step/step": 0, "step/epoch": 0, "step/loss": 2}, {"step/step": 1, "step/epoch": 0, "step/loss": 1}
     ]  # fmt: skip

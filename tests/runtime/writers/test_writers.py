@@ -115,6 +115,16 @@ def test_the_environment_of_a_sweep_decides(tmp_path, calls, monkeypatch):
     assert (wandb["project"], wandb["name"], wandb["id"]) == ("p", "n", "sweep7") and trackio["project"] == "q"
 
 
+def test_a_run_that_was_offline_stays_offline_unless_the_user_decides(tmp_path, calls, monkeypatch):
+    write(tmp_path / "cpr", rows=[STEP], wandb=True)
+    name = (tmp_path / "cpr" / "wandb" / "run_id").read_text().strip()
+    (tmp_path / "cpr" / "wandb" / f"offline-run-20260101_000000-{name}").mkdir()
+    write(tmp_path / "cpr", rows=[STEP], resumed=True, wandb=True)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    write(tmp_path / "cpr", rows=[STEP], resumed=True, wandb=True)
+    assert [row["mode"] for row in recorded(calls, "init")] == [None, "offline", None]
+
+
 @pytest.mark.parametrize("failing", ["init", "log", "summary.update", "finish", "config.update"])
 def test_a_failure_is_one_warning(tmp_path, calls, monkeypatch, caplog, failing):
     monkeypatch.setenv("FAILING_CALLS", failing)

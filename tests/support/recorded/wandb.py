@@ -46,6 +46,6 @@ def init(entity=None, project=None, dir=None, id=None, name=None, notes=None, ta
          config_exclude_keys=None, config_include_keys=None, allow_val_change=None, group=None, job_type=None,
          mode=None, force=None, reinit=None, resume=None, resume_from=None, fork_from=None, save_code=None,
          tensorboard=None, sync_tensorboard=None, monitor_gym=None, settings=None):  # fmt: skip
-    record("init", project=project, dir=dir, id=id, name=name, resume=resume, settings=settings.data)
+    record("init", project=project, dir=dir, id=id, name=name, mode=mode, resume=resume, settings=settings.data)
     print("a line that must not be on stdout")
     return Run()
