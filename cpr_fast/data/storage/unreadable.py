@@ -70,8 +70,8 @@ class Unreadable:
             raise InputError(
                 f"{lost} of {counted(len(sample), 'file')} looked for can no longer be opened, "
                 f"for example {text_of(path)!r} "
-                f"({reason}): is the disk, network mount or server that holds them still there? When it is back, run "
-                "the same command again; `pretrain` continues with --resume"
+                f"({reason}): is the disk or network mount or the server that holds them still there? When it is "
+                "back, run the same command again; `pretrain` continues with --resume"
             )
 
 
