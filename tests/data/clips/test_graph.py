@@ -137,7 +137,7 @@ def test_files_and_records_together_need_the_cpu(tmp_path):
     video, _ = other_route(tmp_path, "vp9", "packets")
     record, _ = other_route(tmp_path, "jpeg", "jpegs")
     mixed = Index([video, dataclasses.replace(record, width=64)])
-    with pytest.raises(InputError, match="expected the rgb of all videos in files or of all in LMDB.*lmdb#a/b"):
+    with pytest.raises(InputError, match="expected the rgb of all videos in files, of all in LMDB records, .*lmdb#a/b"):
         _route(mixed, "rgb", torch.device("cuda"))
     assert _route(Index([record]), "flow", torch.device("cuda")) == "jpegs"
     assert _route(Index([video]), "flow", torch.device("cuda")) == "packets"
