@@ -139,6 +139,21 @@ def test_a_sample_that_misleads_about_a_single_entry(streamed, above):
     assert_selects(streamed, queries, memory, [1, 0, 1], [4000, 39 + above, 39])
 
 
+@pytest.mark.parametrize("limit", ["low", "high"])
+def test_a_sample_that_misleads_about_a_later_stage(streamed, limit):
+    """The last 300 entries that the first stage keeps are close to its threshold, so that they are gathered whatever
+    they score in the second view. They leave enough entries for the second stage to keep, so that only the limit shows
+    that the sample has misled: its threshold is below the lower one if all sampled entries score higher there, and
+    above the upper one if those of the 300 do that are not sampled."""
+    place = torch.randperm(K, generator=torch.Generator().manual_seed(33))
+    queries, memory = torch.ones(2, 1, 1), normal(2, K, 1, seed=34)
+    memory[0, :, 0] = -place
+    sampled = torch.zeros(K, dtype=torch.bool).index_fill(0, sampled_slots(), True)
+    close = (place < 8192) & (place >= 8192 - 300)
+    memory[1, sampled if limit == "low" else close & ~sampled] += 10
+    assert_selects(streamed, queries, memory, [0, 1, 0], [8192, 200, 190])
+
+
 def test_a_sample_that_misses_a_block_of_neighbours(streamed):
     """The best entries are the longest run of slots that no sampled one interrupts."""
     entries = 40_961
