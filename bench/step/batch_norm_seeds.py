@@ -120,7 +120,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join([
         "# What the rounding of BatchNorm is worth in training",
         "",
-        "The first cycle of the quick start (InfoNCE on RGB, 16 epochs) with our BatchNorm and that of torch on channels",
+        "The first cycle of the quick start (InfoNCE on RGB, 16 epochs) with our BatchNorm and torch's on channels",
         f"that are last in memory; mAP of the test split in percent, means {ours.mean():.1f} and {theirs.mean():.1f}.",
         f"`python bench/step/batch_norm_seeds.py WORK`, {about['device']}, torch {about['torch']}, 1 thread. The",
         "rule is stated in the script, which was committed before the runs.",
