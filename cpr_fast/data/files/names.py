@@ -20,9 +20,7 @@ from cpr_fast.errors import InputError
 TAR_MARK = ".tar#"
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])")  # a name of one letter is not a protocol
 _MEMBER = re.compile(r"(.*?\.tar)#(\d+)\+(\d+)/(.+)", re.DOTALL)
-
-
-_FRAMES = re.compile(r"[^%]*%(?:0\d)?d\.(?:jpe?g|png)", re.IGNORECASE)
+_FRAMES = re.compile(r"[^%]*%(?:0\d+)?d\.(?:jpe?g|png)", re.IGNORECASE)
 
 
 class Member(NamedTuple):

@@ -51,17 +51,20 @@ class RangeFile(io.RawIOBase):
         return self._place
 
     def readinto(self, buffer: memoryview) -> int:
-        """Reads bytes into a buffer and returns their number, which is 0 only at the end. Raises OSError."""
-        wanted = min(len(buffer), self._size - self._place)
-        if wanted <= 0:
-            return 0
-        if not self._begin <= self._place < self._begin + len(self._held):
-            self._fetch(wanted)
-        first = self._place - self._begin
-        part = self._held[first : first + wanted]
-        buffer[: len(part)] = part
-        self._place += len(part)
-        return len(part)
+        """Fills a buffer, which takes several ranges if it begins in one and ends in another: `tarfile` takes fewer
+        bytes for the end of the file. Returns their number, which is less only at the end. Raises OSError."""
+        wanted, done = max(0, min(len(buffer), self._size - self._place)), 0
+        while done < wanted:
+            if not self._begin <= self._place < self._begin + len(self._held):
+                self._fetch(wanted - done)
+            first = self._place - self._begin
+            part = self._held[first : first + wanted - done]
+            if not part:  # the file is shorter than it was
+                break
+            buffer[done : done + len(part)] = part
+            self._place += len(part)
+            done += len(part)
+        return done
 
     def _fetch(self, wanted: int) -> None:
         follows = self._held and self._place == self._begin + len(self._held)

@@ -102,8 +102,8 @@ def members(file: Path, others: Counter[str] | None = None) -> Iterator[Member]:
 
 def _next_archive(data: BinaryIO, place: int, size: int) -> int | None:
     """Returns where another archive begins behind the end of one, or None. Raises OSError if the end has no mark."""
-    data.seek(place - BLOCK)
-    if place - BLOCK < 0 or any(data.read(BLOCK)):
+    data.seek(max(0, place - BLOCK))
+    if place < BLOCK or any(data.read(BLOCK)):
         data.seek(place)
         if len(rest := data.read(BLOCK)) < BLOCK or any(rest):
             what = f"is cut off: it ends after {size:,} bytes without the mark of the end of a tar file"

@@ -74,7 +74,9 @@ def test_finished_rows_are_neither_run_again_nor_replaced(script, monkeypatch, t
 def test_the_stored_rows_have_the_settings_of_today(script):
     """Otherwise the seeds would be run again: settings that come later must not change the digest."""
     current = [each for each in script.stored(script.RESULTS) if each.get("settings") == script.settings()]
-    assert {(each["seed"], each["variant"]) for each in current} >= {(s, v) for s in range(8) for v in ("avx2", "avx512")}
+    assert {(each["seed"], each["variant"]) for each in current} >= {
+        (s, v) for s in range(8) for v in ("avx2", "avx512")
+    }
 
 
 def test_two_processes_that_ran_the_same_seed_add_one_row(script, tmp_path):

@@ -12,6 +12,7 @@ from support.data_sets.tar_files import write_tar
 from support.videos.odd_videos import write_plain
 
 from cpr_fast.data.files.access import ffmpeg_input, storage_of
+from cpr_fast.data.files.local import LocalStorage
 from cpr_fast.data.files.names import Member, is_remote, member_of, member_path, path_of, text_of, url_of
 from cpr_fast.data.files.ranges import FIRST_BYTES, MOST_BYTES, RangeFile
 from cpr_fast.data.files.tar import TAR, members
@@ -73,6 +74,25 @@ def test_what_is_no_tar_file_is_named(tmp_path):
     for name, reason in (("a.tar", "is no tar file"), ("b.tar", "is empty"), ("c.tar", "No such file")):
         with pytest.raises(OSError, match=reason):
             list(members(tmp_path / name))
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_of_a_file_that_is_read_by_ranges_the_same_members_are_listed(tmp_path, monkeypatch, form):
+    """A header of 1024 bytes, that of a long name, may begin in one range and end in the next."""
+    contents = {"d" * 120 + f"/{i}.mp4": b"x" * (i * 7 % 5000) for i in range(200)}
+    file = write_tar(tmp_path / "s.tar", contents, format=form)
+    whole = list(members(file))
+
+    class ByRanges(LocalStorage):
+        def open(self, path):
+            return RangeFile(self, path)
+
+    monkeypatch.setattr("cpr_fast.data.files.tar.LOCAL", ByRanges())
+    assert list(members(file)) == whole and [member.name for member in whole] == list(contents)
+
+
+def test_an_empty_tar_file_has_no_members(tmp_path):
+    assert list(members(write_tar(tmp_path / "s.tar", {}))) == []
 
 
 def test_a_member_of_a_tar_file_decodes_to_the_frames_of_the_file(tmp_path):

@@ -26,7 +26,7 @@ from cpr_fast.errors import InputError
 READERS = 16  # tar files that are read at the same time; on a server they mostly wait
 CLASS, CAPTION, FACTS = ".cls", ".txt", ".json"
 LONGEST_TEXT = 2**20  # bytes of a text beside a video
-_KEY = re.compile(r"((?:.*/)?[^./][^./]*)(\.[^/]*)")
+_KEY = re.compile(r"((?:.*/)?[^./][^./]*)(\.[^/]*)", re.DOTALL)
 
 
 @dataclass

@@ -45,7 +45,8 @@ def opened(path: Path, mode: str = "RGB") -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "template, first", [("img_%05d.jpg", 1), ("image%d.JPEG", 0), ("%06d.png", 0), ("f.%03d.png", 1)]
+    "template, first",
+    [("img_%05d.jpg", 1), ("image%d.JPEG", 0), ("%06d.png", 0), ("f.%03d.png", 1), ("f_%010d.jpg", 1)],
 )
 def test_frames_are_those_that_pil_decodes(tmp_path, template, first):
     path = write_frames(tmp_path / "a 1.5", template, first)

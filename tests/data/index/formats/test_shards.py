@@ -47,6 +47,14 @@ def test_class_source_and_split_stand_beside_the_video(tmp_path):
     assert list_shards(tmp_path).others == {".jpg": 1, ".md": 1, "no": 1}
 
 
+def test_names_of_any_bytes_are_keys(tmp_path):
+    names = ["a\nb/c\n.mp4", "v1.5/a b #?.mp4", "früh/\udcff.mp4", "50%d.MP4"]
+    write_tar(tmp_path / "s.tar", dict.fromkeys(names, b"v"))
+    assert [video.path.name for video in list_shards(tmp_path).videos] == [
+        "50%d.MP4", "c\n.mp4", "\udcff.mp4", "a b #?.mp4"]  # fmt: skip
+    assert [video.label for video in list_shards(tmp_path).videos] == ["", "a\nb", "früh", "v1.5"]
+
+
 def test_texts_are_classes_if_they_repeat_and_captions_if_they_differ(tmp_path):
     for name, texts, labels in (
         ("c", ["a", "b", "a", "b"], ["a", "b", "a", "b"]),
