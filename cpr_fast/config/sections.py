@@ -60,7 +60,9 @@ class DataConfig:
     # "stored": read the flow that `cpr-fast flow` wrote; "on_the_fly": compute TV-L1 for each clip, without storage
     flow: Literal["stored", "on_the_fly"] = "stored"
     exact: bool = False  # use PyAV and PIL instead of DALI: slower, but the same bits on every device
-    cache_gib: float = 2.0  # memory per process for decoded videos, GiB (CPU only); 0 decodes every clip again
+    # memory per process for decoded videos, GiB (CPU only); every clip is decoded again with 0, or if less than a tenth
+    # of the videos fit
+    cache_gib: float = 2.0
     # A store of features that `cpr-fast embed` wrote, in place of the index, which is then not read: the encoder is a
     # projection head on them, and the settings of clips are not used. Relative to the config file.
     features: str = ""

@@ -31,6 +31,7 @@ from cpr_fast.data.clips.reader import (
     ClipReader,
     FrameCache,
     Material,
+    cache_gib,
     fetch_cut,
     fetch_frames,
     fetch_jpegs,
@@ -89,7 +90,7 @@ class _ClipSource:
         decoded = decoded_views(views)
         computed = "flow" if data.flow == "on_the_fly" else None
         routes = {view: "frames" if view == computed else _route(index, view, device) for view in decoded}
-        self._cache = cache = FrameCache(data.cache_gib, frame_reader(data, device))
+        self._cache = cache = FrameCache(cache_gib(index, decoded, data), frame_reader(data, device))
         decode = fetch_frames if data.exact else partial(fetch_cut, finish=device.type != "cuda")
         fetch = {
             "frames": partial(decode, read=cache.read_parts),

@@ -31,6 +31,7 @@ from cpr_fast.data.video.pixels import Region
 from cpr_fast.errors import InputError
 from cpr_fast.wording import counted
 
+LEAST_SHARE = 0.1  # of the decoded videos that have to fit in the cache, or none is kept
 MOST_SUBSTITUTES = 1000  # videos tried for one place in a batch before an error is raised
 
 Fetch = Callable[[Video, Clips, str, DataConfig], list]  # returns the clips of one video in one view
@@ -115,6 +116,17 @@ def checked(fetch: Fetch) -> Fetch:
         return fetch(video, clips, view, data)
 
     return fetch_checked
+
+
+def cache_gib(index: Index, views: Iterable[str], data: DataConfig) -> float:
+    """Returns `data.cache_gib`, or 0 if less than LEAST_SHARE of the decoded `views` ("rgb", "flow") fit in it.
+
+    Of a large data set a cache would save hardly any decoding, but the first batches, which fill it, would decode whole
+    videos in place of clips.
+    """
+    pixels = index.numbers("num_frames").astype(np.float64) * index.numbers("width") * index.numbers("height")
+    held = pixels.sum() * sum(3 if view == "rgb" else 2 for view in views)  # bytes
+    return data.cache_gib if data.cache_gib * 2**30 >= LEAST_SHARE * held else 0.0
 
 
 class FrameCache:

@@ -33,16 +33,20 @@ def probe(path: Path, *, verify: bool) -> VideoInfo:
     if not is_pictures(path):
         return probe_video(path, decode=verify)
     frames, height, width = frame_size(path)
-    error = count_pictures(path)[1] if is_frames(path) else ""
+    error, change = count_pictures(path)[1] if is_frames(path) else "", ""
     if verify:
         try:
             for frame in range(frames):
-                read_picture_parts(path, [frame], "rgb")
+                now = read_picture_parts(path, [frame], "rgb").shape[1:3]
+                if now != (height, width):
+                    frames, error, change = frame, "", f"from {width}x{height} to {now[1]}x{now[0]}"
+                    break
         except VideoError as failure:
             if frame == 0:
                 raise
             frames, error = frame, failure.reason
-    return VideoInfo(frames, ASSUMED_FPS, width, height, "mjpeg", error)  # pictures do not tell the frame rate
+    # pictures do not tell the frame rate
+    return VideoInfo(frames, ASSUMED_FPS, width, height, "mjpeg", error, size_change=change)
 
 
 class Journal:

@@ -56,7 +56,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "other_class": (True, "number or name of another class than that of the list"),
     "similar_classes": (True, "class spelled almost like another one"),
     "empty_list": (True, "split list that names no video"),
-    "missing_flow": (True, "no record in --flow-lmdb"),
+    "missing_flow": (True, "no flow that can be read"),
     "flow_length": (True, "flow of another length; kept as far as it reaches"),
     "flow_dropped": (True, "flow of the previous index does not fit any more"),
     "replaced": (True, "other class, source or split in the previous index"),

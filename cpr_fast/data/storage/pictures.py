@@ -57,7 +57,8 @@ def first_number(path: Path) -> int:
         except OSError as error:
             raise VideoError(file, error.strerror or str(error), unreadable=True) from error
     reason = f"expected the first picture to be {path.name % 0!r} or {path.name % 1!r}, got neither"
-    raise VideoError(path, reason, unreadable=True)
+    # a folder that is no longer there may come back
+    raise VideoError(path, reason, unreadable=not is_remote(path) and not path.parent.is_dir())
 
 
 def read_pictures(path: Path, frames: Sequence[int] | np.ndarray) -> list[bytes]:

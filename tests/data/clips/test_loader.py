@@ -16,6 +16,7 @@ from support.numbered_videos import decode_linearly, write_video
 pytest.importorskip("nvidia.dali", reason="the loaders need NVIDIA DALI")
 
 from cpr_fast.data.clips.loader import TrainLoader, plan_digests
+from cpr_fast.data.clips.reader import FrameCache
 from cpr_fast.data.clips.sampling import Sources, clip_frames, epoch_order, plan_labelled, plan_pairs
 from cpr_fast.data.clips.stream import run_ahead
 from cpr_fast.data.index.index import Index
@@ -150,6 +151,17 @@ class TestSameBits:
             for epoch in (0, 1):
                 assert_same_batches(list(loader.epoch(epoch)), reference[epoch])
             loader.close()
+
+    def test_no_cache_is_filled_that_holds_less_than_a_tenth_of_the_videos(self, index, monkeypatch):
+        pixels = sum(video.num_frames * video.width * video.height for video in index)
+        whole = []
+        monkeypatch.setattr(FrameCache, "_keep", lambda self, video, frames: whole.append(video))
+        for views, channels in ((["rgb"], 3), (["rgb", "flow"], 5), (["residual"], 3)):
+            for share, kept in ((0.09, False), (0.11, True)):
+                data = dataclasses.replace(DATA, cache_gib=share * channels * pixels / 2**30)
+                whole.clear()
+                collect(TrainLoader(index, data, views, seed=5))
+                assert bool(whole) == kept
 
     def test_batch_size_and_rank_change_nothing(self, index):
         whole = collect(TrainLoader(index, DATA, ["rgb"], seed=5))

@@ -107,11 +107,16 @@ def test_missing_damaged_and_odd_pictures_are_named(tmp_path):
     third = tmp_path / "set" / "c" / "img_%05d.jpg"
     third.with_name("img_00005.jpg").write_bytes(b"no picture")
     Image.fromarray(np.zeros((10, 10, 3), np.uint8)).save(third.with_name("img_00007.jpg"))
+    sizes = write_frames(tmp_path / "set" / "d")
+    Image.fromarray(np.zeros((10, 12, 3), np.uint8)).save(sizes.with_name("img_00007.jpg"))
     report = write_index(tmp_path / "set", tmp_path / "i.csv", IndexOptions("rawframes"))
-    assert [(v.path.parent.name, v.num_frames) for v in Index.load(tmp_path / "i.csv")] == [("a", 7), ("c", 4)]
+    kept = [(v.path.parent.name, v.num_frames) for v in Index.load(tmp_path / "i.csv")]
+    assert kept == [("a", 7), ("c", 4), ("d", 6)]
+    assert report["counts"] == {"broken": 1, "damaged": 2, "short": 3, "size_change": 1}
     reasons = "\n".join(problem["reason"] for problem in report["problems"])
     assert "img_00008.jpg is missing" in reasons and "to be 'img_00000.jpg' or 'img_00001.jpg'" in reasons
-    assert "img_00005.jpg does not decode" in reasons and second.parent.name == "b"
+    assert "img_00005.jpg does not decode" in reasons and "changes from 40x32 to 12x10" in reasons
+    assert second.parent.name == "b"
     with pytest.raises(VideoError, match="img_00008.jpg is missing"):
         read_frames(path, [6, 7], "rgb", 20)
     with pytest.raises(VideoError, match="holds 7 frames, the index says 25"):
