@@ -32,6 +32,8 @@ SHUFFLE_STREAM = 1  # argument `stream` of `schedule.generator`
 class GroupedEncoder(nn.Module):
     """Runs an encoder over `groups` equal parts of the batch: [B, 3, T, H, W] -> [B, D].
 
+    Called with None it returns the sum of all weights that learn, 0-d; see `_fix_buckets`.
+
     In training mode the running statistics become the mean of the statistics that each group alone would have produced.
     They are linear in the statistics of the batch, so ranks with one group each get the same by averaging theirs.
     """
@@ -41,7 +43,9 @@ class GroupedEncoder(nn.Module):
         self.encoder = encoder
         self.groups = groups
 
-    def forward(self, clips: Tensor) -> Tensor:
+    def forward(self, clips: Tensor | None) -> Tensor:
+        if clips is None:
+            return sum(weight.sum() for weight in self.parameters() if weight.requires_grad)
         if self.groups == 1:
             return self.encoder(clips)
         parts = _statistics_apart(self.encoder, clips.chunk(self.groups))
@@ -120,6 +124,7 @@ class Encoders:
             self._query_groups = DistributedDataParallel(
                 self._query_groups, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+            _fix_buckets(self._query_groups)
 
     def encode_query(self, clips: Tensor) -> Tensor:
         """Computes f_q of this rank's clips: [B, 3, T, H, W] -> [B, D], with gradient."""
@@ -175,6 +180,20 @@ class Encoders:
         """Averages the BatchNorm statistics over the ranks, after every step, whether or not a checkpoint is saved."""
         keys = [] if self.key is self.query else running_statistics(self.key)
         distributed.mean_(running_statistics(self.query) + keys)
+
+
+def _fix_buckets(network: DistributedDataParallel) -> None:
+    """Runs the backward pass after which DistributedDataParallel rebuilds its buckets, before the first step.
+
+    The order in which an all-reduce of three or more processes adds the gradients of a weight depends on the place of
+    the weight in its bucket. DistributedDataParallel begins with one bucket, in the order in which weights were
+    registered, and rebuilds the buckets once, in the order in which the gradients of the first backward pass arrived.
+    If that pass were a step, the first step after a resumption would differ in the last bits from the same step of an
+    uninterrupted run. Here the gradients are those of the sum of all weights, which arrive in the reverse order of
+    registration; the buckets are then the same in every step of every process.
+    """
+    network(None).backward()
+    network.zero_grad(set_to_none=True)
 
 
 def _frozen(encoder: Encoder) -> Encoder:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from support.processes.gloo import on_processes
 from support.small_runs import ALONE, INDEX, run, settings
 
 from cpr_fast.config import Cycle, MemoryConfig, ModelConfig
@@ -38,6 +39,45 @@ def test_groups_share_no_batch_statistics():
     torch.testing.assert_close(running_statistics(encoder), statistics)
     grouped.sum().backward()  # copying the statistics does not change tensors saved by autograd
     assert all(p.grad is not None for p in encoder.parameters())
+
+
+def gradients(rank: int, processes: int, parts: int) -> list[dict[str, torch.Tensor]]:
+    """Returns the gradients of three steps with the same clips and weights."""
+    torch.manual_seed(0)
+    encoder = build_encoder(ModelConfig(arch="r3d", width=0.0625, feature_dim=8))
+    world = World(rank, processes, torch.device("cpu"))
+    encoders = Encoders(encoder, None, momentum=0.9, groups=processes * parts, seed=0, world=world, parts=parts)
+    clips = torch.randn(4, 3, 8, 16, 16, generator=torch.Generator().manual_seed(rank))
+    steps = []
+    for _ in range(3):
+        for _, part in encoders.parts(clips):
+            encoders.encode_query(part)[:, :3].sum().backward()
+        steps.append({name: weight.grad.clone() for name, weight in encoder.named_parameters()})
+        encoder.zero_grad(set_to_none=True)
+    return steps
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_four_processes_add_gradients_in_the_same_order_in_every_step(tmp_path, parts):
+    """So that the first step of a resumed run, with new buckets of gradients, is that of an uninterrupted one."""
+    of_ranks = on_processes(gradients, 4, tmp_path, parts)
+    for name, gradient in of_ranks[0][0].items():
+        for steps in of_ranks:
+            assert all(torch.equal(step[name], gradient) for step in steps), name
+    apart = [gradients_alone(rank, parts) for rank in range(4)]
+    for name, gradient in of_ranks[0][0].items():
+        expected = torch.stack([alone[name] for alone in apart]).double().mean(0)
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def gradients_alone(rank: int, parts: int) -> dict[str, torch.Tensor]:
+    """Returns the gradients of one of the four processes before they are averaged."""
+    torch.manual_seed(0)
+    encoder = build_encoder(ModelConfig(arch="r3d", width=0.0625, feature_dim=8))
+    clips = torch.randn(4, 3, 8, 16, 16, generator=torch.Generator().manual_seed(rank))
+    for part in clips.chunk(parts):
+        encoder(part)[:, :3].sum().backward()
+    return {name: weight.grad for name, weight in encoder.named_parameters()}
 
 
 def test_shuffled_keys_stay_with_their_queries():

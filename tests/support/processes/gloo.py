@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "cpr_fast.ops", "cpr_fast.pretrain.run.loop"])
+# DistributedDataParallel imports torch._dynamo.
+_server.set_forkserver_preload(["torch", "torch._dynamo", "cpr_fast.ops", "cpr_fast.pretrain.run.loop"])
 
 
 def _run(target: Callable, rank: int, processes: int, folder: Path, arguments: tuple) -> None:
