@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..binding import checks
 from ..cascade_select import check as check_cascade
-from ..mil_nce import REDUCTIONS, divided
+from ..mil_nce import REDUCTIONS, as_under_autocast, divided
 from ..mil_nce import check as check_loss
 from .cascade import DIGITS, NO_KEY, cascade_counts, cascade_keep, cascade_keys, scores_of
 from .mil_nce import PART_MULTIPLE, mil_nce_merge, mil_nce_part_entries, mil_nce_partial
@@ -214,6 +214,7 @@ def sharded_mil_nce(
     settings = (modes, same_id, "keep" if modes is not None else self_positive, temperature)
     check_loss(query, own_key, memory, None, query_ids, memory_ids, *settings)
     _check_shard(shard, len(memory), group)
+    query, own_key, memory = as_under_autocast(query, own_key, memory)
     if positives is not None:
         _check_positives(positives, query, shard)
         positives = shard.within(_gathered(positives, shard, group))

@@ -154,6 +154,25 @@ def test_one_process_computes_the_same_on_every_device(device):
         torch.testing.assert_close(value.cpu(), reference, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32, torch.float32), (torch.float32, torch.float16,
+                                    torch.bfloat16), (torch.bfloat16,) * 3])  # fmt: skip
+@pytest.mark.parametrize("temperature", [0.3, torch.tensor(0.3)])
+def test_under_autocast_features_may_have_different_dtypes(dtypes, temperature):
+    inputs = example()
+    features = [inputs["queries"][0], inputs["own_key"], inputs["memory"][0]]
+    results = []
+    for function, arguments in ((mil_nce, ()), (sharded_mil_nce, (Shard(K, 0, 1),))):
+        query, own_key, memory = (tensor.to(dtype) for tensor, dtype in zip(features, dtypes, strict=True))
+        leaves = [query.requires_grad_(), own_key.requires_grad_()]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = function(*leaves, memory, torch.tensor([[3, K - 1]]).expand(N, 2), *arguments,
+                            temperature=temperature)  # fmt: skip
+        loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    for expected, found in zip(*results, strict=True):
+        assert expected.dtype == found.dtype and torch.equal(expected, found)
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="processes: expected at most 2 for a memory of 2000 entries, .* got 3"):
         Shard(2000, 0, 3)
