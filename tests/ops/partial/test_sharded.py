@@ -15,6 +15,7 @@ from cpr_fast.ops import (
     sharded_cascade_select,
     sharded_mil_nce,
 )
+from cpr_fast.ops.partial import sharded
 
 K, N, D = 5003, 12, 16  # entries, queries of all processes, width: 5 parts, the last of them shorter
 VIEWS, KEEP = [1, 0, 1], [2500, 600, 7]
@@ -152,6 +153,25 @@ def test_one_process_computes_the_same_on_every_device(device):
     loss, _ = loss_of(sharded_mil_nce, there, slice(N), found[0], 0.3, shard, **held)
     for value, reference in zip(loss, expected, strict=True):
         torch.testing.assert_close(value.cpu(), reference, rtol=1e-5, atol=1e-5)
+
+
+def test_queries_that_are_compared_in_parts(monkeypatch):
+    monkeypatch.setattr(sharded, "_KEYS_AT_ONCE", 1)
+    monkeypatch.setattr(sharded, "_LEAST_QUERIES", 5)
+    inputs, rows_of = example(), {0: [], 1: []}
+    arguments = (inputs["queries"], inputs["memory"], VIEWS, KEEP)
+    ids = {name: inputs[name] for name in ("query_ids", "memory_ids")}
+    found = sharded_cascade_select(
+        *arguments,
+        Shard(K, 0, 1),
+        **ids,
+        on_survivors=lambda stage, rows, kept: rows_of[stage].append((rows, len(kept))),
+    )
+    assert all(map(torch.equal, found, cascade_select(*arguments, **ids)))
+    for stages in rows_of.values():
+        assert [(range(N)[rows], count) for rows, count in stages] == [
+            (range(0, 5), 5), (range(5, 10), 5), (range(10, 12), 2)
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32, torch.float32), (torch.float32, torch.float16,
