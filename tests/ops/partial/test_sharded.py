@@ -160,7 +160,7 @@ def test_queries_that_are_compared_in_parts(monkeypatch):
     monkeypatch.setattr(sharded, "_LEAST_QUERIES", 5)
     inputs, rows_of = example(), {0: [], 1: []}
     arguments = (inputs["queries"], inputs["memory"], VIEWS, KEEP)
-    ids = {name: inputs[name] for name in ("query_ids", "memory_ids")}
+    ids = {"query_ids": torch.arange(N) % 3, "memory_ids": torch.arange(K) % 3}  # each query excludes a third
     found = sharded_cascade_select(
         *arguments,
         Shard(K, 0, 1),
