@@ -170,13 +170,14 @@ def _check_sharding(
         ("run", "run.compile", run.compile, ("none",)),
         ("run", "health.online_every", health.online_every, (0,)),  # processes encode unequal numbers of windows
         ("memory", "memory.kind", memory.kind, ("queue",)),
-        ("memory", "mining.stages", mining.stages, (mining.stages if mining.stages != "auto" else "a number",)),
         ("memory", "loss.protocol", averaged, ("paper",)),  # with mining = "label", it is computed in plain torch
         ("memory", "run.dump_memory", run.dump_memory, (False,)),
     ):
         if (run.shard if switch == "run" else memory.shard) and value not in expected:
             wanted = " or ".join(map(repr, expected))
             raise ConfigError(f"{where}: expected {wanted} with {switch}.shard = true, got {value!r}")
+    if memory.shard and mining.stages == "auto":  # the choice reads all features
+        raise ConfigError("mining.stages: expected a number with memory.shard = true, got 'auto'")
 
 
 def _check_optimiser(optim: OptimConfig, memory: MemoryConfig, schedule: ScheduleConfig) -> None:

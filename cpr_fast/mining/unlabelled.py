@@ -10,8 +10,10 @@ that ought to be near, among the second clips of all videos:
 
 Each is the mean of the nearness ``-ln(rank / candidates) - 1``, which is 0 at chance, as in `auto`. A fourth sign says
 how many dimensions the features use: the `effective_rank`. The score is the mean of the first three, times the
-logarithm of the fourth. It is 0 for features of noise, because none of them is near to another, and for features on a
-line, because their effective rank is 1. Nothing in it is fitted. Measured in `bench/results/checkpoint_choice.md`.
+logarithm of the fourth. It is about 0 for features of noise, because none of them is near to another, and for features
+on a line, because their effective rank is 1. A mean below 0 is the score itself, whatever the rank: otherwise equal
+features, whose mean is ln 2 - 1 = -.31 and whose rank is 1, would score 0, above noise that is slightly below chance.
+Nothing in it is fitted. Measured in `bench/results/checkpoint_choice.md`.
 
 Letters: N videos, F feature width, B queries, P entries wanted per query.
 """
@@ -30,6 +32,7 @@ from cpr_fast.mining.quality import candidates
 NEIGHBOURS = 5  # number of nearest videos that are compared between the first and the second clips
 SIGNS = ("same_video", "siblings", "neighbours", "effective_rank")
 ROWS = 1024  # number of queries that are compared with all entries at once
+TIE = 2.0**-40  # similarities of unit vectors that differ by at most this are equal: more than float64 rounds off
 
 
 def effective_rank(features: Tensor) -> Tensor:
@@ -52,12 +55,14 @@ def unlabelled_score(features: Tensor, ids: Tensor) -> dict[str, float | None]:
     Returns:
         `score` and `SIGNS`. `siblings` is None, and not part of the mean, if fewer than `PAIRS` videos have a sibling.
     Raises:
-        ValueError: a shape is wrong, a feature is not finite, or all videos have one source.
+        ValueError: a shape is wrong, a feature is not finite, an id is below 0, or all videos have one source.
     """
     if features.dim() != 3 or features.shape[1] != 2 or ids.shape != features.shape[:1]:
         raise ValueError(f"features, ids: expected [N, 2, F] and [N], got {list(features.shape)} and {list(ids.shape)}")
     if not torch.isfinite(features).all():
         raise ValueError("features: expected finite numbers, got NaN or infinite ones")
+    if len(ids) and ids.min() < 0:
+        raise ValueError(f"ids: expected source ids of 0 or more, got {ids.min().item()}")
     if len(ids.unique()) < 2:
         raise ValueError("ids: expected videos of two sources or more, got one source")
     first, second = F.normalize(features.double(), dim=2).unbind(1)
@@ -73,7 +78,8 @@ def unlabelled_score(features: Tensor, ids: Tensor) -> dict[str, float | None]:
     known = [value for value in signs.values() if value is not None]
     both = torch.cat([first, second])
     rank = effective_rank(both).item() if both.any() else 1.0
-    return {"score": sum(known) / len(known) * math.log(max(rank, 1.0)), **signs, "effective_rank": rank}
+    mean = sum(known) / len(known)
+    return {"score": mean * math.log(max(rank, 1.0)) if mean > 0 else mean, **signs, "effective_rank": rank}
 
 
 def _nearness(queries: Tensor, entries: Tensor, wanted: Tensor, query_ids: Tensor, ids: Tensor) -> float:
@@ -94,7 +100,8 @@ def _nearness(queries: Tensor, entries: Tensor, wanted: Tensor, query_ids: Tenso
         for slots in of_part.unbind(1):
             allowed = others.scatter(1, slots[:, None], False)
             own = scores.gather(1, slots[:, None])
-            before = ((scores > own) & allowed).sum(1) + ((scores == own) & allowed).sum(1) / 2
+            above = scores - own
+            before = ((above > TIE) & allowed).sum(1) + ((above.abs() <= TIE) & allowed).sum(1) / 2
             total -= ((1 + before) / (1 + allowed.sum(1))).double().log().sum().item()
     return total / wanted.numel() - 1
 

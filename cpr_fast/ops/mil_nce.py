@@ -101,6 +101,13 @@ def autocast_enabled(query: Tensor) -> bool:
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
+def as_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
+    """Returns features as autocast gives them to the operator: those of 16 bits in float32. Without it, as they are."""
+    if not autocast_enabled(features[0]):
+        return features
+    return tuple(tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor for tensor in features)
+
+
 def divided(query: Tensor, own_key: Tensor, memory: Tensor, temperature: Tensor) -> tuple[tuple, float]:
     """Returns the features with the query divided by `temperature`, and the temperature that remains, 1.
 

@@ -57,7 +57,8 @@ def by_definition(features, ids):
     }
     known = [value for value in signs.values() if value is not None]
     rank = math.exp(-sum(share * math.log(share) for share in shares if share > 0))
-    return {"score": np.mean(known) * math.log(rank), **signs, "effective_rank": rank}
+    mean = np.mean(known)
+    return {"score": mean * math.log(rank) if mean > 0 else mean, **signs, "effective_rank": rank}
 
 
 @pytest.mark.parametrize(("videos", "per_source"), [(97, 2), (66, 3), (31, 1), (131, 7)])
@@ -107,6 +108,20 @@ def test_collapsed_features_do_not_win():
         assert scores[name] < 0.1 * good, (name, scores[name])
 
 
+@pytest.mark.parametrize("videos", [64, 150, 512])
+def test_features_that_collapsed_to_one_point_score_below_noise(videos):
+    """Noise of a finite number of videos is slightly below chance; a score of 0 would be above it."""
+    draw = torch.Generator().manual_seed(videos)
+    ids = torch.arange(videos) // 2
+    noise = [unlabelled_score(torch.randn(videos, 2, 64, generator=draw), ids)["score"] for _ in range(3)]
+    direction = torch.randn(64, generator=draw)  # the products of equal vectors differ in their last bits
+    points = [torch.zeros(videos, 2, 64), torch.ones(videos, 2, 64), direction.expand(videos, 2, 64)]
+    points.append(direction * (1 + 1e-7 * torch.randn(videos, 2, 64, generator=draw)))
+    collapsed = [unlabelled_score(features, ids)["score"] for features in points]
+    assert collapsed == pytest.approx([math.log(2) - 1] * 4, abs=0.05)
+    assert max(collapsed) < min(noise) < 0.1
+
+
 def test_unknown_sources_leave_out_the_siblings():
     features, _ = planted()
     found = unlabelled_score(features, torch.arange(len(features)))
@@ -129,6 +144,7 @@ def test_the_fewest_videos():
         (torch.zeros(0, 2, 2), torch.arange(0), "two sources or more"),
         (torch.ones(4, 2, 2), torch.zeros(4, dtype=torch.int64), "two sources or more"),
         (torch.full((4, 2, 2), math.nan), torch.arange(4), "expected finite"),
+        (torch.ones(4, 2, 2), torch.tensor([0, 1, -1, 2]), "ids: expected source ids of 0 or more, got -1"),
     ],
 )
 def test_bad_input_is_named(features, ids, said):

@@ -54,6 +54,8 @@ def cascade_keys(
         torch.Size([2, 8, 4096])
     """
     views = checks.integers("views", views)
+    if not views:
+        raise ValueError("views: expected at least one view, got none")
     check_cascade(queries, memory, views, [1] * len(views), query_ids, memory_ids, "fp32")
     if len(set(views)) < len(views):
         raise ValueError(f"views: expected different views, got {views}")

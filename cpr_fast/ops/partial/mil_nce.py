@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix, ops
 from ..binding import checks, library
-from ..mil_nce import REDUCTIONS, SELF_POSITIVE, MilNce
+from ..mil_nce import REDUCTIONS, SELF_POSITIVE, MilNce, as_under_autocast
 from ..mil_nce import check as check_loss
 
 PART_MULTIPLE = 64  # a part holds a multiple of so many entries, but for the last one
@@ -73,7 +73,7 @@ def mil_nce_partial(
     check_loss(query, query, memory, positives, query_ids, memory_ids, None, same_id, "keep", temperature)
     if entries % PART_MULTIPLE:
         raise ValueError(f"entries: expected a multiple of {PART_MULTIPLE}, got {entries}")
-    features = (query.detach(), memory.detach())
+    features = as_under_autocast(query.detach(), memory.detach())
     if query.device.type == "cuda":
         return mil_nce_partial_ref(
             *features, positives, entries=entries, query_ids=query_ids, memory_ids=memory_ids, same_id=same_id,
@@ -165,6 +165,7 @@ def mil_nce_merge(
     chosen = "keep" if modes is not None else self_positive
     # Neither ids nor the memory are read; the queries stand in for the memory.
     check_loss(query, own_key, query, None, None, None, modes, "positive", chosen, temperature)
+    query, own_key = as_under_autocast(query, own_key)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     checks.check_tensor("partials", partials, (dtype,), "[S, B, 2, 2 + D]", 4)
     checks.check_same_device("partials", partials, query, "query")

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ..binding import checks
 from ..cascade_select import check as check_cascade
-from ..mil_nce import REDUCTIONS, divided
+from ..mil_nce import REDUCTIONS, as_under_autocast, divided
 from ..mil_nce import check as check_loss
 from .cascade import DIGITS, NO_KEY, cascade_counts, cascade_keep, cascade_keys, scores_of
 from .mil_nce import PART_MULTIPLE, mil_nce_merge, mil_nce_part_entries, mil_nce_partial
 
 _MOST_ALIKE = 16  # with up to so many processes a memory has the parts of `mil_nce`
+_LEAST_ENTRIES = 1024  # of a part of `mil_nce`; a memory has at most one process for each
 _KEYS_AT_ONCE = 2**28  # keys of a process that are in memory at once, 1 GiB
 _LEAST_QUERIES = 32  # that are compared at once
 
@@ -34,8 +35,9 @@ _LEAST_QUERIES = 32  # that are compared at once
 class Shard:
     """The part of a memory that one of several processes holds: a range of slots, made of whole parts of `mil_nce`.
 
-    Up to 16 processes hold the parts of `mil_nce`, so that results do not depend on their number. More processes than
-    that hold one part each, and the last bits of a loss differ from those of 16 processes and fewer.
+    Up to 16 processes hold the parts of `mil_nce`, so that results do not depend on their number; of 16 parts, each of
+    9 to 15 processes holds one or two. More processes than 16 hold one part each, of sizes that differ by at most 64,
+    and the last bits of a loss differ from those of 16 processes and fewer.
 
     Args:
         size: K, the number of entries of the whole memory, at least 1,024 for each process.
@@ -43,7 +45,7 @@ class Shard:
         processes: R.
 
     Attributes:
-        entries: number of entries in a part; the last part of the memory may hold fewer.
+        entries: number of entries in a part; the last part, and with more than 16 processes any part, may hold fewer.
         begin, end: the slots of this process, [begin, end).
 
     Raises:
@@ -63,9 +65,10 @@ class Shard:
         checks.count("size", self.size), checks.count("processes", self.processes)
         if not 0 <= checks.integer("rank", self.rank) < self.processes:
             raise ValueError(f"rank: expected 0..{self.processes - 1}, got {self.rank}")
-        if self.processes > self.parts:
+        most = -(-self.size // _LEAST_ENTRIES)
+        if self.processes > most:
             raise ValueError(
-                f"processes: expected at most {self.parts} for a memory of {self.size} entries, one for each 1,024 "
+                f"processes: expected at most {most} for a memory of {self.size} entries, one for each 1,024 "
                 f"entries, got {self.processes}"
             )
 
@@ -73,13 +76,12 @@ class Shard:
     def entries(self) -> int:
         if self.processes <= _MOST_ALIKE:
             return mil_nce_part_entries(self.size)
-        multiples = -(-self.size // PART_MULTIPLE)
-        return -(-multiples // min(self.processes, -(-self.size // 1024))) * PART_MULTIPLE
+        return -(-self.size // (PART_MULTIPLE * self.processes)) * PART_MULTIPLE
 
     @property
     def parts(self) -> int:
         """S, the number of parts of the whole memory."""
-        return -(-self.size // self.entries)
+        return -(-self.size // self.entries) if self.processes <= _MOST_ALIKE else self.processes
 
     def parts_of(self, rank: int) -> range:
         """Returns the parts that a process holds."""
@@ -88,7 +90,11 @@ class Shard:
     def slots_of(self, rank: int) -> range:
         """Returns the slots that a process holds."""
         parts = self.parts_of(rank)
-        return range(parts.start * self.entries, min(parts.stop * self.entries, self.size))
+        if self.processes <= _MOST_ALIKE:
+            return range(parts.start * self.entries, min(parts.stop * self.entries, self.size))
+        multiples = -(-self.size // PART_MULTIPLE)
+        begin, end = (bound * multiples // self.processes * PART_MULTIPLE for bound in (rank, rank + 1))
+        return range(begin, min(end, self.size))
 
     @property
     def begin(self) -> int:
@@ -208,6 +214,7 @@ def sharded_mil_nce(
     settings = (modes, same_id, "keep" if modes is not None else self_positive, temperature)
     check_loss(query, own_key, memory, None, query_ids, memory_ids, *settings)
     _check_shard(shard, len(memory), group)
+    query, own_key, memory = as_under_autocast(query, own_key, memory)
     if positives is not None:
         _check_positives(positives, query, shard)
         positives = shard.within(_gathered(positives, shard, group))

@@ -198,8 +198,13 @@ def _finish(run: Run) -> None:
 
 def _run_cycles(run: Run, saved: dict[str, Any] | None, weights: dict[str, Any]) -> None:
     """Runs every cycle of the schedule, or those that were not finished in the checkpoint `saved`, from the `weights`
-    of the encoders that were trained before."""
+    of the encoders that were trained before.
+
+    Takes the state of the cycle out of `saved`, so that its memory is free after it was copied: each process read all
+    of it, also of a queue that is divided.
+    """
     distributed.set_rng_states(run.world.device, saved.get("rng") if saved else None)
+    held = saved.pop("cycle_state") if saved else None
     for number, epochs in enumerate(cycle_epochs(run.config.schedule)):
         if saved and saved["epoch"] >= epochs.stop:
             continue  # finished before the checkpoint
@@ -207,8 +212,9 @@ def _run_cycles(run: Run, saved: dict[str, Any] | None, weights: dict[str, Any])
         state = CycleState(run.config, cycle, weights, run.index, run.world)
         start_step = 0
         if saved and saved["cycle"] == number and saved["epoch"] in epochs:
-            state.load_state_dict(saved["cycle_state"])
+            state.load_state_dict(held)
             epochs, start_step = range(saved["epoch"], epochs.stop), saved["step_in_epoch"]
+        held = None
         _run_cycle(run, state, number, epochs, start_step, weights)
         weights = weights | state.trained()
 

@@ -93,6 +93,8 @@ def test_wrong_arguments_are_named():
     inputs = example(3, 40, 4)
     with pytest.raises(ValueError, match="views: expected different views, got \\[1, 1\\]"):
         cascade_keys(**inputs, views=[1, 1])
+    with pytest.raises(ValueError, match="^views: expected at least one view, got none"):
+        cascade_keys(**inputs, views=[])
     with pytest.raises(ValueError, match="views: expected values in 0..1"):
         cascade_keys(**inputs, views=[2])
     keys, column = cascade_keys(**inputs, views=[0, 1]), torch.zeros(3, dtype=torch.int32)

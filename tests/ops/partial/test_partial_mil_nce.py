@@ -13,6 +13,7 @@ from cpr_fast.ops import (
     mil_nce_partial,
     mil_nce_partial_ref,
 )
+from cpr_fast.ops.partial import mil_nce as partial
 
 SIZES = [(1, 1, 1), (5, 64, 3), (33, 1025, 7), (17, 5000, 20)]  # B, K, D
 
@@ -83,6 +84,14 @@ def test_sums_are_those_of_the_reference(same_id):
         settings = {"self_positive": self_positive, "temperature": 0.1, "reduction": "none"}
         merged = mil_nce_merge(found, inputs["query"], own_key, **settings)
         torch.testing.assert_close(merged, mil_nce_merge_ref(expected, inputs["query"], own_key, **settings))
+
+
+@pytest.mark.parametrize("at_once", [64, 100])
+def test_the_reference_computes_long_parts_in_chunks(at_once, monkeypatch):
+    inputs, *_ = example(17, 2000, 20)
+    expected = mil_nce_partial_ref(**inputs, entries=640)
+    monkeypatch.setattr(partial, "_AT_ONCE", at_once)
+    torch.testing.assert_close(mil_nce_partial_ref(**inputs, entries=640), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_on_cuda_are_computed_as_on_the_cpu():

@@ -6,7 +6,16 @@ import pytest
 import torch
 from support.processes.gloo import on_processes
 
-from cpr_fast.ops import Shard, cascade_select, mil_nce, sharded_cascade_select, sharded_mil_nce
+from cpr_fast.ops import (
+    Shard,
+    cascade_select,
+    mil_nce,
+    mil_nce_merge,
+    mil_nce_partial,
+    sharded_cascade_select,
+    sharded_mil_nce,
+)
+from cpr_fast.ops.partial import sharded
 
 K, N, D = 5003, 12, 16  # entries, queries of all processes, width: 5 parts, the last of them shorter
 VIEWS, KEEP = [1, 0, 1], [2500, 600, 7]
@@ -97,17 +106,36 @@ def assert_as_one(found: list[dict], inputs: dict[str, torch.Tensor], keep: list
 
 
 @pytest.mark.parametrize(
-    ("size", "processes"), [(1024, 1), (1025, 2), (5003, 5), (2**20, 16), (99_999, 7), (2**24, 64)]
+    ("size", "processes"),
+    [(1024, 1), (1025, 2), (5003, 5), (2**20, 16), (99_999, 7), (2**24, 64), (17_409, 18), (65_601, 64), (2**20, 1000)],
 )
 def test_shards_are_whole_parts_that_cover_the_memory(size, processes):
     shards = [Shard(size, rank, processes) for rank in range(processes)]
     assert [shard.begin for shard in shards] == [0] + [shard.end for shard in shards[:-1]]
     assert shards[-1].end == size and all(shard.begin < shard.end for shard in shards)
-    assert all(shard.begin % shard.entries == 0 for shard in shards)
+    held = [shard.end - shard.begin for shard in shards]
+    assert all(shard.begin % (shard.entries if processes <= 16 else 64) == 0 for shard in shards)
+    assert [-(-count // shards[0].entries) for count in held] == [len(shards[0].parts_of(i)) for i in range(processes)]
+    if processes > 16:
+        assert shards[0].parts == processes and max(held) <= shards[0].entries < size / processes + 64
     slots = torch.arange(-1, size, 97)
     inside = torch.stack([shard.within(slots) for shard in shards])
     assert ((inside >= 0).sum(0) == (slots >= 0)).all()
     assert all(((row >= 0) <= (row + shard.begin == slots)).all() for row, shard in zip(inside, shards, strict=True))
+
+
+def test_parts_of_more_than_16_processes_are_the_whole():
+    """The sums of 18 processes, each with its part, give the loss of the whole within the rounding of their order."""
+    draw = torch.Generator().manual_seed(0)
+    query, own_key, memory = (torch.randn(n, 8, generator=draw) for n in (3, 3, 18_496))
+    positives = torch.randint(-1, 18_496, (3, 9), generator=draw)
+    partials = []
+    for shard in (Shard(18_496, rank, 18) for rank in range(18)):
+        part = memory[shard.begin : shard.end]
+        partials.append(mil_nce_partial(query, part, shard.within(positives), entries=shard.entries))
+    found = mil_nce_merge(torch.cat(partials), query, own_key)
+    assert len(torch.cat(partials)) == shard.parts == 18
+    torch.testing.assert_close(found, mil_nce(query, own_key, memory, positives), rtol=1e-5, atol=1e-6)
 
 
 def test_one_process_computes_the_same_on_every_device(device):
@@ -127,9 +155,49 @@ def test_one_process_computes_the_same_on_every_device(device):
         torch.testing.assert_close(value.cpu(), reference, rtol=1e-5, atol=1e-5)
 
 
+def test_queries_that_are_compared_in_parts(monkeypatch):
+    monkeypatch.setattr(sharded, "_KEYS_AT_ONCE", 1)
+    monkeypatch.setattr(sharded, "_LEAST_QUERIES", 5)
+    inputs, rows_of = example(), {0: [], 1: []}
+    arguments = (inputs["queries"], inputs["memory"], VIEWS, KEEP)
+    ids = {"query_ids": torch.arange(N) % 3, "memory_ids": torch.arange(K) % 3}  # each query excludes a third
+    found = sharded_cascade_select(
+        *arguments,
+        Shard(K, 0, 1),
+        **ids,
+        on_survivors=lambda stage, rows, kept: rows_of[stage].append((rows, len(kept))),
+    )
+    assert all(map(torch.equal, found, cascade_select(*arguments, **ids)))
+    for stages in rows_of.values():
+        assert [(range(N)[rows], count) for rows, count in stages] == [
+            (range(0, 5), 5), (range(5, 10), 5), (range(10, 12), 2)
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32, torch.float32), (torch.float32, torch.float16,
+                                    torch.bfloat16), (torch.bfloat16,) * 3])  # fmt: skip
+@pytest.mark.parametrize("temperature", [0.3, torch.tensor(0.3)])
+def test_under_autocast_features_may_have_different_dtypes(dtypes, temperature):
+    inputs = example()
+    features = [inputs["queries"][0], inputs["own_key"], inputs["memory"][0]]
+    results = []
+    for function, arguments in ((mil_nce, ()), (sharded_mil_nce, (Shard(K, 0, 1),))):
+        query, own_key, memory = (tensor.to(dtype) for tensor, dtype in zip(features, dtypes, strict=True))
+        leaves = [query.requires_grad_(), own_key.requires_grad_()]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = function(*leaves, memory, torch.tensor([[3, K - 1]]).expand(N, 2), *arguments,
+                            temperature=temperature)  # fmt: skip
+        loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    for expected, found in zip(*results, strict=True):
+        assert expected.dtype == found.dtype and torch.equal(expected, found)
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="processes: expected at most 2 for a memory of 2000 entries, .* got 3"):
         Shard(2000, 0, 3)
+    with pytest.raises(ValueError, match="processes: expected at most 18 for a memory of 18432 entries, .* got 19"):
+        Shard(18_432, 0, 19)
     with pytest.raises(ValueError, match="rank: expected 0..1, got 2"):
         Shard(5000, 2, 2)
     with pytest.raises(TypeError, match="size: expected an int"):

@@ -26,7 +26,7 @@ from cpr_fast.evaluate.retrieval.retrieve import retrieve
 from cpr_fast.mining.unlabelled import unlabelled_score
 from cpr_fast.models import build_encoder
 from cpr_fast.pretrain.run.loop import pretrain
-from cpr_fast.pretrain.run.online import OnlineRetrieval, OnlineScore
+from cpr_fast.pretrain.run.online import OnlineRetrieval, OnlineScore, open_online
 from cpr_fast.runtime import distributed
 from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders, save_checkpoint
 
@@ -202,6 +202,18 @@ def test_labels_can_be_left_unused(tmp_path):
     assert rows(bare, "step") == rows(kept, "step")
     with pytest.raises(ConfigError, match=r"health.online_measure: expected .*'score'.*got 'labels'"):
         settings(tmp_path, health={"online_measure": "labels"})
+
+
+@pytest.mark.parametrize(
+    ("known", "measure", "by"), [(8, "auto", "r@1"), (0, "auto", "score"), (8, "score", "score"), (8, "r@1", "r@1")]
+)
+def test_what_is_measured_follows_from_the_labels(index, tmp_path, known, measure, by):
+    """Some labels suffice for R@1 among the held-out videos."""
+    videos = Index.load(index).select(split="train")
+    videos = Index([dataclasses.replace(v, label=v.label if i < known else "") for i, v in enumerate(videos)])
+    settings_ = config(index, tmp_path, online_every=1, online_measure=measure)
+    online = open_online(settings_, videos, None, distributed.init("cpu"), None, RandomLoader, None)
+    assert online.by == by
 
 
 def test_another_measure_after_resuming_begins_anew(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from support.processes.gloo import on_processes
 
 from cpr_fast.ops import Shard
+from cpr_fast.pretrain.state import shards
 from cpr_fast.pretrain.state.cascade import Cascade, mine, mining_rates
 from cpr_fast.pretrain.state.memory import Memory
 
@@ -76,6 +77,18 @@ def test_parts_of_two_and_four_processes_are_the_whole_and_continue_each_other(t
     for steps in (3, 9):
         fill([whole], steps)
     assert all(torch.equal(getattr(alone, name), getattr(whole, name)) for name in ("features", *COLUMNS))
+
+
+def test_queries_are_compared_in_parts(monkeypatch):
+    monkeypatch.setattr(shards, "_AT_ONCE", 1)
+    part, whole = Memory(2, SIZE, WIDTH, seed=3, shard=Shard(SIZE, 0, 1)), Memory(2, SIZE, WIDTH, seed=3)
+    fill([part, whole], 3)
+    anchors, source, label = queries_of(0, 1)
+    mined = mine(anchors, whole, source, CASCADE)
+    found, expected = (mining_rates(anchors, memory, source, CASCADE, mined, label, 20) for memory in (part, whole))
+    assert found.keys() == expected.keys()
+    for name, rate in expected.items():
+        torch.testing.assert_close(found[name], rate, rtol=0, atol=1e-6, equal_nan=True)
 
 
 def test_a_state_of_another_size_is_refused():

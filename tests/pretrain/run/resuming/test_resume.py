@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 import shutil
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from support.small_runs import Killed, assert_same, everything, killed_at, rows,
 from support.stand_in_loader import NoisyLoader, RandomLoader, make_index
 
 from cpr_fast.config import Config
+from cpr_fast.pretrain.run import loop
 from cpr_fast.pretrain.run.loop import pretrain
 from cpr_fast.runtime.interrupt import Interrupted
 from cpr_fast.weights import checkpoint
@@ -185,3 +188,27 @@ def test_settings_that_an_old_checkpoint_lacks_are_compared(straight, tmp_path):
         run(settings(out, mining={"stages": 3, "top_k": 2, "anchor": "query"}), resume=True)
     run(config, resume=True)
     assert_equal_runs(straight, out)
+
+
+def test_a_resumed_run_keeps_one_memory(tmp_path, monkeypatch):
+    """What the checkpoint held is freed before the first step: with a large queue it would take its size again."""
+    config = settings(tmp_path / "run")
+    with pytest.raises(Killed):
+        pretrain(config, index=INDEX, make_loader=killed_at(3, 1), progress=False)
+    read, alive = [], []
+
+    def opened(*arguments):
+        saved = loop_open_run(*arguments)
+        read.append(weakref.ref(saved["cycle_state"]["memory"]["features"]))
+        return saved
+
+    def cycle(*arguments):
+        gc.collect()
+        alive.append(read[0]() is not None)
+        return loop_run_cycle(*arguments)
+
+    loop_open_run, loop_run_cycle = loop.open_run, loop._run_cycle
+    monkeypatch.setattr(loop, "open_run", opened)
+    monkeypatch.setattr(loop, "_run_cycle", cycle)
+    run(config, resume=True)
+    assert alive == [False]

@@ -102,7 +102,7 @@ def test_one_process_holds_the_whole_queue(tmp_path):
     ("changes", "message"),
     [
         ({"memory": {"shard": True, "kind": "bank"}}, "memory.kind: expected 'queue' with memory.shard = true"),
-        ({"mining": {"stages": "auto"}}, "mining.stages: expected 'a number' with memory.shard = true, got 'auto'"),
+        ({"mining": {"stages": "auto"}}, "mining.stages: expected a number with memory.shard = true, got 'auto'"),
         ({"loss": {"protocol": "coclr"}}, "loss.protocol: expected 'paper' with memory.shard = true, got 'coclr'"),
         ({"run": {"dump_memory": True}}, "run.dump_memory: expected False with memory.shard = true, got True"),
     ],
