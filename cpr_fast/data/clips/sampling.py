@@ -41,6 +41,7 @@ TEST_JITTER, TEST_JITTER_P = 0.2, 0.3  # jitter of test clips in the published c
 
 # The independent streams of draws of a video; 0 and 1 are its two clips.
 _PAIR_STREAM, _ORDER_STREAM, _LABELLED_STREAM, _TEST_STREAM = 2, 3, 4, 5
+_AT_ONCE = 2**16  # videos whose place in an epoch is drawn at the same time
 
 # The columns of the draws of a clip; T columns for the channels of grayscale and 3 A for the crop follow them.
 _FLIP, _CHANCES, _FACTORS, _HUE, _SIGMA, _ORDER, _CORNER, _START = (
@@ -104,7 +105,10 @@ class Clips:
 
 def epoch_order(num_videos: int, seed: int, epoch: int) -> np.ndarray:
     """Returns the order in which an epoch visits the videos: a permutation, int64 [N]."""
-    draw = _draws(np.arange(num_videos), seed, epoch, _ORDER_STREAM, blocks=1)
+    draw = np.empty((num_videos, 2))
+    for begin in range(0, num_videos, _AT_ONCE):
+        part = np.arange(begin, min(begin + _AT_ONCE, num_videos))
+        draw[part] = _draws(part, seed, epoch, _ORDER_STREAM, blocks=1)[:, :2]
     return np.lexsort((draw[:, 1], draw[:, 0])).astype(np.int64)
 
 

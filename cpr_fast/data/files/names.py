@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 from cpr_fast.errors import InputError
 
-TAR_MARK = ".tar#"
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])")  # a name of one letter is not a protocol
-_MEMBER = re.compile(r"(.*?\.tar)#(\d+)\+(\d+)/(.+)", re.DOTALL)
+_MEMBER = re.compile(r"(.*?\.tar(?:\?[^#]*)?)#(\d+)\+(\d+)/(.+)", re.DOTALL)
 _FRAMES = re.compile(r"[^%]*%(?:0\d+)?d\.(?:jpe?g|png)", re.IGNORECASE)
 
 
@@ -35,6 +34,16 @@ class Member(NamedTuple):
 def is_remote(path: str | Path) -> bool:
     """Returns whether a path is a URL, and not that of a file or of a member of a file on this machine."""
     return _URL.match(str(path)) is not None
+
+
+def is_tar(path: str | Path) -> bool:
+    """Returns whether the name of a file, or of a URL without its query, is that of a tar file."""
+    return plain_name(path).endswith(".tar")
+
+
+def plain_name(path: str | Path) -> str:
+    """Returns a path as text, a URL without its query, which may hold a signature that expires."""
+    return url_of(path).partition("?")[0] if is_remote(path) else str(path)
 
 
 def url_of(path: str | Path) -> str:
@@ -77,7 +86,7 @@ def path_of(url: str) -> Path:
 def member_of(path: str | Path) -> Member | None:
     """Returns the member of a tar file that a path names, or None for any other path."""
     text = str(path)
-    if TAR_MARK not in text or (found := _MEMBER.fullmatch(text)) is None:
+    if "#" not in text or (found := _MEMBER.fullmatch(text)) is None:
         return None
     return Member(Path(found[1]), int(found[2]), int(found[3]), found[4])
 

@@ -18,6 +18,7 @@ from cpr_fast.data.index.catalogue import Problem
 from cpr_fast.data.index.index import Index, changing, kind_of
 from cpr_fast.data.index.layouts import FORMATS, LAYOUTS, list_videos
 from cpr_fast.data.index.probing import Journal, Probe, probe, probe_all
+from cpr_fast.data.index.rows.columns import require_parquet
 from cpr_fast.data.index.summary import report_path
 from cpr_fast.data.video.probe import VideoInfo
 from cpr_fast.data.video.transcode import transcode_video
@@ -116,6 +117,8 @@ def _build(
         raise InputError(f"--out: expected the name of a CSV file, got the folder {str(out)!r}")
     if out is not None and (kind := kind_of(out)):
         raise InputError(f"--out: expected the name of a CSV file, got {str(out)!r}, which exists and is {kind}")
+    if out is not None:
+        require_parquet("--out", out)
     listing = list_videos(
         options.layout, root, options.splits, options.split,
         class_order=options.class_order, flow_lmdb=options.flow_lmdb, exclude=options.transcode,

@@ -112,6 +112,11 @@ class TestOrder:
         np.testing.assert_array_equal(epoch_order(101, 1, 2), orders[5])
         assert epoch_order(1, -3, 0).tolist() == [0]
 
+    def test_an_order_that_is_drawn_in_parts_is_the_same(self, monkeypatch):
+        whole = epoch_order(101, 3, 1)
+        monkeypatch.setattr("cpr_fast.data.clips.sampling._AT_ONCE", 7)
+        np.testing.assert_array_equal(epoch_order(101, 3, 1), whole)
+
     def test_every_place_is_equally_likely(self):
         places = np.array([epoch_order(6, 7, epoch) for epoch in range(3000)])
         for place in places.T:

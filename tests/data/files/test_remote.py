@@ -182,6 +182,20 @@ def test_training_reads_urls_of_a_list_as_files_and_counts_those_that_expired(se
     loader.close()
 
 
+def test_a_signed_url_may_be_that_of_a_tar_file(server, video, tmp_path):
+    shard = write_tar(tmp_path / "s.tar", {"run/a.mp4": video.read_bytes(), "walk/b.mp4": video.read_bytes() + b"0000"})
+    server.files["/x/train-0.tar"] = shard.read_bytes()
+    (tmp_path / "l.txt").write_text(f"{server.url}/x/train-0.tar?signature=a%2Fb/c&expires=1\n")
+    write_index(tmp_path / "l.txt", tmp_path / "i.csv", IndexOptions("list"))
+    index = Index.load(tmp_path / "i.csv")
+    assert [(v.label, v.split, v.source) for v in index] == [
+        ("run", "train", "train-0.tar/run/a"), ("walk", "train", "train-0.tar/walk/b")]  # fmt: skip
+    assert np.array_equal(read_frames(index[1].path, [3, 20], "rgb", 30), read_frames(video, [3, 20], "rgb", 30))
+    server.faults["/x/train-0.tar"] = [403]
+    with pytest.raises(InputError, match=r"unreadable_shard .*refuses it \(403\): has the URL expired"):
+        write_index(Path(f"{server.url}/x/train-0.tar?signature=d"), tmp_path / "n.csv", IndexOptions("tar"))
+
+
 def test_a_server_that_is_lost_ends_the_run(tmp_path):
     with serving({f"/{i}": b"x" for i in range(20)}) as server:
         files = [at(server, f"/{i}") for i in range(20)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cpr_fast.data.files.names import is_remote, path_of
+from cpr_fast.data.files.names import is_remote, is_tar, path_of
 from cpr_fast.data.index.catalogue import Problem, without_suffix
 from cpr_fast.data.index.formats.frames import flow_beside, template_in
 from cpr_fast.data.index.formats.shards import of_shards
@@ -42,11 +42,11 @@ def list_lines(root: Path) -> Listing:
     lines = [line for file in files for line in read_list(file)]
     if not lines:
         raise InputError(f"ROOT: expected a list that names videos (.txt), one a line, got none in {str(root)!r}")
-    shards = [line.path for line in lines if line.path.suffix == ".tar"]
+    shards = [line.path for line in lines if is_tar(line.path)]
     packed = of_shards(shards, root) if shards else Listing([], [], [])
     videos, problems = list(packed.videos), list(packed.problems)
     for line in lines:
-        if line.path.suffix == ".tar":
+        if is_tar(line.path):
             continue
         if reason := why_missing(line.path):
             place = f"{Path(line.where.rpartition(':')[0]).name}:{line.where.rpartition(':')[2]}"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cpr_fast.data.files.names import Member, is_remote, member_path, text_of
+from cpr_fast.data.files.names import Member, is_remote, is_tar, member_path, plain_name, text_of
 from cpr_fast.data.files.remote import remote_files
 from cpr_fast.data.files.tar import TAR, members
 from cpr_fast.data.index.catalogue import VIDEO_SUFFIXES, Problem
@@ -56,10 +56,10 @@ def list_shards(root: Path) -> Listing:
 
 def shard_files(root: Path) -> list[Path]:
     """Returns the tar files of a root, sorted. Raises InputError if there is none."""
-    if root.suffix == ".tar":
+    if is_tar(root):
         return [root]
     found = remote_files(root) if is_remote(root) else _below(root)
-    if not (shards := sorted(path for path in found if path.suffix == ".tar")):
+    if not (shards := sorted(path for path in found if is_tar(path))):
         packed = next((path for path in found if path.name.endswith((".tar.gz", ".tgz", ".tar.zst"))), None)
         advice = f"; {packed.name} is compressed, so that no part of it can be read alone: unpack it" if packed else ""
         raise InputError(f"ROOT: expected tar files (.tar) in {text_of(root)!r}, got none{advice}")
@@ -105,6 +105,7 @@ def _listed(
     label = facts.get("label") or (facts.get("caption", "") if as_class else "")
     if not named:
         label = "".join(folder)
+    file = Path(plain_name(file))
     shard = file.relative_to(root).as_posix() if file.is_relative_to(root) and file != root else file.name
     source = facts.get("source") or f"{shard}/{sample.key}"
     named_split = split_in(PurePosixPath(shard).parts[0]) if "/" in shard else ""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cpr_fast.data.files.names import is_remote, path_of
+from cpr_fast.data.index.listing import known_split
 from cpr_fast.data.index.rows.video import COLUMNS, Video
 from cpr_fast.errors import InputError
 
@@ -106,7 +107,8 @@ class _Coded(dict):
 
 
 def load_columns(path: Path) -> Columns:
-    """Reads an index in Parquet.
+    """Reads an index in Parquet. As in a CSV file, a text may be empty, which null stands for as well, and names of
+    splits are read in any case; other columns are not read.
 
     Raises:
         InputError: pyarrow is missing, the file is no such index, or a column does not hold what it should.
@@ -114,18 +116,39 @@ def load_columns(path: Path) -> Columns:
     """
     pa, pq = _pyarrow()
     try:
-        table = pq.read_table(path, columns=None)
+        with pq.ParquetFile(path) as file:
+            if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
+                raise InputError(f"missing column {', '.join(map(repr, missing))}; expected {', '.join(COLUMNS)}")
+            table = file.read(columns=list(COLUMNS))
     except pa.ArrowInvalid as error:
         raise InputError(f"expected an index in Parquet, got a file that is none or is cut off: {error}") from error
-    if missing := [name for name in COLUMNS if name not in table.column_names]:
-        raise InputError(f"missing column {', '.join(map(repr, missing))}; expected {', '.join(COLUMNS)}")
     try:
-        table = table.select(COLUMNS).cast(schema(pa)).combine_chunks()
+        table = _as_in_csv(table.select(COLUMNS).cast(schema(pa)).combine_chunks())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
         raise InputError(f"a column has another type than expected: {error}") from error
     _check(table)
     pa.default_memory_pool().release_unused()
     return Columns(table, path.parent)
+
+
+def _as_in_csv(table: Any) -> Any:
+    """Returns the table with its texts as a CSV file would hold them: "" for null, no blanks around names, and splits
+    by their known names."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def replaced(name: str, values: Any) -> Any:
+        return table.set_column(COLUMNS.index(name), name, values)
+
+    for name in ("label", "source", "split", "flow_path"):
+        texts = table.column(name)
+        texts = pc.fill_null(texts, "") if texts.null_count else texts
+        table = replaced(name, texts if name == "flow_path" else pc.utf8_trim_whitespace(texts))
+    coded = table.column("split").combine_chunks().dictionary_encode()
+    names = coded.dictionary.to_pylist()
+    if (known := list(map(known_split, names))) != names:
+        table = replaced("split", pa.array(known, pa.string()).take(coded.indices))
+    return table.combine_chunks()
 
 
 def _check(table: Any) -> None:
@@ -175,6 +198,15 @@ def schema(pa: Any) -> Any:
     """Returns the schema of an index in Parquet; `pa` is pyarrow."""
     kinds = dict.fromkeys(NUMBERS, pa.int32()) | {"fps": pa.float64()}
     return pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
+
+
+def require_parquet(option: str, path: Path) -> None:
+    """Raises InputError that names the option if an index in Parquet is to be written and pyarrow is missing."""
+    if path.suffix == PARQUET:
+        try:
+            _pyarrow()
+        except InputError as error:
+            raise InputError(f"{option}: {error}") from error
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,7 +98,8 @@ BAD = {
     "row 1, column fps: expected a positive number, got nan": {"fps": [float("nan"), 1.0]},
     "row 2, column path: 'a.mp4' repeats row 1": {"path": ["a.mp4", "a.mp4"]},
     "row 1, column path: expected a file, got ''": {"path": ["", "a.mp4"]},
-    "row 2, column label: expected a value, got none": {"label": ["", None]},
+    "row 2, column path: expected a value, got none": {"path": ["a.mp4", None]},
+    "row 1, column width: expected a value, got none": {"width": [None, 8]},
     "a column has another type": {"width": ["eight", "8"]},
     "row 2, column path: file .*none.mp4' does not exist; relative paths begin at": {"path": ["a.mp4", "none.mp4"]},
 }
@@ -111,6 +113,31 @@ def test_bad_values_are_named_with_their_row_and_column(tmp_path, reason):
     pq.write_table(pa.table(columns), tmp_path / "i.parquet")
     with pytest.raises(IndexFileError, match=f"i.parquet.*{reason}"):
         Index.load(tmp_path / "i.parquet")
+
+
+def test_columns_as_other_programs_write_them_are_those_of_the_csv_file(tmp_path):
+    """pandas and polars write null for what is missing, dictionaries for categories, and columns of their own."""
+    folder = tmp_path / "split=x"  # the name of a folder is no column
+    folder.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (folder / name).write_bytes(b"x")
+    odd = {"label": pa.array([None, " walk "]).dictionary_encode(), "source": pa.nulls(2), "split": ["Train", None],
+           "num_frames": pa.array([5, 6], pa.int64()), "fps": pa.array([25, 30], pa.float32()),
+           "flow_path": pa.nulls(2), "note": ["x", "y"]}  # fmt: skip
+    pq.write_table(pa.table(GOOD | odd), folder / "i.parquet")
+    header = "path,label,source,split,num_frames,fps,width,height,flow_path\n"
+    (folder / "i.csv").write_text(f"{header}a.mp4,,,Train,5,25,8,8,\nb.mp4, walk ,,,6,30,8,8,\n")
+    index = Index.load(folder / "i.parquet")
+    assert_equal(Index.load(folder / "i.csv"), index)
+    assert len(index.select("TRAIN")) == 1 and index.classes == ["walk"] and not index.has_flow.any()
+
+
+def test_index_names_the_missing_package_before_it_looks_at_any_video(tmp_path, monkeypatch):
+    place(Path(__file__), tmp_path / "set" / "a.mp4")
+    monkeypatch.setattr("cpr_fast.data.index.build.list_videos", lambda *_, **__: pytest.fail("looks for videos"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match=r"^--out: .*pip install 'cpr-fast\[parquet\]'"):
+        write_index(tmp_path / "set", tmp_path / "i.parquet", IndexOptions())
 
 
 def test_a_file_that_is_no_parquet_or_was_cut_off_is_named(tmp_path):
