@@ -230,6 +230,19 @@ def test_approximate_scores(streamed, case, dtype):
     torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
 
 
+def test_a_sample_that_is_right_spares_the_pass_of_misled_queries(streamed):
+    """A sieve that is taken for wrong changes no result, but costs the products of all scores once more. Features and
+    scores are as in test_approximate_scores."""
+    queries, memory, keep = torch.ones(2, 1, 2), torch.zeros(2, K, 2), [*HALVES[:6], 120]
+    place = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(seed)) for seed in (35, 36)])
+    memory[..., 0], memory[..., 1] = place // 128, place % 128 / 128
+    before = streamed.products()
+    found = streamed.cascade_select(queries, memory, STAGES, keep, precision=1)
+    # In tiles of 64 queries, 32 features and 128 keys, a product of 2,048 terms for each key: of the sample and of all.
+    assert streamed.products() - before == 2 * (8192 + 129 * 128)
+    torch.testing.assert_close(list(found), list(ops.cascade_select(queries, memory, STAGES, keep)), rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_several_chunks(streamed):
     """The sample misleads the last query alone, which is in the last of three chunks of 64 queries."""
