@@ -25,7 +25,7 @@ from .tvl1_flow import tvl1_flow as _tvl1_flow
 __all__ = ["cascade_select", "mil_nce", "mil_nce_value_and_grad", "tvl1_flow"]
 
 _FEATURES = ("query", "own_key", "memory")
-_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32)
 
 
 def cascade_select(
@@ -168,6 +168,8 @@ def _features(name: str, array: Any) -> Tensor:
         return array.detach()
     if not hasattr(array, "__dlpack__"):
         raise TypeError(f"{name}: expected an array with __dlpack__ (NumPy, CuPy, JAX), got {checks.describe(array)}")
+    if hasattr(array, "mask"):  # of numpy.ma, which DLPack drops
+        raise TypeError(f"{name}: expected an array without a mask, got {checks.describe(array)}; fill it")
     strides = getattr(array, "strides", None)  # torch ends the process for a negative one
     if strides is not None and any(stride < 0 for stride in strides):
         raise ValueError(
@@ -187,7 +189,7 @@ def _integers(name: str, array: Any) -> Tensor | None:
         return None
     tensor = _features(name, array)
     if tensor.dtype not in _INTEGERS:
-        raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
+        raise TypeError(f"{name}: expected integers that int64 holds, got {tensor.dtype}")
     return tensor.long()
 
 

@@ -177,7 +177,7 @@ ROW = np.ones((B, D), np.float32)
             ValueError,
             r"query: expected a non-empty shape \[B, D\], got \[0, 33\]",
         ),
-        ({"positives": ROW}, TypeError, r"positives: expected integers, got torch.float32"),
+        ({"positives": ROW}, TypeError, r"positives: expected integers that int64 holds, got torch.float32"),
         ({"positives": np.full((B, 1), B)}, IndexError, r"positives: expected memory slots"),
         ({"query_ids": np.arange(B)}, ValueError, r"query_ids: requires memory_ids"),
         ({"self_positive": ROW}, TypeError, r"self_positive: expected integers"),
@@ -221,3 +221,23 @@ def test_the_example_for_jax_runs():
 def test_help_has_examples_that_run():
     assert doctest.testmod(dlpack, extraglobs={"numpy": np}).failed == 0
     assert doctest.testmod(dlpack, extraglobs={"numpy": np}).attempted >= 6
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32"])
+def test_ids_of_other_integer_types_are_converted(dtype):
+    given = inputs()
+    queries, memory, ids = given["queries"], given["memory"], [given[name] + 1 for name in ("query_ids", "memory_ids")]
+    expected = dlpack.cascade_select(queries, memory, [1], [P], query_ids=ids[0], memory_ids=ids[1])
+    own = [array.astype(dtype) for array in ids]
+    found = dlpack.cascade_select(queries, memory, [1], [P], query_ids=own[0], memory_ids=own[1])
+    assert all(map(np.array_equal, found, expected))
+
+
+def test_ids_that_int64_does_not_hold_and_masked_arrays_are_refused():
+    given = inputs()
+    queries, memory = given["queries"], given["memory"]
+    with pytest.raises(TypeError, match=r"memory_ids: expected integers that int64 holds, got torch.uint64"):
+        dlpack.cascade_select(queries, memory, [1], [P], query_ids=given["query_ids"],
+                              memory_ids=np.arange(K, dtype=np.uint64))  # fmt: skip
+    with pytest.raises(TypeError, match="memory: expected an array without a mask"):
+        dlpack.cascade_select(queries, np.ma.masked_array(memory, mask=memory > 1), [1], [P])
