@@ -59,7 +59,8 @@ class VideoEncoder(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Returns the embedding of the loss [N, D] float32: unit vectors, unless it is the pooled features."""
-        embedding = self.head(self.features(clips)).float()
+        dtype = next((weight.dtype for weight in self.head.parameters()), torch.float32)
+        embedding = self.head(self.features(clips).to(dtype)).float()
         return F.normalize(embedding, dim=1) if self.unit else embedding
 
     def prepare(self, frames: Tensor) -> Tensor:
@@ -98,14 +99,20 @@ def from_pretrained(folder: str | Path, view: str | None = None) -> VideoEncoder
         folder: holds config.json and model.safetensors.
         view: one of the `views` of config.json; by default its `view`.
     Raises:
-        ValueError: the folder has no such view, or its tensors are not those of the network.
+        OSError: one of the two files is missing.
+        ValueError: the folder has no such view, its tensors are not those of the network, or its config.json is not
+            the one that was written with this module.
     """
-    about = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    view = about["view"] if view is None else view
-    if view not in about["views"]:
-        raise ValueError(f"view: expected one of {', '.join(about['views'])}, got {view!r}")
-    with torch.random.fork_rng([]):  # a network draws initial weights, which are replaced
-        encoder = VideoEncoder(about)
+    config = Path(folder) / "config.json"
+    try:
+        about = json.loads(config.read_text(encoding="utf-8"))
+        views, view = about["views"], about["view"] if view is None else view
+        with torch.random.fork_rng([]):  # a network draws initial weights, which are replaced
+            encoder = VideoEncoder(about)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(config)!r}: expected the file that was exported with this module: {error!r}") from None
+    if view not in views:
+        raise ValueError(f"view: expected one of {', '.join(views)}, got {view!r}")
     if encoder.maps:
         encoder.to(memory_format=torch.channels_last_3d)
     tensors = read_tensors(Path(folder) / "model.safetensors")
