@@ -48,15 +48,14 @@ def model_card(about: dict[str, Any], payload: dict[str, Any], *, checkpoint: Pa
 def _front_matter(training: dict[str, Any]) -> str:
     tags = ["video", "self-supervised-learning", "feature-extraction", "cascade-positive-retrieval"]
     named = training["data"]["index"]
-    known = f"  # the index of the run: {json.dumps(named)}" if named else ""
+    known = f"; the index of the run: {json.dumps(named)}" if named else ""
     return "\n".join([
         "---",
         "license: unknown",
         f"library_name: {LIBRARY}",
         "tags:",
         *(f"- {tag}" for tag in tags),
-        "datasets:",
-        f"- unknown{known}",
+        f"# datasets: {UNKNOWN}{known}",  # no name, which a hub would take for that of a data set
         "---",
     ])  # fmt: skip
 

@@ -36,7 +36,7 @@ def export_folder(
     """Writes a folder for a hub with the encoders of all views of a checkpoint.
 
     Args:
-        out: a folder that does not exist, is empty, or was written by this function.
+        out: a folder that does not exist or is empty, because a card that was completed would be lost.
         view: that `from_pretrained` loads by default; None: the one that was trained last.
         card: returns the text of README.md from the content of config.json and the dict of the checkpoint.
     Returns:
@@ -44,7 +44,7 @@ def export_folder(
     Raises:
         CheckpointError: see `load_trained`.
         InputError: the checkpoint lacks the view, or holds heads that were trained on stored features or a network
-            that is built from another folder; or `out` is a file or holds other files.
+            that is built from another folder; or `out` is a file or holds files.
     """
     (config, payload), out = load_trained(checkpoint), Path(out)
     if config.data.features:
@@ -54,7 +54,7 @@ def export_folder(
             f"--to hub: the network is built from model.args.path {config.model.args['path']!r}, which the written "
             "folder would need; expected a network without it (for transformers model.args.config), or --to safetensors"
         )
-    _require_own_folder(out)
+    _require_new_folder(out)
     about = _about(config, list(payload["encoders"]), chosen_view(payload, view))
     text = card(about, payload)
     with created(out):
@@ -65,8 +65,6 @@ def export_folder(
         for name, content in files.items():
             with replacing(out / name) as temporary:
                 temporary.write_text(content, encoding="utf-8")
-        if MODELING not in files:  # of another network, which was exported to this folder before
-            (out / MODELING).unlink(missing_ok=True)
     return {"file": str(out), "form": "hub", "view": about["view"], **written, "standalone": MODELING in files}
 
 
@@ -140,12 +138,8 @@ def _arguments(config: Config) -> dict[str, Any]:
     return {"width": model.width} | ({"gating": True} if model.arch == "s3dg" else {})
 
 
-def _require_own_folder(out: Path) -> None:
+def _require_new_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {expected('a folder to write', out, 'is a file')}")
-    names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if other := sorted(names - {WEIGHTS, CONFIG, MODELING, CARD}):
-        raise InputError(
-            f"--out: expected a new folder, or one that `cpr-fast export --to hub` wrote, got {str(out)!r}, which "
-            f"holds {other[0]!r}"
-        )
+    if names := sorted(path.name for path in out.iterdir()) if out.exists() else []:
+        raise InputError(f"--out: expected a new or an empty folder, got {str(out)!r}, which holds {names[0]!r}")

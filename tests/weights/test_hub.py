@@ -3,11 +3,13 @@ and a model card that says what the run recorded."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -70,6 +72,14 @@ def checkpoint(path: Path, views=("rgb", "flow"), size=32, frames=8, **model) ->
     return save_checkpoint(path, {"config": config.to_dict(), "encoders": encoders, "view": views[0]})
 
 
+def modeling(folder: Path) -> ModuleType:
+    """Returns the module of an exported folder."""
+    spec = importlib.util.spec_from_file_location("modeling_of_a_folder", folder / "modeling.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -130,7 +140,6 @@ def own_network(tmp_path, monkeypatch):
 
 
 def test_a_network_of_the_user_is_loaded_by_its_name(tmp_path, own_network, capsys):
-    assert export(checkpoint(tmp_path / "before.pt", arch="r3d"), tmp_path / "net") == 0  # leaves its modeling.py
     assert export(own_network, tmp_path / "net") == 0
     assert "standalone: False" in capsys.readouterr().out
     assert not (tmp_path / "net" / "modeling.py").exists()
@@ -187,13 +196,55 @@ def test_bad_arguments_are_named(tmp_path, capsys):
         assert export(file, tmp_path / out, *options) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists() and (tmp_path / "a").read_text() == "mine"
-    assert export(file, tmp_path / "twice") == export(file, tmp_path / "twice") == 0
+    assert export(file, tmp_path / "net") == 0
     with pytest.raises(InputError, match="view: expected one of rgb, got 'flow'"):
-        cpr_fast.from_pretrained(tmp_path / "twice", "flow")
+        cpr_fast.from_pretrained(tmp_path / "net", "flow")
     with pytest.raises(InputError, match=r"folder: expected a folder that .* does not exist"):
         cpr_fast.from_pretrained(tmp_path / "nothing")
     with pytest.raises(AttributeError, match="has no attribute 'from_pretraind'"):
         cpr_fast.from_pretraind  # noqa: B018
+
+
+def test_a_folder_that_holds_files_is_not_written(tmp_path, capsys):
+    file, folder = checkpoint(tmp_path / "net.pt", arch="r3d"), tmp_path / "net"
+    assert export(file, folder) == 0
+    (folder / "README.md").write_text("a card that was completed")
+    assert export(file, folder) == 2
+    assert f"--out: expected a new or an empty folder, got {str(folder)!r}, which holds" in capsys.readouterr().err
+    assert (folder / "README.md").read_text() == "a card that was completed"
+
+
+def test_the_card_names_the_folder_that_is_meant(tmp_path, monkeypatch, capsys):
+    file, folder = checkpoint(tmp_path / "net.pt", arch="r3d"), tmp_path / "it's mine"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert export(file, ".") == 0
+    assert "\n# it's mine\n" in (folder / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert export(file, "its own") == 0
+    assert capsys.readouterr().out.endswith("hf upload USER/NAME 'its own'\n")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_torch_alone_encodes_in_other_dtypes(tmp_path, dtype):
+    folder = tmp_path / "net"
+    assert export(checkpoint(tmp_path / "net.pt", arch="r3d", views=("rgb",)), folder) == 0
+    encoder, clips = modeling(folder).from_pretrained(folder), torch.randn(2, 3, 8, 32, 32)
+    with torch.no_grad():
+        expected = encoder(clips)
+        found = encoder.to(dtype)(clips.to(dtype))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("config", ["{", "[]", '{"views": ["rgb"], "view": "rgb"}', "another"])
+def test_torch_alone_names_a_config_that_is_not_its_own(tmp_path, config):
+    folder = tmp_path / "net"
+    assert export(checkpoint(tmp_path / "net.pt", arch="r3d", views=("rgb",)), folder) == 0
+    about = (folder / "config.json").read_text().replace('"class": "R3D"', '"class": "S3D"')
+    (folder / "config.json").write_text(about if config == "another" else config)
+    with pytest.raises(ValueError, match=r"config.json': expected the file that was exported with this module"):
+        modeling(folder).from_pretrained(folder)
 
 
 @pytest.mark.parametrize("damage", ["short", "empty", "text", "another", "config"])
@@ -237,7 +288,7 @@ def test_the_card_says_what_the_run_recorded(tmp_path):
     assert export(last, tmp_path / "after") == 0
     after = (tmp_path / "after" / "README.md").read_text()
     matter = re.match(r"---\n(.*?)\n---\n", after, re.DOTALL)[1]
-    assert re.findall(r"^(\w+):", matter, re.MULTILINE) == ["license", "library_name", "tags", "datasets"]
+    assert re.findall(r"^(\w+):", matter, re.MULTILINE) == ["license", "library_name", "tags"]
     assert "license: unknown" in matter and "library_name: cpr_fast" in matter
     for text in ("trained with InfoNCE and CPR", "Training videos: 18,", "steps: 12, epochs: 4", '"ratio": 0.6'):
         assert text in before and text in after, text

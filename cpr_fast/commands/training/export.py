@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,10 +16,10 @@ from cpr_fast.errors import InputError
 USES = {  # how the file of each format is used
     "safetensors": "load it in Python: safetensors.torch.load_file({out!r})",
     "onnx": "load it in Python: onnxruntime.InferenceSession({out!r})",
-    "coclr": "pass it to the code of CoCLR: --pretrain {out}",
-    "cpr": "pass it to the code of CPR: --pretrain {out}",
+    "coclr": "pass it to the code of CoCLR: --pretrain {quoted}",
+    "cpr": "pass it to the code of CPR: --pretrain {quoted}",
     "hub": "load it in Python: cpr_fast.from_pretrained({out!r}); to publish it, complete README.md, then: "
-    "hf upload USER/NAME {out}",
+    "hf upload USER/NAME {quoted}",
 }
 SUFFIXES = {  # the formats of files with these suffixes; other suffixes are left to the user
     ".safetensors": ("safetensors",),
@@ -59,7 +60,7 @@ def export(
     announce("Loading PyTorch")
     from cpr_fast.weights.exporting import export as run
 
-    show(run(checkpoint, out, to=to, view=view), json, next_step=USES[to].format(out=str(out)))
+    show(run(checkpoint, out, to=to, view=view), json, next_step=_use(to, out))
 
 
 def _export_folder(checkpoint: Path, out: Path, view: str | None, json: bool) -> None:
@@ -76,7 +77,11 @@ def _export_folder(checkpoint: Path, out: Path, view: str | None, json: bool) ->
     written = export_folder(
         checkpoint, out, view=view, card=partial(model_card, checkpoint=checkpoint, name=out.resolve().name)
     )
-    show(written, json, next_step=USES["hub"].format(out=str(out)))
+    show(written, json, next_step=_use("hub", out))
+
+
+def _use(to: str, out: Path) -> str:
+    return USES[to].format(out=str(out), quoted=shlex.quote(str(out)))
 
 
 def _format(out: Path, to: Literal["safetensors", "onnx", "coclr", "cpr"] | None) -> str:
