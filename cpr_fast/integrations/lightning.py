@@ -38,8 +38,8 @@ class CascadeMining(Callback):
             that mines. They are used for nothing else.
 
     Raises:
-        InputError: the queue has no cascade, the module has another attribute of this name, or several processes train,
-            of which each would mine in the keys of the first one.
+        InputError: the queue has no cascade, the module has another attribute of this name, several processes train, of
+            which each would mine in the keys of the first one, or a source in the queue has no label.
     """
 
     def __init__(
@@ -54,6 +54,8 @@ class CascadeMining(Callback):
             raise InputError(f"start_epoch: expected a number of epochs, 0 or more, got {start_epoch!r}")
         if not isinstance(name, str) or not name.isidentifier():
             raise InputError(f"name: expected the name of an attribute, got {name!r}")
+        if labels is not None and not isinstance(labels, Tensor):
+            raise InputError(f"labels: expected a tensor [S] of torch.int64, got {type(labels).__name__}")
         if labels is not None and (labels.dim() != 1 or labels.dtype != torch.int64):
             raise InputError(f"labels: expected [S] of torch.int64, got {list(labels.shape)} of {labels.dtype}")
         self.queue, self.start_epoch, self.name, self.labels = queue, start_epoch, name, labels
@@ -99,5 +101,7 @@ class CascadeMining(Callback):
         ids = self.queue.memory_ids
         mined = self.queue.mine(self.queue.memory[:, newest], ids[newest])
         labels = self.labels.to(ids.device)
+        if (largest := int(ids.max())) >= len(labels):
+            raise InputError(f"labels: expected one of each source, got {len(labels)} and the source {largest}")
         of_entries = torch.where(ids >= 0, labels[ids.clamp(min=0)], -1)
         return positive_mining_rate(*judge(gather_slots(of_entries, mined), of_entries[newest])).nanmean()

@@ -33,7 +33,8 @@ class CascadeMiner(BaseMiner):
     Returns, when called: indices (anchors, positives, anchors, negatives), as every miner of pairs.
 
     Raises:
-        InputError: the cascade is not one of V views, or the width of the embeddings is no multiple of V.
+        InputError: the cascade is not one of V views, the width of the embeddings is no multiple of V, or the labels
+            are not integers.
 
     Example:
         >>> from pytorch_metric_learning.losses import CrossBatchMemory, NTXentLoss
@@ -72,6 +73,8 @@ class CascadeMiner(BaseMiner):
     @torch.no_grad()
     def select(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Tensor:
         """Returns the references that the cascade selects for each embedding, [B, P] int64, -1 for none."""
+        if labels.is_floating_point() or ref_labels.is_floating_point():  # two sources could become one integer
+            raise InputError(f"labels: expected integers, got {labels.dtype} and {ref_labels.dtype} of the references")
         queries, memory = self._by_view(embeddings), self._by_view(ref_emb)
         slots, _ = cascade_select(
             queries, memory, self.views, self.keep, query_ids=labels.long(), memory_ids=ref_labels.long()

@@ -158,6 +158,7 @@ def test_the_first_epoch_that_may_mine(tmp_path):
         ({"start_epoch": -1}, "start_epoch: expected a number of epochs, 0 or more, got -1"),
         ({"start_epoch": 1.5}, "start_epoch: .* got 1.5"),
         ({"name": "a b"}, "name: expected the name of an attribute, got 'a b'"),
+        ({"labels": [0, 1]}, r"labels: expected a tensor \[S\] of torch.int64, got list"),
         ({"labels": torch.zeros(3)}, r"labels: expected \[S\] of torch.int64, got \[3\] of torch.float32"),
     ],
 )
@@ -166,6 +167,26 @@ def test_bad_settings_are_named(settings, message):
     settings["queue"] = queue(cascade=False) if settings["queue"] is None else settings["queue"]
     with pytest.raises(InputError, match=message):
         CascadeMining(**settings)
+
+
+def test_a_source_without_a_label_is_named(tmp_path):
+    with pytest.raises(InputError, match=f"labels: expected one of each source, got 23 and the source {SOURCES - 1}"):
+        fit(tmp_path, CascadeMining(queue(), labels=LABELS[:-1]))
+
+
+@pytest.mark.parametrize("count", [3, SIZE])
+def test_pmr_is_that_of_the_newest_entries(monkeypatch, count):
+    monkeypatch.setattr("cpr_fast.integrations.lightning.JUDGED", count)
+    callback, generator = CascadeMining(queue(), labels=LABELS), torch.Generator().manual_seed(2)
+    for begin in range(0, 56, 8):  # 16 entries are replaced, so the newest are in the middle of the memory
+        features = normalize(torch.randn(2, 2, 8, D, generator=generator), dim=-1)
+        callback.queue(*features, torch.arange(begin, begin + 8) % SOURCES)
+    held = callback.queue
+    newest = torch.arange(16 - count, 16) % SIZE
+    slots, _ = cascade_select_ref(held.memory[:, newest], held.memory, VIEWS, KEEP, query_ids=held.memory_ids[newest],
+                                  memory_ids=held.memory_ids)  # fmt: skip
+    right = LABELS[held.memory_ids[slots]] == LABELS[held.memory_ids[newest]][:, None]
+    torch.testing.assert_close(callback._mining_rate(), right.float().mean())
 
 
 def test_an_attribute_of_the_module_is_not_replaced(tmp_path):

@@ -120,6 +120,12 @@ def test_a_width_that_the_views_do_not_divide_is_named():
         CascadeMiner(num_views=3)(*data()[1:3])
 
 
+def test_labels_that_are_not_integers_are_refused():
+    _, embeddings, labels, *_ = data()
+    with pytest.raises(InputError, match="labels: expected integers, got torch.float32"):
+        CascadeMiner(**CASCADE)(embeddings, labels / 2)
+
+
 def test_half_precision_labels_of_int32_and_an_empty_memory():
     _, embeddings, labels, ref_emb, ref_labels = data()
     memory = CrossBatchMemory(NTXentLoss(), embedding_size=10, memory_size=64, miner=CascadeMiner(**CASCADE))
