@@ -152,7 +152,8 @@ class FeatureStore:
             )
             raise InputError(
                 f"{option}: the store {str(folder)!r} is not complete, {missing} of its "
-                f"{counted(len(self.about.planned), 'shard')} are missing; repeat the `cpr-fast embed` that began it"
+                f"{counted(len(self.about.planned), 'shard')} are missing; repeat the `cpr-fast embed` that began it, "
+                "without --shard"
             )
         self.width = max(self.about.views.values())
         self.table = ClipTable.load(self.folder / TABLE)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cpr_fast.data.index.index import Index
 
 NAMED = 3  # clips that a finding names
-AGAIN = "repeat the `cpr-fast embed` that wrote the store; only the shards that are not whole are computed again"
+AGAIN = "repeat the `cpr-fast embed` that wrote the store, without --shard; only shards that are not whole are computed"
 
 
 def check_store(folder: Path, videos: Index | None, findings: list[Finding]) -> dict[str, Any] | None:

@@ -132,7 +132,7 @@ def test_shares_in_any_order_write_the_bytes_of_one_process(tmp_path):
         write(tmp_path / "a", 110, kept=kept, share=(1, 3), stop=80)
     report, computed = write(tmp_path / "a", 110, kept=kept, share=(1, 3))
     assert computed == [80] and [report[name] for name in ("clips", "left_out", "waiting")] == [0, 40, 4]
-    with pytest.raises(InputError, match="is not complete, 4 of its 6 shards are missing"):
+    with pytest.raises(InputError, match="is not complete, 4 of its 6 shards are missing; .* without --shard$"):
         FeatureStore(tmp_path / "a", "data.features")
     report, computed = write(tmp_path / "a", 110, kept=kept, share=(0, 3))
     assert computed == [0, 60] and [report[name] for name in ("clips", "left_out", "waiting")] == [17, 63, 2]
@@ -142,6 +142,13 @@ def test_shares_in_any_order_write_the_bytes_of_one_process(tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "one")
     report, computed = write(tmp_path / "a", 110, kept=kept, share=(6, 9))  # more shares than shards
     assert computed == [] and report["waiting"] == 0 and contents(tmp_path / "a") == contents(tmp_path / "one")
+
+
+def test_a_command_without_shares_computes_what_they_left(tmp_path):
+    write(tmp_path / "one", 110)
+    write(tmp_path / "a", 110, share=(1, 3))
+    report, computed = write(tmp_path / "a", 110)
+    assert computed == [0, 40, 60, 100] and contents(tmp_path / "a") == contents(tmp_path / "one")
 
 
 def test_shares_run_at_the_same_time_but_not_the_same_share(tmp_path):
