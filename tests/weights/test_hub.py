@@ -117,10 +117,19 @@ def test_the_features_are_those_of_retrieval_with_torch_alone(tmp_path, model):
 
 
 def test_the_folder_names_no_folder_of_the_machine(tmp_path):
-    assert export(checkpoint(tmp_path / "net.pt", arch="r3d"), tmp_path / "net") == 0
+    init = {"rgb": "/secret/place/theirs.pt"}
+    assert export(checkpoint(tmp_path / "net.pt", arch="r3d", init=init), tmp_path / "net") == 0
     for path in (tmp_path / "net").iterdir():
         assert b"/secret" not in path.read_bytes() and str(tmp_path).encode() not in path.read_bytes()
     assert "`train.csv`" in (tmp_path / "net" / "README.md").read_text()
+
+
+def test_the_view_of_the_command_is_the_default_of_the_folder(tmp_path):
+    file = checkpoint(tmp_path / "net.pt", arch="r3d")
+    assert export(file, tmp_path / "net", "--view", "flow") == 0
+    expected = load_pretrained(str(file)).encoders["flow"].state_dict()
+    found = cpr_fast.from_pretrained(tmp_path / "net").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_modeling_holds_the_code_of_one_network(tmp_path):
@@ -302,3 +311,11 @@ def test_the_card_says_what_the_run_recorded(tmp_path):
     assert export(folder / "checkpoints" / "step-00000009.pt", tmp_path / "earlier") == 0
     earlier, other_step = (tmp_path / "earlier" / "README.md").read_text(), "of an earlier or later step than"
     assert "steps: 9, epochs: 3" in earlier and other_step in earlier and other_step not in after
+    recipe = json.loads(re.search(r"```json\n(.*?)```", after, re.DOTALL)[1])
+    assert recipe["mining"] == {"stages": 3, "ratio": 0.6, "top_k": 2}  # nothing that has its default
+    assert recipe["data"] == {"frames": 8, "size": 16, "batch_size": 6} and recipe["memory"] == {"size": 10}
+    payload = torch.load(last, weights_only=True)
+    payload["config"]["mining"]["stages"] = 1
+    single = save_checkpoint(last.with_name("single.pt"), payload)
+    assert export(single, tmp_path / "single") == 0
+    assert "trained with InfoNCE and CoCLR" in (tmp_path / "single" / "README.md").read_text()
