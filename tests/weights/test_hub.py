@@ -161,6 +161,15 @@ def test_a_network_of_the_user_is_loaded_by_its_name(tmp_path, own_network, caps
         cpr_fast.from_pretrained(tmp_path / "net")
 
 
+def test_a_network_with_a_normalisation_of_its_own_is_loaded_by_the_package_alone(tmp_path):
+    args = {"tubelet": [2, 8, 8], "depth": 1, "width": 30, "heads": 5}
+    file = checkpoint(tmp_path / "net.pt", arch="vit", width=1.0, args=args, mean=[0.5] * 3, std=[0.25] * 3)
+    assert export(file, tmp_path / "net") == 0
+    assert not (tmp_path / "net" / "modeling.py").exists()
+    clips, expected = torch.randn(2, 3, 8, 32, 32), load_pretrained(str(file)).encoders["rgb"]
+    assert torch.equal(cpr_fast.from_pretrained(tmp_path / "net").features(clips), expected.features(clips))
+
+
 def test_heads_on_stored_features_are_refused_by_name(tmp_path, capsys):
     config = Config.from_dict({"data": {"features": "store"}, "model": {"arch": "features", "args": {"width": 5}}})
     state = build_encoder(config.model, config.data).state_dict()
