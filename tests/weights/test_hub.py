@@ -121,7 +121,9 @@ def test_the_folder_names_no_folder_of_the_machine(tmp_path):
     assert export(checkpoint(tmp_path / "net.pt", arch="r3d", init=init), tmp_path / "net") == 0
     for path in (tmp_path / "net").iterdir():
         assert b"/secret" not in path.read_bytes() and str(tmp_path).encode() not in path.read_bytes()
-    assert "`train.csv`" in (tmp_path / "net" / "README.md").read_text()
+    card = (tmp_path / "net" / "README.md").read_text()
+    assert "Training videos: not recorded; index `train.csv`, split `train`." in card
+    assert "It is set for clips of 8 frames of 32 x 32 pixels" in card  # no checkpoint of a run: it has no cycle
 
 
 def test_the_view_of_the_command_is_the_default_of_the_folder(tmp_path):
@@ -308,7 +310,13 @@ def test_the_card_says_what_the_run_recorded(tmp_path):
     matter = re.match(r"---\n(.*?)\n---\n", after, re.DOTALL)[1]
     assert re.findall(r"^(\w+):", matter, re.MULTILINE) == ["license", "library_name", "tags"]
     assert "license: unknown" in matter and "library_name: cpr_fast" in matter
-    for text in ("trained with InfoNCE and CPR", "Training videos: 18,", "steps: 12, epochs: 4", '"ratio": 0.6'):
+    for text in (
+        "trained with InfoNCE and CPR",
+        "Training videos: 18; index: not recorded.",
+        "It has seen clips of 8 frames of 16 x 16 pixels",
+        "steps: 12, epochs: 4",
+        '"ratio": 0.6',
+    ):
         assert text in before and text in after, text
     outcome = next(row for row in map(json.loads, (folder / "metrics.jsonl").open()) if row["kind"] == "outcome")
     assert outcome["text"] in after and all(text in after for text in outcome["warnings"])
