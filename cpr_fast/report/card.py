@@ -188,9 +188,10 @@ def _classified(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def _limits(about: dict[str, Any], run: Run | None, payload: dict[str, Any]) -> Iterator[str]:
     clip = about["clip"]
-    seen = "has seen" if "cycle" in payload else "is set for"  # of weights of others, nothing says what they have seen
+    # Of imported weights nothing says what they have seen.
+    seen = "has seen clips" if "cycle" in payload else "is set for clips"
     yield (
-        f"It {seen} clips of {counted(clip['frames'], 'frame')} of {clip['size']} x {clip['size']} pixels; what others "
+        f"It {seen} of {counted(clip['frames'], 'frame')} of {clip['size']} x {clip['size']} pixels; what others "
         f"give: {UNKNOWN}."
     )
     yield f"Whether the weights may be used and passed on depends on the licence of the data, which is {UNKNOWN}."
