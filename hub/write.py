@@ -80,7 +80,11 @@ def main() -> None:
     """Writes the folder that the command line names."""
     parser = argparse.ArgumentParser(description="Write the operators as a package for Hugging Face's kernel builder.")
     parser.add_argument("folder", type=Path, help="the folder to write; it must not exist, or be empty")
-    write(parser.parse_args().folder)
+    folder = parser.parse_args().folder
+    try:
+        write(folder)
+    except OSError as error:
+        sys.exit(f"{folder}: the package could not be written: {error.strerror}")
 
 
 def write(folder: Path) -> None:

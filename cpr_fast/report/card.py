@@ -40,7 +40,7 @@ def model_card(about: dict[str, Any], payload: dict[str, Any], *, checkpoint: Pa
         f"## Recipe\n\n{_recipe(training, payload)}",
         f"## Training\n\n{_training(run, payload)}",
         f"## Results\n\n{_results(run)}",
-        "## Limits\n\n" + "\n".join(f"- {text}" for text in _limits(about, run)),
+        "## Limits\n\n" + "\n".join(f"- {text}" for text in _limits(about, run, payload)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -104,9 +104,9 @@ def _use(about: dict[str, Any], name: str) -> str:
 def _data(training: dict[str, Any], payload: dict[str, Any]) -> str:
     count = (payload.get("videos") or {}).get("count")
     index, split = training["data"]["index"], training["data"]["split"]
+    place = f"index `{index}`, split {f'`{split}`' if split else '(all videos)'}" if index else f"index: {UNKNOWN}"
     return (
-        f"Training videos: {UNKNOWN if count is None else f'{count:,}'}, of the index "
-        f"{f'`{index}`' if index else f'({UNKNOWN})'}, split {f'`{split}`' if split else '(all videos)'}.\n"
+        f"Training videos: {UNKNOWN if count is None else f'{count:,}'}; {place}.\n"
         f"The data set, its licence and its origin: {UNKNOWN}."
     )
 
@@ -186,11 +186,13 @@ def _classified(rows: list[dict[str, Any]]) -> Iterator[str]:
                f"{percent(row['accuracy'])} | `{index}` |")  # fmt: skip
 
 
-def _limits(about: dict[str, Any], run: Run | None) -> Iterator[str]:
+def _limits(about: dict[str, Any], run: Run | None, payload: dict[str, Any]) -> Iterator[str]:
     clip = about["clip"]
+    # Of imported weights nothing says what they have seen.
+    seen = "has seen clips" if "cycle" in payload else "is set for clips"
     yield (
-        f"It has seen clips of {counted(clip['frames'], 'frame')} of {clip['size']} x {clip['size']} pixels; what "
-        f"others give: {UNKNOWN}."
+        f"It {seen} of {counted(clip['frames'], 'frame')} of {clip['size']} x {clip['size']} pixels; what others "
+        f"give: {UNKNOWN}."
     )
     yield f"Whether the weights may be used and passed on depends on the licence of the data, which is {UNKNOWN}."
     yield f"Biases of the training videos, and results on other data sets than those above: {UNKNOWN}."

@@ -65,8 +65,6 @@ def export_folder(
         for name, content in files.items():
             with replacing(out / name) as temporary:
                 temporary.write_text(content, encoding="utf-8")
-        if MODELING not in files:  # of another network, which was exported to this folder before
-            (out / MODELING).unlink(missing_ok=True)
     return {"file": str(out), "form": "hub", "view": about["view"], **written, "standalone": MODELING in files}
 
 

@@ -117,6 +117,19 @@ def test_the_package_exports_the_operators(package):
     )
 
 
+def test_the_command_names_a_folder_that_it_cannot_write(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    for folder, message in ((".", "Device or resource busy"), (tmp_path / "file" / "x", "File exists"),
+                            (tmp_path / "full", "expected a folder that does not exist or is empty")):  # fmt: skip
+        place = tmp_path / "empty"
+        place.mkdir(exist_ok=True)
+        done = subprocess.run([sys.executable, WRITE, folder], cwd=place, capture_output=True, text=True)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+        assert done.stderr.startswith(f"{folder}: ") and not any(place.iterdir())
+
+
 def test_build_toml_names_every_source(package):
     settings = tomllib.loads((package / "build.toml").read_text())
     (kernel,) = settings["kernel"].values()

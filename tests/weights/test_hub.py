@@ -121,7 +121,9 @@ def test_the_folder_names_no_folder_of_the_machine(tmp_path):
     assert export(checkpoint(tmp_path / "net.pt", arch="r3d", init=init), tmp_path / "net") == 0
     for path in (tmp_path / "net").iterdir():
         assert b"/secret" not in path.read_bytes() and str(tmp_path).encode() not in path.read_bytes()
-    assert "`train.csv`" in (tmp_path / "net" / "README.md").read_text()
+    card = (tmp_path / "net" / "README.md").read_text()
+    assert "Training videos: not recorded; index `train.csv`, split `train`." in card
+    assert "It is set for clips of 8 frames of 32 x 32 pixels" in card  # no checkpoint of a run: it has no cycle
 
 
 def test_the_view_of_the_command_is_the_default_of_the_folder(tmp_path):
@@ -149,7 +151,6 @@ def own_network(tmp_path, monkeypatch):
 
 
 def test_a_network_of_the_user_is_loaded_by_its_name(tmp_path, own_network, capsys):
-    assert export(checkpoint(tmp_path / "before.pt", arch="r3d"), tmp_path / "net") == 0  # leaves its modeling.py
     assert export(own_network, tmp_path / "net") == 0
     assert "standalone: False" in capsys.readouterr().out
     assert not (tmp_path / "net" / "modeling.py").exists()
@@ -160,6 +161,15 @@ def test_a_network_of_the_user_is_loaded_by_its_name(tmp_path, own_network, caps
     (tmp_path / "elsewhere" / "flat.py").unlink()
     with pytest.raises(InputError, match=r"expected the Python file 'flat.py', which does not exist"):
         cpr_fast.from_pretrained(tmp_path / "net")
+
+
+def test_a_network_with_a_normalisation_of_its_own_is_loaded_by_the_package_alone(tmp_path):
+    args = {"tubelet": [2, 8, 8], "depth": 1, "width": 30, "heads": 5}
+    file = checkpoint(tmp_path / "net.pt", arch="vit", width=1.0, args=args, mean=[0.5] * 3, std=[0.25] * 3)
+    assert export(file, tmp_path / "net") == 0
+    assert not (tmp_path / "net" / "modeling.py").exists()
+    clips, expected = torch.randn(2, 3, 8, 32, 32), load_pretrained(str(file)).encoders["rgb"]
+    assert torch.equal(cpr_fast.from_pretrained(tmp_path / "net").features(clips), expected.features(clips))
 
 
 def test_heads_on_stored_features_are_refused_by_name(tmp_path, capsys):
@@ -300,7 +310,13 @@ def test_the_card_says_what_the_run_recorded(tmp_path):
     matter = re.match(r"---\n(.*?)\n---\n", after, re.DOTALL)[1]
     assert re.findall(r"^(\w+):", matter, re.MULTILINE) == ["license", "library_name", "tags"]
     assert "license: unknown" in matter and "library_name: cpr_fast" in matter
-    for text in ("trained with InfoNCE and CPR", "Training videos: 18,", "steps: 12, epochs: 4", '"ratio": 0.6'):
+    for text in (
+        "trained with InfoNCE and CPR",
+        "Training videos: 18; index: not recorded.",
+        "It has seen clips of 8 frames of 16 x 16 pixels",
+        "steps: 12, epochs: 4",
+        '"ratio": 0.6',
+    ):
         assert text in before and text in after, text
     outcome = next(row for row in map(json.loads, (folder / "metrics.jsonl").open()) if row["kind"] == "outcome")
     assert outcome["text"] in after and all(text in after for text in outcome["warnings"])
@@ -309,14 +325,14 @@ def test_the_card_says_what_the_run_recorded(tmp_path):
     assert "| Untrained network | RGB | 20.0 % | – | – | not recorded | not recorded |" in after
     assert "selects classifiers on the test split" in after and "selects classifiers" not in before
     assert "/secret" not in after and str(tmp_path) not in after
+    assert export(folder / "checkpoints" / "step-00000009.pt", tmp_path / "earlier") == 0
+    earlier, other_step = (tmp_path / "earlier" / "README.md").read_text(), "of an earlier or later step than"
+    assert "steps: 9, epochs: 3" in earlier and other_step in earlier and other_step not in after
     recipe = json.loads(re.search(r"```json\n(.*?)```", after, re.DOTALL)[1])
     assert recipe["mining"] == {"stages": 3, "ratio": 0.6, "top_k": 2}  # nothing that has its default
     assert recipe["data"] == {"frames": 8, "size": 16, "batch_size": 6} and recipe["memory"] == {"size": 10}
-    assert "of an earlier or later step" not in after
     payload = torch.load(last, weights_only=True)
     payload["config"]["mining"]["stages"] = 1
-    earlier = save_checkpoint(last.with_name("earlier.pt"), payload | {"step": 9})
-    assert export(earlier, tmp_path / "earlier") == 0
-    other = (tmp_path / "earlier" / "README.md").read_text()
-    assert "trained with InfoNCE and CoCLR" in other and "of an earlier or later step than this outcome" in other
-    assert "steps: 9, epochs: 3" in other
+    single = save_checkpoint(last.with_name("single.pt"), payload)
+    assert export(single, tmp_path / "single") == 0
+    assert "trained with InfoNCE and CoCLR" in (tmp_path / "single" / "README.md").read_text()

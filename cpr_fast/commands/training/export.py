@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Literal
@@ -75,8 +74,9 @@ def _export_folder(checkpoint: Path, out: Path, view: str | None, json: bool) ->
     from cpr_fast.report.card import model_card
     from cpr_fast.weights.hub import export_folder
 
-    name = os.path.basename(os.path.abspath(out))  # also of "." and ".."
-    written = export_folder(checkpoint, out, view=view, card=partial(model_card, checkpoint=checkpoint, name=name))
+    written = export_folder(
+        checkpoint, out, view=view, card=partial(model_card, checkpoint=checkpoint, name=out.resolve().name)
+    )
     show(written, json, next_step=_use("hub", out))
 
 
