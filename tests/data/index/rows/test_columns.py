@@ -132,6 +132,16 @@ def test_columns_as_other_programs_write_them_are_those_of_the_csv_file(tmp_path
     assert len(index.select("TRAIN")) == 1 and index.classes == ["walk"] and not index.has_flow.any()
 
 
+def test_rows_without_a_source_are_sources_of_their_own_beside_those_that_have_one(tmp_path):
+    names = [f"{i}.mp4" for i in range(5)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    rows = {name: values[:1] * 5 for name, values in GOOD.items()} | {"path": names, "source": ["", "s", "", "s", ""]}
+    pq.write_table(pa.table(rows), tmp_path / "i.parquet")
+    index = Index.load(tmp_path / "i.parquet")
+    assert index.source_ids.tolist() == [0, 1, 2, 1, 3] and [video.source for video in index][:2] == ["0.mp4", "s"]
+
+
 def test_index_names_the_missing_package_before_it_looks_at_any_video(tmp_path, monkeypatch):
     place(Path(__file__), tmp_path / "set" / "a.mp4")
     monkeypatch.setattr("cpr_fast.data.index.build.list_videos", lambda *_, **__: pytest.fail("looks for videos"))
