@@ -182,6 +182,14 @@ def test_training_reads_urls_of_a_list_as_files_and_counts_those_that_expired(se
     loader.close()
 
 
+def test_an_object_that_became_shorter_is_named(server):
+    storage, path = RemoteStorage(), at(server, "/noise")
+    storage.size(path)
+    server.files["/noise"] = server.files["/noise"][:1000]
+    with pytest.raises(OSError, match="the server sent 500 of 1,000 bytes"):
+        storage.read_range(path, 500, 1000)
+
+
 def test_a_signed_url_may_be_that_of_a_tar_file(server, video, tmp_path):
     shard = write_tar(tmp_path / "s.tar", {"run/a.mp4": video.read_bytes(), "walk/b.mp4": video.read_bytes() + b"0000"})
     server.files["/x/train-0.tar"] = shard.read_bytes()
