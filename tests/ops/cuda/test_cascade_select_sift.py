@@ -230,6 +230,18 @@ def test_approximate_scores(streamed, case, dtype):
     torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("blind", [0, 1])
+def test_approximate_scores_that_cannot_be_compared_in_one_view(streamed, blind):
+    """The last stage keeps all that the first does, so that the result would hold every such entry."""
+    queries, memory, slots = torch.ones(2, 1, 2), torch.zeros(2, K, 2), [1000, 2001, 3002, 4003]
+    place = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(seed)) for seed in (37, 38)])
+    memory[..., 0], memory[..., 1] = place // 128, place % 128 / 128
+    memory[1 - blind, slots, 0], memory[blind, slots] = 200, torch.nan
+    inputs = queries, memory, [0, 1], [9000, 9000]
+    found = streamed.cascade_select(*inputs, precision=1)
+    torch.testing.assert_close(list(found), list(ops.cascade_select(*inputs)), rtol=0, atol=0)
+
+
 def test_a_sample_that_is_right_spares_the_pass_of_misled_queries(streamed):
     """A sieve that is taken for wrong changes no result, but costs the products of all scores once more. Features and
     scores are as in test_approximate_scores."""
