@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import json
+import pkgutil
 import re
 
 import pytest
+import torch
 
 pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")
 
@@ -93,6 +95,26 @@ def test_two_clips_of_a_video_can_differ_in_time(tmp_path):
     """InfoNCE compares two clips of a video. If the video were as short as a clip, they would show the same frames."""
     data = quickstart_config(tmp_path / "index.csv", tmp_path / "run", seed=0).data
     assert module.VIDEOS["frames"] >= 2 * ((data.frames - 1) * data.stride + 1)
+
+
+def test_the_result_does_not_depend_on_the_number_of_cores(small, tmp_path, monkeypatch):
+    """Training and retrieval compute with one thread; the number of threads is as before afterwards."""
+    seen = []
+    for name in ("cpr_fast.pretrain.run.loop.pretrain", "cpr_fast.evaluate.retrieval.retrieve.retrieve"):
+        original = pkgutil.resolve_name(name)
+
+        def counted(*args, original=original, **options):
+            seen.append(torch.get_num_threads())
+            return original(*args, **options)
+
+        monkeypatch.setattr(name, counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        module.quickstart(tmp_path / "run")
+        assert seen == [1, 1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_another_seed_needs_another_folder(tmp_path, capsys):
