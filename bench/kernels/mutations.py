@@ -127,6 +127,7 @@ def measure(fault: dict) -> dict:
             by = "compiler" if message.startswith(NOT_COMPILED) else stage
             break
     shutil.rmtree(folder)
+    message = message.replace(f"{folder}/", "")
     row = {key: fault[key] for key in ("name", "class", "operator", "file", "why")}
     return row | {"edits": digest(fault), "by": by, "message": message, "time_s": round(time.monotonic() - begin, 1)}
 
