@@ -19,6 +19,11 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def three_digits(number: float) -> str:
+    """Returns a number in three digits, or as a whole number with all of its digits from 1,000 on."""
+    return f"{number:,.0f}" if abs(number) >= 999.5 else f"{number:.3g}"
+
+
 def ordinal(number: int) -> str:
     """Returns a number with its ending: "2nd", "3rd", "11th"."""
     ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")

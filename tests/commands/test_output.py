@@ -13,7 +13,7 @@ from cpr_fast.cli import COMMANDS, main
 from cpr_fast.commands.inputs import next_shard, other_shards
 from cpr_fast.commands.output import after_evaluation, show, table
 from cpr_fast.evaluate.retrieval.names import interval, percent, signed, signed_interval
-from cpr_fast.wording import counted, ordinal, printable
+from cpr_fast.wording import counted, ordinal, printable, three_digits
 
 STRANGE = os.fsdecode(b"caf\xe9.mp4")  # encoded as Latin-1, so that the decoded name contains a surrogate
 
@@ -178,3 +178,19 @@ def test_what_changes_a_terminal_is_escaped_and_nothing_else(text, expected):
 )  # fmt: skip
 def test_a_number_has_its_noun(number, nouns, expected):
     assert counted(number, *nouns) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (1143.6, "1,144"),
+        (999.4, "999"),
+        (999.5, "1,000"),
+        (0.01234, "0.0123"),
+        (-2e4, "-20,000"),
+        (0, "0"),
+        (-0.5, "-0.5"),
+    ],
+)
+def test_a_number_of_three_digits_has_no_power_of_ten(number, expected):
+    assert three_digits(number) == expected

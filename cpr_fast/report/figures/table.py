@@ -8,13 +8,14 @@ from typing import Literal
 
 from cpr_fast.evaluate.retrieval.names import MISSING, signed
 from cpr_fast.report.figures.chart import Value, csv_name, csv_uri
+from cpr_fast.wording import three_digits
 
 Kind = Literal["text", "rate", "signed", "number", "count", "printed", "minutes"]
 FORMATS: dict[Kind, Callable[[Value], str]] = {
     "text": str,
     "rate": lambda value: f"{100 * value:.1f}",  # a fraction, in percent
     "signed": signed,  # a difference of fractions, in percentage points
-    "number": lambda value: f"{value:.3g}",
+    "number": three_digits,
     "count": lambda value: f"{value:,}",
     "printed": lambda value: f"{value:.1f}",  # percent already, as the paper prints it
     "minutes": lambda value: f"{int(value) // 60}:{int(value) % 60:02d} min",  # from seconds

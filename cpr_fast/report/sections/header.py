@@ -12,7 +12,7 @@ from cpr_fast.report.run_folder.outcome import judged_views
 from cpr_fast.report.run_folder.run import Run
 from cpr_fast.report.run_folder.unfinished import unfinished
 from cpr_fast.runtime.progress import duration
-from cpr_fast.wording import counted, listed
+from cpr_fast.wording import counted, listed, three_digits
 
 MEANINGS = {
     "map": "Mean average precision: how far up all videos of the query's class rank",
@@ -140,7 +140,7 @@ def tiles(run: Run) -> list[dict[str, Any]]:
     if speed := run.speed():
         wait = speed["data_wait_s"] / max(1e-9, speed["data_wait_s"] + speed["step_time_s"])
         note = f"{percent(wait)} of a step waits for data"
-        found.append(_tile("Clips per second", f"{speed['clips_per_s']:.3g}", RATE, note))
+        found.append(_tile("Clips per second", three_digits(speed["clips_per_s"]), RATE, note))
     return found
 
 
