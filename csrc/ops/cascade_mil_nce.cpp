@@ -5,6 +5,7 @@
 #include "ops/cascade.h"
 #include "ops/checks.h"
 #include "ops/launch.h"
+#include "ops/loss.h"
 
 namespace cpr::ops {
 
@@ -42,16 +43,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cascade_mil_n
       .same_id = choice("same_id", same_id, {"positive", "ignore", "negative"}),
       .self_positive = choice("self_positive", self_positive, {"keep", "denominator", "drop_both"}),
       .temperature = temperature};
-  const auto new_row = [&] { return empty(queries, {a.B}, ScalarType::Float); };
-  Tensor loss = new_row(), own_coefficient = new_row(), lse_all = new_row(), lse_positive = new_row();
-  Tensor grad_query = empty(queries, {a.B, a.D}, ScalarType::Float);
-  const cpr_mil_nce_outputs outputs{.loss = loss.mutable_data_ptr(),
-                                    .grad_query = grad_query.mutable_data_ptr(),
-                                    .own_coefficient = own_coefficient.mutable_data_ptr(),
-                                    .lse_all = lse_all.mutable_data_ptr(),
-                                    .lse_positive = lse_positive.mutable_data_ptr()};
+  Loss found(queries, a.B, a.D, ScalarType::Float);
+  const cpr_mil_nce_outputs outputs = found.pointers();
   raise_failure(cpr_cascade_mil_nce_cpu(&a, &args, view, &outputs, parallel_for));
-  return {loss, grad_query, own_coefficient, lse_all, lse_positive, cascade.indices, cascade.scores};
+  return {found.loss,         found.grad_query, found.own_coefficient, found.lse_all,
+          found.lse_positive, cascade.indices,  cascade.scores};
 }
 
 }  // namespace cpr::ops

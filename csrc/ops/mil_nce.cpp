@@ -5,6 +5,7 @@
 
 #include "ops/checks.h"
 #include "ops/launch.h"
+#include "ops/loss.h"
 #include "ops/ops.h"
 
 namespace cpr::ops {
@@ -89,15 +90,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mil_nce(const Tensor& query, 
                                                            std::string self_positive, double temperature) {
   const MilNce call = mil_nce_inputs(query, own_key, memory, positives, query_ids, memory_ids, self_mode, same_id,
                                      self_positive, temperature, cuda);
-  const int64_t B = call.args.B, D = call.args.D;
-  const auto new_row = [&] { return empty(call.query, {B}, call.accumulator); };
-  Tensor loss = new_row(), own_coefficient = new_row(), lse_all = new_row(), lse_positive = new_row();
-  Tensor grad_query = empty(call.query, {B, D}, call.accumulator);
-  const cpr_mil_nce_outputs outputs{.loss = loss.mutable_data_ptr(),
-                                    .grad_query = grad_query.mutable_data_ptr(),
-                                    .own_coefficient = own_coefficient.mutable_data_ptr(),
-                                    .lse_all = lse_all.mutable_data_ptr(),
-                                    .lse_positive = lse_positive.mutable_data_ptr()};
+  Loss found(call.query, call.args.B, call.args.D, call.accumulator);
+  const cpr_mil_nce_outputs outputs = found.pointers();
   if (!cuda) raise_failure(cpr_mil_nce_forward_cpu(&call.args, &outputs, parallel_for));
 #ifdef CPR_FAST_WITH_CUDA
   if (cuda) {
@@ -107,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mil_nce(const Tensor& query, 
         cpr_mil_nce_forward_cuda(&call.args, &outputs, scratch.mutable_data_ptr(), current_cuda_stream(query)));
   }
 #endif
-  return {loss, grad_query, own_coefficient, lse_all, lse_positive};
+  return {found.loss, found.grad_query, found.own_coefficient, found.lse_all, found.lse_positive};
 }
 
 template <bool cuda>
@@ -168,16 +162,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mil_nce_merge(const Tensor& p
   check(partials_in.scalar_type() == call.accumulator, "partials: expected float32, or float64 for float64 features");
   check(partials_in.device() == query.device(), "partials: expected the device of query");
   const Tensor partials = dense(partials_in);
-  const auto new_row = [&] { return empty(call.query, {B}, call.accumulator); };
-  Tensor loss = new_row(), own_coefficient = new_row(), lse_all = new_row(), lse_positive = new_row();
-  Tensor grad_query = empty(call.query, {B, D}, call.accumulator);
-  const cpr_mil_nce_outputs outputs{.loss = loss.mutable_data_ptr(),
-                                    .grad_query = grad_query.mutable_data_ptr(),
-                                    .own_coefficient = own_coefficient.mutable_data_ptr(),
-                                    .lse_all = lse_all.mutable_data_ptr(),
-                                    .lse_positive = lse_positive.mutable_data_ptr()};
+  Loss found(call.query, B, D, call.accumulator);
+  const cpr_mil_nce_outputs outputs = found.pointers();
   raise_failure(cpr_mil_nce_merge_cpu(&call.args, partials.const_data_ptr(), partials.size(0), &outputs, parallel_for));
-  return {loss, grad_query, own_coefficient, lse_all, lse_positive};
+  return {found.loss, found.grad_query, found.own_coefficient, found.lse_all, found.lse_positive};
 }
 
 template decltype(mil_nce<false>) mil_nce<false>;

@@ -66,25 +66,15 @@ struct MergeJob {
 template <class T>
 void merge_queries(int64_t begin, int64_t end, void* context) {
   MergeJob<T>& job = *static_cast<MergeJob<T>*>(context);
-  const cpr_mil_nce_args& a = job.args;
-  const ExactArithmetic exact;
-  const Scratch<T> query(a.D), own_key(a.D), all(a.D), positive(a.D);
-  if (!query.data || !own_key.data || !all.data || !positive.data) {
-    job.failure = kNoMemory;
-    return;
-  }
-  for (int64_t b = begin; b < end; ++b) {
-    const auto term = [&](int64_t part, int64_t group) {
-      const T* row = job.partials + ((part * a.B + b) * 2 + group) * (a.D + 2);
-      return Term<T>{row[0], row[1], row + 2, 1};
-    };
-    widen(a.query, a.dtype, b * a.D, a.D, query.data);
-    widen(a.own_key, a.dtype, b * a.D, a.D, own_key.data);
-    finish_query(
-        a, job.outputs, b, job.S, query.data, own_key.data, Softmax<T>{.weighted = all.data, .D = a.D},
-        Softmax<T>{.weighted = positive.data, .D = a.D}, [&](int64_t part) { return term(part, 0); },
-        [&](int64_t part) { return term(part, 1); });
-  }
+  const int64_t B = job.args.B, D = job.args.D;
+  const auto term = [&](int64_t b, int64_t part, int64_t group) {
+    const T* row = job.partials + ((part * B + b) * 2 + group) * (D + 2);
+    return Term<T>{row[0], row[1], row + 2, 1};
+  };
+  const char* failure = finish_range<T>(
+      job.args, job.outputs, begin, end, job.S, [&](int64_t b, int64_t part) { return term(b, part, 0); },
+      [&](int64_t b, int64_t part) { return term(b, part, 1); });
+  if (failure != nullptr) job.failure = failure;
 }
 
 template <class T>

@@ -222,32 +222,43 @@ void finish_query(const cpr_mil_nce_args& a, const cpr_mil_nce_outputs& outputs,
   for (int64_t d = 0; d < D; ++d) grad[d] = all.weighted[d] * all_scale - positive.weighted[d] * positive_scale;
 }
 
+// Finishes queries begin..end-1; all_keys(b, part) and positives(b, part) return the sums of a part. Returns nullptr,
+// or why it failed.
+template <class T, class AllKeys, class Positives>
+const char* finish_range(const cpr_mil_nce_args& a, const cpr_mil_nce_outputs& outputs, int64_t begin, int64_t end,
+                         int64_t parts, AllKeys all_keys, Positives positives) {
+  const ExactArithmetic exact;
+  const Scratch<T> query(a.D), own_key(a.D), all(a.D), positive(a.D);
+  if (!query.data || !own_key.data || !all.data || !positive.data) return kNoMemory;
+  for (int64_t b = begin; b < end; ++b) {
+    widen(a.query, a.dtype, b * a.D, a.D, query.data);
+    widen(a.own_key, a.dtype, b * a.D, a.D, own_key.data);
+    finish_query(
+        a, outputs, b, parts, query.data, own_key.data, Softmax<T>{.weighted = all.data, .D = a.D},
+        Softmax<T>{.weighted = positive.data, .D = a.D}, [&](int64_t part) { return all_keys(b, part); },
+        [&](int64_t part) { return positives(b, part); });
+  }
+  return nullptr;
+}
+
 template <class T>
 void finish_queries(int64_t begin, int64_t end, void* context) {
   Job<T>& job = *static_cast<Job<T>*>(context);
-  const cpr_mil_nce_args& a = job.args;
-  const ExactArithmetic exact;
-  const Scratch<T> query(a.D), own_key(a.D), all(a.D), positive(a.D);
-  if (!query.data || !own_key.data || !all.data || !positive.data) {
-    job.failure = kNoMemory;
-    return;
-  }
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t lane = b % kBlock, first_part = b / kBlock * job.splits;
-    const auto all_keys = [&](int64_t split) {
-      const Part<T> part(job.all_parts + (first_part + split) * Part<T>::size(a.D));
-      return Term<T>{part.max[lane], part.sum[lane], part.weighted + lane, kBlock};
-    };
-    const auto positives = [&](int64_t split) {
-      if (!job.positive_parts) return Term<T>{kLowest<T>, 0, nullptr, 1};
-      const Part<T> part(job.positive_parts + (first_part + split) * Part<T>::size(a.D));
-      return Term<T>{part.max[lane], part.sum[lane], part.weighted + lane * a.D, 1};
-    };
-    widen(a.query, a.dtype, b * a.D, a.D, query.data);
-    widen(a.own_key, a.dtype, b * a.D, a.D, own_key.data);
-    finish_query(a, *job.outputs, b, job.splits, query.data, own_key.data, Softmax<T>{.weighted = all.data, .D = a.D},
-                 Softmax<T>{.weighted = positive.data, .D = a.D}, all_keys, positives);
-  }
+  const int64_t D = job.args.D;
+  const auto offset = [&](int64_t b, int64_t split) { return (b / kBlock * job.splits + split) * Part<T>::size(D); };
+  const auto all_keys = [&](int64_t b, int64_t split) {
+    const Part<T> part(job.all_parts + offset(b, split));
+    const int64_t lane = b % kBlock;
+    return Term<T>{part.max[lane], part.sum[lane], part.weighted + lane, kBlock};
+  };
+  const auto positives = [&](int64_t b, int64_t split) {
+    if (!job.positive_parts) return Term<T>{kLowest<T>, 0, nullptr, 1};
+    const Part<T> part(job.positive_parts + offset(b, split));
+    const int64_t lane = b % kBlock;
+    return Term<T>{part.max[lane], part.sum[lane], part.weighted + lane * D, 1};
+  };
+  const char* failure = finish_range<T>(job.args, *job.outputs, begin, end, job.splits, all_keys, positives);
+  if (failure != nullptr) job.failure = failure;
 }
 
 // Returns the number of chunks in a part of a memory of K entries.
