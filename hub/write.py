@@ -10,6 +10,7 @@ variant gets copies, which state the variant and its instructions in the lines a
 """
 
 import argparse
+import ast
 import json
 import re
 import shutil
@@ -23,7 +24,7 @@ NAME = "cpr-fast"  # lower-case letters, digits and dashes
 TORCH = "2.10"  # the stable ABI of torch that the sources are written for
 # The architectures of CMakeLists.txt; the kernel builder leaves out those that its nvcc does not know.
 CAPABILITIES = ["8.0+PTX", "8.6", "8.9", "9.0a", "10.0", "12.0"]
-NOT_COPIED = {"__init__.py", "__main__.py", "_ops.py"}  # hub/package.py and the kernel builder's `_ops.py` replace them
+NOT_COPIED = {"__init__.py", "__main__.py", "_ops.py"}  # `_init` and the kernel builder's `_ops.py` replace them
 
 BUILD = """\
 # Written by hub/write.py.
@@ -62,6 +63,19 @@ INSTRUCTIONS = """\
 #endif
 #pragma GCC target("{target}")
 """
+
+INIT = '''\
+"""The operators of cpr_fast for the CPU and CUDA: positive mining, its loss and optical flow; a module that holds a
+queue; and BatchNorm modules.
+
+Written by hub/write.py from cpr_fast/ops/__init__.py, whose functions these are.
+"""
+
+from . import dlpack
+{imports}
+
+__all__ = {names}
+'''
 
 # What CMakeLists.txt defines on the command line, and what the kernel builder defines in its place.
 DISPATCH = """\
@@ -173,7 +187,16 @@ def _write_python(out: Path) -> None:
         name = path.relative_to(ops).as_posix()
         if name not in NOT_COPIED:
             _put(package / name, path.read_text(encoding="utf-8"))
-    _put(package / "__init__.py", (HUB / "package.py").read_text(encoding="utf-8"))
+    _put(package / "__init__.py", _init((ops / "__init__.py").read_text(encoding="utf-8")))
+
+
+def _init(text: str) -> str:
+    """Returns the `__init__` of the package: what that of `cpr_fast.ops`, `text`, imports from its modules, and dlpack.
+    The functions that it defines itself are about an installation of cpr_fast."""
+    imports = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom) and node.level]
+    names = sorted(["dlpack", *(alias.name for node in imports for alias in node.names)],
+                   key=lambda name: (name.islower(), name))  # fmt: skip
+    return INIT.format(imports="\n".join(map(ast.unparse, imports)), names=json.dumps(names, indent=4))
 
 
 def _put(path: Path, text: str) -> None:
