@@ -97,6 +97,11 @@ class Shard:
         return range(begin, min(end, self.size))
 
     @property
+    def largest(self) -> int:
+        """The number of entries of the process that holds most, the same on every process."""
+        return max(len(self.slots_of(rank)) for rank in range(self.processes))
+
+    @property
     def begin(self) -> int:
         return self.slots_of(self.rank).start
 
@@ -151,8 +156,8 @@ def sharded_cascade_select(
     check_cascade(queries, memory, views, keep, query_ids, memory_ids, "fp32")
     _check_shard(shard, memory.shape[1], group)
     compared = list(dict.fromkeys(views))
-    most = max(len(shard.slots_of(rank)) for rank in range(shard.processes))  # all processes take the same steps
-    at_once = max(_LEAST_QUERIES, _KEYS_AT_ONCE // (most * len(compared)) // _LEAST_QUERIES * _LEAST_QUERIES)
+    at_once = _KEYS_AT_ONCE // (shard.largest * len(compared))  # the same on all processes, which exchange in step
+    at_once = max(_LEAST_QUERIES, at_once // _LEAST_QUERIES * _LEAST_QUERIES)
     found = []
     for first in range(0, queries.shape[1], at_once):
         rows = slice(first, first + at_once)

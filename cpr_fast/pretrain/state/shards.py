@@ -77,7 +77,7 @@ def view_agreement(queries: Tensor, memory: Memory, view: int, mined: Tensor, so
     """Returns `cpr_fast.mining.proxies.view_agreement` of the queries [B, D] of this process in a view, [B]."""
     everyone, slots, ids = (distributed.all_gather(tensor) for tensor in (queries, mined, source))
     places, counts = memory.shard.within(slots), []
-    at_once = max(1, _AT_ONCE // memory.shard.entries // len(memory.shard.parts_of(0)))  # the same on all processes
+    at_once = max(1, _AT_ONCE // memory.shard.largest)  # the same on all processes
     for first in range(0, len(everyone), at_once):
         rows = slice(first, first + at_once)
         keys = cascade_keys(
