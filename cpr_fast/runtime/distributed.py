@@ -107,7 +107,7 @@ def rank() -> int:
 
 def is_main() -> bool:
     """Returns whether this is the first process of the run."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
 
 
 def all_gather(local: Tensor) -> Tensor:
