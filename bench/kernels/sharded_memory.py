@@ -48,7 +48,7 @@ COLUMNS = 5 * 8  # bytes of the ids of a slot, which every process holds
 def plan(size: int, processes: int, batch: int, stages: int, itemsize: int) -> dict[str, Any]:
     """Returns bytes and times per step and process."""
     shard, R, N = Shard(size, 0, processes), processes, processes * batch
-    held = max(len(shard.slots_of(rank)) for rank in range(R))
+    held = shard.largest
     parts = max(len(shard.parts_of(rank)) for rank in range(R))
     sent = {
         "queries, ids": (R - 1) * batch * ((VIEWS + 1) * WIDTH * itemsize + 8 * (2 + POSITIVES)),
