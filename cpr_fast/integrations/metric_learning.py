@@ -46,13 +46,13 @@ class CascadeMiner(BaseMiner):
         self, views: Sequence[int] = (0,), keep: Sequence[int] = (5,), *, num_views: int = 1, **kwargs: object
     ) -> None:
         super().__init__(**kwargs)
-        self.views, self.keep, self.num_views = tuple(views), tuple(keep), num_views
         if isinstance(num_views, bool) or not isinstance(num_views, int) or num_views < 1:
             raise InputError(f"num_views: expected a number, 1 or more, got {num_views!r}")
         try:
-            cascade_select(*(torch.empty(num_views, 1, 1, device="meta") for _ in range(2)), self.views, self.keep)
+            cascade_select(*(torch.empty(num_views, 1, 1, device="meta") for _ in range(2)), views, keep)
         except (TypeError, ValueError) as error:
             raise InputError(f"CascadeMiner: {error}") from None
+        self.views, self.keep, self.num_views = tuple(views), tuple(keep), num_views
 
     def mine(
         self,
