@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from cpr_fast.config import Config, ConfigError, Cycle, load
+from cpr_fast.config.sections import CONVOLUTIONAL
 
 
 def write(tmp_path, text):
@@ -81,6 +82,12 @@ def test_round_trip_through_json_data():
 def test_bad_settings_are_named(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         load(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("arch", CONVOLUTIONAL)
+def test_every_backbone_has_a_least_clip(tmp_path, arch):
+    with pytest.raises(ConfigError, match=f"model.arch '{arch}' expects at least"):
+        load(write(tmp_path, f"[model]\narch = '{arch}'\n[data]\nframes = 1"))
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@ and a model card that says what the run recorded."""
 
 from __future__ import annotations
 
+import builtins
+import dis
 import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from cpr_fast.evaluate.retrieval.summary import write_metrics
 from cpr_fast.models import build_encoder
 from cpr_fast.weights import hub
 from cpr_fast.weights.checkpoint import save_checkpoint
+from cpr_fast.weights.modeling import standalone_source
 from cpr_fast.weights.standalone import read_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,6 +75,13 @@ def checkpoint(path: Path, views=("rgb", "flow"), size=32, frames=8, **model) ->
     return save_checkpoint(path, {"config": config.to_dict(), "encoders": encoders, "view": views[0]})
 
 
+def undefined(code: CodeType, module: ModuleType) -> set[str]:
+    """Returns the global names that the code of a module, with all of its functions, uses and the module lacks."""
+    used = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    inner = (undefined(const, module) for const in code.co_consts if isinstance(const, CodeType))
+    return {name for name in used if not hasattr(module, name) and not hasattr(builtins, name)}.union(*inner)
+
+
 def modeling(folder: Path) -> ModuleType:
     """Returns the module of an exported folder."""
     spec = importlib.util.spec_from_file_location("modeling_of_a_folder", folder / "modeling.py")
@@ -114,6 +124,14 @@ def test_the_features_are_those_of_retrieval_with_torch_alone(tmp_path, model):
     assert not torch.equal(alone["default"]["features"], alone["flow"]["features"])
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(alone["prepared"], ((frames / 255 - mean) / std).permute(0, 4, 1, 2, 3))
+
+
+@pytest.mark.parametrize(("module", "network"), sorted(set(hub.OWN.values())))
+def test_the_code_of_a_folder_uses_no_name_that_it_lacks(tmp_path, module, network):
+    (tmp_path / "modeling.py").write_text(standalone_source(module, network))
+    code = compile((tmp_path / "modeling.py").read_text(), "modeling.py", "exec")
+    local = {"__module__", "__qualname__", "__name__"}  # of class bodies
+    assert undefined(code, modeling(tmp_path)) - local == set()
 
 
 def test_the_folder_names_no_folder_of_the_machine(tmp_path):
