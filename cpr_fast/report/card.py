@@ -13,7 +13,7 @@ from typing import Any
 from cpr_fast.config import Config
 from cpr_fast.evaluate.features.results import run_of
 from cpr_fast.evaluate.retrieval.names import MODEL_NAMES, VIEW_NAMES, percent
-from cpr_fast.report.run_folder.run import MINING_NAMES, Run
+from cpr_fast.report.run_folder.run import Run, method_name
 from cpr_fast.wording import counted, listed
 
 UNKNOWN = "not recorded"
@@ -61,20 +61,16 @@ def _front_matter(training: dict[str, Any]) -> str:
 
 
 def _summary(about: dict[str, Any], payload: dict[str, Any]) -> str:
-    cycles = about["training"]["schedule"]["cycles"] if "cycle" in payload else []
-    methods = list(dict.fromkeys(_method(cycle, about["training"]) for cycle in cycles))
+    training = about["training"]
+    cycles = training["schedule"]["cycles"] if "cycle" in payload else []
+    methods = list(dict.fromkeys(method_name(cycle["mining"], training["mining"]["stages"]) for cycle in cycles))
     views = listed([VIEW_NAMES[view] for view in about["views"]])
     how = f", trained with {listed(methods)}" if methods else ""
     return (
-        f"Encoders of video clips ({views}), `{about['training']['model']['arch']}`{how}. Written by "
+        f"Encoders of video clips ({views}), `{training['model']['arch']}`{how}. Written by "
         "`cpr-fast export --to hub`; this card says what the run has recorded, and what it has not is marked "
         f"as {UNKNOWN}."
     )
-
-
-def _method(cycle: dict[str, Any], training: dict[str, Any]) -> str:
-    single = cycle["mining"] == "cascade" and training["mining"]["stages"] == 1
-    return "CoCLR" if single else MINING_NAMES[cycle["mining"]]
 
 
 def _use(about: dict[str, Any], name: str) -> str:

@@ -25,6 +25,12 @@ VIEWS = ("rgb", "flow", "residual")  # the views that a run may train
 MINING_NAMES = {"none": "InfoNCE", "label": "UberNCE", "cascade": "CPR"}
 
 
+def method_name(mining: str, stages: int | str | None) -> str:
+    """Returns the name of a cycle's method from `mining` of the cycle and `mining.stages`: a cascade of one stage is
+    CoCLR."""
+    return "CoCLR" if mining == "cascade" and stages == 1 else MINING_NAMES.get(mining, mining)
+
+
 @dataclass(frozen=True)
 class Cycle:
     """One co-training cycle of a run, with its epoch rows and step rows; `number` counts from 0."""
@@ -89,8 +95,7 @@ class Run:
             steps = [row for row in self.steps if row["cycle"] == number]
             row = (epochs or steps)[0]
             mining = row["mining"]
-            stages = self.config.get("mining", {}).get("stages")
-            method = "CoCLR" if mining == "cascade" and stages == 1 else MINING_NAMES.get(mining, mining)
+            method = method_name(mining, self.config.get("mining", {}).get("stages"))
             cycles.append(Cycle(number, row["view"], mining, f"{VIEW_NAMES[row['view']]} {method}", epochs, steps))
         return cycles
 
