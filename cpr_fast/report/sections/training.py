@@ -78,25 +78,26 @@ def _step_losses(run: Run) -> list[Line]:
 
 def _health_figures(run: Run) -> list[Chart]:
     """Draws the effective rank of the queries, and R@1 or the score without labels, where the run measured them."""
-    figures = []
-    ranks = []
-    for view in VIEWS:
-        rows = [row for row in run.health if row["effective_rank"].get(view) is not None]
-        if rows:
-            values = [row["effective_rank"][view] for row in rows]
-            ranks.append(Line(VIEW_NAMES[view], [row["epoch"] + 1 for row in rows], values, SERIES[view]))
-    if ranks:
-        figures.append(line_figure(ranks, x="epoch", y="Effective rank of the queries"))
+    known = [
+        (view, row["epoch"], row["effective_rank"][view])
+        for view in VIEWS
+        for row in run.health
+        if row["effective_rank"].get(view) is not None
+    ]
+    figures = _view_figures(known, "Effective rank of the queries")
     for measure, title in (("r@1", "R@1 while training, held-out videos"), ("score", "Score without labels")):
-        online = []
-        for view in VIEWS:
-            rows = [row for row in run.online if row["view"] == view and measure in row]
-            if rows:
-                values = [row[measure] for row in rows]
-                online.append(Line(VIEW_NAMES[view], [row["epoch"] + 1 for row in rows], values, SERIES[view]))
-        if online:
-            figures.append(line_figure(online, x="epoch", y=title, percent=measure == "r@1"))
+        known = [(row["view"], row["epoch"], row[measure]) for row in run.online if measure in row]
+        figures += _view_figures(known, title, percent=measure == "r@1")
     return figures
+
+
+def _view_figures(values: Sequence[tuple[str, int, float]], title: str, percent: bool = False) -> list[Chart]:
+    """Draws values (view, epoch from 0, value) as a line for each view over the epochs; no figure without values."""
+    lines = []
+    for view in VIEWS:
+        if own := [(epoch + 1, value) for of_view, epoch, value in values if of_view == view]:
+            lines.append(Line(VIEW_NAMES[view], *map(list, zip(*own, strict=True)), SERIES[view]))
+    return [line_figure(lines, x="epoch", y=title, percent=percent)] if lines else []
 
 
 def cycle_table(run: Run, unlabelled: bool = False) -> Table | None:
