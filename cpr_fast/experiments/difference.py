@@ -12,6 +12,7 @@ from torch import Tensor
 from cpr_fast.errors import InputError
 from cpr_fast.pretrain.ledger.chain import read_ledger, require_chain, require_steps, step_files
 from cpr_fast.pretrain.ledger.rows import BITS, differing
+from cpr_fast.runtime.writers import WRITERS
 from cpr_fast.weights.checkpoint import load_checkpoint
 
 COMPARED = ("encoders", "cycle_state", "rng", "step", "epoch", "step_in_epoch", "cycle")  # entries of a checkpoint
@@ -22,9 +23,7 @@ UNUSED = (
     "run.checkpoint_every",
     "run.keep_checkpoints",
     "run.stall_timeout_s",
-    "run.tensorboard",
-    "run.wandb",
-    "run.trackio",
+    *(f"run.{name}" for name in WRITERS),
     "run.dump_memory",
     "probe.",
     "finetune.",

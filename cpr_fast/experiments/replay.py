@@ -31,6 +31,7 @@ from cpr_fast.runtime.interrupt import Interrupted, Stopped
 from cpr_fast.runtime.metrics import FILE as METRICS_FILE
 from cpr_fast.runtime.metrics import environment, read_metrics
 from cpr_fast.runtime.progress import announce
+from cpr_fast.runtime.writers import WRITERS
 from cpr_fast.weights.checkpoint import BEST, LAST, load_checkpoint, point_to
 from cpr_fast.wording import counted
 
@@ -248,7 +249,7 @@ def _start(
 
 def _settings(config: Config, index: Path | None) -> Config:
     """Returns the settings of a replay: it writes and measures nothing that the comparison does not need."""
-    writes = dict.fromkeys(("tensorboard", "wandb", "trackio", "dump_memory"), False)
+    writes = dict.fromkeys((*WRITERS, "dump_memory"), False)
     run = dataclasses.replace(config.run, checkpoint_every=0, keep_checkpoints=1, **writes)
     data = config.data if index is None else dataclasses.replace(config.data, index=str(index))
     return dataclasses.replace(config, run=run, data=data, health=dataclasses.replace(config.health, online_every=0))

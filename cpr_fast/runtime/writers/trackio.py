@@ -23,16 +23,13 @@ class Trackio:
         import trackio
 
         self._step: int | None = None
-        name = folder.absolute().name
-        self._trackio, self._run = (
-            trackio,
-            trackio.init(
-                project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-                name=f"{name}-{run_id(folder / 'trackio', resumed=resumed)}",
-                config=about,
-                resume="allow",
-                embed=False,
-            ),
+        self._trackio = trackio
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+            name=f"{folder.absolute().name}-{run_id(folder / 'trackio', resumed=resumed)}",
+            config=about,
+            resume="allow",
+            embed=False,
         )
 
     def log(self, counter: str, at: int, values: dict[str, float]) -> None:
