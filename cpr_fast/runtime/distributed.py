@@ -223,12 +223,12 @@ def joined_on_main(local: Tensor, dim: int) -> Tensor | None:
     shape = list(local.shape)
     shape[dim] = sum(lengths)
     joined = torch.empty(shape, dtype=local.dtype)
-    for rank, part in enumerate(joined.split(lengths, dim)):
-        if rank == 0:
+    for sender, part in enumerate(joined.split(lengths, dim)):
+        if sender == 0:
             part.copy_(local)
             continue
         received = torch.empty_like(part, memory_format=torch.contiguous_format)
-        dist.recv(received, rank)
+        dist.recv(received, sender)
         part.copy_(received)
     return joined
 
@@ -246,10 +246,10 @@ def rng_states(device: torch.device) -> dict[str, Tensor]:
 
 def set_rng_states(device: torch.device, states: dict[str, Tensor] | None) -> None:
     """Sets the random generators to `rng_states`, unless it is None or comes from another number of processes."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if states is None or len(states["cpu"]) != size:
+    if states is None or len(states["cpu"]) != size():
         return
+    own = rank()
     # clone(), because torch 2.13 ignores the storage offset of a view here, and crashes.
-    torch.set_rng_state(states["cpu"][rank].cpu().clone())
+    torch.set_rng_state(states["cpu"][own].cpu().clone())
     if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"][rank].cpu().clone(), device)
+        torch.cuda.set_rng_state(states["cuda"][own].cpu().clone(), device)
