@@ -11,7 +11,8 @@ PACKAGE = Path(cpr_fast.__file__).parent
 STANDALONE = "weights.standalone"  # also defines what the networks import from `ops` and `errors`
 COPIED = ("models.", "config.pixels")
 
-HEADER = '''"""{name}: loads {folder} with torch alone. Written by `cpr-fast export --to hub` (cpr_fast {version}).
+HEADER = '''\
+"""modeling.py: loads this folder with torch alone. Written by `cpr-fast export --to hub` (cpr_fast {version}).
 
     from modeling import from_pretrained
     encoder = from_pretrained(".")
@@ -30,7 +31,7 @@ def standalone_source(module: str, network: str) -> str:
     """
     imports: dict[str, None] = {}
     parts = [_body(name, imports) for name in (STANDALONE, *_needed(module))]
-    header = HEADER.format(name="modeling.py", folder="this folder", version=cpr_fast.__version__)
+    header = HEADER.format(version=cpr_fast.__version__)
     registered = f'NETWORKS["{network}"] = {network}'
     return "\n".join([header, *sorted(imports), "", "", *["\n\n\n".join(parts), "", registered, ""]])
 
