@@ -27,6 +27,14 @@ from cpr_fast.ops.binding import library as _library
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
+# What makes the kernels, torch, oneDNN and MKL of a process that starts with it use the instructions of a processor
+# without AVX-512; on AMD processors MKL does not use AVX-512 in any case.
+AVX2 = {
+    "CPR_FAST_CPU_VARIANT": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
 LAUNCH_S = {"cpu": 0.0, "cuda": 2.5e-6}  # time of one kernel launch: an assumption, unlike the measured `Rates`
 
 

@@ -29,16 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cascade_forms
 import loss_forms
 from forms import ALL_SHAPES, CPU_SHAPES, Unavailable
-from measure import RESULTS, Rates, measure_rates, peak_mib, samples_s, summary, world, write_result
+from measure import AVX2, RESULTS, Rates, measure_rates, peak_mib, samples_s, summary, world, write_result
 from page import write_page
 
-# What makes the kernels, torch and oneDNN use AVX2; on AMD processors MKL does not use AVX-512 in any case. A cache of
-# torch.compile of its own, because code that was cached for other instructions writes past the end of its buffers.
-AVX2 = {
-    "CPR_FAST_CPU_VARIANT": "avx2",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_avx2"),
+# A cache of torch.compile of its own, because code that was cached for other instructions writes past the end of its
+# buffers.
+AVX2_ALL = AVX2 | {
+    "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_avx2")
 }
 
 OPS = (cascade_forms, loss_forms)
@@ -169,8 +166,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6, help="total time of all forms of a shape")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if options.avx2 and any(os.environ.get(name) != value for name, value in AVX2.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2)  # they are read when torch is loaded
+    if options.avx2 and any(os.environ.get(name) != value for name, value in AVX2_ALL.items()):
+        os.execve(
+            sys.executable, [sys.executable, *sys.argv], os.environ | AVX2_ALL
+        )  # they are read when torch is loaded
     shapes = options.shapes or (CPU_SHAPES if options.device == "cpu" else ALL_SHAPES)
     largest = options.largest or (2**17 if options.device == "cpu" else 2**20)
     report = run(options, shapes, largest)
