@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from measure import RESULTS, world, write_result
+from page import markdown_table
 
 from cpr_fast.data.flow.levels import FlowSolver
 from cpr_fast.mining.stages import stage_keep, stage_views
@@ -144,18 +145,17 @@ def table(results: list[dict]) -> str:
         "ran there: where it exceeds the number of CPUs without competitors, the machine was not idle, and a ratio is",
         "only that of more load to less. The commits with flow alone were measured by an earlier form of the script.",
         "",
-        "| processor | commit | work | threads | competitors | CPU ms | ratio | elapsed ms | load |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
+    header = ["processor", "commit", "work", "threads", "competitors", "CPU ms", "ratio", "elapsed ms", "load"]
+    cells = []
     for result in results:
         alone = {(row["work"], row["threads"]): row["cpu_ms"] for row in result["rows"] if not row["competitors"]}
-        lines += [
-            f"| {result['device']} | {result['commit']} | {row['work']} | {row['threads']} | {row['competitors']} "
-            f"| {row['cpu_ms']} | {row['cpu_ms'] / alone[row['work'], row['threads']]:.2f} | {row['elapsed_ms']} "
-            f"| {row['load_average']} |"
-            for row in result["rows"]
-        ]
-    return "\n".join(lines) + "\n"
+        for row in result["rows"]:
+            ratio = row["cpu_ms"] / alone[row["work"], row["threads"]]
+            cells.append([result["device"], result["commit"], row["work"], str(row["threads"]),
+                          str(row["competitors"]), str(row["cpu_ms"]), f"{ratio:.2f}", str(row["elapsed_ms"]),
+                          str(row["load_average"])])  # fmt: skip
+    return "\n".join(lines) + "\n" + markdown_table(header, cells)
 
 
 if __name__ == "__main__":
