@@ -133,7 +133,8 @@ def main() -> None:
     cells = [[str(row[name]) for name in ("rows", "file_mib", *COLUMNS)] for row in result]
     text = f"# Opening an index of {options.rows:,} rows\n\n{__doc__.split(chr(10) * 2)[2].strip()}\n\n"
     table = markdown_table(["rows", "file_mib", *COLUMNS], cells)
-    text += f"Processes of each index, whose median is shown: {options.runs}.\n\n{table}\n"
+    text += f"`python bench/scale/million_rows.py --runs {options.runs}`, {about['device']}, torch {about['torch']}, "
+    text += f"commit {about['commit']}; medians of the processes of each index.\n\n{table}\n"
     write_result("million_rows.md", text)
 
 
