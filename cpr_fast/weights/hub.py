@@ -20,7 +20,7 @@ from cpr_fast.runtime.files import created, replacing
 from cpr_fast.weights.checkpoint import load_trained
 from cpr_fast.weights.exporting import chosen_view, write_safetensors
 from cpr_fast.weights.modeling import standalone_source
-from cpr_fast.weights.standalone import read_tensors
+from cpr_fast.weights.standalone import read_view
 from cpr_fast.wording import expected
 
 WEIGHTS, CONFIG, MODELING, CARD = "model.safetensors", "config.json", "modeling.py", "README.md"
@@ -95,10 +95,7 @@ def from_pretrained(folder: str | Path, view: str | None = None) -> Encoder:
     with torch.random.fork_rng([]):
         encoder = build_encoder(config.model, config.data)
     try:
-        tensors = read_tensors(folder / WEIGHTS)
-        encoder.load_state_dict(
-            {name.removeprefix(f"{view}."): t for name, t in tensors.items() if name.startswith(f"{view}.")}
-        )
+        encoder.load_state_dict(read_view(folder / WEIGHTS, view))
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{str(folder / WEIGHTS)!r}: {error}") from None
     return encoder.eval()

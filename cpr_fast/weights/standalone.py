@@ -92,6 +92,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_view(path: str | Path, view: str) -> dict[str, Tensor]:
+    """Returns the tensors of the encoder of a view, under their names in its `state_dict`. Raises as `read_tensors`."""
+    tensors = read_tensors(path)
+    return {name.removeprefix(f"{view}."): t for name, t in tensors.items() if name.startswith(f"{view}.")}
+
+
 def from_pretrained(folder: str | Path, view: str | None = None) -> VideoEncoder:
     """Loads the encoder of a view, in eval mode on the CPU.
 
@@ -115,8 +121,7 @@ def from_pretrained(folder: str | Path, view: str | None = None) -> VideoEncoder
         raise ValueError(f"view: expected one of {', '.join(views)}, got {view!r}")
     if encoder.maps:
         encoder.to(memory_format=torch.channels_last_3d)
-    tensors = read_tensors(Path(folder) / "model.safetensors")
-    state = {name.removeprefix(f"{view}."): t for name, t in tensors.items() if name.startswith(f"{view}.")}
+    state = read_view(Path(folder) / "model.safetensors", view)
     try:
         encoder.load_state_dict(state)
     except RuntimeError as error:
