@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 
 from cpr_fast.data.files.access import storage_of
+from cpr_fast.data.files.names import is_frames
 from cpr_fast.data.storage.media import state_of
+from cpr_fast.data.storage.pictures import count_pictures, read_pictures
 from cpr_fast.data.storage.records import open_records, split_record
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.errors import InputError
@@ -28,13 +31,14 @@ class Origin:
     """The identity of a video: its location and a digest of its content."""
 
     place: str  # digest of the absolute path; for privacy the path itself is not stored
-    size: int  # bytes
+    size: int  # bytes; of extracted frames the number of pictures
     mtime_ns: int  # modification time; 0 for a record of an LMDB file, which has none
-    content: str  # digest of samples of the bytes
+    content: str  # digest of samples of the bytes, or of some pictures
 
     @classmethod
     def of(cls, path: Path) -> Origin:
-        """Returns the identity of a video file or record. Raises VideoError where it cannot be read."""
+        """Returns the identity of a video file, a record or extracted frames. Raises VideoError where it cannot be
+        read."""
         record = split_record(path)
         try:
             if record is not None:
@@ -42,10 +46,13 @@ class Origin:
                 return cls(
                     place_of(path), len(data), 0, _digest(lambda start: data[start : start + SAMPLE_BYTES], len(data))
                 )
+            size, changed_ns = _size(path), state_of(path)[1]
+            if is_frames(path):
+                some = sorted({0, size // 2, size - 1})
+                return cls(place_of(path), size, changed_ns, _hashed(read_pictures(path, some)))
             storage = storage_of(path)
-            size = storage.size(path)
             content = _digest(lambda start: storage.read_range(path, start, SAMPLE_BYTES), size)
-            return cls(place_of(path), size, _changed_ns(path), content)
+            return cls(place_of(path), size, changed_ns, content)
         except OSError as error:
             raise VideoError(path, error.strerror or str(error)) from error
         except (KeyError, ValueError, InputError) as error:
@@ -56,8 +63,8 @@ class Origin:
         differs."""
         if split_record(path) is None:
             try:
-                size, changed_ns = storage_of(path).size(path), _changed_ns(path)
-            except OSError:
+                size, changed_ns = _size(path), state_of(path)[1]
+            except (OSError, VideoError):
                 return True  # the video cannot be read now, so its flow is assumed to be current
             if size != self.size or changed_ns == self.mtime_ns:
                 return size == self.size
@@ -90,13 +97,18 @@ def place_of(path: Path) -> str:
     return blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
 
 
-def _changed_ns(path: Path) -> int:
-    """Returns the modification time of a file, in ns, or the number that stands for it on a server."""
-    return state_of(path)[1]
+def _size(path: Path) -> int:
+    """Returns the number of bytes of a file, or of pictures of extracted frames. Raises OSError or VideoError."""
+    return count_pictures(path)[0] if is_frames(path) else storage_of(path).size(path)
 
 
-def _digest(sample, size: int) -> str:
+def _digest(sample: Callable[[int], bytes], size: int) -> str:
+    starts = sorted({0, max(0, size // 2 - SAMPLE_BYTES // 2), max(0, size - SAMPLE_BYTES)})
+    return _hashed(map(sample, starts))
+
+
+def _hashed(parts: Iterable[bytes]) -> str:
     digest = blake2b(digest_size=16)
-    for start in sorted({0, max(0, size // 2 - SAMPLE_BYTES // 2), max(0, size - SAMPLE_BYTES)}):
-        digest.update(sample(start))
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()

@@ -72,20 +72,27 @@ def container(path: Path) -> Path:
 
 
 def file_of(path: Path) -> Path:
-    """Returns the file whose bytes are read for a video: its `container`, or the file in the folder of an LMDB."""
+    """Returns the file whose state tells that a video has changed, see `state_of`: its `container`, the file in the
+    folder of an LMDB, or the path itself of extracted frames."""
+    if is_frames(path):
+        return path
     file = container(path)
-    return file if is_remote(file) or not file.is_dir() else file / "data.mdb"
+    return file / "data.mdb" if is_record(path) and file.is_dir() else file
 
 
 def state_of(path: Path) -> tuple[int, int]:
-    """Returns the size, in bytes, and the modification time, in ns, of the file that holds a video; of an object on a
-    server its size and a number that changes when it does. Raises OSError."""
-    file = file_of(path)
+    """Returns the size, in bytes, and the modification time, in ns, of the file that holds a video; of extracted frames
+    those of their folder, with the time of the first picture if it is later; of an object on a server its size and a
+    number that changes when it does. Raises OSError."""
+    file = container(path) if is_frames(path) else file_of(path)
     if is_remote(file):
         storage = storage_of(file)
         return storage.size(file), zlib.crc32(repr(storage.version(file)).encode())
     facts = os.stat(file)
-    return facts.st_size, facts.st_mtime_ns
+    # pictures that are written again in place leave the time of their folder
+    first = [file / (path.name % number) for number in (0, 1)] if is_frames(path) else []
+    times = [os.stat(picture).st_mtime_ns for picture in first if picture.exists()]
+    return facts.st_size, max(facts.st_mtime_ns, *times, 0)
 
 
 def resolved(path: Path) -> str:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.data_sets.flow import smooth_flow
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.clips.loader import TrainLoader
 from cpr_fast.data.clips.reader import fetch_jpegs
 from cpr_fast.data.clips.sampling import Sources, plan_pairs
 from cpr_fast.data.files.names import is_frames, plain_path
+from cpr_fast.data.flow.origin import Origin
+from cpr_fast.data.flow.write import write_flow
 from cpr_fast.data.index.build import IndexOptions, write_index
 from cpr_fast.data.index.formats.frames import sequences
 from cpr_fast.data.index.index import Index
-from cpr_fast.data.storage.media import frame_size, read_frames, read_parts
+from cpr_fast.data.storage.media import file_of, frame_size, read_frames, read_parts, state_of
 from cpr_fast.data.storage.pictures import first_number
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.pixels import Region
 from cpr_fast.errors import InputError
+from cpr_fast.evaluate.features.cache import video_digests
 
 FRAMES = 20
 
@@ -128,6 +133,43 @@ def test_missing_damaged_and_odd_pictures_are_named(tmp_path):
     with pytest.raises(VideoError, match="neither") as failed:
         first_number(tmp_path / "nowhere" / "img_%05d.jpg")
     assert failed.value.unreadable
+
+
+def test_flow_of_pictures_is_computed_and_kept_until_they_change(tmp_path):
+    paths = [write_frames(tmp_path / "set" / name, seed=number) for number, name in enumerate("ab")]
+    write_index(tmp_path / "set", tmp_path / "i.csv", IndexOptions("rawframes"))
+
+    def counts(storage: str) -> tuple[int, int]:
+        out = tmp_path / ("flow.lmdb" if storage == "lmdb" else "flow")
+        report = write_flow(tmp_path / "i.csv", out, compute=smooth_flow, storage=storage)
+        return report["written"], report["kept"]
+
+    for storage in ("lmdb", "video"):
+        assert counts(storage) == (2, 0) and counts(storage) == (0, 2)
+    stored = [video.flow_path for video in Index.load(tmp_path / "i.csv")]
+    assert stored == [tmp_path / "flow" / "set" / f"{name}.flow.mp4" for name in "ab"]
+    write_frames(tmp_path / "set" / "b", seed=7)
+    assert counts("video") == (1, 1) and Origin.of(paths[0]).describes(paths[0])
+    assert not Origin.of(paths[0]).describes(paths[1])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_state_of_pictures_changes_with_them(tmp_path, first):
+    path = write_frames(tmp_path / "a", first=first)
+    before, folder = state_of(path), os.stat(path.parent).st_mtime_ns
+    assert state_of(path) == before and file_of(path) == path
+    os.utime(path.with_name(path.name % first), ns=(0, folder + 10**9))  # written again in place
+    assert os.stat(path.parent).st_mtime_ns == folder and state_of(path) == (before[0], folder + 10**9)
+    with pytest.raises(FileNotFoundError):
+        state_of(tmp_path / "none" / "img_%05d.jpg")
+
+
+def test_the_features_of_pictures_are_kept_by_their_state(tmp_path):
+    for number, name in enumerate("abcd"):
+        write_frames(tmp_path / "set" / ("train" if number < 2 else "test") / name, flow="flow_x_ flow_y_", seed=number)
+    write_index(tmp_path / "set", tmp_path / "i.csv", IndexOptions("rawframes", classes=False))
+    index = Index.load(tmp_path / "i.csv")
+    assert all(len(set(video_digests(index, view))) == 4 for view in ("rgb", "flow"))
 
 
 def test_annotation_lists_of_mmaction2_and_tsn(tmp_path):
