@@ -6,7 +6,7 @@
     https://host/videos/a.mp4, s3://bucket/a.mp4  an object that fsspec reads
     s3://bucket/shard.tar#1536+88211/clips/a.mp4  a member of a tar file that is such an object
 
-They are all of type `pathlib.Path`, which writes `s3://` as `s3:/`; `url_of` and `text_of` restore the slash.
+They are all of type `pathlib.Path`, which writes `s3://` as `s3:/`; `text_of` restores the slash.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from cpr_fast.errors import InputError
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])")  # a name of one letter is not a protocol
+_URL = re.compile(r"^([a-z][a-z0-9+.-]+):/+(?=[^/])")  # a name of one letter is not a protocol
 _MEMBER = re.compile(r"(.*?\.tar(?:\?[^#]*)?)#(\d+)\+(\d+)/(.+)", re.DOTALL)
 _FRAMES = re.compile(r"[^%]*%(?:0\d+)?d\.(?:jpe?g|png)", re.IGNORECASE)
 
@@ -43,17 +43,12 @@ def is_tar(path: str | Path) -> bool:
 
 def plain_name(path: str | Path) -> str:
     """Returns a path as text, a URL without its query, which may hold a signature that expires."""
-    return url_of(path).partition("?")[0] if is_remote(path) else str(path)
-
-
-def url_of(path: str | Path) -> str:
-    """Returns the URL of a remote path, with both slashes behind its protocol."""
-    return _URL.sub(r"\1://", str(path), count=1)
+    return text_of(path).partition("?")[0] if is_remote(path) else str(path)
 
 
 def text_of(path: str | Path) -> str:
-    """Returns a path as it is written in an index or a message: a URL with both slashes."""
-    return url_of(path) if is_remote(path) else str(path)
+    """Returns a path as it is written in an index or a message: a URL with both slashes behind its protocol."""
+    return _URL.sub(r"\1://", str(path))
 
 
 def is_frames(path: str | Path) -> bool:
@@ -68,7 +63,7 @@ def plain_path(path: Path) -> Path:
     path = path.parent if is_frames(path) else path
     if (member := member_of(path)) is not None:
         path = member.file / member.name
-    return Path(_URL.sub("", str(path), count=1))
+    return Path(_URL.sub("", str(path)))
 
 
 def path_of(url: str) -> Path:
@@ -77,7 +72,7 @@ def path_of(url: str) -> Path:
     Raises InputError if it would lose a part: two slashes in a row, a part `.`, or a slash at the end.
     """
     path = Path(url)
-    if url_of(path) != url_of(url):
+    if text_of(path) != text_of(url):
         what = "expected a URL without an empty part or a part '.'"
         raise InputError(f"{what}, got {url!r}; write a slash of a name as %2F")
     return path

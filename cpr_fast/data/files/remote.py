@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from cpr_fast.data.files.names import path_of, url_of
+from cpr_fast.data.files.names import path_of, text_of
 from cpr_fast.data.files.ranges import RangeFile
 from cpr_fast.errors import InputError
 
@@ -85,7 +85,7 @@ REMOTE = RemoteStorage()
 def file_system(path: Path) -> tuple[Any, str]:
     """Returns the file system of fsspec for a URL, and the name of the object in it. Raises InputError if fsspec, or
     its part for this protocol, is not installed."""
-    url = url_of(path)
+    url = text_of(path)
     try:
         from fsspec.core import url_to_fs
 
@@ -99,7 +99,7 @@ def remote_files(path: Path) -> list[Path]:
     try:
         found = _repeated(path, lambda system, name: [system.unstrip_protocol(name) for name in system.find(name)])
     except OSError as error:
-        raise InputError(f"{url_of(path)}: {error.strerror}") from error
+        raise InputError(f"{text_of(path)}: {error.strerror}") from error
     return sorted(path_of(url) for url in found)
 
 
