@@ -58,12 +58,12 @@ def is_frames(path: str | Path) -> bool:
 
 
 def plain_path(path: Path) -> Path:
-    """Returns a path after which another file can be named: FILE.tar/NAME for a member, HOST/NAME for a URL, and the
-    folder of extracted frames."""
+    """Returns a path after which another file can be named: FILE.tar/NAME for a member, HOST/NAME for a URL, without
+    its query, and the folder of extracted frames."""
     path = path.parent if is_frames(path) else path
-    if (member := member_of(path)) is not None:
-        path = member.file / member.name
-    return Path(_URL.sub("", str(path)))
+    member = member_of(path)
+    plain = plain_name(path) if member is None else f"{plain_name(member.file)}/{member.name}"
+    return Path(_URL.sub("", plain))
 
 
 def path_of(url: str) -> Path:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from cpr_fast.data.files.names import plain_path
+from cpr_fast.data.files.names import is_remote, plain_path, text_of
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.storage.records import split_record
 from cpr_fast.errors import InputError
@@ -31,8 +31,8 @@ def file_names(index: Index, folder: Path) -> list[Path]:
     the index."""
     choices = []
     for video in index:
-        relative, below = _below(video, folder)
-        names = [f"{below.stem}{SUFFIX}", f"{below.name}{SUFFIX}", distinct_name(below.name, str(relative), SUFFIX)]
+        whole, below = _below(video, folder)
+        names = [f"{below.stem}{SUFFIX}", f"{below.name}{SUFFIX}", distinct_name(below.name, whole, SUFFIX)]
         short = [name for name in names if len(os.fsencode(name)) <= LONGEST_NAME]
         choices.append([str(below.with_name(name)) for name in short])
     return [Path(name) for name in _without_sharing(choices)]
@@ -44,10 +44,10 @@ def record_names(index: Index, folder: Path) -> list[str]:
     choices = []
     for video in index:
         record = split_record(video.path)
-        relative, below = _below(video, folder)
+        whole, below = _below(video, folder)
         path = plain_path(video.path)
         plain = f"{path.parent.name}/{path.stem}" if record is None else record[1]
-        names = [plain, below.as_posix(), distinct_name(below.as_posix(), str(relative), "")]
+        names = [plain, below.as_posix(), distinct_name(below.as_posix(), whole, "")]
         choices.append([utf8_name(name) for name in names])
     return _without_sharing(choices)
 
@@ -81,10 +81,13 @@ def utf8_name(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _below(video: Video, folder: Path) -> tuple[Path, Path]:
-    """Returns the path of a video relative to the folder of the index, without leading `..`."""
-    relative = Path(os.path.relpath(plain_path(video.path), folder))
-    return relative, Path(*(part for part in relative.parts if part != ".."))
+def _below(video: Video, folder: Path) -> tuple[str, Path]:
+    """Returns the path of a video relative to the folder of the index, or its URL, which no other video has, and a path
+    after which its flow is named, without leading `..`."""
+    whole, plain = text_of(video.path), plain_path(video.path)
+    if not is_remote(video.path):
+        whole, plain = os.path.relpath(video.path, folder), Path(os.path.relpath(plain, folder))
+    return whole, Path(*(part for part in plain.parts if part != ".."))
 
 
 def distinct_name(name: str, path: str, suffix: str) -> str:

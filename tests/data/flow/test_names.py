@@ -76,6 +76,28 @@ def test_names_do_not_depend_on_where_the_data_set_lies(tmp_path):
     assert str(plain[1]) == "b/v.flow.mp4" and str(plain[-1]) == "a/y.flow.mp4"  # the usual name if no other is similar
 
 
+def test_flow_of_urls_members_and_pictures_has_names_of_its_own(tmp_path, monkeypatch):
+    paths = {
+        "https://host/b/walk/v.mp4?key=1%2F2&at=3": "host/b/walk/v.flow.mp4",
+        "https://host/s.tar?key=4#512+9/walk/w?.mp4": "host/s.tar/walk/w?.flow.mp4",
+        "s3://bucket/x:/v.mp4": "bucket/x:/v.flow.mp4",
+        tmp_path / "in" / "s.tar#512+9/run/v.mp4": "in/s.tar/run/v.flow.mp4",
+        tmp_path / "in" / "s3:" / "v.mp4": "in/s3:/v.flow.mp4",
+        tmp_path / "in" / "clip" / "img_%05d.jpg": "in/clip.flow.mp4",
+    }
+    # equal but for the query, or for the place in the tar file
+    same = ["https://host/get.mp4?id=1", "https://host/get.mp4?id=2", tmp_path / "t.tar#512+9/a.mp4",
+            tmp_path / "t.tar#2048+9/a.mp4"]  # fmt: skip
+    index = Index(Video(Path(path), "", "", "", 3, 10.0, 48, 32) for path in [*paths, *same])
+    names = []
+    for here in (tmp_path, Path("/")):  # they do not depend on the working directory
+        monkeypatch.chdir(here)
+        names.append((file_names(index, tmp_path), record_names(index, tmp_path)))
+    assert names[0] == names[1] and list(map(str, names[0][0]))[: len(paths)] == list(paths.values())
+    assert all(len(set(found)) == len(index) for found in names[0])
+    assert not any("key=" in str(name) or "id=" in str(name) for found in names[0] for name in found)
+
+
 @pytest.mark.parametrize("storage", ["video", "lmdb"])
 def test_the_flow_of_a_video_that_changed_is_computed_again(tmp_path, storage):
     paths = [write_video(tmp_path / "a" / f"{name}.mkv", 3) for name in "vw"]
