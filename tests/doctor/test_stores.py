@@ -12,7 +12,9 @@ from safetensors.numpy import load_file, save_file
 from support.data_sets.small_stores import make_store
 
 from cpr_fast.cli import main
+from cpr_fast.data.features.clips import Clip
 from cpr_fast.data.features.index import StoredClips
+from cpr_fast.data.index.index import Index, Video
 from cpr_fast.doctor import checks
 from cpr_fast.doctor.stores.check import check_store
 
@@ -39,6 +41,16 @@ def test_a_whole_store_has_nothing_to_change(tmp_path):
     assert [level for level, _ in found] == ["ok", "ok"]
     assert "the views have different dimensions (rgb 16, flow 8)" in found[0][1]
     assert "61 clips, all features are finite; dimensions: rgb 16, flow 8" in found[1][1]
+
+
+def test_clips_of_urls_are_found_in_an_index(tmp_path):
+    urls = ["https://host/a.mp4?key=1", "s3://bucket/b.mp4", "s3://bucket/c.mp4"]
+    make_store(tmp_path / "store", [*map(Clip, urls), Clip("d.mp4")])
+    paths = [*map(Path, urls[:2]), Path("s3://bucket/other.mp4"), tmp_path / "store" / "d.mp4"]
+    videos = Index(Video(path, "", "", "", 3, 10.0, 48, 32) for path in paths)
+    result, found = check(tmp_path / "store", videos)
+    assert result["missing"] == 1 and "index are not in the store: s3://bucket/other.mp4" in found[0][1]
+    assert [video.path for video in StoredClips.open(tmp_path / "store")][:3] == list(map(Path, urls))
 
 
 def test_an_unfinished_store_is_named(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.features.store import FeatureStore
+from cpr_fast.data.files.relative import path_in
 from cpr_fast.data.index.index import Index, IndexFileError, Video
 from cpr_fast.data.index.listing import known_split
 
@@ -37,7 +38,7 @@ class StoredClips(Index):
         table, row = self.store.table, self.rows[position]
         label = table.labels[row]
         return Video(
-            path=self.store.folder / table.paths[row],
+            path=path_in(self.store.folder, table.paths[row]),
             label=table.classes[label] if label >= 0 else "",
             source=table.source(row),
             split=table.split_names[table.splits[row]],

@@ -37,6 +37,16 @@ class Relative:
         return resolved if named.startswith("..") and not resolved.startswith("..") else named
 
 
+def path_in(folder: Path, text: str) -> Path:
+    """Returns the path that `Relative(folder)` wrote as `text`."""
+    return Path(text) if is_remote(text) else folder / text
+
+
+def lexical(path: Path) -> str:
+    """Returns the absolute path, with every `..` removed without looking at the disk, or a URL."""
+    return text_of(path) if is_remote(path) else os.path.abspath(path)
+
+
 def absolute(path: Path) -> str:
     """Returns the absolute path, with symbolic links resolved only as far as a `..` follows them, or a URL."""
     if is_remote(path):

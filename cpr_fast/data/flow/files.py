@@ -20,7 +20,6 @@ Letters: N frames of a video, H x W pixels.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +28,7 @@ import numpy as np
 from av.video.reformatter import ColorRange
 
 from cpr_fast.data.files.local import local_file
+from cpr_fast.data.files.relative import lexical
 from cpr_fast.data.flow.names import SUFFIX, distinct_name, file_names, require_place
 from cpr_fast.data.flow.origin import Origin, place_of
 from cpr_fast.data.index.index import Index, Video
@@ -110,7 +110,7 @@ def _target(video: Video, target: Path, places: set[str]) -> tuple[Path, bool]:
     shape, origin = _facts(target)
     if origin is not None and origin.is_foreign(video.path, places):
         # Two indexes share OUT, and the file belongs to a video of the other one: it is kept.
-        target = target.with_name(distinct_name(video.path.name, os.path.abspath(video.path), SUFFIX))
+        target = target.with_name(distinct_name(video.path.name, lexical(video.path), SUFFIX))
         shape, origin = _facts(target)
     expected = (video.num_frames - 1, 2 * video.height, video.width + video.width % 2)
     return target, shape == expected and (origin is None or origin.describes(video.path))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cpr_fast.data.files.access import storage_of
 from cpr_fast.data.files.names import is_frames
+from cpr_fast.data.files.relative import lexical
 from cpr_fast.data.storage.media import state_of
 from cpr_fast.data.storage.pictures import count_pictures, read_pictures
 from cpr_fast.data.storage.records import open_records, split_record
@@ -93,8 +94,8 @@ class Origin:
 
 
 def place_of(path: Path) -> str:
-    """Returns a digest of the absolute path."""
-    return blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
+    """Returns a digest of the absolute path, or of the URL."""
+    return blake2b(os.fsencode(lexical(path)), digest_size=8).hexdigest()
 
 
 def _size(path: Path) -> int:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from cpr_fast.data.files.access import storage_of
-from cpr_fast.data.files.names import is_remote, member_of
+from cpr_fast.data.files.names import is_remote, member_of, text_of
 from cpr_fast.data.index.catalogue import Problem
 from cpr_fast.data.index.index import Index, IndexFileError, Video
 from cpr_fast.data.index.listing import Listed, Listing
 from cpr_fast.data.index.summary import KINDS
-from cpr_fast.data.storage.media import frame_size, is_pictures
+from cpr_fast.data.storage.media import frame_size, is_pictures, resolved
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo
 from cpr_fast.errors import InputError
@@ -45,7 +45,7 @@ class IndexOptions:
 
     Layouts:
 
-    - "folders": class and split are read from the names of folders, see `layouts._list_folders`. Files named
+    - "folders": class and split are read from the names of folders, see `formats.folders.list_folders`. Files named
       <name>_cNN.<suffix> are clips of one source; any other file is a separate source.
     - "ucf101": the videos that the official lists name (`splits` holds classInd.txt, trainlist0N.txt and testlist0N.txt
       with N = `split`), in any folder below `root` and with any suffix. The class is that of the list,
@@ -200,8 +200,9 @@ def _check_disk(problems: list[Problem], listed: int) -> None:
     if len(lost) > max(LOST, LOST_SHARE * listed):
         reasons = ", ".join(f"{count:,} {reason!r}" for reason, count in Counter(p.reason for p in lost).most_common(3))
         raise InputError(
-            f"{len(lost):,} of {listed:,} videos could not be read ({reasons}; the first is {lost[0].path}). Is the "
-            "disk still mounted? No index was written; run the same command again, which keeps the results so far"
+            f"{len(lost):,} of {listed:,} videos could not be read ({reasons}; the first is {text_of(lost[0].path)}). "
+            "Is the disk still mounted? No index was written; run the same command again, which keeps the results so "
+            "far"
         )
 
 
@@ -210,14 +211,14 @@ def _nothing(root: Path, listing: Listing, problems: list[Problem], options: Ind
     number = len(listing.videos)
     if number:
         which = "the only video" if number == 1 else f"none of the {counted(number, 'video')}"
-        text = f"ROOT: {which} in {str(root)!r} can{'not' if number == 1 else ''} be used"
+        text = f"ROOT: {which} in {text_of(root)!r} can{'not' if number == 1 else ''} be used"
     else:
-        text = f"ROOT: found no video in {str(root)!r}; expected {EXPECTED.get(options.layout, LISTED)}"
+        text = f"ROOT: found no video in {text_of(root)!r}; expected {EXPECTED.get(options.layout, LISTED)}"
     problems = [problem for problem in problems if not KINDS[problem.kind][0]]
     if problems:
         kinds = Counter(problem.kind for problem in problems)
         counts = ", ".join(f"{count:,} {kind} ({KINDS[kind][1]})" for kind, count in kinds.items())
-        text += f"; left out: {counts}; the first: {problems[0].path}: {problems[0].reason}"
+        text += f"; left out: {counts}; the first: {text_of(problems[0].path)}: {problems[0].reason}"
     if listing.others:
         suffixes = sorted(listing.others, key=lambda suffix: -listing.others[suffix])[:3]
         text += f"; it holds other files: {', '.join(f'{listing.others[suffix]:,} {suffix}' for suffix in suffixes)}"
@@ -274,10 +275,10 @@ def _after_previous(index: Index, out: Path, problems: list[Problem]) -> tuple[I
         previous = Index.load(out, require_flow=False, skipped=[])
     except (IndexFileError, OSError):
         return index, problems
-    before = {os.path.realpath(video.path): video for video in previous}
+    before = {resolved(video.path): video for video in previous}
     videos, problems, changed = [], list(problems), []
     for video in index:
-        old = before.get(os.path.realpath(video.path))
+        old = before.get(resolved(video.path))
         if old is not None and old.flow_path is not None and video.flow_path is None:
             if _shape(old) == _shape(video):
                 video = replace(video, flow_path=old.flow_path)
@@ -287,7 +288,7 @@ def _after_previous(index: Index, out: Path, problems: list[Problem]) -> tuple[I
         if old is not None and (differs := _differences(old, video)):
             changed.append(Problem(video.path, "replaced", f"{differs}; the previous index is {_old(out).name}"))
         videos.append(video)
-    explained = {os.path.realpath(item.path) for item in (*index, *problems)}
+    explained = {resolved(item.path) for item in (*index, *problems)}
     for path in before:
         if path not in explained:
             changed.append(Problem(Path(path), "not_listed", f"the previous index is {_old(out).name}"))

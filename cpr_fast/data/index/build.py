@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cpr_fast.data.files.names import is_remote, text_of
+from cpr_fast.data.files.relative import lexical
 from cpr_fast.data.index.assemble import IndexOptions, assemble, transcoded
 from cpr_fast.data.index.catalogue import Problem
 from cpr_fast.data.index.index import Index, changing, kind_of
@@ -85,14 +85,14 @@ def _write_index(root: Path, out: Path, options: IndexOptions, progress: bool) -
     report = {
         "index": str(out),
         "layout": options.layout,
-        "root": text_of(root) if is_remote(root) else os.path.abspath(root),
+        "root": lexical(root),
         "options": options.given(),
         "videos": len(index),
         "classes": len(index.classes),
-        "sources": len({video.source for video in index}),
+        "sources": index.source_count,
         "splits": dict(Counter(video.split for video in index)),
         "unlabelled": int((index.labels < 0).sum()),
-        "without_flow": sum(video.flow_path is None for video in index),
+        "without_flow": int((~index.has_flow).sum()),
         "training": _training(index),
         **facts,
         "counts": dict(Counter(problem.kind for problem in problems)),
@@ -105,7 +105,7 @@ def _write_index(root: Path, out: Path, options: IndexOptions, progress: bool) -
 
 def _training(index: Index) -> dict[str, Any]:
     split, videos = index.training()
-    return {"split": split, "videos": len(videos), "sources": len({video.source for video in videos})}
+    return {"split": split, "videos": len(videos), "sources": videos.source_count}
 
 
 def _build(

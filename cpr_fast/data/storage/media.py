@@ -97,7 +97,7 @@ def state_of(path: Path) -> tuple[int, int]:
 
 def resolved(path: Path) -> str:
     """Returns the text of an absolute path with its symbolic links resolved, or a URL."""
-    return text_of(path) if is_remote(path) else str(path.resolve())
+    return text_of(path) if is_remote(path) else os.path.realpath(path)
 
 
 def exists(path: Path) -> bool:

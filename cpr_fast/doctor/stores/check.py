@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,9 @@ import numpy as np
 
 from cpr_fast.data.features.names import FILE
 from cpr_fast.data.features.store import CHUNK, Description, FeatureStore
+from cpr_fast.data.files.names import text_of
+from cpr_fast.data.files.relative import path_in
+from cpr_fast.data.storage.media import resolved
 from cpr_fast.doctor.findings import Finding
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.progress import track
@@ -93,10 +95,10 @@ def _check_description(folder: Path, about: Description, clips: int, findings: l
 def _check_clips(store: FeatureStore, videos: Index, findings: list[Finding]) -> int:
     """Returns how many videos of an index a store lacks; adds findings about these and about labels that differ."""
     table = store.table
-    stored = {os.path.realpath(store.folder / path): row for row, path in enumerate(table.paths)}
+    stored = {resolved(path_in(store.folder, path)): row for row, path in enumerate(table.paths)}
     missing, other = [], []
     for video in videos:
-        row = stored.get(os.path.realpath(video.path))
+        row = stored.get(resolved(video.path))
         if row is None:
             missing.append(video.path)
             continue
@@ -108,7 +110,7 @@ def _check_clips(store: FeatureStore, videos: Index, findings: list[Finding]) ->
              (other, "have another label or split in the store", "embed the index into a new folder")]  # fmt: skip
     for paths, what, advice in named:
         if paths:
-            some = ", ".join(map(str, paths[:NAMED])) + (", ..." if len(paths) > NAMED else "")
+            some = ", ".join(map(text_of, paths[:NAMED])) + (", ..." if len(paths) > NAMED else "")
             text = f"{store.folder}: {len(paths):,} of the {counted(len(videos), 'video')} of the index {what}: {some}"
             findings.append(Finding("warning", text, advice, "results"))
     if extra := len(stored) - (len(videos) - len(missing)):

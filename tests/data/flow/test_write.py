@@ -180,7 +180,7 @@ def test_a_failure_while_encoding_stops_the_run_and_leaves_no_half_file(data_set
     def full_disk(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cpr_fast.data.flow.files.os.replace", full_disk)
+    monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(InputError, match="^could not write '.*flow.mp4': No space left .*; complete flow is kept"):
         write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
     assert not [path for path in (tmp_path / "flow").rglob("*") if path.is_file()]
