@@ -19,6 +19,7 @@ from cpr_fast.data.features.clips import COLUMNS, Clip
 from cpr_fast.data.features.names import FILE, TABLE, is_store, shard_name
 from cpr_fast.data.features.store import Description, check_shard, header
 from cpr_fast.data.index.tables import table_text
+from cpr_fast.data.storage.media import state_of
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import one_writer, replacing
 from cpr_fast.runtime.progress import track
@@ -50,10 +51,9 @@ def planned_shards(clips: int, shard_clips: int) -> list[int]:
 
 
 def file_states(files: Iterable[Path], named: Callable[[Path], str]) -> list[tuple[str, int, int]]:
-    """Returns the name that `named` gives, the size in bytes and the modification time in nanoseconds of every file,
-    once each: by these, the source of a store tells that an input was changed."""
-    found = ((file, file.stat()) for file in dict.fromkeys(files))
-    return [(named(file), state.st_size, state.st_mtime_ns) for file, state in found]
+    """Returns the name that `named` gives and the `state_of` every file, once each: by these, the source of a store
+    tells that an input was changed. Raises OSError."""
+    return [(named(file), *state_of(file)) for file in dict.fromkeys(files)]
 
 
 def write_store(

@@ -5,19 +5,10 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import Protocol
+
+from cpr_fast.data.files.storage import Storage
 
 FIRST_BYTES, MOST_BYTES = 2**16, 2**22  # of a range: the first behind a seek, and the largest of a sequence
-
-
-class Ranges(Protocol):
-    """What a `RangeFile` needs of a `Storage`."""
-
-    def size(self, path: Path) -> int:
-        """Returns the number of bytes of a file."""
-
-    def read_range(self, path: Path, start: int, length: int) -> bytes:
-        """Returns the `length` bytes from `start` on."""
 
 
 class RangeFile(io.RawIOBase):
@@ -27,7 +18,7 @@ class RangeFile(io.RawIOBase):
     behind a seek cost a short one. One thread at a time may read it.
     """
 
-    def __init__(self, storage: Ranges, path: Path) -> None:
+    def __init__(self, storage: Storage, path: Path) -> None:
         """Raises OSError if the file cannot be read."""
         super().__init__()
         self._storage, self._path, self._size = storage, path, storage.size(path)

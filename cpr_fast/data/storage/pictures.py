@@ -20,6 +20,7 @@ import simplejpeg
 
 from cpr_fast.data.files.access import storage_of
 from cpr_fast.data.files.names import is_remote
+from cpr_fast.data.files.remote import remote_files
 from cpr_fast.data.video.container import VideoError, fewer_than_listed
 from cpr_fast.data.video.pixels import Region
 
@@ -81,12 +82,7 @@ def count_pictures(path: Path) -> tuple[int, str]:
     """Returns the number of pictures before the first one that is missing, and which that is, "" if none is missing
     between others. Raises VideoError."""
     first = first_number(path)
-    if is_remote(path):
-        from cpr_fast.data.files.remote import remote_files
-
-        names = {file.name for file in remote_files(path.parent)}
-    else:
-        names = set(os.listdir(path.parent))
+    names = {file.name for file in remote_files(path.parent)} if is_remote(path) else set(os.listdir(path.parent))
     count = 0
     while path.name % (first + count) in names:
         count += 1

@@ -23,10 +23,10 @@ from cpr_fast.data.clips.loader import WindowLoader
 from cpr_fast.data.clips.sampling import Clips, Sources, plan_first, plan_windows
 from cpr_fast.data.features.clips import Clip
 from cpr_fast.data.features.store import Description
-from cpr_fast.data.features.write import Computed, planned_shards, write_store
+from cpr_fast.data.features.write import Computed, file_states, planned_shards, write_store
 from cpr_fast.data.files.relative import Relative
 from cpr_fast.data.index.index import Index
-from cpr_fast.data.storage.media import file_of, state_of
+from cpr_fast.data.storage.media import file_of
 from cpr_fast.data.storage.unreadable import not_read
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import digest, weights_digest
@@ -108,7 +108,7 @@ def embed_videos(
     clips = [Clip(relative(v.path), v.label, v.source, v.split) for v in index]
     settings = {key: value for key, value in dataclasses.asdict(data).items() if key not in _OF_THE_MACHINE}
     inputs = (file_of(path) for video in index for path in (video.path, video.flow_path) if path is not None)
-    files = [(relative(file), *state_of(file)) for file in dict.fromkeys(inputs)]
+    files = file_states(inputs, relative)
     source = digest(json.dumps([settings, samples, dtype, seed, torch.device(device).type, clips, files]),
                     *(f"{view} {weights_digest(encoder)}" for view, encoder in encoders.items()))  # fmt: skip
     about = Description({view: encoder.width for view, encoder in encoders.items()}, samples, True, dtype,
