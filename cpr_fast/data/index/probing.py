@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cpr_fast.data.files.names import is_frames
 from cpr_fast.data.storage.media import frame_size, is_pictures, read_picture_parts, state_of
-from cpr_fast.data.storage.pictures import count_pictures
+from cpr_fast.data.storage.pictures import count_pictures, picture_size
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo, probe_video
 from cpr_fast.runtime.files import append_line, naming
@@ -32,8 +32,11 @@ def probe(path: Path, *, verify: bool) -> VideoInfo:
     VideoError."""
     if not is_pictures(path):
         return probe_video(path, decode=verify)
-    frames, height, width = frame_size(path)
-    error, change = count_pictures(path)[1] if is_frames(path) else "", ""
+    error, change = "", ""
+    if is_frames(path):
+        (frames, error), (height, width) = count_pictures(path), picture_size(path)
+    else:
+        frames, height, width = frame_size(path)
     if verify:
         try:
             for frame in range(frames):
