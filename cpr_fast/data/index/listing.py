@@ -31,8 +31,7 @@ class Row(NamedTuple):
     @property
     def place(self) -> str:
         """`where` without the folder."""
-        file, _, line = self.where.rpartition(":")
-        return f"{Path(file).name}:{line}"
+        return short_place(self.where)
 
 
 class Listed(NamedTuple):
@@ -53,6 +52,11 @@ class Listing(NamedTuple):
     problems: list[Problem]
     levels: str = ""  # how the levels of folders were interpreted
     others: dict[str, int] = {}  # number of files that are not read, by suffix
+
+
+def short_place(where: str) -> str:
+    """Returns the place of a line, "file:line", without the folder of the file."""
+    return where.rpartition("/")[2]
 
 
 def known_split(name: str) -> str:

@@ -7,7 +7,6 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from cpr_fast.data.files.names import is_frames
 from cpr_fast.data.index.catalogue import Problem
 from cpr_fast.data.index.formats.folders import list_folders
 from cpr_fast.data.index.listing import Listing
@@ -20,14 +19,15 @@ _PICTURE = re.compile(r"([^%]*?)(\d+)(\.(?:jpe?g|png))", re.IGNORECASE)
 class Clips:
     """The folders of pictures below a root, which stand for videos: what `list_folders` needs of a `Catalogue`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, below: bool = True) -> None:
+        """Follows symbolic links to folders; without `below`, only the root itself is looked at."""
         self.root = root
         self.templates: dict[Path, Path] = {}  # of the frames, by folder
         self.flow: dict[Path, Path] = {}  # of the horizontal component of flow, by folder
         self.problems: list[Problem] = []
         self.others = 0  # pictures that belong to no sequence
         for folder, folders, names in os.walk(root, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(name for name in folders if below and not name.startswith("."))
             self._add(Path(folder), names)
 
     @property
@@ -74,14 +74,10 @@ def sequences(names: list[str]) -> dict[str, int]:
     return templates
 
 
-def template_in(folder: Path) -> Path | None:
-    """Returns the template of the frames in a folder, or None if it holds none."""
-    return Clips(folder).templates.get(folder)
-
-
-def flow_beside(path: Path) -> Path | None:
-    """Returns the template of the flow in the folder of extracted frames, or None for any other path."""
-    return Clips(path.parent).flow.get(path.parent) if is_frames(path) else None
+def frames_in(folder: Path) -> tuple[Path | None, Path | None]:
+    """Returns the templates of the frames and of the flow in a folder, None for what it does not hold."""
+    clips = Clips(folder, below=False)
+    return clips.templates.get(folder), clips.flow.get(folder)
 
 
 def list_frames(root: Path) -> Listing:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cpr_fast.data.files.names import is_remote, is_tar, path_of
+from cpr_fast.data.files.names import is_frames, is_remote, is_tar, path_of, plain_name
 from cpr_fast.data.index.catalogue import Problem, without_suffix
-from cpr_fast.data.index.formats.frames import flow_beside, template_in
+from cpr_fast.data.index.formats.frames import frames_in
 from cpr_fast.data.index.formats.shards import of_shards
-from cpr_fast.data.index.listing import Listed, Listing, clip_source, split_in
+from cpr_fast.data.index.listing import Listed, Listing, clip_source, short_place, split_in
 from cpr_fast.data.index.tables import read_lines, require_utf8
 from cpr_fast.data.storage.media import why_missing
 from cpr_fast.errors import InputError
@@ -22,6 +22,7 @@ class Line(NamedTuple):
 
     where: str  # "file:line"
     path: Path
+    flow: Path | None  # beside extracted frames
     name: str  # as it is listed, without the query of a URL
     label: str  # "" if the line names none
     split: str
@@ -49,10 +50,9 @@ def list_lines(root: Path) -> Listing:
         if is_tar(line.path):
             continue
         if reason := why_missing(line.path):
-            place = f"{Path(line.where.rpartition(':')[0]).name}:{line.where.rpartition(':')[2]}"
-            problems.append(Problem(line.path, "missing", f"listed in {place}, {reason}"))
+            problems.append(Problem(line.path, "missing", f"listed in {short_place(line.where)}, {reason}"))
             continue
-        videos.append(Listed(line.path, line.label, _source(line), line.split, flow_beside(line.path)))
+        videos.append(Listed(line.path, line.label, _source(line), line.split, line.flow))
     labels = _ordered({item.label for item in videos} - {""})
     levels = "the class is that of the list" if labels else "the list names no class"
     return Listing(videos, labels, problems, levels, packed.others)
@@ -66,7 +66,7 @@ def read_list(file: Path) -> Iterator[Line]:
             continue
         require_utf8(where, text)
         name, path, label = _divided(where, text, file.parent)
-        yield Line(where, path, name, label, split)
+        yield Line(where, *_frames_of(path), name, label, split)
 
 
 def _divided(where: str, text: str, folder: Path) -> tuple[str, Path, str]:
@@ -75,15 +75,13 @@ def _divided(where: str, text: str, folder: Path) -> tuple[str, Path, str]:
     if is_remote(text):
         url, _, label = text.partition(" ")
         try:
-            return url.partition("?")[0], path_of(url), label.strip()
+            return plain_name(url), path_of(url), label.strip()
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
     if (found := re.fullmatch(r"(.+?)[ \t]+\d+[ \t]+(\S+)", text)) and (folder / found[1]).is_dir():
-        return found[1], _frames_in(folder / found[1]), found[2]  # of MMAction2 and TSN: folder, frames, class
+        return found[1], folder / found[1], found[2]  # of MMAction2 and TSN: folder, frames, class
     text = text.strip('"')
-    if (folder / text).is_dir():
-        return text, _frames_in(folder / text), ""
-    if not why_missing(folder / text):
+    if not why_missing(folder / text) or (folder / text).is_dir():
         return text, folder / text, ""
     for sign in ("\t", ",", " "):
         head, found, label = text.rpartition(sign)
@@ -93,8 +91,13 @@ def _divided(where: str, text: str, folder: Path) -> tuple[str, Path, str]:
     return text, folder / text, ""
 
 
-def _frames_in(folder: Path) -> Path:
-    return template_in(folder) or folder
+def _frames_of(path: Path) -> tuple[Path, Path | None]:
+    """Returns the extracted frames that a path names by their template or their folder, and the flow beside them; any
+    other path as it is."""
+    if is_frames(path):
+        return path, frames_in(path.parent)[1]
+    frames, flow = frames_in(path) if path.is_dir() else (None, None)
+    return frames or path, flow
 
 
 def _source(line: Line) -> str:
