@@ -71,14 +71,16 @@ def of_shards(shards: Sequence[Path], root: Path) -> Listing:
     rows: list[tuple[Path, Sample, Member, dict[str, str]]] = []
     problems: list[Problem] = []
     others: Counter[str] = Counter()
-    first: dict[str, str] = {}  # the tar file in which a key came first
+    first: dict[str, Member] = {}  # a video of the first sample of each key
     with ThreadPoolExecutor(READERS) as pool:
         for file, (samples, found, left) in zip(shards, pool.map(_read_shard, shards), strict=True):
             problems += found
             others += left
             for sample, facts in samples:
-                if (before := first.setdefault(sample.key, text_of(file))) != text_of(file) or "again" in facts:
-                    reason = f"has the key {sample.key!r} of an earlier sample in {before}; both are listed"
+                if (before := first.setdefault(sample.key, sample.videos[0])) != sample.videos[0]:
+                    reason = (
+                        f"has the key {sample.key!r} of an earlier sample in {text_of(before.file)}; both are listed"
+                    )
                     problems += [Problem(member_path(video), "repeated_key", reason) for video in sample.videos]
                 rows += [(file, sample, video, facts) for video in sample.videos]
     captions = {facts["caption"] for *_, facts in rows if facts.get("caption")}
@@ -127,7 +129,6 @@ def _read_shard(file: Path) -> tuple[list[tuple[Sample, dict[str, str]]], list[P
         kept = f"; the {len(samples):,} samples before are listed" if samples else ""
         problems.append(Problem(file, kind, f"{error.strerror or error}{kept}"))
     found: list[tuple[Sample, dict[str, str]]] = []
-    seen: set[str] = set()
     for sample in samples:
         if not sample.videos:
             what = ", ".join(sorted(sample.texts))
@@ -136,8 +137,7 @@ def _read_shard(file: Path) -> tuple[list[tuple[Sample, dict[str, str]]], list[P
             continue
         facts, wrong = _facts(sample)
         problems += [Problem(member_path(sample.videos[0]), "bad_text", reason) for reason in wrong]
-        found.append((sample, facts | ({"again": "yes"} if sample.key in seen else {})))
-        seen.add(sample.key)
+        found.append((sample, facts))
     return found, problems, others
 
 
