@@ -19,7 +19,7 @@ from cpr_fast.data.clips.graph import ClipGraph
 from cpr_fast.data.clips.loader import TrainLoader, decoded_views
 from cpr_fast.data.clips.reader import needed_parts
 from cpr_fast.data.clips.sampling import Clips, Sources, clip_frames, epoch_order, plan_pairs
-from cpr_fast.data.files.access import storage_of
+from cpr_fast.data.files.access import read_whole
 from cpr_fast.data.files.names import is_remote
 from cpr_fast.data.flow.on_the_fly import frame_reader
 from cpr_fast.data.index.index import Index, Video
@@ -201,7 +201,7 @@ def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:
                 bytes(jpeg)
             return
         if container(path) != path or is_remote(path):
-            storage_of(path).read_range(path, 0, storage_of(path).size(path))
+            read_whole(path)
             return
         descriptor = os.open(path, os.O_RDONLY)
         try:

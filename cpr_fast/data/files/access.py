@@ -19,6 +19,12 @@ def storage_of(path: str | Path) -> Storage:
     return REMOTE if is_remote(path) else LOCAL
 
 
+def read_whole(path: Path) -> bytes:
+    """Returns all bytes of a file. Raises OSError."""
+    storage = storage_of(path)
+    return storage.read_range(path, 0, storage.size(path))
+
+
 def ffmpeg_input(path: str | Path) -> str | BinaryIO:
     """Returns what FFmpeg opens to read a file: on a local disk a location that it reads itself, without Python, and
     elsewhere an open file. Raises OSError."""

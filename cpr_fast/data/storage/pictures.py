@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from cpr_fast.data.files.access import storage_of
+from cpr_fast.data.files.access import read_whole, storage_of
 from cpr_fast.data.files.names import is_remote
 from cpr_fast.data.files.remote import remote_files
 from cpr_fast.data.video.container import VideoError, fewer_than_listed
@@ -152,9 +152,8 @@ def _decoded(path: Path, frame: int, view: str) -> np.ndarray:
 
 def _bytes(path: Path, frame: int) -> bytes:
     file = picture_file(path, frame)
-    storage = storage_of(file)
     try:
-        return storage.read_range(file, 0, storage.size(file))
+        return read_whole(file)
     except FileNotFoundError:
         raise VideoError(path, f"{file.name} is missing", unreadable=False) from None
     except OSError as error:

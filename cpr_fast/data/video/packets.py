@@ -13,7 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from cpr_fast.data.files.access import storage_of
+from cpr_fast.data.files.access import read_whole
 from cpr_fast.data.video.container import VideoError, fewer_than_listed, open_video, shows_times
 from cpr_fast.data.video.numbering import Layout, fewer_frames
 
@@ -45,7 +45,7 @@ def slice_packets(
             if layout is None and (held := fewer_frames(path, packets, num_frames)) is not None:
                 raise fewer_than_listed(path, held, num_frames, view)
         if layout is None:
-            whole = _whole(Path(path)) if alone else _copied(stream, packets)
+            whole = np.frombuffer(read_whole(Path(path)), np.uint8) if alone else _copied(stream, packets)
             return whole, frames.astype(np.int32)
         table = PacketTable([packet for packet in packets if packet.size], layout)
         chosen = table.needed(frames)
@@ -80,12 +80,6 @@ class PacketTable:
         """Returns whether all groups of pictures are closed: no packet that follows a key packet is shown before it."""
         earliest_after = np.minimum.accumulate(self.ranks[::-1])[::-1]  # of the packet itself and all later ones
         return all(earliest_after[i] == self.ranks[i] for i, packet in enumerate(self.packets) if packet.is_keyframe)
-
-
-def _whole(path: Path) -> np.ndarray:
-    """Returns all bytes of a file, uint8 [L]. Raises OSError."""
-    storage = storage_of(path)
-    return np.frombuffer(storage.read_range(path, 0, storage.size(path)), np.uint8)
 
 
 def _copied(stream: av.VideoStream, packets: list[av.Packet]) -> np.ndarray:
