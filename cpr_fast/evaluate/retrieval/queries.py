@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpr_fast.data.files.names import is_remote, text_of
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import digest
@@ -86,6 +87,11 @@ class QueryScores:
             raise InputError(f"{str(path)!r} is damaged ({error}); run `cpr-fast retrieve` again") from None
 
 
+def full_name(video: Video) -> str:
+    """Returns the absolute path of a video, or its URL, as results name it."""
+    return text_of(video.path) if is_remote(video.path) else str(video.path.absolute())
+
+
 def query_scores(
     videos: Sequence[Video], gallery: Sequence[Video], counted: Tensor, rankings: Mapping[str, Ranking]
 ) -> QueryScores:
@@ -97,11 +103,11 @@ def query_scores(
         rankings: The ranking of all queries for each "name/view".
     """
     queries = [videos[i] for i in counted.nonzero()[:, 0].tolist()]
-    places = _inside([str(video.path.absolute()) for video in gallery])
+    places = _inside([full_name(video) for video in gallery])
     named = sorted(zip(places, [video.label for video in gallery], strict=True))
     content = digest(*(text.encode("utf-8", "surrogateescape") for pair in named for text in pair))
     return QueryScores(
-        [str(video.path.absolute()) for video in queries],
+        [full_name(video) for video in queries],
         [video.label for video in queries],
         [video.source for video in queries],
         torch.ones(len(queries), dtype=torch.int64),
@@ -117,16 +123,16 @@ def have_copies(queries: Sequence[Video], gallery: Sequence[Video], other_source
     at, have none."""
     if not any(video.num_frames for video in queries):
         return [False] * len(queries)
-    unique = {str(video.path.absolute()): video for video in (*queries, *gallery)}  # no file is compared with itself
+    unique = {full_name(video): video for video in (*queries, *gallery)}  # no file is compared with itself
     original = dict(zip(unique, Index(unique.values()).originals(), strict=True))
     copies: dict[int, list[tuple[str, str]]] = {}
     for video in gallery:
-        path = str(video.path.absolute())
+        path = full_name(video)
         copies.setdefault(original[path], []).append((path, video.source))
     return [
         any(path != own and not (other_sources and source == video.source) for path, source in
             copies.get(original[own], ()))
-        for video, own in ((video, str(video.path.absolute())) for video in queries)
+        for video, own in ((video, full_name(video)) for video in queries)
     ]  # fmt: skip
 
 
@@ -198,7 +204,9 @@ def _keys(scores: QueryScores, paths: Sequence[str]) -> list[tuple[int, str]]:
 
 
 def _inside(paths: Sequence[str]) -> list[str]:
-    """Returns the paths relative to the folder that holds all of them."""
+    """Returns the paths relative to the folder that holds all of them; a URL counts as a path in the working
+    directory."""
+    paths = [os.path.join(os.getcwd(), path) for path in paths]
     folder = os.path.commonpath([os.path.dirname(path) for path in paths])
     return [os.path.relpath(path, folder) for path in paths]
 

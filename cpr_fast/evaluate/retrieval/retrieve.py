@@ -43,7 +43,7 @@ from cpr_fast.evaluate.retrieval.baselines import (
     on_stored_features,
     untrained_encoders,
 )
-from cpr_fast.evaluate.retrieval.queries import QueryScores, have_copies, joined, query_scores
+from cpr_fast.evaluate.retrieval.queries import QueryScores, full_name, have_copies, joined, query_scores
 from cpr_fast.evaluate.retrieval.ranking import NO_HIT, Comparison, Ranking, compared, prepare_streams, rates
 from cpr_fast.evaluate.retrieval.same_video import same_video_rates, videos_with_two_clips
 from cpr_fast.evaluate.retrieval.summary import no_rates, results, write_metrics
@@ -383,8 +383,7 @@ def _examples(
     """Returns the neighbours of EXAMPLES queries, which are evenly spaced among the counted queries."""
 
     def show(video: Video) -> dict[str, Any]:
-        path = str(video.path.absolute())
-        return {"path": path, "label": video.label, "source": video.source, "num_frames": video.num_frames}
+        return {"path": full_name(video), "label": video.label, "source": video.source, "num_frames": video.num_frames}
 
     positions = counted.nonzero()[:, 0]
     chosen = positions[torch.linspace(0, len(positions) - 1, min(EXAMPLES, len(positions))).long()]

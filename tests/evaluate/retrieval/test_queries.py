@@ -48,6 +48,18 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     assert [file.name for file in (tmp_path / "evaluations").iterdir()] == ["a.npz"]
 
 
+def test_videos_of_a_server_are_named_by_their_urls_in_any_folder(tmp_path, monkeypatch):
+    urls = ["https://host/x/a.mp4?key=1", "s3://bucket/b.mp4"]
+    found = []
+    for folder in (tmp_path, Path("/")):
+        monkeypatch.chdir(folder)
+        ranking = Ranking(*(torch.arange(3.0) for _ in range(4)))
+        videos = [*map(video, urls), video("/data/c.mp4")]
+        found.append(query_scores(videos, videos[:2], torch.ones(3, dtype=torch.bool), {"trained/rgb": ranking}))
+    assert found[0].paths == found[1].paths == [*urls, "/data/c.mp4"] and found[0].galleries == found[1].galleries
+    assert matched(*found).paths == found[0].paths
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"no zip"])
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
