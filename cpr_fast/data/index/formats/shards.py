@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from cpr_fast.data.files.remote import remote_files
 from cpr_fast.data.files.tar import TAR, members
 from cpr_fast.data.index.catalogue import VIDEO_SUFFIXES, Problem
 from cpr_fast.data.index.listing import Listed, Listing, split_in, split_name
+from cpr_fast.data.video.contents import what_it_is
 from cpr_fast.errors import InputError
 
 READERS = 16  # tar files that are read at the same time; on a server they mostly wait
@@ -126,8 +128,10 @@ def _read_shard(file: Path) -> tuple[list[tuple[Sample, dict[str, str]]], list[P
             _add(samples, member, others)
     except OSError as error:
         kind = "damaged_shard" if samples else "unreadable_shard"
-        kept = f"; the {len(samples):,} samples before are listed" if samples else ""
-        problems.append(Problem(file, kind, f"{error.strerror or error}{kept}"))
+        more = f"; the {len(samples):,} samples before are listed" if samples else ""
+        if not samples and isinstance(error.__cause__, tarfile.TarError) and (told := what_it_is(file)):
+            more = f"; it {told}"
+        problems.append(Problem(file, kind, f"{error.strerror or error}{more}"))
     found: list[tuple[Sample, dict[str, str]]] = []
     for sample in samples:
         if not sample.videos:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tarfile
 
@@ -105,6 +106,18 @@ def test_of_a_tar_file_that_was_cut_off_the_whole_samples_are_indexed(tmp_path, 
     assert report["counts"]["damaged_shard"] == report["counts"]["unreadable_shard"] == 1
     reasons = [problem["reason"] for problem in report["problems"]]
     assert any("samples before are listed" in reason for reason in reasons)
+
+
+def test_what_is_no_tar_file_is_told_by_its_bytes(tmp_path, video):
+    content = write_tar(tmp_path / "a.tar", {"a.mp4": video}).read_bytes()
+    (tmp_path / "b.tar").write_bytes(gzip.compress(content))
+    (tmp_path / "c.tar").write_bytes(b"<Error>AccessDenied</Error>" * 100)
+    (tmp_path / "d.tar").write_bytes(b"")
+    found = list_shards(tmp_path)
+    packed, page, empty = (problem.reason for problem in found.problems)
+    assert len(found.videos) == 1 and {problem.kind for problem in found.problems} == {"unreadable_shard"}
+    assert packed.startswith("is no tar file: ") and packed.endswith("; it is a gzip archive")
+    assert "; it is a text that begins with '<Error>Acc" in page and empty == "is empty"
 
 
 def test_training_reads_the_clips_of_tar_files_as_those_of_files(tmp_path, video):
