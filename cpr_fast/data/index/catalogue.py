@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,6 +154,18 @@ class Catalogue:
             return True
         self.others[suffix or entry.name] += 1
         return False
+
+
+def walked(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yields what `os.walk` does, through symbolic links too, except those to a folder that contains them."""
+    for place, folders, names in os.walk(root, followlinks=True):
+        folder = Path(place)
+        above = [folder, *folder.parents][: len(folder.relative_to(root).parts) + 1]
+        folders[:] = [
+            name for name in folders
+            if not (folder / name).is_symlink() or not any(os.path.samefile(folder / name, other) for other in above)
+        ]  # fmt: skip
+        yield folder, folders, names
 
 
 def without_suffix(file: str) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
 
-from cpr_fast.data.index.catalogue import Problem
+from cpr_fast.data.index.catalogue import Problem, walked
 from cpr_fast.data.index.formats.folders import list_folders
 from cpr_fast.data.index.listing import Listing
 from cpr_fast.data.storage.pictures import vertical
@@ -26,9 +25,9 @@ class Clips:
         self.flow: dict[Path, Path] = {}  # of the horizontal component of flow, by folder
         self.problems: list[Problem] = []
         self.others = 0  # pictures that belong to no sequence
-        for folder, folders, names in os.walk(root, followlinks=True):
+        for folder, folders, names in walked(root):
             folders[:] = sorted(name for name in folders if below and not name.startswith("."))
-            self._add(Path(folder), names)
+            self._add(folder, names)
 
     @property
     def paths(self) -> list[Path]:

@@ -7,7 +7,6 @@ part. `walk/0001.mp4`, `walk/0001.json` and `walk/0001.txt` are one sample.
 from __future__ import annotations
 
 import json
-import os
 import re
 import tarfile
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import Any
 from cpr_fast.data.files.names import Member, is_remote, is_tar, member_path, plain_name, text_of
 from cpr_fast.data.files.remote import remote_files
 from cpr_fast.data.files.tar import TAR, members
-from cpr_fast.data.index.catalogue import VIDEO_SUFFIXES, Problem
+from cpr_fast.data.index.catalogue import VIDEO_SUFFIXES, Problem, walked
 from cpr_fast.data.index.listing import Listed, Listing, split_in, split_name
 from cpr_fast.data.video.contents import what_it_is
 from cpr_fast.errors import InputError
@@ -201,4 +200,4 @@ def _entries(found: Any) -> Iterator[tuple[str, str]]:
 
 def _below(root: Path) -> list[Path]:
     """Returns the files below a folder."""
-    return [Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names]
+    return [folder / name for folder, _, names in walked(root) for name in names]

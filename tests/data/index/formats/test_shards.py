@@ -15,7 +15,9 @@ from cpr_fast.config import DataConfig
 from cpr_fast.data.clips.loader import TrainLoader
 from cpr_fast.data.files.tar import members
 from cpr_fast.data.index.build import IndexOptions, write_index
-from cpr_fast.data.index.formats.shards import list_shards
+from cpr_fast.data.index.catalogue import Catalogue
+from cpr_fast.data.index.formats.frames import Clips
+from cpr_fast.data.index.formats.shards import list_shards, shard_files
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 
@@ -106,6 +108,23 @@ def test_of_a_tar_file_that_was_cut_off_the_whole_samples_are_indexed(tmp_path, 
     assert report["counts"]["damaged_shard"] == report["counts"]["unreadable_shard"] == 1
     reasons = [problem["reason"] for problem in report["problems"]]
     assert any("samples before are listed" in reason for reason in reasons)
+
+
+def test_links_to_folders_are_followed_but_not_in_a_circle(tmp_path):
+    write_tar(tmp_path / "set" / "a" / "x.tar", {"k.mp4": b"x"})
+    (tmp_path / "set" / "b").mkdir()
+    for frame in range(1, 4):
+        (tmp_path / "set" / "b" / f"img_{frame}.jpg").touch()
+    for link, target in (("set/a/b", "set/b"), ("set/b/a", "set/a"), ("set/a/self", "set"), ("set/same", "set/a")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    shards = [str(path.relative_to(tmp_path / "set")) for path in shard_files(tmp_path / "set")]
+    assert shards == ["a/x.tar", "b/a/x.tar", "same/x.tar"]
+    (tmp_path / "set" / "a" / "x.mp4").touch()
+    assert [path.parent for path in Catalogue(tmp_path / "set").paths] == [
+        path.parent for path in shard_files(tmp_path / "set")
+    ]
+    frames = [str(path.relative_to(tmp_path / "set")) for path in Clips(tmp_path / "set").paths]
+    assert frames == ["a/b", "b", "same/b"]
 
 
 def test_what_is_no_tar_file_is_told_by_its_bytes(tmp_path, video):
