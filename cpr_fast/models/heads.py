@@ -50,7 +50,12 @@ class _OneDnnLinear(torch.autograd.Function):
 
 def _product(rows: Tensor, columns: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns rows [N, C] @ columns [D, C]^T + bias [D]."""
-    return torch.ops.mkldnn._linear_pointwise(rows, columns, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(_dense(rows), _dense(columns), bias, "none", [], "")
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Returns the matrix, copied if it is part of a larger one: oneDNN multiplies such parts by its reference loops."""
+    return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
 
 
 class ProjectionHead(nn.Sequential):

@@ -24,6 +24,33 @@ def test_products_and_gradients_are_those_of_a_linear_layer(rows: int, width: in
         torch.testing.assert_close(own.double(), reference, atol=3e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "features",
+    [
+        torch.randn(33, 2, 37)[:, 1],
+        torch.randn(66, 37)[::2],
+        torch.randn(33, 40)[:, 3:],
+        torch.randn(37, 33).T,
+        torch.randn(37, 40)[:, :33].T,
+        torch.randn(37).expand(33, 37),
+        torch.randn(33, 1).expand(33, 37),
+    ],
+    ids=["sample of siblings", "every second", "columns", "transposed", "transposed part", "one row", "one column"],
+)
+def test_no_layout_of_the_features_is_multiplied_by_reference_loops(
+    features: torch.Tensor, capfd: pytest.CaptureFixture[str]
+) -> None:
+    layer = HostLinear(37, 5)
+    features = features.detach().requires_grad_()
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        found = layer(features)
+        torch.autograd.grad(found, [features, *layer.parameters()], torch.randn(5, 33).T)
+    text = capfd.readouterr().out
+    assert text.count("inner_product") >= 3
+    assert ",ref" not in text
+    torch.testing.assert_close(found, F.linear(features, layer.weight, layer.bias))
+
+
 def test_a_frozen_layer_passes_the_gradient_on_and_gets_none() -> None:
     layer = HostLinear(6, 4).requires_grad_(False)
     features = torch.randn(5, 6, requires_grad=True)
