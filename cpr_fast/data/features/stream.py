@@ -149,10 +149,11 @@ class FeatureLoader:
         positions, pairs = (np.concatenate(columns) for columns in zip(*(part[:2] for part in parts), strict=True))
         clips = {}
         for view in self._views:
-            features = torch.cat([torch.from_numpy(part[2][view]).float() for part in parts])
-            if not torch.isfinite(features.sum()):
-                self._index.store.require_finite(view, features.numpy(), self._index.rows[positions])
-            clips[view] = features.to(self._device)
+            # By NumPy: operators of torch in this thread would use a second pool of threads beside the training's.
+            features = np.concatenate([part[2][view] for part in parts], dtype=np.float32)
+            if not np.isfinite(features.sum()):
+                self._index.store.require_finite(view, features, self._index.rows[positions])
+            clips[view] = torch.from_numpy(features).to(self._device)
         video = torch.from_numpy(positions)
         samples = torch.from_numpy(pairs)
         count = self._index.store.about.samples
