@@ -7,6 +7,8 @@ to move a weight, or every entry of the memory was a positive. The row `outcome`
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from cpr_fast.config import Config
@@ -17,6 +19,7 @@ from cpr_fast.wording import counted
 
 NO_LOSS = 1e-6  # below this the gradient is negligible: every entry compared is a positive
 ENOUGH_EPOCHS = 3  # comparable epochs; fewer do not show whether the loss falls. Chance is compared with any number
+CLEAR_FALL = 0.03  # share of the first epoch's loss by which the lowest must be below it: less may be noise
 MANY_SKIPPED = 0.2  # share of unreadable videos above which a warning is given
 
 
@@ -35,16 +38,18 @@ def outcome(
         `learnt`: True if every cycle learnt, False if none did, else None: it is not decided, or not every cycle did.
         `text`: sentences for the head of a report. `warnings`: one sentence for each kind of doubt, which names the
         cycles it concerns. `cycles`: for each `cycle`, `view`, `mining`, `trained` (whether a loss changed the
-        weights), `learnt` (see `_learnt`), `learning_steps` (optimiser steps; None in rows of older versions),
-        `loss_first`, `loss_last` (means of the first and last of the `comparable` epochs, of which there are
-        `compared`), `loss_chance` (the loss if every candidate were equally similar; None in rows of older versions),
+        weights), `continues` (whether its encoder had been trained before), `learnt` (see `_learnt`),
+        `learning_steps` (optimiser steps; None in rows of older versions), `loss_first`, `loss_last`, `loss_lowest`
+        (means of the first, the last and the lowest of the `comparable` epochs, of which there are `compared`),
+        `loss_chance` (the loss if every candidate were equally similar; None in rows of older versions),
         `pmr_first`, `pmr_last`, `random_negatives` (whether the queue held random vectors in all epochs that have a
         loss).
     """
     cycles, doubts = [], []
     for number, cycle in enumerate(config.schedule.cycles):
         epochs = [row for row in rows if row["kind"] == "epoch" and row["cycle"] == number]
-        summary = _cycle(epochs) | {"cycle": number, "view": cycle.view, "mining": cycle.mining}
+        about = {"cycle": number, "view": cycle.view, "mining": cycle.mining}
+        summary = _cycle(epochs) | about | {"continues": _is_trained(cycle.view, config, cycles)}
         if why := _why_not(epochs, config):
             doubts.append((number, " learnt nothing: " + why, ""))
             found = []
@@ -92,6 +97,7 @@ def _cycle(epochs: list[dict[str, Any]]) -> dict[str, Any]:
         "learning_steps": sum(counts) if len(counts) == len(epochs) else None,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
+        "loss_lowest": min(losses, default=None),
         "compared": len(losses),
         "loss_chance": epochs[-1].get("loss_chance") if epochs else None,
         "pmr_first": rates[0] if rates else None,
@@ -100,15 +106,33 @@ def _cycle(epochs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _is_trained(view: str, config: Config, before: Sequence[dict[str, Any]]) -> bool:
+    """Returns whether the encoder of a view is a checkpoint's, or an earlier cycle, of which these are the summaries,
+    may have learnt in it."""
+    learnt = [cycle["view"] for cycle in before if cycle["learnt"] is not False]
+    if config.model.shared:
+        return bool(learnt) or any(dataclasses.astuple(config.model.init))
+    return view in learnt or bool(getattr(config.model.init, view))
+
+
 def _learnt(summary: dict[str, Any], doubted: bool) -> bool | None:
-    """Returns whether a cycle learnt: True if its loss fell and is better than chance, and nothing raises doubts; False
-    if nothing was trained, or the loss of its last epoch is not better than chance; None if this is not decided: the
-    first loss of a network with random weights may be better than chance, too, and random vectors make it too low."""
-    first, last, chance = summary["loss_first"], summary["loss_last"], summary["loss_chance"]
+    """Returns whether a cycle learnt: True if its loss fell (see `_fell`) and is better than chance, and nothing raises
+    doubts; False if nothing was trained, or the loss of its last epoch is not better than chance; None if this is not
+    decided: the first loss of a network with random weights may be better than chance, too, and random vectors make it
+    too low."""
+    last, chance = summary["loss_last"], summary["loss_chance"]
     if not summary["trained"] or (chance is not None and last >= chance):
         return False
-    fell = summary["compared"] > 1 and last < first
-    return True if fell and not doubted and not summary["random_negatives"] else None
+    return True if _fell(summary) and not doubted and not summary["random_negatives"] else None
+
+
+def _fell(summary: dict[str, Any]) -> bool:
+    """Returns whether the loss of a cycle fell clearly in one of its `comparable` epochs.
+
+    It may rise again above its first value although the network learns: while a network changes fast, the old keys in
+    the memory are easy negatives, and they are not when the learning rate falls.
+    """
+    return summary["compared"] > 1 and summary["loss_lowest"] <= (1 - CLEAR_FALL) * summary["loss_first"]
 
 
 def _trained(row: dict[str, Any]) -> bool:
@@ -146,16 +170,21 @@ def _by_kind(doubts: list[tuple[int, str, str]], config: Config) -> list[str]:
     return sentences
 
 
+def _no_fall(summary: dict[str, Any]) -> str:
+    return "did not fall" if summary["loss_lowest"] >= summary["loss_first"] else "hardly fell"
+
+
 def _doubts(summary: dict[str, Any], epochs: list[dict[str, Any]], judged: bool) -> list[tuple[str, str]]:
     """Returns reasons to doubt that a cycle learnt anything useful, each with its figures ("" if there are none, or if
     `_sentence` states them)."""
     texts = []
-    first, last = summary["loss_first"], summary["loss_last"]
+    last = summary["loss_last"]
     enough = sum(not row.get("random_negatives") for row in comparable(epochs)) >= ENOUGH_EPOCHS
     chance = summary["loss_chance"]
-    if enough and last >= first:
-        text = "the loss did not fall"
-        if chance is not None and last < chance:
+    below = chance is not None and last < chance
+    if enough and not _fell(summary) and not (below and summary["continues"]):
+        text = f"the loss {_no_fall(summary)}"
+        if below:
             text += (
                 ", but it is better than chance; it can rise in a short cycle, because old keys of a network that "
                 "changes fast are easy negatives, so judge by `cpr-fast retrieve`"
@@ -234,7 +263,10 @@ def _losses(cycle: dict[str, Any]) -> str:
         loss = f"{_name(cycle)} epoch loss {cycle['loss_first']:.3f} to {cycle['loss_last']:.3f}"
     about = [] if chance is None else [f"chance {chance:.3f}"]
     about += ["only one epoch can be judged"] if cycle["compared"] == 1 else []
-    about += ["it did not fall"] if cycle["compared"] > 1 and cycle["loss_last"] >= cycle["loss_first"] else []
+    if cycle["compared"] > 1 and not _fell(cycle):
+        about += [f"it {_no_fall(cycle)}"]
+    elif cycle["compared"] > 1 and cycle["loss_last"] >= cycle["loss_first"]:
+        about += [f"lowest {cycle['loss_lowest']:.3f}"]
     about += ["low, because the queue held random vectors"] if cycle["random_negatives"] else []
     loss += f" ({'; '.join(about)})" if about else ""
     if cycle["pmr_last"] is None:
