@@ -37,6 +37,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "flow": ("data", "Compute the TV-L1 optical flow of every video of an index."),
         "synth": ("data", "Write a data set of synthetic action videos."),
         "embed": ("data", "Write a store of features, to train and mine without videos."),
+        "ray": ("data", "Run index, flow or embed in shards on the machines of a Ray cluster."),
         "show-sample": ("data", "Write the clips that training reads from a video as a picture or a video."),
     },
     "Training": {
@@ -63,7 +64,19 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 
 # Commands that store parts of a long computation as they finish, see `_continues`.
-CONTINUE = ("quickstart", "index", "flow", "embed", "pretrain", "reproduce", "retrieve", "probe", "finetune", "search")
+CONTINUE = (
+    "quickstart",
+    "index",
+    "flow",
+    "embed",
+    "ray",
+    "pretrain",
+    "reproduce",
+    "retrieve",
+    "probe",
+    "finetune",
+    "search",
+)
 
 # Errors of the file system whose message names the path, which is all that a user needs.
 PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)

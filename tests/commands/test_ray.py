@@ -1,0 +1,175 @@
+"""`cpr-fast ray`: shards as tasks of a Ray cluster. What the shards write is what the command alone writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.data_sets.flow import write_video
+
+import cpr_fast
+from cpr_fast.cli import main
+from cpr_fast.commands.data.ray import ShardError, run_shard
+
+ROOT = Path(cpr_fast.__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def videos(tmp_path):
+    for number, name in enumerate("abcdef"):
+        write_video(tmp_path / "set" / "train" / "AB"[number % 2] / f"{name}.mkv", 12, width=64)
+    assert main(["index", str(tmp_path / "set"), "--out", str(tmp_path / "index.csv")]) == 0
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a cluster of two machines with one CPU each, which all tests of the module use."""
+    pytest.importorskip("ray", reason="needs the package ray")
+    from ray.cluster_utils import Cluster
+
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path["PYTHONPATH"])
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        made.add_node(num_cpus=1)
+        yield made.address
+        made.shutdown()
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen([sys.executable, "-m", "cpr_fast", "ray", *words], cwd=folder, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def ran(folder: Path, *words: str) -> tuple[int, str, str]:
+    process = start(folder, *words)
+    output, errors = process.communicate(timeout=500)
+    return process.returncode, output, errors
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_the_flow_of_two_machines_is_that_of_one_command(videos, cluster):
+    assert main(["flow", str(videos / "index.csv"), "--out", str(videos / "alone")]) == 0
+    expected = {path.relative_to(videos / "alone"): path.read_bytes() for path in (videos / "alone").rglob("*.mp4")}
+    assert len(expected) == 6
+    assert main(["index", str(videos / "set"), "--out", str(videos / "other.csv")]) == 0
+    code, output, errors = ran(videos, "--address", cluster, "--shards", "3", "flow", "other.csv", "--out", "flow",
+                               "--json")  # fmt: skip
+    assert code == 0, errors
+    assert all(f"Shard {shard}/3 ended on " in errors for shard in range(3))
+    found = {path.relative_to(videos / "flow"): path.read_bytes() for path in (videos / "flow").rglob("*.mp4")}
+    assert found == expected
+    assert json.loads(output)["without_flow"] == 0 and json.loads(output)["written"] == 0
+    assert all(row["flow_path"] for row in rows(videos / "other.csv"))
+    before = {path: path.stat().st_mtime_ns for path in (videos / "flow").rglob("*.mp4")}
+    code, output, _ = ran(videos, "--address", cluster, "flow", "other.csv", "--out", "flow", "--json")
+    assert code == 0 and json.loads(output)["kept"] == 6  # the default is a shard for each machine
+    assert {path: path.stat().st_mtime_ns for path in (videos / "flow").rglob("*.mp4")} == before
+
+
+@pytest.mark.slow
+def test_an_index_of_shards_is_that_of_one_command(videos, cluster):
+    code, output, errors = ran(videos, "--address", cluster, "--shards", "2", "index", "set", "--out", "shards.csv")
+    assert code == 0, errors
+    assert rows(videos / "shards.csv") == rows(videos / "index.csv")
+    assert output.startswith("shards.csv: 6 videos, 2 classes")
+
+
+@pytest.mark.slow
+def test_bad_input_of_a_shard_ends_the_command_once_and_at_once(videos, cluster):
+    (videos / "empty.csv").write_text("path,label\n")
+    code, output, errors = ran(videos, "--address", cluster, "--shards", "4", "flow", "empty.csv", "--out", "flow")
+    assert code == 2 and not output
+    assert "on " in errors.splitlines()[-1] and "empty.csv" in errors.splitlines()[-1]
+    code, _, errors = ran(videos, "--address", cluster, "--cpus", "2", "flow", "index.csv", "--out", "flow")
+    assert code == 2 and "no machine of the cluster has 2 CPUs" in errors
+
+
+@pytest.mark.slow
+def test_a_stopped_command_stops_its_shards_and_continues(videos, cluster):
+    process = start(videos, "--address", cluster, "--shards", "2", "flow", "index.csv", "--out", "flow")
+    deadline = time.monotonic() + 300
+    while not list((videos / "flow").rglob("*.mp4")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=300)[1]
+    if process.returncode == 0:  # it had finished before
+        pytest.skip("the shards ended before the signal came")
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "what was finished is kept; to continue: cd " in errors and "cpr-fast ray --address" in errors
+    kept = {path: path.stat().st_mtime_ns for path in (videos / "flow").rglob("*.mp4")}
+    code, output, errors = ran(videos, "--address", cluster, "flow", "index.csv", "--out", "flow", "--json")
+    assert code == 0, errors
+    assert json.loads(output)["without_flow"] == 0
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
+
+
+def shard(folder: Path, *words: str, version: str = cpr_fast.__version__):
+    return run_shard(list(words), 0, 2, 1, str(folder), version)
+
+
+def test_what_a_shard_says_comes_back(videos, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ended = shard(videos, "index", "set", "--out", "other.csv")
+    assert (ended.code, ended.shard) == (0, 0) and ended.errors.count("\n") < 20
+    ended = shard(videos, "flow", "nothing.csv", "--out", "flow")
+    assert ended.code == 2 and ended.errors == "cpr-fast: INDEX: expected a file, but 'nothing.csv' does not exist"
+    ended = shard(videos, "flow")
+    assert ended.code == 2 and "index" in ended.errors.lower()  # several lines in a frame
+    ended = shard(tmp_path / "elsewhere", "flow", "index.csv")
+    assert ended.code == 2 and "elsewhere" in ended.errors and "on every machine" in ended.errors
+    ended = shard(videos, "flow", "index.csv", version="0.0.1")
+    assert ended.code == 2 and "expected cpr_fast 0.0.1" in ended.errors
+
+
+def test_a_shard_that_fails_can_be_run_again(videos, monkeypatch):
+    """A failure is an exception, which Ray answers with another try; bad input is a result."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (videos / "cpr_fast").mkdir()
+    (videos / "cpr_fast" / "__init__.py").write_text("raise RuntimeError('no memory for this')")  # found first
+    with pytest.raises(ShardError, match=r"exit code 1: (?s:.*)no memory for this"):
+        shard(videos, "flow", "index.csv", "--out", "flow")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train x", "COMMAND: expected one of index, flow, embed"),
+        ("--shards 0 flow x", "--shards: expected a whole number of at least 1, got '0'"),
+        ("--cpus two flow x", "--cpus: expected a whole number of at least 1, got 'two'"),
+        ("--retries -1 flow x", "--retries"),
+        ("--gpus 1.5 flow x", "--gpus: expected a whole number or a part of one GPU, got '1.5'"),
+        ("--shard 0/2 flow x", "--shard"),
+        ("--shards 2", "COMMAND"),
+        ("flow nothing.csv --out f", "INDEX: expected a file, but 'nothing.csv' does not exist"),
+    ],
+)
+def test_bad_options_are_named_before_a_cluster_is_looked_for(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["ray", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_shard_option_of_the_command_and_a_missing_ray_are_named(videos, capsys, monkeypatch):
+    monkeypatch.chdir(videos)
+    assert main(["ray", "flow", "index.csv", "--out", "f", "--shard", "0/2"]) == 2
+    assert "expected --shards N before COMMAND" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["ray", "flow", "index.csv", "--out", "f"]) == 2
+    assert "pip install 'ray>=2.9'" in capsys.readouterr().err
