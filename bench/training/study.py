@@ -124,6 +124,9 @@ def changed(base: Base, changes: list[str]) -> Base:
         name, _, text = change.partition("=")
         if name not in fields:
             raise SystemExit(f"--base: expected one of {', '.join(sorted(fields))}, got {name!r}")
+        if isinstance(getattr(base, name), str):
+            values[name] = text
+            continue
         numbers = tuple(map(int, text.split(",")))
         values[name] = numbers if isinstance(getattr(base, name), tuple) else numbers[0]
     return dataclasses.replace(base, **values)

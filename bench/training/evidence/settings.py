@@ -34,6 +34,7 @@ class Base:
         memory: number of entries of the queue.
         start, epochs: epochs for RGB and for flow, of the start and of a setting. The learning rate falls after 80 %.
         iic: epochs of the start and of a setting of IIC, which trains both views in one cycle.
+        iic_optimizer: "sgd", IIC's, with its learning rate of .01, or "adam", that of the other settings.
     """
 
     size: int = 24
@@ -42,6 +43,7 @@ class Base:
     start: tuple[int, int] = (16, 34)
     epochs: tuple[int, int] = (16, 16)
     iic: tuple[int, int] = (30, 30)
+    iic_optimizer: Literal["sgd", "adam"] = "sgd"
 
 
 # The first that passes its trial is the base of the set; see `chosen_base`.
@@ -172,7 +174,7 @@ def config_of(base: Base, setting: str, seed: int, index: Path, runs: Path) -> C
     config = replace(config, "loss", protocol=chosen.protocol)
     config = replace(config, "mining", **dataclasses.asdict(MiningConfig(**{"stages": 5, **chosen.changes})))
     if chosen.family == "iic":
-        config = _iic(config)
+        config = _iic(config, base.iic_optimizer)
     if not start:
         last = str(runs / start_of(setting) / "checkpoints" / "last.pt")
         views = ("rgb",) if chosen.family == "iic" else ("rgb", "flow")
@@ -181,8 +183,8 @@ def config_of(base: Base, setting: str, seed: int, index: Path, runs: Path) -> C
     return replace(config, "schedule", cycles=cycles)
 
 
-def _iic(config: Config) -> Config:
-    """Returns the config with the network, the memory bank and the optimiser of IIC's recipe (table5_iic.toml).
+def _iic(config: Config, optimizer: str) -> Config:
+    """Returns the config with the network and the memory bank of IIC's recipe (table5_iic.toml), and its optimiser.
 
     Its clips are cut and coloured like those of the other settings, since its own are of 112 pixels.
     """
@@ -190,6 +192,8 @@ def _iic(config: Config) -> Config:
     config = replace(config, "memory", kind="bank", bank_momentum=0.5)
     config = replace(config, "model", head="pooled", feature_dim=width, shared=True)
     config = replace(config, "loss", intra_negatives="repeat")
+    if optimizer == "adam":
+        return config
     return replace(config, "optim", name="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4)
 
 
