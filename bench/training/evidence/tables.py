@@ -145,7 +145,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for view, style in (("rgb", "-"), ("flow", "--")):
             curves = [row["mining"][view]["pmr"] for row in mine if view in row.get("mining", {})]
             if curves:
-                means = [statistics.mean(values) for values in zip(*curves, strict=True)]
+                # "siblings agree" mined nothing in an epoch of one seed, so that its curve is shorter.
+                means = [statistics.mean(values) for values in zip(*curves, strict=False)]
                 quality.plot(range(1, len(means) + 1), means, style, color=f"C{position}", label=f"{setting}, {view}")
         values = [row["views"][together(row)]["map"] for row in mine]
         precision.plot([position] * len(values), values, "o", color=f"C{position}", alpha=0.6)
