@@ -22,7 +22,7 @@ from cpr_fast.data.synthetic import videos as synthetic
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "docs" / f"{name}.md"
-    for name in ("data", "methods", "fidelity", "evaluation", "evidence", "kernels", "architecture")
+    for name in ("data", "methods", "fidelity", "evaluation", "evidence", "kernels", "kinetics", "architecture")
 ]
 
 
