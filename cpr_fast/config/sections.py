@@ -39,7 +39,12 @@ class DataConfig:
     index: str = ""  # the index (CSV) that `cpr-fast index` wrote; relative to the config file
     split: str = "train"  # the split of the index to train on; "" takes all videos
     frames: int = 32  # T, number of frames of a clip
-    stride: int = 1  # distance between two frames of a clip, in frames of the video
+    stride: int = 1  # distance between two frames of a clip, in frames of the video, or of data.fps
+    # Frames per second at which videos are sampled by presentation time, whatever their own rate; 0 takes every frame.
+    # Starts, data.stride and the length of a video then count these samples; see docs/data.md.
+    fps: float = 0.0
+    # With data.fps, the frames per second of extracted frames and of LMDB records, which do not state it.
+    pictures_fps: float = 0.0
     size: int = 128  # height and width of a clip, pixels
     # "coclr": random crop, flip, colour jitter, grayscale and blur; "iic": a random 112x112 crop of 128x171 frames
     augment: Literal["coclr", "iic", "none"] = "coclr"
@@ -57,8 +62,9 @@ class DataConfig:
     batch_size: int = 16  # B, videos per process and step
     workers: int = 2  # decoding threads per process
     prefetch: int = 2  # batches that are prepared in advance
-    # "stored": read the flow that `cpr-fast flow` wrote; "on_the_fly": compute TV-L1 for each clip, without storage
-    flow: Literal["stored", "on_the_fly"] = "stored"
+    # "stored": read the flow that `cpr-fast flow` wrote; "on_the_fly": compute TV-L1 for each clip, without
+    # storage; "vectors": the motion vectors of H.264 or MPEG-4, added up over data.stride frames
+    flow: Literal["stored", "on_the_fly", "vectors"] = "stored"
     exact: bool = False  # use PyAV and PIL instead of DALI: slower, but the same bits on every device
     # memory per process for decoded videos, GiB (CPU only); every clip is decoded again with 0, or if less than a tenth
     # of the videos fit

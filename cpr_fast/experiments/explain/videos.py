@@ -92,6 +92,8 @@ def _views(config: Config, views: list[str], index: Index | None) -> str:
         return text
     if config.data.flow == "on_the_fly":
         return f"{text}; flow is computed from the frames of each clip (TV-L1)"
+    if config.data.flow == "vectors":
+        return f"{text}; flow is read from the motion vectors of the videos"
     missing = sum(video.flow_path is None for video in index or ())
     return f"{text}; flow is read from files (TV-L1, `cpr-fast flow`)" + (f"; {missing} have none" if missing else "")
 
@@ -100,4 +102,5 @@ def _short(data: DataConfig) -> str:
     padded = "shorter than a clip are padded with frame 0 on the left"
     if data.short_videos == "keep":
         return f"those {padded}"
-    return f"those of {counted(data.frames // 2 * data.stride + 1, 'frame')} or fewer are dropped; others {padded}"
+    most = counted(data.frames // 2 * data.stride + 1, "frame" if not data.fps else "sample")
+    return f"those of {most} or fewer are dropped; others {padded}"
