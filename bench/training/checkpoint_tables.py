@@ -15,6 +15,7 @@ from page import markdown_table
 from scipy.stats import rankdata, spearmanr
 
 from cpr_fast.mining.unlabelled import SIGNS
+from cpr_fast.wording import listed
 
 Row = dict[str, Any]
 GOAL = 0.8
@@ -88,12 +89,19 @@ def mean_of_views(rows: list[Row], target: str) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def measured_with(rows: list[Row]) -> str:
+    """Returns the processors, versions of torch and commits of the rows."""
+    found = {key: listed(sorted({row[key] for row in rows})) for key in ("device", "torch", "commit")}
+    return f"{found['device']}, torch {found['torch']}, commit {found['commit']}"
+
+
 def tables(rows: list[Row]) -> Iterator[str]:
     """Yields the parts of the section "Results"."""
     runs = {(row["set"], row["run"]) for row in rows}
     yield (
         f"{len(rows)} encoders of {len(runs)} runs. Spearman's correlation of the score; † below {GOAL}. Within: mean "
-        f"over the runs and views with at least {LEAST} checkpoints. Between: among the last checkpoints of the runs."
+        f"over the runs and views with at least {LEAST} checkpoints. Between: among the last checkpoints of the runs. "
+        f"Measured with {measured_with(rows)}."
     )
     header = ["encoders", "number", "runs", *TARGETS.values(), "R@1 / R@1, all, with mAP", "within: R@1, all",
               "within: mAP", "between: R@1, all", "between: mAP"]  # fmt: skip

@@ -30,7 +30,8 @@ def choice(script):
 def planted(name, run, view, scores, rates):
     return [
         {"set": name, "run": run, "view": view, "epoch": epoch, "score": score, "same_video": score, "siblings": None,
-         "neighbours": -score, "effective_rank": 2.0, "r@1": rate, "r@1_all": rate, "map": rate / 2}
+         "neighbours": -score, "effective_rank": 2.0, "r@1": rate, "r@1_all": rate, "map": rate / 2,
+         "device": "a processor", "torch": "2", "commit": "abc"}
         for epoch, (score, rate) in enumerate(zip(scores, rates, strict=True))
     ]  # fmt: skip
 
@@ -63,6 +64,7 @@ def test_the_tables_keep_the_runs_apart_on_which_the_score_was_chosen(choice):
     text = "\n".join(choice.tables(rows))
     held = next(line for line in text.splitlines() if line.startswith("| held out, all sets"))
     assert "| 5 | 1 | 0.90 |" in held and "-1.00 †" in text and "10 encoders of 2 runs" in text
+    assert "Measured with a processor, torch 2, commit abc." in text
     assert "| synthetic, RGB | 1 | 20.0 / 40.0 | 20.0 / 40.0 | 25.0 / 50.0 |" in text
 
 
