@@ -1,6 +1,6 @@
 """Takes every shipped encoder through the commands of a user, on real clips.
 
-    python bench/training/encoders.py [--networks r3d vit …]
+    python bench/training/encoders.py [--networks r3d vit … | --table]
 
 Needs the clips of UCF101 in $CPR_FAST_SHARED/data (default ../shared/data), and the packages torchvision and
 transformers. Each network is trained on eight clips by a small recipe of three cycles, whose last one mines, and goes
@@ -43,6 +43,7 @@ from cpr_fast.data.index.build import IndexOptions, write_index
 from cpr_fast.data.index.index import Index
 from cpr_fast.runtime.metrics import read_metrics
 from cpr_fast.weights.checkpoint import load_checkpoint, load_encoders
+from cpr_fast.wording import listed
 
 CLASSES = ("BabyCrawling", "BalanceBeam", "Biking", "BlowDryHair")
 RECIPE = """[data]
@@ -79,8 +80,10 @@ that every command works with every network. It does not show that anything is l
 
 - *resumed = straight*: the run was continued from the checkpoint after three of four epochs, in the cycle that mines,
   by `pretrain --resume`; `cpr-fast diff` compared ledger and checkpoints of both runs bit for bit.
-- *finetune*: with `--layer-decay 0.75`. *search*: the similarity of a clip of the index to itself, which it found
-  first. *Equal* below is bit for bit.
+- *finetune*: with `--layer-decay 0.75`. *search*: the similarity of a clip of the index to itself, or 0 if another clip
+  was found first. The S3Ds of the package have 0: after four steps the running statistics of their BatchNorm are near
+  the initial values, and the cosine of the features of any two clips is above 0.9999.
+- *Loss*: in the first epoch the negatives are the random vectors of the queue. *Equal* is bit for bit.
 - *safetensors*: the tensors of the file and of the checkpoint. *hub*: features of the training clips by
   `cpr_fast.from_pretrained` of the exported folder and by the checkpoint; *own code*: by the folder's `modeling.py`,
   which needs torch alone. *ONNX*: the largest deviation of ONNX Runtime's features, relative to the largest feature.
@@ -271,7 +274,14 @@ def page(rows: list[dict[str, Any]]) -> str:
         )  # fmt: skip
     title = "# Every shipped encoder through the commands, on real clips"
     command = "`python bench/training/encoders.py`, or with `--networks NAME …` for some of the rows."
-    return f"{title}\n\n{command}\n\n{ABOUT}{markdown_table(header, lines)}"
+    of = {key: listed(sorted({row[key] for row in rows})) for key in ("device", "torch", "torchvision", "transformers")}
+    machine = (
+        f"{of['device']}, torch {of['torch']}, torchvision {of['torchvision']}, transformers {of['transformers']}."
+    )
+    names = {row["network"] for row in rows}
+    missing = [network.name for network in NETWORKS if network.name not in names]
+    more = f"\nNot measured yet: {listed(missing)}.\n" if missing else ""
+    return f"{title}\n\n{command} {machine}\n\n{ABOUT}{markdown_table(header, lines)}{more}"
 
 
 def without_compiled_operators() -> None:
@@ -285,16 +295,20 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=[n.name for n in NETWORKS], metavar="NAME",
                         help=f"of {', '.join(n.name for n in NETWORKS)}")  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only write the page of the stored rows again")
     args = parser.parse_args()
     if unknown := set(args.networks) - {network.name for network in NETWORKS}:
         parser.error(f"--networks: expected names of {', '.join(n.name for n in NETWORKS)}, got {sorted(unknown)}")
     without_compiled_operators()
     torch.set_num_threads(1)
     results = args.results.resolve()
-    about = {key: value for key, value in world("cpu").items() if key != "command"}
-    about |= {name: version(name) for name in ("torchvision", "transformers")}
     file = results / "encoders.json"
     rows = {row["network"]: row for row in json.loads(file.read_text())} if file.exists() else {}
+    if args.table:
+        write_result("encoders.md", page(list(rows.values())), results)
+        return
+    about = {key: value for key, value in world("cpu").items() if key != "command"}
+    about |= {name: version(name) for name in ("torchvision", "transformers")}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         write_videos(Path())
         for network in NETWORKS:

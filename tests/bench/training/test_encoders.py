@@ -12,7 +12,8 @@ from cpr_fast.config.sections import CONVOLUTIONAL, FACTORIES
 
 ROW = {"network": "r3d", "clip": "8x64x64", "parameters": 903_984, "features": 128, "first_loss": 1.0, "last_loss": 0.5,
        "resumed_equal": True, "retrieve": 0.25, "probe": 0.5, "finetune": 0.75, "search": 1.0, "safetensors": True,
-       "hub": True, "modeling": True, "onnx_error": 3e-7, "cpu_s": 8.0, "commit": "abc"}  # fmt: skip
+       "hub": True, "modeling": True, "onnx_error": 3e-7, "cpu_s": 8.0, "commit": "abc",
+       "device": "a processor", "torch": "2", "torchvision": "0", "transformers": "5"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,8 @@ def script(training_script):
 
 
 def cells(text: str) -> list[str]:
-    return [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
+    line = next(line for line in text.splitlines() if line.startswith("| r3d"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 @pytest.mark.parametrize("key", ["resumed_equal", "safetensors", "hub", "modeling"])
@@ -29,6 +31,7 @@ def test_a_difference_is_named(script, key):
     assert "DIFFERENT" not in script.page([ROW])
     assert len(re.findall("DIFFERENT", script.page([ROW | {key: False}]))) == 1
     assert cells(script.page([ROW]))[6:9] == ["25", "50", "75"]
+    assert "Not measured yet: s3d, s3dg" in script.page([ROW])
 
 
 def test_all_shipped_networks_have_a_recipe(script, tmp_path):
