@@ -26,6 +26,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from evidence.tables import replace_results
 from measure import RESULTS, ROOT, world, write_result
@@ -37,6 +38,7 @@ from cpr_fast.mining.proxies import mutual_neighbours, view_agreement
 from cpr_fast.mining.quality import class_units
 from cpr_fast.ops import cascade_select
 from cpr_fast.weights.checkpoint import load_checkpoint
+from cpr_fast.wording import listed
 
 NAME = "auto_cascade"
 TOP_K = 5  # the default of mining.top_k: the largest number of entries that may be kept as positives
@@ -296,8 +298,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     stored = args.results / f"{NAME}.json"
-    earlier = json.loads(stored.read_text())["rows"] if stored.exists() else []
-    report = {"rows": earlier}
+    report = json.loads(stored.read_text()) if stored.exists() else {"rows": []}
+    earlier = report["rows"]
     if not args.table:
         made = sets() | {f"memory of {path}": partial(of_checkpoint, path) for path in args.checkpoint}
         if unknown := set(args.sets or ()) - set(made):
@@ -312,7 +314,9 @@ def main() -> None:
             report = machine | {"rows": [rows[name] for name in {**made, **rows} if name in rows]}
             write_result(stored.name, json.dumps(report, indent=1) + "\n", args.results)
     page = args.results / f"{NAME}.md"
-    text = "\n\n".join(part.strip() for part in tables(report["rows"]))
+    commits = listed(sorted({row["commit"] for row in report["rows"]}))
+    measured = f"Measured with {report['device']}, torch {report['torch']}, commit {commits}."
+    text = "\n\n".join([measured, *(part.strip() for part in tables(report["rows"]))])
     write_result(page.name, replace_results(page.read_text(), text, f"{NAME}.py"), args.results)
 
 

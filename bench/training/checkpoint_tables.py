@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from evidence.videos import SETS, TITLES
 from matplotlib import pyplot
 from page import markdown_table
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from cpr_fast.mining.unlabelled import SIGNS
+from cpr_fast.wording import listed
 
 Row = dict[str, Any]
 GOAL = 0.8
@@ -86,12 +89,19 @@ def mean_of_views(rows: list[Row], target: str) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def measured_with(rows: list[Row]) -> str:
+    """Returns the processors, versions of torch and commits of the rows."""
+    found = {key: listed(sorted({row[key] for row in rows})) for key in ("device", "torch", "commit")}
+    return f"{found['device']}, torch {found['torch']}, commit {found['commit']}"
+
+
 def tables(rows: list[Row]) -> Iterator[str]:
     """Yields the parts of the section "Results"."""
     runs = {(row["set"], row["run"]) for row in rows}
     yield (
         f"{len(rows)} encoders of {len(runs)} runs. Spearman's correlation of the score; † below {GOAL}. Within: mean "
-        f"over the runs and views with at least {LEAST} checkpoints. Between: among the last checkpoints of the runs."
+        f"over the runs and views with at least {LEAST} checkpoints. Between: among the last checkpoints of the runs. "
+        f"Measured with {measured_with(rows)}."
     )
     header = ["encoders", "number", "runs", *TARGETS.values(), "R@1 / R@1, all, with mAP", "within: R@1, all",
               "within: mAP", "between: R@1, all", "between: mAP"]  # fmt: skip
@@ -118,7 +128,93 @@ def tables(rows: list[Row]) -> Iterator[str]:
         values = [[correlation(part, sign, target) for target in ("map", "r@1_all")] for sign in signs]
         alone.append([name, *(" / ".join(map(plain, pair)) for pair in values)])
     yield markdown_table(["encoders", *signs], alone)
+    yield "### Other forms of the score\n\n" + forms_table(rows)
     yield "### What the choice costs\n\n" + chosen_table(rows)
+
+
+def forms() -> dict[str, tuple[tuple[float, ...], float]]:
+    """Returns the weights of the three signs and the power of the logarithm of the effective rank of every form that is
+    tried, by name; the score has equal weights and the power 1."""
+    found = {}
+    for weights in product((0, 0.5, 1, 2, 4), (0, 0.5, 1, 2), (0, 0.5, 1, 2, 4)):
+        if total := sum(weights):
+            shares = tuple(round(weight / total, 3) for weight in weights)
+            found |= {f"{shares}, {power}": (shares, power) for power in (0, 0.5, 1, 1.5, 2)}
+    return found
+
+
+def value_of(row: Row, weights: Sequence[float], power: float) -> float:
+    """Returns the value of a form; `siblings`, where it is None, is left out of the mean, as it is of the score."""
+    known = [(weight, row[sign]) for weight, sign in zip(weights, SIGNS[:3], strict=True) if row[sign] is not None]
+    mean = sum(weight * sign for weight, sign in known) / (sum(weight for weight, _ in known) or 1)
+    return mean * math.log(row["effective_rank"]) ** power if mean > 0 else mean
+
+
+def judged(values: np.ndarray, target: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Returns, for forms with values [F, N] and a target [N], Spearman's correlation within each part of the rows that
+    has at least `LEAST`, averaged over the parts [F]."""
+    found = []
+    for part in np.unique(parts):
+        mine = parts == part
+        if mine.sum() >= LEAST:
+            ranks = rankdata(np.vstack([values[:, mine], target[mine]]), axis=1)
+            ranks -= ranks.mean(1, keepdims=True)
+            norms = np.linalg.norm(ranks, axis=1)
+            found.append(ranks[:-1] @ ranks[-1] / np.maximum(norms[:-1] * norms[-1], 1e-12))
+    return np.mean(found, 0) if found else np.zeros(len(values))
+
+
+def in_order(values: np.ndarray, target: np.ndarray, parts: np.ndarray, mine: np.ndarray) -> tuple[int, int]:
+    """Returns how many pairs of rows of the same part, at least one of which is in `mine`, have values in the order of
+    their targets, and how many there are; equal targets are left out."""
+    pairs = [
+        (i, j)
+        for i in np.flatnonzero(mine)
+        for j in np.flatnonzero(parts == parts[i])
+        if target[i] != target[j] and not (mine[j] and j < i)
+    ]
+    return sum((values[i] - values[j]) * (target[i] - target[j]) > 0 for i, j in pairs), len(pairs)
+
+
+def forms_table(rows: list[Row]) -> str:
+    """Returns how well other forms of the score do, chosen on all held-out rows, or on rows that are not judged."""
+    tried = forms()
+    values = np.array([[value_of(row, *form) for row in rows] for form in tried.values()])
+    score = list(tried).index("(0.333, 0.333, 0.333), 1")
+    chosen = np.array([row["run"] in CHOSEN_ON for row in rows])
+    sets, runs = (np.array([row["set"] + "/" * (key == "run") + row["run"] * (key == "run") for row in rows])
+                  for key in ("set", "run"))  # fmt: skip
+    parts = np.array([f"{row['set']} {row['view']} {row['run'] in CHOSEN_ON}" for row in rows])
+    lines = []
+    for target, title in TARGETS.items():
+        wanted = np.array([row[target] for row in rows])
+
+        def correlations(mask: np.ndarray, wanted: np.ndarray = wanted) -> np.ndarray:
+            return judged(values[:, mask], wanted[mask], parts[mask])
+
+        held = correlations(~chosen)
+        without_set = [correlations(~chosen & (sets == name))[correlations(sets != name).argmax()]
+                       for name in np.unique(sets[~chosen])]  # fmt: skip
+        counts = np.zeros(3)
+        for run in np.unique(runs[~chosen]):
+            mine, best = runs == run, correlations(runs != run).argmax()
+            ours, pairs = in_order(values[score], wanted, parts, mine)
+            counts += (ours, in_order(values[best], wanted, parts, mine)[0], pairs)
+        of_sets = [correlations(~chosen & (sets == name))[score] for name in np.unique(sets[~chosen])]
+        lines.append(
+            [title, f"{held[score]:.2f}", f"{held.max():.2f}", f"{held[correlations(chosen).argmax()]:.2f}",
+             f"{np.mean(of_sets):.2f}", f"{np.mean(without_set):.2f}",
+             *(f"{100 * count / counts[2]:.1f}" for count in counts[:2])]
+        )  # fmt: skip
+    header = ["target", "score", "best form on these rows", "form chosen on the three runs", "score, mean of sets",
+              "form chosen without the set", "score: pairs in order, %", "form chosen without the run"]  # fmt: skip
+    return (
+        f"{len(tried)} forms: weighted means of the three signs, times a power (0 to 2) of the logarithm of the "
+        "effective rank. The first three columns are means over the held-out sets and views. *Without the set*: the "
+        "form is the best one on the rows of the other sets. *Pairs in order*: of two checkpoints of one set and view, "
+        "one of them of the run that is left out, the form that is best on the rows of all other runs gives the higher "
+        "value to the one with the higher target.\n\n" + markdown_table(header, lines)
+    )
 
 
 def chosen_table(rows: list[Row]) -> str:

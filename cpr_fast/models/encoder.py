@@ -109,6 +109,7 @@ class FactoryEncoder(Encoder):
         super().__init__(backbone, nn.Identity())
         self.arch, self.pool, self._identity = model.arch, model.pool, identity
         self._width: int | None = None
+        self._dims: int | None = None  # of the output for the first clip
         self.normalises = given != expected
         (mean, std), (new_mean, new_std) = (torch.tensor(values, dtype=torch.float64) for values in (given, expected))
         for name, values in (("scale", std / new_std), ("shift", (mean - new_mean) / new_std)):
@@ -140,9 +141,12 @@ class FactoryEncoder(Encoder):
             )
         elif len(shape) != 2:
             outputs = outputs.mean(1 if len(shape) == 3 else (2, 3, 4), dtype=torch.float32)
-        if self._width is not None and outputs.shape[1] != self._width:
+        if self._width is None:
+            self._dims = len(shape)
+        elif (len(shape), outputs.shape[1]) != (self._dims, self._width):
             raise InputError(
-                f"model.arch {self.arch!r}: expected {self._width} features, as for the first clip, got {shape}"
+                f"model.arch {self.arch!r}: expected {self._width} features in an output of {self._dims} dimensions, "
+                f"as for the first clip, got {shape}"
             )
         return outputs.float()
 
@@ -154,6 +158,15 @@ class FactoryEncoder(Encoder):
                 f"got {counted(features.shape[0], 'row')} for clips {list(clips.shape)}"
             )
         return features
+
+    def forward(self, clips: Tensor) -> Tensor:
+        features = self.features(clips)
+        if self.training and torch.is_grad_enabled() and not features.requires_grad:
+            raise InputError(
+                f"model.arch {self.arch!r}: expected features with a gradient, so that the network can be trained, got "
+                "features without one; none of its parameters has requires_grad, or it computes under torch.no_grad"
+            )
+        return self.head(features)
 
     @torch.no_grad()
     def measure(self, data: DataConfig) -> None:

@@ -58,7 +58,7 @@ def make_network(model: ModelConfig, data: DataConfig) -> tuple[nn.Module, Calla
             network = factory(**args)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-        except Exception as error:  # of the user's code
+        except (Exception, SystemExit) as error:  # of the user's code
             if out_of_memory(error):
                 raise
             raise InputError(f"{where}: the factory raised {described(error)}; model.args is {model.args}") from error
@@ -138,7 +138,7 @@ def _import_file(place: str, where: str) -> types.ModuleType:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[name])
-        except Exception as error:  # of the user's code
+        except (Exception, SystemExit) as error:  # of the user's code
             del sys.modules[name]
             raise InputError(f"{where}: importing {str(path)!r} raised {described(error)}") from error
     return sys.modules[name]
@@ -148,7 +148,7 @@ def _import_module(place: str, where: str) -> types.ModuleType:
     importlib.invalidate_caches()  # the file may be new
     try:
         return importlib.import_module(place)
-    except Exception as error:  # of the user's code
+    except (Exception, SystemExit) as error:  # of the user's code
         if isinstance(error, ModuleNotFoundError) and error.name and f"{place}.".startswith(f"{error.name}."):
             raise InputError(
                 f"{where}: there is no module {error.name!r}; install it, run the command in the folder that holds it, "

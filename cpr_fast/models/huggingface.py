@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from cpr_fast.errors import InputError, is_installed
 from cpr_fast.wording import expected
 
 _PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")  # hold the mean and std of the pixels
+# Settings of config.json that say how the weights were saved, or name classes, and do not decide the network.
+_NOT_OF_THE_NETWORK = (
+    "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "id2label", "label2id",
+)  # fmt: skip
 
 
 class HuggingFaceEncoder(nn.Module):
@@ -66,9 +71,7 @@ def encoder(path: str | None = None, config: dict[str, Any] | None = None) -> nn
         except ValueError as error:
             raise InputError(f"model.args.config: {error}") from error
         return HuggingFaceEncoder(AutoModel.from_config(settings), {})
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"model.args.path: {expected('a folder with the config.json of a model', folder)}")
+    folder = _model_folder(path)
     model, loaded = AutoModel.from_pretrained(
         str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
     )
@@ -77,6 +80,49 @@ def encoder(path: str | None = None, config: dict[str, Any] | None = None) -> nn
             f"model.args.path: expected all weights of {type(model).__name__} in {path!r}, but {len(missing)} are "
             f"missing: {', '.join(missing[:3])}"
         )
+    return HuggingFaceEncoder(model.float(), _preprocessor(folder))
+
+
+def settings(path: str) -> tuple[dict[str, Any], tuple[float, ...], tuple[float, ...]]:
+    """Returns what `encoder(config=...)` needs to build the network of a folder without its weights, and the mean and
+    standard deviation of its pixels, which are empty if the folder does not state them.
+
+    Raises:
+        InputError: transformers is not installed, the folder is not there, or its settings do not say all.
+    """
+    if not is_installed("transformers"):
+        raise InputError("the package transformers is not installed: pip install transformers")
+    from transformers import AutoConfig
+
+    folder = _model_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        found = _of_the_network(config.to_diff_dict())
+        rebuilt = AutoConfig.for_model(**copy.deepcopy(found))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"model.args.path: {str(folder / 'config.json')!r}: {error}") from error
+    wanted, got = _of_the_network(config.to_dict()), _of_the_network(rebuilt.to_dict())
+    if lost := [key for key in wanted if wanted[key] != got.get(key)]:
+        raise InputError(
+            f"model.args.path: expected settings that model.args.config can hold in {str(folder / 'config.json')!r}, "
+            f"got others: {', '.join(lost)}"
+        )
+    preprocessor = _preprocessor(folder)
+    return found, *(tuple(preprocessor.get(key) or ()) for key in ("image_mean", "image_std"))
+
+
+def _of_the_network(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in _NOT_OF_THE_NETWORK}
+
+
+def _model_folder(path: str) -> Path:
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model.args.path: {expected('a folder with the config.json of a model', folder)}")
+    return folder
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    """Returns the settings of the preprocessing of pixels; {} if the folder has none."""
     files = (folder / name for name in _PREPROCESSORS)
-    found = next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()), {})
-    return HuggingFaceEncoder(model.float(), found)
+    return next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()), {})

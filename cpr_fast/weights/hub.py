@@ -5,6 +5,7 @@ Letters in shapes: N clips, T frames, H x W pixels, C pooled features, D feature
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from cpr_fast.config import Config, ConfigError
 from cpr_fast.config.pixels import normalisation
 from cpr_fast.errors import InputError
-from cpr_fast.models import Encoder, FactoryEncoder, build_encoder
+from cpr_fast.models import Encoder, FactoryEncoder, build_encoder, huggingface
 from cpr_fast.runtime.files import created, replacing
 from cpr_fast.weights.checkpoint import load_trained
 from cpr_fast.weights.exporting import chosen_view, write_safetensors
@@ -44,17 +45,13 @@ def export_folder(
     Raises:
         CheckpointError: see `load_trained`.
         InputError: the checkpoint lacks the view, or holds heads that were trained on stored features or a network
-            that is built from another folder; or `out` is a file or holds files.
+            that is built from another folder and is not of transformers; or `out` is a file or holds files.
     """
     (config, payload), out = load_trained(checkpoint), Path(out)
     if config.data.features:
         raise InputError("--to: expected safetensors for heads that were trained on stored features, got 'hub'")
-    if "path" in config.model.args:
-        raise InputError(
-            f"--to hub: the network is built from model.args.path {config.model.args['path']!r}, which the written "
-            "folder would need; expected a network without it (for transformers model.args.config), or --to safetensors"
-        )
     _require_new_folder(out)
+    config = _without_folder(config)
     about = _about(config, list(payload["encoders"]), chosen_view(payload, view))
     text = card(about, payload)
     with created(out):
@@ -126,6 +123,22 @@ def _about(config: Config, views: list[str], view: str) -> dict[str, Any]:
         | ({"fps": data.fps} if data.fps else {}),
         "training": training,
     }
+
+
+def _without_folder(config: Config) -> Config:
+    """Returns the config with the settings of a model of transformers in place of the folder that held them, so that
+    the written folder is complete. Raises InputError for another network that is built from a folder."""
+    model = config.model
+    if "path" not in model.args:
+        return config
+    if model.factory != (huggingface.__name__, "encoder"):
+        raise InputError(
+            f"--to hub: the network is built from model.args.path {model.args['path']!r}, which the written folder "
+            "would need; expected a network without it, or --to safetensors"
+        )
+    settings, mean, std = huggingface.settings(model.args["path"])
+    model = dataclasses.replace(model, args={"config": settings}, mean=mean or model.mean, std=std or model.std)
+    return dataclasses.replace(config, model=model)
 
 
 def _arguments(config: Config) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import sys
 
 import pytest
@@ -86,12 +87,22 @@ def test_other_outputs_are_refused_with_what_came_and_what_was_expected(build, w
         build("returns", args={"what": what})
 
 
+@pytest.mark.parametrize(("what", "got"), [("fewer", [2, 3]), ("tokens", [2, 1, 4])])
+def test_an_output_that_changes_its_shape_is_refused(build, what, got):
+    encoder = build("returns", args={"what": what})
+    with pytest.raises(
+        InputError, match=rf"expected 4 features in an output of 2 dimensions, .*, got {re.escape(str(got))}"
+    ):
+        encoder.features(clips(2))
+
+
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
         ("Token", {}, r"model.arch '.*net.py:Token': expected a class or function 'Token' .*did you mean 'Tokens'\?"),
         ("SCALE", {}, "expected 'SCALE' to be a class or function, got Tensor"),
         ("no_network", {}, "expected the factory to return an nn.Module, got int"),
+        ("leaves", {}, r"the factory raised SystemExit: 3 \(.*net.py, line \d+\)"),
         ("fails", {}, r"the factory raised RuntimeError: no luck \(.*net.py, line \d+\)"),
         (
             "refuses",

@@ -8,6 +8,7 @@ import dis
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -198,20 +199,44 @@ def test_heads_on_stored_features_are_refused_by_name(tmp_path, capsys):
     assert "trained on stored features, got 'hub'" in capsys.readouterr().err and not (tmp_path / "net").exists()
 
 
-def test_a_network_in_a_folder_of_transformers_is_refused_by_name(tmp_path, monkeypatch):
-    model = {"arch": "cpr_fast.models.huggingface:encoder", "args": {"path": "/models/videomae"}}
-    config = Config.from_dict({"model": model})
+def test_a_network_that_is_built_from_a_folder_is_refused_by_name(tmp_path, monkeypatch):
+    config = Config.from_dict({"model": {"arch": "nets:wrapped", "args": {"path": "/models/mine"}}})
     monkeypatch.setattr(hub, "load_trained", lambda path: (config, {"encoders": {"rgb": {}}}))
-    with pytest.raises(InputError, match="model.args.path '/models/videomae'.*or --to safetensors"):
+    with pytest.raises(InputError, match="model.args.path '/models/mine'.*or --to safetensors"):
         hub.export_folder("net.pt", tmp_path / "net", view=None, card=lambda about, payload: "")
     assert not (tmp_path / "net").exists()
 
 
+VIDEOMAE = {"model_type": "videomae", "image_size": 32, "patch_size": 16, "num_frames": 8, "intermediate_size": 48,
+            "hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "tubelet_size": 2}  # fmt: skip
+VJEPA2 = {"model_type": "vjepa2", "crop_size": 32, "patch_size": 16, "frames_per_clip": 8, "hidden_size": 24,
+          "num_attention_heads": 2, "num_hidden_layers": 2, "tubelet_size": 2, "pred_hidden_size": 24,
+          "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1, "mlp_ratio": 3.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [VIDEOMAE, VJEPA2], ids=["videomae", "vjepa2"])
+def test_a_model_of_transformers_from_a_folder_needs_that_folder_no_more(tmp_path, settings):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    folder = tmp_path / "model"
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**settings))
+    model.half().save_pretrained(folder)
+    pixels = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.2, 0.5]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    args = {"path": str(folder)}
+    file = checkpoint(tmp_path / "net.pt", arch="cpr_fast.models.huggingface:encoder", args=args, width=1.0)
+    clips = torch.randn(2, 3, 8, 32, 32)
+    with torch.no_grad():
+        expected = load_pretrained(str(file)).encoders["rgb"].features(clips)
+        assert export(file, tmp_path / "net") == 0
+        shutil.rmtree(folder)
+        assert torch.equal(cpr_fast.from_pretrained(tmp_path / "net").features(clips), expected)
+    assert str(folder) not in "".join(path.read_text() for path in (tmp_path / "net").glob("*.[jm]*[dn]"))
+    assert export(file, tmp_path / "again") == 2 and not (tmp_path / "again").exists()
+
+
 def test_a_model_of_transformers_that_the_recipe_describes(tmp_path):
     pytest.importorskip("transformers", reason="needs transformers")
-    settings = {"model_type": "videomae", "image_size": 32, "patch_size": 16, "num_frames": 8, "intermediate_size": 48,
-                "hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "tubelet_size": 2}  # fmt: skip
-    args = {"config": settings}
+    args = {"config": VIDEOMAE}
     file = checkpoint(tmp_path / "net.pt", arch="cpr_fast.models.huggingface:encoder", args=args, width=1.0)
     assert export(file, tmp_path / "net") == 0
     clips = torch.randn(2, 3, 8, 32, 32)

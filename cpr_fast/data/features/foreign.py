@@ -114,7 +114,12 @@ def load_file(path: Path) -> Any:
         import torch
 
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except pickle.UnpicklingError:  # of torch.load, whose text is about its own options
+        raise InputError(
+            f"{path}: expected tensors that torch.save wrote, alone or in a dict or list, got other objects or a "
+            "damaged file; save arrays as tensors (torch.from_numpy) or by numpy.save"
+        ) from None
+    except (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: expected arrays of numbers that NumPy or torch saved, got: {said}") from None
 

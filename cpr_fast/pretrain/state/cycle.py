@@ -206,10 +206,21 @@ def _build_encoders(
     clips: int,
     world: World,
 ) -> Encoders:
-    """Builds the encoders of a cycle; `clips` is the number of videos per step, over all processes."""
+    """Builds the encoders of a cycle; `clips` is the number of videos per step, over all processes.
+
+    Raises:
+        InputError: see `build_encoder`; or the network has no parameters that can be trained.
+    """
     model, memory, parts = config.model, config.memory, config.optim.accumulate
+    query = initial_encoder(config, views[0], weights)
+    if not any(weight.requires_grad for weight in query.backbone.parameters()):
+        count = sum(1 for _ in query.backbone.parameters())
+        raise InputError(
+            f"model.arch {model.arch!r}: expected a network with parameters to train, got "
+            f"{counted(count, 'parameter')}{', all with requires_grad = False' if count else ''}"
+        )
     return Encoders(
-        initial_encoder(config, views[0], weights),
+        query,
         initial_encoder(config, views[1], weights) if len(views) > 1 and not model.shared else None,
         momentum=cycle.applied_to(memory).ema_momentum if has_key_encoder(config) else None,
         groups=batch_norm_groups(memory.shuffle_bn_groups, clips, world.size, parts),

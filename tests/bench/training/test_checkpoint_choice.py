@@ -3,7 +3,9 @@
 import json
 import sys
 
+import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")
 
@@ -28,7 +30,8 @@ def choice(script):
 def planted(name, run, view, scores, rates):
     return [
         {"set": name, "run": run, "view": view, "epoch": epoch, "score": score, "same_video": score, "siblings": None,
-         "neighbours": -score, "effective_rank": 2.0, "r@1": rate, "r@1_all": rate, "map": rate / 2}
+         "neighbours": -score, "effective_rank": 2.0, "r@1": rate, "r@1_all": rate, "map": rate / 2,
+         "device": "a processor", "torch": "2", "commit": "abc"}
         for epoch, (score, rate) in enumerate(zip(scores, rates, strict=True))
     ]  # fmt: skip
 
@@ -61,7 +64,30 @@ def test_the_tables_keep_the_runs_apart_on_which_the_score_was_chosen(choice):
     text = "\n".join(choice.tables(rows))
     held = next(line for line in text.splitlines() if line.startswith("| held out, all sets"))
     assert "| 5 | 1 | 0.90 |" in held and "-1.00 †" in text and "10 encoders of 2 runs" in text
+    assert "Measured with a processor, torch 2, commit abc." in text
     assert "| synthetic, RGB | 1 | 20.0 / 40.0 | 20.0 / 40.0 | 25.0 / 50.0 |" in text
+
+
+def test_the_form_with_equal_weights_is_the_score_of_the_rows(choice, script):
+    rows = script.read_rows(script.RESULTS / "checkpoint_choice.jsonl")
+    form = choice.forms()["(0.333, 0.333, 0.333), 1"]
+    assert [choice.value_of(row, *form) for row in rows] == pytest.approx([row["score"] for row in rows])
+
+
+def test_forms_are_judged_within_the_parts_of_the_rows(choice):
+    random = np.random.default_rng(0)
+    values, target = random.integers(5, size=(3, 17)), random.integers(5, size=17)
+    parts = np.array(["a"] * 8 + ["b"] * 6 + ["c"] * 3)  # the last one has too few rows
+    wanted = [np.mean([spearmanr(v[parts == p], target[parts == p]).statistic for p in "ab"]) for v in values]
+    assert choice.judged(values, target, parts) == pytest.approx(wanted)
+    assert choice.judged(values, target, np.arange(17)).tolist() == [0, 0, 0]
+
+
+def test_pairs_in_order_are_those_of_the_run_that_is_left_out(choice):
+    parts, mine = np.array(["a", "a", "a", "b"]), np.array([True, True, False, True])
+    values, target = np.array([1.0, 2.0, 0.0, 9.0]), np.array([1.0, 3.0, 2.0, 0.0])
+    assert choice.in_order(values, target, parts, mine) == (2, 3)  # of 0-1, 0-2 and 1-2, the second is not
+    assert choice.in_order(values, np.array([1.0, 1.0, 2.0, 0.0]), parts, mine) == (0, 2)  # equal targets
 
 
 @pytest.mark.slow

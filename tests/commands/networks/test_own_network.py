@@ -162,6 +162,46 @@ def test_wrong_options_are_answered(folder, monkeypatch, capsys, words, message)
     assert not Path("other").exists()
 
 
+NOTHING_TO_TRAIN = """
+import torch
+from torch import nn
+from net import Tokens
+
+
+class Without(nn.Module):
+    def forward(self, clips):
+        return clips.mean((3, 4)).flatten(1)
+
+
+def fixed() -> nn.Module:
+    return Tokens().requires_grad_(False)
+
+
+class Apart(Tokens):
+    @torch.no_grad()
+    def forward(self, clips):
+        return super().forward(clips)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Without", "expected a network with parameters to train, got 0 parameters"),
+        ("fixed", r"expected a network with parameters to train, got \d+ parameters, all with requires_grad = False"),
+        ("Apart", "expected features with a gradient, .* got features without one"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_refused_and_leaves_no_folder(folder, monkeypatch, capsys, name, message):
+    monkeypatch.chdir(folder)
+    Path("untrained.py").write_text(NOTHING_TO_TRAIN)
+    Path("untrained.toml").write_text(RECIPE.format(arch=f"untrained.py:{name}", args="{}", out="untrained"))
+    assert main(["pretrain", "untrained.toml"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(f"model.arch '.*untrained.py:{name}': {message}", error), error
+    assert not Path("untrained").exists()
+
+
 @pytest.mark.parametrize("trained", ["own"], indirect=True)
 def test_features_that_are_not_finite_are_not_ranked(trained, capsys, tmp_path):
     payload = load_checkpoint(trained[1])
