@@ -55,9 +55,9 @@ CANDIDATES = {
         Base(stride=3, start=(20, 40), epochs=(10, 10)),
     ),
     "shrec17": (
-        Base(stride=3, start=(5, 10), epochs=(3, 3), iic=(8, 5), iic_optimizer="adam"),
-        Base(stride=3, start=(5, 10), epochs=(3, 3), size=32, iic=(8, 5), iic_optimizer="adam"),
-        Base(stride=3, start=(10, 20), epochs=(4, 4), iic=(8, 5), iic_optimizer="adam"),
+        Base(stride=3, start=(5, 10), epochs=(3, 3), iic=(8, 15), iic_optimizer="adam"),
+        Base(stride=3, start=(5, 10), epochs=(3, 3), size=32, iic=(8, 15), iic_optimizer="adam"),
+        Base(stride=3, start=(10, 20), epochs=(4, 4), iic=(8, 15), iic_optimizer="adam"),
     ),
 }
 TRIAL = ("start", "untrained", "infonce", "ubernce")  # the settings that a trial runs, with seed TRIAL_SEEDS
