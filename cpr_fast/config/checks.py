@@ -31,7 +31,7 @@ from cpr_fast.config.sections import (
 from cpr_fast.wording import counted
 
 LARGEST = 2**31 - 1  # of the whole numbers in a config, except for seeds, which may have 64 bits
-MANY = 1024  # limit of threads and prepared batches: more are a mistake that can exhaust the machine's memory
+MANY = 1024  # limit of threads, prepared batches and frames per second: more are a mistake that can exhaust the memory
 # Settings of `optim` and `memory` that a cycle can replace, besides the learning rate.
 _NOT_NEGATIVE = ("final_lr", "warmup_epochs", "weight_decay", "final_weight_decay")
 _FRACTIONS = ("momentum", "ema_momentum", "final_ema_momentum")
@@ -132,18 +132,13 @@ def _check_ranges(
     health: HealthConfig,
     run: RunConfig,
 ) -> None:
-    for where, value in {
-        "memory.bank_momentum": memory.bank_momentum,
-        "loss.self_positive_drop": loss.self_positive_drop,
-    }.items():
+    fractions = {"memory.bank_momentum": memory.bank_momentum, "loss.self_positive_drop": loss.self_positive_drop}
+    for where, value in fractions.items():
         if not 0 <= value <= 1:
             raise ConfigError(f"{where}: expected a fraction in 0..1, got {value}")
-    for where, value in {
-        "data.cache_gib": data.cache_gib,
-        "run.checkpoint_every": run.checkpoint_every,
-        "run.stall_timeout_s": run.stall_timeout_s,
-        "health.online_every": health.online_every,
-    }.items():
+    for where, value in {"data.cache_gib": data.cache_gib, "run.checkpoint_every": run.checkpoint_every,
+                         "run.stall_timeout_s": run.stall_timeout_s,
+                         "health.online_every": health.online_every}.items():  # fmt: skip
         if value < 0:
             raise ConfigError(f"{where}: expected 0 or more, got {value}")
     for where, value in {"data.crop_area": data.crop_area, "mining.ratio": mining.ratio}.items():
@@ -316,7 +311,12 @@ def _check_json(where: str, value: Any) -> None:
 
 
 def _check_clips(data: DataConfig, model: ModelConfig) -> None:
-    """Checks that a clip is at least as large as the network needs."""
+    """Checks that a clip is at least as large as the network needs, and that rates are rates of frames."""
+    for where, value in {"data.fps": data.fps, "data.pictures_fps": data.pictures_fps}.items():
+        if not 0 <= value <= MANY:
+            raise ConfigError(f"{where}: expected frames per second in 0..{MANY}, 0 for none, got {value}")
+    if data.pictures_fps and not data.fps:
+        raise ConfigError(f"data.pictures_fps: expected 0 without data.fps, got {data.pictures_fps}")
     frames, size = least_clip(model.arch)
     if data.frames < frames or data.size < size:
         raise ConfigError(

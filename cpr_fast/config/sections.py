@@ -39,7 +39,12 @@ class DataConfig:
     index: str = ""  # the index (CSV) that `cpr-fast index` wrote; relative to the config file
     split: str = "train"  # the split of the index to train on; "" takes all videos
     frames: int = 32  # T, number of frames of a clip
-    stride: int = 1  # distance between two frames of a clip, in frames of the video
+    stride: int = 1  # distance between two frames of a clip, in frames of the video, or of data.fps
+    # Frames per second at which videos are sampled by presentation time, whatever their own rate; 0 takes every frame.
+    # Starts, data.stride and the length of a video then count these samples; see docs/data.md.
+    fps: float = 0.0
+    # With data.fps, the frames per second of extracted frames and of LMDB records, which do not state it.
+    pictures_fps: float = 0.0
     size: int = 128  # height and width of a clip, pixels
     # "coclr": random crop, flip, colour jitter, grayscale and blur; "iic": a random 112x112 crop of 128x171 frames
     augment: Literal["coclr", "iic", "none"] = "coclr"

@@ -17,8 +17,8 @@ from cpr_fast.config import Config, DataConfig
 from cpr_fast.data.clips.cut import cut_clips
 from cpr_fast.data.clips.graph import ClipGraph
 from cpr_fast.data.clips.loader import TrainLoader, decoded_views
-from cpr_fast.data.clips.reader import needed_parts
-from cpr_fast.data.clips.sampling import Clips, Sources, clip_frames, epoch_order, plan_pairs
+from cpr_fast.data.clips.reader import needed_parts, source_frames
+from cpr_fast.data.clips.sampling import Clips, Sources, epoch_order, plan_pairs
 from cpr_fast.data.files.access import read_whole
 from cpr_fast.data.files.names import is_remote
 from cpr_fast.data.flow.on_the_fly import frame_reader
@@ -156,10 +156,10 @@ def _read_and_cut(
             for view in views:
                 stage = "flow" if computed and view != "rgb" else "decode"
                 began = time.perf_counter()
-                region, parts = needed_parts(video, plan, view, data, reader if stage == "flow" else None)
+                region, frames, parts = needed_parts(video, plan, view, data, reader if stage == "flow" else None)
                 spent[stage] += time.perf_counter() - began
                 timed = _Timed(parts)
-                clips[view] = cut_clips(timed, plan, view, data, region, finish=True)
+                clips[view] = cut_clips(timed, plan, view, data, region, finish=True, frames=frames)
                 spent[stage] += timed.seconds
                 spent["cut"] += time.perf_counter() - began - timed.seconds
         except VideoError:
@@ -196,8 +196,7 @@ def _read(video: Video, view: str, plan: Clips, data: DataConfig) -> None:
     path = video.flow_path if view == "flow" else video.path
     try:
         if is_pictures(path):
-            frames = np.unique([clip_frames(start, data) for start in plan.start])
-            for jpeg in read_jpegs(path, frames):
+            for jpeg in read_jpegs(path, np.unique(source_frames(video, plan, view, data))):
                 bytes(jpeg)
             return
         if container(path) != path or is_remote(path):

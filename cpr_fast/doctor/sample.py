@@ -50,7 +50,7 @@ def show_sample(
     video = index[position]
     with replacing(out) as temporary:
         if out.suffix in (".mp4", ".mkv", ".webm"):
-            _write_video(temporary, clips, batch.clips, fps=max(1, round(video.fps / data.stride)))
+            _write_video(temporary, clips, batch.clips, fps=max(1, round((data.fps or video.fps) / data.stride)))
         elif out.suffix in Image.registered_extensions():
             _sheet(clips).save(temporary)
         else:

@@ -122,7 +122,8 @@ def _about(config: Config, views: list[str], view: str) -> dict[str, Any]:
         "view": view,
         "network": network,
         "head": {"kind": model.head, "width": encoder.width, "feature_dim": model.feature_dim},
-        "clip": {"frames": data.frames, "stride": data.stride, "size": data.size, "mean": given[0], "std": given[1]},
+        "clip": {"frames": data.frames, "stride": data.stride, "size": data.size, "mean": given[0], "std": given[1]}
+        | ({"fps": data.fps} if data.fps else {}),
         "training": training,
     }
 

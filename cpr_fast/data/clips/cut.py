@@ -37,15 +37,23 @@ def needed_region(clips: Clips, height: int, width: int, data: DataConfig) -> Re
 
 
 def cut_clips(
-    parts: Iterable[np.ndarray], clips: Clips, view: str, data: DataConfig, region: Region, *, finish: bool
+    parts: Iterable[np.ndarray],
+    clips: Clips,
+    view: str,
+    data: DataConfig,
+    region: Region,
+    *,
+    finish: bool,
+    frames: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Cuts the planned clips of one video as `ClipGraph` takes them: M arrays, uint8 [T, S, S, 3].
 
     `parts` yields the distinct frames that the clips need, in increasing order and a few at a time, each cut to
-    `region`: uint8 [F, H, W, C]. With `finish` colours, blur and flip are applied here, not in the graph. Flow (u, v)
+    `region`: uint8 [F, H, W, C]. `frames` are the numbers of all frames of the clips in the file, int64 [M, T]; by
+    default those of the plan. With `finish` colours, blur and flip are applied here, not in the graph. Flow (u, v)
     comes out in the published channel order (128, v, u), with the constant first, as PIL reads the published BGR files.
     """
-    frames = np.stack([clip_frames(start, data) for start in clips.start])  # [M, T]
+    frames = np.stack([clip_frames(start, data) for start in clips.start]) if frames is None else frames
     numbers = np.unique(frames)
     cutters = [_cutter(box, data, region) for box in clips.box]
     out, done = np.empty((*frames.shape, data.size, data.size, 3), np.uint8), 0

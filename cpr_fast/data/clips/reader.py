@@ -23,6 +23,7 @@ from cpr_fast.data.flow.on_the_fly import ReadParts, frame_reader
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.index.rows.columns import spread
 from cpr_fast.data.storage.media import is_pictures, read_jpegs, read_parts, require_frames
+from cpr_fast.data.storage.times import native_rate, shown_frames
 from cpr_fast.data.storage.unreadable import SAMPLED, Unreadable
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.decode import joined
@@ -54,7 +55,7 @@ def fetch_frames(
     `read` is the result of `frame_reader`, which is the default, or `FrameCache.read_parts`. Raises VideoError.
     """
     path, num_frames = _file(video, view, data)
-    frames = np.stack([clip_frames(start, data) for start in clips.start])  # [M, T]
+    frames = source_frames(video, clips, view, data)  # [M, T]
     needed, place = np.unique(frames, return_inverse=True)
     parts = (read or frame_reader(data))(path, needed, view, num_frames, Region.whole(video.height, video.width))
     pixels = joined(parts, len(needed))
@@ -65,20 +66,20 @@ def fetch_cut(
     video: Video, clips: Clips, view: str, data: DataConfig, read: ReadParts | None = None, *, finish: bool = True
 ) -> list[np.ndarray]:
     """Returns decoded clips as `cut_clips` returns them: M arrays, uint8 [T, S, S, 3]. `read` as in `fetch_frames`."""
-    region, parts = needed_parts(video, clips, view, data, read)
-    return cut_clips(parts, clips, view, data, region, finish=finish)
+    region, frames, parts = needed_parts(video, clips, view, data, read)
+    return cut_clips(parts, clips, view, data, region, finish=finish, frames=frames)
 
 
 def needed_parts(
     video: Video, clips: Clips, view: str, data: DataConfig, read: ReadParts | None = None
-) -> tuple[Region, Iterator[np.ndarray]]:
-    """Returns what `cut_clips` needs: the region of the frames, and an iterator over that region of the distinct
-    frames, a few at a time, in one pass over the file. `read` as in `fetch_frames`.
+) -> tuple[Region, np.ndarray, Iterator[np.ndarray]]:
+    """Returns what `cut_clips` needs: the region of the frames, the clips' `source_frames`, and an iterator over that
+    region of the distinct frames, a few at a time, in one pass over the file. `read` as in `fetch_frames`.
     """
     path, num_frames = _file(video, view, data)
     region = needed_region(clips, video.height, video.width, data)
-    frames = np.unique([clip_frames(start, data) for start in clips.start])
-    return region, (read or frame_reader(data))(path, frames, view, num_frames, region)
+    frames = source_frames(video, clips, view, data)
+    return region, frames, (read or frame_reader(data))(path, np.unique(frames), view, num_frames, region)
 
 
 def fetch_packets(
@@ -91,8 +92,7 @@ def fetch_packets(
     """
     path, num_frames = _file(video, view, data)
     out = []
-    for starts in clips.start.reshape(-1, group):
-        frames = np.stack([clip_frames(s, data) for s in starts])  # [G, T]
+    for frames in source_frames(video, clips, view, data).reshape(-1, group, data.frames):  # [G, T] each
         needed, order = np.unique(frames, return_inverse=True)
         encoded, chosen = slice_packets(path, needed, num_frames, view)
         out.append((encoded, chosen, order.reshape(frames.shape).astype(np.int32)))
@@ -103,8 +103,23 @@ def fetch_jpegs(video: Video, clips: Clips, view: str, data: DataConfig) -> list
     """Returns encoded clips: T JPEGs each, uint8 [L]; those of a record are views of the memory-mapped file."""
     path, num_frames = _file(video, view, data)
     require_frames(path, view, num_frames)
-    records = (read_jpegs(path, clip_frames(start, data)) for start in clips.start)
+    records = (read_jpegs(path, frames) for frames in source_frames(video, clips, view, data))
     return [[np.frombuffer(jpeg, np.uint8) for jpeg in jpegs] for jpegs in records]
+
+
+def source_frames(video: Video, clips: Clips, view: str, data: DataConfig) -> np.ndarray:
+    """Returns the number of each frame of the clips of one video in the file of a view, int64 [M, T].
+
+    With `data.fps` these are the frames that the video shows at the times of the clips' samples. Flow is then the field
+    that begins at such a frame: the motion to the next frame of the video, not to the next sample. Raises VideoError if
+    the times of the video cannot be read.
+    """
+    frames = np.stack([clip_frames(start, data) for start in clips.start])
+    if not data.fps:
+        return frames
+    rate = native_rate(video.path, video.fps, data.pictures_fps)
+    _, held = _file(video, view, data)
+    return np.minimum(shown_frames(video.path, frames, video.num_frames, rate, data.fps), held - 1)
 
 
 def checked(fetch: Fetch) -> Fetch:

@@ -61,7 +61,8 @@ _FIXED = 13
 class Sources:
     """The properties of every video of an index that a plan needs, as arrays."""
 
-    num_frames: np.ndarray  # int64 [N], frames that all views have; flow has one less than RGB
+    # int64 [N], frames that all views have; flow has one less than RGB. With `data.fps`, the samples of these frames.
+    num_frames: np.ndarray
     height: np.ndarray  # int64 [N]
     width: np.ndarray  # int64 [N]
 
@@ -79,7 +80,8 @@ class Clips:
     """
 
     video: np.ndarray  # int64 [M], position in the index
-    start: np.ndarray  # int64 [M], first source frame; if negative, frame 0 replaces the frames before it
+    # int64 [M], first source frame, or sample of `data.fps`; if negative, frame 0 replaces the frames before it
+    start: np.ndarray
     box: np.ndarray  # int64 (IIC: float64) [M, 4], crop (top, left, bottom, right) in source pixels, ends exclusive
     flip: np.ndarray  # bool [M]
     brightness: np.ndarray  # float32 [M], factor
@@ -208,7 +210,8 @@ def with_test_jitter(clips: Clips, identity: np.ndarray, seed: int) -> Clips:
 
 
 def clip_frames(start: int, data: DataConfig) -> np.ndarray:
-    """Returns the source frame of each frame of a clip, int64 [T]. Positions before the first frame repeat frame 0."""
+    """Returns the source frame, or sample of `data.fps`, of each frame of a clip, int64 [T]. Positions before the first
+    frame repeat frame 0."""
     return np.maximum(start + data.stride * np.arange(data.frames, dtype=np.int64), 0)
 
 

@@ -52,7 +52,7 @@ class Batch:
     video: Tensor  # int64 [B], position in the index
     source: Tensor  # int64 [B], equal for siblings
     label: Tensor  # int64 [B], -1 where unlabelled
-    start: Tensor  # int64 [B, C], first source frame of each clip
+    start: Tensor  # int64 [B, C], first source frame, or sample of data.fps, of each clip
     plan: Tensor  # int64 [B], digest of everything that was drawn for the clips of each video
 
 

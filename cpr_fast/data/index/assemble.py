@@ -190,7 +190,9 @@ def _remarks(item: Listed, info: VideoInfo) -> list[Problem]:
     if not info.fps:
         found.append(("no_rate", f"does not say its frame rate; the index says {ASSUMED_FPS:g}"))
     if info.variable_rate:
-        found.append(("variable_rate", "its frames are not evenly spaced in time"))
+        found.append(
+            ("variable_rate", "its frames are not evenly spaced in time; data.fps samples them by their times")
+        )
     return [Problem(item.path, kind, reason) for kind, reason in found]
 
 

@@ -33,6 +33,7 @@ from cpr_fast.data.index.rows.video import COLUMNS, Video
 from cpr_fast.data.index.tables import TableError, read_table, table_text
 from cpr_fast.data.storage.copies import originals
 from cpr_fast.data.storage.media import why_missing
+from cpr_fast.data.storage.times import native_rate, sample_count
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import one_writer, replacing
 from cpr_fast.wording import counted, expected
@@ -180,9 +181,17 @@ class Index(Sequence[Video]):
         return self._columns.has_flow if self._columns else np.array([v.flow_path is not None for v in self], bool)
 
     def shared_frames(self, data: DataConfig | None = None) -> np.ndarray:
-        """Returns `Video.shared_frames` of every video, int64 [N]."""
+        """Returns `Video.shared_frames` of every video, int64 [N]. Raises InputError as that does."""
         computed = data is not None and data.flow == "on_the_fly"
-        return self.numbers("num_frames") - (computed | self.has_flow)
+        frames = self.numbers("num_frames") - (computed | self.has_flow)
+        if data is None or not data.fps:
+            return frames
+        if self._columns:
+            rows = zip(self._columns.paths(), self._columns.rates().tolist(), strict=True)
+        else:
+            rows = ((video.path, video.fps) for video in self)
+        rates = np.array([native_rate(path, listed, data.pictures_fps) for path, listed in rows])
+        return sample_count(frames, rates, data.fps)
 
     @property
     def _columns(self) -> Columns | None:

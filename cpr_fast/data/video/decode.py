@@ -16,13 +16,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
+from fractions import Fraction
 from operator import attrgetter
 from pathlib import Path
 
 import av
 import numpy as np
 
-from cpr_fast.data.video.container import VideoError, fewer_than_listed, format_name, holds_frame, open_video
+from cpr_fast.data.video.container import (
+    VideoError,
+    fewer_than_listed,
+    format_name,
+    holds_frame,
+    open_video,
+    shows_times,
+)
 from cpr_fast.data.video.numbering import LAYOUTS, REMEMBERED_FILES, Layout, fewer_frames, file_identity
 from cpr_fast.data.video.pixels import Pixels, Region, pixels_of
 
@@ -77,9 +85,7 @@ def read_parts(
     """
     frames, done = [int(number) for number in frames], 0
     identity = file_identity(path, num_frames)
-    known, packets = LAYOUTS.get(identity), None
-    if isinstance(known, int):
-        raise fewer_than_listed(path, known, num_frames, view)
+    known, packets = _remembered(path, identity, num_frames, view), None
     if known is not None:
         # a file in which seeking fails, for example, is read as if no result were cached
         opened = open_video(path, probe=known.probe, known_format=known.format)
@@ -91,17 +97,68 @@ def read_parts(
     with open_video(path) as (container, stream):
         if known is not None or identity not in LAYOUTS:
             packets, failed = list(container.demux(stream)), known is not None
-            known = Layout.of(container, stream, packets, num_frames)
-            if known is None:
-                known = fewer_frames(path, packets, num_frames)
-            else:
-                known.probe, known.format = failed, format_name(container)
-            if len(LAYOUTS) < REMEMBERED_FILES:
-                LAYOUTS[identity] = known
-            if isinstance(known, int):
-                raise fewer_than_listed(path, known, num_frames, view)
+            known = _remember(path, identity, container, stream, packets, num_frames, view, probe=failed)
         frames = frames[done:]
         yield from _parts(path, frames, view, num_frames, region, _decode(container, stream, known, frames, packets))
+
+
+def frame_times(path: str | Path, num_frames: int) -> tuple[np.ndarray | None, Fraction]:
+    """Returns when the frames of a video are shown, int64 [num_frames] in ticks, and the clock: seconds of a tick.
+
+    The times of AVI are its decoding times in increasing order, which differ from the presentation times by a constant.
+    A file whose packets do not prove which frame each carries is decoded completely. The times are None if the frames
+    do not have one each, in their order. Raises VideoError, also for a file of fewer than `num_frames` frames.
+    """
+    identity = file_identity(path, num_frames)
+    known = _remembered(path, identity, num_frames, "rgb")
+    if known is None:
+        with open_video(path) as (container, stream):
+            clock, clocked = Fraction(stream.time_base), shows_times(container)
+            if identity not in LAYOUTS:
+                packets = list(container.demux(stream))
+                known = _remember(path, identity, container, stream, packets, num_frames, "rgb", probe=False)
+    if known is not None:
+        return np.sort(np.array(known.times(range(num_frames)), np.int64)), known.clock
+    if not clocked:
+        return None, clock
+    with open_video(path) as (container, stream):
+        times = [frame.pts for frame in itertools.islice(container.decode(stream), num_frames)]
+    if None in times or len(times) < num_frames or np.any(np.diff(times) < 0):
+        return None, clock
+    return np.array(times, np.int64), clock
+
+
+def _remembered(path: str | Path, identity: tuple, num_frames: int, view: str) -> Layout | None:
+    """Returns the layout of a file that was read before. Raises VideoError if it has fewer frames than the index."""
+    known = LAYOUTS.get(identity)
+    if isinstance(known, int):
+        raise fewer_than_listed(path, known, num_frames, view)
+    return known
+
+
+def _remember(
+    path: str | Path,
+    identity: tuple,
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    packets: list[av.Packet],
+    num_frames: int,
+    view: str,
+    *,
+    probe: bool,
+) -> Layout | None:
+    """Returns the layout that follows from all packets of a file, and keeps it; `probe` becomes an attribute of it.
+    Raises VideoError if the file has fewer frames than the index says."""
+    found: Layout | int | None = Layout.of(container, stream, packets, num_frames)
+    if found is None:
+        found = fewer_frames(path, packets, num_frames)
+    else:
+        found.probe, found.format = probe, format_name(container)
+    if len(LAYOUTS) < REMEMBERED_FILES:
+        LAYOUTS[identity] = found
+    if isinstance(found, int):
+        raise fewer_than_listed(path, found, num_frames, view)
+    return found
 
 
 def _parts(

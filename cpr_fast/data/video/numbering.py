@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -29,16 +30,18 @@ class Layout:
     format: str | None = None  # of the container, as `format_name` returns it: the file then opens without a search
     first_alone = False  # whether only the first packet of an MPEG-4 stream names its encoder, which FFmpeg must know
 
-    def __init__(self, times: np.ndarray, numbers: np.ndarray, keys: np.ndarray) -> None:
+    def __init__(self, times: np.ndarray, numbers: np.ndarray, keys: np.ndarray, clock: Fraction) -> None:
         """Takes, for every packet in decoding order, its time, the number of its frame (both int64 [F]), and whether
         decoding can start there (bool [F]). Frames that an edit list cuts off have numbers below 0 or above all others.
+        `clock` is the unit of the times, in seconds.
         """
+        self.clock = clock
         self.first_time, self._first_number = int(times[0]), int(numbers.min())
         starts = np.flatnonzero(keys)
         starts = starts[np.argsort(numbers[starts])]
         self._keys, self._key_times = numbers[starts], times[starts]
         order = np.argsort(times)
-        self._times, self._numbers = _compact(times[order]), _compact(numbers[order])
+        self._times, self._numbers = compact(times[order]), compact(numbers[order])
 
     @classmethod
     def of(
@@ -67,7 +70,7 @@ class Layout:
             numbers = _numbers_by_kind(packets, keys) if stream.codec_context.name == "mpeg4" else None
         if numbers is None:
             return None
-        layout = cls(times, numbers, keys)
+        layout = cls(times, numbers, keys, Fraction(stream.time_base))
         if not shows_times(container):
             layout.first_alone = any(ENCODER not in bytes(packet) for packet in packets if packet.is_keyframe)
         return layout
@@ -121,7 +124,7 @@ def file_identity(path: str | Path, num_frames: int) -> tuple:
     return str(path), version, num_frames
 
 
-def _compact(values: np.ndarray) -> range | np.ndarray:
+def compact(values: np.ndarray) -> range | np.ndarray:
     """Returns the same numbers, as a range if they increase evenly, else in as few bytes as possible."""
     steps = np.unique(np.diff(values))
     if len(steps) == 1 and steps[0] > 0:

@@ -22,7 +22,8 @@ class VideoInfo:
 
     Attributes:
         num_frames: Frames that decode, up to the end of the file, an `error`, or a change of the frame size.
-        fps: Frames per second; 0 if the file specifies none below FPS_LIMIT, and the times of its frames do not either.
+        fps: Frames per second: those that the file states, unless the times of its frames contradict them; of a
+            variable rate the mean between the first and the last frame; 0 if neither gives a rate below FPS_LIMIT.
         width: Pixels, as stored, before any rotation.
         height: Pixels.
         codec: FFmpeg's name of the codec.
@@ -84,12 +85,15 @@ def probe_video(path: str | Path, *, decode: bool = True) -> VideoInfo:
     if found.first is None:
         raise VideoError(path, "no frame decodes")
     first = found.first
-    facts["fps"] = facts["fps"] or _measured_rate(found.times, clock)
+    variable = clocked and _irregular(found.times)
+    measured = _measured_rate(found.times, clock)
+    if not facts["fps"] or variable or (clocked and _misplaces(facts["fps"], measured, found.times)):
+        facts["fps"] = measured or facts["fps"]
     info = VideoInfo(len(found.times), width=first.width, height=first.height, error=error, **facts)
     return replace(
         info,
         rotation=first.rotation % 360,
-        variable_rate=clocked and _irregular(found.times),
+        variable_rate=variable,
         corrupt=len(found.corrupt),
         first_corrupt=found.corrupt[0] if found.corrupt else -1,
         size_change=found.size_change,
@@ -101,6 +105,12 @@ def frame_rate(stream: av.VideoStream) -> Fraction | None:
     neither is a frame rate."""
     stated = (Fraction(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate)  # PyAV 19: its own type
     return next((rate for rate in stated if 0 < rate < FPS_LIMIT), None)
+
+
+def _misplaces(stated: float, measured: float, times: Sequence[int | None]) -> bool:
+    """Returns whether the rate that a file states contradicts the times of its frames, all known, by a frame or more
+    over the length of the video."""
+    return measured > 0 and None not in times and abs(stated / measured - 1) * (len(times) - 1) >= 1
 
 
 def _measured_rate(times: Sequence[int | None], clock: Fraction | None) -> float:

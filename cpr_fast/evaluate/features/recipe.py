@@ -80,7 +80,14 @@ class Recipe:
 
 def clip_settings(data: DataConfig) -> dict[str, Any]:
     """Returns the settings that the pixels of an evaluation's clips depend on."""
-    return {key: value for key, value in dataclasses.asdict(data).items() if key not in _IRRELEVANT}
+    settings = without_unset_rates(dataclasses.asdict(data))
+    return {key: value for key, value in settings.items() if key not in _IRRELEVANT}
+
+
+def without_unset_rates(data: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of clips without those of sampling by time if it is off: features that were stored before
+    these settings existed keep their names."""
+    return data if data["fps"] else {key: value for key, value in data.items() if key not in ("fps", "pictures_fps")}
 
 
 def default_recipe(data: DataConfig) -> RecipeName:

@@ -152,7 +152,7 @@ def _answers(
 def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfig) -> Index:
     """Returns the queries as an index; rotated or scaled copies are written to `folder`."""
     largest = max(min(video.width, video.height) for video in index)
-    half = data.frames // 2 * data.stride
+    half, rgb = data.frames // 2 * data.stride, replace(data, flow="stored")
     videos = []
     for number, path in enumerate(paths):
         if not path.is_file():
@@ -167,13 +167,15 @@ def _open_queries(paths: list[Path], folder: Path, index: Index, data: DataConfi
                 info = transcode_video(path, file, largest)
         except VideoError as error:
             raise InputError(f"QUERIES: {str(path)!r}: expected a video, got {error.reason}") from None
-        if info.num_frames <= half + 1:  # the published code drops such videos
-            raise InputError(
-                f"QUERIES: {str(path)!r}: expected more than {counted(half + 1, 'frame')}, half a "
-                f"clip, got {info.num_frames}"
-            )
         fps = info.fps or ASSUMED_FPS
-        videos.append(Video(file.absolute(), "", str(path), "query", info.num_frames, fps, info.width, info.height))
+        video = Video(file.absolute(), "", str(path), "query", info.num_frames, fps, info.width, info.height)
+        if (frames := video.shared_frames(rgb)) <= half + 1:
+            sampled = f" at {data.fps:g} per second" if data.fps else ""
+            raise InputError(  # the published code drops such videos
+                f"QUERIES: {str(path)!r}: expected more than {counted(half + 1, 'frame')}{sampled}, half a "
+                f"clip, got {frames}"
+            )
+        videos.append(video)
     return Index(videos)
 
 

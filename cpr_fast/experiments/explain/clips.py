@@ -17,11 +17,19 @@ FRAME = (240, 320)  # height and width of UCF101's frames, pixels
 
 
 def clips(config: Config, fps: float) -> Section:
-    """Explains the size of a clip, and which clips of a video a step compares; `fps` is that of the videos."""
+    """Explains the size of a clip, and which clips of a video a step compares; `fps` is that of the videos, which
+    `data.fps` replaces."""
     data, shared = config.data, config.model.shared
+    fps = data.fps or fps
     seconds = data.frames * data.stride / fps
+    sampled = ", sampled by presentation time" if data.fps else ""
     stride = "consecutive" if data.stride == 1 else f"every {ordinal(data.stride)}"
-    rows = [("size", f"{data.frames} frames, {stride}: {seconds:.2f} s at {fps:g} fps; {data.size}x{data.size} pixels")]
+    rows = [
+        (
+            "size",
+            f"{data.frames} frames, {stride}: {seconds:.2f} s at {fps:g} fps{sampled}; {data.size}x{data.size} pixels",
+        )
+    ]
     if shared:
         rows.append(("per video", "one clip at a random position, in both views"))
     elif data.augment == "coclr":

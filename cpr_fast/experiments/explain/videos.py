@@ -100,4 +100,5 @@ def _short(data: DataConfig) -> str:
     padded = "shorter than a clip are padded with frame 0 on the left"
     if data.short_videos == "keep":
         return f"those {padded}"
-    return f"those of {counted(data.frames // 2 * data.stride + 1, 'frame')} or fewer are dropped; others {padded}"
+    most = counted(data.frames // 2 * data.stride + 1, "frame" if not data.fps else "sample")
+    return f"those of {most} or fewer are dropped; others {padded}"

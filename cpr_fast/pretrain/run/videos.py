@@ -74,19 +74,24 @@ def training_videos(data: DataConfig) -> Index:
 def about_lengths(config: Config, index: Index) -> Iterator[str]:
     """Yields why many videos are too short for the clips of the config."""
     span = config.data.frames * config.data.stride
-    short = sum(video.num_frames < span for video in index)
+    frames = index.shared_frames(config.data) if config.data.fps else index.numbers("num_frames")
+    short = int((frames < span).sum())
     if 2 * short >= len(index):
         yield (
             f"{short} of {counted(len(index), 'video')} are shorter than a clip of "
             f"{counted(config.data.frames, 'frame')} at stride "
-            f"{config.data.stride} and are padded: {_shorter_clips(config)}"
+            f"{config.data.stride}{_sampled(config)} and are padded: {_shorter_clips(config)}"
         )
-    fits = sum(video.num_frames > span for video in index)
-    if config.data.augment == "none" and not fits:
+    if config.data.augment == "none" and not (frames > span).any():
         yield (
             "data.augment is 'none' and no video is longer than a clip: both clips of a video are the same, so that "
             "there is nothing to learn from a pair; choose another data.augment or a lower data.frames"
         )
+
+
+def _sampled(config: Config) -> str:
+    """Returns the sampling of the frames that a message counts, as a part of its sentence."""
+    return f" of {config.data.fps:g} samples per second" if config.data.fps else ""
 
 
 def _shorter_clips(config: Config) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,12 @@ STRIP_FRAMES = 8
 THUMB_WIDTH, THUMB_HEIGHT = 128, 96  # pixels of one frame
 
 
-def film_strip(path: Path, num_frames: int, start: int, length: int) -> str | None:
+Shown = Callable[[np.ndarray], np.ndarray]  # returns the frames of the file at these samples of `data.fps`
+
+
+def film_strip(path: Path, num_frames: int, start: int, length: int, shown: Shown | None = None) -> str | None:
     """Returns `strip_image` as a data URI; None where the video cannot be read."""
-    strip = strip_image(path, num_frames, start, length)
+    strip = strip_image(path, num_frames, start, length, shown)
     if strip is None:
         return None
     buffer = io.BytesIO()
@@ -26,17 +30,19 @@ def film_strip(path: Path, num_frames: int, start: int, length: int) -> str | No
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def strip_image(path: Path, num_frames: int, start: int, length: int) -> Image.Image | None:
-    """Returns STRIP_FRAMES frames side by side, evenly spread over `length` source frames from `start`.
+def strip_image(path: Path, num_frames: int, start: int, length: int, shown: Shown | None = None) -> Image.Image | None:
+    """Returns STRIP_FRAMES frames side by side, evenly spread over `length` source frames from `start`, or over the
+    samples that `shown` finds.
 
     Returns None if the video does not exist or does not decode, or has no frames, as a clip of a store of features, so
     that the page is written without this picture.
     """
     if num_frames < 1:
         return None
-    wanted = np.linspace(start, start + length - 1, STRIP_FRAMES).round().astype(int).clip(0, num_frames - 1)
-    distinct, place = np.unique(wanted, return_inverse=True)
+    wanted = np.linspace(start, start + length - 1, STRIP_FRAMES).round().astype(int)
     try:
+        wanted = (wanted if shown is None else shown(wanted.clip(0))).clip(0, num_frames - 1)
+        distinct, place = np.unique(wanted, return_inverse=True)
         frames = read_frames(path, distinct, "rgb", num_frames)[place]  # [STRIP_FRAMES, H, W, 3]
     except VideoError:
         return None

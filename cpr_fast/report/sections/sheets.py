@@ -3,10 +3,12 @@ neighbours."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cpr_fast.data.index.index import Video
+from cpr_fast.data.storage.times import native_rate, shown_frames
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
 from cpr_fast.report.figures.film_strip import STRIP_FRAMES, film_strip
 from cpr_fast.report.run_folder.run import VIEWS, Run
@@ -66,7 +68,11 @@ def _same(video: dict[str, Any], query: dict[str, Any]) -> bool | None:
 
 def _clip(run: Run, video: Video, start: int, correct: bool | None = None) -> dict[str, Any]:
     data = run.config["data"]
-    strip = film_strip(video.path, video.num_frames, start, data["frames"] * data["stride"])
+    shown = None
+    if fps := data.get("fps"):  # runs of earlier versions have no such setting
+        rate = native_rate(video.path, video.fps, data["pictures_fps"])
+        shown = partial(shown_frames, video.path, num_frames=video.num_frames, rate=rate, fps=fps)
+    strip = film_strip(video.path, video.num_frames, start, data["frames"] * data["stride"], shown)
     return clip(video.path, video.label, video.source, strip, correct)
 
 

@@ -79,6 +79,14 @@ class Columns(Sequence[Video]):
         """Returns a column of numbers, int64 [N]."""
         return self._table.column(column).to_numpy().astype(np.int64)
 
+    def rates(self) -> np.ndarray:
+        """Returns the frames per second of every row, float64 [N]."""
+        return self._table.column("fps").to_numpy()
+
+    def paths(self) -> list[str]:
+        """Returns the paths as the file states them."""
+        return self._table.column("path").to_pylist()
+
     @cached_property
     def has_flow(self) -> np.ndarray:
         """Whether each row has stored flow, bool [N]."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cpr_fast.data.storage.times import native_rate, sample_count
+
 if TYPE_CHECKING:
     from cpr_fast.config import DataConfig
 
@@ -28,6 +30,12 @@ class Video:
 
     def shared_frames(self, data: DataConfig | None = None) -> int:
         """Returns the number of frames that all views have: flow has one less than RGB. With `data.flow = "on_the_fly"`
-        every video has flow."""
+        every video has flow. With `data.fps` the samples of these frames are counted (`cpr_fast.data.storage.times`).
+
+        Raises InputError if `data.pictures_fps` is needed and not set.
+        """
         computed = data is not None and data.flow == "on_the_fly"
-        return self.num_frames - (computed or self.flow_path is not None)
+        frames = self.num_frames - (computed or self.flow_path is not None)
+        if data is None or not data.fps:
+            return frames
+        return int(sample_count(frames, native_rate(self.path, self.fps, data.pictures_fps), data.fps))
