@@ -62,8 +62,9 @@ class DataConfig:
     batch_size: int = 16  # B, videos per process and step
     workers: int = 2  # decoding threads per process
     prefetch: int = 2  # batches that are prepared in advance
-    # "stored": read the flow that `cpr-fast flow` wrote; "on_the_fly": compute TV-L1 for each clip, without storage
-    flow: Literal["stored", "on_the_fly"] = "stored"
+    # "stored": read the flow that `cpr-fast flow` wrote; "on_the_fly": compute TV-L1 for each clip, without
+    # storage; "vectors": the motion vectors of H.264 or MPEG-4, added up over data.stride frames
+    flow: Literal["stored", "on_the_fly", "vectors"] = "stored"
     exact: bool = False  # use PyAV and PIL instead of DALI: slower, but the same bits on every device
     # memory per process for decoded videos, GiB (CPU only); every clip is decoded again with 0, or if less than a tenth
     # of the videos fit

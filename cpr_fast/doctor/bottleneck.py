@@ -80,9 +80,7 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
     stages = {
         "read": read_s * share,
         "decode": decode_s * share,
-        **(
-            {"flow": flow_s * batch} if data.flow == "on_the_fly" else {}
-        ),  # clips are computed one at a time, on all cores
+        **({"flow": flow_s * batch} if data.flow != "stored" else {}),  # clips are computed one at a time, on all cores
         "augment": augment_s,
         "copy": copy_s,
         "step": step_s,
@@ -143,7 +141,7 @@ def _read_and_cut(
     """
     read_s, kept, failed = 0.0, [], 0
     seconds = {"decode": 0.0, "flow": 0.0, "cut": 0.0}
-    computed, reader = data.flow == "on_the_fly", frame_reader(data, device)
+    computed, reader = data.flow != "stored", frame_reader(data, device)
     end = time.perf_counter() + budget_s
     while len(kept) < 64 and (time.perf_counter() < end or not kept) and failed < 64:
         plan = next(plans)

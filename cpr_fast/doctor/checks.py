@@ -136,7 +136,7 @@ def _breakdown(
     from cpr_fast.doctor.bottleneck import breakdown
     from cpr_fast.doctor.data import views_read
 
-    has_flow = config.data.flow == "on_the_fly" or all(video.flow_path for video in train)
+    has_flow = config.data.flow != "stored" or all(video.flow_path for video in train)
     views = tuple(view for view in views_read(config) if view != "flow" or has_flow) or ("rgb",)
     announce(f"Measuring the time of a training step for about {duration(seconds)}, longer on a busy machine")
     try:

@@ -88,7 +88,7 @@ class _ClipSource:
         self._views, self._data, self._device = tuple(views), data, torch.device(device)
         device = CPU if data.exact else self._device  # where frames are decoded
         decoded = decoded_views(views)
-        computed = "flow" if data.flow == "on_the_fly" else None
+        computed = "flow" if data.flow != "stored" else None
         routes = {view: "frames" if view == computed else _route(index, view, device) for view in decoded}
         self._cache = cache = FrameCache(cache_gib(index, decoded, data), frame_reader(data, device))
         decode = fetch_frames if data.exact else partial(fetch_cut, finish=device.type != "cuda")
@@ -128,7 +128,7 @@ def _route(index: Index, view: str, device: torch.device) -> Route:
     if view == "flow" and not (has_flow := index.has_flow).all():
         video = index[int(np.argmin(has_flow))]
         raise InputError(f"video {str(video.path)!r} has no flow_path in the index; run `cpr-fast flow` first, "
-                         "or set data.flow = 'on_the_fly'")  # fmt: skip
+                         "or set data.flow = 'on_the_fly' or 'vectors'")  # fmt: skip
     if device.type != "cuda":
         return "frames"
     videos = (index[place] for place in spread(len(index), LOOKED_AT))

@@ -257,7 +257,7 @@ def _file(video: Video, view: str, data: DataConfig) -> tuple[Path, int]:
     """Returns the file that a view is read from, and the number of its frames."""
     if view == "rgb":
         return video.path, video.num_frames
-    if data.flow == "on_the_fly":
+    if data.flow != "stored":
         if video.num_frames < 2:
             raise VideoError(video.path, "has a single frame: no flow")
         return video.path, video.num_frames - 1

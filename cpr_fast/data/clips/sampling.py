@@ -68,7 +68,7 @@ class Sources:
 
     @classmethod
     def of(cls, index: Index, data: DataConfig | None = None) -> Sources:
-        """Returns the facts of an index. With `data.flow = "on_the_fly"` every video has flow."""
+        """Returns the facts of an index. If `data.flow` is not "stored", every video has flow."""
         return cls(index.shared_frames(data), index.numbers("height"), index.numbers("width"))
 
 

@@ -182,7 +182,7 @@ class Index(Sequence[Video]):
 
     def shared_frames(self, data: DataConfig | None = None) -> np.ndarray:
         """Returns `Video.shared_frames` of every video, int64 [N]. Raises InputError as that does."""
-        computed = data is not None and data.flow == "on_the_fly"
+        computed = data is not None and data.flow != "stored"
         frames = self.numbers("num_frames") - (computed | self.has_flow)
         if data is None or not data.fps:
             return frames

@@ -90,7 +90,7 @@ def read_parts(
         # a file in which seeking fails, for example, is read as if no result were cached
         opened = open_video(path, probe=known.probe, known_format=known.format)
         with suppress(VideoError), opened as (container, stream):
-            for part in _parts(path, frames, view, num_frames, region, _decode(container, stream, known, frames)):
+            for part in _parts(path, frames, view, num_frames, region, decode_frames(container, stream, known, frames)):
                 yield part
                 done += len(part)
             return
@@ -99,7 +99,9 @@ def read_parts(
             packets, failed = list(container.demux(stream)), known is not None
             known = _remember(path, identity, container, stream, packets, num_frames, view, probe=failed)
         frames = frames[done:]
-        yield from _parts(path, frames, view, num_frames, region, _decode(container, stream, known, frames, packets))
+        yield from _parts(
+            path, frames, view, num_frames, region, decode_frames(container, stream, known, frames, packets)
+        )
 
 
 def frame_times(path: str | Path, num_frames: int) -> tuple[np.ndarray | None, Fraction]:
@@ -109,23 +111,29 @@ def frame_times(path: str | Path, num_frames: int) -> tuple[np.ndarray | None, F
     A file whose packets do not prove which frame each carries is decoded completely. The times are None if the frames
     do not have one each, in their order. Raises VideoError, also for a file of fewer than `num_frames` frames.
     """
-    identity = file_identity(path, num_frames)
-    known = _remembered(path, identity, num_frames, "rgb")
-    if known is None:
-        with open_video(path) as (container, stream):
-            clock, clocked = Fraction(stream.time_base), shows_times(container)
-            if identity not in LAYOUTS:
-                packets = list(container.demux(stream))
-                known = _remember(path, identity, container, stream, packets, num_frames, "rgb", probe=False)
+    known = known_layout(path, num_frames)
     if known is not None:
         return np.sort(np.array(known.times(range(num_frames)), np.int64)), known.clock
-    if not clocked:
-        return None, clock
     with open_video(path) as (container, stream):
+        clock = Fraction(stream.time_base)
+        if not shows_times(container):
+            return None, clock
         times = [frame.pts for frame in itertools.islice(container.decode(stream), num_frames)]
     if None in times or len(times) < num_frames or np.any(np.diff(times) < 0):
         return None, clock
     return np.array(times, np.int64), clock
+
+
+def known_layout(path: str | Path, num_frames: int) -> Layout | None:
+    """Returns the layout of a file, whose packets are read once per process; None if they do not prove it. Raises
+    VideoError, also for a file of fewer than `num_frames` frames."""
+    identity = file_identity(path, num_frames)
+    known = _remembered(path, identity, num_frames, "rgb")
+    if known is None and identity not in LAYOUTS:
+        with open_video(path) as (container, stream):
+            packets = list(container.demux(stream))
+            known = _remember(path, identity, container, stream, packets, num_frames, "rgb", probe=False)
+    return known
 
 
 def _remembered(path: str | Path, identity: tuple, num_frames: int, view: str) -> Layout | None:
@@ -180,7 +188,7 @@ def _parts(
         now = KIND(frame)
         if now != kind:
             if kind is None:
-                _refuse_rotation(path, frame)
+                refuse_rotation(path, frame)
                 most = min(len(frames), frames_at_once(_pixels_of_a_frame(frame, region)))
             elif now[:3] != kind[:3]:
                 before, after = ("{}x{} {}".format(*each[:3]) for each in (kind, now))
@@ -205,7 +213,7 @@ def _pixels_of_a_frame(frame: av.VideoFrame, region: Region | None) -> int:
     return (bottom - top) * (right - left)
 
 
-def _decode(
+def decode_frames(
     container: av.container.InputContainer,
     stream: av.VideoStream,
     layout: Layout | None,
@@ -261,7 +269,7 @@ def _up_to_the_last(
             return
 
 
-def _refuse_rotation(path: str | Path, frame: av.VideoFrame) -> None:
+def refuse_rotation(path: str | Path, frame: av.VideoFrame) -> None:
     """Raises VideoError for a rotated frame: hardware decoders ignore the rotation, so results would differ."""
     if frame.rotation % 360:
         raise VideoError(path, f"is stored rotated by {frame.rotation} degrees; transcode it upright")

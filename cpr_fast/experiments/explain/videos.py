@@ -92,6 +92,8 @@ def _views(config: Config, views: list[str], index: Index | None) -> str:
         return text
     if config.data.flow == "on_the_fly":
         return f"{text}; flow is computed from the frames of each clip (TV-L1)"
+    if config.data.flow == "vectors":
+        return f"{text}; flow is read from the motion vectors of the videos"
     missing = sum(video.flow_path is None for video in index or ())
     return f"{text}; flow is read from files (TV-L1, `cpr-fast flow`)" + (f"; {missing} have none" if missing else "")
 

@@ -158,7 +158,8 @@ def _check_cycle(config: Config, index: Index, plan: CyclePlan, stored_flow: boo
             raise InputError(
                 f"data.flow: {plan.name} needs optical flow, but {len(bare)} of "
                 f"{counted(len(index), 'video')} have no flow_path "
-                f"in the index (first: {str(bare[0])!r}). Run `cpr-fast flow` first, or set data.flow = 'on_the_fly'"
+                f"in the index (first: {str(bare[0])!r}). Run `cpr-fast flow` first, or set data.flow = "
+                "'on_the_fly' or 'vectors'"
             )
 
 

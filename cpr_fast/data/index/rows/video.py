@@ -29,12 +29,13 @@ class Video:
     flow_path: Path | None = None
 
     def shared_frames(self, data: DataConfig | None = None) -> int:
-        """Returns the number of frames that all views have: flow has one less than RGB. With `data.flow = "on_the_fly"`
-        every video has flow. With `data.fps` the samples of these frames are counted (`cpr_fast.data.storage.times`).
+        """Returns the number of frames that all views have: flow has one less than RGB. Every video has flow
+        if `data.flow` is not "stored". With `data.fps` the samples of these frames are counted, see
+        `cpr_fast.data.storage.times`.
 
         Raises InputError if `data.pictures_fps` is needed and not set.
         """
-        computed = data is not None and data.flow == "on_the_fly"
+        computed = data is not None and data.flow != "stored"
         frames = self.num_frames - (computed or self.flow_path is not None)
         if data is None or not data.fps:
             return frames

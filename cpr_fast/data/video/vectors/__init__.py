@@ -1,0 +1,4 @@
+"""The motion vectors that an encoder stored in a video, as fields of motion.
+
+Imports `data.video`; `data` may import it.
+"""
