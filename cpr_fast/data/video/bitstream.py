@@ -35,6 +35,12 @@ def is_intra(packet: av.Packet, decoder: av.VideoCodecContext) -> bool:
     return True
 
 
+def is_reference(packet: av.Packet, decoder: av.VideoCodecContext) -> bool:
+    """Returns whether other frames may refer to the frame of a packet of H.264 (nal_ref_idc of ITU-T H.264, 7.4.1)."""
+    units = _units(bytes(packet), "h264", decoder.extradata or b"")
+    return any(unit[0] >> 5 & 3 for unit in units if unit[0] & 31 in (1, 5))
+
+
 def _units(data: bytes, codec: str, extradata: bytes) -> Iterator[bytes]:
     """Yields the first bytes of every NAL unit of a packet of H.264 or HEVC."""
     if extradata[:1] == b"\x01":  # as stored in MP4: each unit follows its length

@@ -14,7 +14,7 @@ Letters: F frames, H x W pixels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from operator import attrgetter
@@ -219,10 +219,12 @@ def decode_frames(
     layout: Layout | None,
     wanted: list[int],
     packets: list[av.Packet] | None = None,
+    watch: Callable[[av.Packet], None] | None = None,
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """Yields (number, frame) of those `wanted` frames (increasing) that decode, in presentation order.
 
-    `packets` are all packets of the file, if they have been read already.
+    `packets` are all packets of the file, if they have been read already. `watch` is called for each packet before it
+    is decoded, if there is a layout.
     """
     decoder = stream.codec_context
 
@@ -244,6 +246,8 @@ def decode_frames(
     needed = itertools.dropwhile(lambda packet: packet.pts != start, (packet for packet in demux() if packet.size))
     number_at = dict(zip(layout.times(wanted), wanted, strict=False))
     for packet in itertools.chain(_up_to_the_last(needed, decoder, number_at), [None]):
+        if watch is not None and packet is not None:
+            watch(packet)
         for frame in decoder.decode(packet):
             number = number_at.get(frame.pts)
             if number is not None:

@@ -2,9 +2,11 @@
 
 A vector says for a block of a frame where in another frame, its reference, the encoder found similar pixels. Its motion
 per frame is the vector divided by the distance of the two frames. FFmpeg tells only whether the reference is shown
-before or after the frame (`AVMotionVector`, libavutil/motion_vector.h), so it is taken to be the nearest frame of
-another kind than B on that side; with several reference frames that is an approximation. Blocks without a vector, which
-are coded by themselves, and whole frames of such blocks have no motion.
+before or after the frame (`AVMotionVector`, libavutil/motion_vector.h), so it is taken to be the nearest frame on that
+side to which the frame may refer: of H.264 one that was decoded before and is marked as a reference, of MPEG-4 one that
+is no B-frame. With several reference frames that is an approximation. Blocks without a vector, which are coded by
+themselves, and whole frames of such blocks have no motion. In B-frames of MPEG-4, FFmpeg exports vectors of 0 for blocks
+of direct mode; these frames have the motion per frame of the next frame of another kind, whose vectors span them.
 
 Letters: F fields, N frames of a video, h x w cells of CELL x CELL pixels.
 """
@@ -12,11 +14,13 @@ Letters: F fields, N frames of a video, h x w cells of CELL x CELL pixels.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
 
+from cpr_fast.data.video.bitstream import is_reference
 from cpr_fast.data.video.container import VideoError, open_video
 from cpr_fast.data.video.decode import decode_frames, known_layout, refuse_rotation
 from cpr_fast.data.video.pixels import Region
@@ -56,13 +60,16 @@ def read_fields(
                 f"data.flow = 'vectors' reads the motion vectors of H.264 and MPEG-4, got {stream.codec_context.name}",
             )
         stream.codec_context.options = OPTIONS
-        frames = decode_frames(container, stream, known, list(range(low, high + 1)))
-        checked = _Checked(path, region)
-        fields = dict(_fields(map(checked, frames), last + 1))
+        packets, checked = _Packets(stream.codec_context), _Checked(path, region)
+        wanted = list(range(low, high + 1))
+        frames = decode_frames(container, stream, known, wanted, watch=packets.watch)
+        found = _read(packets, map(checked, frames), last + 1)
     numbers = range(first + 1, last + 2)
-    if missing := [number for number in numbers if number not in fields]:
+    if missing := [number for number in numbers if number not in found]:
         raise VideoError(path, f"frame {missing[0]} of {num_frames} does not decode")
-    return np.stack([fields[number] for number in numbers]), checked.region
+    sources = [_source(found, number) for number in numbers]
+    fields = {n: field_of(found[n], _distance(found, n, -1), _distance(found, n, 1)) for n in set(sources)}
+    return np.stack([fields[number] for number in sources]), checked.region
 
 
 class _Checked:
@@ -79,44 +86,88 @@ class _Checked:
         return numbered
 
 
-def _fields(frames: Iterator[tuple[int, av.VideoFrame]], last: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (number of a frame, its field) up to frame `last`, and may yield later ones."""
-    before: int | None = None  # the last frame that is not of kind B
-    waiting: list[tuple[int, av.VideoFrame]] = []  # frames of kind B since
+@dataclass(frozen=True)
+class _Coded:
+    """What is needed of a decoded frame."""
+
+    vectors: np.ndarray | None  # AVMotionVector [M]
+    size: tuple[int, int]  # height and width, pixels
+    bidirectional: bool  # of kind B
+    order: int | None  # its place in decoding order, if known
+    reference: bool  # whether other frames may refer to it
+
+    def may_refer_to(self, other: _Coded, *, before: bool) -> bool:
+        """Returns whether its vectors may point to another frame, which is shown before or after it."""
+        if None in (self.order, other.order):
+            return other.reference and (before or self.bidirectional)
+        return other.reference and other.order < self.order
+
+
+class _Packets:
+    """Remembers of each packet, by its time, its place in decoding order and whether it is one of a reference."""
+
+    def __init__(self, decoder: av.VideoCodecContext) -> None:
+        self._decoder, self._seen = decoder, {}
+
+    def watch(self, packet: av.Packet) -> None:
+        if self._decoder.name == "h264":
+            self._seen[packet.pts] = len(self._seen), is_reference(packet, self._decoder)
+
+    def coded(self, frame: av.VideoFrame) -> _Coded:
+        data, is_b = frame.side_data.get("MOTION_VECTORS"), frame.pict_type == BIDIRECTIONAL
+        order, reference = self._seen.get(frame.pts, (None, not is_b))
+        unused = data is None or (is_b and self._decoder.name == "mpeg4")
+        vectors = None if unused else data.to_ndarray()
+        return _Coded(vectors, (frame.height, frame.width), is_b, order, reference)
+
+
+def _read(packets: _Packets, frames: Iterator[tuple[int, av.VideoFrame]], last: int) -> dict[int, _Coded]:
+    """Returns the frames by number, up to one from `last` on that is not of kind B, to which all before may refer."""
+    found = {}
     for number, frame in frames:
-        if frame.pict_type == BIDIRECTIONAL:
-            waiting.append((number, frame))
-            continue
-        for place, held in waiting:
-            yield place, field_of(held, place - before if before is not None else 1, number - place)
-        yield number, field_of(frame, number - before if before is not None else 1, 1)
-        before, waiting = number, []
-        if number >= last:
-            return
-    for place, held in waiting:  # at the end of the video
-        yield place, field_of(held, place - before if before is not None else 1, 1)
+        found[number] = packets.coded(frame)
+        if number >= last and not found[number].bidirectional:
+            break
+    return found
 
 
-def field_of(frame: av.VideoFrame, since: int, until: int) -> np.ndarray:
+def _source(frames: dict[int, _Coded], number: int) -> int:
+    """Returns the number of the frame whose vectors tell the motion to a frame: of a B-frame without vectors it is the
+    next frame of another kind, whose vectors span the motion since the previous one."""
+    later = number
+    while later in frames and frames[later].bidirectional and frames[later].vectors is None:
+        later += 1
+    return later if later in frames else number
+
+
+def _distance(frames: dict[int, _Coded], number: int, step: int) -> int:
+    """Returns the distance of a frame from the nearest one before (step -1) or after it (1) to which it may refer."""
+    for away in range(1, MOST_BETWEEN + 1):
+        other = frames.get(number + step * away)
+        if other is not None and frames[number].may_refer_to(other, before=step < 0):
+            return away
+    return 1
+
+
+def field_of(coded: _Coded, since: int, until: int) -> np.ndarray:
     """Returns the motion of each cell of a frame per frame, float32 [h, w, 2]: the mean of its vectors.
 
     `since` and `until` are the distances, in frames, of the references before and after the frame.
     """
-    sides = [-(-side // MACROBLOCK) * (MACROBLOCK // CELL) for side in (frame.height, frame.width)]
-    motion, count = np.zeros((sides[0] * sides[1], 2), np.float32), np.zeros((sides[0] * sides[1], 1), np.float32)
-    data = frame.side_data.get("MOTION_VECTORS")
-    if data is None:
-        return motion.reshape(*sides, 2)
-    vectors = data.to_ndarray()
+    height, width = (-(-side // MACROBLOCK) * (MACROBLOCK // CELL) for side in coded.size)
+    motion, vectors = np.zeros((height * width, 2), np.float32), coded.vectors
+    if vectors is None:
+        return motion.reshape(height, width, 2)
+    count = np.zeros((len(motion), 1), np.float32)
     scale = vectors["motion_scale"] * np.where(vectors["source"] < 0, -since, until).astype(np.float32)
-    each = np.stack([vectors["motion_x"], vectors["motion_y"]], axis=1) / scale[:, None]
-    width, height = vectors["w"].astype(np.int64), vectors["h"].astype(np.int64)
-    corner = (vectors["dst_y"] - height // 2) // CELL * sides[1] + (vectors["dst_x"] - width // 2) // CELL
-    kind = (vectors["source"] > 0) * 65536 + height * 256 + width
+    each = np.stack([vectors["motion_x"], vectors["motion_y"]], axis=1, dtype=np.float32) / scale[:, None]
+    tall, wide = vectors["h"].astype(np.int64), vectors["w"].astype(np.int64)
+    corner = (vectors["dst_y"] - tall // 2) // CELL * width + (vectors["dst_x"] - wide // 2) // CELL
+    kind = (vectors["source"] > 0) * 65536 + tall * 256 + wide
     for some in np.unique(kind):  # no two vectors of a kind cover the same cell
         chosen = np.flatnonzero(kind == some)
-        rows, columns = np.arange(height[chosen[0]] // CELL), np.arange(width[chosen[0]] // CELL)
-        cells = corner[chosen, None] + np.add.outer(rows * sides[1], columns).ravel()
+        rows, columns = np.arange(tall[chosen[0]] // CELL), np.arange(wide[chosen[0]] // CELL)
+        cells = corner[chosen, None] + np.add.outer(rows * width, columns).ravel()
         motion[cells] += each[chosen, None]
         count[cells] += 1
-    return (motion / np.maximum(count, 1)).reshape(*sides, 2)
+    return (motion / np.maximum(count, 1)).reshape(height, width, 2)
