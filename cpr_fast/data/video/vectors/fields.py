@@ -5,8 +5,9 @@ per frame is the vector divided by the distance of the two frames. FFmpeg tells 
 before or after the frame (`AVMotionVector`, libavutil/motion_vector.h), so it is taken to be the nearest frame on that
 side to which the frame may refer: of H.264 one that was decoded before and is marked as a reference, of MPEG-4 one that
 is no B-frame. With several reference frames that is an approximation. Blocks without a vector, which are coded by
-themselves, and whole frames of such blocks have no motion. In B-frames of MPEG-4, FFmpeg exports vectors of 0 for blocks
-of direct mode; these frames have the motion per frame of the next frame of another kind, whose vectors span them.
+themselves, and whole frames of such blocks have no motion. In B-frames of MPEG-4, FFmpeg exports vectors of 0 for
+blocks of direct mode; these frames have the motion per frame of the next frame of another kind, whose vectors span
+them.
 
 Letters: F fields, N frames of a video, h x w cells of CELL x CELL pixels.
 """
@@ -163,11 +164,22 @@ def field_of(coded: _Coded, since: int, until: int) -> np.ndarray:
     each = np.stack([vectors["motion_x"], vectors["motion_y"]], axis=1, dtype=np.float32) / scale[:, None]
     tall, wide = vectors["h"].astype(np.int64), vectors["w"].astype(np.int64)
     corner = (vectors["dst_y"] - tall // 2) // CELL * width + (vectors["dst_x"] - wide // 2) // CELL
-    kind = (vectors["source"] > 0) * 65536 + tall * 256 + wide
-    for some in np.unique(kind):  # no two vectors of a kind cover the same cell
-        chosen = np.flatnonzero(kind == some)
-        rows, columns = np.arange(tall[chosen[0]] // CELL), np.arange(wide[chosen[0]] // CELL)
-        cells = corner[chosen, None] + np.add.outer(rows * width, columns).ravel()
-        motion[cells] += each[chosen, None]
+    for side in (vectors["source"] < 0, vectors["source"] > 0):  # the blocks of a side do not overlap
+        vector, cells = _covered(np.flatnonzero(side), corner, tall // CELL, wide // CELL, width)
+        motion[cells] += each[vector]
         count[cells] += 1
     return (motion / np.maximum(count, 1)).reshape(height, width, 2)
+
+
+def _covered(
+    chosen: np.ndarray, corner: np.ndarray, rows: np.ndarray, columns: np.ndarray, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each cell that the `chosen` blocks cover, and the number of its block, both int64.
+
+    A block covers `rows` times `columns` cells from its `corner` on, of a picture with `width` cells in a row.
+    """
+    sizes = rows[chosen] * columns[chosen]
+    vector = chosen.repeat(sizes)
+    place = np.arange(len(vector)) - (sizes.cumsum() - sizes).repeat(sizes)
+    row, column = np.divmod(place, columns[vector])
+    return vector, corner[vector] + row * width + column
