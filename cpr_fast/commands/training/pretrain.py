@@ -37,6 +37,7 @@ COMMON = (
     "data.batch_size",
     "data.workers",
     "data.flow",
+    "data.fps",
     "memory.size",
     "mining.stages",
     "optim.precision",
