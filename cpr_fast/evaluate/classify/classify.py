@@ -346,13 +346,13 @@ def _clip_loader(job: Job, part: Index, view: str, plan: Any) -> TrainLoader:
 
 def _identity(job: Job, view: str, weights: str) -> str:
     """Returns a digest of everything that the predictions depend on."""
+    data = job.configs[view].data
+    identity = job.recipe.identity(data, str(job.world.device))
     videos = [
-        [[key, video.label] for key, video in zip(video_digests(part, view), part, strict=True)]
+        [[key, video.label] for key, video in zip(video_digests(part, view, identity), part, strict=True)]
         for part in (job.split.train, job.split.test)
     ]
-    data = job.configs[view].data
-    settings = [job.task, dataclasses.asdict(job.settings), job.seed, job.recipe.identity(data, str(job.world.device)),
-                data.crop_area, job.split.train.classes]  # fmt: skip
+    settings = [job.task, dataclasses.asdict(job.settings), job.seed, identity, data.crop_area, job.split.train.classes]
     return digest(json.dumps([settings, videos, weights, *_processes(job)]))
 
 

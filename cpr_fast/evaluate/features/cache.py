@@ -65,18 +65,22 @@ def weights_digest(module: nn.Module) -> str:
     return digest(*parts)
 
 
-def video_digest(video: Video, view: str) -> str:
-    """Returns a digest of the video's length and of the files that the view is read from (path, size, time)."""
+def video_digest(video: Video, view: str, identity: str = "") -> str:
+    """Returns a digest of the video's length and of the files that the view is read from (path, size, time).
+
+    `identity` is the value of `Recipe.identity`: with `data.fps` the windows also depend on the listed frame rate.
+    """
     files = [video.path] + ([video.flow_path] if view == "flow" and video.flow_path else [])
     stats = [(resolved(path), *state_of(path)) for path in files]
-    return digest(json.dumps([stats, video.num_frames, video.flow_path is not None]))
+    rate = [video.fps] if '"fps": ' in identity else []
+    return digest(json.dumps([stats, video.num_frames, video.flow_path is not None, *rate]))
 
 
-def video_digests(part: Index, view: str) -> list[str]:
+def video_digests(part: Index, view: str, identity: str = "") -> list[str]:
     """Returns the `video_digest` of every video of an index; for clips of a store, digests of their features."""
     if isinstance(part, StoredClips):
         return [digest(part.store.about.digest, str(row)) for row in part.rows.tolist()]
-    return [video_digest(video, view) for video in part]
+    return [video_digest(video, view, identity) for video in part]
 
 
 class FeatureCache:
@@ -88,12 +92,12 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
-        self.folder, self._identity = folder, identity
+        self.folder, self.identity = folder, identity
         self._said: set[str] = set()  # why rows could not be stored
 
     def path(self, embedding: Embedding) -> Path:
         """Returns the file that holds the features of an embedding."""
-        return self.folder / f"{embedding.view}-{digest(embedding.key, self._identity)}.safetensors"
+        return self.folder / f"{embedding.view}-{digest(embedding.key, self.identity)}.safetensors"
 
     def load(self, embedding: Embedding) -> dict[str, tuple[Tensor, int]]:
         """Returns the stored rows, {video digest: (feature [F], windows)}; a damaged file is treated as missing."""
@@ -110,7 +114,7 @@ class FeatureCache:
         try:
             with one_writer(path.with_name(f".{path.name}.lock"), None), replacing(path) as temporary:
                 tensors = _as_tensors(self.load(embedding) | dict(rows))
-                save_tensors(tensors, temporary, {"view": embedding.view, "identity": self._identity})
+                save_tensors(tensors, temporary, {"view": embedding.view, "identity": self.identity})
         except (InputError, OSError) as error:
             reason = getattr(error.__cause__ or error, "strerror", None) or str(error)
             if reason not in self._said:  # one line, not one for each encoder
@@ -161,7 +165,7 @@ def embed_index(
         for name, embedding in embeddings.items():
             if embedding.key:
                 known[name] = cache.load(embedding)
-        keys = {e.view: video_digests(part, e.view) for e in embeddings.values()}
+        keys = {e.view: video_digests(part, e.view, cache.identity) for e in embeddings.values()}
     missing = distributed.from_main(lambda: _missing(len(part), embeddings, known, keys))
     todo = sorted({i for positions in missing.values() for i in positions})
     if progress and main and not todo:

@@ -223,9 +223,10 @@ def _references(
     used = few if count_windows(spread, data, how) > count_windows(spread, data, few) else how
     untrained, stored = untrained_encoders(pretrained.configs, seed, device), None
     if cache:
-        videos = [video_digest(video, view) for view in untrained for video in spread]
+        identity = used.identity(data, device)
+        videos = [video_digest(video, view, identity) for view in untrained for video in spread]
         stored = StoredStatistics(pretrained.features, untrained,
-                                  json.dumps([used.identity(data, device), data.batch_size, videos]))  # fmt: skip
+                                  json.dumps([identity, data.batch_size, videos]))  # fmt: skip
     if stored is not None and stored.load():
         log.log(logging.INFO if progress else logging.DEBUG, "%s: its BatchNorm statistics are stored already", name)
     else:

@@ -103,7 +103,7 @@ def _collect(folder: Path, identity: str, embeddings: dict[str, Embedding], inde
     pixels: list[Tensor] | None = []
     baseline = cache.load(BASELINES[PIXELS])
     for video in index:
-        keys = {view: _key(video, view) for view in (*known, "rgb")}
+        keys = {view: _key(video, view, identity) for view in (*known, "rgb")}
         if any(keys[view] not in known[view] for view in known):
             continue
         videos.append(video)
@@ -119,8 +119,8 @@ def _collect(folder: Path, identity: str, embeddings: dict[str, Embedding], inde
     return StoredFeatures(videos, streams, recipe["metric"], recipe["name"], small)
 
 
-def _key(video: Video, view: str) -> str:
+def _key(video: Video, view: str, identity: str) -> str:
     try:
-        return video_digest(video, view)
+        return video_digest(video, view, identity)
     except OSError:  # the video no longer exists
         return digest("")

@@ -176,3 +176,13 @@ def test_iic_features_are_the_spatially_pooled_map():
     assert got.shape == (2, 5 * 2 * 3 * 3) and torch.equal(got, expected)
     tiny = SimpleNamespace(outputs=lambda clips: F.pad(maps[..., :1, :1], (0, 1)))
     assert spatial_max(tiny, torch.zeros(2, 3, 4, 8, 8)).shape == (2, 10)
+
+
+def test_features_sampled_by_time_depend_on_the_listed_rate(tmp_path):
+    index, recipe = write_videos(tmp_path, "a"), make_recipe("paper")
+    native, timed = (recipe.identity(DataConfig(fps=fps), "cpu") for fps in (0.0, 10.0))
+    assert '"fps"' not in native and "pictures_fps" not in native  # as before the setting existed
+    listed_again = dataclasses.replace(index[0], fps=2 * index[0].fps)
+    assert video_digest(index[0], "rgb", native) == video_digest(listed_again, "rgb", native)
+    assert video_digest(index[0], "rgb", native) == video_digest(index[0], "rgb")
+    assert video_digest(index[0], "rgb", timed) != video_digest(listed_again, "rgb", timed)
