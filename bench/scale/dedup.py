@@ -1,7 +1,7 @@
 """Measures `cpr-fast dedup`: the speed of its graph of neighbours, and what it finds where the answer is known.
 
     python bench/scale/dedup.py speed [--entries 1000000] [--rows 8192] [--threads 2 1] [--rounds 3] [--whole]
-    python bench/scale/dedup.py found NAME=INDEX:CHECKPOINT ... [--plant NAME] [--every 9]
+    python bench/scale/dedup.py found NAME=INDEX:CHECKPOINT ... [--plant NAME] [--every 18]
 
 `speed` compares `KnnGraph` with FAISS Flat (IndexFlatIP of faiss-cpu) on unit features of 128 dimensions, k = 10, in
 one process and in turn. FAISS searches for `--rows` queries among all entries; the graph compares its first `--rows`
@@ -10,7 +10,8 @@ rows with all entries after them, for both sides. The time of the whole is scale
 
 `found` states precision and recall of the groups in pairs of videos of one source, by the sources of each index. In the
 index NAME of `--plant` it plants three re-encodings of every `--every`-th video: scaled to two thirds, compressed with
-x264 at crf 38, and without its first third. The checkpoints are copied, and nothing is written beside them.
+x264 at crf 38, and without its first third. The checkpoints are copied with the features that `retrieve`
+stored beside them, and nothing is written there.
 
 Both write their part of bench/results/dedup.json, and dedup.md.
 """
@@ -40,6 +41,7 @@ from measure import RESULTS, world, write_result
 from cpr_fast.evaluate.duplicates.find import THRESHOLDS, Compared, of_checkpoint
 from cpr_fast.evaluate.duplicates.graph import stored_graph
 from cpr_fast.evaluate.duplicates.groups import Groups, agreement, at_thresholds, pairs_of
+from cpr_fast.evaluate.features.results import home
 from cpr_fast.ops import KnnGraph
 
 WIDTH, NEIGHBOURS = 128, 10
@@ -128,6 +130,8 @@ def found(options: argparse.Namespace) -> dict[str, Any]:
             own = Path(folder) / "checkpoints" / "last.pt"
             own.parent.mkdir()
             shutil.copyfile(checkpoint, own)
+            if (stored := home(checkpoint) / "features").is_dir():
+                shutil.copytree(stored, Path(folder) / "features")
             result["sources"][name] = known_sources(of_checkpoint(Path(index), str(own), progress=True), Path(folder))
             if name == options.plant:
                 result["planted"] = {"name": name, "every": options.every,
@@ -143,8 +147,10 @@ def known_sources(compared: Compared, folder: Path) -> dict[str, Any]:
     indices, scores = stored_graph(compared.features, NEIGHBOURS, folder / "graph.safetensors")
     pairs = pairs_of(indices, scores, THRESHOLDS[-1])
     nearest = float((known[indices[:, 0].numpy()] == known).mean())
-    return {"videos": len(known), "sources": int(known.max()) + 1, "views": compared.views,
-            "nearest_of_source": nearest, "table": at_thresholds(compared.features, pairs, THRESHOLDS, known)}  # fmt: skip
+    return {
+        "videos": len(known), "sources": int(known.max()) + 1, "views": compared.views, "nearest_of_source": nearest,
+        "table": at_thresholds(compared.features, pairs, THRESHOLDS, known),
+    }  # fmt: skip
 
 
 def planted(index_csv: Path, checkpoint: Path, folder: Path, every: int) -> dict[str, Any]:
@@ -266,10 +272,10 @@ def found_page(part: dict[str, Any]) -> list[str]:
                  percent(row["recall"])] for row in known["table"]]  # fmt: skip
         lines += [
             f"### Siblings: {name}", "",
-            f"{known['videos']:,} videos of {known['sources']:,} sources; features of {' and '.join(known['views'])} of "
-            f"a small network trained on them. For {percent(known['nearest_of_source'])} % of all videos the nearest "
-            "is of their source. Precision and recall are of pairs of one source, in groups whose mean similarity is at "
-            "least that of the row.", "",
+            f"{known['videos']:,} videos of {known['sources']:,} sources; features of {' and '.join(known['views'])} "
+            f"of a small network trained on them. For {percent(known['nearest_of_source'])} % of all videos the "
+            "nearest is of their source. Precision and recall are of pairs of one source, in groups whose mean "
+            "similarity is at least that of the row.", "",
             *table(["similarity", "groups", "videos", "largest", "precision %", "recall %"], rows), "",
         ]  # fmt: skip
     if planted := part.get("planted"):
@@ -278,9 +284,10 @@ def found_page(part: dict[str, Any]) -> list[str]:
         lines += [
             f"### Near-duplicates: re-encodings planted in {planted['name']}", "",
             f"{planted['copies']:,} re-encodings, three of every {planted['every']}th video, among "
-            f"{planted['videos']:,} videos. *Copies* is the share of the pairs in groups that are versions of one video; *of one source* also "
-            "counts versions of clips of one source, which in this data set often show the same scene. The last "
-            "columns are the recall: the share of the re-encodings that are in the group of their original.", "",
+            f"{planted['videos']:,} videos. *Copies* is the share of the pairs in groups that are versions of one "
+            "video; *of one source* also counts versions of clips of one source, which in this data set often show the "
+            "same scene. The last columns are the recall: the share of the re-encodings that are in the group of their "
+            "original.", "",
             *table(["similarity", "pairs", "copies %", "of one source %", *(f"{kind} %" for kind in KINDS)], rows), "",
         ]  # fmt: skip
     return lines
@@ -298,7 +305,7 @@ def main() -> None:
     two = parts.add_parser("found")
     two.add_argument("sets", nargs="+")
     two.add_argument("--plant", default="")
-    two.add_argument("--every", type=int, default=9)
+    two.add_argument("--every", type=int, default=18)
     for each in (one, two):
         each.add_argument("--folder", type=Path, default=RESULTS)
     options = parser.parse_args()

@@ -28,8 +28,8 @@ def dedup(
     checkpoint: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = (),
     features: Path | None = None,
     out: Path | None = None,
-    duplicate: float = 0.98,
-    sibling: float = 0.95,
+    duplicate: float = 0.95,
+    sibling: float = 0.9,
     neighbours: int = 10,
     recipe: RecipeName | None = None,
     json: Json = False,
@@ -45,7 +45,8 @@ def dedup(
             whose features are compared.
         features: A store of features of these videos (see `cpr-fast embed`), which are compared instead.
         out: The new index; by default INDEX-dedup.csv beside INDEX.
-        duplicate: The least mean similarity, a cosine, of the videos of a group of near-duplicates.
+        duplicate: The least mean similarity, a cosine, of the videos of a group of near-duplicates. What a similarity
+            means depends on the network: choose by the table and the pictures of the page.
         sibling: The least mean similarity of the videos of a group that get one source, at most --duplicate.
         neighbours: How many nearest videos of each one are compared further.
         recipe: With --checkpoint, the recipe of `retrieve`, whose stored features are reused.
@@ -110,8 +111,10 @@ def _checked(
         raise InputError(f"--out: expected the name of an index, got the folder {str(out)!r}")
     require_other_file("--out", out, [index])
     require_videos("INDEX", [index])
+    from cpr_fast.data.index.rows.columns import require_parquet
     from cpr_fast.runtime.files import require_writable
 
+    require_parquet("--out", out)
     require_writable("--out", out.parent, "Choose another folder")
     return out
 
