@@ -259,8 +259,8 @@ def speed_page(part: dict[str, Any]) -> list[str]:
         row = part["results"][-1]
         ours, theirs = (round(row[f"{name}_whole_cpu_s"] * times) for name in ("ours", "faiss"))
         lines += [
-            f"Not measured: scaled by the number of pairs, 1,000,000 entries would take {ours:,} s of CPU time, and FAISS "
-            f"Flat {theirs:,} s.", "",
+            f"Not measured: scaled by the number of pairs, 1,000,000 entries would take {ours:,} s of CPU time, and "
+            f"FAISS Flat {theirs:,} s.", "",
         ]  # fmt: skip
     if whole := part.get("whole"):
         lines += [
