@@ -56,6 +56,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "probe": ("evaluation", "Train a linear classifier on frozen features."),
         "finetune": ("evaluation", "Finetune the encoders as a classifier."),
         "search": ("evaluation", "Find the videos of an index that are most similar to your own."),
+        "dedup": ("evaluation", "Find near-duplicates and clips of one source, and write an index with these sources."),
         "mine": ("evaluation", "Measure the mining quality (PMR, CMR) of any cascade on stored features."),
         "compare": ("evaluation", "Test whether the retrieval of two runs, or of two settings with seeds, differs."),
         "report": ("evaluation", "Write the HTML report of one or more training runs."),
@@ -76,6 +77,7 @@ CONTINUE = (
     "probe",
     "finetune",
     "search",
+    "dedup",
 )
 
 # Errors of the file system whose message names the path, which is all that a user needs.

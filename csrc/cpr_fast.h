@@ -123,6 +123,20 @@ CPR_API const char* cpr_cascade_counts_cpu(const int32_t* keys, const int32_t* p
 CPR_API const char* cpr_cascade_keep_cpu(int32_t* keys, const int32_t* threshold, const int32_t* ties, int64_t U,
                                          int64_t B, int64_t K, int64_t row, cpr_parallel_for parallel);
 
+// ---- knn_graph: the k nearest entries of every entry --------------------------------------------------
+// Compares the rows [begin, end) of the features with all rows after them, each pair once, and updates the lists of
+// both. Calls for ranges that cover [0, N), one after another in any order, complete the lists. A list holds k words in
+// descending order: the key of the score, see above, in the upper 32 bits, and 2^32 - 1 - slot in the lower ones;
+// INT64_MIN where it has no entry. A score has the bits of cascade_select; NaN is no score. N < 2^31.
+typedef struct {
+  const void* features;  // [N, D] dtype
+  int64_t* best;         // in and out [N, k]
+  int64_t N, D, k, begin, end;
+  int dtype;  // CPR_F32 | CPR_BF16 | CPR_F16
+} cpr_knn_graph_args;
+
+CPR_API const char* cpr_knn_graph_cpu(const cpr_knn_graph_args* args, cpr_parallel_for parallel);
+
 // ---- tvl1_flow: TV-L1 optical flow ----------------------------------------------------------------
 typedef struct {
   const void* frames;         // [N, T, H, W] uint8 0..255, or float 0..1

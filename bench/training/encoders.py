@@ -308,7 +308,8 @@ def main() -> None:
         write_result("encoders.md", page(list(rows.values())), results)
         return
     about = {key: value for key, value in world("cpu").items() if key != "command"}
-    about |= {name: version(name) for name in ("torchvision", "transformers")}
+    used = {name.partition(" ")[0] for name in args.networks} & {"torchvision", "transformers"}
+    about |= {name: version(name) for name in sorted(used)}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         write_videos(Path())
         for network in NETWORKS:

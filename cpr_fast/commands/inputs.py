@@ -291,6 +291,7 @@ INPUTS: dict[str, dict[str, Check]] = {
     "probe": {"CHECKPOINT": require_checkpoints, "--index": require_indexes, "--config": FILE},
     "finetune": {"CHECKPOINT": require_checkpoints, "--index": require_indexes, "--config": FILE},
     "search": {"QUERIES": require_files, "--index": FILE, "--checkpoint": require_checkpoints, "--out": OUTPUT},
+    "dedup": {"INDEX": FILE, "--checkpoint": require_checkpoints, "--features": _one(require_store), "--out": OUTPUT},
     "mine": {"FEATURES": _one(require_features)},
     "compare": {"RUNS": require_runs, "--against": require_runs},
     "report": {"RUNS": require_runs, "--index": FILE, "--out": OUTPUT},

@@ -10,6 +10,7 @@ from pathlib import Path
 from .batch_norm import BatchNorm1d, BatchNorm3d
 from .cascade_mil_nce import cascade_mil_nce, cascade_mil_nce_ref
 from .cascade_select import cascade_select, cascade_select_ref
+from .graph.knn_graph import KnnGraph, knn_graph, knn_graph_ref
 from .mil_nce import mil_nce, mil_nce_ref
 from .partial.cascade import (
     cascade_counts,
@@ -33,6 +34,7 @@ from .tvl1_flow import tvl1_flow, tvl1_flow_ref
 __all__ = [
     "BatchNorm1d",
     "BatchNorm3d",
+    "KnnGraph",
     "QueueLoss",
     "Shard",
     "cascade_counts",
@@ -47,6 +49,8 @@ __all__ = [
     "cascade_select_ref",
     "cmake_dir",
     "include_dir",
+    "knn_graph",
+    "knn_graph_ref",
     "mil_nce",
     "mil_nce_merge",
     "mil_nce_merge_ref",

@@ -65,6 +65,9 @@ Tensor cascade_counts(const Tensor& keys, const Tensor& prefix, int64_t digit);
 
 void cascade_keep(Tensor keys, int64_t row, const Tensor& threshold, const Tensor& ties);
 
+// Only on the CPU; on CUDA, cpr_fast/ops selects with cascade_select.
+void knn_graph_rows(const Tensor& features, Tensor best, int64_t begin, int64_t end);
+
 template <bool cuda>
 std::tuple<Tensor, Tensor> tvl1_flow(const Tensor& frames, double tau, double lambda, double theta, int64_t scales,
                                      double scale_step, int64_t warps, double epsilon, int64_t inner_iterations,

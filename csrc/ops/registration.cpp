@@ -40,6 +40,7 @@ CPR_LIBRARY(TORCH_EXTENSION_NAME, m) {
   m.def("cascade_keys(Tensor queries, Tensor memory, int[] views, Tensor? query_ids, Tensor? memory_ids) -> Tensor");
   m.def("cascade_counts(Tensor keys, Tensor prefix, int digit) -> Tensor");
   m.def("cascade_keep(Tensor(a!) keys, int row, Tensor threshold, Tensor ties) -> ()");
+  m.def("knn_graph_rows(Tensor features, Tensor(a!) best, int begin, int end) -> ()");
   m.def(
       "tvl1_flow(Tensor frames, float tau, float lambda_, float theta, int scales, float scale_step, int warps, "
       "float epsilon, int inner_iterations, int outer_iterations, int median) -> (Tensor flow, "
@@ -62,6 +63,7 @@ CPR_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("cascade_keys", TORCH_BOX(&ops::cascade_keys));
   m.impl("cascade_counts", TORCH_BOX(&ops::cascade_counts));
   m.impl("cascade_keep", TORCH_BOX(&ops::cascade_keep));
+  m.impl("knn_graph_rows", TORCH_BOX(&ops::knn_graph_rows));
   m.impl("tvl1_flow", TORCH_BOX(&ops::tvl1_flow<false>));
   m.impl("batch_norm", TORCH_BOX(&ops::batch_norm));
   m.impl("batch_norm_backward", TORCH_BOX(&ops::batch_norm_backward));

@@ -38,6 +38,7 @@ ORDER = (
     "data.synthetic",
     "evaluate.features",
     "evaluate.retrieval",
+    "evaluate.duplicates",
     "evaluate.classify",
     "pretrain.state",
     "pretrain.step",

@@ -63,7 +63,7 @@ def test_the_package_is_typed():
     [
         *("cascade_select", "mil_nce", "cascade_mil_nce", "tvl1_flow", "QueueLoss", "BatchNorm1d", "BatchNorm3d"),
         *("cascade_keys", "cascade_counts", "cascade_keep", "mil_nce_partial", "mil_nce_merge", "Shard"),
-        *("sharded_cascade_select", "sharded_mil_nce"),
+        *("sharded_cascade_select", "sharded_mil_nce", "knn_graph"),
     ],
 )
 def test_help_has_shapes_and_an_example_that_runs(name):
@@ -83,7 +83,7 @@ def test_help_has_shapes_and_an_example_that_runs(name):
     "name",
     [
         *("cascade_select_ref", "mil_nce_ref", "cascade_mil_nce_ref", "tvl1_flow_ref", "cascade_keys_ref"),
-        *("cascade_counts_ref", "cascade_keep_ref", "mil_nce_partial_ref", "mil_nce_merge_ref"),
+        *("cascade_counts_ref", "cascade_keep_ref", "mil_nce_partial_ref", "mil_nce_merge_ref", "knn_graph_ref"),
     ],
 )
 def test_references_are_documented(name):

@@ -75,7 +75,7 @@ def cascade_keys_ref(
 ) -> Tensor:
     """Computes `cascade_keys` in plain PyTorch, from scores that are computed in float64 and rounded to float32."""
     scores = (queries.double() @ memory.double().transpose(1, 2))[list(views)].float()
-    return _excluded(_keys_of(scores), query_ids, memory_ids)
+    return _excluded(keys_of(scores), query_ids, memory_ids)
 
 
 def _keys_on_cuda(
@@ -87,12 +87,12 @@ def _keys_on_cuda(
     for view in views:
         indices, scores = cascade_select(queries[view][None], memory[view][None], [0], [size])  # [B, K], best first
         found = torch.full((*indices.shape[:1], size + 1), NO_KEY, dtype=torch.int32, device=queries.device)
-        found.scatter_(1, indices.where(indices >= 0, size), _keys_of(scores))  # NaN scores are padding at the end
+        found.scatter_(1, indices.where(indices >= 0, size), keys_of(scores))  # NaN scores are padding at the end
         keys.append(found[:, :size])
     return _excluded(torch.stack(keys), query_ids, memory_ids)
 
 
-def _keys_of(scores: Tensor) -> Tensor:
+def keys_of(scores: Tensor) -> Tensor:
     """Returns the keys of float32 scores of any shape."""
     bits = (scores + 0.0).view(torch.int32)  # -0 + 0 is +0
     return torch.where(scores.isnan(), NO_KEY, torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits))

@@ -23,8 +23,11 @@ Shown = Callable[[np.ndarray], np.ndarray]  # returns the frames of the file at 
 def film_strip(path: Path, num_frames: int, start: int, length: int, shown: Shown | None = None) -> str | None:
     """Returns `strip_image` as a data URI; None where the video cannot be read."""
     strip = strip_image(path, num_frames, start, length, shown)
-    if strip is None:
-        return None
+    return None if strip is None else strip_uri(strip)
+
+
+def strip_uri(strip: Image.Image) -> str:
+    """Returns a film strip as a data URI."""
     buffer = io.BytesIO()
     strip.save(buffer, "JPEG", quality=72, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -15,8 +15,8 @@ namespace {
   KernelTable {                                                                                                    \
     #variant, variant::cascade_select, variant::mil_nce_forward, variant::mil_nce_grad_memory,                     \
         variant::cascade_mil_nce, variant::mil_nce_part_entries, variant::mil_nce_partial, variant::mil_nce_merge, \
-        variant::cascade_keys, variant::cascade_counts, variant::cascade_keep, variant::batch_norm_forward,        \
-        variant::batch_norm_backward, variant::resize_frames, variant::convert_yuv420                              \
+        variant::cascade_keys, variant::cascade_counts, variant::cascade_keep, variant::knn_graph,                 \
+        variant::batch_norm_forward, variant::batch_norm_backward, variant::resize_frames, variant::convert_yuv420 \
   }
 
 // The variants that this machine can run, fastest first.
@@ -157,6 +157,11 @@ const char* cpr_cascade_keep_cpu(int32_t* keys, const int32_t* threshold, const 
   if (const char* error = cpr_cpu_variant_error()) return error;
   cpr::kernels().cascade_keep(keys, threshold, ties, U, B, K, row, parallel);
   return nullptr;
+}
+
+const char* cpr_knn_graph_cpu(const cpr_knn_graph_args* args, cpr_parallel_for parallel) {
+  if (const char* error = cpr_cpu_variant_error()) return error;
+  return cpr::kernels().knn_graph(args, parallel);
 }
 
 const char* cpr_batch_norm_forward_cpu(const cpr_batch_norm_args* args, const cpr_batch_norm_running* running, float* y,

@@ -27,6 +27,7 @@ struct KernelTable {
                          cpr_parallel_for);
   void (*cascade_keep)(int32_t* keys, const int32_t* threshold, const int32_t* ties, int64_t U, int64_t B, int64_t K,
                        int64_t row, cpr_parallel_for);
+  const char* (*knn_graph)(const cpr_knn_graph_args*, cpr_parallel_for);
   const char* (*batch_norm_forward)(const cpr_batch_norm_args*, const cpr_batch_norm_running*, float* y, double* mean,
                                     double* variance, cpr_parallel_for);
   const char* (*batch_norm_backward)(const cpr_batch_norm_args*, const double* mean, const double* variance,
@@ -54,6 +55,7 @@ const KernelTable& kernels();
   const char* cascade_keys(const cpr_cascade_args*, int32_t*, cpr_parallel_for);                                      \
   void cascade_counts(const int32_t*, const int32_t*, int64_t, int64_t, int, int32_t*, cpr_parallel_for);             \
   void cascade_keep(int32_t*, const int32_t*, const int32_t*, int64_t, int64_t, int64_t, int64_t, cpr_parallel_for);  \
+  const char* knn_graph(const cpr_knn_graph_args*, cpr_parallel_for);                                                 \
   const char* batch_norm_forward(const cpr_batch_norm_args*, const cpr_batch_norm_running*, float*, double*, double*, \
                                  cpr_parallel_for);                                                                   \
   const char* batch_norm_backward(const cpr_batch_norm_args*, const double*, const double*, const float*, float*,     \

@@ -1,4 +1,4 @@
 """The rows of an index: one video, and the columns of a large index in Parquet.
 
-Imports `config`, `data.index`, `data.storage` and `data.files`; `data` may import it.
+Imports `config`, `data.index`, `data.storage` and `data.files`; `data` and `commands` may import it.
 """

@@ -1,0 +1,151 @@
+"""`cpr-fast dedup`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from cpr_fast.commands.inputs import (
+    require_at_least,
+    require_checkpoints,
+    require_file,
+    require_other_file,
+    require_store,
+    require_videos,
+)
+from cpr_fast.commands.options import IndexPath, Json, RecipeName
+from cpr_fast.commands.output import show, table
+from cpr_fast.errors import InputError
+from cpr_fast.wording import counted
+
+
+def dedup(
+    index: IndexPath,
+    *,
+    checkpoint: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = (),
+    features: Path | None = None,
+    out: Path | None = None,
+    duplicate: float = 0.95,
+    sibling: float = 0.9,
+    neighbours: int = 10,
+    recipe: RecipeName | None = None,
+    json: Json = False,
+) -> None:
+    """Find near-duplicates and clips of one source, and write an index with these sources.
+
+    Writes a new index, a table of the groups (OUT-groups.csv) and a page with pictures (OUT.html). INDEX is not
+    changed. The same command continues one that was stopped; with other thresholds it uses what was computed.
+
+    Args:
+        index: The index (CSV or Parquet) of the videos.
+        checkpoint: A checkpoint of `pretrain` or `import-checkpoint`, FILE or one for each view (rgb=FILE flow=FILE),
+            whose features are compared.
+        features: A store of features of these videos (see `cpr-fast embed`), which are compared instead.
+        out: The new index; by default INDEX-dedup.csv beside INDEX.
+        duplicate: The least mean similarity, a cosine, of the videos of a group of near-duplicates. What a similarity
+            means depends on the network: choose by the table and the pictures of the page.
+        sibling: The least mean similarity of the videos of a group that get one source, at most --duplicate.
+        neighbours: How many nearest videos of each one are compared further.
+        recipe: With --checkpoint, the recipe of `retrieve`, whose stored features are reused.
+    """
+    out = _checked(index, checkpoint, features, out, duplicate, sibling, neighbours, recipe)
+    from cpr_fast.runtime.progress import announce
+
+    announce("Loading PyTorch and NVIDIA DALI")
+    from cpr_fast.evaluate.duplicates.find import find_duplicates, of_checkpoint, of_store
+    from cpr_fast.evaluate.duplicates.output import write_groups, write_index
+    from cpr_fast.report.duplicates import write_duplicates
+
+    if features is None:
+        compared = of_checkpoint(index, checkpoint, recipe=recipe, progress=True)
+    else:
+        compared = of_store(index, features)
+    found = find_duplicates(
+        compared, out.with_name(f"{out.stem}-graph.safetensors"), neighbours=neighbours, duplicate=duplicate,
+        sibling=sibling, progress=True,
+    )  # fmt: skip
+    page, groups = out.with_suffix(".html"), out.with_name(f"{out.stem}-groups.csv")
+    write_index(found, out)
+    write_groups(found, groups)
+    shares = write_duplicates(found, index, out, page)
+    summary = found.summary()
+    for row, share in zip(summary["thresholds"], shares, strict=True):
+        row["frames_agree"] = share
+    result = {"index": str(index), "out": str(out), "groups": str(groups), "page": str(page), **summary}
+    show(
+        result,
+        json,
+        lines=[*_lines(result), *(f"warning: {text}" for text in found.doubts())],
+        next_step=f"open {shlex.quote(str(page))}",
+    )
+
+
+def _checked(
+    index: Path, checkpoint: tuple[str, ...], features: Path | None, out: Path | None, duplicate: float,
+    sibling: float, neighbours: int, recipe: str | None,
+) -> Path:  # fmt: skip
+    """Returns the path of the new index. Raises InputError that names the option."""
+    require_file("INDEX", index)
+    if bool(checkpoint) == (features is not None):
+        got = "both" if checkpoint else "none"
+        raise InputError(f"--checkpoint, --features: expected one of the two, got {got}")
+    if checkpoint:
+        require_checkpoints("--checkpoint", checkpoint)
+    else:
+        require_store("--features", str(features))
+        if recipe is not None:
+            raise InputError(f"--recipe: expected it with --checkpoint alone, got {recipe!r} with --features")
+    for option, value in (("--duplicate", duplicate), ("--sibling", sibling)):
+        if not 0 < value <= 1:
+            raise InputError(f"{option}: expected a similarity above 0 and at most 1, got {value}")
+    if sibling > duplicate:
+        raise InputError(f"--sibling: expected at most --duplicate, {duplicate}, got {sibling}")
+    require_at_least("--neighbours", 1, neighbours)
+    out = index.with_name(f"{index.stem}-dedup{index.suffix}") if out is None else out
+    if out.suffix not in (".csv", ".parquet"):
+        raise InputError(f"--out: expected the name of an index, with the suffix .csv or .parquet, got {str(out)!r}")
+    if out.is_dir():
+        raise InputError(f"--out: expected the name of an index, got the folder {str(out)!r}")
+    require_other_file("--out", out, [index])
+    require_videos("INDEX", [index])
+    from cpr_fast.data.index.rows.columns import require_parquet
+    from cpr_fast.runtime.files import require_writable
+
+    require_parquet("--out", out)
+    require_writable("--out", out.parent, "Choose another folder")
+    return out
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    lines = [_threshold_table(result["thresholds"]), ""]
+    for name in ("duplicate", "sibling"):
+        part = result[name]
+        what = "near-duplicates" if name == "duplicate" else "siblings"
+        lines.append(f"{what} (--{name} {part['threshold']:g}): {counted(part['groups'], 'group')} of "
+                     f"{counted(part['clips'], 'video')}, the largest of {part['largest']:,}")  # fmt: skip
+    lines.append(
+        f"{counted(result['sources_before'], 'source')} of the index became {result['sources']:,}: {result['out']}"
+    )
+    if known := result["known_sources"]:
+        lines.append(f"compared with the sources of the index: precision {_rate(known['precision'])} of "
+                     f"{counted(known['pairs'], 'pair')}, recall {_rate(known['recall'])} of "
+                     f"{counted(known['known_pairs'], 'pair')}")  # fmt: skip
+    return [*lines, f"groups: {result['groups']}"]
+
+
+def _threshold_table(rows: list[dict[str, Any]]) -> str:
+    known = "precision" in rows[0]
+    header = ["similarity", "pairs", "groups", "videos", "largest", "frames agree", *["precision", "recall"] * known]
+    cells = [
+        [f"{row['threshold']:g}", *(f"{row[name]:,}" for name in ("pairs", "groups", "clips", "largest")),
+         *(_rate(row[name]) for name in ("frames_agree", *("precision", "recall") * known))]
+        for row in rows
+    ]  # fmt: skip
+    return table(header, cells, title="groups by the least similarity:")
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,263 @@
+"""Near-duplicates and clips of one source among the videos of an index.
+
+Letters: M videos of the index, N of them with features, F feature width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpr_fast.data.features.store import FeatureStore
+from cpr_fast.data.files.relative import path_in
+from cpr_fast.data.index.index import Index
+from cpr_fast.data.storage.media import resolved
+from cpr_fast.errors import InputError
+from cpr_fast.evaluate.duplicates.graph import stored_graph, unit_features
+from cpr_fast.evaluate.duplicates.groups import Groups, Pairs, agreement, at_thresholds, joined, pairs_of, sizes
+from cpr_fast.evaluate.features.cache import FeatureCache, embed_index, weights_digest
+from cpr_fast.evaluate.features.embedding import encoder_embeddings
+from cpr_fast.evaluate.features.pretrained import load_pretrained
+from cpr_fast.evaluate.features.recipe import Metric, RecipeName, recipe_for
+from cpr_fast.evaluate.features.results import Checkpoints
+from cpr_fast.evaluate.features.windows import open_windows
+from cpr_fast.evaluate.retrieval.ranking import leading_views
+from cpr_fast.wording import counted
+
+THRESHOLDS = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.925, 0.9, 0.85, 0.8)  # of the table from which a user chooses
+DOUBTFUL = 0.5  # precision below which the groups are not to be believed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The features of N videos of an index, whose dot product is the similarity, and how they were made.
+
+    Attributes:
+        positions: [N] int64, ascending positions in the index; the features of the others could not be read.
+        features: [N, F] float32 on the CPU.
+        views: what is compared together.
+        what: the network or the store, in words.
+    """
+
+    index: Index
+    positions: np.ndarray
+    features: Tensor
+    views: list[str]
+    what: str
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """What was found.
+
+    Attributes:
+        compared: the videos.
+        pairs: the pairs of the graph from the lowest threshold of `table` or `sibling` on.
+        duplicates, siblings: [M] int64, the group of every video of the index; videos of one group of duplicates are in
+            one of siblings.
+        sources: [M] int64, the sources of the new index: videos that share a group or a source of the index.
+        neighbours, duplicate, sibling: the settings.
+        table: see `at_thresholds`.
+        agreement: see `cpr_fast.evaluate.duplicates.groups.agreement`, of the groups of siblings with the sources of
+            the index; None if no two videos have the same source.
+    """
+
+    compared: Compared
+    pairs: Pairs
+    duplicates: np.ndarray
+    siblings: np.ndarray
+    sources: np.ndarray
+    neighbours: int
+    duplicate: float
+    sibling: float
+    table: list[dict[str, Any]]
+    agreement: dict[str, Any] | None
+
+    def doubts(self) -> list[str]:
+        """Returns sentences that warn of groups that contradict the sources of the index."""
+        known = self.agreement
+        if known is None or known["precision"] is None or known["precision"] >= DOUBTFUL:
+            return []
+        index = self.compared.index
+        return [
+            f"Only {100 * known['precision']:.1f} % of the pairs in the groups of siblings are of one source of the "
+            f"index, and {counted(index.source_count, 'source')} became {int(self.sources.max()) + 1:,}: if the "
+            "sources of the index are right, do not use the new one; choose a greater --sibling, or other features."
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the numbers of the result."""
+        index = self.compared.index
+        return {
+            "videos": len(index), "compared": len(self.compared.positions), "features": self.compared.what,
+            "views": self.compared.views, "neighbours": self.neighbours,
+            "duplicate": {"threshold": self.duplicate, **sizes(self.duplicates)},
+            "sibling": {"threshold": self.sibling, **sizes(self.siblings)},
+            "sources_before": index.source_count, "sources": int(self.sources.max()) + 1,
+            "known_sources": self.agreement, "thresholds": self.table,
+        }  # fmt: skip
+
+
+def of_checkpoint(
+    index_csv: Path,
+    checkpoint: Checkpoints,
+    *,
+    recipe: RecipeName | None = None,
+    device: str = "auto",
+    progress: bool = False,
+) -> Compared:
+    """Returns the features of the videos of an index by a checkpoint, as `retrieve` stores them.
+
+    Raises:
+        InputError: see `load_pretrained` and `Index.load`; or fewer than two videos could be read.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    pretrained = load_pretrained(checkpoint, device=device).of_videos("dedup", "--checkpoint")
+    how = recipe_for(pretrained.data, recipe)
+    index = Index.load(index_csv, require_flow=False)
+    views = leading_views(list(pretrained.encoders))
+    if "flow" in views and pretrained.data.flow == "stored" and not index.has_flow.all():
+        missing = counted(int((~index.has_flow).sum()), "video")
+        if len(views) == 1:
+            raise InputError(f"INDEX: expected stored flow of every video, got none of {missing}; run `cpr-fast flow`")
+        log.warning("flow is left out: it is missing for %s of the index; `cpr-fast flow` computes it", missing)
+        views.remove("flow")
+    encoders = {view: pretrained.encoders[view] for view in views}
+    keys = {view: weights_digest(encoder) for view, encoder in encoders.items()}
+    features, windows = embed_index(
+        index, encoder_embeddings("net", encoders, how, keys),
+        partial(open_windows, data=pretrained.data, views=views, recipe=how, device=device),
+        FeatureCache(pretrained.features, how.identity(pretrained.data, device)), description="index",
+        progress=progress,
+    )  # fmt: skip
+    kept = windows.nonzero()[:, 0]
+    return _compared(index, kept.numpy(), (value[kept] for value in features.values()), how.metric, views,
+                     f"checkpoint {pretrained.name}, test-time recipe {how.name}")  # fmt: skip
+
+
+def of_store(index_csv: Path, folder: Path) -> Compared:
+    """Returns the features of the videos of an index in a store of features. Videos that the store lacks are left out,
+    which is logged.
+
+    Raises:
+        InputError: see `FeatureStore` and `Index.load`; or the store has fewer than two of the videos.
+    """
+    index = Index.load(index_csv, require_flow=False)
+    store = FeatureStore(folder, "--features")
+    rows = _rows(index, store, index_csv.parent)
+    kept = np.flatnonzero(rows >= 0)
+    if missing := len(rows) - len(kept):
+        first = index[int(np.flatnonzero(rows < 0)[0])].path
+        log.warning("%s of the index have no features in %s and are left out (first: %s)",
+                    counted(missing, "video"), folder, first)  # fmt: skip
+    views = leading_views(list(store.about.views))
+    place = np.argsort(np.argsort(rows[kept]))
+    streams = (_stream(store, view, np.sort(rows[kept]))[torch.from_numpy(place)] for view in views)
+    how = recipe_for(load_pretrained(str(folder)).data)
+    return _compared(index, kept, streams, how.metric, views, f"store {folder}")
+
+
+def _stream(store: FeatureStore, view: str, rows: np.ndarray) -> Tensor:
+    """Returns the evaluation features of a view, [len(rows), F] float32; `rows` ascend."""
+    features, begin = torch.empty(len(rows), store.about.views[view]), 0
+    for part in store.evaluation(view, rows):
+        features[begin : begin + len(part)] = torch.from_numpy(part[:, : features.shape[1]])
+        begin += len(part)
+    return features
+
+
+def _rows(index: Index, store: FeatureStore, folder: Path) -> np.ndarray:
+    """Returns the row of the store of every video of an index, int64 [M]; -1 where it has none. A video is found by its
+    file or, in a store of foreign features, by its path in the index or a name that no other clip has."""
+    names = list(store.table.paths)
+    of_file = {resolved(path_in(store.folder, name)): row for row, name in enumerate(names)}
+    of_name = _unique((form, row) for row, name in enumerate(names) for form in _forms(name))
+    rows = []
+    for video in index:
+        row = of_file.get(resolved(video.path))
+        if row is None:
+            path = Path(video.path)
+            own = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+            row = next((of_name[form] for form in _forms(own) if form in of_name), -1)
+        rows.append(row)
+    return np.array(rows, np.int64)
+
+
+def _forms(name: str) -> Iterator[str]:
+    """Yields the names that a clip is known by: whole, and without folders, both also without the suffix."""
+    for text in dict.fromkeys((name, name.rpartition("/")[2])):
+        yield text
+        if (short := str(Path(text).with_suffix(""))) != text:
+            yield short
+
+
+def _unique(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Returns the row of every name that one clip alone has."""
+    found: dict[str, int] = {}
+    for name, row in pairs:
+        found[name] = row if found.get(name, row) == row else -1
+    return {name: row for name, row in found.items() if row >= 0}
+
+
+def _compared(
+    index: Index, positions: np.ndarray, streams: Iterable[Tensor], metric: Metric, views: list[str], what: str
+) -> Compared:
+    if len(positions) < 2:
+        raise InputError(f"INDEX: expected features of at least 2 videos, got those of {len(positions)}")
+    return Compared(index, positions, unit_features(list(streams), metric), views, what)
+
+
+def find_duplicates(
+    compared: Compared, graph: Path, *, neighbours: int, duplicate: float, sibling: float, progress: bool = False
+) -> Duplicates:
+    """Finds the groups of near-duplicates and of siblings.
+
+    Args:
+        graph: the file of the graph of neighbours, see `stored_graph`.
+        neighbours: k of the graph.
+        duplicate, sibling: the least mean similarity of the videos of a group, sibling <= duplicate.
+    """
+    features, index = compared.features, compared.index
+    indices, scores = stored_graph(features, neighbours, graph, progress=progress)
+    pairs = pairs_of(indices, scores, min(sibling, THRESHOLDS[-1]))
+    groups = Groups(features)
+    groups.join(pairs.above(duplicate), duplicate)
+    duplicates = groups.numbers()
+    groups.join(pairs.above(sibling), sibling)
+    siblings = groups.numbers()
+    known = index.source_ids[compared.positions]
+    several = len(np.unique(known)) < len(known)
+    table = at_thresholds(features, pairs, THRESHOLDS, known if several else None)
+    of_all = _of_all(compared, siblings)
+    return Duplicates(
+        compared, pairs, _of_all(compared, duplicates), of_all, joined(of_all, index.source_ids), neighbours, duplicate,
+        sibling, table, agreement(siblings, known) if several else None,
+    )  # fmt: skip
+
+
+def _of_all(compared: Compared, groups: np.ndarray) -> np.ndarray:
+    """Returns groups [N] as those of all videos of the index [M], of which each without features is its own."""
+    count = len(compared.index)
+    found = np.arange(len(groups), len(groups) + count)
+    found[compared.positions] = groups
+    _, begins, numbers = np.unique(found, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(begins))[numbers]
+
+
+def with_sources(index: Index, sources: Sequence[int]) -> Index:
+    """Returns the index with other sources, given by their numbers: each is named as that of its first video."""
+    names: dict[int, str] = {}
+    videos = [replace(video, source=names.setdefault(source, video.source))
+              for video, source in zip(index, sources, strict=True)]  # fmt: skip
+    return Index(videos, index.classes)

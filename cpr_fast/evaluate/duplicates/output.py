@@ -1,0 +1,51 @@
+"""Writes the index with the sources found, and the table of the groups."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from cpr_fast.data.files.relative import Relative
+from cpr_fast.data.index.index import Index, changing
+from cpr_fast.data.index.tables import table_text
+from cpr_fast.errors import InputError
+from cpr_fast.evaluate.duplicates.find import Duplicates, with_sources
+from cpr_fast.runtime.files import replacing
+
+COLUMNS = ("path", "label", "split", "source", "new_source", "duplicates", "siblings")
+
+
+def write_index(found: Duplicates, out: Path) -> None:
+    """Writes the index of the videos with the sources found. An index of other content that is there already is kept as
+    *.old.csv."""
+    index = with_sources(found.compared.index, found.sources.tolist())
+    with changing(out):
+        if out.exists():
+            try:
+                same = list(Index.load(out, require_flow=False)) == list(index)
+            except InputError:
+                same = False
+            if not same:
+                with replacing(out.with_suffix(f".old{out.suffix}")) as temporary:
+                    shutil.copyfile(out, temporary)
+        index.save(out)
+
+
+def write_groups(found: Duplicates, out: Path) -> None:
+    """Writes a row for every video that shares a group with another one: its path relative to the folder of the table,
+    label, split, its source in the index and the new one, and the numbers of its groups; "" for a group of one."""
+    index, relative, rows = found.compared.index, Relative(out.parent), []
+    sizes = [np.bincount(groups) for groups in (found.duplicates, found.siblings)]
+    names: dict[int, str] = {}
+    numbers = zip(found.duplicates.tolist(), found.siblings.tolist(), found.sources.tolist(), strict=True)
+    for video, (duplicate, sibling, source) in zip(index, numbers, strict=True):
+        name = names.setdefault(source, video.source)
+        if sizes[1][sibling] > 1:
+            group = duplicate if sizes[0][duplicate] > 1 else ""
+            rows.append((sibling, duplicate, relative(video.path), video.label, video.split, video.source, name, group))
+    rows.sort(key=lambda row: row[:2])
+    with replacing(out) as temporary:
+        text = table_text(COLUMNS, [(*row[2:], row[0]) for row in rows])
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")

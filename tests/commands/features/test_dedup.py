@@ -1,0 +1,119 @@
+"""`cpr-fast dedup` as on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("nvidia.dali", reason="the videos are decoded")
+
+from cpr_fast.cli import main
+from cpr_fast.config import Config
+from cpr_fast.data.index.index import Index
+from cpr_fast.data.synthetic.videos import write_synthetic
+from cpr_fast.models import build_encoder
+from cpr_fast.weights.checkpoint import save_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+CONFIG = Config.from_dict(
+    {"data": {"frames": 8, "size": 16, "workers": 1}, "model": {"arch": "r3d", "width": 0.0625, "feature_dim": 8}}
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Synthetic videos, of which the last is a copy of the first, their index, and a checkpoint with random weights."""
+    folder = tmp_path_factory.mktemp("dedup")
+    index = Index.load(write_synthetic(folder / "videos", classes=4, videos=4, frames=20, width=40, height=32))
+    copy = folder / "videos" / "copy.mp4"
+    shutil.copyfile(index[0].path, copy)
+    Index([*index, dataclasses.replace(index[0], path=copy, source="copy")]).save(folder / "index.csv")
+    torch.manual_seed(0)
+    encoder = build_encoder(CONFIG.model)
+    payload = {"config": CONFIG.to_dict(), "encoders": {"rgb": encoder.state_dict()}}
+    save_checkpoint(folder / "run" / "checkpoints" / "last.pt", payload)
+    return folder
+
+
+@pytest.fixture
+def here(folder, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(folder, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def run(capsys, *arguments: object) -> dict:
+    assert main(["dedup", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_copy_gets_the_source_of_its_original(here, capsys, caplog):
+    caplog.set_level("INFO")
+    before = (here / "index.csv").read_bytes()
+    checkpoint = ("--checkpoint", "run/checkpoints/last.pt")
+    result = run(capsys, "index.csv", *checkpoint, "--duplicate", 0.9999, "--sibling", 0.9999)
+    assert result["duplicate"]["groups"] == 1 and result["duplicate"]["clips"] == 2
+    assert result["thresholds"][0]["frames_agree"] == 1 and (here / "index.csv").read_bytes() == before
+    new = Index.load("index-dedup.csv")
+    assert new[-1].source == new[0].source != "copy" and result["sources"] == result["sources_before"] - 1
+    page = (here / "index-dedup.html").read_text()
+    assert "copy.mp4" in page and "data:image/jpeg" in page and "Near-duplicates: 1 group<" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page
+    assert "videos/copy.mp4" in (here / "index-dedup-groups.csv").read_text()
+    assert main(["dedup", "index.csv", *checkpoint, "--sibling", "0.5", "--duplicate", "0.6"]) == 0
+    out = capsys.readouterr().out
+    assert "groups by the least similarity" in out and "100 % of all pairs are compared already" in caplog.text
+    assert "next: open index-dedup.html" in out and (here / "index-dedup.old.csv").exists()
+
+
+def test_a_store_of_features_takes_the_place_of_a_checkpoint(here, capsys):
+    assert main(["embed", "index.csv", "--encoder", "run/checkpoints/last.pt", "--samples", "1", "--out", "store"]) == 0
+    capsys.readouterr()
+    result = run(capsys, "index.csv", "--features", "store", "--out", "new/found.csv", "--duplicate", 0.9999)
+    assert result["duplicate"]["clips"] >= 2 and result["features"] == "store store"
+    new = Index.load("new/found.csv")
+    assert new[-1].source == new[0].source
+
+
+def test_parquet_is_refused_before_any_work_where_it_cannot_be_written(here, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert main(["dedup", "index.csv", "--checkpoint", "run/checkpoints/last.pt", "--out", "new.parquet"]) == 2
+    assert "--out: reading and writing Parquet needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--checkpoint, --features: expected one of the two, got none"),
+        (["--checkpoint", "run/checkpoints/last.pt", "--features", "store"], "--features: expected a store"),
+        (["--checkpoint", "gone.pt"], "--checkpoint"),
+        (["--features", "run"], "--features: expected a store of features"),
+        (
+            ["--checkpoint", "run/checkpoints/last.pt", "--duplicate", "1.5"],
+            "--duplicate: expected a similarity above 0",
+        ),
+        (["--checkpoint", "run/checkpoints/last.pt", "--sibling", "nan"], "--sibling: expected a similarity above 0"),
+        (
+            ["--checkpoint", "run/checkpoints/last.pt", "--sibling", ".99"],
+            "--sibling: expected at most --duplicate, 0.95",
+        ),
+        (["--checkpoint", "run/checkpoints/last.pt", "--neighbours", "0"], "--neighbours: expected 1 or more, got 0"),
+        (["--checkpoint", "run/checkpoints/last.pt", "--out", "index.csv"], "--out: expected the name of a new file"),
+        (["--checkpoint", "run/checkpoints/last.pt", "--out", "new.html"], "--out: expected the name of an index"),
+        (["--checkpoint", "run/checkpoints/last.pt", "--out", "run"], "--out: expected the name of an index"),
+    ],
+)
+def test_bad_input_is_named_before_any_work(here, capsys, arguments, message):
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+    assert main(["dedup", "index.csv", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
