@@ -18,6 +18,7 @@ from cpr_fast.data.files.ranges import RangeFile
 from cpr_fast.errors import InputError
 
 PAUSES_S = (0.5, 1.0, 2.0)  # before each further attempt
+CONNECT_S, ANSWER_S = 10.0, 30.0  # how long a server may take to accept a connection, and be silent in an answer
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers of a server that may be another one a little later
 REFUSED = (401, 403)
 REMEMBERED = 2**17  # objects whose size and version are kept: about 300 bytes each
@@ -42,7 +43,6 @@ class RemoteStorage:
         end = min(start + length, size)
         if start >= end:
             return b""
-
         def read(system: Any, url: str) -> bytes:
             if url.startswith("http"):  # `cat_file` would read the whole object from a server that ignores ranges
                 with system.open(url, size=size, cache_type="none") as file:
@@ -89,9 +89,24 @@ def file_system(path: Path) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
 
-        return url_to_fs(url)
+        return url_to_fs(url, **_timeouts(url))
     except (ImportError, ValueError) as error:
         raise InputError(f"{url}: reading it needs `pip install 'cpr-fast[remote]'`: {error}") from error
+
+
+def _timeouts(url: str) -> dict[str, Any]:
+    """Returns the options that limit how long a request waits for a server, unless the user's own do it."""
+    from fsspec.config import conf
+
+    protocol = url.partition(":")[0]
+    if protocol in ("http", "https") and "client_kwargs" not in conf.get(protocol, {}):
+        from aiohttp import ClientTimeout
+
+        limits = ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=ANSWER_S)
+        return {"client_kwargs": {"timeout": limits}}
+    if protocol in ("s3", "s3a") and "config_kwargs" not in conf.get(protocol, {}):
+        return {"config_kwargs": {"connect_timeout": CONNECT_S, "read_timeout": ANSWER_S}}
+    return {}
 
 
 def remote_files(path: Path) -> list[Path]:
@@ -130,7 +145,11 @@ def _explained(error: Exception) -> OSError:
         return OSError(errno.EIO, f"the server answered {status}")
     if isinstance(cause, ValueError) and "range requests" in str(cause):
         return OSError(errno.EIO, NO_RANGES)
-    said = f"the server answered {status}" if status else f"{type(cause).__name__}: {cause}"
+    said = f"{type(cause).__name__}: {cause}"
+    if status:
+        said = f"the server answered {status}"
+    elif isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__:  # botocore has exceptions of its own
+        said = f"no answer in {ANSWER_S:g} s"
     return OSError(errno.EAGAIN, f"could not be read in {len(PAUSES_S) + 1} attempts; the last: {said}")
 
 
