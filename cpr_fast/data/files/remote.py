@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from cpr_fast.data.files.names import path_of, text_of
 from cpr_fast.data.files.ranges import RangeFile
+from cpr_fast.data.files.storage import HeldRanges
 from cpr_fast.errors import InputError
 
 PAUSES_S = (0.5, 1.0, 2.0)  # before each further attempt
@@ -32,6 +33,7 @@ class RemoteStorage:
 
     def __init__(self) -> None:
         self._facts: dict[str, tuple[int, Hashable]] = {}  # size and version, by URL
+        self.cache: HeldRanges | None = None  # of this process, while a loader that fetches ahead is open
 
     def size(self, path: Path) -> int:
         """Returns the number of bytes of an object. Raises OSError."""
@@ -43,6 +45,21 @@ class RemoteStorage:
         end = min(start + length, size)
         if start >= end:
             return b""
+        if (data := self.held_range(path, start, end - start)) is not None:
+            return data
+        data = self.fetch_range(path, start, end - start)
+        if self.cache is not None:
+            self.cache.count(fetched_unplanned=len(data))
+        return data
+
+    def held_range(self, path: Path, start: int, length: int) -> bytes | None:
+        """Returns the same bytes if a disk cache on this machine holds all of them, else None."""
+        return None if self.cache is None else self.cache.read(path, start, length)
+
+    def fetch_range(self, path: Path, start: int, length: int) -> bytes:
+        """Returns `length` bytes, which the object has, from the server. Raises OSError."""
+        size, end = self.size(path), start + length
+
         def read(system: Any, url: str) -> bytes:
             if url.startswith("http"):  # `cat_file` would read the whole object from a server that ignores ranges
                 with system.open(url, size=size, cache_type="none") as file:
