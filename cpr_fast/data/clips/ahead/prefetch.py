@@ -57,7 +57,8 @@ class Prefetch:
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="cpr-fast-fetch")
         self._lookups: dict[int, list[tuple[Read, Path, Result[Located]]]] = {}  # by step
         self._planned: dict[int, list[_Access]] = {}  # by step, of steps that are not complete
-        self._extents: dict[int, Extents] = {}  # by item, as of the last complete step
+        # By path: what earlier loaders learnt, and what was learnt in steps that are complete.
+        self._extents: dict[str, Extents] = {} if whole else dict(EXTENTS)
         self._earlier = self._found_earlier()  # item -> the key of the version that an earlier process stored
         self._reached = self._next = -1  # the step that the loader asked for last, and the one that is planned next
         self._epoch = -1  # the epoch that was planned last; -1: none since the start
@@ -173,7 +174,7 @@ class Prefetch:
         earlier = self._earlier.pop(item, None)
         if earlier is not None and earlier != located.key.version:
             self._belady.drop(item)
-        needed = self._needed(item, path, read.frames, located.blocks)
+        needed = self._needed(path, read.frames, located.blocks)
         with cache.changed:
             taken = self._belady.take(item, located.blocks, np.flatnonzero(needed))
             for left, block in taken.evicted:
@@ -195,9 +196,9 @@ class Prefetch:
         return taken.pinned
 
     # ---- what is needed when
-    def _needed(self, item: int, path: Path, frames: np.ndarray, blocks: int) -> np.ndarray:
+    def _needed(self, path: Path, frames: np.ndarray, blocks: int) -> np.ndarray:
         """Returns for each block whether a read of `frames` needs it, bool [n]: all, unless more is known of a file."""
-        extents = self._extents.get(item)
+        extents = self._extents.get(str(path))
         if extents is None:
             return np.ones(blocks, bool)
         needed, header = np.zeros(blocks, bool), 0 if member_of(path) is None else tar.BLOCK
@@ -210,9 +211,9 @@ class Prefetch:
         done = [access for begun in sorted(self._planned) if begun <= last for access in self._planned.pop(begun)]
         for access in done:
             self._belady.release(access.read.item, access.pinned)
-            found = None if self._whole else EXTENTS.get(str(self._future.path(access.read.item)))
-            if found is not None:
-                self._extents[access.read.item] = found
+            path = str(self._future.path(access.read.item))
+            if not self._whole and path in EXTENTS:
+                self._extents[path] = EXTENTS[path]
         self._rank(sorted({access.read.item for access in done}), step)
 
     def _rank(self, items: list[int], step: int) -> None:
@@ -225,7 +226,7 @@ class Prefetch:
                     continue
                 path, following = self._future.path(item), np.full(len(held.slots), NEVER, np.int64)
                 for use, frames in reversed(uses):
-                    following[self._needed(item, path, frames, len(following))] = use
+                    following[self._needed(path, frames, len(following))] = use
                 self._belady.rank(item, following)
 
     def _rank_again(self, step: int) -> None:
