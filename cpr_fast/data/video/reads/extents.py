@@ -43,10 +43,8 @@ class Extents:
         last = max(first, int(np.flatnonzero(np.isin(self._numbers, frames))[-1]))
         begin, end = int(self._begin[first : last + 1].min()), int(self._end[first : last + 1].max())
         alone = [(int(self._begin[0]), int(self._end[0]))] if self._layout.first_alone else []
-        sizes = (self._end - self._begin)[first : last + 1]
-        if sizes.max() > READ_AT_ONCE:  # read past the buffer, which is then filled from any byte on
-            return [*self._opening, *alone, (begin, end + READ_AT_ONCE)]
-        return [*self._opening, *alone, (begin, begin - (begin - end) // READ_AT_ONCE * READ_AT_ONCE)]
+        # FFmpeg's buffer ends at most so far behind: less in most cases, but it may begin to be filled at any byte
+        return [*self._opening, *alone, (begin, end + READ_AT_ONCE)]
 
 
 # By path, of files that are fetched ahead; of any other file nothing is known, and all of it may be read.

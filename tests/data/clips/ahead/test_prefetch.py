@@ -106,6 +106,9 @@ def test_of_a_known_file_only_the_bytes_of_the_clips_are_fetched(long_videos, se
         assert len(data) > 10 * BLOCK or name.endswith("e.avi")
         assert server.sent[name] - sent[name] <= len(early) * len(data)
     assert 0 < counts["fetched"] - before["fetched"] < 0.6 * (counts["read"] - before["read"])
+    again = open_loader(Index(videos), tmp_path / "empty", mib, **options)  # as the next cycle of a schedule
+    assert len(batches(again, [6])) == len(near) and again._ahead.cache.counts["missed"] == 0
+    assert again._ahead.cache.counts["fetched"] < 0.8 * sum(map(len, server.files.values()))
 
 
 def plain_fetches(index: Index, loader_options: dict, slots: int, epochs: int) -> int:
@@ -113,8 +116,8 @@ def plain_fetches(index: Index, loader_options: dict, slots: int, epochs: int) -
     when the reader is AHEAD steps before it, and all steps up to `prefetch` + 1 before that are complete."""
     data = open_loader(index, **loader_options)
     data.close()
-    future = Future(index, data._data, ("rgb",), plan_pairs, seed=5, rank=0, world_size=1)
-    steps = [[read.item for read in future.reads(t)] for t in range((epochs + 2) * future.steps)]
+    future = Future(index, data._data, ("rgb",), plan_pairs, seed=5, rank=0, world_size=loader_options["world_size"])
+    steps = [[read.item for read in future.reads(t)] for t in range((epochs + future.epochs) * future.steps)]
     window, held, fetches = AHEAD + data._data.prefetch, set(), 0
 
     def next_use(video: int, step: int) -> int:
@@ -136,8 +139,8 @@ def plain_fetches(index: Index, loader_options: dict, slots: int, epochs: int) -
     return fetches
 
 
-@pytest.mark.parametrize("slots", [9, 14, 25])
-def test_the_video_that_is_needed_last_leaves(index, server, tmp_path, slots):
+@pytest.mark.parametrize(("slots", "world_size", "epochs"), [(9, 1, 3), (25, 1, 4), (14, 4, 9)])
+def test_the_video_that_is_needed_last_leaves(index, server, tmp_path, slots, world_size, epochs):
     data = index[3].path.read_bytes()
     assert len(data) < BLOCK
     videos = []
@@ -145,8 +148,9 @@ def test_the_video_that_is_needed_last_leaves(index, server, tmp_path, slots):
         name = f"/{i}{index[3].path.suffix}"
         server.files[name] = data
         videos.append(dataclasses.replace(index[3], path=Path(server.url + name), source=f"{i}"))
-    far, options = Index(videos), {"views": ("rgb",), "batch_size": 1, "prefetch": 1, "workers": 1}
-    loader, epochs = open_loader(far, tmp_path, slots * BLOCK / 2**20, **options), 4
+    far = Index(videos)
+    options = {"views": ("rgb",), "batch_size": 1, "prefetch": 1, "workers": 1, "world_size": world_size}
+    loader = open_loader(far, tmp_path, slots * BLOCK / 2**20, **options)
     batches(loader, range(epochs))
     simulated = plain_fetches(far, options, slots, epochs)
     # at its end, the loader has asked for up to AHEAD steps that no epoch read
