@@ -140,7 +140,7 @@ def plain_fetches(index: Index, loader_options: dict, slots: int, epochs: int) -
     return fetches
 
 
-@pytest.mark.parametrize(("slots", "world_size", "epochs"), [(9, 1, 3), (25, 1, 4), (14, 4, 9)])
+@pytest.mark.parametrize(("slots", "world_size", "epochs"), [(9, 1, 3), (25, 1, 4), (33, 4, 14)])
 def test_the_video_that_is_needed_last_leaves(index, server, tmp_path, slots, world_size, epochs):
     data = index[3].path.read_bytes()
     assert len(data) < BLOCK
