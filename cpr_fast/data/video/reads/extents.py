@@ -40,7 +40,8 @@ class Extents:
     def ranges(self, frames: np.ndarray) -> Ranges:
         """Returns the bytes that are read for `frames` (increasing)."""
         first = self._starts.get(int(self._layout.start(int(frames[0]))), 0)
-        last = max(first, int(np.flatnonzero(np.isin(self._numbers, frames))[-1]))
+        shown = np.flatnonzero(np.isin(self._numbers, frames))
+        last = max(first, int(shown[-1])) if len(shown) else len(self._numbers) - 1
         begin, end = int(self._begin[first : last + 1].min()), int(self._end[first : last + 1].max())
         alone = [(int(self._begin[0]), int(self._end[0]))] if self._layout.first_alone else []
         # FFmpeg's buffer ends at most so far behind: less in most cases, but it may begin to be filled at any byte
