@@ -69,10 +69,7 @@ class DataConfig:
     # memory per process for decoded videos, GiB (CPU only); every clip is decoded again with 0, or if less than a tenth
     # of the videos fit
     cache_gib: float = 2.0
-    # A folder on a local disk in which every process of a pretraining keeps what it reads from servers: the bytes of
-    # the coming steps are fetched before they are needed, and those that are needed last leave first; "" keeps nothing.
-    # The clips are the same. With it, and videos on servers, no decoded videos are kept in memory (data.cache_gib).
-    disk_cache: str = ""
+    disk_cache: str = ""  # folder for bytes from servers, which pretraining fetches ahead; no data.cache_gib then
     disk_cache_gib: float = 20.0  # size of the disk cache of each process, GiB
     # A store of features that `cpr-fast embed` wrote, in place of the index, which is then not read: the encoder is a
     # projection head on them, and the settings of clips are not used. Relative to the config file.
