@@ -141,6 +141,7 @@ def _check_ranges(
                          "health.online_every": health.online_every}.items():  # fmt: skip
         if value < 0:
             raise ConfigError(f"{where}: expected 0 or more, got {value}")
+    _check_positive({"data.disk_cache_gib": data.disk_cache_gib})
     for where, value in {"data.crop_area": data.crop_area, "mining.ratio": mining.ratio}.items():
         if not 0 < value <= 1:
             raise ConfigError(f"{where}: expected a fraction in (0, 1], got {value}")

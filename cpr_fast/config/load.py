@@ -105,7 +105,9 @@ def absolute_inputs(config: Config) -> Config:
 
 
 def _expanded(config: Config) -> Config:
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=expanded("run.out", config.run.out)))
+    run = dataclasses.replace(config.run, out=expanded("run.out", config.run.out))
+    data = dataclasses.replace(config.data, disk_cache=expanded("data.disk_cache", config.data.disk_cache))
+    config = dataclasses.replace(config, run=run, data=data)
     return _with_inputs(config, expanded)
 
 

@@ -69,6 +69,8 @@ class DataConfig:
     # memory per process for decoded videos, GiB (CPU only); every clip is decoded again with 0, or if less than a tenth
     # of the videos fit
     cache_gib: float = 2.0
+    disk_cache: str = ""  # folder for bytes from servers, which pretraining fetches ahead; no data.cache_gib then
+    disk_cache_gib: float = 20.0  # size of the disk cache of each process, GiB
     # A store of features that `cpr-fast embed` wrote, in place of the index, which is then not read: the encoder is a
     # projection head on them, and the settings of clips are not used. Relative to the config file.
     features: str = ""

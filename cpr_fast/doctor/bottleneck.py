@@ -286,7 +286,7 @@ def _loader(
 ) -> float:
     """Returns the seconds per batch of the loader alone. Its cache is disabled, because a large data set would not fit
     into it."""
-    loader = TrainLoader(index, dataclasses.replace(data, cache_gib=0), views, seed=seed, device=device)
+    loader = TrainLoader(index, dataclasses.replace(data, cache_gib=0, disk_cache=""), views, seed=seed, device=device)
     end, steps, began = time.perf_counter() + budget_s, 0, 0.0
     try:
         for epoch in range(1000):

@@ -40,7 +40,7 @@ def show_sample(
     """
     if not 0 <= position < len(index):
         raise InputError(f"--index: expected a video in 0..{len(index) - 1}, got {position}")
-    loader = TrainLoader(index, dataclasses.replace(data, batch_size=1), views, seed=seed)
+    loader = TrainLoader(index, dataclasses.replace(data, batch_size=1, disk_cache=""), views, seed=seed)
     try:
         batch = loader.sample(epoch, position)
     finally:

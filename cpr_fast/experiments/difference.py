@@ -32,6 +32,8 @@ UNUSED = (
     "data.workers",
     "data.prefetch",
     "data.cache_gib",
+    "data.disk_cache",
+    "data.disk_cache_gib",
 )
 
 

@@ -235,7 +235,7 @@ def _step(name: str, config: Config, previous: Step | None, index: Path) -> Step
     values = config.to_dict()
     for section in ("run", *TASKS):
         values.pop(section)
-    for key in ("index", "workers", "prefetch", "cache_gib"):
+    for key in ("index", "workers", "prefetch", "cache_gib", "disk_cache", "disk_cache_gib"):
         values["data"].pop(key)
     if previous:
         values["model"]["init"] = previous.name

@@ -243,7 +243,8 @@ def keeps(config: Config, training_videos: int) -> list[tuple[int, ...]]:
 
 # Settings that came after the registration; their defaults compute what was computed before.
 LATER_SETTINGS = {
-    "data": {"features": "", "window": 8192, "fps": 0.0, "pictures_fps": 0.0},
+    "data": {"features": "", "window": 8192, "fps": 0.0, "pictures_fps": 0.0, "disk_cache": "",
+             "disk_cache_gib": 20.0},
     "model": {"args": {}, "pool": "auto", "mean": (), "std": ()},
     "memory": {"final_ema_momentum": None, "shard": False},
     "health": {"mining_queries": None, "online_measure": "auto"},

@@ -16,7 +16,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from cpr_fast.config import DataConfig
+from cpr_fast.data.clips.ahead.future import Future
+from cpr_fast.data.clips.ahead.prefetch import Prefetch
 from cpr_fast.data.clips.graph import ClipGraph, Route, residual
 from cpr_fast.data.clips.reader import (
     ClipReader,
@@ -49,6 +51,7 @@ from cpr_fast.data.clips.sampling import (
 )
 from cpr_fast.data.clips.stream import Batch, ClipStream, Job, WindowBatch, returning_freed_memory
 from cpr_fast.data.files.names import is_frames
+from cpr_fast.data.files.remote import REMOTE
 from cpr_fast.data.flow.on_the_fly import frame_reader
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.index.rows.columns import spread
@@ -181,8 +184,18 @@ class TrainLoader:
         self._rank, self._world_size = rank, world_size
         self._sources, self._plan_clips = Sources.of(index, data), plan
         clips = len(plan(self._sources, np.array([0]), data, seed, 0))  # of a video
+        future = None
+        if data.disk_cache and REMOTE.cache is None:  # one loader of a process at a time fetches ahead
+            future = Future(index, data, decoded_views(views), plan, seed=seed, rank=rank, world_size=world_size)
+            if future.on_servers():
+                data = replace(data, cache_gib=0.0)  # whole decoded videos would need more bytes than their clips
         self._clips = _ClipSource(index, data, views, device, clips * data.batch_size, group=clips, clip_major=True)
         self._labels, self._source_ids = torch.from_numpy(index.labels), torch.from_numpy(index.source_ids)
+        self._ahead = None
+        if future is not None and future.on_servers():
+            on_gpu = torch.device(device).type == "cuda" and not data.exact  # packets are cut out of whole files
+            whole = on_gpu or data.fps > 0  # the plan then names samples, whose frames only the reader knows
+            self._ahead = Prefetch(future, Path(data.disk_cache), data.disk_cache_gib, depth=data.prefetch, whole=whole)
 
     def __len__(self) -> int:
         """Returns the steps of an epoch. Videos that do not fill a global batch are left out; they differ by epoch."""
@@ -197,6 +210,8 @@ class TrainLoader:
         """Yields the batches of an epoch from `start_step` on. They do not depend, bit for bit, on where it starts."""
         order = epoch_order(len(self._index), self._seed, epoch)
         steps = (self._plan(order, epoch, step) for step in range(start_step, self._steps))
+        if self._ahead is not None:
+            steps = self._ahead.following(steps, epoch * self._steps + start_step)
         return self._clips.stream(steps, self._batch)
 
     def sample(self, epoch: int, video: int) -> Batch:
@@ -214,6 +229,8 @@ class TrainLoader:
     def close(self) -> None:
         """Ends the threads and frees the graph. Further calls have no effect."""
         self._clips.close()
+        if self._ahead is not None:
+            self._ahead.close()
 
     def _plan(self, order: np.ndarray, epoch: int, step: int) -> list[Job]:
         videos = step_videos(order, step, self._data.batch_size, self._rank, self._world_size)

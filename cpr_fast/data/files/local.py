@@ -21,6 +21,10 @@ class LocalStorage:
             file.seek(start)
             return file.read(length)
 
+    def held_range(self, path: Path, start: int, length: int) -> bytes | None:
+        """Returns None: local files are not cached on a disk."""
+        return None
+
     def open(self, path: Path) -> BinaryIO:
         """Returns the open file. Raises OSError."""
         return open(path, "rb")

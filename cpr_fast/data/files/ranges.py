@@ -58,6 +58,9 @@ class RangeFile(io.RawIOBase):
         return done
 
     def _fetch(self, wanted: int) -> None:
+        if (held := self._storage.held_range(self._path, self._place, wanted)) is not None:
+            self._held, self._begin, self._next = held, self._place, FIRST_BYTES
+            return
         follows = self._held and self._place == self._begin + len(self._held)
         self._next = min(2 * self._next, MOST_BYTES) if follows else FIRST_BYTES
         length = min(max(wanted, self._next), self._size - self._place)

@@ -15,9 +15,11 @@ from typing import Any, BinaryIO, TypeVar
 
 from cpr_fast.data.files.names import path_of, text_of
 from cpr_fast.data.files.ranges import RangeFile
+from cpr_fast.data.files.storage import HeldRanges
 from cpr_fast.errors import InputError
 
 PAUSES_S = (0.5, 1.0, 2.0)  # before each further attempt
+CONNECT_S, ANSWER_S = 10.0, 30.0  # how long a server may take to accept a connection, and be silent in an answer
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers of a server that may be another one a little later
 REFUSED = (401, 403)
 REMEMBERED = 2**17  # objects whose size and version are kept: about 300 bytes each
@@ -31,6 +33,7 @@ class RemoteStorage:
 
     def __init__(self) -> None:
         self._facts: dict[str, tuple[int, Hashable]] = {}  # size and version, by URL
+        self.cache: HeldRanges | None = None  # of this process, while a loader that fetches ahead is open
 
     def size(self, path: Path) -> int:
         """Returns the number of bytes of an object. Raises OSError."""
@@ -42,6 +45,20 @@ class RemoteStorage:
         end = min(start + length, size)
         if start >= end:
             return b""
+        if (data := self.held_range(path, start, end - start)) is not None:
+            return data
+        data = self.fetch_range(path, start, end - start)
+        if self.cache is not None:
+            self.cache.count(fetched_unplanned=len(data))
+        return data
+
+    def held_range(self, path: Path, start: int, length: int) -> bytes | None:
+        """Returns the same bytes if a disk cache on this machine holds all of them, else None."""
+        return None if self.cache is None else self.cache.read(path, start, length)
+
+    def fetch_range(self, path: Path, start: int, length: int) -> bytes:
+        """Returns `length` bytes, which the object has, from the server. Raises OSError."""
+        size, end = self.size(path), start + length
 
         def read(system: Any, url: str) -> bytes:
             if url.startswith("http"):  # `cat_file` would read the whole object from a server that ignores ranges
@@ -89,9 +106,24 @@ def file_system(path: Path) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
 
-        return url_to_fs(url)
+        return url_to_fs(url, **_timeouts(url))
     except (ImportError, ValueError) as error:
         raise InputError(f"{url}: reading it needs `pip install 'cpr-fast[remote]'`: {error}") from error
+
+
+def _timeouts(url: str) -> dict[str, Any]:
+    """Returns the options that limit how long a request waits for a server, unless the user's own do it."""
+    from fsspec.config import conf
+
+    protocol = url.partition(":")[0]
+    if protocol in ("http", "https") and "client_kwargs" not in conf.get(protocol, {}):
+        from aiohttp import ClientTimeout
+
+        limits = ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=ANSWER_S)
+        return {"client_kwargs": {"timeout": limits}}
+    if protocol in ("s3", "s3a") and "config_kwargs" not in conf.get(protocol, {}):
+        return {"config_kwargs": {"connect_timeout": CONNECT_S, "read_timeout": ANSWER_S}}
+    return {}
 
 
 def remote_files(path: Path) -> list[Path]:
@@ -130,7 +162,11 @@ def _explained(error: Exception) -> OSError:
         return OSError(errno.EIO, f"the server answered {status}")
     if isinstance(cause, ValueError) and "range requests" in str(cause):
         return OSError(errno.EIO, NO_RANGES)
-    said = f"the server answered {status}" if status else f"{type(cause).__name__}: {cause}"
+    said = f"{type(cause).__name__}: {cause}"
+    if status:
+        said = f"the server answered {status}"
+    elif isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__:  # botocore has exceptions of its own
+        said = f"no answer in {ANSWER_S:g} s"
     return OSError(errno.EAGAIN, f"could not be read in {len(PAUSES_S) + 1} attempts; the last: {said}")
 
 

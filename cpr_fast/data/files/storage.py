@@ -26,8 +26,25 @@ class Storage(Protocol):
     def read_range(self, path: Path, start: int, length: int) -> bytes:
         """Returns the `length` bytes from `start` on, fewer only at the end of the file."""
 
+    def held_range(self, path: Path, start: int, length: int) -> bytes | None:
+        """Returns the same bytes if a disk cache on this machine holds all of them, else None. It does not fail."""
+
     def open(self, path: Path) -> BinaryIO:
         """Returns a file that can be read and sought. It reads ranges, not the whole file."""
 
     def version(self, path: Path) -> Hashable:
         """Returns what changes when the file does, such as its size and the time of its last change."""
+
+
+class HeldRanges(Protocol):
+    """What is held on a disk of objects on servers, see `cached.cache`; safe to use from any number of threads."""
+
+    def knows(self, path: Path) -> bool:
+        """Returns whether the bytes of a path are being fetched ahead."""
+
+    def read(self, path: Path, start: int, length: int) -> bytes | None:
+        """Returns a range of the bytes of a path, a member of a tar file with the header before it; None if not all of
+        it is held."""
+
+    def count(self, **numbers: int) -> None:
+        """Adds to what is counted."""

@@ -36,10 +36,18 @@ class TarStorage:
         """Returns the `length` bytes from `start` on, fewer only at the end of the member. Raises OSError."""
         member = member_of(path)
         length = max(0, min(length, member.size - start))
+        if (data := self.held_range(path, start, length)) is not None:
+            return data
         data = _holder(member.file).read_range(member.file, member.start + start, length)
         if len(data) < length:
             raise _cut_off(member)
         return data
+
+    def held_range(self, path: Path, start: int, length: int) -> bytes | None:
+        """Returns the same bytes if a disk cache holds all of them, behind the header of the member; else None."""
+        if REMOTE.cache is None or not is_remote(path):
+            return None
+        return REMOTE.cache.read(path, BLOCK + start, length)
 
     def open(self, path: Path) -> BinaryIO:
         """Returns the member as an open file. Raises OSError if it is not where the path says."""
@@ -53,7 +61,8 @@ class TarStorage:
         if (key := hash((str(path), version))) not in self._found:
             if member.start + member.size > storage.size(member.file):
                 raise _cut_off(member)
-            _require_header(member, storage.read_range(member.file, member.start - BLOCK, BLOCK))
+            block = self.held_range(path, -BLOCK, BLOCK)
+            _require_header(member, block or storage.read_range(member.file, member.start - BLOCK, BLOCK))
             if len(self._found) < REMEMBERED:
                 self._found.add(key)
         return version

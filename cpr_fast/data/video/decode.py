@@ -33,6 +33,7 @@ from cpr_fast.data.video.container import (
 )
 from cpr_fast.data.video.numbering import LAYOUTS, REMEMBERED_FILES, Layout, fewer_frames, file_identity
 from cpr_fast.data.video.pixels import Pixels, Region, pixels_of
+from cpr_fast.data.video.reads.extents import remember_extents
 
 PASSES_OVER = ("h264", "mpeg4")  # decoders whose skip_frame leaves out exactly the frames that no other frame refers to
 # What determines the conversion of a frame to RGB; neither size nor format may change within a file.
@@ -98,6 +99,8 @@ def read_parts(
         if known is not None or identity not in LAYOUTS:
             packets, failed = list(container.demux(stream)), known is not None
             known = _remember(path, identity, container, stream, packets, num_frames, view, probe=failed)
+            if known is not None:
+                remember_extents(path, known, packets)
         frames = frames[done:]
         yield from _parts(
             path, frames, view, num_frames, region, decode_frames(container, stream, known, frames, packets)

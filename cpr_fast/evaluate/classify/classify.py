@@ -338,7 +338,7 @@ def _plan(job: Job, view: str, videos: int, steps: int) -> str:
 def _clip_loader(job: Job, part: Index, view: str, plan: Any) -> TrainLoader:
     world = job.world
     largest = max(len(part) // world.size, 1)
-    data = dataclasses.replace(job.configs[view].data, batch_size=min(job.settings.batch_size, largest))
+    data = dataclasses.replace(job.configs[view].data, batch_size=min(job.settings.batch_size, largest), disk_cache="")
     return TrainLoader(
         part, data, [view], seed=job.seed, device=world.device, rank=world.rank, world_size=world.size, plan=plan
     )

@@ -37,7 +37,8 @@ from cpr_fast.weights.checkpoint import load_initial
 
 SHARD_VIDEOS = 256  # what is computed again after a stop
 WINDOWS = 2  # without augmentation, of a video that is longer than a clip
-_OF_THE_MACHINE = ("index", "features", "window", "split", "batch_size", "workers", "prefetch", "cache_gib")
+_OF_THE_MACHINE = ("index", "features", "window", "split", "batch_size", "workers", "prefetch", "cache_gib",
+                   "disk_cache", "disk_cache_gib")  # fmt: skip
 
 log = logging.getLogger(__name__)
 

@@ -23,6 +23,8 @@ _IRRELEVANT = (
     "workers",
     "prefetch",
     "cache_gib",
+    "disk_cache",
+    "disk_cache_gib",
     "crop_area",
     "crop_attempts",
     "grayscale",

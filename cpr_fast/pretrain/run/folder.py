@@ -290,7 +290,7 @@ def _what_counts(config: dict[str, Any], processes: int) -> dict[str, dict[str, 
     kept["model"]["arch"] = kept["model"]["arch"].rpartition("/")[2]  # a file may be moved
     for section in ("probe", "finetune", "health"):  # they apply after pretraining or only monitor it
         kept.pop(section, None)
-    for key in ("index", "features", "workers", "prefetch", "cache_gib"):
+    for key in ("index", "features", "workers", "prefetch", "cache_gib", "disk_cache", "disk_cache_gib"):
         kept["data"].pop(key)
     kept["data"]["batch_size x processes"] = kept["data"].pop("batch_size") * processes
     kept["model"].pop("recompute")

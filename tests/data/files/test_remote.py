@@ -100,6 +100,16 @@ def test_failures_that_pass_are_tried_again_and_others_are_not(server):
         assert failed.value.errno == number and server.requests["/noise"] == requests
 
 
+def test_a_server_that_is_silent_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(remote, "ANSWER_S", 0.1)
+    server.slow_s, path = 0.3, at(server, "/noise")
+    server.faults["/noise"] = ["slow", None]
+    assert RemoteStorage().read_range(path, 7, 1000) == server.files["/noise"][7:1007]
+    server.faults["/noise"] = ["slow"]
+    with pytest.raises(OSError, match="could not be read in 4 attempts; the last: no answer in 0.1 s"):
+        RemoteStorage().read_range(path, 7, 1000)
+
+
 def test_an_object_that_cannot_be_opened_is_named(server):
     server.faults["/gone"] = [403]
     for name, reason in (("/gone", r"refuses it \(403\)"), ("/never", "does not exist on the server")):

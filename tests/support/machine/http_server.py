@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import threading
+import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,8 +18,11 @@ class Served:
 
     Attributes:
         files: Content by path, such as "/a.mp4".
-        faults: By path, what the next requests for its content meet: a status such as 503, or "cut" for an answer that
-            ends after half of its bytes. The last entry stays.
+        faults: By path, what the next requests for its content meet: a status such as 503, "cut" for an answer that
+            ends after half of its bytes, or "slow" for one that does not begin before `slow_s` are over. The last entry
+            stays.
+        slow_s: Seconds.
+        latency_s: Seconds that every answer takes to begin.
         ranges: Whether the server honours requests for ranges.
         sent: Bytes of content by path.
         requests: Requests for content by path.
@@ -25,6 +30,7 @@ class Served:
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self.files, self.faults, self.ranges = dict(files), {}, True
+        self.slow_s, self.latency_s = 1.0, 0.0
         self.sent: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         self.url = ""
@@ -49,6 +55,7 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Served]:
             path = unquote(self.path.partition("?")[0])
             faults = served.faults.get(path, [])
             fault = (faults.pop(0) if len(faults) > 1 else faults[0]) if faults and with_content else None
+            time.sleep(served.slow_s if fault == "slow" else served.latency_s)
             refused = 403 if 403 in faults else None
             data = served.files.get(path)
             status = refused or (fault if isinstance(fault, int) else 200 if data is not None else 404)
@@ -62,7 +69,7 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Served]:
             part = data[int(found[1]) : int(found[2]) + 1] if found else data
             self.send_response(206 if found else 200)
             self.send_header("Content-Length", str(len(part)))
-            self.send_header("ETag", '"1"')
+            self.send_header("ETag", f'"{zlib.crc32(data):x}"')
             if found:
                 self.send_header("Content-Range", f"bytes {found[1]}-{int(found[1]) + len(part) - 1}/{len(data)}")
             self.end_headers()
