@@ -57,7 +57,7 @@ class Gpu:
 
 
 GPUS = [
-    Gpu("NVIDIA A100-SXM4-80GB", "A100", "80", 108, 1.41e9, 2, 2, 0.5, 0.5, 1, 164 << 10, 40 << 20, 4.5e12, 1.8e12,
+    Gpu("NVIDIA A100-SXM4-80GB", "A100", "80", 108, 1.41e9, 1.8, 2, 0.5, 0.5, 1, 164 << 10, 40 << 20, 4.5e12, 1.8e12,
         260, 560, {"fp32": 17.5e12, "bf16": 260e12}),
     Gpu("NVIDIA H100 80GB HBM3", "H100", "90a", 132, 1.755e9, 4, 2, 0.62, 0.5, 2, 228 << 10, 50 << 20, 5.6e12, 3.0e12,
         270, 660, {"fp32": 60e12, "bf16": 790e12}),
@@ -70,7 +70,8 @@ SOURCES = {
     "assumed, between 1.98 GHz (glennklockwood.com/garden/processors/h100) and the 1.4 GHz of a power limit "
     "(chipsandcheese.com)",
     "fp32, alu, special, fp64": "CUDA C++ Programming Guide, throughput of native arithmetic instructions: 64, 64, 16 "
-    "and 32 results per cycle and multiprocessor for 8.0; 128, 64, 16 and 64 for 9.0; a warp instruction is 32",
+    "and 32 results per cycle and multiprocessor for 8.0; 128, 64, 16 and 64 for 9.0; a warp instruction is 32. Of the "
+    "fp32 of A100, 1.8 of 2 warp instructions: the 17.5 of 19.5 TFLOP/s that its floor assumes",
     "tensor": "white papers: 1024 (A100) and 2048 (H100) dense 16-bit multiply-adds per cycle; mma.sync reaches about "
     "62 % of the latter (arXiv 2402.13499 and 2501.12084, Hopper microbenchmarks)",
     "L2 rate": "assumed from measurements of about 4 to 5 TB/s (A100) and 5.5 to 6 TB/s (H100) published for reads",
@@ -245,7 +246,11 @@ def limits_text(rows: list[dict]) -> list[str]:
     """Returns what the times of the calls that are furthest from their floors are spent on, with the counts."""
     a100, h200, shape = GPUS[0].name, GPUS[2], (256, 65536)
     bf16 = resource_us(rows, h200.name, "mil_nce", "bfloat16", shape, "row_scan_kernel")
-    fp32 = resource_us(rows, h200.name, "mil_nce", "float32", shape, "scan_kernel")
+    fp32 = resource_us(rows, h200.name, "mil_nce", "float32", shape, "wide_scan_kernel")
+    score, select = (
+        resource_us(rows, h200.name, "cascade_select", "fp32", (32, 16384), kernel)
+        for kernel in ("score_kernel", "select_on_chip_kernel")
+    )
     reached = 2 * 2048 * h200.tensor * h200.processors * h200.clock_hz
     least = 1.5 * h200.floor["bf16"] / reached
     products = [
@@ -260,14 +265,23 @@ def limits_text(rows: list[dict]) -> list[str]:
         "and once for each of the two terms of a weight (the rounding of a single term would dominate the gradient), "
         f"where the floor counts two products. mma.sync reaches {reached / 1e12:.0f} TFLOP/s here, the floor assumes "
         f"{h200.floor['bf16'] / 1e12:.0f}: no call with these products takes less than {least:.2f} times the floor. "
+        "None of the three can be saved with the same bound on the error: one term of a weight, as bfloat16, is off by "
+        "up to 2^-9 of it, for all keys alike, and TF32, whose 11 bits are not both terms either, has half the rate. "
         "Less needs wgmma, which sm_80 does not have.",
-        f"- mil_nce float32 on H100 and H200: shared memory, {fp32['shared memory']:.0f} µs; the multiply-adds take "
-        f"{fp32['fp32']:.0f} µs. A thread reads 8 vectors for 64 multiply-adds (4 x 4 scores): 32 cycles of shared "
-        "memory, and as many of arithmetic on A100, but 16 on H100, which has twice the units. Tiles of 8 x 8 scores "
-        "would take 64 cycles of each there.",
+        f"- mil_nce float32 on H100 and H200: instructions, {fp32['issue']:.0f} µs, about {fp32['fp32']:.0f} of which "
+        f"for multiply-adds; shared memory takes {fp32['shared memory']:.0f} µs beside them. A thread computes 8 x 8 "
+        "scores and reads 16 vectors for 256 multiply-adds: 64 cycles of shared memory and of arithmetic. The 4 x 4 "
+        "scores of smaller calls read 8 for 64: 32 cycles of shared memory and 16 of arithmetic. Larger tiles of a "
+        "thread do not fit: 128 of its 255 registers hold scores and sums. With 4 x 4 scores everywhere the same model "
+        "gives 316 µs, and 25.4 ms for 1024 x 1000000; on A100 601 µs and 36.1 ms.",
         "- cascade_select bf16 is not twice as fast as fp32, because tensor cores compute the scores of fp32 as well: "
         f"on A100 their products take {products[0]:.0f} µs for fp32 and {products[1]:.0f} µs for bf16. The rest, to "
         "follow every score through the stages and to rank the gathered entries, is the same work in both.",
+        f"- cascade_select fp32 on H100 and H200, at 32 x 16384: the scores take {score['shared memory']:.1f} µs, by "
+        f"shared memory, as in smaller tiles of mil_nce, and the selection {select['issue']:.1f} µs of instructions "
+        "of one multiprocessor for each query, 32 of 132. Scores at the rate of the multiply-adds, "
+        f"{score['fp32']:.1f} µs, would not be enough for three times the floor: the selection has to take fewer "
+        "instructions, or a query several multiprocessors.",
     ]
 
 

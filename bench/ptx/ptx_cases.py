@@ -8,7 +8,7 @@ the large call, which it plans on the limits of the device (`DEVICES`) without e
     sample, sieve, misled    no feature
     stream                   tiles of a block
     select, streamed_stages  K
-    scan, row_scan           tiles of 64 keys in a split of the memory
+    all scans                tiles of 64 keys in a split of the memory
     finish                   splits of the memory
     tvl1                     no feature: the pairs share the work of one pair, whose blocks are as many as its tiles;
                              a team of one block has no barriers, which are the only atomic operations

@@ -1,6 +1,6 @@
 """Counts what the compiled CUDA kernels do, without a GPU: executes their PTX in the interpreter of tests/support/ptx.
 
-    python bench/ptx/ptx_counts.py [--out bench/results] [--routes "on chip" streamed]
+    python bench/ptx/ptx_counts.py [--out bench/results] [--routes "on chip" streamed | --operators mil_nce]
 
 writes ptx_counts.json and ptx_counts.md: instructions by class, active lanes, sectors of 32 bytes, wavefronts of shared
 memory and the busiest source lines of interpreted calls; how far extrapolated counts are from interpreted ones; and the
@@ -28,6 +28,7 @@ from support.ptx.device import PtxDevice
 
 SHAPES = [(16, 2048), (32, 2048), (32, 16384), (256, 16384), (256, 65536), (1024, 65536), (1024, 1_000_000)]
 PRECISIONS = {"cascade_select": ("fp32", "bf16"), "mil_nce": ("float32", "bfloat16")}
+OPERATORS = (*PRECISIONS, "tvl1_flow")
 # For each kernel two calls with different features, where it has one.
 SAMPLES = [
     *(Call("cascade_select", "fp32", B, K, "on chip") for B, K in ((32, 2048), (32, 16384), (64, 2048))),
@@ -36,6 +37,7 @@ SAMPLES = [
     *(Call("cascade_select", "bf16", 64, K, "streamed") for K in (32768, 65536)),
     *(Call("mil_nce", dtype, 32, K) for dtype in PRECISIONS["mil_nce"] for K in (2048, 16384, 65536)),
     *(Call("mil_nce", "bfloat16", 64, K) for K in (2048, 16384)),  # more than 32 queries have a kernel of their own
+    *(Call("mil_nce", "float32", 64, K) for K in (16384, 65536)),  # and larger tiles
     Call("tvl1_flow", "fp32", 1, 340),  # one pair of 340x256
 ]
 CHECKS = [
@@ -141,13 +143,12 @@ def page(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def saved_samples(report: dict, routes: list[str]) -> list[Kernel]:
-    """Returns the saved samples of cascade_select on other routes."""
+def saved_samples(rows: list[dict]) -> list[Kernel]:
+    """Returns saved samples as kernels, from which calls can be extrapolated."""
     found = []
-    for row in report["samples"]:
-        if row["op"] == "cascade_select" and row["route"] not in routes:
-            found.append(Kernel(row["kernel"], "", row["blocks"], row["threads"], 0, row["launches"], row["feature"]))
-            found[-1].counts.update(row["counts"])
+    for row in rows:
+        found.append(Kernel(row["kernel"], "", row["blocks"], row["threads"], 0, row["launches"], row["feature"]))
+        found[-1].counts.update(row["counts"])
     return found
 
 
@@ -167,27 +168,32 @@ def sample(device: PtxDevice, calls: list[Call], report: dict) -> list[Kernel]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--routes", nargs="+", choices=ROUTES, metavar="ROUTE",
-                        help="interpret only the calls of cascade_select on these routes: on chip, streamed; "
-                        "the rest of the report stays as it is saved")  # fmt: skip
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--routes", nargs="+", choices=ROUTES, metavar="ROUTE",
+                      help="interpret only the calls of cascade_select on these routes: on chip, streamed; "
+                      "the rest of the report stays as it is saved")  # fmt: skip
+    only.add_argument("--operators", nargs="+", choices=OPERATORS, metavar="OPERATOR", default=OPERATORS,
+                      help="the same for all calls of these operators")  # fmt: skip
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = PtxDevice("80")
     report = {"world": world("cpu"), "samples": [], "checks": [], "registers": {}, "calls": []}
-    samples, again = [], lambda call: True
-    if options.routes:
-        kept, again = (
-            json.loads((options.out / "ptx_counts.json").read_text()),
-            lambda call: call.route in options.routes,
-        )
-        samples = saved_samples(kept, options.routes)
+    chosen = ("cascade_select",) if options.routes else tuple(options.operators)
+    samples = []
+
+    def again(op: str, route: str) -> bool:
+        return op in chosen and (not options.routes or route in options.routes)
+
+    if options.routes or set(chosen) != set(OPERATORS):
+        kept = json.loads((options.out / "ptx_counts.json").read_text())
         for part in ("samples", "checks"):
-            report[part] = [row for row in kept[part] if row["route"] not in options.routes]
+            report[part] = [row for row in kept[part] if not again(row["op"], row["route"])]
+        samples = saved_samples([row for row in report["samples"] if row["op"] in chosen])
         report["registers"] = kept["registers"]
-        report["calls"] = [row for row in kept["calls"] if row["op"] != "cascade_select"]
-    samples += sample(device, [call for call in SAMPLES if again(call)], report)
-    report["calls"] += call_rows(device, samples, ("cascade_select",) if options.routes else (*PRECISIONS, "tvl1_flow"))
-    for call in filter(again, CHECKS):
+        report["calls"] = [row for row in kept["calls"] if row["op"] not in chosen]
+    samples += sample(device, [call for call in SAMPLES if again(call.op, call.route)], report)
+    report["calls"] += call_rows(device, samples, chosen)
+    for call in (call for call in CHECKS if again(call.op, call.route)):
         report["checks"] += check_rows(device, samples, call)
         print(f"{call}: checked", flush=True)
     for part in ("samples", "checks", "calls"):

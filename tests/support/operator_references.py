@@ -145,6 +145,22 @@ def assert_loss(emulated, query, own_key, memory, *, tolerance=2e-5, **options):
     np.testing.assert_array_equal((out["lse_all"] >= out["lse_positive"] - 1e-4).numpy(), True)
 
 
+# B, K, D of float32 calls whose loss one multiprocessor computes by larger tiles (csrc/cuda/mil_nce/wide_scan.cuh):
+# parts of a tile of queries and of keys, a single panel of features, and an odd number with a part of 128 columns.
+LARGER_TILES = [(33, 8193, 32), (97, 8300, 64), (34, 8256, 160)]
+
+
+def assert_same_loss_by_larger_tiles(device, **given) -> None:
+    """Compares the loss by larger tiles with that by the smaller ones, bit for bit."""
+    device.resize(processors=1)
+    found = device.mil_nce(**given, backward=False)
+    device.resize(processors=1, shared_limit=99 << 10)  # too little for two blocks with larger tiles
+    expected = device.mil_nce(**given, backward=False)
+    device.resize()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name].numpy(), value.numpy(), name)
+
+
 def assert_cpu_selection(device, queries, memory, views, keep, **options) -> None:
     """Compares cascade_select of an emulated device with that of the CPU kernel, bit for bit."""
     from cpr_fast.ops import cascade_select

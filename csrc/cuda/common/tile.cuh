@@ -159,13 +159,20 @@ constexpr int kSumThreadColumns = kSumColumns / kTileLanes;
 constexpr int kSumTerms = 64;  // rows that a call sums
 constexpr int kSumPanel = 32;  // rows in a panel
 
-// weights[output row][term], written by the threads that own the output row; padded against bank conflicts.
-using Weights = float[kSumRows][kSumTerms + 4];
+// The weights of terms in rows of shared memory, weights[output row][term], written by the threads that own the output
+// row. Padded so that the two rows of a warp lie in different halves of the banks.
+constexpr int kWeightStride = kSumTerms + 16;
+
+using Weights = float[kSumRows][kWeightStride];
 using RowPanel = float[kSumPanel][kSumColumns + 4];
-using WeightedSum = float[kSumThreadRows][kSumThreadColumns];
+template <int kThreadRows>
+using WeightedRows = float[kThreadRows][kSumThreadColumns];
+using WeightedSum = WeightedRows<kSumThreadRows>;
 
 // out[i][4j + c] += sum over the staged terms of weights[t/16 + 8i][term0 + term] * panel[term][4(t%16) + 64j + c].
-__device__ __forceinline__ void add_panel(const Weights& weights, int term0, const RowPanel& panel, WeightedSum& out) {
+template <int kThreadRows>
+__device__ __forceinline__ void add_panel(const float (*weights)[kWeightStride], int term0, const RowPanel& panel,
+                                          float (&out)[kThreadRows][kSumThreadColumns]) {
   const int lane = threadIdx.x % kTileLanes, row = threadIdx.x / kTileLanes;
 #pragma unroll 4
   for (int term = 0; term < kSumPanel; ++term) {
@@ -175,7 +182,7 @@ __device__ __forceinline__ void add_panel(const Weights& weights, int term0, con
       value[j] = *reinterpret_cast<const float4*>(&panel[term][lane * 4 + j * 64]);
     }
 #pragma unroll
-    for (int i = 0; i < kSumThreadRows; ++i) {
+    for (int i = 0; i < kThreadRows; ++i) {
       const float weight = weights[row + i * kTileRows][term0 + term];
 #pragma unroll
       for (int j = 0; j < kSumThreadColumns / 4; ++j) {

@@ -7,7 +7,7 @@
 // float is added atomically, so the result of a row does not depend on its batch or on scheduling.
 //
 // Features of 16 bits are scanned on tensor cores if their width is 128 (row_scan.cuh) or 512 (tensor_scan.cuh), all
-// others in float32 (scan.cuh).
+// others in float32: by larger tiles (wide_scan.cuh) if there are enough of them, and else by those of scan.cuh.
 //
 // Letters in shapes: B queries, K memory entries, D feature width, P explicit positives, S splits.
 #include "cpr_fast.h"
@@ -19,6 +19,7 @@
 #include "cuda/mil_nce/row_scan.cuh"
 #include "cuda/mil_nce/scan.cuh"
 #include "cuda/mil_nce/tensor_scan.cuh"
+#include "cuda/mil_nce/wide_scan.cuh"
 
 namespace cpr {
 namespace {
@@ -72,6 +73,10 @@ const char* forward(const cpr_mil_nce_args& args, const cpr_mil_nce_outputs& out
     if (error == nullptr && !scanned) {
       error =
           launch_tensor_scan<kPositiveById>(problem, query, memory, first, queries, splits, partials, stream, &scanned);
+    }
+    if (error == nullptr && !scanned) {
+      error =
+          launch_wide_scan<kPositiveById>(problem, query, memory, first, queries, splits, partials, stream, &scanned);
     }
     if (error == nullptr && !scanned) {
       const dim3 grid(static_cast<unsigned>(ceil_div(queries, kSumRows)), static_cast<unsigned>(splits.count),

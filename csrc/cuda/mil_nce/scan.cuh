@@ -17,13 +17,14 @@ struct ScanShared {
 };
 
 // The running logsumexp of one group for the rows that a thread works on, and the weighted sum of the columns it owns.
+template <int kThreadRows>
 struct Running {
-  float maximum[kSumThreadRows], sum[kSumThreadRows];  // sum: over the keys of this thread, until finish()
-  WeightedSum weighted;
+  float maximum[kThreadRows], sum[kThreadRows];  // sum: over the keys of this thread, until finish()
+  WeightedRows<kThreadRows> weighted;
 
   __device__ __forceinline__ void start() {
 #pragma unroll
-    for (int i = 0; i < kSumThreadRows; ++i) {
+    for (int i = 0; i < kThreadRows; ++i) {
       maximum[i] = -INFINITY;
       sum[i] = 0;
 #pragma unroll
@@ -31,31 +32,47 @@ struct Running {
     }
   }
 
-  // Adds a tile of scores; bit i * kThreadKeys + j of `members` says whether score [i][j] of the thread counts. Writes
-  // the weights of the keys of the tile to `weights` and rescales the sums to the new maximum.
-  __device__ __forceinline__ void absorb(const float (&score)[kSumThreadRows][kThreadKeys], unsigned members,
-                                         Weights& weights) {
+  // Adds the scores of a tile of kSumTerms keys, score[i][first .. first + kThreadKeys - 1]; those of -inf do not
+  // count. Writes the weights of the keys to `weights` and rescales the sums to the new maximum.
+  template <int kColumns>
+  __device__ __forceinline__ void absorb(const float (&score)[kThreadRows][kColumns], int first,
+                                         float (*weights)[kWeightStride]) {
     const int lane = threadIdx.x % kTileLanes, row = threadIdx.x / kTileLanes;
+    float reference[kThreadRows];
+    raise_maxima(score, first, reference);
 #pragma unroll
-    for (int i = 0; i < kSumThreadRows; ++i) {
-      float greatest = maximum[i];
-#pragma unroll
-      for (int j = 0; j < kThreadKeys; ++j) {
-        if ((members >> (i * kThreadKeys + j)) & 1) greatest = fmaxf(greatest, score[i][j]);
-      }
-      greatest = warp_reduce<kTileLanes>(greatest, Max());
-      const float reference = greatest == -INFINITY ? 0.0f : greatest;  // no score yet: exp(-inf) instead of exp(NaN)
-      const float rescale = expf(maximum[i] - reference);
-      maximum[i] = greatest;
-      sum[i] *= rescale;
-#pragma unroll
-      for (int c = 0; c < kSumThreadColumns; ++c) weighted[i][c] *= rescale;
+    for (int i = 0; i < kThreadRows; ++i) {
 #pragma unroll
       for (int j = 0; j < kThreadKeys; ++j) {
-        const float weight = (members >> (i * kThreadKeys + j)) & 1 ? expf(score[i][j] - reference) : 0.0f;
+        const float weight = expf(score[i][first + j] - reference[i]);
         sum[i] += weight;
         weights[row + i * kTileRows][lane + j * kTileLanes] = weight;
       }
+    }
+  }
+
+  // Raises the maxima to those of the tile, which the weights refer to, and rescales the sums.
+  template <int kColumns>
+  __device__ __forceinline__ void raise_maxima(const float (&score)[kThreadRows][kColumns], int first,
+                                               float (&reference)[kThreadRows]) {
+    float before[kThreadRows];
+    bool raised = false;
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      before[i] = maximum[i];
+#pragma unroll
+      for (int j = 0; j < kThreadKeys; ++j) maximum[i] = fmaxf(maximum[i], score[i][first + j]);
+      maximum[i] = warp_reduce<kTileLanes>(maximum[i], Max());
+      raised |= maximum[i] != before[i];
+      reference[i] = maximum[i] == -INFINITY ? 0.0f : maximum[i];  // no score yet: exp(-inf) instead of exp(NaN)
+    }
+    if (!in_all_lanes(raised)) return;
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      const float rescale = expf(before[i] - reference[i]);
+      sum[i] *= rescale;
+#pragma unroll
+      for (int c = 0; c < kSumThreadColumns; ++c) weighted[i][c] *= rescale;
     }
   }
 
@@ -64,7 +81,7 @@ struct Running {
                                          int64_t column0, int64_t D) {
     const int lane = threadIdx.x % kTileLanes;
 #pragma unroll
-    for (int i = 0; i < kSumThreadRows; ++i) {
+    for (int i = 0; i < kThreadRows; ++i) {
       const float total = warp_reduce<kTileLanes>(sum[i], Sum());
       const int64_t row = row0 + threadIdx.x / kTileLanes + i * kTileRows;
       if (row >= rows) continue;
@@ -82,9 +99,20 @@ struct Running {
   }
 };
 
+// Replaces the scores outside of a mask by -inf: bit i * kThreadKeys + j belongs to score[i][j].
+__device__ __forceinline__ void keep_members(unsigned members, float (&score)[kSumThreadRows][kThreadKeys]) {
+#pragma unroll
+  for (int i = 0; i < kSumThreadRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < kThreadKeys; ++j) {
+      if (!(members >> (i * kThreadKeys + j) & 1)) score[i][j] = -INFINITY;
+    }
+  }
+}
+
 // Grid: (tiles of 32 queries, S, groups of 128 columns). Each group of columns computes the scores again.
 template <typename T, bool kPositiveById>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 2)
     scan_kernel(const __grid_constant__ Problem problem, const T* queries, const T* memory, int64_t first_query,
                 int64_t chunk_queries, int64_t tiles, Partials out) {
   auto& shared = shared_memory<ScanShared>();
@@ -98,7 +126,7 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
   for (int i = 0; i < kSumThreadRows; ++i) own[i] = problem.own_id(first_query + row0 + row + i * kTileRows);
 
-  Running all, positive;
+  Running<kSumThreadRows> all, positive;
   all.start();
   positive.start();
   for (int64_t tile = blockIdx.y * tiles; tile < (blockIdx.y + 1) * tiles; ++tile) {
@@ -106,7 +134,7 @@ __global__ void __launch_bounds__(kTileThreads)
     if (key0 >= problem.K) break;
     float score[kSumThreadRows][kThreadKeys];
     dot_tile(query, row0, keys, key0, shared.dot, score);
-    unsigned members = 0, positives = 0;
+    unsigned positives = 0;
 #pragma unroll
     for (int j = 0; j < kThreadKeys; ++j) {
       const int64_t key = key0 + lane + j * kTileLanes;
@@ -115,14 +143,17 @@ __global__ void __launch_bounds__(kTileThreads)
       for (int i = 0; i < kSumThreadRows; ++i) {
         const unsigned bit = 1u << (i * kThreadKeys + j);
         const bool same = live && problem.same(own[i], key);
-        score[i][j] *= problem.inverse_temperature;
-        if (live && !(same && problem.same_id == CPR_SAME_IGNORE)) members |= bit;
+        const bool member = live && !(same && problem.same_id == CPR_SAME_IGNORE);
+        score[i][j] = member ? score[i][j] * problem.inverse_temperature : -INFINITY;
         if (kPositiveById && same) positives |= bit;
       }
     }
-    all.absorb(score, members, shared.weights[kAll]);
+    all.absorb(score, 0, shared.weights[kAll]);
     const bool any = kPositiveById && __syncthreads_or(positives != 0);
-    if (any) positive.absorb(score, positives, shared.weights[kPositive]);
+    if (any) {
+      keep_members(positives, score);
+      positive.absorb(score, 0, shared.weights[kPositive]);
+    }
     add_weighted_rows(shared.weights[kAll], any ? &shared.weights[kPositive] : nullptr, live_keys, key0, column0,
                       shared.panel, all.weighted, positive.weighted);
   }

@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 import torch
 from support.cuda_emulation.compile import REPOSITORY
-from support.operator_references import assert_loss, integers, loss_inputs, single_key_inputs, unit
+from support.operator_references import (
+    LARGER_TILES,
+    assert_loss,
+    assert_same_loss_by_larger_tiles,
+    integers,
+    loss_inputs,
+    single_key_inputs,
+    unit,
+)
 
 
 @pytest.mark.parametrize("same_id", ["positive", "ignore", "negative"])
@@ -84,6 +92,18 @@ def test_loss_of_a_row_does_not_depend_on_its_batch(emulated):
     alone = emulated.mil_nce(**(inputs | rows))
     for name in ("loss", "grad_query", "own_coefficient", "lse_all", "lse_positive"):
         np.testing.assert_array_equal(alone[name].numpy(), together[name][11:12].numpy())
+
+
+@pytest.mark.parametrize(("B", "K", "D"), LARGER_TILES)
+def test_larger_tiles_give_the_same_bits(emulated, B, K, D):
+    given = loss_inputs(B, K, D, 3, seed=110)
+    given["memory"][given["memory_ids"] == -1] = torch.nan
+    assert_same_loss_by_larger_tiles(emulated, **given, same_id="ignore")
+
+
+def test_larger_tiles_without_ids_give_the_same_bits(emulated):
+    given = {name: loss_inputs(40, 8200, 32, 1, seed=120)[name] for name in ("query", "own_key", "memory")}
+    assert_same_loss_by_larger_tiles(emulated, **given, temperature=0.01)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels for the host")

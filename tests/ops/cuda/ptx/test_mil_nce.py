@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.operator_references import assert_loss, integers, loss_inputs
+from support.operator_references import (
+    LARGER_TILES,
+    assert_loss,
+    assert_same_loss_by_larger_tiles,
+    integers,
+    loss_inputs,
+)
 
 REGIMES = [  # dtype, width, whether the scan uses tensor cores
     (torch.float32, 20, False),
@@ -57,6 +63,36 @@ def test_rows_are_read_without_bank_conflicts(device):
     assert_loss(device, **given)
     counts = [c for c in device.counts("mil_nce") if "scan_kernel" in c.function and c.kind == "load shared"]
     assert sum(count.units for count in counts) == sum(count.least for count in counts) > 0
+
+
+@pytest.mark.parametrize(("B", "K", "D"), LARGER_TILES)
+def test_larger_tiles_give_the_same_bits_and_read_without_bank_conflicts(device, B, K, D):
+    given = inputs(B, K, D, 2, torch.float32, seed=7)
+    assert_same_loss_by_larger_tiles(device, **given, same_id="negative")
+    counts = [c for c in device.counts("mil_nce") if "wide_scan_kernel" in c.function and c.kind == "load shared"]
+    assert sum(count.units for count in counts) == sum(count.least for count in counts) > 0
+
+
+def kernels(device, B: int, K: int, dtype: torch.dtype, **limits: int) -> str:
+    """Returns the names of the kernels of a loss without ids of width 128, which are not executed."""
+    device.reset_counts()
+    device.resize(**limits)
+    device.set_dry(True)
+    device.mil_nce(torch.empty(B, 128, dtype=dtype), torch.empty(B, 128, dtype=dtype),
+                   torch.empty(K, 128, dtype=dtype), backward=False)  # fmt: skip
+    device.set_dry(False)
+    device.resize()
+    return " ".join(launch.kernel for launch in device.launches_of("mil_nce"))
+
+
+def test_larger_tiles_are_used_where_they_keep_no_multiprocessor_longer(device):
+    A100, H200 = {"shared_limit": 163 << 10, "processors": 108}, {"processors": 132}
+    for B, K, a100, h200 in ((256, 65536, True, True), (128, 65536, False, True), (32, 65536, False, False),
+                             (256, 8192, False, False), (256, 16384, True, True)):  # fmt: skip
+        assert ("wide_scan_kernel" in kernels(device, B, K, torch.float32, **A100)) == a100, (B, K)
+        assert ("wide_scan_kernel" in kernels(device, B, K, torch.float32, **H200)) == h200, (B, K)
+    assert "wide_scan_kernel" not in kernels(device, 256, 65536, torch.bfloat16, **H200)
+    assert "wide_scan_kernel" not in kernels(device, 256, 65536, torch.float32, shared_limit=99 << 10)
 
 
 def test_a_positive_outside_the_memory_fails_an_assertion(device):

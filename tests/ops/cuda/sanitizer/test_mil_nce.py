@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.operator_references import assert_loss, integers, loss_inputs, mil_nce_float64, normal, unit
+from support.operator_references import (
+    assert_loss,
+    assert_same_loss_by_larger_tiles,
+    integers,
+    loss_inputs,
+    mil_nce_float64,
+    normal,
+    unit,
+)
 
 WIDTHS = {"float32": [20, 129], "bfloat16": [24, 128, 512], "float16": [128]}
 REGIMES = [(getattr(torch, name), D) for name, widths in WIDTHS.items() for D in widths]
@@ -75,6 +83,16 @@ def test_splits_of_several_tiles(device, dtype, D, tiles):
     loss, grad_query, *_ = mil_nce_float64(**small)
     assert (found["loss"].double() - loss).abs().max() < 2e-5 * max(1, loss.abs().max())
     assert (found["grad_query"].double() - grad_query).abs().max() < 2e-5 * max(1, grad_query.abs().max())
+
+
+@pytest.mark.parametrize(("B", "D", "tiles"), [(33, 64, 2), (97, 32, 4), (34, 160, 2), (40, 32, 9)])
+@pytest.mark.parametrize("same_id", ["ignore", "negative"])
+def test_larger_tiles_of_the_loss(device, B, D, tiles, same_id):
+    """Only the first and the last two splits run: larger tiles take no fewer than two tiles of keys in a split."""
+    device.choose_blocks("edges")
+    given = loss_inputs(B, 128 * 64 * tiles - 64 * (tiles - 1) - 5, D, 3, seed=8)
+    given["memory"][given["memory_ids"] == -1] = torch.nan
+    assert_same_loss_by_larger_tiles(device, **given, same_id=same_id)
 
 
 def test_a_gradient_of_more_than_2_to_the_32_elements(shuffled):
