@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def script(training_script, monkeypatch):
-    script = training_script("auto_cascade")
+def script(bench_script, monkeypatch):
+    script = bench_script("training/auto_cascade")
     small = partial(script.planted, classes=5, sources=8, videos=2, width=16)
     monkeypatch.setattr(script, "sets", lambda: {"chosen on, a": small, "held out, b": partial(small, seed=1)})
     return script

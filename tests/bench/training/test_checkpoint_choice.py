@@ -18,8 +18,8 @@ from cpr_fast.weights.checkpoint import load_encoders
 
 
 @pytest.fixture(scope="module")
-def script(training_script):
-    return training_script("checkpoint_choice")
+def script(bench_script):
+    return bench_script("training/checkpoint_choice")
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def script(training_script):
-    return training_script("motion_views")
+def script(bench_script):
+    return bench_script("training/motion_views")
 
 
 def test_the_arms_differ_from_the_study_only_in_the_motion_view(script):

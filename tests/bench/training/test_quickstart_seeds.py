@@ -13,8 +13,8 @@ PIXEL, UNTRAINED, OWN, START = PROMISES = [
 
 
 @pytest.fixture
-def script(training_script):
-    return training_script("quickstart_seeds")
+def script(bench_script):
+    return bench_script("training/quickstart_seeds")
 
 
 def row(seed, trained=(0.9, 0.7), start=(0.8, 0.6), untrained=0.3, own=0.2, pixels=(0.1, 0.4, 0.2)):

@@ -24,8 +24,8 @@ TRAINING_VIDEOS = {"synthetic": 324, "jhmdb": 654, "shrec17": 1670}
 
 
 @pytest.fixture(scope="module")
-def study(training_script):
-    return training_script("study")
+def study(bench_script):
+    return bench_script("training/study")
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
-def transfer(training_script):
-    return training_script("transfer")
+def transfer(bench_script):
+    return bench_script("training/transfer")
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ ROW = {"network": "r3d", "clip": "8x64x64", "parameters": 903_984, "features": 1
 
 
 @pytest.fixture(scope="module")
-def script(training_script):
-    return training_script("encoders")
+def script(bench_script):
+    return bench_script("encoders")
 
 
 def cells(text: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Takes every shipped encoder through the commands of a user, on real clips.
 
-    python bench/training/encoders.py [--networks r3d vit … | --table]
+    python bench/encoders.py [--networks r3d vit … | --table]
 
 Needs the clips of UCF101 in $CPR_FAST_SHARED/data (default ../shared/data), and the packages torchvision and
 transformers. Each network is trained on eight clips by a small recipe of three cycles, whose last one mines, and goes
@@ -28,9 +28,9 @@ import onnxruntime
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from measure import RESULTS, world, write_result
 from page import markdown_table
@@ -273,7 +273,7 @@ def page(rows: list[dict[str, Any]]) -> str:
              yes[row["safetensors"]], hub, f"{row['onnx_error']:.0e}", f"{row['cpu_s']:.0f}", row["commit"]]
         )  # fmt: skip
     title = "# Every shipped encoder through the commands, on real clips"
-    command = "`python bench/training/encoders.py`, or with `--networks NAME …` for some of the rows."
+    command = "`python bench/encoders.py`, or with `--networks NAME …` for some of the rows."
     of = {key: listed(sorted({row[key] for row in rows})) for key in ("device", "torch", "torchvision", "transformers")}
     machine = (
         f"{of['device']}, torch {of['torch']}, torchvision {of['torchvision']}, transformers {of['transformers']}."
