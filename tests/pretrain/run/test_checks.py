@@ -66,6 +66,8 @@ FLOW = {"view": "flow", "epochs": 8, "mining": "none"}  # before a cascade, whos
         (r"memory.ema_momentum is 1", {"memory": {"size": 10, "ema_momentum": 1.0}}),
         (r"18 of 18 videos are shorter than a clip of 61 frames",
          {"data": {"batch_size": 6, "frames": 61, "size": 16}}),
+        (r"18 of 18 videos are shorter than a clip of 60 frames at stride 1 of 5 samples per second",
+         {"index": changed(fps=25.0), "data": {"batch_size": 6, "frames": 60, "size": 16, "fps": 5.0}}),
         (r"both clips of a video are the same", {"data": {"batch_size": 6, "frames": 60, "size": 16,
                                                           "augment": "none"}}),
         (r"data.batch_size is 1 with memory.kind = 'batch'",
