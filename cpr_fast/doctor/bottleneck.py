@@ -39,6 +39,8 @@ ADVICE = {
     "data.cache_gib, JPEG records in an LMDB file, or a GPU (NVDEC)",
     "flow": 'computing flow on the fly is slow: store it once with `cpr-fast flow` (and data.flow = "stored"), or '
     "compute it on a GPU",
+    "vectors": "reading motion vectors is slow, because it decodes the video once more, on the CPU: use a larger "
+    "data.cache_gib or more data.workers",
     "augment": "augmentation is slow: increase data.workers, or use a GPU, where it runs beside the decoder",
     "copy": "copying to the device is slow: use fewer views, or a smaller data.size or data.frames",
     "step": 'the network is the slowest stage, as it should be: the data keep up. optim.precision = "bf16" or more '
@@ -87,7 +89,7 @@ def breakdown(index: Index, config: Config, views: tuple[str, ...], *, device: t
     }
     keeps_up = step_s >= loader_s  # parts that together take longer than the step may each take less
     slowest = max(stages if keeps_up else stages.keys() - {"step"}, key=stages.__getitem__)
-    advice = ADVICE[slowest]
+    advice = ADVICE["vectors" if slowest == "flow" and data.flow == "vectors" else slowest]
     if slowest == "decode" and data.workers < cores:
         advice = f"increase data.workers (now {data.workers}, this machine has {cores} cores); then: {advice}"
     return {

@@ -145,8 +145,8 @@ def _check_columns(
         verb = "has" if facts["without_flow"] == 1 else "have"
         findings.append(Finding("warning", f"{facts['without_flow']} of {counted(facts['videos'], 'video')} {verb} no "
                                 "flow, which the view \"flow\" of these settings needs",
-                                f"{flow_command(index, videos)}, or data.flow = \"on_the_fly\", or the view "
-                                "\"residual\"", "settings"))  # fmt: skip
+                                f"{flow_command(index, videos)}, or data.flow = \"on_the_fly\" or \"vectors\", or the "
+                                "view \"residual\"", "settings"))  # fmt: skip
     if facts["single_frames"]:
         verb = "has" if facts["single_frames"] == 1 else "have"
         findings.append(Finding("warning", f"{counted(facts['single_frames'], 'video')} {verb} a single frame: it "

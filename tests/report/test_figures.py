@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import re
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import numpy as np
@@ -13,19 +14,33 @@ import pytest
 from PIL import Image
 from support.report.run_folders import FRAMES, Text
 
+from cpr_fast.data.index.index import Index
 from cpr_fast.report.figures.bars import Bar, bar_figure, group_figure, histogram_figure, profile_figure
 from cpr_fast.report.figures.chart import MAX_CSV_ROWS, csv_uri
 from cpr_fast.report.figures.curves import Band, Line, line_figure
 from cpr_fast.report.figures.film_strip import STRIP_FRAMES, film_strip
 from cpr_fast.report.figures.matrix import NAMED, confusion_figure
 from cpr_fast.report.figures.table import Column, Table
+from cpr_fast.report.sections import sheets
+
+
+def levels(uri: str) -> list[float]:
+    """Returns the mean grey level of each frame of a film strip."""
+    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("L"), dtype=float)
+    return [part.mean() for part in np.split(strip, STRIP_FRAMES, axis=1)]
 
 
 def test_a_film_strip_holds_the_clips_frames_in_order(index):
     uri = film_strip(index.parent / "1.mp4", FRAMES, start=4, length=8)
-    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("L"), dtype=float)
-    levels = [part.mean() for part in np.split(strip, STRIP_FRAMES, axis=1)]
-    assert levels == pytest.approx([8 * f + 10 for f in range(4, 12)], abs=4)
+    assert levels(uri) == pytest.approx([8 * f + 10 for f in range(4, 12)], abs=4)
+
+
+@pytest.mark.parametrize(("sampling", "frames"), [({}, range(1, 9)), ({"fps": 12.5, "pictures_fps": 0.0},
+                                                                       range(2, 18, 2))])  # fmt: skip
+def test_the_film_strip_of_a_clip_shows_the_frames_at_the_times_of_its_samples(index, sampling, frames):
+    run = SimpleNamespace(config={"data": {"frames": 4, "stride": 2} | sampling})
+    strip = sheets._clip(run, Index.load(index)[1], start=1)["strip"]
+    assert levels(strip) == pytest.approx([8 * f + 10 for f in frames], abs=4)
 
 
 def test_a_clip_beyond_the_end_repeats_the_last_frame(index):

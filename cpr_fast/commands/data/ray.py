@@ -17,12 +17,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from cpr_fast import __version__
 from cpr_fast.commands.inputs import check_inputs
@@ -57,11 +58,11 @@ options:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a shard ended: its exit code, and the last lines of its errors."""
+    """How a process ended: its exit code, what it printed on stdout, and the last lines of its errors."""
 
-    shard: int
     node: str
     code: int
+    output: str
     errors: str
     elapsed_s: float
 
@@ -90,11 +91,13 @@ def parse_and_run(arguments: Sequence[str]) -> None:
         raise InputError("COMMAND: this needs Ray, which is not installed: run `pip install 'ray>=2.9'`") from None
     with _cluster(ray, options.address):
         shards = options.shards or _at_once(ray, options.cpus, options.gpus)
-        _run(ray, [command, *words], shards, options)
-    # One more call joins what the shards have written, and prints the result.
-    code = subprocess.call([sys.executable, "-m", "cpr_fast", command, *words])
-    if code:
-        sys.exit(code)
+        announce(f"Running `{shlex.join(['cpr-fast', command, *words])}` in {counted(shards, 'shard')}")
+        parts = [f"{shard}/{shards}" for shard in range(shards)]
+        _run(ray, {f"shard {part}": [command, *words, "--shard", part] for part in parts}, options)
+        # One more call joins what the shards have written, and prints the result. It has the CPUs and GPUs of a shard,
+        # because a store of features is complete only for the kind of device that computed it.
+        (joined,) = _run(ray, {"last call": [command, *words]}, options)
+    print(joined.output, end="")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -137,8 +140,9 @@ def _gpus(text: str) -> float:
 def _cluster(ray: Any, address: str | None) -> Iterator[None]:
     """Connects to a cluster, or starts one on this machine, and leaves or ends it after the block."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    own = {} if address or os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-    announce("Starting Ray on this machine" if own else f"Connecting to Ray at {address or os.environ['RAY_ADDRESS']}")
+    address = address or os.environ.get("RAY_ADDRESS") or "local"  # without one Ray would join a cluster that it finds
+    own = {"include_dashboard": False} if address == "local" else {}
+    announce("Starting Ray on this machine" if own else f"Connecting to Ray at {address}")
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **own)
     except (ConnectionError, ValueError) as error:
@@ -164,14 +168,14 @@ def _at_once(ray: Any, cpus: int, gpus: float) -> int:
     return found
 
 
-def _run(ray: Any, words: list[str], shards: int, options: argparse.Namespace) -> None:
-    """Runs all shards. Raises InputError for bad input, and FailedError if a shard failed in all tries."""
+def _run(ray: Any, calls: dict[str, list[str]], options: argparse.Namespace) -> list[Ended]:
+    """Runs named calls, the words after `cpr-fast`, and returns how they ended, in the order of their ends. Raises
+    InputError for bad input, and FailedError if a call failed in all tries."""
     task = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=options.retries,
-                      retry_exceptions=[ShardError])(run_shard)  # fmt: skip
-    announce(f"Running `{shlex.join(['cpr-fast', *words])}` in {counted(shards, 'shard')}")
-    waiting = {task.remote(words, shard, shards, options.cpus, os.getcwd(), __version__): shard
-               for shard in range(shards)}  # fmt: skip
-    failed: dict[int, str] = {}
+                      retry_exceptions=[ShardError])(run_call)  # fmt: skip
+    waiting = {task.remote(words, options.cpus, os.getcwd(), __version__): name for name, words in calls.items()}
+    done: list[Ended] = []
+    failed: dict[str, str] = {}
     try:
         while waiting:
             found, _ = ray.wait(list(waiting), num_returns=1, timeout=0)
@@ -179,27 +183,30 @@ def _run(ray: Any, words: list[str], shards: int, options: argparse.Namespace) -
                 time.sleep(POLL_S)  # a signal that comes while Ray waits would be taken for Ctrl-C
                 continue
             ready = found[0]
-            shard = waiting.pop(ready)
+            name = waiting.pop(ready)
             try:
                 ended = ray.get(ready)
             except ray.exceptions.RayError as error:
-                failed[shard] = _reason(error)
-                announce(f"Shard {shard}/{shards} failed: {failed[shard]}", end="")
+                failed[name] = _reason(error)
+                announce(f"{name.capitalize()} failed: {failed[name]}", end="")
                 continue
             if ended.code == 2:
-                raise InputError(f"shard {shard}/{shards} on {ended.node}: {ended.errors.removeprefix('cpr-fast: ')}")
-            announce(f"Shard {shard}/{shards} ended on {ended.node} after {duration(ended.elapsed_s)}; "
-                     f"{counted(len(waiting), 'shard')} left", end="")  # fmt: skip
+                raise InputError(f"{name} on {ended.node}: {ended.errors.removeprefix('cpr-fast: ')}")
+            done.append(ended)
+            left = f"; {len(waiting):,} left" if waiting else ""
+            announce(f"{name.capitalize()} ended on {ended.node} after {duration(ended.elapsed_s)}{left}", end="")
     finally:
         _stop(ray, list(waiting))
     if failed:
-        names = ", ".join(f"{shard}/{shards}" for shard in sorted(failed))
-        raise FailedError(f"{counted(len(failed), 'shard')} of {shards} failed ({names}): {failed[min(failed)]}; what "
-                          "was finished is kept, and the same command computes the rest")  # fmt: skip
+        names = [name for name in calls if name in failed]
+        raise FailedError(f"{len(failed)} of {counted(len(calls), 'process', 'processes')} failed "
+                          f"({', '.join(names)}): {failed[names[0]]}; what was finished is kept, and the same command "
+                          "computes the rest")  # fmt: skip
+    return done
 
 
 def _reason(error: Exception) -> str:
-    """Returns why a shard failed: the last line of its errors, or what Ray says of its machine."""
+    """Returns why a process failed: the last line of its errors, or what Ray says of its machine."""
     cause = getattr(error, "cause", None)
     lines = str(cause if isinstance(cause, ShardError) else error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
@@ -213,22 +220,34 @@ def _stop(ray: Any, waiting: list[Any]) -> None:
         ray.wait(waiting, num_returns=len(waiting), timeout=STOP_S + 5)
 
 
-def run_shard(words: list[str], shard: int, shards: int, cpus: int, folder: str, version: str) -> Ended:
-    """Runs one shard on the machine that Ray has chosen. Raises ShardError if it fails but for bad input."""
+def run_call(words: list[str], cpus: int, folder: str, version: str) -> Ended:
+    """Runs `cpr-fast` with these words on the machine that Ray has chosen. Raises ShardError if it fails but for bad
+    input."""
     node, begin = socket.gethostname(), time.monotonic()
 
-    def ended(code: int, errors: str) -> Ended:
-        return Ended(shard, node, code, errors, time.monotonic() - begin)
+    def ended(code: int, output: str, errors: str) -> Ended:
+        return Ended(node, code, output, errors, time.monotonic() - begin)
 
     if version != __version__:
-        return ended(2, f"expected cpr_fast {version}, which was called, got {__version__}")
+        return ended(2, "", f"expected cpr_fast {version}, which was called, got {__version__}")
     if not os.path.isdir(folder):
-        return ended(2, f"expected the folder {folder!r}, in which the command was called, on every machine")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cpr_fast", *words, "--shard", f"{shard}/{shards}"], cwd=folder, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(cpus)}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, errors="replace", preexec_fn=_ends_with_its_parent)  # fmt: skip
+        return ended(2, "", f"expected the folder {folder!r}, in which the command was called, on every machine")
     errors: collections.deque[str] = collections.deque(maxlen=TAIL)
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        code = _call(words, cpus, folder, output, errors)
+        output.seek(0)
+        text = "".join(errors).strip()
+        if code not in (0, 2):
+            raise ShardError(f"on {node}, exit code {code}: {text or 'no message'}")
+        return ended(code, output.read(), _last_message(text))
+
+
+def _call(words: list[str], cpus: int, folder: str, output: IO[str], errors: collections.deque[str]) -> int:
+    """Returns the exit code of `cpr-fast` with these words, after it has ended or the task has been cancelled."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cpr_fast", *words], cwd=folder, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(cpus)}, stdin=subprocess.DEVNULL, stdout=output,
+        stderr=subprocess.PIPE, errors="replace", preexec_fn=_ends_with_its_parent)  # fmt: skip
     try:
         errors.extend(process.stderr)
         process.wait()
@@ -239,10 +258,7 @@ def run_shard(words: list[str], shard: int, shards: int, cpus: int, folder: str,
                 process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-    text = "".join(errors).strip()
-    if process.returncode not in (0, 2):
-        raise ShardError(f"on {node}, exit code {process.returncode}: {text or 'no message'}")
-    return ended(process.returncode, _last_message(text))
+    return process.returncode
 
 
 def _last_message(text: str) -> str:

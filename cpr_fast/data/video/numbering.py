@@ -43,6 +43,11 @@ class Layout:
         order = np.argsort(times)
         self._times, self._numbers = compact(times[order]), compact(numbers[order])
 
+    @property
+    def only_keys(self) -> bool:
+        """Whether decoding can start at every frame, so that no frame refers to another."""
+        return len(self._keys) == len(self._numbers)
+
     @classmethod
     def of(
         cls, container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet], num_frames: int

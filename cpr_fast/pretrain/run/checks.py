@@ -19,7 +19,7 @@ from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.mining.stages import idle_stages, most_stages, stage_keep
-from cpr_fast.pretrain.run.videos import about_lengths
+from cpr_fast.pretrain.run.videos import about_lengths, require_vectors
 from cpr_fast.runtime.writers import require_packages
 from cpr_fast.wording import counted, listed
 
@@ -161,6 +161,8 @@ def _check_cycle(config: Config, index: Index, plan: CyclePlan, stored_flow: boo
                 f"in the index (first: {str(bare[0])!r}). Run `cpr-fast flow` first, or set data.flow = "
                 "'on_the_fly' or 'vectors'"
             )
+    elif config.data.flow == "vectors" and "flow" in cycle.views(shared=config.model.shared):
+        require_vectors(index, plan.name)
 
 
 def _about_settings(config: Config) -> Iterator[str]:

@@ -11,15 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cpr_fast.config import Config, DataConfig, ModelConfig
 from cpr_fast.config.pixels import least_clip
 from cpr_fast.config.sections import STORED
 from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.index.index import Index, too_few
+from cpr_fast.data.storage.media import is_pictures
+from cpr_fast.data.video.vectors.fields import codec_without_vectors
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.progress import first_process
-from cpr_fast.wording import counted
+from cpr_fast.wording import counted, listed
 
+OPENED = 8  # videos of which the codec is read before a run that needs their motion vectors
 MEASURED_QUERIES = 64  # of each step on features
 
 log = logging.getLogger(__name__)
@@ -69,6 +74,19 @@ def training_videos(data: DataConfig) -> Index:
     if reason and first_process():
         log.warning("Warning: data.index: %s; a run on fewer shows only that everything works", reason)
     return kept
+
+
+def require_vectors(index: Index, cycle: str) -> None:
+    """Raises InputError if all of OPENED videos, evenly spread over the index, are of a kind without motion vectors. A
+    few such videos are replaced by others in training."""
+    paths = [index[place].path for place in np.unique(np.linspace(0, len(index) - 1, OPENED, dtype=int)).tolist()]
+    kinds = ["pictures" if is_pictures(path) else codec_without_vectors(path) for path in paths]
+    if all(kinds):
+        raise InputError(
+            f"data.flow: {cycle} needs the motion vectors of H.264 or MPEG-4 (data.flow = 'vectors'), but each of "
+            f"{counted(len(paths), 'video')} that {'was' if len(paths) == 1 else 'were'} opened has none: "
+            f"{listed(list(dict.fromkeys(kinds)))} (first: {str(paths[0])!r})"
+        )
 
 
 def about_lengths(config: Config, index: Index) -> Iterator[str]:

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.data_sets.flow import write_video
 
 import cpr_fast
 from cpr_fast.cli import main
-from cpr_fast.commands.data.ray import ShardError, run_shard
+from cpr_fast.commands.data.ray import ShardError, parse_and_run, run_call
 
 ROOT = Path(cpr_fast.__file__).resolve().parents[1]
 
@@ -120,13 +121,13 @@ def test_a_stopped_command_stops_its_shards_and_continues(videos, cluster):
 
 
 def shard(folder: Path, *words: str, version: str = cpr_fast.__version__):
-    return run_shard(list(words), 0, 2, 1, str(folder), version)
+    return run_call([*words, "--shard", "0/2"], 1, str(folder), version)
 
 
 def test_what_a_shard_says_comes_back(videos, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     ended = shard(videos, "index", "set", "--out", "other.csv")
-    assert (ended.code, ended.shard) == (0, 0) and ended.errors.count("\n") < 20
+    assert ended.code == 0 and ended.errors.count("\n") < 20
     ended = shard(videos, "flow", "nothing.csv", "--out", "flow")
     assert ended.code == 2 and ended.errors == "cpr-fast: INDEX: expected a file, but 'nothing.csv' does not exist"
     ended = shard(videos, "flow")
@@ -173,3 +174,50 @@ def test_a_shard_option_of_the_command_and_a_missing_ray_are_named(videos, capsy
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["ray", "flow", "index.csv", "--out", "f"]) == 2
     assert "pip install 'ray>=2.9'" in capsys.readouterr().err
+
+
+class Rays:
+    """In place of the package ray: calls tasks at once, in this process, and notes the addresses it is given."""
+
+    class exceptions:
+        RayError = RuntimeError
+
+    def __init__(self) -> None:
+        self.addresses, self.gpus = [], []
+
+    def init(self, address: str | None, **_) -> None:
+        self.addresses.append(address)
+
+    def shutdown(self) -> None:
+        pass
+
+    def remote(self, *, num_gpus: float, **_):
+        self.gpus.append(num_gpus)
+        return lambda call: SimpleNamespace(remote=lambda *given: Result(call(*given)))
+
+    def wait(self, waiting, **_):
+        return waiting[:1], waiting[1:]
+
+    def get(self, ready):
+        return ready.ended
+
+
+class Result:
+    def __init__(self, ended) -> None:
+        self.ended = ended
+
+
+@pytest.mark.parametrize(("given", "set_to", "used"), [([], "", "local"), ([], "head:1", "head:1"),
+                                                       (["--address", "other:2"], "head:1", "other:2")])  # fmt: skip
+def test_the_cluster_and_the_devices_that_are_used(videos, monkeypatch, capfd, given, set_to, used):
+    """Without an address Ray itself would join a cluster that runs on this machine. The call that joins what the shards
+    have written has their GPUs, because stores of another kind of device are refused."""
+    rays = Rays()
+    monkeypatch.setitem(sys.modules, "ray", rays)
+    monkeypatch.setenv("RAY_ADDRESS", set_to)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(videos)
+    parse_and_run([*given, "--shards", "1", "--gpus", "0.5", "index", "set", "--out", "rays.csv"])
+    assert rays.addresses == [used] and rays.gpus == [0.5, 0.5]
+    assert capfd.readouterr().out.startswith("rays.csv: 6 videos, 2 classes")
+    assert rows(videos / "rays.csv") == rows(videos / "index.csv")

@@ -98,6 +98,17 @@ def test_the_index_lists_the_mean_rate_of_a_variable_one(tmp_path):
         assert info.fps == pytest.approx(39 / (times[-1] - times[0]) * 1000) and info.variable_rate
 
 
+def test_a_stated_rate_that_the_times_contradict_is_replaced(tmp_path):
+    """A file of 30 frames per second whose frames are shown at 10 per second, evenly."""
+    path = write_timed(tmp_path / "v", range(0, 4000, 100), "h264-mkv-open-gop")
+    with av.open(str(path)) as container:
+        stated = float(container.streams.video[0].average_rate)
+    for decode in (True, False):
+        info = probe_video(path, decode=decode)
+        assert info.fps == pytest.approx(10.0, rel=1e-6) and not info.variable_rate
+    assert stated == pytest.approx(30.0)
+
+
 def test_counts():
     assert sample_count(np.array([0, 1, 2, 31, 301]), 30.0, 10.0).tolist() == [0, 1, 1, 11, 101]
     assert sample_count(301, 29.97, 29.97) == 301  # six digits of the rate

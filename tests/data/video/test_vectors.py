@@ -31,6 +31,18 @@ def sliding(path, kind: str, frames: int = 30, height: int = 90, width: int = 13
     return write_video(path, texture(3, height, width, frames), kind)
 
 
+def encoded(path, pictures, **options: str):
+    """Encodes RGB pictures with libx264 and these options."""
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("libx264", rate=25, options=options)
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for picture in pictures:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        output.mux(stream.encode(None))
+    return path
+
+
 def levels(path, fields, num_frames: int, span: int = 1, region: Region | None = None) -> np.ndarray:
     return np.concatenate(list(VectorFlow(span)(path, np.asarray(fields), "flow", num_frames - 1, region)))
 
@@ -62,17 +74,21 @@ def test_a_sliding_texture_has_its_motion(tmp_path, kind):
     assert right[~empty].mean() > 0.9 and np.abs(inside[empty]).max(initial=0) < 0.09
 
 
+def test_a_frame_to_which_none_refers_is_no_reference(tmp_path):
+    """B-frames without a pyramid refer to the P-frames around them, although other B-frames are nearer."""
+    options = {"x264-params": "b-pyramid=none:bframes=3:b-adapt=0:scenecut=0:ref=1:keyint=40"}
+    path = encoded(tmp_path / "v.mp4", texture(3, 90, 134, 25), **options)
+    motion = dequantise(torch.from_numpy(levels(path, range(24), 25))).numpy()
+    inside = np.median(motion[:, 16:-16, 16:-32], axis=(1, 2))
+    assert np.abs(inside - (-2.0, 0.0)).max() < 0.09
+
+
 def test_every_block_has_its_vector(tmp_path):
     """With one reference frame and no B-frames, each vector is the motion to the next frame."""
-    path = tmp_path / "v.mp4"
-    with av.open(str(path), "w") as output:
-        stream = output.add_stream("libx264", rate=25, options={"bf": "0", "refs": "1", "g": "8", "crf": "30"})
-        stream.height, stream.width, stream.pix_fmt = 50, 70, "yuv420p"
-        noise = np.random.default_rng(0)
-        for picture in texture(1, 50, 70, 20):
-            noisy = np.clip(picture + noise.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(noisy, format="rgb24")))
-        output.mux(stream.encode(None))
+    noise = np.random.default_rng(0)
+    noisy = [np.clip(picture + noise.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
+             for picture in texture(1, 50, 70, 20)]  # fmt: skip
+    path = encoded(tmp_path / "v.mp4", noisy, bf="0", refs="1", g="8", crf="30")
     expected = np.full((19, 64, 80, 2), 128, np.uint8)
     sizes = set()
     for field, vectors in zip(expected, vectors_of(path)[1:], strict=True):
@@ -139,6 +155,7 @@ def test_what_holds_no_vectors_is_refused(tmp_path):
     assert "reads the motion vectors of H.264 and MPEG-4, got" in refused(write_numbered(tmp_path / "v", 12, "vp9"))
     with RecordWriter(tmp_path / "rgb.lmdb") as writer:
         writer.put("a/b", [b"x"] * 12)
+    assert "every frame is a key frame" in refused(encoded(tmp_path / "i.mp4", texture(1, 48, 64, 12), g="1"))
     assert "got pictures" in refused(record_path(tmp_path / "rgb.lmdb", "a/b"))
     path = write_numbered(tmp_path / "w", 12)
     assert "the index says 50x40" in refused(path, region=Region.whole(40, 50))

@@ -23,7 +23,7 @@ from support.numbered_videos import (
 
 from cpr_fast.data.video import decode
 from cpr_fast.data.video.container import VideoError
-from cpr_fast.data.video.decode import _decode, read_frames, read_parts
+from cpr_fast.data.video.decode import decode_frames, read_frames, read_parts
 from cpr_fast.data.video.numbering import Layout
 from cpr_fast.data.video.packets import slice_packets
 from cpr_fast.data.video.pixels import Region
@@ -169,7 +169,7 @@ def test_decoding_starts_at_the_key_frame_and_passes_over_b_frames(numbered, kin
         decoder = Recorder(stream.codec_context)
         wanted = [
             number
-            for number, _ in _decode(container, SimpleNamespace(codec_context=decoder), layout, [30, 31], packets)
+            for number, _ in decode_frames(container, SimpleNamespace(codec_context=decoder), layout, [30, 31], packets)
         ]
     assert wanted == [30, 31]
     decoded = layout.numbers(decoder.times).tolist()  # in presentation order

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.embedding import calibrate_batch_norm
 from cpr_fast.evaluate.features.recipe import make_recipe
 from cpr_fast.evaluate.features.windows import open_windows
-from cpr_fast.evaluate.retrieval.search import _usable_encoders, search
+from cpr_fast.evaluate.retrieval.search import _open_queries, _usable_encoders, search
 from cpr_fast.models import build_encoder
 from cpr_fast.report.figures.contact_sheet import WIDTH, sheet_height
 from cpr_fast.weights.checkpoint import save_checkpoint
@@ -165,3 +166,15 @@ def test_a_bad_query_is_named(data, tmp_path):
     for arguments, message in {(): "QUERIES: expected at least one", (source,): "--top: expected at least 1"}.items():
         with pytest.raises(InputError, match=message):
             search(arguments, index_csv, checkpoint, top=0, device="cpu")
+
+
+def test_the_length_of_a_query_counts_samples_of_its_time(data, tmp_path):
+    index = Index.load(data[0])
+    query = write_copy(index[0].path, tmp_path / "q.mp4")  # 20 frames, 25 per second
+    for fps, message in {0.0: None, 6.8: None, 6.5: "more than 5 frames at 6.5 per second, half a clip, got 5"}.items():
+        settings = replace(CONFIG.data, fps=fps, flow="vectors")
+        if message is None:
+            assert _open_queries([query], tmp_path, index, settings)[0].num_frames == 20
+            continue
+        with pytest.raises(InputError, match=message):
+            _open_queries([query], tmp_path, index, settings)

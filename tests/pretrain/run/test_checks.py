@@ -6,6 +6,7 @@ import dataclasses
 import re
 
 import pytest
+from support.numbered_videos import write_numbered
 from support.small_runs import INDEX, rows, run, settings
 from support.stand_in_loader import RandomLoader
 
@@ -65,6 +66,8 @@ FLOW = {"view": "flow", "epochs": 8, "mining": "none"}  # before a cascade, whos
         (r"memory.ema_momentum is 1", {"memory": {"size": 10, "ema_momentum": 1.0}}),
         (r"18 of 18 videos are shorter than a clip of 61 frames",
          {"data": {"batch_size": 6, "frames": 61, "size": 16}}),
+        (r"18 of 18 videos are shorter than a clip of 60 frames at stride 1 of 5 samples per second",
+         {"index": changed(fps=25.0), "data": {"batch_size": 6, "frames": 60, "size": 16, "fps": 5.0}}),
         (r"both clips of a video are the same", {"data": {"batch_size": 6, "frames": 60, "size": 16,
                                                           "augment": "none"}}),
         (r"data.batch_size is 1 with memory.kind = 'batch'",
@@ -200,6 +203,25 @@ def test_flow_that_is_not_there_is_named_before_the_first_cycle():
     config = settings("run", schedule={"cycles": cycles})
     with pytest.raises(InputError, match=r"cycle 2 .*needs optical flow, but 18 of 18 videos have no flow_path"):
         check_run(config, INDEX, plan_cycles(config, len(INDEX), 1), stored_flow=True)
+
+
+def test_motion_vectors_that_are_not_there_are_named_before_the_first_cycle(tmp_path):
+    cycles = [RGB, {"view": "flow", "epochs": 1, "mining": "none"}]
+    config = settings("run", schedule={"cycles": cycles}, data={"flow": "vectors"})
+    plans = plan_cycles(config, len(INDEX), 1)
+    coded, other = write_numbered(tmp_path / "a", 4), write_numbered(tmp_path / "b", 4, "vp9")
+    pictures = tmp_path / "img_%05d.jpg"
+
+    def check(*paths) -> None:
+        videos = [dataclasses.replace(video, path=paths[i % len(paths)]) for i, video in enumerate(INDEX)]
+        check_run(config, Index(videos), plans, stored_flow=False)
+
+    with pytest.raises(InputError, match=r"data\.flow: cycle 2 .*each of 8 videos .* has none: pictures \(first: "):
+        check(pictures)
+    with pytest.raises(InputError, match=r"has none: vp9 \(first: .*b\.webm"):
+        check(other)
+    check(coded, other, pictures)
+    check(tmp_path / "missing.mp4")  # it is reported where it is read
 
 
 def test_a_run_warns_at_its_start_and_at_its_end(tmp_path, caplog):

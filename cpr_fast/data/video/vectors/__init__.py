@@ -1,4 +1,4 @@
 """The motion vectors that an encoder stored in a video, as fields of motion.
 
-Imports `data.video`; `data` may import it.
+Imports `data.video`; `data` and `pretrain` may import it.
 """

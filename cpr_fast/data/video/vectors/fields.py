@@ -48,11 +48,15 @@ def read_fields(
         num_frames: N, frames of the video according to the index.
         region: Part of frames of the size that the index lists.
     Raises:
-        VideoError: the codec exports no vectors, a frame does not decode or has another size, or the file has fewer
-            frames.
+        VideoError: the codec exports no vectors, every frame is a key frame, a frame does not decode or has another
+            size, or the file has fewer frames.
     """
     low, high = max(first - MOST_BETWEEN, 0), min(last + 1 + MOST_BETWEEN, num_frames - 1)
     known = known_layout(path, num_frames)
+    if known is not None and known.only_keys:
+        raise VideoError(
+            path, "data.flow = 'vectors' reads motion vectors, but every frame is a key frame: it has none"
+        )
     form = None if known is None else known.format
     with open_video(path, probe=known is None or known.probe, known_format=form) as (container, stream):
         if stream.codec_context.name not in CODECS:
@@ -71,6 +75,17 @@ def read_fields(
     sources = [_source(found, number) for number in numbers]
     fields = {n: field_of(found[n], _distance(found, n, -1), _distance(found, n, 1)) for n in set(sources)}
     return np.stack([fields[number] for number in sources]), checked.region
+
+
+def codec_without_vectors(path: Path) -> str | None:
+    """Returns FFmpeg's name of the codec of a video that has no motion vectors for `read_fields`; None if it has them,
+    or if the file cannot be opened."""
+    try:
+        with open_video(path) as (_, stream):
+            codec = stream.codec_context.name
+    except VideoError:
+        return None
+    return None if codec in CODECS else codec
 
 
 class _Checked:

@@ -36,7 +36,7 @@ def both(tmp_path) -> tuple[Index, Index]:
         label, split = rng.choice(["", "run", "walk", "früh"]), rng.choice(["train", "test", ""])
         flow = tmp_path / "set" / "0.mp4" if number % 3 == 0 else None
         frames = int(rng.integers(1, 60))
-        videos.append(Video(path, str(label), f"s{number % 7}", str(split), frames, 25.5, 64, 48, flow))
+        videos.append(Video(path, str(label), f"s{number % 7}", str(split), frames, 25.5 + number, 64, 48, flow))
     for name in ("i.csv", "i.parquet"):
         Index(videos).save(tmp_path / name)
     return Index.load(tmp_path / "i.csv"), Index.load(tmp_path / "i.parquet")
@@ -50,7 +50,7 @@ def assert_equal(rows: Index, columns: Index) -> None:
     for name in ("labels", "source_ids", "has_flow"):
         assert np.array_equal(getattr(rows, name), getattr(columns, name)), name
     assert rows.has_splits == columns.has_splits and rows.class_count == columns.class_count
-    for data in (None, DataConfig(flow="on_the_fly"), DataConfig()):
+    for data in (None, DataConfig(flow="on_the_fly"), DataConfig(), DataConfig(fps=7.0)):
         for field in ("num_frames", "height", "width"):
             assert np.array_equal(getattr(Sources.of(rows, data), field), getattr(Sources.of(columns, data), field))
 
