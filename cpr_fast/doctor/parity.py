@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,15 @@ CODECS: dict[str, tuple[tuple[str, ...], str, str, dict[str, str]]] = {
 
 
 def write_test_video(codec: str, folder: Path, *, frames: int = 48, height: int = 96, width: int = 128) -> Path | None:
-    """Writes a video of a moving texture, whose frames all differ; returns None if FFmpeg has no such encoder."""
+    """Writes a video of a moving texture, whose frames all differ; returns None if FFmpeg has no such encoder.
+
+    A thread of its own encodes it: for root, libsvtav1 gives the thread that opens it real-time priority, and keeps it.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_write_test_video, codec, folder, frames, height, width).result()
+
+
+def _write_test_video(codec: str, folder: Path, frames: int, height: int, width: int) -> Path | None:
     encoders, suffix, pixel_format, options = CODECS[codec]
     encoder = next((name for name in encoders if name in av.codecs_available and _can_encode(name)), None)
     if encoder is None:

@@ -2,6 +2,8 @@
 PIL's.
 """
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,14 @@ def test_every_seek_of_every_codec(codec, tmp_path, capfd):
     capfd.readouterr()
     assert check_codec(codec, tmp_path, CPU)["pyav"] == "exact"
     assert capfd.readouterr().err == ""  # DALI's own lines about codecs that are not used would read as errors
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_writing_a_video_leaves_the_priority_of_the_process(codec, tmp_path):
+    """libsvtav1 gives a thread of root real-time priority, with which it would keep all other programs waiting."""
+    before = os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)
+    write_test_video(codec, tmp_path, frames=4)
+    assert (os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)) == before
 
 
 def test_xvid_of_ucf101_is_exact():
