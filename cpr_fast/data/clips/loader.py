@@ -194,7 +194,8 @@ class TrainLoader:
         self._ahead = None
         if future is not None and future.on_servers():
             on_gpu = torch.device(device).type == "cuda" and not data.exact  # packets are cut out of whole files
-            whole = on_gpu or data.fps > 0  # the plan then names samples, whose frames only the reader knows
+            vectors = data.flow == "vectors" and "flow" in decoded_views(views)  # also of frames beside the clips
+            whole = on_gpu or vectors or data.fps > 0  # the plan then names samples, whose frames only the reader knows
             self._ahead = Prefetch(future, Path(data.disk_cache), data.disk_cache_gib, depth=data.prefetch, whole=whole)
 
     def __len__(self) -> int:

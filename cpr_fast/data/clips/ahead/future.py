@@ -51,7 +51,7 @@ class Future:
         """`views` are those that are decoded, "rgb" and "flow"."""
         self._index, self._data, self._plan, self._seed = index, data, plan, seed
         self._rank, self._world_size = rank, world_size
-        self._computed = data.flow == "on_the_fly" and "flow" in views  # from the frames of RGB, one more than fields
+        self._computed = data.flow != "stored" and "flow" in views  # from the file of RGB, one frame more than fields
         self.views = ("rgb",) if self._computed else tuple(views)
         self._sources = Sources.of(index, data)
         self.steps = len(index) // (data.batch_size * world_size)  # S
