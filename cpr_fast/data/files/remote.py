@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -32,7 +32,7 @@ class RemoteStorage:
     """The `Storage` of URLs. An object is taken to stay the same while a process reads it."""
 
     def __init__(self) -> None:
-        self._facts: dict[str, tuple[int, Hashable]] = {}  # size and version, by URL
+        self._facts: dict[str, tuple[int, tuple[int, *tuple[str, ...]]]] = {}  # size and version, by URL
         self.cache: HeldRanges | None = None  # of this process, while a loader that fetches ahead is open
 
     def size(self, path: Path) -> int:
@@ -48,13 +48,14 @@ class RemoteStorage:
         if (data := self.held_range(path, start, end - start)) is not None:
             return data
         data = self.fetch_range(path, start, end - start)
-        if self.cache is not None:
-            self.cache.count(fetched_unplanned=len(data))
+        if (cache := self.cache) is not None:
+            cache.count(fetched_unplanned=len(data))
         return data
 
     def held_range(self, path: Path, start: int, length: int) -> bytes | None:
         """Returns the same bytes if a disk cache on this machine holds all of them, else None."""
-        return None if self.cache is None else self.cache.read(path, start, length)
+        cache = self.cache  # another thread may close it meanwhile
+        return None if cache is None else cache.read(path, start, length)
 
     def fetch_range(self, path: Path, start: int, length: int) -> bytes:
         """Returns `length` bytes, which the object has, from the server. Raises OSError."""
@@ -77,11 +78,12 @@ class RemoteStorage:
         """Returns the object as an open file. Raises OSError."""
         return RangeFile(self, path)
 
-    def version(self, path: Path) -> Hashable:
-        """Returns the size, and the tag or the time of the last change that the server states. Raises OSError."""
+    def version(self, path: Path) -> tuple[int, *tuple[str, ...]]:
+        """Returns the size, and the tag and the times of the last change that the server states, "" for those that it
+        does not. Raises OSError."""
         return self._known(path)[1]
 
-    def _known(self, path: Path) -> tuple[int, Hashable]:
+    def _known(self, path: Path) -> tuple[int, tuple[int, *tuple[str, ...]]]:
         url = str(path)
         if (known := self._facts.get(url)) is None:
             facts = _repeated(path, lambda system, url: system.info(url))
@@ -89,7 +91,10 @@ class RemoteStorage:
                 raise OSError(errno.EISDIR, "is a folder")
             if facts.get("size") is None or facts.get("partial") is False:
                 raise OSError(errno.EIO, NO_RANGES if facts.get("size") else "the server does not state its size")
-            marks = (str(facts.get(key, "")) for key in ("ETag", "Last-Modified", "LastModified", "mtime"))
+            marks = [str(facts.get(key, "")) for key in ("ETag", "Last-Modified", "LastModified", "mtime")]
+            if not any(marks):  # Azure, WebDAV and others have names of their own
+                others = (facts.get(key) for key in ("etag", "last_modified", "modified"))
+                marks = [str(mark) for mark in others if mark] or marks
             known = (facts["size"], (facts["size"], *marks))
             if len(self._facts) < REMEMBERED:
                 self._facts[url] = known

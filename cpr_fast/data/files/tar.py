@@ -45,9 +45,8 @@ class TarStorage:
 
     def held_range(self, path: Path, start: int, length: int) -> bytes | None:
         """Returns the same bytes if a disk cache holds all of them, behind the header of the member; else None."""
-        if REMOTE.cache is None or not is_remote(path):
-            return None
-        return REMOTE.cache.read(path, BLOCK + start, length)
+        cache = REMOTE.cache  # another thread may close it meanwhile
+        return None if cache is None or not is_remote(path) else cache.read(path, BLOCK + start, length)
 
     def open(self, path: Path) -> BinaryIO:
         """Returns the member as an open file. Raises OSError if it is not where the path says."""

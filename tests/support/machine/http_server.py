@@ -24,12 +24,13 @@ class Served:
         slow_s: Seconds.
         latency_s: Seconds that every answer takes to begin.
         ranges: Whether the server honours requests for ranges.
+        tags: Whether it states an ETag.
         sent: Bytes of content by path.
         requests: Requests for content by path.
     """
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
-        self.files, self.faults, self.ranges = dict(files), {}, True
+        self.files, self.faults, self.ranges, self.tags = dict(files), {}, True, True
         self.slow_s, self.latency_s = 1.0, 0.0
         self.sent: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
@@ -69,7 +70,8 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Served]:
             part = data[int(found[1]) : int(found[2]) + 1] if found else data
             self.send_response(206 if found else 200)
             self.send_header("Content-Length", str(len(part)))
-            self.send_header("ETag", f'"{zlib.crc32(data):x}"')
+            if served.tags:
+                self.send_header("ETag", f'"{zlib.crc32(data):x}"')
             if found:
                 self.send_header("Content-Range", f"bytes {found[1]}-{int(found[1]) + len(part) - 1}/{len(data)}")
             self.end_headers()

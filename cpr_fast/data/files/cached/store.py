@@ -24,6 +24,7 @@ from cpr_fast.errors import InputError
 
 BLOCK = 2**14  # bytes; a clip needs two or three ranges of bytes, each of which is rounded to whole blocks
 MOST_PROCESSES = 4096  # that share a folder
+THIS_PROCESS = os.urandom(16)  # so that no other process has the same keys
 RECORD = np.dtype(
     [("object", "V16"), ("version", "V8"), ("block", "<u4"), ("length", "<u4"), ("digest", "V16")]
 )  # 48 bytes; `length` 0: the slot is empty
@@ -36,9 +37,11 @@ class Key(NamedTuple):
     version: bytes  # 8 bytes, digest of its size and of the tag or time that the server states
 
     @classmethod
-    def of(cls, path: str, version: object) -> Key:
-        """Returns the key of an object; `version` is what `Storage.version` returns."""
-        return cls(object_key(path), _digest(8, repr(version).encode()))
+    def of(cls, path: str, version: tuple[int, *tuple[str, ...]]) -> Key:
+        """Returns the key of an object; `version` is what `RemoteStorage.version` returns. With a size alone, which
+        does not tell two versions apart, the key is that of this process only."""
+        more = b"" if any(version[1:]) else THIS_PROCESS
+        return cls(object_key(path), _digest(8, repr(version).encode(), more))
 
 
 def object_key(path: str) -> bytes:

@@ -54,7 +54,8 @@ EXTENTS: dict[str, Extents] = {}
 
 def remember_extents(path: str | Path, layout: Layout, packets: Sequence[av.Packet]) -> None:
     """Keeps the extents of a file in EXTENTS if it is fetched ahead and its packets state where they are."""
-    if REMOTE.cache is None or not is_remote(path) or not REMOTE.cache.knows(Path(path)) or str(path) in EXTENTS:
+    cache = REMOTE.cache
+    if cache is None or not is_remote(path) or not cache.knows(Path(path)) or str(path) in EXTENTS:
         return
     packets = [packet for packet in packets if packet.size]
     if len(EXTENTS) >= REMEMBERED_FILES or any(packet.pos is None or packet.pos < 0 for packet in packets):

@@ -26,6 +26,7 @@ from cpr_fast.data.clips.ahead.future import Future
 from cpr_fast.data.clips.ahead.prefetch import AHEAD
 from cpr_fast.data.clips.sampling import plan_pairs
 from cpr_fast.data.files import remote
+from cpr_fast.data.files.cached import store
 from cpr_fast.data.files.cached.store import BLOCK
 from cpr_fast.data.files.names import member_path
 from cpr_fast.data.files.remote import REMOTE
@@ -185,6 +186,23 @@ def test_a_run_that_is_resumed_uses_what_is_there(index, server, tmp_path):
     assert loader._ahead.cache.counts["damaged"] > 0 and server.sent.total() > 0
 
 
+def test_of_a_server_that_states_no_version_nothing_is_used_by_a_later_process(index, server, tmp_path, monkeypatch):
+    server.tags = False
+    far, changed = on_server(index, server), f"/{index[0].path.name}"
+    loader = open_loader(far, tmp_path, views=("rgb",))
+    batches(loader)
+    assert loader._ahead.cache.counts["missed"] == 0  # the process itself uses it
+    as_a_new_process()
+    monkeypatch.setattr(store, "THIS_PROCESS", bytes(16))
+    half = len(server.files[changed]) // 2
+    server.files[changed] = server.files[changed][:-half] + bytes(half)  # of the same size
+    server.sent.clear()
+    loader = open_loader(far, tmp_path, views=("rgb",))
+    batches(loader)
+    assert [path.name for path, _ in loader.skipped] == [changed[1:]] and len(server.sent) == len(far)
+    assert loader._ahead.cache.counts["damaged"] == 0
+
+
 def test_one_process_and_four_read_the_same_clips_of_a_global_batch(index, server, tmp_path):
     far, near = on_server(index, server), index
     for epoch in range(2):
@@ -303,6 +321,19 @@ def test_local_files_and_a_path_that_is_listed_twice_may_be_among_the_videos(ind
         batches(loader), batches(open_loader(Index([*index, dataclasses.replace(index[1], source="again")])))
     )
     assert not loader.skipped and loader._ahead.cache.counts["damaged"] == 0
+
+
+@pytest.mark.parametrize("views", [("rgb", "flow"), ("flow",)])
+def test_of_motion_vectors_the_videos_are_fetched_and_no_stored_flow(long_videos, index, server, tmp_path, views):
+    rows = [long_videos[place] for place in (0, 1, 2)]  # of a codec that has vectors
+    near = Index([dataclasses.replace(row, flow_path=index[0].flow_path) for row in rows])
+    far, options = on_server(near, server), {"views": views, "flow": "vectors", "batch_size": 1}
+    loader = open_loader(far, tmp_path, **options)
+    assert_same_batches(batches(loader), batches(open_loader(near, **options)))
+    assert not server.sent[f"/{index[0].flow_path.name}"] and not loader.skipped
+    counts = loader._ahead.cache.counts
+    assert (counts["missed"], counts["fetched_unplanned"]) == (0, 0)
+    assert counts["fetched"] == server.sent.total() == sum(len(server.files[f"/{row.path.name}"]) for row in rows)
 
 
 def test_a_second_loader_of_a_process_reads_without_the_cache(index, server, tmp_path):
