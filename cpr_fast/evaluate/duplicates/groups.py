@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-# A mean that is computed from sums differs from the exact one by so much: clips of equal features are never separated.
+# A similarity or a mean of some differs by at most so much from the exact one. Clips of equal features are therefore
+# never separated, also where they have to be 1.0 similar.
 ROUNDING = 1e-5
 
 
@@ -36,9 +37,10 @@ class Pairs(NamedTuple):
 
 def pairs_of(indices: Tensor, scores: Tensor, least: float) -> Pairs:
     """Returns the pairs of a graph [N, k] with a similarity of at least `least`, each once: one of the two clips is
-    among the k nearest of the other."""
+    among the k nearest of the other. A similarity that differs from 1 only by rounding is 1."""
     row, column = np.nonzero(((indices >= 0) & (scores >= least)).numpy())
     other, similarity = indices.numpy()[row, column], scores.numpy()[row, column]
+    similarity[similarity > 1 - ROUNDING] = 1
     low, high = np.minimum(row, other), np.maximum(row, other)
     _, kept = np.unique(low * len(indices) + high, return_index=True)
     low, high, similarity = low[kept], high[kept], similarity[kept]

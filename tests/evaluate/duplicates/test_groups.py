@@ -8,6 +8,7 @@ import torch
 from sklearn.metrics.cluster import pair_confusion_matrix
 
 from cpr_fast.evaluate.duplicates.groups import (
+    ROUNDING,
     Groups,
     agreement,
     at_thresholds,
@@ -50,7 +51,7 @@ def test_groups_are_those_of_brute_force(count, width, groups, k, least, seed):
     indices, scores = knn_graph(features, k)
     pairs = pairs_of(indices, scores, least)
     edges = {
-        (float(scores[a, place]), min(a, int(b)), max(a, int(b)))
+        (1.0 if scores[a, place] > 1 - ROUNDING else float(scores[a, place]), min(a, int(b)), max(a, int(b)))
         for a in range(count)
         for place, b in enumerate(indices[a])
         if b >= 0 and scores[a, place] >= least
@@ -151,3 +152,14 @@ def test_the_table_of_thresholds_has_the_groups_of_each_alone():
         assert row["precision"] == agreement(found.numbers(), known)["precision"]
     assert rows[1]["recall"] > rows[0]["recall"] and rows[1]["pairs"] > rows[0]["pairs"]
     assert "precision" not in at_thresholds(features, pairs, (0.9,), None)[0]
+
+
+def test_equal_clips_are_found_where_they_have_to_be_1_similar():
+    features = clips(200, 32, 3)
+    features[100:] = features[:100]
+    indices, scores = knn_graph(features, 5)
+    assert scores[:, 0].min() < 1 < scores[:, 0].max()  # by rounding
+    pairs = pairs_of(indices, scores, 0.8).above(1.0)
+    groups = Groups(features)
+    groups.join(pairs, 1.0)
+    assert groups.numbers().tolist() == [*range(100), *range(100)] and (pairs.similarity == 1).all()
