@@ -48,7 +48,7 @@ def dedup(
         duplicate: The least mean similarity, a cosine, of the videos of a group of near-duplicates. What a similarity
             means depends on the network: choose by the table and the pictures of the page.
         sibling: The least mean similarity of the videos of a group that get one source, at most --duplicate.
-        neighbours: How many nearest videos of each one are compared further.
+        neighbours: How many nearest videos of each one are compared further; more than a video has near-duplicates.
         recipe: With --checkpoint, the recipe of `retrieve`, whose stored features are reused.
     """
     out = _checked(index, checkpoint, features, out, duplicate, sibling, neighbours, recipe)
@@ -109,7 +109,8 @@ def _checked(
         raise InputError(f"--out: expected the name of an index, with the suffix .csv or .parquet, got {str(out)!r}")
     if out.is_dir():
         raise InputError(f"--out: expected the name of an index, got the folder {str(out)!r}")
-    require_other_file("--out", out, [index])
+    for written in (out, out.with_suffix(f".old{out.suffix}"), out.with_name(f"{out.stem}-groups.csv")):
+        require_other_file("--out", written, [index])
     require_videos("INDEX", [index])
     from cpr_fast.data.index.rows.columns import require_parquet
     from cpr_fast.runtime.files import require_writable

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from cpr_fast.data.features.clips import COLUMNS, Clip
 from cpr_fast.data.features.foreign import Foreign, open_foreign
+from cpr_fast.data.features.names import base_forms, unique_names, whole_forms
 from cpr_fast.data.features.store import Description
 from cpr_fast.data.features.write import Computed, file_states, planned_shards, same_clips, write_store
 from cpr_fast.data.index.listing import SPLITS, clip_source
@@ -113,9 +114,9 @@ def _places(clips: Sequence[Clip], foreign: Foreign, table: Path | None) -> list
             )
         return list(range(len(clips)))
     found: list[int | None] = [None] * len(clips)
-    for forms in (_whole, _base):
+    for forms in (whole_forms, base_forms):
         if None in found:
-            known = _unique((form, i) for i, name in enumerate(foreign.names) for form in forms(name))
+            known = unique_names((form, i) for i, name in enumerate(foreign.names) for form in forms(name))
             found = [
                 next((known[form] for form in forms(clip.path) if form in known), None) if place is None else place
                 for clip, place in zip(clips, found, strict=True)
@@ -138,29 +139,6 @@ def _places(clips: Sequence[Clip], foreign: Foreign, table: Path | None) -> list
         log.info("%s: %s are of no clip of %s, and are left out", foreign.path,
                  counted(foreign.count - len(clips), "feature"), table or "the first view")  # fmt: skip
     return found
-
-
-def _whole(name: str) -> Iterator[str]:
-    """Yields a name and, if it has one, the name without its suffix."""
-    yield name
-    stem, suffix = os.path.splitext(name)
-    if suffix:
-        yield stem
-
-
-def _base(name: str) -> Iterator[str]:
-    """Yields the name of the file without folders, with and without its suffix."""
-    yield from _whole(name.rpartition("/")[2])
-
-
-def _unique(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Returns the positions by name, without the names that several positions have."""
-    found: dict[str, int] = {}
-    several: set[str] = set()
-    for name, position in pairs:
-        if found.setdefault(name, position) != position:
-            several.add(name)
-    return {name: position for name, position in found.items() if name not in several}
 
 
 def _digest(found: Mapping[str, Foreign], clips: Sequence[Clip], samples: int, dtype: str) -> str:

@@ -6,7 +6,7 @@ Letters: M videos of the index, N of them with features, F feature width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpr_fast.data.features.names import base_forms, unique_names, whole_forms
 from cpr_fast.data.features.store import FeatureStore
 from cpr_fast.data.files.relative import path_in
 from cpr_fast.data.index.index import Index
@@ -179,35 +180,22 @@ def _stream(store: FeatureStore, view: str, rows: np.ndarray) -> Tensor:
 
 def _rows(index: Index, store: FeatureStore, folder: Path) -> np.ndarray:
     """Returns the row of the store of every video of an index, int64 [M]; -1 where it has none. A video is found by its
-    file or, in a store of foreign features, by its path in the index or a name that no other clip has."""
+    file or, as features of other programs are, by its path in the index or its name without folders; by a name only if
+    no other clip of the store and no other video of the index has it."""
     names = list(store.table.paths)
     of_file = {resolved(path_in(store.folder, name)): row for row, name in enumerate(names)}
-    of_name = _unique((form, row) for row, name in enumerate(names) for form in _forms(name))
-    rows = []
-    for video in index:
-        row = of_file.get(resolved(video.path))
-        if row is None:
-            path = Path(video.path)
-            own = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
-            row = next((of_name[form] for form in _forms(own) if form in of_name), -1)
-        rows.append(row)
+    rows = [of_file.get(resolved(video.path), -1) for video in index]
+    if -1 in rows:
+        paths = [Path(video.path) for video in index]
+        own = [str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path) for path in paths]
+        for forms in (whole_forms, base_forms):
+            of_name = unique_names((form, row) for row, name in enumerate(names) for form in forms(name))
+            of_video = unique_names((form, place) for place, path in enumerate(own) for form in forms(path))
+            for place, path in enumerate(own):
+                if rows[place] < 0:
+                    known = (of_name[form] for form in forms(path) if form in of_name and form in of_video)
+                    rows[place] = next(known, -1)
     return np.array(rows, np.int64)
-
-
-def _forms(name: str) -> Iterator[str]:
-    """Yields the names that a clip is known by: whole, and without folders, both also without the suffix."""
-    for text in dict.fromkeys((name, name.rpartition("/")[2])):
-        yield text
-        if (short := str(Path(text).with_suffix(""))) != text:
-            yield short
-
-
-def _unique(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Returns the row of every name that one clip alone has."""
-    found: dict[str, int] = {}
-    for name, row in pairs:
-        found[name] = row if found.get(name, row) == row else -1
-    return {name: row for name, row in found.items() if row >= 0}
 
 
 def _compared(
@@ -225,11 +213,11 @@ def find_duplicates(
 
     Args:
         graph: the file of the graph of neighbours, see `stored_graph`.
-        neighbours: k of the graph.
+        neighbours: k of the graph; all other videos if there are fewer.
         duplicate, sibling: the least mean similarity of the videos of a group, sibling <= duplicate.
     """
     features, index = compared.features, compared.index
-    indices, scores = stored_graph(features, neighbours, graph, progress=progress)
+    indices, scores = stored_graph(features, min(neighbours, len(features) - 1), graph, progress=progress)
     pairs = pairs_of(indices, scores, min(sibling, THRESHOLDS[-1]))
     groups = Groups(features)
     groups.join(pairs.above(duplicate), duplicate)

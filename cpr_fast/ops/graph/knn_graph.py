@@ -67,7 +67,7 @@ def knn_graph_ref(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 class KnnGraph:
     """`knn_graph` in steps. The state, `done` and `best`, can be stored after a step and given to a later object with
-    the same features, which continues from there.
+    the same features on the same kind of device, which continues from there.
 
     Args:
         features, k: as for `knn_graph`. The features are not copied where they are contiguous, and must not change.

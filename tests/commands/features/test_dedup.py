@@ -117,3 +117,11 @@ def test_bad_input_is_named_before_any_work(here, capsys, arguments, message):
     assert main(["dedup", "index.csv", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["found.old.csv", "found-groups.csv"])
+def test_no_file_that_is_written_beside_the_new_index_is_the_index(here, capsys, name):
+    shutil.copyfile("index.csv", name)
+    assert main(["dedup", name, "--checkpoint", "run/checkpoints/last.pt", "--out", "found.csv"]) == 2
+    assert f"--out: expected the name of a new file, got '{name}'" in capsys.readouterr().err
+    assert Path(name).read_bytes() == Path("index.csv").read_bytes()

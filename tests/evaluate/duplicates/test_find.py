@@ -142,6 +142,26 @@ def test_features_of_a_store_are_those_of_the_videos_in_any_order(tmp_path, capl
     torch.testing.assert_close(compared.features, expected)
 
 
+def test_a_video_that_the_store_lacks_does_not_get_the_features_of_another_of_its_name(tmp_path):
+    videos = []
+    for name in ("run/0001.mp4", "walk/0001.mp4", "run/0002.mp4", "walk/0002.avi", "walk/0003.mp4"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+        videos.append(Video(path, path.parent.name, name, "train", 9, 30.0, 8, 8))
+    Index(videos).save(tmp_path / "index.csv")
+    store = make_store(tmp_path, ["run/0001", "run/0002.mp4", "theirs/0003"], in_groups([0, 1, 2]))
+    compared = find.of_store(tmp_path / "index.csv", store)
+    assert compared.positions.tolist() == [0, 2, 4]
+    own = make_store(tmp_path / "run", ["../0001.mp4", "../0002.mp4"], in_groups([0, 1]))  # found by their files
+    assert find.of_store(tmp_path / "index.csv", own).positions.tolist() == [0, 2]
+
+
+def test_more_neighbours_than_videos_are_all_of_them(tmp_path):
+    found = found_in(tmp_path, "abcd", [0, 1, 0, 2], neighbours=2**31 - 1)
+    assert found.duplicates.tolist() == [0, 1, 0, 2] and found.neighbours == 2**31 - 1
+
+
 def test_a_store_of_other_videos_is_refused(tmp_path):
     index = make_index(tmp_path, "abc")
     store = make_store(tmp_path, ["x", "y", "z"], in_groups([0, 1, 2]))
