@@ -334,6 +334,9 @@ def test_of_motion_vectors_the_videos_are_fetched_and_no_stored_flow(long_videos
     counts = loader._ahead.cache.counts
     assert (counts["missed"], counts["fetched_unplanned"]) == (0, 0)
     assert counts["fetched"] == server.sent.total() == sum(len(server.files[f"/{row.path.name}"]) for row in rows)
+    again = open_loader(far, tmp_path / "empty", **options)  # what was learnt of the files of RGB is not enough
+    batches(again)
+    assert (again._ahead.cache.counts["missed"], again._ahead.cache.counts["fetched_unplanned"]) == (0, 0)
 
 
 def test_a_second_loader_of_a_process_reads_without_the_cache(index, server, tmp_path):
