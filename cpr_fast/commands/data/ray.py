@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
 from cpr_fast import __version__
-from cpr_fast.commands.inputs import check_inputs
+from cpr_fast.commands.inputs import check_inputs, unknown_option
 from cpr_fast.errors import FailedError, InputError
 from cpr_fast.runtime.progress import announce, duration
 from cpr_fast.wording import counted
@@ -36,6 +36,7 @@ POLL_S = 0.1
 STOP_S = 30.0  # time that a shard has to end after a request to stop
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 TAIL = 20  # lines of a shard's errors that are kept
+OPTIONS = ("--shards", "--cpus", "--gpus", "--retries", "--address", "--help")
 
 HELP = f"""usage: cpr-fast ray [OPTIONS] COMMAND ARGUMENTS ...
 
@@ -53,6 +54,7 @@ options:
   --retries N        How often a shard that failed is run again. Bad input is never run again. Default: 2.
   --address ADDRESS  Of the cluster, such as HOST:6379 or auto. By default that in $RAY_ADDRESS; otherwise a cluster is
                      started on this machine, and ends with the command.
+  -h, --help         Print this text.
 """
 
 
@@ -109,7 +111,22 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--address")
     parser.add_argument("command", metavar="COMMAND")
     parser.add_argument("words", nargs=argparse.REMAINDER)
+    for name in _own_options(arguments):
+        if name not in OPTIONS:
+            raise unknown_option(name, OPTIONS, otherwise="`cpr-fast ray --help` lists the options")
     return parser.parse_args(arguments)
+
+
+def _own_options(arguments: Sequence[str]) -> Iterator[str]:
+    """Yields the options before COMMAND. Each takes one value, after an equals sign or as the next word."""
+    words = iter(arguments)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not word.startswith("--"):
+            return
+        yield name
+        if not equals:
+            next(words, None)
 
 
 class _Parser(argparse.ArgumentParser):
