@@ -56,8 +56,8 @@ def imported_packages(path: Path) -> set[str]:
 
 def test_every_package_that_is_imported_is_a_dependency():
     """Every import of the package is torch, or in the extra [train], or handled as optional where it is imported."""
-    optional = {"onnx", "onnxscript", "apex", "amp_C", "tensorboard", "wandb", "trackio", "faiss", "ray",
-                "transformers", "h5py", "lightning", "pytorch_metric_learning", "fsspec", "aiohttp", "pyarrow"}  # fmt: skip
+    optional = {"onnx", "onnxscript", "apex", "amp_C", "tensorboard", "wandb", "trackio", "faiss", "ray", "h5py",
+                "transformers", "lightning", "pytorch_metric_learning", "fsspec", "aiohttp", "pyarrow"}  # fmt: skip
     known = TRAIN | {"torch", "cpr_fast", "markupsafe"} | optional | sys.stdlib_module_names  # jinja2 needs markupsafe
     found = {path.name: imported_packages(path) - known for path in (ROOT / "cpr_fast").rglob("*.py")}
     assert not {name: packages for name, packages in found.items() if packages}
