@@ -3,7 +3,7 @@
 Imports only `errors` and `wording`, never torch; every other package of `cpr_fast` may import it.
 """
 
-from cpr_fast.config.config import Config
+from cpr_fast.config.config import READING, Config
 from cpr_fast.config.load import load, override_classifier
 from cpr_fast.config.sections import (
     QUARTERS,
@@ -28,6 +28,7 @@ from cpr_fast.config.sections import (
 
 __all__ = [
     "QUARTERS",
+    "READING",
     "ClassifierConfig",
     "Config",
     "ConfigError",

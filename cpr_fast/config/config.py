@@ -24,6 +24,9 @@ from cpr_fast.config.sections import (
     ScheduleConfig,
 )
 
+# Settings of `data` that change no clip: where videos are read from, and how fast.
+READING = ("index", "workers", "prefetch", "cache_gib", "disk_cache", "disk_cache_gib")
+
 
 @dataclass(frozen=True)
 class Config:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cpr_fast.config import READING
 from cpr_fast.errors import InputError
 from cpr_fast.pretrain.ledger.chain import read_ledger, require_chain, require_steps, step_files
 from cpr_fast.pretrain.ledger.rows import BITS, differing
@@ -28,12 +29,7 @@ UNUSED = (
     "probe.",
     "finetune.",
     "health.",
-    "data.index",
-    "data.workers",
-    "data.prefetch",
-    "data.cache_gib",
-    "data.disk_cache",
-    "data.disk_cache_gib",
+    *(f"data.{name}" for name in READING),
 )
 
 

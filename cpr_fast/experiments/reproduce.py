@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from cpr_fast.config import Config, load, override_classifier
+from cpr_fast.config import READING, Config, load, override_classifier
 from cpr_fast.config.load import decoded
 from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
@@ -235,7 +235,7 @@ def _step(name: str, config: Config, previous: Step | None, index: Path) -> Step
     values = config.to_dict()
     for section in ("run", *TASKS):
         values.pop(section)
-    for key in ("index", "workers", "prefetch", "cache_gib", "disk_cache", "disk_cache_gib"):
+    for key in READING:
         values["data"].pop(key)
     if previous:
         values["model"]["init"] = previous.name

@@ -17,7 +17,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from cpr_fast.config import Config, ModelConfig, View, load
+from cpr_fast.config import READING, Config, ModelConfig, View, load
 from cpr_fast.config.sections import InitConfig
 from cpr_fast.data.clips.loader import WindowLoader
 from cpr_fast.data.clips.sampling import Clips, Sources, plan_first, plan_windows
@@ -37,8 +37,7 @@ from cpr_fast.weights.checkpoint import load_initial
 
 SHARD_VIDEOS = 256  # what is computed again after a stop
 WINDOWS = 2  # without augmentation, of a video that is longer than a clip
-_OF_THE_MACHINE = ("index", "features", "window", "split", "batch_size", "workers", "prefetch", "cache_gib",
-                   "disk_cache", "disk_cache_gib")  # fmt: skip
+_OF_THE_MACHINE = (*READING, "features", "window", "split", "batch_size")
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cpr_fast.config import DataConfig
+from cpr_fast.config import READING, DataConfig
 from cpr_fast.errors import InputError
 
 RecipeName = Literal["paper", "coclr", "iic"]
@@ -15,16 +15,11 @@ Metric = Literal["cosine", "plain_cosine", "euclidean"]
 
 # Settings of the data that do not change an evaluation's clips: speed, location, augmentation of training clips.
 _IRRELEVANT = (
-    "index",
+    *READING,
     "features",
     "window",
     "split",
     "batch_size",
-    "workers",
-    "prefetch",
-    "cache_gib",
-    "disk_cache",
-    "disk_cache_gib",
     "crop_area",
     "crop_attempts",
     "grayscale",

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from cpr_fast.config import Config
+from cpr_fast.config import READING, Config
 from cpr_fast.config.recipes import resume_command
 from cpr_fast.config.sections import with_cycle
 from cpr_fast.errors import InputError
@@ -290,7 +290,7 @@ def _what_counts(config: dict[str, Any], processes: int) -> dict[str, dict[str, 
     kept["model"]["arch"] = kept["model"]["arch"].rpartition("/")[2]  # a file may be moved
     for section in ("probe", "finetune", "health"):  # they apply after pretraining or only monitor it
         kept.pop(section, None)
-    for key in ("index", "features", "workers", "prefetch", "cache_gib", "disk_cache", "disk_cache_gib"):
+    for key in (*READING, "features"):
         kept["data"].pop(key)
     kept["data"]["batch_size x processes"] = kept["data"].pop("batch_size") * processes
     kept["model"].pop("recompute")
