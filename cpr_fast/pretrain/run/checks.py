@@ -124,6 +124,9 @@ def check_run(config: Config, index: Index, plans: list[CyclePlan], *, stored_fl
     require_packages(config.run)
     for plan in plans:
         _check_cycle(config, index, plan, stored_flow)
+    reading = [plan for plan in plans if "flow" in plan.cycle.views(shared=config.model.shared)]
+    if config.data.flow == "vectors" and reading and not isinstance(index, StoredClips):
+        require_vectors(index, reading[0].name)
     return [
         *_about_settings(config),
         *unreached_epochs(config),
@@ -161,8 +164,6 @@ def _check_cycle(config: Config, index: Index, plan: CyclePlan, stored_flow: boo
                 f"in the index (first: {str(bare[0])!r}). Run `cpr-fast flow` first, or set data.flow = "
                 "'on_the_fly' or 'vectors'"
             )
-    elif config.data.flow == "vectors" and "flow" in cycle.views(shared=config.model.shared):
-        require_vectors(index, plan.name)
 
 
 def _about_settings(config: Config) -> Iterator[str]:
