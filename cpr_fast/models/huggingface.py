@@ -56,8 +56,7 @@ def encoder(path: str | None = None, config: dict[str, Any] | None = None) -> nn
     Raises:
         InputError: transformers is not installed, or the folder or the settings are not those of such a model.
     """
-    if not is_installed("transformers"):
-        raise InputError("the package transformers is not installed: pip install transformers")
+    _require_transformers()
     if (path is None) == (config is None):
         raise InputError("model.args: expected either path or config, got both" if path else
                          "model.args: expected either path or config, got neither")  # fmt: skip
@@ -90,8 +89,7 @@ def settings(path: str) -> tuple[dict[str, Any], tuple[float, ...], tuple[float,
     Raises:
         InputError: transformers is not installed, the folder is not there, or its settings do not say all.
     """
-    if not is_installed("transformers"):
-        raise InputError("the package transformers is not installed: pip install transformers")
+    _require_transformers()
     from transformers import AutoConfig
 
     folder = _model_folder(path)
@@ -109,6 +107,11 @@ def settings(path: str) -> tuple[dict[str, Any], tuple[float, ...], tuple[float,
         )
     preprocessor = _preprocessor(folder)
     return found, *(tuple(preprocessor.get(key) or ()) for key in ("image_mean", "image_std"))
+
+
+def _require_transformers() -> None:
+    if not is_installed("transformers"):
+        raise InputError("the package transformers is not installed: pip install transformers")
 
 
 def _of_the_network(settings: dict[str, Any]) -> dict[str, Any]:
