@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cpr_fast.config import Config, DataConfig, ModelConfig
 from cpr_fast.config.pixels import least_clip
 from cpr_fast.config.sections import STORED
 from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.index.index import Index, too_few
-from cpr_fast.data.index.rows.columns import spread
 from cpr_fast.data.storage.media import is_pictures
 from cpr_fast.data.video.vectors.fields import codec_without_vectors
 from cpr_fast.errors import InputError
@@ -78,7 +79,7 @@ def training_videos(data: DataConfig) -> Index:
 def require_vectors(index: Index, cycle: str) -> None:
     """Raises InputError if all of OPENED videos, evenly spread over the index, are of a kind without motion vectors. A
     few such videos are replaced by others in training."""
-    paths = [index[place].path for place in spread(len(index), OPENED)]
+    paths = [index[place].path for place in np.unique(np.linspace(0, len(index) - 1, OPENED, dtype=int)).tolist()]
     kinds = ["pictures" if is_pictures(path) else codec_without_vectors(path) for path in paths]
     if all(kinds):
         raise InputError(
