@@ -274,7 +274,10 @@ def page(rows: list[dict[str, Any]]) -> str:
         )  # fmt: skip
     title = "# Every shipped encoder through the commands, on real clips"
     command = "`python bench/encoders.py`, or with `--networks NAME …` for some of the rows."
-    of = {key: listed(sorted({row[key] for row in rows})) for key in ("device", "torch", "torchvision", "transformers")}
+    of = {
+        key: listed(sorted({row[key] for row in rows if key in row}))
+        for key in ("device", "torch", "torchvision", "transformers")
+    }
     machine = (
         f"{of['device']}, torch {of['torch']}, torchvision {of['torchvision']}, transformers {of['transformers']}."
     )

@@ -42,3 +42,10 @@ def test_all_shipped_networks_have_a_recipe(script, tmp_path):
         config = load(recipe)
         assert config.model.arch == network.arch and config.data.frames == network.frames
         assert [cycle.mining for cycle in config.schedule.cycles] == ["none", "none", "cascade"]
+
+
+def test_the_page_names_the_packages_that_the_rows_used(script):
+    """A call that measures some networks records the versions of their packages only."""
+    other = {key: value for key, value in ROW.items() if key not in ("torchvision", "transformers")}
+    text = script.page([ROW | {"torchvision": "7.0"}, other])
+    assert "torchvision 7.0, transformers 5" in text
