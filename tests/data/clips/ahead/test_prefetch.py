@@ -118,7 +118,8 @@ def plain_fetches(index: Index, loader_options: dict, slots: int, epochs: int) -
     when the reader is AHEAD steps before it, and all steps up to `prefetch` + 1 before that are complete."""
     data = open_loader(index, **loader_options)
     data.close()
-    future = Future(index, data._data, ("rgb",), plan_pairs, seed=5, rank=0, world_size=loader_options["world_size"])
+    options = {"seed": 5, "rank": 0, "world_size": loader_options["world_size"]}
+    future = Future(index, data._sources, data._data, ("rgb",), plan_pairs, **options)
     steps = [[read.item for read in future.reads(t)] for t in range((epochs + 1 + future.epochs) * future.steps)]
     window, held, fetches = AHEAD + data._data.prefetch, set(), 0
 
