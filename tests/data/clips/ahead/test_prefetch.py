@@ -14,13 +14,14 @@ import torch
 from support.data_sets.clips import assert_same_batches
 from support.data_sets.tar_files import write_tar
 from support.machine.full_disk import files_end_at
+from support.machine.new_process import as_a_new_process
 from support.videos.odd_videos import pictures
 
 pytest.importorskip("fsspec", reason="fsspec is an extra: pip install fsspec aiohttp")
 pytest.importorskip("aiohttp", reason="aiohttp is an extra: pip install fsspec aiohttp")
 pytest.importorskip("nvidia.dali", reason="the loaders need NVIDIA DALI")
 
-from support.data_sets.served_clips import as_a_new_process, on_server, open_loader
+from support.data_sets.served_clips import on_server, open_loader
 
 from cpr_fast.data.clips.ahead.future import Future
 from cpr_fast.data.clips.ahead.prefetch import AHEAD
