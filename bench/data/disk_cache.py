@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import numpy as np
-from measure import RESULTS, world, write_result
+from measure import RESULTS, clip_rates, world, write_result
 from page import markdown_table
 from support import real_clips
 from support.data_sets.tar_files import write_tar
@@ -270,10 +270,8 @@ def rate_rows(forms: dict[str, tuple[Index, str]], size: int, rounds: int) -> li
     rows = []
     for name, (index, _) in forms.items():
         clips = len(index) // 4 * 4
-        low, median, high = statistics.quantiles(times[name], n=4)
-        rows.append({"form": name, "clips_per_s": clips / median, "low": clips / high, "high": clips / low,
-                     "cpu_ms_per_clip": 1e3 * statistics.median(cpu[name]) / clips, "rounds": rounds,
-                     "videos": clips})  # fmt: skip
+        cpu_ms = 1e3 * statistics.median(cpu[name]) / clips
+        rows.append({"form": name, **clip_rates(clips, times[name]), "cpu_ms_per_clip": cpu_ms, "videos": clips})
     return rows
 
 
