@@ -67,7 +67,8 @@ class Prefetch:
         REMOTE.cache = self.cache
 
     def following(self, steps: Iterable[Jobs], first: int) -> Iterator[Jobs]:
-        """Yields the jobs of consecutive steps from step `first` on, each after its bytes were asked for."""
+        """Yields the jobs of consecutive steps from step `first` on, each after its bytes were asked for. Raises what
+        failed while a step was planned."""
         for step, jobs in enumerate(steps, first):
             self._reach(step)
             yield jobs
