@@ -107,6 +107,12 @@ def summary(samples: list[float]) -> dict[str, float | int]:
     return {"time_ms": median, "low_ms": low, "high_ms": high, "fastest_ms": 1e3 * min(samples), "rounds": len(samples)}
 
 
+def clip_rates(clips: int, times: list[float]) -> dict[str, float | int]:
+    """Returns clips per second, the median and quartiles, of calls that load `clips` in these seconds each."""
+    slow, median, fast = (clips / value for value in reversed(statistics.quantiles(times, n=4)))
+    return {"clips_per_s": median, "low": slow, "high": fast, "rounds": len(times)}
+
+
 def peak_mib(call: Callable, device: str) -> float:
     """Returns the memory in MiB that a call needs beyond its inputs; its outputs are included."""
     if device == "cuda":

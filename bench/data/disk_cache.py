@@ -35,11 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import numpy as np
-from measure import RESULTS, world, write_result
+from measure import RESULTS, clip_rates, world, write_result
 from page import markdown_table
 from support import real_clips
 from support.data_sets.tar_files import write_tar
 from support.machine.http_server import serving
+from support.machine.new_process import as_a_new_process
 
 from cpr_fast.config import DataConfig
 from cpr_fast.data.clips import loader as loaders
@@ -48,12 +49,9 @@ from cpr_fast.data.clips.sampling import plan_first, plan_pairs
 from cpr_fast.data.files.cached.cache import BlockCache
 from cpr_fast.data.files.cached.store import BLOCK
 from cpr_fast.data.files.names import member_path
-from cpr_fast.data.files.remote import REMOTE
 from cpr_fast.data.files.tar import members
 from cpr_fast.data.index.index import Index, Video
-from cpr_fast.data.video.numbering import LAYOUTS
 from cpr_fast.data.video.probe import probe_video
-from cpr_fast.data.video.reads.extents import EXTENTS
 
 SHARE = 0.2  # of the data, that the cache holds
 Trace = list[tuple[int, tuple[int, ...]]]  # (video, blocks) of every read
@@ -272,10 +270,8 @@ def rate_rows(forms: dict[str, tuple[Index, str]], size: int, rounds: int) -> li
     rows = []
     for name, (index, _) in forms.items():
         clips = len(index) // 4 * 4
-        low, median, high = statistics.quantiles(times[name], n=4)
-        rows.append({"form": name, "clips_per_s": clips / median, "low": clips / high, "high": clips / low,
-                     "cpu_ms_per_clip": 1e3 * statistics.median(cpu[name]) / clips, "rounds": rounds,
-                     "videos": clips})  # fmt: skip
+        cpu_ms = 1e3 * statistics.median(cpu[name]) / clips
+        rows.append({"form": name, **clip_rates(clips, times[name]), "cpu_ms_per_clip": cpu_ms, "videos": clips})
     return rows
 
 
@@ -366,8 +362,7 @@ def measure_rates(clips: list[Path], options: argparse.Namespace, folder: Path) 
     write_tar(shard, {f"{i}{video.path.suffix}": video.path.read_bytes() for i, video in enumerate(near)})
     files = {f"/{i}{v.path.suffix}": v.path for i, v in enumerate(near)} | {"/s.tar": shard}
     with in_a_process(_serve, files, options.latency) as url, in_a_process(_serve_s3) as s3:
-        for known in (REMOTE._facts, EXTENTS, LAYOUTS):
-            known.clear()
+        as_a_new_process()
         rows = rate_rows(rate_forms(near, shard, url, s3, folder), shard.stat().st_size, options.rounds)
     for row in rows:
         print(json.dumps(row), flush=True)

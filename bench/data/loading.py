@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from forms import Unavailable
 from loading_forms import AUGMENTATIONS, decoders, own_channels, prepared
 from loading_sources import EPOCH, SEED, Work, bytes_per_field, sources, truth_of
-from measure import RESULTS, samples_s, world, write_result
+from measure import RESULTS, clip_rates, samples_s, world, write_result
 from page import markdown_table
 
 from cpr_fast.config import DataConfig
@@ -126,12 +126,6 @@ def one_core() -> Iterator[None]:
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------
-def rates(work: Work, times: list[float]) -> dict[str, float]:
-    """Returns clips per second: the median and quartiles of the calls."""
-    slow, median, fast = (len(work.clips) / value for value in reversed(statistics.quantiles(times, n=4)))
-    return {"clips_per_s": median, "low": slow, "high": fast, "rounds": len(times)}
-
-
 def in_turn(calls: dict[str, Callable], budget_s: float) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Returns the CPU times of every form, and how many times as long as ours it takes: the median over rounds, because
     a processor is not equally fast in all of them. Forms that take about as long as ours get rounds of their own."""
@@ -171,7 +165,7 @@ def decode_rows(work: Work, truth: list[np.ndarray], budget_s: float) -> list[di
             continue
         pairs = zip(calls[name](), truth, strict=True)
         same = [np.all(own_channels(a, work.view) == own_channels(b, work.view), axis=(1, 2, 3)) for a, b in pairs]
-        rows.append(row | rates(work, times[name]) | {"identical": float(np.mean(same))})
+        rows.append(row | clip_rates(len(work.clips), times[name]) | {"identical": float(np.mean(same))})
     return with_bars(rows, ratios, lambda row: BARS["decode"] if row["form"].startswith("PyAV") else None)
 
 
@@ -189,7 +183,9 @@ def loader_rows(work: Work, truth: torch.Tensor, budget_s: float) -> list[dict]:
         if name in absent:
             rows.append(row | {"skipped": absent[name]})
         else:
-            rows.append(row | rates(work, times[name]) | psnr(work.clips, torch.cat(calls[name]()), truth))
+            rows.append(
+                row | clip_rates(len(work.clips), times[name]) | psnr(work.clips, torch.cat(calls[name]()), truth)
+            )
     own.close()
 
     return with_bars(rows, ratios, lambda row: BARS["published" if row["form"] == PUBLISHED else "loader"])
@@ -217,7 +213,7 @@ def device_rows(work: Work, truth: torch.Tensor, budget_s: float, peers: list[di
     times = samples_s({OWN: call}, "cpu", budget_s, clock=time.perf_counter)[OWN]
     records = is_record(work.file(0).path)
     own = {"table": "device", "source": work.source, "form": OWN, "decoder": "nvJPEG" if records else "NVDEC"}
-    own |= rates(work, times) | psnr(work.clips, torch.cat(call()), truth)
+    own |= clip_rates(len(work.clips), times) | psnr(work.clips, torch.cat(call()), truth)
     loader.close()
     best = max((row for row in peers if "clips_per_s" in row and row["form"] != OWN), key=lambda r: r["clips_per_s"])
     cores = {"table": "device", "source": work.source, "form": f"{best['form']}, times {os.cpu_count()} cores"}

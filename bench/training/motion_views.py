@@ -12,7 +12,6 @@ protocol and the results are in bench/results/motion_views.md; --table writes it
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 import time
@@ -33,8 +32,9 @@ from evidence.rows import read_rows
 from evidence.runs import measure, mining_quality
 from evidence.settings import CANDIDATES, config_of, replace
 from evidence.tables import replace_results
-from measure import RESULTS, ROOT, world, write_result
+from measure import RESULTS, world, write_result
 from page import markdown_table
+from support import real_clips
 
 from cpr_fast.config import Config, Cycle, InitConfig
 from cpr_fast.data.flow.levels import FlowSolver
@@ -97,8 +97,7 @@ def study_rows(seeds: list[int]) -> list[dict[str, Any]]:
 
 def speed() -> list[dict[str, Any]]:
     """Returns frames per second of one core, by codec and by what is computed: CPU time, the best of ROUNDS."""
-    shared = Path(os.environ.get("CPR_FAST_SHARED", ROOT.parent / "shared")) / "data" / "ucf101_100"
-    published = sorted(shared.rglob("*.avi"))[:CLIPS]
+    published = sorted((real_clips.ROOT / "ucf101_100").rglob("*.avi"))[:CLIPS]
     with tempfile.TemporaryDirectory() as folder:
         encoded = [_as_h264(path, Path(folder) / f"{path.stem}.mp4") for path in published]
         return [_speed("MPEG-4, as published", published, tvl1=True), _speed("H.264, x264 crf 23", encoded, tvl1=False)]

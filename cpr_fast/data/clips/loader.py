@@ -186,15 +186,18 @@ class TrainLoader:
         clips = len(plan(self._sources, np.array([0]), data, seed, 0))  # of a video
         future = None
         if data.disk_cache and REMOTE.cache is None:  # one loader of a process at a time fetches ahead
-            future = Future(index, data, decoded_views(views), plan, seed=seed, rank=rank, world_size=world_size)
+            decoded = decoded_views(views)
+            future = Future(index, self._sources, data, decoded, plan, seed=seed, rank=rank, world_size=world_size)
             if future.on_servers():
                 data = replace(data, cache_gib=0.0)  # whole decoded videos would need more bytes than their clips
+            else:
+                future = None
         self._clips = _ClipSource(index, data, views, device, clips * data.batch_size, group=clips, clip_major=True)
         self._labels, self._source_ids = torch.from_numpy(index.labels), torch.from_numpy(index.source_ids)
         self._ahead = None
-        if future is not None and future.on_servers():
+        if future is not None:
             on_gpu = torch.device(device).type == "cuda" and not data.exact  # packets are cut out of whole files
-            vectors = data.flow == "vectors" and "flow" in decoded_views(views)  # also of frames beside the clips
+            vectors = data.flow == "vectors" and "flow" in decoded  # also of frames beside the clips
             whole = on_gpu or vectors or data.fps > 0  # the plan then names samples, whose frames only the reader knows
             self._ahead = Prefetch(future, Path(data.disk_cache), data.disk_cache_gib, depth=data.prefetch, whole=whole)
 

@@ -26,18 +26,19 @@ REMEMBERED = 2**17  # objects whose size and version are kept: about 300 bytes e
 NO_RANGES = "the server ignores requests for ranges of bytes, so each clip would read the whole file; copy it here"
 
 T = TypeVar("T")
+Version = tuple[int, *tuple[str, ...]]  # of an object: its size, its tag and the times of its last change
 
 
 class RemoteStorage:
     """The `Storage` of URLs. An object is taken to stay the same while a process reads it."""
 
     def __init__(self) -> None:
-        self._facts: dict[str, tuple[int, tuple[int, *tuple[str, ...]]]] = {}  # size and version, by URL
+        self._facts: dict[str, Version] = {}  # by URL
         self.cache: HeldRanges | None = None  # of this process, while a loader that fetches ahead is open
 
     def size(self, path: Path) -> int:
         """Returns the number of bytes of an object. Raises OSError."""
-        return self._known(path)[0]
+        return self.version(path)[0]
 
     def read_range(self, path: Path, start: int, length: int) -> bytes:
         """Returns the `length` bytes from `start` on, fewer only at the end of the object. Raises OSError."""
@@ -78,12 +79,9 @@ class RemoteStorage:
         """Returns the object as an open file. Raises OSError."""
         return RangeFile(self, path)
 
-    def version(self, path: Path) -> tuple[int, *tuple[str, ...]]:
+    def version(self, path: Path) -> Version:
         """Returns the size, and the tag and the times of the last change that the server states, "" for those that it
         does not. Raises OSError."""
-        return self._known(path)[1]
-
-    def _known(self, path: Path) -> tuple[int, tuple[int, *tuple[str, ...]]]:
         url = str(path)
         if (known := self._facts.get(url)) is None:
             facts = _repeated(path, lambda system, url: system.info(url))
@@ -95,7 +93,7 @@ class RemoteStorage:
             if not any(marks):  # Azure, WebDAV and others have names of their own
                 others = (facts.get(key) for key in ("etag", "last_modified", "modified"))
                 marks = [str(mark) for mark in others if mark] or marks
-            known = (facts["size"], (facts["size"], *marks))
+            known = (facts["size"], *marks)
             if len(self._facts) < REMEMBERED:
                 self._facts[url] = known
         return known

@@ -9,18 +9,7 @@ from support.data_sets.clips import DATA
 from support.machine.http_server import Served
 
 from cpr_fast.data.clips.loader import TrainLoader
-from cpr_fast.data.files.remote import REMOTE
 from cpr_fast.data.index.index import Index
-from cpr_fast.data.video import numbering
-from cpr_fast.data.video.reads import extents
-
-VIEWS = ("rgb", "flow")
-
-
-def as_a_new_process() -> None:
-    """Forgets what the process knows of files."""
-    for known in (REMOTE._facts, extents.EXTENTS, numbering.LAYOUTS):
-        known.clear()
 
 
 def on_server(index: Index, served: Served) -> Index:

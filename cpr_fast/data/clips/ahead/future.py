@@ -40,6 +40,7 @@ class Future:
     def __init__(
         self,
         index: Index,
+        sources: Sources,
         data: DataConfig,
         views: Sequence[str],
         plan: Callable[[Sources, np.ndarray, DataConfig, int, int], Clips],
@@ -48,12 +49,11 @@ class Future:
         rank: int,
         world_size: int,
     ) -> None:
-        """`views` are those that are decoded, "rgb" and "flow"."""
-        self._index, self._data, self._plan, self._seed = index, data, plan, seed
+        """`sources` are those of the index; `views` are those that are decoded, "rgb" and "flow"."""
+        self._index, self._sources, self._data, self._plan, self._seed = index, sources, data, plan, seed
         self._rank, self._world_size = rank, world_size
         self._computed = data.flow != "stored" and "flow" in views  # from the file of RGB, one frame more than fields
         self.views = ("rgb",) if self._computed else tuple(views)
-        self._sources = Sources.of(index, data)
         self.steps = len(index) // (data.batch_size * world_size)  # S
         self.epochs = 1 + min(max(world_size, 1), MOST_EPOCHS)
         self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by epoch

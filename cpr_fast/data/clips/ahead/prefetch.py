@@ -67,7 +67,8 @@ class Prefetch:
         REMOTE.cache = self.cache
 
     def following(self, steps: Iterable[Jobs], first: int) -> Iterator[Jobs]:
-        """Yields the jobs of consecutive steps from step `first` on, each after its bytes were asked for."""
+        """Yields the jobs of consecutive steps from step `first` on, each after its bytes were asked for. Raises what
+        failed while a step was planned."""
         for step, jobs in enumerate(steps, first):
             self._reach(step)
             yield jobs
@@ -185,7 +186,7 @@ class Prefetch:
             known = cache.place(path, located, held.slots)
             phase = known.phase
             if earlier is not None and earlier == located.key.version:
-                here = np.flatnonzero(held.slots[: len(phase)] >= 0)
+                here = np.flatnonzero(held.present[: len(phase)])
                 phase[np.setdiff1d(here, taken.fetched)] = HELD
             wanted = taken.pinned[phase[taken.pinned] == ABSENT]
             phase[wanted] = COMING
@@ -233,7 +234,7 @@ class Prefetch:
         """Ranks the blocks whose next use is not known, when a further epoch can be looked at; all after a start."""
         items = self._belady.items.items()
         first = self._epoch < 0
-        self._rank(sorted(i for i, held in items if first or (held.next[held.slots >= 0] == NEVER).any()), step)
+        self._rank(sorted(i for i, held in items if first or (held.next[held.present] == NEVER).any()), step)
 
     def _found_earlier(self) -> dict[int, bytes]:
         """Takes over the blocks of an earlier process; returns their version by item, which is checked before they are

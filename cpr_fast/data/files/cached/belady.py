@@ -35,6 +35,16 @@ class Item:
         self.next = np.full(blocks, NEVER, np.int64)
         self.pins = np.zeros(blocks, np.int32)
 
+    @property
+    def present(self) -> np.ndarray:
+        """Whether each block is in a slot, bool [n]."""
+        return self.slots != NO_SLOT
+
+    @property
+    def may_leave(self) -> np.ndarray:
+        """Whether each block is in a slot and no planned access needs it, bool [n]."""
+        return self.present & (self.pins == 0)
+
     def grow(self, blocks: int) -> None:
         """Makes room for `blocks` blocks: of those that an earlier process left, the last one need not be held."""
         if (more := blocks - len(self.slots)) > 0:
@@ -86,7 +96,7 @@ class Belady:
         """
         own = self.items.setdefault(item, Item(count))
         own.grow(count)
-        held = own.slots[blocks] != NO_SLOT
+        held = own.present[blocks]
         own.pins[blocks[held]] += 1
         fetched, evicted = [], []
         for block in blocks[~held].tolist():
@@ -96,7 +106,7 @@ class Belady:
             own.slots[block], own.pins[block] = slot, 1
             fetched.append(block)
         self.items[item] = own  # making room may have removed it
-        if not (own.slots != NO_SLOT).any():
+        if not own.present.any():
             del self.items[item]
         new = np.array(fetched, np.int64)
         return Taken(np.union1d(blocks[held], new), new, evicted)
@@ -111,28 +121,19 @@ class Belady:
         if (own := self.items.get(item)) is None:
             return
         own.next[:] = uses
-        free = (own.slots != NO_SLOT) & (own.pins == 0)
-        for use in np.unique(own.next[free]).tolist():
-            heapq.heappush(self._heap, (-use, item))
-        if len(self._heap) > 64 + 8 * len(self.items):
-            self._heap = sorted(self._current())
+        for entry in _entries(item, own):
+            heapq.heappush(self._heap, entry)
+        if len(self._heap) > 64 + 8 * len(self.items):  # without those that are out of date
+            self._heap = sorted(entry for held in self.items.items() for entry in _entries(*held))
 
     def drop(self, item: int) -> None:
         """Forgets the blocks of an item that no planned access needs; another version of it may follow."""
         if (own := self.items.get(item)) is None:
             return
-        for block in np.flatnonzero((own.slots != NO_SLOT) & (own.pins == 0)).tolist():
+        for block in np.flatnonzero(own.may_leave).tolist():
             self._put(own, block)
-        if not (own.slots != NO_SLOT).any():
+        if not own.present.any():
             del self.items[item]
-
-    def _current(self) -> set[tuple[int, int]]:
-        """Returns the entries of the heap that are not out of date."""
-        found = set()
-        for item, own in self.items.items():
-            free = (own.slots != NO_SLOT) & (own.pins == 0)
-            found.update((-use, item) for use in np.unique(own.next[free]).tolist())
-        return found
 
     def _slot(self, evicted: list[tuple[int, int]]) -> int:
         """Returns a free slot, or that of the block that is needed last, which is added to `evicted`; NO_SLOT if
@@ -148,7 +149,7 @@ class Belady:
                 continue
             self._put(own, block)
             evicted.append((item, block))
-            if not (own.slots != NO_SLOT).any() and not own.pins.any():
+            if not own.present.any():  # so no planned access needs one either
                 del self.items[item]
         self._left -= 1
         return int(self._free[self._left])
@@ -159,7 +160,12 @@ class Belady:
         own.slots[block] = NO_SLOT
 
 
+def _entries(item: int, own: Item) -> list[tuple[int, int]]:
+    """Returns the entries of the heap for an item: one for each step in which blocks that may leave are needed next."""
+    return [(-use, item) for use in np.unique(own.next[own.may_leave]).tolist()]
+
+
 def _last(own: Item, use: int) -> int | None:
     """Returns the last block that is needed next in step `use` and by no planned access, or None."""
-    found = np.flatnonzero((own.next == use) & (own.slots != NO_SLOT) & (own.pins == 0))
+    found = np.flatnonzero((own.next == use) & own.may_leave)
     return int(found[-1]) if len(found) else None

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cpr_fast.data.files.remote import Version
 from cpr_fast.errors import InputError
 
 BLOCK = 2**14  # bytes; a clip needs two or three ranges of bytes, each of which is rounded to whole blocks
@@ -37,9 +38,9 @@ class Key(NamedTuple):
     version: bytes  # 8 bytes, digest of its size and of the tag or time that the server states
 
     @classmethod
-    def of(cls, path: str, version: tuple[int, *tuple[str, ...]]) -> Key:
-        """Returns the key of an object; `version` is what `RemoteStorage.version` returns. With a size alone, which
-        does not tell two versions apart, the key is that of this process only."""
+    def of(cls, path: str, version: Version) -> Key:
+        """Returns the key of an object. With a size alone, which does not tell two versions apart, the key is that of
+        this process only."""
         more = b"" if any(version[1:]) else THIS_PROCESS
         return cls(object_key(path), _digest(8, repr(version).encode(), more))
 
@@ -54,6 +55,11 @@ def _digest(size: int, *parts: bytes) -> bytes:
     for part in parts:
         made.update(part)
     return made.digest()
+
+
+def _block_digest(key: Key, block: int, data: bytes) -> bytes:
+    """Returns the digest of a record, 16 bytes."""
+    return _digest(16, *key, block.to_bytes(4, "little"), data)
 
 
 class BlockStore:
@@ -93,9 +99,8 @@ class BlockStore:
     def write(self, slot: int, key: Key, block: int, data: bytes) -> None:
         """Writes a block and then its record. Raises OSError, after which the slot may hold anything."""
         record = np.zeros((), RECORD)
-        digest = _digest(16, *key, block.to_bytes(4, "little"), data)
-        record["object"], record["version"], record["digest"] = np.void(key.object), np.void(key.version), digest
-        record["block"], record["length"] = block, len(data)
+        record["object"], record["version"] = np.void(key.object), np.void(key.version)
+        record["block"], record["length"], record["digest"] = block, len(data), _block_digest(key, block, data)
         self.records[slot]["length"] = 0
         _write(self._blocks, data, slot * BLOCK)
         _write(self._records, record.tobytes(), slot * RECORD.itemsize)
@@ -111,7 +116,7 @@ class BlockStore:
             data = os.pread(self._blocks, length, slot * BLOCK)
         except OSError:  # a failing disk
             return None
-        whole = len(data) == length and bytes(record["digest"]) == _digest(16, *key, block.to_bytes(4, "little"), data)
+        whole = len(data) == length and bytes(record["digest"]) == _block_digest(key, block, data)
         return data if whole else None
 
 

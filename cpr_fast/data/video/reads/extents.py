@@ -16,7 +16,7 @@ import numpy as np
 from cpr_fast.data.files.access import storage_of
 from cpr_fast.data.files.names import is_remote
 from cpr_fast.data.files.remote import REMOTE
-from cpr_fast.data.video.container import ANY_METADATA, UNPROBED
+from cpr_fast.data.video.container import ANY_METADATA, UNPROBED, video_streams
 from cpr_fast.data.video.numbering import REMEMBERED_FILES, Layout
 
 READ_AT_ONCE = 2**15  # bytes that FFmpeg asks for when its buffer is empty
@@ -69,8 +69,7 @@ def _opening(path: Path, layout: Layout) -> Ranges:
     with storage_of(path).open(path) as file:
         noted, options = _Noted(file), {} if layout.probe else UNPROBED
         with av.open(noted, format=layout.format, container_options=options, **ANY_METADATA) as container:
-            stream = container.streams.video[0]
-            container.seek(layout.first_time, stream=stream)
+            container.seek(layout.first_time, stream=video_streams(container)[0])
         return noted.ranges
 
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 from support.machine.http_server import Served, serving
+from support.machine.new_process import as_a_new_process
 
 from cpr_fast.data.files import remote
 from cpr_fast.data.files.remote import REMOTE
-from cpr_fast.data.video import numbering
-from cpr_fast.data.video.reads import extents
 
 
 @pytest.fixture
@@ -26,7 +25,6 @@ def quickly(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _new_process():
-    for known in (REMOTE._facts, extents.EXTENTS, numbering.LAYOUTS):
-        known.clear()
+    as_a_new_process()
     yield
     assert REMOTE.cache is None  # every loader was closed

@@ -14,13 +14,14 @@ import torch
 from support.data_sets.clips import assert_same_batches
 from support.data_sets.tar_files import write_tar
 from support.machine.full_disk import files_end_at
+from support.machine.new_process import as_a_new_process
 from support.videos.odd_videos import pictures
 
 pytest.importorskip("fsspec", reason="fsspec is an extra: pip install fsspec aiohttp")
 pytest.importorskip("aiohttp", reason="aiohttp is an extra: pip install fsspec aiohttp")
 pytest.importorskip("nvidia.dali", reason="the loaders need NVIDIA DALI")
 
-from support.data_sets.served_clips import as_a_new_process, on_server, open_loader
+from support.data_sets.served_clips import on_server, open_loader
 
 from cpr_fast.data.clips.ahead.future import Future
 from cpr_fast.data.clips.ahead.prefetch import AHEAD
@@ -118,7 +119,8 @@ def plain_fetches(index: Index, loader_options: dict, slots: int, epochs: int) -
     when the reader is AHEAD steps before it, and all steps up to `prefetch` + 1 before that are complete."""
     data = open_loader(index, **loader_options)
     data.close()
-    future = Future(index, data._data, ("rgb",), plan_pairs, seed=5, rank=0, world_size=loader_options["world_size"])
+    options = {"seed": 5, "rank": 0, "world_size": loader_options["world_size"]}
+    future = Future(index, data._sources, data._data, ("rgb",), plan_pairs, **options)
     steps = [[read.item for read in future.reads(t)] for t in range((epochs + 1 + future.epochs) * future.steps)]
     window, held, fetches = AHEAD + data._data.prefetch, set(), 0
 

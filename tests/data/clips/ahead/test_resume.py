@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -53,30 +52,25 @@ def copy_until(step: int, run: Path, out: Path) -> Path:
     return out
 
 
-@contextlib.contextmanager
-def world(processes: int, folder: Path):
-    """Yields a function that runs `train` in so many processes."""
-
-    def run(index: Index, out: Path, cache: Path | str = "", *, resume: bool = False) -> Path:
-        (folder / str(out.name)).mkdir(exist_ok=True)
-        if processes == 1:
-            train(0, 1, index, out, cache, resume)
-        else:
-            on_processes(train, processes, folder / out.name, index, out, cache, resume)
-        return out
-
-    yield run
+def trained(processes: int, index: Index, out: Path, cache: Path | str = "", *, resume: bool = False) -> Path:
+    """Runs `train` in so many processes, and returns the folder of the run."""
+    if processes == 1:
+        train(0, 1, index, out, cache, resume)
+    else:
+        store = out.with_name(f"{out.name}-store")
+        store.mkdir()
+        on_processes(train, processes, store, index, out, cache, resume)
+    return out
 
 
 @pytest.mark.parametrize("processes", [1, 4])
 def test_a_run_goes_on_from_a_server_and_back_bit_for_bit(tmp_path, processes):
     near = videos_in(tmp_path)
-    with serving({}) as served, world(processes, tmp_path / "stores") as run:
-        (tmp_path / "stores").mkdir()
+    with serving({}) as served:
         far = on_server(near, served)
-        straight = run(near, tmp_path / "straight")
+        straight = trained(processes, near, tmp_path / "straight")
         for step, index, cache in ((3, far, tmp_path / "cache"), (6, near, "")):
-            out = run(index, copy_until(step, straight, tmp_path / f"from-{step}"), cache, resume=True)
+            out = trained(processes, index, copy_until(step, straight, tmp_path / f"from-{step}"), cache, resume=True)
             assert (out / FILE).read_bytes() == (straight / FILE).read_bytes()
             assert_same(everything(out), everything(straight))
             assert rows(out, "note")[-1]["text"] == f"resumed at step {step}"
@@ -85,12 +79,11 @@ def test_a_run_goes_on_from_a_server_and_back_bit_for_bit(tmp_path, processes):
 
 def test_four_processes_and_one_see_the_same_clips(tmp_path):
     near = videos_in(tmp_path)
-    (tmp_path / "stores").mkdir()
-    with serving({}) as served, world(1, tmp_path / "stores") as alone, world(4, tmp_path / "stores") as four:
+    with serving({}) as served:
         far = on_server(near, served)
-        straight = four(near, tmp_path / "four")
-        out = alone(far, copy_until(3, straight, tmp_path / "one"), tmp_path / "cache", resume=True)
-        again = four(far, copy_until(6, out, tmp_path / "again"), tmp_path / "cache", resume=True)
+        straight = trained(4, near, tmp_path / "four")
+        out = trained(1, far, copy_until(3, straight, tmp_path / "one"), tmp_path / "cache", resume=True)
+        again = trained(4, far, copy_until(6, out, tmp_path / "again"), tmp_path / "cache", resume=True)
     ledgers = [read_ledger(run) for run in (straight, out, again)]
     for name in ("step", "plan"):
         first, second, third = ([row.get(name) for row in ledger] for ledger in ledgers)
