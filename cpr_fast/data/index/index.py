@@ -343,6 +343,12 @@ def kind_of(path: Path) -> str:
     return kinds.get(path.suffix.lower(), "") if path.is_file() else ""
 
 
+def numbered(values: np.ndarray) -> np.ndarray:
+    """Returns numbers that are equal where the values [N] are, from 0 in order of first appearance, int64 [N]."""
+    _, first, numbers = np.unique(values, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[numbers]
+
+
 def _distinct(names: Iterable[str]) -> list[str]:
     """Returns the names without repeats, in order of first appearance."""
     return list(dict.fromkeys(names))

@@ -19,7 +19,7 @@ from torch import Tensor
 from cpr_fast.data.features.names import base_forms, unique_names, whole_forms
 from cpr_fast.data.features.store import FeatureStore
 from cpr_fast.data.files.relative import path_in
-from cpr_fast.data.index.index import Index
+from cpr_fast.data.index.index import Index, numbered
 from cpr_fast.data.storage.media import resolved
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.duplicates.graph import stored_graph, unit_features
@@ -239,8 +239,7 @@ def _of_all(compared: Compared, groups: np.ndarray) -> np.ndarray:
     count = len(compared.index)
     found = np.arange(len(groups), len(groups) + count)
     found[compared.positions] = groups
-    _, begins, numbers = np.unique(found, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(begins))[numbers]
+    return numbered(found)
 
 
 def with_sources(index: Index, sources: Sequence[int]) -> Index:

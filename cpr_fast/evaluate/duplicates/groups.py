@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from cpr_fast.data.index.index import numbered
+
 # A similarity or a mean of some differs by at most so much from the exact one. Clips of equal features are therefore
 # never separated, also where they have to be 1.0 similar.
 ROUNDING = 1e-5
@@ -99,9 +101,7 @@ def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     groups = np.concatenate([size + first, size + first.max() + 1 + second])
     count = int(groups.max()) + 1
     matrix = coo_matrix((np.ones(len(nodes), bool), (nodes, groups)), shape=(count, count))
-    found = connected_components(matrix, directed=False)[1][:size]
-    _, begins, numbers = np.unique(found, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(begins))[numbers]
+    return numbered(connected_components(matrix, directed=False)[1][:size])
 
 
 def agreement(found: np.ndarray, known: np.ndarray) -> dict[str, Any]:
