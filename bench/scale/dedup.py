@@ -40,7 +40,7 @@ from measure import RESULTS, world, write_result
 
 from cpr_fast.evaluate.duplicates.find import THRESHOLDS, Compared, of_checkpoint
 from cpr_fast.evaluate.duplicates.graph import stored_graph
-from cpr_fast.evaluate.duplicates.groups import Groups, agreement, at_thresholds, pairs_of
+from cpr_fast.evaluate.duplicates.groups import agreement, at_thresholds, grouped, pairs_of
 from cpr_fast.evaluate.features.results import home
 from cpr_fast.ops import KnnGraph
 
@@ -170,9 +170,7 @@ def planted(index_csv: Path, checkpoint: Path, folder: Path, every: int) -> dict
     indices, scores = stored_graph(compared.features, NEIGHBOURS, folder / "graph.safetensors")
     pairs, rows = pairs_of(indices, scores, THRESHOLDS[-1]), []
     for threshold in THRESHOLDS:
-        groups = Groups(compared.features)
-        groups.join(pairs.above(threshold), threshold)
-        numbers = groups.numbers()
+        numbers = grouped(compared.features, pairs, threshold)
         copied, related = agreement(numbers, of), agreement(numbers, sources)
         row = {"threshold": threshold, "pairs": copied["pairs"], "copies": copied["precision"]}
         row["of_source"] = related["precision"]

@@ -90,6 +90,14 @@ class Groups:
         return self._features[root].astype(np.float64) if found is None else found
 
 
+def grouped(features: Tensor, pairs: Pairs, least: float) -> np.ndarray:
+    """Returns the `Groups.numbers` of clips with `features` [N, F] whose groups are joined by the pairs that are at
+    least `least` similar."""
+    groups = Groups(features)
+    groups.join(pairs.above(least), least)
+    return groups.numbers()
+
+
 def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Returns the groups that clips are in if they share a group in one of two divisions [N] int64, or are connected by
     such clips; numbered in the order of their first clips, int64 [N]."""
@@ -138,9 +146,7 @@ def at_thresholds(
     the groups, and with `known` sources [N] the `precision` and `recall` of the groups."""
     rows = []
     for threshold in thresholds:
-        groups = Groups(features)
-        groups.join(pairs.above(threshold), threshold)
-        numbers = groups.numbers()
+        numbers = grouped(features, pairs, threshold)
         row = {"threshold": threshold, "pairs": len(pairs.above(threshold).first), **sizes(numbers)}
         if known is not None:
             row |= {name: value for name, value in agreement(numbers, known).items() if name in ("precision", "recall")}
