@@ -163,8 +163,8 @@ def of_store(index_csv: Path, folder: Path) -> Compared:
         log.warning("%s of the index have no features in %s and are left out (first: %s)",
                     counted(missing, "video"), folder, first)  # fmt: skip
     views = leading_views(list(store.about.views))
-    place = np.argsort(np.argsort(rows[kept]))
-    streams = (_stream(store, view, np.sort(rows[kept]))[torch.from_numpy(place)] for view in views)
+    needed, place = np.unique(rows[kept], return_inverse=True)
+    streams = (_stream(store, view, needed)[torch.from_numpy(place)] for view in views)
     how = recipe_for(load_pretrained(str(folder)).data)
     return _compared(index, kept, streams, how.metric, views, f"store {folder}")
 
