@@ -64,10 +64,10 @@ def dedup(
     else:
         compared = of_store(index, features)
     found = find_duplicates(
-        compared, out.with_name(f"{out.stem}-graph.safetensors"), neighbours=neighbours, duplicate=duplicate,
-        sibling=sibling, progress=True,
+        compared, _beside(out, "graph.safetensors"), neighbours=neighbours, duplicate=duplicate, sibling=sibling,
+        progress=True,
     )  # fmt: skip
-    page, groups = out.with_suffix(".html"), out.with_name(f"{out.stem}-groups.csv")
+    page, groups = out.with_suffix(".html"), _beside(out, "groups.csv")
     write_index(found, out)
     write_groups(found, groups)
     shares = write_duplicates(found, index, out, page)
@@ -109,15 +109,20 @@ def _checked(
         raise InputError(f"--out: expected the name of an index, with the suffix .csv or .parquet, got {str(out)!r}")
     if out.is_dir():
         raise InputError(f"--out: expected the name of an index, got the folder {str(out)!r}")
-    for written in (out, out.with_suffix(f".old{out.suffix}"), out.with_name(f"{out.stem}-groups.csv")):
-        require_other_file("--out", written, [index])
-    require_videos("INDEX", [index])
+    from cpr_fast.data.index.index import previous_path
     from cpr_fast.data.index.rows.columns import require_parquet
     from cpr_fast.runtime.files import require_writable
 
+    for written in (out, previous_path(out), _beside(out, "groups.csv")):
+        require_other_file("--out", written, [index])
+    require_videos("INDEX", [index])
     require_parquet("--out", out)
     require_writable("--out", out.parent, "Choose another folder")
     return out
+
+
+def _beside(out: Path, ending: str) -> Path:
+    return out.with_name(f"{out.stem}-{ending}")
 
 
 def _lines(result: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -309,6 +310,17 @@ def changing(path: str | Path) -> Iterator[None]:
     path = Path(path)
     with one_writer(path.with_name(f".{path.name}.lock"), None):
         yield
+
+
+def previous_path(path: Path) -> Path:
+    """Returns the path under which the index that `path` replaces is kept."""
+    return path.with_suffix(f".old{path.suffix}")
+
+
+def keep_previous(path: Path) -> None:
+    """Copies an index that will be replaced to `previous_path(path)`, in one step."""
+    with replacing(previous_path(path)) as temporary:
+        shutil.copyfile(path, temporary)
 
 
 def _require_last_line(path: Path, line: str, flow: str) -> None:

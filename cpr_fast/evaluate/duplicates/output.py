@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from cpr_fast.data.files.relative import Relative
-from cpr_fast.data.index.index import Index, changing
+from cpr_fast.data.index.index import Index, changing, keep_previous
 from cpr_fast.data.index.tables import table_text
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.duplicates.find import Duplicates, with_sources
@@ -28,8 +27,7 @@ def write_index(found: Duplicates, out: Path) -> None:
             except InputError:
                 same = False
             if not same:
-                with replacing(out.with_suffix(f".old{out.suffix}")) as temporary:
-                    shutil.copyfile(out, temporary)
+                keep_previous(out)
         index.save(out)
 
 
