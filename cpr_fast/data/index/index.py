@@ -31,7 +31,7 @@ from cpr_fast.data.index.listing import known_split
 from cpr_fast.data.index.rows.columns import PARQUET, Columns, load_columns, save_columns, spread
 from cpr_fast.data.index.rows.parsing import ADVICE, IndexFileError, NotAnIndexError, checked_header, parse_row
 from cpr_fast.data.index.rows.video import COLUMNS, Video
-from cpr_fast.data.index.tables import TableError, read_table, table_text
+from cpr_fast.data.index.tables import TableError, read_table, write_table
 from cpr_fast.data.storage.copies import originals
 from cpr_fast.data.storage.media import why_missing
 from cpr_fast.data.storage.times import native_rate, sample_count
@@ -283,7 +283,7 @@ class Index(Sequence[Video]):
             flow = "" if v.flow_path is None else relative(v.flow_path)
             rows.append((relative(v.path), v.label, v.source, v.split, v.num_frames, f"{v.fps:.6g}", v.width, v.height,
                          flow))  # fmt: skip
-        _write(path, table_text(COLUMNS, rows))
+        write_table(path, COLUMNS, rows)
 
 
 def _loaded_columns(path: Path) -> Columns:
@@ -333,12 +333,6 @@ def _require_last_line(path: Path, line: str, flow: str) -> None:
                 "line break, as after a copy that was interrupted; copy it again, list the videos again with "
                 "`cpr-fast index`, or end the line if the file is whole"
             )
-
-
-def _write(path: Path, text: str) -> None:
-    """Replaces a file in one step."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def _not_an_index(path: Path, what: str) -> NotAnIndexError:

@@ -8,10 +8,9 @@ import numpy as np
 
 from cpr_fast.data.files.relative import Relative
 from cpr_fast.data.index.index import Index, changing, keep_previous
-from cpr_fast.data.index.tables import table_text
+from cpr_fast.data.index.tables import write_table
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.duplicates.find import Duplicates, with_sources
-from cpr_fast.runtime.files import replacing
 
 COLUMNS = ("path", "label", "split", "source", "new_source", "duplicates", "siblings")
 
@@ -44,6 +43,4 @@ def write_groups(found: Duplicates, out: Path) -> None:
             group = duplicate if sizes[0][duplicate] > 1 else ""
             rows.append((sibling, duplicate, relative(video.path), video.label, video.split, video.source, name, group))
     rows.sort(key=lambda row: row[:2])
-    with replacing(out) as temporary:
-        text = table_text(COLUMNS, [(*row[2:], row[0]) for row in rows])
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+    write_table(out, COLUMNS, [(*row[2:], row[0]) for row in rows])
