@@ -6,8 +6,8 @@ Letters: M videos of the index, N of them with features, F feature width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -240,11 +240,3 @@ def _of_all(compared: Compared, groups: np.ndarray) -> np.ndarray:
     found = np.arange(len(groups), len(groups) + count)
     found[compared.positions] = groups
     return numbered(found)
-
-
-def with_sources(index: Index, sources: Sequence[int]) -> Index:
-    """Returns the index with other sources, given by their numbers: each is named as that of its first video."""
-    names: dict[int, str] = {}
-    videos = [replace(video, source=names.setdefault(source, video.source))
-              for video, source in zip(index, sources, strict=True)]  # fmt: skip
-    return Index(videos, index.classes)
