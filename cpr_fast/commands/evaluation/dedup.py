@@ -19,6 +19,7 @@ from cpr_fast.commands.inputs import (
 from cpr_fast.commands.options import IndexPath, Json, RecipeName
 from cpr_fast.commands.output import show, table
 from cpr_fast.errors import InputError
+from cpr_fast.evaluate.retrieval.names import percent
 from cpr_fast.wording import counted
 
 
@@ -136,8 +137,8 @@ def _lines(result: dict[str, Any]) -> list[str]:
         f"{counted(result['sources_before'], 'source')} of the index became {result['sources']:,}: {result['out']}"
     )
     if known := result["known_sources"]:
-        lines.append(f"compared with the sources of the index: precision {_rate(known['precision'])} of "
-                     f"{counted(known['pairs'], 'pair')}, recall {_rate(known['recall'])} of "
+        lines.append(f"compared with the sources of the index: precision {percent(known['precision'])} of "
+                     f"{counted(known['pairs'], 'pair')}, recall {percent(known['recall'])} of "
                      f"{counted(known['known_pairs'], 'pair')}")  # fmt: skip
     return [*lines, f"groups: {result['groups']}"]
 
@@ -147,11 +148,7 @@ def _threshold_table(rows: list[dict[str, Any]]) -> str:
     header = ["similarity", "pairs", "groups", "videos", "largest", "frames agree", *["precision", "recall"] * known]
     cells = [
         [f"{row['threshold']:g}", *(f"{row[name]:,}" for name in ("pairs", "groups", "clips", "largest")),
-         *(_rate(row[name]) for name in ("frames_agree", *("precision", "recall") * known))]
+         *(percent(row[name]) for name in ("frames_agree", *("precision", "recall") * known))]
         for row in rows
     ]  # fmt: skip
     return table(header, cells, title="groups by the least similarity:")
-
-
-def _rate(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"

@@ -30,6 +30,7 @@ from cpr_fast.evaluate.features.pretrained import load_pretrained
 from cpr_fast.evaluate.features.recipe import Metric, RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints
 from cpr_fast.evaluate.features.windows import open_windows
+from cpr_fast.evaluate.retrieval.names import percent
 from cpr_fast.evaluate.retrieval.ranking import leading_views
 from cpr_fast.wording import counted
 
@@ -91,7 +92,7 @@ class Duplicates:
             return []
         index = self.compared.index
         return [
-            f"Only {100 * known['precision']:.1f} % of the pairs in the groups of siblings are of one source of the "
+            f"Only {percent(known['precision'])} of the pairs in the groups of siblings are of one source of the "
             f"index, and {counted(index.source_count, 'source')} became {int(self.sources.max()) + 1:,}: if the "
             "sources of the index are right, do not use the new one; choose a greater --sibling, or other features."
         ]
