@@ -3,22 +3,20 @@ thresholds as film strips, and the groups."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from cpr_fast.data.index.index import Video
 from cpr_fast.evaluate.duplicates.find import Duplicates
 from cpr_fast.evaluate.duplicates.groups import Pairs
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES, percent
 from cpr_fast.report.figures.bars import histogram_figure
-from cpr_fast.report.figures.film_strip import STRIP_FRAMES, strip_image, strip_uri
+from cpr_fast.report.figures.film_strip import strip_uri, whole_strip
 from cpr_fast.report.figures.table import Column, Table
-from cpr_fast.report.neighbours import pixel_agreement
+from cpr_fast.report.neighbours import frames_agreement
 from cpr_fast.report.page import render, write_page
 from cpr_fast.report.run_folder.features import names_of
 from cpr_fast.report.sections.sheets import clip
@@ -56,17 +54,6 @@ def write_duplicates(found: Duplicates, index_csv: Path, new_csv: Path, out: Pat
     }  # fmt: skip
     write_page(render("duplicates.html.j2", **values), out)
     return shares
-
-
-@functools.lru_cache(maxsize=1024)
-def _strip(path: Path, num_frames: int) -> Image.Image | None:
-    return strip_image(path, num_frames, 0, num_frames)
-
-
-def _agreement(first: Video, second: Video) -> float | None:
-    """Returns the correlation of the pixels of two videos' frames; None if one cannot be read."""
-    strips = [_strip(video.path, video.num_frames) for video in (first, second)]
-    return None if None in strips else pixel_agreement(strips[0], strips[1], STRIP_FRAMES)
 
 
 class _Page:
@@ -120,13 +107,14 @@ class _Page:
         for row in self.found.table:
             end = len(pairs.above(row["threshold"]).first)
             chosen = np.unique(np.linspace(begin, end - 1, min(SAMPLED, end - begin)).round().astype(int)).tolist()
-            compared = [_agreement(*self._of(pairs, place)) for place in chosen]
+            compared = [frames_agreement(*self._of(pairs, place)) for place in chosen]
             known = [value for value in compared if value is not None]
             shares.append(sum(value >= SAME_PICTURES for value in known) / len(known) if known else None)
             begin = end
         return shares
 
     def _of(self, pairs: Pairs, place: int) -> tuple[Video, Video]:
+        """Returns the videos of a pair."""
         first, second = self.found.compared.positions[[pairs.first[place], pairs.second[place]]].tolist()
         return self.index[first], self.index[second]
 
@@ -157,13 +145,12 @@ class _Page:
         return histogram_figure(values[::step].tolist(), x="similarity", title="Pairs of neighbours by similarity")
 
     def _clip(self, video: Video, note: str = "") -> dict[str, Any]:
-        strip = _strip(video.path, video.num_frames)
-        shown = clip(video.path, video.label, video.source, None if strip is None else strip_uri(strip))
+        shown = clip(video.path, video.label, video.source, strip_uri(whole_strip(video.path, video.num_frames)))
         return shown | {"caption": video.path.name, "note": note}
 
     def _pair(self, pairs: Pairs, place: int) -> dict[str, Any]:
         first, second = self._of(pairs, place)
-        value = _agreement(first, second)
+        value = frames_agreement(first, second)
         text = (
             "The frames cannot be read." if value is None else f"Correlation of the pixels of their frames {value:.2f}."
         )
