@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -39,19 +42,26 @@ def steps(monkeypatch) -> list[int]:
     return begun
 
 
-def test_a_stopped_graph_continues_and_a_finished_one_is_kept(tmp_path, monkeypatch, steps):
-    features, path = random_features(1700), tmp_path / "graph.safetensors"
+@contextmanager
+def before_third_step(monkeypatch, steps: list[int], stop: Callable[[], None]) -> Iterator[None]:
+    """Lets a graph call `stop` before its third step."""
     step = KnnGraph.step
 
-    def stop_at_third(self):
+    def stopped(self):
         if len(steps) == 2:
-            raise KeyboardInterrupt
+            stop()
         step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(KnnGraph, "step", stop_at_third)
-        with pytest.raises(KeyboardInterrupt):
-            graph.stored_graph(features, 4, path)
+        patch.setattr(KnnGraph, "step", stopped)
+        yield
+
+
+def test_a_stopped_graph_continues_and_a_finished_one_is_kept(tmp_path, monkeypatch, steps):
+    features, path = random_features(1700), tmp_path / "graph.safetensors"
+    interrupt = Mock(side_effect=KeyboardInterrupt)
+    with before_third_step(monkeypatch, steps, interrupt), pytest.raises(KeyboardInterrupt):
+        graph.stored_graph(features, 4, path)
     assert steps == [0, 512]
     found = graph.stored_graph(features, 4, path)
     assert steps == [0, 512, 1024, 1536]
@@ -62,19 +72,15 @@ def test_a_stopped_graph_continues_and_a_finished_one_is_kept(tmp_path, monkeypa
 
 
 def test_a_killed_graph_continues_from_the_last_minute(tmp_path, monkeypatch, steps):
-    features, path, step = random_features(1700), tmp_path / "graph.safetensors", KnnGraph.step
+    features, path = random_features(1700), tmp_path / "graph.safetensors"
     monkeypatch.setattr(graph, "SAVE_S", 0.0)
 
-    def killed(self):
-        if len(steps) == 2:
-            monkeypatch.setattr(graph, "_save", lambda *_: None)  # nothing more is written
-            raise SystemExit
-        step(self)
+    def kill():
+        monkeypatch.setattr(graph, "_save", lambda *_: None)  # nothing more is written
+        raise SystemExit
 
-    with monkeypatch.context() as patch:
-        patch.setattr(KnnGraph, "step", killed)
-        with pytest.raises(SystemExit):
-            graph.stored_graph(features, 4, path)
+    with before_third_step(monkeypatch, steps, kill), pytest.raises(SystemExit):
+        graph.stored_graph(features, 4, path)
     found = graph.stored_graph(features, 4, path)
     assert steps == [0, 512, 1024, 1536] and all(map(torch.equal, found, knn_graph(features, 4)))
 
