@@ -67,6 +67,8 @@ def test_a_copy_gets_the_source_of_its_original(here, capsys, caplog):
     assert new[-1].source == new[0].source != "copy" and result["sources"] == result["sources_before"] - 1
     page = (here / "index-dedup.html").read_text()
     assert "copy.mp4" in page and "data:image/jpeg" in page and "Near-duplicates: 1 group<" in page
+    table = page[page.index("<summary>Pairs of near-duplicates<") :]
+    assert table.index("copy.mp4") < table.index("</table>")
     assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page
     assert "videos/copy.mp4" in (here / "index-dedup-groups.csv").read_text()
     assert main(["dedup", "index.csv", *CHECKPOINT, "--sibling", "0.5", "--duplicate", "0.6"]) == 0

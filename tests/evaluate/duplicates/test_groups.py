@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.metrics.cluster import pair_confusion_matrix
 
+from cpr_fast.data.index.index import numbered
 from cpr_fast.evaluate.duplicates.groups import (
     ROUNDING,
     Groups,
@@ -129,6 +130,11 @@ def test_joined_groups_are_connected_by_either_division():
     first, second = np.array([0, 0, 1, 2, 3, 4]), np.array([5, 6, 6, 7, 7, 8])
     assert joined(first, second).tolist() == [0, 0, 0, 1, 1, 2]
     assert joined(np.arange(3), np.arange(3)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("values", [[7, 2, 7, 9, 2, 0], ["b", "a", "b", "c", "a", ""]])
+def test_numbers_are_in_the_order_in_which_values_first_appear(values):
+    assert numbered(np.array(values)).tolist() == [0, 1, 0, 2, 1, 3]
 
 
 def test_the_table_of_thresholds_has_the_groups_of_each_alone():
