@@ -167,9 +167,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.avx2 and any(os.environ.get(name) != value for name, value in AVX2_ALL.items()):
-        os.execve(
-            sys.executable, [sys.executable, *sys.argv], os.environ | AVX2_ALL
-        )  # they are read when torch is loaded
+        # the variables are read when torch is loaded
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2_ALL)
     shapes = options.shapes or (CPU_SHAPES if options.device == "cpu" else ALL_SHAPES)
     largest = options.largest or (2**17 if options.device == "cpu" else 2**20)
     report = run(options, shapes, largest)

@@ -37,11 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from measure import RESULTS, world, write_result
+from page import markdown_table
 
 from cpr_fast.evaluate.duplicates.find import THRESHOLDS, Compared, of_checkpoint
 from cpr_fast.evaluate.duplicates.graph import stored_graph
-from cpr_fast.evaluate.duplicates.groups import Groups, agreement, at_thresholds, pairs_of
+from cpr_fast.evaluate.duplicates.groups import agreement, at_thresholds, grouped, pairs_of
 from cpr_fast.evaluate.features.results import home
+from cpr_fast.evaluate.retrieval.names import percent
 from cpr_fast.ops import KnnGraph
 
 WIDTH, NEIGHBOURS = 128, 10
@@ -170,9 +172,7 @@ def planted(index_csv: Path, checkpoint: Path, folder: Path, every: int) -> dict
     indices, scores = stored_graph(compared.features, NEIGHBOURS, folder / "graph.safetensors")
     pairs, rows = pairs_of(indices, scores, THRESHOLDS[-1]), []
     for threshold in THRESHOLDS:
-        groups = Groups(compared.features)
-        groups.join(pairs.above(threshold), threshold)
-        numbers = groups.numbers()
+        numbers = grouped(compared.features, pairs, threshold)
         copied, related = agreement(numbers, of), agreement(numbers, sources)
         row = {"threshold": threshold, "pairs": copied["pairs"], "copies": copied["precision"]}
         row["of_source"] = related["precision"]
@@ -201,7 +201,7 @@ def re_encoded(video: Any, folder: Path) -> list[Any]:
         path = folder / "copies" / f"{video.label}-{Path(video.path).stem}-{kind}.mp4"
         path.parent.mkdir(exist_ok=True)
         write_video(path, pixels, crf, round(video.fps))
-        rows.append(replace(video, path=path, source=f"{path.stem}", num_frames=len(pixels), width=pixels.shape[2],
+        rows.append(replace(video, path=path, source=path.stem, num_frames=len(pixels), width=pixels.shape[2],
                             height=pixels.shape[1], flow_path=None))  # fmt: skip
     return rows
 
@@ -215,15 +215,6 @@ def write_video(path: Path, frames: np.ndarray, crf: int, fps: int) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
-
-
-def table(header: list[str], rows: list[list[Any]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(str(cell) for cell in line)} |" for line in lines]
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def page(result: dict[str, Any]) -> str:
@@ -242,9 +233,9 @@ def made_by(part: dict[str, Any]) -> str:
 def speed_page(part: dict[str, Any]) -> list[str]:
     header = ["threads", "ours s", "FAISS s", "ours CPU s", "FAISS CPU s", "ours whole s", "FAISS whole s",
               "FAISS / ours", "in CPU time"]  # fmt: skip
-    rows = [[row[name] for name in ("threads", "ours_s", "faiss_s", "ours_cpu_s", "faiss_cpu_s", "ours_whole_s",
-                                    "faiss_whole_s", "ratio_whole_s", "ratio_whole_cpu_s")]
-            for row in part["results"]]  # fmt: skip
+    names = ("threads", "ours_s", "faiss_s", "ours_cpu_s", "faiss_cpu_s", "ours_whole_s", "faiss_whole_s",
+             "ratio_whole_s", "ratio_whole_cpu_s")  # fmt: skip
+    rows = [[str(row[name]) for name in names] for row in part["results"]]
     lines = [
         "## The graph of neighbours", "",
         f"{part['entries']:,} unit features of {part['width']} dimensions, k = {part['k']}: `KnnGraph` and FAISS Flat "
@@ -253,7 +244,7 @@ def speed_page(part: dict[str, Any]) -> list[str]:
         "for both sides. *Whole* is scaled from these parts by the number of pairs. The first rows of the graph fill "
         "the lists of all entries, which later ones do not. Load average of the machine at the end: "
         f"{part['load']}; CPU time changes "
-        "little with other load.", "", made_by(part), "", *table(header, rows), "",
+        "little with other load.", "", made_by(part), "", markdown_table(header, rows),
     ]  # fmt: skip
     if (times := (1_000_000 / part["entries"]) ** 2) > 1:
         row = part["results"][-1]
@@ -275,19 +266,21 @@ def speed_page(part: dict[str, Any]) -> list[str]:
 def found_page(part: dict[str, Any]) -> list[str]:
     lines = ["## What is found", "", made_by(part), ""]
     for name, known in part["sources"].items():
-        rows = [[f"{row['threshold']:g}", row["groups"], row["clips"], row["largest"], percent(row["precision"]),
-                 percent(row["recall"])] for row in known["table"]]  # fmt: skip
+        rows = [[f"{row['threshold']:g}", *(str(row[size]) for size in ("groups", "clips", "largest")),
+                 *(percent(row[rate], "") for rate in ("precision", "recall"))] for row in known["table"]]  # fmt: skip
         lines += [
             f"### Siblings: {name}", "",
             f"{known['videos']:,} videos of {known['sources']:,} sources; features of {' and '.join(known['views'])} "
-            f"of a small network trained on them. For {percent(known['nearest_of_source'])} % of all videos the "
+            f"of a small network trained on them. For {percent(known['nearest_of_source'])} of all videos the "
             "nearest is of their source. Precision and recall are of pairs of one source, in groups whose mean "
             "similarity is at least that of the row.", "",
-            *table(["similarity", "groups", "videos", "largest", "precision %", "recall %"], rows), "",
+            markdown_table(["similarity", "groups", "videos", "largest", "precision %", "recall %"], rows),
         ]  # fmt: skip
     if planted := part.get("planted"):
-        rows = [[f"{row['threshold']:g}", row["pairs"], percent(row["copies"]), percent(row["of_source"]),
-                 *(percent(row[kind]) for kind in KINDS)] for row in planted["table"]]  # fmt: skip
+        header = ["similarity", "pairs", "copies %", "of one source %", *(f"{kind} %" for kind in KINDS)]
+        rows = [[f"{row['threshold']:g}", str(row["pairs"]),
+                 *(percent(row[rate], "") for rate in ("copies", "of_source", *KINDS))]
+                for row in planted["table"]]  # fmt: skip
         lines += [
             f"### Near-duplicates: re-encodings planted in {planted['name']}", "",
             f"{planted['copies']:,} re-encodings, three of every {planted['every']}th video, among "
@@ -295,7 +288,7 @@ def found_page(part: dict[str, Any]) -> list[str]:
             "video; *of one source* also counts versions of clips of one source, which in this data set often show the "
             "same scene. The last columns are the recall: the share of the re-encodings that are in the group of their "
             "original.", "",
-            *table(["similarity", "pairs", "copies %", "of one source %", *(f"{kind} %" for kind in KINDS)], rows), "",
+            markdown_table(header, rows),
         ]  # fmt: skip
     return lines
 

@@ -182,8 +182,8 @@ def forms_table(rows: list[Row]) -> str:
     values = np.array([[value_of(row, *form) for row in rows] for form in tried.values()])
     score = list(tried).index("(0.333, 0.333, 0.333), 1")
     chosen = np.array([row["run"] in CHOSEN_ON for row in rows])
-    sets, runs = (np.array([row["set"] + "/" * (key == "run") + row["run"] * (key == "run") for row in rows])
-                  for key in ("set", "run"))  # fmt: skip
+    sets = np.array([row["set"] for row in rows])
+    runs = np.array([f"{row['set']}/{row['run']}" for row in rows])
     parts = np.array([f"{row['set']} {row['view']} {row['run'] in CHOSEN_ON}" for row in rows])
     lines = []
     for target, title in TARGETS.items():
@@ -193,17 +193,16 @@ def forms_table(rows: list[Row]) -> str:
             return judged(values[:, mask], wanted[mask], parts[mask])
 
         held = correlations(~chosen)
-        without_set = [correlations(~chosen & (sets == name))[correlations(sets != name).argmax()]
-                       for name in np.unique(sets[~chosen])]  # fmt: skip
+        of_sets = {name: correlations(~chosen & (sets == name)) for name in np.unique(sets[~chosen])}
+        without_set = [found[correlations(sets != name).argmax()] for name, found in of_sets.items()]
         counts = np.zeros(3)
         for run in np.unique(runs[~chosen]):
             mine, best = runs == run, correlations(runs != run).argmax()
             ours, pairs = in_order(values[score], wanted, parts, mine)
             counts += (ours, in_order(values[best], wanted, parts, mine)[0], pairs)
-        of_sets = [correlations(~chosen & (sets == name))[score] for name in np.unique(sets[~chosen])]
         lines.append(
             [title, f"{held[score]:.2f}", f"{held.max():.2f}", f"{held[correlations(chosen).argmax()]:.2f}",
-             f"{np.mean(of_sets):.2f}", f"{np.mean(without_set):.2f}",
+             f"{np.mean([found[score] for found in of_sets.values()]):.2f}", f"{np.mean(without_set):.2f}",
              *(f"{100 * count / counts[2]:.1f}" for count in counts[:2])]
         )  # fmt: skip
     header = ["target", "score", "best form on these rows", "form chosen on the three runs", "score, mean of sets",

@@ -3,31 +3,29 @@ thresholds as film strips, and the groups."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from cpr_fast.data.index.index import Video
 from cpr_fast.evaluate.duplicates.find import Duplicates
 from cpr_fast.evaluate.duplicates.groups import Pairs
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES, percent
 from cpr_fast.report.figures.bars import histogram_figure
-from cpr_fast.report.figures.film_strip import STRIP_FRAMES, strip_image, strip_uri
+from cpr_fast.report.figures.film_strip import strip_uri, whole_strip
 from cpr_fast.report.figures.table import Column, Table
-from cpr_fast.report.neighbours import pixel_agreement
+from cpr_fast.report.neighbours import frames_agreement
 from cpr_fast.report.page import render, write_page
 from cpr_fast.report.run_folder.features import names_of
 from cpr_fast.report.sections.sheets import clip
-from cpr_fast.report.similar import SAME_PICTURES
+from cpr_fast.report.similar import MOST_ROWS, SAME_PICTURES
 from cpr_fast.wording import counted
 
 AROUND, GROUPS, MEMBERS = 3, 8, 5  # pairs on each side of a threshold, groups, and videos of each that are shown
 SAMPLED = 6  # pairs of each row of the table whose frames are compared
-MOST_ROWS = 2000  # limit of the rows of a table
+MOST_NAMED = 200_000  # videos of an index whose names are shortened
 NO_GROUPS = "There are no groups."
 NOT_READ = "There is no such pair, or none whose frames can be read."
 
@@ -58,38 +56,23 @@ def write_duplicates(found: Duplicates, index_csv: Path, new_csv: Path, out: Pat
     return shares
 
 
-@functools.lru_cache(maxsize=1024)
-def _strip(path: Path, num_frames: int) -> Image.Image | None:
-    return strip_image(path, num_frames, 0, num_frames)
-
-
-def _agreement(first: Video, second: Video) -> float | None:
-    """Returns the correlation of the pixels of two videos' frames; None if one cannot be read."""
-    strips = [_strip(video.path, video.num_frames) for video in (first, second)]
-    return None if None in strips else pixel_agreement(strips[0], strips[1], STRIP_FRAMES)
-
-
 class _Page:
     """The values of the page."""
 
     def __init__(self, found: Duplicates) -> None:
         self.found, self.index = found, found.compared.index
-        self._positions = found.compared.positions.tolist()
-        self._names: dict[Video, str] = {}
-
-    def _video(self, clip_number: int) -> Video:
-        return self.index[self._positions[clip_number]]
 
     def facts(self, index_csv: Path, new_csv: Path) -> list[tuple[str, str]]:
         found = self.found
         views = " and ".join(VIEW_NAMES[view] for view in found.compared.views)
-        left_out = len(self.index) - len(self._positions)
+        compared = len(found.compared.positions)
+        left_out = len(self.index) - compared
         return [
             ("Index", str(index_csv)),
             ("New index, with the sources found", str(new_csv)),
             (
                 "Videos",
-                f"{len(self._positions):,}" + (f"; {left_out:,} without features are left out" * bool(left_out)),
+                f"{compared:,}" + (f"; {left_out:,} without features are left out" * bool(left_out)),
             ),
             ("Similarity", f"cosine, from -1 to 1, of the features of {views}: {found.compared.what}"),
             ("Neighbours of each video", f"the {found.neighbours} nearest, exactly"),
@@ -124,14 +107,16 @@ class _Page:
         for row in self.found.table:
             end = len(pairs.above(row["threshold"]).first)
             chosen = np.unique(np.linspace(begin, end - 1, min(SAMPLED, end - begin)).round().astype(int)).tolist()
-            compared = [_agreement(*self._of(pairs, place)) for place in chosen]
+            compared = [frames_agreement(*self._of(pairs, place)) for place in chosen]
             known = [value for value in compared if value is not None]
             shares.append(sum(value >= SAME_PICTURES for value in known) / len(known) if known else None)
             begin = end
         return shares
 
     def _of(self, pairs: Pairs, place: int) -> tuple[Video, Video]:
-        return self._video(int(pairs.first[place])), self._video(int(pairs.second[place]))
+        """Returns the videos of a pair."""
+        first, second = self.found.compared.positions[[pairs.first[place], pairs.second[place]]].tolist()
+        return self.index[first], self.index[second]
 
     def table(self, shares: Sequence[float | None]) -> Table:
         columns = [
@@ -160,13 +145,12 @@ class _Page:
         return histogram_figure(values[::step].tolist(), x="similarity", title="Pairs of neighbours by similarity")
 
     def _clip(self, video: Video, note: str = "") -> dict[str, Any]:
-        strip = _strip(video.path, video.num_frames)
-        shown = clip(video.path, video.label, video.source, None if strip is None else strip_uri(strip))
+        shown = clip(video.path, video.label, video.source, strip_uri(whole_strip(video.path, video.num_frames)))
         return shown | {"caption": video.path.name, "note": note}
 
     def _pair(self, pairs: Pairs, place: int) -> dict[str, Any]:
         first, second = self._of(pairs, place)
-        value = _agreement(first, second)
+        value = frames_agreement(first, second)
         text = (
             "The frames cannot be read." if value is None else f"Correlation of the pixels of their frames {value:.2f}."
         )
@@ -205,21 +189,15 @@ class _Page:
 
     def pairs(self) -> Table:
         """Returns the table of the pairs within groups of near-duplicates, the most similar first."""
-        pairs, groups = self.found.pairs.above(self.found.duplicate), self.found.duplicates
+        pairs, positions = self.found.pairs.above(self.found.duplicate), self.found.compared.positions
+        of_group = self.found.duplicates[positions]
+        chosen = np.flatnonzero(of_group[pairs.first] == of_group[pairs.second])[:MOST_ROWS].tolist()
+        names = names_of(list(self.index)) if chosen and len(self.index) <= MOST_NAMED else {}
         rows = []
-        for place in range(len(pairs.first)):
-            first, second = (self._positions[int(column[place])] for column in (pairs.first, pairs.second))
-            if groups[first] == groups[second]:
-                names = self._named(first, second)
-                rows.append((*names, float(pairs.similarity[place]), *(self.index[p].split for p in (first, second))))
-            if len(rows) == MOST_ROWS:
-                break
+        for place in chosen:
+            videos = self._of(pairs, place)
+            named = [names.get(video, str(video.path)) for video in videos]
+            rows.append((*named, float(pairs.similarity[place]), *(video.split for video in videos)))
         columns = [Column("Video"), Column("Other video"), Column("Similarity", "number"), Column("Split"),
                    Column("Split of the other")]  # fmt: skip
         return Table("Near-duplicates", columns, rows)
-
-    def _named(self, *positions: int) -> list[str]:
-        if not self._names and len(self.index) <= 200_000:
-            self._names = names_of(list(self.index))
-        videos = [self.index[position] for position in positions]
-        return [self._names.get(video, str(video.path)) for video in videos]

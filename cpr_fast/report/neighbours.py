@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cpr_fast.data.index.index import Video
 from cpr_fast.evaluate.features.recipe import Metric
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES
 from cpr_fast.evaluate.retrieval.ranking import Comparison, prepare_streams
+from cpr_fast.report.figures.film_strip import STRIP_FRAMES, whole_strip
 from cpr_fast.wording import counted
 
 NEAREST = 5  # neighbours per video
@@ -108,6 +110,12 @@ def pixel_agreement(a: Image.Image, b: Image.Image, frames: int) -> float:
     first, second = pictures
     norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     return float(np.mean((first * second).sum(1) / np.maximum(norms, 1e-9)))
+
+
+def frames_agreement(first: Video, second: Video) -> float | None:
+    """Returns the `pixel_agreement` of the film strips of two videos; None if one of them cannot be read."""
+    strips = [whole_strip(video.path, video.num_frames) for video in (first, second)]
+    return None if None in strips else pixel_agreement(*strips, STRIP_FRAMES)
 
 
 def confidence(

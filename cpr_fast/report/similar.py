@@ -3,7 +3,6 @@ network."""
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from cpr_fast.data.index.index import Video
 from cpr_fast.data.index.summary import COPIES
 from cpr_fast.evaluate.retrieval.names import VIEW_NAMES, without_copies
 from cpr_fast.report.figures.bars import histogram_figure
-from cpr_fast.report.figures.film_strip import STRIP_FRAMES, film_strip, strip_image
+from cpr_fast.report.figures.film_strip import strip_uri, whole_strip
 from cpr_fast.report.figures.table import Column, Table
 from cpr_fast.report.neighbours import (
     DUPLICATE,
     FAR,
     duplicate_pairs,
+    frames_agreement,
     odd_videos,
-    pixel_agreement,
 )
 from cpr_fast.report.page import render, write_page
 from cpr_fast.report.run_folder.outcome import verdict
@@ -118,15 +117,10 @@ def _others(run: Run, compared: Compared) -> str:
     return f"; to add the others: `{retrieve_command(run.folder, compared.index)}`, then `cpr-fast report` again"
 
 
-@functools.lru_cache(maxsize=256)
-def _strip(path: Path, num_frames: int) -> str | None:
-    return film_strip(path, num_frames, 0, num_frames)
-
-
 def _clip(compared: Compared, video: int | Video, note: str = "") -> dict[str, Any]:
     """Returns the parts that the page shows of a video, or of the video at this position among those compared."""
     video = compared.features.videos[video] if isinstance(video, int) else video
-    shown = clip(video.path, "", video.source, _strip(video.path, video.num_frames))
+    shown = clip(video.path, "", video.source, strip_uri(whole_strip(video.path, video.num_frames)))
     label = f"class {video.label}" if video.label else ""
     return shown | {"caption": compared.names[video], "note": " · ".join(filter(None, (note, label)))}
 
@@ -206,10 +200,9 @@ def _pairs(compared: Compared, pairs: list[tuple], title: str) -> dict[str, Any]
 def _judge(first: Video, second: Video) -> tuple[float | None, str]:
     """Returns how well the frames of two videos agree (mean correlation of their pixels, None if they cannot be read),
     and a sentence about it."""
-    strips = [strip_image(video.path, video.num_frames, 0, video.num_frames) for video in (first, second)]
-    if None in strips:
+    agreement = frames_agreement(first, second)
+    if agreement is None:
         return None, "The pictures cannot be read."
-    agreement = pixel_agreement(strips[0], strips[1], STRIP_FRAMES)
     if agreement >= SAME_PICTURES:
         meaning = "Almost certainly a copy: the frames agree"
     elif agreement >= ALIKE:

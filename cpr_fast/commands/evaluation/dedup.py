@@ -19,6 +19,7 @@ from cpr_fast.commands.inputs import (
 from cpr_fast.commands.options import IndexPath, Json, RecipeName
 from cpr_fast.commands.output import show, table
 from cpr_fast.errors import InputError
+from cpr_fast.evaluate.retrieval.names import percent
 from cpr_fast.wording import counted
 
 
@@ -64,10 +65,10 @@ def dedup(
     else:
         compared = of_store(index, features)
     found = find_duplicates(
-        compared, out.with_name(f"{out.stem}-graph.safetensors"), neighbours=neighbours, duplicate=duplicate,
-        sibling=sibling, progress=True,
+        compared, _beside(out, "graph.safetensors"), neighbours=neighbours, duplicate=duplicate, sibling=sibling,
+        progress=True,
     )  # fmt: skip
-    page, groups = out.with_suffix(".html"), out.with_name(f"{out.stem}-groups.csv")
+    page, groups = out.with_suffix(".html"), _beside(out, "groups.csv")
     write_index(found, out)
     write_groups(found, groups)
     shares = write_duplicates(found, index, out, page)
@@ -109,15 +110,20 @@ def _checked(
         raise InputError(f"--out: expected the name of an index, with the suffix .csv or .parquet, got {str(out)!r}")
     if out.is_dir():
         raise InputError(f"--out: expected the name of an index, got the folder {str(out)!r}")
-    for written in (out, out.with_suffix(f".old{out.suffix}"), out.with_name(f"{out.stem}-groups.csv")):
-        require_other_file("--out", written, [index])
-    require_videos("INDEX", [index])
+    from cpr_fast.data.index.index import previous_path
     from cpr_fast.data.index.rows.columns import require_parquet
     from cpr_fast.runtime.files import require_writable
 
+    for written in (out, previous_path(out), _beside(out, "groups.csv")):
+        require_other_file("--out", written, [index])
+    require_videos("INDEX", [index])
     require_parquet("--out", out)
     require_writable("--out", out.parent, "Choose another folder")
     return out
+
+
+def _beside(out: Path, ending: str) -> Path:
+    return out.with_name(f"{out.stem}-{ending}")
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
@@ -131,8 +137,8 @@ def _lines(result: dict[str, Any]) -> list[str]:
         f"{counted(result['sources_before'], 'source')} of the index became {result['sources']:,}: {result['out']}"
     )
     if known := result["known_sources"]:
-        lines.append(f"compared with the sources of the index: precision {_rate(known['precision'])} of "
-                     f"{counted(known['pairs'], 'pair')}, recall {_rate(known['recall'])} of "
+        lines.append(f"compared with the sources of the index: precision {percent(known['precision'])} of "
+                     f"{counted(known['pairs'], 'pair')}, recall {percent(known['recall'])} of "
                      f"{counted(known['known_pairs'], 'pair')}")  # fmt: skip
     return [*lines, f"groups: {result['groups']}"]
 
@@ -142,11 +148,7 @@ def _threshold_table(rows: list[dict[str, Any]]) -> str:
     header = ["similarity", "pairs", "groups", "videos", "largest", "frames agree", *["precision", "recall"] * known]
     cells = [
         [f"{row['threshold']:g}", *(f"{row[name]:,}" for name in ("pairs", "groups", "clips", "largest")),
-         *(_rate(row[name]) for name in ("frames_agree", *("precision", "recall") * known))]
+         *(percent(row[name]) for name in ("frames_agree", *("precision", "recall") * known))]
         for row in rows
     ]  # fmt: skip
     return table(header, cells, title="groups by the least similarity:")
-
-
-def _rate(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"

@@ -11,7 +11,7 @@ import numpy as np
 from cpr_fast.config import DataConfig
 from cpr_fast.data.features.store import FeatureStore
 from cpr_fast.data.files.relative import path_in
-from cpr_fast.data.index.index import Index, IndexFileError, Video
+from cpr_fast.data.index.index import Index, IndexFileError, Video, numbered
 from cpr_fast.data.index.listing import known_split
 
 
@@ -81,8 +81,7 @@ class StoredClips(Index):
     @cached_property
     def source_ids(self) -> np.ndarray:
         """int64 [N]: equal for siblings; numbered from 0 in order of first appearance."""
-        _, first, numbers = np.unique(self.store.table.sources[self.rows], return_index=True, return_inverse=True)
-        return np.argsort(np.argsort(first))[numbers]
+        return numbered(self.store.table.sources[self.rows])
 
     def originals(self) -> list[int]:
         """Returns every clip's own position: copies are looked for in videos, not in their features."""

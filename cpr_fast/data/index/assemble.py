@@ -4,7 +4,6 @@ out."""
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -14,14 +13,13 @@ from typing import Literal
 from cpr_fast.data.files.access import storage_of
 from cpr_fast.data.files.names import is_remote, member_of, text_of
 from cpr_fast.data.index.catalogue import Problem
-from cpr_fast.data.index.index import Index, IndexFileError, Video
+from cpr_fast.data.index.index import Index, IndexFileError, Video, keep_previous, previous_path
 from cpr_fast.data.index.listing import Listed, Listing
 from cpr_fast.data.index.summary import KINDS
 from cpr_fast.data.storage.media import frame_size, is_pictures, resolved
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo
 from cpr_fast.errors import InputError
-from cpr_fast.runtime.files import replacing
 from cpr_fast.wording import counted
 
 SHORT = 17  # frames: with clips of T = 32, CoCLR drops videos of this length or shorter (frames - T / 2 - 1 <= 0)
@@ -288,15 +286,16 @@ def _after_previous(index: Index, out: Path, problems: list[Problem]) -> tuple[I
                 reason = f"had flow of {_says(old)}, and now is {_says(video)}; run `cpr-fast flow` again"
                 problems.append(Problem(video.path, "flow_dropped", reason))
         if old is not None and (differs := _differences(old, video)):
-            changed.append(Problem(video.path, "replaced", f"{differs}; the previous index is {_old(out).name}"))
+            changed.append(
+                Problem(video.path, "replaced", f"{differs}; the previous index is {previous_path(out).name}")
+            )
         videos.append(video)
     explained = {resolved(item.path) for item in (*index, *problems)}
     for path in before:
         if path not in explained:
-            changed.append(Problem(Path(path), "not_listed", f"the previous index is {_old(out).name}"))
+            changed.append(Problem(Path(path), "not_listed", f"the previous index is {previous_path(out).name}"))
     if changed:
-        with replacing(_old(out)) as temporary:
-            shutil.copyfile(out, temporary)
+        keep_previous(out)
     return Index(videos, index.classes), problems + changed
 
 
@@ -304,10 +303,6 @@ def _differences(old: Video, new: Video) -> str:
     """Returns which of class, source and split differ from the previous index; columns that were empty are ignored."""
     names = [name for name in ("label", "source", "split") if getattr(old, name) not in ("", getattr(new, name))]
     return ", ".join(f"{name} was {getattr(old, name)!r}, is {getattr(new, name)!r}" for name in names)
-
-
-def _old(out: Path) -> Path:
-    return out.with_suffix(f".old{out.suffix}")
 
 
 def _shape(video: Video) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -30,7 +31,7 @@ from cpr_fast.data.index.listing import known_split
 from cpr_fast.data.index.rows.columns import PARQUET, Columns, load_columns, save_columns, spread
 from cpr_fast.data.index.rows.parsing import ADVICE, IndexFileError, NotAnIndexError, checked_header, parse_row
 from cpr_fast.data.index.rows.video import COLUMNS, Video
-from cpr_fast.data.index.tables import TableError, read_table, table_text
+from cpr_fast.data.index.tables import TableError, read_table, write_table
 from cpr_fast.data.storage.copies import originals
 from cpr_fast.data.storage.media import why_missing
 from cpr_fast.data.storage.times import native_rate, sample_count
@@ -282,7 +283,7 @@ class Index(Sequence[Video]):
             flow = "" if v.flow_path is None else relative(v.flow_path)
             rows.append((relative(v.path), v.label, v.source, v.split, v.num_frames, f"{v.fps:.6g}", v.width, v.height,
                          flow))  # fmt: skip
-        _write(path, table_text(COLUMNS, rows))
+        write_table(path, COLUMNS, rows)
 
 
 def _loaded_columns(path: Path) -> Columns:
@@ -311,6 +312,17 @@ def changing(path: str | Path) -> Iterator[None]:
         yield
 
 
+def previous_path(path: Path) -> Path:
+    """Returns the path under which the index that `path` replaces is kept."""
+    return path.with_suffix(f".old{path.suffix}")
+
+
+def keep_previous(path: Path) -> None:
+    """Copies an index that will be replaced to `previous_path(path)`, in one step."""
+    with replacing(previous_path(path)) as temporary:
+        shutil.copyfile(path, temporary)
+
+
 def _require_last_line(path: Path, line: str, flow: str) -> None:
     """Raises IndexFileError if the last line, whose flow file does not exist, has no line break: it was cut off."""
     with open(path, "rb") as file:
@@ -321,12 +333,6 @@ def _require_last_line(path: Path, line: str, flow: str) -> None:
                 "line break, as after a copy that was interrupted; copy it again, list the videos again with "
                 "`cpr-fast index`, or end the line if the file is whole"
             )
-
-
-def _write(path: Path, text: str) -> None:
-    """Replaces a file in one step."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def _not_an_index(path: Path, what: str) -> NotAnIndexError:
@@ -341,6 +347,12 @@ def kind_of(path: Path) -> str:
     kinds = {".toml": "a TOML file, such as a recipe", ".json": "a JSON file", ".lmdb": "an LMDB file",
              ".pt": "a checkpoint", ".npz": "NumPy arrays", **dict.fromkeys(VIDEO_SUFFIXES, "a video")}  # fmt: skip
     return kinds.get(path.suffix.lower(), "") if path.is_file() else ""
+
+
+def numbered(values: np.ndarray) -> np.ndarray:
+    """Returns numbers that are equal where the values [N] are, from 0 in order of first appearance, int64 [N]."""
+    _, first, numbers = np.unique(values, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[numbers]
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from cpr_fast.errors import InputError
+from cpr_fast.runtime.files import replacing
 from cpr_fast.wording import expected
 
 DELIMITERS = ",;\t"
@@ -103,6 +104,13 @@ def table_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Returns a CSV text that `read_table` reads back exactly, whatever characters the fields hold."""
     lines = (",".join(map(_quoted, map(str, row))) for row in (header, *rows))
     return "".join(f"{line}\n" for line in lines)
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Writes a CSV file of `table_text`; it appears, or is replaced, in one step."""
+    text = table_text(header, rows)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def _quoted(field: str) -> str:

@@ -6,8 +6,8 @@ Letters: M videos of the index, N of them with features, F feature width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from cpr_fast.data.features.names import base_forms, unique_names, whole_forms
 from cpr_fast.data.features.store import FeatureStore
 from cpr_fast.data.files.relative import path_in
-from cpr_fast.data.index.index import Index
+from cpr_fast.data.index.index import Index, numbered
 from cpr_fast.data.storage.media import resolved
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.duplicates.graph import stored_graph, unit_features
@@ -30,6 +30,7 @@ from cpr_fast.evaluate.features.pretrained import load_pretrained
 from cpr_fast.evaluate.features.recipe import Metric, RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints
 from cpr_fast.evaluate.features.windows import open_windows
+from cpr_fast.evaluate.retrieval.names import percent
 from cpr_fast.evaluate.retrieval.ranking import leading_views
 from cpr_fast.wording import counted
 
@@ -91,7 +92,7 @@ class Duplicates:
             return []
         index = self.compared.index
         return [
-            f"Only {100 * known['precision']:.1f} % of the pairs in the groups of siblings are of one source of the "
+            f"Only {percent(known['precision'])} of the pairs in the groups of siblings are of one source of the "
             f"index, and {counted(index.source_count, 'source')} became {int(self.sources.max()) + 1:,}: if the "
             "sources of the index are right, do not use the new one; choose a greater --sibling, or other features."
         ]
@@ -163,8 +164,8 @@ def of_store(index_csv: Path, folder: Path) -> Compared:
         log.warning("%s of the index have no features in %s and are left out (first: %s)",
                     counted(missing, "video"), folder, first)  # fmt: skip
     views = leading_views(list(store.about.views))
-    place = np.argsort(np.argsort(rows[kept]))
-    streams = (_stream(store, view, np.sort(rows[kept]))[torch.from_numpy(place)] for view in views)
+    needed, place = np.unique(rows[kept], return_inverse=True)
+    streams = (_stream(store, view, needed)[torch.from_numpy(place)] for view in views)
     how = recipe_for(load_pretrained(str(folder)).data)
     return _compared(index, kept, streams, how.metric, views, f"store {folder}")
 
@@ -239,13 +240,4 @@ def _of_all(compared: Compared, groups: np.ndarray) -> np.ndarray:
     count = len(compared.index)
     found = np.arange(len(groups), len(groups) + count)
     found[compared.positions] = groups
-    _, begins, numbers = np.unique(found, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(begins))[numbers]
-
-
-def with_sources(index: Index, sources: Sequence[int]) -> Index:
-    """Returns the index with other sources, given by their numbers: each is named as that of its first video."""
-    names: dict[int, str] = {}
-    videos = [replace(video, source=names.setdefault(source, video.source))
-              for video, source in zip(index, sources, strict=True)]  # fmt: skip
-    return Index(videos, index.classes)
+    return numbered(found)

@@ -37,7 +37,7 @@ def unit_features(streams: Sequence[Tensor], metric: Metric) -> Tensor:
     parts = [torch.cat(list(streams), 1)] if metric == "plain_cosine" and len(streams) > 1 else list(streams)
     for part in parts:
         if metric != "plain_cosine":
-            part -= part.double().mean(0).float() if len(part) < _BLOCK else _mean(part)
+            part -= _mean(part)
         torch.nn.functional.normalize(part, dim=1, out=part)
     if len(parts) == 1:
         return parts[0]
@@ -45,7 +45,7 @@ def unit_features(streams: Sequence[Tensor], metric: Metric) -> Tensor:
 
 
 def _mean(features: Tensor) -> Tensor:
-    """Returns the mean of many rows, summed in float64 without a copy of all of them."""
+    """Returns the mean of the rows [N, F], summed in float64 without a copy of all of them."""
     return (sum(part.double().sum(0) for part in features.split(_BLOCK)) / len(features)).float()
 
 

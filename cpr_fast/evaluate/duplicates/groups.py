@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from cpr_fast.data.index.index import numbered
+
 # A similarity or a mean of some differs by at most so much from the exact one. Clips of equal features are therefore
 # never separated, also where they have to be 1.0 similar.
 ROUNDING = 1e-5
@@ -88,6 +90,14 @@ class Groups:
         return self._features[root].astype(np.float64) if found is None else found
 
 
+def grouped(features: Tensor, pairs: Pairs, least: float) -> np.ndarray:
+    """Returns the `Groups.numbers` of clips with `features` [N, F] whose groups are joined by the pairs that are at
+    least `least` similar."""
+    groups = Groups(features)
+    groups.join(pairs.above(least), least)
+    return groups.numbers()
+
+
 def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Returns the groups that clips are in if they share a group in one of two divisions [N] int64, or are connected by
     such clips; numbered in the order of their first clips, int64 [N]."""
@@ -99,9 +109,7 @@ def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     groups = np.concatenate([size + first, size + first.max() + 1 + second])
     count = int(groups.max()) + 1
     matrix = coo_matrix((np.ones(len(nodes), bool), (nodes, groups)), shape=(count, count))
-    found = connected_components(matrix, directed=False)[1][:size]
-    _, begins, numbers = np.unique(found, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(begins))[numbers]
+    return numbered(connected_components(matrix, directed=False)[1][:size])
 
 
 def agreement(found: np.ndarray, known: np.ndarray) -> dict[str, Any]:
@@ -138,9 +146,7 @@ def at_thresholds(
     the groups, and with `known` sources [N] the `precision` and `recall` of the groups."""
     rows = []
     for threshold in thresholds:
-        groups = Groups(features)
-        groups.join(pairs.above(threshold), threshold)
-        numbers = groups.numbers()
+        numbers = grouped(features, pairs, threshold)
         row = {"threshold": threshold, "pairs": len(pairs.above(threshold).first), **sizes(numbers)}
         if known is not None:
             row |= {name: value for name, value in agreement(numbers, known).items() if name in ("precision", "recall")}

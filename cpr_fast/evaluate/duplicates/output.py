@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from cpr_fast.data.files.relative import Relative
-from cpr_fast.data.index.index import Index, changing
-from cpr_fast.data.index.tables import table_text
+from cpr_fast.data.index.index import Index, Video, changing, keep_previous
+from cpr_fast.data.index.tables import write_table
 from cpr_fast.errors import InputError
-from cpr_fast.evaluate.duplicates.find import Duplicates, with_sources
-from cpr_fast.runtime.files import replacing
+from cpr_fast.evaluate.duplicates.find import Duplicates
 
 COLUMNS = ("path", "label", "split", "source", "new_source", "duplicates", "siblings")
 
@@ -20,7 +20,8 @@ COLUMNS = ("path", "label", "split", "source", "new_source", "duplicates", "sibl
 def write_index(found: Duplicates, out: Path) -> None:
     """Writes the index of the videos with the sources found. An index of other content that is there already is kept as
     *.old.csv."""
-    index = with_sources(found.compared.index, found.sources.tolist())
+    videos = [replace(video, source=name) for video, name in _with_new_names(found)]
+    index = Index(videos, found.compared.index.classes)
     with changing(out):
         if out.exists():
             try:
@@ -28,24 +29,26 @@ def write_index(found: Duplicates, out: Path) -> None:
             except InputError:
                 same = False
             if not same:
-                with replacing(out.with_suffix(f".old{out.suffix}")) as temporary:
-                    shutil.copyfile(out, temporary)
+                keep_previous(out)
         index.save(out)
 
 
 def write_groups(found: Duplicates, out: Path) -> None:
     """Writes a row for every video that shares a group with another one: its path relative to the folder of the table,
     label, split, its source in the index and the new one, and the numbers of its groups; "" for a group of one."""
-    index, relative, rows = found.compared.index, Relative(out.parent), []
+    relative, rows = Relative(out.parent), []
     sizes = [np.bincount(groups) for groups in (found.duplicates, found.siblings)]
-    names: dict[int, str] = {}
-    numbers = zip(found.duplicates.tolist(), found.siblings.tolist(), found.sources.tolist(), strict=True)
-    for video, (duplicate, sibling, source) in zip(index, numbers, strict=True):
-        name = names.setdefault(source, video.source)
+    groups = found.duplicates.tolist(), found.siblings.tolist()
+    for (video, name), duplicate, sibling in zip(_with_new_names(found), *groups, strict=True):
         if sizes[1][sibling] > 1:
             group = duplicate if sizes[0][duplicate] > 1 else ""
             rows.append((sibling, duplicate, relative(video.path), video.label, video.split, video.source, name, group))
     rows.sort(key=lambda row: row[:2])
-    with replacing(out) as temporary:
-        text = table_text(COLUMNS, [(*row[2:], row[0]) for row in rows])
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+    write_table(out, COLUMNS, [(*row[2:], row[0]) for row in rows])
+
+
+def _with_new_names(found: Duplicates) -> Iterator[tuple[Video, str]]:
+    """Yields every video of the index with the name of its new source: that of the first video with the new source."""
+    names: dict[int, str] = {}
+    for video, source in zip(found.compared.index, found.sources.tolist(), strict=True):
+        yield video, names.setdefault(source, video.source)

@@ -31,7 +31,7 @@ from cpr_fast.data.storage.unreadable import not_read
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.cache import digest, weights_digest
 from cpr_fast.evaluate.features.pretrained import Pretrained, load_pretrained
-from cpr_fast.evaluate.features.recipe import without_unset_rates
+from cpr_fast.evaluate.features.recipe import settings_without
 from cpr_fast.models import Encoder, build_encoder
 from cpr_fast.weights.checkpoint import load_initial
 
@@ -107,8 +107,7 @@ def embed_videos(
     data, encoders = networks.data, {v: encoder.to(device) for v, encoder in networks.encoders.items()}
     relative, sources = Relative(out), Sources.of(index, data)
     clips = [Clip(relative(v.path), v.label, v.source, v.split) for v in index]
-    settings = without_unset_rates(dataclasses.asdict(data))
-    settings = {key: value for key, value in settings.items() if key not in _OF_THE_MACHINE}
+    settings = settings_without(data, _OF_THE_MACHINE)
     inputs = (file_of(path) for video in index for path in (video.path, video.flow_path) if path is not None)
     files = file_states(inputs, relative)
     source = digest(json.dumps([settings, samples, dtype, seed, torch.device(device).type, clips, files]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,14 +78,14 @@ class Recipe:
 
 def clip_settings(data: DataConfig) -> dict[str, Any]:
     """Returns the settings that the pixels of an evaluation's clips depend on."""
-    settings = without_unset_rates(dataclasses.asdict(data))
-    return {key: value for key, value in settings.items() if key not in _IRRELEVANT}
+    return settings_without(data, _IRRELEVANT)
 
 
-def without_unset_rates(data: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of clips without those of sampling by time if it is off: features that were stored before
-    these settings existed keep their names."""
-    return data if data["fps"] else {key: value for key, value in data.items() if key not in ("fps", "pictures_fps")}
+def settings_without(data: DataConfig, names: Collection[str]) -> dict[str, Any]:
+    """Returns the settings of clips but those of these names, and without those of sampling by time if it is off:
+    features that were stored before these settings existed keep their names."""
+    unset = () if data.fps else ("fps", "pictures_fps")
+    return {key: value for key, value in dataclasses.asdict(data).items() if key not in names and key not in unset}
 
 
 def default_recipe(data: DataConfig) -> RecipeName:

@@ -14,7 +14,7 @@ from ..cascade_select import cascade_select
 from ..partial.cascade import NO_KEY, keys_of, scores_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_EMPTY = -(2**63)  # a word without an entry
+_EMPTY = NO_KEY * 2**32  # a word without an entry
 _SLOTS = 2**32 - 1
 _PANEL_BYTES = 2**18  # of float32 features that are compared at once: half of the cache of a core
 _LEAST_ROWS, _MOST_ROWS = 64, 512
@@ -130,9 +130,8 @@ class KnnGraph:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Returns indices [N, k] int64 and scores [N, k] float32 of what was compared; see `knn_graph`."""
-        empty = self.best == _EMPTY
-        keys = (self.best >> 32).int()
-        return (_SLOTS - (self.best & _SLOTS)).masked_fill(empty, -1), scores_of(keys.masked_fill(empty, NO_KEY))
+        indices = (_SLOTS - (self.best & _SLOTS)).masked_fill(self.best == _EMPTY, -1)
+        return indices, scores_of((self.best >> 32).int())
 
 
 @torch.library.register_fake(add_op_namespace_prefix("knn_graph_rows"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -22,15 +23,22 @@ Shown = Callable[[np.ndarray], np.ndarray]  # returns the frames of the file at 
 
 def film_strip(path: Path, num_frames: int, start: int, length: int, shown: Shown | None = None) -> str | None:
     """Returns `strip_image` as a data URI; None where the video cannot be read."""
-    strip = strip_image(path, num_frames, start, length, shown)
-    return None if strip is None else strip_uri(strip)
+    return strip_uri(strip_image(path, num_frames, start, length, shown))
 
 
-def strip_uri(strip: Image.Image) -> str:
-    """Returns a film strip as a data URI."""
+def strip_uri(strip: Image.Image | None) -> str | None:
+    """Returns a film strip as a data URI; None where there is none."""
+    if strip is None:
+        return None
     buffer = io.BytesIO()
     strip.save(buffer, "JPEG", quality=72, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@functools.lru_cache(maxsize=256)
+def whole_strip(path: Path, num_frames: int) -> Image.Image | None:
+    """Returns `strip_image` of a whole video; the last 256 are kept, 0.3 MB each."""
+    return strip_image(path, num_frames, 0, num_frames)
 
 
 def strip_image(path: Path, num_frames: int, start: int, length: int, shown: Shown | None = None) -> Image.Image | None:

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = Config.from_dict(
     {"data": {"frames": 8, "size": 16, "workers": 1}, "model": {"arch": "r3d", "width": 0.0625, "feature_dim": 8}}
 )
+CHECKPOINT = ("--checkpoint", "run/checkpoints/last.pt")
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +60,18 @@ def run(capsys, *arguments: object) -> dict:
 def test_a_copy_gets_the_source_of_its_original(here, capsys, caplog):
     caplog.set_level("INFO")
     before = (here / "index.csv").read_bytes()
-    checkpoint = ("--checkpoint", "run/checkpoints/last.pt")
-    result = run(capsys, "index.csv", *checkpoint, "--duplicate", 0.9999, "--sibling", 0.9999)
+    result = run(capsys, "index.csv", *CHECKPOINT, "--duplicate", 0.9999, "--sibling", 0.9999)
     assert result["duplicate"]["groups"] == 1 and result["duplicate"]["clips"] == 2
     assert result["thresholds"][0]["frames_agree"] == 1 and (here / "index.csv").read_bytes() == before
     new = Index.load("index-dedup.csv")
     assert new[-1].source == new[0].source != "copy" and result["sources"] == result["sources_before"] - 1
     page = (here / "index-dedup.html").read_text()
     assert "copy.mp4" in page and "data:image/jpeg" in page and "Near-duplicates: 1 group<" in page
+    table = page[page.index("<summary>Pairs of near-duplicates<") :]
+    assert table.index("copy.mp4") < table.index("</table>")
     assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page
     assert "videos/copy.mp4" in (here / "index-dedup-groups.csv").read_text()
-    assert main(["dedup", "index.csv", *checkpoint, "--sibling", "0.5", "--duplicate", "0.6"]) == 0
+    assert main(["dedup", "index.csv", *CHECKPOINT, "--sibling", "0.5", "--duplicate", "0.6"]) == 0
     out = capsys.readouterr().out
     assert "groups by the least similarity" in out and "100 % of all pairs are compared already" in caplog.text
     assert "next: open index-dedup.html" in out and (here / "index-dedup.old.csv").exists()
@@ -86,7 +88,7 @@ def test_a_store_of_features_takes_the_place_of_a_checkpoint(here, capsys):
 
 def test_parquet_is_refused_before_any_work_where_it_cannot_be_written(here, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert main(["dedup", "index.csv", "--checkpoint", "run/checkpoints/last.pt", "--out", "new.parquet"]) == 2
+    assert main(["dedup", "index.csv", *CHECKPOINT, "--out", "new.parquet"]) == 2
     assert "--out: reading and writing Parquet needs" in capsys.readouterr().err
 
 
@@ -94,22 +96,16 @@ def test_parquet_is_refused_before_any_work_where_it_cannot_be_written(here, cap
     "arguments, message",
     [
         ([], "--checkpoint, --features: expected one of the two, got none"),
-        (["--checkpoint", "run/checkpoints/last.pt", "--features", "store"], "--features: expected a store"),
+        ([*CHECKPOINT, "--features", "store"], "--features: expected a store"),
         (["--checkpoint", "gone.pt"], "--checkpoint"),
         (["--features", "run"], "--features: expected a store of features"),
-        (
-            ["--checkpoint", "run/checkpoints/last.pt", "--duplicate", "1.5"],
-            "--duplicate: expected a similarity above 0",
-        ),
-        (["--checkpoint", "run/checkpoints/last.pt", "--sibling", "nan"], "--sibling: expected a similarity above 0"),
-        (
-            ["--checkpoint", "run/checkpoints/last.pt", "--sibling", ".99"],
-            "--sibling: expected at most --duplicate, 0.95",
-        ),
-        (["--checkpoint", "run/checkpoints/last.pt", "--neighbours", "0"], "--neighbours: expected 1 or more, got 0"),
-        (["--checkpoint", "run/checkpoints/last.pt", "--out", "index.csv"], "--out: expected the name of a new file"),
-        (["--checkpoint", "run/checkpoints/last.pt", "--out", "new.html"], "--out: expected the name of an index"),
-        (["--checkpoint", "run/checkpoints/last.pt", "--out", "run"], "--out: expected the name of an index"),
+        ([*CHECKPOINT, "--duplicate", "1.5"], "--duplicate: expected a similarity above 0"),
+        ([*CHECKPOINT, "--sibling", "nan"], "--sibling: expected a similarity above 0"),
+        ([*CHECKPOINT, "--sibling", ".99"], "--sibling: expected at most --duplicate, 0.95"),
+        ([*CHECKPOINT, "--neighbours", "0"], "--neighbours: expected 1 or more, got 0"),
+        ([*CHECKPOINT, "--out", "index.csv"], "--out: expected the name of a new file"),
+        ([*CHECKPOINT, "--out", "new.html"], "--out: expected the name of an index"),
+        ([*CHECKPOINT, "--out", "run"], "--out: expected the name of an index"),
     ],
 )
 def test_bad_input_is_named_before_any_work(here, capsys, arguments, message):
@@ -122,6 +118,6 @@ def test_bad_input_is_named_before_any_work(here, capsys, arguments, message):
 @pytest.mark.parametrize("name", ["found.old.csv", "found-groups.csv"])
 def test_no_file_that_is_written_beside_the_new_index_is_the_index(here, capsys, name):
     shutil.copyfile("index.csv", name)
-    assert main(["dedup", name, "--checkpoint", "run/checkpoints/last.pt", "--out", "found.csv"]) == 2
+    assert main(["dedup", name, *CHECKPOINT, "--out", "found.csv"]) == 2
     assert f"--out: expected the name of a new file, got '{name}'" in capsys.readouterr().err
     assert Path(name).read_bytes() == Path("index.csv").read_bytes()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -39,19 +42,26 @@ def steps(monkeypatch) -> list[int]:
     return begun
 
 
-def test_a_stopped_graph_continues_and_a_finished_one_is_kept(tmp_path, monkeypatch, steps):
-    features, path = random_features(1700), tmp_path / "graph.safetensors"
+@contextmanager
+def before_third_step(monkeypatch, steps: list[int], stop: Callable[[], None]) -> Iterator[None]:
+    """Lets a graph call `stop` before its third step."""
     step = KnnGraph.step
 
-    def stop_at_third(self):
+    def stopped(self):
         if len(steps) == 2:
-            raise KeyboardInterrupt
+            stop()
         step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(KnnGraph, "step", stop_at_third)
-        with pytest.raises(KeyboardInterrupt):
-            graph.stored_graph(features, 4, path)
+        patch.setattr(KnnGraph, "step", stopped)
+        yield
+
+
+def test_a_stopped_graph_continues_and_a_finished_one_is_kept(tmp_path, monkeypatch, steps):
+    features, path = random_features(1700), tmp_path / "graph.safetensors"
+    interrupt = Mock(side_effect=KeyboardInterrupt)
+    with before_third_step(monkeypatch, steps, interrupt), pytest.raises(KeyboardInterrupt):
+        graph.stored_graph(features, 4, path)
     assert steps == [0, 512]
     found = graph.stored_graph(features, 4, path)
     assert steps == [0, 512, 1024, 1536]
@@ -62,19 +72,15 @@ def test_a_stopped_graph_continues_and_a_finished_one_is_kept(tmp_path, monkeypa
 
 
 def test_a_killed_graph_continues_from_the_last_minute(tmp_path, monkeypatch, steps):
-    features, path, step = random_features(1700), tmp_path / "graph.safetensors", KnnGraph.step
+    features, path = random_features(1700), tmp_path / "graph.safetensors"
     monkeypatch.setattr(graph, "SAVE_S", 0.0)
 
-    def killed(self):
-        if len(steps) == 2:
-            monkeypatch.setattr(graph, "_save", lambda *_: None)  # nothing more is written
-            raise SystemExit
-        step(self)
+    def kill():
+        monkeypatch.setattr(graph, "_save", lambda *_: None)  # nothing more is written
+        raise SystemExit
 
-    with monkeypatch.context() as patch:
-        patch.setattr(KnnGraph, "step", killed)
-        with pytest.raises(SystemExit):
-            graph.stored_graph(features, 4, path)
+    with before_third_step(monkeypatch, steps, kill), pytest.raises(SystemExit):
+        graph.stored_graph(features, 4, path)
     found = graph.stored_graph(features, 4, path)
     assert steps == [0, 512, 1024, 1536] and all(map(torch.equal, found, knn_graph(features, 4)))
 
@@ -109,12 +115,17 @@ def test_the_similarity_is_that_of_retrieval(metric, views):
 
 def make_index(folder: Path, sources: str) -> Path:
     """Writes an index of videos without content; `sources` has a letter for each."""
+    return write_rows(folder, [(f"videos/v{number}.mp4", "run", source) for number, source in enumerate(sources)])
+
+
+def write_rows(folder: Path, rows: list[tuple[str, str, str]]) -> Path:
+    """Writes an index of videos without content: names, labels and sources."""
     videos = []
-    for number, source in enumerate(sources):
-        path = folder / "videos" / f"v{number}.mp4"
+    for name, label, source in rows:
+        path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
-        videos.append(Video(path, "run", source, "train", 9, 30.0, 8, 8))
+        videos.append(Video(path, label, source, "train", 9, 30.0, 8, 8))
     Index(videos).save(folder / "index.csv")
     return folder / "index.csv"
 
@@ -143,18 +154,12 @@ def test_features_of_a_store_are_those_of_the_videos_in_any_order(tmp_path, capl
 
 
 def test_a_video_that_the_store_lacks_does_not_get_the_features_of_another_of_its_name(tmp_path):
-    videos = []
-    for name in ("run/0001.mp4", "walk/0001.mp4", "run/0002.mp4", "walk/0002.avi", "walk/0003.mp4"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"")
-        videos.append(Video(path, path.parent.name, name, "train", 9, 30.0, 8, 8))
-    Index(videos).save(tmp_path / "index.csv")
+    names = ("run/0001.mp4", "walk/0001.mp4", "run/0002.mp4", "walk/0002.avi", "walk/0003.mp4")
+    index = write_rows(tmp_path, [(name, name.split("/")[0], name) for name in names])
     store = make_store(tmp_path, ["run/0001", "run/0002.mp4", "theirs/0003"], in_groups([0, 1, 2]))
-    compared = find.of_store(tmp_path / "index.csv", store)
-    assert compared.positions.tolist() == [0, 2, 4]
+    assert find.of_store(index, store).positions.tolist() == [0, 2, 4]
     own = make_store(tmp_path / "run", ["../0001.mp4", "../0002.mp4"], in_groups([0, 1]))  # found by their files
-    assert find.of_store(tmp_path / "index.csv", own).positions.tolist() == [0, 2]
+    assert find.of_store(index, own).positions.tolist() == [0, 2]
 
 
 def test_more_neighbours_than_videos_are_all_of_them(tmp_path):

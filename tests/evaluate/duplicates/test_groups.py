@@ -7,11 +7,13 @@ import pytest
 import torch
 from sklearn.metrics.cluster import pair_confusion_matrix
 
+from cpr_fast.data.index.index import numbered
 from cpr_fast.evaluate.duplicates.groups import (
     ROUNDING,
     Groups,
     agreement,
     at_thresholds,
+    grouped,
     joined,
     pairs_of,
     sizes,
@@ -58,33 +60,24 @@ def test_groups_are_those_of_brute_force(count, width, groups, k, least, seed):
     }
     assert set(zip(pairs.similarity.tolist(), pairs.first.tolist(), pairs.second.tolist(), strict=True)) == edges
     assert len(pairs.first) == len(edges) and (np.diff(pairs.similarity) <= 0).all()
-    found = Groups(features)
-    found.join(pairs, least)
-    assert found.numbers().tolist() == by_brute_force(features, list(edges), least).tolist()
-    assert 1 < found.numbers().max() + 1 < count
+    found = grouped(features, pairs, least)
+    assert found.tolist() == by_brute_force(features, list(edges), least).tolist()
+    assert 1 < found.max() + 1 < count
 
 
 def test_planted_groups_are_found_whatever_their_order():
     planted = torch.arange(120) % 11
     features = clips(120, 32, 0, groups=11)
     order = torch.randperm(120, generator=torch.Generator().manual_seed(1))
-    indices, scores = knn_graph(features[order], 10)
-    found = Groups(features[order])
-    found.join(pairs_of(indices, scores, 0.6), 0.6)
-    assert (
-        agreement(found.numbers(), planted[order].numpy())["both"]
-        == agreement(found.numbers(), found.numbers())["both"]
-    )
-    assert agreement(found.numbers(), planted[order].numpy())["recall"] == 1
+    found = grouped(features[order], pairs_of(*knn_graph(features[order], 10), 0.6), 0.6)
+    known = agreement(found, planted[order].numpy())
+    assert known["both"] == agreement(found, found)["both"] and known["recall"] == 1
 
 
 def test_a_chain_of_similar_clips_is_not_one_group():
     angles = torch.arange(0, 120, 5).double().deg2rad()  # neighbours have the cosine .996, the ends -.42
     features = torch.stack([angles.cos(), angles.sin()], 1).float()
-    indices, scores = knn_graph(features, 2)
-    found = Groups(features)
-    found.join(pairs_of(indices, scores, 0.99), 0.99)
-    numbers = found.numbers()
+    numbers = grouped(features, pairs_of(*knn_graph(features, 2), 0.99), 0.99)
     assert sizes(numbers)["largest"] < 8
     similarity = (features @ features.T).numpy()
     for group in range(numbers.max() + 1):
@@ -94,10 +87,8 @@ def test_a_chain_of_similar_clips_is_not_one_group():
 
 def test_more_copies_than_neighbours_are_one_group():
     features = torch.cat([clips(1, 8, 0).expand(50, 8), clips(30, 8, 1)])
-    indices, scores = knn_graph(features, 5)
-    found = Groups(features)
-    found.join(pairs_of(indices, scores, 0.9999), 0.9999)
-    assert (found.numbers()[:50] == 0).all() and sizes(found.numbers()) == {"groups": 1, "clips": 50, "largest": 50}
+    found = grouped(features, pairs_of(*knn_graph(features, 5), 0.9999), 0.9999)
+    assert (found[:50] == 0).all() and sizes(found) == {"groups": 1, "clips": 50, "largest": 50}
 
 
 def test_a_smaller_threshold_continues_the_groups_of_a_greater_one():
@@ -141,15 +132,19 @@ def test_joined_groups_are_connected_by_either_division():
     assert joined(np.arange(3), np.arange(3)).tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("values", [[7, 2, 7, 9, 2, 0], ["b", "a", "b", "c", "a", ""]])
+def test_numbers_are_in_the_order_in_which_values_first_appear(values):
+    assert numbered(np.array(values)).tolist() == [0, 1, 0, 2, 1, 3]
+
+
 def test_the_table_of_thresholds_has_the_groups_of_each_alone():
     features, known = clips(150, 6, 0, groups=15), np.arange(150) % 15
     pairs = pairs_of(*knn_graph(features, 12), 0.5)
     rows = at_thresholds(features, pairs, (0.95, 0.6), known)
     for row in rows:
-        found = Groups(features)
-        found.join(pairs.above(row["threshold"]), row["threshold"])
-        assert {name: row[name] for name in ("groups", "clips", "largest")} == sizes(found.numbers())
-        assert row["precision"] == agreement(found.numbers(), known)["precision"]
+        found = grouped(features, pairs, row["threshold"])
+        assert {name: row[name] for name in ("groups", "clips", "largest")} == sizes(found)
+        assert row["precision"] == agreement(found, known)["precision"]
     assert rows[1]["recall"] > rows[0]["recall"] and rows[1]["pairs"] > rows[0]["pairs"]
     assert "precision" not in at_thresholds(features, pairs, (0.9,), None)[0]
 
@@ -160,6 +155,4 @@ def test_equal_clips_are_found_where_they_have_to_be_1_similar():
     indices, scores = knn_graph(features, 5)
     assert scores[:, 0].min() < 1 < scores[:, 0].max()  # by rounding
     pairs = pairs_of(indices, scores, 0.8).above(1.0)
-    groups = Groups(features)
-    groups.join(pairs, 1.0)
-    assert groups.numbers().tolist() == [*range(100), *range(100)] and (pairs.similarity == 1).all()
+    assert grouped(features, pairs, 1.0).tolist() == [*range(100), *range(100)] and (pairs.similarity == 1).all()

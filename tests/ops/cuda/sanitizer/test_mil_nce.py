@@ -63,11 +63,16 @@ def test_unused_content_of_empty_slots(shuffled):
             assert torch.equal(found[name], value), name
 
 
+def entries_of_splits(tiles: int) -> int:
+    """Returns the entries of a memory in 128 splits of `tiles` tiles of 64, of which the last is less than a tile."""
+    return 128 * 64 * tiles - 64 * (tiles - 1) - 5
+
+
 @pytest.mark.parametrize("tiles", [2, 3, 4])
 @pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 16), (torch.bfloat16, 128)])
 def test_splits_of_several_tiles(device, dtype, D, tiles):
     """Only the first and the last two splits run; the memory is empty elsewhere, and their results are zeros."""
-    K = 128 * 64 * tiles - 64 * (tiles - 1) - 5  # 128 splits, the last of less than a tile, or a whole number of tiles
+    K = entries_of_splits(tiles)
     span = 64 * tiles
     begin_of_last = (K - 1) // span * span - span
     device.choose_blocks("edges")
@@ -90,7 +95,7 @@ def test_splits_of_several_tiles(device, dtype, D, tiles):
 def test_larger_tiles_of_the_loss(device, B, D, tiles, same_id):
     """Only the first and the last two splits run: larger tiles take no fewer than two tiles of keys in a split."""
     device.choose_blocks("edges")
-    given = loss_inputs(B, 128 * 64 * tiles - 64 * (tiles - 1) - 5, D, 3, seed=8)
+    given = loss_inputs(B, entries_of_splits(tiles), D, 3, seed=8)
     given["memory"][given["memory_ids"] == -1] = torch.nan
     assert_same_loss_by_larger_tiles(device, **given, same_id=same_id)
 
