@@ -18,9 +18,9 @@ enum cpr_precision { CPR_EXACT = 0, CPR_APPROX_BF16 = 1 };
 enum cpr_same_id { CPR_SAME_POSITIVE = 0, CPR_SAME_IGNORE = 1, CPR_SAME_NEGATIVE = 2 };
 enum cpr_self_positive { CPR_SELF_KEEP = 0, CPR_SELF_DENOMINATOR = 1, CPR_SELF_DROP_BOTH = 2 };
 
-// Runs body(begin, end, context) over disjoint ranges that cover [0, count), on the thread pool of the caller. The
-// operator library passes torch's pool, so that only one OpenMP runtime is loaded and torch.set_num_threads applies.
-// Results do not depend on how the work is divided into ranges.
+// Runs body(begin, end, context) over disjoint ranges that cover [0, count), on threads of the caller's choice. The
+// operators of torch pass csrc/ops/thread_pool.h's, which uses as many as torch.set_num_threads allows. Results do not
+// depend on how the work is divided into ranges.
 typedef void (*cpr_range_body)(int64_t begin, int64_t end, void* context);
 typedef void (*cpr_parallel_for)(int64_t count, int64_t grain, cpr_range_body body, void* context);
 

@@ -4,6 +4,7 @@
 #include "ops/checks.h"
 #include "ops/launch.h"
 #include "ops/ops.h"
+#include "ops/thread_pool.h"
 
 namespace cpr::ops {
 namespace {

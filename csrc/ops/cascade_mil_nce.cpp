@@ -6,6 +6,7 @@
 #include "ops/checks.h"
 #include "ops/launch.h"
 #include "ops/loss.h"
+#include "ops/thread_pool.h"
 
 namespace cpr::ops {
 

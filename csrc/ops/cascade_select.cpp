@@ -5,6 +5,7 @@
 #include "ops/cascade.h"
 #include "ops/checks.h"
 #include "ops/launch.h"
+#include "ops/thread_pool.h"
 
 namespace cpr::ops {
 

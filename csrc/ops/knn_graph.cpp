@@ -1,6 +1,7 @@
 // Implements torch.ops.cpr_fast.knn_graph_rows.
 #include "ops/checks.h"
 #include "ops/launch.h"
+#include "ops/thread_pool.h"
 
 namespace cpr::ops {
 

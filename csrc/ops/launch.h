@@ -46,11 +46,6 @@ inline const int64_t* pointer(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr<int64_t>() : nullptr;
 }
 
-// Runs on the thread pool of torch, so that torch.set_num_threads applies and no second OpenMP runtime is loaded.
-inline void parallel_for(int64_t count, int64_t grain, cpr_range_body body, void* context) {
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
-}
-
 // Returns the number of threads set by torch.set_num_threads.
 inline int num_threads() {
   uint32_t threads;

@@ -7,6 +7,7 @@
 #include "ops/launch.h"
 #include "ops/loss.h"
 #include "ops/ops.h"
+#include "ops/thread_pool.h"
 
 namespace cpr::ops {
 namespace {
