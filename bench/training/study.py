@@ -197,7 +197,7 @@ def main() -> None:
     which.add_argument("--later", action="store_const", dest="settings", const=list(LATER), help="the other claims")
     which.add_argument("--better", action="store_const", dest="settings", const=list(BETTER), help="other ways to mine")
     which.add_argument("--again", action="store_const", dest="settings", const=list(AGAIN), help="of another start")
-    which.add_argument("--reasons", action="store_const", dest="settings", const=list(REASONS), help="why CoCLR fails")
+    which.add_argument("--reasons", action="store_const", dest="settings", const=list(REASONS), help="why claims fail")
     parser.add_argument("--base", nargs="+", default=[], metavar="FIELD=VALUE", help="of a trial")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of study.jsonl")

@@ -2,8 +2,8 @@
 out why a way fails. bench/results/study.md registers them.
 
 Each is in force within a `with` block, in which it replaces one function of the training step; the trainer itself knows
-none of them. They need one process, a queue, and optim.accumulate = 1. Letters: B queries, K slots of the memory,
-P positives, D feature width, C width of the backbone, N videos.
+none of them. They need one process and optim.accumulate = 1, and all but "only_right" a queue. Letters: B queries,
+K slots of the memory, P positives, D feature width, C width of the backbone, N videos.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Way:
     """The paper's cascade; subclasses replace parts of it. `start` is called at the start of each cycle that mines."""
 
     state: CycleState
-    original: Any  # the trainer's own step with a queue
+    original: Any  # the trainer's own step
     video: Tensor  # [B], of the current queries
     label: Tensor  # [B], of the current queries
     step: int
@@ -56,7 +56,7 @@ class Way:
         """Returns the slots [B, P] that a cascade over other features of the same entries selects."""
         return cascade_select(anchors, entries, views, keep, query_ids=source, memory_ids=memory.source)[0]
 
-    def queue_step(self, original: Any, state: CycleState, batch: Any, step: int) -> Any:
+    def train_step(self, original: Any, state: CycleState, batch: Any, step: int) -> Any:
         self.original, self.video, self.label, self.step = original, batch.video, batch.label, step
         if state.cascades and state is not getattr(self, "state", None):
             self.state = state
@@ -68,7 +68,8 @@ class Way:
         """Replaces what the way changes."""
         with ExitStack() as stack:
             replace = partial(patch.object, training_step)
-            stack.enter_context(replace("_queue_step", partial(self.queue_step, training_step._queue_step)))
+            for name in ("_queue_step", "_shared_step"):
+                stack.enter_context(replace(name, partial(self.train_step, getattr(training_step, name))))
             stack.enter_context(replace("mine", self.mine))
             if hasattr(self, "contrast"):
                 stack.enter_context(replace("contrast", self.contrast))

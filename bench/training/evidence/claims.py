@@ -69,6 +69,20 @@ CLAIMS = (
     _pair("reason: mAP, CoCLR without its wrong positives > CoCLR", "coclr_only_right", "coclr"),
     _pair("reason: mAP, CoCLR with a warm start > CoCLR", "coclr_warm_start", "coclr"),
     _pair("reason: mAP, CoCLR with a warm start > InfoNCE", "coclr_warm_start", "infonce", two_sided=True),
+    _pair("reason: mAP, IIC + CPR in one cycle > in five, top-5", "iic_cpr_one_cycle", "iic_cpr_fixed", view="merged"),
+    _pair("reason: mAP, IIC + CPR in one cycle > IIC", "iic_cpr_one_cycle", "iic", view="merged"),
+    _pair(
+        "reason: mAP, in one cycle, without its wrong positives > with them",
+        "iic_cpr_only_right",
+        "iic_cpr_one_cycle",
+        view="merged",
+    ),
+    _pair(
+        "reason: mAP, IIC + CPR in one cycle without its wrong positives > IIC",
+        "iic_cpr_only_right",
+        "iic",
+        view="merged",
+    ),
     *(_pair(f"better mining: mAP, {setting.replace('_', ' ')} > CPR n = 7", setting, "cpr_n7") for setting in BETTER),
 )
 

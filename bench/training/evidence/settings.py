@@ -128,9 +128,12 @@ BETTER: dict[str, Setting] = {
     "short_cycles": _cpr(7, rounds=2),
 }
 # Why CoCLR is worse than InfoNCE where it was found to be: its wrong positives, or the steps in which its memory fills.
+# Why IIC + CPR is worse than IIC: its wrong positives, or its five cycles, each of which begins with an empty bank.
 REASONS: dict[str, Setting] = {
     "coclr_only_right": _cpr(1, way="only_right"),
     "coclr_warm_start": _cpr(1, way="warm_start"),
+    "iic_cpr_one_cycle": _cpr(5, family="iic", top_k=(5,)),
+    "iic_cpr_only_right": _cpr(5, family="iic", top_k=(5,), way="only_right"),
 }
 # The main table's settings once more, for seeds whose further settings continue another start than the main table's.
 AGAIN_OF = ("infonce", "coclr", "cpr_n3", "cpr_n7")

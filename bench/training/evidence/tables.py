@@ -31,6 +31,8 @@ NAMES = {
     **{f"{name}_again": f"{title}, again" for name, title in (("infonce", "InfoNCE"), ("coclr", "CoCLR (n = 1)"),
                                                               ("cpr_n3", "CPR n = 3"), ("cpr_n7", "CPR n = 7"))},
     "coclr_only_right": "CoCLR, wrong positives left out", "coclr_warm_start": "CoCLR, warm start",
+    "iic_cpr_one_cycle": "IIC + CPR, top-5, one cycle",
+    "iic_cpr_only_right": "IIC + CPR, one cycle, wrong positives left out",
     "iic_cpr_fixed": "IIC + CPR n = 5, top-5", "iic_cpr_progressive": "IIC + CPR n = 5, top-1 to top-5",
 }  # fmt: skip
 COLUMNS = ("map", "r@1", "r@5", "r@10", "probe")

@@ -129,7 +129,15 @@ def test_backbone_features_of_another_head_mine_otherwise(tmp_path):
         small_runs.assert_same(small_runs.trained(paper), small_runs.trained(other))
 
 
-def test_only_entries_of_the_querys_class_are_left_of_what_is_mined(tmp_path):
+SHARED = {
+    "model": {"shared": True},
+    "memory": {"kind": "bank"},
+    "schedule": {"cycles": [{"view": "rgb", "epochs": 3, "milestones": [2], "other": "residual"}]},
+}
+
+
+@pytest.mark.parametrize("sections", [{}, SHARED], ids=["queue", "shared"])
+def test_only_entries_of_the_querys_class_are_left_of_what_is_mined(tmp_path, sections):
     counts = []
 
     class Checked(ways.OnlyRight):
@@ -142,7 +150,7 @@ def test_only_entries_of_the_querys_class_are_left_of_what_is_mined(tmp_path):
                 counts.append((len(right), len(row)))
             return found
 
-    run(tmp_path / "run", Checked())
+    run(tmp_path / "run", Checked(), **sections)
     assert 0 < sum(right for right, _ in counts) < sum(all_mined for _, all_mined in counts)
 
 
