@@ -14,7 +14,6 @@ import torch
 
 from cpr_fast.doctor.findings import Finding
 from cpr_fast.errors import is_installed
-from cpr_fast.wording import counted
 
 PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu13", "av", "numpy", "pillow",
             "opencv-contrib-python-headless", "opencv-python-headless", "opencv-python", "simplejpeg", "lmdb",
@@ -158,10 +157,3 @@ def free_gib(path: Path) -> float | None:
         return round(shutil.disk_usage(path).free / 2**30, 2)
     except OSError:
         return None
-
-
-def no_device(device: torch.device) -> str | None:
-    """Returns why `device` cannot be used here, or None if it can."""
-    if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
-        return f"torch sees {counted(found, 'CUDA device')}, but --device is {str(device)!r}"
-    return None

@@ -34,6 +34,7 @@ from cpr_fast.mining.quality import MiningQuality, class_units
 from cpr_fast.mining.stages import stage_keep, stage_views
 from cpr_fast.mining.survivors import survivor_rates
 from cpr_fast.ops import cascade_select
+from cpr_fast.runtime.distributed import device_of
 from cpr_fast.runtime.progress import track
 from cpr_fast.wording import counted
 
@@ -144,10 +145,9 @@ def sweep(
     """
     _check_settings(stages, ratios, top_ks, query_views, orders, len(data.labels))
     details = details or not (data.labels >= 0).any()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    features = torch.stack([data.rgb, data.flow]).to(device)  # [2, N, D]
-    sibling_ids = data.sibling_ids.to(device)  # [N]
+    where = device_of(device)
+    features = torch.stack([data.rgb, data.flow]).to(where)  # [2, N, D]
+    sibling_ids = data.sibling_ids.to(where)  # [N]
     groups = [orders] if orders else [[view_order(view, n) for n in stages] for view in query_views]
     settings = [s for group in groups for s in itertools.product(top_ks, ratios, group)]
     if progress:
@@ -172,9 +172,8 @@ def choose_cascade(data: TwoViewFeatures, top_k: int, *, device: str = "auto") -
         The row of `sweep` for the chosen cascade, with `text`, the reason, and `criteria`, see `Choice`.
     """
     _check_settings((1,), (1.0,), (top_k,), ("rgb",), (), len(data.labels))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    choice = choose(torch.stack([data.rgb, data.flow]).to(device), data.sibling_ids.to(device), top_k)
+    where = device_of(device)
+    choice = choose(torch.stack([data.rgb, data.flow]).to(where), data.sibling_ids.to(where), top_k)
     order = "".join("rf"[view] for view in choice.views)
     (row,) = sweep(data, ratios=[choice.ratio], top_ks=[choice.top_k], orders=[order], device=device)
     return row | {"text": choice.reason(("rgb", "flow")), "criteria": choice.criteria}

@@ -49,12 +49,11 @@ def init(device: str) -> World:
 
     Raises InputError if torch finds no such device.
     """
-    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    _check_device(name)
+    where = device_of(device, "run.device")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World(0, 1, torch.device(name))
-    target = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if name.startswith("cuda") else torch.device("cpu")
+        return World(0, 1, where)
+    target = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if where.type == "cuda" else where
     if target.type == "cuda":
         torch.cuda.set_device(target)
     global _store
@@ -68,17 +67,24 @@ def init(device: str) -> World:
     return World(dist.get_rank(), dist.get_world_size(), target, _store)
 
 
-def _check_device(name: str) -> None:
+def device_of(name: str, option: str = "device") -> torch.device:
+    """Returns the device of a name: "auto" (CUDA if it is available), "cpu", "cuda" or "cuda:N".
+
+    Raises InputError that names the option if torch finds no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"run.device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
+        raise InputError(f"{option}: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"run.device: got {name!r}, but torch finds no CUDA device here; expected 'cpu' or 'auto'")
+        raise InputError(f"{option}: got {name!r}, but torch finds no CUDA device here; expected 'cpu' or 'auto'")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise InputError(f"run.device: got {name!r}, but torch finds {counted(count, 'CUDA device')} here")
+        raise InputError(f"{option}: got {name!r}, but torch finds {counted(count, 'CUDA device')} here")
+    return device
 
 
 def finish() -> None:

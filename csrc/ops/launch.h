@@ -1,4 +1,4 @@
-// Helpers to run a kernel on tensors of torch: dense inputs, new outputs, the thread pool, the CUDA stream.
+// Helpers to run a kernel on tensors of torch: dense inputs, new outputs, the number of threads, the CUDA stream.
 #pragma once
 
 #include <dlfcn.h>

@@ -54,18 +54,13 @@ def doctor(
     if config is not None:
         load(config)  # an unreadable recipe is an error before the long import
     announce("Loading PyTorch")
-    import torch
 
     from cpr_fast.doctor.checks import doctor as run
     from cpr_fast.doctor.findings import show as show_findings
-    from cpr_fast.doctor.machine import no_device
     from cpr_fast.doctor.recipe import choose_recipe
+    from cpr_fast.runtime.distributed import device_of
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.device(device)
-    if reason := no_device(where):
-        raise InputError(f"--device: {reason}")
+    where = device_of(device, "--device")
     found: list[Finding] = []
     recipe = choose_recipe(index, config, found, gpu=where.type == "cuda")
     result = run(

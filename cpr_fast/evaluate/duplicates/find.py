@@ -32,6 +32,7 @@ from cpr_fast.evaluate.features.results import Checkpoints
 from cpr_fast.evaluate.features.windows import open_windows
 from cpr_fast.evaluate.retrieval.names import percent
 from cpr_fast.evaluate.retrieval.ranking import leading_views
+from cpr_fast.runtime.distributed import device_of
 from cpr_fast.wording import counted
 
 THRESHOLDS = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.925, 0.9, 0.85, 0.8)  # of the table from which a user chooses
@@ -123,8 +124,7 @@ def of_checkpoint(
     Raises:
         InputError: see `load_pretrained` and `Index.load`; or fewer than two videos could be read.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(device_of(device))
     pretrained = load_pretrained(checkpoint, device=device).of_videos("dedup", "--checkpoint")
     how = recipe_for(pretrained.data, recipe)
     index = Index.load(index_csv, require_flow=False)

@@ -32,6 +32,7 @@ from cpr_fast.evaluate.features.results import Checkpoints
 from cpr_fast.evaluate.features.windows import open_windows
 from cpr_fast.evaluate.retrieval.ranking import Comparison, leading_views, prepare_streams
 from cpr_fast.models import Encoder
+from cpr_fast.runtime.distributed import device_of
 from cpr_fast.wording import counted, expected
 
 log = logging.getLogger(__name__)
@@ -76,8 +77,7 @@ def search(
         raise InputError("QUERIES: expected at least one video, got none")
     if top < 1:
         raise InputError(f"--top: expected at least 1, got {top}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(device_of(device))
     pretrained = load_pretrained(checkpoint, device=device).of_videos("search")
     how = recipe_for(pretrained.data, recipe, clips_per_video)
     stored = pretrained.data.flow == "stored"
