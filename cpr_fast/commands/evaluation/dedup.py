@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from cpr_fast.commands.inputs import (
+    parse_shard,
     require_at_least,
     require_checkpoints,
     require_file,
@@ -22,6 +23,10 @@ from cpr_fast.errors import InputError
 from cpr_fast.evaluate.retrieval.names import percent
 from cpr_fast.wording import counted
 
+if TYPE_CHECKING:
+    from cpr_fast.evaluate.duplicates.find import Duplicates
+    from cpr_fast.evaluate.duplicates.graph import Unfinished
+
 
 def dedup(
     index: IndexPath,
@@ -33,6 +38,7 @@ def dedup(
     sibling: float = 0.9,
     neighbours: int = 10,
     recipe: RecipeName | None = None,
+    shard: str = "0/1",
     json: Json = False,
 ) -> None:
     """Find near-duplicates and clips of one source, and write an index with these sources.
@@ -51,14 +57,17 @@ def dedup(
         sibling: The least mean similarity of the videos of a group that get one source, at most --duplicate.
         neighbours: How many nearest videos of each one are compared further; more than a video has near-duplicates.
         recipe: With --checkpoint, the recipe of `retrieve`, whose stored features are reused.
+        shard: With --features, i/n compares the i-th of n shares of the pairs, 0 <= i < n. Run the n commands on as
+            many machines as you like, also at the same time; the last one to end writes the index, which equals that of
+            one command.
     """
+    part = _shard(shard, checkpoint)
     out = _checked(index, checkpoint, features, out, duplicate, sibling, neighbours, recipe)
     from cpr_fast.runtime.progress import announce
 
     announce("Loading PyTorch and NVIDIA DALI")
     from cpr_fast.evaluate.duplicates.find import find_duplicates, of_checkpoint, of_store
-    from cpr_fast.evaluate.duplicates.output import write_groups, write_index
-    from cpr_fast.report.duplicates import write_duplicates
+    from cpr_fast.evaluate.duplicates.graph import Unfinished
 
     if features is None:
         compared = of_checkpoint(index, checkpoint, recipe=recipe, progress=True)
@@ -66,8 +75,21 @@ def dedup(
         compared = of_store(index, features)
     found = find_duplicates(
         compared, _beside(out, "graph.safetensors"), neighbours=neighbours, duplicate=duplicate, sibling=sibling,
-        progress=True,
+        shard=part, progress=True,
     )  # fmt: skip
+    if isinstance(found, Unfinished):
+        options = {"--features": features, "--out": out, "--duplicate": duplicate, "--sibling": sibling,
+                   "--neighbours": neighbours}  # fmt: skip
+        _show_unfinished(found, index, options, part, json)
+    else:
+        _write(found, index, out, json)
+
+
+def _write(found: Duplicates, index: Path, out: Path, json: bool) -> None:
+    """Writes the new index, the table of the groups and the page, and prints the result."""
+    from cpr_fast.evaluate.duplicates.output import write_groups, write_index
+    from cpr_fast.report.duplicates import write_duplicates
+
     page, groups = out.with_suffix(".html"), _beside(out, "groups.csv")
     write_index(found, out)
     write_groups(found, groups)
@@ -82,6 +104,29 @@ def dedup(
         lines=[*_lines(result), *(f"warning: {text}" for text in found.doubts())],
         next_step=f"open {shlex.quote(str(page))}",
     )
+
+
+def _shard(text: str, checkpoint: tuple[str, ...]) -> tuple[int, int]:
+    """Returns (i, n) of --shard. Raises InputError for a checkpoint, whose features every shard would compute."""
+    part = parse_shard(text)
+    if part[1] > 1 and checkpoint:
+        raise InputError(
+            f"--shard: expected --features, got --checkpoint and {text}; `cpr-fast embed INDEX --encoder CHECKPOINT "
+            f"--out STORE --shard {text}` computes the features in shards, for --features STORE"
+        )
+    return part
+
+
+def _show_unfinished(
+    found: Unfinished, index: Path, options: dict[str, Any], shard: tuple[int, int], json: bool
+) -> None:
+    """Prints which shards have not ended, and the command of another one, which has the same `options`."""
+    waiting = [f"{number}/{shard[1]}" for number in found.left]
+    left = f"{counted(len(waiting), 'shard')} of {shard[1]:,} {'is' if len(waiting) == 1 else 'are'} left"
+    line = f"shard {shard[0]}/{shard[1]}: its pairs are compared; {left}, the last of which writes {options['--out']}"
+    words = ["cpr-fast", "dedup", index, *(word for pair in options.items() for word in pair), "--shard", waiting[0]]
+    result = {"index": str(index), "out": str(options["--out"]), "waiting": waiting}
+    show(result, json, lines=[line], next_step=shlex.join(map(str, words)))
 
 
 def _checked(
