@@ -38,6 +38,7 @@ def dedup(
     sibling: float = 0.9,
     neighbours: int = 10,
     recipe: RecipeName | None = None,
+    pictures_fps: float | None = None,
     shard: str = "0/1",
     json: Json = False,
 ) -> None:
@@ -57,12 +58,14 @@ def dedup(
         sibling: The least mean similarity of the videos of a group that get one source, at most --duplicate.
         neighbours: How many nearest videos of each one are compared further; more than a video has near-duplicates.
         recipe: With --checkpoint, the recipe of `retrieve`, whose stored features are reused.
+        pictures_fps: With --checkpoint, the frames per second of extracted frames and LMDB records, see `retrieve`.
         shard: With --features, i/n compares the i-th of n shares of the pairs, 0 <= i < n. Run the n commands on as
             many machines as you like, also at the same time; the last one to end writes the index, which equals that of
             one command.
     """
     part = _shard(shard, checkpoint)
-    out = _checked(index, checkpoint, features, out, duplicate, sibling, neighbours, recipe)
+    of_videos = {"--recipe": recipe, "--pictures-fps": pictures_fps}
+    out = _checked(index, checkpoint, features, out, duplicate, sibling, neighbours, of_videos)
     from cpr_fast.runtime.progress import announce
 
     announce("Loading PyTorch and NVIDIA DALI")
@@ -70,7 +73,7 @@ def dedup(
     from cpr_fast.evaluate.duplicates.graph import Unfinished
 
     if features is None:
-        compared = of_checkpoint(index, checkpoint, recipe=recipe, progress=True)
+        compared = of_checkpoint(index, checkpoint, recipe=recipe, pictures_fps=pictures_fps, progress=True)
     else:
         compared = of_store(index, features)
     found = find_duplicates(
@@ -131,9 +134,10 @@ def _show_unfinished(
 
 def _checked(
     index: Path, checkpoint: tuple[str, ...], features: Path | None, out: Path | None, duplicate: float,
-    sibling: float, neighbours: int, recipe: str | None,
+    sibling: float, neighbours: int, of_videos: dict[str, Any],
 ) -> Path:  # fmt: skip
-    """Returns the path of the new index. Raises InputError that names the option."""
+    """Returns the path of the new index. Raises InputError that names the option, also one of `of_videos` that is given
+    without --checkpoint."""
     require_file("INDEX", index)
     if bool(checkpoint) == (features is not None):
         got = "both" if checkpoint else "none"
@@ -142,8 +146,9 @@ def _checked(
         require_checkpoints("--checkpoint", checkpoint)
     else:
         require_store("--features", str(features))
-        if recipe is not None:
-            raise InputError(f"--recipe: expected it with --checkpoint alone, got {recipe!r} with --features")
+        for option, value in of_videos.items():
+            if value is not None:
+                raise InputError(f"{option}: expected it with --checkpoint alone, got {value!r} with --features")
     for option, value in (("--duplicate", duplicate), ("--sibling", sibling)):
         if not 0 < value <= 1:
             raise InputError(f"{option}: expected a similarity above 0 and at most 1, got {value}")

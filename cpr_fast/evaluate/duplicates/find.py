@@ -115,17 +115,20 @@ def of_checkpoint(
     checkpoint: Checkpoints,
     *,
     recipe: RecipeName | None = None,
+    pictures_fps: float | None = None,
     device: str = "auto",
     progress: bool = False,
 ) -> Compared:
-    """Returns the features of the videos of an index by a checkpoint, as `retrieve` stores them.
+    """Returns the features of the videos of an index by a checkpoint, as `retrieve` stores them. `pictures_fps`: see
+    `load_pretrained`.
 
     Raises:
         InputError: see `load_pretrained` and `Index.load`; or fewer than two videos could be read.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    pretrained = load_pretrained(checkpoint, device=device).of_videos("dedup", "--checkpoint")
+    pretrained = load_pretrained(checkpoint, device=device, pictures_fps=pictures_fps)
+    pretrained = pretrained.of_videos("dedup", "--checkpoint")
     how = recipe_for(pretrained.data, recipe)
     index = Index.load(index_csv, require_flow=False)
     views = leading_views(list(pretrained.encoders))
