@@ -37,7 +37,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "flow": ("data", "Compute the TV-L1 optical flow of every video of an index."),
         "synth": ("data", "Write a data set of synthetic action videos."),
         "embed": ("data", "Write a store of features, to train and mine without videos."),
-        "ray": ("data", "Run index, flow or embed in shards on the machines of a Ray cluster."),
+        "ray": ("data", "Run index, flow, embed or dedup in shards on the machines of a Ray cluster."),
         "show-sample": ("data", "Write the clips that training reads from a video as a picture or a video."),
     },
     "Training": {

@@ -285,7 +285,7 @@ def training_part(videos: Index, config: Config | None, findings: list[Finding])
     split, train = _training_part(videos, config, findings)
     _check_splits(videos, findings)
     if reason := too_few(len(train), len({video.source for video in train}), split):
-        if len(set(videos.source_ids.tolist())) > 1 or len(train) < MIN_VIDEOS:  # else it is reported already
+        if videos.source_count > 1 or len(train) < MIN_VIDEOS:  # else it is reported already
             level, consequence = ("error", "fails") if config is None else ("warning", "results")
             findings.append(Finding(level, f"too few videos for pretraining: {reason}",
                                     "add videos, then list them again with `cpr-fast index`", consequence))  # fmt: skip

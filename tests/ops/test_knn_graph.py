@@ -94,6 +94,22 @@ def test_a_graph_continues_from_a_stored_state():
     assert all(map(torch.equal, whole.result(), selected(features, 6)))
 
 
+@pytest.mark.parametrize("bounds", [(0, 1500), (0, 1, 700, 1499, 1500), (0, 0, 640, 640, 1500)])
+def test_merged_ranges_of_rows_are_the_graph(bounds, monkeypatch):
+    monkeypatch.setattr("cpr_fast.ops.graph.knn_graph._MERGED", 400)
+    features, parts = example(1500, 8), []
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        parts.append(KnnGraph(features, 6, done=begin, end=end))
+        while parts[-1].done < end:
+            parts[-1].step()
+        parts[-1].step()  # nothing is left
+        assert parts[-1].done == end and (parts[-1].best[:begin] == -(2**63)).all()
+    graph = KnnGraph(features, 6, done=1500)
+    for begin, part in reversed([*zip(bounds, parts, strict=False)]):
+        graph.merge(part.best[begin:])
+    assert all(map(torch.equal, graph.result(), selected(features, 6)))
+
+
 def test_what_cuda_computes_is_the_same():
     features = example(700, 9)
     graph = KnnGraph(features, 5)
@@ -137,6 +153,12 @@ def test_a_bad_state_is_named():
         KnnGraph(features, 2, best=torch.zeros(2, 3, dtype=torch.int64).T)
     with pytest.raises(ValueError, match=r"done: expected 0\.\.3"):
         KnnGraph(features, 2, done=4)
+    for end in (1, 4):
+        with pytest.raises(ValueError, match=r"end: expected 2\.\.3"):
+            KnnGraph(features, 2, done=2, end=end)
+    for best in (torch.zeros(4, 2, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"best: expected shape"):
+            KnnGraph(features, 2).merge(best)
     operator = torch.ops.cpr_fast.knn_graph_rows
     best = torch.zeros(3, 2, dtype=torch.int64)
     for arguments in ((features, best, 2, 2), (features, best, -1, 2), (features, best, 0, 4)):

@@ -30,6 +30,7 @@ def embed(
     out: Path,
     encoder: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = (),
     features: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = (),
+    pictures_fps: float | None = None,
     samples: int | None = None,
     dtype: Literal["float16", "float32"] = "float16",
     device: str = "auto",
@@ -52,6 +53,8 @@ def embed(
             whose [data] has the settings of the clips; with VIEW= before it if the view is not rgb.
         features: Features of another program, PATH or one for each view (rgb=PATH flow=PATH): a folder of .npy, .npz
             or .pt files, one per clip, or one .npy, .npz, .pt or .h5 of all clips.
+        pictures_fps: Frames per second of extracted frames and LMDB records, which do not state it, for a network that
+            samples videos by time (data.fps); by default data.pictures_fps of its training.
         samples: Number of augmented samples per clip and view; 2 by default. With --features, this number of evenly
             spaced features of each clip; by default all of them.
         dtype: The type of the stored numbers.
@@ -65,22 +68,33 @@ def embed(
     require_at_least("--samples", 1, samples)
     part = parse_shard(shard)
     require_device("--device", device, "auto")
-    if bool(encoder) == bool(features):
-        raise InputError(f"--encoder, --features: expected one of the two, got {'both' if encoder else 'none'}")
-    if features and part[1] > 1:
-        raise InputError(
-            f"--shard: expected --encoder, whose features take long to compute, got --features and {shard}"
-        )
+    _require_source(encoder, features, pictures_fps, shard)
     if features:
         report = _adopted(features, index, out, samples, dtype)
     elif index is None:
         raise InputError("INDEX: expected the index of the videos that --encoder is to embed, got none")
     else:
-        report = _computed(index, encoder, out, samples or 2, dtype, device, seed, part)
-    options = {"--samples": (samples, None), "--dtype": (dtype, "float16"), "--device": (device, "auto"),
-               "--seed": (seed, 0)}  # fmt: skip
+        report = _computed(index, encoder, pictures_fps, out, samples or 2, dtype, device, seed, part)
+    options = {"--pictures-fps": (pictures_fps, None), "--samples": (samples, None), "--dtype": (dtype, "float16"),
+               "--device": (device, "auto"), "--seed": (seed, 0)}  # fmt: skip
     show(report, json, lines=_summary(report, out, part),
          next_step=_next_step(report["waiting"], index, encoder, out, options, part))  # fmt: skip
+
+
+def _require_source(
+    encoder: tuple[str, ...], features: tuple[str, ...], pictures_fps: float | None, shard: str
+) -> None:
+    """Raises InputError unless one of --encoder and --features is given, with its own options."""
+    if bool(encoder) == bool(features):
+        raise InputError(f"--encoder, --features: expected one of the two, got {'both' if encoder else 'none'}")
+    if features and parse_shard(shard)[1] > 1:
+        raise InputError(
+            f"--shard: expected --encoder, whose features take long to compute, got --features and {shard}"
+        )
+    if features and pictures_fps is not None:
+        raise InputError(
+            f"--pictures-fps: expected --encoder, which encodes pictures, got --features and {pictures_fps:g}"
+        )
 
 
 def _next_step(
@@ -117,8 +131,8 @@ def _adopted(features: tuple[str, ...], table: Path | None, out: Path, samples: 
 
 
 def _computed(
-    index: Path, encoder: tuple[str, ...], out: Path, samples: int, dtype: str, device: str, seed: int,
-    shard: tuple[int, int],
+    index: Path, encoder: tuple[str, ...], pictures_fps: float | None, out: Path, samples: int, dtype: str,
+    device: str, seed: int, shard: tuple[int, int],
 ) -> dict[str, Any]:  # fmt: skip
     from cpr_fast.runtime.progress import announce
 
@@ -127,7 +141,7 @@ def _computed(
     from cpr_fast.evaluate.features.embed import embed_videos, load_networks
     from cpr_fast.runtime import distributed
 
-    networks = load_networks(encoder)
+    networks = load_networks(encoder, pictures_fps)
     data = networks.data
     videos = Index.load(index, require_flow=data.flow == "stored").long_enough(data)
     place = str(distributed.init(device).device)

@@ -31,7 +31,7 @@ from cpr_fast.errors import FailedError, InputError
 from cpr_fast.runtime.progress import announce, duration
 from cpr_fast.wording import counted
 
-SHARDED = ("index", "flow", "embed")
+SHARDED = ("index", "flow", "embed", "dedup")
 POLL_S = 0.1
 STOP_S = 30.0  # time that a shard has to end after a request to stop
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>

@@ -53,6 +53,7 @@ def run_classify(
     recipe: RecipeName | None,
     clips: int | None,
     crops: int | None,
+    pictures_fps: float | None,
     seeds: tuple[int, ...],
     settings: Any,
     json: bool,
@@ -73,7 +74,7 @@ def run_classify(
         announce(f"Warning: {text}", end="")
     result = classify(
         checkpoint, index, task=task, settings=settings, recipe=recipe, clips_per_video=clips, crops=crops,
-        seeds=seeds, run_dir=run_of(checkpoint), progress=True,
+        pictures_fps=pictures_fps, seeds=seeds, run_dir=run_of(checkpoint), progress=True,
     )  # fmt: skip
     run = run_of(checkpoint)
     lines = [] if json else [*_lines(result), *about_unfinished([run])]

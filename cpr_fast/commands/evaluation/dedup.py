@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from cpr_fast.commands.inputs import (
+    parse_shard,
     require_at_least,
     require_checkpoints,
     require_file,
@@ -22,6 +23,10 @@ from cpr_fast.errors import InputError
 from cpr_fast.evaluate.retrieval.names import percent
 from cpr_fast.wording import counted
 
+if TYPE_CHECKING:
+    from cpr_fast.evaluate.duplicates.find import Duplicates
+    from cpr_fast.evaluate.duplicates.graph import Unfinished
+
 
 def dedup(
     index: IndexPath,
@@ -33,6 +38,8 @@ def dedup(
     sibling: float = 0.9,
     neighbours: int = 10,
     recipe: RecipeName | None = None,
+    pictures_fps: float | None = None,
+    shard: str = "0/1",
     json: Json = False,
 ) -> None:
     """Find near-duplicates and clips of one source, and write an index with these sources.
@@ -51,23 +58,41 @@ def dedup(
         sibling: The least mean similarity of the videos of a group that get one source, at most --duplicate.
         neighbours: How many nearest videos of each one are compared further; more than a video has near-duplicates.
         recipe: With --checkpoint, the recipe of `retrieve`, whose stored features are reused.
+        pictures_fps: With --checkpoint, the frames per second of extracted frames and LMDB records, see `retrieve`.
+        shard: With --features, i/n compares the i-th of n shares of the pairs, 0 <= i < n. Run the n commands on as
+            many machines as you like, also at the same time; the last one to end writes the index, which equals that of
+            one command.
     """
-    out = _checked(index, checkpoint, features, out, duplicate, sibling, neighbours, recipe)
+    part = _shard(shard, checkpoint)
+    of_videos = {"--recipe": recipe, "--pictures-fps": pictures_fps}
+    out = _checked(index, checkpoint, features, out, duplicate, sibling, neighbours, of_videos)
     from cpr_fast.runtime.progress import announce
 
     announce("Loading PyTorch and NVIDIA DALI")
     from cpr_fast.evaluate.duplicates.find import find_duplicates, of_checkpoint, of_store
-    from cpr_fast.evaluate.duplicates.output import write_groups, write_index
-    from cpr_fast.report.duplicates import write_duplicates
+    from cpr_fast.evaluate.duplicates.graph import Unfinished
 
     if features is None:
-        compared = of_checkpoint(index, checkpoint, recipe=recipe, progress=True)
+        compared = of_checkpoint(index, checkpoint, recipe=recipe, pictures_fps=pictures_fps, progress=True)
     else:
         compared = of_store(index, features)
     found = find_duplicates(
         compared, _beside(out, "graph.safetensors"), neighbours=neighbours, duplicate=duplicate, sibling=sibling,
-        progress=True,
+        shard=part, progress=True,
     )  # fmt: skip
+    if isinstance(found, Unfinished):
+        options = {"--features": features, "--out": out, "--duplicate": duplicate, "--sibling": sibling,
+                   "--neighbours": neighbours}  # fmt: skip
+        _show_unfinished(found, index, options, part, json)
+    else:
+        _write(found, index, out, json)
+
+
+def _write(found: Duplicates, index: Path, out: Path, json: bool) -> None:
+    """Writes the new index, the table of the groups and the page, and prints the result."""
+    from cpr_fast.evaluate.duplicates.output import write_groups, write_index
+    from cpr_fast.report.duplicates import write_duplicates
+
     page, groups = out.with_suffix(".html"), _beside(out, "groups.csv")
     write_index(found, out)
     write_groups(found, groups)
@@ -84,11 +109,35 @@ def dedup(
     )
 
 
+def _shard(text: str, checkpoint: tuple[str, ...]) -> tuple[int, int]:
+    """Returns (i, n) of --shard. Raises InputError for a checkpoint, whose features every shard would compute."""
+    part = parse_shard(text)
+    if part[1] > 1 and checkpoint:
+        raise InputError(
+            f"--shard: expected --features, got --checkpoint and {text}; `cpr-fast embed INDEX --encoder CHECKPOINT "
+            f"--out STORE --shard {text}` computes the features in shards, for --features STORE"
+        )
+    return part
+
+
+def _show_unfinished(
+    found: Unfinished, index: Path, options: dict[str, Any], shard: tuple[int, int], json: bool
+) -> None:
+    """Prints which shards have not ended, and the command of another one, which has the same `options`."""
+    waiting = [f"{number}/{shard[1]}" for number in found.left]
+    left = f"{counted(len(waiting), 'shard')} of {shard[1]:,} {'is' if len(waiting) == 1 else 'are'} left"
+    line = f"shard {shard[0]}/{shard[1]}: its pairs are compared; {left}, the last of which writes {options['--out']}"
+    words = ["cpr-fast", "dedup", index, *(word for pair in options.items() for word in pair), "--shard", waiting[0]]
+    result = {"index": str(index), "out": str(options["--out"]), "waiting": waiting}
+    show(result, json, lines=[line], next_step=shlex.join(map(str, words)))
+
+
 def _checked(
     index: Path, checkpoint: tuple[str, ...], features: Path | None, out: Path | None, duplicate: float,
-    sibling: float, neighbours: int, recipe: str | None,
+    sibling: float, neighbours: int, of_videos: dict[str, Any],
 ) -> Path:  # fmt: skip
-    """Returns the path of the new index. Raises InputError that names the option."""
+    """Returns the path of the new index. Raises InputError that names the option, also one of `of_videos` that is given
+    without --checkpoint."""
     require_file("INDEX", index)
     if bool(checkpoint) == (features is not None):
         got = "both" if checkpoint else "none"
@@ -97,8 +146,9 @@ def _checked(
         require_checkpoints("--checkpoint", checkpoint)
     else:
         require_store("--features", str(features))
-        if recipe is not None:
-            raise InputError(f"--recipe: expected it with --checkpoint alone, got {recipe!r} with --features")
+        for option, value in of_videos.items():
+            if value is not None:
+                raise InputError(f"{option}: expected it with --checkpoint alone, got {value!r} with --features")
     for option, value in (("--duplicate", duplicate), ("--sibling", sibling)):
         if not 0 < value <= 1:
             raise InputError(f"{option}: expected a similarity above 0 and at most 1, got {value}")

@@ -16,6 +16,7 @@ def finetune(
     recipe: RecipeName | None = None,
     clips: int | None = None,
     crops: Literal[1, 5, 10] | None = None,
+    pictures_fps: float | None = None,
     seeds: tuple[int, ...] = (0,),
     epochs: int | None = None,
     lr: float | None = None,
@@ -41,6 +42,8 @@ def finetune(
         clips: Number of windows per test video, evenly spaced; by default the recipe's (paper, coclr: all windows).
         crops: Number of crops per window: 1 (centre), 5 or 10; results for the smaller numbers are reported as well. By
             default 1 with the recipe iic, else 10.
+        pictures_fps: Frames per second of extracted frames and LMDB records, which do not state it, for a network that
+            samples videos by time (data.fps); by default data.pictures_fps of its training.
         seeds: Several seeds give an interval over seeds; one seed gives a bootstrap interval over sources.
         epochs: Replaces the config's number of epochs; its milestones, or the patience of a plateau, are scaled.
         lr: Learning rate of the classifier. This and the following options replace the config's settings.
@@ -51,6 +54,6 @@ def finetune(
         config: A TOML file whose section [finetune] is used instead of the checkpoint's.
     """
     settings = classifier_settings("finetune", checkpoint, index, config)
-    run_classify("finetune", checkpoint, index, recipe, clips, crops, seeds, settings, json,
+    run_classify("finetune", checkpoint, index, recipe, clips, crops, pictures_fps, seeds, settings, json,
                  epochs=epochs, lr=lr, backbone_lr=backbone_lr, layer_decay=layer_decay, dropout=dropout,
                  batch_size=batch_size)  # fmt: skip

@@ -19,6 +19,7 @@ def probe(
     inputs: Literal["features", "clips"] | None = None,
     clips: int | None = None,
     crops: Literal[1, 5, 10] | None = None,
+    pictures_fps: float | None = None,
     seeds: tuple[int, ...] = (0,),
     epochs: int | None = None,
     lr: float | None = None,
@@ -39,6 +40,8 @@ def probe(
         inputs: features: one stored feature per video (the default). clips: augmented clips, decoded in every epoch.
         clips: Number of windows per video, evenly spaced; by default the recipe's.
         crops: Take the centre crop (1, the default), five or ten crops of every window.
+        pictures_fps: Frames per second of extracted frames and LMDB records, which do not state it, for a network that
+            samples videos by time (data.fps); by default data.pictures_fps of its training.
         seeds: Several seeds give an interval over seeds; one seed gives a bootstrap interval over sources.
         epochs: Replaces the config's number of epochs; its milestones are scaled.
         lr: Replaces the config's learning rate.
@@ -51,5 +54,5 @@ def probe(
         settings = dataclasses.replace(settings, inputs=inputs, lr=0.1, batch_size=16, normalize=True)
     elif inputs:
         settings = dataclasses.replace(settings, inputs=inputs)
-    run_classify("probe", checkpoint, index, recipe, clips, crops or 1, seeds, settings, json,
+    run_classify("probe", checkpoint, index, recipe, clips, crops or 1, pictures_fps, seeds, settings, json,
                  epochs=epochs, lr=lr, batch_size=batch_size)  # fmt: skip

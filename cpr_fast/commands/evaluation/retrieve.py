@@ -37,6 +37,7 @@ def retrieve(
     recipe: RecipeName | None = None,
     clips: int | None = None,
     crops: Literal[1, 5, 10] | None = None,
+    pictures_fps: float | None = None,
     cache: bool = True,
     json: Json = False,
 ) -> None:
@@ -55,6 +56,8 @@ def retrieve(
         clips: Number of windows per video, evenly spaced; by default the recipe's (paper, coclr: all windows, which
             overlap by half).
         crops: Take the centre crop (1, the default), five or ten crops of every window.
+        pictures_fps: Frames per second of extracted frames and LMDB records, which do not state it, for a network that
+            samples videos by time (data.fps); by default data.pictures_fps of its training.
         cache: Store features beside the checkpoint and reuse them.
     """
     require_checkpoints("CHECKPOINT", checkpoint)
@@ -71,7 +74,7 @@ def retrieve(
     announce("Reading the checkpoint and the index")
     result = run(
         checkpoint, index, protocol=protocol, recipe=recipe, run_dir=run_of(checkpoint), clips_per_video=clips,
-        crops=crops or 1, cache=cache, progress=True,
+        crops=crops or 1, pictures_fps=pictures_fps, cache=cache, progress=True,
     )  # fmt: skip
     folder = run_of(checkpoint)
     lines = [] if json else [*lines_of(result), *about_unfinished([folder])]

@@ -22,6 +22,7 @@ def search(
     out: Path | None = None,
     recipe: RecipeName | None = None,
     clips: int | None = None,
+    pictures_fps: float | None = None,
     cache: bool = True,
     json: Json = False,
 ) -> None:
@@ -35,6 +36,8 @@ def search(
         out: Folder of the contact sheets, QUERY.jpg; by default the folder `search` of the checkpoint's run.
         recipe: The recipe of `retrieve`, whose stored features are reused.
         clips: Number of windows per video, evenly spaced; by default the recipe's.
+        pictures_fps: Frames per second of extracted frames and LMDB records, which do not state it, for a network that
+            samples videos by time (data.fps); by default data.pictures_fps of its training.
         cache: Store the index's features beside the checkpoint and reuse them.
     """
     if not queries:
@@ -56,7 +59,8 @@ def search(
     folder = out or home(checkpoint_files(checkpoint)[0][1]) / "search"
     require_writable("--out", folder, "The contact sheets are stored there; choose another folder")
     result = run(
-        queries, index, checkpoint, top=top, recipe=recipe, clips_per_video=clips, cache=cache, progress=True,
+        queries, index, checkpoint, top=top, recipe=recipe, clips_per_video=clips, pictures_fps=pictures_fps,
+        cache=cache, progress=True,
         draw=lambda name, query, found: write_contact_sheet(folder / f"{name}.jpg", query, found),
     )  # fmt: skip
     lines = []

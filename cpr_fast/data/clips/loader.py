@@ -212,7 +212,8 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yields the batches of an epoch from `start_step` on. They do not depend, bit for bit, on where it starts."""
-        order = epoch_order(len(self._index), self._seed, epoch)
+        with returning_freed_memory():  # what was needed to read a large index, and to draw its order
+            order = epoch_order(len(self._index), self._seed, epoch)
         steps = (self._plan(order, epoch, step) for step in range(start_step, self._steps))
         if self._ahead is not None:
             steps = self._ahead.following(steps, epoch * self._steps + start_step)

@@ -44,16 +44,8 @@ _PAIR_STREAM, _ORDER_STREAM, _LABELLED_STREAM, _TEST_STREAM = 2, 3, 4, 5
 _AT_ONCE = 2**16  # videos whose place in an epoch is drawn at the same time
 
 # The columns of the draws of a clip; T columns for the channels of grayscale and 3 A for the crop follow them.
-_FLIP, _CHANCES, _FACTORS, _HUE, _SIGMA, _ORDER, _CORNER, _START = (
-    0,
-    slice(1, 4),
-    slice(4, 7),
-    7,
-    8,
-    9,
-    slice(10, 12),
-    12,
-)
+(_FLIP, _CHANCES, _FACTORS, _HUE, _SIGMA, _ORDER, _CORNER,
+ _START) = 0, slice(1, 4), slice(4, 7), 7, 8, 9, slice(10, 12), 12  # fmt: skip
 _FIXED = 13
 
 
@@ -61,15 +53,19 @@ _FIXED = 13
 class Sources:
     """The properties of every video of an index that a plan needs, as arrays."""
 
-    # int64 [N], frames that all views have; flow has one less than RGB. With `data.fps`, the samples of these frames.
-    num_frames: np.ndarray
-    height: np.ndarray  # int64 [N]
-    width: np.ndarray  # int64 [N]
+    # Frames that all views have; flow has one less than RGB. With `data.fps`, the samples of these frames.
+    num_frames: np.ndarray  # int32 or int64 [N]
+    height: np.ndarray  # int32 or int64 [N]
+    width: np.ndarray  # int32 or int64 [N]
 
     @classmethod
     def of(cls, index: Index, data: DataConfig | None = None) -> Sources:
         """Returns the facts of an index. If `data.flow` is not "stored", every video has flow."""
         return cls(index.shared_frames(data), index.numbers("height"), index.numbers("width"))
+
+    def at(self, video: np.ndarray) -> Sources:
+        """Returns the properties of the videos at these positions, int64 [M] each."""
+        return Sources(*(column[video].astype(np.int64) for column in (self.num_frames, self.height, self.width)))
 
 
 @dataclass(frozen=True)
@@ -107,11 +103,12 @@ class Clips:
 
 def epoch_order(num_videos: int, seed: int, epoch: int) -> np.ndarray:
     """Returns the order in which an epoch visits the videos: a permutation, int64 [N]."""
-    draw = np.empty((num_videos, 2))
+    drawn = np.empty(num_videos, np.uint64)
     for begin in range(0, num_videos, _AT_ONCE):
         part = np.arange(begin, min(begin + _AT_ONCE, num_videos))
-        draw[part] = _draws(part, seed, epoch, _ORDER_STREAM, blocks=1)[:, :2]
-    return np.lexsort((draw[:, 1], draw[:, 0])).astype(np.int64)
+        words = (_draws(part, seed, epoch, _ORDER_STREAM, blocks=1)[:, :2] * 2.0**32).astype(np.uint64)  # exact
+        drawn[part] = words[:, 0] << 32 | words[:, 1]
+    return drawn.argsort(kind="stable")
 
 
 def step_videos(order: np.ndarray, step: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
@@ -130,7 +127,7 @@ def plan_pairs(sources: Sources, video: np.ndarray, data: DataConfig, seed: int,
     colour jitter, grayscale and blur. With `data.augment = "none"` clips have different positions and a centre crop;
     with "iic" different positions and a random crop each.
     """
-    start, is_base = _positions(sources.num_frames[video], data, seed, epoch, video)
+    start, is_base = _positions(sources.at(video).num_frames, data, seed, epoch, video)
     chances = np.array([JITTER_P, GRAYSCALE_P, BLUR_P])
     clips = []
     for c in (0, 1):
@@ -163,8 +160,9 @@ def _single(
     sources: Sources, video: np.ndarray, data: DataConfig, seed: int, epoch: int, *, jitter_p: float, flip_p: float
 ) -> Clips:
     draw = _clip_draws(video, data, seed, epoch, _LABELLED_STREAM, LABELLED_ATTEMPTS)
-    start = _random_start(sources.num_frames[video], data, draw[:, _START])
-    square = _square_box(sources.height[video], sources.width[video])
+    own = sources.at(video)
+    start = _random_start(own.num_frames, data, draw[:, _START])
+    square = _square_box(own.height, own.width)
     clips = _clip(sources, video, start, np.array([jitter_p, 0, 0]), data, draw, square)
     return clips if data.augment != "coclr" else replace(clips, flip=draw[:, _FLIP] < flip_p)
 
@@ -191,7 +189,8 @@ def plan_windows(sources: Sources, video: int, data: DataConfig, clips_per_video
     crop = np.tile(np.arange(crops), len(start))
     videos = np.full(len(crop), video, np.int64)
     corner_box = _iic_corner_box if data.augment == "iic" else _corner_box
-    box = corner_box(sources.height[videos], sources.width[videos], crop % 5)
+    own = sources.at(videos)
+    box = corner_box(own.height, own.width, crop % 5)
     clips = _neutral(videos, start.astype(np.int64).repeat(crops), box, data)
     return replace(clips, flip=crop >= 5, crop=crop)
 
@@ -277,7 +276,8 @@ def _clip(
     `chances` are the probabilities of jitter, grayscale and blur, [3] or [N, 3]. `otherwise` is the box where no try of
     the random crop fits, int64 [N, 4]; by default the whole frame.
     """
-    height, width = sources.height[video], sources.width[video]
+    own = sources.at(video)
+    height, width = own.height, own.width
     if data.augment == "none":
         return _neutral(video, start, _corner_box(height, width, np.zeros(len(video), np.int64)), data)
     if data.augment == "iic":

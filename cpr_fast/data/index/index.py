@@ -171,7 +171,7 @@ class Index(Sequence[Video]):
         return np.array([number[video.source] for video in self], dtype=np.int64)
 
     def numbers(self, column: str) -> np.ndarray:
-        """Returns the column "num_frames", "width" or "height", int64 [N]."""
+        """Returns the column "num_frames", "width" or "height", int32 or int64 [N], not to be changed."""
         if self._columns:
             return self._columns.numbers(column)
         return np.array([getattr(video, column) for video in self], np.int64)
@@ -182,16 +182,18 @@ class Index(Sequence[Video]):
         return self._columns.has_flow if self._columns else np.array([v.flow_path is not None for v in self], bool)
 
     def shared_frames(self, data: DataConfig | None = None) -> np.ndarray:
-        """Returns `Video.shared_frames` of every video, int64 [N]. Raises InputError as that does."""
+        """Returns `Video.shared_frames` of every video, int32 or int64 [N]. Raises InputError as that does."""
         computed = data is not None and data.flow != "stored"
-        frames = self.numbers("num_frames") - (computed | self.has_flow)
+        frames, has_flow = self.numbers("num_frames"), computed | self.has_flow
+        frames = frames - has_flow if has_flow.any() else frames
         if data is None or not data.fps:
             return frames
         if self._columns:
-            rows = zip(self._columns.paths(), self._columns.rates().tolist(), strict=True)
+            rows = zip(self._columns.paths(), self._columns.rates(), strict=True)
         else:
             rows = ((video.path, video.fps) for video in self)
-        rates = np.array([native_rate(path, listed, data.pictures_fps) for path, listed in rows])
+        each = (native_rate(path, listed, data.pictures_fps) for path, listed in rows)
+        rates = np.fromiter(each, np.float64, len(self))
         return sample_count(frames, rates, data.fps)
 
     @property

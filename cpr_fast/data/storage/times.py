@@ -71,7 +71,7 @@ def native_rate(path: str | Path, listed: float, pictures_fps: float) -> float:
         raise InputError(
             "data.pictures_fps: expected the frames per second of the extracted frames and LMDB records, which do not "
             f"state it and are sampled by time with data.fps, got 0; the first is {str(path)!r}. An evaluation takes "
-            "it from the checkpoint: evaluate a network that was trained on video files on video files"
+            "it from its network, or from --pictures-fps"
         )
     return pictures_fps
 

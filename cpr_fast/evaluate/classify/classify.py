@@ -74,6 +74,7 @@ def classify(
     recipe: RecipeName | None = None,
     clips_per_video: int | None = None,
     crops: int | None = None,
+    pictures_fps: float | None = None,
     seeds: Sequence[int] = (0,),
     out: str | Path | None = None,
     run_dir: str | Path | None = None,
@@ -85,13 +86,12 @@ def classify(
     Under `torchrun` the processes share the test videos. Each process trains on `settings.batch_size` clips per step.
 
     Args:
-        checkpoint: One file, or one per view; see `load_pretrained`.
+        checkpoint, pictures_fps: One file, or one per view, and the rate of pictures; see `load_pretrained`.
         indexes: Labelled videos in the splits "train" and "test", one file for each official split.
         settings: None means the section of the (first) checkpoint's config.
         recipe, clips_per_video, crops: None means the networks' own recipe, its windows and crops, see `recipe_for`.
         seeds: Seeds of the head's initial weights, the order of videos, the augmentation and the dropout.
-        out: Folder of the trainings and the result; by default `evaluations` in the run folder.
-        run_dir: Run folder whose metrics.jsonl receives a row per result.
+        out, run_dir: Folder of the results, by default `evaluations` of the run. Run whose metrics get a row for each.
     Returns:
         `task`, `recipe`, `leakage`, `view` (two_stream or merged if there are both views) with its `accuracy` and
         `accuracy_ci95`, `summary` (the same for every view: mean over splits and seeds, interval over seeds or, for one
@@ -100,7 +100,7 @@ def classify(
     """
     if not indexes or not seeds:
         raise InputError(f"--index, --seeds: expected at least one of each, got {len(indexes)} and {len(seeds)}")
-    world, pretrained = distributed.init(device), load_pretrained(checkpoint)
+    world, pretrained = distributed.init(device), load_pretrained(checkpoint, pictures_fps=pictures_fps)
     configs, encoders = pretrained.configs, pretrained.encoders
     digests = {view: weights_digest(encoder) for view, encoder in encoders.items()}
     settings = settings or getattr(next(iter(configs.values())), task)

@@ -22,7 +22,7 @@ from cpr_fast.data.files.relative import path_in
 from cpr_fast.data.index.index import Index, numbered
 from cpr_fast.data.storage.media import resolved
 from cpr_fast.errors import InputError
-from cpr_fast.evaluate.duplicates.graph import stored_graph, unit_features
+from cpr_fast.evaluate.duplicates.graph import Unfinished, stored_graph, unit_features
 from cpr_fast.evaluate.duplicates.groups import Groups, Pairs, agreement, at_thresholds, joined, pairs_of, sizes
 from cpr_fast.evaluate.features.cache import FeatureCache, embed_index, weights_digest
 from cpr_fast.evaluate.features.embedding import encoder_embeddings
@@ -116,16 +116,19 @@ def of_checkpoint(
     checkpoint: Checkpoints,
     *,
     recipe: RecipeName | None = None,
+    pictures_fps: float | None = None,
     device: str = "auto",
     progress: bool = False,
 ) -> Compared:
-    """Returns the features of the videos of an index by a checkpoint, as `retrieve` stores them.
+    """Returns the features of the videos of an index by a checkpoint, as `retrieve` stores them. `pictures_fps`: see
+    `load_pretrained`.
 
     Raises:
         InputError: see `load_pretrained` and `Index.load`; or fewer than two videos could be read.
     """
     device = str(device_of(device))
-    pretrained = load_pretrained(checkpoint, device=device).of_videos("dedup", "--checkpoint")
+    pretrained = load_pretrained(checkpoint, device=device, pictures_fps=pictures_fps)
+    pretrained = pretrained.of_videos("dedup", "--checkpoint")
     how = recipe_for(pretrained.data, recipe)
     index = Index.load(index_csv, require_flow=False)
     views = leading_views(list(pretrained.encoders))
@@ -208,17 +211,30 @@ def _compared(
 
 
 def find_duplicates(
-    compared: Compared, graph: Path, *, neighbours: int, duplicate: float, sibling: float, progress: bool = False
-) -> Duplicates:
-    """Finds the groups of near-duplicates and of siblings.
+    compared: Compared,
+    graph: Path,
+    *,
+    neighbours: int,
+    duplicate: float,
+    sibling: float,
+    shard: tuple[int, int] = (0, 1),
+    progress: bool = False,
+) -> Duplicates | Unfinished:
+    """Finds the groups of near-duplicates and of siblings; `Unfinished` while other shards of the graph are missing.
 
     Args:
         graph: the file of the graph of neighbours, see `stored_graph`.
         neighbours: k of the graph; all other videos if there are fewer.
         duplicate, sibling: the least mean similarity of the videos of a group, sibling <= duplicate.
+        shard: (i, n) first compares the i-th of n shares of the pairs, see `stored_graph`.
+    Raises:
+        InputError: see `stored_graph`.
     """
     features, index = compared.features, compared.index
-    indices, scores = stored_graph(features, min(neighbours, len(features) - 1), graph, progress=progress)
+    found = stored_graph(features, min(neighbours, len(features) - 1), graph, shard=shard, progress=progress)
+    if isinstance(found, Unfinished):
+        return found
+    indices, scores = found
     pairs = pairs_of(indices, scores, min(sibling, THRESHOLDS[-1]))
     groups = Groups(features)
     groups.join(pairs.above(duplicate), duplicate)

@@ -42,12 +42,14 @@ _OF_THE_MACHINE = (*READING, "features", "window", "split", "batch_size")
 log = logging.getLogger(__name__)
 
 
-def load_networks(given: Sequence[str]) -> Pretrained:
+def load_networks(given: Sequence[str], pictures_fps: float | None = None) -> Pretrained:
     """Returns the encoders of `--encoder`: checkpoints (FILE or VIEW=FILE); or one network for one view, a recipe
     (FILE.toml) or a factory (MODULE:FACTORY or FILE.py:FACTORY), perhaps with VIEW= before it.
 
     The weights of a recipe are those that its `model.init` names for the view; or those that the factory loads; or
     random ones of the built-in networks, which the name of what is returned and the log then say.
+
+    `pictures_fps`: see `load_pretrained`.
 
     Raises:
         InputError: not one network, or one that encodes stored features; or see `load_initial`.
@@ -56,7 +58,7 @@ def load_networks(given: Sequence[str]) -> Pretrained:
     view, name = (view, name) if equals and view in get_args(View) else ("rgb", given[0])
     is_factory = ":" in name and not Path(name).exists()
     if not is_factory and not name.endswith(".toml"):
-        return load_pretrained(given).of_videos("embed", "--encoder")
+        return load_pretrained(given, pictures_fps=pictures_fps).of_videos("embed", "--encoder")
     if len(given) > 1:
         raise InputError(f"--encoder: expected one network, or checkpoints, got {' '.join(given)}")
     config = Config(model=ModelConfig(arch=name)) if is_factory else load(name)
@@ -73,7 +75,7 @@ def load_networks(given: Sequence[str]) -> Pretrained:
         log.warning("embed: the weights of %s are random, because %s has no model.init.%s: use the features only as a "
                     "baseline", config.model.arch, name, view)  # fmt: skip
         name = f"{name} with random weights (run.seed {config.run.seed})"
-    return dataclasses.replace(networks, name=name, encoders={view: encoder})
+    return dataclasses.replace(networks, name=name, encoders={view: encoder}).at_pictures_fps(pictures_fps)
 
 
 def embed_videos(

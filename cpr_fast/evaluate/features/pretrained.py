@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from cpr_fast.config import Config, DataConfig, ModelConfig
+from cpr_fast.config.checks import MANY
 from cpr_fast.config.sections import STORED
 from cpr_fast.data.features.index import StoredClips
 from cpr_fast.data.features.names import is_store
@@ -26,7 +27,7 @@ class Pretrained:
     """Encoders in eval mode by view, and the config that each was trained with. All have the same clip settings.
 
     Attributes:
-        name: The checkpoints, as the user gave them.
+        name: The checkpoints, as the user gave them, and --pictures-fps if it was given.
         home: The folder of the first checkpoint's evaluations.
         stored: The store whose features the "encoders" return as they are; None if they compute features.
     """
@@ -92,6 +93,24 @@ class Pretrained:
                 f"trained on, got {found} in {str(store.folder)!r}"
             )
 
+    def at_pictures_fps(self, rate: float | None) -> Pretrained:
+        """Returns the same networks for pictures of this rate, whose name states it; None changes nothing. Raises
+        InputError that names --pictures-fps."""
+        if rate is None:
+            return self
+        if not 0 < rate <= MANY:
+            raise InputError(
+                f"--pictures-fps: expected frames per second, more than 0 and at most {MANY}, got {rate:g}"
+            )
+        if not self.data.fps:
+            raise InputError(
+                f"--pictures-fps: expected it with a network that samples videos by time (data.fps), got {rate:g} with "
+                f"{self.name!r}, which takes every frame"
+            )
+        configs = {view: replace(config, data=replace(config.data, pictures_fps=rate))
+                   for view, config in self.configs.items()}  # fmt: skip
+        return replace(self, name=f"{self.name} --pictures-fps {rate:g}", configs=configs)
+
     def of_videos(self, task: str, option: str = "CHECKPOINT") -> Pretrained:
         """Returns the same networks. Raises InputError that names `option`, if they encode features, and `task` needs
         networks that encode videos."""
@@ -111,20 +130,23 @@ def _of_store(folder: Path) -> Pretrained:
     return Pretrained(str(folder), folder, views, dict.fromkeys(views, config), stored=store)
 
 
-def load_pretrained(checkpoints: Checkpoints, *, device: str = "cpu") -> Pretrained:
+def load_pretrained(checkpoints: Checkpoints, *, device: str = "cpu", pictures_fps: float | None = None) -> Pretrained:
     """Loads the encoders of checkpoints that `pretrain` or `import-checkpoint` wrote.
 
     Args:
         checkpoints: One or several arguments: FILE loads every view that the file holds, VIEW=FILE only that view. Or
             one store of features, whose features are then taken as they are.
+        pictures_fps: Replaces data.pictures_fps of the checkpoints: the frames per second of the extracted frames and
+            LMDB records that are to be encoded, which may be others than those of the training.
     Raises:
-        InputError: No file, a view that a file lacks or that is given twice, or files with different clip settings.
+        InputError: No file, a view that a file lacks or that is given twice, or files with different clip settings; or
+            a rate of pictures that is none, or for networks without data.fps, which encode every frame.
     """
     encoders: dict[str, Encoder] = {}
     configs: dict[str, Config] = {}
     files = checkpoint_files(checkpoints)
     if len(files) == 1 and files[0][0] is None and is_store(files[0][1]):
-        return _of_store(files[0][1])
+        return _of_store(files[0][1]).at_pictures_fps(pictures_fps)
     for wanted, file in files:
         config, held = load_encoders(file, device=device)
         if wanted is not None and wanted not in held:
@@ -144,4 +166,4 @@ def load_pretrained(checkpoints: Checkpoints, *, device: str = "cpu") -> Pretrai
                     f"{value!r} in {str(file)!r}"
                 )
     name = " ".join(str(file) if wanted is None else f"{wanted}={file}" for wanted, file in files)
-    return Pretrained(name, home(files[0][1]), encoders, configs)
+    return Pretrained(name, home(files[0][1]), encoders, configs).at_pictures_fps(pictures_fps)

@@ -68,6 +68,7 @@ def retrieve(
     untrained_seed: int = 0,
     clips_per_video: int | None = None,
     crops: int = 1,
+    pictures_fps: float | None = None,
     cache: bool = True,
     device: str = "auto",
     progress: bool = False,
@@ -79,10 +80,9 @@ def retrieve(
 
     Args:
         checkpoint, indexes: One file or several, see `load_pretrained`; one index for each official split.
-        run_dir: Run folder whose metrics.jsonl receives a row per result.
-        untrained_seed: Seed of the untrained network's weights.
+        run_dir, untrained_seed: Run folder whose metrics.jsonl receives a row per result. Seed of untrained weights.
         recipe, clips_per_video: None means the networks' own recipe (`recipe_for`), and its number of windows.
-        crops: 1, 5 or 10 crops of every window.
+        crops, pictures_fps: 1, 5 or 10 crops of every window. See `load_pretrained`.
         cache: Store features in the folder `features` of the run, and reuse them.
     Returns:
         `protocol`, `recipe`, `view` (two_stream or merged if there are both views), its `r@1` to `r@50` and `map`,
@@ -95,7 +95,7 @@ def retrieve(
         raise InputError("--index: expected at least one index, got none")
     world = distributed.init(device)
     device = str(world.device)
-    pretrained = load_pretrained(checkpoint, device=device)
+    pretrained = load_pretrained(checkpoint, device=device, pictures_fps=pictures_fps)
     data, folder = pretrained.data, results_folder(pretrained.evaluations)
     how = recipe_for(data, recipe, clips_per_video, crops)
     splits = [pretrained.open("--index", path) for path in paths]

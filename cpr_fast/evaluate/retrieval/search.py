@@ -49,6 +49,7 @@ def search(
     top: int = 10,
     recipe: RecipeName | None = None,
     clips_per_video: int | None = None,
+    pictures_fps: float | None = None,
     cache: bool = True,
     draw: Draw | None = None,
     device: str = "auto",
@@ -57,13 +58,12 @@ def search(
     """Finds the videos of an index that are most similar to each query, reusing the features that `retrieve` stored.
 
     The similarity is the cosine, -1 to 1, of features centred by the index's mean; with both views it is the mean of
-    the two, which gives the order of two-stream retrieval. The flow of the queries is computed. Queries that are larger
-    than every video of the index are scaled down to the largest, since flow is measured in pixels; rotated queries are
-    turned upright.
+    the two, the order of two-stream retrieval. The flow of the queries is computed. Queries that are larger than every
+    video of the index are scaled down to the largest, since flow is measured in pixels; rotated ones are turned.
 
     Args:
         queries, index_csv: Video files, and the index to search, with all its splits; labels are optional.
-        checkpoint: One file, or one per view; see `load_pretrained`.
+        checkpoint, pictures_fps: One file, or one per view, and the rate of pictures; see `load_pretrained`.
         top, recipe, clips_per_video: Videos listed for each query; windows per video (None: the number of the recipe).
         draw: Called for each query while its temporary files exist; returns the path of a picture.
     Returns:
@@ -78,7 +78,7 @@ def search(
     if top < 1:
         raise InputError(f"--top: expected at least 1, got {top}")
     device = str(device_of(device))
-    pretrained = load_pretrained(checkpoint, device=device).of_videos("search")
+    pretrained = load_pretrained(checkpoint, device=device, pictures_fps=pictures_fps).of_videos("search")
     how = recipe_for(pretrained.data, recipe, clips_per_video)
     stored = pretrained.data.flow == "stored"
     index = Index.load(index_csv, require_flow=stored).long_enough(pretrained.data)

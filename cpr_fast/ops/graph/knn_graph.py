@@ -18,6 +18,7 @@ _EMPTY = NO_KEY * 2**32  # a word without an entry
 _SLOTS = 2**32 - 1
 _PANEL_BYTES = 2**18  # of float32 features that are compared at once: half of the cache of a core
 _LEAST_ROWS, _MOST_ROWS = 64, 512
+_MERGED = 2**16  # lists that are merged at once
 
 
 def knn_graph(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -46,7 +47,7 @@ def knn_graph(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         (torch.Size([1000, 10]), torch.Size([1000, 10]))
     """
     graph = KnnGraph(features, k)
-    while graph.done < len(graph.features):
+    while graph.done < graph.end:
         graph.step()
     return graph.result()
 
@@ -67,12 +68,14 @@ def knn_graph_ref(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 class KnnGraph:
     """`knn_graph` in steps. The state, `done` and `best`, can be stored after a step and given to a later object with
-    the same features on the same kind of device, which continues from there.
+    the same features on the same kind of device, which continues from there. A range of rows, from `done` to `end`, is
+    a part of the graph, and `merge` joins parts.
 
     Args:
         features, k: as for `knn_graph`. The features are not copied where they are contiguous, and must not change.
         best: [N, k] int64 contiguous, the lists of an earlier object, which are changed in place; None begins.
         done: the number of the first rows that were compared with all later ones when `best` was stored.
+        end: the row before which the steps stop; all rows by default.
 
     Attributes:
         best: [N, k] int64: the key of a score (see `cascade_keys`) in the upper half of a word, 2**32 - 1 - index in
@@ -83,7 +86,9 @@ class KnnGraph:
         As `knn_graph`.
     """
 
-    def __init__(self, features: Tensor, k: int, *, best: Tensor | None = None, done: int = 0) -> None:
+    def __init__(
+        self, features: Tensor, k: int, *, best: Tensor | None = None, done: int = 0, end: int | None = None
+    ) -> None:
         checks.check_tensor("features", features, _DTYPES, "[N, D]", 2)
         checks.check_device("features", features, "cascade_select")
         size, width = features.shape
@@ -98,19 +103,21 @@ class KnnGraph:
             raise ValueError("best: expected contiguous memory, because it is changed in place")
         if not 0 <= checks.integer("done", done) <= size:
             raise ValueError(f"done: expected 0..{size}, got {done}")
-        self.best, self.done = best, done
+        if not done <= checks.integer("end", size if end is None else end) <= size:
+            raise ValueError(f"end: expected {done}..{size}, got {end}")
+        self.best, self.done, self.end = best, done, size if end is None else end
         self.rows = max(_LEAST_ROWS, min(_MOST_ROWS, _PANEL_BYTES // (4 * width) // _LEAST_ROWS * _LEAST_ROWS))
 
     @property
     def share(self) -> float:
-        """The share of all pairs that are compared, 0..1."""
+        """The share of all pairs that the rows before `done` are part of, 0..1."""
         left = len(self.features) - self.done
         return 1 - left * (left - 1) / max(1, len(self.features) * (len(self.features) - 1))
 
     @torch.no_grad()
     def step(self) -> None:
-        """Compares the next `rows` rows with all rows after them. Does nothing if all are compared."""
-        end = min(self.done + self.rows, len(self.features))
+        """Compares the next `rows` rows before `end` with all rows after them. Does nothing if all are compared."""
+        end = min(self.done + self.rows, self.end)
         if self.done < end:
             if self.features.device.type == "cpu":
                 ops.knn_graph_rows.default(self.features, self.best, self.done, end)
@@ -127,6 +134,14 @@ class KnnGraph:
         )  # fmt: skip
         keys = keys_of(scores).long()
         self.best[self.done : end] = torch.where(indices < 0, _EMPTY, keys * 2**32 + (_SLOTS - indices))
+
+    def merge(self, best: Tensor) -> None:
+        """Adds lists [M, k] int64 of the last M entries, `best` of another part: one whose rows are not among those
+        that were compared here."""
+        size, k = self.best.shape
+        checks.check_int64("best", best, (min(len(best), size), k), self.features, "features")
+        for own, other in zip(self.best[size - len(best) :].split(_MERGED), best.split(_MERGED), strict=True):
+            own.copy_(torch.cat([own, other], 1).topk(k, 1).values)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Returns indices [N, k] int64 and scores [N, k] float32 of what was compared; see `knn_graph`."""

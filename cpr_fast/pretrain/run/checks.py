@@ -219,7 +219,7 @@ def _about_samples(index: StoredClips, config: Config) -> Iterator[str]:
 
 def _all_positive(config: Config, index: Index) -> bool:
     mines = any(cycle.mining == "cascade" for cycle in config.schedule.cycles)
-    return mines and config.loss.protocol == "coclr" and len(set(index.source_ids.tolist())) == 1
+    return mines and config.loss.protocol == "coclr" and index.source_count == 1
 
 
 def _about_memory(config: Config, plans: Sequence[CyclePlan]) -> Iterator[str]:
@@ -368,7 +368,7 @@ def _about_random_encoders(config: Config, plans: Sequence[CyclePlan]) -> Iterat
 
 
 def _about_labels(index: Index, plans: Sequence[CyclePlan]) -> Iterator[str]:
-    if plans and len(set(index.labels.tolist())) == 1:
+    if plans and len(np.unique(index.labels)) == 1:
         yield (
             f"{_named(plans)} {_verb(plans, 'learns', 'learn')} nothing: all "
             f"{counted(len(index), 'video')} have the label "

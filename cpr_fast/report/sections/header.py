@@ -82,7 +82,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if index is not None:
         classes = counted(len(index.classes), "class", "classes") if index.classes else "no labels"
         split = f"split {data['split']!r}" if data.get("split") else "all splits"
-        sources = len(set(index.source_ids.tolist()))
+        sources = index.source_count
         rows.append(("Training videos", f"{len(index):,} of {counted(sources, 'source')}, {classes}, {split}"))
     else:
         rows.append(("Training videos", "not known: the index is no longer there, or its videos are not"))

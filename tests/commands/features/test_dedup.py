@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_a_copy_gets_the_source_of_its_original(here, capsys, caplog):
     assert "videos/copy.mp4" in (here / "index-dedup-groups.csv").read_text()
     assert main(["dedup", "index.csv", *CHECKPOINT, "--sibling", "0.5", "--duplicate", "0.6"]) == 0
     out = capsys.readouterr().out
-    assert "groups by the least similarity" in out and "100 % of all pairs are compared already" in caplog.text
+    assert "groups by the least similarity" in out and "100 % of its pairs are compared already" in caplog.text
     assert "next: open index-dedup.html" in out and (here / "index-dedup.old.csv").exists()
 
 
@@ -84,6 +85,31 @@ def test_a_store_of_features_takes_the_place_of_a_checkpoint(here, capsys):
     assert result["duplicate"]["clips"] >= 2 and result["features"] == "store store"
     new = Index.load("new/found.csv")
     assert new[-1].source == new[0].source
+
+
+def test_three_shards_write_what_one_command_writes(here, capsys):
+    assert main(["embed", "index.csv", "--encoder", "run/checkpoints/last.pt", "--samples", "1", "--out", "store"]) == 0
+    capsys.readouterr()
+    words = ("index.csv", "--features", "store", "--duplicate", 0.9999, "--neighbours", 3, "--out")
+    whole = run(capsys, *words, "whole/new.csv")
+    left = [run(capsys, *words, "parts/new.csv", "--shard", f"{number}/3").get("waiting") for number in (2, 0)]
+    assert left == [["0/3", "1/3"], ["1/3"]] and not Path("parts/new.csv").exists()
+    assert main(["dedup", *map(str, words), "parts/new.csv", "--shard", "2/3"]) == 0
+    out = capsys.readouterr().out
+    assert "1 shard of 3 is left, the last of which writes parts/new.csv" in out
+    line = next(line for line in out.splitlines() if line.startswith("next: "))
+    command = shlex.split(line.removeprefix("next: "))
+    assert command[:2] == ["cpr-fast", "dedup"] and command[-2:] == ["--shard", "1/3"]
+    last = run(capsys, *command[2:])
+    names = ("new.csv", "new-groups.csv", "new-graph.safetensors", "new.html")
+    assert {path.name for path in Path("parts").iterdir()} == set(names)
+    for name in names[:3]:
+        assert Path("parts", name).read_bytes() == Path("whole", name).read_bytes(), name
+    pages = [Path(folder, "new.html").read_text() for folder in ("whole", "parts")]
+    own = r"whole/|parts/|(?<=[\"#])f[0-9a-f]{8}\w*"  # also the random names of the parts of figures
+    assert re.sub(own, "", pages[0]) == re.sub(own, "", pages[1])
+    places = ("out", "groups", "page")
+    assert {**last, **dict.fromkeys(places)} == {**whole, **dict.fromkeys(places)}
 
 
 def test_parquet_is_refused_before_any_work_where_it_cannot_be_written(here, capsys, monkeypatch):
@@ -103,6 +129,8 @@ def test_parquet_is_refused_before_any_work_where_it_cannot_be_written(here, cap
         ([*CHECKPOINT, "--sibling", "nan"], "--sibling: expected a similarity above 0"),
         ([*CHECKPOINT, "--sibling", ".99"], "--sibling: expected at most --duplicate, 0.95"),
         ([*CHECKPOINT, "--neighbours", "0"], "--neighbours: expected 1 or more, got 0"),
+        ([*CHECKPOINT, "--shard", "3/3"], "--shard: expected i/n with 0 <= i < n, got '3/3'"),
+        ([*CHECKPOINT, "--shard", "0/3"], "`cpr-fast embed INDEX --encoder CHECKPOINT --out STORE --shard 0/3`"),
         ([*CHECKPOINT, "--out", "index.csv"], "--out: expected the name of a new file"),
         ([*CHECKPOINT, "--out", "new.html"], "--out: expected the name of an index"),
         ([*CHECKPOINT, "--out", "run"], "--out: expected the name of an index"),

@@ -12,12 +12,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from support.data_sets.flow import write_video
 
 import cpr_fast
 from cpr_fast.cli import main
 from cpr_fast.commands.data.ray import ShardError, parse_and_run, run_call
+from cpr_fast.data.features.adopt import adopt
+from cpr_fast.data.index.index import Index, Video
 
 ROOT = Path(cpr_fast.__file__).resolve().parents[1]
 
@@ -91,6 +94,30 @@ def test_an_index_of_shards_is_that_of_one_command(videos, cluster):
 
 
 @pytest.mark.slow
+def test_the_near_duplicates_of_two_machines_are_those_of_one_command(tmp_path, cluster):
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((60, 16)).astype("float32").repeat(3, 0)  # three copies of each
+    paths = [tmp_path / "videos" / f"v{number}.mp4" for number in range(len(features))]
+    paths[0].parent.mkdir()
+    for path in paths:
+        path.write_bytes(b"")
+    Index([Video(path, "run", path.stem, "train", 9, 30.0, 8, 8) for path in paths]).save(tmp_path / "index.csv")
+    np.savez(tmp_path / "theirs.npz", features=features, names=np.array([path.stem for path in paths]))
+    adopt({"rgb": tmp_path / "theirs.npz"}, None, tmp_path / "store", dtype="float32")
+    words = ("dedup", "index.csv", "--features", "store", "--neighbours", "4", "--json", "--out")
+    alone = subprocess.run([sys.executable, "-m", "cpr_fast", *words, "alone.csv"], cwd=tmp_path, capture_output=True,
+                           text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    code, output, errors = ran(tmp_path, "--address", cluster, "--shards", "3", *words, "shards.csv")
+    assert code == 0, errors
+    assert all(f"Shard {shard}/3 ended on " in errors for shard in range(3))
+    assert json.loads(output)["duplicate"] == json.loads(alone.stdout)["duplicate"]
+    assert json.loads(output)["duplicate"] == {"threshold": 0.95, "groups": 60, "clips": 180, "largest": 3}
+    for name in (".csv", "-groups.csv", "-graph.safetensors"):
+        assert (tmp_path / f"shards{name}").read_bytes() == (tmp_path / f"alone{name}").read_bytes()
+    assert not list(tmp_path.glob("*-of-*")) and json.loads(output)["sources"] == 60
+
+
+@pytest.mark.slow
 def test_bad_input_of_a_shard_ends_the_command_once_and_at_once(videos, cluster):
     (videos / "empty.csv").write_text("path,label\n")
     code, output, errors = ran(videos, "--address", cluster, "--shards", "4", "flow", "empty.csv", "--out", "flow")
@@ -150,7 +177,7 @@ def test_a_shard_that_fails_can_be_run_again(videos, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("train x", "COMMAND: expected one of index, flow, embed"),
+        ("train x", "COMMAND: expected one of index, flow, embed, dedup"),
         ("--shards 0 flow x", "--shards: expected a whole number of at least 1, got '0'"),
         ("--cpus two flow x", "--cpus: expected a whole number of at least 1, got 'two'"),
         ("--retries -1 flow x", "--retries"),

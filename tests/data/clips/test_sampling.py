@@ -117,6 +117,11 @@ class TestOrder:
         monkeypatch.setattr("cpr_fast.data.clips.sampling._AT_ONCE", 7)
         np.testing.assert_array_equal(epoch_order(101, 3, 1), whole)
 
+    def test_it_is_that_of_the_first_two_words_of_each_video(self):
+        words = [philox_by_hand(5, [4, video, 3, 0])[:2] for video in range(300)]  # epoch, video, stream, block
+        assert epoch_order(300, 5, 4).tolist() == sorted(range(300), key=words.__getitem__)
+        assert epoch_order(300, 5, 4).dtype == np.int64
+
     def test_every_place_is_equally_likely(self):
         places = np.array([epoch_order(6, 7, epoch) for epoch in range(3000)])
         for place in places.T:

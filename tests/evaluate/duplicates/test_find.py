@@ -76,7 +76,7 @@ def test_a_killed_graph_continues_from_the_last_minute(tmp_path, monkeypatch, st
     monkeypatch.setattr(graph, "SAVE_S", 0.0)
 
     def kill():
-        monkeypatch.setattr(graph, "_save", lambda *_: None)  # nothing more is written
+        monkeypatch.setattr(graph._Part, "save", lambda *_: None)  # nothing more is written
         raise SystemExit
 
     with before_third_step(monkeypatch, steps, kill), pytest.raises(SystemExit):

@@ -9,9 +9,10 @@ Letters: N videos.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +22,8 @@ from cpr_fast.data.index.rows.video import COLUMNS, Video
 from cpr_fast.errors import InputError
 
 PARQUET = ".parquet"
-NUMBERS = ("num_frames", "width", "height")
+TEXTS, CODED, NUMBERS = ("path", "source", "flow_path"), ("label", "split", "fps"), ("num_frames", "width", "height")
+AT_ONCE = 2**14  # strings that are Python's at the same time
 INSTALL = "reading and writing Parquet needs `pip install 'cpr-fast[parquet]'`"
 
 
@@ -31,158 +33,227 @@ def spread(count: int, most: int) -> range:
 
 
 class Columns(Sequence[Video]):
-    """The rows of an index in Parquet; `table` is a table of pyarrow, and `folder` what relative paths begin at."""
+    """The rows of an index in Parquet.
 
-    def __init__(self, table: Any, folder: Path) -> None:
-        self._table, self._folder = table, folder
+    Attributes:
+        texts: "path", "source" and "flow_path", arrays of strings of pyarrow, but for a column of empty ones, which is
+            None.
+        coded: "label", "split" and "fps".
+        values: "num_frames", "width" and "height", int32 [N].
+        folder: what relative paths begin at.
+    """
+
+    def __init__(
+        self, texts: dict[str, Any], coded: dict[str, Coded], values: dict[str, np.ndarray], folder: Path
+    ) -> None:
+        self.texts, self.coded, self.values, self.folder = texts, coded, values, folder
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return len(self.texts["path"])
 
     def __getitem__(self, position: int) -> Video:
         if not -len(self) <= position < len(self):
             raise IndexError(position)
-        row = {name: self._table.column(name)[position % len(self)].as_py() for name in COLUMNS}
-        row["source"] = row["source"] or row["path"]  # without a given source, the video is its own source
-        row["path"] = self._path(row["path"])
-        row["flow_path"] = self._path(row["flow_path"]) if row["flow_path"] else None
-        return Video(**row)
+        position %= len(self)
+        texts = {name: "" if column is None else column[position].as_py() for name, column in self.texts.items()}
+        return Video(
+            path=self._path(texts["path"]),
+            source=texts["source"] or texts["path"],  # without a given source, the video is its own source
+            flow_path=self._path(texts["flow_path"]) if texts["flow_path"] else None,
+            **{name: column.names[column.codes[position]] for name, column in self.coded.items()},
+            **{name: column[position].item() for name, column in self.values.items()},
+        )
 
     def __iter__(self) -> Iterator[Video]:
         return (self[position] for position in range(len(self)))
 
     def taken(self, positions: np.ndarray) -> Columns:
         """Returns the rows at these positions, int64."""
-        return Columns(self._table.take(positions), self._folder)
+        if np.array_equal(positions, np.arange(len(self))):  # such as a split that holds all rows: no copy
+            return self
+        return Columns(
+            {name: None if column is None else column.take(positions) for name, column in self.texts.items()},
+            {name: column.taken(positions) for name, column in self.coded.items()},
+            {name: column[positions] for name, column in self.values.items()},
+            self.folder,
+        )
 
     def names(self, column: str) -> list[str]:
-        """Returns the different texts of a column, in order of first appearance."""
-        return self._coded[column].dictionary.to_pylist()
+        """Returns the different texts of the column "label" or "split", in the order of their first rows in the file,
+        but for ""."""
+        return self.coded[column].names
 
     def codes(self, column: str) -> np.ndarray:
-        """Returns the position in `names` of every row, int32 [N]."""
-        return self._coded[column].indices.to_numpy(zero_copy_only=False)
+        """Returns the position in `names` of every row, integers [N]."""
+        return self.coded[column].codes
 
     @cached_property
     def source_ids(self) -> np.ndarray:
         """Returns numbers that are equal for siblings, from 0 in order of first appearance, int64 [N]."""
         import pyarrow.compute as pc
 
-        sources = self._table.column("source")
-        empty = pc.equal(sources, "")
-        if pc.all(empty).as_py():
+        if self.texts["source"] is None:
             return np.arange(len(self))
-        own = pc.if_else(empty, self._table.column("path"), sources)
-        return own.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        own = pc.if_else(pc.equal(self.texts["source"], ""), self.texts["path"], self.texts["source"])
+        return own.dictionary_encode().indices.to_numpy().astype(np.int64)
 
     def numbers(self, column: str) -> np.ndarray:
-        """Returns a column of numbers, int64 [N]."""
-        return self._table.column(column).to_numpy().astype(np.int64)
+        """Returns a column of whole numbers, int32 [N], not to be changed."""
+        return self.values[column]
 
     def rates(self) -> np.ndarray:
         """Returns the frames per second of every row, float64 [N]."""
-        return self._table.column("fps").to_numpy()
+        return np.array(self.coded["fps"].names)[self.coded["fps"].codes]
 
-    def paths(self) -> list[str]:
-        """Returns the paths as the file states them."""
-        return self._table.column("path").to_pylist()
+    def paths(self) -> Iterator[str]:
+        """Yields the paths as the file states them."""
+        return (text for part in _parts(self.texts["path"]) for text in part)
 
     @cached_property
     def has_flow(self) -> np.ndarray:
         """Whether each row has stored flow, bool [N]."""
         import pyarrow.compute as pc
 
-        return pc.greater(pc.binary_length(self._table.column("flow_path")), 0).to_numpy()
-
-    @cached_property
-    def _coded(self) -> dict[str, Any]:
-        return _Coded(self._table)
+        if self.texts["flow_path"] is None:
+            return np.zeros(len(self), bool)
+        return pc.not_equal(self.texts["flow_path"], "").to_numpy(zero_copy_only=False)
 
     def _path(self, text: str) -> Path:
-        return path_of(text) if is_remote(text) else self._folder / text
+        return path_of(text) if is_remote(text) else self.folder / text
 
 
-class _Coded(dict):
-    """The columns as dictionary arrays, made when they are asked for."""
+class Coded(NamedTuple):
+    """A column of which many values are equal: the different ones, and the position in them of every row, the smallest
+    integers that are large enough [N]."""
 
-    def __init__(self, table: Any) -> None:
-        super().__init__()
-        self._table = table
+    names: list
+    codes: np.ndarray
 
-    def __missing__(self, column: str) -> Any:
-        self[column] = coded = self._table.column(column).combine_chunks().dictionary_encode()
-        return coded
+    @classmethod
+    def of(cls, codes: np.ndarray, names: Sequence[Any]) -> Coded:
+        """Returns a column whose row i is `names[codes[i]]`; names may be equal, or be those of no row. Its own names
+        have their order."""
+        used = dict.fromkeys(names[code] for code in np.unique(codes).tolist())
+        number = {name: place for place, name in enumerate(used)}
+        places = np.array([number.get(name, 0) for name in names], np.min_scalar_type(len(number)))
+        return cls(list(used), places[codes])
+
+    def taken(self, positions: np.ndarray) -> Coded:
+        """Returns the rows at these positions."""
+        return Coded.of(self.codes[positions], self.names)
 
 
 def load_columns(path: Path) -> Columns:
     """Reads an index in Parquet. As in a CSV file, a text may be empty, which null stands for as well, and names of
     splits are read in any case; other columns are not read.
 
+    The columns are read one after the other, by one thread, so that little memory is needed beside them.
+
     Raises:
         InputError: pyarrow is missing, the file is no such index, or a column does not hold what it should.
         OSError: the file cannot be read.
     """
     pa, pq = _pyarrow()
-    try:
-        with pq.ParquetFile(path) as file:
-            if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
-                raise InputError(f"missing column {', '.join(map(repr, missing))}; expected {', '.join(COLUMNS)}")
-            table = file.read(columns=list(COLUMNS))
-    except pa.ArrowInvalid as error:
-        raise InputError(f"expected an index in Parquet, got a file that is none or is cut off: {error}") from error
-    try:
-        table = _as_in_csv(table.select(COLUMNS).cast(schema(pa)).combine_chunks())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
-        raise InputError(f"a column has another type than expected: {error}") from error
-    _check(table)
-    pa.default_memory_pool().release_unused()
-    return Columns(table, path.parent)
+    kinds, found = schema(pa), {}
+    with _plain_memory(pa):
+        try:
+            with pq.ParquetFile(path) as file:
+                if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
+                    raise InputError(f"missing column {', '.join(map(repr, missing))}; expected {', '.join(COLUMNS)}")
+                for name in COLUMNS:
+                    values = file.read(columns=[name], use_threads=False).column(name)
+                    found[name] = _column(name, values, kinds.field(name).type)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"expected an index in Parquet, got a file that is none or is cut off: {error}") from error
+    parts = ({name: found[name] for name in names} for names in (TEXTS, CODED, NUMBERS))
+    return Columns(*parts, path.parent)
 
 
-def _as_in_csv(table: Any) -> Any:
-    """Returns the table with its texts as a CSV file would hold them: "" for null, no blanks around names, and splits
-    by their known names."""
+@contextmanager
+def _plain_memory(pa: Any) -> Iterator[None]:
+    """Lets pyarrow allocate by malloc, which returns large blocks to the system when they are freed."""
+    pool = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(pool)
+
+
+def _column(name: str, values: Any, kind: Any) -> Any:
+    """Returns a column as `Columns` holds it. Raises InputError that names the row of a wrong value."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    def replaced(name: str, values: Any) -> Any:
-        return table.set_column(COLUMNS.index(name), name, values)
+    try:
+        values = values.cast(kind).combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        raise InputError(f"a column has another type than expected: column {name}: {error}") from error
+    if name in ("label", "split"):
+        return _coded(values.dictionary_encode(), known_split if name == "split" else str)
+    if name not in TEXTS:
+        return _numbers(name, values)
+    if name == "path":
+        _require_values(name, values)
+        _require_different(values)
+        return values
+    values = pc.fill_null(values, "") if values.null_count else values
+    values = pc.utf8_trim_whitespace(values) if name == "source" else values
+    return None if pc.all(pc.equal(values, "")).as_py() else values
 
-    for name in ("label", "source", "split", "flow_path"):
-        texts = table.column(name)
-        texts = pc.fill_null(texts, "") if texts.null_count else texts
-        table = replaced(name, texts if name == "flow_path" else pc.utf8_trim_whitespace(texts))
-    coded = table.column("split").combine_chunks().dictionary_encode()
-    names = coded.dictionary.to_pylist()
-    if (known := list(map(known_split, names))) != names:
-        table = replaced("split", pa.array(known, pa.string()).take(coded.indices))
-    return table.combine_chunks()
+
+def _coded(values: Any, known: Callable[[str], str]) -> Coded:
+    """Returns a column of names without blanks around them, an array of dictionaries in which null is ""; `known`
+    returns a name as it is known."""
+    names = [known((text or "").strip()) for text in (*values.dictionary.to_pylist(), "")]
+    return Coded.of(values.indices.fill_null(len(names) - 1).to_numpy(), names)
 
 
-def _check(table: Any) -> None:
-    """Raises InputError that names the row of a wrong value."""
+def _numbers(name: str, values: Any) -> np.ndarray | Coded:
+    _require_values(name, values)
+    column = values.to_numpy()
+    wrong = np.flatnonzero(~((column > 0) & np.isfinite(column)))
+    if len(wrong):
+        got = column[wrong[0]].item()
+        raise InputError(f"row {wrong[0] + 1}, column {name}: expected a positive number, got {got}")
+    if name in NUMBERS:
+        return column
+    rates, codes = np.unique(column, return_inverse=True)
+    return Coded.of(codes, rates.tolist())
+
+
+def _require_values(name: str, values: Any) -> None:
+    if values.null_count:
+        raise InputError(f"row {_first(values.is_null())}, column {name}: expected a value, got none")
+
+
+def _require_different(paths: Any) -> None:
+    """Raises InputError that names the row of a path that is empty or is that of another row."""
     import pyarrow.compute as pc
 
-    for name in COLUMNS:
-        if table.column(name).null_count:
-            raise InputError(f"row {_first(pc.is_null(table.column(name)))}, column {name}: expected a value, got none")
-    for name in (*NUMBERS, "fps"):
-        values = table.column(name)
-        if (wrong := _first(pc.invert(pc.and_(pc.greater(values, 0), pc.is_finite(values))))) is not None:
-            raise InputError(f"row {wrong}, column {name}: expected a positive number, got {values[wrong - 1]}")
-    paths = table.column("path")
     if (wrong := _first(pc.equal(paths, ""))) is not None:
         raise InputError(f"row {wrong}, column path: expected a file, got ''")
-    if len(pc.unique(paths)) < len(paths):
+    hashes, begin = np.empty(len(paths), np.int64), 0
+    for part in _parts(paths):
+        hashes[begin : begin + len(part)] = np.fromiter(map(hash, part), np.int64, len(part))
+        begin += len(part)
+    hashes.sort()
+    if (hashes[1:] == hashes[:-1]).any():  # nearly always equal paths
         first: dict[str, int] = {}
-        for row, text in enumerate(paths.to_pylist(), start=1):
+        for row, text in enumerate((text for part in _parts(paths) for text in part), start=1):
             if first.setdefault(text, row) != row:
                 raise InputError(f"row {row}, column path: {text!r} repeats row {first[text]}")
 
 
+def _parts(texts: Any) -> Iterator[np.ndarray]:
+    """Yields the strings of an array of pyarrow in parts: all of them would need several times its memory."""
+    for begin in range(0, len(texts), AT_ONCE):
+        yield texts.slice(begin, AT_ONCE).to_numpy(zero_copy_only=False)
+
+
 def _first(mask: Any) -> int | None:
     """Returns the number, from 1, of the first row of a mask, None if there is none."""
-    found = np.flatnonzero(mask.to_numpy())
+    found = np.flatnonzero(mask.to_numpy(zero_copy_only=False))
     return int(found[0]) + 1 if len(found) else None
 
 

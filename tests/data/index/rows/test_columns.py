@@ -132,6 +132,32 @@ def test_columns_as_other_programs_write_them_are_those_of_the_csv_file(tmp_path
     assert len(index.select("TRAIN")) == 1 and index.classes == ["walk"] and not index.has_flow.any()
 
 
+def test_a_file_of_many_row_groups_is_read_in_order(tmp_path, monkeypatch):
+    """Each group has dictionaries of its own, in which names have other numbers; strings are looked at in parts."""
+    monkeypatch.setattr("cpr_fast.data.index.rows.columns.AT_ONCE", 5)
+    rng, count = np.random.default_rng(1), 47
+    (tmp_path / "a").mkdir()
+    rows = {name: values[:1] * count for name, values in GOOD.items()}
+    rows |= {"path": [f"a/{i}.mp4" for i in range(count)], "label": [f"c{i} " for i in rng.integers(0, 9, count)],
+             "split": [("train", "Train", "test", "", None)[i] for i in rng.integers(0, 5, count)],
+             "fps": (25 + rng.integers(0, 3, count) / 7).tolist(), "num_frames": rng.integers(1, 90, count).tolist(),
+             "source": [f"s{i}" * (i > 3) for i in range(count)]}  # fmt: skip
+    for path in rows["path"]:
+        (tmp_path / path).write_bytes(b"x")
+    pq.write_table(pa.table(rows), tmp_path / "i.parquet", row_group_size=7)
+    order = ("path", "label", "source", "split", "num_frames", "fps", "width", "height", "flow_path")
+    lines = [",".join("" if rows[name][i] is None else str(rows[name][i]) for name in order) for i in range(count)]
+    (tmp_path / "i.csv").write_text("\n".join([",".join(order), *lines]) + "\n")
+    rows_index, columns = Index.load(tmp_path / "i.csv"), Index.load(tmp_path / "i.parquet")
+    assert_equal(rows_index, columns)
+    some = rng.permutation(count)[:20]
+    assert_equal(rows_index.chosen(some), columns.chosen(some))
+    assert list(columns.chosen(range(count))) == list(columns)
+    pq.write_table(pa.table(rows | {"path": [*rows["path"][:-1], "a/30.mp4"]}), tmp_path / "i.parquet")
+    with pytest.raises(IndexFileError, match="row 47, column path: 'a/30.mp4' repeats row 31"):
+        Index.load(tmp_path / "i.parquet")
+
+
 def test_rows_without_a_source_are_sources_of_their_own_beside_those_that_have_one(tmp_path):
     names = [f"{i}.mp4" for i in range(5)]
     for name in names:
