@@ -157,11 +157,12 @@ def _read_and_cut(
                 stage = "flow" if computed and view != "rgb" else "decode"
                 began = time.perf_counter()
                 region, frames, parts = needed_parts(video, plan, view, data, reader if stage == "flow" else None)
-                spent[stage] += time.perf_counter() - began
+                cutting = time.perf_counter()
+                spent[stage] += cutting - began
                 timed = _Timed(parts)
                 clips[view] = cut_clips(timed, plan, view, data, region, finish=True, frames=frames)
                 spent[stage] += timed.seconds
-                spent["cut"] += time.perf_counter() - began - timed.seconds
+                spent["cut"] += time.perf_counter() - cutting - timed.seconds
         except VideoError:
             failed += 1
             if failed == 64 and not kept:

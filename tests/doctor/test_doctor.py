@@ -184,6 +184,8 @@ def test_the_slow_stage_is_named(good, monkeypatch, stage):
     monkeypatch.setattr(*target, slow)
     index = Index.load(good).select("train")
     row = bottleneck.breakdown(index, SMALL, ("rgb",), device=CPU, seconds=1)
+    seconds = row["stage_s_per_step"]
+    assert all(value < seconds[stage] / 5 for name, value in seconds.items() if name != stage)  # each jump counts once
     assert row["bottleneck"] == stage and bottleneck.ADVICE[stage] in row["advice"]
 
 
