@@ -1,4 +1,4 @@
-"""Re-encodes videos for training: one codec, a bounded size, short groups of pictures, upright, constant frame rate."""
+"""Re-encodes videos for training: one codec, a bounded size, short groups of pictures, upright."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from cpr_fast.data.files.local import local_file
 from cpr_fast.data.video.container import VideoError, open_video
-from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo, frame_rate, which_stream
+from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo, frame_rate, probe_video, which_stream
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import replacing
 
@@ -24,8 +24,9 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
 
     The result is H.264 with a key frame every 12 frames and no B-frames, so that decoding of any clip starts at most 12
     frames before it. The short side has at most `short_side` pixels and both sides are even. Rotated videos are turned
-    as a player would show them; frames come at the average rate. Frames of another size than the first are scaled to
-    it. The file appears under its name only when complete. Raises VideoError if no frame decodes.
+    as a player would show them. Frames of a variable rate keep their presentation times, in the clock of the source,
+    and others come at the rate that `probe_video` finds. Frames of another size than the first are scaled to it. The
+    file appears under its name only when complete. Raises VideoError if no frame decodes.
     """
     error: VideoError | None = None
     with (
@@ -36,9 +37,9 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
         try:
             with open_video(path) as (container, stream):
                 writer.streams = which_stream(container, stream)
-                rate = frame_rate(stream) or Fraction(ASSUMED_FPS)
+                writer.rate, writer.clock = _rate(path, stream)
                 for frame in container.decode(stream):
-                    writer.add(frame, rate)
+                    writer.add(frame)
         except VideoError as failure:
             error = failure
         if writer.stream is None:
@@ -47,8 +48,25 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
     return writer.info(error)
 
 
+def _rate(path: Path, stream: av.VideoStream) -> tuple[Fraction, Fraction | None]:
+    """Returns the frames per second of a video and, if they are not evenly spaced, the clock of their times, in
+    seconds."""
+    found = probe_video(path, decode=False)
+    stated = frame_rate(stream)
+    rate = stated if stated and float(stated) == found.fps else Fraction(found.fps or ASSUMED_FPS)
+    return rate, stream.time_base if found.variable_rate else None
+
+
 class _Writer:
-    """Encodes frames, all of them scaled to the size that the first one gives."""
+    """Encodes frames, all of them scaled to the size that the first one gives.
+
+    Attributes:
+        rate: their mean number per second.
+        clock: seconds of a unit of their times; None if they are evenly spaced.
+    """
+
+    rate = Fraction(ASSUMED_FPS)
+    clock: Fraction | None = None
 
     def __init__(self, output: av.container.OutputContainer, target: Path, short_side: int) -> None:
         self._output, self._target = output, target
@@ -56,21 +74,30 @@ class _Writer:
         self.stream: av.VideoStream | None = None
         self.streams = ""  # which of several was read
         self._count, self._corrupt = 0, []
+        self._first, self._time = 0, -1  # the time of the first frame in the source, and of the last one here
 
-    def add(self, frame: av.VideoFrame, rate: Fraction) -> None:
+    def add(self, frame: av.VideoFrame) -> None:
         """Encodes a frame; the first one opens the stream. Raises InputError if the file cannot be written."""
         if frame.is_corrupt:
             self._corrupt.append(self._count)
         picture = _upright(frame, self._scaler)
         if self.stream is None:
-            self.stream = self._output.add_stream("libx264", rate=rate.limit_denominator(1001), options=OPTIONS)
+            self.stream = self._output.add_stream("libx264", rate=self.rate.limit_denominator(1001), options=OPTIONS)
             self.stream.height, self.stream.width = _size(picture.height, picture.width, self._short_side)
             self.stream.pix_fmt = "yuv420p"
+            if self.clock is not None:
+                self.stream.codec_context.time_base = self.clock
+                self._first = frame.pts or 0
         stream = self.stream
         picture = self._scaler.reformat(
             picture, stream.width, stream.height, "yuv420p", interpolation=Interpolation.BICUBIC
         )
-        picture.pts, picture.time_base = self._count, 1 / stream.codec_context.framerate
+        if self.clock is None:
+            picture.pts, picture.time_base = self._count, 1 / stream.codec_context.framerate
+        else:
+            time = self._time + 1 if frame.pts is None else frame.pts - self._first
+            self._time = max(time, self._time + 1)
+            picture.pts, picture.time_base = self._time, self.clock
         try:
             self._output.mux(stream.encode(picture))
         except av.FFmpegError as error:  # a full disk must not look like the end of the source
@@ -80,9 +107,12 @@ class _Writer:
     def info(self, error: VideoError | None) -> VideoInfo:
         """Returns the properties of the written video; `error` is what ended the source early, if anything."""
         fps, first = float(self.stream.codec_context.framerate), self._corrupt[0] if self._corrupt else -1
+        if self.clock is not None and self._time > 0:
+            fps = float((self._count - 1) / (self._time * self.clock))
         return VideoInfo(
             self._count, fps, self.stream.width, self.stream.height, "h264", error.reason if error else "",
-            corrupt=len(self._corrupt), first_corrupt=first, streams=self.streams,
+            variable_rate=self.clock is not None, corrupt=len(self._corrupt), first_corrupt=first,
+            streams=self.streams,
         )  # fmt: skip
 
 

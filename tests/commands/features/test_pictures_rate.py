@@ -140,7 +140,7 @@ def test_an_evaluation_of_them_is_that_of_the_frames_at_these_times(here, capsys
     "words, message",
     [
         (["retrieve", TIMED, "--index", "fast.csv", "--pictures-fps", "1e9"], "--pictures-fps: expected frames per"),
-        (["dedup", "fast.csv", "--features", "begun", "--pictures-fps", "5"], "--pictures-fps: expected it with --check"),
+        (["dedup", "fast.csv", "--features", "begun", "--pictures-fps", "5"], "--pictures-fps: expected it with"),
         (["retrieve", EVERY, "--index", "fast.csv", "--pictures-fps", "20"],
          "--pictures-fps: expected it with a network that samples videos by time (data.fps), got 20"),
         (["retrieve", TIMED, "--index", "fast.csv", "--pictures-fps", "0"], "--pictures-fps: expected frames per"),

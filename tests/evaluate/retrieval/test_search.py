@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.videos.timed_videos import mixed_times, write_timed
 
 pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")
 
@@ -22,7 +23,8 @@ from cpr_fast.config import Config
 from cpr_fast.data.flow.write import write_flow
 from cpr_fast.data.index.index import Index
 from cpr_fast.data.synthetic.videos import write_synthetic
-from cpr_fast.data.video.decode import read_frames
+from cpr_fast.data.video.decode import frame_times, read_frames
+from cpr_fast.data.video.probe import probe_video
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.embedding import calibrate_batch_norm
 from cpr_fast.evaluate.features.recipe import make_recipe
@@ -178,3 +180,17 @@ def test_the_length_of_a_query_counts_samples_of_its_time(data, tmp_path):
             continue
         with pytest.raises(InputError, match=message):
             _open_queries([query], tmp_path, index, settings)
+
+
+def _times_s(path: Path) -> list[Fraction]:
+    ticks, clock = frame_times(path, 30)
+    return [(tick - ticks[0]) * clock for tick in ticks.tolist()]
+
+
+def test_a_query_that_is_scaled_keeps_the_times_of_its_frames(data, tmp_path):
+    query = write_timed(tmp_path / "q", mixed_times(30))
+    small = replace(Index.load(data[0])[0], width=40, height=32)
+    (opened,) = _open_queries([query], tmp_path, Index([small]), replace(CONFIG.data, fps=10.0))
+    assert opened.path != query and opened.height == 32
+    assert _times_s(opened.path) == _times_s(query)
+    assert opened.fps == pytest.approx(probe_video(query).fps) and probe_video(query).variable_rate
