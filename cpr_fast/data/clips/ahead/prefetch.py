@@ -27,6 +27,7 @@ from cpr_fast.data.files.cached.store import BLOCK, BlockStore, object_key
 from cpr_fast.data.files.names import member_of, text_of
 from cpr_fast.data.files.remote import REMOTE
 from cpr_fast.data.video.reads.extents import EXTENTS, Extents
+from cpr_fast.wording import counted
 
 AHEAD = 4  # steps that are fetched before they are read
 IN_FLIGHT = 16  # requests at a time
@@ -238,7 +239,7 @@ class Prefetch:
 
     def _found_earlier(self) -> dict[int, bytes]:
         """Takes over the blocks of an earlier process; returns their version by item, which is checked before they are
-        used."""
+        used. A record whose block number cannot be believed is discarded."""
         records = self.cache.store.records
         used = np.flatnonzero(records["length"])
         if not len(used):
@@ -247,11 +248,18 @@ class Prefetch:
         item_of = {object_key(text_of(path)): item for item, path in paths if path is not None}
         held: dict[int, dict[int, int]] = {}
         versions: dict[int, bytes] = {}
+        damaged: list[str] = []
         for slot in used.tolist():
             record = records[slot]
             if (item := item_of.get(bytes(record["object"]))) is None:
                 continue
+            if not self.cache.store.is_plausible(slot):
+                damaged.append(f"block {record['block']:,} of {text_of(self._future.path(item))}")
+                continue
             if versions.setdefault(item, bytes(record["version"])) == bytes(record["version"]):
                 held.setdefault(item, {})[int(record["block"])] = slot
+        if damaged:
+            log.warning("data.disk_cache: %s in %s cannot be true and are discarded (first: %s)",
+                        counted(len(damaged), "record"), self.cache.store.folder, damaged[0])  # fmt: skip
         self._belady.adopt(held)
         return versions

@@ -24,6 +24,7 @@ from cpr_fast.data.files.remote import Version
 from cpr_fast.errors import InputError
 
 BLOCK = 2**14  # bytes; a clip needs two or three ranges of bytes, each of which is rounded to whole blocks
+FAR = 2**16  # blocks, 1 GiB: the memory for the state of an object with a block beyond it is more than 1 MiB
 MOST_PROCESSES = 4096  # that share a folder
 THIS_PROCESS = os.urandom(16)  # so that no other process has the same keys
 RECORD = np.dtype(
@@ -88,6 +89,13 @@ class BlockStore:
         self.records = np.zeros(slots, RECORD)
         earlier = np.frombuffer(held[: len(held) // RECORD.itemsize * RECORD.itemsize], RECORD)
         self.records[: len(earlier)] = np.where(earlier["length"] <= BLOCK, earlier, np.zeros((), RECORD))
+
+    def is_plausible(self, slot: int) -> bool:
+        """Returns whether the block number of a used record may be believed: one beyond FAR only if the block is as it
+        was written, because of a single bit that has changed, gigabytes would be allocated for the blocks before it."""
+        record = self.records[slot]
+        block, key = int(record["block"]), Key(bytes(record["object"]), bytes(record["version"]))
+        return block < FAR or self.read(slot, key, block) is not None
 
     def close(self) -> None:
         """Closes the files and gives up the lock. Further calls have no effect."""

@@ -188,6 +188,23 @@ def test_a_run_that_is_resumed_uses_what_is_there(index, server, tmp_path):
     assert loader._ahead.cache.counts["damaged"] > 0 and server.sent.total() > 0
 
 
+def test_a_block_number_of_which_a_bit_has_changed_is_discarded_by_name(index, server, tmp_path, caplog):
+    far = on_server(index, server)
+    whole = batches(open_loader(far, tmp_path))
+    as_a_new_process()
+    records = np.fromfile(tmp_path / "process-0" / "records", store.RECORD)
+    slot = int(np.flatnonzero(records["length"])[4])
+    records["block"][slot] ^= 2**27  # gigabytes of state for the blocks before it
+    records.tofile(tmp_path / "process-0" / "records")
+    server.sent.clear()
+    loader = open_loader(far, tmp_path)
+    assert max(len(item.slots) for item in loader._ahead._belady.items.values()) < 1000
+    (text,) = [record.getMessage() for record in caplog.records if "cannot be true" in record.getMessage()]
+    assert "1 record in" in text and f"block {records['block'][slot]:,} of {server.url}/v" in text
+    assert_same_batches(batches(loader), whole)
+    assert len(server.sent) == 1 and loader._ahead.cache.counts["missed"] == 0
+
+
 def test_of_a_server_that_states_no_version_nothing_is_used_by_a_later_process(index, server, tmp_path, monkeypatch):
     server.tags = False
     far, changed = on_server(index, server), f"/{index[0].path.name}"

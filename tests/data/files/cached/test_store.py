@@ -59,6 +59,19 @@ def test_damage_and_writes_that_were_interrupted_are_noticed(folder):
     store.close()
 
 
+def test_a_far_block_is_believed_only_if_it_is_as_it_was_written(folder):
+    store = BlockStore(folder, 7)
+    store.write(6, KEY, 2**30, b"of an object of 16 TiB")
+    store.close()
+    records = np.fromfile(folder / "process-0" / "records", RECORD)
+    records["block"][[1, 2]] = 11 ^ 2**26, 12 ^ 2**4
+    records.tofile(folder / "process-0" / "records")
+    store = BlockStore(folder, 7)
+    assert [store.is_plausible(slot) for slot in range(7)] == [True, False, True, True, True, True, True]
+    assert store.read(2, KEY, 12 ^ 2**4) is None  # near: noticed when it is read
+    store.close()
+
+
 def test_a_smaller_cache_gives_back_the_disk_space(folder):
     store = BlockStore(folder, 2)
     assert (folder / "process-0" / "blocks").stat().st_size == 2 * BLOCK and len(store.records) == 2
