@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from cpr_fast.data.files.relative import path_in
 from cpr_fast.data.index.index import Index, numbered
 from cpr_fast.data.storage.media import resolved
 from cpr_fast.errors import InputError
-from cpr_fast.evaluate.duplicates.graph import Unfinished, stored_graph, unit_features
+from cpr_fast.evaluate.duplicates.graph import Unfinished, relative_spread, stored_graph, unit_features
 from cpr_fast.evaluate.duplicates.groups import Groups, Pairs, agreement, at_thresholds, joined, pairs_of, sizes
 from cpr_fast.evaluate.features.cache import FeatureCache, embed_index, weights_digest
 from cpr_fast.evaluate.features.embedding import encoder_embeddings
@@ -31,11 +31,14 @@ from cpr_fast.evaluate.features.recipe import Metric, RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints
 from cpr_fast.evaluate.features.windows import open_windows
 from cpr_fast.evaluate.retrieval.names import percent
-from cpr_fast.evaluate.retrieval.ranking import leading_views
+from cpr_fast.evaluate.retrieval.ranking import encoders_together, leading_views
 from cpr_fast.runtime.distributed import device_of
 from cpr_fast.wording import counted
 
 THRESHOLDS = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.925, 0.9, 0.85, 0.8)  # of the table from which a user chooses
+# Distance from their mean, as a part of its length, up to which features are all equal: it is up to 4.2e-5 of 5,000
+# features of 512 dimensions that differ by rounding (1e-6) and were stored in float16.
+EQUAL = 1e-4
 DOUBTFUL = 0.5  # precision below which the groups are not to be believed
 
 log = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ class Compared:
         features: [N, F] float32 on the CPU.
         views: what is compared together.
         what: the network or the store, in words.
+        equal: the views whose features are the same for all videos, but for rounding.
     """
 
     index: Index
@@ -57,6 +61,17 @@ class Compared:
     features: Tensor
     views: list[str]
     what: str
+    equal: list[str] = field(default_factory=list)
+
+    def doubts(self) -> list[str]:
+        """Returns a sentence that warns of features by which no videos can be told apart, if there are any."""
+        if not self.equal:
+            return []
+        return [
+            f"The {' and '.join(self.equal)} features of all {counted(len(self.positions), 'video')} are equal "
+            f"({self.what}), so they tell no videos apart: the network has collapsed, or all videos are copies of "
+            "one."
+        ]
 
 
 @dataclass(frozen=True)
@@ -87,15 +102,17 @@ class Duplicates:
     agreement: dict[str, Any] | None
 
     def doubts(self) -> list[str]:
-        """Returns sentences that warn of groups that contradict the sources of the index."""
+        """Returns sentences that warn of features that are all equal, and of groups that contradict the sources of the
+        index."""
         known = self.agreement
         if known is None or known["precision"] is None or known["precision"] >= DOUBTFUL:
-            return []
+            return self.compared.doubts()
         index = self.compared.index
         return [
+            *self.compared.doubts(),
             f"Only {percent(known['precision'])} of the pairs in the groups of siblings are of one source of the "
             f"index, and {counted(index.source_count, 'source')} became {int(self.sources.max()) + 1:,}: if the "
-            "sources of the index are right, do not use the new one; choose a greater --sibling, or other features."
+            "sources of the index are right, do not use the new one; choose a greater --sibling, or other features.",
         ]
 
     def summary(self) -> dict[str, Any]:
@@ -131,14 +148,8 @@ def of_checkpoint(
     pretrained = pretrained.of_videos("dedup", "--checkpoint")
     how = recipe_for(pretrained.data, recipe)
     index = Index.load(index_csv, require_flow=False)
-    views = leading_views(list(pretrained.encoders))
-    if "flow" in views and pretrained.data.flow == "stored" and not index.has_flow.all():
-        missing = counted(int((~index.has_flow).sum()), "video")
-        if len(views) == 1:
-            raise InputError(f"INDEX: expected stored flow of every video, got none of {missing}; run `cpr-fast flow`")
-        log.warning("flow is left out: it is missing for %s of the index; `cpr-fast flow` computes it", missing)
-        views.remove("flow")
-    encoders = {view: pretrained.encoders[view] for view in views}
+    encoders, _ = encoders_together(pretrained.encoders, index, pretrained.data.flow == "stored", "INDEX")
+    views = list(encoders)
     keys = {view: weights_digest(encoder) for view, encoder in encoders.items()}
     features, windows = embed_index(
         index, encoder_embeddings("net", encoders, how, keys),
@@ -207,7 +218,12 @@ def _compared(
 ) -> Compared:
     if len(positions) < 2:
         raise InputError(f"INDEX: expected features of at least 2 videos, got those of {len(positions)}")
-    return Compared(index, positions, unit_features(list(streams), metric), views, what)
+    features = list(streams)
+    equal = [view for view, values in zip(views, features, strict=True) if relative_spread(values) <= EQUAL]
+    found = Compared(index, positions, unit_features(features, metric), views, what, equal)
+    for text in found.doubts():
+        log.warning("%s", text)
+    return found
 
 
 def find_duplicates(

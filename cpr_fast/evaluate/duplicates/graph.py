@@ -50,6 +50,14 @@ def unit_features(streams: Sequence[Tensor], metric: Metric) -> Tensor:
     return torch.cat(parts, 1).mul_(len(parts) ** -0.5)
 
 
+def relative_spread(features: Tensor) -> float:
+    """Returns the largest distance of features [N, F] from their mean, as a part of the length of the mean; 0 if all
+    are equal."""
+    mean = _mean(features)
+    largest = max(float((part - mean).norm(dim=1).max()) for part in features.split(_BLOCK))
+    return largest / max(float(mean.norm()), torch.finfo(torch.float32).tiny) if largest else 0.0
+
+
 def _mean(features: Tensor) -> Tensor:
     """Returns the mean of the rows [N, F], summed in float64 without a copy of all of them."""
     return (sum(part.double().sum(0) for part in features.split(_BLOCK)) / len(features)).float()

@@ -6,7 +6,8 @@ Letters: Q queries, G gallery videos, F feature width, R relevant gallery videos
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,13 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpr_fast.data.index.index import Index
+from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.intervals import source_interval
 from cpr_fast.evaluate.features.recipe import Metric
+from cpr_fast.models import Encoder
+from cpr_fast.wording import counted
 
 TOGETHER = {"two_stream": ("rgb", "flow"), "merged": ("rgb", "residual")}  # [CoCLR] and [IIC]
 RANKS = (1, 5, 10, 20, 50)
 NO_HIT = torch.iinfo(torch.int64).max
 CHUNK = 2**23  # number of similarities in memory at once, 32 MiB as float32
+
+log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -61,6 +68,40 @@ def leading_views(views: Sequence[str]) -> list[str]:
     `TOGETHER` that it has, else only its last view."""
     pairs = [list(pair) for pair in TOGETHER.values() if set(pair) <= set(views)]
     return pairs[0] if pairs else list(views)[-1:]
+
+
+def encoders_together(
+    encoders: Mapping[str, Encoder], index: Index, stored: bool, option: str
+) -> tuple[dict[str, Encoder], str | None]:
+    """Returns the encoders of the views that retrieval compares together, and a note about those that are left out,
+    which is logged.
+
+    Args:
+        stored: Whether the view "flow" needs stored flow. It is left out if a video of the index has none.
+    Raises:
+        InputError: That view is the only one; the message names `option`.
+    """
+    usable, note = dict(encoders), None
+    without = int((~index.has_flow).sum()) if stored and "flow" in usable else 0
+    if without and len(usable) == 1:
+        videos = counted(len(index), "video")
+        raise InputError(
+            f"{option}: expected stored flow of every video, got none of {without:,} of {videos}; run `cpr-fast flow` "
+            "first"
+        )
+    if without:
+        del usable["flow"]
+        note = f"flow is left out: it is missing for {without:,} of {counted(len(index), 'video')} of the index; "
+        note += "run `cpr-fast flow` first"
+    together = leading_views(list(usable))
+    if others := [view for view in usable if view not in together]:
+        left_out = f"{' and '.join(others)} is left out: retrieval compares two views, {' and '.join(together)}"
+        if len(together) == 1:
+            left_out = f"{' and '.join(others)} is left out: retrieval does not compare it together with {together[0]}"
+        note = left_out if note is None else f"{note}; {left_out}"
+    if note is not None:
+        log.warning(note)
+    return {view: usable[view] for view in together}, note
 
 
 def prepare_streams(

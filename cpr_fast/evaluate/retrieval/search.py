@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,7 @@ from cpr_fast.evaluate.features.pretrained import load_pretrained
 from cpr_fast.evaluate.features.recipe import RecipeName, recipe_for
 from cpr_fast.evaluate.features.results import Checkpoints
 from cpr_fast.evaluate.features.windows import open_windows
-from cpr_fast.evaluate.retrieval.ranking import Comparison, leading_views, prepare_streams
-from cpr_fast.models import Encoder
+from cpr_fast.evaluate.retrieval.ranking import Comparison, encoders_together, prepare_streams
 from cpr_fast.runtime.distributed import device_of
 from cpr_fast.wording import counted, expected
 
@@ -81,8 +80,8 @@ def search(
     pretrained = load_pretrained(checkpoint, device=device, pictures_fps=pictures_fps).of_videos("search")
     how = recipe_for(pretrained.data, recipe, clips_per_video)
     stored = pretrained.data.flow == "stored"
-    index = Index.load(index_csv, require_flow=stored).long_enough(pretrained.data)
-    encoders, note = _usable_encoders(pretrained.encoders, index, stored)
+    index = Index.load(index_csv, require_flow=False).long_enough(pretrained.data)
+    encoders, note = encoders_together(pretrained.encoders, index, stored, "--index")
     open_loader = partial(open_windows, data=pretrained.data, views=list(encoders), recipe=how, device=device)
     keys = {view: weights_digest(encoder) if cache else "" for view, encoder in encoders.items()}
     embeddings = encoder_embeddings("net", encoders, how, keys)
@@ -107,28 +106,6 @@ def _require_windows(queries: Sequence[str | Path], windows: Tensor) -> None:
     if not windows.all():
         path = queries[int((windows == 0).nonzero()[0])]
         raise InputError(f"QUERIES: {str(path)!r}: expected a video that decodes, got none of its clips")
-
-
-def _usable_encoders(
-    encoders: Mapping[str, Encoder], index: Index, stored: bool
-) -> tuple[dict[str, Encoder], str | None]:
-    """Returns the encoders that `retrieve` compares together, of the views that every video of the index has, and a
-    note about views that are left out."""
-    usable, note = dict(encoders), None
-    without = sum(video.flow_path is None for video in index) if stored else 0
-    if "flow" in usable and len(usable) > 1 and without:
-        del usable["flow"]
-        note = f"flow is left out: it is missing for {without} of {counted(len(index), 'video')} of the index; "
-        note += "run `cpr-fast flow` first"
-    compared = leading_views(list(usable))
-    if others := [view for view in usable if view not in compared]:
-        left_out = f"{' and '.join(others)} is left out: retrieval compares two views, {' and '.join(compared)}"
-        if len(compared) == 1:
-            left_out = f"{' and '.join(others)} is left out: retrieval does not compare it together with {compared[0]}"
-        note = left_out if note is None else f"{note}; {left_out}"
-    if note is not None:
-        log.warning(note)
-    return {view: usable[view] for view in compared}, note
 
 
 def _answers(

@@ -87,6 +87,26 @@ def test_a_store_of_features_takes_the_place_of_a_checkpoint(here, capsys):
     assert new[-1].source == new[0].source
 
 
+def test_flow_that_videos_lack_is_left_out_as_in_a_search(here, capsys, caplog):
+    encoders = {view: build_encoder(CONFIG.model).state_dict() for view in ("rgb", "flow")}
+    for views in (("rgb", "flow"), ("flow",)):
+        payload = {"config": CONFIG.to_dict(), "encoders": {view: encoders[view] for view in views}}
+        save_checkpoint(here / "two" / f"{'-'.join(views)}.pt", payload)
+    lines = Path("index.csv").read_text().splitlines()
+    named = [lines[0], f"{lines[1].rpartition(',')[0]},gone.mp4", *lines[2:]]  # a file of flow that does not exist
+    Path("index.csv").write_text("\n".join(named) + "\n")
+    said = "flow is left out: it is missing for 25 of 25 videos of the index; run `cpr-fast flow` first"
+    assert run(capsys, "index.csv", "--checkpoint", "two/rgb-flow.pt")["views"] == ["rgb"] and said in caplog.text
+    video = str(Index.load("index.csv", require_flow=False)[0].path)
+    assert main(["search", video, "--index", "index.csv", "--checkpoint", "two/rgb-flow.pt", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["note"] == said
+    expected = "expected stored flow of every video, got none of 25 of 25 videos; run `cpr-fast flow` first"
+    assert main(["dedup", "index.csv", "--checkpoint", "two/flow.pt"]) == 2
+    assert f"INDEX: {expected}" in capsys.readouterr().err
+    assert main(["search", video, "--index", "index.csv", "--checkpoint", "two/flow.pt"]) == 2
+    assert f"--index: {expected}" in capsys.readouterr().err
+
+
 def test_three_shards_write_what_one_command_writes(here, capsys):
     assert main(["embed", "index.csv", "--encoder", "run/checkpoints/last.pt", "--samples", "1", "--out", "store"]) == 0
     capsys.readouterr()

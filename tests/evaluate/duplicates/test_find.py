@@ -175,6 +175,41 @@ def test_a_store_of_other_videos_is_refused(tmp_path):
         find.of_store(index, store)
 
 
+def collapsed(count: int, dtype: str) -> np.ndarray:
+    """Features that differ by rounding alone."""
+    draw = np.random.default_rng(0)
+    return (draw.random(512) * (1 + 1e-6 * draw.standard_normal((count, 512)))).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_features_of_a_collapsed_network_are_named(tmp_path, dtype, offset, caplog):
+    index = make_index(tmp_path, "abcdef")
+    store = make_store(tmp_path, [f"v{i}" for i in range(6)], offset * collapsed(6, dtype))
+    compared = find.of_store(index, store)
+    found = find.find_duplicates(compared, tmp_path / "g.safetensors", neighbours=3, duplicate=0.98, sibling=0.9)
+    (text,) = found.doubts()
+    assert text.startswith(f"The rgb features of all 6 videos are equal (store {store}), so they tell no videos apart")
+    assert text in caplog.text
+
+
+def test_a_collapsed_view_is_named_beside_one_that_is_not(tmp_path):
+    index = make_index(tmp_path, "abcdef")
+    for view, features in {"rgb": in_groups([0, 1, 2, 3, 4, 5]), "flow": collapsed(6, "float32")}.items():
+        np.savez(tmp_path / f"{view}.npz", features=features, names=np.array([f"v{i}" for i in range(6)]))
+    adopt({view: tmp_path / f"{view}.npz" for view in ("rgb", "flow")}, None, tmp_path / "store", dtype="float32")
+    assert find.of_store(index, tmp_path / "store").equal == ["flow"]
+
+
+def test_features_that_are_nearly_parallel_are_told_apart(tmp_path):
+    """Those of an untrained network: cosines above .99999, which their mean does not share."""
+    index = make_index(tmp_path, "abcdef")
+    features = 100 + in_groups([0, 1, 2, 0, 3, 4])
+    compared = find.of_store(index, make_store(tmp_path, [f"v{i}" for i in range(6)], features))
+    found = find.find_duplicates(compared, tmp_path / "g.safetensors", neighbours=3, duplicate=0.98, sibling=0.9)
+    assert found.doubts() == [] and found.duplicates.tolist() == [0, 1, 2, 0, 3, 4]
+
+
 def found_in(tmp_path: Path, sources: str, numbers: list[int], **thresholds: float) -> find.Duplicates:
     index = make_index(tmp_path, sources)
     store = make_store(tmp_path, [f"v{i}" for i in range(len(sources))], in_groups(numbers))

@@ -7,7 +7,6 @@ from contextlib import closing
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -21,7 +20,7 @@ pytest.importorskip("nvidia.dali", reason="the data pipeline needs NVIDIA DALI")
 from cpr_fast.cli import main
 from cpr_fast.config import Config
 from cpr_fast.data.flow.write import write_flow
-from cpr_fast.data.index.index import Index
+from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.synthetic.videos import write_synthetic
 from cpr_fast.data.video.decode import frame_times, read_frames
 from cpr_fast.data.video.probe import probe_video
@@ -29,7 +28,8 @@ from cpr_fast.errors import InputError
 from cpr_fast.evaluate.features.embedding import calibrate_batch_norm
 from cpr_fast.evaluate.features.recipe import make_recipe
 from cpr_fast.evaluate.features.windows import open_windows
-from cpr_fast.evaluate.retrieval.search import _open_queries, _usable_encoders, search
+from cpr_fast.evaluate.retrieval.ranking import encoders_together
+from cpr_fast.evaluate.retrieval.search import _open_queries, search
 from cpr_fast.models import build_encoder
 from cpr_fast.report.figures.contact_sheet import WIDTH, sheet_height
 from cpr_fast.weights.checkpoint import save_checkpoint
@@ -145,9 +145,12 @@ def test_without_flow_in_the_index_rgb_alone_is_compared_and_said(data, tmp_path
 )
 def test_the_views_of_a_search_are_those_that_retrieve_compares(views, flow, compared, note):
     """The similarities of three views are never added, because no evaluation measures that order."""
-    video = SimpleNamespace(flow_path=Path("v.flow") if flow else None)
-    found, said = _usable_encoders(dict.fromkeys(views), [video], True)
+    index = Index([Video(Path("v.mp4"), "", "s", "", 9, 25.0, 8, 8, Path("v.flow") if flow else None)])
+    found, said = encoders_together(dict.fromkeys(views), index, True, "--index")
     assert list(found) == compared and (said is None if note is None else said.startswith(note))
+    assert encoders_together(dict.fromkeys(views), index, False, "--index")[0].keys() >= set(compared) & {"rgb"}
+    with pytest.raises(InputError, match="--index: expected stored flow of every video, got none of 1 of 1 video"):
+        encoders_together({"flow": None}, Index([replace(index[0], flow_path=None)]), True, "--index")
 
 
 def test_a_bad_query_is_named(data, tmp_path):
