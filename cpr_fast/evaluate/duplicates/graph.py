@@ -182,6 +182,9 @@ class _Part:
     def compute(self, features: Tensor, k: int, progress: bool) -> KnnGraph:
         """Returns the finished part, and computes what the file lacks of it. Raises InputError if another process
         does so."""
+        if self.is_finished() and (graph := self.load(features, k)) is not None:
+            log.info("%s: 100 %% of its pairs are compared already", self.path)
+            return graph
         busy = f"--out: another process is computing {str(self.path)!r}"
         with one_writer(self.path.with_name(f".{self.path.stem}.lock"), busy):
             graph, size = self.load(features, k), len(features)
@@ -190,8 +193,6 @@ class _Part:
             else:
                 share = _pairs(size, range(self._rows.start, graph.done)) / max(1, _pairs(size, self._rows))
                 log.info("%s: %.0f %% of its pairs are compared already", self.path, 100 * share)
-                if graph.done == graph.end:
-                    return graph
             saved, forecast = time.monotonic(), Forecast(_pairs(size, range(graph.done, graph.end)))
             steps = range(-(-(graph.end - graph.done) // graph.rows))
             try:

@@ -167,3 +167,6 @@ def test_two_processes_do_not_compute_the_same_part(features, path):
         with pytest.raises(InputError, match=r"--out: another process is computing .*0-of-2"):
             stored_graph(features, K, path, shard=(0, 2))
         assert stored_graph(features, K, path, shard=(1, 2)) == Unfinished([0])
+    stored_graph(features, K, path, shard=(0, 2))
+    with one_writer(path.with_name(f".{path.stem}.lock"), "busy"):  # two shards may end at the same time
+        assert all(map(torch.equal, stored_graph(features, K, path, shard=(0, 2)), knn_graph(features, K)))
