@@ -171,13 +171,15 @@ def load_columns(path: Path) -> Columns:
 
 @contextmanager
 def _plain_memory(pa: Any) -> Iterator[None]:
-    """Lets pyarrow allocate by malloc, which returns large blocks to the system when they are freed."""
-    pool = pa.default_memory_pool()
-    pa.set_memory_pool(pa.system_memory_pool())
+    """Lets pyarrow allocate by malloc, which returns large blocks to the system when they are freed, and all unused
+    ones at the end."""
+    usual, plain = pa.default_memory_pool(), pa.system_memory_pool()
+    pa.set_memory_pool(plain)
     try:
         yield
     finally:
-        pa.set_memory_pool(pool)
+        plain.release_unused()
+        pa.set_memory_pool(usual)
 
 
 def _column(name: str, values: Any, kind: Any) -> Any:
