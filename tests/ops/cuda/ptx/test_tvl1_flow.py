@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from support.flow_references import DEFAULTS, SHORT, moving_texture
+from support.ptx.build import compile_ptx, find_nvcc
+from support.ptx.device import ARCHITECTURES
 
 ops = pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
 
@@ -45,3 +52,23 @@ def test_a_pixel_that_is_not_finite(device):
     clips[0, 0, 3, 3] = torch.nan
     flow, _ = device.tvl1_flow(clips, DEFAULTS | SHORT)
     assert flow.isnan().all()
+
+
+@pytest.mark.usefixtures("ptx_devices")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tiles_are_not_read_through_generic_addresses_and_the_iterations_do_not_spill(architecture):
+    """A reference to shared memory that is a member of a class which is not inlined becomes a generic address."""
+    ptx = compile_ptx("tvl1_flow", architecture)
+    assert "cvta.shared" not in ptx.read_text() and "ld.shared" in ptx.read_text()
+    ptxas = shutil.which("ptxas", path=str(Path(find_nvcc()).resolve().parent)) or shutil.which("ptxas")
+    if ptxas is None:
+        pytest.skip("needs ptxas to compile the PTX")
+    command = [ptxas, "-v", f"-arch=sm_{architecture}", str(ptx), "-o", "/dev/null"]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    found = re.findall(r"properties for _ZN3cpr4tvl16Solver\d+(\w+?)E\w+\n.*?(\d+) bytes spill stores", report)
+    spilled = {name: int(stored) for name, stored in found}
+    assert {name: spilled[name] for name in ("start_level", "warp_images", "iterate")} == {
+        "start_level": 0,
+        "warp_images": 0,
+        "iterate": 0,
+    }
