@@ -94,6 +94,34 @@ def test_an_index_of_shards_is_that_of_one_command(videos, cluster):
 
 
 @pytest.mark.slow
+def test_the_store_of_two_machines_is_that_of_one_command(videos, cluster):
+    """260 videos are two shards of a store, of which each machine computes one."""
+    facts = {Path(row["path"]).stem: row for row in rows(videos / "index.csv")}
+    (videos / "links").mkdir()
+    listed = []
+    for number in range(260):
+        fact = facts["abcdef"[number % 6]]
+        link = videos / "links" / f"v{number:03}.mkv"
+        link.symlink_to(videos / fact["path"])
+        listed.append(Video(link, fact["label"], link.stem, "train", 12, float(fact["fps"]), 64, int(fact["height"])))
+    Index(listed).save(videos / "many.csv")
+    (videos / "clips.toml").write_text(
+        '[data]\nframes = 8\nsize = 16\nstride = 1\n[model]\narch = "r3d"\nwidth = 0.0625\n'
+    )
+    words = ("embed", "many.csv", "--encoder", "clips.toml", "--samples", "1", "--device", "cpu", "--out")
+    command = [sys.executable, "-m", "cpr_fast", *words, "alone"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    alone = subprocess.run(command, cwd=videos, capture_output=True, text=True, env=environment)
+    assert alone.returncode == 0, alone.stderr
+    code, _, errors = ran(videos, "--address", cluster, "--shards", "2", *words, "shards")
+    assert code == 0, errors
+    assert all(f"Shard {shard}/2 ended on " in errors for shard in range(2))
+    expected = {path.name: path.read_bytes() for path in (videos / "alone").iterdir()}
+    assert {path.name: path.read_bytes() for path in (videos / "shards").iterdir()} == expected
+    assert sum(name.endswith(".safetensors") for name in expected) >= 2
+
+
+@pytest.mark.slow
 def test_the_near_duplicates_of_two_machines_are_those_of_one_command(tmp_path, cluster):
     rng = np.random.default_rng(0)
     features = rng.standard_normal((60, 16)).astype("float32").repeat(3, 0)  # three copies of each
