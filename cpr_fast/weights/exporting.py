@@ -73,7 +73,7 @@ def write_safetensors(
 ) -> dict[str, Any]:
     """Writes the encoders of all views, with tensors "<view>.<name>". Returns `views` and the number of `tensors`."""
     if not is_installed("safetensors"):
-        raise InputError("--to: the package safetensors is needed: pip install cpr-fast[onnx]")
+        raise InputError("--to: the package safetensors is needed: pip install safetensors")
     tensors: dict[str, Tensor] = {}
     places: set[int] = set()
     for view, state in encoders.items():
@@ -105,7 +105,7 @@ def _onnx(config: Config, encoder: Encoder, out: Path) -> dict[str, Any]:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
-        raise InputError("--to onnx needs the packages onnx and onnxscript: pip install cpr-fast[onnx]") from None
+        raise InputError("--to onnx needs the packages onnx and onnxscript: pip install onnx onnxscript") from None
     data = config.data
     clips = torch.zeros(2, 3, data.frames, data.size, data.size)
     with warnings.catch_warnings():

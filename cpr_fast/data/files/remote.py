@@ -111,7 +111,7 @@ def file_system(path: Path) -> tuple[Any, str]:
 
         return url_to_fs(url, **_timeouts(url))
     except (ImportError, ValueError) as error:
-        raise InputError(f"{url}: reading it needs `pip install 'cpr-fast[remote]'`: {error}") from error
+        raise InputError(f"{url}: reading it needs `pip install fsspec aiohttp s3fs`: {error}") from error
 
 
 def _timeouts(url: str) -> dict[str, Any]:

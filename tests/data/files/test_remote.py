@@ -120,7 +120,7 @@ def test_an_object_that_cannot_be_opened_is_named(server):
         assert failed.value.unreadable
     with pytest.raises(OSError, match="could not be read in 4 attempts"):
         RemoteStorage().size(Path("http://127.0.0.1:9/nobody-listens"))
-    with pytest.raises(InputError, match=r"nosuch://h/a: reading it needs `pip install 'cpr-fast\[remote\]'`"):
+    with pytest.raises(InputError, match=r"nosuch://h/a: reading it needs `pip install fsspec aiohttp s3fs`"):
         RemoteStorage().size(Path("nosuch://h/a"))
 
 

@@ -24,7 +24,7 @@ from cpr_fast.errors import InputError
 PARQUET = ".parquet"
 TEXTS, CODED, NUMBERS = ("path", "source", "flow_path"), ("label", "split", "fps"), ("num_frames", "width", "height")
 AT_ONCE = 2**14  # strings that are Python's at the same time
-INSTALL = "reading and writing Parquet needs `pip install 'cpr-fast[parquet]'`"
+INSTALL = "reading and writing Parquet needs `pip install pyarrow`"
 
 
 def spread(count: int, most: int) -> range:
