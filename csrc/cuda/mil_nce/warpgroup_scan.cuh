@@ -20,10 +20,10 @@ constexpr int kStepKeys = 16;  // keys, or features, of one product
 template <typename T>
 using KeyHalves = T[kHalves][kRowKeys][kHalfWidth];
 
-template <typename T, int kGroups>
+template <typename T, int kWarpgroups>
 struct alignas(1024) WarpgroupScanShared {
   KeyHalves<T> keys[2];
-  T queries[kGroups * kGroupRows][kRowWidth + kPad];
+  T queries[kWarpgroups * kGroupRows][kRowWidth + kPad];
   int64_t ids[3][kRowKeys];  // of this tile, the next one and the one that is being copied
 };
 
@@ -83,14 +83,14 @@ __device__ __forceinline__ void absorb_tile(RowRunning<T>& group, const RowScore
   pin_registers(group.weighted);
 }
 
-// Grid: (tiles of 64 kGroups queries, S). Feature rows must be 16-byte aligned. Only sm_90a has its code.
-template <typename T, int kGroups, bool kPositiveById>
-__global__ void __launch_bounds__(kGroups* kWarpgroup, 2 / kGroups)
+// Grid: (tiles of 64 kWarpgroups queries, S). Feature rows must be 16-byte aligned. Only sm_90a has its code.
+template <typename T, int kWarpgroups, bool kPositiveById>
+__global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 2 / kWarpgroups)
     warpgroup_scan_kernel(const __grid_constant__ Problem problem, const T* queries, const T* memory,
                           int64_t first_query, int64_t chunk_queries, int64_t tiles, Partials out) {
 #ifdef CPR_HAS_WARPGROUP_PRODUCTS
-  constexpr int kThreads = kGroups * kWarpgroup, kRows = kGroups * kGroupRows;
-  auto& shared = shared_memory<WarpgroupScanShared<T, kGroups>>();
+  constexpr int kThreads = kWarpgroups * kWarpgroup, kRows = kWarpgroups * kGroupRows;
+  auto& shared = shared_memory<WarpgroupScanShared<T, kWarpgroups>>();
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kRows;
   const RowTiles<T, kThreads> source = {memory, problem.memory_ids, problem.K};
   const int64_t begin = blockIdx.y * tiles * kSumTerms;
@@ -160,11 +160,12 @@ const char* launch_warpgroup_scan(const Problem& problem, const T* queries, cons
     if (problem.D != kRowWidth || addresses % 16 != 0 || !has_warpgroup_products()) return nullptr;
     *launched = true;
     const auto start = [&](auto kernel, auto groups) {
-      constexpr int kGroups = decltype(groups)::value;
-      const dim3 grid(static_cast<unsigned>(ceil_div(chunk_queries, kGroups * kGroupRows)),
+      constexpr int kWarpgroups = decltype(groups)::value;
+      const dim3 grid(static_cast<unsigned>(ceil_div(chunk_queries, kWarpgroups * kGroupRows)),
                       static_cast<unsigned>(splits.count));
-      return launch<WarpgroupScanShared<T, kGroups>>(kernel, grid, kGroups * kWarpgroup, stream, problem, queries,
-                                                     memory, first_query, chunk_queries, splits.tiles, out);
+      return launch<WarpgroupScanShared<T, kWarpgroups>>(kernel, grid, kWarpgroups * kWarpgroup, stream, problem,
+                                                         queries, memory, first_query, chunk_queries, splits.tiles,
+                                                         out);
     };
     return chunk_queries <= kGroupRows
                ? start(warpgroup_scan_kernel<T, 1, kPositiveById>, std::integral_constant<int, 1>())

@@ -29,7 +29,8 @@ FAULTS = {  # number of the kernel: blocks, the kind of the report, and a part o
     24: (1, "product under way", "; a product reads it"),
     25: (1, "product under way", "a sum of a product"),
     26: (1, "product under way", "a factor of a product"),
-    27: (1, "out of bounds", "of 4096"),
+    27: (1, "unpublished", "written by thread"),
+    28: (1, "out of bounds", "of 4096"),
 }
 
 

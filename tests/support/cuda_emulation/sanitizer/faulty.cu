@@ -205,6 +205,14 @@ const char* products(int which, const Launch& launch) {
         sums.factor[2] = static_cast<uint32_t>(hidden(0));
         cpr::wait_for_products();
       });
+    case 27:  // published after the barrier
+      return launch_products(launch, [](Tiles& tiles, Sums& sums) {
+        __syncthreads();
+        cpr::publish_to_products();
+        cpr::fence_registers();
+        sums.start(tiles, 0);
+        finish();
+      });
     default:  // the factor ends beyond shared memory
       return launch_products(launch, [](Tiles& tiles, Sums& sums) {
         publish();

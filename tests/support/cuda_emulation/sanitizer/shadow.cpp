@@ -212,6 +212,8 @@ struct Granule {
 };
 Granule granules[kSharedBytes / 16];
 unsigned publications[1024];  // of each thread of a block
+constexpr unsigned kPublications = 16;
+unsigned published_at[1024][kPublications];  // the time of the barrier of the block before each of the last of them
 
 template <typename Use>
 void for_granules(const void* address, size_t bytes, Use use) {
@@ -303,7 +305,10 @@ void observe_copy_done(const void* to, const void* from, size_t bytes, bool vali
   check({to, caller, bytes, true, Kind::kPlain, &target});
 }
 
-void observe_publication() { ++publications[now->thread]; }
+void observe_publication() {
+  unsigned& count = publications[now->thread];
+  published_at[now->thread][count++ % kPublications] = now->block_time;
+}
 
 void observe_product(const void* address, bool done, const void* caller) {
   Target target;
@@ -312,7 +317,10 @@ void observe_product(const void* address, bool done, const void* caller) {
   for_granules(address, 16, [&](Granule& granule) {
     constexpr uint64_t kOfBlock = ~((1ull << kBlockAt) - 1);
     const unsigned writer = thread_of(granule.writer);
-    if (((granule.writer ^ own_tag) & kOfBlock) == 0 && granule.publications == publications[writer]) {
+    const unsigned since = publications[writer] - granule.publications;  // that write
+    const bool late = writer != now->thread && since <= kPublications &&
+                      published_at[writer][granule.publications % kPublications] >= now->block_time;
+    if (((granule.writer ^ own_tag) & kOfBlock) == 0 && (since == 0 || late)) {
       report("unpublished", event.text() + "; written by thread " + std::to_string(writer), caller);
     }
     granule.reads += done ? -1 : 1;
