@@ -44,7 +44,8 @@ class Gpu:
     clock_hz: float
     fp32: float  # warp instructions
     alu: float
-    tensor: float  # m16n8k16 products of 16-bit features
+    tensor: float  # m16n8k16 products of 16-bit features, by mma.sync
+    warpgroup: float  # and by wgmma, counted as such products
     special: float
     fp64: float
     shared_bytes: int  # of a multiprocessor
@@ -57,12 +58,12 @@ class Gpu:
 
 
 GPUS = [
-    Gpu("NVIDIA A100-SXM4-80GB", "A100", "80", 108, 1.41e9, 1.8, 2, 0.5, 0.5, 1, 164 << 10, 40 << 20, 4.5e12, 1.8e12,
+    Gpu("NVIDIA A100-SXM4-80GB", "A100", "80", 108, 1.41e9, 1.8, 2, 0.5, 0, 0.5, 1, 164 << 10, 40 << 20, 4.5e12, 1.8e12,
         260, 560, {"fp32": 17.5e12, "bf16": 260e12}),
-    Gpu("NVIDIA H100 80GB HBM3", "H100", "90a", 132, 1.755e9, 4, 2, 0.62, 0.5, 2, 228 << 10, 50 << 20, 5.6e12, 3.0e12,
-        270, 660, {"fp32": 60e12, "bf16": 790e12}),
-    Gpu("NVIDIA H200", "H100", "90a", 132, 1.755e9, 4, 2, 0.62, 0.5, 2, 228 << 10, 50 << 20, 5.6e12, 4.3e12,
-        270, 660, {"fp32": 60e12, "bf16": 790e12}),
+    Gpu("NVIDIA H100 80GB HBM3", "H100", "90a", 132, 1.755e9, 4, 2, 0.62, 0.95, 0.5, 2, 228 << 10, 50 << 20, 5.6e12,
+        3.0e12, 270, 660, {"fp32": 60e12, "bf16": 790e12}),
+    Gpu("NVIDIA H200", "H100", "90a", 132, 1.755e9, 4, 2, 0.62, 0.95, 0.5, 2, 228 << 10, 50 << 20, 5.6e12,
+        4.3e12, 270, 660, {"fp32": 60e12, "bf16": 790e12}),
 ]  # fmt: skip
 SOURCES = {
     "multiprocessors, shared memory, L2": "NVIDIA A100 and H100 architecture white papers; H200 data sheet",
@@ -73,7 +74,8 @@ SOURCES = {
     "and 32 results per cycle and multiprocessor for 8.0; 128, 64, 16 and 64 for 9.0; a warp instruction is 32. Of the "
     "fp32 of A100, 1.8 of 2 warp instructions: the 17.5 of 19.5 TFLOP/s that its floor assumes",
     "tensor": "white papers: 1024 (A100) and 2048 (H100) dense 16-bit multiply-adds per cycle; mma.sync reaches about "
-    "62 % of the latter (arXiv 2402.13499 and 2501.12084, Hopper microbenchmarks)",
+    "62 % of the latter, wgmma of 64 and more columns more than 95 %: 32 cycles for m64n64k16 and 64 for m64n128k16, "
+    "with a factor in registers (arXiv 2402.13499 and 2501.12084, Hopper microbenchmarks)",
     "L2 rate": "assumed from measurements of about 4 to 5 TB/s (A100) and 5.5 to 6 TB/s (H100) published for reads",
     "HBM rate": "performance.md: 4.3 TB/s measured on an H200, 1.8 assumed for A100; 3.0 of 3.35 assumed for H100",
     "latencies": "arXiv 2501.12084 and 2402.13499, rounded: L2 about 260, HBM about 560 to 660 cycles",
@@ -83,6 +85,7 @@ SOURCES = {
 ISSUE = 4.0  # warp instructions per cycle of a multiprocessor
 DEPENDENT = 2.4  # cycles between instructions of one warp: latency 4, with some independent ones in between; assumed
 INDEPENDENT = 1.2  # cycles between multiply-adds and products, which add to the many sums of a tile; assumed
+AWAITED = 1 / 3  # of the products of a warpgroup, nothing runs beside these: the scores, but not the weighted sums
 LOADS_AT_ONCE = 4.0  # loads from global memory that a warp waits for together; assumed
 BARRIER = 30.0  # cycles; assumed
 TEAM_BARRIER_S = 1.2e-6  # between blocks through global memory; assumed
@@ -115,6 +118,12 @@ def floor_s(gpu: Gpu, op: str, precision: str, B: int, K: int) -> float | None:
     return max(operations / gpu.floor[kind], moved / gpu.hbm_bytes_per_s) + LAUNCH_S
 
 
+def warpgroup_cycles(gpu: Gpu, counts: dict[str, float]) -> float:
+    """Returns the cycles that a multiprocessor takes for products by wgmma."""
+    products = counts.get("warpgroup products", 0)
+    return products / gpu.warpgroup if products else 0.0
+
+
 def units(gpu: Gpu, launch: dict) -> dict[str, float]:
     """Returns the cycles that a block takes of each unit of a multiprocessor."""
     get = {
@@ -127,7 +136,7 @@ def units(gpu: Gpu, launch: dict) -> dict[str, float]:
         "issue": math.fsum(get.values()) / ISSUE,
         "fp32": (get.get("fp32", 0) + get.get("imad", 0)) / gpu.fp32,
         "alu": get.get("alu", 0) / gpu.alu,
-        "tensor": get.get("tensor", 0) / gpu.tensor,
+        "tensor": get.get("tensor", 0) / gpu.tensor + warpgroup_cycles(gpu, launch["per_block"]),
         "special": get.get("special", 0) / gpu.special,
         "fp64": get.get("fp64", 0) / gpu.fp64,
         "shared memory": max(launch["per_block"].get("wavefronts", 0), memory + get.get("shuffle", 0)),
@@ -135,7 +144,7 @@ def units(gpu: Gpu, launch: dict) -> dict[str, float]:
 
 
 def latency_cycles(gpu: Gpu, launch: dict, from_hbm: float) -> float:
-    """Returns the cycles of a block whose warps never compete: each waits for its own results and loads."""
+    """Returns the cycles of a block whose warps never compete: each waits for its own results, products and loads."""
     warps = launch["threads"] / 32
     per_warp = {key: value / warps for key, value in launch["per_block"].items()}
     machine = math.fsum(value for key, value in per_warp.items() if key.startswith(f"sm_{gpu.architecture} "))
@@ -143,7 +152,9 @@ def latency_cycles(gpu: Gpu, launch: dict, from_hbm: float) -> float:
     loads = per_warp.get("global loads", 0) + per_warp.get("ptx copy async", 0) / 4
     latency = gpu.l2_latency + from_hbm * (gpu.hbm_latency - gpu.l2_latency)
     barriers = per_warp.get("ptx barrier", 0)
-    return (machine - sums) * DEPENDENT + sums * INDEPENDENT + loads / LOADS_AT_ONCE * latency + barriers * BARRIER
+    products = AWAITED * 4 * warpgroup_cycles(gpu, per_warp)  # of the four warps of a warpgroup
+    own = (machine - sums) * DEPENDENT + sums * INDEPENDENT + barriers * BARRIER
+    return own + products + loads / LOADS_AT_ONCE * latency
 
 
 def predict_launch(gpu: Gpu, launch: dict, registers: int, from_hbm: float) -> dict:
@@ -245,14 +256,20 @@ def resource_us(rows: list[dict], device: str, op: str, precision: str, shape: t
 def limits_text(rows: list[dict]) -> list[str]:
     """Returns what the times of the calls that are furthest from their floors are spent on, with the counts."""
     a100, h200, shape = GPUS[0].name, GPUS[2], (256, 65536)
-    bf16 = resource_us(rows, h200.name, "mil_nce", "bfloat16", shape, "row_scan_kernel")
+    bf16 = resource_us(rows, h200.name, "mil_nce", "bfloat16", shape, "warpgroup_scan_kernel")
     fp32 = resource_us(rows, h200.name, "mil_nce", "float32", shape, "wide_scan_kernel")
     score, select = (
         resource_us(rows, h200.name, "cascade_select", "fp32", (32, 16384), kernel)
         for kernel in ("score_kernel", "select_on_chip_kernel")
     )
-    reached = 2 * 2048 * h200.tensor * h200.processors * h200.clock_hz
-    least = 1.5 * h200.floor["bf16"] / reached
+    peak = 2 * 2048 * h200.processors * h200.clock_hz
+    by_warps = 1.5 * h200.floor["bf16"] / (h200.tensor * peak)
+    row = next(
+        row for row in rows if (row["device"], row["op"], row["precision"]) == (h200.name, "mil_nce", "bfloat16")
+        and (row["B"], row["K"]) == shape
+    )  # fmt: skip
+    slower = bf16["tensor"] * h200.warpgroup * peak / h200.floor["bf16"]
+    over_floor = (row["time_us"] - row["kernels"][0]["time_us"] + slower) / row["floor_us"]
     products = [
         resource_us(rows, a100, "cascade_select", precision, shape, "stream_kernel")["tensor"]
         for precision in ("fp32", "bf16")
@@ -263,11 +280,14 @@ def limits_text(rows: list[dict]) -> list[str]:
         f"- mil_nce bfloat16 on H100 and H200: tensor cores, {bf16['tensor']:.1f} µs; the exponentials take "
         f"{bf16['special']:.1f} µs of their own unit, beside them. The scan multiplies three times, once for a score "
         "and once for each of the two terms of a weight (the rounding of a single term would dominate the gradient), "
-        f"where the floor counts two products. mma.sync reaches {reached / 1e12:.0f} TFLOP/s here, the floor assumes "
-        f"{h200.floor['bf16'] / 1e12:.0f}: no call with these products takes less than {least:.2f} times the floor. "
-        "None of the three can be saved with the same bound on the error: one term of a weight, as bfloat16, is off by "
-        "up to 2^-9 of it, for all keys alike, and TF32, whose 11 bits are not both terms either, has half the rate. "
-        "Less needs wgmma, which sm_80 does not have.",
+        f"where the floor counts two products. With mma.sync, {h200.tensor * peak / 1e12:.0f} TFLOP/s, no call takes "
+        f"less than {by_warps:.2f} times the floor, which assumes {h200.floor['bf16'] / 1e12:.0f}; before wgmma, the "
+        "same model gave 34.4 µs (2.6 times the floor), 122.8 µs for 1024 x 65536 (2.7) and 1427.4 µs for 1024 x "
+        f"1000000 (2.1). wgmma is taken to reach {h200.warpgroup * peak / 1e12:.0f} TFLOP/s at the assumed clock. If "
+        f"power limits it to the {h200.floor['bf16'] / 1e12:.0f} of the floor, the products take {slower:.1f} µs and "
+        f"the call {over_floor:.2f} times the floor. None of the three products can be saved with the same bound on "
+        "the error: one term of a weight, as bfloat16, is off by up to 2^-9 of it, for all keys alike, and TF32, whose "
+        "11 bits are not both terms either, has half the rate.",
         f"- mil_nce float32 on H100 and H200: instructions, {fp32['issue']:.0f} µs, about {fp32['fp32']:.0f} of which "
         f"for multiply-adds; shared memory takes {fp32['shared memory']:.0f} µs beside them. A thread computes 8 x 8 "
         "scores and reads 16 vectors for 256 multiply-adds: 64 cycles of shared memory and of arithmetic. The 4 x 4 "

@@ -8,7 +8,8 @@ the large call, which it plans on the limits of the device (`DEVICES`) without e
     sample, sieve, misled    no feature
     stream                   tiles of a block
     select, streamed_stages  K
-    all scans                tiles of 64 keys in a split of the memory
+    all scans                tiles of 64 keys in a split of the memory; of the scan by warpgroups the PTX of sm_90a is
+                             interpreted, of everything else that of sm_80
     finish                   splits of the memory
     tvl1                     no feature: the pairs share the work of one pair, whose blocks are as many as its tiles;
                              a team of one block has no barriers, which are the only atomic operations
@@ -38,8 +39,9 @@ from support.flow_references import DEFAULTS, moving_texture
 from support.ptx.device import PtxDevice
 from support.ptx.interpreter import Count, Launch
 
-# What the host code asks a device for: shared memory that a block can opt in to, L2 cache, multiprocessors.
-DEVICES = {"A100": (163 << 10, 40 << 20, 108), "H100": (227 << 10, 50 << 20, 132)}
+# What the host code asks a device for: shared memory that a block can opt in to, L2 cache, multiprocessors; and its
+# compute capability.
+DEVICES = {"A100": ((163 << 10, 40 << 20, 108), 80), "H100": ((227 << 10, 50 << 20, 132), 90)}
 ROUTES = {
     "on chip": {},
     "streamed": {"shared_limit": 0, "cache_size": 40 << 20},
@@ -56,6 +58,7 @@ class Call:
     B: int
     K: int
     route: str = ""  # forced on cascade_select; otherwise that of the device
+    architecture: str = "80"  # whose PTX is interpreted
 
 
 @dataclass
@@ -93,10 +96,11 @@ def issue(device: PtxDevice, call: Call) -> None:
         device.tvl1_flow(moving_texture(call.B + 1, 256, call.K, seed=0)[None], DEFAULTS)
 
 
-def plan(device: PtxDevice, call: Call, limits: tuple[int, int, int]) -> list[Launch]:
+def plan(device: PtxDevice, call: Call, limits: tuple[int, int, int], capability: int) -> list[Launch]:
     """Returns the launches of a call on a device. Only shapes and alignment matter: the tensors are not written or
     read."""
     device.resize(*limits)
+    device.set_capability(capability)
     device.set_dry(True)
     device.reset_counts()
     try:
@@ -115,6 +119,7 @@ def plan(device: PtxDevice, call: Call, limits: tuple[int, int, int]) -> list[La
     finally:
         device.set_dry(False)
         device.resize()
+        device.select()
 
 
 def features(call: Call, launches: list[Launch]) -> list[float]:
@@ -145,6 +150,11 @@ def keys_of(counts: list[Count]) -> Counter:
             keys["least sectors"] += count.least
             keys["global requests"] += count.executed
             keys["global loads"] += count.executed * (count.kind == "load global")
+        elif count.kind == "warpgroup mma":
+            # A product reads 32 bytes of shared memory for each of its columns, once for four warps.
+            keys["warpgroup products"] += count.units
+            keys["wavefronts"] += count.units / 2
+            keys["least wavefronts"] += count.units / 2
         elif count.kind in SHARED:
             keys["wavefronts"] += count.units
             keys["least wavefronts"] += count.least
@@ -153,6 +163,11 @@ def keys_of(counts: list[Count]) -> Counter:
         if count.kind == "branch":
             keys["divergent branches"] += count.units
     return keys
+
+
+def architectures_of(entry: str) -> tuple[str, ...]:
+    """Returns the architectures that have code for a kernel: of those that multiply by warpgroups, only sm_90a."""
+    return ("90a",) if "warpgroup" in entry else ("80", "90a")
 
 
 class Disassembly:
@@ -168,7 +183,7 @@ class Disassembly:
 
     def project(self, operator: str, entry: str, counts: list[Count]) -> Counter:
         keys: Counter = Counter()
-        for architecture in ("80", "90a"):
+        for architecture in architectures_of(entry):
             lines = self.of(operator, architecture)[0][entry]
             for unit, number in sass.project(counts, lines).items():
                 keys[f"sm_{architecture} {unit}"] += number

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from measure import RESULTS, world, write_result
-from ptx_cases import DEVICES, ROUTES, Call, Disassembly, Kernel, extrapolate, interpret, plan
-from support.ptx.device import PtxDevice
+from ptx_cases import DEVICES, ROUTES, Call, Disassembly, Kernel, architectures_of, extrapolate, interpret, plan
+from support.ptx.device import ARCHITECTURES, PtxDevice
 
 SHAPES = [(16, 2048), (32, 2048), (32, 16384), (256, 16384), (256, 65536), (1024, 65536), (1024, 1_000_000)]
 PRECISIONS = {"cascade_select": ("fp32", "bf16"), "mil_nce": ("float32", "bfloat16")}
@@ -38,6 +38,8 @@ SAMPLES = [
     *(Call("mil_nce", dtype, 32, K) for dtype in PRECISIONS["mil_nce"] for K in (2048, 16384, 65536)),
     *(Call("mil_nce", "bfloat16", 64, K) for K in (2048, 16384)),  # more than 32 queries have a kernel of their own
     *(Call("mil_nce", "float32", 64, K) for K in (16384, 65536)),  # and larger tiles
+    # One warpgroup of a block, and two.
+    *(Call("mil_nce", "bfloat16", B, K, architecture="90a") for B in (32, 128) for K in (2048, 16384)),
     Call("tvl1_flow", "fp32", 1, 340),  # one pair of 340x256
 ]
 CHECKS = [
@@ -45,14 +47,15 @@ CHECKS = [
     Call("cascade_select", "fp32", 64, 40000, "streamed"),
     Call("mil_nce", "float32", 64, 32768),
     Call("mil_nce", "bfloat16", 64, 131072),
+    Call("mil_nce", "bfloat16", 128, 32768, architecture="90a"),
 ]
-CHECKED = ("ptx fp32", "ptx load shared", "ptx load global", "ptx mma", "sectors", "wavefronts")
+CHECKED = ("ptx fp32", "ptx load shared", "ptx load global", "ptx mma", "warpgroup products", "sectors", "wavefronts")
 
 
 def sample_row(call: Call, kernel: Kernel) -> dict:
     row = {"op": call.op, "precision": call.precision, "route": call.route, "B": call.B, "K": call.K}
     row |= {"kernel": kernel.name, "blocks": kernel.blocks, "threads": kernel.threads, "launches": kernel.launches}
-    row |= {"feature": kernel.feature}
+    row |= {"feature": kernel.feature, "architecture": call.architecture}
     row["counts"] = {key: round(value) for key, value in sorted(kernel.counts.items())}
     return row | {"lines": dict(kernel.lines.most_common(5))}
 
@@ -61,6 +64,8 @@ def check_rows(device: PtxDevice, samples: list[Kernel], call: Call) -> list[dic
     """Compares extrapolated counts of a call with interpreted ones."""
     rows = []
     for kernel in interpret(device, call):
+        if call.architecture not in architectures_of(kernel.entry)[:1]:
+            continue
         launch = next(launch for launch in device.launches_of(call.op) if launch.kernel == kernel.entry)
         made = extrapolate(samples, call, device.launches_of(call.op))
         found = next(row for row in made if row["kernel"] == kernel.name)
@@ -85,8 +90,8 @@ def call_rows(device: PtxDevice, samples: list[Kernel], operators: tuple[str, ..
     calls = [Call(op, precision, B, K) for op in PRECISIONS for precision in PRECISIONS[op] for B, K in SHAPES]
     calls += [Call("tvl1_flow", "fp32", pairs, 340) for pairs in (1, 32, 264)]
     calls = [call for call in calls if call.op in operators]
-    for (name, limits), call in itertools.product(DEVICES.items(), calls):
-        launches = extrapolate(samples, call, plan(device, call, limits))
+    for (name, (limits, capability)), call in itertools.product(DEVICES.items(), calls):
+        launches = extrapolate(samples, call, plan(device, call, limits, capability))
         for launch in launches:
             launch["per_block"] = {key: round(value, 2) for key, value in sorted(launch["per_block"].items())}
         rows.append({"device": name, "op": call.op, "precision": call.precision, "B": call.B, "K": call.K})
@@ -97,7 +102,8 @@ def call_rows(device: PtxDevice, samples: list[Kernel], operators: tuple[str, ..
 def registers_of(code: Disassembly, samples: list[Kernel], operators: dict[str, str]) -> dict[str, dict[str, int]]:
     found = {}
     for kernel in samples:
-        used = {arch: code.of(operators[kernel.entry], arch)[1][kernel.entry] for arch in ("80", "90a")}
+        files = architectures_of(kernel.entry)
+        used = {arch: code.of(operators[kernel.entry], arch)[1][kernel.entry] for arch in files}
         found[kernel.name] = used
     return found
 
@@ -113,7 +119,8 @@ def page(report: dict) -> str:
         "of PTX by warps; active lanes; sectors of 32 bytes per global request and as many times the least; wavefronts"
     ]
     lines += [
-        "of shared memory as many times the least; estimated machine instructions for sm_80 (bench/ptx/sass.py).",
+        "of shared memory as many times the least; estimated machine instructions for sm_80, or for",
+        "sm_90a where only that has the kernel (bench/ptx/sass.py); mma: matrix products of 16 x 8 x 16.",
         "",
     ]
     header = ["call", "kernel", "blocks", "PTX", "machine", "lanes", "fp32 %", "int %", "mma", "sectors/request"]
@@ -122,12 +129,12 @@ def page(report: dict) -> str:
     for row in report["samples"]:
         count = row["counts"].get
         total = sum(value for key, value in row["counts"].items() if key.startswith("ptx"))
-        machine = sum(value for key, value in row["counts"].items() if key.startswith("sm_80"))
+        machine = sum(value for key, value in row["counts"].items() if key.startswith(f"sm_{row['architecture']} "))
         integer = sum(count(f"ptx {kind}", 0) for kind in ("int", "int64", "predicate"))
         call = f"{row['op']} {row['precision']} {row['route']} {row['B']}x{row['K']}".replace("  ", " ")
         cells = [call, row["kernel"], row["blocks"], f"{total / 1e6:.2f}M", f"{machine / 1e6:.2f}M"]
         cells += [f"{count('lanes', 0) / max(1, total):.1f}", f"{100 * count('ptx fp32', 0) / total:.0f}"]
-        cells += [f"{100 * integer / total:.0f}", count("ptx mma", 0)]
+        cells += [f"{100 * integer / total:.0f}", count("ptx mma", 0) + count("warpgroup products", 0)]
         cells += [f"{count('sectors', 0) / max(1, count('global requests', 1)):.1f}"]
         cells += [f"{count('sectors', 0) / max(1, count('least sectors', 1)):.2f}"]
         cells += [f"{count('wavefronts', 0) / max(1, count('least wavefronts', 1)):.2f}"]
@@ -152,11 +159,14 @@ def saved_samples(rows: list[dict]) -> list[Kernel]:
     return found
 
 
-def sample(device: PtxDevice, calls: list[Call], report: dict) -> list[Kernel]:
-    """Interprets calls and adds their rows and registers to a report."""
+def sample(devices: dict[str, PtxDevice], calls: list[Call], report: dict) -> list[Kernel]:
+    """Interprets calls and adds their rows and registers to a report. Of the PTX of sm_90a it takes the kernels that
+    sm_80 does not have."""
     code, samples, operators = Disassembly(), [], {}
     for call in calls:
-        kernels = interpret(device, call, code)
+        devices[call.architecture].select()
+        kernels = interpret(devices[call.architecture], call, code)
+        kernels = [kernel for kernel in kernels if call.architecture in architectures_of(kernel.entry)[:1]]
         samples += kernels
         operators |= {kernel.entry: call.op for kernel in kernels}
         report["samples"] += [sample_row(call, kernel) for kernel in kernels]
@@ -176,7 +186,7 @@ def main() -> None:
                       help="the same for all calls of these operators")  # fmt: skip
     options = parser.parse_args()
     torch.set_num_threads(1)
-    device = PtxDevice("80")
+    devices = {architecture: PtxDevice(architecture) for architecture in ARCHITECTURES}
     report = {"world": world("cpu"), "samples": [], "checks": [], "registers": {}, "calls": []}
     chosen = ("cascade_select",) if options.routes else tuple(options.operators)
     samples = []
@@ -191,10 +201,12 @@ def main() -> None:
         samples = saved_samples([row for row in report["samples"] if row["op"] in chosen])
         report["registers"] = kept["registers"]
         report["calls"] = [row for row in kept["calls"] if row["op"] not in chosen]
-    samples += sample(device, [call for call in SAMPLES if again(call.op, call.route)], report)
-    report["calls"] += call_rows(device, samples, chosen)
+    samples += sample(devices, [call for call in SAMPLES if again(call.op, call.route)], report)
+    devices["80"].select()
+    report["calls"] += call_rows(devices["80"], samples, chosen)
     for call in (call for call in CHECKS if again(call.op, call.route)):
-        report["checks"] += check_rows(device, samples, call)
+        devices[call.architecture].select()
+        report["checks"] += check_rows(devices[call.architecture], samples, call)
         print(f"{call}: checked", flush=True)
     for part in ("samples", "checks", "calls"):
         report[part].sort(key=lambda row: row["op"])

@@ -21,6 +21,7 @@ from support.ptx.build import CACHE, find_nvcc
 # The unit of a multiprocessor that executes an instruction, by the start of its name; the first match counts.
 UNITS = [
     ("tensor", ("HMMA",)),
+    ("warpgroup", ("HGMMA",)),
     ("fp32", ("FFMA", "FADD", "FMUL")),
     ("special", ("MUFU", "POPC", "FLO", "BREV", "I2F", "F2I", "F2F", "FRND", "I2I")),
     ("fp64", ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")),
@@ -33,7 +34,7 @@ UNITS = [
     ("async copy", ("LDGSTS", "LDGDEPBAR")),
     ("atomic", ("ATOM", "RED")),
     ("shuffle", ("SHFL",)),
-    ("barrier", ("BAR", "WARPSYNC", "BSSY", "BSYNC", "DEPBAR")),
+    ("barrier", ("BAR", "WARPSYNC", "WARPGROUP", "BSSY", "BSYNC", "DEPBAR")),
     ("branch", ("BRA", "BRX", "EXIT", "CALL", "RET", "BREAK", "JMP")),
     ("constant", ("LDC", "ULDC", "S2R", "S2UR", "CS2R")),
 ]
@@ -113,6 +114,7 @@ def project(counts: list, lines: dict[tuple[str, int], Counter]) -> Counter:
 # Units whose instructions ptxas takes over one to one, and the classes of PTX that they come from.
 ANCHORS = {
     "tensor": ("mma",),
+    "warpgroup": ("warpgroup mma",),
     "global load": ("load global",),
     "global store": ("store global",),
     "shared load": ("load shared", "load matrix"),

@@ -51,6 +51,17 @@ def test_a_few_warps_wait_for_their_own_results():
     assert far["time_us"] > alone["time_us"]
 
 
+def test_products_by_warpgroups_have_a_rate_of_their_own_and_nothing_runs_beside_the_scores():
+    h200 = predict_gpu.GPUS[2]
+    counts = {"warpgroup__products": 9.5e5}
+    busy = predict_gpu.predict_launch(h200, launch(132, threads=256, **counts), 185, 0)
+    assert busy["limit"] == "tensor" and busy["time_us"] == pytest.approx(1e6 / 1.755e3)
+    by_warps = predict_gpu.predict_launch(h200, launch(132, threads=256, sm_90a__tensor=9.5e5), 185, 0)
+    assert by_warps["time_us"] == pytest.approx(9.5 / 6.2 * busy["time_us"])
+    one, two = (predict_gpu.latency_cycles(h200, launch(1, threads=128 * n, **counts), 0) for n in (1, 2))
+    assert one == pytest.approx(1e6 / 3) and two == pytest.approx(one / 2)  # half of the products each
+
+
 def test_every_predicted_call_is_at_least_its_floor_and_names_its_limit():
     report = json.loads(PREDICTED.read_text())
     assert len(report["rows"]) >= 30 and {row["device"] for row in report["rows"]} == {g.name for g in predict_gpu.GPUS}

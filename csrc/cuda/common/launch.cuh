@@ -10,10 +10,11 @@
 
 namespace cpr {
 
-// Returns the dynamic shared memory of the block. It is uninitialised: no constructor runs.
+// Returns the dynamic shared memory of the block. It is uninitialised: no constructor runs. The alignment is the one
+// that swizzled rows need (warpgroup.cuh).
 template <typename Layout>
 __device__ __forceinline__ Layout& shared_memory() {
-  extern __shared__ float4 dynamic_shared[];
+  alignas(1024) extern __shared__ float4 dynamic_shared[];
   return *reinterpret_cast<Layout*>(dynamic_shared);
 }
 

@@ -6,8 +6,9 @@
 // own key and the explicit positives, and computes the gradient from the same sums. Splits depend only on K and no
 // float is added atomically, so the result of a row does not depend on its batch or on scheduling.
 //
-// Features of 16 bits are scanned on tensor cores if their width is 128 (row_scan.cuh) or 512 (tensor_scan.cuh), all
-// others in float32: by larger tiles (wide_scan.cuh) if there are enough of them, and else by those of scan.cuh.
+// Features of 16 bits are scanned on tensor cores if their width is 128 (warpgroup_scan.cuh on sm_90a, else
+// row_scan.cuh) or 512 (tensor_scan.cuh), all others in float32: by larger tiles (wide_scan.cuh) if there are enough of
+// them, and else by those of scan.cuh.
 //
 // Letters in shapes: B queries, K memory entries, D feature width, P explicit positives, S splits.
 #include "cpr_fast.h"
@@ -19,6 +20,7 @@
 #include "cuda/mil_nce/row_scan.cuh"
 #include "cuda/mil_nce/scan.cuh"
 #include "cuda/mil_nce/tensor_scan.cuh"
+#include "cuda/mil_nce/warpgroup_scan.cuh"
 #include "cuda/mil_nce/wide_scan.cuh"
 
 namespace cpr {
@@ -68,8 +70,12 @@ const char* forward(const cpr_mil_nce_args& args, const cpr_mil_nce_outputs& out
   for (int64_t first = 0; first < args.B; first += kChunk) {
     const int64_t queries = args.B - first < kChunk ? args.B - first : kChunk;
     bool scanned = false;
-    const char* error =
-        launch_row_scan<kPositiveById>(problem, query, memory, first, queries, splits, partials, stream, &scanned);
+    const char* error = launch_warpgroup_scan<kPositiveById>(problem, query, memory, first, queries, splits, partials,
+                                                             stream, &scanned);
+    if (error == nullptr && !scanned) {
+      error =
+          launch_row_scan<kPositiveById>(problem, query, memory, first, queries, splits, partials, stream, &scanned);
+    }
     if (error == nullptr && !scanned) {
       error =
           launch_tensor_scan<kPositiveById>(problem, query, memory, first, queries, splits, partials, stream, &scanned);

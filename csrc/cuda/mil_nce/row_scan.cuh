@@ -49,6 +49,8 @@ __device__ __forceinline__ uint32_t bits_of(const Pair<T>& pair) {
 // Scores of 16 queries and a tile of keys: [n][e] is a piece of a product, so bit 4 n + e of a mask belongs to it.
 using RowScores = float[kKeyPieces][4];
 static_assert(kKeyPieces * 4 == 32, "a mask of the scores of a lane has 32 bits");
+// Weights of 16 queries and 16 keys, as a factor of a product: two terms, whose sum is the weight.
+using RowWeights = uint32_t[2][4];
 
 // Copies tiles of the memory to shared memory: ids two tiles ahead, then the rows, zero for slots without an entry.
 template <typename T, int kThreads>
@@ -86,7 +88,8 @@ struct RowQueries {
   uint32_t factor[kRowWidth / 16][4];
 
   // Reads them from shared memory [rows of the block][width].
-  __device__ __forceinline__ void load(const T (&queries)[kRowKeys][kRowWidth + kPad]) {
+  template <int kRows>
+  __device__ __forceinline__ void load(const T (&queries)[kRows][kRowWidth + kPad]) {
     const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp * kWarpRows + lane % 16;
 #pragma unroll
     for (int step = 0; step < kRowWidth / 16; ++step) {
@@ -128,23 +131,13 @@ struct RowRunning {
   // Adds a tile. Scores of -inf do not count. scale: log2(e) / temperature.
   __device__ __forceinline__ void absorb(const RowScores& score, float scale,
                                          const T (&keys)[kRowKeys][kRowWidth + kPad]) {
-    float exponent[2];  // of a weight: score * scale + exponent
+    float exponent[2];
     move_maxima(score, scale, exponent);
     const int lane = threadIdx.x % kWarp, row = lane % 16, offset = lane / 16 * 8;
 #pragma unroll
     for (int key = 0; key < kRowKeys; key += 16) {
-      uint32_t weight[2][4];  // two terms, whose sum is the weight
-#pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        const int n = key / kPieceColumns + part / 2, half = part % 2;
-        const float x = power_of_two(__fmaf_rn(score[n][2 * half], scale, exponent[half]));
-        const float y = power_of_two(__fmaf_rn(score[n][2 * half + 1], scale, exponent[half]));
-        sum[half] += x + y;
-        const Pair<T> high(x, y);
-        const float2 rounded = high.widened();
-        weight[0][part] = bits_of(high);
-        weight[1][part] = bits_of(Pair<T>(x - rounded.x, y - rounded.y));
-      }
+      RowWeights weight;
+      weigh(score, key, scale, exponent, weight);
 #pragma unroll
       for (int n = 0; n < kWidthPieces; n += 2) {
         uint32_t value[4];
@@ -155,6 +148,22 @@ struct RowRunning {
           multiply_add<T>(weighted[n + 1], weight[term], value[2], value[3]);
         }
       }
+    }
+  }
+
+  // Computes the weights of the keys from `key` on, 2^(score * scale + exponent), and adds them to the sums.
+  __device__ __forceinline__ void weigh(const RowScores& score, int key, float scale, const float (&exponent)[2],
+                                        RowWeights& weight) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      const int n = key / kPieceColumns + part / 2, half = part % 2;
+      const float x = power_of_two(__fmaf_rn(score[n][2 * half], scale, exponent[half]));
+      const float y = power_of_two(__fmaf_rn(score[n][2 * half + 1], scale, exponent[half]));
+      sum[half] += x + y;
+      const Pair<T> high(x, y);
+      const float2 rounded = high.widened();
+      weight[0][part] = bits_of(high);
+      weight[1][part] = bits_of(Pair<T>(x - rounded.x, y - rounded.y));
     }
   }
 

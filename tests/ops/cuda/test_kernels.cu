@@ -303,6 +303,7 @@ int main() {
       {33, 2000, 128, 5, CPR_BF16, CPR_SAME_IGNORE, CPR_SELF_DROP_BOTH, true, false},
       {7, 300, 512, 0, CPR_F16, CPR_SAME_POSITIVE, CPR_SELF_KEEP, false, false},
       {70, 9000, 128, 5, CPR_F16, CPR_SAME_POSITIVE, CPR_SELF_KEEP, true, false},
+      {257, 9000, 128, 5, CPR_BF16, CPR_SAME_NEGATIVE, CPR_SELF_KEEP, true, false},
       {33, 1000, 512, 5, CPR_BF16, CPR_SAME_POSITIVE, CPR_SELF_DENOMINATOR, true, true},
       {300, 9000, 20, 4, CPR_F32, CPR_SAME_POSITIVE, CPR_SELF_KEEP, true, true},
   };

@@ -15,11 +15,14 @@ def narrow(inputs: dict[str, torch.Tensor], dtype: torch.dtype = torch.bfloat16)
     return inputs | {name: inputs[name].to(dtype) for name in ("query", "own_key", "memory")}
 
 
-@pytest.fixture
-def on_tensor_cores(emulated):
-    """Fails the test if no call in it took the route under test."""
+@pytest.fixture(params=[80, 90])
+def on_tensor_cores(request, emulated):
+    """Runs a test on a device whose products are those of warps, and on one that has those of warpgroups. Fails if no
+    call took the route under test."""
+    emulated.set_capability(request.param)
     before = emulated.products()
     yield
+    emulated.set_capability()
     assert emulated.products() > before
 
 
@@ -133,3 +136,42 @@ def test_what_tensor_cores_cannot_take_goes_the_general_way(emulated):
     assert_loss(emulated, **narrow(loss_inputs(3, 70, 512, 2, seed=210)))  # a device with less shared memory
     emulated.resize()
     assert emulated.products() == before
+
+
+@pytest.mark.parametrize(
+    ("B", "K", "same_id", "dtype"),
+    [
+        (70, 300, "positive", torch.bfloat16),
+        (130, 129, "ignore", torch.float16),
+        pytest.param(5, 8300, "positive", torch.bfloat16, marks=pytest.mark.slow),  # splits of two tiles
+    ],
+)
+def test_products_of_warpgroups_and_of_warps_give_the_same_bits(emulated, B, K, same_id, dtype):
+    # The tensor cores of an H100 sum both alike, and the scans multiply in the same order.
+    inputs = narrow(loss_inputs(B, K, 128, 3, seed=220), dtype)
+    emulated.set_tensor_core("H100")
+    found = {}
+    for capability in (80, 90):
+        emulated.set_capability(capability)
+        before = emulated.products()
+        found[capability] = emulated.mil_nce(**inputs, same_id=same_id, backward=False), emulated.products() - before
+    emulated.set_capability()
+    emulated.set_tensor_core("worst")
+    (by_warps, fewer), (by_warpgroups, more) = found[80], found[90]
+    assert fewer < more  # a warpgroup multiplies 64 rows, of which some do not exist
+    for name, value in by_warps.items():
+        np.testing.assert_array_equal(by_warpgroups[name].numpy(), value.numpy(), name)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 100, 120])
+def test_only_devices_of_capability_9_0_multiply_by_warpgroups(emulated, capability):
+    inputs = narrow(loss_inputs(3, 64, 128, 2, seed=230))
+    counts = []
+    for chosen in (capability, 90):
+        emulated.set_capability(chosen)
+        before = emulated.products()
+        emulated.mil_nce(**inputs, same_id="negative", backward=False)
+        counts.append(emulated.products() - before)
+    emulated.set_capability()
+    tile = 3 * 64 * 128 // 128  # products of 16 rows with 64 keys
+    assert counts == [2 * tile, 4 * tile]

@@ -32,7 +32,7 @@ def test_every_fault_applies_exactly_once(fault, tmp_path):
 
 def test_there_are_enough_faults_of_every_class():
     classes = collections.Counter(fault["class"] for fault in FAULTS)
-    assert len(classes) == 11 and sum(classes.values()) >= 60 and min(classes.values()) >= 5
+    assert len(classes) == 12 and sum(classes.values()) >= 60 and min(classes.values()) >= 5
     assert len({fault["name"] for fault in FAULTS}) == len(FAULTS)
     assert {fault["operator"] for fault in FAULTS} == {"cascade_select", "mil_nce", "tvl1_flow"}
 

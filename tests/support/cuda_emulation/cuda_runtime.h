@@ -65,6 +65,8 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrL2CacheSize = 38,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
@@ -109,10 +111,11 @@ cudaError_t fill(void* to, int value, size_t bytes, cudaStream_t stream);
 int current_device();
 void block_barrier(Site site);
 bool block_or(bool value, Site site);
-void warp_barrier(Site site);  // orders no memory: exchanges use it
-void warp_fence(Site site);    // orders the memory accesses of the warp
-void* lane_values();           // 32 values of the running warp, alternating between exchanges
-void sleep();                  // lets the other resident blocks run
+void warp_barrier(Site site);       // orders no memory: exchanges use it
+void warp_fence(Site site);         // orders the memory accesses of the warp
+void warpgroup_barrier(Site site);  // of four warps; orders no memory
+void* lane_values();                // 32 values of the running warp, alternating between exchanges
+void sleep();                       // lets the other resident blocks run
 void fence();
 unsigned atomic_add(unsigned* address, unsigned value);
 unsigned atomic_or(unsigned* address, unsigned value);

@@ -89,6 +89,10 @@ class Device:
         """Makes the device one of this compute capability (80: 8.0) that refuses every kernel with this cudaError_t."""
         self._library.emulation_refuse(capability, error)
 
+    def set_capability(self, capability: int = 90) -> None:
+        """Makes the device one of this compute capability, which decides whether products are those of warpgroups."""
+        self.refuse(capability)
+
     stream = None  # the handle that calls pass as their stream
 
     def _input(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:

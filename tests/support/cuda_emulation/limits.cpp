@@ -36,6 +36,12 @@ cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int of) {
     case cudaDevAttrMultiProcessorCount:
       *value = processors;
       break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = capability % 10;
+      break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = shared_limit + kReserved;
       break;

@@ -34,6 +34,9 @@ void observe_fence();
 void observe(const void* address, size_t bytes, bool write, Kind kind, const void* caller);
 void observe_copy(const void* to, const void* from, size_t bytes, bool valid, const void* caller);
 void observe_copy_done(const void* to, const void* from, size_t bytes, bool valid, const void* caller);
+void observe_publication();  // of what the running thread wrote to shared memory, to the products of warpgroups
+// A warp begins (or ends, if done) to read 16 bytes of shared memory for a product.
+void observe_product(const void* address, bool done, const void* caller);
 void observe_fill(const void* to, size_t bytes, const void* stream);
 void observe_fault(const char* kind, const char* what, const void* caller);
 void print_reports();
@@ -46,6 +49,8 @@ inline void observe_fence() {}
 inline void observe(const void*, size_t, bool, Kind, const void*) {}
 inline void observe_copy(const void*, const void*, size_t, bool, const void*) {}
 inline void observe_copy_done(const void*, const void*, size_t, bool, const void*) {}
+inline void observe_publication() {}
+inline void observe_product(const void*, bool, const void*) {}
 inline void observe_fill(const void*, size_t, const void*) {}
 inline void observe_fault(const char*, const char*, const void*) {}
 inline void print_reports() {}

@@ -11,7 +11,7 @@
 
 namespace emulation {
 
-unsigned long products = 0;
+unsigned long matrix_products = 0;
 
 namespace {
 constexpr unsigned kWholeWarp = 0xffffffffu;
@@ -76,7 +76,8 @@ float fused_sum(const Term* terms, int count, int bits) {
   return towards_zero(static_cast<double>(units) * power_of_two(greatest - bits));
 }
 
-// Sums 16 products x y and an addend.
+}  // namespace
+
 float product_sum(const double (&x)[16], const double (&y)[16], float addend, int least_exponent) {
   double addends[17];
   Term terms[17];
@@ -98,7 +99,6 @@ float product_sum(const double (&x)[16], const double (&y)[16], float addend, in
   terms[16] = {addend, exponent_of(addend, -126)};
   return tensor_core == kH100 ? fused_sum(terms, 17, 25) : truncated_sum(addends);
 }
-}  // namespace
 
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Element element, Site site) {
   struct Operands {
@@ -106,7 +106,7 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   };
   const Operands* lanes = exchange(kWholeWarp, Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}}, site);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  products += lane == 0;
+  matrix_products += lane == 0;
   for (int at = 0; at < 4; ++at) {
     const int row = lane / 4 + at / 2 * 8, column = lane % 4 * 2 + at % 2;
     double x[16], y[16];
@@ -123,7 +123,9 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 }  // namespace emulation
 
 // Returns the number of matrix products so far: tests check that a call used tensor cores.
-extern "C" __attribute__((visibility("default"))) unsigned long emulation_products() { return emulation::products; }
+extern "C" __attribute__((visibility("default"))) unsigned long emulation_products() {
+  return emulation::matrix_products;
+}
 
 // Sets the model of the sums of tensor cores: 0 worse than any, 1 of an A100, 2 of an H100.
 extern "C" __attribute__((visibility("default"))) void emulation_set_tensor_core(int model) {

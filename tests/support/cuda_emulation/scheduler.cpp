@@ -20,7 +20,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cpr {
 constexpr size_t kSharedBytes = 232 * 1024;
-float4 dynamic_shared[kSharedBytes / sizeof(float4)];  // the memory behind `extern __shared__`
+alignas(1024) float4 dynamic_shared[kSharedBytes / sizeof(float4)];  // the memory behind `extern __shared__`
 }  // namespace cpr
 
 namespace emulation {
@@ -42,6 +42,7 @@ struct Fiber {
   unsigned seen = 0;
   unsigned fenced = 0;  // the time of its last fence
   Copies copies;
+  Products products;
 };
 
 struct Warp {
@@ -57,6 +58,7 @@ struct Block {
   dim3 index;
   Fiber fibers[kMaxThreads];
   Warp warps[kMaxThreads / kWarp];
+  Barrier warpgroups[kMaxThreads / kWarpgroup];
   Barrier barrier;
   bool votes[2];
   unsigned running;     // threads that have not ended
@@ -92,6 +94,8 @@ void fiber_main() {
     (*body)();
     const Copies& own = current->copies;
     if (!own.open.empty() || !own.committed.empty()) fail("a thread ended before its copies had landed");
+    const Products& products = current->products;
+    if (!products.open.empty() || !products.committed.empty()) fail("a thread ended before its products were complete");
     current->finished = true;
     give_way();
   }
@@ -214,6 +218,10 @@ void warp_barrier(Site site) {
   wait(here->warps[threadIdx.x / kWarp].barrier, kWarp, site, [] {});
 }
 
+void warpgroup_barrier(Site site) {
+  wait(here->warpgroups[threadIdx.x / kWarpgroup], kWarpgroup, site, [] {});
+}
+
 // What a thread does after a fence has a later time than what the fence orders.
 void fence() {
   observe_fence();
@@ -247,6 +255,7 @@ bool block_or(bool value, Site site) {
 unsigned long launches = 0;
 
 Copies& copies() { return current->copies; }
+Products& products() { return current->products; }
 
 namespace {
 
@@ -266,6 +275,7 @@ void enter(unsigned slot, dim3 index, size_t asked_bytes) {
 #endif
   here->window = {cpr::dynamic_shared, asked_bytes, here->shadow.data()};
   for (Warp& warp : here->warps) warp.time = 0, warp.barrier = {};
+  for (Barrier& barrier : here->warpgroups) barrier = {};
   for (unsigned t = 0; t < threads; ++t) {
     here->fibers[t].finished = here->fibers[t].asleep = false;
     here->fibers[t].waits_for = nullptr;

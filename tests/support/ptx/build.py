@@ -40,7 +40,7 @@ def compile_ptx(operator: str, architecture: str) -> Path:
 
 def build_interpreter() -> Path:
     sources = [*FOLDER.glob("parse/*.cpp"), *FOLDER.glob("run/*.cpp")]
-    headers = [*FOLDER.glob("parse/*.h"), *FOLDER.glob("run/*.h")]
+    headers = [*FOLDER.glob("parse/*.h"), *FOLDER.glob("run/*.h"), EMULATION / "matrix_descriptor.h"]
     flags = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"]
     flags += ["-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
     parts = []

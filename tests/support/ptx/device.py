@@ -49,6 +49,7 @@ class PtxDevice(Device):
 
     def select(self) -> None:
         """Makes the launches of the host code run this architecture; another device may have used it since."""
+        self.set_capability(int(self.architecture[:2]))
         for machine in self.machines.values():
             for entry in self.interpreter.entries(machine):
                 self.interpreter.bind(self._symbols[host_symbol(entry)], machine, entry)

@@ -15,7 +15,7 @@ _HEAD = """
 .extern .shared .align 16 .b8 memory[];
 .visible .entry kernel({parameters})
 {{
-  .reg .pred %p<16>; .reg .b16 %rs<16>; .reg .b32 %r<64>; .reg .f32 %f<32>; .reg .b64 %rd<32>; .reg .f64 %fd<16>;
+  .reg .pred %p<16>; .reg .b16 %rs<16>; .reg .b32 %r<64>; .reg .f32 %f<128>; .reg .b64 %rd<32>; .reg .f64 %fd<16>;
   mov.u32 %r0, %tid.x;
 """
 _functions = itertools.count(16)  # stand for host functions; no function has such an address

@@ -40,13 +40,14 @@ def test_every_product_of_the_tensor_core_scan_is_needed(device):
     B, K = 32, 192
     before = device.products()
     ptx_cases.issue(device, ptx_cases.Call("mil_nce", "bfloat16", B, K))
-    # 16 x 8 x 16 in each: the scores once, and the weighted sum of the keys in two terms.
-    assert device.products() - before == 3 * B * K * D // 2048
+    # 16 x 8 x 16 in each: the scores once, and the weighted sum of the keys in two terms. A warpgroup has 64 rows.
+    rows = B if device.architecture == "80" else 64
+    assert device.products() - before == 3 * rows * K * D // 2048
 
 
 def test_the_keys_are_read_in_whole_sectors_and_without_bank_conflicts(device):
-    ptx_cases.issue(device, ptx_cases.Call("mil_nce", "bfloat16", 32, 192))
-    counts = [c for c in device.counts("mil_nce") if "row_scan_kernel" in c.function]
+    ptx_cases.issue(device, ptx_cases.Call("mil_nce", "bfloat16", 64, 192))
+    counts = [c for c in device.counts("mil_nce") if re.search("(row|warpgroup)_scan_kernel", c.function)]
     copies = [c for c in counts if c.opcode == "cp.async.cg.shared.global"]
     assert sum(c.units for c in copies) == sum(c.least for c in copies) > 0
     matrices = [c for c in counts if c.kind == "load matrix"]
@@ -70,7 +71,7 @@ def test_counts_of_a_larger_call_follow_from_smaller_ones(device, op, precision,
         for kernel in ptx_cases.interpret(device, ptx_cases.Call(op, precision, *size))
     ]
     call = ptx_cases.Call(op, precision, B, K)
-    planned = ptx_cases.plan(device, call, (227 << 10, 50 << 20, 132))
+    planned = ptx_cases.plan(device, call, *ptx_cases.DEVICES["H100"])
     expected = {row["kernel"]: row for row in ptx_cases.extrapolate(samples, call, planned)}
     for kernel in ptx_cases.interpret(device, call):
         row = expected[kernel.name]
@@ -87,22 +88,29 @@ def test_counts_of_a_larger_call_follow_from_smaller_ones(device, op, precision,
 def test_a_call_without_a_sample_of_its_kernels_is_named(device):
     call = ptx_cases.Call("cascade_select", "fp32", 2, 64)
     with pytest.raises(LookupError, match="score_kernel<float, 4, 4>: no interpreted call"):
-        ptx_cases.extrapolate([], call, ptx_cases.plan(device, call, (227 << 10, 50 << 20, 132)))
+        ptx_cases.extrapolate([], call, ptx_cases.plan(device, call, *ptx_cases.DEVICES["H100"]))
+
+
+def functions(text: str) -> dict[str, str]:
+    """Returns the instructions of each function of PTX, with labels and the widening of bfloat16 as for sm_80."""
+    text = re.sub(r"cvt\.f32\.bf16 (%\w+), (%\w+);", r"mov.b32 \1, {0,\2};", text)
+    text = re.sub(r"(\$L__BB|\$L__tmp|\.loc|__local_depot)\S*[^\n]*", r"\1", text)
+    parts = re.split(r"\.entry ", text.partition("\t.file\t")[0])[1:]
+    return {part.partition("(")[0]: part for part in parts}
 
 
 @pytest.mark.usefixtures("ptx_devices")
 def test_both_architectures_have_the_same_instructions():
-    """Both use mma.sync and cp.async; only the widening of bfloat16 differs: the counts of one hold for both."""
+    """Both use mma.sync and cp.async; only the widening of bfloat16 differs: the counts of one hold for both. The scan
+    by warpgroups is empty for sm_80."""
     for operator in ("cascade_select", "mil_nce", "tvl1_flow"):
-        first, second = (
-            [
-                re.sub(r"cvt\.f32\.bf16 (%\w+), (%\w+);", r"mov.b32 \1, {0,\2};", line)
-                for line in compile_ptx(operator, arch).read_text().splitlines()
-                if not line.startswith(".target")
-            ]
-            for arch in ARCHITECTURES
-        )
-        assert first == second, operator
+        first, second = (functions(compile_ptx(operator, architecture).read_text()) for architecture in ARCHITECTURES)
+        assert first and first.keys() == second.keys()
+        for name, text in first.items():
+            if "warpgroup_scan_kernel" in name:
+                assert "wgmma" not in text and "wgmma.mma_async" in second[name]
+            else:
+                assert text == second[name], name
 
 
 def test_machine_instructions_are_estimated_by_line():

@@ -99,3 +99,17 @@ def test_a_positive_outside_the_memory_fails_an_assertion(device):
     x = torch.ones(1, 2)
     with pytest.raises(RuntimeError, match=r"an assertion of the kernel failed .*call.*finish\.cuh:\d+"):
         device.mil_nce(x, x, torch.ones(3, 2), torch.tensor([[3]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["90a"], indirect=True)
+def test_products_of_warpgroups_and_of_warps_give_the_same_bits(device):
+    """The code of sm_90a, on a device of capability 9.0 and on one that has no products of warpgroups."""
+    for B, same_id, dtype in ((70, "positive", torch.float16), (5, "ignore", torch.bfloat16)):
+        given = inputs(B, 135, 128, 3, dtype, seed=8)
+        expected = device.mil_nce(**given, same_id=same_id)
+        device.set_capability(80)
+        found = device.mil_nce(**given, same_id=same_id)
+        device.set_capability(90)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name

@@ -28,6 +28,7 @@ def _restore(sanitized):
     sanitized.set_order("forward")
     sanitized.set_poison(0xFF)
     sanitized.resize()
+    sanitized.set_capability()
     sanitized.use(0)
     sanitized.offset = sanitized.workspace_offset = 0
     sanitized.choose_blocks("all")

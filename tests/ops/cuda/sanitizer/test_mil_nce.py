@@ -15,7 +15,9 @@ from support.operator_references import (
 )
 
 WIDTHS = {"float32": [20, 129], "bfloat16": [24, 128, 512], "float16": [128]}
-REGIMES = [(getattr(torch, name), D) for name, widths in WIDTHS.items() for D in widths]
+# Elements, width, and compute capability of the device: 9.0 multiplies by warpgroups, others by warps.
+REGIMES = [(getattr(torch, name), D, 90) for name, widths in WIDTHS.items() for D in widths]
+REGIMES += [(torch.bfloat16, 128, 80), (torch.float16, 128, 80)]
 
 
 def inputs(B: int, K: int, D: int, P: int, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
@@ -23,14 +25,18 @@ def inputs(B: int, K: int, D: int, P: int, dtype: torch.dtype, seed: int) -> dic
     return made | {name: made[name].to(dtype) for name in ("query", "own_key", "memory")}
 
 
-@pytest.mark.parametrize(("dtype", "D"), REGIMES)
-def test_every_scan_and_order(device, dtype, D):
+@pytest.mark.parametrize(("dtype", "D", "capability"), REGIMES)
+def test_every_scan_and_order(device, dtype, D, capability):
+    device.set_capability(capability)
     assert_loss(device, **inputs(35, 135, D, 3, dtype, seed=1))
 
 
-@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 20), (torch.float16, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "D", "capability"), [(torch.float32, 20, 90), (torch.float16, 128, 90), (torch.float16, 128, 80)]
+)
 @pytest.mark.parametrize("same_id", ["positive", "ignore", "negative"])
-def test_every_mode(shuffled, dtype, D, same_id):
+def test_every_mode(shuffled, dtype, D, capability, same_id):
+    shuffled.set_capability(capability)
     given = inputs(5, 70, D, 4, dtype, seed=2)
     for self_positive in ("keep", "denominator", "drop_both", integers(0, 3, 5, seed=3)):
         assert_loss(shuffled, **given, same_id=same_id, self_positive=self_positive)
@@ -39,21 +45,29 @@ def test_every_mode(shuffled, dtype, D, same_id):
         assert_loss(shuffled, **given, same_id=same_id)
 
 
-@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 6), (torch.bfloat16, 128), (torch.bfloat16, 24)])
+@pytest.mark.parametrize(
+    ("dtype", "D", "capability"),
+    [(torch.float32, 6, 90), (torch.bfloat16, 128, 90), (torch.bfloat16, 128, 80), (torch.bfloat16, 24, 90)],
+)
 @pytest.mark.parametrize("offset", [0, 1])
-def test_rows_on_and_off_a_vector_and_odd_sizes(shuffled, dtype, D, offset):
+def test_rows_on_and_off_a_vector_and_odd_sizes(shuffled, dtype, D, capability, offset):
+    shuffled.set_capability(capability)
     shuffled.offset = offset
-    for B, K, P in ((1, 1, 1), (33, 65, 5), (2, 31, 70)):
+    for B, K, P in ((1, 1, 1), (33, 65, 5), (2, 31, 70), (97, 66, 2)):
         assert_loss(shuffled, **inputs(B, K, D, P, dtype, seed=4))
 
 
-@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 3), (torch.float16, 128)])
-def test_several_chunks_of_queries(shuffled, dtype, D):
+@pytest.mark.parametrize(
+    ("dtype", "D", "capability"), [(torch.float32, 3, 90), (torch.float16, 128, 90), (torch.float16, 128, 80)]
+)
+def test_several_chunks_of_queries(shuffled, dtype, D, capability):
+    shuffled.set_capability(capability)
     assert_loss(shuffled, **inputs(259, 40, D, 2, dtype, seed=5))
 
 
 def test_unused_content_of_empty_slots(shuffled):
-    for dtype, D in ((torch.float32, 9), (torch.bfloat16, 128)):
+    for dtype, D, capability in ((torch.float32, 9, 90), (torch.bfloat16, 128, 90), (torch.bfloat16, 128, 80)):
+        shuffled.set_capability(capability)
         given = inputs(4, 140, D, 2, dtype, seed=6)
         given["memory"][given["memory_ids"] == -1] = torch.nan
         found = shuffled.mil_nce(**given)
@@ -69,9 +83,12 @@ def entries_of_splits(tiles: int) -> int:
 
 
 @pytest.mark.parametrize("tiles", [2, 3, 4])
-@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 16), (torch.bfloat16, 128)])
-def test_splits_of_several_tiles(device, dtype, D, tiles):
+@pytest.mark.parametrize(
+    ("dtype", "D", "capability"), [(torch.float32, 16, 90), (torch.bfloat16, 128, 90), (torch.bfloat16, 128, 80)]
+)
+def test_splits_of_several_tiles(device, dtype, D, capability, tiles):
     """Only the first and the last two splits run; the memory is empty elsewhere, and their results are zeros."""
+    device.set_capability(capability)
     K = entries_of_splits(tiles)
     span = 64 * tiles
     begin_of_last = (K - 1) // span * span - span
@@ -115,9 +132,12 @@ def test_a_gradient_of_more_than_2_to_the_32_elements(shuffled):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize(("K", "D"), [(33_600_000, 128), (8_400_000, 512)])  # both kernels for tensor cores
-def test_a_scanned_memory_of_more_than_2_to_the_32_elements(shuffled, K, D):
+@pytest.mark.parametrize(  # all kernels for tensor cores
+    ("K", "D", "capability"), [(33_600_000, 128, 90), (33_600_000, 128, 80), (8_400_000, 512, 90)]
+)
+def test_a_scanned_memory_of_more_than_2_to_the_32_elements(shuffled, K, D, capability):
     """Only the last of 128 splits runs, whose last keys are not empty; the results of the others are zeros."""
+    shuffled.set_capability(capability)
     B = 3
     shuffled.choose_blocks("last")
     memory = shuffled.allocate("memory", (K, D), torch.bfloat16)

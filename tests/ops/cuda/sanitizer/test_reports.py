@@ -23,6 +23,14 @@ FAULTS = {  # number of the kernel: blocks, the kind of the report, and a part o
     14: (1, "copy under way", "shared memory"),
     15: (1, "race", "shared memory"),
     16: (1, "overflow", "of a product"),
+    21: (1, "fence", "a product without a fence"),
+    22: (1, "unpublished", "written by thread"),
+    23: (1, "race", "shared memory"),
+    24: (1, "product under way", "; a product reads it"),
+    25: (1, "product under way", "a sum of a product"),
+    26: (1, "product under way", "a factor of a product"),
+    27: (1, "unpublished", "written by thread"),
+    28: (1, "out of bounds", "of 4096"),
 }
 
 
@@ -35,8 +43,9 @@ def run(device, which: int, blocks: int = 1, stream: int | None = None) -> list[
     return device.reports()
 
 
-def test_a_kernel_without_a_fault_has_no_report(device):
-    assert run(device, 0) == []
+@pytest.mark.parametrize("which", [0, 20])
+def test_a_kernel_without_a_fault_has_no_report(device, which):
+    assert run(device, which) == []
 
 
 @pytest.mark.parametrize("which", FAULTS)

@@ -204,7 +204,34 @@ void check_cell(const Event& event, Cell& cell, uint64_t tag) {
   }
 }
 
+// What the products of warpgroups have to do with 16 bytes of shared memory.
+struct Granule {
+  uint64_t writer;        // the tag of the last write
+  unsigned publications;  // of the writing thread, before that write
+  unsigned reads;         // by products that are under way
+};
+Granule granules[kSharedBytes / 16];
+unsigned publications[1024];  // of each thread of a block
+constexpr unsigned kPublications = 16;
+unsigned published_at[1024][kPublications];  // the time of the barrier of the block before each of the last of them
+
+template <typename Use>
+void for_granules(const void* address, size_t bytes, Use use) {
+  const auto offset = static_cast<size_t>(static_cast<const char*>(address) - static_cast<const char*>(window->begin));
+  for (size_t i = offset / 16; i <= (offset + bytes - 1) / 16; ++i) use(granules[i]);
+}
+
+void check_products(const Event& event) {
+  bool read = false;
+  for_granules(event.address, event.bytes, [&](Granule& granule) {
+    read |= granule.reads > 0;
+    granule.writer = own_tag, granule.publications = publications[now->thread];
+  });
+  if (read) report("product under way", event.text() + "; a product reads it", event.caller);
+}
+
 void check(const Event& event) {
+  if (event.target->shared && event.write) check_products(event);
   const uint64_t tag = own_tag | static_cast<uint64_t>(event.kind) << kKindAt;
   const size_t first = reinterpret_cast<uintptr_t>(event.address) & 1;
   const size_t cells = (first + event.bytes + 1) / 2;
@@ -249,7 +276,11 @@ void observe_fence() {
 void observe(const void* address, size_t bytes, bool write, Kind kind, const void* caller) {
   if (now == nullptr) return;
   Target target;
-  if (!find(address, bytes, write, caller, target)) return;
+  if (!find(address, bytes, write, caller, target)) {
+    const char* what = register_under_way(address, bytes, write);
+    if (what != nullptr) report("product under way", sized(bytes, write) + ": " + what, caller);
+    return;
+  }
   if (strong(kind) && now->cooperative) {
     if (!write || kind == Kind::kAtomic) order.strong_read(*now, address);
     if (write) order.strong_write(*now, address);
@@ -272,6 +303,29 @@ void observe_copy_done(const void* to, const void* from, size_t bytes, bool vali
   if (!find(to, bytes, true, caller, target)) return;
   for (size_t i = 0; i < bytes / 2; ++i) target.cells[i].write &= ~kUnderWay;
   check({to, caller, bytes, true, Kind::kPlain, &target});
+}
+
+void observe_publication() {
+  unsigned& count = publications[now->thread];
+  published_at[now->thread][count++ % kPublications] = now->block_time;
+}
+
+void observe_product(const void* address, bool done, const void* caller) {
+  Target target;
+  if (!find(address, 16, false, caller, target)) return;
+  const Event event = {address, caller, 16, false, Kind::kPlain, &target};
+  for_granules(address, 16, [&](Granule& granule) {
+    constexpr uint64_t kOfBlock = ~((1ull << kBlockAt) - 1);
+    const unsigned writer = thread_of(granule.writer);
+    const unsigned since = publications[writer] - granule.publications;  // that write
+    const bool late = writer != now->thread && since <= kPublications &&
+                      published_at[writer][granule.publications % kPublications] >= now->block_time;
+    if (((granule.writer ^ own_tag) & kOfBlock) == 0 && (since == 0 || late)) {
+      report("unpublished", event.text() + "; written by thread " + std::to_string(writer), caller);
+    }
+    granule.reads += done ? -1 : 1;
+  });
+  check(event);
 }
 
 void observe_fill(const void* to, size_t bytes, const void* stream) {

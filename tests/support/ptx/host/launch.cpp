@@ -4,7 +4,7 @@
 #include "../../cuda_emulation/scheduler.h"
 
 namespace emulation {
-extern unsigned long products, launches;
+extern unsigned long matrix_products, launches;
 }
 
 extern "C" long ptx_launch(const void* host_function, const uint32_t* grid, uint32_t threads, uint64_t dynamic_shared,
@@ -38,7 +38,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const v
   const long products = ptx_launch(kernel, along, threads, config.dynamicSmemBytes, arguments, cooperative);
   if (products < 0) return cudaErrorInvalidValue;
   ++emulation::launches;
-  emulation::products += static_cast<unsigned long>(products);
+  emulation::matrix_products += static_cast<unsigned long>(products);
   return cudaSuccess;
 }
 

@@ -41,6 +41,7 @@ enum class Class : uint8_t {
   kCopyAsync,
   kLoadMatrix,
   kMma,
+  kWarpgroupMma,
   kShuffle,
   kAtomic,
   kBarrier,
@@ -67,6 +68,7 @@ struct Instruction {
   const Opcode* opcode = nullptr;
   uint32_t at[kMaxOperands] = {};  // byte offsets of rows in the frame
   int operands = 0;
+  std::vector<uint32_t> more;   // the rows of operands beyond kMaxOperands
   int64_t displacement = 0;     // added to the address
   uint32_t second_address = 0;  // the row of the second address of cp.async; `second_displacement` is added
   int64_t second_displacement = 0;
@@ -80,6 +82,8 @@ struct Instruction {
   int callee = -1;
   int file = 0, line = 0;
   uint32_t number = 0;  // in the module
+
+  uint32_t row(int operand) const { return operand < kMaxOperands ? at[operand] : more[operand - kMaxOperands]; }
 };
 
 // The rows that every frame starts with.

@@ -117,10 +117,10 @@ class Parser : Declarations {
 
   // Reads one register, number or symbol into the next operand.
   void read_value(Instruction& in, const std::string& opcode, bool in_braces) {
-    if (in.operands == kMaxOperands) tokens_.fail("too many operands");
+    if (in.operands >= kMaxOperands) in.more.push_back(0);
     const bool negative = tokens_.accept("-");
     const std::string token = tokens_.take();
-    uint32_t& row = in.at[in.operands];
+    uint32_t& row = in.operands < kMaxOperands ? in.at[in.operands] : in.more.back();
     uint64_t address;
     in.wide_last = false;
     if (const Register* found = find_register(token)) {
@@ -242,10 +242,12 @@ class Parser : Declarations {
     }
     f.constant_rows = f.frame_bytes;
     f.frame_bytes += static_cast<uint32_t>(f.constants.size());
+    const auto place = [&](uint32_t& offset) {
+      if (offset & kConstantMark) offset = f.constant_rows + (offset & ~kConstantMark);
+    };
     for (Instruction& in : f.code) {
-      for (uint32_t& offset : in.at) {
-        if (offset & kConstantMark) offset = f.constant_rows + (offset & ~kConstantMark);
-      }
+      for (uint32_t& offset : in.at) place(offset);
+      for (uint32_t& offset : in.more) place(offset);
     }
     f.local_bytes = (f.local_bytes + 15) / 16 * 16;
     find_reconvergence(f);

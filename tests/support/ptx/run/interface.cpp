@@ -9,9 +9,9 @@
 namespace ptx {
 
 const char* const kClassNames[] = {
-    "move",        "fp32",         "fp64",        "special",      "int",    "int64",     "predicate",  "conversion",
-    "load global", "store global", "load shared", "store shared", "local",  "parameter", "copy async", "load matrix",
-    "mma",         "shuffle",      "atomic",      "barrier",      "branch", "other"};
+    "move",        "fp32",          "fp64",        "special",      "int",     "int64",     "predicate",  "conversion",
+    "load global", "store global",  "load shared", "store shared", "local",   "parameter", "copy async", "load matrix",
+    "mma",         "warpgroup mma", "shuffle",     "atomic",       "barrier", "branch",    "other"};
 static_assert(sizeof kClassNames / sizeof *kClassNames == static_cast<size_t>(Class::kCount));
 
 namespace {
@@ -27,6 +27,7 @@ std::unordered_map<std::string, Opcode> make_table() {
   add_conversions(add);
   add_memory(add);
   add_warp(add);
+  add_warpgroup(add);
   return table;
 }
 

@@ -54,6 +54,8 @@ void Machine::start(Warp& warp) {
   warp.machine = this;
   warp.depth = 0;
   warp.open.clear(), warp.committed.clear();
+  warp.open_products.clear(), warp.committed_products.clear(), warp.products.clear();
+  warp.registers_fenced = false;
   warp.state = State::kReady;
   warp.local.at_least(size_t{kLocalBytes} * kLanes);
   push_frame(warp, *kernel, kAllLanes, 0);
@@ -127,6 +129,8 @@ void join(Warp& warp) {
     return;
   }
   if (!warp.open.empty() || !warp.committed.empty()) throw Error("a thread ended before its copies had landed");
+  if (!warp.open_products.empty() || !warp.committed_products.empty())
+    throw Error("a thread ended before its products were complete");
   warp.state = State::kFinished;
   --warp.block->running;
 }
@@ -233,6 +237,7 @@ bool Machine::run_block(Block& block, const std::vector<uint32_t>& sequence) {
   bool asleep = false;
   for (uint32_t w : sequence) asleep |= block.warps[w]->state == State::kAsleep;
   if (block.running > 0 && !asleep) throw Error("a barrier that not every warp reaches");
+  if (block.running == 0) check_warpgroups(block, threads / kLanes);
   return !(slept && asleep && turns <= 1);
 }
 

@@ -10,10 +10,12 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "../../cuda_emulation/matrix_descriptor.h"
 #include "../parse/module.h"
 
 namespace ptx {
@@ -74,6 +76,17 @@ struct Copy {
   uint64_t from[kLanes];
 };
 
+// The part of a warp in a product of a warpgroup. It is executed when it is waited for; until then its sums are NaN,
+// and neither they nor its factors may be written.
+struct Product {
+  const Instruction* in;
+  uint32_t rows[4][kLanes];       // the factor in registers
+  Factor factor;                  // the one in shared memory
+  std::vector<uint16_t> columns;  // what that was when the product was started: [columns][16]
+  std::vector<float> before;      // the sums; empty if they are those of the product before
+  bool accumulates;
+};
+
 enum class State : uint8_t { kReady, kWaiting, kAsleep, kFinished };
 
 struct Block;
@@ -92,6 +105,10 @@ struct Warp {
   int64_t reduced_row = -1;  // the predicate that receives the result of the barrier's reduction
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> committed;
+  std::vector<Product> open_products, committed_products;
+  bool registers_fenced = false;  // since the last commit of products and the last wait for them
+  std::map<uint32_t, std::vector<uint32_t>> fenced_rows;  // what the registers of the next products held at that fence
+  std::vector<uint32_t> products;  // the numbers of the instructions that the warpgroup executes together
 
   Frame& frame() { return *frames[depth - 1]; }
   template <typename T>
@@ -174,8 +191,12 @@ void add_comparisons(const std::function<void(const Opcode&)>& add);
 void add_conversions(const std::function<void(const Opcode&)>& add);
 void add_memory(const std::function<void(const Opcode&)>& add);
 void add_warp(const std::function<void(const Opcode&)>& add);
+void add_warpgroup(const std::function<void(const Opcode&)>& add);
 
 // Executes the copies of all but the last `pending` commits of the warp.
 void complete_copies(Warp& warp, size_t pending);
+
+// Fails unless the warps of each warpgroup of a block that has ended have executed the same products.
+void check_warpgroups(const Block& block, uint32_t warps);
 
 }  // namespace ptx
