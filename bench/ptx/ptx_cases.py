@@ -4,7 +4,7 @@ The blocks of a kernel do the same work, except for what depends on K. Counts of
 interpreted calls as a line over one feature of the call, and multiplied by the blocks that the host code launches for
 the large call, which it plans on the limits of the device (`DEVICES`) without executing anything:
 
-    score, tensor_score      no feature: a tile of scores is always the same work
+    score, tensor_score      no feature: a tile of scores of one size is always the same work
     sample, sieve, misled    no feature
     stream                   tiles of a block
     select, streamed_stages  K
@@ -44,6 +44,7 @@ from support.ptx.interpreter import Count, Launch
 DEVICES = {"A100": ((163 << 10, 40 << 20, 108), 80), "H100": ((227 << 10, 50 << 20, 132), 90)}
 ROUTES = {
     "on chip": {},
+    "on chip of an A100": {"processors": 108},  # fewer and larger tiles of scores
     "streamed": {"shared_limit": 0, "cache_size": 40 << 20},
 }
 _STAGES = re.compile(r"\d(select_(on_chip_)?|streamed_stages_)kernel")

@@ -32,6 +32,7 @@ OPERATORS = (*PRECISIONS, "tvl1_flow")
 # For each kernel two calls with different features, where it has one.
 SAMPLES = [
     *(Call("cascade_select", "fp32", B, K, "on chip") for B, K in ((32, 2048), (32, 16384), (64, 2048))),
+    Call("cascade_select", "fp32", 32, 2048, "on chip of an A100"),
     *(Call("cascade_select", "bf16", B, K, "on chip") for B, K in ((32, 2048),)),
     *(Call("cascade_select", "fp32", 64, K, "streamed") for K in (32768, 65536)),
     *(Call("cascade_select", "bf16", 64, K, "streamed") for K in (32768, 65536)),

@@ -33,7 +33,7 @@ UNITS = [
     ("local", ("LDL", "STL")),
     ("async copy", ("LDGSTS", "LDGDEPBAR")),
     ("atomic", ("ATOM", "RED")),
-    ("shuffle", ("SHFL",)),
+    ("shuffle", ("SHFL", "REDUX")),
     ("barrier", ("BAR", "WARPSYNC", "WARPGROUP", "BSSY", "BSYNC", "DEPBAR")),
     ("branch", ("BRA", "BRX", "EXIT", "CALL", "RET", "BREAK", "JMP")),
     ("constant", ("LDC", "ULDC", "S2R", "S2UR", "CS2R")),

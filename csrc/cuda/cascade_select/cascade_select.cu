@@ -1,7 +1,7 @@
 // cascade_select on CUDA. A score is the same in every stage. There are three routes, chosen by size:
 //   on chip     One kernel computes the scores of a chunk of queries against the memory, in every view that a stage
 //               compares. Then one block for each query runs all stages on its rows of scores, which fit its shared
-//               memory. The survivors are bits in registers, and once they are few, one for each thread.
+//               memory. The survivors are bits in registers; once they are few, each thread has up to eight, then one.
 //   in cache    The same, with rows that stay in the L2 cache, or in global memory. The survivors are a list.
 //   streamed    For longer rows, of up to two views, eight stages and 4,096 features: scores of a sample of the memory
 //               give limits for the threshold of each stage (sieve.cuh). One pass over the memory computes scores on
@@ -32,8 +32,8 @@ const char* run_on_rows(const Plan& plan, const Inputs<T>& in, int64_t first, in
   const char* error;
   if (!plan.exact) {
     error = launch_tensor_scores<false, false>(plan, in, first, queries, chunk, stream);
-  } else if (queries <= 32) {  // small tiles, so that every multiprocessor gets at least one
-    error = launch_scores<4, 4>(plan, in, first, queries, chunk, stream);
+  } else if (queries <= 32) {
+    error = launch_scores_of_few(plan, in, first, queries, chunk, stream);
   } else {
     error = launch_scores<8, 8>(plan, in, first, queries, chunk, stream);
   }

@@ -137,6 +137,28 @@ const char* launch_scores(const Plan& plan, const Inputs<T>& in, int64_t first, 
       in.query_ids, in.memory_ids, first, queries, chunk.scores);
 }
 
+// Returns the cycles that a multiprocessor is busy with tiles of 4 x kColumns scores of a thread, for each four
+// features of a tile: four for a vector read from shared memory, and two for a multiply-add of sm_80, whose rate is
+// half of that of later devices.
+template <int kColumns>
+int64_t cycles_of_tiles(const Plan& plan, int64_t processors) {
+  const int64_t tiles = ceil_div(plan.K, kTileLanes * kColumns) * plan.views_used;
+  constexpr int64_t kReads = 4 * (4 + kColumns), kMultiplyAdds = 2 * 4 * kColumns;
+  return ceil_div(tiles, processors) * (kReads > kMultiplyAdds ? kReads : kMultiplyAdds);
+}
+
+// Computes the scores of at most 32 queries, in the tiles that take the least time; of several, the largest.
+template <typename T>
+const char* launch_scores_of_few(const Plan& plan, const Inputs<T>& in, int64_t first, int64_t queries,
+                                 const Chunk& chunk, cudaStream_t stream) {
+  const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, 1);
+  const int64_t large = cycles_of_tiles<8>(plan, processors), medium = cycles_of_tiles<4>(plan, processors);
+  const int64_t small = cycles_of_tiles<2>(plan, processors);
+  if (large <= medium && large <= small) return launch_scores<4, 8>(plan, in, first, queries, chunk, stream);
+  if (medium <= small) return launch_scores<4, 4>(plan, in, first, queries, chunk, stream);
+  return launch_scores<4, 2>(plan, in, first, queries, chunk, stream);
+}
+
 // With kPrecise, float features have two terms: limits from a sample must not be off by the rounding of a query, which
 // is the same in all of its scores.
 template <bool kSampled, bool kPrecise, typename T>

@@ -9,34 +9,46 @@
 
 namespace cpr {
 
+// The buckets from kBucketsPerThread * t on, of thread t.
+__device__ __forceinline__ uint4& buckets_of_thread(SelectShared& shared) {
+  return reinterpret_cast<uint4*>(shared.histogram)[threadIdx.x];
+}
+
 // Writes the ranks of all survivors to `ranks` [count].
 template <typename Survivors>
 __device__ __forceinline__ void write_ranks(const Survivors& survivors, uint64_t* ranks, SelectShared& shared) {
-  unsigned own = 0, total;
-  survivors.for_each([&](uint32_t, float) { ++own; });
-  unsigned place = block_exclusive_sum<kSelectThreads>(own, &total, shared.counts);
+  unsigned place = block_exclusive_sum<kSelectThreads>(survivors.own(), nullptr, shared.counts);
   survivors.for_each([&](uint32_t slot, float score) { ranks[place++] = rank_of(score, slot); });
   __syncthreads();
 }
 
-// Gives each thread one survivor, of at most kSelectThreads.
-template <typename Survivors>
-__device__ __forceinline__ SingleSurvivors spread(const Survivors& survivors, SelectShared& shared) {
-  write_ranks(survivors, shared.candidates, shared);
-  const bool left = threadIdx.x < survivors.count;
-  const uint32_t slot = left ? slot_of(shared.candidates[threadIdx.x]) : 0;
-  return {survivors.scores, slot, left, survivors.count};
+// Gives each thread up to kHeld survivors, of at most kHeld * kSelectThreads. A barrier must follow before the next use
+// of the candidates.
+template <int kHeld, typename Survivors>
+__device__ __forceinline__ HeldSurvivors<kHeld> spread(const Survivors& survivors, SelectShared& shared) {
+  static_assert(kHeld * kSelectThreads <= kMaxSpread);
+  unsigned place = block_exclusive_sum<kSelectThreads>(survivors.own(), nullptr, shared.counts);
+  survivors.for_each_slot([&](uint32_t slot) { shared.slots[place++] = static_cast<uint16_t>(slot); });
+  __syncthreads();
+  HeldSurvivors<kHeld> held = {survivors.scores, {}, 0, 0, survivors.count};
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const unsigned at = i * kSelectThreads + threadIdx.x;
+    if (at < survivors.count) held.slots[i] = shared.slots[at], held.left |= 1u << i;
+  }
+  held.open = held.left;
+  return held;
 }
 
-// Calls visit(slot, score, map(score)) for each survivor in the share of this thread.
-template <typename Survivors, typename Map, typename Visit>
-__device__ __forceinline__ void for_each_mapped(const Survivors& survivors, Map map, Visit visit) {
-  survivors.for_each([&](uint32_t slot, float score) { visit(slot, score, map(score)); });
+// Counts the survivors of this thread by buckets.
+template <typename Survivors, typename Map>
+__device__ __forceinline__ void fill_histogram(const Survivors& survivors, Map bucket_of, SelectShared& shared) {
+  survivors.for_each([&](uint32_t, float score) { atomicAdd(&shared.histogram[bucket_of(score)], 1u); });
 }
 
-template <typename Map, typename Visit>
-__device__ __forceinline__ void for_each_mapped(const MarkedSurvivors& survivors, Map map, Visit visit) {
-  survivors.for_each(map, visit);
+template <typename Map>
+__device__ __forceinline__ void fill_histogram(const MarkedSurvivors& survivors, Map bucket_of, SelectShared& shared) {
+  survivors.count_in(shared.histogram, bucket_of);
 }
 
 // Calls visit(slot, score) for each survivor of this thread that is in the bucket.
@@ -53,35 +65,49 @@ __device__ __forceinline__ void for_each_in_bucket(MarkedSurvivors& survivors, M
   survivors.narrow(bucket_of, bucket, visit);
 }
 
+template <int kHeld, typename Map, typename Visit>
+__device__ __forceinline__ void for_each_in_bucket(HeldSurvivors<kHeld>& survivors, Map bucket_of, unsigned bucket,
+                                                   Visit visit) {
+  survivors.narrow(bucket_of, bucket, visit);
+}
+
 // Maps scores to buckets, linearly over [low, high]; bucket 0 holds the best. The map is monotone for all scores,
-// because rounding is monotone and scores outside are clamped. If there is no scale (no finite score, zero width or
-// overflow), all scores fall into one bucket, the last.
+// because rounding is monotone and positions are clamped to [0, 1]. If there is no scale (no finite score, zero width
+// or overflow), all scores fall into one bucket, the last.
 struct LinearBuckets {
-  float high, scale;
+  static constexpr uint32_t kFirst = 0x4b000000;  // bits of 2^23, from where on floats are the integers
+  float slope, start, width, best;
 
-  __device__ LinearBuckets(float low, float high) : high(high) {
-    scale = __fdividef(kBuckets - 1, high - low);  // here: nvcc leaves initialisers to the host compiler, too
-    if (!(high > low) || !(scale > 0 && scale < INFINITY)) this->high = -INFINITY, scale = 0;  // positions are NaN
+  __device__ LinearBuckets(float low, float high) {
+    const float scale = reciprocal(high - low), last = kBuckets - 1, first = __uint_as_float(kFirst);
+    const bool valid = scale > 0 && scale < INFINITY;
+    slope = valid ? -scale : 0, start = -high * slope;
+    width = valid ? last : 0, best = valid ? first : first + last;
   }
 
-  __device__ unsigned operator()(float score) const {
-    const float position = (high - score) * scale;
-    return static_cast<unsigned>(fmaxf(fminf(position, kBuckets - 1), 0));  // fminf(NaN, x) is x
+  // Returns kFirst more than the bucket. In two multiply-adds, and without a conversion, whose unit is slow.
+  __device__ uint32_t number(float score) const {
+    const float position = __saturatef(__fmaf_rn(score, slope, start));  // 0 instead of NaN
+    return __float_as_uint(__fmaf_rn(position, width, best));
   }
+
+  __device__ unsigned operator()(float score) const { return number(score) - kFirst; }
 
   // About the least score of a bucket other than the last. Needs a scale.
-  __device__ float least(unsigned bucket) const { return high - static_cast<float>(bucket + 1) / scale; }
+  __device__ float least(unsigned bucket) const {
+    return ((static_cast<float>(bucket) + 0.5f) / width - start) / slope;
+  }
 };
 
-// Returns the least `least` and the greatest `greatest` of the block.
+// Returns the least `least` and the greatest `greatest` of the block; neither is NaN.
 __device__ __forceinline__ float2 block_range(float least, float greatest, SelectShared& shared) {
   constexpr int kWarps = kSelectThreads / kWarp;
-  least = warp_reduce(least, Min()), greatest = warp_reduce(greatest, Max());
-  if (threadIdx.x % kWarp == 0) shared.ranges[threadIdx.x / kWarp] = {least, greatest};
+  uint2 of_warp = {__reduce_min_sync(kFullWarp, ordered(least)), __reduce_max_sync(kFullWarp, ordered(greatest))};
+  if (threadIdx.x % kWarp == 0) shared.ranges[threadIdx.x / kWarp] = of_warp;
   __syncthreads();
-  const float2 of_warp = shared.ranges[threadIdx.x % kWarps];
+  of_warp = shared.ranges[threadIdx.x % kWarps];
   __syncthreads();
-  return {warp_reduce<kWarps>(of_warp.x, Min()), warp_reduce<kWarps>(of_warp.y, Max())};
+  return {unordered(__reduce_min_sync(kFullWarp, of_warp.x)), unordered(__reduce_max_sync(kFullWarp, of_warp.y))};
 }
 
 // Finds the least and the greatest finite score; low > high if there is none.
@@ -96,11 +122,6 @@ __device__ __forceinline__ void score_range(const Survivors& survivors, SelectSh
   });
   const float2 range = block_range(least, greatest, shared);
   *low = range.x, *high = range.y;
-}
-
-// The buckets from kBucketsPerThread * t on, of thread t.
-__device__ __forceinline__ uint4& buckets_of_thread(SelectShared& shared) {
-  return reinterpret_cast<uint4*>(shared.histogram)[threadIdx.x];
 }
 
 // Before the first use of the histogram; a barrier must follow.
@@ -120,15 +141,18 @@ __device__ inline Boundary find_boundary(unsigned k, SelectShared& shared) {
   const uint4 four = take_buckets(shared);
   const unsigned populations[kBucketsPerThread] = {four.x, four.y, four.z, four.w};
   const unsigned own = four.x + four.y + four.z + four.w;
-  const unsigned upto = warp_inclusive_sum(own);
-  unsigned total, before = sum_of_warps_before<kSelectThreads>(upto, &total, shared.counts) + upto - own;
-  if (before < k && k <= before + own) {
+  const unsigned of_warp = warp_sum(own);
+  unsigned before = sum_of_warps_before<kSelectThreads>(of_warp, nullptr, shared.counts);
+  if (in_all_lanes(before < k && k <= before + of_warp)) {  // one warp
+    before += warp_inclusive_sum(own) - own;
+    if (before < k && k <= before + own) {
 #pragma unroll
-    for (int i = 0; i < kBucketsPerThread; ++i) {
-      if (before < k && k <= before + populations[i]) {
-        shared.boundary = {threadIdx.x * kBucketsPerThread + i, k - before, populations[i]};
+      for (int i = 0; i < kBucketsPerThread; ++i) {
+        if (before < k && k <= before + populations[i]) {
+          shared.boundary = {threadIdx.x * kBucketsPerThread + i, k - before, populations[i]};
+        }
+        before += populations[i];
       }
-      before += populations[i];
     }
   }
   __syncthreads();
@@ -138,6 +162,7 @@ __device__ inline Boundary find_boundary(unsigned k, SelectShared& shared) {
 // Returns how many of the `count` candidates in shared memory have a better rank than `rank`.
 __device__ __forceinline__ unsigned place_among(const uint64_t* candidates, unsigned count, uint64_t rank) {
   unsigned better = 0;
+#pragma unroll 4
   for (unsigned i = 0; i < count; ++i) better += candidates[i] > rank;
   return better;
 }
@@ -162,16 +187,21 @@ __device__ __forceinline__ uint64_t kth_best_by_radix(const Survivors& survivors
   }
 }
 
-// Returns the rank of the k-th best survivor, 1 <= k <= count; marked survivors already lose some that are worse. [low,
-// high] determines the widths of the buckets; the result is correct for any values.
-template <typename Survivors>
-__device__ __forceinline__ uint64_t kth_best(Survivors& survivors, unsigned k, float low, float high,
-                                             SelectShared& shared) {
+// Returns the k-th best survivor, 1 <= k <= count; marked and held survivors already lose some that are worse. [low,
+// high] determines the widths of the buckets; the result is correct for any values. One thread calls found(its score)
+// before the last barrier.
+template <typename Survivors, typename Found>
+__device__ __forceinline__ LastKept kth_best(Survivors& survivors, unsigned k, float low, float high,
+                                             SelectShared& shared, Found found) {
   const LinearBuckets bucket_of(low, high);
-  for_each_mapped(survivors, bucket_of,
-                  [&](uint32_t, float, unsigned bucket) { atomicAdd(&shared.histogram[bucket], 1u); });
+  fill_histogram(survivors, bucket_of, shared);
   const Boundary boundary = find_boundary(k, shared);
-  if (in_all_lanes(boundary.population > kCandidates)) return kth_best_by_radix(survivors, k, shared);
+  if (in_all_lanes(boundary.population > kCandidates)) {
+    const LastKept last = last_of(kth_best_by_radix(survivors, k, shared));
+    if (threadIdx.x == 0) found(last.score);
+    __syncthreads();
+    return last;
+  }
 
   unsigned& gathered = shared.histogram[boundary.bucket];
   for_each_in_bucket(survivors, bucket_of, boundary.bucket, [&](uint32_t slot, float score) {
@@ -181,10 +211,17 @@ __device__ __forceinline__ uint64_t kth_best(Survivors& survivors, unsigned k, f
   if (threadIdx.x == 0) gathered = 0;
   if (threadIdx.x < boundary.population) {
     const uint64_t rank = shared.candidates[threadIdx.x];
-    if (place_among(shared.candidates, boundary.population, rank) + 1 == boundary.place) shared.result = rank;
+    const unsigned place = place_among(shared.candidates, boundary.population, rank) + 1;
+    if (place == boundary.place) shared.last = last_of(rank), found(score_of(rank));
   }
   __syncthreads();
-  return shared.result;
+  return shared.last;
+}
+
+template <typename Survivors>
+__device__ __forceinline__ LastKept kth_best(Survivors& survivors, unsigned k, float low, float high,
+                                             SelectShared& shared) {
+  return kth_best(survivors, k, low, high, shared, [](float) {});
 }
 
 // Writes the slots slot_at(i), i < count, for which keeps(slot) holds to the front of `out`, in order, and returns
@@ -207,8 +244,7 @@ __device__ __forceinline__ unsigned compact(unsigned count, SlotAt slot_at, Keep
   return kept;
 }
 
-__device__ __forceinline__ void ListedSurvivors::keep_from(uint64_t rank, unsigned, SelectShared& shared) {
-  const LastKept last(rank);
+__device__ __forceinline__ void ListedSurvivors::keep_from(const LastKept& last, unsigned, SelectShared& shared) {
   auto listed = [&](unsigned i) { return slots[i]; };
   auto kept = [&](uint32_t slot) { return last.keeps(scores[slot], [&] { return slot; }); };
   count = compact(count, listed, kept, slots, shared);

@@ -23,26 +23,30 @@ __device__ __forceinline__ void start_stages(const Plan& plan, CascadeShared& sh
 }
 
 // Runs the stages of one query from `first` on, on rows of scores, and returns the next stage: the one at which at most
-// `few` survivors are left, or the end. At the first stage, all comparable entries must be survivors.
-template <typename Survivors>
+// `few` survivors are left, or the end. At the first stage, all comparable entries must be survivors. kRanges: the
+// range of the scores of every view is known. The last stage is left to write_best if it has few to choose from.
+template <bool kRanges, typename Survivors>
 __device__ __forceinline__ int run_stages(const Plan& plan, const float* rows, int64_t view_stride, int first,
                                           unsigned few, Survivors& survivors, CascadeShared& shared) {
   int s = first;
-  for (; s < plan.stages && in_all_lanes(survivors.count > few); ++s) {
+  for (; s < plan.stages; ++s) {
+    if (few > 0 && in_all_lanes(survivors.count <= few)) break;
     const unsigned keep = static_cast<unsigned>(plan.keep[s]);
-    if (in_all_lanes(keep >= survivors.count)) continue;
+    if (in_all_lanes(keep >= survivors.count)) continue;  // also without survivors
+    if (in_all_lanes(s == plan.stages - 1 && survivors.count <= kRankedAtOnce)) break;
     const int u = plan.view[s];
     survivors.scores = rows + u * view_stride;
-    if (in_all_lanes(isnan(shared.low[u]))) {
+    if (!kRanges && in_all_lanes(isnan(shared.low[u]))) {
       float low, high;
       score_range(survivors, shared.select, &low, &high);
       if (threadIdx.x == 0) shared.low[u] = low, shared.high[u] = high;
       __syncthreads();
     }
-    const uint64_t last = kth_best(survivors, keep, shared.low[u], shared.high[u], shared.select);
+    const auto narrow = [&](float score) {
+      if (fabsf(score) < INFINITY) shared.low[u] = score;
+    };
+    const LastKept last = kth_best(survivors, keep, shared.low[u], shared.high[u], shared.select, narrow);
     survivors.keep_from(last, keep, shared.select);
-    if (threadIdx.x == 0 && fabsf(score_of(last)) < INFINITY) shared.low[u] = score_of(last);
-    __syncthreads();
   }
   survivors.scores = rows + plan.view[plan.stages - 1] * view_stride;
   return s;
@@ -69,7 +73,7 @@ __device__ inline void sort_ranks(uint64_t* ranks, unsigned count) {
   }
 }
 
-// Writes the survivors in the order of the last stage. ranking [ranking_row] global, for more than kCandidates.
+// Writes the best survivors in the order of the last stage. ranking [ranking_row] global, for more than kCandidates.
 template <typename Survivors>
 __device__ __forceinline__ void write_best(const Plan& plan, const Survivors& survivors, uint64_t* ranking,
                                            CascadeShared& shared, int64_t* indices, float* top_scores) {
@@ -79,14 +83,54 @@ __device__ __forceinline__ void write_best(const Plan& plan, const Survivors& su
   write_ranks(survivors, ranks, shared.select);
   if (!in_shared) sort_ranks(ranks, count);
   for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) {
-    const unsigned place = in_shared ? place_among(ranks, count, ranks[i]) : i;
-    indices[place] = slot_of(ranks[i]);
-    top_scores[place] = score_of(ranks[i]);
+    const uint64_t rank = ranks[i];
+    const unsigned place = in_shared ? place_among(shared.select.candidates, count, rank) : i;
+    if (place >= plan.top_k) continue;
+    indices[place] = slot_of(rank);
+    top_scores[place] = score_of(rank);
   }
+#pragma unroll 1  // few, if any
   for (int64_t i = count + threadIdx.x; i < plan.top_k; i += kSelectThreads) {
     indices[i] = -1;
     top_scores[i] = -INFINITY;
   }
+}
+
+// Marks the entries that have a score in every view, and finds the range of the finite scores of each view. rows [U,
+// row]: those of the query, in shared memory, with NaN behind the last entry of a vector.
+__device__ __forceinline__ void mark_comparable(const Plan& plan, const float* rows, MarkedSurvivors& survivors,
+                                                CascadeShared& shared) {
+  const int vectors = static_cast<int>(ceil_div(plan.K, kMarkedAtOnce));
+  const int own_vectors = (vectors - static_cast<int>(threadIdx.x) + kSelectThreads - 1) / kSelectThreads;
+#pragma unroll
+  for (int word = 0; word < kMarkWords; ++word) {
+    const int of_word = own_vectors - word * kWordVectors;
+    survivors.marks[word] = of_word <= 0 ? 0 : of_word >= kWordVectors ? ~0u : (1u << of_word * kMarkedAtOnce) - 1;
+  }
+  for (int u = 0; u < plan.views_used; ++u) {
+    float least = INFINITY, greatest = -INFINITY;
+    uint32_t without[kMarkWords] = {};  // a bit for each entry that has no score in this view
+    survivors.scores = rows + u * plan.row;
+    survivors.for_each_vector([&](int word, uint32_t factor, unsigned, uint32_t, const float (&score)[kMarkedAtOnce]) {
+      least = fminf(fminf(fminf(least, score[0]), fminf(score[1], score[2])), score[3]);  // fminf(NaN, x) is x
+      greatest = fmaxf(fmaxf(fmaxf(greatest, score[0]), fmaxf(score[1], score[2])), score[3]);
+      if (!isnan(score[0] + score[1] + score[2] + score[3])) return;  // the sum of infinities may be NaN as well
+#pragma unroll
+      for (int j = 0; j < kMarkedAtOnce; ++j) {
+        if (isnan(score[j])) without[word] += factor << j;
+      }
+    });
+#pragma unroll
+    for (int word = 0; word < kMarkWords; ++word) survivors.marks[word] &= ~without[word];
+    float2 range = block_range(least, greatest, shared.select);
+    if (in_all_lanes(range.x == -INFINITY || range.y == INFINITY)) {
+      score_range(survivors, shared.select, &range.x, &range.y);
+    }
+    if (threadIdx.x == 0) shared.low[u] = range.x, shared.high[u] = range.y;
+  }
+#pragma unroll
+  for (int word = 0; word < kMarkWords; ++word) survivors.open[word] = survivors.marks[word];
+  survivors.count = block_sum<kSelectThreads>(survivors.own(), shared.select.counts);
 }
 
 // One block per query. The rows of the query are copied to shared memory, behind CascadeShared.
@@ -94,50 +138,48 @@ __global__ void __launch_bounds__(kSelectThreads)
     select_on_chip_kernel(const __grid_constant__ Plan plan, Chunk chunk, int64_t first_query) {
   auto& shared = shared_memory<CascadeShared>();
   float* rows = reinterpret_cast<float*>(&shared + 1);
-  chunk.at(plan, blockIdx.x, first_query);
   start_stages(plan, shared);
+  const unsigned entries = static_cast<unsigned>(plan.K), rest = entries % 4, whole = entries - rest;
   for (int u = 0; u < plan.views_used; ++u) {
-    const float* from = chunk.scores + u * plan.chunk * plan.row;
+    const float* from = chunk.scores + (u * plan.chunk + blockIdx.x) * plan.row;
     float* to = rows + u * plan.row;
-    const int64_t whole = plan.K / 4 * 4;
-    for (int64_t i = threadIdx.x * 4; i < whole; i += kSelectThreads * 4) copy_async<16>(to + i, from + i, true);
-    for (int64_t i = whole + threadIdx.x; i < round_up(plan.K, 4); i += kSelectThreads) {
-      to[i] = i < plan.K ? from[i] : NAN;  // whole vectors are read
-    }
+#pragma unroll 1  // few
+    for (unsigned i = threadIdx.x * 4; i < whole; i += kSelectThreads * 4) copy_async<16>(to + i, from + i, true);
+    if (rest == 0 || threadIdx.x >= 4) continue;
+    to[whole + threadIdx.x] = threadIdx.x < rest ? from[whole + threadIdx.x] : NAN;  // whole vectors are read
   }
   commit_copies();
   wait_for_copies<0>();
   __syncthreads();
 
   MarkedSurvivors survivors = {};
-  unsigned own = 0;
-#pragma unroll
-  for (int word = 0; word < kMarkWords; ++word) {
-    int vector = word * kWordVectors * kSelectThreads + static_cast<int>(threadIdx.x);
-    for (int i = 0; i < kWordVectors && vector * kMarkedAtOnce < plan.K; ++i, vector += kSelectThreads) {
-      unsigned numbers = (1u << kMarkedAtOnce) - 1;  // a bit for each entry that has a score in every view
-      for (int u = 0; u < plan.views_used; ++u) {
-        const float4 four = reinterpret_cast<const float4*>(rows + u * plan.row)[vector];
-        if (isnan(four.x)) numbers &= ~1u;
-        if (isnan(four.y)) numbers &= ~2u;
-        if (isnan(four.z)) numbers &= ~4u;
-        if (isnan(four.w)) numbers &= ~8u;
-      }
-      survivors.marks[word] |= numbers << i * kMarkedAtOnce;
-    }
-    survivors.open[word] = survivors.marks[word];
-    own += __popc(survivors.marks[word]);
-  }
-  survivors.count = block_reduce<kSelectThreads>(own, Sum(), shared.select.counts);
-  survivors.few = static_cast<unsigned>(plan.K) / 4;
-  const int next = run_stages(plan, rows, plan.row, 0, kSelectThreads, survivors, shared);
-  if (in_all_lanes(survivors.count > kSelectThreads)) {
-    write_best(plan, survivors, chunk.ranking, shared, chunk.indices, chunk.top_scores);
+  mark_comparable(plan, rows, survivors, shared);
+  const auto write = [&](const auto& left) {  // computes addresses at the end: until then they would take registers
+    chunk.at_outputs(plan, blockIdx.x, first_query);
+    write_best(plan, left, chunk.ranking, shared, chunk.indices, chunk.top_scores);
+  };
+  // A quarter of the entries is about as fast to visit one by one as all are in vectors.
+  const unsigned quarter = static_cast<unsigned>(plan.K) / 4;
+  const unsigned few = quarter < kSelectThreads ? kSelectThreads : quarter < kMaxSpread ? quarter : kMaxSpread;
+  int next = run_stages<true>(plan, rows, plan.row, 0, few, survivors, shared);
+  if (in_all_lanes(survivors.count > few)) {
+    write(survivors);
     return;
   }
-  SingleSurvivors single = spread(survivors, shared.select);
-  run_stages(plan, rows, plan.row, next, 0, single, shared);
-  write_best(plan, single, chunk.ranking, shared, chunk.indices, chunk.top_scores);
+  HeldSurvivors<1> single;
+  if (in_all_lanes(survivors.count > kSelectThreads)) {
+    HeldSurvivors<kMaxSpread / kSelectThreads> several = spread<kMaxSpread / kSelectThreads>(survivors, shared.select);
+    next = run_stages<true>(plan, rows, plan.row, next, kSelectThreads, several, shared);
+    if (in_all_lanes(several.count > kSelectThreads)) {
+      write(several);
+      return;
+    }
+    single = spread<1>(several, shared.select);
+  } else {
+    single = spread<1>(survivors, shared.select);
+  }
+  run_stages<true>(plan, rows, plan.row, next, 0, single, shared);
+  write(single);
 }
 
 // Runs the stages on all entries that can be compared, and writes the best. rows: those of the query, view_stride
@@ -150,7 +192,7 @@ __device__ __forceinline__ void select_from_rows(const Plan& plan, const Chunk& 
   ListedSurvivors survivors = {nullptr, list, compact(entries, every_slot, number, list, shared.select)};
   start_stages(plan, shared);
   __syncthreads();
-  run_stages(plan, rows, view_stride, 0, 0, survivors, shared);
+  run_stages<false>(plan, rows, view_stride, 0, 0, survivors, shared);
   write_best(plan, survivors, chunk.ranking, shared, chunk.indices, chunk.top_scores);
 }
 

@@ -41,6 +41,11 @@ struct GatheredSurvivors {
     for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) visit(slots[at(i)], scores[at(i)]);
   }
 
+  // Returns how many survivors are in the share of this thread.
+  __device__ __forceinline__ unsigned own() const {
+    return threadIdx.x < count ? (count - threadIdx.x + kSelectThreads - 1) / kSelectThreads : 0;
+  }
+
   // Keeps the entries for which keeps(i) holds. Each tile is read before a barrier and written after it, never ahead of
   // the reads.
   template <typename Keeps>
@@ -80,8 +85,7 @@ struct GatheredSurvivors {
     count = front = kept;
   }
 
-  __device__ __forceinline__ void keep_from(uint64_t rank, SelectShared& shared) {
-    const LastKept last(rank);
+  __device__ __forceinline__ void keep_from(const LastKept& last, SelectShared& shared) {
     filter([&](unsigned i) { return last.keeps(scores[at(i)], [&] { return slots[at(i)]; }); }, shared);
   }
 };
@@ -101,7 +105,7 @@ struct NearSurvivors {
 
 // Final scores, which are compared as they are.
 struct Final {
-  __device__ __forceinline__ uint64_t last_kept(const GatheredSurvivors& survivors, unsigned keep, int, float low,
+  __device__ __forceinline__ LastKept last_kept(const GatheredSurvivors& survivors, unsigned keep, int, float low,
                                                 float high, SelectShared& shared) const {
     return kth_best(survivors, keep, low, high, shared);
   }
@@ -149,10 +153,9 @@ struct Refined {
   // If every score is off by at most e, so is the keep-th best score t. Entries above t + 2e are then among the best
   // and entries below t - 2e are not. The entries between are rescored; the last of the best is one of them. For an
   // infinite t the test "not >" selects all entries with score t.
-  __device__ __forceinline__ uint64_t last_kept(const GatheredSurvivors& survivors, unsigned keep, int u, float low,
+  __device__ __forceinline__ LastKept last_kept(const GatheredSurvivors& survivors, unsigned keep, int u, float low,
                                                 float high, SelectShared& shared) const {
-    const uint64_t first = kth_best(survivors, keep, low, high, shared);
-    const float threshold = score_of(first), reach = 2 * bound[u];
+    const float threshold = kth_best(survivors, keep, low, high, shared).score, reach = 2 * bound[u];
     unsigned above = 0;
     if (threadIdx.x == 0) shared.gathered = 0;
     __syncthreads();
@@ -214,8 +217,8 @@ __device__ __forceinline__ bool run_sifted_stages(const Plan& plan, const Scores
       if (!(low > -INFINITY)) low = least;
       if (!(high < INFINITY)) high = greatest;
     }
-    const uint64_t last = scores.last_kept(survivors, keep - passing, u, low, high, shared);
-    if (!(sieve.low[s] <= score_of(last) && score_of(last) <= sieve.high[s])) return false;
+    const LastKept last = scores.last_kept(survivors, keep - passing, u, low, high, shared);
+    if (!(sieve.low[s] <= last.score && last.score <= sieve.high[s])) return false;
     survivors.keep_from(last, shared);
     settled -= sieve.dropped[s];
   }

@@ -51,6 +51,9 @@ __device__ __forceinline__ T block_reduce(T value, Combine combine, T* scratch) 
   return value;
 }
 
+// Returns the sum of `value` over the warp, in one instruction.
+__device__ __forceinline__ unsigned warp_sum(unsigned value) { return __reduce_add_sync(kFullWarp, value); }
+
 // Returns the sum of `value` over the lanes up to this one, of the first kLanes of a warp.
 template <int kLanes = kWarp>
 __device__ __forceinline__ unsigned warp_inclusive_sum(unsigned value) {
@@ -62,20 +65,35 @@ __device__ __forceinline__ unsigned warp_inclusive_sum(unsigned value) {
   return value;
 }
 
-// Returns the sum of `own`, which the last lane of each warp gives, over the warps before this one, and over the block.
-// scratch as in block_reduce, but reusable only after the next barrier.
+// Returns the sum of `value` over the block. scratch as in block_reduce.
+template <int kThreads>
+__device__ __forceinline__ unsigned block_sum(unsigned value, unsigned* scratch) {
+  constexpr int kWarps = kThreads / kWarp;
+  static_assert(kWarps <= kWarp, "a warp adds up the values of all warps");
+  const unsigned lane = threadIdx.x % kWarp, of_warp = warp_sum(value);
+  if (lane == 0) scratch[threadIdx.x / kWarp] = of_warp;
+  __syncthreads();
+  const unsigned total = warp_sum(lane < kWarps ? scratch[lane] : 0);
+  __syncthreads();
+  return total;
+}
+
+// Returns the sum of `own`, which the last lane of each warp gives, over the warps before this one; and if total is not
+// null, over the block. scratch as in block_reduce, but reusable only after the next barrier.
 template <int kThreads>
 __device__ __forceinline__ unsigned sum_of_warps_before(unsigned own, unsigned* total, unsigned* scratch) {
   constexpr int kWarps = kThreads / kWarp;
   static_assert(kWarps <= kWarp, "a warp adds up the values of all warps");
-  if (threadIdx.x % kWarp == kWarp - 1) scratch[threadIdx.x / kWarp] = own;
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (lane == kWarp - 1) scratch[warp] = own;
   __syncthreads();
-  const unsigned of_warp = scratch[threadIdx.x % kWarps], upto = warp_inclusive_sum<kWarps>(of_warp);
-  *total = __shfl_sync(kFullWarp, upto, kWarps - 1);
-  return __shfl_sync(kFullWarp, upto - of_warp, threadIdx.x / kWarp);
+  const unsigned of_warp = lane < kWarps ? scratch[lane] : 0;
+  if (total != nullptr) *total = warp_sum(of_warp);
+  return warp_sum(lane < warp ? of_warp : 0);
 }
 
-// Returns the sum of `value` over the threads before this one, and over the block. scratch as in block_reduce.
+// Returns the sum of `value` over the threads before this one; and if total is not null, over the block. scratch as in
+// block_reduce.
 template <int kThreads>
 __device__ __forceinline__ unsigned block_exclusive_sum(unsigned value, unsigned* total, unsigned* scratch) {
   const unsigned inclusive = warp_inclusive_sum(value);

@@ -41,6 +41,13 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Returns about 1 / x; infinity for subnormal x.
+__device__ __forceinline__ float reciprocal(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+}
+
 // Loads four 8 x 8 matrices of 16-bit elements. Lane 8m + r passes the address of row r of matrix m, 16 bytes. Register
 // m of lane l receives elements (l/4, 2(l%4)) and (l/4, 2(l%4) + 1) of matrix m.
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {

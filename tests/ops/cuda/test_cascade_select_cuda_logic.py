@@ -81,6 +81,25 @@ def test_on_chip_all_stages_take_two_launches(emulated):
     assert emulated.launches() == before + 2
 
 
+@pytest.mark.usefixtures("every_order")
+@pytest.mark.parametrize("keep", [[4000, 600, 40], [3000, 513, 512, 33, 32, 5], [4090, 4089, 1500, 9], [4097, 20, 8]])
+def test_survivors_are_handed_from_thread_to_thread(emulated, keep):
+    """Marks of a quarter of the entries, at most 4,096, become eight for each thread, then one, then ranks."""
+    queries, memory = lattice(2, 1, 3, seed=29), normal(2, 16_389, 3, seed=30)  # the last vector has one entry
+    memory[:, 40:9000:7] = memory[:, 41:9001:7]  # ties
+    assert_selects(emulated, queries, memory, [1, 0, 1, 1, 0, 1][: len(keep)], keep)
+
+
+@pytest.mark.parametrize("processors", [132, 6, 3])  # tiles of 32, 64 and 128 keys
+def test_scores_of_few_queries_in_every_tile(emulated, processors):
+    emulated.resize(processors=processors)
+    queries, memory = normal(1, 3, 33, seed=31), normal(1, 330, 33, seed=32)
+    assert_selects(emulated, queries, memory, [0], [100])
+    queries, memory = normal(1, 32, 64, seed=33), normal(1, 330, 64, seed=34)  # copied asynchronously
+    assert_selects(emulated, queries, memory, [0], [100], memory_ids=integers(-1, 3, 330, seed=35))
+    emulated.resize()
+
+
 @pytest.mark.parametrize("route", ["in cache", "streamed"])
 def test_many_queries_take_several_chunks(emulated, route):
     # The cache holds the rows of 33 queries; or none, then chunks have the 64 queries of a tile.

@@ -43,6 +43,10 @@ struct alignas(8) float2 {
   float x, y;
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
 struct float3 {
   float x, y, z;
 };
@@ -218,10 +222,34 @@ EMULATED_INLINE bool __any_sync(unsigned mask, bool vote, EMULATED_SITE) {
   return __ballot_sync(mask, vote, file, line) != 0;
 }
 
+template <typename Combine>
+inline unsigned emulated_reduction(unsigned mask, unsigned value, Combine combine, const char* file, int line) {
+  const unsigned* values = emulation::exchange(mask, value, {file, line});
+  unsigned result = values[0];
+  for (int lane = 1; lane < emulation::kWarp; ++lane) result = combine(result, values[lane]);
+  return result;
+}
+
+EMULATED_INLINE unsigned __reduce_add_sync(unsigned mask, unsigned value, EMULATED_SITE) {
+  return emulated_reduction(mask, value, [](unsigned a, unsigned b) { return a + b; }, file, line);
+}
+
+EMULATED_INLINE unsigned __reduce_min_sync(unsigned mask, unsigned value, EMULATED_SITE) {
+  return emulated_reduction(mask, value, [](unsigned a, unsigned b) { return a < b ? a : b; }, file, line);
+}
+
+EMULATED_INLINE unsigned __reduce_max_sync(unsigned mask, unsigned value, EMULATED_SITE) {
+  return emulated_reduction(mask, value, [](unsigned a, unsigned b) { return a > b ? a : b; }, file, line);
+}
+
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+  return shift % 32 == 0 ? high : high << shift % 32 | low >> (32 - shift % 32);
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __expf(float x) { return expf(x); }
+inline float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1 : 0; }  // of NaN: 0
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 inline uint32_t __float_as_uint(float value) {

@@ -37,6 +37,8 @@ EMULATED_INLINE void copy_async(void* shared, const void* global, bool valid) {
   emulation::start_copy(shared, global, kBytes, valid);
 }
 
+inline float reciprocal(float x) { return 1 / (fabsf(x) < 0x1p-126f ? 0 * x : x); }
+
 EMULATED_INLINE void commit_copies() { emulation::commit_copies(); }
 
 template <int kPending>

@@ -28,6 +28,25 @@ def test_every_route_and_type_with_small_and_large_tiles(device, route, dtype):
     assert (device.products() > before) == (route == "streamed")
 
 
+@pytest.mark.parametrize(("processors", "blocks"), [(132, 11), (6, 6), (3, 3)])
+def test_the_tiles_of_few_queries_take_the_least_time(device, processors, blocks):
+    """A multiprocessor more than tiles of 32, 64 or 128 keys would be idle; fewer would take two rounds."""
+    device.resize(processors=processors)
+    device.reset_counts()
+    queries, memory = normal(1, 3, 64, seed=24), normal(1, 330, 64, seed=25)
+    assert_selects(device, queries, memory, [0], [100])
+    scores = [launch for launch in device.launches_of("cascade_select") if "12score_kernel" in launch.kernel]
+    assert [launch.grid for launch in scores] == [(blocks, 1, 1)]
+    device.resize()
+
+
+@pytest.mark.parametrize("keep", [[4000, 600, 40], [3000, 512, 32, 5]])
+def test_survivors_are_handed_from_thread_to_thread(device, keep):
+    device.resize()
+    queries, memory = lattice(2, 1, 3, seed=26), normal(2, 16_389, 3, seed=27)
+    assert_selects(device, queries, memory, [1, 0, 1, 1][: len(keep)], keep)
+
+
 @pytest.mark.parametrize("order", ["backward", "shuffled"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_no_order_of_warps_and_blocks_changes_a_bit(device, route, order):

@@ -87,7 +87,7 @@ def test_counts_of_a_larger_call_follow_from_smaller_ones(device, op, precision,
 
 def test_a_call_without_a_sample_of_its_kernels_is_named(device):
     call = ptx_cases.Call("cascade_select", "fp32", 2, 64)
-    with pytest.raises(LookupError, match="score_kernel<float, 4, 4>: no interpreted call"):
+    with pytest.raises(LookupError, match="score_kernel<float, 4, 2>: no interpreted call"):
         ptx_cases.extrapolate([], call, ptx_cases.plan(device, call, *ptx_cases.DEVICES["H100"]))
 
 

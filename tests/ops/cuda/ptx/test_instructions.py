@@ -50,6 +50,18 @@ def test_fused_multiply_add_rounds_once_in_every_mode(interpreter):
     assert zero.tolist() == [below(abs(value)) * (1 if value >= 0 else -1) for value in exact]
 
 
+def test_saturated_multiply_add_is_clamped_and_makes_zero_of_nan(interpreter):
+    a = lanes([-2.0, 0.25, 3.0, np.nan, np.inf, -np.inf])
+    found = run(interpreter, "fma.rn.sat.f32 {0}, {1}, {2}, {3};", F32, a, lanes([1.0]), lanes([0.5]))
+    assert found[:6].tolist() == [0, 0.75, 1, 0, 1, 0]
+
+
+def test_a_funnel_shift_takes_the_upper_bits_of_the_lower_word(interpreter):
+    low, high = lanes([-(2**31), 5, -1], I32), lanes([3, -1, 0], I32)
+    found = run(interpreter, "shf.l.wrap.b32 {0}, {1}, {2}, {3};", I32, low, high, lanes([1, 33, 4], I32))
+    assert found[:3].tolist() == [7, -2, 15]
+
+
 def test_minimum_and_maximum_of_nan_and_zeros_of_either_sign(interpreter):
     x, y = lanes([np.nan, 1, np.nan, -0.0, 0.0, 3]), lanes([2, np.nan, np.nan, 0.0, -0.0, -4])
     least = run(interpreter, "min.f32 {0}, {1}, {2};", F32, x, y)[:6]

@@ -164,6 +164,12 @@ struct Reverse {
   }
 };
 
+struct FunnelLeft {  // the upper word of both, shifted
+  uint32_t operator()(uint32_t low, uint32_t high, uint32_t by) const {
+    return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) << by % 32 >> 32);
+  }
+};
+
 template <typename T, bool kLeft>
 void shift(Warp& w, const Instruction& in, uint32_t lanes) {
   uint8_t* out = w.rows + in.at[0];
@@ -230,6 +236,7 @@ void add_floats(const Sink& add) {
   }
   add("fma.rn.f32", Class::kFloat32, each3<T, T, MultiplyAdd>);
   add("fma.rn.ftz.f32", Class::kFloat32, each3<T, T, Flushed<MultiplyAdd>>);
+  add("fma.rn.sat.f32", Class::kFloat32, each3<T, T, Saturated<MultiplyAdd>>);
   add("fma.rm.f32", Class::kFloat32, rounded<_MM_ROUND_DOWN, each3<T, T, MultiplyAdd>>);
   add("fma.rp.f32", Class::kFloat32, rounded<_MM_ROUND_UP, each3<T, T, MultiplyAdd>>);
   add("fma.rz.f32", Class::kFloat32, rounded<_MM_ROUND_TOWARD_ZERO, each3<T, T, MultiplyAdd>>);
@@ -282,6 +289,7 @@ void add_integers(const Sink& add, const std::string& bits, Class kind) {
 }
 
 void add_bits(const Sink& add) {
+  add("shf.l.wrap.b32", Class::kInteger, each3<uint32_t, uint32_t, FunnelLeft>);
   add("mul.wide.s32", Class::kInteger64, each2<int64_t, int32_t, WideMultiply<int64_t>>);
   add("mul.wide.u32", Class::kInteger64, each2<uint64_t, uint32_t, WideMultiply<uint64_t>>);
   add("mul.wide.s16", Class::kInteger, each2<int32_t, int16_t, WideMultiply<int32_t>>);

@@ -67,10 +67,6 @@ struct ToInteger {
   }
 };
 
-struct Saturate {
-  float operator()(float a) const { return a > 0 ? (a < 1 ? a : 1.0f) : 0.0f; }
-};
-
 float widen_half(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
   uint32_t word = sign | 0x7f800000u | (magnitude & 0x3ffu) << 13;

@@ -91,6 +91,18 @@ struct Flushed {
   }
 };
 
+struct Saturate {
+  float operator()(float a) const { return a > 0 ? (a < 1 ? a : 1.0f) : 0.0f; }  // of NaN: 0
+};
+
+template <typename F>
+struct Saturated {
+  template <typename... T>
+  float operator()(T... values) const {
+    return Saturate()(F()(values...));
+  }
+};
+
 // Runs a handler in a rounding mode of the processor (_MM_ROUND_DOWN and so on).
 template <unsigned kMode, Handler kHandler>
 void rounded(Warp& w, const Instruction& in, uint32_t lanes) {
