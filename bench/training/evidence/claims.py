@@ -92,10 +92,15 @@ HEADLINES = (
     "1. mAP rises with n",
     "1. PMR rises with n, RGB queries",
     "1. PMR rises with n, flow queries",
+    "2. mAP, r = .5 > r = .8, n = 7",
     "3. mAP, UberNCE > CPR n = 7",
     "3. mAP, CoCLR > InfoNCE",
     "3. mAP, CPR n = 7 > InfoNCE",
     "3. R@1, CPR n = 7 > InfoNCE",
+    "4. mAP, IIC + CPR, progressive > fixed top-k",
+    "4. mAP, IIC + CPR, progressive > IIC",
+    "5. mAP, anchor f_q+ against f_q, n = 7",
+    "5. mAP, protocol of the paper against the code's, n = 7",
 )
 
 
