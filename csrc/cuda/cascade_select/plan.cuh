@@ -93,26 +93,42 @@ int64_t processor_shared_memory() {
   return bytes < limit ? bytes : limit;
 }
 
-// Short rows are streamed only if those of 32 queries do not fit the cache.
+// Returns whether float32 arithmetic has half the rate of other GPUs beside the tensor cores: on an A100.
+bool slow_arithmetic() {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor, 0) == 8 &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor, 0) == 0;
+}
+
+// Rows that fit a multiprocessor stay there, except where tensor cores are faster for many queries: if exact scores are
+// slow and take several chunks. Other short rows are streamed only if those of 32 queries do not fit the cache.
 Route route_of(const Plan& plan) {
   const int64_t rows = plan.views_used * plan.row * static_cast<int64_t>(sizeof(float));
-  if (plan.K <= kMaxMarked && static_cast<int64_t>(sizeof(CascadeShared)) + rows <= processor_shared_memory()) {
-    return kOnChip;
-  }
-  const bool fits = 32 * bytes_per_row(plan, kInCache) <= cache_budget();
   const bool streamable =
       plan.views_used <= kMaxSiftedViews && plan.stages <= kMaxSiftedStages && plan.D <= kMaxBoundedWidth;
+  if (plan.K <= kMaxMarked && static_cast<int64_t>(sizeof(CascadeShared)) + rows <= processor_shared_memory()) {
+    const bool several_chunks = plan.B > cache_budget() / bytes_per_row(plan, kOnChip);
+    const bool many = plan.K >= kMinSifted && several_chunks;
+    return streamable && many && plan.exact && slow_arithmetic() ? kStreamed : kOnChip;
+  }
+  const bool fits = 32 * bytes_per_row(plan, kInCache) <= cache_budget();
   return streamable && (plan.K >= kMinSifted || !fits) ? kStreamed : kInCache;
 }
 
+// Returns how often a multiprocessor that holds one query at a time selects in a call.
+int64_t rounds_of(int64_t queries, int64_t chunk) {
+  const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, 1);
+  return queries / chunk * ceil_div(chunk, processors) + ceil_div(queries % chunk, processors);
+}
+
 // Returns `chunk`, or a smaller number of queries with which the chunks of a call are about equal, in whole tiles: the
-// rest of a tile costs as much.
+// rest of a tile costs as much. On chip only if that saves a round of the multiprocessors.
 int64_t even_chunk(const Plan& plan, int64_t chunk) {
   if (chunk < 1) return 1;
   if (chunk >= plan.B) return plan.B;
-  if (plan.route == kOnChip || chunk < kScoreQueries) return chunk;
+  if (chunk < kScoreQueries) return chunk;
   const int64_t equal = round_up(ceil_div(plan.B, ceil_div(plan.B, chunk)), kScoreQueries);
-  return equal <= chunk ? equal : chunk / kScoreQueries * kScoreQueries;
+  const int64_t even = equal <= chunk ? equal : chunk / kScoreQueries * kScoreQueries;
+  return plan.route == kOnChip && rounds_of(plan.B, even) >= rounds_of(plan.B, chunk) ? chunk : even;
 }
 
 // Returns the number of queries in a chunk with rows of scores: as many as have their rows in the L2 cache together; if
@@ -127,10 +143,13 @@ int64_t chunk_of_rows(const Plan& plan) {
 }
 
 // The same with lists: every chunk reads the whole memory, so the lists may take much more than the L2 cache, about 1
-// GiB on an A100; at least the queries of one tile, within 4 GiB; at least one.
+// GiB on an A100, and twice as much for enough queries to occupy all multiprocessors; at least the queries of one tile,
+// within 4 GiB; at least one.
 int64_t chunk_of_lists(const Plan& plan) {
+  constexpr int64_t kEnough = 128;
   const int64_t bytes = bytes_per_list(plan), tile = (int64_t{4} << 30) / bytes;
   int64_t chunk = 40 * cache_budget() / bytes;
+  if (chunk < kEnough) chunk = 2 * chunk < kEnough ? 2 * chunk : kEnough;
   if (chunk < kScoreQueries) chunk = tile < kScoreQueries ? tile : kScoreQueries;
   return even_chunk(plan, chunk);
 }

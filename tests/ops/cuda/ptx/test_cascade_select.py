@@ -144,3 +144,47 @@ def test_approximate_scores(device, route):
     found = device.cascade_select(queries, memory, [0, 1], [50, 9], precision=1)
     expected = ops.cascade_select(queries, memory, [0, 1], [50, 9])
     torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+
+
+@pytest.fixture
+def planned(device):
+    """Plans a call of two views and seven stages on a GPU, without executing it: returns the blocks of each launch."""
+
+    def launches(B: int, K: int, shared_limit: int, cache_size: int, processors: int, capability: int):
+        device.resize(shared_limit, cache_size, processors)
+        device.set_capability(capability)
+        device.set_dry(True)
+        device.reset_counts()
+        keep = [max(5, K >> s) for s in range(1, 7)] + [5]
+        device.cascade_select(torch.empty(2, B, 128), torch.empty(2, K, 128), [0, 1, 0, 1, 0, 1, 0], keep)
+        return [(launch.kernel, launch.grid[0]) for launch in device.launches_of("cascade_select")]
+
+    yield launches
+    device.set_dry(False)
+    device.resize()
+    device.select()
+
+
+def blocks_of(launches: list[tuple[str, int]], kernel: str) -> list[int]:
+    return [blocks for name, blocks in launches if kernel in name]
+
+
+A100, H200 = (163 << 10, 40 << 20, 108, 80), (227 << 10, 50 << 20, 132, 90)
+
+
+def test_chunks_on_chip_occupy_all_multiprocessors(planned):
+    assert blocks_of(planned(256, 16384, *H200), "select_on_chip_kernel") == [128, 128]  # not 250 and 6
+    # 132 multiprocessors take two rounds for 250 queries and one for 50, as many as for two chunks of 150.
+    assert blocks_of(planned(300, 16384, *H200), "select_on_chip_kernel") == [250, 50]
+
+
+def test_many_queries_that_take_several_chunks_are_streamed_where_float32_is_slow(planned):
+    assert blocks_of(planned(200, 16384, *A100), "select_on_chip_kernel") == [200]
+    assert not blocks_of(planned(201, 16384, *A100), "select_on_chip_kernel")
+    assert blocks_of(planned(201, 16384, *A100), "streamed_stages_kernel") == [201]
+    assert blocks_of(planned(1024, 8192, *A100), "select_on_chip_kernel") == [400, 400, 224]
+
+
+@pytest.mark.parametrize("gpu", [A100, H200])
+def test_lists_of_the_longest_memories_are_of_128_queries(planned, gpu):
+    assert blocks_of(planned(256, 1 << 22, *gpu), "streamed_stages_kernel") == [128, 128]
