@@ -3,9 +3,10 @@
     python bench/ptx/ptx_counts.py [--out bench/results] [--routes "on chip" streamed | --operators mil_nce]
 
 writes ptx_counts.json and ptx_counts.md: instructions by class, active lanes, sectors of 32 bytes, wavefronts of shared
-memory and the busiest source lines of interpreted calls; how far extrapolated counts are from interpreted ones; and the
-launches of every call of bench/predict_gpu.py with the counts of a block. Needs nvcc and nvdisasm (see sass.py); takes
-about five minutes of one core.
+memory and the busiest source lines of interpreted calls; how far extrapolated counts are from interpreted ones; the
+launches of every call of bench/predict_gpu.py with the counts of a block; and, over memories of 1,024 to 4,194,304
+entries, the times alone that bench/predict_gpu.py derives from such counts. Needs nvcc and nvdisasm (see sass.py);
+takes about five minutes of one core.
 """
 
 from __future__ import annotations
@@ -22,11 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
+import predict_gpu
 from measure import RESULTS, world, write_result
 from ptx_cases import DEVICES, ROUTES, Call, Disassembly, Kernel, architectures_of, extrapolate, interpret, plan
 from support.ptx.device import ARCHITECTURES, PtxDevice
 
-SHAPES = [(16, 2048), (32, 2048), (32, 16384), (256, 16384), (256, 65536), (1024, 65536), (1024, 1_000_000)]
+SHAPES = [(16, 2048), (32, 2048), (32, 16384), (256, 16384), (256, 65536), (1024, 65536)]
+SHAPES += [(1024, 1_000_000), (4096, 1_000_000)]
+# The calls whose times are predicted over K, and the K.
+GROWING = [("cascade_select", "fp32", 32), ("cascade_select", "fp32", 256)]
+GROWING += [("mil_nce", "float32", 256), ("mil_nce", "bfloat16", 256)]
+MEMORIES = [2**power for power in range(10, 23)]
 PRECISIONS = {"cascade_select": ("fp32", "bf16"), "mil_nce": ("float32", "bfloat16")}
 OPERATORS = (*PRECISIONS, "tvl1_flow")
 # For each kernel two calls with different features, where it has one.
@@ -97,6 +104,22 @@ def call_rows(device: PtxDevice, samples: list[Kernel], operators: tuple[str, ..
             launch["per_block"] = {key: round(value, 2) for key, value in sorted(launch["per_block"].items())}
         rows.append({"device": name, "op": call.op, "precision": call.precision, "B": call.B, "K": call.K})
         rows[-1]["launches"] = launches
+    return rows
+
+
+def growth_rows(device: PtxDevice, samples: list[Kernel], registers: dict, operators: tuple[str, ...]) -> list[dict]:
+    """Returns the predicted times of GROWING on every GPU, by K."""
+    rows = []
+    for gpu, (op, precision, B) in itertools.product(predict_gpu.GPUS, GROWING):
+        if op not in operators:
+            continue
+        times = {}
+        for K in MEMORIES:
+            call = {"op": op, "precision": precision, "B": B, "K": K}
+            launches = plan(device, Call(**call), *DEVICES[gpu.plan])
+            call["launches"] = extrapolate(samples, Call(**call), launches)
+            times[str(K)] = predict_gpu.predict(gpu, call, registers)["time_us"]
+        rows.append({"device": gpu.name, "op": op, "precision": precision, "B": B, "time_us": times})
     return rows
 
 
@@ -188,7 +211,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     devices = {architecture: PtxDevice(architecture) for architecture in ARCHITECTURES}
-    report = {"world": world("cpu"), "samples": [], "checks": [], "registers": {}, "calls": []}
+    report = {"world": world("cpu"), "samples": [], "checks": [], "registers": {}, "calls": [], "growth": []}
     chosen = ("cascade_select",) if options.routes else tuple(options.operators)
     samples = []
 
@@ -201,15 +224,17 @@ def main() -> None:
             report[part] = [row for row in kept[part] if not again(row["op"], row["route"])]
         samples = saved_samples([row for row in report["samples"] if row["op"] in chosen])
         report["registers"] = kept["registers"]
-        report["calls"] = [row for row in kept["calls"] if row["op"] not in chosen]
+        for part in ("calls", "growth"):
+            report[part] = [row for row in kept[part] if row["op"] not in chosen]
     samples += sample(devices, [call for call in SAMPLES if again(call.op, call.route)], report)
     devices["80"].select()
     report["calls"] += call_rows(devices["80"], samples, chosen)
+    report["growth"] += growth_rows(devices["80"], samples, report["registers"], chosen)
     for call in (call for call in CHECKS if again(call.op, call.route)):
         devices[call.architecture].select()
         report["checks"] += check_rows(devices[call.architecture], samples, call)
         print(f"{call}: checked", flush=True)
-    for part in ("samples", "checks", "calls"):
+    for part in ("samples", "checks", "calls", "growth"):
         report[part].sort(key=lambda row: row["op"])
     write_result("ptx_counts.json", json.dumps(report, indent=1) + "\n", options.out)
     write_result("ptx_counts.md", page(report), options.out)
