@@ -26,6 +26,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "ptx"))
+
+from bars import bars_text, growth_text
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 KERNEL_GAP_S = 1.2e-6  # between kernels of a CUDA graph on one stream; assumed
@@ -324,7 +328,8 @@ def page(report: dict) -> str:
                      f"{row['time_us']:.1f} | {floor} | {row['limit']} |")  # fmt: skip
     lines += ["", "For tvl1_flow, B is the number of pairs of 340 x 256 frames. The floor of cascade_select fp32 is"]
     lines += ["that of float32 multiply-adds. Long memories take less: tensor cores compute their scores, and only"]
-    lines += ["those near a threshold are computed again in float32.", "", *limits_text(report["rows"])]
+    lines += ["those near a threshold are computed again in float32.", "", *bars_text(report["rows"]), ""]
+    lines += [*growth_text(report["growth"]), "", *limits_text(report["rows"])]
     lines += ["", "Figures of the devices:", ""]
     lines += [f"- {what}: {source}." for what, source in report["sources"].items()]
     return "\n".join(lines) + "\n"
@@ -339,7 +344,7 @@ def write(counts: Path, out: Path) -> None:
         for call in report["calls"]
         if call["device"] == gpu.plan
     ]
-    made = {"counts": report["world"]["commit"], "sources": SOURCES, "rows": rows}
+    made = {"counts": report["world"]["commit"], "sources": SOURCES, "rows": rows, "growth": report["growth"]}
     out.mkdir(parents=True, exist_ok=True)
     (out / "gpu_predicted.json").write_text(json.dumps(made, indent=1) + "\n")
     (out / "gpu_predicted.md").write_text(page(made))

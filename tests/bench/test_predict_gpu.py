@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 import predict_gpu
+from bars import BEFORE, GROWTH, bar_rows, steepest
 
 ROOT = Path(__file__).resolve().parents[2]
 PREDICTED = ROOT / "bench" / "results" / "gpu_predicted.json"
@@ -80,6 +81,45 @@ def test_the_recorded_predictions_follow_from_the_recorded_counts(tmp_path):
     predict_gpu.write(ROOT / "bench" / "results" / "ptx_counts.json", tmp_path)
     for name in ("gpu_predicted.json", "gpu_predicted.md"):
         assert (tmp_path / name).read_text() == (PREDICTED.parent / name).read_text(), name
+
+
+def test_no_time_grows_by_more_than_its_bar_where_the_memory_doubles():
+    report = json.loads(PREDICTED.read_text())
+    found = {(row["op"], row["precision"], row["B"]) for row in report["growth"]}
+    assert {("cascade_select", "fp32", 32), ("cascade_select", "fp32", 256)} < found and len(found) == 4
+    assert len(report["growth"]) == len(predict_gpu.GPUS) * len(found)
+    for row in report["growth"]:
+        ratios = {K: ratio for ratio, K in steepest(row["time_us"])}
+        assert sorted(ratios) == [1024 << step for step in range(12)]
+        if (row["op"], row["B"]) == ("cascade_select", 32):  # the rows leave the multiprocessors: the page says why
+            assert GROWTH < ratios.pop(16384) < 3.3
+        assert all(0.9 < ratio <= GROWTH for ratio in ratios.values()), row
+
+
+def test_times_over_the_memory_are_those_of_the_predicted_calls():
+    report = json.loads(PREDICTED.read_text())
+    growth = {(row["device"], row["op"], row["precision"], row["B"]): row["time_us"] for row in report["growth"]}
+    common = 0
+    for row in report["rows"]:
+        times = growth.get((row["device"], row["op"], row["precision"], row["B"]), {})
+        if (time := times.get(str(row["K"]))) is not None:
+            assert time == pytest.approx(row["time_us"], rel=1e-3), row
+            common += 1
+    assert common == 8 * len(predict_gpu.GPUS)
+
+
+def test_the_steepest_doubling_comes_first():
+    assert steepest({"8": 30.0, "2": 10.0, "4": 12.0, "32": 99.0}) == [(2.5, 4), (1.2, 2)]
+
+
+def test_bars_compare_with_the_floor_or_with_the_time_of_fp32():
+    rows = bar_rows(json.loads(PREDICTED.read_text())["rows"])
+    assert {row["device"] for row in rows} == set(BEFORE) and len(rows) == 11 * len(BEFORE)
+    missed = {row["call"][:2] for row in rows if not row["met"]}
+    assert missed == {("cascade_select", "bf16")}  # the page says why
+    first = rows[0]
+    assert first["call"] == ("cascade_select", "fp32", 32, 2048) and first["before_us"] == 17.04
+    assert first["ratio"] == pytest.approx(first["now_us"] / 4.4, rel=0.02)  # the floor: 4.4 us
 
 
 def test_extrapolated_counts_agree_with_interpreted_ones():
