@@ -104,9 +104,9 @@ def growth_text(growth: list[dict]) -> list[str]:
     return [
         *lines,
         "",
-        "cascade_select fp32 of 32 queries is above the bar at one doubling: rows of 32,768 entries of two views do not",
-        "fit a multiprocessor (up to about 19,000 do on A100 and 27,000 on H100 and H200). The streamed route has six",
-        "launches and computes tiles of 64 queries; 32 occupy a third of the multiprocessors, or fewer, in its stages. It",
-        "is not the better route before: at 16,384 entries the model gives 72 µs for it on A100 and 53 on H200. The third",
-        "route, rows in the L2 cache, has not been counted there.",
+        "cascade_select fp32 of 32 queries is above the bar at one doubling: rows of 32,768 entries of two views",
+        "do not fit a multiprocessor (up to about 19,000 do on A100 and 27,000 on H100 and H200). The streamed route",
+        "has six launches and computes tiles of 64 queries; 32 occupy a third of the multiprocessors, or fewer, in its",
+        "stages. It is not the better route before: at 16,384 entries the model gives 72 µs for it on A100 and 53 on",
+        "H200. The third route, rows in the L2 cache, has not been counted there.",
     ]
