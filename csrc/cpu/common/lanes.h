@@ -311,10 +311,12 @@ inline void tile(Operand<T> rows, const T* panel, int64_t panel_stride, int64_t 
   }
 }
 // Rows of a tile with kTileVectors vectors: R x N accumulators fill the registers and hide the latency of multiply-add.
+// With AVX2, six rows are 12 accumulators of 16 registers; four rows would hide the latency only if every multiply-add
+// began at the earliest cycle, and take 1.12 to 1.14 times as long on Zen 5.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 8, kTileVectors = 2;
 #elif defined(__AVX2__)
-constexpr int kTileRows = 4, kTileVectors = 1;
+constexpr int kTileRows = 6, kTileVectors = 1;
 #else
 constexpr int kTileRows = 2, kTileVectors = 1;
 #endif
@@ -323,12 +325,20 @@ inline void tiles(int64_t count, Operand<T> rows, const T* panel, int64_t panel_
                   int64_t out_stride) {
   constexpr int kRows = kTileRows * kTileVectors / N;
   int64_t r = 0;
-  for (; r + kRows <= count; r += kRows, rows.data += kRows * rows.row_stride) {
-    tile<kRows, N, kAccumulate>(rows, panel, panel_stride, depth, out + r * out_stride, out_stride);
+  const auto whole_tiles = [&]<int R>(int64_t end) {
+    for (; r + R <= end; r += R, rows.data += R * rows.row_stride) {
+      tile<R, N, kAccumulate>(rows, panel, panel_stride, depth, out + r * out_stride, out_stride);
+    }
+  };
+  if constexpr (kRows == 6) {
+    // Chunks of 64 entries and widths such as 128 are not multiples of 6: a rest of two rows is computed with the six
+    // before it in two tiles of four, because a tile of one row waits for the latency of its few multiply-adds.
+    whole_tiles.template operator()<kRows>(count % kRows == 2 && count > kRows ? count - 8 : count);
+    whole_tiles.template operator()<4>(count);
+  } else {
+    whole_tiles.template operator()<kRows>(count);
   }
-  for (; r < count; ++r, rows.data += rows.row_stride) {
-    tile<1, N, kAccumulate>(rows, panel, panel_stride, depth, out + r * out_stride, out_stride);
-  }
+  whole_tiles.template operator()<1>(count);
 }
 
 // ---- inputs ----------------------------------------------------------------------------------------------
