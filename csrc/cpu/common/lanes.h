@@ -257,24 +257,9 @@ inline T exp_scalar(T x) {
 // ---- the one matrix tile -----------------------------------------------------------------------------
 // Matrix product of one tile: out[r][lane] (+)= sum over t of rows[r * row_stride + t * step] *
 // panel[t * panel_stride + lane], for R rows and N x 16 lanes. Each sum is one chain of fused multiply-adds in the
-// order of t. The row-major operand is broadcast, so a memory [K, D] is read in place and need not be repacked. The
-// unit is one register, because GCC keeps arrays of single registers in registers, but not arrays of pairs.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-struct Vec8 {
-  __m256 v;
-};
-inline Vec8 unit_load(const float* p) { return {_mm256_loadu_ps(p)}; }
-inline Vec8 unit_broadcast(float x) { return {_mm256_set1_ps(x)}; }
-inline Vec8 fma(Vec8 a, Vec8 b, Vec8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline void store(float* p, Vec8 a) { _mm256_storeu_ps(p, a.v); }
+// order of t. The row-major operand is broadcast, so a memory [K, D] is read in place and need not be repacked.
 template <class T>
-constexpr int kUnit = sizeof(T) == 4 ? 8 : 16;
-#else
-inline Vec16 unit_load(const float* p) { return load(p); }
-inline Vec16 unit_broadcast(float x) { return broadcast(x); }
-template <class T>
-constexpr int kUnit = 16;
-#endif
+constexpr int kUnit = sizeof(T) == 4 ? kUnitLanes : 16;
 inline Double16 unit_load(const double* p) { return load(p); }
 inline Double16 unit_broadcast(double x) { return broadcast(x); }
 template <class T>
