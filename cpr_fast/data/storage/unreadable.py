@@ -36,7 +36,8 @@ class Unreadable:
         """`files` are all files that the run reads."""
         step = max(1, len(files) // SAMPLED)
         self._sample = [container(path) for path in files[::step]]
-        self._lock = threading.Lock()
+        self._lock, self._looking = threading.Lock(), threading.Lock()
+        self._lost = ""  # why the run ends
         self.files: list[tuple[Path, str]] = []  # (path, reason), once per file
         self._seen: set[Path] = set()
         self._count: dict[str, int] = defaultdict(int)  # by kind
@@ -57,22 +58,28 @@ class Unreadable:
             count = self._count[kind]
         if count == 1:
             log.warning("%s %s: %s", verb, text_of(path), reason)
-        elif str(count).strip("0") == "1":  # 10, 100, ...
+        if gone:
+            with self._looking:  # other threads wait to be told whether the storage is lost
+                if not self._lost and missing & (missing - 1) == 0:  # 1, 2, 4, ...
+                    self._lost = self._lost_storage(path, reason)
+            if self._lost:
+                raise InputError(self._lost)
+        if count > 1 and str(count).strip("0") == "1":  # 10, 100, ...
             log.warning("%s %d files so far for this reason: %s (the last: %s)", verb, count, reason, text_of(path))
-        if gone and missing & (missing - 1) == 0:  # 1, 2, 4, ...
-            self._require_storage(path, reason)
 
-    def _require_storage(self, path: Path, reason: str) -> None:
+    def _lost_storage(self, path: Path, reason: str) -> str:
+        """Returns what to say if most of a sample of the files have disappeared, else ""."""
         remote = [file for file in self._sample if is_remote(file)]
         sample = remote[:: max(1, len(remote) // SAMPLED_REMOTE)] or self._sample
         lost = sum(not _is_there(file) for file in sample)
         if 2 * lost > len(sample):
-            raise InputError(
+            return (
                 f"{lost} of {counted(len(sample), 'file')} looked for can no longer be opened, "
                 f"for example {text_of(path)!r} "
                 f"({reason}): is the disk or network mount or the server that holds them still there? When it is "
                 "back, run the same command again; `pretrain` continues with --resume"
             )
+        return ""
 
 
 def kind_of(reason: str) -> str:

@@ -140,7 +140,7 @@ class KnnGraph:
         that were compared here."""
         size, k = self.best.shape
         checks.check_int64("best", best, (min(len(best), size), k), self.features, "features")
-        for own, other in zip(self.best[size - len(best) :].split(_MERGED), best.split(_MERGED), strict=True):
+        for own, other in zip(self.best[size - len(best) :].split(_MERGED), best.split(_MERGED)):
             own.copy_(torch.cat([own, other], 1).topk(k, 1).values)
 
     def result(self) -> tuple[Tensor, Tensor]:

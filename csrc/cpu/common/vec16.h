@@ -120,6 +120,33 @@ inline Vec16 first_lane(Vec16 first, Vec16 rest) {
 
 #endif
 
+// One register of floats, for loops that hold more values than there are registers: GCC keeps arrays of single
+// registers in registers, but not arrays of pairs.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+struct Vec8 {
+  __m256 v;
+};
+using Unit = Vec8;
+constexpr int kUnitLanes = 8;
+inline Vec8 unit_load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec8 unit_broadcast(float x) { return {_mm256_set1_ps(x)}; }
+inline void store(float* p, Vec8 a) { _mm256_storeu_ps(p, a.v); }
+inline Vec8 operator+(Vec8 a, Vec8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec8 operator-(Vec8 a, Vec8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec8 operator*(Vec8 a, Vec8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec8 operator/(Vec8 a, Vec8 b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec8 min(Vec8 a, Vec8 b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec8 max(Vec8 a, Vec8 b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec8 sqrt(Vec8 a) { return {_mm256_sqrt_ps(a.v)}; }
+inline Vec8 fma(Vec8 a, Vec8 b, Vec8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec8 fnma(Vec8 a, Vec8 b, Vec8 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+#else
+using Unit = Vec16;
+constexpr int kUnitLanes = 16;
+inline Vec16 unit_load(const float* p) { return load(p); }
+inline Vec16 unit_broadcast(float x) { return broadcast(x); }
+#endif
+
 // Four floats as one value, with the operations of bicubic sampling only.
 #if defined(__AVX2__)
 struct Vec4 {

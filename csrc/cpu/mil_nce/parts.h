@@ -139,7 +139,7 @@ void accumulate_keys(const Job<T>& job, int64_t i, ChunkBuffers<T>& buffers, Use
   });
 }
 
-// Computes parts begin..end-1 of [blocks, splits].
+// Computes parts begin..end-1 of [splits, blocks].
 template <class T>
 void accumulate_parts(int64_t begin, int64_t end, void* context) {
   Job<T>& job = *static_cast<Job<T>*>(context);
@@ -151,7 +151,9 @@ void accumulate_parts(int64_t begin, int64_t end, void* context) {
     job.failure = kNoMemory;
     return;
   }
-  for (int64_t i = begin; i < end; ++i) {
+  for (int64_t n = begin; n < end; ++n) {
+    // All blocks of a part of the memory in turn, because it then is in the second-level cache for all but the first.
+    const int64_t i = n % job.blocks * job.splits + n / job.blocks;
     Part<T> positive(job.positive_parts ? job.positive_parts + i * Part<T>::size(D) : nullptr);
     if (job.positive_parts) positive.clear(D);
     accumulate_keys(job, i, buffers, [&](int64_t, int64_t count, const T* entries, const T* products) {

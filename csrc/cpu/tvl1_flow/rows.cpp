@@ -25,15 +25,15 @@ inline Vec16 first_lanes(int count) {
 
 // Returns sqrt(x^2 + y^2) with a single rounding, as hypotf: one Newton step corrects the rounding of the squares,
 // their sum and the root.
-inline Vec16 hypot(Vec16 x, Vec16 y) {
-  const Vec16 zero = broadcast(0.0f);
-  const Vec16 xx = x * x, yy = y * y;
-  const Vec16 greater = max(xx, yy), lesser = min(xx, yy), sum = greater + lesser;
-  const Vec16 lost_by_squares = fma(x, x, zero - xx) + fma(y, y, zero - yy);
-  const Vec16 lost_by_sum = lesser - (sum - greater);
-  const Vec16 root = sqrt(sum);
-  const Vec16 residual = fnma(root, root, sum) + (lost_by_squares + lost_by_sum);
-  return root + residual / max(root + root, broadcast(1e-30f));
+inline Unit hypot(Unit x, Unit y) {
+  const Unit zero = unit_broadcast(0.0f);
+  const Unit xx = x * x, yy = y * y;
+  const Unit greater = max(xx, yy), lesser = min(xx, yy), sum = greater + lesser;
+  const Unit lost_by_squares = fma(x, x, zero - xx) + fma(y, y, zero - yy);
+  const Unit lost_by_sum = lesser - (sum - greater);
+  const Unit root = sqrt(sum);
+  const Unit residual = fnma(root, root, sum) + (lost_by_squares + lost_by_sum);
+  return root + residual / max(root + root, unit_broadcast(1e-30f));
 }
 
 // Row y of an inner iteration. The source and the target may be the same buffer.
@@ -89,12 +89,12 @@ void primal_row(const Level& level, const Step& step, const RowOfStep& r, float*
 void dual_row(const Level& level, const Step& step, const float* u, const float* u_below, const float* source,
               float* target) {
   const int S = level.stride;
-  const Vec16 taut = broadcast(step.taut), one = broadcast(1.0f);
-  for (int x = 0; x < level.vectors * kLanes; x += kLanes) {
-    const Vec16 here = load(u + x), ux = load(u + x + 1) - here, uy = load(u_below + x) - here;
-    const Vec16 norm = one + taut * hypot(ux, uy);
-    store(target + x, (load(source + x) + taut * ux) / norm);
-    store(target + S + x, (load(source + S + x) + taut * uy) / norm);
+  const Unit taut = unit_broadcast(step.taut), one = unit_broadcast(1.0f);
+  for (int x = 0; x < level.vectors * kLanes; x += kUnitLanes) {
+    const Unit here = unit_load(u + x), ux = unit_load(u + x + 1) - here, uy = unit_load(u_below + x) - here;
+    const Unit norm = one + taut * hypot(ux, uy);
+    store(target + x, (unit_load(source + x) + taut * ux) / norm);
+    store(target + S + x, (unit_load(source + S + x) + taut * uy) / norm);
   }
 }
 
@@ -198,19 +198,26 @@ void warp(const Level& level, const float* i0, const float* i1, const float* sta
 
 // ---- median filter ---------------------------------------------------------------------------------
 
-inline void exchange(Vec16& a, Vec16& b) {
-  const Vec16 low = min(a, b);
+inline void exchange(Unit& a, Unit& b) {
+  const Unit low = min(a, b);
   b = max(a, b);
   a = low;
 }
 
 template <const auto& kNetwork, size_t... kIndex>
-inline void exchange_each(Vec16* wires, std::index_sequence<kIndex...>) {
+inline void exchange_each(Unit* wires, std::index_sequence<kIndex...>) {
   (exchange(wires[kNetwork[kIndex][0]], wires[kNetwork[kIndex][1]]), ...);
 }
 template <const auto& kNetwork>
-inline void apply(Vec16* wires) {  // unrolled at compile time, which removes unused halves of exchanges
+inline void apply(Unit* wires) {  // unrolled at compile time, which removes unused halves of exchanges
   exchange_each<kNetwork>(wires, std::make_index_sequence<std::size(kNetwork)>{});
+}
+
+// Loads wires kSize r + c from the rows that begin `stride` floats apart. Unrolled at compile time: in a loop, the
+// wires would be an array in memory.
+template <int kSize, int... kIndex>
+inline void load_window(const float* first, ptrdiff_t stride, Unit* wires, std::integer_sequence<int, kIndex...>) {
+  ((wires[kIndex] = unit_load(first + kIndex / kSize * stride + kIndex % kSize)), ...);
 }
 
 // Copies row y of one field with its edge pixels repeated `kLanes` times on both sides.
@@ -226,7 +233,7 @@ template <int kSize, const auto& kSortColumn, const auto& kMedianNetwork, int kW
 void median_field(const Level& level, float* field, float* ring) {
   constexpr int kRadius = kSize / 2;
   const ptrdiff_t pitch = ptrdiff_t{kStateFields} * level.stride;
-  const int S = level.stride + 2 * kLanes;
+  const ptrdiff_t S = ptrdiff_t{level.stride} + 2 * kLanes;
   float* sorted = ring + kSize * S;
   for (int y = 0; y <= kRadius && y < level.height; ++y) copy_bordered(level, field + y * pitch, ring + y % kSize * S);
   for (int y = 0; y < level.height; ++y) {
@@ -235,16 +242,14 @@ void median_field(const Level& level, float* field, float* ring) {
       const int row = y + i - kRadius;
       rows[i] = ring + (row < 0 ? 0 : row >= level.height ? level.height - 1 : row) % kSize * S;
     }
-    Vec16 wires[kSize * kSize];
-    for (int x = 0; x < (level.vectors + 2) * kLanes; x += kLanes) {
-      for (int i = 0; i < kSize; ++i) wires[i] = load(rows[i] + x);
+    Unit wires[kSize * kSize];
+    for (int x = 0; x < (level.vectors + 2) * kLanes; x += kUnitLanes) {
+      for (int i = 0; i < kSize; ++i) wires[i] = unit_load(rows[i] + x);
       apply<kSortColumn>(wires);
       for (int i = 0; i < kSize; ++i) store(sorted + i * S + x, wires[i]);
     }
-    for (int x = 0; x < level.vectors * kLanes; x += kLanes) {
-      for (int i = 0; i < kSize * kSize; ++i) {
-        wires[i] = load(sorted + i / kSize * S + kLanes + x + i % kSize - kRadius);
-      }
+    for (int x = 0; x < level.vectors * kLanes; x += kUnitLanes) {
+      load_window<kSize>(sorted + kLanes + x - kRadius, S, wires, std::make_integer_sequence<int, kSize * kSize>{});
       apply<kMedianNetwork>(wires);
       store(field + y * pitch + x, wires[kWire]);
     }
