@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def in_forked_process() -> list[bool]:
     """Returns what a forked process found: whether results are alike there, and whether it has helpers of its own."""
     receiver, sender = os.pipe()
     if not os.fork():
+        signal.alarm(60)  # ends it if it hangs
         try:
             os.write(sender, json.dumps([alike(), helpers() == THREADS - 1]).encode())
         finally:
