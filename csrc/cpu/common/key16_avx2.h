@@ -15,8 +15,8 @@ inline Mask16 mask_of(__m256i lo, __m256i hi) {
                                                                                << 8);
 }
 inline Vec16 select(Mask16 mask, Vec16 a, Vec16 b) {
-  return {_mm256_blendv_ps(b.lo, a.lo, _mm256_castsi256_ps(lanes_of(mask & 0xff))),
-          _mm256_blendv_ps(b.hi, a.hi, _mm256_castsi256_ps(lanes_of(mask >> 8)))};
+  return {{_mm256_blendv_ps(b.lo.v, a.lo.v, _mm256_castsi256_ps(lanes_of(mask & 0xff)))},
+          {_mm256_blendv_ps(b.hi.v, a.hi.v, _mm256_castsi256_ps(lanes_of(mask >> 8)))}};
 }
 inline Key16 load(const int32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),

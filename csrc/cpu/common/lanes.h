@@ -125,13 +125,13 @@ inline void transpose_keys(const float* tile, int64_t tile_stride, int32_t* rows
 #elif defined(__AVX2__)
 
 inline Mask16 less(Vec16 a, Vec16 b) {
-  return static_cast<Mask16>(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)) |
-                             _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ)) << 8);
+  return static_cast<Mask16>(_mm256_movemask_ps(_mm256_cmp_ps(a.lo.v, b.lo.v, _CMP_LT_OQ)) |
+                             _mm256_movemask_ps(_mm256_cmp_ps(a.hi.v, b.hi.v, _CMP_LT_OQ)) << 8);
 }
 inline Vec16 scale_exponent(Vec16 x, Vec16 shifted) {
-  const auto scaled = [](__m256 value, __m256 shift) {
-    return _mm256_castsi256_ps(
-        _mm256_add_epi32(_mm256_castps_si256(value), _mm256_slli_epi32(_mm256_castps_si256(shift), 23)));
+  const auto scaled = [](Vec8 value, Vec8 shift) -> Vec8 {
+    return {_mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_castps_si256(value.v), _mm256_slli_epi32(_mm256_castps_si256(shift.v), 23)))};
   };
   return {scaled(x.lo, shifted.lo), scaled(x.hi, shifted.hi)};
 }

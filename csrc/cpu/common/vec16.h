@@ -37,30 +37,43 @@ inline Vec16 first_lane(Vec16 first, Vec16 rest) { return {_mm512_mask_mov_ps(re
 
 #elif defined(__AVX2__)
 
-struct Vec16 {
-  __m256 lo, hi;
+struct Vec8 {
+  __m256 v;
 };
-inline Vec16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Vec8 load8(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec8 broadcast8(float x) { return {_mm256_set1_ps(x)}; }
+inline void store(float* p, Vec8 a) { _mm256_storeu_ps(p, a.v); }
+inline Vec8 operator+(Vec8 a, Vec8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec8 operator-(Vec8 a, Vec8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec8 operator*(Vec8 a, Vec8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec8 operator/(Vec8 a, Vec8 b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec8 min(Vec8 a, Vec8 b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec8 max(Vec8 a, Vec8 b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec8 sqrt(Vec8 a) { return {_mm256_sqrt_ps(a.v)}; }
+inline Vec8 floor(Vec8 a) { return {_mm256_floor_ps(a.v)}; }
+inline Vec8 fma(Vec8 a, Vec8 b, Vec8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec8 fnma(Vec8 a, Vec8 b, Vec8 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+
+struct Vec16 {
+  Vec8 lo, hi;
+};
+inline Vec16 load(const float* p) { return {load8(p), load8(p + 8)}; }
 inline void store(float* p, Vec16 a) {
-  _mm256_storeu_ps(p, a.lo);
-  _mm256_storeu_ps(p + 8, a.hi);
+  store(p, a.lo);
+  store(p + 8, a.hi);
 }
-inline Vec16 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-inline Vec16 operator+(Vec16 a, Vec16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
-inline Vec16 operator-(Vec16 a, Vec16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
-inline Vec16 operator*(Vec16 a, Vec16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
-inline Vec16 operator/(Vec16 a, Vec16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
-inline Vec16 min(Vec16 a, Vec16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
-inline Vec16 max(Vec16 a, Vec16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
-inline Vec16 sqrt(Vec16 a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
-inline Vec16 floor(Vec16 a) { return {_mm256_floor_ps(a.lo), _mm256_floor_ps(a.hi)}; }
-inline Vec16 fma(Vec16 a, Vec16 b, Vec16 c) {
-  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
-}
-inline Vec16 fnma(Vec16 a, Vec16 b, Vec16 c) {
-  return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)};
-}
-inline Vec16 first_lane(Vec16 first, Vec16 rest) { return {_mm256_blend_ps(rest.lo, first.lo, 1), rest.hi}; }
+inline Vec16 broadcast(float x) { return {broadcast8(x), broadcast8(x)}; }
+inline Vec16 operator+(Vec16 a, Vec16 b) { return {a.lo + b.lo, a.hi + b.hi}; }
+inline Vec16 operator-(Vec16 a, Vec16 b) { return {a.lo - b.lo, a.hi - b.hi}; }
+inline Vec16 operator*(Vec16 a, Vec16 b) { return {a.lo * b.lo, a.hi * b.hi}; }
+inline Vec16 operator/(Vec16 a, Vec16 b) { return {a.lo / b.lo, a.hi / b.hi}; }
+inline Vec16 min(Vec16 a, Vec16 b) { return {min(a.lo, b.lo), min(a.hi, b.hi)}; }
+inline Vec16 max(Vec16 a, Vec16 b) { return {max(a.lo, b.lo), max(a.hi, b.hi)}; }
+inline Vec16 sqrt(Vec16 a) { return {sqrt(a.lo), sqrt(a.hi)}; }
+inline Vec16 floor(Vec16 a) { return {floor(a.lo), floor(a.hi)}; }
+inline Vec16 fma(Vec16 a, Vec16 b, Vec16 c) { return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)}; }
+inline Vec16 fnma(Vec16 a, Vec16 b, Vec16 c) { return {fnma(a.lo, b.lo, c.lo), fnma(a.hi, b.hi, c.hi)}; }
+inline Vec16 first_lane(Vec16 first, Vec16 rest) { return {{_mm256_blend_ps(rest.lo.v, first.lo.v, 1)}, rest.hi}; }
 
 #else
 
@@ -123,23 +136,10 @@ inline Vec16 first_lane(Vec16 first, Vec16 rest) {
 // One register of floats, for loops that hold more values than there are registers: GCC keeps arrays of single
 // registers in registers, but not arrays of pairs.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-struct Vec8 {
-  __m256 v;
-};
 using Unit = Vec8;
 constexpr int kUnitLanes = 8;
-inline Vec8 unit_load(const float* p) { return {_mm256_loadu_ps(p)}; }
-inline Vec8 unit_broadcast(float x) { return {_mm256_set1_ps(x)}; }
-inline void store(float* p, Vec8 a) { _mm256_storeu_ps(p, a.v); }
-inline Vec8 operator+(Vec8 a, Vec8 b) { return {_mm256_add_ps(a.v, b.v)}; }
-inline Vec8 operator-(Vec8 a, Vec8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline Vec8 operator*(Vec8 a, Vec8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline Vec8 operator/(Vec8 a, Vec8 b) { return {_mm256_div_ps(a.v, b.v)}; }
-inline Vec8 min(Vec8 a, Vec8 b) { return {_mm256_min_ps(a.v, b.v)}; }
-inline Vec8 max(Vec8 a, Vec8 b) { return {_mm256_max_ps(a.v, b.v)}; }
-inline Vec8 sqrt(Vec8 a) { return {_mm256_sqrt_ps(a.v)}; }
-inline Vec8 fma(Vec8 a, Vec8 b, Vec8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline Vec8 fnma(Vec8 a, Vec8 b, Vec8 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+inline Vec8 unit_load(const float* p) { return load8(p); }
+inline Vec8 unit_broadcast(float x) { return broadcast8(x); }
 #else
 using Unit = Vec16;
 constexpr int kUnitLanes = 16;
