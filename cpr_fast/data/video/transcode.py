@@ -11,7 +11,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from cpr_fast.data.files.local import local_file
 from cpr_fast.data.video.container import VideoError, open_video
-from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo, frame_rate, probe_video, which_stream
+from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo, probe_video
 from cpr_fast.errors import InputError
 from cpr_fast.runtime.files import replacing
 
@@ -36,8 +36,9 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
         writer = _Writer(output, target, short_side)
         try:
             with open_video(path) as (container, stream):
-                writer.streams = which_stream(container, stream)
-                writer.rate, writer.clock = _rate(path, stream)
+                known = probe_video(path, decode=False)  # the encoder is opened before the last frame is known
+                writer.streams, writer.rate = known.streams, Fraction(known.fps or ASSUMED_FPS)
+                writer.clock = stream.time_base if known.variable_rate else None
                 for frame in container.decode(stream):
                     writer.add(frame)
         except VideoError as failure:
@@ -48,15 +49,6 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
     return writer.info(error)
 
 
-def _rate(path: Path, stream: av.VideoStream) -> tuple[Fraction, Fraction | None]:
-    """Returns the frames per second of a video and, if they are not evenly spaced, the clock of their times, in
-    seconds."""
-    found = probe_video(path, decode=False)
-    stated = frame_rate(stream)
-    rate = stated if stated and float(stated) == found.fps else Fraction(found.fps or ASSUMED_FPS)
-    return rate, stream.time_base if found.variable_rate else None
-
-
 class _Writer:
     """Encodes frames, all of them scaled to the size that the first one gives.
 
@@ -65,8 +57,8 @@ class _Writer:
         clock: seconds of a unit of their times; None if they are evenly spaced.
     """
 
-    rate = Fraction(ASSUMED_FPS)
-    clock: Fraction | None = None
+    rate: Fraction
+    clock: Fraction | None
 
     def __init__(self, output: av.container.OutputContainer, target: Path, short_side: int) -> None:
         self._output, self._target = output, target
