@@ -9,7 +9,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from support.numbered_videos import numbered_picture
 from support.videos.timed_videos import (
     TIMED,
     mixed_times,
@@ -56,19 +55,12 @@ def test_an_odd_clock_and_an_edit_list_are_kept(tmp_path):
 
 
 def test_an_even_rate_that_its_file_states_wrongly_is_that_of_the_times(tmp_path):
-    with av.open(str(tmp_path / "v.mkv"), "w") as output:
-        stream = output.add_stream("mpeg4", rate=50)  # Matroska states it as the duration of a frame
-        stream.pix_fmt, stream.height, stream.width = "yuv420p", 48, 64
-        for number in range(40):
-            frame = av.VideoFrame.from_ndarray(numbered_picture(number), format="gray")
-            frame.pts, frame.time_base = 4 * number, Fraction(1, 50)  # 12.5 per second
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
-    with av.open(str(tmp_path / "v.mkv")) as container:
-        assert probe_video(tmp_path / "v.mkv").fps == pytest.approx(12.5) != container.streams.video[0].average_rate
-    info = transcode_video(tmp_path / "v.mkv", tmp_path / "new.mp4", SIDE)
+    path = write_timed(tmp_path / "v", range(0, 3200, 80), "mjpeg-mkv")  # Matroska states 30 as the duration of a frame
+    with av.open(str(path)) as container:
+        assert probe_video(path).fps == pytest.approx(12.5) != container.streams.video[0].average_rate
+    info = transcode_video(path, tmp_path / "new.mp4", SIDE)
     assert info.fps == pytest.approx(12.5) and not info.variable_rate
-    assert_same_times(tmp_path / "v.mkv", tmp_path / "new.mp4")
+    assert_same_times(path, tmp_path / "new.mp4")
 
 
 def test_frames_of_an_index_of_copies_are_sampled_as_those_of_the_sources(tmp_path):
