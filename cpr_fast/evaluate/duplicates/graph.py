@@ -90,7 +90,7 @@ def stored_graph(
     """
     key = _digest(features, k)
     whole = _Part(path, key, range(len(features)))
-    (number, count), wanted = shard, [shard[0]]
+    wanted, count = [shard[0]], shard[1]
     if whole.is_finished():
         count = 1
     elif count == 1 and (found := _parts_there(path)):
