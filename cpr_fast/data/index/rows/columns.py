@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ class Columns(Sequence[Video]):
 
     def paths(self) -> Iterator[str]:
         """Yields the paths as the file states them."""
-        return (text for part in _parts(self.texts["path"]) for text in part)
+        return _strings(self.texts["path"])
 
     @cached_property
     def has_flow(self) -> np.ndarray:
@@ -241,22 +242,19 @@ def _require_different(paths: Any) -> None:
 
     if (wrong := _first(pc.equal(paths, ""))) is not None:
         raise InputError(f"row {wrong}, column path: expected a file, got ''")
-    hashes, begin = np.empty(len(paths), np.int64), 0
-    for part in _parts(paths):
-        hashes[begin : begin + len(part)] = np.fromiter(map(hash, part), np.int64, len(part))
-        begin += len(part)
+    hashes = np.fromiter(map(hash, _strings(paths)), np.int64, len(paths))
     hashes.sort()
     if (hashes[1:] == hashes[:-1]).any():  # nearly always equal paths
         first: dict[str, int] = {}
-        for row, text in enumerate((text for part in _parts(paths) for text in part), start=1):
+        for row, text in enumerate(_strings(paths), start=1):
             if first.setdefault(text, row) != row:
                 raise InputError(f"row {row}, column path: {text!r} repeats row {first[text]}")
 
 
-def _parts(texts: Any) -> Iterator[np.ndarray]:
-    """Yields the strings of an array of pyarrow in parts: all of them would need several times its memory."""
-    for begin in range(0, len(texts), AT_ONCE):
-        yield texts.slice(begin, AT_ONCE).to_numpy(zero_copy_only=False)
+def _strings(texts: Any) -> Iterator[str]:
+    """Yields the strings of an array of pyarrow, made in parts: all of them would need several times its memory."""
+    begins = range(0, len(texts), AT_ONCE)
+    return chain.from_iterable(texts.slice(begin, AT_ONCE).to_numpy(zero_copy_only=False) for begin in begins)
 
 
 def _first(mask: Any) -> int | None:
