@@ -32,6 +32,13 @@ CheckpointFiles = Annotated[
 IndexPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Print one JSON object on stdout.")]
+PicturesFps = Annotated[
+    float | None,
+    tyro.conf.arg(
+        help="Frames per second of extracted frames and LMDB records, which do not state it, for a network that "
+        "samples videos by time (data.fps); by default data.pictures_fps of its training."
+    ),
+]
 # The names of `cpr_fast.evaluate.features.recipe`, repeated here so that the command line need not import that module.
 RecipeName = Literal["paper", "coclr", "iic"]
 

@@ -16,7 +16,7 @@ from cpr_fast.commands.inputs import (
     require_device,
     require_file,
 )
-from cpr_fast.commands.options import Json
+from cpr_fast.commands.options import Json, PicturesFps
 from cpr_fast.commands.output import show
 from cpr_fast.errors import InputError
 from cpr_fast.wording import counted
@@ -30,7 +30,7 @@ def embed(
     out: Path,
     encoder: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = (),
     features: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = (),
-    pictures_fps: float | None = None,
+    pictures_fps: PicturesFps = None,
     samples: int | None = None,
     dtype: Literal["float16", "float32"] = "float16",
     device: str = "auto",
@@ -53,8 +53,6 @@ def embed(
             whose [data] has the settings of the clips; with VIEW= before it if the view is not rgb.
         features: Features of another program, PATH or one for each view (rgb=PATH flow=PATH): a folder of .npy, .npz
             or .pt files, one per clip, or one .npy, .npz, .pt or .h5 of all clips.
-        pictures_fps: Frames per second of extracted frames and LMDB records, which do not state it, for a network that
-            samples videos by time (data.fps); by default data.pictures_fps of its training.
         samples: Number of augmented samples per clip and view; 2 by default. With --features, this number of evenly
             spaced features of each clip; by default all of them.
         dtype: The type of the stored numbers.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from cpr_fast.commands.evaluation.classify import classifier_settings, run_classify
-from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
+from cpr_fast.commands.options import CheckpointFiles, Json, PicturesFps, RecipeName
 
 
 def finetune(
@@ -16,7 +16,7 @@ def finetune(
     recipe: RecipeName | None = None,
     clips: int | None = None,
     crops: Literal[1, 5, 10] | None = None,
-    pictures_fps: float | None = None,
+    pictures_fps: PicturesFps = None,
     seeds: tuple[int, ...] = (0,),
     epochs: int | None = None,
     lr: float | None = None,
@@ -42,8 +42,6 @@ def finetune(
         clips: Number of windows per test video, evenly spaced; by default the recipe's (paper, coclr: all windows).
         crops: Number of crops per window: 1 (centre), 5 or 10; results for the smaller numbers are reported as well. By
             default 1 with the recipe iic, else 10.
-        pictures_fps: Frames per second of extracted frames and LMDB records, which do not state it, for a network that
-            samples videos by time (data.fps); by default data.pictures_fps of its training.
         seeds: Several seeds give an interval over seeds; one seed gives a bootstrap interval over sources.
         epochs: Replaces the config's number of epochs; its milestones, or the patience of a plateau, are scaled.
         lr: Learning rate of the classifier. This and the following options replace the config's settings.

@@ -8,7 +8,7 @@ from typing import Literal
 
 from cpr_fast.commands.evaluation.classify import classifier_settings, run_classify
 from cpr_fast.commands.inputs import require_no_windows
-from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
+from cpr_fast.commands.options import CheckpointFiles, Json, PicturesFps, RecipeName
 
 
 def probe(
@@ -19,7 +19,7 @@ def probe(
     inputs: Literal["features", "clips"] | None = None,
     clips: int | None = None,
     crops: Literal[1, 5, 10] | None = None,
-    pictures_fps: float | None = None,
+    pictures_fps: PicturesFps = None,
     seeds: tuple[int, ...] = (0,),
     epochs: int | None = None,
     lr: float | None = None,
@@ -40,8 +40,6 @@ def probe(
         inputs: features: one stored feature per video (the default). clips: augmented clips, decoded in every epoch.
         clips: Number of windows per video, evenly spaced; by default the recipe's.
         crops: Take the centre crop (1, the default), five or ten crops of every window.
-        pictures_fps: Frames per second of extracted frames and LMDB records, which do not state it, for a network that
-            samples videos by time (data.fps); by default data.pictures_fps of its training.
         seeds: Several seeds give an interval over seeds; one seed gives a bootstrap interval over sources.
         epochs: Replaces the config's number of epochs; its milestones are scaled.
         lr: Replaces the config's learning rate.

@@ -12,7 +12,7 @@ from cpr_fast.commands.inputs import (
     require_no_windows,
     require_videos,
 )
-from cpr_fast.commands.options import CheckpointFiles, Json, RecipeName
+from cpr_fast.commands.options import CheckpointFiles, Json, PicturesFps, RecipeName
 from cpr_fast.commands.output import about_unfinished, after_evaluation, left_out_of_map, show_once, table
 from cpr_fast.evaluate.retrieval.names import (
     MODEL_NAMES,
@@ -37,7 +37,7 @@ def retrieve(
     recipe: RecipeName | None = None,
     clips: int | None = None,
     crops: Literal[1, 5, 10] | None = None,
-    pictures_fps: float | None = None,
+    pictures_fps: PicturesFps = None,
     cache: bool = True,
     json: Json = False,
 ) -> None:
@@ -56,8 +56,6 @@ def retrieve(
         clips: Number of windows per video, evenly spaced; by default the recipe's (paper, coclr: all windows, which
             overlap by half).
         crops: Take the centre crop (1, the default), five or ten crops of every window.
-        pictures_fps: Frames per second of extracted frames and LMDB records, which do not state it, for a network that
-            samples videos by time (data.fps); by default data.pictures_fps of its training.
         cache: Store features beside the checkpoint and reuse them.
     """
     require_checkpoints("CHECKPOINT", checkpoint)

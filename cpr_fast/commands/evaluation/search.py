@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from cpr_fast.commands.inputs import require_at_least, require_checkpoints, require_file, require_files, require_videos
-from cpr_fast.commands.options import Json, RecipeName, required
+from cpr_fast.commands.options import Json, PicturesFps, RecipeName, required
 from cpr_fast.commands.output import show, table
 from cpr_fast.errors import InputError
 
@@ -22,7 +22,7 @@ def search(
     out: Path | None = None,
     recipe: RecipeName | None = None,
     clips: int | None = None,
-    pictures_fps: float | None = None,
+    pictures_fps: PicturesFps = None,
     cache: bool = True,
     json: Json = False,
 ) -> None:
@@ -36,8 +36,6 @@ def search(
         out: Folder of the contact sheets, QUERY.jpg; by default the folder `search` of the checkpoint's run.
         recipe: The recipe of `retrieve`, whose stored features are reused.
         clips: Number of windows per video, evenly spaced; by default the recipe's.
-        pictures_fps: Frames per second of extracted frames and LMDB records, which do not state it, for a network that
-            samples videos by time (data.fps); by default data.pictures_fps of its training.
         cache: Store the index's features beside the checkpoint and reuse them.
     """
     if not queries:
