@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.data_sets.empty_videos import adopted, write_empty_videos
 from support.data_sets.flow import write_video
 
 import cpr_fast
 from cpr_fast.cli import main
 from cpr_fast.commands.data.ray import ShardError, parse_and_run, run_call
-from cpr_fast.data.features.adopt import adopt
 from cpr_fast.data.index.index import Index, Video
 
 ROOT = Path(cpr_fast.__file__).resolve().parents[1]
@@ -125,13 +125,9 @@ def test_the_store_of_two_machines_is_that_of_one_command(videos, cluster):
 def test_the_near_duplicates_of_two_machines_are_those_of_one_command(tmp_path, cluster):
     rng = np.random.default_rng(0)
     features = rng.standard_normal((60, 16)).astype("float32").repeat(3, 0)  # three copies of each
-    paths = [tmp_path / "videos" / f"v{number}.mp4" for number in range(len(features))]
-    paths[0].parent.mkdir()
-    for path in paths:
-        path.write_bytes(b"")
-    Index([Video(path, "run", path.stem, "train", 9, 30.0, 8, 8) for path in paths]).save(tmp_path / "index.csv")
-    np.savez(tmp_path / "theirs.npz", features=features, names=np.array([path.stem for path in paths]))
-    adopt({"rgb": tmp_path / "theirs.npz"}, None, tmp_path / "store", dtype="float32")
+    names = [f"v{number}" for number in range(len(features))]
+    write_empty_videos(tmp_path, [(f"videos/{name}.mp4", "run", name) for name in names])
+    adopted(tmp_path, names, rgb=features)
     words = ("dedup", "index.csv", "--features", "store", "--neighbours", "4", "--json", "--out")
     alone = subprocess.run([sys.executable, "-m", "cpr_fast", *words, "alone.csv"], cwd=tmp_path, capture_output=True,
                            text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip

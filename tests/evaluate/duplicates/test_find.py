@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,13 +11,14 @@ import torch
 
 pytest.importorskip("nvidia.dali", reason="stored features are opened as clips are")
 
-from cpr_fast.data.features.adopt import adopt
-from cpr_fast.data.index.index import Index, Video
+from support.data_sets.empty_videos import adopted, write_empty_videos
+
+from cpr_fast.data.index.index import Index
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.duplicates import find, graph
 from cpr_fast.evaluate.duplicates.output import write_groups, write_index
 from cpr_fast.evaluate.retrieval.ranking import Comparison, prepare_streams
-from cpr_fast.ops import KnnGraph, knn_graph
+from cpr_fast.ops import knn_graph
 
 
 def random_features(count: int, width: int = 8) -> torch.Tensor:
@@ -29,64 +27,33 @@ def random_features(count: int, width: int = 8) -> torch.Tensor:
     )
 
 
-@pytest.fixture
-def steps(monkeypatch) -> list[int]:
-    """The rows at which steps of graphs began."""
-    begun, step = [], KnnGraph.step
-
-    def counted(self):
-        begun.append(self.done)
-        step(self)
-
-    monkeypatch.setattr(KnnGraph, "step", counted)
-    return begun
+STEPS = [range(512), range(512, 1024), range(1024, 1536), range(1536, 1700)]  # of a graph of 1,700 rows
 
 
-@contextmanager
-def before_third_step(monkeypatch, steps: list[int], stop: Callable[[], None]) -> Iterator[None]:
-    """Lets a graph call `stop` before its third step."""
-    step = KnnGraph.step
-
-    def stopped(self):
-        if len(steps) == 2:
-            stop()
-        step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(KnnGraph, "step", stopped)
-        yield
-
-
-def test_a_stopped_graph_continues_and_a_finished_one_is_kept(tmp_path, monkeypatch, steps):
+def test_a_stopped_graph_continues_and_a_finished_one_is_kept(tmp_path, ends_after, compared):
     features, path = random_features(1700), tmp_path / "graph.safetensors"
-    interrupt = Mock(side_effect=KeyboardInterrupt)
-    with before_third_step(monkeypatch, steps, interrupt), pytest.raises(KeyboardInterrupt):
+    with ends_after(2, KeyboardInterrupt):
         graph.stored_graph(features, 4, path)
-    assert steps == [0, 512]
+    assert compared == STEPS[:2]
     found = graph.stored_graph(features, 4, path)
-    assert steps == [0, 512, 1024, 1536]
+    assert compared == STEPS
     again = graph.stored_graph(features, 4, path)
-    assert len(steps) == 4
+    assert len(compared) == 4
     for result in (found, again):
         assert all(map(torch.equal, result, knn_graph(features, 4)))
 
 
-def test_a_killed_graph_continues_from_the_last_minute(tmp_path, monkeypatch, steps):
+def test_a_killed_graph_continues_from_the_last_minute(tmp_path, monkeypatch, ends_after, compared):
     features, path = random_features(1700), tmp_path / "graph.safetensors"
     monkeypatch.setattr(graph, "SAVE_S", 0.0)
-
-    def kill():
-        monkeypatch.setattr(graph._Part, "save", lambda *_: None)  # nothing more is written
-        raise SystemExit
-
-    with before_third_step(monkeypatch, steps, kill), pytest.raises(SystemExit):
+    with ends_after(2, SystemExit, killed=True):
         graph.stored_graph(features, 4, path)
     found = graph.stored_graph(features, 4, path)
-    assert steps == [0, 512, 1024, 1536] and all(map(torch.equal, found, knn_graph(features, 4)))
+    assert compared == STEPS and all(map(torch.equal, found, knn_graph(features, 4)))
 
 
 @pytest.mark.parametrize("change", ["features", "k", "damaged", "foreign"])
-def test_the_graph_of_other_features_is_computed_again(change, tmp_path, steps, caplog):
+def test_the_graph_of_other_features_is_computed_again(change, tmp_path, compared, caplog):
     features, path = random_features(600), tmp_path / "graph.safetensors"
     graph.stored_graph(features, 4, path)
     k = 5 if change == "k" else 4
@@ -98,7 +65,7 @@ def test_the_graph_of_other_features_is_computed_again(change, tmp_path, steps, 
     elif change == "foreign":
         graph.save_tensors({"best": torch.zeros(2)}, path)
     found = graph.stored_graph(features, k, path)
-    assert steps == [0, 512, 0, 512] and all(map(torch.equal, found, knn_graph(features, k)))
+    assert compared == [range(512), range(512, 600)] * 2 and all(map(torch.equal, found, knn_graph(features, k)))
     assert ("computed again" in caplog.text) == (change == "damaged")
 
 
@@ -115,25 +82,8 @@ def test_the_similarity_is_that_of_retrieval(metric, views):
 
 def make_index(folder: Path, sources: str) -> Path:
     """Writes an index of videos without content; `sources` has a letter for each."""
-    return write_rows(folder, [(f"videos/v{number}.mp4", "run", source) for number, source in enumerate(sources)])
-
-
-def write_rows(folder: Path, rows: list[tuple[str, str, str]]) -> Path:
-    """Writes an index of videos without content: names, labels and sources."""
-    videos = []
-    for name, label, source in rows:
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"")
-        videos.append(Video(path, label, source, "train", 9, 30.0, 8, 8))
-    Index(videos).save(folder / "index.csv")
-    return folder / "index.csv"
-
-
-def make_store(folder: Path, names: list[str], features: np.ndarray) -> Path:
-    np.savez(folder / "theirs.npz", features=features, names=np.array(names))
-    adopt({"rgb": folder / "theirs.npz"}, None, folder / "store", dtype="float32")
-    return folder / "store"
+    rows = [(f"videos/v{number}.mp4", "run", source) for number, source in enumerate(sources)]
+    return write_empty_videos(folder, rows)
 
 
 def in_groups(numbers: list[int]) -> np.ndarray:
@@ -146,7 +96,7 @@ def test_features_of_a_store_are_those_of_the_videos_in_any_order(tmp_path, capl
     index = make_index(tmp_path, "abcdef")
     features = in_groups([0, 1, 2, 3, 4, 5])
     order = [4, 2, 0, 5, 1]
-    store = make_store(tmp_path, [f"train/run/v{i}" for i in order] + ["train/run/other"], features[[*order, 3]])
+    store = adopted(tmp_path, [f"train/run/v{i}" for i in order] + ["train/run/other"], rgb=features[[*order, 3]])
     compared = find.of_store(index, store)
     assert compared.positions.tolist() == [0, 1, 2, 4, 5] and "1 video of the index have no features" in caplog.text
     expected = graph.unit_features([torch.from_numpy(features[[0, 1, 2, 4, 5]])], "cosine")
@@ -155,10 +105,10 @@ def test_features_of_a_store_are_those_of_the_videos_in_any_order(tmp_path, capl
 
 def test_a_video_that_the_store_lacks_does_not_get_the_features_of_another_of_its_name(tmp_path):
     names = ("run/0001.mp4", "walk/0001.mp4", "run/0002.mp4", "walk/0002.avi", "walk/0003.mp4")
-    index = write_rows(tmp_path, [(name, name.split("/")[0], name) for name in names])
-    store = make_store(tmp_path, ["run/0001", "run/0002.mp4", "theirs/0003"], in_groups([0, 1, 2]))
+    index = write_empty_videos(tmp_path, [(name, name.split("/")[0], name) for name in names])
+    store = adopted(tmp_path, ["run/0001", "run/0002.mp4", "theirs/0003"], rgb=in_groups([0, 1, 2]))
     assert find.of_store(index, store).positions.tolist() == [0, 2, 4]
-    own = make_store(tmp_path / "run", ["../0001.mp4", "../0002.mp4"], in_groups([0, 1]))  # found by their files
+    own = adopted(tmp_path / "run", ["../0001.mp4", "../0002.mp4"], rgb=in_groups([0, 1]))  # found by their files
     assert find.of_store(index, own).positions.tolist() == [0, 2]
 
 
@@ -170,7 +120,7 @@ def test_more_neighbours_than_videos_are_all_of_them(tmp_path):
 
 def test_a_store_of_other_videos_is_refused(tmp_path):
     index = make_index(tmp_path, "abc")
-    store = make_store(tmp_path, ["x", "y", "z"], in_groups([0, 1, 2]))
+    store = adopted(tmp_path, ["x", "y", "z"], rgb=in_groups([0, 1, 2]))
     with pytest.raises(InputError, match="INDEX: expected features of at least 2 videos, got those of 0"):
         find.of_store(index, store)
 
@@ -185,7 +135,7 @@ def collapsed(count: int, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_features_of_a_collapsed_network_are_named(tmp_path, dtype, offset, caplog):
     index = make_index(tmp_path, "abcdef")
-    store = make_store(tmp_path, [f"v{i}" for i in range(6)], offset * collapsed(6, dtype))
+    store = adopted(tmp_path, [f"v{i}" for i in range(6)], rgb=offset * collapsed(6, dtype))
     compared = find.of_store(index, store)
     found = find.find_duplicates(compared, tmp_path / "g.safetensors", neighbours=3, duplicate=0.98, sibling=0.9)
     (text,) = found.doubts()
@@ -195,24 +145,23 @@ def test_features_of_a_collapsed_network_are_named(tmp_path, dtype, offset, capl
 
 def test_a_collapsed_view_is_named_beside_one_that_is_not(tmp_path):
     index = make_index(tmp_path, "abcdef")
-    for view, features in {"rgb": in_groups([0, 1, 2, 3, 4, 5]), "flow": collapsed(6, "float32")}.items():
-        np.savez(tmp_path / f"{view}.npz", features=features, names=np.array([f"v{i}" for i in range(6)]))
-    adopt({view: tmp_path / f"{view}.npz" for view in ("rgb", "flow")}, None, tmp_path / "store", dtype="float32")
-    assert find.of_store(index, tmp_path / "store").equal == ["flow"]
+    features = {"rgb": in_groups([0, 1, 2, 3, 4, 5]), "flow": collapsed(6, "float32")}
+    store = adopted(tmp_path, [f"v{i}" for i in range(6)], **features)
+    assert find.of_store(index, store).equal == ["flow"]
 
 
 def test_features_that_are_nearly_parallel_are_told_apart(tmp_path):
     """Those of an untrained network: cosines above .99999, which their mean does not share."""
     index = make_index(tmp_path, "abcdef")
     features = 100 + in_groups([0, 1, 2, 0, 3, 4])
-    compared = find.of_store(index, make_store(tmp_path, [f"v{i}" for i in range(6)], features))
+    compared = find.of_store(index, adopted(tmp_path, [f"v{i}" for i in range(6)], rgb=features))
     found = find.find_duplicates(compared, tmp_path / "g.safetensors", neighbours=3, duplicate=0.98, sibling=0.9)
     assert found.doubts() == [] and found.duplicates.tolist() == [0, 1, 2, 0, 3, 4]
 
 
 def found_in(tmp_path: Path, sources: str, numbers: list[int], **thresholds: float) -> find.Duplicates:
     index = make_index(tmp_path, sources)
-    store = make_store(tmp_path, [f"v{i}" for i in range(len(sources))], in_groups(numbers))
+    store = adopted(tmp_path, [f"v{i}" for i in range(len(sources))], rgb=in_groups(numbers))
     settings = {"neighbours": 3, "duplicate": 0.98, "sibling": 0.9} | thresholds
     return find.find_duplicates(find.of_store(index, store), tmp_path / "graph.safetensors", **settings)
 

@@ -12,7 +12,7 @@ pytest.importorskip("safetensors", reason="the parts are stored")
 from cpr_fast.errors import InputError
 from cpr_fast.evaluate.duplicates import graph
 from cpr_fast.evaluate.duplicates.graph import Unfinished, part_path, shard_rows, stored_graph
-from cpr_fast.ops import KnnGraph, knn_graph
+from cpr_fast.ops import knn_graph
 from cpr_fast.runtime.files import one_writer
 
 SIZE, K = 1403, 4
@@ -29,20 +29,6 @@ def features() -> torch.Tensor:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "new [1]-graph.safetensors"  # signs that a pattern of names would read as its own
-
-
-@pytest.fixture
-def compared(monkeypatch) -> list[range]:
-    """The rows of the steps that were computed."""
-    begun, step = [], KnnGraph.step
-
-    def counted(self):
-        first = self.done
-        step(self)
-        begun.append(range(first, self.done))
-
-    monkeypatch.setattr(KnnGraph, "step", counted)
-    return begun
 
 
 def files(path: Path) -> set[str]:
@@ -90,21 +76,11 @@ def test_a_shard_that_is_repeated_or_comes_late_compares_nothing(features, path,
     assert sum(map(len, compared[done:])) == 4 * SIZE  # those of `knn_graph`
 
 
-def test_a_shard_that_was_killed_continues_from_what_it_stored(features, path, compared, monkeypatch):
+def test_a_shard_that_was_killed_continues_from_what_it_stored(features, path, compared, ends_after, monkeypatch):
     """The process dies in its second step, after a state was stored; another one takes its place."""
     monkeypatch.setattr(graph, "SAVE_S", 0.0)
-    counted = KnnGraph.step
-    with monkeypatch.context() as killed:
-
-        def step(self):
-            if compared:
-                killed.setattr(graph._Part, "save", lambda *_: None)  # nothing more is written
-                raise SystemExit
-            counted(self)
-
-        killed.setattr(KnnGraph, "step", step)
-        with pytest.raises(SystemExit):
-            stored_graph(features, K, path, shard=(1, 2))
+    with ends_after(1, SystemExit, killed=True):
+        stored_graph(features, K, path, shard=(1, 2))
     assert files(path) == {part_path(path, (1, 2)).name}
     assert stored_graph(features, K, path, shard=(1, 2)) == Unfinished([0])
     rows = shard_rows(SIZE, (1, 2))
