@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.data_sets.flow import write_video
 
 pytest.importorskip("nvidia.dali", reason="the pictures are cut by the loaders")
 
@@ -78,22 +78,11 @@ def test_the_features_are_those_of_the_frames_at_these_times(here, capsys):
 
 
 COMMANDS = {
-    "retrieve": ("retrieve", "{checkpoint}", "--index", "{index}"),
-    "probe": ("probe", "{checkpoint}", "--index", "{index}", "--epochs", "2"),
-    "finetune": (
-        "finetune",
-        "{checkpoint}",
-        "--index",
-        "{index}",
-        "--epochs",
-        "1",
-        "--crops",
-        "1",
-        "--batch-size",
-        "4",
-    ),
-    "dedup": ("dedup", "{index}", "--checkpoint", "{checkpoint}", "--neighbours", "3"),
-    "search": ("search", "query.mp4", "--index", "{index}", "--checkpoint", "{checkpoint}"),
+    "retrieve": "retrieve {checkpoint} --index {index}",
+    "probe": "probe {checkpoint} --index {index} --epochs 2",
+    "finetune": "finetune {checkpoint} --index {index} --epochs 1 --crops 1 --batch-size 4",
+    "dedup": "dedup {index} --checkpoint {checkpoint} --neighbours 3",
+    "search": "search query.mkv --index {index} --checkpoint {checkpoint}",
 }
 
 
@@ -112,16 +101,8 @@ def numbers(result: dict) -> dict:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_evaluation_of_them_is_that_of_the_frames_at_these_times(here, capsys, command):
-    query = here / "query.mp4"
-    if not query.exists():
-        with av.open(str(query), "w") as output:
-            stream = output.add_stream("libx264", rate=10)
-            stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
-            for shade in range(20):
-                picture = np.full((24, 32, 3), 10 * shade, np.uint8)
-                output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            output.mux(stream.encode())
-    words = {index: [word.format(index=f"{index}.csv", checkpoint=checkpoint) for word in COMMANDS[command]]
+    write_video(here / "query.mkv", 20, width=32, height=24)  # ten frames per second
+    words = {index: COMMANDS[command].format(index=f"{index}.csv", checkpoint=checkpoint).split()
              for index, checkpoint in (("fast", TIMED), ("slow", EVERY))}  # fmt: skip
     assert main(words["fast"]) == 2
     error = capsys.readouterr().err
