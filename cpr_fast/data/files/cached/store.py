@@ -92,7 +92,8 @@ class BlockStore:
 
     def is_plausible(self, slot: int) -> bool:
         """Returns whether the block number of a used record may be believed: one beyond FAR only if the block is as it
-        was written, because of a single bit that has changed, gigabytes would be allocated for the blocks before it."""
+        was written. Otherwise a single bit that has changed would make the cache allocate gigabytes for the blocks
+        before it."""
         record = self.records[slot]
         block, key = int(record["block"]), Key(bytes(record["object"]), bytes(record["version"]))
         return block < FAR or self.read(slot, key, block) is not None
