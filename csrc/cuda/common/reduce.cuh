@@ -20,10 +20,6 @@ struct Max {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-struct Min {
-  __device__ float operator()(float a, float b) const { return fminf(a, b); }
-};
-
 // Returns a condition that holds in all lanes of the warp or in none. The vote shows the compiler that the lanes do not
 // part there: otherwise it follows every exchange in a branch with code for warps that have parted.
 __device__ __forceinline__ bool in_all_lanes(bool condition) { return __any_sync(kFullWarp, condition); }
@@ -54,11 +50,10 @@ __device__ __forceinline__ T block_reduce(T value, Combine combine, T* scratch) 
 // Returns the sum of `value` over the warp, in one instruction.
 __device__ __forceinline__ unsigned warp_sum(unsigned value) { return __reduce_add_sync(kFullWarp, value); }
 
-// Returns the sum of `value` over the lanes up to this one, of the first kLanes of a warp.
-template <int kLanes = kWarp>
+// Returns the sum of `value` over the lanes of the warp up to this one.
 __device__ __forceinline__ unsigned warp_inclusive_sum(unsigned value) {
 #pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
+  for (int distance = 1; distance < kWarp; distance *= 2) {
     const unsigned below = __shfl_up_sync(kFullWarp, value, distance);
     if (static_cast<int>(threadIdx.x % kWarp) >= distance) value += below;
   }
