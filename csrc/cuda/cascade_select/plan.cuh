@@ -94,10 +94,7 @@ int64_t processor_shared_memory() {
 }
 
 // Returns whether float32 arithmetic has half the rate of other GPUs beside the tensor cores: on an A100.
-bool slow_arithmetic() {
-  return device_attribute(cudaDevAttrComputeCapabilityMajor, 0) == 8 &&
-         device_attribute(cudaDevAttrComputeCapabilityMinor, 0) == 0;
-}
+bool slow_arithmetic() { return has_compute_capability(8, 0); }
 
 // Rows that fit a multiprocessor stay there, except where tensor cores are faster for many queries: if exact scores are
 // slow and take several chunks. Other short rows are streamed only if those of 32 queries do not fit the cache.

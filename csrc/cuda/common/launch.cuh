@@ -33,6 +33,12 @@ inline int64_t device_attribute(cudaDeviceAttr which, int64_t otherwise) {
   return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : otherwise;
 }
 
+// Returns whether the current device has this compute capability.
+inline bool has_compute_capability(int major, int minor) {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor, 0) == major &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor, 0) == minor;
+}
+
 // Returns how many bytes of shared memory a block can opt in to on the current device.
 inline int64_t shared_memory_limit() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kDefaultShared);

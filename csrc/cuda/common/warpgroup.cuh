@@ -30,12 +30,10 @@ __host__ __device__ constexpr int swizzled(int row, int vector) {
   return row * kSwizzledRows + (vector ^ (row % kSwizzledRows));
 }
 
-// Whether the current device can multiply by warpgroups, and this build has the code for it.
+// Returns whether the current device can multiply by warpgroups, and this build has the code for it.
 inline bool has_warpgroup_products() {
   const char* built = cpr_cuda_architectures();
-  return device_attribute(cudaDevAttrComputeCapabilityMajor, 0) == 9 &&
-         device_attribute(cudaDevAttrComputeCapabilityMinor, 0) == 0 &&
-         (strstr(built, "90a") != nullptr || strstr(built, "9.0a") != nullptr);
+  return has_compute_capability(9, 0) && (strstr(built, "90a") != nullptr || strstr(built, "9.0a") != nullptr);
 }
 
 // Describes a factor in shared memory to a product, for swizzled rows of 128 bytes. address: of its first element, in
