@@ -314,6 +314,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, 8 / kWarps)
   }
 }
 
+// Returns whether the rows have the width of this scan and are aligned to the vectors that it copies.
+template <typename T>
+bool has_scanned_rows(const Problem& problem, const T* queries, const T* memory) {
+  const auto addresses = reinterpret_cast<uintptr_t>(queries) | reinterpret_cast<uintptr_t>(memory);
+  return problem.D == kRowWidth && addresses % 16 == 0;
+}
+
 // Launches this scan if it can scan these features; *launched says whether it was launched.
 template <bool kPositiveById, typename T>
 const char* launch_row_scan(const Problem& problem, const T* queries, const T* memory, int64_t first_query,
@@ -321,8 +328,7 @@ const char* launch_row_scan(const Problem& problem, const T* queries, const T* m
                             bool* launched) {
   *launched = false;
   if constexpr (sizeof(T) == 2) {
-    const auto addresses = reinterpret_cast<uintptr_t>(queries) | reinterpret_cast<uintptr_t>(memory);
-    if (problem.D != kRowWidth || addresses % 16 != 0) return nullptr;
+    if (!has_scanned_rows(problem, queries, memory)) return nullptr;
     *launched = true;
     const auto start = [&](auto kernel, int warps) {
       const dim3 grid(static_cast<unsigned>(ceil_div(chunk_queries, warps * kWarpRows)),

@@ -156,8 +156,7 @@ const char* launch_warpgroup_scan(const Problem& problem, const T* queries, cons
                                   bool* launched) {
   *launched = false;
   if constexpr (sizeof(T) == 2) {
-    const auto addresses = reinterpret_cast<uintptr_t>(queries) | reinterpret_cast<uintptr_t>(memory);
-    if (problem.D != kRowWidth || addresses % 16 != 0 || !has_warpgroup_products()) return nullptr;
+    if (!has_scanned_rows(problem, queries, memory) || !has_warpgroup_products()) return nullptr;
     *launched = true;
     const auto start = [&](auto kernel, auto groups) {
       constexpr int kWarpgroups = decltype(groups)::value;
