@@ -9,8 +9,6 @@
 namespace emulation {
 
 namespace {
-constexpr unsigned kWholeWarp = 0xffffffffu;
-
 template <typename Update>
 unsigned atomically(unsigned* address, const void* caller, Update update) {
   if (reinterpret_cast<uintptr_t>(address) % sizeof *address != 0) fail("a misaligned atomic");

@@ -18,6 +18,8 @@ struct Place {
   bool cooperative;
 };
 
+constexpr size_t kSharedBytes = 232 * 1024;  // of cpr::dynamic_shared
+
 // The shared memory that a block asked for.
 struct SharedWindow {
   const void* begin;

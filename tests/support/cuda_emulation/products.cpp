@@ -14,7 +14,6 @@ namespace emulation {
 unsigned long matrix_products = 0;
 
 namespace {
-constexpr unsigned kWholeWarp = 0xffffffffu;
 enum TensorCore { kWorst = 0, kA100 = 1, kH100 = 2 };
 TensorCore tensor_core = kWorst;
 

@@ -19,8 +19,7 @@
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cpr {
-constexpr size_t kSharedBytes = 232 * 1024;
-alignas(1024) float4 dynamic_shared[kSharedBytes / sizeof(float4)];  // the memory behind `extern __shared__`
+alignas(1024) float4 dynamic_shared[emulation::kSharedBytes / sizeof(float4)];  // the memory behind `extern __shared__`
 }  // namespace cpr
 
 namespace emulation {

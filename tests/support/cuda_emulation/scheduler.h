@@ -58,7 +58,8 @@ size_t allowed_shared(const void* function);
 
 cudaError_t refused();  // what the device refuses every kernel with, or cudaSuccess
 
-constexpr int kWarpgroup = 128;  // threads
+constexpr int kWarpgroup = 128;               // threads
+constexpr unsigned kWholeWarp = 0xffffffffu;  // the lanes of an exchange
 
 extern int processors;  // each can hold one block of a cooperative launch
 

@@ -14,9 +14,7 @@ namespace emulation {
 extern unsigned long matrix_products;
 
 namespace {
-constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr uint32_t kUnderWay = 0x7fc0beefu;  // a sum whose product is under way: a NaN
-constexpr uint32_t kSharedBytes = 232 * 1024;
 
 int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 

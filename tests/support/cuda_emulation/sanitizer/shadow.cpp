@@ -1,7 +1,5 @@
 // The shadow of the memory of the device, and the checks of every access. Each two bytes have two words, one for the
 // last write and one for the last read. A word names the launch, block, thread and time of the access.
-#include "shadow.h"
-
 #include <sys/mman.h>
 
 #include <unordered_map>
