@@ -1,7 +1,7 @@
-// csrc/cuda/common/warpgroup.cuh for the emulated device. A product is executed only when it is waited for: until then
-// its sums are NaN, and it reads its factors then, so that a missing wait or commit, and whatever is overwritten too
-// early, is noticed. The rule on fences is stricter than that of PTX: the first product after each commit and wait
-// needs one, whether or not registers have been written.
+// csrc/cuda/common/warpgroup.cuh for the emulated device. A product is executed only when it is waited for, so that a
+// missing wait or commit is noticed: until then its sums are NaN. Its factors must be then what they were when it was
+// started, so that whatever is overwritten too early is noticed, too. The rule on fences is stricter than that of PTX:
+// the first product after each commit and wait needs one, whether or not registers have been written.
 #pragma once
 
 #include "cuda_runtime.h"
