@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "ptx"))
 
-from bars import bars_text, growth_text
+from bars import bars_text, by_call, growth_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -236,10 +236,10 @@ def measured_rows(folder: Path) -> list[dict]:
 
 def compare(predicted: list[dict], measured: list[dict]) -> tuple[list[str], float | None]:
     """Returns lines that put predicted times beside measured ones, and the median of the relative errors."""
-    by_call = {(row["device"], row["op"], row["precision"], row["B"], row["K"]): row for row in predicted}
+    calls = by_call(predicted)
     lines, errors = [], []
     for row in measured:
-        found = by_call.get(tuple(row[key] for key in ("device", "op", "precision", "B", "K")))
+        found = calls.get(tuple(row[key] for key in ("device", "op", "precision", "B", "K")))
         if found is None:
             continue
         error = found["time_us"] / row["time_us"] - 1
@@ -250,32 +250,28 @@ def compare(predicted: list[dict], measured: list[dict]) -> tuple[list[str], flo
     return lines, statistics.median(errors) if errors else None
 
 
-def resource_us(rows: list[dict], device: str, op: str, precision: str, shape: tuple[int, int], kernel: str) -> dict:
+def resource_us(row: dict, kernel: str) -> dict:
     """Returns the microseconds of every resource in the first launch of a kernel in a call."""
-    wanted = (device, op, precision, *shape)
-    row = next(row for row in rows if tuple(row[key] for key in ("device", "op", "precision", "B", "K")) == wanted)
     return next(launch["resources_us"] for launch in row["kernels"] if launch["kernel"].startswith(kernel))
 
 
 def limits_text(rows: list[dict]) -> list[str]:
     """Returns what the times of the calls that are furthest from their floors are spent on, with the counts."""
     a100, h200, shape = GPUS[0].name, GPUS[2], (256, 65536)
-    bf16 = resource_us(rows, h200.name, "mil_nce", "bfloat16", shape, "warpgroup_scan_kernel")
-    fp32 = resource_us(rows, h200.name, "mil_nce", "float32", shape, "wide_scan_kernel")
+    calls = by_call(rows)
+    bf16_call = calls[h200.name, "mil_nce", "bfloat16", *shape]
+    bf16 = resource_us(bf16_call, "warpgroup_scan_kernel")
+    fp32 = resource_us(calls[h200.name, "mil_nce", "float32", *shape], "wide_scan_kernel")
     score, select = (
-        resource_us(rows, h200.name, "cascade_select", "fp32", (32, 16384), kernel)
+        resource_us(calls[h200.name, "cascade_select", "fp32", 32, 16384], kernel)
         for kernel in ("score_kernel", "select_on_chip_kernel")
     )
     peak = 2 * 2048 * h200.processors * h200.clock_hz
     by_warps = 1.5 * h200.floor["bf16"] / (h200.tensor * peak)
-    row = next(
-        row for row in rows if (row["device"], row["op"], row["precision"]) == (h200.name, "mil_nce", "bfloat16")
-        and (row["B"], row["K"]) == shape
-    )  # fmt: skip
     slower = bf16["tensor"] * h200.warpgroup * peak / h200.floor["bf16"]
-    over_floor = (row["time_us"] - row["kernels"][0]["time_us"] + slower) / row["floor_us"]
+    over_floor = (bf16_call["time_us"] - bf16_call["kernels"][0]["time_us"] + slower) / bf16_call["floor_us"]
     products = [
-        resource_us(rows, a100, "cascade_select", precision, shape, "stream_kernel")["tensor"]
+        resource_us(calls[a100, "cascade_select", precision, *shape], "stream_kernel")["tensor"]
         for precision in ("fp32", "bf16")
     ]
     return [

@@ -44,27 +44,29 @@ BEFORE = {
 }
 
 
+def by_call(rows: list[dict]) -> dict[tuple, dict]:
+    """Returns predicted calls by device, operator, precision, B and K."""
+    return {tuple(row[key] for key in ("device", "op", "precision", "B", "K")): row for row in rows}
+
+
 def bar_rows(rows: list[dict]) -> list[dict]:
     """Returns for each device of BEFORE and each bar the predicted time before and now, and whether the bar is met.
     ratio: the time as a multiple of the floor, or of the time of fp32; bar: at most that."""
-    times = {(row["device"], row["op"], row["precision"], row["B"], row["K"]): row for row in rows}
-    found = []
+    calls, found = by_call(rows), []
     for device, before in BEFORE.items():
-        for *call, bar in BARS:
-            now = times[device, *call]
-            found.append({"ratio": now["time_us"] / now["floor_us"], "bar": bar, "of": "the floor"})
-            found[-1] |= {"device": device, "call": tuple(call), "now_us": now["time_us"]}
+        compared = [(tuple(call), "the floor", calls[device, *call]["floor_us"], bar) for *call, bar in BARS]
         for shape in HALVED:
-            exact, now = (times[device, "cascade_select", precision, *shape] for precision in ("fp32", "bf16"))
-            found.append({"ratio": now["time_us"] / exact["time_us"], "bar": 0.5, "of": "fp32"})
-            found[-1] |= {"device": device, "call": ("cascade_select", "bf16", *shape), "now_us": now["time_us"]}
-        for row in found:
-            if row["device"] == device:
-                row |= {"before_us": before.get(row["call"]), "met": row["ratio"] <= row["bar"]}
+            exact = calls[device, "cascade_select", "fp32", *shape]
+            compared.append((("cascade_select", "bf16", *shape), "fp32", exact["time_us"], 0.5))
+        for call, of, of_us, bar in compared:
+            now_us = calls[device, *call]["time_us"]
+            row = {"device": device, "call": call, "before_us": before.get(call), "now_us": now_us}
+            found.append(row | {"ratio": now_us / of_us, "of": of, "bar": bar, "met": now_us / of_us <= bar})
     return found
 
 
 def bars_text(rows: list[dict]) -> list[str]:
+    """Returns the lines of the table of bars. rows: all predicted calls."""
     lines = [
         f"The calls that have a bar. Before: the first committed prediction ({BEFORE_COMMIT}), by the same model; it",
         "has no 4096 x 1000000. An audit of the compiled code before any of this (6af6d42) estimated for an H200:",
@@ -90,6 +92,7 @@ def steepest(times: dict[str, float]) -> list[tuple[float, int]]:
 
 
 def growth_text(growth: list[dict]) -> list[str]:
+    """Returns the lines of the table of growth. growth: the times of a call by K, in microseconds."""
     Ks = sorted(map(int, growth[0]["time_us"]))
     lines = [
         f"How times grow over K, from {Ks[0]:,} to {Ks[-1]:,} in powers of two: the two steepest doublings. The bar is",
