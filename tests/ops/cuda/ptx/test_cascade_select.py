@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[4] / "bench" / "ptx"))
+
+import ptx_cases
 from support.cuda_emulation.compile import SOURCES
 from support.operator_references import ROUTES, lattice, normal
 from support.operator_references import assert_cpu_selection as assert_selects
@@ -146,45 +151,25 @@ def test_approximate_scores(device, route):
     torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
 
 
-@pytest.fixture
-def planned(device):
-    """Plans a call of two views and seven stages on a GPU, without executing it: returns the blocks of each launch."""
-
-    def launches(B: int, K: int, shared_limit: int, cache_size: int, processors: int, capability: int):
-        device.resize(shared_limit, cache_size, processors)
-        device.set_capability(capability)
-        device.set_dry(True)
-        device.reset_counts()
-        keep = [max(5, K >> s) for s in range(1, 7)] + [5]
-        device.cascade_select(torch.empty(2, B, 128), torch.empty(2, K, 128), [0, 1, 0, 1, 0, 1, 0], keep)
-        return [(launch.kernel, launch.grid[0]) for launch in device.launches_of("cascade_select")]
-
-    yield launches
-    device.set_dry(False)
-    device.resize()
-    device.select()
+def blocks_of(device, B: int, K: int, gpu: str, kernel: str) -> list[int]:
+    """Returns the blocks of each launch of a kernel in a call of two views and seven stages, without executing it."""
+    launches = ptx_cases.plan(device, ptx_cases.Call("cascade_select", "fp32", B, K), *ptx_cases.DEVICES[gpu])
+    return [launch.grid[0] for launch in launches if kernel in launch.kernel]
 
 
-def blocks_of(launches: list[tuple[str, int]], kernel: str) -> list[int]:
-    return [blocks for name, blocks in launches if kernel in name]
-
-
-A100, H200 = (163 << 10, 40 << 20, 108, 80), (227 << 10, 50 << 20, 132, 90)
-
-
-def test_chunks_on_chip_occupy_all_multiprocessors(planned):
-    assert blocks_of(planned(256, 16384, *H200), "select_on_chip_kernel") == [128, 128]  # not 250 and 6
+def test_chunks_on_chip_occupy_all_multiprocessors(device):
+    assert blocks_of(device, 256, 16384, "H100", "select_on_chip_kernel") == [128, 128]  # not 250 and 6
     # 132 multiprocessors take two rounds for 250 queries and one for 50, as many as for two chunks of 150.
-    assert blocks_of(planned(300, 16384, *H200), "select_on_chip_kernel") == [250, 50]
+    assert blocks_of(device, 300, 16384, "H100", "select_on_chip_kernel") == [250, 50]
 
 
-def test_many_queries_that_take_several_chunks_are_streamed_where_float32_is_slow(planned):
-    assert blocks_of(planned(200, 16384, *A100), "select_on_chip_kernel") == [200]
-    assert not blocks_of(planned(201, 16384, *A100), "select_on_chip_kernel")
-    assert blocks_of(planned(201, 16384, *A100), "streamed_stages_kernel") == [201]
-    assert blocks_of(planned(1024, 8192, *A100), "select_on_chip_kernel") == [400, 400, 224]
+def test_many_queries_that_take_several_chunks_are_streamed_where_float32_is_slow(device):
+    assert blocks_of(device, 200, 16384, "A100", "select_on_chip_kernel") == [200]
+    assert not blocks_of(device, 201, 16384, "A100", "select_on_chip_kernel")
+    assert blocks_of(device, 201, 16384, "A100", "streamed_stages_kernel") == [201]
+    assert blocks_of(device, 1024, 8192, "A100", "select_on_chip_kernel") == [400, 400, 224]
 
 
-@pytest.mark.parametrize("gpu", [A100, H200])
-def test_lists_of_the_longest_memories_are_of_128_queries(planned, gpu):
-    assert blocks_of(planned(256, 1 << 22, *gpu), "streamed_stages_kernel") == [128, 128]
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+def test_lists_of_the_longest_memories_are_of_128_queries(device, gpu):
+    assert blocks_of(device, 256, 1 << 22, gpu, "streamed_stages_kernel") == [128, 128]
