@@ -167,7 +167,8 @@ def keys_of(counts: list[Count]) -> Counter:
 
 
 def architectures_of(entry: str) -> tuple[str, ...]:
-    """Returns the architectures that have code for a kernel: of those that multiply by warpgroups, only sm_90a."""
+    """Returns the architectures that have code for a kernel: of those that multiply by warpgroups, only sm_90a. The
+    first is the one whose PTX is counted."""
     return ("90a",) if "warpgroup" in entry else ("80", "90a")
 
 

@@ -72,7 +72,7 @@ def check_rows(device: PtxDevice, samples: list[Kernel], call: Call) -> list[dic
     """Compares extrapolated counts of a call with interpreted ones."""
     rows = []
     for kernel in interpret(device, call):
-        if call.architecture not in architectures_of(kernel.entry)[:1]:
+        if architectures_of(kernel.entry)[0] != call.architecture:
             continue
         launch = next(launch for launch in device.launches_of(call.op) if launch.kernel == kernel.entry)
         made = extrapolate(samples, call, device.launches_of(call.op))
@@ -190,7 +190,7 @@ def sample(devices: dict[str, PtxDevice], calls: list[Call], report: dict) -> li
     for call in calls:
         devices[call.architecture].select()
         kernels = interpret(devices[call.architecture], call, code)
-        kernels = [kernel for kernel in kernels if call.architecture in architectures_of(kernel.entry)[:1]]
+        kernels = [kernel for kernel in kernels if architectures_of(kernel.entry)[0] == call.architecture]
         samples += kernels
         operators |= {kernel.entry: call.op for kernel in kernels}
         report["samples"] += [sample_row(call, kernel) for kernel in kernels]
