@@ -151,25 +151,30 @@ def test_approximate_scores(device, route):
     torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
 
 
-def blocks_of(device, B: int, K: int, gpu: str, kernel: str) -> list[int]:
-    """Returns the blocks of each launch of a kernel in a call of two views and seven stages, without executing it."""
-    launches = ptx_cases.plan(device, ptx_cases.Call("cascade_select", "fp32", B, K), *ptx_cases.DEVICES[gpu])
+A100, H100 = ptx_cases.DEVICES["A100"], ptx_cases.DEVICES["H100"]
+
+
+def blocks_of(device, B: int, K: int, gpu: tuple[tuple[int, int, int], int], kernel: str) -> list[int]:
+    """Returns the blocks of each launch of a kernel in a call of two views and seven stages, without executing it.
+    gpu: its limits and compute capability."""
+    launches = ptx_cases.plan(device, ptx_cases.Call("cascade_select", "fp32", B, K), *gpu)
     return [launch.grid[0] for launch in launches if kernel in launch.kernel]
 
 
 def test_chunks_on_chip_occupy_all_multiprocessors(device):
-    assert blocks_of(device, 256, 16384, "H100", "select_on_chip_kernel") == [128, 128]  # not 250 and 6
+    assert blocks_of(device, 256, 16384, H100, "select_on_chip_kernel") == [128, 128]  # not 250 and 6
     # 132 multiprocessors take two rounds for 250 queries and one for 50, as many as for two chunks of 150.
-    assert blocks_of(device, 300, 16384, "H100", "select_on_chip_kernel") == [250, 50]
+    assert blocks_of(device, 300, 16384, H100, "select_on_chip_kernel") == [250, 50]
 
 
 def test_many_queries_that_take_several_chunks_are_streamed_where_float32_is_slow(device):
-    assert blocks_of(device, 200, 16384, "A100", "select_on_chip_kernel") == [200]
-    assert not blocks_of(device, 201, 16384, "A100", "select_on_chip_kernel")
-    assert blocks_of(device, 201, 16384, "A100", "streamed_stages_kernel") == [201]
-    assert blocks_of(device, 1024, 8192, "A100", "select_on_chip_kernel") == [400, 400, 224]
+    assert blocks_of(device, 200, 16384, A100, "select_on_chip_kernel") == [200]
+    assert not blocks_of(device, 201, 16384, A100, "select_on_chip_kernel")
+    assert blocks_of(device, 201, 16384, A100, "streamed_stages_kernel") == [201]
+    assert blocks_of(device, 1024, 8192, A100, "select_on_chip_kernel") == [400, 400, 224]
+    assert blocks_of(device, 256, 16384, (A100[0], 86), "select_on_chip_kernel") == [200, 56]  # fast arithmetic
 
 
-@pytest.mark.parametrize("gpu", ["A100", "H100"])
+@pytest.mark.parametrize("gpu", [A100, H100])
 def test_lists_of_the_longest_memories_are_of_128_queries(device, gpu):
     assert blocks_of(device, 256, 1 << 22, gpu, "streamed_stages_kernel") == [128, 128]
