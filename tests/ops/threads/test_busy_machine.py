@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
+COMPETE = "import time\nend = time.monotonic() + 150\nwhile time.monotonic() < end: pass"
 SCRIPT = Path(__file__).with_name("on_busy_machine.py")
 
 
 @pytest.fixture(scope="module")
 def report() -> dict:
     """What the script printed beside more competing processes than there are cores."""
-    competing = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() + 1)]
+    competing = [subprocess.Popen([sys.executable, "-c", COMPETE]) for _ in range(os.cpu_count() + 1)]
     try:
         run = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=120, check=False)
     finally:
