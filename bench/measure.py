@@ -149,13 +149,20 @@ def cpu_variants() -> list[str]:
     return [name for name in built["cpu_variants"].split(",") if name not in emulated]
 
 
+def git(*arguments: str) -> str:
+    """Returns what a command of git says of this checkout, or "" if it fails."""
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
 def world(device: str) -> dict[str, str]:
     """Returns the description of machine and software that belongs to every result."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    commit = git("describe", "--always")
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results") and "-dirty"
     cpu = f"{cpu_name()}, {_host.build_info()['cpu_variant']}"
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": f"{commit}{dirty}" if commit else "unknown",
         "torch": torch.__version__,
         "command": " ".join(["python", *sys.argv]),
     }
