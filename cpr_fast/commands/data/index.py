@@ -19,6 +19,7 @@ from cpr_fast.commands.inputs import (
 )
 from cpr_fast.commands.options import Flag, Json
 from cpr_fast.commands.output import show
+from cpr_fast.data.files.names import text_of
 from cpr_fast.errors import InputError
 
 
@@ -73,7 +74,7 @@ def index(
         raise InputError("--verify, --no-verify: expected at most one of them, got both")
     from cpr_fast.runtime.progress import announce
 
-    announce(f"Looking for videos in {root}")
+    announce(f"Looking for videos in {text_of(root)}")
     from cpr_fast.data.index.build import IndexOptions, write_index
     from cpr_fast.data.index.summary import command_of, next_step, summary
 

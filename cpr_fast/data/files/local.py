@@ -22,8 +22,17 @@ class LocalStorage:
             return file.read(length)
 
     def held_range(self, path: Path, start: int, length: int) -> bytes | None:
-        """Returns None: local files are not cached on a disk."""
+        """Returns None: of local files nothing is kept."""
         return None
+
+    def check(self, path: Path) -> None:
+        """Reads the first and the last byte. Raises OSError."""
+        self.check_range(path, 0, self.size(path))
+
+    def check_range(self, path: Path, start: int, length: int) -> None:
+        """Reads the first and the last of `length` bytes. Raises OSError."""
+        for place in {start, start + max(0, length - 1)}:
+            self.read_range(path, place, 1)
 
     def open(self, path: Path) -> BinaryIO:
         """Returns the open file. Raises OSError."""

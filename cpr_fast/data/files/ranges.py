@@ -12,7 +12,7 @@ FIRST_BYTES, MOST_BYTES = 2**16, 2**22  # of a range: the first behind a seek, a
 
 
 class RangeFile(io.RawIOBase):
-    """An open file of a storage; it holds no resource but one range of bytes in memory.
+    """An open file of a storage; it holds no resource but the last range of bytes in memory.
 
     Each range that follows the one before it is twice as long, so that a whole file takes few requests, and a few bytes
     behind a seek cost a short one. One thread at a time may read it.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from cpr_fast.data.files.cached.recent import RecentRanges
 from cpr_fast.data.files.names import path_of, text_of
 from cpr_fast.data.files.ranges import RangeFile
 from cpr_fast.data.files.storage import HeldRanges
@@ -34,6 +35,7 @@ class RemoteStorage:
 
     def __init__(self) -> None:
         self._facts: dict[str, Version] = {}  # by URL
+        self._recent = RecentRanges()
         self.cache: HeldRanges | None = None  # of this process, while a loader that fetches ahead is open
 
     def size(self, path: Path) -> int:
@@ -46,17 +48,24 @@ class RemoteStorage:
         end = min(start + length, size)
         if start >= end:
             return b""
-        if (data := self.held_range(path, start, end - start)) is not None:
+        cache = self.cache  # another thread may close it meanwhile
+        if cache is not None and (data := cache.read(path, start, end - start)) is not None:
             return data
-        data = self.fetch_range(path, start, end - start)
-        if (cache := self.cache) is not None:
-            cache.count(fetched_unplanned=len(data))
-        return data
+
+        def fetch(first: int, last: int) -> bytes:
+            data = self.fetch_range(path, first, last - first)
+            if cache is not None:
+                cache.count(fetched_unplanned=len(data))
+            return data
+
+        return self._recent.read(str(path), start, end, fetch)
 
     def held_range(self, path: Path, start: int, length: int) -> bytes | None:
-        """Returns the same bytes if a disk cache on this machine holds all of them, else None."""
-        cache = self.cache  # another thread may close it meanwhile
-        return None if cache is None else cache.read(path, start, length)
+        """Returns the same bytes if a disk cache on this machine, or the memory of this process, holds all of them,
+        else None."""
+        cache = self.cache
+        data = None if cache is None else cache.read(path, start, length)
+        return self._recent.held(str(path), start, start + length) if data is None else data
 
     def fetch_range(self, path: Path, start: int, length: int) -> bytes:
         """Returns `length` bytes, which the object has, from the server. Raises OSError."""
@@ -74,6 +83,16 @@ class RemoteStorage:
             return data
 
         return _repeated(path, read)
+
+    def check(self, path: Path) -> None:
+        """Reads the first and the last byte from the server. Raises OSError."""
+        self.check_range(path, 0, self.size(path))
+
+    def check_range(self, path: Path, start: int, length: int) -> None:
+        """Reads the first and the last of `length` bytes from the server. Raises OSError."""
+        if length > 0:
+            for place in (start, start + length - 1):
+                self.fetch_range(path, place, 1)
 
     def open(self, path: Path) -> BinaryIO:
         """Returns the object as an open file. Raises OSError."""

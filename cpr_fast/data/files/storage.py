@@ -27,7 +27,11 @@ class Storage(Protocol):
         """Returns the `length` bytes from `start` on, fewer only at the end of the file."""
 
     def held_range(self, path: Path, start: int, length: int) -> bytes | None:
-        """Returns the same bytes if a disk cache on this machine holds all of them, else None. It does not fail."""
+        """Returns the same bytes if a disk cache on this machine, or the memory of this process, holds all of them,
+        else None. It does not fail."""
+
+    def check(self, path: Path) -> None:
+        """Reads the first and the last byte from where the file is, not from what is kept of it."""
 
     def open(self, path: Path) -> BinaryIO:
         """Returns a file that can be read and sought. It reads ranges, not the whole file."""

@@ -10,11 +10,10 @@ from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cpr_fast.data.files.local import LOCAL
+from cpr_fast.data.files.local import LOCAL, LocalStorage
 from cpr_fast.data.files.names import Member, is_remote, member_of, text_of
 from cpr_fast.data.files.ranges import RangeFile
-from cpr_fast.data.files.remote import REMOTE
-from cpr_fast.data.files.storage import Storage
+from cpr_fast.data.files.remote import REMOTE, RemoteStorage
 
 BLOCK = 512  # bytes of a header; members begin at multiples of it
 REMEMBERED = 2**17  # members that are known to be where their path says
@@ -44,9 +43,18 @@ class TarStorage:
         return data
 
     def held_range(self, path: Path, start: int, length: int) -> bytes | None:
-        """Returns the same bytes if a disk cache holds all of them, behind the header of the member; else None."""
-        cache = REMOTE.cache  # another thread may close it meanwhile
-        return None if cache is None or not is_remote(path) else cache.read(path, BLOCK + start, length)
+        """Returns the same bytes if a disk cache, behind the header of the member, or the memory of this process holds
+        all of them; else None."""
+        cache, member = REMOTE.cache, member_of(path)  # another thread may close the cache meanwhile
+        if cache is not None and is_remote(path) and (data := cache.read(path, BLOCK + start, length)) is not None:
+            return data
+        return _holder(member.file).held_range(member.file, member.start + start, length)
+
+    def check(self, path: Path) -> None:
+        """Reads the first and the last byte from where the tar file is. Raises OSError."""
+        self.version(path)
+        member = member_of(path)
+        _holder(member.file).check_range(member.file, member.start, member.size)
 
     def open(self, path: Path) -> BinaryIO:
         """Returns the member as an open file. Raises OSError if it is not where the path says."""
@@ -70,7 +78,7 @@ class TarStorage:
 TAR = TarStorage()
 
 
-def _holder(file: Path) -> Storage:
+def _holder(file: Path) -> LocalStorage | RemoteStorage:
     """Returns the storage of a tar file."""
     return REMOTE if is_remote(file) else LOCAL
 

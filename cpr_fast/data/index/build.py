@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cpr_fast.data.files.names import is_remote, text_of
+from cpr_fast.data.files.names import text_of
 from cpr_fast.data.files.relative import lexical
 from cpr_fast.data.index.assemble import IndexOptions, assemble, transcoded
 from cpr_fast.data.index.catalogue import Problem
@@ -177,11 +177,8 @@ def _check(root: Path, options: IndexOptions) -> None:
         raise InputError(f"--short-side: expected at least 16 pixels, got {options.short_side}")
     if options.transcode is not None and options.layout == "lmdb":
         raise InputError("--transcode: layout 'lmdb' has nothing to transcode, an LMDB file is read as it is")
-    if options.transcode is not None and (options.layout in FORMATS or is_remote(root)):
-        raise InputError(
-            "--transcode: expected videos that are files below a folder of this machine, got "
-            + (text_of(root) if is_remote(root) else f"layout {options.layout!r}")
-        )
+    if options.transcode is not None and options.layout in FORMATS:
+        raise InputError(f"--transcode: expected videos that are files below a folder, got layout {options.layout!r}")
 
 
 def _journal(out: Path | None, options: IndexOptions, verify: bool) -> tuple[Journal, Any]:

@@ -107,7 +107,7 @@ def not_read(files: Collection[tuple[Path | str, str]], happened: str) -> str:
 def _is_there(path: Path) -> bool:
     try:
         if is_remote(path):
-            storage_of(path).read_range(path, 0, 1)
+            storage_of(path).check(path)
         else:
             os.stat(path)
     except OSError:

@@ -127,10 +127,7 @@ def _unreadable(path: str | Path, error: Exception) -> bool:
     if not isinstance(error, OSError) or error.errno not in errno.errorcode:
         return False
     try:  # demultiplexers also report "Input/output error" for files that end too early
-        storage = storage_of(path)
-        size = storage.size(Path(path))
-        for start in (0, max(0, size - 1)):
-            storage.read_range(Path(path), start, 1)
+        storage_of(path).check(Path(path))
     except OSError:
         return True
     return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,11 +11,14 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from cpr_fast.data.files.access import storage_of
 from cpr_fast.data.files.local import local_file
+from cpr_fast.data.files.names import is_remote, plain_path
+from cpr_fast.data.files.ranges import MOST_BYTES
 from cpr_fast.data.video.container import VideoError, open_video
 from cpr_fast.data.video.probe import ASSUMED_FPS, VideoInfo, probe_video
 from cpr_fast.errors import InputError
-from cpr_fast.runtime.files import replacing
+from cpr_fast.runtime.files import created, naming, replacing, temporary_folder
 
 OPTIONS = {"preset": "veryfast", "crf": "18", "g": "12", "bf": "0", "threads": "1"}
 KEPT = "complete videos are kept, and the same command continues after them"
@@ -26,8 +31,15 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
     frames before it. The short side has at most `short_side` pixels and both sides are even. Rotated videos are turned
     as a player would show them. Frames of a variable rate keep their presentation times, in the clock of the source,
     and others come at the rate that `probe_video` finds. Frames of another size than the first are scaled to it. The
-    file appears under its name only when complete. Raises VideoError if no frame decodes.
+    file appears under its name only when complete. A video on a server is fetched once, to a temporary file beside
+    `target`. Raises VideoError if no frame decodes.
     """
+    if is_remote(path):
+        with _fetched(path, target) as copy:
+            try:
+                return transcode_video(copy, target, short_side)
+            except VideoError as failure:
+                raise VideoError(path, failure.reason, unreadable=failure.unreadable) from failure
     error: VideoError | None = None
     with (
         replacing(target, KEPT, durable=True) as temporary,
@@ -47,6 +59,28 @@ def transcode_video(path: Path, target: Path, short_side: int) -> VideoInfo:
             raise error or VideoError(path, "no frame decodes")
         output.mux(writer.stream.encode(None))
     return writer.info(error)
+
+
+@contextmanager
+def _fetched(path: Path, target: Path) -> Iterator[Path]:
+    """Yields a copy of a video on a server in a temporary folder beside `target`. Raises VideoError if it cannot be
+    read, and InputError if the disk is full."""
+    with naming(target, KEPT), created(target.parent), temporary_folder(target.parent) as folder:
+        copy = folder / plain_path(path).name  # its suffix, too, tells FFmpeg the format
+        with open(copy, "wb") as file:
+            for part in _parts(path):
+                file.write(part)
+        yield copy
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    """Yields the bytes of a video on a server. Raises VideoError."""
+    try:
+        storage = storage_of(path)
+        for start in range(0, storage.size(path), MOST_BYTES):
+            yield storage.read_range(path, start, MOST_BYTES)
+    except OSError as error:
+        raise VideoError(path, error.strerror or str(error), unreadable=True) from error
 
 
 class _Writer:

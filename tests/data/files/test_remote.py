@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.data_sets.tar_files import write_tar
 from support.machine.http_server import serving
+from support.machine.new_process import as_a_new_process
 from support.videos.odd_videos import write_plain
 
 from cpr_fast.config import DataConfig
@@ -25,6 +26,7 @@ from cpr_fast.data.storage.unreadable import Unreadable
 from cpr_fast.data.video.container import VideoError
 from cpr_fast.data.video.decode import read_frames
 from cpr_fast.data.video.packets import slice_packets
+from cpr_fast.data.video.transcode import transcode_video
 from cpr_fast.errors import InputError
 
 pytest.importorskip("fsspec", reason="fsspec is an extra: pip install fsspec aiohttp")
@@ -96,7 +98,7 @@ def test_failures_that_pass_are_tried_again_and_others_are_not(server):
     ):
         server.faults["/noise"], server.requests["/noise"] = [fault], 0
         with pytest.raises(OSError, match=reason) as failed:
-            storage.read_range(path, 7, 1000)
+            storage.read_range(path, 1007, 1000)
         assert failed.value.errno == number and server.requests["/noise"] == requests
 
 
@@ -185,6 +187,7 @@ def test_training_reads_urls_of_a_list_as_files_and_counts_those_that_expired(se
     for far, near in zip(*batches, strict=True):
         assert np.array_equal(far.clips["rgb"], near.clips["rgb"])
     server.faults["/03.mp4"] = [403]
+    as_a_new_process()
     loader = TrainLoader(Index.load(tmp_path / "urls.csv"), data, ["rgb"], seed=1)
     assert len(list(loader.epoch(0))) == 2
     ((path, reason),) = loader.skipped
@@ -212,6 +215,39 @@ def test_a_signed_url_may_be_that_of_a_tar_file(server, video, tmp_path):
     server.faults["/x/train-0.tar"] = [403]
     with pytest.raises(InputError, match=r"unreadable_shard .*refuses it \(403\): has the URL expired"):
         write_index(Path(f"{server.url}/x/train-0.tar?signature=d"), tmp_path / "n.csv", IndexOptions("tar"))
+
+
+def test_what_is_held_in_memory_does_not_hide_that_a_server_refuses(server, video, tmp_path):
+    shard = write_tar(tmp_path / "s.tar", {"v.mp4": video.read_bytes()})
+    server.files |= {"/v.mp4": video.read_bytes(), "/s.tar": shard.read_bytes(), "/empty": b""}
+    near = (video, member_path(next(members(shard))))
+    far = (at(server, "/v.mp4"), member_path(next(members(at(server, "/s.tar")))))
+    for path in (*near, *far, at(server, "/empty")):
+        storage = storage_of(path)
+        assert storage.read_range(path, 0, storage.size(path)) == (b"" if path.name == "empty" else video.read_bytes())
+        storage.check(path)
+    server.faults |= {"/v.mp4": [403], "/s.tar": [403]}
+    for path in far:
+        assert storage_of(path).read_range(path, 0, 9) == video.read_bytes()[:9]
+        with pytest.raises(OSError, match=r"refuses it \(403\)"):
+            storage_of(path).check(path)
+    with pytest.raises(OSError, match="No such file"):
+        storage_of(tmp_path / "none").check(tmp_path / "none")
+
+
+def test_a_copy_of_what_is_no_readable_video_names_the_url_and_leaves_nothing(server, video, tmp_path):
+    server.files |= {"/text.mp4": b"<!DOCTYPE html> " * 9, "/cut.mp4": video.read_bytes(), "/empty.mp4": b""}
+    server.faults["/cut.mp4"] = ["cut"]
+    for name, reason, unreadable in (
+        ("/text.mp4", "is a text that begins with '<!DOCTYPE html>", False),
+        ("/cut.mp4", "could not be read in 4 attempts", True),
+        ("/never.mp4", "does not exist on the server", True),
+        ("/empty.mp4", "does not state its size|Invalid data", False),
+    ):
+        with pytest.raises(VideoError, match=reason) as failed:
+            transcode_video(at(server, name), tmp_path / "copies" / "v.mp4", 32)
+        assert failed.value.unreadable == unreadable and failed.value.path == at(server, name)
+        assert not (tmp_path / "copies").exists()
 
 
 def test_a_server_that_is_lost_ends_the_run(tmp_path):

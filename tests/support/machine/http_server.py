@@ -83,7 +83,7 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Served]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=[0.05], daemon=True)
     thread.start()
     served.url = f"http://127.0.0.1:{server.server_address[1]}"
     try:
