@@ -178,6 +178,7 @@ def _says_that_it_stops(handler: _WhenSafe) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(descriptor)
         ended.set()
+        write.shutdown(socket.SHUT_RDWR)  # closing it would not end `recv` while a forked process has it open, too
         write.close()
         thread.join()
         read.close()

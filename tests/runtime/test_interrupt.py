@@ -130,6 +130,31 @@ def test_a_closed_terminal_stops_a_run_that_can_still_print_and_save(tmp_path):
     assert (tmp_path / "state.saved").exists()
 
 
+FORKED = """
+import os, time
+from cpr_fast.runtime.interrupt import signals_raise
+with signals_raise():
+    child = os.fork()
+    if not child:
+        os.closerange(0, 3)
+        time.sleep(60)
+        os._exit(0)
+    print(child, flush=True)
+"""
+
+
+def test_a_forked_process_that_stays_does_not_keep_a_command_from_ending():
+    command = subprocess.Popen([sys.executable, "-c", FORKED], stdout=subprocess.PIPE, text=True)
+    child = int(command.stdout.readline())
+    try:
+        assert command.wait(10) == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+        command.kill()
+        command.wait()
+        command.stdout.close()
+
+
 @pytest.mark.parametrize("number", [number for number in SIGNALS if number != signal.SIGINT])
 def test_other_signals_raise_what_ctrl_c_raises_and_a_repeat_at_once_has_no_effect(number):
     before = [signal.getsignal(n) for n in SIGNALS]

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -202,14 +202,13 @@ def run_ahead(items: Generator[Item, None, None], depth: int) -> Iterator[Item]:
     def work() -> None:
         error = None
         try:
-            for item in items:
-                put(item)
-                if stop.is_set():
-                    break
+            with closing(items):
+                for item in items:
+                    put(item)
+                    if stop.is_set():
+                        break
         except BaseException as caught:  # also KeyboardInterrupt, because the consumer waits for an entry
             error = caught
-        finally:
-            items.close()
         put(_End(error))
 
     thread = threading.Thread(target=work, name="cpr-fast-batches", daemon=True)

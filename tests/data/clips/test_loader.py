@@ -237,6 +237,29 @@ class TestEnd:
             next(ahead)
         assert closed.is_set() and self.loader_threads() == []
 
+    def test_an_error_while_the_items_are_closed_ends_the_thread_and_the_wait_for_it(self):
+        class Items:
+            """An iterator whose thread is told to stop, and fails at that."""
+
+            def __iter__(self):
+                yield 1
+
+            def close(self) -> None:
+                raise ValueError("while it closed")
+
+        found = []
+
+        def read() -> None:
+            try:
+                found.extend(run_ahead(Items(), depth=1))
+            except ValueError as error:
+                found.append(str(error))
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        reader.join(5)
+        assert not reader.is_alive() and found == [1, "while it closed"] and self.loader_threads() == []
+
 
 FAULTS = """
 import resource

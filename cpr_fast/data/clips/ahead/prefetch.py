@@ -140,6 +140,7 @@ class Prefetch:
             except Exception as error:  # raised again where the loader waits
                 with changed:
                     self._error = error
+                    self.cache.stopped = True  # whoever waits for bytes that were planned reads them from the servers
                     changed.notify_all()
                 return
             with changed:

@@ -69,7 +69,7 @@ class BlockCache:
 
     def __init__(self, store: BlockStore) -> None:
         self.store, self.changed, self.counts = store, threading.Condition(), Counter()
-        self.stopped = False  # because the disk is full or failing
+        self.stopped = False  # the disk is full or failing, nothing is planned any more, or the loader is closed
         self._objects: dict[str, CachedObject] = {}  # by path
 
     def count(self, **numbers: int) -> None:
@@ -134,7 +134,7 @@ class BlockCache:
     def leave(self, path: Path, block: int) -> None:
         """Notes that a block is no longer held, after it has come if it was coming. Call it with `changed` held."""
         if (known := self._objects.get(str(path))) is not None and block < len(known.phase):
-            self.changed.wait_for(lambda: known.phase[block] != COMING)
+            self.changed.wait_for(lambda: self.stopped or known.phase[block] != COMING)
             known.phase[block] = ABSENT
 
     def fetch(self, known: CachedObject, blocks: Sequence[int], slots: Sequence[int]) -> None:
