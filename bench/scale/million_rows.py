@@ -2,11 +2,12 @@
 
     python bench/scale/million_rows.py [--rows 1000000] [--runs 3]
 
-The index is written in Parquet. Its rows are different paths to a few real videos, in 400 classes. Each run is a
-process of its own that imports the loader, opens the index, and loads the first batch of 8 videos, two clips of 16
-frames to 112x112 each; an index of 1,000 rows shows what does not depend on the number of rows. Times are CPU time of
-the process, and elapsed time for the whole; memory is the resident set (RSS) beyond that of a process that has only
-imported torch. Writes bench/results/million_rows.json and .md. Needs pyarrow.
+The rows of an index are different paths to a few real videos, in 400 classes. *files*: videos in folders. *all*:
+members of tar files, with a source for every two rows and a path of flow. Each run is a process of its own that imports
+the loader, opens the index, and loads the first batch of 8 videos, two clips of 16 frames to 112x112 each; an index of
+1,000 rows shows what does not depend on the number of rows. Times are CPU time of the process, and elapsed time for the
+whole; memory is the resident set (RSS) beyond that of a process that has only imported torch. Writes
+bench/results/million_rows.json and .md. Needs pyarrow.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -77,29 +79,43 @@ def one_run(index_path: Path) -> dict[str, float]:
     }
 
 
-def write_index(folder: Path, rows: int) -> None:
-    """Writes index.parquet: different paths that lead to a few videos by links."""
+def write_index(file: Path, rows: int, content: str) -> None:
+    """Writes an index of different paths that lead to a few videos by links; `content` is "files" or "all"."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from support import real_clips
+    from support.data_sets.tar_files import write_tar
 
+    from cpr_fast.data.files.names import member_path
+    from cpr_fast.data.files.tar import members
     from cpr_fast.data.index.rows.columns import schema
     from cpr_fast.data.index.rows.video import COLUMNS as NAMES
+    from cpr_fast.data.index.tables import write_table
     from cpr_fast.data.video.probe import probe_video
 
+    folder = file.parent
     clips = sorted((real_clips.ROOT / "ucf101_100").glob("*/*.avi"))[:100]
     facts = [probe_video(clip) for clip in clips]
+    shard = write_tar(folder / "shard.tar", {f"{i:05}.avi": clip.read_bytes() for i, clip in enumerate(clips)})
+    packed = [str(member_path(member._replace(file=Path("shards")))) for member in members(shard)]
     (folder / "real").mkdir()
     for number in range(1000):
         (folder / "real" / f"clip_{number:03}.avi").symlink_to(clips[number % len(clips)])
         (folder / f"folder_{number:03}").symlink_to("real")
+    for number in range(-(-rows // len(clips))):
+        (folder / f"train-{number:06}.tar").symlink_to("shard.tar")
     table = []
     for row in range(rows):
-        fact = facts[row % 1000 % len(clips)]
-        path = f"folder_{row // 1000 % 1000:03}/clip_{row % 1000:03}.avi"
-        table.append((path, f"class {row % 400}", "", "train", fact.num_frames, fact.fps, fact.width, fact.height, ""))
+        fact, place = facts[row % len(clips)], f"folder_{row // 1000 % 1000:03}/clip_{row % 1000:03}.avi"
+        in_shard = packed[row % len(clips)].replace("shards", f"train-{row // len(clips):06}.tar", 1)
+        texts = (in_shard, f"source_{row // 2:07}", place) if content == "all" else (place, "", "")
+        table.append((texts[0], f"class {row % 400}", texts[1], "train", fact.num_frames, fact.fps, fact.width,
+                      fact.height, texts[2]))  # fmt: skip
+    if file.suffix == ".csv":
+        write_table(file, NAMES, table)
+        return
     columns = dict(zip(NAMES, map(list, zip(*table, strict=True)), strict=True))
-    pq.write_table(pa.table(columns, schema=schema(pa)), folder / "index.parquet", compression="zstd")
+    pq.write_table(pa.table(columns, schema=schema(pa)), file, compression="zstd")
 
 
 def main() -> None:
@@ -116,23 +132,25 @@ def main() -> None:
     from page import markdown_table
 
     result = []
-    for rows in (1000, options.rows):
+    for rows, suffix, content in product((1000, options.rows), ("parquet", "csv"), ("files", "all")):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            write_index(Path(folder), rows)
-            file = Path(folder) / "index.parquet"
+            file = Path(folder) / f"index.{suffix}"
+            write_index(file, rows, content)
             command = [sys.executable, __file__, "--one", str(file)]
             runs = []
             for _ in range(options.runs):
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
             row = {name: round(statistics.median(run[name] for run in runs), 2) for name in COLUMNS}
-            result.append({"rows": rows, "file_mib": round(file.stat().st_size / 2**20, 1)} | row)
+            about = {"rows": rows, "format": suffix, "content": content}
+            result.append(about | {"file_mib": round(file.stat().st_size / 2**20, 1)} | row)
             print(result[-1], flush=True)
     about = world("cpu") | {"runs": options.runs}
     write_result("million_rows.json", json.dumps(about | {"results": result}, indent=1) + "\n")
-    cells = [[str(row[name]) for name in ("rows", "file_mib", *COLUMNS)] for row in result]
+    header = ["rows", "format", "content", "file_mib", *COLUMNS]
+    cells = [[str(row[name]) for name in header] for row in result]
     text = f"# Opening an index of {options.rows:,} rows\n\n{__doc__.split(chr(10) * 2)[2].strip()}\n\n"
-    table = markdown_table(["rows", "file_mib", *COLUMNS], cells)
+    table = markdown_table(header, cells)
     text += f"`python bench/scale/million_rows.py --runs {options.runs}`, {about['device']}, torch {about['torch']}, "
     text += f"commit {about['commit']}; medians of the processes of each index.\n\n{table}\n"
     write_result("million_rows.md", text)

@@ -29,6 +29,7 @@ from cpr_fast.data.files.relative import Relative, absolute
 from cpr_fast.data.index.catalogue import VIDEO_SUFFIXES
 from cpr_fast.data.index.listing import known_split
 from cpr_fast.data.index.rows.columns import PARQUET, Columns, load_columns, save_columns, spread
+from cpr_fast.data.index.rows.large import large_columns
 from cpr_fast.data.index.rows.parsing import ADVICE, IndexFileError, NotAnIndexError, checked_header, parse_row
 from cpr_fast.data.index.rows.video import COLUMNS, Video
 from cpr_fast.data.index.tables import TableError, read_table, write_table
@@ -241,6 +242,8 @@ class Index(Sequence[Video]):
         path = Path(path)
         if path.suffix == PARQUET:
             return cls(_loaded_columns(path))
+        if (columns := _usual_columns(path)) is not None:
+            return cls(columns)
         try:
             header, rows = read_table(path, COLUMNS, "index")
         except TableError as error:
@@ -303,6 +306,17 @@ def _loaded_columns(path: Path) -> Columns:
         if reason := why_missing(columns[place].path):
             raise IndexFileError(f"{path}, row {place + 1}, column path: file {str(columns[place].path)!r} {reason}"
                                  f"{ADVICE * (reason == 'does not exist')}")  # fmt: skip
+    return columns
+
+
+def _usual_columns(path: Path) -> Columns | None:
+    """Returns the rows of a large index in CSV, see `large_columns`; None also if one of a few files looked for is
+    missing."""
+    columns = large_columns(path)
+    for place in () if columns is None else spread(len(columns), LOOKED_FOR_IN_PARQUET):
+        video = columns[place]
+        if any(why_missing(file) for file in (video.path, video.flow_path) if file is not None):
+            return None
     return columns
 
 

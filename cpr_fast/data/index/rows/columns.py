@@ -1,7 +1,7 @@
-"""The columns of a large index in Parquet, from which a row is made when it is asked for.
+"""The columns of a large index, from which a row is made when it is asked for.
 
-A million rows of CSV take long to parse and more than a gigabyte as objects, on every rank. The columns of Parquet are
-those of the CSV file, with the same meaning and the same relative paths.
+A million rows of CSV take 30 s to parse row by row, and two gigabytes as objects, on every rank. The columns of Parquet
+are those of the CSV file, with the same meaning and the same relative paths; see `large` for CSV.
 
 Letters: N videos.
 """
@@ -19,6 +19,7 @@ import numpy as np
 
 from cpr_fast.data.files.names import is_remote, path_of
 from cpr_fast.data.index.listing import known_split
+from cpr_fast.data.index.rows.texts import Texts
 from cpr_fast.data.index.rows.video import COLUMNS, Video
 from cpr_fast.errors import InputError
 
@@ -37,15 +38,14 @@ class Columns(Sequence[Video]):
     """The rows of an index in Parquet.
 
     Attributes:
-        texts: "path", "source" and "flow_path", arrays of strings of pyarrow, but for a column of empty ones, which is
-            None.
+        texts: "path", "source" and "flow_path"; a column of empty strings is None.
         coded: "label", "split" and "fps".
         values: "num_frames", "width" and "height", int32 [N].
         folder: what relative paths begin at.
     """
 
     def __init__(
-        self, texts: dict[str, Any], coded: dict[str, Coded], values: dict[str, np.ndarray], folder: Path
+        self, texts: dict[str, Texts | None], coded: dict[str, Coded], values: dict[str, np.ndarray], folder: Path
     ) -> None:
         self.texts, self.coded, self.values, self.folder = texts, coded, values, folder
 
@@ -56,7 +56,7 @@ class Columns(Sequence[Video]):
         if not -len(self) <= position < len(self):
             raise IndexError(position)
         position %= len(self)
-        texts = {name: "" if column is None else column[position].as_py() for name, column in self.texts.items()}
+        texts = {name: "" if column is None else column[position] for name, column in self.texts.items()}
         return Video(
             path=self._path(texts["path"]),
             source=texts["source"] or texts["path"],  # without a given source, the video is its own source
@@ -73,7 +73,7 @@ class Columns(Sequence[Video]):
         if np.array_equal(positions, np.arange(len(self))):  # such as a split that holds all rows: no copy
             return self
         return Columns(
-            {name: None if column is None else column.take(positions) for name, column in self.texts.items()},
+            {name: None if column is None else column.taken(positions) for name, column in self.texts.items()},
             {name: column.taken(positions) for name, column in self.coded.items()},
             {name: column[positions] for name, column in self.values.items()},
             self.folder,
@@ -94,15 +94,14 @@ class Columns(Sequence[Video]):
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        own = self.texts["source"]
-        if own is None:
+        if self.texts["source"] is None:
             return np.arange(len(self))
-        without = pc.equal(own, "")
-        if pc.any(without).as_py():
-            own = pc.if_else(without, self.texts["path"], own)
-        numbers = own.dictionary_encode().indices.to_numpy().astype(np.int64)
-        pa.default_memory_pool().release_unused()  # the table of the encoding: 67 MiB for 540,000 sources
-        return numbers
+        with plain_memory(pa):  # the table of the encoding takes 67 MiB for 540,000 sources
+            own = self.texts["source"].arrow()
+            without = pc.equal(own, "")
+            if pc.any(without).as_py():
+                own = pc.if_else(without, self.texts["path"].arrow(), own)
+            return own.dictionary_encode().indices.to_numpy().astype(np.int64)
 
     def numbers(self, column: str) -> np.ndarray:
         """Returns a column of whole numbers, int32 [N], not to be changed."""
@@ -114,7 +113,7 @@ class Columns(Sequence[Video]):
 
     def paths(self) -> Iterator[str]:
         """Yields the paths as the file states them."""
-        return _strings(self.texts["path"])
+        return iter(self.texts["path"])
 
     @cached_property
     def has_flow(self) -> np.ndarray:
@@ -123,10 +122,10 @@ class Columns(Sequence[Video]):
 
         if self.texts["flow_path"] is None:
             return np.zeros(len(self), bool)
-        return pc.not_equal(self.texts["flow_path"], "").to_numpy(zero_copy_only=False)
+        return pc.not_equal(self.texts["flow_path"].arrow(), "").to_numpy(zero_copy_only=False)
 
     def _path(self, text: str) -> Path:
-        return path_of(text) if is_remote(text) else self.folder / text
+        return path_of(text.strip()) if is_remote(text.strip()) else self.folder / text
 
 
 class Coded(NamedTuple):
@@ -161,23 +160,30 @@ def load_columns(path: Path) -> Columns:
         OSError: the file cannot be read.
     """
     pa, pq = _pyarrow()
-    kinds, found = schema(pa), {}
-    with _plain_memory(pa):
+    with plain_memory(pa):
         try:
             with pq.ParquetFile(path) as file:
                 if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
                     raise InputError(f"missing column {', '.join(map(repr, missing))}; expected {', '.join(COLUMNS)}")
-                for name in COLUMNS:
-                    values = file.read(columns=[name], use_threads=False).column(name)
-                    found[name] = _column(name, values, kinds.field(name).type)
+                read = lambda name: file.read(columns=[name], use_threads=False).column(name)  # noqa: E731
+                return columns_of(read, path.parent)
         except pa.ArrowInvalid as error:
             raise InputError(f"expected an index in Parquet, got a file that is none or is cut off: {error}") from error
+
+
+def columns_of(read: Callable[[str], Any], folder: Path) -> Columns:
+    """Returns the rows of which `read` returns each column by its name, once, as a chunked array of pyarrow. Raises
+    InputError that names the column and the row of a value that is not as expected."""
+    pa, found = _pyarrow()[0], {}
+    for field in schema(pa):
+        found[field.name] = _column(field.name, read(field.name), field.type)
+        pa.default_memory_pool().release_unused()  # before the next column is read
     parts = ({name: found[name] for name in names} for names in (TEXTS, CODED, NUMBERS))
-    return Columns(*parts, path.parent)
+    return Columns(*parts, folder)
 
 
 @contextmanager
-def _plain_memory(pa: Any) -> Iterator[None]:
+def plain_memory(pa: Any) -> Iterator[None]:
     """Lets pyarrow allocate by malloc, which returns large blocks to the system when they are freed, and all unused
     ones at the end."""
     usual, plain = pa.default_memory_pool(), pa.system_memory_pool()
@@ -195,7 +201,8 @@ def _column(name: str, values: Any, kind: Any) -> Any:
     import pyarrow.compute as pc
 
     try:
-        values = values.cast(kind).combine_chunks()
+        values = values.cast(kind)
+        values = values if name in TEXTS else values.combine_chunks()  # of long strings there is no second copy
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
         raise InputError(f"a column has another type than expected: column {name}: {error}") from error
     if name in ("label", "split"):
@@ -205,10 +212,10 @@ def _column(name: str, values: Any, kind: Any) -> Any:
     if name == "path":
         _require_values(name, values)
         _require_different(values)
-        return values
+        return Texts.of(values)
     values = pc.fill_null(values, "") if values.null_count else values
     values = pc.utf8_trim_whitespace(values) if name == "source" else values
-    return None if pc.all(pc.equal(values, "")).as_py() else values
+    return None if pc.all(pc.equal(values, "")).as_py() else Texts.of(values)
 
 
 def _coded(values: Any, known: Callable[[str], str]) -> Coded:
@@ -259,7 +266,7 @@ def _strings(texts: Any) -> Iterator[str]:
 
 def _first(mask: Any) -> int | None:
     """Returns the number, from 1, of the first row of a mask, None if there is none."""
-    found = np.flatnonzero(mask.to_numpy(zero_copy_only=False))
+    found = np.flatnonzero(mask)
     return int(found[0]) + 1 if len(found) else None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 import time
 from pathlib import Path
 
@@ -320,30 +319,6 @@ def test_a_full_disk_ends_the_caching_and_nothing_else(index, server, tmp_path, 
     assert not loader.skipped and loader._ahead.cache.counts["fetched_unplanned"] > 0
     as_a_new_process()
     assert_same_batches(batches(open_loader(far, tmp_path)), expected)  # what was written is used, or fetched again
-
-
-def test_a_read_does_not_wait_for_bytes_that_nobody_fetches_any_more(index, server, tmp_path, monkeypatch):
-    loader, found = open_loader(on_server(index, server), tmp_path), []
-    ahead, plan = loader._ahead, loader._ahead._plan
-    monkeypatch.setattr(ahead.cache, "fetch", lambda *_: None)  # the threads that fetch are gone
-
-    def planned(step: int) -> None:
-        if step == 2:
-            raise RuntimeError("can't start new thread")
-        plan(step)
-
-    def read() -> None:
-        try:
-            found.extend(loader.epoch(0))
-        except RuntimeError as error:
-            found.append(error)
-
-    monkeypatch.setattr(ahead, "_plan", planned)
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    thread.join(8)
-    assert not thread.is_alive() and str(found[-1]) == "can't start new thread"
-    loader.close()
 
 
 def test_a_loader_that_is_dropped_in_the_middle_starts_again_anywhere(index, server, tmp_path):
