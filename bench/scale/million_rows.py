@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -145,14 +146,15 @@ def main() -> None:
             about = {"rows": rows, "format": suffix, "content": content}
             result.append(about | {"file_mib": round(file.stat().st_size / 2**20, 1)} | row)
             print(result[-1], flush=True)
-    about = world("cpu") | {"runs": options.runs}
+    about = world("cpu") | {"runs": options.runs, "load": round(os.getloadavg()[0], 1)}
     write_result("million_rows.json", json.dumps(about | {"results": result}, indent=1) + "\n")
     header = ["rows", "format", "content", "file_mib", *COLUMNS]
     cells = [[str(row[name]) for name in header] for row in result]
     text = f"# Opening an index of {options.rows:,} rows\n\n{__doc__.split(chr(10) * 2)[2].strip()}\n\n"
     table = markdown_table(header, cells)
     text += f"`python bench/scale/million_rows.py --runs {options.runs}`, {about['device']}, torch {about['torch']}, "
-    text += f"commit {about['commit']}; medians of the processes of each index.\n\n{table}\n"
+    text += f"commit {about['commit']}; medians of the processes of each index. Load average of "
+    text += f"the machine at the end: {about['load']}; CPU time changes little with other load.\n\n{table}\n"
     write_result("million_rows.md", text)
 
 
