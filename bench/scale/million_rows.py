@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
+FORMATS, CONTENTS = ("parquet", "csv"), ("files", "all")
 COLUMNS = (
     "import_s",
     "open_s",
@@ -133,7 +134,7 @@ def main() -> None:
     from page import markdown_table
 
     result = []
-    for rows, suffix, content in product((1000, options.rows), ("parquet", "csv"), ("files", "all")):
+    for rows, suffix, content in [(1000, "parquet", "files"), *product([options.rows], FORMATS, CONTENTS)]:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             file = Path(folder) / f"index.{suffix}"
             write_index(file, rows, content)
