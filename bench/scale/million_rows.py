@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
+FORMATS, CONTENTS = ("parquet", "csv"), ("files", "all")
 COLUMNS = (
     "import_s",
     "open_s",
@@ -132,7 +134,7 @@ def main() -> None:
     from page import markdown_table
 
     result = []
-    for rows, suffix, content in product((1000, options.rows), ("parquet", "csv"), ("files", "all")):
+    for rows, suffix, content in [(1000, "parquet", "files"), *product([options.rows], FORMATS, CONTENTS)]:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             file = Path(folder) / f"index.{suffix}"
             write_index(file, rows, content)
@@ -145,14 +147,15 @@ def main() -> None:
             about = {"rows": rows, "format": suffix, "content": content}
             result.append(about | {"file_mib": round(file.stat().st_size / 2**20, 1)} | row)
             print(result[-1], flush=True)
-    about = world("cpu") | {"runs": options.runs}
+    about = world("cpu") | {"runs": options.runs, "load": round(os.getloadavg()[0], 1)}
     write_result("million_rows.json", json.dumps(about | {"results": result}, indent=1) + "\n")
     header = ["rows", "format", "content", "file_mib", *COLUMNS]
     cells = [[str(row[name]) for name in header] for row in result]
     text = f"# Opening an index of {options.rows:,} rows\n\n{__doc__.split(chr(10) * 2)[2].strip()}\n\n"
     table = markdown_table(header, cells)
     text += f"`python bench/scale/million_rows.py --runs {options.runs}`, {about['device']}, torch {about['torch']}, "
-    text += f"commit {about['commit']}; medians of the processes of each index.\n\n{table}\n"
+    text += f"commit {about['commit']}; medians of the processes of each index. Load average of "
+    text += f"the machine at the end: {about['load']}; CPU time changes little with other load.\n\n{table}\n"
     write_result("million_rows.md", text)
 
 

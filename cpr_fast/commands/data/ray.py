@@ -34,6 +34,7 @@ from cpr_fast.wording import counted
 SHARDED = ("index", "flow", "embed", "dedup")
 POLL_S = 0.1
 STOP_S = 30.0  # time that a shard has to end after a request to stop
+LOOK_S, LOST_S = 30.0, 900.0  # how often machines are looked for while shards run, and how long without one
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 TAIL = 20  # lines of a shard's errors that are kept
 OPTIONS = ("--shards", "--cpus", "--gpus", "--retries", "--address", "--help")
@@ -174,15 +175,35 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
 
 
 def _at_once(ray: Any, cpus: int, gpus: float) -> int:
-    """Returns how many shards the machines of the cluster can run at the same time."""
+    """Returns how many shards the machines of the cluster can run at the same time. Raises InputError if none can."""
+    if not (found := _places(ray, cpus, gpus)):
+        raise InputError(f"--cpus, --gpus: no machine of the cluster has {counted(cpus, 'CPU')} and {gpus:g} GPUs")
+    return found
+
+
+def _places(ray: Any, cpus: int, gpus: float) -> int:
+    """Returns for how many shards the machines of the cluster have enough CPUs and GPUs, whether or not they are in
+    use."""
     found = 0
     for node in ray.nodes():
         has = node["Resources"] if node["Alive"] else {}
         by_gpu = [int(has.get("GPU", 0) / gpus)] if gpus else []
         found += min([int(has.get("CPU", 0)) // cpus, *by_gpu])
-    if not found:
-        raise InputError(f"--cpus, --gpus: no machine of the cluster has {counted(cpus, 'CPU')} and {gpus:g} GPUs")
     return found
+
+
+def _last_seen(ray: Any, options: argparse.Namespace, seen: float) -> float:
+    """Returns when the cluster last had a machine for a shard, given when it had one before. Ray itself would wait
+    without end for machines that were lost. Raises FailedError after LOST_S without one."""
+    if (now := time.monotonic()) - seen < LOOK_S:
+        return seen
+    if _places(ray, options.cpus, options.gpus):
+        return now
+    if now - seen > LOST_S:
+        raise FailedError(f"no machine of the cluster has had {counted(options.cpus, 'CPU')} and {options.gpus:g} GPUs "
+                          f"for {duration(now - seen)}: are its machines still there? What was finished is kept, and "
+                          "the same command computes the rest")  # fmt: skip
+    return seen
 
 
 def _run(ray: Any, calls: dict[str, list[str]], options: argparse.Namespace) -> list[Ended]:
@@ -193,11 +214,13 @@ def _run(ray: Any, calls: dict[str, list[str]], options: argparse.Namespace) -> 
     waiting = {task.remote(words, options.cpus, os.getcwd(), __version__): name for name, words in calls.items()}
     done: list[Ended] = []
     failed: dict[str, str] = {}
+    seen = time.monotonic()
     try:
         while waiting:
             found, _ = ray.wait(list(waiting), num_returns=1, timeout=0)
             if not found:
                 time.sleep(POLL_S)  # a signal that comes while Ray waits would be taken for Ctrl-C
+                seen = _last_seen(ray, options, seen)
                 continue
             ready = found[0]
             name = waiting.pop(ready)

@@ -15,12 +15,13 @@ from typing import Any, BinaryIO, TypeVar
 
 from cpr_fast.data.files.cached.recent import RecentRanges
 from cpr_fast.data.files.names import path_of, text_of
-from cpr_fast.data.files.ranges import RangeFile
+from cpr_fast.data.files.ranges import MOST_BYTES, RangeFile
 from cpr_fast.data.files.storage import HeldRanges
 from cpr_fast.errors import InputError
 
 PAUSES_S = (0.5, 1.0, 2.0)  # before each further attempt
 CONNECT_S, ANSWER_S = 10.0, 30.0  # how long a server may take to accept a connection, and be silent in an answer
+WHOLE_S = 300.0  # how long a request of HTTP may take, of at most MOST_BYTES: a server may send a byte now and then
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers of a server that may be another one a little later
 REFUSED = (401, 403)
 REMEMBERED = 2**17  # objects whose size and version are kept: about 300 bytes each
@@ -69,7 +70,15 @@ class RemoteStorage:
 
     def fetch_range(self, path: Path, start: int, length: int) -> bytes:
         """Returns `length` bytes, which the object has, from the server. Raises OSError."""
-        size, end = self.size(path), start + length
+        parts = (
+            self._fetch(path, begin, min(begin + MOST_BYTES, start + length))
+            for begin in range(start, start + length, MOST_BYTES)
+        )
+        return b"".join(parts)
+
+    def _fetch(self, path: Path, start: int, end: int) -> bytes:
+        """Returns the bytes [start, end) from the server, in one request that is repeated if it fails."""
+        size = self.size(path)
 
         def read(system: Any, url: str) -> bytes:
             if url.startswith("http"):  # `cat_file` would read the whole object from a server that ignores ranges
@@ -141,7 +150,7 @@ def _timeouts(url: str) -> dict[str, Any]:
     if protocol in ("http", "https") and "client_kwargs" not in conf.get(protocol, {}):
         from aiohttp import ClientTimeout
 
-        limits = ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=ANSWER_S)
+        limits = ClientTimeout(total=WHOLE_S, sock_connect=CONNECT_S, sock_read=ANSWER_S)
         return {"client_kwargs": {"timeout": limits}}
     if protocol in ("s3", "s3a") and "config_kwargs" not in conf.get(protocol, {}):
         return {"config_kwargs": {"connect_timeout": CONNECT_S, "read_timeout": ANSWER_S}}
@@ -188,7 +197,7 @@ def _explained(error: Exception) -> OSError:
     if status:
         said = f"the server answered {status}"
     elif isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__:  # botocore has exceptions of its own
-        said = f"no answer in {ANSWER_S:g} s"
+        said = f"no answer in {ANSWER_S:g} s, or no whole one in {WHOLE_S:g} s"
     return OSError(errno.EAGAIN, f"could not be read in {len(PAUSES_S) + 1} attempts; the last: {said}")
 
 

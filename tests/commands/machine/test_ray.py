@@ -19,8 +19,10 @@ from support.data_sets.flow import write_video
 
 import cpr_fast
 from cpr_fast.cli import main
+from cpr_fast.commands.data import ray as ray_command
 from cpr_fast.commands.data.ray import ShardError, parse_and_run, run_call
 from cpr_fast.data.index.index import Index, Video
+from cpr_fast.errors import FailedError
 
 ROOT = Path(cpr_fast.__file__).resolve().parents[1]
 
@@ -187,6 +189,28 @@ def test_what_a_shard_says_comes_back(videos, tmp_path, monkeypatch):
     assert ended.code == 2 and "elsewhere" in ended.errors and "on every machine" in ended.errors
     ended = shard(videos, "flow", "index.csv", version="0.0.1")
     assert ended.code == 2 and "expected cpr_fast 0.0.1" in ended.errors
+
+
+def test_shards_do_not_wait_without_end_for_a_cluster_that_has_lost_its_machines(monkeypatch):
+    """A stand-in for Ray, whose machines go and of which one comes back once; tasks stay pending then."""
+    machine = {"Alive": True, "Resources": {"CPU": 2.0}}
+    states, looked, cancelled = [[machine], [], [], [machine]], [], []
+
+    def nodes() -> list[dict]:
+        looked.append(time.monotonic())
+        return states[len(looked) - 1] if len(looked) <= len(states) else [machine | {"Alive": False}]
+
+    task = SimpleNamespace(remote=lambda *_: "pending")
+    stand_in = SimpleNamespace(remote=lambda **_: lambda _: task, nodes=nodes, cancel=cancelled.append,
+                               wait=lambda waiting, **_: ([], waiting))  # fmt: skip
+    for name, seconds in (("LOOK_S", 0.01), ("LOST_S", 0.2), ("POLL_S", 0.02)):
+        monkeypatch.setattr(ray_command, name, seconds)
+    options = SimpleNamespace(cpus=2, gpus=0.0, retries=0)
+    with pytest.raises(
+        FailedError, match="no machine of the cluster has had 2 CPUs and 0 GPUs for .*computes the rest"
+    ):
+        ray_command._run(stand_in, {"shard 0/1": ["flow"]}, options)
+    assert len(looked) > len(states) + 2 and looked[-1] - looked[3] > 0.15 and cancelled == ["pending"]
 
 
 def test_a_shard_that_fails_can_be_run_again(videos, monkeypatch):

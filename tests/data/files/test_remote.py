@@ -112,6 +112,24 @@ def test_a_server_that_is_silent_is_not_waited_for(server, monkeypatch):
         RemoteStorage().read_range(path, 7, 1000)
 
 
+def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(remote, "WHOLE_S", 0.2)
+    server.slow_s, path = 0.05, at(server, "/noise")
+    server.faults["/noise"] = ["trickle", None]
+    assert RemoteStorage().read_range(path, 7, 1000) == server.files["/noise"][7:1007]
+    server.faults["/noise"] = ["trickle"]
+    with pytest.raises(OSError, match="attempts; the last: no answer in 30 s, or no whole one in 0.2 s"):
+        RemoteStorage().read_range(path, 7, 1000)
+
+
+def test_a_long_range_is_read_in_requests_of_bounded_length(server, monkeypatch):
+    monkeypatch.setattr(remote, "MOST_BYTES", 2**20)
+    storage, path = RemoteStorage(), at(server, "/noise")
+    assert storage.read_range(path, 5, BIG - 6) == server.files["/noise"][5:-1]
+    assert server.requests["/noise"] == 3 and server.sent["/noise"] == BIG - 6
+    assert storage.fetch_range(path, 9, 0) == b""
+
+
 def test_an_object_that_cannot_be_opened_is_named(server):
     server.faults["/gone"] = [403]
     for name, reason in (("/gone", r"refuses it \(403\)"), ("/never", "does not exist on the server")):

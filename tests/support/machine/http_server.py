@@ -19,8 +19,8 @@ class Served:
     Attributes:
         files: Content by path, such as "/a.mp4".
         faults: By path, what the next requests for its content meet: a status such as 503, "cut" for an answer that
-            ends after half of its bytes, or "slow" for one that does not begin before `slow_s` are over. The last entry
-            stays.
+            ends after half of its bytes, "slow" for one that does not begin before `slow_s` are over, or "trickle" for
+            one of a byte every `slow_s`. The last entry stays.
         slow_s: Seconds.
         latency_s: Seconds that every answer takes to begin.
         ranges: Whether the server honours requests for ranges.
@@ -79,7 +79,10 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Served]:
                 part = part[: len(part) // 2] if fault == "cut" else part
                 served.sent[path] += len(part)
                 with suppress(ConnectionError):  # the client has seen that it is no range
-                    self.wfile.write(part)
+                    for byte in part if fault == "trickle" else b"":
+                        self.wfile.write(bytes([byte]))
+                        time.sleep(served.slow_s)
+                    self.wfile.write(b"" if fault == "trickle" else part)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
