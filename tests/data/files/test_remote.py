@@ -307,6 +307,12 @@ def test_a_prefix_of_s3_is_indexed_and_trained_on(bucket, video, tmp_path):
     index = Index.load(tmp_path / "i.csv")
     assert [v.label for v in index] == ["run", "run", "walk"] and report["other_files"] == {".txt": 1}
     assert np.array_equal(read_frames(index[1].path, [3, 20], "rgb", 30), read_frames(video, [3, 20], "rgb", 30))
+    options = IndexOptions(transcode=tmp_path / "copies", short_side=32)
+    assert write_index(root, tmp_path / "copies.csv", options)["videos"] == 3
+    copies = Index.load(tmp_path / "copies.csv")
+    assert [(v.path, v.label, v.num_frames) for v in copies] == [
+        (tmp_path / "copies" / name, name.split("/")[0], 30) for name in ("run/a.mp4", "run/b c.mp4", "walk/d.mp4")
+    ]
     with pytest.raises(OSError, match="does not exist on the server"):
         storage_of("s3://clips/x").size(Path("s3://clips/set/none.mp4"))
     with pytest.raises(InputError, match="ROOT: found no video in"):
