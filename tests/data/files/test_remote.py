@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import threading
 from pathlib import Path
@@ -29,7 +30,8 @@ from cpr_fast.data.video.packets import slice_packets
 from cpr_fast.data.video.transcode import transcode_video
 from cpr_fast.errors import InputError
 
-pytest.importorskip("fsspec", reason="fsspec is an extra: pip install fsspec aiohttp")
+fsspec = pytest.importorskip("fsspec", reason="fsspec is an extra: pip install fsspec aiohttp")
+pytest.importorskip("fsspec.asyn", reason="fsspec is an extra: pip install fsspec aiohttp")
 pytest.importorskip("aiohttp", reason="aiohttp is an extra: pip install fsspec aiohttp")
 
 BIG = 3 * 2**20
@@ -120,6 +122,30 @@ def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(server, monke
     server.faults["/noise"] = ["trickle"]
     with pytest.raises(OSError, match="attempts; the last: no answer in 30 s, or no whole one in 0.2 s"):
         RemoteStorage().read_range(path, 7, 1000)
+
+
+def test_a_store_that_never_answers_is_not_waited_for(monkeypatch):
+    class Silent(fsspec.asyn.AsyncFileSystem):
+        """A store whose answers begin and do not end, whatever its own limits are."""
+
+        protocol, asked = "silent", []
+
+        async def _info(self, path: str, **_) -> dict:
+            self.asked.append("info")
+            await asyncio.sleep(3600 if path.endswith("gone") else 0)
+            return {"name": path, "size": 9, "type": "file"}
+
+        async def _cat_file(self, path: str, start=None, end=None, **_) -> bytes:
+            self.asked.append((start, end))
+            await asyncio.sleep(3600)
+
+    fsspec.register_implementation("silent", Silent, clobber=True)
+    monkeypatch.setattr(remote, "WHOLE_S", 0.05)
+    for name, asked in (("a", ["info", *4 * [(2, 5)]]), ("gone", 4 * ["info"])):
+        Silent.asked.clear()
+        with pytest.raises(OSError, match="attempts; the last: no answer in 30 s, or no whole one in 0.05 s"):
+            RemoteStorage().read_range(Path(f"silent://h/{name}"), 2, 3)
+        assert Silent.asked == asked
 
 
 def test_a_long_range_is_read_in_requests_of_bounded_length(server, monkeypatch):
