@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.data_sets.tar_files import write_tar
+from support.machine.full_disk import files_end_at
 from support.machine.http_server import serving
 from support.machine.new_process import as_a_new_process
 from support.videos.odd_videos import write_plain
@@ -292,6 +293,13 @@ def test_a_copy_of_what_is_no_readable_video_names_the_url_and_leaves_nothing(se
             transcode_video(at(server, name), tmp_path / "copies" / "v.mp4", 32)
         assert failed.value.unreadable == unreadable and failed.value.path == at(server, name)
         assert not (tmp_path / "copies").exists()
+
+
+def test_a_full_disk_is_named_while_a_video_is_fetched_to_be_copied(server, video, tmp_path):
+    server.files["/v.mp4"] = video.read_bytes()
+    with files_end_at(100), pytest.raises(InputError, match=r"could not write '.*copies/v.mp4': File too large"):
+        transcode_video(at(server, "/v.mp4"), tmp_path / "copies" / "v.mp4", 32)
+    assert not (tmp_path / "copies").exists()
 
 
 def test_a_server_that_is_lost_ends_the_run(tmp_path):
