@@ -21,7 +21,7 @@ from cpr_fast.errors import InputError
 
 PAUSES_S = (0.5, 1.0, 2.0)  # before each further attempt
 CONNECT_S, ANSWER_S = 10.0, 30.0  # how long a server may take to accept a connection, and be silent in an answer
-WHOLE_S = 300.0  # how long a request of HTTP may take, of at most MOST_BYTES: a server may send a byte now and then
+WHOLE_S = 300.0  # how long a request of at most MOST_BYTES may take: a server may send a byte now and then
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers of a server that may be another one a little later
 REFUSED = (401, 403)
 REMEMBERED = 2**17  # objects whose size and version are kept: about 300 bytes each
@@ -86,7 +86,7 @@ class RemoteStorage:
                     file.seek(start)
                     data = file.read(end - start)
             else:
-                data = system.cat_file(url, start=start, end=end)
+                data = system.cat_file(url, start=start, end=end, **_limit(system))
             if len(data) < end - start:
                 raise ConnectionError(f"the server sent {len(data):,} of {end - start:,} bytes")
             return data
@@ -112,7 +112,7 @@ class RemoteStorage:
         does not. Raises OSError."""
         url = str(path)
         if (known := self._facts.get(url)) is None:
-            facts = _repeated(path, lambda system, url: system.info(url))
+            facts = _repeated(path, lambda system, url: system.info(url, **_limit(system)))
             if facts.get("type") == "directory":
                 raise OSError(errno.EISDIR, "is a folder")
             if facts.get("size") is None or facts.get("partial") is False:
@@ -155,6 +155,12 @@ def _timeouts(url: str) -> dict[str, Any]:
     if protocol in ("s3", "s3a") and "config_kwargs" not in conf.get(protocol, {}):
         return {"config_kwargs": {"connect_timeout": CONNECT_S, "read_timeout": ANSWER_S}}
     return {}
+
+
+def _limit(system: Any) -> dict[str, float]:
+    """Returns the argument that limits how long a call of a file system of fsspec takes, if fsspec makes the call in a
+    thread of its own, as those of HTTP, S3, GCS and Azure; no other one takes it."""
+    return {"timeout": WHOLE_S} if getattr(system, "async_impl", False) else {}
 
 
 def remote_files(path: Path) -> list[Path]:

@@ -41,7 +41,8 @@ from cpr_fast.runtime.files import one_writer, replacing
 from cpr_fast.wording import counted, expected
 
 # Rows whose files are looked for when an index is loaded, evenly spread: others are found missing when they are read. A
-# look takes 2 us on a local disk, and a hundred times as long on a network disk.
+# look takes 2 us on a local disk, and a hundred times as long on a network disk. Fewer are looked for in Parquet and in
+# a large CSV file.
 LOOKED_FOR, LOOKED_FOR_IN_PARQUET = 10_000, 100
 MIN_VIDEOS = 8  # least number of training videos; with fewer, nothing remains to compare a batch with
 MIN_SOURCES = 2  # videos of one source are never negatives or positives of each other
@@ -199,7 +200,7 @@ class Index(Sequence[Video]):
 
     @property
     def _columns(self) -> Columns | None:
-        """The columns of an index in Parquet, whose videos are made when they are asked for."""
+        """The columns of a large index, whose videos are made when they are asked for."""
         videos = getattr(self, "_videos", None)  # the clips of a store have none
         return videos if isinstance(videos, Columns) else None
 
@@ -231,9 +232,10 @@ class Index(Sequence[Video]):
 
         Args:
             path: The CSV file, with or without byte-order mark; the columns may be separated by `,`, `;` or tab. Or a
-                Parquet file (.parquet), of which no row is made into a `Video` before it is asked for.
-            require_flow: Every flow file that is named must exist. If False, a missing one counts as no flow. In
-                Parquet a missing one is found when it is read.
+                Parquet file (.parquet), of which no row is made into a `Video` before it is asked for; nor is one of a
+                large CSV file in which nothing is unusual (see `rows.large`).
+            require_flow: Every flow file that is named must exist. If False, a missing one counts as no flow. Where no
+                row is made before it is asked for, a missing one is found when it is read.
             skipped: If given, a bad row is left out and its error is appended to this list.
         Raises:
             IndexFileError: states the file, line, column, what was found and what was expected.

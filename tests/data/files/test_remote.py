@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import threading
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.data_sets.tar_files import write_tar
+from support.machine.full_disk import files_end_at
 from support.machine.http_server import serving
 from support.machine.new_process import as_a_new_process
 from support.videos.odd_videos import write_plain
@@ -29,7 +31,8 @@ from cpr_fast.data.video.packets import slice_packets
 from cpr_fast.data.video.transcode import transcode_video
 from cpr_fast.errors import InputError
 
-pytest.importorskip("fsspec", reason="fsspec is an extra: pip install fsspec aiohttp")
+fsspec = pytest.importorskip("fsspec", reason="fsspec is an extra: pip install fsspec aiohttp")
+pytest.importorskip("fsspec.asyn", reason="fsspec is an extra: pip install fsspec aiohttp")
 pytest.importorskip("aiohttp", reason="aiohttp is an extra: pip install fsspec aiohttp")
 
 BIG = 3 * 2**20
@@ -120,6 +123,30 @@ def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(server, monke
     server.faults["/noise"] = ["trickle"]
     with pytest.raises(OSError, match="attempts; the last: no answer in 30 s, or no whole one in 0.2 s"):
         RemoteStorage().read_range(path, 7, 1000)
+
+
+def test_a_store_that_never_answers_is_not_waited_for(monkeypatch):
+    class Silent(fsspec.asyn.AsyncFileSystem):
+        """A store whose answers begin and do not end, whatever its own limits are."""
+
+        protocol, asked = "silent", []
+
+        async def _info(self, path: str, **_) -> dict:
+            self.asked.append("info")
+            await asyncio.sleep(3600 if path.endswith("gone") else 0)
+            return {"name": path, "size": 9, "type": "file"}
+
+        async def _cat_file(self, path: str, start=None, end=None, **_) -> bytes:
+            self.asked.append((start, end))
+            await asyncio.sleep(3600)
+
+    fsspec.register_implementation("silent", Silent, clobber=True)
+    monkeypatch.setattr(remote, "WHOLE_S", 0.05)
+    for name, asked in (("a", ["info", *4 * [(2, 5)]]), ("gone", 4 * ["info"])):
+        Silent.asked.clear()
+        with pytest.raises(OSError, match="attempts; the last: no answer in 30 s, or no whole one in 0.05 s"):
+            RemoteStorage().read_range(Path(f"silent://h/{name}"), 2, 3)
+        assert Silent.asked == asked
 
 
 def test_a_long_range_is_read_in_requests_of_bounded_length(server, monkeypatch):
@@ -268,6 +295,13 @@ def test_a_copy_of_what_is_no_readable_video_names_the_url_and_leaves_nothing(se
         assert not (tmp_path / "copies").exists()
 
 
+def test_a_full_disk_is_named_while_a_video_is_fetched_to_be_copied(server, video, tmp_path):
+    server.files["/v.mp4"] = video.read_bytes()
+    with files_end_at(100), pytest.raises(InputError, match=r"could not write '.*copies/v.mp4': File too large"):
+        transcode_video(at(server, "/v.mp4"), tmp_path / "copies" / "v.mp4", 32)
+    assert not (tmp_path / "copies").exists()
+
+
 def test_a_server_that_is_lost_ends_the_run(tmp_path):
     with serving({f"/{i}": b"x" for i in range(20)}) as server:
         files = [at(server, f"/{i}") for i in range(20)]
@@ -307,6 +341,12 @@ def test_a_prefix_of_s3_is_indexed_and_trained_on(bucket, video, tmp_path):
     index = Index.load(tmp_path / "i.csv")
     assert [v.label for v in index] == ["run", "run", "walk"] and report["other_files"] == {".txt": 1}
     assert np.array_equal(read_frames(index[1].path, [3, 20], "rgb", 30), read_frames(video, [3, 20], "rgb", 30))
+    options = IndexOptions(transcode=tmp_path / "copies", short_side=32)
+    assert write_index(root, tmp_path / "copies.csv", options)["videos"] == 3
+    copies = Index.load(tmp_path / "copies.csv")
+    assert [(v.path, v.label, v.num_frames) for v in copies] == [
+        (tmp_path / "copies" / name, name.split("/")[0], 30) for name in ("run/a.mp4", "run/b c.mp4", "walk/d.mp4")
+    ]
     with pytest.raises(OSError, match="does not exist on the server"):
         storage_of("s3://clips/x").size(Path("s3://clips/set/none.mp4"))
     with pytest.raises(InputError, match="ROOT: found no video in"):

@@ -35,7 +35,7 @@ def spread(count: int, most: int) -> range:
 
 
 class Columns(Sequence[Video]):
-    """The rows of an index in Parquet.
+    """The rows of a large index.
 
     Attributes:
         texts: "path", "source" and "flow_path"; a column of empty strings is None.

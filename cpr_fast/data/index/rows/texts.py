@@ -1,7 +1,7 @@
 """A column of many strings in little memory: in compressed parts, of which one is unpacked when a string is asked for.
 
-A million paths of members of tar files, with sources and paths of flow, take 100 MB as they are; neighbours differ in a
-few digits, so that the parts take a fifth of that.
+A million paths of members of tar files, with sources and paths of flow, take 100 MB as they are, and 14 MB in parts,
+because neighbours differ in a few digits. To unpack a part takes 20 microseconds.
 
 Letters: N strings.
 """
