@@ -68,14 +68,13 @@ void accumulate_positives(int64_t begin, int64_t end, void* context) {
     positive.clear(a.D);
     for_chunks(job, i, [&](int64_t block, int64_t first, int64_t count) {
       find_members(a, block, first, count, members);
-      if (members.none_positive) return;
+      if (!members.positive_rows) return;
       const float* entries = chunk_entries(a, first, count, buffers.copy.data);
-      for (int64_t k = 0; k < count; ++k) {
-        Mask16 any = 0;
-        for (int v = 0; v < kTileVectors; ++v) any |= members.positive[k][v];
-        if (any) multiply_chunk(job, block, entries + k * a.D, 1, buffers.scores.data + k * kBlock);
+      for (uint64_t rows = members.positive_rows; rows; rows &= rows - 1) {
+        const int64_t k = __builtin_ctzll(rows);
+        multiply_chunk(job, block, entries + k * a.D, 1, buffers.scores.data + k * kBlock);
       }
-      add_positives(positive, members, count, entries, a.D, buffers.scores.data, inverse_temperature);
+      add_positives(positive, members, entries, a.D, buffers.scores.data, inverse_temperature);
     });
   }
 }

@@ -7,7 +7,7 @@
 namespace cpr::CPR_VARIANT {
 namespace {
 
-constexpr int64_t kChunk = 64;                 // memory entries in a chunk
+constexpr int64_t kChunk = 64;                 // memory entries in a chunk: a bit each in a word
 constexpr int64_t kBlock = kTileVectors * 16;  // queries in a block
 constexpr const char* kNoMemory = "mil_nce: out of memory";
 
@@ -22,7 +22,7 @@ struct Queries {
 // Which entries of a chunk are in the sums of which query of a block; bit i of a mask stands for lane i.
 struct Membership {
   bool all_present;                       // all entries are in the denominator, `present` is not filled
-  bool none_positive;                     // none is in the numerator, `positive` is not filled
+  uint64_t positive_rows;                 // bit k: entry k is in the numerator of a query
   Mask16 present[kChunk][kTileVectors];   // in the denominator
   Mask16 positive[kChunk][kTileVectors];  // in the numerator
 };
@@ -30,36 +30,40 @@ struct Membership {
 void find_members(const cpr_mil_nce_args& a, int64_t block, int64_t chunk_begin, int64_t count, Membership& members) {
   const int64_t first_query = block * kBlock;
   const int64_t queries = a.B - first_query < kBlock ? a.B - first_query : kBlock;
-  const int64_t* slots = a.positives + first_query * a.P;
-  uint64_t listed = 0;
-  for (int64_t i = 0; i < queries * a.P; ++i) {
-    listed |= static_cast<uint64_t>(slots[i] - chunk_begin) < static_cast<uint64_t>(count);
-  }
   members.all_present = !a.memory_ids;
-  members.none_positive = !listed && !(a.query_ids && a.same_id == CPR_SAME_POSITIVE);
-  if (members.all_present && members.none_positive) return;
-
+  uint64_t positive_rows = 0;
+  for (auto& row : members.positive) {
+    for (Mask16& mask : row) mask = 0;
+  }
   int64_t ids[kBlock];
-  for (int64_t lane = 0; lane < kBlock; ++lane)
-    ids[lane] = a.query_ids && lane < queries ? a.query_ids[first_query + lane] : -1;
-  for (int64_t k = 0; k < count; ++k) {
-    const bool empty = a.memory_ids && a.memory_ids[chunk_begin + k] == -1;
+  // The test is outside the loop: a masked load at a null pointer is as slow as a fault, although it reads nothing.
+  if (a.query_ids) {
+    for (int64_t lane = 0; lane < kBlock; ++lane) ids[lane] = lane < queries ? a.query_ids[first_query + lane] : -1;
+  }
+  for (int64_t k = 0; a.memory_ids && k < count; ++k) {
+    const int64_t id = a.memory_ids[chunk_begin + k];
     for (int v = 0; v < kTileVectors; ++v) {
-      members.positive[k][v] = 0;
-      if (members.all_present) continue;
-      members.present[k][v] = empty ? 0 : kAllLanes;
-      if (empty || !a.query_ids || a.same_id == CPR_SAME_NEGATIVE) continue;
-      const Mask16 same = equal_ids(ids + v * 16, a.memory_ids[chunk_begin + k]);
-      if (a.same_id == CPR_SAME_POSITIVE) members.positive[k][v] = same;
+      members.present[k][v] = id == -1 ? 0 : kAllLanes;
+      if (id == -1 || !a.query_ids || a.same_id == CPR_SAME_NEGATIVE) continue;
+      const Mask16 same = equal_ids(ids + v * 16, id);
       if (a.same_id == CPR_SAME_IGNORE) members.present[k][v] = static_cast<Mask16>(~same);
+      if (a.same_id != CPR_SAME_POSITIVE || !same) continue;
+      members.positive[k][v] = same;
+      positive_rows |= uint64_t{1} << k;
     }
   }
-  for (int64_t i = 0; listed && i < queries * a.P; ++i) {  // a listed slot overrides same_id, and counts once
-    const int64_t k = slots[i] - chunk_begin, lane = i / a.P;
-    if (k < 0 || k >= count || (a.memory_ids && a.memory_ids[slots[i]] == -1)) continue;
-    if (!members.all_present) members.present[k][lane / 16] |= static_cast<Mask16>(1u << lane % 16);
-    members.positive[k][lane / 16] |= static_cast<Mask16>(1u << lane % 16);
+  const int64_t* slots = a.positives + first_query * a.P;
+  for (int64_t lane = 0; lane < queries; ++lane) {  // a listed slot overrides same_id, and counts once
+    const Mask16 bit = static_cast<Mask16>(1u << lane % 16);
+    for (int64_t p = 0; p < a.P; ++p) {
+      const int64_t slot = slots[lane * a.P + p], k = slot - chunk_begin;
+      if (k < 0 || k >= count || (a.memory_ids && a.memory_ids[slot] == -1)) continue;
+      if (!members.all_present) members.present[k][lane / 16] |= bit;
+      members.positive[k][lane / 16] |= bit;
+      positive_rows |= uint64_t{1} << k;
+    }
   }
+  members.positive_rows = positive_rows;
 }
 
 // Returns the entries of the chunk as T [count, D]: the memory itself if it has type T and no empty slot, otherwise a
@@ -82,13 +86,6 @@ void multiply_chunk(const Queries<T>& job, int64_t block, const T* entries, int6
   const int64_t D = job.args.D;
   tiles<kTileVectors, false>(count, Operand<T>{entries, D, 1}, job.panels + block * D * kBlock, kBlock, D, products,
                              kBlock);
-}
-
-// Replaces the products [count, kBlock] by scores.
-template <class T>
-void divide_by_temperature(const cpr_mil_nce_args& a, int64_t count, T* products) {
-  const auto inverse_temperature = broadcast(static_cast<T>(1 / a.temperature));
-  for (int64_t i = 0; i < count * kBlock; i += 16) store(products + i, load(products + i) * inverse_temperature);
 }
 
 template <class T>

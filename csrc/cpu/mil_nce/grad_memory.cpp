@@ -16,9 +16,11 @@ struct GradJob : Queries<T> {
   const char* failure;  // every thread sets the same text
 };
 
-// Replaces scores[k][lane] by the softmax weight of entry k in the denominator minus that in the numerator; 0 beyond B.
+// Replaces products[k][lane] = entry . query by the softmax weight of entry k in the denominator minus that in the
+// numerator; 0 beyond B.
 template <class T>
-void entry_weights(const GradJob<T>& job, int64_t block, int64_t count, const Membership& members, T* scores) {
+void entry_weights(const GradJob<T>& job, int64_t block, int64_t count, const Membership& members, T* products) {
+  const auto inverse_temperature = broadcast(static_cast<T>(1 / job.args.temperature));
   const int64_t queries = job.args.B - block * kBlock;
   T lse_all[kBlock], lse_positive[kBlock];
   for (int64_t lane = 0; lane < kBlock; ++lane) {
@@ -29,10 +31,10 @@ void entry_weights(const GradJob<T>& job, int64_t block, int64_t count, const Me
     const Mask16 valid = first_lanes(queries > v * 16 ? queries - v * 16 : 0);
     const auto all = load(lse_all + v * 16), positive = load(lse_positive + v * 16);
     for (int64_t k = 0; k < count; ++k) {
-      T* at = scores + k * kBlock + v * 16;
-      const auto score = load(at);
+      T* at = products + k * kBlock + v * 16;
+      const auto score = load(at) * inverse_temperature;
       auto weight = keep_lanes(members.all_present ? valid : valid & members.present[k][v], exp(score - all));
-      if (!members.none_positive && members.positive[k][v]) {
+      if (members.positive[k][v]) {
         weight = weight - keep_lanes(valid & members.positive[k][v], exp(score - positive));
       }
       store(at, weight);
@@ -58,7 +60,6 @@ void grad_chunks(int64_t begin, int64_t end, void* context) {
     for (int64_t block = 0; block < job.blocks; ++block) {
       find_members(a, block, first, count, members);
       multiply_chunk(job, block, entries, count, scores.data);
-      divide_by_temperature(a, count, scores.data);
       entry_weights(job, block, count, members, scores.data);
       for (int64_t d = 0; d < job.width; d += 16) {
         tiles<1, true>(count, Operand<T>{scores.data, kBlock, 1}, job.rows + block * kBlock * job.width + d, job.width,

@@ -43,26 +43,24 @@ struct Job : Queries<T> {
 template <class T>
 void add_positive(Part<T>& part, int64_t lane, T score, const T* entry, int64_t D) {
   T* weighted = part.weighted + lane * D;
-  if (score > part.max[lane]) {
-    const T scale = exp_scalar(part.max[lane] - score);
-    part.max[lane] = score;
-    part.sum[lane] *= scale;
-    for (int64_t d = 0; d < D; ++d) weighted[d] *= scale;
-  }
-  const T weight = exp_scalar(score - part.max[lane]);
-  part.sum[lane] += weight;
-  for (int64_t d = 0; d < D; ++d) weighted[d] += weight * entry[d];
+  const T new_max = score > part.max[lane] ? score : part.max[lane];
+  const T scale = exp_scalar(part.max[lane] - new_max), weight = exp_scalar(score - new_max);  // the scale is often 1
+  part.max[lane] = new_max;
+  part.sum[lane] = part.sum[lane] * scale + weight;
+  for (int64_t d = 0; d < D; ++d) weighted[d] = weighted[d] * scale + weight * entry[d];
 }
 
-// Replaces the scores [count, kBlock] of one vector of queries by exp(score - max), and rescales the sums of the part
+// Replaces the products [count, kBlock] of one vector of queries by exp(score - max), and rescales the sums of the part
 // where the maximum rose. Lanes with an unchanged maximum are multiplied by exactly 1.
 template <class T>
-void online_softmax(Part<T>& part, int v, int64_t count, int64_t D, const Membership& members, T* scores) {
-  T* column = scores + v * 16;
-  const auto old_max = load(part.max + v * 16);
+void online_softmax(Part<T>& part, int v, int64_t count, int64_t D, T inverse_temperature, const Membership& members,
+                    T* products) {
+  T* column = products + v * 16;
+  const auto factor = broadcast(inverse_temperature), old_max = load(part.max + v * 16);
   auto new_max = old_max;
   for (int64_t k = 0; k < count; ++k) {
-    const auto score = load(column + k * kBlock);
+    const auto score = load(column + k * kBlock) * factor;
+    store(column + k * kBlock, score);
     const auto raised = max(new_max, score);
     new_max = members.all_present ? raised : select(members.present[k][v], raised, new_max);
   }
@@ -86,11 +84,12 @@ void online_softmax(Part<T>& part, int v, int64_t count, int64_t D, const Member
 }
 
 // Adds the positives of a chunk to the running softmax over the positives of each query of a block, in slot order.
-// products [count, kBlock]: entry . query; rows without positives are not read.
+// products [kChunk, kBlock]: entry . query; rows without positives are not read.
 template <class T>
-void add_positives(Part<T>& part, const Membership& members, int64_t count, const T* entries, int64_t D,
-                   const T* products, T inverse_temperature) {
-  for (int64_t k = 0; !members.none_positive && k < count; ++k) {
+void add_positives(Part<T>& part, const Membership& members, const T* entries, int64_t D, const T* products,
+                   T inverse_temperature) {
+  for (uint64_t rows = members.positive_rows; rows; rows &= rows - 1) {
+    const int64_t k = __builtin_ctzll(rows);
     for (int v = 0; v < kTileVectors; ++v) {
       for (unsigned left = members.positive[k][v]; left; left &= left - 1) {
         const int64_t lane = v * 16 + __builtin_ctz(left);
@@ -125,6 +124,7 @@ void for_chunks(const Job<T>& job, int64_t i, Use use) {
 template <class T, class UseProducts>
 void accumulate_keys(const Job<T>& job, int64_t i, ChunkBuffers<T>& buffers, UseProducts use_products) {
   const cpr_mil_nce_args& a = job.args;
+  const T inverse_temperature = static_cast<T>(1 / a.temperature);
   T* const scores = buffers.scores.data;
   Part<T> all(job.all_parts + i * Part<T>::size(a.D));
   all.clear(a.D);
@@ -133,8 +133,9 @@ void accumulate_keys(const Job<T>& job, int64_t i, ChunkBuffers<T>& buffers, Use
     find_members(a, block, first, count, buffers.members);
     multiply_chunk(job, block, entries, count, scores);
     use_products(first, count, entries, scores);
-    divide_by_temperature(a, count, scores);
-    for (int v = 0; v < kTileVectors; ++v) online_softmax(all, v, count, a.D, buffers.members, scores);
+    for (int v = 0; v < kTileVectors; ++v) {
+      online_softmax(all, v, count, a.D, inverse_temperature, buffers.members, scores);
+    }
     tiles<kTileVectors, true>(a.D, Operand<T>{entries, 1, a.D}, scores, kBlock, count, all.weighted, kBlock);
   });
 }
@@ -156,8 +157,8 @@ void accumulate_parts(int64_t begin, int64_t end, void* context) {
     const int64_t i = n % job.blocks * job.splits + n / job.blocks;
     Part<T> positive(job.positive_parts ? job.positive_parts + i * Part<T>::size(D) : nullptr);
     if (job.positive_parts) positive.clear(D);
-    accumulate_keys(job, i, buffers, [&](int64_t, int64_t count, const T* entries, const T* products) {
-      add_positives(positive, buffers.members, count, entries, D, products, inverse_temperature);
+    accumulate_keys(job, i, buffers, [&](int64_t, int64_t, const T* entries, const T* products) {
+      add_positives(positive, buffers.members, entries, D, products, inverse_temperature);
     });
   }
 }
@@ -187,11 +188,22 @@ struct Term {
   int64_t stride;
 };
 
-// Merges the parts of one query in order, adds own_key and writes the outputs. all_keys(part) and positives(part)
-// return the sums of a part as a Term; a part without positives has the sum 0.
+// Computes the products of R rows [R, D] with as many others. Each is one sum in the order of the dimensions, so that
+// the latency of its additions is hidden only by the other sums.
+template <int R, class T>
+void multiply_rows(const T* rows, const T* others, int64_t D, T* products) {
+  T sums[R] = {};
+  for (int64_t d = 0; d < D; ++d) {
+    for (int r = 0; r < R; ++r) sums[r] += rows[r * D + d] * others[r * D + d];
+  }
+  for (int r = 0; r < R; ++r) products[r] = sums[r];
+}
+
+// Merges the parts of one query in order, adds own_key and writes the outputs. own_product: query . own_key.
+// all_keys(part) and positives(part) return the sums of a part as a Term; a part without positives has the sum 0.
 template <class T, class AllKeys, class Positives>
 void finish_query(const cpr_mil_nce_args& a, const cpr_mil_nce_outputs& outputs, int64_t b, int64_t parts,
-                  const T* query, const T* own_key, Softmax<T> all, Softmax<T> positive, AllKeys all_keys,
+                  T own_product, const T* own_key, Softmax<T> all, Softmax<T> positive, AllKeys all_keys,
                   Positives positives) {
   const int64_t D = a.D;
   bool has_other = false;
@@ -205,16 +217,13 @@ void finish_query(const cpr_mil_nce_args& a, const cpr_mil_nce_outputs& outputs,
   }
   const int64_t chosen = a.self_mode ? a.self_mode[b] : a.self_positive;
   const int64_t mode = has_other ? chosen : int64_t{CPR_SELF_KEEP};
-  T own_score = 0;
-  for (int64_t d = 0; d < D; ++d) own_score += query[d] * own_key[d];
-  own_score *= static_cast<T>(1 / a.temperature);
+  const T inverse_temperature = static_cast<T>(1 / a.temperature), own_score = own_product * inverse_temperature;
   if (mode != CPR_SELF_DROP_BOTH) all.add(own_score, 1, own_key, 1);
   if (mode == CPR_SELF_KEEP) positive.add(own_score, 1, own_key, 1);
 
   const T lse_all = all.logsumexp(), lse_positive = positive.logsumexp();
   const T in_all = mode != CPR_SELF_DROP_BOTH ? exp_scalar(own_score - lse_all) : 0;
   const T in_positive = mode == CPR_SELF_KEEP ? exp_scalar(own_score - lse_positive) : 0;
-  const T inverse_temperature = static_cast<T>(1 / a.temperature);
   static_cast<T*>(outputs.loss)[b] = lse_all - lse_positive;
   static_cast<T*>(outputs.lse_all)[b] = lse_all;
   static_cast<T*>(outputs.lse_positive)[b] = lse_positive;
@@ -229,16 +238,27 @@ void finish_query(const cpr_mil_nce_args& a, const cpr_mil_nce_outputs& outputs,
 template <class T, class AllKeys, class Positives>
 const char* finish_range(const cpr_mil_nce_args& a, const cpr_mil_nce_outputs& outputs, int64_t begin, int64_t end,
                          int64_t parts, AllKeys all_keys, Positives positives) {
+  constexpr int kRows = 4;  // whose own scores are computed together
   const ExactArithmetic exact;
-  const Scratch<T> query(a.D), own_key(a.D), all(a.D), positive(a.D);
-  if (!query.data || !own_key.data || !all.data || !positive.data) return kNoMemory;
-  for (int64_t b = begin; b < end; ++b) {
-    widen(a.query, a.dtype, b * a.D, a.D, query.data);
-    widen(a.own_key, a.dtype, b * a.D, a.D, own_key.data);
-    finish_query(
-        a, outputs, b, parts, query.data, own_key.data, Softmax<T>{.weighted = all.data, .D = a.D},
-        Softmax<T>{.weighted = positive.data, .D = a.D}, [&](int64_t part) { return all_keys(b, part); },
-        [&](int64_t part) { return positives(b, part); });
+  const Scratch<T> buffer((2 * kRows + 2) * a.D);
+  if (!buffer.data) return kNoMemory;
+  T *const queries = buffer.data, *const own_keys = queries + kRows * a.D;
+  T *const all = own_keys + kRows * a.D, *const positive = all + a.D;
+  for (int64_t first = begin; first < end; first += kRows) {
+    const int64_t count = end - first < kRows ? end - first : kRows;
+    widen(a.query, a.dtype, first * a.D, count * a.D, queries);
+    widen(a.own_key, a.dtype, first * a.D, count * a.D, own_keys);
+    T own_products[kRows];
+    if (count == kRows) multiply_rows<kRows>(queries, own_keys, a.D, own_products);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t b = first + r;
+      const T* own_key = own_keys + r * a.D;
+      if (count < kRows) multiply_rows<1>(queries + r * a.D, own_key, a.D, own_products + r);
+      finish_query(
+          a, outputs, b, parts, own_products[r], own_key, Softmax<T>{.weighted = all, .D = a.D},
+          Softmax<T>{.weighted = positive, .D = a.D}, [&](int64_t part) { return all_keys(b, part); },
+          [&](int64_t part) { return positives(b, part); });
+    }
   }
   return nullptr;
 }
