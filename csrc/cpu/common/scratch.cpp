@@ -11,9 +11,8 @@ namespace cpr {
 namespace {
 
 constexpr size_t kLine = 64, kHugePage = size_t{1} << 21;
-constexpr size_t kSmall = size_t{1} << 16;   // bytes: smaller blocks are left to the C library
 constexpr size_t kKeep = size_t{256} << 20;  // bytes: the limit for the blocks that a thread keeps
-constexpr int kSlots = 8;
+constexpr int kSlots = 24;
 
 ScratchBlock allocate(size_t bytes) {
   const size_t alignment = bytes < 2 * kHugePage ? kLine : kHugePage;
@@ -51,7 +50,7 @@ ScratchBlock acquire_scratch(size_t bytes) {
     if (block.bytes >= bytes && block.bytes / 2 <= bytes && (best == nullptr || block.bytes < best->bytes))
       best = &block;
   }
-  if (bytes < kSmall || best == nullptr) return allocate(bytes);
+  if (best == nullptr) return allocate(bytes);
   const ScratchBlock found = *best;
   kept.total -= found.bytes;
   *best = {};
@@ -59,7 +58,7 @@ ScratchBlock acquire_scratch(size_t bytes) {
 }
 
 void release_scratch(ScratchBlock block) {
-  if (block.bytes >= kSmall && block.memory != nullptr) {
+  if (block.memory != nullptr) {
     ScratchBlock* smallest = &kept.blocks[0];
     for (ScratchBlock& other : kept.blocks) {
       if (other.bytes < smallest->bytes) smallest = &other;

@@ -1,6 +1,7 @@
-// Scratch memory of the CPU kernels. Each thread keeps its large blocks for later calls. The C library would get new
-// pages from the system for each large allocation, and clearing those costs as much as a small selection, or several
-// times as much on a machine that is short of memory.
+// Scratch memory of the CPU kernels. Each thread keeps its blocks for later calls. The C library would get new pages
+// from the system for each large allocation, and for smaller ones whenever a free block at the end of the heap has been
+// returned; clearing pages costs as much as a small selection, or several times as much on a machine that is short of
+// memory.
 #pragma once
 
 #include <stddef.h>
