@@ -192,6 +192,27 @@ def test_the_memory_may_be_overwritten_unless_it_learns(device):
             assert torch.equal(query.grad, expected)
 
 
+@pytest.mark.parametrize("learning", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_a_gradient_does_not_depend_on_what_else_learns(device, learning):
+    features, positives, settings = problem(5, 70, 16, device=device)
+    expected = gradients(mil_nce, features, positives, settings)[1:]
+    leaves = [x.clone().requires_grad_(i in learning) for i, x in enumerate(features)]
+    mil_nce(*leaves, positives, reduction="none", **settings).sum().backward()
+    for i, leaf in enumerate(leaves):
+        assert torch.equal(leaf.grad, expected[i]) if i in learning else leaf.grad is None
+
+
+def test_all_features_may_be_overwritten_if_only_the_query_learns(device):
+    features, positives, settings = problem(5, 70, 16, device=device)
+    features[0].requires_grad_()
+    expected = torch.autograd.grad(mil_nce(*features, positives, **settings), features[0])[0]
+    loss = mil_nce(*features, positives, **settings)
+    with torch.no_grad():
+        for x in features:
+            x.zero_()
+    assert torch.equal(torch.autograd.grad(loss, features[0])[0], expected)
+
+
 def test_double_backward_raises(device):
     (query, own_key, memory), positives, _ = problem(4, 60, 16, device=device, ids=False)
     query.requires_grad_()
@@ -237,7 +258,7 @@ def test_strides_do_not_matter(device):
 
 
 def test_extra_memory_does_not_grow_with_the_queue():
-    """The outputs have B and B x D values; apart from them only the query is saved for the backward pass."""
+    """Of the outputs, which have B and B x D values, the gradient to the query is saved for the backward pass."""
     sizes = []
     for K in (20_000, 40_000):
         features, positives, _ = problem(8, K, 16, ids=False)
