@@ -15,14 +15,15 @@ struct Survivors {
   int64_t stride, U, count;
 };
 
-// Moves the lanes of `mask` from position `from` to position `to` <= `from`, in order, in each compared view.
-// kViews: the number of compared views if known at compile time, else 0. With the usual two views, the pointers stay in
-// registers.
+// Moves the lanes of `mask` from position `from` to position `to` <= `from`, in order, in each compared view, and
+// returns their number. kViews: the number of compared views if known at compile time, else 0. With the usual two
+// views, the pointers stay in registers.
 template <int kViews>
-inline void compact_vector(Survivors& s, int64_t from, int64_t to, Mask16 mask, Key16 slots) {
+inline int compact_vector(Survivors& s, int64_t from, int64_t to, Mask16 mask, Key16 slots) {
   const int64_t views = kViews ? kViews : s.U;
-  for (int64_t u = 0; u < views; ++u) compress(s.keys + u * s.stride + to, mask, load(s.keys + u * s.stride + from));
-  compress(s.slots + to, mask, slots);
+  const Compaction chosen(mask);
+  for (int64_t u = 0; u < views; ++u) compress(s.keys + u * s.stride + to, chosen, load(s.keys + u * s.stride + from));
+  return compress(s.slots + to, chosen, slots);
 }
 
 // Starts with the entries that are not empty, have another id than the query, and no NaN score in a compared view.
@@ -32,9 +33,9 @@ void drop_excluded(Survivors& s, const cpr_cascade_args& a, int64_t b) {
   const int64_t own_id = a.query_ids ? a.query_ids[b] : -1;
   int64_t kept = 0;
   for (int64_t i = 0; i < a.K; i += 16) {
-    Mask16 mask = first_lanes(a.K - i);
-    for (int64_t u = 0; u < (kViews ? kViews : s.U); ++u)
-      mask &= greater(load(s.keys + u * s.stride + i), broadcast(kNoKey));
+    Key16 lowest = load(s.keys + i);
+    for (int64_t u = 1; u < (kViews ? kViews : s.U); ++u) lowest = min(lowest, load(s.keys + u * s.stride + i));
+    Mask16 mask = first_lanes(a.K - i) & greater(lowest, broadcast(kNoKey));
     if (a.memory_ids && i + 16 <= a.K) {
       mask &= static_cast<Mask16>(~(equal_ids(a.memory_ids + i, -1) | equal_ids(a.memory_ids + i, own_id)));
     } else if (a.memory_ids) {
@@ -46,10 +47,10 @@ void drop_excluded(Survivors& s, const cpr_cascade_args& a, int64_t b) {
     const Key16 slots = add(broadcast(static_cast<int32_t>(i)), load(iota));
     if (mask == kAllLanes && kept == i) {  // nothing has been dropped yet: the keys are in place
       store(s.slots + i, slots);
+      kept += 16;
     } else {
-      compact_vector<kViews>(s, i, kept, mask, slots);
+      kept += compact_vector<kViews>(s, i, kept, mask, slots);
     }
-    kept += count_lanes(mask);
   }
   s.count = kept;
 }
@@ -72,8 +73,7 @@ void select_stage(Survivors& s, int64_t row, int64_t keep, int32_t* const scratc
       ties -= count_lanes(tied);
     }
     const Mask16 mask = tied | (greater(key, broadcast(threshold.key)) & valid);
-    compact_vector<kViews>(s, i, kept, mask, load(s.slots + i));
-    kept += count_lanes(mask);
+    kept += compact_vector<kViews>(s, i, kept, mask, load(s.slots + i));
   }
   s.count = kept;
 }

@@ -69,16 +69,23 @@ struct LanesOfMask {
   }
 };
 alignas(64) constexpr LanesOfMask kLanesOfMask;
-// Moves the lanes of an 8-bit mask to the front.
-inline __m256i compacted(int mask, __m256i a) {
-  const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLanesOfMask.bytes + mask));
-  return _mm256_permutevar8x32_epi32(a, _mm256_cvtepu8_epi32(lanes));
+// The lanes of an 8-bit mask, as an index that moves them to the front.
+inline __m256i lanes_to_front(int mask) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLanesOfMask.bytes + mask)));
 }
-inline int compress(int32_t* p, Mask16 mask, Key16 a) {
-  const int low = __builtin_popcount(mask & 0xff);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), compacted(mask & 0xff, a.lo));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + low), compacted(mask >> 8, a.hi));
-  return low + __builtin_popcount(mask >> 8);
+struct Compaction {
+  Compaction(Mask16 mask)
+      : lo(lanes_to_front(mask & 0xff)),
+        hi(lanes_to_front(mask >> 8)),
+        low(__builtin_popcount(mask & 0xff)),
+        count(low + __builtin_popcount(mask >> 8)) {}
+  __m256i lo, hi;
+  int low, count;  // lanes of the lower half and of both
+};
+inline int compress(int32_t* p, Compaction chosen, Key16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(a.lo, chosen.lo));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + chosen.low), _mm256_permutevar8x32_epi32(a.hi, chosen.hi));
+  return chosen.count;
 }
 inline Mask16 equal_ids(const int64_t* ids, int64_t id) {
   const __m256i wanted = _mm256_set1_epi64x(id);

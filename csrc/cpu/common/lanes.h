@@ -86,6 +86,7 @@ inline Key16 key_of(Vec16 score) {
   const __m512i key = _mm512_xor_si512(bits, _mm512_srli_epi32(_mm512_srai_epi32(bits, 31), 1));
   return {_mm512_mask_mov_epi32(key, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(kNoKey))};
 }
+using Compaction = Mask16;  // the lanes that `compress` selects; made of a mask once for several calls
 // Writes the selected lanes contiguously at p and returns their number. The rest of p[0..15] is undefined.
 inline int compress(int32_t* p, Mask16 mask, Key16 a) {
   store(p, Key16{_mm512_maskz_compress_epi32(
@@ -208,6 +209,7 @@ inline Key16 key_of(Vec16 score) {
   }
   return r;
 }
+using Compaction = Mask16;
 inline int compress(int32_t* p, Mask16 mask, Key16 a) {
   int count = 0;
   for (; mask; mask &= static_cast<Mask16>(mask - 1)) p[count++] = a.v[__builtin_ctz(mask)];
