@@ -49,6 +49,19 @@ def test_equals_float64_on_lattice(device, dtype, V, B, K, D, n):
         )
 
 
+@pytest.mark.parametrize("K", [48, 49, 1500])
+def test_scores_that_are_consecutive_floats(device, K):
+    """Each query has its own order of the same K scores, which differ by one unit in the last place."""
+    generator = torch.Generator().manual_seed(K)
+    orders = torch.stack([torch.randperm(K, generator=generator) for _ in range(40)])  # [B, K]
+    memory = (1 + orders.T * 2.0**-23)[None].to(device)  # [1, K, D]: dimension d holds the scores of query d
+    queries = torch.eye(40, device=device)[None]
+    for keep in (1, K // 7, K // 3, K // 2, K - 9):
+        indices, scores = cascade_select(queries, memory, [0], [keep])
+        assert torch.equal(indices.cpu(), orders.argsort(dim=1, descending=True)[:, :keep])
+        assert torch.equal(scores.cpu(), (1 + torch.arange(K - 1, K - 1 - keep, -1) * 2.0**-23).expand(40, keep))
+
+
 @pytest.mark.parametrize("n", range(1, 11))
 @pytest.mark.parametrize("ratio", [0.5, 0.99])
 def test_every_depth(device, n, ratio):
