@@ -19,7 +19,7 @@ namespace cpr {
 namespace {
 
 constexpr int kSampledPerThread = kSample / kSelectThreads;
-constexpr int kFewPerThread = 5;  // a stage visits all entries that a thread has room for: once few are left, so many
+constexpr int kFewPerThread = 5;  // once at most so many are left, stages visit these instead of all places
 
 struct SampleShared {
   SelectShared select;

@@ -73,7 +73,7 @@ __device__ __forceinline__ float query_bound(const T* query, int64_t D, unsigned
   return everywhere_canonical ? 0.0f : relative * norm_bound(square) * norm_bound(__uint_as_float(key_square));
 }
 
-// Computes a canonical score in one thread.
+// Computes a canonical score in one thread. Both rows must have content.
 template <typename Q, typename T>
 __device__ __forceinline__ float canonical_score(const Matrix<Q>& queries, int64_t b, const Matrix<T>& keys,
                                                  int64_t k) {
