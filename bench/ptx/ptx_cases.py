@@ -5,7 +5,8 @@ interpreted calls as a line over one feature of the call, and multiplied by the 
 the large call, which it plans on the limits of the device (`DEVICES`) without executing anything:
 
     score, tensor_score      no feature: a tile of scores of one size is always the same work
-    sample, sieve, misled    no feature
+    sieve                    no feature
+    misled                   queries of a block
     stream                   tiles of a block
     select, streamed_stages  K
     all scans                tiles of 64 keys in a split of the memory; of the scan by warpgroups the PTX of sm_90a is
@@ -46,6 +47,8 @@ ROUTES = {
     "on chip": {},
     "on chip of an A100": {"processors": 108},  # fewer and larger tiles of scores
     "streamed": {"shared_limit": 0, "cache_size": 40 << 20},
+    "streamed by 16 multiprocessors": {"shared_limit": 0, "cache_size": 40 << 20, "processors": 16},  # 4 tiles a block
+    "streamed by an A100": {"shared_limit": 163 << 10, "cache_size": 40 << 20, "processors": 108},  # few queries held
 }
 _STAGES = re.compile(r"\d(select_(on_chip_)?|streamed_stages_)kernel")
 GLOBAL = ("load global", "store global", "copy async", "atomic")
@@ -81,8 +84,9 @@ class Kernel:
 def short_name(entry: str) -> str:
     """Returns score_kernel<float, 4, 4> for its mangled name."""
     text = subprocess.run(["c++filt", entry], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"(\w+_kernel)(<[^>]*>)?", text)
-    return found[1] + (found[2] or "").replace("__nv_", "").replace("(int)", "").replace("(bool)", "")
+    found = re.search(r"(\w+_kernel)(<(?:[^<>]|<[^<>]*>)*>)?", text)
+    arguments = re.sub(r"__nv_|\(int\)|\(bool\)|cpr::| (?=>)", "", found[2] or "")
+    return found[1] + arguments
 
 
 def issue(device: PtxDevice, call: Call) -> None:
@@ -133,6 +137,8 @@ def features(call: Call, launches: list[Launch]) -> list[float]:
             splits = launch.grid[1]
             tiles = -(-call.K // 64)
             found.append(-(-tiles // splits))
+        elif "misled_stages_kernel" in launch.kernel:
+            found.append(queries / launch.grid[0])
         elif "stream_kernel" in launch.kernel:
             found.append(call.K / 128 * -(-queries // 64) / launch.grid[0])
         else:

@@ -1,6 +1,6 @@
 """Counts what the compiled CUDA kernels do, without a GPU: executes their PTX in the interpreter of tests/support/ptx.
 
-    python bench/ptx/ptx_counts.py [--out bench/results] [--routes "on chip" streamed | --operators mil_nce]
+    python bench/ptx/ptx_counts.py [--out bench/results] [--routes "on chip" streamed ... | --operators mil_nce]
 
 writes ptx_counts.json and ptx_counts.md: instructions by class, active lanes, sectors of 32 bytes, wavefronts of shared
 memory and the busiest source lines of interpreted calls; how far extrapolated counts are from interpreted ones; the
@@ -43,6 +43,10 @@ SAMPLES = [
     *(Call("cascade_select", "bf16", B, K, "on chip") for B, K in ((32, 2048),)),
     *(Call("cascade_select", "fp32", 64, K, "streamed") for K in (32768, 65536)),
     *(Call("cascade_select", "bf16", 64, K, "streamed") for K in (32768, 65536)),
+    # Blocks of several tiles; and at most 32 queries, which have smaller tiles and go through the stages on chip.
+    *(Call("cascade_select", precision, 64, 32768, "streamed by 16 multiprocessors") for precision in ("fp32", "bf16")),
+    Call("cascade_select", "fp32", 32, 32768, "streamed by 16 multiprocessors"),
+    *(Call("cascade_select", "fp32", 32, K, "streamed by an A100") for K in (24576, 32768)),
     *(Call("mil_nce", dtype, 32, K) for dtype in PRECISIONS["mil_nce"] for K in (2048, 16384, 65536)),
     *(Call("mil_nce", "bfloat16", 64, K) for K in (2048, 16384)),  # more than 32 queries have a kernel of their own
     *(Call("mil_nce", "float32", 64, K) for K in (16384, 65536)),  # and larger tiles
@@ -53,6 +57,8 @@ SAMPLES = [
 CHECKS = [
     Call("cascade_select", "fp32", 32, 8192, "on chip"),
     Call("cascade_select", "fp32", 64, 40000, "streamed"),
+    Call("cascade_select", "fp32", 64, 49152, "streamed by 16 multiprocessors"),
+    Call("cascade_select", "fp32", 32, 28672, "streamed by an A100"),
     Call("mil_nce", "float32", 64, 32768),
     Call("mil_nce", "bfloat16", 64, 131072),
     Call("mil_nce", "bfloat16", 128, 32768, architecture="90a"),
@@ -204,7 +210,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--routes", nargs="+", choices=ROUTES, metavar="ROUTE",
-                      help="interpret only the calls of cascade_select on these routes: on chip, streamed; "
+                      help=f"interpret only the calls of cascade_select on these routes: {', '.join(ROUTES)}; "
                       "the rest of the report stays as it is saved")  # fmt: skip
     only.add_argument("--operators", nargs="+", choices=OPERATORS, metavar="OPERATOR", default=OPERATORS,
                       help="the same for all calls of these operators")  # fmt: skip
@@ -223,7 +229,8 @@ def main() -> None:
         for part in ("samples", "checks"):
             report[part] = [row for row in kept[part] if not again(row["op"], row["route"])]
         samples = saved_samples([row for row in report["samples"] if row["op"] in chosen])
-        report["registers"] = kept["registers"]
+        present = {row["kernel"] for row in report["samples"]}
+        report["registers"] = {kernel: used for kernel, used in kept["registers"].items() if kernel in present}
         for part in ("calls", "growth"):
             report[part] = [row for row in kept[part] if row["op"] not in chosen]
     samples += sample(devices, [call for call in SAMPLES if again(call.op, call.route)], report)

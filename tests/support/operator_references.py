@@ -11,6 +11,8 @@ ROUTES = {  # the limits of an emulated device that select a route of cascade_se
     "in cache": {"shared_limit": 0, "cache_size": 40 << 20},
     "streamed": {"shared_limit": 0, "cache_size": 0},
 }
+# Shared memory that holds the gathered entries of a long row, but not the row.
+LISTS_IN_SHARED_MEMORY = {"shared_limit": 128 << 10, "cache_size": 0}
 
 
 def fma_scores(queries: torch.Tensor, memory: torch.Tensor) -> np.ndarray:

@@ -7,6 +7,7 @@
 //               give limits for the threshold of each stage (sieve.cuh). One pass over the memory computes scores on
 //               tensor cores, counts the entries that the limits settle, and writes only the others (stream.cuh). The
 //               stages run on those, and compute the canonical scores of the entries within the error of a threshold.
+//               Of few queries, whose blocks have a multiprocessor each, they are in shared memory where they fit.
 //
 // All routes are exact. The canonical score (float32 fused multiply-adds in the order of d) and the total order (score
 // descending, slot ascending) define indices and scores, and the results have the same bits as those of the CPU. With
@@ -46,31 +47,35 @@ const char* run_on_rows(const Plan& plan, const Inputs<T>& in, int64_t first, in
                       first);
 }
 
-// Selects for a chunk of queries on the streamed route.
+// Selects for a chunk of queries on the streamed route, with scores in tiles of this kind.
+template <bool kExact, typename Tile, typename T>
+const char* run_streamed_in(const Plan& plan, const Inputs<T>& in, int64_t first, int64_t queries, const Chunk& chunk,
+                            cudaStream_t stream) {
+  const char* error = nullptr;
+  if (plan.sifted) error = launch_tensor_scores<true, kExact, Tile>(plan, in, first, queries, chunk, stream);
+  if (error == nullptr) error = launch_sieve(plan, queries, chunk, stream);
+  if (error == nullptr) error = launch_stream<kExact, Tile>(plan, in, first, queries, chunk, stream);
+  return error != nullptr ? error : launch_streamed_stages<kExact>(plan, in, first, queries, chunk, stream);
+}
+
 template <bool kExact, typename T>
 const char* run_streamed(const Plan& plan, const Inputs<T>& in, int64_t first, int64_t queries, const Chunk& chunk,
                          cudaStream_t stream) {
-  const char* error = nullptr;
-  if (plan.sifted) error = launch_tensor_scores<true, kExact>(plan, in, first, queries, chunk, stream);
-  if (error == nullptr) error = launch_sieve(plan, queries, chunk, stream);
-  if (error == nullptr) error = launch_stream<kExact>(plan, in, first, queries, chunk, stream);
-  return error != nullptr ? error : launch_streamed_stages<kExact>(plan, in, first, queries, chunk, stream);
+  return queries <= TileOfFew::kQueries ? run_streamed_in<kExact, TileOfFew>(plan, in, first, queries, chunk, stream)
+                                        : run_streamed_in<kExact, LargeTile>(plan, in, first, queries, chunk, stream);
 }
 
 template <typename T>
 const char* run(const cpr_cascade_args& args, void* workspace, cudaStream_t stream) {
   const Plan plan = plan_of(args);
   Workspace memory = {reinterpret_cast<uintptr_t>(workspace)};
-  Chunk chunk = chunk_in(plan, memory, sizeof(T));
+  Chunk chunk = chunk_in(plan, memory);
   chunk.indices = args.indices, chunk.top_scores = args.scores;
   const Inputs<T> in = {static_cast<const T*>(args.queries), static_cast<const T*>(args.memory), args.query_ids,
                         args.memory_ids};
   if (plan.route == kStreamed && plan.exact) {
     const cudaError_t status = cudaMemsetAsync(chunk.key_squares, 0, plan.views_used * sizeof(unsigned), stream);
     if (status != cudaSuccess) return error_text(status);
-  }
-  if (plan.sifted) {
-    if (const char* error = launch_sample(plan, in, chunk, stream)) return error;
   }
   for (int64_t first = 0; first < plan.B; first += plan.chunk) {
     const int64_t queries = plan.B - first < plan.chunk ? plan.B - first : plan.chunk;
@@ -89,7 +94,7 @@ extern "C" size_t cpr_cascade_select_cuda_workspace(const cpr_cascade_args* args
   if (cpr::check(*args) != nullptr) return 0;
   const cpr::Plan plan = cpr::plan_of(*args);
   cpr::Workspace memory = {0};
-  cpr::chunk_in(plan, memory, args->dtype == CPR_F32 ? 4 : 2);
+  cpr::chunk_in(plan, memory);
   return static_cast<size_t>(memory.at);
 }
 

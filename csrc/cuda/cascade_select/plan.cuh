@@ -47,8 +47,9 @@ struct Plan {
   int tiles;  // of keys, that a block streams
   Route route;
   bool exact;
-  int16_t view[kMaxStages];       // [stages] index of the view of each stage in view_used
-  int32_t keep[kMaxStages];       // [stages] at most K
+  bool held;                 // whether the entries that are gathered for a query go through the stages in shared memory
+  int16_t view[kMaxStages];  // [stages] index of the view of each stage in view_used
+  int32_t keep[kMaxStages];  // [stages] at most K
   int32_t view_used[kMaxStages];  // [views_used] index of the view in the inputs
   bool sifted;
   SampleRanks sampled[kMaxSiftedStages];
@@ -188,6 +189,26 @@ void plan_lists(Plan& plan, bool split) {
   plan.capacity = plan.lists[kMaxSiftedStages];
 }
 
+// Floats for each view of a query in shared memory: whole vectors.
+__host__ __device__ int64_t held_width(const Plan& plan) { return round_up(plan.D, 4); }
+
+// In a block whose sieve was wrong, a tile of scores takes their place.
+using SpareTile = ScoreTile<kScoreQueries, kSelectThreads>;
+
+template <typename E>
+union SpareShared {
+  CascadeShared stages;
+  TensorScoreShared<SpareTile, E, 1> tile;
+};
+
+// Bytes of shared memory for a query and the entries that are gathered for it, each a slot and a score in every view.
+int64_t held_bytes(const Plan& plan) {
+  const int64_t words = plan.views_used * held_width(plan) + (plan.views_used + 1) * plan.capacity;
+  const int64_t bytes = static_cast<int64_t>(sizeof(CascadeShared)) + words * 4;
+  const int64_t spare = static_cast<int64_t>(sizeof(SpareShared<__nv_bfloat16>));
+  return bytes > spare ? bytes : spare;
+}
+
 // Plans the streamed route.
 void plan_stream(Plan& plan, bool split) {
   plan.sifted = plan.K >= kMinSifted;
@@ -197,6 +218,7 @@ void plan_stream(Plan& plan, bool split) {
   const int64_t most = (int64_t{1} << 29) / (plan.row * static_cast<int64_t>(sizeof(float)) * (plan.views_used + 1));
   plan.spare = most < 1 ? 1 : most < processors ? most : processors;
   if (plan.spare > plan.chunk) plan.spare = plan.chunk;
+  plan.held = plan.sifted && plan.spare == plan.chunk && held_bytes(plan) <= processor_shared_memory();
   const int64_t share = ceil_div(plan.K, kScoreKeys) * ceil_div(plan.chunk, kScoreQueries) / (4 * processors);
   plan.tiles = static_cast<int>(share < 1 ? 1 : share < kMaxStreamedTiles ? share : kMaxStreamedTiles);
 }
@@ -235,8 +257,6 @@ struct Chunk {
   float* top_scores;    // [B, top_k]
 
   // Of the streamed route only:
-  void* sample;            // [U, kSample, D], of the type of the memory: the sampled entries
-  int64_t* sample_ids;     // [kSample]
   Sieve* sieves;           // [chunk]
   unsigned* key_squares;   // [U] the greatest squared norm of a key within the range of the bound; bits of a float
   uint32_t *slots, *near;  // [chunk, capacity] gathered entries; scratch for those near a threshold, for exact scores
@@ -270,7 +290,7 @@ struct Workspace {
   }
 };
 
-Chunk chunk_in(const Plan& plan, Workspace& workspace, int64_t feature_bytes) {
+Chunk chunk_in(const Plan& plan, Workspace& workspace) {
   Chunk chunk = {};
   chunk.ranking = workspace.take<uint64_t>(plan.chunk * plan.ranking_row);
   if (plan.route != kStreamed) {
@@ -284,8 +304,6 @@ Chunk chunk_in(const Plan& plan, Workspace& workspace, int64_t feature_bytes) {
   chunk.values = workspace.take<float>(plan.views_used * plan.chunk * plan.capacity);
   if (plan.exact) chunk.near = workspace.take<uint32_t>(plan.chunk * plan.capacity);
   if (!plan.sifted) return chunk;
-  chunk.sample = workspace.take<char>(plan.views_used * kSample * plan.D * feature_bytes);
-  chunk.sample_ids = workspace.take<int64_t>(kSample);
   chunk.scores = workspace.take<float>(plan.views_used * plan.chunk * kSample);
   chunk.spare_scores = workspace.take<float>(plan.spare * plan.views_used * plan.row);
   chunk.spare_slots = workspace.take<uint32_t>(plan.spare * plan.row);

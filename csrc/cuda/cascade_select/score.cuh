@@ -73,39 +73,69 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
+// Returns the slot of an entry of the sample: one from each of kSample equal parts of the row, at a place that depends
+// on the part as if at random.
+__device__ __forceinline__ int64_t sampled_slot(int64_t part, int64_t entries) {
+  const uint64_t K = static_cast<uint64_t>(entries), number = static_cast<uint64_t>(part);
+  const uint64_t scattered = static_cast<uint32_t>(number + 1) * 2654435761u;
+  return static_cast<int64_t>((number * K + ((scattered * K) >> 32)) / kSample);
+}
+
+// The sampled rows of a matrix.
+template <typename T>
+struct SampledRows {
+  static constexpr bool kConsecutive = false;
+  Matrix<T> all;
+  int64_t rows, D;
+  const T* data;
+  bool aligned;
+
+  __device__ explicit SampledRows(const Matrix<T>& all)
+      : all(all), rows(kSample), D(all.D), data(all.data), aligned(all.aligned) {}
+
+  __device__ __forceinline__ int64_t at(int64_t part) const { return all.at(sampled_slot(part, all.rows)); }
+  __device__ __forceinline__ bool holds(int64_t part) const { return all.holds(sampled_slot(part, all.rows)); }
+  __device__ __forceinline__ float4 load4(int64_t part, int64_t d) const {
+    return all.load4(sampled_slot(part, all.rows), d);
+  }
+};
+static_assert(kSample % kScoreKeys == 0, "tiles of sampled rows are whole");
+
 // Computes the scores of a tile on tensor cores, of features rounded to kTerms 16-bit terms; NaN for excluded entries.
 // With kSampled, keys are the sample of the memory.
-template <typename T, bool kSampled, int kTerms>
-__global__ void __launch_bounds__(kScoreThreads, 2)
+template <typename T, bool kSampled, int kTerms, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 2)
     tensor_score_kernel(const __grid_constant__ Plan plan, Chunk chunk, Inputs<T> in, int64_t first_query,
                         int64_t queries) {
   using E = typename Multiplied<T>::Type;
-  auto& shared = shared_memory<TensorScoreShared<E, kTerms>>();
+  auto& shared = shared_memory<TensorScoreShared<Tile, E, kTerms>>();
   const int u = blockIdx.z;
   const int64_t view = plan.view_used[u], entries = kSampled ? kSample : plan.K, row = kSampled ? kSample : plan.row;
-  const int64_t b0 = static_cast<int64_t>(blockIdx.y) * kScoreQueries,
-                k0 = static_cast<int64_t>(blockIdx.x) * kScoreKeys;
-  const T* memory =
-      kSampled ? static_cast<const T*>(chunk.sample) + u * kSample * plan.D : in.memory + view * plan.K * plan.D;
-  const int64_t* memory_ids = !kSampled ? in.memory_ids : in.memory_ids != nullptr ? chunk.sample_ids : nullptr;
+  const int64_t b0 = static_cast<int64_t>(blockIdx.y) * Tile::kQueries,
+                k0 = static_cast<int64_t>(blockIdx.x) * Tile::kKeys;
   const Matrix<T> query(in.queries + (view * plan.B + first_query) * plan.D, queries, plan.D);
-  const Matrix<T> keys(memory, entries, plan.D, memory_ids);
-  TensorScores score;
-  score_tile<false>(query, b0, keys, k0, shared, score);
+  const Matrix<T> keys(in.memory + view * plan.K * plan.D, plan.K, plan.D, in.memory_ids);
+  typename Tile::Scores score;
+  if constexpr (kSampled) {
+    score_tile<false>(query, b0, SampledRows<T>(keys), k0, shared, score);
+  } else {
+    score_tile<false>(query, b0, keys, k0, shared, score);
+  }
 
-  const int lane = threadIdx.x % kWarp, column0 = first_key_of_warp() + lane % 4 * 2;
+  const int lane = threadIdx.x % kWarp, column0 = Tile::first_key() + lane % 4 * 2;
   int64_t id[kTensorKeyPieces][2] = {};
 #pragma unroll
   for (int n = 0; n < kTensorKeyPieces; ++n) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int64_t slot = k0 + column0 + n * 8 + j;
-      if (memory_ids != nullptr && slot < entries) id[n][j] = memory_ids[slot];
+      const int64_t entry = k0 + column0 + n * 8 + j;
+      if (in.memory_ids == nullptr || entry >= entries) continue;
+      id[n][j] = in.memory_ids[kSampled ? sampled_slot(entry, plan.K) : entry];
     }
   }
 #pragma unroll
-  for (int i = 0; i < kTensorQueryPieces * 2; ++i) {
-    const int64_t b = b0 + first_query_of_warp() + i * 8 + lane / 4;
+  for (int i = 0; i < Tile::kQueryPieces * 2; ++i) {
+    const int64_t b = b0 + Tile::first_query() + i * 8 + lane / 4;
     if (b >= queries) continue;
     const int64_t own_id = in.query_ids != nullptr ? in.query_ids[first_query + b] : -1;
     float* to = chunk.scores + (u * plan.chunk + b) * row + k0 + column0;
@@ -114,7 +144,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
       float value[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        value[j] = excluded(memory_ids, id[n][j], own_id) ? NAN : score[i / 2][n][i % 2 * 2 + j] + 0.0f;
+        value[j] = excluded(in.memory_ids, id[n][j], own_id) ? NAN : score[i / 2][n][i % 2 * 2 + j] + 0.0f;
       }
       const int64_t slot = k0 + column0 + n * 8;  // even
       if (slot + 1 < entries) {
@@ -159,17 +189,17 @@ const char* launch_scores_of_few(const Plan& plan, const Inputs<T>& in, int64_t 
   return launch_scores<4, 2>(plan, in, first, queries, chunk, stream);
 }
 
-// With kPrecise, float features have two terms: limits from a sample must not be off by the rounding of a query, which
-// is the same in all of its scores.
-template <bool kSampled, bool kPrecise, typename T>
+// Computes the scores of a chunk or, with kSampled, of the sample on tensor cores. With kPrecise, float features have
+// two terms: limits from a sample must not be off by the rounding of a query, which is the same in all of its scores.
+template <bool kSampled, bool kPrecise, typename Tile = LargeTile, typename T>
 const char* launch_tensor_scores(const Plan& plan, const Inputs<T>& in, int64_t first, int64_t queries,
                                  const Chunk& chunk, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(kSampled ? kSample : plan.K, kScoreKeys)),
-                  static_cast<unsigned>(ceil_div(queries, kScoreQueries)), static_cast<unsigned>(plan.views_used));
+  const dim3 grid(static_cast<unsigned>(ceil_div(kSampled ? kSample : plan.K, Tile::kKeys)),
+                  static_cast<unsigned>(ceil_div(queries, Tile::kQueries)), static_cast<unsigned>(plan.views_used));
   using E = typename Multiplied<T>::Type;
   constexpr int kTerms = kPrecise && sizeof(T) > sizeof(E) ? 2 : 1;
-  return launch<TensorScoreShared<E, kTerms>>(tensor_score_kernel<T, kSampled, kTerms>, grid, kScoreThreads, stream,
-                                              plan, chunk, in, first, queries);
+  return launch<TensorScoreShared<Tile, E, kTerms>>(tensor_score_kernel<T, kSampled, kTerms, Tile>, grid,
+                                                    Tile::kThreads, stream, plan, chunk, in, first, queries);
 }
 
 }  // namespace

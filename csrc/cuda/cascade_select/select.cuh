@@ -77,9 +77,10 @@ __device__ __forceinline__ void for_each_in_bucket(HeldSurvivors<kHeld>& survivo
 struct LinearBuckets {
   static constexpr uint32_t kFirst = 0x4b000000;  // bits of 2^23, from where on floats are the integers
   float slope, start, width, best;
+  float span, high;  // of the scores with a scale
 
-  __device__ LinearBuckets(float low, float high) {
-    const float scale = reciprocal(high - low), last = kBuckets - 1, first = __uint_as_float(kFirst);
+  __device__ LinearBuckets(float low, float high) : span(high - low), high(high) {
+    const float scale = reciprocal(span), last = kBuckets - 1, first = __uint_as_float(kFirst);
     const bool valid = scale > 0 && scale < INFINITY;
     slope = valid ? -scale : 0, start = -high * slope;
     width = valid ? last : 0, best = valid ? first : first + last;
@@ -95,7 +96,8 @@ struct LinearBuckets {
 
   // About the least score of a bucket other than the last. Needs a scale.
   __device__ float least(unsigned bucket) const {
-    return ((static_cast<float>(bucket) + 0.5f) / width - start) / slope;
+    constexpr float kBucketWidth = 1.0f / (kBuckets - 1);
+    return high - (static_cast<float>(bucket) + 0.5f) * kBucketWidth * span;
   }
 };
 

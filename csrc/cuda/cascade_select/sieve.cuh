@@ -1,9 +1,9 @@
 // The sieve of long rows: limits from a sample of the memory, with which one pass settles most entries of all stages.
 // Letters as in cascade_select.cu.
 //
-// A stage is decided by its threshold, the last score that it keeps. sample_kernel copies entries of the memory. With
-// their scores, sieve_kernel runs the stages on them and takes from it, for every stage, two limits that enclose the
-// threshold with high probability. stream_kernel (stream.cuh) then follows every entry to the first stage where its
+// A stage is decided by its threshold, the last score that it keeps. With the scores of a sample of the memory
+// (score.cuh), sieve_kernel runs the stages on the sample and takes from it, for every stage, two limits that enclose
+// the threshold with high probability. stream_kernel (stream.cuh) then follows every entry to the first stage where its
 // score is not above the upper limit. If it is below the lower limit, the entry is settled: it passes the stages before
 // and drops out there, so it only has to be counted. The others are gathered, and with them all that reach the end.
 // streamed_stages_kernel (streamed_stages.cuh) knows how many settled entries pass each stage, and ranks the gathered
@@ -18,68 +18,78 @@
 namespace cpr {
 namespace {
 
-constexpr int kSampleThreads = 128, kSampleRows = kSampleThreads / kWarp;  // a warp copies an entry
-
-// Returns the slot of an entry of the sample: one from each of kSample equal parts of the row, at a place that depends
-// on the part as if at random.
-__device__ __forceinline__ int64_t sampled_slot(uint32_t part, int64_t entries) {
-  const uint64_t K = static_cast<uint64_t>(entries), scattered = (part + 1) * 2654435761u;
-  return static_cast<int64_t>((part * K + ((scattered * K) >> 32)) / kSample);
-}
-
-// Copies the sampled entries (x) of a view in use (y), and their ids. Empty slots are never read.
-template <typename T>
-__global__ void __launch_bounds__(kSampleThreads)
-    sample_kernel(const __grid_constant__ Plan plan, Chunk chunk, const T* memory, const int64_t* memory_ids) {
-  const uint32_t part = blockIdx.x * kSampleRows + threadIdx.x / kWarp;
-  const int64_t slot = sampled_slot(part, plan.K);
-  const int64_t id = memory_ids != nullptr ? memory_ids[slot] : 0;
-  const T* from = memory + (static_cast<int64_t>(plan.view_used[blockIdx.y]) * plan.K + slot) * plan.D;
-  T* to = static_cast<T*>(chunk.sample) + (blockIdx.y * kSample + part) * plan.D;
-  for (int64_t d = threadIdx.x % kWarp; id != -1 && d < plan.D; d += kWarp) to[d] = from[d];
-  if (blockIdx.y == 0 && threadIdx.x % kWarp == 0) chunk.sample_ids[part] = id;
-}
-
 constexpr int kSampledPerThread = kSample / kSelectThreads;
+constexpr int kFewPerThread = 5;  // once at most so many are left, stages visit these instead of all places
 
 struct SampleShared {
   SelectShared select;
-  float low[kMaxSiftedViews], high[kMaxSiftedViews];  // known range of the scores in each view
-  unsigned bucket[3];                                 // of the lower limit, the threshold and the upper limit
+  float few[kMaxSiftedViews][kFewPerThread * kSelectThreads];  // scores that go to other threads
+  float low[kMaxSiftedViews], high[kMaxSiftedViews];           // known range of the scores in each view
+  unsigned bucket[3];                                          // of the lower limit, the threshold and the upper limit
 };
 
-// The sample of a row, with the score in every view and a bit for each entry that is left: entry i of thread t is
-// number 512 i + t.
+// The sample of a row, or what is left of it, with the score in every view and a bit for each entry that is left: entry
+// i of thread t is number 512 i + t.
+template <int kPerThread>
 struct Sample {
-  float scores[kMaxSiftedViews][kSampledPerThread];
+  float scores[kMaxSiftedViews][kPerThread];
   uint32_t left;
-
-  __device__ __forceinline__ Sample(const Plan& plan, const float* rows, int64_t view_stride) : left(0) {
-#pragma unroll
-    for (int i = 0; i < kSampledPerThread; ++i) {
-      bool number = true;
-#pragma unroll
-      for (int u = 0; u < kMaxSiftedViews; ++u) {
-        scores[u][i] = u < plan.views_used ? rows[u * view_stride + i * kSelectThreads + threadIdx.x] : 0.0f;
-        number &= !isnan(scores[u][i]);
-      }
-      left |= static_cast<uint32_t>(number) << i;
-    }
-  }
 
   // Calls visit(i, score) for each entry of this thread that is left, with its score in view u.
   template <typename Visit>
   __device__ __forceinline__ void for_each(int u, Visit visit) const {
 #pragma unroll
-    for (int i = 0; i < kSampledPerThread; ++i) {
+    for (int i = 0; i < kPerThread; ++i) {
       if ((left >> i & 1) != 0) visit(i, u == 0 ? scores[0][i] : scores[1][i]);
     }
   }
 };
 static_assert(kMaxSiftedViews == 2, "a view is chosen between two");
 
+// Reads the scores of the whole sample, and leaves the entries that have one in every view.
+__device__ __forceinline__ Sample<kSampledPerThread> read_sample(const Plan& plan, const float* rows,
+                                                                 int64_t view_stride) {
+  Sample<kSampledPerThread> sample = {};
+#pragma unroll
+  for (int i = 0; i < kSampledPerThread; ++i) {
+    bool number = true;
+#pragma unroll
+    for (int u = 0; u < kMaxSiftedViews; ++u) {
+      sample.scores[u][i] = u < plan.views_used ? rows[u * view_stride + i * kSelectThreads + threadIdx.x] : 0.0f;
+      number &= !isnan(sample.scores[u][i]);
+    }
+    sample.left |= static_cast<uint32_t>(number) << i;
+  }
+  return sample;
+}
+
+// Divides what is left among the threads, at most kFewPerThread entries for each.
+__device__ __forceinline__ Sample<kFewPerThread> spread_sample(const Sample<kSampledPerThread>& sample,
+                                                               SampleShared& shared) {
+  unsigned count, place = block_exclusive_sum<kSelectThreads>(__popc(sample.left), &count, shared.select.counts);
+#pragma unroll
+  for (int i = 0; i < kSampledPerThread; ++i) {
+    if ((sample.left >> i & 1) == 0) continue;
+    shared.few[0][place] = sample.scores[0][i];
+    shared.few[1][place] = sample.scores[1][i];
+    ++place;
+  }
+  __syncthreads();
+  Sample<kFewPerThread> few = {};
+#pragma unroll
+  for (int i = 0; i < kFewPerThread; ++i) {
+    const unsigned at = i * kSelectThreads + threadIdx.x;
+    if (at >= count) continue;
+    few.scores[0][i] = shared.few[0][at];
+    few.scores[1][i] = shared.few[1][at];
+    few.left |= 1u << i;
+  }
+  return few;
+}
+
 // Finds the range of the scores that are left in view u.
-__device__ __forceinline__ void sample_range(const Sample& sample, int u, SampleShared& shared) {
+template <int kPerThread>
+__device__ __forceinline__ void sample_range(const Sample<kPerThread>& sample, int u, SampleShared& shared) {
   float least = INFINITY, greatest = -INFINITY;
   sample.for_each(u, [&](int, float score) {
     if (fabsf(score) < INFINITY) least = fminf(least, score), greatest = fmaxf(greatest, score);
@@ -121,6 +131,31 @@ __device__ __forceinline__ Limits limits_of(const SampleRanks& ranks, const Line
   return found;
 }
 
+// Runs stage s on what is left of the sample, and writes its limits.
+template <int kPerThread>
+__device__ __forceinline__ void sample_stage(const Plan& plan, int s, Sample<kPerThread>& sample, Sieve& sieve,
+                                             SampleShared& shared) {
+  const SampleRanks ranks = plan.sampled[s];
+  const int u = plan.view[s];
+  Limits limits = {-INFINITY, -INFINITY, -INFINITY};  // of a stage that keeps everything
+  if (ranks.middle > 0) {
+    if (in_all_lanes(isnan(shared.low[u]))) sample_range(sample, u, shared);
+    const LinearBuckets bucket_of(shared.low[u], shared.high[u]);
+    sample.for_each(u, [&](int, float score) { atomicAdd(&shared.select.histogram[bucket_of(score)], 1u); });
+    limits = limits_of(ranks, bucket_of, shared);
+    uint32_t kept = 0;
+    sample.for_each(u, [&](int i, float score) { kept |= static_cast<uint32_t>(score >= limits.threshold) << i; });
+    sample.left = kept;
+  }
+  if (s == plan.stages - 1) limits.high = INFINITY;  // everything that reaches the end is gathered
+  if (threadIdx.x == 0) {
+    sieve.low[s] = limits.low, sieve.high[s] = limits.high;
+    sieve.dropped[s] = 0;
+    if (limits.threshold > -INFINITY) shared.low[u] = limits.threshold;
+  }
+  __syncthreads();
+}
+
 // One block per query: makes its sieve. Without a sample, all entries are gathered.
 __global__ void __launch_bounds__(kSelectThreads) sieve_kernel(const __grid_constant__ Plan plan, Chunk chunk) {
   auto& shared = shared_memory<SampleShared>();
@@ -134,41 +169,23 @@ __global__ void __launch_bounds__(kSelectThreads) sieve_kernel(const __grid_cons
     }
     return;
   }
-  Sample sample(plan, chunk.scores + blockIdx.x * kSample, plan.chunk * kSample);
+  Sample<kSampledPerThread> sample = read_sample(plan, chunk.scores + blockIdx.x * kSample, plan.chunk * kSample);
   if (threadIdx.x < kMaxSiftedViews) shared.low[threadIdx.x] = NAN;
   start_selection(shared.select);
   __syncthreads();
-  for (int s = 0; s < plan.stages; ++s) {
-    const SampleRanks ranks = plan.sampled[s];
-    const int u = plan.view[s];
-    Limits limits = {-INFINITY, -INFINITY, -INFINITY};  // of a stage that keeps everything
-    if (ranks.middle > 0) {
-      if (in_all_lanes(isnan(shared.low[u]))) sample_range(sample, u, shared);
-      const LinearBuckets bucket_of(shared.low[u], shared.high[u]);
-      sample.for_each(u, [&](int, float score) { atomicAdd(&shared.select.histogram[bucket_of(score)], 1u); });
-      limits = limits_of(ranks, bucket_of, shared);
-      uint32_t kept = 0;
-      sample.for_each(u, [&](int i, float score) { kept |= static_cast<uint32_t>(score >= limits.threshold) << i; });
-      sample.left = kept;
-    }
-    if (s == plan.stages - 1) limits.high = INFINITY;  // everything that reaches the end is gathered
-    if (threadIdx.x == 0) {
-      sieve.low[s] = limits.low, sieve.high[s] = limits.high;
-      sieve.dropped[s] = 0;
-      if (limits.threshold > -INFINITY) shared.low[u] = limits.threshold;
-    }
-    __syncthreads();
+  int s = 0;
+  for (; s < plan.stages; ++s) {
+    const unsigned count = block_sum<kSelectThreads>(__popc(sample.left), shared.select.counts);
+    if (in_all_lanes(count <= kFewPerThread * kSelectThreads)) break;
+    sample_stage(plan, s, sample, sieve, shared);
   }
+  if (s == plan.stages) return;
+  Sample<kFewPerThread> few = spread_sample(sample, shared);
+  for (; s < plan.stages; ++s) sample_stage(plan, s, few, sieve, shared);
 }
 
 const char* launch_sieve(const Plan& plan, int64_t queries, const Chunk& chunk, cudaStream_t stream) {
   return launch<SampleShared>(sieve_kernel, dim3(static_cast<unsigned>(queries)), kSelectThreads, stream, plan, chunk);
-}
-
-template <typename T>
-const char* launch_sample(const Plan& plan, const Inputs<T>& in, const Chunk& chunk, cudaStream_t stream) {
-  const dim3 grid(kSample / kSampleRows, static_cast<unsigned>(plan.views_used));
-  return launch_sized(sample_kernel<T>, grid, kSampleThreads, 0, stream, plan, chunk, in.memory, in.memory_ids);
 }
 
 }  // namespace

@@ -11,21 +11,23 @@
 namespace cpr {
 namespace {
 
-constexpr int kKeysPerThread = kTensorKeyPieces * 2, kQueriesPerThread = kTensorQueryPieces * 2;
+constexpr int kKeysPerThread = kTensorKeyPieces * 2;
+template <typename Tile>
+constexpr int kQueriesPerThread = Tile::kQueryPieces * 2;
 constexpr int kCountBits = 8;  // of a stage, in the settled entries of a query
 constexpr uint32_t kEachCount = 0x01010101;
 static_assert(4 * kKeysPerThread < 1 << kCountBits, "the counts of four lanes have 8 bits");
 static_assert(kMaxSiftedStages == 8 && kMaxSiftedViews == 2);
 
-template <typename E, int kTerms>
+template <typename Tile, typename E, int kTerms>
 struct StreamShared {
-  TensorScoreShared<E, kTerms> tile;
-  float first[kQueriesPerThread * kKeysPerThread][kScoreThreads];  // scores of the first view, of each thread
-  float2 limits[kMaxSiftedStages][kScoreQueries];                  // lower and upper limit of the thresholds
-  unsigned settled[kMaxSiftedStages][kScoreQueries];               // entries that drop out at each stage
-  int64_t lists[kMaxSiftedStages + 1];                             // of the plan
-  float query_reach[kMaxSiftedViews][kScoreQueries];  // error of a score for a key of norm 1; infinite without a bound
-  unsigned key_reach[kMaxSiftedViews];                // bits of the greatest norm of a key in the tile
+  TensorScoreShared<Tile, E, kTerms> tile;
+  float first[kQueriesPerThread<Tile> * kKeysPerThread][Tile::kThreads];  // scores of the first view, of each thread
+  float2 limits[kMaxSiftedStages][Tile::kQueries];                        // lower and upper limit of the thresholds
+  unsigned settled[kMaxSiftedStages][Tile::kQueries];                     // entries that drop out at each stage
+  int64_t lists[kMaxSiftedStages + 1];                                    // of the plan
+  float query_reach[kMaxSiftedViews][Tile::kQueries];  // error of a score for a key of norm 1; infinite without a bound
+  unsigned key_reach[kMaxSiftedViews];                 // bits of the greatest norm of a key in the tile
 };
 
 // The entries of a thread in a tile: query i of it, l/4 + 8i of its warp, and key 2n + j of it, 8n + 2(l%4) + j of its
@@ -33,14 +35,14 @@ struct StreamShared {
 __device__ __forceinline__ uint32_t entry_bit(int i, int n, int j) { return 1u << (i * kKeysPerThread + n * 2 + j); }
 
 // Returns a bit for each entry of this thread that is compared at all.
-template <typename T>
+template <typename Tile, typename T>
 __device__ __forceinline__ uint32_t entries_in_play(const Plan& plan, const Inputs<T>& in, int64_t first_query,
                                                     int64_t queries, int64_t b0, int64_t k0) {
   const int lane = threadIdx.x % kWarp;
-  const int64_t b = b0 + first_query_of_warp() + lane / 4, k = k0 + first_key_of_warp() + lane % 4 * 2;
-  int64_t own_id[kQueriesPerThread];
+  const int64_t b = b0 + Tile::first_query() + lane / 4, k = k0 + Tile::first_key() + lane % 4 * 2;
+  int64_t own_id[kQueriesPerThread<Tile>];
 #pragma unroll
-  for (int i = 0; i < kQueriesPerThread; ++i) {
+  for (int i = 0; i < kQueriesPerThread<Tile>; ++i) {
     own_id[i] = in.query_ids != nullptr && b + i * 8 < queries ? in.query_ids[first_query + b + i * 8] : -1;
   }
   uint32_t found = 0;
@@ -52,7 +54,7 @@ __device__ __forceinline__ uint32_t entries_in_play(const Plan& plan, const Inpu
       if (slot >= plan.K) continue;
       const int64_t id = in.memory_ids != nullptr ? in.memory_ids[slot] : 0;
 #pragma unroll
-      for (int i = 0; i < kQueriesPerThread; ++i) {
+      for (int i = 0; i < kQueriesPerThread<Tile>; ++i) {
         if (b + i * 8 < queries && !excluded(in.memory_ids, id, own_id[i])) found |= entry_bit(i, n, j);
       }
     }
@@ -61,23 +63,23 @@ __device__ __forceinline__ uint32_t entries_in_play(const Plan& plan, const Inpu
 }
 
 // Computes the scores of a tile in view u, and with kExact what bounds their errors.
-template <bool kExact, typename E, int kTerms, typename T>
+template <bool kExact, typename Tile, typename E, int kTerms, typename T>
 __device__ __forceinline__ void score_view(const Plan& plan, const Inputs<T>& in, const Chunk& chunk, int u,
                                            int64_t first_query, int64_t queries, int64_t b0, int64_t k0,
-                                           StreamShared<E, kTerms>& shared, TensorScores& score) {
+                                           StreamShared<Tile, E, kTerms>& shared, typename Tile::Scores& score) {
   const int64_t view = plan.view_used[u];
   const Matrix<T> query(in.queries + (view * plan.B + first_query) * plan.D, queries, plan.D);
   const Matrix<T> keys(in.memory + view * plan.K * plan.D, plan.K, plan.D, in.memory_ids);
   if (kExact && threadIdx.x == 0) shared.key_reach[u] = 0;
   score_tile<kExact>(query, b0, keys, k0, shared.tile, score);
   if (!kExact) return;
-  if (threadIdx.x < kScoreKeys) {
+  if (threadIdx.x < Tile::kKeys) {
     const float square = shared.tile.key_square[threadIdx.x];
     const float reach = unbounded(square) ? INFINITY : norm_bound(square);
     atomicMax(&shared.key_reach[u], __float_as_uint(reach));  // floats >= 0 order as their bits
     if (b0 == 0 && !unbounded(square)) atomicMax(&chunk.key_squares[u], __float_as_uint(square));
   }
-  if (threadIdx.x < kScoreQueries) {
+  if (threadIdx.x < Tile::kQueries) {
     const float square = shared.tile.query_square[threadIdx.x];
     const float reach = relative_error(plan.D, kTerms > 1) * norm_bound(square);
     shared.query_reach[u][threadIdx.x] = unbounded(square) ? INFINITY : reach;
@@ -86,10 +88,10 @@ __device__ __forceinline__ void score_view(const Plan& plan, const Inputs<T>& in
 }
 
 // Leaves scores of this thread to itself in shared memory: registers hold those of one view.
-template <typename E, int kTerms>
-__device__ __forceinline__ void park(const TensorScores& score, StreamShared<E, kTerms>& shared) {
+template <typename Tile, typename E, int kTerms>
+__device__ __forceinline__ void park(const typename Tile::Scores& score, StreamShared<Tile, E, kTerms>& shared) {
 #pragma unroll
-  for (int i = 0; i < kQueriesPerThread; ++i) {
+  for (int i = 0; i < kQueriesPerThread<Tile>; ++i) {
 #pragma unroll
     for (int key = 0; key < kKeysPerThread; ++key) {
       shared.first[i * kKeysPerThread + key][threadIdx.x] = score[i / 2][key / 2][i % 2 * 2 + key % 2];
@@ -99,8 +101,8 @@ __device__ __forceinline__ void park(const TensorScores& score, StreamShared<E, 
 
 // Adds to fate[key] a bit for each stage of view u that the entry may fail to pass, and in the second byte for each
 // where it drops out for certain. Scores are off by at most `reach`.
-template <typename E, int kTerms>
-__device__ __forceinline__ void follow(const Plan& plan, const StreamShared<E, kTerms>& shared, int u, int row,
+template <typename Tile, typename E, int kTerms>
+__device__ __forceinline__ void follow(const Plan& plan, const StreamShared<Tile, E, kTerms>& shared, int u, int row,
                                        const float (&score)[kKeysPerThread], float reach,
                                        uint32_t (&fate)[kKeysPerThread]) {
   for (int s = 0; s < plan.stages; ++s) {
@@ -146,10 +148,10 @@ __device__ __forceinline__ void take_places(const StageCounts& own, unsigned* ga
 // Sifts the entries of query kQuery of this thread: counts the settled ones in `settled`, and appends the others to the
 // list of the first stage that they may fail to pass. in_play: a bit for each key. second: the scores of the second
 // view.
-template <int kQuery, bool kExact, typename E, int kTerms>
-__device__ __forceinline__ void sift(const Plan& plan, const Chunk& chunk, StreamShared<E, kTerms>& shared, int64_t b0,
-                                     int64_t k0, const TensorScores& second, uint32_t in_play) {
-  const int lane = threadIdx.x % kWarp, row = first_query_of_warp() + lane / 4 + kQuery * 8;
+template <int kQuery, bool kExact, typename Tile, typename E, int kTerms>
+__device__ __forceinline__ void sift(const Plan& plan, const Chunk& chunk, StreamShared<Tile, E, kTerms>& shared,
+                                     int64_t b0, int64_t k0, const typename Tile::Scores& second, uint32_t in_play) {
+  const int lane = threadIdx.x % kWarp, row = Tile::first_query() + lane / 4 + kQuery * 8;
   float score[kMaxSiftedViews][kKeysPerThread];
 #pragma unroll
   for (int key = 0; key < kKeysPerThread; ++key) {
@@ -191,7 +193,7 @@ __device__ __forceinline__ void sift(const Plan& plan, const Chunk& chunk, Strea
   StageCounts next;
   take_places(wanted, chunk.sieves[b0 + row].gathered, start, next);
   const int64_t list = (b0 + row) * plan.capacity, view_stride = plan.chunk * plan.capacity;
-  const uint32_t slot0 = static_cast<uint32_t>(k0) + first_key_of_warp() + lane % 4 * 2;
+  const uint32_t slot0 = static_cast<uint32_t>(k0) + Tile::first_key() + lane % 4 * 2;
 #pragma unroll
   for (int key = 0; key < kKeysPerThread; ++key) {
     const int stage = fate[key] != 0 ? __ffs(static_cast<int>(fate[key])) - 1 : 0, shift = stage % 4 * kCountBits;
@@ -212,50 +214,53 @@ __device__ __forceinline__ void sift(const Plan& plan, const Chunk& chunk, Strea
 
 // A block decides about plan.tiles tiles of keys for the queries of one tile. Blocks of the same keys are neighbours,
 // so that keys are read from global memory once.
-template <typename T, bool kExact>
-__global__ void __launch_bounds__(kScoreThreads, 2)
+template <typename T, bool kExact, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 2)
     stream_kernel(const __grid_constant__ Plan plan, Chunk chunk, Inputs<T> in, int64_t first_query, int64_t queries) {
   using E = typename Multiplied<T>::Type;
   constexpr int kTerms = kExact && sizeof(T) > sizeof(E) ? 2 : 1;
-  auto& shared = shared_memory<StreamShared<E, kTerms>>();
-  const unsigned query_tiles = static_cast<unsigned>(ceil_div(queries, kScoreQueries));
-  const int64_t b0 = static_cast<int64_t>(blockIdx.x % query_tiles) * kScoreQueries;
+  auto& shared = shared_memory<StreamShared<Tile, E, kTerms>>();
+  const unsigned query_tiles = static_cast<unsigned>(ceil_div(queries, Tile::kQueries));
+  const int64_t b0 = static_cast<int64_t>(blockIdx.x % query_tiles) * Tile::kQueries;
   if (threadIdx.x <= kMaxSiftedStages) shared.lists[threadIdx.x] = plan.lists[threadIdx.x];
-  for (int i = threadIdx.x; i < kMaxSiftedStages * kScoreQueries; i += kScoreThreads) {
-    const int stage = i / kScoreQueries, row = i % kScoreQueries;
+  for (int i = threadIdx.x; i < kMaxSiftedStages * Tile::kQueries; i += Tile::kThreads) {
+    const int stage = i / Tile::kQueries, row = i % Tile::kQueries;
     shared.settled[stage][row] = 0;
     shared.limits[stage][row] = {0, 0};
     if (stage >= plan.stages || b0 + row >= queries) continue;
     const Sieve& sieve = chunk.sieves[b0 + row];
     shared.limits[stage][row] = {sieve.low[stage], sieve.high[stage]};
   }
-  const int64_t first = static_cast<int64_t>(blockIdx.x / query_tiles) * plan.tiles * kScoreKeys;
-  for (int64_t k0 = first; k0 < plan.K && k0 < first + plan.tiles * kScoreKeys; k0 += kScoreKeys) {
-    const uint32_t in_play = entries_in_play(plan, in, first_query, queries, b0, k0);
-    TensorScores score;
+  const int64_t first = static_cast<int64_t>(blockIdx.x / query_tiles) * plan.tiles * Tile::kKeys;
+  for (int64_t k0 = first; k0 < plan.K && k0 < first + plan.tiles * Tile::kKeys; k0 += Tile::kKeys) {
+    const uint32_t in_play = entries_in_play<Tile>(plan, in, first_query, queries, b0, k0);
+    typename Tile::Scores score;
     score_view<kExact>(plan, in, chunk, 0, first_query, queries, b0, k0, shared, score);
     park(score, shared);
     if (plan.views_used > 1) score_view<kExact>(plan, in, chunk, 1, first_query, queries, b0, k0, shared, score);
     sift<0, kExact>(plan, chunk, shared, b0, k0, score, in_play & 0xff);
     sift<1, kExact>(plan, chunk, shared, b0, k0, score, in_play >> 8 & 0xff);
-    sift<2, kExact>(plan, chunk, shared, b0, k0, score, in_play >> 16 & 0xff);
-    sift<3, kExact>(plan, chunk, shared, b0, k0, score, in_play >> 24);
+    if constexpr (kQueriesPerThread<Tile> == 4) {
+      sift<2, kExact>(plan, chunk, shared, b0, k0, score, in_play >> 16 & 0xff);
+      sift<3, kExact>(plan, chunk, shared, b0, k0, score, in_play >> 24);
+    }
     __syncthreads();  // the reaches have been read
   }
-  for (int i = threadIdx.x; i < kMaxSiftedStages * kScoreQueries; i += kScoreThreads) {
-    const unsigned count = shared.settled[i / kScoreQueries][i % kScoreQueries];
-    if (count > 0) atomicAdd(&chunk.sieves[b0 + i % kScoreQueries].dropped[i / kScoreQueries], count);
+  for (int i = threadIdx.x; i < kMaxSiftedStages * Tile::kQueries; i += Tile::kThreads) {
+    const int stage = i / Tile::kQueries, row = i % Tile::kQueries;
+    const unsigned count = shared.settled[stage][row];
+    if (count > 0) atomicAdd(&chunk.sieves[b0 + row].dropped[stage], count);
   }
 }
 
-template <bool kExact, typename T>
+template <bool kExact, typename Tile, typename T>
 const char* launch_stream(const Plan& plan, const Inputs<T>& in, int64_t first, int64_t queries, const Chunk& chunk,
                           cudaStream_t stream) {
   using E = typename Multiplied<T>::Type;
   constexpr int kTerms = kExact && sizeof(T) > sizeof(E) ? 2 : 1;
-  const dim3 grid(static_cast<unsigned>(ceil_div(plan.K, plan.tiles * kScoreKeys) * ceil_div(queries, kScoreQueries)));
-  return launch<StreamShared<E, kTerms>>(stream_kernel<T, kExact>, grid, kScoreThreads, stream, plan, chunk, in, first,
-                                         queries);
+  const int64_t blocks = ceil_div(plan.K, plan.tiles * Tile::kKeys) * ceil_div(queries, Tile::kQueries);
+  return launch<StreamShared<Tile, E, kTerms>>(stream_kernel<T, kExact, Tile>, dim3(static_cast<unsigned>(blocks)),
+                                               Tile::kThreads, stream, plan, chunk, in, first, queries);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // the sieve was wrong. Letters as in cascade_select.cu.
 #pragma once
 
+#include "cuda/cascade_select/gathered.cuh"
 #include "cuda/cascade_select/plan.cuh"
 #include "cuda/cascade_select/score.cuh"
 #include "cuda/cascade_select/select.cuh"
@@ -12,139 +13,58 @@
 namespace cpr {
 namespace {
 
-// The gathered entries of one query that are left, in any order, in global memory: those of earlier stages in front,
-// and the list of this stage behind a gap. The lists of later stages come behind them.
-struct GatheredSurvivors {
-  uint32_t* slots;
-  float* values;  // [U, view_stride], from the query on: the scores in each view in use
-  int64_t view_stride;
-  int views_used;
-  const float* scores;  // those in the compared view
-  unsigned count, front;
-  int64_t gap;
-
-  // Returns where survivor i is.
-  __device__ __forceinline__ int64_t at(unsigned i) const { return i < front ? i : i + gap; }
-
-  __device__ __forceinline__ void compare(int u) { scores = values + u * view_stride; }
-
-  // Adds the list of a stage, `added` entries from `start` on.
-  __device__ __forceinline__ void add_list(int64_t start, unsigned added, SelectShared& shared) {
-    if (in_all_lanes(count > front)) {
-      filter([](unsigned) { return true; }, shared);
-    }
-    front = count, gap = start - count, count += added;
-  }
-
-  template <typename Visit>
-  __device__ __forceinline__ void for_each(Visit visit) const {
-    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) visit(slots[at(i)], scores[at(i)]);
-  }
-
-  // Returns how many survivors are in the share of this thread.
-  __device__ __forceinline__ unsigned own() const {
-    return threadIdx.x < count ? (count - threadIdx.x + kSelectThreads - 1) / kSelectThreads : 0;
-  }
-
-  // Keeps the entries for which keeps(i) holds. Each tile is read before a barrier and written after it, never ahead of
-  // the reads.
-  template <typename Keeps>
-  __device__ __forceinline__ void filter(Keeps keeps, SelectShared& shared) {
-    constexpr int kBatch = 4;  // entries of a thread in a tile
-    unsigned kept = 0;
-    for (unsigned tile = 0; tile < count; tile += kBatch * kSelectThreads) {
-      uint32_t slot[kBatch] = {};
-      float value[kBatch][kMaxSiftedViews] = {};
-      unsigned flags = 0;
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const unsigned i = tile + j * kSelectThreads + threadIdx.x;
-        if (i >= count || !keeps(i)) continue;
-        flags |= 1u << j;
-        slot[j] = slots[at(i)];
-#pragma unroll
-        for (int u = 0; u < kMaxSiftedViews; ++u) {
-          if (u < views_used) value[j][u] = values[u * view_stride + at(i)];
-        }
-      }
-      unsigned total;
-      unsigned place = kept + block_exclusive_sum<kSelectThreads>(__popc(flags), &total, shared.counts);
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if ((flags >> j & 1) == 0) continue;
-        slots[place] = slot[j];
-#pragma unroll
-        for (int u = 0; u < kMaxSiftedViews; ++u) {
-          if (u < views_used) values[u * view_stride + place] = value[j][u];
-        }
-        ++place;
-      }
-      kept += total;
-    }
-    __syncthreads();
-    count = front = kept;
-  }
-
-  __device__ __forceinline__ void keep_from(const LastKept& last, SelectShared& shared) {
-    filter([&](unsigned i) { return last.keeps(scores[at(i)], [&] { return slots[at(i)]; }); }, shared);
-  }
-};
-
-// Some of the gathered survivors, by their places.
-struct NearSurvivors {
-  const GatheredSurvivors& all;
-  const uint32_t* places;
-  unsigned count;
-
-  template <typename Visit>
-  __device__ __forceinline__ void for_each(Visit visit) const {
-    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads)
-      visit(all.slots[all.at(places[i])], all.scores[all.at(places[i])]);
-  }
-};
-
 // Final scores, which are compared as they are.
 struct Final {
-  __device__ __forceinline__ LastKept last_kept(const GatheredSurvivors& survivors, unsigned keep, int, float low,
-                                                float high, SelectShared& shared) const {
+  template <bool kHeld>
+  __device__ __forceinline__ LastKept last_kept(const GatheredSurvivors<kHeld>& survivors, unsigned keep, int,
+                                                float low, float high, SelectShared& shared) const {
     return kth_best(survivors, keep, low, high, shared);
   }
-  __device__ __forceinline__ void complete(GatheredSurvivors&, SelectShared&) const {}
-  __device__ __forceinline__ void settle(const GatheredSurvivors&, int) const {}
+  template <bool kHeld>
+  __device__ __forceinline__ void complete(GatheredSurvivors<kHeld>&, SelectShared&) const {}
+  template <bool kHeld>
+  __device__ __forceinline__ void settle(const GatheredSurvivors<kHeld>&, int) const {}
 };
 
 // Scores within a bound of the canonical ones. Where they could change a decision, canonical scores replace them.
-template <typename T>
+template <typename T, bool kHeld>
 struct Refined {
+  using Survivors = GatheredSurvivors<kHeld>;
   const Plan& plan;
   const T *queries, *memory;
   int64_t b;           // of the inputs
   uint32_t* near;      // [capacity] scratch
   const float* bound;  // [U]
+  const float* query;  // [U, held_width(plan)] with kHeld: the query, in shared memory
 
   __device__ __forceinline__ float score(int u, uint32_t slot) const {
     const int64_t view = plan.view_used[u];
-    const Matrix<T> query(queries + view * plan.B * plan.D, plan.B, plan.D);
     const Matrix<T> keys(memory + view * plan.K * plan.D, plan.K, plan.D);
-    return canonical_score(query, b, keys, slot);
+    if constexpr (kHeld) {
+      const Matrix<float> held(query + u * held_width(plan), 1, held_width(plan));
+      return canonical_score(held, 0, keys, slot);
+    } else {
+      const Matrix<T> all(queries + view * plan.B * plan.D, plan.B, plan.D);
+      return canonical_score(all, b, keys, slot);
+    }
   }
 
   // Scores without a bound are NaN: replaces them, and drops the entries that cannot be compared.
-  __device__ __forceinline__ void complete(GatheredSurvivors& survivors, SelectShared& shared) const {
+  __device__ __forceinline__ void complete(Survivors& survivors, SelectShared& shared) const {
     bool replaced = false;
     for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) {
-      const int64_t at = survivors.at(i);
-      if (!isnan(survivors.values[at])) continue;
+      const auto at = survivors.at(i);
+      if (!isnan(survivors.left.values[at])) continue;
       replaced = true;
       for (int u = 0; u < plan.views_used; ++u) {
-        survivors.values[u * survivors.view_stride + at] = score(u, survivors.slots[at]);
+        survivors.left.values[u * survivors.left.view_stride + at] = score(u, survivors.left.slots[at]);
       }
     }
     if (!__syncthreads_or(replaced)) return;
     auto comparable = [&](unsigned i) {
       bool number = true;
-      const float* values = survivors.values + survivors.at(i);
-      for (int u = 0; u < plan.views_used; ++u) number &= !isnan(values[u * survivors.view_stride]);
+      const float* values = survivors.left.values + survivors.at(i);
+      for (int u = 0; u < plan.views_used; ++u) number &= !isnan(values[u * survivors.left.view_stride]);
       return number;
     };
     survivors.filter(comparable, shared);
@@ -153,8 +73,8 @@ struct Refined {
   // If every score is off by at most e, so is the keep-th best score t. Entries above t + 2e are then among the best
   // and entries below t - 2e are not. The entries between are rescored; the last of the best is one of them. For an
   // infinite t the test "not >" selects all entries with score t.
-  __device__ __forceinline__ LastKept last_kept(const GatheredSurvivors& survivors, unsigned keep, int u, float low,
-                                                float high, SelectShared& shared) const {
+  __device__ __forceinline__ LastKept last_kept(const Survivors& survivors, unsigned keep, int u, float low, float high,
+                                                SelectShared& shared) const {
     const float threshold = kth_best(survivors, keep, low, high, shared).score, reach = 2 * bound[u];
     unsigned above = 0;
     if (threadIdx.x == 0) shared.gathered = 0;
@@ -169,21 +89,21 @@ struct Refined {
     }
     above = block_reduce<kSelectThreads>(above, Sum(), shared.counts);
     const unsigned count = shared.gathered;
-    float* values = survivors.values + u * survivors.view_stride;
+    float* values = survivors.left.values + u * survivors.left.view_stride;
     for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) {
-      const int64_t at = survivors.at(near[i]);
-      values[at] = score(u, survivors.slots[at]);
+      const auto at = survivors.at(near[i]);
+      values[at] = score(u, survivors.left.slots[at]);
     }
     __syncthreads();
-    const NearSurvivors close = {survivors, near, count};
+    const NearSurvivors<kHeld> close = {survivors, near, count};
     return kth_best(close, keep - above, threshold - 2 * reach, threshold + 2 * reach, shared);
   }
 
-  __device__ __forceinline__ void settle(const GatheredSurvivors& survivors, int u) const {
-    float* values = survivors.values + u * survivors.view_stride;
+  __device__ __forceinline__ void settle(const Survivors& survivors, int u) const {
+    float* values = survivors.left.values + u * survivors.left.view_stride;
     for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) {
-      const int64_t at = survivors.at(i);
-      values[at] = score(u, survivors.slots[at]);
+      const auto at = survivors.at(i);
+      values[at] = score(u, survivors.left.slots[at]);
     }
     __syncthreads();
   }
@@ -192,9 +112,9 @@ struct Refined {
 // Runs the stages of one query on the entries that its sieve has gathered; at the start, those of the first list. An
 // entry of a later list passes the stages before for certain, so it is only counted there. Returns whether the sieve
 // was right; if not, the survivors are wrong.
-template <typename Scores>
+template <typename Scores, bool kHeld>
 __device__ __forceinline__ bool run_sifted_stages(const Plan& plan, const Scores& scores, const Sieve& sieve,
-                                                  GatheredSurvivors& survivors, SelectShared& shared) {
+                                                  GatheredSurvivors<kHeld>& survivors, SelectShared& shared) {
   unsigned settled = 0, waiting = 0;  // entries that are left besides the survivors: settled, and in later lists
   for (int s = 0; s < plan.stages; ++s) settled += sieve.dropped[s], waiting += s > 0 ? sieve.gathered[s] : 0;
   for (int s = 0; s < plan.stages; ++s) {
@@ -228,54 +148,6 @@ __device__ __forceinline__ bool run_sifted_stages(const Plan& plan, const Scores
   return settled == 0;
 }
 
-// One block per query, on the entries that its sieve has gathered.
-template <typename T, bool kExact>
-__global__ void __launch_bounds__(kSelectThreads)
-    streamed_stages_kernel(const __grid_constant__ Plan plan, Chunk chunk, Inputs<T> in, int64_t first_query) {
-  auto& shared = shared_memory<CascadeShared>();
-  Sieve& sieve = chunk.sieves[blockIdx.x];
-  const int64_t list = blockIdx.x * plan.capacity, b = first_query + blockIdx.x;
-  GatheredSurvivors survivors = {chunk.slots + list,
-                                 chunk.values + list,
-                                 plan.chunk * plan.capacity,
-                                 plan.views_used,
-                                 nullptr,
-                                 sieve.gathered[0],
-                                 sieve.gathered[0],
-                                 0};
-  bool right = true;
-  for (int s = 0; s < plan.stages; ++s) right &= sieve.gathered[s] <= plan.lists[s + 1] - plan.lists[s];
-  start_selection(shared.select);
-  __syncthreads();
-  if (right) {
-    if constexpr (kExact) {
-      for (int u = 0; u < plan.views_used; ++u) {
-        const T* query = in.queries + (plan.view_used[u] * plan.B + b) * plan.D;
-        const float bound = query_bound<kSelectThreads>(query, plan.D, chunk.key_squares[u], shared.select.scratch);
-        if (threadIdx.x == 0) shared.bound[u] = bound;
-      }
-      __syncthreads();
-      const Refined<T> scores = {plan, in.queries, in.memory, b, chunk.near + list, shared.bound};
-      scores.complete(survivors, shared.select);
-      right = run_sifted_stages(plan, scores, sieve, survivors, shared.select);
-    } else {
-      right = run_sifted_stages(plan, Final(), sieve, survivors, shared.select);
-    }
-  }
-  if (!right) {
-    if (threadIdx.x == 0) sieve.misled = 1;
-    return;
-  }
-  chunk.at_outputs(plan, blockIdx.x, first_query);
-  write_best(plan, survivors, chunk.ranking, shared, chunk.indices, chunk.top_scores);
-}
-
-template <typename E>
-union SpareShared {
-  CascadeShared stages;
-  TensorScoreShared<E, 1, kSelectThreads> tile;
-};
-
 // Computes the scores of one query and all entries in view u: canonical ones with kExact, otherwise those of tensor
 // cores; NaN for excluded entries.
 template <typename T, bool kExact, typename E>
@@ -294,36 +166,107 @@ __device__ __forceinline__ void score_row(const Plan& plan, const Inputs<T>& in,
     return;
   }
   const int lane = threadIdx.x % kWarp;
-  for (int64_t k0 = 0; k0 < plan.K; k0 += kSelectThreads / 2) {
-    TensorScores score;
+  for (int64_t k0 = 0; k0 < plan.K; k0 += SpareTile::kKeys) {
+    SpareTile::Scores score;
     score_tile<false>(query, 0, keys, k0, shared.tile, score);
-    if (first_query_of_warp() > 0 || lane >= 4) continue;  // other queries of the tile are zeros
+    if (SpareTile::first_query() > 0 || lane >= 4) continue;  // other queries of the tile are zeros
 #pragma unroll
     for (int key = 0; key < kTensorKeyPieces * 2; ++key) {
-      const int64_t slot = k0 + first_key_of_warp() + key / 2 * 8 + lane * 2 + key % 2;
+      const int64_t slot = k0 + SpareTile::first_key() + key / 2 * 8 + lane * 2 + key % 2;
       if (slot < plan.K) row[slot] = left_out(slot) ? NAN : score[0][key / 2][key % 2] + 0.0f;
     }
   }
 }
 
-// Selects for the queries whose sieve was wrong, or has gathered more than there is room for: from all entries. A block
-// takes every gridDim.x-th query.
+// Selects for a query whose sieve was wrong, or has gathered more than there is room for: from all entries. spare:
+// which of the rows for such queries it uses. A barrier must stand before and after.
+template <typename T, bool kExact, typename E>
+__device__ __forceinline__ void select_from_all(const Plan& plan, const Chunk& chunk, const Inputs<T>& in,
+                                                int64_t first_query, int64_t query, int64_t spare,
+                                                SpareShared<E>& shared) {
+  float* rows = chunk.spare_scores + spare * plan.views_used * plan.row;
+  for (int u = 0; u < plan.views_used; ++u) {
+    score_row<T, kExact>(plan, in, u, first_query + query, shared, rows + u * plan.row);
+  }
+  __syncthreads();
+  Chunk own = chunk;
+  own.at_outputs(plan, query, first_query);
+  select_from_rows(plan, own, rows, plan.row, chunk.spare_slots + spare * plan.row, shared.stages);
+}
+
+// Copies a query in every view in use to shared memory, with zeros behind it.
+template <typename T>
+__device__ __forceinline__ void hold_query(const Plan& plan, const T* queries, int64_t b, float* held) {
+  const int width = static_cast<int>(held_width(plan));
+  for (int u = 0; u < plan.views_used; ++u) {
+    const T* query = queries + (plan.view_used[u] * plan.B + b) * plan.D;
+    for (int d = threadIdx.x; d < width; d += kSelectThreads) held[u * width + d] = d < plan.D ? widen(query[d]) : 0.0f;
+  }
+}
+
+// One block per query, on the entries that its sieve has gathered. With kHeld, shared memory has the query [U,
+// held_width], and the values [U, capacity] and slots [capacity] of the survivors, behind CascadeShared; and a block
+// whose sieve was wrong selects from all entries. Otherwise misled_stages_kernel does.
+template <typename T, bool kExact, bool kHeld>
+__global__ void __launch_bounds__(kSelectThreads)
+    streamed_stages_kernel(const __grid_constant__ Plan plan, Chunk chunk, Inputs<T> in, int64_t first_query) {
+  auto& spare = shared_memory<SpareShared<typename Multiplied<T>::Type>>();
+  CascadeShared& shared = spare.stages;
+  float* query = reinterpret_cast<float*>(&shared + 1);
+  float* held = query + plan.views_used * held_width(plan);
+  Sieve& sieve = chunk.sieves[blockIdx.x];
+  const int64_t list = blockIdx.x * plan.capacity, b = first_query + blockIdx.x;
+  const EntryLists<int64_t> gathered = {chunk.slots + list, chunk.values + list, plan.chunk * plan.capacity};
+  GatheredSurvivors<kHeld> survivors = {{}, gathered, plan.views_used, nullptr, 0, 0, 0};
+  if constexpr (kHeld) {
+    const uint32_t capacity = static_cast<uint32_t>(plan.capacity);
+    survivors.left = {reinterpret_cast<uint32_t*>(held + plan.views_used * capacity), held, capacity};
+  } else {
+    survivors.left = gathered;
+  }
+  bool right = true;
+  for (int s = 0; s < plan.stages; ++s) right &= sieve.gathered[s] <= plan.lists[s + 1] - plan.lists[s];
+  start_selection(shared.select);
+  if (kHeld && kExact) hold_query(plan, in.queries, b, query);
+  __syncthreads();
+  if (right) {
+    survivors.add_list(0, sieve.gathered[0], shared.select);
+    if constexpr (kExact) {
+      for (int u = 0; u < plan.views_used; ++u) {
+        const T* row = in.queries + (plan.view_used[u] * plan.B + b) * plan.D;
+        const float bound = query_bound<kSelectThreads>(row, plan.D, chunk.key_squares[u], shared.select.scratch);
+        if (threadIdx.x == 0) shared.bound[u] = bound;
+      }
+      __syncthreads();
+      const Refined<T, kHeld> scores = {plan, in.queries, in.memory, b, chunk.near + list, shared.bound, query};
+      scores.complete(survivors, shared.select);
+      right = run_sifted_stages(plan, scores, sieve, survivors, shared.select);
+    } else {
+      right = run_sifted_stages(plan, Final(), sieve, survivors, shared.select);
+    }
+  }
+  if (!right) {
+    if constexpr (kHeld) {
+      __syncthreads();
+      select_from_all<T, kExact>(plan, chunk, in, first_query, blockIdx.x, blockIdx.x, spare);
+    } else if (threadIdx.x == 0) {
+      sieve.misled = 1;
+    }
+    return;
+  }
+  chunk.at_outputs(plan, blockIdx.x, first_query);
+  write_best(plan, survivors, chunk.ranking, shared, chunk.indices, chunk.top_scores);
+}
+
+// Selects for the queries whose sieve was wrong. A block takes every gridDim.x-th query.
 template <typename T, bool kExact>
 __global__ void __launch_bounds__(kSelectThreads)
     misled_stages_kernel(const __grid_constant__ Plan plan, Chunk chunk, Inputs<T> in, int64_t first_query,
                          int64_t queries) {
   auto& shared = shared_memory<SpareShared<typename Multiplied<T>::Type>>();
-  float* rows = chunk.spare_scores + blockIdx.x * plan.views_used * plan.row;
-  uint32_t* list = chunk.spare_slots + blockIdx.x * plan.row;
   for (int64_t b = blockIdx.x; b < queries; b += gridDim.x) {
     if (chunk.sieves[b].misled == 0) continue;
-    for (int u = 0; u < plan.views_used; ++u) {
-      score_row<T, kExact>(plan, in, u, first_query + b, shared, rows + u * plan.row);
-    }
-    __syncthreads();
-    Chunk own = chunk;
-    own.at_outputs(plan, b, first_query);
-    select_from_rows(plan, own, rows, plan.row, list, shared.stages);
+    select_from_all<T, kExact>(plan, chunk, in, first_query, b, blockIdx.x, shared);
     __syncthreads();
   }
 }
@@ -331,8 +274,13 @@ __global__ void __launch_bounds__(kSelectThreads)
 template <bool kExact, typename T>
 const char* launch_streamed_stages(const Plan& plan, const Inputs<T>& in, int64_t first, int64_t queries,
                                    const Chunk& chunk, cudaStream_t stream) {
-  const char* error = launch<CascadeShared>(streamed_stages_kernel<T, kExact>, dim3(static_cast<unsigned>(queries)),
-                                            kSelectThreads, stream, plan, chunk, in, first);
+  const dim3 blocks(static_cast<unsigned>(queries));
+  if (plan.held) {
+    return launch_sized(streamed_stages_kernel<T, kExact, true>, blocks, kSelectThreads, held_bytes(plan), stream, plan,
+                        chunk, in, first);
+  }
+  const char* error = launch<CascadeShared>(streamed_stages_kernel<T, kExact, false>, blocks, kSelectThreads, stream,
+                                            plan, chunk, in, first);
   if (error != nullptr || !plan.sifted) return error;  // without a sieve nothing misleads
   const dim3 spare(static_cast<unsigned>(plan.spare < queries ? plan.spare : queries));
   return launch<SpareShared<typename Multiplied<T>::Type>>(misled_stages_kernel<T, kExact>, spare, kSelectThreads,

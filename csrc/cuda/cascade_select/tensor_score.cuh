@@ -15,11 +15,29 @@
 
 namespace cpr {
 
-constexpr int kScoreQueries = 64, kScoreDepth = 32;  // of a tile; depth of a step. A tile has one key for two threads.
-constexpr int kScoreThreads = 256, kScoreKeys = kScoreThreads / 2;
+constexpr int kScoreDepth = 32;                // of a step
 constexpr int kScoreStride = kScoreDepth + 8;  // padded: the 16-byte rows of a matrix lie in different banks
 constexpr int kMaxBoundedWidth = 4096;
 constexpr float kGreatestSquare = 0x1p60f;  // the greatest squared norm for which nothing overflows
+
+constexpr int kTensorKeyPieces = 4;  // of eight keys
+
+// A tile of scores. Each warp of the block has half of the queries, in pieces of 16, and 32 keys.
+template <int kQueriesOfTile, int kThreadsOfTile>
+struct ScoreTile {
+  static constexpr int kQueries = kQueriesOfTile, kThreads = kThreadsOfTile, kQueryPieces = kQueries / 32;
+  static constexpr int kKeys = kThreads / 2;
+  static_assert(kQueries % 32 == 0 && kThreads % (2 * kWarp) == 0 && kTensorKeyPieces * 8 == kWarp);
+  using Scores = float[kQueryPieces][kTensorKeyPieces][4];
+
+  // Return the first query and the first key of this warp.
+  static __device__ __forceinline__ int first_query() { return threadIdx.x / kWarp % 2 * (kQueries / 2); }
+  static __device__ __forceinline__ int first_key() { return threadIdx.x / kWarp / 2 * kWarp; }
+};
+using LargeTile = ScoreTile<64, 256>;
+using TileOfFew = ScoreTile<32, 256>;  // for at most 32 queries: half of a large tile would be empty
+constexpr int kScoreQueries = LargeTile::kQueries, kScoreKeys = LargeTile::kKeys;
+static_assert(TileOfFew::kKeys == kScoreKeys);
 
 // The type that the tensor cores multiply: bfloat16 for float features.
 template <typename T>
@@ -55,53 +73,66 @@ __device__ __forceinline__ float query_bound(const T* query, int64_t D, unsigned
   return everywhere_canonical ? 0.0f : relative * norm_bound(square) * norm_bound(__uint_as_float(key_square));
 }
 
-// Computes a canonical score in one thread.
-template <typename T>
-__device__ __forceinline__ float canonical_score(const Matrix<T>& queries, int64_t b, const Matrix<T>& keys,
+// Computes a canonical score in one thread. Both rows must have content.
+template <typename Q, typename T>
+__device__ __forceinline__ float canonical_score(const Matrix<Q>& queries, int64_t b, const Matrix<T>& keys,
                                                  int64_t k) {
   float score = 0;
-  for (int64_t d = 0; d < queries.D; d += 4) {
-    const float4 x = queries.load4(b, d), y = keys.load4(k, d);
+  const auto add = [&](const float4& x, const float4& y) {
     score = __fmaf_rn(x.x, y.x, score);
     score = __fmaf_rn(x.y, y.y, score);
     score = __fmaf_rn(x.z, y.z, score);
     score = __fmaf_rn(x.w, y.w, score);
+  };
+  if (queries.aligned && keys.aligned) {
+    const auto* x = reinterpret_cast<const Packed4<Q>*>(queries.data + queries.at(b));
+    const auto* y = reinterpret_cast<const Packed4<T>*>(keys.data + keys.at(k));
+    const int vectors = static_cast<int>(keys.D / 4);
+#pragma unroll 4
+    for (int i = 0; i < vectors; ++i) add(widen4(x[i]), widen4(y[i]));
+  } else {
+    for (int64_t d = 0; d < keys.D; d += 4) add(queries.load4(b, d), keys.load4(k, d));
   }
   return score + 0.0f;  // -0 + 0 is +0: equal scores get equal bits
 }
 
-template <typename E, int kTerms, int kThreads = kScoreThreads>
+template <typename Tile, typename E, int kTerms>
 struct alignas(16) TensorScoreShared {
-  static constexpr int kKeys = kThreads / 2;
-  E queries[kTerms][kScoreQueries][kScoreStride];
-  E keys[kTerms][kKeys][kScoreStride];
-  float query_square[kScoreQueries], key_square[kKeys];  // squared norms
+  E queries[kTerms][Tile::kQueries][kScoreStride];
+  E keys[kTerms][Tile::kKeys][kScoreStride];
+  float query_square[Tile::kQueries], key_square[Tile::kKeys];  // squared norms
 };
 
 // Copies panels of rows to shared memory in 16-bit terms, and with kSquares sums the squares of each row. Rows of
-// aligned vectors in whole panels are read through one pointer, which is moved from panel to panel.
-template <typename T, typename E, int kTerms, int kRows, int kThreads, bool kSquares>
+// aligned vectors in whole panels are read through pointers that are moved from panel to panel: one for rows that
+// follow each other, otherwise one for each row of this thread. Rows: Matrix<T>, or with the same members.
+template <typename T, typename Rows, typename E, int kTerms, int kRows, int kThreads, bool kSquares>
 struct TermPanel {
   using Values = Panel<kRows, kScoreDepth, kThreads>;
   static constexpr int kRowStep = kThreads / Values::kVectorsPerRow;  // between the rows of a thread
-  const Matrix<T>& matrix;
+  static constexpr int kPointers = Rows::kConsecutive ? 1 : Values::kVectors;
+  const Rows& matrix;
   int64_t row0;
-  const Packed4<T>* next;  // of the first row of this thread
-  int64_t step;            // vectors between its rows
-  unsigned live;           // a bit for each of its rows that is read
+  const Packed4<T>* next[kPointers];  // of the rows of this thread
+  int64_t step;                       // vectors between its rows, if they follow each other
+  unsigned live;                      // a bit for each of its rows that is read
   bool whole;
   Values panel;
   float square[Values::kVectors] = {};
 
-  __device__ __forceinline__ TermPanel(const Matrix<T>& matrix, int64_t row0)
+  __device__ __forceinline__ TermPanel(const Rows& matrix, int64_t row0)
       : matrix(matrix),
         row0(row0),
         step(kRowStep * (matrix.D / 4)),
         live(0),
         whole(matrix.aligned && matrix.D % kScoreDepth == 0) {
     const int64_t row = row0 + threadIdx.x / Values::kVectorsPerRow;
-    const int64_t start = row < matrix.rows ? row * matrix.D + threadIdx.x % Values::kVectorsPerRow * 4 : 0;
-    next = reinterpret_cast<const Packed4<T>*>(matrix.data + start);
+#pragma unroll
+    for (int i = 0; i < kPointers; ++i) {
+      const int64_t own = row + i * kRowStep;
+      const int64_t start = own < matrix.rows ? matrix.at(own) + threadIdx.x % Values::kVectorsPerRow * 4 : 0;
+      next[i] = reinterpret_cast<const Packed4<T>*>(matrix.data + start);
+    }
 #pragma unroll
     for (int v = 0; v < Values::kVectors; ++v) {
       if (matrix.holds(row + v * kRowStep)) live |= 1u << v;
@@ -117,9 +148,10 @@ struct TermPanel {
 #pragma unroll
     for (int v = 0; v < Values::kVectors; ++v) {
       panel.values[v] = make_float4(0, 0, 0, 0);
-      if ((live >> v & 1) != 0) panel.values[v] = widen4(next[v * step]);
+      if ((live >> v & 1) != 0) panel.values[v] = widen4(kPointers == 1 ? next[0][v * step] : *next[v % kPointers]);
     }
-    next += kScoreDepth / 4;
+#pragma unroll
+    for (int i = 0; i < kPointers; ++i) next[i] += kScoreDepth / 4;
   }
 
   __device__ __forceinline__ void store(E (&out)[kTerms][kRows][kScoreStride]) {
@@ -151,25 +183,18 @@ struct TermPanel {
   }
 };
 
-// A warp has 32 queries, the lower or the upper half of the tile, and 32 keys.
-constexpr int kTensorQueryPieces = 2, kTensorKeyPieces = 4;
-using TensorScores = float[kTensorQueryPieces][kTensorKeyPieces][4];
-
-__device__ __forceinline__ int first_query_of_warp() { return threadIdx.x / kWarp % 2 * 32; }
-__device__ __forceinline__ int first_key_of_warp() { return threadIdx.x / kWarp / 2 * 32; }
-
 // Adds the products of one panel to the scores of the warp; with two terms all products but low * low.
-template <typename E, int kTerms, int kThreads>
-__device__ __forceinline__ void add_products(const TensorScoreShared<E, kTerms, kThreads>& shared,
-                                             TensorScores& score) {
-  const int lane = threadIdx.x % kWarp, query0 = first_query_of_warp(), key0 = first_key_of_warp();
+template <typename Tile, typename E, int kTerms>
+__device__ __forceinline__ void add_products(const TensorScoreShared<Tile, E, kTerms>& shared,
+                                             typename Tile::Scores& score) {
+  const int lane = threadIdx.x % kWarp, query0 = Tile::first_query(), key0 = Tile::first_key();
 #pragma unroll
   for (int column = 0; column < kScoreDepth; column += 16) {
-    uint32_t query[kTerms][kTensorQueryPieces][4];
+    uint32_t query[kTerms][Tile::kQueryPieces][4];
 #pragma unroll
     for (int term = 0; term < kTerms; ++term) {
 #pragma unroll
-      for (int m = 0; m < kTensorQueryPieces; ++m) {
+      for (int m = 0; m < Tile::kQueryPieces; ++m) {
         load_matrices(query[term][m], &shared.queries[term][query0 + m * 16 + lane % 16][column + lane / 16 * 8]);
       }
     }
@@ -182,7 +207,7 @@ __device__ __forceinline__ void add_products(const TensorScoreShared<E, kTerms, 
 #pragma unroll
         for (int query_term = 0; query_term < kTerms - key_term; ++query_term) {
 #pragma unroll
-          for (int m = 0; m < kTensorQueryPieces; ++m) {
+          for (int m = 0; m < Tile::kQueryPieces; ++m) {
             multiply_add<E>(score[m][n], query[query_term][m], key[0], key[1]);
             multiply_add<E>(score[m][n + 1], query[query_term][m], key[2], key[3]);
           }
@@ -192,16 +217,16 @@ __device__ __forceinline__ void add_products(const TensorScoreShared<E, kTerms, 
   }
 }
 
-// Computes the scores of a tile in a block of kThreads, of queries from b0 on and keys from k0 on. Lane l holds the
-// queries l/4 + 8i and the keys 8n + 2(l%4) + j of its warp at score[i/2][n][2(i%2) + j]. With kSquares, the squared
-// norms of the rows are left in `shared`.
-template <bool kSquares, typename E, int kTerms, int kThreads, typename T>
-__device__ __forceinline__ void score_tile(const Matrix<T>& queries, int64_t b0, const Matrix<T>& keys, int64_t k0,
-                                           TensorScoreShared<E, kTerms, kThreads>& shared, TensorScores& score) {
-  TermPanel<T, E, kTerms, kScoreQueries, kThreads, kSquares> query_panel(queries, b0);
-  TermPanel<T, E, kTerms, kThreads / 2, kThreads, kSquares> key_panel(keys, k0);
+// Computes the scores of a tile, of queries from b0 on and keys from k0 on. Lane l holds the queries l/4 + 8i and the
+// keys 8n + 2(l%4) + j of its warp at score[i/2][n][2(i%2) + j]. With kSquares, the squared norms of the rows are left
+// in `shared`.
+template <bool kSquares, typename Tile, typename E, int kTerms, typename T, typename Keys>
+__device__ __forceinline__ void score_tile(const Matrix<T>& queries, int64_t b0, const Keys& keys, int64_t k0,
+                                           TensorScoreShared<Tile, E, kTerms>& shared, typename Tile::Scores& score) {
+  TermPanel<T, Matrix<T>, E, kTerms, Tile::kQueries, Tile::kThreads, kSquares> query_panel(queries, b0);
+  TermPanel<T, Keys, E, kTerms, Tile::kKeys, Tile::kThreads, kSquares> key_panel(keys, k0);
 #pragma unroll
-  for (int m = 0; m < kTensorQueryPieces; ++m) {
+  for (int m = 0; m < Tile::kQueryPieces; ++m) {
 #pragma unroll
     for (int n = 0; n < kTensorKeyPieces; ++n) {
 #pragma unroll

@@ -36,6 +36,7 @@ __device__ __forceinline__ float4 widen4(const Packed4<T>& packed) {
 // Reads a dense [rows, D] matrix as float, four features at a time; zero outside it and in empty rows.
 template <typename T>
 struct Matrix {
+  static constexpr bool kConsecutive = true;  // whether each row starts where the row before ends
   const T* data;
   int64_t rows, D;
   const int64_t* ids;  // [rows] or null: rows with id -1 read as zero, because their content is undefined
@@ -48,6 +49,9 @@ struct Matrix {
         ids(ids),
         aligned(D % 4 == 0 && reinterpret_cast<uintptr_t>(data) % sizeof(Packed4<T>) == 0) {}
 
+  // Where a row starts in `data`.
+  __device__ __forceinline__ int64_t at(int64_t row) const { return row * D; }
+
   // Whether the matrix has content in this row.
   __device__ __forceinline__ bool holds(int64_t row) const {
     return !(row >= rows || (ids != nullptr && ids[row] == -1));
@@ -56,7 +60,7 @@ struct Matrix {
   __device__ __forceinline__ float4 load4(int64_t row, int64_t d) const {
     float4 out = make_float4(0, 0, 0, 0);
     if (d >= D || !holds(row)) return out;
-    const T* source = data + row * D + d;
+    const T* source = data + at(row) + d;
     if (aligned) return widen4(*reinterpret_cast<const Packed4<T>*>(source));
     out.x = widen(source[0]);
     if (d + 1 < D) out.y = widen(source[1]);
@@ -74,8 +78,8 @@ struct Panel {
   static_assert(kRows * kVectorsPerRow % kThreads == 0);
   float4 values[kVectors];
 
-  template <typename T>
-  __device__ __forceinline__ void load(const Matrix<T>& matrix, int64_t row0, int64_t column0) {
+  template <typename Rows>
+  __device__ __forceinline__ void load(const Rows& matrix, int64_t row0, int64_t column0) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int at = threadIdx.x + v * kThreads;

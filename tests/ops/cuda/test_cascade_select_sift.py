@@ -6,7 +6,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.operator_references import ROUTES, assert_cpu_selection, lattice, normal, random_ids
+from support.operator_references import (
+    LISTS_IN_SHARED_MEMORY,
+    ROUTES,
+    assert_cpu_selection,
+    lattice,
+    normal,
+    random_ids,
+)
 
 ops = pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
 
@@ -15,8 +22,22 @@ STAGES = [0, 1, 0, 1, 0, 1, 0]
 HALVES = [K >> s for s in range(1, 7)] + [5]
 
 
+# Of two views of at most 32 features: in tiles of 32 queries and 128 keys, a product of 2,048 terms for each two keys,
+# of the sample and of all.
+PRODUCTS_OF_A_RIGHT_SIEVE = 2 * (8192 + 129 * 128) // 2
+
+
+@pytest.fixture(params=["global memory", "shared memory"])
+def streamed(emulated, request):
+    """A device whose stages run on lists in global memory, or in shared memory where they fit."""
+    emulated.resize(**(ROUTES["streamed"] if request.param == "global memory" else LISTS_IN_SHARED_MEMORY))
+    yield emulated
+    emulated.resize()
+
+
 @pytest.fixture
-def streamed(emulated):
+def one_view(emulated):
+    """A device for rows of one view, which fit shared memory wherever their lists do."""
     emulated.resize(**ROUTES["streamed"])
     yield emulated
     emulated.resize()
@@ -28,12 +49,19 @@ def assert_selects(device, queries, memory, views, keep, **options):
     return device.launches() - before
 
 
-def test_the_published_stages_with_ids_and_rows_that_cannot_be_compared(streamed):
+def test_the_published_stages_with_ids_and_rows_that_cannot_be_compared(streamed, request):
     queries, memory = normal(2, 2, 5, seed=1), normal(2, K, 5, seed=2)
     memory[0, 77], memory[1, 16_384] = torch.nan, torch.nan
     ids = random_ids(2, K, seed=3)
-    # sample, its scores, sieve, pass over the memory, stages, and those of misled queries
-    assert assert_selects(streamed, queries, memory, STAGES, HALVES, **ids) == 6
+    # scores of the sample, sieve, pass over the memory, stages; and those of misled queries, unless the lists are in
+    # shared memory
+    launches = 5 if request.node.callspec.params["streamed"] == "global memory" else 4
+    assert assert_selects(streamed, queries, memory, STAGES, HALVES, **ids) == launches
+
+
+def test_more_queries_than_a_small_tile_has(streamed):
+    queries, memory = normal(2, 33, 3, seed=39), normal(2, K, 3, seed=40)
+    assert_selects(streamed, queries, memory, STAGES, HALVES, **random_ids(33, K, seed=41))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +137,7 @@ def test_scores_that_differ_by_less_than_their_error(streamed):
 
 
 def sampled_slots(entries: int = K) -> torch.Tensor:
-    """Returns the slots that the sample draws, one from each of 8,192 equal parts (sampled_slot in sieve.cuh)."""
+    """Returns the slots that the sample draws, one from each of 8,192 equal parts (sampled_slot in score.cuh)."""
     part = torch.arange(8192, dtype=torch.int64)
     scattered = (part + 1) * 2654435761 % 2**32
     return (part * entries + (scattered * entries >> 32)) // 8192
@@ -154,7 +182,7 @@ def test_a_sample_that_misleads_about_a_later_stage(streamed, limit):
     assert_selects(streamed, queries, memory, [0, 1, 0], [8192, 200, 190])
 
 
-def test_a_sample_that_misses_a_block_of_neighbours(streamed):
+def test_a_sample_that_misses_a_block_of_neighbours(one_view):
     """The best entries are the longest run of slots that no sampled one interrupts."""
     entries = 40_961
     slots = sampled_slots(entries)
@@ -163,7 +191,7 @@ def test_a_sample_that_misses_a_block_of_neighbours(streamed):
     assert after - first >= 8
     queries, memory = torch.ones(1, 1, 1), normal(1, entries, 1, seed=26)
     memory[:, first:after] += 20
-    assert_selects(streamed, queries, memory, [0, 0], [900, after - first])
+    assert_selects(one_view, queries, memory, [0, 0], [900, after - first])
 
 
 @pytest.mark.parametrize("sample", ["empty", "not comparable", "all there is"])
@@ -179,16 +207,16 @@ def test_a_sample_that_has_nothing_or_everything(streamed, sample):
 
 
 @pytest.mark.parametrize("precision", [0, 1])
-def test_misled_queries_beside_others_and_more_than_blocks(streamed, precision):
+def test_misled_queries_beside_others_and_more_than_blocks(one_view, precision):
     """One block selects again for the two misled queries, whose features are in other columns than those of the rest.
     Scores are integers of eight bits, which every precision holds."""
-    streamed.resize(**ROUTES["streamed"], processors=1)
+    one_view.resize(**ROUTES["streamed"], processors=1)
     queries, memory = torch.zeros(1, 4, 3), torch.zeros(1, K, 3)
     queries[0, [0, 1, 2, 3], [0, 1, 0, 2]] = 1
     memory[0, :, 0] = torch.randperm(K, generator=torch.Generator().manual_seed(28)) // 128
     memory[0, other_slots(), 1], memory[0, other_slots()[::2], 2] = 2, 1
     inputs = queries, memory, [0, 0], [900, 700]
-    found = streamed.cascade_select(*inputs, precision=precision)
+    found = one_view.cascade_select(*inputs, precision=precision)
     torch.testing.assert_close(list(found), list(ops.cascade_select(*inputs)), rtol=0, atol=0)
 
 
@@ -206,11 +234,11 @@ def test_a_single_key_whose_score_has_a_great_error(streamed, slots, view):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_view_whose_scores_are_parked(streamed, dtype):
+def test_one_view_whose_scores_are_parked(one_view, dtype):
     """The scores of a single view are left in shared memory as those of the first of two are."""
     queries, memory = normal(1, 3, 3, seed=30, dtype=dtype), normal(1, K, 3, seed=31, dtype=dtype)
     memory[0, 4] = torch.nan
-    assert_selects(streamed, queries, memory, [0, 0, 0], [8000, 700, 5], **random_ids(3, K, seed=32))
+    assert_selects(one_view, queries, memory, [0, 0, 0], [8000, 700, 5], **random_ids(3, K, seed=32))
 
 
 @pytest.mark.parametrize("case", ["distinct", "ties", "one view"])
@@ -250,15 +278,27 @@ def test_a_sample_that_is_right_spares_the_pass_of_misled_queries(streamed):
     memory[..., 0], memory[..., 1] = place // 128, place % 128 / 128
     before = streamed.products()
     found = streamed.cascade_select(queries, memory, STAGES, keep, precision=1)
-    # In tiles of 64 queries, 32 features and 128 keys, a product of 2,048 terms for each key: of the sample and of all.
-    assert streamed.products() - before == 2 * (8192 + 129 * 128)
+    assert streamed.products() - before == PRODUCTS_OF_A_RIGHT_SIEVE
     torch.testing.assert_close(list(found), list(ops.cascade_select(queries, memory, STAGES, keep)), rtol=0, atol=0)
 
 
+def test_a_sample_whose_ids_matter(streamed):
+    """The second half of the memory is empty. Its rows read as zeros, which would score best."""
+    queries, memory, ids = torch.ones(2, 1, 2), torch.zeros(2, K, 2), torch.arange(K)
+    place = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(seed)) for seed in (42, 43)])
+    memory[..., 0], memory[..., 1] = -1 - place // 128, place % 128 / 128
+    ids[K // 2 :] = -1
+    inputs = queries, memory, [0, 1, 0], [4000, 2000, 100]
+    before = streamed.products()
+    found = streamed.cascade_select(*inputs, memory_ids=ids, precision=1)
+    assert streamed.products() - before == PRODUCTS_OF_A_RIGHT_SIEVE
+    torch.testing.assert_close(list(found), list(ops.cascade_select(*inputs, memory_ids=ids)), rtol=0, atol=0)
+
+
 @pytest.mark.slow
-def test_several_chunks(streamed):
+def test_several_chunks(one_view):
     """The sample misleads the last query alone, which is in the last of three chunks of 64 queries."""
     queries, memory = normal(1, 129, 3, seed=14), normal(1, K, 3, seed=15)
     queries[:, :128, 2], queries[:, 128] = 0, torch.tensor([0.0, 0.0, 1.0])
     memory[:, other_slots(), 2] += 10
-    assert assert_selects(streamed, queries, memory, [0, 0], [900, 9]) == 1 + 3 * 5
+    assert assert_selects(one_view, queries, memory, [0, 0], [900, 9]) == 3 * 5

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[4] / "bench" / "ptx"))
 
 import ptx_cases
 from support.cuda_emulation.compile import SOURCES
-from support.operator_references import ROUTES, lattice, normal
+from support.operator_references import LISTS_IN_SHARED_MEMORY, ROUTES, lattice, normal
 from support.operator_references import assert_cpu_selection as assert_selects
 from support.operator_references import random_ids as ids
 from support.ptx.interpreter import Count
@@ -103,12 +103,12 @@ def unsifted(device) -> int:
     return sum(count.executed for count in counts_of_lines(device, "stages.cuh", "number &= !isnan(rows"))
 
 
-@pytest.mark.parametrize("views", [[1, 0, 1], [1, 1, 1]])
+@pytest.mark.parametrize(("B", "views"), [(3, [1, 0, 1]), (33, [1, 0, 1]), (3, [1, 1, 1])])
 @pytest.mark.parametrize("precision", [0, 1])
-def test_scores_are_parked_without_bank_conflicts(device, precision, views):
-    """Also those of one view alone, which are parked as well."""
+def test_scores_are_parked_without_bank_conflicts(device, precision, B, views):
+    """In tiles of 32 queries and of 64; also those of one view alone, which are parked as well."""
     device.resize(**ROUTES["streamed"])
-    queries, memory = lattice(2, 3, 24, seed=22), lattice(2, 300, 24, seed=23)  # exact in bfloat16
+    queries, memory = lattice(2, B, 24, seed=22), lattice(2, 300, 24, seed=23)  # exact in bfloat16
     found = device.cascade_select(queries, memory, views, [150, 75, 5], precision=precision)
     expected = ops.cascade_select(queries, memory, views, [150, 75, 5])
     torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
@@ -117,8 +117,9 @@ def test_scores_are_parked_without_bank_conflicts(device, precision, views):
         assert sum(count.units for count in parked) == sum(count.least for count in parked) > 0
 
 
-def test_a_sieve_decides_long_rows_of_distinct_scores(device):
-    device.resize(**ROUTES["streamed"])
+@pytest.mark.parametrize("limits", [ROUTES["streamed"], LISTS_IN_SHARED_MEMORY])
+def test_a_sieve_decides_long_rows_of_distinct_scores(device, limits):
+    device.resize(**limits)
     K = 16_387
     queries, memory = normal(2, 3, 4, seed=16), normal(2, K, 4, seed=17)
     views, keep = [0, 1, 0, 1, 0, 1, 0], [K >> s for s in range(1, 7)] + [5]
@@ -173,6 +174,18 @@ def test_many_queries_that_take_several_chunks_are_streamed_where_float32_is_slo
     assert blocks_of(device, 201, 16384, A100, "streamed_stages_kernel") == [201]
     assert blocks_of(device, 1024, 8192, A100, "select_on_chip_kernel") == [400, 400, 224]
     assert blocks_of(device, 256, 16384, (A100[0], 86), "select_on_chip_kernel") == [200, 56]  # fast arithmetic
+
+
+def test_lists_of_few_queries_go_through_the_stages_in_shared_memory_where_they_fit(device):
+    def held(B: int, K: int, gpu: tuple[tuple[int, int, int], int]) -> bool:
+        launches = ptx_cases.plan(device, ptx_cases.Call("cascade_select", "fp32", B, K), *gpu)
+        (stages,) = [launch for launch in launches if "streamed_stages_kernel" in launch.kernel]
+        return stages.shared_bytes > 64 << 10
+
+    for gpu in (A100, H100):
+        assert held(32, 32768, gpu) and not held(32, 65536, gpu)
+    assert held(108, 32768, A100) and not held(109, 32768, A100)  # more queries than multiprocessors
+    assert held(1, 40000, H100) and not held(1, 40000, A100)
 
 
 @pytest.mark.parametrize("gpu", [A100, H100])

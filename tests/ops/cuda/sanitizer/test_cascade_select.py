@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.operator_references import ROUTES, lattice, normal
+from support.operator_references import LISTS_IN_SHARED_MEMORY, ROUTES, lattice, normal
 from support.operator_references import assert_cpu_selection as assert_selects
 from support.operator_references import random_ids as ids
 
@@ -108,12 +108,26 @@ def test_sifted_rows_in_every_order(device):
     assert_selects(device, queries, memory, [0, 1, 0, 1], [8000, 4000, 900, 5], **ids(2, SIFTED))
 
 
-def test_a_block_with_several_tiles(shuffled):
+@pytest.mark.parametrize("precision", [0, 1])
+def test_sifted_rows_whose_lists_are_in_shared_memory(shuffled, precision):
+    shuffled.resize(**LISTS_IN_SHARED_MEMORY)
+    place = torch.stack([torch.randperm(SIFTED, generator=torch.Generator().manual_seed(seed)) for seed in (28, 29)])
+    queries, memory = torch.ones(2, 3, 3), torch.zeros(2, SIFTED, 3)
+    memory[..., 0], memory[..., 2] = place // 128, place % 128 / 128  # exact in bfloat16, and so are the scores
+    memory[0, 9] = torch.nan
+    inputs = queries, memory, [0, 1, 0, 1], [8000, 4000, 900, 5]
+    found = shuffled.cascade_select(*inputs, precision=precision, **ids(3, SIFTED))
+    expected = ops.cascade_select(*inputs, **ids(3, SIFTED))
+    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("B", [3, 66])
+def test_a_block_with_several_tiles(shuffled, B):
     """On a device of one multiprocessor, blocks take several tiles of the memory one after the other."""
     shuffled.resize(**ROUTES["streamed"], processors=1)
-    queries, memory = normal(2, 66, 3, seed=26), normal(2, 1300, 3, seed=27)
+    queries, memory = normal(2, B, 3, seed=26), normal(2, 1300, 3, seed=27)
     memory[:, 128:256] *= 1000  # errors of the second tile are far above those of others
-    assert_selects(shuffled, queries, memory, [0, 1, 0], [600, 300, 5], **ids(66, 1300))
+    assert_selects(shuffled, queries, memory, [0, 1, 0], [600, 300, 5], **ids(B, 1300))
 
 
 @pytest.mark.parametrize("dtype", TYPES[:2])
@@ -124,8 +138,15 @@ def test_sifted_rows_of_one_view(shuffled, dtype):
 
 
 @pytest.mark.parametrize("precision", [0, 1])
-def test_sifted_rows_with_ties_that_mislead_the_sample(shuffled, precision):
-    shuffled.resize(**ROUTES["streamed"], processors=1)  # then one block selects for both queries again
+@pytest.mark.parametrize(
+    "limits",
+    [
+        ROUTES["streamed"] | {"processors": 1},  # one block selects for both queries again
+        LISTS_IN_SHARED_MEMORY,  # the block of each query selects again
+    ],
+)
+def test_sifted_rows_with_ties_that_mislead_the_sample(shuffled, limits, precision):
+    shuffled.resize(**limits)
     queries, memory = lattice(2, 2, 3, seed=24), lattice(2, SIFTED + 2, 3, seed=25)  # exact in bfloat16
     views, keep = [0, 1, 0], [9000, 4000, 30]
     found = shuffled.cascade_select(queries, memory, views, keep, precision=precision)
