@@ -8,6 +8,7 @@ the machine affects all of them.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import random
 import statistics
@@ -136,9 +137,15 @@ def _status_kib(field: str) -> int:
     return int(line.split()[1])
 
 
+@functools.cache
+def _opened_library() -> ctypes.CDLL:
+    """Returns the library, opened once: opening takes 9 us, or more with cold caches, and would be timed with a call."""
+    return ctypes.CDLL(str(_library.PATH))
+
+
 def force_variant(name: str | None) -> None:
     """Selects the instruction set of the CPU kernels; None for the one that is chosen without this call."""
-    if ctypes.CDLL(str(_library.PATH)).cpr_force_cpu_variant(name.encode() if name else None):
+    if _opened_library().cpr_force_cpu_variant(name.encode() if name else None):
         raise ValueError(f"CPU variant: expected one of {cpu_variants()}, got {name!r}")
 
 

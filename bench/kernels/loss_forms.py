@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from forms import Unavailable, compiled, graphed, need_cuda, peer
 from measure import force_variant
 
+from cpr_fast import _host
 from cpr_fast.ops import mil_nce, mil_nce_ref
 
 OP, DIRECTIONS = "mil_nce", ("forward", "gradient", "memory gradient")
@@ -144,6 +145,8 @@ def variant(name: str) -> Callable:
     def prepare(inputs: Inputs) -> Callable:
         if inputs.query.is_cuda:
             raise Unavailable(f"{name} is a CPU variant")
+        if name == _host.build_info()["cpu_variant"]:
+            raise Unavailable(f"cpr_fast uses {name} here")
         if name == "portable" and len(inputs.query) * len(inputs.memory) > 2**17:
             raise Unavailable("the portable variant is timed at the smallest shape only")
         own = with_gradient(mil_nce, inputs)
