@@ -139,7 +139,7 @@ def _status_kib(field: str) -> int:
 
 @functools.cache
 def _opened_library() -> ctypes.CDLL:
-    """Returns the library, opened once: opening takes 9 us, or more with cold caches, and would be timed with a call."""
+    """Returns the library, opened once: opening takes 9 us, or more with cold caches, of the call that is timed."""
     return ctypes.CDLL(str(_library.PATH))
 
 
