@@ -105,23 +105,22 @@ def test_failures_that_pass_are_tried_again_and_others_are_not(server):
         assert failed.value.errno == number and server.requests["/noise"] == requests
 
 
-def test_a_server_that_is_silent_is_not_waited_for(server, monkeypatch):
-    monkeypatch.setattr(remote, "ANSWER_S", 0.1)
-    server.slow_s, path = 0.3, at(server, "/noise")
-    server.faults["/noise"] = ["slow", None]
+@pytest.mark.parametrize(
+    ("fault", "slow_s", "limit", "limit_s", "said"),
+    [
+        ("slow", 0.3, "ANSWER_S", 0.1, "could not be read in 4 attempts; the last: no answer in 0.1 s"),
+        ("trickle", 0.05, "WHOLE_S", 0.2, "attempts; the last: no answer in 30 s, or no whole one in 0.2 s"),
+    ],
+)
+def test_a_server_that_is_silent_or_sends_a_byte_now_and_then_is_not_waited_for(
+    server, monkeypatch, fault, slow_s, limit, limit_s, said
+):
+    monkeypatch.setattr(remote, limit, limit_s)
+    server.slow_s, path = slow_s, at(server, "/noise")
+    server.faults["/noise"] = [fault, None]
     assert RemoteStorage().read_range(path, 7, 1000) == server.files["/noise"][7:1007]
-    server.faults["/noise"] = ["slow"]
-    with pytest.raises(OSError, match="could not be read in 4 attempts; the last: no answer in 0.1 s"):
-        RemoteStorage().read_range(path, 7, 1000)
-
-
-def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(server, monkeypatch):
-    monkeypatch.setattr(remote, "WHOLE_S", 0.2)
-    server.slow_s, path = 0.05, at(server, "/noise")
-    server.faults["/noise"] = ["trickle", None]
-    assert RemoteStorage().read_range(path, 7, 1000) == server.files["/noise"][7:1007]
-    server.faults["/noise"] = ["trickle"]
-    with pytest.raises(OSError, match="attempts; the last: no answer in 30 s, or no whole one in 0.2 s"):
+    server.faults["/noise"] = [fault]
+    with pytest.raises(OSError, match=said):
         RemoteStorage().read_range(path, 7, 1000)
 
 
