@@ -9,6 +9,9 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+from measure import force_variant
+
+from cpr_fast import _host
 
 CPU_SHAPES = [(32, 2048), (32, 16384), (256, 16384), (256, 65536)]  # (B, K) of the recorded results
 ALL_SHAPES = [(16, 2048), *CPU_SHAPES, (1024, 65536), (1024, 1_000_000), (4096, 1_000_000)]
@@ -29,6 +32,26 @@ def peer(module: str, package: str) -> ModuleType:
 def need_cuda(device: torch.device, what: str) -> None:
     if device.type != "cuda":
         raise Unavailable(f"{what} runs on CUDA only")
+
+
+def in_variant(name: str, call: Callable, device: torch.device, pairs: int) -> Callable:
+    """Returns a function that computes `call` with a variant of the CPU kernels, for `pairs` pairs of a query and an
+    entry. Raises Unavailable on CUDA, and for what would not be worth its time."""
+    if device.type == "cuda":
+        raise Unavailable(f"{name} is a CPU variant")
+    if name == _host.build_info()["cpu_variant"]:
+        raise Unavailable(f"cpr_fast uses {name} here")
+    if name == "portable" and pairs > 2**17:
+        raise Unavailable("the portable variant is timed at the smallest shape only")
+
+    def forced():
+        force_variant(name)
+        try:
+            return call()
+        finally:
+            force_variant(None)
+
+    return forced
 
 
 def compiled(function: Callable) -> Callable:

@@ -17,10 +17,8 @@ from torch.nn.functional import normalize
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from forms import Unavailable, compiled, graphed, need_cuda, peer
-from measure import force_variant
+from forms import Unavailable, compiled, graphed, in_variant, need_cuda, peer
 
-from cpr_fast import _host
 from cpr_fast.ops import cascade_select, cascade_select_ref
 
 OP, DIRECTIONS = "cascade_select", ("forward",)
@@ -97,21 +95,8 @@ def two_gemms(queries: Tensor, memory: Tensor, *_) -> tuple[Tensor, ...]:
 # ---- forms: inputs -> call -----------------------------------------------------------------------------------
 def variant(name: str) -> Callable:
     def prepare(inputs: Inputs) -> Callable:
-        if inputs.queries.is_cuda:
-            raise Unavailable(f"{name} is a CPU variant")
-        if name == _host.build_info()["cpu_variant"]:
-            raise Unavailable(f"cpr_fast uses {name} here")
-        if name == "portable" and inputs.queries.shape[1] * inputs.memory.shape[1] > 2**17:
-            raise Unavailable("the portable variant is timed at the smallest shape only")
-
-        def call():
-            force_variant(name)
-            try:
-                return cascade_select(*inputs.all)
-            finally:
-                force_variant(None)
-
-        return call
+        pairs = inputs.queries.shape[1] * inputs.memory.shape[1]
+        return in_variant(name, lambda: cascade_select(*inputs.all), inputs.queries.device, pairs)
 
     return prepare
 

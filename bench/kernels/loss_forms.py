@@ -18,10 +18,8 @@ from torch.nn.functional import normalize
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from forms import Unavailable, compiled, graphed, need_cuda, peer
-from measure import force_variant
+from forms import Unavailable, compiled, graphed, in_variant, need_cuda, peer
 
-from cpr_fast import _host
 from cpr_fast.ops import mil_nce, mil_nce_ref
 
 OP, DIRECTIONS = "mil_nce", ("forward", "gradient", "memory gradient")
@@ -143,22 +141,8 @@ def with_gradient(function: Callable, inputs: Inputs) -> Callable:
 
 def variant(name: str) -> Callable:
     def prepare(inputs: Inputs) -> Callable:
-        if inputs.query.is_cuda:
-            raise Unavailable(f"{name} is a CPU variant")
-        if name == _host.build_info()["cpu_variant"]:
-            raise Unavailable(f"cpr_fast uses {name} here")
-        if name == "portable" and len(inputs.query) * len(inputs.memory) > 2**17:
-            raise Unavailable("the portable variant is timed at the smallest shape only")
-        own = with_gradient(mil_nce, inputs)
-
-        def call():
-            force_variant(name)
-            try:
-                return own()
-            finally:
-                force_variant(None)
-
-        return call
+        pairs = len(inputs.query) * len(inputs.memory)
+        return in_variant(name, with_gradient(mil_nce, inputs), inputs.query.device, pairs)
 
     return prepare
 
