@@ -66,12 +66,13 @@ def read_frames(path: str | Path, frames: Sequence[int] | np.ndarray, view: str,
 
 
 def joined(parts: Iterable[np.ndarray], count: int) -> np.ndarray:
-    """Returns parts that hold `count` frames in all as one array."""
+    """Returns parts that hold `count` frames in all as one array; a single part is not copied."""
     out, done = None, 0
     for part in parts:
         if out is None:
-            out = np.empty((count, *part.shape[1:]), np.uint8)
-        out[done : done + len(part)] = part
+            out = part if len(part) == count else np.empty((count, *part.shape[1:]), np.uint8)
+        if out is not part:
+            out[done : done + len(part)] = part
         done += len(part)
     return out
 

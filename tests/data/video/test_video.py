@@ -3,6 +3,7 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from types import SimpleNamespace
 
 import av
@@ -23,7 +24,7 @@ from support.numbered_videos import (
 
 from cpr_fast.data.video import decode
 from cpr_fast.data.video.container import VideoError
-from cpr_fast.data.video.decode import decode_frames, read_frames, read_parts
+from cpr_fast.data.video.decode import decode_frames, joined, read_frames, read_parts
 from cpr_fast.data.video.numbering import Layout
 from cpr_fast.data.video.packets import slice_packets
 from cpr_fast.data.video.pixels import Region
@@ -258,6 +259,14 @@ def test_flow_is_the_two_halves_of_the_luma_as_stored(tmp_path):
     np.testing.assert_array_equal(read_frames(limited, range(9), "flow", 9), luma)
     part = list(read_parts(limited, range(9), "flow", 9, Region((3, 5, 20, 50), 24, 64)))
     np.testing.assert_array_equal(np.concatenate(part), luma[:, 3:20, 5:50])
+
+
+def test_parts_are_joined_and_a_single_part_is_not_copied():
+    frames = np.random.default_rng(0).integers(0, 256, (7, 3, 5, 2), np.uint8)
+    for ends in ([3, 6, 7], [1, 7], [6, 7]):
+        parts = (frames[begin:end] for begin, end in pairwise([0, *ends]))
+        np.testing.assert_array_equal(joined(parts, 7), frames)
+    assert joined(iter([frames]), 7) is frames
 
 
 def test_reading_from_many_threads_gives_the_same_frames(numbered):
