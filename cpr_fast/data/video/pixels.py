@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 import av
-import cv2
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
@@ -153,7 +152,11 @@ class _Halves:
         if self._out is None:
             self._out = np.empty((self._count, bottom - top, right - left, 2), np.uint8)
         rows, half = _rows(frame.planes[0]), frame.height // 2
-        cv2.merge([rows[begin + top : begin + bottom, left:right] for begin in (0, half)], dst=self._out[self._held])
+        u, v = (rows[begin + top : begin + bottom, left:right] for begin in (0, half))
+        # as one number, u + 256 v: cv2.merge takes six times as long for parts of rows
+        pairs = self._out[self._held].view("<u2")[..., 0]
+        np.multiply(v, np.uint16(256), out=pairs)
+        np.add(pairs, u, out=pairs)
         self._held += 1
 
     def take(self) -> np.ndarray:
