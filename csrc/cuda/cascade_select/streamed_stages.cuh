@@ -204,11 +204,17 @@ __device__ __forceinline__ void hold_query(const Plan& plan, const T* queries, i
   }
 }
 
+// Blocks of a multiprocessor: as many as the registers allow without spilling what the loops use.
+template <bool kExact, bool kHeld>
+constexpr int kStagesAtOnce = kHeld    ? 1
+                              : kExact ? 2
+                                       : 3;
+
 // One block per query, on the entries that its sieve has gathered. With kHeld, shared memory has the query [U,
 // held_width], and the values [U, capacity] and slots [capacity] of the survivors, behind CascadeShared; and a block
 // whose sieve was wrong selects from all entries. Otherwise misled_stages_kernel does.
 template <typename T, bool kExact, bool kHeld>
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kSelectThreads, kStagesAtOnce<kExact, kHeld>)
     streamed_stages_kernel(const __grid_constant__ Plan plan, Chunk chunk, Inputs<T> in, int64_t first_query) {
   auto& spare = shared_memory<SpareShared<typename Multiplied<T>::Type>>();
   CascadeShared& shared = spare.stages;

@@ -112,8 +112,8 @@ def test_scores_are_parked_without_bank_conflicts(device, precision, B, views):
     found = device.cascade_select(queries, memory, views, [150, 75, 5], precision=precision)
     expected = ops.cascade_select(queries, memory, views, [150, 75, 5])
     torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
-    for kind in ("store shared", "load shared"):
-        parked = [count for count in counts_of_lines(device, "stream.cuh", "shared.first[") if count.kind == kind]
+    for kind, code in (("store shared", "parked[e]"), ("load shared", "shared.tile.scores[e]")):
+        parked = [count for count in counts_of_lines(device, "stream.cuh", code) if count.kind == kind]
         assert sum(count.units for count in parked) == sum(count.least for count in parked) > 0
 
 
