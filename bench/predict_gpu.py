@@ -92,9 +92,21 @@ INDEPENDENT = 1.2  # cycles between multiply-adds and products, which add to the
 AWAITED = 1 / 3  # of the products of a warpgroup, nothing runs beside these: the scores, but not the weighted sums
 LOADS_AT_ONCE = 4.0  # loads from global memory that a warp waits for together; assumed
 BARRIER = 30.0  # cycles; assumed
+LONG_SAMPLE_FROM = 2**18  # entries of the memory: kMinLongSample in plan.cuh
 TEAM_BARRIER_S = 1.2e-6  # between blocks through global memory; assumed
-GATHERED = 0.138  # of the entries, by the stages of the benchmarks and a sample of 8,192; see sample_ranks in plan.cuh
 REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
+
+
+def gathered_entries(K: int) -> float:
+    """Returns how many entries the sieve of a query gathers about, by the stages of the benchmarks (K/2 to K/64, and 5)
+    and the limits from its sample; see sample_ranks in plan.cuh."""
+    sample, before, share = 32768 if K >= LONG_SAMPLE_FROM else 8192, 1.0, 0.0
+    for keep in [*(2.0**-stage for stage in range(1, 7)), 5 / K]:
+        expected = sample * keep
+        reach = 4 * math.sqrt(expected * (1 - keep / before) + 1) + 4
+        share += (min(expected, reach) + reach) / sample
+        before = keep
+    return share * K
 
 
 def resident_blocks(gpu: Gpu, threads: int, registers: int, shared_bytes: int) -> int:
@@ -185,7 +197,7 @@ def hbm_s(gpu: Gpu, call: dict) -> float:
     passes = max(launch["launches"] for launch in call["launches"])
     total = moved * passes if moved > gpu.l2_bytes else 0.0
     for launch in call["launches"]:
-        lists = GATHERED * call["K"] * 12 * launch["blocks"]  # a slot and two scores for each entry
+        lists = gathered_entries(call["K"]) * 12 * launch["blocks"]  # a slot and two scores for each entry
         if "streamed_stages" in launch["kernel"] and lists > gpu.l2_bytes:
             total += 2 * lists * launch["launches"]
     return total / gpu.hbm_bytes_per_s
@@ -270,10 +282,9 @@ def limits_text(rows: list[dict]) -> list[str]:
     by_warps = 1.5 * h200.floor["bf16"] / (h200.tensor * peak)
     slower = bf16["tensor"] * h200.warpgroup * peak / h200.floor["bf16"]
     over_floor = (bf16_call["time_us"] - bf16_call["kernels"][0]["time_us"] + slower) / bf16_call["floor_us"]
-    products = [
-        resource_us(calls[a100, "cascade_select", precision, *shape], "stream_kernel")["tensor"]
-        for precision in ("fp32", "bf16")
-    ]
+    in_fp32, in_bf16 = (
+        resource_us(calls[a100, "cascade_select", precision, *shape], "stream_kernel") for precision in ("fp32", "bf16")
+    )
     return [
         "What the calls furthest from their floors spend their time on, at 256 x 65536:",
         "",
@@ -295,8 +306,11 @@ def limits_text(rows: list[dict]) -> list[str]:
         "thread do not fit: 128 of its 255 registers hold scores and sums. With 4 x 4 scores everywhere the same model "
         "gives 316 µs, and 25.4 ms for 1024 x 1000000; on A100 601 µs and 36.1 ms.",
         "- cascade_select bf16 is not twice as fast as fp32, because tensor cores compute the scores of fp32 as well: "
-        f"on A100 their products take {products[0]:.0f} µs for fp32 and {products[1]:.0f} µs for bf16. The rest, to "
-        "follow every score through the stages and to rank the gathered entries, is the same work in both.",
+        f"on A100 the pass over the memory takes {in_fp32['tensor']:.0f} µs of products for fp32 and "
+        f"{in_bf16['tensor']:.0f} µs for bf16, and {in_fp32['issue']:.0f} and {in_bf16['issue']:.0f} µs of "
+        f"instructions. Its traffic with the L2 cache is the same in both, {in_fp32['L2']:.0f} and "
+        f"{in_bf16['L2']:.0f} µs: the features, of float32 in memory, and the gathered entries. To sample, and to rank "
+        "the gathered entries, is the same work in both, too.",
         f"- cascade_select fp32 on H100 and H200, at 32 x 16384: the scores take {score['shared memory']:.1f} µs, by "
         "shared memory, which a thread reads 12 vectors from for 4 x 8 scores and four features, and the selection "
         f"{select['issue']:.1f} µs of instructions of one multiprocessor for each query, 32 of 132. With 4 x 4 scores "

@@ -7,8 +7,9 @@ the large call, which it plans on the limits of the device (`DEVICES`) without e
     score, tensor_score      no feature: a tile of scores of one size is always the same work
     sieve                    no feature
     misled                   queries of a block
-    stream                   tiles of a block
-    select, streamed_stages  K
+    stream                   tiles of a block; calls with a long sample have samples of their own
+    select                   K
+    streamed_stages          entries that are gathered
     all scans                tiles of 64 keys in a split of the memory; of the scan by warpgroups the PTX of sm_90a is
                              interpreted, of everything else that of sm_80
     finish                   splits of the memory
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import cascade_forms
 import loss_forms
+import predict_gpu
 import sass
 from support.flow_references import DEFAULTS, moving_texture
 from support.ptx.device import PtxDevice
@@ -50,7 +52,7 @@ ROUTES = {
     "streamed by 16 multiprocessors": {"shared_limit": 0, "cache_size": 40 << 20, "processors": 16},  # 4 tiles a block
     "streamed by an A100": {"shared_limit": 163 << 10, "cache_size": 40 << 20, "processors": 108},  # few queries held
 }
-_STAGES = re.compile(r"\d(select_(on_chip_)?|streamed_stages_)kernel")
+_STAGES = re.compile(r"\dselect_(on_chip_)?kernel")
 GLOBAL = ("load global", "store global", "copy async", "atomic")
 SHARED = ("load shared", "store shared", "load matrix")
 
@@ -76,6 +78,7 @@ class Kernel:
     shared_bytes: int
     launches: int
     feature: float
+    K: int  # of the call
     counts: Counter = field(default_factory=Counter)  # of all blocks, by key
     lines: Counter = field(default_factory=Counter)  # instructions of PTX by source line
 
@@ -85,7 +88,7 @@ def short_name(entry: str) -> str:
     """Returns score_kernel<float, 4, 4> for its mangled name."""
     text = subprocess.run(["c++filt", entry], check=True, capture_output=True, text=True).stdout
     found = re.search(r"(\w+_kernel)(<(?:[^<>]|<[^<>]*>)*>)?", text)
-    arguments = re.sub(r"__nv_|\(int\)|\(bool\)|cpr::| (?=>)", "", found[2] or "")
+    arguments = re.sub(r"__nv_|\(int\)|\(bool\)|cpr::|\(anonymous namespace\)::| (?=>)", "", found[2] or "")
     return found[1] + arguments
 
 
@@ -141,6 +144,8 @@ def features(call: Call, launches: list[Launch]) -> list[float]:
             found.append(queries / launch.grid[0])
         elif "stream_kernel" in launch.kernel:
             found.append(call.K / 128 * -(-queries // 64) / launch.grid[0])
+        elif "streamed_stages_kernel" in launch.kernel:
+            found.append(predict_gpu.gathered_entries(call.K))
         else:
             found.append(splits if "finish_kernel" in launch.kernel else call.K if _STAGES.search(launch.kernel) else 0)
     return found
@@ -214,7 +219,7 @@ def interpret(device: PtxDevice, call: Call, code: Disassembly | None = None) ->
             kernels[launch.kernel].launches += 1
             continue
         name = short_name(launch.kernel)
-        made = Kernel(name, launch.kernel, blocks, launch.threads, launch.shared_bytes, 1, feature)
+        made = Kernel(name, launch.kernel, blocks, launch.threads, launch.shared_bytes, 1, feature, call.K)
         own = counts if call.op == "tvl1_flow" else [count for count in counts if count.function == launch.kernel]
         made.counts = keys_of([count for count in own if count.executed])
         for count in own:
@@ -223,6 +228,10 @@ def interpret(device: PtxDevice, call: Call, code: Disassembly | None = None) ->
             made.counts += code.project(call.op, launch.kernel, own)
         kernels[launch.kernel] = made
     return list(kernels.values())
+
+
+def has_long_sample(K: int) -> bool:
+    return K >= predict_gpu.LONG_SAMPLE_FROM
 
 
 def per_block(samples: list[Kernel], feature: float) -> dict[str, float]:
@@ -243,6 +252,8 @@ def extrapolate(samples: list[Kernel], call: Call, launches: list[Launch]) -> li
     for launch, feature in zip(launches, features(call, launches), strict=True):
         name = short_name(launch.kernel)
         same = [kernel for kernel in samples if kernel.name == name]
+        if name.startswith("stream_kernel"):  # fewer entries are gathered after a long sample
+            same = [kernel for kernel in same if has_long_sample(kernel.K) == has_long_sample(call.K)] or same
         if not same:
             raise LookupError(f"{name}: no interpreted call has this kernel")
         blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]

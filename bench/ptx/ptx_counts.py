@@ -6,7 +6,7 @@ writes ptx_counts.json and ptx_counts.md: instructions by class, active lanes, s
 memory and the busiest source lines of interpreted calls; how far extrapolated counts are from interpreted ones; the
 launches of every call of bench/predict_gpu.py with the counts of a block; and, over memories of 1,024 to 4,194,304
 entries, the times alone that bench/predict_gpu.py derives from such counts. Needs nvcc and nvdisasm (see sass.py);
-takes about five minutes of one core.
+takes about nine minutes of one core.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ SAMPLES = [
     *(Call("cascade_select", "bf16", B, K, "on chip") for B, K in ((32, 2048),)),
     *(Call("cascade_select", "fp32", 64, K, "streamed") for K in (32768, 65536)),
     *(Call("cascade_select", "bf16", 64, K, "streamed") for K in (32768, 65536)),
+    # Long samples.
+    *(Call("cascade_select", precision, 64, 2**18, "streamed by 16 multiprocessors") for precision in ("fp32", "bf16")),
     # Blocks of several tiles; and at most 32 queries, which have smaller tiles and go through the stages on chip.
     *(Call("cascade_select", precision, 64, 32768, "streamed by 16 multiprocessors") for precision in ("fp32", "bf16")),
     Call("cascade_select", "fp32", 32, 32768, "streamed by 16 multiprocessors"),
@@ -59,6 +61,7 @@ CHECKS = [
     Call("cascade_select", "fp32", 64, 40000, "streamed"),
     Call("cascade_select", "fp32", 64, 49152, "streamed by 16 multiprocessors"),
     Call("cascade_select", "fp32", 32, 28672, "streamed by an A100"),
+    Call("cascade_select", "fp32", 1, 2**18, "streamed"),
     Call("mil_nce", "float32", 64, 32768),
     Call("mil_nce", "bfloat16", 64, 131072),
     Call("mil_nce", "bfloat16", 128, 32768, architecture="90a"),
@@ -184,7 +187,9 @@ def saved_samples(rows: list[dict]) -> list[Kernel]:
     """Returns saved samples as kernels, from which calls can be extrapolated."""
     found = []
     for row in rows:
-        found.append(Kernel(row["kernel"], "", row["blocks"], row["threads"], 0, row["launches"], row["feature"]))
+        found.append(
+            Kernel(row["kernel"], "", row["blocks"], row["threads"], 0, row["launches"], row["feature"], row["K"])
+        )
         found[-1].counts.update(row["counts"])
     return found
 

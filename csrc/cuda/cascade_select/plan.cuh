@@ -18,7 +18,9 @@ constexpr int64_t kRowUnit = 64;  // rows of the workspace start on 256-byte bou
 // Calls with this many views in use and stages at most can be streamed, if D is at most kMaxBoundedWidth; of those,
 // rows of at least kMinSifted have a sieve.
 constexpr int kMaxSiftedViews = 2, kMaxSiftedStages = 8;
-constexpr int64_t kSample = 8192, kMinSifted = 2 * kSample;
+// A sample has 2^13 entries, of long rows 2^15: the entries between the limits become half as many.
+constexpr int kSampleBits = 13, kLongSampleBits = 15;
+constexpr int64_t kMinSifted = 2 << kSampleBits, kMinLongSample = 1 << 18;
 constexpr int kMaxStreamedTiles = 4;  // tiles of keys that a block streams at most
 
 // The ranks in the sample that a stage takes its threshold and its limits from, see sieve.cuh. middle 0: the stage
@@ -52,7 +54,10 @@ struct Plan {
   int32_t keep[kMaxStages];  // [stages] at most K
   int32_t view_used[kMaxStages];  // [views_used] index of the view in the inputs
   bool sifted;
+  int sample_bits;  // of the number of entries in the sample
   SampleRanks sampled[kMaxSiftedStages];
+
+  __host__ __device__ int64_t sample() const { return int64_t{1} << sample_bits; }
 };
 static_assert(sizeof(Plan) < 3900, "kernel parameters are limited to 4 KiB before CUDA 12.1");
 
@@ -79,7 +84,7 @@ int64_t bytes_per_row(const Plan& plan, Route route) {
 // Bytes for each query of a chunk on the streamed route.
 int64_t bytes_per_list(const Plan& plan) {
   return plan.capacity * static_cast<int64_t>(sizeof(float)) * (plan.views_used + (plan.exact ? 2 : 1)) +
-         (plan.sifted ? kSample * static_cast<int64_t>(sizeof(float)) * plan.views_used : 0) +
+         (plan.sifted ? plan.sample() * static_cast<int64_t>(sizeof(float)) * plan.views_used : 0) +
          plan.ranking_row * static_cast<int64_t>(sizeof(uint64_t)) + static_cast<int64_t>(sizeof(Sieve));
 }
 
@@ -152,13 +157,13 @@ int64_t chunk_of_lists(const Plan& plan) {
   return even_chunk(plan, chunk);
 }
 
-// Returns the ranks of a stage that keeps `keep` of `before` entries. Of the kept ones, about `expected` are sampled.
+// Returns the ranks of a stage that keeps `keep` of `before` entries. Of those kept, about `expected` are sampled.
 // The deviation is that of a drawing from the entries before the stage; four times as much, and a few for small
 // numbers, are hardly ever exceeded.
-SampleRanks sample_ranks(int64_t keep, int64_t before, int64_t K) {
+SampleRanks sample_ranks(int64_t keep, int64_t before, const Plan& plan) {
   if (keep >= before) return {0, 0, 0};
   const double share = static_cast<double>(keep) / static_cast<double>(before);
-  const double expected = static_cast<double>(kSample) * static_cast<double>(keep) / static_cast<double>(K);
+  const double expected = static_cast<double>(plan.sample()) * static_cast<double>(keep) / static_cast<double>(plan.K);
   const double reach = 4 * sqrt(expected * (1 - share) + 1) + 4;
   return {static_cast<uint16_t>(expected > reach ? expected - reach : 0),
           static_cast<uint16_t>(expected < 1 ? 1 : expected + 0.5), static_cast<uint16_t>(expected + reach + 1)};
@@ -174,12 +179,13 @@ void plan_lists(Plan& plan, bool split) {
   for (int s = 0; s < kMaxSiftedStages; ++s) {
     int64_t room = s == 0 && !plan.sifted ? plan.K : 0;
     if (plan.sifted && s < plan.stages) {
-      const SampleRanks ranks = plan.sampled[s] = sample_ranks(plan.keep[s], before, plan.K);
+      const SampleRanks ranks = plan.sampled[s] = sample_ranks(plan.keep[s], before, plan);
       double expected = s == plan.stages - 1 ? static_cast<double>(plan.keep[s]) : 0.0;
       if (ranks.middle != 0) {
         before = plan.keep[s];
-        const double between = static_cast<double>(ranks.low < kSample ? ranks.low : kSample) - ranks.high;
-        expected += (between / static_cast<double>(kSample) + error) * entries;
+        const int64_t sample = plan.sample();
+        const double between = static_cast<double>(ranks.low < sample ? ranks.low : sample) - ranks.high;
+        expected += (between / static_cast<double>(sample) + error) * entries;
       }
       const double wanted = 1.5 * expected + (s == 0 ? 1024 : 512);  // entries without a bound are in the first list
       room = wanted < entries ? static_cast<int64_t>(wanted) : plan.K;
@@ -212,6 +218,7 @@ int64_t held_bytes(const Plan& plan) {
 // Plans the streamed route.
 void plan_stream(Plan& plan, bool split) {
   plan.sifted = plan.K >= kMinSifted;
+  plan.sample_bits = plan.K >= kMinLongSample ? kLongSampleBits : kSampleBits;
   plan_lists(plan, split);
   plan.chunk = chunk_of_lists(plan);
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, 1);
@@ -250,7 +257,7 @@ Plan plan_of(const cpr_cascade_args& args) {
 
 // The workspace of a chunk and the outputs.
 struct Chunk {
-  float* scores;        // [U, chunk, row]; on the streamed route [U, chunk, kSample], of the sample
+  float* scores;        // [U, chunk, row]; on the streamed route [U, chunk, sample], of the sample
   uint32_t* survivors;  // [chunk, row]; in cache only
   uint64_t* ranking;    // [chunk, ranking_row]
   int64_t* indices;     // [B, top_k]
@@ -304,7 +311,7 @@ Chunk chunk_in(const Plan& plan, Workspace& workspace) {
   chunk.values = workspace.take<float>(plan.views_used * plan.chunk * plan.capacity);
   if (plan.exact) chunk.near = workspace.take<uint32_t>(plan.chunk * plan.capacity);
   if (!plan.sifted) return chunk;
-  chunk.scores = workspace.take<float>(plan.views_used * plan.chunk * kSample);
+  chunk.scores = workspace.take<float>(plan.views_used * plan.chunk * plan.sample());
   chunk.spare_scores = workspace.take<float>(plan.spare * plan.views_used * plan.row);
   chunk.spare_slots = workspace.take<uint32_t>(plan.spare * plan.row);
   return chunk;

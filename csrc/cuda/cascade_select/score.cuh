@@ -73,12 +73,12 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// Returns the slot of an entry of the sample: one from each of kSample equal parts of the row, at a place that depends
+// Returns the slot of an entry of the sample: one from each of 2^bits equal parts of the row, at a place that depends
 // on the part as if at random.
-__device__ __forceinline__ int64_t sampled_slot(int64_t part, int64_t entries) {
+__device__ __forceinline__ int64_t sampled_slot(int64_t part, int64_t entries, int bits) {
   const uint64_t K = static_cast<uint64_t>(entries), number = static_cast<uint64_t>(part);
   const uint64_t scattered = static_cast<uint32_t>(number + 1) * 2654435761u;
-  return static_cast<int64_t>((number * K + ((scattered * K) >> 32)) / kSample);
+  return static_cast<int64_t>((number * K + ((scattered * K) >> 32)) >> bits);
 }
 
 // The sampled rows of a matrix.
@@ -89,17 +89,17 @@ struct SampledRows {
   int64_t rows, D;
   const T* data;
   bool aligned;
+  int bits;
 
-  __device__ explicit SampledRows(const Matrix<T>& all)
-      : all(all), rows(kSample), D(all.D), data(all.data), aligned(all.aligned) {}
+  __device__ SampledRows(const Matrix<T>& all, const Plan& plan)
+      : all(all), rows(plan.sample()), D(all.D), data(all.data), aligned(all.aligned), bits(plan.sample_bits) {}
 
-  __device__ __forceinline__ int64_t at(int64_t part) const { return all.at(sampled_slot(part, all.rows)); }
-  __device__ __forceinline__ bool holds(int64_t part) const { return all.holds(sampled_slot(part, all.rows)); }
-  __device__ __forceinline__ float4 load4(int64_t part, int64_t d) const {
-    return all.load4(sampled_slot(part, all.rows), d);
-  }
+  __device__ __forceinline__ int64_t slot(int64_t part) const { return sampled_slot(part, all.rows, bits); }
+  __device__ __forceinline__ int64_t at(int64_t part) const { return all.at(slot(part)); }
+  __device__ __forceinline__ bool holds(int64_t part) const { return all.holds(slot(part)); }
+  __device__ __forceinline__ float4 load4(int64_t part, int64_t d) const { return all.load4(slot(part), d); }
 };
-static_assert(kSample % kScoreKeys == 0, "tiles of sampled rows are whole");
+static_assert((1 << kSampleBits) % kScoreKeys == 0, "tiles of sampled rows are whole");
 
 // Computes the scores of a tile on tensor cores, of features rounded to kTerms 16-bit terms; NaN for excluded entries.
 // With kSampled, keys are the sample of the memory.
@@ -110,14 +110,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
   using E = typename Multiplied<T>::Type;
   auto& shared = shared_memory<TensorScoreShared<Tile, E, kTerms>>();
   const int u = blockIdx.z;
-  const int64_t view = plan.view_used[u], entries = kSampled ? kSample : plan.K, row = kSampled ? kSample : plan.row;
+  const int64_t view = plan.view_used[u], entries = kSampled ? plan.sample() : plan.K,
+                row = kSampled ? plan.sample() : plan.row;
   const int64_t b0 = static_cast<int64_t>(blockIdx.y) * Tile::kQueries,
                 k0 = static_cast<int64_t>(blockIdx.x) * Tile::kKeys;
   const Matrix<T> query(in.queries + (view * plan.B + first_query) * plan.D, queries, plan.D);
   const Matrix<T> keys(in.memory + view * plan.K * plan.D, plan.K, plan.D, in.memory_ids);
   typename Tile::Scores score;
   if constexpr (kSampled) {
-    score_tile<false>(query, b0, SampledRows<T>(keys), k0, shared, score);
+    score_tile<false>(query, b0, SampledRows<T>(keys, plan), k0, shared, score);
   } else {
     score_tile<false>(query, b0, keys, k0, shared, score);
   }
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     for (int j = 0; j < 2; ++j) {
       const int64_t entry = k0 + column0 + n * 8 + j;
       if (in.memory_ids == nullptr || entry >= entries) continue;
-      id[n][j] = in.memory_ids[kSampled ? sampled_slot(entry, plan.K) : entry];
+      id[n][j] = in.memory_ids[kSampled ? sampled_slot(entry, plan.K, plan.sample_bits) : entry];
     }
   }
 #pragma unroll
@@ -194,7 +195,7 @@ const char* launch_scores_of_few(const Plan& plan, const Inputs<T>& in, int64_t 
 template <bool kSampled, bool kPrecise, typename Tile = LargeTile, typename T>
 const char* launch_tensor_scores(const Plan& plan, const Inputs<T>& in, int64_t first, int64_t queries,
                                  const Chunk& chunk, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(kSampled ? kSample : plan.K, Tile::kKeys)),
+  const dim3 grid(static_cast<unsigned>(ceil_div(kSampled ? plan.sample() : plan.K, Tile::kKeys)),
                   static_cast<unsigned>(ceil_div(queries, Tile::kQueries)), static_cast<unsigned>(plan.views_used));
   using E = typename Multiplied<T>::Type;
   constexpr int kTerms = kPrecise && sizeof(T) > sizeof(E) ? 2 : 1;

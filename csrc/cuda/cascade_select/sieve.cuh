@@ -18,7 +18,6 @@
 namespace cpr {
 namespace {
 
-constexpr int kSampledPerThread = kSample / kSelectThreads;
 constexpr int kFewPerThread = 5;  // once at most so many are left, stages visit these instead of all places
 
 struct SampleShared {
@@ -30,48 +29,101 @@ struct SampleShared {
 
 // The sample of a row, or what is left of it, with the score in every view and a bit for each entry that is left: entry
 // i of thread t is number 512 i + t.
-template <int kPerThread>
+template <int kEntries>
 struct Sample {
+  static constexpr int kPerThread = kEntries;
+  using Entries = uint32_t;
   float scores[kMaxSiftedViews][kPerThread];
-  uint32_t left;
+  Entries left;
+
+  // Returns the score of entry i in view u.
+  __device__ __forceinline__ float score(int u, int i) const { return u == 0 ? scores[0][i] : scores[1][i]; }
 
   // Calls visit(i, score) for each entry of this thread that is left, with its score in view u.
   template <typename Visit>
   __device__ __forceinline__ void for_each(int u, Visit visit) const {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      if ((left >> i & 1) != 0) visit(i, u == 0 ? scores[0][i] : scores[1][i]);
+      if ((left >> i & 1) != 0) visit(i, score(u, i));
     }
   }
 };
 static_assert(kMaxSiftedViews == 2, "a view is chosen between two");
 
-// Reads the scores of the whole sample, and leaves the entries that have one in every view.
-__device__ __forceinline__ Sample<kSampledPerThread> read_sample(const Plan& plan, const float* rows,
-                                                                 int64_t view_stride) {
-  Sample<kSampledPerThread> sample = {};
-#pragma unroll
-  for (int i = 0; i < kSampledPerThread; ++i) {
+// The same for a long sample, whose scores stay in global memory.
+struct LongSample {
+  static constexpr int kPerThread = (1 << kLongSampleBits) / kSelectThreads;
+  using Entries = uint64_t;
+  static_assert(kPerThread == 64);
+  const float* rows;
+  int64_t view_stride;
+  Entries left;
+
+  __device__ __forceinline__ float score(int u, int i) const {
+    return rows[u * view_stride + i * kSelectThreads + threadIdx.x];
+  }
+
+  template <typename Visit>
+  __device__ __forceinline__ void for_each(int u, Visit visit) const {
+#pragma unroll 8
+    for (int i = 0; i < kPerThread; ++i) {
+      const float own = score(u, i);  // several are on their way at a time
+      if ((left >> i & 1) != 0) visit(i, own);
+    }
+  }
+};
+
+__device__ __forceinline__ unsigned count_bits(uint32_t bits) { return __popc(bits); }
+__device__ __forceinline__ unsigned count_bits(uint64_t bits) { return __popcll(bits); }
+
+// Leaves the entries of a whole sample that have a score in every view.
+template <typename Source>
+__device__ __forceinline__ void leave_numbers(const Plan& plan, Source& sample) {
+  constexpr typename Source::Entries kOne = 1;
+  typename Source::Entries numbers = 0;
+#pragma unroll 16
+  for (int i = 0; i < Source::kPerThread; ++i) {
     bool number = true;
 #pragma unroll
     for (int u = 0; u < kMaxSiftedViews; ++u) {
-      sample.scores[u][i] = u < plan.views_used ? rows[u * view_stride + i * kSelectThreads + threadIdx.x] : 0.0f;
-      number &= !isnan(sample.scores[u][i]);
+      if (u < plan.views_used) number &= !isnan(sample.score(u, i));
     }
-    sample.left |= static_cast<uint32_t>(number) << i;
+    if (number) numbers |= kOne << i;
   }
-  return sample;
+  sample.left = numbers;
+}
+
+__device__ __forceinline__ void start_sample(const Plan& plan, const float* rows, int64_t view_stride,
+                                             LongSample& sample) {
+  sample = {rows, view_stride, 0};
+  leave_numbers(plan, sample);
+}
+
+template <int kEntries>
+__device__ __forceinline__ void start_sample(const Plan& plan, const float* rows, int64_t view_stride,
+                                             Sample<kEntries>& sample) {
+#pragma unroll
+  for (int i = 0; i < kEntries; ++i) {
+#pragma unroll
+    for (int u = 0; u < kMaxSiftedViews; ++u) {
+      sample.scores[u][i] = u < plan.views_used ? rows[u * view_stride + i * kSelectThreads + threadIdx.x] : 0.0f;
+    }
+  }
+  leave_numbers(plan, sample);
 }
 
 // Divides what is left among the threads, at most kFewPerThread entries for each.
-__device__ __forceinline__ Sample<kFewPerThread> spread_sample(const Sample<kSampledPerThread>& sample,
+template <typename Source>
+__device__ __forceinline__ Sample<kFewPerThread> spread_sample(const Plan& plan, const Source& sample,
                                                                SampleShared& shared) {
-  unsigned count, place = block_exclusive_sum<kSelectThreads>(__popc(sample.left), &count, shared.select.counts);
-#pragma unroll
-  for (int i = 0; i < kSampledPerThread; ++i) {
+  unsigned count, place = block_exclusive_sum<kSelectThreads>(count_bits(sample.left), &count, shared.select.counts);
+#pragma unroll 16
+  for (int i = 0; i < Source::kPerThread; ++i) {
     if ((sample.left >> i & 1) == 0) continue;
-    shared.few[0][place] = sample.scores[0][i];
-    shared.few[1][place] = sample.scores[1][i];
+#pragma unroll
+    for (int u = 0; u < kMaxSiftedViews; ++u) {
+      if (u < plan.views_used) shared.few[u][place] = sample.score(u, i);
+    }
     ++place;
   }
   __syncthreads();
@@ -80,16 +132,18 @@ __device__ __forceinline__ Sample<kFewPerThread> spread_sample(const Sample<kSam
   for (int i = 0; i < kFewPerThread; ++i) {
     const unsigned at = i * kSelectThreads + threadIdx.x;
     if (at >= count) continue;
-    few.scores[0][i] = shared.few[0][at];
-    few.scores[1][i] = shared.few[1][at];
+#pragma unroll
+    for (int u = 0; u < kMaxSiftedViews; ++u) {
+      if (u < plan.views_used) few.scores[u][i] = shared.few[u][at];
+    }
     few.left |= 1u << i;
   }
   return few;
 }
 
 // Finds the range of the scores that are left in view u.
-template <int kPerThread>
-__device__ __forceinline__ void sample_range(const Sample<kPerThread>& sample, int u, SampleShared& shared) {
+template <typename Source>
+__device__ __forceinline__ void sample_range(const Source& sample, int u, SampleShared& shared) {
   float least = INFINITY, greatest = -INFINITY;
   sample.for_each(u, [&](int, float score) {
     if (fabsf(score) < INFINITY) least = fminf(least, score), greatest = fmaxf(greatest, score);
@@ -132,8 +186,8 @@ __device__ __forceinline__ Limits limits_of(const SampleRanks& ranks, const Line
 }
 
 // Runs stage s on what is left of the sample, and writes its limits.
-template <int kPerThread>
-__device__ __forceinline__ void sample_stage(const Plan& plan, int s, Sample<kPerThread>& sample, Sieve& sieve,
+template <typename Source>
+__device__ __forceinline__ void sample_stage(const Plan& plan, int s, Source& sample, Sieve& sieve,
                                              SampleShared& shared) {
   const SampleRanks ranks = plan.sampled[s];
   const int u = plan.view[s];
@@ -143,8 +197,9 @@ __device__ __forceinline__ void sample_stage(const Plan& plan, int s, Sample<kPe
     const LinearBuckets bucket_of(shared.low[u], shared.high[u]);
     sample.for_each(u, [&](int, float score) { atomicAdd(&shared.select.histogram[bucket_of(score)], 1u); });
     limits = limits_of(ranks, bucket_of, shared);
-    uint32_t kept = 0;
-    sample.for_each(u, [&](int i, float score) { kept |= static_cast<uint32_t>(score >= limits.threshold) << i; });
+    typename Source::Entries kept = 0;
+    sample.for_each(
+        u, [&](int i, float score) { kept |= static_cast<typename Source::Entries>(score >= limits.threshold) << i; });
     sample.left = kept;
   }
   if (s == plan.stages - 1) limits.high = INFINITY;  // everything that reaches the end is gathered
@@ -156,7 +211,8 @@ __device__ __forceinline__ void sample_stage(const Plan& plan, int s, Sample<kPe
   __syncthreads();
 }
 
-// One block per query: makes its sieve. Without a sample, all entries are gathered.
+// One block per query: makes its sieve. Without a sample, all entries are gathered. Source: Sample or LongSample.
+template <typename Source>
 __global__ void __launch_bounds__(kSelectThreads) sieve_kernel(const __grid_constant__ Plan plan, Chunk chunk) {
   auto& shared = shared_memory<SampleShared>();
   Sieve& sieve = chunk.sieves[blockIdx.x];
@@ -169,23 +225,26 @@ __global__ void __launch_bounds__(kSelectThreads) sieve_kernel(const __grid_cons
     }
     return;
   }
-  Sample<kSampledPerThread> sample = read_sample(plan, chunk.scores + blockIdx.x * kSample, plan.chunk * kSample);
+  Source sample;
+  start_sample(plan, chunk.scores + blockIdx.x * plan.sample(), plan.chunk * plan.sample(), sample);
   if (threadIdx.x < kMaxSiftedViews) shared.low[threadIdx.x] = NAN;
   start_selection(shared.select);
   __syncthreads();
   int s = 0;
   for (; s < plan.stages; ++s) {
-    const unsigned count = block_sum<kSelectThreads>(__popc(sample.left), shared.select.counts);
+    const unsigned count = block_sum<kSelectThreads>(count_bits(sample.left), shared.select.counts);
     if (in_all_lanes(count <= kFewPerThread * kSelectThreads)) break;
     sample_stage(plan, s, sample, sieve, shared);
   }
   if (s == plan.stages) return;
-  Sample<kFewPerThread> few = spread_sample(sample, shared);
+  Sample<kFewPerThread> few = spread_sample(plan, sample, shared);
   for (; s < plan.stages; ++s) sample_stage(plan, s, few, sieve, shared);
 }
 
 const char* launch_sieve(const Plan& plan, int64_t queries, const Chunk& chunk, cudaStream_t stream) {
-  return launch<SampleShared>(sieve_kernel, dim3(static_cast<unsigned>(queries)), kSelectThreads, stream, plan, chunk);
+  using ShortSample = Sample<(1 << kSampleBits) / kSelectThreads>;
+  const auto kernel = plan.sample_bits == kLongSampleBits ? sieve_kernel<LongSample> : sieve_kernel<ShortSample>;
+  return launch<SampleShared>(kernel, dim3(static_cast<unsigned>(queries)), kSelectThreads, stream, plan, chunk);
 }
 
 }  // namespace

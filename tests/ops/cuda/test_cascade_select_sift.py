@@ -18,6 +18,7 @@ from support.operator_references import (
 ops = pytest.importorskip("cpr_fast.ops", reason="the operator library is not built")
 
 K = 16_385  # one more than the shortest row that is sifted
+LONG = 2**18 + 3  # from 2^18 entries on, the sample is longer
 STAGES = [0, 1, 0, 1, 0, 1, 0]
 HALVES = [K >> s for s in range(1, 7)] + [5]
 
@@ -107,6 +108,19 @@ def test_unusual_rows(streamed, case):
     assert_selects(streamed, queries, unusual(case), [0, 1, 0, 1], [9000, 4000, 1000, 30])
 
 
+@pytest.mark.parametrize("view", [0, 1])
+def test_scores_without_a_bound_in_one_view(streamed, view):
+    """The best entries in one view have norms beyond the range of the bound on errors, and differ by less than the
+    errors. In the other view, the scores of the same tile are bounded."""
+    queries, memory = normal(2, 1, 4, seed=49), normal(2, K, 4, seed=50)
+    queries[:, :, 0] = 1 + queries[:, :, 0].abs()
+    near = 1 + 1e-6 * torch.randperm(20, generator=torch.Generator().manual_seed(51))
+    memory[view, 200:220] = 1e20 * torch.tensor([1.3, 0.0, 0.0, 0.0]) * near[:, None]
+    memory[1 - view, 200:220, 0] = 40
+    assert_selects(streamed, queries, memory, [1 - view, view, 1 - view, view], [9000, 4000, 30, 10])
+    assert_selects(streamed, queries, memory, [view, 1 - view, view], [9000, 30, 10])
+
+
 @pytest.mark.parametrize("views", [[0, 1, 0], [1, 0, 1]])
 @pytest.mark.parametrize("blind", [0, 1])
 def test_entries_that_cannot_be_compared_in_one_view(streamed, views, blind):
@@ -137,10 +151,12 @@ def test_scores_that_differ_by_less_than_their_error(streamed):
 
 
 def sampled_slots(entries: int = K) -> torch.Tensor:
-    """Returns the slots that the sample draws, one from each of 8,192 equal parts (sampled_slot in score.cuh)."""
-    part = torch.arange(8192, dtype=torch.int64)
+    """Returns the slots that the sample draws, one from each of 8,192 equal parts, or of 32,768 from 2^18 entries on
+    (sampled_slot in score.cuh)."""
+    parts = 32_768 if entries >= 2**18 else 8192
+    part = torch.arange(parts, dtype=torch.int64)
     scattered = (part + 1) * 2654435761 % 2**32
-    return (part * entries + (scattered * entries >> 32)) // 8192
+    return (part * entries + (scattered * entries >> 32)) // parts
 
 
 def other_slots() -> torch.Tensor:
@@ -192,6 +208,31 @@ def test_a_sample_that_misses_a_block_of_neighbours(one_view):
     queries, memory = torch.ones(1, 1, 1), normal(1, entries, 1, seed=26)
     memory[:, first:after] += 20
     assert_selects(one_view, queries, memory, [0, 0], [900, after - first])
+
+
+@pytest.mark.parametrize(
+    ("views", "keep"),
+    [
+        (STAGES, [LONG >> s for s in range(1, 7)] + [5]),
+        pytest.param([1, 1], [LONG - 7, 3], marks=pytest.mark.slow),  # one view
+    ],
+)
+def test_long_samples(one_view, views, keep):
+    """Of 32,768 entries. A sample that is taken for wrong costs the products of all scores once more."""
+    queries, memory = normal(2, 1, 2, seed=45), normal(2, LONG, 2, seed=46)
+    memory[0, 77], memory[1, LONG - 1] = torch.nan, torch.nan
+    before = one_view.products()
+    assert_selects(one_view, queries, memory, views, keep, **random_ids(1, LONG, seed=47))
+    used = len(set(views))
+    assert one_view.products() - before == used * 3 * (32_768 + -(-LONG // 128) * 128) // 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("better", [True, False])
+def test_a_long_sample_that_misleads(one_view, better):
+    queries, memory = torch.ones(2, 1, 1), normal(2, LONG, 1, seed=48)
+    memory[:, sampled_slots(LONG)] += 10 if better else -10
+    assert_selects(one_view, queries, memory, [0, 1, 0], [LONG // 4, 9000, 30])
 
 
 @pytest.mark.parametrize("sample", ["empty", "not comparable", "all there is"])

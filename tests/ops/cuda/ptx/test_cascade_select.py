@@ -117,6 +117,14 @@ def test_scores_are_parked_without_bank_conflicts(device, precision, B, views):
         assert sum(count.units for count in parked) == sum(count.least for count in parked) > 0
 
 
+def test_a_sieve_from_a_long_sample(device):
+    device.resize(**ROUTES["streamed"])
+    K = 2**18 + 3
+    queries, memory = normal(2, 1, 4, seed=24), normal(2, K, 4, seed=25)
+    assert_selects(device, queries, memory, [0, 1, 0, 1, 0, 1, 0], [K >> s for s in range(1, 7)] + [5], **ids(1, K))
+    assert unsifted(device) == 0
+
+
 @pytest.mark.parametrize("limits", [ROUTES["streamed"], LISTS_IN_SHARED_MEMORY])
 def test_a_sieve_decides_long_rows_of_distinct_scores(device, limits):
     device.resize(**limits)
