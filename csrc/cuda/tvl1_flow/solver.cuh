@@ -132,6 +132,7 @@ class Solver {
 
   // Computes the pyramids of both frames. Returns whether all pixels are finite.
   __device__ bool build_pyramids() const {
+    // Both are less than 2^31 (check_cuda); a division of 64 bits is a function call.
     const int pair = static_cast<int>(progress().pair), clip_pairs = static_cast<int>(a_.T - 1);
     const int64_t pixels = a_.H * a_.W, first_frame = pair / clip_pairs * a_.T + pair % clip_pairs;
     unsigned* const not_finite = &own_sync()->not_finite;
