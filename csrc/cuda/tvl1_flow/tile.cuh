@@ -25,17 +25,19 @@ struct Step {
   float taut;  // tau / theta
 };
 
-// A linearisation at one level. Every array is [height][width].
-struct Problem {
-  Size size;
-  Step step;
-  const float4* constants;  // (dI1w/dx, dI1w/dy, their squared norm, I1w - grad I1w . u0 - I0)
-};
-
-// The unknowns: the flow, and the dual variables of its components, (p11, p21) along x and (p12, p22) along y.
+// The unknowns, [height][width]: the flow, and the dual variables of its components, (p11, p21) along x and (p12, p22)
+// along y.
 struct State {
   float2* u;
   float4* p;  // (p11, p21, p12, p22)
+};
+
+// What a block of iterations reads and writes at one level.
+struct Arrays {
+  Size size;
+  const float4* constants;  // [height][width] (dI1w/dx, dI1w/dy, their squared norm, I1w - grad I1w . u0 - I0)
+  State source, target;     // different memory
+  float* partial;           // [tiles][kHalo], the squared change in each iteration
 };
 
 struct TileMemory {
@@ -64,12 +66,30 @@ __host__ __device__ inline int count_tiles(Size size) {
   return tiles_across(size) * ((size.height + kTileHeight - 1) / kTileHeight);
 }
 
-// Finds pixel `i` of the region around the tile whose first pixel is (top, left).
-__device__ __forceinline__ Own place_pixel(Size size, int top, int left, int i, int* pixel) {
+// Returns a value that the compiler cannot know before: what depends on it is computed where it is used, not before the
+// loops around it, during which it would take registers.
+__device__ __forceinline__ int recomputed(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// The first pixel of a tile.
+struct Corner {
+  int y, x;
+};
+
+__device__ __forceinline__ Corner corner_of(Size size, int tile) {
+  const int across = tiles_across(size);
+  return {tile / across * kTileHeight, tile % across * kTileWidth};
+}
+
+// Finds pixel `i` of the region around a tile. pixel: its index in the image, 0 outside of it.
+__device__ __forceinline__ Own place_pixel(Size size, Corner corner, int i, int* pixel) {
   const int column = i % kRegionWidth, row = i / kRegionWidth;
-  const int x = left - kHalo + column, y = top - kHalo + row;
-  *pixel = y * size.width + x;
-  if (i >= kRegion || x < 0 || y < 0 || x >= size.width || y >= size.height) return Own(0, 0);
+  const int x = corner.x - kHalo + column, y = corner.y - kHalo + row;
+  const bool in_image = i < kRegion && x >= 0 && y >= 0 && x < size.width && y < size.height;
+  *pixel = in_image ? y * size.width + x : 0;
+  if (!in_image) return Own(0, 0);
   const bool in_tile = column >= kHalo && column < kHalo + kTileWidth && row >= kHalo && row < kHalo + kTileHeight;
   const int place = kInImage | (in_tile ? kInTile : 0) | (x == 0 ? kFirstColumn : 0) |
                     (x == size.width - 1 ? kLastColumn : 0) | (y == 0 ? kFirstRow : 0) |
@@ -122,29 +142,53 @@ __device__ __forceinline__ float sum_of_changes(const TileMemory& memory, unsign
   return sum;
 }
 
-// Runs `count` <= kHalo inner iterations on one tile, from `source` to `target` (different memory). partial[k]: output,
-// the squared change of iteration k in this tile. What is needed only before and after the iterations is read again, so
-// that it takes no registers during them.
-__device__ inline void iterate_tile(const Problem& problem, int tile, int count, const State& source,
-                                    const State& target, TileMemory& memory, float* partial) {
-  const Step step = problem.step;
-  const int top = tile / tiles_across(problem.size) * kTileHeight,
-            left = tile % tiles_across(problem.size) * kTileWidth;
+// The pixels of a thread, in its registers.
+struct Pixels {
   Own own[kOwn];
   float2 u[kOwn], p_x[kOwn], p_y[kOwn];
   float4 constants[kOwn];
-  __syncthreads();  // all threads have read the previous tile
+};
+
+__device__ __forceinline__ void load_pixels(const Arrays& arrays, Corner corner, TileMemory& memory, Pixels& pixels) {
+  auto& [own, u, p_x, p_y, constants] = pixels;
+  const int thread = recomputed(threadIdx.x);
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) {
     int pixel;
-    own[j] = place_pixel(problem.size, top, left, static_cast<int>(threadIdx.x) + j * kThreads, &pixel);
-    if (!own[j].place()) continue;
-    u[j] = source.u[pixel];
-    const float4 p = source.p[pixel];
+    own[j] = place_pixel(arrays.size, corner, thread + j * kThreads, &pixel);
+    // Outside the image pixel 0 is read: registers that only some threads set would be taken from the start of the
+    // kernel.
+    u[j] = arrays.source.u[pixel];
+    const float4 p = arrays.source.p[pixel];
     p_x[j] = {p.x, p.y}, p_y[j] = {p.z, p.w};
-    constants[j] = problem.constants[pixel];
+    constants[j] = arrays.constants[pixel];
+    if (!own[j].place()) continue;
     memory.p_x[own[j].cell()] = p_x[j], memory.p_y[own[j].cell()] = p_y[j];
   }
+}
+
+__device__ __forceinline__ void store_pixels(const Arrays& arrays, Corner corner, const Pixels& pixels) {
+  const auto& [own, u, p_x, p_y, constants] = pixels;
+  const int thread = recomputed(threadIdx.x);
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    int pixel;
+    place_pixel(arrays.size, corner, thread + j * kThreads, &pixel);
+    if (!(own[j].place() & kInTile)) continue;
+    arrays.target.u[pixel] = u[j];
+    arrays.target.p[pixel] = {p_x[j].x, p_x[j].y, p_y[j].x, p_y[j].y};
+  }
+}
+
+// Runs `count` <= kHalo inner iterations on one tile. get_arrays() returns the Arrays. It is called before and after
+// the iterations, so that what is needed only there takes no registers during them.
+template <typename GetArrays>
+__device__ inline void iterate_tile(GetArrays get_arrays, const Step& step, int tile, int count, TileMemory& memory) {
+  Pixels pixels;
+  auto& [own, u, p_x, p_y, constants] = pixels;
+  __syncthreads();  // all threads have read the previous tile
+  const Corner corner = corner_of(get_arrays().size, tile);
+  load_pixels(get_arrays(), corner, memory, pixels);
   for (int k = 0; k < count; ++k) {
     __syncthreads();
     float change = 0;
@@ -173,15 +217,10 @@ __device__ inline void iterate_tile(const Problem& problem, int tile, int count,
       memory.p_x[own[j].cell()] = p_x[j], memory.p_y[own[j].cell()] = p_y[j];
     }
   }
-#pragma unroll
-  for (int j = 0; j < kOwn; ++j) {
-    int pixel;
-    place_pixel(problem.size, top, left, static_cast<int>(threadIdx.x) + j * kThreads, &pixel);
-    if (!(own[j].place() & kInTile)) continue;
-    target.u[pixel] = u[j];
-    target.p[pixel] = {p_x[j].x, p_x[j].y, p_y[j].x, p_y[j].y};
-  }
-  if (static_cast<int>(threadIdx.x) < count) partial[threadIdx.x] = sum_of_changes(memory, threadIdx.x);
+  const Arrays arrays = get_arrays();
+  store_pixels(arrays, corner, pixels);
+  const int k = static_cast<int>(threadIdx.x);
+  if (k < count) arrays.partial[tile * kHalo + k] = sum_of_changes(memory, k);
 }
 
 }  // namespace cpr::tvl1

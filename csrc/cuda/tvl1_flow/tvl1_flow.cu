@@ -11,59 +11,22 @@
 #include <algorithm>
 
 #include "cpr_fast.h"
+#include "cuda/tvl1_flow/plan.cuh"
 #include "cuda/tvl1_flow/solver.cuh"
 #include "cuda/tvl1_flow/team.cuh"
 
 namespace cpr::tvl1 {
 namespace {
 
-// Zeroed before the launch.
-struct TeamSync {
-  TeamBarrier barrier;
-  unsigned not_finite;  // a frame of the current pair has a NaN or infinite pixel
-  unsigned unused;
-  long long pair;  // the pair that the team works on
-};
-
-struct Plan {
-  int levels, teams, size;  // levels = 0: the device cannot run the kernel
-  const char* error;        // or null: why it cannot
-  int64_t pyramid_pixels;   // of all levels
-  int64_t team_bytes;
-};
-
-// Returns the next pair of the team, -1 if none is left.
-__device__ int64_t next_pair(const Team& team, TeamSync* sync, unsigned* queue, int64_t pairs) {
-  team.wait();  // the team has finished the previous pair and no longer reads `sync`
-  if (team.rank == 0 && threadIdx.x == 0) {
-    const int64_t pair = atomicAdd(queue, 1u);
-    sync->not_finite = 0;
-    sync->pair = pair < pairs ? pair : -1;
-  }
-  team.wait();
-  return *static_cast<volatile long long*>(&sync->pair);
-}
-
 __global__ void __launch_bounds__(kThreads)
     tvl1_kernel(const cpr_tvl1_args a, const Plan plan, unsigned* queue, TeamSync* syncs, char* memory) {
-  const int own_team = static_cast<int>(blockIdx.x) / plan.size;
-  TeamSync* const sync = &syncs[own_team];
-  const Team team = {static_cast<int>(blockIdx.x) % plan.size, plan.size, &sync->barrier};
-  Buffers buffers;
-  lay_out(a, plan.pyramid_pixels, memory + own_team * plan.team_bytes, &buffers);
-  for (;;) {
-    const int64_t pair = next_pair(team, sync, queue, a.N * (a.T - 1));
-    if (pair < 0) return;
-    const int64_t clip = pair / (a.T - 1), frame = clip * a.T + pair % (a.T - 1);
-    float* flow = a.flow + pair * 2 * a.H * a.W;
-    Solver solver(a, team, buffers);
-    int64_t pixel_iterations = 0;
-    if (solver.build_pyramids(plan.levels, frame, &sync->not_finite)) {
-      pixel_iterations = solver.solve(plan.levels, flow);
+  const Solver solver(a, plan, syncs, memory);
+  while (solver.next_pair(queue)) {
+    if (solver.build_pyramids()) {
+      solver.solve();
     } else {
-      solver.each_pixel(2 * a.H * a.W, [&](int64_t i) { flow[i] = nanf(""); });
+      solver.store_flow([](unsigned) { return float2{nanf(""), nanf("")}; });
     }
-    if (a.pixel_iterations && team.rank == 0 && threadIdx.x == 0) a.pixel_iterations[pair] = pixel_iterations;
   }
 }
 
@@ -92,12 +55,7 @@ Plan make_plan(const cpr_tvl1_args& a) {
   plan.size = team_size(std::max<int64_t>(pairs, 1), resident, count_tiles(finest));
   plan.teams = static_cast<int>(std::min<int64_t>(std::max<int64_t>(pairs, 1), resident / plan.size));
   plan.levels = count_levels(a);
-  Size level = finest;
-  for (int scale = 0; scale < plan.levels; ++scale, level = coarser(level, a.scale_step)) {
-    plan.pyramid_pixels += int64_t{level.height} * level.width;
-  }
-  Buffers unused;
-  plan.team_bytes = lay_out(a, plan.pyramid_pixels, nullptr, &unused);
+  plan.layout = lay_out(a, plan.levels);
   return plan;
 }
 
@@ -115,7 +73,7 @@ size_t cpr_tvl1_flow_cuda_workspace(const cpr_tvl1_args* args) {
   using namespace cpr::tvl1;
   if (check_cuda(*args)) return 0;
   const Plan plan = make_plan(*args);
-  return static_cast<size_t>(sync_bytes(plan.teams) + plan.teams * plan.team_bytes);
+  return static_cast<size_t>(sync_bytes(plan.teams) + plan.teams * plan.layout.bytes);
 }
 
 const char* cpr_tvl1_flow_cuda(const cpr_tvl1_args* args, void* workspace, void* stream_) {
