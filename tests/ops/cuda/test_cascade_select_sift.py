@@ -108,19 +108,6 @@ def test_unusual_rows(streamed, case):
     assert_selects(streamed, queries, unusual(case), [0, 1, 0, 1], [9000, 4000, 1000, 30])
 
 
-@pytest.mark.parametrize("view", [0, 1])
-def test_scores_without_a_bound_in_one_view(streamed, view):
-    """The best entries in one view have norms beyond the range of the bound on errors, and differ by less than the
-    errors. In the other view, the scores of the same tile are bounded."""
-    queries, memory = normal(2, 1, 4, seed=49), normal(2, K, 4, seed=50)
-    queries[:, :, 0] = 1 + queries[:, :, 0].abs()
-    near = 1 + 1e-6 * torch.randperm(20, generator=torch.Generator().manual_seed(51))
-    memory[view, 200:220] = 1e20 * torch.tensor([1.3, 0.0, 0.0, 0.0]) * near[:, None]
-    memory[1 - view, 200:220, 0] = 40
-    assert_selects(streamed, queries, memory, [1 - view, view, 1 - view, view], [9000, 4000, 30, 10])
-    assert_selects(streamed, queries, memory, [view, 1 - view, view], [9000, 30, 10])
-
-
 @pytest.mark.parametrize("views", [[0, 1, 0], [1, 0, 1]])
 @pytest.mark.parametrize("blind", [0, 1])
 def test_entries_that_cannot_be_compared_in_one_view(streamed, views, blind):
@@ -161,6 +148,21 @@ def sampled_slots(entries: int = K) -> torch.Tensor:
 
 def other_slots() -> torch.Tensor:
     return torch.ones(K).index_fill(0, sampled_slots(), 0).nonzero()[:, 0]
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_scores_without_a_bound_in_one_view(streamed, view):
+    """The best entries in one view have norms beyond the range of the bound on errors, and differ by less than the
+    errors. In the other view, the scores of the same tile are bounded."""
+    queries, memory = 0.5 + normal(2, 1, 4, seed=49).abs(), normal(2, K, 4, seed=50)
+    near = 1 + 4e-6 * torch.randperm(20, generator=torch.Generator().manual_seed(51), dtype=torch.float64)
+    keys, query = normal(20, 4, seed=52).double(), queries[view, 0].double()
+    keys[:, 3] = (near - keys[:, :3] @ query[:3]) / query[3]
+    slots = other_slots()[:20]  # so that the limits from the sample are right
+    memory[view, slots] = 1e20 * keys.float()
+    memory[1 - view, slots] = 40
+    assert_selects(streamed, queries, memory, [1 - view, view, 1 - view, view], [9000, 4000, 30, 10])
+    assert_selects(streamed, queries, memory, [view, 1 - view, view], [9000, 30, 10])
 
 
 @pytest.mark.parametrize("better", [True, False])
