@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
@@ -235,9 +236,12 @@ def has_long_sample(K: int) -> bool:
 
 
 def per_block(samples: list[Kernel], feature: float) -> dict[str, float]:
-    """Returns the counts of one block at a feature: on the line through the two samples with the most different
-    features."""
-    low, high = (choose(samples, key=lambda kernel: kernel.feature) for choose in (min, max))
+    """Returns the counts of one block at a feature: on the line through the two samples with the next features below
+    and above it, or through the two that come next to it on one side."""
+    by_feature = {kernel.feature: kernel for kernel in reversed(samples)}
+    known = sorted(by_feature)
+    after = min(max(1, bisect_left(known, feature)), len(known) - 1)
+    low, high = by_feature[known[max(0, after - 1)]], by_feature[known[after]]
     found = {}
     for key in set(low.counts) | set(high.counts):
         first, last = low.counts[key] / low.blocks, high.counts[key] / high.blocks
