@@ -188,8 +188,9 @@ def uncommitted(rows: Sequence[dict[str, Any]]) -> str:
     found = [row["commit"] for row in rows if row["commit"].endswith(DIRTY)]
     if not found:
         return ""
-    many = f"All {len(rows)} rows" if len(found) == len(rows) else f"{len(found)} of the {len(rows)} rows"
-    return f"{many} were measured with uncommitted changes of the code ({listed(sorted(set(found)))})."
+    many = f"All {len(rows)} rows" if len(found) == len(rows) > 1 else f"{len(found)} of {len(rows)} rows"
+    were = "was" if len(found) == 1 else "were"
+    return f"{many} {were} measured with uncommitted changes of the code ({listed(sorted(set(found)))})."
 
 
 def recorded_command(words: Sequence[str]) -> str:

@@ -79,7 +79,10 @@ def test_a_page_says_which_rows_were_measured_with_uncommitted_changes(measure):
     clean, one, other = ({"commit": commit} for commit in ("abc", "def-dirty", "012-dirty"))
     assert measure.uncommitted([clean, clean]) == "" == measure.uncommitted([])
     assert measure.uncommitted([clean, one, other, one]) == (
-        "3 of the 4 rows were measured with uncommitted changes of the code (012-dirty and def-dirty)."
+        "3 of 4 rows were measured with uncommitted changes of the code (012-dirty and def-dirty)."
+    )
+    assert measure.uncommitted([clean, one]) == (
+        "1 of 2 rows was measured with uncommitted changes of the code (def-dirty)."
     )
     assert measure.uncommitted([one, one]) == (
         "All 2 rows were measured with uncommitted changes of the code (def-dirty)."
