@@ -292,7 +292,9 @@ def page(report: dict) -> str:
             "read that lacks one waits. *here*: reads that found a byte missing or still on its way. *needed*: the "
             "different bytes that FFmpeg asked for, read by read, as if nothing were kept; *in blocks*: the same, "
             "rounded to the blocks that were planned. *short*: UCF101's files; *long*: 160x120, 20 s, a key frame a "
-            "second: the first read takes all of a file and later ones take a clip.\n",
+            "second: the first read takes all of a file and later ones take a clip. How many reads wait here depends "
+            f"on what else the machine does: its load average was {report['fetches_load']} at the end, on "
+            f"{report['cores']} cores.\n",
             markdown_table(FETCH_HEADER, [fetch_cells(row) for row in rows]),
         ]
     if rows := report.get("rates"):
@@ -338,9 +340,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         if options.epochs:
             report |= {"fetches": measure_fetches(clips, options, Path(name)), "latency_s": options.latency}
+            report["fetches_load"] = round(os.getloadavg()[0], 1)
         if options.rounds:
             report |= {"rates": measure_rates(clips, options, Path(name)), "rate_latency_s": options.latency}
-    report["world"] = world("cpu")
+    report |= {"world": world("cpu"), "cores": os.cpu_count()}
     write_result("disk_cache.json", json.dumps(report, indent=1) + "\n", options.out)
     write_result("disk_cache.md", page(report), options.out)
 
