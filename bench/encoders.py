@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from measure import RESULTS, world, write_result
+from measure import RESULTS, uncommitted, world, write_result
 from page import markdown_table
 from support import real_clips
 
@@ -284,6 +284,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     names = {row["network"] for row in rows}
     missing = [network.name for network in NETWORKS if network.name not in names]
     more = f"\nNot measured yet: {listed(missing)}.\n" if missing else ""
+    more += f"\n{sentence}\n" if (sentence := uncommitted(rows)) else ""
     return f"{title}\n\n{command} {machine}\n\n{ABOUT}{markdown_table(header, lines)}{more}"
 
 

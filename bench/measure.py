@@ -11,22 +11,31 @@ import ctypes
 import functools
 import os
 import random
+import re
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cpr_fast import _host
 from cpr_fast.ops.binding import library as _library
+from cpr_fast.wording import listed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+CODE = ("bench", "cpr_fast", "csrc", "tests")  # folders in which a new file may change what is measured
+DIRTY = "-dirty"  # the end of the commit of a result that was measured with uncommitted changes
+# A path of this machine in a word of a command: the word, or what follows "=", ",", ":" or a space in it; no URL.
+PATH = re.compile(r"(?:(?<=[=,:\s])|^)(?:/(?!/)|\.\.(?=/|$))[^:,]*")
+WORK = "WORK"  # the name of the folder that scripts take as an argument without an option
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
 # What makes the kernels, torch, oneDNN and MKL of a process that starts with it use the instructions of a processor
 # without AVX-512; on AMD processors MKL does not use AVX-512 in any case.
@@ -156,22 +165,67 @@ def cpu_variants() -> list[str]:
     return [name for name in built["cpu_variants"].split(",") if name not in emulated]
 
 
-def git(*arguments: str) -> str:
-    """Returns what a command of git says of this checkout, or "" if it fails."""
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+def git(*arguments: str, checkout: Path = ROOT) -> str:
+    """Returns what a command of git says of a checkout, or "" if it fails."""
+    done = subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+def commit_of(checkout: Path = ROOT) -> str:
+    """Returns the commit of a checkout, with "-dirty" if a file differs from it or code was added, else "unknown".
+
+    Files of bench/results do not count: a script writes there while it measures.
+    """
+    commit = git("describe", "--always", checkout=checkout)
+    changed = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    added = ("ls-files", "--others", "--exclude-standard", "--", *CODE, ":!bench/results")
+    dirty = any(git(*arguments, checkout=checkout) for arguments in (changed, added))
+    return f"{commit}{DIRTY if dirty else ''}" if commit else "unknown"
+
+
+def uncommitted(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the sentence that a page needs about rows measured with uncommitted changes; "" if there are none."""
+    found = [row["commit"] for row in rows if row["commit"].endswith(DIRTY)]
+    if not found:
+        return ""
+    many = f"All {len(rows)} rows" if len(found) == len(rows) > 1 else f"{len(found)} of {len(rows)} rows"
+    were = "was" if len(found) == 1 else "were"
+    return f"{many} {were} measured with uncommitted changes of the code ({listed(sorted(set(found)))})."
+
+
+def recorded_command(words: Sequence[str]) -> str:
+    """Returns the command of a process, of which `words` are the arguments of Python, as others can repeat it.
+
+    Paths below the repository are relative to it. Any other absolute path, or one that begins with "..", belongs to one
+    machine: it becomes the name of its option in capitals, as in `--out OUT`, and WORK if it follows no option.
+    """
+    option, shown = WORK, []
+    for word in words:
+        name, equals, _ = word.partition("=")
+        is_option = word.startswith("-")
+        if is_option:
+            option = name.strip("-").replace("-", "_").upper() or WORK
+        shown.append(PATH.sub(lambda found, option=option: _below_repository(found[0]) or option, word))
+        if equals if is_option else shown[-1] == word:  # the option has its argument, or another one than paths
+            option = WORK
+    return shlex.join(["python", *shown])
+
+
+def _below_repository(path: str) -> str | None:
+    for place in map(Path, (os.path.abspath(path), os.path.realpath(path))):
+        if place.is_relative_to(ROOT):
+            return str(place.relative_to(ROOT))
+    return None
 
 
 def world(device: str) -> dict[str, str]:
     """Returns the description of machine and software that belongs to every result."""
-    commit = git("describe", "--always")
-    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results") and "-dirty"
     cpu = f"{cpu_name()}, {_host.build_info()['cpu_variant']}"
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "commit": f"{commit}{dirty}" if commit else "unknown",
+        "commit": commit_of(),
         "torch": torch.__version__,
-        "command": " ".join(["python", *sys.argv]),
+        "command": recorded_command(sys.orig_argv[1:]),
     }
 
 

@@ -47,8 +47,10 @@ from cpr_fast.data.clips import loader as loaders
 from cpr_fast.data.clips.ahead.prefetch import Prefetch
 from cpr_fast.data.clips.sampling import plan_first, plan_pairs
 from cpr_fast.data.files.cached.cache import BlockCache
+from cpr_fast.data.files.cached.recent import RecentRanges
 from cpr_fast.data.files.cached.store import BLOCK
 from cpr_fast.data.files.names import member_path
+from cpr_fast.data.files.remote import REMOTE
 from cpr_fast.data.files.tar import members
 from cpr_fast.data.index.index import Index, Video
 from cpr_fast.data.video.probe import probe_video
@@ -252,13 +254,15 @@ def rate_forms(near: Index, shard: Path, url: str, s3: str, folder: Path) -> dic
 
 
 def rate_rows(forms: dict[str, tuple[Index, str]], size: int, rounds: int) -> list[dict]:
-    """Reads an epoch in every form in turn, each with a loader of its own and an empty cache with room for all."""
+    """Reads an epoch in every form in turn, each with a loader of its own and an empty cache with room for all. Nothing
+    of earlier reads is in the memory of the process, as in an epoch of more videos than that memory holds."""
     times, cpu = defaultdict(list), defaultdict(list)
     for round_ in range(rounds + 1):
         for name, (index, cache) in forms.items():
             data = DataConfig(frames=32, size=128, batch_size=4, workers=2, cache_gib=0, disk_cache=cache,
                               disk_cache_gib=2 * size / 2**30)  # fmt: skip
             shutil.rmtree(cache or "none", ignore_errors=True)
+            REMOTE._recent = RecentRanges()  # its memory would hold all of these few videos
             loader = loaders.TrainLoader(index, data, ["rgb"], seed=0, plan=plan_first)
             began, used = time.perf_counter(), time.process_time()
             for _ in loader.epoch(round_):
@@ -288,7 +292,9 @@ def page(report: dict) -> str:
             "read that lacks one waits. *here*: reads that found a byte missing or still on its way. *needed*: the "
             "different bytes that FFmpeg asked for, read by read, as if nothing were kept; *in blocks*: the same, "
             "rounded to the blocks that were planned. *short*: UCF101's files; *long*: 160x120, 20 s, a key frame a "
-            "second: the first read takes all of a file and later ones take a clip.\n",
+            "second: the first read takes all of a file and later ones take a clip. How many reads wait here depends "
+            f"on what else the machine does: its load average was {report['fetches_load']} at the end, on "
+            f"{report['cores']} cores.\n",
             markdown_table(FETCH_HEADER, [fetch_cells(row) for row in rows]),
         ]
     if rows := report.get("rates"):
@@ -334,9 +340,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         if options.epochs:
             report |= {"fetches": measure_fetches(clips, options, Path(name)), "latency_s": options.latency}
+            report["fetches_load"] = round(os.getloadavg()[0], 1)
         if options.rounds:
             report |= {"rates": measure_rates(clips, options, Path(name)), "rate_latency_s": options.latency}
-    report["world"] = world("cpu")
+    report |= {"world": world("cpu"), "cores": os.cpu_count()}
     write_result("disk_cache.json", json.dumps(report, indent=1) + "\n", options.out)
     write_result("disk_cache.md", page(report), options.out)
 

@@ -118,7 +118,7 @@ def main() -> None:
                     "commit": about["commit"],
                     "torch": about["torch"],
                     "opencv": cv2.__version__,
-                    "command": " ".join(["python", "bench/kernels/bench_tvl1_flow.py", *sys.argv[1:]]),
+                    "command": about["command"],
                 }
             )
             print(json.dumps(rows[-1]), flush=True)

@@ -3,12 +3,13 @@
     python bench/kernels/mutations.py                # all that have no result yet
     python bench/kernels/mutations.py --only no-release tie-break
     python bench/kernels/mutations.py --table        # writes the table again
+    python bench/kernels/mutations.py --sanitizer    # measures how long the sanitizer takes without a fault
 
 Each fault of bench/kernels/seeded_faults is applied to a copy of csrc, which is compiled for the host and tested: by
 the test that was written for it, if the fault names one; then under the sanitizer (tests/ops/cuda/sanitizer), by the
 other host tests, and by the large ones; at last its PTX is executed (tests/ops/cuda/ptx). A fault is caught if a test
 fails, a process dies or ends beyond its time, or the compiler warns. Rows go to bench/results/mutations.json as they
-are measured, and the table by class to mutations.md.
+are measured, and the table by class to mutations.md; the time of the sanitizer goes to sanitizer.json.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,10 +29,17 @@ import time
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+
+from measure import ROOT, commit_of, world, write_result
+from support.cuda_emulation.compile import build
+
 FAULTS = Path(__file__).parent / "seeded_faults"
 RESULTS = ROOT / "bench" / "results" / "mutations.json"
+SANITIZER = "sanitizer.json"
 TESTS = ROOT / "tests" / "ops" / "cuda"
+NOT_LARGE = ("-m", "not large")
 NOT_COMPILED = "does not compile"
 LIMIT_S = 400  # CPU seconds of one stage, so that other load does not matter; an operator's tests take about 40
 PATIENCE = 10  # the limit in wall time, for tests that wait without computing: so many times LIMIT_S
@@ -62,8 +72,8 @@ def stages(operator: str) -> dict[str, list[str]]:
     host = sorted(map(str, TESTS.glob(f"test_{operator}*.py")))
     sanitizer = str(TESTS / "sanitizer" / f"test_{operator}.py")
     return {
-        "sanitizer": [sanitizer, "-m", "not large"],
-        "host execution": [*host, "-m", "not large"],
+        "sanitizer": [sanitizer, *NOT_LARGE],
+        "host execution": [*host, *NOT_LARGE],
         "large": [sanitizer, "-m", "large"],
         "compiled code": [str(TESTS / "ptx" / f"test_{operator}.py")],
     }
@@ -149,14 +159,40 @@ def save(row: dict, faults: list[dict]) -> None:
     with open(ROOT / "build" / "mutations.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = saved_rows(faults) | {row["name"]: row}
-        commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
         ordered = [rows[fault["name"]] for fault in faults if fault["name"] in rows]
-        RESULTS.write_text(json.dumps({"commit": commit, "faults": ordered}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({"commit": commit_of(), "faults": ordered}, indent=1) + "\n")
+
+
+def time_sanitizer() -> dict:
+    """Runs the tests of the sanitizer, but for large ones, in one process; returns their number and CPU seconds.
+
+    The time includes starting Python and what the tests start, but not the compilation of the kernels. Raises
+    RuntimeError if a test fails or is skipped.
+    """
+    build(sanitize=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "sanitizer"), *NOT_LARGE]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    summary = done.stdout.splitlines()[-1] if done.stdout else ""
+    passed = re.match(r"(\d+) passed(?!.* skipped)", summary)
+    if done.returncode or not passed:
+        raise RuntimeError(f"expected tests that pass, got {summary!r}:\n{(done.stdout + done.stderr)[-2000:]}")
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return world("cpu") | {"cases": int(passed[1]), "cpu_s": round(cpu_s, 1)}
+
+
+def sanitizer_line(row: dict) -> str:
+    return (
+        f"Without a fault, the {row['cases']} cases of `tests/ops/cuda/sanitizer` (but for large ones) take "
+        f"{row['cpu_s']:.0f} s of CPU time of one core, compilation not included: `{row['command']}` at "
+        f"{row['commit']}, {row['device']}."
+    )
 
 
 def write_table(faults: list[dict], rows: dict[str, dict]) -> None:
     """Writes mutations.md: the score by class, and every fault that no test catches."""
-    commit = json.loads(RESULTS.read_text())["commit"]
+    commit, sanitizer = json.loads(RESULTS.read_text())["commit"], RESULTS.with_name(SANITIZER)
     text = [
         "# Mutation score of the CUDA kernels",
         "",
@@ -164,6 +200,7 @@ def write_table(faults: list[dict], rows: dict[str, dict]) -> None:
         f"`python bench/kernels/mutations.py`. A fault is measured again when its edits change, the last at {commit}.",
         '"Equivalent" faults change no behaviour and do not count.',
         "",
+        *([sanitizer_line(json.loads(sanitizer.read_text())), ""] if sanitizer.exists() else []),
         "| class | faults | equivalent | caught | by the sanitizer | by host execution | by others |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -194,7 +231,11 @@ def main() -> None:
         "--only", nargs="+", metavar="NAME", help="measure these faults, whether they have a result or not"
     )
     parser.add_argument("--table", action="store_true", help="measure nothing, write the table")
+    parser.add_argument("--sanitizer", action="store_true", help="measure how long the sanitizer takes, nothing else")
     options = parser.parse_args()
+    if options.sanitizer:
+        write_result(SANITIZER, json.dumps(time_sanitizer(), indent=1) + "\n")
+        return
     faults = read_faults()
     if unknown := set(options.only or ()) - {fault["name"] for fault in faults}:
         parser.error(f"--only: no fault of this name: {', '.join(sorted(unknown))}")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from evidence.videos import SETS, TITLES
 from matplotlib import pyplot
+from measure import uncommitted
 from page import markdown_table
 from scipy.stats import rankdata, spearmanr
 
@@ -101,7 +102,7 @@ def tables(rows: list[Row]) -> Iterator[str]:
     yield (
         f"{len(rows)} encoders of {len(runs)} runs. Spearman's correlation of the score; † below {GOAL}. Within: mean "
         f"over the runs and views with at least {LEAST} checkpoints. Between: among the last checkpoints of the runs. "
-        f"Measured with {measured_with(rows)}."
+        f"Measured with {measured_with(rows)}. {uncommitted(rows)}".rstrip()
     )
     header = ["encoders", "number", "runs", *TARGETS.values(), "R@1 / R@1, all, with mAP", "within: R@1, all",
               "within: mAP", "between: R@1, all", "between: mAP"]  # fmt: skip

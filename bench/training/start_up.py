@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import ROOT, world, write_result
+from measure import ROOT, commit_of, world, write_result
 
 # Description of the input, and the command line; files and folders called "no" do not exist.
 COMMANDS = {
@@ -104,14 +104,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
     checkouts = {"before": arguments.before.resolve()} if arguments.before else {}
-    before = None
-    if arguments.before:
-        describe = ["git", "describe", "--always"]
-        before = subprocess.run(describe, cwd=arguments.before, capture_output=True, text=True).stdout.strip()
+    before = commit_of(arguments.before) if arguments.before else None
     rounds = {"before": arguments.before_rounds, "after": arguments.rounds}
     rows = measure(checkouts | {"after": ROOT}, rounds)
     result = world("cpu") | {"before_commit": before, "rounds": rounds, "rows": rows}
-    result["command"] = result["command"].replace(str(arguments.before), "CHECKOUT")
     write_result("start_up.json", json.dumps(result, indent=1) + "\n")
     write_result("start_up.md", page(result, before))
 

@@ -56,7 +56,7 @@ from evidence.tables import (
     trial_table,
 )
 from evidence.videos import SETS, description, prepare
-from measure import RESULTS, world, write_result
+from measure import RESULTS, uncommitted, world, write_result
 
 OVERVIEW = "study.png"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -148,6 +148,7 @@ def table(folder: Path) -> str:
         parts.insert(1, f"![mAP and PMR of every setting and set]({OVERVIEW})")
     if trials:
         parts += ["### Trials that chose the bases, InfoNCE and UberNCE alone", trial_table(trials)]
+        parts += [sentence] if (sentence := uncommitted(trials)) else []
     return "\n\n".join(parts)
 
 

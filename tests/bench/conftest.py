@@ -1,5 +1,6 @@
 """Loads the scripts of bench/, which are no package."""
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -21,4 +22,13 @@ def bench_script():
         return module
 
     yield load
+    sys.path[:] = path
+
+
+@pytest.fixture(scope="module")
+def measure():
+    """The module bench/measure.py, which scripts find on the path."""
+    path = list(sys.path)
+    sys.path.insert(0, str(BENCH))
+    yield importlib.import_module("measure")
     sys.path[:] = path

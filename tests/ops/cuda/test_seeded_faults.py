@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import importlib.util
+import json
 import shutil
 
 import pytest
@@ -44,3 +45,60 @@ def test_the_test_of_a_fault_runs_first(fault):
     (stage, arguments), *others = mutations.steps(fault)
     assert arguments == [str(mutations.TESTS / fault["test"])] and dict(others) == mutations.stages(fault["operator"])
     assert stage == ("compiled code" if "ptx" in file else "sanitizer" if "sanitizer" in file else "host execution")
+
+
+CASES = """
+import os, subprocess, sys, time
+import pytest
+
+@pytest.mark.parametrize("number", range(3))
+def test_in_this_process(number):
+    pass
+
+def test_in_another_process():
+    subprocess.run([sys.executable, "-c", "import time\\nwhile time.process_time() < 0.6: pass"], check=True)
+
+@pytest.mark.large
+def test_large():
+    raise AssertionError
+"""
+
+
+@pytest.fixture
+def cases(tmp_path, monkeypatch):
+    """A file of tests that stands for those of the sanitizer; the results are in its folder."""
+    file = tmp_path / "sanitizer" / "test_cases.py"
+    file.parent.mkdir()
+    file.write_text(CASES)
+    monkeypatch.setattr(mutations, "TESTS", tmp_path)
+    monkeypatch.setattr(mutations, "build", lambda sanitize: None)
+    monkeypatch.setattr(mutations, "RESULTS", tmp_path / "mutations.json")
+    return file
+
+
+def test_the_time_of_the_sanitizer_includes_child_processes_and_no_large_case(cases):
+    row = mutations.time_sanitizer()
+    assert row["cases"] == 4 and row["cpu_s"] >= 0.6
+    assert {"device", "commit", "torch", "command"} <= row.keys()
+
+
+@pytest.mark.parametrize("line", ["    assert False", "    pytest.skip('no compiler')", "    import no_such_module"])
+def test_a_sanitizer_that_does_not_pass_has_no_time(cases, line):
+    cases.write_text(CASES.replace("    pass\n", f"{line}\n"))
+    with pytest.raises(RuntimeError, match="expected tests that pass, got '.*(failed|skipped)"):
+        mutations.time_sanitizer()
+
+
+def test_the_page_shows_the_time_of_the_sanitizer_if_it_was_measured(cases):
+    mutations.RESULTS.write_text('{"commit": "abc", "faults": []}')
+    mutations.write_table([], {})
+    page = mutations.RESULTS.with_suffix(".md").read_text()
+    assert "Without a fault" not in page
+    row = {"cases": 4, "cpu_s": 99.6, "device": "a processor", "commit": "def", "torch": "2", "command": "python x.py"}
+    mutations.RESULTS.with_name("sanitizer.json").write_text(json.dumps(row))
+    mutations.write_table([], {})
+    added = set(mutations.RESULTS.with_suffix(".md").read_text().splitlines()) - set(page.splitlines())
+    assert added == {
+        "Without a fault, the 4 cases of `tests/ops/cuda/sanitizer` (but for large ones) take 100 s of CPU time of one "
+        "core, compilation not included: `python x.py` at def, a processor."
+    }
