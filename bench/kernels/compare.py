@@ -32,11 +32,11 @@ from forms import ALL_SHAPES, CPU_SHAPES, Unavailable
 from measure import AVX2, RESULTS, Rates, measure_rates, peak_mib, samples_s, summary, world, write_result
 from page import write_page
 
-# A cache of torch.compile of its own, because code that was cached for other instructions writes past the end of its
-# buffers.
-AVX2_ALL = AVX2 | {
-    "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_avx2")
-}
+# Caches of torch.compile of their own, because code that was cached for other instructions, as by tests that force a
+# variant, writes past the end of its buffers.
+CACHES = str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_compare")
+AVX2_ALL = AVX2 | {"TORCHINDUCTOR_CACHE_DIR": f"{CACHES}_avx2"}
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", CACHES)
 
 OPS = (cascade_forms, loss_forms)
 SWEEP_B = 32
