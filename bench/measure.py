@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import getpass
 import os
 import random
 import re
@@ -16,6 +17,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,12 +40,14 @@ PATH = re.compile(r"(?:(?<=[=,:\s])|^)(?:/(?!/)|\.\.(?=/|$))[^:,]*")
 WORK = "WORK"  # the name of the folder that scripts take as an argument without an option
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
 # What makes the kernels, torch, oneDNN and MKL of a process that starts with it use the instructions of a processor
-# without AVX-512; on AMD processors MKL does not use AVX-512 in any case.
+# without AVX-512; on AMD processors MKL does not use AVX-512 in any case. torch.compile has a cache of its own there:
+# with AVX-512, code that was cached for AVX2 writes past the end of its buffers.
 AVX2 = {
     "CPR_FAST_CPU_VARIANT": "avx2",
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_avx2"),
 }
 LAUNCH_S = {"cpu": 0.0, "cuda": 2.5e-6}  # time of one kernel launch: an assumption, unlike the measured `Rates`
 

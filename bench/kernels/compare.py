@@ -12,11 +12,9 @@ takes about six minutes on two idle cores.
 from __future__ import annotations
 
 import argparse
-import getpass
 import json
 import os
 import sys
-import tempfile
 import time
 from itertools import product
 from pathlib import Path
@@ -31,12 +29,6 @@ import loss_forms
 from forms import ALL_SHAPES, CPU_SHAPES, Unavailable
 from measure import AVX2, RESULTS, Rates, measure_rates, peak_mib, samples_s, summary, world, write_result
 from page import write_page
-
-# Caches of torch.compile of their own, because code that was cached for other instructions, as by tests that force a
-# variant, writes past the end of its buffers.
-CACHES = str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_compare")
-AVX2_ALL = AVX2 | {"TORCHINDUCTOR_CACHE_DIR": f"{CACHES}_avx2"}
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", CACHES)
 
 OPS = (cascade_forms, loss_forms)
 SWEEP_B = 32
@@ -166,9 +158,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6, help="total time of all forms of a shape")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if options.avx2 and any(os.environ.get(name) != value for name, value in AVX2_ALL.items()):
+    if options.avx2 and any(os.environ.get(name) != value for name, value in AVX2.items()):
         # the variables are read when torch is loaded
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2_ALL)
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2)
     shapes = options.shapes or (CPU_SHAPES if options.device == "cpu" else ALL_SHAPES)
     largest = options.largest or (2**17 if options.device == "cpu" else 2**20)
     report = run(options, shapes, largest)
