@@ -97,10 +97,14 @@ TEAM_BARRIER_S = 1.2e-6  # between blocks through global memory; assumed
 REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
 
 
+def has_long_sample(K: int) -> bool:
+    return K >= LONG_SAMPLE_FROM
+
+
 def gathered_entries(K: int) -> float:
     """Returns how many entries the sieve of a query gathers about, by the stages of the benchmarks (K/2 to K/64, and 5)
     and the limits from its sample; see sample_ranks in plan.cuh."""
-    sample, before, share = 32768 if K >= LONG_SAMPLE_FROM else 8192, 1.0, 0.0
+    sample, before, share = 32768 if has_long_sample(K) else 8192, 1.0, 0.0
     for keep in [*(2.0**-stage for stage in range(1, 7)), 5 / K]:
         expected = sample * keep
         reach = 4 * math.sqrt(expected * (1 - keep / before) + 1) + 4

@@ -231,10 +231,6 @@ def interpret(device: PtxDevice, call: Call, code: Disassembly | None = None) ->
     return list(kernels.values())
 
 
-def has_long_sample(K: int) -> bool:
-    return K >= predict_gpu.LONG_SAMPLE_FROM
-
-
 def per_block(samples: list[Kernel], feature: float) -> dict[str, float]:
     """Returns the counts of one block at a feature: on the line through the two samples with the next features below
     and above it, or through the two that come next to it on one side."""
@@ -257,7 +253,8 @@ def extrapolate(samples: list[Kernel], call: Call, launches: list[Launch]) -> li
         name = short_name(launch.kernel)
         same = [kernel for kernel in samples if kernel.name == name]
         if name.startswith("stream_kernel"):  # fewer entries are gathered after a long sample
-            same = [kernel for kernel in same if has_long_sample(kernel.K) == has_long_sample(call.K)] or same
+            long = predict_gpu.has_long_sample(call.K)
+            same = [kernel for kernel in same if predict_gpu.has_long_sample(kernel.K) == long] or same
         if not same:
             raise LookupError(f"{name}: no interpreted call has this kernel")
         blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
