@@ -124,10 +124,11 @@ def read_record_frames(
 
 
 def _unaligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Returns memory for pictures, uint8, that libjpeg-turbo writes through the caches.
+    """Returns a uint8 array for pictures, whose pixels stay in the caches of the CPU when libjpeg-turbo writes them.
 
-    Rows at a multiple of 16 bytes (SSE2) or 32 (AVX2) it writes past them, and what reads the pixels next waits for the
-    memory: 8 % of the time of a clip of flow on a Zen 5 core. These begin 4 bytes behind such a multiple.
+    It writes rows that begin at a multiple of 16 bytes (SSE2) or 32 (AVX2) past the caches, and what reads the pixels
+    next waits for the memory: 8 % of the time of a clip of flow on a Zen 5 core. These begin 4 bytes behind such a
+    multiple.
     """
     size = math.prod(shape)
     memory = np.empty(size + 32, np.uint8)
