@@ -210,10 +210,11 @@ def replay_us(issue, repeats: int = 30) -> float:
 def time() -> None:
     rows = []
     for (B, K), (fp32_us, bf16_us) in FLOOR_US.items():
-        exact = cascade(B, K)
+        exact, halves = cascade(B, K), cascade(B, K, dtype=torch.bfloat16)
         calls = {
             ("cascade_select", "fp32", fp32_us): lambda exact=exact: cascade_select(*exact),
-            ("cascade_select", "bf16", bf16_us): lambda exact=exact: cascade_select(*exact, precision="bf16"),
+            ("cascade_select", "bf16", bf16_us): lambda halves=halves: cascade_select(*halves, precision="bf16"),
+            ("cascade_select", "bf16 of fp32", None): lambda exact=exact: cascade_select(*exact, precision="bf16"),
         }
         for dtype, floor_us in ((torch.float32, fp32_us), (torch.bfloat16, bf16_us)):
             query, own_key = features(B, 128, dtype=dtype).requires_grad_(), features(B, 128, dtype=dtype)
@@ -226,7 +227,7 @@ def time() -> None:
         for (op, precision, floor_us), call in calls.items():
             time_us = replay_us(call)
             rows.append({"op": op, "B": B, "K": K, "D": 128, "precision": precision, "time_us": round(time_us, 1)})
-            rows[-1] |= {"floor_us": floor_us, "ratio": round(time_us / floor_us, 2)}
+            rows[-1] |= {"floor_us": floor_us, "ratio": floor_us and round(time_us / floor_us, 2)}
             print(*rows[-1].values(), sep="\t")
     out = Path(os.environ.get("OUT", "bench/results"))
     report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}

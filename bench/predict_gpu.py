@@ -123,10 +123,10 @@ def resident_blocks(gpu: Gpu, threads: int, registers: int, shared_bytes: int) -
 
 def work(op: str, precision: str, B: int, K: int) -> tuple[float, float, str]:
     """Returns operations and bytes that a call needs at least, and the precision of its floor (the figures of
-    bench/)."""
+    bench/). precision: of the products and, unless it ends with "of fp32", of the features."""
+    width = 4 if precision in ("float32", "fp32", "bf16 of fp32") else 2
     if op == "cascade_select":
-        return 2 * 2 * B * K * 128, 4 * 2 * (B + K) * 128, precision
-    width = 4 if precision == "float32" else 2
+        return 2 * 2 * B * K * 128, width * 2 * (B + K) * 128, precision[:4]
     return 2 * 2 * B * K * 128, width * (K + 4 * B) * 128, "fp32" if width == 4 else "bf16"
 
 
@@ -289,6 +289,7 @@ def limits_text(rows: list[dict]) -> list[str]:
     in_fp32, in_bf16 = (
         resource_us(calls[a100, "cascade_select", precision, *shape], "stream_kernel") for precision in ("fp32", "bf16")
     )
+    ranked = resource_us(calls[a100, "cascade_select", "bf16", *shape], "streamed_stages_kernel")
     return [
         "What the calls furthest from their floors spend their time on, at 256 x 65536:",
         "",
@@ -309,12 +310,12 @@ def limits_text(rows: list[dict]) -> list[str]:
         "scores of smaller calls read 8 for 64: 32 cycles of shared memory and 16 of arithmetic. Larger tiles of a "
         "thread do not fit: 128 of its 255 registers hold scores and sums. With 4 x 4 scores everywhere the same model "
         "gives 316 µs, and 25.4 ms for 1024 x 1000000; on A100 601 µs and 36.1 ms.",
-        "- cascade_select bf16 is not twice as fast as fp32, because tensor cores compute the scores of fp32 as well: "
-        f"on A100 the pass over the memory takes {in_fp32['tensor']:.0f} µs of products for fp32 and "
-        f"{in_bf16['tensor']:.0f} µs for bf16, and {in_fp32['issue']:.0f} and {in_bf16['issue']:.0f} µs of "
-        f"instructions. Its traffic with the L2 cache is the same in both, {in_fp32['L2']:.0f} and "
-        f"{in_bf16['L2']:.0f} µs: the features, of float32 in memory, and the gathered entries. To sample, and to rank "
-        "the gathered entries, is the same work in both, too.",
+        "- cascade_select bf16 is not twice as fast as fp32 everywhere, because tensor cores compute the scores of "
+        f"fp32 as well: on A100 the pass over the memory takes {in_fp32['tensor']:.0f} µs of products for fp32 and "
+        f"{in_bf16['tensor']:.0f} µs for bf16, {in_fp32['issue']:.0f} and {in_bf16['issue']:.0f} µs of instructions, "
+        f"and {in_fp32['L2']:.0f} and {in_bf16['L2']:.0f} µs of traffic with the L2 cache: features of half the size, "
+        "but as many gathered entries, each a slot and two scores in three places. To sample is the same work in both, "
+        f"and to rank the gathered entries nearly so, {max(ranked.values()):.0f} µs for bf16.",
         f"- cascade_select fp32 on H100 and H200, at 32 x 16384: the scores take {score['shared memory']:.1f} µs, by "
         "shared memory, which a thread reads 12 vectors from for 4 x 8 scores and four features, and the selection "
         f"{select['issue']:.1f} µs of instructions of one multiprocessor for each query, 32 of 132. With 4 x 4 scores "
@@ -342,7 +343,9 @@ def page(report: dict) -> str:
                      f"{row['time_us']:.1f} | {floor} | {row['limit']} |")  # fmt: skip
     lines += ["", "For tvl1_flow, B is the number of pairs of 340 x 256 frames. The floor of cascade_select fp32 is"]
     lines += ["that of float32 multiply-adds. Long memories take less: tensor cores compute their scores, and only"]
-    lines += ["those near a threshold are computed again in float32.", "", *bars_text(report["rows"]), ""]
+    lines += ["those near a threshold are computed again in float32. bf16: features and products of bfloat16, as its"]
+    lines += ['floor assumes. bf16 of fp32: float32 features with `precision="bf16"`, rounded for the products.']
+    lines += ["", *bars_text(report["rows"]), ""]
     lines += [*growth_text(report["growth"]), "", *limits_text(report["rows"])]
     lines += ["", "Figures of the devices:", ""]
     lines += [f"- {what}: {source}." for what, source in report["sources"].items()]

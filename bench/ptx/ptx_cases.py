@@ -53,6 +53,12 @@ ROUTES = {
     "streamed by 16 multiprocessors": {"shared_limit": 0, "cache_size": 40 << 20, "processors": 16},  # 4 tiles a block
     "streamed by an A100": {"shared_limit": 163 << 10, "cache_size": 40 << 20, "processors": 108},  # few queries held
 }
+# The features and the products (the argument `precision`) of the precisions of cascade_select.
+FORMATS = {
+    "fp32": (torch.float32, 0),
+    "bf16": (torch.bfloat16, 1),
+    "bf16 of fp32": (torch.float32, 1),
+}
 _STAGES = re.compile(r"\dselect_(on_chip_)?kernel")
 GLOBAL = ("load global", "store global", "copy async", "atomic")
 SHARED = ("load shared", "store shared", "load matrix")
@@ -61,7 +67,7 @@ SHARED = ("load shared", "store shared", "load matrix")
 @dataclass(frozen=True)
 class Call:
     op: str
-    precision: str  # cascade_select: fp32 or bf16 (of the products); mil_nce: float32 or bfloat16 (of the features)
+    precision: str  # cascade_select: a key of FORMATS; mil_nce: float32 or bfloat16 (of the features)
     B: int
     K: int
     route: str = ""  # forced on cascade_select; otherwise that of the device
@@ -96,8 +102,9 @@ def short_name(entry: str) -> str:
 def issue(device: PtxDevice, call: Call) -> None:
     """Makes a call on the inputs of the benchmarks."""
     if call.op == "cascade_select":
-        inputs = cascade_forms.make_inputs(call.B, call.K, "cpu", "forward", torch.float32)
-        device.cascade_select(*inputs.all, precision=int(call.precision == "bf16"))
+        dtype, products = FORMATS[call.precision]
+        inputs = cascade_forms.make_inputs(call.B, call.K, "cpu", "forward", dtype)
+        device.cascade_select(*inputs.all, precision=products)
     elif call.op == "mil_nce":
         inputs = loss_forms.make_inputs(call.B, call.K, "cpu", "forward", getattr(torch, call.precision))
         device.mil_nce(*inputs.all, temperature=loss_forms.TEMPERATURE, backward=False)
@@ -114,9 +121,10 @@ def plan(device: PtxDevice, call: Call, limits: tuple[int, int, int], capability
     device.reset_counts()
     try:
         if call.op == "cascade_select":
-            queries, memory = torch.empty(2, call.B, 128), torch.empty(2, call.K, 128)
+            dtype, products = FORMATS[call.precision]
+            queries, memory = (torch.empty(2, rows, 128, dtype=dtype) for rows in (call.B, call.K))
             keep = [max(5, call.K >> s) for s in range(1, 7)] + [5]
-            device.cascade_select(queries, memory, cascade_forms.VIEWS, keep, precision=int(call.precision == "bf16"))
+            device.cascade_select(queries, memory, cascade_forms.VIEWS, keep, precision=products)
         elif call.op == "mil_nce":
             dtype = getattr(torch, call.precision)
             rows, memory = torch.empty(call.B, 128, dtype=dtype), torch.empty(call.K, 128, dtype=dtype)

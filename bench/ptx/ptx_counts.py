@@ -25,7 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import predict_gpu
 from measure import RESULTS, world, write_result
-from ptx_cases import DEVICES, ROUTES, Call, Disassembly, Kernel, architectures_of, extrapolate, interpret, plan
+from ptx_cases import (
+    DEVICES,
+    FORMATS,
+    ROUTES,
+    Call,
+    Disassembly,
+    Kernel,
+    architectures_of,
+    extrapolate,
+    interpret,
+    plan,
+)
 from support.ptx.device import ARCHITECTURES, PtxDevice
 
 SHAPES = [(16, 2048), (32, 2048), (32, 16384), (256, 16384), (256, 65536), (1024, 65536)]
@@ -34,19 +45,18 @@ SHAPES += [(1024, 1_000_000), (4096, 1_000_000)]
 GROWING = [("cascade_select", "fp32", 32), ("cascade_select", "fp32", 256)]
 GROWING += [("mil_nce", "float32", 256), ("mil_nce", "bfloat16", 256)]
 MEMORIES = [2**power for power in range(10, 23)]
-PRECISIONS = {"cascade_select": ("fp32", "bf16"), "mil_nce": ("float32", "bfloat16")}
+PRECISIONS = {"cascade_select": tuple(FORMATS), "mil_nce": ("float32", "bfloat16")}
 OPERATORS = (*PRECISIONS, "tvl1_flow")
 # For each kernel two calls with different features, where it has one.
 SAMPLES = [
     *(Call("cascade_select", "fp32", B, K, "on chip") for B, K in ((32, 2048), (32, 16384), (64, 2048))),
     Call("cascade_select", "fp32", 32, 2048, "on chip of an A100"),
-    *(Call("cascade_select", "bf16", B, K, "on chip") for B, K in ((32, 2048),)),
-    *(Call("cascade_select", "fp32", 64, K, "streamed") for K in (32768, 65536)),
-    *(Call("cascade_select", "bf16", 64, K, "streamed") for K in (32768, 65536)),
+    *(Call("cascade_select", precision, 32, 2048, "on chip") for precision in ("bf16", "bf16 of fp32")),
+    *(Call("cascade_select", precision, 64, K, "streamed") for precision in FORMATS for K in (32768, 65536)),
     # Long samples.
-    *(Call("cascade_select", precision, 64, 2**18, "streamed by 16 multiprocessors") for precision in ("fp32", "bf16")),
+    *(Call("cascade_select", precision, 64, 2**18, "streamed by 16 multiprocessors") for precision in FORMATS),
     # Blocks of several tiles; and at most 32 queries, which have smaller tiles and go through the stages on chip.
-    *(Call("cascade_select", precision, 64, 32768, "streamed by 16 multiprocessors") for precision in ("fp32", "bf16")),
+    *(Call("cascade_select", precision, 64, 32768, "streamed by 16 multiprocessors") for precision in FORMATS),
     Call("cascade_select", "fp32", 32, 32768, "streamed by 16 multiprocessors"),
     *(Call("cascade_select", "fp32", 32, K, "streamed by an A100") for K in (24576, 32768)),
     *(Call("mil_nce", dtype, 32, K) for dtype in PRECISIONS["mil_nce"] for K in (2048, 16384, 65536)),

@@ -201,10 +201,10 @@ __host__ __device__ int64_t held_width(const Plan& plan) { return round_up(plan.
 // In a block whose sieve was wrong, a tile of scores takes their place.
 using SpareTile = ScoreTile<kScoreQueries, kSelectThreads>;
 
-template <typename E>
+template <typename T>
 union SpareShared {
   CascadeShared stages;
-  TensorScoreShared<SpareTile, E, 1> tile;
+  TensorScoreShared<SpareTile, T, 1> tile;
 };
 
 // Bytes of shared memory for a query and the entries that are gathered for it, each a slot and a score in every view.

@@ -107,8 +107,7 @@ template <typename T, bool kSampled, int kTerms, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     tensor_score_kernel(const __grid_constant__ Plan plan, Chunk chunk, Inputs<T> in, int64_t first_query,
                         int64_t queries) {
-  using E = typename Multiplied<T>::Type;
-  auto& shared = shared_memory<TensorScoreShared<Tile, E, kTerms>>();
+  auto& shared = shared_memory<TensorScoreShared<Tile, T, kTerms>>();
   const int u = blockIdx.z;
   const int64_t view = plan.view_used[u], entries = kSampled ? plan.sample() : plan.K,
                 row = kSampled ? plan.sample() : plan.row;
@@ -197,9 +196,8 @@ const char* launch_tensor_scores(const Plan& plan, const Inputs<T>& in, int64_t 
                                  const Chunk& chunk, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(kSampled ? plan.sample() : plan.K, Tile::kKeys)),
                   static_cast<unsigned>(ceil_div(queries, Tile::kQueries)), static_cast<unsigned>(plan.views_used));
-  using E = typename Multiplied<T>::Type;
-  constexpr int kTerms = kPrecise && sizeof(T) > sizeof(E) ? 2 : 1;
-  return launch<TensorScoreShared<Tile, E, kTerms>>(tensor_score_kernel<T, kSampled, kTerms, Tile>, grid,
+  constexpr int kTerms = kTermsOf<T, kPrecise>;
+  return launch<TensorScoreShared<Tile, T, kTerms>>(tensor_score_kernel<T, kSampled, kTerms, Tile>, grid,
                                                     Tile::kThreads, stream, plan, chunk, in, first, queries);
 }
 

@@ -24,15 +24,15 @@ template <typename Tile>
 using ParkedScores = float[kEntriesPerThread<Tile>][Tile::kThreads];  // of each thread
 
 // The scores of the last view take the place of the features that they were computed from.
-template <typename Tile, typename E, int kTerms>
+template <typename Tile, typename T, int kTerms>
 union TileOrScores {
-  TensorScoreShared<Tile, E, kTerms> features;
+  TensorScoreShared<Tile, T, kTerms> features;
   ParkedScores<Tile> scores;
 };
 
-template <typename Tile, typename E, int kTerms>
+template <typename Tile, typename T, int kTerms>
 struct StreamShared {
-  TileOrScores<Tile, E, kTerms> tile;
+  TileOrScores<Tile, T, kTerms> tile;
   ParkedScores<Tile> first;                         // scores of the first of two views
   float2 limits[kMaxSiftedStages][Tile::kQueries];  // lower and upper limit of the thresholds
   // Of each stage: the entries that drop out, those of a tile that are not settled, and the next place in their list.
@@ -87,10 +87,10 @@ __device__ __forceinline__ uint32_t entries_in_play(const Plan& plan, const Inpu
 
 // Computes the scores of a tile in view u, and with kExact what bounds their errors. The features may be overwritten
 // when it returns.
-template <bool kExact, typename Tile, typename E, int kTerms, typename T>
+template <bool kExact, typename Tile, int kTerms, typename T>
 __device__ __forceinline__ void score_view(const Plan& plan, const Inputs<T>& in, const Chunk& chunk, int u,
                                            int64_t first_query, int64_t queries, int64_t b0, int64_t k0,
-                                           StreamShared<Tile, E, kTerms>& shared, typename Tile::Scores& score) {
+                                           StreamShared<Tile, T, kTerms>& shared, typename Tile::Scores& score) {
   const int64_t view = plan.view_used[u];
   const Matrix<T> query(in.queries + (view * plan.B + first_query) * plan.D, queries, plan.D);
   const Matrix<T> keys(in.memory + view * plan.K * plan.D, plan.K, plan.D, in.memory_ids);
@@ -190,8 +190,8 @@ __device__ __forceinline__ uint32_t append_sign(uint32_t bits, float x) {
 
 // Takes the entries through the stages of view u, until one that they may fail to pass. The scores of query i are off
 // by at most reach[i]; they are finite and not -0, so that no difference is -0.
-template <typename Tile, typename E, int kTerms>
-__device__ __forceinline__ void follow(const Plan& plan, const StreamShared<Tile, E, kTerms>& shared, int u,
+template <typename Tile, typename T, int kTerms>
+__device__ __forceinline__ void follow(const Plan& plan, const StreamShared<Tile, T, kTerms>& shared, int u,
                                        typename Tile::Scores& score, const float (&reach)[kQueriesPerThread<Tile>],
                                        Fates& fates) {
   const int row = Tile::first_query() + threadIdx.x % kWarp / 4;
@@ -231,8 +231,8 @@ __device__ __forceinline__ void add_counts(uint32_t entries, unsigned* counts) {
 }
 
 // Counts the settled entries, and takes places in the lists for the others. in_play: the entries that are compared.
-template <typename Tile, typename E, int kTerms>
-__device__ __forceinline__ void settle(const Plan& plan, const Chunk& chunk, StreamShared<Tile, E, kTerms>& shared,
+template <typename Tile, typename T, int kTerms>
+__device__ __forceinline__ void settle(const Plan& plan, const Chunk& chunk, StreamShared<Tile, T, kTerms>& shared,
                                        int64_t b0, const Fates& fates, uint32_t in_play) {
   for (int s = 0; s < plan.stages; ++s) {
     const uint32_t entries = fates.at(s) & in_play;
@@ -251,8 +251,8 @@ __device__ __forceinline__ void settle(const Plan& plan, const Chunk& chunk, Str
 }
 
 // Appends `entries` to the list of their stage, those of `bounded` with their scores.
-template <typename Tile, typename E, int kTerms>
-__device__ __forceinline__ void gather(const Plan& plan, const Chunk& chunk, StreamShared<Tile, E, kTerms>& shared,
+template <typename Tile, typename T, int kTerms>
+__device__ __forceinline__ void gather(const Plan& plan, const Chunk& chunk, StreamShared<Tile, T, kTerms>& shared,
                                        int64_t b0, int64_t k0, const Fates& fates, uint32_t entries, uint32_t bounded) {
   const int lane = threadIdx.x % kWarp, row0 = Tile::first_query() + lane / 4;
   const int64_t view_stride = plan.chunk * plan.capacity;
@@ -270,15 +270,15 @@ __device__ __forceinline__ void gather(const Plan& plan, const Chunk& chunk, Str
 }
 
 // Returns the error of the scores of query i of this thread in view u.
-template <typename Tile, typename E, int kTerms>
-__device__ __forceinline__ float reach_of(const StreamShared<Tile, E, kTerms>& shared, int u, int i) {
+template <typename Tile, typename T, int kTerms>
+__device__ __forceinline__ float reach_of(const StreamShared<Tile, T, kTerms>& shared, int u, int i) {
   const int row = Tile::first_query() + threadIdx.x % kWarp / 4 + i * 8;
   return shared.query_reach[u][row] * __uint_as_float(shared.key_reach[u]);
 }
 
 // Returns the entries of this thread whose scores have a bound on the error.
-template <typename Tile, typename E, int kTerms>
-__device__ __forceinline__ uint32_t bounded_entries(const Plan& plan, const StreamShared<Tile, E, kTerms>& shared) {
+template <typename Tile, typename T, int kTerms>
+__device__ __forceinline__ uint32_t bounded_entries(const Plan& plan, const StreamShared<Tile, T, kTerms>& shared) {
   uint32_t bounded = 0;
 #pragma unroll
   for (int i = 0; i < kQueriesPerThread<Tile>; ++i) {
@@ -291,10 +291,10 @@ __device__ __forceinline__ uint32_t bounded_entries(const Plan& plan, const Stre
 
 // Computes the scores of a tile in view u and takes its entries through the stages of the view. Without kExact, takes
 // entries whose score is not a number out of `numbers`.
-template <bool kExact, typename Tile, typename E, int kTerms, typename T>
+template <bool kExact, typename Tile, int kTerms, typename T>
 __device__ __forceinline__ void sift(const Plan& plan, const Inputs<T>& in, const Chunk& chunk, int u,
                                      int64_t first_query, int64_t queries, int64_t b0, int64_t k0,
-                                     StreamShared<Tile, E, kTerms>& shared, Fates& fates, uint32_t& numbers) {
+                                     StreamShared<Tile, T, kTerms>& shared, Fates& fates, uint32_t& numbers) {
   typename Tile::Scores score;
   score_view<kExact>(plan, in, chunk, u, first_query, queries, b0, k0, shared, score);
   park<Tile>(score, u < plan.views_used - 1 ? shared.first : shared.tile.scores);
@@ -313,9 +313,8 @@ __device__ __forceinline__ void sift(const Plan& plan, const Inputs<T>& in, cons
 template <typename T, bool kExact, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     stream_kernel(const __grid_constant__ Plan plan, Chunk chunk, Inputs<T> in, int64_t first_query, int64_t queries) {
-  using E = typename Multiplied<T>::Type;
-  constexpr int kTerms = kExact && sizeof(T) > sizeof(E) ? 2 : 1;
-  auto& shared = shared_memory<StreamShared<Tile, E, kTerms>>();
+  constexpr int kTerms = kTermsOf<T, kExact>;
+  auto& shared = shared_memory<StreamShared<Tile, T, kTerms>>();
   const unsigned query_tiles = static_cast<unsigned>(ceil_div(queries, Tile::kQueries));
   const int64_t b0 = static_cast<int64_t>(blockIdx.x % query_tiles) * Tile::kQueries;
   if (threadIdx.x <= kMaxSiftedStages) shared.lists[threadIdx.x] = plan.lists[threadIdx.x];
@@ -351,10 +350,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
 template <bool kExact, typename Tile, typename T>
 const char* launch_stream(const Plan& plan, const Inputs<T>& in, int64_t first, int64_t queries, const Chunk& chunk,
                           cudaStream_t stream) {
-  using E = typename Multiplied<T>::Type;
-  constexpr int kTerms = kExact && sizeof(T) > sizeof(E) ? 2 : 1;
+  constexpr int kTerms = kTermsOf<T, kExact>;
   const int64_t blocks = ceil_div(plan.K, plan.tiles * Tile::kKeys) * ceil_div(queries, Tile::kQueries);
-  return launch<StreamShared<Tile, E, kTerms>>(stream_kernel<T, kExact, Tile>, dim3(static_cast<unsigned>(blocks)),
+  return launch<StreamShared<Tile, T, kTerms>>(stream_kernel<T, kExact, Tile>, dim3(static_cast<unsigned>(blocks)),
                                                Tile::kThreads, stream, plan, chunk, in, first, queries);
 }
 

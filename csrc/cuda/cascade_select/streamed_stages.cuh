@@ -150,9 +150,9 @@ __device__ __forceinline__ bool run_sifted_stages(const Plan& plan, const Scores
 
 // Computes the scores of one query and all entries in view u: canonical ones with kExact, otherwise those of tensor
 // cores; NaN for excluded entries.
-template <typename T, bool kExact, typename E>
+template <typename T, bool kExact>
 __device__ __forceinline__ void score_row(const Plan& plan, const Inputs<T>& in, int u, int64_t b,
-                                          SpareShared<E>& shared, float* row) {
+                                          SpareShared<T>& shared, float* row) {
   const int64_t view = plan.view_used[u], own_id = in.query_ids != nullptr ? in.query_ids[b] : -1;
   const Matrix<T> query(in.queries + (view * plan.B + b) * plan.D, 1, plan.D);
   const Matrix<T> keys(in.memory + view * plan.K * plan.D, plan.K, plan.D, in.memory_ids);
@@ -180,10 +180,10 @@ __device__ __forceinline__ void score_row(const Plan& plan, const Inputs<T>& in,
 
 // Selects for a query whose sieve was wrong, or has gathered more than there is room for: from all entries. spare:
 // which of the rows for such queries it uses. A barrier must stand before and after.
-template <typename T, bool kExact, typename E>
+template <typename T, bool kExact>
 __device__ __forceinline__ void select_from_all(const Plan& plan, const Chunk& chunk, const Inputs<T>& in,
                                                 int64_t first_query, int64_t query, int64_t spare,
-                                                SpareShared<E>& shared) {
+                                                SpareShared<T>& shared) {
   float* rows = chunk.spare_scores + spare * plan.views_used * plan.row;
   for (int u = 0; u < plan.views_used; ++u) {
     score_row<T, kExact>(plan, in, u, first_query + query, shared, rows + u * plan.row);
@@ -216,7 +216,7 @@ constexpr int kStagesAtOnce = kHeld    ? 1
 template <typename T, bool kExact, bool kHeld>
 __global__ void __launch_bounds__(kSelectThreads, kStagesAtOnce<kExact, kHeld>)
     streamed_stages_kernel(const __grid_constant__ Plan plan, Chunk chunk, Inputs<T> in, int64_t first_query) {
-  auto& spare = shared_memory<SpareShared<typename Multiplied<T>::Type>>();
+  auto& spare = shared_memory<SpareShared<T>>();
   CascadeShared& shared = spare.stages;
   float* query = reinterpret_cast<float*>(&shared + 1);
   float* held = query + plan.views_used * held_width(plan);
@@ -269,7 +269,7 @@ template <typename T, bool kExact>
 __global__ void __launch_bounds__(kSelectThreads)
     misled_stages_kernel(const __grid_constant__ Plan plan, Chunk chunk, Inputs<T> in, int64_t first_query,
                          int64_t queries) {
-  auto& shared = shared_memory<SpareShared<typename Multiplied<T>::Type>>();
+  auto& shared = shared_memory<SpareShared<T>>();
   for (int64_t b = blockIdx.x; b < queries; b += gridDim.x) {
     if (chunk.sieves[b].misled == 0) continue;
     select_from_all<T, kExact>(plan, chunk, in, first_query, b, blockIdx.x, shared);
@@ -289,8 +289,8 @@ const char* launch_streamed_stages(const Plan& plan, const Inputs<T>& in, int64_
                                             plan, chunk, in, first);
   if (error != nullptr || !plan.sifted) return error;  // without a sieve nothing misleads
   const dim3 spare(static_cast<unsigned>(plan.spare < queries ? plan.spare : queries));
-  return launch<SpareShared<typename Multiplied<T>::Type>>(misled_stages_kernel<T, kExact>, spare, kSelectThreads,
-                                                           stream, plan, chunk, in, first, queries);
+  return launch<SpareShared<T>>(misled_stages_kernel<T, kExact>, spare, kSelectThreads, stream, plan, chunk, in, first,
+                                queries);
 }
 
 }  // namespace

@@ -10,44 +10,12 @@
 // are canonical.
 #pragma once
 
-#include "cuda/common/tensor_core.cuh"
-#include "cuda/common/tile.cuh"
+#include "cuda/cascade_select/score_panels.cuh"
 
 namespace cpr {
 
-constexpr int kScoreDepth = 32;                // of a step
-constexpr int kScoreStride = kScoreDepth + 8;  // padded: the 16-byte rows of a matrix lie in different banks
 constexpr int kMaxBoundedWidth = 4096;
 constexpr float kGreatestSquare = 0x1p60f;  // the greatest squared norm for which nothing overflows
-
-constexpr int kTensorKeyPieces = 4;  // of eight keys
-
-// A tile of scores. Each warp of the block has half of the queries, in pieces of 16, and 32 keys.
-template <int kQueriesOfTile, int kThreadsOfTile>
-struct ScoreTile {
-  static constexpr int kQueries = kQueriesOfTile, kThreads = kThreadsOfTile, kQueryPieces = kQueries / 32;
-  static constexpr int kKeys = kThreads / 2;
-  static_assert(kQueries % 32 == 0 && kThreads % (2 * kWarp) == 0 && kTensorKeyPieces * 8 == kWarp);
-  using Scores = float[kQueryPieces][kTensorKeyPieces][4];
-
-  // Return the first query and the first key of this warp.
-  static __device__ __forceinline__ int first_query() { return threadIdx.x / kWarp % 2 * (kQueries / 2); }
-  static __device__ __forceinline__ int first_key() { return threadIdx.x / kWarp / 2 * kWarp; }
-};
-using LargeTile = ScoreTile<64, 256>;
-using TileOfFew = ScoreTile<32, 256>;  // for at most 32 queries: half of a large tile would be empty
-constexpr int kScoreQueries = LargeTile::kQueries, kScoreKeys = LargeTile::kKeys;
-static_assert(TileOfFew::kKeys == kScoreKeys);
-
-// The type that the tensor cores multiply: bfloat16 for float features.
-template <typename T>
-struct Multiplied {
-  using Type = T;
-};
-template <>
-struct Multiplied<float> {
-  using Type = __nv_bfloat16;
-};
 
 // Whether a row with this squared norm is outside the range of the bound; true for infinity and NaN.
 __device__ __forceinline__ bool unbounded(float square) { return !(square <= kGreatestSquare); }
@@ -96,97 +64,12 @@ __device__ __forceinline__ float canonical_score(const Matrix<Q>& queries, int64
   return score + 0.0f;  // -0 + 0 is +0: equal scores get equal bits
 }
 
-template <typename Tile, typename E, int kTerms>
-struct alignas(16) TensorScoreShared {
-  E queries[kTerms][Tile::kQueries][kScoreStride];
-  E keys[kTerms][Tile::kKeys][kScoreStride];
-  float query_square[Tile::kQueries], key_square[Tile::kKeys];  // squared norms
-};
-
-// Copies panels of rows to shared memory in 16-bit terms, and with kSquares sums the squares of each row. Rows of
-// aligned vectors in whole panels are read through pointers that are moved from panel to panel: one for rows that
-// follow each other, otherwise one for each row of this thread. Rows: Matrix<T>, or with the same members.
-template <typename T, typename Rows, typename E, int kTerms, int kRows, int kThreads, bool kSquares>
-struct TermPanel {
-  using Values = Panel<kRows, kScoreDepth, kThreads>;
-  static constexpr int kRowStep = kThreads / Values::kVectorsPerRow;  // between the rows of a thread
-  static constexpr int kPointers = Rows::kConsecutive ? 1 : Values::kVectors;
-  const Rows& matrix;
-  int64_t row0;
-  const Packed4<T>* next[kPointers];  // of the rows of this thread
-  int64_t step;                       // vectors between its rows, if they follow each other
-  unsigned live;                      // a bit for each of its rows that is read
-  bool whole;
-  Values panel;
-  float square[Values::kVectors] = {};
-
-  __device__ __forceinline__ TermPanel(const Rows& matrix, int64_t row0)
-      : matrix(matrix),
-        row0(row0),
-        step(kRowStep * (matrix.D / 4)),
-        live(0),
-        whole(matrix.aligned && matrix.D % kScoreDepth == 0) {
-    const int64_t row = row0 + threadIdx.x / Values::kVectorsPerRow;
-#pragma unroll
-    for (int i = 0; i < kPointers; ++i) {
-      const int64_t own = row + i * kRowStep;
-      const int64_t start = own < matrix.rows ? matrix.at(own) + threadIdx.x % Values::kVectorsPerRow * 4 : 0;
-      next[i] = reinterpret_cast<const Packed4<T>*>(matrix.data + start);
-    }
-#pragma unroll
-    for (int v = 0; v < Values::kVectors; ++v) {
-      if (matrix.holds(row + v * kRowStep)) live |= 1u << v;
-    }
-  }
-
-  // Reads the panel that starts at column d0; they are read in order.
-  __device__ __forceinline__ void load(int64_t d0) {
-    if (!whole) {
-      panel.load(matrix, row0, d0);
-      return;
-    }
-#pragma unroll
-    for (int v = 0; v < Values::kVectors; ++v) {
-      panel.values[v] = make_float4(0, 0, 0, 0);
-      if ((live >> v & 1) != 0) panel.values[v] = widen4(kPointers == 1 ? next[0][v * step] : *next[v % kPointers]);
-    }
-#pragma unroll
-    for (int i = 0; i < kPointers; ++i) next[i] += kScoreDepth / 4;
-  }
-
-  __device__ __forceinline__ void store(E (&out)[kTerms][kRows][kScoreStride]) {
-#pragma unroll
-    for (int v = 0; v < Values::kVectors; ++v) {
-      const int at = threadIdx.x + v * kThreads;
-      const int row = at / Values::kVectorsPerRow, column = at % Values::kVectorsPerRow * 4;
-      const float4 x = panel.values[v];
-      if (kSquares) square[v] += (x.x * x.x + x.y * x.y) + (x.z * x.z + x.w * x.w);
-      const Pair<E> low_half(x.x, x.y), high_half(x.z, x.w);
-      *reinterpret_cast<Pair<E>*>(&out[0][row][column]) = low_half;
-      *reinterpret_cast<Pair<E>*>(&out[0][row][column + 2]) = high_half;
-      if constexpr (kTerms == 2) {
-        const float2 a = low_half.widened(), b = high_half.widened();
-        *reinterpret_cast<Pair<E>*>(&out[1][row][column]) = Pair<E>(x.x - a.x, x.y - a.y);
-        *reinterpret_cast<Pair<E>*>(&out[1][row][column + 2]) = Pair<E>(x.z - b.x, x.w - b.y);
-      }
-    }
-  }
-
-  // Returns the squared norms of the rows, after all panels have been stored.
-  __device__ __forceinline__ void store_squares(float (&out)[kRows]) const {
-#pragma unroll
-    for (int v = 0; v < Values::kVectors; ++v) {
-      const float total = warp_reduce<Values::kVectorsPerRow>(square[v], Sum());
-      const int at = threadIdx.x + v * kThreads;
-      if (at % Values::kVectorsPerRow == 0) out[at / Values::kVectorsPerRow] = total;
-    }
-  }
-};
-
-// Adds the products of one panel to the scores of the warp; with two terms all products but low * low.
-template <typename Tile, typename E, int kTerms>
-__device__ __forceinline__ void add_products(const TensorScoreShared<Tile, E, kTerms>& shared,
+// Adds the products of a panel, or of the terms from it on, to the scores of the warp; with two terms all products but
+// low * low.
+template <typename Tile, typename T, int kTerms>
+__device__ __forceinline__ void add_products(const TensorScoreShared<Tile, T, kTerms>& shared, int panel,
                                              typename Tile::Scores& score) {
+  using E = typename Multiplied<T>::Type;
   const int lane = threadIdx.x % kWarp, query0 = Tile::first_query(), key0 = Tile::first_key();
 #pragma unroll
   for (int column = 0; column < kScoreDepth; column += 16) {
@@ -195,7 +78,8 @@ __device__ __forceinline__ void add_products(const TensorScoreShared<Tile, E, kT
     for (int term = 0; term < kTerms; ++term) {
 #pragma unroll
       for (int m = 0; m < Tile::kQueryPieces; ++m) {
-        load_matrices(query[term][m], &shared.queries[term][query0 + m * 16 + lane % 16][column + lane / 16 * 8]);
+        load_matrices(query[term][m],
+                      &shared.queries[panel + term][query0 + m * 16 + lane % 16][column + lane / 16 * 8]);
       }
     }
 #pragma unroll
@@ -203,7 +87,8 @@ __device__ __forceinline__ void add_products(const TensorScoreShared<Tile, E, kT
 #pragma unroll
       for (int key_term = 0; key_term < kTerms; ++key_term) {
         uint32_t key[4];
-        load_matrices(key, &shared.keys[key_term][key0 + n * 8 + lane / 16 * 8 + lane % 8][column + lane / 8 % 2 * 8]);
+        const int row = key0 + n * 8 + lane / 16 * 8 + lane % 8;
+        load_matrices(key, &shared.keys[panel + key_term][row][column + lane / 8 % 2 * 8]);
 #pragma unroll
         for (int query_term = 0; query_term < kTerms - key_term; ++query_term) {
 #pragma unroll
@@ -217,22 +102,13 @@ __device__ __forceinline__ void add_products(const TensorScoreShared<Tile, E, kT
   }
 }
 
-// Computes the scores of a tile, of queries from b0 on and keys from k0 on. Lane l holds the queries l/4 + 8i and the
-// keys 8n + 2(l%4) + j of its warp at score[i/2][n][2(i%2) + j]. With kSquares, the squared norms of the rows are left
-// in `shared`.
-template <bool kSquares, typename Tile, typename E, int kTerms, typename T, typename Keys>
-__device__ __forceinline__ void score_tile(const Matrix<T>& queries, int64_t b0, const Keys& keys, int64_t k0,
-                                           TensorScoreShared<Tile, E, kTerms>& shared, typename Tile::Scores& score) {
+// Adds the scores of a tile. With kSquares, leaves the squared norms of the rows in `shared`, before a barrier.
+template <bool kSquares, typename Tile, int kTerms, typename T, typename Keys>
+__device__ __forceinline__ void add_scores(const Matrix<T>& queries, int64_t b0, const Keys& keys, int64_t k0,
+                                           TensorScoreShared<Tile, T, kTerms>& shared, typename Tile::Scores& score) {
+  using E = typename Multiplied<T>::Type;
   TermPanel<T, Matrix<T>, E, kTerms, Tile::kQueries, Tile::kThreads, kSquares> query_panel(queries, b0);
   TermPanel<T, Keys, E, kTerms, Tile::kKeys, Tile::kThreads, kSquares> key_panel(keys, k0);
-#pragma unroll
-  for (int m = 0; m < Tile::kQueryPieces; ++m) {
-#pragma unroll
-    for (int n = 0; n < kTensorKeyPieces; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) score[m][n][e] = 0;
-    }
-  }
   query_panel.load(0);
   key_panel.load(0);
   for (int64_t d0 = 0; d0 < queries.D; d0 += kScoreDepth) {
@@ -244,12 +120,62 @@ __device__ __forceinline__ void score_tile(const Matrix<T>& queries, int64_t b0,
       query_panel.load(d0 + kScoreDepth);
       key_panel.load(d0 + kScoreDepth);
     }
-    add_products(shared, score);
+    add_products(shared, 0, score);
   }
   if (!kSquares) return;
   query_panel.store_squares(shared.query_square);
   key_panel.store_squares(shared.key_square);
-  __syncthreads();
+}
+
+// The same for 16-bit features.
+template <bool kSquares, typename Tile, typename T, typename Keys>
+__device__ __forceinline__ void add_copied_scores(const Matrix<T>& queries, int64_t b0, const Keys& keys, int64_t k0,
+                                                  TensorScoreShared<Tile, T, 1>& shared, typename Tile::Scores& score) {
+  CopiedTerms<T, Matrix<T>, Tile::kQueries, Tile::kThreads, kSquares> query_panel(queries, b0);
+  CopiedTerms<T, Keys, Tile::kKeys, Tile::kThreads, kSquares> key_panel(keys, k0);
+  const int panels = static_cast<int>((queries.D + kScoreDepth - 1) / kScoreDepth);
+  const auto copy = [&](int panel) {
+    query_panel.copy(shared.queries[panel % 2]);
+    key_panel.copy(shared.keys[panel % 2]);
+    commit_copies();
+  };
+  __syncthreads();  // what was in the place of the features has been read
+  copy(0);
+  for (int panel = 0; panel < panels; ++panel) {
+    wait_for_copies<0>();
+    if (kSquares) {
+      query_panel.add_squares(shared.queries[panel % 2]);
+      key_panel.add_squares(shared.keys[panel % 2]);
+    }
+    __syncthreads();  // this panel is complete, and the previous one has been read
+    if (panel + 1 < panels) copy(panel + 1);
+    add_products(shared, panel % 2, score);
+  }
+  if (!kSquares) return;
+  query_panel.store_squares(shared.query_square);
+  key_panel.store_squares(shared.key_square);
+}
+
+// Computes the scores of a tile, of queries from b0 on and keys from k0 on. Lane l holds the queries l/4 + 8i and the
+// keys 8n + 2(l%4) + j of its warp at score[i/2][n][2(i%2) + j]. With kSquares, the squared norms of the rows are left
+// in `shared`.
+template <bool kSquares, typename Tile, int kTerms, typename T, typename Keys>
+__device__ __forceinline__ void score_tile(const Matrix<T>& queries, int64_t b0, const Keys& keys, int64_t k0,
+                                           TensorScoreShared<Tile, T, kTerms>& shared, typename Tile::Scores& score) {
+#pragma unroll
+  for (int m = 0; m < Tile::kQueryPieces; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTensorKeyPieces; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) score[m][n][e] = 0;
+    }
+  }
+  if constexpr (kCopiedWhole<T>) {
+    add_copied_scores<kSquares>(queries, b0, keys, k0, shared, score);
+  } else {
+    add_scores<kSquares>(queries, b0, keys, k0, shared, score);
+  }
+  if (kSquares) __syncthreads();
 }
 
 }  // namespace cpr

@@ -23,14 +23,29 @@ __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 
+// Four neighbouring features, read as one vector.
 template <typename T>
-struct alignas(4 * sizeof(T)) Packed4 {
-  T x, y, z, w;
+struct Packed4 {
+  uint2 bits;  // two 16-bit features each
+};
+template <>
+struct Packed4<float> {
+  float4 values;
 };
 
-template <typename T>
-__device__ __forceinline__ float4 widen4(const Packed4<T>& packed) {
-  return make_float4(widen(packed.x), widen(packed.y), widen(packed.z), widen(packed.w));
+__device__ __forceinline__ float4 widen4(const Packed4<float>& packed) { return packed.values; }
+
+__device__ __forceinline__ float4 widen4(const Packed4<__nv_bfloat16>& packed) {
+  const uint2 x = packed.bits;
+  return make_float4(__uint_as_float(x.x << 16), __uint_as_float(x.x & 0xffff0000u), __uint_as_float(x.y << 16),
+                     __uint_as_float(x.y & 0xffff0000u));
+}
+
+__device__ __forceinline__ float4 widen4(const Packed4<__half>& packed) {
+  const uint2 x = packed.bits;
+  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&x.x));
+  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&x.y));
+  return make_float4(low.x, low.y, high.x, high.y);
 }
 
 // Reads a dense [rows, D] matrix as float, four features at a time; zero outside it and in empty rows.

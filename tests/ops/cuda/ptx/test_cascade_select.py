@@ -27,7 +27,7 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_every_route_and_type_with_small_and_large_tiles(device, route, dtype):
     device.resize(**ROUTES[route])
     before = device.products()
-    for B, K, D in ((3, 700, 24), (37, 192, 33)):
+    for B, K, D in ((3, 700, 24), (37, 192, 33), (35, 150, 64)):
         queries, memory = normal(3, B, D, seed=1, dtype=dtype), normal(3, K, D, seed=2, dtype=dtype)
         assert_selects(device, queries, memory, [2, 0, 2], [K // 2, K // 4, 5], **ids(B, K))
     assert (device.products() > before) == (route == "streamed")
@@ -152,12 +152,33 @@ def test_no_order_of_warps_and_blocks_changes_a_sifted_row(device, order):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_approximate_scores(device, route):
+@pytest.mark.parametrize("dtype", TYPES)
+def test_approximate_scores(device, route, dtype):
     device.resize(**ROUTES[route])
-    queries, memory = lattice(2, 34, 20, seed=14), lattice(2, 150, 20, seed=15)  # exact in bfloat16
-    found = device.cascade_select(queries, memory, [0, 1], [50, 9], precision=1)
-    expected = ops.cascade_select(queries, memory, [0, 1], [50, 9])
-    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+    for D in (20, 64):
+        queries, memory = lattice(2, 34, D, seed=14).to(dtype), lattice(2, 150, D, seed=15).to(dtype)  # exact
+        found = device.cascade_select(queries, memory, [0, 1], [50, 9], precision=1)
+        expected = ops.cascade_select(queries, memory, [0, 1], [50, 9])
+        torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", [0, 1])
+def test_features_of_16_bits_are_read_in_half_of_the_sectors(device, precision):
+    """In whole vectors: a request for each element would take as many sectors as float features, or more."""
+    device.resize(**ROUTES["streamed"])
+    sectors = []
+    for dtype in TYPES:
+        queries, memory = lattice(2, 64, 128, seed=30).to(dtype), lattice(2, 256, 128, seed=31).to(dtype)
+        device.reset_counts()
+        found = device.cascade_select(queries, memory, [0, 1], [128, 5], precision=precision)
+        expected = ops.cascade_select(queries, memory, [0, 1], [128, 5])
+        torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+        counts = [count for count in device.counts("cascade_select") if "stream_kernel" in count.function]
+        read = [count for count in counts if count.kind in ("load global", "copy async") and count.executed]
+        sectors.append(sum(count.units for count in read))
+    whole = 2 * (64 * 2 + 256) * 128 * 4 / 32  # two tiles of keys read the queries
+    assert sectors[0] == pytest.approx(whole, rel=0.1)
+    assert sectors[1] == sectors[2] == pytest.approx(whole / 2, rel=0.1)
 
 
 A100, H100 = ptx_cases.DEVICES["A100"], ptx_cases.DEVICES["H100"]

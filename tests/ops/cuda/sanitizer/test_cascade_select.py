@@ -27,7 +27,7 @@ def test_every_route_and_order(device, route, B, K, D):
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("offset", [0, 1])  # elements that rows start off a vector
+@pytest.mark.parametrize("offset", [0, 1, 4])  # elements that rows start off a vector; 4: off 16 bytes, if of 16 bits
 def test_every_type_on_and_off_a_vector(shuffled, route, dtype, offset):
     choose(shuffled, route)
     shuffled.offset = offset
@@ -92,10 +92,11 @@ def test_norms_outside_the_bound_of_refined_scores(shuffled):
 @pytest.mark.parametrize("dtype", TYPES)
 def test_approximate_scores(shuffled, route, dtype):
     choose(shuffled, route)
-    queries, memory = lattice(2, 34, 20, seed=14).to(dtype), lattice(2, 150, 20, seed=15).to(dtype)  # exact in bfloat16
-    found = shuffled.cascade_select(queries, memory, [0, 1], [50, 9], precision=1, **ids(34, 150))
-    expected = ops.cascade_select(queries, memory, [0, 1], [50, 9], **ids(34, 150))
-    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+    for D in (20, 64):
+        queries, memory = lattice(2, 34, D, seed=14).to(dtype), lattice(2, 150, D, seed=15).to(dtype)  # exact
+        found = shuffled.cascade_select(queries, memory, [0, 1], [50, 9], precision=1, **ids(34, 150))
+        expected = ops.cascade_select(queries, memory, [0, 1], [50, 9], **ids(34, 150))
+        torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
 
 
 SIFTED = 16_385  # one more than the shortest row that is sifted
@@ -121,11 +122,12 @@ def test_sifted_rows_whose_lists_are_in_shared_memory(shuffled, precision):
     torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("B", [3, 66])
-def test_a_block_with_several_tiles(shuffled, B):
+def test_a_block_with_several_tiles(shuffled, B, dtype):
     """On a device of one multiprocessor, blocks take several tiles of the memory one after the other."""
     shuffled.resize(**ROUTES["streamed"], processors=1)
-    queries, memory = normal(2, B, 3, seed=26), normal(2, 1300, 3, seed=27)
+    queries, memory = normal(2, B, 3, seed=26, dtype=dtype), normal(2, 1300, 3, seed=27, dtype=dtype)
     memory[:, 128:256] *= 1000  # errors of the second tile are far above those of others
     assert_selects(shuffled, queries, memory, [0, 1, 0], [600, 300, 5], **ids(B, 1300))
 
