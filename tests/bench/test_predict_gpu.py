@@ -112,7 +112,13 @@ def test_the_steepest_doubling_comes_first():
 
 def test_bars_compare_with_the_floor_or_with_the_time_of_fp32():
     rows = bar_rows(json.loads(PREDICTED.read_text())["rows"])
-    assert {row["device"] for row in rows} == set(BEFORE) and len(rows) == 11 * len(BEFORE)
+    shapes = {
+        device: {row["call"][2:] for row in rows if row["device"] == device and row["of"] == "fp32"}
+        for device in BEFORE
+    }
+    many = {(256, 16384), (256, 65536), (1024, 65536), (1024, 1_000_000), (4096, 1_000_000)}
+    assert shapes == {"NVIDIA A100-SXM4-80GB": many | {(32, 16384)}, "NVIDIA H200": many}  # where the floors say so
+    assert len(rows) == 8 * len(BEFORE) + 11
     missed = {row["call"][:2] for row in rows if not row["met"]}
     assert missed == {("cascade_select", "bf16")}  # the page says why
     first = rows[0]

@@ -24,7 +24,7 @@ def assert_selects(device, queries, memory, keep):
     before = device.products()
     indices, scores = device.cascade_select(queries, memory, [0] * len(keep), keep)
     assert device.products() > before
-    expected_indices, expected_scores = select_by_sorting(queries, memory, [0] * len(keep), keep)
+    expected_indices, expected_scores = select_by_sorting(queries.float(), memory.float(), [0] * len(keep), keep)
     np.testing.assert_array_equal(indices.numpy(), expected_indices)
     np.testing.assert_array_equal(scores.numpy(), expected_scores)
 
@@ -42,6 +42,21 @@ def test_products_that_tensor_cores_truncate_to_nothing(refined, scale):
     memory[0, 20:, 0] += 1.8 * D * unit  # these lead by 1.8 D units on tensor cores, and are behind by 0.2 D
     for order in (torch.arange(40), torch.arange(40).flip(0)):
         assert_selects(refined, queries * scale, memory[:, order] * scale, [20, 7])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("column", [0, 4, 30])
+def test_the_bound_has_every_feature_of_16_bits(refined, dtype, column):
+    """As above. Almost all of a norm is in one feature: without it, the bound would be far below the errors."""
+    D, unit = 4096, 2.0**-23
+    queries = torch.full((1, 1, D), 2.0**-11)
+    memory = torch.full((1, 40, D), 127 / 128 * 2.0**-12)
+    memory[0, 20:] *= -1
+    queries[..., column], memory[..., column] = 1, 1
+    queries[..., column + 1], memory[..., column + 1] = 2.0**-5, 0
+    memory[0, 20:, column + 1] = 1.8 * D * unit * 2.0**5
+    for order in (torch.arange(40), torch.arange(40).flip(0)):
+        assert_selects(refined, queries.to(dtype), memory[:, order].to(dtype), [20, 7])
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-9, 2.0**7])

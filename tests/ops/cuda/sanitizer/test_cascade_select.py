@@ -170,7 +170,11 @@ def test_a_route_with_more_than_48_kib_on_either_device(shuffled, use):
 
 @pytest.mark.parametrize(
     ("route", "dtype", "K", "D"),
-    [("in cache", torch.float32, 530_000, 8192), ("streamed", torch.bfloat16, 1_060_000, 4096)],
+    [
+        ("in cache", torch.float32, 530_000, 8192),
+        ("streamed", torch.bfloat16, 1_060_000, 4096),
+        ("streamed", torch.float32, 1_060_000, 4096),
+    ],
 )
 def test_a_memory_of_more_than_2_to_the_32_elements(shuffled, route, dtype, K, D):
     """Entries lie beyond 32-bit offsets: all but a few are zeros, whose scores need not be computed."""
