@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -243,7 +243,9 @@ def _store_all(
         return parts
 
     solved = _map_ahead(solved_batch, batches, workers=1, ahead=1)
-    return _map_ahead(lambda video: _store(index, store, stored, *video), join(solved), workers, ahead=workers)
+    # A generator between them that ends with an error closes none, and the error keeps it and its threads alive.
+    with closing(read), closing(solved):
+        yield from _map_ahead(lambda video: _store(index, store, stored, *video), join(solved), workers, ahead=workers)
 
 
 def _pixels(index: Index, segment: Segment) -> int:
@@ -268,8 +270,6 @@ def _map_ahead(function: Callable[[Item], Result], items: Iterable[Item], worker
         finally:
             for future in pending:
                 future.cancel()
-            if isinstance(items, Generator):  # whose threads an exception that is still handled would keep running
-                items.close()
 
 
 def _read_gray(video: Video) -> np.ndarray | VideoError:

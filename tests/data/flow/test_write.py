@@ -141,6 +141,24 @@ def test_a_request_to_stop_ends_the_solving_and_says_what_is_kept(data_set, tmp_
     assert write_flow(data_set, tmp_path / "flow")["kept"] == stored  # flow can be computed again
 
 
+@pytest.mark.parametrize("stage", ["pack", "join"])
+def test_a_request_to_stop_between_two_pools_of_threads_ends_both(data_set, tmp_path, monkeypatch, stage):
+    """The solver went on after a request that came while solved frame pairs were joined, for hours if they were large:
+    once in about 100 requests."""
+    ordinary, running = getattr(write, stage), set(threading.enumerate())
+
+    def interrupted(items, *arguments):
+        for number, item in enumerate(ordinary(items, *arguments)):
+            if number == 1:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr(write, stage, interrupted)
+    with pytest.raises(KeyboardInterrupt) as stopped:  # keeps the generators alive, as a traceback does
+        write_flow(data_set, tmp_path / "flow", compute=smooth_flow)
+    assert stopped.traceback and set(threading.enumerate()) <= running
+
+
 def test_the_count_of_the_progress_line_is_that_of_the_stored_videos(data_set, tmp_path, monkeypatch):
     """It was 0/36 for most of a run, because finished videos waited for those before them and for the next batch."""
     shown, seen = [], []
