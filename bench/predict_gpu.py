@@ -124,9 +124,9 @@ def resident_blocks(gpu: Gpu, threads: int, registers: int, shared_bytes: int) -
 def work(op: str, precision: str, B: int, K: int) -> tuple[float, float, str]:
     """Returns operations and bytes that a call needs at least, and the precision of its floor (the figures of
     bench/). precision: of the products and, unless it ends with "of fp32", of the features."""
-    width = 4 if precision in ("float32", "fp32", "bf16 of fp32") else 2
+    width = 2 if precision in ("bf16", "bfloat16") else 4
     if op == "cascade_select":
-        return 2 * 2 * B * K * 128, width * 2 * (B + K) * 128, precision[:4]
+        return 2 * 2 * B * K * 128, width * 2 * (B + K) * 128, precision.split()[0]
     return 2 * 2 * B * K * 128, width * (K + 4 * B) * 128, "fp32" if width == 4 else "bf16"
 
 

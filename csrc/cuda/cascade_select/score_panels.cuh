@@ -38,13 +38,13 @@ struct Multiplied<float> {
   using Type = __nv_bfloat16;
 };
 
-// The terms of a feature: float features have two where scores must be precise.
-template <typename T, bool kPrecise>
-constexpr int kTermsOf = kPrecise && sizeof(T) > 2 ? 2 : 1;
-
 // Whether tensor cores multiply the features as they are, so that they can be copied.
 template <typename T>
 constexpr bool kCopiedWhole = sizeof(T) == 2;
+
+// The terms of a feature: float features have two where scores must be precise.
+template <typename T, bool kPrecise>
+constexpr int kTermsOf = kPrecise && !kCopiedWhole<T> ? 2 : 1;
 
 // The features of a tile. Float features have a panel for each of their terms; 16-bit features have two in turn, one
 // that is multiplied and one that is copied.
@@ -57,19 +57,21 @@ struct alignas(16) TensorScoreShared {
   float query_square[Tile::kQueries], key_square[Tile::kKeys];  // squared norms
 };
 
-// Copies panels of rows to shared memory in 16-bit terms, and with kSquares sums the squares of each row. Rows of
-// aligned vectors in whole panels are read through pointers that are moved from panel to panel: one for rows that
-// follow each other, otherwise one for each row of this thread. Rows: Matrix<T>, or with the same members.
-template <typename T, typename Rows, typename E, int kTerms, int kRows, int kThreads, bool kSquares>
+// Copies panels of rows of float features to shared memory in kTerms terms, and with kSquares sums the squares of each
+// row. Rows of aligned vectors in whole panels are read through pointers that are moved from panel to panel: one for
+// rows that follow each other, otherwise one for each row of this thread. Rows: Matrix<float>, or with the same
+// members.
+template <typename Rows, int kTerms, int kRows, int kThreads, bool kSquares>
 struct TermPanel {
+  using E = Multiplied<float>::Type;
   using Values = Panel<kRows, kScoreDepth, kThreads>;
   static constexpr int kRowStep = kThreads / Values::kVectorsPerRow;  // between the rows of a thread
   static constexpr int kPointers = Rows::kConsecutive ? 1 : Values::kVectors;
   const Rows& matrix;
   int64_t row0;
-  const Packed4<T>* next[kPointers];  // of the rows of this thread
-  int64_t step;                       // vectors between its rows, if they follow each other
-  unsigned live;                      // a bit for each of its rows that is read
+  const Packed4<float>* next[kPointers];  // of the rows of this thread
+  int64_t step;                           // vectors between its rows, if they follow each other
+  unsigned live;                          // a bit for each of its rows that is read
   bool whole;
   Values panel;
   float square[Values::kVectors] = {};
@@ -85,7 +87,7 @@ struct TermPanel {
     for (int i = 0; i < kPointers; ++i) {
       const int64_t own = row + i * kRowStep;
       const int64_t start = own < matrix.rows ? matrix.at(own) + threadIdx.x % Values::kVectorsPerRow * 4 : 0;
-      next[i] = reinterpret_cast<const Packed4<T>*>(matrix.data + start);
+      next[i] = reinterpret_cast<const Packed4<float>*>(matrix.data + start);
     }
 #pragma unroll
     for (int v = 0; v < Values::kVectors; ++v) {

@@ -35,7 +35,7 @@ __device__ __forceinline__ float query_bound(const T* query, int64_t D, unsigned
   float square = 0;
   for (int64_t d = threadIdx.x; d < D; d += kThreads) square += widen(query[d]) * widen(query[d]);
   square = block_reduce<kThreads>(square, Sum(), scratch);
-  const float relative = relative_error(D, sizeof(T) > 2);
+  const float relative = relative_error(D, !kCopiedWhole<T>);
   // Tiles sum the same squares in another order: a norm at the limit may be within the range there.
   const bool everywhere_canonical = !(square <= 2 * kGreatestSquare);
   return everywhere_canonical ? 0.0f : relative * norm_bound(square) * norm_bound(__uint_as_float(key_square));
@@ -102,13 +102,14 @@ __device__ __forceinline__ void add_products(const TensorScoreShared<Tile, T, kT
   }
 }
 
-// Adds the scores of a tile. With kSquares, leaves the squared norms of the rows in `shared`, before a barrier.
-template <bool kSquares, typename Tile, int kTerms, typename T, typename Keys>
-__device__ __forceinline__ void add_scores(const Matrix<T>& queries, int64_t b0, const Keys& keys, int64_t k0,
-                                           TensorScoreShared<Tile, T, kTerms>& shared, typename Tile::Scores& score) {
-  using E = typename Multiplied<T>::Type;
-  TermPanel<T, Matrix<T>, E, kTerms, Tile::kQueries, Tile::kThreads, kSquares> query_panel(queries, b0);
-  TermPanel<T, Keys, E, kTerms, Tile::kKeys, Tile::kThreads, kSquares> key_panel(keys, k0);
+// Adds the scores of a tile of float features. With kSquares, leaves the squared norms of the rows in `shared`, before
+// a barrier.
+template <bool kSquares, typename Tile, int kTerms, typename Keys>
+__device__ __forceinline__ void add_scores(const Matrix<float>& queries, int64_t b0, const Keys& keys, int64_t k0,
+                                           TensorScoreShared<Tile, float, kTerms>& shared,
+                                           typename Tile::Scores& score) {
+  TermPanel<Matrix<float>, kTerms, Tile::kQueries, Tile::kThreads, kSquares> query_panel(queries, b0);
+  TermPanel<Keys, kTerms, Tile::kKeys, Tile::kThreads, kSquares> key_panel(keys, k0);
   query_panel.load(0);
   key_panel.load(0);
   for (int64_t d0 = 0; d0 < queries.D; d0 += kScoreDepth) {
