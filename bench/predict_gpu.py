@@ -107,7 +107,7 @@ def gathered_entries(K: int) -> float:
     sample, before, share = 32768 if has_long_sample(K) else 8192, 1.0, 0.0
     for keep in [*(2.0**-stage for stage in range(1, 7)), 5 / K]:
         expected = sample * keep
-        reach = 4 * math.sqrt(expected * (1 - keep / before) + 1) + 4
+        reach = 4.25 * math.sqrt(expected * (1 - keep / before) * (1 - sample / K) + 1) + 4
         share += (min(expected, reach) + reach) / sample
         before = keep
     return share * K

@@ -9,55 +9,38 @@
 namespace cpr {
 namespace {
 
-// Entries and their scores [U, view_stride] in each view in use.
-template <typename Index>
-struct EntryLists {
-  uint32_t* slots;
-  float* values;
-  Index view_stride;
-};
-
-// The gathered entries of one query that are left, in any order. In global memory: those of earlier stages in front,
-// and the list of this stage behind a gap; the lists of later stages come behind them. With kHeld, in shared memory
-// without a gap; the lists of later stages are in global memory.
+// The gathered entries of one query that the stages up to now have left, in any order; with kHeld in shared memory.
 template <bool kHeld>
 struct GatheredSurvivors {
   using Index = typename std::conditional<kHeld, uint32_t, int64_t>::type;
-  EntryLists<Index> left;
-  const EntryLists<int64_t>& gathered;
+  uint32_t* slots;        // [room]
+  float* values;          // [U, view_stride] their scores in each view in use
+  Index view_stride;      // at least `room`
+  const uint4* gathered;  // [capacity] the lists of all stages
   int views_used;
   const float* scores;  // those in the compared view
-  unsigned count, front;
-  int64_t gap;
+  unsigned count;
 
-  // Returns where survivor i is.
-  __device__ __forceinline__ Index at(unsigned i) const { return kHeld || i < front ? i : static_cast<Index>(i + gap); }
+  __device__ __forceinline__ float* values_in(int u) const { return values + u * view_stride; }
 
-  __device__ __forceinline__ void compare(int u) { scores = left.values + u * left.view_stride; }
+  __device__ __forceinline__ void compare(int u) { scores = values_in(u); }
 
-  // Adds the list of a stage, `added` entries from `start` on.
-  __device__ __forceinline__ void add_list(int64_t start, unsigned added, SelectShared& shared) {
-    if constexpr (kHeld) {
+  // Adds the list of a stage, `added` entries from `start` on, for which there must be room.
+  __device__ __forceinline__ void add_list(int64_t start, unsigned added) {
 #pragma unroll 4
-      for (unsigned i = threadIdx.x; i < added; i += kSelectThreads) {
-        left.slots[count + i] = gathered.slots[start + i];
-#pragma unroll
-        for (int u = 0; u < kMaxSiftedViews; ++u) {
-          if (u >= views_used) continue;
-          left.values[u * left.view_stride + count + i] = gathered.values[u * gathered.view_stride + start + i];
-        }
-      }
-      __syncthreads();
-    } else if (in_all_lanes(count > front)) {
-      filter([](unsigned) { return true; }, shared);
+    for (unsigned i = threadIdx.x; i < added; i += kSelectThreads) {
+      const uint4 entry = gathered[start + i];
+      slots[count + i] = entry.x;
+      values[count + i] = __uint_as_float(entry.y);
+      if (views_used > 1) values_in(1)[count + i] = __uint_as_float(entry.z);
     }
-    front = count, gap = start - count, count += added;
-    if (gap == 0) front = count;
+    __syncthreads();
+    count += added;
   }
 
   template <typename Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
-    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) visit(left.slots[at(i)], scores[at(i)]);
+    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) visit(slots[i], scores[i]);
   }
 
   // Returns how many survivors are in the share of this thread.
@@ -80,10 +63,10 @@ struct GatheredSurvivors {
         const unsigned i = tile + j * kSelectThreads + threadIdx.x;
         if (i >= count || !keeps(i)) continue;
         flags |= 1u << j;
-        slot[j] = left.slots[at(i)];
+        slot[j] = slots[i];
 #pragma unroll
         for (int u = 0; u < kMaxSiftedViews; ++u) {
-          if (u < views_used) value[j][u] = left.values[u * left.view_stride + at(i)];
+          if (u < views_used) value[j][u] = values_in(u)[i];
         }
       }
       unsigned total;
@@ -91,21 +74,21 @@ struct GatheredSurvivors {
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         if ((flags >> j & 1) == 0) continue;
-        left.slots[place] = slot[j];
+        slots[place] = slot[j];
 #pragma unroll
         for (int u = 0; u < kMaxSiftedViews; ++u) {
-          if (u < views_used) left.values[u * left.view_stride + place] = value[j][u];
+          if (u < views_used) values_in(u)[place] = value[j][u];
         }
         ++place;
       }
       kept += total;
     }
     __syncthreads();
-    count = front = kept;
+    count = kept;
   }
 
   __device__ __forceinline__ void keep_from(const LastKept& last, SelectShared& shared) {
-    filter([&](unsigned i) { return last.keeps(scores[at(i)], [&] { return left.slots[at(i)]; }); }, shared);
+    filter([&](unsigned i) { return last.keeps(scores[i], [&] { return slots[i]; }); }, shared);
   }
 };
 
@@ -118,8 +101,7 @@ struct NearSurvivors {
 
   template <typename Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
-    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads)
-      visit(all.left.slots[all.at(places[i])], all.scores[all.at(places[i])]);
+    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) visit(all.slots[places[i]], all.scores[places[i]]);
   }
 };
 

@@ -22,6 +22,7 @@ constexpr int kMaxSiftedViews = 2, kMaxSiftedStages = 8;
 constexpr int kSampleBits = 13, kLongSampleBits = 15;
 constexpr int64_t kMinSifted = 2 << kSampleBits, kMinLongSample = 1 << 18;
 constexpr int kMaxStreamedTiles = 4;  // tiles of keys that a block streams at most
+constexpr int kHeldAtOnce = 2;  // blocks of a multiprocessor that have the entries of a query each in shared memory
 
 // The ranks in the sample that a stage takes its threshold and its limits from, see sieve.cuh. middle 0: the stage
 // keeps everything; high 0, low above the sample: there is no limit.
@@ -44,12 +45,14 @@ struct Plan {
   int64_t B, K, D, row, chunk, ranking_row, top_k;
   int64_t capacity;                     // of the lists of gathered entries of a query, together; streamed route only
   int64_t lists[kMaxSiftedStages + 1];  // where the list of each stage starts among them; at last, the end
+  int64_t room;   // for the gathered entries of a query that a stage compares; streamed route only
   int64_t spare;  // queries whose entries can all go through the stages at a time; streamed route only
   int stages, views_used;
   int tiles;  // of keys, that a block streams
   Route route;
   bool exact;
-  bool held;                 // whether the entries that are gathered for a query go through the stages in shared memory
+  bool held;                 // whether the entries that a stage compares are in shared memory; streamed route only
+  bool alone;                // and the block of their query has a multiprocessor for itself
   int16_t view[kMaxStages];  // [stages] index of the view of each stage in view_used
   int32_t keep[kMaxStages];  // [stages] at most K
   int32_t view_used[kMaxStages];  // [views_used] index of the view in the inputs
@@ -83,7 +86,9 @@ int64_t bytes_per_row(const Plan& plan, Route route) {
 
 // Bytes for each query of a chunk on the streamed route.
 int64_t bytes_per_list(const Plan& plan) {
-  return plan.capacity * static_cast<int64_t>(sizeof(float)) * (plan.views_used + (plan.exact ? 2 : 1)) +
+  const int64_t compared = (plan.held ? 0 : plan.views_used + 1) + (plan.exact ? 1 : 0);
+  return plan.capacity * static_cast<int64_t>(sizeof(uint4)) +
+         plan.room * static_cast<int64_t>(sizeof(float)) * compared +
          (plan.sifted ? plan.sample() * static_cast<int64_t>(sizeof(float)) * plan.views_used : 0) +
          plan.ranking_row * static_cast<int64_t>(sizeof(uint64_t)) + static_cast<int64_t>(sizeof(Sieve));
 }
@@ -91,11 +96,12 @@ int64_t bytes_per_list(const Plan& plan) {
 // Returns how many bytes of rows stay in the L2 cache while the memory streams through it.
 int64_t cache_budget() { return device_attribute(cudaDevAttrL2CacheSize, 0) / 8 * 5; }
 
-// Returns how many bytes of shared memory a block has that takes a whole multiprocessor.
-int64_t processor_shared_memory() {
+// Returns how many bytes of shared memory a block has if so many share a multiprocessor.
+int64_t processor_shared_memory(int blocks = 1) {
   constexpr int64_t kReserved = 1024;  // of each block, by the driver
   const int64_t limit = shared_memory_limit();
-  const int64_t bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, kDefaultShared) - kReserved;
+  const int64_t all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, kDefaultShared);
+  const int64_t bytes = all / blocks - kReserved;
   return bytes < limit ? bytes : limit;
 }
 
@@ -158,34 +164,41 @@ int64_t chunk_of_lists(const Plan& plan) {
 }
 
 // Returns the ranks of a stage that keeps `keep` of `before` entries. Of those kept, about `expected` are sampled.
-// The deviation is that of a drawing from the entries before the stage; four times as much, and a few for small
+// The deviation is about that of a drawing, without putting back, from the entries before the stage; up to a quarter
+// more, because the sample has thresholds of its own for the stages before. 4.25 times as much, and a few for small
 // numbers, are hardly ever exceeded.
 SampleRanks sample_ranks(int64_t keep, int64_t before, const Plan& plan) {
   if (keep >= before) return {0, 0, 0};
   const double share = static_cast<double>(keep) / static_cast<double>(before);
   const double expected = static_cast<double>(plan.sample()) * static_cast<double>(keep) / static_cast<double>(plan.K);
-  const double reach = 4 * sqrt(expected * (1 - share) + 1) + 4;
+  const double rest = 1 - static_cast<double>(plan.sample()) / static_cast<double>(plan.K);
+  const double reach = 4.25 * sqrt(expected * (1 - share) * rest + 1) + 4;
   return {static_cast<uint16_t>(expected > reach ? expected - reach : 0),
           static_cast<uint16_t>(expected < 1 ? 1 : expected + 0.5), static_cast<uint16_t>(expected + reach + 1)};
 }
 
 // Plans the lists of gathered entries. About as many entries are gathered as lie between the limits of the stages; half
 // as many again, and a few, have room. Errors of scores widen the limits, by this share of the entries if the features
-// are unit vectors of independent elements. Without a sieve, all entries are gathered at the first stage.
+// are unit vectors of independent elements. Without a sieve, all entries are gathered at the first stage. A stage
+// compares its list, of which about half pass, and what earlier stages have left of theirs.
 void plan_lists(Plan& plan, bool split) {
   const double error = plan.exact ? 0.8 * relative_error(plan.D, split) * sqrt(static_cast<double>(plan.D)) : 0.0;
   const double entries = static_cast<double>(plan.K);
   int64_t before = plan.K;
+  double left = 0, compared = plan.sifted ? 0 : entries;
   for (int s = 0; s < kMaxSiftedStages; ++s) {
     int64_t room = s == 0 && !plan.sifted ? plan.K : 0;
     if (plan.sifted && s < plan.stages) {
       const SampleRanks ranks = plan.sampled[s] = sample_ranks(plan.keep[s], before, plan);
       double expected = s == plan.stages - 1 ? static_cast<double>(plan.keep[s]) : 0.0;
       if (ranks.middle != 0) {
-        before = plan.keep[s];
         const int64_t sample = plan.sample();
         const double between = static_cast<double>(ranks.low < sample ? ranks.low : sample) - ranks.high;
-        expected += (between / static_cast<double>(sample) + error) * entries;
+        const double near = (between / static_cast<double>(sample) + error) * entries;
+        expected += near;
+        compared = fmax(compared, left + expected);
+        left = left * static_cast<double>(plan.keep[s]) / static_cast<double>(before) + near / 2;
+        before = plan.keep[s];
       }
       const double wanted = 1.5 * expected + (s == 0 ? 1024 : 512);  // entries without a bound are in the first list
       room = wanted < entries ? static_cast<int64_t>(wanted) : plan.K;
@@ -193,6 +206,8 @@ void plan_lists(Plan& plan, bool split) {
     plan.lists[s + 1] = plan.lists[s] + round_up(room, kRowUnit);
   }
   plan.capacity = plan.lists[kMaxSiftedStages];
+  const int64_t room = round_up(static_cast<int64_t>(1.25 * compared) + 512, kRowUnit);
+  plan.room = room < plan.capacity ? room : plan.capacity;
 }
 
 // Floats for each view of a query in shared memory: whole vectors.
@@ -207,12 +222,12 @@ union SpareShared {
   TensorScoreShared<SpareTile, T, 1> tile;
 };
 
-// Bytes of shared memory for a query and the entries that are gathered for it, each a slot and a score in every view.
+// Bytes of shared memory for a query and the entries that a stage compares, each a slot and a score in every view.
 int64_t held_bytes(const Plan& plan) {
-  const int64_t words = plan.views_used * held_width(plan) + (plan.views_used + 1) * plan.capacity;
+  const int64_t words = plan.views_used * held_width(plan) + (plan.views_used + 1) * plan.room;
   const int64_t bytes = static_cast<int64_t>(sizeof(CascadeShared)) + words * 4;
   const int64_t spare = static_cast<int64_t>(sizeof(SpareShared<__nv_bfloat16>));
-  return bytes > spare ? bytes : spare;
+  return bytes > spare || !plan.alone ? bytes : spare;
 }
 
 // Plans the streamed route.
@@ -220,12 +235,15 @@ void plan_stream(Plan& plan, bool split) {
   plan.sifted = plan.K >= kMinSifted;
   plan.sample_bits = plan.K >= kMinLongSample ? kLongSampleBits : kSampleBits;
   plan_lists(plan, split);
+  plan.held = plan.sifted && held_bytes(plan) <= processor_shared_memory(kHeldAtOnce);
   plan.chunk = chunk_of_lists(plan);
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, 1);
   const int64_t most = (int64_t{1} << 29) / (plan.row * static_cast<int64_t>(sizeof(float)) * (plan.views_used + 1));
   plan.spare = most < 1 ? 1 : most < processors ? most : processors;
   if (plan.spare > plan.chunk) plan.spare = plan.chunk;
-  plan.held = plan.sifted && plan.spare == plan.chunk && held_bytes(plan) <= processor_shared_memory();
+  plan.alone = plan.sifted && plan.spare == plan.chunk;
+  plan.alone = plan.alone && held_bytes(plan) <= processor_shared_memory();
+  plan.held |= plan.alone;
   const int64_t share = ceil_div(plan.K, kScoreKeys) * ceil_div(plan.chunk, kScoreQueries) / (4 * processors);
   plan.tiles = static_cast<int>(share < 1 ? 1 : share < kMaxStreamedTiles ? share : kMaxStreamedTiles);
 }
@@ -264,11 +282,13 @@ struct Chunk {
   float* top_scores;    // [B, top_k]
 
   // Of the streamed route only:
-  Sieve* sieves;           // [chunk]
-  unsigned* key_squares;   // [U] the greatest squared norm of a key within the range of the bound; bits of a float
-  uint32_t *slots, *near;  // [chunk, capacity] gathered entries; scratch for those near a threshold, for exact scores
-  float* values;           // [U, chunk, capacity] the scores of the gathered entries
-  float* spare_scores;     // [spare, U, row]
+  Sieve* sieves;          // [chunk]
+  unsigned* key_squares;  // [U] the greatest squared norm of a key within the range of the bound; bits of a float
+  uint4* gathered;        // [chunk, capacity] the gathered entries: slot and bits of the score in each view
+  uint32_t* slots;        // [chunk, room] those that a stage compares, unless they are in shared memory
+  float* values;          // [U, chunk, room] their scores
+  uint32_t* near;         // [chunk, room] scratch for those near a threshold, for exact scores
+  float* spare_scores;    // [spare, U, row]
   uint32_t* spare_slots;   // [spare, row]
 
   // Moves the pointers of the routes with rows to one query.
@@ -307,9 +327,12 @@ Chunk chunk_in(const Plan& plan, Workspace& workspace) {
   }
   chunk.sieves = workspace.take<Sieve>(plan.chunk);
   chunk.key_squares = workspace.take<unsigned>(plan.views_used);
-  chunk.slots = workspace.take<uint32_t>(plan.chunk * plan.capacity);
-  chunk.values = workspace.take<float>(plan.views_used * plan.chunk * plan.capacity);
-  if (plan.exact) chunk.near = workspace.take<uint32_t>(plan.chunk * plan.capacity);
+  chunk.gathered = workspace.take<uint4>(plan.chunk * plan.capacity);
+  if (!plan.held) {
+    chunk.slots = workspace.take<uint32_t>(plan.chunk * plan.room);
+    chunk.values = workspace.take<float>(plan.views_used * plan.chunk * plan.room);
+  }
+  if (plan.exact) chunk.near = workspace.take<uint32_t>(plan.chunk * plan.room);
   if (!plan.sifted) return chunk;
   chunk.scores = workspace.take<float>(plan.views_used * plan.chunk * plan.sample());
   chunk.spare_scores = workspace.take<float>(plan.spare * plan.views_used * plan.row);

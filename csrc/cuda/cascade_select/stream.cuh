@@ -255,17 +255,16 @@ template <typename Tile, typename T, int kTerms>
 __device__ __forceinline__ void gather(const Plan& plan, const Chunk& chunk, StreamShared<Tile, T, kTerms>& shared,
                                        int64_t b0, int64_t k0, const Fates& fates, uint32_t entries, uint32_t bounded) {
   const int lane = threadIdx.x % kWarp, row0 = Tile::first_query() + lane / 4;
-  const int64_t view_stride = plan.chunk * plan.capacity;
   const uint32_t slot0 = static_cast<uint32_t>(k0) + Tile::first_key() + lane % 4 * 2;
   for (; entries != 0; entries &= entries - 1) {
     const int e = __ffs(static_cast<int>(entries)) - 1, stage = fates.of(e), row = row0 + e / 8 * 8;
     const int64_t place = shared.lists[stage] + atomicAdd(&shared.next[stage][row], 1u);
     if (place >= shared.lists[stage + 1]) continue;
-    const int64_t at = (b0 + row) * plan.capacity + place;
-    chunk.slots[at] = slot0 + e % 8 / 2 * 8 + e % 2;
-    const bool known = (bounded >> e & 1) != 0;
-    if (plan.views_used > 1) chunk.values[at] = known ? shared.first[e][threadIdx.x] : NAN;
-    chunk.values[(plan.views_used - 1) * view_stride + at] = known ? shared.tile.scores[e][threadIdx.x] : NAN;
+    const bool known = (bounded >> e & 1) != 0, two = plan.views_used > 1;
+    const float last = known ? shared.tile.scores[e][threadIdx.x] : NAN;
+    const float first = !two ? last : known ? shared.first[e][threadIdx.x] : NAN;
+    chunk.gathered[(b0 + row) * plan.capacity + place] = {slot0 + e % 8 / 2 * 8 + e % 2, __float_as_uint(first),
+                                                          __float_as_uint(last), 0};
   }
 }
 

@@ -33,7 +33,7 @@ struct Refined {
   const Plan& plan;
   const T *queries, *memory;
   int64_t b;           // of the inputs
-  uint32_t* near;      // [capacity] scratch
+  uint32_t* near;      // [room] scratch
   const float* bound;  // [U]
   const float* query;  // [U, held_width(plan)] with kHeld: the query, in shared memory
 
@@ -53,18 +53,14 @@ struct Refined {
   __device__ __forceinline__ void complete(Survivors& survivors, SelectShared& shared) const {
     bool replaced = false;
     for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) {
-      const auto at = survivors.at(i);
-      if (!isnan(survivors.left.values[at])) continue;
+      if (!isnan(survivors.values[i])) continue;
       replaced = true;
-      for (int u = 0; u < plan.views_used; ++u) {
-        survivors.left.values[u * survivors.left.view_stride + at] = score(u, survivors.left.slots[at]);
-      }
+      for (int u = 0; u < plan.views_used; ++u) survivors.values_in(u)[i] = score(u, survivors.slots[i]);
     }
     if (!__syncthreads_or(replaced)) return;
     auto comparable = [&](unsigned i) {
       bool number = true;
-      const float* values = survivors.left.values + survivors.at(i);
-      for (int u = 0; u < plan.views_used; ++u) number &= !isnan(values[u * survivors.left.view_stride]);
+      for (int u = 0; u < plan.views_used; ++u) number &= !isnan(survivors.values_in(u)[i]);
       return number;
     };
     survivors.filter(comparable, shared);
@@ -80,7 +76,7 @@ struct Refined {
     if (threadIdx.x == 0) shared.gathered = 0;
     __syncthreads();
     for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) {
-      const float score = survivors.scores[survivors.at(i)];
+      const float score = survivors.scores[i];
       if (!(fabsf(score - threshold) > reach)) {
         near[atomicAdd(&shared.gathered, 1u)] = i;
       } else if (score > threshold) {
@@ -89,42 +85,58 @@ struct Refined {
     }
     above = block_reduce<kSelectThreads>(above, Sum(), shared.counts);
     const unsigned count = shared.gathered;
-    float* values = survivors.left.values + u * survivors.left.view_stride;
-    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) {
-      const auto at = survivors.at(near[i]);
-      values[at] = score(u, survivors.left.slots[at]);
-    }
+    float* values = survivors.values_in(u);
+    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) values[near[i]] = score(u, survivors.slots[near[i]]);
     __syncthreads();
     const NearSurvivors<kHeld> close = {survivors, near, count};
     return kth_best(close, keep - above, threshold - 2 * reach, threshold + 2 * reach, shared);
   }
 
   __device__ __forceinline__ void settle(const Survivors& survivors, int u) const {
-    float* values = survivors.left.values + u * survivors.left.view_stride;
-    for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) {
-      const auto at = survivors.at(i);
-      values[at] = score(u, survivors.left.slots[at]);
-    }
+    float* values = survivors.values_in(u);
+    for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) values[i] = score(u, survivors.slots[i]);
     __syncthreads();
+  }
+};
+
+// What the pass over the memory has found for a query: of stage s in lane s of each warp.
+struct Sifted {
+  unsigned dropped, gathered;
+
+  __device__ __forceinline__ Sifted(const Plan& plan, const Sieve& sieve) : dropped(0), gathered(0) {
+    const int s = threadIdx.x % kWarp;
+    if (s < plan.stages) dropped = sieve.dropped[s], gathered = sieve.gathered[s];
+  }
+
+  // Returns whether all gathered entries are in their lists, and those of the first have room in a stage.
+  __device__ __forceinline__ bool listed(const Plan& plan) const {
+    const int s = threadIdx.x % kWarp;
+    bool lost = s == 0 && gathered > plan.room;
+    if (s < plan.stages) lost |= gathered > plan.lists[s + 1] - plan.lists[s];
+    return !in_all_lanes(lost);
   }
 };
 
 // Runs the stages of one query on the entries that its sieve has gathered; at the start, those of the first list. An
 // entry of a later list passes the stages before for certain, so it is only counted there. Returns whether the sieve
-// was right; if not, the survivors are wrong.
+// was right and there was room; if not, the survivors are wrong.
 template <typename Scores, bool kHeld>
 __device__ __forceinline__ bool run_sifted_stages(const Plan& plan, const Scores& scores, const Sieve& sieve,
-                                                  GatheredSurvivors<kHeld>& survivors, SelectShared& shared) {
-  unsigned settled = 0, waiting = 0;  // entries that are left besides the survivors: settled, and in later lists
-  for (int s = 0; s < plan.stages; ++s) settled += sieve.dropped[s], waiting += s > 0 ? sieve.gathered[s] : 0;
+                                                  const Sifted& sifted, GatheredSurvivors<kHeld>& survivors,
+                                                  SelectShared& shared) {
+  // Entries that are left besides the survivors: settled, and in later lists.
+  unsigned settled = warp_sum(sifted.dropped), waiting = warp_sum(sifted.gathered) - __shfl_sync(kFullWarp, sifted.gathered, 0);
   for (int s = 0; s < plan.stages; ++s) {
+    const unsigned dropped = __shfl_sync(kFullWarp, sifted.dropped, s);
     if (s > 0) {
-      survivors.add_list(plan.lists[s], sieve.gathered[s], shared);
-      waiting -= sieve.gathered[s];
+      const unsigned gathered = __shfl_sync(kFullWarp, sifted.gathered, s);
+      if (in_all_lanes(survivors.count + gathered > plan.room)) return false;
+      survivors.add_list(plan.lists[s], gathered);
+      waiting -= gathered;
     }
-    const unsigned keep = static_cast<unsigned>(plan.keep[s]), passing = settled + waiting - sieve.dropped[s];
+    const unsigned keep = static_cast<unsigned>(plan.keep[s]), passing = settled + waiting - dropped;
     if (in_all_lanes(keep >= settled + waiting + survivors.count)) {
-      if (sieve.dropped[s] > 0) return false;
+      if (dropped > 0) return false;
       continue;
     }
     if (keep <= passing || keep - passing > survivors.count) return false;
@@ -140,7 +152,7 @@ __device__ __forceinline__ bool run_sifted_stages(const Plan& plan, const Scores
     const LastKept last = scores.last_kept(survivors, keep - passing, u, low, high, shared);
     if (!(sieve.low[s] <= last.score && last.score <= sieve.high[s])) return false;
     survivors.keep_from(last, shared);
-    settled -= sieve.dropped[s];
+    settled -= dropped;
   }
   const int u = plan.view[plan.stages - 1];
   survivors.compare(u);
@@ -205,38 +217,42 @@ __device__ __forceinline__ void hold_query(const Plan& plan, const T* queries, i
 }
 
 // Blocks of a multiprocessor: as many as the registers allow without spilling what the loops use.
-template <bool kExact, bool kHeld>
-constexpr int kStagesAtOnce = kHeld    ? 1
+template <bool kExact, bool kHeld, bool kAlone>
+constexpr int kStagesAtOnce = kAlone   ? 1
+                              : kHeld  ? kHeldAtOnce
                               : kExact ? 2
                                        : 3;
 
 // One block per query, on the entries that its sieve has gathered. With kHeld, shared memory has the query [U,
-// held_width], and the values [U, capacity] and slots [capacity] of the survivors, behind CascadeShared; and a block
+// held_width], and the values [U, room] and slots [room] of the survivors, behind CascadeShared. With kAlone, a block
 // whose sieve was wrong selects from all entries. Otherwise misled_stages_kernel does.
-template <typename T, bool kExact, bool kHeld>
-__global__ void __launch_bounds__(kSelectThreads, kStagesAtOnce<kExact, kHeld>)
+template <typename T, bool kExact, bool kHeld, bool kAlone>
+__global__ void __launch_bounds__(kSelectThreads, kStagesAtOnce<kExact, kHeld, kAlone>)
     streamed_stages_kernel(const __grid_constant__ Plan plan, Chunk chunk, Inputs<T> in, int64_t first_query) {
   auto& spare = shared_memory<SpareShared<T>>();
   CascadeShared& shared = spare.stages;
   float* query = reinterpret_cast<float*>(&shared + 1);
   float* held = query + plan.views_used * held_width(plan);
   Sieve& sieve = chunk.sieves[blockIdx.x];
-  const int64_t list = blockIdx.x * plan.capacity, b = first_query + blockIdx.x;
-  const EntryLists<int64_t> gathered = {chunk.slots + list, chunk.values + list, plan.chunk * plan.capacity};
-  GatheredSurvivors<kHeld> survivors = {{}, gathered, plan.views_used, nullptr, 0, 0, 0};
+  const int64_t list = blockIdx.x * plan.room, b = first_query + blockIdx.x;
+  const uint4* gathered = chunk.gathered + blockIdx.x * plan.capacity;
+  GatheredSurvivors<kHeld> survivors = {nullptr, nullptr, 0, gathered, plan.views_used, nullptr, 0};
   if constexpr (kHeld) {
-    const uint32_t capacity = static_cast<uint32_t>(plan.capacity);
-    survivors.left = {reinterpret_cast<uint32_t*>(held + plan.views_used * capacity), held, capacity};
+    survivors.view_stride = static_cast<uint32_t>(plan.room);
+    survivors.values = held;
+    survivors.slots = reinterpret_cast<uint32_t*>(held + plan.views_used * survivors.view_stride);
   } else {
-    survivors.left = gathered;
+    survivors.view_stride = plan.chunk * plan.room;
+    survivors.values = chunk.values + list;
+    survivors.slots = chunk.slots + list;
   }
-  bool right = true;
-  for (int s = 0; s < plan.stages; ++s) right &= sieve.gathered[s] <= plan.lists[s + 1] - plan.lists[s];
+  const Sifted sifted(plan, sieve);
+  bool right = sifted.listed(plan);
   start_selection(shared.select);
   if (kHeld && kExact) hold_query(plan, in.queries, b, query);
   __syncthreads();
   if (right) {
-    survivors.add_list(0, sieve.gathered[0], shared.select);
+    survivors.add_list(0, __shfl_sync(kFullWarp, sifted.gathered, 0));
     if constexpr (kExact) {
       for (int u = 0; u < plan.views_used; ++u) {
         const T* row = in.queries + (plan.view_used[u] * plan.B + b) * plan.D;
@@ -246,13 +262,13 @@ __global__ void __launch_bounds__(kSelectThreads, kStagesAtOnce<kExact, kHeld>)
       __syncthreads();
       const Refined<T, kHeld> scores = {plan, in.queries, in.memory, b, chunk.near + list, shared.bound, query};
       scores.complete(survivors, shared.select);
-      right = run_sifted_stages(plan, scores, sieve, survivors, shared.select);
+      right = run_sifted_stages(plan, scores, sieve, sifted, survivors, shared.select);
     } else {
-      right = run_sifted_stages(plan, Final(), sieve, survivors, shared.select);
+      right = run_sifted_stages(plan, Final(), sieve, sifted, survivors, shared.select);
     }
   }
   if (!right) {
-    if constexpr (kHeld) {
+    if constexpr (kAlone) {
       __syncthreads();
       select_from_all<T, kExact>(plan, chunk, in, first_query, blockIdx.x, blockIdx.x, spare);
     } else if (threadIdx.x == 0) {
@@ -281,13 +297,12 @@ template <bool kExact, typename T>
 const char* launch_streamed_stages(const Plan& plan, const Inputs<T>& in, int64_t first, int64_t queries,
                                    const Chunk& chunk, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>(queries));
-  if (plan.held) {
-    return launch_sized(streamed_stages_kernel<T, kExact, true>, blocks, kSelectThreads, held_bytes(plan), stream, plan,
-                        chunk, in, first);
-  }
-  const char* error = launch<CascadeShared>(streamed_stages_kernel<T, kExact, false>, blocks, kSelectThreads, stream,
-                                            plan, chunk, in, first);
-  if (error != nullptr || !plan.sifted) return error;  // without a sieve nothing misleads
+  const auto kernel = plan.alone  ? streamed_stages_kernel<T, kExact, true, true>
+                      : plan.held ? streamed_stages_kernel<T, kExact, true, false>
+                                  : streamed_stages_kernel<T, kExact, false, false>;
+  const int64_t bytes = plan.held ? held_bytes(plan) : static_cast<int64_t>(sizeof(CascadeShared));
+  const char* error = launch_sized(kernel, blocks, kSelectThreads, bytes, stream, plan, chunk, in, first);
+  if (error != nullptr || plan.alone || !plan.sifted) return error;  // without a sieve nothing misleads
   const dim3 spare(static_cast<unsigned>(plan.spare < queries ? plan.spare : queries));
   return launch<SpareShared<T>>(misled_stages_kernel<T, kExact>, spare, kSelectThreads, stream, plan, chunk, in, first,
                                 queries);
