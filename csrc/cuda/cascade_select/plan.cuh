@@ -30,9 +30,10 @@ struct SampleRanks {
   uint16_t high, middle, low;
 };
 
-// What decides a query's entries in one pass, see sieve.cuh.
-struct Sieve {
+// What decides a query's entries in one pass, see sieve.cuh. What it has of the stages are sectors of the L2 cache.
+struct alignas(kMaxSiftedStages * 4) Sieve {
   float low[kMaxSiftedStages], high[kMaxSiftedStages];  // limits of the threshold of each stage
+  float center[kMaxSiftedViews];                        // the first lower limit in each view, or 0
   unsigned dropped[kMaxSiftedStages];                   // settled entries that drop out at each stage
   unsigned gathered[kMaxSiftedStages];  // entries that are not settled, by the first stage they may fail to pass
   unsigned misled;                      // whether all entries have to go through the stages
@@ -56,6 +57,7 @@ struct Plan {
   int16_t view[kMaxStages];  // [stages] index of the view of each stage in view_used
   int32_t keep[kMaxStages];  // [stages] at most K
   int32_t view_used[kMaxStages];  // [views_used] index of the view in the inputs
+  uint8_t stages_of[kMaxSiftedViews];  // bits of the stages that compare each view; streamed route only
   bool sifted;
   int sample_bits;  // of the number of entries in the sample
   SampleRanks sampled[kMaxSiftedStages];
@@ -233,6 +235,7 @@ int64_t held_bytes(const Plan& plan) {
 // Plans the streamed route.
 void plan_stream(Plan& plan, bool split) {
   plan.sifted = plan.K >= kMinSifted;
+  for (int s = 0; s < plan.stages; ++s) plan.stages_of[plan.view[s]] |= static_cast<uint8_t>(1 << s);
   plan.sample_bits = plan.K >= kMinLongSample ? kLongSampleBits : kSampleBits;
   plan_lists(plan, split);
   plan.held = plan.sifted && held_bytes(plan) <= processor_shared_memory(kHeldAtOnce);

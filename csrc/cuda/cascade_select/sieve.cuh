@@ -24,7 +24,7 @@ struct SampleShared {
   SelectShared select;
   float few[kMaxSiftedViews][kFewPerThread * kSelectThreads];  // scores that go to other threads
   float low[kMaxSiftedViews], high[kMaxSiftedViews];           // known range of the scores in each view
-  unsigned bucket[3];                                          // of the lower limit, the threshold and the upper limit
+  float limit[3];                                              // lower limit, threshold and upper limit of a stage
 };
 
 // The sample of a row, or what is left of it, with the score in every view and a bit for each entry that is left: entry
@@ -79,8 +79,16 @@ __device__ __forceinline__ unsigned count_bits(uint64_t bits) { return __popcll(
 // Leaves the entries of a whole sample that have a score in every view.
 template <typename Source>
 __device__ __forceinline__ void leave_numbers(const Plan& plan, Source& sample) {
-  constexpr typename Source::Entries kOne = 1;
+  constexpr typename Source::Entries kOne = 1, kAll = ~typename Source::Entries{0};
   typename Source::Entries numbers = 0;
+  float zero = 0;  // NaN after an infinity or a NaN
+#pragma unroll 16
+  for (int i = 0; i < Source::kPerThread; ++i) {
+    zero = __fmaf_rn(sample.score(0, i), 0.0f, zero);
+    if (plan.views_used > 1) zero = __fmaf_rn(sample.score(1, i), 0.0f, zero);
+  }
+  sample.left = kAll >> (8 * sizeof(kAll) - Source::kPerThread);
+  if (zero == 0) return;
 #pragma unroll 16
   for (int i = 0; i < Source::kPerThread; ++i) {
     bool number = true;
@@ -164,25 +172,27 @@ struct Limits {
 __device__ __forceinline__ Limits limits_of(const SampleRanks& ranks, const LinearBuckets& buckets,
                                             SampleShared& shared) {
   const unsigned wanted[3] = {ranks.low, ranks.middle, ranks.high};
+  if (threadIdx.x == 0) shared.limit[0] = shared.limit[1] = -INFINITY, shared.limit[2] = INFINITY;
   const uint4 four = take_buckets(shared.select);
-  const unsigned own = four.x + four.y + four.z + four.w;
-  unsigned count;
-  const unsigned before = block_exclusive_sum<kSelectThreads>(own, &count, shared.select.counts);
+  const unsigned own = four.x + four.y + four.z + four.w, of_warp = warp_sum(own);
+  unsigned count, before = sum_of_warps_before<kSelectThreads>(of_warp, &count, shared.select.counts);
+  bool some = false;
 #pragma unroll
-  for (int rank = 0; rank < 3; ++rank) {
-    if (before >= wanted[rank] || wanted[rank] > before + own) continue;
-    const unsigned place = wanted[rank] - before;
-    const unsigned of_four = (place > four.x) + (place > four.x + four.y) + (place > four.x + four.y + four.z);
-    shared.bucket[rank] = threadIdx.x * kBucketsPerThread + of_four;
+  for (int rank = 0; rank < 3; ++rank) some |= before < wanted[rank] && wanted[rank] <= before + of_warp;
+  if (in_all_lanes(some)) {  // a few warps
+    before += warp_inclusive_sum(own) - own;
+#pragma unroll
+    for (int rank = 0; rank < 3; ++rank) {
+      if (before >= wanted[rank] || wanted[rank] > before + own) continue;
+      const unsigned place = wanted[rank] - before;
+      const unsigned of_four = (place > four.x) + (place > four.x + four.y) + (place > four.x + four.y + four.z);
+      const unsigned bucket = threadIdx.x * kBucketsPerThread + of_four;
+      if (bucket == kBuckets - 1 || (rank == 2 && bucket == 0)) continue;
+      shared.limit[rank] = buckets.least(rank == 2 ? bucket - 1 : bucket);
+    }
   }
   __syncthreads();
-  Limits found = {-INFINITY, -INFINITY, ranks.high > count ? -INFINITY : INFINITY};
-  if (ranks.low <= count && shared.bucket[0] < kBuckets - 1) found.low = buckets.least(shared.bucket[0]);
-  if (ranks.middle <= count && shared.bucket[1] < kBuckets - 1) found.threshold = buckets.least(shared.bucket[1]);
-  if (ranks.high > 0 && ranks.high <= count && shared.bucket[2] > 0 && shared.bucket[2] < kBuckets - 1) {
-    found.high = buckets.least(shared.bucket[2] - 1);
-  }
-  return found;
+  return {shared.limit[0], shared.limit[1], ranks.high > count ? -INFINITY : shared.limit[2]};
 }
 
 // Runs stage s on what is left of the sample, and writes its limits.
@@ -205,6 +215,7 @@ __device__ __forceinline__ void sample_stage(const Plan& plan, int s, Source& sa
   if (s == plan.stages - 1) limits.high = INFINITY;  // everything that reaches the end is gathered
   if (threadIdx.x == 0) {
     sieve.low[s] = limits.low, sieve.high[s] = limits.high;
+    if (sieve.center[u] == 0 && limits.low > -INFINITY) sieve.center[u] = limits.low;
     sieve.dropped[s] = 0;
     if (limits.threshold > -INFINITY) shared.low[u] = limits.threshold;
   }
@@ -216,7 +227,7 @@ template <typename Source>
 __global__ void __launch_bounds__(kSelectThreads) sieve_kernel(const __grid_constant__ Plan plan, Chunk chunk) {
   auto& shared = shared_memory<SampleShared>();
   Sieve& sieve = chunk.sieves[blockIdx.x];
-  if (threadIdx.x == 0) sieve.misled = 0;
+  if (threadIdx.x == 0) sieve.misled = 0, sieve.center[0] = sieve.center[1] = 0;
   if (threadIdx.x < kMaxSiftedStages) sieve.gathered[threadIdx.x] = 0;
   if (!plan.sifted) {
     if (threadIdx.x < kMaxSiftedStages) {
