@@ -139,21 +139,24 @@ struct TermPanel {
   }
 };
 
+// Whether all panels of the rows are whole vectors of 16 bytes.
+template <typename Rows>
+__device__ __forceinline__ bool has_whole_panels(const Rows& matrix) {
+  return matrix.D % kScoreDepth == 0 && reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0;
+}
+
 // Copies panels of rows of 16-bit features to shared memory, in the order of their columns, and with kSquares sums the
 // squares of each row; zeros for rows without content and behind the last column. Aligned rows are copied
-// asynchronously, in vectors of 16 bytes where whole panels of such vectors follow each other, otherwise of 8. Rows:
-// Matrix<T>, or with the same members.
-template <typename T, typename Rows, int kRows, int kThreads, bool kSquares>
+// asynchronously, with kWhole in vectors of 16 bytes, otherwise of 8. Rows: Matrix<T>, or with the same members.
+template <typename T, typename Rows, int kRows, int kThreads, bool kSquares, bool kWhole>
 struct CopiedTerms {
   static constexpr int kVectorFeatures = 16 / sizeof(T), kRowVectors = kScoreDepth / kVectorFeatures;
   static constexpr int kRowStep = kThreads / kRowVectors;  // between the rows of a thread
   static constexpr int kVectors = (kRows + kRowStep - 1) / kRowStep;
-  static constexpr int kPointers = Rows::kConsecutive ? 1 : kVectors;
-  const T* next[kPointers];  // of the rows of this thread: one for rows that follow each other
-  int64_t step;              // features between its rows, if they follow each other
-  int left;                  // columns from the next vector of this thread on
-  unsigned live = 0;         // a bit for each of its rows that is read
-  bool aligned, whole;
+  const T* next[kVectors];  // of the rows of this thread
+  bool live[kVectors];      // whether they are read
+  int left;                 // columns from the next vector of this thread on
+  bool aligned;
   float square[kVectors] = {};
 
   static __device__ __forceinline__ int first_row() { return threadIdx.x / kRowVectors; }
@@ -161,53 +164,50 @@ struct CopiedTerms {
   static __device__ __forceinline__ bool within(int v) { return first_row() + v * kRowStep < kRows; }
 
   __device__ __forceinline__ CopiedTerms(const Rows& matrix, int64_t row0)
-      : step(kRowStep * matrix.D),
-        left(static_cast<int>(matrix.D) - column()),
-        aligned(matrix.aligned),
-        whole(matrix.D % kScoreDepth == 0 && reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0) {
-    const int64_t row = row0 + first_row();
-#pragma unroll
-    for (int i = 0; i < kPointers; ++i) {
-      const int64_t own = row + i * kRowStep;
-      next[i] = matrix.data + (own < matrix.rows ? matrix.at(own) : 0) + column();
-    }
+      : left(static_cast<int>(matrix.D) - column()), aligned(matrix.aligned) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (within(v) && matrix.holds(row + v * kRowStep)) live |= 1u << v;
+      const int64_t row = row0 + first_row() + v * kRowStep;
+      const uint32_t slot = row < matrix.rows ? static_cast<uint32_t>(matrix.slot(row)) : 0;
+      next[v] = matrix.data + (static_cast<uint64_t>(slot) * static_cast<uint32_t>(matrix.D) + column());
+      live[v] = within(v) && matrix.holds(row);
     }
   }
 
-  // Starts to copy the next panel, and completes the copy of rows that are not aligned.
-  __device__ __forceinline__ void copy(T (&to)[kRows][kScoreStride]) {
+  // Starts to copy panel kAhead from the next on, and completes the copy of rows that are not aligned.
+  template <int kAhead>
+  __device__ __forceinline__ void copy(T (&to)[kRows][kScoreStride]) const {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       if (!within(v)) continue;
-      const bool holds = (live >> v & 1) != 0;
-      const T* from = kPointers > 1 ? next[v % kPointers] : holds ? next[0] + v * step : next[0];
+      const T* from = next[v] + kAhead * kScoreDepth;
       T* place = &to[first_row() + v * kRowStep][column()];
-      if (whole) {
-        copy_async<16>(place, from, holds);
+      if constexpr (kWhole) {
+        copy_async<16>(place, from, live[v]);
       } else {
-        copy_part(place, from, holds);
+        copy_part(place, from, live[v], left - kAhead * kScoreDepth);
       }
     }
-#pragma unroll
-    for (int i = 0; i < kPointers; ++i) next[i] += kScoreDepth;
-    left -= kScoreDepth;
   }
 
-  // Copies a vector that may end behind the last column.
-  __device__ __forceinline__ void copy_part(T* place, const T* from, bool holds) const {
+  __device__ __forceinline__ void advance(int panels) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) next[v] += panels * kScoreDepth;
+    left -= panels * kScoreDepth;
+  }
+
+  // Copies a vector that ends `columns` columns before the end of the row, or behind it.
+  __device__ __forceinline__ void copy_part(T* place, const T* from, bool holds, int columns) const {
     if (aligned) {
 #pragma unroll
       for (int d = 0; d < kVectorFeatures; d += 4) {
-        const bool valid = holds && d < left;
-        copy_async<8>(place + d, valid ? from + d : from - column(), valid);
+        const bool valid = holds && d < columns;
+        copy_async<8>(place + d, valid ? from + d : next[0] - column(), valid);
       }
       return;
     }
 #pragma unroll 1
-    for (int d = 0; d < kVectorFeatures; ++d) place[d] = holds && d < left ? from[d] : T();
+    for (int d = 0; d < kVectorFeatures; ++d) place[d] = holds && d < columns ? from[d] : T();
   }
 
   // Adds the squares of the features that this thread has copied: the copy must be complete.

@@ -10,6 +10,8 @@
 // are canonical.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/cascade_select/score_panels.cuh"
 
 namespace cpr {
@@ -128,29 +130,39 @@ __device__ __forceinline__ void add_scores(const Matrix<float>& queries, int64_t
   key_panel.store_squares(shared.key_square);
 }
 
-// The same for 16-bit features.
-template <bool kSquares, typename Tile, typename T, typename Keys>
+// The same for 16-bit features. kWhole: both matrices have whole panels.
+template <bool kSquares, bool kWhole, typename Tile, typename T, typename Keys>
 __device__ __forceinline__ void add_copied_scores(const Matrix<T>& queries, int64_t b0, const Keys& keys, int64_t k0,
                                                   TensorScoreShared<Tile, T, 1>& shared, typename Tile::Scores& score) {
-  CopiedTerms<T, Matrix<T>, Tile::kQueries, Tile::kThreads, kSquares> query_panel(queries, b0);
-  CopiedTerms<T, Keys, Tile::kKeys, Tile::kThreads, kSquares> key_panel(keys, k0);
-  const int panels = static_cast<int>((queries.D + kScoreDepth - 1) / kScoreDepth);
-  const auto copy = [&](int panel) {
-    query_panel.copy(shared.queries[panel % 2]);
-    key_panel.copy(shared.keys[panel % 2]);
+  CopiedTerms<T, Matrix<T>, Tile::kQueries, Tile::kThreads, kSquares, kWhole> query_panel(queries, b0);
+  CopiedTerms<T, Keys, Tile::kKeys, Tile::kThreads, kSquares, kWhole> key_panel(keys, k0);
+  int left = static_cast<int>((static_cast<uint32_t>(queries.D) + kScoreDepth - 1) / kScoreDepth);  // panels
+  const auto copy = [&](auto panel) {
+    constexpr int kPanel = decltype(panel)::value;
+    query_panel.template copy<kPanel>(shared.queries[kPanel % 2]);
+    key_panel.template copy<kPanel>(shared.keys[kPanel % 2]);
     commit_copies();
   };
-  __syncthreads();  // what was in the place of the features has been read
-  copy(0);
-  for (int panel = 0; panel < panels; ++panel) {
+  // Multiplies panel `place` of two, and copies the one after it if there is one.
+  const auto multiply = [&](auto place) {
+    constexpr int kPlace = decltype(place)::value;
     wait_for_copies<0>();
     if (kSquares) {
-      query_panel.add_squares(shared.queries[panel % 2]);
-      key_panel.add_squares(shared.keys[panel % 2]);
+      query_panel.add_squares(shared.queries[kPlace]);
+      key_panel.add_squares(shared.keys[kPlace]);
     }
     __syncthreads();  // this panel is complete, and the previous one has been read
-    if (panel + 1 < panels) copy(panel + 1);
-    add_products(shared, panel % 2, score);
+    if (left > kPlace + 1) copy(std::integral_constant<int, kPlace + 1>());
+    add_products(shared, kPlace, score);
+  };
+  __syncthreads();  // what was in the place of the features has been read
+  copy(std::integral_constant<int, 0>());
+  for (; left > 0; left -= 2) {
+    multiply(std::integral_constant<int, 0>());
+    if (left == 1) break;
+    multiply(std::integral_constant<int, 1>());
+    query_panel.advance(2);
+    key_panel.advance(2);
   }
   if (!kSquares) return;
   query_panel.store_squares(shared.query_square);
@@ -172,7 +184,11 @@ __device__ __forceinline__ void score_tile(const Matrix<T>& queries, int64_t b0,
     }
   }
   if constexpr (kCopiedWhole<T>) {
-    add_copied_scores<kSquares>(queries, b0, keys, k0, shared, score);
+    if (has_whole_panels(queries) && has_whole_panels(keys)) {
+      add_copied_scores<kSquares, true>(queries, b0, keys, k0, shared, score);
+    } else {
+      add_copied_scores<kSquares, false>(queries, b0, keys, k0, shared, score);
+    }
   } else {
     add_scores<kSquares>(queries, b0, keys, k0, shared, score);
   }

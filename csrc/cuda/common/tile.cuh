@@ -64,7 +64,8 @@ struct Matrix {
         ids(ids),
         aligned(D % 4 == 0 && reinterpret_cast<uintptr_t>(data) % sizeof(Packed4<T>) == 0) {}
 
-  // Where a row starts in `data`.
+  // The number of a row in `data`, and where it starts there.
+  __device__ __forceinline__ int64_t slot(int64_t row) const { return row; }
   __device__ __forceinline__ int64_t at(int64_t row) const { return row * D; }
 
   // Whether the matrix has content in this row.
