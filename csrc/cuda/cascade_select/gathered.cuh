@@ -90,6 +90,46 @@ struct GatheredSurvivors {
   __device__ __forceinline__ void keep_from(const LastKept& last, SelectShared& shared) {
     filter([&](unsigned i) { return last.keeps(scores[i], [&] { return slots[i]; }); }, shared);
   }
+
+  // Keeps the best `keep` in the compared view u, at least one and at most all, and returns the last of them. [low,
+  // high] as in kth_best. One pass keeps what is in better buckets than the last, and takes out those in its bucket,
+  // which come back in order.
+  __device__ __forceinline__ LastKept keep_best(unsigned keep, int u, float low, float high, SelectShared& shared) {
+    const LinearBuckets bucket_of(low, high);
+    if (threadIdx.x == 0) shared.gathered = 0;
+    fill_histogram(*this, bucket_of, shared);
+    const Boundary boundary = find_boundary(keep, shared);
+    if (in_all_lanes(boundary.population > kCandidates)) {
+      const LastKept last = last_of(kth_best_by_radix(*this, keep, shared));
+      keep_from(last, shared);
+      return last;
+    }
+    const bool others = views_used > 1;
+    const auto in_better_bucket = [&](unsigned i) {
+      const float score = scores[i];
+      const unsigned bucket = bucket_of(score);
+      if (bucket == boundary.bucket) {
+        const unsigned place = atomicAdd(&shared.gathered, 1u);
+        shared.candidates[place] = rank_of(score, slots[i]);
+        if (others) shared.others[place] = values_in(1 - u)[i];
+      }
+      return bucket < boundary.bucket;
+    };
+    filter(in_better_bucket, shared);
+    if (threadIdx.x < boundary.population) {
+      const uint64_t rank = shared.candidates[threadIdx.x];
+      const unsigned better = place_among(shared.candidates, boundary.population, rank), at = count + better;
+      if (better < boundary.place) {
+        slots[at] = slot_of(rank);
+        values_in(u)[at] = score_of(rank);
+        if (others) values_in(1 - u)[at] = shared.others[threadIdx.x];
+        if (better + 1 == boundary.place) shared.last = last_of(rank);
+      }
+    }
+    __syncthreads();
+    count += boundary.place;
+    return shared.last;
+  }
 };
 
 // Some of the gathered survivors, by their places.

@@ -13,12 +13,18 @@
 namespace cpr {
 namespace {
 
-// Final scores, which are compared as they are.
+// Final scores, which are compared as they are. With lists in global memory, a pass more takes fewer registers.
 struct Final {
   template <bool kHeld>
-  __device__ __forceinline__ LastKept last_kept(const GatheredSurvivors<kHeld>& survivors, unsigned keep, int,
-                                                float low, float high, SelectShared& shared) const {
-    return kth_best(survivors, keep, low, high, shared);
+  __device__ __forceinline__ LastKept keep_best(GatheredSurvivors<kHeld>& survivors, unsigned keep, int u, float low,
+                                                float high, SelectShared& shared) const {
+    if constexpr (kHeld) {
+      return survivors.keep_best(keep, u, low, high, shared);
+    } else {
+      const LastKept last = kth_best(survivors, keep, low, high, shared);
+      survivors.keep_from(last, shared);
+      return last;
+    }
   }
   template <bool kHeld>
   __device__ __forceinline__ void complete(GatheredSurvivors<kHeld>&, SelectShared&) const {}
@@ -69,7 +75,7 @@ struct Refined {
   // If every score is off by at most e, so is the keep-th best score t. Entries above t + 2e are then among the best
   // and entries below t - 2e are not. The entries between are rescored; the last of the best is one of them. For an
   // infinite t the test "not >" selects all entries with score t.
-  __device__ __forceinline__ LastKept last_kept(const Survivors& survivors, unsigned keep, int u, float low, float high,
+  __device__ __forceinline__ LastKept keep_best(Survivors& survivors, unsigned keep, int u, float low, float high,
                                                 SelectShared& shared) const {
     const float threshold = kth_best(survivors, keep, low, high, shared).score, reach = 2 * bound[u];
     unsigned above = 0;
@@ -89,7 +95,9 @@ struct Refined {
     for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) values[near[i]] = score(u, survivors.slots[near[i]]);
     __syncthreads();
     const NearSurvivors<kHeld> close = {survivors, near, count};
-    return kth_best(close, keep - above, threshold - 2 * reach, threshold + 2 * reach, shared);
+    const LastKept last = kth_best(close, keep - above, threshold - 2 * reach, threshold + 2 * reach, shared);
+    survivors.keep_from(last, shared);
+    return last;
   }
 
   __device__ __forceinline__ void settle(const Survivors& survivors, int u) const {
@@ -149,9 +157,8 @@ __device__ __forceinline__ bool run_sifted_stages(const Plan& plan, const Scores
       if (!(low > -INFINITY)) low = least;
       if (!(high < INFINITY)) high = greatest;
     }
-    const LastKept last = scores.last_kept(survivors, keep - passing, u, low, high, shared);
+    const LastKept last = scores.keep_best(survivors, keep - passing, u, low, high, shared);
     if (!(sieve.low[s] <= last.score && last.score <= sieve.high[s])) return false;
-    survivors.keep_from(last, shared);
     settled -= dropped;
   }
   const int u = plan.view[plan.stages - 1];

@@ -65,7 +65,10 @@ constexpr int kMaxSpread = 8 * kSelectThreads;  // survivors that can be handed 
 struct alignas(16) SelectShared {
   unsigned histogram[kBuckets];  // zeros whenever it is not in use
   union {
-    uint64_t candidates[kCandidates];
+    struct {
+      uint64_t candidates[kCandidates];
+      float others[kCandidates];  // their scores in the view that is not compared
+    };
     uint16_t slots[kMaxSpread];  // of survivors that go to other threads
   };
   uint2 ranges[kSelectThreads / kWarp];
